@@ -1,0 +1,37 @@
+"""hftl: transfer learning for BERT-family encoders, with the evidence of what it was worth.
+
+recipe -> data -> source model -> check -> probe -> arms x seeds -> measure -> verdict -> card
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hftl.errors import HftlError
+    from hftl.finetune.strategy import prepare
+    from hftl.pipeline import run
+    from hftl.predict import load
+    from hftl.recipe import Recipe
+    from hftl.record import Record
+    from hftl.train.trainer import TransferTrainer
+
+__version__ = "0.1.0"
+
+__all__ = ["HftlError", "Recipe", "Record", "TransferTrainer", "load", "prepare", "run"]
+
+HOMES = {
+    "HftlError": "hftl.errors",
+    "Recipe": "hftl.recipe",
+    "Record": "hftl.record",
+    "TransferTrainer": "hftl.train.trainer",
+    "load": "hftl.predict",
+    "prepare": "hftl.finetune.strategy",
+    "run": "hftl.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Importing torch takes seconds, and `hftl --help` needs none of it.
+    if name in HOMES:
+        return getattr(import_module(HOMES[name]), name)
+    raise AttributeError(f"module 'hftl' has no attribute {name!r}")

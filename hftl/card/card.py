@@ -1,0 +1,275 @@
+"""The card: the record as a page. It formats and never computes; same record, same bytes."""
+
+import base64
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, StrictUndefined
+
+from hftl.card.snippets import plain_snippet
+from hftl.measure.verdict import interval_text
+
+PIPELINE_TAG = "text-classification"
+OUTCOMES = {
+    "positive": "Transfer helped: {gain} over {baseline}.",
+    "equivalent": "Transfer made practically no difference: {gain} over {baseline}.",
+    "negative": "Negative transfer, this model is worse than {baseline}: {gain}.",
+    "undetermined": "Whether transfer helped is not settled: {gain} over {baseline}.",
+}
+WHAT = {
+    "scratch": "the same architecture trained from scratch",
+    "classical": "TF-IDF with a linear model",
+    "head": "the frozen encoder with a linear head",
+    "majority": "always the most frequent answer",
+}
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body{{font:16px/1.55 system-ui,sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem;
+color:#24292f}}
+table{{border-collapse:collapse}}td,th{{border:1px solid #d0d7de;padding:.3rem .7rem;
+text-align:left}}
+pre{{background:#f6f8fa;padding:1rem;overflow-x:auto}}img{{max-width:100%}}
+</style></head><body>
+{body}
+</body></html>
+"""
+
+
+def render_card(record: dict[str, Any], place: str = "publish") -> str:
+    """README.md of a record.
+
+    Args:
+        record: the publishable record, free of local paths.
+        place: what a reader passes to `load`: a hub id, or the folder's path.
+    """
+    engine = Environment(undefined=StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
+    engine.filters["first_upper"] = lambda text: text[:1].upper() + text[1:]
+    template = engine.from_string(files("hftl.card").joinpath("template.md").read_text("utf-8"))
+    body = template.render(**_page(record, place))
+    return f"---\n{_metadata(record).to_yaml().strip()}\n---\n\n{body}"
+
+
+def render_report(card: str, folder: Path) -> str:
+    """The card as one HTML file, its pictures inside."""
+    from markdown_it import MarkdownIt
+
+    body = card.split("\n---\n", 1)[1]
+    html = MarkdownIt("commonmark", {"html": False}).enable("table").render(_plain_details(body))
+
+    def inline(match: re.Match[str]) -> str:
+        picture = base64.b64encode((folder / match[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{picture}"'
+
+    html = re.sub(r'src="(assets/[\w-]+\.png)"', inline, html)
+    title = next(line[2:] for line in body.splitlines() if line.startswith("# "))
+    return PAGE.format(title=_escaped(title), body=html)
+
+
+def gain_sentence(record: dict[str, Any]) -> str:
+    """The transfer gain in one sentence."""
+    gain = record["transfer_gain"]
+    if gain is None:
+        return "No baseline was run, so the transfer gain is not known."
+    seeds = f"{gain['seeds']} seeds" if gain["seeds"] > 1 else "one seed"
+    told = interval_text(gain)
+    interval = " (95 % interval)" if gain["ci95"] else ""
+    figure = f"**{told} {gain['metric']}**{interval}, {seeds}"
+    return OUTCOMES[gain["outcome"]].format(gain=figure, baseline=_called(gain["baseline"]))
+
+
+def _page(record: dict[str, Any], place: str) -> dict[str, Any]:
+    recipe, source, data = record["recipe"], record["source"], record["data"]
+    own = record["own_arm"]
+    pair = isinstance(recipe["data"]["train"]["text"], list) and (
+        len(recipe["data"]["train"]["text"]) == 2
+    )
+    example = '("A first text.", "A second text.")' if pair else '"A text of your own."'
+    arguments = '"A first text.", "A second text."' if pair else example
+    return {
+        "title": _title(record),
+        "headline": _headline(record),
+        "purpose": _purpose(record),
+        "gain_sentence": gain_sentence(record),
+        "verdict": record["verdict"],
+        "metric": record["metric"],
+        "rows": [_row(row, record) for row in record["ladder"]],
+        "place": place,
+        "example": example,
+        "plain_snippet": plain_snippet(
+            place, source["published_as"], source["revision"],
+            recipe["finetune"]["pooling"], max(1, len(data["labels"])), own == "lora", arguments,
+        ),
+        "data_sentence": _data_sentence(record),
+        "data_lines": _data_lines(record),
+        "warnings": [w[:1].upper() + w[1:] + "." for w in record["check"]["warnings"]],
+        "limits": _limits(record),
+        "training_sentence": _training_sentence(record),
+        "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip(),
+        "environment": _environment(record["environment"]),
+    }  # fmt: skip
+
+
+def _metadata(record: dict[str, Any]) -> ModelCardData:
+    source, own = record["source"], record["own_arm"]
+    known: dict[str, Any] = {}
+    if source["published_as"]:
+        known["base_model"] = source["published_as"]
+        known["base_model_relation"] = "adapter" if own == "lora" else "finetune"
+    return ModelCardData(
+        model_name=_title(record),
+        library_name="peft" if own == "lora" else "transformers",
+        pipeline_tag=PIPELINE_TAG,
+        tags=["hftl", "transfer-learning", own],
+        eval_results=_eval_results(record),
+        **known,
+    )
+
+
+def _eval_results(record: dict[str, Any]) -> list[EvalResult]:
+    dataset = record["data"]["name"]
+    own = next(row for row in record["ladder"] if row["arm"] == record["own_arm"])
+    common = {"task_type": PIPELINE_TAG, "dataset_type": dataset, "dataset_name": dataset,
+              "dataset_split": "test"}  # fmt: skip
+    results = [
+        EvalResult(metric_type=record["metric"], metric_value=round(own["test"], 4),
+                   metric_name=f"test {record['metric']}, mean over seeds", **common)
+    ]  # fmt: skip
+    gain = record["transfer_gain"]
+    if gain is not None:
+        told = {k: gain[k] for k in ("metric", "baseline", "seeds", "ci95", "outcome")}
+        results.append(
+            EvalResult(metric_type="transfer_gain", metric_value=round(gain["value"], 4),
+                       metric_name="Transfer gain", metric_args=told, **common)
+        )  # fmt: skip
+    return results
+
+
+def _title(record: dict[str, Any]) -> str:
+    base = record["source"]["name"].rsplit("/", 1)[-1]
+    return f"{base}-{record['data']['name'].rsplit('/', 1)[-1]}-{record['own_arm']}"
+
+
+def _headline(record: dict[str, Any]) -> str:
+    gain = record["transfer_gain"]
+    if gain is None:
+        return "Measured without a baseline."
+    plain = interval_text(gain) + f" {gain['metric']}"
+    return OUTCOMES[gain["outcome"]].format(gain=plain, baseline=_called(gain["baseline"]))
+
+
+def _purpose(record: dict[str, Any]) -> str:
+    kinds = {"lora": "A LoRA adapter of", "head": "A linear head on the frozen", "partial":
+             "The top blocks fine-tuned of", "full": "A full fine-tuning of"}  # fmt: skip
+    base = record["source"]["name"]
+    link = f"[{base}](https://huggingface.co/{base})" if record["source"]["published_as"] else base
+    labels = record["data"]["labels"]
+    if not labels:
+        return f"{kinds[record['own_arm']]} {link} that predicts a number from text."
+    shown = ", ".join(f"`{_cell(label)}`" for label in labels[:12])
+    more = f" and {len(labels) - 12} more" if len(labels) > 12 else ""
+    return f"{kinds[record['own_arm']]} {link} that sorts text into {shown}{more}."
+
+
+def _called(arm: str) -> str:
+    return f"{arm} ({WHAT[arm]})" if arm in WHAT else arm
+
+
+def _row(row: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
+    gain = row["gain_of_own"]
+    own = row["arm"] == record["own_arm"]
+    parameters = next(
+        a["trainable_parameters"] for a in record["arms"] if a["arm"] == row["arm"]
+    )
+    return {
+        "name": f"**{row['arm']}** (this model)" if own else _called(row["arm"]),
+        "test": f"**{row['test']:.3f}**" if own else f"{row['test']:.3f}",
+        "sd": "" if row["sd"] is None else f"{row['sd']:.3f}",
+        "gain": "" if gain is None else interval_text(gain),
+        "parameters": f"{parameters:,}",
+    }
+
+
+def _data_sentence(record: dict[str, Any]) -> str:
+    data = record["data"]
+    splits = data["splits"]
+    shots = record["recipe"]["data"]["shots"]
+    learnt = f"{record['data']['labels_read']['train_per_seed']:,} labelled rows a seed"
+    if shots:
+        unit = "in all" if data["task"] == "regression" else "a class"
+        learnt += f" ({shots} {unit}, drawn by the seed)"
+    return (
+        f"`{_cell(data['name'])}`: trained on {learnt}; the best epoch was chosen on "
+        f"{splits['validation']:,} validation rows, and every figure above is on "
+        f"{splits['test']:,} test rows that nothing was chosen by. "
+        f"{data['labels_read']['total']:,} labels were read in all."
+    )
+
+
+def _data_lines(record: dict[str, Any]) -> list[str]:
+    data = record["data"]
+    lines = [f"{data['rows_read']:,} rows were read"]
+    for key, told in (
+        ("duplicates", "exact duplicates were dropped"),
+        ("conflicting", "rows were dropped because the same text had two labels"),
+        ("leaked", "of these stood in train and in another table"),
+        ("bad_rows", "bad rows were skipped"),
+    ):
+        if data[key]:
+            lines.append(f"{data[key]:,} {told}")
+    if record["recipe"]["data"]["group"]:
+        lines.append("rows of one group never stand in two splits, and count as one unit")
+    return lines
+
+
+def _limits(record: dict[str, Any]) -> list[str]:
+    lines = []
+    for row in record["ladder"]:
+        gain = row["gain_of_own"]
+        if gain is not None and gain["value"] < 0:
+            lines.append(f"It is behind {_called(row['arm'])}: {interval_text(gain)}.")
+    lines.append(
+        "Measured on rows of the same origin as its training rows; other domains were not measured."
+    )
+    lines.append(
+        f"The weights are those of seed {record['published_seed']}, the best on validation; the "
+        "figures are over all seeds."
+    )
+    lines.append("Forgetting of what the source model knew was not measured.")
+    return lines
+
+
+def _training_sentence(record: dict[str, Any]) -> str:
+    finetune = record["recipe"]["finetune"]
+    seeds = len(record["recipe"]["measure"]["seeds"])
+    words = [f"Strategy `{finetune['strategy']}`, pooling `{finetune['pooling']}`"]
+    if finetune["strategy"] == "head":
+        words.append("solved on features of the frozen encoder, its penalty by cross-validation")
+    else:
+        started = "the linear probe" if finetune["head_init"] == "probe" else "random weights"
+        words.append(f"the head started from {started}")
+        rate, epochs = (finetune["training"][k] for k in ("learning_rate", "num_train_epochs"))
+        words.append(f"learning rate {rate:g}, {epochs:g} epochs, best epoch kept")
+    return f"{'; '.join(words)}; {seeds} seed{'s' if seeds > 1 else ''}."
+
+
+def _environment(found: dict[str, Any]) -> list[tuple[str, str]]:
+    plain = [(k, str(v)) for k, v in found.items() if k != "packages"]
+    return plain + [(name, version) for name, version in found["packages"].items()]
+
+
+def _cell(text: str) -> str:
+    """Text that cannot leave its table cell or code span."""
+    return " ".join(text.replace("|", "/").replace("`", "'").split())
+
+
+def _plain_details(body: str) -> str:
+    """Folded parts as headings: HTML in the card is escaped in the report."""
+    body = re.sub(r"<details><summary>(.*?)</summary>", r"## \1", body)
+    return body.replace("</details>", "")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")

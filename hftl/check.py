@@ -1,0 +1,85 @@
+"""Preflight: what can be seen in seconds, before anything trains."""
+
+from typing import Any
+
+from hftl.data.prepare import Prepared
+from hftl.data.text import length_facts
+from hftl.model.source import SourceModel
+from hftl.sections import Finetune
+
+SAMPLE = 2000
+"""Training rows that lengths are taken from."""
+TRUNCATED = 0.1
+UNKNOWN = 0.02
+SMALL_TEST = 200
+IMBALANCE = 10
+HIGH_RATE = 2e-4
+"""Above this, full and partial fine-tuning of a pretrained encoder mostly diverges."""
+
+
+def check(
+    source: SourceModel, tokenizer: Any, prepared: Prepared, max_length: int, arms: list[Finetune]
+) -> dict[str, Any]:
+    """Facts about texts and settings, and `warnings`, each a sentence with what to do."""
+    lengths = length_facts(tokenizer, prepared.rows["train"][:SAMPLE], max_length)
+    limit = getattr(source.config, "max_position_embeddings", max_length)
+    warnings = [
+        *_length_warnings(lengths, max_length, limit),
+        *_label_warnings(prepared),
+        *_rate_warnings(arms),
+    ]
+    if source.public_id is None:
+        warnings.append(
+            "the source model has no public id, so the adapter could not be pushed; set "
+            "source.published_as"
+        )
+    facts = prepared.facts
+    if facts["leaked"]:
+        warnings.append(
+            f"{facts['leaked']} texts of train also stood in validation or test; they were "
+            "dropped from train"
+        )
+    if facts["bad_rows"]:
+        warnings.append(f"{facts['bad_rows']} bad rows were skipped; the record lists them")
+    return {**lengths, "warnings": warnings}
+
+
+def _length_warnings(lengths: dict[str, float], max_length: int, limit: int) -> list[str]:
+    found = []
+    if max_length > limit:
+        found.append(f"data.max_length={max_length} is above the source model's {limit} positions")
+    if lengths["truncated"] > TRUNCATED:
+        found.append(
+            f"{lengths['truncated']:.0%} of the texts are longer than data.max_length="
+            f"{max_length} tokens and are cut; the source takes up to {limit}"
+        )
+    if lengths["unknown_tokens"] > UNKNOWN:
+        found.append(
+            f"{lengths['unknown_tokens']:.1%} of the tokens are unknown to the tokenizer; does it "
+            "fit the language and the casing?"
+        )
+    return found
+
+
+def _label_warnings(prepared: Prepared) -> list[str]:
+    found = []
+    test = prepared.rows["test"]
+    if len(test) < SMALL_TEST:
+        found.append(f"{len(test)} test rows give a wide interval; a few hundred are better")
+    counts = (prepared.facts["label_counts"] or {}).get("train", {})
+    if counts and max(counts.values()) > IMBALANCE * min(counts.values()):
+        rare = min(counts, key=lambda name: counts[name])
+        found.append(
+            f"the class {rare!r} has {counts[rare]} of {sum(counts.values())} training rows; "
+            "accuracy hides it, consider measure.metric=f1"
+        )
+    return found
+
+
+def _rate_warnings(arms: list[Finetune]) -> list[str]:
+    return [
+        f"learning rate {arm.training['learning_rate']:g} is high for {arm.strategy} fine-tuning; "
+        "1e-5 to 1e-4 is usual"
+        for arm in arms
+        if arm.strategy in ("full", "partial") and arm.training["learning_rate"] > HIGH_RATE
+    ]

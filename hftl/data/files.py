@@ -1,0 +1,137 @@
+"""Readers of local formats: each yields raw rows with the file and line they come from.
+
+Bytes that are not UTF-8 survive as surrogates, so that the row that holds them can be named.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hftl.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """A row as the file has it. `fault` says why it cannot be read, if so."""
+
+    values: dict[str, Any]
+    index: int
+    where: str
+    fault: str | None = None
+
+
+def read_csv(path: Path) -> Iterator[Raw]:
+    """Rows of a comma-separated table (tabs for .tsv) with a header line."""
+    csv.field_size_limit(2**31 - 1)
+    with _open(path) as handle:
+        reader = csv.reader(
+            handle, strict=True, delimiter="\t" if path.suffix.lower() == ".tsv" else ","
+        )
+        try:
+            header = next(reader, None)
+            if header is None or not any(header):
+                raise DataError(f"{path.name} is empty", "Give it a header line and rows")
+            if len(set(header)) < len(header):
+                twice = next(name for name in header if header.count(name) > 1)
+                raise DataError(f"{path.name}: two columns are named {twice!r}", "Rename one")
+            filled = (row for row in reader if row)
+            for index, row in enumerate(filled):
+                where = f"{path.name} line {reader.line_num}"
+                fault = None
+                if len(row) != len(header):
+                    fault = f"{len(row)} fields where the header has {len(header)}"
+                values = dict(zip(header, [*row, *[None] * len(header)], strict=False))
+                yield Raw(values, index, where, fault)
+        except csv.Error as error:
+            raise DataError(
+                f"{path.name} line {reader.line_num}: not valid CSV: {error}", "Correct the quotes"
+            ) from error
+
+
+def read_jsonl(path: Path) -> Iterator[Raw]:
+    """Rows of a file with one JSON object a line."""
+    columns: dict[str, Any] = {}
+    with _open(path) as handle:
+        index = 0
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            where = f"{path.name} line {number}"
+            try:
+                values = json.loads(line)
+            except ValueError as error:
+                hint = ", but a JSON list" if line.lstrip().startswith("[") else ""
+                fault = f"not a JSON object a line{hint} ({error})"
+                if not columns:
+                    raise DataError(f"{where}: {fault}", "Write one object a line") from error
+                yield Raw(columns, index, where, fault)
+            else:
+                fault = None if isinstance(values, dict) else "not a JSON object"
+                if fault and not columns:
+                    raise DataError(f"{where}: {fault}", "Write one object a line")
+                columns = columns or dict.fromkeys(values)
+                yield Raw(columns | values if not fault else columns, index, where, fault)
+            index += 1
+
+
+def read_parquet(path: Path) -> Iterator[Raw]:
+    """Rows of a Parquet file."""
+    import pyarrow.parquet
+    from pyarrow.lib import ArrowInvalid
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except ArrowInvalid as error:
+        raise DataError(f"{path.name}: not valid Parquet: {error}", "Write it again") from error
+    index = 0
+    for batch in file.iter_batches(4096):
+        for values in batch.to_pylist():
+            yield Raw(values, index, f"{path.name} row {index + 1}")
+            index += 1
+
+
+def read_txt(path: Path) -> Iterator[Raw]:
+    """One text a line, in a column `text`."""
+    with _open(path) as handle:
+        for number, line in enumerate(handle, 1):
+            yield Raw({"text": line.rstrip("\n")}, number - 1, f"{path.name} line {number}")
+
+
+def read_textfolder(path: Path) -> Iterator[Raw]:
+    """One folder a class, one text a file; columns `text` and `label`."""
+    classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not classes:
+        raise DataError(f"{path.name} has no folders, one a class", "Check data.train.path")
+    files = (f for c in classes for f in sorted(c.rglob("*")) if f.is_file())
+    for index, file in enumerate(files):
+        if file.name.startswith("."):
+            continue
+        where = file.relative_to(path).as_posix()
+        label = where.split("/")[0]
+        with _open(file) as handle:
+            yield Raw({"text": handle.read(), "label": label}, index, where)
+
+
+READERS: dict[str, Callable[[Path], Iterator[Raw]]] = {
+    "csv": read_csv,
+    "jsonl": read_jsonl,
+    "parquet": read_parquet,
+    "txt": read_txt,
+    "textfolder": read_textfolder,
+}
+
+
+def not_utf8(text: str) -> bool:
+    """Whether the text holds bytes that were not UTF-8."""
+    return any("\udc80" <= character <= "\udcff" for character in text)
+
+
+def _open(path: Path) -> Any:
+    with open(path, "rb") as handle:
+        start = handle.read(2)
+    if start in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path.name} is UTF-16", "Save it as UTF-8")
+    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")

@@ -1,0 +1,97 @@
+"""Splits and draws by content: they do not depend on the order of rows on the disk."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Hashable
+
+from hftl.data.load import Row
+from hftl.errors import DataError
+
+BINS = 10
+"""Strata of a regression target: its deciles."""
+
+
+def content_key(row: Row, seed: int = 0, purpose: str = "order") -> bytes:
+    """A hash of what the row says, different for each seed and purpose."""
+    told = "\x1f".join([str(seed), purpose, *row.texts, str(row.label)])
+    return hashlib.blake2b(told.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def take(
+    rows: list[Row], count: int, task: str, seed: int, purpose: str, leave: int = 0
+) -> tuple[list[Row], list[Row]]:
+    """`count` rows, stratified, groups whole, and the rows left.
+
+    Groups are visited in the order of their hash; one is taken when that brings the class counts
+    nearer to their quota. Where every row is its own group the quota is met exactly.
+
+    Args:
+        rows: what to take from.
+        count: how many rows to take; with groups, about as many.
+        task: classification (strata are the classes) or regression (the deciles).
+        seed: decides the draw, with `purpose`.
+        purpose: keeps draws of one seed apart.
+        leave: how many rows of every stratum must stay, so that train knows every class.
+    """
+    strata = _strata(rows, task)
+    need = _quota(strata, count, leave)
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        groups[row.group if row.group is not None else (number,)].append(number)
+    keys = {name: min(content_key(rows[i], seed, purpose) for i in g) for name, g in groups.items()}
+    taken: set[int] = set()
+    for name in sorted(groups, key=lambda name: keys[name]):
+        holds: dict[Hashable, int] = defaultdict(int)
+        for number in groups[name]:
+            holds[strata[number]] += 1
+        if sum(n * n - 2 * n * need[s] for s, n in holds.items()) < 0:
+            taken.update(groups[name])
+            for stratum, n in holds.items():
+                need[stratum] -= n
+    return [rows[i] for i in sorted(taken)], [r for i, r in enumerate(rows) if i not in taken]
+
+
+def draw_shots(rows: list[Row], shots: int | None, task: str, seed: int) -> list[Row]:
+    """`shots` rows of each class (regression: in all); a larger draw holds every smaller one.
+
+    Raises:
+        DataError: if a class has fewer rows.
+    """
+    if shots is None:
+        return rows
+    ordered = sorted(rows, key=lambda row: content_key(row, seed, "shots"))
+    by_class: dict[Hashable, list[Row]] = defaultdict(list)
+    for row in ordered:
+        by_class["rows" if task == "regression" else row.label].append(row)
+    for name, found in sorted(by_class.items(), key=lambda item: str(item[0])):
+        if len(found) < shots:
+            what = "train" if task == "regression" else f"the class {name!r}"
+            raise DataError(
+                f"{what} has {len(found)} rows left for training, fewer than shots={shots}",
+                "Lower data.shots or the fractions",
+            )
+    return [row for found in by_class.values() for row in found[:shots]]
+
+
+def _strata(rows: list[Row], task: str) -> list[Hashable]:
+    if task != "regression":
+        return [row.label for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].label, content_key(rows[i])))
+    strata: list[Hashable] = [0] * len(rows)
+    for rank, number in enumerate(order):
+        strata[number] = rank * BINS // len(rows)
+    return strata
+
+
+def _quota(strata: list[Hashable], count: int, leave: int) -> dict[Hashable, int]:
+    """Whole numbers that add up to `count`, in the strata's proportion (largest remainders)."""
+    sizes: dict[Hashable, int] = defaultdict(int)
+    for stratum in strata:
+        sizes[stratum] += 1
+    exact = {s: n * count / len(strata) for s, n in sizes.items()}
+    room = {s: max(0, n - leave) for s, n in sizes.items()}
+    quota = {s: min(int(share), room[s]) for s, share in exact.items()}
+    for _ in range(min(count, sum(room.values())) - sum(quota.values())):
+        open_ = [s for s in quota if quota[s] < room[s]]
+        quota[min(open_, key=lambda s: (quota[s] - exact[s], str(s)))] += 1
+    return quota

@@ -1,0 +1,63 @@
+"""What can go wrong, each with the exit code a script may rely on.
+
+A message says what was expected, what came and where; `fix` says what to do about it.
+"""
+
+
+class HftlError(Exception):
+    """Base of every error hftl raises on purpose.
+
+    Args:
+        what: what was expected, what came, and in which file, row or key.
+        fix: what the user should do next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        self.what = what.rstrip(".")
+        self.fix = fix.rstrip(".")
+        stop = "" if self.what.endswith("?") else "."
+        super().__init__(f"{self.what}{stop} {self.fix}" if fix else self.what)
+
+
+class RecipeError(HftlError, ValueError):
+    """The recipe or the arguments ask for something that cannot be done."""
+
+    exit_code = 2
+
+
+class DataError(HftlError, ValueError):
+    """The data cannot be used as they are."""
+
+    exit_code = 3
+
+
+class RunFolderError(HftlError):
+    """The run folder is locked, damaged, or belongs to another recipe."""
+
+    exit_code = 4
+
+
+class HubError(HftlError):
+    """The hub did not answer, or does not know or admit us."""
+
+    exit_code = 5
+
+
+class NumericError(HftlError, ArithmeticError):
+    """A loss or a score stopped being a finite number."""
+
+    exit_code = 6
+
+
+class ResourceError(HftlError):
+    """Memory or disk ran out."""
+
+    exit_code = 7
+
+
+class HoldError(HftlError):
+    """Publication was asked for and the verdict is `hold`."""
+
+    exit_code = 9

@@ -1,0 +1,68 @@
+"""pydantic's findings in one line of ours: the key, the closest match, what to do."""
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from hftl.errors import RecipeError
+
+TAGS = ("Fraction", "Table")
+"""What a location names where pydantic chose between two sections."""
+
+
+def explain(error: ValidationError, where: str, model: type[BaseModel]) -> RecipeError:
+    """The first finding, as an error of ours; a misspelt key comes before a missing one."""
+    findings = error.errors(include_url=False)
+    first = min(findings, key=lambda finding: finding["type"] != "extra_forbidden")
+    raised = first.get("ctx", {}).get("error")
+    if isinstance(raised, RecipeError):
+        return RecipeError(f"{where}: {raised.what}", raised.fix)
+    path = [str(part) for part in first["loc"] if part not in TAGS]
+    return _wording(first, where, path, _siblings(model, list(first["loc"][:-1])))
+
+
+def _wording(first: ErrorDetails, where: str, path: list[str], known: list[str]) -> RecipeError:
+    key = ".".join(path)
+    match first["type"]:
+        case "extra_forbidden":
+            close = closest(path[-1], known, "".join(f"{part}." for part in path[:-1]))
+            return RecipeError(f"{where}: unknown key '{key}'{close}", f"Known: {', '.join(known)}")
+        case "missing":
+            return RecipeError(f"{where}: '{key}' is missing", "Add it")
+        case "none_required":
+            return RecipeError(f"{where}: '{key}' is not built yet", "Remove it or set it to null")
+        case "value_error":
+            what = first["msg"].removeprefix("Value error, ")
+            return RecipeError(f"{where}: '{key}': {what}", "Correct the recipe")
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return RecipeError(f"{where}: '{key}': {message}, got {first['input']!r}", "Correct the value")
+
+
+def _siblings(model: type[BaseModel], loc: list[Any]) -> list[str]:
+    """The keys that may stand at `loc`."""
+    here: Any = model
+    for part in loc:
+        if part in TAGS:
+            here = next(m for m in _members(here) if m.__name__ == part)
+        else:
+            field = here.model_fields.get(part) if _is_model(here) else None
+            here = field.annotation if field else None
+    return list(here.model_fields) if _is_model(here) else []
+
+
+def _members(annotation: Any) -> list[type]:
+    """The classes inside `Annotated[A, ...] | Annotated[B, ...]`."""
+    parts = getattr(annotation, "__args__", ())
+    return [getattr(part, "__origin__", part) for part in parts]
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def closest(name: str, options: list[str], prefix: str = "") -> str:
+    """`; did you mean 'x'?` where an option is near, else nothing."""
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f"; did you mean '{prefix}{close[0]}'?" if close else ""

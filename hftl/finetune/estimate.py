@@ -1,0 +1,46 @@
+"""How long a run will take, from a timed forward pass."""
+
+import time
+
+from hftl.finetune.workbench import SPLITS, Workbench
+from hftl.model.cache import frozen_features
+from hftl.recipe import Arm, Recipe
+
+SAMPLE = 64
+STEP = 3.0
+"""A training step of full fine-tuning costs about three forward passes."""
+SEARCHED = 1 / 3
+
+
+def estimate_seconds(bench: Workbench, jobs: list[Arm], recipe: Recipe) -> float:
+    """Seconds for the arms given, one entry an arm and seed; rough, within a factor of two."""
+    train = bench.train_rows(recipe.measure.seeds[0])
+    measured = sum(len(bench.prepared.rows[split]) for split in SPLITS)
+    per_row = _seconds_a_row(bench, recipe.finetune.pooling)
+    total = 0.0
+    searched = False
+    for arm in jobs:
+        if arm.strategy not in ("lora", "partial", "full", "scratch"):
+            continue
+        epochs = float(arm.finetune.training["num_train_epochs"])
+        if arm.strategy == "scratch":
+            search = recipe.measure.scratch
+            epochs *= search.epochs_factor
+            if not searched:
+                tried = len(search.learning_rates) * epochs * SEARCHED
+                total += tried * len(train) * STEP * per_row
+                searched = True
+        validation = len(bench.prepared.rows["validation"])
+        total += epochs * (len(train) * STEP + validation) * per_row + measured * per_row
+    return total + (len(train) + measured) * per_row
+
+
+def _seconds_a_row(bench: Workbench, pooling: str) -> float:
+    rows = bench.prepared.rows["test"][:SAMPLE]
+    built = bench.build(pooling, 0)
+    built.model.to(bench.device)
+    encoded = bench.encoded(rows)
+    frozen_features(built.model, built.last_linear, encoded[:8], bench.pad, bench.device)
+    started = time.perf_counter()
+    frozen_features(built.model, built.last_linear, encoded, bench.pad, bench.device)
+    return (time.perf_counter() - started) / len(rows)

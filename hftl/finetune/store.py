@@ -1,0 +1,91 @@
+"""An arm's folder: its weights, metrics and predictions, as files."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file, save_file
+
+from hftl.data.prepare import Prepared
+from hftl.finetune.arm import Outcome, predictions_of
+from hftl.finetune.workbench import SPLITS
+from hftl.metrics import METRICS, compute
+from hftl.record import to_json
+
+WEIGHTS = "weights.safetensors"
+PREDICTIONS = "predictions.parquet"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What an arm's folder tells: metrics.json, and (rows,) labels and predictions a split."""
+
+    told: dict[str, Any]
+    labels: dict[str, np.ndarray]
+    predictions: dict[str, np.ndarray]
+
+
+def write(
+    folder: Path, prepared: Prepared, outcome: Outcome, arm: str, strategy: str, seed: int
+) -> None:
+    """Writes weights, metrics.json, predictions.parquet and the logits they come from."""
+    columns: dict[str, list[Any]] = {k: [] for k in ("split", "row", "label", "prediction")}
+    columns["scores"] = []
+    metrics = {}
+    for split in SPLITS:
+        rows = prepared.rows[split]
+        labels = prepared.labels(rows)
+        predictions, scores = predictions_of(prepared.task, outcome.logits[split])
+        metrics[split] = compute(list(METRICS[prepared.task].values()), labels, predictions)
+        columns["split"] += [split] * len(rows)
+        columns["row"] += [row.index for row in rows]
+        columns["label"] += [row.label for row in rows]
+        columns["prediction"] += _named(prepared, predictions)
+        columns["scores"] += scores.tolist()
+    pq.write_table(pa.table(columns), folder / PREDICTIONS)
+    save_file(outcome.weights, folder / WEIGHTS)
+    logits = {split: torch.from_numpy(outcome.logits[split].astype(np.float32)) for split in SPLITS}
+    save_file({k: v.contiguous() for k, v in logits.items()}, folder / "logits.safetensors")
+    told = {
+        "arm": arm,
+        "seed": seed,
+        "strategy": strategy,
+        "metrics": metrics,
+        "trainable_parameters": outcome.trainable_parameters,
+        "training": outcome.facts,
+        "timings": outcome.timings,
+    }
+    (folder / "metrics.json").write_text(to_json(told), encoding="utf-8")
+
+
+def read(folder: Path, prepared: Prepared) -> Stored:
+    """What `write` stored, predictions as class ids or floats."""
+    told = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    ids = {name: i for i, name in enumerate(prepared.names)}
+    table = pq.read_table(folder / PREDICTIONS, columns=["split", "label", "prediction"])
+    split_of = np.array(table["split"].to_pylist())
+    values = {}
+    for column in ("label", "prediction"):
+        found = table[column].to_pylist()
+        values[column] = np.array([ids[v] for v in found] if ids else found)
+    return Stored(
+        told,
+        {split: values["label"][split_of == split] for split in SPLITS},
+        {split: values["prediction"][split_of == split] for split in SPLITS},
+    )
+
+
+def read_logits(folder: Path, split: str) -> np.ndarray:
+    """(rows, outputs) float32."""
+    return load_file(folder / "logits.safetensors")[split].numpy()
+
+
+def _named(prepared: Prepared, predictions: np.ndarray) -> list[Any]:
+    if prepared.names:
+        return [prepared.names[i] for i in predictions]
+    return predictions.tolist()

@@ -1,0 +1,71 @@
+"""The verdict: publish or hold, with reasons."""
+
+from typing import Any
+
+RELOAD_TOLERANCE = 1e-5
+
+
+def decide(
+    gain: dict[str, Any] | None,
+    over_head: dict[str, Any] | None,
+    reload_difference: float,
+) -> dict[str, Any]:
+    """Publish only when the gain is beyond noise, `head` is not better, and the reload is proved.
+
+    Args:
+        gain: the transfer gain, or None where no baseline ran.
+        over_head: the own arm's gain over `head`, or None where it is head or head did not run.
+        reload_difference: largest difference of logits after a reload in a fresh process,
+            relative to the largest logit where that is above 1.
+
+    Returns:
+        `{decision: publish | hold, reasons: [...]}`; on publish the reasons say what speaks for it.
+    """
+    checks = [_gain(gain), _head(over_head), _reload(reload_difference)]
+    against = [reason for fine, reason in checks if not fine]
+    if against:
+        return {"decision": "hold", "reasons": against}
+    return {"decision": "publish", "reasons": [reason for _, reason in checks if reason]}
+
+
+def interval_text(gain: dict[str, Any]) -> str:
+    """`+0.105 [+0.071, +0.139]`, or the value alone where there is no interval."""
+    value = f"{gain['value']:+.3f}"
+    if gain["ci95"] is None:
+        return value
+    low, high = gain["ci95"]
+    return f"{value} [{low:+.3f}, {high:+.3f}]"
+
+
+def _gain(gain: dict[str, Any] | None) -> tuple[bool, str]:
+    if gain is None:
+        return False, "no baseline was run, so nothing says what the transfer is worth"
+    told = f"{interval_text(gain)} {gain['metric']} over {gain['baseline']}"
+    if gain["ci95"] is None:
+        return False, f"the gain {told} rests on one seed, which cannot tell gain from luck"
+    words = {
+        "positive": f"the gain {told} is beyond noise",
+        "equivalent": f"the gain {told} is practically none",
+        "negative": f"negative transfer: {told}",
+        "undetermined": f"the gain {told} is within noise",
+    }
+    return gain["outcome"] == "positive", words[gain["outcome"]]
+
+
+def _head(over_head: dict[str, Any] | None) -> tuple[bool, str]:
+    if over_head is None:
+        return True, ""
+    told = f"{interval_text(over_head)} {over_head['metric']}"
+    if over_head["ci95"] is None:
+        worse = over_head["value"] < 0
+    else:
+        worse = over_head["ci95"][1] < 0
+    if worse:
+        return False, f"the frozen encoder with a linear head is better: {told} against head"
+    return True, f"not worse than head: {told}"
+
+
+def _reload(difference: float) -> tuple[bool, str]:
+    proved = difference <= RELOAD_TOLERANCE
+    told = f"largest logit difference {difference:.1e} in a fresh process"
+    return proved, f"reload proved: {told}" if proved else f"the reload is not the same: {told}"

@@ -1,0 +1,38 @@
+"""Where a model or dataset lies: a folder or file, `package:<import name>/<path>`, or a Hub id."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+from hftl.errors import RecipeError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+PACKAGE = "package:"
+
+
+def find(place: str, key: str) -> Path | None:
+    """The local path of `place`; None where it reads as a Hub id.
+
+    A package is found without being imported.
+
+    Args:
+        place: what the recipe says.
+        key: the recipe key, for the message.
+
+    Raises:
+        RecipeError: if a package is not installed, or lacks the path.
+    """
+    if not place.startswith(PACKAGE):
+        path = Path(place).expanduser()
+        return path if path.exists() or not HUB_ID.fullmatch(place) else None
+    name, _, inside = place.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise RecipeError(
+            f"{key}: the package {name!r} is not installed",
+            f"Install what ships it, for instance: pip install {name.replace('_', '-')}",
+        )
+    path = Path(next(iter(spec.submodule_search_locations))) / inside
+    if not path.exists():
+        raise RecipeError(f"{key}: the package {name!r} has no {inside!r}", "Check the path")
+    return path

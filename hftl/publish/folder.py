@@ -1,0 +1,99 @@
+"""The model's part of the publish folder: a plain peft or transformers folder, and its head."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hftl.errors import RunFolderError
+from hftl.finetune.arm import set_probe
+from hftl.finetune.strategy import prepare
+from hftl.finetune.workbench import Workbench
+from hftl.model.adapters import adapter_of
+from hftl.model.head import PooledModel, label_settings
+from hftl.sections import Finetune
+
+SAMPLE_ROWS = 32
+"""Test rows whose logits prove the reload."""
+
+
+def rebuild(bench: Workbench, finetune: Finetune, seed: int, weights: Path) -> nn.Module:
+    """The model of an arm, from the source and what the arm learnt.
+
+    Raises:
+        RunFolderError: if the weights are not those of this model.
+    """
+    built = bench.build(finetune.pooling, seed)
+    if finetune.strategy != "head" and finetune.head_init == "probe":
+        # peft keeps the head it wraps; it must be the one that training started from.
+        set_probe(bench, built, finetune.pooling, seed)
+    model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
+    learnt = load_file(weights)
+    parameters = dict(model.named_parameters())
+    strange = sorted(set(learnt) - set(parameters))
+    lost = [n for n, p in parameters.items() if p.requires_grad and n not in learnt]
+    if strange or lost:
+        raise RunFolderError(
+            f"{weights} does not fit the model: {(strange or lost)[0]}",
+            "Delete the arm's folder and run again",
+        )
+    with torch.no_grad():
+        for name, tensor in learnt.items():
+            parameters[name].copy_(tensor)
+    return model.eval()
+
+
+def write_model(bench: Workbench, model: nn.Module, finetune: Finetune, folder: Path) -> None:
+    """Writes weights, config with labels, tokenizer, and the head where pooling is not native.
+
+    The adapter names the public base and its revision, never a path.
+    """
+    source = bench.source
+    labels = label_settings(bench.prepared.names, bench.outputs)
+    if finetune.strategy == "lora":
+        adapter = adapter_of(model)
+        settings: Any = adapter.peft_config["default"]
+        settings.base_model_name_or_path = source.public_id
+        settings.revision = source.revision
+        adapter.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)
+        config = type(source.config).from_dict(source.config.to_dict() | labels)
+        config.save_pretrained(folder)
+    else:
+        whole: Any = model.encoder if isinstance(model, PooledModel) else model
+        whole.config.update(labels)
+        whole.save_pretrained(folder)
+    if isinstance(model, PooledModel):
+        tensors = {"weight": model.head.weight.detach(), "bias": model.head.bias.detach()}
+        save_file(
+            {k: v.cpu().contiguous() for k, v in tensors.items()},
+            folder / "head.safetensors",
+            metadata={"pooling": finetune.pooling},
+        )
+    bench.tokenizer.save_pretrained(folder)
+    _drop_local_names(folder)
+
+
+def write_sample(bench: Workbench, logits: np.ndarray, folder: Path) -> Path:
+    """Test inputs and the logits the arm gave for them, for the proof of the reload."""
+    rows = bench.prepared.rows["test"][:SAMPLE_ROWS]
+    batch = bench.pad([dict(encoded) for encoded in bench.encoded(rows)])
+    path = folder / "sample.safetensors"
+    expected = torch.from_numpy(np.ascontiguousarray(logits[: len(rows)], dtype=np.float32))
+    save_file({**{k: v.contiguous() for k, v in batch.items()}, "expected": expected}, path)
+    return path
+
+
+def _drop_local_names(folder: Path) -> None:
+    """Removes the places on this machine that transformers writes into its configs."""
+    for path in folder.glob("*.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            continue
+        kept = {k: v for k, v in settings.items() if k not in ("_name_or_path", "name_or_path")}
+        if kept != settings:
+            path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", "utf-8")

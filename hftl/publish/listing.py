@@ -1,0 +1,33 @@
+"""What a push would send."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from hftl.errors import RunFolderError
+from hftl.publish.gates import check_files
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files with their sizes in bytes, the verdict, and the public base if there is one."""
+
+    files: list[tuple[str, int]]
+    decision: str
+    reasons: list[str]
+    base: str | None
+
+
+def dry_run(run: Path) -> Listing:
+    """Looks at a finished run's publish folder as a push would.
+
+    Raises:
+        RunFolderError: if the run is not finished, or a file may not leave the machine.
+    """
+    folder = run / "publish"
+    if not (folder / "hftl.json").exists():
+        raise RunFolderError(f"{run} has no publish folder", "Finish it with `hftl run`")
+    files = [(name, (folder / name).stat().st_size) for name in check_files(folder)]
+    told = json.loads((folder / "hftl.json").read_text(encoding="utf-8"))
+    verdict = told["verdict"]
+    return Listing(files, verdict["decision"], verdict["reasons"], told["source"]["published_as"])

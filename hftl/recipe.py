@@ -1,0 +1,159 @@
+"""A recipe: one YAML file, one experiment, and the arms it asks for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from hftl import yamlfile
+from hftl.errors import RecipeError
+from hftl.explain import closest, explain
+from hftl.sections import (
+    BASELINES,
+    NOT_BUILT,
+    STRATEGIES,
+    Data,
+    Finetune,
+    Measure,
+    Publish,
+    Section,
+    Source,
+)
+
+
+class Recipe(Section):
+    """A whole experiment. `source.model` and `data.train` are required."""
+
+    source: Source
+    data: Data
+    adapt: None = None
+    finetune: Finetune = Finetune()
+    retain: None = None
+    measure: Measure = Measure()
+    publish: Publish = Publish()
+
+    @property
+    def metric(self) -> str:
+        """The metric that gains are measured in."""
+        default = "pearson" if self.data.task == "regression" else "accuracy"
+        return self.measure.metric or default
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | None = None) -> "Recipe":
+        """Reads a recipe file and applies `key=value` overrides.
+
+        Raises:
+            RecipeError: naming the file, the key and the closest match.
+        """
+        tree = yamlfile.read(Path(path))
+        _spell_out(tree)
+        return cls.parse(yamlfile.override(tree, overrides or []), str(path))
+
+    @classmethod
+    def parse(cls, tree: dict[str, Any], where: str = "recipe") -> "Recipe":
+        """A recipe from nested mappings.
+
+        Raises:
+            RecipeError: naming `where`, the key and the closest match.
+        """
+        _spell_out(tree)
+        kept = {k: v for k, v in tree.items() if v is not None or k in ("source", "data")}
+        try:
+            recipe = cls.model_validate(kept)
+        except ValidationError as error:
+            raise explain(error, where, cls) from error
+        arms(recipe, where)
+        return recipe
+
+    def tree(self) -> dict[str, Any]:
+        """The recipe as plain nested mappings, every default spelt out."""
+        return self.model_dump(mode="json")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training: a name, what it is, and its own fine-tuning section."""
+
+    name: str
+    strategy: str
+    finetune: Finetune
+
+
+def arms(recipe: Recipe, where: str = "recipe") -> list[Arm]:
+    """The recipe's own arm first, then those of `measure.arms` in their order.
+
+    `scratch` brings `classical` along. A bare name that equals the own arm's is that arm.
+
+    Raises:
+        RecipeError: if two arms have one name, or an entry names neither strategy nor baseline.
+    """
+    own = Arm(recipe.finetune.strategy, recipe.finetune.strategy, recipe.finetune)
+    found = [own]
+    for entry in recipe.measure.arms:
+        name, changes = (entry, None) if isinstance(entry, str) else _single(entry, where)
+        if name == own.name and not changes:
+            continue
+        arm = _arm(recipe, name, changes or {}, where)
+        if any(other.name == name for other in found):
+            raise RecipeError(
+                f"{where}: measure.arms has two arms named {name!r}", "Give one another name"
+            )
+        found.append(arm)
+        if arm.strategy == "scratch" and "classical" not in recipe.measure.arms:
+            found.append(Arm("classical", "classical", recipe.finetune))
+    return found
+
+
+def _single(entry: dict[str, dict[str, Any] | None], where: str) -> tuple[str, dict[str, Any]]:
+    if len(entry) != 1:
+        raise RecipeError(
+            f"{where}: an entry of measure.arms is a name or one name with its changes, "
+            f"got {list(entry)}",
+            "Write {name: {key: value}}",
+        )
+    name, changes = next(iter(entry.items()))
+    return name, changes or {}
+
+
+def _arm(recipe: Recipe, name: str, changes: dict[str, Any], where: str) -> Arm:
+    if name in NOT_BUILT or name == "source":
+        what = NOT_BUILT.get(name, "adaptation, which the arm 'source' goes without,")
+        raise RecipeError(f"{where}: measure.arms: {what} is not built yet", "Remove the arm")
+    if not name.replace("_", "").replace("-", "").isalnum() or not name.isascii():
+        raise RecipeError(
+            f"{where}: measure.arms: {name!r} cannot name a folder", "Use letters, digits, _ and -"
+        )
+    if name in BASELINES and changes and name != "scratch":
+        raise RecipeError(f"{where}: the arm {name!r} takes no changes", "Remove them")
+    if name not in STRATEGIES + BASELINES and not changes:
+        raise RecipeError(
+            f"{where}: unknown arm {name!r} in measure.arms"
+            + closest(name, [*STRATEGIES, *BASELINES]),
+            f"Known: {', '.join([*STRATEGIES, *BASELINES])}",
+        )
+    tree = recipe.tree()
+    place = f"{where}: measure.arms.{name}"
+    for key, value in yamlfile.flatten(changes).items() if changes else ():
+        if key.split(".")[0] not in ("finetune", "retain", "adapt"):
+            raise RecipeError(
+                f"{place}: {key} cannot differ between arms", "Change finetune, retain or adapt"
+            )
+        yamlfile.set_key(tree, key, value)
+    if name in STRATEGIES:
+        tree["finetune"]["strategy"] = name
+    try:
+        changed = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise explain(error, place, Recipe) from error
+    strategy = name if name in BASELINES else changed.finetune.strategy
+    return Arm(name, strategy, changed.finetune)
+
+
+def _spell_out(tree: dict[str, Any]) -> None:
+    """`train: reviews.csv` means `train: {path: reviews.csv}`."""
+    data = tree.get("data")
+    if isinstance(data, dict):
+        for part in ("train", "validation", "test"):
+            if isinstance(data.get(part), str):
+                data[part] = {"path": data[part]}

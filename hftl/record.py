@@ -1,0 +1,81 @@
+"""The record: every number of a run, with where it came from, in one JSON file.
+
+Two identical runs differ in `environment` and `timings` only; the record's hash leaves them out.
+"""
+
+import hashlib
+import json
+import math
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+VARYING = ("environment", "timings")
+PACKAGES = ("hftl", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run found. `tree` is the content of record.json; `folder` the run it stands in."""
+
+    tree: dict[str, Any]
+    folder: Path
+
+    @classmethod
+    def read(cls, folder: Path) -> "Record":
+        """The record of a finished run folder."""
+        return cls(json.loads((folder / "record.json").read_text(encoding="utf-8")), folder)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.tree[key]
+
+    @property
+    def transfer_gain(self) -> dict[str, Any]:
+        """`{metric, value, ci95, baseline, seeds, p_value, relative_error_reduction, outcome}`."""
+        return self.tree["transfer_gain"]
+
+    @property
+    def verdict(self) -> dict[str, Any]:
+        """`{decision: publish | hold, reasons: [...]}`."""
+        return self.tree["verdict"]
+
+    @property
+    def hash(self) -> str:
+        """sha256 of all that two identical runs share."""
+        return fingerprint({k: v for k, v in self.tree.items() if k not in VARYING})
+
+
+def to_json(tree: Any) -> str:
+    """Sorted, indented JSON; a number that is not finite becomes null."""
+    return json.dumps(
+        _finite(tree), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False
+    ) + "\n"  # fmt: skip
+
+
+def fingerprint(tree: Any) -> str:
+    """sha256 (hex) of the canonical JSON of `tree`."""
+    return hashlib.sha256(to_json(tree).encode()).hexdigest()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def environment(device: str, dtype: str) -> dict[str, Any]:
+    """Versions and hardware, without host or user names."""
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": device,
+        "dtype": dtype,
+        "packages": {name: version(name) for name in PACKAGES},
+    }

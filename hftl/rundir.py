@@ -1,0 +1,149 @@
+"""The run folder: locked, and every part of it complete or absent.
+
+A part is written aside under a dotted name, hashed into MANIFEST.json and renamed. What it has
+read of the recipe stands in the manifest, so that a changed key is noticed.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hftl.errors import RecipeError, RunFolderError
+from hftl.record import to_json
+
+MANIFEST = "MANIFEST.json"
+
+
+def make(run: Path) -> None:
+    """Makes the run folder.
+
+    Raises:
+        RecipeError: if it cannot be made or written to.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        probe = run / ".lock"
+        probe.touch()
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise RecipeError(
+            f"the output folder {run} cannot be written: {error.strerror}", "Choose another --output"
+        ) from error
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Holds the run folder for this process; leftovers of a killed one are removed.
+
+    Raises:
+        RunFolderError: if another process holds it.
+    """
+    with open(run / ".lock", "r+", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = handle.read().strip() or "another process"
+            raise RunFolderError(
+                f"{run} is in use by {holder}", "Wait for it, or choose another --output"
+            ) from error
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()}")
+        handle.flush()
+        for left in [*run.glob(".tmp-*"), *run.glob("*/.tmp-*")]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
+
+
+@contextmanager
+def commit(folder: Path, reads: dict[str, Any]) -> Iterator[Path]:
+    """A folder to write into; on success it is hashed and takes the place of `folder`.
+
+    Args:
+        folder: where the part will stand.
+        reads: the dotted recipe keys, and values, that the part depends on.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.parent / f".tmp-{folder.name}"
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir()
+    yield aside
+    write_text(aside / MANIFEST, to_json({"files": _hashes(aside), "reads": reads}))
+    if folder.exists():
+        old = folder.parent / f".tmp-old-{folder.name}"
+        folder.rename(old)
+        aside.rename(folder)
+        shutil.rmtree(old)
+    else:
+        aside.rename(folder)
+    _sync(folder.parent)
+
+
+def reads(folder: Path) -> dict[str, Any] | None:
+    """What a complete part had read; None where the part is absent.
+
+    Raises:
+        RunFolderError: if a file of the part is missing or not what was written.
+    """
+    if not folder.exists():
+        return None
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        expected = manifest["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise _damaged(folder / MANIFEST, "missing or unreadable") from error
+    for name, digest in expected.items():
+        if not (folder / name).is_file():
+            raise _damaged(folder / name, "missing")
+        if _sha256(folder / name) != digest:
+            raise _damaged(folder / name, "not what was written")
+    return manifest["reads"]
+
+
+def digest(folder: Path) -> str:
+    """The content hash of a complete part, which says whether what follows from it is stale."""
+    return _sha256(folder / MANIFEST)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    aside = path.parent / f".tmp-{path.name}"
+    with open(aside, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    aside.rename(path)
+
+
+def _damaged(path: Path, how: str) -> RunFolderError:
+    return RunFolderError(f"{path} is {how}", f"Delete {path.parent} and run again")
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file, each flushed to the disk first."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        _sync(path)
+        found[path.relative_to(folder).as_posix()] = _sha256(path)
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

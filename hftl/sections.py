@@ -1,0 +1,268 @@
+"""The sections of a recipe: their keys, defaults, and what each refuses.
+
+The contract of every key stands in the README and in `hftl schema`. What a later version brings
+is refused while it is not built, never ignored.
+"""
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
+
+from hftl import upstream
+from hftl.errors import RecipeError
+from hftl.explain import closest
+
+STRATEGIES = ("head", "partial", "lora", "full")
+BASELINES = ("scratch", "classical", "majority")
+NOT_BUILT = {
+    "gradual": "gradual unfreezing",
+    "zero_shot": "the zero-shot baseline",
+}
+OWNED = ("seed", "data_seed", "output_dir", "push_to_hub", "resume_from_checkpoint")
+OWNED_LORA = ("task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision")
+CHANGES_BASE = ("pissa", "olora", "eva", "corda", "loftq", "lora_ga")
+NEEDS_OTHER_DATA = (
+    "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "layer_replication",
+    "eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_config",
+)  # fmt: skip
+TRAINING = {"learning_rate": 5.0e-4, "num_train_epochs": 5}
+LORA = {"r": 8, "lora_alpha": 16}
+
+
+class Section(BaseModel):
+    """A part of the recipe: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Source(Section):
+    """The source model."""
+
+    model: str
+    revision: str | None = None
+    published_as: str | None = None
+
+
+class Table(Section):
+    """A dataset: a file, a folder, `package:<import name>/<path>` or a Hub id."""
+
+    path: str
+    format: (
+        Literal["csv", "jsonl", "parquet", "txt", "textfolder", "imagefolder", "hub"] | None
+    ) = None
+    name: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    text: str | list[str] = "text"
+    image: str | None = None
+    label: str | list[str] = "label"
+
+    @model_validator(mode="after")
+    def _built(self) -> Self:
+        if self.image or self.format == "imagefolder":
+            raise ValueError("images are not built yet; use a text dataset")
+        if isinstance(self.label, list):
+            raise ValueError("several label columns (multi-label) are not built yet; name one")
+        if isinstance(self.text, list) and not 1 <= len(self.text) <= 2:
+            raise ValueError("text is one column or two (a sentence pair)")
+        return self
+
+    @property
+    def texts(self) -> list[str]:
+        """The text columns, one or two."""
+        return [self.text] if isinstance(self.text, str) else list(self.text)
+
+
+class Fraction(Section):
+    """A share of train, taken by content."""
+
+    fraction: float = Field(gt=0, lt=1)
+
+
+def _part(value: Any) -> str:
+    given = value if isinstance(value, dict) else {}
+    return "Table" if isinstance(value, Table) or "path" in given else "Fraction"
+
+
+Part = Annotated[
+    Annotated[Fraction, Tag("Fraction")] | Annotated[Table, Tag("Table")], Discriminator(_part)
+]
+
+
+class Data(Section):
+    """What is learnt from, and how it is split."""
+
+    task: Literal["classification", "multi-label", "regression", "token-classification"] | None = (
+        "classification"
+    )
+    train: Table
+    validation: Part = Fraction(fraction=0.2)
+    test: Part = Fraction(fraction=0.2)
+    unlabeled: None = None
+    general: None = None
+    group: str | None = None
+    shots: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0)
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    max_length: int = Field(128, ge=2)
+    image_size: None = None
+    augment: Literal["none"] = "none"
+    max_pixels: int = Field(40_000_000, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_of_train(cls, tree: Any) -> Any:
+        """Validation and test tables take from train what they do not say themselves."""
+        if not isinstance(tree, dict) or not isinstance(tree.get("train"), dict):
+            return tree
+        tree = dict(tree)
+        inherited = {
+            key: tree["train"][key]
+            for key in ("format", "name", "revision", "text", "label")
+            if key in tree["train"]
+        }
+        for part in ("validation", "test"):
+            if isinstance(tree.get(part), dict) and "path" in tree[part]:
+                same = tree[part].get("path") == tree["train"].get("path")
+                taken = inherited if same else {k: inherited[k] for k in inherited if k != "format"}
+                tree[part] = taken | tree[part]
+        return tree
+
+    @model_validator(mode="after")
+    def _built(self) -> Self:
+        if self.task not in ("classification", "regression"):
+            raise ValueError(
+                f"task {self.task or 'null'} is not built yet; use classification or regression"
+            )
+        taken = sum(p.fraction for p in (self.validation, self.test) if isinstance(p, Fraction))
+        if taken >= 1:
+            raise ValueError(f"the fractions of validation and test add up to {taken:g}")
+        return self
+
+
+class Finetune(Section):
+    """What trains, and how. `training` is transformers', `lora` is peft's."""
+
+    strategy: Literal["head", "partial", "gradual", "lora", "full"] = "lora"
+    pooling: Literal["native", "mean", "cls"] = "native"
+    head_init: Literal["probe", "random"] = "probe"
+    blocks: int = Field(2, ge=1)
+    patience: int | None = Field(None, ge=1)
+    """Evaluations without improvement on validation before training stops; null: never."""
+    lora: dict[str, Any] = LORA
+    training: dict[str, Any] = TRAINING
+
+    @field_validator("strategy")
+    @classmethod
+    def _strategy_built(cls, strategy: str) -> str:
+        if strategy in NOT_BUILT:
+            raise ValueError(f"{NOT_BUILT[strategy]} is not built yet; use one of {STRATEGIES}")
+        return strategy
+
+    @field_validator("training", mode="before")
+    @classmethod
+    def _training_fields(cls, given: Any) -> dict[str, Any]:
+        given = _known("training", given)
+        for name, value in given.items():
+            if name in OWNED or name.startswith("hub_"):
+                raise RecipeError(
+                    f"finetune.training.{name} belongs to hftl", "Remove it; see measure.seeds"
+                )
+            if name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size"):
+                _positive(f"finetune.training.{name}", value)
+        return TRAINING | given
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _lora_fields(cls, given: Any) -> dict[str, Any]:
+        given = _known("lora", given)
+        for name, value in given.items():
+            if name in OWNED_LORA:
+                raise RecipeError(f"finetune.lora.{name} belongs to hftl", "Remove it")
+            if name in NEEDS_OTHER_DATA and value:
+                raise RecipeError(
+                    f"finetune.lora.{name} does not fit an encoder's adapter here", "Remove it"
+                )
+            if name == "r":
+                _positive("finetune.lora.r", value)
+        start = given.get("init_lora_weights")
+        if isinstance(start, str) and start.startswith(CHANGES_BASE):
+            raise RecipeError(
+                f"finetune.lora.init_lora_weights={start} changes the base's own weights, so the "
+                "adapter would not fit the public base",
+                "Use true, gaussian or orthogonal",
+            )
+        return LORA | given
+
+
+class Search(Section):
+    """The learning rates that `scratch` is given a choice of, and its longer budget."""
+
+    learning_rates: list[float] = Field([1.0e-4, 3.0e-4, 1.0e-3], min_length=1)
+    epochs_factor: float = Field(3, gt=0)
+
+
+class Measure(Section):
+    """What is compared, over which seeds, by which metric."""
+
+    metric: str | None = None
+    """A built-in metric or `evaluate:<id>`; null: accuracy, for regression pearson."""
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
+    arms: list[str | dict[str, dict[str, Any] | None]] = ["scratch", "head"]
+    scratch: Search = Search()
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int]) -> list[int]:
+        twice = {seed for seed in seeds if seeds.count(seed) > 1}
+        if twice:
+            raise ValueError(f"seed {min(twice)} is given twice")
+        return seeds
+
+
+class Publish(Section):
+    """Where the result goes."""
+
+    repo_id: str | None = None
+    private: bool = True
+
+    @field_validator("repo_id")
+    @classmethod
+    def _built(cls, repo_id: str | None) -> str | None:
+        if repo_id is not None:
+            raise ValueError(
+                "the push is not built yet: leave it null, see `hftl publish RUN --dry-run`"
+            )
+        return repo_id
+
+
+def _known(kind: str, given: Any) -> dict[str, Any]:
+    """`given` with every key known upstream and every value of its type."""
+    if not isinstance(given, dict):
+        raise ValueError(f"must be a mapping, got {given!r}")
+    options = list(upstream.fields(kind))
+    for name in given:
+        if name not in options:
+            raise RecipeError(
+                f"unknown key 'finetune.{kind}.{name}'"
+                + closest(name, options, f"finetune.{kind}."),
+                "The names are those of "
+                + ("transformers.TrainingArguments" if kind == "training" else "peft.LoraConfig"),
+            )
+    return {
+        name: upstream.checked(kind, f"finetune.{kind}.{name}", v) for name, v in given.items()
+    }
+
+
+def _positive(name: str, value: Any) -> None:
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+        raise RecipeError(f"{name} must be a number above 0, got {value!r}", "Correct the value")

