@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from hftl import rundir
 from hftl.data.files import READERS
 from hftl.data.load import guess_format
@@ -100,7 +102,7 @@ def guess_columns(name: str, rows: list[dict[str, Any]]) -> Guess:
     columns = {c: [row.get(c) for row in rows if row.get(c) not in (None, "")] for c in rows[0]}
     label, task = _label(name, columns)
     texts = _texts(name, columns, label)
-    group = next((c for c in columns if c.lower() in GROUP_NAMES and c not in texts), None)
+    group = next((c for c in columns if c.lower() in GROUP_NAMES and c not in (*texts, label)), None)
     distinct = len({str(value) for value in columns[label]})
     what = f"{distinct} classes" if task == "classification" else "a number"
     notes = [f"text: {' and '.join(texts)} (the longest column{'s' if len(texts) > 1 else ''})"]
@@ -112,7 +114,7 @@ def guess_columns(name: str, rows: list[dict[str, Any]]) -> Guess:
 
 def _label(name: str, columns: dict[str, list[Any]]) -> tuple[str, str]:
     """The named label column, else the one with the fewest values that repeat."""
-    named = [c for wanted in LABEL_NAMES for c in columns if c.lower() == wanted]
+    named = [c for wanted in LABEL_NAMES for c in columns if c.lower() == wanted and columns[c]]
     few = sorted(
         (c for c in columns if 2 <= _distinct(columns[c]) <= min(MOST_CLASSES, _half(columns[c]))),
         key=lambda c: _distinct(columns[c]),
@@ -157,17 +159,24 @@ def _texts(name: str, columns: dict[str, list[Any]], label: str) -> list[str]:
 def _filled(guess: Guess, data: Path, source: str, path: Path) -> str:
     regression = guess.task == "regression"
     sentence_encoder = any(part in source.lower() for part in ("minilm", "sentence", "mpnet"))
-    text = guess.texts[0] if len(guess.texts) == 1 else f"[{', '.join(guess.texts)}]"
+    text = guess.texts[0] if len(guess.texts) == 1 else guess.texts
     return TEMPLATE.format(
-        source=source, data=data, recipe=path, task=guess.task, text=text, label=guess.label,
+        source=_yaml(source), data=_yaml(str(data)), recipe=path, task=guess.task,
+        text=_yaml(text), label=_yaml(guess.label),
         task_note="         # guessed from the label's values",
         text_note="  # guessed", label_note="  # guessed",
-        group=f"group: {guess.group}" if guess.group
+        group=f"group: {_yaml(guess.group)}" if guess.group
         else "# group: document_id         # rows of one group never straddle splits",
         unit="in all" if regression else "a class",
         pooling="mean" if sentence_encoder else "native",
         metric="pearson" if regression else "accuracy",
     )  # fmt: skip
+
+
+def _yaml(value: str | list[str]) -> str:
+    """A name, or a list of them, on one line that YAML reads back as it is."""
+    line = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
+    return line.removesuffix("...\n").strip()
 
 
 def _distinct(values: list[Any]) -> int:

@@ -56,6 +56,8 @@ def matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 def pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
     """Pearson's correlation; 0 where either side does not vary."""
+    if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
+        return 0.0
     x, y = labels - labels.mean(), predictions - predictions.mean()
     norm = float(np.sqrt((x @ x) * (y @ y)))
     return float(x @ y) / norm if norm > 0 else 0.0
@@ -70,8 +72,10 @@ def spearman(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 def r2(labels: np.ndarray, predictions: np.ndarray) -> float:
     """1 - residual / total sum of squares; 0 where the labels do not vary."""
+    if np.ptp(labels) == 0:
+        return 0.0
     total = float(np.sum((labels - labels.mean()) ** 2))
-    return 1 - float(np.sum((labels - predictions) ** 2)) / total if total > 0 else 0.0
+    return 1 - float(np.sum((labels - predictions) ** 2)) / total
 
 
 def rmse(labels: np.ndarray, predictions: np.ndarray) -> float:

@@ -43,7 +43,7 @@ class Predictor:
         Raises:
             DataError: for an empty text, or another number of texts than the model takes.
         """
-        rows = [(text,) if isinstance(text, str) else tuple(text) for text in inputs]
+        rows = [tuple(text) if isinstance(text, (list, tuple)) else (text,) for text in inputs]
         for number, row in enumerate(rows):
             if len(row) != len(self.texts) or not all(isinstance(t, str) and t.strip() for t in row):
                 raise DataError(

@@ -114,7 +114,9 @@ def digest(folder: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all; one that says the same already is left alone."""
+    if path.exists() and path.read_bytes() == text.encode("utf-8"):
+        return
     aside = path.parent / f".tmp-{path.name}"
     with open(aside, "w", encoding="utf-8") as handle:
         handle.write(text)

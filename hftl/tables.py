@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hftl.data.files import READERS, not_utf8
+from hftl.data.files import READERS, Raw, not_utf8
 from hftl.data.load import guess_format
 from hftl.errors import DataError, RecipeError
 from hftl.explain import closest
@@ -31,35 +31,57 @@ def predict_table(
 
     Raises:
         DataError: if the table is missing, lacks the text column, or holds a row without text.
-        RecipeError: if the output's suffix is unknown, or the model cannot be loaded.
+        RecipeError: if the output's suffix is unknown, its folder is missing, or the model cannot
+            be loaded.
     """
-    if output is not None and output.suffix not in OUTPUTS:
-        raise RecipeError(
-            f"--output {output}: unknown suffix {output.suffix!r}", f"Use {', '.join(OUTPUTS)}"
-        )
+    _check_output(output)
     if not data.exists():
         raise DataError(f"{data} does not exist", "Check the path")
     rows = list(READERS[guess_format(data)](data))
     if not rows:
         raise DataError(f"{data.name} has no rows", "Check the file")
     predictor = load(model, base)
-    texts = []
-    for raw in rows:
-        for column in predictor.texts:
-            if column not in raw.values:
-                has = list(map(str, raw.values))
-                raise DataError(
-                    f"{data.name}: no column {column!r}{closest(column, has).rstrip('?')}; it has "
-                    f"{', '.join(has)}",
-                    f"Name the text column {column!r}",
-                )
-            value = raw.values[column]
-            if raw.fault or not isinstance(value, str) or not value.strip() or not_utf8(value):
-                raise DataError(f"{raw.where}: {raw.fault or 'no usable text'}", "Correct the row")
-        texts.append(tuple(raw.values[column] for column in predictor.texts))
+    columns = dict.fromkeys(key for raw in rows for key in raw.values)
+    for column in predictor.texts:
+        if column not in columns:
+            has = list(map(str, columns))
+            raise DataError(
+                f"{data.name}: no column {column!r}{closest(column, has).rstrip('?')}; it has "
+                f"{', '.join(has)}",
+                f"Name the text column {column!r}",
+            )
+    texts = [_texts(raw, predictor.texts) for raw in rows]
     found = [_columns(told) for told in predictor.predict(texts)]
-    merged = [_merge(raw.values, told) for raw, told in zip(rows, found, strict=True)]
+    merged = [_merge(columns | raw.values, told) for raw, told in zip(rows, found, strict=True)]
     return _write(merged, output)
+
+
+def _check_output(output: Path | None) -> None:
+    if output is None:
+        return
+    if output.suffix not in OUTPUTS:
+        raise RecipeError(
+            f"--output {output}: unknown suffix {output.suffix!r}", f"Use {', '.join(OUTPUTS)}"
+        )
+    if not output.parent.is_dir():
+        raise RecipeError(f"--output {output}: there is no folder {output.parent}", "Make it")
+
+
+def _texts(raw: Raw, wanted: list[str]) -> tuple[str, ...]:
+    """The row's texts.
+
+    Raises:
+        DataError: naming the row, if it cannot be read or holds no text.
+    """
+    fault = raw.fault
+    if any(isinstance(value, str) and not_utf8(value) for value in raw.values.values()):
+        fault = "not valid UTF-8"
+    texts = tuple(raw.values.get(column) for column in wanted)
+    if not fault and not all(isinstance(text, str) and text.strip() for text in texts):
+        fault = "no usable text"
+    if fault:
+        raise DataError(f"{raw.where}: {fault}", "Correct the row")
+    return texts
 
 
 def _columns(told: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ STEPS = 1000
 CS = np.logspace(-5, 2, 8)
 ALPHAS = np.logspace(-2, 6, 17)
 FLAT = 1e-6
-"""A feature that varies less than this carries nothing; dividing by it would blow it up."""
+"""A feature that varies less than this, relative to a mean above 1, carries rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def fit_probe(
         groups: a name for each row whose fold is shared, or None throughout.
     """
     mean, scale = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
-    scale[scale < FLAT] = 1.0
+    scale[scale < FLAT * np.maximum(1, np.abs(mean))] = np.inf  # such a feature weighs nothing
     standard = (features - mean) / scale
     grouped = None if groups[0] is None else np.array(groups)
     if outputs == 1:

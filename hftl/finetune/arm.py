@@ -107,6 +107,8 @@ def fit(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    # accelerate leaves its autocast around forward; predictions are made in fp32.
+    trainer.accelerator.unwrap_model(built.model, keep_fp32_wrapper=False)
     best.restore(built.model)
     trained = time.perf_counter()
     built.model.to(bench.device)

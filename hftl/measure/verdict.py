@@ -42,7 +42,8 @@ def _gain(gain: dict[str, Any] | None) -> tuple[bool, str]:
         return False, "no baseline was run, so nothing says what the transfer is worth"
     told = f"{interval_text(gain)} {gain['metric']} over {gain['baseline']}"
     if gain["ci95"] is None:
-        return False, f"the gain {told} rests on one seed, which cannot tell gain from luck"
+        lone = "one seed" if gain["seeds"] == 1 else "one group of test rows"
+        return False, f"the gain {told} rests on {lone}, which cannot tell gain from luck"
     words = {
         "positive": f"the gain {told} is beyond noise",
         "equivalent": f"the gain {told} is practically none",

@@ -43,10 +43,13 @@ class PooledModel(nn.Module):
         self.head = nn.Linear(width, outputs)
 
     def forward(
-        self, attention_mask: Tensor, labels: Tensor | None = None, **inputs: Tensor
-    ) -> SequenceClassifierOutput:
-        """Logits of shape (batch, outputs). `labels` are not used: the trainer takes the loss."""
-        hidden = self.encoder(attention_mask=attention_mask, **inputs).last_hidden_state
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> SequenceClassifierOutput:  # fmt: skip
+        """Logits (batch, outputs) of (batch, length) ids; the trainer takes the loss of `labels`."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types)
+        hidden = encoded.last_hidden_state
         pooled = pool(hidden, attention_mask, self.pooling)
         return SequenceClassifierOutput(logits=self.head(pooled))  # pyright: ignore
 

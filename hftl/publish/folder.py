@@ -1,6 +1,7 @@
 """The model's part of the publish folder: a plain peft or transformers folder, and its head."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,10 @@ def write_model(bench: Workbench, model: nn.Module, finetune: Finetune, folder: 
     source = bench.source
     labels = label_settings(bench.prepared.names, bench.outputs)
     if finetune.strategy == "lora":
-        adapter = adapter_of(model)
-        settings: Any = adapter.peft_config["default"]
-        settings.base_model_name_or_path = source.public_id
-        settings.revision = source.revision
-        adapter.save_pretrained(folder)
+        adapter_of(model).save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)
+        base = {"base_model_name_or_path": source.public_id, "revision": source.revision}
+        _rewrite(folder / "adapter_config.json", lambda settings: settings | base)
         config = type(source.config).from_dict(source.config.to_dict() | labels)
         config.save_pretrained(folder)
     else:
@@ -75,7 +74,8 @@ def write_model(bench: Workbench, model: nn.Module, finetune: Finetune, folder: 
             metadata={"pooling": finetune.pooling},
         )
     bench.tokenizer.save_pretrained(folder)
-    _drop_local_names(folder)
+    for path in folder.glob("*config.json"):
+        _rewrite(path, _without_local_names)
 
 
 def write_sample(bench: Workbench, logits: np.ndarray, folder: Path) -> Path:
@@ -88,12 +88,11 @@ def write_sample(bench: Workbench, logits: np.ndarray, folder: Path) -> Path:
     return path
 
 
-def _drop_local_names(folder: Path) -> None:
-    """Removes the places on this machine that transformers writes into its configs."""
-    for path in folder.glob("*.json"):
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            continue
-        kept = {k: v for k, v in settings.items() if k not in ("_name_or_path", "name_or_path")}
-        if kept != settings:
-            path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", "utf-8")
+def _without_local_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the places on this machine that transformers writes into them."""
+    return {k: v for k, v in settings.items() if k not in ("_name_or_path", "name_or_path")}
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    settings = change(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -18,7 +18,11 @@ ALLOWED = {
 }  # fmt: skip
 SHARDS = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json")
 PLOTS = re.compile(r"assets/[\w-]+\.png")
-PATH_KEY = re.compile(r"(?<![\w.:/])/(?:home|root|Users|tmp|mnt|work|data|opt|var)/[^\s\"']*")
+PATH_KEY = re.compile(
+    r"(?:(?<![\w.:/])|(?<=file://))/(?:home|root|Users|Volumes|tmp|mnt|media|work|workspace|scratch"
+    r"|data|opt|srv|var)/[^\s\"']*"
+    r"|\b[A-Za-z]:[\\/]+Users\b[^\s\"']*"
+)
 
 
 def reload_difference(folder: Path, source: SourceModel, sample: Path, device: str) -> float:
@@ -34,9 +38,9 @@ def reload_difference(folder: Path, source: SourceModel, sample: Path, device: s
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTHONPATH"):
         environment.pop(name, None)
     found = subprocess.run(
-        [sys.executable, str(script), str(folder), source.location, source.revision or "",
+        [sys.executable, "-P", str(script), str(folder), source.location, source.revision or "",
          str(sample), device],
-        capture_output=True, text=True, env=environment, check=False, cwd=folder,
+        capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     if found.returncode != 0:
         raise HftlError(

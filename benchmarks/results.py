@@ -1,0 +1,83 @@
+"""Keeps what a finished run found, and writes the tables of the READMEs from what is kept.
+
+    python benchmarks/results.py runs/movies-minilm-lora ...
+
+A run's figures go to benchmarks/results/<run's name>.json; then the blocks between
+`<!-- results:... -->` marks in README.md and recipes/README.md are written anew.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from hftl import show
+from hftl.finish import publishable
+from hftl.measure.verdict import interval_text
+from hftl.record import Record, to_json
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+KEPT = ("metric", "own_arm", "ladder", "transfer_gain", "verdict", "data", "environment",
+        "timings", "scratch_search", "reload_difference")  # fmt: skip
+INDEX = {
+    "movies-minilm-lora": "recipes/movies-minilm/lora.yaml",
+    "movies-minilm-valence": "recipes/movies-minilm/valence.yaml",
+    "bbc-minilm-lora": "recipes/bbc-minilm/lora.yaml",
+}
+
+
+def keep(run: Path) -> None:
+    """Writes a finished run's figures to benchmarks/results."""
+    told = publishable(Record.read(run).tree)
+    kept = {key: told[key] for key in KEPT}
+    kept["recipe"] = told["recipe"]
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{run.name}.json").write_text(to_json(kept), encoding="utf-8")
+
+
+def kept(name: str) -> dict[str, Any]:
+    """The figures of a kept run."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def seconds(told: dict[str, Any]) -> float:
+    """What the arms took, the search of scratch's rate not counted."""
+    return sum(sum(times.values()) for times in told["timings"].values())
+
+
+def block(name: str) -> str:
+    """The text between the marks `results:<name>`."""
+    if name == "index":
+        rows = ["| recipe | own arm | test | gain | verdict |", "|---|---|---|---|---|"]
+        rows += [_index_row(run, path) for run, path in INDEX.items()]
+        return "\n".join(rows)
+    return f"```\n{show.ladder(kept(name))}\n```"
+
+
+def _index_row(run: str, path: str) -> str:
+    told = kept(run)
+    gain = told["transfer_gain"]
+    own = next(row for row in told["ladder"] if row["arm"] == told["own_arm"])
+    worth = "no baseline" if gain is None else f"{interval_text(gain)} over {gain['baseline']}"
+    decision = told["verdict"]["decision"]
+    score = f"{told['metric']} {own['test']:.3f}"
+    return f"| `{path}` | {told['own_arm']} | {score} | {worth} | {decision} |"
+
+
+def refresh(path: Path) -> str:
+    """The page's text with every marked block written from the results."""
+    return re.sub(
+        r"(<!-- results:([\w-]+) -->\n).*?(\n<!-- end -->)",
+        lambda found: found[1] + block(found[2]) + found[3],
+        path.read_text(encoding="utf-8"),
+        flags=re.DOTALL,
+    )
+
+
+if __name__ == "__main__":
+    for run_ in map(Path, sys.argv[1:]):
+        keep(run_)
+    for page in (ROOT / "README.md", ROOT / "recipes" / "README.md"):
+        page.write_text(refresh(page), encoding="utf-8")

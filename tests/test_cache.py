@@ -1,0 +1,70 @@
+"""Frozen features: the same values however rows are batched, and each computed once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hftl.data.load import Row
+from hftl.data.text import Pad, encode
+from hftl.model import cache
+from hftl.model.cache import Features, frozen_features, logits
+from hftl.model.head import build, pool
+from hftl.model.source import find_source, load_tokenizer
+from hftl.sections import Source
+
+TEXTS = [("good film",), ("a dull plot with a story",), ("the scene was bright and warm it is",)]
+
+
+@pytest.mark.parametrize("pooling", ["native", "mean", "cls"])
+def test_features_do_not_depend_on_the_batch(
+    pooling: str, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = find_source(Source(model=str(tiny_model())))
+    tokenizer = load_tokenizer(source)
+    found = build(source, pooling, 2, ["a", "b"], seed=0)
+    rows = encode(tokenizer, TEXTS, 16)
+    together = frozen_features(found.model, found.last_linear, rows, Pad(tokenizer), "cpu")
+    monkeypatch.setattr(cache, "BATCH_TOKENS", 1)
+    alone = frozen_features(found.model, found.last_linear, rows, Pad(tokenizer), "cpu")
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["native", "mean", "cls"])
+def test_last_linear_of_the_features_is_the_model(
+    pooling: str, tiny_model: Callable[..., Path]
+) -> None:
+    source = find_source(Source(model=str(tiny_model())))
+    tokenizer = load_tokenizer(source)
+    found = build(source, pooling, 2, ["a", "b"], seed=0)
+    rows = encode(tokenizer, TEXTS, 16)
+    features = frozen_features(found.model, found.last_linear, rows, Pad(tokenizer), "cpu")
+    with torch.no_grad():
+        by_hand = found.last_linear(torch.from_numpy(features)).numpy()
+    np.testing.assert_allclose(
+        logits(found.model, rows, Pad(tokenizer), "cpu"), by_hand, atol=1e-6
+    )
+
+
+def test_mean_pooling_counts_real_tokens_only() -> None:
+    hidden = torch.arange(12.0).reshape(1, 4, 3)
+    mask = torch.tensor([[1, 1, 0, 0]])
+    torch.testing.assert_close(pool(hidden, mask, "mean"), hidden[:, :2].mean(1))
+    torch.testing.assert_close(pool(hidden, mask, "cls"), hidden[:, 0])
+
+
+def test_each_row_is_computed_once() -> None:
+    asked: list[int] = []
+
+    def compute(rows: list[Row]) -> np.ndarray:
+        asked.append(len(rows))
+        return np.array([[float(len(row.texts[0]))] for row in rows])
+
+    rows = [Row((text,), "a", None, i, "") for i, text in enumerate(["x", "xx", "xxx"])]
+    features = Features(compute)
+    assert features.of(rows[:2]).tolist() == [[1.0], [2.0]]
+    assert features.of(rows).tolist() == [[1.0], [2.0], [3.0]]
+    assert features.of([rows[2], rows[0]]).tolist() == [[3.0], [1.0]]
+    assert asked == [2, 1]

@@ -1,0 +1,205 @@
+"""The gain is the plain mean difference; its interval, baseline and order are what they claim."""
+
+import numpy as np
+import pytest
+
+from hftl.measure.gain import MARGIN, Predicted, best_seed, gain, ladder, mean_score, transfer_gain
+from hftl.metrics import METRICS, Metric, find
+from hftl.statistics import mean_interval
+
+ACCURACY = find("accuracy", "classification")
+RMSE = find("rmse", "regression")
+ALL = [metric for known in METRICS.values() for metric in known.values()]
+REGRESSION = list(METRICS["regression"].values())
+
+
+def predicted(rows: int = 80, seeds: int = 3, seed: int = 0, **rates: float) -> Predicted:
+    """Arms that are right on a row with the given probability."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(3, size=rows)
+    arms = {}
+    for arm, rate in rates.items():
+        right = rng.random((seeds, rows)) < rate
+        arms[arm] = np.where(right, labels, (labels + rng.integers(1, 3, size=rows)) % 3)
+    return Predicted(labels, np.arange(rows), arms)
+
+
+def numbers(rows: int = 80, seeds: int = 3, seed: int = 0, **noise: float) -> Predicted:
+    """Arms that miss a target by the given spread."""
+    rng = np.random.default_rng(seed)
+    labels = rng.normal(size=rows)
+    arms = {a: labels + rng.normal(0, spread, (seeds, rows)) for a, spread in noise.items()}
+    return Predicted(labels, np.arange(rows), arms)
+
+
+def told_of(metric: Metric) -> Predicted:
+    if metric in REGRESSION:
+        return numbers(lora=0.5, scratch=1.0)
+    return predicted(lora=0.8, scratch=0.6)
+
+
+@pytest.mark.parametrize("metric", ALL, ids=lambda m: m.name)
+def test_value_is_the_mean_difference_and_positive_is_better(metric: Metric) -> None:
+    told = told_of(metric)
+    differences = [
+        metric.score(told.labels, own) - metric.score(told.labels, other)
+        for own, other in zip(told.predictions["lora"], told.predictions["scratch"], strict=True)
+    ]
+    found = gain(metric, told, "lora", "scratch")
+    assert found["value"] == pytest.approx(metric.sign * np.mean(differences))
+    assert found["value"] > 0 and found["metric"] == metric.name and found["seeds"] == 3
+    assert gain(metric, told, "scratch", "lora")["value"] == pytest.approx(-found["value"])
+
+
+@pytest.mark.parametrize("metric", ALL, ids=lambda m: m.name)
+def test_interval_is_centred_on_the_value(metric: Metric) -> None:
+    found = gain(metric, told_of(metric), "lora", "scratch")
+    low, high = found["ci95"]
+    assert low < found["value"] < high
+    assert (low + high) / 2 == pytest.approx(found["value"])
+
+
+@pytest.mark.parametrize("rows", [2, 80, 400])
+def test_interval_is_that_of_the_raw_differences(rows: int) -> None:
+    told = predicted(rows, lora=0.8, scratch=0.6)
+    right = {arm: (found == told.labels).astype(float) for arm, found in told.predictions.items()}
+    expected = mean_interval(right["lora"] - right["scratch"])
+    assert gain(ACCURACY, told, "lora", "scratch")["ci95"] == pytest.approx(expected)
+
+
+def test_rows_of_a_group_count_as_one_unit() -> None:
+    """Ten copies of forty rows know what forty rows know."""
+    one = predicted(40, seeds=1, lora=0.8, scratch=0.6)
+    few = Predicted(one.labels, one.units, {a: np.repeat(p, 3, 0) for a, p in one.predictions.items()})
+    copies = {arm: np.repeat(found, 10, axis=1) for arm, found in few.predictions.items()}
+    labels = np.repeat(few.labels, 10)
+    alone = Predicted(labels, np.arange(400), copies)
+    grouped = Predicted(labels, np.repeat(np.arange(40), 10), copies)
+    single, naive, fair = (gain(ACCURACY, t, "lora", "scratch") for t in (few, alone, grouped))
+    assert fair["value"] == naive["value"] == pytest.approx(single["value"])
+    assert fair["ci95"] == pytest.approx(single["ci95"])
+    assert np.ptp(fair["ci95"]) > 2 * np.ptp(naive["ci95"])
+
+
+@pytest.mark.parametrize(
+    ("told", "seeds"),
+    [(predicted(seeds=1, lora=1.0, scratch=0.1), 1),
+     (Predicted(np.zeros(9, int), np.zeros(9, int), {"lora": np.zeros((3, 9), int),
+                                                     "scratch": np.ones((3, 9), int)}), 3)],
+    ids=["one seed", "one group"],
+)  # fmt: skip
+def test_nothing_to_compare_gives_no_interval(told: Predicted, seeds: int) -> None:
+    found = gain(ACCURACY, told, "lora", "scratch")
+    assert found["ci95"] is None and found["outcome"] == "undetermined"
+    assert found["seeds"] == seeds and found["value"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "outcome"),
+    [(0.9, 0.4, "positive"), (0.4, 0.9, "negative"), (0.62, 0.6, "undetermined")],
+)
+def test_outcome(own: float, other: float, outcome: str) -> None:
+    told = predicted(100, lora=own, scratch=other)
+    assert gain(ACCURACY, told, "lora", "scratch")["outcome"] == outcome
+
+
+def test_outcome_of_arms_that_agree_is_equivalent() -> None:
+    told = predicted(lora=0.8)
+    same = {"lora": told.predictions["lora"], "scratch": told.predictions["lora"]}
+    found = gain(ACCURACY, Predicted(told.labels, told.units, same), "lora", "scratch")
+    assert found["outcome"] == "equivalent" and found["ci95"] == [0, 0] and MARGIN > 0
+
+
+@pytest.mark.parametrize(("seeds", "p"), [(5, None), (6, 2 / 64)])
+def test_p_value_needs_six_seeds(seeds: int, p: float | None) -> None:
+    told = predicted(100, seeds, lora=0.95, scratch=0.4)
+    assert gain(ACCURACY, told, "lora", "scratch")["p_value"] == p
+
+
+def test_relative_error_reduction_is_that_of_the_means() -> None:
+    told = predicted(lora=0.8, scratch=0.6)
+    own, other = (mean_score(ACCURACY, told, arm) for arm in ("lora", "scratch"))
+    found = gain(ACCURACY, told, "lora", "scratch")["relative_error_reduction"]
+    assert found == pytest.approx(1 - (1 - own) / (1 - other))
+
+
+def test_relative_error_reduction_of_an_error() -> None:
+    told = numbers(lora=0.5, scratch=1.0)
+    own, other = (mean_score(RMSE, told, arm) for arm in ("lora", "scratch"))
+    found = gain(RMSE, told, "lora", "scratch")["relative_error_reduction"]
+    assert found == pytest.approx(1 - own / other) and 0 < found < 1
+
+
+@pytest.mark.parametrize(
+    ("on_validation", "baseline"),
+    [((0.9, 0.3), "scratch"), ((0.3, 0.9), "classical")],
+)
+def test_baseline_is_the_better_on_validation_not_on_test(
+    on_validation: tuple[float, float], baseline: str
+) -> None:
+    """On test the other one is better each time."""
+    scratch, classical = on_validation
+    validation = predicted(lora=0.8, scratch=scratch, classical=classical)
+    test = predicted(lora=0.8, scratch=1 - scratch, classical=1 - classical)
+    found = transfer_gain(ACCURACY, validation, test, "lora")
+    assert found is not None and found["baseline"] == baseline
+    assert found == gain(ACCURACY, test, "lora", baseline) | {"baseline": baseline}
+
+
+def test_baseline_of_an_error_is_the_one_with_less() -> None:
+    validation = numbers(lora=0.1, scratch=0.5, classical=2.0)
+    test = numbers(lora=0.1, scratch=2.0, classical=0.5)
+    found = transfer_gain(RMSE, validation, test, "lora")
+    assert found is not None and found["baseline"] == "scratch"
+
+
+@pytest.mark.parametrize("present", ["scratch", "classical"])
+def test_one_baseline_is_the_baseline(present: str) -> None:
+    told = predicted(lora=0.8, head=0.9, majority=0.3, **{present: 0.5})
+    found = transfer_gain(ACCURACY, told, told, "lora")
+    assert found is not None and found["baseline"] == present
+
+
+def test_without_a_baseline_there_is_no_gain() -> None:
+    told = predicted(lora=0.8, head=0.5, majority=0.3)
+    assert transfer_gain(ACCURACY, told, told, "lora") is None
+
+
+@pytest.mark.parametrize(
+    ("metric", "told"),
+    [(ACCURACY, predicted(head=0.7, lora=0.9, scratch=0.4, classical=0.55)),
+     (RMSE, numbers(head=0.7, lora=0.3, scratch=2.0, classical=1.2))],
+    ids=["accuracy", "rmse"],
+)  # fmt: skip
+def test_ladder_has_the_best_on_test_first(metric: Metric, told: Predicted) -> None:
+    rows = ladder(metric, told, told, "lora")
+    assert [row["arm"] for row in rows] == ["lora", "head", "classical", "scratch"]
+    assert rows[0]["gain_of_own"] is None
+    for row in rows:
+        scores = [metric.score(told.labels, p) for p in told.predictions[row["arm"]]]
+        assert row["test"] == pytest.approx(np.mean(scores))
+        assert row["sd"] == pytest.approx(np.std(scores, ddof=1))
+    for row in rows[1:]:
+        assert row["gain_of_own"] == gain(metric, told, "lora", row["arm"])
+
+
+def test_ladder_tells_validation_apart_from_test() -> None:
+    row = ladder(ACCURACY, predicted(lora=0.2), predicted(lora=0.9), "lora")[0]
+    assert row["validation"] < 0.5 < row["test"]
+
+
+def test_ladder_of_one_seed_has_no_spread() -> None:
+    told = predicted(seeds=1, lora=0.8, scratch=0.5)
+    assert [row["sd"] for row in ladder(ACCURACY, told, told, "lora")] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "best"), [([3, 1, 2], 1), ([2, 1, 1], 1), ([0, 0, 0], 0), ([4, 4, 0], 2)]
+)
+def test_best_seed_is_the_first_of_equals(wrong: list[int], best: int) -> None:
+    labels = np.zeros(5, int)
+    predictions = np.array([[1] * n + [0] * (5 - n) for n in wrong])
+    told = Predicted(labels, np.arange(5), {"lora": predictions})
+    assert best_seed(ACCURACY, told, "lora") == best
+    as_numbers = Predicted(labels.astype(float), told.units, {"lora": predictions.astype(float)})
+    assert best_seed(RMSE, as_numbers, "lora") == best

@@ -1,0 +1,155 @@
+"""`hftl init`: what it guesses from data, and that the recipe it writes is one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import sentences, write_csv
+
+from hftl.errors import DataError, RecipeError
+from hftl.init import guess_columns, write_recipe
+from hftl.recipe import Recipe
+
+TEXTS = [text for text, _ in sentences(40)]
+LABELS = [label for _, label in sentences(40)]
+SCORES = [round(0.37 * i, 2) for i in range(40)]
+
+
+def columns(**given: list[Any]) -> list[dict[str, Any]]:
+    return [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+    return write_csv(path, list(rows[0]), [list(row.values()) for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("rows", "texts", "label", "task", "group"),
+    [
+        (columns(text=TEXTS, label=LABELS), ["text"], "label", "classification", None),
+        (columns(label=LABELS, review=TEXTS, id=list(range(40))), ["review"], "label",
+         "classification", None),
+        (columns(essay=TEXTS, mood=LABELS), ["essay"], "mood", "classification", None),
+        (columns(text=TEXTS, valence=SCORES), ["text"], "valence", "regression", None),
+        (columns(text=TEXTS, label=SCORES), ["text"], "label", "regression", None),
+        (columns(text=TEXTS, label=list(range(60))[:40]), ["text"], "label", "classification",
+         None),
+        (columns(text=TEXTS, label=[i % 5 for i in range(40)]), ["text"], "label",
+         "classification", None),
+        (columns(text=TEXTS, label=[i % 2 == 0 for i in range(40)]), ["text"], "label",
+         "classification", None),
+        (columns(sentence1=TEXTS, sentence2=TEXTS[::-1], label=LABELS),
+         ["sentence1", "sentence2"], "label", "classification", None),
+        (columns(premise=TEXTS, hypothesis=TEXTS[::-1], label=LABELS), ["premise", "hypothesis"],
+         "label", "classification", None),
+        (columns(text=TEXTS, label=LABELS, document_id=[f"d{i // 4}" for i in range(40)]),
+         ["text"], "label", "classification", "document_id"),
+    ],
+    ids=["plain", "id column", "unnamed", "regression", "regression by name", "few numbers",
+         "stars", "booleans", "pair", "premise", "group"],
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_recipe_loads_and_says_what_was_guessed(
+    rows: list[dict[str, Any]], texts: list[str], label: str, task: str, group: str | None,
+    suffix: str, tmp_path: Path,
+) -> None:  # fmt: skip
+    data = write(tmp_path / f"reviews{suffix}", rows)
+    path, notes = write_recipe(data, "org/MiniLM", tmp_path / "new" / "r.yaml")
+    recipe = Recipe.load(path)
+    assert recipe.data.train.path == str(data) and recipe.source.model == "org/MiniLM"
+    assert recipe.data.train.texts == texts and recipe.data.train.label == label
+    assert (recipe.data.task, recipe.data.group) == (task, group)
+    assert recipe.metric == ("pearson" if task == "regression" else "accuracy")
+    assert recipe.finetune.pooling == "mean"
+    told = "\n".join(notes)
+    assert " and ".join(texts) in told and f"label: {label}" in told and task in told
+    assert (f"group: {group}" in told) == (group is not None)
+    assert path.read_text("utf-8").count("# guessed") == 3
+
+
+def test_default_path_stands_beside_you(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, _ = write_recipe(table, "bert-base-uncased", None)
+    assert path == Path("reviews.yaml")
+    assert Recipe.load(path).finetune.pooling == "native"
+
+
+def test_folder_of_texts_is_read_whole(tmp_path: Path) -> None:
+    for text, label in sentences(20):
+        (tmp_path / "news" / label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "news" / label / f"{text[:12]}.txt").write_text(text)
+    path, notes = write_recipe(tmp_path / "news", "org/model", tmp_path / "r.yaml")
+    recipe = Recipe.load(path)
+    assert recipe.data.train.path == str(tmp_path / "news")
+    assert (recipe.data.train.text, recipe.data.train.label) == ("text", "label")
+    assert "label: label (2 classes), so the task is classification" in notes
+
+
+@pytest.mark.parametrize("name", ["yes", "1", "a: b", "# note", "it's", '"quoted"', "[x, y]", "ä"])
+def test_any_column_name_survives_yaml(name: str, tmp_path: Path) -> None:
+    other = f"{name} label"
+    group = columns(**{name: TEXTS, other: LABELS})
+    path, _ = write_recipe(write(tmp_path / "a.csv", group), "org/model", tmp_path / "r.yaml")
+    train = Recipe.load(path).data.train
+    assert (train.text, train.label) == (name, other)
+
+
+@pytest.mark.parametrize("first", ["a, b1", "no1"])
+def test_any_pair_of_column_names_survives_yaml(first: str, tmp_path: Path) -> None:
+    second = f"{first[:-1]}2"
+    data = write(tmp_path / "a.csv", columns(**{first: TEXTS, second: TEXTS, "label": LABELS}))
+    path, _ = write_recipe(data, "org/model", tmp_path / "r.yaml")
+    assert Recipe.load(path).data.train.texts == [first, second]
+
+
+@pytest.mark.parametrize("name", ["my reviews: all #1.csv", "{braces}.csv"])
+def test_any_path_survives_yaml(name: str, tmp_path: Path) -> None:
+    data = write(tmp_path / name, columns(text=TEXTS, label=LABELS))
+    path, _ = write_recipe(data, str(tmp_path / "model: 2 # b"), tmp_path / "r.yaml")
+    recipe = Recipe.load(path)
+    assert recipe.data.train.path == str(data)
+    assert recipe.source.model == str(tmp_path / "model: 2 # b")
+
+
+def test_a_recipe_is_never_overwritten(table: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("mine")
+    with pytest.raises(RecipeError, match=r"mine\.yaml exists already.*--output"):
+        write_recipe(table, "org/model", path)
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        (columns(text=TEXTS, note=TEXTS[::-1]), "t.csv: no column looks like a label; it has text"),
+        (columns(text=TEXTS, label=[""] * 40), "t.csv: no column looks like a label"),
+        (columns(label=LABELS, weight=SCORES), "t.csv: no column looks like text; it has label"),
+        (columns(label=LABELS), "t.csv: no column looks like text"),
+    ],
+    ids=["no label", "empty label", "no text", "label only"],
+)
+def test_what_no_column_can_be_is_said(rows: list[dict[str, Any]], why: str) -> None:
+    with pytest.raises(DataError, match=why):
+        guess_columns("t.csv", rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [("none.csv", None, "none.csv does not exist"), ("rows.csv", "text,label\n", "has no rows"),
+     ("empty.csv", "", "is empty"), ("notes.docx", "x", "suffix '.docx' says no format")],
+)  # fmt: skip
+def test_data_that_cannot_be_read(
+    name: str, content: str | None, why: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=why):
+        write_recipe(tmp_path / name, "org/model", tmp_path / "r.yaml")
+    assert not (tmp_path / "r.yaml").exists()

@@ -1,0 +1,256 @@
+"""Every format read the same way, and every bad row named by file and line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hftl.data.load import BadRows, Row, class_name, load
+from hftl.errors import DataError, HubError, HftlError, RecipeError
+from hftl.sections import Table
+
+GOOD = [("a fine film", "pos"), ('dull, "very" dull', "neg"), ("two\nlines", "pos")]
+
+
+def rows_of(
+    path: Path | str,
+    task: str = "classification",
+    group: str | None = None,
+    bad: BadRows | None = None,
+    **table: Any,
+) -> list[Row]:
+    return load(Table(path=str(path), **table), "train", task, group, bad or BadRows())
+
+
+def written(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def as_csv(folder: Path, between: str = ",") -> Path:
+    lines = [f'"{text.replace(chr(34), chr(34) * 2)}"{between}{label}' for text, label in GOOD]
+    name = "a.csv" if between == "," else "a.tsv"
+    return written(folder, name, "\n".join([f"text{between}label", *lines]) + "\n")
+
+
+def as_jsonl(folder: Path) -> Path:
+    lines = [json.dumps({"text": text, "label": label}) for text, label in GOOD]
+    return written(folder, "a.jsonl", "\n\n".join(lines))
+
+
+def as_parquet(folder: Path) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts, labels = zip(*GOOD, strict=True)
+    pq.write_table(pa.table({"text": list(texts), "label": list(labels)}), folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+def as_textfolder(folder: Path) -> Path:
+    for number, (text, label) in enumerate(GOOD):
+        (folder / "texts" / label).mkdir(parents=True, exist_ok=True)
+        (folder / "texts" / label / f"{number}.txt").write_bytes(text.encode())
+    (folder / "texts" / "pos" / ".hidden").write_bytes(b"x")
+    return folder / "texts"
+
+
+@pytest.mark.parametrize("make", [as_csv, as_jsonl, as_parquet, as_textfolder])
+def test_each_format_gives_the_same_rows(make: Any, tmp_path: Path) -> None:
+    found = rows_of(make(tmp_path))
+    assert sorted((row.texts[0], row.label) for row in found) == sorted(GOOD)
+    assert {row.group for row in found} == {None}
+    assert len({row.index for row in found}) == 3
+    assert len({row.where for row in found}) == 3
+
+
+def test_tabs_and_a_byte_order_mark(tmp_path: Path) -> None:
+    tabbed = as_csv(tmp_path, "\t")
+    marked = written(tmp_path, "b.csv", b"\xef\xbb\xbf" + as_csv(tmp_path).read_bytes())
+    crlf = written(tmp_path, "c.csv", "text,label\r\nx,a\r\n\r\ny,b\r\n")
+    assert [(r.texts[0], r.label) for r in rows_of(tabbed)] == GOOD
+    assert [(r.texts[0], r.label) for r in rows_of(marked)] == GOOD
+    assert [(r.texts[0], r.label, r.index, r.where) for r in rows_of(crlf)] == [
+        ("x", "a", 0, "c.csv line 2"), ("y", "b", 1, "c.csv line 4"),
+    ]  # fmt: skip
+
+
+def test_a_format_that_is_said_wins_over_the_suffix(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.data", "text,label\nx,a\n")
+    assert rows_of(path, format="csv")[0].texts == ("x",)
+    with pytest.raises(DataError, match=r"a\.data: the suffix '\.data' says no format"):
+        rows_of(path)
+
+
+def test_columns_pairs_groups_and_targets(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.csv", "q,p,score,who\nx,y,1.5,7\nz,w,-2,8\n")
+    found = rows_of(path, "regression", "who", text=["q", "p"], label="score")
+    assert found == [
+        Row(("x", "y"), 1.5, "7", 0, "a.csv line 2"),
+        Row(("z", "w"), -2.0, "8", 1, "a.csv line 3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "name"), [(1, "1"), (1.0, "1"), ("1", "1"), (" a ", "a"), (True, "True"), (-2, "-2")]
+)
+def test_class_names(value: Any, name: str) -> None:
+    assert class_name(value) == name
+
+
+BAD = [
+    ("fields", "a.csv", "text,label\nx,a\ny\nz,b\n", "a.csv line 3", "1 fields where the header"),
+    ("more", "a.csv", "text,label\nx,a\ny,b,c\nz,b\n", "a.csv line 3", "3 fields where the header"),
+    ("text", "a.csv", "text,label\nx,a\n  ,b\nz,b\n", "a.csv line 3", "text is empty"),
+    ("label", "a.csv", "text,label\nx,a\ny, \nz,b\n", "a.csv line 3", "the label is empty"),
+    ("utf8", "a.csv", b"text,label\nx,a\ncaf\xe9,b\nz,b\n", "a.csv line 3", "not valid UTF-8"),
+    ("utf8 label", "a.csv", b"text,label\nx,a\ny,b\xff\nz,b\n", "a.csv line 3", "not valid UTF-8"),
+    ("json", "a.jsonl", '{"text":"x","label":"a"}\n{"text":\n{"text":"z","label":"b"}\n',
+     "a.jsonl line 2", "not a JSON object"),
+    ("json first", "a.jsonl", '{"text":\n{"text":"x","label":"a"}\n{"text":"z","label":"b"}\n',
+     "a.jsonl line 1", "not a JSON object"),
+    ("list", "a.jsonl", '{"text":"x","label":"a"}\n[1]\n{"text":"z","label":"b"}\n',
+     "a.jsonl line 2", "not a JSON object"),
+    ("lacks", "a.jsonl", '{"text":"x","label":"a"}\n{"text":"y"}\n{"text":"z","label":"b"}\n',
+     "a.jsonl line 2", "the label is empty"),
+    ("number", "a.jsonl", '{"text":"x","label":"a"}\n{"text":3,"label":"b"}\n'
+     '{"text":"z","label":"b"}\n', "a.jsonl line 2", "text is int, not text"),
+    ("null", "a.jsonl", '{"text":"x","label":"a"}\n{"text":null,"label":"b"}\n'
+     '{"text":"z","label":"b"}\n', "a.jsonl line 2", "text is empty, not text"),
+    ("half", "a.jsonl", '{"text":"x","label":1}\n{"text":"y","label":1.5}\n'
+     '{"text":"z","label":2}\n', "a.jsonl line 2", "the label 1.5 is no class"),
+    ("many", "a.jsonl", '{"text":"x","label":"a"}\n{"text":"y","label":["b"]}\n'
+     '{"text":"z","label":"b"}\n', "a.jsonl line 2", "the label is a list"),
+    ("surrogate", "a.jsonl", '{"text":"x","label":"a"}\n{"text":"\\ud83d","label":"b"}\n'
+     '{"text":"z","label":"b"}\n', "a.jsonl line 2", "not valid UTF-8"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "where", "why"), [b[1:] for b in BAD],
+                         ids=[b[0] for b in BAD])  # fmt: skip
+def test_a_bad_row_is_refused_or_dropped_and_listed(
+    tmp_path: Path, name: str, content: str | bytes, where: str, why: str
+) -> None:
+    path = written(tmp_path, name, content)
+    with pytest.raises(DataError, match=f"^{where}: .*{why}.*data.bad_rows=skip"):
+        rows_of(path)
+    bad = BadRows(skip=True)
+    assert [row.texts for row in rows_of(path, bad=bad)] == [("x",), ("z",)]
+    assert [told["where"] for told in bad.dropped] == [where]
+    assert why in bad.dropped[0]["why"]
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ("nan", "the target is nan"),
+        ("inf", "the target is inf"),
+        ("", "the target is empty"),
+        ("high", "the target 'high' is not a number"),
+    ],
+)
+def test_a_bad_target(tmp_path: Path, target: str, why: str) -> None:
+    path = written(tmp_path, "a.csv", f"text,label\nx,1\ny,{target}\nz,2\n")
+    with pytest.raises(DataError, match=f"^a.csv line 3: {why}"):
+        rows_of(path, "regression")
+    bad = BadRows(skip=True)
+    assert [row.label for row in rows_of(path, "regression", bad=bad)] == [1.0, 2.0]
+    assert bad.dropped == [{"where": "a.csv line 3", "why": why}]
+
+
+def test_a_row_without_its_group(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.csv", "text,label,who\nx,a,1\ny,b,\n")
+    with pytest.raises(DataError, match="a.csv line 3: who is empty"):
+        rows_of(path, group="who")
+
+
+def test_bytes_that_are_not_utf8_in_a_folder_of_texts(tmp_path: Path) -> None:
+    folder = as_textfolder(tmp_path)
+    written(folder / "neg", "9.txt", b"caf\xe9")
+    with pytest.raises(DataError, match="neg/9.txt: not valid UTF-8"):
+        rows_of(folder)
+
+
+UNREADABLE = [
+    ("absent.csv", None, "absent.csv does not exist"),
+    ("a.csv", "", "a.csv is empty"),
+    ("a.csv", "text,label\n", "a.csv has no rows"),
+    ("a.csv", "text,label\n,\n", "a.csv line 2: text is empty"),
+    ("a.jsonl", "", "a.jsonl has no rows"),
+    ("a.csv", "text,labels\nx,a\n", "a.csv: no column 'label'; did you mean 'labels'.*text, labels"),
+    ("a.csv", "text;label\nx;a\n", r"no column 'text'.*is it separated by ';'\?"),
+    ("a.csv", "text,text\nx,a\n", "two columns are named 'text'"),
+    ("a.csv", 'text,label\nx,a\n"y,b\n', "a.csv line .*: not valid CSV"),
+    ("a.csv", b"text,cat\xe9gorie\nx,a\n", "a.csv line 1: not valid UTF-8"),
+    ("a.csv", "text,label\nx,a\n".encode("utf-16"), "a.csv is UTF-16"),
+    ("a.json", '[{"text": "x", "label": "a"}]', "a.json line 1: not a JSON object"),
+    ("a.json", '[\n{"text": "x", "label": "a"},\n]', "a.json line 1: not a JSON object"),
+    ("a.jsonl", '"x"\n', "a.jsonl line 1: not a JSON object"),
+    ("a.parquet", "text,label\nx,a\n", "a.parquet: not valid Parquet"),
+    ("a.parquet", "", "a.parquet: not valid Parquet"),
+    ("a.txt", "x\n", "a.txt: no column 'label'; it has text"),
+    ("a.xlsx", "x", "a.xlsx: the suffix '.xlsx' says no format"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), UNREADABLE)
+def test_files_that_cannot_be_used(
+    tmp_path: Path, name: str, content: str | bytes | None, message: str
+) -> None:
+    if content is not None:
+        written(tmp_path, name, content)
+    with pytest.raises(DataError, match=message):
+        rows_of(tmp_path / name)
+
+
+def test_skip_does_not_turn_an_unusable_file_into_nothing(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.csv", "text,label\n,a\n ,b\n")
+    with pytest.raises(DataError, match="a.csv has no usable rows"):
+        rows_of(path, bad=BadRows(skip=True))
+
+
+def test_the_format_and_the_place_must_fit(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.csv", "text,label\nx,a\n")
+    with pytest.raises(DataError, match=r"a\.csv is a file.*textfolder"):
+        rows_of(path, format="textfolder")
+    with pytest.raises(DataError, match="is a folder.*csv"):
+        rows_of(tmp_path, format="csv")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="none has no folders, one a class"):
+        rows_of(tmp_path / "none")
+
+
+@pytest.mark.parametrize("labels", [('"a"', "1"), ("1", "true"), ('"1"', "1.0")])
+@pytest.mark.parametrize("skip", [False, True])
+def test_labels_of_mixed_types(tmp_path: Path, labels: tuple[str, str], skip: bool) -> None:
+    lines = [f'{{"text": "t{i}", "label": {label}}}' for i, label in enumerate(labels)]
+    path = written(tmp_path, "a.jsonl", "\n".join(lines))
+    with pytest.raises(DataError, match="a.jsonl: labels of mixed types: .*line 1.*line 2|line 2"):
+        rows_of(path, bad=BadRows(skip=skip))
+
+
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [
+        ("no-such-org/no-such-dataset", HubError),
+        ("missing.csv", DataError),
+        ("data/missing.jsonl", DataError),
+        ("package:no_such_package/a.csv", RecipeError),
+    ],
+)
+def test_what_is_not_there(
+    path: str, error: type[HftlError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=path.split("/")[-1] if error is not RecipeError else "no_such"):
+        rows_of(path)
+
+
+def test_a_missing_folder_with_a_format_is_no_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="data/reviews does not exist"):
+        rows_of("data/reviews", format="csv")

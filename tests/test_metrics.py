@@ -1,0 +1,163 @@
+"""Every formula against an independent one, and what no metric may do."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics as sk
+
+from hftl.errors import HubError, NumericError, RecipeError
+from hftl.metrics import METRICS, Metric, compute, find
+
+ALL = [(task, name) for task, known in METRICS.items() for name in known]
+ORACLES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": sk.accuracy_score,
+    "balanced_accuracy": sk.balanced_accuracy_score,
+    "f1": lambda y, p: sk.f1_score(y, p, average="macro"),
+    "matthews": lambda y, p: rk_correlation(y, p),
+    "pearson": lambda y, p: stats.pearsonr(y, p).statistic,
+    "spearman": lambda y, p: stats.spearmanr(y, p).statistic,
+    "r2": sk.r2_score,
+    "rmse": lambda y, p: sum((a - b) ** 2 for a, b in zip(y, p, strict=True)) ** 0.5 / len(y) ** 0.5,
+    "mae": lambda y, p: sum(abs(a - b) for a, b in zip(y, p, strict=True)) / len(y),
+}
+
+
+def rk_correlation(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Gorodkin's R_K, the correlation of the one-hot rows, by brute force."""
+    classes = np.union1d(labels, predictions)
+    x = (labels[:, None] == classes).astype(float)
+    y = (predictions[:, None] == classes).astype(float)
+    x, y = x - x.mean(0), y - y.mean(0)
+    return float(np.sum(x * y) / np.sqrt(np.sum(x * x) * np.sum(y * y)))
+
+
+def draw(task: str, seed: int, rows: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """Labels, and predictions that are right more often than not."""
+    rng = np.random.default_rng(seed)
+    if task == "classification":
+        labels = rng.choice(5, rows, p=[0.5, 0.3, 0.15, 0.05, 0.0])
+        return labels, np.where(rng.random(rows) < 0.6, labels, rng.integers(5, size=rows))
+    labels = rng.normal(3, 2, rows).round(1)
+    return labels, (labels + rng.normal(0.5, 1, rows)).round(1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("task", "name"), ALL)
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+def test_equals_its_oracle(task: str, name: str, seed: int) -> None:
+    labels, predictions = draw(task, seed)
+    assert find(name, task).score(labels, predictions) == pytest.approx(
+        ORACLES[name](labels, predictions), abs=1e-12
+    )
+
+
+@pytest.mark.parametrize(("task", "name"), ALL)
+def test_perfect_is_best_and_worse_is_worse(task: str, name: str) -> None:
+    metric = find(name, task)
+    labels, predictions = draw(task, 1)
+    good = metric.score(labels, predictions)
+    assert metric.score(labels, labels) == pytest.approx(metric.best)
+    assert metric.sign * good < metric.sign * metric.best
+    worse = np.concatenate([predictions[30:], predictions[:30]])
+    assert metric.sign * metric.score(labels, worse) < metric.sign * good
+
+
+@pytest.mark.parametrize(("task", "name"), ALL)
+def test_order_of_rows_does_not_matter(task: str, name: str) -> None:
+    metric = find(name, task)
+    labels, predictions = draw(task, 2)
+    order = np.random.default_rng(0).permutation(len(labels))
+    assert metric.score(labels[order], predictions[order]) == pytest.approx(
+        metric.score(labels, predictions), abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", ["pearson", "spearman"])
+def test_correlations_ignore_unit_and_offset(name: str) -> None:
+    score = find(name, "regression").score
+    labels, predictions = draw("regression", 3)
+    assert score(labels, 7 * predictions - 4) == pytest.approx(score(labels, predictions))
+    assert score(labels, -predictions) == pytest.approx(-score(labels, predictions))
+
+
+@pytest.mark.parametrize("name", ["pearson", "spearman"])
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1e6 / 3])
+def test_correlation_with_a_constant_is_zero(name: str, constant: float) -> None:
+    score = find(name, "regression").score
+    labels = np.random.default_rng(0).normal(size=11)
+    flat = np.full(11, constant)
+    assert score(labels, flat) == score(flat, labels) == score(flat, flat) == 0.0
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1e6 / 3])
+def test_r2_of_labels_that_do_not_vary_is_zero(constant: float) -> None:
+    assert find("r2", "regression").score(np.full(3, constant), np.array([1.0, 2, 3])) == 0.0
+
+
+@pytest.mark.parametrize("name", ["balanced_accuracy", "f1", "matthews"])
+def test_majority_scores_what_chance_scores(name: str) -> None:
+    labels = np.array([0] * 90 + [1] * 10)
+    expected = {"balanced_accuracy": 0.5, "f1": 90 / 190, "matthews": 0.0}[name]
+    assert find(name, "classification").score(labels, np.zeros(100, int)) == pytest.approx(expected)
+
+
+def test_compute_gives_every_metric_by_name() -> None:
+    labels, predictions = draw("regression", 4)
+    found = compute(list(METRICS["regression"].values()), labels, predictions)
+    assert list(found) == ["pearson", "spearman", "r2", "rmse", "mae"]
+    assert found["mae"] == pytest.approx(ORACLES["mae"](labels, predictions))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_prediction_that_is_not_finite_is_refused(bad: float) -> None:
+    predictions = np.array([0.0, 1.0, bad, bad])
+    with pytest.raises(NumericError, match=rf"prediction 2 is {bad}.*learning rate"):
+        compute(list(METRICS["regression"].values()), np.zeros(4), predictions)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "close"),
+    [("acuracy", "classification", "accuracy"), ("RMSE", "regression", None),
+     ("spearmann", "regression", "spearman"), ("rmse", "classification", None)],
+)  # fmt: skip
+def test_unknown_metric_is_refused_with_the_closest(
+    name: str, task: str, close: str | None
+) -> None:
+    with pytest.raises(RecipeError, match=rf"no metric '{name}' for {task}") as caught:
+        find(name, task)
+    assert ", ".join(METRICS[task]) in str(caught.value)
+    assert (f"did you mean '{close}'?" in str(caught.value)) == (close is not None)
+
+
+def fake_evaluate(monkeypatch: pytest.MonkeyPatch, told: Any) -> None:
+    def load(identifier: str) -> SimpleNamespace:
+        assert identifier == "team/metric"
+        if isinstance(told, Exception):
+            raise told
+        return SimpleNamespace(compute=lambda **given: told)
+
+    monkeypatch.setattr("evaluate.load", load)
+
+
+def test_metric_of_evaluate_gives_its_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_evaluate(monkeypatch, {"wer": 0.25, "per_class": [0.1, 0.4]})
+    metric = find("evaluate:team/metric", "classification")
+    assert isinstance(metric, Metric) and metric.name == "evaluate:team/metric"
+    assert metric.score(np.zeros(2), np.zeros(2)) == 0.25
+
+
+def test_metric_of_evaluate_with_two_numbers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_evaluate(monkeypatch, {"precision": 0.5, "recall": 0.6})
+    metric = find("evaluate:team/metric", "classification")
+    with pytest.raises(RecipeError, match=r"\['precision', 'recall'\], not one number"):
+        metric.score(np.zeros(2), np.zeros(2))
+
+
+def test_metric_of_evaluate_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_evaluate(monkeypatch, ConnectionError("no route"))
+    with pytest.raises(HubError, match="evaluate:team/metric cannot be fetched: no route"):
+        find("evaluate:team/metric", "classification")

@@ -1,0 +1,69 @@
+"""Folder, file, package or Hub id: told apart without network and without importing."""
+
+from pathlib import Path
+
+import pytest
+
+from hftl.errors import RecipeError
+from hftl.places import find
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package that cannot be imported, but holds a model."""
+    folder = tmp_path / "site" / "shipped_model"
+    (folder / "model").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise ImportError('imported')", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(folder.parent))
+    return folder
+
+
+@pytest.mark.parametrize("place", ["bert-base-uncased", "org/model.v1-2", "Org_1/Name", "a/b"])
+def test_hub_ids(place: str) -> None:
+    assert find(place, "source.model") is None
+
+
+@pytest.mark.parametrize(
+    "place", ["models/a/b", "./bert", "../bert", "/none/bert", "my model", "org/", "-org/model", "~/x"]
+)  # fmt: skip
+def test_what_can_be_no_hub_id_is_a_path(place: str) -> None:
+    found = find(place, "source.model")
+    assert found is not None
+    assert not found.exists()
+
+
+@pytest.mark.parametrize("place", ["reviews.csv", "data/reviews.jsonl", "a.PARQUET", "a/b.tsv"])
+def test_a_missing_table_is_no_hub_id(place: str) -> None:
+    assert find(place, "data.train.path") == Path(place)
+
+
+def test_what_exists_is_no_hub_id(tmp_path: Path) -> None:
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    assert find("org/model", "source.model") == Path("org/model")
+
+
+def test_the_home_folder_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find("~/model", "source.model") == tmp_path / "model"
+    assert find("~no-such-user/model", "source.model") == Path("~no-such-user/model")
+
+
+def test_a_package_is_found_without_being_imported(package: Path) -> None:
+    assert find("package:shipped_model/model", "source.model") == package / "model"
+    assert find("package:shipped_model", "source.model") == package
+
+
+@pytest.mark.parametrize("place", ["package:no_such_model/model", "package:", "package:no-word/a"])
+def test_a_package_that_is_not_installed(place: str) -> None:
+    with pytest.raises(RecipeError, match=r"^source\.model: the package .* is not installed"):
+        find(place, "source.model")
+
+
+def test_a_package_without_the_path(package: Path) -> None:
+    with pytest.raises(RecipeError, match=r"source\.model: the package 'shipped_model' has no 'x'"):
+        find("package:shipped_model/x", "source.model")

@@ -1,0 +1,192 @@
+"""The data stage: what it keeps, what it refuses, and that data count by content."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import sentences, write_csv
+
+from hftl.data import prepare as stage
+from hftl.data.prepare import Prepared, files_digest, prepare
+from hftl.errors import DataError
+from hftl.sections import Data
+
+HEADER = ["text", "label"]
+
+
+def data(path: Path, **more: Any) -> Data:
+    return Data.model_validate({"train": {"path": str(path)}, **more})
+
+
+def test_fractions_are_exact_and_the_facts_tell_them(table: Path) -> None:
+    found = prepare(data(table))
+    assert found.facts["splits"] == {"train": 96, "validation": 32, "test": 32}
+    assert found.names == ["negative", "positive"]
+    assert found.facts["label_counts"]["test"] == {"negative": 16, "positive": 16}
+    texts = [row.texts for rows in found.rows.values() for row in rows]
+    assert len(set(texts)) == len(texts) == found.facts["rows_read"] == 160
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_what_is_written_is_read_back(tmp_path: Path, task: str) -> None:
+    rows = [(f"text {i}", f"second {i}", i % 2 if task == "classification" else i / 4, i // 2)
+            for i in range(40)]  # fmt: skip
+    path = write_csv(tmp_path / "a.csv", ["q", "p", "y", "who"], rows)
+    train = {"path": str(path), "text": ["q", "p"], "label": "y"}
+    found = prepare(Data.model_validate({"train": train, "task": task, "group": "who"}))
+    stage.write(found, tmp_path, "digest")
+    again = stage.read(tmp_path)
+    assert again == found
+    assert stage.stored_digest(tmp_path) == "digest"
+    assert np.array_equal(again.labels(again.rows["train"]), found.labels(found.rows["train"]))
+
+
+def test_the_fingerprint_knows_content_and_not_order_or_path(table: Path, tmp_path: Path) -> None:
+    rows = sentences(160)
+    (tmp_path / "else").mkdir()
+    mixed = write_csv(tmp_path / "else" / "other.csv", HEADER, rows[::-1])
+    flipped = write_csv(tmp_path / "flip.csv", HEADER, [(rows[0][0], "positive"), *rows[1:]])
+    longer = write_csv(tmp_path / "long.csv", HEADER, [*rows, ("one more text", "positive")])
+    first = prepare(data(table))
+    assert prepare(data(mixed)).facts["fingerprint"] == first.facts["fingerprint"]
+    for other in (data(flipped), data(longer), data(table, seed=1)):
+        assert prepare(other).facts["fingerprint"] != first.facts["fingerprint"]
+
+
+def test_an_arms_rows_and_their_order_do_not_depend_on_the_disk(table: Path) -> None:
+    rows = sentences(160)
+    first = prepare(data(table))
+    write_csv(table, HEADER, rows[::-1])
+    again = prepare(data(table))
+    for seed in (0, 1):
+        drawn = [[row.texts for row in p.train(5, seed)] for p in (first, again)]
+        assert drawn[0] == drawn[1]
+    assert [row.texts for row in first.rows["test"]] == [row.texts for row in again.rows["test"]]
+
+
+def test_class_ids_follow_numbers_as_numbers(tmp_path: Path) -> None:
+    rows = [(f"text {i}", (10, 9, -1)[i % 3]) for i in range(60)]
+    found = prepare(data(write_csv(tmp_path / "a.csv", HEADER, rows)))
+    assert found.names == ["-1", "9", "10"]
+    ids = found.labels(found.rows["test"])
+    assert ids.dtype == np.int64
+    assert [found.names[i] for i in ids] == [row.label for row in found.rows["test"]]
+
+
+def test_targets_are_floats_and_have_no_classes(tmp_path: Path) -> None:
+    rows = [(f"text {i}", i / 10) for i in range(50)]
+    path = write_csv(tmp_path / "a.csv", HEADER, rows)
+    found = prepare(data(path, task="regression", shots=7))
+    assert found.names == []
+    assert found.facts["label_counts"] is None
+    assert found.labels(found.rows["test"]).dtype == np.float64
+    assert (len(found.train(7, 0)), len(found.rows["validation"])) == (7, 7)
+
+
+def test_bad_rows_and_duplicates_are_counted_and_listed(tmp_path: Path) -> None:
+    rows = [*sentences(60), (" ", "positive"), sentences(1)[0], ("both", "negative"),
+            ("both", "positive")]  # fmt: skip
+    path = write_csv(tmp_path / "a.csv", HEADER, rows)
+    facts = prepare(data(path, bad_rows="skip")).facts
+    assert (facts["rows_read"], facts["bad_rows"]) == (64, 1)
+    assert (facts["duplicates"], facts["conflicting"]) == (1, 2)
+    assert facts["bad_rows_listed"] == [{"where": "a.csv line 62", "why": "text is empty"}]
+    assert sum(facts["splits"].values()) == 60
+
+
+def test_fractions_are_taken_after_duplicates_are_dropped(table: Path) -> None:
+    first = prepare(data(table))
+    write_csv(table, HEADER, sentences(160) * 3)
+    again = prepare(data(table))
+    assert again.facts["fingerprint"] == first.facts["fingerprint"]
+    assert again.facts["duplicates"] == 320
+
+
+def test_groups_never_straddle(tmp_path: Path) -> None:
+    rows = [(text, label, i // 4) for i, (text, label) in enumerate(sentences(160))]
+    path = write_csv(tmp_path / "a.csv", [*HEADER, "who"], rows)
+    found = prepare(data(path, group="who"))
+    seen = Counter(group for rows in found.rows.values() for group in {row.group for row in rows})
+    assert set(seen.values()) == {1}
+    assert found.facts["splits"] == {"train": 96, "validation": 32, "test": 32}
+
+
+def tables(folder: Path, test: list[tuple[Any, ...]], header: list[str] = HEADER, **more: Any) -> Prepared:
+    rows = [(*row, f"g{i}")[: len(header)] for i, row in enumerate(sentences(40))]
+    train = write_csv(folder / "train.csv", header, rows)
+    other = write_csv(folder / "test.csv", header, test)
+    return prepare(data(train, test={"path": str(other)}, **more))
+
+
+def test_a_test_table_of_its_own(tmp_path: Path) -> None:
+    test = sentences(52)[40:]
+    found = tables(tmp_path, [*test, sentences(1)[0]])
+    assert {row.texts[0] for row in found.rows["test"]} == {text for text, _ in [*test, sentences(1)[0]]}
+    assert found.facts["leaked"] == 1
+    assert sentences(1)[0][0] not in {row.texts[0] for row in found.rows["train"]}
+
+
+def test_a_test_label_that_train_never_has(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"test\.csv line 3: test has the label 'neutral', which train never has"
+    ):
+        tables(tmp_path, [("well", "positive"), ("so so", "neutral")])
+
+
+def test_a_group_that_straddles_two_tables(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the group 'g3' stands in train and in another table"):
+        tables(tmp_path, [("well", "positive", "g3")], [*HEADER, "who"], group="who")
+
+
+def test_one_class(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "a.csv", HEADER, [(f"text {i}", "only") for i in range(20)])
+    with pytest.raises(DataError, match="train has one class only: 'only'"):
+        prepare(data(path))
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "split"),
+    [
+        (2, {}, "test"),
+        (4, {"test": {"fraction": 0.5}, "validation": {"fraction": 0.1}}, "validation"),
+    ],
+)
+def test_a_split_left_empty(tmp_path: Path, rows: int, more: dict[str, Any], split: str) -> None:
+    path = write_csv(tmp_path / "a.csv", HEADER, sentences(rows))
+    with pytest.raises(DataError, match=f"{split} is left with no rows of {rows}"):
+        prepare(data(path, **more))
+
+
+def test_fewer_rows_than_shots(table: Path) -> None:
+    with pytest.raises(DataError, match="has 48 rows left for training, fewer than shots=49"):
+        prepare(data(table, shots=49))
+
+
+def test_a_class_of_one_row_stays_in_train(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "a.csv", HEADER, [*sentences(40), ("rare one", "rare")])
+    found = prepare(data(path))
+    assert [s for s, rows in found.rows.items() if any(r.label == "rare" for r in rows)] == ["train"]
+
+
+def test_the_digest_knows_bytes_and_not_where_they_lie(table: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.csv"
+    shutil.copy(table, copy)
+    first = files_digest(data(table))
+    assert files_digest(data(copy)) == first
+    assert files_digest(data(copy, test={"path": str(table)})) != first
+    copy.write_bytes(copy.read_bytes().replace(b"good", b"goof", 1))
+    assert files_digest(data(copy)) != first
+
+
+def test_the_digest_of_a_folder_and_of_a_hub_id(tmp_path: Path) -> None:
+    (tmp_path / "texts" / "a").mkdir(parents=True)
+    (tmp_path / "texts" / "a" / "1.txt").write_text("x", encoding="utf-8")
+    first = files_digest(data(tmp_path / "texts"))
+    (tmp_path / "texts" / "a" / "1.txt").rename(tmp_path / "texts" / "a" / "2.txt")
+    assert files_digest(data(tmp_path / "texts")) != first
+    one = Data.model_validate({"train": {"path": "org/name"}})
+    other = Data.model_validate({"train": {"path": "org/name", "revision": "abc"}})
+    assert files_digest(one) != files_digest(other)

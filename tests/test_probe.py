@@ -1,0 +1,169 @@
+"""The probe against scikit-learn's own solvers on standardised features."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import KFold, StratifiedKFold
+from sklearn.preprocessing import StandardScaler
+
+from hftl.analyse import probe as module
+from hftl.analyse.probe import ALPHAS, CS, Probe, fit_probe
+
+ROWS, WIDTH = 90, 6
+
+
+def problem(outputs: int, seed: int = 0, rows: int = ROWS) -> tuple[np.ndarray, np.ndarray]:
+    """Noisy features of very different scales, and labels that depend on them."""
+    rng = np.random.default_rng(seed)
+    plain = rng.normal(size=(rows, WIDTH))
+    features = (plain * 10.0 ** np.arange(-2, WIDTH - 2) + np.arange(WIDTH)).astype(np.float32)
+    told = plain @ rng.normal(size=(WIDTH, max(outputs, 1))) + rng.normal(size=(rows, outputs))
+    if outputs == 1:
+        return features, told[:, 0]
+    labels = told.argmax(1)
+    labels[:outputs] = np.arange(outputs)
+    return features, labels
+
+
+def fit(features: np.ndarray, labels: np.ndarray, groups: list[Any] | None = None) -> Probe:
+    outputs = 1 if labels.dtype == np.float64 else int(labels.max()) + 1
+    return fit_probe(features, labels, outputs, groups or [None] * len(labels))
+
+
+def margins(logits: np.ndarray) -> np.ndarray:
+    """What the softmax sees: logits up to a constant a row; a single output as it is."""
+    return logits - logits.mean(1, keepdims=True) if logits.shape[1] > 1 else logits
+
+
+def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
+    shifted = logits - logits.max(1, keepdims=True)
+    chances = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return float(-np.mean(chances[np.arange(len(labels)), labels]))
+
+
+def reference_logits(
+    x: np.ndarray, y: np.ndarray, penalty: float, wanted: np.ndarray
+) -> np.ndarray:
+    """Logits of scikit-learn's own solver, both sides of a binary problem spelt out."""
+    if y.dtype == np.float64:
+        return Ridge(alpha=penalty).fit(x, y).predict(wanted)[:, None]
+    solver = LogisticRegression(C=penalty, max_iter=10_000, tol=1e-8).fit(x, y)
+    found = solver.decision_function(wanted)
+    return found if found.ndim > 1 else np.stack([-found / 2, found / 2], axis=1)
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_equals_sklearn_at_the_chosen_penalty(outputs: int) -> None:
+    features, labels = problem(outputs)
+    found = fit(features, labels)
+    standard = StandardScaler().fit_transform(features.astype(np.float64))
+    expected = reference_logits(standard, labels, found.penalty, standard)
+    assert found.weight.shape == (outputs, WIDTH) and found.bias.shape == (outputs,)
+    assert found.weight.dtype == found.bias.dtype == np.float32
+    np.testing.assert_allclose(
+        margins(found.logits(features)), margins(expected), atol=5e-3 * np.abs(expected).max()
+    )
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_penalty_is_the_best_of_the_grid_in_cross_validation(outputs: int) -> None:
+    features, labels = problem(outputs, seed=1)
+    standard = StandardScaler().fit_transform(features.astype(np.float64))
+    splitter = KFold(5) if outputs == 1 else StratifiedKFold(5)
+    losses = []
+    for penalty in ALPHAS if outputs == 1 else CS:
+        folds = []
+        for train, held in splitter.split(standard, labels):
+            told = reference_logits(standard[train], labels[train], penalty, standard[held])
+            error = np.mean((told[:, 0] - labels[held]) ** 2) if outputs == 1 else None
+            folds.append(log_loss(told, labels[held]) if error is None else error)
+        losses.append(np.mean(folds))
+    grid = ALPHAS if outputs == 1 else CS
+    assert fit(features, labels).penalty == pytest.approx(grid[int(np.argmin(losses))])
+
+
+@pytest.mark.parametrize("constant", [0.0, 1.0, 1000.1])
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_feature_that_does_not_vary_changes_nothing(outputs: int, constant: float) -> None:
+    features, labels = problem(outputs)
+    more = np.concatenate([features, np.full((ROWS, 1), constant, np.float32)], axis=1)
+    without, found = fit(features, labels), fit(more, labels)
+    assert found.penalty == without.penalty
+    np.testing.assert_allclose(found.weight[:, -1], 0, atol=1e-9)
+    np.testing.assert_allclose(found.logits(more), without.logits(features), atol=1e-4)
+
+
+def test_rounding_noise_on_a_large_constant_is_no_feature() -> None:
+    features, labels = problem(2)
+    noise = np.nextafter(np.float32(1000), np.where(labels > 0, 2000, 0).astype(np.float32))
+    more = np.concatenate([features, noise[:, None]], axis=1)
+    np.testing.assert_allclose(
+        fit(more, labels).logits(more), fit(features, labels).logits(features), atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_unit_of_the_features_does_not_matter(outputs: int) -> None:
+    features, labels = problem(outputs, seed=2)
+    other = (features * np.array([1e-2, 3, 1e2, 1, 7, 0.5]) + 2).astype(np.float32)
+    first, second = fit(features, labels), fit(other, labels)
+    assert first.penalty == second.penalty
+    scale = np.abs(first.logits(features)).max()
+    np.testing.assert_allclose(
+        second.logits(other), first.logits(features), atol=5e-3 * scale
+    )
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_same_input_gives_the_same_bytes(outputs: int) -> None:
+    first, second = (fit(*problem(outputs)) for _ in range(2))
+    assert first.weight.tobytes() == second.weight.tobytes()
+    assert first.bias.tobytes() == second.bias.tobytes() and first.penalty == second.penalty
+
+
+@pytest.mark.parametrize(("outputs", "solver"), [(3, "LogisticRegressionCV"), (1, "GridSearchCV")])
+def test_folds_never_split_a_group(
+    outputs: int, solver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, labels = problem(outputs)
+    groups = np.array([f"g{i}" for i in np.random.default_rng(0).integers(20, size=ROWS)])
+    seen: list[Any] = []
+    real = getattr(module, solver)
+
+    def spy(*args: Any, cv: list[Any], **kwargs: Any) -> Any:
+        seen.extend(cv)
+        return real(*args, cv=cv, **kwargs)
+
+    monkeypatch.setattr(module, solver, spy)
+    fit(features, labels, groups.tolist())
+    assert len(seen) == 5
+    assert sorted(i for _, held in seen for i in held) == list(range(ROWS))
+    for train, held in seen:
+        assert not set(groups[train]) & set(groups[held])
+
+
+@pytest.mark.parametrize("groups", [None, ["a"] * 3])
+def test_one_row_a_class_takes_the_middle_of_the_grid(groups: list[str] | None) -> None:
+    features = np.eye(3, dtype=np.float32)
+    found = fit(features, np.arange(3), groups)
+    assert found.penalty == CS[len(CS) // 2]
+    assert found.logits(features).argmax(1).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("outputs", [2, 3])
+def test_class_that_only_one_group_has(outputs: int) -> None:
+    features, labels = problem(outputs)
+    groups = ["rare" if label == 0 else f"g{i % 7}" for i, label in enumerate(labels)]
+    found = fit(features, labels, groups)
+    assert found.weight.shape == (outputs, WIDTH) and np.isfinite(found.weight).all()
+    assert np.mean(found.logits(features).argmax(1) == labels) > 0.6
+
+
+@pytest.mark.parametrize("groups", [None, ["one"] * 4])
+def test_target_without_a_second_unit_is_its_mean(groups: list[str] | None) -> None:
+    rows = 1 if groups is None else 4
+    features, labels = problem(1, rows=rows)
+    found = fit(features, labels, groups)
+    np.testing.assert_allclose(found.logits(features)[:, 0], labels.mean(), rtol=1e-6)

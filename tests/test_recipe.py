@@ -1,0 +1,329 @@
+"""The recipe: its defaults, what it refuses and how it says so, and the arms it asks for."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hftl.errors import RecipeError
+from hftl.recipe import Recipe, arms
+from hftl.record import to_json
+from hftl.yamlfile import flatten, override
+
+SMALLEST: dict[str, Any] = {"source": {"model": "org/model"}, "data": {"train": {"path": "a.csv"}}}
+FROM_CONTRACT = {
+    "source": {"revision": None, "published_as": None},
+    "data": {
+        "task": "classification",
+        "train": {"format": None, "name": None, "split": None, "revision": None, "text": "text",
+                  "label": "label"},
+        "validation": {"fraction": 0.2},
+        "test": {"fraction": 0.2},
+        "unlabeled": None, "general": None, "group": None, "shots": None, "seed": 0,
+        "bad_rows": "refuse", "max_length": 128, "image_size": None, "augment": "none",
+        "max_pixels": 40_000_000,
+    },
+    "adapt": None,
+    "finetune": {
+        "strategy": "lora", "pooling": "native", "head_init": "probe", "blocks": 2,
+        "lora": {"r": 8, "lora_alpha": 16},
+        "training": {"learning_rate": 5e-4, "num_train_epochs": 5},
+    },
+    "retain": None,
+    "measure": {
+        "seeds": [0, 1, 2], "arms": ["scratch", "head"],
+        "scratch": {"learning_rates": [1e-4, 3e-4, 1e-3], "epochs_factor": 3},
+    },
+    "publish": {"repo_id": None, "private": True},
+}  # fmt: skip
+
+
+def recipe(*overrides: str, **sections: Any) -> Recipe:
+    tree = json.loads(json.dumps(SMALLEST | sections))
+    return Recipe.parse(override(tree, list(overrides)), "my.yaml")
+
+
+def refused(message: str, *overrides: str, **sections: Any) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        recipe(*overrides, **sections)
+    assert caught.value.fix
+    assert str(caught.value).startswith("my.yaml: ")
+
+
+@pytest.mark.parametrize(("key", "value"), flatten(FROM_CONTRACT).items())
+def test_defaults(key: str, value: Any) -> None:
+    assert flatten(recipe().tree())[key] == value
+
+
+def test_the_metric_follows_the_task() -> None:
+    assert recipe().metric == "accuracy"
+    assert recipe("data.task=regression").metric == "pearson"
+    assert recipe("data.task=regression", "measure.metric=mae").metric == "mae"
+
+
+def test_training_and_lora_keep_the_defaults_they_do_not_name() -> None:
+    found = recipe("finetune.training.warmup_steps=3", "finetune.lora.r=4").finetune
+    assert found.training == {"learning_rate": 5e-4, "num_train_epochs": 5, "warmup_steps": 3}
+    assert found.lora == {"r": 4, "lora_alpha": 16}
+
+
+def test_a_recipe_written_out_is_the_same_recipe() -> None:
+    made = recipe("finetune.lora.r=4", "measure.arms=[head, {full: {finetune.blocks: 3}}]")
+    assert Recipe.parse(made.tree()) == made
+
+
+def test_null_sections_are_absent_sections() -> None:
+    assert recipe(finetune=None, measure=None, publish=None, adapt=None, retain=None) == recipe()
+
+
+@pytest.mark.parametrize("rate", ["1e-4", "1.0e-4", "0.0001"])
+def test_a_rate_without_a_point_is_a_number(rate: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "source: {model: org/model}\ndata: {train: a.csv}\n"
+        f"finetune: {{training: {{learning_rate: {rate}}}}}\n",
+        encoding="utf-8",
+    )
+    loaded = Recipe.load(path)
+    assert loaded.finetune.training["learning_rate"] == 1e-4
+    assert loaded.data.train.path == "a.csv"
+
+
+def test_overrides_reach_a_file_with_short_tables(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("source: {model: org/model}\ndata: {train: a.csv}\n", encoding="utf-8")
+    loaded = Recipe.load(path, ["data.train.text=[a, b]", "data.test=b.csv", "data.shots=3"])
+    assert loaded.data.train.texts == ["a", "b"]
+    assert loaded.data.shots == 3
+    assert loaded.data.test.model_dump()["path"] == "b.csv"
+
+
+def test_other_tables_take_their_columns_from_train() -> None:
+    data = recipe(
+        "data.train={path: a.dat, format: csv, text: t, label: y}",
+        "data.test={path: b.jsonl}",
+        "data.validation={path: a.dat, split: dev, label: z}",
+    ).tree()["data"]
+    assert (data["test"]["text"], data["test"]["label"], data["test"]["format"]) == ("t", "y", None)
+    assert (data["validation"]["format"], data["validation"]["label"]) == ("csv", "z")
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"source": None}, "source"),
+        ({"source": {}}, "source.model"),
+        ({"data": None}, "data"),
+        ({"data": {}}, "data.train"),
+        ({"data": {"train": {}}}, "data.train.path"),
+        ({"data": {"train": None}}, "data.train"),
+    ],
+)
+def test_what_is_required(sections: dict[str, Any], key: str) -> None:
+    refused(rf"'{re.escape(key)}'(:| is missing)", **sections)
+
+
+MISSPELT = [
+    ("sorce.model=x", "sorce", "source"),
+    ("source.modell=x", "source.modell", "source.model"),
+    ("data.shot=3", "data.shot", "data.shots"),
+    ("data.train.lable=x", "data.train.lable", "data.train.label"),
+    ("data.test={fractoin: 0.1}", "data.test.fractoin", "data.test.fraction"),
+    ("data.test={paht: b.csv}", "data.test.paht", "data.test.path"),
+    ("data.test={path: b.csv, lable: y}", "data.test.lable", "data.test.label"),
+    ("finetune.strateggy=full", "finetune.strateggy", "finetune.strategy"),
+    ("finetune.lora.lora_alfa=2", "finetune.lora.lora_alfa", "finetune.lora.lora_alpha"),
+    ("finetune.training.lerning_rate=1", "finetune.training.lerning_rate",
+     "finetune.training.learning_rate"),
+    ("measure.sedes=[1]", "measure.sedes", "measure.seeds"),
+    ("measure.scratch.epoch_factor=1", "measure.scratch.epoch_factor",
+     "measure.scratch.epochs_factor"),
+    ("publish.repoid=x", "publish.repoid", "publish.repo_id"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("assignment", "wrong", "right"), MISSPELT)
+def test_a_misspelt_key_is_told_its_closest_match(assignment: str, wrong: str, right: str) -> None:
+    refused(f"unknown key '{re.escape(wrong)}'; did you mean '{re.escape(right)}'\\?", assignment)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"full": {"finetune.training.lerning_rate": 1e-4}},
+         r"arms\.full: unknown key 'finetune\.training\.lerning_rate'; did you mean "
+         r"'finetune\.training\.learning_rate'\?"),
+        ({"small": {"finetune": {"lora": {"lora_alfa": 4}}}},
+         r"arms\.small: unknown key 'finetune\.lora\.lora_alfa'; did you mean "
+         r"'finetune\.lora\.lora_alpha'\?"),
+        ({"full": {"finetune.poling": "cls"}},
+         r"arms\.full: unknown key 'finetune\.poling'; did you mean 'finetune\.pooling'\?"),
+        ({"full": {"fintune.pooling": "cls"}},
+         r"arms\.full: .*fintune\.pooling.*; did you mean 'finetune'\?"),
+        ({"full": {"data.shots": 3}}, r"arms\.full: data\.shots cannot differ between arms"),
+        ("ful", r"unknown arm 'ful' in measure\.arms; did you mean 'full'\?"),
+        ("no_kl", r"unknown arm 'no_kl' in measure\.arms\. Known: head"),
+        ({"a": {"finetune.blocks": 1}, "b": {}}, r"an entry of measure\.arms is a name or one"),
+        ({"a/b": {"finetune.blocks": 1}}, r"'a/b' cannot name a folder"),
+        ({"..": {"finetune.blocks": 1}}, r"'\.\.' cannot name a folder"),
+        ({"majority": {"finetune.blocks": 1}}, r"the arm 'majority' takes no changes"),
+        ({"full": {"finetune.training.learning_rate": "high"}},
+         r"arms\.full: finetune\.training\.learning_rate must be float, got 'high'"),
+        ({"full": {"finetune.training.seed": 3}}, r"arms\.full: .*training\.seed belongs to hftl"),
+        ({"kl": {"retain": {"kl": {"weight": 1}}}}, r"arms\.kl: 'retain' is not built yet"),
+        ({"tapt": {"adapt.objective": "mlm"}}, r"arms\.tapt: 'adapt' is not built yet"),
+        ("gradual", "gradual unfreezing is not built yet"),
+        ("zero_shot", "zero-shot baseline is not built yet"),
+        ("source", "is not built yet"),
+        ({"full": 3}, r"'measure\.arms"),
+        (3, r"'measure\.arms"),
+    ],
+)  # fmt: skip
+def test_arms_that_are_refused(entry: Any, message: str) -> None:
+    refused(message, measure={"arms": ["head", entry]})
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("adapt={objective: mlm}", "'adapt' is not built yet"),
+        ("retain={kl: {weight: 0.1}}", "'retain' is not built yet"),
+        ("data.unlabeled=a.txt", "'data.unlabeled' is not built yet"),
+        ("data.general=a.txt", "'data.general' is not built yet"),
+        ("data.image_size=224", "'data.image_size' is not built yet"),
+        ("data.augment=light", "'data.augment'"),
+        ("data.task=null", "task null is not built yet"),
+        ("data.task=multi-label", "task multi-label is not built yet"),
+        ("data.task=token-classification", "task token-classification is not built yet"),
+        ("data.train.image=image", "images are not built yet"),
+        ("data.train.format=imagefolder", "images are not built yet"),
+        ("data.train.label=[a, b]", "multi-label.* not built yet"),
+        ("finetune.strategy=gradual", "gradual unfreezing is not built yet"),
+        ("publish.repo_id=org/name", "the push is not built yet"),
+    ],
+)
+def test_what_is_not_built_is_refused_never_ignored(assignment: str, message: str) -> None:
+    refused(message, assignment)
+
+
+@pytest.mark.parametrize(
+    "name", ["seed", "data_seed", "output_dir", "push_to_hub", "hub_model_id", "hub_token",
+             "resume_from_checkpoint"],
+)  # fmt: skip
+def test_training_keys_that_belong_to_hftl(name: str) -> None:
+    refused(rf"finetune\.training\.{name} belongs to hftl", f"finetune.training.{name}=1")
+
+
+@pytest.mark.parametrize(
+    "name", ["task_type", "peft_type", "inference_mode", "base_model_name_or_path"]
+)
+def test_lora_keys_that_belong_to_hftl(name: str) -> None:
+    refused(rf"finetune\.lora\.{name} belongs to hftl", f"finetune.lora.{name}=true")
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "loftq", "eva", "corda"])
+def test_lora_starts_that_change_the_base(start: str) -> None:
+    refused("changes the base's own weights", f"finetune.lora.init_lora_weights={start}")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("finetune.training.learning_rate=high", r"learning_rate must be float, got 'high'"),
+        ("finetune.training.learning_rate=0", r"learning_rate must be a number above 0"),
+        ("finetune.training.learning_rate=-1", r"learning_rate must be a number above 0"),
+        ("finetune.training.learning_rate=.nan", r"learning_rate must be a number above 0"),
+        ("finetune.training.learning_rate=.inf", r"learning_rate must be a number above 0"),
+        ("finetune.training.num_train_epochs=0", r"num_train_epochs must be a number above 0"),
+        ("finetune.training.bf16=perhaps", r"finetune\.training\.bf16 must be .*, got 'perhaps'"),
+        ("finetune.training=5", r"'finetune\.training'"),
+        ("finetune.lora=null", r"'finetune\.lora'"),
+        ("finetune.lora.r=0", r"finetune\.lora\.r must be a number above 0"),
+        ("finetune.lora.r=eight", r"finetune\.lora\.r must be int, got 'eight'"),
+        ("finetune.lora.use_qalora=true", r"use_qalora does not fit"),
+        ("finetune.blocks=0", r"'finetune\.blocks'.* got 0"),
+        ("finetune.blocks=two", r"'finetune\.blocks'.* got 'two'"),
+        ("finetune.pooling=max", r"'finetune\.pooling'.* got 'max'"),
+        ("finetune.strategy=lorra", r"'finetune\.strategy'.* got 'lorra'"),
+        ("finetune=lora", r"'finetune'"),
+        ("data.shots=0", r"'data\.shots'.* got 0"),
+        ("data.seed=-1", r"'data\.seed'.* got -1"),
+        ("data.max_length=1", r"'data\.max_length'.* got 1"),
+        ("data.bad_rows=ignore", r"'data\.bad_rows'.* got 'ignore'"),
+        ("data.test={fraction: 0}", r"'data\.test\.fraction'.* got 0"),
+        ("data.test={fraction: 1}", r"'data\.test\.fraction'.* got 1"),
+        ("data.test={fraction: .nan}", r"'data\.test\.fraction'"),
+        ("data.test={fraction: 0.8}", "fractions of validation and test add up to 1"),
+        ("data.test=0.2", r"'data\.test'.* got 0\.2"),
+        ("data.train.text=[]", "text is one column or two"),
+        ("data.train.text=[a, b, c]", "text is one column or two"),
+        ("data.train.format=xml", r"'data\.train\.format'.* got 'xml'"),
+        ("measure.seeds=[]", r"'measure\.seeds'"),
+        ("measure.seeds=[-1]", r"'measure\.seeds\.0'.* got -1"),
+        ("measure.seeds=[1, 2, 1]", "seed 1 is given twice"),
+        ("measure.scratch.learning_rates=[]", r"'measure\.scratch\.learning_rates'"),
+        ("measure.scratch.learning_rates=[high]", r"'measure\.scratch\.learning_rates\.0'"),
+        ("measure.scratch.epochs_factor=0", r"'measure\.scratch\.epochs_factor'.* got 0"),
+    ],
+)
+def test_values_that_are_refused(assignment: str, message: str) -> None:
+    refused(message, assignment)
+
+
+def test_two_arms_of_one_name_are_refused() -> None:
+    full = {"full": {"finetune.training.learning_rate": 5e-5}}
+    refused("two arms named 'full'", measure={"arms": ["full", full]})
+    refused("two arms named 'lora'", measure={"arms": [{"lora": {"finetune.lora.r": 4}}]})
+
+
+def test_the_own_arm_comes_first_and_scratch_brings_classical() -> None:
+    assert [(arm.name, arm.strategy) for arm in arms(recipe())] == [
+        ("lora", "lora"), ("scratch", "scratch"), ("classical", "classical"), ("head", "head"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("listed", "names"),
+    [
+        ([], ["lora"]),
+        (["lora", "head"], ["lora", "head"]),
+        (["head", "majority"], ["lora", "head", "majority"]),
+        (["scratch", "classical"], ["lora", "scratch", "classical"]),
+        (["classical", "scratch"], ["lora", "classical", "scratch"]),
+        ([{"classical": None}, "scratch"], ["lora", "classical", "scratch"]),
+        (["scratch", {"classical": None}], ["lora", "scratch", "classical"]),
+        ([{"scratch": {"finetune.pooling": "cls"}}], ["lora", "scratch", "classical"]),
+    ],
+)
+def test_which_arms_run(listed: list[Any], names: list[str]) -> None:
+    assert [arm.name for arm in arms(recipe(measure={"arms": listed}))] == names
+
+
+def test_an_arm_starts_as_the_recipe_and_takes_its_changes() -> None:
+    entries = [
+        "head",
+        {"full": {"finetune.training.learning_rate": 5e-5}},
+        {"small": {"finetune": {"lora": {"r": 2}}, "retain": None}},
+        {"no_kl": {"retain": None}},
+        {"top": {"finetune.strategy": "partial", "finetune.blocks": 1}},
+    ]
+    made = recipe("finetune.pooling=mean", "finetune.training.warmup_steps=3",
+                  measure={"arms": entries})  # fmt: skip
+    own, head, full, small, no_kl, top = arms(made)
+    assert {arm.finetune.pooling for arm in arms(made)} == {"mean"}
+    assert (own.strategy, head.strategy, full.strategy) == ("lora", "head", "full")
+    assert full.finetune.training == own.finetune.training | {"learning_rate": 5e-5}
+    assert (small.strategy, small.finetune.lora) == ("lora", {"r": 2, "lora_alpha": 16})
+    assert no_kl.finetune == own.finetune
+    assert (top.strategy, top.finetune.blocks) == ("partial", 1)
+    assert made.finetune.lora["r"] == 8, "an arm's change must not reach the recipe"
+
+
+def test_the_json_schema_names_every_section() -> None:
+    schema = json.loads(to_json(Recipe.model_json_schema()))
+    assert set(schema["properties"]) == set(FROM_CONTRACT)
+    assert set(schema["required"]) == {"source", "data"}
+    assert schema["additionalProperties"] is False
+    assert set(FROM_CONTRACT["data"]) == set(schema["$defs"]["Data"]["properties"])

@@ -1,0 +1,59 @@
+"""What a run prints."""
+
+from typing import Any
+
+import pytest
+
+from hftl import show
+
+
+def test_header_is_two_columns() -> None:
+    assert show.header({"source": "a", "arms": "b c"}) == "  source  a\n  arms    b c"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "score"),
+    [({"accuracy": 0.7251}, "  test accuracy 0.725"), ({"other": 1.0}, "")],
+    ids=["built in", "not computed yet"],
+)
+def test_arm_line(metrics: dict[str, float], score: str) -> None:
+    told = {"arm": "lora", "seed": 1, "metrics": {"test": metrics},
+            "timings": {"fit": 3.0, "predict": 1.2}}  # fmt: skip
+    expected = f"  [2/9] lora seed 1           {score}  4 s"
+    assert show.arm_line(told, "accuracy", 2, 9) == expected
+
+
+def test_table_aligns_and_rules() -> None:
+    assert show.table([("arm", "score"), ("classical", "1"), ("a", "22")]) == (
+        "  arm        score\n  ----------------\n  classical  1\n  a          22"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (40, "40 s"), (89, "89 s"), (90, "2 min"), (180, "3 min"), (5399, "90 min"),
+     (5400, "1.5 h"), (9000, "2.5 h")],
+)  # fmt: skip
+def test_duration(seconds: float, text: str) -> None:
+    assert show.duration(seconds) == text
+
+
+def test_ladder_shows_every_arm_and_what_the_own_gains() -> None:
+    gain: dict[str, Any] = {"value": 0.105, "ci95": [0.071, 0.139]}
+    record = {
+        "metric": "accuracy",
+        "own_arm": "lora",
+        "ladder": [
+            {"arm": "lora", "test": 0.7254, "sd": 0.0123, "gain_of_own": None},
+            {"arm": "head", "test": 0.7, "sd": None, "gain_of_own": gain},
+            {"arm": "scratch", "test": 0.6, "sd": 0.02, "gain_of_own": gain | {"ci95": None}},
+        ],
+    }
+    head, rule, *rows = show.ladder(record).splitlines()
+    assert head.split() == ["arm", "test", "accuracy", "sd", "lora", "gains"]
+    assert set(rule.strip()) == {"-"}
+    assert [row.split() for row in rows] == [
+        ["lora", "0.725", "0.012"],
+        ["head", "0.700", "-", "+0.105", "[+0.071,", "+0.139]"],
+        ["scratch", "0.600", "0.020", "+0.105"],
+    ]

@@ -1,0 +1,44 @@
+"""The card's code for the plain libraries is Python, and names what it loads."""
+
+import itertools
+
+import pytest
+
+from hftl.card.snippets import plain_snippet
+
+CASES = list(
+    itertools.product(
+        ("native", "mean", "cls"),
+        (True, False),
+        ("org/base", None),
+        ("0123abcd", None),
+        (1, 3),
+        ('"A text of your own."', '"A first text.", "A second text."'),
+    )
+)
+
+
+@pytest.mark.parametrize(("pooling", "adapter", "base", "revision", "outputs", "example"), CASES)
+def test_snippet_compiles_and_loads_the_right_thing(
+    pooling: str, adapter: bool, base: str | None, revision: str | None, outputs: int, example: str
+) -> None:
+    code = plain_snippet("org/adapter", base, revision, pooling, outputs, adapter, example)
+    compile(code, "snippet", "exec")
+    assert "hftl" not in code and 'path = "org/adapter"' in code and f"tokenizer({example}," in code
+    assert ("PeftModel.from_pretrained(base, path)" in code) == adapter
+    assert (f'"{base}"' in code) == (adapter and base is not None)
+    assert (f'revision="{revision}"' in code) == (adapter and revision is not None)
+    assert ("head.safetensors" in code) == (pooling != "native")
+    assert (f"num_labels={outputs}" in code) == (adapter and pooling == "native")
+    auto = "AutoModelForSequenceClassification" if pooling == "native" else "AutoModel"
+    assert f"import {auto}, AutoTokenizer" in code and f" = {auto}.from_pretrained(" in code
+
+
+@pytest.mark.parametrize(("pooling", "other"), [("mean", "cls"), ("cls", "mean")])
+def test_poolings_differ(pooling: str, other: str) -> None:
+    def code(name: str) -> str:
+        return plain_snippet("publish", "org/base", None, name, 2, True, '"A text."')
+
+    assert code(pooling) != code(other)
+    assert ("attention_mask" in code(pooling)) == (pooling == "mean")
+    assert ("hidden[:, 0]" in code(pooling)) == (pooling == "cls")

@@ -1,0 +1,183 @@
+"""Splits as properties: by content alone, disjoint, exact, stratified, groups whole."""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hftl.data.load import Row
+from hftl.data.prepare import prepare
+from hftl.data.split import content_key, draw_shots, take
+from hftl.errors import DataError
+from hftl.sections import Data
+
+SIZES = {"a": 61, "b": 30, "c": 9}
+
+
+def made(sizes: dict[str, int] = SIZES, groups: int | None = None) -> list[Row]:
+    labels = [label for label, n in sizes.items() for _ in range(n)]
+    draw = random.Random(0)
+    return [
+        Row((f"text {i}",), label, str(draw.randrange(groups)) if groups else None, i, f"line {i}")
+        for i, label in enumerate(labels)
+    ]
+
+
+def targets(count: int) -> list[Row]:
+    draw = random.Random(1)
+    return [Row((f"text {i}",), draw.gauss(0, 1), None, i, "") for i in range(count)]
+
+
+def shuffled(rows: list[Row], seed: int = 7) -> list[Row]:
+    """The same rows in another order on the disk."""
+    mixed = random.Random(seed).sample(rows, len(rows))
+    return [Row(r.texts, r.label, r.group, i, f"line {i}") for i, r in enumerate(mixed)]
+
+
+def told(rows: list[Row]) -> set[Any]:
+    return {(row.texts, row.label) for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("rows", "task"),
+    [
+        (made(), "classification"),
+        (made(groups=12), "classification"),
+        (targets(83), "regression"),
+    ],
+    ids=["classes", "groups", "targets"],
+)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_order_on_the_disk_does_not_matter(rows: list[Row], task: str, seed: int) -> None:
+    first = take(rows, 20, task, seed, "test")
+    for order in range(3):
+        again = take(shuffled(rows, order), 20, task, seed, "test")
+        assert [told(part) for part in again] == [told(part) for part in first]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 20, 50, 99, 100])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_totals_are_exact_and_nothing_is_lost_or_doubled(count: int, seed: int) -> None:
+    rows = made()
+    taken, left = take(rows, count, "classification", seed, "test")
+    assert len(taken) == count
+    assert not told(taken) & told(left)
+    assert told(taken) | told(left) == told(rows)
+    assert len(taken) + len(left) == len(rows)
+
+
+@pytest.mark.parametrize("count", [1, 7, 20, 33, 50, 80])
+def test_every_class_is_within_one_row_of_its_share(count: int) -> None:
+    taken, _ = take(made(), count, "classification", 0, "test")
+    found = Counter(row.label for row in taken)
+    for label, size in SIZES.items():
+        assert abs(found[label] - size * count / 100) < 1
+
+
+@pytest.mark.parametrize("count", [10, 20, 37, 50])
+def test_every_decile_of_a_target_is_within_one_row_of_its_share(count: int) -> None:
+    rows = targets(100)
+    taken, _ = take(rows, count, "regression", 0, "test")
+    rank = {row: i for i, row in enumerate(sorted(rows, key=lambda row: row.label))}
+    deciles = Counter(rank[row] // 10 for row in taken)
+    assert len(taken) == count
+    assert {abs(deciles[d] - count / 10) < 1 for d in range(10)} == {True}
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("groups", [5, 20, 60])
+def test_groups_stay_whole_and_the_share_is_about_right(seed: int, groups: int) -> None:
+    rows = made(groups=groups)
+    taken, left = take(rows, 20, "classification", seed, "test")
+    assert not {row.group for row in taken} & {row.group for row in left}
+    largest = max(Counter(row.group for row in rows).values())
+    assert abs(len(taken) - 20) <= largest
+
+
+@pytest.mark.parametrize("count", [50, 90, 95, 100])
+def test_every_class_stays_in_train(count: int) -> None:
+    rows = made({"a": 94, "b": 5, "c": 1})
+    taken, left = take(rows, count, "classification", 0, "test", leave=1)
+    assert {row.label for row in left} == {"a", "b", "c"}
+    assert len(taken) == min(count, 97)
+
+
+def test_seeds_and_purposes_draw_apart() -> None:
+    draws = {
+        (seed, purpose): frozenset(told(take(made(), 20, "classification", seed, purpose)[0]))
+        for seed in (0, 1, 2)
+        for purpose in ("test", "validation")
+    }
+    assert len(set(draws.values())) == len(draws)
+
+
+def test_a_group_and_a_row_without_one_are_never_confused() -> None:
+    rows = [Row((f"t{i}",), "ab"[i % 2], "g" if i < 4 else None, i, "") for i in range(20)]
+    taken, left = take(rows, 8, "classification", 0, "test")
+    assert len({row in taken for row in rows[:4]}) == 1
+    assert len(taken) + len(left) == 20
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_larger_draw_of_shots_holds_every_smaller_one(task: str, seed: int) -> None:
+    rows = made() if task == "classification" else targets(40)
+    draws = [told(draw_shots(rows, shots, task, seed)) for shots in range(1, 10)]
+    for smaller, larger in zip(draws, draws[1:], strict=False):
+        assert smaller < larger
+
+
+def test_shots_are_counted_by_class_and_for_a_target_in_all() -> None:
+    drawn = draw_shots(made(), 5, "classification", 0)
+    assert Counter(row.label for row in drawn) == {"a": 5, "b": 5, "c": 5}
+    assert len(draw_shots(targets(40), 5, "regression", 0)) == 5
+    assert draw_shots(made(), None, "classification", 0) == made()
+
+
+def test_the_seed_draws_the_shots_and_the_order_on_the_disk_does_not() -> None:
+    drawn = [told(draw_shots(made(), 5, "classification", seed)) for seed in range(4)]
+    assert len({frozenset(d) for d in drawn}) == 4
+    assert told(draw_shots(shuffled(made()), 5, "classification", 3)) == drawn[3]
+
+
+def test_fewer_rows_than_shots() -> None:
+    with pytest.raises(DataError, match="the class 'c' has 9 rows .* fewer than shots=10"):
+        draw_shots(made(), 10, "classification", 0)
+    with pytest.raises(DataError, match="train has 40 rows .* fewer than shots=41"):
+        draw_shots(targets(40), 41, "regression", 0)
+
+
+def test_a_key_knows_text_label_seed_and_purpose() -> None:
+    row = Row(("a", "b"), "x", None, 0, "")
+    others = [Row(("a", "c"), "x", None, 0, ""), Row(("a", "b"), "y", None, 0, ""),
+              Row(("ab",), "x", None, 0, "")]  # fmt: skip
+    keys = {content_key(r) for r in [row, *others]} | {content_key(row, 1), content_key(row, 0, "p")}
+    assert len(keys) == 6
+    assert content_key(row) == content_key(Row(("a", "b"), "x", "g", 9, "elsewhere"))
+
+
+@pytest.mark.parametrize(("shots", "validation"), [(3, 6), (10, 20), (16, 32), (40, 32)])
+def test_validation_is_cut_to_the_size_of_train(
+    table: Path, shots: int, validation: int
+) -> None:
+    data = Data.model_validate({"train": {"path": str(table)}, "shots": shots})
+    found = prepare(data)
+    assert len(found.rows["validation"]) == validation
+    assert len(found.train(shots, 0)) == 2 * shots
+    assert len(found.rows["test"]) == 32
+    counts = Counter(row.label for row in found.rows["validation"])
+    assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_test_items_are_the_same_with_and_without_shots(table: Path) -> None:
+    def rows(**more: Any) -> Callable[[str], set[Any]]:
+        found = prepare(Data.model_validate({"train": {"path": str(table)}, **more}))
+        return lambda split: told(found.rows[split])
+
+    whole, few = rows(), rows(shots=4)
+    assert whole("test") == few("test")
+    assert few("validation") < whole("validation")
+    assert rows(seed=1)("test") != whole("test")

@@ -1,0 +1,231 @@
+"""The Trainer subclass: modes, order, accumulation, and a loss that broke."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from hftl.errors import NumericError
+from hftl.finetune.strategy import prepare
+from hftl.model.head import build
+from hftl.model.source import find_source
+from hftl.sections import Source
+from hftl.train.checkpoint import KeepBest
+from hftl.train.trainer import SeededOrder, TransferTrainer, summed_loss, training_modes
+
+ROWS = 24
+
+
+class Rows(Dataset):
+    """Random token ids with labels."""
+
+    def __init__(self, rows: int = ROWS) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(5, 30, (rows, 6), generator=generator)
+        self.labels = torch.randint(0, 3, (rows,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"input_ids": self.ids[i], "attention_mask": torch.ones(6), "labels": self.labels[i]}
+
+
+def model_of(folder: Path, strategy: str, pooling: str = "native", dropout: float = 0.0) -> Any:
+    source = find_source(Source(model=str(folder)))
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout"):
+        if hasattr(source.config, name):
+            setattr(source.config, name, dropout)
+    found = build(source, pooling, 3, ["a", "b", "c"], seed=0)
+    model = prepare(found.model, strategy, fresh=found.fresh)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    return model
+
+
+def trainer_of(model: Any, folder: Path, kind: type[Trainer] = TransferTrainer, **more: Any) -> Any:
+    settings = {
+        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "save_strategy": "no",
+        "disable_tqdm": True, "seed": 3, "num_train_epochs": 1, "learning_rate": 1e-2,
+        "per_device_train_batch_size": 8, "lr_scheduler_type": "constant", "max_grad_norm": 0,
+        "logging_strategy": "no", "optim": "sgd",
+    } | more  # fmt: skip
+    return kind(model=model, args=TrainingArguments(**settings), train_dataset=Rows())
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    order = SeededOrder(50, seed=1)
+    first = list(order)
+    assert sorted(first) == list(range(50)) and list(order) == first
+    order.set_epoch(1)
+    assert list(order) != first
+    assert list(SeededOrder(50, seed=2)) != first
+
+
+def test_each_epoch_sees_every_row_once_in_another_order(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    seen: list[list[int]] = []
+
+    class Watched(TransferTrainer):
+        def training_step(self, model: nn.Module, inputs: Any, *args: Any) -> torch.Tensor:
+            seen.append(inputs["input_ids"].tolist())
+            return super().training_step(model, inputs, *args)
+
+    trainer_of(model_of(tiny_model(), "head"), tmp_path, Watched, num_train_epochs=2).train()
+    rows = Rows().ids.tolist()
+    epochs = [sum(seen[:3], []), sum(seen[3:], [])]
+    assert all(sorted(epoch) == sorted(rows) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("pooling", ["native", "mean"])
+@pytest.mark.parametrize("strategy", ["head", "partial", "lora"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])
+def test_frozen_parameters_do_not_move_and_the_others_do(
+    name: str, strategy: str, pooling: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = model_of(tiny_model(name), strategy, pooling, dropout=0.1)
+    before = weights(model)
+    trainer_of(model, tmp_path, optim="adamw_torch").train()
+    for key, parameter in model.named_parameters():
+        moved = not torch.equal(before[key], parameter)
+        assert moved == parameter.requires_grad, f"{key}: moved {moved}"
+
+
+@pytest.mark.parametrize("strategy", ["head", "partial", "lora", "full"])
+def test_accumulation_does_not_change_the_step(
+    strategy: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """8x1 = 4x2 = 2x4, also where the last batch is short: 24 rows in steps of 16."""
+    found = []
+    for size, accumulated in ((16, 1), (8, 2), (4, 4), (1, 16)):
+        model = model_of(tiny_model(), strategy)
+        trainer_of(
+            model, tmp_path, per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulated,
+        ).train()  # fmt: skip
+        found.append(weights(model))
+    for other in found[1:]:
+        for key, tensor in found[0].items():
+            torch.testing.assert_close(other[key], tensor, atol=1e-6, rtol=0)
+
+
+def test_equals_the_plain_trainer_without_dropout(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    class PlainInOurOrder(Trainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return SeededOrder(ROWS, 3)
+
+    found = []
+    for kind in (TransferTrainer, PlainInOurOrder):
+        model = model_of(tiny_model(), "full")
+        trainer_of(model, tmp_path, kind, num_train_epochs=3).train()
+        found.append(weights(model))
+    for key, tensor in found[0].items():
+        torch.testing.assert_close(found[1][key], tensor, atol=1e-5, rtol=0)
+
+
+def modes(model: nn.Module) -> dict[str, bool]:
+    for module, live in training_modes(model):
+        module.training = live
+    return {name: module.training for name, module in model.named_modules()}
+
+
+def test_lora_keeps_the_encoder_in_eval_and_its_own_dropout_live(
+    tiny_model: Callable[..., Path],
+) -> None:
+    source = find_source(Source(model=str(tiny_model())))
+    found = build(source, "native", 3, ["a", "b", "c"], seed=0)
+    model = prepare(found.model, "lora", lora={"lora_dropout": 0.5}, fresh=found.fresh)
+    live = modes(model)
+    block = "base_model.model.bert.encoder.layer.0"
+    assert not live[f"{block}.attention.self"] and not live[f"{block}.output.dropout"]
+    assert not live[f"{block}.output.dense"], "the wrapped layer itself"
+    assert live[f"{block}.output.dense.lora_dropout.default"]
+    assert live["base_model.model.dropout"], "directly before the trainable head"
+    assert not live["base_model.model.bert.embeddings.dropout"]
+
+
+def test_partial_keeps_frozen_blocks_in_eval(tiny_model: Callable[..., Path]) -> None:
+    source = find_source(Source(model=str(tiny_model())))
+    found = build(source, "native", 3, ["a", "b", "c"], seed=0)
+    live = modes(prepare(found.model, "partial", blocks=1, fresh=found.fresh))
+    assert live["bert.encoder.layer.2.output.dropout"]
+    assert not live["bert.encoder.layer.1.output.dropout"]
+    assert not live["bert.embeddings.dropout"]
+
+
+def test_full_is_all_in_train_mode(tiny_model: Callable[..., Path]) -> None:
+    assert all(modes(model_of(tiny_model(), "full")).values())
+
+
+def test_frozen_batch_norm_statistics_stay_put() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    live = modes(model)
+    assert live["1"] and not live["0"] and not live[""]
+
+
+def test_a_broken_loss_stops_before_the_step(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = model_of(tiny_model(), "full")
+    with torch.no_grad():
+        model.classifier.bias[0] = float("nan")
+    before = weights(model)
+    with pytest.raises(NumericError, match="the loss is nan at step 0"):
+        trainer_of(model, tmp_path).train()
+    assert all(torch.equal(before[k], p) or p.isnan().any() for k, p in model.named_parameters())
+
+
+def test_summed_loss_is_the_sum_over_rows() -> None:
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 2, 1, -100, 2])
+    kept = labels >= 0
+    by_hand = -F.log_softmax(logits, -1)[kept, labels[kept]].sum()
+    torch.testing.assert_close(summed_loss(logits, labels), by_hand)
+    targets = torch.randn(5)
+    values = torch.randn(5, 1)
+    torch.testing.assert_close(
+        summed_loss(values, targets), ((values[:, 0] - targets) ** 2).sum()
+    )
+
+
+def test_keep_best_restores_the_best_and_stops_after_patience() -> None:
+    class Control:
+        should_training_stop = False
+
+    class State:
+        epoch = 0.0
+
+    model = nn.Linear(1, 1)
+    keep = KeepBest("eval_accuracy", greater=True, patience=2)
+    control, state = Control(), State()
+    for epoch, score in enumerate([0.5, 0.9, 0.7, 0.9], start=1):
+        state.epoch = float(epoch)
+        nn.init.constant_(model.weight, epoch)
+        keep.on_evaluate(None, state, control, model=model, metrics={"eval_accuracy": score})
+        assert control.should_training_stop == (epoch == 4)
+    keep.restore(model)
+    assert model.weight.item() == 2 and keep.best == 0.9 and keep.epoch == 2
+
+
+def test_keep_best_refuses_nan() -> None:
+    class State:
+        epoch = 1.0
+
+    keep = KeepBest("eval_loss", greater=False, patience=None)
+    with pytest.raises(NumericError, match="eval_loss is NaN"):
+        keep.on_evaluate(None, State(), None, model=None, metrics={"eval_loss": float("nan")})

@@ -1,0 +1,71 @@
+"""What we read of TrainingArguments and LoraConfig, against the real classes."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from hftl import upstream
+from hftl.errors import RecipeError
+
+
+def real(kind: str) -> Any:
+    if kind == "training":
+        from transformers import TrainingArguments
+
+        return TrainingArguments
+    from peft import LoraConfig
+
+    return LoraConfig
+
+
+@pytest.mark.parametrize("kind", ["training", "lora"])
+def test_the_fields_are_those_of_the_class(kind: str) -> None:
+    assert set(upstream.fields(kind)) == {f.name for f in dataclasses.fields(real(kind)) if f.init}
+
+
+@pytest.mark.parametrize("kind", ["training", "lora"])
+def test_every_default_is_of_the_type_that_we_read(kind: str) -> None:
+    fields = [f for f in dataclasses.fields(real(kind)) if f.default is not dataclasses.MISSING]
+    assert len(fields) > 10
+    for field in fields:
+        assert upstream.checked(kind, field.name, field.default) == field.default
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "found"),
+    [
+        ("training", "learning_rate", 1, 1.0),
+        ("training", "learning_rate", 1e-4, 1e-4),
+        ("training", "bf16", True, True),
+        ("training", "per_device_train_batch_size", 8, 8),
+        ("training", "report_to", ["none"], ["none"]),
+        ("lora", "r", 16, 16),
+        ("lora", "target_modules", ["query"], ["query"]),
+        ("lora", "use_rslora", True, True),
+    ],
+)
+def test_values_of_the_right_type(kind: str, name: str, value: Any, found: Any) -> None:
+    assert upstream.checked(kind, name, value) == found
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "wanted"),
+    [
+        ("training", "learning_rate", "high", "float"),
+        ("training", "learning_rate", [1e-4], "float"),
+        ("training", "per_device_train_batch_size", 2.5, "int"),
+        ("training", "bf16", "perhaps", "bool"),
+        ("lora", "r", "eight", "int"),
+        ("lora", "lora_dropout", "much", "float"),
+    ],
+)
+def test_values_of_another_type(kind: str, name: str, value: Any, wanted: str) -> None:
+    with pytest.raises(RecipeError, match=rf"^finetune\.{kind}\.{name} must be .*{wanted}.*, got "):
+        upstream.checked(kind, f"finetune.{kind}.{name}", value)
+
+
+def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(upstream.SOURCES, "lora", [("no_such_package", "a.py", "A")])
+    with pytest.raises(RecipeError, match="no_such_package is not installed"):
+        upstream.fields.__wrapped__("lora")

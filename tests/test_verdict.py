@@ -1,0 +1,82 @@
+"""Publish or hold: every outcome x head x reload, and what the reasons say."""
+
+import itertools
+from typing import Any
+
+import pytest
+
+from hftl.measure.verdict import RELOAD_TOLERANCE, decide, interval_text
+
+GAINS: dict[str, dict[str, Any] | None] = {
+    "positive": {"value": 0.1, "ci95": [0.05, 0.15]},
+    "equivalent": {"value": 0.001, "ci95": [-0.003, 0.005]},
+    "negative": {"value": -0.1, "ci95": [-0.15, -0.05]},
+    "undetermined": {"value": 0.02, "ci95": [-0.05, 0.09]},
+    "one seed": {"value": 0.3, "ci95": None, "outcome": "undetermined", "seeds": 1},
+    "one group": {"value": 0.3, "ci95": None, "outcome": "undetermined", "seeds": 3},
+    "no baseline": None,
+}
+SAYS = {
+    "positive": "the gain +0.100 [+0.050, +0.150] accuracy over scratch is beyond noise",
+    "equivalent": "+0.001 [-0.003, +0.005] accuracy over scratch is practically none",
+    "negative": "negative transfer: -0.100 [-0.150, -0.050] accuracy over scratch",
+    "undetermined": "+0.020 [-0.050, +0.090] accuracy over scratch is within noise",
+    "one seed": "+0.300 accuracy over scratch rests on one seed",
+    "one group": "+0.300 accuracy over scratch rests on one group of test rows",
+    "no baseline": "no baseline was run",
+}
+HEADS: dict[str, dict[str, Any] | None] = {
+    "absent": None,
+    "behind": {"value": 0.05, "ci95": [0.01, 0.09]},
+    "level": {"value": -0.01, "ci95": [-0.04, 0.02]},
+    "ahead": {"value": -0.05, "ci95": [-0.09, -0.01]},
+    "one seed behind": {"value": 0.02, "ci95": None},
+    "one seed ahead": {"value": -0.02, "ci95": None},
+}
+HEAD_AHEAD = ("ahead", "one seed ahead")
+RELOADS = {0.0: True, RELOAD_TOLERANCE: True, 2 * RELOAD_TOLERANCE: False, float("nan"): False}
+
+
+def full(name: str) -> dict[str, Any] | None:
+    told = GAINS[name]
+    common = {"metric": "accuracy", "baseline": "scratch", "seeds": 3, "outcome": name}
+    return None if told is None else common | told
+
+
+def head(name: str) -> dict[str, Any] | None:
+    told = HEADS[name]
+    return None if told is None else {"metric": "accuracy", **told}
+
+
+@pytest.mark.parametrize(
+    ("gain", "over_head", "reload"), list(itertools.product(GAINS, HEADS, RELOADS))
+)
+def test_publishes_only_when_all_three_hold(gain: str, over_head: str, reload: float) -> None:
+    found = decide(full(gain), head(over_head), reload)
+    against = [gain != "positive", over_head in HEAD_AHEAD, not RELOADS[reload]]
+    assert found["decision"] == ("hold" if any(against) else "publish")
+    reasons = " / ".join(found["reasons"])
+    if any(against):
+        assert len(found["reasons"]) == sum(against)
+        assert (SAYS[gain] in reasons) == against[0]
+        assert ("linear head is better" in reasons) == against[1]
+        assert ("the reload is not the same" in reasons) == against[2]
+    else:
+        assert SAYS["positive"] in reasons and "reload proved" in reasons
+        assert ("not worse than head" in reasons) == (over_head != "absent")
+
+
+@pytest.mark.parametrize("decision_gain", ["positive", "negative"])
+def test_reasons_give_the_figures(decision_gain: str) -> None:
+    found = decide(full(decision_gain), head("ahead"), 0.25)
+    assert any("-0.050 [-0.090, -0.010] accuracy against head" in r for r in found["reasons"])
+    assert any("difference 2.5e-01" in r for r in found["reasons"])
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "text"),
+    [(0.1049, [0.071, 0.139], "+0.105 [+0.071, +0.139]"), (-0.2, [-0.3, 0.0], "-0.200 [-0.300, "
+     "+0.000]"), (0.5, None, "+0.500")],
+)  # fmt: skip
+def test_interval_text(value: float, interval: list[float] | None, text: str) -> None:
+    assert interval_text({"value": value, "ci95": interval}) == text
