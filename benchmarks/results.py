@@ -3,7 +3,7 @@
     python benchmarks/results.py runs/movies-minilm-lora ...
 
 A run's figures go to benchmarks/results/<run's name>.json; then the blocks between
-`<!-- results:... -->` marks in README.md and recipes/README.md are written anew.
+`<!-- results:... -->` marks in the READMEs are written anew.
 """
 
 import json
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 KEPT = ("metric", "own_arm", "ladder", "transfer_gain", "verdict", "data", "environment",
         "timings", "scratch_search", "reload_difference")  # fmt: skip
+PAGES = (ROOT / "README.md", ROOT / "recipes" / "README.md", ROOT / "benchmarks" / "README.md")
 INDEX = {
     "movies-minilm-lora": "recipes/movies-minilm/lora.yaml",
     "movies-minilm-valence": "recipes/movies-minilm/valence.yaml",
@@ -79,5 +80,5 @@ def refresh(path: Path) -> str:
 if __name__ == "__main__":
     for run_ in map(Path, sys.argv[1:]):
         keep(run_)
-    for page in (ROOT / "README.md", ROOT / "recipes" / "README.md"):
+    for page in PAGES:
         page.write_text(refresh(page), encoding="utf-8")

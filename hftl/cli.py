@@ -22,7 +22,6 @@ from hftl.record import to_json
 app = typer.Typer(
     name="hftl",
     help="Transfer learning with the evidence of what it was worth.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -40,13 +39,16 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
 
 
 @app.callback(invoke_without_command=True)
-def _version(
+def _main(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks on the screen")] = False,
 ) -> None:
     if version:
         say(__version__)
         raise typer.Exit()
+    if context.invoked_subcommand is None:
+        say(context.get_help())
 
 
 @app.command()
@@ -195,6 +197,8 @@ def _run(
     (folder / "error.json").unlink(missing_ok=True)
 
 
+INTERRUPTED = (130, 143)
+"""128 + SIGINT, which typer answers by itself, and 128 + SIGTERM."""
 _STATE: dict[str, Any] = {"run": None, "again": "hftl"}
 """What the error handler needs of the command in work: its run folder and its own words."""
 
@@ -212,16 +216,14 @@ def main() -> NoReturn:
         code = app(standalone_mode=False) or 0
     except HftlError as error:
         code = _fail(error.exit_code, error, str(error), debug)
-    except (typer.Abort, KeyboardInterrupt):
-        typer.echo(f"hftl: interrupted; to go on: {_STATE['again']}", err=True)
-        code = _leave(130, "KeyboardInterrupt", "interrupted")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
-        _leave(code, "SystemExit", "stopped by a signal")
     except Exception as error:  # noqa: BLE001 (the top of the program)
         code = _other(error, debug)
+    if code in INTERRUPTED:
+        typer.echo(f"hftl: stopped; to go on: {_STATE['again']}", err=True)
+        _leave(code, "interrupted", "stopped by a signal")
     sys.stdout.flush()
-    # Not sys.exit: threads of the numeric libraries may outlive an interrupted run.
     sys.exit(code)
 
 
@@ -242,7 +244,7 @@ def _other(error: Exception, debug: bool) -> int:
 
 
 def _fail(code: int, error: BaseException, message: str, debug: bool) -> int:
-    one_line = " ".join(message.split())
+    one_line = " ".join(message.encode(errors="backslashreplace").decode().split())
     typer.echo(f"hftl: error: {one_line}", err=True)
     if debug:
         traceback.print_exception(error)

@@ -44,6 +44,9 @@ def _siblings(model: type[BaseModel], loc: list[Any]) -> list[str]:
     """The keys that may stand at `loc`."""
     here: Any = model
     for part in loc:
+        if part == "Fraction":
+            # What has no `path` may have been meant as either.
+            return [name for member in _members(here) for name in member.model_fields]
         if part in TAGS:
             here = next(m for m in _members(here) if m.__name__ == part)
         else:
@@ -52,7 +55,7 @@ def _siblings(model: type[BaseModel], loc: list[Any]) -> list[str]:
     return list(here.model_fields) if _is_model(here) else []
 
 
-def _members(annotation: Any) -> list[type]:
+def _members(annotation: Any) -> list[type[BaseModel]]:
     """The classes inside `Annotated[A, ...] | Annotated[B, ...]`."""
     parts = getattr(annotation, "__args__", ())
     return [getattr(part, "__origin__", part) for part in parts]

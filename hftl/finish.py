@@ -223,7 +223,7 @@ def _plain(place: str) -> str:
 
 def _summary(record: Record, publish: bool) -> str:
     tree, run = record.tree, record.folder
-    lines = ["", show.ladder(tree), "", gain_sentence(tree).replace("**", "")]
+    lines = ["", show.ladder(tree), "", gain_sentence(tree)]
     lines.append(f"verdict: {record.verdict['decision']}")
     lines += [f"  {reason}" for reason in record.verdict["reasons"]]
     lines += ["", f"record   {run}/record.json"]

@@ -102,7 +102,9 @@ def guess_columns(name: str, rows: list[dict[str, Any]]) -> Guess:
     columns = {c: [row.get(c) for row in rows if row.get(c) not in (None, "")] for c in rows[0]}
     label, task = _label(name, columns)
     texts = _texts(name, columns, label)
-    group = next((c for c in columns if c.lower() in GROUP_NAMES and c not in (*texts, label)), None)
+    group = next(
+        (c for c in columns if c.lower() in GROUP_NAMES and c not in (*texts, label)), None
+    )
     distinct = len({str(value) for value in columns[label]})
     what = f"{distinct} classes" if task == "classification" else "a number"
     notes = [f"text: {' and '.join(texts)} (the longest column{'s' if len(texts) > 1 else ''})"]

@@ -128,6 +128,11 @@ def find(name: str, task: str) -> Metric:
     return METRICS[task][name]
 
 
+def less_is_better(name: str) -> bool:
+    """Whether a built-in metric is an error."""
+    return any(known[name].sign < 0 for known in METRICS.values() if name in known)
+
+
 def compute(metrics: list[Metric], labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
     """Every metric's value.
 

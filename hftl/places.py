@@ -1,19 +1,21 @@
 """Where a model or dataset lies: a folder or file, `package:<import name>/<path>`, or a Hub id."""
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 
 from hftl.errors import RecipeError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+TABLE = re.compile(r".*\.(csv|tsv|jsonl?|ndjson|parquet|txt)", re.IGNORECASE)
 PACKAGE = "package:"
 
 
 def find(place: str, key: str) -> Path | None:
     """The local path of `place`; None where it reads as a Hub id.
 
-    A package is found without being imported.
+    A package is found without being imported; a name that ends as tables do is no Hub id.
 
     Args:
         place: what the recipe says.
@@ -23,8 +25,9 @@ def find(place: str, key: str) -> Path | None:
         RecipeError: if a package is not installed, or lacks the path.
     """
     if not place.startswith(PACKAGE):
-        path = Path(place).expanduser()
-        return path if path.exists() or not HUB_ID.fullmatch(place) else None
+        path = Path(os.path.expanduser(place))
+        on_hub = HUB_ID.fullmatch(place) and not TABLE.fullmatch(place)
+        return None if on_hub and not path.exists() else path
     name, _, inside = place.removeprefix(PACKAGE).partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:

@@ -45,7 +45,9 @@ class Predictor:
         """
         rows = [tuple(text) if isinstance(text, (list, tuple)) else (text,) for text in inputs]
         for number, row in enumerate(rows):
-            if len(row) != len(self.texts) or not all(isinstance(t, str) and t.strip() for t in row):
+            if len(row) != len(self.texts) or not all(
+                isinstance(t, str) and t.strip() for t in row
+            ):
                 raise DataError(
                     f"input {number + 1} is {row!r}, expected {len(self.texts)} text(s), not empty",
                     "Correct it",
@@ -132,9 +134,7 @@ def _download(repo_id: str) -> Path:
         ) from error
 
 
-def _base(
-    folder: Path, told: dict[str, Any], base: str | Path | None
-) -> tuple[str, str | None]:
+def _base(folder: Path, told: dict[str, Any], base: str | Path | None) -> tuple[str, str | None]:
     """Where an adapter's base is, checked to have the weights it was trained on."""
     adapter = _read_json(folder / "adapter_config.json")
     recipe_file = folder.parent / "recipe.yaml"
@@ -146,9 +146,7 @@ def _base(
     elif spec.startswith(places.PACKAGE) and _installed(spec):
         source = Source(model=spec)
     elif adapter.get("base_model_name_or_path"):
-        source = Source(
-            model=adapter["base_model_name_or_path"], revision=adapter.get("revision")
-        )
+        source = Source(model=adapter["base_model_name_or_path"], revision=adapter.get("revision"))
     else:
         raise RecipeError(f"{folder} does not say its base model", "Give it: --base MODEL")
     found = find_source(source)

@@ -21,6 +21,9 @@ from hftl.sections import (
     Source,
 )
 
+DIFFERING = ("finetune", "retain", "adapt")
+"""The sections in which an arm may differ from the recipe."""
+
 
 class Recipe(Section):
     """A whole experiment. `source.model` and `data.train` are required."""
@@ -90,22 +93,27 @@ def arms(recipe: Recipe, where: str = "recipe") -> list[Arm]:
     """
     own = Arm(recipe.finetune.strategy, recipe.finetune.strategy, recipe.finetune)
     found = [own]
-    for entry in recipe.measure.arms:
-        name, changes = (entry, None) if isinstance(entry, str) else _single(entry, where)
+    entries = [_single(entry, where) for entry in recipe.measure.arms]
+    for name, changes in entries:
         if name == own.name and not changes:
             continue
-        arm = _arm(recipe, name, changes or {}, where)
+        arm = _arm(recipe, name, changes, where)
         if any(other.name == name for other in found):
             raise RecipeError(
                 f"{where}: measure.arms has two arms named {name!r}", "Give one another name"
             )
         found.append(arm)
-        if arm.strategy == "scratch" and "classical" not in recipe.measure.arms:
+        if arm.strategy == "scratch" and ("classical", {}) not in entries:
             found.append(Arm("classical", "classical", recipe.finetune))
     return found
 
 
-def _single(entry: dict[str, dict[str, Any] | None], where: str) -> tuple[str, dict[str, Any]]:
+def _single(
+    entry: str | dict[str, dict[str, Any] | None], where: str
+) -> tuple[str, dict[str, Any]]:
+    """The name and the changes of an entry."""
+    if isinstance(entry, str):
+        return entry, {}
     if len(entry) != 1:
         raise RecipeError(
             f"{where}: an entry of measure.arms is a name or one name with its changes, "
@@ -135,9 +143,11 @@ def _arm(recipe: Recipe, name: str, changes: dict[str, Any], where: str) -> Arm:
     tree = recipe.tree()
     place = f"{where}: measure.arms.{name}"
     for key, value in yamlfile.flatten(changes).items() if changes else ():
-        if key.split(".")[0] not in ("finetune", "retain", "adapt"):
+        section = key.split(".")[0]
+        if section not in DIFFERING:
             raise RecipeError(
-                f"{place}: {key} cannot differ between arms", "Change finetune, retain or adapt"
+                f"{place}: {key} cannot differ between arms" + closest(section, list(DIFFERING)),
+                "Change finetune, retain or adapt",
             )
         yamlfile.set_key(tree, key, value)
     if name in STRATEGIES:

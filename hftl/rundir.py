@@ -35,7 +35,8 @@ def make(run: Path) -> None:
         if error.errno == errno.ENOSPC:
             raise
         raise RecipeError(
-            f"the output folder {run} cannot be written: {error.strerror}", "Choose another --output"
+            f"the output folder {run} cannot be written: {error.strerror}",
+            "Choose another --output",
         ) from error
 
 
@@ -97,15 +98,15 @@ def reads(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        expected = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
+        expected, read = dict(manifest["files"]), manifest["reads"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder / MANIFEST, "missing or unreadable") from error
     for name, digest in expected.items():
         if not (folder / name).is_file():
             raise _damaged(folder / name, "missing")
         if _sha256(folder / name) != digest:
             raise _damaged(folder / name, "not what was written")
-    return manifest["reads"]
+    return read
 
 
 def digest(folder: Path) -> str:

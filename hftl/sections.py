@@ -28,7 +28,10 @@ NOT_BUILT = {
     "zero_shot": "the zero-shot baseline",
 }
 OWNED = ("seed", "data_seed", "output_dir", "push_to_hub", "resume_from_checkpoint")
-OWNED_LORA = ("task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision")
+OWNED_LORA = (
+    "task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision",
+    "auto_mapping", "peft_version",
+)  # fmt: skip
 CHANGES_BASE = ("pissa", "olora", "eva", "corda", "loftq", "lora_ga")
 NEEDS_OTHER_DATA = (
     "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "layer_replication",

@@ -41,10 +41,8 @@ def ladder(record: dict[str, Any]) -> str:
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, a rule under the first row."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    padded = [map(str.ljust, row, widths) for row in rows]
+    lines = ["  " + "  ".join(cells).rstrip() for cells in padded]
     return "\n".join([lines[0], "  " + "-" * (len(lines[0]) - 2), *lines[1:]])
 
 

@@ -8,7 +8,8 @@ import ast
 import importlib.util
 from functools import cache
 from pathlib import Path
-from typing import Any, Optional, Union
+from types import NoneType
+from typing import Any, Optional, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -17,6 +18,7 @@ from hftl.errors import RecipeError
 SOURCES = {
     "training": [("transformers", "training_args.py", "TrainingArguments")],
     "lora": [
+        ("peft", "config.py", "PeftConfigMixin"),
         ("peft", "config.py", "PeftConfig"),
         ("peft", "tuners/lora/config.py", "LoraConfig"),
     ],
@@ -48,9 +50,8 @@ def checked(kind: str, name: str, value: Any) -> Any:
     try:
         return TypeAdapter(expected).validate_python(value)
     except ValidationError as error:
-        wanted = getattr(expected, "__name__", str(expected))
         raise RecipeError(
-            f"{name} must be {wanted}, got {value!r}", "Correct the value"
+            f"{name} must be {_told(expected)}, got {value!r}", "Correct the value"
         ) from error
 
 
@@ -79,6 +80,12 @@ def _type(node: ast.expr) -> Any:
         case ast.Subscript(value=ast.Name(id="list"), slice=inner):
             return list[_type(inner)]
     return Any
+
+
+def _told(expected: Any) -> str:
+    """The type in words: `str or null`."""
+    parts = get_args(expected) if get_origin(expected) is Union else (expected,)
+    return " or ".join("null" if part is NoneType else part.__name__ for part in parts)
 
 
 def _union(*types: Any) -> Any:

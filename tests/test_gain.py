@@ -70,7 +70,8 @@ def test_interval_is_that_of_the_raw_differences(rows: int) -> None:
 def test_rows_of_a_group_count_as_one_unit() -> None:
     """Ten copies of forty rows know what forty rows know."""
     one = predicted(40, seeds=1, lora=0.8, scratch=0.6)
-    few = Predicted(one.labels, one.units, {a: np.repeat(p, 3, 0) for a, p in one.predictions.items()})
+    thrice = {arm: np.repeat(found, 3, axis=0) for arm, found in one.predictions.items()}
+    few = Predicted(one.labels, one.units, thrice)
     copies = {arm: np.repeat(found, 10, axis=1) for arm, found in few.predictions.items()}
     labels = np.repeat(few.labels, 10)
     alone = Predicted(labels, np.arange(400), copies)

@@ -59,9 +59,7 @@ def test_file_that_is_not_on_the_list_is_refused(folder: Path, name: str) -> Non
     assert name in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["README.md", "hftl.json", "config.json", "adapter_config.json", "tokenizer_config.json"]
-)
+@pytest.mark.parametrize("name", ["README.md", "hftl.json", "config.json", "adapter_config.json"])
 @pytest.mark.parametrize(
     ("text", "path"),
     [

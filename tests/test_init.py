@@ -46,11 +46,12 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
          ["sentence1", "sentence2"], "label", "classification", None),
         (columns(premise=TEXTS, hypothesis=TEXTS[::-1], label=LABELS), ["premise", "hypothesis"],
          "label", "classification", None),
+        (columns(text=TEXTS, user=LABELS), ["text"], "user", "classification", None),
         (columns(text=TEXTS, label=LABELS, document_id=[f"d{i // 4}" for i in range(40)]),
          ["text"], "label", "classification", "document_id"),
     ],
     ids=["plain", "id column", "unnamed", "regression", "regression by name", "few numbers",
-         "stars", "booleans", "pair", "premise", "group"],
+         "stars", "booleans", "pair", "premise", "label named as a group", "group"],
 )  # fmt: skip
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_recipe_loads_and_says_what_was_guessed(
@@ -145,9 +146,7 @@ def test_what_no_column_can_be_is_said(rows: list[dict[str, Any]], why: str) -> 
     [("none.csv", None, "none.csv does not exist"), ("rows.csv", "text,label\n", "has no rows"),
      ("empty.csv", "", "is empty"), ("notes.docx", "x", "suffix '.docx' says no format")],
 )  # fmt: skip
-def test_data_that_cannot_be_read(
-    name: str, content: str | None, why: str, tmp_path: Path
-) -> None:
+def test_data_that_cannot_be_read(name: str, content: str | None, why: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=why):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hftl.data.load import BadRows, Row, class_name, load
-from hftl.errors import DataError, HubError, HftlError, RecipeError
+from hftl.errors import DataError, HftlError, HubError, RecipeError
 from hftl.sections import Table
 
 GOOD = [("a fine film", "pos"), ('dull, "very" dull', "neg"), ("two\nlines", "pos")]
@@ -179,7 +179,7 @@ UNREADABLE = [
     ("a.csv", "text,label\n", "a.csv has no rows"),
     ("a.csv", "text,label\n,\n", "a.csv line 2: text is empty"),
     ("a.jsonl", "", "a.jsonl has no rows"),
-    ("a.csv", "text,labels\nx,a\n", "a.csv: no column 'label'; did you mean 'labels'.*text, labels"),
+    ("a.csv", "text,lable\nx,a\n", "no column 'label'; did you mean 'lable'; it has text, lable"),
     ("a.csv", "text;label\nx;a\n", r"no column 'text'.*is it separated by ';'\?"),
     ("a.csv", "text,text\nx,a\n", "two columns are named 'text'"),
     ("a.csv", 'text,label\nx,a\n"y,b\n', "a.csv line .*: not valid CSV"),

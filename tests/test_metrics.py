@@ -21,7 +21,7 @@ ORACLES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "pearson": lambda y, p: stats.pearsonr(y, p).statistic,
     "spearman": lambda y, p: stats.spearmanr(y, p).statistic,
     "r2": sk.r2_score,
-    "rmse": lambda y, p: sum((a - b) ** 2 for a, b in zip(y, p, strict=True)) ** 0.5 / len(y) ** 0.5,
+    "rmse": lambda y, p: stats.pmean(np.abs(y - p), 2),
     "mae": lambda y, p: sum(abs(a - b) for a, b in zip(y, p, strict=True)) / len(y),
 }
 
@@ -96,6 +96,14 @@ def test_correlation_with_a_constant_is_zero(name: str, constant: float) -> None
 @pytest.mark.parametrize("constant", [0.0, 0.1, 1e6 / 3])
 def test_r2_of_labels_that_do_not_vary_is_zero(constant: float) -> None:
     assert find("r2", "regression").score(np.full(3, constant), np.array([1.0, 2, 3])) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("labels", "predictions"), [([0, 3, 3], [0, 3, 0]), ([2, 2], [2, 5]), ([4], [4])]
+)
+def test_f1_leaves_out_classes_that_do_not_occur(labels: list[int], predictions: list[int]) -> None:
+    found = find("f1", "classification").score(np.array(labels), np.array(predictions))
+    assert found == pytest.approx(sk.f1_score(labels, predictions, average="macro"))
 
 
 @pytest.mark.parametrize("name", ["balanced_accuracy", "f1", "matthews"])

@@ -29,8 +29,8 @@ def test_hub_ids(place: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["models/a/b", "./bert", "../bert", "/none/bert", "my model", "org/", "-org/model", "~/x"]
-)  # fmt: skip
+    "place", ["models/a/b", "./bert", "../bert", "/none/bert", "my model", "org/", "-org/m", "~/x"]
+)
 def test_what_can_be_no_hub_id_is_a_path(place: str) -> None:
     found = find(place, "source.model")
     assert found is not None

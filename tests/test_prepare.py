@@ -32,8 +32,8 @@ def test_fractions_are_exact_and_the_facts_tell_them(table: Path) -> None:
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
 def test_what_is_written_is_read_back(tmp_path: Path, task: str) -> None:
-    rows = [(f"text {i}", f"second {i}", i % 2 if task == "classification" else i / 4, i // 2)
-            for i in range(40)]  # fmt: skip
+    rows = [(f"text {i}", f"second {i}", i % 2 if task == "classification" else i % 8 / 4, i // 4)
+            for i in range(80)]  # fmt: skip
     path = write_csv(tmp_path / "a.csv", ["q", "p", "y", "who"], rows)
     train = {"path": str(path), "text": ["q", "p"], "label": "y"}
     found = prepare(Data.model_validate({"train": train, "task": task, "group": "who"}))
@@ -114,7 +114,10 @@ def test_groups_never_straddle(tmp_path: Path) -> None:
     assert found.facts["splits"] == {"train": 96, "validation": 32, "test": 32}
 
 
-def tables(folder: Path, test: list[tuple[Any, ...]], header: list[str] = HEADER, **more: Any) -> Prepared:
+def tables(
+    folder: Path, test: list[tuple[Any, ...]], header: list[str] = HEADER, **more: Any
+) -> Prepared:
+    """Train and test in two files."""
     rows = [(*row, f"g{i}")[: len(header)] for i, row in enumerate(sentences(40))]
     train = write_csv(folder / "train.csv", header, rows)
     other = write_csv(folder / "test.csv", header, test)
@@ -122,11 +125,12 @@ def tables(folder: Path, test: list[tuple[Any, ...]], header: list[str] = HEADER
 
 
 def test_a_test_table_of_its_own(tmp_path: Path) -> None:
-    test = sentences(52)[40:]
-    found = tables(tmp_path, [*test, sentences(1)[0]])
-    assert {row.texts[0] for row in found.rows["test"]} == {text for text, _ in [*test, sentences(1)[0]]}
+    leaked, *_ = sentences(1)
+    test = [*sentences(52)[40:], leaked]
+    found = tables(tmp_path, test)
+    assert {row.texts[0] for row in found.rows["test"]} == {text for text, _ in test}
     assert found.facts["leaked"] == 1
-    assert sentences(1)[0][0] not in {row.texts[0] for row in found.rows["train"]}
+    assert leaked[0] not in {row.texts[0] for row in found.rows["train"]}
 
 
 def test_a_test_label_that_train_never_has(tmp_path: Path) -> None:
@@ -165,10 +169,13 @@ def test_fewer_rows_than_shots(table: Path) -> None:
         prepare(data(table, shots=49))
 
 
-def test_a_class_of_one_row_stays_in_train(tmp_path: Path) -> None:
-    path = write_csv(tmp_path / "a.csv", HEADER, [*sentences(40), ("rare one", "rare")])
-    found = prepare(data(path))
-    assert [s for s, rows in found.rows.items() if any(r.label == "rare" for r in rows)] == ["train"]
+@pytest.mark.parametrize("rare", [1, 2])
+def test_train_knows_every_class(tmp_path: Path, rare: int) -> None:
+    rows = [*sentences(40), *((f"rare {i}", "rare") for i in range(rare))]
+    path = write_csv(tmp_path / "a.csv", HEADER, rows)
+    found = prepare(data(path, test={"fraction": 0.45}, validation={"fraction": 0.45}))
+    assert {row.label for row in found.rows["train"]} == {"negative", "positive", "rare"}
+    assert found.facts["label_counts"]["test"].get("rare", 0) == rare - 1
 
 
 def test_the_digest_knows_bytes_and_not_where_they_lie(table: Path, tmp_path: Path) -> None:

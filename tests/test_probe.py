@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 from hftl.analyse import probe as module
 from hftl.analyse.probe import ALPHAS, CS, Probe, fit_probe
 
-ROWS, WIDTH = 90, 6
+ROWS, WIDTH = 60, 4
 
 
 def problem(outputs: int, seed: int = 0, rows: int = ROWS) -> tuple[np.ndarray, np.ndarray]:
@@ -63,7 +63,7 @@ def test_equals_sklearn_at_the_chosen_penalty(outputs: int) -> None:
     assert found.weight.shape == (outputs, WIDTH) and found.bias.shape == (outputs,)
     assert found.weight.dtype == found.bias.dtype == np.float32
     np.testing.assert_allclose(
-        margins(found.logits(features)), margins(expected), atol=5e-3 * np.abs(expected).max()
+        margins(found.logits(features)), margins(expected), atol=1e-3 * np.abs(expected).max()
     )
 
 
@@ -84,7 +84,7 @@ def test_penalty_is_the_best_of_the_grid_in_cross_validation(outputs: int) -> No
     assert fit(features, labels).penalty == pytest.approx(grid[int(np.argmin(losses))])
 
 
-@pytest.mark.parametrize("constant", [0.0, 1.0, 1000.1])
+@pytest.mark.parametrize("constant", [0.0, 1000.1])
 @pytest.mark.parametrize("outputs", [1, 2, 3])
 def test_feature_that_does_not_vary_changes_nothing(outputs: int, constant: float) -> None:
     features, labels = problem(outputs)
@@ -107,13 +107,11 @@ def test_rounding_noise_on_a_large_constant_is_no_feature() -> None:
 @pytest.mark.parametrize("outputs", [1, 2, 3])
 def test_unit_of_the_features_does_not_matter(outputs: int) -> None:
     features, labels = problem(outputs, seed=2)
-    other = (features * np.array([1e-2, 3, 1e2, 1, 7, 0.5]) + 2).astype(np.float32)
+    other = (features * np.array([1e-2, 3, 1e2, 0.5]) + 2).astype(np.float32)
     first, second = fit(features, labels), fit(other, labels)
     assert first.penalty == second.penalty
     scale = np.abs(first.logits(features)).max()
-    np.testing.assert_allclose(
-        second.logits(other), first.logits(features), atol=5e-3 * scale
-    )
+    np.testing.assert_allclose(second.logits(other), first.logits(features), atol=5e-3 * scale)
 
 
 @pytest.mark.parametrize("outputs", [1, 3])

@@ -209,18 +209,18 @@ def test_what_is_not_built_is_refused_never_ignored(assignment: str, message: st
 
 
 @pytest.mark.parametrize(
-    "name", ["seed", "data_seed", "output_dir", "push_to_hub", "hub_model_id", "hub_token",
-             "resume_from_checkpoint"],
+    "assignment",
+    [
+        "training.seed=1", "training.data_seed=1", "training.output_dir=x",
+        "training.push_to_hub=true", "training.hub_model_id=org/name", "training.hub_token=x",
+        "training.resume_from_checkpoint=x", "lora.task_type=SEQ_CLS", "lora.peft_type=LORA",
+        "lora.inference_mode=true", "lora.base_model_name_or_path=org/model", "lora.revision=main",
+        "lora.auto_mapping={}", "lora.peft_version=x",
+    ],
 )  # fmt: skip
-def test_training_keys_that_belong_to_hftl(name: str) -> None:
-    refused(rf"finetune\.training\.{name} belongs to hftl", f"finetune.training.{name}=1")
-
-
-@pytest.mark.parametrize(
-    "name", ["task_type", "peft_type", "inference_mode", "base_model_name_or_path"]
-)
-def test_lora_keys_that_belong_to_hftl(name: str) -> None:
-    refused(rf"finetune\.lora\.{name} belongs to hftl", f"finetune.lora.{name}=true")
+def test_keys_that_belong_to_hftl(assignment: str) -> None:
+    key = assignment.partition("=")[0].replace(".", r"\.")
+    refused(rf"finetune\.{key} belongs to hftl", f"finetune.{assignment}")
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "loftq", "eva", "corda"])

@@ -59,7 +59,7 @@ def told(data: Path, output: Path | None = None) -> list[dict[str, Any]]:
     return list(csv.DictReader(io.StringIO(text)))
 
 
-ROWS = "id,text\n7,a good film\n8,\"dull, long\"\n"
+ROWS = 'id,text\n7,a good film\n8,"dull, long"\n'
 
 
 def test_rows_come_back_with_label_score_and_a_column_a_class(tmp_path: Path) -> None:

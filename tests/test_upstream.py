@@ -58,10 +58,12 @@ def test_values_of_the_right_type(kind: str, name: str, value: Any, found: Any) 
         ("training", "bf16", "perhaps", "bool"),
         ("lora", "r", "eight", "int"),
         ("lora", "lora_dropout", "much", "float"),
+        ("lora", "peft_version", 3, "str or null"),
+        ("lora", "layers_to_transform", "all", "list or int or null"),
     ],
 )
 def test_values_of_another_type(kind: str, name: str, value: Any, wanted: str) -> None:
-    with pytest.raises(RecipeError, match=rf"^finetune\.{kind}\.{name} must be .*{wanted}.*, got "):
+    with pytest.raises(RecipeError, match=rf"^finetune\.{kind}\.{name} must be {wanted}, got "):
         upstream.checked(kind, f"finetune.{kind}.{name}", value)
 
 

@@ -25,6 +25,11 @@ from hftl.yamlfile import flatten, override, parse, read, set_key
         ("bert-1e-4", "bert-1e-4"),
         ("", None),
         ("[1e-4, 3e-4]", [1e-4, 3e-4]),
+        ("true", True),
+        ("False", False),
+        ("on", "on"),
+        ("no", "no"),
+        ("{on: probe, y: 1}", {"on": "probe", "y": 1}),
     ],
 )
 def test_scalars(text: str, value: Any) -> None:
@@ -76,7 +81,7 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
     ("assignment", "value"),
     [
         ("finetune.lora.r=16", {"finetune": {"lora": {"r": 16}}}),
-        ("finetune.training.learning_rate=1e-4", {"finetune": {"training": {"learning_rate": 1e-4}}}),
+        ("measure.scratch.epochs_factor=5e-1", {"measure": {"scratch": {"epochs_factor": 0.5}}}),
         ("retain.kl={weight: 0.3, on: probe}", {"retain": {"kl": {"weight": 0.3, "on": "probe"}}}),
         ("data.test=a=b.csv", {"data": {"test": "a=b.csv"}}),
         ("data.shots=", {"data": {"shots": None}}),

@@ -83,18 +83,18 @@ def logistic(
     folds = min(FOLDS, smallest if groups is None else min(smallest, len(set(groups))))
     if folds < 2:
         # One row of a class cannot be held out: the middle of the grid stands in for a choice.
-        solver: Any = LogisticRegression(C=cs[len(cs) // 2], max_iter=STEPS).fit(x, y)
         chosen = float(cs[len(cs) // 2])
     else:
         splitter = StratifiedKFold(folds) if groups is None else StratifiedGroupKFold(folds)
         with warnings.catch_warnings():
             # A group fold may lack a class, the weakest penalty need more steps: neither decides.
             warnings.simplefilter("ignore")
-            solver = LogisticRegressionCV(
+            search: Any = LogisticRegressionCV(
                 Cs=cs, cv=list(splitter.split(x, y, groups)), scoring="neg_log_loss",
                 max_iter=STEPS, l1_ratios=(0.0,), use_legacy_attributes=False,
             ).fit(x, y)  # fmt: skip
-        chosen = float(np.ravel(solver.C_)[0])
+        chosen = float(np.ravel(search.C_)[0])
+    solver = LogisticRegression(C=chosen, max_iter=STEPS, tol=1e-6).fit(x, y)
     weight, bias = solver.coef_, solver.intercept_
     if len(weight) == 1:
         weight = np.concatenate([-weight / 2, weight / 2])

@@ -12,13 +12,14 @@ from jinja2 import Environment, StrictUndefined
 
 from hftl.card.snippets import plain_snippet
 from hftl.measure.verdict import interval_text
+from hftl.metrics import less_is_better
 
 PIPELINE_TAG = "text-classification"
 OUTCOMES = {
-    "positive": "Transfer helped: {gain} over {baseline}.",
-    "equivalent": "Transfer made practically no difference: {gain} over {baseline}.",
-    "negative": "Negative transfer, this model is worse than {baseline}: {gain}.",
-    "undetermined": "Whether transfer helped is not settled: {gain} over {baseline}.",
+    "positive": "Transfer helped",
+    "equivalent": "Transfer made practically no difference",
+    "negative": "Negative transfer, this model is worse than its baseline",
+    "undetermined": "Whether transfer helped is not settled",
 }
 WHAT = {
     "scratch": "the same architecture trained from scratch",
@@ -26,6 +27,7 @@ WHAT = {
     "head": "the frozen encoder with a linear head",
     "majority": "always the most frequent answer",
 }
+TABLE_SUFFIX = re.compile(r"\.(csv|tsv|jsonl?|ndjson|parquet|txt)$")
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body{{font:16px/1.55 system-ui,sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem;
 color:#24292f}}
@@ -69,15 +71,18 @@ def render_report(card: str, folder: Path) -> str:
 
 
 def gain_sentence(record: dict[str, Any]) -> str:
-    """The transfer gain in one sentence."""
+    """The transfer gain in one sentence: the outcome, both scores, the gain and how sure it is."""
     gain = record["transfer_gain"]
     if gain is None:
         return "No baseline was run, so the transfer gain is not known."
+    test = {row["arm"]: row["test"] for row in record["ladder"]}
     seeds = f"{gain['seeds']} seeds" if gain["seeds"] > 1 else "one seed"
-    told = interval_text(gain)
-    interval = " (95 % interval)" if gain["ci95"] else ""
-    figure = f"**{told} {gain['metric']}**{interval}, {seeds}"
-    return OUTCOMES[gain["outcome"]].format(gain=figure, baseline=_called(gain["baseline"]))
+    sure = f"95 % interval, {seeds}" if gain["ci95"] else f"{seeds}, no interval"
+    return (
+        f"{OUTCOMES[gain['outcome']]}: {gain['metric']} {test[record['own_arm']]:.3f} against "
+        f"{test[gain['baseline']]:.3f} for {_called(gain['baseline'])}, a gain of "
+        f"{interval_text(gain)} ({sure})."
+    )
 
 
 def _page(record: dict[str, Any], place: str) -> dict[str, Any]:
@@ -90,11 +95,11 @@ def _page(record: dict[str, Any], place: str) -> dict[str, Any]:
     arguments = '"A first text.", "A second text."' if pair else example
     return {
         "title": _title(record),
-        "headline": _headline(record),
         "purpose": _purpose(record),
         "gain_sentence": gain_sentence(record),
         "verdict": record["verdict"],
         "metric": record["metric"],
+        "metric_words": _metric_words(record["metric"]),
         "rows": [_row(row, record) for row in record["ladder"]],
         "place": place,
         "example": example,
@@ -148,16 +153,12 @@ def _eval_results(record: dict[str, Any]) -> list[EvalResult]:
 
 
 def _title(record: dict[str, Any]) -> str:
-    base = record["source"]["name"].rsplit("/", 1)[-1]
-    return f"{base}-{record['data']['name'].rsplit('/', 1)[-1]}-{record['own_arm']}"
+    base, data = (_cell(record[k]["name"]).rsplit("/", 1)[-1] for k in ("source", "data"))
+    return f"{base}-{TABLE_SUFFIX.sub('', data)}-{record['own_arm']}"
 
 
-def _headline(record: dict[str, Any]) -> str:
-    gain = record["transfer_gain"]
-    if gain is None:
-        return "Measured without a baseline."
-    plain = interval_text(gain) + f" {gain['metric']}"
-    return OUTCOMES[gain["outcome"]].format(gain=plain, baseline=_called(gain["baseline"]))
+def _metric_words(metric: str) -> str:
+    return f"{metric}, less is better" if less_is_better(metric) else metric
 
 
 def _purpose(record: dict[str, Any]) -> str:
@@ -180,9 +181,7 @@ def _called(arm: str) -> str:
 def _row(row: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
     gain = row["gain_of_own"]
     own = row["arm"] == record["own_arm"]
-    parameters = next(
-        a["trainable_parameters"] for a in record["arms"] if a["arm"] == row["arm"]
-    )
+    parameters = next(a["trainable_parameters"] for a in record["arms"] if a["arm"] == row["arm"])
     return {
         "name": f"**{row['arm']}** (this model)" if own else _called(row["arm"]),
         "test": f"**{row['test']:.3f}**" if own else f"{row['test']:.3f}",
@@ -200,8 +199,10 @@ def _data_sentence(record: dict[str, Any]) -> str:
     if shots:
         unit = "in all" if data["task"] == "regression" else "a class"
         learnt += f" ({shots} {unit}, drawn by the seed)"
+    epoch = "" if record["recipe"]["finetune"]["strategy"] == "head" else "the best epoch, "
+    chosen = f"{epoch}the published seed and the baseline"
     return (
-        f"`{_cell(data['name'])}`: trained on {learnt}; the best epoch was chosen on "
+        f"`{_cell(data['name'])}`: trained on {learnt}; {chosen} were chosen on "
         f"{splits['validation']:,} validation rows, and every figure above is on "
         f"{splits['test']:,} test rows that nothing was chosen by. "
         f"{data['labels_read']['total']:,} labels were read in all."

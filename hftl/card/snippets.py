@@ -25,7 +25,7 @@ with torch.inference_mode():
     print(model.eval()(**inputs).logits)"""
 
 POOLINGS = {
-    "mean": "mask = inputs[\"attention_mask\"].unsqueeze(-1)\n"
+    "mean": 'mask = inputs["attention_mask"].unsqueeze(-1)\n'
     "    pooled = (hidden * mask).sum(1) / mask.sum(1)",
     "cls": "pooled = hidden[:, 0]",
 }

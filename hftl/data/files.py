@@ -6,7 +6,7 @@ Bytes that are not UTF-8 survive as surrogates, so that the row that holds them 
 import csv
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ def read_csv(path: Path) -> Iterator[Raw]:
             header = next(reader, None)
             if header is None or not any(header):
                 raise DataError(f"{path.name} is empty", "Give it a header line and rows")
+            if not_utf8("".join(header)):
+                raise DataError(f"{path.name} line 1: not valid UTF-8", "Save it as UTF-8")
             if len(set(header)) < len(header):
                 twice = next(name for name in header if header.count(name) > 1)
                 raise DataError(f"{path.name}: two columns are named {twice!r}", "Rename one")
@@ -53,28 +55,33 @@ def read_csv(path: Path) -> Iterator[Raw]:
 
 def read_jsonl(path: Path) -> Iterator[Raw]:
     """Rows of a file with one JSON object a line."""
-    columns: dict[str, Any] = {}
     with _open(path) as handle:
-        index = 0
-        for number, line in enumerate(handle, 1):
-            if not line.strip():
+        lines = ((number, line) for number, line in enumerate(handle, 1) if line.strip())
+        columns = None
+        early: list[Raw] = []
+        for index, (number, line) in enumerate(lines):
+            values, fault = _json_object(line)
+            raw = Raw(values, index, f"{path.name} line {number}", fault)
+            if columns is None and fault:
+                early.append(raw)
                 continue
-            where = f"{path.name} line {number}"
-            try:
-                values = json.loads(line)
-            except ValueError as error:
-                hint = ", but a JSON list" if line.lstrip().startswith("[") else ""
-                fault = f"not a JSON object a line{hint} ({error})"
-                if not columns:
-                    raise DataError(f"{where}: {fault}", "Write one object a line") from error
-                yield Raw(columns, index, where, fault)
-            else:
-                fault = None if isinstance(values, dict) else "not a JSON object"
-                if fault and not columns:
-                    raise DataError(f"{where}: {fault}", "Write one object a line")
-                columns = columns or dict.fromkeys(values)
-                yield Raw(columns | values if not fault else columns, index, where, fault)
-            index += 1
+            if columns is None:
+                columns = dict.fromkeys(values)
+                yield from (replace(bad, values=columns) for bad in early)
+            yield replace(raw, values=columns | values)
+    if columns is None and early:
+        raise DataError(f"{early[0].where}: {early[0].fault}", "Write one object a line")
+
+
+def _json_object(line: str) -> tuple[dict[str, Any], str | None]:
+    """The object that a line holds, or none and why."""
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        return {}, f"not a JSON object a line ({error})"
+    if not isinstance(values, dict):
+        return {}, f"not a JSON object but a {type(values).__name__}"
+    return values, None
 
 
 def read_parquet(path: Path) -> Iterator[Raw]:
@@ -125,8 +132,8 @@ READERS: dict[str, Callable[[Path], Iterator[Raw]]] = {
 
 
 def not_utf8(text: str) -> bool:
-    """Whether the text holds bytes that were not UTF-8."""
-    return any("\udc80" <= character <= "\udcff" for character in text)
+    """Whether the text holds bytes that were not UTF-8, or half a character of UTF-16."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _open(path: Path) -> Any:

@@ -54,7 +54,7 @@ def load(table: Table, part: str, task: str, group: str | None, bad: BadRows) ->
         bad: what to do with rows that cannot be used.
 
     Raises:
-        DataError: if the file or a column is missing, nothing is left, or labels are of mixed types.
+        DataError: if the file or a column is missing, no row is left, or labels are of mixed types.
     """
     name, raws = read_table(table, part)
     needed = [*table.texts, str(table.label), *([group] if group else [])]
@@ -95,11 +95,17 @@ def read_table(table: Table, part: str) -> tuple[str, Iterator[Raw]]:
         DataError: if the file is missing or of an unknown format.
     """
     path = places.find(table.path, f"data.{part}.path")
-    if path is None or table.format == "hub":
+    if table.format == "hub" or (path is None and table.format is None):
         return table.path, load_hub(table, part)
-    if not path.exists():
+    if path is None or not path.exists():
         raise DataError(f"data.{part}.path: {table.path} does not exist", "Check the path")
-    return path.name, READERS[table.format or guess_format(path)](path)
+    name = table.format or guess_format(path)
+    if path.is_dir() != (name == "textfolder"):
+        what = "a folder" if path.is_dir() else "a file"
+        raise DataError(
+            f"data.{part}.path: {table.path} is {what}, not {name}", "Correct the format"
+        )
+    return path.name, READERS[name](path)
 
 
 def guess_format(path: Path) -> str:

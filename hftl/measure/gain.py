@@ -108,7 +108,9 @@ def _interval(
         return None
     values = np.stack(
         [
-            jackknife(lambda i, a=a, b=b: _difference(metric, told.labels[i], a[i], b[i]), told.units)
+            jackknife(
+                lambda i, a=a, b=b: _difference(metric, told.labels[i], a[i], b[i]), told.units
+            )
             for a, b in pairs
         ]
     )

@@ -1,0 +1,104 @@
+"""The baselines: fair to scratch, right for the classical model, exact for the majority."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import sentences, write_csv
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from hftl.data.prepare import prepare
+from hftl.finetune import baseline
+from hftl.finetune.arm import Outcome, predictions_of
+from hftl.finetune.workbench import Workbench
+from hftl.model.source import find_source, load_tokenizer
+from hftl.recipe import Recipe
+from hftl.sections import Search
+
+TRAINING = {"learning_rate": 1e-3, "num_train_epochs": 4}
+
+
+@pytest.fixture
+def bench(recipe_tree: dict[str, Any]) -> Workbench:
+    recipe = Recipe.parse(recipe_tree)
+    source = find_source(recipe.source)
+    return Workbench(source, load_tokenizer(source), prepare(recipe.data), None, 16, "cpu")
+
+
+def test_scratch_has_the_architecture_and_none_of_the_weights(bench: Workbench) -> None:
+    source = dict(bench.build("mean", 0).model.named_parameters())
+    scratch = dict(bench.build("mean", 0, scratch=True).model.named_parameters())
+    assert {n: p.shape for n, p in source.items()} == {n: p.shape for n, p in scratch.items()}
+    drawn = [n for n, p in source.items() if p.std() > 0 and not n.startswith("head.")]
+    assert drawn and not [n for n in drawn if torch.equal(source[n], scratch[n])]
+    other = dict(bench.build("mean", 1, scratch=True).model.named_parameters())
+    assert not torch.equal(scratch[drawn[0]], other[drawn[0]])
+
+
+def test_scratch_gets_its_longer_budget_and_the_search_a_third(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    def fit(bench: Any, built: Any, training: dict[str, Any], patience: Any, *_: Any) -> Outcome:
+        given.append(training)
+        assert patience is None, "scratch starts slowly: it must not be stopped early"
+        assert all(p.requires_grad for p in built.model.parameters())
+        rows = {s: len(bench.prepared.rows[s]) for s in ("validation", "test")}
+        right = np.eye(2)[bench.prepared.labels(bench.prepared.rows["validation"])]
+        # The second rate alone is right on validation.
+        sign = 1 if training["learning_rate"] == 3e-3 else -1
+        found = {"validation": sign * right, "test": np.zeros((rows["test"], 2))}
+        return Outcome(found, {}, 0)
+
+    monkeypatch.setattr(baseline, "fit", fit)
+    finetune = Recipe.parse(
+        {"source": {"model": "a/b"}, "data": {"train": "x.csv"}, "finetune": {"training": TRAINING}}
+    ).finetune
+    search = Search(learning_rates=[1e-3, 3e-3, 1e-2], epochs_factor=3)
+    found = baseline.search_rate(bench, finetune, search, 0, False)
+    assert found["learning_rate"] == 3e-3 and len(found["tried"]) == 3
+    assert [t["num_train_epochs"] for t in given] == pytest.approx([4, 4, 4])
+    baseline.train_scratch(bench, finetune, search, found["learning_rate"], 0, False)
+    assert given[-1]["num_train_epochs"] == 12 and given[-1]["learning_rate"] == 3e-3
+
+
+def test_classical_is_tfidf_and_logistic_regression(bench: Workbench) -> None:
+    outcome = baseline.solve_classical(bench, 0)
+    rows = bench.train_rows(0)
+    vectors = TfidfVectorizer(
+        ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]"
+    )
+    x = vectors.fit_transform([row.texts[0] for row in rows])
+    oracle = LogisticRegression(C=outcome.facts["penalty"], max_iter=1000, tol=1e-8)
+    oracle.fit(x, bench.prepared.labels(rows))
+    test = vectors.transform([row.texts[0] for row in bench.prepared.rows["test"]])
+    _, scores = predictions_of("classification", outcome.logits["test"])
+    np.testing.assert_allclose(scores, oracle.predict_proba(test), atol=1e-3)
+
+
+def test_majority_is_the_train_prior(bench: Workbench) -> None:
+    outcome = baseline.majority(bench, 0)
+    labels = bench.prepared.labels(bench.train_rows(0))
+    predictions, scores = predictions_of("classification", outcome.logits["test"])
+    assert set(predictions) == {int(np.bincount(labels).argmax())}
+    np.testing.assert_allclose(scores[0], np.bincount(labels) / len(labels))
+
+
+def test_regression_baselines(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    rows = [(text, float(label == "positive")) for text, label in sentences(80)]
+    table = write_csv(tmp_path / "v.csv", ["text", "label"], rows)
+    recipe = Recipe.parse({"source": {"model": str(tiny_model())},
+                           "data": {"task": "regression", "train": {"path": str(table)}}})  # fmt: skip
+    source = find_source(recipe.source)
+    bench = Workbench(source, load_tokenizer(source), prepare(recipe.data), None, 16, "cpu")
+    mean = bench.prepared.labels(bench.train_rows(0)).mean()
+    assert np.allclose(baseline.majority(bench, 0).logits["test"], mean)
+    found = baseline.solve_classical(bench, 0).logits["test"]
+    labels = bench.prepared.labels(bench.prepared.rows["test"])
+    assert found.shape == (len(labels), 1)
+    assert np.corrcoef(found[:, 0], labels)[0, 1] > 0.8, "the words say the label"

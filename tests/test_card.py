@@ -1,0 +1,404 @@
+"""The card of records made by hand: what it says, and that nothing breaks it."""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from markdown_it import MarkdownIt
+from matplotlib.figure import Figure
+
+from hftl.card.card import gain_sentence, render_card, render_report
+from hftl.card.plots import plot_ladder
+from hftl.finish import publishable
+from hftl.measure.verdict import decide, interval_text
+from hftl.recipe import Recipe
+from hftl.record import to_json
+
+GAINS: dict[str, dict[str, Any] | None] = {
+    "positive": {"value": 0.105, "ci95": [0.071, 0.139], "p_value": None},
+    "equivalent": {"value": 0.002, "ci95": [-0.004, 0.008], "p_value": None},
+    "negative": {"value": -0.084, "ci95": [-0.121, -0.047], "p_value": None},
+    "undetermined": {"value": 0.031, "ci95": [-0.012, 0.074], "p_value": None},
+    "one seed": {"value": 0.31, "ci95": None, "p_value": None},
+    "no baseline": None,
+}
+WORDS = {
+    "positive": "Transfer helped",
+    "equivalent": "practically no difference",
+    "negative": "Negative transfer",
+    "undetermined": "not settled",
+    "one seed": "not settled",
+    "no baseline": "No baseline",
+}
+PARAMETERS = {
+    "lora": 148_226,
+    "full": 22_713_986,
+    "head": 770,
+    "scratch": 22_713_986,
+    "classical": 18_412,
+}
+
+
+def make(
+    case: str = "positive", task: str = "classification", own: str = "lora", **data: Any
+) -> dict[str, Any]:
+    """A whole record, as `hftl run` would write it, free of local paths."""
+    regression = task == "regression"
+    metric = "rmse" if regression else "accuracy"
+    seeds = [0] if case == "one seed" else [0, 1, 2]
+    gain = GAINS[case]
+    train = {"path": "reviews.csv", "text": data.pop("text", "text"), "label": "label"}
+    recipe = Recipe.parse(
+        {
+            "source": {"model": "package:some_package/model", "published_as": "org/tiny-MiniLM"},
+            "data": {"train": train, "task": task, "shots": 200},
+            "finetune": {"strategy": own, "pooling": "mean"},
+            "measure": {"metric": metric, "seeds": seeds},
+        }
+    )
+    told = _gain(gain, metric, seeds, case)
+    ladder = _ladder(gain, metric, seeds, own)
+    head = next(row["gain_of_own"] for row in ladder if row["arm"] == "head")
+    labels = [] if regression else ["negative", "positive"]
+    facts = {
+        "task": task, "rows_read": 4000, "bad_rows": 0, "bad_rows_listed": [], "duplicates": 12,
+        "conflicting": 3, "leaked": 0, "labels": labels, "label_counts": None,
+        "splits": {"train": 2391, "validation": 400, "test": 797},
+        "name": "reviews.csv", "labels_read": {"train_per_seed": 400, "total": 2083},
+    }  # fmt: skip
+    return {
+        "schema_version": 1,
+        "recipe": recipe.tree(),
+        "source": {
+            "model": "package:some_package/model", "name": "org/tiny-MiniLM",
+            "published_as": "org/tiny-MiniLM", "revision": None, "architecture": "bert",
+            "weights_sha256": "0" * 64,
+        },
+        "data": facts | data,
+        "check": {"median_tokens": 24, "truncated": 0.0, "unknown_tokens": 0.0, "warnings": []},
+        "adapt": None,
+        "metric": metric,
+        "own_arm": own,
+        "arms": _arms(ladder, metric, seeds),
+        "scratch_search": None,
+        "ladder": ladder,
+        "transfer_gain": told,
+        "forgetting": None,
+        "reload_difference": 2.4e-7,
+        "verdict": decide(told, head, 2.4e-7),
+        "published_seed": seeds[-1],
+        "environment": {"python": "3.13.1", "platform": "Linux x86_64", "device": "cpu",
+                        "dtype": "float32", "packages": {"hftl": "0.1.0", "torch": "2.10.0"}},
+        "timings": {},
+    }  # fmt: skip
+
+
+def _gain(
+    gain: dict[str, Any] | None, metric: str, seeds: list[int], case: str
+) -> dict[str, Any] | None:
+    if gain is None:
+        return None
+    outcome = "undetermined" if case == "one seed" else case
+    return {"metric": metric, "seeds": len(seeds), "outcome": outcome, "baseline": "classical",
+            "relative_error_reduction": 0.263, **gain}  # fmt: skip
+
+
+def _ladder(
+    gain: dict[str, Any] | None, metric: str, seeds: list[int], own: str
+) -> list[dict[str, Any]]:
+    """The own arm, the baselines where there are some, and `head`, the best first."""
+    sign = -1 if metric == "rmse" else 1
+    mine = 0.7254
+    ahead: dict[str, dict[str, Any]] = {"head": {"value": 0.0213, "ci95": [0.0052, 0.0374]}}
+    if gain is not None:
+        ahead |= {"classical": gain, "scratch": {"value": 0.1834, "ci95": [0.1513, 0.2155]}}
+    ahead.pop(own, None)
+    rows = [{"arm": own, "validation": 0.731, "test": mine, "gain_of_own": None}]
+    for arm, over in ahead.items():
+        interval = over["ci95"] if len(seeds) > 1 else None
+        told = {"metric": metric, "value": over["value"], "ci95": interval, "seeds": len(seeds)}
+        rows.append({"arm": arm, "validation": 0.6, "test": mine - sign * over["value"],
+                     "gain_of_own": told})  # fmt: skip
+    for row in rows:
+        row["sd"] = 0.0112 if len(seeds) > 1 else None
+    return sorted(rows, key=lambda row: -sign * row["test"])
+
+
+def _arms(ladder: list[dict[str, Any]], metric: str, seeds: list[int]) -> list[dict[str, Any]]:
+    spread = [0.0] if len(seeds) == 1 else [-0.0112, 0.0, 0.0112]
+    return [
+        {"arm": row["arm"], "seed": seed, "strategy": row["arm"],
+         "trainable_parameters": PARAMETERS[row["arm"]], "training": {},
+         "metrics": {s: {metric: row[s] + shift} for s in ("validation", "test")}}
+        for row in ladder
+        for seed, shift in zip(seeds, spread, strict=True)
+    ]  # fmt: skip
+
+
+CASES = list(GAINS)
+KINDS = [("classification", "lora"), ("regression", "full"), ("classification", "head")]
+EVERY = [(case, *kind) for case in CASES for kind in KINDS]
+HOSTILE = ["a|b", "`tick", "two\nlines", "| x |\n|---|", "```\n# no", "<b>bold</b>", "---\nx: y"]
+
+
+def front_matter(card: str) -> tuple[dict[str, Any], str]:
+    front, body = card.removeprefix("---\n").split("\n---\n", 1)
+    return yaml.safe_load(front), body
+
+
+def table_rows(body: str) -> list[list[str]]:
+    """The cells of the card's table, its header first."""
+    lines = [line for line in body.splitlines() if line.startswith("|")]
+    return [[c.strip() for c in line.strip("|").split("|")] for line in lines if "---" not in line]
+
+
+def numbers(tree: Any) -> list[float]:
+    if isinstance(tree, dict):
+        return [n for value in tree.values() for n in numbers(value)]
+    if isinstance(tree, list):
+        return [n for value in tree for n in numbers(value)]
+    return [tree] if isinstance(tree, (int, float)) and not isinstance(tree, bool) else []
+
+
+@pytest.mark.parametrize(("case", "task", "own"), EVERY)
+def test_front_matter_is_read_by_yaml_and_by_the_hub(case: str, task: str, own: str) -> None:
+    card = render_card(make(case, task, own))
+    front, _ = front_matter(card)
+    assert ModelCard(card).data.to_dict() == front
+    assert front["base_model"] == "org/tiny-MiniLM"
+    assert front["base_model_relation"] == ("adapter" if own == "lora" else "finetune")
+    assert front["library_name"] == ("peft" if own == "lora" else "transformers")
+    assert set(front["tags"]) == {"hftl", "transfer-learning", own}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_model_index_comes_back_with_the_gain(case: str) -> None:
+    record = make(case)
+    front, _ = front_matter(render_card(record))
+    name, results = model_index_to_eval_results(front["model-index"])
+    found = {result.metric_type: result for result in results}
+    assert name == "tiny-MiniLM-reviews-lora"
+    assert found["accuracy"].metric_value == 0.7254 and found["accuracy"].dataset_split == "test"
+    gain = record["transfer_gain"]
+    assert ("transfer_gain" in found) == (gain is not None)
+    if gain is not None:
+        told = found["transfer_gain"]
+        assert told.metric_value == gain["value"]
+        kept = {key: gain[key] for key in ("metric", "baseline", "seeds", "ci95", "outcome")}
+        assert told.metric_args == {key: value for key, value in kept.items() if value is not None}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_gain_is_the_first_bold_line_whatever_it_is(case: str, task: str) -> None:
+    record = make(case, task)
+    _, body = front_matter(render_card(record))
+    headline = next(line for line in body.splitlines() if line.startswith("**"))
+    assert body.index(headline) < body.index("Verdict") < body.index("|")
+    assert headline == f"**{gain_sentence(record)}**" and WORDS[case] in headline
+    assert all(word not in body for word in set(WORDS.values()) - {WORDS[case], "No baseline"})
+    if record["transfer_gain"] is not None:
+        assert interval_text(record["transfer_gain"]) in headline
+        sure = "one seed, no interval" if case == "one seed" else "95 % interval, 3 seeds"
+        assert sure in headline
+
+
+def test_sentence_gives_both_scores() -> None:
+    assert gain_sentence(make("negative")) == (
+        "Negative transfer, this model is worse than its baseline: accuracy 0.725 against 0.809 "
+        "for classical (TF-IDF with a linear model), a gain of -0.084 [-0.121, -0.047] "
+        "(95 % interval, 3 seeds)."
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_verdict_and_every_reason_are_told(case: str) -> None:
+    record = make(case)
+    card = render_card(record)
+    assert f"Verdict: **{record['verdict']['decision']}**" in card
+    assert record["verdict"]["decision"] == ("publish" if case == "positive" else "hold")
+    for reason in record["verdict"]["reasons"]:
+        assert reason[1:] in card
+
+
+@pytest.mark.parametrize(("case", "task", "own"), EVERY)
+def test_every_number_in_the_table_stands_in_the_record(case: str, task: str, own: str) -> None:
+    record = make(case, task, own)
+    known = numbers([record["ladder"], record["arms"]])
+    shown = {form(n) for n in known for form in ("{:.3f}".format, "{:+.3f}".format, "{:,}".format)}
+    head, *rows = table_rows(front_matter(render_card(record))[1])
+    assert len(rows) == len(record["ladder"]) and {len(row) for row in rows} == {len(head)}
+    printed = [n for row in rows for cell in row[1:] for n in re.findall(r"[-+]?\d[\d.,]*\d", cell)]
+    assert len(printed) >= 2 * len(rows)
+    assert set(printed) <= shown
+
+
+def test_table_gives_each_arm_its_own_figures() -> None:
+    rows = table_rows(front_matter(render_card(make("positive")))[1])
+    assert rows[0] == [
+        "arm", "test accuracy", "sd over seeds", "this model gains", "trained parameters"
+    ]  # fmt: skip
+    assert rows[1] == ["**lora** (this model)", "**0.725**", "0.011", "", "148,226"]
+    assert rows[2][1:] == ["0.704", "0.011", "+0.021 [+0.005, +0.037]", "770"]
+    assert rows[3] == ["classical (TF-IDF with a linear model)", "0.620", "0.011",
+                       "+0.105 [+0.071, +0.139]", "18,412"]  # fmt: skip
+
+
+def test_error_is_said_to_be_better_when_less() -> None:
+    assert "test rmse, less is better |" in render_card(make(task="regression"))
+    assert "less is better" not in render_card(make())
+
+
+@pytest.mark.parametrize(
+    ("case", "behind"), [("positive", False), ("negative", True), ("undetermined", False)]
+)
+def test_arms_that_are_ahead_stand_among_the_limits(case: str, behind: bool) -> None:
+    limits = render_card(make(case)).split("## Limits")[1]
+    assert ("It is behind classical (TF-IDF with a linear model): -0.084" in limits) == behind
+    assert "The weights are those of seed 2, the best on validation" in limits
+
+
+def test_facts_of_the_data_are_told() -> None:
+    record = make(bad_rows=7, leaked=5)
+    record["check"]["warnings"] = ["9% of the texts are cut"]
+    record["recipe"]["data"]["group"] = "author"
+    card = render_card(record)
+    for told in (
+        "400 labelled rows a seed (200 a class", "400 validation rows", "797 test rows", "2,083",
+        "4,000 rows were read", "12 exact duplicates", "3 rows were dropped", "7 bad rows",
+        "5 of these stood", "rows of one group never stand in two splits",
+        "## What to know before use\n\n- 9% of the texts are cut.\n",
+    ):  # fmt: skip
+        assert told in card
+    assert "What to know" not in render_card(make()) and "bad rows were" not in render_card(make())
+
+
+@pytest.mark.parametrize(("own", "epochs"), [("lora", True), ("head", False)])
+def test_a_solved_head_has_no_epochs(own: str, epochs: bool) -> None:
+    card = render_card(make(own=own))
+    assert ("best epoch" in card) == epochs and ("learning rate 0.0005, 5 epochs" in card) == epochs
+    assert ("its penalty by cross-validation" in card) != epochs
+
+
+@pytest.mark.parametrize(
+    ("text", "call"),
+    [("text", 'predict(["A text of your own."])'),
+     (["a"], 'predict(["A text of your own."])'),
+     (["a", "b"], 'predict([("A first text.", "A second text.")])')],
+)  # fmt: skip
+def test_code_of_the_card_compiles(text: str | list[str], call: str) -> None:
+    card = render_card(make(text=text), place="org/adapter")
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) == 2 and call in blocks[0]
+    for block in blocks:
+        compile(block, "card", "exec")
+        assert '"org/adapter"' in block
+
+
+@pytest.mark.parametrize("labels", [[f"c{i}" for i in range(12)], [f"c{i}" for i in range(40)]])
+def test_many_labels_are_cut(labels: list[str]) -> None:
+    card = render_card(make(labels=labels))
+    assert "`c11`" in card and "`c12`" not in card
+    assert (" and 28 more." in card) == (len(labels) == 40)
+
+
+def test_recipe_in_the_card_is_the_recipe() -> None:
+    record = make()
+    block = re.search(r"```yaml\n(.*?)```", render_card(record), re.DOTALL)
+    assert block is not None and yaml.safe_load(block[1]) == record["recipe"]
+
+
+def shape(card: str) -> list[tuple[str, str]]:
+    """The card's blocks and tables, without their words."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(front_matter(card)[1])
+    return [(token.type, token.tag) for token in tokens]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_name_breaks_the_page(name: str) -> None:
+    plain = make(labels=["x", "y"])
+    plain["check"]["warnings"] = ["the class 'x' is rare"]
+    hostile = make(labels=[name, f"{name}2"], name=name, text=name)
+    hostile["check"]["warnings"] = [f"the class {name!r} is rare"]
+    card = render_card(hostile)
+    assert shape(card) == shape(render_card(plain))
+    front, _ = front_matter(card)
+    _, results = model_index_to_eval_results(front["model-index"])
+    assert {result.dataset_name for result in results} == {name}
+    assert ModelCard(card).data.to_dict() == front
+
+
+@pytest.mark.parametrize("case", ["positive", "no baseline"])
+def test_same_record_gives_the_same_bytes(case: str, tmp_path: Path) -> None:
+    first, second = make(case), copy.deepcopy(make(case))
+    assert render_card(first) == render_card(second)
+    for name, record in (("a", first), ("b", second)):
+        plot_ladder(record, tmp_path / name / "ladder.png")
+    pictures = [(tmp_path / name / "ladder.png").read_bytes() for name in "ab"]
+    assert pictures[0] == pictures[1] and pictures[0].startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("task", "better"), [("classification", "right"), ("regression", "left")])
+def test_picture_shows_the_test_scores_and_gains(
+    task: str, better: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    record = make("negative", task)
+    plot_ladder(record, tmp_path / "ladder.png")
+    axes = drawn[0].axes[0]
+    dots = [line.get_xdata() for line in axes.lines if line.get_marker() == "o"]
+    for row, scores in zip(reversed(record["ladder"]), dots, strict=True):
+        arms = [arm["metrics"]["test"] for arm in record["arms"] if arm["arm"] == row["arm"]]
+        assert list(scores) == [metrics[record["metric"]] for metrics in arms]
+    assert f"{better} is better" in axes.get_xlabel()
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    gains = [label.get_text() for label in axes.child_axes[0].get_yticklabels()]
+    assert gains[names.index("lora (this model)")] == "" and gains[-1] == "this model gains"
+    assert gains[names.index("classical")] == "-0.084 [-0.121, -0.047]"
+
+
+def test_another_record_gives_another_picture(tmp_path: Path) -> None:
+    for case in ("positive", "negative"):
+        plot_ladder(make(case), tmp_path / f"{case}.png")
+    assert (tmp_path / "positive.png").read_bytes() != (tmp_path / "negative.png").read_bytes()
+
+
+def test_published_record_names_no_local_path(tmp_path: Path) -> None:
+    model, data = tmp_path / "my-model", tmp_path / "reviews.csv"
+    model.mkdir()
+    data.touch()
+    record = make()
+    record["source"] |= {"model": str(model), "name": "my-model", "published_as": None}
+    record["recipe"]["source"] |= {"model": str(model), "published_as": None}
+    tables = record["recipe"]["data"]
+    tables["train"]["path"] = tables["test"]["path"] = str(data)
+    tables["test"] |= {"text": "text", "label": "label"}
+    before = to_json(record)
+    told = publishable(record)
+    assert to_json(record) == before
+    card = render_card(told)
+    for text in (card, to_json(told)):
+        assert str(tmp_path) not in text and str(tmp_path.parent) not in text
+    assert "A LoRA adapter of my-model that" in card and "huggingface.co" not in card
+    assert "base_model" not in front_matter(card)[0]
+    assert told["recipe"]["data"]["train"]["path"] == "reviews.csv"
+
+
+@pytest.mark.parametrize("case", ["positive", "no baseline"])
+def test_report_is_one_file_with_picture_and_table(case: str, tmp_path: Path) -> None:
+    record = make(case, labels=["<script>x</script>", "b"])
+    plot_ladder(record, tmp_path / "assets" / "ladder.png")
+    report = render_report(render_card(record), tmp_path)
+    assert report.count("<html") == report.count("<table>") == report.count("<img") == 1
+    assert 'src="data:image/png;base64,' in report and 'src="assets' not in report
+    assert report.count("<tr>") == 1 + len(record["ladder"])
+    assert "<title>tiny-MiniLM-reviews-lora</title>" in report
+    assert not re.search(r"details>|summary>|<script|&lt;details", report)
+    assert "<h2>The recipe</h2>" in report and "model-index" not in report
+    assert not re.search(r'(src|href)="(?!https://huggingface\.co/|data:)', report)

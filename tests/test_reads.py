@@ -1,0 +1,145 @@
+"""Which changed keys stop a run that goes on, and which only add to it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hftl import rundir
+from hftl.errors import RunFolderError
+from hftl.reads import arm_reads, changed, data_reads, refuse_changed
+from hftl.recipe import Recipe, arms
+from hftl.yamlfile import override
+
+FULL = {"full": {"finetune.training.learning_rate": 5e-5}}
+
+
+def recipe(*overrides: str) -> Recipe:
+    tree: dict[str, Any] = {
+        "source": {"model": "org/model"},
+        "data": {"train": {"path": "a.csv"}},
+        "measure": {"seeds": [0, 1], "arms": ["scratch", "head", FULL]},
+    }
+    return Recipe.parse(override(tree, list(overrides)))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A folder where the data and every arm of `recipe()` stand."""
+    made = recipe()
+    with rundir.commit(tmp_path / "phases" / "data", {"recipe": data_reads(made)}):
+        pass
+    for arm in arms(made):
+        for seed in made.measure.seeds:
+            reads = {"recipe": arm_reads(made, arm), "weights": "w"}
+            with rundir.commit(tmp_path / "arms" / f"{arm.name}-seed{seed}", reads):
+                pass
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(made.tree()), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "measure.seeds=[0, 1, 2]",
+        "measure.arms=[scratch, head, majority]",
+        "measure.arms=[]",
+        "measure.arms=[{full: {finetune.training.learning_rate: 1e-5}}]",
+        "measure.metric=f1",
+        "measure.scratch.epochs_factor=1",
+        "publish.private=false",
+        "data.train.path=moved/b.csv",
+        "finetune.blocks=3",
+        "finetune.lora={r: 8, lora_alpha: 16}",
+        "source.published_as=org/model",
+    ],
+)
+def test_what_may_change(run: Path, assignment: str) -> None:
+    made = recipe(assignment)
+    refuse_changed(made, run, arms(made))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "told"),
+    [
+        ("finetune.lora.r=16", "finetune.lora.r: 8 -> 16"),
+        ("finetune.lora.lora_dropout=0.1", "finetune.lora.lora_dropout: unset -> 0.1"),
+        ("finetune.training.num_train_epochs=9", "finetune.training.num_train_epochs: 5 -> 9"),
+        ("finetune.training.learning_rate=1e-4", "training.learning_rate: 0.0005 -> 0.0001"),
+        ("finetune.pooling=mean", "finetune.pooling: native -> mean"),
+        ("finetune.head_init=random", "finetune.head_init: probe -> random"),
+        ("data.seed=1", "data.seed: 0 -> 1"),
+        ("data.shots=4", "data.shots: None -> 4"),
+        ("data.test={fraction: 0.3}", "data.test.fraction: 0.2 -> 0.3"),
+        ("data.train.text=review", "data.train.text: text -> review"),
+        ("data.max_length=64", "data.max_length: 128 -> 64"),
+        ("data.group=who", "data.group: None -> who"),
+    ],
+)  # fmt: skip
+def test_what_a_finished_part_has_read_may_not(run: Path, assignment: str, told: str) -> None:
+    made = recipe(assignment)
+    with pytest.raises(RunFolderError) as caught:
+        refuse_changed(made, run, arms(made))
+    assert told in str(caught.value)
+    assert "--restart" in caught.value.fix
+    assert caught.value.exit_code == 4
+
+
+def test_all_changes_are_named_once(run: Path) -> None:
+    made = recipe("data.seed=1", "finetune.lora.r=4")
+    with pytest.raises(RunFolderError) as caught:
+        refuse_changed(made, run, arms(made))
+    assert str(caught.value).count("->") == 2
+
+
+def test_what_no_wanted_arm_has_read_may_change(run: Path) -> None:
+    made = recipe("finetune.strategy=head", "finetune.lora.r=4", "measure.arms=[]")
+    refuse_changed(made, run, arms(made))
+
+
+def test_a_new_folder_refuses_nothing(tmp_path: Path) -> None:
+    made = recipe("data.seed=1")
+    refuse_changed(made, tmp_path, arms(made))
+
+
+def test_a_damaged_part_is_not_passed_over(run: Path) -> None:
+    (run / "arms" / "head-seed1" / rundir.MANIFEST).write_text("{", encoding="utf-8")
+    made = recipe()
+    with pytest.raises(RunFolderError, match="head-seed1"):
+        refuse_changed(made, run, arms(made))
+
+
+def test_the_data_read_neither_the_path_nor_the_length_in_tokens() -> None:
+    read = data_reads(recipe())
+    assert not {"data.train.path", "data.train.format", "data.max_length"} & read.keys()
+    assert {"data.train.text", "data.train.label", "data.seed", "data.shots"} <= read.keys()
+
+
+def test_an_arm_reads_what_its_strategy_uses() -> None:
+    found = {arm.name: arm_reads(recipe(), arm) for arm in arms(recipe())}
+    assert set(found["head"]) == {"finetune.pooling", "data.max_length"}
+    assert "finetune.lora.r" in found["lora"]
+    assert "finetune.lora.r" not in found["full"]
+    assert found["full"]["finetune.training.learning_rate"] == 5e-5
+    assert found["classical"] == {}
+    assert found["scratch"]["measure.scratch.epochs_factor"] == 3
+
+
+def test_the_strategy_counts_where_the_name_does_not_say_it() -> None:
+    made = recipe("measure.arms=[{top: {finetune.strategy: partial}}]")
+    assert arm_reads(made, arms(made)[1])["finetune.strategy"] == "partial"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "lines"),
+    [
+        ({"a": 1}, {"a": 1}, []),
+        ({"a": 1, "b": 2}, {"a": 2, "b": 2}, ["a: 1 -> 2"]),
+        ({"b": 1}, {"a": None, "b": 1}, []),
+        ({"a": 1}, {}, ["a: 1 -> unset"]),
+        ({}, {"b": 0, "a": []}, ["a: unset -> []", "b: unset -> 0"]),
+    ],
+)
+def test_changed(old: dict[str, Any], new: dict[str, Any], lines: list[str]) -> None:
+    assert changed(old, new) == lines
