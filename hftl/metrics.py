@@ -162,7 +162,7 @@ def _from_evaluate(name: str) -> Metric:
 
     def score(labels: np.ndarray, predictions: np.ndarray) -> float:
         found: dict[str, Any] = module.compute(predictions=predictions, references=labels) or {}
-        values = [v for v in found.values() if np.isscalar(v)]
+        values: list[Any] = [value for value in found.values() if np.isscalar(value)]
         if len(values) != 1:
             raise RecipeError(
                 f"measure.metric: {name} gives {sorted(found)}, not one number",

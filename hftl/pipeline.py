@@ -81,7 +81,7 @@ def run(
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
     _one_process()
-    metric = find(recipe.metric, str(recipe.data.task))
+    metric = find(recipe.measure.metric, str(recipe.data.task))
     folder = Path(output)
     quiet()
     rundir.make(folder)
@@ -99,7 +99,7 @@ def run(
 
 def preflight(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """`hftl check`: the header's facts, and what the preflight found; trains and writes nothing."""
-    find(recipe.metric, str(recipe.data.task))
+    find(recipe.measure.metric, str(recipe.data.task))
     quiet()
     bench = _new_bench(recipe, data_stage.prepare(recipe.data))
     wanted = arms(recipe)
@@ -220,7 +220,7 @@ def _arms_phase(this: Run, bench: Workbench) -> None:
             store.write(aside, bench.prepared, outcome, arm.name, arm.strategy, seed)
         done += 1
         told = store.read(folder, bench.prepared).told
-        this.say(show.arm_line(told, this.recipe.metric, done, total))
+        this.say(show.arm_line(told, this.recipe.measure.metric, done, total))
 
 
 def _run_arm(this: Run, bench: Workbench, arm: Arm, seed: int) -> training.Outcome:

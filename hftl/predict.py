@@ -43,7 +43,9 @@ class Predictor:
         Raises:
             DataError: for an empty text, or another number of texts than the model takes.
         """
-        rows = [tuple(text) if isinstance(text, (list, tuple)) else (text,) for text in inputs]
+        rows: list[Any] = [
+            tuple(text) if isinstance(text, (list, tuple)) else (text,) for text in inputs
+        ]
         for number, row in enumerate(rows):
             if len(row) != len(self.texts) or not all(
                 isinstance(t, str) and t.strip() for t in row
@@ -89,7 +91,7 @@ def load(path: str | Path, base: str | Path | None = None) -> Predictor:
     if (folder / "adapter_config.json").exists():
         location, revision = _base(folder, told, base)
     model = reload.load(folder, location, revision)
-    config = AutoConfig.from_pretrained(folder)
+    config: Any = AutoConfig.from_pretrained(folder)
     if "data" in told:
         names = told["data"]["labels"]
     else:

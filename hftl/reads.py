@@ -69,7 +69,7 @@ def refuse_changed(recipe: Recipe, run: Path, wanted: list[Arm]) -> None:
     if data is not None:
         found |= set(changed(data["recipe"], data_reads(recipe)))
     for arm in wanted:
-        for folder in sorted((run / "arms").glob(f"{arm.name}-seed*")):
+        for folder in sorted((run / "arms").glob(f"{arm.name}-seed[0-9]*")):
             read = rundir.reads(folder)
             if read is None:
                 continue

@@ -1,5 +1,6 @@
 """A recipe: one YAML file, one experiment, and the arms it asks for."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,6 @@ class Recipe(Section):
     measure: Measure = Measure()
     publish: Publish = Publish()
 
-    @property
-    def metric(self) -> str:
-        """The metric that gains are measured in."""
-        default = "pearson" if self.data.task == "regression" else "accuracy"
-        return self.measure.metric or default
-
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> "Recipe":
         """Reads a recipe file and applies `key=value` overrides.
@@ -49,8 +44,7 @@ class Recipe(Section):
         Raises:
             RecipeError: naming the file, the key and the closest match.
         """
-        tree = yamlfile.read(Path(path))
-        _spell_out(tree)
+        tree = _spelt_out(yamlfile.read(Path(path)))
         return cls.parse(yamlfile.override(tree, overrides or []), str(path))
 
     @classmethod
@@ -60,8 +54,9 @@ class Recipe(Section):
         Raises:
             RecipeError: naming `where`, the key and the closest match.
         """
-        _spell_out(tree)
-        kept = {k: v for k, v in tree.items() if v is not None or k in ("source", "data")}
+        kept = {
+            k: v for k, v in _spelt_out(tree).items() if v is not None or k in ("source", "data")
+        }
         try:
             recipe = cls.model_validate(kept)
         except ValidationError as error:
@@ -160,10 +155,16 @@ def _arm(recipe: Recipe, name: str, changes: dict[str, Any], where: str) -> Arm:
     return Arm(name, strategy, changed.finetune)
 
 
-def _spell_out(tree: dict[str, Any]) -> None:
-    """`train: reviews.csv` means `train: {path: reviews.csv}`."""
+def _spelt_out(tree: dict[str, Any]) -> dict[str, Any]:
+    """A copy in which `train: reviews.csv` is `train: {path: reviews.csv}`, and regression, where
+    no metric is given, is measured by pearson."""
+    tree = copy.deepcopy(tree)
     data = tree.get("data")
     if isinstance(data, dict):
         for part in ("train", "validation", "test"):
             if isinstance(data.get(part), str):
                 data[part] = {"path": data[part]}
+        measure = tree.get("measure") or {}
+        if data.get("task") == "regression" and isinstance(measure, dict):
+            tree["measure"] = {"metric": "pearson"} | measure
+    return tree

@@ -59,19 +59,19 @@ class Table(Section):
     """A dataset: a file, a folder, `package:<import name>/<path>` or a Hub id."""
 
     path: str
-    format: (
-        Literal["csv", "jsonl", "parquet", "txt", "textfolder", "imagefolder", "hub"] | None
-    ) = None
+    format: Literal["csv", "jsonl", "parquet", "txt", "textfolder", "imagefolder", "hub"] | None = (
+        None
+    )
     name: str | None = None
     split: str | None = None
     revision: str | None = None
     text: str | list[str] = "text"
-    image: str | None = None
+    image: Literal["image"] = "image"
     label: str | list[str] = "label"
 
     @model_validator(mode="after")
     def _built(self) -> Self:
-        if self.image or self.format == "imagefolder":
+        if self.format == "imagefolder":
             raise ValueError("images are not built yet; use a text dataset")
         if isinstance(self.label, list):
             raise ValueError("several label columns (multi-label) are not built yet; name one")
@@ -113,13 +113,13 @@ class Data(Section):
     unlabeled: None = None
     general: None = None
     group: str | None = None
-    shots: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
+    shots: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
     bad_rows: Literal["refuse", "skip"] = "refuse"
-    max_length: int = Field(128, ge=2)
+    max_length: int = Field(default=128, ge=2)
     image_size: None = None
     augment: Literal["none"] = "none"
-    max_pixels: int = Field(40_000_000, ge=1)
+    max_pixels: int = Field(default=40_000_000, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -158,8 +158,8 @@ class Finetune(Section):
     strategy: Literal["head", "partial", "gradual", "lora", "full"] = "lora"
     pooling: Literal["native", "mean", "cls"] = "native"
     head_init: Literal["probe", "random"] = "probe"
-    blocks: int = Field(2, ge=1)
-    patience: int | None = Field(None, ge=1)
+    blocks: int = Field(default=2, ge=1)
+    patience: int | None = Field(default=None, ge=1)
     """Evaluations without improvement on validation before training stops; null: never."""
     lora: dict[str, Any] = LORA
     training: dict[str, Any] = TRAINING
@@ -210,16 +210,16 @@ class Finetune(Section):
 class Search(Section):
     """The learning rates that `scratch` is given a choice of, and its longer budget."""
 
-    learning_rates: list[float] = Field([1.0e-4, 3.0e-4, 1.0e-3], min_length=1)
-    epochs_factor: float = Field(3, gt=0)
+    learning_rates: list[float] = Field(default=[1.0e-4, 3.0e-4, 1.0e-3], min_length=1)
+    epochs_factor: float = Field(default=3, gt=0)
 
 
 class Measure(Section):
     """What is compared, over which seeds, by which metric."""
 
-    metric: str | None = None
-    """A built-in metric or `evaluate:<id>`; null: accuracy, for regression pearson."""
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
+    metric: str = "accuracy"
+    """A built-in metric or `evaluate:<id>`; for regression pearson, where it is not given."""
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0, 1, 2], min_length=1)
     arms: list[str | dict[str, dict[str, Any] | None]] = ["scratch", "head"]
     scratch: Search = Search()
 
@@ -261,9 +261,7 @@ def _known(kind: str, given: Any) -> dict[str, Any]:
                 "The names are those of "
                 + ("transformers.TrainingArguments" if kind == "training" else "peft.LoraConfig"),
             )
-    return {
-        name: upstream.checked(kind, f"finetune.{kind}.{name}", v) for name, v in given.items()
-    }
+    return {name: upstream.checked(kind, f"finetune.{kind}.{name}", v) for name, v in given.items()}
 
 
 def _positive(name: str, value: Any) -> None:

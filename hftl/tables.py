@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,14 @@ def predict_table(
     _check_output(output)
     if not data.exists():
         raise DataError(f"{data} does not exist", "Check the path")
-    rows = list(READERS[guess_format(data)](data))
+    file_format = guess_format(data)
+    rows = list(READERS[file_format](data))
     if not rows:
         raise DataError(f"{data.name} has no rows", "Check the file")
     predictor = load(model, base)
+    if file_format == "txt" and len(predictor.texts) == 1:
+        # The lines of a text file have no column name of their own.
+        rows = [replace(raw, values={predictor.texts[0]: raw.values["text"]}) for raw in rows]
     columns = dict.fromkeys(key for raw in rows for key in raw.values)
     for column in predictor.texts:
         if column not in columns:
@@ -76,7 +81,7 @@ def _texts(raw: Raw, wanted: list[str]) -> tuple[str, ...]:
     fault = raw.fault
     if any(isinstance(value, str) and not_utf8(value) for value in raw.values.values()):
         fault = "not valid UTF-8"
-    texts = tuple(raw.values.get(column) for column in wanted)
+    texts: tuple[Any, ...] = tuple(raw.values.get(column) for column in wanted)
     if not fault and not all(isinstance(text, str) and text.strip() for text in texts):
         fault = "no usable text"
     if fault:
@@ -85,8 +90,13 @@ def _texts(raw: Raw, wanted: list[str]) -> tuple[str, ...]:
 
 
 def _columns(told: dict[str, Any]) -> dict[str, Any]:
-    """label, score and one column a class; for a target, label alone."""
-    return {k: v for k, v in told.items() if k != "scores"} | told.get("scores", {})
+    """label, score and one column a class; for a target, label alone.
+
+    A class that is itself called `label` or `score` gets the column `class.<name>`.
+    """
+    ours = {key: value for key, value in told.items() if key != "scores"}
+    classes = told.get("scores", {})
+    return ours | {f"class.{k}" if k in ours else k: value for k, value in classes.items()}
 
 
 def _merge(values: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:

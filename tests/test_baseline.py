@@ -92,8 +92,8 @@ def test_majority_is_the_train_prior(bench: Workbench) -> None:
 def test_regression_baselines(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     rows = [(text, float(label == "positive")) for text, label in sentences(80)]
     table = write_csv(tmp_path / "v.csv", ["text", "label"], rows)
-    recipe = Recipe.parse({"source": {"model": str(tiny_model())},
-                           "data": {"task": "regression", "train": {"path": str(table)}}})  # fmt: skip
+    data = {"task": "regression", "train": {"path": str(table)}}
+    recipe = Recipe.parse({"source": {"model": str(tiny_model())}, "data": data})
     source = find_source(recipe.source)
     bench = Workbench(source, load_tokenizer(source), prepare(recipe.data), None, 16, "cpu")
     mean = bench.prepared.labels(bench.train_rows(0)).mean()

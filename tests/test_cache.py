@@ -43,9 +43,7 @@ def test_last_linear_of_the_features_is_the_model(
     features = frozen_features(found.model, found.last_linear, rows, Pad(tokenizer), "cpu")
     with torch.no_grad():
         by_hand = found.last_linear(torch.from_numpy(features)).numpy()
-    np.testing.assert_allclose(
-        logits(found.model, rows, Pad(tokenizer), "cpu"), by_hand, atol=1e-6
-    )
+    np.testing.assert_allclose(logits(found.model, rows, Pad(tokenizer), "cpu"), by_hand, atol=1e-6)
 
 
 def test_mean_pooling_counts_real_tokens_only() -> None:

@@ -204,3 +204,15 @@ def test_best_seed_is_the_first_of_equals(wrong: list[int], best: int) -> None:
     assert best_seed(ACCURACY, told, "lora") == best
     as_numbers = Predicted(labels.astype(float), told.units, {"lora": predictions.astype(float)})
     assert best_seed(RMSE, as_numbers, "lora") == best
+
+
+def test_margin_of_an_error_is_a_share_of_it() -> None:
+    """An rmse of 0.002 against 0.004 is half the error, however small the label's unit."""
+    generator = np.random.default_rng(0)
+    labels = generator.normal(size=200) * 0.01
+    noise = generator.normal(size=(2, 200))
+    told = Predicted(
+        labels, np.arange(200), {"own": labels + 0.002 * noise, "other": labels + 0.004 * noise}
+    )
+    found = gain(METRICS["regression"]["rmse"], told, "own", "other")
+    assert abs(found["value"]) < MARGIN and found["outcome"] == "positive"

@@ -64,7 +64,7 @@ def test_recipe_loads_and_says_what_was_guessed(
     assert recipe.data.train.path == str(data) and recipe.source.model == "org/MiniLM"
     assert recipe.data.train.texts == texts and recipe.data.train.label == label
     assert (recipe.data.task, recipe.data.group) == (task, group)
-    assert recipe.metric == ("pearson" if task == "regression" else "accuracy")
+    assert recipe.measure.metric == ("pearson" if task == "regression" else "accuracy")
     assert recipe.finetune.pooling == "mean"
     told = "\n".join(notes)
     assert " and ".join(texts) in told and f"label: {label}" in told and task in told

@@ -116,7 +116,9 @@ def test_run_folder_holds_what_the_contract_says(finished: tuple[Path, dict[str,
 def test_all_arms_predict_the_same_rows(finished: tuple[Path, dict[str, Any]]) -> None:
     run, _ = finished
     rows = {
-        folder.name: pq.read_table(folder / "predictions.parquet", columns=["split", "row", "label"])
+        folder.name: pq.read_table(
+            folder / "predictions.parquet", columns=["split", "row", "label"]
+        )
         for folder in (run / "arms").iterdir()
     }
     first = next(iter(rows.values()))
@@ -252,7 +254,9 @@ def test_restart_starts_over(again: tuple[Path, dict[str, Any]]) -> None:
     assert {p.name for p in (run / "arms").iterdir()} == {"head-seed0", "majority-seed0"}
 
 
-def test_a_folder_with_other_things_is_not_used(recipe_tree: dict[str, Any], tmp_path: Path) -> None:
+def test_a_folder_with_other_things_is_not_used(
+    recipe_tree: dict[str, Any], tmp_path: Path
+) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(hftl.HftlError, match=r"no run folder: it holds 'thesis\.txt'"):
@@ -292,8 +296,10 @@ def test_regression_runs_to_the_end(
 
 def test_sentence_pairs_run_to_the_end(recipe_tree: dict[str, Any], tmp_path: Path) -> None:
     first, second = sentences(80, 1), sentences(80, 2)
-    rows = [(a, b, "same" if x == y else "other")
-            for (a, x), (b, y) in zip(first, second[1:] + second[:1], strict=True)]
+    rows = [
+        (a, b, "same" if x == y else "other")
+        for (a, x), (b, y) in zip(first, second[1:] + second[:1], strict=True)
+    ]
     rows += [(a, b, "same") for (a, _), (b, _) in zip(first[:40], second[:40], strict=True)]
     table = write_csv(tmp_path / "p.csv", ["premise", "hypothesis", "label"], rows)
     recipe_tree["data"]["train"] = {"path": str(table), "text": ["premise", "hypothesis"]}

@@ -18,7 +18,7 @@ FROM_CONTRACT = {
     "data": {
         "task": "classification",
         "train": {"format": None, "name": None, "split": None, "revision": None, "text": "text",
-                  "label": "label"},
+                  "image": "image", "label": "label"},
         "validation": {"fraction": 0.2},
         "test": {"fraction": 0.2},
         "unlabeled": None, "general": None, "group": None, "shots": None, "seed": 0,
@@ -33,7 +33,7 @@ FROM_CONTRACT = {
     },
     "retain": None,
     "measure": {
-        "seeds": [0, 1, 2], "arms": ["scratch", "head"],
+        "metric": "accuracy", "seeds": [0, 1, 2], "arms": ["scratch", "head"],
         "scratch": {"learning_rates": [1e-4, 3e-4, 1e-3], "epochs_factor": 3},
     },
     "publish": {"repo_id": None, "private": True},
@@ -58,9 +58,9 @@ def test_defaults(key: str, value: Any) -> None:
 
 
 def test_the_metric_follows_the_task() -> None:
-    assert recipe().metric == "accuracy"
-    assert recipe("data.task=regression").metric == "pearson"
-    assert recipe("data.task=regression", "measure.metric=mae").metric == "mae"
+    assert recipe().measure.metric == "accuracy"
+    assert recipe("data.task=regression").measure.metric == "pearson"
+    assert recipe("data.task=regression", "measure.metric=mae").measure.metric == "mae"
 
 
 def test_training_and_lora_keep_the_defaults_they_do_not_name() -> None:
@@ -197,7 +197,7 @@ def test_arms_that_are_refused(entry: Any, message: str) -> None:
         ("data.task=null", "task null is not built yet"),
         ("data.task=multi-label", "task multi-label is not built yet"),
         ("data.task=token-classification", "task token-classification is not built yet"),
-        ("data.train.image=image", "images are not built yet"),
+        ("data.train.image=photo", "'data.train.image': input should be 'image'"),
         ("data.train.format=imagefolder", "images are not built yet"),
         ("data.train.label=[a, b]", "multi-label.* not built yet"),
         ("finetune.strategy=gradual", "gradual unfreezing is not built yet"),

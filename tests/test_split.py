@@ -179,3 +179,20 @@ def test_test_items_are_the_same_with_and_without_shots(table: Path) -> None:
     assert whole("test") == few("test")
     assert few("validation") < whole("validation")
     assert rows(seed=1)("test") != whole("test")
+
+
+@pytest.mark.parametrize(("groups", "size"), [(20, 2), (20, 50)])
+def test_groups_that_lie_in_one_stratum_are_still_split(groups: int, size: int) -> None:
+    """One target decile a group: no group brings the strata nearer, the total still counts."""
+    rows = [Row((f"{g} {i}",), float(g), str(g), i, "") for g in range(groups) for i in range(size)]
+    taken, left = take(rows, groups * size // 5, "regression", 0, "test")
+    assert abs(len(taken) - groups * size // 5) <= size
+    assert not {row.group for row in taken} & {row.group for row in left}
+
+
+def test_a_group_that_holds_a_whole_class_stays() -> None:
+    rows = [Row((f"{i}",), "common", str(i), i, "") for i in range(30)]
+    rows += [Row((f"rare {i}",), "rare", "one author", i, "") for i in range(6)]
+    for seed in range(20):
+        taken, left = take(rows, 12, "classification", seed, "test", leave=1)
+        assert "rare" in {row.label for row in left} and len(taken) == 12

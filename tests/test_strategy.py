@@ -99,9 +99,7 @@ def test_without_loading_info_the_pooler_is_taken_as_fresh(
         ({"bias": "lora_only"}, 3 * LINEARS_A_BLOCK),
     ],
 )
-def test_lora_options(
-    settings: dict, expected: int, tiny_model: Callable[..., Path]
-) -> None:
+def test_lora_options(settings: dict, expected: int, tiny_model: Callable[..., Path]) -> None:
     model = prepare(built(tiny_model(), "mean").model, "lora", lora=settings)
     assert len(wrapped_layers(model)) == expected
 

@@ -111,6 +111,16 @@ def test_every_input_is_read(suffix: str, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_lines_of_a_text_file_are_the_text_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, Fake("sentence"))
+    rows = told(put(tmp_path / "in.txt", "a good film\ndull\n"))
+    assert [(row["sentence"], row["label"]) for row in rows] == [
+        ("a good film", "good"), ("dull", "bad")
+    ]  # fmt: skip
+
+
 def test_a_pair_is_read_from_two_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, Fake("a", "b"))
     data = put(tmp_path / "in.csv", "b,a\ngood,x\nx,x\n")
@@ -223,3 +233,10 @@ def test_predict_names_the_input_it_cannot_take(
 ) -> None:
     with pytest.raises(DataError, match=rf"input 2 is .*expected {len(texts)} text"):
         predictor(monkeypatch, ["x", "y"], texts).predict(inputs)
+
+
+def test_a_class_called_label_keeps_its_own_column() -> None:
+    told = {"label": "label", "score": 0.9, "scores": {"label": 0.9, "other": 0.1}}
+    assert tables._columns(told) == {
+        "label": "label", "score": 0.9, "class.label": 0.9, "other": 0.1,
+    }  # fmt: skip

@@ -198,9 +198,7 @@ def test_summed_loss_is_the_sum_over_rows() -> None:
     torch.testing.assert_close(summed_loss(logits, labels), by_hand)
     targets = torch.randn(5)
     values = torch.randn(5, 1)
-    torch.testing.assert_close(
-        summed_loss(values, targets), ((values[:, 0] - targets) ** 2).sum()
-    )
+    torch.testing.assert_close(summed_loss(values, targets), ((values[:, 0] - targets) ** 2).sum())
 
 
 def test_keep_best_restores_the_best_and_stops_after_patience() -> None:

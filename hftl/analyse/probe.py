@@ -89,10 +89,11 @@ def logistic(
         with warnings.catch_warnings():
             # A group fold may lack a class, the weakest penalty need more steps: neither decides.
             warnings.simplefilter("ignore")
-            search: Any = LogisticRegressionCV(
-                Cs=cs, cv=list(splitter.split(x, y, groups)), scoring="neg_log_loss",
-                max_iter=STEPS, l1_ratios=(0.0,), use_legacy_attributes=False,
-            ).fit(x, y)  # fmt: skip
+            settings: dict[str, Any] = {
+                "Cs": cs, "cv": list(splitter.split(x, y, groups)), "scoring": "neg_log_loss",
+                "max_iter": STEPS, "l1_ratios": (0.0,), "use_legacy_attributes": False,
+            }  # fmt: skip
+            search: Any = LogisticRegressionCV(**settings).fit(x, y)
         chosen = float(np.ravel(search.C_)[0])
     solver = LogisticRegression(C=chosen, max_iter=STEPS, tol=1e-6).fit(x, y)
     weight, bias = solver.coef_, solver.intercept_

@@ -1,8 +1,8 @@
 """Splits and draws by content: they do not depend on the order of rows on the disk."""
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Hashable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable
 
 from hftl.data.load import Row
 from hftl.errors import DataError
@@ -22,8 +22,10 @@ def take(
 ) -> tuple[list[Row], list[Row]]:
     """`count` rows, stratified, groups whole, and the rows left.
 
-    Groups are visited in the order of their hash; one is taken when that brings the class counts
-    nearer to their quota. Where every row is its own group the quota is met exactly.
+    Groups are visited in the order of their hash; one is taken when that brings the strata's
+    counts nearer to their quota. Where every row is its own group the quota is met exactly. Where
+    groups are too large for that, a second visit brings the total alone as near as whole groups
+    can.
 
     Args:
         rows: what to take from.
@@ -31,24 +33,38 @@ def take(
         task: classification (strata are the classes) or regression (the deciles).
         seed: decides the draw, with `purpose`.
         purpose: keeps draws of one seed apart.
-        leave: how many rows of every stratum must stay, so that train knows every class.
+        leave: how many rows of every class must stay, so that train knows it.
     """
+    leave = 0 if task == "regression" else leave
     strata = _strata(rows, task)
     need = _quota(strata, count, leave)
+    room = {s: n - leave for s, n in Counter(strata).items()}
+    taken: set[int] = set()
+
+    def visit(nearer: Callable[[Counter[Hashable]], bool]) -> None:
+        for numbers in groups:
+            holds = Counter(strata[i] for i in numbers)
+            fits = all(n <= room[s] for s, n in holds.items())
+            if taken.isdisjoint(numbers) and fits and nearer(holds):
+                taken.update(numbers)
+                for stratum, n in holds.items():
+                    need[stratum] -= n
+                    room[stratum] -= n
+
+    groups = _groups(rows, seed, purpose)
+    visit(lambda holds: sum(n * n - 2 * n * need[s] for s, n in holds.items()) < 0)
+    visit(lambda holds: abs(count - len(taken) - holds.total()) < abs(count - len(taken)))
+    return [rows[i] for i in sorted(taken)], [r for i, r in enumerate(rows) if i not in taken]
+
+
+def _groups(rows: list[Row], seed: int, purpose: str) -> list[list[int]]:
+    """The rows' numbers by group, in the order of the groups' hash."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
         groups[row.group if row.group is not None else (number,)].append(number)
-    keys = {name: min(content_key(rows[i], seed, purpose) for i in g) for name, g in groups.items()}
-    taken: set[int] = set()
-    for name in sorted(groups, key=lambda name: keys[name]):
-        holds: dict[Hashable, int] = defaultdict(int)
-        for number in groups[name]:
-            holds[strata[number]] += 1
-        if sum(n * n - 2 * n * need[s] for s, n in holds.items()) < 0:
-            taken.update(groups[name])
-            for stratum, n in holds.items():
-                need[stratum] -= n
-    return [rows[i] for i in sorted(taken)], [r for i, r in enumerate(rows) if i not in taken]
+    return sorted(
+        groups.values(), key=lambda g: min(content_key(rows[i], seed, purpose) for i in g)
+    )
 
 
 def draw_shots(rows: list[Row], shots: int | None, task: str, seed: int) -> list[Row]:
@@ -85,9 +101,7 @@ def _strata(rows: list[Row], task: str) -> list[Hashable]:
 
 def _quota(strata: list[Hashable], count: int, leave: int) -> dict[Hashable, int]:
     """Whole numbers that add up to `count`, in the strata's proportion (largest remainders)."""
-    sizes: dict[Hashable, int] = defaultdict(int)
-    for stratum in strata:
-        sizes[stratum] += 1
+    sizes = Counter(strata)
     exact = {s: n * count / len(strata) for s, n in sizes.items()}
     room = {s: max(0, n - leave) for s, n in sizes.items()}
     quota = {s: min(int(share), room[s]) for s, share in exact.items()}

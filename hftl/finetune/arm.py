@@ -74,9 +74,7 @@ def train_arm(bench: Workbench, finetune: Finetune, seed: int, progress: bool) -
     if finetune.head_init == "probe":
         set_probe(bench, built, finetune.pooling, seed)
     set_seed(seed)
-    model = prepare(
-        built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh
-    )
+    model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
     built = Built(model, built.anatomy, built.pooling, built.fresh)
     return fit(bench, built, finetune.training, finetune.patience, seed, progress)
 
@@ -226,9 +224,7 @@ def _examples(bench: Workbench, rows: list[Row]) -> Examples:
 def _history(log: list[dict[str, Any]]) -> list[dict[str, float]]:
     """Losses and validation metrics by epoch, without what differs from run to run."""
     kept = ("epoch", "loss", "eval_loss")
-    rows = [
-        {k: v for k, v in entry.items() if k in kept or k.startswith("eval_")} for entry in log
-    ]
+    rows = [{k: v for k, v in entry.items() if k in kept or k.startswith("eval_")} for entry in log]
     timed = ("runtime", "per_second")
     rows = [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in rows]
     return [row for row in rows if len(row) > 1 and all(map(math.isfinite, row.values()))]

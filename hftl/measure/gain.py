@@ -16,7 +16,10 @@ from hftl.statistics import (
 )
 
 MARGIN = 0.01
-"""Gains within a point either way count as none: the interval inside it is `equivalent`."""
+"""Gains within a point either way count as none: the interval inside it is `equivalent`.
+
+For an error in the label's own unit it is a hundredth of the other arm's error.
+"""
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,16 @@ def gain(metric: Metric, told: Predicted, own: str, other: str) -> dict[str, Any
     pairs = list(zip(told.predictions[own], told.predictions[other], strict=True))
     deltas = np.array([_difference(metric, told.labels, a, b) for a, b in pairs])
     interval = _interval(metric, told, pairs, float(deltas.mean()))
-    scores = [np.mean([metric.score(told.labels, p) for p in told.predictions[a]])
-              for a in (own, other)]  # fmt: skip
+    scores = [mean_score(metric, told, arm) for arm in (own, other)]
+    margin = MARGIN if metric.best else MARGIN * abs(scores[1])
     return {
         "metric": metric.name,
         "value": float(deltas.mean()),
         "ci95": None if interval is None else list(interval),
         "seeds": len(deltas),
         "p_value": sign_flip_p(deltas),
-        "relative_error_reduction": relative_error_reduction(*map(float, scores), metric.best),
-        "outcome": outcome(interval, MARGIN),
+        "relative_error_reduction": relative_error_reduction(scores[0], scores[1], metric.best),
+        "outcome": outcome(interval, margin),
     }
 
 

@@ -43,10 +43,13 @@ class PooledModel(nn.Module):
         self.head = nn.Linear(width, outputs)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None,
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
-    ) -> SequenceClassifierOutput:  # fmt: skip
-        """Logits (batch, outputs) of (batch, length) ids; the trainer takes the loss of `labels`."""
+    ) -> SequenceClassifierOutput:
+        """Logits (batch, outputs) of (batch, length) ids; the loss is the trainer's business."""
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types)
         hidden = encoded.last_hidden_state
@@ -197,4 +200,3 @@ def _fresh_modules(missing: set[str], source: SourceModel) -> tuple[str, ...]:
                 "Give a complete checkpoint of this architecture",
             )
     return tuple(sorted(modules))
-

@@ -56,7 +56,7 @@ def write_model(bench: Workbench, model: nn.Module, finetune: Finetune, folder: 
     source = bench.source
     labels = label_settings(bench.prepared.names, bench.outputs)
     if finetune.strategy == "lora":
-        adapter_of(model).save_pretrained(folder)
+        adapter_of(model).save_pretrained(str(folder))
         (folder / "README.md").unlink(missing_ok=True)
         base = {"base_model_name_or_path": source.public_id, "revision": source.revision}
         _rewrite(folder / "adapter_config.json", lambda settings: settings | base)
