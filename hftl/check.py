@@ -4,6 +4,7 @@ from typing import Any
 
 from hftl.data.prepare import Prepared
 from hftl.data.text import length_facts
+from hftl.model.anatomy import max_tokens
 from hftl.model.source import SourceModel
 from hftl.sections import Finetune
 
@@ -21,8 +22,8 @@ def check(
     source: SourceModel, tokenizer: Any, prepared: Prepared, max_length: int, arms: list[Finetune]
 ) -> dict[str, Any]:
     """Facts about texts and settings, and `warnings`, each a sentence with what to do."""
-    lengths = length_facts(tokenizer, prepared.rows["train"][:SAMPLE], max_length)
-    limit = getattr(source.config, "max_position_embeddings", max_length)
+    limit = max_tokens(source.config)
+    lengths = length_facts(tokenizer, prepared.rows["train"][:SAMPLE], min(max_length, limit))
     warnings = [
         *_length_warnings(lengths, max_length, limit),
         *_label_warnings(prepared),
@@ -47,7 +48,10 @@ def check(
 def _length_warnings(lengths: dict[str, float], max_length: int, limit: int) -> list[str]:
     found = []
     if max_length > limit:
-        found.append(f"data.max_length={max_length} is above the source model's {limit} positions")
+        found.append(
+            f"data.max_length={max_length} is above the source model's {limit} positions; texts are "
+            f"cut at {limit} tokens"
+        )
     if lengths["truncated"] > TRUNCATED:
         found.append(
             f"{lengths['truncated']:.0%} of the texts are longer than data.max_length="

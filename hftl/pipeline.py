@@ -19,6 +19,7 @@ from hftl.finetune.strategy import check_blocks
 from hftl.finetune.workbench import Workbench
 from hftl.finish import finish
 from hftl.metrics import find
+from hftl.model.anatomy import max_tokens
 from hftl.model.source import find_source, load_tokenizer, weights_sha256
 from hftl.reads import arm_reads, data_reads, refuse_changed
 from hftl.recipe import Arm, Recipe, arms
@@ -187,8 +188,9 @@ def _new_bench(recipe: Recipe, prepared: Prepared) -> Workbench:
     for arm in arms(recipe):
         if arm.strategy == "partial":
             check_blocks(arm.finetune.blocks, source.config.num_hidden_layers)
-    return Workbench(source, load_tokenizer(source), prepared, recipe.data.shots,
-                     recipe.data.max_length, device())  # fmt: skip
+    longest = min(recipe.data.max_length, max_tokens(source.config))
+    tokenizer = load_tokenizer(source)
+    return Workbench(source, tokenizer, prepared, recipe.data.shots, longest, device())
 
 
 def _arms_phase(this: Run, bench: Workbench) -> None:

@@ -13,6 +13,7 @@ from hftl import places
 from hftl.data.text import Pad, encode
 from hftl.errors import DataError, HubError, RecipeError, RunFolderError
 from hftl.finetune.arm import predictions_of
+from hftl.model.anatomy import max_tokens
 from hftl.model.cache import outputs_of
 from hftl.model.source import find_source, weights_sha256
 from hftl.publish import reload
@@ -103,7 +104,7 @@ def load(path: str | Path, base: str | Path | None = None) -> Predictor:
         AutoTokenizer.from_pretrained(folder),
         names,
         [text] if isinstance(text, str) else text,
-        recipe.get("data", {}).get("max_length", 128),
+        min(recipe.get("data", {}).get("max_length", 128), max_tokens(config)),
         where,
     )
 

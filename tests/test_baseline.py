@@ -12,7 +12,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from hftl.data.prepare import prepare
-from hftl.finetune import baseline
+from hftl.finetune import baseline, store
 from hftl.finetune.arm import Outcome, predictions_of
 from hftl.finetune.workbench import Workbench
 from hftl.model.source import find_source, load_tokenizer
@@ -102,3 +102,17 @@ def test_regression_baselines(tmp_path: Path, tiny_model: Callable[..., Path]) -
     labels = bench.prepared.labels(bench.prepared.rows["test"])
     assert found.shape == (len(labels), 1)
     assert np.corrcoef(found[:, 0], labels)[0, 1] > 0.8, "the words say the label"
+
+
+def test_classical_weights_of_many_classes_can_be_saved(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    rows = [
+        (f"{text} {word}", word) for text, _ in sentences(30) for word in ("cold", "warm", "sad")
+    ]
+    table = write_csv(tmp_path / "c.csv", ["text", "label"], rows)
+    recipe = Recipe.parse({"source": {"model": str(tiny_model())}, "data": {"train": str(table)}})
+    source = find_source(recipe.source)
+    bench = Workbench(source, load_tokenizer(source), prepare(recipe.data), None, 16, "cpu")
+    store.write(tmp_path, bench.prepared, baseline.solve_classical(bench, 0), "c", "c", 0)
+    assert store.read(tmp_path, bench.prepared).told["metrics"]["test"]["accuracy"] > 0.9

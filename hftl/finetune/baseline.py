@@ -71,7 +71,7 @@ def solve_classical(bench: Workbench, seed: int) -> Outcome:
     found = {s: np.asarray(vectorizer.transform(joined[s]) @ weight.T) + bias for s in SPLITS}
     terms = "\n".join(vectorizer.get_feature_names_out()).encode()
     tensors = {
-        "weight": torch.from_numpy(weight.astype(np.float32)),
+        "weight": torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float32)),
         "bias": torch.from_numpy(bias.astype(np.float32)),
         "idf": torch.from_numpy(vectorizer.idf_.astype(np.float32)),
         "terms_utf8": torch.frombuffer(bytearray(terms), dtype=torch.uint8),

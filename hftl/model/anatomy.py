@@ -5,6 +5,7 @@ class alike.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -24,6 +25,7 @@ class Anatomy:
         last_linear: the head's last layer, which the probe stands for.
         head_dropout: the dropout directly before it.
         lora_targets: suffixes of every linear layer of a block, and of nothing else.
+        positions_after_padding: positions count from the padding id on, so that fewer are left.
     """
 
     encoder: str
@@ -34,6 +36,7 @@ class Anatomy:
     last_linear: str
     head_dropout: str
     lora_targets: tuple[str, ...]
+    positions_after_padding: bool = False
 
 
 BERT_LINEARS = (
@@ -48,7 +51,7 @@ ANATOMIES = {
     ),
     "roberta": Anatomy(
         "roberta", "embeddings", "encoder.layer", "pooler", ("classifier",), "classifier.out_proj",
-        "classifier.dropout", BERT_LINEARS,
+        "classifier.dropout", BERT_LINEARS, positions_after_padding=True,
     ),
     "distilbert": Anatomy(
         "distilbert", "embeddings", "transformer.layer", None, ("pre_classifier", "classifier"),
@@ -71,6 +74,12 @@ def anatomy_of(model_type: str) -> Anatomy:
             f"Use one of: {', '.join(ANATOMIES)}",
         )
     return ANATOMIES[model_type]
+
+
+def max_tokens(config: Any) -> int:
+    """The longest text that the architecture's positions can hold."""
+    taken = config.pad_token_id + 1 if anatomy_of(config.model_type).positions_after_padding else 0
+    return config.max_position_embeddings - taken
 
 
 def encoder_of(model: nn.Module, anatomy: Anatomy) -> nn.Module:
