@@ -70,8 +70,8 @@ def _index_row(run: str, path: str) -> str:
 def refresh(path: Path) -> str:
     """The page's text with every marked block written from the results."""
     return re.sub(
-        r"(<!-- results:([\w-]+) -->\n).*?(\n<!-- end -->)",
-        lambda found: found[1] + block(found[2]) + found[3],
+        r"(<!-- results:([\w-]+) -->\n)(?:.*?\n)?(<!-- end -->)",
+        lambda found: f"{found[1]}{block(found[2])}\n{found[3]}",
         path.read_text(encoding="utf-8"),
         flags=re.DOTALL,
     )

@@ -49,8 +49,8 @@ def _length_warnings(lengths: dict[str, float], max_length: int, limit: int) -> 
     found = []
     if max_length > limit:
         found.append(
-            f"data.max_length={max_length} is above the source model's {limit} positions; texts are "
-            f"cut at {limit} tokens"
+            f"data.max_length={max_length} is above the source model's positions; texts are cut at "
+            f"{limit} tokens"
         )
     if lengths["truncated"] > TRUNCATED:
         found.append(
@@ -85,5 +85,5 @@ def _rate_warnings(arms: list[Finetune]) -> list[str]:
         f"learning rate {arm.training['learning_rate']:g} is high for {arm.strategy} fine-tuning; "
         "1e-5 to 1e-4 is usual"
         for arm in arms
-        if arm.strategy in ("full", "partial") and arm.training["learning_rate"] > HIGH_RATE
+        if arm.training["learning_rate"] > HIGH_RATE
     ]

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from hftl import __version__
-from hftl.errors import HftlError, HoldError, RecipeError, ResourceError
+from hftl.errors import HftlError, HoldError, LockedError, RecipeError, ResourceError
 from hftl.recipe import Recipe
 from hftl.record import to_json
 
@@ -186,7 +186,7 @@ def _run(
     recipe: Path, overrides: list[str] | None, output: Path | None, restart: bool, until: str
 ) -> None:
     loaded = Recipe.load(recipe, overrides)
-    folder = output or Path("runs") / f"{recipe.resolve().parent.name}-{recipe.stem}"
+    folder = output or loaded.default_output()
     _STATE["run"] = folder
     _STATE["again"] = " ".join(["hftl", *map(_quoted, sys.argv[1:])])
     from hftl import pipeline
@@ -254,13 +254,17 @@ def _fail(code: int, error: BaseException, message: str, debug: bool) -> int:
 def _leave(code: int, kind: str, message: str, error: BaseException | None = None) -> int:
     """Leaves the code and the traceback in the run folder, where there is one."""
     folder = _STATE["run"]
-    if folder is not None and (folder / ".lock").exists():
-        told = {"exit_code": code, "error": kind, "message": message}
+    if folder is None or not (folder / ".lock").exists() or isinstance(error, LockedError):
+        return code
+    told = {"exit_code": code, "error": kind, "message": message}
+    try:
         (folder / "error.json").write_text(to_json(told), encoding="utf-8")
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
             log.write(f"{kind}: {message}\n")
             if error is not None:
                 log.write("".join(traceback.format_exception(error)))
+    except OSError as full:
+        typer.echo(f"hftl: the error could not be kept in {folder}: {full.strerror}", err=True)
     return code
 
 

@@ -39,6 +39,10 @@ class RunFolderError(HftlError):
     exit_code = 4
 
 
+class LockedError(RunFolderError):
+    """Another process holds the run folder."""
+
+
 class HubError(HftlError):
     """The hub did not answer, or does not know or admit us."""
 

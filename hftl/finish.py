@@ -4,13 +4,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hftl import rundir, show
 from hftl.card.card import gain_sentence, render_card, render_report
 from hftl.card.plots import plot_ladder
-from hftl.check import check
 from hftl.errors import RunFolderError
 from hftl.finetune import store
 from hftl.finetune.workbench import Workbench
@@ -18,8 +18,7 @@ from hftl.measure.collect import collect
 from hftl.measure.gain import best_seed, ladder, transfer_gain
 from hftl.measure.verdict import decide
 from hftl.metrics import Metric
-from hftl.model.source import weights_sha256
-from hftl.places import PACKAGE, find
+from hftl.places import PACKAGE
 from hftl.publish.folder import rebuild, write_model, write_sample
 from hftl.publish.gates import reload_difference
 from hftl.recipe import Arm, Recipe
@@ -56,17 +55,19 @@ def finish(
             "recipe": recipe.tree(),
             "arms": {name: [rundir.digest(f) for f in found] for name, found in folders.items()},
             "data": rundir.digest(run / "phases" / "data"),
-            "publish": publish,
         }
     )
     done = run / "phases" / "report"
+    # A publish folder that stands already must not fall behind the record.
+    publish = publish or (run / "publish").exists()
+    inputs = fingerprint({"inputs": inputs, "publish": publish})
     if (rundir.reads(done) or {}).get("inputs") != inputs or not _intact(run, done):
         record = measure(recipe, run, bench, metric, arms, folders)
         if publish:
             _write_publish(run, record)
         rundir.write_text(run / "record.json", to_json(record))
         with rundir.commit(done, {"inputs": inputs}) as aside:
-            rundir.write_text(aside / "files.json", to_json(_sizes(run)))
+            rundir.write_text(aside / "files.json", to_json(_hashes(run)))
     record = Record.read(run)
     say(_summary(record, publish))
     return record
@@ -92,8 +93,7 @@ def measure(
         "recipe": recipe.tree(),
         "source": _source(bench),
         "data": _data(recipe, bench),
-        "check": check(bench.source, bench.tokenizer, bench.prepared, recipe.data.max_length,
-                       [arm.finetune for arm in arms]),
+        "check": bench.check(recipe.data.max_length, arms),
         "adapt": None,
         "metric": metric.name,
         "own_arm": own.name,
@@ -111,15 +111,18 @@ def measure(
 
 
 def publishable(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without places on this machine: local paths become their last name."""
-    kept = json.loads(json.dumps(record))
-    source = kept["recipe"]["source"]
-    source["model"] = kept["source"]["model"] = _plain(source["model"])
+    """The record without places on this machine: a local path becomes its last name."""
+    kept = json.loads(to_json(record))
+    # What a bad row says is the user's data, and stays here; the count goes along.
+    kept["data"].pop("bad_rows_listed")
+    recipe = _without_paths(kept["recipe"])
+    if kept["source"]["local"]:
+        recipe["source"]["model"] = kept["source"]["model"] = kept["source"]["name"]
     for split in ("train", "validation", "test"):
-        table = kept["recipe"]["data"][split]
-        if "path" in table:
-            table["path"] = _plain(table["path"])
-    return kept
+        table = recipe["data"][split]
+        if "path" in table and split not in kept["data"]["hub_revisions"]:
+            table["path"] = _last_name(table["path"])
+    return kept | {"recipe": recipe}
 
 
 def _package(run: Path, bench: Workbench, own: Arm, seed: int, arm_folder: Path) -> float:
@@ -160,33 +163,35 @@ def _write_publish(run: Path, record: dict[str, Any]) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    """A second name for the same bytes, or a copy where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    """A second name for large weights, where the file system has one; else a copy."""
+    if source.endswith(".safetensors"):
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
 
 
-def _sizes(run: Path) -> dict[str, int]:
-    """The finished files, to see that none was lost or cut since."""
+def _hashes(run: Path) -> dict[str, str]:
+    """The finished files, to see that none was lost or changed since."""
     files = [p for p in (run / "publish").rglob("*") if p.is_file()]
     files += [p for p in (run / "record.json", run / "report.html") if p.exists()]
-    return {p.relative_to(run).as_posix(): p.stat().st_size for p in files}
+    return {p.relative_to(run).as_posix(): rundir.sha256(p) for p in files}
 
 
 def _intact(run: Path, done: Path) -> bool:
-    return json.loads((done / "files.json").read_text("utf-8")) == _sizes(run)
+    return json.loads((done / "files.json").read_text("utf-8")) == _hashes(run)
 
 
 def _source(bench: Workbench) -> dict[str, Any]:
     source = bench.source
     return {
         "model": source.spec,
-        "name": source.public_id or _plain(source.spec),
+        "name": source.public_id or _last_name(source.spec),
+        "local": source.local and not source.spec.startswith(PACKAGE),
         "published_as": source.public_id,
         "revision": source.revision,
         "architecture": source.model_type,
-        "weights_sha256": weights_sha256(source),
+        "weights_sha256": bench.weights,
     }
 
 
@@ -198,27 +203,34 @@ def _data(recipe: Recipe, bench: Workbench) -> dict[str, Any]:
     measured = facts["splits"]["validation"] + facts["splits"]["test"]
     return {
         **facts,
-        "name": _plain(recipe.data.train.path),
+        "name": recipe.data.train.path
+        if "train" in facts["hub_revisions"]
+        else _last_name(recipe.data.train.path),
         "labels_read": {"train_per_seed": len(drawn[0]), "total": len(train) + measured},
     }
 
 
 def _search(path: Path) -> dict[str, Any]:
-    told = json.loads(path.read_text("utf-8"))
-    for row in told["tried"]:
-        row.pop("seconds")
-    return told
+    return json.loads(path.read_text("utf-8"))
 
 
 def _timings(folder: Path) -> dict[str, float]:
     return json.loads((folder / "metrics.json").read_text("utf-8"))["timings"]
 
 
-def _plain(place: str) -> str:
-    """A hub id or package as it is, a local path by its last name."""
-    if place.startswith(PACKAGE) or find(place, "place") is None:
-        return place
-    return Path(place).resolve().name
+def _last_name(place: str) -> str:
+    """A package as it is, a path by its last name."""
+    return place if place.startswith(PACKAGE) else Path(place).expanduser().resolve().name
+
+
+def _without_paths(value: Any) -> Any:
+    """Nested values in which every string that is a path has become its last name."""
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    path = isinstance(value, str) and value.startswith(("/", "~", "./", "../"))
+    return _last_name(value) if path else value
 
 
 def _summary(record: Record, publish: bool) -> str:
@@ -246,4 +258,4 @@ def rewrite_card(run: Path) -> None:
         inputs = (rundir.reads(done) or {}).get("inputs")
         _write_publish(run, Record.read(run).tree)
         with rundir.commit(done, {"inputs": inputs}) as aside:
-            rundir.write_text(aside / "files.json", to_json(_sizes(run)))
+            rundir.write_text(aside / "files.json", to_json(_hashes(run)))

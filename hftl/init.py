@@ -25,11 +25,11 @@ source:
   # published_as: org/name     # the public id, where model is a folder or package
 
 data:
-  task: {task}{task_note}
+  task: {task}         # guessed from the label's values
   train:
     path: {data}
-    text: {text}{text_note}
-    label: {label}{label_note}
+    text: {text}  # guessed
+    label: {label}  # guessed
   {group}
   test: {{fraction: 0.2}}        # held out, never chosen by
   validation: {{fraction: 0.2}}  # the best epoch is chosen here
@@ -165,8 +165,6 @@ def _filled(guess: Guess, data: Path, source: str, path: Path) -> str:
     return TEMPLATE.format(
         source=_yaml(source), data=_yaml(str(data)), recipe=path, task=guess.task,
         text=_yaml(text), label=_yaml(guess.label),
-        task_note="         # guessed from the label's values",
-        text_note="  # guessed", label_note="  # guessed",
         group=f"group: {_yaml(guess.group)}" if guess.group
         else "# group: document_id         # rows of one group never straddle splits",
         unit="in all" if regression else "a class",

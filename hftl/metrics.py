@@ -148,20 +148,39 @@ def compute(metrics: list[Metric], labels: np.ndarray, predictions: np.ndarray) 
         return {metric.name: metric.score(labels, predictions) for metric in metrics}
 
 
+EVALUATE_ERRORS = ("mse", "mae", "mape", "smape", "mase", "brier_score", "wer", "cer")
+EVALUATE_SCORES = (
+    "accuracy", "f1", "precision", "recall", "matthews_correlation", "pearsonr", "spearmanr",
+    "r_squared", "roc_auc", "exact_match",
+)  # fmt: skip
+"""The ids whose direction is known: less is better of the errors, more of the scores."""
+
+
 def _from_evaluate(name: str) -> Metric:
     import evaluate
 
     identifier = name.removeprefix("evaluate:")
+    if identifier not in EVALUATE_ERRORS + EVALUATE_SCORES:
+        raise RecipeError(
+            f"measure.metric: whether more or less of {name} is better is not known",
+            f"Use one of {', '.join(EVALUATE_SCORES + EVALUATE_ERRORS)}, or a built-in metric",
+        )
     try:
         module = evaluate.load(identifier)
     except (OSError, ConnectionError) as error:
         raise HubError(
-            f"measure.metric: the metric {name} cannot be fetched: {error}",
+            f"measure.metric: the metric {name} cannot be fetched: {str(error).splitlines()[0]}",
             "Check its id and the network, or use a built-in metric",
         ) from error
 
     def score(labels: np.ndarray, predictions: np.ndarray) -> float:
-        found: dict[str, Any] = module.compute(predictions=predictions, references=labels) or {}
+        try:
+            found = module.compute(predictions=predictions, references=labels) or {}
+        except (ValueError, TypeError) as error:
+            raise RecipeError(
+                f"measure.metric: {name} does not take these labels: {str(error).splitlines()[0]}",
+                "Use a built-in metric",
+            ) from error
         values: list[Any] = [value for value in found.values() if np.isscalar(value)]
         if len(values) != 1:
             raise RecipeError(
@@ -170,4 +189,6 @@ def _from_evaluate(name: str) -> Metric:
             )
         return float(values[0])
 
+    if identifier in EVALUATE_ERRORS:
+        return Metric(name, score, sign=-1, best=0.0)
     return Metric(name, score)

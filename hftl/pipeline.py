@@ -1,5 +1,6 @@
 """A run, phase by phase: each reads files, writes files, and is skipped where they stand."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from hftl import rundir, show
-from hftl.check import check
 from hftl.data import prepare as data_stage
 from hftl.data.prepare import Prepared
 from hftl.errors import RecipeError, RunFolderError
@@ -21,14 +21,12 @@ from hftl.finish import finish
 from hftl.metrics import find
 from hftl.model.anatomy import max_tokens
 from hftl.model.source import find_source, load_tokenizer, weights_sha256
-from hftl.reads import arm_reads, data_reads, refuse_changed
+from hftl.reads import arm_reads, asked, data_reads, refuse_changed
 from hftl.recipe import Arm, Recipe, arms
 from hftl.record import Record, to_json
 from hftl.train.hardware import device, dtype_name
 
-PHASES = ("data", "finetune", "measure", "publish")
-OURS = ("phases", "arms", "publish", "recipe.yaml", "record.json", "report.html", "error.json",
-        "log.txt", ".lock")  # fmt: skip
+UNTIL = ("finetune", "measure", "publish")
 ORDER = ("majority", "classical", "head", "lora", "partial", "full", "scratch")
 """Quick arms first."""
 
@@ -66,7 +64,7 @@ def run(
     Args:
         recipe: a recipe or the path of one.
         output: the run folder; by default `runs/<recipe's folder>-<stem>`.
-        until: the last phase: data, finetune, measure or publish.
+        until: the last phase: finetune, measure or publish.
         restart: throw away what stands in the run folder first.
         say: receives each line of progress.
         progress: whether to draw progress bars.
@@ -77,10 +75,12 @@ def run(
     Raises:
         HftlError: one of its kinds, each with an exit code.
     """
-    if output is None:
-        output = default_output(recipe)
+    if until not in UNTIL:
+        raise RecipeError(f"unknown phase {until!r}", f"Use one of {', '.join(UNTIL)}")
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
+    if output is None:
+        output = recipe.default_output()
     _one_process()
     metric = find(recipe.measure.metric, str(recipe.data.task))
     folder = Path(output)
@@ -88,9 +88,13 @@ def run(
     rundir.make(folder)
     this = Run(recipe, folder, say, progress)
     with rundir.locked(folder):
-        _open_folder(this, restart)
+        if restart:
+            _start_over(folder)
         refuse_changed(recipe, folder, this.arms)
         bench = _bench(this)
+        labels = bench.prepared.labels(bench.prepared.rows["validation"])
+        # A metric that cannot take these labels should say so before anything trains.
+        metric.score(labels, labels)
         rundir.write_text(folder / "recipe.yaml", _recipe_text(recipe))
         _arms_phase(this, bench)
         if until not in ("measure", "publish"):
@@ -104,24 +108,17 @@ def preflight(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     quiet()
     bench = _new_bench(recipe, data_stage.prepare(recipe.data))
     wanted = arms(recipe)
-    found = check(bench.source, bench.tokenizer, bench.prepared, recipe.data.max_length,
-                  [arm.finetune for arm in wanted])  # fmt: skip
+    found = bench.check(recipe.data.max_length, wanted)
     return _header(recipe, bench, wanted, len(wanted) * len(recipe.measure.seeds)), found
-
-
-def default_output(recipe: Recipe | str | Path) -> Path:
-    """`runs/<recipe's folder>-<stem>` under the current directory."""
-    if isinstance(recipe, Recipe):
-        raise RecipeError("a recipe made in Python has no name of its own", "Give output=")
-    path = Path(recipe).resolve()
-    return Path("runs") / f"{path.parent.name}-{path.stem}"
 
 
 def quiet() -> None:
     """Keeps the libraries' own bars and notices off the terminal."""
     import datasets
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -137,21 +134,14 @@ def _one_process() -> None:
         )
 
 
-def _open_folder(this: Run, restart: bool) -> None:
-    """Empties the folder on `--restart`; refuses one that holds something else."""
-    folder = this.folder
-    if restart:
-        for name in OURS:
-            path = folder / name
-            if name in (".lock", "log.txt"):
-                continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    strangers = [p.name for p in folder.iterdir() if p.name not in OURS]
-    if strangers and not (folder / "recipe.yaml").exists():
-        raise RecipeError(
-            f"{folder} is no run folder: it holds {sorted(strangers)[0]!r}",
-            "Choose another --output",
-        )
+def _start_over(folder: Path) -> None:
+    """Removes what a run has written; the recipe stays, it marks the folder as a run's."""
+    for name in rundir.OURS:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif name not in (".lock", "recipe.yaml"):
+            path.unlink(missing_ok=True)
 
 
 def _bench(this: Run) -> Workbench:
@@ -190,28 +180,25 @@ def _new_bench(recipe: Recipe, prepared: Prepared) -> Workbench:
             check_blocks(arm.finetune.blocks, source.config.num_hidden_layers)
     longest = min(recipe.data.max_length, max_tokens(source.config))
     tokenizer = load_tokenizer(source)
-    return Workbench(source, tokenizer, prepared, recipe.data.shots, longest, device())
+    weights = weights_sha256(source)
+    return Workbench(source, weights, tokenizer, prepared, recipe.data.shots, longest, device())
 
 
 def _arms_phase(this: Run, bench: Workbench) -> None:
     """Runs every arm and seed that is missing, quick ones first."""
-    weights = weights_sha256(bench.source)
-    jobs = []
-    for arm in sorted(this.arms, key=lambda arm: ORDER.index(arm.strategy)):
-        reads = {"recipe": arm_reads(this.recipe, arm), "weights": weights}
-        for seed in this.recipe.measure.seeds:
-            found = rundir.reads(this.arm_folder(arm.name, seed))
-            if found is not None and found["weights"] != weights:
-                raise RunFolderError(
-                    f"{this.folder} was made with another source model: the weights differ",
-                    "Put it back, choose another --output, or start over with --restart",
-                )
-            if found != reads:
-                jobs.append((arm, seed, reads))
-    total = len(this.arms) * len(this.recipe.measure.seeds)
+    jobs = [
+        (arm, seed, reads)
+        for arm in sorted(this.arms, key=lambda arm: ORDER.index(arm.strategy))
+        for reads in [_arm_reads(this.recipe, bench, arm)]
+        for seed in this.recipe.measure.seeds
+        if not _stands(this, this.arm_folder(arm.name, seed), reads)
+    ]
     if not jobs:
         return
     this.say(show.header(_header(this.recipe, bench, [job[0] for job in jobs], len(jobs))))
+    for warning in bench.check(this.recipe.data.max_length, this.arms)["warnings"]:
+        this.say(f"  warning: {warning}")
+    total = len(this.arms) * len(this.recipe.measure.seeds)
     done = total - len(jobs)
     if done:
         this.say(f"  {done} of {total} arms x seeds stand already")
@@ -223,6 +210,35 @@ def _arms_phase(this: Run, bench: Workbench) -> None:
         done += 1
         told = store.read(folder, bench.prepared).told
         this.say(show.arm_line(told, this.recipe.measure.metric, done, total))
+
+
+def _arm_reads(recipe: Recipe, bench: Workbench, arm: Arm) -> dict[str, Any]:
+    """What an arm's folder tells of where it comes from."""
+    read = arm_reads(recipe, arm)
+    return {
+        "recipe": read,
+        "asked": asked(recipe, read),
+        "weights": bench.weights,
+        "data": bench.prepared.facts["fingerprint"],
+    }
+
+
+def _stands(this: Run, folder: Path, reads: dict[str, Any]) -> bool:
+    """Whether an arm is finished and what the recipe asks.
+
+    Raises:
+        RunFolderError: if it was made from another source model or other data.
+    """
+    found = rundir.reads(folder)
+    if found is None:
+        return False
+    for key, what in (("weights", "another source model"), ("data", "other data")):
+        if found[key] != reads[key]:
+            raise RunFolderError(
+                f"{this.folder} was made with {what}: {folder.name} does not fit",
+                "Put it back, choose another --output, or start over with --restart",
+            )
+    return found["recipe"] == reads["recipe"]
 
 
 def _run_arm(this: Run, bench: Workbench, arm: Arm, seed: int) -> training.Outcome:
@@ -242,18 +258,17 @@ def _run_arm(this: Run, bench: Workbench, arm: Arm, seed: int) -> training.Outco
 
 def _scratch_rate(this: Run, bench: Workbench, arm: Arm) -> float:
     """The learning rate of scratch, searched once on the first seed."""
-    import json
-
     folder = this.folder / "phases" / "search"
-    reads = {"recipe": arm_reads(this.recipe, arm)}
-    if rundir.reads(folder) != reads:
+    reads = _arm_reads(this.recipe, bench, arm)
+    if (rundir.reads(folder) or {}) | {"asked": reads["asked"]} != reads:
         search = this.recipe.measure.scratch
         found = baseline.search_rate(
             bench, arm.finetune, search, this.recipe.measure.seeds[0], this.progress
         )
         with rundir.commit(folder, reads) as aside:
             rundir.write_text(aside / "search.json", to_json(found))
-        this.say(f"  scratch: learning rate {found['learning_rate']:g} is best on validation")
+        edge = ", at the edge of those tried" if found["at_edge"] else ""
+        this.say(f"  scratch: learning rate {found['learning_rate']:g} is best on validation{edge}")
     return json.loads((folder / "search.json").read_text("utf-8"))["learning_rate"]
 
 

@@ -14,7 +14,7 @@ from hftl.data.text import Pad, encode
 from hftl.errors import DataError, HubError, RecipeError, RunFolderError
 from hftl.finetune.arm import predictions_of
 from hftl.model.anatomy import max_tokens
-from hftl.model.cache import outputs_of
+from hftl.model.cache import logits
 from hftl.model.source import find_source, weights_sha256
 from hftl.publish import reload
 from hftl.recipe import Recipe
@@ -58,12 +58,12 @@ class Predictor:
         if not rows:
             return []
         encoded = encode(self.tokenizer, rows, self.max_length)
-        found = outputs_of(self.model, encoded, Pad(self.tokenizer), self.device)
+        found = logits(self.model, encoded, Pad(self.tokenizer), self.device)
         return [self._told(row) for row in found]
 
-    def _told(self, logits: np.ndarray) -> dict[str, Any]:
+    def _told(self, found: np.ndarray) -> dict[str, Any]:
         task = "classification" if self.names else "regression"
-        predictions, scores = predictions_of(task, logits[None])
+        predictions, scores = predictions_of(task, found[None])
         if not self.names:
             return {"label": float(predictions[0])}
         by_name = dict(zip(self.names, map(float, scores[0]), strict=True))
@@ -88,10 +88,8 @@ def load(path: str | Path, base: str | Path | None = None) -> Predictor:
     folder = _published(path)
     told = _read_json(folder / "hftl.json")
     recipe = told.get("recipe", {})
-    location, revision = None, None
-    if (folder / "adapter_config.json").exists():
-        location, revision = _base(folder, told, base)
-    model = reload.load(folder, location, revision)
+    adapter = (folder / "adapter_config.json").exists()
+    model = reload.load(folder, _base(folder, told, base) if adapter else None)
     config: Any = AutoConfig.from_pretrained(folder)
     if "data" in told:
         names = told["data"]["labels"]
@@ -113,6 +111,7 @@ def _published(path: str | Path) -> Path:
     folder = places.find(str(path), "the model to load")
     if folder is None:
         return _download(str(path))
+    folder = folder.resolve()
     if not folder.is_dir():
         raise RecipeError(f"there is no folder {path}", "Give a run or a published folder")
     if (folder / "recipe.yaml").exists():
@@ -137,8 +136,8 @@ def _download(repo_id: str) -> Path:
         ) from error
 
 
-def _base(folder: Path, told: dict[str, Any], base: str | Path | None) -> tuple[str, str | None]:
-    """Where an adapter's base is, checked to have the weights it was trained on."""
+def _base(folder: Path, told: dict[str, Any], base: str | Path | None) -> Path:
+    """The folder of an adapter's base, checked to have the weights it was trained on."""
     adapter = _read_json(folder / "adapter_config.json")
     recipe_file = folder.parent / "recipe.yaml"
     spec = told.get("source", {}).get("model", "")
@@ -154,12 +153,12 @@ def _base(folder: Path, told: dict[str, Any], base: str | Path | None) -> tuple[
         raise RecipeError(f"{folder} does not say its base model", "Give it: --base MODEL")
     found = find_source(source)
     expected = told.get("source", {}).get("weights_sha256")
-    if expected and weights_sha256(found) not in (expected, None):
+    if expected and weights_sha256(found) != expected:
         raise RunFolderError(
             f"the base {source.model} has other weights than this adapter was trained on",
             "Give the right base with --base MODEL",
         )
-    return found.location, found.revision
+    return found.folder
 
 
 def _installed(spec: str) -> bool:

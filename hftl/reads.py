@@ -40,11 +40,18 @@ def arm_reads(recipe: Recipe, arm: Arm) -> dict[str, Any]:
     if arm.name != arm.strategy:
         used = (*used, "strategy")
     reads = yamlfile.flatten({key: section[key] for key in used}, "finetune") if used else {}
+    reads["data.shots"] = recipe.data.shots
     if used:
         reads["data.max_length"] = recipe.data.max_length
     if arm.strategy == "scratch":
         reads |= yamlfile.flatten(recipe.measure.scratch.model_dump(), "measure.scratch")
     return reads
+
+
+def asked(recipe: Recipe, reads: dict[str, Any]) -> dict[str, Any]:
+    """What the recipe itself says of the keys that an arm reads."""
+    flat = yamlfile.flatten(recipe.tree())
+    return {key: flat.get(key) for key in reads}
 
 
 def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -59,10 +66,6 @@ def refuse_changed(recipe: Recipe, run: Path, wanted: list[Arm]) -> None:
     Raises:
         RunFolderError: naming each key that a finished part has read and that changed.
     """
-    stored = run / "recipe.yaml"
-    if not stored.exists():
-        return
-    before = yamlfile.flatten(yamlfile.read(stored))
     now = yamlfile.flatten(recipe.tree())
     found: set[str] = set()
     data = rundir.reads(run / "phases" / "data")
@@ -75,8 +78,8 @@ def refuse_changed(recipe: Recipe, run: Path, wanted: list[Arm]) -> None:
                 continue
             for line in changed(read["recipe"], arm_reads(recipe, arm)):
                 key = line.split(":", 1)[0]
-                # Where the recipe itself says the same as before, `measure` has changed the arm.
-                if not key.startswith("measure.") and before.get(key) != now.get(key):
+                # Where the recipe itself says what it said then, `measure` has changed the arm.
+                if not key.startswith("measure.") and read["asked"].get(key) != now.get(key):
                     found.add(line)
     if found:
         raise RunFolderError(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import PrivateAttr, ValidationError
 
 from hftl import yamlfile
 from hftl.errors import RecipeError
@@ -36,6 +36,7 @@ class Recipe(Section):
     retain: None = None
     measure: Measure = Measure()
     publish: Publish = Publish()
+    _path: Path | None = PrivateAttr(default=None)
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> "Recipe":
@@ -45,7 +46,9 @@ class Recipe(Section):
             RecipeError: naming the file, the key and the closest match.
         """
         tree = _spelt_out(yamlfile.read(Path(path)))
-        return cls.parse(yamlfile.override(tree, overrides or []), str(path))
+        recipe = cls.parse(yamlfile.override(tree, overrides or []), str(path))
+        recipe._path = Path(path)
+        return recipe
 
     @classmethod
     def parse(cls, tree: dict[str, Any], where: str = "recipe") -> "Recipe":
@@ -63,6 +66,16 @@ class Recipe(Section):
             raise explain(error, where, cls) from error
         arms(recipe, where)
         return recipe
+
+    def default_output(self) -> Path:
+        """`runs/<recipe's folder>-<stem>` under the current directory.
+
+        Raises:
+            RecipeError: if the recipe was not read from a file.
+        """
+        if self._path is None:
+            raise RecipeError("a recipe made in Python has no name of its own", "Give output=")
+        return Path("runs") / f"{self._path.resolve().parent.name}-{self._path.stem}"
 
     def tree(self) -> dict[str, Any]:
         """The recipe as plain nested mappings, every default spelt out."""
@@ -146,6 +159,10 @@ def _arm(recipe: Recipe, name: str, changes: dict[str, Any], where: str) -> Arm:
             )
         yamlfile.set_key(tree, key, value)
     if name in STRATEGIES:
+        if "finetune.strategy" in yamlfile.flatten(changes):
+            raise RecipeError(
+                f"{place}: the name {name!r} is its strategy already", "Give the arm another name"
+            )
         tree["finetune"]["strategy"] = name
     try:
         changed = Recipe.model_validate(tree)

@@ -15,18 +15,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hftl.errors import RecipeError, RunFolderError
+from hftl.errors import LockedError, RecipeError, RunFolderError
 from hftl.record import to_json
 
 MANIFEST = "MANIFEST.json"
+OURS = (
+    "phases", "arms", "publish", "recipe.yaml", "record.json", "report.html", "error.json",
+    "log.txt", ".lock",
+)  # fmt: skip
+"""All that a run folder holds."""
 
 
 def make(run: Path) -> None:
     """Makes the run folder.
 
     Raises:
-        RecipeError: if it cannot be made or written to.
+        RecipeError: if it cannot be made or written to, or holds something else.
     """
+    if run.is_dir() and not (run / "recipe.yaml").exists():
+        strangers = sorted(p.name for p in run.iterdir() if p.name not in OURS)
+        if strangers:
+            raise RecipeError(
+                f"{run} is no run folder: it holds {strangers[0]!r}", "Choose another --output"
+            )
     try:
         run.mkdir(parents=True, exist_ok=True)
         probe = run / ".lock"
@@ -52,7 +63,7 @@ def locked(run: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = handle.read().strip() or "another process"
-            raise RunFolderError(
+            raise LockedError(
                 f"{run} is in use by {holder}", "Wait for it, or choose another --output"
             ) from error
         handle.truncate(0)
@@ -100,18 +111,18 @@ def reads(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         expected, read = dict(manifest["files"]), manifest["reads"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder / MANIFEST, "missing or unreadable") from error
+        raise _damaged(folder, MANIFEST, "missing or unreadable") from error
     for name, digest in expected.items():
         if not (folder / name).is_file():
-            raise _damaged(folder / name, "missing")
-        if _sha256(folder / name) != digest:
-            raise _damaged(folder / name, "not what was written")
+            raise _damaged(folder, name, "missing")
+        if sha256(folder / name) != digest:
+            raise _damaged(folder, name, "not what was written")
     return read
 
 
 def digest(folder: Path) -> str:
     """The content hash of a complete part, which says whether what follows from it is stale."""
-    return _sha256(folder / MANIFEST)
+    return sha256(folder / MANIFEST)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -126,8 +137,8 @@ def write_text(path: Path, text: str) -> None:
     aside.rename(path)
 
 
-def _damaged(path: Path, how: str) -> RunFolderError:
-    return RunFolderError(f"{path} is {how}", f"Delete {path.parent} and run again")
+def _damaged(part: Path, name: str, how: str) -> RunFolderError:
+    return RunFolderError(f"{part / name} is {how}", f"Delete {part} and run again")
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -135,11 +146,12 @@ def _hashes(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         _sync(path)
-        found[path.relative_to(folder).as_posix()] = _sha256(path)
+        found[path.relative_to(folder).as_posix()] = sha256(path)
     return found
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The content hash of a file, in hex."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 

@@ -27,7 +27,14 @@ NOT_BUILT = {
     "gradual": "gradual unfreezing",
     "zero_shot": "the zero-shot baseline",
 }
-OWNED = ("seed", "data_seed", "output_dir", "push_to_hub", "resume_from_checkpoint")
+OWNED = (
+    "seed", "data_seed", "output_dir", "push_to_hub", "resume_from_checkpoint", "use_cpu",
+    "disable_tqdm", "remove_unused_columns", "label_names",
+)  # fmt: skip
+UNBUILT_TRAINING = (
+    "gradient_checkpointing", "activation_checkpointing", "neftune_noise_alpha", "deepspeed",
+    "fsdp", "auto_find_batch_size",
+)  # fmt: skip
 OWNED_LORA = (
     "task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision",
     "auto_mapping", "peft_version",
@@ -133,11 +140,11 @@ class Data(Section):
             for key in ("format", "name", "revision", "text", "label")
             if key in tree["train"]
         }
+        columns = {key: value for key, value in inherited.items() if key in ("text", "label")}
         for part in ("validation", "test"):
             if isinstance(tree.get(part), dict) and "path" in tree[part]:
                 same = tree[part].get("path") == tree["train"].get("path")
-                taken = inherited if same else {k: inherited[k] for k in inherited if k != "format"}
-                tree[part] = taken | tree[part]
+                tree[part] = (inherited if same else columns) | tree[part]
         return tree
 
     @model_validator(mode="after")
@@ -179,6 +186,13 @@ class Finetune(Section):
             if name in OWNED or name.startswith("hub_"):
                 raise RecipeError(
                     f"finetune.training.{name} belongs to hftl", "Remove it; see measure.seeds"
+                )
+            if name in UNBUILT_TRAINING and value:
+                raise RecipeError(f"finetune.training.{name} is not built yet", "Remove it")
+            if name == "eval_strategy" and value == "no":
+                raise RecipeError(
+                    "finetune.training.eval_strategy=no leaves no best epoch to keep",
+                    "Use epoch or steps",
                 )
             if name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size"):
                 _positive(f"finetune.training.{name}", value)

@@ -26,7 +26,7 @@ TRAINING = {"learning_rate": 1e-3, "num_train_epochs": 4}
 def bench(recipe_tree: dict[str, Any]) -> Workbench:
     recipe = Recipe.parse(recipe_tree)
     source = find_source(recipe.source)
-    return Workbench(source, load_tokenizer(source), prepare(recipe.data), None, 16, "cpu")
+    return Workbench(source, "", load_tokenizer(source), prepare(recipe.data), None, 16, "cpu")
 
 
 def test_scratch_has_the_architecture_and_none_of_the_weights(bench: Workbench) -> None:
@@ -95,7 +95,7 @@ def test_regression_baselines(tmp_path: Path, tiny_model: Callable[..., Path]) -
     data = {"task": "regression", "train": {"path": str(table)}}
     recipe = Recipe.parse({"source": {"model": str(tiny_model())}, "data": data})
     source = find_source(recipe.source)
-    bench = Workbench(source, load_tokenizer(source), prepare(recipe.data), None, 16, "cpu")
+    bench = Workbench(source, "", load_tokenizer(source), prepare(recipe.data), None, 16, "cpu")
     mean = bench.prepared.labels(bench.train_rows(0)).mean()
     assert np.allclose(baseline.majority(bench, 0).logits["test"], mean)
     found = baseline.solve_classical(bench, 0).logits["test"]
@@ -108,11 +108,11 @@ def test_classical_weights_of_many_classes_can_be_saved(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
     rows = [
-        (f"{text} {word}", word) for text, _ in sentences(30) for word in ("cold", "warm", "sad")
+        (f"{text} {word}", word) for text, _ in sentences(30) for word in ("one", "two", "three")
     ]
     table = write_csv(tmp_path / "c.csv", ["text", "label"], rows)
     recipe = Recipe.parse({"source": {"model": str(tiny_model())}, "data": {"train": str(table)}})
     source = find_source(recipe.source)
-    bench = Workbench(source, load_tokenizer(source), prepare(recipe.data), None, 16, "cpu")
+    bench = Workbench(source, "", load_tokenizer(source), prepare(recipe.data), None, 16, "cpu")
     store.write(tmp_path, bench.prepared, baseline.solve_classical(bench, 0), "c", "c", 0)
     assert store.read(tmp_path, bench.prepared).told["metrics"]["test"]["accuracy"] > 0.9

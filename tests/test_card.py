@@ -66,7 +66,8 @@ def make(
     head = next(row["gain_of_own"] for row in ladder if row["arm"] == "head")
     labels = [] if regression else ["negative", "positive"]
     facts = {
-        "task": task, "rows_read": 4000, "bad_rows": 0, "bad_rows_listed": [], "duplicates": 12,
+        "task": task, "rows_read": 4000, "bad_rows": 0, "bad_rows_listed": [],
+        "hub_revisions": {}, "duplicates": 12,
         "conflicting": 3, "leaked": 0, "labels": labels, "label_counts": None,
         "splits": {"train": 2391, "validation": 400, "test": 797},
         "name": "reviews.csv", "labels_read": {"train_per_seed": 400, "total": 2083},
@@ -374,11 +375,15 @@ def test_published_record_names_no_local_path(tmp_path: Path) -> None:
     model.mkdir()
     data.touch()
     record = make()
-    record["source"] |= {"model": str(model), "name": "my-model", "published_as": None}
+    record["source"] |= {
+        "model": str(model), "name": "my-model", "published_as": None, "local": True,
+    }  # fmt: skip
     record["recipe"]["source"] |= {"model": str(model), "published_as": None}
     tables = record["recipe"]["data"]
     tables["train"]["path"] = tables["test"]["path"] = str(data)
     tables["test"] |= {"text": "text", "label": "label"}
+    record["recipe"]["finetune"]["training"]["accelerator_config"] = str(data)
+    record["data"]["bad_rows_listed"] = [{"where": "reviews.csv line 2", "why": "the target 'Ann'"}]
     before = to_json(record)
     told = publishable(record)
     assert to_json(record) == before
@@ -388,6 +393,7 @@ def test_published_record_names_no_local_path(tmp_path: Path) -> None:
     assert "A LoRA adapter of my-model that" in card and "huggingface.co" not in card
     assert "base_model" not in front_matter(card)[0]
     assert told["recipe"]["data"]["train"]["path"] == "reviews.csv"
+    assert "Ann" not in to_json(told), "what a bad row says is the user's own"
 
 
 @pytest.mark.parametrize("case", ["positive", "no baseline"])

@@ -209,7 +209,7 @@ def test_folders_that_hold_no_model_we_can_use(
     unsupported = hftl("run", recipe_file, f"source.model={tmp_path}/gpt2", "--output", output)
     unsupported.is_error(2, "'gpt2' is not supported", "bert")
     empty = hftl("run", recipe_file, f"source.model={tmp_path}/empty", "--output", output)
-    empty.is_error(2, "source.model", "no model folder")
+    empty.is_error(2, "source.model", "is no model")
     nothing_half_written(output)
 
 

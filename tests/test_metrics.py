@@ -143,7 +143,7 @@ def test_unknown_metric_is_refused_with_the_closest(
 
 def fake_evaluate(monkeypatch: pytest.MonkeyPatch, told: Any) -> None:
     def load(identifier: str) -> SimpleNamespace:
-        assert identifier == "team/metric"
+        assert identifier in ("accuracy", "wer", "f1")
         if isinstance(told, Exception):
             raise told
         return SimpleNamespace(compute=lambda **given: told)
@@ -153,19 +153,37 @@ def fake_evaluate(monkeypatch: pytest.MonkeyPatch, told: Any) -> None:
 
 def test_metric_of_evaluate_gives_its_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_evaluate(monkeypatch, {"wer": 0.25, "per_class": [0.1, 0.4]})
-    metric = find("evaluate:team/metric", "classification")
-    assert isinstance(metric, Metric) and metric.name == "evaluate:team/metric"
+    metric = find("evaluate:wer", "classification")
+    assert isinstance(metric, Metric) and metric.name == "evaluate:wer"
     assert metric.score(np.zeros(2), np.zeros(2)) == 0.25
+    assert (metric.sign, metric.best) == (-1, 0.0), "less of an error is better"
+    fake_evaluate(monkeypatch, {"accuracy": 0.5})
+    score = find("evaluate:accuracy", "classification")
+    assert (score.sign, score.best) == (1, 1.0)
+
+
+def test_metric_of_evaluate_of_unknown_direction_is_refused() -> None:
+    with pytest.raises(RecipeError, match="whether more or less of evaluate:team/metric is better"):
+        find("evaluate:team/metric", "classification")
+
+
+def test_metric_of_evaluate_that_cannot_take_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(**_: Any) -> None:
+        raise ValueError("Target is multiclass but average='binary'")
+
+    monkeypatch.setattr("evaluate.load", lambda _: SimpleNamespace(compute=compute))
+    with pytest.raises(RecipeError, match="evaluate:f1 does not take these labels: Target is"):
+        find("evaluate:f1", "classification").score(np.zeros(2), np.zeros(2))
 
 
 def test_metric_of_evaluate_with_two_numbers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_evaluate(monkeypatch, {"precision": 0.5, "recall": 0.6})
-    metric = find("evaluate:team/metric", "classification")
+    metric = find("evaluate:f1", "classification")
     with pytest.raises(RecipeError, match=r"\['precision', 'recall'\], not one number"):
         metric.score(np.zeros(2), np.zeros(2))
 
 
 def test_metric_of_evaluate_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_evaluate(monkeypatch, ConnectionError("no route"))
-    with pytest.raises(HubError, match="evaluate:team/metric cannot be fetched: no route"):
-        find("evaluate:team/metric", "classification")
+    with pytest.raises(HubError, match="evaluate:accuracy cannot be fetched: no route"):
+        find("evaluate:accuracy", "classification")

@@ -254,14 +254,78 @@ def test_restart_starts_over(again: tuple[Path, dict[str, Any]]) -> None:
     assert {p.name for p in (run / "arms").iterdir()} == {"head-seed0", "majority-seed0"}
 
 
-def test_a_folder_with_other_things_is_not_used(
-    recipe_tree: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_folder_with_other_things_is_not_touched(
+    restart: bool, recipe_tree: dict[str, Any], tmp_path: Path
 ) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    mine = tmp_path / "mine"
+    (mine / "publish").mkdir(parents=True)
+    (mine / "publish" / "book.md").write_text("mine too")
+    (mine / "thesis.txt").write_text("years of work")
+    before = state(tmp_path / "mine")
     with pytest.raises(hftl.HftlError, match=r"no run folder: it holds 'thesis\.txt'"):
-        hftl.run(Recipe.parse(recipe_tree), tmp_path / "mine", restart=True)
-    assert (tmp_path / "mine" / "thesis.txt").exists()
+        hftl.run(Recipe.parse(recipe_tree), mine, restart=restart)
+    assert state(mine) == before and not (mine / ".lock").exists()
+
+
+def test_restart_leaves_what_is_not_the_runs_own(again: tuple[Path, dict[str, Any]]) -> None:
+    run, tree = again
+    (run / "predicted.csv").write_text("kept")
+    tree["data"]["train"]["path"] += ".gone"
+    with pytest.raises(hftl.HftlError, match="does not exist"):
+        hftl.run(Recipe.parse(tree), run, restart=True)
+    assert (run / "predicted.csv").exists() and not (run / "arms").exists()
+    tree["data"]["train"]["path"] = tree["data"]["train"]["path"].removesuffix(".gone")
+    assert hftl.run(Recipe.parse(tree), run) is not None
+
+
+def test_arms_of_other_splits_are_refused_where_the_data_phase_was_lost(
+    again: tuple[Path, dict[str, Any]],
+) -> None:
+    run, tree = again
+    shutil.rmtree(run / "phases" / "data")
+    tree["data"]["seed"] = 1
+    with pytest.raises(RunFolderError, match="made with other data"):
+        hftl.run(Recipe.parse(tree), run)
+
+
+def test_a_key_changed_by_a_detour_is_still_refused(again: tuple[Path, dict[str, Any]]) -> None:
+    run, tree = again
+    tree["finetune"] |= {"strategy": "head", "lora": {"r": 4}}
+    tree["measure"]["arms"] = ["classical"]
+    hftl.run(Recipe.parse(tree), run)
+    tree["finetune"]["strategy"] = "lora"
+    with pytest.raises(RunFolderError, match="finetune.lora.r: 8 -> 4"):
+        hftl.run(Recipe.parse(tree), run)
+
+
+def test_publish_does_not_fall_behind_the_record(again: tuple[Path, dict[str, Any]]) -> None:
+    run, tree = again
+    tree["measure"]["metric"] = "f1"
+    hftl.run(Recipe.parse(tree), run, until="measure")
+    told = json.loads((run / "publish" / "hftl.json").read_text(encoding="utf-8"))
+    assert told["metric"] == Record.read(run)["metric"] == "f1"
+
+
+def test_an_edited_publish_folder_is_built_again(again: tuple[Path, dict[str, Any]]) -> None:
+    run, tree = again
+    config = run / "publish" / "config.json"
+    before = config.read_bytes()
+    config.write_bytes(before + b"\n")
+    hftl.run(Recipe.parse(tree), run)
+    assert config.read_bytes() == before
+
+
+def test_an_unknown_phase_is_refused(recipe_tree: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(hftl.HftlError, match="unknown phase 'data'"):
+        hftl.run(Recipe.parse(recipe_tree), tmp_path / "run", until="data")
+
+
+def test_output_is_named_after_the_recipe_file(recipe_file: Path) -> None:
+    recipe = Recipe.load(recipe_file)
+    assert recipe.default_output() == Path("runs") / f"{recipe_file.parent.name}-tiny"
+    with pytest.raises(hftl.HftlError, match="has no name of its own"):
+        Recipe.parse(recipe.tree()).default_output()
 
 
 def test_finetune_and_measure_stop_where_they_say(

@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from hftl import rundir
 from hftl.errors import RunFolderError
-from hftl.reads import arm_reads, changed, data_reads, refuse_changed
+from hftl.reads import arm_reads, asked, changed, data_reads, refuse_changed
 from hftl.recipe import Recipe, arms
 from hftl.yamlfile import override
 
@@ -32,10 +31,10 @@ def run(tmp_path: Path) -> Path:
         pass
     for arm in arms(made):
         for seed in made.measure.seeds:
-            reads = {"recipe": arm_reads(made, arm), "weights": "w"}
+            read = arm_reads(made, arm)
+            reads = {"recipe": read, "asked": asked(made, read), "weights": "w"}
             with rundir.commit(tmp_path / "arms" / f"{arm.name}-seed{seed}", reads):
                 pass
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(made.tree()), encoding="utf-8")
     return tmp_path
 
 
@@ -118,11 +117,11 @@ def test_the_data_read_neither_the_path_nor_the_length_in_tokens() -> None:
 
 def test_an_arm_reads_what_its_strategy_uses() -> None:
     found = {arm.name: arm_reads(recipe(), arm) for arm in arms(recipe())}
-    assert set(found["head"]) == {"finetune.pooling", "data.max_length"}
+    assert set(found["head"]) == {"finetune.pooling", "data.max_length", "data.shots"}
     assert "finetune.lora.r" in found["lora"]
     assert "finetune.lora.r" not in found["full"]
     assert found["full"]["finetune.training.learning_rate"] == 5e-5
-    assert found["classical"] == {}
+    assert found["classical"] == {"data.shots": None}
     assert found["scratch"]["measure.scratch.epochs_factor"] == 3
 
 

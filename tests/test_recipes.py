@@ -17,7 +17,7 @@ def test_recipe_parses(path: Path) -> None:
     assert arms(recipe)
     assert path.read_text(encoding="utf-8").startswith("# "), "a header says what it is"
     again = Recipe.parse(yaml.safe_load(yaml.safe_dump(recipe.tree())))
-    assert again == recipe, "the resolved recipe means the same"
+    assert again.tree() == recipe.tree(), "the resolved recipe means the same"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -1,5 +1,7 @@
 """The published folder loads in a fresh process with plain peft and transformers."""
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 from conftest import sentences, write_csv
 from safetensors.torch import save_file
 
+from hftl.card.snippets import plain_snippet
 from hftl.data.prepare import prepare as prepare_data
 from hftl.finetune.arm import learnt, train_arm
 from hftl.finetune.strategy import prepare
@@ -50,7 +53,8 @@ def bench_of(folder: Path, tmp_path: Path, pooling: str, strategy: str) -> tuple
     )
     source = find_source(recipe.source)
     prepared = prepare_data(recipe.data)
-    return Workbench(source, load_tokenizer(source), prepared, None, 16, "cpu"), recipe
+    tokenizer = load_tokenizer(source)
+    return Workbench(source, "", tokenizer, prepared, None, 16, "cpu"), recipe
 
 
 def difference(folder: Path, tmp_path: Path, pooling: str, strategy: str) -> float:
@@ -128,3 +132,47 @@ def test_an_arm_trained_in_bf16_predicts_in_fp32(
     model = rebuild(bench, finetune, 0, tmp_path / "weights.safetensors")
     again = logits(model, bench.encoded(bench.prepared.rows["test"]), bench.pad, "cpu")
     np.testing.assert_allclose(outcome.logits["test"], again, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "strategy"), [("mean", "lora"), ("native", "lora"), ("native", "full")]
+)
+def test_the_cards_plain_snippet_gives_the_logits(
+    pooling: str, strategy: str, tiny_model: Callable[..., Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    bench, recipe = bench_of(tiny_model("bert", True), tmp_path, pooling, strategy)
+    outcome = train_arm(bench, recipe.finetune, 0, progress=False)
+    save_file(outcome.weights, tmp_path / "weights.safetensors")
+    model = rebuild(bench, recipe.finetune, 0, tmp_path / "weights.safetensors")
+    write_model(bench, model, recipe.finetune, tmp_path / "publish")
+    (text,) = bench.prepared.rows["test"][0].texts
+    base = str(bench.source.folder)
+    code = plain_snippet(
+        str(tmp_path / "publish"), base, None, pooling, 2, strategy == "lora", f'"{text}"'
+    )
+    torch.manual_seed(5)
+    exec(compile(code, "card", "exec"), {"__name__": "card"})  # noqa: S102
+    printed = capsys.readouterr().out.strip().splitlines()[-1]
+    numbers = [float(n) for n in re.findall(r"-?\d+\.\d+(?:e-?\d+)?", printed)]
+    np.testing.assert_allclose(numbers, outcome.logits["test"][0], atol=2e-4)
+
+
+def test_native_loads_with_auto_peft(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """The contract: native is what `AutoPeftModelFor...` loads, the number of labels passed."""
+    from peft import AutoPeftModelForSequenceClassification
+
+    bench, recipe = bench_of(tiny_model("bert", True), tmp_path, "native", "lora")
+    outcome = train_arm(bench, recipe.finetune, 0, progress=False)
+    save_file(outcome.weights, tmp_path / "weights.safetensors")
+    published = tmp_path / "publish"
+    model = rebuild(bench, recipe.finetune, 0, tmp_path / "weights.safetensors")
+    write_model(bench, model, recipe.finetune, published)
+    settings = json.loads((published / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(bench.source.folder)
+    (published / "adapter_config.json").write_text(json.dumps(settings))
+    torch.manual_seed(5)
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(published, num_labels=2)
+    rows = bench.encoded(bench.prepared.rows["test"])
+    found = logits(loaded, rows, bench.pad, "cpu")
+    np.testing.assert_allclose(found, outcome.logits["test"], atol=1e-5)

@@ -202,7 +202,7 @@ def predictor(monkeypatch: pytest.MonkeyPatch, names: list[str], texts: list[str
         return np.array([[len(row[0])] + [1.0] * (len(names) - 1) for row in encoded])
 
     monkeypatch.setattr(predict, "encode", lambda tokenizer, rows, length: rows)
-    monkeypatch.setattr(predict, "outputs_of", outputs)
+    monkeypatch.setattr(predict, "logits", outputs)
     monkeypatch.setattr(predict, "Pad", lambda tokenizer: None)
     return Predictor(nn.Identity(), None, names, texts, 8, "cpu")
 

@@ -227,3 +227,25 @@ def test_keep_best_refuses_nan() -> None:
     keep = KeepBest("eval_loss", greater=False, patience=None)
     with pytest.raises(NumericError, match="eval_loss is NaN"):
         keep.on_evaluate(None, State(), None, model=None, metrics={"eval_loss": float("nan")})
+
+
+def test_label_smoothing_is_used_in_training_alone(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    found = []
+    for share in (0.0, 0.5):
+        model = model_of(tiny_model(), "head")
+        torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(0))
+        trainer = trainer_of(model, tmp_path, label_smoothing_factor=share)
+        inputs = {k: torch.stack([row[k] for row in map(Rows().__getitem__, range(4))])
+                  for k in Rows()[0]}  # fmt: skip
+        model.eval()
+        plain = trainer.compute_loss(model, dict(inputs)).item()
+        model.train()
+        found.append((plain, trainer.compute_loss(model, dict(inputs)).item()))
+    (plain, trained), (smoothed_plain, smoothed_trained) = found
+    assert plain == trained == smoothed_plain
+    assert abs(smoothed_trained - trained) > 1e-3
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 2])
+    expected = F.cross_entropy(logits, labels, label_smoothing=0.5, reduction="sum")
+    torch.testing.assert_close(summed_loss(logits, labels, 0.5), expected)

@@ -40,7 +40,7 @@ pre{{background:#f6f8fa;padding:1rem;overflow-x:auto}}img{{max-width:100%}}
 """
 
 
-def render_card(record: dict[str, Any], place: str = "publish") -> str:
+def render_card(record: dict[str, Any], place: str = ".") -> str:
     """README.md of a record.
 
     Args:
@@ -252,7 +252,7 @@ def _training_sentence(record: dict[str, Any]) -> str:
         started = "the linear probe" if finetune["head_init"] == "probe" else "random weights"
         words.append(f"the head started from {started}")
         rate, epochs = (finetune["training"][k] for k in ("learning_rate", "num_train_epochs"))
-        words.append(f"learning rate {rate:g}, {epochs:g} epochs, best epoch kept")
+        words.append(f"learning rate {rate:g}, {epochs:g} epochs, the best on validation kept")
     return f"{'; '.join(words)}; {seeds} seed{'s' if seeds > 1 else ''}."
 
 

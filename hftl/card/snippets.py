@@ -47,7 +47,9 @@ def plain_snippet(
         example: the tokenizer's arguments, as source code.
     """
     auto = "AutoModelForSequenceClassification" if pooling == "native" else "AutoModel"
-    labels = f", num_labels={outputs}" if pooling == "native" else ""
+    labels = ""
+    if pooling == "native":
+        labels = f", num_labels={outputs}, ignore_mismatched_sizes=True"
     pinned = f', revision="{revision}"' if revision else ""
     peft_import = ""
     load = f"model = {auto}.from_pretrained(path)"

@@ -1,6 +1,7 @@
 """Datasets of the hub, pinned to a commit."""
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from hftl.data.files import Raw
@@ -22,10 +23,9 @@ def load_hub(table: Table, part: str) -> Iterator[Raw]:
     from datasets.exceptions import DatasetNotFoundError
 
     split = table.split or part
+    commit = revision(table.path, table.revision)
     try:
-        dataset: Any = datasets.load_dataset(
-            table.path, table.name, split=split, revision=table.revision
-        )
+        dataset: Any = datasets.load_dataset(table.path, table.name, split=split, revision=commit)
     except (DatasetNotFoundError, ConnectionError, OSError) as error:
         raise HubError(
             f"data.{part}: no file or folder {table.path!r} here, and the hub gives no dataset of "
@@ -41,8 +41,9 @@ def load_hub(table: Table, part: str) -> Iterator[Raw]:
         yield Raw(values, index, f"{table.path} {split} row {index + 1}")
 
 
-def revision(table: Table) -> str | None:
-    """The commit that the hub's dataset stands at; None offline, where only the cache is read.
+@cache
+def revision(path: str, wanted: str | None) -> str | None:
+    """The commit that a hub dataset is read at; offline, where only the cache is read, as asked.
 
     Raises:
         HubError: if the hub cannot be reached.
@@ -51,11 +52,12 @@ def revision(table: Table) -> str | None:
     from huggingface_hub.errors import HfHubHTTPError
 
     if constants.HF_HUB_OFFLINE:
-        return table.revision
+        return wanted
     try:
-        return HfApi().dataset_info(table.path, revision=table.revision).sha
+        return HfApi().dataset_info(path, revision=wanted).sha
     except (HfHubHTTPError, OSError) as error:
         raise HubError(
-            f"dataset {table.path}: the hub gives no revision: {str(error).splitlines()[0]}",
-            "Check the id and the network",
+            f"no file or folder {path!r} here, and the hub gives no dataset of that id: "
+            f"{str(error).splitlines()[0]}",
+            "Check the path or id, the network, and `hf auth login` for a gated one",
         ) from error

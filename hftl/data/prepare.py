@@ -83,7 +83,9 @@ def prepare(data: Data) -> Prepared:
         "labels": names,
         "label_counts": _label_counts(rows, task),
         "fingerprint": fingerprint({s: [content_key(r).hex() for r in rows[s]] for s in SPLITS}),
-        "hub_revisions": {s: revision(t) for s, t in tables.items() if _on_hub(t, s)},
+        "hub_revisions": {
+            s: revision(t.path, t.revision) for s, t in tables.items() if _on_hub(t, s)
+        },
     }
     prepared = Prepared(task, names, rows, facts)
     draw_shots(rows["train"], data.shots, task, data.seed)
@@ -131,7 +133,7 @@ def files_digest(data: Data) -> str:
             continue
         path = places.find(table.path, f"data.{split}.path")
         if path is None or not path.exists():
-            digest.update(f"hub {table.path} {table.revision}".encode())
+            digest.update(f"{split} {table.model_dump_json()}".encode())
             continue
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
         for file in files:

@@ -21,7 +21,7 @@ from hftl.model.cache import logits
 from hftl.model.head import Built
 from hftl.sections import Finetune
 from hftl.train.checkpoint import KeepBest
-from hftl.train.hardware import precision
+from hftl.train.hardware import dtype_name, precision
 from hftl.train.trainer import TransferTrainer
 
 EVAL_BATCH = 64
@@ -35,7 +35,7 @@ class Outcome:
     """What an arm leaves behind.
 
     `logits` are (rows, outputs) for each split; `weights` the tensors that training changed or
-    drew; `facts` tells how training went; `model` is None for arms without one.
+    drew; `facts` tells how training went.
     """
 
     logits: dict[str, np.ndarray]
@@ -43,7 +43,6 @@ class Outcome:
     trainable_parameters: int
     facts: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
-    model: Any = None
 
 
 def solve_head(bench: Workbench, finetune: Finetune, seed: int) -> Outcome:
@@ -64,7 +63,6 @@ def solve_head(bench: Workbench, finetune: Finetune, seed: int) -> Outcome:
         trainable_parameters(built.model),
         {"penalty": probe.penalty},
         {"train_seconds": time.perf_counter() - started},
-        built,
     )
 
 
@@ -104,7 +102,12 @@ def fit(
             callbacks=[best],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        try:
+            trainer.train()
+        except ImportError as error:
+            raise RecipeError(
+                f"finetune.training needs a package: {str(error).splitlines()[0]}", "Install it"
+            ) from error
     # accelerate leaves its autocast around forward; predictions are made in fp32.
     trainer.accelerator.unwrap_model(built.model, keep_fp32_wrapper=False)
     best.restore(built.model)
@@ -116,6 +119,7 @@ def fit(
     }
     facts = {
         "learning_rate": args.learning_rate,
+        "precision": dtype_name(training),
         "epochs": trainer.state.epoch,
         "best_epoch": best.epoch,
         "history": _history(trainer.state.log_history),
@@ -125,7 +129,7 @@ def fit(
         "predict_seconds": time.perf_counter() - trained,
     }
     count = trainable_parameters(built.model)
-    return Outcome(found, learnt(built), count, facts, timings, built)
+    return Outcome(found, learnt(built), count, facts, timings)
 
 
 def arguments(
@@ -161,6 +165,12 @@ def arguments(
             f"finetune.training: transformers refuses it: {str(error).splitlines()[0]}",
             "Correct the section",
         ) from error
+    measured = ["loss", *METRICS[task]]
+    if str(args.metric_for_best_model).removeprefix("eval_") not in measured:
+        raise RecipeError(
+            f"finetune.training.metric_for_best_model={args.metric_for_best_model} is not measured",
+            f"Use one of {', '.join(measured)}",
+        )
     # transformers would split a batch over all visible devices by itself (DataParallel).
     args._n_gpu = min(1, args.n_gpu)
     return args

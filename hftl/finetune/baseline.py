@@ -11,6 +11,7 @@ import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from hftl.analyse.probe import logistic, ridge
+from hftl.errors import NumericError
 from hftl.finetune.arm import Outcome, fit, predictions_of
 from hftl.finetune.workbench import SPLITS, Workbench
 from hftl.metrics import METRICS, compute
@@ -26,23 +27,36 @@ ALPHAS = np.logspace(-3, 3, 7)
 def search_rate(
     bench: Workbench, finetune: Finetune, search: Search, seed: int, progress: bool
 ) -> dict[str, Any]:
-    """Tries each rate once and chooses by validation, with the figure epochs are chosen by.
+    """Tries each rate once and chooses by validation: accuracy, for a target rmse.
 
     Returns:
-        `learning_rate`, the chosen one, and `tried`: a rate, its validation metrics and seconds.
+        `learning_rate`, the chosen one, `at_edge`, whether it is the lowest or highest given, and
+        `tried`: each rate with its validation metrics, None where it diverged.
+
+    Raises:
+        NumericError: if every rate diverges.
     """
     tried = []
     for rate in search.learning_rates:
         training = _budget(finetune.training, rate, search.epochs_factor * SEARCH_SHARE)
-        outcome = _train(bench, finetune, training, seed, progress)
+        try:
+            outcome = _train(bench, finetune, training, seed, progress)
+        except NumericError as error:
+            # A rate that diverges is not chosen; the others may still do.
+            tried.append({"learning_rate": rate, "metrics": None, "diverged": error.what})
+            continue
         predictions, _ = predictions_of(bench.prepared.task, outcome.logits["validation"])
         labels = bench.prepared.labels(bench.prepared.rows["validation"])
         metrics = compute(list(METRICS[bench.prepared.task].values()), labels, predictions)
-        tried.append({"learning_rate": rate, "metrics": metrics, "seconds": outcome.timings})
+        tried.append({"learning_rate": rate, "metrics": metrics})
     score = "rmse" if bench.prepared.task == "regression" else "accuracy"
     sign = METRICS[bench.prepared.task][score].sign
-    best = max(tried, key=lambda row: sign * row["metrics"][score])
-    return {"learning_rate": best["learning_rate"], "tried": tried}
+    sound = [row for row in tried if row["metrics"]]
+    if not sound:
+        raise NumericError("scratch diverged at every rate", "Lower measure.scratch.learning_rates")
+    best = max(sound, key=lambda row: sign * row["metrics"][score])["learning_rate"]
+    edge = len(tried) > 1 and best in (min(search.learning_rates), max(search.learning_rates))
+    return {"learning_rate": best, "at_edge": edge, "tried": tried}
 
 
 def train_scratch(

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from hftl.analyse.probe import Probe, fit_probe
+from hftl.check import check
 from hftl.data.load import Row
 from hftl.data.prepare import Prepared
 from hftl.data.split import content_key
@@ -13,6 +14,7 @@ from hftl.data.text import Encoded, Pad, encode
 from hftl.model.cache import Features, frozen_features
 from hftl.model.head import Built, build
 from hftl.model.source import SourceModel
+from hftl.recipe import Arm
 
 SPLITS = ("validation", "test")
 """The splits that arms are measured on."""
@@ -20,9 +22,13 @@ SPLITS = ("validation", "test")
 
 @dataclass
 class Workbench:
-    """Shared by the arms of one run; everything in it is computed once."""
+    """Shared by the arms of one run; everything in it is computed once.
+
+    `weights` is the hash of the source model's weights, `max_length` counts tokens.
+    """
 
     source: SourceModel
+    weights: str
     tokenizer: Any
     prepared: Prepared
     shots: int | None
@@ -31,6 +37,11 @@ class Workbench:
     _encoded: dict[bytes, Encoded] = field(default_factory=dict)
     _features: dict[tuple[str, int | None], Features] = field(default_factory=dict)
     _probes: dict[tuple[str, int], Probe] = field(default_factory=dict)
+
+    def check(self, asked_length: int, arms: list[Arm]) -> dict[str, Any]:
+        """The preflight's facts and warnings, for the arms that train from the source."""
+        trained = [arm.finetune for arm in arms if arm.strategy in ("partial", "full")]
+        return check(self.source, self.tokenizer, self.prepared, asked_length, trained)
 
     @property
     def outputs(self) -> int:

@@ -41,11 +41,6 @@ def logits(model: nn.Module, encoded: list[Encoded], pad: Callable, device: str)
     return _run(model, encoded, pad, device, lambda output: output.logits)
 
 
-def outputs_of(model: nn.Module, encoded: list[Encoded], pad: Callable, device: str) -> np.ndarray:
-    """(rows, outputs) float32 of a model whose forward gives logits alone."""
-    return _run(model, encoded, pad, device, lambda output: output)
-
-
 def _run(
     model: nn.Module, encoded: list[Encoded], pad: Callable, device: str, keep: Callable
 ) -> np.ndarray:

@@ -165,13 +165,20 @@ def label_settings(names: Sequence[str], outputs: int) -> dict[str, Any]:
 
 
 def _load(source: SourceModel, auto: Any, extra: dict[str, Any]) -> tuple[Any, set[str]]:
-    model, info = auto.from_pretrained(
-        **source.load_arguments,
-        **extra,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    try:
+        model, info = auto.from_pretrained(
+            source.folder,
+            **extra,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"source.model: {source.spec} does not load: {str(error).splitlines()[0]}",
+            "Give a complete checkpoint of a supported architecture",
+        ) from error
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
     return model, set(info["missing_keys"]) | mismatched
 

@@ -10,19 +10,24 @@ from hftl.errors import HubError, RecipeError
 from hftl.model.anatomy import Anatomy, anatomy_of
 from hftl.sections import Source
 
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+"""Weight files, the first kind that a checkpoint has."""
+SMALL = ("*.json", "*.txt", "*.model")
+
 
 @dataclass(frozen=True)
 class SourceModel:
-    """A pretrained checkpoint.
+    """A pretrained checkpoint, on the disk.
 
-    `location` is what `from_pretrained` takes, a folder or a hub id with `revision`.
-    `public_id` is the hub id that a published adapter names as its base, where there is one.
+    `folder` is where it lies, for a hub id the snapshot of one commit. `public_id` is the hub id
+    that a published adapter names as its base, where there is one, and `revision` its commit.
     """
 
     spec: str
-    location: str
+    folder: Path
     revision: str | None
     public_id: str | None
+    local: bool
     config: Any
 
     @property
@@ -35,18 +40,9 @@ class SourceModel:
         """Where the architecture's parts lie."""
         return anatomy_of(self.model_type)
 
-    @property
-    def load_arguments(self) -> dict[str, Any]:
-        """Arguments that every `from_pretrained` of this source gets."""
-        return {
-            "pretrained_model_name_or_path": self.location,
-            "revision": self.revision,
-            "trust_remote_code": False,
-        }
-
 
 def find_source(source: Source) -> SourceModel:
-    """Finds the checkpoint and reads its config.
+    """Finds the checkpoint; one of the hub is pinned to its commit and fetched.
 
     Raises:
         RecipeError: if a folder is missing or holds no model, or the architecture is unsupported.
@@ -59,26 +55,24 @@ def find_source(source: Source) -> SourceModel:
         raise RecipeError(
             f"source.model: the folder {source.model} does not exist", "Check the path"
         )
-    location = str(path) if path is not None else source.model
-    revision = None if path is not None else source.revision
+    folder = path or _fetch(source.model, source.revision, ["config.json"])
     try:
-        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        if path is None:
-            raise _no_hub(source.model, error) from error
         raise RecipeError(
-            f"source.model: {source.model} is no model folder: {str(error).splitlines()[0]}",
-            "Give a folder with config.json and model.safetensors",
+            f"source.model: {source.model} is no model: {str(error).splitlines()[0]}",
+            "Give one with config.json and model.safetensors",
         ) from error
-    found = SourceModel(
-        source.model,
-        location,
-        getattr(config, "_commit_hash", None) if path is None else None,
-        source.published_as or (source.model if path is None else None),
-        config,
-    )
-    anatomy_of(found.model_type)
-    return found
+    anatomy_of(config.model_type)
+    if path is not None:
+        return SourceModel(source.model, path, source.revision, source.published_as, True, config)
+    commit = folder.name
+    for kind in WEIGHTS:
+        folder = _fetch(source.model, commit, [*SMALL, kind])
+        if list(folder.glob(kind)):
+            break
+    public_id = source.published_as or source.model
+    return SourceModel(source.model, folder, commit, public_id, False, config)
 
 
 def load_tokenizer(source: SourceModel) -> Any:
@@ -90,7 +84,7 @@ def load_tokenizer(source: SourceModel) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(**source.load_arguments)
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"source.model: {source.spec} has no usable tokenizer: {str(error).splitlines()[0]}",
@@ -98,27 +92,51 @@ def load_tokenizer(source: SourceModel) -> Any:
         ) from error
 
 
-def weights_sha256(source: SourceModel) -> str | None:
-    """sha256 over the checkpoint's weight files, by name; None where they are not on the disk."""
-    folder = Path(source.location)
-    if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
+def weights_sha256(source: SourceModel) -> str:
+    """sha256 over the checkpoint's tensors, by name; over the bytes of files of older kinds.
 
-        cached = try_to_load_from_cache(source.location, "config.json", revision=source.revision)
-        if not isinstance(cached, str):
-            return None
-        folder = Path(cached).parent
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    Raises:
+        RecipeError: if it has none.
+    """
     digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as handle:
-            digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest() if files else None
-
-
-def _no_hub(model: str, error: Exception) -> HubError:
-    return HubError(
-        f"source.model: no folder {model!r} here, and the hub gives no model of that id: "
-        f"{str(error).splitlines()[0].strip()}",
-        "Check the id or path, the network, and `hf auth login` for a gated model",
+    for kind in WEIGHTS:
+        files = sorted(source.folder.glob(kind))
+        for file in files:
+            if file.suffix == ".safetensors":
+                _hash_tensors(file, digest)
+            else:
+                digest.update(file.read_bytes())
+        if files:
+            return digest.hexdigest()
+    raise RecipeError(
+        f"source.model: {source.spec} has no weights", "Give one with model.safetensors"
     )
+
+
+def _hash_tensors(file: Path, digest: Any) -> None:
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as tensors:
+        for name in sorted(tensors.keys()):
+            tensor = tensors.get_tensor(name)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _fetch(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
+    """The snapshot of a commit with the files of these patterns, none of its folders."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise HubError(
+            f"source.model: no folder {repo_id!r} here, and the hub gives no model of that id: "
+            f"{str(error).splitlines()[0].strip()}",
+            "Check the id or path, the network, and `hf auth login` for a gated model",
+        ) from error

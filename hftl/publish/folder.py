@@ -16,6 +16,7 @@ from hftl.finetune.strategy import prepare
 from hftl.finetune.workbench import Workbench
 from hftl.model.adapters import adapter_of
 from hftl.model.head import PooledModel, label_settings
+from hftl.record import to_json
 from hftl.sections import Finetune
 
 SAMPLE_ROWS = 32
@@ -79,12 +80,15 @@ def write_model(bench: Workbench, model: nn.Module, finetune: Finetune, folder: 
 
 
 def write_sample(bench: Workbench, logits: np.ndarray, folder: Path) -> Path:
-    """Test inputs and the logits the arm gave for them, for the proof of the reload."""
+    """Test texts and the logits the arm gave for them, for the proof of the reload."""
     rows = bench.prepared.rows["test"][:SAMPLE_ROWS]
-    batch = bench.pad([dict(encoded) for encoded in bench.encoded(rows)])
-    path = folder / "sample.safetensors"
-    expected = torch.from_numpy(np.ascontiguousarray(logits[: len(rows)], dtype=np.float32))
-    save_file({**{k: v.contiguous() for k, v in batch.items()}, "expected": expected}, path)
+    told = {
+        "texts": [row.texts for row in rows],
+        "max_length": bench.max_length,
+        "logits": logits[: len(rows)].astype(np.float64).tolist(),
+    }
+    path = folder / "sample.json"
+    path.write_text(to_json(told), encoding="utf-8")
     return path
 
 

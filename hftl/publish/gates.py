@@ -18,10 +18,8 @@ ALLOWED = {
 }  # fmt: skip
 SHARDS = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json")
 PLOTS = re.compile(r"assets/[\w-]+\.png")
-PATH_KEY = re.compile(
-    r"(?:(?<![\w.:/])|(?<=file://))/(?:home|root|Users|Volumes|tmp|mnt|media|work|workspace|scratch"
-    r"|data|opt|srv|var)/[^\s\"']*"
-    r"|\b[A-Za-z]:[\\/]+Users\b[^\s\"']*"
+LOCAL_PATH = re.compile(
+    r"(?:(?<![\w.:/<])|(?<=file://))(?:~|/[\w.-]+)/[\w./-]+|\b[A-Za-z]:[\\/]+\w[^\s\"']*"
 )
 
 
@@ -38,10 +36,12 @@ def reload_difference(folder: Path, source: SourceModel, sample: Path, device: s
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTHONPATH"):
         environment.pop(name, None)
     found = subprocess.run(
-        [sys.executable, "-P", str(script), str(folder), source.location, source.revision or "",
-         str(sample), device],
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
+        [sys.executable, "-P", str(script), str(folder), str(source.folder), str(sample), device],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     if found.returncode != 0:
         raise HftlError(
             f"the publish folder does not load in a fresh process: {found.stderr.strip()[-800:]}",
@@ -66,7 +66,7 @@ def check_files(folder: Path) -> list[str]:
                 f"{folder / name} is not among the files that may be published", "Remove it"
             )
         if name.endswith((".json", ".md")) and name not in ("tokenizer.json", "vocab.json"):
-            found = PATH_KEY.search((folder / name).read_text(encoding="utf-8"))
+            found = LOCAL_PATH.search((folder / name).read_text(encoding="utf-8"))
             if found:
                 raise RunFolderError(
                     f"{folder / name} names a path of this machine: {found.group()}",

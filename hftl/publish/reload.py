@@ -2,10 +2,10 @@
 
 `hftl predict` uses `load`. As a script it runs in a fresh process, without hftl, and compares:
 
-    python reload.py FOLDER BASE REVISION SAMPLE DEVICE  ->  {"difference": ..., "largest": ...}
+    python reload.py FOLDER BASE SAMPLE DEVICE  ->  {"difference": ..., "largest": ...}
 
-BASE and REVISION are what `from_pretrained` takes for an adapter's base (unused where the folder
-holds the whole model); SAMPLE is a safetensors file with inputs and `expected` logits.
+BASE is the folder of an adapter's base (unused where FOLDER holds the whole model); SAMPLE is a
+JSON file with `texts`, `max_length` and the `logits` expected for them.
 """
 
 import json
@@ -18,7 +18,13 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 class Published(nn.Module):
@@ -30,24 +36,26 @@ class Published(nn.Module):
         self.head = head
         self.pooling = pooling
 
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """(batch, outputs) logits."""
+    def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
+        """Logits of shape (batch, outputs)."""
         output = self.model(**inputs)
         if self.head is None:
-            return output.logits
+            return output
+        hidden = output.last_hidden_state
         if self.pooling == "cls":
-            return self.head(output.last_hidden_state[:, 0])
-        mask = inputs["attention_mask"].unsqueeze(-1)
-        return self.head((output.last_hidden_state * mask).sum(1) / mask.sum(1))
+            pooled = hidden[:, 0]
+        else:
+            mask = inputs["attention_mask"].unsqueeze(-1)
+            pooled = (hidden * mask).sum(1) / mask.sum(1)
+        return SequenceClassifierOutput(logits=self.head(pooled))  # pyright: ignore
 
 
-def load(folder: Path, base: str | None, revision: str | None) -> Published:
+def load(folder: Path, base: Path | None) -> Published:
     """The model of a published folder, in eval mode and fp32.
 
     Args:
         folder: holds an adapter or a whole model, its config, and perhaps head.safetensors.
-        base: a folder or hub id; needed by an adapter only.
-        revision: the base's commit, where it comes from a hub.
+        base: the folder of the base; needed by an adapter only.
     """
     head, pooling = _head(folder / "head.safetensors")
     auto: Any = AutoModel if head is not None else AutoModelForSequenceClassification
@@ -56,7 +64,7 @@ def load(folder: Path, base: str | None, revision: str | None) -> Published:
     config = AutoConfig.from_pretrained(folder)
     labels = {} if head is not None else {"id2label": config.id2label, "label2id": config.label2id}
     model = auto.from_pretrained(
-        base, revision=revision, dtype=torch.float32, ignore_mismatched_sizes=True,
+        base, dtype=torch.float32, ignore_mismatched_sizes=True,
         trust_remote_code=False, **labels,
     )  # fmt: skip
     return Published(PeftModel.from_pretrained(model, folder), head, pooling).eval()
@@ -74,23 +82,28 @@ def _head(path: Path) -> tuple[nn.Linear | None, str]:
     return head, pooling
 
 
-def main(folder: Path, base: str, revision: str | None, sample: Path, device: str) -> None:
+def main(folder: Path, base: Path, sample: Path, device: str) -> None:
     """Prints the comparison as JSON."""
-    inputs = {key: tensor.to(device) for key, tensor in load_file(sample).items()}
-    expected = inputs.pop("expected")
+    told = json.loads(sample.read_text(encoding="utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    columns = [list(column) for column in zip(*told["texts"], strict=True)]
+    inputs = tokenizer(
+        *columns, truncation=True, max_length=told["max_length"], padding=True, return_tensors="pt"
+    )
+    expected = torch.tensor(told["logits"])
     # Other weights must be drawn for whatever the folder lacks, or the lack would not show.
     torch.manual_seed(20_010_101)
-    model = load(folder, base, revision).to(device)
+    model = load(folder, base).to(device)
     with torch.inference_mode():
-        found = model(**inputs).float()
-    told = {
+        found = model(**inputs.to(device)).logits.float().cpu()
+    compared = {
         "difference": float((found - expected).abs().max()),
         "largest": float(expected.abs().max()),
         "hftl_imported": "hftl" in sys.modules,
     }
-    print(json.dumps(told))  # noqa: T201
+    print(json.dumps(compared))  # noqa: T201
 
 
 if __name__ == "__main__":
-    _, folder_, base_, revision_, sample_, device_ = sys.argv
-    main(Path(folder_), base_, revision_ or None, Path(sample_), device_)
+    _, folder_, base_, sample_, device_ = sys.argv
+    main(Path(folder_), Path(base_), Path(sample_), device_)

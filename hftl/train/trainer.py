@@ -65,12 +65,14 @@ class TransferTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The task's loss, summed over the batch and divided by the items of the whole step."""
+        # Holding a frozen model in eval makes it look as in evaluation: smoothing is asked first.
+        smoothing = self.args.label_smoothing_factor if model.training else 0.0
         if model.training:
             self._hold_frozen_in_eval()
         labels = inputs["labels"]
         outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
         items = len(labels) if num_items_in_batch is None else num_items_in_batch
-        loss = summed_loss(outputs.logits, labels) / items
+        loss = summed_loss(outputs.logits, labels, smoothing) / items
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The gradients of processes are averaged, and `items` counts those of all.
             loss = loss * self.accelerator.num_processes
@@ -100,17 +102,18 @@ class TransferTrainer(Trainer):
             module.training = live
 
 
-def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def summed_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy for integer labels, squared error for float targets, summed, in fp32.
 
     Args:
         logits: (..., classes), or (batch, 1) for a target.
         labels: (...) int64, -100 where there is none; or (batch,) float.
+        smoothing: share of each label's weight that is spread over all classes.
     """
     if labels.is_floating_point():
         return F.mse_loss(logits.float().squeeze(-1), labels.float(), reduction="sum")
     flat = logits.float().reshape(-1, logits.shape[-1])
-    return F.cross_entropy(flat, labels.reshape(-1), reduction="sum")
+    return F.cross_entropy(flat, labels.reshape(-1), reduction="sum", label_smoothing=smoothing)
 
 
 def training_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
