@@ -107,7 +107,8 @@ def guess_columns(name: str, rows: list[dict[str, Any]]) -> Guess:
     )
     distinct = len({str(value) for value in columns[label]})
     what = f"{distinct} classes" if task == "classification" else "a number"
-    notes = [f"text: {' and '.join(texts)} (the longest column{'s' if len(texts) > 1 else ''})"]
+    named = len(texts) > 1 or texts[0].lower() in TEXT_NAMES
+    notes = [f"text: {' and '.join(texts)} ({'by name' if named else 'the longest column'})"]
     notes.append(f"label: {label} ({what}), so the task is {task}")
     if group:
         notes.append(f"group: {group}; its rows stay in one split")

@@ -15,7 +15,7 @@ from hftl.data.load import Row
 from hftl.data.text import Examples
 from hftl.errors import RecipeError
 from hftl.finetune.strategy import prepare, trainable_parameters
-from hftl.finetune.workbench import SPLITS, Workbench
+from hftl.finetune.workbench import MEASURED, Workbench
 from hftl.metrics import METRICS, compute
 from hftl.model.cache import logits
 from hftl.model.head import Built
@@ -51,7 +51,7 @@ def solve_head(bench: Workbench, finetune: Finetune, seed: int) -> Outcome:
     probe = bench.probe(finetune.pooling, seed)
     found = {
         split: probe.logits(bench.features(finetune.pooling, seed, bench.prepared.rows[split]))
-        for split in SPLITS
+        for split in MEASURED
     }
     built = bench.build(finetune.pooling, seed)
     built.model.requires_grad_(False)
@@ -88,7 +88,7 @@ def fit(
     """Trains a prepared model, keeps its best evaluation on validation, and predicts in fp32."""
     started = time.perf_counter()
     task = bench.prepared.task
-    rows = {"train": bench.train_rows(seed), **{s: bench.prepared.rows[s] for s in SPLITS}}
+    rows = {"train": bench.train_rows(seed), **{s: bench.prepared.rows[s] for s in MEASURED}}
     with tempfile.TemporaryDirectory() as scratch_folder:
         args = arguments(training, task, scratch_folder, seed, bench.device, progress)
         best = keep_best(args, patience)
@@ -115,7 +115,7 @@ def fit(
     built.model.to(bench.device)
     found = {
         split: logits(built.model, bench.encoded(rows[split]), bench.pad, bench.device)
-        for split in SPLITS
+        for split in MEASURED
     }
     facts = {
         "learning_rate": args.learning_rate,

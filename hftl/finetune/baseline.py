@@ -13,7 +13,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from hftl.analyse.probe import logistic, ridge
 from hftl.errors import NumericError
 from hftl.finetune.arm import Outcome, fit, predictions_of
-from hftl.finetune.workbench import SPLITS, Workbench
+from hftl.finetune.workbench import MEASURED, Workbench
 from hftl.metrics import METRICS, compute
 from hftl.sections import Finetune, Search
 
@@ -70,7 +70,7 @@ def train_scratch(
 def solve_classical(bench: Workbench, seed: int) -> Outcome:
     """TF-IDF of words and word pairs, and logistic or ridge regression."""
     rows = bench.train_rows(seed)
-    texts = {"train": rows, **{split: bench.prepared.rows[split] for split in SPLITS}}
+    texts = {"train": rows, **{split: bench.prepared.rows[split] for split in MEASURED}}
     joined = {split: [" ".join(row.texts) for row in found] for split, found in texts.items()}
     vectorizer = TfidfVectorizer(
         ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]"
@@ -82,7 +82,7 @@ def solve_classical(bench: Workbench, seed: int) -> Outcome:
         weight, bias, penalty = ridge(features, labels, groups, ALPHAS)
     else:
         weight, bias, penalty = logistic(features, labels, groups, CS)
-    found = {s: np.asarray(vectorizer.transform(joined[s]) @ weight.T) + bias for s in SPLITS}
+    found = {s: np.asarray(vectorizer.transform(joined[s]) @ weight.T) + bias for s in MEASURED}
     terms = "\n".join(vectorizer.get_feature_names_out()).encode()
     tensors = {
         "weight": torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float32)),
@@ -100,7 +100,7 @@ def majority(bench: Workbench, seed: int) -> Outcome:
         constant = np.array([labels.mean()])
     else:
         constant = np.log(np.maximum(np.bincount(labels, minlength=bench.outputs), 1e-12))
-    sizes = {split: len(bench.prepared.rows[split]) for split in SPLITS}
+    sizes = {split: len(bench.prepared.rows[split]) for split in MEASURED}
     found = {split: np.tile(constant, (size, 1)) for split, size in sizes.items()}
     return Outcome(found, {"constant": torch.from_numpy(constant)}, 0)
 

@@ -2,7 +2,7 @@
 
 import time
 
-from hftl.finetune.workbench import SPLITS, Workbench
+from hftl.finetune.workbench import MEASURED, Workbench
 from hftl.model.cache import frozen_features
 from hftl.recipe import Arm, Recipe
 
@@ -15,7 +15,7 @@ SEARCHED = 1 / 3
 def estimate_seconds(bench: Workbench, jobs: list[Arm], recipe: Recipe) -> float:
     """Seconds for the arms given, one entry an arm and seed; rough, within a factor of two."""
     train = bench.train_rows(recipe.measure.seeds[0])
-    measured = sum(len(bench.prepared.rows[split]) for split in SPLITS)
+    measured = sum(len(bench.prepared.rows[split]) for split in MEASURED)
     per_row = _seconds_a_row(bench, recipe.finetune.pooling)
     total = 0.0
     searched = False

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from hftl.data.prepare import Prepared
 from hftl.finetune.arm import Outcome, predictions_of
-from hftl.finetune.workbench import SPLITS
+from hftl.finetune.workbench import MEASURED
 from hftl.metrics import METRICS, compute
 from hftl.record import to_json
 
@@ -37,7 +37,7 @@ def write(
     columns: dict[str, list[Any]] = {k: [] for k in ("split", "row", "label", "prediction")}
     columns["scores"] = []
     metrics = {}
-    for split in SPLITS:
+    for split in MEASURED:
         rows = prepared.rows[split]
         labels = prepared.labels(rows)
         predictions, scores = predictions_of(prepared.task, outcome.logits[split])
@@ -49,7 +49,9 @@ def write(
         columns["scores"] += scores.tolist()
     pq.write_table(pa.table(columns), folder / PREDICTIONS)
     save_file(outcome.weights, folder / WEIGHTS)
-    logits = {split: torch.from_numpy(outcome.logits[split].astype(np.float32)) for split in SPLITS}
+    logits = {
+        split: torch.from_numpy(outcome.logits[split].astype(np.float32)) for split in MEASURED
+    }
     save_file({k: v.contiguous() for k, v in logits.items()}, folder / "logits.safetensors")
     told = {
         "arm": arm,
@@ -75,8 +77,8 @@ def read(folder: Path, prepared: Prepared) -> Stored:
         values[column] = np.array([ids[v] for v in found] if ids else found)
     return Stored(
         told,
-        {split: values["label"][split_of == split] for split in SPLITS},
-        {split: values["prediction"][split_of == split] for split in SPLITS},
+        {split: values["label"][split_of == split] for split in MEASURED},
+        {split: values["prediction"][split_of == split] for split in MEASURED},
     )
 
 

@@ -16,7 +16,7 @@ from hftl.model.head import Built, build
 from hftl.model.source import SourceModel
 from hftl.recipe import Arm
 
-SPLITS = ("validation", "test")
+MEASURED = ("validation", "test")
 """The splits that arms are measured on."""
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from hftl.data.prepare import Prepared
 from hftl.finetune.store import Stored, read
-from hftl.finetune.workbench import SPLITS
+from hftl.finetune.workbench import MEASURED
 from hftl.measure.gain import Predicted
 from hftl.metrics import METRICS, Metric, compute
 
@@ -25,7 +25,7 @@ def collect(
     """
     stored = {arm: [read(folder, prepared) for folder in found] for arm, found in folders.items()}
     told = {}
-    for split in SPLITS:
+    for split in MEASURED:
         rows = prepared.rows[split]
         predictions = {arm: np.stack([s.predictions[split] for s in found])
                        for arm, found in stored.items()}  # fmt: skip
@@ -45,6 +45,6 @@ def _units(prepared: Prepared, split: str) -> np.ndarray:
 def _entry(stored: Stored, prepared: Prepared, metric: Metric) -> dict[str, Any]:
     built_in = list(METRICS[prepared.task].values())
     wanted = built_in if metric in built_in else [*built_in, metric]
-    metrics = {s: compute(wanted, stored.labels[s], stored.predictions[s]) for s in SPLITS}
+    metrics = {s: compute(wanted, stored.labels[s], stored.predictions[s]) for s in MEASURED}
     kept = ("arm", "seed", "strategy", "trainable_parameters", "training")
     return {**{key: stored.told[key] for key in kept}, "metrics": metrics}
