@@ -20,7 +20,7 @@ from hftl.record import Record, to_json
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 KEPT = ("metric", "own_arm", "ladder", "transfer_gain", "verdict", "data", "environment",
-        "timings", "scratch_search", "reload_difference")  # fmt: skip
+        "scratch_search", "reload_difference")  # fmt: skip
 PAGES = (ROOT / "README.md", ROOT / "recipes" / "README.md", ROOT / "benchmarks" / "README.md")
 INDEX = {
     "movies-minilm-lora": "recipes/movies-minilm/lora.yaml",
@@ -41,11 +41,6 @@ def keep(run: Path) -> None:
 def kept(name: str) -> dict[str, Any]:
     """The figures of a kept run."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def seconds(told: dict[str, Any]) -> float:
-    """What the arms took, the search of scratch's rate not counted."""
-    return sum(sum(times.values()) for times in told["timings"].values())
 
 
 def block(name: str) -> str:

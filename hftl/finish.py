@@ -1,10 +1,8 @@
 """From finished arms to record, verdict, card and publish folder."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +145,7 @@ def _package(run: Path, bench: Workbench, own: Arm, seed: int, arm_folder: Path)
 def _write_publish(run: Path, record: dict[str, Any]) -> None:
     """publish/ and report.html, written aside and put in place together."""
     aside = run / ".tmp-publish"
-    shutil.copytree(run / "phases" / "package" / "model", aside, copy_function=_link)
+    shutil.copytree(run / "phases" / "package" / "model", aside)
     told = json.loads(to_json(publishable(record)))
     plot_ladder(told, aside / "assets" / "ladder.png")
     card = render_card(told)
@@ -160,15 +158,6 @@ def _write_publish(run: Path, record: dict[str, Any]) -> None:
     aside.rename(target)
     shutil.rmtree(run / ".tmp-old-publish", ignore_errors=True)
     rundir.write_text(run / "report.html", report)
-
-
-def _link(source: str, target: str) -> None:
-    """A second name for large weights, where the file system has one; else a copy."""
-    if source.endswith(".safetensors"):
-        with suppress(OSError):
-            os.link(source, target)
-            return
-    shutil.copy2(source, target)
 
 
 def _hashes(run: Path) -> dict[str, str]:

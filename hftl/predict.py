@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from hftl import places
+from hftl import places, rundir
 from hftl.data.text import Pad, encode
 from hftl.errors import DataError, HubError, RecipeError, RunFolderError
 from hftl.finetune.arm import predictions_of
@@ -86,6 +86,7 @@ def load(path: str | Path, base: str | Path | None = None) -> Predictor:
     from transformers import AutoConfig, AutoTokenizer
 
     folder = _published(path)
+    _need_head(folder)
     told = _read_json(folder / "hftl.json")
     recipe = told.get("recipe", {})
     adapter = (folder / "adapter_config.json").exists()
@@ -117,10 +118,23 @@ def _published(path: str | Path) -> Path:
     if (folder / "recipe.yaml").exists():
         if not (folder / "publish" / "hftl.json").exists():
             raise RunFolderError(f"{path} is not finished", "Run the same command again")
+        rundir.check_finished(folder)
         return folder / "publish"
     if not (folder / "config.json").exists():
         raise RecipeError(f"{path} holds no run and no model", "Give a run or a published folder")
     return folder
+
+
+def _need_head(folder: Path) -> None:
+    """Refuses a bare encoder: its head would be drawn at random."""
+    trained = ("adapter_config.json", "head.safetensors")
+    kinds = _read_json(folder / "config.json").get("architectures") or []
+    if not any((folder / name).exists() for name in trained) and not any(
+        kind.endswith("ForSequenceClassification") for kind in kinds
+    ):
+        raise RecipeError(
+            f"{folder.name} has no trained head to predict with", "Give a run or a published folder"
+        )
 
 
 def _download(repo_id: str) -> Path:

@@ -120,6 +120,21 @@ def reads(folder: Path) -> dict[str, Any] | None:
     return read
 
 
+def check_finished(run: Path) -> None:
+    """Compares a finished run's record, report and publish folder with what was written.
+
+    Raises:
+        RunFolderError: naming the first file that is missing or changed.
+    """
+    stored = run / "phases" / "report" / "files.json"
+    expected = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
+    for name, content in expected.items():
+        if not (run / name).is_file() or sha256(run / name) != content:
+            raise RunFolderError(
+                f"{run / name} is not what was written", "Run the same `hftl run` again to mend it"
+            )
+
+
 def digest(folder: Path) -> str:
     """The content hash of a complete part, which says whether what follows from it is stale."""
     return sha256(folder / MANIFEST)

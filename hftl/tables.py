@@ -1,6 +1,7 @@
 """`hftl predict` on a table: the input's rows, and what the model says of each."""
 
 import csv
+import errno
 import io
 import json
 from dataclasses import replace
@@ -36,6 +37,8 @@ def predict_table(
             be loaded.
     """
     _check_output(output)
+    if output is not None and output.resolve() == data.resolve():
+        raise RecipeError(f"--output {output} is the input itself", "Choose another file")
     if not data.exists():
         raise DataError(f"{data} does not exist", "Check the path")
     file_format = guess_format(data)
@@ -58,7 +61,14 @@ def predict_table(
     texts = [_texts(raw, predictor.texts) for raw in rows]
     found = [_columns(told) for told in predictor.predict(texts)]
     merged = [_merge(columns | raw.values, told) for raw, told in zip(rows, found, strict=True)]
-    return _write(merged, output)
+    try:
+        return _write(merged, output)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise RecipeError(
+            f"--output {output} cannot be written: {error.strerror}", "Choose another file"
+        ) from error
 
 
 def _check_output(output: Path | None) -> None:

@@ -420,3 +420,21 @@ def test_a_killed_run_loses_at_most_the_arm_in_work(
         assert (arms / name).stat().st_mtime_ns == when, f"{name} was run again"
     other = hftl.run(Recipe.load(path), tmp_path / "straight")
     assert other is not None and other.hash == record.hash
+
+
+def test_changed_weights_are_neither_used_nor_listed(again: tuple[Path, dict[str, Any]]) -> None:
+    from hftl.publish.listing import dry_run
+
+    run, _ = again
+    path = run / "publish" / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    for use in (hftl.load, dry_run):
+        with pytest.raises(RunFolderError, match=r"adapter_model\.safetensors is not what was"):
+            use(run)
+
+
+def test_an_encoder_without_a_head_does_not_predict(tiny_model: Callable[..., Path]) -> None:
+    with pytest.raises(hftl.HftlError, match="has no trained head to predict with"):
+        hftl.load(tiny_model())

@@ -240,3 +240,10 @@ def test_a_class_called_label_keeps_its_own_column() -> None:
     assert tables._columns(told) == {
         "label": "label", "score": 0.9, "class.label": 0.9, "other": 0.1,
     }  # fmt: skip
+
+
+def test_the_input_is_never_overwritten(tmp_path: Path) -> None:
+    data = tmp_path / "new.csv"
+    data.write_text("text\nx\n")
+    with pytest.raises(RecipeError, match="is the input itself"):
+        tables.predict_table("model", data, data)

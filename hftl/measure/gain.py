@@ -120,5 +120,10 @@ def _interval(
     interval = mean_interval(values)
     if interval is None:
         return None
+    if interval[0] == interval[1] and metric.best == 1:
+        # No item differed: with n items up to 3 / n of all may (rule of three, Hanley & Lippman-
+        # Hand 1983, JAMA 249:1743).
+        few = 3 / len(np.unique(told.units))
+        return value - few, value + few
     shift = value - float(values.mean())
     return interval[0] + shift, interval[1] + shift

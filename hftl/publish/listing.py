@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hftl.errors import RunFolderError
 from hftl.publish.gates import check_files
+from hftl.rundir import check_finished
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ def dry_run(run: Path) -> Listing:
     folder = run / "publish"
     if not (folder / "hftl.json").exists():
         raise RunFolderError(f"{run} has no publish folder", "Finish it with `hftl run`")
+    check_finished(run)
     files = [(name, (folder / name).stat().st_size) for name in check_files(folder)]
     told = json.loads((folder / "hftl.json").read_text(encoding="utf-8"))
     verdict = told["verdict"]
