@@ -1,63 +1,200 @@
 """The anatomy against the real modules of each architecture."""
 
+from typing import Any
+
 import pytest
 import torch
-from conftest import tiny_config
+from tiny import IMAGE_SIZE, is_image, tiny_config
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification, GPT2Config
+from transformers import AutoModel
 
 from hftl.errors import RecipeError
-from hftl.model.anatomy import ANATOMIES, anatomy_of, blocks_of, encoder_of, submodule
-from hftl.model.head import last_linear
+from hftl.model.anatomy import (
+    ANATOMIES,
+    anatomy_of,
+    blocks_of,
+    count_blocks,
+    encoder_of,
+    layers,
+    max_tokens,
+    native_image_size,
+    patch_size,
+    stock_class,
+    submodule,
+)
+from hftl.model.head import anatomy_in, last_linear
 
-ARCHITECTURES = sorted(ANATOMIES)
+TASKS = [
+    (name, task)
+    for name in sorted(ANATOMIES)
+    for task in ("classification", "token-classification")
+    if task == "classification" or not is_image(name)
+]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_path_exists_in_the_stock_class(name: str) -> None:
-    model = AutoModelForSequenceClassification.from_config(tiny_config(name))
-    anatomy = anatomy_of(name)
+def stock(name: str, task: str = "classification", **more: Any) -> Any:
+    config = tiny_config(name, **more)
+    return stock_class(config, task)(config)
+
+
+@pytest.mark.parametrize(("name", "task"), TASKS)
+def test_every_path_exists_in_the_stock_class(name: str, task: str) -> None:
+    model = stock(name, task)
+    anatomy = anatomy_of(model.config).for_task(task)
+    assert anatomy_in(model) == anatomy
     encoder = encoder_of(model, anatomy)
-    assert len(blocks_of(encoder, anatomy)) == 3
-    assert isinstance(submodule(encoder, anatomy.embeddings), nn.Module)
-    assert isinstance(submodule(model, anatomy.head_dropout), nn.Dropout)
+    assert encoder is not model
+    assert len(blocks_of(encoder, anatomy)) == (1 if name == "albert" else 3)
+    for path in anatomy.final:
+        assert list(submodule(encoder, path).parameters())
+    if anatomy.head_dropout is not None:
+        assert isinstance(submodule(model, anatomy.head_dropout), nn.Dropout)
     assert isinstance(last_linear(model, anatomy), nn.Linear)
     assert last_linear(model, anatomy).out_features == 2
+    heads = {n for n, m in model.named_children() if list(m.parameters())} - {anatomy.encoder}
+    assert heads == set(anatomy.head)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_targets_are_all_linears_of_the_blocks_and_no_other(name: str) -> None:
-    model = AutoModelForSequenceClassification.from_config(tiny_config(name))
-    anatomy = anatomy_of(name)
-    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    matched = {n for n in linears if any(n.endswith(f".{t}") for t in anatomy.lora_targets)}
-    in_blocks = {n for n in linears if f"{anatomy.encoder}.{anatomy.blocks}." in n}
-    assert matched == in_blocks
-    assert linears - in_blocks, "the head is linear too, and must not be matched"
+@pytest.mark.parametrize(("name", "task"), TASKS)
+def test_the_dropout_before_the_last_layer_is_the_one_named(name: str, task: str) -> None:
+    model = stock(name, task)
+    anatomy = anatomy_in(model)
+    called: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) or list(module.parameters(recurse=False)):
+            module.register_forward_hook(lambda module, *_: called.append(module))
+    with torch.no_grad():
+        model(**batch(name))
+    assert called[-1] is last_linear(model, anatomy)
+    named = anatomy.head_dropout
+    assert isinstance(called[-2], nn.Dropout) == (named is not None)
+    assert named is None or called[-2] is submodule(model, named)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+def batch(name: str) -> dict[str, torch.Tensor]:
+    if is_image(name):
+        return {"pixel_values": torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE)}
+    return {"input_ids": torch.tensor([[2, 7, 9, 3]]), "attention_mask": torch.ones(1, 4).long()}
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [(name, {}) for name in sorted(ANATOMIES)]
+    + [
+        ("dinov2", {"use_swiglu_ffn": True}),
+        ("dinov2_with_registers", {"use_swiglu_ffn": True}),
+        ("beit", {"use_mean_pooling": False}),
+        ("beit", {"use_mask_token": False}),
+        ("deberta-v2", {"share_att_key": False}),
+        ("albert", {"inner_group_num": 2, "num_hidden_groups": 3}),
+    ],
+)
+def test_targets_are_all_linears_of_the_blocks(name: str, more: dict[str, Any]) -> None:
+    model = stock(name, **more)
+    anatomy = anatomy_of(model.config)
+    blocks = blocks_of(encoder_of(model, anatomy), anatomy)
+    found = sum(isinstance(m, nn.Linear) for block in blocks for m in block.modules())
+    assert found == len(blocks) * len(anatomy.lora_targets)
+
+
+@pytest.mark.parametrize("name", sorted(ANATOMIES))
 def test_encoder_alone_is_its_own_encoder(name: str) -> None:
-    model = AutoModel.from_config(tiny_config(name))
-    assert encoder_of(model, anatomy_of(name)) is model
+    config = tiny_config(name)
+    model = AutoModel.from_config(config)
+    anatomy = anatomy_of(config)
+    if name in ("clip", "siglip"):
+        assert encoder_of(model, anatomy) is model.vision_model
+    else:
+        assert encoder_of(model, anatomy) is model
 
 
-def test_another_architecture_is_refused_by_name() -> None:
-    with pytest.raises(RecipeError, match="'gpt2' is not supported.*bert, roberta, distilbert"):
-        anatomy_of(GPT2Config().model_type)
+@pytest.mark.parametrize(
+    ("name", "more", "blocks", "told"),
+    [
+        ("bert", {}, 3, 3),
+        ("distilbert", {"n_layers": 5}, 5, 5),
+        ("albert", {"num_hidden_layers": 7}, 1, 7),
+        ("albert", {"num_hidden_layers": 6, "num_hidden_groups": 3, "inner_group_num": 2}, 6, 6),
+        ("swin", {"depths": [2, 3]}, 5, 5),
+        ("clip", {}, 3, 3),
+        ("siglip", {}, 3, 3),
+    ],
+)
+def test_blocks_and_layers_are_counted(
+    name: str, more: dict[str, Any], blocks: int, told: int
+) -> None:
+    config = tiny_config(name, **more)
+    assert (count_blocks(config), layers(config)) == (blocks, told)
+
+
+@pytest.mark.parametrize(
+    "name", ["bert", "roberta", "xlm-roberta", "camembert", "albert", "electra", "distilbert"]
+)
+def test_the_longest_text_fits_and_a_longer_one_does_not(name: str) -> None:
+    config = tiny_config(name, pad_token_id=1)
+    model = AutoModel.from_config(config).eval()
+    for length, fits in ((max_tokens(config), True), (max_tokens(config) + 1, False)):
+        ids = torch.full((1, length), 7)
+        if fits:
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        else:
+            with pytest.raises((IndexError, RuntimeError)):
+                model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+@pytest.mark.parametrize(
+    ("name", "patch"), [("vit", 8), ("swin", 4), ("clip", 8), ("siglip", 8), ("dinov2", 8)]
+)
+def test_sizes_of_images_and_patches(name: str, patch: int) -> None:
+    config = tiny_config(name)
+    assert (native_image_size(config), patch_size(config)) == (IMAGE_SIZE, patch)
+
+
+def test_oblong_images_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"\(32, 64\) pixels, expected squares"):
+        native_image_size(tiny_config("vit", image_size=[32, 64]))
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(ANATOMIES) if is_image(name)])
+def test_larger_images_run_where_the_anatomy_says_how(name: str) -> None:
+    model = stock(name).eval()
+    anatomy = anatomy_of(model.config)
+    more = {"interpolate_pos_encoding": True} if anatomy.interpolate_pos_encoding else {}
+    with torch.no_grad():
+        logits = model(pixel_values=torch.rand(1, 3, 2 * IMAGE_SIZE, 2 * IMAGE_SIZE), **more).logits
+    assert logits.shape == (1, 2)
+
+
+def test_images_have_no_tokens() -> None:
+    with pytest.raises(RecipeError, match="vit has no class for token-classification"):
+        anatomy_of(tiny_config("vit")).for_task("token-classification")
 
 
 def test_modules_that_moved_are_noticed() -> None:
-    model = AutoModel.from_config(tiny_config("bert"))
-    model.encoder.layer[0].intermediate = nn.Identity()
+    model = stock("bert")
+    model.bert.encoder.layer[1].intermediate = nn.Identity()
     with pytest.raises(RecipeError, match="no linear layer 'intermediate.dense'"):
-        blocks_of(model, anatomy_of("bert"))
+        blocks_of(model.bert, anatomy_of(model.config))
+
+
+def test_a_linear_layer_that_came_is_noticed() -> None:
+    model = stock("bert")
+    model.bert.encoder.layer[1].gate = nn.Linear(2, 2)
+    with pytest.raises(RecipeError, match="a block has a linear layer 'gate'"):
+        blocks_of(model.bert, anatomy_of(model.config))
+
+
+def test_other_classes_of_the_architecture_are_refused() -> None:
+    from transformers import BertForMaskedLM
+
+    with pytest.raises(RecipeError, match="BertForMaskedLM is no sequence, token or image"):
+        anatomy_in(BertForMaskedLM(tiny_config("bert")))
 
 
 def test_seed_decides_the_new_weights() -> None:
     drawn = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_config(tiny_config("bert"))
-        drawn.append(last_linear(model, anatomy_of("bert")).weight)
+        model = stock("bert")
+        drawn.append(last_linear(model, anatomy_of(model.config)).weight)
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])

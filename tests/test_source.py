@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hftl.errors import HubError, RecipeError
 from hftl.model.head import build
-from hftl.model.source import find_source, weights_sha256
+from hftl.model.source import find_source, load_processor, load_tokenizer, weights_sha256
 from hftl.sections import Source
 
 COMMIT = "a" * 40
@@ -49,7 +50,7 @@ def test_a_hub_id_is_pinned_before_its_weights_are_fetched(
     assert asked == ["v1", COMMIT], "the weights come from the commit the config came from"
     assert (found.folder / "model.safetensors").exists()
     assert weights_sha256(found) == weights_sha256(find_source(Source(model=str(tiny_model()))))
-    assert build(found, "mean", 2, ["a", "b"], seed=0).fresh == ()
+    assert build(found, "classification", "mean", 2, ["a", "b"], seed=0).fresh == ()
 
 
 def test_an_unsupported_hub_model_is_refused_before_its_weights_are_fetched(
@@ -106,4 +107,75 @@ def test_a_folder_without_weights_is_refused(
     with pytest.raises(RecipeError, match="has no weights"):
         weights_sha256(source)
     with pytest.raises(RecipeError, match="does not load"):
-        build(source, "mean", 2, ["a", "b"], seed=0)
+        build(source, "classification", "mean", 2, ["a", "b"], seed=0)
+
+
+def test_vit_mae_is_read_as_vit_and_told_as_it_was(tiny_model: Callable[..., Path]) -> None:
+    """Every weight of the encoder is the checkpoint's, and the decoder's are left out."""
+    from transformers import ViTMAEModel
+
+    found = find_source(Source(model=str(tiny_model("vit_mae"))))
+    assert (found.architecture, found.model_type) == ("vit_mae", "vit")
+    kept = ViTMAEModel.from_pretrained(found.folder).state_dict()
+    built = build(found, "classification", "native", 2, ["a", "b"], seed=0)
+    for name, parameter in built.model.named_parameters():
+        told = name.removeprefix("vit.")
+        assert name.startswith("classifier.") or torch.equal(kept[told], parameter), name
+    assert built.fresh == ("classifier",)
+
+
+@pytest.mark.parametrize("name", ["vit", "clip", "vit_mae"])
+def test_the_processor_comes_with_the_hub_id_and_needs_no_torchvision(
+    name: str, hub: Callable[[Path], list[Any]], tiny_model: Callable[..., Path]
+) -> None:
+    hub(tiny_model(name))
+    processor = load_processor(find_source(Source(model="org/tiny")))
+    image = np.zeros((20, 30, 3), dtype=np.uint8)
+    pixels = processor(images=image, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 32, 32)
+
+
+def test_a_model_without_processor_or_tokenizer_says_so(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    for name in ("bert", "vit"):
+        (tmp_path / name).mkdir()
+        config = (tiny_model(name) / "config.json").read_bytes()
+        (tmp_path / name / "config.json").write_bytes(config)
+    with pytest.raises(RecipeError, match="no usable image processor"):
+        load_processor(find_source(Source(model=str(tmp_path / "vit"))))
+    with pytest.raises(RecipeError, match="no usable tokenizer"):
+        load_tokenizer(find_source(Source(model=str(tmp_path / "bert"))))
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [("bert", "encoder.layer.1.output.dense"), ("vit", "layernorm"), ("modernbert", "final_norm"),
+     ("vit", "embeddings")],
+)  # fmt: skip
+def test_a_checkpoint_that_lacks_a_part_of_the_encoder_is_refused(
+    name: str, lost: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    for file in tiny_model(name).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {key: value for key, value in tensors.items() if not key.startswith(f"{lost}.")}
+    assert len(kept) < len(tensors)
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    source = find_source(Source(model=str(tmp_path)))
+    with pytest.raises(RecipeError, match=f"lacks the weights of .*{lost}"):
+        build(source, "classification", "native", 2, ["a", "b"], seed=0)
+
+
+@pytest.mark.parametrize(("name", "unused"), [("dinov2", "mask_token"), ("clip", "post_layernorm")])
+def test_a_part_that_no_output_depends_on_may_be_missing(
+    name: str, unused: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    for file in tiny_model(name).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {key: value for key, value in tensors.items() if unused not in key}
+    assert len(kept) < len(tensors)
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    source = find_source(Source(model=str(tmp_path)))
+    assert build(source, "classification", "native", 2, ["a", "b"], seed=0).fresh == ("classifier",)

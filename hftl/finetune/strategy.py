@@ -7,8 +7,9 @@ from torch import nn
 
 from hftl.errors import RecipeError
 from hftl.model.adapters import add_lora
-from hftl.model.anatomy import Anatomy, anatomy_of, blocks_of, encoder_of, submodule
-from hftl.model.head import PooledModel, last_linear
+from hftl.model.anatomy import layers
+from hftl.model.head import PooledModel, anatomy_in, encoder_in, last_linear, unused_in
+from hftl.model.parts import Anatomy, blocks_of, submodule, under
 from hftl.sections import LORA
 
 
@@ -22,46 +23,56 @@ def prepare(
     """Sets what trains and returns the model, wrapped where the strategy is `lora`.
 
     Args:
-        model: a stock sequence-classification model of a supported architecture, or a
-            `PooledModel`.
-        strategy: `head` (the last linear layer), `partial` (the top `blocks`, pooler and head),
-            `lora` (adapters in every block, and the head), or `full`.
+        model: a stock sequence, token or image classification model of a supported architecture,
+            or a `PooledModel`.
+        strategy: `head` (the last linear layer), `partial` (the top `blocks`, what follows them,
+            and the head), `lora` (adapters in every block, and the head), or `full` (all that an
+            output depends on).
         blocks: how many top blocks train under `partial`.
         lora: fields of `peft.LoraConfig`.
         fresh: modules that the checkpoint did not have (`output_loading_info`'s missing keys),
             which must train and be saved. None: head and pooler are taken as such, which is safe.
 
     Raises:
-        RecipeError: for an unsupported architecture, an unknown strategy, or too many blocks.
+        RecipeError: for an unsupported architecture or class, an unknown strategy, or too many
+            blocks.
     """
-    encoder: Any = model.encoder if isinstance(model, PooledModel) else model
-    anatomy = anatomy_of(encoder.config.model_type)
+    anatomy = anatomy_in(model)
+    encoder = encoder_in(model, anatomy)
     if fresh is None:
         fresh = _possibly_fresh(model, anatomy)
-    if strategy == "full":
-        model.requires_grad_(True)
-        return model
-    model.requires_grad_(False)
+    model.requires_grad_(strategy == "full")
     if strategy == "lora":
-        return add_lora(model, anatomy, LORA | (lora or {}), fresh)
-    if strategy == "head":
+        model = add_lora(model, anatomy, LORA | (lora or {}), fresh)
+    elif strategy == "head":
         last_linear(model, anatomy).requires_grad_(True)
-        return model
-    if strategy == "partial":
+    elif strategy == "partial":
         _unfreeze_top(model, anatomy, blocks, fresh)
-        return model
-    raise RecipeError(f"unknown strategy {strategy!r}", "Use head, partial, lora or full")
+    elif strategy != "full":
+        raise RecipeError(f"unknown strategy {strategy!r}", "Use head, partial, lora or full")
+    unused = unused_in(model, anatomy)
+    for name, parameter in encoder.named_parameters():
+        if under(name, unused):
+            parameter.requires_grad = False
+    return model
 
 
-def check_blocks(wanted: int, present: int) -> None:
+def check_blocks(wanted: int, present: int, layers: int) -> None:
     """Refuses to train more blocks than there are.
 
+    Args:
+        wanted: blocks to train.
+        present: blocks that the model holds.
+        layers: layers that an input passes; more than blocks where those are shared.
+
     Raises:
-        RecipeError: naming both numbers.
+        RecipeError: naming the numbers.
     """
     if wanted > present:
+        plural = "s" if present > 1 else ""
+        shared = f", which its {layers} layers share" if layers > present else ""
         raise RecipeError(
-            f"finetune.blocks={wanted}, but the source model has {present} blocks",
+            f"finetune.blocks={wanted}, but the source model has {present} block{plural}{shared}",
             f"Use at most {present}, or strategy full",
         )
 
@@ -72,11 +83,13 @@ def trainable_parameters(model: nn.Module) -> int:
 
 
 def _unfreeze_top(model: nn.Module, anatomy: Anatomy, blocks: int, fresh: Sequence[str]) -> None:
-    encoder = model.encoder if isinstance(model, PooledModel) else encoder_of(model, anatomy)
+    encoder: Any = encoder_in(model, anatomy)
     found = blocks_of(encoder, anatomy)
-    check_blocks(blocks, len(found))
+    check_blocks(blocks, len(found), layers(encoder.config))
     for block in found[-blocks:]:
         block.requires_grad_(True)
+    for path in anatomy.final:
+        submodule(encoder, path).requires_grad_(True)
     if isinstance(model, PooledModel):
         model.head.requires_grad_(True)
         return
@@ -89,5 +102,5 @@ def _unfreeze_top(model: nn.Module, anatomy: Anatomy, blocks: int, fresh: Sequen
 def _possibly_fresh(model: nn.Module, anatomy: Anatomy) -> list[str]:
     if isinstance(model, PooledModel) or not anatomy.pooler:
         return []
-    pooler = getattr(encoder_of(model, anatomy), anatomy.pooler, None)
+    pooler = getattr(encoder_in(model, anatomy), anatomy.pooler, None)
     return [] if pooler is None else [f"{anatomy.encoder}.{anatomy.pooler}"]

@@ -7,8 +7,8 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 
 from hftl.errors import RecipeError
-from hftl.model.anatomy import Anatomy, blocks_of, encoder_of
 from hftl.model.head import PooledModel
+from hftl.model.parts import Anatomy, block_paths, encoder_of, under
 
 
 def add_lora(
@@ -26,14 +26,18 @@ def add_lora(
         RecipeError: if peft refuses the settings, or wraps another number of layers than asked.
     """
     given = dict(lora)
-    if given.get("target_modules") in (None, "all-linear"):
-        given["target_modules"] = list(anatomy.lora_targets)
     pooled = isinstance(model, PooledModel)
+    wrapped: Any = model.encoder if pooled else model
+    every = given.get("target_modules") in (None, "all-linear")
+    if every:
+        given["target_modules"] = list(anatomy.lora_targets)
+        outside = _namesakes(wrapped, anatomy)
+        if outside and not given.get("exclude_modules"):
+            given["exclude_modules"] = outside
     saved = set(given.pop("modules_to_save", None) or [])
     if not pooled:
         saved |= {_suffix(name, anatomy) for name in [*anatomy.head, *fresh]}
-    task = TaskType.FEATURE_EXTRACTION if pooled else TaskType.SEQ_CLS
-    wrapped: Any = model.encoder if pooled else model
+    task = TaskType.FEATURE_EXTRACTION if pooled else _task_type(wrapped, anatomy)
     try:
         config = LoraConfig(**given, task_type=task, modules_to_save=sorted(saved) or None)
         adapted = get_peft_model(wrapped, config)
@@ -41,7 +45,7 @@ def add_lora(
         raise RecipeError(
             f"finetune.lora: peft refuses it: {str(error).splitlines()[0]}", "Correct the section"
         ) from error
-    if lora.get("target_modules") in (None, "all-linear"):
+    if every and not lora.get("exclude_modules") and not lora.get("layers_pattern"):
         _check_wrapped(adapted, anatomy, given)
     if not pooled:
         return adapted
@@ -73,13 +77,36 @@ def _suffix(name: str, anatomy: Anatomy) -> str:
     return next((head for head in anatomy.head if inside.startswith(f"{head}.")), inside)
 
 
+def _task_type(model: nn.Module, anatomy: Anatomy) -> TaskType | None:
+    """What peft calls the task; it knows none of images."""
+    if anatomy.modality == "image":
+        return None
+    tokens = type(model).__name__.endswith("ForTokenClassification")
+    return TaskType.TOKEN_CLS if tokens else TaskType.SEQ_CLS
+
+
+def _namesakes(model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """Layers outside the blocks that peft would take for theirs, as in SigLIP's unused head."""
+    encoder = encoder_of(model, anatomy)
+    prefix = "" if encoder is model else f"{anatomy.encoder}."
+    blocks = tuple(f"{prefix}{path}" for path in block_paths(encoder, anatomy.blocks))
+    return [
+        name
+        for name, _ in model.named_modules()
+        if not under(name, blocks) and any(name.endswith(f".{t}") for t in anatomy.lora_targets)
+    ]
+
+
 def _check_wrapped(adapted: Any, anatomy: Anatomy, given: dict[str, Any]) -> None:
-    blocks = blocks_of(encoder_of(adapted.base_model.model, anatomy), anatomy)
+    paths = block_paths(encoder_of(adapted.base_model.model, anatomy), anatomy.blocks)
     chosen = given.get("layers_to_transform")
-    layers = len(blocks) if chosen is None else len([chosen] if isinstance(chosen, int) else chosen)
-    expected = layers * len(anatomy.lora_targets)
+    if chosen is not None:
+        indices = [chosen] if isinstance(chosen, int) else chosen
+        # Of nested lists peft takes the outer index.
+        paths = [p for p in paths if int(next(filter(str.isdigit, p.split(".")))) in indices]
+    expected = len(paths) * len(anatomy.lora_targets)
     found = len(wrapped_layers(adapted))
-    if found != expected and not given.get("exclude_modules"):
+    if found != expected:
         raise RecipeError(
             f"LoRA wrapped {found} layers, expected {expected}", "Name finetune.lora.target_modules"
         )

@@ -1,6 +1,10 @@
-"""The trainable model: the stock task class, or an encoder, a pooling and one linear layer."""
+"""The trainable model: the stock task class, or an encoder, a pooling and one linear layer.
+
+The stock class is `AutoModelFor<Task>`'s: of sequences, of tokens, or of images.
+"""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +12,16 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hftl.errors import RecipeError
-from hftl.model.anatomy import Anatomy, blocks_of, encoder_of
+from hftl.model.anatomy import anatomy_of, encoder_config
+from hftl.model.parts import TOKENS, Anatomy, blocks_of, encoder_of, under
 from hftl.model.source import SourceModel
+from hftl.model.stock import auto_class, stock_class
+
+HEAD_STD = 0.02
+"""Of the last layer's initial weights, where the architecture's config names none (SigLIP)."""
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
@@ -109,14 +117,43 @@ def last_linear(model: nn.Module, anatomy: Anatomy) -> nn.Linear:
     return found
 
 
+def anatomy_in(model: nn.Module) -> Anatomy:
+    """The anatomy of a `PooledModel`, a stock task class or an adapter over either.
+
+    Raises:
+        RecipeError: if the architecture is not supported, or the class is none of those.
+    """
+    found = unwrapped(model.encoder if isinstance(model, PooledModel) else model)
+    config = getattr(found, "config", None)
+    if config is not None:
+        if isinstance(model, PooledModel):
+            return anatomy_of(config)
+        for task in ("classification", TOKENS):
+            stock = stock_class(config, task)
+            if stock is not None and isinstance(found, stock):
+                return anatomy_of(config).for_task(task)
+    raise RecipeError(
+        f"{type(found).__name__} is no sequence, token or image classification model of "
+        "transformers",
+        "Load it with one of AutoModelFor{Sequence,Token,Image}Classification",
+    )
+
+
+def unused_in(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
+    """The parts of the encoder that none of this model's outputs depends on."""
+    beside = (anatomy.pooler,) if isinstance(model, PooledModel) and anatomy.pooler else ()
+    return (*anatomy.unused, *beside)
+
+
 def build(
-    source: SourceModel, pooling: str, outputs: int, names: Sequence[str], seed: int,
+    source: SourceModel, task: str, pooling: str, outputs: int, names: Sequence[str], seed: int,
     scratch: bool = False,
 ) -> Built:  # fmt: skip
     """Loads the source with a new head; its last layer is drawn from `seed`.
 
     Args:
         source: the checkpoint.
+        task: the recipe's `data.task`.
         pooling: native (the stock class), mean or cls.
         outputs: classes, or 1 for regression.
         names: the classes' names, empty for regression.
@@ -124,50 +161,69 @@ def build(
         scratch: draw all weights anew, from the architecture's own initialisation.
 
     Raises:
-        RecipeError: if the checkpoint lacks weights of the encoder itself.
+        RecipeError: if the checkpoint lacks weights of the encoder itself, or the architecture
+            has no class for the task and pooling.
     """
-    torch.manual_seed(seed)
-    labels = label_settings(names, outputs)
-    extra: dict[str, Any] = {}
+    anatomy = source.anatomy.for_task(task)
+    kind = _class_for(source, anatomy, task, pooling)
+    config = deepcopy(source.config)
+    extra = {}
     if pooling == "native":
-        auto: Any = AutoModelForSequenceClassification
-        extra = labels
-    else:
-        auto = AutoModel
-        if source.anatomy.pooler:
-            extra = {"add_pooling_layer": False}
+        config.update(label_settings(names, outputs, task))
+    elif anatomy.add_pooling_layer:
+        extra = {"add_pooling_layer": False}
+    torch.manual_seed(seed)
     if scratch:
-        encoder = auto.from_config(_config(source, pooling, labels), **_scratch_extra(extra))
-        missing: set[str] = set()
+        model, missing = kind(config, **extra), set()
     else:
-        encoder, missing = _load(source, auto, extra)
-    model = encoder
+        model, missing = _load(source, kind, config, extra)
     if pooling != "native":
-        model = PooledModel(encoder, pooling, source.config.hidden_size, outputs)
-    fresh = _fresh_modules(missing, source)
-    built = Built(model, source.anatomy, pooling, fresh)
-    blocks_of(built.encoder, source.anatomy)
-    nn.init.normal_(built.last_linear.weight, std=source.config.initializer_range)
+        model = PooledModel(model, pooling, source.config.hidden_size, outputs)
+    fresh = _fresh_modules(missing, source, anatomy, unused_in(model, anatomy))
+    built = Built(model, anatomy, pooling, fresh)
+    blocks_of(built.encoder, anatomy)
+    std = getattr(encoder_config(source.config), "initializer_range", HEAD_STD)
+    nn.init.normal_(built.last_linear.weight, std=std)
     nn.init.zeros_(built.last_linear.bias)
     return built
 
 
-def label_settings(names: Sequence[str], outputs: int) -> dict[str, Any]:
+def label_settings(names: Sequence[str], outputs: int, task: str) -> dict[str, Any]:
     """The config entries that say what the outputs mean."""
     if not names:
         return {"num_labels": outputs, "problem_type": "regression"}
+    kinds = {
+        "classification": "single_label_classification",
+        "multi-label": "multi_label_classification",
+        TOKENS: None,
+    }
     return {
         "num_labels": outputs,
         "id2label": dict(enumerate(names)),
         "label2id": {name: i for i, name in enumerate(names)},
-        "problem_type": "single_label_classification",
+        "problem_type": kinds[task],
     }
 
 
-def _load(source: SourceModel, auto: Any, extra: dict[str, Any]) -> tuple[Any, set[str]]:
+def _class_for(source: SourceModel, anatomy: Anatomy, task: str, pooling: str) -> Any:
+    if pooling == "native":
+        return stock_class(source.config, task)
+    if anatomy.modality == "image" or task == TOKENS:
+        what = "images" if anatomy.modality == "image" else task
+        raise RecipeError(
+            f"finetune.pooling={pooling} is for texts of one label, not for {what}",
+            "Use finetune.pooling=native",
+        )
+    return auto_class(source.config)
+
+
+def _load(
+    source: SourceModel, kind: Any, config: Any, extra: dict[str, Any]
+) -> tuple[Any, set[str]]:
     try:
-        model, info = auto.from_pretrained(
+        model, info = kind.from_pretrained(
             source.folder,
+            config=config,
             **extra,
             dtype=torch.float32,
             trust_remote_code=False,
@@ -183,27 +239,21 @@ def _load(source: SourceModel, auto: Any, extra: dict[str, Any]) -> tuple[Any, s
     return model, set(info["missing_keys"]) | mismatched
 
 
-def _config(source: SourceModel, pooling: str, labels: dict[str, Any]) -> Any:
-    config = type(source.config).from_dict(source.config.to_dict())
-    if pooling == "native":
-        config.update(labels)
-    return config
-
-
-def _scratch_extra(extra: dict[str, Any]) -> dict[str, Any]:
-    """What `from_config` still takes; the labels stand in the config by then."""
-    return {key: value for key, value in extra.items() if key == "add_pooling_layer"}
-
-
-def _fresh_modules(missing: set[str], source: SourceModel) -> tuple[str, ...]:
-    """The modules that missing keys belong to; the encoder's own blocks must not be among them."""
-    modules = {key.rsplit(".", 1)[0] for key in missing}
-    anatomy = source.anatomy
-    for name in sorted(modules):
-        inside = name.removeprefix(f"{anatomy.encoder}.")
-        if inside.startswith((anatomy.embeddings, anatomy.blocks.split(".")[0])):
+def _fresh_modules(
+    missing: set[str], source: SourceModel, anatomy: Anatomy, unused: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The modules that missing keys belong to, all of the head or the pooler."""
+    found: set[str] = set()
+    for key in missing:
+        inside = key.removeprefix(f"{anatomy.encoder}.")
+        if under(inside, unused):
+            continue
+        of_head = under(key, anatomy.head)
+        of_pooler = anatomy.pooler is not None and under(inside, (anatomy.pooler,))
+        if not of_head and not of_pooler:
             raise RecipeError(
-                f"source.model: {source.spec} lacks the weights of {name}",
+                f"source.model: {source.spec} lacks the weights of {key.rsplit('.', 1)[0]}",
                 "Give a complete checkpoint of this architecture",
             )
-    return tuple(sorted(modules))
+        found.add(key.rsplit(".", 1)[0])
+    return tuple(sorted(found))

@@ -13,6 +13,7 @@ from hftl.sections import Source
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 """Weight files, the first kind that a checkpoint has."""
 SMALL = ("*.json", "*.txt", "*.model")
+"""Configs, among them the processor's, vocabularies and merges."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class SourceModel:
 
     `folder` is where it lies, for a hub id the snapshot of one commit. `public_id` is the hub id
     that a published adapter names as its base, where there is one, and `revision` its commit.
+    `architecture` is what the checkpoint is, and `config` what it is read as: ViTMAE's encoder
+    as ViT.
     """
 
     spec: str
@@ -29,16 +32,17 @@ class SourceModel:
     public_id: str | None
     local: bool
     config: Any
+    architecture: str
 
     @property
     def model_type(self) -> str:
-        """The architecture's name in transformers."""
+        """The name in transformers of the architecture that it is read as."""
         return self.config.model_type
 
     @property
     def anatomy(self) -> Anatomy:
         """Where the architecture's parts lie."""
-        return anatomy_of(self.model_type)
+        return anatomy_of(self.config)
 
 
 def find_source(source: Source) -> SourceModel:
@@ -63,16 +67,20 @@ def find_source(source: Source) -> SourceModel:
             f"source.model: {source.model} is no model: {str(error).splitlines()[0]}",
             "Give one with config.json and model.safetensors",
         ) from error
-    anatomy_of(config.model_type)
+    kind = config.model_type
+    config = _encoder_alone(config)
+    anatomy_of(config)
     if path is not None:
-        return SourceModel(source.model, path, source.revision, source.published_as, True, config)
+        return SourceModel(
+            source.model, path, source.revision, source.published_as, True, config, kind
+        )
     commit = folder.name
-    for kind in WEIGHTS:
-        folder = _fetch(source.model, commit, [*SMALL, kind])
-        if list(folder.glob(kind)):
+    for weights in WEIGHTS:
+        folder = _fetch(source.model, commit, [*SMALL, weights])
+        if list(folder.glob(weights)):
             break
     public_id = source.published_as or source.model
-    return SourceModel(source.model, folder, commit, public_id, False, config)
+    return SourceModel(source.model, folder, commit, public_id, False, config, kind)
 
 
 def load_tokenizer(source: SourceModel) -> Any:
@@ -83,13 +91,50 @@ def load_tokenizer(source: SourceModel) -> Any:
     """
     from transformers import AutoTokenizer
 
+    fix = "Save the tokenizer beside the model"
     try:
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+        found: Any = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"source.model: {source.spec} has no usable tokenizer: {str(error).splitlines()[0]}",
-            "Save the tokenizer beside the model",
+            fix,
         ) from error
+    # Without its files transformers makes one that knows the special tokens alone.
+    if len(found) <= len(found.all_special_ids):
+        raise RecipeError(
+            f"source.model: {source.spec} has no usable tokenizer: it has no vocabulary", fix
+        )
+    return found
+
+
+def load_processor(source: SourceModel) -> Any:
+    """The source's own image processor, the one that needs no torchvision.
+
+    Raises:
+        RecipeError: if the checkpoint ships none.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(
+            source.folder, backend="pil", trust_remote_code=False
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise RecipeError(
+            f"source.model: {source.spec} has no usable image processor: "
+            f"{str(error).splitlines()[0]}",
+            "Save the processor beside the model",
+        ) from error
+
+
+def _encoder_alone(config: Any) -> Any:
+    """ViTMAE has no classification class; its encoder is ViT's, layer by layer."""
+    from transformers import ViTConfig
+
+    if config.model_type != "vit_mae":
+        return config
+    known = ViTConfig().to_dict().keys() - {"model_type", "architectures"}
+    return ViTConfig(**{key: told for key, told in config.to_dict().items() if key in known})
 
 
 def weights_sha256(source: SourceModel) -> str:

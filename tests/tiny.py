@@ -1,0 +1,152 @@
+"""Tiny random configs of every architecture, and a tokenizer of the test words."""
+
+from pathlib import Path
+from typing import Any
+
+GOOD = "good fine great lovely warm bright clever fresh happy sweet".split()
+BAD = "bad dull poor awful cold grim silly stale sad bitter".split()
+FILLER = "the a film plot story actor scene music was is and very with of it this".split()
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+IMAGE_SIZE = 32
+
+
+def tiny_tokenizer(folder: Path) -> None:
+    """Saves a lower-casing WordPiece tokenizer of the test words."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordPiece
+    from tokenizers.normalizers import Lowercase
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    words = SPECIAL + sorted({*GOOD, *BAD, *FILLER})
+    core = Tokenizer(WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    core.normalizer = Lowercase()  # pyright: ignore
+    core.pre_tokenizer = Whitespace()  # pyright: ignore
+    core.post_processor = TemplateProcessing(  # pyright: ignore
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]", model_max_length=32,
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(folder)  # fmt: skip
+
+
+TEXT = {
+    "vocab_size": len(SPECIAL) + len({*GOOD, *BAD, *FILLER}), "hidden_size": 16,
+    "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32,
+    "max_position_embeddings": 40, "pad_token_id": 0,
+}  # fmt: skip
+IMAGE = {
+    "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32,
+    "image_size": IMAGE_SIZE, "patch_size": 8,
+}  # fmt: skip
+WINDOWS = {
+    "image_size": IMAGE_SIZE, "patch_size": 4, "embed_dim": 8, "depths": [1, 2],
+    "num_heads": [2, 2], "window_size": 4,
+}  # fmt: skip
+TOWERS = {
+    "vision_config": IMAGE, "projection_dim": 8,
+    "text_config": {
+        **TEXT, "num_hidden_layers": 2, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0,
+    },
+}  # fmt: skip
+FIELDS: dict[str, dict[str, Any]] = {
+    "bert": TEXT, "roberta": TEXT, "xlm-roberta": TEXT, "camembert": TEXT, "mpnet": TEXT,
+    "electra": TEXT | {"embedding_size": 8},
+    "distilbert": {
+        "vocab_size": TEXT["vocab_size"], "dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 32,
+        "max_position_embeddings": 40, "pad_token_id": 0,
+    },
+    "albert": TEXT | {"embedding_size": 8, "num_hidden_groups": 1},
+    "deberta-v2": TEXT | {
+        "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8,
+        "share_att_key": True, "norm_rel_ebd": "layer_norm", "conv_kernel_size": 3,
+        "conv_act": "gelu", "position_biased_input": False, "type_vocab_size": 0,
+    },
+    "modernbert": TEXT | {
+        "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3,
+    },
+    "vit": IMAGE, "deit": IMAGE, "beit": IMAGE | {
+        "use_relative_position_bias": True, "use_mask_token": True,
+    },
+    "dinov2": IMAGE | {"mlp_ratio": 2}, "dinov2_with_registers": IMAGE | {"mlp_ratio": 2},
+    "vit_mae": IMAGE | {
+        "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
+        "decoder_intermediate_size": 32,
+    },
+    "swin": WINDOWS, "clip": TOWERS, "siglip": {k: TOWERS[k] for k in TOWERS if k[0] != "p"},
+    # Without an entry in the anatomy:
+    "ernie": TEXT, "megatron-bert": TEXT, "rembert": TEXT | {
+        "input_embedding_size": 8, "output_embedding_size": 8, "bos_token_id": 2, "eos_token_id": 3,
+    },
+    "nomic_bert": TEXT, "data2vec-text": TEXT, "fnet": TEXT, "big_bird": TEXT | {
+        "bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3, "attention_type": "original_full",
+    },
+    "vit_msn": IMAGE, "swinv2": WINDOWS, "ijepa": IMAGE, "data2vec-vision": IMAGE,
+}  # fmt: skip
+
+
+def tiny_config(model_type: str, **more: Any) -> Any:
+    """A three-block config of the architecture."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(model_type, **FIELDS[model_type] | more)
+
+
+def is_image(model_type: str) -> bool:
+    """Whether it reads images."""
+    fields = FIELDS[model_type]
+    return "image_size" in fields or "vision_config" in fields
+
+
+def save_tiny(model_type: str, folder: Path, masked: bool = False) -> Path:
+    """Saves a random checkpoint with its tokenizer or processor; ViTMAE's is always masked.
+
+    Args:
+        model_type: one of `FIELDS`.
+        folder: where.
+        masked: the class of masked-language or masked-image pre-training instead of `AutoModel`.
+    """
+    import torch
+    from transformers import (
+        AutoModel,
+        AutoModelForMaskedImageModeling,
+        AutoModelForMaskedLM,
+        AutoModelForPreTraining,
+        BeitForMaskedImageModeling,
+    )
+
+    images = is_image(model_type)
+    auto: Any = AutoModel
+    if model_type == "vit_mae":
+        auto = AutoModelForPreTraining
+    elif masked:
+        auto = AutoModelForMaskedImageModeling if images else AutoModelForMaskedLM
+    torch.manual_seed(0)
+    config = tiny_config(model_type)
+    model = (
+        auto.from_config(config)
+        if (model_type, masked) != ("beit", True)
+        else (
+            BeitForMaskedImageModeling(config)  # no Auto class has it
+        )
+    )
+    model.save_pretrained(folder)
+    if images:
+        tiny_processor(folder)
+    else:
+        tiny_tokenizer(folder)
+    return folder
+
+
+def tiny_processor(folder: Path) -> None:
+    """Saves an image processor of the tiny size."""
+    from transformers import ViTImageProcessorPil
+
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    ViTImageProcessorPil(size=size).save_pretrained(folder)
