@@ -3,19 +3,21 @@
 Heavy imports stand inside the commands, so that help and a misspelt key answer at once.
 """
 
-import errno
 import logging
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from hftl import __version__
-from hftl.errors import HftlError, HoldError, LockedError, RecipeError, ResourceError
+from hftl import __version__, failure, processes
+from hftl.errors import (
+    HftlError,
+    HoldError,
+    RecipeError,
+)
 from hftl.recipe import Recipe
 from hftl.record import to_json
 
@@ -93,10 +95,7 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     header, found = preflight(loaded)
     say(show.header(header))
-    say(
-        f"  tokens: median {found['median_tokens']}, {found['truncated']:.1%} of texts cut, "
-        f"{found['unknown_tokens']:.1%} unknown"
-    )
+    say(f"  {show.input_facts(found)}")
     for warning in found["warnings"]:
         say(f"  warning: {warning}")
     say("ready" if not found["warnings"] else "ready, with the warnings above")
@@ -185,22 +184,14 @@ def say(line: str) -> None:
 def _run(
     recipe: Path, overrides: list[str] | None, output: Path | None, restart: bool, until: str
 ) -> None:
-    loaded = Recipe.load(recipe, overrides)
+    loaded = processes.share(lambda: Recipe.load(recipe, overrides))
     folder = output or loaded.default_output()
-    _STATE["run"] = folder
-    _STATE["again"] = " ".join(["hftl", *map(_quoted, sys.argv[1:])])
+    failure.COMMAND.run = folder
+    failure.COMMAND.again = " ".join(["hftl", *map(_quoted, sys.argv[1:])])
     from hftl import pipeline
 
-    pipeline.run(
-        loaded, folder, until=until, restart=restart, say=say, progress=sys.stderr.isatty()
-    )
-    (folder / "error.json").unlink(missing_ok=True)
-
-
-INTERRUPTED = (130, 143)
-"""128 + SIGINT, which typer answers by itself, and 128 + SIGTERM."""
-_STATE: dict[str, Any] = {"run": None, "again": "hftl"}
-"""What the error handler needs of the command in work: its run folder and its own words."""
+    watched = sys.stderr.isatty() and processes.is_main()
+    pipeline.run(loaded, folder, until=until, restart=restart, say=say, progress=watched)
 
 
 def main() -> NoReturn:
@@ -215,57 +206,20 @@ def main() -> NoReturn:
     try:
         code = app(standalone_mode=False) or 0
     except HftlError as error:
-        code = _fail(error.exit_code, error, str(error), debug)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        code = failure.fail(error.exit_code, error, str(error), debug)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except Exception as error:  # noqa: BLE001 (the top of the program)
-        code = _other(error, debug)
-    if code in INTERRUPTED:
-        typer.echo(f"hftl: stopped; to go on: {_STATE['again']}", err=True)
-        _leave(code, "interrupted", "stopped by a signal")
+        # A launcher that ends the others now must not cut off what is told of the cause.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        code = failure.other(error, debug)
+    if code in failure.INTERRUPTED:
+        code = failure.interrupted(code)
     sys.stdout.flush()
+    if code == 0 or processes.failed_together():
+        processes.close()
     sys.exit(code)
-
-
-def _other(error: Exception, debug: bool) -> int:
-    """Errors that are not ours: usage, disk, memory, and bugs."""
-    if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
-        return _fail(2, error, f"{error.format_message()}. See hftl --help", debug)  # pyright: ignore
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        found = ResourceError(f"the disk is full: {error.filename or ''}", "Free some space")
-        return _fail(7, error, str(found), debug)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        found = ResourceError(
-            "memory ran out", "Lower finetune.training.per_device_train_batch_size"
-        )
-        return _fail(7, error, str(found), debug)
-    what = f"a bug in hftl: {type(error).__name__}: {error}".splitlines()[0]
-    return _fail(1, error, f"{what}. Please report it with log.txt, or run with --debug", debug)
-
-
-def _fail(code: int, error: BaseException, message: str, debug: bool) -> int:
-    one_line = " ".join(message.encode(errors="backslashreplace").decode().split())
-    typer.echo(f"hftl: error: {one_line}", err=True)
-    if debug:
-        traceback.print_exception(error)
-    return _leave(code, type(error).__name__, one_line, error)
-
-
-def _leave(code: int, kind: str, message: str, error: BaseException | None = None) -> int:
-    """Leaves the code and the traceback in the run folder, where there is one."""
-    folder = _STATE["run"]
-    if folder is None or not (folder / ".lock").exists() or isinstance(error, LockedError):
-        return code
-    told = {"exit_code": code, "error": kind, "message": message}
-    try:
-        (folder / "error.json").write_text(to_json(told), encoding="utf-8")
-        with open(folder / "log.txt", "a", encoding="utf-8") as log:
-            log.write(f"{kind}: {message}\n")
-            if error is not None:
-                log.write("".join(traceback.format_exception(error)))
-    except OSError as full:
-        typer.echo(f"hftl: the error could not be kept in {folder}: {full.strerror}", err=True)
-    return code
 
 
 def _terminated(number: int, frame: Any) -> NoReturn:

@@ -65,3 +65,17 @@ class HoldError(HftlError):
     """Publication was asked for and the verdict is `hold`."""
 
     exit_code = 9
+
+
+class LostProcessError(HftlError):
+    """A process of the run is gone."""
+
+    exit_code = 8
+
+    def __init__(self, ranks: list[int]) -> None:
+        many = "process" if len(ranks) == 1 else "processes"
+        who = f"{many} {', '.join(map(str, ranks))}" if ranks else "another process"
+        super().__init__(
+            f"{who} of the run ended without a word",
+            "Look for a memory limit or a failed device, then run the same command again",
+        )

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hftl import processes
 from hftl.errors import LockedError, RecipeError, RunFolderError
 from hftl.record import to_json
 
@@ -81,7 +82,15 @@ def commit(folder: Path, reads: dict[str, Any]) -> Iterator[Path]:
     Args:
         folder: where the part will stand.
         reads: the dotted recipe keys, and values, that the part depends on.
+
+    Raises:
+        RunFolderError: on another process than the main one, which alone writes.
     """
+    if not processes.is_main():
+        raise RunFolderError(
+            f"process {processes.rank()} does not find {folder}, which process 0 has written",
+            "Put the run folder on a file system that all machines share",
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.parent / f".tmp-{folder.name}"
     if aside.exists():

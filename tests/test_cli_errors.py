@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import sentences, write_csv
 
-from hftl import cli, rundir
+from hftl import cli, failure, rundir
 
 HEADER = ["text", "label"]
 ROWS = sentences(60)
@@ -47,7 +47,7 @@ def hftl(
 
     def call(*words: Any) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["hftl", *map(str, words)])
-        monkeypatch.setattr(cli, "_STATE", {"run": None, "again": "hftl"})
+        monkeypatch.setattr(failure, "COMMAND", failure.Command())
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             cli.main()

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 ORDER = [
-    "errors", "explain", "upstream", "yamlfile", "sections", "recipe", "record", "places",
-    "rundir", "metrics", "statistics", "data", "model", "analyse", "check", "train", "finetune",
-    "measure", "card", "publish", "predict", "tables", "show", "init", "reads", "finish",
-    "pipeline", "cli", "__main__",
+    "errors", "processes", "explain", "upstream", "yamlfile", "sections", "recipe", "record",
+    "places", "rundir", "metrics", "statistics", "data", "model", "analyse", "check", "train",
+    "finetune", "measure", "card", "publish", "predict", "tables", "show", "init", "reads",
+    "finish", "ladder", "pipeline", "failure", "cli", "__main__",
 ]  # fmt: skip
 ROOT = Path(__file__).parent.parent / "hftl"
 FILES = [p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py"]

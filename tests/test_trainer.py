@@ -17,7 +17,9 @@ from hftl.model.head import build
 from hftl.model.source import find_source
 from hftl.sections import Source
 from hftl.train.checkpoint import KeepBest
-from hftl.train.trainer import SeededOrder, TransferTrainer, summed_loss, training_modes
+from hftl.train.loss import counted, summed_loss, uncounted
+from hftl.train.order import RankBatches, SeededOrder
+from hftl.train.trainer import TransferTrainer, training_modes
 
 ROWS = 24
 
@@ -42,7 +44,7 @@ def model_of(folder: Path, strategy: str, pooling: str = "native", dropout: floa
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout"):
         if hasattr(source.config, name):
             setattr(source.config, name, dropout)
-    found = build(source, pooling, 3, ["a", "b", "c"], seed=0)
+    found = build(source, "classification", pooling, 3, ["a", "b", "c"], seed=0)
     model = prepare(found.model, strategy, fresh=found.fresh)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -50,14 +52,20 @@ def model_of(folder: Path, strategy: str, pooling: str = "native", dropout: floa
     return model
 
 
-def trainer_of(model: Any, folder: Path, kind: type[Trainer] = TransferTrainer, **more: Any) -> Any:
+def trainer_of(
+    model: Any,
+    folder: Path,
+    kind: type[Trainer] = TransferTrainer,
+    data: Dataset | None = None,
+    **more: Any,
+) -> Any:
     settings = {
         "output_dir": str(folder), "use_cpu": True, "report_to": "none", "save_strategy": "no",
         "disable_tqdm": True, "seed": 3, "num_train_epochs": 1, "learning_rate": 1e-2,
         "per_device_train_batch_size": 8, "lr_scheduler_type": "constant", "max_grad_norm": 0,
         "logging_strategy": "no", "optim": "sgd",
     } | more  # fmt: skip
-    return kind(model=model, args=TrainingArguments(**settings), train_dataset=Rows())
+    return kind(model=model, args=TrainingArguments(**settings), train_dataset=data or Rows())
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -71,6 +79,59 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
     order.set_epoch(1)
     assert list(order) != first
     assert list(SeededOrder(50, seed=2)) != first
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+@pytest.mark.parametrize("rows", [1, 2, 11, 12, 13, 16, 29])
+def test_ranks_share_every_batch_of_the_order_evenly(
+    rows: int, processes: int, drop_last: bool
+) -> None:
+    order = list(SeededOrder(rows, seed=1))
+    ranks = [
+        RankBatches(SeededOrder(rows, seed=1), 4, processes, rank, drop_last)
+        for rank in range(processes)
+    ]
+    seen: list[int] = []
+    for step, shares in enumerate(zip(*ranks, strict=True)):
+        last = step == len(ranks[0]) - 1
+        own = [[] if last and r.idle else s for r, s in zip(ranks, shares, strict=True)]
+        assert all(shares), "every process makes every step"
+        sizes = [len(share) for share in own]
+        assert max(sizes) - min(sizes) <= 1 and (last or min(sizes) == 4)
+        seen += sum(own, [])
+    kept = rows - rows % (4 * processes) if drop_last else rows
+    assert seen == order[:kept]
+    assert {len(rank) for rank in ranks} == {-(-kept // (4 * processes))}
+
+
+class Epochs(Rows):
+    """Rows whose labels tell the epoch, as an augmentation's randomness would."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {**super().__getitem__(i), "labels": torch.tensor(self.epoch)}
+
+
+@pytest.mark.parametrize("workers", [{}, {"dataloader_num_workers": 1},
+    {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}])  # fmt: skip
+def test_the_dataset_learns_the_epoch(
+    workers: dict[str, Any], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    seen: list[int] = []
+
+    class Watched(TransferTrainer):
+        def training_step(self, model: nn.Module, inputs: Any, *args: Any) -> torch.Tensor:
+            seen.extend(inputs["labels"].tolist())
+            return super().training_step(model, inputs, *args)
+
+    model = model_of(tiny_model(), "head")
+    trainer_of(model, tmp_path, Watched, Epochs(), num_train_epochs=3, **workers).train()
+    assert seen == [0] * ROWS + [1] * ROWS + [2] * ROWS
 
 
 def test_each_epoch_sees_every_row_once_in_another_order(
@@ -148,7 +209,7 @@ def test_lora_keeps_the_encoder_in_eval_and_its_own_dropout_live(
     tiny_model: Callable[..., Path],
 ) -> None:
     source = find_source(Source(model=str(tiny_model())))
-    found = build(source, "native", 3, ["a", "b", "c"], seed=0)
+    found = build(source, "classification", "native", 3, ["a", "b", "c"], seed=0)
     model = prepare(found.model, "lora", lora={"lora_dropout": 0.5}, fresh=found.fresh)
     live = modes(model)
     block = "base_model.model.bert.encoder.layer.0"
@@ -161,7 +222,7 @@ def test_lora_keeps_the_encoder_in_eval_and_its_own_dropout_live(
 
 def test_partial_keeps_frozen_blocks_in_eval(tiny_model: Callable[..., Path]) -> None:
     source = find_source(Source(model=str(tiny_model())))
-    found = build(source, "native", 3, ["a", "b", "c"], seed=0)
+    found = build(source, "classification", "native", 3, ["a", "b", "c"], seed=0)
     live = modes(prepare(found.model, "partial", blocks=1, fresh=found.fresh))
     assert live["bert.encoder.layer.2.output.dropout"]
     assert not live["bert.encoder.layer.1.output.dropout"]
@@ -177,6 +238,24 @@ def test_frozen_batch_norm_statistics_stay_put() -> None:
     model[0].requires_grad_(False)
     live = modes(model)
     assert live["1"] and not live["0"] and not live[""]
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1])
+def test_a_micro_batch_that_breaks_stops_before_the_step(
+    micro_batch: int, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    class Breaks(TransferTrainer):
+        calls = -1
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return super().compute_loss(*args, **kwargs) / (self.calls != micro_batch)
+
+    model = model_of(tiny_model(), "full")
+    before = weights(model)
+    with pytest.raises(NumericError, match="the loss is inf at step 0"):
+        trainer_of(model, tmp_path, Breaks, gradient_accumulation_steps=2).train()
+    assert all(torch.equal(before[k], p) for k, p in model.named_parameters())
 
 
 def test_a_broken_loss_stops_before_the_step(
@@ -199,6 +278,54 @@ def test_summed_loss_is_the_sum_over_rows() -> None:
     targets = torch.randn(5)
     values = torch.randn(5, 1)
     torch.testing.assert_close(summed_loss(values, targets), ((values[:, 0] - targets) ** 2).sum())
+
+
+def test_targets_without_a_number_do_not_count() -> None:
+    logits = torch.randn(4, 1, requires_grad=True)
+    targets = torch.tensor([0.5, torch.nan, -100.0, 2.0])
+    loss = summed_loss(logits, targets)
+    by_hand = sum((logits[i, 0] - targets[i]) ** 2 for i in (0, 2, 3))
+    torch.testing.assert_close(loss, by_hand)
+    assert counted(targets) == 3
+    loss.backward()
+    assert logits.grad is not None and logits.grad[1] == 0 and logits.grad.isfinite().all()
+
+
+def test_several_labels_a_row_are_each_a_yes_or_no() -> None:
+    logits = torch.randn(3, 4)
+    labels = torch.tensor([[0.0, 1, 1, 0], [torch.nan] * 4, [1.0, 0, 0, 0]])
+    kept = logits[[0, 2]].sigmoid(), labels[[0, 2]]
+    by_hand = -(kept[1] * kept[0].log() + (1 - kept[1]) * (1 - kept[0]).log()).sum()
+    torch.testing.assert_close(summed_loss(logits, labels), by_hand)
+    assert counted(labels) == 8
+
+
+def test_labels_of_tokens_count_one_by_one() -> None:
+    logits, labels = torch.randn(2, 3, 5), torch.tensor([[1, -100, 4], [0, -100, -100]])
+    by_hand = -sum(logits.log_softmax(-1)[i, j, labels[i, j]] for i, j in [(0, 0), (0, 2), (1, 0)])
+    torch.testing.assert_close(summed_loss(logits, labels), by_hand)
+    assert counted(labels) == 3
+
+
+def test_uncounted_rows_leave_the_others_and_the_original() -> None:
+    for labels in (torch.tensor([[1, 2], [0, 1]]), torch.tensor([[1.0, 2], [0, 1]])):
+        empty = uncounted(labels, slice(1, None))
+        assert counted(empty) == 2 and counted(uncounted(labels)) == 0
+        assert torch.equal(empty[0], labels[0]) and counted(labels) == 4
+
+
+def test_the_evaluation_loss_is_the_mean_over_elements_not_batches(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = Rows()
+    rows.labels[:6] = -100
+    model = model_of(tiny_model(), "head")
+    torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(0))
+    trainer = trainer_of(model, tmp_path, per_device_eval_batch_size=7)
+    found = trainer.evaluate(rows)["eval_loss"]
+    with torch.no_grad():
+        logits = model.eval()(rows.ids, torch.ones_like(rows.ids)).logits
+    assert found == pytest.approx(F.cross_entropy(logits, rows.labels).item(), abs=1e-6)
 
 
 def test_keep_best_restores_the_best_and_stops_after_patience() -> None:

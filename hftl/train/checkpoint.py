@@ -1,16 +1,21 @@
 """The best weights on validation, kept in memory and put back when training ends."""
 
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hftl.errors import NumericError
+from hftl.processes import share
 
 
 class KeepBest(TrainerCallback):
     """Keeps the trainable weights of the best evaluation, and stops when none comes.
+
+    Of sharded weights every process keeps its own shard.
 
     Args:
         metric: a key of the evaluation's metrics, such as `eval_loss`.
@@ -31,7 +36,8 @@ class KeepBest(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **_: Any
     ) -> None:
         """Compares, and copies the weights where they are the best so far."""
-        value = float(metrics[self.metric])
+        # Rank 0's number decides for all: the last bit may differ between machines.
+        value = share(lambda: float(metrics[self.metric]))
         if value != value:
             raise NumericError(
                 f"{self.metric} is NaN after epoch {state.epoch:g}", "Lower the learning rate"
@@ -39,9 +45,7 @@ class KeepBest(TrainerCallback):
         if self.best is None or self.sign * value > self.sign * self.best:
             self.best, self.epoch, self.waited = value, state.epoch, 0
             self._weights = {
-                name: parameter.detach().to("cpu", copy=True)
-                for name, parameter in model.named_parameters()
-                if parameter.requires_grad
+                name: local(parameter).to("cpu", copy=True) for name, parameter in trained(model)
             }
             return
         self.waited += 1
@@ -50,7 +54,35 @@ class KeepBest(TrainerCallback):
 
     def restore(self, model: nn.Module) -> None:
         """Puts the best weights back; without an evaluation the last ones stay."""
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in self._weights:
-                    parameter.copy_(self._weights[name])
+        for name, parameter in trained(model):
+            if name in self._weights:
+                local(parameter).copy_(self._weights[name])
+
+
+def whole_state(model: nn.Module, accelerator: Any) -> dict[str, Tensor]:
+    """Copies of the trainable tensors, whole and on the CPU, under plain, DDP and FSDP alike.
+
+    Every process must come here, and every process gets them.
+    """
+    return {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+        .to("cpu", copy=True)
+        .contiguous()
+        for name, tensor in trained(accelerator.unwrap_model(model))
+    }
+
+
+def trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors, without gradient, of the parameters that train, sharded if FSDP's."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # FSDP leaves the last layers whole after a forward pass, as copies of the shards.
+            module.reshard()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter.detach()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, sharing its memory, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

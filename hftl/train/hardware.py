@@ -1,5 +1,6 @@
 """The device and the precision, decided once and recorded."""
 
+import os
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ def device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def visible_devices() -> int:
+    """How many accelerators this machine shows; a process uses one."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 1
+
+
 def fast_bf16(where: str) -> bool:
     """Whether the hardware multiplies bfloat16 natively; emulated it would be slower."""
     if where == "cuda":
@@ -22,6 +28,11 @@ def fast_bf16(where: str) -> bool:
             or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportAttributeAccessIssue]
         )
     return False
+
+
+def is_sharded() -> bool:
+    """Whether the launcher asked for FSDP, which cuts the model over the processes."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
 def precision(training: dict[str, Any]) -> dict[str, bool]:

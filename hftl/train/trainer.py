@@ -1,61 +1,109 @@
 """The one Trainer subclass, for adaptation and fine-tuning, and for a user's own script."""
 
+import math
+import os
 from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from typing import Any
 
+import datasets
 import torch
-import torch.nn.functional as F
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput, seed_worker
 
-from hftl.errors import NumericError
-from hftl.model.anatomy import ANATOMIES
-
-
-class SeededOrder(Sampler[int]):
-    """A permutation that is a function of (seed, epoch) alone, not of workers or processes."""
-
-    def __init__(self, rows: int, seed: int) -> None:
-        self.rows = rows
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose order comes next."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        yield from torch.randperm(self.rows, generator=generator).tolist()
+from hftl.errors import NumericError, RecipeError
+from hftl.model.head import anatomy_in
+from hftl.processes import gather
+from hftl.train.loss import counted, summed_loss, uncounted
+from hftl.train.order import RankBatches, SeededOrder
 
 
 class TransferTrainer(Trainer):
     """transformers' Trainer, with what transfer needs.
 
     Frozen modules run in eval mode, so that their outputs are a function of the input alone; the
-    loss is a mean over the examples of the whole step, however it is cut into micro-batches and
-    processes; the order of rows is a function of seed and epoch; a loss that is not finite stops.
+    loss is a mean over the counted elements of the whole step (see `summed_loss`), however it is
+    cut into micro-batches and processes; the order of rows is a function of seed and epoch, and
+    every row is used once an epoch on any number of processes; evaluation counts every row once; a
+    loss that is not finite stops.
 
     Raises:
-        NumericError: from `train`, when the loss is NaN or infinite.
+        NumericError: from `train`, on all processes, when the loss is NaN or infinite.
     """
 
     loss_is_scaled_for_ga = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # The Trainer counts the step's items only for models it thinks will use the count.
-        self.model_accepts_loss_kwargs = True
         self._modes: list[tuple[nn.Module, bool]] | None = None
+        self._batches: RankBatches | None = None
+        self._step_loss: Tensor | float = 0.0
+        self._evaluated: list[Tensor] = []
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As transformers', without what costs time at every step; FSDP shards block by block.
+
+        Raises:
+            RecipeError: where the launcher asked for FSDP and this device has none.
+        """
+        if self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = False
+        # It waits for the device at every micro-batch, and what it hides stops the training here.
+        self.args.logging_nan_inf_filter = False
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            shard_by_block(self.accelerator.state.fsdp_plugin, self.model)  # pyright: ignore
+        elif self.args.world_size > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            raise RecipeError(
+                f"the launcher asks for FSDP, and accelerate has none on {self.args.device}",
+                "Launch with recipes/accelerate/multi_gpu.yaml, or on GPUs",
+            )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `train`; the frozen modules are looked up anew."""
         self._modes = None
+        self._step_loss = 0.0
+        if self.args.world_size > 1:
+            # With one seed, dropout would hit the same units in every process's rows.
+            torch.manual_seed(self.args.seed + self.args.process_index)
         return super().train(*args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """This process's share of every step, or transformers' loader for another sampling."""
+        order = self._get_train_sampler()
+        if not isinstance(order, SeededOrder):
+            self._batches = None
+            return super().get_train_dataloader()
+        state = self.accelerator
+        self._batches = RankBatches(
+            order, self._train_batch_size, state.num_processes, state.process_index,
+            self.args.dataloader_drop_last,
+        )  # fmt: skip
+        loader = DataLoader(batch_sampler=self._batches, **self._loader_settings())
+        return prepare_data_loader(
+            loader, state.device, num_processes=1, process_index=0, put_on_device=True,
+            non_blocking=state.non_blocking,
+        )  # fmt: skip
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """A step's micro-batches, and how many elements the loss counts in it on all processes."""
+        batches = list(islice(epoch_iterator, num_batches))
+        if not batches or "labels" not in batches[0]:
+            return batches, None
+        if (
+            self._batches
+            and self._batches.idle
+            and self.accelerator.gradient_state.end_of_dataloader
+        ):
+            batches[-1]["labels"] = uncounted(batches[-1]["labels"])
+        items = sum(counted(batch["labels"].to(device)) for batch in batches)
+        return batches, self.accelerator.gather(items).sum()  # pyright: ignore
 
     def compute_loss(
         self,
@@ -64,29 +112,70 @@ class TransferTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The task's loss, summed over the batch and divided by the items of the whole step."""
+        """The task's loss, summed over the batch and divided by the items of the whole step.
+
+        Without a count, as in evaluation, it is divided by the items of the batch.
+        """
         # Holding a frozen model in eval makes it look as in evaluation: smoothing is asked first.
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
         if model.training:
             self._hold_frozen_in_eval()
         labels = inputs["labels"]
         outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
-        items = len(labels) if num_items_in_batch is None else num_items_in_batch
-        loss = summed_loss(outputs.logits, labels, smoothing) / items
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # The gradients of processes are averaged, and `items` counts those of all.
-            loss = loss * self.accelerator.num_processes
+        loss = summed_loss(outputs.logits, labels, smoothing)
+        if num_items_in_batch is None:
+            loss = loss / counted(labels).clamp(min=1)
+        else:
+            # The gradients of processes are averaged, and the count is that of all.
+            loss = (
+                loss
+                / torch.as_tensor(num_items_in_batch).clamp(min=1)
+                * self.accelerator.num_processes
+            )
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
         """As transformers'; a loss that is not finite stops before the optimizer's step."""
         loss = super().training_step(model, inputs, *args)
-        if not torch.isfinite(loss):
-            raise NumericError(
-                f"the loss is {loss.item()} at step {self.state.global_step}",
-                "Lower finetune.training.learning_rate, or look at the data",
-            )
+        self._step_loss = self._step_loss + loss
+        if self.accelerator.sync_gradients:
+            # Once a step, not a micro-batch: it waits for the device. All processes see one sum.
+            total = self.accelerator.gather(self._step_loss).mean().item()  # pyright: ignore
+            self._step_loss = 0.0
+            if not math.isfinite(total):
+                raise NumericError(
+                    f"the loss is {total} at step {self.state.global_step}",
+                    "Lower finetune.training.learning_rate, or look at the data",
+                )
         return loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any, Any]:
+        """As transformers'; rows that only fill up the last batch count for nothing."""
+        if "labels" not in inputs:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        labels = uncounted(inputs["labels"], slice(self._real_rows(len(inputs["labels"])), None))
+        found = super().prediction_step(model, {**inputs, "labels": labels}, *args, **kwargs)
+        loss, items = found[0], counted(labels)
+        if loss is not None:
+            self._evaluated.append(torch.stack([loss * items, items.to(loss)]))
+        return found
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As transformers'; the loss is the mean over all counted elements, not over batches."""
+        self._evaluated = []
+        output = super().evaluation_loop(*args, **kwargs)
+        name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+        if self._evaluated and output.metrics is not None:
+            mine = torch.stack(self._evaluated).cpu().double().sum(0).tolist()
+            loss, items = (sum(column) for column in zip(*gather(mine), strict=True))
+            output.metrics[name] = loss / max(1.0, items)
+        return output
+
+    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> None:
+        """Evaluation's count, which would be that of all processes; here it is the batch's own."""
+        return None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -95,6 +184,39 @@ class TransferTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return SeededOrder(len(dataset), seed)  # pyright: ignore[reportArgumentType]
 
+    def _loader_settings(self) -> dict[str, Any]:
+        """DataLoader's arguments but for the sampler, as transformers sets them."""
+        args, dataset = self.args, self.train_dataset
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="Training")
+            collate = self.data_collator
+        else:
+            collate = self._get_collator_with_removed_columns(self.data_collator, "Training")
+        workers = args.dataloader_num_workers
+        return {
+            "dataset": dataset,
+            "collate_fn": collate,
+            "num_workers": workers,
+            "pin_memory": args.dataloader_pin_memory,
+            # A worker that lives on keeps the dataset of the first epoch.
+            "persistent_workers": args.dataloader_persistent_workers
+            and not hasattr(dataset, "set_epoch"),
+            "multiprocessing_context": args.dataloader_multiprocessing_context,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+            "in_order": args.dataloader_in_order,
+            "worker_init_fn": partial(
+                seed_worker, num_workers=workers, rank=self.args.process_index
+            ),
+        }
+
+    def _real_rows(self, rows: int) -> int:
+        """How many of a batch's rows are not there to make the last batches of ranks equal."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        before = self.accelerator.process_index * rows
+        return min(rows, max(0, state.remainder - before))
+
     def _hold_frozen_in_eval(self) -> None:
         if self._modes is None:
             self._modes = training_modes(self.accelerator.unwrap_model(self.model))
@@ -102,18 +224,16 @@ class TransferTrainer(Trainer):
             module.training = live
 
 
-def summed_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy for integer labels, squared error for float targets, summed, in fp32.
+def shard_by_block(plugin: Any, model: nn.Module) -> None:
+    """Makes each block a unit of FSDP, unless the launcher's configuration names the classes.
 
-    Args:
-        logits: (..., classes), or (batch, 1) for a target.
-        labels: (...) int64, -100 where there is none; or (batch,) float.
-        smoothing: share of each label's weight that is spread over all classes.
+    transformers' own list holds the embeddings too, inside which accelerate then shards the word
+    embeddings once more, and fails.
     """
-    if labels.is_floating_point():
-        return F.mse_loss(logits.float().squeeze(-1), labels.float(), reduction="sum")
-    flat = logits.float().reshape(-1, logits.shape[-1])
-    return F.cross_entropy(flat, labels.reshape(-1), reduction="sum", label_smoothing=smoothing)
+    if plugin.transformer_cls_names_to_wrap is None:
+        stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        blocks = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
+        plugin.transformer_cls_names_to_wrap = [type(blocks[0]).__name__]
 
 
 def training_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
@@ -122,9 +242,10 @@ def training_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
     A module without parameters follows its parent; LoRA's own dropout, and the one directly
     before the head, are live.
     """
-    config = getattr(getattr(model, "encoder", model), "config", None)
-    anatomy = ANATOMIES.get(getattr(config, "model_type", ""))
-    head_dropout = anatomy.head_dropout if anatomy else None
+    try:
+        head_dropout = anatomy_in(model).head_dropout
+    except RecipeError:  # A user's own model: its head is where its parameters train.
+        head_dropout = None
     modes: list[tuple[nn.Module, bool]] = []
 
     def visit(module: nn.Module, path: str, parent: bool) -> None:
