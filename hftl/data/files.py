@@ -109,10 +109,7 @@ def read_txt(path: Path) -> Iterator[Raw]:
 
 def read_textfolder(path: Path) -> Iterator[Raw]:
     """One folder a class, one text a file; columns `text` and `label`."""
-    classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not classes:
-        raise DataError(f"{path.name} has no folders, one a class", "Check data.train.path")
-    files = (f for c in classes for f in sorted(c.rglob("*")) if f.is_file())
+    files = (f for c in _classes(path) for f in sorted(c.rglob("*")) if f.is_file())
     for index, file in enumerate(files):
         if file.name.startswith("."):
             continue
@@ -122,18 +119,97 @@ def read_textfolder(path: Path) -> Iterator[Raw]:
             yield Raw({"text": handle.read(), "label": label}, index, where)
 
 
+def read_imagefolder(path: Path) -> Iterator[Raw]:
+    """One folder a class; columns `image`, the absolute path, and `label`.
+
+    A file that is no image stays a row: `decode` says why it cannot be read.
+    """
+    files = (file for folder in _classes(path) for file in _files(folder))
+    for index, file in enumerate(files):
+        where = file.relative_to(path).as_posix()
+        yield Raw({"image": file.absolute(), "label": where.split("/")[0]}, index, where)
+
+
+def read_images(path: Path) -> Iterator[Raw]:
+    """Every file below a folder, to predict for; column `image`, the path inside the folder."""
+    for index, file in enumerate(_files(path)):
+        where = file.relative_to(path).as_posix()
+        yield Raw({"image": where}, index, where)
+
+
 READERS: dict[str, Callable[[Path], Iterator[Raw]]] = {
     "csv": read_csv,
     "jsonl": read_jsonl,
     "parquet": read_parquet,
     "txt": read_txt,
     "textfolder": read_textfolder,
+    "imagefolder": read_imagefolder,
 }
+
+IMAGE_SUFFIXES = frozenset(
+    ".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .avif .ppm .pgm .pbm .pnm".split()
+)
+"""What names of images end in; only for guessing what a folder holds."""
+
+
+SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval")
+
+
+def looks_like_images(folder: Path) -> bool:
+    """Whether most files below the folder have an image's suffix."""
+    images = [file.suffix.lower() in IMAGE_SUFFIXES for file in _files(folder)]
+    return 2 * sum(images) > len(images)
+
+
+def guess_format(path: Path) -> str:
+    """The format that a file's suffix, or being a folder, says.
+
+    Raises:
+        DataError: if it says none, or the folder is empty.
+    """
+    if path.is_dir() and not _files(path):
+        raise DataError(f"{path.name} is an empty folder", "Check the path")
+    if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+        raise DataError(
+            f"{path.name} is one picture", "Give its folder, or a table that names pictures"
+        )
+    if path.is_dir():
+        return "imagefolder" if looks_like_images(path) else "textfolder"
+    name = {".json": "jsonl", ".ndjson": "jsonl", ".tsv": "csv"}.get(
+        path.suffix.lower(), path.suffix.lower().removeprefix(".")
+    )
+    if name not in READERS:
+        raise DataError(
+            f"{path.name}: the suffix {path.suffix!r} says no format",
+            f"Rename it, or set the table's format to one of {', '.join(READERS)}",
+        )
+    return name
 
 
 def not_utf8(text: str) -> bool:
     """Whether the text holds bytes that were not UTF-8, or half a character of UTF-16."""
     return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _classes(path: Path) -> list[Path]:
+    """The folders, one a class."""
+    classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not classes:
+        raise DataError(f"{path.name} has no folders, one a class", "Check the path")
+    names = [folder.name for folder in classes]
+    if all(name.lower() in SPLIT_NAMES for name in names):
+        raise DataError(
+            f"the folders of {path.name} are {' and '.join(names)}, which name splits, not classes",
+            f"Give each its own table: data.train={path}/{names[-1]}, data.test=...",
+        )
+    return classes
+
+
+def _files(folder: Path) -> list[Path]:
+    """Every file below the folder, dangling links too, without what is hidden."""
+    found = (file for file in folder.rglob("*") if not file.is_dir())
+    inside = ((file, file.relative_to(folder).parts) for file in found)
+    return sorted(file for file, parts in inside if not any(p.startswith(".") for p in parts))
 
 
 def _open(path: Path) -> Any:
