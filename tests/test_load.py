@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from hftl.data.load import BadRows, Row, class_name, load
+from hftl.data.cells import class_name
+from hftl.data.load import BadRows, Reading, Row, load
 from hftl.errors import DataError, HftlError, HubError, RecipeError
-from hftl.sections import Table
+from hftl.sections import Data
 
 GOOD = [("a fine film", "pos"), ('dull, "very" dull', "neg"), ("two\nlines", "pos")]
 
@@ -20,7 +21,8 @@ def rows_of(
     bad: BadRows | None = None,
     **table: Any,
 ) -> list[Row]:
-    return load(Table(path=str(path), **table), "train", task, group, bad or BadRows())
+    section = {"train": {"path": str(path), **table}, "task": task, "group": group}
+    return load(Data.model_validate(section), "train", bad or BadRows(), Reading())
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:
@@ -60,7 +62,7 @@ def as_textfolder(folder: Path) -> Path:
 @pytest.mark.parametrize("make", [as_csv, as_jsonl, as_parquet, as_textfolder])
 def test_each_format_gives_the_same_rows(make: Any, tmp_path: Path) -> None:
     found = rows_of(make(tmp_path))
-    assert sorted((row.texts[0], row.label) for row in found) == sorted(GOOD)
+    assert sorted((row.content[0], row.label) for row in found) == sorted(GOOD)
     assert {row.group for row in found} == {None}
     assert len({row.index for row in found}) == 3
     assert len({row.where for row in found}) == 3
@@ -70,16 +72,16 @@ def test_tabs_and_a_byte_order_mark(tmp_path: Path) -> None:
     tabbed = as_csv(tmp_path, "\t")
     marked = written(tmp_path, "b.csv", b"\xef\xbb\xbf" + as_csv(tmp_path).read_bytes())
     crlf = written(tmp_path, "c.csv", "text,label\r\nx,a\r\n\r\ny,b\r\n")
-    assert [(r.texts[0], r.label) for r in rows_of(tabbed)] == GOOD
-    assert [(r.texts[0], r.label) for r in rows_of(marked)] == GOOD
-    assert [(r.texts[0], r.label, r.index, r.where) for r in rows_of(crlf)] == [
+    assert [(r.content[0], r.label) for r in rows_of(tabbed)] == GOOD
+    assert [(r.content[0], r.label) for r in rows_of(marked)] == GOOD
+    assert [(r.content[0], r.label, r.index, r.where) for r in rows_of(crlf)] == [
         ("x", "a", 0, "c.csv line 2"), ("y", "b", 1, "c.csv line 4"),
     ]  # fmt: skip
 
 
 def test_a_format_that_is_said_wins_over_the_suffix(tmp_path: Path) -> None:
     path = written(tmp_path, "a.data", "text,label\nx,a\n")
-    assert rows_of(path, format="csv")[0].texts == ("x",)
+    assert rows_of(path, format="csv")[0].content == ("x",)
     with pytest.raises(DataError, match=r"a\.data: the suffix '\.data' says no format"):
         rows_of(path)
 
@@ -137,7 +139,7 @@ def test_a_bad_row_is_refused_or_dropped_and_listed(
     with pytest.raises(DataError, match=f"^{where}: .*{why}.*data.bad_rows=skip"):
         rows_of(path)
     bad = BadRows(skip=True)
-    assert [row.texts for row in rows_of(path, bad=bad)] == [("x",), ("z",)]
+    assert [row.content for row in rows_of(path, bad=bad)] == [("x",), ("z",)]
     assert [told["where"] for told in bad.dropped] == [where]
     assert why in bad.dropped[0]["why"]
 
@@ -218,6 +220,9 @@ def test_the_format_and_the_place_must_fit(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is a folder.*csv"):
         rows_of(tmp_path, format="csv")
     (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="none is an empty folder"):
+        rows_of(tmp_path / "none")
+    written(tmp_path / "none", "a.txt", "loose")
     with pytest.raises(DataError, match="none has no folders, one a class"):
         rows_of(tmp_path / "none")
 

@@ -26,7 +26,7 @@ def test_fractions_are_exact_and_the_facts_tell_them(table: Path) -> None:
     assert found.facts["splits"] == {"train": 96, "validation": 32, "test": 32}
     assert found.names == ["negative", "positive"]
     assert found.facts["label_counts"]["test"] == {"negative": 16, "positive": 16}
-    texts = [row.texts for rows in found.rows.values() for row in rows]
+    texts = [row.content for rows in found.rows.values() for row in rows]
     assert len(set(texts)) == len(texts) == found.facts["rows_read"] == 160
 
 
@@ -41,7 +41,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, task: str) -> None:
     again = stage.read(tmp_path)
     assert again == found
     assert stage.stored_digest(tmp_path) == "digest"
-    assert np.array_equal(again.labels(again.rows["train"]), found.labels(found.rows["train"]))
+    assert np.array_equal(again.targets(again.rows["train"]), found.targets(found.rows["train"]))
 
 
 def test_the_fingerprint_knows_content_and_not_order_or_path(table: Path, tmp_path: Path) -> None:
@@ -62,16 +62,18 @@ def test_an_arms_rows_and_their_order_do_not_depend_on_the_disk(table: Path) -> 
     write_csv(table, HEADER, rows[::-1])
     again = prepare(data(table))
     for seed in (0, 1):
-        drawn = [[row.texts for row in p.train(5, seed)] for p in (first, again)]
+        drawn = [[row.content for row in p.train(5, seed)] for p in (first, again)]
         assert drawn[0] == drawn[1]
-    assert [row.texts for row in first.rows["test"]] == [row.texts for row in again.rows["test"]]
+    assert [row.content for row in first.rows["test"]] == [
+        row.content for row in again.rows["test"]
+    ]
 
 
 def test_class_ids_follow_numbers_as_numbers(tmp_path: Path) -> None:
     rows = [(f"text {i}", (10, 9, -1)[i % 3]) for i in range(60)]
     found = prepare(data(write_csv(tmp_path / "a.csv", HEADER, rows)))
     assert found.names == ["-1", "9", "10"]
-    ids = found.labels(found.rows["test"])
+    ids = found.targets(found.rows["test"])
     assert ids.dtype == np.int64
     assert [found.names[i] for i in ids] == [row.label for row in found.rows["test"]]
 
@@ -82,7 +84,7 @@ def test_targets_are_floats_and_have_no_classes(tmp_path: Path) -> None:
     found = prepare(data(path, task="regression", shots=7))
     assert found.names == []
     assert found.facts["label_counts"] is None
-    assert found.labels(found.rows["test"]).dtype == np.float64
+    assert found.targets(found.rows["test"]).dtype == np.float64
     assert (len(found.train(7, 0)), len(found.rows["validation"])) == (7, 7)
 
 
@@ -128,9 +130,9 @@ def test_a_test_table_of_its_own(tmp_path: Path) -> None:
     leaked, *_ = sentences(1)
     test = [*sentences(52)[40:], leaked]
     found = tables(tmp_path, test)
-    assert {row.texts[0] for row in found.rows["test"]} == {text for text, _ in test}
+    assert {row.content[0] for row in found.rows["test"]} == {text for text, _ in test}
     assert found.facts["leaked"] == 1
-    assert leaked[0] not in {row.texts[0] for row in found.rows["train"]}
+    assert leaked[0] not in {row.content[0] for row in found.rows["train"]}
 
 
 def test_a_test_label_that_train_never_has(tmp_path: Path) -> None:

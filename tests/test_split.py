@@ -34,11 +34,11 @@ def targets(count: int) -> list[Row]:
 def shuffled(rows: list[Row], seed: int = 7) -> list[Row]:
     """The same rows in another order on the disk."""
     mixed = random.Random(seed).sample(rows, len(rows))
-    return [Row(r.texts, r.label, r.group, i, f"line {i}") for i, r in enumerate(mixed)]
+    return [Row(r.content, r.label, r.group, i, f"line {i}") for i, r in enumerate(mixed)]
 
 
 def told(rows: list[Row]) -> set[Any]:
-    return {(row.texts, row.label) for row in rows}
+    return {(row.content, row.label) for row in rows}
 
 
 @pytest.mark.parametrize(

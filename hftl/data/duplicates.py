@@ -21,7 +21,7 @@ def drop_duplicates(parts: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], 
     copies: dict[tuple[str, ...], list[tuple[str, Row]]] = defaultdict(list)
     for part in PRIORITY:
         for row in parts.get(part, []):
-            copies[row.texts].append((part, row))
+            copies[row.content].append((part, row))
     kept: dict[str, list[Row]] = {part: [] for part in parts}
     counts = {"duplicates": 0, "conflicting": 0, "leaked": 0}
     for found in copies.values():

@@ -10,7 +10,7 @@ from hftl.sections import Table
 
 
 def load_hub(table: Table, part: str) -> Iterator[Raw]:
-    """Rows of a hub dataset; class ids become their names.
+    """Rows of a hub dataset; class ids become their names, pictures stay encoded.
 
     Args:
         table: `path` is the dataset's id, `name` its configuration.
@@ -34,11 +34,26 @@ def load_hub(table: Table, part: str) -> Iterator[Raw]:
         ) from error
     except ValueError as error:
         raise HubError(f"data.{part}: {table.path}: {error}", "Check name and split") from error
-    names = getattr(dataset.features.get(table.label), "names", None)
+    for column, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    named = {c: n for c in table.labels if (n := _class_names(dataset.features.get(c)))}
     for index, values in enumerate(dataset):
-        if names and isinstance(values.get(table.label), int) and values[table.label] >= 0:
-            values[table.label] = names[values[table.label]]
+        for column, names in named.items():
+            values[column] = _named(values[column], names)
         yield Raw(values, index, f"{table.path} {split} row {index + 1}")
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    """The class names of a column of ids, or of lists of ids."""
+    return getattr(getattr(feature, "feature", feature), "names", None)
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    """Ids as their names; an id of no class, as -1 for a missing label, becomes none."""
+    if isinstance(value, list):
+        return [_named(item, names) for item in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
 @cache

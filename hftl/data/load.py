@@ -1,28 +1,39 @@
 """Tables and folders as rows, every bad row named by file and line."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hftl import places
-from hftl.data.files import READERS, Raw, not_utf8
+from hftl.data.cells import kind, label_fault, label_of, text_fault
+from hftl.data.files import READERS, Raw, guess_format, not_utf8
 from hftl.data.hub import load_hub
+from hftl.data.pictures import Seen, look
 from hftl.errors import DataError
 from hftl.explain import closest
-from hftl.sections import Table
+from hftl.sections import Data, Table
+
+Label = str | float | tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One labelled example. `index` is its place in its file, counted from 0."""
+    """One labelled example.
 
-    texts: tuple[str, ...]
-    label: str | float
+    `content` is what it says: its texts, its words, or the hash of its picture. `label` is a class
+    name, a number, the names that hold, or a tag for each word. `index` is its place in its table,
+    counted from 0, and `table` the recipe's name of that table. `size` is a picture's width and
+    height in pixels.
+    """
+
+    content: tuple[str, ...]
+    label: Label
     group: str | None
     index: int
     where: str
+    table: str = "train"
+    size: tuple[int, int] | None = None
 
 
 @dataclass
@@ -43,56 +54,58 @@ class BadRows:
         self.dropped.append({"where": where, "why": why})
 
 
-def load(table: Table, part: str, task: str, group: str | None, bad: BadRows) -> list[Row]:
+@dataclass(frozen=True)
+class Reading:
+    """What the encoder reads: `text` or `image`, and the side of a patch in pixels."""
+
+    modality: str = "text"
+    patch: int = 1
+
+
+def load(data: Data, part: str, bad: BadRows, reading: Reading) -> list[Row]:
     """The rows of one table.
 
     Args:
-        table: the dataset's section of the recipe.
-        part: train, validation or test; the default split of a Hub dataset.
-        task: classification (labels become strings) or regression (floats).
-        group: the column whose rows stay together, if any.
+        data: the recipe's section.
+        part: train, validation or test, which has a table of its own.
         bad: what to do with rows that cannot be used.
+        reading: what the encoder reads.
 
     Raises:
         DataError: if the file or a column is missing, no row is left, or labels are of mixed types.
     """
-    name, raws = read_table(table, part)
-    needed = [*table.texts, str(table.label), *([group] if group else [])]
+    table, task = getattr(data, part), str(data.task)
+    name, raws = read_table(table, part, reading.modality)
     rows: list[Row] = []
     kinds: dict[str, str] = {}
-    seen = False
-    for raw in raws:
-        if not seen:
-            _need_columns(name, raw.values, needed)
-            seen = True
-        why = _fault(raw, table, task, group)
+    found = _looked_at(_checked(name, raws, table, data.group, reading), data, table, reading)
+    for raw, seen in found:
+        why = seen if isinstance(seen, str) else _fault(raw, table, task, data.group, reading)
         if why:
             bad.reject(raw.where, why)
             continue
-        value = raw.values[str(table.label)]
-        kinds.setdefault(_kind(value), raw.where)
-        rows.append(
-            Row(
-                tuple(raw.values[column] for column in table.texts),
-                float(value) if task == "regression" else class_name(value),
-                str(raw.values[group]) if group else None,
-                raw.index,
-                raw.where,
-            )
-        )
-    if task == "classification" and len(kinds) > 1:
+        label = label_of(raw.values, table.label, task)
+        if task == "classification":
+            kinds.setdefault(kind(raw.values[str(table.label)]), raw.where)
+        group = str(raw.values[data.group]) if data.group else None
+        if isinstance(seen, Seen):
+            content, size = (seen.content,), seen.size
+        else:
+            content, size = _texts(raw, table, task), None
+        rows.append(Row(content, label, group, raw.index, raw.where, part, size))
+    if len(kinds) > 1:
         places_ = " and ".join(f"{kind} ({where})" for kind, where in sorted(kinds.items()))
         raise DataError(f"{name}: labels of mixed types: {places_}", "Write them all as one type")
     if not rows:
-        raise DataError(f"{name} has no {'usable ' if seen else ''}rows", "Check the file")
+        raise DataError(f"{name} has no {'usable ' if bad.dropped else ''}rows", "Check the file")
     return rows
 
 
-def read_table(table: Table, part: str) -> tuple[str, Iterator[Raw]]:
+def read_table(table: Table, part: str, modality: str) -> tuple[str, Iterator[Raw]]:
     """The name to call a table by, and its raw rows.
 
     Raises:
-        DataError: if the file is missing or of an unknown format.
+        DataError: if the file is missing, of an unknown format, or not of what the encoder reads.
     """
     path = places.find(table.path, f"data.{part}.path")
     if table.format == "hub" or (path is None and table.format is None):
@@ -100,38 +113,53 @@ def read_table(table: Table, part: str) -> tuple[str, Iterator[Raw]]:
     if path is None or not path.exists():
         raise DataError(f"data.{part}.path: {table.path} does not exist", "Check the path")
     name = table.format or guess_format(path)
-    if path.is_dir() != (name == "textfolder"):
+    if path.is_dir() != (name in ("textfolder", "imagefolder")):
         what = "a folder" if path.is_dir() else "a file"
         raise DataError(
             f"data.{part}.path: {table.path} is {what}, not {name}", "Correct the format"
         )
+    wrong = {"text": "imagefolder", "image": "textfolder"}[modality]
+    if name == wrong:
+        raise DataError(
+            f"data.{part}.path: {table.path} is read as {name}, but source.model reads {modality}s",
+            f"Give another source model, or correct data.{part}.format",
+        )
     return path.name, READERS[name](path)
 
 
-def guess_format(path: Path) -> str:
-    """The format that a file's suffix, or being a folder, says.
-
-    Raises:
-        DataError: if it says none.
-    """
-    if path.is_dir():
-        return "textfolder"
-    name = {".json": "jsonl", ".ndjson": "jsonl", ".tsv": "csv"}.get(
-        path.suffix.lower(), path.suffix.lower().removeprefix(".")
-    )
-    if name not in READERS:
-        raise DataError(
-            f"{path.name}: the suffix {path.suffix!r} says no format",
-            f"Set data.train.format to one of {', '.join(READERS)}",
-        )
-    return name
+def table_folder(table: Table, part: str) -> Path | None:
+    """The folder that paths inside a table are relative to; None for one of the hub."""
+    path = places.find(table.path, f"data.{part}.path")
+    return None if path is None else path if path.is_dir() else path.parent
 
 
-def class_name(value: Any) -> str:
-    """A label as a class name: `1`, `1.0` and `'1'` are one class."""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).strip()
+def _checked(
+    name: str, raws: Iterator[Raw], table: Table, group: str | None, reading: Reading
+) -> Iterator[Raw]:
+    """The raw rows, once the first of them is seen to have the columns."""
+    contents = table.texts if reading.modality == "text" else [table.image]
+    needed = [*contents, *table.labels, *([group] if group else [])]
+    for number, raw in enumerate(raws):
+        if number == 0:
+            _need_columns(name, raw.values, needed)
+        yield raw
+
+
+def _looked_at(
+    raws: Iterator[Raw], data: Data, table: Table, reading: Reading
+) -> Iterator[tuple[Raw, Seen | str | None]]:
+    """Each raw row with its picture's hash and size, or why it has none; None for text."""
+    if reading.modality == "text":
+        return ((raw, None) for raw in raws)
+    part = next(p for p in ("train", "validation", "test") if getattr(data, p) is table)
+    folder = table_folder(table, part)
+    return look(raws, table.image, folder, data.max_pixels, reading.patch)
+
+
+def _texts(raw: Raw, table: Table, task: str) -> tuple[str, ...]:
+    if task == "token-classification":
+        return tuple(raw.values[table.texts[0]])
+    return tuple(raw.values[column] for column in table.texts)
 
 
 def _need_columns(name: str, values: dict[str, Any], needed: list[str]) -> None:
@@ -139,52 +167,27 @@ def _need_columns(name: str, values: dict[str, Any], needed: list[str]) -> None:
         if column not in values:
             has = [str(c) for c in values]
             hint = " (is it separated by ';'?)" if len(has) == 1 and ";" in has[0] else ""
+            if column in ("text", "image"):
+                hint += f"; source.model reads {column}s"
             raise DataError(
                 f"{name}: no column {column!r}{closest(column, has).replace('?', '')}"
                 f"; it has {', '.join(has)}{hint}",
-                "Name the columns in data.train: {text: ..., label: ...}",
+                "Name the columns in data.train: {text: ..., image: ..., label: ...}",
             )
 
 
-def _fault(raw: Raw, table: Table, task: str, group: str | None) -> str | None:
+def _fault(raw: Raw, table: Table, task: str, group: str | None, reading: Reading) -> str | None:
     """What makes a row unusable, if anything."""
     if raw.fault:
         return raw.fault
     if any(isinstance(value, str) and not_utf8(value) for value in raw.values.values()):
         return "not valid UTF-8"
-    for column in table.texts:
-        text = raw.values[column]
-        if not isinstance(text, str):
-            return f"{column} is {'empty' if text is None else type(text).__name__}, not text"
-        if not text.strip():
-            return f"{column} is empty"
+    if reading.modality == "text":
+        for column in table.texts:
+            why = text_fault(column, raw.values[column], task)
+            if why:
+                return why
     if group and raw.values[group] in (None, ""):
         return f"{group} is empty"
-    value = raw.values[str(table.label)]
-    return _regression_fault(value) if task == "regression" else _class_fault(value)
-
-
-def _class_fault(value: Any) -> str | None:
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return "the label is empty"
-    if isinstance(value, float) and not value.is_integer():
-        return f"the label {value} is no class; for numbers set data.task=regression"
-    if not isinstance(value, (str, int, float)):
-        return f"the label is a {type(value).__name__}"
-    return None
-
-
-def _regression_fault(value: Any) -> str | None:
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return "the target is empty"
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return f"the target {value!r} is not a number"
-    return None if math.isfinite(number) else f"the target is {number}"
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true/false"
-    return "number" if isinstance(value, (int, float)) else "text"
+    words = raw.values[table.texts[0]] if task == "token-classification" else None
+    return label_fault(raw.values, table.label, task, words)

@@ -6,6 +6,7 @@ user's; data count by content, wherever they lie and in whatever order.
 
 import hashlib
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from hftl import places
+from hftl.data import answers
+from hftl.data.answers import names_of
 from hftl.data.duplicates import drop_duplicates
 from hftl.data.hub import revision
-from hftl.data.load import BadRows, Row, load
-from hftl.data.split import content_key, draw_shots, take
+from hftl.data.load import BadRows, Reading, Row, load, read_table, table_folder
+from hftl.data.split import IN_ALL, content_key, draw_shots, take
 from hftl.errors import DataError
 from hftl.record import fingerprint, to_json
 from hftl.sections import Data, Fraction, Table
@@ -29,21 +32,28 @@ SPLITS = ("train", "validation", "test")
 class Prepared:
     """The rows of each split, in an order of their own content.
 
-    `names` are the classes in the order of their ids, empty for regression. `facts` is what the
-    record tells about the data.
+    `names` are the classes in the order of their ids, empty for regression. `modality` is what the
+    encoder reads. `facts` is what the record tells about the data.
     """
 
     task: str
+    modality: str
     names: list[str]
     rows: dict[str, list[Row]]
     facts: dict[str, Any]
 
-    def labels(self, rows: list[Row]) -> np.ndarray:
-        """(rows,) class ids as int64, or targets as float64."""
-        if self.task == "regression":
-            return np.array([row.label for row in rows], dtype=np.float64)
-        ids = {name: i for i, name in enumerate(self.names)}
-        return np.array([ids[str(row.label)] for row in rows], dtype=np.int64)
+    def targets(self, rows: list[Row]) -> np.ndarray:
+        """What the rows teach, see `answers.targets`."""
+        return answers.targets([row.label for row in rows], self.task, self.names)
+
+    def measured(self, rows: list[Row]) -> np.ndarray:
+        """What metrics compare predictions with, see `answers.measured`."""
+        return answers.measured([row.label for row in rows], self.task, self.names)
+
+    def words(self, rows: list[Row]) -> list[int]:
+        """How many outputs each row has: its words for tokens, else one."""
+        tokens = self.task == "token-classification"
+        return [len(row.content) if tokens else 1 for row in rows]
 
     def train(self, shots: int | None, seed: int) -> list[Row]:
         """The rows that an arm of this seed learns from."""
@@ -51,8 +61,8 @@ class Prepared:
         return sorted(drawn, key=content_key)
 
 
-def prepare(data: Data) -> Prepared:
-    """Loads and splits.
+def prepare(data: Data, reading: Reading = Reading()) -> Prepared:  # noqa: B008 (immutable)
+    """Loads and splits, as the encoder that reads them needs it.
 
     Raises:
         DataError: see `load`; also for one class, a split left empty, a class train never has, or
@@ -62,19 +72,27 @@ def prepare(data: Data) -> Prepared:
     task = str(data.task)
     bad = BadRows(skip=data.bad_rows == "skip")
     tables = {s: getattr(data, s) for s in SPLITS if isinstance(getattr(data, s), Table)}
-    loaded = {s: load(table, s, task, data.group, bad) for s, table in tables.items()}
+    loaded = {s: load(data, s, bad, reading) for s in tables}
     read = sum(map(len, loaded.values()))
     kept, counts = drop_duplicates(loaded)
+    if counts["conflicting"] and not kept["train"]:
+        raise DataError(
+            f"every input of train stands there with two different labels "
+            f"({counts['conflicting']} rows)",
+            "Correct the labels; for several at once set data.task=multi-label",
+        )
     rows = _split(kept, data, task)
     if data.shots is not None:
-        classes = 1 if task == "regression" else len({row.label for row in rows["train"]})
-        size = data.shots * classes
+        known = {name for row in rows["train"] for name in names_of(row.label, task)}
+        size = data.shots * (1 if task in IN_ALL else len(known))
         if len(rows["validation"]) > size:
             rows["validation"], _ = take(rows["validation"], size, task, data.seed, "cut")
     rows = {split: sorted(found, key=content_key) for split, found in rows.items()}
     names = _names(rows, task)
+    _check_columns(data.train, names)
     facts = {
         "task": task,
+        "modality": reading.modality,
         "rows_read": read + len(bad.dropped),
         "bad_rows": len(bad.dropped),
         "bad_rows_listed": bad.dropped,
@@ -87,7 +105,7 @@ def prepare(data: Data) -> Prepared:
             s: revision(t.path, t.revision) for s, t in tables.items() if _on_hub(t, s)
         },
     }
-    prepared = Prepared(task, names, rows, facts)
+    prepared = Prepared(task, reading.modality, names, rows, facts)
     draw_shots(rows["train"], data.shots, task, data.seed)
     return prepared
 
@@ -102,9 +120,11 @@ def write(prepared: Prepared, folder: Path, files: str) -> None:
         "split": [split for split, _ in told],
         "row": [row.index for _, row in told],
         "where": [row.where for _, row in told],
-        "texts": [list(row.texts) for _, row in told],
+        "content": [list(row.content) for _, row in told],
         "label": [row.label for _, row in told],
         "group": [row.group for _, row in told],
+        "table": [row.table for _, row in told],
+        "size": [row.size for _, row in told],
     }
     pq.write_table(pa.table(columns), folder / "rows.parquet")
     facts = {"facts": prepared.facts, "files": files}
@@ -119,12 +139,14 @@ def read(folder: Path) -> Prepared:
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for told in pq.read_table(folder / "rows.parquet").to_pylist():
         split = told.pop("split")
-        rows[split].append(Row(tuple(told["texts"]), told["label"], told["group"], told["row"],
-                               told["where"]))  # fmt: skip
-    return Prepared(facts["task"], facts["labels"], rows, facts)
+        label = tuple(told["label"]) if isinstance(told["label"], list) else told["label"]
+        size = tuple(told["size"]) if told["size"] else None
+        rows[split].append(Row(tuple(told["content"]), label, told["group"], told["row"],
+                               told["where"], told["table"], size))  # fmt: skip
+    return Prepared(facts["task"], facts["modality"], facts["labels"], rows, facts)
 
 
-def files_digest(data: Data) -> str:
+def files_digest(data: Data, modality: str = "text") -> str:
     """A hash of the bytes of every local file the data section names; hub ids count by name."""
     digest = hashlib.sha256()
     for split in SPLITS:
@@ -136,12 +158,24 @@ def files_digest(data: Data) -> str:
             digest.update(f"{split} {table.model_dump_json()}".encode())
             continue
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        if path.is_file() and modality == "image":
+            files += _named_files(table, split)
         for file in files:
-            inside = file.relative_to(path).as_posix()
+            inside = os.path.relpath(file, path)
             digest.update(f"{split} {inside} {file.stat().st_size}".encode())
             with open(file, "rb") as handle:
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
+
+
+def _named_files(table: Table, split: str) -> list[Path]:
+    """The picture files that a table names and that are there."""
+    folder = table_folder(table, split) or Path()
+    _, raws = read_table(table, split, "image")
+    named = [raw.values.get(table.image) for raw in raws]
+    paths = [folder / name for name in named if isinstance(name, str)]
+    # What is no path at all, too long or with a NUL, is named as a bad row later.
+    return [path for path in paths if os.path.isfile(path)]
 
 
 def stored_digest(folder: Path) -> str:
@@ -162,7 +196,8 @@ def _split(kept: dict[str, list[Row]], data: Data, task: str) -> dict[str, list[
         part = getattr(data, split)
         if isinstance(part, Fraction):
             count = round(part.fraction * whole)
-            rows[split], pool = take(pool, count, task, data.seed, split, leave=1)
+            taken, pool = take(pool, count, task, data.seed, split, leave=1)
+            rows[split], pool = _known_to_train(taken, pool, task)
         else:
             rows[split] = _apart(kept[split], pool, data)
     rows["train"] = pool
@@ -173,6 +208,21 @@ def _split(kept: dict[str, list[Row]], data: Data, task: str) -> dict[str, list[
                 "Give more rows, or other fractions",
             )
     return rows
+
+
+def _known_to_train(taken: list[Row], pool: list[Row], task: str) -> tuple[list[Row], list[Row]]:
+    """Rows with several names each may take all of a rare one: such a row goes back to train, and
+    its group with it."""
+    if task not in ("multi-label", "token-classification"):
+        return taken, pool
+    known = {name for row in pool for name in names_of(row.label, task)}
+    strange = [row for row in taken if not known.issuperset(names_of(row.label, task))]
+    whole = {row.group for row in strange} - {None}
+    kept, back = [], []
+    lone = {row.content for row in strange}
+    for row in taken:
+        (back if row.group in whole or row.content in lone else kept).append(row)
+    return kept, pool + back
 
 
 def _apart(rows: list[Row], pool: list[Row], data: Data) -> list[Row]:
@@ -191,23 +241,36 @@ def _names(rows: dict[str, list[Row]], task: str) -> list[str]:
     """The classes of train, numbers in their order; every other split knows no other class."""
     if task == "regression":
         return []
-    known = {str(row.label) for row in rows["train"]}
+    known = {name for row in rows["train"] for name in names_of(row.label, task)}
     if len(known) < 2:
-        raise DataError(
-            f"train has one class only: {min(known)!r}", "Check data.train.label and the file"
-        )
+        only = f"one class only: {min(known)!r}" if known else "no label at all"
+        raise DataError(f"train has {only}", "Check data.train.label and the file")
     for split in ("validation", "test"):
         for row in rows[split]:
-            if row.label not in known:
+            strange = set(names_of(row.label, task)) - known
+            if strange:
                 raise DataError(
-                    f"{row.where}: {split} has the label {row.label!r}, which train never has",
+                    f"{row.where}: {split} has the label {min(strange)!r}, which train never has",
                     "Correct the label, or give train examples of it",
                 )
     number = all(name.lstrip("-").isdigit() for name in known)
     return sorted(known, key=lambda name: (int(name), name) if number else (0, name))
 
 
+def _check_columns(train: Table, names: list[str]) -> None:
+    """Columns of 0 and 1 are all meant to be learnt."""
+    never = [c for c in train.labels if c not in names] if isinstance(train.label, list) else []
+    if never:
+        raise DataError(
+            f"the label column {never[0]!r} is never 1 in train",
+            "Leave it out of data.train.label, or give examples of it",
+        )
+
+
 def _label_counts(rows: dict[str, list[Row]], task: str) -> dict[str, dict[str, int]] | None:
     if task == "regression":
         return None
-    return {s: dict(sorted(Counter(str(r.label) for r in rows[s]).items())) for s in SPLITS}
+    return {
+        s: dict(sorted(Counter(n for row in rows[s] for n in names_of(row.label, task)).items()))
+        for s in SPLITS
+    }

@@ -4,16 +4,19 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable
 
+from hftl.data.answers import names_of
 from hftl.data.load import Row
 from hftl.errors import DataError
 
+IN_ALL = ("regression", "token-classification")
+"""The tasks whose shots are rows in all, not rows a class."""
 BINS = 10
 """Strata of a regression target: its deciles."""
 
 
 def content_key(row: Row, seed: int = 0, purpose: str = "order") -> bytes:
     """A hash of what the row says, different for each seed and purpose."""
-    told = "\x1f".join([str(seed), purpose, *row.texts, str(row.label)])
+    told = "\x1f".join([str(seed), purpose, *row.content, str(row.label)])
     return hashlib.blake2b(told.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -68,7 +71,10 @@ def _groups(rows: list[Row], seed: int, purpose: str) -> list[list[int]]:
 
 
 def draw_shots(rows: list[Row], shots: int | None, task: str, seed: int) -> list[Row]:
-    """`shots` rows of each class (regression: in all); a larger draw holds every smaller one.
+    """`shots` rows of each class; a larger draw holds every smaller one.
+
+    For regression and tokens so many in all; for multi-label so many that hold each class, one
+    row counting for all its classes.
 
     Raises:
         DataError: if a class has fewer rows.
@@ -76,27 +82,42 @@ def draw_shots(rows: list[Row], shots: int | None, task: str, seed: int) -> list
     if shots is None:
         return rows
     ordered = sorted(rows, key=lambda row: content_key(row, seed, "shots"))
-    by_class: dict[Hashable, list[Row]] = defaultdict(list)
+    by_class: dict[str, list[Row]] = defaultdict(list)
     for row in ordered:
-        by_class["rows" if task == "regression" else row.label].append(row)
-    for name, found in sorted(by_class.items(), key=lambda item: str(item[0])):
+        for name in ("",) if task in IN_ALL else names_of(row.label, task):
+            by_class[name].append(row)
+    for name, found in sorted(by_class.items()):
         if len(found) < shots:
-            what = "train" if task == "regression" else f"the class {name!r}"
+            what = f"the class {name!r}" if name else "train"
             raise DataError(
                 f"{what} has {len(found)} rows left for training, fewer than shots={shots}",
                 "Lower data.shots or the fractions",
             )
-    return [row for found in by_class.values() for row in found[:shots]]
+    drawn = {id(row): row for found in by_class.values() for row in found[:shots]}
+    return list(drawn.values())
 
 
 def _strata(rows: list[Row], task: str) -> list[Hashable]:
-    if task != "regression":
+    if task == "classification":
         return [row.label for row in rows]
+    if task != "regression":
+        return rarest_names(rows, task)
     order = sorted(range(len(rows)), key=lambda i: (rows[i].label, content_key(rows[i])))
     strata: list[Hashable] = [0] * len(rows)
     for rank, number in enumerate(order):
         strata[number] = rank * BINS // len(rows)
     return strata
+
+
+def rarest_names(rows: list[Row], task: str) -> list[Hashable]:
+    """For each row the rarest of the names that its label speaks of, None where it has none.
+
+    It stands for the row where strata are wanted and labels are many: rare names then spread over
+    the splits as their share demands.
+    """
+    held = [set(names_of(row.label, task)) for row in rows]
+    counts = Counter(name for names in held for name in names)
+    return [min(names, key=lambda n: (counts[n], n), default=None) for names in held]
 
 
 def _quota(strata: list[Hashable], count: int, leave: int) -> dict[Hashable, int]:

@@ -1,63 +1,177 @@
-"""Texts as token ids, tokenised once, and batches padded to their longest row."""
+"""Texts as token ids, and batches padded to their longest row."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch import Tensor
 
 from hftl.data.load import Row
 
-Encoded = dict[str, list[int]]
-
-
-def encode(tokenizer: Any, texts: list[tuple[str, ...]], max_length: int) -> list[Encoded]:
-    """Token ids of texts or pairs, cut to `max_length` tokens, not padded."""
-    if not texts:
-        return []
-    columns = [list(column) for column in zip(*texts, strict=True)]
-    found = tokenizer(*columns, truncation=True, max_length=max_length, padding=False)
-    keys = [key for key in tokenizer.model_input_names if key in found]
-    return [{key: found[key][i] for key in keys} for i in range(len(texts))]
-
-
-class Examples(Dataset):
-    """Encoded rows with their labels: (rows,) int64 class ids or floats."""
-
-    def __init__(self, encoded: list[Encoded], labels: Any) -> None:
-        self.encoded = encoded
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.encoded)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.encoded[index], "labels": self.labels[index].item()}
+Encoded = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Pad:
-    """Collates rows into tensors (batch, longest row); labels keep int64 or become float32."""
+class TextInputs:
+    """What an encoder of texts takes: token ids of a text or a pair, cut at `max_length` tokens."""
 
     tokenizer: Any
+    max_length: int
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        inputs = [{k: v for k, v in row.items() if k != "labels"} for row in rows]
-        batch = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
-        if "labels" in rows[0]:
-            batch["labels"] = torch.tensor([row["labels"] for row in rows])
+    def encode(self, rows: list[Row]) -> list[Encoded]:
+        """Token ids of each row, not padded."""
+        if not rows:
+            return []
+        columns = [list(column) for column in zip(*(row.content for row in rows), strict=True)]
+        found = self.tokenizer(*columns, truncation=True, max_length=self.max_length, padding=False)
+        keys = [key for key in self.tokenizer.model_input_names if key in found]
+        return [{key: found[key][i] for key in keys} for i in range(len(rows))]
+
+    def length(self, encoded: Encoded) -> int:
+        """Tokens of a row: what its forward pass costs."""
+        return len(encoded["input_ids"])
+
+    def collate(self, rows: list[Encoded]) -> dict[str, Tensor]:
+        """Tensors (batch, longest row); labels int64 (batch,), or float32 (batch, ...)."""
+        return with_labels(self._padded(rows), rows)
+
+    def outputs(self, values: Tensor, rows: list[Encoded]) -> list[Tensor]:
+        """The values (batch, width) row by row, each (1, width)."""
+        return list(values.split(1))
+
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer."""
+        self.tokenizer.save_pretrained(folder)
+
+    def facts(self, rows: list[Row]) -> dict[str, float]:
+        """Median length in tokens, share of rows cut short, share of unknown tokens."""
+        columns = [list(column) for column in zip(*(row.content for row in rows), strict=True)]
+        return self._facts(self.tokenizer(*columns, truncation=False, verbose=False)["input_ids"])
+
+    def _facts(self, ids: list[list[int]]) -> dict[str, float]:
+        lengths = sorted(map(len, ids))
+        unknown = sum(row.count(self.tokenizer.unk_token_id) for row in ids)
+        return {
+            "median_tokens": lengths[len(lengths) // 2],
+            "truncated": sum(length > self.max_length for length in lengths) / len(lengths),
+            "unknown_tokens": unknown / max(1, sum(lengths)),
+        }
+
+    def _padded(self, rows: list[Encoded]) -> dict[str, Tensor]:
+        names = self.tokenizer.model_input_names
+        inputs = [{k: v for k, v in row.items() if k in names} for row in rows]
+        return dict(self.tokenizer.pad(inputs, return_tensors="pt"))
+
+
+@dataclass(frozen=True)
+class WordInputs(TextInputs):
+    """The same for texts that come as words, each with an answer of its own.
+
+    A word is told by its first token. `words` in an encoded row holds that token's place, -1 where
+    the word was cut off.
+    """
+
+    def encode(self, rows: list[Row]) -> list[Encoded]:
+        """Token ids of each row and where its words begin."""
+        if not rows:
+            return []
+        found = self.tokenizer(
+            [list(row.content) for row in rows], is_split_into_words=True,
+            truncation=True, max_length=self.max_length, padding=False,
+        )  # fmt: skip
+        keys = [key for key in self.tokenizer.model_input_names if key in found]
+        return [
+            {key: found[key][i] for key in keys}
+            | {"words": first_tokens(found.word_ids(i), len(row.content))}
+            for i, row in enumerate(rows)
+        ]
+
+    def collate(self, rows: list[Encoded]) -> dict[str, Tensor]:
+        """Tensors (batch, longest row); labels (batch, longest row) int64, -100 off the words."""
+        batch = self._padded(rows)
+        if "labels" not in rows[0]:
+            return batch
+        labels = torch.full(batch["input_ids"].shape, -100)
+        for number, row in enumerate(rows):
+            places = np.asarray(row["words"])
+            there = places >= 0
+            shift = self._left_padding(labels.shape[1], row)
+            labels[number, places[there] + shift] = torch.from_numpy(row["labels"][there])
+        batch["labels"] = labels
         return batch
 
+    def outputs(self, values: Tensor, rows: list[Encoded]) -> list[Tensor]:
+        """The values (batch, length, width) at each row's words, (words, width); NaN where cut."""
+        found = []
+        for value, row in zip(values, rows, strict=True):
+            places = torch.as_tensor(row["words"])
+            shift = self._left_padding(values.shape[1], row)
+            picked = value.new_full((len(places), value.shape[-1]), float("nan"))
+            picked[places >= 0] = value[(places[places >= 0] + shift).to(value.device)]
+            found.append(picked)
+        return found
 
-def length_facts(tokenizer: Any, rows: list[Row], max_length: int) -> dict[str, float]:
-    """Median length in tokens, share of rows cut short, share of unknown tokens."""
-    texts = [row.texts for row in rows]
-    columns = [list(column) for column in zip(*texts, strict=True)]
-    ids = tokenizer(*columns, truncation=False, verbose=False)["input_ids"]
-    lengths = sorted(map(len, ids))
-    unknown = sum(row.count(tokenizer.unk_token_id) for row in ids)
-    return {
-        "median_tokens": lengths[len(lengths) // 2],
-        "truncated": sum(length > max_length for length in lengths) / len(lengths),
-        "unknown_tokens": unknown / max(1, sum(lengths)),
-    }
+    def facts(self, rows: list[Row]) -> dict[str, float]:
+        """As for texts."""
+        words = [list(row.content) for row in rows]
+        return self._facts(
+            self.tokenizer(words, is_split_into_words=True, truncation=False, verbose=False)[
+                "input_ids"
+            ]
+        )
+
+    def _left_padding(self, length: int, row: Encoded) -> int:
+        return length - len(row["input_ids"]) if self.tokenizer.padding_side == "left" else 0
+
+
+def with_labels(batch: dict[str, Any], rows: list[Encoded]) -> dict[str, Any]:
+    """The batch with its rows' labels stacked, where they have any."""
+    if "labels" in rows[0]:
+        batch["labels"] = torch.from_numpy(np.stack([row["labels"] for row in rows]))
+    return batch
+
+
+def of_words(tokenizer: Any, folder: Path) -> Any:
+    """The tokenizer for texts that come as words.
+
+    One of bytes (RoBERTa, ModernBERT) reads a word without a space before it as the rest of the
+    word before; it is told to put the space there.
+    """
+    if not _lacks_space(tokenizer):
+        return tokenizer
+    found: Any = type(tokenizer).from_pretrained(folder, add_prefix_space=True)
+    if _lacks_space(found):
+        state = json.loads(found.backend_tokenizer.to_str())
+        for step in _byte_steps(state["pre_tokenizer"]):
+            step["add_prefix_space"] = True
+        found._tokenizer = type(found.backend_tokenizer).from_str(json.dumps(state))
+    return found
+
+
+def _lacks_space(tokenizer: Any) -> bool:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return False
+    steps = _byte_steps(json.loads(backend.to_str())["pre_tokenizer"])
+    return any(not step["add_prefix_space"] for step in steps)
+
+
+def _byte_steps(state: Any) -> list[dict[str, Any]]:
+    """The byte-level steps of a pre-tokenizer's state."""
+    if not state:
+        return []
+    steps = state.get("pretokenizers", [state])
+    return [step for step in steps if step["type"] == "ByteLevel"]
+
+
+def first_tokens(word_ids: list[int | None], words: int) -> list[int]:
+    """The place of each word's first token, -1 where it has none."""
+    places = [-1] * words
+    for place in reversed(range(len(word_ids))):
+        word = word_ids[place]
+        if word is not None:
+            places[word] = place
+    return places

@@ -1,0 +1,78 @@
+"""What a row's cells must hold, task by task."""
+
+from typing import Any
+
+import pytest
+
+from hftl.data.cells import label_fault, label_of, text_fault
+
+
+@pytest.mark.parametrize(
+    ("value", "task", "why"),
+    [
+        ("a text", "classification", None),
+        ("  ", "classification", "text is empty"),
+        (None, "classification", "text is empty, not text"),
+        (3, "classification", "text is int, not text"),
+        (["a", "b"], "token-classification", None),
+        ([], "token-classification", "text is an empty list"),
+        ("a b", "token-classification", "text is a str, not a list of words"),
+        (None, "token-classification", "text is empty, not a list of words"),
+        (["a", " "], "token-classification", "text holds ' ', which is no word"),
+        (["a", None], "token-classification", "text holds None, which is no word"),
+    ],
+)
+def test_texts_and_words(value: Any, task: str, why: str | None) -> None:
+    assert text_fault("text", value, task) == why
+
+
+@pytest.mark.parametrize(
+    ("value", "task", "why"),
+    [
+        (["a", "b"], "multi-label", None),
+        ([], "multi-label", None),
+        ([1, 2], "multi-label", None),
+        ("a", "multi-label", "the label is a str, not a list"),
+        (None, "multi-label", "the label is empty, not a list"),
+        (["a", ""], "multi-label", "the label is empty"),
+        (["a", 1.5], "multi-label", "the label 1.5 is no class"),
+        (["O", "B-X"], "token-classification", None),
+        (["O"], "token-classification", "1 labels for 2 words"),
+        (["O", "O", "O"], "token-classification", "3 labels for 2 words"),
+        (["O", None], "token-classification", "the label is empty"),
+        ("O O", "token-classification", "the label is a str, not a list"),
+    ],
+)
+def test_lists_of_labels(value: Any, task: str, why: str | None) -> None:
+    words = ["two", "words"] if task == "token-classification" else None
+    found = label_fault({"y": value}, "y", task, words)
+    assert found == why or (why and found and found.startswith(why))
+
+
+@pytest.mark.parametrize("on", [1, True, 1.0, "1", " 1 "])
+@pytest.mark.parametrize("off", [0, False, 0.0, "0"])
+def test_columns_of_zero_and_one(on: Any, off: Any) -> None:
+    values = {"b": on, "a": on, "c": off}
+    assert label_fault(values, ["b", "a", "c"], "multi-label") is None
+    assert label_of(values, ["b", "a", "c"], "multi-label") == ("a", "b")
+
+
+@pytest.mark.parametrize("bad", [2, "yes", None, "", 0.5])
+def test_a_column_that_is_no_switch(bad: Any) -> None:
+    why = label_fault({"a": 1, "b": bad}, ["a", "b"], "multi-label")
+    assert why is not None and why.startswith("b is ") and why.endswith("not 0 or 1")
+
+
+@pytest.mark.parametrize(
+    ("value", "task", "label"),
+    [
+        (["b", "a", "b"], "multi-label", ("a", "b")),
+        ([2, 1.0], "multi-label", ("1", "2")),
+        (["B-X", "O"], "token-classification", ("B-X", "O")),
+        ([3, 0], "token-classification", ("3", "0")),
+        ("2.5", "regression", 2.5),
+        (" a ", "classification", "a"),
+    ],
+)
+def test_labels_as_they_are_told(value: Any, task: str, label: Any) -> None:
+    assert label_of({"y": value}, "y", task) == label

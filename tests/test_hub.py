@@ -1,0 +1,73 @@
+"""Hub datasets, with a stand-in for the hub: class ids become names, pictures stay encoded."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from PIL import Image
+
+from hftl.data import hub
+from hftl.data.hub import load_hub
+from hftl.data.load import BadRows, Reading, load
+from hftl.sections import Data
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, dataset: datasets.Dataset) -> list[dict[str, Any]]:
+    """Answers `load_dataset` with the dataset; returns what was asked."""
+    asked: list[dict[str, Any]] = []
+
+    def answer(path: str, name: str | None, **more: Any) -> datasets.Dataset:
+        asked.append({"path": path, "name": name, **more})
+        return dataset
+
+    monkeypatch.setattr(datasets, "load_dataset", answer)
+    monkeypatch.setattr(hub, "revision", lambda path, wanted: wanted or "0" * 40)
+    return asked
+
+
+def section(**more: Any) -> Data:
+    train = {"path": "org/set", "format": "hub", "revision": "abc", **more.pop("train", {})}
+    return Data.model_validate({"train": train, **more})
+
+
+def test_class_ids_become_names_also_in_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = datasets.ClassLabel(names=["O", "B-X"])
+    features = datasets.Features(
+        {"tokens": datasets.List(datasets.Value("string")), "ner_tags": datasets.List(names)}
+    )
+    rows = {"tokens": [["a", "b"], ["c"]], "ner_tags": [[0, 1], [1]]}
+    serve(monkeypatch, datasets.Dataset.from_dict(rows, features))
+    data = section(task="token-classification", train={"text": "tokens", "label": "ner_tags"})
+    found = load(data, "train", BadRows(), Reading())
+    assert [(row.content, row.label) for row in found] == [
+        (("a", "b"), ("O", "B-X")), (("c",), ("B-X",)),
+    ]  # fmt: skip
+
+
+def test_pictures_are_decoded_by_us_and_named_by_their_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    good = io.BytesIO()
+    Image.new("RGB", (9, 9), "red").save(good, "PNG")
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    cells = [{"bytes": good.getvalue(), "path": None}, {"bytes": b"broken", "path": None}]
+    dataset = datasets.Dataset.from_dict({"image": cells, "label": [1, 0]}, features)
+    asked = serve(monkeypatch, dataset)
+    bad = BadRows(skip=True)
+    (row,) = load(section(), "train", bad, Reading("image", 4))
+    assert row.label == "dog" and row.size == (9, 9)
+    assert bad.dropped[0]["where"] == "org/set train row 2"
+    assert asked == [{"path": "org/set", "name": None, "split": "train", "revision": "abc"}]
+
+
+def test_an_id_that_is_no_class_is_no_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    serve(monkeypatch, datasets.Dataset.from_dict({"text": ["x", "y"], "label": [-1, 1]}, features))
+    told = [raw.values["label"] for raw in load_hub(section().train, "train")]
+    assert told == [None, "b"]
