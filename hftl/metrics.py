@@ -1,11 +1,13 @@
 """Metrics: pure functions of labels and predictions.
 
-Classification takes integer class ids, regression floats; both as arrays of shape (rows,).
+Classification takes integer class ids, regression floats, both (rows,); multi-label 0 and 1,
+(rows, classes); token-classification a tuple of tags a row, (rows,) of objects.
 """
 
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -88,6 +90,70 @@ def mae(labels: np.ndarray, predictions: np.ndarray) -> float:
     return float(np.mean(np.abs(labels - predictions)))
 
 
+def exact_match(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Share of rows whose whole set of names is right."""
+    return float(np.mean((labels == predictions).all(1)))
+
+
+def micro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """F1 of all names of all rows counted together; 0 where none is held or predicted."""
+    return _f1(float(np.sum(labels * predictions)), float(np.sum(predictions)), float(labels.sum()))
+
+
+def multi_label_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """F1 averaged over the names that are held or predicted, each the same weight."""
+    right, told = (labels * predictions).sum(0), labels.sum(0) + predictions.sum(0)
+    return float(np.mean(2 * right[told > 0] / told[told > 0])) if told.any() else 0.0
+
+
+@lru_cache(maxsize=200_000)
+def entities(tags: tuple[str, ...]) -> frozenset[tuple[str, int, int]]:
+    """The entities of one row, (type, first word, last word), as seqeval reads the tags."""
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    with warnings.catch_warnings():
+        # seqeval warns of every tag without a B- or I-; such tags are read as types all the same.
+        warnings.simplefilter("ignore")
+        return frozenset(get_entities(list(tags)))
+
+
+def entity_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """F1 of entities, type and both ends right; 0 where none is held or predicted."""
+    return _f1(*_entity_counts(labels, predictions))
+
+
+def entity_precision(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Share of the predicted entities that are right; 0 where none is predicted."""
+    right, predicted, _ = _entity_counts(labels, predictions)
+    return right / predicted if predicted else 0.0
+
+
+def entity_recall(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Share of the entities that are found; 0 where there is none."""
+    right, _, held = _entity_counts(labels, predictions)
+    return right / held if held else 0.0
+
+
+def tag_accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Share of words whose tag is right."""
+    pairs = list(zip(labels, predictions, strict=True))
+    right = sum(a == b for told, found in pairs for a, b in zip(told, found, strict=True))
+    return right / sum(map(len, labels))
+
+
+def _entity_counts(labels: np.ndarray, predictions: np.ndarray) -> tuple[float, float, float]:
+    """Entities right, predicted and held."""
+    right = predicted = held = 0
+    for told, found in zip(labels, predictions, strict=True):
+        true, guess = entities(told), entities(found)
+        right, predicted, held = right + len(true & guess), predicted + len(guess), held + len(true)
+    return float(right), float(predicted), float(held)
+
+
+def _f1(right: float, predicted: float, held: float) -> float:
+    return 2 * right / (predicted + held) if predicted + held else 0.0
+
+
 METRICS: dict[str, dict[str, Metric]] = {
     "classification": {
         m.name: m
@@ -108,7 +174,35 @@ METRICS: dict[str, dict[str, Metric]] = {
             Metric("mae", mae, sign=-1, best=0.0),
         )
     },
+    "multi-label": {
+        m.name: m
+        for m in (
+            Metric("micro_f1", micro_f1),
+            Metric("f1", multi_label_f1),
+            Metric("accuracy", exact_match),
+        )
+    },
+    "token-classification": {
+        m.name: m
+        for m in (
+            Metric("f1", entity_f1),
+            Metric("precision", entity_precision),
+            Metric("recall", entity_recall),
+            Metric("accuracy", tag_accuracy),
+        )
+    },
 }
+SELECTION = {
+    "classification": "accuracy", "regression": "rmse", "multi-label": "micro_f1",
+    "token-classification": "f1",
+}  # fmt: skip
+"""What epochs and rates are chosen by on validation: a fine-tuned classifier's loss rises with its
+confidence while its accuracy still grows."""
+
+
+def score_all(task: str, labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
+    """Every built-in metric of the task, see `compute`."""
+    return compute(list(METRICS[task].values()), labels, predictions)
 
 
 def find(name: str, task: str) -> Metric:
@@ -119,6 +213,11 @@ def find(name: str, task: str) -> Metric:
         HubError: if an `evaluate:` metric cannot be fetched.
     """
     if name.startswith("evaluate:"):
+        if task not in ("classification", "regression"):
+            raise RecipeError(
+                f"measure.metric: {name} takes one number a row, which {task} has not",
+                f"Use one of {', '.join(METRICS[task])}",
+            )
         return _from_evaluate(name)
     if name not in METRICS[task]:
         raise RecipeError(
@@ -139,7 +238,7 @@ def compute(metrics: list[Metric], labels: np.ndarray, predictions: np.ndarray) 
     Raises:
         NumericError: if a prediction is not finite.
     """
-    if not np.isfinite(predictions).all():
+    if predictions.dtype.kind == "f" and not np.isfinite(predictions).all():
         row = int(np.flatnonzero(~np.isfinite(predictions))[0])
         raise NumericError(f"prediction {row} is {predictions[row]}", "Lower the learning rate")
     with warnings.catch_warnings():

@@ -32,9 +32,43 @@ def numbers(rows: int = 80, seeds: int = 3, seed: int = 0, **noise: float) -> Pr
     return Predicted(labels, np.arange(rows), arms)
 
 
+def names(rows: int = 80, seeds: int = 3, **rates: float) -> Predicted:
+    """Arms that are right on a name of several with the given probability."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(2, size=(rows, 3))
+    arms = {
+        arm: np.where(rng.random((seeds, rows, 3)) < rate, labels, 1 - labels)
+        for arm, rate in rates.items()
+    }
+    return Predicted(labels, np.arange(rows), arms)
+
+
+def tags(rows: int = 80, seeds: int = 3, **rates: float) -> Predicted:
+    """Arms that are right on a word with the given probability."""
+    rng = np.random.default_rng(0)
+    known = np.array(["O", "B-X", "B-Y"])
+    ids = rng.integers(3, size=(rows, 4))
+
+    def told(found: np.ndarray) -> np.ndarray:
+        cells = np.empty(found.shape[:-1], object)
+        for place in np.ndindex(cells.shape):
+            cells[place] = tuple(map(str, known[found[place]]))
+        return cells
+
+    arms = {
+        arm: told(np.where(rng.random((seeds, rows, 4)) < rate, ids, (ids + 1) % 3))
+        for arm, rate in rates.items()
+    }
+    return Predicted(told(ids), np.arange(rows), arms)
+
+
 def told_of(metric: Metric) -> Predicted:
     if metric in REGRESSION:
         return numbers(lora=0.5, scratch=1.0)
+    if metric in METRICS["multi-label"].values():
+        return names(lora=0.9, scratch=0.6)
+    if metric in METRICS["token-classification"].values():
+        return tags(lora=0.9, scratch=0.6)
     return predicted(lora=0.8, scratch=0.6)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
+from seqeval import metrics as seq
 from sklearn import metrics as sk
 
 from hftl.errors import HubError, NumericError, RecipeError
@@ -24,6 +25,22 @@ ORACLES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "rmse": lambda y, p: stats.pmean(np.abs(y - p), 2),
     "mae": lambda y, p: sum(abs(a - b) for a, b in zip(y, p, strict=True)) / len(y),
 }
+OF_TASK: dict[str, dict[str, Callable[[Any, Any], float]]] = {
+    "multi-label": {
+        "micro_f1": lambda y, p: sk.f1_score(y, p, average="micro"),
+        "f1": lambda y, p: sk.f1_score(y, p, average="macro"),
+        "accuracy": sk.accuracy_score,
+    },
+    "token-classification": {
+        "f1": lambda y, p: seq.f1_score(list(map(list, y)), list(map(list, p))),
+        "precision": lambda y, p: seq.precision_score(list(map(list, y)), list(map(list, p))),
+        "recall": lambda y, p: seq.recall_score(list(map(list, y)), list(map(list, p))),
+        "accuracy": lambda y, p: sk.accuracy_score(
+            [t for r in y for t in r], [t for r in p for t in r]
+        ),
+    },
+}
+TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 
 
 def rk_correlation(labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -41,8 +58,25 @@ def draw(task: str, seed: int, rows: int = 60) -> tuple[np.ndarray, np.ndarray]:
     if task == "classification":
         labels = rng.choice(5, rows, p=[0.5, 0.3, 0.15, 0.05, 0.0])
         return labels, np.where(rng.random(rows) < 0.6, labels, rng.integers(5, size=rows))
+    if task == "multi-label":
+        labels = (rng.random((rows, 4)) < [0.5, 0.3, 0.2, 0.1]).astype(float)
+        return labels, np.where(rng.random(labels.shape) < 0.8, labels, 1 - labels)
+    if task == "token-classification":
+        return tags(rng, rows)
     labels = rng.normal(3, 2, rows).round(1)
     return labels, (labels + rng.normal(0.5, 1, rows)).round(1)
+
+
+def tags(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of tags of unequal length, and predictions that keep most of them."""
+    labels, predictions = np.empty(rows, object), np.empty(rows, object)
+    lengths = np.tile(rng.integers(1, 9, rows // 2), 2)
+    for row in range(rows):
+        told = rng.choice(TAGS, lengths[row], p=[0.4, 0.2, 0.15, 0.15, 0.1])
+        kept = rng.random(len(told)) < 0.8
+        labels[row] = tuple(map(str, told))
+        predictions[row] = tuple(map(str, np.where(kept, told, rng.choice(TAGS, len(told)))))
+    return labels, predictions
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -51,7 +85,7 @@ def draw(task: str, seed: int, rows: int = 60) -> tuple[np.ndarray, np.ndarray]:
 def test_equals_its_oracle(task: str, name: str, seed: int) -> None:
     labels, predictions = draw(task, seed)
     assert find(name, task).score(labels, predictions) == pytest.approx(
-        ORACLES[name](labels, predictions), abs=1e-12
+        OF_TASK.get(task, ORACLES)[name](labels, predictions), abs=1e-12
     )
 
 

@@ -29,7 +29,7 @@ def problem(outputs: int, seed: int = 0, rows: int = ROWS) -> tuple[np.ndarray, 
 
 def fit(features: np.ndarray, labels: np.ndarray, groups: list[Any] | None = None) -> Probe:
     outputs = 1 if labels.dtype == np.float64 else int(labels.max()) + 1
-    return fit_probe(features, labels, outputs, groups or [None] * len(labels))
+    return fit_probe(features, labels, outputs, np.array(groups) if groups else None)
 
 
 def margins(logits: np.ndarray) -> np.ndarray:

@@ -20,6 +20,8 @@ from sklearn.model_selection import (
 
 FOLDS = 5
 STEPS = 1000
+CHOSEN_ON = 20_000
+"""Rows that the penalty is chosen on, at most; it is fitted on all."""
 CS = np.logspace(-5, 2, 8)
 ALPHAS = np.logspace(-2, 6, 17)
 FLAT = 1e-6
@@ -43,64 +45,127 @@ class Probe:
 
 
 def fit_probe(
-    features: np.ndarray, labels: np.ndarray, outputs: int, groups: list[str | None]
+    features: np.ndarray, labels: np.ndarray, outputs: int, groups: np.ndarray | None
 ) -> Probe:
     """Fits the probe.
 
     Args:
         features: (rows, width) float32.
-        labels: (rows,) int64 class ids below `outputs`, or float64 targets.
+        labels: (rows,) int64 class ids below `outputs`, float64 targets, or (rows, outputs)
+            float64 of 0 and 1.
         outputs: classes; 1 for regression.
-        groups: a name for each row whose fold is shared, or None throughout.
+        groups: (rows,) names whose rows share a fold, or None.
     """
+    # Words that were cut off have no features.
+    known = np.isfinite(features).all(1)
+    features, labels = features[known], labels[known]
     mean, scale = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
     scale[scale < FLAT * np.maximum(1, np.abs(mean))] = np.inf  # such a feature weighs nothing
     standard = (features - mean) / scale
-    grouped = None if groups[0] is None else np.array(groups)
-    if outputs == 1:
-        weight, bias, penalty = ridge(standard, labels, grouped, ALPHAS)
-    else:
-        weight, bias, penalty = logistic(standard, labels, grouped, CS)
+    grouped = None if groups is None else groups[known]
+    weight, bias, penalty = solve(standard, labels, outputs, grouped, CS, ALPHAS)
     weight = weight / scale
     return Probe(weight.astype(np.float32), (bias - weight @ mean).astype(np.float32), penalty)
 
 
+def solve(
+    x: Any, labels: np.ndarray, outputs: int, groups: np.ndarray | None,
+    cs: np.ndarray, alphas: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, float]:  # fmt: skip
+    """The linear model that fits the labels: logistic for classes, ridge for a target.
+
+    Multi-label is one logistic model a class. Shapes as in `fit_probe` and `logistic`.
+    """
+    if isinstance(x, np.ndarray) and x.shape[0] < x.shape[1]:
+        # The penalty sees lengths only, so the solution lies in the rows' own space: the same
+        # one, found among as many numbers as there are rows.
+        left, values, right = np.linalg.svd(x, full_matrices=False)
+        weight, bias, penalty = solve(left * values, labels, outputs, groups, cs, alphas)
+        return weight @ right, bias, penalty
+    if labels.ndim == 2:
+        pairs = [logistic(x, column.astype(np.int64), 2, groups, cs) for column in labels.T]
+        weight = np.stack([w[1] - w[0] for w, _, _ in pairs])
+        bias = np.array([b[1] - b[0] for _, b, _ in pairs])
+        return weight, bias, float(np.median([penalty for _, _, penalty in pairs]))
+    if outputs == 1:
+        return ridge(x, labels, groups, alphas)
+    return logistic(x, labels, outputs, groups, cs)
+
+
 def logistic(
-    x: Any, y: np.ndarray, groups: np.ndarray | None, cs: np.ndarray
+    x: Any, y: np.ndarray, outputs: int, groups: np.ndarray | None, cs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Multinomial logistic regression, C by cross-validated log loss.
 
     Args:
         x: (rows, width), dense or sparse.
-        y: (rows,) class ids, every class present.
+        y: (rows,) class ids below `outputs`.
+        outputs: classes; one that has no row is never predicted.
         groups: (rows,) names whose rows share a fold, or None.
         cs: the penalties to choose from.
 
     Returns:
-        Weights (classes, width), biases (classes,) and the C chosen.
+        Weights (outputs, width), biases (outputs,) and the C chosen.
     """
-    smallest = int(np.bincount(y).min())
-    folds = min(FOLDS, smallest if groups is None else min(smallest, len(set(groups))))
-    if folds < 2:
-        # One row of a class cannot be held out: the middle of the grid stands in for a choice.
-        chosen = float(cs[len(cs) // 2])
-    else:
-        splitter = StratifiedKFold(folds) if groups is None else StratifiedGroupKFold(folds)
-        with warnings.catch_warnings():
-            # A group fold may lack a class, the weakest penalty need more steps: neither decides.
-            warnings.simplefilter("ignore")
-            settings: dict[str, Any] = {
-                "Cs": cs, "cv": list(splitter.split(x, y, groups)), "scoring": "neg_log_loss",
-                "max_iter": STEPS, "l1_ratios": (0.0,), "use_legacy_attributes": False,
-            }  # fmt: skip
-            search: Any = LogisticRegressionCV(**settings).fit(x, y)
-        chosen = float(np.ravel(search.C_)[0])
+    present = np.unique(y)
+    if len(present) < 2:
+        lone = np.zeros((1, x.shape[1])), np.zeros(1)
+        return *_with_absent(*lone, present, outputs, len(y)), float(cs[len(cs) // 2])
+    chosen = _chosen_c(x, y, groups, cs)
     solver = LogisticRegression(C=chosen, max_iter=STEPS, tol=1e-6).fit(x, y)
     weight, bias = solver.coef_, solver.intercept_
     if len(weight) == 1:
         weight = np.concatenate([-weight / 2, weight / 2])
         bias = np.concatenate([-bias / 2, bias / 2])
-    return weight, bias, chosen
+    return *_with_absent(weight, bias, present, outputs, len(y)), chosen
+
+
+def _chosen_c(x: Any, y: np.ndarray, groups: np.ndarray | None, cs: np.ndarray) -> float:
+    """The C of the least cross-validated log loss.
+
+    Classes too rare to be held out have no say; where that leaves fewer than two, the middle of
+    the grid stands in for a choice.
+    """
+    counts = np.bincount(y)
+    enough = next((n for n in (FOLDS, 2) if (counts >= n).sum() >= 2), None)
+    if enough is None:
+        return float(cs[len(cs) // 2])
+    rows = np.flatnonzero(counts[y] >= enough)[:CHOSEN_ON]
+    x, y = x[rows], y[rows]
+    groups = None if groups is None else groups[rows]
+    smallest = int(np.bincount(y)[np.unique(y)].min())
+    folds = min(FOLDS, smallest if groups is None else min(smallest, len(set(groups))))
+    if folds < 2 or len(np.unique(y)) < 2:
+        return float(cs[len(cs) // 2])
+    splitter = StratifiedKFold(folds) if groups is None else StratifiedGroupKFold(folds)
+    splits = [
+        (train, test)
+        for train, test in splitter.split(x, y, groups)
+        if len(np.unique(y[train])) == len(np.unique(y))
+    ]
+    if not splits:
+        return float(cs[len(cs) // 2])
+    with warnings.catch_warnings():
+        # A group fold may lack a class, the weakest penalty need more steps: neither decides.
+        warnings.simplefilter("ignore")
+        settings: dict[str, Any] = {
+            "Cs": cs, "cv": splits, "scoring": "neg_log_loss",
+            "max_iter": STEPS, "l1_ratios": (0.0,), "use_legacy_attributes": False,
+        }  # fmt: skip
+        search: Any = LogisticRegressionCV(**settings).fit(x, y)
+    return float(np.ravel(search.C_)[0])
+
+
+def _with_absent(
+    weight: np.ndarray, bias: np.ndarray, present: np.ndarray, outputs: int, rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights for every output: one whose class has no row is below all others everywhere near."""
+    if len(present) == outputs:
+        return weight, bias
+    whole = np.tile(weight.mean(0), (outputs, 1))
+    biases = np.full(outputs, bias.min() - np.log(rows + 1))
+    whole[present], biases[present] = weight, bias
+    return whole, biases
 
 
 def ridge(
