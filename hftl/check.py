@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from hftl.data.pixels import ImageInputs
 from hftl.data.prepare import Prepared
-from hftl.data.text import length_facts
+from hftl.data.text import TextInputs
 from hftl.model.anatomy import max_tokens
 from hftl.model.source import SourceModel
 from hftl.sections import Finetune
@@ -12,6 +13,8 @@ SAMPLE = 2000
 """Training rows that lengths are taken from."""
 TRUNCATED = 0.1
 UNKNOWN = 0.02
+ENLARGED = 0.5
+ELONGATED = 0.1
 SMALL_TEST = 200
 IMBALANCE = 10
 HIGH_RATE = 2e-4
@@ -19,16 +22,15 @@ HIGH_RATE = 2e-4
 
 
 def check(
-    source: SourceModel, tokenizer: Any, prepared: Prepared, max_length: int, arms: list[Finetune]
-) -> dict[str, Any]:
-    """Facts about texts and settings, and `warnings`, each a sentence with what to do."""
-    limit = max_tokens(source.config)
-    lengths = length_facts(tokenizer, prepared.rows["train"][:SAMPLE], min(max_length, limit))
-    warnings = [
-        *_length_warnings(lengths, max_length, limit),
-        *_label_warnings(prepared),
-        *_rate_warnings(arms),
-    ]
+    source: SourceModel, inputs: TextInputs | ImageInputs, prepared: Prepared, asked_length: int,
+    arms: list[Finetune],
+) -> dict[str, Any]:  # fmt: skip
+    """Facts about inputs and settings, and `warnings`, each a sentence with what to do."""
+    told = inputs.facts(prepared.rows["train"][:SAMPLE])
+    seen = _picture_warnings(told) if prepared.modality == "image" else (
+        _length_warnings(told, asked_length, max_tokens(source.config))
+    )  # fmt: skip
+    warnings = [*seen, *_label_warnings(prepared), *_rate_warnings(arms)]
     if source.public_id is None:
         warnings.append(
             "the source model has no public id, so the adapter could not be pushed; set "
@@ -37,12 +39,27 @@ def check(
     facts = prepared.facts
     if facts["leaked"]:
         warnings.append(
-            f"{facts['leaked']} texts of train also stood in validation or test; they were "
+            f"{facts['leaked']} inputs of train also stood in validation or test; they were "
             "dropped from train"
         )
     if facts["bad_rows"]:
         warnings.append(f"{facts['bad_rows']} bad rows were skipped; the record lists them")
-    return {**lengths, "warnings": warnings}
+    return {**told, "warnings": warnings}
+
+
+def _picture_warnings(facts: dict[str, float]) -> list[str]:
+    found = []
+    if facts["enlarged"] > ENLARGED:
+        found.append(
+            f"{facts['enlarged']:.0%} of the pictures are smaller than {facts['image_size']:.0f} "
+            "pixels and are enlarged; a smaller data.image_size would be faster"
+        )
+    if facts["elongated"] > ELONGATED:
+        found.append(
+            f"{facts['elongated']:.0%} of the pictures are more than twice as long as wide; the "
+            "source's processor crops or squeezes them"
+        )
+    return found
 
 
 def _length_warnings(lengths: dict[str, float], max_length: int, limit: int) -> list[str]:
@@ -71,7 +88,9 @@ def _label_warnings(prepared: Prepared) -> list[str]:
     if len(test) < SMALL_TEST:
         found.append(f"{len(test)} test rows give a wide interval; a few hundred are better")
     counts = (prepared.facts["label_counts"] or {}).get("train", {})
-    if counts and max(counts.values()) > IMBALANCE * min(counts.values()):
+    if prepared.task == "classification" and max(counts.values()) > IMBALANCE * min(
+        counts.values()
+    ):
         rare = min(counts, key=lambda name: counts[name])
         found.append(
             f"the class {rare!r} has {counts[rare]} of {sum(counts.values())} training rows; "

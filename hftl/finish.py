@@ -9,9 +9,10 @@ from typing import Any
 from hftl import rundir, show
 from hftl.card.card import gain_sentence, render_card, render_report
 from hftl.card.plots import plot_ladder
+from hftl.data.pixels import ImageInputs
 from hftl.errors import RunFolderError
 from hftl.finetune import store
-from hftl.finetune.workbench import Workbench
+from hftl.finetune.workbench import MEASURED, Workbench
 from hftl.measure.collect import collect
 from hftl.measure.gain import best_seed, ladder, transfer_gain
 from hftl.measure.verdict import decide
@@ -92,6 +93,7 @@ def measure(
         "source": _source(bench),
         "data": _data(recipe, bench),
         "check": bench.check(recipe.data.max_length, arms),
+        "forward": bench.inputs.arguments if isinstance(bench.inputs, ImageInputs) else None,
         "adapt": None,
         "metric": metric.name,
         "own_arm": own.name,
@@ -179,7 +181,7 @@ def _source(bench: Workbench) -> dict[str, Any]:
         "local": source.local and not source.spec.startswith(PACKAGE),
         "published_as": source.public_id,
         "revision": source.revision,
-        "architecture": source.model_type,
+        "architecture": source.architecture,
         "weights_sha256": bench.weights,
     }
 
@@ -188,14 +190,18 @@ def _data(recipe: Recipe, bench: Workbench) -> dict[str, Any]:
     """The data's facts, its name, and how many labels were read."""
     facts = bench.prepared.facts
     drawn = [bench.train_rows(seed) for seed in recipe.measure.seeds]
-    train = {row.texts for rows in drawn for row in rows}
-    measured = facts["splits"]["validation"] + facts["splits"]["test"]
+    train = {row.content: row for rows in drawn for row in rows}
+    held = [row for split in MEASURED for row in bench.prepared.rows[split]]
+    words = bench.prepared.words
     return {
         **facts,
         "name": recipe.data.train.path
         if "train" in facts["hub_revisions"]
         else _last_name(recipe.data.train.path),
-        "labels_read": {"train_per_seed": len(drawn[0]), "total": len(train) + measured},
+        "labels_read": {
+            "train_per_seed": sum(words(drawn[0])),
+            "total": sum(words([*train.values(), *held])),
+        },
     }
 
 

@@ -7,15 +7,28 @@ from typing import Any
 import yaml
 
 from hftl import rundir
-from hftl.data.files import READERS
-from hftl.data.load import guess_format
+from hftl.data.files import IMAGE_SUFFIXES, READERS, guess_format
+from hftl.data.split import IN_ALL
 from hftl.errors import DataError, RecipeError
+from hftl.recipe import DEFAULT_METRIC
 
 LOOKED_AT = 2000
 """Rows a guess is made from."""
 MOST_CLASSES = 50
-LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "topic", "y")
+LABEL_NAMES = (
+    "label",
+    "labels",
+    "tags",
+    "ner_tags",
+    "class",
+    "category",
+    "target",
+    "sentiment",
+    "topic",
+    "y",
+)
 TEXT_NAMES = ("text", "sentence", "review", "content", "body", "document", "comment", "message")
+WORDS_NAMES = ("tokens", "words")
 GROUP_NAMES = ("group", "document_id", "author", "user", "user_id", "patient", "session")
 
 TEMPLATE = """# Fine-tunes {source} on {data}, and measures what the transfer was worth.
@@ -28,18 +41,18 @@ data:
   task: {task}         # guessed from the label's values
   train:
     path: {data}
-    text: {text}  # guessed
+    {column}: {name}  # guessed
     label: {label}  # guessed
   {group}
   test: {{fraction: 0.2}}        # held out, never chosen by
   validation: {{fraction: 0.2}}  # the best epoch is chosen here
   # shots: 200                 # learn from so many labelled rows {unit}
-  bad_rows: refuse             # skip: drop and count rows without text or label
-  max_length: 128              # tokens; longer texts are cut
+  bad_rows: refuse             # skip: drop and count rows without {lacks} or label
+  {size}
 
 finetune:
   strategy: lora               # head | partial | lora | full
-  pooling: {pooling:<13}       # native | mean | cls; mean suits sentence encoders
+  pooling: {pooling:<13}       # {pooling_note}
   lora: {{r: 8, lora_alpha: 16}}
   training:                    # transformers.TrainingArguments
     learning_rate: 5.0e-4
@@ -53,11 +66,25 @@ measure:
 """
 
 
+POOLINGS = {
+    "image": "the architecture's own; pictures know no other",
+    "text": "native | mean | cls; mean suits sentence encoders",
+}
+SIZES = {
+    "image": "# image_size: 224            # pixels; null: the source's own",
+    "text": "max_length: 128              # tokens; longer texts are cut",
+}
+
+
 @dataclass(frozen=True)
 class Guess:
-    """What the columns seem to be; each note says why."""
+    """What the columns seem to be; each note says why.
 
-    texts: list[str]
+    `kind` is `text` or `image`, and `inputs` the columns of it, for texts one or two.
+    """
+
+    kind: str
+    inputs: list[str]
     label: str
     task: str
     group: str | None
@@ -83,7 +110,7 @@ def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, li
     rows = []
     for raw in READERS[name](data):
         rows.append(raw.values)
-        if len(rows) >= LOOKED_AT and name != "textfolder":
+        if len(rows) >= LOOKED_AT and not data.is_dir():
             break
     if not rows:
         raise DataError(f"{data.name} has no rows", "Check the file")
@@ -100,31 +127,70 @@ def guess_columns(name: str, rows: list[dict[str, Any]]) -> Guess:
         DataError: naming what no column can be.
     """
     columns = {c: [row.get(c) for row in rows if row.get(c) not in (None, "")] for c in rows[0]}
-    label, task = _label(name, columns)
-    texts = _texts(name, columns, label)
+    image = next((c for c in columns if columns[c] and all(map(_is_picture, columns[c]))), None)
+    others = {c: values for c, values in columns.items() if c != image}
+    label, task = _label(name, others)
+    words = _words(others, label) if task == "multi-label" else None
+    if words:
+        task = "token-classification"
+    inputs = [image] if image else [words] if words else _texts(name, others, label)
     group = next(
-        (c for c in columns if c.lower() in GROUP_NAMES and c not in (*texts, label)), None
+        (c for c in others if c.lower() in GROUP_NAMES and c not in (*inputs, label)), None
     )
-    distinct = len({str(value) for value in columns[label]})
-    what = f"{distinct} classes" if task == "classification" else "a number"
-    named = len(texts) > 1 or texts[0].lower() in TEXT_NAMES
-    notes = [f"text: {' and '.join(texts)} ({'by name' if named else 'the longest column'})"]
-    notes.append(f"label: {label} ({what}), so the task is {task}")
+    kind = "image" if image else "text"
+    named = len(inputs) > 1 or image or words or inputs[0].lower() in TEXT_NAMES
+    notes = [f"{kind}: {' and '.join(inputs)} ({'by name' if named else 'the longest column'})"]
+    notes.append(f"label: {label} ({_label_words(task, columns[label])}), so the task is {task}")
     if group:
         notes.append(f"group: {group}; its rows stay in one split")
-    return Guess(texts, label, task, group, notes)
+    return Guess(kind, inputs, label, task, group, notes)
+
+
+def _label_words(task: str, values: list[Any]) -> str:
+    if task == "regression":
+        return "a number"
+    if task == "token-classification":
+        return "a list as long as the words"
+    if task == "multi-label":
+        return "a list"
+    return f"{_distinct(values)} classes"
+
+
+def _is_picture(value: Any) -> bool:
+    """A file that a folder of pictures holds, a table's own picture, or the path of one."""
+    if isinstance(value, dict):
+        return "bytes" in value
+    return isinstance(value, (Path, bytes)) or (
+        isinstance(value, str) and Path(value).suffix.lower() in IMAGE_SUFFIXES
+    )
+
+
+def _words(columns: dict[str, list[Any]], label: str) -> str | None:
+    """A column of lists as long as the label's lists, if there is one."""
+    lengths = [len(value) for value in columns[label]]
+    return next(
+        (c for c, values in columns.items() if c != label and values
+         and all(isinstance(v, list) for v in values) and [len(v) for v in values] == lengths),
+        None,
+    )  # fmt: skip
 
 
 def _label(name: str, columns: dict[str, list[Any]]) -> tuple[str, str]:
-    """The named label column, else the one with the fewest values that repeat."""
+    """The named label column, a column of lists, else the one with the fewest values."""
     named = [c for wanted in LABEL_NAMES for c in columns if c.lower() == wanted and columns[c]]
+    lists = [
+        c for c, values in columns.items()
+        if values and all(isinstance(v, list) for v in values) and c.lower() not in WORDS_NAMES
+    ]  # fmt: skip
     few = sorted(
         (c for c in columns if 2 <= _distinct(columns[c]) <= min(MOST_CLASSES, _half(columns[c]))),
         key=lambda c: _distinct(columns[c]),
     )
     numbers = [c for c in columns if columns[c] and all(map(_is_number, columns[c]))]
-    for column in [*named, *few, *numbers]:
+    for column in [*named, *lists, *few, *numbers]:
         values = columns[column]
+        if column in lists:
+            return column, "multi-label"
         many = _distinct(values) > MOST_CLASSES
         fractional = any(_is_number(v) and not float(v).is_integer() for v in values)
         if all(map(_is_number, values)) and (many or fractional):
@@ -160,17 +226,19 @@ def _texts(name: str, columns: dict[str, list[Any]], label: str) -> list[str]:
 
 
 def _filled(guess: Guess, data: Path, source: str, path: Path) -> str:
-    regression = guess.task == "regression"
+    in_all = guess.task in IN_ALL
     sentence_encoder = any(part in source.lower() for part in ("minilm", "sentence", "mpnet"))
-    text = guess.texts[0] if len(guess.texts) == 1 else guess.texts
+    pooled = sentence_encoder and guess.kind == "text" and guess.task != "token-classification"
     return TEMPLATE.format(
         source=_yaml(source), data=_yaml(str(data)), recipe=path, task=guess.task,
-        text=_yaml(text), label=_yaml(guess.label),
+        column=guess.kind, label=_yaml(guess.label),
+        name=_yaml(guess.inputs[0] if len(guess.inputs) == 1 else guess.inputs),
         group=f"group: {_yaml(guess.group)}" if guess.group
         else "# group: document_id         # rows of one group never straddle splits",
-        unit="in all" if regression else "a class",
-        pooling="mean" if sentence_encoder else "native",
-        metric="pearson" if regression else "accuracy",
+        unit="in all" if in_all else "a class", lacks=guess.kind,
+        size=SIZES[guess.kind],
+        pooling="mean" if pooled else "native", pooling_note=POOLINGS[guess.kind],
+        metric=DEFAULT_METRIC.get(guess.task, "accuracy"),
     )  # fmt: skip
 
 

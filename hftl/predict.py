@@ -6,69 +6,135 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from PIL.Image import Image
 from torch import nn
 
 from hftl import places, rundir
-from hftl.data.text import Pad, encode
+from hftl.data import answers
+from hftl.data.cells import text_fault
+from hftl.data.decode import BadImage, decode, too_small
+from hftl.data.image import canvas, target_size
+from hftl.data.load import Row
+from hftl.data.pixels import ImageInputs
+from hftl.data.text import Encoded, TextInputs, WordInputs
 from hftl.errors import DataError, HubError, RecipeError, RunFolderError
-from hftl.finetune.arm import predictions_of
-from hftl.model.anatomy import max_tokens
+from hftl.finetune.opening import position_arguments
+from hftl.model.anatomy import anatomy_of, max_tokens, patch_size
 from hftl.model.cache import logits
 from hftl.model.source import find_source, weights_sha256
 from hftl.publish import reload
 from hftl.recipe import Recipe
-from hftl.sections import Source
+from hftl.sections import Data, Source, Table
 from hftl.train.hardware import device
 
-Text = str | Sequence[str]
+Input = str | Sequence[str] | Path | bytes | Image
+"""A text, a pair of texts, the words of one, or a picture: a path, its bytes, or itself."""
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A loaded model. `names` are the classes, empty for regression; `texts` the text columns."""
+    """A loaded model.
+
+    `names` are the classes, empty for regression; `columns` the input columns of a table.
+    """
 
     model: nn.Module
-    tokenizer: Any
+    inputs: TextInputs | ImageInputs
+    task: str
     names: list[str]
-    texts: list[str]
-    max_length: int
+    columns: list[str]
     device: str
 
-    def predict(self, inputs: Iterable[Text]) -> list[dict[str, Any]]:
-        """Predicts each text, or pair of texts.
+    @property
+    def modality(self) -> str:
+        """`text` or `image`."""
+        return "image" if isinstance(self.inputs, ImageInputs) else "text"
+
+    def predict(self, inputs: Iterable[Input]) -> list[dict[str, Any]]:
+        """Predicts each input.
 
         Returns:
-            A mapping for each: `label`, for classes also `score` and `scores` by class name.
+            A mapping for each: `label`; for classes also `score` and `scores` by class name; for
+            multi-label `label` is a list and there is no `score`; for words `label` and `score`
+            are lists, the score None for a word beyond the model's length.
 
         Raises:
-            DataError: for an empty text, or another number of texts than the model takes.
+            DataError: for an input that is no text, not so many texts, no words, or no picture.
         """
-        rows: list[Any] = [
-            tuple(text) if isinstance(text, (list, tuple)) else (text,) for text in inputs
-        ]
-        for number, row in enumerate(rows):
-            if len(row) != len(self.texts) or not all(
-                isinstance(t, str) and t.strip() for t in row
-            ):
-                raise DataError(
-                    f"input {number + 1} is {row!r}, expected {len(self.texts)} text(s), not empty",
-                    "Correct it",
-                )
-        if not rows:
-            return []
-        encoded = encode(self.tokenizer, rows, self.max_length)
-        found = logits(self.model, encoded, Pad(self.tokenizer), self.device)
-        return [self._told(row) for row in found]
+        if isinstance(inputs, (str, bytes, Path, Image)):
+            raise DataError(f"predict takes a list, got one {type(inputs).__name__}", "Write [it]")
+        return self.answer(self.encode(inputs))
 
-    def _told(self, found: np.ndarray) -> dict[str, Any]:
-        task = "classification" if self.names else "regression"
-        predictions, scores = predictions_of(task, found[None])
-        if not self.names:
-            return {"label": float(predictions[0])}
-        by_name = dict(zip(self.names, map(float, scores[0]), strict=True))
-        label = self.names[int(predictions[0])]
+    def encode(
+        self, inputs: Iterable[Input], places: Sequence[str] = (), folder: Path | None = None
+    ) -> list[tuple[Encoded, int]]:
+        """What the encoder takes of each input, and how many answers it gets.
+
+        Args:
+            inputs: as in `predict`.
+            places: what to call each in a message; by default its number.
+            folder: what the paths of pictures are relative to; None: the current directory.
+
+        Raises:
+            DataError: see `predict`.
+        """
+        named = ((places[n] if places else f"input {n + 1}", one) for n, one in enumerate(inputs))
+        if isinstance(self.inputs, ImageInputs):
+            return [(picture(self.inputs, *pair, folder or Path.cwd()), 1) for pair in named]
+        rows = [self._row(place, given) for place, given in named]
+        tokens = self.task == "token-classification"
+        words = [len(row.content) if tokens else 1 for row in rows]
+        return list(zip(self.inputs.encode(rows), words, strict=True))
+
+    def answer(self, encoded: list[tuple[Encoded, int]]) -> list[dict[str, Any]]:
+        """The answers for what `encode` gave; the forms of `predict`."""
+        if not encoded:
+            return []
+        found = logits(self.model, [row for row, _ in encoded], self.inputs, self.device)
+        words = [count for _, count in encoded]
+        labels, scores = answers.told(found, self.task, self.names, words)
+        return [self._told(*pair) for pair in zip(labels, scores, strict=True)]
+
+    def _row(self, place: str, given: Any) -> Row:
+        if self.task == "token-classification":
+            why = text_fault("it", given, self.task)
+            content = () if why else tuple(given)
+        else:
+            content = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+            why = next((w for text in content if (w := text_fault("it", text, self.task))), None)
+            if len(content) != len(self.columns):
+                why = f"{len(content)} text(s)"
+        if why:
+            wanted = "a list of words" if self.task == "token-classification" else (
+                f"{len(self.columns)} text(s), not empty")  # fmt: skip
+            raise DataError(f"{place} is {given!r}, expected {wanted}", "Correct it")
+        return Row(content, "", None, 0, place)
+
+    def _told(self, label: Any, scores: list[Any]) -> dict[str, Any]:
+        if self.task == "regression":
+            return {"label": label}
+        if self.task == "token-classification":
+            return {"label": list(label), "score": [word and max(word) for word in scores]}
+        by_name = dict(zip(self.names, scores, strict=True))
+        if self.task == "multi-label":
+            return {"label": list(label), "scores": by_name}
         return {"label": label, "score": by_name[label], "scores": by_name}
+
+
+def picture(inputs: ImageInputs, place: str, given: Any, folder: Path) -> Encoded:
+    """A picture as the encoder takes it.
+
+    Raises:
+        DataError: naming the place, if there is none to be read.
+    """
+    try:
+        image = decode(given, folder, inputs.data.max_pixels)
+        if too_small(image, inputs.patch):
+            raise BadImage(f"its pixels are within one patch of {inputs.patch}")
+    except BadImage as error:
+        shown = f" ({given})" if isinstance(given, (str, Path)) and str(given) != place else ""
+        raise DataError(f"{place}{shown}: {error}", "Correct it") from error
+    return {"pixel_values": canvas(inputs.processor, image)}
 
 
 def load(path: str | Path, base: str | Path | None = None) -> Predictor:
@@ -83,29 +149,72 @@ def load(path: str | Path, base: str | Path | None = None) -> Predictor:
         RunFolderError: if a run has no publish folder yet, or the base has other weights.
         HubError: if a hub id cannot be had.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     folder = _published(path)
     _need_head(folder)
     told = _read_json(folder / "hftl.json")
-    recipe = told.get("recipe", {})
     adapter = (folder / "adapter_config.json").exists()
     model = reload.load(folder, _base(folder, told, base) if adapter else None)
     config: Any = AutoConfig.from_pretrained(folder)
-    if "data" in told:
-        names = told["data"]["labels"]
-    else:
-        names = [config.id2label[i] for i in range(config.num_labels)]
-    text = recipe.get("data", {}).get("train", {}).get("text", "text")
+    task = _task(told, config)
+    names = told["data"]["labels"] if "data" in told else list(config.id2label.values())
+    if task == "regression":
+        names = []
+    data = told.get("recipe", {}).get("data", {})
+    inputs, columns = _inputs(folder, config, task, data)
     where = device()
-    return Predictor(
-        model.to(where),
-        AutoTokenizer.from_pretrained(folder),
-        names,
-        [text] if isinstance(text, str) else text,
-        min(recipe.get("data", {}).get("max_length", 128), max_tokens(config)),
-        where,
-    )
+    return Predictor(model.to(where), inputs, task, names, columns, where)
+
+
+def _task(told: dict[str, Any], config: Any) -> str:
+    """The task, from the record or the config of a folder that has none."""
+    if "data" in told:
+        return told["data"]["task"]
+    if (config.architectures or [""])[0].endswith("ForTokenClassification"):
+        return "token-classification"
+    known = {"regression": "regression", "multi_label_classification": "multi-label"}
+    return known.get(str(config.problem_type), "classification")
+
+
+def _inputs(
+    folder: Path, config: Any, task: str, data: dict[str, Any]
+) -> tuple[TextInputs | ImageInputs, list[str]]:
+    """How the folder's model takes inputs, and the columns of a table that hold them."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    train = data.get("train", {})
+    if anatomy_of(config).modality == "image":
+        processor: Any = _loaded(AutoImageProcessor, folder, backend="pil")
+        settings = {k: v for k, v in data.items() if k == "max_pixels"}
+        reading = Data(train=Table(path="."), **settings)
+        side = target_size(processor)
+        inputs = ImageInputs(
+            reading, processor, position_arguments(config, side), patch_size(config)
+        )
+        return inputs, [train.get("image", "image")]
+    kind = WordInputs if task == "token-classification" else TextInputs
+    longest = min(data.get("max_length", 128), max_tokens(config))
+    tokenizer: Any = _loaded(AutoTokenizer, folder)
+    text = train.get("text", "text")
+    columns = [text] if isinstance(text, str) else text
+    return kind(tokenizer, longest), columns
+
+
+def _loaded(kind: Any, folder: Path, **more: Any) -> Any:
+    """The folder's own tokenizer or processor.
+
+    Raises:
+        RecipeError: if it has none.
+    """
+    try:
+        return kind.from_pretrained(folder, **more)
+    except (OSError, ValueError, ImportError) as error:
+        raise RecipeError(
+            f"{folder} has no usable {kind.__name__.removeprefix('Auto')}: "
+            f"{str(error).splitlines()[0]}",
+            "Give a folder that hftl published, or save it beside the model",
+        ) from error
 
 
 def _published(path: str | Path) -> Path:
@@ -130,7 +239,7 @@ def _need_head(folder: Path) -> None:
     trained = ("adapter_config.json", "head.safetensors")
     kinds = _read_json(folder / "config.json").get("architectures") or []
     if not any((folder / name).exists() for name in trained) and not any(
-        kind.endswith("ForSequenceClassification") for kind in kinds
+        kind.endswith(tuple(reload.AUTO)) for kind in kinds
     ):
         raise RecipeError(
             f"{folder.name} has no trained head to predict with", "Give a run or a published folder"

@@ -13,7 +13,7 @@ from hftl.recipe import Arm, Recipe
 
 PATHS = ("path", "format", "split", "revision", "name")
 """Where a table lies is not what it says: data count by content."""
-NOT_SPLIT = ("data.max_length",)
+NOT_SPLIT = ("data.max_length", "data.image_size", "data.augment")
 TRAINED = ("head_init", "patience", "training")
 
 
@@ -43,6 +43,11 @@ def arm_reads(recipe: Recipe, arm: Arm) -> dict[str, Any]:
     reads["data.shots"] = recipe.data.shots
     if used:
         reads["data.max_length"] = recipe.data.max_length
+    # Texts know neither, and their runs say nothing of them.
+    if recipe.data.image_size is not None and arm.strategy != "majority":
+        reads["data.image_size"] = recipe.data.image_size
+    if recipe.data.augment != "none" and "training" in used:
+        reads["data.augment"] = recipe.data.augment
     if arm.strategy == "scratch":
         reads |= yamlfile.flatten(recipe.measure.scratch.model_dump(), "measure.scratch")
     return reads
@@ -76,7 +81,10 @@ def refuse_changed(recipe: Recipe, run: Path, wanted: list[Arm]) -> None:
             read = rundir.reads(folder)
             if read is None:
                 continue
-            for line in changed(read["recipe"], arm_reads(recipe, arm)):
+            wanted_now = arm_reads(recipe, arm)
+            if "data.max_length" not in read["recipe"]:
+                wanted_now.pop("data.max_length", None)
+            for line in changed(read["recipe"], wanted_now):
                 key = line.split(":", 1)[0]
                 # Where the recipe itself says what it said then, `measure` has changed the arm.
                 if not key.startswith("measure.") and read["asked"].get(key) != now.get(key):

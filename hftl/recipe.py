@@ -3,9 +3,9 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import PrivateAttr, ValidationError
+from pydantic import PrivateAttr, ValidationError, model_validator
 
 from hftl import yamlfile
 from hftl.errors import RecipeError
@@ -22,6 +22,9 @@ from hftl.sections import (
     Source,
 )
 
+DEFAULT_METRIC = {
+    "regression": "pearson", "multi-label": "micro_f1", "token-classification": "f1",
+}  # fmt: skip
 DIFFERING = ("finetune", "retain", "adapt")
 """The sections in which an arm may differ from the recipe."""
 
@@ -37,6 +40,16 @@ class Recipe(Section):
     measure: Measure = Measure()
     publish: Publish = Publish()
     _path: Path | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _words_are_not_pooled(self) -> Self:
+        if self.data.task == "token-classification" and self.finetune.pooling != "native":
+            raise RecipeError(
+                f"finetune.pooling={self.finetune.pooling} makes one vector a text, and "
+                "token-classification needs one a word",
+                "Set it to native",
+            )
+        return self
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> "Recipe":
@@ -173,8 +186,8 @@ def _arm(recipe: Recipe, name: str, changes: dict[str, Any], where: str) -> Arm:
 
 
 def _spelt_out(tree: dict[str, Any]) -> dict[str, Any]:
-    """A copy in which `train: reviews.csv` is `train: {path: reviews.csv}`, and regression, where
-    no metric is given, is measured by pearson."""
+    """A copy in which `train: reviews.csv` is `train: {path: reviews.csv}`, and a task that has no
+    accuracy worth its name is measured by its own metric where none is given."""
     tree = copy.deepcopy(tree)
     data = tree.get("data")
     if isinstance(data, dict):
@@ -182,6 +195,7 @@ def _spelt_out(tree: dict[str, Any]) -> dict[str, Any]:
             if isinstance(data.get(part), str):
                 data[part] = {"path": data[part]}
         measure = tree.get("measure") or {}
-        if data.get("task") == "regression" and isinstance(measure, dict):
-            tree["measure"] = {"metric": "pearson"} | measure
+        metric = DEFAULT_METRIC.get(str(data.get("task")))
+        if metric and isinstance(measure, dict):
+            tree["measure"] = {"metric": metric} | measure
     return tree

@@ -73,23 +73,26 @@ class Table(Section):
     split: str | None = None
     revision: str | None = None
     text: str | list[str] = "text"
-    image: Literal["image"] = "image"
+    image: str = "image"
     label: str | list[str] = "label"
 
     @model_validator(mode="after")
-    def _built(self) -> Self:
-        if self.format == "imagefolder":
-            raise ValueError("images are not built yet; use a text dataset")
-        if isinstance(self.label, list):
-            raise ValueError("several label columns (multi-label) are not built yet; name one")
+    def _columns(self) -> Self:
         if isinstance(self.text, list) and not 1 <= len(self.text) <= 2:
             raise ValueError("text is one column or two (a sentence pair)")
+        if isinstance(self.label, list) and len(self.label) < 2:
+            raise ValueError("label is one column, or for multi-label several of 0 and 1")
         return self
 
     @property
     def texts(self) -> list[str]:
         """The text columns, one or two."""
         return [self.text] if isinstance(self.text, str) else list(self.text)
+
+    @property
+    def labels(self) -> list[str]:
+        """The label columns: one, or for multi-label several of 0 and 1."""
+        return [self.label] if isinstance(self.label, str) else list(self.label)
 
 
 class Fraction(Section):
@@ -124,8 +127,8 @@ class Data(Section):
     seed: int = Field(default=0, ge=0)
     bad_rows: Literal["refuse", "skip"] = "refuse"
     max_length: int = Field(default=128, ge=2)
-    image_size: None = None
-    augment: Literal["none"] = "none"
+    image_size: int | None = Field(default=None, ge=1, le=4096)
+    augment: Literal["none", "light"] = "none"
     max_pixels: int = Field(default=40_000_000, ge=1)
 
     @model_validator(mode="before")
@@ -137,10 +140,10 @@ class Data(Section):
         tree = dict(tree)
         inherited = {
             key: tree["train"][key]
-            for key in ("format", "name", "revision", "text", "label")
+            for key in ("format", "name", "revision", "text", "image", "label")
             if key in tree["train"]
         }
-        columns = {key: value for key, value in inherited.items() if key in ("text", "label")}
+        columns = {k: v for k, v in inherited.items() if k in ("text", "image", "label")}
         for part in ("validation", "test"):
             if isinstance(tree.get(part), dict) and "path" in tree[part]:
                 same = tree[part].get("path") == tree["train"].get("path")
@@ -148,11 +151,15 @@ class Data(Section):
         return tree
 
     @model_validator(mode="after")
-    def _built(self) -> Self:
-        if self.task not in ("classification", "regression"):
-            raise ValueError(
-                f"task {self.task or 'null'} is not built yet; use classification or regression"
-            )
+    def _consistent(self) -> Self:
+        if self.task is None:
+            raise ValueError("task null (adapt only) is not built yet; name a task")
+        tables = [t for t in (self.train, self.validation, self.test) if isinstance(t, Table)]
+        for table in tables:
+            if isinstance(table.label, list) and self.task != "multi-label":
+                raise ValueError("several label columns are for the task multi-label")
+            if len(table.texts) > 1 and self.task == "token-classification":
+                raise ValueError("token-classification reads one column, of lists of words")
         taken = sum(p.fraction for p in (self.validation, self.test) if isinstance(p, Fraction))
         if taken >= 1:
             raise ValueError(f"the fractions of validation and test add up to {taken:g}")
@@ -232,7 +239,8 @@ class Measure(Section):
     """What is compared, over which seeds, by which metric."""
 
     metric: str = "accuracy"
-    """A built-in metric or `evaluate:<id>`; for regression pearson, where it is not given."""
+    """A built-in metric or `evaluate:<id>`; where none is given, pearson for regression,
+    micro_f1 for multi-label, f1 of entities for token-classification."""
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0, 1, 2], min_length=1)
     arms: list[str | dict[str, dict[str, Any] | None]] = ["scratch", "head"]
     scratch: Search = Search()

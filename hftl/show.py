@@ -12,13 +12,27 @@ def header(facts: dict[str, Any]) -> str:
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in facts.items())
 
 
-def arm_line(told: dict[str, Any], metric: str, done: int, total: int) -> str:
-    """One finished arm and seed."""
+def input_facts(found: dict[str, Any]) -> str:
+    """What the preflight saw of texts or pictures."""
+    if "median_side" in found:
+        return (
+            f"pictures: median side {found['median_side']:.0f} pixels, read at "
+            f"{found['image_size']}; {found['enlarged']:.1%} enlarged, "
+            f"{found['elongated']:.1%} longer than twice their width"
+        )
+    return (
+        f"tokens: median {found['median_tokens']}, {found['truncated']:.1%} of texts cut, "
+        f"{found['unknown_tokens']:.1%} unknown"
+    )
+
+
+def arm_line(told: dict[str, Any], metric: str, count: str) -> str:
+    """One finished arm and seed; `count` says how many of how many."""
     test = told["metrics"]["test"].get(metric)
     score = "" if test is None else f"  test {metric} {test:.3f}"
     seconds = sum(told["timings"].values())
     name = f"{told['arm']} seed {told['seed']}"
-    return f"  [{done}/{total}] {name:<22}{score}  {seconds:.0f} s"
+    return f"  [{count}] {name:<22}{score}  {seconds:.0f} s"
 
 
 def ladder(record: dict[str, Any]) -> str:

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hftl.data.files import READERS, Raw, not_utf8
-from hftl.data.load import guess_format
+from hftl.data.cells import text_fault
+from hftl.data.files import READERS, Raw, guess_format, not_utf8, read_images
 from hftl.errors import DataError, RecipeError
 from hftl.explain import closest
-from hftl.predict import load
+from hftl.predict import Predictor, load
 from hftl.rundir import write_text
 
 OUTPUTS = (".csv", ".jsonl", ".parquet")
@@ -27,7 +27,7 @@ def predict_table(
 
     Args:
         model: a run, a published folder, or a hub id.
-        data: csv, jsonl, parquet, txt or a folder of texts.
+        data: csv, jsonl, parquet, txt, or a folder of texts or pictures.
         output: a .csv, .jsonl or .parquet file; None returns CSV text.
         base: the adapter's base, where it is not the one it names.
 
@@ -41,26 +41,14 @@ def predict_table(
         raise RecipeError(f"--output {output} is the input itself", "Choose another file")
     if not data.exists():
         raise DataError(f"{data} does not exist", "Check the path")
-    file_format = guess_format(data)
-    rows = list(READERS[file_format](data))
-    if not rows:
-        raise DataError(f"{data.name} has no rows", "Check the file")
     predictor = load(model, base)
-    if file_format == "txt" and len(predictor.texts) == 1:
-        # The lines of a text file have no column name of their own.
-        rows = [replace(raw, values={predictor.texts[0]: raw.values["text"]}) for raw in rows]
-    columns = dict.fromkeys(key for raw in rows for key in raw.values)
-    for column in predictor.texts:
-        if column not in columns:
-            has = list(map(str, columns))
-            raise DataError(
-                f"{data.name}: no column {column!r}{closest(column, has).rstrip('?')}; it has "
-                f"{', '.join(has)}",
-                f"Name the text column {column!r}",
-            )
-    texts = [_texts(raw, predictor.texts) for raw in rows]
-    found = [_columns(told) for told in predictor.predict(texts)]
-    merged = [_merge(columns | raw.values, told) for raw, told in zip(rows, found, strict=True)]
+    (raws, columns) = _rows(data, predictor)
+    folder = data if data.is_dir() else data.parent
+    encoded = predictor.encode(
+        (_input(raw, predictor) for raw in raws), [raw.where for raw in raws], folder
+    )
+    found = [_columns(told) for told in predictor.answer(encoded)]
+    merged = [_merge(columns | _plain(raw), told) for raw, told in zip(raws, found, strict=True)]
     try:
         return _write(merged, output)
     except OSError as error:
@@ -82,21 +70,73 @@ def _check_output(output: Path | None) -> None:
         raise RecipeError(f"--output {output}: there is no folder {output.parent}", "Make it")
 
 
-def _texts(raw: Raw, wanted: list[str]) -> tuple[str, ...]:
-    """The row's texts.
+def _rows(data: Path, predictor: Predictor) -> tuple[list[Raw], dict[str, Any]]:
+    """The input's rows, and all their columns, the predictor's among them.
 
     Raises:
-        DataError: naming the row, if it cannot be read or holds no text.
+        DataError: if there is no row, or no column that the model reads.
     """
+    file_format = guess_format(data)
+    if data.is_dir() and predictor.modality == "image":
+        rows = list(read_images(data))
+    else:
+        rows = list(READERS[file_format](data))
+    if not rows:
+        raise DataError(f"{data.name} has no rows", "Check the file")
+    wanted = predictor.columns
+    if data.is_dir() or (file_format == "txt" and len(wanted) == 1):
+        # What stands in a text file or a folder has no column name of its own.
+        own = next(column for column in ("image", "text") if column in rows[0].values)
+        if data.is_dir() and own != predictor.modality:
+            raise DataError(
+                f"{data.name} holds {own}s, but the model reads {predictor.modality}s",
+                "Give another folder",
+            )
+        rows = [replace(raw, values={wanted[0]: raw.values[own]}) for raw in rows]
+    columns = dict.fromkeys(key for raw in rows for key in raw.values)
+    for column in wanted:
+        if column not in columns:
+            has = list(map(str, columns))
+            raise DataError(
+                f"{data.name}: no column {column!r}{closest(column, has).rstrip('?')}; it has "
+                f"{', '.join(has)}",
+                f"Name the {predictor.modality} column {column!r}",
+            )
+    return rows, columns
+
+
+def _input(raw: Raw, predictor: Predictor) -> Any:
+    """What the predictor takes of a row.
+
+    Raises:
+        DataError: naming the row, if it cannot be read.
+    """
+    values: list[Any] = [raw.values.get(column) for column in predictor.columns]
     fault = raw.fault
     if any(isinstance(value, str) and not_utf8(value) for value in raw.values.values()):
         fault = "not valid UTF-8"
-    texts: tuple[Any, ...] = tuple(raw.values.get(column) for column in wanted)
-    if not fault and not all(isinstance(text, str) and text.strip() for text in texts):
-        fault = "no usable text"
+    if not fault and predictor.modality == "text":
+        faults = (text_fault(c, raw.values.get(c), predictor.task) for c in predictor.columns)
+        fault = next((why for why in faults if why), None)
     if fault:
         raise DataError(f"{raw.where}: {fault}", "Correct the row")
-    return texts
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _plain(raw: Raw) -> dict[str, Any]:
+    """The row's values as a table can hold them: the bytes of a picture are not repeated."""
+    return {
+        key: None
+        if isinstance(value, bytes)
+        else value.get("path")
+        if _is_picture(value)
+        else value
+        for key, value in raw.values.items()
+    }
+
+
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, dict) and "bytes" in value
 
 
 def _columns(told: dict[str, Any]) -> dict[str, Any]:
@@ -114,6 +154,11 @@ def _merge(values: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
     return kept | told
 
 
+def _cell(value: Any) -> Any:
+    """A value as one cell of a CSV table: lists as JSON."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+
+
 def _write(rows: list[dict[str, Any]], output: Path | None) -> str | None:
     if output is not None and output.suffix == ".parquet":
         import pyarrow as pa
@@ -129,7 +174,7 @@ def _write(rows: list[dict[str, Any]], output: Path | None) -> str | None:
         buffer = io.StringIO(newline="")
         writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({k: _cell(v) for k, v in row.items()} for row in rows)
         text = buffer.getvalue()
     if output is None:
         return text

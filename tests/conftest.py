@@ -12,11 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import yaml
+from tiny import BAD, FILLER, GOOD, SPECIAL, save_tiny, tiny_config, tiny_tokenizer
 
-GOOD = "good fine great lovely warm bright clever fresh happy sweet".split()
-BAD = "bad dull poor awful cold grim silly stale sad bitter".split()
-FILLER = "the a film plot story actor scene music was is and very with of it this".split()
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+__all__ = ["BAD", "FILLER", "GOOD", "SPECIAL", "tiny_config", "tiny_tokenizer"]
 
 
 def sentences(rows: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -46,65 +44,15 @@ def table(tmp_path: Path) -> Path:
     return write_csv(tmp_path / "reviews.csv", ["text", "label"], sentences(160))
 
 
-def tiny_tokenizer(folder: Path) -> None:
-    """Saves a lower-casing WordPiece tokenizer of the test words."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordPiece
-    from tokenizers.normalizers import Lowercase
-    from tokenizers.pre_tokenizers import Whitespace
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
-    words = SPECIAL + sorted({*GOOD, *BAD, *FILLER})
-    core = Tokenizer(WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    core.normalizer = Lowercase()  # pyright: ignore
-    core.pre_tokenizer = Whitespace()  # pyright: ignore
-    core.post_processor = TemplateProcessing(  # pyright: ignore
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        mask_token="[MASK]", model_max_length=32,
-        model_input_names=["input_ids", "attention_mask"],
-    ).save_pretrained(folder)  # fmt: skip
-
-
-def tiny_config(model_type: str) -> Any:
-    """A three-block config of the architecture."""
-    from transformers import BertConfig, DistilBertConfig, RobertaConfig
-
-    vocab = len(SPECIAL) + len({*GOOD, *BAD, *FILLER})
-    if model_type == "distilbert":
-        return DistilBertConfig(
-            vocab_size=vocab, dim=16, n_layers=3, n_heads=2, hidden_dim=32,
-            max_position_embeddings=40, pad_token_id=0,
-        )  # fmt: skip
-    kind = {"bert": BertConfig, "roberta": RobertaConfig}[model_type]
-    return kind(
-        vocab_size=vocab, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=40, pad_token_id=0,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_model(architecture, masked_lm)`: a saved random checkpoint with its tokenizer."""
-    import torch
-    from transformers import AutoModel, AutoModelForMaskedLM
-
+    """`tiny_model(architecture, masked_lm)`: a saved random checkpoint, see `save_tiny`."""
     made: dict[tuple[str, bool], Path] = {}
 
     def make(model_type: str = "bert", masked_lm: bool = False) -> Path:
         if (model_type, masked_lm) not in made:
             folder = tmp_path_factory.mktemp(f"tiny-{model_type}-{'mlm' if masked_lm else 'base'}")
-            torch.manual_seed(0)
-            auto = AutoModelForMaskedLM if masked_lm else AutoModel
-            auto.from_config(tiny_config(model_type)).save_pretrained(folder)
-            tiny_tokenizer(folder)
-            made[model_type, masked_lm] = folder
+            made[model_type, masked_lm] = save_tiny(model_type, folder, masked_lm)
         return made[model_type, masked_lm]
 
     return make
@@ -133,3 +81,29 @@ def recipe_file(recipe_tree: dict[str, Any], tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe_tree), encoding="utf-8")
     return path
+
+
+def bench_of(recipe: Any) -> Any:
+    """The workbench that a run of the recipe would have."""
+    from hftl.data.prepare import prepare
+    from hftl.finetune.opening import new_bench, reading_of
+    from hftl.model.source import find_source
+
+    source = find_source(recipe.source)
+    return new_bench(
+        recipe, source, prepare(recipe.data, reading_of(source, str(recipe.data.task)))
+    )
+
+
+def pictures(folder: Path, each: int) -> Path:
+    """An image folder: noisy pictures, `light` and `dark`, all different."""
+    import numpy as np
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    for label, middle in (("light", 190), ("dark", 60)):
+        (folder / label).mkdir(parents=True)
+        for number in range(each):
+            noise = draw.integers(-50, 50, (36, 40, 3))
+            Image.fromarray((middle + noise).astype("uint8")).save(folder / label / f"{number}.png")
+    return folder

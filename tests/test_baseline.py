@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import sentences, write_csv
+from conftest import bench_of, sentences, write_csv
+from scipy.special import softmax
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from hftl.data.prepare import prepare
 from hftl.finetune import baseline, store
-from hftl.finetune.arm import Outcome, predictions_of
+from hftl.finetune.classical import solve_classical
+from hftl.finetune.outcome import Outcome
 from hftl.finetune.workbench import Workbench
-from hftl.model.source import find_source, load_tokenizer
 from hftl.recipe import Recipe
 from hftl.sections import Search
 
@@ -24,9 +24,7 @@ TRAINING = {"learning_rate": 1e-3, "num_train_epochs": 4}
 
 @pytest.fixture
 def bench(recipe_tree: dict[str, Any]) -> Workbench:
-    recipe = Recipe.parse(recipe_tree)
-    source = find_source(recipe.source)
-    return Workbench(source, "", load_tokenizer(source), prepare(recipe.data), None, 16, "cpu")
+    return bench_of(Recipe.parse(recipe_tree))
 
 
 def test_scratch_has_the_architecture_and_none_of_the_weights(bench: Workbench) -> None:
@@ -49,7 +47,7 @@ def test_scratch_gets_its_longer_budget_and_the_search_a_third(
         assert patience is None, "scratch starts slowly: it must not be stopped early"
         assert all(p.requires_grad for p in built.model.parameters())
         rows = {s: len(bench.prepared.rows[s]) for s in ("validation", "test")}
-        right = np.eye(2)[bench.prepared.labels(bench.prepared.rows["validation"])]
+        right = np.eye(2)[bench.prepared.targets(bench.prepared.rows["validation"])]
         # The second rate alone is right on validation.
         sign = 1 if training["learning_rate"] == 3e-3 else -1
         found = {"validation": sign * right, "test": np.zeros((rows["test"], 2))}
@@ -68,23 +66,23 @@ def test_scratch_gets_its_longer_budget_and_the_search_a_third(
 
 
 def test_classical_is_tfidf_and_logistic_regression(bench: Workbench) -> None:
-    outcome = baseline.solve_classical(bench, 0)
+    outcome = solve_classical(bench, 0)
     rows = bench.train_rows(0)
     vectors = TfidfVectorizer(
         ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]"
     )
-    x = vectors.fit_transform([row.texts[0] for row in rows])
+    x = vectors.fit_transform([row.content[0] for row in rows])
     oracle = LogisticRegression(C=outcome.facts["penalty"], max_iter=1000, tol=1e-8)
-    oracle.fit(x, bench.prepared.labels(rows))
-    test = vectors.transform([row.texts[0] for row in bench.prepared.rows["test"]])
-    _, scores = predictions_of("classification", outcome.logits["test"])
+    oracle.fit(x, bench.prepared.targets(rows))
+    test = vectors.transform([row.content[0] for row in bench.prepared.rows["test"]])
+    scores = softmax(outcome.logits["test"], axis=1)
     np.testing.assert_allclose(scores, oracle.predict_proba(test), atol=1e-3)
 
 
 def test_majority_is_the_train_prior(bench: Workbench) -> None:
     outcome = baseline.majority(bench, 0)
-    labels = bench.prepared.labels(bench.train_rows(0))
-    predictions, scores = predictions_of("classification", outcome.logits["test"])
+    labels = bench.prepared.targets(bench.train_rows(0))
+    predictions, scores = outcome.logits["test"].argmax(1), softmax(outcome.logits["test"], axis=1)
     assert set(predictions) == {int(np.bincount(labels).argmax())}
     np.testing.assert_allclose(scores[0], np.bincount(labels) / len(labels))
 
@@ -94,12 +92,11 @@ def test_regression_baselines(tmp_path: Path, tiny_model: Callable[..., Path]) -
     table = write_csv(tmp_path / "v.csv", ["text", "label"], rows)
     data = {"task": "regression", "train": {"path": str(table)}}
     recipe = Recipe.parse({"source": {"model": str(tiny_model())}, "data": data})
-    source = find_source(recipe.source)
-    bench = Workbench(source, "", load_tokenizer(source), prepare(recipe.data), None, 16, "cpu")
-    mean = bench.prepared.labels(bench.train_rows(0)).mean()
+    bench = bench_of(recipe)
+    mean = bench.prepared.targets(bench.train_rows(0)).mean()
     assert np.allclose(baseline.majority(bench, 0).logits["test"], mean)
-    found = baseline.solve_classical(bench, 0).logits["test"]
-    labels = bench.prepared.labels(bench.prepared.rows["test"])
+    found = solve_classical(bench, 0).logits["test"]
+    labels = bench.prepared.targets(bench.prepared.rows["test"])
     assert found.shape == (len(labels), 1)
     assert np.corrcoef(found[:, 0], labels)[0, 1] > 0.8, "the words say the label"
 
@@ -112,7 +109,6 @@ def test_classical_weights_of_many_classes_can_be_saved(
     ]
     table = write_csv(tmp_path / "c.csv", ["text", "label"], rows)
     recipe = Recipe.parse({"source": {"model": str(tiny_model())}, "data": {"train": str(table)}})
-    source = find_source(recipe.source)
-    bench = Workbench(source, "", load_tokenizer(source), prepare(recipe.data), None, 16, "cpu")
-    store.write(tmp_path, bench.prepared, baseline.solve_classical(bench, 0), "c", "c", 0)
+    bench = bench_of(recipe)
+    store.write(tmp_path, bench.prepared, solve_classical(bench, 0), "c", "c", 0)
     assert store.read(tmp_path, bench.prepared).told["metrics"]["test"]["accuracy"] > 0.9

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hftl.data.load import Row
-from hftl.data.text import Pad, encode
+from hftl.data.text import TextInputs
 from hftl.model import cache
 from hftl.model.cache import Features, frozen_features, logits
 from hftl.model.head import build, pool
@@ -23,13 +23,13 @@ def test_features_do_not_depend_on_the_batch(
     pooling: str, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = find_source(Source(model=str(tiny_model())))
-    tokenizer = load_tokenizer(source)
-    found = build(source, pooling, 2, ["a", "b"], seed=0)
-    rows = encode(tokenizer, TEXTS, 16)
-    together = frozen_features(found.model, found.last_linear, rows, Pad(tokenizer), "cpu")
+    inputs = TextInputs(load_tokenizer(source), 16)
+    found = build(source, "classification", pooling, 2, ["a", "b"], seed=0)
+    rows = inputs.encode([Row(text, "", None, 0, "") for text in TEXTS])
+    together = frozen_features(found.model, found.last_linear, rows, inputs, "cpu")
     monkeypatch.setattr(cache, "BATCH_TOKENS", 1)
-    alone = frozen_features(found.model, found.last_linear, rows, Pad(tokenizer), "cpu")
-    np.testing.assert_allclose(together, alone, atol=1e-6)
+    alone = frozen_features(found.model, found.last_linear, rows, inputs, "cpu")
+    np.testing.assert_allclose(np.concatenate(together), np.concatenate(alone), atol=1e-6)
 
 
 @pytest.mark.parametrize("pooling", ["native", "mean", "cls"])
@@ -37,13 +37,13 @@ def test_last_linear_of_the_features_is_the_model(
     pooling: str, tiny_model: Callable[..., Path]
 ) -> None:
     source = find_source(Source(model=str(tiny_model())))
-    tokenizer = load_tokenizer(source)
-    found = build(source, pooling, 2, ["a", "b"], seed=0)
-    rows = encode(tokenizer, TEXTS, 16)
-    features = frozen_features(found.model, found.last_linear, rows, Pad(tokenizer), "cpu")
+    inputs = TextInputs(load_tokenizer(source), 16)
+    found = build(source, "classification", pooling, 2, ["a", "b"], seed=0)
+    rows = inputs.encode([Row(text, "", None, 0, "") for text in TEXTS])
+    features = frozen_features(found.model, found.last_linear, rows, inputs, "cpu")
     with torch.no_grad():
-        by_hand = found.last_linear(torch.from_numpy(features)).numpy()
-    np.testing.assert_allclose(logits(found.model, rows, Pad(tokenizer), "cpu"), by_hand, atol=1e-6)
+        by_hand = found.last_linear(torch.from_numpy(np.concatenate(features))).numpy()
+    np.testing.assert_allclose(logits(found.model, rows, inputs, "cpu"), by_hand, atol=1e-6)
 
 
 def test_mean_pooling_counts_real_tokens_only() -> None:
@@ -56,9 +56,9 @@ def test_mean_pooling_counts_real_tokens_only() -> None:
 def test_each_row_is_computed_once() -> None:
     asked: list[int] = []
 
-    def compute(rows: list[Row]) -> np.ndarray:
+    def compute(rows: list[Row]) -> list[np.ndarray]:
         asked.append(len(rows))
-        return np.array([[float(len(row.texts[0]))] for row in rows])
+        return [np.array([[float(len(row.content[0]))]]) for row in rows]
 
     rows = [Row((text,), "a", None, i, "") for i, text in enumerate(["x", "xx", "xxx"])]
     features = Features(compute)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import sentences, write_csv
+from conftest import pictures, sentences, write_csv
 
 from hftl.errors import DataError, RecipeError
 from hftl.init import guess_columns, write_recipe
@@ -152,3 +152,37 @@ def test_data_that_cannot_be_read(name: str, content: str | None, why: str, tmp_
     with pytest.raises(DataError, match=why):
         write_recipe(tmp_path / name, "org/model", tmp_path / "r.yaml")
     assert not (tmp_path / "r.yaml").exists()
+
+
+def test_a_folder_of_pictures(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "pictures", 3)
+    path, notes = write_recipe(folder, "org/vit", tmp_path / "p.yaml")
+    recipe = Recipe.load(path)
+    assert recipe.data.train.image == "image" and recipe.data.train.label == "label"
+    assert recipe.finetune.pooling == "native"
+    assert "image_size" in path.read_text() and "max_length" not in path.read_text()
+    assert notes[0].startswith("image: image") and "2 classes" in notes[1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "inputs", "label", "metric"),
+    [
+        (columns(tokens=[t.split() for t in TEXTS],
+                 ner_tags=[["O"] * len(t.split()) for t in TEXTS]),
+         "token-classification", "tokens", "ner_tags", "f1"),
+        (columns(text=TEXTS, moods=[[label] for label in LABELS]), "multi-label", "text", "moods",
+         "micro_f1"),
+        (columns(photo=[f"{i}.jpg" for i in range(40)], label=LABELS), "classification", "photo",
+         "label", "accuracy"),
+    ],
+    ids=["words", "lists", "paths of pictures"],
+)  # fmt: skip
+def test_lists_and_pictures_are_told_by_their_values(
+    rows: list[dict[str, Any]], task: str, inputs: str, label: str, metric: str, tmp_path: Path
+) -> None:
+    path, notes = write_recipe(write(tmp_path / "d.jsonl", rows), "org/m", tmp_path / "r.yaml")
+    recipe = Recipe.load(path)
+    assert recipe.data.task == task and recipe.data.train.label == label
+    column = recipe.data.train.image if inputs == "photo" else recipe.data.train.text
+    assert column == inputs and recipe.measure.metric == metric
+    assert f"so the task is {task}" in notes[1]

@@ -117,6 +117,14 @@ def test_python_block_runs(
     assert printed[1] in ("negative", "positive")
 
 
+def test_launch_lines_name_what_exists() -> None:
+    first, second = (shlex.split(line, comments=True) for line in shown("launch").splitlines())
+    assert first[:3] == ["accelerate", "launch", "--config_file"] and (ROOT / first[3]).exists()
+    assert second[0] == "torchrun"
+    for words in (first, second):
+        assert words[words.index("-m") : -1] == ["-m", "hftl", "run"]
+
+
 def test_own_script_runs(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ def test_arm_line(metrics: dict[str, float], score: str) -> None:
     told = {"arm": "lora", "seed": 1, "metrics": {"test": metrics},
             "timings": {"fit": 3.0, "predict": 1.2}}  # fmt: skip
     expected = f"  [2/9] lora seed 1           {score}  4 s"
-    assert show.arm_line(told, "accuracy", 2, 9) == expected
+    assert show.arm_line(told, "accuracy", "2/9") == expected
 
 
 def test_table_aligns_and_rules() -> None:

@@ -22,7 +22,7 @@ CASES = list(
 def test_snippet_compiles_and_loads_the_right_thing(
     pooling: str, adapter: bool, base: str | None, revision: str | None, outputs: int, example: str
 ) -> None:
-    code = plain_snippet("org/adapter", base, revision, pooling, outputs, adapter, example)
+    code = plain_snippet("org/adapter", base, revision, pooling, outputs, adapter, "text", example)
     compile(code, "snippet", "exec")
     assert "hftl" not in code and 'path = "org/adapter"' in code and f"tokenizer({example}," in code
     assert ("PeftModel.from_pretrained(base, path)" in code) == adapter
@@ -37,7 +37,7 @@ def test_snippet_compiles_and_loads_the_right_thing(
 @pytest.mark.parametrize(("pooling", "other"), [("mean", "cls"), ("cls", "mean")])
 def test_poolings_differ(pooling: str, other: str) -> None:
     def code(name: str) -> str:
-        return plain_snippet("publish", "org/base", None, name, 2, True, '"A text."')
+        return plain_snippet("publish", "org/base", None, name, 2, True, "text", '"A text."')
 
     assert code(pooling) != code(other)
     assert ("attention_mask" in code(pooling)) == (pooling == "mean")

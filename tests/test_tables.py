@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from torch import nn
 
 from hftl import predict, tables
+from hftl.data.load import Row
 from hftl.errors import DataError, RecipeError
 from hftl.predict import Predictor
 
@@ -20,12 +23,18 @@ from hftl.predict import Predictor
 class Fake:
     """Says `good` of texts that hold the word."""
 
-    def __init__(self, *texts: str, names: tuple[str, ...] = ("bad", "good")) -> None:
-        self.texts = list(texts)
+    modality = "text"
+    task = "classification"
+
+    def __init__(self, *columns: str, names: tuple[str, ...] = ("bad", "good")) -> None:
+        self.columns = list(columns)
         self.names = names
 
-    def predict(self, inputs: list[tuple[str, ...]]) -> list[dict[str, Any]]:
-        return [self._told(" ".join(row)) for row in inputs]
+    def encode(self, inputs: Iterable[Any], places: list[str], folder: Path) -> list[str]:
+        return [row if isinstance(row, str) else " ".join(row) for row in inputs]
+
+    def answer(self, encoded: list[str]) -> list[dict[str, Any]]:
+        return [self._told(text) for text in encoded]
 
     def _told(self, text: str) -> dict[str, Any]:
         if not self.names:
@@ -158,13 +167,13 @@ def test_missing_column_names_the_closest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
-        ("in.csv", "text,id\nfine,1\n ,2\n", "in.csv line 3: no usable text"),
+        ("in.csv", "text,id\nfine,1\n ,2\n", "in.csv line 3: text is empty"),
         ("in.csv", "text,id\nfine,1\nx\n", "in.csv line 3: 1 fields where the header has 2"),
         ("in.csv", b"text,id\nfine,1\nJos\xe9,2\n", "in.csv line 3: not valid UTF-8"),
         ("in.csv", b"text,id\nfine,1\nfine,\xe9\n", "in.csv line 3: not valid UTF-8"),
-        ("in.jsonl", '{"text": "a"}\n{"text": null}\n', "in.jsonl line 2: no usable text"),
-        ("in.jsonl", '{"text": "a"}\n\n{"text": 3}\n', "in.jsonl line 3: no usable text"),
-        ("in.txt", "one\n\nthree\n", "in.txt line 2: no usable text"),
+        ("in.jsonl", '{"text": "a"}\n{"text": null}\n', "in.jsonl line 2: text is empty, not text"),
+        ("in.jsonl", '{"text": "a"}\n\n{"text": 3}\n', "in.jsonl line 3: text is int, not text"),
+        ("in.txt", "one\n\nthree\n", "in.txt line 2: text is empty"),
         ("in.csv", "text,id\n", "in.csv has no rows"),
         ("in.xlsx", "x", "in.xlsx: the suffix '.xlsx' says no format"),
     ],
@@ -198,13 +207,13 @@ def test_output_in_no_folder_is_refused(tmp_path: Path) -> None:
 def predictor(monkeypatch: pytest.MonkeyPatch, names: list[str], texts: list[str]) -> Predictor:
     """A predictor whose logits are the lengths of the texts, then ones."""
 
-    def outputs(model: Any, encoded: list[Any], pad: Any, device: str) -> np.ndarray:
-        return np.array([[len(row[0])] + [1.0] * (len(names) - 1) for row in encoded])
+    def outputs(model: Any, encoded: list[Row], inputs: Any, device: str) -> np.ndarray:
+        return np.array([[len(row.content[0])] + [1.0] * (len(names) - 1) for row in encoded])
 
-    monkeypatch.setattr(predict, "encode", lambda tokenizer, rows, length: rows)
     monkeypatch.setattr(predict, "logits", outputs)
-    monkeypatch.setattr(predict, "Pad", lambda tokenizer: None)
-    return Predictor(nn.Identity(), None, names, texts, 8, "cpu")
+    task = "classification" if names else "regression"
+    inputs: Any = SimpleNamespace(encode=lambda rows: rows)
+    return Predictor(nn.Identity(), inputs, task, names, texts, "cpu")
 
 
 def test_predict_tells_label_score_and_scores(monkeypatch: pytest.MonkeyPatch) -> None:

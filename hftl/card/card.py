@@ -10,11 +10,12 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from hftl.card.kinds import CLASSICAL, DOES, example_of, kind_of, pipeline_tag
 from hftl.card.snippets import plain_snippet
+from hftl.data.split import IN_ALL
 from hftl.measure.verdict import interval_text
 from hftl.metrics import less_is_better
 
-PIPELINE_TAG = "text-classification"
 OUTCOMES = {
     "positive": "Transfer helped",
     "equivalent": "Transfer made practically no difference",
@@ -23,7 +24,6 @@ OUTCOMES = {
 }
 WHAT = {
     "scratch": "the same architecture trained from scratch",
-    "classical": "TF-IDF with a linear model",
     "head": "the frozen encoder with a linear head",
     "majority": "always the most frequent answer",
 }
@@ -80,7 +80,7 @@ def gain_sentence(record: dict[str, Any]) -> str:
     sure = f"95 % interval, {seeds}" if gain["ci95"] else f"{seeds}, no interval"
     return (
         f"{OUTCOMES[gain['outcome']]}: {gain['metric']} {test[record['own_arm']]:.3f} against "
-        f"{test[gain['baseline']]:.3f} for {_called(gain['baseline'])}, a gain of "
+        f"{test[gain['baseline']]:.3f} for {_called(gain['baseline'], record)}, a gain of "
         f"{interval_text(gain)} ({sure})."
     )
 
@@ -88,11 +88,7 @@ def gain_sentence(record: dict[str, Any]) -> str:
 def _page(record: dict[str, Any], place: str) -> dict[str, Any]:
     recipe, source, data = record["recipe"], record["source"], record["data"]
     own = record["own_arm"]
-    pair = isinstance(recipe["data"]["train"]["text"], list) and (
-        len(recipe["data"]["train"]["text"]) == 2
-    )
-    example = '("A first text.", "A second text.")' if pair else '"A text of your own."'
-    arguments = '"A first text.", "A second text."' if pair else example
+    example = example_of(record)
     return {
         "title": _title(record),
         "purpose": _purpose(record),
@@ -105,7 +101,8 @@ def _page(record: dict[str, Any], place: str) -> dict[str, Any]:
         "example": example,
         "plain_snippet": plain_snippet(
             place, source["published_as"], source["revision"],
-            recipe["finetune"]["pooling"], max(1, len(data["labels"])), own == "lora", arguments,
+            recipe["finetune"]["pooling"], max(1, len(data["labels"])), own == "lora",
+            kind_of(record), example.strip("()"), _interpolates(record), source["architecture"],
         ),
         "data_sentence": _data_sentence(record),
         "data_lines": _data_lines(record),
@@ -126,7 +123,7 @@ def _metadata(record: dict[str, Any]) -> ModelCardData:
     return ModelCardData(
         model_name=_title(record),
         library_name="peft" if own == "lora" else "transformers",
-        pipeline_tag=PIPELINE_TAG,
+        pipeline_tag=pipeline_tag(record),
         tags=["hftl", "transfer-learning", own],
         eval_results=_eval_results(record),
         **known,
@@ -136,7 +133,7 @@ def _metadata(record: dict[str, Any]) -> ModelCardData:
 def _eval_results(record: dict[str, Any]) -> list[EvalResult]:
     dataset = record["data"]["name"]
     own = next(row for row in record["ladder"] if row["arm"] == record["own_arm"])
-    common = {"task_type": PIPELINE_TAG, "dataset_type": dataset, "dataset_name": dataset,
+    common = {"task_type": pipeline_tag(record), "dataset_type": dataset, "dataset_name": dataset,
               "dataset_split": "test"}  # fmt: skip
     results = [
         EvalResult(metric_type=record["metric"], metric_value=round(own["test"], 4),
@@ -167,15 +164,24 @@ def _purpose(record: dict[str, Any]) -> str:
     base = record["source"]["name"]
     link = f"[{base}](https://huggingface.co/{base})" if record["source"]["published_as"] else base
     labels = record["data"]["labels"]
+    kind = kind_of(record)
     if not labels:
-        return f"{kinds[record['own_arm']]} {link} that predicts a number from text."
+        what = {"image": "pictures"}.get(kind, "text")
+        return f"{kinds[record['own_arm']]} {link} that predicts a number from {what}."
     shown = ", ".join(f"`{_cell(label)}`" for label in labels[:12])
     more = f" and {len(labels) - 12} more" if len(labels) > 12 else ""
-    return f"{kinds[record['own_arm']]} {link} that sorts text into {shown}{more}."
+    several = ", several at once" if record["data"]["task"] == "multi-label" else ""
+    return f"{kinds[record['own_arm']]} {link} that {DOES[kind]} {shown}{more}{several}."
 
 
-def _called(arm: str) -> str:
-    return f"{arm} ({WHAT[arm]})" if arm in WHAT else arm
+def _interpolates(record: dict[str, Any]) -> bool:
+    """Whether the model must be told that the pictures are of another size."""
+    return bool((record.get("forward") or {}).get("interpolate_pos_encoding"))
+
+
+def _called(arm: str, record: dict[str, Any]) -> str:
+    known = WHAT | {"classical": CLASSICAL[kind_of(record)]}
+    return f"{arm} ({known[arm]})" if arm in known else arm
 
 
 def _row(row: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
@@ -183,7 +189,7 @@ def _row(row: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
     own = row["arm"] == record["own_arm"]
     parameters = next(a["trainable_parameters"] for a in record["arms"] if a["arm"] == row["arm"])
     return {
-        "name": f"**{row['arm']}** (this model)" if own else _called(row["arm"]),
+        "name": f"**{row['arm']}** (this model)" if own else _called(row["arm"], record),
         "test": f"**{row['test']:.3f}**" if own else f"{row['test']:.3f}",
         "sd": "" if row["sd"] is None else f"{row['sd']:.3f}",
         "gain": "" if gain is None else interval_text(gain),
@@ -195,10 +201,12 @@ def _data_sentence(record: dict[str, Any]) -> str:
     data = record["data"]
     splits = data["splits"]
     shots = record["recipe"]["data"]["shots"]
-    learnt = f"{record['data']['labels_read']['train_per_seed']:,} labelled rows a seed"
+    noun = "words" if kind_of(record) == "words" else "rows"
+    learnt = f"{record['data']['labels_read']['train_per_seed']:,} labelled {noun} a seed"
     if shots:
-        unit = "in all" if data["task"] == "regression" else "a class"
-        learnt += f" ({shots} {unit}, drawn by the seed)"
+        unit = "in all" if data["task"] in IN_ALL else "a class"
+        rows = "rows " if noun == "words" else ""
+        learnt += f" ({shots} {rows}{unit}, drawn by the seed)"
     epoch = "" if record["recipe"]["finetune"]["strategy"] == "head" else "the best epoch, "
     chosen = f"{epoch}the published seed and the baseline"
     return (
@@ -214,12 +222,14 @@ def _data_lines(record: dict[str, Any]) -> list[str]:
     lines = [f"{data['rows_read']:,} rows were read"]
     for key, told in (
         ("duplicates", "exact duplicates were dropped"),
-        ("conflicting", "rows were dropped because the same text had two labels"),
+        ("conflicting", "rows were dropped because the same input had two labels"),
         ("leaked", "of these stood in train and in another table"),
         ("bad_rows", "bad rows were skipped"),
     ):
         if data[key]:
             lines.append(f"{data[key]:,} {told}")
+    if kind_of(record) == "image":
+        lines.append("transparent pictures were laid on white, and turned as their EXIF data say")
     if record["recipe"]["data"]["group"]:
         lines.append("rows of one group never stand in two splits, and count as one unit")
     return lines
@@ -230,7 +240,7 @@ def _limits(record: dict[str, Any]) -> list[str]:
     for row in record["ladder"]:
         gain = row["gain_of_own"]
         if gain is not None and gain["value"] < 0:
-            lines.append(f"It is behind {_called(row['arm'])}: {interval_text(gain)}.")
+            lines.append(f"It is behind {_called(row['arm'], record)}: {interval_text(gain)}.")
     lines.append(
         "Measured on rows of the same origin as its training rows; other domains were not measured."
     )

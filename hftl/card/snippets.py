@@ -1,41 +1,41 @@
 """How to load a published folder with the plain libraries, as code that runs."""
 
-POOLED = """import torch
-from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
+PAGE = """import torch
+{imports}from transformers import {auto}, {reader}
 {peft_import}
 path = "{place}"
-tokenizer = AutoTokenizer.from_pretrained(path)
+{reading}
 {load}
-head = load_file(f"{{path}}/head.safetensors")
-inputs = tokenizer({example}, return_tensors="pt")
+{head}inputs = {inputs}
 with torch.inference_mode():
-    hidden = model.eval()(**inputs).last_hidden_state
-    {pooled}
-    print(pooled @ head["weight"].T + head["bias"])"""
-
-NATIVE = """import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-{peft_import}
-path = "{place}"
-tokenizer = AutoTokenizer.from_pretrained(path)
-{load}
-inputs = tokenizer({example}, return_tensors="pt")
-with torch.inference_mode():
-    print(model.eval()(**inputs).logits)"""
+    {output}"""
 
 POOLINGS = {
     "mean": 'mask = inputs["attention_mask"].unsqueeze(-1)\n'
     "    pooled = (hidden * mask).sum(1) / mask.sum(1)",
     "cls": "pooled = hidden[:, 0]",
 }
+AUTO = {
+    "text": "AutoModelForSequenceClassification",
+    "words": "AutoModelForTokenClassification",
+    "image": "AutoModelForImageClassification",
+}
+STOCK = {"vit_mae": "ViTForImageClassification"}
+"""Architectures that no Auto class has a classifier for, and the class that takes their weights."""
+READERS = {
+    "text": ("AutoTokenizer", "tokenizer", 'tokenizer({example}, return_tensors="pt")'),
+    "words": ("AutoTokenizer", "tokenizer",
+              'tokenizer({example}, is_split_into_words=True, return_tensors="pt")'),
+    "image": ("AutoImageProcessor", "processor",
+              'processor(Image.open({example}).convert("RGB"), return_tensors="pt")'),
+}  # fmt: skip
 
 
 def plain_snippet(
     place: str, base: str | None, revision: str | None, pooling: str, outputs: int, adapter: bool,
-    example: str,
+    kind: str, example: str, interpolates: bool = False, architecture: str = "",
 ) -> str:  # fmt: skip
-    """Code that prints the logits of one example.
+    """Code that prints the logits of one example, for words those of every token.
 
     Args:
         place: the folder or hub id of the published model.
@@ -44,23 +44,44 @@ def plain_snippet(
         pooling: native, mean or cls.
         outputs: classes, or 1 for a target.
         adapter: whether the folder holds an adapter or the whole model.
-        example: the tokenizer's arguments, as source code.
+        kind: what the model takes: text, words or image.
+        example: one input, as source code.
+        interpolates: whether forward must interpolate its positions to the pictures' size.
+        architecture: what the base's checkpoint says it is.
     """
-    auto = "AutoModelForSequenceClassification" if pooling == "native" else "AutoModel"
-    labels = ""
-    if pooling == "native":
-        labels = f", num_labels={outputs}, ignore_mismatched_sizes=True"
-    pinned = f', revision="{revision}"' if revision else ""
-    peft_import = ""
-    load = f"model = {auto}.from_pretrained(path)"
+    pooled = pooling != "native"
+    auto = "AutoModel" if pooled else AUTO[kind]
     if adapter:
-        peft_import = "from peft import PeftModel\n"
-        load = (
-            f'base = {auto}.from_pretrained("{base or "the base model"}"{labels}{pinned})\n'
-            "model = PeftModel.from_pretrained(base, path)"
+        auto = STOCK.get(architecture, auto)
+    reader, name, call = READERS[kind]
+    forward = "**inputs, interpolate_pos_encoding=True" if interpolates else "**inputs"
+    output = f"print(model.eval()({forward}).logits)"
+    if pooled:
+        output = (
+            "hidden = model.eval()(**inputs).last_hidden_state\n"
+            f"    {POOLINGS[pooling]}\n"
+            '    print(pooled @ head["weight"].T + head["bias"])'
         )
-    template = NATIVE if pooling == "native" else POOLED
-    return template.format(
-        place=place, load=load, peft_import=peft_import, example=example,
-        pooled=POOLINGS.get(pooling, ""),
+    imports = "from PIL import Image\n" if kind == "image" else ""
+    imports += "from safetensors.torch import load_file\n" if pooled else ""
+    return PAGE.format(
+        place=place, auto=auto, reader=reader, imports=imports,
+        peft_import="from peft import PeftModel\n" if adapter else "",
+        reading=f"{name} = {reader}.from_pretrained(path)",
+        load=_load(auto, base, revision, outputs, adapter, pooled),
+        head='head = load_file(f"{path}/head.safetensors")\n' if pooled else "",
+        inputs=call.format(example=example), output=output,
     )  # fmt: skip
+
+
+def _load(
+    auto: str, base: str | None, revision: str | None, outputs: int, adapter: bool, pooled: bool
+) -> str:
+    if not adapter:
+        return f"model = {auto}.from_pretrained(path)"
+    labels = "" if pooled else f", num_labels={outputs}, ignore_mismatched_sizes=True"
+    pinned = f', revision="{revision}"' if revision else ""
+    return (
+        f'base = {auto}.from_pretrained("{base or "the base model"}"{labels}{pinned})\n'
+        "model = PeftModel.from_pretrained(base, path)"
+    )

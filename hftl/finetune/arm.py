@@ -3,7 +3,8 @@
 import math
 import tempfile
 import time
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,37 +13,19 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from hftl.data.load import Row
-from hftl.data.text import Examples
-from hftl.errors import RecipeError
+from hftl.errors import NumericError, RecipeError
+from hftl.finetune.outcome import Outcome
 from hftl.finetune.strategy import prepare, trainable_parameters
 from hftl.finetune.workbench import MEASURED, Workbench
-from hftl.metrics import METRICS, compute
+from hftl.metrics import METRICS, SELECTION, score_all
 from hftl.model.cache import logits
 from hftl.model.head import Built
 from hftl.sections import Finetune
-from hftl.train.checkpoint import KeepBest
-from hftl.train.hardware import dtype_name, precision
+from hftl.train.checkpoint import KeepBest, whole_state
+from hftl.train.hardware import dtype_name, is_sharded, precision
 from hftl.train.trainer import TransferTrainer
 
 EVAL_BATCH = 64
-SELECTION = {"classification": "accuracy", "regression": "loss"}
-"""What the best epoch is chosen by on validation: a fine-tuned classifier's loss rises with its
-confidence while its accuracy still grows."""
-
-
-@dataclass
-class Outcome:
-    """What an arm leaves behind.
-
-    `logits` are (rows, outputs) for each split; `weights` the tensors that training changed or
-    drew; `facts` tells how training went.
-    """
-
-    logits: dict[str, np.ndarray]
-    weights: dict[str, Tensor]
-    trainable_parameters: int
-    facts: dict[str, Any] = field(default_factory=dict)
-    timings: dict[str, float] = field(default_factory=dict)
 
 
 def solve_head(bench: Workbench, finetune: Finetune, seed: int) -> Outcome:
@@ -88,17 +71,19 @@ def fit(
     """Trains a prepared model, keeps its best evaluation on validation, and predicts in fp32."""
     started = time.perf_counter()
     task = bench.prepared.task
-    rows = {"train": bench.train_rows(seed), **{s: bench.prepared.rows[s] for s in MEASURED}}
+    held = _short_first(bench, bench.prepared.rows["validation"])
+    # FSDP cuts the model into pieces; what it learns is put into this whole one.
+    whole = deepcopy(built.model) if is_sharded() else built.model
     with tempfile.TemporaryDirectory() as scratch_folder:
         args = arguments(training, task, scratch_folder, seed, bench.device, progress)
         best = keep_best(args, patience)
         trainer = TransferTrainer(
             model=built.model,
             args=args,
-            train_dataset=_examples(bench, rows["train"]),
-            eval_dataset=_examples(bench, _short_first(bench, rows["validation"])),
-            data_collator=bench.pad,
-            compute_metrics=lambda told: _metrics(bench, told.predictions, told.label_ids),
+            train_dataset=bench.examples(bench.train_rows(seed), seed),
+            eval_dataset=bench.examples(held),
+            data_collator=bench.inputs.collate,
+            compute_metrics=lambda told: _metrics(bench, held, told.predictions, told.label_ids),
             callbacks=[best],
         )
         trainer.remove_callback(PrinterCallback)
@@ -111,12 +96,9 @@ def fit(
     # accelerate leaves its autocast around forward; predictions are made in fp32.
     trainer.accelerator.unwrap_model(built.model, keep_fp32_wrapper=False)
     best.restore(built.model)
-    trained = time.perf_counter()
-    built.model.to(bench.device)
-    found = {
-        split: logits(built.model, bench.encoded(rows[split]), bench.pad, bench.device)
-        for split in MEASURED
-    }
+    if whole is not built.model:
+        whole.load_state_dict(whole_state(built.model, trainer.accelerator), strict=False)
+        built = replace(built, model=whole)
     facts = {
         "learning_rate": args.learning_rate,
         "precision": dtype_name(training),
@@ -124,10 +106,22 @@ def fit(
         "best_epoch": best.epoch,
         "history": _history(trainer.state.log_history),
     }
+    return _predicted(bench, built, facts, time.perf_counter() - started)
+
+
+def _predicted(
+    bench: Workbench, built: Built, facts: dict[str, Any], train_seconds: float
+) -> Outcome:
+    """The outcome of a trained model: what it predicts on all measured rows, and what it learnt."""
+    started = time.perf_counter()
+    built.model.to(bench.device)
+    found = {}
+    for split in MEASURED:
+        encoded = bench.encoded(bench.prepared.rows[split])
+        found[split] = logits(built.model, encoded, bench.inputs, bench.device)
     timings = {
-        "train_seconds": trained - started,
-        "predict_seconds": time.perf_counter() - trained,
-    }
+        "train_seconds": train_seconds, "predict_seconds": time.perf_counter() - started,
+    }  # fmt: skip
     count = trainable_parameters(built.model)
     return Outcome(found, learnt(built), count, facts, timings)
 
@@ -157,6 +151,8 @@ def arguments(
         "per_device_eval_batch_size": EVAL_BATCH,
         "dataloader_pin_memory": device == "cuda",
         "metric_for_best_model": SELECTION[task],
+        # All that trains is on the path to the loss, so the search for what is not would only cost.
+        "ddp_find_unused_parameters": False,
     }
     try:
         args = TrainingArguments(**(defaults | training | decided))
@@ -204,31 +200,28 @@ def learnt(built: Built) -> dict[str, Tensor]:
     return tensors
 
 
-def predictions_of(task: str, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions (rows,) and scores (rows, outputs) of logits.
+def _metrics(bench: Workbench, rows: list[Row], found: Any, labels: Any) -> dict[str, float]:
+    """The task's metrics of what the Trainer gathered; words cut off are not among its labels."""
+    found, labels = np.asarray(found), np.asarray(labels)
+    if not np.isfinite(found).all():
+        raise NumericError("the outputs on validation are not finite", "Lower the learning rate")
+    if bench.prepared.task == "token-classification":
+        counted = labels != -100
+        whole = np.full((sum(bench.prepared.words(rows)), found.shape[-1]), np.nan)
+        whole[_kept_words(bench, rows)] = found[counted]
+        found = whole
+    return score_all(bench.prepared.task, bench.prepared.measured(rows), bench.told(rows, found))
 
-    Classification: class ids and probabilities. Regression: the values, twice.
-    """
-    wide = found.astype(np.float64)
-    if task == "regression":
-        return wide[:, 0], wide
-    shifted = np.exp(wide - wide.max(1, keepdims=True))
-    return wide.argmax(1), shifted / shifted.sum(1, keepdims=True)
 
-
-def _metrics(bench: Workbench, found: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    predictions, _ = predictions_of(bench.prepared.task, np.asarray(found))
-    return compute(list(METRICS[bench.prepared.task].values()), np.asarray(labels), predictions)
+def _kept_words(bench: Workbench, rows: list[Row]) -> np.ndarray:
+    """Which words, row after row, were not cut off."""
+    return np.concatenate([np.asarray(row["words"]) >= 0 for row in bench.encoded(rows)])
 
 
 def _short_first(bench: Workbench, rows: list[Row]) -> list[Row]:
     """Rows of like length side by side, so that little is padded in evaluation."""
-    lengths = [len(encoded["input_ids"]) for encoded in bench.encoded(rows)]
+    lengths = [bench.inputs.length(encoded) for encoded in bench.encoded(rows)]
     return [row for _, row in sorted(zip(lengths, rows, strict=True), key=lambda pair: pair[0])]
-
-
-def _examples(bench: Workbench, rows: list[Row]) -> Examples:
-    return Examples(bench.encoded(rows), bench.prepared.labels(rows))
 
 
 def _history(log: list[dict[str, Any]]) -> list[dict[str, float]]:

@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
 
+from hftl.data import answers
 from hftl.data.prepare import Prepared
-from hftl.finetune.arm import Outcome, predictions_of
+from hftl.finetune.outcome import Outcome
 from hftl.finetune.workbench import MEASURED
-from hftl.metrics import METRICS, compute
+from hftl.metrics import score_all
 from hftl.record import to_json
 
 WEIGHTS = "weights.safetensors"
@@ -23,7 +24,7 @@ PREDICTIONS = "predictions.parquet"
 
 @dataclass(frozen=True)
 class Stored:
-    """What an arm's folder tells: metrics.json, and (rows,) labels and predictions a split."""
+    """What an arm's folder tells: metrics.json, and labels and predictions a split."""
 
     told: dict[str, Any]
     labels: dict[str, np.ndarray]
@@ -37,16 +38,17 @@ def write(
     columns: dict[str, list[Any]] = {k: [] for k in ("split", "row", "label", "prediction")}
     columns["scores"] = []
     metrics = {}
+    task, names = prepared.task, prepared.names
     for split in MEASURED:
         rows = prepared.rows[split]
-        labels = prepared.labels(rows)
-        predictions, scores = predictions_of(prepared.task, outcome.logits[split])
-        metrics[split] = compute(list(METRICS[prepared.task].values()), labels, predictions)
+        found, scores = answers.told(outcome.logits[split], task, names, prepared.words(rows))
+        predictions = answers.measured(found, task, names)
+        metrics[split] = score_all(task, prepared.measured(rows), predictions)
         columns["split"] += [split] * len(rows)
         columns["row"] += [row.index for row in rows]
         columns["label"] += [row.label for row in rows]
-        columns["prediction"] += _named(prepared, predictions)
-        columns["scores"] += scores.tolist()
+        columns["prediction"] += found
+        columns["scores"] += scores
     pq.write_table(pa.table(columns), folder / PREDICTIONS)
     save_file(outcome.weights, folder / WEIGHTS)
     logits = {
@@ -66,15 +68,14 @@ def write(
 
 
 def read(folder: Path, prepared: Prepared) -> Stored:
-    """What `write` stored, predictions as class ids or floats."""
+    """What `write` stored, labels and predictions as metrics compare them."""
     told = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    ids = {name: i for i, name in enumerate(prepared.names)}
     table = pq.read_table(folder / PREDICTIONS, columns=["split", "label", "prediction"])
     split_of = np.array(table["split"].to_pylist())
     values = {}
     for column in ("label", "prediction"):
-        found = table[column].to_pylist()
-        values[column] = np.array([ids[v] for v in found] if ids else found)
+        found = [tuple(v) if isinstance(v, list) else v for v in table[column].to_pylist()]
+        values[column] = answers.measured(found, prepared.task, prepared.names)
     return Stored(
         told,
         {split: values["label"][split_of == split] for split in MEASURED},
@@ -83,11 +84,5 @@ def read(folder: Path, prepared: Prepared) -> Stored:
 
 
 def read_logits(folder: Path, split: str) -> np.ndarray:
-    """(rows, outputs) float32."""
+    """float32 as in `Outcome`."""
     return load_file(folder / "logits.safetensors")[split].numpy()
-
-
-def _named(prepared: Prepared, predictions: np.ndarray) -> list[Any]:
-    if prepared.names:
-        return [prepared.names[i] for i in predictions]
-    return predictions.tolist()

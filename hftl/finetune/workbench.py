@@ -1,16 +1,20 @@
-"""What all arms of a run share: source, tokenizer, rows, token ids and frozen features."""
+"""What all arms of a run share: source, inputs, rows, their encoding and frozen features."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from hftl import processes
 from hftl.analyse.probe import Probe, fit_probe
 from hftl.check import check
+from hftl.data import answers, pixels
+from hftl.data.examples import Change, Examples
 from hftl.data.load import Row
+from hftl.data.pixels import ImageInputs
 from hftl.data.prepare import Prepared
 from hftl.data.split import content_key
-from hftl.data.text import Encoded, Pad, encode
+from hftl.data.text import Encoded, TextInputs
 from hftl.model.cache import Features, frozen_features
 from hftl.model.head import Built, build
 from hftl.model.source import SourceModel
@@ -24,16 +28,17 @@ MEASURED = ("validation", "test")
 class Workbench:
     """Shared by the arms of one run; everything in it is computed once.
 
-    `weights` is the hash of the source model's weights, `max_length` counts tokens.
+    `weights` is the hash of the source model's weights, `inputs` how its encoder takes rows, and
+    `augment` whether training pictures vary.
     """
 
     source: SourceModel
     weights: str
-    tokenizer: Any
+    inputs: TextInputs | ImageInputs
     prepared: Prepared
     shots: int | None
-    max_length: int
     device: str
+    augment: bool = False
     _encoded: dict[bytes, Encoded] = field(default_factory=dict)
     _features: dict[tuple[str, int | None], Features] = field(default_factory=dict)
     _probes: dict[tuple[str, int], Probe] = field(default_factory=dict)
@@ -41,36 +46,66 @@ class Workbench:
     def check(self, asked_length: int, arms: list[Arm]) -> dict[str, Any]:
         """The preflight's facts and warnings, for the arms that train from the source."""
         trained = [arm.finetune for arm in arms if arm.strategy in ("partial", "full")]
-        return check(self.source, self.tokenizer, self.prepared, asked_length, trained)
+        return check(self.source, self.inputs, self.prepared, asked_length, trained)
 
     @property
     def outputs(self) -> int:
         """Classes, or 1 for a target."""
         return max(1, len(self.prepared.names))
 
-    @property
-    def pad(self) -> Pad:
-        """The collator."""
-        return Pad(self.tokenizer)
-
     def train_rows(self, seed: int) -> list[Row]:
         """What an arm of this seed learns from."""
         return self.prepared.train(self.shots, seed)
 
     def encoded(self, rows: list[Row]) -> list[Encoded]:
-        """Token ids, each text tokenised once in the run."""
+        """What the encoder takes, each row encoded once in the run."""
         keys = [content_key(row) for row in rows]
         new = {k: r for k, r in zip(keys, rows, strict=True) if k not in self._encoded}
-        texts = [row.texts for row in new.values()]
-        self._encoded.update(zip(new, encode(self.tokenizer, texts, self.max_length), strict=True))
+        self._encoded.update(zip(new, self.inputs.encode(list(new.values())), strict=True))
         return [self._encoded[key] for key in keys]
+
+    def examples(self, rows: list[Row], seed: int | None = None) -> Examples:
+        """The rows as a dataset; with a seed they are for training, and may vary."""
+        keys = [content_key(row) for row in rows]
+        targets = self.prepared.targets(rows)
+        if targets.dtype == np.float64:
+            targets = targets.astype(np.float32)
+        labels = list(targets)
+        if self.prepared.task == "token-classification":
+            labels = np.split(targets, np.cumsum(self.prepared.words(rows))[:-1])
+        change: Change | None = None
+        if self.augment and seed is not None:
+            change = lambda row, epoch, key: pixels.augment(row, seed, epoch, key)  # noqa: E731
+        return Examples(self.encoded(rows), labels, keys, change)
+
+    def canvases(self, rows: list[Row]) -> np.ndarray:
+        """(rows, 3, height, width) uint8 pictures as the encoder sees them."""
+        return np.stack([row["pixel_values"] for row in self.encoded(rows)])
+
+    def told(self, rows: list[Row], logits: np.ndarray) -> np.ndarray:
+        """The answers that logits give, in the form that metrics compare."""
+        prepared = self.prepared
+        found, _ = answers.told(logits, prepared.task, prepared.names, prepared.words(rows))
+        return answers.measured(found, prepared.task, prepared.names)
+
+    def groups(self, rows: list[Row]) -> np.ndarray | None:
+        """A name an output, equal where outputs belong together: of one group, or one row."""
+        words = self.prepared.words(rows)
+        if rows[0].group is not None:
+            return np.repeat([str(row.group) for row in rows], words)
+        if self.prepared.task == "token-classification":
+            return np.repeat(np.arange(len(rows)).astype(str), words)
+        return None
 
     def build(self, pooling: str, seed: int, scratch: bool = False) -> Built:
         """A new model with an untrained head."""
-        return build(self.source, pooling, self.outputs, self.prepared.names, seed, scratch)
+        prepared = self.prepared
+        return build(
+            self.source, prepared.task, pooling, self.outputs, prepared.names, seed, scratch
+        )
 
     def features(self, pooling: str, seed: int, rows: list[Row]) -> np.ndarray:
-        """(rows, width): what the head's last layer sees before any training.
+        """(outputs of the rows, width): what the head's last layer sees before any training.
 
         Where weights below the last layer are new they differ by seed, and so do the features.
         """
@@ -80,20 +115,24 @@ class Workbench:
             built.model.to(self.device)
             known = Features(
                 lambda new: frozen_features(
-                    built.model, built.last_linear, self.encoded(new), self.pad, self.device
+                    built.model, built.last_linear, self.encoded(new), self.inputs, self.device
                 )
             )
             self._features[pooling, None if built.frozen_is_shared else seed] = known
         return known.of(rows)
 
     def probe(self, pooling: str, seed: int) -> Probe:
-        """The probe of this seed's training rows."""
+        """The probe of this seed's training rows, the same on every process.
+
+        Every process must come here; what one of them knows already is no reason not to.
+        """
+        return processes.share(lambda: self._fitted(pooling, seed))
+
+    def _fitted(self, pooling: str, seed: int) -> Probe:
         if (pooling, seed) not in self._probes:
             rows = self.train_rows(seed)
+            features = self.features(pooling, seed, rows)
             self._probes[pooling, seed] = fit_probe(
-                self.features(pooling, seed, rows),
-                self.prepared.labels(rows),
-                self.outputs,
-                [row.group for row in rows],
+                features, self.prepared.targets(rows), self.outputs, self.groups(rows)
             )
         return self._probes[pooling, seed]

@@ -29,7 +29,7 @@ def collect(
         rows = prepared.rows[split]
         predictions = {arm: np.stack([s.predictions[split] for s in found])
                        for arm, found in stored.items()}  # fmt: skip
-        told[split] = Predicted(prepared.labels(rows), _units(prepared, split), predictions)
+        told[split] = Predicted(prepared.measured(rows), _units(prepared, split), predictions)
     return told, [_entry(s, prepared, metric) for found in stored.values() for s in found]
 
 

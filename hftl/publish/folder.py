@@ -1,6 +1,7 @@
 """The model's part of the publish folder: a plain peft or transformers folder, and its head."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hftl.data.pixels import ImageInputs
 from hftl.errors import RunFolderError
 from hftl.finetune.arm import set_probe
 from hftl.finetune.strategy import prepare
 from hftl.finetune.workbench import Workbench
 from hftl.model.adapters import adapter_of
-from hftl.model.head import PooledModel, label_settings
+from hftl.model.head import PooledModel, label_settings, unwrapped
 from hftl.record import to_json
 from hftl.sections import Finetune
 
@@ -55,13 +57,16 @@ def write_model(bench: Workbench, model: nn.Module, finetune: Finetune, folder: 
     The adapter names the public base and its revision, never a path.
     """
     source = bench.source
-    labels = label_settings(bench.prepared.names, bench.outputs)
+    task = bench.prepared.task
+    labels = label_settings(bench.prepared.names, bench.outputs, task)
     if finetune.strategy == "lora":
         adapter_of(model).save_pretrained(str(folder))
         (folder / "README.md").unlink(missing_ok=True)
         base = {"base_model_name_or_path": source.public_id, "revision": source.revision}
         _rewrite(folder / "adapter_config.json", lambda settings: settings | base)
-        config = type(source.config).from_dict(source.config.to_dict() | labels)
+        # What the adapter is put on: for a stock class with its labels, so that it can be named.
+        known = {} if isinstance(model, PooledModel) else {"architectures": [stock_class(model)]}
+        config = type(source.config).from_dict(source.config.to_dict() | labels | known)
         config.save_pretrained(folder)
     else:
         whole: Any = model.encoder if isinstance(model, PooledModel) else model
@@ -74,22 +79,39 @@ def write_model(bench: Workbench, model: nn.Module, finetune: Finetune, folder: 
             folder / "head.safetensors",
             metadata={"pooling": finetune.pooling},
         )
-    bench.tokenizer.save_pretrained(folder)
+    bench.inputs.save(folder)
     for path in folder.glob("*config.json"):
         _rewrite(path, _without_local_names)
 
 
 def write_sample(bench: Workbench, logits: np.ndarray, folder: Path) -> Path:
-    """Test texts and the logits the arm gave for them, for the proof of the reload."""
-    rows = bench.prepared.rows["test"][:SAMPLE_ROWS]
-    told = {
-        "texts": [row.texts for row in rows],
-        "max_length": bench.max_length,
-        "logits": logits[: len(rows)].astype(np.float64).tolist(),
-    }
+    """Test rows as a user has them, and the logits the arm gave, for the proof of the reload.
+
+    Pictures are copied whole, the smallest of the test's. Words that were cut off have no logits
+    and are left out of the comparison.
+    """
+    prepared = bench.prepared
+    rows = prepared.rows["test"]
+    parts = np.split(logits.astype(np.float64), np.cumsum(prepared.words(rows))[:-1])
+    chosen = sorted(range(len(rows)), key=lambda i: math.prod(rows[i].size or (1,)))[:SAMPLE_ROWS]
+    found = np.concatenate([parts[i] for i in chosen])
+    told: dict[str, Any] = {"logits": found[np.isfinite(found).all(1)].tolist()}
+    if isinstance(bench.inputs, ImageInputs):
+        told |= {"arguments": bench.inputs.arguments, "images": []}
+        for number, image in enumerate(bench.inputs.originals([rows[i] for i in chosen])):
+            image.save(folder / f"sample{number}.png")
+            told["images"].append(f"sample{number}.png")
+    else:
+        key = "words" if prepared.task == "token-classification" else "texts"
+        told |= {key: [rows[i].content for i in chosen], "max_length": bench.inputs.max_length}
     path = folder / "sample.json"
     path.write_text(to_json(told), encoding="utf-8")
     return path
+
+
+def stock_class(model: nn.Module) -> str:
+    """The name of the transformers class under an adapter."""
+    return type(unwrapped(model)).__name__
 
 
 def _without_local_names(settings: dict[str, Any]) -> dict[str, Any]:

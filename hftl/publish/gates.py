@@ -14,7 +14,7 @@ ALLOWED = {
     "README.md", "hftl.json", "config.json", "adapter_config.json", "adapter_model.safetensors",
     "model.safetensors", "head.safetensors", "tokenizer.json", "tokenizer_config.json",
     "vocab.txt", "merges.txt", "vocab.json", "special_tokens_map.json", "added_tokens.json",
-    "sentencepiece.bpe.model", "spiece.model",
+    "sentencepiece.bpe.model", "spiece.model", "preprocessor_config.json", "processor_config.json",
 }  # fmt: skip
 SHARDS = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json")
 PLOTS = re.compile(r"assets/[\w-]+\.png")

@@ -5,7 +5,7 @@
     python reload.py FOLDER BASE SAMPLE DEVICE  ->  {"difference": ..., "largest": ...}
 
 BASE is the folder of an adapter's base (unused where FOLDER holds the whole model); SAMPLE is a
-JSON file with `texts`, `max_length` and the `logits` expected for them.
+JSON file with `texts`, `words` or `images` (files beside it), and the `logits` expected for them.
 """
 
 import json
@@ -20,11 +20,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
+
+AUTO = {
+    "ForImageClassification": AutoModelForImageClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+}
+"""By the end of the stock class's name, which the published config tells."""
 
 
 class Published(nn.Module):
@@ -58,16 +68,24 @@ def load(folder: Path, base: Path | None) -> Published:
         base: the folder of the base; needed by an adapter only.
     """
     head, pooling = _head(folder / "head.safetensors")
-    auto: Any = AutoModel if head is not None else AutoModelForSequenceClassification
+    config = AutoConfig.from_pretrained(folder)
+    auto: Any = AutoModel if head is not None else _auto(config)
     if not (folder / "adapter_config.json").exists():
         return Published(auto.from_pretrained(folder, dtype=torch.float32), head, pooling).eval()
-    config = AutoConfig.from_pretrained(folder)
-    labels = {} if head is not None else {"id2label": config.id2label, "label2id": config.label2id}
+    # The config says which class stands on the base, and its labels.
+    known = {} if head is not None else {"config": config}
     model = auto.from_pretrained(
-        base, dtype=torch.float32, ignore_mismatched_sizes=True,
-        trust_remote_code=False, **labels,
-    )  # fmt: skip
+        base, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False, **known
+    )
     return Published(PeftModel.from_pretrained(model, folder), head, pooling).eval()
+
+
+def _auto(config: Any) -> Any:
+    kind = (config.architectures or [""])[0]
+    return next(
+        (auto for end, auto in AUTO.items() if kind.endswith(end)),
+        AutoModelForSequenceClassification,
+    )
 
 
 def _head(path: Path) -> tuple[nn.Linear | None, str]:
@@ -82,20 +100,40 @@ def _head(path: Path) -> tuple[nn.Linear | None, str]:
     return head, pooling
 
 
+def sample_inputs(folder: Path, sample: Path) -> tuple[dict[str, Any], Tensor | None]:
+    """What the model takes for the sample; and for words which of its outputs they have."""
+    told = json.loads(sample.read_text(encoding="utf-8"))
+    if "images" in told:
+        from PIL import Image
+
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        images = [Image.open(sample.parent / name) for name in told["images"]]
+        return {**processor(images, return_tensors="pt"), **told["arguments"]}, None
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    cut = {"truncation": True, "max_length": told["max_length"], "padding": True}
+    if "texts" in told:
+        columns = [list(column) for column in zip(*told["texts"], strict=True)]
+        return dict(tokenizer(*columns, return_tensors="pt", **cut)), None
+    inputs = tokenizer(told["words"], is_split_into_words=True, return_tensors="pt", **cut)
+    ids = [inputs.word_ids(i) for i in range(len(told["words"]))]
+    first = torch.tensor(
+        [[w is not None and (p == 0 or row[p - 1] != w) for p, w in enumerate(row)] for row in ids]
+    )
+    return dict(inputs), first
+
+
 def main(folder: Path, base: Path, sample: Path, device: str) -> None:
     """Prints the comparison as JSON."""
-    told = json.loads(sample.read_text(encoding="utf-8"))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    columns = [list(column) for column in zip(*told["texts"], strict=True)]
-    inputs = tokenizer(
-        *columns, truncation=True, max_length=told["max_length"], padding=True, return_tensors="pt"
-    )
-    expected = torch.tensor(told["logits"])
+    inputs, first = sample_inputs(folder, sample)
+    expected = torch.tensor(json.loads(sample.read_text(encoding="utf-8"))["logits"])
     # Other weights must be drawn for whatever the folder lacks, or the lack would not show.
     torch.manual_seed(20_010_101)
     model = load(folder, base).to(device)
+    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     with torch.inference_mode():
-        found = model(**inputs.to(device)).logits.float().cpu()
+        found = model(**inputs).logits.float().cpu()
+    if first is not None:
+        found = found[first]
     compared = {
         "difference": float((found - expected).abs().max()),
         "largest": float(expected.abs().max()),

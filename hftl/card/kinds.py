@@ -1,0 +1,35 @@
+"""What the card says differently for texts, words and pictures."""
+
+from typing import Any
+
+CLASSICAL = {
+    "text": "TF-IDF with a linear model",
+    "words": "the words' spelling with a linear model",
+    "image": "downsampled pixels with a linear model",
+}
+DOES = {"text": "sorts text into", "words": "tags words as", "image": "sorts pictures into"}
+
+
+def kind_of(record: dict[str, Any]) -> str:
+    """What a model of this record takes: `text`, `words` or `image`."""
+    if record["data"]["task"] == "token-classification":
+        return "words"
+    return record["data"].get("modality", "text")
+
+
+def pipeline_tag(record: dict[str, Any]) -> str:
+    """The hub's name for the task."""
+    start = "token" if kind_of(record) == "words" else record["data"].get("modality", "text")
+    return f"{start}-classification"
+
+
+def example_of(record: dict[str, Any]) -> str:
+    """One input, as `predict` takes it, in source code."""
+    columns = record["recipe"]["data"]["train"]["text"]
+    if kind_of(record) == "text" and isinstance(columns, list) and len(columns) == 2:
+        return '("A first text.", "A second text.")'
+    return {
+        "text": '"A text of your own."',
+        "words": '["Each", "word", "apart"]',
+        "image": '"a_picture.png"',
+    }[kind_of(record)]

@@ -1,0 +1,195 @@
+"""The arms phase: every arm and seed that is missing, quick ones first."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hftl import processes, rundir, show
+from hftl.errors import RunFolderError
+from hftl.finetune import arm as training
+from hftl.finetune import baseline, store
+from hftl.finetune.classical import solve_classical
+from hftl.finetune.estimate import estimate_seconds
+from hftl.finetune.outcome import Outcome
+from hftl.finetune.workbench import Workbench
+from hftl.reads import arm_reads, asked
+from hftl.recipe import Arm, Recipe, arms
+from hftl.record import to_json
+from hftl.train.hardware import dtype_name, visible_devices
+
+ORDER = ("majority", "classical", "head", "lora", "partial", "full", "scratch")
+"""Quick arms first."""
+SOLVED = ("majority", "classical", "head")
+"""The arms that one process solves while the others wait."""
+Job = tuple[Arm, int, dict[str, Any]]
+"""An arm, a seed, and what its folder will tell of where it comes from."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run in progress: the recipe, its folder, and where to say what happens."""
+
+    recipe: Recipe
+    folder: Path
+    say: Callable[[str], None]
+    progress: bool
+
+    @property
+    def arms(self) -> list[Arm]:
+        """The recipe's arms, its own first."""
+        return arms(self.recipe)
+
+    def arm_folder(self, name: str, seed: int) -> Path:
+        """Where an arm's files stand."""
+        return self.folder / "arms" / f"{name}-seed{seed}"
+
+
+def run_arms(this: Run, bench: Workbench) -> None:
+    """Runs every arm and seed that is missing, quick ones first."""
+    jobs = processes.share(lambda: _missing(this, bench))
+    if not jobs:
+        return
+    processes.share(lambda: _announce(this, bench, [arm for arm, _, _ in jobs]))
+    total = len(this.arms) * len(this.recipe.measure.seeds)
+    for done, job in enumerate(jobs, total - len(jobs) + 1):
+        _run_job(this, bench, job, f"{done}/{total}")
+
+
+def _run_job(this: Run, bench: Workbench, job: Job, count: str) -> None:
+    """Trains on all processes, or solves on the main one, and keeps the outcome."""
+    arm, seed, _ = job
+    if arm.strategy in SOLVED:
+        processes.share(lambda: _keep(this, bench, job, _run_arm(this, bench, arm, seed), count))
+        return
+    outcome = _run_arm(this, bench, arm, seed)
+    processes.share(lambda: _keep(this, bench, job, outcome, count))
+
+
+def _keep(this: Run, bench: Workbench, job: Job, outcome: Outcome, count: str) -> None:
+    arm, seed, reads = job
+    folder = this.arm_folder(arm.name, seed)
+    with rundir.commit(folder, reads) as aside:
+        store.write(aside, bench.prepared, outcome, arm.name, arm.strategy, seed)
+    told = store.read(folder, bench.prepared).told
+    this.say(show.arm_line(told, this.recipe.measure.metric, count))
+
+
+def _missing(this: Run, bench: Workbench) -> list[Job]:
+    """Every arm and seed that does not stand, with what it reads."""
+    return [
+        (arm, seed, reads)
+        for arm in sorted(this.arms, key=lambda arm: ORDER.index(arm.strategy))
+        for reads in [_arm_reads(this.recipe, bench, arm)]
+        for seed in this.recipe.measure.seeds
+        if not _stands(this, this.arm_folder(arm.name, seed), reads)
+    ]
+
+
+def _announce(this: Run, bench: Workbench, wanted: list[Arm]) -> None:
+    """The header and the preflight's warnings."""
+    this.say(show.header(header(this.recipe, bench, wanted, len(wanted))))
+    for warning in bench.check(this.recipe.data.max_length, this.arms)["warnings"]:
+        this.say(f"  warning: {warning}")
+    total = len(this.arms) * len(this.recipe.measure.seeds)
+    if len(wanted) < total:
+        this.say(f"  {total - len(wanted)} of {total} arms x seeds stand already")
+
+
+def _arm_reads(recipe: Recipe, bench: Workbench, arm: Arm) -> dict[str, Any]:
+    """What an arm's folder tells of where it comes from."""
+    read = arm_reads(recipe, arm)
+    if bench.prepared.modality == "image":
+        read.pop("data.max_length", None)
+    return {
+        "recipe": read,
+        "asked": asked(recipe, read),
+        "weights": bench.weights,
+        "data": bench.prepared.facts["fingerprint"],
+    }
+
+
+def _stands(this: Run, folder: Path, reads: dict[str, Any]) -> bool:
+    """Whether an arm is finished and what the recipe asks.
+
+    Raises:
+        RunFolderError: if it was made from another source model or other data.
+    """
+    found = rundir.reads(folder)
+    if found is None:
+        return False
+    for key, what in (("weights", "another source model"), ("data", "other data")):
+        if found[key] != reads[key]:
+            raise RunFolderError(
+                f"{this.folder} was made with {what}: {folder.name} does not fit",
+                "Put it back, choose another --output, or start over with --restart",
+            )
+    return found["recipe"] == reads["recipe"]
+
+
+def _run_arm(this: Run, bench: Workbench, arm: Arm, seed: int) -> Outcome:
+    match arm.strategy:
+        case "majority":
+            return baseline.majority(bench, seed)
+        case "classical":
+            return solve_classical(bench, seed)
+        case "head":
+            return training.solve_head(bench, arm.finetune, seed)
+        case "scratch":
+            rate = _scratch_rate(this, bench, arm)
+            search = this.recipe.measure.scratch
+            return baseline.train_scratch(bench, arm.finetune, search, rate, seed, this.progress)
+    return training.train_arm(bench, arm.finetune, seed, this.progress)
+
+
+def _scratch_rate(this: Run, bench: Workbench, arm: Arm) -> float:
+    """The learning rate of scratch, searched once on the first seed."""
+    folder = this.folder / "phases" / "search"
+    reads = _arm_reads(this.recipe, bench, arm)
+    stands = processes.share(lambda: rundir.reads(folder) or {})
+    if stands | {"asked": reads["asked"]} != reads:
+        found = baseline.search_rate(
+            bench, arm.finetune, this.recipe.measure.scratch, this.recipe.measure.seeds[0],
+            this.progress,
+        )  # fmt: skip
+
+        def keep() -> None:
+            with rundir.commit(folder, reads) as aside:
+                rundir.write_text(aside / "search.json", to_json(found))
+
+        processes.share(keep)
+        edge = ", at the edge of those tried" if found["at_edge"] else ""
+        this.say(f"  scratch: learning rate {found['learning_rate']:g} is best on validation{edge}")
+    return json.loads((folder / "search.json").read_text("utf-8"))["learning_rate"]
+
+
+def header(recipe: Recipe, bench: Workbench, wanted: list[Arm], jobs: int) -> dict[str, str]:
+    """What a run is about to do, by name: source, device, rows, labels, arms and time."""
+    facts = bench.prepared.facts
+    splits = facts["splits"]
+    train = len(bench.train_rows(recipe.measure.seeds[0]))
+    labels = ", ".join(facts["labels"][:8]) + (", ..." if len(facts["labels"]) > 8 else "")
+    names = list(dict.fromkeys(arm.name for arm in wanted))
+    seconds = estimate_seconds(bench, wanted, recipe)
+    dropped = facts["duplicates"] + facts["conflicting"]
+    return {
+        "source": f"{recipe.source.model} ({bench.source.architecture})",
+        "device": _device_words(bench.device, dtype_name(recipe.finetune.training)),
+        "rows": f"train {train} of {splits['train']}, validation {splits['validation']}, "
+        f"test {splits['test']} ({facts['bad_rows']} bad, {dropped} duplicate rows dropped)",
+        "labels": labels or "a number",
+        "arms": f"{', '.join(names)} x seeds {recipe.measure.seeds}: {jobs} to run",
+        "time": f"about {show.duration(seconds)}",
+    }
+
+
+def _device_words(device: str, dtype: str) -> str:
+    """The device and how many work, or how to put all of them to work."""
+    count, visible = processes.size(), visible_devices()
+    if count > 1:
+        return f"{device}, {dtype}, {count} processes"
+    if visible > 1:
+        launch = f"accelerate launch --num_processes {visible} -m hftl run RECIPE"
+        return f"{device}, {dtype}, one of {visible}; to use all: {launch}"
+    return f"{device}, {dtype}"
