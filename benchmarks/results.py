@@ -26,6 +26,9 @@ INDEX = {
     "movies-minilm-lora": "recipes/movies-minilm/lora.yaml",
     "movies-minilm-valence": "recipes/movies-minilm/valence.yaml",
     "bbc-minilm-lora": "recipes/bbc-minilm/lora.yaml",
+    "clipart-dinov2-lora": "recipes/clipart-dinov2/lora.yaml",
+    "fashion-dinov2-head": "recipes/fashion-dinov2/head.yaml",
+    "addresses-minilm-lora": "recipes/addresses-minilm/lora.yaml",
 }
 
 
