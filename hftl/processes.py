@@ -8,6 +8,7 @@ import functools
 import os
 import pickle
 import platform
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -50,15 +51,9 @@ def share(compute: Callable[[], T]) -> T:
     global _failed_together
     if size() == 1 or _alone:
         return compute()
-    value = None
     if is_main():
-        try:
-            value = _by_itself(compute)
-        except Exception as raised:
-            _failed_together = True
-            _from_main((None, _portable(raised)))
-            raise
-    value, error = _from_main((value, None))
+        return _told_to_all(compute)
+    value, error = _from_main(None)
     _failed_together = error is not None
     if error is not None:
         error.raised_elsewhere = True
@@ -163,6 +158,22 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def _told_to_all(compute: Callable[[], T]) -> T:
+    """`compute()`; the others, who wait, get its value or the error that goes on from here."""
+    global _failed_together
+    value, done = None, False
+    try:
+        value = _by_itself(compute)
+        done = True
+        return value
+    finally:
+        error = None if done else sys.exception()
+        _failed_together = isinstance(error, Exception)
+        if done or isinstance(error, Exception):
+            # A signal is no answer: the launcher sends it to the others as well.
+            _from_main((value, _portable(error) if isinstance(error, Exception) else None))
+
+
 def _by_itself(compute: Callable[[], T]) -> T:
     """`compute()`, within which this process waits for no other."""
     global _alone
@@ -173,10 +184,10 @@ def _by_itself(compute: Callable[[], T]) -> T:
         _alone = False
 
 
-def _from_main(told: tuple[Any, Any]) -> tuple[Any, Any]:
+def _from_main(told: tuple[Any, Any] | None) -> tuple[Any, Any]:
     import torch.distributed as dist
 
-    message = [told]
+    message: list[Any] = [told]
     dist.broadcast_object_list(message, src=0, group=_group())
     return message[0]
 

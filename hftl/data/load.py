@@ -78,7 +78,8 @@ def load(data: Data, part: str, bad: BadRows, reading: Reading) -> list[Row]:
     name, raws = read_table(table, part, reading.modality)
     rows: list[Row] = []
     kinds: dict[str, str] = {}
-    found = _looked_at(_checked(name, raws, table, data.group, reading), data, table, reading)
+    raws = _checked(name, raws, table, data.group, reading)
+    found = _looked_at(raws, data, part, reading)
     for raw, seen in found:
         why = seen if isinstance(seen, str) else _fault(raw, table, task, data.group, reading)
         if why:
@@ -146,12 +147,12 @@ def _checked(
 
 
 def _looked_at(
-    raws: Iterator[Raw], data: Data, table: Table, reading: Reading
+    raws: Iterator[Raw], data: Data, part: str, reading: Reading
 ) -> Iterator[tuple[Raw, Seen | str | None]]:
     """Each raw row with its picture's hash and size, or why it has none; None for text."""
     if reading.modality == "text":
         return ((raw, None) for raw in raws)
-    part = next(p for p in ("train", "validation", "test") if getattr(data, p) is table)
+    table = getattr(data, part)
     folder = table_folder(table, part)
     return look(raws, table.image, folder, data.max_pixels, reading.patch)
 

@@ -169,11 +169,14 @@ def files_digest(data: Data, modality: str = "text") -> str:
 
 
 def _named_files(table: Table, split: str) -> list[Path]:
-    """The picture files that a table names and that are there."""
+    """The picture files that a table names and that are there; none where it holds them itself."""
     folder = table_folder(table, split) or Path()
     _, raws = read_table(table, split, "image")
-    named = [raw.values.get(table.image) for raw in raws]
-    paths = [folder / name for name in named if isinstance(name, str)]
+    named = (raw.values.get(table.image) for raw in raws)
+    first = next(named, None)
+    if not isinstance(first, str):
+        return []
+    paths = [folder / name for name in (first, *named) if isinstance(name, str)]
     # What is no path at all, too long or with a NUL, is named as a bad row later.
     return [path for path in paths if os.path.isfile(path)]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from hftl.data.load import Row
@@ -97,8 +97,7 @@ def fit(
     trainer.accelerator.unwrap_model(built.model, keep_fp32_wrapper=False)
     best.restore(built.model)
     if whole is not built.model:
-        whole.load_state_dict(whole_state(built.model, trainer.accelerator), strict=False)
-        built = replace(built, model=whole)
+        built = replace(built, model=_filled(whole, whole_state(built.model, trainer.accelerator)))
     facts = {
         "learning_rate": args.learning_rate,
         "precision": dtype_name(training),
@@ -107,6 +106,15 @@ def fit(
         "history": _history(trainer.state.log_history),
     }
     return _predicted(bench, built, facts, time.perf_counter() - started)
+
+
+def _filled(model: nn.Module, learnt: dict[str, Tensor]) -> nn.Module:
+    """The model with every parameter that trains set to what was learnt."""
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if trains != set(learnt):
+        raise RuntimeError(f"learnt and trainable differ: {sorted(trains ^ set(learnt))[0]}")
+    model.load_state_dict(learnt, strict=False)
+    return model
 
 
 def _predicted(

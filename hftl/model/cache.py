@@ -54,10 +54,10 @@ def _run(
 ) -> list[np.ndarray]:  # fmt: skip
     """What `keep` takes from each batch, row by row; the batches are shared among the processes.
 
+    Rows of like length run together, so that little is padded; that changes no value.
+
     Raises:
         NumericError: on every process, if a value is not finite.
-
-    Rows of like length run together, so that little is padded; that changes no value.
     """
     model.eval()
     batches = batches_of_like([inputs.length(row) for row in encoded], BATCH_TOKENS)

@@ -65,7 +65,11 @@ def write_model(bench: Workbench, model: nn.Module, finetune: Finetune, folder: 
         base = {"base_model_name_or_path": source.public_id, "revision": source.revision}
         _rewrite(folder / "adapter_config.json", lambda settings: settings | base)
         # What the adapter is put on: for a stock class with its labels, so that it can be named.
-        known = {} if isinstance(model, PooledModel) else {"architectures": [stock_class(model)]}
+        known = (
+            {}
+            if isinstance(model, PooledModel)
+            else {"architectures": [type(unwrapped(model)).__name__]}
+        )
         config = type(source.config).from_dict(source.config.to_dict() | labels | known)
         config.save_pretrained(folder)
     else:
@@ -107,11 +111,6 @@ def write_sample(bench: Workbench, logits: np.ndarray, folder: Path) -> Path:
     path = folder / "sample.json"
     path.write_text(to_json(told), encoding="utf-8")
     return path
-
-
-def stock_class(model: nn.Module) -> str:
-    """The name of the transformers class under an adapter."""
-    return type(unwrapped(model)).__name__
 
 
 def _without_local_names(settings: dict[str, Any]) -> dict[str, Any]:
