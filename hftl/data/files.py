@@ -119,6 +119,13 @@ def read_textfolder(path: Path) -> Iterator[Raw]:
             yield Raw({"text": handle.read(), "label": label}, index, where)
 
 
+def read_texts(path: Path) -> Iterator[Raw]:
+    """Every file below a folder as one text, in a column `text`; hidden files are left out."""
+    for index, file in enumerate(_files(path)):
+        with _open(file) as handle:
+            yield Raw({"text": handle.read()}, index, file.relative_to(path).as_posix())
+
+
 def read_imagefolder(path: Path) -> Iterator[Raw]:
     """One folder a class; columns `image`, the absolute path, and `label`.
 

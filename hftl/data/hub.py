@@ -14,7 +14,7 @@ def load_hub(table: Table, part: str) -> Iterator[Raw]:
 
     Args:
         table: `path` is the dataset's id, `name` its configuration.
-        part: the split where the recipe names none.
+        part: the split where the recipe names none; of tables without labels it is train.
 
     Raises:
         HubError: if the dataset is unknown, gated, or the hub cannot be reached.
@@ -22,7 +22,7 @@ def load_hub(table: Table, part: str) -> Iterator[Raw]:
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
-    split = table.split or part
+    split = table.split or (part if part in ("train", "validation", "test") else "train")
     commit = revision(table.path, table.revision)
     try:
         dataset: Any = datasets.load_dataset(table.path, table.name, split=split, revision=commit)

@@ -7,13 +7,17 @@ from typing import Any
 
 from hftl import places
 from hftl.data.cells import kind, label_fault, label_of, text_fault
-from hftl.data.files import READERS, Raw, guess_format, not_utf8
+from hftl.data.files import READERS, Raw, guess_format, not_utf8, read_images, read_texts
 from hftl.data.hub import load_hub
 from hftl.data.pictures import Seen, look
 from hftl.errors import DataError
 from hftl.explain import closest
 from hftl.sections import Data, Table
 
+UNLABELLED = ("unlabeled", "general")
+"""Tables without labels: folders are read flat, every file for itself."""
+LISTED = 10_000
+"""Bad rows that are listed, at most; all are counted."""
 Label = str | float | tuple[str, ...]
 
 
@@ -41,6 +45,7 @@ class BadRows:
     """Rows that cannot be used: the first stops the run, or all are dropped and listed."""
 
     skip: bool = False
+    count: int = 0
     dropped: list[dict[str, str]] = field(default_factory=list)
 
     def reject(self, where: str, why: str) -> None:
@@ -51,7 +56,9 @@ class BadRows:
         """
         if not self.skip:
             raise DataError(f"{where}: {why}", "Correct it, or set data.bad_rows=skip")
-        self.dropped.append({"where": where, "why": why})
+        self.count += 1
+        if self.count <= LISTED:
+            self.dropped.append({"where": where, "why": why})
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,27 @@ def load(data: Data, part: str, bad: BadRows, reading: Reading) -> list[Row]:
         places_ = " and ".join(f"{kind} ({where})" for kind, where in sorted(kinds.items()))
         raise DataError(f"{name}: labels of mixed types: {places_}", "Write them all as one type")
     if not rows:
-        raise DataError(f"{name} has no {'usable ' if bad.dropped else ''}rows", "Check the file")
+        raise DataError(f"{name} has no {'usable ' if bad.count else ''}rows", "Check the file")
+    return rows
+
+
+def load_pictures(data: Data, part: str, bad: BadRows, reading: Reading) -> list[Row]:
+    """The pictures of a table that has no labels: `unlabeled`, `general`, or train without a task.
+
+    Raises:
+        DataError: if the file or the column is missing, or no picture is left.
+    """
+    table = getattr(data, part)
+    name, raws = read_table(table, part, reading.modality)
+    folder = table_folder(table, part)
+    rows: list[Row] = []
+    for raw, seen in look(raws, table.image, folder, data.max_pixels, reading.patch):
+        if isinstance(seen, Seen):
+            rows.append(Row((seen.content,), "", None, raw.index, raw.where, part, seen.size))
+        else:
+            bad.reject(raw.where, seen)
+    if not rows:
+        raise DataError(f"{name} has no {'usable ' if bad.count else ''}pictures", "Check it")
     return rows
 
 
@@ -113,6 +140,8 @@ def read_table(table: Table, part: str, modality: str) -> tuple[str, Iterator[Ra
         return table.path, load_hub(table, part)
     if path is None or not path.exists():
         raise DataError(f"data.{part}.path: {table.path} does not exist", "Check the path")
+    if path.is_dir() and part in UNLABELLED:
+        return path.name, (read_images if modality == "image" else read_texts)(path)
     name = table.format or guess_format(path)
     if path.is_dir() != (name in ("textfolder", "imagefolder")):
         what = "a folder" if path.is_dir() else "a file"

@@ -56,6 +56,10 @@ class ImageInputs:
             self._known[row.content[0]] = found
         return [{"pixel_values": self._known[row.content[0]]} for row in rows]
 
+    def known(self, name: str) -> np.ndarray:
+        """The stored pixels of the picture of this hash: (3, height, width) uint8."""
+        return self._known[name]
+
     def length(self, encoded: Encoded) -> int:
         """Patches of a picture: what its forward pass costs."""
         return (target_size(self.processor) // self.patch) ** 2

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,9 @@ def prepare(data: Data, reading: Reading = Reading()) -> Prepared:  # noqa: B008
             fewer rows than `shots`.
         HubError: if a hub dataset cannot be had.
     """
-    task = str(data.task)
+    if data.task is None:
+        return _nothing(data, reading)
+    task = data.task
     bad = BadRows(skip=data.bad_rows == "skip")
     tables = {s: getattr(data, s) for s in SPLITS if isinstance(getattr(data, s), Table)}
     loaded = {s: load(data, s, bad, reading) for s in tables}
@@ -93,21 +96,31 @@ def prepare(data: Data, reading: Reading = Reading()) -> Prepared:  # noqa: B008
     facts = {
         "task": task,
         "modality": reading.modality,
-        "rows_read": read + len(bad.dropped),
-        "bad_rows": len(bad.dropped),
+        "rows_read": read + bad.count,
+        "bad_rows": bad.count,
         "bad_rows_listed": bad.dropped,
         **counts,
         "splits": {split: len(found) for split, found in rows.items()},
         "labels": names,
         "label_counts": _label_counts(rows, task),
         "fingerprint": fingerprint({s: [content_key(r).hex() for r in rows[s]] for s in SPLITS}),
-        "hub_revisions": {
-            s: revision(t.path, t.revision) for s, t in tables.items() if _on_hub(t, s)
-        },
+        "hub_revisions": _hub_revisions(data),
     }
     prepared = Prepared(task, reading.modality, names, rows, facts)
     draw_shots(rows["train"], data.shots, task, data.seed)
     return prepared
+
+
+def _nothing(data: Data, reading: Reading) -> Prepared:
+    """What there is without a task: no labelled row."""
+    empty = dict.fromkeys(SPLITS, 0)
+    facts = {
+        "task": None, "modality": reading.modality, "rows_read": 0, "bad_rows": 0,
+        "bad_rows_listed": [], "duplicates": 0, "conflicting": 0, "leaked": 0, "splits": empty,
+        "labels": [], "label_counts": None, "fingerprint": fingerprint({}),
+        "hub_revisions": _hub_revisions(data),
+    }  # fmt: skip
+    return Prepared("", reading.modality, [], {split: [] for split in SPLITS}, facts)
 
 
 def write(prepared: Prepared, folder: Path, files: str) -> None:
@@ -143,13 +156,13 @@ def read(folder: Path) -> Prepared:
         size = tuple(told["size"]) if told["size"] else None
         rows[split].append(Row(tuple(told["content"]), label, told["group"], told["row"],
                                told["where"], told["table"], size))  # fmt: skip
-    return Prepared(facts["task"], facts["modality"], facts["labels"], rows, facts)
+    return Prepared(facts["task"] or "", facts["modality"], facts["labels"], rows, facts)
 
 
-def files_digest(data: Data, modality: str = "text") -> str:
-    """A hash of the bytes of every local file the data section names; hub ids count by name."""
+def files_digest(data: Data, modality: str = "text", parts: Sequence[str] = SPLITS) -> str:
+    """A hash of the bytes of every local file of these tables; hub ids count by name."""
     digest = hashlib.sha256()
-    for split in SPLITS:
+    for split in parts:
         table = getattr(data, split)
         if isinstance(table, Fraction):
             continue
@@ -184,6 +197,16 @@ def _named_files(table: Table, split: str) -> list[Path]:
 def stored_digest(folder: Path) -> str:
     """The `files_digest` that the stored rows were read under."""
     return json.loads((folder / "facts.json").read_text(encoding="utf-8"))["files"]
+
+
+def _hub_revisions(data: Data) -> dict[str, str | None]:
+    """The commit of every table of the hub."""
+    tables = {part: getattr(data, part) for part in (*SPLITS, "unlabeled", "general")}
+    return {
+        part: revision(table.path, table.revision)
+        for part, table in tables.items()
+        if isinstance(table, Table) and _on_hub(table, part)
+    }
 
 
 def _on_hub(table: Table, split: str) -> bool:

@@ -16,7 +16,11 @@ BINS = 10
 
 def content_key(row: Row, seed: int = 0, purpose: str = "order") -> bytes:
     """A hash of what the row says, different for each seed and purpose."""
-    told = "\x1f".join([str(seed), purpose, *row.content, str(row.label)])
+    return content_hash("\x1f".join([str(seed), purpose, *row.content, str(row.label)]))
+
+
+def content_hash(told: str) -> bytes:
+    """16 bytes that stand for a text."""
     return hashlib.blake2b(told.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 

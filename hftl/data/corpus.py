@@ -1,0 +1,296 @@
+"""A corpus as blocks of token ids: tokenised once into files, read by memory mapping.
+
+Two passes, each over a bounded piece of the corpus at a time. The first tokenises every document
+into one stream. Then it is known which documents are copies and which are held out, and the second
+copies what is kept into a stream of its own for either side.
+"""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hftl.data.documents import batches
+from hftl.errors import DataError, RecipeError
+
+PARTS = ("train", "held_out")
+FRAME = "frame.json"
+CONTINUES, STARTS, BETWEEN = 0, 1, 2
+"""What a token does: goes on with a word, starts one, or stands between two documents."""
+
+CHUNK = 1 << 22
+"""Tokens copied at once."""
+DROPPED = -1
+GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 over the golden ratio: its multiples spread evenly, so few seeds hold out the same texts."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How documents become blocks.
+
+    Args:
+        length: tokens of a block, special tokens included.
+        pack: documents side by side in a block, or each on its own.
+        held_out: share of the documents kept for the held-out loss.
+        seed: which documents these are.
+    """
+
+    length: int
+    pack: bool
+    held_out: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The special tokens around every block, and the numpy type that holds a token id."""
+
+    prefix: list[int]
+    suffix: list[int]
+    dtype: str
+
+
+class Blocks:
+    """The blocks of one side, `train` or `held_out`, of a folder that `write` filled."""
+
+    def __init__(self, folder: Path, part: str) -> None:
+        self.folder, self.part = folder, part
+        self._frame = Frame(**json.loads((folder / FRAME).read_text(encoding="utf-8")))
+        # As plain arrays, for a slice of numpy's own memory-map class is slow.
+        self._offsets = np.asarray(np.load(folder / f"{part}.npy", mmap_mode="r"))
+        self._ids = np.asarray(np.memmap(folder / f"{part}.ids", self._frame.dtype, "r"))
+        self._flags = np.asarray(np.memmap(folder / f"{part}.flags", np.uint8, "r"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker process maps the files itself instead of being sent what they hold.
+        return Blocks, (self.folder, self.part)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of a block with its special tokens, and the number of each token's word.
+
+        Both int64 (tokens,); words are counted inside the block, -1 for special tokens. A word
+        that two blocks share is a word of each.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"block {i} of {len(self)}")
+        text = slice(self._offsets[i], self._offsets[i + 1])
+        flags = self._flags[text]
+        before, after = self._frame.prefix, self._frame.suffix
+        inside = slice(len(before), len(before) + len(flags))
+        ids = np.empty(inside.stop + len(after), dtype=np.int64)
+        ids[: inside.start], ids[inside], ids[inside.stop :] = before, self._ids[text], after
+        words = np.full(len(ids), -1)
+        numbers = np.cumsum(flags == STARTS) - (flags[0] != CONTINUES)
+        words[inside] = np.where(flags == BETWEEN, -1, numbers)
+        return ids, words
+
+
+def write(
+    texts: Iterable[str], tokenizer: Any, cut: Cut, drop: Callable[[str], bool], folder: Path
+) -> dict[str, Any]:
+    """Tokenises a corpus and writes its blocks into a folder, for `Blocks` to read.
+
+    Exact copies of an earlier document are dropped. Whether a document is held out is a function
+    of its text and the seed, not of the order; at least one is, and one is not. Packed documents
+    stand side by side with the special tokens between them that end a text.
+
+    Args:
+        texts: the documents; read once.
+        tokenizer: a fast tokenizer of transformers.
+        cut: how documents become blocks.
+        drop: says of a text that it stands in validation or test, and must not be learnt from.
+        folder: an empty folder.
+
+    Returns:
+        What is kept to train on: `documents`, `tokens` (of their texts) and `blocks`; the same with
+        `held_out_` before the name; the documents dropped: `duplicates`, `leaked` and `empty` (of
+        no token); and `fingerprint`, a hash of the set of kept documents.
+
+    Raises:
+        DataError: if there are fewer than two documents, or packed ones fill no block.
+        RecipeError: if the tokenizer is not a fast one, or a block has no room for text.
+    """
+    frame = _frame(tokenizer)
+    payload = cut.length - len(frame.prefix) - len(frame.suffix)
+    if payload < 1:
+        raise RecipeError(
+            f"data.max_length={cut.length} leaves no room beside the special tokens of a block",
+            "Set it to 128, for instance",
+        )
+    gap = frame.suffix if cut.pack else []
+    lengths, contents, leaked = _tokenise(texts, tokenizer, drop, gap, frame.dtype, folder)
+    sides, dropped = _sides(lengths, contents, cut, leaked)
+    facts: dict[str, Any] = {**dropped, "fingerprint": _fingerprint(contents[sides >= 0])}
+    for side, part in enumerate(PARTS):
+        mine = lengths[sides == side]
+        offsets = _packed(mine, payload, len(gap)) if cut.pack else _offsets(mine, payload)
+        if cut.pack and part == "train" and offsets[-1] - offsets[0] < payload:
+            raise DataError(
+                f"the corpus holds {mine.sum()} tokens, fewer than one block of {cut.length}",
+                "Give more text, or set adapt.pack=false or a smaller data.max_length",
+            )
+        np.save(folder / f"{part}.npy", offsets)
+        before = "" if part == "train" else f"{part}_"
+        facts[f"{before}documents"] = len(mine)
+        facts[f"{before}tokens"] = int(mine.sum())
+        facts[f"{before}blocks"] = len(offsets) - 1
+    _copy(lengths + len(gap), sides, frame.dtype, folder)
+    (folder / FRAME).write_text(json.dumps(vars(frame)), encoding="utf-8")
+    return facts
+
+
+def _frame(tokenizer: Any) -> Frame:
+    """What the tokenizer puts around a text.
+
+    Raises:
+        RecipeError: if the tokenizer is not a fast one.
+    """
+    if not tokenizer.is_fast:
+        raise RecipeError(
+            "the source model's tokenizer is not a fast one, so it does not say where words begin",
+            "Give a source model with a tokenizer.json",
+        )
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+    return Frame(whole[:at], whole[at + len(bare) :], dtype)
+
+
+def _tokenise(
+    texts: Iterable[str], tokenizer: Any, drop: Callable[[str], bool], gap: list[int], dtype: str,
+    folder: Path,
+) -> tuple[np.ndarray, np.ndarray, int]:  # fmt: skip
+    """The first pass: writes every document as `gap` and its tokens, with a flag for each token.
+
+    Returns:
+        Each document's tokens without the gap, int64; the hash of its text, uint64; and how
+        many were not written because `drop` said so.
+    """
+    lengths, contents, leaked = array("q"), array("Q"), 0
+
+    def kept() -> Iterator[str]:
+        nonlocal leaked
+        for text in texts:
+            if drop(text):
+                leaked += 1
+            else:
+                yield text
+
+    with open(folder / "stream.ids", "wb") as ids, open(folder / "stream.flags", "wb") as flags:
+        for batch in batches(kept()):
+            found = tokenizer(
+                [piece for _, piece in batch], add_special_tokens=False, truncation=False,
+                padding=False, return_attention_mask=False, return_token_type_ids=False,
+                verbose=False,
+            )  # fmt: skip
+            rows = zip(batch, found["input_ids"], found.encodings, strict=True)
+            for (content, _), tokens, encoding in rows:
+                if content is not None:
+                    contents.append(content)
+                    lengths.append(0)
+                    ids.write(np.array(gap, dtype).tobytes())
+                    flags.write(bytes([BETWEEN] * len(gap)))
+                lengths[-1] += len(tokens)
+                ids.write(np.array(tokens, dtype).tobytes())
+                flags.write(_starts(encoding.word_ids))
+    return np.array(lengths), np.array(contents), leaked
+
+
+def _starts(words: list[int | None]) -> bytes:
+    """A flag for each token: whether its word is another than that of the token before."""
+    numbers = np.array([-1 if word is None else word for word in words], dtype=np.int64)
+    flags = np.full(len(numbers), STARTS, dtype=np.uint8)
+    flags[1:][numbers[1:] == numbers[:-1]] = CONTINUES
+    return flags.tobytes()
+
+
+def _sides(
+    lengths: np.ndarray, contents: np.ndarray, cut: Cut, leaked: int
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Which side each document is on, as an index of `PARTS` or -1, and what was dropped.
+
+    Raises:
+        DataError: if there is not a document for either side.
+    """
+    _, first = np.unique(contents, return_index=True)
+    distinct = np.zeros(len(contents), dtype=bool)
+    distinct[first] = True
+    kept = np.flatnonzero(distinct & (lengths > 0))
+    dropped = {
+        "duplicates": len(contents) - len(first),
+        "leaked": leaked,
+        "empty": len(first) - len(kept),
+    }
+    if len(kept) < 2:
+        documents = "1 document" if len(kept) else "no documents"
+        besides = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
+        raise DataError(
+            f"the corpus has {documents}{f' (dropped: {besides})' if besides else ''}, at least 2 "
+            "are needed: one is held out",
+            "Give more text",
+        )
+    # The hashes are uniform, so turning them all by one step makes another uniform order.
+    order = contents[kept] + np.uint64(cut.seed * GOLDEN % 2**64)
+    held_out = order < np.uint64(int(cut.held_out * 2**64))
+    held_out[order.argmin()], held_out[order.argmax()] = True, False
+    sides = np.full(len(contents), DROPPED, dtype=np.int8)
+    sides[kept] = held_out
+    return sides, dropped
+
+
+def _fingerprint(contents: np.ndarray) -> str:
+    """A hash of a set of hashes, whatever their order."""
+    return hashlib.sha256(np.sort(contents).astype("<u8").tobytes()).hexdigest()
+
+
+def _packed(lengths: np.ndarray, payload: int, gap: int) -> np.ndarray:
+    """The bounds of blocks of documents side by side; the gap before the first belongs to none."""
+    total = lengths.sum() + (len(lengths) - 1) * gap
+    return gap + _offsets(np.array([total]), payload)
+
+
+def _offsets(lengths: np.ndarray, payload: int) -> np.ndarray:
+    """Where each block begins, and the last ends, if every text is cut on its own; int64."""
+    blocks = -(-lengths // payload)
+    number = np.arange(blocks.sum()) - np.repeat(np.cumsum(blocks) - blocks, blocks)
+    begins = np.repeat(np.cumsum(lengths) - lengths, blocks) + number * payload
+    return np.append(begins, lengths.sum())
+
+
+def _copy(spans: np.ndarray, sides: np.ndarray, dtype: str, folder: Path) -> None:
+    """The second pass: gives each side the documents that are its own; removes the stream.
+
+    Args:
+        spans: tokens of each document in the stream, gap included.
+        sides: the side of each document.
+        dtype: of a token id.
+        folder: where the stream lies.
+    """
+    ends = np.cumsum(spans)
+    for kind, item in (("ids", dtype), ("flags", "uint8")):
+        source = folder / f"stream.{kind}"
+        outs = [open(folder / f"{part}.{kind}", "wb") for part in PARTS]
+        with open(source, "rb") as stream, outs[0], outs[1]:
+            for start in range(0, int(ends[-1]), CHUNK):
+                values = np.fromfile(stream, item, CHUNK)
+                side = _side_of_tokens(ends, sides, start, start + len(values))
+                for number, out in enumerate(outs):
+                    values[side == number].tofile(out)
+        source.unlink()
+
+
+def _side_of_tokens(ends: np.ndarray, sides: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """The side of each of the stream's tokens from start to stop."""
+    first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+    bounds = np.minimum(ends[first : last + 1], stop)
+    return np.repeat(sides[first : last + 1], np.diff(bounds, prepend=start))
