@@ -8,8 +8,8 @@ from pydantic_core import ErrorDetails
 
 from hftl.errors import RecipeError
 
-TAGS = ("Fraction", "Table")
-"""What a location names where pydantic chose between two sections."""
+TAGS = ("Fraction", "Table", "one", "several")
+"""What a location names where pydantic chose between two sections, or one section and a list."""
 
 
 def explain(error: ValidationError, where: str, model: type[BaseModel]) -> RecipeError:
@@ -47,7 +47,9 @@ def _siblings(model: type[BaseModel], loc: list[Any]) -> list[str]:
         if part == "Fraction":
             # What has no `path` may have been meant as either.
             return [name for member in _members(here) for name in member.model_fields]
-        if part in TAGS:
+        if part in ("one", "several") or isinstance(part, int):
+            here = _first_model(here)
+        elif part in TAGS:
             here = next(m for m in _members(here) if m.__name__ == part)
         else:
             field = here.model_fields.get(part) if _is_model(here) else None
@@ -59,6 +61,14 @@ def _members(annotation: Any) -> list[type[BaseModel]]:
     """The classes inside `Annotated[A, ...] | Annotated[B, ...]`."""
     parts = getattr(annotation, "__args__", ())
     return [getattr(part, "__origin__", part) for part in parts]
+
+
+def _first_model(annotation: Any) -> Any:
+    """The first section anywhere inside an annotation, or the annotation where it is one."""
+    if _is_model(annotation):
+        return annotation
+    inside = (_first_model(part) for part in getattr(annotation, "__args__", ()))
+    return next((found for found in inside if _is_model(found)), None)
 
 
 def _is_model(annotation: Any) -> bool:

@@ -4,16 +4,20 @@ A changed key outside `measure` and `publish` that a finished part has read is r
 that `measure` defines anew is run again.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hftl import rundir, yamlfile
 from hftl.errors import RunFolderError
 from hftl.recipe import Arm, Recipe
+from hftl.sections import Adapt
 
 PATHS = ("path", "format", "split", "revision", "name")
 """Where a table lies is not what it says: data count by content."""
 NOT_SPLIT = ("data.max_length", "data.image_size", "data.augment")
+CORPORA = ("data.unlabeled", "data.general")
+"""What adaptation reads; the data phase does not."""
 TRAINED = ("head_init", "patience", "training")
 
 
@@ -23,7 +27,9 @@ def data_reads(recipe: Recipe) -> dict[str, Any]:
     return {
         key: value
         for key, value in flat.items()
-        if key not in NOT_SPLIT and key.rsplit(".", 1)[-1] not in PATHS
+        if key not in NOT_SPLIT
+        and key.rsplit(".", 1)[-1] not in PATHS
+        and not key.startswith(CORPORA)
     }
 
 
@@ -40,6 +46,7 @@ def arm_reads(recipe: Recipe, arm: Arm) -> dict[str, Any]:
     if arm.name != arm.strategy:
         used = (*used, "strategy")
     reads = yamlfile.flatten({key: section[key] for key in used}, "finetune") if used else {}
+    reads |= stages_flat(arm.stages)
     reads["data.shots"] = recipe.data.shots
     if used:
         reads["data.max_length"] = recipe.data.max_length
@@ -53,10 +60,28 @@ def arm_reads(recipe: Recipe, arm: Arm) -> dict[str, Any]:
     return reads
 
 
+def adapt_reads(recipe: Recipe, stages: Sequence[Adapt], number: int) -> dict[str, Any]:
+    """What the adaptation of this number, counted from 1, reads: those before it and itself."""
+    flat = _flat(recipe)
+    data = ("data.max_length", "data.image_size", "data.augment", "data.seed", "finetune.pooling",
+            "data.shots")  # fmt: skip
+    return stages_flat(stages[:number]) | {key: flat[key] for key in data}
+
+
 def asked(recipe: Recipe, reads: dict[str, Any]) -> dict[str, Any]:
     """What the recipe itself says of the keys that an arm reads."""
-    flat = yamlfile.flatten(recipe.tree())
+    flat = _flat(recipe)
     return {key: flat.get(key) for key in reads}
+
+
+def stages_flat(stages: Sequence[Adapt]) -> dict[str, Any]:
+    """The adaptations as `adapt.key`, or `adapt.0.key` where there are several."""
+    dumped = [stage.model_dump(mode="json") for stage in stages]
+    if not dumped:
+        return {}
+    if len(dumped) == 1:
+        return yamlfile.flatten(dumped[0], "adapt")
+    return yamlfile.flatten({str(i): stage for i, stage in enumerate(dumped)}, "adapt")
 
 
 def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -71,29 +96,54 @@ def refuse_changed(recipe: Recipe, run: Path, wanted: list[Arm]) -> None:
     Raises:
         RunFolderError: naming each key that a finished part has read and that changed.
     """
-    now = yamlfile.flatten(recipe.tree())
     found: set[str] = set()
+    for number in range(1, len(recipe.stages) + 1):
+        read = rundir.reads(run / "phases" / f"adapt-{number}")
+        if read is not None:
+            found |= set(changed(read["recipe"], adapt_reads(recipe, recipe.stages, number)))
     data = rundir.reads(run / "phases" / "data")
     if data is not None:
         found |= set(changed(data["recipe"], data_reads(recipe)))
     for arm in wanted:
         for folder in sorted((run / "arms").glob(f"{arm.name}-seed[0-9]*")):
             read = rundir.reads(folder)
-            if read is None:
-                continue
-            wanted_now = arm_reads(recipe, arm)
-            if "data.max_length" not in read["recipe"]:
-                wanted_now.pop("data.max_length", None)
-            for line in changed(read["recipe"], wanted_now):
-                key = line.split(":", 1)[0]
-                # Where the recipe itself says what it said then, `measure` has changed the arm.
-                if not key.startswith("measure.") and read["asked"].get(key) != now.get(key):
-                    found.add(line)
+            if read is not None:
+                found |= _changed_under(read, recipe, arm)
     if found:
         raise RunFolderError(
             f"{run} was made with another recipe: {'; '.join(sorted(found))}",
             "Put it back, choose another --output, or start over with --restart",
         )
+
+
+def _changed_under(read: dict[str, Any], recipe: Recipe, arm: Arm) -> set[str]:
+    """What a finished arm has read and the recipe now says otherwise.
+
+    Adaptations that were added after those it had are none of it: the arm is run again.
+    """
+    now, wanted, then = _flat(recipe), arm_reads(recipe, arm), read["recipe"]
+    if "data.max_length" not in then:
+        wanted.pop("data.max_length", None)
+    adapted = {key: value for key, value in then.items() if key.startswith("adapt.")}
+    before, after = sum(key.endswith(".objective") for key in adapted), len(arm.stages)
+    added = 0 < before < after and adapted == stages_flat(arm.stages[:before])
+    found = set()
+    for line in changed(then, wanted):
+        key = line.split(":", 1)[0]
+        # Where the recipe itself says what it said then, `measure` has changed the arm.
+        if key.startswith("measure.") or read["asked"].get(key) == now.get(key):
+            continue
+        if not key.startswith("adapt.") or before == after:
+            found.add(line)
+        elif not added:
+            found.add(f"adapt: {before} -> {after} adaptations")
+    return found
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    tree = recipe.tree()
+    tree.pop("adapt")
+    return yamlfile.flatten(tree) | stages_flat(recipe.stages)
 
 
 def _shown(values: dict[str, Any], key: str) -> str:

@@ -11,15 +11,19 @@ from hftl import yamlfile
 from hftl.errors import RecipeError
 from hftl.explain import closest, explain
 from hftl.sections import (
+    ADAPT_RATE,
     BASELINES,
     NOT_BUILT,
     STRATEGIES,
+    Adapt,
     Data,
     Finetune,
     Measure,
     Publish,
     Section,
     Source,
+    Stages,
+    Table,
 )
 
 DEFAULT_METRIC = {
@@ -34,7 +38,7 @@ class Recipe(Section):
 
     source: Source
     data: Data
-    adapt: None = None
+    adapt: Stages | None = None
     finetune: Finetune = Finetune()
     retain: None = None
     measure: Measure = Measure()
@@ -50,6 +54,34 @@ class Recipe(Section):
                 "Set it to native",
             )
         return self
+
+    @model_validator(mode="after")
+    def _adaptation_has_what_it_needs(self) -> Self:
+        if self.data.task is None and self.adapt is None:
+            raise RecipeError("data.task=null adapts only, and adapt is null", "Give one of them")
+        for split in ("validation", "test"):
+            if self.data.task is None and isinstance(getattr(self.data, split), Table):
+                raise RecipeError(
+                    f"data.{split} is of no use where data.task is null",
+                    "Remove it, or name a task",
+                )
+        unlabeled = self.data.unlabeled is not None
+        for stage in self.stages:
+            if stage.corpus == "unlabeled" and not unlabeled:
+                raise RecipeError("adapt.corpus=unlabeled, but data.unlabeled is null", "Give it")
+            if stage.guard == "probe" and self.data.task is None:
+                raise RecipeError(
+                    "adapt.guard=probe needs labels, and data.task is null",
+                    "Use general, neighbours or off",
+                )
+            if stage.guard == "general" and self.data.general is None:
+                raise RecipeError("adapt.guard=general, but data.general is null", "Give it")
+        return self
+
+    @property
+    def stages(self) -> list[Adapt]:
+        """The adaptations, one after the other; none where `adapt` is null."""
+        return stages_of(self.adapt)
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> "Recipe":
@@ -77,6 +109,11 @@ class Recipe(Section):
             recipe = cls.model_validate(kept)
         except ValidationError as error:
             raise explain(error, where, cls) from error
+        for key in ("unlabeled", "general"):
+            if getattr(recipe.data, key) is not None and not recipe.stages:
+                raise RecipeError(
+                    f"{where}: data.{key} is read by adapt, which is null", "Remove one of them"
+                )
         arms(recipe, where)
         return recipe
 
@@ -95,26 +132,41 @@ class Recipe(Section):
         return self.model_dump(mode="json")
 
 
+def stages_of(adapt: Adapt | list[Adapt] | None) -> list[Adapt]:
+    """An `adapt` section as a list."""
+    if adapt is None:
+        return []
+    return adapt if isinstance(adapt, list) else [adapt]
+
+
 @dataclass(frozen=True)
 class Arm:
-    """One way of training: a name, what it is, and its own fine-tuning section."""
+    """One way of training: a name, what it is, its own fine-tuning section, and the adaptations
+    that come before it."""
 
     name: str
     strategy: str
     finetune: Finetune
+    stages: tuple[Adapt, ...] = ()
 
 
 def arms(recipe: Recipe, where: str = "recipe") -> list[Arm]:
-    """The recipe's own arm first, then those of `measure.arms` in their order.
+    """The recipe's own arm first, then those of `measure.arms` in their order; none without a task.
 
-    `scratch` brings `classical` along. A bare name that equals the own arm's is that arm.
+    `scratch` brings `classical` along, and adaptation `source`, the recipe without it. A bare name
+    that equals the own arm's is that arm.
 
     Raises:
         RecipeError: if two arms have one name, or an entry names neither strategy nor baseline.
     """
-    own = Arm(recipe.finetune.strategy, recipe.finetune.strategy, recipe.finetune)
+    if recipe.data.task is None:
+        return []
+    strategy = recipe.finetune.strategy
+    own = Arm(strategy, strategy, recipe.finetune, tuple(recipe.stages))
     found = [own]
     entries = [_single(entry, where) for entry in recipe.measure.arms]
+    if recipe.stages and "source" not in [name for name, _ in entries]:
+        entries.insert(0, ("source", {}))
     for name, changes in entries:
         if name == own.name and not changes:
             continue
@@ -146,23 +198,36 @@ def _single(
 
 
 def _arm(recipe: Recipe, name: str, changes: dict[str, Any], where: str) -> Arm:
-    if name in NOT_BUILT or name == "source":
-        what = NOT_BUILT.get(name, "adaptation, which the arm 'source' goes without,")
+    if name in NOT_BUILT:
+        what = NOT_BUILT[name]
         raise RecipeError(f"{where}: measure.arms: {what} is not built yet", "Remove the arm")
     if not name.replace("_", "").replace("-", "").isalnum() or not name.isascii():
         raise RecipeError(
             f"{where}: measure.arms: {name!r} cannot name a folder", "Use letters, digits, _ and -"
         )
-    if name in BASELINES and changes and name != "scratch":
+    if name in (*BASELINES, "source") and changes and name != "scratch":
         raise RecipeError(f"{where}: the arm {name!r} takes no changes", "Remove them")
+    if name == "source":
+        if not recipe.stages:
+            raise RecipeError(
+                f"{where}: the arm 'source' goes without adaptation, and so does the recipe",
+                "Remove the arm",
+            )
+        changes = {"adapt": None}
     if name not in STRATEGIES + BASELINES and not changes:
         raise RecipeError(
             f"{where}: unknown arm {name!r} in measure.arms"
             + closest(name, [*STRATEGIES, *BASELINES]),
-            f"Known: {', '.join([*STRATEGIES, *BASELINES])}",
+            f"Known: {', '.join([*STRATEGIES, *BASELINES, 'source'])}",
         )
     tree = recipe.tree()
     place = f"{where}: measure.arms.{name}"
+    if isinstance(changes.get("adapt"), (dict, list)):
+        # A whole adaptation takes the place of the recipe's; it is no change of its keys.
+        changes = dict(changes)
+        tree["adapt"] = changes.pop("adapt")
+    elif "adapt.method" in changes and isinstance(tree["adapt"], dict):
+        _forget_rate(tree["adapt"], changes)
     for key, value in yamlfile.flatten(changes).items() if changes else ():
         section = key.split(".")[0]
         if section not in DIFFERING:
@@ -181,8 +246,17 @@ def _arm(recipe: Recipe, name: str, changes: dict[str, Any], where: str) -> Arm:
         changed = Recipe.model_validate(tree)
     except ValidationError as error:
         raise explain(error, place, Recipe) from error
-    strategy = name if name in BASELINES else changed.finetune.strategy
-    return Arm(name, strategy, changed.finetune)
+    if name in BASELINES:
+        return Arm(name, name, changed.finetune)
+    return Arm(name, changed.finetune.strategy, changed.finetune, tuple(changed.stages))
+
+
+def _forget_rate(adapt: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Another method has another usual rate, where the recipe names none of its own."""
+    usual = ADAPT_RATE[adapt["objective"], adapt["method"]]
+    training = adapt["training"]
+    if "adapt.training.learning_rate" not in changes and training["learning_rate"] == usual:
+        del training["learning_rate"]
 
 
 def _spelt_out(tree: dict[str, Any]) -> dict[str, Any]:
@@ -191,7 +265,7 @@ def _spelt_out(tree: dict[str, Any]) -> dict[str, Any]:
     tree = copy.deepcopy(tree)
     data = tree.get("data")
     if isinstance(data, dict):
-        for part in ("train", "validation", "test"):
+        for part in ("train", "validation", "test", "unlabeled", "general"):
             if isinstance(data.get(part), str):
                 data[part] = {"path": data[part]}
         measure = tree.get("measure") or {}

@@ -21,8 +21,8 @@ from hftl.record import to_json
 
 MANIFEST = "MANIFEST.json"
 OURS = (
-    "phases", "arms", "publish", "recipe.yaml", "record.json", "report.html", "error.json",
-    "log.txt", ".lock",
+    "phases", "arms", "publish", "publish-base", "checkpoints", "recipe.yaml", "record.json",
+    "report.html", "error.json", "log.txt", ".lock",
 )  # fmt: skip
 """All that a run folder holds."""
 

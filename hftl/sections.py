@@ -4,7 +4,6 @@ The contract of every key stands in the README and in `hftl schema`. What a late
 is refused while it is not built, never ignored.
 """
 
-import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -17,9 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from hftl import upstream
-from hftl.errors import RecipeError
-from hftl.explain import closest
+from hftl.borrowed import lora_fields, training_fields
 
 STRATEGIES = ("head", "partial", "lora", "full")
 BASELINES = ("scratch", "classical", "majority")
@@ -27,25 +24,17 @@ NOT_BUILT = {
     "gradual": "gradual unfreezing",
     "zero_shot": "the zero-shot baseline",
 }
-OWNED = (
-    "seed", "data_seed", "output_dir", "push_to_hub", "resume_from_checkpoint", "use_cpu",
-    "disable_tqdm", "remove_unused_columns", "label_names",
-)  # fmt: skip
-UNBUILT_TRAINING = (
-    "gradient_checkpointing", "activation_checkpointing", "neftune_noise_alpha", "deepspeed",
-    "fsdp", "auto_find_batch_size",
-)  # fmt: skip
-OWNED_LORA = (
-    "task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision",
-    "auto_mapping", "peft_version",
-)  # fmt: skip
-CHANGES_BASE = ("pissa", "olora", "eva", "corda", "loftq", "lora_ga")
-NEEDS_OTHER_DATA = (
-    "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "layer_replication",
-    "eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_config",
-)  # fmt: skip
 TRAINING = {"learning_rate": 5.0e-4, "num_train_epochs": 5}
 LORA = {"r": 8, "lora_alpha": 16}
+ADAPT_TRAINING = {"num_train_epochs": 10, "warmup_steps": 0.06, "weight_decay": 0.01}
+ADAPT_LORA = {"r": 16, "lora_alpha": 32}
+ADAPT_RATE = {
+    ("mlm", "full"): 1.0e-4, ("mlm", "lora"): 5.0e-4, ("mlm", "lora+blocks"): 3.0e-4,
+    ("mae", "full"): 5.0e-5, ("mae", "lora"): 5.0e-4, ("mae", "lora+blocks"): 3.0e-4,
+}  # fmt: skip
+TOLERANCE = {"probe": 0.01, "general": 0.1, "neighbours": 0.5, "off": 0.0}
+"""By guard: a point of the probe's metric, a tenth of a nat of the general loss, half of the
+neighbours."""
 
 
 class Section(BaseModel):
@@ -120,8 +109,8 @@ class Data(Section):
     train: Table
     validation: Part = Fraction(fraction=0.2)
     test: Part = Fraction(fraction=0.2)
-    unlabeled: None = None
-    general: None = None
+    unlabeled: Table | None = None
+    general: Table | None = None
     group: str | None = None
     shots: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
@@ -144,7 +133,7 @@ class Data(Section):
             if key in tree["train"]
         }
         columns = {k: v for k, v in inherited.items() if k in ("text", "image", "label")}
-        for part in ("validation", "test"):
+        for part in ("validation", "test", "unlabeled", "general"):
             if isinstance(tree.get(part), dict) and "path" in tree[part]:
                 same = tree[part].get("path") == tree["train"].get("path")
                 tree[part] = (inherited if same else columns) | tree[part]
@@ -152,8 +141,6 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.task is None:
-            raise ValueError("task null (adapt only) is not built yet; name a task")
         tables = [t for t in (self.train, self.validation, self.test) if isinstance(t, Table)]
         for table in tables:
             if isinstance(table.label, list) and self.task != "multi-label":
@@ -164,6 +151,76 @@ class Data(Section):
         if taken >= 1:
             raise ValueError(f"the fractions of validation and test add up to {taken:g}")
         return self
+
+
+class Decoder(Section):
+    """The decoder of masked images, where the source has none of its own."""
+
+    width: int = Field(default=192, ge=8)
+    depth: int = Field(default=2, ge=1)
+
+
+class Adapt(Section):
+    """Continued pre-training on inputs without labels, and what must not get worse meanwhile."""
+
+    objective: Literal["mlm", "mae"]
+    corpus: Literal["task", "unlabeled"] | None = None
+    """`task`: train's own inputs, before shots (TAPT); `unlabeled`: data.unlabeled (DAPT); null:
+    unlabeled where it is given."""
+    method: Literal["full", "lora", "lora+blocks"] = "full"
+    mask_ratio: float = Field(gt=0, lt=1)
+    """Share of the words, or of the patches, that are hidden."""
+    whole_words: bool = True
+    pack: bool = True
+    """mlm: documents side by side in blocks of data.max_length, or each on its own."""
+    norm_pix_loss: bool = True
+    decoder: Decoder = Decoder()
+    distill: float = Field(default=0.0, ge=0)
+    """mae: weight of the distance to the original's features (GFM)."""
+    lora: dict[str, Any] = ADAPT_LORA
+    blocks: int = Field(default=1, ge=1)
+    """lora+blocks: how many top blocks train whole."""
+    held_out: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the corpus that never trains; the loss on it is what adaptation is judged by."""
+    transductive: bool = False
+    """Lets inputs of validation and test into the corpus."""
+    guard: Literal["probe", "general", "neighbours", "off"] | None = None
+    """What must not get worse; null: probe, without a task neighbours."""
+    tolerance: float | None = Field(default=None, ge=0)
+    """By how much the guard may get worse, in its own unit; null: see `TOLERANCE`."""
+    patience: int | None = Field(default=3, ge=1)
+    """Evaluations that are not the best so far before it stops; null: never."""
+    training: dict[str, Any]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, tree: Any) -> Any:
+        """What depends on the objective and the method."""
+        if not isinstance(tree, dict):
+            return tree
+        objective, method = str(tree.get("objective")), str(tree.get("method", "full"))
+        rate = ADAPT_RATE.get((objective, method), 1.0e-4)
+        training = training_fields("adapt", tree.get("training") or {})
+        found: dict[str, Any] = {
+            "mask_ratio": 0.75 if objective == "mae" else 0.15,
+            **{key: value for key, value in tree.items() if value is not None},
+        }
+        return found | {"training": ADAPT_TRAINING | {"learning_rate": rate} | training}
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _lora_fields(cls, given: Any) -> dict[str, Any]:
+        return ADAPT_LORA | lora_fields("adapt", given)
+
+
+def _number(value: Any) -> str:
+    return "several" if isinstance(value, list) else "one"
+
+
+Stages = Annotated[
+    Annotated[Adapt, Tag("one")] | Annotated[list[Adapt], Tag("several"), Field(min_length=1)],
+    Discriminator(_number),
+]
 
 
 class Finetune(Section):
@@ -188,44 +245,12 @@ class Finetune(Section):
     @field_validator("training", mode="before")
     @classmethod
     def _training_fields(cls, given: Any) -> dict[str, Any]:
-        given = _known("training", given)
-        for name, value in given.items():
-            if name in OWNED or name.startswith("hub_"):
-                raise RecipeError(
-                    f"finetune.training.{name} belongs to hftl", "Remove it; see measure.seeds"
-                )
-            if name in UNBUILT_TRAINING and value:
-                raise RecipeError(f"finetune.training.{name} is not built yet", "Remove it")
-            if name == "eval_strategy" and value == "no":
-                raise RecipeError(
-                    "finetune.training.eval_strategy=no leaves no best epoch to keep",
-                    "Use epoch or steps",
-                )
-            if name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size"):
-                _positive(f"finetune.training.{name}", value)
-        return TRAINING | given
+        return TRAINING | training_fields("finetune", given)
 
     @field_validator("lora", mode="before")
     @classmethod
     def _lora_fields(cls, given: Any) -> dict[str, Any]:
-        given = _known("lora", given)
-        for name, value in given.items():
-            if name in OWNED_LORA:
-                raise RecipeError(f"finetune.lora.{name} belongs to hftl", "Remove it")
-            if name in NEEDS_OTHER_DATA and value:
-                raise RecipeError(
-                    f"finetune.lora.{name} does not fit an encoder's adapter here", "Remove it"
-                )
-            if name == "r":
-                _positive("finetune.lora.r", value)
-        start = given.get("init_lora_weights")
-        if isinstance(start, str) and start.startswith(CHANGES_BASE):
-            raise RecipeError(
-                f"finetune.lora.init_lora_weights={start} changes the base's own weights, so the "
-                "adapter would not fit the public base",
-                "Use true, gaussian or orthogonal",
-            )
-        return LORA | given
+        return LORA | lora_fields("finetune", given)
 
 
 class Search(Section):
@@ -268,24 +293,3 @@ class Publish(Section):
                 "the push is not built yet: leave it null, see `hftl publish RUN --dry-run`"
             )
         return repo_id
-
-
-def _known(kind: str, given: Any) -> dict[str, Any]:
-    """`given` with every key known upstream and every value of its type."""
-    if not isinstance(given, dict):
-        raise ValueError(f"must be a mapping, got {given!r}")
-    options = list(upstream.fields(kind))
-    for name in given:
-        if name not in options:
-            raise RecipeError(
-                f"unknown key 'finetune.{kind}.{name}'"
-                + closest(name, options, f"finetune.{kind}."),
-                "The names are those of "
-                + ("transformers.TrainingArguments" if kind == "training" else "peft.LoraConfig"),
-            )
-    return {name: upstream.checked(kind, f"finetune.{kind}.{name}", v) for name, v in given.items()}
-
-
-def _positive(name: str, value: Any) -> None:
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-        raise RecipeError(f"{name} must be a number above 0, got {value!r}", "Correct the value")

@@ -100,18 +100,27 @@ def override(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
 
 
 def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    """Sets `a.b.c` in nested mappings, making those that are missing or null."""
+    """Sets `a.b.c` in nested mappings, making those that are missing or null; `a.0.b` in a list."""
     *parents, last = dotted.split(".")
-    node = tree
+    node: Any = tree
     for depth, name in enumerate(parents):
+        here = ".".join(parents[: depth + 1])
+        if isinstance(node, list):
+            if not name.isdigit() or int(name) >= len(node):
+                raise RecipeError(
+                    f"{dotted}: {here} is none of a list of {len(node)}", "Count from 0"
+                )
+            node = node[int(name)]
+            continue
         if node.get(name) is None:
             node[name] = {}
         node = node[name]
-        if not isinstance(node, dict):
-            here = ".".join(parents[: depth + 1])
+        if not isinstance(node, (dict, list)):
             raise RecipeError(
                 f"{dotted}: {here} is {node!r}, not a mapping", f"Set {here} as a whole"
             )
+    if isinstance(node, list):
+        raise RecipeError(f"{dotted}: it is a list", f"Set {'.'.join(parents)} as a whole")
     node[last] = value
 
 

@@ -1,0 +1,108 @@
+"""The parts of a recipe that speak other libraries' names: `training` and `lora`."""
+
+import math
+from typing import Any
+
+from hftl import upstream
+from hftl.errors import RecipeError
+from hftl.explain import closest
+
+OWNED = (
+    "seed", "data_seed", "output_dir", "push_to_hub", "resume_from_checkpoint", "use_cpu",
+    "disable_tqdm", "remove_unused_columns", "label_names",
+)  # fmt: skip
+OWNED_ADAPT = (
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "save_only_model",
+    "eval_on_start", "save_strategy", "eval_strategy",
+)  # fmt: skip
+UNBUILT_TRAINING = (
+    "gradient_checkpointing", "activation_checkpointing", "neftune_noise_alpha", "deepspeed",
+    "fsdp", "auto_find_batch_size",
+)  # fmt: skip
+OWNED_LORA = (
+    "task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision",
+    "auto_mapping", "peft_version",
+)  # fmt: skip
+CHANGES_BASE = ("pissa", "olora", "eva", "corda", "loftq", "lora_ga")
+NEEDS_OTHER_DATA = (
+    "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "layer_replication",
+    "eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_config",
+)  # fmt: skip
+LIBRARY = {"training": "transformers.TrainingArguments", "lora": "peft.LoraConfig"}
+
+
+def training_fields(section: str, given: Any) -> dict[str, Any]:
+    """`given` as fields of transformers.TrainingArguments.
+
+    Args:
+        section: where `training` stands in the recipe: `finetune` or `adapt`.
+        given: what the recipe says.
+
+    Raises:
+        RecipeError: for an unknown key, a value of another type, or what hftl decides itself.
+    """
+    given = _known(section, "training", given)
+    for name, value in given.items():
+        key = f"{section}.training.{name}"
+        if name in OWNED or name.startswith("hub_"):
+            raise RecipeError(f"{key} belongs to hftl", "Remove it; see measure.seeds")
+        if section == "adapt" and name in OWNED_ADAPT:
+            raise RecipeError(f"{key} belongs to hftl", "Remove it; the guard chooses the weights")
+        if name in UNBUILT_TRAINING and value:
+            raise RecipeError(f"{key} is not built yet", "Remove it")
+        if name == "eval_strategy" and value == "no":
+            raise RecipeError(f"{key}=no leaves no best epoch to keep", "Use epoch or steps")
+        if name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size"):
+            _positive(key, value)
+    return given
+
+
+def lora_fields(section: str, given: Any) -> dict[str, Any]:
+    """`given` as fields of peft.LoraConfig.
+
+    Raises:
+        RecipeError: for an unknown key, a value of another type, or one that an adapter for a
+            public base cannot have.
+    """
+    given = _known(section, "lora", given)
+    for name, value in given.items():
+        key = f"{section}.lora.{name}"
+        if name in OWNED_LORA:
+            raise RecipeError(f"{key} belongs to hftl", "Remove it")
+        if name in NEEDS_OTHER_DATA and value:
+            raise RecipeError(f"{key} does not fit an encoder's adapter here", "Remove it")
+        if name == "r":
+            _positive(key, value)
+    start = given.get("init_lora_weights")
+    if section == "adapt" and start is False:
+        raise RecipeError(
+            "adapt.lora.init_lora_weights=false starts from other weights than the source's",
+            "Use true, gaussian or orthogonal",
+        )
+    if isinstance(start, str) and start.startswith(CHANGES_BASE):
+        raise RecipeError(
+            f"{section}.lora.init_lora_weights={start} changes the base's own weights, so the "
+            "adapter would not fit the public base",
+            "Use true, gaussian or orthogonal",
+        )
+    return given
+
+
+def _known(section: str, kind: str, given: Any) -> dict[str, Any]:
+    """`given` with every key known upstream and every value of its type."""
+    if not isinstance(given, dict):
+        raise ValueError(f"must be a mapping, got {given!r}")
+    options = list(upstream.fields(kind))
+    place = f"{section}.{kind}."
+    for name in given:
+        if name not in options:
+            raise RecipeError(
+                f"unknown key '{place}{name}'" + closest(name, options, place),
+                f"The names are those of {LIBRARY[kind]}",
+            )
+    return {name: upstream.checked(kind, place + name, v) for name, v in given.items()}
+
+
+def _positive(name: str, value: Any) -> None:
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+        raise RecipeError(f"{name} must be a number above 0, got {value!r}", "Correct the value")
