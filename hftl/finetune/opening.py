@@ -8,10 +8,10 @@ from hftl.data.pixels import ImageInputs
 from hftl.data.prepare import Prepared
 from hftl.data.text import TextInputs, WordInputs, of_words
 from hftl.errors import RecipeError
-from hftl.finetune.strategy import check_blocks
 from hftl.finetune.workbench import Workbench
 from hftl.model.anatomy import (
     anatomy_of,
+    check_blocks,
     count_blocks,
     layers,
     max_tokens,
@@ -52,7 +52,8 @@ def new_bench(recipe: Recipe, source: SourceModel, prepared: Prepared) -> Workbe
     """
     for arm in arms(recipe):
         if arm.strategy == "partial":
-            check_blocks(arm.finetune.blocks, count_blocks(source.config), layers(source.config))
+            present = count_blocks(source.config)
+            check_blocks("finetune", arm.finetune.blocks, present, layers(source.config))
     if prepared.modality == "image":
         inputs = image_inputs(recipe.data, source, prepared.facts["hub_revisions"])
     else:

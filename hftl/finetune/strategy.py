@@ -7,7 +7,7 @@ from torch import nn
 
 from hftl.errors import RecipeError
 from hftl.model.adapters import add_lora
-from hftl.model.anatomy import layers
+from hftl.model.anatomy import check_blocks, layers
 from hftl.model.head import PooledModel, anatomy_in, encoder_in, last_linear, unused_in
 from hftl.model.parts import Anatomy, blocks_of, submodule, under
 from hftl.sections import LORA
@@ -57,26 +57,6 @@ def prepare(
     return model
 
 
-def check_blocks(wanted: int, present: int, layers: int) -> None:
-    """Refuses to train more blocks than there are.
-
-    Args:
-        wanted: blocks to train.
-        present: blocks that the model holds.
-        layers: layers that an input passes; more than blocks where those are shared.
-
-    Raises:
-        RecipeError: naming the numbers.
-    """
-    if wanted > present:
-        plural = "s" if present > 1 else ""
-        shared = f", which its {layers} layers share" if layers > present else ""
-        raise RecipeError(
-            f"finetune.blocks={wanted}, but the source model has {present} block{plural}{shared}",
-            f"Use at most {present}, or strategy full",
-        )
-
-
 def trainable_parameters(model: nn.Module) -> int:
     """How many numbers the optimizer changes."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -85,7 +65,7 @@ def trainable_parameters(model: nn.Module) -> int:
 def _unfreeze_top(model: nn.Module, anatomy: Anatomy, blocks: int, fresh: Sequence[str]) -> None:
     encoder: Any = encoder_in(model, anatomy)
     found = blocks_of(encoder, anatomy)
-    check_blocks(blocks, len(found), layers(encoder.config))
+    check_blocks("finetune", blocks, len(found), layers(encoder.config))
     for block in found[-blocks:]:
         block.requires_grad_(True)
     for path in anatomy.final:

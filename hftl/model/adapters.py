@@ -31,7 +31,7 @@ def add_lora(
     every = given.get("target_modules") in (None, "all-linear")
     if every:
         given["target_modules"] = list(anatomy.lora_targets)
-        outside = _namesakes(wrapped, anatomy)
+        outside = namesakes(wrapped, anatomy)
         if outside and not given.get("exclude_modules"):
             given["exclude_modules"] = outside
     saved = set(given.pop("modules_to_save", None) or [])
@@ -46,7 +46,7 @@ def add_lora(
             f"finetune.lora: peft refuses it: {str(error).splitlines()[0]}", "Correct the section"
         ) from error
     if every and not lora.get("exclude_modules") and not lora.get("layers_pattern"):
-        _check_wrapped(adapted, anatomy, given)
+        check_wrapped(adapted, anatomy, given)
     if not pooled:
         return adapted
     model.encoder = adapted
@@ -85,7 +85,7 @@ def _task_type(model: nn.Module, anatomy: Anatomy) -> TaskType | None:
     return TaskType.TOKEN_CLS if tokens else TaskType.SEQ_CLS
 
 
-def _namesakes(model: nn.Module, anatomy: Anatomy) -> list[str]:
+def namesakes(model: nn.Module, anatomy: Anatomy) -> list[str]:
     """Layers outside the blocks that peft would take for theirs, as in SigLIP's unused head."""
     encoder = encoder_of(model, anatomy)
     prefix = "" if encoder is model else f"{anatomy.encoder}."
@@ -97,7 +97,7 @@ def _namesakes(model: nn.Module, anatomy: Anatomy) -> list[str]:
     ]
 
 
-def _check_wrapped(adapted: Any, anatomy: Anatomy, given: dict[str, Any]) -> None:
+def check_wrapped(adapted: Any, anatomy: Anatomy, given: dict[str, Any]) -> None:
     paths = block_paths(encoder_of(adapted.base_model.model, anatomy), anatomy.blocks)
     chosen = given.get("layers_to_transform")
     if chosen is not None:

@@ -14,9 +14,9 @@ from hftl.model.parts import Anatomy, Head, blocks_of, encoder_of, submodule
 from hftl.model.stock import empty, encoder_config, layers, stock_class
 
 __all__ = [
-    "ANATOMIES", "Anatomy", "anatomy_of", "blocks_of", "count_blocks", "encoder_config",
-    "encoder_of", "layers", "max_tokens", "native_image_size", "patch_size", "stock_class",
-    "submodule",
+    "ANATOMIES", "Anatomy", "anatomy_of", "blocks_of", "check_blocks", "count_blocks",
+    "encoder_config", "encoder_of", "layers", "max_tokens", "native_image_size", "patch_size",
+    "stock_class", "submodule",
 ]  # fmt: skip
 
 BERT = (
@@ -142,6 +142,27 @@ def count_blocks(config: Any) -> int:
     anatomy = anatomy_of(config)
     model = empty(stock_class(config, "classification"), config)
     return len(blocks_of(encoder_of(model, anatomy), anatomy))
+
+
+def check_blocks(section: str, wanted: int, present: int, passed: int) -> None:
+    """Refuses to train more blocks than there are.
+
+    Args:
+        section: where the recipe says so: `finetune` or `adapt`.
+        wanted: blocks to train.
+        present: blocks that the model holds.
+        passed: layers that an input passes; more than blocks where those are shared.
+
+    Raises:
+        RecipeError: naming the numbers.
+    """
+    if not 1 <= wanted <= present:
+        plural = "s" if present > 1 else ""
+        shared = f", which its {passed} layers share" if passed > present else ""
+        raise RecipeError(
+            f"{section}.blocks={wanted}, but the source model has {present} block{plural}{shared}",
+            f"Use at most {present}, or train everything (full)",
+        )
 
 
 def max_tokens(config: Any) -> int:

@@ -176,7 +176,7 @@ def build(
     if scratch:
         model, missing = kind(config, **extra), set()
     else:
-        model, missing = _load(source, kind, config, extra)
+        model, missing = load_class(source, kind, config, extra)
     if pooling != "native":
         model = PooledModel(model, pooling, source.config.hidden_size, outputs)
     fresh = _fresh_modules(missing, source, anatomy, unused_in(model, anatomy))
@@ -217,7 +217,7 @@ def _class_for(source: SourceModel, anatomy: Anatomy, task: str, pooling: str) -
     return auto_class(source.config)
 
 
-def _load(
+def load_class(
     source: SourceModel, kind: Any, config: Any, extra: dict[str, Any]
 ) -> tuple[Any, set[str]]:
     try:

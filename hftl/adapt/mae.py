@@ -1,0 +1,300 @@
+"""Masked image modelling: the encoder sees the visible patches, a decoder says the hidden ones.
+
+MAE (He et al. 2022, arXiv:2111.06377); for BEiT SimMIM (Xie et al. 2022, arXiv:2111.09886).
+"""
+
+import inspect
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from transformers.models.vit_mae.modeling_vit_mae import ViTMAEDecoder
+
+from hftl.adapt.encoder import MaskedOutput, check_complete, load_head
+from hftl.adapt.patches import chosen, patch_count, pick, visible
+from hftl.data.pixels import ImageInputs
+from hftl.errors import RecipeError
+from hftl.model.anatomy import patch_size
+from hftl.model.head import load_class
+from hftl.model.parts import submodule
+from hftl.model.source import SourceModel
+from hftl.model.stock import auto_class
+
+DROPPING = ("vit", "deit", "dinov2", "dinov2_with_registers")
+"""Architectures whose blocks take any number of tokens, so that hidden patches are left out."""
+HEAD_WIDTH = 32
+"""Of each attention head of a new decoder, as in ViTMAE: 512 in 16 heads."""
+BATCH = 64
+
+
+class PixelHead(nn.Module):
+    """SimMIM's decoder: a norm and one linear layer; its mask token stands for hidden patches."""
+
+    def __init__(self, width: int, values: int, std: float) -> None:
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.randn(1, 1, width) * std)
+        self.norm = nn.LayerNorm(width)
+        self.pred = nn.Linear(width, values)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(batch, masked, width) to (batch, masked, values)."""
+        return self.pred(self.norm(hidden))
+
+
+class MaskedAutoencoder(nn.Module):
+    """An encoder that is shown part of a picture, and a decoder that says the rest.
+
+    A hook on the encoder's embeddings drops the hidden patches after positions were added. Under a
+    `PixelHead` it puts the mask token in their places instead, before positions are added.
+
+    Args:
+        encoder: of `AutoModel`; it may be replaced by an adapter over itself.
+        decoder: transformers' ViTMAE decoder, or a `PixelHead`.
+        ratio: the share of patches that is hidden.
+        fixed: paths in the encoder that never train.
+    """
+
+    def __init__(
+        self, encoder: Any, decoder: ViTMAEDecoder | PixelHead, ratio: float, fixed: tuple[str, ...]
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.ratio = ratio
+        self.fixed = fixed
+        self.distill = 1.0
+        """The penalty's weight."""
+        self._ids: Tensor | None = None
+        embeddings = submodule(encoder, "embeddings")
+        if isinstance(decoder, PixelHead):
+            submodule(embeddings, "patch_embeddings").register_forward_hook(self._cover)
+        else:
+            embeddings.register_forward_hook(self._drop)
+        self._patches = 0
+
+    def forward(
+        self, pixel_values: Tensor, noise: Tensor, teacher: Tensor | None = None, **arguments: Any
+    ) -> MaskedOutput:
+        """What stands in the masked patches, in the order of `chosen`'s masked ids.
+
+        Args:
+            pixel_values: (batch, 3, side, side) float32.
+            noise: (batch, patches) float32, which chooses.
+            teacher: (batch, width), `teacher_features` of the original; asks for the penalty.
+            arguments: what else the encoder takes.
+
+        Returns:
+            Logits (batch, masked, patch * patch * 3). Penalty (batch,): `distill` times the mean
+            squared difference between teacher and the encoder's mean patch token of the whole
+            picture, after GFM (Mendieta et al. 2023, arXiv:2302.04476, section 3.2).
+        """
+        kept, masked, restore = chosen(noise, self.ratio)
+        if isinstance(self.decoder, PixelHead):
+            hidden = self._encoded(pixel_values, masked, noise.shape[1], arguments)
+            logits = self.decoder(pick(hidden[:, -noise.shape[1] :], masked))
+        else:
+            hidden = self._encoded(pixel_values, kept, noise.shape[1], arguments)
+            # Of the tokens before the patches the decoder knows the first alone.
+            shown = torch.cat([hidden[:, :1], hidden[:, -kept.shape[1] :]], dim=1)
+            logits = pick(self.decoder(shown, restore).logits, masked)
+        penalty = None
+        if teacher is not None:
+            whole = self.features(pixel_values, noise.shape[1], **arguments)
+            penalty = self.distill * (whole.float() - teacher).square().mean(1)
+        return MaskedOutput(logits=logits, penalty=penalty)
+
+    def features(self, pixel_values: Tensor, patches: int, **arguments: Any) -> Tensor:
+        """The mean patch token of whole pictures: (batch, width)."""
+        return self._encoded(pixel_values, None, patches, arguments)[:, -patches:].mean(1)
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """The decoder's parameters that are learnt; the mask token is one of them."""
+        named = self.decoder.named_parameters(prefix="decoder")
+        return {name: p for name, p in named if not name.endswith("decoder_pos_embed")}
+
+    def head_state(self) -> dict[str, Tensor]:
+        """The same as plain tensors."""
+        return {name: p.detach() for name, p in self.head_parameters().items()}
+
+    def _encoded(
+        self, pixels: Tensor, ids: Tensor | None, patches: int, arguments: dict[str, Any]
+    ) -> Tensor:
+        self._ids, self._patches = ids, patches
+        try:
+            return self.encoder(pixel_values=pixels, **arguments).last_hidden_state
+        finally:
+            self._ids = None
+
+    def _drop(self, module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
+        if self._ids is None:
+            return embedded
+        before, tokens = embedded[:, : -self._patches], embedded[:, -self._patches :]
+        return torch.cat([before, pick(tokens, self._ids)], dim=1)
+
+    def _cover(self, module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
+        if self._ids is None:
+            return embedded
+        hidden = torch.zeros(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
+        hidden = hidden.scatter(1, self._ids, True).unsqueeze(-1)
+        return torch.where(hidden, self.decoder.mask_token.to(embedded.dtype), embedded)
+
+
+def load_mae(
+    source: SourceModel, side: int, ratio: float, decoder: dict[str, int], seed: int,
+    head: Path | None = None, origin: SourceModel | None = None,
+) -> tuple[MaskedAutoencoder, tuple[str, ...]]:  # fmt: skip
+    """The source with a decoder, in fp32.
+
+    Args:
+        source: the checkpoint.
+        side: of the pictures, in pixels.
+        ratio: the share of patches that is hidden.
+        decoder: width, depth and, if it likes, heads of a new decoder. A ViTMAE checkpoint brings
+            its own and BEiT has one linear layer: neither looks at it.
+        seed: of the decoder's weights.
+        head: a safetensors file of `head_state`, which an earlier stage has trained.
+        origin: what the source was before an earlier stage adapted it, which brings its decoder.
+
+    Returns:
+        The model, and the names of the decoder's parameters that are new and have to be warmed.
+
+    Raises:
+        RecipeError: if the architecture has no such objective, the checkpoint lacks weights of the
+            encoder, or patches, ratio or decoder make no sense.
+    """
+    check_architecture(source)
+    patches = patch_count(side, patch_size(source.config))
+    visible(patches, ratio)  # refuses a ratio that leaves nothing to see or to say
+    torch.manual_seed(seed)
+    encoder = _load_encoder(source)
+    made, new = _decoder_for(origin or source, patches, decoder)
+    model = MaskedAutoencoder(encoder, made, ratio, _fixed(origin or source))
+    if head is not None:
+        load_head(model, head)
+        new = False
+    return model, tuple(model.head_parameters()) if new else ()
+
+
+def teacher_features(
+    model: MaskedAutoencoder, canvases: Sequence[Any], inputs: ImageInputs
+) -> Tensor:
+    """What the encoder as it is now says of whole pictures, in eval mode and without gradient.
+
+    Args:
+        model: left in eval mode.
+        canvases: (3, side, side) uint8 each.
+        inputs: normalises them, and knows what else the encoder takes.
+
+    Returns:
+        (pictures, width) float32 on the CPU, `MaskedAutoencoder.features` of each.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    found = []
+    with torch.no_grad():
+        for start in range(0, len(canvases), BATCH):
+            part = range(start, min(start + BATCH, len(canvases)))
+            batch = inputs.collate([{"pixel_values": canvases[i]} for i in part])
+            pixels = batch.pop("pixel_values").to(device)
+            patches = patch_count(pixels.shape[-1], inputs.patch)
+            found.append(model.features(pixels, patches, **batch).float().cpu())
+    return torch.cat(found)
+
+
+def check_architecture(source: SourceModel) -> None:
+    """Refuses an architecture that masked images are not made for.
+
+    Raises:
+        RecipeError: with the reason.
+    """
+    reason = None
+    if source.anatomy.modality != "image":
+        reason = "reads text; mae needs images"
+    elif source.model_type == "swin":
+        reason = "shifts windows over the full grid and merges patches, so none can be left out"
+    elif source.model_type not in (*DROPPING, "beit"):
+        reason = "is no architecture that mae knows"
+    if reason is not None:
+        raise RecipeError(
+            f"adapt.objective=mae: {source.architecture} {reason}",
+            f"Use a source of {', '.join(['vit_mae', *DROPPING, 'beit'])}, or leave adapt out",
+        )
+
+
+def _fixed(source: SourceModel) -> tuple[str, ...]:
+    """What no prediction depends on; and ViTMAE's positions, which are sines and cosines."""
+    positions = ("embeddings.position_embeddings",) if source.architecture == "vit_mae" else ()
+    return (*source.anatomy.unused, "embeddings.mask_token", "pooler", *positions)
+
+
+def _load_encoder(source: SourceModel) -> Any:
+    kind = auto_class(source.config)
+    takes = "add_pooling_layer" in inspect.signature(kind).parameters
+    extra = {"add_pooling_layer": False} if takes and source.anatomy.pooler is None else {}
+    encoder, missing = load_class(source, kind, deepcopy(source.config), extra)
+    check_complete(source, missing, (*source.anatomy.unused, "pooler"))
+    return encoder
+
+
+def _decoder_for(
+    source: SourceModel, patches: int, asked: dict[str, int]
+) -> tuple[ViTMAEDecoder | PixelHead, bool]:
+    """The decoder, and whether its weights are new."""
+    config = source.config
+    if source.model_type == "beit":
+        values = patch_size(config) ** 2 * config.num_channels
+        return PixelHead(config.hidden_size, values, config.initializer_range), True
+    own = _own_decoder(source)
+    if own is None:
+        return _new_decoder(_decoder_config(source, asked), patches), True
+    found = _new_decoder(own.config, patches)
+    _copy_decoder(own.decoder, found)
+    return found, False
+
+
+def _own_decoder(source: SourceModel) -> Any:
+    """The checkpoint's model with its decoder, where it has one."""
+    if source.architecture != "vit_mae":
+        return None
+    config = ViTMAEConfig.from_pretrained(source.folder)
+    model, missing = load_class(source, ViTMAEForPreTraining, config, {})
+    return None if any(name.startswith("decoder.") for name in missing) else model
+
+
+def _decoder_config(source: SourceModel, decoder: dict[str, int]) -> Any:
+    width, depth = decoder["width"], decoder["depth"]
+    heads = decoder.get("heads") or max(1, width // HEAD_WIDTH)
+    if depth < 1 or width < 4 or width % heads or width % 4:
+        raise RecipeError(
+            f"adapt.decoder={{width: {width}, depth: {depth}, heads: {heads}}}",
+            "Use a depth of at least 1 and a width that 4 and the heads divide",
+        )
+    return ViTMAEConfig(
+        hidden_size=source.config.hidden_size, patch_size=patch_size(source.config),
+        num_channels=source.config.num_channels, layer_norm_eps=source.config.layer_norm_eps,
+        decoder_hidden_size=width, decoder_num_hidden_layers=depth,
+        decoder_num_attention_heads=heads, decoder_intermediate_size=4 * width,
+        attn_implementation="sdpa",  # pyright: ignore
+    )  # fmt: skip
+
+
+def _new_decoder(config: Any, patches: int) -> ViTMAEDecoder:
+    """A new decoder with positions for this many patches, its layers drawn as in MAE's code."""
+    found = ViTMAEDecoder(config, patches)
+    for module in found.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    return found
+
+
+def _copy_decoder(own: ViTMAEDecoder, into: ViTMAEDecoder) -> None:
+    """All that is learnt, and the positions where the pictures have the checkpoint's size."""
+    state = own.state_dict()
+    if state["decoder_pos_embed"].shape != into.decoder_pos_embed.shape:
+        state["decoder_pos_embed"] = into.decoder_pos_embed
+    into.load_state_dict(state)

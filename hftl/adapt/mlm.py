@@ -1,0 +1,194 @@
+"""Masked language modelling: the stock masked-LM model, its head on the chosen places alone.
+
+Devlin et al. 2019, arXiv:1810.04805, section 3.1.
+"""
+
+import inspect
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hftl.adapt.encoder import MaskedOutput, check_complete, load_head
+from hftl.errors import RecipeError
+from hftl.model.anatomy import blocks_of
+from hftl.model.head import load_class, unwrapped
+from hftl.model.parts import Anatomy
+from hftl.model.source import SourceModel
+
+POSITIONWISE = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+"""Architectures in which, from the last attention's output on, every place is for itself."""
+ROUND = 32
+"""Places are answered in multiples of this: a product of ever another shape is made ready anew each
+time, and on CPUs kept, so that time and memory grow."""
+
+
+class MaskedLM(nn.Module):
+    """A stock masked-LM model that answers at chosen places only.
+
+    A hook keeps the hidden states of the chosen places, so that the model's own head, which looks
+    at each place for itself, sees no others. In some architectures it stands before the last
+    block's feed-forward layers. Both are exact.
+
+    `fixed` are paths in the encoder that never train, since no logit depends on them.
+    """
+
+    def __init__(self, stock: Any, anatomy: Anatomy) -> None:
+        super().__init__()
+        self.stock = stock
+        self.anatomy = anatomy
+        self.fixed = (*anatomy.unused, anatomy.pooler or "pooler")
+        self._takes_mask = "attention_mask" in inspect.signature(stock.forward).parameters
+        self._flat: Tensor | None = None
+        self._hook: Any = None
+        self._listen()
+
+    def forward(
+        self, input_ids: Tensor, flat: Tensor, slots: Tensor, attention_mask: Tensor | None = None
+    ) -> MaskedOutput:
+        """Logits (places, vocabulary) at the chosen places.
+
+        Args:
+            input_ids: (batch, length) int64.
+            flat: (places,) int64, their indices in the flattened ids.
+            slots: (places,) int64, handed through.
+            attention_mask: (batch, length), None where nothing is padded; FNet has none.
+        """
+        mask = {"attention_mask": attention_mask} if self._takes_mask else {}
+        self._flat = nn.functional.pad(flat, (0, -len(flat) % ROUND))
+        try:
+            found = self.stock(input_ids=input_ids, **mask)
+        finally:
+            self._flat = None
+        return MaskedOutput(logits=found.logits.squeeze(0)[: len(flat)], slots=slots)
+
+    @property
+    def encoder(self) -> Any:
+        """The encoder, wrapped for LoRA or not; it may be replaced by an adapter over itself."""
+        return self.stock.base_model
+
+    @encoder.setter
+    def encoder(self, encoder: nn.Module) -> None:
+        setattr(self.stock, self.stock.base_model_prefix, encoder)
+        self._listen()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "encoder":
+            # nn.Module would keep a module beside the property instead of calling its setter.
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters outside the encoder by the stock model's names; a tied one is inside."""
+        inside = {id(parameter) for parameter in self.encoder.parameters()}
+        return {name: p for name, p in self.stock.named_parameters() if id(p) not in inside}
+
+    def head_state(self) -> dict[str, Tensor]:
+        """The same as plain tensors."""
+        return {name: p.detach() for name, p in self.head_parameters().items()}
+
+    def _listen(self) -> None:
+        """Puts the hook on what stands last before the places are for themselves."""
+        if self._hook is not None:
+            self._hook.remove()
+        where: Any = self.encoder
+        if where.config.model_type in POSITIONWISE:
+            last: Any = blocks_of(unwrapped(where), self.anatomy)[-1]
+            where = last.attention
+        self._hook = where.register_forward_hook(self._choose)
+
+    def _choose(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """(batch, length, width) to (1, places, width), inside what the module gives."""
+        if self._flat is None:
+            return output
+        hidden = output[0].flatten(0, 1).index_select(0, self._flat).unsqueeze(0)
+        if isinstance(output, tuple):
+            return (hidden, *output[1:])
+        output.last_hidden_state = hidden
+        return output
+
+
+def load_mlm(
+    source: SourceModel, seed: int, head: Path | None = None
+) -> tuple[MaskedLM, tuple[str, ...]]:
+    """The source with its masked-LM head, in fp32.
+
+    Args:
+        source: the checkpoint.
+        seed: of the head's weights that it lacks.
+        head: a safetensors file of `head_state`, which an earlier stage has trained.
+
+    Returns:
+        The model, and the names of the head's parameters that are new and have to be warmed; a
+        decoder that the checkpoint lacks is not new but tied to the input embeddings.
+
+    Raises:
+        RecipeError: if the architecture has no masked-LM class, or the checkpoint lacks weights of
+            the encoder.
+    """
+    kind = masked_class(source)
+    torch.manual_seed(seed)
+    stock, missing = load_class(source, kind, deepcopy(source.config), {})
+    missing -= _tied_decoder(stock, missing, source)
+    model = MaskedLM(stock, source.anatomy)
+    prefix = f"{stock.base_model_prefix}."
+    inside = {name.removeprefix(prefix) for name in missing if name.startswith(prefix)}
+    check_complete(source, inside, model.fixed)
+    if head is not None:
+        load_head(model, head)
+        return model, ()
+    return model, _new_head(model, missing)
+
+
+def _new_head(model: MaskedLM, missing: set[str]) -> tuple[str, ...]:
+    """The names of the head's new parameters, their biases at zero."""
+    named = model.stock.named_parameters(remove_duplicate=False)
+    new = {id(parameter) for name, parameter in named if name in missing}
+    found = {name: p for name, p in model.head_parameters().items() if id(p) in new}
+    for name, parameter in found.items():
+        if name.endswith("bias"):
+            # transformers leaves those of FNet and data2vec as the memory happened to be.
+            nn.init.zeros_(parameter)
+    return tuple(found)
+
+
+def masked_class(source: SourceModel) -> Any:
+    """The stock masked-LM class of the source's architecture.
+
+    Raises:
+        RecipeError: if there is none.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    if source.anatomy.modality != "text":
+        raise RecipeError(
+            f"adapt.objective=mlm: {source.architecture} reads images; mlm needs text",
+            "Use adapt.objective=mae",
+        )
+    found = MODEL_FOR_MASKED_LM_MAPPING.get(type(source.config), None)
+    if found is None:
+        raise RecipeError(
+            f"adapt.objective=mlm: transformers has no masked-LM class of {source.architecture}",
+            "Leave adapt out, or use another source.model",
+        )
+    return found
+
+
+def _tied_decoder(stock: Any, missing: set[str], source: SourceModel) -> set[str]:
+    """Ties a missing decoder to the input embeddings; the names that are thereby there."""
+    decoder, words = stock.get_output_embeddings(), stock.get_input_embeddings().weight
+    name = next(f"{path}.weight" for path, m in stock.named_modules() if m is decoder)
+    # Where the head has no decoder of its own (new DeBERTa), another layer is called its output.
+    if name not in missing or len(decoder.weight) != len(words):
+        return set()
+    if decoder.weight.shape != words.shape:
+        raise RecipeError(
+            f"source.model: {source.spec} lacks the masked-LM decoder, and the embeddings of "
+            f"{source.architecture} have another width",
+            "Give a checkpoint with its masked-LM head",
+        )
+    decoder.weight = words
+    return {name}

@@ -1,0 +1,228 @@
+"""Several LoRA adapters, trained one after the other, as one adapter on the original base.
+
+Each stage adds b_i a_i to a weight (Hu et al. 2022, arXiv:2106.09685, eq. 3), the next one on top
+of the sum, so that all of them together add
+
+    b_1 a_1 + b_2 a_2 = [b_1 b_2] [a_1; a_2],
+
+one adapter whose rank is the sum of the ranks: an identity, nothing is approximated.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, PeftType, TaskType, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hftl.errors import RecipeError, RunFolderError
+
+BASE = "base_model.model."
+"""What peft puts before every path."""
+HARMLESS = (
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "runtime_config",
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path",
+    "revision", "inference_mode",
+)  # fmt: skip
+"""Fields of `peft.LoraConfig` under any value of which the update is b a on an untouched base."""
+STARTS = (True, False, "gaussian", "orthogonal")
+"""Ways to start an adapter that leave the base's own weights alone."""
+
+
+class Factors(NamedTuple):
+    """A linear layer's update b a, (out, in).
+
+    `a` is (r, in) and `b` (out, r), float32; the scale alpha / r, or alpha / sqrt(r) where the
+    rank is stabilised (Kalajdzievski 2023, arXiv:2312.03732), is folded into `b`.
+    """
+
+    a: Tensor
+    b: Tensor
+
+
+def check_exact(lora: Mapping[str, Any], place: str, last: bool = False) -> None:
+    """Refuses an adapter whose update is not b a on the same base.
+
+    Args:
+        lora: fields of `peft.LoraConfig`.
+        place: where they stand in the recipe, as `finetune.lora`.
+        last: whether no stage follows; only then are `modules_to_save` carried over.
+
+    Raises:
+        RecipeError: naming the field. Anything not known to be harmless is refused: DoRA, biases,
+            other variants, a start that changes the base, tokens or parameters beside the layers.
+    """
+    for name, value in lora.items():
+        if name in HARMLESS or not value or value == _default(name):
+            continue
+        if name == "modules_to_save" and last:
+            continue
+        if name == "init_lora_weights" and value in STARTS:
+            continue
+        shown = json.dumps(value) if isinstance(value, bool) else value
+        raise RecipeError(
+            f"{place}.{name}={shown} cannot be joined into one adapter on the original base: what "
+            "it trains is not B A on linear layers alone",
+            "Remove it, or adapt with method full, which publishes the adapted base first",
+        )
+
+
+def factors_of(adapted: nn.Module, prefix: str = "") -> dict[str, Factors]:
+    """The factors of every LoRA layer, on the CPU, keyed by the layer's path in the encoder.
+
+    Args:
+        adapted: a `PeftModel`, or a module that holds one.
+        prefix: where the encoder lies below the wrapper, with its dot, as `bert.`; it is left out
+            of the paths.
+
+    Raises:
+        RecipeError: if a wrapped layer is not linear or lies outside the encoder, or the adapter
+            is not one that can be joined.
+    """
+    wrapper = _wrapper(adapted)
+    (active,) = wrapper.active_adapters
+    config = wrapper.peft_config[active]
+    if config.peft_type != PeftType.LORA:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise RecipeError(f"an adapter of type {kind} cannot be joined", "Use LoRA")
+    check_exact(config.to_dict(), "lora", last=True)
+    found = {}
+    for path, layer in wrapper.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if not isinstance(layer.get_base_layer(), nn.Linear) or not path.startswith(prefix):
+            kind = type(layer.get_base_layer()).__name__
+            raise RecipeError(
+                f"the adapter on {path} ({kind}) cannot be joined: only linear layers of the "
+                "encoder can",
+                "Leave it out of target_modules",
+            )
+        found[path.removeprefix(prefix)] = _factors(layer, active)
+    return found
+
+
+def joined(stages: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
+    """One adapter that does what all do in turn.
+
+    Args:
+        stages: the factors of each, first to last. A layer that a stage lacks has the others'.
+    """
+    paths = sorted({path for stage in stages for path in stage})
+    parts = {path: [stage[path] for stage in stages if path in stage] for path in paths}
+    return {
+        path: Factors(torch.cat([f.a for f in found]), torch.cat([f.b for f in found], 1))
+        for path, found in parts.items()
+    }
+
+
+def save_factors(factors: Mapping[str, Factors], path: Path) -> None:
+    """Writes a safetensors file: `<path>.lora_A` and `<path>.lora_B` for each layer."""
+    named = {f"{layer}.lora_A": found.a.contiguous() for layer, found in factors.items()}
+    named |= {f"{layer}.lora_B": found.b.contiguous() for layer, found in factors.items()}
+    save_file(named, path)
+
+
+def load_factors(path: Path) -> dict[str, Factors]:
+    """The factors that `save_factors` wrote.
+
+    Raises:
+        RunFolderError: if the file holds anything but pairs of factors.
+    """
+    named = load_file(path)
+    layers = sorted({name.removesuffix(".lora_A").removesuffix(".lora_B") for name in named})
+    if set(named) != {f"{layer}.lora_{part}" for layer in layers for part in "AB"}:
+        raise RunFolderError(f"{path} does not hold pairs of factors", "Run the adaptation again")
+    return {layer: Factors(named[f"{layer}.lora_A"], named[f"{layer}.lora_B"]) for layer in layers}
+
+
+def saved_modules(adapted: nn.Module) -> dict[str, Tensor]:
+    """The tensors of an adapter's `modules_to_save`, by the names that peft saves them under."""
+    found: dict[str, Tensor] = get_peft_model_state_dict(
+        _wrapper(adapted), save_embedding_layers=False
+    )
+    return {name: tensor for name, tensor in found.items() if ".lora_" not in name}
+
+
+def write_adapter(
+    folder: Path, factors: Mapping[str, Factors], prefix: str, saved: Mapping[str, Tensor],
+    task_type: TaskType | None, modules_to_save: list[str] | None, base: str | None,
+    revision: str | None, base_class: type[nn.Module] | None = None,
+) -> None:  # fmt: skip
+    """Writes a plain peft folder, `adapter_config.json` and `adapter_model.safetensors`.
+
+    The scale is in the factors, so alpha equals the rank in every layer. A layer that is saved
+    whole is no longer adapted: its weight was merged when its training began.
+
+    Args:
+        folder: where; made if need be.
+        factors: by the layers' paths in the encoder.
+        prefix: where the encoder lies in the class that the adapter is put on, with its dot, as
+            `bert.`; empty for `AutoModel`.
+        saved: the tensors of `modules_to_save`, by the names that peft saves them under.
+        task_type: peft's name of the task; None for images.
+        modules_to_save: the modules that are saved whole, as fine-tuning named them.
+        base: public id of the base model.
+        revision: its commit.
+        base_class: the class that the adapter is put on, from which `AutoPeftModel` loads it
+            where there is no task type.
+    """
+    kept = {
+        f"{prefix}{path}": found
+        for path, found in factors.items()
+        if f"{BASE}{prefix}{path}.weight" not in saved
+    }
+    ranks = {path: len(found.a) for path, found in kept.items()}
+    usual = min(Counter(ranks.values()).most_common(), key=lambda pair: (-pair[1], pair[0]))[0]
+    # peft matches a pattern against the end of a path, and a dot against anything.
+    unusual = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != usual}
+    config = LoraConfig(
+        r=usual, lora_alpha=usual, rank_pattern=unusual, alpha_pattern=dict(unusual),
+        target_modules=list(kept), modules_to_save=modules_to_save, task_type=task_type,
+        inference_mode=True, base_model_name_or_path=base, revision=revision,
+    )  # fmt: skip
+    settings = config.to_dict() | {"target_modules": sorted(kept)}
+    if task_type is None and base_class is not None:
+        settings["auto_mapping"] = {
+            "base_model_class": base_class.__name__, "parent_library": base_class.__module__,
+        }  # fmt: skip
+    tensors = {f"{BASE}{path}.lora_A.weight": found.a for path, found in kept.items()}
+    tensors |= {f"{BASE}{path}.lora_B.weight": found.b for path, found in kept.items()}
+    tensors |= saved
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(settings, indent=2, sort_keys=True)
+    (folder / "adapter_config.json").write_text(f"{text}\n", encoding="utf-8")
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+
+
+def _wrapper(adapted: nn.Module) -> PeftModel:
+    for module in adapted.modules():
+        if isinstance(module, PeftModel):
+            return module
+    raise TypeError(f"{type(adapted).__name__} carries no adapter")
+
+
+def _factors(layer: LoraLayer, name: str) -> Factors:
+    a: Any = layer.lora_A[name].weight
+    b: Any = layer.lora_B[name].weight
+    scaled = b.detach().double() * layer.scaling[name]
+    return Factors(a.detach().float().cpu().clone(), scaled.float().cpu())
+
+
+def _default(name: str) -> Any:
+    """What `peft.LoraConfig` has where nothing is given; None for a field it does not have."""
+    found = [f for f in fields(LoraConfig) if f.name == name]
+    if not found or found[0].default is MISSING:
+        return None
+    return found[0].default
