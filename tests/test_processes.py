@@ -12,7 +12,17 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from two_processes import CASES, GLOBAL_BATCH, SHARDED, Rows, bytes_of, kind_of, outcome
+from two_processes import (
+    ADAPTATIONS,
+    CASES,
+    GLOBAL_BATCH,
+    SHARDED,
+    Rows,
+    adaptation,
+    bytes_of,
+    kind_of,
+    outcome,
+)
 
 from hftl.processes import close, gather, is_main, rank, share, size
 
@@ -47,13 +57,14 @@ def ranks(told: Any) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """The same trainings in this one process."""
     assert size() == 1
     folder = tmp_path_factory.mktemp("one")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = {name: outcome(name, folder) for name in CASES}
+    found: dict[Any, Any] = {name: outcome(name, folder) for name in CASES}
+    found |= {names: adaptation(*names, folder) for names in ADAPTATIONS}
     torch.set_num_threads(threads)
     return found
 
@@ -138,6 +149,30 @@ def test_ranks_end_with_the_same_weights_and_keep_the_same_best_ones(
         assert all(torch.equal(first[key][k], second[key][k]) for k in first[key])
     assert first["finds_unused"] is False
     assert first["again"] == second["again"] == pytest.approx(first["best"][1], abs=1e-7)
+
+
+@pytest.mark.parametrize("names", ADAPTATIONS, ids=str)
+def test_an_adaptation_ends_with_the_same_weights_and_history(
+    names: tuple[str, str], ranks: list[dict[Any, Any]], alone: dict[Any, Any]
+) -> None:
+    one = alone[names]
+    assert one["told"]["kept"] == "adapted" and one["told"]["steps"] == 9
+    losses = [seen["target"] for seen in one["told"]["history"]]
+    assert len(losses) == 4 and losses[0] - losses[-1] > 1e-3
+    for found in ranks:
+        told, state = found[names]["told"], found[names]["state"]
+        for mine, expected in zip(told["history"], one["told"]["history"], strict=True):
+            assert mine == pytest.approx(expected, rel=1e-6, abs=1e-6)
+        assert {**told, "history": 0} == {**one["told"], "history": 0}
+        assert state.keys() == one["state"].keys()
+        for key, tensor in one["state"].items():
+            torch.testing.assert_close(state[key], tensor, atol=1e-6, rtol=0)
+    first, second = (found[names]["state"] for found in ranks)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_an_adaptation_goes_on_as_if_it_had_not_been_stopped(ranks: list[dict[str, Any]]) -> None:
+    assert [found["resumed"] for found in ranks] == [True, True]
 
 
 def test_a_loss_that_breaks_on_one_rank_stops_all(ranks: list[dict[str, Any]]) -> None:

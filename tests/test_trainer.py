@@ -7,17 +7,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
+from hftl.adapt.encoder import MaskedOutput
 from hftl.errors import NumericError
 from hftl.finetune.strategy import prepare
 from hftl.model.head import build
 from hftl.model.source import find_source
 from hftl.sections import Source
 from hftl.train.checkpoint import KeepBest
-from hftl.train.loss import counted, summed_loss, uncounted
+from hftl.train.loss import counted, counted_rows, summed_loss, uncounted
 from hftl.train.order import RankBatches, SeededOrder
 from hftl.train.trainer import TransferTrainer, training_modes
 
@@ -376,3 +378,170 @@ def test_label_smoothing_is_used_in_training_alone(
     logits, labels = torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 2])
     expected = F.cross_entropy(logits, labels, label_smoothing=0.5, reduction="sum")
     torch.testing.assert_close(summed_loss(logits, labels, 0.5), expected)
+
+
+# Outputs of adaptation: slots, a penalty, patches
+
+
+class Chosen(Dataset):
+    """Rows of five places, some of which are to be guessed; the fourth row has none."""
+
+    def __init__(self, rows: int = 22) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.inputs = torch.randn(rows, 5, 4, generator=draw)
+        self.hidden = torch.rand(rows, 5, generator=draw) < 0.5
+        self.hidden[:, 0], self.hidden[3] = True, False
+        self.answers = torch.randint(0, 7, (rows, 5), generator=draw)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, i: int) -> int:
+        return i
+
+    def collate(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """As masked-LM batches: labels side by side, padded to the row that has most."""
+        told = [self.answers[i][self.hidden[i]] for i in rows]
+        labels = torch.full((len(rows), max(1, *map(len, told))), -100)
+        for row, answers in enumerate(told):
+            labels[row, : len(answers)] = answers
+        return {
+            "inputs": self.inputs[rows], "flat": self.hidden[rows].flatten().nonzero()[:, 0],
+            "slots": (labels != -100).flatten().nonzero()[:, 0], "labels": labels,
+        }  # fmt: skip
+
+
+class Guesses(nn.Module):
+    """Answers at the chosen places, each row at its own price; `frozen` never trains."""
+
+    def __init__(self, dear: float) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.frozen = nn.Linear(4, 4)
+        self.frozen.requires_grad_(False)
+        self.head = nn.Linear(4, 7)
+        self.dear = dear
+
+    def forward(
+        self, inputs: torch.Tensor, flat: torch.Tensor, slots: torch.Tensor
+    ) -> MaskedOutput:
+        every = self.head(self.frozen(inputs))
+        penalty = self.dear * every.square().mean((1, 2)) if self.dear else None
+        return MaskedOutput(logits=every.flatten(0, 1)[flat], slots=slots, penalty=penalty)
+
+
+def by_hand(model: Guesses, data: Chosen, rows: list[int]) -> torch.Tensor:
+    """The loss of one step, place by place and row by row."""
+    losses, prices = [], []
+    for i in rows:
+        every = model.head(model.frozen(data.inputs[i]))
+        for place in data.hidden[i].nonzero()[:, 0].tolist():
+            losses.append(-every[place].log_softmax(-1)[data.answers[i, place]])
+        if data.hidden[i].any():
+            prices.append(model.dear * every.square().mean())
+    return torch.stack(losses).mean() + torch.stack(prices).mean()
+
+
+def guesser(folder: Path, dear: float, **more: Any) -> Any:
+    data = Chosen()
+    trainer = trainer_of(
+        Guesses(dear), folder, data=data, remove_unused_columns=False, label_names=["labels"],
+        logging_strategy="steps", logging_steps=1, **more,
+    )  # fmt: skip
+    trainer.data_collator = data.collate
+    return trainer
+
+
+@pytest.mark.parametrize("dear", [0.0, 0.5])
+@pytest.mark.parametrize("cut", [(8, 1), (4, 2), (2, 4), (1, 8)])
+def test_slots_and_penalty_make_the_step_of_a_loop_however_it_is_cut(
+    cut: tuple[int, int], dear: float, tmp_path: Path
+) -> None:
+    """Steps of 8, 8 and 6 rows; loss and gradient of each, the latter by plain descent."""
+    trainer = guesser(
+        tmp_path, dear, per_device_train_batch_size=cut[0], gradient_accumulation_steps=cut[1],
+        learning_rate=0.5,
+    )  # fmt: skip
+    trainer.train()
+    model, data = Guesses(dear), Chosen()
+    order, losses = list(SeededOrder(len(data), 3)), []
+    for start in (0, 8, 16):
+        loss = by_hand(model, data, order[start : start + 8])
+        losses.append(loss.item())
+        model.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.head.parameters():
+                parameter -= 0.5 * parameter.grad  # pyright: ignore
+    told = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert told == pytest.approx(losses, abs=1e-6)
+    for mine, expected in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-6, rtol=0)
+
+
+def test_evaluation_leaves_the_penalty_out(tmp_path: Path) -> None:
+    trainer = guesser(tmp_path, 0.5, per_device_eval_batch_size=5, prediction_loss_only=True)
+    data, free = Chosen(), Guesses(0.0)
+    found = trainer.evaluate(data)["eval_loss"]
+    assert found == pytest.approx(by_hand(free, data, list(range(len(data)))).item(), abs=1e-6)
+
+
+def test_the_loss_of_patches_is_masked_autoencoders(tmp_path: Path) -> None:
+    """He et al. 2022: the mean over hidden patches of each one's mean squared error.
+
+    Patches without a number, which a normalised target leaves out, count for nothing.
+    """
+    logits = torch.randn(3, 4, 6, requires_grad=True)
+    labels = torch.randn(3, 4, 6)
+    left_out = [(0, 1), (1, 0), (1, 1), (1, 2), (1, 3)]
+    for row, patch in left_out:
+        labels[row, patch] = torch.nan
+    each = [
+        ((logits[row, patch] - labels[row, patch]) ** 2).mean()
+        for row in range(3) for patch in range(4) if (row, patch) not in left_out
+    ]  # fmt: skip
+    expected = torch.stack(each).mean()
+    assert counted(labels) == 7 * 6 and counted_rows(labels).tolist() == [True, False, True]
+    loss = summed_loss(logits, labels) / counted(labels)
+    torch.testing.assert_close(loss, expected)
+    (wanted,) = torch.autograd.grad(expected, logits, retain_graph=True)
+    (found,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(found, wanted)
+    assert found.isfinite().all() and not any(found[place].any() for place in left_out)
+    assert counted(uncounted(labels, slice(0, 1))) == 4 * 6
+
+
+def test_of_a_plain_module_what_trains_is_saved_and_taken_up(tmp_path: Path) -> None:
+    more = {"num_train_epochs": 2, "optim": "adamw_torch", "lr_scheduler_type": "linear"}
+    whole = guesser(tmp_path / "whole", 0.5, **more)
+    whole.train()
+    parts = guesser(tmp_path / "parts", 0.5, save_strategy="steps", save_steps=2, **more)
+    parts.train()
+    folder = tmp_path / "parts" / "checkpoint-2"
+    assert load_file(folder / "model.safetensors").keys() == {"head.weight", "head.bias"}
+    again = guesser(tmp_path / "again", 0.5, **more)
+    with torch.no_grad():
+        again.model.head.weight.fill_(9)
+    again.train(resume_from_checkpoint=str(folder))
+    for mine, expected in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_a_gain_below_the_least_does_not_help_patience_but_is_kept() -> None:
+    class Control:
+        should_training_stop = False
+
+    class State:
+        epoch = 0.0
+
+    model = nn.Linear(1, 1)
+    keep = KeepBest("eval_loss", greater=False, patience=2, least=0.01)
+    control, state = Control(), State()
+    for epoch, loss in enumerate([2.0, 1.985, 1.95, 1.94, 1.93], start=1):
+        state.epoch = float(epoch)
+        nn.init.constant_(model.weight, epoch)
+        keep.on_evaluate(None, state, control, model=model, metrics={"eval_loss": loss})
+        assert control.should_training_stop == (epoch == 5)
+    nn.init.zeros_(model.weight)
+    keep.restore(model)
+    assert model.weight.item() == 5 and keep.best == 1.93

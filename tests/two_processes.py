@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from adaptations import adapted, model_of, stage_of, task_of
 from conftest import tiny_config
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -28,6 +29,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from hftl.adapt import stage as stage_module
 from hftl.errors import DataError, NumericError, RecipeError
 from hftl.finetune.strategy import prepare
 from hftl.model.head import PooledModel
@@ -48,6 +50,8 @@ CASES = {
     "pooled-lora": {"rows": 45, "steps": 12},
     "native-lora": {"rows": 41, "steps": 12},
 }
+ADAPTATIONS = [("mlm", "full"), ("mlm", "lora"), ("mae", "full")]
+"""Objectives and methods."""
 SHARDED = ["tokens-full", "pooled-lora", "native-lora"]
 
 
@@ -265,6 +269,52 @@ def outcome(name: str, folder: Path, kind: type[TransferTrainer] = Watched) -> d
     }
 
 
+def adaptation(objective: str, method: str, folder: Path) -> dict[str, Any]:
+    """What an adaptation left whose global batch is the same for any number of processes."""
+    source = folder / f"tiny-{objective}"
+    model = first(lambda: model_of(objective, source, method))
+    stage = stage_of(
+        objective, method, per_device_train_batch_size=GLOBAL_BATCH // size(), optim="sgd",
+        learning_rate=0.1,
+    )  # fmt: skip
+    task = task_of(objective, source, general=True)
+    told, state = adapted(model, task, stage, folder / f"{objective}-{method}")
+    return {"told": told, "state": state}
+
+
+class Stops(TransferTrainer):
+    """As Ctrl-C in the middle of an epoch, with a checkpoint behind it."""
+
+    def training_step(self, *args: Any) -> torch.Tensor:
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return super().training_step(*args)
+
+
+def resumed(folder: Path) -> bool:
+    """Whether an adaptation with dropout that was stopped ends, bit for bit, as one that was not.
+
+    Its dropout differs from process to process.
+    """
+    source = folder / "tiny-mlm"
+
+    def found(name: str) -> Any:
+        model = model_of("mlm", source, "full", dropout=0.1)
+        stage = stage_of("mlm", per_device_train_batch_size=GLOBAL_BATCH // size())
+        return adapted(model, task_of("mlm", source), stage, folder / name)
+
+    whole = found("whole")
+    stage_module.TransferTrainer = Stops
+    try:
+        found("parts")
+    except KeyboardInterrupt:
+        stage_module.TransferTrainer = TransferTrainer
+    again = found("parts")
+    same = [torch.equal(tensor, again[1][name]) for name, tensor in whole[1].items()]
+    files = {path.name for path in (folder / "parts" / "checkpoint-8").iterdir()}
+    return again[0] == whole[0] and all(same) and {"rng_state_0.pth", "rng_state_1.pth"} <= files
+
+
 def reshard(model: nn.Module) -> None:
     """Makes FSDP forget what was not written into its shards."""
     for module in model.modules():
@@ -313,7 +363,9 @@ def raised(error: Exception) -> tuple[str, str, bool]:
 def main(folder: Path) -> None:
     """All cases, then an error that ends the program on every rank."""
     assert size() == 2
-    found: dict[str, Any] = {name: outcome(name, folder) for name in CASES}
+    found: dict[Any, Any] = {name: outcome(name, folder) for name in CASES}
+    found |= {names: adaptation(*names, folder) for names in ADAPTATIONS}
+    found["resumed"] = resumed(folder)
     found["broken"] = refused(folder, BreaksOnRank1)
     found["shared"] = share(lambda: {"by": share(rank)})
     found["gathered"] = gather({"rank": rank()})

@@ -21,11 +21,10 @@ from hftl.metrics import METRICS, SELECTION, score_all
 from hftl.model.cache import logits
 from hftl.model.head import Built
 from hftl.sections import Finetune
+from hftl.train.arguments import arguments as common_arguments
 from hftl.train.checkpoint import KeepBest, whole_state
-from hftl.train.hardware import dtype_name, is_sharded, precision
+from hftl.train.hardware import dtype_name, is_sharded
 from hftl.train.trainer import TransferTrainer
-
-EVAL_BATCH = 64
 
 
 def solve_head(bench: Workbench, finetune: Finetune, seed: int) -> Outcome:
@@ -137,46 +136,24 @@ def _predicted(
 def arguments(
     training: dict[str, Any], task: str, folder: str, seed: int, device: str, progress: bool
 ) -> TrainingArguments:
-    """TrainingArguments of the recipe's `training`, with what hftl decides.
+    """TrainingArguments of `finetune.training`.
 
     Raises:
-        RecipeError: if transformers refuses the values.
+        RecipeError: if transformers refuses the values, or nothing measures the chosen metric.
     """
-    decided = {
-        "output_dir": folder,
-        "seed": seed,
-        "data_seed": seed,
-        "use_cpu": device == "cpu",
-        "disable_tqdm": not progress,
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-        **precision(training),
-    }
     defaults = {
         "eval_strategy": "epoch",
         "logging_strategy": "epoch",
         "save_strategy": "no",
-        "per_device_eval_batch_size": EVAL_BATCH,
-        "dataloader_pin_memory": device == "cuda",
         "metric_for_best_model": SELECTION[task],
-        # All that trains is on the path to the loss, so the search for what is not would only cost.
-        "ddp_find_unused_parameters": False,
     }
-    try:
-        args = TrainingArguments(**(defaults | training | decided))
-    except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(
-            f"finetune.training: transformers refuses it: {str(error).splitlines()[0]}",
-            "Correct the section",
-        ) from error
+    args = common_arguments("finetune", training, defaults, folder, seed, device, progress)
     measured = ["loss", *METRICS[task]]
     if str(args.metric_for_best_model).removeprefix("eval_") not in measured:
         raise RecipeError(
             f"finetune.training.metric_for_best_model={args.metric_for_best_model} is not measured",
             f"Use one of {', '.join(measured)}",
         )
-    # transformers would split a batch over all visible devices by itself (DataParallel).
-    args._n_gpu = min(1, args.n_gpu)
     return args
 
 

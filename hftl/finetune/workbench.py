@@ -1,6 +1,7 @@
 """What all arms of a run share: source, inputs, rows, their encoding and frozen features."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,10 @@ MEASURED = ("validation", "test")
 class Workbench:
     """Shared by the arms of one run; everything in it is computed once.
 
-    `weights` is the hash of the source model's weights, `inputs` how its encoder takes rows, and
-    `augment` whether training pictures vary.
+    `source` is what the arms start from, after any adaptation, and `weights` the hash of its
+    weights; `inputs` is how its encoder takes rows, and `augment` whether training pictures vary.
+    Where adaptation came between, `base` is what a published adapter is put on, `base_is_ours`
+    says that adaptation made it, and `loras` are the factors that turn it into `source`.
     """
 
     source: SourceModel
@@ -39,9 +42,33 @@ class Workbench:
     shots: int | None
     device: str
     augment: bool = False
+    base: SourceModel | None = None
+    base_is_ours: bool = False
+    loras: tuple[Path, ...] = ()
     _encoded: dict[bytes, Encoded] = field(default_factory=dict)
     _features: dict[tuple[str, int | None], Features] = field(default_factory=dict)
     _probes: dict[tuple[str, int], Probe] = field(default_factory=dict)
+
+    @property
+    def public_base(self) -> SourceModel:
+        """The model that a published adapter is put on."""
+        return self.base or self.source
+
+    def adapted(
+        self, source: SourceModel, weights: str, base: SourceModel | None, loras: tuple[Path, ...]
+    ) -> "Workbench":
+        """The same rows and encodings under another encoder, see `Workbench`.
+
+        Args:
+            source: the adapted encoder.
+            weights: their hash.
+            base: what a published adapter is put on; None: the adapted encoder itself.
+            loras: the factors that turn the base into the encoder.
+        """
+        return replace(
+            self, source=source, weights=weights, base=base or source, loras=loras,
+            base_is_ours=base is None or self.base_is_ours, _features={}, _probes={},
+        )  # fmt: skip
 
     def check(self, asked_length: int, arms: list[Arm]) -> dict[str, Any]:
         """The preflight's facts and warnings, for the arms that train from the source."""

@@ -1,5 +1,6 @@
 """The best weights on validation, kept in memory and put back when training ends."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,12 +22,16 @@ class KeepBest(TrainerCallback):
         metric: a key of the evaluation's metrics, such as `eval_loss`.
         greater: whether more is better.
         patience: evaluations without improvement before training stops; None: never.
+        least: the share of the best value so far that counts as an improvement for `patience`.
     """
 
-    def __init__(self, metric: str, greater: bool, patience: int | None) -> None:
+    def __init__(
+        self, metric: str, greater: bool, patience: int | None, least: float = 0.0
+    ) -> None:
         self.metric = metric
         self.sign = 1 if greater else -1
         self.patience = patience
+        self.least = least
         self.best: float | None = None
         self.epoch: float | None = None
         self.waited = 0
@@ -42,13 +47,14 @@ class KeepBest(TrainerCallback):
             raise NumericError(
                 f"{self.metric} is NaN after epoch {state.epoch:g}", "Lower the learning rate"
             )
-        if self.best is None or self.sign * value > self.sign * self.best:
-            self.best, self.epoch, self.waited = value, state.epoch, 0
+        gained = math.inf if self.best is None else self.sign * (value - self.best)
+        enough = gained > self.least * abs(self.best or 0.0)
+        if gained > 0:
+            self.best, self.epoch = value, state.epoch
             self._weights = {
                 name: local(parameter).to("cpu", copy=True) for name, parameter in trained(model)
             }
-            return
-        self.waited += 1
+        self.waited = 0 if enough else self.waited + 1
         if self.patience is not None and self.waited >= self.patience:
             control.should_training_stop = True
 

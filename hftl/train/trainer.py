@@ -5,20 +5,25 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from accelerate.data_loader import prepare_data_loader
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, seed_worker
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hftl.errors import NumericError, RecipeError
 from hftl.model.head import anatomy_in
 from hftl.processes import gather
-from hftl.train.loss import counted, summed_loss, uncounted
+from hftl.train.checkpoint import trained
+from hftl.train.loss import counted, counted_rows, summed_loss, uncounted
 from hftl.train.order import RankBatches, SeededOrder
 
 
@@ -42,6 +47,7 @@ class TransferTrainer(Trainer):
         self._modes: list[tuple[nn.Module, bool]] | None = None
         self._batches: RankBatches | None = None
         self._step_loss: Tensor | float = 0.0
+        self._rows = torch.tensor(1)
         self._evaluated: list[Tensor] = []
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -102,8 +108,12 @@ class TransferTrainer(Trainer):
             and self.accelerator.gradient_state.end_of_dataloader
         ):
             batches[-1]["labels"] = uncounted(batches[-1]["labels"])
-        items = sum(counted(batch["labels"].to(device)) for batch in batches)
-        return batches, self.accelerator.gather(items).sum()  # pyright: ignore
+        labels = [batch["labels"].to(device) for batch in batches]
+        here = torch.stack(
+            [torch.stack([counted(each), counted_rows(each).sum()]) for each in labels]
+        ).sum(0)
+        items, self._rows = self.accelerator.gather(here).reshape(-1, 2).sum(0)  # pyright: ignore
+        return batches, items
 
     def compute_loss(
         self,
@@ -114,7 +124,9 @@ class TransferTrainer(Trainer):
     ) -> Any:
         """The task's loss, summed over the batch and divided by the items of the whole step.
 
-        Without a count, as in evaluation, it is divided by the items of the batch.
+        Without a count, as in evaluation, it is divided by the items of the batch. Outputs may have
+        `slots`, the labels that their logits are for, and `penalty` (batch,), added in training as
+        the mean over the step's rows.
         """
         # Holding a frozen model in eval makes it look as in evaluation: smoothing is asked first.
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
@@ -122,16 +134,19 @@ class TransferTrainer(Trainer):
             self._hold_frozen_in_eval()
         labels = inputs["labels"]
         outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
-        loss = summed_loss(outputs.logits, labels, smoothing)
+        slots = getattr(outputs, "slots", None)
+        told = labels if slots is None else labels.reshape(-1)[slots]
+        loss = summed_loss(outputs.logits, told, smoothing)
         if num_items_in_batch is None:
             loss = loss / counted(labels).clamp(min=1)
         else:
-            # The gradients of processes are averaged, and the count is that of all.
-            loss = (
-                loss
-                / torch.as_tensor(num_items_in_batch).clamp(min=1)
-                * self.accelerator.num_processes
-            )
+            # The gradients of processes are averaged, and the counts are those of all.
+            processes = self.accelerator.num_processes
+            loss = loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * processes
+            penalty = getattr(outputs, "penalty", None)
+            if penalty is not None:
+                kept = penalty.float().where(counted_rows(labels), 0.0)
+                loss = loss + kept.sum() / self._rows.clamp(min=1) * processes
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
@@ -145,7 +160,7 @@ class TransferTrainer(Trainer):
             if not math.isfinite(total):
                 raise NumericError(
                     f"the loss is {total} at step {self.state.global_step}",
-                    "Lower finetune.training.learning_rate, or look at the data",
+                    "Lower the learning rate, or look at the data",
                 )
         return loss
 
@@ -172,6 +187,27 @@ class TransferTrainer(Trainer):
             loss, items = (sum(column) for column in zip(*gather(mine), strict=True))
             output.metrics[name] = loss / max(1.0, items)
         return output
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As transformers'; of a model that is none of its classes, what trains."""
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, (PreTrainedModel, PeftModel)):
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in trained(model)}
+        save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As transformers'; of a model that is none of its classes, what `_save` has written."""
+        mine = self.accelerator.unwrap_model(self.model)
+        if isinstance(mine, (PreTrainedModel, PeftModel)) or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        stored = load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
+        for name, tensor in trained(mine):
+            tensor.copy_(stored[name])
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> None:
         """Evaluation's count, which would be that of all processes; here it is the batch's own."""

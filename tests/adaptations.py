@@ -1,0 +1,126 @@
+"""Small adaptations of tiny models, and what each of them left."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tiny import IMAGE_SIZE, save_tiny
+from torch import Tensor, nn
+
+from hftl.adapt.encoder import set_trainable
+from hftl.adapt.guard import Rule
+from hftl.adapt.mae import load_mae
+from hftl.adapt.mlm import load_mlm
+from hftl.adapt.patches import MaskedPictures
+from hftl.adapt.patches import collate as collate_pictures
+from hftl.adapt.stage import Task, adapt
+from hftl.data import masking
+from hftl.data.image import resized
+from hftl.data.pixels import ImageInputs
+from hftl.model.source import find_source, load_processor
+from hftl.sections import Adapt, Data, Source
+from hftl.train.checkpoint import trained
+
+KINDS = {"mlm": "bert", "mae": "dinov2"}
+"""By objective, the architecture that is adapted."""
+ROWS, HELD_OUT = 22, 9
+PATCH = 8
+DECODER = {"width": 16, "depth": 1, "heads": 2}
+MASKING = masking.Masking(0.3, False, 4, np.arange(40) < 5, np.arange(5, 40))
+OPEN = Rule("probe", 1e6)
+"""Measures a guard that holds always."""
+
+
+@dataclass
+class Blocks:
+    """Blocks of tokens, some far more common than others, of differing lengths."""
+
+    rows: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        draw = np.random.default_rng([self.seed, i])
+        ids = 5 + np.minimum(draw.geometric(0.3, 8 + i % 5) - 1, 34)
+        return ids, np.arange(len(ids))
+
+
+def model_of(
+    objective: str, folder: Path, method: str = "full", dropout: float = 0.0, lora: Any = None
+) -> Any:
+    """The objective of a tiny source that lies in the folder, or is made there; head untrained."""
+    if not (folder / "config.json").exists():
+        save_tiny(KINDS[objective], folder)
+    source = find_source(Source(model=str(folder)))
+    if objective == "mlm":
+        model, _ = load_mlm(source, seed=0)
+    else:
+        model, _ = load_mae(source, IMAGE_SIZE, 0.5, DECODER, seed=0)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    set_trainable(model, source.anatomy, method, 1, lora or {"r": 4, "lora_alpha": 8})
+    return model
+
+
+def task_of(objective: str, folder: Path, seed: int = 0, general: bool = False) -> Task:
+    """What it trains on."""
+    if objective == "mlm":
+
+        def blocks(rows: int, number: int, fixed: bool) -> Any:
+            stored: Any = Blocks(rows, number)
+            return masking.MaskedBlocks(stored, MASKING, seed, 0, fixed)
+
+        return Task(
+            blocks(ROWS, 0, False), blocks(HELD_OUT, 1, True),
+            blocks(5, 2, True) if general else None, lambda rows: masking.collate(rows, 0),
+        )  # fmt: skip
+    processor = load_processor(find_source(Source(model=str(folder))))
+    inputs = ImageInputs(Data.model_construct(), resized(processor, IMAGE_SIZE), {}, PATCH)
+
+    def pictures(rows: int, number: int, fixed: bool) -> MaskedPictures:
+        draw = np.random.default_rng(number)
+        found = draw.integers(120, 255, (rows, 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.uint8)
+        keys = [f"{number} {i}".encode() for i in range(rows)]
+        return MaskedPictures(list(found), keys, PATCH, seed, fixed=fixed)
+
+    return Task(
+        pictures(ROWS, 0, False), pictures(HELD_OUT, 1, True),
+        pictures(5, 2, True) if general else None,
+        lambda rows: collate_pictures(rows, inputs, 0.5, False),
+    )  # fmt: skip
+
+
+def stage_of(
+    objective: str, method: str = "full", patience: int | None = None, **more: Any
+) -> Adapt:
+    """Three epochs of six steps; looked at every third step, saved every fourth."""
+    training = {
+        "num_train_epochs": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+        "bf16": False, "save_steps": 4, "eval_steps": 3, "per_device_eval_batch_size": 4,
+        **more,
+    }  # fmt: skip
+    return Adapt(objective=objective, method=method, patience=patience, training=training)  # pyright: ignore
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all that trains."""
+    return {name: tensor.clone() for name, tensor in trained(model)}
+
+
+def length_of(model: nn.Module) -> Callable[[], float]:
+    """A guard that any change of the weights changes."""
+    return lambda: -float(sum(tensor.double().square().sum() for _, tensor in trained(model)))
+
+
+def adapted(
+    model: Any, task: Task, stage: Adapt, folder: Path, rule: Rule = OPEN,
+    measure: Callable[[], float] | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:  # fmt: skip
+    """What `adapt` told, and the weights it left."""
+    told = adapt(model, task, stage, rule, measure or length_of(model), 3, "cpu", folder, False)
+    return told, weights(model)
