@@ -65,6 +65,17 @@ def run(
 
 
 @app.command()
+def adapt(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Output = None,
+    restart: Restart = False,
+) -> None:
+    """Run a recipe up to its adapted encoder."""
+    _run(recipe, overrides, output, restart, "adapt")
+
+
+@app.command()
 def finetune(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -95,7 +106,8 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     header, found = preflight(loaded)
     say(show.header(header))
-    say(f"  {show.input_facts(found)}")
+    if loaded.data.task is not None:
+        say(f"  {show.input_facts(found)}")
     for warning in found["warnings"]:
         say(f"  warning: {warning}")
     say("ready" if not found["warnings"] else "ready, with the warnings above")
@@ -138,9 +150,13 @@ def predict(
 @app.command()
 def card(run: RunFolder) -> None:
     """Write card and report again from a run's record."""
+    from hftl import finish_adapted
     from hftl.finish import rewrite_card
 
-    rewrite_card(run)
+    if finish_adapted.adapts_only(run):
+        finish_adapted.rewrite_card(run)
+    else:
+        rewrite_card(run)
     say(f"card     {run}/publish/README.md\nreport   {run}/report.html")
 
 
@@ -156,6 +172,10 @@ def publish(
     from hftl.publish.listing import dry_run as listed
 
     found = listed(run)
+    if found.base_files:
+        say("first the adapted base, whose commit the adapter then names:")
+    for name, size in found.base_files:
+        say(f"  {size:>12,}  publish-base/{name}")
     for name, size in found.files:
         say(f"  {size:>12,}  {name}")
     say(f"verdict: {found.decision}")

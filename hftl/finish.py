@@ -1,100 +1,119 @@
 """From finished arms to record, verdict, card and publish folder."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hftl import rundir, show
-from hftl.card.card import gain_sentence, render_card, render_report
-from hftl.card.plots import plot_ladder
+from hftl.adapting import Step
+from hftl.card.adaptation import adaptation_sentence
+from hftl.card.card import gain_sentence
 from hftl.data.pixels import ImageInputs
 from hftl.errors import RunFolderError
 from hftl.finetune import store
 from hftl.finetune.workbench import MEASURED, Workbench
+from hftl.ladder import Benches, Run
+from hftl.measure.adaptation import figures, helped
 from hftl.measure.collect import collect
 from hftl.measure.gain import best_seed, ladder, transfer_gain
 from hftl.measure.verdict import decide
 from hftl.metrics import Metric
+from hftl.model.source import weights_sha256
 from hftl.places import PACKAGE
-from hftl.publish.folder import rebuild, write_model, write_sample
+from hftl.publish.folder import rebuild, write_base, write_model, write_sample
 from hftl.publish.gates import reload_difference
+from hftl.publishing import last_name, write_publish
 from hftl.recipe import Arm, Recipe
 from hftl.record import SCHEMA_VERSION, Record, environment, fingerprint, to_json
 from hftl.train.hardware import dtype_name
 
 
 def finish(
-    recipe: Recipe,
-    run: Path,
-    bench: Workbench,
-    metric: Metric,
-    arms: list[Arm],
-    publish: bool,
-    say: Callable[[str], None],
+    this: Run, bench: Workbench, benches: Benches, steps: list[Step], metric: Metric, publish: bool
 ) -> Record:
     """Measures, proves the reload, decides, and writes what is not there yet.
 
     Args:
-        recipe: what was asked.
-        run: the run folder, every arm finished.
-        bench: what the arms shared.
+        this: the run, every arm finished.
+        bench: the source as it is, and the rows.
+        benches: what each arm worked with.
+        steps: the recipe's adaptations.
         metric: what gains are measured in.
-        arms: the recipe's arms, its own first.
         publish: whether card, report and publish folder are wanted too.
-        say: receives what is printed at the end.
     """
+    run, recipe = this.folder, this.recipe
     folders = {
         arm.name: [run / "arms" / f"{arm.name}-seed{seed}" for seed in recipe.measure.seeds]
-        for arm in arms
+        for arm in this.arms
     }
-    inputs = fingerprint(
-        {
-            "recipe": recipe.tree(),
-            "arms": {name: [rundir.digest(f) for f in found] for name, found in folders.items()},
-            "data": rundir.digest(run / "phases" / "data"),
-        }
-    )
-    done = run / "phases" / "report"
-    # A publish folder that stands already must not fall behind the record.
-    publish = publish or (run / "publish").exists()
-    inputs = fingerprint({"inputs": inputs, "publish": publish})
-    if (rundir.reads(done) or {}).get("inputs") != inputs or not _intact(run, done):
-        record = measure(recipe, run, bench, metric, arms, folders)
-        if publish:
-            _write_publish(run, record)
-        rundir.write_text(run / "record.json", to_json(record))
-        with rundir.commit(done, {"inputs": inputs}) as aside:
-            rundir.write_text(aside / "files.json", to_json(_hashes(run)))
-    record = Record.read(run)
-    say(_summary(record, publish))
+    inputs = {
+        "recipe": recipe.tree(),
+        "arms": {name: [rundir.digest(f) for f in found] for name, found in folders.items()},
+        "adapt": [rundir.digest(step.folder) for step in steps],
+        "data": rundir.digest(run / "phases" / "data"),
+    }
+    record = written(
+        run, inputs, publish,
+        lambda: measure(this, bench, benches, steps, metric, folders),
+        lambda told: write_publish(run, told),
+    )  # fmt: skip
+    this.say(_summary(record, publish))
     return record
 
 
+def written(
+    run: Path, inputs: dict[str, Any], publish: bool, measured: Callable[[], dict[str, Any]],
+    published: Callable[[dict[str, Any]], None],
+) -> Record:  # fmt: skip
+    """The record, made anew where what it comes from has changed or a file of it is lost.
+
+    Args:
+        run: the run folder.
+        inputs: what the record comes from.
+        publish: whether the publish folder is wanted.
+        measured: makes the record's content.
+        published: writes the publish folder of a record.
+    """
+    done = run / "phases" / "report"
+    # A publish folder that stands already must not fall behind the record.
+    publish = publish or (run / "publish").exists()
+    stamp = fingerprint({"inputs": fingerprint(inputs), "publish": publish})
+    if (rundir.reads(done) or {}).get("inputs") != stamp or not _intact(run, done):
+        record = measured()
+        if publish:
+            published(record)
+        rundir.write_text(run / "record.json", to_json(record))
+        with rundir.commit(done, {"inputs": stamp}) as aside:
+            rundir.write_text(aside / "files.json", to_json(_hashes(run)))
+    return Record.read(run)
+
+
 def measure(
-    recipe: Recipe, run: Path, bench: Workbench, metric: Metric, arms: list[Arm],
+    this: Run, bench: Workbench, benches: Benches, steps: list[Step], metric: Metric,
     folders: dict[str, list[Path]],
 ) -> dict[str, Any]:  # fmt: skip
     """The record's content: every figure from the arms' files."""
+    recipe, run, arms = this.recipe, this.folder, this.arms
     own = arms[0]
     told, entries = collect(folders, bench.prepared, metric)
     best = best_seed(metric, told["validation"], own.name)
     seed = recipe.measure.seeds[best]
-    difference = _package(run, bench, own, seed, folders[own.name][best])
+    difference = _package(run, benches[own.name], own, seed, folders[own.name][best])
     gain = transfer_gain(metric, told["validation"], told["test"], own.name)
     rows = ladder(metric, told["validation"], told["test"], own.name)
-    over_head = next((row["gain_of_own"] for row in rows if row["arm"] == "head"), None)
+    over = {row["arm"]: row["gain_of_own"] for row in rows}
+    adapted = adaptation_record(steps, benches[own.name], over.get("source"), own.strategy)
     search = run / "phases" / "search" / "search.json"
     scratch = any(arm.strategy == "scratch" for arm in arms)
     return {
         "schema_version": SCHEMA_VERSION,
         "recipe": recipe.tree(),
-        "source": _source(bench),
+        "source": source_record(bench),
         "data": _data(recipe, bench),
         "check": bench.check(recipe.data.max_length, arms),
         "forward": bench.inputs.arguments if isinstance(bench.inputs, ImageInputs) else None,
-        "adapt": None,
+        "adapt": adapted,
         "metric": metric.name,
         "own_arm": own.name,
         "arms": entries,
@@ -103,26 +122,35 @@ def measure(
         "transfer_gain": gain,
         "forgetting": None,
         "reload_difference": difference,
-        "verdict": decide(gain, over_head, difference),
+        "verdict": decide(gain, over.get("head"), difference, over.get("source")),
         "published_seed": seed,
         "environment": environment(bench.device, dtype_name(recipe.finetune.training)),
         "timings": {path.name: _timings(path) for found in folders.values() for path in found},
     }  # fmt: skip
 
 
-def publishable(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without places on this machine: a local path becomes its last name."""
-    kept = json.loads(to_json(record))
-    # What a bad row says is the user's data, and stays here; the count goes along.
-    kept["data"].pop("bad_rows_listed")
-    recipe = _without_paths(kept["recipe"])
-    if kept["source"]["local"]:
-        recipe["source"]["model"] = kept["source"]["model"] = kept["source"]["name"]
-    for split in ("train", "validation", "test"):
-        table = recipe["data"][split]
-        if "path" in table and split not in kept["data"]["hub_revisions"]:
-            table["path"] = _last_name(table["path"])
-    return kept | {"recipe": recipe}
+def adaptation_record(
+    steps: list[Step], own: Workbench | None, gain: dict[str, Any] | None, strategy: str
+) -> dict[str, Any] | None:
+    """What the record tells of the recipe's adaptations; None without any.
+
+    Args:
+        steps: the adaptations, one after the other.
+        own: what the own arm worked with.
+        gain: the own arm's gain over `source`.
+        strategy: the own arm's; an adapter needs an adapted base of its own, a whole model none.
+    """
+    if not steps:
+        return None
+    stages = [figures(step.told) for step in steps]
+    bench = own or steps[-1].bench
+    base = None
+    if bench.base_is_ours and strategy == "lora":
+        base = {"weights_sha256": weights_sha256(bench.public_base)}
+    words = helped(stages, gain)
+    if gain is not None:
+        gain = gain | {"baseline": "source"}
+    return {"stages": stages, "gain": gain, "outcome": words, "base": base}
 
 
 def _package(run: Path, bench: Workbench, own: Arm, seed: int, arm_folder: Path) -> float:
@@ -130,41 +158,27 @@ def _package(run: Path, bench: Workbench, own: Arm, seed: int, arm_folder: Path)
     folder = run / "phases" / "package"
     reads = {
         "arm": rundir.digest(arm_folder),
-        "published_as": bench.source.public_id,
-        "revision": bench.source.revision,
+        "base": str(bench.public_base.public_id),
+        "revision": bench.public_base.revision,
+        "loras": [rundir.sha256(path) for path in bench.loras],
     }
     if rundir.reads(folder) != reads:
         model = rebuild(bench, own.finetune, seed, arm_folder / store.WEIGHTS)
         with rundir.commit(folder, reads) as aside:
             (aside / "model").mkdir()
             write_model(bench, model, own.finetune, aside / "model")
+            if own.strategy == "lora" and bench.base_is_ours:
+                write_base(bench, aside / "base")
             sample = write_sample(bench, store.read_logits(arm_folder, "test"), aside)
-            difference = reload_difference(aside / "model", bench.source, sample, bench.device)
+            difference = reload_difference(aside / "model", bench.public_base, sample, bench.device)
             rundir.write_text(aside / "reload.json", to_json({"difference": difference}))
     return json.loads((folder / "reload.json").read_text("utf-8"))["difference"]
 
 
-def _write_publish(run: Path, record: dict[str, Any]) -> None:
-    """publish/ and report.html, written aside and put in place together."""
-    aside = run / ".tmp-publish"
-    shutil.copytree(run / "phases" / "package" / "model", aside)
-    told = json.loads(to_json(publishable(record)))
-    plot_ladder(told, aside / "assets" / "ladder.png")
-    card = render_card(told)
-    rundir.write_text(aside / "README.md", card)
-    rundir.write_text(aside / "hftl.json", to_json(told))
-    report = render_report(card, aside)
-    target = run / "publish"
-    if target.exists():
-        target.rename(run / ".tmp-old-publish")
-    aside.rename(target)
-    shutil.rmtree(run / ".tmp-old-publish", ignore_errors=True)
-    rundir.write_text(run / "report.html", report)
-
-
 def _hashes(run: Path) -> dict[str, str]:
     """The finished files, to see that none was lost or changed since."""
-    files = [p for p in (run / "publish").rglob("*") if p.is_file()]
+    folders = (run / "publish", run / "publish-base")
+    files = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
     files += [p for p in (run / "record.json", run / "report.html") if p.exists()]
     return {p.relative_to(run).as_posix(): rundir.sha256(p) for p in files}
 
@@ -173,11 +187,11 @@ def _intact(run: Path, done: Path) -> bool:
     return json.loads((done / "files.json").read_text("utf-8")) == _hashes(run)
 
 
-def _source(bench: Workbench) -> dict[str, Any]:
+def source_record(bench: Workbench) -> dict[str, Any]:
     source = bench.source
     return {
         "model": source.spec,
-        "name": source.public_id or _last_name(source.spec),
+        "name": source.public_id or last_name(source.spec),
         "local": source.local and not source.spec.startswith(PACKAGE),
         "published_as": source.public_id,
         "revision": source.revision,
@@ -190,6 +204,8 @@ def _data(recipe: Recipe, bench: Workbench) -> dict[str, Any]:
     """The data's facts, its name, and how many labels were read."""
     facts = bench.prepared.facts
     drawn = [bench.train_rows(seed) for seed in recipe.measure.seeds]
+    if any(stage.guard in (None, "probe") for stage in recipe.stages):
+        drawn.append(bench.train_rows(recipe.data.seed))
     train = {row.content: row for rows in drawn for row in rows}
     held = [row for split in MEASURED for row in bench.prepared.rows[split]]
     words = bench.prepared.words
@@ -197,7 +213,7 @@ def _data(recipe: Recipe, bench: Workbench) -> dict[str, Any]:
         **facts,
         "name": recipe.data.train.path
         if "train" in facts["hub_revisions"]
-        else _last_name(recipe.data.train.path),
+        else last_name(recipe.data.train.path),
         "labels_read": {
             "train_per_seed": sum(words(drawn[0])),
             "total": sum(words([*train.values(), *held])),
@@ -213,24 +229,11 @@ def _timings(folder: Path) -> dict[str, float]:
     return json.loads((folder / "metrics.json").read_text("utf-8"))["timings"]
 
 
-def _last_name(place: str) -> str:
-    """A package as it is, a path by its last name."""
-    return place if place.startswith(PACKAGE) else Path(place).expanduser().resolve().name
-
-
-def _without_paths(value: Any) -> Any:
-    """Nested values in which every string that is a path has become its last name."""
-    if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(item) for item in value]
-    path = isinstance(value, str) and value.startswith(("/", "~", "./", "../"))
-    return _last_name(value) if path else value
-
-
 def _summary(record: Record, publish: bool) -> str:
     tree, run = record.tree, record.folder
     lines = ["", show.ladder(tree), "", gain_sentence(tree)]
+    if tree["adapt"]:
+        lines.append(adaptation_sentence(tree))
     lines.append(f"verdict: {record.verdict['decision']}")
     lines += [f"  {reason}" for reason in record.verdict["reasons"]]
     lines += ["", f"record   {run}/record.json"]
@@ -249,8 +252,13 @@ def rewrite_card(run: Path) -> None:
     if not (run / "record.json").exists() or not (run / "phases" / "package").exists():
         raise RunFolderError(f"{run} has no record", "Finish it with `hftl run`")
     with rundir.locked(run):
-        done = run / "phases" / "report"
-        inputs = (rundir.reads(done) or {}).get("inputs")
-        _write_publish(run, Record.read(run).tree)
-        with rundir.commit(done, {"inputs": inputs}) as aside:
-            rundir.write_text(aside / "files.json", to_json(_hashes(run)))
+        write_publish(run, Record.read(run).tree)
+        note_files(run)
+
+
+def note_files(run: Path) -> None:
+    """Notes the finished files anew, after a card was written again from the same record."""
+    done = run / "phases" / "report"
+    inputs = (rundir.reads(done) or {}).get("inputs")
+    with rundir.commit(done, {"inputs": inputs}) as aside:
+        rundir.write_text(aside / "files.json", to_json(_hashes(run)))

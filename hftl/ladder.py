@@ -25,6 +25,8 @@ SOLVED = ("majority", "classical", "head")
 """The arms that one process solves while the others wait."""
 Job = tuple[Arm, int, dict[str, Any]]
 """An arm, a seed, and what its folder will tell of where it comes from."""
+Benches = dict[str, Workbench]
+"""What each arm works with, by its name: the source as it is, or adapted."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,14 @@ class Run:
         return self.folder / "arms" / f"{name}-seed{seed}"
 
 
-def run_arms(this: Run, bench: Workbench) -> None:
+def run_arms(this: Run, benches: Benches) -> None:
     """Runs every arm and seed that is missing, quick ones first."""
-    jobs = processes.share(lambda: _missing(this, bench))
-    if not jobs:
-        return
-    processes.share(lambda: _announce(this, bench, [arm for arm, _, _ in jobs]))
+    jobs = processes.share(lambda: _missing(this, benches))
     total = len(this.arms) * len(this.recipe.measure.seeds)
+    if jobs and len(jobs) < total:
+        this.say(f"  {total - len(jobs)} of {total} arms x seeds stand already")
     for done, job in enumerate(jobs, total - len(jobs) + 1):
-        _run_job(this, bench, job, f"{done}/{total}")
+        _run_job(this, benches[job[0].name], job, f"{done}/{total}")
 
 
 def _run_job(this: Run, bench: Workbench, job: Job, count: str) -> None:
@@ -76,38 +77,51 @@ def _keep(this: Run, bench: Workbench, job: Job, outcome: Outcome, count: str) -
     this.say(show.arm_line(told, this.recipe.measure.metric, count))
 
 
-def _missing(this: Run, bench: Workbench) -> list[Job]:
+def _missing(this: Run, benches: Benches) -> list[Job]:
     """Every arm and seed that does not stand, with what it reads."""
     return [
         (arm, seed, reads)
         for arm in sorted(this.arms, key=lambda arm: ORDER.index(arm.strategy))
-        for reads in [_arm_reads(this.recipe, bench, arm)]
+        for reads in [_arm_reads(this.recipe, benches[arm.name], arm)]
         for seed in this.recipe.measure.seeds
         if not _stands(this, this.arm_folder(arm.name, seed), reads)
     ]
 
 
-def _announce(this: Run, bench: Workbench, wanted: list[Arm]) -> None:
-    """The header and the preflight's warnings."""
+def announce(this: Run, bench: Workbench) -> None:
+    """The header and the preflight's warnings, where anything is left to run."""
+    wanted = [
+        arm
+        for arm in this.arms
+        for seed in this.recipe.measure.seeds
+        for read in [rundir.reads(this.arm_folder(arm.name, seed))]
+        if read is None or read["recipe"] != _recipe_reads(this.recipe, bench, arm)
+    ]
+    if not this.arms:
+        this.say(show.header(adaptation_header(this.recipe, bench)))
+    if not wanted:
+        return
     this.say(show.header(header(this.recipe, bench, wanted, len(wanted))))
     for warning in bench.check(this.recipe.data.max_length, this.arms)["warnings"]:
         this.say(f"  warning: {warning}")
-    total = len(this.arms) * len(this.recipe.measure.seeds)
-    if len(wanted) < total:
-        this.say(f"  {total - len(wanted)} of {total} arms x seeds stand already")
 
 
 def _arm_reads(recipe: Recipe, bench: Workbench, arm: Arm) -> dict[str, Any]:
     """What an arm's folder tells of where it comes from."""
-    read = arm_reads(recipe, arm)
-    if bench.prepared.modality == "image":
-        read.pop("data.max_length", None)
+    read = _recipe_reads(recipe, bench, arm)
     return {
         "recipe": read,
         "asked": asked(recipe, read),
         "weights": bench.weights,
         "data": bench.prepared.facts["fingerprint"],
     }
+
+
+def _recipe_reads(recipe: Recipe, bench: Workbench, arm: Arm) -> dict[str, Any]:
+    read = arm_reads(recipe, arm)
+    if bench.prepared.modality == "image":
+        read.pop("data.max_length", None)
+    return read
 
 
 def _stands(this: Run, folder: Path, reads: dict[str, Any]) -> bool:
@@ -117,7 +131,7 @@ def _stands(this: Run, folder: Path, reads: dict[str, Any]) -> bool:
         RunFolderError: if it was made from another source model or other data.
     """
     found = rundir.reads(folder)
-    if found is None:
+    if found is None or found["recipe"] != reads["recipe"]:
         return False
     for key, what in (("weights", "another source model"), ("data", "other data")):
         if found[key] != reads[key]:
@@ -125,7 +139,7 @@ def _stands(this: Run, folder: Path, reads: dict[str, Any]) -> bool:
                 f"{this.folder} was made with {what}: {folder.name} does not fit",
                 "Put it back, choose another --output, or start over with --restart",
             )
-    return found["recipe"] == reads["recipe"]
+    return True
 
 
 def _run_arm(this: Run, bench: Workbench, arm: Arm, seed: int) -> Outcome:
@@ -176,12 +190,33 @@ def header(recipe: Recipe, bench: Workbench, wanted: list[Arm], jobs: int) -> di
     return {
         "source": f"{recipe.source.model} ({bench.source.architecture})",
         "device": _device_words(bench.device, dtype_name(recipe.finetune.training)),
+        **({"adapt": _stages_words(recipe)} if recipe.stages else {}),
         "rows": f"train {train} of {splits['train']}, validation {splits['validation']}, "
         f"test {splits['test']} ({facts['bad_rows']} bad, {dropped} duplicate rows dropped)",
         "labels": labels or "a number",
         "arms": f"{', '.join(names)} x seeds {recipe.measure.seeds}: {jobs} to run",
-        "time": f"about {show.duration(seconds)}",
+        "time": f"about {show.duration(seconds)}{', adaptation aside' if recipe.stages else ''}",
     }
+
+
+def adaptation_header(recipe: Recipe, bench: Workbench) -> dict[str, str]:
+    """The same for a recipe that adapts only."""
+    return {
+        "source": f"{recipe.source.model} ({bench.source.architecture})",
+        "device": _device_words(bench.device, dtype_name(recipe.stages[-1].training)),
+        "adapt": _stages_words(recipe),
+    }
+
+
+def _stages_words(recipe: Recipe) -> str:
+    """The adaptations, one after the other."""
+    words = []
+    for stage in recipe.stages:
+        own = stage.corpus == "task" or recipe.data.unlabeled is None
+        where = "train's own inputs" if own else "data.unlabeled"
+        epochs = stage.training["num_train_epochs"]
+        words.append(f"{stage.objective} {stage.method} on {where}, {epochs:g} epochs")
+    return "; then ".join(words)
 
 
 def _device_words(device: str, dtype: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hftl import processes, rundir
+from hftl.adapting import adapt_all, check_stages
 from hftl.data import pixels
 from hftl.data import prepare as data_stage
 from hftl.data.pixels import ImageInputs
@@ -17,14 +18,15 @@ from hftl.errors import RecipeError, RunFolderError
 from hftl.finetune.opening import new_bench, reading_of
 from hftl.finetune.workbench import MEASURED, Workbench
 from hftl.finish import finish
-from hftl.ladder import Run, header, run_arms
+from hftl.finish_adapted import finish_adapted
+from hftl.ladder import Run, adaptation_header, announce, header, run_arms
 from hftl.metrics import Metric, find
 from hftl.model.source import SourceModel, find_source
 from hftl.reads import data_reads, refuse_changed
 from hftl.recipe import Recipe, arms
 from hftl.record import Record
 
-UNTIL = ("finetune", "measure", "publish")
+UNTIL = ("adapt", "finetune", "measure", "publish")
 
 
 def run(
@@ -41,7 +43,7 @@ def run(
     Args:
         recipe: a recipe or the path of one.
         output: the run folder; by default `runs/<recipe's folder>-<stem>`.
-        until: the last phase: finetune, measure or publish.
+        until: the last phase: adapt, finetune, measure or publish.
         restart: throw away what stands in the run folder first.
         say: receives each line of progress.
         progress: whether to draw progress bars.
@@ -56,15 +58,16 @@ def run(
         raise RecipeError(f"unknown phase {until!r}", f"Use one of {', '.join(UNTIL)}")
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
+    if until == "adapt" and not recipe.stages:
+        raise RecipeError("adapt is null: there is nothing to adapt by", "Give adapt: {...}")
     if output is None:
         output = recipe.default_output()
-    metric = processes.first(lambda: find(recipe.measure.metric, str(recipe.data.task)))
     folder = Path(output)
     quiet()
     this = Run(recipe, folder, say if processes.is_main() else _silent, progress)
     with ExitStack() as stack:
         processes.share(lambda: _enter(folder, stack))
-        return _phases(this, metric, until, restart)
+        return _phases(this, until, restart)
 
 
 def _enter(folder: Path, stack: ExitStack) -> None:
@@ -74,7 +77,7 @@ def _enter(folder: Path, stack: ExitStack) -> None:
     (folder / "error.json").unlink(missing_ok=True)
 
 
-def _phases(this: Run, metric: Metric, until: str, restart: bool) -> Record | None:
+def _phases(this: Run, until: str, restart: bool) -> Record | None:
     """All phases up to `until`; the main process writes, all of them train."""
     recipe, folder = this.recipe, this.folder
 
@@ -84,29 +87,47 @@ def _phases(this: Run, metric: Metric, until: str, restart: bool) -> Record | No
         refuse_changed(recipe, folder, this.arms)
 
     processes.share(begin)
+    metric = processes.first(lambda: _metric(recipe))
     source = processes.first(lambda: find_source(recipe.source))
+    processes.first(lambda: check_stages(recipe, source))
     bench = processes.first(lambda: _bench(this, source))
-    measured = bench.prepared.measured(bench.prepared.rows["validation"])
-    # A metric that cannot take these labels should say so before anything trains.
-    metric.score(measured, measured)
+    if metric is not None:
+        measured = bench.prepared.measured(bench.prepared.rows["validation"])
+        # A metric that cannot take these labels should say so before anything trains.
+        metric.score(measured, measured)
     processes.share(lambda: rundir.write_text(folder / "recipe.yaml", _recipe_text(recipe)))
-    run_arms(this, bench)
-    if until not in ("measure", "publish"):
+    processes.share(lambda: announce(this, bench))
+    benches, steps = adapt_all(this, bench)
+    if until == "adapt":
         return None
-    processes.share(
-        lambda: finish(recipe, folder, bench, metric, this.arms, until == "publish", this.say)
-    )
+    run_arms(this, benches)
+    if until == "finetune":
+        return None
+    publish = until == "publish"
+    if metric is None:
+        processes.share(lambda: finish_adapted(this, bench, steps, publish))
+    else:
+        processes.share(lambda: finish(this, bench, benches, steps, metric, publish))
     return Record.read(folder)
+
+
+def _metric(recipe: Recipe) -> Metric | None:
+    """What gains are measured in; None without a task."""
+    task = recipe.data.task
+    return None if task is None else find(recipe.measure.metric, task)
 
 
 def preflight(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """`hftl check`: the header's facts, and what the preflight found; trains and writes nothing."""
-    find(recipe.measure.metric, str(recipe.data.task))
+    _metric(recipe)
     quiet()
     source = find_source(recipe.source)
+    check_stages(recipe, source)
     prepared = data_stage.prepare(recipe.data, reading_of(source, str(recipe.data.task)))
     bench = new_bench(recipe, source, prepared)
     wanted = arms(recipe)
+    if not wanted:
+        return adaptation_header(recipe, bench), {"warnings": []}
     found = bench.check(recipe.data.max_length, wanted)
     return header(recipe, bench, wanted, len(wanted) * len(recipe.measure.seeds)), found
 
@@ -167,6 +188,8 @@ def _pixels(this: Run, bench: Workbench, inputs: ImageInputs) -> None:
     """Every picture that an arm will see, resized and cropped once for all arms and processes."""
     rows = [row for seed in this.recipe.measure.seeds for row in bench.train_rows(seed)]
     rows += [row for split in MEASURED for row in bench.prepared.rows[split]]
+    if not rows:
+        return
     folder = this.folder / "phases" / "pixels"
     reads = pixels.depends_on(inputs, rows)
     if rundir.reads(folder) != reads:

@@ -1,6 +1,5 @@
 """Predictions with a finished run or a published folder, local or on a hub."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 from PIL.Image import Image
 from torch import nn
 
-from hftl import places, rundir
 from hftl.data import answers
 from hftl.data.cells import text_fault
 from hftl.data.decode import BadImage, decode, too_small
@@ -17,14 +15,13 @@ from hftl.data.image import canvas, target_size
 from hftl.data.load import Row
 from hftl.data.pixels import ImageInputs
 from hftl.data.text import Encoded, TextInputs, WordInputs
-from hftl.errors import DataError, HubError, RecipeError, RunFolderError
+from hftl.errors import DataError, RecipeError
 from hftl.finetune.opening import position_arguments
+from hftl.locate import base_folder, need_head, published_folder, read_json
 from hftl.model.anatomy import anatomy_of, max_tokens, patch_size
 from hftl.model.cache import logits
-from hftl.model.source import find_source, weights_sha256
 from hftl.publish import reload
-from hftl.recipe import Recipe
-from hftl.sections import Data, Source, Table
+from hftl.sections import Data, Table
 from hftl.train.hardware import device
 
 Input = str | Sequence[str] | Path | bytes | Image
@@ -151,11 +148,11 @@ def load(path: str | Path, base: str | Path | None = None) -> Predictor:
     """
     from transformers import AutoConfig
 
-    folder = _published(path)
-    _need_head(folder)
-    told = _read_json(folder / "hftl.json")
+    folder = published_folder(path)
+    need_head(folder)
+    told = read_json(folder / "hftl.json")
     adapter = (folder / "adapter_config.json").exists()
-    model = reload.load(folder, _base(folder, told, base) if adapter else None)
+    model = reload.load(folder, base_folder(folder, told, base) if adapter else None)
     config: Any = AutoConfig.from_pretrained(folder)
     task = _task(told, config)
     names = told["data"]["labels"] if "data" in told else list(config.id2label.values())
@@ -215,81 +212,3 @@ def _loaded(kind: Any, folder: Path, **more: Any) -> Any:
             f"{str(error).splitlines()[0]}",
             "Give a folder that hftl published, or save it beside the model",
         ) from error
-
-
-def _published(path: str | Path) -> Path:
-    folder = places.find(str(path), "the model to load")
-    if folder is None:
-        return _download(str(path))
-    folder = folder.resolve()
-    if not folder.is_dir():
-        raise RecipeError(f"there is no folder {path}", "Give a run or a published folder")
-    if (folder / "recipe.yaml").exists():
-        if not (folder / "publish" / "hftl.json").exists():
-            raise RunFolderError(f"{path} is not finished", "Run the same command again")
-        rundir.check_finished(folder)
-        return folder / "publish"
-    if not (folder / "config.json").exists():
-        raise RecipeError(f"{path} holds no run and no model", "Give a run or a published folder")
-    return folder
-
-
-def _need_head(folder: Path) -> None:
-    """Refuses a bare encoder: its head would be drawn at random."""
-    trained = ("adapter_config.json", "head.safetensors")
-    kinds = _read_json(folder / "config.json").get("architectures") or []
-    if not any((folder / name).exists() for name in trained) and not any(
-        kind.endswith(tuple(reload.AUTO)) for kind in kinds
-    ):
-        raise RecipeError(
-            f"{folder.name} has no trained head to predict with", "Give a run or a published folder"
-        )
-
-
-def _download(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo_id))
-    except (OSError, ValueError) as error:
-        raise HubError(
-            f"no folder {repo_id!r} here, and the hub gives no model of that id: "
-            f"{str(error).splitlines()[0]}",
-            "Check the path or id, and the network",
-        ) from error
-
-
-def _base(folder: Path, told: dict[str, Any], base: str | Path | None) -> Path:
-    """The folder of an adapter's base, checked to have the weights it was trained on."""
-    adapter = _read_json(folder / "adapter_config.json")
-    recipe_file = folder.parent / "recipe.yaml"
-    spec = told.get("source", {}).get("model", "")
-    if base is not None:
-        source = Source(model=str(base))
-    elif folder.name == "publish" and recipe_file.exists():
-        source = Recipe.load(recipe_file).source
-    elif spec.startswith(places.PACKAGE) and _installed(spec):
-        source = Source(model=spec)
-    elif adapter.get("base_model_name_or_path"):
-        source = Source(model=adapter["base_model_name_or_path"], revision=adapter.get("revision"))
-    else:
-        raise RecipeError(f"{folder} does not say its base model", "Give it: --base MODEL")
-    found = find_source(source)
-    expected = told.get("source", {}).get("weights_sha256")
-    if expected and weights_sha256(found) != expected:
-        raise RunFolderError(
-            f"the base {source.model} has other weights than this adapter was trained on",
-            "Give the right base with --base MODEL",
-        )
-    return found.folder
-
-
-def _installed(spec: str) -> bool:
-    try:
-        return places.find(spec, "base") is not None
-    except RecipeError:
-        return False
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

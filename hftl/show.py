@@ -26,6 +26,29 @@ def input_facts(found: dict[str, Any]) -> str:
     )
 
 
+def adaptation(stage: dict[str, Any]) -> str:
+    """One adaptation: its corpus, what the losses and the guard did, and what was kept."""
+    words = stage["objective"] == "mlm"
+    loss = stage["loss"]
+    parts = [f"held-out loss {_moved(loss)}"]
+    if words and None not in loss["perplexity"]:
+        before, after = loss["perplexity"]
+        parts[0] += f" (perplexity {before:.0f} -> {after:.0f})"
+    if stage["general"] is not None:
+        parts.append(f"general loss {_moved(stage['general'])}")
+    if stage["guard"]["kind"] in ("probe", "neighbours"):
+        parts.append(f"{stage['guard']['kind']} {_moved(stage['guard'])}")
+    kept = f"kept step {stage['step']} of {stage['steps']}"
+    if stage["kept"] == "original":
+        kept = f"kept what it started from: {stage['why']}"
+    size = f"{stage['corpus']['documents']:,} {'texts' if words else 'pictures'}"
+    return f"  adapt {stage['objective']} {stage['method']}, {size}: {', '.join(parts)}; {kept}"
+
+
+def _moved(found: dict[str, Any]) -> str:
+    return f"{found['before']:.3f} -> {found['after']:.3f}"
+
+
 def arm_line(told: dict[str, Any], metric: str, count: str) -> str:
     """One finished arm and seed; `count` says how many of how many."""
     test = told["metrics"]["test"].get(metric)

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from hftl.card.card import gain_sentence, render_card, render_report
 from hftl.card.plots import plot_ladder
-from hftl.finish import publishable
 from hftl.measure.verdict import decide, interval_text
+from hftl.publishing import publishable
 from hftl.recipe import Recipe
 from hftl.record import to_json
 

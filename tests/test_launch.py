@@ -90,6 +90,39 @@ def test_two_processes_give_what_one_gives(
     assert records[0]["data"]["fingerprint"] == records[1]["data"]["fingerprint"]
 
 
+def test_adaptation_on_two_processes_is_that_on_one(
+    table: Path, still: Callable[[str], Path], tmp_path: Path
+) -> None:
+    data = {"train": {"path": str(table)}, "general": {"path": str(table)}, "max_length": 12}
+    found = {}
+    for name, batch in (("one", 16), ("two", 8)):
+        path = recipe(tmp_path / f"{name}.yaml", still("bert"), data, batch)
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        training = {"num_train_epochs": 2, "bf16": False, "per_device_train_batch_size": batch}
+        tree["adapt"] = {"objective": "mlm", "guard": "neighbours", "tolerance": 1, "pack": False,
+                         "held_out": 0.2, "training": training}  # fmt: skip
+        path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+        words = ["adapt", str(path), "--output", name]
+        if name == "two":
+            done = launched(words, tmp_path)
+        else:
+            done = subprocess.run(
+                [sys.executable, "-m", "hftl", *words], cwd=tmp_path, env=ENVIRONMENT,
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("adapt mlm full") == 1
+        phase = tmp_path / name / "phases" / "adapt-1"
+        found[name] = json.loads((phase / "told.json").read_text())
+        assert (phase / "head.safetensors").exists() and not (
+            tmp_path / name / "checkpoints" / "adapt-1"
+        ).exists()
+    one, two = found.values()
+    assert one["steps"] == two["steps"] > 0 and one["kept"] == two["kept"]
+    for mine, theirs in zip(one["history"], two["history"], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-3)
+
+
 def test_an_error_is_told_once_and_kept(
     table: Path, still: Callable[[str], Path], tmp_path: Path
 ) -> None:

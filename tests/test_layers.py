@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 ORDER = [
-    "errors", "processes", "explain", "upstream", "yamlfile", "sections", "recipe", "record",
-    "places", "rundir", "metrics", "statistics", "data", "model", "analyse", "check", "train",
-    "finetune", "measure", "card", "publish", "predict", "tables", "show", "init", "reads",
-    "finish", "ladder", "pipeline", "failure", "cli", "__main__",
+    "errors", "processes", "explain", "upstream", "borrowed", "yamlfile", "sections", "recipe",
+    "record", "places", "rundir", "metrics", "statistics", "data", "model", "analyse", "check",
+    "train", "adapt", "finetune", "measure", "card", "publish", "locate", "predict", "tables",
+    "show", "init", "reads", "ladder", "corpora", "objectives", "adapting", "publishing", "finish",
+    "finish_adapted", "pipeline", "failure", "cli", "__main__",
 ]  # fmt: skip
 ROOT = Path(__file__).parent.parent / "hftl"
 FILES = [p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py"]

@@ -84,6 +84,15 @@ def test_recipe_shown_is_the_defaults_where_it_says_nothing_else() -> None:
     assert recipe.measure.seeds == plain.measure.seeds
 
 
+def test_adaptation_shown_is_the_defaults() -> None:
+    shown_tree = yaml.safe_load(shown("adapt"))
+    tree = yaml.safe_load(shown("recipe"))
+    recipe = Recipe.parse(tree | shown_tree)
+    plain = Recipe.parse(tree | {"adapt": {"objective": "mlm"}})
+    assert recipe.stages == plain.stages
+    assert [arm.name for arm in arms(recipe)][:2] == ["lora", "source"]
+
+
 def test_own_data_in_four_commands(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from hftl.card.adaptation import adaptation_lines, adaptation_sentence
 from hftl.card.kinds import CLASSICAL, DOES, example_of, kind_of, pipeline_tag
 from hftl.card.snippets import plain_snippet
 from hftl.data.split import IN_ALL
@@ -26,6 +27,7 @@ WHAT = {
     "scratch": "the same architecture trained from scratch",
     "head": "the frozen encoder with a linear head",
     "majority": "always the most frequent answer",
+    "source": "the same without adaptation",
 }
 TABLE_SUFFIX = re.compile(r"\.(csv|tsv|jsonl?|ndjson|parquet|txt)$")
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -94,13 +96,16 @@ def _page(record: dict[str, Any], place: str) -> dict[str, Any]:
         "purpose": _purpose(record),
         "gain_sentence": gain_sentence(record),
         "verdict": record["verdict"],
+        "adaptation": record["adapt"] and adaptation_sentence(record),
+        "adaptation_lines": adaptation_lines(record) if record["adapt"] else [],
         "metric": record["metric"],
         "metric_words": _metric_words(record["metric"]),
         "rows": [_row(row, record) for row in record["ladder"]],
         "place": place,
         "example": example,
         "plain_snippet": plain_snippet(
-            place, source["published_as"], source["revision"],
+            place, "../publish-base" if _on_adapted(record) else source["published_as"],
+            None if _on_adapted(record) else source["revision"],
             recipe["finetune"]["pooling"], max(1, len(data["labels"])), own == "lora",
             kind_of(record), example.strip("()"), _interpolates(record), source["architecture"],
         ),
@@ -117,7 +122,7 @@ def _page(record: dict[str, Any], place: str) -> dict[str, Any]:
 def _metadata(record: dict[str, Any]) -> ModelCardData:
     source, own = record["source"], record["own_arm"]
     known: dict[str, Any] = {}
-    if source["published_as"]:
+    if source["published_as"] and not _on_adapted(record):
         known["base_model"] = source["published_as"]
         known["base_model_relation"] = "adapter" if own == "lora" else "finetune"
     return ModelCardData(
@@ -171,7 +176,15 @@ def _purpose(record: dict[str, Any]) -> str:
     shown = ", ".join(f"`{_cell(label)}`" for label in labels[:12])
     more = f" and {len(labels) - 12} more" if len(labels) > 12 else ""
     several = ", several at once" if record["data"]["task"] == "multi-label" else ""
+    stages = record["adapt"]["stages"] if record["adapt"] else []
+    if any(stage["kept"] == "adapted" for stage in stages):
+        several += ", after adaptation to its domain"
     return f"{kinds[record['own_arm']]} {link} that {DOES[kind]} {shown}{more}{several}."
+
+
+def _on_adapted(record: dict[str, Any]) -> bool:
+    """Whether the adapter goes on a base that the run itself has adapted."""
+    return bool(record["adapt"] and record["adapt"]["base"])
 
 
 def _interpolates(record: dict[str, Any]) -> bool:
@@ -208,6 +221,9 @@ def _data_sentence(record: dict[str, Any]) -> str:
         rows = "rows " if noun == "words" else ""
         learnt += f" ({shots} {rows}{unit}, drawn by the seed)"
     epoch = "" if record["recipe"]["finetune"]["strategy"] == "head" else "the best epoch, "
+    stages = record["adapt"]["stages"] if record["adapt"] else []
+    if any(stage["guard"]["kind"] == "probe" for stage in stages):
+        epoch += "the adaptation's weights, "
     chosen = f"{epoch}the published seed and the baseline"
     return (
         f"`{_cell(data['name'])}`: trained on {learnt}; {chosen} were chosen on "

@@ -9,23 +9,44 @@ def decide(
     gain: dict[str, Any] | None,
     over_head: dict[str, Any] | None,
     reload_difference: float,
+    over_source: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Publish only when the gain is beyond noise, `head` is not better, and the reload is proved.
+    """Publish only when the gain is beyond noise, neither `head` nor the recipe without adaptation
+    is better, and the reload is proved.
 
     Args:
         gain: the transfer gain, or None where no baseline ran.
         over_head: the own arm's gain over `head`, or None where it is head or head did not run.
         reload_difference: largest difference of logits after a reload in a fresh process,
             relative to the largest logit where that is above 1.
+        over_source: the own arm's gain over the same without adaptation, where it is adapted.
 
     Returns:
         `{decision: publish | hold, reasons: [...]}`; on publish the reasons say what speaks for it.
     """
-    checks = [_gain(gain), _head(over_head), _reload(reload_difference)]
+    checks = [
+        _gain(gain), _head(over_head), _adaptation(over_source), _reload(reload_difference),
+    ]  # fmt: skip
     against = [reason for fine, reason in checks if not fine]
     if against:
         return {"decision": "hold", "reasons": against}
     return {"decision": "publish", "reasons": [reason for _, reason in checks if reason]}
+
+
+def decide_adapted(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The verdict on adaptations without a task: publish what lowered its loss under its guard.
+
+    Args:
+        stages: see `measure.adaptation.figures`.
+    """
+    kept = [stage for stage in stages if stage["kept"] == "adapted"]
+    if not kept:
+        return {"decision": "hold", "reasons": [stage["why"] for stage in stages]}
+    last = kept[-1]
+    fell = f"the held-out loss fell by {last['loss']['fall']:.1%}"
+    if any(stage["guard"]["kind"] == "off" for stage in kept):
+        return {"decision": "hold", "reasons": [f"{fell}, but nothing guarded it"]}
+    return {"decision": "publish", "reasons": [f"{fell}, and the guard held"]}
 
 
 def interval_text(gain: dict[str, Any]) -> str:
@@ -64,6 +85,13 @@ def _head(over_head: dict[str, Any] | None) -> tuple[bool, str]:
     if worse:
         return False, f"the frozen encoder with a linear head is better: {told} against head"
     return True, f"not worse than head: {told}"
+
+
+def _adaptation(over_source: dict[str, Any] | None) -> tuple[bool, str]:
+    if over_source is None or over_source["outcome"] != "negative":
+        return True, ""
+    told = f"{interval_text(over_source)} {over_source['metric']}"
+    return False, f"adaptation did harm: {told} against source, the same without it"
 
 
 def _reload(difference: float) -> tuple[bool, str]:

@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peft import TaskType
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -17,7 +19,9 @@ from hftl.finetune.arm import set_probe
 from hftl.finetune.strategy import prepare
 from hftl.finetune.workbench import Workbench
 from hftl.model.adapters import adapter_of
+from hftl.model.concat import factors_of, joined, load_factors, saved_modules, write_adapter
 from hftl.model.head import PooledModel, label_settings, unwrapped
+from hftl.model.stock import auto_class
 from hftl.record import to_json
 from hftl.sections import Finetune
 
@@ -60,10 +64,7 @@ def write_model(bench: Workbench, model: nn.Module, finetune: Finetune, folder: 
     task = bench.prepared.task
     labels = label_settings(bench.prepared.names, bench.outputs, task)
     if finetune.strategy == "lora":
-        adapter_of(model).save_pretrained(str(folder))
-        (folder / "README.md").unlink(missing_ok=True)
-        base = {"base_model_name_or_path": source.public_id, "revision": source.revision}
-        _rewrite(folder / "adapter_config.json", lambda settings: settings | base)
+        write_adapter_of(bench, model, folder)
         # What the adapter is put on: for a stock class with its labels, so that it can be named.
         known = (
             {}
@@ -83,6 +84,58 @@ def write_model(bench: Workbench, model: nn.Module, finetune: Finetune, folder: 
             folder / "head.safetensors",
             metadata={"pooling": finetune.pooling},
         )
+    bench.inputs.save(folder)
+    for path in folder.glob("*config.json"):
+        _rewrite(path, _without_local_names)
+
+
+def write_adapter_of(bench: Workbench, model: nn.Module, folder: Path) -> None:
+    """Writes the adapter; where adaptation was by LoRA too, both as one on the base of the first.
+
+    It names the public base and its revision, never a path.
+    """
+    base = bench.public_base
+    adapter = adapter_of(model)
+    adapter.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)
+    named = {"base_model_name_or_path": base.public_id, "revision": base.revision}
+    if bench.loras:
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        pooled = isinstance(model, PooledModel)
+        prefix = "" if pooled else f"{bench.source.anatomy.encoder}."
+        stages = [*map(load_factors, bench.loras), factors_of(adapter, prefix)]
+        write_adapter(
+            folder, joined(stages), prefix, saved_modules(adapter), settings["task_type"],
+            settings["modules_to_save"], None, None, None if pooled else type(unwrapped(model)),
+        )  # fmt: skip
+    _rewrite(folder / "adapter_config.json", lambda settings: settings | named)
+
+
+def write_encoder_alone(bench: Workbench, folder: Path) -> None:
+    """An adapted encoder without a task: an adapter on its base, or the whole encoder.
+
+    Where the original weights were kept, there are none to write.
+    """
+    base = bench.public_base
+    if bench.loras and not bench.base_is_ours:
+        factors = joined([load_factors(file) for file in bench.loras])
+        text = bench.prepared.modality == "text"
+        write_adapter(
+            folder, factors, "", {}, TaskType.FEATURE_EXTRACTION if text else None, None,
+            base.public_id, base.revision, auto_class(bench.source.config),
+        )  # fmt: skip
+    elif bench.base is not None:
+        shutil.copytree(bench.source.folder, folder, dirs_exist_ok=True)
+    if not (folder / "config.json").exists():
+        bench.source.config.save_pretrained(folder)
+    bench.inputs.save(folder)
+    for path in folder.glob("*config.json"):
+        _rewrite(path, _without_local_names)
+
+
+def write_base(bench: Workbench, folder: Path) -> None:
+    """The adapted base that an adapter goes on, as a plain folder of transformers."""
+    shutil.copytree(bench.public_base.folder, folder)
     bench.inputs.save(folder)
     for path in folder.glob("*config.json"):
         _rewrite(path, _without_local_names)

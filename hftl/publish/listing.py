@@ -11,9 +11,13 @@ from hftl.rundir import check_finished
 
 @dataclass(frozen=True)
 class Listing:
-    """The files with their sizes in bytes, the verdict, and the public base if there is one."""
+    """The files with their sizes in bytes, the verdict, and what they load on, if it is known.
+
+    `base_files` are those of a base that the run itself has adapted, which goes first.
+    """
 
     files: list[tuple[str, int]]
+    base_files: list[tuple[str, int]]
     decision: str
     reasons: list[str]
     base: str | None
@@ -29,7 +33,16 @@ def dry_run(run: Path) -> Listing:
     if not (folder / "hftl.json").exists():
         raise RunFolderError(f"{run} has no publish folder", "Finish it with `hftl run`")
     check_finished(run)
-    files = [(name, (folder / name).stat().st_size) for name in check_files(folder)]
+    base = run / "publish-base"
+    files = _sizes(folder)
+    base_files = _sizes(base) if base.exists() else []
     told = json.loads((folder / "hftl.json").read_text(encoding="utf-8"))
     verdict = told["verdict"]
-    return Listing(files, verdict["decision"], verdict["reasons"], told["source"]["published_as"])
+    named = base.name if base_files else told["source"]["published_as"]
+    if not (folder / "adapter_config.json").exists():
+        named = "the model itself"
+    return Listing(files, base_files, verdict["decision"], verdict["reasons"], named)
+
+
+def _sizes(folder: Path) -> list[tuple[str, int]]:
+    return [(name, (folder / name).stat().st_size) for name in check_files(folder)]

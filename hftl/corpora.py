@@ -1,0 +1,227 @@
+"""The corpora of adaptation, each made once: read, cleared of what measures, kept as files."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hftl import processes, rundir
+from hftl.data import pixels, prepare
+from hftl.data.corpus import Blocks, Cut
+from hftl.data.corpus import write as write_text
+from hftl.data.documents import documents
+from hftl.data.load import BadRows, Row, load_pictures
+from hftl.data.near import NearPictures, NearTexts
+from hftl.data.pixels import ImageInputs
+from hftl.data.split import content_hash
+from hftl.errors import DataError
+from hftl.finetune.opening import pinned, reading_of
+from hftl.finetune.workbench import MEASURED, Workbench
+from hftl.ladder import Run
+from hftl.model.parts import TOKENS
+from hftl.record import fingerprint, to_json
+from hftl.sections import Adapt, Data
+
+SAMPLE = 1000
+"""Documents or pictures of general data that are looked at."""
+NEARLY_ALL = 1 - 1e-9
+"""The share of them that is held out: nothing is learnt from them."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What an adaptation learns from: blocks of text, or the hashes of pictures.
+
+    `facts` is what the record tells of it; `general` is None where the recipe names none.
+    `fingerprint` tells all of them from others.
+    """
+
+    facts: dict[str, Any]
+    fingerprint: str
+    train: Any
+    held_out: Any
+    general: Any | None
+
+
+def corpus_of(this: Run, bench: Workbench, stage: Adapt) -> Corpus:
+    """The corpus of an adaptation; rank 0 makes what does not stand yet.
+
+    Raises:
+        DataError: if nothing is left of it, or a row cannot be read.
+    """
+    part = _part(this, stage)
+    made = _made(this, bench, stage, part, "corpus")
+    general = None
+    if this.recipe.data.general is not None:
+        general = _made(this, bench, stage, "general", "general")
+    facts = _facts(made)
+    stamp = fingerprint([_facts(folder)["fingerprint"] for folder in (made, general) if folder])
+    if bench.prepared.modality == "text":
+        return Corpus(
+            facts, stamp, Blocks(made, "train"), Blocks(made, "held_out"),
+            Blocks(general, "held_out") if general else None,
+        )  # fmt: skip
+    kept = json.loads((made / "kept.json").read_text("utf-8"))
+    for folder in (made, general):
+        if folder and isinstance(bench.inputs, ImageInputs):
+            bench.inputs.use(folder)
+    others = json.loads((general / "kept.json").read_text("utf-8")) if general else None
+    return Corpus(facts, stamp, kept["train"], kept["held_out"], others and others["held_out"])
+
+
+def _part(this: Run, stage: Adapt) -> str:
+    """Where the corpus lies in the recipe: `unlabeled`, or `train`, the task's own inputs."""
+    if stage.corpus == "task" or this.recipe.data.unlabeled is None:
+        return "train"
+    return "unlabeled"
+
+
+def _made(this: Run, bench: Workbench, stage: Adapt, part: str, name: str) -> Path:
+    """The folder of a corpus."""
+
+    def make() -> str:
+        reads = _reads(this, bench, stage, part)
+        folder = this.folder / "phases" / f"{name}-{fingerprint(reads)[:8]}"
+        if rundir.reads(folder) is None:
+            maker = _write_texts if bench.prepared.modality == "text" else _write_pictures
+            with rundir.commit(folder, reads) as aside:
+                facts = maker(this, bench, stage, part, aside)
+                told = {"from": part, "transductive": stage.transductive, **facts}
+                rundir.write_text(aside / "facts.json", to_json(told))
+        return folder.name
+
+    return this.folder / "phases" / processes.share(make)
+
+
+def _data(this: Run, bench: Workbench) -> Data:
+    """The data section, tables of the hub at the commits that the run has begun with."""
+    return pinned(this.recipe.data, bench.prepared.facts["hub_revisions"])
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "facts.json").read_text("utf-8"))
+
+
+def _reads(this: Run, bench: Workbench, stage: Adapt, part: str) -> dict[str, Any]:
+    """What a corpus depends on: content, never places."""
+    data = _data(this, bench)
+    rows = part == "train" and data.task is not None
+    content = prepare.files_digest(data, bench.prepared.modality, (part,)) if not rows else ""
+    return {
+        "part": part,
+        "content": content,
+        "measured": bench.prepared.facts["fingerprint"],
+        "transductive": stage.transductive,
+        "bad_rows": data.bad_rows,
+        **_view(this, bench, stage),
+    }
+
+
+def _view(this: Run, bench: Workbench, stage: Adapt) -> dict[str, Any]:
+    """How the encoder sees the corpus."""
+    if isinstance(bench.inputs, ImageInputs):
+        seen = fingerprint(bench.inputs.processor.to_dict())
+        return {"processor": seen, "held_out": stage.held_out, "seed": this.recipe.data.seed}
+    tokenizer = fingerprint(json.loads(bench.inputs.tokenizer.backend_tokenizer.to_str()))
+    return {"tokenizer": tokenizer, "cut": asdict(_cut(this, bench, stage))}
+
+
+def _cut(this: Run, bench: Workbench, stage: Adapt, general: bool = False) -> Cut:
+    length: int = bench.inputs.max_length  # pyright: ignore[reportAttributeAccessIssue]
+    if general:
+        return Cut(length, False, NEARLY_ALL, this.recipe.data.seed)
+    return Cut(length, stage.pack, stage.held_out, this.recipe.data.seed)
+
+
+def _write_texts(
+    this: Run, bench: Workbench, stage: Adapt, part: str, folder: Path
+) -> dict[str, Any]:
+    """Tokens of a corpus of texts, without those that stand in validation and test."""
+    data, rows = _data(this, bench), bench.prepared.rows
+    bad = BadRows(skip=data.bad_rows == "skip")
+    general = part == "general"
+    if part == "train" and data.task is not None:
+        splits = ("train", *MEASURED) if stage.transductive else ("train",)
+        texts: Iterable[str] = _texts(data.task, (row for split in splits for row in rows[split]))
+    else:
+        texts = documents(data, part, bad)
+    if general:
+        texts = _sample(texts, this.recipe.data.seed)
+    near = NearTexts(_texts(data.task, (row for split in MEASURED for row in rows[split])))
+    drop: Callable[[str], bool] = lambda text: text in near  # noqa: E731
+    if stage.transductive or general:
+        drop = lambda text: False  # noqa: E731
+    cut = _cut(this, bench, stage, general)
+    facts = write_text(texts, bench.inputs.tokenizer, cut, drop, folder)  # pyright: ignore
+    return {**facts, "bad_rows": bad.count}
+
+
+def _texts(task: str | None, rows: Iterable[Row]) -> Iterator[str]:
+    """The rows' texts; of a pair each, of words one."""
+    for row in rows:
+        yield from [" ".join(row.content)] if task == TOKENS else row.content
+
+
+def _sample(texts: Iterable[str], seed: int) -> list[str]:
+    """The documents of the smallest hashes: the same ones in whatever order they come."""
+    kept: dict[bytes, str] = {}
+    for text in texts:
+        kept[content_hash(f"{seed} general {text}")] = text
+        if len(kept) > 2 * SAMPLE:
+            kept = dict(sorted(kept.items())[:SAMPLE])
+    return [text for _, text in sorted(kept.items())[:SAMPLE]]
+
+
+def _write_pictures(
+    this: Run, bench: Workbench, stage: Adapt, part: str, folder: Path
+) -> dict[str, Any]:
+    """Pixels of a corpus of pictures, without those that stand in validation and test."""
+    data, prepared = _data(this, bench), bench.prepared
+    inputs = bench.inputs
+    assert isinstance(inputs, ImageInputs)
+    bad = BadRows(skip=data.bad_rows == "skip")
+    if part == "train" and data.task is not None:
+        splits = ("train", *MEASURED) if stage.transductive else ("train",)
+        found = [row for split in splits for row in prepared.rows[split]]
+    else:
+        reading = reading_of(bench.source, str(data.task))
+        found = load_pictures(data, part, bad, reading)
+    distinct = {row.content[0]: row for row in found}
+    key = {name: content_hash(f"{data.seed} {name}") for name in distinct}
+    names = sorted(distinct, key=lambda name: key[name])
+    if part == "general":
+        names = names[:SAMPLE]
+    pixels.write(inputs, [distinct[name] for name in names], folder)
+    inputs.use(folder)
+    kept = names
+    if not stage.transductive and part != "general":
+        measured = [row for split in MEASURED for row in prepared.rows[split]]
+        near = NearPictures(c for row in measured for c in bench.canvases([row]))
+        known = {row.content[0] for row in measured}
+        kept = [n for n in names if n not in known and inputs.known(n) not in near]
+    held = len(kept) if part == "general" else round(stage.held_out * len(kept))
+    if len(kept) - held < 1 and part != "general" or held < 1:
+        raise DataError(
+            f"the corpus has {len(kept)} pictures after duplicates are dropped, too few to hold "
+            "any out",
+            "Give more pictures, or another adapt.held_out",
+        )
+    told = {"held_out": kept[:held], "train": kept[held:]}
+    rundir.write_text(folder / "kept.json", json.dumps(told))
+    return {
+        "documents": len(told["train"]),
+        "held_out_documents": held,
+        "duplicates": len(found) - len(distinct),
+        "leaked": len(names) - len(kept),
+        "bad_rows": bad.count,
+        "fingerprint": fingerprint(sorted(kept)),
+    }
+
+
+def pictures(bench: Workbench, names: list[str]) -> list[np.ndarray]:
+    """The stored pixels of pictures, by their hashes; they stay on the disk until read."""
+    assert isinstance(bench.inputs, ImageInputs)
+    return [bench.inputs.known(name) for name in names]

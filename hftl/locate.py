@@ -1,0 +1,96 @@
+"""Where a published model is found, and the base that its adapter goes on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hftl import places, rundir
+from hftl.errors import HubError, RecipeError, RunFolderError
+from hftl.model.source import find_source, weights_sha256
+from hftl.publish import reload
+from hftl.recipe import Recipe
+from hftl.sections import Source
+
+
+def published_folder(path: str | Path) -> Path:
+    folder = places.find(str(path), "the model to load")
+    if folder is None:
+        return _download(str(path))
+    folder = folder.resolve()
+    if not folder.is_dir():
+        raise RecipeError(f"there is no folder {path}", "Give a run or a published folder")
+    if (folder / "recipe.yaml").exists():
+        if not (folder / "publish" / "hftl.json").exists():
+            raise RunFolderError(f"{path} is not finished", "Run the same command again")
+        rundir.check_finished(folder)
+        return folder / "publish"
+    if not (folder / "config.json").exists():
+        raise RecipeError(f"{path} holds no run and no model", "Give a run or a published folder")
+    return folder
+
+
+def need_head(folder: Path) -> None:
+    """Refuses a bare encoder, or an adapter of one: its head would be drawn at random."""
+    adapter = folder / "adapter_config.json"
+    kinds = read_json(folder / "config.json").get("architectures") or []
+    if adapter.exists():
+        trained = bool(read_json(adapter).get("modules_to_save"))
+    else:
+        trained = any(kind.endswith(tuple(reload.AUTO)) for kind in kinds)
+    if not trained and not (folder / "head.safetensors").exists():
+        raise RecipeError(
+            f"{folder.name} has no trained head to predict with",
+            "Give a run with a task, or a published folder of one",
+        )
+
+
+def _download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id))
+    except (OSError, ValueError) as error:
+        raise HubError(
+            f"no folder {repo_id!r} here, and the hub gives no model of that id: "
+            f"{str(error).splitlines()[0]}",
+            "Check the path or id, and the network",
+        ) from error
+
+
+def base_folder(folder: Path, told: dict[str, Any], base: str | Path | None) -> Path:
+    """The folder of an adapter's base, checked to have the weights it was trained on."""
+    adapter = read_json(folder / "adapter_config.json")
+    recipe_file = folder.parent / "recipe.yaml"
+    spec = told.get("source", {}).get("model", "")
+    adapted = (told.get("adapt") or {}).get("base")
+    if base is not None:
+        source = Source(model=str(base))
+    elif adapted is not None and (folder.parent / "publish-base").exists():
+        source = Source(model=str(folder.parent / "publish-base"))
+    elif folder.name == "publish" and recipe_file.exists():
+        source = Recipe.load(recipe_file).source
+    elif spec.startswith(places.PACKAGE) and _installed(spec):
+        source = Source(model=spec)
+    elif adapter.get("base_model_name_or_path"):
+        source = Source(model=adapter["base_model_name_or_path"], revision=adapter.get("revision"))
+    else:
+        raise RecipeError(f"{folder} does not say its base model", "Give it: --base MODEL")
+    found = find_source(source)
+    expected = (adapted or told.get("source", {})).get("weights_sha256")
+    if expected and weights_sha256(found) != expected:
+        raise RunFolderError(
+            f"the base {source.model} has other weights than this adapter was trained on",
+            "Give the right base with --base MODEL",
+        )
+    return found.folder
+
+
+def _installed(spec: str) -> bool:
+    try:
+        return places.find(spec, "base") is not None
+    except RecipeError:
+        return False
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

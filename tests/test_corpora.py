@@ -1,0 +1,195 @@
+"""The corpora of adaptation: what of the data enters them, and what never does."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import FILLER, bench_of, pictures, sentences, write_csv
+from PIL import Image
+
+from hftl import rundir
+from hftl.corpora import SAMPLE, Corpus, corpus_of
+from hftl.errors import DataError
+from hftl.ladder import Run
+from hftl.recipe import Recipe
+
+Tiny = Callable[..., Path]
+LONG = 28
+
+
+def wordy(rows: int) -> list[tuple[str, str]]:
+    """Labelled sentences of many words, so that one word more makes a near copy."""
+    draw = np.random.default_rng(0)
+    known = [*FILLER, "good", "bad", "warm", "cold"]
+    words = [" ".join(draw.choice(known, LONG)) for _ in range(rows)]
+    return [(text, ("positive", "negative")[number % 2]) for number, text in enumerate(words)]
+
+
+def tree_of(model: Path, table: Path, adapt: dict[str, Any], **data: Any) -> dict[str, Any]:
+    return {
+        "source": {"model": str(model)},
+        "data": {"train": {"path": str(table)}, "max_length": 32} | data,
+        "adapt": {"pack": False} | adapt,
+        "measure": {"arms": []},
+    }
+
+
+def made(tree: dict[str, Any], folder: Path) -> tuple[Corpus, Any]:
+    """The corpus of a recipe's first adaptation, and the workbench."""
+    recipe = Recipe.parse(tree)
+    bench = bench_of(recipe)
+    folder.mkdir(exist_ok=True)
+    return corpus_of(Run(recipe, folder, print, False), bench, recipe.stages[0]), bench
+
+
+def texts_of(corpus: Corpus, bench: Any) -> set[str]:
+    """Every document that was written, decoded; one block each while documents are short."""
+    tokenizer = bench.inputs.tokenizer
+    blocks = [part[i][0] for part in (corpus.train, corpus.held_out) for i in range(len(part))]
+    return {tokenizer.decode(ids, skip_special_tokens=True) for ids in blocks}
+
+
+def of_split(bench: Any, *splits: str) -> set[str]:
+    return {row.content[0] for split in splits for row in bench.prepared.rows[split]}
+
+
+@pytest.mark.parametrize("shots", [None, 4])
+def test_the_tasks_own_corpus_is_train_before_shots(
+    shots: int | None, table: Path, tiny_model: Tiny, tmp_path: Path
+) -> None:
+    tree = tree_of(tiny_model(), table, {"objective": "mlm"}, shots=shots)
+    corpus, bench = made(tree, tmp_path / "run")
+    assert texts_of(corpus, bench) == of_split(bench, "train")
+    assert len(of_split(bench, "validation", "test") & texts_of(corpus, bench)) == 0
+    assert corpus.facts["from"] == "train" and corpus.facts["leaked"] == 0
+
+
+def test_transductive_takes_validation_and_test_along(
+    table: Path, tiny_model: Tiny, tmp_path: Path
+) -> None:
+    tree = tree_of(tiny_model(), table, {"objective": "mlm", "transductive": True})
+    corpus, bench = made(tree, tmp_path / "run")
+    assert texts_of(corpus, bench) == of_split(bench, "train", "validation", "test")
+    assert corpus.facts["transductive"] is True
+
+
+@pytest.mark.parametrize("transductive", [False, True])
+def test_copies_and_near_copies_of_the_test_are_counted_and_left_out(
+    transductive: bool, tiny_model: Tiny, tmp_path: Path
+) -> None:
+    table = write_csv(tmp_path / "a.csv", ["text", "label"], wordy(80))
+    adapt = {"objective": "mlm", "transductive": transductive}
+    tree = tree_of(tiny_model(), table, adapt)
+    measured = sorted(of_split(bench_of(Recipe.parse(tree)), "validation", "test"))
+    assert len(measured) > 20
+    exact, near = measured[:3], [f"{text} sweet" for text in measured[3:7]]
+    own = [text for text, _ in sentences(50, seed=9)]
+    write_csv(tmp_path / "c.csv", ["text"], [[text] for text in [*exact, *own, *near, own[0]]])
+    tree["data"]["unlabeled"] = str(tmp_path / "c.csv")
+    corpus, bench = made(tree, tmp_path / "run")
+    assert corpus.facts["leaked"] == (0 if transductive else 7)
+    assert corpus.facts["duplicates"] == 1
+    kept = own + (exact + near if transductive else [])
+    found = texts_of(corpus, bench)
+    assert found >= set(own) and len(found & {*exact, *near}) == (7 if transductive else 0)
+    documents = corpus.facts["documents"] + corpus.facts["held_out_documents"]
+    assert documents == len(kept)
+
+
+def test_the_task_corpus_may_stand_beside_another(
+    table: Path, tiny_model: Tiny, tmp_path: Path
+) -> None:
+    write_csv(tmp_path / "c.csv", ["text"], [[text] for text, _ in sentences(30, seed=9)])
+    adapt = {"objective": "mlm", "corpus": "task"}
+    tree = tree_of(tiny_model(), table, adapt, unlabeled=str(tmp_path / "c.csv"))
+    corpus, bench = made(tree, tmp_path / "run")
+    assert corpus.facts["from"] == "train"
+    assert texts_of(corpus, bench) == of_split(bench, "train")
+
+
+def test_a_corpus_is_made_once_and_does_not_depend_on_places(
+    table: Path, tiny_model: Tiny, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "c.csv", tmp_path / "sub" / "d.csv"
+    second.parent.mkdir()
+    write_csv(first, ["text"], [[text] for text, _ in sentences(30, seed=9)])
+    shutil.copy(first, second)
+    facts = []
+    for path in (first, second):
+        tree = tree_of(tiny_model(), table, {"objective": "mlm"}, unlabeled=str(path))
+        facts.append(made(tree, tmp_path / "run")[0].facts)
+    assert facts[0] == facts[1]
+    (folder,) = (tmp_path / "run" / "phases").glob("corpus-*")
+    assert str(tmp_path) not in json.dumps(rundir.reads(folder))
+    write_csv(second, ["text"], [[text] for text, _ in sentences(31, seed=9)])
+    made(tree, tmp_path / "run")
+    assert len(list((tmp_path / "run" / "phases").glob("corpus-*"))) == 2
+
+
+def test_general_text_is_a_sample_and_nothing_of_it_trains(
+    table: Path, tiny_model: Tiny, tmp_path: Path
+) -> None:
+    rows = [[text] for text, _ in sentences(SAMPLE + 200, seed=3)]
+    found = []
+    for order in (1, -1):
+        path = write_csv(tmp_path / f"g{order}.csv", ["text"], rows[::order])
+        tree = tree_of(tiny_model(), table, {"objective": "mlm"}, general=str(path))
+        corpus, bench = made(tree, tmp_path / f"run{order}")
+        assert corpus.general is not None and SAMPLE - 1 <= len(corpus.general) <= SAMPLE
+        ids = [tuple(corpus.general[i][0]) for i in range(len(corpus.general))]
+        found.append(set(ids))
+        assert texts_of(corpus, bench) == of_split(bench, "train")
+    assert found[0] == found[1]
+
+
+def test_bad_rows_are_counted_or_refused(table: Path, tiny_model: Tiny, tmp_path: Path) -> None:
+    rows = [[text] for text, _ in sentences(30, seed=9)]
+    path = write_csv(tmp_path / "c.csv", ["text"], [*rows, ["\x01\x02\x03\x04"]])
+    adapt = {"objective": "mlm"}
+    tree = tree_of(tiny_model(), table, adapt, unlabeled=str(path), bad_rows="skip")
+    assert made(tree, tmp_path / "run")[0].facts["bad_rows"] == 1
+    tree["data"]["bad_rows"] = "refuse"
+    with pytest.raises(DataError, match=r"c\.csv line 32"):
+        made(tree, tmp_path / "strict")
+
+
+def test_pictures_of_the_test_are_left_out_too(tiny_model: Tiny, tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "pics", 20)
+    mae = {"objective": "mae", "held_out": 0.2}
+    tree = tree_of(tiny_model("dinov2"), folder, mae)
+    own, bench = made(tree, tmp_path / "run")
+    assert {*own.train, *own.held_out} == of_split(bench, "train")
+    corpus_folder = tmp_path / "corpus"
+    draw = np.random.default_rng(7)
+    corpus_folder.mkdir()
+    for number in range(12):
+        smooth = Image.fromarray(draw.integers(0, 255, (5, 5, 3)).astype("uint8"))
+        smooth.resize((40, 36)).save(corpus_folder / f"own{number}.png")
+    for path in folder.rglob("*.png"):
+        shutil.copy(path, corpus_folder / f"{path.parent.name}-{path.name}")
+    tree["data"]["unlabeled"] = str(corpus_folder)
+    corpus, bench = made(tree, tmp_path / "other")
+    kept = {*corpus.train, *corpus.held_out}
+    assert not kept & of_split(bench, "validation", "test")
+    assert corpus.facts["leaked"] >= len(of_split(bench, "validation", "test"))
+    assert len(kept) + corpus.facts["leaked"] == 12 + 40
+    tree["adapt"]["transductive"] = True
+    corpus, _ = made(tree, tmp_path / "other")
+    assert corpus.facts["leaked"] == 0
+    assert {*corpus.train, *corpus.held_out} >= of_split(bench, "validation", "test")
+
+
+def test_too_few_pictures(tiny_model: Tiny, tmp_path: Path) -> None:
+    tree = tree_of(
+        tiny_model("dinov2"), pictures(tmp_path / "pics", 20), {"objective": "mae"},
+        unlabeled=str(tmp_path / "c"),
+    )  # fmt: skip
+    (tmp_path / "c").mkdir()
+    noise = np.random.default_rng(1).integers(0, 255, (36, 40, 3)).astype("uint8")
+    Image.fromarray(noise).save(tmp_path / "c" / "a.png")
+    with pytest.raises(DataError, match="the corpus has 1 pictures"):
+        made(tree, tmp_path / "run")
