@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from hftl import show
-from hftl.finish import publishable
+from hftl.card.adaptation import adaptation_sentence
 from hftl.measure.verdict import interval_text
+from hftl.publishing import publishable
 from hftl.record import Record, to_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 KEPT = ("metric", "own_arm", "ladder", "transfer_gain", "verdict", "data", "environment",
-        "scratch_search", "reload_difference")  # fmt: skip
+        "scratch_search", "reload_difference", "adapt")  # fmt: skip
 PAGES = (ROOT / "README.md", ROOT / "recipes" / "README.md", ROOT / "benchmarks" / "README.md")
 INDEX = {
     "movies-minilm-lora": "recipes/movies-minilm/lora.yaml",
@@ -29,6 +30,9 @@ INDEX = {
     "clipart-dinov2-lora": "recipes/clipart-dinov2/lora.yaml",
     "fashion-dinov2-head": "recipes/fashion-dinov2/head.yaml",
     "addresses-minilm-lora": "recipes/addresses-minilm/lora.yaml",
+    "movies-minilm-tapt": "recipes/movies-minilm/tapt.yaml",
+    "movies-minilm-dapt": "recipes/movies-minilm/dapt.yaml",
+    "movies-minilm-harmful": "recipes/movies-minilm/harmful.yaml",
 }
 
 
@@ -49,10 +53,15 @@ def kept(name: str) -> dict[str, Any]:
 def block(name: str) -> str:
     """The text between the marks `results:<name>`."""
     if name == "index":
-        rows = ["| recipe | own arm | test | gain | verdict |", "|---|---|---|---|---|"]
+        rows = ["| recipe | own arm | test | gain | of it adaptation | verdict |",
+                "|---|---|---|---|---|---|"]  # fmt: skip
         rows += [_index_row(run, path) for run, path in INDEX.items()]
         return "\n".join(rows)
-    return f"```\n{show.ladder(kept(name))}\n```"
+    told = kept(name)
+    lines = [show.ladder(told)]
+    if told.get("adapt"):
+        lines += [*map(show.adaptation, told["adapt"]["stages"]), adaptation_sentence(told)]
+    return "```\n" + "\n".join(lines) + "\n```"
 
 
 def _index_row(run: str, path: str) -> str:
@@ -62,7 +71,9 @@ def _index_row(run: str, path: str) -> str:
     worth = "no baseline" if gain is None else f"{interval_text(gain)} over {gain['baseline']}"
     decision = told["verdict"]["decision"]
     score = f"{told['metric']} {own['test']:.3f}"
-    return f"| `{path}` | {told['own_arm']} | {score} | {worth} | {decision} |"
+    adapted = told["adapt"]["gain"] if told.get("adapt") else None
+    share = "" if adapted is None else interval_text(adapted)
+    return f"| `{path}` | {told['own_arm']} | {score} | {worth} | {share} | {decision} |"
 
 
 def refresh(path: Path) -> str:
