@@ -33,6 +33,7 @@ INDEX = {
     "movies-minilm-tapt": "recipes/movies-minilm/tapt.yaml",
     "movies-minilm-dapt": "recipes/movies-minilm/dapt.yaml",
     "movies-minilm-harmful": "recipes/movies-minilm/harmful.yaml",
+    "clipart-dinov2-mae": "recipes/clipart-dinov2/mae.yaml",
 }
 
 
@@ -79,7 +80,7 @@ def _index_row(run: str, path: str) -> str:
 def refresh(path: Path) -> str:
     """The page's text with every marked block written from the results."""
     return re.sub(
-        r"(<!-- results:([\w-]+) -->\n)(?:.*?\n)?(<!-- end -->)",
+        r"(<!-- results:([\w-]+) -->\n)(?:.*?\n)??(<!-- end -->)",
         lambda found: f"{found[1]}{block(found[2])}\n{found[3]}",
         path.read_text(encoding="utf-8"),
         flags=re.DOTALL,
