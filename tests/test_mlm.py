@@ -19,11 +19,12 @@ from hftl.errors import RecipeError
 from hftl.model.source import SourceModel, find_source
 from hftl.sections import Source
 
-ARCHITECTURES = (
-    "bert", "roberta", "xlm-roberta", "camembert", "mpnet", "electra", "distilbert", "albert",
-    "deberta-v2", "modernbert", "ernie", "megatron-bert", "rembert", "nomic_bert", "data2vec-text",
-    "fnet", "big_bird",
-)  # fmt: skip
+SLOW = ("xlm-roberta", "camembert", "ernie", "megatron-bert", "nomic_bert", "big_bird")
+"""Whose code is like that of another one here."""
+ARCHITECTURES = [
+    "bert", "roberta", "mpnet", "electra", "distilbert", "albert", "deberta-v2", "modernbert",
+    "rembert", "data2vec-text", "fnet", *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW),
+]  # fmt: skip
 LORA = {"r": 4, "lora_alpha": 8}
 
 Tiny = Callable[..., Path]
