@@ -1,6 +1,6 @@
-"""hftl: transfer learning for BERT-family encoders, with the evidence of what it was worth.
+"""hftl: transfer learning for encoders, with the evidence of what it was worth.
 
-recipe -> data -> source model -> check -> probe -> arms x seeds -> measure -> verdict -> card
+recipe -> data -> source model -> check -> adapt -> probe -> arms x seeds -> measure -> card
 """
 
 from importlib import import_module

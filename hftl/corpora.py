@@ -109,24 +109,27 @@ def _reads(this: Run, bench: Workbench, stage: Adapt, part: str) -> dict[str, An
     """What a corpus depends on: content, never places."""
     data = _data(this, bench)
     rows = part == "train" and data.task is not None
+    general = part == "general"
     content = prepare.files_digest(data, bench.prepared.modality, (part,)) if not rows else ""
     return {
         "part": part,
         "content": content,
-        "measured": bench.prepared.facts["fingerprint"],
-        "transductive": stage.transductive,
+        # General data are only looked at: nothing is held out of them, and nothing is dropped.
+        "measured": None if general else bench.prepared.facts["fingerprint"],
+        "transductive": not general and stage.transductive,
         "bad_rows": data.bad_rows,
-        **_view(this, bench, stage),
+        **_view(this, bench, stage, general),
     }
 
 
-def _view(this: Run, bench: Workbench, stage: Adapt) -> dict[str, Any]:
+def _view(this: Run, bench: Workbench, stage: Adapt, general: bool) -> dict[str, Any]:
     """How the encoder sees the corpus."""
     if isinstance(bench.inputs, ImageInputs):
         seen = fingerprint(bench.inputs.processor.to_dict())
-        return {"processor": seen, "held_out": stage.held_out, "seed": this.recipe.data.seed}
+        held = None if general else stage.held_out
+        return {"processor": seen, "held_out": held, "seed": this.recipe.data.seed}
     tokenizer = fingerprint(json.loads(bench.inputs.tokenizer.backend_tokenizer.to_str()))
-    return {"tokenizer": tokenizer, "cut": asdict(_cut(this, bench, stage))}
+    return {"tokenizer": tokenizer, "cut": asdict(_cut(this, bench, stage, general))}
 
 
 def _cut(this: Run, bench: Workbench, stage: Adapt, general: bool = False) -> Cut:

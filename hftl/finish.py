@@ -188,6 +188,7 @@ def _intact(run: Path, done: Path) -> bool:
 
 
 def source_record(bench: Workbench) -> dict[str, Any]:
+    """What the record tells of the source model."""
     source = bench.source
     return {
         "model": source.spec,

@@ -8,7 +8,7 @@ from typing import Any
 from hftl import rundir
 from hftl.adapting import Step
 from hftl.card.adaptation import adaptation_sentence, render_adapted
-from hftl.card.card import render_report
+from hftl.card.report import render_report
 from hftl.data.pixels import ImageInputs
 from hftl.finetune.workbench import Workbench
 from hftl.finish import adaptation_record, note_files, source_record, written

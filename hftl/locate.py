@@ -13,6 +13,13 @@ from hftl.sections import Source
 
 
 def published_folder(path: str | Path) -> Path:
+    """The folder of a published model: of a run, the folder itself, or the copy of a hub's.
+
+    Raises:
+        RecipeError: if nothing is there to load.
+        RunFolderError: if a run is not finished, or was changed since.
+        HubError: if a hub id cannot be had.
+    """
     folder = places.find(str(path), "the model to load")
     if folder is None:
         return _download(str(path))
@@ -93,4 +100,5 @@ def _installed(spec: str) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's mapping; an empty one where there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

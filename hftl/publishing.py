@@ -7,8 +7,9 @@ from typing import Any
 
 from hftl import rundir
 from hftl.card.adaptation import render_adapted
-from hftl.card.card import render_card, render_report
+from hftl.card.card import render_card
 from hftl.card.plots import plot_ladder
+from hftl.card.report import render_report
 from hftl.places import PACKAGE
 from hftl.record import to_json
 

@@ -12,8 +12,9 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
-from hftl.card.card import gain_sentence, render_card, render_report
+from hftl.card.card import gain_sentence, render_card
 from hftl.card.plots import plot_ladder
+from hftl.card.report import render_report
 from hftl.measure.verdict import decide, interval_text
 from hftl.publishing import publishable
 from hftl.recipe import Recipe

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import TaskType
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from hftl.errors import HftlError, RecipeError
-from hftl.model.adapters import check_wrapped, namesakes
+from hftl.model.adapters import wrap
 from hftl.model.anatomy import check_blocks, layers
 from hftl.model.head import load_class, unwrapped
 from hftl.model.parts import Anatomy, blocks_of, submodule, under
@@ -178,19 +178,6 @@ def _with_lora(encoder: nn.Module, anatomy: Anatomy, lora: dict[str, Any]) -> nn
                 f"adapt.lora.{key}={lora[key]}: adaptation by LoRA trains low-rank updates only",
                 "Leave it out, or use method full",
             )
-    given = dict(lora)
-    every = given.get("target_modules") in (None, "all-linear")
-    if every:
-        given["target_modules"] = list(anatomy.lora_targets)
-        given.setdefault("exclude_modules", namesakes(encoder, anatomy) or None)
     # peft's class for features passes arguments on that only encoders of texts know.
     task = TaskType.FEATURE_EXTRACTION if anatomy.modality == "text" else None
-    try:
-        adapted = get_peft_model(encoder, LoraConfig(**given, task_type=task))  # pyright: ignore
-    except (ValueError, TypeError) as error:
-        raise RecipeError(
-            f"adapt.lora: peft refuses it: {str(error).splitlines()[0]}", "Correct the section"
-        ) from error
-    if every and not lora.get("exclude_modules") and not lora.get("layers_pattern"):
-        check_wrapped(adapted, anatomy, given)
-    return adapted
+    return wrap(encoder, anatomy, {**lora, "task_type": task}, "adapt")

@@ -159,7 +159,9 @@ def _leakage(stage: dict[str, Any]) -> list[str]:
         ]
     leaked = stage["corpus"]["leaked"]
     if leaked:
-        return [f"{leaked:,} copies or near copies of validation and test were taken out of it"]
+        return [
+            f"{leaked:,} copies or near copies of validation and test were taken out of the corpus"
+        ]
     return ["The corpus holds no copy or near copy of validation and test"]
 
 

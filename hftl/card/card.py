@@ -1,9 +1,7 @@
 """The card: the record as a page. It formats and never computes; same record, same bytes."""
 
-import base64
 import re
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -30,16 +28,6 @@ WHAT = {
     "source": "the same without adaptation",
 }
 TABLE_SUFFIX = re.compile(r"\.(csv|tsv|jsonl?|ndjson|parquet|txt)$")
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body{{font:16px/1.55 system-ui,sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem;
-color:#24292f}}
-table{{border-collapse:collapse}}td,th{{border:1px solid #d0d7de;padding:.3rem .7rem;
-text-align:left}}
-pre{{background:#f6f8fa;padding:1rem;overflow-x:auto}}img{{max-width:100%}}
-</style></head><body>
-{body}
-</body></html>
-"""
 
 
 def render_card(record: dict[str, Any], place: str = ".") -> str:
@@ -54,22 +42,6 @@ def render_card(record: dict[str, Any], place: str = ".") -> str:
     template = engine.from_string(files("hftl.card").joinpath("template.md").read_text("utf-8"))
     body = template.render(**_page(record, place))
     return f"---\n{_metadata(record).to_yaml().strip()}\n---\n\n{body}"
-
-
-def render_report(card: str, folder: Path) -> str:
-    """The card as one HTML file, its pictures inside."""
-    from markdown_it import MarkdownIt
-
-    body = card.split("\n---\n", 1)[1]
-    html = MarkdownIt("commonmark", {"html": False}).enable("table").render(_plain_details(body))
-
-    def inline(match: re.Match[str]) -> str:
-        picture = base64.b64encode((folder / match[1]).read_bytes()).decode()
-        return f'src="data:image/png;base64,{picture}"'
-
-    html = re.sub(r'src="(assets/[\w-]+\.png)"', inline, html)
-    title = next(line[2:] for line in body.splitlines() if line.startswith("# "))
-    return PAGE.format(title=_escaped(title), body=html)
 
 
 def gain_sentence(record: dict[str, Any]) -> str:
@@ -176,10 +148,13 @@ def _purpose(record: dict[str, Any]) -> str:
     shown = ", ".join(f"`{_cell(label)}`" for label in labels[:12])
     more = f" and {len(labels) - 12} more" if len(labels) > 12 else ""
     several = ", several at once" if record["data"]["task"] == "multi-label" else ""
-    stages = record["adapt"]["stages"] if record["adapt"] else []
-    if any(stage["kept"] == "adapted" for stage in stages):
+    if any(stage["kept"] == "adapted" for stage in _stages(record)):
         several += ", after adaptation to its domain"
     return f"{kinds[record['own_arm']]} {link} that {DOES[kind]} {shown}{more}{several}."
+
+
+def _stages(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return record["adapt"]["stages"] if record["adapt"] else []
 
 
 def _on_adapted(record: dict[str, Any]) -> bool:
@@ -221,8 +196,7 @@ def _data_sentence(record: dict[str, Any]) -> str:
         rows = "rows " if noun == "words" else ""
         learnt += f" ({shots} {rows}{unit}, drawn by the seed)"
     epoch = "" if record["recipe"]["finetune"]["strategy"] == "head" else "the best epoch, "
-    stages = record["adapt"]["stages"] if record["adapt"] else []
-    if any(stage["guard"]["kind"] == "probe" for stage in stages):
+    if any(stage["guard"]["kind"] == "probe" for stage in _stages(record)):
         epoch += "the adaptation's weights, "
     chosen = f"{epoch}the published seed and the baseline"
     return (
@@ -290,13 +264,3 @@ def _environment(found: dict[str, Any]) -> list[tuple[str, str]]:
 def _cell(text: str) -> str:
     """Text that cannot leave its table cell or code span."""
     return " ".join(text.replace("|", "/").replace("`", "'").split())
-
-
-def _plain_details(body: str) -> str:
-    """Folded parts as headings: HTML in the card is escaped in the report."""
-    body = re.sub(r"<details><summary>(.*?)</summary>", r"## \1", body)
-    return body.replace("</details>", "")
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")

@@ -4,9 +4,13 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+from hftl import places
 from hftl.data.files import Raw
 from hftl.errors import HubError
-from hftl.sections import Table
+from hftl.sections import Data, Table
+
+PARTS = ("train", "validation", "test", "unlabeled", "general")
+"""The tables of a recipe."""
 
 
 def load_hub(table: Table, part: str) -> Iterator[Raw]:
@@ -76,3 +80,17 @@ def revision(path: str, wanted: str | None) -> str | None:
             f"{str(error).splitlines()[0]}",
             "Check the path or id, the network, and `hf auth login` for a gated one",
         ) from error
+
+
+def revisions(data: Data) -> dict[str, str | None]:
+    """The commit of every table of the hub."""
+    tables = {part: getattr(data, part) for part in PARTS}
+    return {
+        part: revision(table.path, table.revision)
+        for part, table in tables.items()
+        if isinstance(table, Table) and _on_hub(table, part)
+    }
+
+
+def _on_hub(table: Table, split: str) -> bool:
+    return table.format == "hub" or places.find(table.path, f"data.{split}.path") is None

@@ -19,7 +19,7 @@ from hftl import places
 from hftl.data import answers
 from hftl.data.answers import names_of
 from hftl.data.duplicates import drop_duplicates
-from hftl.data.hub import revision
+from hftl.data.hub import revisions
 from hftl.data.load import BadRows, Reading, Row, load, read_table, table_folder
 from hftl.data.split import IN_ALL, content_key, draw_shots, take
 from hftl.errors import DataError
@@ -104,7 +104,7 @@ def prepare(data: Data, reading: Reading = Reading()) -> Prepared:  # noqa: B008
         "labels": names,
         "label_counts": _label_counts(rows, task),
         "fingerprint": fingerprint({s: [content_key(r).hex() for r in rows[s]] for s in SPLITS}),
-        "hub_revisions": _hub_revisions(data),
+        "hub_revisions": revisions(data),
     }
     prepared = Prepared(task, reading.modality, names, rows, facts)
     draw_shots(rows["train"], data.shots, task, data.seed)
@@ -118,7 +118,7 @@ def _nothing(data: Data, reading: Reading) -> Prepared:
         "task": None, "modality": reading.modality, "rows_read": 0, "bad_rows": 0,
         "bad_rows_listed": [], "duplicates": 0, "conflicting": 0, "leaked": 0, "splits": empty,
         "labels": [], "label_counts": None, "fingerprint": fingerprint({}),
-        "hub_revisions": _hub_revisions(data),
+        "hub_revisions": revisions(data),
     }  # fmt: skip
     return Prepared("", reading.modality, [], {split: [] for split in SPLITS}, facts)
 
@@ -197,20 +197,6 @@ def _named_files(table: Table, split: str) -> list[Path]:
 def stored_digest(folder: Path) -> str:
     """The `files_digest` that the stored rows were read under."""
     return json.loads((folder / "facts.json").read_text(encoding="utf-8"))["files"]
-
-
-def _hub_revisions(data: Data) -> dict[str, str | None]:
-    """The commit of every table of the hub."""
-    tables = {part: getattr(data, part) for part in (*SPLITS, "unlabeled", "general")}
-    return {
-        part: revision(table.path, table.revision)
-        for part, table in tables.items()
-        if isinstance(table, Table) and _on_hub(table, part)
-    }
-
-
-def _on_hub(table: Table, split: str) -> bool:
-    return table.format == "hub" or places.find(table.path, f"data.{split}.path") is None
 
 
 def _split(kept: dict[str, list[Row]], data: Data, task: str) -> dict[str, list[Row]]:

@@ -28,31 +28,48 @@ def add_lora(
     given = dict(lora)
     pooled = isinstance(model, PooledModel)
     wrapped: Any = model.encoder if pooled else model
-    every = given.get("target_modules") in (None, "all-linear")
-    if every:
-        given["target_modules"] = list(anatomy.lora_targets)
-        outside = namesakes(wrapped, anatomy)
-        if outside and not given.get("exclude_modules"):
-            given["exclude_modules"] = outside
     saved = set(given.pop("modules_to_save", None) or [])
     if not pooled:
         saved |= {_suffix(name, anatomy) for name in [*anatomy.head, *fresh]}
     task = TaskType.FEATURE_EXTRACTION if pooled else _task_type(wrapped, anatomy)
-    try:
-        config = LoraConfig(**given, task_type=task, modules_to_save=sorted(saved) or None)
-        adapted = get_peft_model(wrapped, config)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(
-            f"finetune.lora: peft refuses it: {str(error).splitlines()[0]}", "Correct the section"
-        ) from error
-    if every and not lora.get("exclude_modules") and not lora.get("layers_pattern"):
-        check_wrapped(adapted, anatomy, given)
+    settings = given | {"task_type": task, "modules_to_save": sorted(saved) or None}
+    adapted = wrap(wrapped, anatomy, settings, "finetune")
     if not pooled:
         return adapted
     model.encoder = adapted
     for parameter in model.head.parameters():
         parameter.requires_grad = True
     return model
+
+
+def wrap(model: Any, anatomy: Anatomy, settings: dict[str, Any], section: str) -> Any:
+    """The model under an adapter; by default on every linear layer of every block, and no other.
+
+    Args:
+        model: an encoder, or a stock task class around it.
+        anatomy: where its parts lie.
+        settings: fields of `peft.LoraConfig`.
+        section: where they stand in the recipe: `finetune` or `adapt`.
+
+    Raises:
+        RecipeError: if peft refuses the settings, or wraps another number of layers than asked.
+    """
+    given = dict(settings)
+    every = given.get("target_modules") in (None, "all-linear")
+    if every:
+        given["target_modules"] = list(anatomy.lora_targets)
+        given["exclude_modules"] = (
+            given.get("exclude_modules") or _namesakes(model, anatomy) or None
+        )
+    try:
+        adapted = get_peft_model(model, LoraConfig(**given))
+    except (ValueError, TypeError) as error:
+        raise RecipeError(
+            f"{section}.lora: peft refuses it: {str(error).splitlines()[0]}", "Correct the section"
+        ) from error
+    if every and not settings.get("exclude_modules") and not settings.get("layers_pattern"):
+        _check_wrapped(adapted, anatomy, given, section)
+    return adapted
 
 
 def wrapped_layers(model: nn.Module) -> list[str]:
@@ -85,7 +102,7 @@ def _task_type(model: nn.Module, anatomy: Anatomy) -> TaskType | None:
     return TaskType.TOKEN_CLS if tokens else TaskType.SEQ_CLS
 
 
-def namesakes(model: nn.Module, anatomy: Anatomy) -> list[str]:
+def _namesakes(model: nn.Module, anatomy: Anatomy) -> list[str]:
     """Layers outside the blocks that peft would take for theirs, as in SigLIP's unused head."""
     encoder = encoder_of(model, anatomy)
     prefix = "" if encoder is model else f"{anatomy.encoder}."
@@ -97,7 +114,7 @@ def namesakes(model: nn.Module, anatomy: Anatomy) -> list[str]:
     ]
 
 
-def check_wrapped(adapted: Any, anatomy: Anatomy, given: dict[str, Any]) -> None:
+def _check_wrapped(adapted: Any, anatomy: Anatomy, given: dict[str, Any], section: str) -> None:
     paths = block_paths(encoder_of(adapted.base_model.model, anatomy), anatomy.blocks)
     chosen = given.get("layers_to_transform")
     if chosen is not None:
@@ -108,5 +125,6 @@ def check_wrapped(adapted: Any, anatomy: Anatomy, given: dict[str, Any]) -> None
     found = len(wrapped_layers(adapted))
     if found != expected:
         raise RecipeError(
-            f"LoRA wrapped {found} layers, expected {expected}", "Name finetune.lora.target_modules"
+            f"LoRA wrapped {found} layers, expected {expected}",
+            f"Name {section}.lora.target_modules",
         )

@@ -220,6 +220,17 @@ def _class_for(source: SourceModel, anatomy: Anatomy, task: str, pooling: str) -
 def load_class(
     source: SourceModel, kind: Any, config: Any, extra: dict[str, Any]
 ) -> tuple[Any, set[str]]:
+    """A class of transformers from the checkpoint, in fp32, and the names of what it lacks.
+
+    Args:
+        source: the checkpoint.
+        kind: the class.
+        config: which may say another number of labels than the checkpoint's.
+        extra: further arguments of the class.
+
+    Raises:
+        RecipeError: if the checkpoint does not load.
+    """
     try:
         model, info = kind.from_pretrained(
             source.folder,
