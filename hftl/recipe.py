@@ -20,6 +20,7 @@ from hftl.sections import (
     Finetune,
     Measure,
     Publish,
+    Retain,
     Section,
     Source,
     Stages,
@@ -40,7 +41,7 @@ class Recipe(Section):
     data: Data
     adapt: Stages | None = None
     finetune: Finetune = Finetune()
-    retain: None = None
+    retain: Retain | None = None
     measure: Measure = Measure()
     publish: Publish = Publish()
     _path: Path | None = PrivateAttr(default=None)
@@ -78,6 +79,15 @@ class Recipe(Section):
                 raise RecipeError("adapt.guard=general, but data.general is null", "Give it")
         return self
 
+    @model_validator(mode="after")
+    def _retention_has_what_it_needs(self) -> Self:
+        if self.retain is not None and self.retain.needs_general and self.data.general is None:
+            raise RecipeError(
+                "retain reads general data (replay, ewc, or kl.inputs), but data.general is null",
+                "Give data.general, or leave that part of retain out",
+            )
+        return self
+
     @property
     def stages(self) -> list[Adapt]:
         """The adaptations, one after the other; none where `adapt` is null."""
@@ -109,11 +119,10 @@ class Recipe(Section):
             recipe = cls.model_validate(kept)
         except ValidationError as error:
             raise explain(error, where, cls) from error
-        for key in ("unlabeled", "general"):
-            if getattr(recipe.data, key) is not None and not recipe.stages:
-                raise RecipeError(
-                    f"{where}: data.{key} is read by adapt, which is null", "Remove one of them"
-                )
+        if recipe.data.unlabeled is not None and not recipe.stages:
+            raise RecipeError(
+                f"{where}: data.unlabeled is read by adapt, which is null", "Remove one of them"
+            )
         arms(recipe, where)
         return recipe
 

@@ -19,7 +19,7 @@ from hftl.model.head import build
 from hftl.model.source import find_source
 from hftl.sections import Source
 from hftl.train.checkpoint import KeepBest
-from hftl.train.loss import counted, counted_rows, summed_loss, uncounted
+from hftl.train.loss import MANY, counted, counted_rows, summed_loss, uncounted
 from hftl.train.order import RankBatches, SeededOrder
 from hftl.train.trainer import TransferTrainer, training_modes
 
@@ -280,6 +280,27 @@ def test_summed_loss_is_the_sum_over_rows() -> None:
     targets = torch.randn(5)
     values = torch.randn(5, 1)
     torch.testing.assert_close(summed_loss(values, targets), ((values[:, 0] - targets) ** 2).sum())
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])
+def test_over_a_vocabulary_the_loss_is_taken_piece_by_piece(rows: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(rows, MANY + 5, requires_grad=True)
+    labels = torch.randint(0, MANY + 5, (rows,))
+    labels[1::5] = -100
+    found, wanted = summed_loss(logits, labels), F.cross_entropy(
+        logits, labels, reduction="sum", ignore_index=-100
+    )  # fmt: skip
+    torch.testing.assert_close(found, wanted)
+    mine, theirs = (torch.autograd.grad(3 * loss, logits)[0] for loss in (found, wanted))
+    torch.testing.assert_close(mine, theirs)
+    narrow = logits.detach().bfloat16().requires_grad_()
+    torch.testing.assert_close(
+        summed_loss(narrow, labels),
+        F.cross_entropy(narrow.float(), labels, reduction="sum", ignore_index=-100),
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(summed_loss(logits, labels), wanted)
 
 
 def test_targets_without_a_number_do_not_count() -> None:

@@ -1,11 +1,17 @@
 """The task's loss as a sum over counted elements, and how many those are."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
 """The class id that says there is no label; among float targets that is NaN."""
+MANY = 1024
+"""Classes from which on a loss in fp32 beside the logits would be felt in memory."""
+PIECE = 64
+"""Rows of which the loss is taken at a time there."""
 
 
 def summed_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -19,6 +25,9 @@ def summed_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tenso
         labels: (...) int64, -100 where there is none; or float, NaN where there is none.
         smoothing: share of each class label's weight that is spread over all classes.
     """
+    if not labels.is_floating_point() and logits.shape[-1] >= MANY and not smoothing:
+        flat = logits.reshape(-1, logits.shape[-1])
+        return _PiecewiseCrossEntropy.apply(flat, labels.reshape(-1))  # pyright: ignore
     wide = logits.float()
     if not labels.is_floating_point():
         flat = wide.reshape(-1, wide.shape[-1])
@@ -33,6 +42,36 @@ def summed_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tenso
     else:
         each = F.mse_loss(wide.reshape(targets.shape), targets, reduction="none")
     return each.where(counts, 0.0).sum()
+
+
+class _PiecewiseCrossEntropy(torch.autograd.Function):
+    """Cross-entropy in fp32, summed, of some rows at a time.
+
+    Keeps the gradient, softmax minus one-hot, in the logits' dtype instead of their logarithms in
+    fp32: over a vocabulary those are the largest tensors of a step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        loss = torch.zeros((), device=logits.device)
+        gradient = torch.empty_like(logits) if logits.requires_grad else None
+        for start in range(0, len(logits), PIECE):
+            piece = slice(start, start + PIECE)
+            told, counts = labels[piece], labels[piece] != IGNORED
+            logs = logits[piece].float().log_softmax(-1)
+            column = told.where(counts, 0).unsqueeze(1)
+            loss -= logs.gather(1, column).squeeze(1).where(counts, 0.0).sum()
+            if gradient is not None:
+                share = logs.exp_()
+                share.scatter_add_(1, column, torch.full_like(column, -1, dtype=share.dtype))
+                gradient[piece] = share * counts.unsqueeze(1)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[0].to(gradient.dtype), None
 
 
 def counted(labels: Tensor) -> Tensor:
