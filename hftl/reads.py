@@ -11,7 +11,7 @@ from typing import Any
 from hftl import rundir, yamlfile
 from hftl.errors import RunFolderError
 from hftl.recipe import Arm, Recipe
-from hftl.sections import Adapt
+from hftl.sections import Adapt, Retain
 
 PATHS = ("path", "format", "split", "revision", "name")
 """Where a table lies is not what it says: data count by content."""
@@ -47,6 +47,8 @@ def arm_reads(recipe: Recipe, arm: Arm) -> dict[str, Any]:
         used = (*used, "strategy")
     reads = yamlfile.flatten({key: section[key] for key in used}, "finetune") if used else {}
     reads |= stages_flat(arm.stages)
+    if arm.retain is not None:
+        reads |= retain_flat(arm.retain)
     reads["data.shots"] = recipe.data.shots
     if used:
         reads["data.max_length"] = recipe.data.max_length
@@ -82,6 +84,16 @@ def stages_flat(stages: Sequence[Adapt]) -> dict[str, Any]:
     if len(dumped) == 1:
         return yamlfile.flatten(dumped[0], "adapt")
     return yamlfile.flatten({str(i): stage for i, stage in enumerate(dumped)}, "adapt")
+
+
+def retain_flat(retain: Retain) -> dict[str, Any]:
+    """What keeps an arm near the original as `retain.key`, or `retain.kl.0.key` of several."""
+    tree = {
+        key: dict(enumerate(value)) if isinstance(value, list) and key == "kl" else value
+        for key, value in retain.model_dump(mode="json").items()
+        if value is not None
+    }
+    return yamlfile.flatten(tree, "retain")
 
 
 def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -143,7 +155,9 @@ def _changed_under(read: dict[str, Any], recipe: Recipe, arm: Arm) -> set[str]:
 def _flat(recipe: Recipe) -> dict[str, Any]:
     tree = recipe.tree()
     tree.pop("adapt")
-    return yamlfile.flatten(tree) | stages_flat(recipe.stages)
+    tree.pop("retain")
+    kept = {} if recipe.retain is None else retain_flat(recipe.retain)
+    return yamlfile.flatten(tree) | stages_flat(recipe.stages) | kept
 
 
 def _shown(values: dict[str, Any], key: str) -> str:

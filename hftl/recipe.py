@@ -86,6 +86,13 @@ class Recipe(Section):
                 "retain reads general data (replay, ewc, or kl.inputs), but data.general is null",
                 "Give data.general, or leave that part of retain out",
             )
+        probed = self.retain is not None and any(kl.on == "probe" for kl in self.retain.kls)
+        if probed and self.finetune.head_init == "random":
+            raise RecipeError(
+                "retain.kl.on=probe is KL to what the head says, and with "
+                "finetune.head_init=random nobody has trained it",
+                "Set finetune.head_init=probe, or use retain.kl.on=relational",
+            )
         return self
 
     @property
@@ -150,13 +157,14 @@ def stages_of(adapt: Adapt | list[Adapt] | None) -> list[Adapt]:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training: a name, what it is, its own fine-tuning section, and the adaptations
-    that come before it."""
+    """One way of training: a name, what it is, its own fine-tuning section, the adaptations that
+    come before it, and what keeps it near the original."""
 
     name: str
     strategy: str
     finetune: Finetune
     stages: tuple[Adapt, ...] = ()
+    retain: Retain | None = None
 
 
 def arms(recipe: Recipe, where: str = "recipe") -> list[Arm]:
@@ -171,7 +179,13 @@ def arms(recipe: Recipe, where: str = "recipe") -> list[Arm]:
     if recipe.data.task is None:
         return []
     strategy = recipe.finetune.strategy
-    own = Arm(strategy, strategy, recipe.finetune, tuple(recipe.stages))
+    own = Arm(strategy, strategy, recipe.finetune, tuple(recipe.stages), recipe.retain)
+    if strategy == "head" and recipe.retain is not None:
+        raise RecipeError(
+            f"{where}: retain keeps what trains near the original, and the strategy head trains "
+            "nothing of the encoder",
+            "Leave retain out, or choose another finetune.strategy",
+        )
     found = [own]
     entries = [_single(entry, where) for entry in recipe.measure.arms]
     if recipe.stages and "source" not in [name for name, _ in entries]:
@@ -231,11 +245,12 @@ def _arm(recipe: Recipe, name: str, changes: dict[str, Any], where: str) -> Arm:
         )
     tree = recipe.tree()
     place = f"{where}: measure.arms.{name}"
-    if isinstance(changes.get("adapt"), (dict, list)):
-        # A whole adaptation takes the place of the recipe's; it is no change of its keys.
-        changes = dict(changes)
-        tree["adapt"] = changes.pop("adapt")
-    elif "adapt.method" in changes and isinstance(tree["adapt"], dict):
+    for section, kinds in (("adapt", (dict, list)), ("retain", dict)):
+        if isinstance(changes.get(section), kinds):
+            # A whole section takes the place of the recipe's; it is no change of its keys.
+            changes = dict(changes)
+            tree[section] = changes.pop(section)
+    if "adapt.method" in changes and isinstance(tree["adapt"], dict):
         _forget_rate(tree["adapt"], changes)
     for key, value in yamlfile.flatten(changes).items() if changes else ():
         section = key.split(".")[0]
@@ -257,7 +272,11 @@ def _arm(recipe: Recipe, name: str, changes: dict[str, Any], where: str) -> Arm:
         raise explain(error, place, Recipe) from error
     if name in BASELINES:
         return Arm(name, name, changed.finetune)
-    return Arm(name, changed.finetune.strategy, changed.finetune, tuple(changed.stages))
+    if changed.finetune.strategy == "head":
+        return Arm(name, "head", changed.finetune, tuple(changed.stages))
+    return Arm(
+        name, changed.finetune.strategy, changed.finetune, tuple(changed.stages), changed.retain
+    )
 
 
 def _forget_rate(adapt: dict[str, Any], changes: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ import pytest
 ORDER = [
     "errors", "processes", "explain", "upstream", "borrowed", "yamlfile", "sections", "recipe",
     "record", "places", "rundir", "metrics", "statistics", "data", "model", "analyse", "check",
-    "train", "adapt", "finetune", "measure", "card", "publish", "locate", "predict", "tables",
-    "show", "init", "reads", "ladder", "corpora", "objectives", "adapting", "publishing", "finish",
+    "retain", "train", "adapt", "finetune", "measure", "card", "publish", "locate", "predict",
+    "tables", "show", "init", "reads", "ladder", "corpora", "objectives", "adapting", "publishing", "finish",
     "finish_adapted", "pipeline", "failure", "cli", "__main__",
 ]  # fmt: skip
 ROOT = Path(__file__).parent.parent / "hftl"

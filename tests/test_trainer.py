@@ -20,8 +20,9 @@ from hftl.model.source import find_source
 from hftl.sections import Source
 from hftl.train.checkpoint import KeepBest
 from hftl.train.loss import MANY, counted, counted_rows, summed_loss, uncounted
+from hftl.train.modes import training_modes
 from hftl.train.order import RankBatches, SeededOrder
-from hftl.train.trainer import TransferTrainer, training_modes
+from hftl.train.trainer import TransferTrainer
 
 ROWS = 24
 

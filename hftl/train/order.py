@@ -1,5 +1,6 @@
 """Which rows make a step, whatever the number of processes."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -78,3 +79,48 @@ class RankBatches(Sampler[list[int]]):
     def _share(self, places: range) -> range:
         rows = len(places)
         return places[rows * self.rank // self.processes : rows * (self.rank + 1) // self.processes]
+
+
+class MixedBatches(RankBatches):
+    """The same with rows of general data behind each process's own, in an exact ratio.
+
+    The general row of number n, counted through the training, comes with the target row by which
+    ratio times the number of target rows reaches n + 1: which rows a step holds does not depend on
+    how it is cut into batches and processes. The processes take them in turn. General rows are
+    told by numbers from the target's length on.
+
+    Args:
+        order: of the target's rows.
+        general: of the general rows; its epochs are its own passes.
+        ratio: general rows for each row of the target.
+        batch_size: rows of the target in a full batch on each process.
+        processes: how many share the batch.
+        rank: which of them this is.
+        drop_last: leave out a short last batch.
+    """
+
+    def __init__(
+        self, order: SeededOrder, general: SeededOrder, ratio: float, batch_size: int,
+        processes: int, rank: int, drop_last: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(order, batch_size, processes, rank, drop_last)
+        self.general = general
+        self.ratio = ratio
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = len(self.order)
+        before = self.order.epoch * rows
+        passes: dict[int, list[int]] = {}
+        for step, batch in enumerate(super().__iter__()):
+            first = before + step * self.global_size
+            last = before + min((step + 1) * self.global_size, rows)
+            numbers = range(math.floor(self.ratio * first), math.floor(self.ratio * last))
+            mine = [n for n in numbers if n % self.processes == self.rank]
+            yield batch + [rows + self._general_row(n, passes) for n in mine]
+
+    def _general_row(self, number: int, passes: dict[int, list[int]]) -> int:
+        epoch, place = divmod(number, len(self.general))
+        if epoch not in passes:
+            self.general.set_epoch(epoch)
+            passes[epoch] = list(self.general)
+        return passes[epoch][place]

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,11 +21,14 @@ from transformers.trainer_utils import EvalLoopOutput, seed_worker
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hftl.errors import NumericError, RecipeError
-from hftl.model.head import anatomy_in
 from hftl.processes import gather
+from hftl.retain.retention import Retention, Term
 from hftl.train.checkpoint import trained
 from hftl.train.loss import counted, counted_rows, summed_loss, uncounted
-from hftl.train.order import RankBatches, SeededOrder
+from hftl.train.mixing import Collate, Numbered, rows_to_know
+from hftl.train.modes import training_modes
+from hftl.train.order import MixedBatches, RankBatches, SeededOrder
+from hftl.train.sharding import shard_by_block
 
 
 class TransferTrainer(Trainer):
@@ -36,14 +40,32 @@ class TransferTrainer(Trainer):
     every row is used once an epoch on any number of processes; evaluation counts every row once; a
     loss that is not finite stops.
 
+    Args:
+        retain: terms that keep the model near the original: `KLToOriginal`, `L2SP`, `EWC`. The
+            original is the model as it is handed over.
+        reference: another original, for KL.
+        general_dataset: rows of what the original was good at, mixed into every step: for terms on
+            them, and where they have labels of the task, for its loss (replay).
+        general_ratio: rows of general data for each row of the target.
+
     Raises:
         NumericError: from `train`, on all processes, when the loss is NaN or infinite.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        retain: Sequence[Term] = (),
+        reference: nn.Module | None = None,
+        general_dataset: Any | None = None,
+        general_ratio: float = 0.5,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._retention = Retention(retain, reference, general_ratio)
+        self._general = general_dataset
         self._modes: list[tuple[nn.Module, bool]] | None = None
         self._batches: RankBatches | None = None
         self._step_loss: Tensor | float = 0.0
@@ -73,6 +95,13 @@ class TransferTrainer(Trainer):
         """As transformers' `train`; the frozen modules are looked up anew."""
         self._modes = None
         self._step_loss = 0.0
+        if self._numbers_rows:
+            # A checkpoint is loaded later: the model is still what it starts from.
+            self._retention.start(
+                self.accelerator.unwrap_model(self.model), rows_to_know(*self._training_rows()),
+                self.args.device,
+                self._autocast, self.args.seed,
+            )  # fmt: skip
         if self.args.world_size > 1:
             # With one seed, dropout would hit the same units in every process's rows.
             torch.manual_seed(self.args.seed + self.args.process_index)
@@ -83,12 +112,22 @@ class TransferTrainer(Trainer):
         order = self._get_train_sampler()
         if not isinstance(order, SeededOrder):
             self._batches = None
+            if self._numbers_rows:
+                raise RecipeError(
+                    "retain and general_dataset need rows in a seeded order, got "
+                    f"train_sampling_strategy={self.args.train_sampling_strategy} or a dataset "
+                    "without a length",
+                    "Use random sampling of a dataset with a length",
+                )
             return super().get_train_dataloader()
         state = self.accelerator
-        self._batches = RankBatches(
-            order, self._train_batch_size, state.num_processes, state.process_index,
-            self.args.dataloader_drop_last,
-        )  # fmt: skip
+        cut = (self._train_batch_size, state.num_processes, state.process_index,
+               self.args.dataloader_drop_last)  # fmt: skip
+        if self._general is None:
+            self._batches = RankBatches(order, *cut)
+        else:
+            general = SeededOrder(len(self._general), order.seed)
+            self._batches = MixedBatches(order, general, self._retention.ratio, *cut)
         loader = DataLoader(batch_sampler=self._batches, **self._loader_settings())
         return prepare_data_loader(
             loader, state.device, num_processes=1, process_index=0, put_on_device=True,
@@ -107,10 +146,12 @@ class TransferTrainer(Trainer):
             and self._batches.idle
             and self.accelerator.gradient_state.end_of_dataloader
         ):
-            batches[-1]["labels"] = uncounted(batches[-1]["labels"])
-        labels = [batch["labels"].to(device) for batch in batches]
+            batches[-1]["labels"] = uncounted(batches[-1]["labels"], slice(0, 1))
         here = torch.stack(
-            [torch.stack([counted(each), counted_rows(each).sum()]) for each in labels]
+            [
+                torch.stack([counted(batch["labels"]), _target_rows(batch).sum()]).to(device)
+                for batch in batches
+            ]
         ).sum(0)
         items, self._rows = self.accelerator.gather(here).reshape(-1, 2).sum(0)  # pyright: ignore
         return batches, items
@@ -133,7 +174,8 @@ class TransferTrainer(Trainer):
         if model.training:
             self._hold_frozen_in_eval()
         labels = inputs["labels"]
-        outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
+        beside = ("labels", "row", "general")
+        outputs = model(**{key: value for key, value in inputs.items() if key not in beside})
         slots = getattr(outputs, "slots", None)
         told = labels if slots is None else labels.reshape(-1)[slots]
         loss = summed_loss(outputs.logits, told, smoothing)
@@ -147,6 +189,11 @@ class TransferTrainer(Trainer):
             if penalty is not None:
                 kept = penalty.float().where(counted_rows(labels), 0.0)
                 loss = loss + kept.sum() / self._rows.clamp(min=1) * processes
+            if "row" in inputs:
+                loss = loss + processes * self._retention.loss(
+                    self.accelerator.unwrap_model(model), inputs, outputs, _target_rows(inputs),
+                    self._rows, self._autocast,
+                )  # fmt: skip
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
@@ -220,14 +267,35 @@ class TransferTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return SeededOrder(len(dataset), seed)  # pyright: ignore[reportArgumentType]
 
+    @property
+    def _numbers_rows(self) -> bool:
+        """Whether rows carry their numbers: for terms, or for general data."""
+        return self._retention.asks or self._general is not None
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """The precision that training multiplies in."""
+        return self.accelerator.autocast()
+
+    def _training_rows(self) -> tuple[Any, Any]:
+        """The rows of training, and what makes a batch of them."""
+        dataset, general = (
+            self._remove_unused_columns(part, description="Training")
+            if isinstance(part, datasets.Dataset)
+            else part
+            for part in (self.train_dataset, self._general)
+        )
+        collate = self.data_collator
+        if not isinstance(dataset, datasets.Dataset):
+            collate = self._get_collator_with_removed_columns(collate, "Training")
+        if not self._numbers_rows:
+            return dataset, collate
+        rows: Any = Numbered(dataset, general)
+        return rows, Collate(collate, len(rows))
+
     def _loader_settings(self) -> dict[str, Any]:
         """DataLoader's arguments but for the sampler, as transformers sets them."""
-        args, dataset = self.args, self.train_dataset
-        if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description="Training")
-            collate = self.data_collator
-        else:
-            collate = self._get_collator_with_removed_columns(self.data_collator, "Training")
+        args = self.args
+        dataset, collate = self._training_rows()
         workers = args.dataloader_num_workers
         return {
             "dataset": dataset,
@@ -260,37 +328,7 @@ class TransferTrainer(Trainer):
             module.training = live
 
 
-def shard_by_block(plugin: Any, model: nn.Module) -> None:
-    """Makes each block a unit of FSDP, unless the launcher's configuration names the classes.
-
-    transformers' own list holds the embeddings too, inside which accelerate then shards the word
-    embeddings once more, and fails.
-    """
-    if plugin.transformer_cls_names_to_wrap is None:
-        stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-        blocks = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
-        plugin.transformer_cls_names_to_wrap = [type(blocks[0]).__name__]
-
-
-def training_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """Which modules run in train mode: those whose every parameter trains.
-
-    A module without parameters follows its parent; LoRA's own dropout, and the one directly
-    before the head, are live.
-    """
-    try:
-        head_dropout = anatomy_in(model).head_dropout
-    except RecipeError:  # A user's own model: its head is where its parameters train.
-        head_dropout = None
-    modes: list[tuple[nn.Module, bool]] = []
-
-    def visit(module: nn.Module, path: str, parent: bool) -> None:
-        trains = [parameter.requires_grad for parameter in module.parameters()]
-        always = "lora_dropout" in path or path.removeprefix("base_model.model.") == head_dropout
-        live = all(trains) if trains else parent or always
-        modes.append((module, live))
-        for name, child in module.named_children():
-            visit(child, f"{path}.{name}" if path else name, live)
-
-    visit(model, "", False)
-    return modes
+def _target_rows(batch: dict[str, Any]) -> Tensor:
+    """Which rows of a batch are the target's and hold anything that counts: (batch,) bool."""
+    counts = counted_rows(batch["labels"])
+    return counts & ~batch["general"] if "general" in batch else counts

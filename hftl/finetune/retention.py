@@ -1,0 +1,134 @@
+"""From a recipe's `retain` to what the trainer is given: terms, another original, general rows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from hftl import processes
+from hftl.data.examples import Examples
+from hftl.data.split import content_key
+from hftl.errors import RecipeError
+from hftl.finetune.workbench import Workbench
+from hftl.model.source import SourceModel
+from hftl.retain.base import check_unchanged_base
+from hftl.retain.kl import KLToOriginal
+from hftl.retain.weights import EWC, L2SP
+from hftl.sections import KL, Finetune, Replay, Retain
+from hftl.train.mixing import unlabelled
+
+TAU = {"text": 0.05, "image": 0.07}
+"""The temperature of cosines that sentence encoders (Reimers & Gurevych 2019) and self-distilled
+image encoders (Caron et al. 2021) are trained with."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What keeps one training near its original.
+
+    `trainer` are arguments of `TransferTrainer`; `facts` is what the record tells.
+    """
+
+    trainer: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def kept_near(
+    bench: Workbench, retain: Retain | None, finetune: Finetune, seed: int,
+    fisher: Callable[[], dict[str, Tensor]], original: Callable[[Workbench], nn.Module],
+) -> Kept:  # fmt: skip
+    """The trainer's arguments for a `retain` section whose weights are numbers.
+
+    Args:
+        bench: the rows, and the general ones.
+        retain: the section, or None.
+        finetune: how the model is trained.
+        seed: of the arm.
+        fisher: the Fisher information, where EWC needs it.
+        original: the model before adaptation with its own probe, on that workbench.
+    """
+    if retain is None:
+        return Kept()
+    terms: list[Any] = [_kl_term(bench, kl, finetune, seed) for kl in retain.kls]
+    if retain.l2sp is not None:
+        given = retain.l2sp
+        terms.append(L2SP(given.weight, given.head, given.decoupled))
+    if retain.ewc is not None:
+        terms.append(EWC(retain.ewc.weight, fisher()))
+    found: dict[str, Any] = {"retain": terms}
+    if retain.reference == "source" and bench.original is not None and retain.kls:
+        found["reference"] = original(bench.original)
+    facts: dict[str, Any] = {"general_rows": 0}
+    if _mixes_general(retain):
+        rows = general_examples(bench)
+        ratio = (retain.replay or Replay()).ratio
+        found |= {"general_dataset": rows, "general_ratio": ratio}
+        facts["general_rows"] = len(rows)
+    return Kept(found, facts)
+
+
+def check_retention(
+    retain: Retain | None, finetune: Finetune, source: SourceModel, task: str
+) -> None:
+    """Refuses what cannot keep a model near its original, before a row is read.
+
+    Raises:
+        RecipeError: for a form of KL that the source has no head for, an adapter that changes the
+            weights under it, or replay that nothing looks at.
+    """
+    if retain is None or finetune.strategy in ("head", "scratch"):
+        return
+    if finetune.strategy == "lora":
+        check_unchanged_base(finetune.lora, "finetune.lora")
+        if retain.l2sp is not None and retain.l2sp.decoupled:
+            raise RecipeError(
+                "retain.l2sp.decoupled moves weights, and under LoRA the base does not move",
+                "Set it to false",
+            )
+    for kl in retain.kls:
+        if kl.on in ("mlm", "zero_shot"):
+            check_head(kl, source)
+    if retain.replay is not None and not any(kl.inputs != "target" for kl in retain.kls):
+        raise RecipeError(
+            "retain.replay mixes in general data without labels, and no KL is taken on them",
+            "Set retain.kl.inputs to general or both",
+        )
+    if task == "regression" and any(kl.on == "probe" and kl.temperature != 1 for kl in retain.kls):
+        raise RecipeError(
+            "retain.kl.temperature: the KL between two Gaussians has none", "Leave it at 1"
+        )
+
+
+def general_examples(bench: Workbench) -> Examples:
+    """The general rows that retention may look at, with labels that count for nothing."""
+    assert bench.general is not None
+    rows = bench.general.used
+    encoded = bench.encoded(rows)
+    like = bench.examples(bench.prepared.rows["train"][:1])[0]
+    labels = [unlabelled(like, dict(row)) for row in encoded]
+    return Examples(encoded, labels, [content_key(row) for row in rows], None)
+
+
+def _mixes_general(retain: Retain) -> bool:
+    """Whether steps hold general rows; EWC looks at them before."""
+    return retain.replay is not None or any(kl.inputs != "target" for kl in retain.kls)
+
+
+def _kl_term(bench: Workbench, kl: KL, finetune: Finetune, seed: int) -> KLToOriginal:
+    assert not isinstance(kl.weight, str)
+    variance = 1.0
+    if kl.on == "probe" and bench.prepared.task == "regression":
+        variance = processes.share(lambda: _residual_variance(bench, finetune.pooling, seed))
+    return KLToOriginal(
+        kl.weight, kl.on, kl.temperature, kl.direction, kl.inputs,
+        kl.tau or TAU[bench.prepared.modality], kl.anchors, variance,
+    )  # fmt: skip
+
+
+def _residual_variance(bench: Workbench, pooling: str, seed: int) -> float:
+    """The variance of the target around the probe's prediction, on validation."""
+    rows = bench.prepared.rows["validation"]
+    told = bench.probe(pooling, seed).logits(bench.features(pooling, seed, rows))[:, 0]
+    return float(np.mean((bench.prepared.targets(rows) - told) ** 2))

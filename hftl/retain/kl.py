@@ -1,0 +1,196 @@
+"""KL to the original, a value for each row, where the original has an opinion.
+
+Forward is KL(original || model), the mean-seeking one whose gradient is soft cross-entropy's
+(Hinton et al. 2015, arXiv:1503.02531, section 2; Li & Hoiem 2016, arXiv:1606.09282, equation 2).
+All of it is computed in fp32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hftl.errors import RecipeError
+from hftl.retain.view import View
+
+FORMS = ("probe", "relational", "features")
+INPUTS = ("target", "general", "both")
+DIRECTIONS = ("forward", "reverse")
+
+
+@dataclass(frozen=True)
+class KLToOriginal:
+    """KL between the original's distribution and the model's.
+
+    LwF (Li & Hoiem 2016) is `on="probe", temperature=2, weight=1` on a model whose head was solved
+    or warmed up with the encoder frozen.
+
+    Args:
+        weight: of the mean over rows in the loss; 0 leaves the term out.
+        on: `relational`: how similar each row is to others (to a fixed bank of the original's
+            embeddings, or to the batch's own), the native distribution of sentence encoders;
+            `probe`: the head's classes, which somebody must have trained; `features`: a Gaussian
+            around each embedding.
+        temperature: the logits are divided by it and the result is multiplied by its square, so
+            that the gradient keeps its size.
+        direction: `forward` or `reverse`.
+        inputs: the rows it is taken on: `target`, `general`, or `both`.
+        tau: relational: what cosines are divided by.
+        anchors: relational: rows of the bank; 0: each row against the others of its batch, so that
+            the value depends on how a step is cut into batches.
+        variance: probe of a regression: of the target around the original's prediction.
+        cached: whether the original's outputs are computed once; None: where inputs repeat.
+
+    Raises:
+        RecipeError: for a negative weight or an unknown form, direction or kind of inputs.
+    """
+
+    weight: float = 0.1
+    on: str = "relational"
+    temperature: float = 1.0
+    direction: str = "forward"
+    inputs: str = "target"
+    tau: float = 0.05
+    anchors: int = 256
+    variance: float = 1.0
+    cached: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("on", FORMS), ("inputs", INPUTS), ("direction", DIRECTIONS)):
+            if getattr(self, name) not in known:
+                raise RecipeError(
+                    f"kl.{name}={getattr(self, name)!r}", f"Use one of {', '.join(known)}"
+                )
+        for name in ("temperature", "tau", "variance"):
+            if not getattr(self, name) > 0:
+                raise RecipeError(f"kl.{name}={getattr(self, name)} must be above 0", "Raise it")
+        if self.weight < 0:
+            raise RecipeError(f"kl.weight={self.weight} would drive the model away", "Raise it")
+
+
+def probe_kl(term: KLToOriginal, original: Tensor, now: Tensor, kind: str) -> Tensor:
+    """KL between what two heads say, for each row.
+
+    Args:
+        term: temperature, direction, variance.
+        original: (..., outputs) logits.
+        now: the same of the model.
+        kind: `classes` (softmax), `labels` (a yes or no for each), or `target` (a Gaussian of
+            `variance` around one value: squared distance over twice the variance).
+
+    Returns:
+        (...) float32.
+    """
+    if kind == "target":
+        return ((now - original).float() ** 2).squeeze(-1) / (2 * term.variance)
+    if kind == "labels":
+        two = torch.stack([original, torch.zeros_like(original)], -1)
+        other = torch.stack([now, torch.zeros_like(now)], -1)
+        return kl_rows(two, other, term.temperature, term.direction).sum(-1)
+    return kl_rows(original, now, term.temperature, term.direction)
+
+
+def relational_kl(
+    term: KLToOriginal, original: Tensor, now: Tensor, bank: Tensor | None, hidden: Tensor | None
+) -> Tensor:
+    """KL between the rows' similarities to others, for each row.
+
+    q_ij = softmax_j(cos(f_i, a_j) / tau): of the original and of the model to the same anchors a,
+    or, without a bank, of each to its own embeddings of the batch (Fang et al. 2021, SEED,
+    arXiv:2101.04731, equations 2 to 5).
+
+    Args:
+        term: temperature, direction, tau.
+        original: (rows, width).
+        now: (rows, width).
+        bank: (anchors, width) of the original, or None.
+        hidden: (rows, anchors) bool, where an anchor is the row itself.
+
+    Returns:
+        (rows,) float32; zeros where a batch of one has no others.
+    """
+    sides = [F.normalize(side.float(), dim=-1) for side in (original, now)]
+    if bank is None:
+        if len(now) < 2:
+            return now.float().sum(-1) * 0.0
+        hidden = torch.eye(len(now), dtype=torch.bool, device=now.device)
+        told = [side @ side.T for side in sides]
+    else:
+        anchors = F.normalize(bank.float(), dim=-1)
+        told = [side @ anchors.T for side in sides]
+    if hidden is not None:
+        # Not -inf: a difference of two of them would be no number.
+        told = [similar.masked_fill(hidden, -1e4 * term.tau) for similar in told]
+    return kl_rows(told[0] / term.tau, told[1] / term.tau, term.temperature, term.direction)
+
+
+def feature_kl(original: Tensor, now: Tensor, spread: Tensor) -> Tensor:
+    """KL between Gaussians around two embeddings: |f - f0|^2 / (2 spread), for each row.
+
+    Args:
+        original: (rows, width).
+        now: (rows, width).
+        spread: the variance, a scalar: the original's embeddings' own, summed over their width, so
+            that 1/2 is as far as two unrelated rows are from their mean.
+
+    Returns:
+        (rows,) float32. As a penalty: LDIFS (Mukhoti et al. 2024, arXiv:2308.13320).
+    """
+    return ((now.float() - original.float()) ** 2).sum(-1) / (2 * spread)
+
+
+def kl_rows(original: Tensor, now: Tensor, temperature: float, direction: str) -> Tensor:
+    """T^2 KL(softmax(original / T) || softmax(now / T)) over the last axis, or the other way."""
+    logs = [F.log_softmax(side.float() / temperature, -1) for side in (original, now)]
+    if direction == "reverse":
+        logs = logs[::-1]
+    return temperature**2 * (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
+
+
+def rows_of(term: KLToOriginal, general: Tensor, counts: Tensor) -> Tensor:
+    """Which rows of a batch a term is taken on: (batch,) bool.
+
+    Args:
+        term: its `inputs`.
+        general: (batch,) bool.
+        counts: (batch,) bool, the target's rows that count.
+    """
+    if term.inputs == "target":
+        return counts & ~general
+    return general if term.inputs == "general" else general | counts
+
+
+def expected_rows(term: KLToOriginal, target: Tensor, ratio: float) -> Tensor:
+    """How many rows of a step a term is a mean over, as a share of the target's rows is general."""
+    share = {"target": 1.0, "general": ratio, "both": 1.0 + ratio}[term.inputs]
+    return target * share
+
+
+def row_values(
+    term: KLToOriginal, original: View, now: View, kind: str, bank: Tensor | None,
+    hidden: Tensor | None, spread: Tensor | None, mask: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The term's value for each row, (rows,) float32.
+
+    Args:
+        term: what is compared.
+        original: the reference's outputs on the rows.
+        now: the model's.
+        kind: see `probe_kl`; `words`: classes for each token, averaged over `mask`.
+        bank: see `relational_kl`.
+        hidden: see `relational_kl`.
+        spread: see `feature_kl`.
+        mask: (rows, length), 1 where a token counts.
+    """
+    if term.on == "probe":
+        if kind != "words":
+            return probe_kl(term, original.logits, now.logits, kind)
+        each = probe_kl(term, original.logits, now.logits, "classes")
+        counts = torch.ones_like(each) if mask is None else mask.to(each.dtype)
+        return (each * counts).sum(-1) / counts.sum(-1).clamp(min=1)
+    assert original.embedding is not None and now.embedding is not None
+    if term.on == "relational":
+        return relational_kl(term, original.embedding, now.embedding, bank, hidden)
+    assert spread is not None
+    return feature_kl(original.embedding, now.embedding, spread)

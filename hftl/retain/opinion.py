@@ -1,0 +1,45 @@
+"""Whether a reference's head says anything of the labels: KL on one nobody trained is noise."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hftl.errors import RecipeError
+
+BETTER = 0.95
+"""A head has an opinion if its loss is below this share of that of the labels' shares alone."""
+
+
+def check_opinion(logits: Tensor, labels: Tensor, kind: str) -> None:
+    """Compares the original's head with one that knows only how frequent each label is.
+
+    Args:
+        logits: (rows, outputs) of the original on training rows.
+        labels: (rows,) int64, -100 where there is none, or float, NaN where there is none, or
+            (rows, outputs) of 0 and 1.
+        kind: `classes`, `labels` or `target`.
+
+    Raises:
+        RecipeError: if it is no better, as a head that nobody trained.
+    """
+    counts = labels >= 0 if kind == "classes" else ~labels.isnan().reshape(len(labels), -1).any(1)
+    logits, labels = logits[counts].double(), labels[counts]
+    if not len(labels):
+        return
+    if kind == "target":
+        loss = F.mse_loss(logits.squeeze(-1), labels.double())
+        blind = labels.double().var(unbiased=False)
+    elif kind == "labels":
+        loss = F.binary_cross_entropy_with_logits(logits, labels.double())
+        share = labels.double().mean(0)
+        blind = F.binary_cross_entropy(share.expand_as(logits), labels.double())
+    else:
+        loss = F.cross_entropy(logits, labels)
+        share = labels.bincount(minlength=logits.shape[1]).double() / len(labels)
+        blind = -(torch.xlogy(share, share)).sum()
+    if not loss < BETTER * blind:
+        raise RecipeError(
+            f"kl.on=probe: the reference's head says nothing of the labels (loss {loss:.3f}, "
+            f"{blind:.3f} by their shares alone): nobody has trained it",
+            "Start the head from the probe (head_init: probe), or use on: relational",
+        )

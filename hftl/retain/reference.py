@@ -1,0 +1,95 @@
+"""The original's outputs on a batch: by the same weights with the adapter off, or by a copy."""
+
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from hftl.errors import RecipeError
+from hftl.model.head import PooledModel
+from hftl.retain.view import Tap, View, in_eval
+
+AGREE = 1e-3
+"""The largest difference, relative to the largest output, between a model that has not been
+trained and its reference; what bf16 leaves of one number is more, so this is looked at in fp32."""
+
+
+class Reference:
+    """What the original says of a batch: without gradient, and without dropout.
+
+    Args:
+        model: what is about to be trained; now it is the original.
+        given: another original, for instance the source before adaptation; it is frozen.
+        copied: whether the model's own weights will change, so that a copy has to be kept; with an
+            adapter none is needed, since the weights under it stay.
+    """
+
+    def __init__(self, model: nn.Module, given: nn.Module | None, copied: bool) -> None:
+        self._head: nn.Module | None = None
+        self._adapter: PeftModel | None = None
+        self.is_given = given is not None
+        adapter = model.encoder if isinstance(model, PooledModel) else model
+        if given is not None:
+            self.model = given.requires_grad_(False).to(next(model.parameters()).device)
+        elif isinstance(adapter, PeftModel):
+            self.model, self._adapter = model, adapter
+            if isinstance(model, PooledModel):
+                # The head is outside the adapter, and trains.
+                self._head = deepcopy(model.head).requires_grad_(False)
+        else:
+            self.model = deepcopy(model).requires_grad_(False) if copied else model
+        # The model's own hooks are copied with it; this one is the copy's.
+        self._tap = Tap(self.model)
+
+    def __call__(self, batch: dict[str, Any]) -> View:
+        """The original's outputs on a batch, which may hold `labels`; every mode is left as it
+        was."""
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        off: AbstractContextManager[Any] = nullcontext()
+        if self._adapter is not None:
+            off = self._adapter.disable_adapter()
+        with torch.no_grad(), in_eval(self.model), off:
+            seen = self._tap.view(self.model(**inputs), batch.get("attention_mask"))
+            if self._head is not None:
+                assert seen.embedding is not None
+                width = self._head(seen.embedding.to(next(self._head.parameters()).dtype))
+                seen = View(seen.embedding, width.float())
+        return seen
+
+    def check(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        """Compares with the model before it is trained: the original is what it starts from.
+
+        Raises:
+            RecipeError: if they differ, as where an adapter has changed the weights under it.
+        """
+        if self.is_given or self.model is model and self._adapter is None:
+            return
+        tap = Tap(model)
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        with torch.no_grad(), in_eval(model):
+            now = tap.view(model(**inputs), batch.get("attention_mask"))
+        tap.close()
+        then = self(batch)
+        for name, one, other in (
+            ("embeddings", now.embedding, then.embedding), ("logits", now.logits, then.logits),
+        ):  # fmt: skip
+            apart = _apart(one, other)
+            if not apart <= AGREE:
+                raise RecipeError(
+                    f"the model differs from its reference before training: {name} by {apart:.1e} "
+                    "of the largest",
+                    "Use LoRA that leaves the base as it is and starts at zero, or give reference=",
+                )
+
+    def close(self) -> None:
+        """Lets go of the model."""
+        self._tap.close()
+
+
+def _apart(one: Tensor | None, other: Tensor | None) -> float:
+    """The largest difference, relative to the largest value where that is above 1."""
+    assert one is not None and other is not None
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1.0))
