@@ -95,10 +95,11 @@ def _step(
         public_id=None, revision=None,
     )  # fmt: skip
     weights = told["weights_sha256"]
-    if stage.method != "lora":
-        return Step(here.adapted(source, weights, None, ()), told, folder)
-    loras = (*here.loras, folder / "lora.safetensors")
-    return Step(here.adapted(source, weights, here.public_base, loras), told, folder)
+    head = folder / HEAD if stage.objective == "mlm" else None
+    base, loras = None, ()
+    if stage.method == "lora":
+        base, loras = here.public_base, (*here.loras, folder / "lora.safetensors")
+    return Step(here.adapted(source, weights, base, loras, head), told, folder)
 
 
 def check_stages(recipe: Recipe, source: SourceModel) -> None:

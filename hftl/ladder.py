@@ -17,6 +17,7 @@ from hftl.finetune.workbench import Workbench
 from hftl.reads import arm_reads, asked
 from hftl.recipe import Arm, Recipe, arms
 from hftl.record import to_json
+from hftl.retaining import kept_of
 from hftl.train.hardware import dtype_name, visible_devices
 
 ORDER = ("majority", "classical", "head", "lora", "partial", "full", "scratch")
@@ -154,7 +155,11 @@ def _run_arm(this: Run, bench: Workbench, arm: Arm, seed: int) -> Outcome:
             rate = _scratch_rate(this, bench, arm)
             search = this.recipe.measure.scratch
             return baseline.train_scratch(bench, arm.finetune, search, rate, seed, this.progress)
-    return training.train_arm(bench, arm.finetune, seed, this.progress)
+    kept = kept_of(
+        bench, arm, seed, this.recipe.measure.seeds, this.folder,
+        _arm_reads(this.recipe, bench, arm), this.progress, this.say,
+    )  # fmt: skip
+    return training.train_arm(bench, arm.finetune, seed, this.progress, kept)
 
 
 def _scratch_rate(this: Run, bench: Workbench, arm: Arm) -> float:

@@ -25,6 +25,7 @@ from hftl.model.source import SourceModel, find_source
 from hftl.reads import data_reads, refuse_changed
 from hftl.recipe import Recipe, arms
 from hftl.record import Record
+from hftl.retaining import check_kept
 
 UNTIL = ("adapt", "finetune", "measure", "publish")
 
@@ -90,6 +91,7 @@ def _phases(this: Run, until: str, restart: bool) -> Record | None:
     metric = processes.first(lambda: _metric(recipe))
     source = processes.first(lambda: find_source(recipe.source))
     processes.first(lambda: check_stages(recipe, source))
+    processes.first(lambda: check_kept(recipe, source))
     bench = processes.first(lambda: _bench(this, source))
     if metric is not None:
         measured = bench.prepared.measured(bench.prepared.rows["validation"])
@@ -123,6 +125,7 @@ def preflight(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     quiet()
     source = find_source(recipe.source)
     check_stages(recipe, source)
+    check_kept(recipe, source)
     prepared = data_stage.prepare(recipe.data, reading_of(source, str(recipe.data.task)))
     bench = new_bench(recipe, source, prepared)
     wanted = arms(recipe)

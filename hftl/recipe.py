@@ -86,6 +86,13 @@ class Recipe(Section):
                 "retain reads general data (replay, ewc, or kl.inputs), but data.general is null",
                 "Give data.general, or leave that part of retain out",
             )
+        between = self.retain is not None and self.retain.interpolate is not None
+        if between and self.finetune.head_init == "random":
+            raise RecipeError(
+                "retain.interpolate goes from the original to the trained weights, and with "
+                "finetune.head_init=random the original has no head",
+                "Set finetune.head_init=probe",
+            )
         probed = self.retain is not None and any(kl.on == "probe" for kl in self.retain.kls)
         if probed and self.finetune.head_init == "random":
             raise RecipeError(

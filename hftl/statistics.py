@@ -5,7 +5,7 @@ items. Two things make it uncertain: which seeds were run and which items were d
 here keep both in view; `jackknife` turns any metric into per-item values that can be averaged.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import special
@@ -197,6 +197,28 @@ def outcome(interval: tuple[float, float] | None, margin: float) -> str:
     if low > 0:
         return "positive"
     return "negative" if high < 0 else "undetermined"
+
+
+def one_standard_error(
+    scores: Sequence[float], errors: Sequence[float], costs: Sequence[float]
+) -> int:
+    """The position of the least cost among the scores within one standard error of the best.
+
+    The rule of Breiman et al. 1984 (CART, section 3.4.3). Of equal costs the better score wins, of
+    equal scores the first.
+
+    Args:
+        scores: more is better.
+        errors: the standard error of each.
+        costs: less is better.
+
+    Raises:
+        ValueError: there are none, or their numbers differ, or one is not finite.
+    """
+    told = _finite("scores, errors and costs", [list(scores), list(errors), list(costs)], 2)
+    best = int(np.argmax(told[0]))
+    near = np.flatnonzero(told[0] >= told[0, best] - told[1, best])
+    return int(min(near, key=lambda i: (told[2, i], -told[0, i], i)))
 
 
 def relative_error_reduction(own: float, baseline: float, best: float = 1.0) -> float | None:

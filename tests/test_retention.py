@@ -344,12 +344,12 @@ def test_general_rows_come_in_the_exact_ratio_and_never_count_as_labelled(
     )  # fmt: skip
     plain = trainer._retention.loss
 
-    def noted(model: Any, batch: Any, outputs: Any, counts: Any, target: Any, cast: Any) -> Any:
+    def noted(model: Any, batch: Any, outputs: Any, counts: Any, target: Any, *rest: Any) -> Any:
         general = batch["general"]
         assert (batch["labels"][general] == -100).all() and not counts[general].any()
         assert int(target) == 8, "the step's rows are the target's"
         seen.append((int((~general).sum()), int(general.sum())))
-        return plain(model, batch, outputs, counts, target, cast)
+        return plain(model, batch, outputs, counts, target, *rest)
 
     trainer._retention.loss = noted
     trainer.train()

@@ -34,6 +34,7 @@ from hftl.errors import DataError, NumericError, RecipeError
 from hftl.finetune.strategy import prepare
 from hftl.model.head import PooledModel
 from hftl.processes import close, first, gather, is_main, mine, raised_elsewhere, rank, share, size
+from hftl.retain.kl import KLToOriginal
 from hftl.train.checkpoint import KeepBest, whole_state
 from hftl.train.trainer import TransferTrainer
 
@@ -49,6 +50,8 @@ CASES = {
     "accumulated-full": {"rows": 45, "accumulated": 2},
     "pooled-lora": {"rows": 45, "steps": 12},
     "native-lora": {"rows": 41, "steps": 12},
+    "retained-lora": {"rows": 41, "steps": 12, "retain": True},
+    "retained-full": {"rows": 45, "steps": 12, "retain": True, "accumulated": 2},
 }
 ADAPTATIONS = [("mlm", "full"), ("mlm", "lora"), ("mae", "full")]
 """Objectives and methods."""
@@ -58,7 +61,7 @@ SHARDED = ["tokens-full", "pooled-lora", "native-lora"]
 def kind_of(name: str) -> str:
     """What the case's rows are."""
     kind = name.split("-")[0]
-    return "text" if kind in ("accumulated", "native") else kind
+    return {"accumulated": "text", "native": "text", "retained": "pooled"}.get(kind, kind)
 
 
 class Rows(Dataset):
@@ -228,8 +231,24 @@ def trainer_of(
     return kind(
         model=tiny(data, strategy), args=args, train_dataset=Rows(data, case["rows"]),
         eval_dataset=Rows(data, 13), data_collator=collate, compute_metrics=metrics_of,
-        callbacks=callbacks,
+        callbacks=callbacks, **(retained() if case.get("retain") else {}),
     )  # fmt: skip
+
+
+def retained() -> dict[str, Any]:
+    """Terms on both kinds of rows, cached and not, and general rows."""
+    general = Rows("pooled", 9)
+    for row in general.rows:
+        del row["labels"]
+        row["input_ids"] = row["input_ids"].flip(0)
+    return {
+        "retain": [
+            KLToOriginal(3.0, anchors=12, inputs="both"),
+            KLToOriginal(2.0, "features", inputs="general"),
+        ],
+        "general_dataset": general,
+        "general_ratio": 0.4,
+    }
 
 
 def outcome(name: str, folder: Path, kind: type[TransferTrainer] = Watched) -> dict[str, Any]:

@@ -12,17 +12,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
+from hftl import processes
 from hftl.data.load import Row
 from hftl.errors import NumericError, RecipeError
+from hftl.finetune.interpolate import interpolate
 from hftl.finetune.outcome import Outcome
+from hftl.finetune.retention import Kept
 from hftl.finetune.strategy import prepare, trainable_parameters
+from hftl.finetune.weight import validation_score
 from hftl.finetune.workbench import MEASURED, Workbench
 from hftl.metrics import METRICS, SELECTION, score_all
 from hftl.model.cache import logits
 from hftl.model.head import Built
 from hftl.sections import Finetune
 from hftl.train.arguments import arguments as common_arguments
-from hftl.train.checkpoint import KeepBest, whole_state
+from hftl.train.checkpoint import KeepBest, trained, whole_state
 from hftl.train.hardware import dtype_name, is_sharded
 from hftl.train.trainer import TransferTrainer
 
@@ -48,15 +52,29 @@ def solve_head(bench: Workbench, finetune: Finetune, seed: int) -> Outcome:
     )
 
 
-def train_arm(bench: Workbench, finetune: Finetune, seed: int, progress: bool) -> Outcome:
-    """The strategies `partial`, `lora` and `full`, from the probe's head or a random one."""
+def train_arm(
+    bench: Workbench,
+    finetune: Finetune,
+    seed: int,
+    progress: bool,
+    kept: Kept = Kept(),  # noqa: B008
+) -> Outcome:
+    """The strategies `partial`, `lora` and `full`, from the probe's head or a random one.
+
+    Args:
+        bench: what all arms share.
+        finetune: the recipe's section.
+        seed: of shots, order and initialisation.
+        progress: whether to draw a bar.
+        kept: what keeps it near its original.
+    """
     built = bench.build(finetune.pooling, seed)
     if finetune.head_init == "probe":
         set_probe(bench, built, finetune.pooling, seed)
     set_seed(seed)
     model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
     built = Built(model, built.anatomy, built.pooling, built.fresh)
-    return fit(bench, built, finetune.training, finetune.patience, seed, progress)
+    return fit(bench, built, finetune.training, finetune.patience, seed, progress, kept)
 
 
 def fit(
@@ -66,6 +84,7 @@ def fit(
     patience: int | None,
     seed: int,
     progress: bool,
+    kept: Kept = Kept(),  # noqa: B008 (immutable)
 ) -> Outcome:
     """Trains a prepared model, keeps its best evaluation on validation, and predicts in fp32."""
     started = time.perf_counter()
@@ -73,6 +92,7 @@ def fit(
     held = _short_first(bench, bench.prepared.rows["validation"])
     # FSDP cuts the model into pieces; what it learns is put into this whole one.
     whole = deepcopy(built.model) if is_sharded() else built.model
+    start = {name: tensor.clone() for name, tensor in trained(built.model)} if kept.alphas else {}
     with tempfile.TemporaryDirectory() as scratch_folder:
         args = arguments(training, task, scratch_folder, seed, bench.device, progress)
         best = keep_best(args, patience)
@@ -84,6 +104,7 @@ def fit(
             data_collator=bench.inputs.collate,
             compute_metrics=lambda told: _metrics(bench, held, told.predictions, told.label_ids),
             callbacks=[best],
+            **kept.trainer,
         )
         trainer.remove_callback(PrinterCallback)
         try:
@@ -97,14 +118,27 @@ def fit(
     best.restore(built.model)
     if whole is not built.model:
         built = replace(built, model=_filled(whole, whole_state(built.model, trainer.accelerator)))
+    if kept.alphas:
+        found = interpolate(built.model, start, kept.alphas, lambda: _score(bench, built))
+        kept.facts["interpolation"] = found
+    if kept.look is not None:
+        kept.facts["forgotten"] = kept.look(built)
     facts = {
         "learning_rate": args.learning_rate,
         "precision": dtype_name(training),
         "epochs": trainer.state.epoch,
         "best_epoch": best.epoch,
         "history": _history(trainer.state.log_history),
+        **kept.facts,
     }
     return _predicted(bench, built, facts, time.perf_counter() - started)
+
+
+def _score(bench: Workbench, built: Built) -> tuple[float, float]:
+    """The score on validation and its standard error of the model as it is."""
+    rows = bench.encoded(bench.prepared.rows["validation"])
+    found = logits(built.model, rows, bench.inputs, bench.device)
+    return processes.share(lambda: validation_score(bench, found))
 
 
 def _filled(model: nn.Module, learnt: dict[str, Tensor]) -> nn.Module:

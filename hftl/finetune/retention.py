@@ -11,14 +11,18 @@ from hftl import processes
 from hftl.data.examples import Examples
 from hftl.data.split import content_key
 from hftl.errors import RecipeError
+from hftl.finetune.heads import check_head, head_term
 from hftl.finetune.workbench import Workbench
+from hftl.model.head import Built
 from hftl.model.source import SourceModel
-from hftl.retain.base import check_unchanged_base
+from hftl.recipe import Arm
+from hftl.retain.base import check_low_rank, check_unchanged_base
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.weights import EWC, L2SP
 from hftl.sections import KL, Finetune, Replay, Retain
 from hftl.train.mixing import unlabelled
 
+OWN_HEADS = ("mlm", "zero_shot")
 TAU = {"text": 0.05, "image": 0.07}
 """The temperature of cosines that sentence encoders (Reimers & Gurevych 2019) and self-distilled
 image encoders (Caron et al. 2021) are trained with."""
@@ -28,10 +32,14 @@ image encoders (Caron et al. 2021) are trained with."""
 class Kept:
     """What keeps one training near its original.
 
-    `trainer` are arguments of `TransferTrainer`; `facts` is what the record tells.
+    `trainer` are arguments of `TransferTrainer`; `alphas` are the shares of the way from the
+    original to the trained weights that are tried; `look` is asked about the trained model, and
+    what it says stands in the facts as `forgotten`; `facts` is what the record tells.
     """
 
     trainer: dict[str, Any] = field(default_factory=dict)
+    alphas: tuple[float, ...] = ()
+    look: Callable[[Built], float] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -51,7 +59,11 @@ def kept_near(
     """
     if retain is None:
         return Kept()
-    terms: list[Any] = [_kl_term(bench, kl, finetune, seed) for kl in retain.kls]
+    terms: list[Any] = [
+        head_term(bench, kl, seed) if kl.on in OWN_HEADS else _kl_term(bench, kl, finetune, seed)
+        for kl in retain.kls
+        if kl.weight
+    ]
     if retain.l2sp is not None:
         given = retain.l2sp
         terms.append(L2SP(given.weight, given.head, given.decoupled))
@@ -66,34 +78,40 @@ def kept_near(
         ratio = (retain.replay or Replay()).ratio
         found |= {"general_dataset": rows, "general_ratio": ratio}
         facts["general_rows"] = len(rows)
-    return Kept(found, facts)
+    return Kept(found, tuple(retain.interpolate or ()), None, facts)
 
 
-def check_retention(
-    retain: Retain | None, finetune: Finetune, source: SourceModel, task: str
-) -> None:
-    """Refuses what cannot keep a model near its original, before a row is read.
+def check_retention(arm: Arm, source: SourceModel, task: str) -> None:
+    """Refuses what cannot keep an arm near its original, before a row is read.
 
     Raises:
         RecipeError: for a form of KL that the source has no head for, an adapter that changes the
             weights under it, or replay that nothing looks at.
     """
-    if retain is None or finetune.strategy in ("head", "scratch"):
+    retain = arm.retain
+    if retain is None:
         return
-    if finetune.strategy == "lora":
-        check_unchanged_base(finetune.lora, "finetune.lora")
+    if arm.strategy == "lora":
+        check_unchanged_base(arm.finetune.lora, "finetune.lora")
+        if retain.l2sp is not None or retain.ewc is not None:
+            check_low_rank(arm.finetune.lora, "finetune.lora")
         if retain.l2sp is not None and retain.l2sp.decoupled:
             raise RecipeError(
                 "retain.l2sp.decoupled moves weights, and under LoRA the base does not move",
                 "Set it to false",
             )
     for kl in retain.kls:
-        if kl.on in ("mlm", "zero_shot"):
-            check_head(kl, source)
+        if kl.on in OWN_HEADS:
+            check_head(kl, source, any(stage.objective == "mlm" for stage in arm.stages), task)
     if retain.replay is not None and not any(kl.inputs != "target" for kl in retain.kls):
         raise RecipeError(
             "retain.replay mixes in general data without labels, and no KL is taken on them",
             "Set retain.kl.inputs to general or both",
+        )
+    if retain.ewc is not None and retain.ewc.fisher == "empirical":
+        raise RecipeError(
+            "retain.ewc.fisher=empirical needs the task's labels, which general data have not",
+            "Use exact, sampled or features",
         )
     if task == "regression" and any(kl.on == "probe" and kl.temperature != 1 for kl in retain.kls):
         raise RecipeError(

@@ -3,10 +3,20 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from hftl import processes
+from hftl.analyse.neighbours import agreement
+from hftl.finetune.embed import embed_rows
+from hftl.finetune.workbench import Workbench
+from hftl.metrics import METRICS, SELECTION
+from hftl.model.head import Built
 from hftl.sections import Retain
-from hftl.statistics import one_standard_error
+from hftl.statistics import jackknife, one_standard_error
 
 GRID = (0.03, 0.1, 0.3, 1.0)
+LOOKED = 1000
+"""Rows whose neighbours tell what was forgotten, at most."""
 
 
 def with_weight(retain: Retain, weight: float) -> Retain:
@@ -25,8 +35,6 @@ def is_open(retain: Retain | None) -> bool:
 def choose_weight(tried: Callable[[float], tuple[float, float, float]]) -> dict[str, Any]:
     """Tries the grid; the least forgetting within one standard error of the best score wins.
 
-    The rule of Breiman et al. 1984 (CART, section 3.4.3), forgetting in the place of size.
-
     Args:
         tried: of a weight the score on validation, more is better, its standard error, and how
             much was forgotten.
@@ -43,3 +51,45 @@ def choose_weight(tried: Callable[[float], tuple[float, float, float]]) -> dict[
             for weight, (score, error, forgotten) in zip(GRID, seen, strict=True)
         ],
     }
+
+
+def validation_score(bench: Workbench, logits: np.ndarray) -> tuple[float, float]:
+    """The score on validation that arms are chosen by, more is better, and its standard error.
+
+    Args:
+        bench: the rows.
+        logits: of the validation rows.
+    """
+    rows = bench.prepared.rows["validation"]
+    metric = METRICS[bench.prepared.task][SELECTION[bench.prepared.task]]
+    labels, told = bench.prepared.measured(rows), bench.told(rows, logits)
+    groups = [str(i) if row.group is None else row.group for i, row in enumerate(rows)]
+    units = np.unique(groups, return_inverse=True)[1].astype(np.int64)
+
+    def score(kept: np.ndarray) -> float:
+        return metric.sign * metric.score(labels[kept], told[kept])
+
+    if len(np.unique(units)) < 2:
+        return score(np.arange(len(rows))), 0.0
+    values = jackknife(score, units)
+    return score(np.arange(len(rows))), float(values.std(ddof=1) / len(values) ** 0.5)
+
+
+def forgotten(bench: Workbench, before: np.ndarray, built: Built) -> float:
+    """The share of nearest neighbours that the model has lost; every process must come here.
+
+    Args:
+        bench: whose general rows that may be used are looked at, or else its validation rows.
+        before: their embeddings under the original, see `looked_at`.
+        built: the trained model.
+    """
+    after = looked_at(bench, built)
+    return processes.share(lambda: 1 - agreement(before, after))
+
+
+def looked_at(bench: Workbench, built: Built) -> np.ndarray:
+    """(rows, width) embeddings of the rows that the choice of a weight looks at; the half of
+    general data that is only measured is none of them."""
+    general = bench.general
+    rows = bench.prepared.rows["validation"] if general is None else general.used
+    return embed_rows(bench, built, rows[:LOOKED])

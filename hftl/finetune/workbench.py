@@ -32,7 +32,8 @@ class Workbench:
     `source` is what the arms start from, after any adaptation, and `weights` the hash of its
     weights; `inputs` is how its encoder takes rows, and `augment` whether training pictures vary.
     Where adaptation came between, `base` is what a published adapter is put on, `base_is_ours`
-    says that adaptation made it, and `loras` are the factors that turn it into `source`.
+    says that adaptation made it, `loras` are the factors that turn it into `source`, and `original`
+    is the workbench before it; `mlm_head` is the masked-language head that it has trained.
     """
 
     source: SourceModel
@@ -45,6 +46,8 @@ class Workbench:
     base: SourceModel | None = None
     base_is_ours: bool = False
     loras: tuple[Path, ...] = ()
+    original: "Workbench | None" = None
+    mlm_head: Path | None = None
     _encoded: dict[bytes, Encoded] = field(default_factory=dict)
     _features: dict[tuple[str, int | None], Features] = field(default_factory=dict)
     _probes: dict[tuple[str, int], Probe] = field(default_factory=dict)
@@ -55,8 +58,9 @@ class Workbench:
         return self.base or self.source
 
     def adapted(
-        self, source: SourceModel, weights: str, base: SourceModel | None, loras: tuple[Path, ...]
-    ) -> "Workbench":
+        self, source: SourceModel, weights: str, base: SourceModel | None,
+        loras: tuple[Path, ...], mlm_head: Path | None = None,
+    ) -> "Workbench":  # fmt: skip
         """The same rows and encodings under another encoder, see `Workbench`.
 
         Args:
@@ -64,10 +68,12 @@ class Workbench:
             weights: their hash.
             base: what a published adapter is put on; None: the adapted encoder itself.
             loras: the factors that turn the base into the encoder.
+            mlm_head: the masked-language head that adaptation left, if any.
         """
         return replace(
             self, source=source, weights=weights, base=base or source, loras=loras,
-            base_is_ours=base is None or self.base_is_ours, _features={}, _probes={},
+            base_is_ours=base is None or self.base_is_ours, original=self.original or self,
+            mlm_head=mlm_head, _features={}, _probes={},
         )  # fmt: skip
 
     def check(self, asked_length: int, arms: list[Arm]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ All of it is computed in fp32.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,15 @@ from hftl.retain.view import View
 FORMS = ("probe", "relational", "features")
 INPUTS = ("target", "general", "both")
 DIRECTIONS = ("forward", "reverse")
+
+
+class OnRows(Protocol):
+    """A term with a value for each row of its `inputs`."""
+
+    @property
+    def inputs(self) -> str:
+        """target, general or both."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -148,7 +158,7 @@ def kl_rows(original: Tensor, now: Tensor, temperature: float, direction: str) -
     return temperature**2 * (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
 
 
-def rows_of(term: KLToOriginal, general: Tensor, counts: Tensor) -> Tensor:
+def rows_of(term: OnRows, general: Tensor, counts: Tensor) -> Tensor:
     """Which rows of a batch a term is taken on: (batch,) bool.
 
     Args:
@@ -161,7 +171,7 @@ def rows_of(term: KLToOriginal, general: Tensor, counts: Tensor) -> Tensor:
     return general if term.inputs == "general" else general | counts
 
 
-def expected_rows(term: KLToOriginal, target: Tensor, ratio: float) -> Tensor:
+def expected_rows(term: OnRows, target: Tensor, ratio: float) -> Tensor:
     """How many rows of a step a term is a mean over, as a share of the target's rows is general."""
     share = {"target": 1.0, "general": ratio, "both": 1.0 + ratio}[term.inputs]
     return target * share

@@ -31,7 +31,23 @@ class WeightTerm(Protocol):
         ...
 
 
-Term = KLToOriginal | WeightTerm
+@runtime_checkable
+class OwnTerm(Protocol):
+    """KL of outputs that the model's own forward does not have, as `MaskedKL` and `ZeroShotKL`."""
+
+    weight: float
+    inputs: str
+
+    def begin(self, model: nn.Module) -> None:
+        """Gets ready, before anything is trained."""
+        ...
+
+    def values(self, batch: Batch, chosen: Tensor, epoch: int) -> Tensor:
+        """The value of each chosen row of a batch."""
+        ...
+
+
+Term = KLToOriginal | WeightTerm | OwnTerm
 
 
 @dataclass(frozen=True)
@@ -63,14 +79,15 @@ class Retention:
     """
 
     def __init__(self, terms: Sequence[Term], given: nn.Module | None, ratio: float) -> None:
-        strange = [t for t in terms if not isinstance(t, (KLToOriginal, WeightTerm))]
+        strange = [t for t in terms if not isinstance(t, Term)]
         if strange:
             raise RecipeError(
                 f"retain holds a {type(strange[0]).__name__}, expected terms",
                 "Use KLToOriginal, L2SP and EWC",
             )
         self.kls = [t for t in terms if isinstance(t, KLToOriginal) and t.weight > 0]
-        self.weights = [t for t in terms if not isinstance(t, KLToOriginal)]
+        self.own = [t for t in terms if isinstance(t, OwnTerm) and t.weight > 0]
+        self.weights = [t for t in terms if isinstance(t, WeightTerm)]
         self.ratio = ratio
         self._given = given
         self._reference: Reference | None = None
@@ -84,7 +101,7 @@ class Retention:
     @property
     def asks(self) -> bool:
         """Whether anything is left to add."""
-        return bool(self.kls or self.weights)
+        return bool(self.kls or self.own or self.weights)
 
     def start(
         self, model: nn.Module, rows: Rows, device: torch.device, autocast: Callable[[], Any],
@@ -108,6 +125,8 @@ class Retention:
         self._started = True
         for term in self.weights:
             term.start(model)
+        for term in self.own:
+            term.begin(model)
         if not self.kls:
             return
         cached = _is_cached(self.kls, rows)
@@ -125,8 +144,10 @@ class Retention:
             self._reference.close()
             self._reference, self._given = None, None
 
-    def loss(self, model: nn.Module, batch: Batch, outputs: Any, counts: Tensor, target: Tensor,
-             autocast: Callable[[], Any]) -> Tensor:  # fmt: skip
+    def loss(
+        self, model: nn.Module, batch: Batch, outputs: Any, counts: Tensor, target: Tensor,
+        epoch: int, autocast: Callable[[], Any],
+    ) -> Tensor:  # fmt: skip
         """What a batch adds to the loss of its step.
 
         Args:
@@ -135,6 +156,7 @@ class Retention:
             outputs: what it gave.
             counts: (batch,) bool, the target's rows that count.
             target: how many of them the whole step has, on all processes.
+            epoch: the number of this one, from 0.
             autocast: the context that training runs in.
         """
         total = outputs.logits.new_zeros((), dtype=torch.float32)
@@ -147,6 +169,10 @@ class Retention:
                 values = self._values(term, original, now, batch, chosen)
                 rows = expected_rows(term, target, self.ratio).clamp(min=1)
                 total = total + term.weight * values.sum() / rows
+        for term in self.own:
+            values = term.values(batch, rows_of(term, batch["general"], counts), epoch)
+            rows = expected_rows(term, target, self.ratio).clamp(min=1)
+            total = total + term.weight * values.sum() / rows
         if self.weights:
             share = counts.sum() / target.clamp(min=1)
             penalties = [term.penalty(model) for term in self.weights]

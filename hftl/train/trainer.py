@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, seed_worker
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -66,6 +66,13 @@ class TransferTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._retention = Retention(retain, reference, general_ratio)
         self._general = general_dataset
+        if self._retention.weights:
+            self.add_callback(AfterStep(self._retention))
+        if self._numbers_rows and self.is_fsdp_enabled:
+            raise RecipeError(
+                "retain does not run under FSDP, which cuts the weights it looks at",
+                "Launch with recipes/accelerate/multi_gpu.yaml",
+            )
         self._modes: list[tuple[nn.Module, bool]] | None = None
         self._batches: RankBatches | None = None
         self._step_loss: Tensor | float = 0.0
@@ -192,7 +199,7 @@ class TransferTrainer(Trainer):
             if "row" in inputs:
                 loss = loss + processes * self._retention.loss(
                     self.accelerator.unwrap_model(model), inputs, outputs, _target_rows(inputs),
-                    self._rows, self._autocast,
+                    self._rows, int(self.state.epoch or 0), self._autocast,
                 )  # fmt: skip
         return (loss, outputs) if return_outputs else loss
 
@@ -326,6 +333,25 @@ class TransferTrainer(Trainer):
             self._modes = training_modes(self.accelerator.unwrap_model(self.model))
         for module, live in self._modes:
             module.training = live
+
+
+class AfterStep(TrainerCallback):
+    """Lets terms change the weights after the optimizer's step."""
+
+    def __init__(self, retention: Retention) -> None:
+        self._retention = retention
+
+    def on_optimizer_step(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        """Hands the model over."""
+        self._retention.after_step(model, optimizer)
 
 
 def _target_rows(batch: dict[str, Any]) -> Tensor:

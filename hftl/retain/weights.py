@@ -1,0 +1,185 @@
+"""Penalties on weights: how far they are from where they started.
+
+Under LoRA it is the effective weights that count: the base's and the update s B A.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hftl.errors import RecipeError
+from hftl.model.head import anatomy_in, encoder_in
+
+
+class L2SP:
+    """weight / 2 |theta - theta0|^2 + head / 2 |phi|^2 (Li et al. 2018, arXiv:1802.01483, eq. 3).
+
+    theta are the encoder's trained weights and theta0 those it started from, phi the head's. Under
+    LoRA |s B A|^2, by tr((A A^T)(B^T B)), which needs no matrix of the layer's size. Through Adam's
+    moments a penalty is scaled like any gradient; `decoupled` takes the step outside of them, as
+    AdamW decays weights (Chen et al. 2020, RecAdam, arXiv:2004.12651, section 3.3).
+
+    Args:
+        weight: of the encoder's distance.
+        head: of the head's distance to zero.
+        decoupled: whether theta <- theta - rate * weight * (theta - theta0) after each step
+            stands in the place of the first penalty.
+
+    Raises:
+        RecipeError: for a negative weight.
+    """
+
+    def __init__(self, weight: float = 0.01, head: float = 0.0, decoupled: bool = False) -> None:
+        if weight < 0 or head < 0:
+            raise RecipeError(
+                f"l2sp: weight={weight}, head={head} would drive the model away", "Raise them"
+            )
+        self.weight = weight
+        self.head = head
+        self.decoupled = decoupled
+        self._start: dict[str, Tensor] = {}
+
+    def start(self, model: nn.Module) -> None:
+        """Remembers where the encoder's trained weights are.
+
+        Raises:
+            RecipeError: if `decoupled` under LoRA, whose base does not move.
+        """
+        if self.decoupled and any(True for _ in lora_layers(model)):
+            raise RecipeError(
+                "l2sp.decoupled moves weights, and under LoRA the base does not move",
+                "Set it to false",
+            )
+        self._start = {name: p.detach().clone() for name, p in trained_encoder(model)}
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        """A scalar float32."""
+        parts = [self.head / 2 * p.float().square().sum() for p in trained_head(model)]
+        if self.weight and not self.decoupled:
+            parts += [
+                self.weight / 2 * (p - self._start[name]).float().square().sum()
+                for name, p in trained_encoder(model)
+            ]
+            parts += [self.weight / 2 * update_norm(layer) for _, layer in lora_layers(model)]
+        return _total(parts, model)
+
+    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Takes the decoupled step with each parameter's own learning rate."""
+        if not self.decoupled:
+            return
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        with torch.no_grad():
+            for name, parameter in trained_encoder(model):
+                if id(parameter) in rates:
+                    step = rates[id(parameter)] * self.weight
+                    parameter.sub_(step * (parameter - self._start[name]))
+
+
+class EWC:
+    """weight / 2 sum_i F_i (theta_i - theta0_i)^2 (Kirkpatrick et al. 2017, arXiv:1612.00796, eq. 3).
+
+    Args:
+        weight: of the penalty; F has a mean of 1, see `fisher.fisher_information`.
+        fisher: by the parameter's name in the encoder, of its shape; under LoRA the wrapped
+            layers' weights count. What has no entry costs nothing.
+
+    Raises:
+        RecipeError: for a negative weight.
+    """
+
+    def __init__(self, weight: float, fisher: dict[str, Tensor]) -> None:
+        if weight < 0:
+            raise RecipeError(f"ewc.weight={weight} would drive the model away", "Raise it")
+        self.weight = weight
+        self._fisher = dict(fisher)
+        self._start: dict[str, Tensor] = {}
+
+    def start(self, model: nn.Module) -> None:
+        """Remembers where the encoder's trained weights are.
+
+        Raises:
+            RecipeError: if nothing that trains has a Fisher information of its shape.
+        """
+        device = next(model.parameters()).device
+        self._start = {
+            name: p.detach().clone()
+            for name, p in trained_encoder(model)
+            if self._shape(name) == p.shape
+        }
+        layers = {f"{name}.weight": layer for name, layer in lora_layers(model)}
+        known = [
+            n for n, layer in layers.items() if self._shape(n) == layer.base_layer.weight.shape
+        ]
+        if not known and not self._start:
+            raise RecipeError(
+                "ewc: nothing of the encoder that trains has a Fisher information of its shape",
+                "Give that of the same source",
+            )
+        kept = {*self._start, *known}
+        self._fisher = {name: f.to(device) for name, f in self._fisher.items() if name in kept}
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        """A scalar float32."""
+        parts = [
+            (self._fisher[name] * (p - self._start[name]).float().square()).sum()
+            for name, p in trained_encoder(model)
+            if name in self._start
+        ]
+        for name, layer in lora_layers(model):
+            if f"{name}.weight" in self._fisher:
+                parts.append((self._fisher[f"{name}.weight"] * update(layer).square()).sum())
+        return self.weight / 2 * _total(parts, model)
+
+    def _shape(self, name: str) -> torch.Size | None:
+        return self._fisher[name].shape if name in self._fisher else None
+
+
+def trained_encoder(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The encoder's trained parameters by their names in `AutoModel`, what an adapter adds aside."""
+    encoder = encoder_in(model, anatomy_in(model))
+    for name, parameter in encoder.named_parameters():
+        if parameter.requires_grad and not _added(name):
+            # An adapter puts the layer it wraps one level down.
+            yield name.replace(".base_layer.", "."), parameter
+
+
+def trained_head(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The trained parameters outside the encoder, and those that an adapter saves whole."""
+    inside = {id(p) for _, p in trained_encoder(model)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in inside and ".lora_" not in name:
+            yield parameter
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The encoder's layers that carry LoRA, by their names in `AutoModel`."""
+    encoder = encoder_in(model, anatomy_in(model))
+    for name, module in encoder.named_modules():
+        if hasattr(module, "lora_A"):
+            yield name, module
+
+
+def update(layer: Any) -> Tensor:
+    """s B A of a layer's one adapter, (out, in) float32 with gradient."""
+    name = layer.active_adapters[0]
+    product = layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float()
+    return layer.scaling[name] * product
+
+
+def update_norm(layer: Any) -> Tensor:
+    """|s B A|^2 = s^2 tr((A A^T)(B^T B)), from two matrices of the rank's size."""
+    name = layer.active_adapters[0]
+    a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
+    return layer.scaling[name] ** 2 * ((a @ a.T) * (b.T @ b)).sum()
+
+
+def _added(name: str) -> bool:
+    return ".lora_" in name or ".modules_to_save." in name
+
+
+def _total(parts: list[Tensor], model: nn.Module) -> Tensor:
+    if parts:
+        return torch.stack(parts).sum()
+    return torch.zeros((), device=next(model.parameters()).device)

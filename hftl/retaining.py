@@ -1,0 +1,160 @@
+"""What keeps an arm near its original, made ready: what is found once is kept as a phase."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from hftl import processes, rundir
+from hftl.finetune.arm import set_probe, train_arm
+from hftl.finetune.retention import Kept, check_retention, kept_near
+from hftl.finetune.weight import (
+    choose_weight,
+    forgotten,
+    is_open,
+    looked_at,
+    validation_score,
+    with_weight,
+)
+from hftl.finetune.workbench import Workbench
+from hftl.model.head import Built
+from hftl.model.source import SourceModel
+from hftl.recipe import Arm, Recipe, arms
+from hftl.record import fingerprint, to_json
+from hftl.retain.fisher import fisher_information, load_fisher, save_fisher
+from hftl.sections import Retain
+
+FISHER = "fisher.safetensors"
+
+
+def kept_of(
+    bench: Workbench, arm: Arm, seed: int, seeds: list[int], folder: Path, reads: dict[str, Any],
+    progress: bool, say: Callable[[str], None],
+) -> Kept:  # fmt: skip
+    """What keeps one training of an arm near its original.
+
+    Args:
+        bench: what the arm works with.
+        arm: with its `retain`.
+        seed: of this training.
+        seeds: of all; a weight that is to be chosen is chosen on the first.
+        folder: of the run.
+        reads: what the arm reads, which the choice depends on.
+        progress: whether to draw bars.
+        say: receives a line about a choice.
+    """
+    if arm.retain is None:
+        return Kept()
+    retain, facts = arm.retain, {}
+    if is_open(retain):
+        facts = _chosen(bench, arm, seeds[0], folder, reads, progress, say)
+        retain = with_weight(retain, facts["weight"])
+    kept = _kept(bench, arm, retain, seed, folder)
+    return replace(kept, facts=kept.facts | ({"kl_weight": facts} if facts else {}))
+
+
+def check_kept(recipe: Recipe, source: SourceModel) -> None:
+    """Refuses what cannot keep an arm near its original, before a row is read.
+
+    Raises:
+        RecipeError: see `check_retention`.
+    """
+    for arm in arms(recipe):
+        check_retention(arm, source, str(recipe.data.task))
+
+
+def _kept(
+    bench: Workbench, arm: Arm, retain: Retain, seed: int, folder: Path,
+    look: Callable[[Built], float] | None = None,
+) -> Kept:  # fmt: skip
+    def original(before: Workbench) -> nn.Module:
+        return _start(before, arm, seed).model
+
+    found = kept_near(
+        bench, retain, arm.finetune, seed, lambda: _fisher(bench, arm, retain, seed, folder),
+        original,
+    )  # fmt: skip
+    return replace(found, look=look)
+
+
+def _start(bench: Workbench, arm: Arm, seed: int) -> Built:
+    """The model that training starts from, with the probe as its head."""
+    built = bench.build(arm.finetune.pooling, seed)
+    set_probe(bench, built, arm.finetune.pooling, seed)
+    return built
+
+
+def _chosen(
+    bench: Workbench, arm: Arm, seed: int, folder: Path, reads: dict[str, Any], progress: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """The weight of KL, chosen once for all seeds, and what it was chosen from."""
+    assert arm.retain is not None
+    retain, place = arm.retain, folder / "phases" / f"weight-{arm.name}"
+    before = looked_at(bench, _start(bench, arm, seed))
+
+    def tried(weight: float) -> tuple[float, float, float]:
+        kept = _kept(
+            bench, arm, with_weight(retain, weight), seed, folder,
+            lambda built: forgotten(bench, before, built),
+        )  # fmt: skip
+        outcome = train_arm(bench, arm.finetune, seed, progress, kept)
+        score, error = validation_score(bench, outcome.logits["validation"])
+        return score, error, outcome.facts["forgotten"]
+
+    stands = processes.share(lambda: rundir.reads(place))
+    if stands != reads:
+        found = choose_weight(tried)
+
+        def keep() -> None:
+            with rundir.commit(place, reads) as aside:
+                rundir.write_text(aside / "weight.json", to_json(found))
+
+        processes.share(keep)
+        say(f"  {arm.name}: KL weight {found['weight']:g} forgets least within one standard error")
+    return json.loads((place / "weight.json").read_text("utf-8"))
+
+
+def _fisher(
+    bench: Workbench, arm: Arm, retain: Retain, seed: int, folder: Path
+) -> dict[str, Tensor]:
+    """The Fisher information at the original, on general rows, kept for all arms that read it."""
+    ewc, general = retain.ewc, bench.general
+    assert ewc is not None and general is not None
+    rows = general.used[: ewc.samples]
+    reads = {
+        "weights": bench.weights,
+        "general": general.facts["fingerprint"],
+        "kind": ewc.fisher,
+        "rows": len(rows),
+        # The head that the classes are told by is the seed's; features have none.
+        "head": None if ewc.fisher == "features" else [arm.finetune.pooling, seed],
+        "pooling": arm.finetune.pooling,
+        "max_length": getattr(bench.inputs, "max_length", None),
+    }
+    place = folder / "phases" / f"fisher-{fingerprint(reads)[:8]}"
+    if processes.share(lambda: rundir.reads(place)) != reads:
+        built = _start(bench, arm, seed)
+        built.model.to(bench.device)
+        encoded = bench.encoded(rows)
+        found, scale = fisher_information(
+            built.model, dict(built.encoder.named_parameters()), len(rows),
+            lambda number: _batch(bench, encoded[number]), ewc.fisher, 0,
+        )  # fmt: skip
+
+        def keep() -> None:
+            told = {"kind": ewc.fisher, "rows": len(rows), "scale": scale}
+            with rundir.commit(place, reads) as aside:
+                save_fisher(found, aside / FISHER, told)
+
+        processes.share(keep)
+    return load_fisher(place / FISHER)[0]
+
+
+def _batch(bench: Workbench, row: Any) -> dict[str, Any]:
+    """A batch of one row, on the device."""
+    batch = bench.inputs.collate([dict(row)])
+    return {k: v.to(bench.device) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -1,0 +1,183 @@
+"""KL on heads of the source: masked language, and CLIP's classes told by their names."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_config, tiny_tokenizer
+from test_retention import retaining, with_probe
+from test_trainer import Rows, weights
+from tiny import tiny_processor
+from torch import nn
+from transformers import CLIPModel
+
+from hftl.adapt.masked_kl import MaskedKL
+from hftl.adapt.mlm import load_mlm
+from hftl.data.masking import masking_of
+from hftl.errors import RecipeError
+from hftl.finetune.heads import check_head
+from hftl.finetune.strategy import prepare
+from hftl.model.head import build
+from hftl.model.source import find_source, load_tokenizer
+from hftl.retain.view import in_eval
+from hftl.retain.zeroshot import ZeroShotKL, zero_shot_head
+from hftl.sections import KL, Source
+
+
+def masked_term(folder: Path, weight: float = 1.0) -> MaskedKL:
+    source = find_source(Source(model=str(folder)))
+    masked, fresh = load_mlm(source, 0)
+    assert not fresh
+    masking = masking_of(load_tokenizer(source), 0.5, whole_words=False)
+    return MaskedKL(weight, masked, masking, seed=3)
+
+
+def batch_of(rows: int = 6) -> dict[str, Any]:
+    found = {k: torch.stack([Rows()[i][k] for i in range(rows)]) for k in Rows()[0]}
+    return {**found, "row": torch.arange(rows), "general": torch.zeros(rows, dtype=torch.bool)}
+
+
+@pytest.mark.parametrize("strategy", ["lora", "full"])
+@pytest.mark.parametrize("pooling", ["native", "mean"])
+def test_at_the_original_the_masked_head_says_the_same(
+    tiny_model: Callable[..., Path], strategy: str, pooling: str
+) -> None:
+    folder = tiny_model("bert", True)
+    model = with_probe(folder, strategy, pooling).eval()
+    term = masked_term(folder)
+    term.begin(model)
+    batch, chosen = batch_of(), torch.tensor([True, True, False, True, True, True])
+    values = term.values(batch, chosen, 0)
+    assert values.shape == (5,) and values.abs().max() < 1e-5
+    values.sum().backward()
+    trained = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
+    assert trained and all(p.grad.abs().max() < 1e-5 for p in trained)  # pyright: ignore
+
+
+def test_the_masked_kl_is_that_of_two_whole_models(tiny_model: Callable[..., Path]) -> None:
+    folder = tiny_model("bert", True)
+    source = find_source(Source(model=str(folder)))
+    model = with_probe(folder, "full").eval()
+    term = masked_term(folder)
+    term.begin(model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    batch, chosen = batch_of(), torch.ones(6, dtype=torch.bool)
+    found = term.values(batch, chosen, 2)
+    shown, flat = term._hidden(batch["input_ids"], batch["attention_mask"], list(range(6)), 2)
+    assert len(flat) and (shown.reshape(-1)[flat] != batch["input_ids"].reshape(-1)[flat]).any()
+    both = [load_mlm(source, 0)[0].stock.eval() for _ in range(2)]
+    changed = both[1].base_model
+    changed.load_state_dict(model.encoder.state_dict(), strict=False)
+    both[1].cls.predictions.decoder.weight = nn.Parameter(
+        both[0].cls.predictions.decoder.weight.detach().clone()
+    )
+    with torch.no_grad():
+        logs = [F.log_softmax(whole(shown, batch["attention_mask"]).logits, -1) for whole in both]
+    each = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).reshape(-1)
+    for row in range(6):
+        mine = [place for place in flat.tolist() if place // 6 == row]
+        wanted = each[mine].mean() if mine else torch.tensor(0.0)
+        torch.testing.assert_close(found[row], wanted, atol=1e-6, rtol=1e-4)
+    again = term.values(batch, chosen, 2)
+    assert torch.equal(found, again) and not torch.equal(found, term.values(batch, chosen, 3))
+    alone = term.values({k: v[2:3] for k, v in batch.items()}, chosen[:1], 2)
+    torch.testing.assert_close(alone[0], found[2], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["lora", "full"])
+def test_training_with_it_stays_nearer(
+    tiny_model: Callable[..., Path], tmp_path: Path, strategy: str
+) -> None:
+    folder, far = tiny_model("bert", True), []
+    for weight in (0.0, 3000.0):
+        model = with_probe(folder, strategy)
+        more = {"num_train_epochs": 8, "learning_rate": 0.1, "optim": "adamw_torch"}
+        retaining(model, tmp_path, [masked_term(folder, weight)], {}, **more).train()
+        judge = masked_term(folder)
+        judge.begin(model.eval())
+        if strategy == "full":  # The judge's original is the checkpoint's, not the trained copy.
+            judge._original = masked_term(folder)._original
+        far.append(judge.values(batch_of(), torch.ones(6, dtype=torch.bool), 9).mean().item())
+    assert far[1] < 0.7 * far[0]
+
+
+def test_kl_on_a_head_that_is_not_there_is_refused(tiny_model: Callable[..., Path]) -> None:
+    source = find_source(Source(model=str(tiny_model("bert"))))
+    with pytest.raises(RecipeError, match="has no trained masked-language head"):
+        check_head(KL(on="mlm"), source, warmed=False, task="classification")
+    check_head(KL(on="mlm"), source, warmed=True, task="classification")
+    with pytest.raises(RecipeError, match="is no CLIP model"):
+        check_head(KL(on="zero_shot"), source, warmed=False, task="classification")
+    with pytest.raises(RecipeError, match="tells classes by their names"):
+        check_head(KL(on="zero_shot"), source, warmed=False, task="regression")
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP with both halves, a tokenizer and a processor."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    CLIPModel(tiny_config("clip")).save_pretrained(folder)
+    tiny_tokenizer(folder)
+    tiny_processor(folder)
+    return folder
+
+
+NAMES = ["good_film", "bad", "plot"]
+
+
+def clip_parts(folder: Path) -> tuple[Any, Any, Any]:
+    source = find_source(Source(model=str(folder)))
+    clip: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32)
+    return source, clip, load_tokenizer(source)
+
+
+def test_the_zero_shot_head_is_clips_own(clip_folder: Path) -> None:
+    _, clip, tokenizer = clip_parts(clip_folder)
+    head = zero_shot_head(clip, tokenizer, NAMES)
+    pictures = torch.randn(4, 3, 32, 32)
+    texts = tokenizer(
+        [f"a photo of a {n}." for n in ("good film", "bad", "plot")], padding=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    inputs = {k: texts[k] for k in ("input_ids", "attention_mask")}
+    with torch.no_grad(), in_eval(clip):
+        wanted = clip(pixel_values=pictures, **inputs).logits_per_image
+        found = head(clip.vision_model(pictures).pooler_output)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["lora", "full"])
+def test_kl_of_the_zero_shot_classes(clip_folder: Path, strategy: str) -> None:
+    source, clip, tokenizer = clip_parts(clip_folder)
+    built = build(source, "classification", "native", 3, NAMES, seed=0)
+    model = prepare(built.model, strategy, fresh=built.fresh).eval()
+    term = ZeroShotKL(1.0, zero_shot_head(clip, tokenizer, NAMES))
+    term.begin(model)
+    batch = {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.zeros(4)}
+    chosen = torch.tensor([True, False, True, True])
+    values = term.values(batch, chosen, 0)
+    assert values.shape == (3,) and values.abs().max() < 1e-6
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    moved = term.values(batch, chosen, 0)
+    assert (moved > 1e-6).all()
+    head = zero_shot_head(clip, tokenizer, NAMES)
+    with torch.no_grad():
+        tower: Any = term._tower
+        logs = [
+            head(part(batch["pixel_values"][chosen]).pooler_output).log_softmax(-1)
+            for part in (clip.vision_model.eval(), tower)
+        ]
+    wanted = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
+    torch.testing.assert_close(moved, wanted, atol=1e-5, rtol=1e-3)
+    assert weights(model)
