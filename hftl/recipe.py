@@ -150,13 +150,14 @@ def stages_of(adapt: Adapt | list[Adapt] | None) -> list[Adapt]:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training: a name, what it is, its own fine-tuning section, and the adaptations
-    that come before it."""
+    """One way of training: a name, what it is, its own fine-tuning section, the adaptations that
+    come before it, and what keeps it near the original."""
 
     name: str
     strategy: str
     finetune: Finetune
     stages: tuple[Adapt, ...] = ()
+    retain: Retain | None = None
 
 
 def arms(recipe: Recipe, where: str = "recipe") -> list[Arm]:
@@ -171,7 +172,7 @@ def arms(recipe: Recipe, where: str = "recipe") -> list[Arm]:
     if recipe.data.task is None:
         return []
     strategy = recipe.finetune.strategy
-    own = Arm(strategy, strategy, recipe.finetune, tuple(recipe.stages))
+    own = Arm(strategy, strategy, recipe.finetune, tuple(recipe.stages), recipe.retain)
     found = [own]
     entries = [_single(entry, where) for entry in recipe.measure.arms]
     if recipe.stages and "source" not in [name for name, _ in entries]:
@@ -257,7 +258,9 @@ def _arm(recipe: Recipe, name: str, changes: dict[str, Any], where: str) -> Arm:
         raise explain(error, place, Recipe) from error
     if name in BASELINES:
         return Arm(name, name, changed.finetune)
-    return Arm(name, changed.finetune.strategy, changed.finetune, tuple(changed.stages))
+    return Arm(
+        name, changed.finetune.strategy, changed.finetune, tuple(changed.stages), changed.retain
+    )  # fmt: skip
 
 
 def _forget_rate(adapt: dict[str, Any], changes: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from hftl.data.load import Row
 from hftl.errors import NumericError, RecipeError
+from hftl.finetune.embed import embed
 from hftl.finetune.outcome import Outcome
 from hftl.finetune.strategy import prepare, trainable_parameters
 from hftl.finetune.workbench import MEASURED, Workbench
@@ -45,6 +46,8 @@ def solve_head(bench: Workbench, finetune: Finetune, seed: int) -> Outcome:
         trainable_parameters(built.model),
         {"penalty": probe.penalty},
         {"train_seconds": time.perf_counter() - started},
+        # Of an encoder that is the source as it is there is nothing to compare.
+        embed(bench, built) if bench.base else {},
     )
 
 
@@ -66,8 +69,12 @@ def fit(
     patience: int | None,
     seed: int,
     progress: bool,
+    compared: bool = True,
 ) -> Outcome:
-    """Trains a prepared model, keeps its best evaluation on validation, and predicts in fp32."""
+    """Trains a prepared model, keeps its best evaluation on validation, and predicts in fp32.
+
+    What is `compared` with the source leaves its embeddings.
+    """
     started = time.perf_counter()
     task = bench.prepared.task
     held = _short_first(bench, bench.prepared.rows["validation"])
@@ -104,7 +111,7 @@ def fit(
         "best_epoch": best.epoch,
         "history": _history(trainer.state.log_history),
     }
-    return _predicted(bench, built, facts, time.perf_counter() - started)
+    return _predicted(bench, built, facts, time.perf_counter() - started, compared)
 
 
 def _filled(model: nn.Module, learnt: dict[str, Tensor]) -> nn.Module:
@@ -117,7 +124,7 @@ def _filled(model: nn.Module, learnt: dict[str, Tensor]) -> nn.Module:
 
 
 def _predicted(
-    bench: Workbench, built: Built, facts: dict[str, Any], train_seconds: float
+    bench: Workbench, built: Built, facts: dict[str, Any], train_seconds: float, compared: bool
 ) -> Outcome:
     """The outcome of a trained model: what it predicts on all measured rows, and what it learnt."""
     started = time.perf_counter()
@@ -126,11 +133,12 @@ def _predicted(
     for split in MEASURED:
         encoded = bench.encoded(bench.prepared.rows[split])
         found[split] = logits(built.model, encoded, bench.inputs, bench.device)
+    embeddings = embed(bench, built) if compared else {}
     timings = {
         "train_seconds": train_seconds, "predict_seconds": time.perf_counter() - started,
     }  # fmt: skip
     count = trainable_parameters(built.model)
-    return Outcome(found, learnt(built), count, facts, timings)
+    return Outcome(found, learnt(built), count, facts, timings, embeddings)
 
 
 def arguments(

@@ -11,6 +11,7 @@ from hftl.analyse.probe import Probe, fit_probe
 from hftl.check import check
 from hftl.data import answers, pixels
 from hftl.data.examples import Change, Examples
+from hftl.data.general import General
 from hftl.data.load import Row
 from hftl.data.pixels import ImageInputs
 from hftl.data.prepare import Prepared
@@ -32,7 +33,8 @@ class Workbench:
     `source` is what the arms start from, after any adaptation, and `weights` the hash of its
     weights; `inputs` is how its encoder takes rows, and `augment` whether training pictures vary.
     Where adaptation came between, `base` is what a published adapter is put on, `base_is_ours`
-    says that adaptation made it, and `loras` are the factors that turn it into `source`.
+    says that adaptation made it, and `loras` are the factors that turn it into `source`. `general`
+    are the rows of general data, None where the recipe names none.
     """
 
     source: SourceModel
@@ -45,6 +47,7 @@ class Workbench:
     base: SourceModel | None = None
     base_is_ours: bool = False
     loras: tuple[Path, ...] = ()
+    general: General | None = None
     _encoded: dict[bytes, Encoded] = field(default_factory=dict)
     _features: dict[tuple[str, int | None], Features] = field(default_factory=dict)
     _probes: dict[tuple[str, int], Probe] = field(default_factory=dict)
