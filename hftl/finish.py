@@ -20,6 +20,7 @@ from hftl.measure.gain import best_seed, ladder, transfer_gain
 from hftl.measure.verdict import decide
 from hftl.metrics import Metric
 from hftl.model.source import weights_sha256
+from hftl.original import forgetting_record
 from hftl.places import PACKAGE
 from hftl.publish.folder import rebuild, write_base, write_model, write_sample
 from hftl.publish.gates import reload_difference
@@ -120,7 +121,7 @@ def measure(
         "scratch_search": _search(search) if scratch else None,
         "ladder": rows,
         "transfer_gain": gain,
-        "forgetting": None,
+        "forgetting": forgetting_record(this, bench, folders),
         "reload_difference": difference,
         "verdict": decide(gain, over.get("head"), difference, over.get("source")),
         "published_seed": seed,

@@ -110,11 +110,15 @@ def announce(this: Run, bench: Workbench) -> None:
 def _arm_reads(recipe: Recipe, bench: Workbench, arm: Arm) -> dict[str, Any]:
     """What an arm's folder tells of where it comes from."""
     read = _recipe_reads(recipe, bench, arm)
+    general = None
+    if bench.general is not None and any(key.startswith("data.general.") for key in read):
+        general = bench.general.facts["fingerprint"]
     return {
         "recipe": read,
         "asked": asked(recipe, read),
         "weights": bench.weights,
         "data": bench.prepared.facts["fingerprint"],
+        **({"general": general} if general else {}),
     }
 
 
@@ -134,8 +138,11 @@ def _stands(this: Run, folder: Path, reads: dict[str, Any]) -> bool:
     found = rundir.reads(folder)
     if found is None or found["recipe"] != reads["recipe"]:
         return False
-    for key, what in (("weights", "another source model"), ("data", "other data")):
-        if found[key] != reads[key]:
+    for key, what in (
+        ("weights", "another source model"), ("data", "other data"),
+        ("general", "other general data"),
+    ):  # fmt: skip
+        if found.get(key) != reads.get(key):
             raise RunFolderError(
                 f"{this.folder} was made with {what}: {folder.name} does not fit",
                 "Put it back, choose another --output, or start over with --restart",

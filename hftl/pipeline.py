@@ -12,19 +12,20 @@ from hftl import processes, rundir
 from hftl.adapting import adapt_all, check_stages
 from hftl.data import pixels
 from hftl.data import prepare as data_stage
+from hftl.data.general import General, load_general, read_general, write_general
 from hftl.data.pixels import ImageInputs
 from hftl.data.prepare import Prepared
 from hftl.errors import RecipeError, RunFolderError
-from hftl.finetune.opening import new_bench, reading_of
+from hftl.finetune.opening import new_bench, pinned, reading_of
 from hftl.finetune.workbench import MEASURED, Workbench
 from hftl.finish import finish
 from hftl.finish_adapted import finish_adapted
 from hftl.ladder import Run, adaptation_header, announce, header, run_arms
 from hftl.metrics import Metric, find
 from hftl.model.source import SourceModel, find_source
-from hftl.reads import data_reads, refuse_changed
+from hftl.reads import data_reads, general_reads, refuse_changed
 from hftl.recipe import Recipe, arms
-from hftl.record import Record
+from hftl.record import Record, fingerprint
 from hftl.retaining import check_kept
 
 UNTIL = ("adapt", "finetune", "measure", "publish")
@@ -93,6 +94,8 @@ def _phases(this: Run, until: str, restart: bool) -> Record | None:
     processes.first(lambda: check_stages(recipe, source))
     processes.first(lambda: check_kept(recipe, source))
     bench = processes.first(lambda: _bench(this, source))
+    if until != "adapt":
+        bench.general = processes.first(lambda: _general(this, bench))
     if metric is not None:
         measured = bench.prepared.measured(bench.prepared.rows["validation"])
         # A metric that cannot take these labels should say so before anything trains.
@@ -185,6 +188,36 @@ def _bench(this: Run, source: SourceModel) -> Workbench:
     if isinstance(bench.inputs, ImageInputs):
         _pixels(this, bench, bench.inputs)
     return bench
+
+
+def _general(this: Run, bench: Workbench) -> General | None:
+    """The rows of general data; None where the recipe names none or no arm could forget."""
+    recipe = this.recipe
+    if recipe.data.general is None or not this.arms:
+        return None
+    folder = this.folder / "phases" / "general-rows"
+    inputs = bench.inputs if isinstance(bench.inputs, ImageInputs) else None
+    if processes.is_main():
+        data = pinned(recipe.data, bench.prepared.facts["hub_revisions"])
+        reads = {
+            "recipe": general_reads(recipe),
+            "content": data_stage.files_digest(data, bench.prepared.modality, ("general",)),
+            "data": bench.prepared.facts["fingerprint"],
+            "group": data.group,
+            "seed": data.seed,
+            "bad_rows": data.bad_rows,
+            "processor": inputs and fingerprint(inputs.processor.to_dict()),
+        }
+        if rundir.reads(folder) != reads:
+            reading = reading_of(bench.source, bench.prepared.task)
+            found = load_general(data, bench.prepared, reading)
+            with rundir.commit(folder, reads) as aside:
+                write_general(found, aside)
+                if inputs:
+                    pixels.write(inputs, [*found.used, *found.measured], aside)
+    if inputs:
+        inputs.use(folder)
+    return read_general(folder)
 
 
 def _pixels(this: Run, bench: Workbench, inputs: ImageInputs) -> None:

@@ -19,6 +19,8 @@ NOT_SPLIT = ("data.max_length", "data.image_size", "data.augment")
 CORPORA = ("data.unlabeled", "data.general")
 """What adaptation reads; the data phase does not."""
 TRAINED = ("head_init", "patience", "training")
+COMPARED = ("partial", "gradual", "lora", "full")
+"""The strategies whose encoder is compared with the source's, on general data where there are."""
 
 
 def data_reads(recipe: Recipe) -> dict[str, Any]:
@@ -57,9 +59,19 @@ def arm_reads(recipe: Recipe, arm: Arm) -> dict[str, Any]:
         reads["data.image_size"] = recipe.data.image_size
     if recipe.data.augment != "none" and "training" in used:
         reads["data.augment"] = recipe.data.augment
+    if arm.strategy in COMPARED or (arm.strategy == "head" and arm.stages):
+        reads |= general_reads(recipe)
     if arm.strategy == "scratch":
         reads |= yamlfile.flatten(recipe.measure.scratch.model_dump(), "measure.scratch")
     return reads
+
+
+def general_reads(recipe: Recipe) -> dict[str, Any]:
+    """What is read of general data to measure forgetting; content counts for itself."""
+    if recipe.data.general is None:
+        return {}
+    flat = yamlfile.flatten(recipe.data.general.model_dump(mode="json"), "data.general")
+    return {key: value for key, value in flat.items() if key.rsplit(".", 1)[-1] not in PATHS}
 
 
 def adapt_reads(recipe: Recipe, stages: Sequence[Adapt], number: int) -> dict[str, Any]:

@@ -84,6 +84,30 @@ class Table(Section):
         return [self.label] if isinstance(self.label, str) else list(self.label)
 
 
+class GeneralTable(Table):
+    """General data: one half may serve to keep what the source knew, the other only measures.
+
+    The halves are by document: by the column `data.group` where the table has it, else by the
+    first label with too many values for classes, else every row is a document of its own.
+    """
+
+    label: str | list[str] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Control tasks: columns whose value the nearest rows share in a good encoder."""
+    rows: int = Field(default=1000, ge=20)
+    """Rows that forgetting is measured on, at most; documents stay whole."""
+
+    @model_validator(mode="after")
+    def _columns(self) -> Self:
+        if isinstance(self.text, list) and not 1 <= len(self.text) <= 2:
+            raise ValueError("text is one column or two (a sentence pair)")
+        return self
+
+    @property
+    def labels(self) -> list[str]:
+        """The label columns, in their order; none where nothing is controlled."""
+        return [] if self.label is None else super().labels
+
+
 class Fraction(Section):
     """A share of train, taken by content."""
 
@@ -110,7 +134,7 @@ class Data(Section):
     validation: Part = Fraction(fraction=0.2)
     test: Part = Fraction(fraction=0.2)
     unlabeled: Table | None = None
-    general: Table | None = None
+    general: GeneralTable | None = None
     group: str | None = None
     shots: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
@@ -136,7 +160,11 @@ class Data(Section):
         for part in ("validation", "test", "unlabeled", "general"):
             if isinstance(tree.get(part), dict) and "path" in tree[part]:
                 same = tree[part].get("path") == tree["train"].get("path")
-                tree[part] = (inherited if same else columns) | tree[part]
+                taken = dict(inherited if same else columns)
+                if part == "general":
+                    # What is learnt is no control unless it is named as one.
+                    taken.pop("label", None)
+                tree[part] = taken | tree[part]
         return tree
 
     @model_validator(mode="after")

@@ -10,7 +10,8 @@ ORDER = [
     "errors", "processes", "explain", "upstream", "borrowed", "yamlfile", "sections", "recipe",
     "record", "places", "rundir", "metrics", "statistics", "data", "model", "analyse", "check",
     "retain", "train", "adapt", "finetune", "measure", "card", "publish", "locate", "predict",
-    "tables", "show", "init", "reads", "retaining", "ladder", "corpora", "objectives", "adapting",
+    "tables", "show", "init", "reads", "retaining", "ladder", "original", "corpora", "objectives",
+    "adapting",
     "publishing", "finish", "finish_adapted", "pipeline", "failure", "cli", "__main__",
 ]  # fmt: skip
 ROOT = Path(__file__).parent.parent / "hftl"

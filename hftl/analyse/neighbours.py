@@ -9,7 +9,12 @@ CHUNK = 512
 
 
 def agreement(before: np.ndarray, after: np.ndarray, k: int = 10) -> float:
-    """The mean share of each row's k nearest neighbours that are the same before and after.
+    """The mean share of each row's k nearest neighbours that are the same, see `shared`."""
+    return float(shared(before, after, k).mean())
+
+
+def shared(before: np.ndarray, after: np.ndarray, k: int = 10) -> np.ndarray:
+    """(n,) the share of each row's k nearest neighbours that are the same before and after.
 
     Nearest by cosine, a row itself left out: the mutual k-nearest-neighbour alignment of Huh et
     al. 2024 (arXiv:2405.07987, appendix A). 1 for equal features, or rotated ones, or rows of
@@ -31,17 +36,17 @@ def agreement(before: np.ndarray, after: np.ndarray, k: int = 10) -> float:
         )
     if rows <= k:
         raise DataError(f"{rows} rows have no {k} neighbours each", f"Give more than {k} rows")
-    sides = _directions(before), _directions(after)
-    shared = 0
+    sides = directions(before), directions(after)
+    found = []
     for start in range(0, rows, CHUNK):
-        one, other = (_nearest(side, start, k) for side in sides)
+        one, other = (nearest(side, start, k) for side in sides)
         member = np.zeros((len(one), rows), dtype=bool)
         np.put_along_axis(member, one, True, axis=1)
-        shared += int(np.take_along_axis(member, other, axis=1).sum())
-    return shared / (rows * k)
+        found.append(np.take_along_axis(member, other, axis=1).mean(1))
+    return np.concatenate(found)
 
 
-def _directions(features: np.ndarray) -> np.ndarray:
+def directions(features: np.ndarray) -> np.ndarray:
     """Rows of length 1, float64; a row of zeros stays one."""
     wide = features.astype(np.float64)
     if not np.isfinite(wide).all():
@@ -51,9 +56,10 @@ def _directions(features: np.ndarray) -> np.ndarray:
     return wide / np.where(lengths > 0, lengths, 1)
 
 
-def _nearest(directions: np.ndarray, start: int, k: int) -> np.ndarray:
-    """Indices (chunk, k) of the nearest rows to those from `start`, in no order."""
-    similar = directions[start : start + CHUNK] @ directions.T
+def nearest(rows: np.ndarray, start: int, k: int) -> np.ndarray:
+    """Indices (chunk, k) of the nearest rows to those from `start`, in no order; see
+    `directions`."""
+    similar = rows[start : start + CHUNK] @ rows.T
     chunk = np.arange(len(similar))
     similar[chunk, start + chunk] = -np.inf
     return np.argpartition(similar, -k, axis=1)[:, -k:]

@@ -45,8 +45,9 @@ class Probe:
 
 
 def fit_probe(
-    features: np.ndarray, labels: np.ndarray, outputs: int, groups: np.ndarray | None
-) -> Probe:
+    features: np.ndarray, labels: np.ndarray, outputs: int, groups: np.ndarray | None,
+    cs: np.ndarray = CS,
+) -> Probe:  # fmt: skip
     """Fits the probe.
 
     Args:
@@ -55,6 +56,7 @@ def fit_probe(
             float64 of 0 and 1.
         outputs: classes; 1 for regression.
         groups: (rows,) names whose rows share a fold, or None.
+        cs: the penalties to choose from, for classes; where there is one nothing is chosen.
     """
     # Words that were cut off have no features.
     known = np.isfinite(features).all(1)
@@ -63,7 +65,7 @@ def fit_probe(
     scale[scale < FLAT * np.maximum(1, np.abs(mean))] = np.inf  # such a feature weighs nothing
     standard = (features - mean) / scale
     grouped = None if groups is None else groups[known]
-    weight, bias, penalty = solve(standard, labels, outputs, grouped, CS, ALPHAS)
+    weight, bias, penalty = solve(standard, labels, outputs, grouped, cs, ALPHAS)
     weight = weight / scale
     return Probe(weight.astype(np.float32), (bias - weight @ mean).astype(np.float32), penalty)
 
@@ -126,6 +128,8 @@ def _chosen_c(x: Any, y: np.ndarray, groups: np.ndarray | None, cs: np.ndarray) 
     Classes too rare to be held out have no say; where that leaves fewer than two, the middle of
     the grid stands in for a choice.
     """
+    if len(cs) == 1:
+        return float(cs[0])
     counts = np.bincount(y)
     enough = next((n for n in (FOLDS, 2) if (counts >= n).sum() >= 2), None)
     if enough is None:

@@ -46,9 +46,8 @@ def documents(data: Data, part: str, bad: BadRows) -> Iterator[str]:
         # Blank lines part the texts of a file, and say nothing of their own.
         if raw.fault is None and all(raw.values[column] == "" for column in table.texts):
             continue
-        why = raw.fault or next(
-            (why for column in table.texts if (why := _fault(column, raw.values[column]))), None
-        )
+        faults = (document_fault(column, raw.values[column]) for column in table.texts)
+        why = raw.fault or next((why for why in faults if why), None)
         if why:
             bad.reject(raw.where, why)
             continue
@@ -110,7 +109,7 @@ def _text(value: str | list[str]) -> str:
     return value if isinstance(value, str) else " ".join(value)
 
 
-def _fault(column: str, value: Any) -> str | None:
+def document_fault(column: str, value: Any) -> str | None:
     """What makes a cell no text and no list of words, if anything."""
     words = isinstance(value, (list, tuple))
     why = text_fault(column, value, "token-classification" if words else "")

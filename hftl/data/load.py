@@ -12,10 +12,11 @@ from hftl.data.hub import load_hub
 from hftl.data.pictures import Seen, look
 from hftl.errors import DataError
 from hftl.explain import closest
-from hftl.sections import Data, Table
+from hftl.sections import Data, GeneralTable, Table
 
 UNLABELLED = ("unlabeled", "general")
-"""Tables without labels: folders are read flat, every file for itself."""
+"""Tables without labels: folders are read flat, every file for itself, unless general data name a
+label."""
 LISTED = 10_000
 """Bad rows that are listed, at most; all are counted."""
 Label = str | float | tuple[str, ...]
@@ -85,8 +86,9 @@ def load(data: Data, part: str, bad: BadRows, reading: Reading) -> list[Row]:
     name, raws = read_table(table, part, reading.modality)
     rows: list[Row] = []
     kinds: dict[str, str] = {}
-    raws = _checked(name, raws, table, data.group, reading)
-    found = _looked_at(raws, data, part, reading)
+    contents = table.texts if reading.modality == "text" else [table.image]
+    needed = [*contents, *table.labels, *([data.group] if data.group else [])]
+    found = looked_at(checked(name, raws, needed), data, part, reading)
     for raw, seen in found:
         why = seen if isinstance(seen, str) else _fault(raw, table, task, data.group, reading)
         if why:
@@ -140,7 +142,7 @@ def read_table(table: Table, part: str, modality: str) -> tuple[str, Iterator[Ra
         return table.path, load_hub(table, part)
     if path is None or not path.exists():
         raise DataError(f"data.{part}.path: {table.path} does not exist", "Check the path")
-    if path.is_dir() and part in UNLABELLED:
+    if path.is_dir() and part in UNLABELLED and not _names_controls(table):
         return path.name, (read_images if modality == "image" else read_texts)(path)
     name = table.format or guess_format(path)
     if path.is_dir() != (name in ("textfolder", "imagefolder")):
@@ -157,25 +159,31 @@ def read_table(table: Table, part: str, modality: str) -> tuple[str, Iterator[Ra
     return path.name, READERS[name](path)
 
 
+def _names_controls(table: Table) -> bool:
+    return isinstance(table, GeneralTable) and bool(table.labels)
+
+
 def table_folder(table: Table, part: str) -> Path | None:
     """The folder that paths inside a table are relative to; None for one of the hub."""
     path = places.find(table.path, f"data.{part}.path")
     return None if path is None else path if path.is_dir() else path.parent
 
 
-def _checked(
-    name: str, raws: Iterator[Raw], table: Table, group: str | None, reading: Reading
+def checked(
+    name: str, raws: Iterator[Raw], needed: list[str], part: str = "train"
 ) -> Iterator[Raw]:
-    """The raw rows, once the first of them is seen to have the columns."""
-    contents = table.texts if reading.modality == "text" else [table.image]
-    needed = [*contents, *table.labels, *([group] if group else [])]
+    """The raw rows, once the first of them is seen to have the columns.
+
+    Raises:
+        DataError: naming the column that is missing; `part` is where the recipe names it.
+    """
     for number, raw in enumerate(raws):
         if number == 0:
-            _need_columns(name, raw.values, needed)
+            _need_columns(name, raw.values, needed, part)
         yield raw
 
 
-def _looked_at(
+def looked_at(
     raws: Iterator[Raw], data: Data, part: str, reading: Reading
 ) -> Iterator[tuple[Raw, Seen | str | None]]:
     """Each raw row with its picture's hash and size, or why it has none; None for text."""
@@ -192,7 +200,7 @@ def _texts(raw: Raw, table: Table, task: str) -> tuple[str, ...]:
     return tuple(raw.values[column] for column in table.texts)
 
 
-def _need_columns(name: str, values: dict[str, Any], needed: list[str]) -> None:
+def _need_columns(name: str, values: dict[str, Any], needed: list[str], part: str) -> None:
     for column in needed:
         if column not in values:
             has = [str(c) for c in values]
@@ -202,7 +210,7 @@ def _need_columns(name: str, values: dict[str, Any], needed: list[str]) -> None:
             raise DataError(
                 f"{name}: no column {column!r}{closest(column, has).replace('?', '')}"
                 f"; it has {', '.join(has)}{hint}",
-                "Name the columns in data.train: {text: ..., image: ..., label: ...}",
+                f"Name the columns in data.{part}: {{text: ..., image: ..., label: ...}}",
             )
 
 

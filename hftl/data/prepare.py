@@ -21,6 +21,7 @@ from hftl.data.answers import names_of
 from hftl.data.duplicates import drop_duplicates
 from hftl.data.hub import revisions
 from hftl.data.load import BadRows, Reading, Row, load, read_table, table_folder
+from hftl.data.rows import read_rows, write_rows
 from hftl.data.split import IN_ALL, content_key, draw_shots, take
 from hftl.errors import DataError
 from hftl.record import fingerprint, to_json
@@ -125,37 +126,15 @@ def _nothing(data: Data, reading: Reading) -> Prepared:
 
 def write(prepared: Prepared, folder: Path, files: str) -> None:
     """Stores the rows and facts; `files` is the digest of the user's own files."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    told = [(split, row) for split in SPLITS for row in prepared.rows[split]]
-    columns: dict[str, list[Any]] = {
-        "split": [split for split, _ in told],
-        "row": [row.index for _, row in told],
-        "where": [row.where for _, row in told],
-        "content": [list(row.content) for _, row in told],
-        "label": [row.label for _, row in told],
-        "group": [row.group for _, row in told],
-        "table": [row.table for _, row in told],
-        "size": [row.size for _, row in told],
-    }
-    pq.write_table(pa.table(columns), folder / "rows.parquet")
+    write_rows({split: prepared.rows[split] for split in SPLITS}, folder)
     facts = {"facts": prepared.facts, "files": files}
     (folder / "facts.json").write_text(to_json(facts), encoding="utf-8")
 
 
 def read(folder: Path) -> Prepared:
     """What `write` stored."""
-    import pyarrow.parquet as pq
-
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))["facts"]
-    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    for told in pq.read_table(folder / "rows.parquet").to_pylist():
-        split = told.pop("split")
-        label = tuple(told["label"]) if isinstance(told["label"], list) else told["label"]
-        size = tuple(told["size"]) if told["size"] else None
-        rows[split].append(Row(tuple(told["content"]), label, told["group"], told["row"],
-                               told["where"], told["table"], size))  # fmt: skip
+    rows = read_rows(folder, SPLITS)
     return Prepared(facts["task"] or "", facts["modality"], facts["labels"], rows, facts)
 
 

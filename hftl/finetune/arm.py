@@ -15,6 +15,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from hftl import processes
 from hftl.data.load import Row
 from hftl.errors import NumericError, RecipeError
+from hftl.finetune.embed import embed
 from hftl.finetune.interpolate import interpolate
 from hftl.finetune.outcome import Outcome
 from hftl.finetune.retention import Kept
@@ -49,6 +50,8 @@ def solve_head(bench: Workbench, finetune: Finetune, seed: int) -> Outcome:
         trainable_parameters(built.model),
         {"penalty": probe.penalty},
         {"train_seconds": time.perf_counter() - started},
+        # Of an encoder that is the source as it is there is nothing to compare.
+        embed(bench, built) if bench.base else {},
     )
 
 
@@ -85,8 +88,12 @@ def fit(
     seed: int,
     progress: bool,
     kept: Kept = Kept(),  # noqa: B008 (immutable)
+    compared: bool = True,
 ) -> Outcome:
-    """Trains a prepared model, keeps its best evaluation on validation, and predicts in fp32."""
+    """Trains a prepared model, keeps its best evaluation on validation, and predicts in fp32.
+
+    What is `compared` with the source leaves its embeddings.
+    """
     started = time.perf_counter()
     task = bench.prepared.task
     held = _short_first(bench, bench.prepared.rows["validation"])
@@ -118,11 +125,6 @@ def fit(
     best.restore(built.model)
     if whole is not built.model:
         built = replace(built, model=_filled(whole, whole_state(built.model, trainer.accelerator)))
-    if kept.alphas:
-        found = interpolate(built.model, start, kept.alphas, lambda: _score(bench, built))
-        kept.facts["interpolation"] = found
-    if kept.look is not None:
-        kept.facts["forgotten"] = kept.look(built)
     facts = {
         "learning_rate": args.learning_rate,
         "precision": dtype_name(training),
@@ -131,7 +133,12 @@ def fit(
         "history": _history(trainer.state.log_history),
         **kept.facts,
     }
-    return _predicted(bench, built, facts, time.perf_counter() - started)
+    if kept.alphas:
+        score = lambda: _score(bench, built)  # noqa: E731
+        facts["interpolation"] = interpolate(built.model, start, kept.alphas, score)
+    if kept.look is not None:
+        facts["forgotten"] = kept.look(built)
+    return _predicted(bench, built, facts, time.perf_counter() - started, compared)
 
 
 def _score(bench: Workbench, built: Built) -> tuple[float, float]:
@@ -151,7 +158,7 @@ def _filled(model: nn.Module, learnt: dict[str, Tensor]) -> nn.Module:
 
 
 def _predicted(
-    bench: Workbench, built: Built, facts: dict[str, Any], train_seconds: float
+    bench: Workbench, built: Built, facts: dict[str, Any], train_seconds: float, compared: bool
 ) -> Outcome:
     """The outcome of a trained model: what it predicts on all measured rows, and what it learnt."""
     started = time.perf_counter()
@@ -160,11 +167,12 @@ def _predicted(
     for split in MEASURED:
         encoded = bench.encoded(bench.prepared.rows[split])
         found[split] = logits(built.model, encoded, bench.inputs, bench.device)
+    embeddings = embed(bench, built) if compared else {}
     timings = {
         "train_seconds": train_seconds, "predict_seconds": time.perf_counter() - started,
     }  # fmt: skip
     count = trainable_parameters(built.model)
-    return Outcome(found, learnt(built), count, facts, timings)
+    return Outcome(found, learnt(built), count, facts, timings, embeddings)
 
 
 def arguments(

@@ -93,4 +93,4 @@ def _train(
 ) -> Outcome:
     built = bench.build(finetune.pooling, seed, scratch=True)
     prepare(built.model, "full")
-    return fit(bench, built, training, None, seed, progress)
+    return fit(bench, built, training, None, seed, progress, compared=False)

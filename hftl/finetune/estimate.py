@@ -2,6 +2,7 @@
 
 import time
 
+from hftl.finetune.embed import compared
 from hftl.finetune.workbench import MEASURED, Workbench
 from hftl.model.cache import frozen_features
 from hftl.recipe import Arm, Recipe
@@ -16,11 +17,12 @@ def estimate_seconds(bench: Workbench, jobs: list[Arm], recipe: Recipe) -> float
     """Seconds for the arms given, one entry an arm and seed; rough, within a factor of two."""
     train = bench.train_rows(recipe.measure.seeds[0])
     measured = sum(len(bench.prepared.rows[split]) for split in MEASURED)
+    embedded = sum(map(len, compared(bench).values()))
     per_row = _seconds_a_row(bench, recipe.finetune.pooling)
     total = 0.0
     searched = False
     for arm in jobs:
-        if arm.strategy not in ("lora", "partial", "full", "scratch"):
+        if arm.strategy not in ("lora", "partial", "gradual", "full", "scratch"):
             continue
         epochs = float(arm.finetune.training["num_train_epochs"])
         if arm.strategy == "scratch":
@@ -32,6 +34,7 @@ def estimate_seconds(bench: Workbench, jobs: list[Arm], recipe: Recipe) -> float
                 searched = True
         validation = len(bench.prepared.rows["validation"])
         total += epochs * (len(train) * STEP + validation) * per_row + measured * per_row
+        total += embedded * per_row if arm.strategy != "scratch" else 0.0
     return total + (len(train) + measured) * per_row
 
 

@@ -85,9 +85,10 @@ def _clip(source: SourceModel) -> Any:
     )
     if source.model_type != "clip":
         raise refused
-    clip, told = CLIPModel.from_pretrained(
+    found: Any = CLIPModel.from_pretrained(
         source.folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-    )  # fmt: skip
+    )
+    clip, told = found
     if told["missing_keys"]:
         raise refused
     return clip

@@ -12,7 +12,8 @@ class Outcome:
     """Predictions, weights and facts of one arm and seed.
 
     `logits` are (rows, outputs) for each split, for tokens (words, outputs), NaN where a word was
-    cut off; `weights` the tensors that training changed or drew; `facts` tells how training went.
+    cut off; `weights` the tensors that training changed or drew; `facts` tells how training went;
+    `embeddings` are those of `embed`, none where the encoder is not trained from the source.
     """
 
     logits: dict[str, np.ndarray]
@@ -20,3 +21,4 @@ class Outcome:
     trainable_parameters: int
     facts: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+    embeddings: dict[str, np.ndarray] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from hftl.metrics import score_all
 from hftl.record import to_json
 
 WEIGHTS = "weights.safetensors"
+EMBEDDINGS = "embeddings.safetensors"
 PREDICTIONS = "predictions.parquet"
 
 
@@ -55,6 +56,8 @@ def write(
         split: torch.from_numpy(outcome.logits[split].astype(np.float32)) for split in MEASURED
     }
     save_file({k: v.contiguous() for k, v in logits.items()}, folder / "logits.safetensors")
+    if outcome.embeddings:
+        write_embeddings(folder, outcome.embeddings)
     told = {
         "arm": arm,
         "seed": seed,
@@ -86,3 +89,16 @@ def read(folder: Path, prepared: Prepared) -> Stored:
 def read_logits(folder: Path, split: str) -> np.ndarray:
     """float32 as in `Outcome`."""
     return load_file(folder / "logits.safetensors")[split].numpy()
+
+
+def write_embeddings(folder: Path, embeddings: dict[str, np.ndarray]) -> None:
+    """Writes arrays of `embed`."""
+    tensors = {name: torch.from_numpy(found) for name, found in embeddings.items()}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / EMBEDDINGS)
+
+
+def read_embeddings(folder: Path) -> dict[str, np.ndarray]:
+    """What `write_embeddings` wrote; none where nothing was."""
+    if not (folder / EMBEDDINGS).exists():
+        return {}
+    return {name: tensor.numpy() for name, tensor in load_file(folder / EMBEDDINGS).items()}

@@ -11,6 +11,7 @@ from hftl.analyse.probe import Probe, fit_probe
 from hftl.check import check
 from hftl.data import answers, pixels
 from hftl.data.examples import Change, Examples
+from hftl.data.general import General
 from hftl.data.load import Row
 from hftl.data.pixels import ImageInputs
 from hftl.data.prepare import Prepared
@@ -34,6 +35,7 @@ class Workbench:
     Where adaptation came between, `base` is what a published adapter is put on, `base_is_ours`
     says that adaptation made it, `loras` are the factors that turn it into `source`, and `original`
     is the workbench before it; `mlm_head` is the masked-language head that it has trained.
+    `general` are the rows of general data, None where the recipe names none.
     """
 
     source: SourceModel
@@ -48,6 +50,7 @@ class Workbench:
     loras: tuple[Path, ...] = ()
     original: "Workbench | None" = None
     mlm_head: Path | None = None
+    general: General | None = None
     _encoded: dict[bytes, Encoded] = field(default_factory=dict)
     _features: dict[tuple[str, int | None], Features] = field(default_factory=dict)
     _probes: dict[tuple[str, int], Probe] = field(default_factory=dict)

@@ -53,15 +53,17 @@ class PooledModel(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> SequenceClassifierOutput:
         """Logits (batch, outputs) of (batch, length) ids; the loss is the trainer's business."""
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types)
-        hidden = encoded.last_hidden_state
-        pooled = pool(hidden, attention_mask, self.pooling)
+        # FNet's tokenizer gives no mask, and the encoder takes none.
+        given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        given = {name: tensor for name, tensor in given.items() if tensor is not None}
+        hidden = self.encoder(input_ids=input_ids, **given).last_hidden_state
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        pooled = pool(hidden, mask, self.pooling)
         return SequenceClassifierOutput(logits=self.head(pooled))  # pyright: ignore
 
 

@@ -1,8 +1,8 @@
 """Diagonal Fisher information of an encoder at the original, row by row.
 
-F_i = E_x E_y (d log p(y | x) / d theta_i)^2 (Kirkpatrick et al. 2017, arXiv:1612.00796); which y are
-averaged over is what the kinds differ in (van de Ven 2025, arXiv:2502.11756, section 3). A square
-of a batch's mean gradient is none of them.
+F_i = E_x E_y (d log p(y | x) / d theta_i)^2 (Kirkpatrick et al. 2017, arXiv:1612.00796); the kinds
+differ in the y that they average over (van de Ven 2025, arXiv:2502.11756, section 3). The square of
+a batch's mean gradient is none of them.
 """
 
 from collections.abc import Callable
@@ -123,7 +123,7 @@ def _add(
 def _normalised(total: dict[str, Tensor], rows: int) -> tuple[dict[str, Tensor], float]:
     """The mean over the rows of all processes, over the mean of all parameters."""
     parts = processes.gather({name: tensor.cpu() for name, tensor in total.items()})
-    mean = {name: sum(part[name] for part in parts) / rows for name in total}
+    mean = {name: torch.stack([part[name] for part in parts]).sum(0) / rows for name in total}
     numbers = sum(tensor.numel() for tensor in mean.values())
     scale = float(sum(tensor.double().sum() for tensor in mean.values()) / numbers)
     if not 0 < scale < float("inf"):

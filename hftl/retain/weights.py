@@ -78,7 +78,7 @@ class L2SP:
 
 
 class EWC:
-    """weight / 2 sum_i F_i (theta_i - theta0_i)^2 (Kirkpatrick et al. 2017, arXiv:1612.00796, eq. 3).
+    """weight / 2 sum_i F_i (theta_i - theta0_i)^2 (Kirkpatrick et al. 2017, equation 3).
 
     Args:
         weight: of the penalty; F has a mean of 1, see `fisher.fisher_information`.
@@ -137,7 +137,7 @@ class EWC:
 
 
 def trained_encoder(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The encoder's trained parameters by their names in `AutoModel`, what an adapter adds aside."""
+    """The encoder's own trained parameters, without an adapter's, by their names in `AutoModel`."""
     encoder = encoder_in(model, anatomy_in(model))
     for name, parameter in encoder.named_parameters():
         if parameter.requires_grad and not _added(name):

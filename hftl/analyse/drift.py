@@ -1,0 +1,104 @@
+"""How far features have moved, and what can no longer be read from them.
+
+Everything is of the same rows, in the same order, before and after; arrays of features are
+(n, width), and all sums are taken in float64.
+"""
+
+import numpy as np
+from sklearn.model_selection import GroupKFold
+
+from hftl.analyse.neighbours import CHUNK, directions, nearest
+from hftl.analyse.probe import fit_probe
+
+FOLDS = 5
+
+
+def nearest_same(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(n,) float64: 1 where the nearest other row by cosine has the same label, else 0.
+
+    The mean is the leave-one-out accuracy of the nearest neighbour.
+
+    Args:
+        features: (n, width), n at least 2.
+        labels: (n,) of anything that can be compared.
+    """
+    rows = directions(features)
+    found = [nearest(rows, start, 1)[:, 0] for start in range(0, len(rows), CHUNK)]
+    return (labels[np.concatenate(found)] == labels).astype(np.float64)
+
+
+def cosines(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """(n,) the cosine of each row with itself."""
+    return (directions(before) * directions(after)).sum(1)
+
+
+def cka(before: np.ndarray, after: np.ndarray) -> float:
+    """Linear centred kernel alignment, 1 for features that are rotated or scaled alone.
+
+    ||Y'X||^2 / (||X'X|| ||Y'Y||) of centred X and Y, Frobenius norms (Kornblith et al. 2019,
+    arXiv:1905.00414, equation 3). 0 where the rows of either are all the same.
+    """
+    x, y = (side.astype(np.float64) - side.mean(0, dtype=np.float64) for side in (before, after))
+    own = float(np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y))
+    return float(np.linalg.norm(y.T @ x) ** 2) / own if own > 0 else 0.0
+
+
+def relational_kl(before: np.ndarray, after: np.ndarray, tau: float) -> np.ndarray:
+    """(n,) in nats: how much less well `after` tells which rows `before` finds alike.
+
+    KL(q0_i || q_i), where q_i is the softmax of cosine / tau over all rows but i: the distribution
+    that contrastive encoders are trained on (SEED, Fang et al. 2021, arXiv:2101.04731, equation 4).
+
+    Args:
+        before: (n, d), n at least 2.
+        after: (n, e).
+        tau: the temperature.
+    """
+    sides = directions(before), directions(after)
+    found = []
+    for start in range(0, len(before), CHUNK):
+        old, new = (_log_shares(side, start, tau) for side in sides)
+        # A row itself has no share: -inf on both sides.
+        apart = np.where(np.isneginf(old), 0.0, old) - np.where(np.isneginf(new), 0.0, new)
+        found.append((np.exp(old) * apart).sum(1))
+    return np.maximum(np.concatenate(found), 0.0)
+
+
+def _log_shares(rows: np.ndarray, start: int, tau: float) -> np.ndarray:
+    """(chunk, n) log of the softmax over the other rows, -inf for a row itself."""
+    logits = rows[start : start + CHUNK] @ rows.T / tau
+    chunk = np.arange(len(logits))
+    logits[chunk, start + chunk] = -np.inf
+    logits -= logits.max(1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def probe_hits(
+    fitted_on: np.ndarray, tested_on: list[np.ndarray], labels: np.ndarray, units: np.ndarray,
+    penalty: float,
+) -> list[np.ndarray]:  # fmt: skip
+    """Which rows a cross-validated linear probe gets right, (n,) float64 of 0 and 1.
+
+    Each fold's probe is fitted on the other folds' rows of `fitted_on` and answers for its own
+    rows, in each of `tested_on`.
+
+    Args:
+        fitted_on: features (n, width).
+        tested_on: features of the same rows and width; their own encoder may be another.
+        labels: (n,) int64 class ids.
+        units: (n,) int64; rows of one unit share a fold.
+        penalty: C of the logistic regression.
+    """
+    hits = [np.zeros(len(labels)) for _ in tested_on]
+    folds = GroupKFold(min(FOLDS, len(np.unique(units))))
+    for train, test in folds.split(fitted_on, labels, units):
+        outputs = int(labels.max()) + 1
+        probe = fit_probe(fitted_on[train], labels[train], outputs, None, np.array([penalty]))
+        for found, features in zip(hits, tested_on, strict=True):
+            found[test] = probe.logits(features[test]).argmax(1) == labels[test]
+    return hits
+
+
+def chosen_penalty(features: np.ndarray, labels: np.ndarray, units: np.ndarray) -> float:
+    """The C that a probe of these features chooses by cross-validation, units whole."""
+    return fit_probe(features, labels, int(labels.max()) + 1, units).penalty

@@ -1,0 +1,217 @@
+"""General data as rows: half may serve to keep what the source knew, half only measures."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hftl.data.cells import class_name, label_fault
+from hftl.data.documents import document_fault
+from hftl.data.files import Raw
+from hftl.data.load import BadRows, Reading, Row, checked, looked_at, read_table
+from hftl.data.pictures import Seen
+from hftl.data.prepare import SPLITS, Prepared
+from hftl.data.rows import read_rows, write_rows
+from hftl.data.split import content_hash, content_key
+from hftl.errors import DataError
+from hftl.record import fingerprint, to_json
+from hftl.sections import Data, GeneralTable
+
+USED = 2000
+"""Rows that may be used, at most."""
+FEWEST = 11
+"""Rows that must be left to measure on: ten neighbours of each are compared."""
+MOST_CLASSES, ROWS_A_CLASS = 50, 20
+"""A control with more values, or fewer rows to each, names documents and no classes."""
+HALVES = ("used", "measured")
+
+
+@dataclass(frozen=True)
+class General:
+    """General data without the run's own inputs; no document stands in both halves.
+
+    A row's `label` holds its value of each of `controls`, in their order; its `group` is its
+    document, None where every row is one. `classes` are the controls that a probe can be fitted
+    to. `facts` is what the record tells; its `fingerprint` tells these rows from others.
+    """
+
+    used: list[Row]
+    measured: list[Row]
+    controls: tuple[str, ...]
+    classes: tuple[str, ...]
+    facts: dict[str, Any]
+
+    def values(self, control: str) -> np.ndarray:
+        """(measured rows,) strings: what they hold of a control."""
+        place = self.controls.index(control)
+        return np.array([_held(row)[place] for row in self.measured])
+
+    def units(self) -> np.ndarray:
+        """(measured rows,) int64 ids; rows of one document share theirs."""
+        names = [str(i) if row.group is None else row.group for i, row in enumerate(self.measured)]
+        return np.unique(names, return_inverse=True)[1].astype(np.int64)
+
+
+def load_general(data: Data, prepared: Prepared, reading: Reading) -> General:
+    """Reads `data.general`, drops copies, and halves it by the hash of its documents.
+
+    Args:
+        data: the recipe's section, tables of the hub at their commits.
+        prepared: the run's own rows, whose inputs are taken out.
+        reading: what the encoder reads.
+
+    Raises:
+        DataError: if the file or a column is missing, a row cannot be used, a control has one
+            value only, or too few rows are left to measure on.
+    """
+    table = data.general
+    assert table is not None
+    bad = BadRows(skip=data.bad_rows == "skip")
+    found = list(_read(data, table, bad, reading))
+    distinct = _distinct(found)
+    own = {row.content for split in SPLITS for row in prepared.rows[split]}
+    # Of a pair each text was seen, too.
+    own |= {(text,) for content in own if len(content) == 2 for text in content}
+    rows = [row for row in distinct if row.content not in own]
+    classes = _classes(rows, table.labels)
+    documents = _documents(rows, data.group, table.labels, classes)
+    if documents in table.labels:
+        place = table.labels.index(documents)
+        rows = [replace(row, group=_held(row)[place]) for row in rows]
+    used, measured = _halves(rows, data.seed, table.rows)
+    if len(measured) < FEWEST:
+        raise DataError(
+            f"data.general has {len(measured)} rows to measure forgetting on, of {len(found)} "
+            f"read, and needs {FEWEST}: copies of the run's own rows are dropped, and half may "
+            "be used",
+            "Give other general data",
+        )
+    facts = {
+        "rows_read": len(found) + bad.count,
+        "bad_rows": bad.count,
+        "duplicates": len(found) - len(distinct),
+        "known": len(distinct) - len(rows),
+        "documents": documents,
+        "fingerprint": fingerprint([[content_key(r).hex() for r in h] for h in (used, measured)]),
+    }
+    return General(used, measured, tuple(table.labels), tuple(classes), facts)
+
+
+def write_general(general: General, folder: Path) -> None:
+    """Stores rows and facts."""
+    write_rows({"used": general.used, "measured": general.measured}, folder)
+    told = {"controls": general.controls, "classes": general.classes, "facts": general.facts}
+    (folder / "facts.json").write_text(to_json(told), encoding="utf-8")
+
+
+def read_general(folder: Path) -> General:
+    """What `write_general` stored."""
+    told = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    halves = read_rows(folder, HALVES)
+    controls, classes = tuple(told["controls"]), tuple(told["classes"])
+    return General(halves["used"], halves["measured"], controls, classes, told["facts"])
+
+
+def _read(data: Data, table: GeneralTable, bad: BadRows, reading: Reading) -> Iterator[Row]:
+    """The table's sound rows."""
+    name, raws = read_table(table, "general", reading.modality)
+    contents = table.texts if reading.modality == "text" else [table.image]
+    raws = checked(name, raws, [*contents, *table.labels], "general")
+    for raw, seen in looked_at(raws, data, "general", reading):
+        # Blank lines part the texts of a file, and say nothing of their own.
+        if seen is None and all(raw.values[column] == "" for column in table.texts):
+            continue
+        why = seen if isinstance(seen, str) else _fault(raw, table, data.group, reading)
+        if why:
+            bad.reject(raw.where, why)
+            continue
+        label = tuple(class_name(raw.values[column]) for column in table.labels)
+        group = None
+        if data.group in raw.values:
+            group = str(raw.values[data.group])
+        content, size = _texts(raw, table, str(data.task)), None
+        if isinstance(seen, Seen):
+            content, size = (seen.content,), seen.size
+        yield Row(content, label, group, raw.index, raw.where, "general", size)
+
+
+def _fault(raw: Raw, table: GeneralTable, group: str | None, reading: Reading) -> str | None:
+    """What makes a row unusable, if anything."""
+    if raw.fault:
+        return raw.fault
+    faults = [label_fault(raw.values, column, "classification") for column in table.labels]
+    if reading.modality == "text":
+        faults += [document_fault(column, raw.values[column]) for column in table.texts]
+    if group in raw.values and raw.values[group] in (None, ""):
+        faults.append(f"{group} is empty")
+    return next((why for why in faults if why), None)
+
+
+def _texts(raw: Raw, table: GeneralTable, task: str) -> tuple[str, ...]:
+    """The row's texts, or for tokens its words."""
+    texts = [raw.values[column] for column in table.texts if column in raw.values]
+    if task == "token-classification":
+        return tuple(texts[0].split() if isinstance(texts[0], str) else texts[0])
+    return tuple(text if isinstance(text, str) else " ".join(text) for text in texts)
+
+
+def _distinct(rows: list[Row]) -> list[Row]:
+    """One row for each input, whatever order they came in."""
+    kept: dict[tuple[str, ...], Row] = {}
+    for row in sorted(rows, key=lambda row: (row.group or "", row.label, row.index)):
+        kept.setdefault(row.content, row)
+    return list(kept.values())
+
+
+def _classes(rows: list[Row], controls: list[str]) -> list[str]:
+    """The controls with few enough values, and enough rows to each, for a probe."""
+    classes = []
+    for place, control in enumerate(controls):
+        values = Counter(_held(row)[place] for row in rows)
+        if rows and len(values) < 2:
+            raise DataError(
+                f"data.general.label: {control!r} has one value only, {min(values)!r}",
+                "Name another column, or none",
+            )
+        if len(values) <= min(MOST_CLASSES, len(rows) / ROWS_A_CLASS):
+            classes.append(control)
+    return classes
+
+
+def _documents(
+    rows: list[Row], group: str | None, controls: list[str], classes: list[str]
+) -> str | None:
+    """The column that says which rows belong together, see `GeneralTable`."""
+    if rows and rows[0].group is not None:
+        return group
+    return next((control for control in controls if control not in classes), None)
+
+
+def _halves(rows: list[Row], seed: int, most: int) -> tuple[list[Row], list[Row]]:
+    """What may be used and what measures: in the order of its hash each document joins the half
+    that has fewer rows; of either the first documents that fit are kept."""
+    documents: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        documents[row.content if row.group is None else (row.group,)].append(row)
+    order = sorted(
+        documents, key=lambda name: content_hash("\x1f".join([str(seed), "general", *name]))
+    )
+    sizes = dict.fromkeys(HALVES, 0)
+    kept: dict[str, list[Row]] = {half: [] for half in HALVES}
+    for name in order:
+        half = "used" if sizes["used"] < sizes["measured"] else "measured"
+        sizes[half] += len(documents[name])
+        room = USED if half == "used" else most
+        if len(kept[half]) + len(documents[name]) <= room:
+            kept[half] += documents[name]
+    used, measured = (sorted(kept[half], key=content_key) for half in HALVES)
+    return used, measured
+
+
+def _held(row: Row) -> tuple[str, ...]:
+    assert isinstance(row.label, tuple)
+    return row.label
