@@ -9,6 +9,7 @@ from hftl import rundir, show
 from hftl.adapting import Step
 from hftl.card.adaptation import adaptation_sentence
 from hftl.card.card import gain_sentence
+from hftl.card.forgetting import was_measured
 from hftl.data.pixels import ImageInputs
 from hftl.errors import RunFolderError
 from hftl.finetune import store
@@ -233,7 +234,10 @@ def _timings(folder: Path) -> dict[str, float]:
 
 def _summary(record: Record, publish: bool) -> str:
     tree, run = record.tree, record.folder
-    lines = ["", show.ladder(tree), "", gain_sentence(tree)]
+    lines = ["", show.ladder(tree)]
+    if was_measured(tree):
+        lines += ["", show.forgetting(tree)]
+    lines += ["", gain_sentence(tree)]
     if tree["adapt"]:
         lines.append(adaptation_sentence(tree))
     lines.append(f"verdict: {record.verdict['decision']}")

@@ -8,7 +8,8 @@ from typing import Any
 from hftl import rundir
 from hftl.card.adaptation import render_adapted
 from hftl.card.card import render_card
-from hftl.card.plots import plot_ladder
+from hftl.card.forgetting import was_measured
+from hftl.card.plots import plot_frontier, plot_ladder
 from hftl.card.report import render_report
 from hftl.places import PACKAGE
 from hftl.record import to_json
@@ -35,6 +36,8 @@ def write_publish(run: Path, record: dict[str, Any]) -> None:
     shutil.copytree(run / "phases" / "package" / "model", aside)
     told = json.loads(to_json(publishable(record)))
     plot_ladder(told, aside / "assets" / "ladder.png")
+    if was_measured(told):
+        plot_frontier(told, aside / "assets" / "frontier.png")
     card = render_card(told)
     rundir.write_text(aside / "README.md", card)
     rundir.write_text(aside / "hftl.json", to_json(told))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hftl.card.forgetting import forgetting_rows, headline_words
 from hftl.measure.verdict import interval_text
 
 
@@ -73,6 +74,12 @@ def ladder(record: dict[str, Any]) -> str:
             )
         )
     return table(rows)
+
+
+def forgetting(record: dict[str, Any]) -> str:
+    """What every arm has forgotten, under a line that says of what."""
+    rows = record["forgetting"]["rows"]
+    return f"  {headline_words(record)}, {rows:,} rows\n{table(forgetting_rows(record))}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

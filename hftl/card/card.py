@@ -9,7 +9,16 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from hftl.card.adaptation import adaptation_lines, adaptation_sentence
+from hftl.card.forgetting import (
+    figure_rows,
+    forgetting_lines,
+    forgetting_rows,
+    forgetting_sentence,
+    headline_words,
+    was_measured,
+)
 from hftl.card.kinds import CLASSICAL, DOES, example_of, kind_of, pipeline_tag
+from hftl.card.plain import cell
 from hftl.card.snippets import plain_snippet
 from hftl.data.split import IN_ALL
 from hftl.measure.verdict import interval_text
@@ -70,6 +79,7 @@ def _page(record: dict[str, Any], place: str) -> dict[str, Any]:
         "verdict": record["verdict"],
         "adaptation": record["adapt"] and adaptation_sentence(record),
         "adaptation_lines": adaptation_lines(record) if record["adapt"] else [],
+        "forgetting": _forgetting(record) if was_measured(record) else None,
         "metric": record["metric"],
         "metric_words": _metric_words(record["metric"]),
         "rows": [_row(row, record) for row in record["ladder"]],
@@ -89,6 +99,15 @@ def _page(record: dict[str, Any], place: str) -> dict[str, Any]:
         "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip(),
         "environment": _environment(record["environment"]),
     }  # fmt: skip
+
+
+def _forgetting(record: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "sentence": forgetting_sentence(record),
+        "words": headline_words(record),
+        "tables": [forgetting_rows(record), figure_rows(record)],
+        "lines": forgetting_lines(record),
+    }
 
 
 def _metadata(record: dict[str, Any]) -> ModelCardData:
@@ -127,7 +146,7 @@ def _eval_results(record: dict[str, Any]) -> list[EvalResult]:
 
 
 def _title(record: dict[str, Any]) -> str:
-    base, data = (_cell(record[k]["name"]).rsplit("/", 1)[-1] for k in ("source", "data"))
+    base, data = (cell(record[k]["name"]).rsplit("/", 1)[-1] for k in ("source", "data"))
     return f"{base}-{TABLE_SUFFIX.sub('', data)}-{record['own_arm']}"
 
 
@@ -145,7 +164,7 @@ def _purpose(record: dict[str, Any]) -> str:
     if not labels:
         what = {"image": "pictures"}.get(kind, "text")
         return f"{kinds[record['own_arm']]} {link} that predicts a number from {what}."
-    shown = ", ".join(f"`{_cell(label)}`" for label in labels[:12])
+    shown = ", ".join(f"`{cell(label)}`" for label in labels[:12])
     more = f" and {len(labels) - 12} more" if len(labels) > 12 else ""
     several = ", several at once" if record["data"]["task"] == "multi-label" else ""
     if any(stage["kept"] == "adapted" for stage in _stages(record)):
@@ -200,7 +219,7 @@ def _data_sentence(record: dict[str, Any]) -> str:
         epoch += "the adaptation's weights, "
     chosen = f"{epoch}the published seed and the baseline"
     return (
-        f"`{_cell(data['name'])}`: trained on {learnt}; {chosen} were chosen on "
+        f"`{cell(data['name'])}`: trained on {learnt}; {chosen} were chosen on "
         f"{splits['validation']:,} validation rows, and every figure above is on "
         f"{splits['test']:,} test rows that nothing was chosen by. "
         f"{data['labels_read']['total']:,} labels were read in all."
@@ -238,7 +257,8 @@ def _limits(record: dict[str, Any]) -> list[str]:
         f"The weights are those of seed {record['published_seed']}, the best on validation; the "
         "figures are over all seeds."
     )
-    lines.append("Forgetting of what the source model knew was not measured.")
+    if not was_measured(record):
+        lines.append("Forgetting of what the source model knew was not measured.")
     return lines
 
 
@@ -259,8 +279,3 @@ def _training_sentence(record: dict[str, Any]) -> str:
 def _environment(found: dict[str, Any]) -> list[tuple[str, str]]:
     plain = [(k, str(v)) for k, v in found.items() if k != "packages"]
     return plain + [(name, version) for name, version in found["packages"].items()]
-
-
-def _cell(text: str) -> str:
-    """Text that cannot leave its table cell or code span."""
-    return " ".join(text.replace("|", "/").replace("`", "'").split())

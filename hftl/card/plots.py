@@ -3,10 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from hftl.card.forgetting import headline_words
 from hftl.measure.verdict import interval_text
 from hftl.metrics import less_is_better
 
 OWN, OTHER, MEAN = "#1f6feb", "#8b949e", "#24292f"
+STAR = "*"
+MARKS = tuple(zip("osD^v" * 4, ("#8b949e", "#bc4c00", "#1a7f37", "#8250df") * 5, strict=True))
+"""Of the other arms; no two of twenty are alike."""
 
 
 def plot_ladder(record: dict[str, Any], path: Path) -> None:
@@ -14,18 +18,12 @@ def plot_ladder(record: dict[str, Any], path: Path) -> None:
 
     At the right stands what the own arm gains over each other, with its interval.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     metric = record["metric"]
     rows = list(reversed(record["ladder"]))
-    figure = Figure(figsize=(8, 0.6 * len(rows) + 1), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(8, 0.6 * len(rows) + 1)
     axes = figure.subplots()
     for height, row in enumerate(rows):
-        scores = [
-            arm["metrics"]["test"][metric] for arm in record["arms"] if arm["arm"] == row["arm"]
-        ]
+        scores = _scores(record, row["arm"])
         color = OWN if row["arm"] == record["own_arm"] else OTHER
         axes.plot(scores, [height] * len(scores), "o", color=color, alpha=0.65, markersize=7)
         axes.plot([row["test"]] * 2, [height - 0.2, height + 0.2], color=MEAN, linewidth=2)
@@ -46,8 +44,57 @@ def plot_ladder(record: dict[str, Any], path: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
     gains.spines["right"].set_visible(False)
+    _save(figure, path)
+
+
+def plot_frontier(record: dict[str, Any], path: Path) -> None:
+    """Draws what each arm has forgotten against its test score: a mark at the means, a small one a
+    seed; the own arm a blue star."""
+    metric = record["metric"]
+    figure = _figure(8, 4.5)
+    axes = figure.subplots()
+    for number, entry in enumerate(record["forgetting"]["arms"]):
+        name, forgotten = entry["arm"], entry["forgotten"]
+        own = name == record["own_arm"]
+        mark, color = (STAR, OWN) if own else MARKS[number % len(MARKS)]
+        score = next(row["test"] for row in record["ladder"] if row["arm"] == name)
+        axes.plot(
+            forgotten["per_seed"], _scores(record, name), mark, color=color, alpha=0.4, markersize=4
+        )
+        axes.plot(
+            [forgotten["value"]], [score], mark, color=color, markersize=13 if own else 9, zorder=3 if own else 2,
+            label=f"{name} (this model)" if own else name,
+        )  # fmt: skip
+    figure.legend(loc="outside right upper", frameon=False)
+    axes.axvline(0, color=OTHER, linewidth=1, linestyle=":")
+    better = "lower" if less_is_better(metric) else "higher"
+    axes.set_xlabel(f"forgotten: fall of {headline_words(record)}, left is better")
+    axes.set_ylabel(f"test {metric}, {better} is better")
+    axes.margins(x=0.15, y=0.15)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _scores(record: dict[str, Any], arm: str) -> list[float]:
+    """An arm's test scores, one a seed."""
+    metric = record["metric"]
+    return [found["metrics"]["test"][metric] for found in record["arms"] if found["arm"] == arm]
 
 
 def _gain(row: dict[str, Any]) -> str:
