@@ -1,0 +1,224 @@
+"""Penalties on weights against brute force, under LoRA against the merged weights."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from test_retention import retaining, with_probe
+from test_trainer import Rows, weights
+from torch import nn
+
+from hftl.adapt.encoder import encoder_state
+from hftl.errors import RecipeError
+from hftl.finetune.strategy import prepare
+from hftl.model.head import build
+from hftl.model.source import find_source
+from hftl.retain.base import check_low_rank, check_unchanged_base
+from hftl.retain.weights import EWC, L2SP, lora_layers, trained_encoder, update, update_norm
+from hftl.sections import Source
+
+
+def moved(model: nn.Module, by: float = 0.05) -> nn.Module:
+    """The model with everything that trains elsewhere."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(by * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def bert(tiny_model: Callable[..., Path]) -> Path:
+    return tiny_model("bert")
+
+
+@pytest.mark.parametrize("strategy", ["full", "partial"])
+@pytest.mark.parametrize("pooling", ["mean", "native"])
+def test_l2sp_is_the_squared_distance(bert: Path, strategy: str, pooling: str) -> None:
+    model = with_probe(bert, strategy, pooling)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    term = L2SP(0.3, head=0.2)
+    term.start(model)
+    head = ("head.", "classifier.")
+    own = sum(p.square().sum() for n, p in before.items() if n.startswith(head))
+    torch.testing.assert_close(term.penalty(model), 0.1 * own)
+    moved(model)
+    now = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wanted = sum(
+        0.1 * p.square().sum() if n.startswith(head) else 0.15 * (p - before[n]).square().sum()
+        for n, p in now.items()
+    )
+    found = term.penalty(model)
+    torch.testing.assert_close(found, wanted)
+    gradients = torch.autograd.grad(found, list(now.values()))
+    for (name, parameter), gradient in zip(now.items(), gradients, strict=True):
+        by_hand = (0.2 * parameter if name.startswith(head)
+                   else 0.3 * (parameter - before[name]))  # fmt: skip
+        torch.testing.assert_close(gradient, by_hand.detach())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("pooling", ["mean", "native"])
+def test_under_lora_the_merged_weights_count(bert: Path, pooling: str, rslora: bool) -> None:
+    source = find_source(Source(model=str(bert)))
+    built = build(source, "classification", pooling, 3, ["a", "b", "c"], seed=0)
+    plain = {k: v.clone() for k, v in built.encoder.state_dict().items()}
+    lora = {"r": 4, "lora_alpha": 12, "use_rslora": rslora}
+    model = prepare(built.model, "lora", lora=lora, fresh=built.fresh)
+    l2sp = L2SP(0.4)
+    torch.manual_seed(0)
+    layers = dict(lora_layers(model))
+    fisher = {f"{name}.weight": torch.rand(layer.base_layer.weight.shape)
+              for name, layer in layers.items()}  # fmt: skip
+    ewc = EWC(0.4, fisher | {"embeddings.nothing": torch.ones(2)})
+    for term in (l2sp, ewc):
+        term.start(model)
+        assert term.penalty(model) == 0
+    moved(model)
+    merged = encoder_state(type("Wrapped", (), {"encoder": wrapped_encoder(model)})())  # pyright: ignore
+    apart = {n: merged[f"{n}.weight"] - plain[f"{n}.weight"] for n in layers}
+    assert len(layers) == 18 and all(delta.abs().max() > 1e-4 for delta in apart.values())
+    wanted = 0.2 * sum(delta.square().sum() for delta in apart.values())
+    torch.testing.assert_close(l2sp.penalty(model), wanted, rtol=1e-4, atol=1e-6)
+    weighted = 0.2 * sum((fisher[f"{n}.weight"] * d.square()).sum() for n, d in apart.items())
+    torch.testing.assert_close(ewc.penalty(model), weighted, rtol=1e-4, atol=1e-6)
+    for layer in layers.values():
+        torch.testing.assert_close(update_norm(layer), update(layer).square().sum())
+    ewc.penalty(model).backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if ".lora_" in n)
+
+
+def wrapped_encoder(model: Any) -> Any:
+    """The encoder inside, its layers wrapped."""
+    from hftl.model.head import anatomy_in, encoder_in
+
+    return encoder_in(model, anatomy_in(model))
+
+
+def test_ewc_weighs_each_weight(bert: Path) -> None:
+    model = with_probe(bert, "full")
+    torch.manual_seed(0)
+    before = {name: p.detach().clone() for name, p in trained_encoder(model)}
+    fisher = {name: torch.rand_like(p) for name, p in before.items()}
+    term = EWC(0.6, fisher)
+    term.start(model)
+    assert term.penalty(model) == 0
+    moved(model)
+    wanted = 0.3 * sum(
+        (fisher[name] * (p - before[name]).square()).sum() for name, p in trained_encoder(model)
+    )
+    torch.testing.assert_close(term.penalty(model), wanted)
+    same = EWC(0.6, {name: torch.ones_like(p) for name, p in before.items()})
+    same._start = before
+    l2sp = L2SP(0.6)
+    l2sp._start = before
+    torch.testing.assert_close(same.penalty(model), l2sp.penalty(model))
+
+
+def test_ewc_of_another_source_is_refused(bert: Path) -> None:
+    with pytest.raises(RecipeError, match="nothing of the encoder that trains"):
+        EWC(1.0, {"embeddings.word_embeddings.weight": torch.ones(3, 3)}).start(
+            with_probe(bert, "full")
+        )
+
+
+def test_the_decoupled_step_is_outside_the_optimizer(bert: Path) -> None:
+    model = with_probe(bert, "full")
+    term = L2SP(0.5, decoupled=True)
+    term.start(model)
+    before = weights(model)
+    moved(model)
+    now = weights(model)
+    assert term.penalty(model) == 0
+    inside = {id(p) for _, p in trained_encoder(model)}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) in inside], "lr": 0.1},
+        {"params": [p for p in model.parameters() if id(p) not in inside], "lr": 0.7},
+    ]
+    term.after_step(model, torch.optim.AdamW(groups))
+    for name, parameter in model.named_parameters():
+        step = 0.1 * 0.5 * (now[name] - before[name]) if id(parameter) in inside else 0.0
+        torch.testing.assert_close(parameter.detach(), now[name] - step)
+    with pytest.raises(RecipeError, match="under LoRA the base does not move"):
+        L2SP(0.5, decoupled=True).start(with_probe(bert, "lora"))
+
+
+@pytest.mark.parametrize("term", ["l2sp", "decoupled", "ewc"])
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_training_with_a_penalty_stays_nearer(
+    bert: Path, tmp_path: Path, term: str, strategy: str
+) -> None:
+    if (term, strategy) == ("decoupled", "lora"):
+        return
+    judge, far = L2SP(2.0), []
+    for weight in (0.0, 3.0):
+        model = with_probe(bert, strategy)
+        judge = L2SP(2.0)
+        judge.start(model)
+        fisher = {n: torch.ones_like(p) for n, p in wrapped_encoder(model).named_parameters()}
+        fisher = {n.replace(".base_layer.", "."): f for n, f in fisher.items()}
+        terms = {
+            "l2sp": lambda w: L2SP(w), "decoupled": lambda w: L2SP(w, decoupled=True),
+            "ewc": lambda w, f=fisher: EWC(w, f),
+        }  # fmt: skip
+        kept = terms[term](weight)
+        retaining(
+            model, tmp_path, [kept], {}, optim="adamw_torch", learning_rate=0.03,
+            num_train_epochs=4,
+        ).train()  # fmt: skip
+        far.append(float(judge.penalty(model)))
+    assert far[1] < 0.8 * far[0]
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_a_penalty_counts_once_a_step_however_it_is_cut(
+    bert: Path, tmp_path: Path, strategy: str
+) -> None:
+    found = []
+    for batch, accumulated in ((8, 1), (2, 4)):
+        model = with_probe(bert, strategy)
+        trainer = retaining(
+            model, tmp_path, [L2SP(0.4, head=0.3)], {}, per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulated, num_train_epochs=2,
+        )  # fmt: skip
+        trainer.train()
+        found.append(weights(model))
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{"init_lora_weights": v} for v in ("pissa", "pissa_niter_4", "olora", "corda", False)]
+    + [{"bias": "all"}, {"bias": "lora_only"}],
+)
+def test_an_adapter_that_changes_its_base_is_refused(lora: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="with the adapter off"):
+        check_unchanged_base(lora, "finetune.lora")
+    with pytest.raises(RecipeError, match="use_dora"):
+        check_low_rank({"use_dora": True}, "finetune.lora")
+
+
+@pytest.mark.parametrize("begins", [None, True, "gaussian", "orthogonal"])
+def test_an_adapter_that_starts_from_nothing_is_not(bert: Path, begins: Any) -> None:
+    lora = {} if begins is None else {"init_lora_weights": begins}
+    check_unchanged_base(lora, "finetune.lora")
+    check_low_rank(lora, "finetune.lora")
+    LoraConfig(**lora)
+    model = with_probe(bert, "full")
+    plain = deepcopy(model).eval()
+    adapted = prepare(model, "lora", lora={"r": 4, **lora}).eval()
+    batch = {k: torch.stack([Rows()[i][k] for i in range(4)]) for k in Rows()[0]}
+    batch.pop("labels")
+    torch.testing.assert_close(adapted(**batch).logits, plain(**batch).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [lambda: L2SP(-1.0), lambda: L2SP(0, -1.0), lambda: EWC(-1.0, {})])
+def test_a_negative_weight_is_refused(kind: Callable[[], Any]) -> None:
+    with pytest.raises(RecipeError, match="would drive the model away"):
+        kind()
