@@ -160,7 +160,7 @@ def test_cached_is_what_is_computed_on_the_fly(
         term = replace(TERMS[name], cached=cached)
         trainer = retaining(model, tmp_path, [term], {}, num_train_epochs=2)
         trainer.train()
-        assert (trainer._retention._reference is None) == cached
+        assert (trainer.retention._reference is None) == cached
         found.append(weights(model))
     for key, value in found[0].items():
         torch.testing.assert_close(value, found[1][key], atol=1e-5, rtol=1e-4)
@@ -179,7 +179,7 @@ def test_a_cache_is_refused_where_rows_vary(bert: Path, tmp_path: Path) -> None:
         trainer.train()
     trainer = retaining(model, tmp_path, [KLToOriginal()], {}, data=Varying())
     trainer.train()
-    assert trainer._retention._reference is not None
+    assert trainer.retention._reference is not None
 
 
 @pytest.mark.parametrize("strategy", ["lora", "full"])
@@ -228,14 +228,14 @@ def test_at_the_original_a_term_is_zero_unless_there_is_dropout(
             continue  # Under LoRA everything that has dropout is frozen, and so in eval.
         trainer = retaining(model, tmp_path, [TERMS[name]], {}, learning_rate=0.0)
         values: list[float] = []
-        plain = trainer._retention.loss
+        plain = trainer.retention.loss
 
         def noted(*args: Any, plain: Any = plain, values: list[float] = values) -> torch.Tensor:
             value = plain(*args)
             values.append(float(value))
             return value
 
-        trainer._retention.loss = noted
+        trainer.retention.loss = noted
         trainer.train()
         assert len(values) == 3
         if dropout:
@@ -342,7 +342,7 @@ def test_general_rows_come_in_the_exact_ratio_and_never_count_as_labelled(
         model, tmp_path, [TERMS["general"]],
         {"general_dataset": Plain(), "general_ratio": 0.3}, num_train_epochs=2,
     )  # fmt: skip
-    plain = trainer._retention.loss
+    plain = trainer.retention.loss
 
     def noted(model: Any, batch: Any, outputs: Any, counts: Any, target: Any, *rest: Any) -> Any:
         general = batch["general"]
@@ -351,7 +351,7 @@ def test_general_rows_come_in_the_exact_ratio_and_never_count_as_labelled(
         seen.append((int((~general).sum()), int(general.sum())))
         return plain(model, batch, outputs, counts, target, *rest)
 
-    trainer._retention.loss = noted
+    trainer.retention.loss = noted
     trainer.train()
     assert [rows for rows, _ in seen] == [8] * 6
     assert sum(general for _, general in seen) == int(0.3 * 48)

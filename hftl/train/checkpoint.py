@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hftl.errors import NumericError
 from hftl.processes import share
@@ -23,6 +26,8 @@ class KeepBest(TrainerCallback):
         greater: whether more is better.
         patience: evaluations without improvement before training stops; None: never.
         least: the share of the best value so far that counts as an improvement for `patience`.
+
+    `weights` are the best ones by name, `best` their value.
     """
 
     def __init__(
@@ -35,7 +40,7 @@ class KeepBest(TrainerCallback):
         self.best: float | None = None
         self.epoch: float | None = None
         self.waited = 0
-        self._weights: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **_: Any
@@ -51,7 +56,7 @@ class KeepBest(TrainerCallback):
         enough = gained > self.least * abs(self.best or 0.0)
         if gained > 0:
             self.best, self.epoch = value, state.epoch
-            self._weights = {
+            self.weights = {
                 name: local(parameter).to("cpu", copy=True) for name, parameter in trained(model)
             }
         self.waited = 0 if enough else self.waited + 1
@@ -61,8 +66,8 @@ class KeepBest(TrainerCallback):
     def restore(self, model: nn.Module) -> None:
         """Puts the best weights back; without an evaluation the last ones stay."""
         for name, parameter in trained(model):
-            if name in self._weights:
-                local(parameter).copy_(self._weights[name])
+            if name in self.weights:
+                local(parameter).copy_(self.weights[name])
 
 
 def whole_state(model: nn.Module, accelerator: Any) -> dict[str, Tensor]:
@@ -92,3 +97,17 @@ def trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, sharing its memory, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def save_plain(model: nn.Module, folder: Path) -> None:
+    """Writes what trains of a model that is none of transformers' or peft's classes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in trained(model)}
+    save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def load_plain(model: nn.Module, folder: Path) -> None:
+    """Puts back what `save_plain` has written."""
+    stored = load_file(folder / SAFE_WEIGHTS_NAME)
+    for name, tensor in trained(model):
+        tensor.copy_(stored[name])

@@ -2,9 +2,8 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,19 @@ import datasets
 import torch
 from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, seed_worker
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.trainer_utils import EvalLoopOutput
 
 from hftl.errors import NumericError, RecipeError
 from hftl.processes import gather
 from hftl.retain.retention import Retention, Term
-from hftl.train.checkpoint import trained
+from hftl.train.checkpoint import load_plain, save_plain
 from hftl.train.loss import counted, counted_rows, summed_loss, uncounted
-from hftl.train.mixing import Collate, Numbered, rows_to_know
+from hftl.train.mixing import Collate, Numbered, loader_settings, rows_to_know
 from hftl.train.modes import training_modes
+from hftl.train.optimizer import groups, layer_rates
 from hftl.train.order import MixedBatches, RankBatches, SeededOrder
 from hftl.train.sharding import shard_by_block
 
@@ -47,6 +45,8 @@ class TransferTrainer(Trainer):
         general_dataset: rows of what the original was good at, mixed into every step: for terms on
             them, and where they have labels of the task, for its loss (replay).
         general_ratio: rows of general data for each row of the target.
+        layer_decay: each block's learning rate is that of the one above it times this.
+        rates: learning rates of `embeddings`, `blocks` (a list from the bottom) and `head`.
 
     Raises:
         NumericError: from `train`, on all processes, when the loss is NaN or infinite.
@@ -57,17 +57,22 @@ class TransferTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        retain: Sequence[Term] = (),
+        retain: Sequence[Term] | Retention = (),
         reference: nn.Module | None = None,
         general_dataset: Any | None = None,
         general_ratio: float = 0.5,
+        layer_decay: float | None = None,
+        rates: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._retention = Retention(retain, reference, general_ratio)
+        self.retention = (
+            retain if isinstance(retain, Retention) else Retention(retain, reference, general_ratio)
+        )
+        self._rates = layer_rates(layer_decay, rates)
         self._general = general_dataset
-        if self._retention.weights:
-            self.add_callback(AfterStep(self._retention))
+        if self.retention.weights:
+            self.add_callback(AfterStep(self.retention))
         if self._numbers_rows and self.is_fsdp_enabled:
             raise RecipeError(
                 "retain does not run under FSDP, which cuts the weights it looks at",
@@ -102,17 +107,32 @@ class TransferTrainer(Trainer):
         """As transformers' `train`; the frozen modules are looked up anew."""
         self._modes = None
         self._step_loss = 0.0
-        if self._numbers_rows:
-            # A checkpoint is loaded later: the model is still what it starts from.
-            self._retention.start(
-                self.accelerator.unwrap_model(self.model), rows_to_know(*self._training_rows()),
-                self.args.device,
-                self._autocast, self.args.seed,
-            )  # fmt: skip
+        # A checkpoint is loaded later: the model is still what it starts from.
+        self.ask_original()
         if self.args.world_size > 1:
             # With one seed, dropout would hit the same units in every process's rows.
             torch.manual_seed(self.args.seed + self.args.process_index)
         return super().train(*args, **kwargs)
+
+    def ask_original(self) -> None:
+        """Has the original look at the rows, where a term needs it; the second time does nothing.
+
+        `train` does so by itself.
+        """
+        if self._numbers_rows:
+            self.retention.start(
+                self.accelerator.unwrap_model(self.model), rows_to_know(*self._training_rows()),
+                self.args.device, self._autocast, self.args.seed,
+            )  # fmt: skip
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As transformers'; with a rate for each part of the model where that was asked for."""
+        if self.optimizer is None and self._rates is not None:
+            inside: Any = self.accelerator.unwrap_model(self.model if model is None else model)
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, inside)
+            found = groups(inside, self.args.learning_rate, self.args.weight_decay, self._rates)
+            self.optimizer = kind(found, **settings)
+        return super().create_optimizer(model)
 
     def get_train_dataloader(self) -> Any:
         """This process's share of every step, or transformers' loader for another sampling."""
@@ -134,8 +154,12 @@ class TransferTrainer(Trainer):
             self._batches = RankBatches(order, *cut)
         else:
             general = SeededOrder(len(self._general), order.seed)
-            self._batches = MixedBatches(order, general, self._retention.ratio, *cut)
-        loader = DataLoader(batch_sampler=self._batches, **self._loader_settings())
+            self._batches = MixedBatches(order, general, self.retention.ratio, *cut)
+        dataset, collate = self._training_rows()
+        loader = DataLoader(
+            dataset, batch_sampler=self._batches, collate_fn=collate,
+            **loader_settings(self.args, dataset),
+        )  # fmt: skip
         return prepare_data_loader(
             loader, state.device, num_processes=1, process_index=0, put_on_device=True,
             non_blocking=state.non_blocking,
@@ -197,7 +221,7 @@ class TransferTrainer(Trainer):
                 kept = penalty.float().where(counted_rows(labels), 0.0)
                 loss = loss + kept.sum() / self._rows.clamp(min=1) * processes
             if "row" in inputs:
-                loss = loss + processes * self._retention.loss(
+                loss = loss + processes * self.retention.loss(
                     self.accelerator.unwrap_model(model), inputs, outputs, _target_rows(inputs),
                     self._rows, int(self.state.epoch or 0), self._autocast,
                 )  # fmt: skip
@@ -248,10 +272,7 @@ class TransferTrainer(Trainer):
         if isinstance(model, (PreTrainedModel, PeftModel)):
             super()._save(output_dir, state_dict)
             return
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.contiguous() for name, tensor in trained(model)}
-        save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_plain(model, Path(output_dir or str(self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """As transformers'; of a model that is none of its classes, what `_save` has written."""
@@ -259,9 +280,7 @@ class TransferTrainer(Trainer):
         if isinstance(mine, (PreTrainedModel, PeftModel)) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        stored = load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
-        for name, tensor in trained(mine):
-            tensor.copy_(stored[name])
+        load_plain(mine, Path(resume_from_checkpoint))
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> None:
         """Evaluation's count, which would be that of all processes; here it is the batch's own."""
@@ -277,7 +296,7 @@ class TransferTrainer(Trainer):
     @property
     def _numbers_rows(self) -> bool:
         """Whether rows carry their numbers: for terms, or for general data."""
-        return self._retention.asks or self._general is not None
+        return self.retention.asks or self._general is not None
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """The precision that training multiplies in."""
@@ -299,27 +318,6 @@ class TransferTrainer(Trainer):
         rows: Any = Numbered(dataset, general)
         return rows, Collate(collate, len(rows))
 
-    def _loader_settings(self) -> dict[str, Any]:
-        """DataLoader's arguments but for the sampler, as transformers sets them."""
-        args = self.args
-        dataset, collate = self._training_rows()
-        workers = args.dataloader_num_workers
-        return {
-            "dataset": dataset,
-            "collate_fn": collate,
-            "num_workers": workers,
-            "pin_memory": args.dataloader_pin_memory,
-            # A worker that lives on keeps the dataset of the first epoch.
-            "persistent_workers": args.dataloader_persistent_workers
-            and not hasattr(dataset, "set_epoch"),
-            "multiprocessing_context": args.dataloader_multiprocessing_context,
-            "prefetch_factor": args.dataloader_prefetch_factor,
-            "in_order": args.dataloader_in_order,
-            "worker_init_fn": partial(
-                seed_worker, num_workers=workers, rank=self.args.process_index
-            ),
-        }
-
     def _real_rows(self, rows: int) -> int:
         """How many of a batch's rows are not there to make the last batches of ranks equal."""
         state = self.accelerator.gradient_state
@@ -339,7 +337,7 @@ class AfterStep(TrainerCallback):
     """Lets terms change the weights after the optimizer's step."""
 
     def __init__(self, retention: Retention) -> None:
-        self._retention = retention
+        self.retention = retention
 
     def on_optimizer_step(
         self,
@@ -351,7 +349,7 @@ class AfterStep(TrainerCallback):
         **_: Any,
     ) -> None:
         """Hands the model over."""
-        self._retention.after_step(model, optimizer)
+        self.retention.after_step(model, optimizer)
 
 
 def _target_rows(batch: dict[str, Any]) -> Tensor:

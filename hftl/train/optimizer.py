@@ -1,0 +1,157 @@
+"""A learning rate for every part of a model, and which weights decay.
+
+Discriminative rates (Howard & Ruder 2018, arXiv:1801.06146, section 3.2), as a decay by layer
+(Clark et al. 2020, arXiv:2003.10555, appendix A): for L blocks, rate d^(L + 1 - l) with l = 0 for
+the embeddings, i + 1 for block i, and L + 1 for all that stands after the blocks, the head with it.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hftl.errors import RecipeError
+from hftl.model.head import anatomy_in, encoder_in
+from hftl.model.parts import Anatomy, block_paths, submodule, under
+
+UNDECAYED = (
+    "bias", "position_embeddings", "cls_token", "mask_token", "register_tokens",
+    "distillation_token",
+)  # fmt: skip
+"""Parts of names whose weights do not decay, whatever their shape: among them the tables of
+relative position biases."""
+
+
+@dataclass(frozen=True)
+class LayerRates:
+    """What differs from one learning rate for all.
+
+    Args:
+        decay: each block's rate is that of the one above it times this.
+        embeddings: the rate of what comes before the blocks; None: by `decay`.
+        blocks: the rates of the blocks, from the bottom; the last one holds for all above it.
+        head: the rate of all that comes after the blocks.
+    """
+
+    decay: float | None = None
+    embeddings: float | None = None
+    blocks: tuple[float, ...] | None = None
+    head: float | None = None
+
+    def rate(self, base: float, depth: int, blocks: int) -> float:
+        """The learning rate at a depth: 0 the embeddings, `blocks` + 1 the head.
+
+        Raises:
+            RecipeError: if there are more rates than blocks.
+        """
+        if self.blocks is not None and len(self.blocks) > blocks:
+            raise RecipeError(
+                f"lr.blocks has {len(self.blocks)} rates, and the model {blocks} blocks",
+                f"Give at most {blocks}",
+            )
+        named = self.embeddings if depth == 0 else self.head if depth == blocks + 1 else None
+        if 0 < depth <= blocks and self.blocks is not None:
+            named = self.blocks[min(depth, len(self.blocks)) - 1]
+        if named is not None:
+            return named
+        return base * (1.0 if self.decay is None else self.decay) ** (blocks + 1 - depth)
+
+
+def layer_rates(decay: float | None, rates: Mapping[str, Any] | None) -> LayerRates | None:
+    """`LayerRates` of a recipe's `layer_decay` and `lr`; None where neither is given."""
+    if decay is None and not rates:
+        return None
+    given = dict(rates or {})
+    blocks = given.get("blocks")
+    return LayerRates(
+        decay, given.get("embeddings"), None if blocks is None else tuple(blocks), given.get("head")
+    )
+
+
+def depths(model: nn.Module) -> tuple[dict[str, int], int]:
+    """The depth of every parameter by its name, and how many blocks there are.
+
+    A tied parameter has its first name only. What stands in a stage behind its blocks (Swin's
+    merging of patches) is as deep as the last of them; what all blocks read (DeBERTa's relative
+    embeddings) as deep as the embeddings.
+
+    Raises:
+        RecipeError: if the architecture is not supported.
+    """
+    anatomy = anatomy_in(model)
+    encoder = encoder_in(model, anatomy)
+    paths = block_paths(encoder, anatomy.blocks)
+    found = {id(p): len(paths) + 1 for p in model.parameters()}
+    found |= {id(p): 0 for p in encoder.parameters()}
+    for outer, depth in _stages(paths):
+        found |= {id(p): depth for p in submodule(encoder, outer).parameters()}
+    for depth, path in enumerate(paths, 1):
+        found |= {id(p): depth for p in submodule(encoder, path).parameters()}
+    for name, parameter in encoder.named_parameters():
+        if under(name, (*anatomy.final, *_pooler(anatomy))):
+            found[id(parameter)] = len(paths) + 1
+    return {name: found[id(p)] for name, p in model.named_parameters()}, len(paths)
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay is for it: not for vectors, tokens and positions."""
+    return parameter.ndim > 1 and not any(part in name for part in UNDECAYED)
+
+
+def groups(
+    model: nn.Module, base: float, weight_decay: float, rates: LayerRates
+) -> list[dict[str, Any]]:
+    """The optimizer's groups: every parameter that trains is in one of them, and in no other.
+
+    Args:
+        model: not wrapped for many processes.
+        base: the learning rate that `rates` starts from.
+        weight_decay: of what decays.
+        rates: what differs.
+
+    Returns:
+        {params, lr, weight_decay, depth} each, from the embeddings to the head.
+    """
+    depth_of, blocks = depths(model)
+    found: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found[depth_of[name], decays(name, parameter)].append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": rates.rate(base, depth, blocks),
+            "weight_decay": weight_decay if decayed else 0.0,
+            "depth": depth,
+        }
+        for (depth, decayed), parameters in sorted(found.items())
+    ]
+
+
+def learning_rates(model: nn.Module, base: float, rates: LayerRates) -> list[dict[str, Any]]:
+    """The learning rate of each part of what trains: {part, parameters, rate}, bottom first."""
+    _, blocks = depths(model)
+    rows: dict[int, dict[str, Any]] = {}
+    for group in groups(model, base, 0.0, rates):
+        depth = group["depth"]
+        part = "embeddings" if depth == 0 else "head" if depth > blocks else f"block {depth}"
+        row = rows.setdefault(depth, {"part": part, "parameters": 0, "rate": group["lr"]})
+        row["parameters"] += sum(parameter.numel() for parameter in group["params"])
+    return list(rows.values())
+
+
+def _stages(paths: list[str]) -> list[tuple[str, int]]:
+    """The stages that hold lists of blocks, and the depth of the last block in each."""
+    found: dict[str, int] = {}
+    for depth, path in enumerate(paths, 1):
+        outer = path.rsplit(".", 2)[0]
+        # Of one list of blocks the outer path is its owner, which holds more than a stage.
+        if outer.rsplit(".", 1)[-1].isdigit():
+            found[outer] = depth
+    return list(found.items())
+
+
+def _pooler(anatomy: Anatomy) -> tuple[str, ...]:
+    return (anatomy.pooler,) if anatomy.pooler else ()
