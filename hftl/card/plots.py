@@ -62,8 +62,8 @@ def plot_frontier(record: dict[str, Any], path: Path) -> None:
             forgotten["per_seed"], _scores(record, name), mark, color=color, alpha=0.4, markersize=4
         )
         axes.plot(
-            [forgotten["value"]], [score], mark, color=color, markersize=13 if own else 9, zorder=3 if own else 2,
-            label=f"{name} (this model)" if own else name,
+            [forgotten["value"]], [score], mark, color=color, markersize=13 if own else 9,
+            zorder=3 if own else 2, label=f"{name} (this model)" if own else name,
         )  # fmt: skip
     figure.legend(loc="outside right upper", frameon=False)
     axes.axvline(0, color=OTHER, linewidth=1, linestyle=":")
