@@ -68,7 +68,9 @@ def plot_frontier(record: dict[str, Any], path: Path) -> None:
     figure.legend(loc="outside right upper", frameon=False)
     axes.axvline(0, color=OTHER, linewidth=1, linestyle=":")
     better = "lower" if less_is_better(metric) else "higher"
-    axes.set_xlabel(f"forgotten: fall of {headline_words(record)}, left is better")
+    # What stands between dollars would be read as a formula.
+    words = headline_words(record).replace("$", r"\$")
+    axes.set_xlabel(f"forgotten: fall of {words}, left is better")
     axes.set_ylabel(f"test {metric}, {better} is better")
     axes.margins(x=0.15, y=0.15)
     axes.grid(alpha=0.3)
