@@ -138,9 +138,6 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "unlabeled, no adapt": (
         ["data.unlabeled=a.txt"], r"data\.unlabeled is read by adapt, which is null",
     ),
-    "general, no adapt": (
-        ["data.general=a.txt"], r"data\.general is read by adapt, which is null",
-    ),
     "the output": (
         ["adapt={objective: mlm, training: {output_dir: x}}"],
         r"adapt\.training\.output_dir belongs to hftl",

@@ -13,7 +13,8 @@ from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
 from hftl.card.card import gain_sentence, render_card
-from hftl.card.plots import plot_ladder
+from hftl.card.forgetting import forgetting_rows, forgetting_sentence
+from hftl.card.plots import plot_frontier, plot_ladder
 from hftl.card.report import render_report
 from hftl.measure.verdict import decide, interval_text
 from hftl.publishing import publishable
@@ -98,6 +99,43 @@ def make(
                         "dtype": "float32", "packages": {"hftl": "0.1.0", "torch": "2.10.0"}},
         "timings": {},
     }  # fmt: skip
+
+
+def figure(before: float, after: list[float]) -> dict[str, Any]:
+    """A figure of forgetting, its interval a point either way."""
+    mean = sum(after) / len(after)
+    change = mean - before
+    return {"before": before, "after": mean, "change": change, "per_seed": after,
+            "ci95": [change - 0.01, change + 0.01] if len(after) > 1 else None}  # fmt: skip
+
+
+def with_forgetting(
+    record: dict[str, Any], control: str | None = "document", gone: float | None = 0.75
+) -> dict[str, Any]:
+    """The record of a run with general data and an arm without retention."""
+    seeds = len(record["recipe"]["measure"]["seeds"])
+    told = record | {"recipe": copy.deepcopy(record["recipe"])}
+    told["recipe"]["data"]["general"] = {"path": "news/nyt.csv"}
+    entries = []
+    for arm, after in ((record["own_arm"], 0.68), ("head", 0.7)):
+        same = figure(0.7, [after] * seeds)
+        figures = {name: figure(1.0, [0.91] * seeds) for name in ("neighbours", "cosine")}
+        figures |= {"cka": figure(1.0, [0.97] * seeds) | {"ci95": None}}
+        figures |= {name: figure(0.0, [0.123] * seeds) for name in ("kl", "new_kl")}
+        probes = {"probe_fixed": figure(0.8, [0.75] * seeds), "probe_refitted": None}
+        figures["controls"] = {} if control is None else {control: {"same": same, **probes}}
+        head = figures["neighbours"] if control is None else same
+        forgotten = {"value": -head["change"], "per_seed": [-head["change"]] * seeds,
+                     "ci95": head["ci95"] and [-c for c in reversed(head["ci95"])]}  # fmt: skip
+        against = {"arm": "head", "gone": gone} if arm != "head" else None
+        entries.append({"arm": arm, "figures": figures, "forgotten": forgotten, "against": against})
+    told["forgetting"] = {
+        "rows": 670, "new_rows": 797, "documents": "document", "tau": 0.05, "arms": entries,
+        "general": {"rows_read": 3901, "known": 2, "documents": "document"},
+        "controls": [] if control is None else [{"name": control, "values": 80, "classes": False}],
+        "headline": {"figure": "same" if control else "neighbours", "control": control},
+    }  # fmt: skip
+    return told
 
 
 def _gain(
@@ -409,3 +447,73 @@ def test_report_is_one_file_with_picture_and_table(case: str, tmp_path: Path) ->
     assert not re.search(r"details>|summary>|<script|&lt;details", report)
     assert "<h2>The recipe</h2>" in report and "model-index" not in report
     assert not re.search(r'(src|href)="(?!https://huggingface\.co/|data:)', report)
+
+
+@pytest.mark.parametrize("case", ["positive", "one seed"])
+@pytest.mark.parametrize("control", ["document", None])
+def test_what_was_forgotten_has_a_section(case: str, control: str | None) -> None:
+    record = with_forgetting(make(case), control)
+    card = render_card(record)
+    part = card.split("## What it forgot\n\n")[1].split("\n## ")[0]
+    assert part.startswith(forgetting_sentence(record))
+    assert "the source model knew was not measured" not in card
+    tables = part.split("\n\n")[1:3]
+    head, _, own, other = tables[0].splitlines()
+    assert head == "| arm | original | after | forgotten | against |"
+    assert own.startswith("| lora | ") and "| 75% less than head |" in own
+    assert other.startswith("| head | ") and other.endswith(" |  |")
+    known = numbers(record["forgetting"])
+    shown = {form(n) for n in known for form in ("{:.3f}".format, "{:+.3f}".format)}
+    printed = re.findall(r"[-+]?\d\.\d{3}", "".join(tables))
+    assert len(printed) > 20 and set(printed) <= shown
+    assert ("document by a probe of the original" in tables[1]) == (control is not None)
+    for told in ("670 rows of `nyt.csv` (3,901 were read)", "one `document` count as one unit",
+                 "2 copies of the run's own inputs"):  # fmt: skip
+        assert told in part
+
+
+def test_sentence_of_forgetting() -> None:
+    assert forgetting_sentence(with_forgetting(make())) == (
+        "Nearest neighbour of the same document: a share of 0.700 under the original, 0.680 under "
+        "this model, +0.020 [+0.010, +0.030] forgotten (95 % interval, 3 seeds), 75% less than "
+        "head."
+    )
+    worse = forgetting_sentence(with_forgetting(make(), gone=-0.5))
+    assert worse.endswith("3 seeds), 50% more than head.")
+    alone = forgetting_sentence(with_forgetting(make("one seed"), None, None))
+    assert alone.endswith("+0.090 forgotten (no interval).")
+
+
+def test_table_of_forgetting_compares_only_where_there_is_something() -> None:
+    record = with_forgetting(make())
+    record["forgetting"]["arms"][0]["against"] = None
+    assert forgetting_rows(record)[0] == ["arm", "original", "after", "forgotten"]
+    assert {len(row) for row in forgetting_rows(record)} == {4}
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "$x$ \\frac"])
+def test_no_control_breaks_the_page_or_the_picture(name: str, tmp_path: Path) -> None:
+    record = with_forgetting(make(), name)
+    assert shape(render_card(record)) == shape(render_card(with_forgetting(make())))
+    plot_frontier(record, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_frontier_shows_every_arm_and_is_the_same_every_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = with_forgetting(make())
+    for name in "ab":
+        plot_frontier(copy.deepcopy(record), tmp_path / f"{name}.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    plot_frontier(record, tmp_path / "c.png")
+    lines = {line.get_label(): line for line in drawn[0].axes[0].lines}
+    for label, arm in (("lora (this model)", "lora"), ("head", "head")):
+        entry = next(e for e in record["forgetting"]["arms"] if e["arm"] == arm)
+        score = next(row["test"] for row in record["ladder"] if row["arm"] == arm)
+        assert list(lines[label].get_xdata()) == [entry["forgotten"]["value"]]
+        assert list(lines[label].get_ydata()) == [score]
+    seeds = [line for line in drawn[0].axes[0].lines if len(line.get_xdata()) == 3]
+    assert len(seeds) == 2 and "left is better" in drawn[0].axes[0].get_xlabel()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import pictures
+from conftest import pictures, sentences, write_csv
 from safetensors.numpy import load_file
 from tiny import save_tiny
 
@@ -65,6 +65,12 @@ def test_two_processes_give_what_one_gives(
     data = {"train": {"path": str(train)}, "max_length": 16, "augment": "none"}
     if kind == "image":
         data |= {"augment": "light", "image_size": 24}
+    general = (
+        write_csv(tmp_path / "general.csv", ["text", "label"], sentences(90, 7))
+        if kind == "text"
+        else pictures(tmp_path / "general", 45)
+    )
+    data["general"] = {"path": str(general), "label": "label"}
     one = recipe(tmp_path / "one.yaml", model, data, 16)
     two = recipe(tmp_path / "two.yaml", model, data, 8)
     alone = subprocess.run(
@@ -85,9 +91,17 @@ def test_two_processes_give_what_one_gives(
         )
         for split in ("validation", "test"):
             np.testing.assert_allclose(theirs[split], mine[split], atol=1e-4, err_msg=arm)
+        kept = [tmp_path / run / "arms" / arm / "embeddings.safetensors" for run in ("one", "two")]
+        assert [path.exists() for path in kept] == [arm.startswith(("lora", "full", "part"))] * 2
+        if kept[0].exists():
+            mine, theirs = map(load_file, kept)
+            for part in ("general", "new"):
+                np.testing.assert_allclose(theirs[part], mine[part], atol=1e-4, err_msg=arm)
     assert not (tmp_path / "two" / "error.json").exists()
     records = [json.loads((tmp_path / r / "record.json").read_text()) for r in ("one", "two")]
     assert records[0]["data"]["fingerprint"] == records[1]["data"]["fingerprint"]
+    told = [record["forgetting"]["arms"][0]["forgotten"]["value"] for record in records]
+    assert told[0] == pytest.approx(told[1], abs=0.05)
 
 
 def test_adaptation_on_two_processes_is_that_on_one(

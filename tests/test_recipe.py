@@ -189,7 +189,6 @@ def test_arms_that_are_refused(entry: Any, message: str) -> None:
     [
         ("retain={kl: {weight: 0.1}}", "'retain' is not built yet"),
         ("data.unlabeled=a.txt", "data.unlabeled is read by adapt, which is null"),
-        ("data.general=a.txt", "data.general is read by adapt, which is null"),
         ("data.task=null", "adapts only, and adapt is null"),
         ("finetune.strategy=gradual", "gradual unfreezing is not built yet"),
         ("publish.repo_id=org/name", "the push is not built yet"),

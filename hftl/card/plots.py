@@ -62,13 +62,15 @@ def plot_frontier(record: dict[str, Any], path: Path) -> None:
             forgotten["per_seed"], _scores(record, name), mark, color=color, alpha=0.4, markersize=4
         )
         axes.plot(
-            [forgotten["value"]], [score], mark, color=color, markersize=13 if own else 9, zorder=3 if own else 2,
-            label=f"{name} (this model)" if own else name,
+            [forgotten["value"]], [score], mark, color=color, markersize=13 if own else 9,
+            zorder=3 if own else 2, label=f"{name} (this model)" if own else name,
         )  # fmt: skip
     figure.legend(loc="outside right upper", frameon=False)
     axes.axvline(0, color=OTHER, linewidth=1, linestyle=":")
     better = "lower" if less_is_better(metric) else "higher"
-    axes.set_xlabel(f"forgotten: fall of {headline_words(record)}, left is better")
+    # What stands between dollars would be read as a formula.
+    words = headline_words(record).replace("$", r"\$")
+    axes.set_xlabel(f"forgotten: fall of {words}, left is better")
     axes.set_ylabel(f"test {metric}, {better} is better")
     axes.margins(x=0.15, y=0.15)
     axes.grid(alpha=0.3)

@@ -1,0 +1,149 @@
+"""How far features moved, against loops and textbook formulas, and by properties."""
+
+import math
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from hftl.analyse import drift, neighbours
+from hftl.analyse.drift import cka, cosines, nearest_same, probe_hits, relational_kl
+
+ROWS, WIDTH = 60, 8
+
+
+def features(seed: int, rows: int = ROWS, width: int = WIDTH) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float32)
+
+
+def turned(found: np.ndarray) -> np.ndarray:
+    turn = np.linalg.qr(np.random.default_rng(9).normal(size=(found.shape[1],) * 2))[0]
+    return (found @ turn).astype(np.float32)
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a.astype(float), b.astype(float)
+    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
+
+
+@pytest.mark.parametrize("chunk", [7, 512])
+def test_nearest_same_is_a_double_loop(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift, "CHUNK", chunk)
+    monkeypatch.setattr(neighbours, "CHUNK", chunk)
+    found, labels = features(0), np.array(list("abcd") * 15)
+    expected = []
+    for i in range(ROWS):
+        others = [j for j in range(ROWS) if j != i]
+        near = max(others, key=lambda j: cosine(found[i], found[j]))
+        expected.append(float(labels[near] == labels[i]))
+    assert nearest_same(found, labels).tolist() == expected
+    assert 0 < np.mean(expected) < 1
+
+
+@pytest.mark.parametrize("chunk", [7, 512])
+@pytest.mark.parametrize("tau", [0.05, 0.7])
+def test_relational_kl_is_a_double_loop(
+    tau: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drift, "CHUNK", chunk)
+    before, after = features(0), features(0) + 0.5 * features(1)
+    expected = []
+    for i in range(ROWS):
+        shares = []
+        for side in (before, after):
+            raw = {j: math.exp(cosine(side[i], side[j]) / tau) for j in range(ROWS) if j != i}
+            shares.append({j: value / sum(raw.values()) for j, value in raw.items()})
+        old, new = shares
+        expected.append(sum(p * math.log(p / new[j]) for j, p in old.items()))
+    np.testing.assert_allclose(relational_kl(before, after, tau), expected, rtol=1e-6)
+    assert not np.allclose(expected, relational_kl(after, before, tau), rtol=0.01)
+
+
+def test_cka_is_the_ratio_of_independence_criteria() -> None:
+    before, after = features(0), features(0)[:, :5] + features(1, width=5)
+    middle = np.eye(ROWS) - 1 / ROWS
+
+    def hsic(k: np.ndarray, other: np.ndarray) -> float:
+        return float(np.trace(k @ middle @ other @ middle)) / (ROWS - 1) ** 2
+
+    k, other = (side.astype(float) @ side.astype(float).T for side in (before, after))
+    expected = hsic(k, other) / math.sqrt(hsic(k, k) * hsic(other, other))
+    assert cka(before, after) == pytest.approx(expected, rel=1e-10)
+    assert 0.1 < expected < 0.9
+    assert cka(before + 5, 3 * before) == pytest.approx(1, abs=1e-6)
+    assert cka(before, np.ones_like(before)) == 0
+
+
+def test_nothing_moved() -> None:
+    found = features(0)
+    assert relational_kl(found, found, 0.05).tolist() == [0] * ROWS
+    assert cka(found, found) == pytest.approx(1, abs=1e-12)
+    np.testing.assert_allclose(cosines(found, found), 1, atol=1e-12)
+    np.testing.assert_allclose(cosines(found, -2 * found), -1, atol=1e-12)
+
+
+def test_a_rotation_changes_only_what_is_tied_to_the_axes() -> None:
+    found, labels = features(0), np.arange(ROWS) % 3
+    after = turned(found)
+    assert relational_kl(found, after, 0.05).max() < 1e-5
+    assert cka(found, after) == pytest.approx(1, abs=1e-6)
+    assert (nearest_same(found, labels) == nearest_same(after, labels)).all()
+    assert neighbours.agreement(found, after) == 1
+    assert cosines(found, after).mean() < 0.5
+
+
+def test_more_noise_is_more_drift() -> None:
+    before = features(0)
+    sides = [before + scale * features(1) for scale in (0.1, 0.3, 1)]
+    kl = [relational_kl(before, side, 0.05).mean() for side in sides]
+    assert kl == sorted(kl) and kl[0] > 0
+    same = [cka(before, side) for side in sides]
+    assert same == sorted(same, reverse=True)
+
+
+def classes() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features that tell three classes, the class ids, and units of four rows."""
+    labels = np.arange(ROWS) % 3
+    centres = 1.5 * np.random.default_rng(3).normal(size=(3, WIDTH))
+    return (features(0) + centres[labels]).astype(np.float32), labels, np.arange(ROWS) // 4
+
+
+def test_fixed_and_refitted_probes_are_those_of_scikit_learn() -> None:
+    before, labels, units = classes()
+    after = (before + features(2)).astype(np.float32)
+    from sklearn.model_selection import GroupKFold
+
+    expected = {"before": np.zeros(ROWS), "fixed": np.zeros(ROWS), "refitted": np.zeros(ROWS)}
+    for train, test in GroupKFold(5).split(before, labels, units):
+        for fitted, tested, name in (
+            (before, before, "before"), (before, after, "fixed"), (after, after, "refitted"),
+        ):  # fmt: skip
+            scaler = StandardScaler().fit(fitted[train].astype(float))
+            solver = LogisticRegression(C=0.1, max_iter=1000, tol=1e-6)
+            solver.fit(scaler.transform(fitted[train]), labels[train])
+            told = solver.predict(scaler.transform(tested[test]))
+            expected[name][test] = told == labels[test]
+    own, fixed = probe_hits(before, [before, after], labels, units, 0.1)
+    (refitted,) = probe_hits(after, [after], labels, units, 0.1)
+    assert own.tolist() == expected["before"].tolist()
+    assert fixed.tolist() == expected["fixed"].tolist()
+    assert refitted.tolist() == expected["refitted"].tolist()
+    assert 0.4 < fixed.mean() < own.mean() <= 1
+
+
+def test_a_rotation_fools_the_fixed_probe_alone() -> None:
+    before, labels, units = classes()
+    after = turned(before)
+    own, fixed = probe_hits(before, [before, after], labels, units, 0.1)
+    (refitted,) = probe_hits(after, [after], labels, units, 0.1)
+    assert abs(refitted.mean() - own.mean()) < 0.05 and fixed.mean() < own.mean() - 0.2
+
+
+def test_rows_of_one_unit_share_a_fold() -> None:
+    """A unit's rows are copies under a class of its own: only a leak could tell them."""
+    units = np.repeat(np.arange(12), 5)
+    before = np.repeat(features(0, 12), 5, axis=0)
+    labels = np.repeat(np.random.default_rng(5).integers(0, 2, 12), 5)
+    (hits,) = probe_hits(before, [before], labels, units, 1.0)
+    assert hits.mean() < 0.9

@@ -1,0 +1,369 @@
+"""What was forgotten: the figures of given features, and whole runs that measure it."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import pictures, sentences, write_csv
+from safetensors.numpy import load_file
+
+import hftl
+from hftl import original, show
+from hftl.analyse.drift import cka, nearest_same, relational_kl
+from hftl.analyse.neighbours import agreement
+from hftl.errors import RunFolderError
+from hftl.measure.forgetting import Asked, figures, gone, section
+from hftl.recipe import Recipe
+from hftl.record import Record, to_json
+
+ROWS, WIDTH = 80, 6
+
+
+def features(seed: int, rows: int = ROWS) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(rows, WIDTH)).astype(np.float32)
+
+
+def sides(scale: float, seed: int) -> dict[str, np.ndarray]:
+    """Features of both parts, so far from where they were."""
+    return {
+        "general": features(0) + np.float32(scale) * features(seed),
+        "new": features(1, 30) + np.float32(scale) * features(seed + 50, 30),
+    }
+
+
+ASKED = Asked(
+    {"document": np.array([f"d{i // 4}" for i in range(ROWS)]),
+     "tone": np.array(["a", "b"] * (ROWS // 2))},
+    ("tone",), np.arange(ROWS) // 4, 0.05,
+)  # fmt: skip
+BEFORE = sides(0, 2)
+ARMS = {"own": [sides(0.3, 2), sides(0.3, 3)], "plain": [sides(1, 4), sides(1, 5)]}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """The figures of both arms."""
+    return figures(BEFORE, ARMS, ASKED)
+
+
+def test_every_figure_is_its_formula_over_the_seeds(found: dict[str, Any]) -> None:
+    for arm, told in found.items():
+        after = [side["general"] for side in ARMS[arm]]
+        old = BEFORE["general"]
+        expected = {
+            "neighbours": [agreement(old, side) for side in after],
+            "cka": [cka(old, side) for side in after],
+            "kl": [relational_kl(old, side, 0.05).mean() for side in after],
+            "new_kl": [relational_kl(BEFORE["new"], s["new"], 0.05).mean() for s in ARMS[arm]],
+        }
+        same = [nearest_same(side, ASKED.controls["document"]).mean() for side in after]
+        for figure, values in [*((told[n], v) for n, v in expected.items()),
+                               (told["controls"]["document"]["same"], same)]:  # fmt: skip
+            assert figure["per_seed"] == pytest.approx(values, abs=1e-12)
+            assert figure["after"] == pytest.approx(np.mean(values), abs=1e-12)
+            assert figure["change"] == pytest.approx(figure["after"] - figure["before"], abs=1e-12)
+        assert told["neighbours"]["before"] == told["cka"]["before"] == 1
+        assert told["kl"]["before"] == told["new_kl"]["before"] == 0
+        assert told["controls"]["document"]["probe_fixed"] is None
+        assert told["controls"]["tone"]["probe_refitted"]["after"] > 0.2
+
+
+def test_the_interval_holds_the_change_and_needs_seeds(found: dict[str, Any]) -> None:
+    for told in found.values():
+        for name in ("neighbours", "cosine", "kl", "new_kl"):
+            low, high = told[name]["ci95"]
+            assert low < told[name]["change"] < high
+            assert (low + high) / 2 == pytest.approx(told[name]["change"], abs=1e-9)
+        assert told["cka"]["ci95"] is None
+    one = figures(BEFORE, {"own": ARMS["own"][:1]}, ASKED)["own"]
+    assert one["kl"]["ci95"] is None and one["kl"]["after"] > 0
+
+
+def test_documents_are_the_units_of_the_interval() -> None:
+    """Rows of one document that move together say little more than one of them."""
+    after = [sides(0, 2), sides(0, 3)]
+    for told in after:
+        told["general"][::8] = told["general"][1::8] = told["general"][2::8] = -features(7)[::8]
+    alone = Asked({}, (), np.arange(ROWS), 0.05)
+    together = Asked({}, (), np.arange(ROWS) // 8, 0.05)
+    widths = []
+    for asked in (alone, together):
+        low, high = figures(BEFORE, {"own": after}, asked)["own"]["cosine"]["ci95"]
+        widths.append(high - low)
+    assert widths[0] != widths[1] and min(widths) > 0
+
+
+def test_an_arm_that_did_not_move_has_forgotten_nothing() -> None:
+    told = section(figures(BEFORE, {"own": [BEFORE, BEFORE]}, ASKED), ASKED, {})
+    (arm,) = told["arms"]
+    assert arm["forgotten"] == {"value": 0, "ci95": [0, 0], "per_seed": [0, 0]}
+    for figure in ("neighbours", "kl", "new_kl"):
+        assert arm["figures"][figure]["change"] == 0
+    for figure in ("cka", "cosine"):
+        assert arm["figures"][figure]["change"] == pytest.approx(0, abs=1e-12)
+    for control in arm["figures"]["controls"].values():
+        assert all(figure is None or figure["change"] == 0 for figure in control.values())
+
+
+def test_the_headline_is_the_first_control_and_neighbours_without(found: dict[str, Any]) -> None:
+    told = section(found, ASKED, {"own": "plain", "plain": None})
+    assert told["headline"] == {"figure": "same", "control": "document"}
+    for arm in told["arms"]:
+        figure = arm["figures"]["controls"]["document"]["same"]
+        assert arm["forgotten"]["value"] == pytest.approx(-figure["change"])
+        assert arm["forgotten"]["ci95"] == [-figure["ci95"][1], -figure["ci95"][0]]
+    bare = Asked({}, (), ASKED.units, 0.05)
+    other = section(figures(BEFORE, ARMS, bare), bare, {"own": "plain"})
+    assert other["headline"] == {"figure": "neighbours", "control": None}
+    own, plain = (arm["forgotten"]["value"] for arm in other["arms"])
+    assert 0 < own < plain
+    assert other["arms"][0]["against"] == {"arm": "plain", "gone": pytest.approx(1 - own / plain)}
+    assert other["arms"][1]["against"] is None
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "share"), [(0.05, 0.2, 0.75), (0.3, 0.2, -0.5), (0, 0.2, 1), (0.1, 0, None),
+                                (0.1, -0.1, None)]
+)  # fmt: skip
+def test_the_share_that_is_gone(own: float, other: float, share: float | None) -> None:
+    assert gone(own, other) == (None if share is None else pytest.approx(share))
+
+
+def test_without_general_data_only_new_inputs_are_compared() -> None:
+    nothing = Asked({}, (), None, 0.05)
+    before, after = {"new": BEFORE["new"]}, [{"new": s["new"]} for s in ARMS["own"]]
+    told = section(figures(before, {"own": after}, nothing), nothing, {})
+    (arm,) = told["arms"]
+    assert told["headline"] is None and arm["forgotten"] is None
+    assert arm["figures"]["new_kl"]["after"] > 0
+    assert all(arm["figures"][name] is None for name in ("neighbours", "cka", "cosine", "kl"))
+    lone = {"new": BEFORE["new"][:1]}
+    assert figures(lone, {"own": [lone]}, nothing)["own"]["new_kl"] is None
+
+
+def tree_of(folder: Path, model: Path, **general: Any) -> dict[str, Any]:
+    table = write_csv(folder / "reviews.csv", ["text", "label"], sentences(160))
+    rows = [(text, f"d{i // 6}", tone) for i, (text, tone) in enumerate(sentences(240, 7))]
+    path = write_csv(folder / "general.csv", ["text", "document", "tone"], rows)
+    training = {"num_train_epochs": 2, "learning_rate": 5e-3, "bf16": False}
+    return {
+        "source": {"model": str(model)},
+        "data": {"train": {"path": str(table)}, "max_length": 16,
+                 "general": {"path": str(path), **general}},
+        "finetune": {"pooling": "mean", "strategy": "full", "training": training},
+        "measure": {"seeds": [0, 1], "arms": ["head", "classical"]},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]
+) -> tuple[Path, dict[str, Any]]:
+    """A run with general data that has two controls."""
+    folder = tmp_path_factory.mktemp("forgetting")
+    tree = tree_of(folder, tiny_model(), label=["document", "tone"])
+    hftl.run(Recipe.parse(copy.deepcopy(tree)), folder / "run")
+    return folder / "run", tree
+
+
+def test_the_record_follows_from_the_embeddings_kept(finished: tuple[Path, Any]) -> None:
+    run, _ = finished
+    told = Record.read(run)["forgetting"]
+    before = load_file(run / "phases" / "original" / "embeddings.safetensors")
+    after = [load_file(run / "arms" / f"full-seed{s}" / "embeddings.safetensors") for s in (0, 1)]
+    assert before["general"].shape == (told["rows"], 16) and told["rows"] == 120
+    assert before["new"].shape == (told["new_rows"], 16) and told["new_rows"] == 32
+    own, head = told["arms"]
+    assert (own["arm"], head["arm"]) == ("full", "head")
+    assert own["figures"]["neighbours"]["per_seed"] == pytest.approx(
+        [agreement(before["general"], side["general"]) for side in after]
+    )
+    assert own["figures"]["new_kl"]["after"] > 0 and head["forgotten"]["value"] == 0
+    assert told["documents"] == "document" and told["controls"] == [
+        {"name": "document", "values": 20, "classes": False},
+        {"name": "tone", "values": 2, "classes": True},
+    ]
+    assert not (run / "arms" / "head-seed0" / "embeddings.safetensors").exists()
+
+
+def test_embeddings_are_those_of_the_published_model(finished: tuple[Path, Any]) -> None:
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    run, _ = finished
+    seed = Record.read(run)["published_seed"]
+    model = AutoModel.from_pretrained(run / "publish").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run / "publish")
+    kept = load_file(run / "arms" / f"full-seed{seed}" / "embeddings.safetensors")["general"]
+    from hftl.data.general import read_general
+
+    rows = read_general(run / "phases" / "general-rows").measured
+    for number in (0, 7, 119):
+        batch = tokenizer(rows[number].content[0], return_tensors="pt")
+        with torch.inference_mode():
+            hidden = model(**batch).last_hidden_state
+        np.testing.assert_allclose(kept[number], hidden[0].mean(0).numpy(), atol=1e-5)
+
+
+def test_the_card_and_the_terminal_tell_it(finished: tuple[Path, Any]) -> None:
+    run, _ = finished
+    record = Record.read(run).tree
+    own = record["forgetting"]["arms"][0]
+    card = (run / "publish" / "README.md").read_text("utf-8")
+    part = card.split("## What it forgot\n")[1].split("\n## ")[0]
+    figure = own["figures"]["controls"]["document"]["same"]
+    assert f"{figure['before']:.3f} under the original, {figure['after']:.3f} under this" in part
+    assert "| tone by a probe of the original |" in part and "document by a probe" not in part
+    assert "`general.csv` (240 were read)" in part and "assets/frontier.png" in part
+    assert "Forgetting of what the source model knew was not measured" not in card
+    assert (run / "publish" / "assets" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    report = (run / "report.html").read_text("utf-8")
+    assert report.count("<img") == 2 and report.count("<table>") == 3
+    lines = show.forgetting(record).splitlines()
+    assert "nearest neighbour of the same document, 120 rows" in lines[0]
+    assert lines[1].split() == ["arm", "original", "after", "forgotten"] and len(lines) == 5
+
+
+def test_again_nothing_is_computed(
+    finished: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run, tree = finished
+    shutil.copytree(run, tmp_path / "run")
+
+    def never(*args: Any) -> Any:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(original, "embed_original", never)
+    monkeypatch.setattr("hftl.finetune.arm.embed", never)
+    monkeypatch.setattr("hftl.pipeline.load_general", never)
+    before = Record.read(run).hash
+    shutil.rmtree(tmp_path / "run" / "phases" / "report")
+    again = hftl.run(Recipe.parse(copy.deepcopy(tree)), tmp_path / "run")
+    assert again is not None and again.hash == before
+
+
+def test_another_seed_is_compared_with_the_same_original(
+    finished: tuple[Path, Any], tmp_path: Path
+) -> None:
+    run, tree = finished
+    shutil.copytree(run, tmp_path / "run")
+    tree = copy.deepcopy(tree)
+    tree["measure"]["seeds"] = [0, 1, 2]
+    record = hftl.run(Recipe.parse(tree), tmp_path / "run", until="measure")
+    assert record is not None
+    own, before = (r["forgetting"]["arms"][0] for r in (record, Record.read(run)))
+    assert own["forgotten"]["per_seed"][:2] == before["forgotten"]["per_seed"]
+    assert len(own["forgotten"]["per_seed"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"label": "tone"}, r"data.general.label: \['document', 'tone'\] -> tone"),
+        ({"rows": 60}, "data.general.rows: 1000 -> 60"),
+        (None, "data.general.rows: 1000 -> unset"),
+    ],
+)
+def test_changed_general_data_are_refused(
+    finished: tuple[Path, Any], change: dict[str, Any] | None, told: str
+) -> None:
+    run, tree = finished
+    tree = copy.deepcopy(tree)
+    tree["data"]["general"] = change and tree["data"]["general"] | change
+    with pytest.raises(RunFolderError, match=told):
+        hftl.run(Recipe.parse(tree), run)
+
+
+def test_other_rows_of_general_data_are_refused(finished: tuple[Path, Any], tmp_path: Path) -> None:
+    run, tree = finished
+    shutil.copytree(run, tmp_path / "run")
+    tree = copy.deepcopy(tree)
+    rows = [(text, f"e{i // 6}", tone) for i, (text, tone) in enumerate(sentences(240, 8))]
+    path = write_csv(tmp_path / "other.csv", ["text", "document", "tone"], rows)
+    tree["data"]["general"]["path"] = str(path)
+    with pytest.raises(RunFolderError, match="made with other general data"):
+        hftl.run(Recipe.parse(tree), tmp_path / "run")
+
+
+def test_without_general_data_the_card_says_so(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    tree = tree_of(tmp_path, tiny_model())
+    tree["data"]["general"] = None
+    tree["measure"] = {"seeds": [0], "arms": []}
+    record = hftl.run(Recipe.parse(tree), tmp_path / "run")
+    assert record is not None
+    told = record["forgetting"]
+    assert told["rows"] == 0 and told["headline"] is None and told["controls"] == []
+    assert told["arms"][0]["figures"]["new_kl"]["after"] > 0
+    card = (tmp_path / "run" / "publish" / "README.md").read_text("utf-8")
+    assert "Forgetting of what the source model knew was not measured" in card
+    assert "What it forgot" not in card
+    assert not (tmp_path / "run" / "publish" / "assets" / "frontier.png").exists()
+
+
+def test_retention_is_compared_with_the_same_arm_without() -> None:
+    made = Recipe.parse({
+        "source": {"model": "m"}, "data": {"train": {"path": "a.csv"}},
+        "retain": {"l2sp": {"weight": 0.1}},
+        "measure": {"arms": [{"full_bare": {"finetune.strategy": "full", "retain": None}},
+                             {"bare": {"retain": None}}]},
+    })  # fmt: skip
+    own, other, bare = hftl.recipe.arms(made)
+    assert own.retain is not None and bare.retain is None
+    assert original._without_retention(own, [own, other, bare]) == "bare"
+    assert original._without_retention(own, [own, other]) is None
+    assert original._without_retention(bare, [own, bare]) is None
+
+
+@pytest.mark.slow
+def test_an_adapted_head_is_compared_with_the_source_before(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hftl.adapt.stage.WARM_STEPS", 3)
+    tree = tree_of(tmp_path, tiny_model())
+    training = {"num_train_epochs": 3, "learning_rate": 3e-3, "bf16": False}
+    tree["adapt"] = {"objective": "mlm", "guard": "off", "training": training}
+    tree["finetune"]["strategy"] = "head"
+    tree["measure"] = {"seeds": [0], "arms": []}
+    record = hftl.run(Recipe.parse(tree), tmp_path / "run", until="measure")
+    assert record is not None
+    own, source = record["forgetting"]["arms"]
+    assert record["adapt"]["stages"][0]["kept"] == "adapted"
+    assert own["arm"] == "head" and own["figures"]["kl"]["after"] > 0
+    assert source["arm"] == "source" and source["figures"]["kl"]["after"] == 0
+
+
+def test_pictures(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    train, general = pictures(tmp_path / "train", 24), tmp_path / "general"
+    shutil.copytree(train, general)
+    draw = np.random.default_rng(5)
+    from PIL import Image
+
+    for label in ("light", "dark"):
+        for number in range(30):
+            noise = draw.integers(0, 255, (36, 40, 3)).astype("uint8")
+            Image.fromarray(noise).save(general / label / f"new{number}.png")
+    tree = {
+        "source": {"model": str(tiny_model("dinov2"))},
+        "data": {"train": {"path": str(train)},
+                 "general": {"path": str(general), "label": "label"}},
+        "finetune": {"training": {"num_train_epochs": 2, "learning_rate": 5e-3, "bf16": False}},
+        "measure": {"seeds": [0], "arms": []},
+    }  # fmt: skip
+    run = tmp_path / "run"
+    record = hftl.run(Recipe.parse(tree), run, until="measure")
+    assert record is not None
+    told = record["forgetting"]
+    assert told["general"]["known"] > 0 and told["rows"] == 30 and told["tau"] == 0.07
+    (own,) = told["arms"]
+    assert own["figures"]["controls"]["label"]["probe_fixed"]["before"] > 0.2
+    assert own["figures"]["kl"]["after"] > 0 and own["figures"]["neighbours"]["after"] < 1
+    kept = load_file(run / "arms" / "lora-seed0" / "embeddings.safetensors")
+    assert kept["general"].shape[0] == 30 and kept["new"].shape[0] == told["new_rows"]
+    assert json.loads(to_json(told)) == told

@@ -1,0 +1,200 @@
+"""General data as rows: what is dropped, which documents belong to which half, and controls."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import pictures, sentences, write_csv
+
+from hftl.data import general as module
+from hftl.data.general import General, load_general, read_general, write_general
+from hftl.data.load import Reading, Row
+from hftl.data.prepare import Prepared, prepare
+from hftl.errors import DataError
+from hftl.recipe import Recipe
+from hftl.sections import Data
+
+HEADER = ["text", "document", "tone"]
+
+
+def rows_of(rows: int, each: int = 6) -> list[tuple[str, str, str]]:
+    return [(text, f"d{i // each}", tone) for i, (text, tone) in enumerate(sentences(rows, 7))]
+
+
+def loaded(
+    path: Path, rows: list[Any], header: list[str] = HEADER, /, **more: Any
+) -> tuple[General, Prepared]:
+    """General data of these rows beside the 160 sentences of the run."""
+    run = write_csv(path / "run.csv", ["text", "label"], sentences(160))
+    table = write_csv(path / "general.csv", header, rows)
+    group = more.pop("group", None)
+    bad = more.pop("bad_rows", "refuse")
+    seed = more.pop("seed", 0)
+    tree = {"train": {"path": str(run)}, "general": {"path": str(table), **more}, "seed": seed,
+            "bad_rows": bad}  # fmt: skip
+    prepared = prepare(Data.model_validate(tree))
+    data = Data.model_validate(tree | {"group": group})
+    return load_general(data, prepared, Reading()), prepared
+
+
+def texts(rows: list[Row]) -> list[str]:
+    return [row.content[0] for row in rows]
+
+
+def told(general: General) -> dict[str, list[tuple[Any, ...]]]:
+    return {
+        half: [(row.content, row.label, row.group) for row in getattr(general, half)]
+        for half in ("used", "measured")
+    }
+
+
+def test_no_document_straddles_and_halves_are_alike(tmp_path: Path) -> None:
+    general, _ = loaded(tmp_path, rows_of(240), label="document")
+    used, measured = ({row.group for row in half} for half in (general.used, general.measured))
+    assert not used & measured and len(used | measured) == 40
+    assert abs(len(general.used) - len(general.measured)) <= 6
+    assert general.controls == ("document",) and general.classes == ()
+    assert general.facts["documents"] == "document"
+    assert general.values("document").tolist() == [row.group for row in general.measured]
+    for name in set(general.values("document")):
+        assert len(set(general.units()[general.values("document") == name])) == 1
+    assert len(set(general.units())) == len(measured)
+
+
+def test_order_of_rows_does_not_matter_and_the_seed_does(tmp_path: Path) -> None:
+    rows = rows_of(240)
+    first, _ = loaded(tmp_path, rows, label=["document", "tone"])
+    random.Random(1).shuffle(rows)
+    again, _ = loaded(tmp_path, rows, label=["document", "tone"])
+    assert told(first) == told(again)
+    assert first.facts == again.facts
+    other, _ = loaded(tmp_path, rows, label=["document", "tone"], seed=1)
+    assert set(texts(other.measured)) != set(texts(first.measured))
+    assert other.facts["fingerprint"] != first.facts["fingerprint"]
+
+
+def test_few_values_are_classes_and_part_nothing(tmp_path: Path) -> None:
+    general, _ = loaded(tmp_path, rows_of(240), label=["tone", "document"])
+    assert general.classes == ("tone",) and general.facts["documents"] == "document"
+    assert set(general.values("tone")) == {"negative", "positive"}
+    alone, _ = loaded(tmp_path, rows_of(240), label="tone")
+    assert alone.facts["documents"] is None and all(row.group is None for row in alone.used)
+    assert len(set(alone.units())) == len(alone.measured) == 120
+
+
+def test_the_group_of_the_run_parts_documents_where_the_table_has_it(tmp_path: Path) -> None:
+    named, _ = loaded(tmp_path, rows_of(240), group="document")
+    assert named.facts["documents"] == "document" and named.controls == ()
+    assert {r.group for r in named.used}.isdisjoint(r.group for r in named.measured)
+    other, _ = loaded(tmp_path, rows_of(240), group="author")
+    assert other.facts["documents"] is None
+
+
+def test_copies_of_each_other_and_of_the_run_are_dropped(tmp_path: Path) -> None:
+    own = [(text, "d1", "tone") for text, _ in sentences(160)[:30]]
+    rows = rows_of(240)
+    general, prepared = loaded(tmp_path, [*rows, *own, *rows[:9]], label="document")
+    known = {t for split in prepared.rows.values() for t in texts(split)}
+    kept = texts(general.used) + texts(general.measured)
+    overlap = len({row[0] for row in rows} & known)
+    assert not known & set(kept) and len(kept) == len(set(kept)) == 240 - overlap
+    assert general.facts["duplicates"] >= 9 and general.facts["known"] == 30
+
+
+def test_at_most_so_many_rows_in_whole_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "USED", 31)
+    general, _ = loaded(tmp_path, rows_of(240), label="document", rows=50)
+    assert len(general.measured) == 48 and len(general.used) == 30
+    whole, _ = loaded(tmp_path, rows_of(240), label="document")
+    assert set(texts(general.measured)) < set(texts(whole.measured))
+
+
+def test_what_is_stored_is_read_again(tmp_path: Path) -> None:
+    for label in (None, ["document", "tone"]):
+        general, _ = loaded(tmp_path, rows_of(240), label=label)
+        write_general(general, tmp_path)
+        again = read_general(tmp_path)
+        assert again == general
+
+
+def test_blank_lines_part_texts_and_bad_rows_are_named(tmp_path: Path) -> None:
+    rows = [[text] for text, _ in sentences(60, 7)]
+    general, _ = loaded(tmp_path, [*rows[:30], [""], *rows[30:]], ["text"])
+    assert general.facts["rows_read"] == 60
+    broken = [*rows_of(60), ("a text", "", "")]
+    with pytest.raises(DataError, match=r"general.csv line 62: the label is empty"):
+        loaded(tmp_path, broken, label="document")
+    skipped, _ = loaded(tmp_path, broken, label="document", bad_rows="skip")
+    assert skipped.facts["bad_rows"] == 1 and skipped.facts["rows_read"] == 61
+
+
+def test_what_cannot_measure_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no column 'topic'.*it has text, document, tone") as why:
+        loaded(tmp_path, rows_of(60), label="topic")
+    assert "data.general" in str(why.value.fix)
+    with pytest.raises(DataError, match="10 rows to measure forgetting on, of 20 read"):
+        loaded(tmp_path, rows_of(20))
+    with pytest.raises(DataError, match="0 rows to measure"):
+        loaded(tmp_path, [(text, "a", "b") for text, _ in sentences(160)])
+    with pytest.raises(DataError, match="'tone' has one value only, 'same'"):
+        loaded(tmp_path, [(t, d, "same") for t, d, _ in rows_of(60)], label="tone")
+
+
+def test_words_are_taken_where_words_are_tagged(tmp_path: Path) -> None:
+    words = [[" ".join(text.split())] for text, _ in sentences(60, 7)]
+    run = write_csv(tmp_path / "run.csv", ["text", "label"], sentences(160))
+    general = write_csv(tmp_path / "general.csv", ["text"], words)
+    tree = {"train": {"path": str(run)}, "general": {"path": str(general)}}
+    prepared = prepare(Data.model_validate(tree))
+    data = Data.model_validate(tree | {"task": "token-classification"})
+    found = load_general(data, prepared, Reading())
+    assert all(len(row.content) == 7 for row in found.measured)
+
+
+def test_pictures_of_a_folder_with_and_without_classes(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "general", 30)
+    run = pictures(tmp_path / "run", 12)
+    for path in sorted((run / "dark").iterdir())[:3]:
+        path.unlink()
+    reading = Reading("image", 8)
+    for label, values in ((None, None), ("label", {"light", "dark"})):
+        tree = {"train": {"path": str(run)}, "general": {"path": str(folder), "label": label}}
+        data = Data.model_validate(tree)
+        prepared = prepare(data, reading)
+        general = load_general(data, prepared, reading)
+        own = {row.content for rows in prepared.rows.values() for row in rows}
+        kept = [*general.used, *general.measured]
+        assert len(kept) == 60 - general.facts["known"] and general.facts["known"] > 0
+        assert not own & {row.content for row in kept}
+        assert all(row.size == (40, 36) and row.table == "general" for row in kept)
+        if values:
+            assert set(general.values("label")) == values and general.classes == ("label",)
+
+
+def test_the_label_of_train_is_no_control(recipe_tree: dict[str, Any]) -> None:
+    recipe_tree["data"]["train"]["label"] = "stars"
+    recipe_tree["data"]["general"] = {"path": "g.csv", "text": "body"}
+    table = Recipe.parse(recipe_tree).data.general
+    assert table is not None and table.label is None and table.labels == []
+    recipe_tree["data"]["general"]["label"] = ["topic"]
+    again = Recipe.parse(Recipe.parse(recipe_tree).tree()).data.general
+    assert again is not None and again.labels == ["topic"]
+
+
+def test_general_rows_are_encoded_as_others(
+    recipe_tree: dict[str, Any], tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    from conftest import bench_of
+
+    general, _ = loaded(tmp_path, rows_of(60))
+    bench = bench_of(Recipe.parse(recipe_tree))
+    bench.general = general
+    encoded = bench.encoded(general.used)
+    assert len(encoded) == len(general.used) and all(row["input_ids"] for row in encoded)
+    assert bench.adapted(bench.source, "w", None, ()).general is general
+    assert np.all([len(row["input_ids"]) <= 16 for row in encoded])
