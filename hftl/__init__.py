@@ -13,14 +13,30 @@ if TYPE_CHECKING:
     from hftl.predict import load
     from hftl.recipe import Recipe
     from hftl.record import Record
+    from hftl.retain.kl import KLToOriginal
+    from hftl.retain.weights import EWC, L2SP
     from hftl.train.trainer import TransferTrainer
 
 __version__ = "0.1.0"
 
-__all__ = ["HftlError", "Recipe", "Record", "TransferTrainer", "load", "prepare", "run"]
+__all__ = [
+    "EWC",
+    "L2SP",
+    "HftlError",
+    "KLToOriginal",
+    "Recipe",
+    "Record",
+    "TransferTrainer",
+    "load",
+    "prepare",
+    "run",
+]  # fmt: skip
 
 HOMES = {
+    "EWC": "hftl.retain.weights",
     "HftlError": "hftl.errors",
+    "KLToOriginal": "hftl.retain.kl",
+    "L2SP": "hftl.retain.weights",
     "Recipe": "hftl.recipe",
     "Record": "hftl.record",
     "TransferTrainer": "hftl.train.trainer",
