@@ -52,9 +52,11 @@ def _siblings(model: type[BaseModel], loc: list[Any]) -> list[str]:
         elif part in TAGS:
             here = next(m for m in _members(here) if m.__name__ == part)
         else:
-            field = here.model_fields.get(part) if _is_model(here) else None
+            owner = _first_model(here)
+            field = owner.model_fields.get(part) if owner else None
             here = field.annotation if field else None
-    return list(here.model_fields) if _is_model(here) else []
+    owner = _first_model(here)
+    return list(owner.model_fields) if owner else []
 
 
 def _members(annotation: Any) -> list[type[BaseModel]]:

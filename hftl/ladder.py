@@ -1,6 +1,7 @@
 """The arms phase: every arm and seed that is missing, quick ones first."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from hftl.finetune import arm as training
 from hftl.finetune import baseline, store
 from hftl.finetune.classical import solve_classical
 from hftl.finetune.estimate import estimate_seconds
+from hftl.finetune.gradual import State
 from hftl.finetune.outcome import Outcome
 from hftl.finetune.workbench import Workbench
 from hftl.reads import arm_reads, asked
@@ -20,7 +22,8 @@ from hftl.record import to_json
 from hftl.retaining import kept_of
 from hftl.train.hardware import dtype_name, visible_devices
 
-ORDER = ("majority", "classical", "head", "lora", "partial", "full", "scratch")
+ORDER = ("majority", "classical", "head", "lora", "partial", "gradual", "full",
+         "scratch")  # fmt: skip
 """Quick arms first."""
 SOLVED = ("majority", "classical", "head")
 """The arms that one process solves while the others wait."""
@@ -48,6 +51,10 @@ class Run:
         """Where an arm's files stand."""
         return self.folder / "arms" / f"{name}-seed{seed}"
 
+    def checkpoints(self, name: str, seed: int) -> Path:
+        """Where an arm that is not finished keeps how far it has come."""
+        return self.folder / "checkpoints" / f"{name}-seed{seed}"
+
 
 def run_arms(this: Run, benches: Benches) -> None:
     """Runs every arm and seed that is missing, quick ones first."""
@@ -74,6 +81,7 @@ def _keep(this: Run, bench: Workbench, job: Job, outcome: Outcome, count: str) -
     folder = this.arm_folder(arm.name, seed)
     with rundir.commit(folder, reads) as aside:
         store.write(aside, bench.prepared, outcome, arm.name, arm.strategy, seed)
+    shutil.rmtree(this.checkpoints(arm.name, seed), ignore_errors=True)
     told = store.read(folder, bench.prepared).told
     this.say(show.arm_line(told, this.recipe.measure.metric, count))
 
@@ -162,11 +170,12 @@ def _run_arm(this: Run, bench: Workbench, arm: Arm, seed: int) -> Outcome:
             rate = _scratch_rate(this, bench, arm)
             search = this.recipe.measure.scratch
             return baseline.train_scratch(bench, arm.finetune, search, rate, seed, this.progress)
+    reads = _arm_reads(this.recipe, bench, arm)
     kept = kept_of(
-        bench, arm, seed, this.recipe.measure.seeds, this.folder,
-        _arm_reads(this.recipe, bench, arm), this.progress, this.say,
-    )  # fmt: skip
-    return training.train_arm(bench, arm.finetune, seed, this.progress, kept)
+        bench, arm, seed, this.recipe.measure.seeds, this.folder, reads, this.progress, this.say
+    )
+    state = State(this.checkpoints(arm.name, seed), reads | {"processes": processes.size()})
+    return training.train_arm(bench, arm.finetune, seed, this.progress, kept, state)
 
 
 def _scratch_rate(this: Run, bench: Workbench, arm: Arm) -> float:

@@ -42,11 +42,14 @@ def arm_reads(recipe: Recipe, arm: Arm) -> dict[str, Any]:
         "head": ("pooling",),
         "partial": ("pooling", "blocks", *TRAINED),
         "lora": ("pooling", "lora", *TRAINED),
+        "gradual": ("pooling", "gradual", *TRAINED),
         "full": ("pooling", *TRAINED),
         "scratch": ("pooling", "training"),
     }.get(arm.strategy, ())
     if arm.name != arm.strategy:
         used = (*used, "strategy")
+    if "patience" in used:
+        used = (*used, *(key for key in ("layer_decay", "lr") if section[key] is not None))
     reads = yamlfile.flatten({key: section[key] for key in used}, "finetune") if used else {}
     reads |= stages_flat(arm.stages)
     if arm.retain is not None:

@@ -42,9 +42,12 @@ def test_scratch_gets_its_longer_budget_and_the_search_a_third(
 ) -> None:
     given: list[dict[str, Any]] = []
 
-    def fit(bench: Any, built: Any, training: dict[str, Any], patience: Any, *_: Any) -> Outcome:
+    def fit(
+        bench: Any, built: Any, training: dict[str, Any], patience: Any, *_: Any, compared: bool
+    ) -> Outcome:
         given.append(training)
         assert patience is None, "scratch starts slowly: it must not be stopped early"
+        assert not compared, "it does not come from the source: it has nothing to forget"
         assert all(p.requires_grad for p in built.model.parameters())
         rows = {s: len(bench.prepared.rows[s]) for s in ("validation", "test")}
         right = np.eye(2)[bench.prepared.targets(bench.prepared.rows["validation"])]

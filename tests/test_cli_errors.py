@@ -158,7 +158,12 @@ BAD_RECIPE = {
     "a rate as word": ("finetune.training.learning_rate=high", ["learning_rate", "'high'"]),
     "two arms of one name": ("measure.arms=[head, head]", ["two arms named 'head'"]),
     "a hub repository": ("publish.repo_id=org/name", ["publish.repo_id", "not built yet"]),
-    "not built": ("retain={kl: {weight: 0.1}}", ["'retain'", "not built yet"]),
+    "a retained adapter": (
+        "retain={kl: {}} finetune.strategy=lora finetune.lora.init_lora_weights=pissa",
+        ["init_lora_weights=pissa", "adapter off"],
+    ),
+    "a head that is not there": ("retain={kl: {on: mlm}}", ["on=mlm", "no trained"]),
+    "replay of nothing": ("retain={replay: {}}", ["data.general is null"]),
     "no value": ("data.shots", ["not key=value"]),
     "metric": ("measure.metric=acuracy", ["acuracy"]),
     "blocks": ("finetune.strategy=partial finetune.blocks=4", ["blocks", "4", "3"]),

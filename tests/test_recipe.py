@@ -172,8 +172,9 @@ def test_a_misspelt_key_is_told_its_closest_match(assignment: str, wrong: str, r
         ({"full": {"finetune.training.learning_rate": "high"}},
          r"arms\.full: finetune\.training\.learning_rate must be float, got 'high'"),
         ({"full": {"finetune.training.seed": 3}}, r"arms\.full: .*training\.seed belongs to hftl"),
-        ({"kl": {"retain": {"kl": {"weight": 1}}}}, r"arms\.kl: 'retain' is not built yet"),
-        ("gradual", "gradual unfreezing is not built yet"),
+        ({"kl": {"retain": {"kl": {"wight": 1}}}}, r"arms\.kl: .*mean 'retain\.kl\.weight'"),
+        ({"kl": {"retain": {"kl": {"weight": -1}}}}, r"arms\.kl: .*would drive the model away"),
+        ({"replay": {"retain": {"replay": {}}}}, "but data.general is null"),
         ("zero_shot", "zero-shot baseline is not built yet"),
         ("source", "goes without adaptation, and so does the recipe"),
         ({"full": 3}, r"'measure\.arms"),
@@ -187,10 +188,8 @@ def test_arms_that_are_refused(entry: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("retain={kl: {weight: 0.1}}", "'retain' is not built yet"),
         ("data.unlabeled=a.txt", "data.unlabeled is read by adapt, which is null"),
         ("data.task=null", "adapts only, and adapt is null"),
-        ("finetune.strategy=gradual", "gradual unfreezing is not built yet"),
         ("publish.repo_id=org/name", "the push is not built yet"),
     ],
 )
@@ -317,3 +316,41 @@ def test_the_json_schema_names_every_section() -> None:
     assert set(schema["required"]) == {"source", "data"}
     assert schema["additionalProperties"] is False
     assert set(FROM_CONTRACT["data"]) == set(schema["$defs"]["Data"]["properties"])
+
+
+@pytest.mark.parametrize(
+    ("retain", "more", "message"),
+    [
+        ("{kl: {weight: -0.1}}", [], "would drive the model away"),
+        ("{l2sp: {weight: -1}}", [], r"retain\.l2sp\.weight"),
+        ("{ewc: {}}", [], "reads general data .* but data.general is null"),
+        ("{replay: {ratio: 0.2}}", [], "but data.general is null"),
+        ("{kl: {inputs: both}}", [], "but data.general is null"),
+        ("{kl: {on: probe}}", ["finetune.head_init=random"], "nobody has trained it"),
+        ("{interpolate: [0, 0.5, 1]}", ["finetune.head_init=random"], "the original has no head"),
+        ("{kl: {on: head}}", [], r"retain\.kl.*on"),
+        ("{kl: []}", [], r"retain\.kl"),
+        ("{interpolate: [2]}", [], r"retain\.interpolate"),
+        ("{kl: {}}", ["finetune.strategy=head"], "the strategy head trains nothing"),
+    ],
+)
+def test_retention_that_makes_no_sense_is_refused(
+    retain: str, more: list[str], message: str
+) -> None:
+    refused(message, f"retain={retain}", *more)
+
+
+def test_kl_is_one_or_several_and_an_arm_may_have_its_own() -> None:
+    made = recipe(
+        "retain={kl: [{on: probe}, {weight: 0.3}]}", "finetune.strategy=lora",
+        measure={"arms": [
+            "head", {"no_kl": {"retain": None}}, {"far": {"retain": {"l2sp": {"weight": 0.5}}}},
+            {"strong": {"retain.kl.0.weight": 1.0}}, "full",
+        ]},
+    )  # fmt: skip
+    own, head, no_kl, far, strong, full = arms(made)
+    assert own.retain is not None and [kl.on for kl in own.retain.kls] == ["probe", "relational"]
+    assert head.retain is None and no_kl.retain is None
+    assert far.retain is not None and far.retain.kl is None and far.retain.l2sp is not None
+    assert strong.retain is not None and [kl.weight for kl in strong.retain.kls] == [1.0, 0.3]
+    assert full.retain == own.retain

@@ -155,8 +155,11 @@ def _metric_words(metric: str) -> str:
 
 
 def _purpose(record: dict[str, Any]) -> str:
-    kinds = {"lora": "A LoRA adapter of", "head": "A linear head on the frozen", "partial":
-             "The top blocks fine-tuned of", "full": "A full fine-tuning of"}  # fmt: skip
+    kinds = {
+        "lora": "A LoRA adapter of", "head": "A linear head on the frozen",
+        "partial": "The top blocks fine-tuned of", "full": "A full fine-tuning of",
+        "gradual": "A gradual fine-tuning of",
+    }  # fmt: skip
     base = record["source"]["name"]
     link = f"[{base}](https://huggingface.co/{base})" if record["source"]["published_as"] else base
     labels = record["data"]["labels"]

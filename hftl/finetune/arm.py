@@ -3,8 +3,10 @@
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from hftl import processes
 from hftl.data.load import Row
 from hftl.errors import NumericError, RecipeError
 from hftl.finetune.embed import embed
+from hftl.finetune.gradual import State, fit_gradual
 from hftl.finetune.interpolate import interpolate
 from hftl.finetune.outcome import Outcome
 from hftl.finetune.retention import Kept
@@ -25,7 +28,7 @@ from hftl.finetune.workbench import MEASURED, Workbench
 from hftl.metrics import METRICS, SELECTION, score_all
 from hftl.model.cache import logits
 from hftl.model.head import Built
-from hftl.sections import Finetune
+from hftl.sections import Finetune, Gradual
 from hftl.train.arguments import arguments as common_arguments
 from hftl.train.checkpoint import KeepBest, trained, whole_state
 from hftl.train.hardware import dtype_name, is_sharded
@@ -56,13 +59,10 @@ def solve_head(bench: Workbench, finetune: Finetune, seed: int) -> Outcome:
 
 
 def train_arm(
-    bench: Workbench,
-    finetune: Finetune,
-    seed: int,
-    progress: bool,
-    kept: Kept = Kept(),  # noqa: B008
-) -> Outcome:
-    """The strategies `partial`, `lora` and `full`, from the probe's head or a random one.
+    bench: Workbench, finetune: Finetune, seed: int, progress: bool,
+    kept: Kept = Kept(), state: State | None = None,  # noqa: B008 (immutable)
+) -> Outcome:  # fmt: skip
+    """The strategies that train from the source, from the probe's head or a random one.
 
     Args:
         bench: what all arms share.
@@ -70,6 +70,7 @@ def train_arm(
         seed: of shots, order and initialisation.
         progress: whether to draw a bar.
         kept: what keeps it near its original.
+        state: where gradual unfreezing keeps how far it has come.
     """
     built = bench.build(finetune.pooling, seed)
     if finetune.head_init == "probe":
@@ -77,52 +78,45 @@ def train_arm(
     set_seed(seed)
     model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
     built = Built(model, built.anatomy, built.pooling, built.fresh)
-    return fit(bench, built, finetune.training, finetune.patience, seed, progress, kept)
+    rates = None if finetune.lr is None else finetune.lr.model_dump()
+    more = {"layer_decay": finetune.layer_decay, "rates": rates}
+    kept = replace(kept, trainer=kept.trainer | more)
+    gradual = finetune.gradual if finetune.strategy == "gradual" else None
+    return fit(
+        bench, built, finetune.training, finetune.patience, seed, progress, kept,
+        gradual=gradual, state=state,
+    )  # fmt: skip
 
 
 def fit(
-    bench: Workbench,
-    built: Built,
-    training: dict[str, Any],
-    patience: int | None,
-    seed: int,
-    progress: bool,
-    kept: Kept = Kept(),  # noqa: B008 (immutable)
-    compared: bool = True,
-) -> Outcome:
+    bench: Workbench, built: Built, training: dict[str, Any], patience: int | None, seed: int,
+    progress: bool, kept: Kept = Kept(), compared: bool = True,  # noqa: B008 (immutable)
+    gradual: Gradual | None = None, state: State | None = None,
+) -> Outcome:  # fmt: skip
     """Trains a prepared model, keeps its best evaluation on validation, and predicts in fp32.
 
     What is `compared` with the source leaves its embeddings.
     """
     started = time.perf_counter()
-    task = bench.prepared.task
-    held = _short_first(bench, bench.prepared.rows["validation"])
     # FSDP cuts the model into pieces; what it learns is put into this whole one.
     whole = deepcopy(built.model) if is_sharded() else built.model
     start = {name: tensor.clone() for name, tensor in trained(built.model)} if kept.alphas else {}
     with tempfile.TemporaryDirectory() as scratch_folder:
-        args = arguments(training, task, scratch_folder, seed, bench.device, progress)
-        best = keep_best(args, patience)
-        trainer = TransferTrainer(
-            model=built.model,
-            args=args,
-            train_dataset=bench.examples(bench.train_rows(seed), seed),
-            eval_dataset=bench.examples(held),
-            data_collator=bench.inputs.collate,
-            compute_metrics=lambda told: _metrics(bench, held, told.predictions, told.label_ids),
-            callbacks=[best],
-            **kept.trainer,
+        args = arguments(
+            training, bench.prepared.task, scratch_folder, seed, bench.device, progress
         )
-        trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.train()
-        except ImportError as error:
-            raise RecipeError(
-                f"finetune.training needs a package: {str(error).splitlines()[0]}", "Install it"
-            ) from error
-    # accelerate leaves its autocast around forward; predictions are made in fp32.
-    trainer.accelerator.unwrap_model(built.model, keep_fp32_wrapper=False)
-    best.restore(built.model)
+        best = keep_best(args, patience)
+        make = partial(_trainer, bench, built, args, best, seed, kept)
+        if gradual is None:
+            trainer = make()
+            _train(trainer.train)
+            history = trainer.state.log_history
+            # accelerate leaves its autocast around forward; predictions are made in fp32.
+            trainer.accelerator.unwrap_model(built.model, keep_fp32_wrapper=False)
+            best.restore(built.model)
+        else:
+            phased = partial(fit_gradual, built.model, make, best, gradual, seed, state)
+            trainer, history = _train(phased)
     if whole is not built.model:
         built = replace(built, model=_filled(whole, whole_state(built.model, trainer.accelerator)))
     facts = {
@@ -130,7 +124,7 @@ def fit(
         "precision": dtype_name(training),
         "epochs": trainer.state.epoch,
         "best_epoch": best.epoch,
-        "history": _history(trainer.state.log_history),
+        "history": _history(history),
         **kept.facts,
     }
     if kept.alphas:
@@ -139,6 +133,36 @@ def fit(
     if kept.look is not None:
         facts["forgotten"] = kept.look(built)
     return _predicted(bench, built, facts, time.perf_counter() - started, compared)
+
+
+def _trainer(
+    bench: Workbench, built: Built, args: TrainingArguments, best: KeepBest, seed: int, kept: Kept,
+    /, **more: Any,
+) -> TransferTrainer:  # fmt: skip
+    """The trainer of an arm; `more` goes before what would be its arguments."""
+    held = _short_first(bench, bench.prepared.rows["validation"])
+    given: dict[str, Any] = {
+        "model": built.model,
+        "args": args,
+        "train_dataset": bench.examples(bench.train_rows(seed), seed),
+        "eval_dataset": bench.examples(held),
+        "data_collator": bench.inputs.collate,
+        "compute_metrics": lambda told: _metrics(bench, held, told.predictions, told.label_ids),
+        "callbacks": [best],
+        **kept.trainer,
+    }
+    trainer = TransferTrainer(**(given | more))
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _train(training: Callable[[], Any]) -> Any:
+    try:
+        return training()
+    except ImportError as error:
+        raise RecipeError(
+            f"finetune.training needs a package: {str(error).splitlines()[0]}", "Install it"
+        ) from error
 
 
 def _score(bench: Workbench, built: Built) -> tuple[float, float]:
@@ -253,7 +277,7 @@ def _short_first(bench: Workbench, rows: list[Row]) -> list[Row]:
 
 def _history(log: list[dict[str, Any]]) -> list[dict[str, float]]:
     """Losses and validation metrics by epoch, without what differs from run to run."""
-    kept = ("epoch", "loss", "eval_loss")
+    kept = ("epoch", "loss", "eval_loss", "phase")
     rows = [{k: v for k, v in entry.items() if k in kept or k.startswith("eval_")} for entry in log]
     timed = ("runtime", "per_second")
     rows = [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in rows]

@@ -6,6 +6,7 @@ start; what is frozen has no gradient, so that nothing moves it.
 
 import json
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from hftl.train.checkpoint import KeepBest
 from hftl.train.optimizer import depths
 from hftl.train.trainer import TransferTrainer
 
+PHASES = 1009
+"""More than any model has; the seeds of two trainings' phases differ."""
 STATE, WEIGHTS, BEST, OPTIMIZER = (
     "state.json", "weights.safetensors", "best.safetensors", "optimizer.pt",
 )  # fmt: skip
@@ -40,6 +43,14 @@ def phases(model: nn.Module) -> list[set[str]]:
 
 
 @dataclass(frozen=True)
+class State:
+    """Where a training keeps how far it has come, and what it depends on."""
+
+    folder: Path
+    reads: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far gradual unfreezing has come: what a stopped training goes on from."""
 
@@ -49,20 +60,18 @@ class Progress:
 
 
 def fit_gradual(
-    model: nn.Module, trainer_of: Callable[[float, int, Any], TransferTrainer], best: KeepBest,
-    gradual: Gradual, seed: int, reads: dict[str, Any], folder: Path | None,
+    model: nn.Module, make: Callable[..., TransferTrainer], best: KeepBest, gradual: Gradual,
+    seed: int, state: State | None,
 ) -> tuple[TransferTrainer, list[dict[str, Any]]]:  # fmt: skip
     """Trains phase by phase and leaves the best weights of all phases in the model.
 
     Args:
         model: everything that may train requires a gradient; it does afterwards.
-        trainer_of: makes the trainer of a phase from its epochs, the seed of its order, and the
-            trainer before it, whose optimizer and retention it goes on with, or None.
+        make: makes a trainer of the model, with other arguments where they are given.
         best: keeps the best evaluation over all phases.
         gradual: the recipe's section.
         seed: of dropout and order; each phase has its own from it.
-        reads: what the training depends on; a state of another is thrown away.
-        folder: where the state after each phase is kept; None: nowhere.
+        state: where the state after each phase is kept; None: nowhere.
 
     Returns:
         The last trainer, and {epoch, loss, ...} of every evaluation, with its `phase`.
@@ -74,18 +83,20 @@ def fit_gradual(
     if gradual.final_epochs:
         parts, epochs = [*parts, parts[-1]], [*epochs, gradual.final_epochs]
     # The original is asked, and the optimizer made, while everything requires a gradient.
-    first = trainer = trainer_of(epochs[0], seed, None)
+    first = trainer = make()
     first.ask_original()
     first.create_optimizer()
-    done = _resumed(folder, reads, model, best, first.optimizer)
+    done = _resumed(state, model, best, first.optimizer)
     for number in range(done.phase, len(parts)):
         if done.finished:
             break
         before = best.best
         for name, parameter in everything.items():
             parameter.requires_grad = name in parts[number]
-        set_seed(seed * 1009 + number)
-        trainer = trainer_of(epochs[number], seed * 1009 + number, first)
+        set_seed(seed * PHASES + number)
+        args = copy(first.args)
+        args.num_train_epochs, args.data_seed = epochs[number], seed * PHASES + number
+        trainer = make(args=args, optimizers=(first.optimizer, None), retain=first.retention)
         if gradual.final_epochs and number == len(parts) - 1:
             _slow(first.optimizer, gradual.final_rate)
         best.waited = 0
@@ -94,7 +105,7 @@ def fit_gradual(
         history = [{**row, "phase": number} for row in trainer.state.log_history]
         gained = before is None or best.best != before
         done = Progress(number + 1, not gained, (*done.history, *history))
-        _keep(folder, reads, model, everything, best, first.optimizer, done)
+        _keep(state, everything, best, first.optimizer, done)
     for name, parameter in everything.items():
         parameter.requires_grad = True
         with torch.no_grad():
@@ -110,20 +121,19 @@ def _slow(optimizer: Any, share: float) -> None:
 
 
 def _keep(
-    folder: Path | None, reads: dict[str, Any], model: nn.Module,
-    everything: dict[str, nn.Parameter], best: KeepBest, optimizer: Any, done: Progress,
+    state: State | None, everything: dict[str, nn.Parameter], best: KeepBest, optimizer: Any,
+    done: Progress,
 ) -> None:  # fmt: skip
     """Writes the state after a phase in the place of the one before."""
-    if folder is None:
+    if state is None:
         return
     told = {
         "phase": done.phase, "finished": done.finished, "history": done.history,
         "best": best.best, "epoch": best.epoch,
     }  # fmt: skip
-    place = folder
 
     def write() -> None:
-        with rundir.commit(place, reads) as aside:
+        with rundir.commit(state.folder, state.reads) as aside:
             save_file(_plain(everything), aside / WEIGHTS)
             save_file(_plain(best.weights), aside / BEST)
             torch.save(optimizer.state_dict(), aside / OPTIMIZER)
@@ -132,12 +142,11 @@ def _keep(
     processes.share(write)
 
 
-def _resumed(
-    folder: Path | None, reads: dict[str, Any], model: nn.Module, best: KeepBest, optimizer: Any
-) -> Progress:
+def _resumed(state: State | None, model: nn.Module, best: KeepBest, optimizer: Any) -> Progress:
     """Puts back the state that stands, if there is one of this training."""
-    if folder is None or processes.share(lambda: rundir.reads(folder)) != reads:
+    if state is None or processes.share(lambda: rundir.reads(state.folder)) != state.reads:
         return Progress()
+    folder = state.folder
     told = json.loads((folder / STATE).read_text("utf-8"))
     parameters = dict(model.named_parameters())
     with torch.no_grad():

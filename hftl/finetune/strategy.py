@@ -27,7 +27,7 @@ def prepare(
             or a `PooledModel`.
         strategy: `head` (the last linear layer), `partial` (the top `blocks`, what follows them,
             and the head), `lora` (adapters in every block, and the head), or `full` (all that an
-            output depends on).
+            output depends on); `gradual` is `full`, of which `gradual.phases` train in turn.
         blocks: how many top blocks train under `partial`.
         lora: fields of `peft.LoraConfig`.
         fresh: modules that the checkpoint did not have (`output_loading_info`'s missing keys),
@@ -41,15 +41,18 @@ def prepare(
     encoder = encoder_in(model, anatomy)
     if fresh is None:
         fresh = _possibly_fresh(model, anatomy)
-    model.requires_grad_(strategy == "full")
+    everything = strategy in ("full", "gradual")
+    model.requires_grad_(everything)
     if strategy == "lora":
         model = add_lora(model, anatomy, LORA | (lora or {}), fresh)
     elif strategy == "head":
         last_linear(model, anatomy).requires_grad_(True)
     elif strategy == "partial":
         _unfreeze_top(model, anatomy, blocks, fresh)
-    elif strategy != "full":
-        raise RecipeError(f"unknown strategy {strategy!r}", "Use head, partial, lora or full")
+    elif not everything:
+        raise RecipeError(
+            f"unknown strategy {strategy!r}", "Use head, partial, gradual, lora or full"
+        )
     unused = unused_in(model, anatomy)
     for name, parameter in encoder.named_parameters():
         if under(name, unused):

@@ -81,7 +81,7 @@ class Workbench:
 
     def check(self, asked_length: int, arms: list[Arm]) -> dict[str, Any]:
         """The preflight's facts and warnings, for the arms that train from the source."""
-        trained = [arm.finetune for arm in arms if arm.strategy in ("partial", "full")]
+        trained = [arm.finetune for arm in arms if arm.strategy in ("partial", "gradual", "full")]
         return check(self.source, self.inputs, self.prepared, asked_length, trained)
 
     @property

@@ -1,0 +1,219 @@
+"""Gradual unfreezing: what trains when, when it stops, and going on after a stop."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import bench_of
+from test_retention import with_probe
+from test_trainer import weights
+
+from hftl import rundir
+from hftl.finetune import gradual as module
+from hftl.finetune.arm import train_arm
+from hftl.finetune.gradual import State, phases
+from hftl.finetune.strategy import prepare
+from hftl.pipeline import run
+from hftl.recipe import Recipe
+from hftl.sections import Finetune
+from hftl.train.checkpoint import KeepBest
+from hftl.train.optimizer import depths
+from hftl.train.trainer import TransferTrainer
+
+READS = {"of": "a test"}
+
+
+@pytest.fixture
+def bench(recipe_tree: dict[str, Any]) -> Any:
+    recipe_tree["data"]["shots"] = 20
+    return bench_of(Recipe.parse(recipe_tree))
+
+
+def settings(**more: Any) -> Finetune:
+    training = {"learning_rate": 5e-3, "bf16": False, "per_device_train_batch_size": 16}
+    return Finetune.model_validate(
+        {"strategy": "gradual", "pooling": "mean", "training": training} | more
+    )
+
+
+class Steps:
+    """What every optimizer step of a training changed, by the number of the phase."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.changed: list[set[str]] = []
+        self.frozen_gradients = 0
+        self.held: list[int] = []
+        self.state: list[int] = []
+        plain = TransferTrainer.train
+        watch = self
+
+        def train(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+            before = weights(trainer.model)
+            found = plain(trainer, *args, **kwargs)
+            now = weights(trainer.model)
+            watch.changed.append({n for n in now if not torch.equal(now[n], before[n])})
+            watch.frozen_gradients += sum(
+                p.grad is not None for p in trainer.model.parameters() if not p.requires_grad
+            )
+            optimizer = trainer.optimizer.optimizer
+            watch.held.append(sum(len(g["params"]) for g in optimizer.param_groups))
+            watch.state.append(len(optimizer.state))
+            return found
+
+        monkeypatch.setattr(TransferTrainer, "train", train)
+
+
+def always_better(monkeypatch: pytest.MonkeyPatch, values: list[float] | None = None) -> None:
+    """Lets validation say what the test wants."""
+    told = iter(values or [v / 100 for v in range(100)])
+    plain = KeepBest.on_evaluate
+
+    def on_evaluate(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
+        more["metrics"] = dict(more["metrics"]) | {self.metric: next(told)}
+        plain(self, args, state, control, **more)
+
+    monkeypatch.setattr(KeepBest, "on_evaluate", on_evaluate)
+
+
+@pytest.mark.parametrize("strategy", ["gradual", "lora"])
+def test_phases_go_from_the_top_down(tiny_model: Callable[..., Path], strategy: str) -> None:
+    model = prepare(with_probe(tiny_model("bert"), "full"), strategy)
+    parts = phases(model)
+    depth_of, blocks = depths(model)
+    trains = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert len(parts) == blocks + 1 and parts[-1] == trains
+    assert {depth_of[name] for name in parts[0]} == {blocks + 1}
+    for number in range(1, blocks):
+        new = parts[number] - parts[number - 1]
+        assert parts[number - 1] < parts[number]
+        assert {depth_of[name] for name in new} == {blocks + 1 - number}
+
+
+def test_what_is_unfrozen_changes_and_what_is_frozen_does_not(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    always_better(monkeypatch)
+    watch = Steps(monkeypatch)
+    outcome = train_arm(bench, settings(), 0, False)
+    built = bench.build("mean", 0)
+    parts = phases(prepare(built.model, "gradual"))
+    assert len(watch.changed) == len(parts) == 4
+    for changed, part in zip(watch.changed, parts, strict=True):
+        # Words that no row has keep their embedding row, but the table as a whole changes.
+        assert changed == part
+    assert watch.frozen_gradients == 0
+    everything = len(parts[-1])
+    assert watch.held == [everything] * 4, "the optimizer holds all parameters from the start"
+    assert watch.state == [len(part) for part in parts]
+    assert {row["phase"] for row in outcome.facts["history"]} == {0, 1, 2, 3}
+
+
+def test_it_stops_where_validation_stops_improving_and_keeps_the_best(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    always_better(monkeypatch, [0.5, 0.6, 0.55, 0.9, 0.9])
+    watch = Steps(monkeypatch)
+    kept = {}
+    plain = module._keep
+
+    def noted(state: Any, everything: Any, best: Any, *rest: Any) -> None:
+        kept[len(watch.changed)] = {n: p.detach().clone() for n, p in everything.items()}
+        plain(state, everything, best, *rest)
+
+    monkeypatch.setattr(module, "_keep", noted)
+    outcome = train_arm(bench, settings(), 0, False)
+    assert len(watch.changed) == 3, "the third phase was no better, so there is no fourth"
+    for name, tensor in outcome.weights.items():
+        assert torch.equal(tensor, kept[2][name]), name
+    assert not all(torch.equal(tensor, kept[3][name]) for name, tensor in outcome.weights.items())
+
+
+def test_the_last_phase_trains_everything_at_a_low_rate(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    always_better(monkeypatch)
+    watch, rates = Steps(monkeypatch), []
+    plain = TransferTrainer.create_scheduler
+
+    def noted(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        rates.append(
+            trainer.optimizer.param_groups[0].get("initial_lr", trainer.args.learning_rate)
+        )
+        return plain(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(TransferTrainer, "create_scheduler", noted)
+    train_arm(bench, settings(gradual={"final_epochs": 1, "final_rate": 0.2}), 0, False)
+    assert len(watch.changed) == 5 and watch.changed[4] == watch.changed[3]
+    assert rates == pytest.approx([5e-3] * 4 + [1e-3])
+
+
+def test_with_layer_rates_every_part_keeps_its_own(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    always_better(monkeypatch)
+    seen: list[set[float]] = []
+    plain = TransferTrainer.train
+
+    def train(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        found = plain(trainer, *args, **kwargs)
+        groups = trainer.optimizer.optimizer.param_groups
+        seen.append({round(g["initial_lr"], 9) for g in groups})
+        return found
+
+    monkeypatch.setattr(TransferTrainer, "train", train)
+    train_arm(bench, settings(layer_decay=0.5), 0, False)
+    assert seen == [{round(5e-3 * 0.5**k, 9) for k in range(5)}] * 4
+
+
+@pytest.mark.parametrize("stopped", [1, 2, 3])
+@pytest.mark.parametrize("retained", [False, True])
+def test_what_was_stopped_goes_on_to_the_same_weights(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stopped: int, retained: bool
+) -> None:
+    from hftl.finetune.retention import Kept
+    from hftl.retain.kl import KLToOriginal
+    from hftl.retain.weights import L2SP
+
+    def kept() -> Any:
+        return Kept({"retain": [KLToOriginal(0.5), L2SP(0.1)]}) if retained else Kept()
+
+    always_better(monkeypatch)
+    whole = train_arm(bench, settings(), 0, False, kept())
+    state = State(tmp_path / "state", READS)
+    plain, count = module._keep, [0]
+
+    def killed(*args: Any) -> None:
+        plain(*args)
+        count[0] += 1
+        if count[0] == stopped:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_keep", killed)
+        always_better(patch)
+        with pytest.raises(KeyboardInterrupt):
+            train_arm(bench, settings(), 0, False, kept(), state)
+    assert json.loads((tmp_path / "state" / "state.json").read_text())["phase"] == stopped
+    with monkeypatch.context() as patch:
+        always_better(patch, [stopped / 100 + v / 100 for v in range(100)])
+        watch = Steps(patch)
+        again = train_arm(bench, settings(), 0, False, kept(), state)
+    assert len(watch.changed) == 4 - stopped
+    for name, tensor in whole.weights.items():
+        assert torch.equal(tensor, again.weights[name]), name
+    other = State(tmp_path / "state", {"of": "another"})
+    assert rundir.reads(tmp_path / "state") == READS != other.reads
+
+
+def test_a_run_by_gradual_unfreezing(recipe_tree: dict[str, Any], tmp_path: Path) -> None:
+    recipe_tree["data"]["shots"] = 20
+    recipe_tree["finetune"] |= {"strategy": "gradual", "layer_decay": 0.8}
+    recipe_tree["measure"] |= {"arms": ["head", "full", "classical"]}
+    record = run(Recipe.parse(recipe_tree), tmp_path / "run")
+    assert record is not None and record.tree["own_arm"] == "gradual"
+    assert record.tree["reload_difference"] <= 1e-5
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    assert "A gradual fine-tuning of" in (tmp_path / "run/publish/README.md").read_text()

@@ -1,0 +1,162 @@
+"""A learning rate for every part: depths against names, rates against the formula."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_retention import retaining, with_probe
+from test_trainer import weights
+from tiny import FIELDS
+
+from hftl.errors import RecipeError
+from hftl.finetune.strategy import prepare
+from hftl.model.anatomy import ANATOMIES
+from hftl.model.head import build
+from hftl.model.source import find_source
+from hftl.sections import Source
+from hftl.train.optimizer import LayerRates, decays, depths, groups, layer_rates, learning_rates
+
+BLOCK = r"(?:^|\.)(?:encoder\.layer|transformer\.layer|layers|encoder\.layers)\.(\d+)\."
+TOP = {
+    "vit": r"vit\.layernorm", "deit": r"deit\.layernorm", "beit": r"beit\.pooler",
+    "dinov2": r"dinov2\.layernorm", "dinov2_with_registers": r"dinov2_with_registers\.layernorm",
+    "swin": r"swin\.layernorm", "modernbert": r"model\.final_norm",
+    "siglip": r"vision_model\.post_layernorm", "bert": r"bert\.pooler",
+    "albert": r"albert\.pooler",
+}  # fmt: skip
+"""What stands after the blocks inside the encoder."""
+HEAD = r"^(classifier|pre_classifier|pooler|head|score)\."
+
+
+def model_of(model_type: str, folder: Path, pooling: str = "native", strategy: str = "full") -> Any:
+    source = find_source(Source(model=str(folder)))
+    built = build(source, "classification", pooling, 3, ["a", "b", "c"], seed=0)
+    return prepare(built.model, strategy, fresh=built.fresh)
+
+
+def by_name(model_type: str, name: str, blocks: int) -> int:
+    """The depth that a parameter's name tells."""
+    if re.search(HEAD, name) or re.match(TOP.get(model_type, "$"), name):
+        return blocks + 1
+    if model_type == "albert":
+        return 1 if "albert_layers" in name else 0
+    if model_type == "swin":
+        stage = re.search(r"encoder\.layers\.(\d+)\.(?:blocks\.(\d+)|downsample)", name)
+        if stage is None:
+            return 0
+        before = [0, 1][int(stage[1])]
+        # Stages of one block and of two; merging is as deep as the last block of its stage.
+        return before + 1 + (int(stage[2]) if stage[2] else [0, 1][int(stage[1])])
+    found = re.search(BLOCK, name)
+    return int(found[1]) + 1 if found else 0
+
+
+@pytest.mark.parametrize("model_type", sorted(ANATOMIES))
+def test_every_parameter_is_as_deep_as_its_name_says(
+    model_type: str, tiny_model: Callable[..., Path]
+) -> None:
+    assert model_type in FIELDS
+    model = model_of(model_type, tiny_model(model_type))
+    found, blocks = depths(model)
+    assert blocks == (1 if model_type == "albert" else 3)
+    assert found == {name: by_name(model_type, name, blocks) for name in found}
+    assert set(found.values()) == set(range(blocks + 2))
+
+
+@pytest.mark.parametrize("pooling", ["native", "mean"])
+def test_lora_is_as_deep_as_what_it_wraps(tiny_model: Callable[..., Path], pooling: str) -> None:
+    model = model_of("bert", tiny_model("bert"), pooling, "lora")
+    found, _ = depths(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            block = re.search(r"encoder\.layer\.(\d)\.", name)
+            assert found[name] == (int(block[1]) + 1 if block else 4), name
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora", "partial"])
+def test_rates_follow_the_formula_and_every_parameter_has_one(
+    tiny_model: Callable[..., Path], strategy: str
+) -> None:
+    model = model_of("bert", tiny_model("bert"), "mean", strategy)
+    found = groups(model, 0.01, 0.1, LayerRates(decay=0.5))
+    assert {g["depth"]: g["lr"] for g in found} == {
+        depth: pytest.approx(0.01 * 0.5 ** (4 - depth))
+        for depth in ({0, 1, 2, 3, 4} if strategy == "full" else {g["depth"] for g in found})
+    }
+    placed = [id(p) for g in found for p in g["params"]]
+    trains = {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(placed) == len(set(placed)) and set(placed) == trains
+
+
+def test_named_rates_go_before_the_decay() -> None:
+    rates = layer_rates(0.5, {"embeddings": 0.0, "blocks": [1e-5, 2e-5], "head": 1e-3})
+    assert rates is not None
+    assert [rates.rate(1.0, depth, 3) for depth in range(5)] == [0.0, 1e-5, 2e-5, 2e-5, 1e-3]
+    some = layer_rates(0.5, {"head": 1e-3})
+    assert some is not None
+    assert [some.rate(1.0, depth, 3) for depth in range(5)] == [0.0625, 0.125, 0.25, 0.5, 1e-3]
+    assert layer_rates(None, None) is None
+    with pytest.raises(RecipeError, match="4 rates, and the model 3 blocks"):
+        LayerRates(blocks=(1.0,) * 4).rate(1.0, 1, 3)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "mpnet", "vit", "beit", "dinov2_with_registers"])
+def test_vectors_tokens_and_positions_do_not_decay(
+    model_type: str, tiny_model: Callable[..., Path]
+) -> None:
+    model = model_of(model_type, tiny_model(model_type))
+    decayed = {name for name, p in model.named_parameters() if decays(name, p)}
+    assert decayed
+    for name, parameter in model.named_parameters():
+        spared = parameter.ndim < 2 or re.search(
+            r"position|cls_token|mask_token|register_tokens|relative|norm", name.lower()
+        )
+        assert (name not in decayed) == bool(spared), name
+    for group in groups(model, 0.01, 0.1, LayerRates(decay=0.9)):
+        names = {n for n, p in model.named_parameters() if any(p is q for q in group["params"])}
+        assert group["weight_decay"] == (0.1 if names <= decayed else 0.0)
+        assert names <= decayed or not names & decayed
+
+
+def test_the_table_names_each_part_once(tiny_model: Callable[..., Path]) -> None:
+    model = model_of("bert", tiny_model("bert"), "mean")
+    rows = learning_rates(model, 0.01, LayerRates(decay=0.5))
+    assert [row["part"] for row in rows] == ["embeddings", "block 1", "block 2", "block 3", "head"]
+    assert [row["rate"] for row in rows] == pytest.approx([0.000625, 0.00125, 0.0025, 0.005, 0.01])
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(row["parameters"] for row in rows) == total
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_the_trainer_takes_steps_of_each_parts_size(
+    tiny_model: Callable[..., Path], tmp_path: Path, strategy: str
+) -> None:
+    model = with_probe(tiny_model("bert"), strategy)
+    before = weights(model)
+    more = {"layer_decay": 0.5, "rates": {"head": 0.0}}
+    trainer = retaining(model, tmp_path, [], more, max_steps=1, learning_rate=0.04)
+    trainer.train()
+    gradients = {}
+    again = with_probe(tiny_model("bert"), strategy)
+    plain = retaining(again, tmp_path, [], {}, max_steps=1, learning_rate=1.0)
+    start = weights(again)
+    plain.train()
+    gradients = {name: start[name] - value for name, value in weights(again).items()}
+    depth_of, _ = depths(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = 0.0 if depth_of[name] == 4 else 0.04 * 0.5 ** (4 - depth_of[name])
+            wanted = before[name] - rate * gradients[name]
+            torch.testing.assert_close(parameter.detach(), wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_a_tied_parameter_stands_in_one_group(tiny_model: Callable[..., Path]) -> None:
+    model = model_of("bert", tiny_model("bert"), "mean")
+    layers = model.encoder.encoder.layer
+    layers[2].output.dense.weight = layers[0].output.dense.weight
+    found = groups(model, 0.01, 0.0, LayerRates(decay=0.5))
+    placed = [id(p) for g in found for p in g["params"]]
+    assert len(placed) == len(set(placed))
