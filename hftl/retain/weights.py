@@ -204,9 +204,10 @@ def _is_linear(layer: Any) -> bool:
 def _check_adapter(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PeftModel):
-            settings = module.peft_config[module.active_adapter].to_dict()
-            check_unchanged_base(settings, "lora")
-            check_low_rank(settings, "lora")
+            for name in module.active_adapters:
+                settings = module.peft_config[name].to_dict()
+                check_unchanged_base(settings, "lora")
+                check_low_rank(settings, "lora")
 
 
 def _total(parts: list[Tensor], device: torch.device) -> Tensor:
