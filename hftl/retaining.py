@@ -28,6 +28,8 @@ from hftl.retain.fisher import fisher_information, load_fisher, save_fisher
 from hftl.sections import Retain
 
 FISHER = "fisher.safetensors"
+ANSWERS = {"classification": "classes", "multi-label": "labels", "regression": "target"}
+"""What the logits of each task are of, see `fisher_information`."""
 
 
 def kept_of(
@@ -143,6 +145,7 @@ def _fisher(
         found, scale = fisher_information(
             built.model, dict(built.encoder.named_parameters()), len(rows),
             lambda number: _batch(bench, encoded[number]), ewc.fisher, 0,
+            ANSWERS.get(bench.prepared.task, "classes"),
         )  # fmt: skip
 
         def keep() -> None:

@@ -1,5 +1,6 @@
 """The Fisher information against per-sample autograd, and against what it is for."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,17 @@ import torch
 import torch.nn.functional as F
 from test_retention import with_probe
 from test_trainer import Rows
+from tiny import IMAGE_SIZE
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev
 
 from hftl.errors import NumericError, RecipeError
-from hftl.model.head import pool
+from hftl.model.head import build, pool
+from hftl.model.source import find_source
 from hftl.retain import fisher as module
 from hftl.retain.fisher import fisher_information, load_fisher, save_fisher
+from hftl.retain.view import Tap
+from hftl.sections import Source
 
 ROWS = 6
 
@@ -114,6 +119,129 @@ def test_it_is_not_the_square_of_the_batch_mean(model: Any) -> None:
     assert right > 1.5 * sum(float(g.square().sum()) for g in wrong if g is not None)
 
 
+def of_task(folder: Path, task: str, outputs: int) -> Any:
+    """A pooled tiny BERT with outputs of that task, and rows labelled for it."""
+    source = find_source(Source(model=str(folder)))
+    names = [] if task == "regression" else ["a", "b", "c"]
+    found = build(source, task, "mean", outputs, names, seed=0).model
+    with torch.no_grad():
+        found.head.weight.mul_(30)  # pyright: ignore
+    return found
+
+
+def logits_of(model: Any, number: int) -> Tensor:
+    given = row(number)
+    return model.eval()(given["input_ids"], given["attention_mask"]).logits[0]
+
+
+def squares(model: Any, value: Tensor) -> dict[str, Tensor]:
+    named = encoder_parameters(model)
+    found = torch.autograd.grad(value, list(named.values()), retain_graph=True)
+    return {name: g.square() for name, g in zip(named, found, strict=True)}
+
+
+def log_of(logits: Tensor, answer: Tensor, task: str) -> Tensor:
+    if task == "regression":
+        return torch.distributions.Normal(logits, 1.0).log_prob(answer).sum()
+    return torch.distributions.Bernoulli(logits=logits).log_prob(answer).sum()
+
+
+def test_of_independent_labels_it_is_the_sum_over_all_sets_of_them(
+    tiny_model: Callable[..., Path],
+) -> None:
+    model = of_task(tiny_model("bert"), "multi-label", 3)
+    found = undone(
+        fisher_information(model, encoder_parameters(model), 2, row, "exact", 0, "labels")
+    )
+    wanted = {name: torch.zeros_like(value) for name, value in found.items()}
+    for number in range(2):
+        logits = logits_of(model, number)
+        for held in itertools.product((0.0, 1.0), repeat=3):
+            log = log_of(logits, torch.tensor(held), "multi-label")
+            for name, square in squares(model, log).items():
+                wanted[name] += log.exp().detach() * square / 2
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("task", "answers"), [("multi-label", "labels"), ("regression", "target")])
+def test_given_and_drawn_answers_of_other_tasks(
+    task: str, answers: str, tiny_model: Callable[..., Path]
+) -> None:
+    model = of_task(tiny_model("bert"), task, 1 if task == "regression" else 3)
+    shape = (1,) if task == "regression" else (1, 3)
+    told = [torch.randn(shape) if task == "regression" else torch.rand(shape).round()
+            for _ in range(2)]  # fmt: skip
+
+    def batch(number: int) -> dict[str, Any]:
+        return {**row(number), "labels": told[number]}
+
+    def information(kind: str, seed: int) -> dict[str, Tensor]:
+        named = encoder_parameters(model)
+        return undone(fisher_information(model, named, 2, batch, kind, seed, answers))
+
+    found, name = information("empirical", 0), "encoder.layer.1.output.dense.bias"
+    wanted = sum(
+        squares(model, log_of(logits_of(model, n), told[n].reshape(-1), task))[name] / 2
+        for n in range(2)
+    )
+    torch.testing.assert_close(found[name], wanted, atol=1e-6, rtol=1e-4)
+    drawn = torch.stack([information("sampled", seed)[name] for seed in range(150)])
+    exact = information("exact", 0)[name]
+    error = drawn.std(0) / len(drawn) ** 0.5
+    assert ((drawn.mean(0) - exact).abs() < 5 * error).all() and (error < 0.3 * exact).any()
+    if task == "regression":
+        by_hand = sum(squares(model, logits_of(model, n)[0])[name] / 2 for n in range(2))
+        torch.testing.assert_close(exact, by_hand, atol=1e-6, rtol=1e-4)
+
+
+def test_it_leaves_everything_as_it_was(model: Any) -> None:
+    named = encoder_parameters(model)
+    model.encoder.embeddings.requires_grad_(False)
+    kept = torch.ones_like(model.encoder.encoder.layer[0].output.dense.bias)
+    model.encoder.encoder.layer[0].output.dense.bias.grad = kept
+    trains = [p.requires_grad for p in model.parameters()]
+    found, _ = fisher_information(model, named, 2, row, "features", 0)
+    assert found["embeddings.word_embeddings.weight"].any()
+    assert [p.requires_grad for p in model.parameters()] == trains
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(gradients) == 1 and gradients[0] is kept and bool((kept == 1).all())
+    assert not any(m.sparse for m in model.modules() if isinstance(m, nn.Embedding))
+    model(**{k: v for k, v in row(0).items() if k != "labels"}).logits.sum().backward()
+    assert model.encoder.encoder.layer[1].output.dense.bias.grad is not None, "no hook is left"
+
+
+@pytest.mark.parametrize("name", ["albert", "deberta-v2", "vit", "clip"])
+def test_features_of_other_architectures(
+    name: str, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shared layers, embeddings that are used without a look-up, and pictures."""
+    source = find_source(Source(model=str(tiny_model(name))))
+    image = source.anatomy.modality == "image"
+    found = build(source, "classification", "native" if image else "mean", 3, list("abc"), 0)
+    given = {"pixel_values": torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE)} if image else {
+        k: v for k, v in row(0).items() if k != "labels"
+    }  # fmt: skip
+    parameters = dict(found.encoder.named_parameters())
+    tap = Tap(found.model.eval())
+    embedding = tap.view(found.model(**given), given.get("attention_mask")).embedding
+    assert embedding is not None
+    monkeypatch.setattr(module, "DRAWS", embedding.shape[1])
+    monkeypatch.setattr(
+        torch, "randn", lambda n, *_, **__: torch.eye(n) * n**0.5
+    )  # Along a basis nothing is left to chance.
+    mine = undone(fisher_information(found.model, parameters, 1, lambda _: given, "features", 0))
+    wanted = {key: torch.zeros_like(p) for key, p in parameters.items()}
+    for value in embedding[0]:
+        gradients = torch.autograd.grad(
+            value, list(parameters.values()), retain_graph=True, allow_unused=True
+        )
+        for key, gradient in zip(parameters, gradients, strict=True):
+            wanted[key] += 0 if gradient is None else gradient.square()
+    for key, value in wanted.items():
+        torch.testing.assert_close(mine[key], value, atol=1e-6, rtol=1e-4)
+
+
 def test_features_are_the_diagonal_of_jacobian_squared(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +321,17 @@ def test_what_cannot_be_is_refused(model: Any) -> None:
     bare = lambda n: {k: v for k, v in row(n).items() if k != "labels"}  # noqa: E731
     with pytest.raises(RecipeError, match="empirical needs labels"):
         fisher_information(model, encoder_parameters(model), 1, bare, "empirical", 0)
+    with pytest.raises(RecipeError, match="answers='words'"):
+        fisher_information(model, encoder_parameters(model), 1, row, "exact", 0, "words")
     nothing = {"none": nn.Parameter(torch.zeros(3))}
     with pytest.raises(NumericError, match="a mean of 0"):
         fisher_information(model, nothing, 1, row, "features", 0)
+
+
+def test_of_an_answer_a_word_only_features_are_known(tiny_model: Callable[..., Path]) -> None:
+    source = find_source(Source(model=str(tiny_model("bert"))))
+    found = build(source, "token-classification", "native", 3, list("abc"), seed=0)
+    named = dict(found.encoder.named_parameters())
+    with pytest.raises(RecipeError, match="exact is of one answer a row, and the model has one a"):
+        fisher_information(found.model, named, 1, row, "exact", 0)
+    assert fisher_information(found.model, named, 1, row, "features", 0)[1] > 0

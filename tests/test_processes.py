@@ -20,6 +20,7 @@ from two_processes import (
     Rows,
     adaptation,
     bytes_of,
+    information,
     kind_of,
     outcome,
 )
@@ -65,6 +66,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     torch.set_num_threads(1)
     found: dict[Any, Any] = {name: outcome(name, folder) for name in CASES}
     found |= {names: adaptation(*names, folder) for names in ADAPTATIONS}
+    found["information"] = information()
     torch.set_num_threads(threads)
     return found
 
@@ -169,6 +171,19 @@ def test_an_adaptation_ends_with_the_same_weights_and_history(
             torch.testing.assert_close(state[key], tensor, atol=1e-6, rtol=0)
     first, second = (found[names]["state"] for found in ranks)
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("kind", ["features", "exact", "sampled", "empirical"])
+def test_processes_share_the_rows_that_the_fisher_information_is_of(
+    kind: str, ranks: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    one, scale = alone["information"][kind]
+    (first, one_scale), (second, other_scale) = (found["information"][kind] for found in ranks)
+    assert one_scale == other_scale == pytest.approx(scale, rel=1e-5)
+    assert first.keys() == second.keys() == one.keys()
+    for name, tensor in one.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], tensor, atol=1e-5, rtol=1e-4)
 
 
 def test_an_adaptation_goes_on_as_if_it_had_not_been_stopped(ranks: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from hftl.statistics import (
     jackknife,
     mean_interval,
     mean_squares,
+    one_standard_error,
     outcome,
     relative_error_reduction,
     sign_flip_p,
@@ -338,3 +339,46 @@ def test_relative_error_reduction() -> None:
     assert relative_error_reduction(0.9, 1.0) is None
     assert relative_error_reduction(float("nan"), 0.8) is None
     assert relative_error_reduction(0.9, float("inf")) is None
+
+
+@pytest.mark.parametrize(
+    ("scores", "errors", "costs", "chosen"),
+    [
+        ([0.9], [0.0], [1.0], 0),
+        ([0.7, 0.8, 0.9], [0.05, 0.05, 0.05], [0, 1, 2], 2),
+        ([0.7, 0.86, 0.9], [0.05, 0.05, 0.05], [0, 1, 2], 1),
+        # The error that counts is the best one's.
+        ([0.7, 0.86, 0.9], [0.5, 0.5, 0.01], [0, 1, 2], 2),
+        # Exactly one standard error away is within it.
+        ([0.5, 0.75, 1.0], [0.0, 0.0, 0.25], [0, 1, 2], 1),
+        # Less is better of costs, in whatever order they come.
+        ([0.88, 0.9, 0.87], [0.05] * 3, [3, 2, 1], 2),
+        # Of equal costs the better score, of equal scores the first.
+        ([0.88, 0.9, 0.9], [0.05] * 3, [1, 1, 1], 1),
+        # Errors such as rmse come with their sign turned.
+        ([-0.30, -0.28, -0.29], [0.015] * 3, [0.0, 2.0, 1.0], 2),
+    ],
+)
+def test_one_standard_error(
+    scores: list[float], errors: list[float], costs: list[float], chosen: int
+) -> None:
+    assert one_standard_error(scores, errors, costs) == chosen
+
+
+def test_one_standard_error_is_the_cheapest_of_a_brute_force_search() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        scores, errors, costs = rng.random((3, 7))
+        errors = errors / 5
+        found = one_standard_error(scores, errors, costs)
+        best = scores.argmax()
+        allowed = [i for i in range(7) if scores[i] >= scores[best] - errors[best]]
+        assert found == min(allowed, key=lambda i: costs[i])
+
+
+@pytest.mark.parametrize(
+    "told", [([], [], []), ([1.0], [0.0, 0.0], [1.0]), ([float("nan")], [0.0], [1.0])]
+)
+def test_one_standard_error_refuses(told: tuple[list[float], ...]) -> None:
+    with pytest.raises(ValueError):
+        one_standard_error(*told)

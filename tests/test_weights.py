@@ -93,6 +93,122 @@ def test_under_lora_the_merged_weights_count(bert: Path, pooling: str, rslora: b
     assert all(p.grad is not None for n, p in model.named_parameters() if ".lora_" in n)
 
 
+def test_what_an_adapter_saves_whole_in_the_encoder_is_the_encoders(bert: Path) -> None:
+    """A layer of the original is drawn to where it was, and only the head to zero."""
+    model = with_probe(bert, "full", "native")
+    lora = {"modules_to_save": ["LayerNorm"], "target_modules": ["query"]}
+    model = prepare(model, "lora", lora=lora, fresh=[])
+    names = [name for name, _ in trained_encoder(model)]
+    assert "encoder.layer.2.output.LayerNorm.weight" in names and len(names) == 14
+    before = {name: p.detach().clone() for name, p in trained_encoder(model)}
+    term, ewc = L2SP(0.4), EWC(0.4, {n: torch.ones_like(p) for n, p in before.items()})
+    term.start(model), ewc.start(model)
+    assert term.penalty(model) == ewc.penalty(model) == 0
+    moved(model)
+    whole = 0.2 * sum((p - before[n]).square().sum() for n, p in trained_encoder(model))
+    low = 0.2 * sum(update(layer).square().sum() for _, layer in lora_layers(model))
+    torch.testing.assert_close(term.penalty(model), whole + low)
+    torch.testing.assert_close(ewc.penalty(model), whole)
+    head = {n: p for n, p in model.named_parameters() if "classifier.modules_to_save" in n}
+    wanted = 0.1 * sum(p.square().sum() for p in head.values())
+    torch.testing.assert_close(L2SP(0.0, head=0.2).penalty(model), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [("bert", "word_embeddings"), ("vit", "patch_embeddings.projection")]
+)
+def test_factors_of_other_layers_count_as_well(
+    name: str, target: str, tiny_model: Callable[..., Path]
+) -> None:
+    source = find_source(Source(model=str(tiny_model(name))))
+    built = build(source, "classification", "native", 3, ["a", "b", "c"], seed=0)
+    model = prepare(built.model, "lora", lora={"target_modules": [target]}, fresh=built.fresh)
+    ((path, layer),) = lora_layers(model)
+    before = layer.get_base_layer().weight.detach().clone()
+    fisher = torch.rand(before.shape)
+    l2sp, ewc = L2SP(0.4), EWC(0.4, {f"{path}.weight": fisher})
+    l2sp.start(model), ewc.start(model)
+    assert l2sp.penalty(model) == ewc.penalty(model) == 0
+    moved(model, 0.3)
+    merged = deepcopy(layer)
+    merged.merge()
+    apart = (merged.get_base_layer().weight - before).detach()
+    assert apart.abs().max() > 1e-2
+    beside = 0.2 * sum(moved_far(p, q) for p, q in others(model, l2sp))
+    torch.testing.assert_close(l2sp.penalty(model), 0.2 * apart.square().sum() + beside)
+    torch.testing.assert_close(ewc.penalty(model), 0.2 * (fisher * apart.square()).sum())
+
+
+def others(model: nn.Module, term: L2SP) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What of the encoder trains whole, as a pooler, beside where it started."""
+    return [(p, term._start[n]) for n, p in trained_encoder(model)]
+
+
+def moved_far(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    return (now - before).square().sum()
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_mixed_precision_leaves_a_penalty_alone(bert: Path, strategy: str) -> None:
+    model = with_probe(bert, strategy)
+    names = [n for n, _ in trained_encoder(model)] + [f"{n}.weight" for n, _ in lora_layers(model)]
+    shapes = {n: p.shape for n, p in with_probe(bert, "full").encoder.named_parameters()}
+    terms = [L2SP(0.4, head=0.1), EWC(0.4, {n: torch.rand(shapes[n]) for n in names})]
+    for term in terms:
+        term.start(model)
+    moved(model)
+    for term in terms:
+        wanted = term.penalty(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = term.penalty(model)
+        assert found.dtype == torch.float32 and torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_a_resumed_training_is_drawn_to_where_the_first_one_began(
+    bert: Path, tmp_path: Path, strategy: str
+) -> None:
+    def trainer(folder: str, **more: Any) -> Any:
+        terms = [L2SP(0.5), EWC(0.5, fisher)]
+        return retaining(
+            with_probe(bert, strategy), tmp_path / folder, terms, {}, num_train_epochs=2,
+            learning_rate=0.05, save_strategy="epoch", **more,
+        )  # fmt: skip
+
+    fisher = {n: torch.ones_like(p) for n, p in with_probe(bert, "full").encoder.named_parameters()}
+    whole = trainer("whole")
+    whole.train()
+    again = trainer("whole")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for name, value in weights(whole.model).items():
+        assert torch.equal(value, weights(again.model)[name]), name
+
+
+def test_the_decoupled_step_follows_the_schedule(bert: Path, tmp_path: Path) -> None:
+    """By hand, with the rate of each step and the gradients of a penalty-free twin."""
+    model = with_probe(bert, "full")
+    start = {name: p.detach().clone() for name, p in trained_encoder(model)}
+    seen: list[dict[str, Any]] = []
+
+    class Watched(L2SP):
+        def after_step(self, model: nn.Module, optimizer: Any) -> None:
+            before = {n: p.detach().clone() for n, p in trained_encoder(model)}
+            super().after_step(model, optimizer)
+            after = {n: p.detach().clone() for n, p in trained_encoder(model)}
+            seen.append({"before": before, "after": after})
+
+    retaining(
+        model, tmp_path, [Watched(0.5, decoupled=True)], {}, learning_rate=0.1,
+        lr_scheduler_type="linear",
+    ).train()  # fmt: skip
+    assert len(seen) == 3
+    for step, told in enumerate(seen):
+        rate = 0.1 * (3 - step) / 3
+        for name, value in told["before"].items():
+            wanted = value - rate * 0.5 * (value - start[name])
+            torch.testing.assert_close(told["after"][name], wanted)
+
+
 def wrapped_encoder(model: Any) -> Any:
     """The encoder inside, its layers wrapped."""
     from hftl.model.head import anatomy_in, encoder_in
@@ -121,10 +237,13 @@ def test_ewc_weighs_each_weight(bert: Path) -> None:
 
 
 def test_ewc_of_another_source_is_refused(bert: Path) -> None:
-    with pytest.raises(RecipeError, match="nothing of the encoder that trains"):
-        EWC(1.0, {"embeddings.word_embeddings.weight": torch.ones(3, 3)}).start(
-            with_probe(bert, "full")
-        )
+    for strategy, name in (("full", "embeddings.word_embeddings.weight"),
+                           ("lora", "encoder.layer.0.output.dense.weight")):  # fmt: skip
+        model = with_probe(bert, strategy)
+        with pytest.raises(RecipeError, match=r"is \(3, 3\), and the weight \("):
+            EWC(1.0, {name: torch.ones(3, 3)}).start(model)
+        with pytest.raises(RecipeError, match="nothing of the encoder that trains"):
+            EWC(1.0, {"layers.0.weight": torch.ones(3, 3)}).start(model)
 
 
 def test_the_decoupled_step_is_outside_the_optimizer(bert: Path) -> None:
@@ -194,14 +313,28 @@ def test_a_penalty_counts_once_a_step_however_it_is_cut(
 
 @pytest.mark.parametrize(
     "lora",
-    [{"init_lora_weights": v} for v in ("pissa", "pissa_niter_4", "olora", "corda", False)]
+    [{"init_lora_weights": v} for v in ("pissa", "pissa_niter_4", "olora", "corda", False, None)]
     + [{"bias": "all"}, {"bias": "lora_only"}],
 )
 def test_an_adapter_that_changes_its_base_is_refused(lora: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="with the adapter off"):
         check_unchanged_base(lora, "finetune.lora")
-    with pytest.raises(RecipeError, match="use_dora"):
-        check_low_rank({"use_dora": True}, "finetune.lora")
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{"use_dora": True}, {"lora_bias": True}, {"trainable_token_indices": [3]},
+     {"target_parameters": ["weight"]}],
+)  # fmt: skip
+def test_an_update_that_is_not_low_rank_is_refused(lora: dict[str, Any], bert: Path) -> None:
+    (name,) = lora
+    with pytest.raises(RecipeError, match=f"finetune.lora.{name}=.*the update s B A"):
+        check_low_rank(lora, "finetune.lora")
+    check_low_rank(LoraConfig().to_dict(), "lora")
+    if name == "use_dora":
+        for term in (L2SP(0.1), EWC(0.1, {})):
+            with pytest.raises(RecipeError, match="lora.use_dora=True"):
+                term.start(prepare(with_probe(bert, "full"), "lora", lora=lora))
 
 
 @pytest.mark.parametrize("begins", [None, True, "gaussian", "orthogonal"])

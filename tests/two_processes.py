@@ -34,7 +34,9 @@ from hftl.errors import DataError, NumericError, RecipeError
 from hftl.finetune.strategy import prepare
 from hftl.model.head import PooledModel
 from hftl.processes import close, first, gather, is_main, mine, raised_elsewhere, rank, share, size
+from hftl.retain.fisher import fisher_information
 from hftl.retain.kl import KLToOriginal
+from hftl.retain.weights import EWC, L2SP, lora_layers, trained_encoder
 from hftl.train.checkpoint import KeepBest, whole_state
 from hftl.train.trainer import TransferTrainer
 
@@ -231,12 +233,16 @@ def trainer_of(
     return kind(
         model=tiny(data, strategy), args=args, train_dataset=Rows(data, case["rows"]),
         eval_dataset=Rows(data, 13), data_collator=collate, compute_metrics=metrics_of,
-        callbacks=callbacks, **(retained() if case.get("retain") else {}),
+        callbacks=callbacks, **(retained(strategy) if case.get("retain") else {}),
     )  # fmt: skip
 
 
-def retained() -> dict[str, Any]:
-    """Terms on both kinds of rows, cached and not, and general rows."""
+def retained(strategy: str) -> dict[str, Any]:
+    """Terms on both kinds of rows and on weights, and general rows."""
+    model = tiny("pooled", strategy)
+    shapes = {name: p.shape for name, p in trained_encoder(model)}
+    shapes |= {f"{n}.weight": layer.base_layer.weight.shape for n, layer in lora_layers(model)}
+    draw = torch.Generator().manual_seed(1)
     general = Rows("pooled", 9)
     for row in general.rows:
         del row["labels"]
@@ -245,10 +251,25 @@ def retained() -> dict[str, Any]:
         "retain": [
             KLToOriginal(3.0, anchors=12, inputs="both"),
             KLToOriginal(2.0, "features", inputs="general"),
+            L2SP(0.5, head=0.2),
+            L2SP(1.5, decoupled=strategy == "full"),
+            EWC(0.5, {name: torch.rand(shape, generator=draw) for name, shape in shapes.items()}),
         ],
         "general_dataset": general,
         "general_ratio": 0.4,
     }
+
+
+def information() -> dict[str, tuple[dict[str, torch.Tensor], float]]:
+    """The Fisher information of a tiny model on eleven rows, by kind."""
+    model: Any = tiny("pooled", "full")
+    rows, named = Rows("pooled", 11), dict(model.encoder.named_parameters())
+
+    def batch(number: int) -> dict[str, Any]:
+        return collate([rows[number]])
+
+    kinds = ("features", "exact", "sampled", "empirical")
+    return {kind: fisher_information(model, named, 11, batch, kind, seed=4) for kind in kinds}
 
 
 def outcome(name: str, folder: Path, kind: type[TransferTrainer] = Watched) -> dict[str, Any]:
@@ -384,6 +405,7 @@ def main(folder: Path) -> None:
     assert size() == 2
     found: dict[Any, Any] = {name: outcome(name, folder) for name in CASES}
     found |= {names: adaptation(*names, folder) for names in ADAPTATIONS}
+    found["information"] = information()
     found["resumed"] = resumed(folder)
     found["broken"] = refused(folder, BreaksOnRank1)
     found["shared"] = share(lambda: {"by": share(rank)})

@@ -168,6 +168,7 @@ def _train(training: Callable[[], Any]) -> Any:
 def _score(bench: Workbench, built: Built) -> tuple[float, float]:
     """The score on validation and its standard error of the model as it is."""
     rows = bench.encoded(bench.prepared.rows["validation"])
+    built.model.to(bench.device)
     found = logits(built.model, rows, bench.inputs, bench.device)
     return processes.share(lambda: validation_score(bench, found))
 

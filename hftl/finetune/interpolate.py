@@ -4,6 +4,7 @@ theta(alpha) = (1 - alpha) theta0 + alpha theta1 (WiSE-FT, Wortsman et al. 2022,
 equation 1). Under LoRA the effective weight is W0 + alpha s B A, so B alone is scaled.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 from hftl.statistics import one_standard_error
 from hftl.train.checkpoint import local, trained
+
+FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])\.")
+"""How peft names the factors of an update."""
 
 
 def interpolate(
@@ -63,11 +67,9 @@ def put_between(
     """
     with torch.no_grad():
         for name, parameter in trained(model):
-            here = local(parameter)
-            if ".lora_A." in name:
-                here.copy_(end[name])
-            elif ".lora_B." in name:
-                here.copy_(alpha * end[name])
+            here, factor = local(parameter), FACTOR.search(name)
+            if factor is not None:
+                here.copy_(end[name] if factor[1] == "A" else alpha * end[name])
             elif alpha in (0, 1):
                 here.copy_((start, end)[int(alpha)][name])
             else:

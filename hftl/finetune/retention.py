@@ -14,6 +14,7 @@ from hftl.errors import RecipeError
 from hftl.finetune.heads import check_head, head_term
 from hftl.finetune.workbench import Workbench
 from hftl.model.head import Built
+from hftl.model.parts import TOKENS
 from hftl.model.source import SourceModel
 from hftl.recipe import Arm
 from hftl.retain.base import check_low_rank, check_unchanged_base
@@ -93,7 +94,7 @@ def check_retention(arm: Arm, source: SourceModel, task: str) -> None:
         return
     if arm.strategy == "lora":
         check_unchanged_base(arm.finetune.lora, "finetune.lora")
-        if retain.l2sp is not None or retain.ewc is not None:
+        if retain.l2sp is not None or retain.ewc is not None or retain.interpolate is not None:
             check_low_rank(arm.finetune.lora, "finetune.lora")
         if retain.l2sp is not None and retain.l2sp.decoupled:
             raise RecipeError(
@@ -112,6 +113,12 @@ def check_retention(arm: Arm, source: SourceModel, task: str) -> None:
         raise RecipeError(
             "retain.ewc.fisher=empirical needs the task's labels, which general data have not",
             "Use exact, sampled or features",
+        )
+    if retain.ewc is not None and retain.ewc.fisher != "features" and task == TOKENS:
+        raise RecipeError(
+            f"retain.ewc.fisher={retain.ewc.fisher} is of one answer a row, and {task} has one a "
+            "word",
+            "Use features",
         )
     if task == "regression" and any(kl.on == "probe" and kl.temperature != 1 for kl in retain.kls):
         raise RecipeError(

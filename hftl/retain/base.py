@@ -1,17 +1,26 @@
-"""Whether the weights under an adapter stay the original's."""
+"""Whether the weights under an adapter stay the original's, and what the adapter adds to them."""
 
+from dataclasses import fields
 from typing import Any
 
-from hftl.errors import RecipeError
+from peft import LoraConfig
 
-UNCHANGED = (None, True, "gaussian", "orthogonal")
+from hftl.errors import RecipeError
+from hftl.model.concat import HARMLESS
+
+UNCHANGED = (True, "gaussian", "orthogonal")
 """Values of peft's `init_lora_weights` that leave the base as it is and start from no update."""
+PLAIN = (*HARMLESS, "init_lora_weights", "bias", "modules_to_save")
+"""Fields under any value of which a wrapped layer's update is s B A; the first two are looked at
+by `check_unchanged_base`."""
+DEFAULTS = {field.name: field.default for field in fields(LoraConfig)}
 
 
 def check_unchanged_base(lora: dict[str, Any], section: str) -> None:
     """Refuses LoRA under which the base, with the adapter off, is not the original.
 
-    PiSSA, OLoRA, CorDA and LoftQ write another base; a trained `bias` changes it.
+    PiSSA, OLoRA, CorDA and LoftQ write another base; `false` and null start from a random update;
+    a trained `bias` changes the base.
 
     Args:
         lora: fields of `peft.LoraConfig`.
@@ -20,7 +29,7 @@ def check_unchanged_base(lora: dict[str, Any], section: str) -> None:
     Raises:
         RecipeError: naming the field.
     """
-    begins = lora.get("init_lora_weights")
+    begins = lora.get("init_lora_weights", True)
     if begins not in UNCHANGED:
         raise RecipeError(
             f"{section}.init_lora_weights={begins}: retain is taken against the base with the "
@@ -36,13 +45,20 @@ def check_unchanged_base(lora: dict[str, Any], section: str) -> None:
 
 
 def check_low_rank(lora: dict[str, Any], section: str) -> None:
-    """Refuses LoRA whose update of a weight is not s B A.
+    """Refuses LoRA whose update of a weight is not s B A, as DoRA's.
+
+    Args:
+        lora: fields of `peft.LoraConfig`.
+        section: where they stand in the recipe.
 
     Raises:
-        RecipeError: naming the field.
+        RecipeError: naming the field; whatever is not known to leave the update alone is refused.
     """
-    if lora.get("use_dora"):
+    for name, value in lora.items():
+        if name in PLAIN or not value or value == DEFAULTS.get(name):
+            continue
         raise RecipeError(
-            f"{section}.use_dora: l2sp and ewc look at the update s B A, and DoRA's is another",
+            f"{section}.{name}={value}: l2sp, ewc and interpolate look at the update s B A, and "
+            "with this it is another",
             "Leave it out, or use kl",
         )

@@ -5,7 +5,9 @@ differ in the y that they average over (van de Ven 2025, arXiv:2502.11756, secti
 a batch's mean gradient is none of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,19 @@ from hftl.errors import NumericError, RecipeError
 from hftl.retain.view import Tap, View, in_eval
 
 KINDS = ("features", "exact", "sampled", "empirical")
-DRAWS = 4
+ANSWERS = ("classes", "labels", "target")
+DRAWS = 2
 """Directions that a row's features are looked at along."""
 Batch = dict[str, Any]
 
 
 def fisher_information(
     model: nn.Module, parameters: dict[str, nn.Parameter], rows: int,
-    batch: Callable[[int], Batch], kind: str, seed: int,
+    batch: Callable[[int], Batch], kind: str, seed: int, answers: str = "classes",
 ) -> tuple[dict[str, Tensor], float]:  # fmt: skip
     """The information of every parameter, with a mean of 1, and what it was divided by.
 
-    `exact` averages over all classes as the head tells them, `sampled` over one drawn from it,
+    `exact` averages over all answers as the head tells them, `sampled` over one drawn from it,
     `empirical` takes the row's own label; `features` needs no head: E_v (d v.f(x) / d theta)^2 with
     v normal is the diagonal of J^T J, the information of a Gaussian of variance 1 around the
     embedding f. Rows are shared among the processes; every one must come here.
@@ -43,30 +46,32 @@ def fisher_information(
         batch: a batch of the one row of a number, with `labels` for `empirical`.
         kind: one of `KINDS`.
         seed: of the draws.
+        answers: what the logits are of: `classes`, `labels` that each hold or not, or a `target`,
+            with a Gaussian of variance 1 around the prediction.
 
     Raises:
-        RecipeError: for an unknown kind.
+        RecipeError: for an unknown kind, for anything but `features` where a row has an answer a
+            word, and for `empirical` without labels.
         NumericError: if nothing depends on any parameter, or a gradient is not finite.
     """
     if kind not in KINDS:
         raise RecipeError(f"ewc.fisher={kind!r}", f"Use one of {', '.join(KINDS)}")
-    tap, trains = Tap(model), [p.requires_grad for p in parameters.values()]
-    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    if answers not in ANSWERS:
+        raise RecipeError(f"ewc: answers={answers!r}", f"Use one of {', '.join(ANSWERS)}")
+    tap = Tap(model)
     try:
-        for parameter in parameters.values():
-            parameter.requires_grad = True
-        with in_eval(model), torch.enable_grad():
+        with in_eval(model), torch.enable_grad(), _summed_squares(model, parameters) as total:
             for number in processes.mine(list(range(rows))):
                 given = batch(number)
                 inputs = {key: value for key, value in given.items() if key != "labels"}
                 view = tap.view(model(**inputs), given.get("attention_mask"))
                 draw = torch.Generator().manual_seed(seed * 1_000_003 + number)
-                for share, value in _directions(view, given.get("labels"), kind, draw):
-                    _add(total, parameters, value, share)
+                for share, value in _directions(view, given.get("labels"), kind, answers, draw):
+                    (value * share**0.5).backward(
+                        retain_graph=True, inputs=list(parameters.values())
+                    )
     finally:
         tap.close()
-        for parameter, before in zip(parameters.values(), trains, strict=True):
-            parameter.requires_grad = before
     return _normalised(total, rows)
 
 
@@ -85,8 +90,52 @@ def load_fisher(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return load_file(path), told
 
 
+@contextmanager
+def _summed_squares(
+    model: nn.Module, parameters: dict[str, nn.Parameter]
+) -> Iterator[dict[str, Tensor]]:
+    """Sums to which every backward pass inside adds the square of each parameter's gradient.
+
+    A gradient is let go as soon as it is there: a second copy of the model would not fit the
+    processor's cache. Those of embeddings hold the row's own tokens only.
+    """
+    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    before = [(p, p.requires_grad, p.grad) for p in parameters.values()]
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and not m.sparse]
+    hooks: list[Any] = []
+    try:
+        for name, parameter in parameters.items():
+            parameter.requires_grad, parameter.grad = True, None
+            hooks.append(
+                parameter.register_post_accumulate_grad_hook(partial(_add_square, total[name]))
+            )
+        for table in tables:
+            table.sparse = True
+        yield total
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for table in tables:
+            table.sparse = False
+        for parameter, trains, gradient in before:
+            parameter.requires_grad, parameter.grad = trains, gradient
+
+
+def _add_square(total: Tensor, parameter: Tensor) -> None:
+    """Adds the square of the parameter's gradient, and drops the gradient."""
+    gradient, parameter.grad = parameter.grad, None
+    if gradient is None:
+        return
+    if gradient.is_sparse:
+        found = gradient.coalesce()
+        total.index_add_(0, found.indices()[0], found.values().float().square())
+        return
+    wide = gradient.float()
+    total.addcmul_(wide, wide)
+
+
 def _directions(
-    view: View, labels: Tensor | None, kind: str, draw: torch.Generator
+    view: View, labels: Tensor | None, kind: str, answers: str, draw: torch.Generator
 ) -> list[tuple[float, Tensor]]:
     """What is differentiated for one row: scalars, and what each one's square counts."""
     if kind == "features":
@@ -94,30 +143,54 @@ def _directions(
         found = view.embedding[0]
         along = torch.randn(DRAWS, len(found), generator=draw).to(found.device)
         return [(1 / DRAWS, v @ found) for v in along]
-    if view.logits.shape[-1] == 1:
-        # A Gaussian of variance 1 around the prediction: the square of its gradient.
-        return [(1.0, view.logits.sum())]
-    logs = F.log_softmax(view.logits.reshape(-1, view.logits.shape[-1])[0], -1)
-    shares = logs.detach().exp()
+    if view.logits.dim() > 2:
+        raise RecipeError(
+            f"ewc.fisher={kind} is of one answer a row, and the model has one a word",
+            "Use features",
+        )
+    logits = view.logits[0]
     if kind == "exact":
-        return [(float(share), log) for share, log in zip(shares, logs, strict=True)]
+        return _expected(logits, answers)
     if kind == "sampled":
-        return [(1.0, logs[int(torch.multinomial(shares.cpu(), 1, generator=draw))])]
-    if labels is None:
+        told = _drawn(logits.detach().cpu(), answers, draw).to(logits.device)
+    elif labels is None:
         raise RecipeError("ewc.fisher=empirical needs labels, and the rows have none", "Use exact")
-    return [(1.0, logs[int(labels.reshape(-1)[0])])]
+    else:
+        told = labels[0]
+    return [(1.0, _log_likelihood(logits, told, answers))]
 
 
-def _add(
-    total: dict[str, Tensor], parameters: dict[str, nn.Parameter], value: Tensor, share: float
-) -> None:
-    """Adds the squares of a scalar's gradient."""
-    found = torch.autograd.grad(
-        value, list(parameters.values()), retain_graph=True, allow_unused=True
-    )
-    for sum_, gradient in zip(total.values(), found, strict=True):
-        if gradient is not None:
-            sum_ += share * gradient.float().square()
+def _expected(logits: Tensor, answers: str) -> list[tuple[float, Tensor]]:
+    """Scalars and shares that make up the expectation over all answers.
+
+    Of independent labels, and of a Gaussian, the score's products cancel: what remains is the
+    variance of each answer times the square of its logit's gradient.
+    """
+    if answers == "classes":
+        logs = F.log_softmax(logits, -1)
+        return [(float(log.detach().exp()), log) for log in logs]
+    if answers == "labels":
+        shares = logits.detach().sigmoid()
+        return [(float(p * (1 - p)), z) for p, z in zip(shares, logits, strict=True)]
+    return [(1.0, logits[0])]
+
+
+def _drawn(logits: Tensor, answers: str, draw: torch.Generator) -> Tensor:
+    """An answer, as likely as the model says."""
+    if answers == "classes":
+        return torch.multinomial(logits.softmax(-1), 1, generator=draw)
+    if answers == "labels":
+        return torch.bernoulli(logits.sigmoid(), generator=draw)
+    return logits + torch.randn(logits.shape, generator=draw)
+
+
+def _log_likelihood(logits: Tensor, told: Tensor, answers: str) -> Tensor:
+    """log p(told | x), up to a constant."""
+    if answers == "classes":
+        return F.log_softmax(logits, -1)[int(told)]
+    if answers == "labels":
+        return -F.binary_cross_entropy_with_logits(logits, told.float(), reduction="sum")
+    return -(logits - told.float()).square().sum() / 2
 
 
 def _normalised(total: dict[str, Tensor], rows: int) -> tuple[dict[str, Tensor], float]:

@@ -1,16 +1,23 @@
 """Penalties on weights: how far they are from where they started.
 
-Under LoRA it is the effective weights that count: the base's and the update s B A.
+Under LoRA it is the effective weights that count: the base's and the update s B A. What an adapter
+saves whole inside the encoder counts as the encoder's own. All of it is computed in fp32.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from hftl.errors import RecipeError
 from hftl.model.head import anatomy_in, encoder_in
+from hftl.retain.base import check_low_rank, check_unchanged_base
+
+WRAPPING = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+(?=\.)")
+"""What peft puts into the name of a parameter."""
 
 
 class L2SP:
@@ -45,8 +52,10 @@ class L2SP:
         """Remembers where the encoder's trained weights are.
 
         Raises:
-            RecipeError: if `decoupled` under LoRA, whose base does not move.
+            RecipeError: if `decoupled` under LoRA, whose base does not move, or for LoRA whose
+                update is not s B A on the original.
         """
+        _check_adapter(model)
         if self.decoupled and any(True for _ in lora_layers(model)):
             raise RecipeError(
                 "l2sp.decoupled moves weights, and under LoRA the base does not move",
@@ -56,14 +65,16 @@ class L2SP:
 
     def penalty(self, model: nn.Module) -> Tensor:
         """A scalar float32."""
-        parts = [self.head / 2 * p.float().square().sum() for p in trained_head(model)]
-        if self.weight and not self.decoupled:
-            parts += [
-                self.weight / 2 * (p - self._start[name]).float().square().sum()
-                for name, p in trained_encoder(model)
-            ]
-            parts += [self.weight / 2 * update_norm(layer) for _, layer in lora_layers(model)]
-        return _total(parts, model)
+        device = next(model.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            parts = [self.head / 2 * p.float().square().sum() for p in trained_head(model)]
+            if self.weight and not self.decoupled:
+                parts += [
+                    self.weight / 2 * moved(p, self._start[name]).square().sum()
+                    for name, p in trained_encoder(model)
+                ]
+                parts += [self.weight / 2 * update_norm(layer) for _, layer in lora_layers(model)]
+            return _total(parts, device)
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Takes the decoupled step with each parameter's own learning rate."""
@@ -100,53 +111,54 @@ class EWC:
         """Remembers where the encoder's trained weights are.
 
         Raises:
-            RecipeError: if nothing that trains has a Fisher information of its shape.
+            RecipeError: if nothing that trains has a Fisher information, or one is of another
+                shape, or for LoRA whose update is not s B A on the original.
         """
-        device = next(model.parameters()).device
-        self._start = {
-            name: p.detach().clone()
-            for name, p in trained_encoder(model)
-            if self._shape(name) == p.shape
+        _check_adapter(model)
+        shapes = {name: p.shape for name, p in trained_encoder(model)}
+        shapes |= {
+            f"{name}.weight": layer.get_base_layer().weight.shape
+            for name, layer in lora_layers(model)
         }
-        layers = {f"{name}.weight": layer for name, layer in lora_layers(model)}
-        known = [
-            n for n, layer in layers.items() if self._shape(n) == layer.base_layer.weight.shape
-        ]
-        if not known and not self._start:
-            raise RecipeError(
-                "ewc: nothing of the encoder that trains has a Fisher information of its shape",
-                "Give that of the same source",
-            )
-        kept = {*self._start, *known}
-        self._fisher = {name: f.to(device) for name, f in self._fisher.items() if name in kept}
+        known = {name: f for name, f in self._fisher.items() if name in shapes}
+        strange = [name for name, f in known.items() if f.shape != shapes[name]]
+        if strange or not known:
+            what = "nothing of the encoder that trains has a Fisher information"
+            if strange:
+                what = (
+                    f"the Fisher information of {strange[0]} is {tuple(known[strange[0]].shape)}, "
+                    f"and the weight {tuple(shapes[strange[0]])}"
+                )
+            raise RecipeError(f"ewc: {what}", "Give that of the same source")
+        device = next(model.parameters()).device
+        self._fisher = {name: f.to(device, torch.float32) for name, f in known.items()}
+        self._start = {n: p.detach().clone() for n, p in trained_encoder(model) if n in known}
 
     def penalty(self, model: nn.Module) -> Tensor:
         """A scalar float32."""
-        parts = [
-            (self._fisher[name] * (p - self._start[name]).float().square()).sum()
-            for name, p in trained_encoder(model)
-            if name in self._start
-        ]
-        for name, layer in lora_layers(model):
-            if f"{name}.weight" in self._fisher:
-                parts.append((self._fisher[f"{name}.weight"] * update(layer).square()).sum())
-        return self.weight / 2 * _total(parts, model)
-
-    def _shape(self, name: str) -> torch.Size | None:
-        return self._fisher[name].shape if name in self._fisher else None
+        device = next(model.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            parts = [
+                (self._fisher[name] * moved(p, self._start[name]).square()).sum()
+                for name, p in trained_encoder(model)
+                if name in self._start
+            ]
+            for name, layer in lora_layers(model):
+                if f"{name}.weight" in self._fisher:
+                    parts.append((self._fisher[f"{name}.weight"] * update(layer).square()).sum())
+            return self.weight / 2 * _total(parts, device)
 
 
 def trained_encoder(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The encoder's own trained parameters, without an adapter's, by their names in `AutoModel`."""
     encoder = encoder_in(model, anatomy_in(model))
     for name, parameter in encoder.named_parameters():
-        if parameter.requires_grad and not _added(name):
-            # An adapter puts the layer it wraps one level down.
-            yield name.replace(".base_layer.", "."), parameter
+        if parameter.requires_grad and ".lora_" not in name:
+            yield WRAPPING.sub("", name), parameter
 
 
 def trained_head(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The trained parameters outside the encoder, and those that an adapter saves whole."""
+    """The trained parameters outside the encoder."""
     inside = {id(p) for _, p in trained_encoder(model)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in inside and ".lora_" not in name:
@@ -161,25 +173,42 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
+def moved(parameter: Tensor, start: Tensor) -> Tensor:
+    """theta - theta0 in float32."""
+    return parameter.float() - start.float()
+
+
 def update(layer: Any) -> Tensor:
-    """s B A of a layer's one adapter, (out, in) float32 with gradient."""
+    """s B A of a layer's one adapter, of the weight's shape, float32 with gradient."""
     name = layer.active_adapters[0]
+    if not _is_linear(layer):
+        return layer.get_delta_weight(name).float()
     product = layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float()
     return layer.scaling[name] * product
 
 
 def update_norm(layer: Any) -> Tensor:
     """|s B A|^2 = s^2 tr((A A^T)(B^T B)), from two matrices of the rank's size."""
+    if not _is_linear(layer):
+        return update(layer).square().sum()
     name = layer.active_adapters[0]
     a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
     return layer.scaling[name] ** 2 * ((a @ a.T) * (b.T @ b)).sum()
 
 
-def _added(name: str) -> bool:
-    return ".lora_" in name or ".modules_to_save." in name
+def _is_linear(layer: Any) -> bool:
+    """peft adapts embeddings and convolutions by factors of other shapes."""
+    return isinstance(layer.get_base_layer(), nn.Linear)
 
 
-def _total(parts: list[Tensor], model: nn.Module) -> Tensor:
-    if parts:
-        return torch.stack(parts).sum()
-    return torch.zeros((), device=next(model.parameters()).device)
+def _check_adapter(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, PeftModel):
+            for name in module.active_adapters:
+                settings = module.peft_config[name].to_dict()
+                check_unchanged_base(settings, "lora")
+                check_low_rank(settings, "lora")
+
+
+def _total(parts: list[Tensor], device: torch.device) -> Tensor:
+    return torch.stack(parts).sum() if parts else torch.zeros((), device=device)
