@@ -82,6 +82,12 @@ def forgetting(record: dict[str, Any]) -> str:
     return f"  {headline_words(record)}, {rows:,} rows\n{table(forgetting_rows(record))}"
 
 
+def learning_rates(rows: list[dict[str, Any]]) -> str:
+    """The learning rate of each part of what trains."""
+    told = [[row["part"], f"{row['parameters']:,}", f"{row['rate']:.3g}"] for row in rows]
+    return table([["part", "parameters", "learning rate"], *told])
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, a rule under the first row."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -32,6 +32,7 @@ from hftl.sections import Finetune, Gradual
 from hftl.train.arguments import arguments as common_arguments
 from hftl.train.checkpoint import KeepBest, trained, whole_state
 from hftl.train.hardware import dtype_name, is_sharded
+from hftl.train.optimizer import layer_rates, learning_rates
 from hftl.train.trainer import TransferTrainer
 
 
@@ -86,6 +87,17 @@ def train_arm(
         bench, built, finetune.training, finetune.patience, seed, progress, kept,
         gradual=gradual, state=state,
     )  # fmt: skip
+
+
+def rates_of(bench: Workbench, finetune: Finetune, seed: int) -> list[dict[str, Any]]:
+    """The learning rate of each part of what trains, see `learning_rates`; none where it is one."""
+    rates = layer_rates(finetune.layer_decay, finetune.lr and finetune.lr.model_dump())
+    if rates is None or finetune.strategy == "head":
+        return []
+    built = bench.build(finetune.pooling, seed)
+    model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
+    base = finetune.training["learning_rate"]
+    return learning_rates(model, base, rates)
 
 
 def fit(
