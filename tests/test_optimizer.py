@@ -7,17 +7,31 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from conftest import bench_of
 from test_retention import retaining, with_probe
 from test_trainer import weights
 from tiny import FIELDS, is_image
 
+from hftl.cli import check
 from hftl.errors import RecipeError
+from hftl.finetune.arm import train_arm
 from hftl.finetune.strategy import prepare
 from hftl.model.anatomy import ANATOMIES
 from hftl.model.head import build
 from hftl.model.source import find_source
+from hftl.pipeline import preflight
+from hftl.recipe import Recipe
 from hftl.sections import Source
-from hftl.train.optimizer import LayerRates, decays, depths, groups, layer_rates, learning_rates
+from hftl.train.optimizer import (
+    LayerRates,
+    decays,
+    depths,
+    groups,
+    layer_rates,
+    learning_rates,
+    optimizer_of,
+)
 
 BLOCK = r"(?:^|\.)(?:encoder\.layer|transformer\.layer|layers|encoder\.layers)\.(\d+)\."
 TOP = {
@@ -151,7 +165,7 @@ def test_named_rates_go_before_the_decay() -> None:
     assert some is not None
     assert [some.rate(1.0, depth, 3) for depth in range(5)] == [0.0625, 0.125, 0.25, 0.5, 1e-3]
     assert layer_rates(None, None) is None
-    with pytest.raises(RecipeError, match="rates.blocks has 4 rates, but the source model has 3 blocks"):
+    with pytest.raises(RecipeError, match=r"rates\.blocks has 4 rates, but the source"):
         LayerRates(blocks=(1.0,) * 4).rate(1.0, 1, 3)
 
 
@@ -209,3 +223,62 @@ def test_a_tied_parameter_stands_in_one_group(tiny_model: Callable[..., Path]) -
     found = groups(model, 0.01, 0.0, LayerRates(decay=0.5))
     placed = [id(p) for g in found for p in g["params"]]
     assert len(placed) == len(set(placed))
+
+
+def test_an_optimizer_with_groups_of_its_own_is_refused(tiny_model: Callable[..., Path]) -> None:
+    model = model_of("bert", tiny_model("bert"), "mean")
+    chosen = groups(model, 0.01, 0.1, LayerRates(decay=0.5))
+    found = optimizer_of(torch.optim.AdamW, {"lr": 1.0, "betas": (0.8, 0.9)}, chosen)
+    assert isinstance(found, torch.optim.AdamW) and found.defaults["betas"] == (0.8, 0.9)
+    assert {g["lr"] for g in found.param_groups} == {g["lr"] for g in chosen}
+    for kind, settings in ((torch.optim.AdamW, {"params": []}), (lambda: None, {})):
+        with pytest.raises(RecipeError, match="groups parameters in its own way"):
+            optimizer_of(kind, settings, chosen)
+
+
+def test_the_preflight_tells_and_prints_the_rates(
+    recipe_tree: dict[str, Any], recipe_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe_tree["finetune"] |= {"strategy": "full", "layer_decay": 0.5}
+    recipe_tree["measure"]["arms"] = [
+        "head", "scratch", {"lora": {"finetune.lr.head": 0.1}}, {"same": {"finetune.layer_decay":
+        None}}, {"fixed": {"finetune.lr": {"blocks": [0.0, 0.1]}}},
+    ]  # fmt: skip
+    _, found = preflight(Recipe.parse(recipe_tree))
+    rates = {arm: [row["rate"] for row in rows] for arm, rows in found["learning_rates"].items()}
+    assert rates == {
+        "full": pytest.approx([5e-3 * 0.5**k for k in (4, 3, 2, 1, 0)]),
+        "lora": pytest.approx([5e-3 * 0.5**k for k in (3, 2, 1)] + [0.1]),
+        "fixed": pytest.approx([5e-3 * 0.5**4, 0.0, 0.1, 0.1, 5e-3]),
+    }
+    recipe_file.write_text(yaml.safe_dump(recipe_tree), encoding="utf-8")
+    check(recipe_file)
+    printed = capsys.readouterr().out
+    assert "full trains" in printed and "block 3" in printed and "2.50e-03" in printed
+    del recipe_tree["finetune"]["layer_decay"]
+    recipe_tree["measure"]["arms"] = ["head"]
+    _, found = preflight(Recipe.parse(recipe_tree))
+    assert "learning_rates" not in found
+
+
+def test_rates_that_make_no_sense_are_refused(recipe_tree: dict[str, Any]) -> None:
+    recipe_tree["finetune"] |= {"strategy": "full", "lr": {"blocks": [0.1] * 4}}
+    with pytest.raises(RecipeError, match=r"finetune\.lr\.blocks has 4 rates, .* 3 blocks"):
+        preflight(Recipe.parse(recipe_tree))
+    recipe_tree["finetune"] |= {"strategy": "head", "lr": None, "layer_decay": 0.9}
+    with pytest.raises(RecipeError, match="the strategy head is solved"):
+        Recipe.parse(recipe_tree)
+
+
+def test_an_arm_with_rates_moves_as_its_rates_say(recipe_tree: dict[str, Any]) -> None:
+    recipe_tree["finetune"] |= {
+        "strategy": "full",
+        "lr": {"embeddings": 0.0, "blocks": [0.0, 0.0, 1e-3]},
+    }
+    recipe = Recipe.parse(recipe_tree)
+    bench = bench_of(recipe)
+    outcome = train_arm(bench, recipe.finetune, 0, False)
+    before = bench.build("mean", 0).model.state_dict()
+    for name, tensor in outcome.weights.items():
+        moves = "layer.2." in name or name.startswith("head.")
+        assert torch.equal(tensor, before[name]) != moves, name
