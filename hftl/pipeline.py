@@ -16,7 +16,6 @@ from hftl.data.general import General, load_general, read_general, write_general
 from hftl.data.pixels import ImageInputs
 from hftl.data.prepare import Prepared
 from hftl.errors import RecipeError, RunFolderError
-from hftl.finetune.arm import rates_of
 from hftl.finetune.opening import new_bench, pinned, reading_of
 from hftl.finetune.workbench import MEASURED, Workbench
 from hftl.finish import finish
@@ -136,7 +135,6 @@ def preflight(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     if not wanted:
         return adaptation_header(recipe, bench), {"warnings": []}
     found = bench.check(recipe.data.max_length, wanted)
-    found["learning_rates"] = rates_of(bench, recipe.finetune, recipe.measure.seeds[0])
     return header(recipe, bench, wanted, len(wanted) * len(recipe.measure.seeds)), found
 
 

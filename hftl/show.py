@@ -27,6 +27,16 @@ def input_facts(found: dict[str, Any]) -> str:
     )
 
 
+def learning_rates(arm: str, rows: list[dict[str, Any]]) -> str:
+    """The learning rate of every part of an arm's model."""
+    cells = [(f"{arm} trains", "parameters", "which decay", "learning rate")]
+    cells += [
+        (row["part"], f"{row['parameters']:,}", f"{row['decayed']:,}", f"{row['rate']:.2e}")
+        for row in rows
+    ]
+    return table(cells)
+
+
 def adaptation(stage: dict[str, Any]) -> str:
     """One adaptation: its corpus, what the losses and the guard did, and what was kept."""
     words = stage["objective"] == "mlm"
@@ -80,12 +90,6 @@ def forgetting(record: dict[str, Any]) -> str:
     """What every arm has forgotten, under a line that says of what."""
     rows = record["forgetting"]["rows"]
     return f"  {headline_words(record)}, {rows:,} rows\n{table(forgetting_rows(record))}"
-
-
-def learning_rates(rows: list[dict[str, Any]]) -> str:
-    """The learning rate of each part of what trains."""
-    told = [[row["part"], f"{row['parameters']:,}", f"{row['rate']:.3g}"] for row in rows]
-    return table([["part", "parameters", "learning rate"], *told])
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -176,12 +176,3 @@ def test_what_cannot_be_is_refused_before_a_row_is_read(
     tree["finetune"] |= finetune
     with pytest.raises(RecipeError, match=message):
         preflight(Recipe.parse(tree))
-
-
-def test_check_tells_the_learning_rates(tree: dict[str, Any]) -> None:
-    tree["finetune"] |= {"layer_decay": 0.5}
-    _, found = preflight(Recipe.parse(tree))
-    assert [row["part"] for row in found["learning_rates"]] == [
-        "embeddings", "block 1", "block 2", "block 3", "head",
-    ]  # fmt: skip
-    assert found["learning_rates"][-1]["rate"] == 5e-3
