@@ -59,6 +59,8 @@ def block(name: str) -> str:
         rows += [_index_row(run, path) for run, path in INDEX.items()]
         return "\n".join(rows)
     told = kept(name)
+    if "table" in told:
+        return "```\n" + "\n".join(told["table"]) + "\n```"
     lines = [show.ladder(told)]
     if told.get("adapt"):
         lines += [*map(show.adaptation, told["adapt"]["stages"]), adaptation_sentence(told)]

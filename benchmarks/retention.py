@@ -18,6 +18,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy.stats import t
+
 import hftl
 from hftl.card.plots import plot_frontier
 
@@ -100,11 +103,36 @@ def recipe(names: list[str], seeds: list[int]) -> dict[str, Any]:
     }
 
 
+def paired(one: list[float], other: list[float]) -> tuple[float, float, float]:
+    """The mean of one minus other over paired seeds, and its 95 % t interval."""
+    apart = np.subtract(one, other)
+    half = t.ppf(0.975, len(apart) - 1) * apart.std(ddof=1) / len(apart) ** 0.5
+    return float(apart.mean()), float(apart.mean() - half), float(apart.mean() + half)
+
+
 def table(record: dict[str, Any]) -> list[str]:
-    """A line an arm: accuracy, forgetting, and how much of plain fine-tuning's is gone."""
-    score = {row["arm"]: row["test"] for row in record["ladder"]}
-    lines = [json.dumps(arm) for arm in record["forgetting"]["arms"]]
-    return [f"{name:18}{value:.3f}" for name, value in score.items()] + lines
+    """A line an arm: accuracy and forgetting, each beside what differs from plain fine-tuning."""
+    names = {record["own_arm"]: "kl_general_03"}
+    forgotten = {a["arm"]: a["forgotten"] for a in record["forgetting"]["arms"]}
+    score = {
+        name: [a["metrics"]["test"]["accuracy"] for a in record["arms"] if a["arm"] == name]
+        for name in forgotten
+    }
+    lines = [f"{'arm':15}accuracy  against plain             forgotten  less than plain"]
+    for name in sorted(score, key=lambda name: -forgotten[name]["value"]):
+        lost = forgotten[name]
+        line = f"{names.get(name, name):15}{np.mean(score[name]):8.3f}"
+        if name != "plain" and len(score[name]) > 1:
+            gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*paired(score[name], score["plain"]))
+            plain = forgotten["plain"]["per_seed"]
+            each = lost["per_seed"] * (len(plain) if len(lost["per_seed"]) == 1 else 1)
+            less = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*paired(plain, each))
+            gone = 1 - lost["value"] / forgotten["plain"]["value"]
+            line += f"  {gain:24}{lost['value']:11.3f}  {less}: {gone:.0%} gone"
+        else:
+            line += f"{lost['value']:37.3f}"
+        lines.append(line.rstrip())
+    return lines
 
 
 def main() -> None:
@@ -119,7 +147,7 @@ def main() -> None:
     assert found is not None
     lines = table(found.tree)
     print("\n".join(lines))
-    kept = {key: found.tree[key] for key in ("ladder", "forgetting", "arms", "environment")}
+    kept = {key: found.tree[key] for key in ("own_arm", "ladder", "forgetting", "arms", "environment")}
     told = {"table": lines, **kept}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "retention.json"

@@ -159,8 +159,8 @@ BAD_RECIPE = {
     "two arms of one name": ("measure.arms=[head, head]", ["two arms named 'head'"]),
     "a hub repository": ("publish.repo_id=org/name", ["publish.repo_id", "not built yet"]),
     "a retained adapter": (
-        "retain={kl:{}} finetune.strategy=lora finetune.lora.init_lora_weights=pissa",
-        ["init_lora_weights=pissa", "adapter off"],
+        "finetune.strategy=lora finetune.lora.bias=all retain.kl.weight=0.1",
+        ["finetune.lora.bias=all", "adapter off"],
     ),
     "a head that is not there": ("retain={kl: {on: mlm}}", ["on=mlm", "no trained"]),
     "replay of nothing": ("retain={replay: {}}", ["data.general is null"]),
