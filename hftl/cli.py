@@ -108,6 +108,8 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
     say(show.header(header))
     if loaded.data.task is not None:
         say(f"  {show.input_facts(found)}")
+    for arm, rows in found.get("learning_rates", {}).items():
+        say(show.learning_rates(arm, rows))
     for warning in found["warnings"]:
         say(f"  warning: {warning}")
     say("ready" if not found["warnings"] else "ready, with the warnings above")

@@ -51,7 +51,7 @@ data:
   {size}
 
 finetune:
-  strategy: lora               # head | partial | lora | full
+  strategy: lora               # head | partial | gradual | lora | full
   pooling: {pooling:<13}       # {pooling_note}
   lora: {{r: 8, lora_alpha: 16}}
   training:                    # transformers.TrainingArguments

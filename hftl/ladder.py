@@ -59,11 +59,21 @@ class Run:
 def run_arms(this: Run, benches: Benches) -> None:
     """Runs every arm and seed that is missing, quick ones first."""
     jobs = processes.share(lambda: _missing(this, benches))
+    processes.share(lambda: _forget_progress(this, jobs))
     total = len(this.arms) * len(this.recipe.measure.seeds)
     if jobs and len(jobs) < total:
         this.say(f"  {total - len(jobs)} of {total} arms x seeds stand already")
     for done, job in enumerate(jobs, total - len(jobs) + 1):
         _run_job(this, benches[job[0].name], job, f"{done}/{total}")
+
+
+def _forget_progress(this: Run, jobs: list[Job]) -> None:
+    """Removes how far arms have come that stand by now."""
+    missing = [(arm.name, seed) for arm, seed, _ in jobs]
+    for arm in this.arms:
+        for seed in this.recipe.measure.seeds:
+            if (arm.name, seed) not in missing:
+                shutil.rmtree(this.checkpoints(arm.name, seed), ignore_errors=True)
 
 
 def _run_job(this: Run, bench: Workbench, job: Job, count: str) -> None:

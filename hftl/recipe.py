@@ -193,6 +193,11 @@ def arms(recipe: Recipe, where: str = "recipe") -> list[Arm]:
             "nothing of the encoder",
             "Leave retain out, or choose another finetune.strategy",
         )
+    if strategy == "head" and (recipe.finetune.layer_decay or recipe.finetune.lr):
+        raise RecipeError(
+            f"{where}: layer_decay and lr are learning rates, and the strategy head is solved",
+            "Leave them out, or choose another finetune.strategy",
+        )
     found = [own]
     entries = [_single(entry, where) for entry in recipe.measure.arms]
     if recipe.stages and "source" not in [name for name, _ in entries]:

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from hftl.borrowed import lora_fields, training_fields
+from hftl.errors import RecipeError
 
 STRATEGIES = ("head", "partial", "gradual", "lora", "full")
 BASELINES = ("scratch", "classical", "majority")
@@ -263,9 +264,10 @@ class Gradual(Section):
     """Gradual unfreezing: how long each phase lasts, and whether all parameters train at last."""
 
     epochs: float = Field(default=1, gt=0)
-    """Of every phase, at most."""
+    """Of every phase, at most, in the place of `training.num_train_epochs`."""
     final_epochs: float = Field(default=0, ge=0)
-    """Of the last phase, in which everything trains at a low rate; 0: there is none."""
+    """Of the last phase, in which everything trains at a low rate from the best weights so far,
+    wherever unfreezing has stopped; 0: there is none."""
     final_rate: float = Field(default=0.1, gt=0)
     """The share of the learning rate in that phase."""
 
@@ -285,6 +287,20 @@ class Finetune(Section):
     gradual: Gradual = Gradual()
     lora: dict[str, Any] = LORA
     training: dict[str, Any] = TRAINING
+
+    @property
+    def rates(self) -> dict[str, Any] | None:
+        """`lr` as `TransferTrainer` takes it."""
+        return None if self.lr is None else self.lr.model_dump()
+
+    @model_validator(mode="after")
+    def _phases_have_epochs(self) -> Self:
+        if self.strategy == "gradual" and self.training.get("max_steps", -1) > 0:
+            raise RecipeError(
+                "finetune.training.max_steps is of one training, and gradual unfreezing is several",
+                "Use finetune.gradual.epochs",
+            )
+        return self
 
     @field_validator("training", mode="before")
     @classmethod

@@ -27,6 +27,16 @@ def input_facts(found: dict[str, Any]) -> str:
     )
 
 
+def learning_rates(arm: str, rows: list[dict[str, Any]]) -> str:
+    """The learning rate of every part of an arm's model."""
+    cells = [(f"{arm} trains", "parameters", "which decay", "learning rate")]
+    cells += [
+        (row["part"], f"{row['parameters']:,}", f"{row['decayed']:,}", f"{row['rate']:.2e}")
+        for row in rows
+    ]
+    return table(cells)
+
+
 def adaptation(stage: dict[str, Any]) -> str:
     """One adaptation: its corpus, what the losses and the guard did, and what was kept."""
     words = stage["objective"] == "mlm"

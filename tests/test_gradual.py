@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from conftest import bench_of
 from test_retention import with_probe
-from test_trainer import weights
+from test_trainer import trainer_of, weights
 
 from hftl import rundir
+from hftl.errors import RecipeError
 from hftl.finetune import gradual as module
 from hftl.finetune.arm import train_arm
 from hftl.finetune.gradual import State, phases
@@ -202,12 +204,162 @@ def test_what_was_stopped_goes_on_to_the_same_weights(
         watch = Steps(patch)
         again = train_arm(bench, settings(), 0, False, kept(), state)
     assert len(watch.changed) == 4 - stopped
+    assert again.facts == whole.facts
     for name, tensor in whole.weights.items():
         assert torch.equal(tensor, again.weights[name]), name
     other = State(tmp_path / "state", {"of": "another"})
     assert rundir.reads(tmp_path / "state") == READS != other.reads
 
 
+def test_every_phase_has_its_own_schedule_order_and_dropout(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    always_better(monkeypatch)
+    rates: dict[int, list[float]] = {}
+    seeds = []
+    plain = TransferTrainer.training_step
+
+    def noted(trainer: Any, *args: Any) -> torch.Tensor:
+        if trainer.args.seed not in rates:
+            seeds.append((trainer.args.seed, trainer.args.data_seed))
+        told = rates.setdefault(trainer.args.seed, [])
+        told.append(trainer.optimizer.optimizer.param_groups[-1]["lr"])
+        return plain(trainer, *args)
+
+    monkeypatch.setattr(TransferTrainer, "training_step", noted)
+    train_arm(bench, settings(layer_decay=0.5), 3, False)
+    # 40 rows in batches of 16, and a linear schedule that ends at 0.
+    assert [told == pytest.approx([5e-3, 5e-3 * 2 / 3, 5e-3 / 3]) for told in rates.values()] == (
+        [True] * 4
+    )
+    assert len({seed for seed, _ in seeds}) == 4 and all(one == two for one, two in seeds)
+
+
+def test_the_last_phase_follows_a_stop_from_the_best_weights(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    always_better(monkeypatch, [0.5, 0.6, 0.55, 0.4, 0.3])
+    at_start, at_end = [], []
+    plain = TransferTrainer.train
+
+    def train(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        at_start.append(weights(trainer.model))
+        found = plain(trainer, *args, **kwargs)
+        at_end.append(weights(trainer.model))
+        return found
+
+    monkeypatch.setattr(TransferTrainer, "train", train)
+    outcome = train_arm(bench, settings(gradual={"final_epochs": 2}), 0, False)
+    assert len(at_start) == 4, "three of five phases unfroze, then the last came"
+    assert all(torch.equal(at_start[3][n], tensor) for n, tensor in at_end[1].items())
+    assert all(not torch.equal(at_end[3][n], at_start[3][n]) for n in at_end[3] if "key" not in n)
+    assert all(torch.equal(outcome.weights[n], at_end[1][n]) for n in outcome.weights)
+
+
+def test_the_epochs_of_all_phases_are_counted(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    always_better(monkeypatch, [0.1, 0.2, 0.3, 0.4, 0.35, 0.36])
+    outcome = train_arm(bench, settings(gradual={"epochs": 2}), 0, False)
+    facts = outcome.facts
+    assert (facts["epochs"], facts["best_epoch"]) == (6.0, 4.0)
+    looks = [(r["phase"], r["epoch"]) for r in facts["history"] if "eval_loss" in r]
+    assert looks == [(0, 1), (0, 2), (1, 3), (1, 4), (2, 5), (2, 6)]
+    assert all({"loss", "eval_loss"} & row.keys() for row in facts["history"])
+
+
+def test_patience_is_counted_in_each_phase(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    always_better(monkeypatch, [0.5, 0.4, 0.3, 0.45, 0.6, 0.5, 0.5, 0.1, 0.1])
+    outcome = train_arm(bench, settings(patience=2, gradual={"epochs": 4}), 0, False)
+    looks = [row["phase"] for row in outcome.facts["history"] if "eval_loss" in row]
+    # The first phase waits for two; the second for one before its best, and two after it.
+    assert looks == [0, 0, 0, 1, 1, 1, 1, 2, 2]
+
+
+def test_a_phase_without_an_evaluation_is_judged_at_its_end(bench: Any) -> None:
+    training = {"eval_strategy": "steps", "eval_steps": 1000, "learning_rate": 5e-3, "bf16": False}
+    outcome = train_arm(bench, settings(training=training), 0, False)
+    start = bench.build("mean", 0).model.state_dict()
+    assert not torch.equal(outcome.weights["head.weight"], start["head.weight"])
+    assert {row["phase"] for row in outcome.facts["history"] if "eval_loss" in row} >= {0, 1}
+
+
+def test_frozen_blocks_run_in_eval_mode(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    always_better(monkeypatch)
+    live: dict[int, list[bool]] = {}
+    plain = TransferTrainer.compute_loss
+
+    def noted(trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        found = plain(trainer, model, *args, **kwargs)
+        if kwargs.get("num_items_in_batch") is not None:
+            layers = model.encoder.encoder.layer
+            live[trainer.args.seed] = [layer.output.dropout.training for layer in layers]
+        return found
+
+    monkeypatch.setattr(TransferTrainer, "compute_loss", noted)
+    train_arm(bench, settings(), 0, False)
+    assert [sum(told) for told in live.values()] == [0, 1, 2, 3]
+    assert list(live.values())[1] == [False, False, True]
+
+
+def test_phases_work_in_a_script_of_its_own(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = with_probe(tiny_model("bert"), "gradual")
+    named = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    for part in phases(model):
+        before = weights(model)
+        for name, parameter in named.items():
+            parameter.requires_grad = name in part
+        kind: Any = partial(TransferTrainer, optimizers=(optimizer, None))
+        trainer_of(model, tmp_path, kind).train()
+        moved = {name for name in named if not torch.equal(before[name], named[name])}
+        assert moved == part
+
+
+def test_it_is_refused_where_it_cannot_work(
+    bench: Any, recipe_tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RecipeError, match="max_steps is of one training"):
+        recipe_tree["finetune"] |= {"strategy": "gradual"}
+        recipe_tree["finetune"]["training"]["max_steps"] = 5
+        Recipe.parse(recipe_tree)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match="does not run under FSDP"):
+        train_arm(bench, settings(), 0, False)
+
+
+def test_a_run_that_was_stopped_in_an_arm_ends_as_one_that_was_not(
+    recipe_tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe_tree["data"]["shots"] = 20
+    recipe_tree["finetune"] |= {"strategy": "gradual"}
+    recipe_tree["measure"] |= {"arms": [], "seeds": [0]}
+    always_better(monkeypatch)
+    recipe = Recipe.parse(recipe_tree)
+    run(recipe, tmp_path / "whole", until="finetune")
+    plain = TransferTrainer.train
+
+    def killed(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        if (tmp_path / "parts/checkpoints/gradual-seed0/MANIFEST.json").exists():
+            raise KeyboardInterrupt
+        return plain(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransferTrainer, "train", killed)
+        always_better(patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path / "parts", until="finetune")
+    always_better(monkeypatch, [0.01, 0.02, 0.03])
+    run(recipe, tmp_path / "parts", until="finetune")
+    names = ["weights.safetensors", "predictions.parquet", "logits.safetensors"]
+    one, two = (tmp_path / name / "arms" / "gradual-seed0" for name in ("whole", "parts"))
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+    told = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
+    assert told[0] | {"timings": 0} == told[1] | {"timings": 0}
+    assert not list((tmp_path / "parts" / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
 def test_a_run_by_gradual_unfreezing(recipe_tree: dict[str, Any], tmp_path: Path) -> None:
     recipe_tree["data"]["shots"] = 20
     recipe_tree["finetune"] |= {"strategy": "gradual", "layer_decay": 0.8}

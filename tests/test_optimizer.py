@@ -7,17 +7,31 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from conftest import bench_of
 from test_retention import retaining, with_probe
 from test_trainer import weights
-from tiny import FIELDS
+from tiny import FIELDS, is_image
 
+from hftl.cli import check
 from hftl.errors import RecipeError
+from hftl.finetune.arm import train_arm
 from hftl.finetune.strategy import prepare
 from hftl.model.anatomy import ANATOMIES
 from hftl.model.head import build
 from hftl.model.source import find_source
+from hftl.pipeline import preflight
+from hftl.recipe import Recipe
 from hftl.sections import Source
-from hftl.train.optimizer import LayerRates, decays, depths, groups, layer_rates, learning_rates
+from hftl.train.optimizer import (
+    LayerRates,
+    decays,
+    depths,
+    groups,
+    layer_rates,
+    learning_rates,
+    optimizer_of,
+)
 
 BLOCK = r"(?:^|\.)(?:encoder\.layer|transformer\.layer|layers|encoder\.layers)\.(\d+)\."
 TOP = {
@@ -25,9 +39,43 @@ TOP = {
     "dinov2": r"dinov2\.layernorm", "dinov2_with_registers": r"dinov2_with_registers\.layernorm",
     "swin": r"swin\.layernorm", "modernbert": r"model\.final_norm",
     "siglip": r"vision_model\.post_layernorm", "bert": r"bert\.pooler",
-    "albert": r"albert\.pooler",
+    "albert": r"albert\.pooler", "swinv2": r"swinv2\.layernorm",
+    "megatron-bert": r"bert\.(encoder\.ln|pooler)", "nomic_bert": r"nomic_bert\.pooler",
+    "big_bird": r"bert\.pooler", "vit_mae": r"vit\.layernorm",
 }  # fmt: skip
 """What stands after the blocks inside the encoder."""
+SPARED = {
+    "bert": "bert.embeddings.position_embeddings.weight",
+    **dict.fromkeys(
+        ("roberta", "xlm-roberta", "camembert"), "roberta.embeddings.position_embeddings.weight"
+    ),
+    "distilbert": "distilbert.embeddings.position_embeddings.weight",
+    "albert": "albert.embeddings.position_embeddings.weight",
+    "electra": "electra.embeddings.position_embeddings.weight",
+    "mpnet": "mpnet.embeddings.position_embeddings.weight "
+    "mpnet.encoder.relative_attention_bias.weight",
+    "deberta-v2": "deberta.encoder.rel_embeddings.weight",
+    "modernbert": "",
+    "vit": "vit.embeddings.cls_token vit.embeddings.position_embeddings",
+    "vit_mae": "vit.embeddings.cls_token vit.embeddings.position_embeddings",
+    "deit": "deit.embeddings.cls_token deit.embeddings.distillation_token "
+    "deit.embeddings.position_embeddings",
+    "beit": "beit.embeddings.cls_token beit.embeddings.mask_token "
+    "beit.layers.N.relative_position_bias.relative_position_bias_table",
+    "dinov2": "dinov2.embeddings.cls_token dinov2.embeddings.mask_token "
+    "dinov2.embeddings.position_embeddings",
+    "dinov2_with_registers": "dinov2_with_registers.embeddings.cls_token "
+    "dinov2_with_registers.embeddings.mask_token "
+    "dinov2_with_registers.embeddings.register_tokens "
+    "dinov2_with_registers.embeddings.position_embeddings",
+    "swin": "swin.encoder.layers.N.blocks.N.attention.relative_position_bias"
+    ".relative_position_bias_table",
+    "swinv2": "swinv2.encoder.layers.N.blocks.N.attention.self.logit_scale "
+    "swinv2.encoder.layers.N.blocks.N.attention.self.continuous_position_bias_mlp.N.weight",
+    "clip": "vision_model.embeddings.position_embedding.weight",
+    "siglip": "vision_model.embeddings.position_embedding.weight",
+}  # fmt: skip
+"""Every matrix that does not decay, blocks and stages counted as one."""
 HEAD = r"^(classifier|pre_classifier|pooler|head|score)\."
 
 
@@ -43,7 +91,7 @@ def by_name(model_type: str, name: str, blocks: int) -> int:
         return blocks + 1
     if model_type == "albert":
         return 1 if "albert_layers" in name else 0
-    if model_type == "swin":
+    if model_type in ("swin", "swinv2"):
         stage = re.search(r"encoder\.layers\.(\d+)\.(?:blocks\.(\d+)|downsample)", name)
         if stage is None:
             return 0
@@ -54,7 +102,10 @@ def by_name(model_type: str, name: str, blocks: int) -> int:
     return int(found[1]) + 1 if found else 0
 
 
-@pytest.mark.parametrize("model_type", sorted(ANATOMIES))
+DERIVED = ["vit_mae", "megatron-bert", "nomic_bert", "big_bird", "swinv2"]
+
+
+@pytest.mark.parametrize("model_type", [*sorted(ANATOMIES), *DERIVED])
 def test_every_parameter_is_as_deep_as_its_name_says(
     model_type: str, tiny_model: Callable[..., Path]
 ) -> None:
@@ -64,6 +115,21 @@ def test_every_parameter_is_as_deep_as_its_name_says(
     assert blocks == (1 if model_type == "albert" else 3)
     assert found == {name: by_name(model_type, name, blocks) for name in found}
     assert set(found.values()) == set(range(blocks + 2))
+
+
+@pytest.mark.parametrize("model_type", [m for m in sorted(ANATOMIES) if not is_image(m)])
+def test_in_token_and_pooled_models_the_depths_are_the_same(
+    model_type: str, tiny_model: Callable[..., Path]
+) -> None:
+    source = find_source(Source(model=str(tiny_model(model_type))))
+    tokens = build(source, "token-classification", "native", 3, ["a", "b", "c"], seed=0).model
+    found, blocks = depths(tokens)
+    assert found == {name: by_name(model_type, name, blocks) for name in found}
+    stock = source.anatomy.encoder
+    found, blocks = depths(model_of(model_type, tiny_model(model_type), "mean"))
+    assert found.pop("head.weight") == found.pop("head.bias") == blocks + 1
+    as_stock = {name: f"{stock}.{name.removeprefix('encoder.')}" for name in found}
+    assert found == {name: by_name(model_type, as_stock[name], blocks) for name in found}
 
 
 @pytest.mark.parametrize("pooling", ["native", "mean"])
@@ -99,22 +165,19 @@ def test_named_rates_go_before_the_decay() -> None:
     assert some is not None
     assert [some.rate(1.0, depth, 3) for depth in range(5)] == [0.0625, 0.125, 0.25, 0.5, 1e-3]
     assert layer_rates(None, None) is None
-    with pytest.raises(RecipeError, match="4 rates, and the model 3 blocks"):
+    with pytest.raises(RecipeError, match=r"rates\.blocks has 4 rates, but the source"):
         LayerRates(blocks=(1.0,) * 4).rate(1.0, 1, 3)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "mpnet", "vit", "beit", "dinov2_with_registers"])
+@pytest.mark.parametrize("model_type", sorted(SPARED))
 def test_vectors_tokens_and_positions_do_not_decay(
     model_type: str, tiny_model: Callable[..., Path]
 ) -> None:
     model = model_of(model_type, tiny_model(model_type))
     decayed = {name for name, p in model.named_parameters() if decays(name, p)}
-    assert decayed
-    for name, parameter in model.named_parameters():
-        spared = parameter.ndim < 2 or re.search(
-            r"position|cls_token|mask_token|register_tokens|relative|norm", name.lower()
-        )
-        assert (name not in decayed) == bool(spared), name
+    matrices = {name for name, p in model.named_parameters() if p.ndim > 1}
+    spared = {re.sub(r"\.\d+\.", ".N.", name) for name in matrices - decayed}
+    assert spared == set(SPARED[model_type].split()) and decayed <= matrices
     for group in groups(model, 0.01, 0.1, LayerRates(decay=0.9)):
         names = {n for n, p in model.named_parameters() if any(p is q for q in group["params"])}
         assert group["weight_decay"] == (0.1 if names <= decayed else 0.0)
@@ -160,3 +223,62 @@ def test_a_tied_parameter_stands_in_one_group(tiny_model: Callable[..., Path]) -
     found = groups(model, 0.01, 0.0, LayerRates(decay=0.5))
     placed = [id(p) for g in found for p in g["params"]]
     assert len(placed) == len(set(placed))
+
+
+def test_an_optimizer_with_groups_of_its_own_is_refused(tiny_model: Callable[..., Path]) -> None:
+    model = model_of("bert", tiny_model("bert"), "mean")
+    chosen = groups(model, 0.01, 0.1, LayerRates(decay=0.5))
+    found = optimizer_of(torch.optim.AdamW, {"lr": 1.0, "betas": (0.8, 0.9)}, chosen)
+    assert isinstance(found, torch.optim.AdamW) and found.defaults["betas"] == (0.8, 0.9)
+    assert {g["lr"] for g in found.param_groups} == {g["lr"] for g in chosen}
+    for kind, settings in ((torch.optim.AdamW, {"params": []}), (lambda: None, {})):
+        with pytest.raises(RecipeError, match="groups parameters in its own way"):
+            optimizer_of(kind, settings, chosen)
+
+
+def test_the_preflight_tells_and_prints_the_rates(
+    recipe_tree: dict[str, Any], recipe_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe_tree["finetune"] |= {"strategy": "full", "layer_decay": 0.5}
+    recipe_tree["measure"]["arms"] = [
+        "head", "scratch", {"lora": {"finetune.lr.head": 0.1}}, {"same": {"finetune.layer_decay":
+        None}}, {"fixed": {"finetune.lr": {"blocks": [0.0, 0.1]}}},
+    ]  # fmt: skip
+    _, found = preflight(Recipe.parse(recipe_tree))
+    rates = {arm: [row["rate"] for row in rows] for arm, rows in found["learning_rates"].items()}
+    assert rates == {
+        "full": pytest.approx([5e-3 * 0.5**k for k in (4, 3, 2, 1, 0)]),
+        "lora": pytest.approx([5e-3 * 0.5**k for k in (3, 2, 1)] + [0.1]),
+        "fixed": pytest.approx([5e-3 * 0.5**4, 0.0, 0.1, 0.1, 5e-3]),
+    }
+    recipe_file.write_text(yaml.safe_dump(recipe_tree), encoding="utf-8")
+    check(recipe_file)
+    printed = capsys.readouterr().out
+    assert "full trains" in printed and "block 3" in printed and "2.50e-03" in printed
+    del recipe_tree["finetune"]["layer_decay"]
+    recipe_tree["measure"]["arms"] = ["head"]
+    _, found = preflight(Recipe.parse(recipe_tree))
+    assert "learning_rates" not in found
+
+
+def test_rates_that_make_no_sense_are_refused(recipe_tree: dict[str, Any]) -> None:
+    recipe_tree["finetune"] |= {"strategy": "full", "lr": {"blocks": [0.1] * 4}}
+    with pytest.raises(RecipeError, match=r"finetune\.lr\.blocks has 4 rates, .* 3 blocks"):
+        preflight(Recipe.parse(recipe_tree))
+    recipe_tree["finetune"] |= {"strategy": "head", "lr": None, "layer_decay": 0.9}
+    with pytest.raises(RecipeError, match="the strategy head is solved"):
+        Recipe.parse(recipe_tree)
+
+
+def test_an_arm_with_rates_moves_as_its_rates_say(recipe_tree: dict[str, Any]) -> None:
+    recipe_tree["finetune"] |= {
+        "strategy": "full",
+        "lr": {"embeddings": 0.0, "blocks": [0.0, 0.0, 1e-3]},
+    }
+    recipe = Recipe.parse(recipe_tree)
+    bench = bench_of(recipe)
+    outcome = train_arm(bench, recipe.finetune, 0, False)
+    before = bench.build("mean", 0).model.state_dict()
+    for name, tensor in outcome.weights.items():
+        moves = "layer.2." in name or name.startswith("head.")
+        assert torch.equal(tensor, before[name]) != moves, name

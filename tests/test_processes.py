@@ -23,8 +23,11 @@ from two_processes import (
     information,
     kind_of,
     outcome,
+    tiny,
+    unfrozen,
 )
 
+from hftl.finetune.gradual import phases
 from hftl.processes import close, gather, is_main, rank, share, size
 
 TESTS = Path(__file__).parent
@@ -67,6 +70,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     found: dict[Any, Any] = {name: outcome(name, folder) for name in CASES}
     found |= {names: adaptation(*names, folder) for names in ADAPTATIONS}
     found["information"] = information()
+    found["unfrozen"] = unfrozen(folder, None, dropout=0.0)
     torch.set_num_threads(threads)
     return found
 
@@ -188,6 +192,28 @@ def test_processes_share_the_rows_that_the_fisher_information_is_of(
 
 def test_an_adaptation_goes_on_as_if_it_had_not_been_stopped(ranks: list[dict[str, Any]]) -> None:
     assert [found["resumed"] for found in ranks] == [True, True]
+
+
+def test_gradual_unfreezing_changes_the_same_and_ends_the_same(
+    ranks: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    one = alone["unfrozen"]
+    parts = phases(tiny("pooled", "gradual"))
+    assert one["changed"] == [*parts, parts[-1]] and len(parts) == 4 and one["epochs"] == 5
+    for found in (told["unfrozen"] for told in ranks):
+        assert found["changed"] == one["changed"] and found["epochs"] == 5
+        assert found["finds_unused"] == [False] * 5
+        assert found["losses"] == pytest.approx(one["losses"], abs=1e-5)
+        for key, tensor in one["state"].items():
+            torch.testing.assert_close(found["state"][key], tensor, atol=1e-4, rtol=0)
+    first, second = (told["unfrozen"]["state"] for told in ranks)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_gradual_unfreezing_goes_on_from_the_phase_it_was_stopped_in(
+    ranks: list[dict[str, Any]],
+) -> None:
+    assert [found["goes_on"] for found in ranks] == [[4, 3, 1]] * 2
 
 
 def test_a_loss_that_breaks_on_one_rank_stops_all(ranks: list[dict[str, Any]]) -> None:

@@ -31,12 +31,14 @@ from transformers import (
 
 from hftl.adapt import stage as stage_module
 from hftl.errors import DataError, NumericError, RecipeError
+from hftl.finetune.gradual import State, fit_gradual
 from hftl.finetune.strategy import prepare
 from hftl.model.head import PooledModel
 from hftl.processes import close, first, gather, is_main, mine, raised_elsewhere, rank, share, size
 from hftl.retain.fisher import fisher_information
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.weights import EWC, L2SP, lora_layers, trained_encoder
+from hftl.sections import Gradual
 from hftl.train.checkpoint import KeepBest, whole_state
 from hftl.train.trainer import TransferTrainer
 
@@ -355,6 +357,81 @@ def resumed(folder: Path) -> bool:
     return again[0] == whole[0] and all(same) and {"rng_state_0.pth", "rng_state_1.pth"} <= files
 
 
+class Improves(KeepBest):
+    """Validation says that every evaluation is better than the one before."""
+
+    def on_evaluate(self, *args: Any, metrics: Any = None, **more: Any) -> None:
+        super().on_evaluate(*args, metrics={self.metric: (self.best or 0) + 1}, **more)
+
+
+def unfrozen(folder: Path, state: Path | None, dropout: float, stop: int = 9) -> dict[str, Any]:
+    """What gradual unfreezing changed in each phase, and what it left.
+
+    Args:
+        folder: for the Trainer.
+        state: where the state after each phase is kept.
+        dropout: of the model; it differs from process to process.
+        stop: the phase in the middle of which it is interrupted.
+    """
+    model = tiny("pooled", "gradual")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    best = Improves("eval_loss", greater=True, patience=None)
+    changed: list[set[str]] = []
+    losses: list[float] = []
+    finds_unused: list[bool] = []
+
+    class Noted(TransferTrainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            super().train(*args, **kwargs)
+            now = dict(model.named_parameters())
+            changed.append({name for name in now if not torch.equal(now[name], before[name])})
+            losses.extend(row["loss"] for row in self.state.log_history if "loss" in row)
+            finds_unused.append(getattr(self.model_wrapped, "find_unused_parameters", False))
+
+        def training_step(self, *args: Any) -> torch.Tensor:
+            if len(changed) == stop and self.state.global_step == 2:
+                raise KeyboardInterrupt
+            return super().training_step(*args)
+
+    def make(args: TrainingArguments, **more: Any) -> TransferTrainer:
+        return Noted(
+            model=model, args=args, train_dataset=Rows("pooled", 45), callbacks=[best],
+            eval_dataset=Rows("pooled", 13), data_collator=collate, layer_decay=0.7, **more,
+        )  # fmt: skip
+
+    args = TrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to="none", save_strategy="no", seed=3,
+        disable_tqdm=True, learning_rate=2e-3, logging_steps=1, eval_strategy="epoch",
+        per_device_train_batch_size=GLOBAL_BATCH // size(), remove_unused_columns=False,
+        label_names=["labels"], weight_decay=0.1, ddp_find_unused_parameters=False,
+    )  # fmt: skip
+    kept = None if state is None else State(state, {"of": "a test"})
+    _, history = fit_gradual(model, make, args, best, Gradual(final_epochs=1), kept)
+    return {
+        "changed": changed, "losses": losses, "finds_unused": finds_unused,
+        "epochs": history[-1]["epoch"],
+        "state": {name: p.detach().clone() for name, p in model.named_parameters()},
+    }  # fmt: skip
+
+
+def goes_on(folder: Path) -> list[int]:
+    """How many phases are left after a stop in each, where the end is the same bit for bit."""
+    whole = unfrozen(folder, None, dropout=0.1)
+    left = []
+    for stop in (1, 2, 4):
+        state = folder / f"gradual-{stop}"
+        try:
+            unfrozen(folder, state, dropout=0.1, stop=stop)
+        except KeyboardInterrupt:
+            again = unfrozen(folder, state, dropout=0.1)
+            same = [torch.equal(tensor, again["state"][n]) for n, tensor in whole["state"].items()]
+            left.append(len(again["changed"]) if all(same) else -1)
+    return left
+
+
 def reshard(model: nn.Module) -> None:
     """Makes FSDP forget what was not written into its shards."""
     for module in model.modules():
@@ -407,6 +484,8 @@ def main(folder: Path) -> None:
     found |= {names: adaptation(*names, folder) for names in ADAPTATIONS}
     found["information"] = information()
     found["resumed"] = resumed(folder)
+    found["unfrozen"] = unfrozen(folder, folder / "gradual", dropout=0.0)
+    found["goes_on"] = goes_on(folder)
     found["broken"] = refused(folder, BreaksOnRank1)
     found["shared"] = share(lambda: {"by": share(rank)})
     found["gathered"] = gather({"rank": rank()})

@@ -19,6 +19,7 @@ from hftl.card.forgetting import (
 )
 from hftl.card.kinds import CLASSICAL, DOES, example_of, kind_of, pipeline_tag
 from hftl.card.plain import cell
+from hftl.card.retention import retention_words
 from hftl.card.snippets import plain_snippet
 from hftl.data.split import IN_ALL
 from hftl.measure.verdict import interval_text
@@ -276,6 +277,9 @@ def _training_sentence(record: dict[str, Any]) -> str:
         words.append(f"the head started from {started}")
         rate, epochs = (finetune["training"][k] for k in ("learning_rate", "num_train_epochs"))
         words.append(f"learning rate {rate:g}, {epochs:g} epochs, the best on validation kept")
+        if finetune["layer_decay"]:
+            words.append(f"each block's rate {finetune['layer_decay']:g} of that of the one above")
+        words += retention_words(record)
     return f"{'; '.join(words)}; {seeds} seed{'s' if seeds > 1 else ''}."
 
 

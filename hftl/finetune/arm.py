@@ -78,8 +78,7 @@ def train_arm(
     set_seed(seed)
     model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
     built = Built(model, built.anatomy, built.pooling, built.fresh)
-    rates = None if finetune.lr is None else finetune.lr.model_dump()
-    more = {"layer_decay": finetune.layer_decay, "rates": rates}
+    more = {"layer_decay": finetune.layer_decay, "rates": finetune.rates}
     kept = replace(kept, trainer=kept.trainer | more)
     gradual = finetune.gradual if finetune.strategy == "gradual" else None
     return fit(
@@ -106,23 +105,24 @@ def fit(
             training, bench.prepared.task, scratch_folder, seed, bench.device, progress
         )
         best = keep_best(args, patience)
-        make = partial(_trainer, bench, built, args, best, seed, kept)
+        make = partial(_trainer, bench, built, best, seed, kept)
         if gradual is None:
-            trainer = make()
+            trainer = make(args)
             _train(trainer.train)
-            history = trainer.state.log_history
+            history, epochs = trainer.state.log_history, trainer.state.epoch
             # accelerate leaves its autocast around forward; predictions are made in fp32.
             trainer.accelerator.unwrap_model(built.model, keep_fp32_wrapper=False)
             best.restore(built.model)
         else:
-            phased = partial(fit_gradual, built.model, make, best, gradual, seed, state)
+            phased = partial(fit_gradual, built.model, make, args, best, gradual, state)
             trainer, history = _train(phased)
+            epochs = history[-1]["epoch"]
     if whole is not built.model:
         built = replace(built, model=_filled(whole, whole_state(built.model, trainer.accelerator)))
     facts = {
         "learning_rate": args.learning_rate,
         "precision": dtype_name(training),
-        "epochs": trainer.state.epoch,
+        "epochs": epochs,
         "best_epoch": best.epoch,
         "history": _history(history),
         **kept.facts,
@@ -136,7 +136,7 @@ def fit(
 
 
 def _trainer(
-    bench: Workbench, built: Built, args: TrainingArguments, best: KeepBest, seed: int, kept: Kept,
+    bench: Workbench, built: Built, best: KeepBest, seed: int, kept: Kept, args: TrainingArguments,
     /, **more: Any,
 ) -> TransferTrainer:  # fmt: skip
     """The trainer of an arm; `more` goes before what would be its arguments."""
@@ -144,7 +144,8 @@ def _trainer(
     given: dict[str, Any] = {
         "model": built.model,
         "args": args,
-        "train_dataset": bench.examples(bench.train_rows(seed), seed),
+        # The phases of gradual unfreezing count epochs from 0, and see other crops.
+        "train_dataset": bench.examples(bench.train_rows(seed), args.data_seed),
         "eval_dataset": bench.examples(held),
         "data_collator": bench.inputs.collate,
         "compute_metrics": lambda told: _metrics(bench, held, told.predictions, told.label_ids),
@@ -282,4 +283,5 @@ def _history(log: list[dict[str, Any]]) -> list[dict[str, float]]:
     rows = [{k: v for k, v in entry.items() if k in kept or k.startswith("eval_")} for entry in log]
     timed = ("runtime", "per_second")
     rows = [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in rows]
-    return [row for row in rows if len(row) > 1 and all(map(math.isfinite, row.values()))]
+    place = {"epoch", "phase"}
+    return [row for row in rows if row.keys() - place and all(map(math.isfinite, row.values()))]

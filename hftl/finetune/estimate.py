@@ -4,6 +4,7 @@ import time
 
 from hftl.finetune.embed import compared
 from hftl.finetune.workbench import MEASURED, Workbench
+from hftl.model.anatomy import count_blocks
 from hftl.model.cache import frozen_features
 from hftl.recipe import Arm, Recipe
 
@@ -25,6 +26,9 @@ def estimate_seconds(bench: Workbench, jobs: list[Arm], recipe: Recipe) -> float
         if arm.strategy not in ("lora", "partial", "gradual", "full", "scratch"):
             continue
         epochs = float(arm.finetune.training["num_train_epochs"])
+        if arm.strategy == "gradual":
+            phased = arm.finetune.gradual
+            epochs = phased.epochs * (count_blocks(bench.source.config) + 1) + phased.final_epochs
         if arm.strategy == "scratch":
             search = recipe.measure.scratch
             epochs *= search.epochs_factor

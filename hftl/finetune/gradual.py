@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import TrainingArguments
 
 from hftl import processes, rundir
+from hftl.errors import RecipeError
 from hftl.record import to_json
 from hftl.sections import Gradual
 from hftl.train.checkpoint import KeepBest
+from hftl.train.hardware import is_sharded
 from hftl.train.optimizer import depths
 from hftl.train.trainer import TransferTrainer
 
@@ -55,62 +57,104 @@ class Progress:
     """How far gradual unfreezing has come: what a stopped training goes on from."""
 
     phase: int = 0
-    finished: bool = False
+    stopped: bool = False
+    """Whether a phase was no better, so that nothing more is unfrozen."""
+    epochs: float = 0.0
+    """Of all phases."""
     history: tuple[dict[str, Any], ...] = ()
 
 
 def fit_gradual(
-    model: nn.Module, make: Callable[..., TransferTrainer], best: KeepBest, gradual: Gradual,
-    seed: int, state: State | None,
+    model: nn.Module, make: Callable[..., TransferTrainer], args: TrainingArguments, best: KeepBest,
+    gradual: Gradual, state: State | None,
 ) -> tuple[TransferTrainer, list[dict[str, Any]]]:  # fmt: skip
     """Trains phase by phase and leaves the best weights of all phases in the model.
 
+    A phase that is no better than the best before it is the last in which anything is unfrozen. The
+    phase of `gradual.final_epochs`, if any, starts from the best weights.
+
     Args:
         model: everything that may train requires a gradient; it does afterwards.
-        make: makes a trainer of the model, with other arguments where they are given.
-        best: keeps the best evaluation over all phases.
+        make: makes a trainer of the model from its TrainingArguments, with other arguments where
+            they are given.
+        args: of the first phase; their seed is that of the training, and each phase has its own
+            from it.
+        best: keeps the best evaluation over all phases; it counts epochs over all of them.
         gradual: the recipe's section.
-        seed: of dropout and order; each phase has its own from it.
         state: where the state after each phase is kept; None: nowhere.
 
     Returns:
         The last trainer, and {epoch, loss, ...} of every evaluation, with its `phase`.
+
+    Raises:
+        RecipeError: under FSDP.
     """
+    if is_sharded():
+        raise RecipeError(
+            "gradual unfreezing does not run under FSDP, whose shards stay as they were cut",
+            "Launch with recipes/accelerate/multi_gpu.yaml, or use another finetune.strategy",
+        )
     everything = {n: p for n, p in model.named_parameters() if p.requires_grad}
     start = {name: p.detach().cpu().clone() for name, p in everything.items()}
     parts = phases(model)
-    epochs = [gradual.epochs] * len(parts)
-    if gradual.final_epochs:
-        parts, epochs = [*parts, parts[-1]], [*epochs, gradual.final_epochs]
     # The original is asked, and the optimizer made, while everything requires a gradient.
-    first = trainer = make()
+    first = trainer = make(args)
     first.ask_original()
-    first.create_optimizer()
-    done = _resumed(state, model, best, first.optimizer)
-    for number in range(done.phase, len(parts)):
-        if done.finished:
-            break
-        before = best.best
+    optimizer = first.create_optimizer()
+    done = _resumed(state, model, best, optimizer)
+    while (number := _next(done, len(parts), gradual)) is not None:
+        last = number == len(parts)
+        if last:
+            _put(everything, start | best.weights)
+            _slow(optimizer, gradual.final_rate)
         for name, parameter in everything.items():
-            parameter.requires_grad = name in parts[number]
-        set_seed(seed * PHASES + number)
-        args = copy(first.args)
-        args.num_train_epochs, args.data_seed = epochs[number], seed * PHASES + number
-        trainer = make(args=args, optimizers=(first.optimizer, None), retain=first.retention)
-        if gradual.final_epochs and number == len(parts) - 1:
-            _slow(first.optimizer, gradual.final_rate)
-        best.waited = 0
-        trainer.train()
-        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        history = [{**row, "phase": number} for row in trainer.state.log_history]
-        gained = before is None or best.best != before
-        done = Progress(number + 1, not gained, (*done.history, *history))
-        _keep(state, everything, best, first.optimizer, done)
-    for name, parameter in everything.items():
+            parameter.requires_grad = last or name in parts[number]
+        its = copy(args)
+        its.num_train_epochs = gradual.final_epochs if last else gradual.epochs
+        its.seed = its.data_seed = args.seed * PHASES + number
+        trainer = make(its, optimizers=(optimizer, None), retain=first.retention)
+        done = _phase(trainer, model, number, best, done)
+        _keep(state, everything, best, optimizer, done)
+    for parameter in everything.values():
         parameter.requires_grad = True
-        with torch.no_grad():
-            parameter.copy_(best.weights.get(name, start[name]))
+    _put(everything, start | best.weights)
     return trainer, list(done.history)
+
+
+def _next(done: Progress, unfreezing: int, gradual: Gradual) -> int | None:
+    """The number of the phase to come, the final one's being `unfreezing`; None at the end."""
+    if done.phase < unfreezing and not done.stopped:
+        return done.phase
+    return unfreezing if gradual.final_epochs and done.phase <= unfreezing else None
+
+
+def _phase(
+    trainer: TransferTrainer, model: nn.Module, number: int, best: KeepBest, done: Progress
+) -> Progress:
+    """Trains one phase, at the end of which there is an evaluation."""
+    before, passed = best.best, done.epochs
+    best.waited = 0
+    trainer.train()
+    if not any("eval_loss" in row for row in trainer.state.log_history):
+        trainer.evaluate()
+    # accelerate leaves its autocast around forward.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    gained = before is None or best.best != before
+    if gained:
+        best.epoch = passed + float(best.epoch or 0)
+    rows = [
+        {**row, "epoch": passed + row.get("epoch", 0.0), "phase": number}
+        for row in trainer.state.log_history
+    ]
+    epochs = passed + float(trainer.state.epoch or 0)
+    return Progress(number + 1, done.stopped or not gained, epochs, (*done.history, *rows))
+
+
+def _put(everything: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    """Sets all parameters."""
+    with torch.no_grad():
+        for name, parameter in everything.items():
+            parameter.copy_(values[name])
 
 
 def _slow(optimizer: Any, share: float) -> None:
@@ -128,8 +172,8 @@ def _keep(
     if state is None:
         return
     told = {
-        "phase": done.phase, "finished": done.finished, "history": done.history,
-        "best": best.best, "epoch": best.epoch,
+        "phase": done.phase, "stopped": done.stopped, "epochs": done.epochs,
+        "history": done.history, "best": best.best, "epoch": best.epoch,
     }  # fmt: skip
 
     def write() -> None:
@@ -155,7 +199,7 @@ def _resumed(state: State | None, model: nn.Module, best: KeepBest, optimizer: A
     best.best, best.epoch = told["best"], told["epoch"]
     best.weights = load_file(folder / BEST)
     optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True))
-    return Progress(told["phase"], told["finished"], tuple(told["history"]))
+    return Progress(told["phase"], told["stopped"], told["epochs"], tuple(told["history"]))
 
 
 def _plain(tensors: Any) -> dict[str, Tensor]:

@@ -36,7 +36,8 @@ def head_term(bench: Workbench, kl: KL, seed: int) -> MaskedKL | ZeroShotKL:
     if fresh:
         raise _no_head(bench.source)
     # The rows of a batch are told token by token, so no word is known as a whole.
-    masking = masking_of(load_tokenizer(bench.source), HIDDEN, whole_words=False)
+    tokenizer = bench.inputs.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    masking = masking_of(tokenizer, HIDDEN, whole_words=False)
     return MaskedKL(kl.weight, masked, masking, seed, *how)
 
 

@@ -22,6 +22,7 @@ from hftl.model.source import SourceModel, load_processor, load_tokenizer, weigh
 from hftl.recipe import Recipe, arms
 from hftl.sections import Data
 from hftl.train.hardware import device
+from hftl.train.optimizer import check_rates
 
 INTERPOLATE_THEMSELVES = ("dinov2", "dinov2_with_registers", "swin")
 """Architectures whose forward takes pictures of any size unasked."""
@@ -47,12 +48,15 @@ def new_bench(recipe: Recipe, source: SourceModel, prepared: Prepared) -> Workbe
     """The workbench of a recipe.
 
     Raises:
-        RecipeError: if the recipe asks for more blocks than there are, for a size that does not fit
-            the source's patches, or for what the source's modality has not.
+        RecipeError: if the recipe asks for more blocks, or rates of blocks, than there are, for a
+            size that does not fit the source's patches, or for what the source's modality has not.
     """
     for arm in arms(recipe):
-        if arm.strategy == "partial":
+        rates = arm.finetune.lr
+        if arm.strategy == "partial" or rates is not None:
             present = count_blocks(source.config)
+            check_rates("finetune.lr", rates and rates.blocks, present)
+        if arm.strategy == "partial":
             check_blocks("finetune", arm.finetune.blocks, present, layers(source.config))
     if prepared.modality == "image":
         inputs = image_inputs(recipe.data, source, prepared.facts["hub_revisions"])

@@ -17,13 +17,18 @@ from hftl.data.pixels import ImageInputs
 from hftl.data.prepare import Prepared
 from hftl.data.split import content_key
 from hftl.data.text import Encoded, TextInputs
+from hftl.finetune.strategy import prepare
 from hftl.model.cache import Features, frozen_features
 from hftl.model.head import Built, build
 from hftl.model.source import SourceModel
 from hftl.recipe import Arm
+from hftl.sections import Finetune
+from hftl.train.optimizer import LayerRates, layer_rates, learning_rates
 
 MEASURED = ("validation", "test")
 """The splits that arms are measured on."""
+BY_STEPS = ("partial", "gradual", "lora", "full")
+"""The strategies that train from the source by an optimizer's steps."""
 
 
 @dataclass
@@ -80,9 +85,19 @@ class Workbench:
         )  # fmt: skip
 
     def check(self, asked_length: int, arms: list[Arm]) -> dict[str, Any]:
-        """The preflight's facts and warnings, for the arms that train from the source."""
+        """The preflight's facts and warnings, for the arms that train from the source.
+
+        With them `learning_rates` by the name of the arm, where its parts have their own.
+        """
         trained = [arm.finetune for arm in arms if arm.strategy in ("partial", "gradual", "full")]
-        return check(self.source, self.inputs, self.prepared, asked_length, trained)
+        found = check(self.source, self.inputs, self.prepared, asked_length, trained)
+        rates = {
+            arm.name: self._learning_rates(arm.finetune, chosen)
+            for arm in arms
+            for chosen in [layer_rates(arm.finetune.layer_decay, arm.finetune.rates)]
+            if chosen is not None and arm.strategy in BY_STEPS
+        }
+        return found | ({"learning_rates": rates} if rates else {})
 
     @property
     def outputs(self) -> int:
@@ -163,6 +178,11 @@ class Workbench:
         Every process must come here; what one of them knows already is no reason not to.
         """
         return processes.share(lambda: self._fitted(pooling, seed))
+
+    def _learning_rates(self, finetune: Finetune, rates: LayerRates) -> list[dict[str, Any]]:
+        built = self.build(finetune.pooling, 0)
+        model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
+        return learning_rates(model, finetune.training["learning_rate"], rates)
 
     def _fitted(self, pooling: str, seed: int) -> Probe:
         if (pooling, seed) not in self._probes:

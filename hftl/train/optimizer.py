@@ -6,10 +6,11 @@ the embeddings, i + 1 for block i, and L + 1 for all that stands after the block
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from hftl.errors import RecipeError
@@ -17,11 +18,13 @@ from hftl.model.head import anatomy_in, encoder_in
 from hftl.model.parts import Anatomy, block_paths, submodule, under
 
 UNDECAYED = (
-    "bias", "position_embeddings", "cls_token", "mask_token", "register_tokens",
-    "distillation_token",
+    "bias", "position_embedding", "rel_embeddings", "cls_token", "mask_token", "register_tokens",
+    "distillation_token", "logit_scale",
 )  # fmt: skip
-"""Parts of names whose weights do not decay, whatever their shape: among them the tables of
-relative position biases."""
+"""Parts of names whose weights do not decay, whatever their shape: `bias` is also in the names of
+relative positions' tables, `logit_scale` is Swin v2's temperature of attention."""
+OWN_GROUPS = {"params", "model", "optimizer_dict"}
+"""Settings of optimizers that choose their parameters themselves, as GaLore does."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,33 @@ class LayerRates:
         Raises:
             RecipeError: if there are more rates than blocks.
         """
-        if self.blocks is not None and len(self.blocks) > blocks:
-            raise RecipeError(
-                f"lr.blocks has {len(self.blocks)} rates, and the model {blocks} blocks",
-                f"Give at most {blocks}",
-            )
+        check_rates("rates", self.blocks, blocks)
         named = self.embeddings if depth == 0 else self.head if depth == blocks + 1 else None
         if 0 < depth <= blocks and self.blocks is not None:
             named = self.blocks[min(depth, len(self.blocks)) - 1]
         if named is not None:
             return named
         return base * (1.0 if self.decay is None else self.decay) ** (blocks + 1 - depth)
+
+
+def check_rates(section: str, rates: Sequence[float] | None, blocks: int) -> None:
+    """Refuses more rates than there are blocks.
+
+    Args:
+        section: where they are given: `finetune.lr` in a recipe.
+        rates: of the blocks, or None.
+        blocks: how many the model holds.
+
+    Raises:
+        RecipeError: naming the numbers.
+    """
+    if rates is not None and len(rates) > blocks:
+        plural = "s" if blocks > 1 else ""
+        raise RecipeError(
+            f"{section}.blocks has {len(rates)} rates, but the source model has {blocks} "
+            f"block{plural}",
+            f"Give at most {blocks}, from the bottom up",
+        )
 
 
 def layer_rates(decay: float | None, rates: Mapping[str, Any] | None) -> LayerRates | None:
@@ -130,15 +149,45 @@ def groups(
     ]
 
 
+def optimizer_of(
+    kind: Any, settings: dict[str, Any], chosen: list[dict[str, Any]]
+) -> torch.optim.Optimizer:
+    """The optimizer that TrainingArguments ask for, over these groups.
+
+    Args:
+        kind: its class.
+        settings: its arguments.
+        chosen: see `groups`.
+
+    Raises:
+        RecipeError: if it groups parameters in its own way.
+    """
+    plain = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    if not plain or OWN_GROUPS & settings.keys():
+        raise RecipeError(
+            "training.optim names an optimizer that groups parameters in its own way, and "
+            "layer_decay and lr need groups of theirs",
+            "Leave them out, or use adamw_torch",
+        )
+    return kind(chosen, **settings)
+
+
 def learning_rates(model: nn.Module, base: float, rates: LayerRates) -> list[dict[str, Any]]:
-    """The learning rate of each part of what trains: {part, parameters, rate}, bottom first."""
+    """The learning rate of each part of what trains, from the bottom up.
+
+    Returns:
+        {part, parameters, decayed, rate} each: of its `parameters` weight decay is for `decayed`.
+    """
     _, blocks = depths(model)
     rows: dict[int, dict[str, Any]] = {}
-    for group in groups(model, base, 0.0, rates):
+    for group in groups(model, base, 1.0, rates):
         depth = group["depth"]
         part = "embeddings" if depth == 0 else "head" if depth > blocks else f"block {depth}"
-        row = rows.setdefault(depth, {"part": part, "parameters": 0, "rate": group["lr"]})
-        row["parameters"] += sum(parameter.numel() for parameter in group["params"])
+        empty = {"part": part, "parameters": 0, "decayed": 0, "rate": group["lr"]}
+        row = rows.setdefault(depth, empty)
+        size = sum(parameter.numel() for parameter in group["params"])
+        row["parameters"] += size
+        row["decayed"] += size if group["weight_decay"] else 0
     return list(rows.values())
 
 

@@ -24,7 +24,7 @@ from hftl.train.checkpoint import load_plain, save_plain
 from hftl.train.loss import counted, counted_rows, summed_loss, uncounted
 from hftl.train.mixing import Collate, Numbered, loader_settings, rows_to_know
 from hftl.train.modes import training_modes
-from hftl.train.optimizer import groups, layer_rates
+from hftl.train.optimizer import groups, layer_rates, optimizer_of
 from hftl.train.order import MixedBatches, RankBatches, SeededOrder
 from hftl.train.sharding import shard_by_block
 
@@ -126,12 +126,18 @@ class TransferTrainer(Trainer):
             )  # fmt: skip
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """As transformers'; with a rate for each part of the model where that was asked for."""
+        """As transformers'; with a rate for each part of the model where that was asked for.
+
+        Raises:
+            RecipeError: for an optimizer that groups parameters in its own way.
+        """
         if self.optimizer is None and self._rates is not None:
             inside: Any = self.accelerator.unwrap_model(self.model if model is None else model)
-            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, inside)
-            found = groups(inside, self.args.learning_rate, self.args.weight_decay, self._rates)
-            self.optimizer = kind(found, **settings)
+            kind, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, inside
+            )
+            chosen = groups(inside, self.args.learning_rate, self.args.weight_decay, self._rates)
+            self.optimizer = optimizer_of(kind, settings, chosen)
         return super().create_optimizer(model)
 
     def get_train_dataloader(self) -> Any:

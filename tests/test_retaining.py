@@ -1,0 +1,178 @@
+"""Retention from the recipe to the record, the card and the published folder."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import sentences, write_csv
+
+from hftl.errors import RecipeError
+from hftl.finetune import weight as module
+from hftl.finetune.weight import GRID, choose_weight, is_open, with_weight
+from hftl.pipeline import preflight, run
+from hftl.recipe import Recipe
+from hftl.sections import KL, Retain
+
+
+@pytest.fixture
+def tree(recipe_tree: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A small recipe with general data: other sentences, a document every four rows."""
+    rows = [(text, label, str(i // 4)) for i, (text, label) in enumerate(sentences(80, seed=9))]
+    general = write_csv(tmp_path / "general.csv", ["text", "label", "document"], rows)
+    recipe_tree["data"] |= {
+        "shots": 12, "general": {"path": str(general), "label": "document"},
+    }  # fmt: skip
+    recipe_tree["finetune"]["strategy"] = "full"
+    recipe_tree["measure"] |= {"arms": [{"plain": {"retain": None}}], "seeds": [0, 1]}
+    return recipe_tree
+
+
+RETAIN = {
+    "relational": {"kl": {"weight": 0.3}},
+    "two": {
+        "kl": [{"weight": 0.3, "inputs": "general"}, {"on": "probe", "weight": 0.5}],
+        "replay": {"ratio": 0.3},
+    },
+    "both": {"kl": {"on": "features", "inputs": "both"}},
+    "weights": {"l2sp": {"weight": 0.1, "head": 0.01}, "ewc": {"weight": 0.1, "samples": 8}},
+    "exact": {"ewc": {"weight": 0.1, "samples": 8, "fisher": "exact"}},
+    "between": {"interpolate": [0.0, 0.5, 1.0]},
+}  # fmt: skip
+
+
+QUICK = [("two", "lora"), ("weights", "full"), ("between", "lora")]
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        pytest.param(name, strategy, marks=() if (name, strategy) in QUICK else pytest.mark.slow)
+        for name in RETAIN
+        for strategy in ("full", "lora")
+    ],
+)
+def test_a_run_with_retention(
+    tree: dict[str, Any], tmp_path: Path, name: str, strategy: str
+) -> None:
+    tree["finetune"]["strategy"] = strategy
+    tree["measure"]["seeds"] = [0]
+    tree["retain"] = RETAIN[name]
+    record = run(Recipe.parse(tree), tmp_path / "run")
+    assert record is not None
+    told = record.tree
+    assert told["reload_difference"] <= 1e-5
+    arms = {arm["arm"]: arm for arm in told["arms"]}
+    assert set(arms) == {strategy, "plain"}
+    assert [entry["arm"] for entry in told["forgetting"]["arms"]][0] == strategy
+    own = told["forgetting"]["arms"][0]
+    assert own["against"]["arm"] == "plain"
+    card = (tmp_path / "run/publish/README.md").read_text(encoding="utf-8")
+    if name == "between":
+        found = arms[strategy]["training"]["interpolation"]
+        assert found["alpha"] in (0.0, 0.5, 1.0) and len(found["tried"]) == 3
+        assert "interpolated with the original" in card
+    else:
+        assert "kept near the original by" in card
+    if "ewc" in RETAIN[name]:
+        assert len(list((tmp_path / "run/phases").glob("fisher-*/fisher.safetensors"))) == 1
+
+
+def test_the_same_again_does_nothing_and_a_changed_term_is_refused(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    tree["retain"] = {"kl": {"weight": 0.3}}
+    run(Recipe.parse(tree), tmp_path / "run")
+    metrics = tmp_path / "run/arms/full-seed0/metrics.json"
+    before = metrics.stat().st_mtime_ns
+    run(Recipe.parse(tree), tmp_path / "run")
+    assert metrics.stat().st_mtime_ns == before
+    tree["retain"]["kl"]["weight"] = 0.5
+    with pytest.raises(Exception, match=r"retain\.kl\.weight: 0\.3 -> 0\.5"):
+        run(Recipe.parse(tree), tmp_path / "run")
+
+
+def test_a_weight_is_chosen_once_and_told(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GRID", (0.1, 1.0))
+    tree["retain"] = {"kl": {"weight": "auto", "inputs": "general"}}
+    lines: list[str] = []
+    record = run(Recipe.parse(tree), tmp_path / "run", say=lines.append)
+    assert record is not None
+    chosen = json.loads((tmp_path / "run/phases/weight-full/weight.json").read_text("utf-8"))
+    assert [tried["weight"] for tried in chosen["tried"]] == [0.1, 1.0]
+    assert all(0 <= tried["forgotten"] <= 1 and tried["error"] >= 0 for tried in chosen["tried"])
+    own = [arm for arm in record.tree["arms"] if arm["arm"] == "full"]
+    assert [arm["training"]["kl_weight"] for arm in own] == [chosen, chosen]
+    assert any("forgets least within one standard error" in line for line in lines)
+    card = (tmp_path / "run/publish/README.md").read_text(encoding="utf-8")
+    assert f"weight {chosen['weight']:g}" in card
+
+
+@pytest.mark.parametrize(
+    ("scores", "forgotten", "weight"),
+    [
+        ((0.80, 0.80, 0.79, 0.70), (0.4, 0.3, 0.2, 0.1), 0.3),
+        ((0.80, 0.70, 0.70, 0.70), (0.4, 0.3, 0.2, 0.1), 0.03),
+        ((0.80, 0.80, 0.80, 0.80), (0.4, 0.4, 0.4, 0.4), 0.03),
+    ],
+)
+def test_the_rule_of_one_standard_error(
+    scores: tuple[float, ...], forgotten: tuple[float, ...], weight: float
+) -> None:
+    told = {w: (s, 0.02, f) for w, s, f in zip(GRID, scores, forgotten, strict=True)}
+    found = choose_weight(lambda w: told[w])
+    assert found["weight"] == weight
+    assert [tried["forgotten"] for tried in found["tried"]] == list(forgotten)
+
+
+def test_only_weights_that_are_open_are_filled() -> None:
+    retain = Retain(kl=[KL(weight="auto"), KL(weight=0.7)])
+    assert is_open(retain) and not is_open(None)
+    filled = with_weight(retain, 0.3)
+    assert [kl.weight for kl in filled.kls] == [0.3, 0.7] and not is_open(filled)
+
+
+def test_after_adaptation_the_reference_may_be_the_source(
+    tree: dict[str, Any], tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    tree["source"]["model"] = str(tiny_model("bert", True))
+    tree["adapt"] = {
+        "objective": "mlm", "guard": "off",
+        "training": {"num_train_epochs": 1, "learning_rate": 1e-2, "bf16": False},
+    }  # fmt: skip
+    tree["measure"] = {"seeds": [0], "arms": [{"start": {"retain.reference": "start"}}]}
+    tree["retain"] = {
+        "reference": "source", "kl": [{"weight": 20.0, "on": "features"}, {"on": "mlm"}],
+    }  # fmt: skip
+    record = run(Recipe.parse(tree), tmp_path / "run")
+    assert record is not None
+    cosine = {
+        entry["arm"]: entry["figures"]["cosine"]["after"]
+        for entry in record.tree["forgetting"]["arms"]
+    }
+    assert cosine["full"] > cosine["start"], "nearer to the source than from where it started"
+
+
+@pytest.mark.parametrize(
+    ("retain", "finetune", "message"),
+    [
+        ({"kl": {"on": "mlm"}}, {}, "no trained masked-language head"),
+        ({"kl": {"on": "zero_shot"}}, {}, "no CLIP model"),
+        ({"replay": {}}, {}, "no KL is taken on them"),
+        ({"ewc": {"fisher": "empirical"}}, {}, "needs the task's labels"),
+        ({"kl": {}}, {"strategy": "lora", "lora": {"init_lora_weights": "olora"}}, "adapter off"),
+        ({"kl": {}}, {"strategy": "lora", "lora": {"bias": "all"}}, "adapter off"),
+        ({"l2sp": {}}, {"strategy": "lora", "lora": {"use_dora": True}}, "DoRA"),
+        ({"l2sp": {"decoupled": True}}, {"strategy": "lora"}, "the base does not move"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_row_is_read(
+    tree: dict[str, Any], retain: Any, finetune: Any, message: str
+) -> None:
+    tree["retain"] = retain
+    tree["finetune"] |= finetune
+    with pytest.raises(RecipeError, match=message):
+        preflight(Recipe.parse(tree))
