@@ -163,9 +163,9 @@ def test_after_adaptation_the_reference_may_be_the_source(
         ({"kl": {"on": "zero_shot"}}, {}, "no CLIP model"),
         ({"replay": {}}, {}, "no KL is taken on them"),
         ({"ewc": {"fisher": "empirical"}}, {}, "needs the task's labels"),
-        ({"kl": {}}, {"strategy": "lora", "lora": {"init_lora_weights": "olora"}}, "the base's own"),
+        ({"kl": {}}, {"strategy": "lora", "lora": {"init_lora_weights": "olora"}}, "base.s own"),
         ({"kl": {}}, {"strategy": "lora", "lora": {"bias": "all"}}, "adapter off"),
-        ({"l2sp": {}}, {"strategy": "lora", "lora": {"use_dora": True}}, "use_dora"),
+        ({"l2sp": {}}, {"strategy": "lora", "lora": {"use_dora": True}}, "use_dora=True"),
         ({"l2sp": {"decoupled": True}}, {"strategy": "lora"}, "the base does not move"),
     ],
 )
