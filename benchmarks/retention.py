@@ -147,7 +147,9 @@ def main() -> None:
     assert found is not None
     lines = table(found.tree)
     print("\n".join(lines))
-    kept = {key: found.tree[key] for key in ("own_arm", "ladder", "forgetting", "arms", "environment")}
+    kept = {
+        key: found.tree[key] for key in ("own_arm", "ladder", "forgetting", "arms", "environment")
+    }
     told = {"table": lines, **kept}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "retention.json"

@@ -15,6 +15,7 @@ import yaml
 from conftest import sentences, write_csv
 from typer.testing import CliRunner
 
+from hftl import yamlfile
 from hftl.cli import app
 from hftl.recipe import Recipe, arms
 
@@ -91,6 +92,15 @@ def test_adaptation_shown_is_the_defaults() -> None:
     plain = Recipe.parse(tree | {"adapt": {"objective": "mlm"}})
     assert recipe.stages == plain.stages
     assert [arm.name for arm in arms(recipe)][:2] == ["lora", "source"]
+
+
+def test_retention_shown_is_the_defaults() -> None:
+    tree = yaml.safe_load(shown("recipe"))
+    recipe = Recipe.parse(tree | yamlfile.parse(shown("retain"), "README.md"))
+    assert recipe.retain == Recipe.parse(tree | {"retain": {"kl": {}}}).retain
+    assert [arm.retain == recipe.retain for arm in arms(recipe)] == [
+        True, False, False, False, True,
+    ]  # fmt: skip
 
 
 def test_own_data_in_four_commands(
