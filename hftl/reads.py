@@ -10,8 +10,9 @@ from typing import Any
 
 from hftl import rundir, yamlfile
 from hftl.errors import RunFolderError
+from hftl.keeping import Retain
 from hftl.recipe import Arm, Recipe
-from hftl.sections import Adapt, Retain
+from hftl.sections import Adapt
 
 PATHS = ("path", "format", "split", "revision", "name")
 """Where a table lies is not what it says: data count by content."""

@@ -10,6 +10,7 @@ from pydantic import PrivateAttr, ValidationError, model_validator
 from hftl import yamlfile
 from hftl.errors import RecipeError
 from hftl.explain import closest, explain
+from hftl.keeping import Retain
 from hftl.sections import (
     ADAPT_RATE,
     BASELINES,
@@ -20,7 +21,6 @@ from hftl.sections import (
     Finetune,
     Measure,
     Publish,
-    Retain,
     Section,
     Source,
     Stages,

@@ -20,12 +20,12 @@ from hftl.finetune.weight import (
     with_weight,
 )
 from hftl.finetune.workbench import Workbench
+from hftl.keeping import Retain
 from hftl.model.head import Built
 from hftl.model.source import SourceModel
 from hftl.recipe import Arm, Recipe, arms
 from hftl.record import fingerprint, to_json
 from hftl.retain.fisher import fisher_information, load_fisher, save_fisher
-from hftl.sections import Retain
 
 FISHER = "fisher.safetensors"
 ANSWERS = {"classification": "classes", "multi-label": "labels", "regression": "target"}

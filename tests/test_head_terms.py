@@ -20,11 +20,12 @@ from hftl.data.masking import masking_of
 from hftl.errors import RecipeError
 from hftl.finetune.heads import check_head
 from hftl.finetune.strategy import prepare
+from hftl.keeping import KL
 from hftl.model.head import build
 from hftl.model.source import find_source, load_tokenizer
 from hftl.retain.view import in_eval
 from hftl.retain.zeroshot import ZeroShotKL, zero_shot_head
-from hftl.sections import KL, Source
+from hftl.sections import Source
 
 
 def masked_term(folder: Path, weight: float = 1.0) -> MaskedKL:

@@ -13,6 +13,7 @@ from hftl.data.split import content_key
 from hftl.errors import RecipeError
 from hftl.finetune.heads import check_head, head_term
 from hftl.finetune.workbench import Workbench
+from hftl.keeping import KL, Replay, Retain
 from hftl.model.head import Built
 from hftl.model.parts import TOKENS
 from hftl.model.source import SourceModel
@@ -20,7 +21,7 @@ from hftl.recipe import Arm
 from hftl.retain.base import check_low_rank, check_unchanged_base
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.weights import EWC, L2SP
-from hftl.sections import KL, Finetune, Replay, Retain
+from hftl.sections import Finetune
 from hftl.train.mixing import unlabelled
 
 OWN_HEADS = ("mlm", "zero_shot")
