@@ -7,6 +7,7 @@ import numpy as np
 
 from hftl import rundir
 from hftl.finetune.embed import compared, embed_original
+from hftl.finetune.retention import TAU
 from hftl.finetune.store import read_embeddings, write_embeddings
 from hftl.finetune.workbench import Workbench
 from hftl.ladder import Run
@@ -15,9 +16,6 @@ from hftl.recipe import Arm
 
 COMPARED = ("head", "partial", "gradual", "lora", "full")
 """The strategies whose encoder comes from the source."""
-TAU = {"text": 0.05, "image": 0.07}
-"""The temperatures of similarities that contrastive encoders of texts and of pictures are trained
-at."""
 
 
 def forgetting_record(

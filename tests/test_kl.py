@@ -168,6 +168,9 @@ def test_a_term_is_a_mean_over_its_rows(inputs: str) -> None:
     assert rows_of(term, general, counts).tolist() == wanted
     rows = {"target": 8.0, "general": 2.0, "both": 10.0}[inputs]
     assert expected_rows(term, torch.tensor(8), 0.25).item() == rows
+    small = {"target": 2.0, "general": 0.5, "both": 2.5}[inputs]
+    assert expected_rows(term, torch.tensor(2), 0.25).item() == small
+    assert expected_rows(term, torch.tensor(0), 0.25).item() == small / 2
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What the README shows is run, parsed or generated."""
 
+import json
 import os
 import re
 import shlex
@@ -46,6 +47,16 @@ def test_tables_are_those_of_the_kept_results() -> None:
         assert module.refresh(page) == page.read_text(encoding="utf-8"), (
             f"{page.name}: run benchmarks/results.py"
         )
+
+
+def test_speeds_are_those_of_the_kept_benchmark() -> None:
+    kept = (ROOT / "benchmarks" / "results" / "adapt_mlm.json").read_text(encoding="utf-8")
+    shapes = json.loads(kept)["shapes"]
+    for name, words in (
+        ("minilm", "times the tokens a second at"),
+        ("bert-base", "at BERT-base's"),
+    ):
+        assert f"{shapes[name]['speed']['median']:.2f} {words}" in README.replace("\n", " ")
 
 
 def test_demo_line_names_what_exists() -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer
 
 from hftl.errors import RecipeError
-from hftl.model.head import PooledModel, anatomy_in, last_linear
+from hftl.model.head import anatomy_in, last_linear
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.reference import Reference
 from hftl.retain.view import Tap, in_eval
@@ -381,6 +381,17 @@ def test_resuming_keeps_the_original(bert: Path, tmp_path: Path) -> None:
     retaining(again, tmp_path / "parts", terms, {}, **more).train(
         resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2")
     )
-    if isinstance(again, PooledModel):
-        for key, value in weights(whole).items():
-            assert torch.equal(value, weights(again)[key]), key
+    for key, value in weights(whole).items():
+        assert torch.equal(value, weights(again)[key]), key
+
+
+def test_features_are_measured_by_the_same_spread_cached_or_not(bert: Path, tmp_path: Path) -> None:
+    spreads = []
+    for cached in (True, False):
+        model = with_probe(bert, "lora")
+        more = {"general_dataset": Plain(40)}
+        term = KLToOriginal(0.5, "features", inputs="both", cached=cached)
+        trainer = retaining(model, tmp_path, [term], more, data=Rows(300), max_steps=1)
+        trainer.train()
+        spreads.append(trainer.retention._spread)
+    torch.testing.assert_close(*spreads)

@@ -172,9 +172,10 @@ def rows_of(term: OnRows, general: Tensor, counts: Tensor) -> Tensor:
 
 
 def expected_rows(term: OnRows, target: Tensor, ratio: float) -> Tensor:
-    """How many rows of a step a term is a mean over, as a share of the target's rows is general."""
+    """How many rows of a step a term is a mean over; of general ones the share they are on average,
+    so that each counts the same in whatever step it comes."""
     share = {"target": 1.0, "general": ratio, "both": 1.0 + ratio}[term.inputs]
-    return target * share
+    return target.clamp(min=1) * share
 
 
 def row_values(

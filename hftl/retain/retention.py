@@ -167,11 +167,11 @@ class Retention:
             for term in self.kls:
                 chosen = rows_of(term, general, counts)
                 values = self._values(term, original, now, batch, chosen)
-                rows = expected_rows(term, target, self.ratio).clamp(min=1)
+                rows = expected_rows(term, target, self.ratio)
                 total = total + term.weight * values.sum() / rows
         for term in self.own:
             values = term.values(batch, rows_of(term, batch["general"], counts), epoch)
-            rows = expected_rows(term, target, self.ratio).clamp(min=1)
+            rows = expected_rows(term, target, self.ratio)
             total = total + term.weight * values.sum() / rows
         if self.weights:
             share = counts.sum() / target.clamp(min=1)
@@ -228,7 +228,9 @@ class Retention:
         for key, numbers in wanted.items():
             found = embedding[[place[int(n)] for n in numbers]]
             self._banks[key] = numbers.to(device), found
-        self._spread = embedding.var(0, unbiased=False).sum().clamp(min=1e-12)
+        # Of the same rows whether the others are cached or not.
+        seen_by_all = embedding[[place[number] for number in sample]]
+        self._spread = seen_by_all.var(0, unbiased=False).sum().clamp(min=1e-12)
         target = [place[n] for n in sorted(needed) if n < rows.target]
         for term in self.kls:
             if term.on == "probe" and self._kind != "words":
