@@ -58,6 +58,10 @@ class Door:
             told["sha"] = self.store.put(put["repo_id"], files, put.get("private", False))
         if "gated" in asked:
             self.store.repos[asked["gated"]].gated = True
+        if "hide" in asked:
+            self.store.repos[asked["hide"]].private = True
+        if "drop" in asked:
+            del self.store.repos[asked["drop"]]
         if asked.get("keep"):
             self.kept = copy.deepcopy(self.store)
         if "faults" in asked:
