@@ -1,8 +1,9 @@
 """Fresh processes that have the plain libraries imported already, and never hftl.
 
-As a program it reads a line of JSON, `[script, arguments...]`, forks, runs the script in the child
-and answers `[exit code, stdout, stderr]`. The gate's proof of a reload runs a script so; importing
-peft and transformers anew for each of many runs would take most of the time of the tests.
+As a program it reads a line of JSON, `[folder, script, arguments...]`, forks, runs the script in
+that folder in the child and answers `[exit code, stdout, stderr]`. The gate's proof of a reload
+runs a script so; importing peft and transformers anew for each of many runs would take much of the
+time of the tests.
 """
 
 import json
@@ -31,7 +32,7 @@ class Fresh:
                 text=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
             )  # fmt: skip
         assert self._server.stdin and self._server.stdout
-        self._server.stdin.write(json.dumps(command[2:]) + "\n")
+        self._server.stdin.write(json.dumps([os.getcwd(), *command[2:]]) + "\n")
         self._server.stdin.flush()
         code, out, err = json.loads(self._server.stdout.readline())
         return subprocess.CompletedProcess(command, code, out, err)
@@ -43,10 +44,11 @@ class Fresh:
             self._server.wait()
 
 
-def child(words: list[str], out: Any, err: Any) -> int:
+def child(folder: str, words: list[str], out: Any, err: Any) -> int:
     """Runs a script as `python -P` would; stdout and stderr go to the files."""
     os.dup2(out.fileno(), 1)
     os.dup2(err.fileno(), 2)
+    os.chdir(folder)
     sys.argv = words
     try:
         runpy.run_path(words[0], run_name="__main__")
@@ -75,7 +77,8 @@ def serve() -> None:
             with open(places[0], "w") as out, open(places[1], "w") as err:
                 pid = os.fork()
                 if pid == 0:
-                    os._exit(child(json.loads(line), out, err))
+                    place, *words = json.loads(line)
+                    os._exit(child(place, words, out, err))
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             told = [path.read_text(encoding="utf-8", errors="replace") for path in places]
         answers.write(json.dumps([code, *told]) + "\n")
