@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from hftl.card.card import gain_sentence, render_card
 from hftl.card.forgetting import forgetting_rows, forgetting_sentence
+from hftl.card.plain import one_line
 from hftl.card.plots import plot_frontier, plot_ladder
 from hftl.card.report import render_report
 from hftl.measure.verdict import decide, interval_text
@@ -369,7 +370,7 @@ def test_no_name_breaks_the_page(name: str) -> None:
     assert shape(card) == shape(render_card(plain))
     front, _ = front_matter(card)
     _, results = model_index_to_eval_results(front["model-index"])
-    assert {result.dataset_name for result in results} == {name}
+    assert {result.dataset_name for result in results} == {one_line(name)}
     assert ModelCard(card).data.to_dict() == front
 
 
@@ -439,13 +440,14 @@ def test_published_record_names_no_local_path(tmp_path: Path) -> None:
 def test_report_is_one_file_with_picture_and_table(case: str, tmp_path: Path) -> None:
     record = make(case, labels=["<script>x</script>", "b"])
     plot_ladder(record, tmp_path / "assets" / "ladder.png")
-    report = render_report(render_card(record), tmp_path)
+    report = render_report(render_card(record), tmp_path, record)
     assert report.count("<html") == report.count("<table>") == report.count("<img") == 1
     assert 'src="data:image/png;base64,' in report and 'src="assets' not in report
     assert report.count("<tr>") == 1 + len(record["ladder"])
     assert "<title>tiny-MiniLM-reviews-lora</title>" in report
-    assert not re.search(r"details>|summary>|<script|&lt;details", report)
-    assert "<h2>The recipe</h2>" in report and "model-index" not in report
+    assert not re.search(r"<script|&lt;details|\x02|\x03", report) and "model-index" not in report
+    assert report.count("<details>") == report.count("</details>") == 2
+    assert "<summary>The recipe</summary>" in report
     assert not re.search(r'(src|href)="(?!https://huggingface\.co/|data:)', report)
 
 

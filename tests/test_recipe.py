@@ -36,7 +36,10 @@ FROM_CONTRACT = {
         "metric": "accuracy", "seeds": [0, 1, 2], "arms": ["scratch", "head"],
         "scratch": {"learning_rates": [1e-4, 3e-4, 1e-3], "epochs_factor": 3},
     },
-    "publish": {"repo_id": None, "private": True},
+    "publish": {
+        "repo_id": None, "private": True, "license": None, "license_name": None,
+        "license_link": None, "language": None, "examples": False,
+    },
 }  # fmt: skip
 
 
