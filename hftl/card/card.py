@@ -27,9 +27,9 @@ from hftl.card.metadata import base_of, metadata, title
 from hftl.card.page import rendered
 from hftl.card.plain import code, fenced, inert
 from hftl.card.snippets import plain_snippet
+from hftl.card.valid import is_hub_id
 from hftl.measure.verdict import interval_text
 from hftl.metrics import less_is_better
-from hftl.places import HUB_ID
 
 OUTCOMES = {
     "positive": "Transfer helped",
@@ -136,7 +136,7 @@ def _purpose(record: dict[str, Any]) -> str:
     source = record["source"]
     name = source["name"]
     link = f"[{name}](https://huggingface.co/{name})"
-    if source["published_as"] != name or not HUB_ID.fullmatch(name):
+    if source["published_as"] != name or not is_hub_id(name):
         link = inert(name)
     labels = record["data"]["labels"]
     kind = kind_of(record)

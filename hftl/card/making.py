@@ -5,7 +5,7 @@ from typing import Any
 from hftl.card.forgetting import was_measured
 from hftl.card.kinds import called, kind_of
 from hftl.card.metadata import base_of
-from hftl.card.plain import code, inert
+from hftl.card.plain import code
 from hftl.card.retention import retention_words
 from hftl.data.split import IN_ALL
 from hftl.measure.verdict import interval_text
@@ -107,8 +107,8 @@ def base_sentence(record: dict[str, Any]) -> str:
         return ""
     ours = (record["adapt"] or {}).get("base")
     weights = (ours or record["source"])["weights_sha256"]
-    pinned = f" at commit `{inert(revision)}`" if revision else ""
-    return f"Base: {base}{pinned}, weights sha256 `{weights}`."
+    pinned = f" at commit {code(revision)}" if revision else ""
+    return f"Base: {code(base)}{pinned}; the hash of its weights begins with `{weights[:16]}`."
 
 
 def training_sentence(record: dict[str, Any]) -> str:

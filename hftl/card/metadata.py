@@ -7,9 +7,11 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from hftl.card.kinds import pipeline_tag
 from hftl.card.plain import one_line, slug
-from hftl.places import HUB_ID
+from hftl.card.valid import is_hub_id
 
 TABLE_SUFFIX = re.compile(r"\.(csv|tsv|jsonl?|ndjson|parquet|txt)$")
+NO_NAME = ("data", "dataset", "train", "images", "rows")
+"""Last names of places that say nothing; the one before does."""
 TABLES = ("train", "validation", "test", "unlabeled", "general")
 
 
@@ -54,7 +56,7 @@ def base_of(record: dict[str, Any]) -> tuple[str | None, str | None]:
     ours = (record["adapt"] or {}).get("base")
     source = ours or record["source"]
     name = source.get("published_as")
-    if not name or not HUB_ID.fullmatch(name):
+    if not name or not is_hub_id(name):
         return None, None
     return name, source.get("revision")
 
@@ -70,8 +72,11 @@ def hub_datasets(record: dict[str, Any]) -> list[str]:
 
 def title(record: dict[str, Any]) -> str:
     """A name for the model: its source, its data, its strategy."""
-    base, data = (slug(record[k]["name"].rsplit("/", 1)[-1]) for k in ("source", "data"))
-    return f"{base}-{TABLE_SUFFIX.sub('', data)}-{record['own_arm']}"
+    base = record["source"]["name"].rsplit("/", 1)[-1]
+    parts = [TABLE_SUFFIX.sub("", part) for part in record["data"]["name"].split("/") if part]
+    named = [part for part in parts if part not in NO_NAME]
+    data = (named or parts or ["data"])[-1]
+    return f"{slug(base)}-{slug(data)}-{record['own_arm']}"
 
 
 def _eval_results(record: dict[str, Any]) -> list[EvalResult]:

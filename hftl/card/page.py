@@ -1,10 +1,11 @@
 """A page from its template: metadata first, then the text."""
 
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from hftl.card.plain import inert
 
@@ -17,7 +18,11 @@ def rendered(template: str, page: dict[str, Any], metadata: ModelCardData) -> st
         page: what the template names.
         metadata: what stands before the text.
     """
+    return f"---\n{metadata.to_yaml().strip()}\n---\n\n{_template(template).render(**page)}"
+
+
+@cache
+def _template(name: str) -> Template:
     engine = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     engine.filters |= {"first_upper": lambda text: text[:1].upper() + text[1:], "inert": inert}
-    text = files("hftl.card").joinpath(template).read_text("utf-8")
-    return f"---\n{metadata.to_yaml().strip()}\n---\n\n{engine.from_string(text).render(**page)}"
+    return engine.from_string(files("hftl.card").joinpath(name).read_text("utf-8"))

@@ -43,8 +43,8 @@ def inert(text: str) -> str:
 
 
 def slug(text: str) -> str:
-    """A name of letters, digits, dots, hyphens and underscores only."""
-    return re.sub(r"[^\w.-]+", "-", one_line(text))
+    """A name of letters, digits, dots, hyphens and underscores only, and no address."""
+    return re.sub(r"[^\w.-]+|(?<=www)\.", "-", one_line(text))
 
 
 def fenced(tree: Any) -> str:

@@ -2,12 +2,13 @@
 
 import base64
 import re
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from hftl.card.examples import Picture, in_context, thumbnail
@@ -39,14 +40,18 @@ def render_report(
     body = card.split("\n---\n", 1)[1]
     title = next(line[2:] for line in body.splitlines() if line.startswith("# "))
     gain = record["transfer_gain"]
-    engine = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True)
-    engine.filters["line"] = lambda text: one_line(text, LONGEST)
-    template = engine.from_string(files("hftl.card").joinpath("report.html").read_text("utf-8"))
     told = {} if errors is None else _told(errors, record, picture)
-    return template.render(
+    return _template().render(
         title=title, page=Markup(_html(body, folder)), errors=errors,
         color=COLORS.get(gain["outcome"], OTHER) if gain else OTHER, **told,
     )  # fmt: skip
+
+
+@cache
+def _template() -> Template:
+    engine = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True)
+    engine.filters["line"] = lambda text: one_line(text, LONGEST)
+    return engine.from_string(files("hftl.card").joinpath("report.html").read_text("utf-8"))
 
 
 def _html(body: str, folder: Path) -> str:

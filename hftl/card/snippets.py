@@ -2,7 +2,7 @@
 
 import json
 
-from hftl.places import HUB_ID
+from hftl.card.valid import is_hub_id
 
 PAGE = """import torch
 {imports}from transformers import {auto}, {reader}
@@ -67,7 +67,7 @@ def plain_snippet(
         architecture: what the base's checkpoint says it is.
     """
     pooled = pooling != "native"
-    if adapter and not pooled and kind in AUTO_PEFT and base and HUB_ID.fullmatch(base):
+    if adapter and not pooled and kind in AUTO_PEFT and base and is_hub_id(base):
         return _short(place, outputs, kind, example)
     auto = "AutoModel" if pooled else AUTO[kind]
     if adapter:
