@@ -69,6 +69,8 @@ def render_adapted(record: dict[str, Any], place: str = ".") -> str:
     page = {
         "name": inert(record["source"]["name"]),
         "sentence": adaptation_sentence(record),
+        # Of a run with a task, it is the verdict on what is fine-tuned from this encoder.
+        "alone": record["own_arm"] is None,
         "verdict": record["verdict"],
         "forced": record.get("forced"),
         "lines": adaptation_lines(record),
