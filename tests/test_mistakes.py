@@ -137,6 +137,7 @@ def test_report_shows_errors_and_the_card_does_not(tmp_path: Path) -> None:
     for told in ("3 of 4 rows are wrong", "Its 3 surest mistakes", "seed 2", "0.950", "line 5"):
         assert told in report
     assert "What is taken for what" in report
+    assert "stays on this machine" in report
     pixels = np.zeros((3, 32, 32), dtype=np.uint8)
     seen = render_report(card, tmp_path, record, errors, lambda name: pixels)
     assert seen.count('class="picture"') == 3 and "a secret text" not in seen

@@ -84,6 +84,9 @@ def _told(errors: Errors, record: dict[str, Any], picture: Picture | None) -> di
     return {
         "seed": record["published_seed"],
         "told": f"its {shown} largest errors stand below." if target else share,
+        "kept": "The card shows the mistakes too, as the recipe lets examples out."
+        if record.get("examples")
+        else "This part is in the report only, and stays on this machine.",
         "noun": noun,
         "confused": _confused(errors),
         "heading": f"The {shown} largest errors" if target else f"Its {shown} surest mistakes",
