@@ -15,7 +15,7 @@ from typing import Any
 from hftl import show
 from hftl.card.adaptation import adaptation_sentence
 from hftl.measure.verdict import interval_text
-from hftl.publishing import publishable
+from hftl.publish.told import publishable
 from hftl.record import Record, to_json
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +33,7 @@ INDEX = {
     "movies-minilm-tapt": "recipes/movies-minilm/tapt.yaml",
     "movies-minilm-dapt": "recipes/movies-minilm/dapt.yaml",
     "movies-minilm-harmful": "recipes/movies-minilm/harmful.yaml",
+    "bbc-minilm-tapt": "recipes/bbc-minilm/tapt.yaml",
     "clipart-dinov2-mae": "recipes/clipart-dinov2/mae.yaml",
 }
 

@@ -15,7 +15,8 @@ from hftl.finish import adaptation_record, source_record, written
 from hftl.ladder import Run
 from hftl.measure.verdict import decide_adapted
 from hftl.publish.folder import write_encoder_alone
-from hftl.publishing import place_of, publishable, put_in_place
+from hftl.publish.told import place_of, publishable
+from hftl.publishing import put_in_place
 from hftl.record import SCHEMA_VERSION, Record, environment, to_json
 from hftl.train.hardware import dtype_name
 
@@ -105,6 +106,6 @@ def _write_card(run: Path, aside: Path, record: dict[str, Any]) -> None:
     card = render_adapted(told, place_of(told))
     rundir.write_text(aside / "README.md", card)
     rundir.write_text(aside / "hftl.json", to_json(told))
-    report = render_report(card, aside)
+    report = render_report(card, aside, told)
     put_in_place(run, aside, "publish")
     rundir.write_text(run / "report.html", report)
