@@ -29,6 +29,7 @@ from hftl.sections import Publish
 
 MESSAGE = "Publish a model with the evidence of what its transfer was worth"
 BASE_MESSAGE = "Publish the adapted base of an adapter"
+STAND_IN = ("owner/name", "0" * 40)
 FORESIGHT = 10.0
 """Seconds that may be lost at a hub that fails, before anything trains."""
 Say = Callable[[str], None]
@@ -90,10 +91,9 @@ def looked_at(run: Path, asked: Asked) -> Listing:
     # A run that is not finished has no record to take words from; dry_run says so.
     record = Record.read(run).tree if (run / "record.json").exists() else {}
     listing = dry_run(run, _words(record, asked))
-    for name in ("publish-base", "publish"):
-        if (run / name).exists():
-            check_card(run / name)
     check_proof(run, record)
+    for text in _cards(run, record, asked):
+        check_card(text, run)
     return listing
 
 
@@ -236,10 +236,21 @@ def base_texts(record: dict[str, Any], base_id: str) -> dict[str, str]:
     }
 
 
+def _cards(run: Path, record: dict[str, Any], asked: Asked) -> list[str]:
+    """The cards as they will be, with ids and a commit that stand for those to come."""
+    base = STAND_IN if (run / "publish" / "adapter_config.json").exists() else None
+    amended = amend(record, STAND_IN[0], asked.force, base)
+    cards = [texts(run, amended, base)["publish/README.md"]]
+    if (run / "publish-base").exists():
+        alone = amend(record, STAND_IN[0], asked.force, None)
+        cards.append(base_texts(alone, STAND_IN[0])["publish-base/README.md"])
+    return cards
+
+
 def _gates(folder: Path, record: dict[str, Any], asked: Asked) -> None:
     """Once more, for what has been written since."""
     check_files(folder, _words(record, asked))
-    check_card(folder)
+    check_card((folder / "README.md").read_text(encoding="utf-8"), folder.parent)
 
 
 def _words(record: dict[str, Any], asked: Asked) -> frozenset[str]:
