@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from hftl import rundir, secrets
 from hftl.card.adaptation import render_adapted
 from hftl.card.card import render_card
-from hftl.errors import HoldError, HubError, RecipeError
+from hftl.errors import HoldError, HubError, RecipeError, RunFolderError
 from hftl.explain import explain
 from hftl.publish.base import pinned_base
 from hftl.publish.gates import check_card, check_files, check_proof
@@ -65,11 +65,20 @@ def foresee(recipe: Recipe, say: Say) -> None:
     try:
         with patient(FORESIGHT):
             who = account()
-            check_right(who, full_id(who, wanted))
+            full = full_id(who, wanted)
+            check_right(who, full)
+            if _adapts_its_base(recipe):
+                check_right(who, f"{full}-base")
     except (AnsweredError, RightsError):
         raise
     except HubError as error:
         say(f"  warning: {error.what}; the push will be tried at the end")
+
+
+def _adapts_its_base(recipe: Recipe) -> bool:
+    """Whether the adapter would go on a base that the run makes."""
+    whole = any(stage.method != "lora" for stage in recipe.stages)
+    return whole and recipe.finetune.strategy == "lora"
 
 
 def looked_at(run: Path, asked: Asked) -> Listing:
@@ -79,6 +88,22 @@ def looked_at(run: Path, asked: Asked) -> Listing:
         RecipeError: if there is no base that others can have.
         RunFolderError: if the run is not finished, or a file may not leave the machine.
     """
+    _sound(asked)
+    if not (run / "record.json").exists():
+        raise RunFolderError(f"{run} is no finished run", "Finish it with `hftl run`")
+    record = Record.read(run).tree
+    listing = dry_run(run, _words(record, asked))
+    check_proof(run, record)
+    for text in _cards(run, record, asked):
+        check_card(text, run)
+    return listing
+
+
+def _sound(asked: Asked) -> None:
+    """Refuses arguments that the card and the record could not tell."""
+    for name, told in (("--repo-id", asked.repo_id), ("--force", asked.force)):
+        if told is not None and secrets.find(told) is not None:
+            raise RecipeError(f"{name} holds a secret", "Give what all may read")
     if asked.repo_id is not None:
         try:
             Publish(repo_id=asked.repo_id)
@@ -86,15 +111,6 @@ def looked_at(run: Path, asked: Asked) -> Listing:
             raise explain(error, "--repo-id", Publish) from error
     if asked.force is not None and not asked.force.strip():
         raise RecipeError("--force is empty", "Give the reason, which the card will tell")
-    if secrets.find(asked.force or "") is not None:
-        raise RecipeError("--force holds a secret", "Give a reason that the card may tell")
-    # A run that is not finished has no record to take words from; dry_run says so.
-    record = Record.read(run).tree if (run / "record.json").exists() else {}
-    listing = dry_run(run, _words(record, asked))
-    check_proof(run, record)
-    for text in _cards(run, record, asked):
-        check_card(text, run)
-    return listing
 
 
 def refuse_hold(listing: Listing, asked: Asked) -> None:
@@ -122,8 +138,8 @@ def publish(run: Path, asked: Asked, say: Say) -> None:
     Raises:
         HftlError: one of its kinds, each with an exit code.
     """
-    if not (run / "publish" / "hftl.json").exists() or not (run / ".lock").exists():
-        dry_run(run)
+    if not (run / ".lock").exists():
+        raise RunFolderError(f"{run} is no finished run", "Finish it with `hftl run`")
     with rundir.locked(run):
         (run / "error.json").unlink(missing_ok=True)
         push_finished(run, asked, say)
@@ -255,8 +271,6 @@ def _gates(folder: Path, record: dict[str, Any], asked: Asked) -> None:
 
 def _words(record: dict[str, Any], asked: Asked) -> frozenset[str]:
     """Names that the user has chosen to show: of repositories, and of labels."""
-    if not record:
-        return frozenset()
     published = record.get("published") or {}
     shown = [
         asked.repo_id, record["recipe"]["publish"]["repo_id"], published.get("repo_id"),
