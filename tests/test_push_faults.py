@@ -1,13 +1,11 @@
 """A push while the hub fails: the old state stands or the new one, and one line says what."""
 
-import itertools
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +189,11 @@ class sneaking:  # noqa: N801 (reads as a function)
         self.thread.join()
 
 
-def killed(hub: LocalHub, run: Path, home: Path, after: float) -> None:
-    """A push in a process of its own, killed `after` seconds from its first request on."""
+def killed(hub: LocalHub, run: Path, home: Path, after: float) -> float:
+    """A push in a process of its own, killed `after` seconds from its first request on.
+
+    Gives the seconds that it lasted from there.
+    """
     hub.control(faults=[])
     process = subprocess.Popen(
         [sys.executable, "-m", "hftl", "publish", str(run), "--repo-id", ME],
@@ -200,24 +201,27 @@ def killed(hub: LocalHub, run: Path, home: Path, after: float) -> None:
     )  # fmt: skip
     while process.poll() is None and not hub.log:
         time.sleep(0.005)
-    time.sleep(after)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def moments(count: int) -> Iterator[float]:
-    draw = random.Random(0)
-    return (draw.uniform(0, 0.4) for _ in range(count))
+    began = time.monotonic()
+    try:
+        process.wait(after)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    return time.monotonic() - began
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_push_that_is_killed_leaves_the_old_state_or_the_new(
     count: int, hub: LocalHub, push: Pusher, run: Path, tmp_path: Path
 ) -> None:
-    landed = itertools.count()
+    landed = 0
     pushed = changed(hub, push, run, tmp_path)
     before = hub.head(ME)
-    for number, after in enumerate(moments(count)):
+    shutil.copytree(pushed, tmp_path / "timed")
+    lasts = killed(hub, tmp_path / "timed", tmp_path / "home", 60)
+    draw = random.Random(0)
+    for number in range(count):
+        after = draw.uniform(0, 1.1 * lasts)
         again(hub, push, run)
         later = tmp_path / f"later-{number}"
         shutil.copytree(pushed, later)
@@ -225,12 +229,11 @@ def test_a_push_that_is_killed_leaves_the_old_state_or_the_new(
         now = hub.head(ME)
         state = hub.state
         assert state["broken"] == [] and now is not None
-        if now != before:
-            next(landed)
+        landed += now != before
         # The same again brings the new state, whenever it was stopped.
         assert push("publish", later, "--repo-id", ME)[0] == 0
         after_all = local(later / "publish")
         assert now in (before, hub.head(ME)) and whole(hub, before, after_all)
         shutil.rmtree(later)
     if count > 10:
-        assert 0 < next(landed) < count
+        assert 0 < landed < count

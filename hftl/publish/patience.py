@@ -6,6 +6,7 @@ known is not sent again: whoever sent it must first look whether it landed.
 """
 
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -66,7 +67,10 @@ def patient(seconds: float | None = None) -> Iterator[None]:
     close_session()
     client: Any = get_session()
     client.timeout = TIMEOUT
-    client.send = _Patient(client.send, PATIENCE if seconds is None else seconds).send
+    left = PATIENCE if seconds is None else seconds
+    client.send = _Patient(client.send, left).send
+    # Xet makes its requests by itself, and would go on for minutes.
+    os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_DURATION", f"{max(1, round(left / 2))}s")
     try:
         yield
     finally:
