@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hftl import processes, rundir
 from hftl.finetune.arm import set_probe, train_arm
-from hftl.finetune.retention import Kept, check_retention, kept_near
+from hftl.finetune.retention import Fisher, Kept, check_retention, kept_near
 from hftl.finetune.weight import (
     choose_weight,
     forgotten,
@@ -25,7 +25,7 @@ from hftl.model.head import Built
 from hftl.model.source import SourceModel
 from hftl.recipe import Arm, Recipe, arms
 from hftl.record import fingerprint, to_json
-from hftl.retain.fisher import fisher_information, load_fisher, save_fisher
+from hftl.retain.fisher import fisher_information, load_fisher, provenance, save_fisher
 
 FISHER = "fisher.safetensors"
 ANSWERS = {"classification": "classes", "multi-label": "labels", "regression": "target"}
@@ -120,10 +120,9 @@ def _chosen(
     return json.loads((place / "weight.json").read_text("utf-8"))
 
 
-def _fisher(
-    bench: Workbench, arm: Arm, retain: Retain, seed: int, folder: Path
-) -> dict[str, Tensor]:
-    """The Fisher information at the original, on general rows, kept for all arms that read it."""
+def _fisher(bench: Workbench, arm: Arm, retain: Retain, seed: int, folder: Path) -> Fisher:
+    """The Fisher information at the original, on general rows, kept for all arms that read it; and
+    where it comes from."""
     ewc, general = retain.ewc, bench.general
     assert ewc is not None and general is not None
     rows = general.used[: ewc.samples]
@@ -154,7 +153,8 @@ def _fisher(
                 save_fisher(found, aside / FISHER, told)
 
         processes.share(keep)
-    return load_fisher(place / FISHER)[0]
+    information, told = load_fisher(place / FISHER)
+    return information, provenance(told)
 
 
 def _batch(bench: Workbench, row: Any) -> dict[str, Any]:

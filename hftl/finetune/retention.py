@@ -24,6 +24,7 @@ from hftl.retain.weights import EWC, L2SP
 from hftl.sections import Finetune
 from hftl.train.mixing import unlabelled
 
+Fisher = tuple[dict[str, Tensor], dict[str, Any]]
 OWN_HEADS = ("mlm", "zero_shot")
 TAU = {"text": 0.05, "image": 0.07}
 """The temperature of cosines that sentence encoders (Reimers & Gurevych 2019) and self-distilled
@@ -47,7 +48,7 @@ class Kept:
 
 def kept_near(
     bench: Workbench, retain: Retain | None, finetune: Finetune, seed: int,
-    fisher: Callable[[], dict[str, Tensor]], original: Callable[[Workbench], nn.Module],
+    fisher: Callable[[], Fisher], original: Callable[[Workbench], nn.Module],
 ) -> Kept:  # fmt: skip
     """The trainer's arguments for a `retain` section whose weights are numbers.
 
@@ -56,7 +57,7 @@ def kept_near(
         retain: the section, or None.
         finetune: how the model is trained.
         seed: of the arm.
-        fisher: the Fisher information, where EWC needs it.
+        fisher: the Fisher information, where EWC needs it, and what the record tells of it.
         original: the model before adaptation with its own probe, on that workbench.
     """
     if retain is None:
@@ -69,12 +70,13 @@ def kept_near(
     if retain.l2sp is not None:
         given = retain.l2sp
         terms.append(L2SP(given.weight, given.head, given.decoupled))
+    facts: dict[str, Any] = {"general_rows": 0}
     if retain.ewc is not None:
-        terms.append(EWC(retain.ewc.weight, fisher()))
+        information, facts["fisher"] = fisher()
+        terms.append(EWC(retain.ewc.weight, information))
     found: dict[str, Any] = {"retain": terms}
     if retain.reference == "source" and bench.original is not None and retain.kls:
         found["reference"] = original(bench.original)
-    facts: dict[str, Any] = {"general_rows": 0}
     if _mixes_general(retain):
         rows = general_examples(bench)
         ratio = (retain.replay or Replay()).ratio
