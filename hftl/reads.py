@@ -52,6 +52,9 @@ def arm_reads(recipe: Recipe, arm: Arm) -> dict[str, Any]:
     if "patience" in used:
         used = (*used, *(key for key in ("layer_decay", "lr") if section[key] is not None))
     reads = yamlfile.flatten({key: section[key] for key in used}, "finetune") if used else {}
+    if arm.strategy == "gradual":
+        # Each phase has its own number of epochs.
+        reads.pop("finetune.training.num_train_epochs", None)
     reads |= stages_flat(arm.stages)
     if arm.retain is not None:
         reads |= retain_flat(arm.retain)
