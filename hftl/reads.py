@@ -112,6 +112,9 @@ def retain_flat(retain: Retain) -> dict[str, Any]:
         for key, value in retain.model_dump(mode="json").items()
         if value is not None
     }
+    if retain.replay is not None and not retain.replay.labelled:
+        # Without labels there is no loss to weigh.
+        tree["replay"] = {"ratio": retain.replay.ratio}
     return yamlfile.flatten(tree, "retain")
 
 

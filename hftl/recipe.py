@@ -86,6 +86,13 @@ class Recipe(Section):
                 "retain reads general data (replay, ewc, or kl.inputs), but data.general is null",
                 "Give data.general, or leave that part of retain out",
             )
+        labelled = self.retain is not None and self.retain.reads_labels
+        if labelled and not self.data.general_is_labelled:
+            raise RecipeError(
+                "retain.replay.labelled and retain.ewc.fisher=empirical need classification, and "
+                f"general data with the task's labels in a column {self.data.train.label!r}",
+                "Name it in data.general.label, or use neither",
+            )
         between = self.retain is not None and self.retain.interpolate is not None
         if between and self.finetune.head_init == "random":
             raise RecipeError(

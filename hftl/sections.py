@@ -180,6 +180,12 @@ class Data(Section):
             raise ValueError(f"the fractions of validation and test add up to {taken:g}")
         return self
 
+    @property
+    def general_is_labelled(self) -> bool:
+        """Whether general data have the task's labels: in the column that train has them in."""
+        named = self.general is not None and self.train.label in self.general.labels
+        return named and self.task == "classification"
+
 
 class Decoder(Section):
     """The decoder of masked images, where the source has none of its own."""

@@ -28,6 +28,8 @@ def retention_words(record: dict[str, Any]) -> list[str]:
     if retain["ewc"]:
         ewc = retain["ewc"]
         words.append(f"EWC by {_information(record)}, weight {ewc['weight']:g}")
+    if retain["replay"] and retain["replay"]["labelled"]:
+        words.append(_replay(retain["replay"]))
     told = [f"kept near the original by {' and '.join(words)}"] if words else []
     if retain["interpolate"]:
         told.append(f"interpolated with the original, {_shares(record)} of the way")
@@ -43,6 +45,13 @@ def _kl(kl: dict[str, Any], record: dict[str, Any]) -> str:
     return (
         f"{direction}KL of {KINDS[kl['on']]} on {INPUTS[kl['inputs']]}, weight {weight:g}, "
         f"temperature {kl['temperature']:g}"
+    )
+
+
+def _replay(replay: dict[str, Any]) -> str:
+    return (
+        f"replay of labelled general rows, {replay['ratio']:g} for each of the task's, weight "
+        f"{replay['weight']:g}"
     )
 
 

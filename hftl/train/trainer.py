@@ -21,7 +21,7 @@ from hftl.errors import NumericError, RecipeError
 from hftl.processes import gather
 from hftl.retain.retention import Retention, Term
 from hftl.train.checkpoint import load_plain, save_plain
-from hftl.train.loss import counted, counted_rows, summed_loss, uncounted
+from hftl.train.loss import counted, counted_rows, replayed_loss, summed_loss, uncounted
 from hftl.train.mixing import Collate, Numbered, loader_settings, rows_to_know
 from hftl.train.modes import training_modes
 from hftl.train.optimizer import groups, layer_rates, optimizer_of
@@ -45,6 +45,7 @@ class TransferTrainer(Trainer):
         general_dataset: rows of what the original was good at, mixed into every step: for terms on
             them, and where they have labels of the task, for its loss (replay).
         general_ratio: rows of general data for each row of the target.
+        general_weight: of the mean loss over labelled general rows, beside the target's mean.
         layer_decay: each block's learning rate is that of the one above it times this.
         rates: learning rates of `embeddings`, `blocks` (a list from the bottom) and `head`.
 
@@ -61,6 +62,7 @@ class TransferTrainer(Trainer):
         reference: nn.Module | None = None,
         general_dataset: Any | None = None,
         general_ratio: float = 0.5,
+        general_weight: float = 1.0,
         layer_decay: float | None = None,
         rates: Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -71,6 +73,7 @@ class TransferTrainer(Trainer):
         )
         self._rates = layer_rates(layer_decay, rates)
         self._general = general_dataset
+        self._general_share = general_weight / self.retention.ratio
         if self.retention.weights:
             self.add_callback(AfterStep(self.retention))
         if self._numbers_rows and self.is_fsdp_enabled:
@@ -186,7 +189,7 @@ class TransferTrainer(Trainer):
             batches[-1]["labels"] = uncounted(batches[-1]["labels"], slice(0, 1))
         here = torch.stack(
             [
-                torch.stack([counted(batch["labels"]), _target_rows(batch).sum()]).to(device)
+                torch.stack([counted(_target_labels(batch)), _target_rows(batch).sum()]).to(device)
                 for batch in batches
             ]
         ).sum(0)
@@ -215,7 +218,12 @@ class TransferTrainer(Trainer):
         outputs = model(**{key: value for key, value in inputs.items() if key not in beside})
         slots = getattr(outputs, "slots", None)
         told = labels if slots is None else labels.reshape(-1)[slots]
-        loss = summed_loss(outputs.logits, told, smoothing)
+        if "general" in inputs:
+            loss = replayed_loss(
+                outputs.logits, told, inputs["general"], self._general_share, smoothing
+            )
+        else:
+            loss = summed_loss(outputs.logits, told, smoothing)
         if num_items_in_batch is None:
             loss = loss / counted(labels).clamp(min=1)
         else:
@@ -356,6 +364,12 @@ class AfterStep(TrainerCallback):
     ) -> None:
         """Hands the model over."""
         self.retention.after_step(model, optimizer)
+
+
+def _target_labels(batch: dict[str, Any]) -> Tensor:
+    """A batch's labels, of which those of general rows count for nothing."""
+    labels = batch["labels"]
+    return uncounted(labels, batch["general"]) if "general" in batch else labels
 
 
 def _target_rows(batch: dict[str, Any]) -> Tensor:
