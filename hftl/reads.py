@@ -12,7 +12,7 @@ from hftl import rundir, yamlfile
 from hftl.errors import RunFolderError
 from hftl.keeping import Retain
 from hftl.recipe import Arm, Recipe
-from hftl.sections import Adapt
+from hftl.stages import Adapt
 
 PATHS = ("path", "format", "split", "revision", "name")
 """Where a table lies is not what it says: data count by content."""

@@ -36,7 +36,7 @@ from hftl.model.parts import encoder_of, under
 from hftl.model.source import SourceModel
 from hftl.model.stock import stock_class
 from hftl.retain.weights import WRAPPING
-from hftl.sections import Decoder
+from hftl.stages import Decoder
 
 SEED = 0
 """Of what is hidden: the same before and after, for every arm and seed."""
@@ -101,8 +101,10 @@ def _classes(
 def _masked_words(bench: Workbench, source: SourceModel, built: Built) -> np.ndarray | None:
     """The loss of the masked-language head at hidden tokens."""
     assert bench.general is not None
-    tokenizer: Any = getattr(bench.inputs, "tokenizer", None)
-    model = None if tokenizer is None or tokenizer.mask_token_id is None else own_mlm(source)
+    tokenizer = getattr(bench.inputs, "tokenizer", None)
+    if tokenizer is None or tokenizer.mask_token_id is None:
+        return None
+    model = own_mlm(source)
     if model is None:
         return None
     masking = masking_of(tokenizer, HIDDEN, whole_words=False)
@@ -164,7 +166,7 @@ def _by_row(rows: Any, batches: list[list[int]], sums: Callable[[list[Any]], Ten
     """(rows, 2) means and counts, from sums and counts of the rows of each batch; the batches are
     shared among the processes."""
     mine: dict[int, np.ndarray] = {}
-    with torch.inference_mode():
+    with torch.no_grad():
         for numbers in processes.mine(batches):
             told = sums([rows[n] for n in numbers]).double().cpu().numpy()
             mine.update(zip(numbers, told, strict=True))
