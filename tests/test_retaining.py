@@ -76,6 +76,11 @@ def test_a_run_with_retention(
     else:
         assert "kept near the original by" in card
     if "ewc" in RETAIN[name]:
+        fisher = arms[strategy]["training"]["fisher"]
+        kind = RETAIN[name]["ewc"].get("fisher", "features")
+        assert (fisher["kind"], fisher["rows"], fisher["mean"]) == (kind, 8, 1.0)
+        assert fisher["draws"] == (2 if kind == "features" else None) and fisher["scale"] > 0
+        assert f"the {kind} Fisher information of 8 general rows" in card
         assert len(list((tmp_path / "run/phases").glob("fisher-*/fisher.safetensors"))) == 1
 
 
