@@ -8,18 +8,17 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from hftl import __version__, failure, processes
-from hftl.errors import (
-    HftlError,
-    HoldError,
-    RecipeError,
-)
+from hftl.errors import HftlError
 from hftl.recipe import Recipe
 from hftl.record import to_json
+
+if TYPE_CHECKING:
+    from hftl.publish.listing import Listing
 
 app = typer.Typer(
     name="hftl",
@@ -165,15 +164,28 @@ def card(run: RunFolder) -> None:
 @app.command()
 def publish(
     run: RunFolder,
-    repo_id: Annotated[str | None, typer.Option(help="where to push")] = None,
+    repo_id: Annotated[str | None, typer.Option(help="where to push, as owner/name")] = None,
+    public: Annotated[bool, typer.Option("--public", help="for all to see")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
+    request: Annotated[bool, typer.Option("--pr", help="open a pull request instead")] = False,
+    force: Annotated[
+        str | None, typer.Option(metavar="REASON", help="push although the verdict is hold")
+    ] = None,
 ) -> None:
-    """List what would be pushed (--dry-run); the push itself is not built yet."""
-    if not dry_run or repo_id is not None:
-        raise RecipeError("the push is not built yet", f"See `hftl publish {run} --dry-run`")
-    from hftl.publish.listing import dry_run as listed
+    """Push a finished run to a model hub, in one commit."""
+    from hftl import pushing
 
-    found = listed(run)
+    asked = pushing.Asked(repo_id, public, request, force)
+    if dry_run:
+        listing = pushing.looked_at(run, asked)
+        _list(listing)
+        pushing.refuse_hold(listing, asked)
+    else:
+        failure.COMMAND.run = run
+        pushing.publish(run, asked, say)
+
+
+def _list(found: "Listing") -> None:
     if found.base_files:
         say("first the adapted base, whose commit the adapter then names:")
     for name, size in found.base_files:
@@ -181,15 +193,6 @@ def publish(
     for name, size in found.files:
         say(f"  {size:>12,}  {name}")
     say(f"verdict: {found.decision}")
-    if found.decision != "publish":
-        raise HoldError(
-            f"the verdict is hold: {'; '.join(found.reasons)}", "Nothing would be pushed"
-        )
-    if found.base is None:
-        raise RecipeError(
-            "the source model has no public id, so nobody could load the adapter",
-            "Set source.published_as and run again",
-        )
 
 
 @app.command()

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from hftl import processes
+from hftl import processes, secrets
 from hftl.errors import LockedError, LostProcessError, ResourceError
 from hftl.record import to_json
 
@@ -42,7 +42,7 @@ def interrupted(code: int) -> int:
     gone = processes.lost()
     if gone and code != INTERRUPTED[0]:
         return fail(8, LostProcessError(gone), str(LostProcessError(gone)), debug=False)
-    typer.echo(f"hftl: stopped; to go on: {COMMAND.again}", err=True)
+    typer.echo(secrets.masked(f"hftl: stopped; to go on: {COMMAND.again}"), err=True)
     return _leave(code, "interrupted", "stopped by a signal")
 
 
@@ -70,11 +70,12 @@ def fail(code: int, error: BaseException, message: str, debug: bool) -> int:
     """Tells of an error, once for all processes, and returns its code."""
     if processes.raised_elsewhere(error) or _main_reports():
         return code
-    one_line = " ".join(message.encode(errors="backslashreplace").decode().split())
+    told = secrets.masked(message.encode(errors="backslashreplace").decode())
+    one_line = " ".join(told.split())
     who = "" if processes.is_main() else f"process {processes.rank()}: "
     typer.echo(f"hftl: error: {who}{one_line}", err=True)
     if debug:
-        traceback.print_exception(error)
+        typer.echo(secrets.masked("".join(traceback.format_exception(error))), err=True)
     return _leave(code, type(error).__name__, one_line, error)
 
 
@@ -110,7 +111,7 @@ def _leave(code: int, kind: str, message: str, error: BaseException | None = Non
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
             log.write(f"{kind}: {message}\n")
             if error is not None:
-                log.write("".join(traceback.format_exception(error)))
+                log.write(secrets.masked("".join(traceback.format_exception(error))))
     except OSError as full:
         typer.echo(f"hftl: the error could not be kept in {folder}: {full.strerror}", err=True)
     return code

@@ -78,17 +78,16 @@ def written(
         measured: makes the record's content.
         published: writes the publish folder of a record.
     """
-    done = run / "phases" / "report"
+    done = run / rundir.REPORT
     # A publish folder that stands already must not fall behind the record.
     publish = publish or (run / "publish").exists()
     stamp = fingerprint({"inputs": fingerprint(inputs), "publish": publish})
-    if (rundir.reads(done) or {}).get("inputs") != stamp or not _intact(run, done):
+    if (rundir.reads(done) or {}).get("inputs") != stamp or not rundir.intact(run):
         record = measured()
         if publish:
             published(record)
         rundir.write_text(run / "record.json", to_json(record))
-        with rundir.commit(done, {"inputs": stamp}) as aside:
-            rundir.write_text(aside / "files.json", to_json(_hashes(run)))
+        rundir.note_finished(run, stamp)
     return Record.read(run)
 
 
@@ -176,21 +175,11 @@ def _package(run: Path, bench: Workbench, own: Arm, seed: int, arm_folder: Path)
             if own.strategy == "lora" and bench.base_is_ours:
                 write_base(bench, aside / "base")
             sample = write_sample(bench, store.read_logits(arm_folder, "test"), aside)
-            difference = reload_difference(aside / "model", bench.public_base, sample, bench.device)
+            difference = reload_difference(
+                aside / "model", bench.public_base.folder, sample, bench.device
+            )
             rundir.write_text(aside / "reload.json", to_json({"difference": difference}))
     return json.loads((folder / "reload.json").read_text("utf-8"))["difference"]
-
-
-def _hashes(run: Path) -> dict[str, str]:
-    """The finished files, to see that none was lost or changed since."""
-    folders = (run / "publish", run / "publish-base")
-    files = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
-    files += [p for p in (run / "record.json", run / "report.html") if p.exists()]
-    return {p.relative_to(run).as_posix(): rundir.sha256(p) for p in files}
-
-
-def _intact(run: Path, done: Path) -> bool:
-    return json.loads((done / "files.json").read_text("utf-8")) == _hashes(run)
 
 
 def source_record(bench: Workbench) -> dict[str, Any]:
@@ -269,12 +258,4 @@ def rewrite_card(run: Path) -> None:
         raise RunFolderError(f"{run} has no record", "Finish it with `hftl run`")
     with rundir.locked(run):
         write_publish(run, Record.read(run).tree)
-        note_files(run)
-
-
-def note_files(run: Path) -> None:
-    """Notes the finished files anew, after a card was written again from the same record."""
-    done = run / "phases" / "report"
-    inputs = (rundir.reads(done) or {}).get("inputs")
-    with rundir.commit(done, {"inputs": inputs}) as aside:
-        rundir.write_text(aside / "files.json", to_json(_hashes(run)))
+        rundir.note_finished(run)

@@ -11,11 +11,11 @@ from hftl.card.adaptation import adaptation_sentence, render_adapted
 from hftl.card.report import render_report
 from hftl.data.pixels import ImageInputs
 from hftl.finetune.workbench import Workbench
-from hftl.finish import adaptation_record, note_files, source_record, written
+from hftl.finish import adaptation_record, source_record, written
 from hftl.ladder import Run
 from hftl.measure.verdict import decide_adapted
 from hftl.publish.folder import write_encoder_alone
-from hftl.publishing import publishable, put_in_place
+from hftl.publishing import place_of, publishable, put_in_place
 from hftl.record import SCHEMA_VERSION, Record, environment, to_json
 from hftl.train.hardware import dtype_name
 
@@ -89,7 +89,7 @@ def rewrite_card(run: Path) -> None:
         aside = run / ".tmp-publish"
         shutil.copytree(run / "publish", aside)
         _write_card(run, aside, Record.read(run).tree)
-        note_files(run)
+        rundir.note_finished(run)
 
 
 def _write_publish(run: Path, bench: Workbench, record: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ def _write_publish(run: Path, bench: Workbench, record: dict[str, Any]) -> None:
 
 def _write_card(run: Path, aside: Path, record: dict[str, Any]) -> None:
     told = json.loads(to_json(publishable(record)))
-    card = render_adapted(told)
+    card = render_adapted(told, place_of(told))
     rundir.write_text(aside / "README.md", card)
     rundir.write_text(aside / "hftl.json", to_json(told))
     report = render_report(card, aside, told)

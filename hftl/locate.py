@@ -76,7 +76,7 @@ def base_folder(folder: Path, told: dict[str, Any], base: str | Path | None) -> 
         source = Source(model=str(folder.parent / "publish-base"))
     elif folder.name == "publish" and recipe_file.exists():
         source = Recipe.load(recipe_file).source
-    elif spec.startswith(places.PACKAGE) and _installed(spec):
+    elif adapted is None and spec.startswith(places.PACKAGE) and _installed(spec):
         source = Source(model=spec)
     elif adapter.get("base_model_name_or_path"):
         source = Source(model=adapter["base_model_name_or_path"], revision=adapter.get("revision"))

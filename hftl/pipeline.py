@@ -23,6 +23,7 @@ from hftl.finish_adapted import finish_adapted
 from hftl.ladder import Run, adaptation_header, announce, header, run_arms
 from hftl.metrics import Metric, find
 from hftl.model.source import SourceModel, find_source
+from hftl.pushing import Asked, foresee, push_finished
 from hftl.reads import data_reads, general_reads, refuse_changed
 from hftl.recipe import Recipe, arms
 from hftl.record import Record, fingerprint
@@ -87,6 +88,8 @@ def _phases(this: Run, until: str, restart: bool) -> Record | None:
         if restart:
             _start_over(folder)
         refuse_changed(recipe, folder, this.arms)
+        if until == "publish":
+            foresee(recipe, this.say)
 
     processes.share(begin)
     metric = processes.first(lambda: _metric(recipe))
@@ -114,6 +117,8 @@ def _phases(this: Run, until: str, restart: bool) -> Record | None:
         processes.share(lambda: finish_adapted(this, bench, steps, publish))
     else:
         processes.share(lambda: finish(this, bench, benches, steps, metric, publish))
+    if publish and recipe.publish.repo_id is not None:
+        processes.share(lambda: push_finished(folder, Asked(), this.say))
     return Record.read(folder)
 
 

@@ -44,7 +44,7 @@ def write_publish(run: Path, record: dict[str, Any]) -> None:
     plot_ladder(told, aside / "assets" / "ladder.png")
     if was_measured(told):
         plot_frontier(told, aside / "assets" / "frontier.png")
-    card = render_card(told)
+    card = render_card(told, place_of(told))
     rundir.write_text(aside / "README.md", card)
     rundir.write_text(aside / "hftl.json", to_json(told))
     report = render_report(card, aside, told, errors, picture)
@@ -63,6 +63,11 @@ def _errors(run: Path, record: dict[str, Any]) -> tuple[Errors, Picture | None]:
     errors = errors_of(prepare.read(phases / "data"), arm)
     images = record["data"]["modality"] == "image"
     return errors, pixels.stored(phases / "pixels").__getitem__ if images else None
+
+
+def place_of(record: dict[str, Any]) -> str:
+    """What a reader loads the model from: the repository, once it was pushed."""
+    return (record.get("published") or {}).get("repo_id", ".")
 
 
 def write_base_card(run: Path, told: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import PrivateAttr, ValidationError, model_validator
 
-from hftl import yamlfile
+from hftl import secrets, yamlfile
 from hftl.errors import RecipeError
 from hftl.explain import closest, explain
 from hftl.keeping import Retain
@@ -79,6 +79,7 @@ class Recipe(Section):
         kept = {
             k: v for k, v in _spelt_out(tree).items() if v is not None or k in ("source", "data")
         }
+        _no_secrets(kept, where)
         try:
             recipe = cls.model_validate(kept)
         except ValidationError as error:
@@ -247,6 +248,17 @@ def _forget_rate(adapt: dict[str, Any], changes: dict[str, Any]) -> None:
     training = adapt["training"]
     if "adapt.training.learning_rate" not in changes and training["learning_rate"] == usual:
         del training["learning_rate"]
+
+
+def _no_secrets(tree: dict[str, Any], where: str) -> None:
+    """Refuses what the record would keep and a card would show."""
+    for key, value in yamlfile.flatten(tree).items():
+        found = secrets.find(str(value)) if isinstance(value, (str, list)) else None
+        if found is not None:
+            raise RecipeError(
+                f"{where}: {key} holds a secret: {found}",
+                "Leave it out; tokens come from the environment or `hf auth login`",
+            )
 
 
 def _spelt_out(tree: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from hftl.errors import LockedError, RecipeError, RunFolderError
 from hftl.record import to_json
 
 MANIFEST = "MANIFEST.json"
+REPORT = Path("phases") / "report"
+"""The part that says which files a finished run has."""
 OURS = (
     "phases", "arms", "publish", "publish-base", "checkpoints", "recipe.yaml", "record.json",
     "report.html", "error.json", "log.txt", ".lock",
@@ -135,13 +137,66 @@ def check_finished(run: Path) -> None:
     Raises:
         RunFolderError: naming the first file that is missing or changed.
     """
-    stored = run / "phases" / "report" / "files.json"
-    expected = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
-    for name, content in expected.items():
-        if not (run / name).is_file() or sha256(run / name) != content:
+    for name, content in _noted(run).items():
+        known = [content] if isinstance(content, str) else content
+        if not (run / name).is_file() or sha256(run / name) not in known:
             raise RunFolderError(
                 f"{run / name} is not what was written", "Run the same `hftl run` again to mend it"
             )
+
+
+def intact(run: Path) -> bool:
+    """Whether a finished run's files are those that were written, and no others."""
+    return _noted(run) == _finished(run)
+
+
+def note_finished(run: Path, inputs: str | None = None) -> None:
+    """Notes the finished files, to see that none was lost or changed since.
+
+    Args:
+        run: the run folder.
+        inputs: a hash of what they come from; as it was where it is not given.
+    """
+    _note(run, _finished(run), inputs)
+
+
+def amend_finished(run: Path, texts: dict[str, str]) -> None:
+    """Writes finished files anew; killed meanwhile, each is the old or the new one, and known.
+
+    Args:
+        run: the run folder.
+        texts: by path in it.
+    """
+    now = _finished(run)
+    then = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    if all(now.get(name) == content for name, content in then.items()) and now == _noted(run):
+        return
+    either = {name: sorted({now.get(name, content), content}) for name, content in then.items()}
+    _note(run, {**now, **either})
+    for name, text in texts.items():
+        write_text(run / name, text)
+    note_finished(run)
+
+
+def _note(run: Path, files: dict[str, Any], inputs: str | None = None) -> None:
+    done = run / REPORT
+    if inputs is None:
+        inputs = (reads(done) or {}).get("inputs")
+    with commit(done, {"inputs": inputs}) as aside:
+        write_text(aside / "files.json", to_json(files))
+
+
+def _noted(run: Path) -> dict[str, Any]:
+    """By path the hash of each finished file, or two of one that was being written anew."""
+    stored = run / REPORT / "files.json"
+    return json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
+
+
+def _finished(run: Path) -> dict[str, str]:
+    folders = (run / "publish", run / "publish-base")
+    files = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
+    files += [p for p in (run / "record.json", run / "report.html") if p.exists()]
+    return {p.relative_to(run).as_posix(): sha256(p) for p in files}
 
 
 def digest(folder: Path) -> str:

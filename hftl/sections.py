@@ -4,6 +4,7 @@ The contract of every key stands in the README and in `hftl schema`. What a late
 is refused while it is not built, never ignored.
 """
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -268,8 +269,15 @@ class Measure(Section):
         return seeds
 
 
+REPO_ID = re.compile(
+    r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(?<![-.])(?<!\.git)", re.ASCII
+)
+LONGEST_ID = 91
+"""The hub's 96 characters, less those of `-base`."""
+
+
 class Publish(Section):
-    """Where the result goes."""
+    """Where the result goes, and whether it stays private there."""
 
     repo_id: str | None = None
     private: bool = True
@@ -306,9 +314,7 @@ class Publish(Section):
 
     @field_validator("repo_id")
     @classmethod
-    def _built(cls, repo_id: str | None) -> str | None:
-        if repo_id is not None:
-            raise ValueError(
-                "the push is not built yet: leave it null, see `hftl publish RUN --dry-run`"
-            )
+    def _hub_id(cls, repo_id: str | None) -> str | None:
+        if repo_id is not None and not (REPO_ID.fullmatch(repo_id) and len(repo_id) <= LONGEST_ID):
+            raise ValueError(f"{repo_id!r} is no repository of a hub, give it as owner/name")
         return repo_id

@@ -15,6 +15,7 @@ from conftest import sentences, write_csv
 from hftl import cli, failure, rundir
 
 HEADER = ["text", "label"]
+TOKEN = "hf_" + "abcdefghij" * 3
 ROWS = sentences(60)
 
 
@@ -157,7 +158,8 @@ BAD_RECIPE = {
     "an arm's name": ("measure.arms=[ful]", ["'ful'", "'full'"]),
     "a rate as word": ("finetune.training.learning_rate=high", ["learning_rate", "'high'"]),
     "two arms of one name": ("measure.arms=[head, head]", ["two arms named 'head'"]),
-    "a hub repository": ("publish.repo_id=org/name", ["publish.repo_id", "not built yet"]),
+    "a hub repository": ("publish.repo_id=a/b/c", ["publish.repo_id", "owner/name"]),
+    "a token": (f"data.train.path=/tmp/{TOKEN}/a.csv", ["data.train.path", "holds a secret"]),
     "a retained adapter": (
         "finetune.strategy=lora finetune.lora.bias=all retain.kl.weight=0.1",
         ["finetune.lora.bias=all", "adapter off"],
@@ -248,8 +250,8 @@ def test_a_run_folder_that_is_locked(hftl: Hftl, recipe_file: Path, output: Path
         (["--no-such"], "--no-such"),
         (["run"], "RECIPE"),
         (["init", "a.csv"], "--source"),
-        (["publish", "RUN"], "not built yet"),
-        (["publish", "RUN", "--repo-id", "org/name", "--dry-run"], "not built yet"),
+        (["publish", "RUN", "--repo-id", "../name", "--dry-run"], "--repo-id"),
+        (["publish", "RUN", "--force", " ", "--dry-run"], "--force is empty"),
     ],
 )
 def test_arguments_that_are_wrong(hftl: Hftl, words: list[str], told: str) -> None:

@@ -5,24 +5,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from hftl.errors import RunFolderError
 from hftl.publish.gates import check_files
 from hftl.publish.listing import dry_run
 
+WEIGHTS = save({"weight": torch.ones(2)}, metadata={"format": "pt"}).decode("latin-1")
 FILES = {
     "README.md": "# card\n[base](https://huggingface.co/home/base)\n",
     "hftl.json": json.dumps({"recipe": {"data": {"train": {"path": "data/reviews.csv"}}}}),
     "config.json": "{}",
     "adapter_config.json": '{"base_model_name_or_path": "org/base"}',
-    "adapter_model.safetensors": "weights",
-    "head.safetensors": "weights",
+    "adapter_model.safetensors": WEIGHTS,
+    "head.safetensors": WEIGHTS,
     "tokenizer.json": '{"vocab": {"/home/": 1}}',
     "tokenizer_config.json": "{}",
     "vocab.txt": "/home/a\n",
     "assets/ladder.png": "png",
     "assets/per-class_2.png": "png",
-    "model-00001-of-00002.safetensors": "weights",
+    "model-00001-of-00002.safetensors": WEIGHTS,
     "model.safetensors.index.json": "{}",
 }
 
@@ -36,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 def put(path: Path, content: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content, encoding="utf-8")
+    path.write_bytes(content.encode("latin-1"))
 
 
 def test_what_a_run_writes_passes(folder: Path) -> None:
@@ -102,7 +105,7 @@ def test_dry_run_lists_files_sizes_and_verdict(
     put(folder / "hftl.json", json.dumps(record(decision, base)))
     found = dry_run(folder.parent)
     assert [name for name, _ in found.files] == sorted(FILES)
-    assert dict(found.files)["head.safetensors"] == len("weights")
+    assert dict(found.files)["head.safetensors"] == len(WEIGHTS)
     assert (found.decision, found.reasons, found.base) == (decision, ["because"], base)
 
 

@@ -215,7 +215,6 @@ def test_languages_and_licenses_of_the_hub_are_taken(language: Any) -> None:
     [
         ("data.unlabeled=a.txt", "data.unlabeled is read by adapt, which is null"),
         ("data.task=null", "adapts only, and adapt is null"),
-        ("publish.repo_id=org/name", "the push is not built yet"),
     ],
 )
 def test_what_is_not_built_is_refused_never_ignored(assignment: str, message: str) -> None:

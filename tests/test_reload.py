@@ -138,7 +138,7 @@ def published(bench: Workbench, recipe: Recipe, folder: Path) -> Path:
 def difference(model: Path, folder: Path, pooling: str, strategy: str) -> float:
     bench, recipe = opened(model, folder, pooling, strategy)
     sample = published(bench, recipe, folder)
-    return reload_difference(folder / "publish", bench.source, sample, "cpu")
+    return reload_difference(folder / "publish", bench.source.folder, sample, "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -184,7 +184,7 @@ def test_the_gate_proves_it_in_a_process_of_its_own(
     data = section(name, task, tmp_path)
     bench, recipe = opened(tiny_model(name, masked), tmp_path, pooling, strategy, data)
     sample = published(bench, recipe, tmp_path)
-    assert reload_difference(tmp_path / "publish", bench.source, sample, "cpu") <= 1e-5
+    assert reload_difference(tmp_path / "publish", bench.source.folder, sample, "cpu") <= 1e-5
 
 
 def test_a_fresh_pooler_left_out_is_noticed(

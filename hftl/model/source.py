@@ -138,14 +138,27 @@ def _encoder_alone(config: Any) -> Any:
 
 
 def weights_sha256(source: SourceModel) -> str:
-    """sha256 over the checkpoint's tensors, by name; over the bytes of files of older kinds.
+    """`checkpoint_sha256` of a source model.
 
     Raises:
-        RecipeError: if it has none.
+        RecipeError: if it has no weights.
+    """
+    found = checkpoint_sha256(source.folder)
+    if found is None:
+        raise RecipeError(
+            f"source.model: {source.spec} has no weights", "Give one with model.safetensors"
+        )
+    return found
+
+
+def checkpoint_sha256(folder: Path) -> str | None:
+    """sha256 over a checkpoint's tensors, by name; over the bytes of files of older kinds.
+
+    None where it has none.
     """
     digest = hashlib.sha256()
     for kind in WEIGHTS:
-        files = sorted(source.folder.glob(kind))
+        files = sorted(folder.glob(kind))
         for file in files:
             if file.suffix == ".safetensors":
                 _hash_tensors(file, digest)
@@ -153,9 +166,7 @@ def weights_sha256(source: SourceModel) -> str:
                 digest.update(file.read_bytes())
         if files:
             return digest.hexdigest()
-    raise RecipeError(
-        f"source.model: {source.spec} has no weights", "Give one with model.safetensors"
-    )
+    return None
 
 
 def _hash_tensors(file: Path, digest: Any) -> None:

@@ -6,9 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+from hftl import rundir
+from hftl.card.valid import card_problems
 from hftl.errors import HftlError, RunFolderError
-from hftl.model.source import SourceModel
+from hftl.measure.verdict import RELOAD_TOLERANCE
+from hftl.publish.leaks import leak
 
 ALLOWED = {
     "README.md", "hftl.json", "config.json", "adapter_config.json", "adapter_model.safetensors",
@@ -18,12 +22,14 @@ ALLOWED = {
 }  # fmt: skip
 SHARDS = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json")
 PLOTS = re.compile(r"assets/[\w-]+\.png")
-LOCAL_PATH = re.compile(
-    r"(?:(?<![\w.:/<])|(?<=file://))(?:~|/[\w.-]+)/[\w./-]+|\b[A-Za-z]:[\\/]+\w[^\s\"']*"
-)
 
 
-def reload_difference(folder: Path, source: SourceModel, sample: Path, device: str) -> float:
+def may_go(name: str) -> bool:
+    """Whether a file of this path is one that hftl publishes."""
+    return bool(name in ALLOWED or SHARDS.fullmatch(name) or PLOTS.fullmatch(name))
+
+
+def reload_difference(folder: Path, base: Path, sample: Path, device: str) -> float:
     """Largest difference of logits after a fresh process loads the folder without hftl.
 
     Relative to the largest logit where that is above 1: fp32 cannot promise more.
@@ -36,7 +42,7 @@ def reload_difference(folder: Path, source: SourceModel, sample: Path, device: s
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTHONPATH"):
         environment.pop(name, None)
     found = subprocess.run(
-        [sys.executable, "-P", str(script), str(folder), str(source.folder), str(sample), device],
+        [sys.executable, "-P", str(script), str(folder), str(base), str(sample), device],
         capture_output=True,
         text=True,
         env=environment,
@@ -53,23 +59,65 @@ def reload_difference(folder: Path, source: SourceModel, sample: Path, device: s
     return told["difference"] / max(1.0, told["largest"])
 
 
-def check_files(folder: Path) -> list[str]:
+def check_files(folder: Path, words: frozenset[str] = frozenset()) -> list[str]:
     """The files that would be pushed, by their path in the folder.
 
+    Args:
+        folder: a publish folder.
+        words: names that may stand in them, see `leaks.leak`.
+
     Raises:
-        RunFolderError: if one is not on the allow-list, or a text names a path of this machine.
+        RunFolderError: if one is not on the allow-list, or tells of this machine or its user.
     """
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     for name in files:
-        if name not in ALLOWED and not SHARDS.fullmatch(name) and not PLOTS.fullmatch(name):
+        if not may_go(name):
             raise RunFolderError(
                 f"{folder / name} is not among the files that may be published", "Remove it"
             )
-        if name.endswith((".json", ".md")) and name not in ("tokenizer.json", "vocab.json"):
-            found = LOCAL_PATH.search((folder / name).read_text(encoding="utf-8"))
-            if found:
-                raise RunFolderError(
-                    f"{folder / name} names a path of this machine: {found.group()}",
-                    "Give source.model as a hub id or package:, data paths relative",
-                )
+        found = leak(folder / name, name, words)
+        if found is not None:
+            raise RunFolderError(
+                f"{folder / name} names {found}",
+                "Give source.model as a hub id or package:, data paths relative, and no secrets",
+            )
     return files
+
+
+def check_card(folder: Path) -> None:
+    """Looks at a publish folder's card as the hub will.
+
+    Raises:
+        RunFolderError: naming the first problem.
+    """
+    problems = card_problems((folder / "README.md").read_text(encoding="utf-8"))
+    if problems:
+        raise RunFolderError(
+            f"{folder / 'README.md'} is not a card that can be published: {problems[0]}",
+            f"Write it again: hftl card {folder.parent}",
+        )
+
+
+def check_proof(run: Path, record: dict[str, Any]) -> None:
+    """Looks for the proof that the published weights reload, and whether they are the proved ones.
+
+    An encoder without a task has none: it has no logits to compare.
+
+    Raises:
+        RunFolderError: if there is no proof, it failed, or the files are others.
+    """
+    if not record["arms"]:
+        return
+    again = "Run the same `hftl run` again"
+    package = run / "phases" / "package"
+    difference = record["reload_difference"]
+    if rundir.reads(package) is None or difference is None or difference > RELOAD_TOLERANCE:
+        raise RunFolderError(
+            f"{run} has no proof that its model reloads to the same outputs", again
+        )
+    for name in ("model", "base"):
+        for proved in sorted((package / name).glob("*.safetensors")):
+            folder = run / ("publish" if name == "model" else "publish-base")
+            here = folder / proved.name
+            if not here.exists() or rundir.sha256(here) != rundir.sha256(proved):
+                raise RunFolderError(f"{here} is not the file whose reload was proved", again)

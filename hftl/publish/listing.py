@@ -23,8 +23,12 @@ class Listing:
     base: str | None
 
 
-def dry_run(run: Path) -> Listing:
+def dry_run(run: Path, words: frozenset[str] = frozenset()) -> Listing:
     """Looks at a finished run's publish folder as a push would.
+
+    Args:
+        run: the run folder.
+        words: names that may stand in the files, see `leaks.leak`.
 
     Raises:
         RunFolderError: if the run is not finished, or a file may not leave the machine.
@@ -34,8 +38,8 @@ def dry_run(run: Path) -> Listing:
         raise RunFolderError(f"{run} has no publish folder", "Finish it with `hftl run`")
     check_finished(run)
     base = run / "publish-base"
-    files = _sizes(folder)
-    base_files = _sizes(base) if base.exists() else []
+    files = _sizes(folder, words)
+    base_files = _sizes(base, words) if base.exists() else []
     told = json.loads((folder / "hftl.json").read_text(encoding="utf-8"))
     verdict = told["verdict"]
     named = base.name if base_files else told["source"]["published_as"]
@@ -44,5 +48,5 @@ def dry_run(run: Path) -> Listing:
     return Listing(files, base_files, verdict["decision"], verdict["reasons"], named)
 
 
-def _sizes(folder: Path) -> list[tuple[str, int]]:
-    return [(name, (folder / name).stat().st_size) for name in check_files(folder)]
+def _sizes(folder: Path, words: frozenset[str]) -> list[tuple[str, int]]:
+    return [(name, (folder / name).stat().st_size) for name in check_files(folder, words)]

@@ -1,0 +1,260 @@
+"""The push of a finished run: what must hold, who we are, the base, then one commit each."""
+
+import copy
+import json
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from hftl import rundir, secrets
+from hftl.card.adaptation import render_adapted
+from hftl.card.card import render_card
+from hftl.errors import HoldError, HubError, RecipeError
+from hftl.explain import explain
+from hftl.publish.base import pinned_base
+from hftl.publish.gates import check_card, check_files, check_proof
+from hftl.publish.hub import Pushed, Target, push
+from hftl.publish.listing import Listing, dry_run
+from hftl.publish.patience import AnsweredError, patient
+from hftl.publish.rights import RightsError, account, check_right, full_id
+from hftl.publishing import publishable
+from hftl.recipe import Recipe
+from hftl.record import Record, to_json
+from hftl.sections import Publish
+
+MESSAGE = "Publish a model with the evidence of what its transfer was worth"
+BASE_MESSAGE = "Publish the adapted base of an adapter"
+FORESIGHT = 10.0
+"""Seconds that may be lost at a hub that fails, before anything trains."""
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a push beyond the recipe, which decides where nothing is said."""
+
+    repo_id: str | None = None
+    public: bool = False
+    request: bool = False
+    force: str | None = None
+
+    def command(self, run: Path) -> str:
+        """The command that does the push alone."""
+        words = ["hftl", "publish", str(run)]
+        words += ["--repo-id", self.repo_id] if self.repo_id else []
+        words += ["--public"] * self.public + ["--pr"] * self.request
+        words += ["--force", self.force] if self.force else []
+        return shlex.join(words)
+
+
+def foresee(recipe: Recipe, say: Say) -> None:
+    """Sees before anything trains whether the push at the end will be let in.
+
+    Raises:
+        HubError: if the token may not do it; a hub that cannot be reached now is told of only.
+    """
+    wanted = recipe.publish.repo_id
+    if wanted is None:
+        return
+    try:
+        with patient(FORESIGHT):
+            who = account()
+            check_right(who, full_id(who, wanted))
+    except (AnsweredError, RightsError):
+        raise
+    except HubError as error:
+        say(f"  warning: {error.what}; the push will be tried at the end")
+
+
+def looked_at(run: Path, asked: Asked) -> Listing:
+    """What would go and whether it may, the verdict left aside.
+
+    Raises:
+        RecipeError: if there is no base that others can have.
+        RunFolderError: if the run is not finished, or a file may not leave the machine.
+    """
+    if asked.repo_id is not None:
+        try:
+            Publish(repo_id=asked.repo_id)
+        except ValidationError as error:
+            raise explain(error, "--repo-id", Publish) from error
+    if asked.force is not None and not asked.force.strip():
+        raise RecipeError("--force is empty", "Give the reason, which the card will tell")
+    if secrets.find(asked.force or "") is not None:
+        raise RecipeError("--force holds a secret", "Give a reason that the card may tell")
+    # A run that is not finished has no record to take words from; dry_run says so.
+    record = Record.read(run).tree if (run / "record.json").exists() else {}
+    listing = dry_run(run, _words(record, asked))
+    for name in ("publish-base", "publish"):
+        if (run / name).exists():
+            check_card(run / name)
+    check_proof(run, record)
+    return listing
+
+
+def refuse_hold(listing: Listing, asked: Asked) -> None:
+    """Refuses what nobody should rely on.
+
+    Raises:
+        HoldError: if the verdict is hold, and no reason was given to publish nevertheless.
+        RecipeError: if there is no base that others can have.
+    """
+    if listing.decision != "publish" and asked.force is None:
+        raise HoldError(
+            f"the verdict is hold: {'; '.join(listing.reasons)}",
+            "Nothing was pushed. To publish nevertheless, give --force and the reason",
+        )
+    if listing.base is None:
+        raise RecipeError(
+            "the source model has no public id, so nobody could load the adapter",
+            "Set source.published_as and run again",
+        )
+
+
+def publish(run: Path, asked: Asked, say: Say) -> None:
+    """`hftl publish`: pushes a finished run, under its lock.
+
+    Raises:
+        HftlError: one of its kinds, each with an exit code.
+    """
+    if not (run / "publish" / "hftl.json").exists() or not (run / ".lock").exists():
+        dry_run(run)
+    with rundir.locked(run):
+        (run / "error.json").unlink(missing_ok=True)
+        push_finished(run, asked, say)
+
+
+def push_finished(run: Path, asked: Asked, say: Say) -> None:
+    """Pushes a finished run that this process has locked.
+
+    Raises:
+        HoldError: if the verdict is hold.
+        HubError: if the hub does not let it in, or fails for too long.
+        RunFolderError: if something may not leave the machine.
+    """
+    refuse_hold(looked_at(run, asked), asked)
+    wanted = asked.repo_id or Record.read(run)["recipe"]["publish"]["repo_id"]
+    if wanted is None:
+        raise RecipeError(
+            "nobody has said where to push to", "Give --repo-id, or set publish.repo_id"
+        )
+    try:
+        with patient():
+            pushed, repo_id = _push(run, asked, wanted, say)
+    except HubError as error:
+        fix = f"{error.fix}. To repeat only the push: {asked.command(run)}"
+        raise HubError(error.what, fix.removeprefix(". ")) from error
+    _tell(pushed, repo_id, say)
+
+
+def _push(run: Path, asked: Asked, wanted: str, say: Say) -> tuple[Pushed, str]:
+    """The base where there is one of our own, then the model."""
+    record = Record.read(run).tree
+    who = account()
+    repo_id = full_id(who, wanted)
+    base_id = f"{repo_id}-base"
+    ours = (run / "publish-base").exists()
+    check_right(who, repo_id, asked.request)
+    forced = asked.force if record["verdict"]["decision"] != "publish" else None
+    public = asked.public or not record["recipe"]["publish"]["private"]
+    base: tuple[str, str] | None = None
+    if ours:
+        check_right(who, base_id)
+        amended = amend(record, repo_id, forced, None)
+        rundir.amend_finished(run, base_texts(amended, base_id))
+        _gates(run / "publish-base", amended, asked)
+        pushed = push(run / "publish-base", Target(base_id, public), BASE_MESSAGE)
+        _tell(pushed, base_id, say)
+        base = (base_id, pushed.commit)
+    elif (run / "publish" / "adapter_config.json").exists():
+        base = pinned_base(record["source"])
+    amended = amend(record, repo_id, forced, base)
+    rundir.amend_finished(run, texts(run, amended, base))
+    _gates(run / "publish", amended, asked)
+    return push(run / "publish", Target(repo_id, public, asked.request), MESSAGE), repo_id
+
+
+def amend(
+    record: dict[str, Any], repo_id: str, forced: str | None, base: tuple[str, str] | None
+) -> dict[str, Any]:
+    """The record with what is only known once it is pushed.
+
+    Args:
+        record: the run's.
+        repo_id: where it goes.
+        forced: why, where the verdict is hold.
+        base: the id and commit of the base that an adapter goes on, once it is there.
+    """
+    tree = copy.deepcopy(record)
+    tree["published"] = {"repo_id": repo_id}
+    tree.pop("forced", None)
+    if forced is not None:
+        tree["forced"] = {"reason": forced}
+    ours = (tree["adapt"] or {}).get("base")
+    if ours is not None:
+        ours.pop("published_as", None)
+        ours.pop("revision", None)
+    named = ours if ours is not None else tree["source"]
+    if base is not None:
+        named |= {"published_as": base[0], "revision": base[1]}
+    return tree
+
+
+def texts(run: Path, record: dict[str, Any], base: tuple[str, str] | None) -> dict[str, str]:
+    """The files of a run that tell what is only known once it is pushed, by path."""
+    told = json.loads(to_json(publishable(record)))
+    shown = json.loads((run / "publish" / "hftl.json").read_text(encoding="utf-8"))
+    # What the recipe lets be shown of the data stands in the folder alone, not in the record.
+    told |= {"examples": shown["examples"]} if "examples" in shown else {}
+    render = render_card if record["arms"] else render_adapted
+    found = {
+        "record.json": to_json(record),
+        "publish/README.md": render(told, told["published"]["repo_id"]),
+        "publish/hftl.json": to_json(told),
+    }
+    path = run / "publish" / "adapter_config.json"
+    if base is not None:
+        named = {"base_model_name_or_path": base[0], "revision": base[1]}
+        settings = json.loads(path.read_text(encoding="utf-8")) | named
+        found["publish/adapter_config.json"] = (
+            json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        )
+    return found
+
+
+def base_texts(record: dict[str, Any], base_id: str) -> dict[str, str]:
+    """The same of the adapted base."""
+    told = json.loads(to_json(publishable(record)))
+    return {
+        "publish-base/README.md": render_adapted(told, base_id),
+        "publish-base/hftl.json": to_json(told),
+    }
+
+
+def _gates(folder: Path, record: dict[str, Any], asked: Asked) -> None:
+    """Once more, for what has been written since."""
+    check_files(folder, _words(record, asked))
+    check_card(folder)
+
+
+def _words(record: dict[str, Any], asked: Asked) -> frozenset[str]:
+    """Names that the user has chosen to show: of repositories, and of labels."""
+    if not record:
+        return frozenset()
+    published = record.get("published") or {}
+    shown = [
+        asked.repo_id, record["recipe"]["publish"]["repo_id"], published.get("repo_id"),
+        record["source"]["published_as"], *(record["data"].get("labels") or []),
+    ]  # fmt: skip
+    return frozenset(word for text in shown if text for word in re.split(r"[^\w-]+", str(text)))
+
+
+def _tell(pushed: Pushed, repo_id: str, say: Say) -> None:
+    seen = "private" if pushed.private else "public"
+    what = f"pushed   {pushed.url}" if pushed.new else f"{repo_id} holds the same already"
+    say(f"{what} ({seen})")

@@ -1,0 +1,269 @@
+"""The push, through the real client, against a hub of our own in another process."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from localhub import LocalHub, running
+from published import BASE, Pusher, finished_run, pusher, put_base
+
+from hftl.rundir import sha256
+
+ME = "me/model"
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[LocalHub]:
+    with running() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def made(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path], hub: LocalHub
+) -> Path:
+    """A finished run of a LoRA adapter with a native head; its base stands at the hub."""
+    put_base(hub, tiny_model())
+    hub.control(keep=True)
+    with pytest.MonkeyPatch.context() as patch:
+        return finished_run(tmp_path_factory.mktemp("made"), tiny_model(), patch, {})
+
+
+@pytest.fixture(scope="module")
+def push(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pusher]:
+    with pusher(hub.environment(tmp_path_factory.mktemp("home"))) as found:
+        yield found
+
+
+@pytest.fixture
+def run(made: Path, hub: LocalHub, tmp_path: Path) -> Path:
+    """A copy of the run to push, and a hub that holds the base alone."""
+    hub.control(restore=True, faults=[])
+    shutil.copytree(made, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def local(folder: Path) -> dict[str, str]:
+    """The files of a folder by their sha256."""
+    return {p.relative_to(folder).as_posix(): sha256(p) for p in folder.rglob("*") if p.is_file()}
+
+
+def commits(hub: LocalHub, repo_id: str = ME) -> list[dict[str, Any]]:
+    return list(hub.state["repos"][repo_id]["commits"].values())
+
+
+def told(run: Path, name: str) -> dict[str, Any]:
+    return json.loads((run / name).read_text(encoding="utf-8"))
+
+
+def says(found: tuple[int, str, str], code: int, *words: str) -> None:
+    """A failure of that code, in one line with these words."""
+    assert found[0] == code, found
+    assert re.fullmatch(r"hftl: error: [^\n]+\n", found[2]), found[2]
+    for word in words:
+        assert word in found[2], found[2]
+
+
+def test_a_push_is_one_commit_of_exactly_the_publish_folder(
+    hub: LocalHub, push: Pusher, run: Path
+) -> None:
+    code, out, err = push("publish", run, "--repo-id", ME)
+    assert (code, err) == (0, "")
+    assert re.fullmatch(r"pushed   http://127\S+/me/model/commit/\w{40} \(private\)\n", out)
+    first, ours = commits(hub)
+    assert ours["files"] == local(run / "publish") | first["files"]
+    assert hub.state["repos"][ME]["private"] and hub.state["broken"] == []
+    asked = [f"{request['method']} {request['path']}" for request in hub.log]
+    assert sum("/commit/" in line for line in asked) == 1
+    # Nothing is made before the card was accepted and the base was seen.
+    assert asked.index("POST /api/repos/create") > asked.index("POST /api/validate-yaml")
+    assert asked.index("POST /api/repos/create") > asked.index(
+        next(line for line in asked if f"/{BASE}" in line)
+    )
+
+
+def test_what_is_only_known_at_the_push_is_told(hub: LocalHub, push: Pusher, run: Path) -> None:
+    head = hub.state["repos"][BASE]["refs"]["main"]
+    assert push("publish", run, "--repo-id", "model")[0] == 0
+    adapter = told(run, "publish/adapter_config.json")
+    assert (adapter["base_model_name_or_path"], adapter["revision"]) == (BASE, head)
+    for name in ("record.json", "publish/hftl.json"):
+        assert told(run, name)["published"] == {"repo_id": ME}
+        assert told(run, name)["source"]["revision"] == head
+    assert ME in (run / "publish" / "README.md").read_text()
+    assert "forced" not in told(run, "record.json")
+
+
+def test_the_same_again_makes_no_commit_and_a_change_makes_one(
+    hub: LocalHub, push: Pusher, run: Path
+) -> None:
+    assert push("publish", run, "--repo-id", ME)[0] == 0
+    before = hub.state["repos"]
+    hub.control(faults=[])
+    code, out, _ = push("publish", run, "--repo-id", ME)
+    assert (code, out) == (0, "me/model holds the same already (private)\n")
+    assert hub.state["repos"] == before
+    assert {request["method"] for request in hub.log if "validate" not in request["path"]} == {
+        "GET"
+    }
+    change(run)
+    assert push("publish", run, "--repo-id", ME)[0] == 0
+    assert len(commits(hub)) == 3
+    assert hub.head(ME) == local(run / "publish") | commits(hub)[0]["files"]
+
+
+def change(run: Path) -> None:
+    """Other figures in the record, as a run with other settings would have, and no second plot."""
+    from hftl import rundir
+    from hftl.record import to_json
+
+    record = told(run, "record.json")
+    record["ladder"][0]["test"] = 0.123
+    rundir.amend_finished(run, {"record.json": to_json(record)})
+
+
+def test_files_of_an_older_push_go_and_those_of_others_stay(
+    hub: LocalHub, push: Pusher, run: Path
+) -> None:
+    hub.put(ME, {"model.safetensors": b"old", "assets/frontier.png": b"old", "LICENSE": b"mine"})
+    assert push("publish", run, "--repo-id", ME)[0] == 0
+    files = hub.head(ME) or {}
+    assert "LICENSE" in files and "model.safetensors" not in files
+    assert {k: v for k, v in files.items() if k not in ("LICENSE", ".gitattributes")} == local(
+        run / "publish"
+    )
+
+
+def test_public_only_when_asked_and_only_after_the_commit(
+    hub: LocalHub, push: Pusher, run: Path
+) -> None:
+    assert push("publish", run, "--repo-id", ME, "--public")[1].endswith("(public)\n")
+    assert not hub.state["repos"][ME]["private"]
+    asked = [f"{request['method']} {request['path']}" for request in hub.log]
+    assert asked[-1] == f"PUT /api/models/{ME}/settings"
+
+
+def test_a_push_of_the_same_can_make_it_public_later(
+    hub: LocalHub, push: Pusher, run: Path
+) -> None:
+    push("publish", run, "--repo-id", ME)
+    assert push("publish", run, "--repo-id", ME, "--public")[0] == 0
+    assert not hub.state["repos"][ME]["private"] and len(commits(hub)) == 2
+
+
+def test_a_pull_request_leaves_main_alone_and_is_opened_once(
+    hub: LocalHub, push: Pusher, run: Path
+) -> None:
+    says(push("publish", run, "--repo-id", ME, "--pr"), 5, "there is no me/model", "without --pr")
+    assert ME not in hub.state["repos"]
+    hub.put(ME, {"README.md": b"theirs"})
+    before = hub.head(ME)
+    code, out, _ = push("publish", run, "--repo-id", ME, "--pr")
+    assert code == 0 and out.startswith("pushed   ") and "/discussions/1" in out
+    assert push("publish", run, "--repo-id", ME, "--pr")[0] == 0
+    repo = hub.state["repos"][ME]
+    assert sorted(repo["refs"]) == ["main", "refs/pr/1"] and hub.head(ME) == before
+    proposed = repo["commits"][repo["refs"]["refs/pr/1"]]["files"]
+    assert proposed.items() >= local(run / "publish").items()
+
+
+def test_a_dry_run_asks_the_hub_nothing(hub: LocalHub, push: Pusher, run: Path) -> None:
+    before = local(run)
+    code, out, _ = push("publish", run, "--repo-id", ME, "--dry-run")
+    assert code == 0 and "adapter_model.safetensors" in out and "verdict: publish" in out
+    assert hub.log == [] and local(run) == before
+
+
+def test_nobody_has_said_where(push: Pusher, run: Path) -> None:
+    says(push("publish", run), 2, "--repo-id", "publish.repo_id")
+
+
+BASES: dict[str, tuple[Callable[[LocalHub, Path], Any], str]] = {
+    "other weights": (
+        lambda hub, model: hub.put(
+            BASE, {"model.safetensors": scaled(model / "model.safetensors", 2)}
+        ),
+        "other weights",
+    ),
+    "private": (lambda hub, model: hub.control(hide=BASE), "is not public"),
+    "not there": (lambda hub, model: hub.control(drop=BASE), "is not public"),
+}
+
+
+@pytest.mark.parametrize("case", BASES)
+def test_a_base_that_others_cannot_have_is_refused(
+    case: str, hub: LocalHub, push: Pusher, run: Path, tiny_model: Callable[..., Path]
+) -> None:
+    spoil, words = BASES[case]
+    spoil(hub, tiny_model())
+    says(push("publish", run, "--repo-id", ME), 5, BASE, words)
+    assert ME not in hub.state["repos"]
+
+
+def scaled(weights: Path, by: float) -> bytes:
+    """The same tensors times `by`, as another file."""
+    from safetensors.torch import load_file, save
+
+    return save({name: tensor * by for name, tensor in load_file(weights).items()})
+
+
+def test_a_base_of_the_same_tensors_in_another_file_is_taken(
+    hub: LocalHub, push: Pusher, run: Path, tiny_model: Callable[..., Path]
+) -> None:
+    again = scaled(tiny_model() / "model.safetensors", 1)
+    assert again != (tiny_model() / "model.safetensors").read_bytes()
+    head = hub.put(BASE, {"model.safetensors": again})
+    code, _, err = push("publish", run, "--repo-id", ME)
+    assert (code, err) == (0, "")
+    assert told(run, "publish/adapter_config.json")["revision"] == head
+
+
+@pytest.mark.parametrize("name", ["publish/README.md", "publish/hftl.json", "record.json"])
+def test_a_file_that_was_changed_by_hand_is_not_pushed(
+    name: str, hub: LocalHub, push: Pusher, run: Path
+) -> None:
+    (run / name).write_text((run / name).read_text().replace("0", "1"))
+    says(push("publish", run, "--repo-id", ME), 4, name, "not what was written")
+    assert hub.log == []
+
+
+def test_weights_whose_reload_was_not_proved_are_not_pushed(
+    hub: LocalHub, push: Pusher, run: Path
+) -> None:
+    from hftl import rundir
+
+    weights = run / "publish" / "adapter_model.safetensors"
+    weights.write_bytes(scaled(weights, 1.5))
+    rundir.note_finished(run)
+    says(push("publish", run, "--repo-id", ME), 4, "adapter_model.safetensors", "proved")
+    assert hub.log == []
+
+
+def test_a_run_that_was_killed_while_it_wrote_can_be_pushed(
+    hub: LocalHub, push: Pusher, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hftl import rundir
+
+    class Killed(BaseException):
+        pass
+
+    really = rundir.write_text
+
+    def write(path: Path, text: str) -> None:
+        if path.name == "hftl.json":
+            raise Killed
+        really(path, text)
+
+    changed = {f"publish/{name}": (run / "publish" / name).read_text() + " "
+               for name in ("README.md", "hftl.json")}  # fmt: skip
+    monkeypatch.setattr(rundir, "write_text", write)
+    with pytest.raises(Killed):
+        rundir.amend_finished(run, changed)
+    monkeypatch.undo()
+    assert (run / "publish" / "README.md").read_text() == changed["publish/README.md"]
+    assert push("publish", run, "--repo-id", ME)[0] == 0
+    assert hub.head(ME) == local(run / "publish") | commits(hub)[0]["files"]
