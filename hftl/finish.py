@@ -16,6 +16,7 @@ from hftl.finetune import store
 from hftl.finetune.workbench import MEASURED, Workbench
 from hftl.ladder import Benches, Run
 from hftl.measure.adaptation import figures, helped
+from hftl.measure.classes import class_gains, mean_metrics
 from hftl.measure.collect import collect
 from hftl.measure.gain import best_seed, ladder, transfer_gain
 from hftl.measure.verdict import decide
@@ -103,6 +104,7 @@ def measure(
     seed = recipe.measure.seeds[best]
     difference = _package(run, benches[own.name], own, seed, folders[own.name][best])
     gain = transfer_gain(metric, told["validation"], told["test"], own.name)
+    baseline = gain["baseline"] if gain else None
     rows = ladder(metric, told["validation"], told["test"], own.name)
     over = {row["arm"]: row["gain_of_own"] for row in rows}
     adapted = adaptation_record(steps, benches[own.name], over.get("source"), own.strategy)
@@ -122,6 +124,8 @@ def measure(
         "scratch_search": _search(search) if scratch else None,
         "ladder": rows,
         "transfer_gain": gain,
+        "test_metrics": mean_metrics(entries, own.name),
+        "classes": class_gains(told["test"], own.name, baseline, _classes(bench)),
         "forgetting": forgetting_record(this, bench, folders),
         "reload_difference": difference,
         "verdict": decide(gain, over.get("head"), difference, over.get("source")),
@@ -222,6 +226,12 @@ def _data(recipe: Recipe, bench: Workbench) -> dict[str, Any]:
             "total": sum(words([*train.values(), *held])),
         },
     }
+
+
+def _classes(bench: Workbench) -> list[str]:
+    """The classes of a row as a whole; none for a target, nor for words."""
+    words = bench.prepared.task == "token-classification"
+    return [] if words else bench.prepared.names
 
 
 def _search(path: Path) -> dict[str, Any]:

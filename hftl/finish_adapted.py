@@ -105,6 +105,6 @@ def _write_card(run: Path, aside: Path, record: dict[str, Any]) -> None:
     card = render_adapted(told)
     rundir.write_text(aside / "README.md", card)
     rundir.write_text(aside / "hftl.json", to_json(told))
-    report = render_report(card, aside)
+    report = render_report(card, aside, told)
     put_in_place(run, aside, "publish")
     rundir.write_text(run / "report.html", report)

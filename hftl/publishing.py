@@ -8,9 +8,12 @@ from typing import Any
 from hftl import rundir
 from hftl.card.adaptation import render_adapted
 from hftl.card.card import render_card
+from hftl.card.examples import told_examples
 from hftl.card.forgetting import was_measured
 from hftl.card.plots import plot_frontier, plot_ladder
-from hftl.card.report import render_report
+from hftl.card.report import Picture, render_report
+from hftl.data import pixels, prepare
+from hftl.measure.mistakes import Errors, errors_of
 from hftl.places import PACKAGE
 from hftl.record import to_json
 
@@ -35,19 +38,31 @@ def write_publish(run: Path, record: dict[str, Any]) -> None:
     aside = run / ".tmp-publish"
     shutil.copytree(run / "phases" / "package" / "model", aside)
     told = json.loads(to_json(publishable(record)))
+    errors, picture = _errors(run, told)
+    if told["recipe"]["publish"].get("examples"):
+        told["examples"] = told_examples(errors.mistakes, picture, aside)
     plot_ladder(told, aside / "assets" / "ladder.png")
     if was_measured(told):
         plot_frontier(told, aside / "assets" / "frontier.png")
     card = render_card(told)
     rundir.write_text(aside / "README.md", card)
     rundir.write_text(aside / "hftl.json", to_json(told))
-    report = render_report(card, aside)
+    report = render_report(card, aside, told, errors, picture)
     put_in_place(run, aside, "publish")
     if (run / "phases" / "package" / "base").exists():
         write_base_card(run, told)
     elif (run / "publish-base").exists():
         shutil.rmtree(run / "publish-base")
     rundir.write_text(run / "report.html", report)
+
+
+def _errors(run: Path, record: dict[str, Any]) -> tuple[Errors, Picture | None]:
+    """What the published weights get wrong on test, and the pictures where rows are pictures."""
+    phases = run / "phases"
+    arm = run / "arms" / f"{record['own_arm']}-seed{record['published_seed']}"
+    errors = errors_of(prepare.read(phases / "data"), arm)
+    images = record["data"]["modality"] == "image"
+    return errors, pixels.stored(phases / "pixels").__getitem__ if images else None
 
 
 def write_base_card(run: Path, told: dict[str, Any]) -> None:

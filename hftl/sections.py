@@ -16,16 +16,14 @@ from pydantic import (
     model_validator,
 )
 
-from hftl.borrowed import lora_fields, training_fields
-from hftl.errors import RecipeError
+from hftl.explain import closest
+from hftl.hubwords import LANGUAGE, LICENSES
 
 STRATEGIES = ("head", "partial", "gradual", "lora", "full")
 BASELINES = ("scratch", "classical", "majority")
 NOT_BUILT = {
     "zero_shot": "the zero-shot baseline",
 }
-TRAINING = {"learning_rate": 5.0e-4, "num_train_epochs": 5}
-LORA = {"r": 8, "lora_alpha": 16}
 
 
 class Section(BaseModel):
@@ -178,68 +176,6 @@ class Data(Section):
         return named and self.task == "classification"
 
 
-class Rates(Section):
-    """Learning rates of the parts of a model; what is left out takes `training.learning_rate`."""
-
-    embeddings: float | None = Field(default=None, ge=0)
-    blocks: list[Annotated[float, Field(ge=0)]] | None = Field(default=None, min_length=1)
-    """From the bottom to the top; the last one holds for all blocks above."""
-    head: float | None = Field(default=None, ge=0)
-
-
-class Gradual(Section):
-    """Gradual unfreezing: how long each phase lasts, and whether all parameters train at last."""
-
-    epochs: float = Field(default=1, gt=0)
-    """Of every phase, at most, in the place of `training.num_train_epochs`."""
-    final_epochs: float = Field(default=0, ge=0)
-    """Of the last phase, in which everything trains at a low rate from the best weights so far,
-    wherever unfreezing has stopped; 0: there is none."""
-    final_rate: float = Field(default=0.1, gt=0)
-    """The share of the learning rate in that phase."""
-
-
-class Finetune(Section):
-    """What trains, and how. `training` is transformers', `lora` is peft's."""
-
-    strategy: Literal["head", "partial", "gradual", "lora", "full"] = "lora"
-    pooling: Literal["native", "mean", "cls"] = "native"
-    head_init: Literal["probe", "random"] = "probe"
-    blocks: int = Field(default=2, ge=1)
-    patience: int | None = Field(default=None, ge=1)
-    """Evaluations without improvement on validation before training stops; null: never."""
-    layer_decay: float | None = Field(default=None, gt=0, le=1)
-    """Each block's learning rate is that of the one above it times this; null: one rate for all."""
-    lr: Rates | None = None
-    gradual: Gradual = Gradual()
-    lora: dict[str, Any] = LORA
-    training: dict[str, Any] = TRAINING
-
-    @property
-    def rates(self) -> dict[str, Any] | None:
-        """`lr` as `TransferTrainer` takes it."""
-        return None if self.lr is None else self.lr.model_dump()
-
-    @model_validator(mode="after")
-    def _phases_have_epochs(self) -> Self:
-        if self.strategy == "gradual" and self.training.get("max_steps", -1) > 0:
-            raise RecipeError(
-                "finetune.training.max_steps is of one training, and gradual unfreezing is several",
-                "Use finetune.gradual.epochs",
-            )
-        return self
-
-    @field_validator("training", mode="before")
-    @classmethod
-    def _training_fields(cls, given: Any) -> dict[str, Any]:
-        return TRAINING | training_fields("finetune", given)
-
-    @field_validator("lora", mode="before")
-    @classmethod
-    def _lora_fields(cls, given: Any) -> dict[str, Any]:
-        return LORA | lora_fields("finetune", given)
-
-
 class Search(Section):
     """The learning rates that `scratch` is given a choice of, and its longer budget."""
 
@@ -271,6 +207,36 @@ class Publish(Section):
 
     repo_id: str | None = None
     private: bool = True
+    license: str | None = None
+    """The hub's identifier; `other` needs license_name."""
+    license_name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
+    license_link: str | None = Field(default=None, pattern=r"^(LICENSE(\.md)?|https://[^\s<>\"]+)$")
+    language: str | list[str] | None = None
+    """ISO 639 codes of what it reads."""
+    examples: bool = False
+    """Whether the card shows rows of test that the model gets wrong."""
+
+    @field_validator("license")
+    @classmethod
+    def _known_license(cls, license: str | None) -> str | None:
+        if license is not None and license not in LICENSES:
+            close = closest(license.lower(), list(LICENSES))
+            raise ValueError(f"the hub knows no license {license!r}{close}")
+        return license
+
+    @field_validator("language")
+    @classmethod
+    def _known_language(cls, language: str | list[str] | None) -> str | list[str] | None:
+        for code in [language] if isinstance(language, str) else language or []:
+            if not LANGUAGE.fullmatch(code):
+                raise ValueError(f"{code!r} is no ISO 639 code, such as en, de or multilingual")
+        return language
+
+    @model_validator(mode="after")
+    def _named_license(self) -> Self:
+        if (self.license == "other") != (self.license_name is not None):
+            raise ValueError("license_name belongs to license: other, and is needed there")
+        return self
 
     @field_validator("repo_id")
     @classmethod

@@ -14,8 +14,10 @@ from matplotlib.figure import Figure
 
 from hftl.card.card import gain_sentence, render_card
 from hftl.card.forgetting import forgetting_rows, forgetting_sentence
+from hftl.card.plain import one_line
 from hftl.card.plots import plot_frontier, plot_ladder
 from hftl.card.report import render_report
+from hftl.card.valid import own_card_problems
 from hftl.measure.verdict import decide, interval_text
 from hftl.publishing import publishable
 from hftl.recipe import Recipe
@@ -216,6 +218,94 @@ def test_front_matter_is_read_by_yaml_and_by_the_hub(case: str, task: str, own: 
     assert set(front["tags"]) == {"hftl", "transfer-learning", own}
 
 
+@pytest.mark.parametrize(("case", "task", "own"), EVERY)
+def test_our_own_checks_find_nothing(case: str, task: str, own: str) -> None:
+    assert own_card_problems(render_card(make(case, task, own))) == []
+
+
+def test_metadata_tell_what_is_known() -> None:
+    record = make(hub_revisions={"train": "a" * 40, "test": "b" * 40, "general": "c" * 40})
+    tables = record["recipe"]["data"]
+    tables["train"] |= {"path": "org/reviews", "name": "en"}
+    tables["test"] = {"path": "org/other", "name": None}
+    tables["general"] = {"path": "org/news"}
+    record["recipe"]["publish"] |= {"license": "mit", "language": ["en", "no"]}
+    record["source"]["revision"] = "d" * 40
+    record["test_metrics"] = {"accuracy": 0.7254, "f1": 0.7123}
+    card = render_card(record)
+    front, body = front_matter(card)
+    assert front["license"] == "mit" and front["language"] == ["en", "no"]
+    assert front["datasets"] == ["org/reviews", "org/other"], "general data taught nothing"
+    assert front["base_model_revision"] == "d" * 40 and f"at commit `{'d' * 40}`" in body
+    _, results = model_index_to_eval_results(front["model-index"])
+    assert [(r.metric_type, r.metric_value) for r in results[:2]] == [
+        ("accuracy", 0.7254), ("f1", 0.7123)
+    ]  # fmt: skip
+    assert {(r.dataset_type, r.dataset_revision) for r in results} == {("org/other", "b" * 40)}
+    assert "means over seeds: f1 0.712." in body and own_card_problems(card) == []
+
+
+def test_unknown_is_left_out() -> None:
+    front, body = front_matter(render_card(make()))
+    assert not {"license", "language", "datasets", "base_model_revision"} & set(front)
+    assert "means over seeds" not in body and "None" not in body and "unknown" not in body.lower()
+
+
+def test_adapter_on_an_adapted_base_names_that_base_once_it_is_published() -> None:
+    record = make()
+    record["adapt"] = {"stages": [], "gain": None, "outcome": "x", "base": {"weights_sha256": "1"}}
+    assert "base_model" not in front_matter(render_card(record))[0]
+    record["adapt"]["base"] |= {"published_as": "org/adapted", "revision": "e" * 40}
+    card = render_card(record)
+    assert front_matter(card)[0]["base_model"] == "org/adapted"
+    assert 'from_pretrained("org/adapted", revision="' + "e" * 40 in card
+
+
+def test_reason_of_a_forced_push_stands_above_the_verdict() -> None:
+    record = make("negative") | {"forced": {"reason": "the team compares it"}}
+    body = front_matter(render_card(record))[1]
+    told = "> **Published although the verdict is hold:** the team compares it"
+    assert body.index("Negative transfer") < body.index(told) < body.index("Verdict:")
+    assert "Published although" not in render_card(make("negative"))
+
+
+def test_classes_that_the_baseline_tells_apart_better_are_limits() -> None:
+    rows = [{"label": f"c{i}", "own": 0.5, "baseline": 0.4 + 0.05 * i, "rows": 9} for i in range(9)]
+    record = make() | {"classes": {"baseline": "scratch", "rows": rows}}
+    limits = render_card(record).split("## Limits")[1]
+    assert "behind scratch on 6 of 9, most of all `c8` (F1 0.500 against 0.800), `c7`" in limits
+    assert "`c4`" in limits and "`c3`" not in limits
+    record["classes"]["rows"] = rows[:2]
+    assert "Class by class" not in render_card(record)
+
+
+def test_examples_stand_in_the_card_only_where_the_record_has_them() -> None:
+    record = make()
+    assert "mistakes" not in render_card(record)
+    record["examples"] = [
+        {"texts": ["one", "two"], "true": "positive", "said": "negative", "surety": 0.98},
+        {"words": ["before it", "Word", ""], "true": "A", "said": "B", "surety": 0.9},
+        {"picture": "assets/mistake-03.png", "true": "A", "said": "B", "surety": 0.8},
+    ]
+    part = render_card(record).split("## Its most confident mistakes\n\n")[1].split("\n## ")[0]
+    assert part.splitlines() == [
+        "| input | true | said | probability |",
+        "|---|---|---|---|",
+        "| `one` / `two` | `positive` | `negative` | 0.980 |",
+        "| `before it` **`Word`**  | `A` | `B` | 0.900 |",
+        "| ![](assets/mistake-03.png) | `A` | `B` | 0.800 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [("package:corpus/bbcnews/data", "bbcnews"), ("org/reviews", "reviews"), ("a.csv", "a"),
+     ("train.parquet", "train"), ("my data.csv", "my-data")],
+)  # fmt: skip
+def test_title_says_which_data(name: str, title: str) -> None:
+    assert f"\n# tiny-MiniLM-{title}-lora\n" in render_card(make(name=name))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_model_index_comes_back_with_the_gain(case: str) -> None:
     record = make(case)
@@ -369,7 +459,7 @@ def test_no_name_breaks_the_page(name: str) -> None:
     assert shape(card) == shape(render_card(plain))
     front, _ = front_matter(card)
     _, results = model_index_to_eval_results(front["model-index"])
-    assert {result.dataset_name for result in results} == {name}
+    assert {result.dataset_name for result in results} == {one_line(name)}
     assert ModelCard(card).data.to_dict() == front
 
 
@@ -439,13 +529,14 @@ def test_published_record_names_no_local_path(tmp_path: Path) -> None:
 def test_report_is_one_file_with_picture_and_table(case: str, tmp_path: Path) -> None:
     record = make(case, labels=["<script>x</script>", "b"])
     plot_ladder(record, tmp_path / "assets" / "ladder.png")
-    report = render_report(render_card(record), tmp_path)
+    report = render_report(render_card(record), tmp_path, record)
     assert report.count("<html") == report.count("<table>") == report.count("<img") == 1
     assert 'src="data:image/png;base64,' in report and 'src="assets' not in report
     assert report.count("<tr>") == 1 + len(record["ladder"])
     assert "<title>tiny-MiniLM-reviews-lora</title>" in report
-    assert not re.search(r"details>|summary>|<script|&lt;details", report)
-    assert "<h2>The recipe</h2>" in report and "model-index" not in report
+    assert not re.search(r"<script|&lt;details|\x02|\x03", report) and "model-index" not in report
+    assert report.count("<details>") == report.count("</details>") == 2
+    assert "<summary>The recipe</summary>" in report
     assert not re.search(r'(src|href)="(?!https://huggingface\.co/|data:)', report)
 
 

@@ -19,8 +19,11 @@ from conftest import sentences, write_csv
 from safetensors import safe_open
 
 import hftl
+from hftl.data import prepare
 from hftl.errors import RunFolderError
+from hftl.measure.mistakes import errors_of
 from hftl.metrics import METRICS
+from hftl.publishing import write_publish
 from hftl.recipe import Recipe
 from hftl.record import Record
 
@@ -111,6 +114,27 @@ def test_run_folder_holds_what_the_contract_says(finished: tuple[Path, dict[str,
     assert record["reload_difference"] <= 1e-5
     config = json.loads((run / "publish" / "config.json").read_text())
     assert config["id2label"] == {"0": "negative", "1": "positive"}
+
+
+def test_examples_stay_on_the_machine_unless_the_recipe_lets_them_out(
+    again: tuple[Path, dict[str, Any]],
+) -> None:
+    run, _ = again
+    record = Record.read(run).tree
+    arm = run / "arms" / f"lora-seed{record['published_seed']}"
+    mistakes = errors_of(prepare.read(run / "phases" / "data"), arm).mistakes
+    assert mistakes, "the test needs a model that is wrong somewhere"
+
+    def told() -> str:
+        files = [p for p in (run / "publish").rglob("*") if p.suffix in (".md", ".json")]
+        return "".join(p.read_text("utf-8") for p in files)
+
+    texts = [mistake.content[0] for mistake in mistakes]
+    assert not [text for text in texts if text in told()]
+    assert all(text in (run / "report.html").read_text("utf-8") for text in texts)
+    record["recipe"]["publish"]["examples"] = True
+    write_publish(run, record)
+    assert all(text in told() for text in texts)
 
 
 def test_all_arms_predict_the_same_rows(finished: tuple[Path, dict[str, Any]]) -> None:

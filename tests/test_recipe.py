@@ -36,7 +36,10 @@ FROM_CONTRACT = {
         "metric": "accuracy", "seeds": [0, 1, 2], "arms": ["scratch", "head"],
         "scratch": {"learning_rates": [1e-4, 3e-4, 1e-3], "epochs_factor": 3},
     },
-    "publish": {"repo_id": None, "private": True},
+    "publish": {
+        "repo_id": None, "private": True, "license": None, "license_name": None,
+        "license_link": None, "language": None, "examples": False,
+    },
 }  # fmt: skip
 
 
@@ -183,6 +186,28 @@ def test_a_misspelt_key_is_told_its_closest_match(assignment: str, wrong: str, r
 )  # fmt: skip
 def test_arms_that_are_refused(entry: Any, message: str) -> None:
     refused(message, measure={"arms": ["head", entry]})
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("publish.license=Apache-2.0", "no license 'Apache-2.0'; did you mean 'apache-2.0'"),
+        ("publish.license=other", "license_name belongs to license: other, and is needed there"),
+        ("publish.license_name=ours", "license_name belongs to license: other"),
+        ("publish.license_link=javascript:x", r"publish\.license_link"),
+        ("publish.language=english", "'english' is no ISO 639 code"),
+        ("publish.language=[en, EN]", "'EN' is no ISO 639 code"),
+        ("publish.examples=maybe", r"publish\.examples"),
+    ],
+)  # fmt: skip
+def test_what_the_card_would_get_wrong_is_refused(assignment: str, message: str) -> None:
+    refused(message, assignment)
+
+
+@pytest.mark.parametrize("language", ["no", "de", ["en", "multilingual"]])
+def test_languages_and_licenses_of_the_hub_are_taken(language: Any) -> None:
+    found = recipe(publish={"language": language, "license": "cc-by-4.0"}).publish
+    assert found.language == language and found.license == "cc-by-4.0"
 
 
 @pytest.mark.parametrize(

@@ -246,8 +246,11 @@ def test_the_cards_plain_snippet_gives_the_logits(
     np.testing.assert_allclose(numbers, outcome.logits["test"][0], atol=2e-4)
 
 
-def test_native_loads_with_auto_peft(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """The contract: native is what `AutoPeftModelFor...` loads, the number of labels passed."""
+def test_native_loads_with_auto_peft(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The contract: native is what `AutoPeftModelFor...` loads, the number of labels passed; and so
+    does the card's snippet."""
     from peft import AutoPeftModelForSequenceClassification
 
     bench, recipe = opened(tiny_model("bert", True), tmp_path, "native", "lora")
@@ -264,3 +267,8 @@ def test_native_loads_with_auto_peft(tiny_model: Callable[..., Path], tmp_path: 
     rows = bench.encoded(bench.prepared.rows["test"])
     found = logits(loaded, rows, bench.inputs, "cpu")
     np.testing.assert_allclose(found, outcome.logits["test"], atol=1e-5)
+    (text,) = bench.prepared.rows["test"][0].content
+    code = plain_snippet(str(published), "org/base", None, "native", 2, True, "text", f'"{text}"')
+    exec(compile(code, "card", "exec"), {"__name__": "card"})  # noqa: S102
+    printed = re.findall(r"-?\d+\.\d+(?:e-?\d+)?", capsys.readouterr().out.splitlines()[-1])
+    np.testing.assert_allclose([float(n) for n in printed], outcome.logits["test"][0], atol=2e-4)

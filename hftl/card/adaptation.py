@@ -1,12 +1,13 @@
 """What the card says of adaptation, and the page of an encoder that was adapted alone."""
 
-from importlib.resources import files
+import json
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCardData
-from jinja2 import Environment, StrictUndefined
 
+from hftl.card.metadata import base_of, origin
+from hftl.card.page import rendered
+from hftl.card.plain import fenced, inert
 from hftl.measure.verdict import interval_text
 
 OBJECTIVES = {"mlm": "masked language modelling", "mae": "masked image modelling"}
@@ -58,28 +59,26 @@ def render_adapted(record: dict[str, Any], place: str = ".") -> str:
         record: the publishable record, free of local paths.
         place: what a reader loads it from.
     """
-    engine = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
-    template = engine.from_string(files("hftl.card").joinpath("adapted.md").read_text("utf-8"))
-    source = record["source"]
     adapter = record["adapt"]["base"] is None and _adapter(record)
-    known: dict[str, Any] = {}
-    if source["published_as"]:
-        relation = "adapter" if adapter else "finetune"
-        known = {"base_model": source["published_as"], "base_model_relation": relation}
     metadata = ModelCardData(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="image-feature-extraction" if _images(record) else "feature-extraction",
         tags=["hftl", "domain-adaptation"],
-        **known,
+        **origin(record | {"adapt": None}, adapter),
     )
-    body = template.render(
-        name=source["name"],
-        sentence=adaptation_sentence(record),
-        lines=adaptation_lines(record),
-        snippet=_snippet(record, place, adapter),
-        recipe=yaml.safe_dump(record["recipe"], sort_keys=False, allow_unicode=True).rstrip(),
-    )
-    return f"---\n{metadata.to_yaml().strip()}\n---\n\n{body}"
+    page = {
+        "name": inert(record["source"]["name"]),
+        "sentence": adaptation_sentence(record),
+        # Of a run with a task, it is the verdict on what is fine-tuned from this encoder.
+        "alone": record["own_arm"] is None,
+        "verdict": record["verdict"],
+        "forced": record.get("forced"),
+        "lines": adaptation_lines(record),
+        "snippet": _snippet(record, place, adapter),
+        "recipe": fenced(record["recipe"]),
+        "version": record["environment"]["packages"]["hftl"],
+    }
+    return rendered("adapted.md", page, metadata)
 
 
 def _adapter(record: dict[str, Any]) -> bool:
@@ -102,20 +101,21 @@ PLAIN = {"vit_mae": "ViTModel"}
 
 
 def _snippet(record: dict[str, Any], place: str, adapter: bool) -> str:
-    source = record["source"]
-    auto = PLAIN.get(source["architecture"], "AutoModel")
-    base = source["published_as"] or "the base model"
-    pinned = f', revision="{source["revision"]}"' if source["revision"] else ""
+    auto = PLAIN.get(record["source"]["architecture"], "AutoModel")
+    public, revision = base_of(record | {"adapt": None})
+    base = json.dumps(public or "the base model")
+    pinned = f", revision={json.dumps(revision)}" if revision else ""
+    where = json.dumps(place)
     if adapter:
         return (
             f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
-            f'base = {auto}.from_pretrained("{base}"{pinned})\n'
-            f'model = PeftModel.from_pretrained(base, "{place}")'
+            f"base = {auto}.from_pretrained({base}{pinned})\n"
+            f"model = PeftModel.from_pretrained(base, {where})"
         )
     if _kept(record):
-        return f'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{place}")'
+        return f"from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained({where})"
     # Where every adaptation was undone the folder has no weights.
-    return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{base}"{pinned})'
+    return f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({base}{pinned})"
 
 
 def _how(stage: dict[str, Any]) -> str:

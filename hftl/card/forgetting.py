@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hftl.card.plain import cell
+from hftl.card.plain import code, inert
 from hftl.measure.verdict import interval_text
 
 FIGURES = {
@@ -33,7 +33,7 @@ def headline_words(record: dict[str, Any]) -> str:
     headline = record["forgetting"]["headline"]
     if headline["control"] is None:
         return FIGURES[headline["figure"]]
-    return CONTROLS[headline["figure"]].format(cell(headline["control"]))
+    return CONTROLS[headline["figure"]].format(inert(headline["control"]))
 
 
 def forgetting_sentence(record: dict[str, Any]) -> str:
@@ -72,7 +72,7 @@ def figure_rows(record: dict[str, Any]) -> list[list[str]]:
     own = record["forgetting"]["arms"][0]["figures"]
     rows = [["this model on general data", "original", "after", "change"]]
     for control, told in own["controls"].items():
-        words = {name: CONTROLS[name].format(cell(control)) for name in CONTROLS}
+        words = {name: CONTROLS[name].format(inert(control)) for name in CONTROLS}
         rows += [_figure_row(words[name], told[name]) for name in CONTROLS if told[name]]
     found = [(words, own.get(name)) for name, words in FIGURES.items()]
     return rows + [_figure_row(words, figure) for words, figure in found if figure]
@@ -85,12 +85,12 @@ def forgetting_lines(record: dict[str, Any]) -> list[str]:
     path = recipe["data"]["general"]["path"]
     name = path if "general" in record["data"]["hub_revisions"] else path.rsplit("/", 1)[-1]
     lines = [
-        f"Measured on {found['rows']:,} rows of `{cell(name)}` ({facts['rows_read']:,} were read), "
+        f"Measured on {found['rows']:,} rows of {code(name)} ({facts['rows_read']:,} were read), "
         "which no retention used",
         "The original is the source model as it was, before any adaptation",
     ]
     if facts["documents"]:
-        lines.append(f"Rows of one `{cell(facts['documents'])}` count as one unit")
+        lines.append(f"Rows of one {code(facts['documents'])} count as one unit")
     if facts["known"]:
         lines.append(f"{facts['known']:,} copies of the run's own inputs were left out")
     return [f"{line}." for line in lines]

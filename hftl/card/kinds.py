@@ -2,10 +2,18 @@
 
 from typing import Any
 
+from hftl.card.plain import inert
+
 CLASSICAL = {
     "text": "TF-IDF with a linear model",
     "words": "the words' spelling with a linear model",
     "image": "downsampled pixels with a linear model",
+}
+WHAT = {
+    "scratch": "the same architecture trained from scratch",
+    "head": "the frozen encoder with a linear head",
+    "majority": "always the most frequent answer",
+    "source": "the same without adaptation",
 }
 DOES = {"text": "sorts text into", "words": "tags words as", "image": "sorts pictures into"}
 
@@ -15,6 +23,12 @@ def kind_of(record: dict[str, Any]) -> str:
     if record["data"]["task"] == "token-classification":
         return "words"
     return record["data"].get("modality", "text")
+
+
+def called(arm: str, record: dict[str, Any]) -> str:
+    """An arm's name, and what it is where that is known."""
+    known = WHAT | {"classical": CLASSICAL[kind_of(record)]}
+    return f"{arm} ({known[arm]})" if arm in known else inert(arm)
 
 
 def pipeline_tag(record: dict[str, Any]) -> str:

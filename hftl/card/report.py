@@ -1,42 +1,137 @@
-"""The report: a card as one HTML file."""
+"""The report: a card as one HTML file, and where the model is wrong, which the card leaves out."""
 
 import base64
 import re
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body{{font:16px/1.55 system-ui,sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem;
-color:#24292f}}
-table{{border-collapse:collapse}}td,th{{border:1px solid #d0d7de;padding:.3rem .7rem;
-text-align:left}}
-pre{{background:#f6f8fa;padding:1rem;overflow-x:auto}}img{{max-width:100%}}
-</style></head><body>
-{body}
-</body></html>
-"""
+import numpy as np
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
+
+from hftl.card.examples import Picture, in_context, thumbnail
+from hftl.card.plain import one_line
+from hftl.measure.mistakes import Errors, Mistake
+
+COLORS = {"positive": "#1a7f37", "negative": "#cf222e"}
+"""Of the line beside the gain, by its outcome."""
+OTHER = "#9a6700"
+LONGEST = 400
+"""Characters of a text that are shown."""
+MATRIX = 40
+"""Classes up to which what is taken for what is shown."""
 
 
-def render_report(card: str, folder: Path) -> str:
-    """The card as one HTML file, its pictures inside."""
+def render_report(
+    card: str, folder: Path, record: dict[str, Any], errors: Errors | None = None,
+    picture: Picture | None = None,
+) -> str:  # fmt: skip
+    """The card as one HTML file, its pictures inside.
+
+    Args:
+        card: README.md.
+        folder: what the card's pictures lie under.
+        record: that of the card.
+        errors: what the published weights get wrong; None where there is no task.
+        picture: the pixels of what was read, where that is pictures.
+    """
+    body = card.split("\n---\n", 1)[1]
+    title = next(line[2:] for line in body.splitlines() if line.startswith("# "))
+    gain = record["transfer_gain"]
+    told = {} if errors is None else _told(errors, record, picture)
+    return _template().render(
+        title=title, page=Markup(_html(body, folder)), errors=errors,
+        color=COLORS.get(gain["outcome"], OTHER) if gain else OTHER, **told,
+    )  # fmt: skip
+
+
+@cache
+def _template() -> Template:
+    engine = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True)
+    engine.filters["line"] = lambda text: one_line(text, LONGEST)
+    return engine.from_string(files("hftl.card").joinpath("report.html").read_text("utf-8"))
+
+
+def _html(body: str, folder: Path) -> str:
+    """The card's text as HTML; nothing in it is markup but what Markdown makes."""
     from markdown_it import MarkdownIt
 
-    body = card.split("\n---\n", 1)[1]
     html = MarkdownIt("commonmark", {"html": False}).enable("table").render(_plain_details(body))
 
     def inline(match: re.Match[str]) -> str:
-        picture = base64.b64encode((folder / match[1]).read_bytes()).decode()
-        return f'src="data:image/png;base64,{picture}"'
+        return f'src="{_data((folder / match[1]).read_bytes())}"'
 
     html = re.sub(r'src="(assets/[\w-]+\.png)"', inline, html)
-    title = next(line[2:] for line in body.splitlines() if line.startswith("# "))
-    return PAGE.format(title=_escaped(title), body=html)
+    html = re.sub(r"<h2>\x02(.*?)</h2>", r"<details><summary>\1</summary>", html)
+    return html.replace("<p>\x03</p>", "</details>")
 
 
 def _plain_details(body: str) -> str:
-    """Folded parts as headings: HTML in the card is escaped in the report."""
-    body = re.sub(r"<details><summary>(.*?)</summary>", r"## \1", body)
-    return body.replace("</details>", "")
+    """Folded parts as marks that no card can hold: HTML in the card is escaped in the report."""
+    body = re.sub(r"(?m)^<details><summary>(.*?)</summary>$", "## \x02\\1", body)
+    return re.sub(r"(?m)^</details>$", "\x03", body)
 
 
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")
+def _told(errors: Errors, record: dict[str, Any], picture: Picture | None) -> dict[str, Any]:
+    words = record["data"]["task"] == "token-classification"
+    names = record["data"]["task"] == "multi-label"
+    target = not errors.classes
+    noun = "words" if words else "rows"
+    share = f"{errors.wrong:,} of {errors.answers:,} {'answers' if names else noun} are wrong."
+    shown = len(errors.mistakes)
+    return {
+        "seed": record["published_seed"],
+        "told": f"its {shown} largest errors stand below." if target else share,
+        "kept": "The card shows the mistakes too, as the recipe lets examples out."
+        if record.get("examples")
+        else "This part is in the report only, and stays on this machine.",
+        "noun": noun,
+        "confused": _confused(errors),
+        "heading": f"The {shown} largest errors" if target else f"Its {shown} surest mistakes",
+        "surety": "off by" if target else "probability",
+        "mistakes": [_shown(mistake, picture) for mistake in errors.mistakes],
+    }
+
+
+def _confused(errors: Errors) -> list[dict[str, Any]]:
+    """The rows of the table, each cell the darker the larger its share of the row."""
+    counts = errors.counts
+    if counts is None or len(counts) > MATRIX:
+        return []
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    return [
+        {
+            "label": row["label"],
+            "cells": [
+                {"count": int(counts[i, j]), "color": _shade(float(shares[i, j]), i == j)}
+                for j in range(len(counts))
+            ],
+        }
+        for i, row in enumerate(errors.classes)
+    ]
+
+
+def _shade(share: float, right: bool) -> str:
+    color = "31,111,235" if right else "207,34,46"
+    return f"rgba({color},{0.7 * share:.3f})"
+
+
+def _shown(mistake: Mistake, picture: Picture | None) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "label": mistake.label, "prediction": mistake.prediction, "surety": mistake.surety,
+        "where": mistake.where, "picture": None, "word": None, "before": "", "after": "",
+    }  # fmt: skip
+    if picture is not None:
+        row["picture"] = _data(thumbnail(picture(mistake.content[0])))
+    elif mistake.word is None:
+        row["before"] = " / ".join(mistake.content)
+    else:
+        before, row["word"], after = in_context(mistake.content, mistake.word)
+        row |= {"before": before, "after": after}
+    return row
+
+
+def _data(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,14 +1,27 @@
 """How to load a published folder with the plain libraries, as code that runs."""
 
+import json
+
+from hftl.card.valid import is_hub_id
+
 PAGE = """import torch
 {imports}from transformers import {auto}, {reader}
 {peft_import}
-path = "{place}"
+path = {place}
 {reading}
 {load}
 {head}inputs = {inputs}
 with torch.inference_mode():
     {output}"""
+SHORT = """from peft import {auto}
+from transformers import {reader}
+
+path = {place}
+{reading}
+{load}
+inputs = {inputs}
+print(model.eval()(**inputs).logits)"""
+"""Where peft has a class for the task and the adapter names its own base."""
 
 POOLINGS = {
     "mean": 'mask = inputs["attention_mask"].unsqueeze(-1)\n'
@@ -22,6 +35,10 @@ AUTO = {
 }
 STOCK = {"vit_mae": "ViTForImageClassification"}
 """Architectures that no Auto class has a classifier for, and the class that takes their weights."""
+AUTO_PEFT = {
+    "text": "AutoPeftModelForSequenceClassification",
+    "words": "AutoPeftModelForTokenClassification",
+}
 READERS = {
     "text": ("AutoTokenizer", "tokenizer", 'tokenizer({example}, return_tensors="pt")'),
     "words": ("AutoTokenizer", "tokenizer",
@@ -50,6 +67,8 @@ def plain_snippet(
         architecture: what the base's checkpoint says it is.
     """
     pooled = pooling != "native"
+    if adapter and not pooled and kind in AUTO_PEFT and base and is_hub_id(base):
+        return _short(place, outputs, kind, example)
     auto = "AutoModel" if pooled else AUTO[kind]
     if adapter:
         auto = STOCK.get(architecture, auto)
@@ -65,12 +84,24 @@ def plain_snippet(
     imports = "from PIL import Image\n" if kind == "image" else ""
     imports += "from safetensors.torch import load_file\n" if pooled else ""
     return PAGE.format(
-        place=place, auto=auto, reader=reader, imports=imports,
+        place=json.dumps(place), auto=auto, reader=reader, imports=imports,
         peft_import="from peft import PeftModel\n" if adapter else "",
         reading=f"{name} = {reader}.from_pretrained(path)",
         load=_load(auto, base, revision, outputs, adapter, pooled),
         head='head = load_file(f"{path}/head.safetensors")\n' if pooled else "",
         inputs=call.format(example=example), output=output,
+    )  # fmt: skip
+
+
+def _short(place: str, outputs: int, kind: str, example: str) -> str:
+    reader, name, call = READERS[kind]
+    auto = AUTO_PEFT[kind]
+    labels = f"num_labels={outputs}, ignore_mismatched_sizes=True"
+    return SHORT.format(
+        place=json.dumps(place), auto=auto, reader=reader,
+        reading=f"{name} = {reader}.from_pretrained(path)",
+        load=f"model = {auto}.from_pretrained(path, {labels})",
+        inputs=call.format(example=example),
     )  # fmt: skip
 
 
@@ -80,8 +111,9 @@ def _load(
     if not adapter:
         return f"model = {auto}.from_pretrained(path)"
     labels = "" if pooled else f", num_labels={outputs}, ignore_mismatched_sizes=True"
-    pinned = f', revision="{revision}"' if revision else ""
+    pinned = f", revision={json.dumps(revision)}" if revision else ""
+    named = json.dumps(base or "the base model")
     return (
-        f'base = {auto}.from_pretrained("{base or "the base model"}"{labels}{pinned})\n'
+        f"base = {auto}.from_pretrained({named}{labels}{pinned})\n"
         "model = PeftModel.from_pretrained(base, path)"
     )

@@ -61,6 +61,15 @@ def own_card_problems(text: str, measured: bool = True) -> list[str]:
     return found
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether the hub may have something of that name; a path on a machine is none."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
 def _front(text: str) -> tuple[dict[str, Any] | None, str]:
     """The metadata; or None and why there are none."""
     block = REGEX_YAML_BLOCK.search(text)
@@ -96,15 +105,11 @@ def _datasets(front: dict[str, Any]) -> list[str]:
 
 def _ids(front: dict[str, Any], key: str, what: str) -> list[str]:
     """Whether every value under a key is a hub id."""
-    found = []
-    for value in _listed(front.get(key)):
-        try:
-            fine = isinstance(value, str) and not validate_repo_id(value)
-        except HFValidationError:
-            fine = False
-        if not fine:
-            found.append(f"{key} is {_short(value)}, which is no hub id; name {what} on the hub")
-    return found
+    return [
+        f"{key} is {_short(value)}, which is no hub id; name {what} on the hub"
+        for value in _listed(front.get(key))
+        if not (isinstance(value, str) and is_hub_id(value))
+    ]
 
 
 def _license(front: dict[str, Any]) -> list[str]:

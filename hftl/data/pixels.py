@@ -100,9 +100,7 @@ class ImageInputs:
 
     def use(self, folder: Path) -> None:
         """Takes the pixels that `write` left in a folder; they stay on the disk until read."""
-        keys = json.loads((folder / KEYS).read_text(encoding="utf-8"))
-        stored = np.load(folder / PIXELS, mmap_mode="r")
-        self._known.update(zip(keys, stored, strict=True))
+        self._known.update(stored(folder))
 
     def made(self, rows: list[Row], work: Callable[[Image], Any]) -> Iterator[tuple[Row, Any]]:
         """What `work` makes of each row's picture, table by table.
@@ -146,14 +144,20 @@ def write(inputs: ImageInputs, rows: list[Row], folder: Path) -> None:
     """
     distinct = list({row.content[0]: row for row in rows}.values())
     side = target_size(inputs.processor)
-    stored = np.lib.format.open_memmap(
+    made = np.lib.format.open_memmap(
         folder / PIXELS, "w+", dtype=np.uint8, shape=(len(distinct), 3, side, side)
     )
     places = {row.content[0]: number for number, row in enumerate(distinct)}
     for row, pixels in inputs.made(distinct, lambda image: canvas(inputs.processor, image)):
-        stored[places[row.content[0]]] = pixels
-    stored.flush()
+        made[places[row.content[0]]] = pixels
+    made.flush()
     (folder / KEYS).write_text(json.dumps(list(places)), encoding="utf-8")
+
+
+def stored(folder: Path) -> dict[str, np.ndarray]:
+    """What `write` left in a folder, by the pictures' hashes; it stays on the disk until read."""
+    keys = json.loads((folder / KEYS).read_text(encoding="utf-8"))
+    return dict(zip(keys, np.load(folder / PIXELS, mmap_mode="r"), strict=True))
 
 
 def augment(encoded: Encoded, seed: int, epoch: int, key: bytes) -> Encoded:

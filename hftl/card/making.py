@@ -1,0 +1,138 @@
+"""What the card says of the data, the limits and the making of a model."""
+
+from typing import Any
+
+from hftl.card.forgetting import was_measured
+from hftl.card.kinds import called, kind_of
+from hftl.card.metadata import base_of
+from hftl.card.plain import code
+from hftl.card.retention import retention_words
+from hftl.data.split import IN_ALL
+from hftl.measure.verdict import interval_text
+
+WORSE = 5
+"""Classes that are named where the baseline is better."""
+
+
+def data_sentence(record: dict[str, Any]) -> str:
+    """What it was trained, chosen and measured on."""
+    data = record["data"]
+    splits = data["splits"]
+    shots = record["recipe"]["data"]["shots"]
+    noun = "words" if kind_of(record) == "words" else "rows"
+    learnt = f"{record['data']['labels_read']['train_per_seed']:,} labelled {noun} a seed"
+    if shots:
+        unit = "in all" if data["task"] in IN_ALL else "a class"
+        rows = "rows " if noun == "words" else ""
+        learnt += f" ({shots} {rows}{unit}, drawn by the seed)"
+    epoch = "" if record["recipe"]["finetune"]["strategy"] == "head" else "the best epoch, "
+    if any(stage["guard"]["kind"] == "probe" for stage in stages_of(record)):
+        epoch += "the adaptation's weights, "
+    chosen = f"{epoch}the published seed and the baseline"
+    return (
+        f"{code(data['name'])}: trained on {learnt}; {chosen} were chosen on "
+        f"{splits['validation']:,} validation rows, and every figure above is on "
+        f"{splits['test']:,} test rows that nothing was chosen by. "
+        f"{data['labels_read']['total']:,} labels were read in all."
+    )
+
+
+def data_lines(record: dict[str, Any]) -> list[str]:
+    """What happened to the rows before anything was learnt."""
+    data = record["data"]
+    lines = [f"{data['rows_read']:,} rows were read"]
+    for key, told in (
+        ("duplicates", "exact duplicates were dropped"),
+        ("conflicting", "rows were dropped because the same input had two labels"),
+        ("leaked", "of these stood in train and in another table"),
+        ("bad_rows", "bad rows were skipped"),
+    ):
+        if data[key]:
+            lines.append(f"{data[key]:,} {told}")
+    if kind_of(record) == "image":
+        lines.append("transparent pictures were laid on white, and turned as their EXIF data say")
+    if record["recipe"]["data"]["group"]:
+        lines.append("rows of one group never stand in two splits, and count as one unit")
+    return lines
+
+
+def limits(record: dict[str, Any]) -> list[str]:
+    """Where it is worse, and what was not measured."""
+    lines = []
+    for row in record["ladder"]:
+        gain = row["gain_of_own"]
+        if gain is not None and gain["value"] < 0:
+            lines.append(f"It is behind {called(row['arm'], record)}: {interval_text(gain)}.")
+    lines += _worse_classes(record.get("classes"))
+    lines.append(
+        "Measured on rows of the same origin as its training rows; other domains were not measured."
+    )
+    lines.append(
+        f"The weights are those of seed {record['published_seed']}, the best on validation; the "
+        "figures are over all seeds."
+    )
+    if not was_measured(record):
+        lines.append("Forgetting of what the source model knew was not measured.")
+    return lines
+
+
+def _worse_classes(found: dict[str, Any] | None) -> list[str]:
+    """The classes that the baseline tells apart better, the worst first."""
+    if found is None:
+        return []
+    behind = [row for row in found["rows"] if row["own"] < row["baseline"]]
+    if not behind:
+        return []
+    behind.sort(key=lambda row: row["own"] - row["baseline"])
+    named = ", ".join(
+        f"{code(row['label'])} (F1 {row['own']:.3f} against {row['baseline']:.3f})"
+        for row in behind[:WORSE]
+    )
+    most = ", most of all" if len(behind) > WORSE else ":"
+    return [
+        f"Class by class it is behind {found['baseline']} on {len(behind)} of "
+        f"{len(found['rows'])}{most} {named}; no interval."
+    ]
+
+
+def stages_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The adaptations that came before; none without."""
+    return record["adapt"]["stages"] if record["adapt"] else []
+
+
+def base_sentence(record: dict[str, Any]) -> str:
+    """What it goes on or comes from, and which weights exactly; nothing where it has no id."""
+    base, revision = base_of(record)
+    if base is None:
+        return ""
+    ours = (record["adapt"] or {}).get("base")
+    weights = (ours or record["source"])["weights_sha256"]
+    pinned = f" at commit {code(revision)}" if revision else ""
+    return f"Base: {code(base)}{pinned}; the hash of its weights begins with `{weights[:16]}`."
+
+
+def training_sentence(record: dict[str, Any]) -> str:
+    """How it was trained."""
+    finetune = record["recipe"]["finetune"]
+    seeds = len(record["recipe"]["measure"]["seeds"])
+    words = [f"Strategy `{finetune['strategy']}`, pooling `{finetune['pooling']}`"]
+    if finetune["strategy"] == "head":
+        words.append("solved on features of the frozen encoder, its penalty by cross-validation")
+    else:
+        started = "the linear probe" if finetune["head_init"] == "probe" else "random weights"
+        words.append(f"the head started from {started}")
+        rate, epochs = (finetune["training"][k] for k in ("learning_rate", "num_train_epochs"))
+        last = f"{epochs:g} epochs"
+        if finetune["strategy"] == "gradual":
+            last = f"{finetune['gradual']['epochs']:g} epochs a phase"
+        words.append(f"learning rate {rate:g}, {last}, the best on validation kept")
+        if finetune["layer_decay"]:
+            words.append(f"each block's rate {finetune['layer_decay']:g} of that of the one above")
+        words += retention_words(record)
+    return f"{'; '.join(words)}; {seeds} seed{'s' if seeds > 1 else ''}."
+
+
+def environment(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Hardware and versions, a name and a value each."""
+    plain = [(k, str(v)) for k, v in found.items() if k != "packages"]
+    return plain + [(name, version) for name, version in found["packages"].items()]

@@ -1,0 +1,136 @@
+"""The published model's errors on the test rows: for the report, which stays on the machine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hftl.data.load import Row
+from hftl.data.prepare import Prepared
+from hftl.finetune.store import PREDICTIONS
+from hftl.measure.classes import class_scores, confusion, one_hot
+
+MOST = 20
+"""Mistakes that are shown."""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One wrong answer: what was read, what is true, what was said and how surely.
+
+    `content` are texts, words, or the hash of a picture; for words `word` is the place of the one
+    that was tagged wrong. `surety` is the probability of what was said, for a target how far off
+    it is.
+    """
+
+    content: tuple[str, ...]
+    label: str
+    prediction: str
+    surety: float
+    where: str
+    word: int | None = None
+
+
+@dataclass(frozen=True)
+class Errors:
+    """`classes` as of `class_scores`, `counts` as of `confusion` or None, and the mistakes."""
+
+    classes: list[dict[str, Any]]
+    counts: np.ndarray | None
+    mistakes: list[Mistake]
+    wrong: int
+    answers: int
+
+
+def errors_of(prepared: Prepared, folder: Path) -> Errors:
+    """The errors of one arm and seed on the test rows.
+
+    Args:
+        prepared: the rows.
+        folder: the arm's, with its predictions.
+    """
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / PREDICTIONS, filters=[("split", "=", "test")]).to_pydict()
+    rows = prepared.rows["test"]
+    said, scores = table["prediction"], table["scores"]
+    examine = {
+        "classification": _of_classes,
+        "multi-label": _of_names,
+        "token-classification": _of_words,
+        "regression": _of_targets,
+    }[prepared.task]
+    return examine(prepared, rows, said, scores)
+
+
+def most_sure(surety: np.ndarray, most: int = MOST) -> list[int]:
+    """The places of the greatest values, the greatest first, equals in their order."""
+    return np.argsort(-surety, kind="stable")[:most].tolist()
+
+
+def _of_classes(prepared: Prepared, rows: list[Row], said: list[Any], scores: list[Any]) -> Errors:
+    ids = {name: i for i, name in enumerate(prepared.names)}
+    true = np.array([ids[str(row.label)] for row in rows])
+    told = np.array([ids[name] for name in said])
+    found = [
+        Mistake(row.content, str(row.label), name, max(score), row.where)
+        for row, name, score in zip(rows, said, scores, strict=True)
+        if row.label != name
+    ]
+    return _errors(prepared, true, told, found, len(rows))
+
+
+def _of_words(prepared: Prepared, rows: list[Row], said: list[Any], scores: list[Any]) -> Errors:
+    ids = {name: i for i, name in enumerate(prepared.names)}
+    true, told, found = [], [], []
+    for row, tags, surety in zip(rows, said, scores, strict=True):
+        for word, (tag, name) in enumerate(zip(_tags(row), tags, strict=True)):
+            true.append(ids[tag])
+            told.append(ids[name])
+            # A word that was cut off was never looked at.
+            if tag != name and surety[word] is not None:
+                found.append(Mistake(row.content, tag, name, max(surety[word]), row.where, word))
+    return _errors(prepared, np.array(true), np.array(told), found, len(true))
+
+
+def _of_names(prepared: Prepared, rows: list[Row], said: list[Any], scores: list[Any]) -> Errors:
+    held = np.array([[name in _tags(row) for name in prepared.names] for row in rows], dtype=int)
+    told = np.array([[name in names for name in prepared.names] for names in said], dtype=int)
+    found = []
+    for number, column in zip(*np.nonzero(held != told), strict=True):
+        name, row = prepared.names[column], rows[number]
+        chance = float(scores[number][column])
+        words = (name, f"not {name}") if held[number, column] else (f"not {name}", name)
+        surety = 1 - chance if held[number, column] else chance
+        found.append(Mistake(row.content, *words, surety, row.where))
+    classes = class_scores(held, told, prepared.names)
+    return Errors(classes, None, _worst(found), len(found), held.size)
+
+
+def _of_targets(prepared: Prepared, rows: list[Row], said: list[Any], scores: list[Any]) -> Errors:
+    found = [
+        Mistake(row.content, f"{row.label:g}", f"{value:g}", abs(value - float(row.label)),
+                row.where)
+        for row, value in zip(rows, said, strict=True)
+        if isinstance(row.label, float)
+    ]  # fmt: skip
+    return Errors([], None, _worst(found), len(found), len(rows))
+
+
+def _errors(
+    prepared: Prepared, true: np.ndarray, told: np.ndarray, found: list[Mistake], answers: int
+) -> Errors:
+    classes = len(prepared.names)
+    scores = class_scores(one_hot(true, classes), one_hot(told, classes), prepared.names)
+    counts = confusion(true, told, classes)
+    return Errors(scores, counts, _worst(found), int((true != told).sum()), answers)
+
+
+def _worst(found: list[Mistake]) -> list[Mistake]:
+    return [found[i] for i in most_sure(np.array([mistake.surety for mistake in found]))]
+
+
+def _tags(row: Row) -> tuple[str, ...]:
+    """The names of a row that has several."""
+    return row.label if isinstance(row.label, tuple) else (str(row.label),)
