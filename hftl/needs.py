@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from hftl.errors import RecipeError
 from hftl.keeping import Retain
-from hftl.sections import Data, Finetune, Table
+from hftl.sections import Data, Table
 from hftl.stages import Adapt
+from hftl.tuning import Finetune
 
 
 def check_pooling(data: Data, finetune: Finetune) -> None:

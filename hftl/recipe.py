@@ -12,18 +12,9 @@ from hftl.errors import RecipeError
 from hftl.explain import closest, explain
 from hftl.keeping import Retain
 from hftl.needs import check_adaptation, check_pooling, check_retained
-from hftl.sections import (
-    BASELINES,
-    NOT_BUILT,
-    STRATEGIES,
-    Data,
-    Finetune,
-    Measure,
-    Publish,
-    Section,
-    Source,
-)
+from hftl.sections import BASELINES, NOT_BUILT, STRATEGIES, Data, Measure, Publish, Section, Source
 from hftl.stages import ADAPT_RATE, Adapt, Stages
+from hftl.tuning import Finetune
 
 DEFAULT_METRIC = {
     "regression": "pearson", "multi-label": "micro_f1", "token-classification": "f1",

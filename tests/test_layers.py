@@ -8,8 +8,8 @@ import pytest
 
 ORDER = [
     "errors", "processes", "secrets", "explain", "upstream", "borrowed", "yamlfile", "hubwords",
-    "sections", "keeping", "stages", "needs", "recipe", "record", "places", "rundir", "metrics",
-    "statistics", "data", "model", "analyse", "check", "retain", "train", "adapt", "finetune",
+    "sections", "keeping", "stages", "tuning", "needs", "recipe", "record", "places", "rundir",
+    "metrics", "statistics", "data", "model", "analyse", "check", "retain", "train", "adapt", "finetune",
     "measure", "card", "publish", "locate", "predict", "tables", "show", "init", "reads",
     "retaining", "ladder", "original", "corpora", "objectives", "adapting", "publishing", "finish",
     "finish_adapted", "pushing", "pipeline", "failure", "cli", "__main__",

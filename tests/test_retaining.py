@@ -167,7 +167,7 @@ def test_after_adaptation_the_reference_may_be_the_source(
         ({"kl": {"on": "mlm"}}, {}, "no trained masked-language head"),
         ({"kl": {"on": "zero_shot"}}, {}, "no CLIP model"),
         ({"replay": {}}, {}, "no KL is taken on them"),
-        ({"ewc": {"fisher": "empirical"}}, {}, "needs the task's labels"),
+        ({"ewc": {"fisher": "empirical"}}, {}, "the task's labels in a column 'label'"),
         ({"kl": {}}, {"strategy": "lora", "lora": {"init_lora_weights": "olora"}}, "base.s own"),
         ({"kl": {}}, {"strategy": "lora", "lora": {"bias": "all"}}, "adapter off"),
         ({"l2sp": {}}, {"strategy": "lora", "lora": {"use_dora": True}}, "use_dora=True"),

@@ -22,8 +22,8 @@ from hftl.recipe import Arm
 from hftl.retain.base import check_low_rank, check_unchanged_base
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.weights import EWC, L2SP
-from hftl.sections import Finetune
 from hftl.train.mixing import unlabelled
+from hftl.tuning import Finetune
 
 Fisher = tuple[dict[str, Tensor], dict[str, Any]]
 OWN_HEADS = ("mlm", "zero_shot")
