@@ -15,7 +15,7 @@ from typing import Any
 from hftl import show
 from hftl.card.adaptation import adaptation_sentence
 from hftl.measure.verdict import interval_text
-from hftl.publishing import publishable
+from hftl.publish.told import publishable
 from hftl.record import Record, to_json
 
 ROOT = Path(__file__).parent.parent

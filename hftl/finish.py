@@ -26,7 +26,8 @@ from hftl.original import forgetting_record
 from hftl.places import PACKAGE
 from hftl.publish.folder import rebuild, write_base, write_model, write_sample
 from hftl.publish.gates import reload_difference
-from hftl.publishing import last_name, write_publish
+from hftl.publish.told import last_name
+from hftl.publishing import write_publish
 from hftl.recipe import Arm, Recipe
 from hftl.record import SCHEMA_VERSION, Record, environment, fingerprint, to_json
 from hftl.train.hardware import dtype_name

@@ -15,7 +15,8 @@ from hftl.finish import adaptation_record, source_record, written
 from hftl.ladder import Run
 from hftl.measure.verdict import decide_adapted
 from hftl.publish.folder import write_encoder_alone
-from hftl.publishing import place_of, publishable, put_in_place
+from hftl.publish.told import place_of, publishable
+from hftl.publishing import put_in_place
 from hftl.record import SCHEMA_VERSION, Record, environment, to_json
 from hftl.train.hardware import dtype_name
 

@@ -1,4 +1,4 @@
-"""What leaves the run: the record without this machine's places, the card, the publish folders."""
+"""What leaves the run: the card and the publish folders."""
 
 import json
 import shutil
@@ -14,23 +14,8 @@ from hftl.card.plots import plot_frontier, plot_ladder
 from hftl.card.report import Picture, render_report
 from hftl.data import pixels, prepare
 from hftl.measure.mistakes import Errors, errors_of
-from hftl.places import PACKAGE
+from hftl.publish.told import place_of, publishable
 from hftl.record import to_json
-
-
-def publishable(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without places on this machine: a local path becomes its last name."""
-    kept = json.loads(to_json(record))
-    # What a bad row says is the user's data, and stays here; the count goes along.
-    kept["data"].pop("bad_rows_listed")
-    recipe = _without_paths(kept["recipe"])
-    if kept["source"]["local"]:
-        recipe["source"]["model"] = kept["source"]["model"] = kept["source"]["name"]
-    for split in ("train", "validation", "test", "unlabeled", "general"):
-        table = recipe["data"][split] or {}
-        if "path" in table and split not in kept["data"]["hub_revisions"]:
-            table["path"] = last_name(table["path"])
-    return kept | {"recipe": recipe}
 
 
 def write_publish(run: Path, record: dict[str, Any]) -> None:
@@ -65,11 +50,6 @@ def _errors(run: Path, record: dict[str, Any]) -> tuple[Errors, Picture | None]:
     return errors, pixels.stored(phases / "pixels").__getitem__ if images else None
 
 
-def place_of(record: dict[str, Any]) -> str:
-    """What a reader loads the model from: the repository, once it was pushed."""
-    return (record.get("published") or {}).get("repo_id", ".")
-
-
 def write_base_card(run: Path, told: dict[str, Any]) -> None:
     """publish-base/: the adapted base that the adapter is put on, which must be pushed first."""
     aside = run / ".tmp-publish-base"
@@ -86,18 +66,3 @@ def put_in_place(run: Path, aside: Path, name: str) -> None:
         target.rename(old)
     aside.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def last_name(place: str) -> str:
-    """A package as it is, a path by its last name."""
-    return place if place.startswith(PACKAGE) else Path(place).expanduser().resolve().name
-
-
-def _without_paths(value: Any) -> Any:
-    """Nested values in which every string that is a path has become its last name."""
-    if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(item) for item in value]
-    path = isinstance(value, str) and value.startswith(("/", "~", "./", "../"))
-    return last_name(value) if path else value

@@ -22,7 +22,7 @@ from hftl.publish.hub import Pushed, Target, push
 from hftl.publish.listing import Listing, dry_run
 from hftl.publish.patience import AnsweredError, patient
 from hftl.publish.rights import RightsError, account, check_right, full_id
-from hftl.publishing import publishable
+from hftl.publish.told import place_of, publishable
 from hftl.recipe import Recipe
 from hftl.record import Record, to_json
 from hftl.sections import Publish
@@ -208,13 +208,13 @@ def amend(
 def texts(run: Path, record: dict[str, Any], base: tuple[str, str] | None) -> dict[str, str]:
     """The files of a run that tell what is only known once it is pushed, by path."""
     told = json.loads(to_json(publishable(record)))
-    shown = json.loads((run / "publish" / "hftl.json").read_text(encoding="utf-8"))
-    # What the recipe lets be shown of the data stands in the folder alone, not in the record.
-    told |= {"examples": shown["examples"]} if "examples" in shown else {}
+    before = json.loads((run / "publish" / "hftl.json").read_text(encoding="utf-8"))
+    if "examples" in before:
+        told["examples"] = before["examples"]
     render = render_card if record["arms"] else render_adapted
     found = {
         "record.json": to_json(record),
-        "publish/README.md": render(told, told["published"]["repo_id"]),
+        "publish/README.md": render(told, place_of(told)),
         "publish/hftl.json": to_json(told),
     }
     path = run / "publish" / "adapter_config.json"

@@ -19,7 +19,7 @@ from hftl.card.plots import plot_frontier, plot_ladder
 from hftl.card.report import render_report
 from hftl.card.valid import own_card_problems
 from hftl.measure.verdict import decide, interval_text
-from hftl.publishing import publishable
+from hftl.publish.told import publishable
 from hftl.recipe import Recipe
 from hftl.record import to_json
 

@@ -24,7 +24,8 @@ def test_snippet_compiles_and_loads_the_right_thing(
 ) -> None:
     code = plain_snippet("org/adapter", base, revision, pooling, outputs, adapter, "text", example)
     compile(code, "snippet", "exec")
-    assert "hftl" not in code and 'path = "org/adapter"' in code and f"tokenizer({example}," in code
+    place = '"org/adapter"' if pooling == "native" else 'snapshot_download("org/adapter")'
+    assert "hftl" not in code and f"path = {place}\n" in code and f"tokenizer({example}," in code
     # Where peft has a class of its own, the adapter's config names the base and its commit.
     short = adapter and pooling == "native" and base is not None
     spelt_out = adapter and not short

@@ -3,12 +3,15 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hftl.card.plain import code
-from hftl.measure.mistakes import Mistake
+
+if TYPE_CHECKING:
+    # Named only: with it torch would come along, and a push needs none.
+    from hftl.measure.mistakes import Mistake
 
 AROUND = 8
 """Words shown on either side of one that was tagged wrong."""
@@ -21,7 +24,7 @@ Picture = Callable[[str], np.ndarray]
 
 
 def told_examples(
-    mistakes: list[Mistake], picture: Picture | None, folder: Path
+    mistakes: "list[Mistake]", picture: Picture | None, folder: Path
 ) -> list[dict[str, Any]]:
     """Mistakes as the published record tells them; pictures are written to the folder's assets.
 

@@ -83,8 +83,13 @@ def plain_snippet(
         )
     imports = "from PIL import Image\n" if kind == "image" else ""
     imports += "from safetensors.torch import load_file\n" if pooled else ""
+    path = json.dumps(place)
+    if pooled and is_hub_id(place):
+        # The head is a file of its own, which no library fetches.
+        imports = "from huggingface_hub import snapshot_download\n" + imports
+        path = f"snapshot_download({path})"
     return PAGE.format(
-        place=json.dumps(place), auto=auto, reader=reader, imports=imports,
+        place=path, auto=auto, reader=reader, imports=imports,
         peft_import="from peft import PeftModel\n" if adapter else "",
         reading=f"{name} = {reader}.from_pretrained(path)",
         load=_load(auto, base, revision, outputs, adapter, pooled),
