@@ -193,6 +193,20 @@ def publish(
 
 
 @app.command()
+def doctor(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="folder, run or hub id")],
+    base: Annotated[str | None, typer.Option(help="its base, if it is not the one named")] = None,
+    fix: Annotated[bool, typer.Option("--fix", help="mend what is safe to mend")] = False,
+) -> None:
+    """Examine any adapter without running any of it; exit code 4 if it has defects."""
+    from hftl.pipeline import quiet
+    from hftl.publish.doctor.told import diagnose
+
+    quiet()
+    raise typer.Exit(diagnose(adapter, base, fix, say))
+
+
+@app.command()
 def schema() -> None:
     """Print the recipe's JSON schema."""
     say(to_json(Recipe.model_json_schema()).rstrip())
