@@ -33,6 +33,7 @@ INDEX = {
     "movies-minilm-tapt": "recipes/movies-minilm/tapt.yaml",
     "movies-minilm-dapt": "recipes/movies-minilm/dapt.yaml",
     "movies-minilm-harmful": "recipes/movies-minilm/harmful.yaml",
+    "bbc-minilm-tapt": "recipes/bbc-minilm/tapt.yaml",
     "clipart-dinov2-mae": "recipes/clipart-dinov2/mae.yaml",
 }
 

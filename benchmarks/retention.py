@@ -44,6 +44,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "kl_general_1": kl(weight=1.0, inputs="general"),
     "kl_target_03": kl(weight=0.3),
     "lp_ft": {"retain": None, **PROBE},
+    "lp_ft_kl_target": {**kl(weight=0.3), **PROBE},
+    "lp_ft_kl_general": {**kl(weight=0.3, inputs="general"), **PROBE},
     "wise": {"retain": {"interpolate": [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]}, **PROBE},
     "l2sp_003": {"retain": {"l2sp": {"weight": 0.03}}},
     "ewc_0003": {"retain": {"ewc": {"weight": 0.003, "samples": 128}}},

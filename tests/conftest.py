@@ -3,8 +3,10 @@
 import csv
 import os
 import random
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import yaml
+from fresh import Fresh
 from tiny import BAD, FILLER, GOOD, SPECIAL, save_tiny, tiny_config, tiny_tokenizer
 
 __all__ = ["BAD", "FILLER", "GOOD", "SPECIAL", "tiny_config", "tiny_tokenizer"]
@@ -36,6 +39,22 @@ def write_csv(path: Path, header: list[str], rows: list[Any]) -> Path:
         writer.writerow(header)
         writer.writerows(rows)
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fast_reload() -> Iterator[None]:
+    """The gate's reload in a process that need not import the libraries anew, see `Fresh`."""
+    fresh = Fresh()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hftl.publish.gates.subprocess", SimpleNamespace(run=fresh.run))
+        yield
+    fresh.close()
+
+
+@pytest.fixture
+def own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate's reload as users have it, in a process started for it alone."""
+    monkeypatch.setattr("hftl.publish.gates.subprocess", subprocess)
 
 
 @pytest.fixture

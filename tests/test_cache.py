@@ -6,14 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_config
+from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from hftl.data.load import Row
+from hftl.data.pixels import ImageInputs
 from hftl.data.text import TextInputs
 from hftl.model import cache
 from hftl.model.cache import Features, frozen_features, logits
 from hftl.model.head import build, pool
 from hftl.model.source import find_source, load_tokenizer
-from hftl.sections import Source
+from hftl.sections import Data, Source, Table
 
 TEXTS = [("good film",), ("a dull plot with a story",), ("the scene was bright and warm it is",)]
 
@@ -66,3 +69,15 @@ def test_each_row_is_computed_once() -> None:
     assert features.of(rows).tolist() == [[1.0], [2.0], [3.0]]
     assert features.of([rows[2], rows[0]]).tolist() == [[3.0], [1.0]]
     assert asked == [2, 1]
+
+
+def test_what_a_model_keeps_of_a_forward_pass_may_train_later() -> None:
+    # BEiT keeps the numbers of its positions by the grid's size, for all models of the process.
+    config = tiny_config("beit", image_size=48, num_labels=2)
+    processor = ViTImageProcessorPil(size={"height": 48, "width": 48})
+    inputs = ImageInputs(Data(train=Table(path="none")), processor, {}, config.patch_size)
+    pictures = np.random.default_rng(0).integers(0, 255, (2, 3, 48, 48), dtype=np.uint8)
+    rows = [{"pixel_values": picture} for picture in pictures]
+    logits(AutoModelForImageClassification.from_config(config), rows, inputs, "cpu")
+    model = AutoModelForImageClassification.from_config(config)
+    model(**inputs.collate(rows)).logits.sum().backward()

@@ -17,6 +17,8 @@ from conftest import pictures, sentences, write_csv
 from safetensors.numpy import load_file
 from tiny import save_tiny
 
+import hftl
+
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -73,11 +75,7 @@ def test_two_processes_give_what_one_gives(
     data["general"] = {"path": str(general), "label": "label"}
     one = recipe(tmp_path / "one.yaml", model, data, 16)
     two = recipe(tmp_path / "two.yaml", model, data, 8)
-    alone = subprocess.run(
-        [sys.executable, "-m", "hftl", "run", str(one), "--output", "one"], cwd=tmp_path,
-        env=ENVIRONMENT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert alone.returncode == 0, alone.stderr
+    hftl.run(one, tmp_path / "one")
     both = launched(["run", str(two), "--output", "two"], tmp_path)
     assert both.returncode == 0, both.stderr
     assert "2 processes" in both.stdout and both.stdout.count("lora seed 0") == 1
@@ -116,16 +114,12 @@ def test_adaptation_on_two_processes_is_that_on_one(
         tree["adapt"] = {"objective": "mlm", "guard": "neighbours", "tolerance": 1, "pack": False,
                          "held_out": 0.2, "training": training}  # fmt: skip
         path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-        words = ["adapt", str(path), "--output", name]
         if name == "two":
-            done = launched(words, tmp_path)
+            done = launched(["adapt", str(path), "--output", name], tmp_path)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.count("adapt mlm full") == 1
         else:
-            done = subprocess.run(
-                [sys.executable, "-m", "hftl", *words], cwd=tmp_path, env=ENVIRONMENT,
-                capture_output=True, text=True, check=False,
-            )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("adapt mlm full") == 1
+            hftl.run(path, tmp_path / name, until="adapt")
         phase = tmp_path / name / "phases" / "adapt-1"
         found[name] = json.loads((phase / "told.json").read_text())
         assert (phase / "head.safetensors").exists() and not (

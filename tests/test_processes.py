@@ -247,7 +247,8 @@ def test_the_launcher_ends_after_the_report_without_a_warning(told: Any) -> None
     assert "rank 0 reports: the last error" in ended.stdout
     for noise in ("destroy_process_group", "find_unused_parameters", "Warning: [", "ProcessGroup"):
         assert noise not in ended.stderr
-    assert ended.stderr.count("exitcode  : 3") == 2
+    # The launcher may end the process that has nothing to report before it ends by itself.
+    assert ended.stderr.count("exitcode  : 3") >= 1
 
 
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:

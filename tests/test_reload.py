@@ -178,7 +178,7 @@ def test_every_architecture_reloads_to_the_same_logits(
 
 @pytest.mark.parametrize("case", THROUGH_THE_GATE, ids=lambda case: "-".join(map(str, case)))
 def test_the_gate_proves_it_in_a_process_of_its_own(
-    case: Case, tiny_model: Callable[..., Path], tmp_path: Path
+    case: Case, tiny_model: Callable[..., Path], tmp_path: Path, own_process: None
 ) -> None:
     name, masked, task, pooling, strategy = case
     data = section(name, task, tmp_path)

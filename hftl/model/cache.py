@@ -63,7 +63,8 @@ def _run(
     batches = batches_of_like([inputs.length(row) for row in encoded], BATCH_TOKENS)
     mine: dict[int, np.ndarray] = {}
     sound = True
-    with torch.inference_mode():
+    # Not inference_mode: BEiT keeps its table of positions for the trainings that follow.
+    with torch.no_grad():
         for numbers in processes.mine(batches):
             rows = [encoded[i] for i in numbers]
             batch = inputs.collate([dict(row) for row in rows])
