@@ -207,6 +207,22 @@ def doctor(
 
 
 @app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(metavar="RUN_OR_ADAPTER ...")],
+    data: Annotated[Path | None, typer.Option(help="labelled; default: the runs' test")] = None,
+    output: Annotated[Path | None, typer.Option(help=".csv, its plot beside it; or .png")] = None,
+) -> None:
+    """Score several runs or adapters on the same items, each against the first."""
+    from hftl.compare import compare as compared
+    from hftl.pipeline import quiet
+
+    quiet()
+    say(compared(models, data, output))
+    if output is not None:
+        say(f"wrote {output}, plot {output.with_suffix('.png')}")
+
+
+@app.command()
 def schema() -> None:
     """Print the recipe's JSON schema."""
     say(to_json(Recipe.model_json_schema()).rstrip())

@@ -52,7 +52,7 @@ def snapshot(hub: Path, name: str) -> Path:
     return hub / f"models--tiny--{name}" / "snapshots" / COMMIT
 
 
-def wrapped(base: Path, name: str, settings: dict[str, Any]) -> Any:
+def wrapped(base: Path, name: str, settings: dict[str, Any], seed: int = 3) -> Any:
     """A stock class with two labels under a LoRA adapter that is not zero."""
     import transformers
     from peft import LoraConfig, get_peft_model
@@ -60,7 +60,7 @@ def wrapped(base: Path, name: str, settings: dict[str, Any]) -> Any:
     tokens = settings.get("task_type") == "TOKEN_CLS"
     kind = "Image" if (base / "preprocessor_config.json").exists() else (
         "Token" if tokens else "Sequence")  # fmt: skip
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     if name == "vit-mae":
         found = find_source(Source(model=str(base)))
         model = transformers.ViTForImageClassification.from_pretrained(base, config=found.config)

@@ -10,9 +10,9 @@ ORDER = [
     "errors", "processes", "explain", "upstream", "borrowed", "yamlfile", "hubwords", "sections",
     "keeping", "recipe", "record", "places", "rundir", "metrics", "statistics", "data", "model",
     "analyse", "check", "retain", "train", "adapt", "finetune", "measure", "card", "publish",
-    "locate", "predict", "tables", "show", "init", "reads", "retaining", "ladder", "original",
-    "corpora", "objectives", "adapting", "publishing", "finish", "finish_adapted", "pipeline",
-    "failure", "cli", "__main__",
+    "locate", "predict", "switching", "tables", "show", "compare", "init", "reads", "retaining",
+    "ladder", "original", "corpora", "objectives", "adapting", "publishing", "finish",
+    "finish_adapted", "pipeline", "failure", "cli", "__main__",
 ]  # fmt: skip
 ROOT = Path(__file__).parent.parent / "hftl"
 FILES = [p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py"]
