@@ -109,7 +109,7 @@ def _sample(patient: Patient, source: SourceModel) -> list[Finding]:
     sample = None if patient.run is None else patient.run / "phases" / "package" / "sample.json"
     if sample is None or not sample.exists() or CONFIG not in patient.names:
         return []
-    difference = reload_difference(patient.folder, source, sample, "cpu")
+    difference = reload_difference(patient.folder, source.folder, sample, "cpu")
     if difference <= ALLOWED:
         return []
     return [defect(
