@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from hftl import rundir, secrets
 from hftl.card.adaptation import render_adapted
 from hftl.card.card import render_card
-from hftl.errors import HoldError, HubError, RecipeError
+from hftl.errors import HoldError, HubError, RecipeError, RunFolderError
 from hftl.explain import explain
 from hftl.publish.base import pinned_base
 from hftl.publish.gates import check_card, check_files, check_proof
@@ -29,6 +29,7 @@ from hftl.sections import Publish
 
 MESSAGE = "Publish a model with the evidence of what its transfer was worth"
 BASE_MESSAGE = "Publish the adapted base of an adapter"
+STAND_IN = ("owner/name", "0" * 40)
 FORESIGHT = 10.0
 """Seconds that may be lost at a hub that fails, before anything trains."""
 Say = Callable[[str], None]
@@ -64,11 +65,20 @@ def foresee(recipe: Recipe, say: Say) -> None:
     try:
         with patient(FORESIGHT):
             who = account()
-            check_right(who, full_id(who, wanted))
+            full = full_id(who, wanted)
+            check_right(who, full)
+            if _adapts_its_base(recipe):
+                check_right(who, f"{full}-base")
     except (AnsweredError, RightsError):
         raise
     except HubError as error:
         say(f"  warning: {error.what}; the push will be tried at the end")
+
+
+def _adapts_its_base(recipe: Recipe) -> bool:
+    """Whether the adapter would go on a base that the run makes."""
+    whole = any(stage.method != "lora" for stage in recipe.stages)
+    return whole and recipe.finetune.strategy == "lora"
 
 
 def looked_at(run: Path, asked: Asked) -> Listing:
@@ -78,6 +88,22 @@ def looked_at(run: Path, asked: Asked) -> Listing:
         RecipeError: if there is no base that others can have.
         RunFolderError: if the run is not finished, or a file may not leave the machine.
     """
+    _sound(asked)
+    if not (run / "record.json").exists():
+        raise RunFolderError(f"{run} is no finished run", "Finish it with `hftl run`")
+    record = Record.read(run).tree
+    listing = dry_run(run, _words(record, asked))
+    check_proof(run, record)
+    for text in _cards(run, record, asked):
+        check_card(text, run)
+    return listing
+
+
+def _sound(asked: Asked) -> None:
+    """Refuses arguments that the card and the record could not tell."""
+    for name, told in (("--repo-id", asked.repo_id), ("--force", asked.force)):
+        if told is not None and secrets.find(told) is not None:
+            raise RecipeError(f"{name} holds a secret", "Give what all may read")
     if asked.repo_id is not None:
         try:
             Publish(repo_id=asked.repo_id)
@@ -85,16 +111,6 @@ def looked_at(run: Path, asked: Asked) -> Listing:
             raise explain(error, "--repo-id", Publish) from error
     if asked.force is not None and not asked.force.strip():
         raise RecipeError("--force is empty", "Give the reason, which the card will tell")
-    if secrets.find(asked.force or "") is not None:
-        raise RecipeError("--force holds a secret", "Give a reason that the card may tell")
-    # A run that is not finished has no record to take words from; dry_run says so.
-    record = Record.read(run).tree if (run / "record.json").exists() else {}
-    listing = dry_run(run, _words(record, asked))
-    for name in ("publish-base", "publish"):
-        if (run / name).exists():
-            check_card(run / name)
-    check_proof(run, record)
-    return listing
 
 
 def refuse_hold(listing: Listing, asked: Asked) -> None:
@@ -122,8 +138,8 @@ def publish(run: Path, asked: Asked, say: Say) -> None:
     Raises:
         HftlError: one of its kinds, each with an exit code.
     """
-    if not (run / "publish" / "hftl.json").exists() or not (run / ".lock").exists():
-        dry_run(run)
+    if not (run / ".lock").exists():
+        raise RunFolderError(f"{run} is no finished run", "Finish it with `hftl run`")
     with rundir.locked(run):
         (run / "error.json").unlink(missing_ok=True)
         push_finished(run, asked, say)
@@ -236,16 +252,25 @@ def base_texts(record: dict[str, Any], base_id: str) -> dict[str, str]:
     }
 
 
+def _cards(run: Path, record: dict[str, Any], asked: Asked) -> list[str]:
+    """The cards as they will be, with ids and a commit that stand for those to come."""
+    base = STAND_IN if (run / "publish" / "adapter_config.json").exists() else None
+    amended = amend(record, STAND_IN[0], asked.force, base)
+    cards = [texts(run, amended, base)["publish/README.md"]]
+    if (run / "publish-base").exists():
+        alone = amend(record, STAND_IN[0], asked.force, None)
+        cards.append(base_texts(alone, STAND_IN[0])["publish-base/README.md"])
+    return cards
+
+
 def _gates(folder: Path, record: dict[str, Any], asked: Asked) -> None:
     """Once more, for what has been written since."""
     check_files(folder, _words(record, asked))
-    check_card(folder)
+    check_card((folder / "README.md").read_text(encoding="utf-8"), folder.parent)
 
 
 def _words(record: dict[str, Any], asked: Asked) -> frozenset[str]:
     """Names that the user has chosen to show: of repositories, and of labels."""
-    if not record:
-        return frozenset()
     published = record.get("published") or {}
     shown = [
         asked.repo_id, record["recipe"]["publish"]["repo_id"], published.get("repo_id"),

@@ -18,13 +18,9 @@ PATIENCE = {"PATIENCE": 3.0, "TIMEOUT": 1.0, "FIRST_WAIT": 0.01, "LONGEST_WAIT":
 """Of the pushes of tests, in seconds."""
 
 
-def finished_run(
-    folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any],
-    decision: str = "publish",
-) -> Path:  # fmt: skip
-    """A finished run of the tiny model under `folder`, of a verdict that the test chooses."""
-    import hftl
-    from hftl import finish, yamlfile
+def small_recipe(folder: Path, model: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that runs in seconds; its table is written to `folder`."""
+    from hftl import yamlfile
 
     table = write_csv(folder / "reviews.csv", ["text", "label"], sentences(100))
     tree: dict[str, Any] = {
@@ -36,6 +32,18 @@ def finished_run(
     }  # fmt: skip
     for key, value in changes.items():
         yamlfile.set_key(tree, key, value)
+    return tree
+
+
+def finished_run(
+    folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any],
+    decision: str = "publish",
+) -> Path:  # fmt: skip
+    """A finished run of the tiny model under `folder`, of a verdict that the test chooses."""
+    import hftl
+    from hftl import finish
+
+    tree = small_recipe(folder, model, changes)
     verdict = {"decision": decision, "reasons": ["the test says so"]}
     monkeypatch.setattr(finish, "decide", lambda *given: verdict)
     hftl.run(hftl.Recipe.parse(tree), folder / "run")

@@ -2,54 +2,16 @@
 
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from localhub import LocalHub, running
-from published import BASE, Pusher, finished_run, pusher, put_base
+from localhub import LocalHub
+from published import BASE, Pusher
+from pushed import ME, hub, local, made, push, run, says
 
-from hftl.rundir import sha256
-
-ME = "me/model"
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[LocalHub]:
-    with running() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def made(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path], hub: LocalHub
-) -> Path:
-    """A finished run of a LoRA adapter with a native head; its base stands at the hub."""
-    put_base(hub, tiny_model())
-    hub.control(keep=True)
-    with pytest.MonkeyPatch.context() as patch:
-        return finished_run(tmp_path_factory.mktemp("made"), tiny_model(), patch, {})
-
-
-@pytest.fixture(scope="module")
-def push(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pusher]:
-    with pusher(hub.environment(tmp_path_factory.mktemp("home"))) as found:
-        yield found
-
-
-@pytest.fixture
-def run(made: Path, hub: LocalHub, tmp_path: Path) -> Path:
-    """A copy of the run to push, and a hub that holds the base alone."""
-    hub.control(restore=True, faults=[])
-    shutil.copytree(made, tmp_path / "run")
-    return tmp_path / "run"
-
-
-def local(folder: Path) -> dict[str, str]:
-    """The files of a folder by their sha256."""
-    return {p.relative_to(folder).as_posix(): sha256(p) for p in folder.rglob("*") if p.is_file()}
+__all__ = ["hub", "made", "push", "run"]
 
 
 def commits(hub: LocalHub, repo_id: str = ME) -> list[dict[str, Any]]:
@@ -58,14 +20,6 @@ def commits(hub: LocalHub, repo_id: str = ME) -> list[dict[str, Any]]:
 
 def told(run: Path, name: str) -> dict[str, Any]:
     return json.loads((run / name).read_text(encoding="utf-8"))
-
-
-def says(found: tuple[int, str, str], code: int, *words: str) -> None:
-    """A failure of that code, in one line with these words."""
-    assert found[0] == code, found
-    assert re.fullmatch(r"hftl: error: [^\n]+\n", found[2]), found[2]
-    for word in words:
-        assert word in found[2], found[2]
 
 
 def test_a_push_is_one_commit_of_exactly_the_publish_folder(

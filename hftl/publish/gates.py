@@ -84,17 +84,21 @@ def check_files(folder: Path, words: frozenset[str] = frozenset()) -> list[str]:
     return files
 
 
-def check_card(folder: Path) -> None:
-    """Looks at a publish folder's card as the hub will.
+def check_card(text: str, run: Path) -> None:
+    """Looks at a card as the hub will.
+
+    Args:
+        text: the whole README.md.
+        run: the run that it is of.
 
     Raises:
         RunFolderError: naming the first problem.
     """
-    problems = card_problems((folder / "README.md").read_text(encoding="utf-8"))
+    problems = card_problems(text)
     if problems:
         raise RunFolderError(
-            f"{folder / 'README.md'} is not a card that can be published: {problems[0]}",
-            f"Write it again: hftl card {folder.parent}",
+            f"the card of {run} cannot be published: {problems[0]}",
+            f"Write it again: hftl card {run}",
         )
 
 
