@@ -28,7 +28,8 @@ def retention_words(record: dict[str, Any]) -> list[str]:
     if retain["ewc"]:
         ewc = retain["ewc"]
         words.append(f"EWC by {_information(record)}, weight {ewc['weight']:g}")
-    if retain["replay"] and retain["replay"]["labelled"]:
+    # Records of before there was labelled replay, or a word on the information, tell none.
+    if (retain["replay"] or {}).get("labelled"):
         words.append(_replay(retain["replay"]))
     told = [f"kept near the original by {' and '.join(words)}"] if words else []
     if retain["interpolate"]:
@@ -57,7 +58,9 @@ def _replay(replay: dict[str, Any]) -> str:
 
 def _information(record: dict[str, Any]) -> str:
     """Of which kind, and of how many rows; the same for all seeds."""
-    fisher = _own(record)[0]["fisher"]
+    fisher = _own(record)[0].get("fisher")
+    if fisher is None:
+        return "the Fisher information of general rows"
     return f"the {fisher['kind']} Fisher information of {fisher['rows']:,} general rows"
 
 
