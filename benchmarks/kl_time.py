@@ -78,7 +78,7 @@ def once(recipe: hftl.Recipe, bench: Workbench, way: str) -> tuple[float, float]
         WAYS[way],
         recipe.finetune,
         0,
-        lambda: {},
+        lambda: ({}, {}),
         lambda before: before.build("mean", 0).model,
     )
     train_arm(bench, recipe.finetune, 0, False, kept)

@@ -33,7 +33,9 @@ INDEX = {
     "movies-minilm-tapt": "recipes/movies-minilm/tapt.yaml",
     "movies-minilm-dapt": "recipes/movies-minilm/dapt.yaml",
     "movies-minilm-harmful": "recipes/movies-minilm/harmful.yaml",
+    "movies-minilm-whole": "recipes/movies-minilm/whole.yaml",
     "bbc-minilm-tapt": "recipes/bbc-minilm/tapt.yaml",
+    "bbc-minilm-dapt": "recipes/bbc-minilm/dapt.yaml",
     "clipart-dinov2-mae": "recipes/clipart-dinov2/mae.yaml",
 }
 

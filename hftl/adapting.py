@@ -24,7 +24,7 @@ from hftl.objectives import check_objective, measure_of, objective, rule_of, tas
 from hftl.reads import adapt_reads
 from hftl.recipe import Recipe, arms
 from hftl.record import to_json
-from hftl.sections import Adapt
+from hftl.stages import Adapt
 
 HEAD = "head.safetensors"
 

@@ -196,6 +196,36 @@ def _list(found: "Listing") -> None:
 
 
 @app.command()
+def doctor(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="folder, run or hub id")],
+    base: Annotated[str | None, typer.Option(help="its base, if it is not the one named")] = None,
+    fix: Annotated[bool, typer.Option("--fix", help="mend what is safe to mend")] = False,
+) -> None:
+    """Examine any adapter without running any of it; exit code 4 if it has defects."""
+    from hftl.pipeline import quiet
+    from hftl.publish.doctor.told import diagnose
+
+    quiet()
+    raise typer.Exit(diagnose(adapter, base, fix, say))
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(metavar="RUN_OR_ADAPTER ...")],
+    data: Annotated[Path | None, typer.Option(help="labelled; default: the runs' test")] = None,
+    output: Annotated[Path | None, typer.Option(help=".csv, its plot beside it; or .png")] = None,
+) -> None:
+    """Score several runs or adapters on the same items, each against the first."""
+    from hftl.compare import compare as compared
+    from hftl.pipeline import quiet
+
+    quiet()
+    say(compared(models, data, output))
+    if output is not None:
+        say(f"wrote {output}, plot {output.with_suffix('.png')}")
+
+
+@app.command()
 def schema() -> None:
     """Print the recipe's JSON schema."""
     say(to_json(Recipe.model_json_schema()).rstrip())

@@ -23,7 +23,8 @@ from hftl.finetune.workbench import MEASURED, Workbench
 from hftl.ladder import Run
 from hftl.model.parts import TOKENS
 from hftl.record import fingerprint, to_json
-from hftl.sections import Adapt, Data
+from hftl.sections import Data
+from hftl.stages import Adapt
 
 SAMPLE = 1000
 """Documents or pictures of general data that are looked at."""

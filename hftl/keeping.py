@@ -1,8 +1,8 @@
 """The section `retain` of a recipe: what keeps a model near the original, and how much of it."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from hftl.sections import Section
 
@@ -53,6 +53,17 @@ class Replay(Section):
 
     ratio: float = Field(default=0.5, gt=0)
     """Rows of general data for each row of the target."""
+    labelled: bool = False
+    """Whether they are learnt from, too: by the column of data.general that is named as the one of
+    the task's labels."""
+    weight: float = Field(default=1.0, ge=0)
+    """labelled: of their mean loss, beside the mean over the target's rows."""
+
+    @model_validator(mode="after")
+    def _weighs_a_loss(self) -> Self:
+        if not self.labelled and "weight" in self.model_fields_set and self.weight != 1:
+            raise ValueError("weight is of the loss on labelled rows, and labelled is false")
+        return self
 
 
 def _plural(value: Any) -> str:
@@ -91,3 +102,9 @@ class Retain(Section):
         """Whether it reads general data."""
         on_general = any(kl.inputs != "target" for kl in self.kls)
         return on_general or self.ewc is not None or self.replay is not None
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether it reads the task's labels of general data."""
+        empirical = self.ewc is not None and self.ewc.fisher == "empirical"
+        return empirical or (self.replay is not None and self.replay.labelled)

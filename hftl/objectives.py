@@ -24,7 +24,7 @@ from hftl.finetune.watch import neighbours_kept, probe_score
 from hftl.finetune.workbench import Workbench
 from hftl.model.source import SourceModel, load_tokenizer
 from hftl.recipe import Recipe
-from hftl.sections import TOLERANCE, Adapt
+from hftl.stages import TOLERANCE, Adapt
 
 HELD_OUT = 256
 """Blocks or pictures that a held-out loss is taken on, at most."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from hftl import rundir
 from hftl.finetune.embed import compared, embed_original
+from hftl.finetune.own_heads import own_classes
 from hftl.finetune.retention import TAU
 from hftl.finetune.store import read_embeddings, write_embeddings
 from hftl.finetune.workbench import Workbench
@@ -58,8 +59,17 @@ def forgetting_record(
             for name, labels in asked.controls.items()
         ],
         "tau": asked.tau,
+        "backward_control": _backward_control(bench, before),
         **section(figures(before, after, asked), asked, plain),
     }
+
+
+def _backward_control(bench: Workbench, before: Features) -> str | None:
+    """The control that holds the source's own classes, where it was asked for them."""
+    if bench.general is None or "backward" not in before:
+        return None
+    known = own_classes(bench.source, bench.general)
+    return known and known[0]
 
 
 def _is_original(arm: Arm) -> bool:

@@ -27,7 +27,7 @@ from hftl.pushing import Asked, foresee, push_finished
 from hftl.reads import data_reads, general_reads, refuse_changed
 from hftl.recipe import Recipe, arms
 from hftl.record import Record, fingerprint
-from hftl.retaining import check_kept
+from hftl.retaining import check_kept, check_labelled, reads_labels
 
 UNTIL = ("adapt", "finetune", "measure", "publish")
 
@@ -99,6 +99,7 @@ def _phases(this: Run, until: str, restart: bool) -> Record | None:
     bench = processes.first(lambda: _bench(this, source))
     if until != "adapt":
         bench.general = processes.first(lambda: _general(this, bench))
+        processes.first(lambda: check_labelled(recipe, bench))
     if metric is not None:
         measured = bench.prepared.measured(bench.prepared.rows["validation"])
         # A metric that cannot take these labels should say so before anything trains.
@@ -134,11 +135,16 @@ def preflight(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     source = find_source(recipe.source)
     check_stages(recipe, source)
     check_kept(recipe, source)
-    prepared = data_stage.prepare(recipe.data, reading_of(source, str(recipe.data.task)))
+    reading = reading_of(source, str(recipe.data.task))
+    prepared = data_stage.prepare(recipe.data, reading)
     bench = new_bench(recipe, source, prepared)
     wanted = arms(recipe)
     if not wanted:
         return adaptation_header(recipe, bench), {"warnings": []}
+    if reads_labels(recipe):
+        data = pinned(recipe.data, prepared.facts["hub_revisions"])
+        bench.general = load_general(data, prepared, reading)
+        check_labelled(recipe, bench)
     found = bench.check(recipe.data.max_length, wanted)
     return header(recipe, bench, wanted, len(wanted) * len(recipe.measure.seeds)), found
 

@@ -146,13 +146,24 @@ def load(path: str | Path, base: str | Path | None = None) -> Predictor:
         RunFolderError: if a run has no publish folder yet, or the base has other weights.
         HubError: if a hub id cannot be had.
     """
-    from transformers import AutoConfig
-
     folder = published_folder(path)
     need_head(folder)
     told = read_json(folder / "hftl.json")
     adapter = (folder / "adapter_config.json").exists()
-    model = reload.load(folder, base_folder(folder, told, base) if adapter else None)
+    return with_model(
+        folder, reload.load(folder, base_folder(folder, told, base) if adapter else None)
+    )
+
+
+def with_model(folder: Path, model: nn.Module) -> Predictor:
+    """A published folder's model with what the folder says of its task, names and inputs.
+
+    Raises:
+        RecipeError: if the folder has no usable tokenizer or processor.
+    """
+    from transformers import AutoConfig
+
+    told = read_json(folder / "hftl.json")
     config: Any = AutoConfig.from_pretrained(folder)
     task = _task(told, config)
     names = told["data"]["labels"] if "data" in told else list(config.id2label.values())

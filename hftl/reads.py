@@ -12,7 +12,7 @@ from hftl import rundir, yamlfile
 from hftl.errors import RunFolderError
 from hftl.keeping import Retain
 from hftl.recipe import Arm, Recipe
-from hftl.sections import Adapt
+from hftl.stages import Adapt
 
 PATHS = ("path", "format", "split", "revision", "name")
 """Where a table lies is not what it says: data count by content."""
@@ -52,6 +52,9 @@ def arm_reads(recipe: Recipe, arm: Arm) -> dict[str, Any]:
     if "patience" in used:
         used = (*used, *(key for key in ("layer_decay", "lr") if section[key] is not None))
     reads = yamlfile.flatten({key: section[key] for key in used}, "finetune") if used else {}
+    if arm.strategy == "gradual":
+        # Each phase has its own number of epochs.
+        reads.pop("finetune.training.num_train_epochs", None)
     reads |= stages_flat(arm.stages)
     if arm.retain is not None:
         reads |= retain_flat(arm.retain)
@@ -109,6 +112,9 @@ def retain_flat(retain: Retain) -> dict[str, Any]:
         for key, value in retain.model_dump(mode="json").items()
         if value is not None
     }
+    if retain.replay is not None and not retain.replay.labelled:
+        # Without labels there is no loss to weigh.
+        tree["replay"] = {"ratio": retain.replay.ratio}
     return yamlfile.flatten(tree, "retain")
 
 

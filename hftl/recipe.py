@@ -11,21 +11,10 @@ from hftl import secrets, yamlfile
 from hftl.errors import RecipeError
 from hftl.explain import closest, explain
 from hftl.keeping import Retain
-from hftl.sections import (
-    ADAPT_RATE,
-    BASELINES,
-    NOT_BUILT,
-    STRATEGIES,
-    Adapt,
-    Data,
-    Finetune,
-    Measure,
-    Publish,
-    Section,
-    Source,
-    Stages,
-    Table,
-)
+from hftl.needs import check_adaptation, check_pooling, check_retained
+from hftl.sections import BASELINES, NOT_BUILT, STRATEGIES, Data, Measure, Publish, Section, Source
+from hftl.stages import ADAPT_RATE, Adapt, Stages
+from hftl.tuning import Finetune
 
 DEFAULT_METRIC = {
     "regression": "pearson", "multi-label": "micro_f1", "token-classification": "f1",
@@ -47,59 +36,11 @@ class Recipe(Section):
     _path: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
-    def _words_are_not_pooled(self) -> Self:
-        if self.data.task == "token-classification" and self.finetune.pooling != "native":
-            raise RecipeError(
-                f"finetune.pooling={self.finetune.pooling} makes one vector a text, and "
-                "token-classification needs one a word",
-                "Set it to native",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _adaptation_has_what_it_needs(self) -> Self:
-        if self.data.task is None and self.adapt is None:
-            raise RecipeError("data.task=null adapts only, and adapt is null", "Give one of them")
-        for split in ("validation", "test"):
-            if self.data.task is None and isinstance(getattr(self.data, split), Table):
-                raise RecipeError(
-                    f"data.{split} is of no use where data.task is null",
-                    "Remove it, or name a task",
-                )
-        unlabeled = self.data.unlabeled is not None
-        for stage in self.stages:
-            if stage.corpus == "unlabeled" and not unlabeled:
-                raise RecipeError("adapt.corpus=unlabeled, but data.unlabeled is null", "Give it")
-            if stage.guard == "probe" and self.data.task is None:
-                raise RecipeError(
-                    "adapt.guard=probe needs labels, and data.task is null",
-                    "Use general, neighbours or off",
-                )
-            if stage.guard == "general" and self.data.general is None:
-                raise RecipeError("adapt.guard=general, but data.general is null", "Give it")
-        return self
-
-    @model_validator(mode="after")
-    def _retention_has_what_it_needs(self) -> Self:
-        if self.retain is not None and self.retain.needs_general and self.data.general is None:
-            raise RecipeError(
-                "retain reads general data (replay, ewc, or kl.inputs), but data.general is null",
-                "Give data.general, or leave that part of retain out",
-            )
-        between = self.retain is not None and self.retain.interpolate is not None
-        if between and self.finetune.head_init == "random":
-            raise RecipeError(
-                "retain.interpolate goes from the original to the trained weights, and with "
-                "finetune.head_init=random the original has no head",
-                "Set finetune.head_init=probe",
-            )
-        probed = self.retain is not None and any(kl.on == "probe" for kl in self.retain.kls)
-        if probed and self.finetune.head_init == "random":
-            raise RecipeError(
-                "retain.kl.on=probe is KL to what the head says, and with "
-                "finetune.head_init=random nobody has trained it",
-                "Set finetune.head_init=probe, or use retain.kl.on=relational",
-            )
+    def _has_what_it_needs(self) -> Self:
+        check_pooling(self.data, self.finetune)
+        check_adaptation(self.stages, self.data)
+        if self.retain is not None:
+            check_retained(self.retain, self.data, self.finetune)
         return self
 
     @property

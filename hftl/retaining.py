@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from hftl import processes, rundir
+from hftl.data.general import check_labels
 from hftl.finetune.arm import set_probe, train_arm
-from hftl.finetune.retention import Kept, check_retention, kept_near
+from hftl.finetune.retention import Fisher, Kept, check_retention, general_examples, kept_near
 from hftl.finetune.weight import (
     choose_weight,
     forgotten,
@@ -25,7 +26,7 @@ from hftl.model.head import Built
 from hftl.model.source import SourceModel
 from hftl.recipe import Arm, Recipe, arms
 from hftl.record import fingerprint, to_json
-from hftl.retain.fisher import fisher_information, load_fisher, save_fisher
+from hftl.retain.fisher import fisher_information, load_fisher, provenance, save_fisher
 
 FISHER = "fisher.safetensors"
 ANSWERS = {"classification": "classes", "multi-label": "labels", "regression": "target"}
@@ -66,6 +67,22 @@ def check_kept(recipe: Recipe, source: SourceModel) -> None:
     """
     for arm in arms(recipe):
         check_retention(arm, source, str(recipe.data.task))
+
+
+def reads_labels(recipe: Recipe) -> bool:
+    """Whether an arm learns from labels of general data."""
+    return any(arm.retain is not None and arm.retain.reads_labels for arm in arms(recipe))
+
+
+def check_labelled(recipe: Recipe, bench: Workbench) -> None:
+    """Refuses general data that an arm learns from by labels which the task has not.
+
+    Raises:
+        DataError: see `check_labels`.
+    """
+    if reads_labels(recipe):
+        assert bench.general is not None
+        check_labels(bench.general, bench.label, bench.prepared.names)
 
 
 def _kept(
@@ -120,10 +137,9 @@ def _chosen(
     return json.loads((place / "weight.json").read_text("utf-8"))
 
 
-def _fisher(
-    bench: Workbench, arm: Arm, retain: Retain, seed: int, folder: Path
-) -> dict[str, Tensor]:
-    """The Fisher information at the original, on general rows, kept for all arms that read it."""
+def _fisher(bench: Workbench, arm: Arm, retain: Retain, seed: int, folder: Path) -> Fisher:
+    """The Fisher information at the original, on general rows, kept for all arms that read it; and
+    where it comes from."""
     ewc, general = retain.ewc, bench.general
     assert ewc is not None and general is not None
     rows = general.used[: ewc.samples]
@@ -141,10 +157,11 @@ def _fisher(
     if processes.share(lambda: rundir.reads(place)) != reads:
         built = _start(bench, arm, seed)
         built.model.to(bench.device)
-        encoded = bench.encoded(rows)
+        # A label is looked at by the empirical information alone.
+        examples = general_examples(bench, ewc.fisher == "empirical")
         found, scale = fisher_information(
             built.model, dict(built.encoder.named_parameters()), len(rows),
-            lambda number: _batch(bench, encoded[number]), ewc.fisher, 0,
+            lambda number: _batch(bench, examples[number]), ewc.fisher, 0,
             ANSWERS.get(bench.prepared.task, "classes"),
         )  # fmt: skip
 
@@ -154,7 +171,8 @@ def _fisher(
                 save_fisher(found, aside / FISHER, told)
 
         processes.share(keep)
-    return load_fisher(place / FISHER)[0]
+    information, told = load_fisher(place / FISHER)
+    return information, provenance(told)
 
 
 def _batch(bench: Workbench, row: Any) -> dict[str, Any]:

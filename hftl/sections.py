@@ -17,8 +17,6 @@ from pydantic import (
     model_validator,
 )
 
-from hftl.borrowed import lora_fields, training_fields
-from hftl.errors import RecipeError
 from hftl.explain import closest
 from hftl.hubwords import LANGUAGE, LICENSES
 
@@ -27,17 +25,6 @@ BASELINES = ("scratch", "classical", "majority")
 NOT_BUILT = {
     "zero_shot": "the zero-shot baseline",
 }
-TRAINING = {"learning_rate": 5.0e-4, "num_train_epochs": 5}
-LORA = {"r": 8, "lora_alpha": 16}
-ADAPT_TRAINING = {"num_train_epochs": 10, "warmup_steps": 0.06, "weight_decay": 0.01}
-ADAPT_LORA = {"r": 16, "lora_alpha": 32}
-ADAPT_RATE = {
-    ("mlm", "full"): 1.0e-4, ("mlm", "lora"): 5.0e-4, ("mlm", "lora+blocks"): 3.0e-4,
-    ("mae", "full"): 5.0e-5, ("mae", "lora"): 5.0e-4, ("mae", "lora+blocks"): 3.0e-4,
-}  # fmt: skip
-TOLERANCE = {"probe": 0.01, "general": 0.1, "neighbours": 0.5, "off": 0.0}
-"""By guard: a point of the probe's metric, a tenth of a nat of the general loss, half of the
-neighbours."""
 
 
 class Section(BaseModel):
@@ -183,137 +170,11 @@ class Data(Section):
             raise ValueError(f"the fractions of validation and test add up to {taken:g}")
         return self
 
-
-class Decoder(Section):
-    """The decoder of masked images, where the source has none of its own."""
-
-    width: int = Field(default=192, ge=8)
-    depth: int = Field(default=2, ge=1)
-
-
-class Adapt(Section):
-    """Continued pre-training on inputs without labels, and what must not get worse meanwhile."""
-
-    objective: Literal["mlm", "mae"]
-    corpus: Literal["task", "unlabeled"] | None = None
-    """`task`: train's own inputs, before shots (TAPT); `unlabeled`: data.unlabeled (DAPT); null:
-    unlabeled where it is given."""
-    method: Literal["full", "lora", "lora+blocks"] = "full"
-    mask_ratio: float = Field(gt=0, lt=1)
-    """Share of the words, or of the patches, that are hidden."""
-    whole_words: bool = True
-    pack: bool = True
-    """mlm: documents side by side in blocks of data.max_length, or each on its own."""
-    norm_pix_loss: bool = True
-    decoder: Decoder = Decoder()
-    distill: float = Field(default=0.0, ge=0)
-    """mae: weight of the distance to the original's features (GFM)."""
-    lora: dict[str, Any] = ADAPT_LORA
-    blocks: int = Field(default=1, ge=1)
-    """lora+blocks: how many top blocks train whole."""
-    held_out: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the corpus that never trains; the loss on it is what adaptation is judged by."""
-    transductive: bool = False
-    """Lets inputs of validation and test into the corpus."""
-    guard: Literal["probe", "general", "neighbours", "off"] | None = None
-    """What must not get worse; null: probe, without a task neighbours."""
-    tolerance: float | None = Field(default=None, ge=0)
-    """By how much the guard may get worse, in its own unit; null: see `TOLERANCE`."""
-    patience: int | None = Field(default=3, ge=1)
-    """Evaluations that are not the best so far before it stops; null: never."""
-    training: dict[str, Any]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults(cls, tree: Any) -> Any:
-        """What depends on the objective and the method."""
-        if not isinstance(tree, dict):
-            return tree
-        objective, method = str(tree.get("objective")), str(tree.get("method", "full"))
-        rate = ADAPT_RATE.get((objective, method), 1.0e-4)
-        training = training_fields("adapt", tree.get("training") or {})
-        found: dict[str, Any] = {
-            "mask_ratio": 0.75 if objective == "mae" else 0.15,
-            **{key: value for key, value in tree.items() if value is not None},
-        }
-        return found | {"training": ADAPT_TRAINING | {"learning_rate": rate} | training}
-
-    @field_validator("lora", mode="before")
-    @classmethod
-    def _lora_fields(cls, given: Any) -> dict[str, Any]:
-        return ADAPT_LORA | lora_fields("adapt", given)
-
-
-def _number(value: Any) -> str:
-    return "several" if isinstance(value, list) else "one"
-
-
-Stages = Annotated[
-    Annotated[Adapt, Tag("one")] | Annotated[list[Adapt], Tag("several"), Field(min_length=1)],
-    Discriminator(_number),
-]
-
-
-class Rates(Section):
-    """Learning rates of the parts of a model; what is left out takes `training.learning_rate`."""
-
-    embeddings: float | None = Field(default=None, ge=0)
-    blocks: list[Annotated[float, Field(ge=0)]] | None = Field(default=None, min_length=1)
-    """From the bottom to the top; the last one holds for all blocks above."""
-    head: float | None = Field(default=None, ge=0)
-
-
-class Gradual(Section):
-    """Gradual unfreezing: how long each phase lasts, and whether all parameters train at last."""
-
-    epochs: float = Field(default=1, gt=0)
-    """Of every phase, at most, in the place of `training.num_train_epochs`."""
-    final_epochs: float = Field(default=0, ge=0)
-    """Of the last phase, in which everything trains at a low rate from the best weights so far,
-    wherever unfreezing has stopped; 0: there is none."""
-    final_rate: float = Field(default=0.1, gt=0)
-    """The share of the learning rate in that phase."""
-
-
-class Finetune(Section):
-    """What trains, and how. `training` is transformers', `lora` is peft's."""
-
-    strategy: Literal["head", "partial", "gradual", "lora", "full"] = "lora"
-    pooling: Literal["native", "mean", "cls"] = "native"
-    head_init: Literal["probe", "random"] = "probe"
-    blocks: int = Field(default=2, ge=1)
-    patience: int | None = Field(default=None, ge=1)
-    """Evaluations without improvement on validation before training stops; null: never."""
-    layer_decay: float | None = Field(default=None, gt=0, le=1)
-    """Each block's learning rate is that of the one above it times this; null: one rate for all."""
-    lr: Rates | None = None
-    gradual: Gradual = Gradual()
-    lora: dict[str, Any] = LORA
-    training: dict[str, Any] = TRAINING
-
     @property
-    def rates(self) -> dict[str, Any] | None:
-        """`lr` as `TransferTrainer` takes it."""
-        return None if self.lr is None else self.lr.model_dump()
-
-    @model_validator(mode="after")
-    def _phases_have_epochs(self) -> Self:
-        if self.strategy == "gradual" and self.training.get("max_steps", -1) > 0:
-            raise RecipeError(
-                "finetune.training.max_steps is of one training, and gradual unfreezing is several",
-                "Use finetune.gradual.epochs",
-            )
-        return self
-
-    @field_validator("training", mode="before")
-    @classmethod
-    def _training_fields(cls, given: Any) -> dict[str, Any]:
-        return TRAINING | training_fields("finetune", given)
-
-    @field_validator("lora", mode="before")
-    @classmethod
-    def _lora_fields(cls, given: Any) -> dict[str, Any]:
-        return LORA | lora_fields("finetune", given)
+    def general_is_labelled(self) -> bool:
+        """Whether general data have the task's labels: in the column that train has them in."""
+        named = self.general is not None and self.train.label in self.general.labels
+        return named and self.task == "classification"
 
 
 class Search(Section):

@@ -138,6 +138,32 @@ def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float
     return mean - half, mean + half
 
 
+def item_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float] | None:
+    """Interval of a mean over random items, for one model: the one-sample t interval.
+
+    mean -+ t_{N-1} sd / sqrt(N), sd with N - 1 degrees of freedom (Student 1908, Biometrika 6:1).
+
+    Args:
+        values: (units,) contributions to the statistic, as from `jackknife`.
+        level: nominal coverage, in (0, 1).
+
+    Returns:
+        (low, high) in the unit of `values`, or None under two units.
+
+    Raises:
+        ValueError: `values` is not one-dimensional or not finite, or `level` is outside (0, 1).
+    """
+    values = _finite("values", values, 1)
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1), got {level}")
+    if len(values) < 2:
+        return None
+    mean = float(values.mean())
+    critical = float(special.stdtrit(len(values) - 1, (1 + level) / 2))
+    half = critical * float(values.std(ddof=1)) / len(values) ** 0.5
+    return mean - half, mean + half
+
+
 def sign_flip_p(deltas: np.ndarray) -> float | None:
     """Two-sided sign-flip permutation p-value of the mean of per-seed gains.
 

@@ -20,7 +20,8 @@ from hftl.data import masking
 from hftl.data.image import resized
 from hftl.data.pixels import ImageInputs
 from hftl.model.source import find_source, load_processor
-from hftl.sections import Adapt, Data, Source
+from hftl.sections import Data, Source
+from hftl.stages import Adapt
 from hftl.train.checkpoint import trained
 
 KINDS = {"mlm": "bert", "mae": "dinov2"}

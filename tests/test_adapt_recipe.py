@@ -10,7 +10,7 @@ import yaml
 from hftl.errors import RecipeError
 from hftl.reads import adapt_reads, stages_flat
 from hftl.recipe import Arm, Recipe, arms
-from hftl.sections import ADAPT_RATE
+from hftl.stages import ADAPT_RATE
 from hftl.yamlfile import override
 
 BARE: dict[str, Any] = {"source": {"model": "org/model"}, "data": {"train": {"path": "a.csv"}}}

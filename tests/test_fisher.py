@@ -18,7 +18,7 @@ from hftl.errors import NumericError, RecipeError
 from hftl.model.head import build, pool
 from hftl.model.source import find_source
 from hftl.retain import fisher as module
-from hftl.retain.fisher import fisher_information, load_fisher, save_fisher
+from hftl.retain.fisher import fisher_information, load_fisher, provenance, save_fisher
 from hftl.retain.view import Tap
 from hftl.sections import Source
 
@@ -311,6 +311,9 @@ def test_its_mean_is_one_and_it_comes_back_from_the_disk(model: Any, tmp_path: P
     save_fisher(fisher, tmp_path / "fisher.safetensors", {"kind": "features", "scale": scale})
     found, told = load_fisher(tmp_path / "fisher.safetensors")
     assert told == {"kind": "features", "scale": str(scale)}
+    assert provenance(told | {"rows": "6"}) == {
+        "kind": "features", "rows": 6, "draws": 2, "scale": scale, "mean": 1.0,
+    }  # fmt: skip
     assert found.keys() == fisher.keys()
     assert all(torch.equal(found[name], fisher[name]) for name in found)
 

@@ -22,8 +22,9 @@ from hftl.finetune.workbench import Workbench
 from hftl.model.source import find_source
 from hftl.recipe import Recipe, arms
 from hftl.retain.weights import lora_layers, update
-from hftl.sections import Finetune, Source
+from hftl.sections import Source
 from hftl.train.checkpoint import trained
+from hftl.tuning import Finetune
 
 
 @pytest.fixture

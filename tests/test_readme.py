@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from conftest import sentences, write_csv
 from typer.testing import CliRunner
@@ -145,6 +146,25 @@ def test_python_block_runs(
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split()[1] in ("publish", "hold")
     assert printed[1] in ("negative", "positive")
+
+
+def test_publishing_lines_are_understood() -> None:
+    commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    lines = [shlex.split(line, comments=True) for line in shown("publish").splitlines()]
+    assert [words[1] for words in lines] == ["publish", "publish", "doctor", "compare"]
+    for words in lines:
+        commands[words[1]].make_context(words[1], words[2:])
+    # What comments name is understood too.
+    commands["publish"].make_context("publish", ["runs/reviews", "--pr", "--force", "why"])
+    commands["doctor"].make_context("doctor", ["me/reviews", "--fix"])
+
+
+def test_whole_line_names_what_exists() -> None:
+    assets, run = (shlex.split(part) for part in shown("whole").split(" && "))
+    assert assets[:2] == ["python", "benchmarks/assets.py"] and run[:2] == ["hftl", "run"]
+    recipe = Recipe.load(ROOT / run[2])
+    read = [recipe.data.train, recipe.data.general]
+    assert [table.path for table in read if table] == [f"assets/{n}/{n}.csv" for n in assets[2:]]
 
 
 def test_launch_lines_name_what_exists() -> None:

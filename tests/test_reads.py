@@ -125,6 +125,23 @@ def test_an_arm_reads_what_its_strategy_uses() -> None:
     assert found["scratch"]["measure.scratch.epochs_factor"] == 3
 
 
+def test_gradual_unfreezing_counts_its_own_epochs(tmp_path: Path) -> None:
+    made = recipe("finetune.strategy=gradual", "measure.arms=[]")
+    (arm,) = arms(made)
+    read = arm_reads(made, arm)
+    assert "finetune.training.learning_rate" in read and "finetune.gradual.epochs" in read
+    with rundir.commit(tmp_path / "arms" / "gradual-seed0", {
+        "recipe": read, "asked": asked(made, read), "weights": "w",
+    }):  # fmt: skip
+        pass
+    unread = "finetune.training.num_train_epochs=9"
+    other = recipe("finetune.strategy=gradual", "measure.arms=[]", unread)
+    refuse_changed(other, tmp_path, arms(other))
+    other = recipe("finetune.strategy=gradual", "measure.arms=[]", "finetune.gradual.epochs=2")
+    with pytest.raises(RunFolderError, match="finetune.gradual.epochs: 1"):
+        refuse_changed(other, tmp_path, arms(other))
+
+
 def test_the_strategy_counts_where_the_name_does_not_say_it() -> None:
     made = recipe("measure.arms=[{top: {finetune.strategy: partial}}]")
     assert arm_reads(made, arms(made)[1])["finetune.strategy"] == "partial"

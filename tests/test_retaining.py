@@ -76,6 +76,11 @@ def test_a_run_with_retention(
     else:
         assert "kept near the original by" in card
     if "ewc" in RETAIN[name]:
+        fisher = arms[strategy]["training"]["fisher"]
+        kind = RETAIN[name]["ewc"].get("fisher", "features")
+        assert (fisher["kind"], fisher["rows"], fisher["mean"]) == (kind, 8, 1.0)
+        assert fisher["draws"] == (2 if kind == "features" else None) and fisher["scale"] > 0
+        assert f"the {kind} Fisher information of 8 general rows" in card
         assert len(list((tmp_path / "run/phases").glob("fisher-*/fisher.safetensors"))) == 1
 
 
@@ -162,7 +167,7 @@ def test_after_adaptation_the_reference_may_be_the_source(
         ({"kl": {"on": "mlm"}}, {}, "no trained masked-language head"),
         ({"kl": {"on": "zero_shot"}}, {}, "no CLIP model"),
         ({"replay": {}}, {}, "no KL is taken on them"),
-        ({"ewc": {"fisher": "empirical"}}, {}, "needs the task's labels"),
+        ({"ewc": {"fisher": "empirical"}}, {}, "the task's labels in a column 'label'"),
         ({"kl": {}}, {"strategy": "lora", "lora": {"init_lora_weights": "olora"}}, "base.s own"),
         ({"kl": {}}, {"strategy": "lora", "lora": {"bias": "all"}}, "adapter off"),
         ({"l2sp": {}}, {"strategy": "lora", "lora": {"use_dora": True}}, "use_dora=True"),

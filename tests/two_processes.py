@@ -38,9 +38,9 @@ from hftl.processes import close, first, gather, is_main, mine, raised_elsewhere
 from hftl.retain.fisher import fisher_information
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.weights import EWC, L2SP, lora_layers, trained_encoder
-from hftl.sections import Gradual
 from hftl.train.checkpoint import KeepBest, whole_state
 from hftl.train.trainer import TransferTrainer
+from hftl.tuning import Gradual
 
 GLOBAL_BATCH = 8
 CASES = {
@@ -179,6 +179,7 @@ class Watched(TransferTrainer):
         labels = inputs["labels"].flatten(1) if inputs["labels"].dim() > 1 else inputs["labels"]
         empty = labels.isnan() if labels.is_floating_point() else labels == -100
         empty = empty if empty.dim() == 1 else empty.all(1)
+        empty = empty | inputs["general"] if "general" in inputs else empty
         values = inputs.get("input_ids", inputs.get("pixel_values"))
         seen = [bytes_of(v) for v, none in zip(values, empty, strict=True) if not none]
         self.__dict__.setdefault("seen", []).append(seen)
@@ -240,14 +241,15 @@ def trainer_of(
 
 
 def retained(strategy: str) -> dict[str, Any]:
-    """Terms on both kinds of rows and on weights, and general rows."""
+    """Terms on both kinds of rows and on weights, and general rows, labelled where all trains."""
     model = tiny("pooled", strategy)
     shapes = {name: p.shape for name, p in trained_encoder(model)}
     shapes |= {f"{n}.weight": layer.base_layer.weight.shape for n, layer in lora_layers(model)}
     draw = torch.Generator().manual_seed(1)
     general = Rows("pooled", 9)
     for row in general.rows:
-        del row["labels"]
+        if strategy == "lora":
+            del row["labels"]
         row["input_ids"] = row["input_ids"].flip(0)
     return {
         "retain": [
@@ -259,6 +261,7 @@ def retained(strategy: str) -> dict[str, Any]:
         ],
         "general_dataset": general,
         "general_ratio": 0.4,
+        "general_weight": 0.7,
     }
 
 

@@ -14,7 +14,7 @@ from transformers.utils.generic import ModelOutput
 from hftl.errors import HftlError, RecipeError
 from hftl.model.adapters import wrap
 from hftl.model.anatomy import check_blocks, layers
-from hftl.model.head import load_class, unwrapped
+from hftl.model.head import Built, load_class, unwrapped
 from hftl.model.parts import Anatomy, blocks_of, submodule, under
 from hftl.model.source import SourceModel
 from hftl.model.stock import auto_class
@@ -87,7 +87,7 @@ def set_trainable(
             parameter.requires_grad = False
 
 
-def encoder_state(model: Objective) -> dict[str, Tensor]:
+def encoder_state(model: Objective | Built) -> dict[str, Tensor]:
     """The encoder's tensors under the names that `AutoModel` has, with the adapter merged in.
 
     The merged ones are computed on copies; the others are the live tensors, detached. Parts that

@@ -143,6 +143,22 @@ def load_mlm(
     return model, _new_head(model, missing)
 
 
+def own_mlm(source: SourceModel) -> MaskedLM | None:
+    """The source with its trained masked-LM head; None where the checkpoint has none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    kind: Any = MODEL_FOR_MASKED_LM_MAPPING.get(type(source.config), None)
+    if source.anatomy.modality != "text" or kind is None:
+        return None
+    stock, missing = load_class(source, kind, deepcopy(source.config), {})
+    tied = {n for n, m in stock.named_modules() if m is stock.get_output_embeddings()}
+    inside = tuple(f"{name}." for name in (stock.base_model_prefix, *tied))
+    if any(not name.startswith(inside) for name in missing):
+        return None
+    model, fresh = load_mlm(source, 0)
+    return None if fresh else model
+
+
 def _new_head(model: MaskedLM, missing: set[str]) -> tuple[str, ...]:
     """The names of the head's new parameters, their biases at zero."""
     named = model.stock.named_parameters(remove_duplicate=False)

@@ -11,8 +11,11 @@ FIGURES = {
     "cosine": "mean cosine with the original",
     "kl": "KL of similarities, in nats",
     "new_kl": "KL of similarities of test inputs, in nats",
+    "mlm_loss": "loss of the original's masked-language head, in nats a hidden token",
+    "mae_loss": "loss of the original's masked-image decoder, squared error a hidden value",
+    "backward": "accuracy of the original's own classes (its change is backward transfer)",
 }
-"""In words, the figures that need no labels."""
+"""In words, the figures that need no labels of the task."""
 CONTROLS = {
     "same": "nearest neighbour of the same {}",
     "probe_fixed": "{} by a probe of the original",
@@ -71,7 +74,8 @@ def figure_rows(record: dict[str, Any]) -> list[list[str]]:
     for control, told in own["controls"].items():
         words = {name: CONTROLS[name].format(inert(control)) for name in CONTROLS}
         rows += [_figure_row(words[name], told[name]) for name in CONTROLS if told[name]]
-    return rows + [_figure_row(words, own[name]) for name, words in FIGURES.items() if own[name]]
+    found = [(words, own.get(name)) for name, words in FIGURES.items()]
+    return rows + [_figure_row(words, figure) for words, figure in found if figure]
 
 
 def forgetting_lines(record: dict[str, Any]) -> list[str]:

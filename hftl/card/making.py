@@ -122,7 +122,10 @@ def training_sentence(record: dict[str, Any]) -> str:
         started = "the linear probe" if finetune["head_init"] == "probe" else "random weights"
         words.append(f"the head started from {started}")
         rate, epochs = (finetune["training"][k] for k in ("learning_rate", "num_train_epochs"))
-        words.append(f"learning rate {rate:g}, {epochs:g} epochs, the best on validation kept")
+        last = f"{epochs:g} epochs"
+        if finetune["strategy"] == "gradual":
+            last = f"{finetune['gradual']['epochs']:g} epochs a phase"
+        words.append(f"learning rate {rate:g}, {last}, the best on validation kept")
         if finetune["layer_decay"]:
             words.append(f"each block's rate {finetune['layer_decay']:g} of that of the one above")
         words += retention_words(record)

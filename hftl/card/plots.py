@@ -78,6 +78,42 @@ def plot_frontier(record: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_compared(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws every model's score with its interval over items; the first in blue.
+
+    At the right stands the paired difference against the first.
+    """
+    figure = _figure(8, 0.6 * len(rows) + 1)
+    axes = figure.subplots()
+    metric = rows[0]["metric"]
+    for height, row in enumerate(reversed(rows)):
+        color = OWN if row is rows[0] else OTHER
+        low, high = row["ci95"] or (row["value"], row["value"])
+        axes.plot([low, high], [height] * 2, color=color, linewidth=2)
+        axes.plot([row["value"]], [height], "o", color=color, markersize=8)
+        axes.text(row["value"], height + 0.18, f"{row['value']:.3f}", ha="center", va="bottom")
+    better = "left" if less_is_better(metric) else "right"
+    axes.set_xlabel(f"{metric}, {better} is better: the bar is the 95 % interval over items")
+    # What stands between dollars would be read as a formula.
+    names = [row["model"].replace("$", r"\$") for row in reversed(rows)]
+    axes.set_yticks(range(len(rows)), names)
+    differences = axes.secondary_yaxis("right")
+    told = [_against_first(row) for row in reversed(rows)]
+    differences.set_yticks(range(len(rows)), told)
+    for side in (axes, differences):
+        side.tick_params(axis="y", length=0)
+    axes.set_ylim(-0.5, len(rows) - 0.2)
+    axes.margins(x=0.08)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    differences.spines["right"].set_visible(False)
+    _save(figure, path)
+
+
+def _against_first(row: dict[str, Any]) -> str:
+    return "the first" if row["against_first"] is None else interval_text(row["against_first"])
+
+
 def _figure(width: float, height: float) -> Any:
     """An empty figure of so many inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -27,7 +27,10 @@ def retention_words(record: dict[str, Any]) -> list[str]:
         words.append(f"the distance of the weights (L2-SP), weight {retain['l2sp']['weight']:g}")
     if retain["ewc"]:
         ewc = retain["ewc"]
-        words.append(f"EWC by {ewc['fisher']} Fisher information, weight {ewc['weight']:g}")
+        words.append(f"EWC by {_information(record)}, weight {ewc['weight']:g}")
+    # Records of before there was labelled replay, or a word on the information, tell none.
+    if (retain["replay"] or {}).get("labelled"):
+        words.append(_replay(retain["replay"]))
     told = [f"kept near the original by {' and '.join(words)}"] if words else []
     if retain["interpolate"]:
         told.append(f"interpolated with the original, {_shares(record)} of the way")
@@ -44,6 +47,21 @@ def _kl(kl: dict[str, Any], record: dict[str, Any]) -> str:
         f"{direction}KL of {KINDS[kl['on']]} on {INPUTS[kl['inputs']]}, weight {weight:g}, "
         f"temperature {kl['temperature']:g}"
     )
+
+
+def _replay(replay: dict[str, Any]) -> str:
+    return (
+        f"replay of labelled general rows, {replay['ratio']:g} for each of the task's, weight "
+        f"{replay['weight']:g}"
+    )
+
+
+def _information(record: dict[str, Any]) -> str:
+    """Of which kind, and of how many rows; the same for all seeds."""
+    fisher = _own(record)[0].get("fisher")
+    if fisher is None:
+        return "the Fisher information of general rows"
+    return f"the {fisher['kind']} Fisher information of {fisher['rows']:,} general rows"
 
 
 def _shares(record: dict[str, Any]) -> str:

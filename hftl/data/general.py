@@ -50,6 +50,11 @@ class General:
         place = self.controls.index(control)
         return np.array([_held(row)[place] for row in self.measured])
 
+    def labels(self, control: str) -> list[str]:
+        """What each row that may be used holds of a control."""
+        place = self.controls.index(control)
+        return [_held(row)[place] for row in self.used]
+
     def units(self) -> np.ndarray:
         """(measured rows,) int64 ids; rows of one document share theirs."""
         names = [str(i) if row.group is None else row.group for i, row in enumerate(self.measured)]
@@ -99,6 +104,25 @@ def load_general(data: Data, prepared: Prepared, reading: Reading) -> General:
         "fingerprint": fingerprint([[content_key(r).hex() for r in h] for h in (used, measured)]),
     }
     return General(used, measured, tuple(table.labels), tuple(classes), facts)
+
+
+def check_labels(general: General, control: str, names: list[str]) -> None:
+    """Refuses rows that may be used whose label the task has not.
+
+    Args:
+        general: the rows.
+        control: the column of the task's labels.
+        names: the task's classes.
+
+    Raises:
+        DataError: naming the first such row.
+    """
+    for row, label in zip(general.used, general.labels(control), strict=True):
+        if label not in names:
+            raise DataError(
+                f"{row.where}: data.general has the {control} {label!r}, which train never has",
+                "Correct it, or learn nothing from general labels (retain.replay.labelled)",
+            )
 
 
 def write_general(general: General, folder: Path) -> None:

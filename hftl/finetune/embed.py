@@ -4,6 +4,7 @@ import numpy as np
 
 from hftl.data.load import Row
 from hftl.data.text import TextInputs
+from hftl.finetune.own_heads import asked_again
 from hftl.finetune.workbench import Workbench
 from hftl.model.cache import frozen_features
 from hftl.model.head import Built, PooledModel, build
@@ -21,8 +22,10 @@ def compared(bench: Workbench) -> dict[str, list[Row]]:
 
 
 def embed(bench: Workbench, built: Built) -> dict[str, np.ndarray]:
-    """(rows, width) float32 for each part of `compared`, see `embed_rows`."""
-    return {part: embed_rows(bench, built, rows) for part, rows in compared(bench).items()}
+    """(rows, width) float32 for each part of `compared`, see `embed_rows`; and what the source's
+    own heads say, see `asked_again`."""
+    found = {part: embed_rows(bench, built, rows) for part, rows in compared(bench).items()}
+    return found | asked_again(bench, built)
 
 
 def embed_rows(bench: Workbench, built: Built, rows: list[Row]) -> np.ndarray:

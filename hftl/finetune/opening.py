@@ -64,7 +64,7 @@ def new_bench(recipe: Recipe, source: SourceModel, prepared: Prepared) -> Workbe
         inputs = text_inputs(recipe.data, source)
     return Workbench(
         source, weights_sha256(source), inputs, prepared, recipe.data.shots, device(),
-        augment=recipe.data.augment == "light",
+        augment=recipe.data.augment == "light", label=str(recipe.data.train.label),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from hftl import processes
+from hftl.data import answers
 from hftl.data.examples import Examples
 from hftl.data.split import content_key
 from hftl.errors import RecipeError
@@ -21,9 +22,10 @@ from hftl.recipe import Arm
 from hftl.retain.base import check_low_rank, check_unchanged_base
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.weights import EWC, L2SP
-from hftl.sections import Finetune
 from hftl.train.mixing import unlabelled
+from hftl.tuning import Finetune
 
+Fisher = tuple[dict[str, Tensor], dict[str, Any]]
 OWN_HEADS = ("mlm", "zero_shot")
 TAU = {"text": 0.05, "image": 0.07}
 """The temperature of cosines that sentence encoders (Reimers & Gurevych 2019) and self-distilled
@@ -47,7 +49,7 @@ class Kept:
 
 def kept_near(
     bench: Workbench, retain: Retain | None, finetune: Finetune, seed: int,
-    fisher: Callable[[], dict[str, Tensor]], original: Callable[[Workbench], nn.Module],
+    fisher: Callable[[], Fisher], original: Callable[[Workbench], nn.Module],
 ) -> Kept:  # fmt: skip
     """The trainer's arguments for a `retain` section whose weights are numbers.
 
@@ -56,7 +58,7 @@ def kept_near(
         retain: the section, or None.
         finetune: how the model is trained.
         seed: of the arm.
-        fisher: the Fisher information, where EWC needs it.
+        fisher: the Fisher information, where EWC needs it, and what the record tells of it.
         original: the model before adaptation with its own probe, on that workbench.
     """
     if retain is None:
@@ -69,16 +71,18 @@ def kept_near(
     if retain.l2sp is not None:
         given = retain.l2sp
         terms.append(L2SP(given.weight, given.head, given.decoupled))
+    facts: dict[str, Any] = {"general_rows": 0}
     if retain.ewc is not None:
-        terms.append(EWC(retain.ewc.weight, fisher()))
+        information, facts["fisher"] = fisher()
+        terms.append(EWC(retain.ewc.weight, information))
     found: dict[str, Any] = {"retain": terms}
     if retain.reference == "source" and bench.original is not None and retain.kls:
         found["reference"] = original(bench.original)
-    facts: dict[str, Any] = {"general_rows": 0}
     if _mixes_general(retain):
-        rows = general_examples(bench)
-        ratio = (retain.replay or Replay()).ratio
-        found |= {"general_dataset": rows, "general_ratio": ratio}
+        replay = retain.replay or Replay()
+        rows = general_examples(bench, replay.labelled)
+        found |= {"general_dataset": rows, "general_ratio": replay.ratio}
+        found |= {"general_weight": replay.weight} if replay.labelled else {}
         facts["general_rows"] = len(rows)
     return Kept(found, tuple(retain.interpolate or ()), None, facts)
 
@@ -105,15 +109,11 @@ def check_retention(arm: Arm, source: SourceModel, task: str) -> None:
     for kl in retain.kls:
         if kl.on in OWN_HEADS:
             check_head(kl, source, any(stage.objective == "mlm" for stage in arm.stages), task)
-    if retain.replay is not None and not any(kl.inputs != "target" for kl in retain.kls):
+    on_general = any(kl.inputs != "target" for kl in retain.kls)
+    if retain.replay is not None and not retain.replay.labelled and not on_general:
         raise RecipeError(
             "retain.replay mixes in general data without labels, and no KL is taken on them",
-            "Set retain.kl.inputs to general or both",
-        )
-    if retain.ewc is not None and retain.ewc.fisher == "empirical":
-        raise RecipeError(
-            "retain.ewc.fisher=empirical needs the task's labels, which general data have not",
-            "Use exact, sampled or features",
+            "Set retain.kl.inputs to general or both, or retain.replay.labelled",
         )
     if retain.ewc is not None and retain.ewc.fisher != "features" and task == TOKENS:
         raise RecipeError(
@@ -127,11 +127,22 @@ def check_retention(arm: Arm, source: SourceModel, task: str) -> None:
         )
 
 
-def general_examples(bench: Workbench) -> Examples:
-    """The general rows that retention may look at, with labels that count for nothing."""
+def general_targets(bench: Workbench) -> np.ndarray:
+    """(rows,) int64 class ids of the general rows that retention may look at."""
+    assert bench.general is not None
+    labels = bench.general.labels(bench.label)
+    return answers.targets(labels, bench.prepared.task, bench.prepared.names)
+
+
+def general_examples(bench: Workbench, labelled: bool = False) -> Examples:
+    """The general rows that retention may look at, with labels that count for nothing, or with
+    their own."""
     assert bench.general is not None
     rows = bench.general.used
     encoded = bench.encoded(rows)
+    if labelled:
+        labels = list(general_targets(bench))
+        return Examples(encoded, labels, [content_key(row) for row in rows], None)
     like = bench.examples(bench.prepared.rows["train"][:1])[0]
     labels = [unlabelled(like, dict(row)) for row in encoded]
     return Examples(encoded, labels, [content_key(row) for row in rows], None)

@@ -22,8 +22,8 @@ from hftl.model.cache import Features, frozen_features
 from hftl.model.head import Built, build
 from hftl.model.source import SourceModel
 from hftl.recipe import Arm
-from hftl.sections import Finetune
 from hftl.train.optimizer import LayerRates, layer_rates, learning_rates
+from hftl.tuning import Finetune
 
 MEASURED = ("validation", "test")
 """The splits that arms are measured on."""
@@ -40,7 +40,8 @@ class Workbench:
     Where adaptation came between, `base` is what a published adapter is put on, `base_is_ours`
     says that adaptation made it, `loras` are the factors that turn it into `source`, and `original`
     is the workbench before it; `mlm_head` is the masked-language head that it has trained.
-    `general` are the rows of general data, None where the recipe names none.
+    `general` are the rows of general data, None where the recipe names none; `label` is the column
+    of train's labels, by which theirs are known.
     """
 
     source: SourceModel
@@ -56,6 +57,7 @@ class Workbench:
     original: "Workbench | None" = None
     mlm_head: Path | None = None
     general: General | None = None
+    label: str = "label"
     _encoded: dict[bytes, Encoded] = field(default_factory=dict)
     _features: dict[tuple[str, int | None], Features] = field(default_factory=dict)
     _probes: dict[tuple[str, int], Probe] = field(default_factory=dict)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from hftl.data.load import Row
 from hftl.data.prepare import Prepared
 from hftl.finetune.store import Stored, read
 from hftl.finetune.workbench import MEASURED
@@ -29,13 +30,12 @@ def collect(
         rows = prepared.rows[split]
         predictions = {arm: np.stack([s.predictions[split] for s in found])
                        for arm, found in stored.items()}  # fmt: skip
-        told[split] = Predicted(prepared.measured(rows), _units(prepared, split), predictions)
+        told[split] = Predicted(prepared.measured(rows), units_of(rows), predictions)
     return told, [_entry(s, prepared, metric) for found in stored.values() for s in found]
 
 
-def _units(prepared: Prepared, split: str) -> np.ndarray:
-    """An id for each row; rows of one group share theirs."""
-    rows = prepared.rows[split]
+def units_of(rows: list[Row]) -> np.ndarray:
+    """An id for each row, (rows,) int64; rows of one group share theirs."""
     if rows[0].group is None:
         return np.arange(len(rows))
     _, ids = np.unique([str(row.group) for row in rows], return_inverse=True)

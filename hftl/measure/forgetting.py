@@ -22,8 +22,11 @@ from hftl.statistics import jackknife, mean_interval
 
 GENERAL = ("neighbours", "cka", "cosine", "kl")
 """The figures on general data that need no labels."""
+OWN_HEADS = ("mlm_loss", "mae_loss", "backward")
+"""The figures by the source's own heads, of general rows."""
 Features = Mapping[str, np.ndarray]
-"""(rows, width) features of `general`, where there are general data, and of `new` rows."""
+"""(rows, width) features of `general`, where there are general data, and of `new` rows; and of
+`OWN_HEADS` those that the source has: (rows, 2), a value and how many it is a mean of."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ def figures(before: Features, arms: Mapping[str, list[Features]], asked: Asked) 
     probe that is fitted on the original's features, or on the new ones. All are means over rows,
     but for `cka`, and their intervals are over seeds and documents as those of gains; `cka` has
     none. The fixed probe also fails where features are only turned, the refitted one hides that.
+
+    `mlm_loss` and `mae_loss` are those of the source's own head at the same hidden tokens or
+    patches, means over all of them. `backward` is the accuracy of its own classes, whose change is
+    backward transfer, R_21 - R_11 of two tasks (Lopez-Paz & Ranzato 2017, arXiv:1706.08840,
+    equation 3). They are None where the source has no such head.
 
     Args:
         before: features of the source model.
@@ -125,7 +133,7 @@ class _Probe:
 def _figures(
     before: Features, after: list[Features], asked: Asked, known: dict[str, _Probe]
 ) -> dict[str, Any]:
-    found: dict[str, Any] = dict.fromkeys((*GENERAL, "new_kl")) | {"controls": {}}
+    found: dict[str, Any] = dict.fromkeys((*GENERAL, *OWN_HEADS, "new_kl")) | {"controls": {}}
     fresh = before["new"]
     if len(fresh) > 1:
         moved = [relational_kl(fresh, told["new"], asked.tau) for told in after]
@@ -139,6 +147,9 @@ def _figures(
     kl = [relational_kl(old, side, asked.tau) for side in now]
     found["kl"] = _over_rows(zero, kl, asked.units)
     found["cka"] = _told(1.0, [cka(old, side) for side in now], None)
+    for name in OWN_HEADS:
+        if all(name in side for side in (before, *after)):
+            found[name] = _by_head(before[name], [side[name] for side in after], asked.units)
     for name, labels in asked.controls.items():
         same = [nearest_same(side, labels) for side in (old, *now)]
         told: dict[str, Any] = {"same": _over_rows(same[0], same[1:], asked.units)}
@@ -165,17 +176,31 @@ def _probed(
     }
 
 
+def _by_head(before: np.ndarray, after: list[np.ndarray], units: np.ndarray) -> Any:
+    """A figure of `OWN_HEADS`; None where nothing of any row was asked."""
+    there = before[:, 1] > 0
+    if not there.any():
+        return None
+    values = [side[there, 0].astype(np.float64) for side in (before, *after)]
+    return _over_rows(values[0], values[1:], units[there], before[there, 1].astype(np.float64))
+
+
 def _over_rows(
-    before: np.ndarray, after: list[np.ndarray], units: np.ndarray | None
-) -> dict[str, Any]:
-    """A figure that is a mean over rows, with the interval of its change."""
+    before: np.ndarray, after: list[np.ndarray], units: np.ndarray | None,
+    weights: np.ndarray | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """A figure that is a mean over rows, weighted or not, with the interval of its change."""
     units = np.arange(len(before)) if units is None else units
-    changes = [side - before for side in after]
+    weights = np.ones(len(before)) if weights is None else weights
+
+    def mean(side: np.ndarray, rows: np.ndarray | slice = slice(None)) -> float:
+        return float(np.average(side[rows], weights=weights[rows]))
+
     interval = None
     if len(after) > 1 and len(np.unique(units)) > 1:
-        values = [jackknife(lambda i, c=c: float(c[i].mean()), units) for c in changes]
+        values = [jackknife(lambda i, c=side - before: mean(c, i), units) for side in after]
         interval = mean_interval(np.stack(values))
-    return _told(float(before.mean()), [float(side.mean()) for side in after], interval)
+    return _told(mean(before), [mean(side) for side in after], interval)
 
 
 def _told(

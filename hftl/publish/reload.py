@@ -67,17 +67,30 @@ def load(folder: Path, base: Path | None) -> Published:
         folder: holds an adapter or a whole model, its config, and perhaps head.safetensors.
         base: the folder of the base; needed by an adapter only.
     """
-    head, pooling = _head(folder / "head.safetensors")
-    config = AutoConfig.from_pretrained(folder)
-    auto: Any = AutoModel if head is not None else _auto(config)
     if not (folder / "adapter_config.json").exists():
-        return Published(auto.from_pretrained(folder, dtype=torch.float32), head, pooling).eval()
+        return with_head(folder, bare(folder, folder))
+    assert base is not None
+    return with_head(folder, PeftModel.from_pretrained(bare(folder, base), folder))
+
+
+def bare(folder: Path, base: Path) -> Any:
+    """What an adapter goes on, or the whole model where `base` is the folder itself."""
+    pooled = (folder / "head.safetensors").exists()
+    config = AutoConfig.from_pretrained(folder)
+    auto: Any = AutoModel if pooled else _auto(config)
+    if base == folder:
+        return auto.from_pretrained(folder, dtype=torch.float32)
     # The config says which class stands on the base, and its labels.
-    known = {} if head is not None else {"config": config}
-    model = auto.from_pretrained(
+    known = {} if pooled else {"config": config}
+    return auto.from_pretrained(
         base, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False, **known
     )
-    return Published(PeftModel.from_pretrained(model, folder), head, pooling).eval()
+
+
+def with_head(folder: Path, model: nn.Module) -> Published:
+    """The model under the folder's own head, where it has one, in eval mode."""
+    head, pooling = _head(folder / "head.safetensors")
+    return Published(model, head, pooling).eval()
 
 
 def _auto(config: Any) -> Any:

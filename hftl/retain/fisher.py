@@ -90,6 +90,23 @@ def load_fisher(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return load_file(path), told
 
 
+def provenance(told: dict[str, str]) -> dict[str, Any]:
+    """What the record tells of an information, from the metadata of its file.
+
+    Returns:
+        `kind` and `rows`; `draws`, how many answers, or directions of features, were drawn for
+        each row, None where none was drawn; `scale`, the mean over all parameters that it was
+        divided by, and `mean`, what that left.
+    """
+    return {
+        "kind": told["kind"],
+        "rows": int(told["rows"]),
+        "draws": {"features": DRAWS, "sampled": 1}.get(told["kind"]),
+        "scale": float(told["scale"]),
+        "mean": 1.0,
+    }
+
+
 @contextmanager
 def _summed_squares(
     model: nn.Module, parameters: dict[str, nn.Parameter]

@@ -44,6 +44,22 @@ def summed_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tenso
     return each.where(counts, 0.0).sum()
 
 
+def replayed_loss(
+    logits: Tensor, labels: Tensor, general: Tensor, share: float, smoothing: float = 0.0
+) -> Tensor:
+    """The target's loss, summed, and `share` of that of labelled general rows (replay).
+
+    Args:
+        logits: see `summed_loss`.
+        labels: see `summed_loss`, a row of the batch each.
+        general: (batch,) bool.
+        share: what a general row counts for.
+        smoothing: see `summed_loss`.
+    """
+    own = summed_loss(logits, uncounted(labels, general), smoothing)
+    return own + share * summed_loss(logits, uncounted(labels, ~general), smoothing)
+
+
 class _PiecewiseCrossEntropy(torch.autograd.Function):
     """Cross-entropy in fp32, summed, of some rows at a time.
 
@@ -86,7 +102,7 @@ def counted_rows(labels: Tensor) -> Tensor:
     return there.reshape(len(labels), -1).any(1)
 
 
-def uncounted(labels: Tensor, rows: slice = slice(None)) -> Tensor:
+def uncounted(labels: Tensor, rows: slice | Tensor = slice(None)) -> Tensor:
     """A copy of the labels of which these rows count for nothing."""
     empty = labels.clone()
     empty[rows] = torch.nan if labels.is_floating_point() else IGNORED

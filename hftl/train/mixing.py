@@ -1,15 +1,12 @@
 """Rows that know their numbers, general data behind the target's, and how they make a batch."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
-from transformers.trainer_utils import seed_worker
 
 from hftl.model.cache import batches_of_like
 from hftl.retain.retention import Rows
@@ -132,19 +129,3 @@ def rows_to_know(rows: Numbered, collate: Collate) -> Rows:
         return {key: value for key, value in found.items() if key not in ("row", "general")}
 
     return Rows(len(rows), rows.total, batches, batch, repeats(rows, collate.collate))
-
-
-def loader_settings(args: TrainingArguments, dataset: Any) -> dict[str, Any]:
-    """DataLoader's arguments but for rows, sampler and collator, as transformers sets them."""
-    workers = args.dataloader_num_workers
-    return {
-        "num_workers": workers,
-        "pin_memory": args.dataloader_pin_memory,
-        # A worker that lives on keeps the dataset of the first epoch.
-        "persistent_workers": args.dataloader_persistent_workers
-        and not hasattr(dataset, "set_epoch"),
-        "multiprocessing_context": args.dataloader_multiprocessing_context,
-        "prefetch_factor": args.dataloader_prefetch_factor,
-        "in_order": args.dataloader_in_order,
-        "worker_init_fn": partial(seed_worker, num_workers=workers, rank=args.process_index),
-    }

@@ -1,7 +1,5 @@
 """The one Trainer subclass, for adaptation and fine-tuning, and for a user's own script."""
 
-import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -10,23 +8,23 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from hftl.errors import NumericError, RecipeError
+from hftl.errors import RecipeError
 from hftl.processes import gather
 from hftl.retain.retention import Retention, Term
+from hftl.train import step
 from hftl.train.checkpoint import load_plain, save_plain
-from hftl.train.loss import counted, counted_rows, summed_loss, uncounted
-from hftl.train.mixing import Collate, Numbered, loader_settings, rows_to_know
+from hftl.train.loader import batches_of, loader_of
+from hftl.train.loss import counted, uncounted
+from hftl.train.mixing import Collate, Numbered, rows_to_know
 from hftl.train.modes import training_modes
 from hftl.train.optimizer import groups, layer_rates, optimizer_of
-from hftl.train.order import MixedBatches, RankBatches, SeededOrder
-from hftl.train.sharding import shard_by_block
+from hftl.train.order import RankBatches, SeededOrder
+from hftl.train.sharding import check_sharded, check_whole, shard_by_block
 
 
 class TransferTrainer(Trainer):
@@ -45,6 +43,7 @@ class TransferTrainer(Trainer):
         general_dataset: rows of what the original was good at, mixed into every step: for terms on
             them, and where they have labels of the task, for its loss (replay).
         general_ratio: rows of general data for each row of the target.
+        general_weight: of the mean loss over labelled general rows, beside the target's mean.
         layer_decay: each block's learning rate is that of the one above it times this.
         rates: learning rates of `embeddings`, `blocks` (a list from the bottom) and `head`.
 
@@ -61,6 +60,7 @@ class TransferTrainer(Trainer):
         reference: nn.Module | None = None,
         general_dataset: Any | None = None,
         general_ratio: float = 0.5,
+        general_weight: float = 1.0,
         layer_decay: float | None = None,
         rates: Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -71,13 +71,10 @@ class TransferTrainer(Trainer):
         )
         self._rates = layer_rates(layer_decay, rates)
         self._general = general_dataset
+        self._general_share = general_weight / self.retention.ratio
         if self.retention.weights:
-            self.add_callback(AfterStep(self.retention))
-        if self._numbers_rows and self.is_fsdp_enabled:
-            raise RecipeError(
-                "retain does not run under FSDP, which cuts the weights it looks at",
-                "Launch with recipes/accelerate/multi_gpu.yaml",
-            )
+            self.add_callback(step.AfterStep(self.retention))
+        check_whole(self._numbers_rows and self.is_fsdp_enabled)
         self._modes: list[tuple[nn.Module, bool]] | None = None
         self._batches: RankBatches | None = None
         self._step_loss: Tensor | float = 0.0
@@ -95,13 +92,9 @@ class TransferTrainer(Trainer):
         # It waits for the device at every micro-batch, and what it hides stops the training here.
         self.args.logging_nan_inf_filter = False
         super().create_accelerator_and_postprocess()
+        check_sharded(self.is_fsdp_enabled, self.args)
         if self.is_fsdp_enabled:
             shard_by_block(self.accelerator.state.fsdp_plugin, self.model)  # pyright: ignore
-        elif self.args.world_size > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-            raise RecipeError(
-                f"the launcher asks for FSDP, and accelerate has none on {self.args.device}",
-                "Launch with recipes/accelerate/multi_gpu.yaml, or on GPUs",
-            )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `train`; the frozen modules are looked up anew."""
@@ -153,23 +146,13 @@ class TransferTrainer(Trainer):
                     "Use random sampling of a dataset with a length",
                 )
             return super().get_train_dataloader()
-        state = self.accelerator
-        cut = (self._train_batch_size, state.num_processes, state.process_index,
-               self.args.dataloader_drop_last)  # fmt: skip
-        if self._general is None:
-            self._batches = RankBatches(order, *cut)
-        else:
-            general = SeededOrder(len(self._general), order.seed)
-            self._batches = MixedBatches(order, general, self.retention.ratio, *cut)
+        general = None if self._general is None else len(self._general)
+        self._batches = batches_of(
+            order, general, self.retention.ratio, self._train_batch_size,
+            self.args.dataloader_drop_last, self.accelerator,
+        )  # fmt: skip
         dataset, collate = self._training_rows()
-        loader = DataLoader(
-            dataset, batch_sampler=self._batches, collate_fn=collate,
-            **loader_settings(self.args, dataset),
-        )  # fmt: skip
-        return prepare_data_loader(
-            loader, state.device, num_processes=1, process_index=0, put_on_device=True,
-            non_blocking=state.non_blocking,
-        )  # fmt: skip
+        return loader_of(dataset, self._batches, collate, self.args, self.accelerator)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -178,18 +161,10 @@ class TransferTrainer(Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         if not batches or "labels" not in batches[0]:
             return batches, None
-        if (
-            self._batches
-            and self._batches.idle
-            and self.accelerator.gradient_state.end_of_dataloader
-        ):
+        last = self.accelerator.gradient_state.end_of_dataloader
+        if last and self._batches and self._batches.idle:
             batches[-1]["labels"] = uncounted(batches[-1]["labels"], slice(0, 1))
-        here = torch.stack(
-            [
-                torch.stack([counted(batch["labels"]), _target_rows(batch).sum()]).to(device)
-                for batch in batches
-            ]
-        ).sum(0)
+        here = step.step_items(batches, device)
         items, self._rows = self.accelerator.gather(here).reshape(-1, 2).sum(0)  # pyright: ignore
         return batches, items
 
@@ -211,24 +186,19 @@ class TransferTrainer(Trainer):
         if model.training:
             self._hold_frozen_in_eval()
         labels = inputs["labels"]
-        beside = ("labels", "row", "general")
-        outputs = model(**{key: value for key, value in inputs.items() if key not in beside})
-        slots = getattr(outputs, "slots", None)
-        told = labels if slots is None else labels.reshape(-1)[slots]
-        loss = summed_loss(outputs.logits, told, smoothing)
+        outputs = model(**step.model_inputs(inputs))
+        loss = step.task_loss(outputs, inputs, self._general_share, smoothing)
         if num_items_in_batch is None:
             loss = loss / counted(labels).clamp(min=1)
         else:
             # The gradients of processes are averaged, and the counts are those of all.
             processes = self.accelerator.num_processes
             loss = loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * processes
-            penalty = getattr(outputs, "penalty", None)
-            if penalty is not None:
-                kept = penalty.float().where(counted_rows(labels), 0.0)
-                loss = loss + kept.sum() / self._rows.clamp(min=1) * processes
+            penalty = step.penalty(outputs, labels) / self._rows.clamp(min=1)
+            loss = loss + penalty * processes
             if "row" in inputs:
                 loss = loss + processes * self.retention.loss(
-                    self.accelerator.unwrap_model(model), inputs, outputs, _target_rows(inputs),
+                    self.accelerator.unwrap_model(model), inputs, outputs, step.target_rows(inputs),
                     self._rows, int(self.state.epoch or 0), self._autocast,
                 )  # fmt: skip
         return (loss, outputs) if return_outputs else loss
@@ -241,11 +211,7 @@ class TransferTrainer(Trainer):
             # Once a step, not a micro-batch: it waits for the device. All processes see one sum.
             total = self.accelerator.gather(self._step_loss).mean().item()  # pyright: ignore
             self._step_loss = 0.0
-            if not math.isfinite(total):
-                raise NumericError(
-                    f"the loss is {total} at step {self.state.global_step}",
-                    "Lower the learning rate, or look at the data",
-                )
+            step.check_finite(total, self.state.global_step)
         return loss
 
     def prediction_step(
@@ -254,7 +220,8 @@ class TransferTrainer(Trainer):
         """As transformers'; rows that only fill up the last batch count for nothing."""
         if "labels" not in inputs:
             return super().prediction_step(model, inputs, *args, **kwargs)
-        labels = uncounted(inputs["labels"], slice(self._real_rows(len(inputs["labels"])), None))
+        last = step.real_rows(len(inputs["labels"]), self.accelerator)
+        labels = uncounted(inputs["labels"], slice(last, None))
         found = super().prediction_step(model, {**inputs, "labels": labels}, *args, **kwargs)
         loss, items = found[0], counted(labels)
         if loss is not None:
@@ -324,41 +291,8 @@ class TransferTrainer(Trainer):
         rows: Any = Numbered(dataset, general)
         return rows, Collate(collate, len(rows))
 
-    def _real_rows(self, rows: int) -> int:
-        """How many of a batch's rows are not there to make the last batches of ranks equal."""
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
-            return rows
-        before = self.accelerator.process_index * rows
-        return min(rows, max(0, state.remainder - before))
-
     def _hold_frozen_in_eval(self) -> None:
         if self._modes is None:
             self._modes = training_modes(self.accelerator.unwrap_model(self.model))
         for module, live in self._modes:
             module.training = live
-
-
-class AfterStep(TrainerCallback):
-    """Lets terms change the weights after the optimizer's step."""
-
-    def __init__(self, retention: Retention) -> None:
-        self.retention = retention
-
-    def on_optimizer_step(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        model: Any = None,
-        optimizer: Any = None,
-        **_: Any,
-    ) -> None:
-        """Hands the model over."""
-        self.retention.after_step(model, optimizer)
-
-
-def _target_rows(batch: dict[str, Any]) -> Tensor:
-    """Which rows of a batch are the target's and hold anything that counts: (batch,) bool."""
-    counts = counted_rows(batch["labels"])
-    return counts & ~batch["general"] if "general" in batch else counts

@@ -1,0 +1,237 @@
+"""`hftl compare`: several runs or adapters on the same items, their bases loaded once."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hftl import metrics, places
+from hftl.card.plots import plot_compared
+from hftl.data import answers, prepare
+from hftl.data.load import BadRows, Reading, Row, load
+from hftl.data.pixels import ImageInputs
+from hftl.errors import DataError, RecipeError
+from hftl.locate import need_head, published_folder, read_json
+from hftl.measure.collect import units_of
+from hftl.measure.items import difference, score
+from hftl.measure.verdict import interval_text
+from hftl.model.cache import logits
+from hftl.predict import Predictor
+from hftl.recipe import Recipe
+from hftl.rundir import write_text
+from hftl.sections import Data, Table
+from hftl.show import table
+from hftl.switching import each
+
+OUTPUTS = (".csv", ".png")
+
+
+@dataclass(frozen=True)
+class Items:
+    """What the models are scored on; `data` is where pictures are found again."""
+
+    rows: list[Row]
+    data: Data
+
+
+def compare(models: Sequence[str], data: Path | None, output: Path | None) -> str:
+    """Scores every model on the same items, and each against the first.
+
+    Args:
+        models: runs, published folders or hub ids.
+        data: a labelled table; None takes the test items of the runs.
+        output: a .csv, the plot beside it, or a .png of the plot alone.
+
+    Returns:
+        The table as text.
+
+    Raises:
+        RecipeError: if a model cannot be loaded, they differ in task or labels, or there is no
+            data to score them on.
+        DataError: if the table cannot be read, or has a label that no model knows.
+        HubError: if a hub id cannot be had.
+    """
+    _check_output(output)
+    folders = [_with_head(model) for model in models]
+    shared = None if data else _shared_items(models)
+    found: dict[int, np.ndarray] = {}
+    first: Predictor | None = None
+    items: Items | None = None
+    for number, predictor in each(folders):
+        if first is None or items is None:
+            first, items = predictor, shared or _items(data, predictor, folders[number])
+            _check_labels(items, predictor)
+        _check_alike(models[number], predictor, first)
+        found[number] = _predicted(predictor, items, first.names)
+    assert first is not None and items is not None
+    labels = answers.measured([row.label for row in items.rows], first.task, first.names)
+    rows = _rows(models, folders, labels, found, _metric(folders[0], first.task), items)
+    if output is not None:
+        _write(rows, output)
+    return _shown(rows, len(items.rows))
+
+
+def _with_head(model: str) -> Path:
+    folder = published_folder(model)
+    need_head(folder)
+    return folder
+
+
+def _shared_items(models: Sequence[str]) -> Items:
+    """The test items that all the runs have in common.
+
+    Raises:
+        RecipeError: if one is no run, or was split otherwise.
+    """
+    runs = [path for model in models if (path := places.find(model, "the model")) is not None]
+    if len(runs) < len(models) or not all((run / "recipe.yaml").exists() for run in runs):
+        raise RecipeError("there is nothing to score them on", "Give a table: --data TABLE")
+    prints = [read_json(run / "record.json")["data"]["fingerprint"] for run in runs]
+    for model, told in zip(models, prints, strict=True):
+        if told != prints[0]:
+            raise RecipeError(
+                f"{model} has other data or splits than {models[0]}", "Give a table: --data TABLE"
+            )
+    prepared = prepare.read(runs[0] / "phases" / "data")
+    return Items(prepared.rows["test"], Recipe.load(runs[0] / "recipe.yaml").data)
+
+
+def _items(path: Path | None, predictor: Predictor, folder: Path) -> Items:
+    """A table's rows, read as the model's own recipe reads its columns."""
+    assert path is not None
+    if not path.exists():
+        raise DataError(f"{path} does not exist", "Check the path")
+    told = read_json(folder / "hftl.json").get("recipe", {}).get("data", {})
+    columns = {
+        k: v for k, v in (told.get("train") or {}).items() if k in ("text", "image", "label")
+    }
+    limits = {k: told[k] for k in ("max_pixels",) if k in told}
+    data = Data(task=predictor.task, train=Table(path=str(path), **columns), **limits)  # pyright: ignore
+    patch = predictor.inputs.patch if isinstance(predictor.inputs, ImageInputs) else 1
+    rows = load(data, "train", BadRows(), Reading(predictor.modality, patch))
+    return Items(rows, data)
+
+
+def _check_labels(items: Items, predictor: Predictor) -> None:
+    for row in items.rows:
+        strange = set(answers.names_of(row.label, predictor.task)) - set(predictor.names)
+        if strange:
+            raise DataError(
+                f"{row.where}: the label {min(strange)!r} is none of the model's: "
+                f"{', '.join(predictor.names)}",
+                "Correct the label, or give other models",
+            )
+
+
+def _check_alike(model: str, predictor: Predictor, first: Predictor) -> None:
+    """Refuses what answers another question than the first; the order of labels may differ."""
+    facts = [(one.task, one.modality, len(one.columns)) for one in (predictor, first)]
+    if facts[0] != facts[1]:
+        words = [f"{task} of {kind}s" for task, kind, _ in facts]
+        raise RecipeError(
+            f"{model} does {words[0]}, and the first {words[1]}", "Compare models of one task"
+        )
+    if set(predictor.names) != set(first.names):
+        raise RecipeError(
+            f"{model} has the labels {', '.join(sorted(predictor.names))}, and the first "
+            f"{', '.join(sorted(first.names))}",
+            "Compare models with the same labels",
+        )
+
+
+def _predicted(predictor: Predictor, items: Items, names: list[str]) -> np.ndarray:
+    """What metrics compare, in the order of `names`, whatever order the model has them in."""
+    inputs = predictor.inputs
+    if isinstance(inputs, ImageInputs):
+        inputs = replace(inputs, data=items.data, _known={})
+    rows = items.rows
+    tokens = predictor.task == "token-classification"
+    words = [len(row.content) if tokens else 1 for row in rows]
+    found = logits(predictor.model, inputs.encode(rows), inputs, predictor.device)
+    labels, _ = answers.told(found, predictor.task, predictor.names, words)
+    return answers.measured(labels, predictor.task, names)
+
+
+def _metric(folder: Path, task: str) -> metrics.Metric:
+    """The first model's own metric, where it has recorded one."""
+    name = read_json(folder / "hftl.json").get("metric") or metrics.SELECTION[task]
+    return metrics.find(name, task)
+
+
+def _rows(
+    models: Sequence[str], folders: Sequence[Path], labels: np.ndarray,
+    found: dict[int, np.ndarray], metric: metrics.Metric, items: Items,
+) -> list[dict[str, Any]]:  # fmt: skip
+    units = units_of(items.rows)
+    return [
+        {
+            "model": model,
+            "metric": metric.name,
+            **score(metric, labels, found[number], units),
+            "against_first": difference(metric, labels, found[number], found[0], units)
+            if number
+            else None,
+            "parameters": parameters(folders[number]),
+        }
+        for number, model in enumerate(models)
+    ]
+
+
+def parameters(folder: Path) -> int:
+    """Numbers in the folder's weights: the adapter and its head, or the whole model."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            count += sum(int(np.prod(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
+    return count
+
+
+def _shown(rows: list[dict[str, Any]], count: int) -> str:
+    metric = rows[0]["metric"]
+    cells = [("model", f"{metric} [95 %]", "against the first", "parameters")]
+    for row in rows:
+        low, high = row["ci95"] or (None, None)
+        told = f"{row['value']:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+        gain = row["against_first"]
+        cells.append((row["model"], told, "" if gain is None else interval_text(gain),
+                      f"{row['parameters']:,}"))  # fmt: skip
+    return f"{table(cells)}\n  {count:,} items; differences are paired, positive is better"
+
+
+def _check_output(output: Path | None) -> None:
+    if output is not None and output.suffix not in OUTPUTS:
+        raise RecipeError(
+            f"--output {output}: unknown suffix {output.suffix!r}", f"Use {' or '.join(OUTPUTS)}"
+        )
+    if output is not None and not output.parent.is_dir():
+        raise RecipeError(f"--output {output}: there is no folder {output.parent}", "Make it")
+
+
+def _write(rows: list[dict[str, Any]], output: Path) -> None:
+    """The figures as CSV, and the plot beside them."""
+    plot_compared(rows, output.with_suffix(".png"))
+    if output.suffix == ".png":
+        return
+    buffer = io.StringIO(newline="")
+    flat = [_flat(row) for row in rows]
+    writer = csv.DictWriter(buffer, list(flat[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    write_text(output, buffer.getvalue())
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    gain = row["against_first"] or {"value": None, "ci95": None}
+    low, high = row["ci95"] or (None, None)
+    worst, best = gain["ci95"] or (None, None)
+    return {
+        "model": row["model"], "metric": row["metric"], "value": row["value"], "low": low,
+        "high": high, "difference": gain["value"], "difference_low": worst,
+        "difference_high": best, "parameters": row["parameters"],
+    }  # fmt: skip

@@ -1,0 +1,34 @@
+"""The card of an adapter."""
+
+from collections.abc import Iterator
+
+import yaml
+
+from hftl.card.valid import card_problems
+from hftl.publish.doctor.finding import Finding, defect, warning
+from hftl.publish.doctor.patient import MOST_BYTES, Patient
+
+CARD = "README.md"
+
+
+def card(patient: Patient) -> Iterator[Finding]:
+    """What is missing from the card or wrong in it; one that the hub cannot read is a defect."""
+    from huggingface_hub import ModelCard
+
+    if CARD not in patient.names:
+        yield warning("card", "there is no card", CARD, "Write one: what it is, on what base")
+        return
+    path = patient.folder / CARD
+    if path.stat().st_size > MOST_BYTES:
+        yield defect("card", f"it is larger than {MOST_BYTES:,} bytes", CARD, "Write a shorter one")
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        ModelCard(text)
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        what = f"the hub cannot read it: {str(error).splitlines()[0]}"
+        yield defect("card", what, CARD, "Correct the block between the two lines of ---")
+        return
+    for problem in card_problems(text):
+        what, _, fix = problem.partition("; ")
+        yield warning("card", what, CARD, fix[:1].upper() + fix[1:])

@@ -1,0 +1,95 @@
+"""What should stand beside the weights: tokenizer or processor, the labels' names, the card."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from hftl.model.source import SourceModel
+from hftl.publish.doctor.finding import Finding, defect, several, warning
+from hftl.publish.doctor.patient import CONFIG, Patient
+
+TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
+BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                    "merges.txt")  # fmt: skip
+PROCESSOR = ("preprocessor_config.json", "processor_config.json")
+UNNAMED = re.compile(r"LABEL_\d+")
+FOR_IMAGES = ("ForImageClassification", "ForPreTraining", "ForMaskedImageModeling")
+
+
+def company(
+    patient: Patient, source: SourceModel | None, kind: Any, outputs: int | None
+) -> list[Finding]:
+    """Looks for each of them.
+
+    Args:
+        patient: the adapter or model.
+        source: its base, if it is at hand.
+        kind: its class, if it is known.
+        outputs: how many its head has, if it is known.
+    """
+    return [*_inputs(patient, source), *_labels(patient, source, kind, outputs)]
+
+
+def label_names(config: dict[str, Any]) -> list[str]:
+    """The labels' names of a config in the order of their ids; empty where it has none."""
+    told = config.get("id2label")
+    if not isinstance(told, dict) or not all(str(key).isdigit() for key in told):
+        return []
+    return [str(told[key]) for key in sorted(told, key=lambda key: int(str(key)))]
+
+
+def named_by(source: SourceModel) -> list[str]:
+    """The labels that a base has names for; empty where they are only numbered."""
+    names = label_names(source.config.to_dict())
+    return [] if any(map(UNNAMED.fullmatch, names)) else names
+
+
+def reads_images(patient: Patient, source: SourceModel | None) -> bool:
+    """Whether the model reads pictures, by its base, or else by its class's name."""
+    if source is not None:
+        return source.anatomy.modality == "image"
+    mapping = patient.settings.get("auto_mapping")
+    name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    names = [name, *(patient.config.get("architectures") or [])]
+    return any(str(name).endswith(FOR_IMAGES) for name in names)
+
+
+def _inputs(patient: Patient, source: SourceModel | None) -> Iterator[Finding]:
+    images = reads_images(patient, source)
+    wanted = PROCESSOR if images else TOKENIZER
+    if any(name in patient.names for name in wanted):
+        return
+    what = "image processor" if images else "tokenizer"
+    if source is None:
+        yield warning("tokenizer", f"there is no {what}", wanted[0], "Save the base's beside it")
+    elif any((source.folder / name).exists() for name in wanted):
+        yield warning("tokenizer", f"there is no {what}; the base has one", wanted[0],
+                      "Take the base's: --fix")  # fmt: skip
+    else:
+        yield defect("tokenizer", f"there is no {what}, nor has the base one", wanted[0],
+                     "Save the one it was trained with beside it")  # fmt: skip
+
+
+def _labels(
+    patient: Patient, source: SourceModel | None, kind: Any, outputs: int | None
+) -> Iterator[Finding]:
+    task = patient.settings.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") or patient.pooled
+    if not task and not (kind is not None and kind.__name__.endswith("Classification")):
+        return
+    recorded = (patient.record.get("data") or {}).get("labels") or []
+    names = label_names(patient.config)
+    if not names and source is not None and len(named_by(source)) == outputs:
+        names = named_by(source)
+    if patient.config.get("problem_type") == "regression" or outputs == 1:
+        return
+    if outputs is not None and names and len(names) != outputs:
+        yield defect("labels", f"{len(names)} labels are named, and the head has {outputs} outputs",
+                     CONFIG, "Correct id2label")  # fmt: skip
+    elif recorded and names and names != recorded:
+        what = f"id2label says {several(names)}, and the record {several(recorded)}"
+        yield defect("labels", what, CONFIG, "Write the order it was trained with")
+    elif not names or any(map(UNNAMED.fullmatch, names)):
+        told = f"they are {several(names)}" if names else "there is no label map"
+        fix = "Write id2label and label2id into config.json"
+        yield defect("labels", f"nobody can tell what the outputs mean: {told}", CONFIG,
+                     f"{fix}: --fix" if recorded else fix)  # fmt: skip

@@ -1,0 +1,126 @@
+"""`hftl doctor`: everything that can be told of an adapter without trusting it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hftl.errors import RecipeError
+from hftl.model.source import SourceModel
+from hftl.publish.doctor.base import find_base, naming
+from hftl.publish.doctor.card import card
+from hftl.publish.doctor.company import company
+from hftl.publish.doctor.finding import DEFECT, Finding
+from hftl.publish.doctor.fit import fit, model_class, outputs_of, with_labels
+from hftl.publish.doctor.fresh import fresh, whole_model
+from hftl.publish.doctor.patient import Patient, opened
+from hftl.publish.doctor.reloading import loadable, reloaded
+from hftl.publish.doctor.settings import scaling
+from hftl.publish.doctor.unsafe import unsafe
+from hftl.publish.doctor.values import not_finite
+
+SPOILS_LOADING = ("corrupt", "config", "rank", "nan")
+"""After one of these there is nothing to learn from a load; nor where the tensors do not fit."""
+
+
+@dataclass
+class Examination:
+    """What was found, and what could not be looked at; `source` is the base, if it was at hand."""
+
+    patient: Patient
+    findings: list[Finding] = field(default_factory=list)
+    unexamined: list[str] = field(default_factory=list)
+    source: SourceModel | None = None
+    kind: Any = None
+    config: Any = None
+    hub_trouble: bool = False
+
+    @property
+    def defects(self) -> list[Finding]:
+        """The findings that an adapter must not have."""
+        return [found for found in self.findings if found.severity == DEFECT]
+
+    @property
+    def exit_code(self) -> int:
+        """0 sound, 4 defects, 5 nothing was found but the hub did not give the base."""
+        return 4 if self.defects else 5 if self.hub_trouble else 0
+
+
+def examine(place: str | Path, base: str | None = None) -> Examination:
+    """Examines an adapter or a whole model; nothing of it is run, and no pickle is opened.
+
+    Args:
+        place: a folder, a run folder, or a hub id.
+        base: the adapter's base, where it is not the one it names.
+
+    Raises:
+        RecipeError: if there is neither an adapter nor a model, or no base where `base` says.
+        HubError: if a hub id cannot be had.
+    """
+    patient, broken = opened(place)
+    found = Examination(patient, broken)
+    found.findings += [*unsafe(patient), *scaling(patient), *not_finite(patient)]
+    if patient.is_adapter:
+        _seek_base(found, base)
+    else:
+        _own_base(found)
+    if found.source is not None:
+        _on_base(found, found.source)
+    outputs = None
+    if found.source is not None:
+        outputs = outputs_of(patient, found.source, found.kind)
+    found.findings += [*company(patient, found.source, found.kind, outputs), *card(patient)]
+    return found
+
+
+def _seek_base(found: Examination, base: str | None) -> None:
+    if not found.patient.settings:
+        found.unexamined.append("the base: adapter_config.json does not open")
+        return
+    found.findings += naming(found.patient)
+    sought, wrong = find_base(found.patient, base)
+    found.findings += wrong
+    found.source, found.hub_trouble = sought.source, sought.hub_trouble
+    if sought.source is None:
+        found.unexamined.append(
+            f"fresh modules, shapes, names and reload, which need the base: {sought.why_not}"
+        )
+
+
+def _own_base(found: Examination) -> None:
+    settings = [one.where for one in found.findings if one.kind == "unsafe"]
+    if any(where.endswith(".json") for where in settings) or found.patient.config.get(
+        "quantization_config"
+    ):
+        found.unexamined.append("fresh modules and reload: what its settings ask for is not loaded")
+        return
+    try:
+        found.source = whole_model(found.patient)
+    except RecipeError as error:
+        found.unexamined.append(f"fresh modules and reload: {error.what}")
+
+
+def _on_base(found: Examination, source: SourceModel) -> None:
+    """What only the base can tell: the fit, fresh modules, and whether a load is repeatable."""
+    patient = found.patient
+    found.kind = model_class(patient, source)
+    why = loadable(patient)
+    if found.kind is None:
+        why = "it does not say which class of transformers it was made of"
+    if not patient.shapes:
+        why = "its weights do not open"
+    if why:
+        found.unexamined.append(f"fresh modules, shapes, names and reload: {why}")
+        return
+    found.config = with_labels(patient, source, found.kind)
+    misfits = fit(patient, found.kind, found.config) if patient.is_adapter else []
+    found.findings += misfits
+    spoilt = [one.kind for one in found.defects if one.kind in SPOILS_LOADING or one in misfits]
+    try:
+        found.findings += fresh(patient, source, found.kind, found.config)
+    except RecipeError as error:
+        spoilt.append("base")
+        found.unexamined.append(f"fresh modules: {error.what}")
+    if spoilt:
+        found.unexamined.append(f"reload: not tried after a finding of {spoilt[0]}")
+    else:
+        found.findings += reloaded(patient, source, found.kind, found.config)

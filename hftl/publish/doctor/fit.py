@@ -1,0 +1,214 @@
+"""Whether the adapter's tensors are those that peft would load on this base.
+
+The stock class is built without weights, peft wraps it as adapter_config.json says, and names and
+shapes of what it would save are compared with what stands in the file. peft itself loads an
+adapter of another depth without a word.
+"""
+
+import re
+from copy import deepcopy
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from hftl.model.parts import TOKENS
+from hftl.model.source import SourceModel
+from hftl.model.stock import auto_class, empty, stock_class
+from hftl.publish.doctor.finding import Finding, defect, several
+from hftl.publish.doctor.patient import ADAPTER, WEIGHTS, Patient
+from hftl.publish.doctor.stale import PREFIX, looks_old, module_of, renamed_keys, targets_of
+
+PEFT_TYPES = ("LORA", "IA3", "LN_TUNING", "VERA", "LOHA", "LOKR", "OFT", "BOFT")
+"""Kinds of adapter that only put tensors into the model when they are loaded."""
+LEFT_OUT = (
+    "auto_mapping", "megatron_config", "megatron_core", "runtime_config", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "kasa_config", "velora_config",
+)  # fmt: skip
+"""Settings that no loading needs, some of which import or fetch what they name."""
+SAID_BY_TASK = {
+    "SEQ_CLS": "classification", "TOKEN_CLS": TOKENS,
+}  # fmt: skip
+CANNOT = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError, re.error)
+"""What peft raises on settings that make no sense for a model."""
+
+
+def model_class(patient: Patient, source: SourceModel) -> Any:
+    """The class of transformers that the adapter, or the whole model, was made of.
+
+    None where it is not told, or is none of transformers' own.
+    """
+    if patient.pooled:
+        return auto_class(source.config)
+    mapping = patient.settings.get("auto_mapping")
+    if isinstance(mapping, dict):
+        return _own_class(mapping.get("base_model_class"))
+    task = patient.settings.get("task_type")
+    if task in SAID_BY_TASK:
+        return stock_class(source.config, SAID_BY_TASK[task])
+    if task == "FEATURE_EXTRACTION":
+        return auto_class(source.config)
+    kinds = patient.config.get("architectures") or [None]
+    return _own_class(kinds[0]) or (None if task else stock_class(source.config, "classification"))
+
+
+def with_labels(patient: Patient, source: SourceModel, kind: Any) -> Any:
+    """The base's config with as many labels as the adapter's head has outputs."""
+    config = deepcopy(source.config)
+    count = outputs_of(patient, source, kind)
+    if count is not None:
+        config.num_labels = count
+    return config
+
+
+def outputs_of(patient: Patient, source: SourceModel, kind: Any) -> int | None:
+    """How many outputs the saved head has; None without one."""
+    if kind is None or not kind.__name__.endswith("Classification"):
+        return None
+    tokens = kind.__name__.endswith("ForTokenClassification")
+    anatomy = source.anatomy.for_task(TOKENS) if tokens else source.anatomy
+    prefix = PREFIX if patient.is_adapter else ""
+    shape = patient.shapes.get(f"{prefix}{anatomy.last_linear}.weight")
+    return shape[0] if shape else None
+
+
+def peft_config(settings: dict[str, Any]) -> Any:
+    """peft's config of these settings, without those that import anything.
+
+    Raises:
+        ValueError: with the rest of CANNOT, if peft refuses them.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[settings["peft_type"]]
+    known = {field.name for field in fields(kind)} - set(LEFT_OUT)
+    return kind(**{key: value for key, value in settings.items() if key in known})
+
+
+def expected_shapes(kind: Any, config: Any, settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that peft would save on this base.
+
+    Raises:
+        ValueError: with the rest of CANNOT, if peft cannot wrap the model so.
+    """
+    from peft import get_peft_model, get_peft_model_state_dict
+
+    adapter = peft_config(settings)
+    if hasattr(adapter, "init_lora_weights"):
+        # A decomposition of the base's weights needs their values; shapes do not.
+        adapter.init_lora_weights = False
+    with torch.device("meta"):
+        model: Any = get_peft_model(empty(kind, config), adapter, low_cpu_mem_usage=True)
+        saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {key: tuple(tensor.shape) for key, tensor in saved.items()}
+
+
+def modules_in(kind: Any, config: Any) -> list[str]:
+    """The paths of the class's modules."""
+    return [name for name, _ in empty(kind, config).named_modules()]
+
+
+def fit(patient: Patient, kind: Any, config: Any) -> list[Finding]:
+    """Compares the file with what peft expects."""
+    modules = modules_in(kind, config)
+    old = renamed_keys(patient.shapes, modules)
+    if old:
+        return [_stale(f"{len(old)} tensors have names of transformers 4", WEIGHTS)]
+    try:
+        expected = expected_shapes(kind, config, patient.settings)
+    except CANNOT as error:
+        return [_refused(patient, error, modules)]
+    return compared(patient.shapes, expected)
+
+
+def compared(
+    told: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
+) -> list[Finding]:
+    """What of the tensors is missing, left over, or of another shape."""
+    lacking = sorted(expected.keys() - told.keys())
+    strange = sorted(told.keys() - expected.keys())
+    unlike = sorted(k for k in expected.keys() & told.keys() if expected[k] != told[k])
+    ranks = [k for k in unlike if _only_rank(k, told[k], expected[k])]
+    found = []
+    if ranks:
+        key = ranks[0]
+        found.append(defect(
+            "rank", f"{len(ranks)} tensors have another rank than r and rank_pattern say: "
+            f"{told[key]} where {expected[key]} is expected", key, "Correct r and rank_pattern",
+        ))  # fmt: skip
+    wrong = [k for k in unlike if k not in ranks]
+    wrong += [k for k in lacking + strange if _adapts(k)]
+    if wrong:
+        found.append(_other_shape(wrong, told, expected))
+    heads = sorted({module_of(k) for k in lacking if not _adapts(k)})
+    if heads:
+        found.append(defect(
+            "fresh", "modules_to_save names it, and its weights were not saved: they are drawn at "
+            "random on every load", several(heads), "Save the adapter again from the trained model",
+        ))  # fmt: skip
+    idle = sorted({module_of(k) for k in strange if not _adapts(k)})
+    if idle:
+        found.append(defect(
+            "fresh", "its weights are in the file, but modules_to_save does not name it: peft "
+            "leaves them out", several(idle), "Name it in modules_to_save",
+        ))  # fmt: skip
+    return found
+
+
+def _other_shape(
+    wrong: list[str], told: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
+) -> Finding:
+    key = wrong[0]
+    if key not in told:
+        what = "the base has a layer that the adapter has not"
+    elif key not in expected:
+        what = "the adapter has a layer that the base has not"
+    else:
+        what = f"the adapter has {told[key]} where the base takes {expected[key]}"
+    return defect(
+        "base-shape", f"{what} ({len(wrong)} tensors; peft may load the rest without a word)", key,
+        "Give the base that it was trained on",
+    )  # fmt: skip
+
+
+def _refused(patient: Patient, error: Exception, modules: list[str]) -> Finding:
+    """peft cannot wrap the base: the names are old, or the base is another architecture."""
+    from peft.utils.error import PeftError
+
+    targets = patient.settings.get("target_modules")
+    unmatched = isinstance(error, PeftError) or "not found in the base model" in str(error)
+    if unmatched and looks_old(targets) and set(targets_of(patient.shapes)) <= set(modules):
+        return _stale("target_modules match nothing: they are names of transformers 4", ADAPTER)
+    if unmatched:
+        return defect("base-shape", "target_modules match nothing in the base", ADAPTER,
+                      "Give the base that it was trained on")  # fmt: skip
+    return defect("config", f"peft refuses it: {str(error).splitlines()[0]}", ADAPTER, "Correct it")
+
+
+def _stale(what: str, where: str) -> Finding:
+    return defect("stale-names", what, where, "Rename them: --fix")
+
+
+def _adapts(key: str) -> bool:
+    """Whether a tensor is of the adapter itself, not of a module that was saved whole."""
+    return re.search(r"\.(lora|ia3|vera|hada|lokr|oft|boft)_", key) is not None
+
+
+def _only_rank(key: str, told: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    if len(told) != len(expected):
+        return False
+    differ = [
+        axis for axis, pair in enumerate(zip(told, expected, strict=True)) if len({*pair}) > 1
+    ]
+    return (".lora_A" in key and differ == [0]) or (".lora_B" in key and differ == [1])
+
+
+def _own_class(name: Any) -> Any:
+    """A model class of transformers by its name."""
+    import transformers
+
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Z]\w*", name):
+        return None
+    found = getattr(transformers, name, None)
+    own = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if own else None

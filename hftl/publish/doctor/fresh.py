@@ -1,0 +1,69 @@
+"""Modules that the base has no weights for: every load draws them anew unless they are saved."""
+
+from pathlib import Path
+from typing import Any
+
+from hftl.errors import RecipeError
+from hftl.model.head import load_class
+from hftl.model.parts import under
+from hftl.model.source import SourceModel
+from hftl.publish.doctor.finding import Finding, defect, several, warning
+from hftl.publish.doctor.patient import ADAPTER, WEIGHTS, Patient
+from hftl.publish.doctor.stale import PREFIX
+
+WHERE_READ = ("logits", "last_hidden_state")
+
+
+def fresh(patient: Patient, source: SourceModel, kind: Any, config: Any) -> list[Finding]:
+    """Compares what the loader reports as missing with what the adapter saves.
+
+    Raises:
+        RecipeError: if the base does not load.
+    """
+    _, missing = load_class(source, kind, config, {})
+    saved = {key.removeprefix(PREFIX) for key in patient.shapes} if patient.is_adapter else set()
+    lost = sorted({key.rsplit(".", 1)[0] for key in missing - saved})
+    anatomy = source.anatomy
+    encoder = f"{anatomy.encoder}."
+    lost = [name for name in lost if not under(name.removeprefix(encoder), anatomy.unused)]
+    beside = [name for name in lost if _beside(name, kind, anatomy.pooler)]
+    found = []
+    if set(lost) - set(beside):
+        names = [name for name in lost if name not in beside]
+        where = ADAPTER if patient.is_adapter else "model.safetensors"
+        found.append(defect(
+            "fresh", f"{several(names)}: not in the {'base' if patient.is_adapter else 'weights'}, "
+            "and not saved: drawn at random on every load", where,
+            "Train and save it: name it in modules_to_save, then train again",
+        ))  # fmt: skip
+    if beside and not patient.pooled:
+        found.append(warning(
+            "fresh", f"{beside[0]} is drawn at random: pooler_output means nothing", WEIGHTS,
+            "Use last_hidden_state",
+        ))  # fmt: skip
+    return found
+
+
+def whole_model(patient: Patient) -> SourceModel:
+    """A whole model as its own base.
+
+    Raises:
+        RecipeError: if its config is of no architecture that hftl knows.
+    """
+    from transformers import AutoConfig
+
+    from hftl.model.anatomy import anatomy_of
+
+    folder = Path(patient.folder)
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(f"config.json is of no model: {str(error).splitlines()[0]}") from error
+    anatomy_of(config)
+    return SourceModel(str(folder), folder, None, None, True, config, config.model_type)
+
+
+def _beside(name: str, kind: Any, pooler: str | None) -> bool:
+    """The pooler of a bare encoder: its hidden states do not depend on it."""
+    bare = not kind.__name__.endswith("Classification")
+    return bare and pooler is not None and under(name, (pooler,))

@@ -1,0 +1,218 @@
+"""Labelled replay: general rows that are learnt from beside the target's, in an exact ratio."""
+
+import re
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import bench_of, sentences, write_csv
+from test_retention import Plain, retaining, step_of, with_probe
+from test_trainer import Rows, weights
+from torch import Tensor
+
+from hftl.data.general import load_general
+from hftl.data.load import Reading
+from hftl.errors import DataError, RecipeError
+from hftl.finetune.retention import general_examples
+from hftl.pipeline import preflight, run
+from hftl.reads import retain_flat
+from hftl.recipe import Recipe
+from hftl.train.loss import replayed_loss, summed_loss
+
+
+@pytest.fixture
+def bert(tiny_model: Callable[..., Path]) -> Path:
+    return tiny_model("bert")
+
+
+@pytest.mark.parametrize("kind", ["classes", "labels", "target"])
+def test_a_general_row_counts_its_share(kind: str) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(6, 1 if kind == "target" else 3)
+    labels = {
+        "classes": torch.randint(0, 3, (6,)),
+        "labels": torch.rand(6, 3).round(),
+        "target": torch.randn(6),
+    }[kind]
+    general = torch.tensor([False, True, False, False, True, True])
+    each = torch.stack([summed_loss(logits[i : i + 1], labels[i : i + 1]) for i in range(6)])
+    wanted = each[~general].sum() + 0.7 * each[general].sum()
+    torch.testing.assert_close(replayed_loss(logits, labels, general, 0.7), wanted)
+    assert replayed_loss(logits, labels, general, 0.0) == pytest.approx(float(each[~general].sum()))
+
+
+class General(Rows):
+    """Labelled rows that the target has not."""
+
+    def __init__(self, rows: int = 9) -> None:
+        super().__init__(rows)
+        self.ids = self.ids.flip(1)
+
+
+def replaying(folder: Path, model: Any, general: Any, weight: float, **settings: Any) -> Any:
+    more = {"general_dataset": general, "general_ratio": 0.5, "general_weight": weight}
+    return retaining(model, folder, [], more, **settings)
+
+
+def by_hand(model: Any, batch: dict[str, Tensor], weight: float) -> Tensor:
+    """The mean over the target's rows, and the weighted one over the general rows."""
+    logits = model(batch["input_ids"], batch["attention_mask"]).logits
+    each = F.cross_entropy(logits, batch["labels"], reduction="none")
+    return each[~batch["general"]].mean() + weight * each[batch["general"]].mean()
+
+
+def test_a_step_is_the_sum_of_two_means_however_it_is_cut(bert: Path, tmp_path: Path) -> None:
+    found, seen = [], []
+    for batch, accumulated in ((8, 1), (2, 4)):
+        model = with_probe(bert, "full")
+        trainer = replaying(
+            tmp_path, model, General(), 0.7,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated,
+        )  # fmt: skip
+        plain = trainer.compute_loss
+
+        def noted(model: Any, inputs: Any, *args: Any, plain: Any = plain, **kwargs: Any) -> Any:
+            seen.append(inputs)
+            return plain(model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = noted
+        found.append(step_of(trainer))
+    (loss, gradients), (other, others) = found
+    assert loss == pytest.approx(other, abs=1e-6)
+    assert int(seen[0]["general"].sum()) == 4 and len(seen[0]["row"]) == 12
+    model = with_probe(bert, "full").eval()
+    wanted = by_hand(model, seen[0], 0.7)
+    assert loss == pytest.approx(wanted.item(), abs=1e-6)
+    wanted.backward()
+    assert gradients.keys() == others.keys()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4)
+            torch.testing.assert_close(others[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_the_ratio_is_exact_and_every_general_row_has_its_turn(bert: Path, tmp_path: Path) -> None:
+    trainer = replaying(tmp_path, with_probe(bert, "lora"), General(9), 1.0, num_train_epochs=3)
+    numbers: list[int] = []
+    plain = trainer.compute_loss
+
+    def noted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        numbers.extend(inputs["row"][inputs["general"]].tolist())
+        assert (inputs["labels"] >= 0).all()
+        return plain(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = noted
+    trainer.train()
+    target = len(trainer.train_dataset)
+    assert len(numbers) == 3 * target // 2
+    for start in range(0, len(numbers) - 9, 9):
+        assert sorted(numbers[start : start + 9]) == list(range(target, target + 9))
+
+
+def test_a_weight_of_zero_is_replay_without_labels(bert: Path, tmp_path: Path) -> None:
+    states = []
+    for general, weight in ((General(7), 0.0), (Plain(7), 1.0), (General(7), 1.0)):
+        model = with_probe(bert, "full")
+        replaying(tmp_path, model, general, weight).train()
+        states.append(weights(model))
+    none, plain, all_of_it = states
+    assert all(torch.equal(value, plain[name]) for name, value in none.items())
+    assert any(not torch.equal(value, plain[name]) for name, value in all_of_it.items())
+
+
+@pytest.fixture
+def tree(recipe_tree: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A small recipe with general data that have the task's labels, and documents."""
+    rows = [(text, label, str(i // 4)) for i, (text, label) in enumerate(sentences(80, seed=9))]
+    general = write_csv(tmp_path / "general.csv", ["text", "label", "document"], rows)
+    recipe_tree["data"] |= {
+        "shots": 12, "general": {"path": str(general), "label": ["document", "label"]},
+    }  # fmt: skip
+    recipe_tree["finetune"]["strategy"] = "full"
+    recipe_tree["retain"] = {"replay": {"labelled": True, "ratio": 0.5, "weight": 0.7}}
+    recipe_tree["measure"] |= {"arms": [{"plain": {"retain": None}}], "seeds": [0]}
+    return recipe_tree
+
+
+def test_the_general_rows_hold_the_tasks_classes(tree: dict[str, Any]) -> None:
+    recipe = Recipe.parse(tree)
+    bench = bench_of(recipe)
+    bench.general = load_general(recipe.data, bench.prepared, Reading())
+    examples = general_examples(bench, labelled=True)
+    truth = dict(sentences(80, seed=9))
+    names = bench.prepared.names
+    told = [names[int(examples[i]["labels"])] for i in range(len(examples))]
+    assert told == [truth[row.content[0]] for row in bench.general.used]
+    assert set(told) == set(names)
+    bare = general_examples(bench)
+    assert {int(np.asarray(bare[i]["labels"])) for i in range(len(bare))} == {-100}
+
+
+def test_a_run_that_replays_labels(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree["retain"]["ewc"] = {"fisher": "empirical", "weight": 0.1, "samples": 8}
+    record = run(Recipe.parse(deepcopy(tree)), tmp_path / "run")
+    assert record is not None
+    arms = {arm["arm"]: arm["training"] for arm in record["arms"]}
+    assert arms["full"]["general_rows"] > 0
+    assert arms["full"]["fisher"]["kind"] == "empirical" and arms["full"]["fisher"]["rows"] == 8
+    assert arms["full"]["history"] != arms["plain"]["history"]
+    card = (tmp_path / "run/publish/README.md").read_text("utf-8")
+    assert "replay of labelled general rows, 0.5 for each of the task's, weight 0.7" in card
+    assert "the empirical Fisher information of 8 general rows" in card
+    tree["retain"]["replay"]["weight"] = 0.5
+    with pytest.raises(Exception, match=r"retain\.replay\.weight: 0\.7 -> 0\.5"):
+        run(Recipe.parse(tree), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("data", "retain", "message"),
+    [
+        ({"general": {"label": "document"}}, {"replay": {"labelled": True}}, "a column 'label'"),
+        ({"general": {"label": "document"}}, {"ewc": {"fisher": "empirical"}}, "need classific"),
+        ({"task": "regression"}, {"replay": {"labelled": True}}, "need classification"),
+        ({}, {"replay": {"weight": 0.5}}, "and labelled is false"),
+        ({}, {"replay": {"labelled": True, "weight": -1}}, r"retain\.replay\.weight"),
+        ({}, {"replay": {}}, "or retain.replay.labelled"),
+    ],
+)
+def test_what_has_no_labels_is_refused(
+    tree: dict[str, Any], data: Any, retain: Any, message: str
+) -> None:
+    tree["data"]["general"] |= data.pop("general", {})
+    tree["data"] |= data
+    tree["retain"] = retain
+    with pytest.raises(RecipeError) as caught:
+        preflight(Recipe.parse(tree))
+    assert caught.value.exit_code == 2
+    assert re.search(message, f"{caught.value.what}. {caught.value.fix}")
+
+
+def test_labels_that_the_task_has_not_are_refused_and_named(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = Recipe.parse(deepcopy(tree))
+    bench = bench_of(recipe)
+    general = load_general(recipe.data, bench.prepared, Reading())
+    wrong = {general.used[0].content[0], general.measured[0].content[0]}
+    rows = [(text, "cold" if text in wrong else label, str(i // 4))
+            for i, (text, label) in enumerate(sentences(80, seed=9))]  # fmt: skip
+    path = write_csv(tmp_path / "cold.csv", ["text", "label", "document"], rows)
+    tree["data"]["general"]["path"] = str(path)
+    for go in (preflight, lambda made: run(made, tmp_path / "run")):
+        with pytest.raises(DataError, match="cold.csv.*the label 'cold', which train never"):
+            go(Recipe.parse(deepcopy(tree)))
+    tree["retain"] = {"ewc": {"fisher": "features", "samples": 8}}
+    preflight(Recipe.parse(tree))
+
+
+def test_without_labels_the_weight_is_not_among_what_was_read(tree: dict[str, Any]) -> None:
+    tree["retain"] = {"kl": {"inputs": "general"}, "replay": {"ratio": 0.25}}
+    retain = Recipe.parse(tree).retain
+    assert retain is not None
+    read = retain_flat(retain)
+    assert {key for key in read if "replay" in key} == {"retain.replay.ratio"}
