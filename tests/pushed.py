@@ -12,6 +12,8 @@ from published import Pusher, finished_run, pusher, put_base
 from hftl.rundir import sha256
 
 ME = "me/model"
+MADE: list[Path] = []
+"""The run, once it is made: pytest takes a fixture that several files import for several."""
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +28,10 @@ def hub(tiny_model: Callable[..., Path]) -> Iterator[LocalHub]:
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]) -> Path:
     """A finished run of a LoRA adapter with a native head."""
-    with pytest.MonkeyPatch.context() as patch:
-        return finished_run(tmp_path_factory.mktemp("made"), tiny_model(), patch, {})
+    if not MADE:
+        with pytest.MonkeyPatch.context() as patch:
+            MADE.append(finished_run(tmp_path_factory.mktemp("made"), tiny_model(), patch, {}))
+    return MADE[0]
 
 
 @pytest.fixture(scope="module")
