@@ -21,7 +21,7 @@ from hftl.record import Record, to_json
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 KEPT = ("metric", "own_arm", "ladder", "transfer_gain", "verdict", "data", "environment",
-        "scratch_search", "reload_difference", "adapt")  # fmt: skip
+        "scratch_search", "reload_difference", "adapt", "forgetting")  # fmt: skip
 PAGES = (ROOT / "README.md", ROOT / "recipes" / "README.md", ROOT / "benchmarks" / "README.md")
 INDEX = {
     "movies-minilm-lora": "recipes/movies-minilm/lora.yaml",
@@ -65,6 +65,8 @@ def block(name: str) -> str:
     if "table" in told:
         return "```\n" + "\n".join(told["table"]) + "\n```"
     lines = [show.ladder(told)]
+    if told.get("forgetting"):
+        lines += ["", show.forgetting(told), ""]
     if told.get("adapt"):
         lines += [*map(show.adaptation, told["adapt"]["stages"]), adaptation_sentence(told)]
     return "```\n" + "\n".join(lines) + "\n```"

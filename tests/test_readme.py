@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,6 +59,18 @@ def test_speeds_are_those_of_the_kept_benchmark() -> None:
         ("bert-base", "at BERT-base's"),
     ):
         assert f"{shapes[name]['speed']['median']:.2f} {words}" in README.replace("\n", " ")
+
+
+def test_costs_of_kl_are_those_of_the_kept_benchmark() -> None:
+    kept = (ROOT / "benchmarks" / "results" / "kl_time.json").read_text(encoding="utf-8")
+    pairs = json.loads(kept)["pairs"]
+    target, general = (
+        statistics.median(pair[way][1] / pair["none"][1] for pair in pairs)
+        for way in ("target", "general")
+    )
+    words = re.sub(r"\s+", " ", README)
+    assert f": {target:.2f}".replace("0.", ".") + " of the processor's seconds" in words
+    assert f"on general data {general:.2f})" in words
 
 
 def test_demo_line_names_what_exists() -> None:

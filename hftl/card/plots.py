@@ -37,13 +37,7 @@ def plot_ladder(record: dict[str, Any], path: Path) -> None:
     axes.get_yticklabels()[own].set_color(OWN)
     gains = axes.secondary_yaxis("right")
     gains.set_yticks([*range(len(rows)), len(rows) - 0.4], [*map(_gain, rows), "this model gains"])
-    for side in (axes, gains):
-        side.tick_params(axis="y", length=0)
-    axes.set_ylim(-0.5, len(rows) - 0.2)
-    axes.margins(x=0.08)
-    axes.grid(axis="x", alpha=0.3)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    gains.spines["right"].set_visible(False)
+    _rows_only(axes, gains, len(rows))
     _save(figure, path)
 
 
@@ -100,13 +94,7 @@ def plot_compared(rows: list[dict[str, Any]], path: Path) -> None:
     differences = axes.secondary_yaxis("right")
     told = [_against_first(row) for row in reversed(rows)]
     differences.set_yticks(range(len(rows)), told)
-    for side in (axes, differences):
-        side.tick_params(axis="y", length=0)
-    axes.set_ylim(-0.5, len(rows) - 0.2)
-    axes.margins(x=0.08)
-    axes.grid(axis="x", alpha=0.3)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    differences.spines["right"].set_visible(False)
+    _rows_only(axes, differences, len(rows))
     _save(figure, path)
 
 
@@ -122,6 +110,17 @@ def _figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _rows_only(axes: Any, right: Any, rows: int) -> None:
+    """Leaves of the frame what a row each needs: its two names and a grid to read values by."""
+    for side in (axes, right):
+        side.tick_params(axis="y", length=0)
+    axes.set_ylim(-0.5, rows - 0.2)
+    axes.margins(x=0.08)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    right.spines["right"].set_visible(False)
 
 
 def _save(figure: Any, path: Path) -> None:

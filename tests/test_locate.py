@@ -1,0 +1,39 @@
+"""Where a published model and its base are found."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hftl import locate
+from hftl.sections import Source
+
+PACKAGED = "package:somewhere/model"
+
+
+@pytest.mark.parametrize(
+    ("adapt", "expected"),
+    [
+        (None, Source(model=PACKAGED)),
+        ({"base": None}, Source(model=PACKAGED)),
+        # What the run has adapted is on the hub alone, whatever it was made of.
+        ({"base": {"weights_sha256": None}}, Source(model="me/base", revision="abc")),
+    ],
+)
+def test_an_installed_source_is_the_base_unless_that_was_adapted(
+    adapt: Any, expected: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = {"base_model_name_or_path": "me/base", "revision": "abc"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(named), encoding="utf-8")
+    sought = []
+
+    def found(source: Source) -> Any:
+        sought.append(source)
+        return SimpleNamespace(folder=tmp_path)
+
+    monkeypatch.setattr(locate, "find_source", found)
+    monkeypatch.setattr(locate, "_installed", lambda spec: True)
+    locate.base_folder(tmp_path, {"source": {"model": PACKAGED}, "adapt": adapt}, None)
+    assert sought == [expected]
