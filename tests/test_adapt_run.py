@@ -29,7 +29,6 @@ from hftl.errors import RunFolderError
 from hftl.measure.adaptation import helped
 from hftl.measure.verdict import decide
 from hftl.model.source import find_source, weights_sha256
-from hftl.publish import reload
 from hftl.publish.gates import check_files
 from hftl.recipe import Recipe
 from hftl.record import Record
@@ -48,7 +47,7 @@ Tiny = Callable[..., Path]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No plots, and no fresh process, which takes seconds; the run `finished` has both."""
+    """No plots, which take seconds; the run `finished` has them."""
 
     def blank(told: dict[str, Any], path: Path) -> None:
         path.parent.mkdir()
@@ -57,16 +56,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     # A head that is barely warmed leaves something to learn from noise.
     monkeypatch.setattr("hftl.adapt.stage.WARM_STEPS", 3)
     monkeypatch.setattr("hftl.publishing.plot_ladder", blank)
-    monkeypatch.setattr("hftl.finish.reload_difference", reloaded)
-
-
-def reloaded(folder: Path, source: Any, sample: Path, device: str) -> float:
-    """What the fresh process finds, found here."""
-    inputs, _ = reload.sample_inputs(folder, sample)
-    expected = torch.tensor(json.loads(sample.read_text("utf-8"))["logits"])
-    with torch.inference_mode():
-        found = reload.load(folder, source.folder)(**inputs).logits
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
 
 
 def tree_of(model: Path, table: Path, adapt: Any, **finetune: Any) -> dict[str, Any]:
