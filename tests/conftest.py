@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,6 +50,14 @@ def _fast_reload() -> Iterator[None]:
         patch.setattr("hftl.publish.gates.subprocess", SimpleNamespace(run=fresh.run))
         yield
     fresh.close()
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """The command line, at its end, ignores SIGTERM; the tests after it must not."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture

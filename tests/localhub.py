@@ -72,5 +72,6 @@ def running() -> Iterator[LocalHub]:
         assert process.stdout is not None
         yield LocalHub(process.stdout.readline().strip())
     finally:
-        process.terminate()
+        # Not terminate: what a process ignores, those that it starts ignore too.
+        process.kill()
         process.wait()
