@@ -58,7 +58,7 @@ def launched(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["text", "image"])
+@pytest.mark.parametrize("kind", ["text", pytest.param("image", marks=pytest.mark.slow)])
 def test_two_processes_give_what_one_gives(
     kind: str, table: Path, still: Callable[[str], Path], tmp_path: Path
 ) -> None:
