@@ -3,8 +3,9 @@
 from typing import Any
 
 import pytest
+import torch
 from tiny import IMAGE, TEXT, tiny_config
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from hftl.errors import RecipeError
 from hftl.model.anatomy import ANATOMIES, anatomy_of, count_blocks
@@ -56,6 +57,15 @@ def test_an_unknown_encoder_is_derived(
     assert (found.final, found.unused) == (final, unused)
     assert count_blocks(config) == 3
     assert (found.tokens is not None) == (found.modality == "text")
+
+
+@pytest.mark.parametrize("name", ["beit", "data2vec-vision"])
+def test_models_train_after_their_class_was_derived(name: str) -> None:
+    config = tiny_config(name)
+    derived(config)
+    model = AutoModelForImageClassification.from_config(config)
+    model(torch.rand(2, 3, *[config.image_size] * 2)).logits.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_the_config_is_left_as_it_was() -> None:

@@ -8,12 +8,15 @@ gradients that stay away tell what no output depends on.
 import inspect
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import pytorch_utils
 
 from hftl.errors import RecipeError
 from hftl.model.parts import TOKENS, Anatomy, Head, block_paths, linears_of, under
@@ -33,6 +36,18 @@ def derived(config: Any) -> Anatomy:
         RecipeError: naming what could not be verified.
     """
     return _derived(type(config), config.to_json_string(use_diff=False))
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """Let no module keep a table without values for its class's later models, as BEiT's would."""
+    module: Any = pytorch_utils
+    asked = module.is_torchdynamo_compiling
+    module.is_torchdynamo_compiling = lambda: True
+    try:
+        yield
+    finally:
+        module.is_torchdynamo_compiling = asked
 
 
 @lru_cache
@@ -162,7 +177,7 @@ class Trace:
             if own or isinstance(module, nn.Dropout) or name in whole:
                 module.register_forward_hook(lambda *_, name=name: calls.append(name))
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"):
+            with _uncached(), FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"):
                 self.model(**self._inputs()).logits.sum().backward()
         except CANNOT_RUN as error:
             _refuse(self.config, f"it does not run without weights: {str(error).splitlines()[0]}")
