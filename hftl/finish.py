@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hftl import rundir, show
+from hftl import energy, rundir, show
 from hftl.adapting import Step
 from hftl.card.adaptation import adaptation_sentence
 from hftl.card.card import gain_sentence
@@ -109,6 +109,7 @@ def measure(
     over = {row["arm"]: row["gain_of_own"] for row in rows}
     adapted = adaptation_record(steps, benches[own.name], over.get("source"), own.strategy)
     search = run / "phases" / "search" / "search.json"
+    timings = {path.name: _timings(path) for found in folders.values() for path in found}
     scratch = any(arm.strategy == "scratch" for arm in arms)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -130,8 +131,9 @@ def measure(
         "reload_difference": difference,
         "verdict": decide(gain, over.get("head"), difference, over.get("source")),
         "published_seed": seed,
-        "environment": environment(bench.device, dtype_name(recipe.finetune.training)),
-        "timings": {path.name: _timings(path) for found in folders.values() for path in found},
+        "environment": environment(bench.device, dtype_name(recipe.finetune.training))
+        | energy.total(timings),
+        "timings": timings,
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hftl import processes, rundir, show
+from hftl.energy import metered
 from hftl.errors import RunFolderError
 from hftl.finetune import arm as training
 from hftl.finetune import baseline, store
@@ -82,7 +83,9 @@ def _run_job(this: Run, bench: Workbench, job: Job, count: str) -> None:
     if arm.strategy in SOLVED:
         processes.share(lambda: _keep(this, bench, job, _run_arm(this, bench, arm, seed), count))
         return
-    outcome = _run_arm(this, bench, arm, seed)
+    with metered() as energy:
+        outcome = _run_arm(this, bench, arm, seed)
+    outcome.timings |= energy
     processes.share(lambda: _keep(this, bench, job, outcome, count))
 
 

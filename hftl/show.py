@@ -64,7 +64,7 @@ def arm_line(told: dict[str, Any], metric: str, count: str) -> str:
     """One finished arm and seed; `count` says how many of how many."""
     test = told["metrics"]["test"].get(metric)
     score = "" if test is None else f"  test {metric} {test:.3f}"
-    seconds = sum(told["timings"].values())
+    seconds = sum(took for name, took in told["timings"].items() if name.endswith("seconds"))
     name = f"{told['arm']} seed {told['seed']}"
     return f"  [{count}] {name:<22}{score}  {seconds:.0f} s"
 

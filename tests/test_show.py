@@ -18,7 +18,7 @@ def test_header_is_two_columns() -> None:
 )
 def test_arm_line(metrics: dict[str, float], score: str) -> None:
     told = {"arm": "lora", "seed": 1, "metrics": {"test": metrics},
-            "timings": {"fit": 3.0, "predict": 1.2}}  # fmt: skip
+            "timings": {"train_seconds": 3.0, "predict_seconds": 1.2, "energy_kwh": 7}}  # fmt: skip
     expected = f"  [2/9] lora seed 1           {score}  4 s"
     assert show.arm_line(told, "accuracy", "2/9") == expected
 

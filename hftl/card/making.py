@@ -134,5 +134,8 @@ def training_sentence(record: dict[str, Any]) -> str:
 
 def environment(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Hardware and versions, a name and a value each."""
-    plain = [(k, str(v)) for k, v in found.items() if k != "packages"]
+    plain = [(k, str(v)) for k, v in found.items() if k not in ("packages", "energy_kwh")]
+    if "energy_kwh" in found:
+        told = f"{found['energy_kwh']:.3g} kWh for all arms and seeds, as codecarbon estimates it"
+        plain.append(("energy", told))
     return plain + [(name, version) for name, version in found["packages"].items()]
