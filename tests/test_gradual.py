@@ -170,8 +170,18 @@ def test_with_layer_rates_every_part_keeps_its_own(
     assert seen == [{round(5e-3 * 0.5**k, 9) for k in range(5)}] * 4
 
 
-@pytest.mark.parametrize("stopped", [1, 2, 3])
-@pytest.mark.parametrize("retained", [False, True])
+@pytest.mark.parametrize(
+    ("stopped", "retained"),
+    [
+        (1, True),
+        (2, False),
+        (3, True),
+        *(
+            pytest.param(*more, marks=pytest.mark.slow)
+            for more in [(1, False), (2, True), (3, False)]
+        ),
+    ],
+)
 def test_what_was_stopped_goes_on_to_the_same_weights(
     bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stopped: int, retained: bool
 ) -> None:

@@ -102,6 +102,7 @@ def test_two_processes_give_what_one_gives(
     assert told[0] == pytest.approx(told[1], abs=0.05)
 
 
+@pytest.mark.slow  # tests/test_processes.py adapts on two processes without the command line
 def test_adaptation_on_two_processes_is_that_on_one(
     table: Path, still: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -420,7 +420,10 @@ def test_another_base_is_refused_on_loading(
         hftl.load(finished[0] / "publish", base=tiny_model("bert", True))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+)
 def test_a_killed_run_loses_at_most_the_arm_in_work(
     number: int, code: int, recipe_tree: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -275,6 +275,7 @@ def launch_environment(name: str, *flags: str) -> tuple[Any, dict[str, str]]:
     return args, prepare_multi_gpu_env(args)
 
 
+@pytest.mark.slow
 def test_sharded_processes_agree_with_one(alone: dict[str, Any], tmp_path: Path) -> None:
     """FSDP on CPUs, where accelerate's check for a GPU is lifted."""
     _, environment = launch_environment("fsdp.yaml")
