@@ -91,7 +91,7 @@ class Reference:
 
 def _moves_its_base(model: PeftModel) -> bool:
     """Whether more trains than the adapter: with it off, what is left would move as well."""
-    own = (model.base_model.prefix, ".modules_to_save.", ".trainable_tokens_")
+    own = (str(model.base_model.prefix), ".modules_to_save.", ".trainable_tokens_")
     return any(
         parameter.requires_grad and not any(part in name for part in own)
         for name, parameter in model.named_parameters()
