@@ -54,6 +54,11 @@ def check_retained(retain: Retain, data: Data, finetune: Finetune) -> None:
     Raises:
         RecipeError: naming the key.
     """
+    if data.task is None:
+        raise RecipeError(
+            "retain holds fine-tuning near the original, and data.task=null adapts only",
+            "Leave retain out, or name a task",
+        )
     if retain.needs_general and data.general is None:
         raise RecipeError(
             "retain reads general data (replay, ewc, or kl.inputs), but data.general is null",

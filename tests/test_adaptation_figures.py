@@ -67,12 +67,16 @@ def test_a_perplexity_beyond_floats_is_none() -> None:
 def test_helped_says_the_outcome(outcome: str, words: str) -> None:
     adapted = {"kept": "adapted", "why": None}
     undone = {"kept": "original", "why": "the loss rose"}
-    assert words in helped([adapted], {"outcome": outcome})
-    assert words in helped([adapted, undone], {"outcome": outcome}), "one of two still counts"
+    assert words in helped([adapted], {"outcome": outcome, "ci95": [0.0, 1.0]})
+    assert words in helped([adapted, undone], {"outcome": outcome, "ci95": [0.0, 1.0]}), (
+        "one of two still counts"
+    )
 
 
 def test_helped_of_what_was_undone_or_not_measured() -> None:
     undone = [{"kept": "original", "why": "first"}, {"kept": "original", "why": "second"}]
     said = "Adaptation was undone: second; the original weights were kept"
-    assert helped(undone, {"outcome": "equivalent"}) == helped(undone, None) == said
+    assert helped(undone, {"outcome": "equivalent", "ci95": None}) == helped(undone, None) == said
     assert "was not measured" in helped([{"kept": "adapted", "why": None}], None)
+    of_one_seed = {"outcome": "undetermined", "ci95": None}
+    assert "is not known" in helped([{"kept": "adapted", "why": None}], of_one_seed)

@@ -21,24 +21,46 @@ from hftl.errors import RecipeError
 from hftl.finetune.heads import check_head
 from hftl.finetune.strategy import prepare
 from hftl.keeping import KL
-from hftl.model.head import build
+from hftl.model.head import anatomy_in, build, encoder_in
 from hftl.model.source import find_source, load_tokenizer
 from hftl.retain.view import in_eval
 from hftl.retain.zeroshot import ZeroShotKL, zero_shot_head
 from hftl.sections import Source
 
 
-def masked_term(folder: Path, weight: float = 1.0) -> MaskedKL:
+def masked_term(folder: Path, weight: float = 1.0, apart: bool = False) -> MaskedKL:
     source = find_source(Source(model=str(folder)))
     masked, fresh = load_mlm(source, 0)
     assert not fresh
     masking = masking_of(load_tokenizer(source), 0.5, whole_words=False)
-    return MaskedKL(weight, masked, masking, seed=3)
+    return MaskedKL(weight, masked, masking, seed=3, apart=apart)
 
 
 def batch_of(rows: int = 6) -> dict[str, Any]:
     found = {k: torch.stack([Rows()[i][k] for i in range(rows)]) for k in Rows()[0]}
     return {**found, "row": torch.arange(rows), "general": torch.zeros(rows, dtype=torch.bool)}
+
+
+@pytest.mark.parametrize("strategy", ["lora", "full"])
+def test_the_original_may_be_another_than_the_start(
+    tiny_model: Callable[..., Path], strategy: str
+) -> None:
+    """As after adaptation, where the reference is the source: with the adapter off it is not."""
+    folder = tiny_model("bert", True)
+    start = with_probe(folder, "full")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in encoder_in(start, anatomy_in(start)).parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model = prepare(start, strategy)
+    far = {}
+    for apart in (False, True):
+        term = masked_term(folder, apart=apart)
+        term.begin(model)
+        values = term.values(batch_of(), torch.ones(6, dtype=torch.bool), 0)
+        far[apart] = float(values.detach().mean())
+    assert far[True] > 1e-4
+    assert (far[False] < 1e-6) == (strategy == "lora"), "with an adapter the start is the original"
 
 
 @pytest.mark.parametrize("strategy", ["lora", "full"])

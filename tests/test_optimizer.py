@@ -282,3 +282,8 @@ def test_an_arm_with_rates_moves_as_its_rates_say(recipe_tree: dict[str, Any]) -
     for name, tensor in outcome.weights.items():
         moves = "layer.2." in name or name.startswith("head.")
         assert torch.equal(tensor, before[name]) != moves, name
+
+
+def test_the_rate_of_an_unknown_part_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"rates\['heads'\]; did you mean 'head'"):
+        layer_rates(None, {"heads": 0.1})

@@ -356,6 +356,7 @@ def test_the_json_schema_names_every_section() -> None:
         ("{kl: []}", [], r"retain\.kl"),
         ("{interpolate: [2]}", [], r"retain\.interpolate"),
         ("{kl: {}}", ["finetune.strategy=head"], "the strategy head trains nothing"),
+        ("{kl: {}}", ["data.task=null", "adapt={objective: mlm}"], "data.task=null adapts only"),
     ],
 )
 def test_retention_that_makes_no_sense_is_refused(

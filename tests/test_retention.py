@@ -17,6 +17,7 @@ from hftl.model.head import anatomy_in, last_linear
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.reference import Reference
 from hftl.retain.view import Tap, in_eval
+from hftl.retain.weights import L2SP
 from hftl.train.trainer import TransferTrainer
 
 
@@ -395,3 +396,40 @@ def test_features_are_measured_by_the_same_spread_cached_or_not(bert: Path, tmp_
         trainer.train()
         spreads.append(trainer.retention._spread)
     torch.testing.assert_close(*spreads)
+
+
+@pytest.mark.parametrize("inputs", ["general", "both"])
+def test_a_term_on_general_rows_is_refused_where_there_are_none(
+    bert: Path, tmp_path: Path, inputs: str
+) -> None:
+    term = KLToOriginal(inputs=inputs)
+    with pytest.raises(RecipeError, match=f"kl.inputs='{inputs}' is of general rows"):
+        retaining(with_probe(bert, "lora"), tmp_path, [term], {}).train()
+    still = retaining(with_probe(bert, "lora"), tmp_path, [KLToOriginal(0, inputs=inputs)], {})
+    still.train()
+
+
+def test_a_ratio_of_nothing_is_refused(bert: Path, tmp_path: Path) -> None:
+    more = {"general_dataset": Plain(), "general_ratio": 0.0}
+    with pytest.raises(RecipeError, match="general_ratio=0.0 must be above 0"):
+        retaining(with_probe(bert, "lora"), tmp_path, [TERMS["general"]], more)
+
+
+def test_a_term_alone_is_a_list_of_one_and_a_class_is_none(bert: Path, tmp_path: Path) -> None:
+    assert len(retaining(with_probe(bert, "lora"), tmp_path, L2SP(), {}).retention.weights) == 1
+    with pytest.raises(RecipeError, match="retain holds a type, expected terms"):
+        retaining(with_probe(bert, "lora"), tmp_path, [L2SP], {})
+
+
+def test_the_reference_stands_still_where_more_trains_than_the_adapter(bert: Path) -> None:
+    """A head that no adapter holds would move the reference with it."""
+    plain: Any = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
+    model: Any = get_peft_model(plain, LoraConfig(r=2, target_modules=["query", "value"]))
+    head = model.base_model.model.classifier.weight.requires_grad_(True)
+    batch = {k: v for k, v in Rows()[0].items() if k != "labels"}
+    batch = {key: value.unsqueeze(0) for key, value in batch.items()}
+    reference = Reference(model, None, copied=True)
+    before = reference(batch).logits
+    with torch.no_grad():
+        head.add_(1.0)
+    assert torch.equal(reference(batch).logits, before)

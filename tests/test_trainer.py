@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from hftl.adapt.encoder import MaskedOutput
-from hftl.errors import NumericError
+from hftl.errors import NumericError, RecipeError
 from hftl.finetune.strategy import prepare
 from hftl.model.head import build
 from hftl.model.source import find_source
@@ -567,3 +567,13 @@ def test_a_gain_below_the_least_does_not_help_patience_but_is_kept() -> None:
     nn.init.zeros_(model.weight)
     keep.restore(model)
     assert model.weight.item() == 5 and keep.best == 1.93
+
+
+def test_a_loss_of_the_users_own_is_refused_not_left_out(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    def kind(**given: Any) -> TransferTrainer:
+        return TransferTrainer(**given, compute_loss_func=lambda *_, **__: 0)
+
+    with pytest.raises(RecipeError, match="compute_loss_func would not be called"):
+        trainer_of(model_of(tiny_model("bert"), "lora"), tmp_path, kind)  # pyright: ignore

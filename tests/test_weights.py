@@ -355,3 +355,15 @@ def test_an_adapter_that_starts_from_nothing_is_not(bert: Path, begins: Any) -> 
 def test_a_negative_weight_is_refused(kind: Callable[[], Any]) -> None:
     with pytest.raises(RecipeError, match="would drive the model away"):
         kind()
+
+
+@pytest.mark.parametrize("kind", ["l2sp", "ewc"])
+def test_an_adapter_that_was_trained_before_is_refused(bert: Path, kind: str) -> None:
+    model = with_probe(bert, "lora")
+    name, layer = next(iter(lora_layers(model)))
+    fisher = {f"{name}.weight": torch.ones_like(layer.get_base_layer().weight)}
+    term = L2SP(1.0) if kind == "l2sp" else EWC(1.0, fisher)
+    term.start(model)
+    assert float(term.penalty(model)) == 0
+    with pytest.raises(RecipeError, match="has been trained already"):
+        term.start(moved(model))

@@ -32,11 +32,13 @@ class MaskedKL:
         temperature: see `KLToOriginal`.
         direction: `forward` or `reverse`.
         inputs: `target`, `general` or `both`.
+        apart: whether the original is another than the weights that training starts from.
     """
 
     def __init__(
         self, weight: float, masked: MaskedLM, masking: Masking, seed: int,
         temperature: float = 1.0, direction: str = "forward", inputs: str = "target",
+        apart: bool = False,
     ) -> None:  # fmt: skip
         self.weight = weight
         self.inputs = inputs
@@ -45,11 +47,13 @@ class MaskedKL:
         self._seed = seed
         self._temperature = temperature
         self._direction = direction
+        self._apart = apart
         self._now = masked
         self._adapter: PeftModel | None = None
 
     def begin(self, model: nn.Module) -> None:
-        """Puts the head on the encoder that trains; with an adapter that is the original's too.
+        """Puts the head on the encoder that trains; with an adapter that is the original's too,
+        unless it is another.
 
         Raises:
             RecipeError: if the two encoders are not of one architecture.
@@ -64,7 +68,7 @@ class MaskedKL:
         device = next(model.parameters()).device
         self._original.to(device)
         adapter = model.encoder if isinstance(model, PooledModel) else model
-        if isinstance(adapter, PeftModel):
+        if isinstance(adapter, PeftModel) and not self._apart:
             self._adapter = adapter
         else:
             self._now = deepcopy(self._original)

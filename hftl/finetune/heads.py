@@ -17,13 +17,16 @@ HIDDEN = 0.15
 """The share of tokens that are hidden, as in BERT's pre-training."""
 
 
-def head_term(bench: Workbench, kl: KL, seed: int) -> MaskedKL | ZeroShotKL:
+def head_term(
+    bench: Workbench, kl: KL, seed: int, before: Workbench | None = None
+) -> MaskedKL | ZeroShotKL:
     """The term on a head of the source.
 
     Args:
         bench: what fine-tuning starts from.
         kl: with `on` mlm or zero_shot.
         seed: of the masks.
+        before: what the source was before adaptation, where that is the reference.
     """
     assert not isinstance(kl.weight, str)
     how = (kl.temperature, kl.direction, kl.inputs)
@@ -32,13 +35,14 @@ def head_term(bench: Workbench, kl: KL, seed: int) -> MaskedKL | ZeroShotKL:
         names = bench.prepared.names
         head = zero_shot_head(clip, load_tokenizer(bench.source), names)
         return ZeroShotKL(kl.weight, head, *how)
-    masked, fresh = load_mlm(bench.source, seed, bench.mlm_head)
+    held = bench if before is None else before
+    masked, fresh = load_mlm(held.source, seed, held.mlm_head)
     if fresh:
-        raise _no_head(bench.source)
+        raise _no_head(held.source)
     # The rows of a batch are told token by token, so no word is known as a whole.
     tokenizer = bench.inputs.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
     masking = masking_of(tokenizer, HIDDEN, whole_words=False)
-    return MaskedKL(kl.weight, masked, masking, seed, *how)
+    return MaskedKL(kl.weight, masked, masking, seed, *how, apart=before is not None)
 
 
 def check_head(kl: KL, source: SourceModel, warmed: bool, task: str) -> None:
@@ -47,7 +51,7 @@ def check_head(kl: KL, source: SourceModel, warmed: bool, task: str) -> None:
     Args:
         kl: with `on` mlm or zero_shot.
         source: the checkpoint.
-        warmed: whether adaptation leaves a masked-language head.
+        warmed: whether adaptation leaves the reference a masked-language head.
         task: the recipe's.
 
     Raises:
@@ -68,7 +72,8 @@ def check_head(kl: KL, source: SourceModel, warmed: bool, task: str) -> None:
 def _no_head(source: SourceModel) -> RecipeError:
     return RecipeError(
         f"retain.kl.on=mlm: {source.spec} has no trained masked-language head",
-        "Adapt by mlm first, which warms one, or use retain.kl.on=relational",
+        "Adapt by mlm first, which warms one for retain.reference=start, or use "
+        "retain.kl.on=relational",
     )
 
 

@@ -63,8 +63,11 @@ def kept_near(
     """
     if retain is None:
         return Kept()
+    before = bench.original if retain.reference == "source" else None
     terms: list[Any] = [
-        head_term(bench, kl, seed) if kl.on in OWN_HEADS else _kl_term(bench, kl, finetune, seed)
+        head_term(bench, kl, seed, before)
+        if kl.on in OWN_HEADS
+        else _kl_term(bench, kl, finetune, seed)
         for kl in retain.kls
         if kl.weight
     ]
@@ -76,8 +79,8 @@ def kept_near(
         information, facts["fisher"] = fisher()
         terms.append(EWC(retain.ewc.weight, information))
     found: dict[str, Any] = {"retain": terms}
-    if retain.reference == "source" and bench.original is not None and retain.kls:
-        found["reference"] = original(bench.original)
+    if before is not None and retain.kls:
+        found["reference"] = original(before)
     if _mixes_general(retain):
         replay = retain.replay or Replay()
         rows = general_examples(bench, replay.labelled)
@@ -108,7 +111,8 @@ def check_retention(arm: Arm, source: SourceModel, task: str) -> None:
             )
     for kl in retain.kls:
         if kl.on in OWN_HEADS:
-            check_head(kl, source, any(stage.objective == "mlm" for stage in arm.stages), task)
+            adapted = any(stage.objective == "mlm" for stage in arm.stages)
+            check_head(kl, source, adapted and retain.reference == "start", task)
     on_general = any(kl.inputs != "target" for kl in retain.kls)
     if retain.replay is not None and not retain.replay.labelled and not on_general:
         raise RecipeError(

@@ -44,6 +44,8 @@ def helped(stages: list[dict[str, Any]], gain: dict[str, Any] | None) -> str:
         return f"Adaptation was undone: {stages[-1]['why']}; the original weights were kept"
     if gain is None:
         return "Whether adaptation helps a task was not measured: the recipe has none"
+    if gain["ci95"] is None:
+        return "Whether adaptation beat no adaptation is not known: no interval could be made"
     return {
         "positive": "Adaptation helped",
         "equivalent": "Adaptation made practically no difference",

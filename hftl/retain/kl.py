@@ -5,6 +5,7 @@ Forward is KL(original || model), the mean-seeking one whose gradient is soft cr
 All of it is computed in fp32.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -169,6 +170,24 @@ def rows_of(term: OnRows, general: Tensor, counts: Tensor) -> Tensor:
     if term.inputs == "target":
         return counts & ~general
     return general if term.inputs == "general" else general | counts
+
+
+def check_inputs(terms: Sequence[OnRows], general: int) -> None:
+    """Refuses terms on general rows where there are none: they would do nothing, or count less.
+
+    Args:
+        terms: their `inputs`.
+        general: how many general rows there are.
+
+    Raises:
+        RecipeError: naming the inputs.
+    """
+    strange = [term.inputs for term in terms if term.inputs != "target"]
+    if strange and not general:
+        raise RecipeError(
+            f"kl.inputs={strange[0]!r} is of general rows, and there are none",
+            "Give general_dataset=, or use inputs='target'",
+        )
 
 
 def expected_rows(term: OnRows, target: Tensor, ratio: float) -> Tensor:

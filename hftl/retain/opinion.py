@@ -40,6 +40,7 @@ def check_opinion(logits: Tensor, labels: Tensor, kind: str) -> None:
     if not loss < BETTER * blind:
         raise RecipeError(
             f"kl.on=probe: the reference's head says nothing of the labels (loss {loss:.3f}, "
-            f"{blind:.3f} by their shares alone): nobody has trained it",
-            "Start the head from the probe (head_init: probe), or use on: relational",
+            f"{blind:.3f} by their shares alone): nobody has trained it, or the encoder's features "
+            "do not tell them",
+            "Start the head from a probe (head_init: probe); where it is one, use on: relational",
         )

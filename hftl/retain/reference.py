@@ -24,7 +24,7 @@ class Reference:
         model: what is about to be trained; now it is the original.
         given: another original, for instance the source before adaptation; it is frozen.
         copied: whether the model's own weights will change, so that a copy has to be kept; with an
-            adapter none is needed, since the weights under it stay.
+            adapter none is needed where the weights under it stay.
     """
 
     def __init__(self, model: nn.Module, given: nn.Module | None, copied: bool) -> None:
@@ -34,7 +34,7 @@ class Reference:
         adapter = model.encoder if isinstance(model, PooledModel) else model
         if given is not None:
             self.model = given.requires_grad_(False).to(next(model.parameters()).device)
-        elif isinstance(adapter, PeftModel):
+        elif isinstance(adapter, PeftModel) and not (copied and _moves_its_base(adapter)):
             self.model, self._adapter = model, adapter
             if isinstance(model, PooledModel):
                 # The head is outside the adapter, and trains.
@@ -87,6 +87,15 @@ class Reference:
     def close(self) -> None:
         """Lets go of the model."""
         self._tap.close()
+
+
+def _moves_its_base(model: PeftModel) -> bool:
+    """Whether more trains than the adapter: with it off, what is left would move as well."""
+    own = (str(model.base_model.prefix), ".modules_to_save.", ".trainable_tokens_")
+    return any(
+        parameter.requires_grad and not any(part in name for part in own)
+        for name, parameter in model.named_parameters()
+    )
 
 
 def _apart(one: Tensor | None, other: Tensor | None) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hftl import processes
 from hftl.errors import RecipeError
-from hftl.retain.kl import KLToOriginal, expected_rows, row_values, rows_of
+from hftl.retain.kl import KLToOriginal, check_inputs, expected_rows, row_values, rows_of
 from hftl.retain.opinion import check_opinion
 from hftl.retain.reference import Reference
 from hftl.retain.view import Tap, View
@@ -78,8 +78,9 @@ class Retention:
         ratio: rows of general data for each row of the target.
     """
 
-    def __init__(self, terms: Sequence[Term], given: nn.Module | None, ratio: float) -> None:
-        strange = [t for t in terms if not isinstance(t, Term)]
+    def __init__(self, terms: Term | Sequence[Term], given: nn.Module | None, ratio: float) -> None:
+        terms = terms if isinstance(terms, Sequence) else [terms]
+        strange = [t for t in terms if isinstance(t, type) or not isinstance(t, Term)]
         if strange:
             raise RecipeError(
                 f"retain holds a {type(strange[0]).__name__}, expected terms",
@@ -123,6 +124,7 @@ class Retention:
         if self._started:
             return
         self._started = True
+        check_inputs([*self.kls, *self.own], rows.total - rows.target)
         for term in self.weights:
             term.start(model)
         for term in self.own:

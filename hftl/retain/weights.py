@@ -18,6 +18,8 @@ from hftl.retain.base import check_low_rank, check_unchanged_base
 
 WRAPPING = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+(?=\.)")
 """What peft puts into the name of a parameter."""
+NOTHING = 1e-6
+"""The share of a weight's squared length that an update which starts at zero may have."""
 
 
 class L2SP:
@@ -202,12 +204,24 @@ def _is_linear(layer: Any) -> bool:
 
 
 def _check_adapter(model: nn.Module) -> None:
+    """Refuses an adapter whose update is not s B A on the original, starting from nothing."""
     for module in model.modules():
         if isinstance(module, PeftModel):
             for name in module.active_adapters:
                 settings = module.peft_config[name].to_dict()
                 check_unchanged_base(settings, "lora")
                 check_low_rank(settings, "lora")
+    for name, layer in lora_layers(model):
+        with torch.no_grad():
+            begun = (
+                update_norm(layer) > NOTHING * layer.get_base_layer().weight.float().square().sum()
+            )
+        if begun:
+            raise RecipeError(
+                f"the adapter on {name} has been trained already, and l2sp and ewc take the base "
+                "under it for the original",
+                "Merge it into the base first, or use kl with reference=",
+            )
 
 
 def _total(parts: list[Tensor], device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hftl.errors import RecipeError
+from hftl.explain import closest
 from hftl.model.head import anatomy_in, encoder_in
 from hftl.model.parts import Anatomy, block_paths, submodule, under
 
@@ -23,6 +24,8 @@ UNDECAYED = (
 )  # fmt: skip
 """Parts of names whose weights do not decay, whatever their shape: `bias` is also in the names of
 relative positions' tables, `logit_scale` is Swin v2's temperature of attention."""
+PARTS = ("embeddings", "blocks", "head")
+"""What rates are given to by name."""
 OWN_GROUPS = {"params", "model", "optimizer_dict"}
 """Settings of optimizers that choose their parameters themselves, as GaLore does."""
 
@@ -79,7 +82,17 @@ def check_rates(section: str, rates: Sequence[float] | None, blocks: int) -> Non
 
 
 def layer_rates(decay: float | None, rates: Mapping[str, Any] | None) -> LayerRates | None:
-    """`LayerRates` of a recipe's `layer_decay` and `lr`; None where neither is given."""
+    """`LayerRates` of a recipe's `layer_decay` and `lr`; None where neither is given.
+
+    Raises:
+        RecipeError: for the rate of a part that no model has.
+    """
+    strange = [str(name) for name in rates or () if name not in PARTS]
+    if strange:
+        raise RecipeError(
+            f"rates[{strange[0]!r}]{closest(strange[0], list(PARTS))}",
+            f"Give rates of {', '.join(PARTS)}",
+        )
     if decay is None and not rates:
         return None
     given = dict(rates or {})

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerCallback
 
-from hftl.errors import NumericError
+from hftl.errors import NumericError, RecipeError
 from hftl.retain.retention import Retention
 from hftl.train.loss import counted, counted_rows, replayed_loss, summed_loss, uncounted
 
@@ -57,6 +57,28 @@ def step_items(batches: list[dict[str, Any]], device: torch.device) -> Tensor:
         own = uncounted(labels, batch["general"]) if "general" in batch else labels
         found.append(torch.stack([counted(own), target_rows(batch).sum()]).to(device))
     return torch.stack(found).sum(0)
+
+
+def check_arguments(loss: Any, ratio: float) -> None:
+    """Refuses what the loss would leave out, and a ratio that it cannot be divided by.
+
+    Args:
+        loss: transformers' `compute_loss_func`.
+        ratio: general rows for each row of the target.
+
+    Raises:
+        RecipeError: naming the argument.
+    """
+    if loss is not None:
+        raise RecipeError(
+            "TransferTrainer takes the task's loss by itself, and compute_loss_func would not be "
+            "called",
+            "Leave it out, or override compute_loss in a subclass",
+        )
+    if not ratio > 0:
+        raise RecipeError(
+            f"general_ratio={ratio} must be above 0", "Raise it, or leave general_dataset out"
+        )
 
 
 def check_finite(total: float, step: int) -> None:

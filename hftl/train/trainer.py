@@ -56,7 +56,7 @@ class TransferTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        retain: Sequence[Term] | Retention = (),
+        retain: Term | Sequence[Term] | Retention = (),
         reference: nn.Module | None = None,
         general_dataset: Any | None = None,
         general_ratio: float = 0.5,
@@ -69,6 +69,7 @@ class TransferTrainer(Trainer):
         self.retention = (
             retain if isinstance(retain, Retention) else Retention(retain, reference, general_ratio)
         )
+        step.check_arguments(self.compute_loss_func, general_ratio)
         self._rates = layer_rates(layer_decay, rates)
         self._general = general_dataset
         self._general_share = general_weight / self.retention.ratio
