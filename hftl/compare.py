@@ -77,7 +77,7 @@ def compare(models: Sequence[str], data: Path | None, output: Path | None) -> st
 
 def _with_head(model: str) -> Path:
     folder = published_folder(model)
-    need_head(folder)
+    need_head(folder, model)
     return folder
 
 

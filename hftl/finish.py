@@ -255,10 +255,17 @@ def rewrite_card(run: Path) -> None:
     """Writes card and report again from the record of a finished run.
 
     Raises:
-        RunFolderError: if the run has no record, or is in use.
+        RunFolderError: if the run has no record or was changed since, or is in use.
     """
     if not (run / "record.json").exists() or not (run / "phases" / "package").exists():
         raise RunFolderError(f"{run} has no record", "Finish it with `hftl run`")
     with rundir.locked(run):
-        write_publish(run, Record.read(run).tree)
+        # What the card is written from must be what was measured, or it would vouch for the rest.
+        rundir.check_finished(run, "record.json")
+        record = Record.read(run).tree
+        arm = f"arms/{record['own_arm']}-seed{record['published_seed']}"
+        for part in ("phases/package", "phases/data", arm):
+            if rundir.reads(run / part) is None:
+                raise RunFolderError(f"{run / part} is missing", "Run the same `hftl run` again")
+        write_publish(run, record)
         rundir.note_finished(run)

@@ -76,7 +76,7 @@ def _measure(this: Run, bench: Workbench, steps: list[Step]) -> dict[str, Any]:
 
 def adapts_only(run: Path) -> bool:
     """Whether a run has a record, and no arm in it."""
-    return (run / "record.json").exists() and not Record.read(run).tree["arms"]
+    return (run / "record.json").exists() and not Record.read(run).tree.get("arms")
 
 
 def rewrite_card(run: Path) -> None:

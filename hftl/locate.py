@@ -36,8 +36,13 @@ def published_folder(path: str | Path) -> Path:
     return folder
 
 
-def need_head(folder: Path) -> None:
-    """Refuses a bare encoder, or an adapter of one: its head would be drawn at random."""
+def need_head(folder: Path, name: str | Path) -> None:
+    """Refuses a bare encoder, or an adapter of one: its head would be drawn at random.
+
+    Args:
+        folder: what was found.
+        name: what the user called it.
+    """
     adapter = folder / "adapter_config.json"
     kinds = read_json(folder / "config.json").get("architectures") or []
     if adapter.exists():
@@ -46,7 +51,7 @@ def need_head(folder: Path) -> None:
         trained = any(kind.endswith(tuple(reload.AUTO)) for kind in kinds)
     if not trained and not (folder / "head.safetensors").exists():
         raise RecipeError(
-            f"{folder.name} has no trained head to predict with",
+            f"{name} has no trained head to predict with",
             "Give a run with a task, or a published folder of one",
         )
 
@@ -100,5 +105,16 @@ def _installed(spec: str) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's mapping; an empty one where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """A JSON file's mapping; an empty one where there is no file.
+
+    Raises:
+        RunFolderError: if the file holds none.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise RunFolderError(
+            f"{path} is no mapping in JSON", f"Look closer: hftl doctor {path.parent}"
+        ) from error

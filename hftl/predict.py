@@ -147,7 +147,7 @@ def load(path: str | Path, base: str | Path | None = None) -> Predictor:
         HubError: if a hub id cannot be had.
     """
     folder = published_folder(path)
-    need_head(folder)
+    need_head(folder, path)
     told = read_json(folder / "hftl.json")
     adapter = (folder / "adapter_config.json").exists()
     return with_model(

@@ -91,6 +91,7 @@ def looked_at(run: Path, asked: Asked) -> Listing:
     _sound(asked)
     if not (run / "record.json").exists():
         raise RunFolderError(f"{run} is no finished run", "Finish it with `hftl run`")
+    rundir.check_finished(run)
     record = Record.read(run).tree
     listing = dry_run(run, _words(record, asked))
     check_proof(run, record)

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hftl.errors import RunFolderError
+
 SCHEMA_VERSION = 1
 VARYING = ("environment", "timings")
 PACKAGES = ("hftl", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn")
@@ -26,8 +28,18 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> "Record":
-        """The record of a finished run folder."""
-        return cls(json.loads((folder / "record.json").read_text(encoding="utf-8")), folder)
+        """The record of a finished run folder.
+
+        Raises:
+            RunFolderError: if it does not read.
+        """
+        path = folder / "record.json"
+        try:
+            return cls(dict(json.loads(path.read_text(encoding="utf-8"))), folder)
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise RunFolderError(
+                f"{path} does not read", "Run the same `hftl run` again to mend it"
+            ) from error
 
     def __getitem__(self, key: str) -> Any:
         return self.tree[key]

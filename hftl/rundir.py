@@ -59,8 +59,10 @@ def locked(run: Path) -> Iterator[None]:
     """Holds the run folder for this process; leftovers of a killed one are removed.
 
     Raises:
-        RunFolderError: if another process holds it.
+        RunFolderError: if another process holds it, or it is no run folder.
     """
+    if not (run / ".lock").is_file():
+        raise RunFolderError(f"{run} is no run folder", "Finish it with `hftl run`")
     with open(run / ".lock", "r+", encoding="utf-8") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,18 +133,28 @@ def reads(folder: Path) -> dict[str, Any] | None:
     return read
 
 
-def check_finished(run: Path) -> None:
+def check_finished(run: Path, only: str | None = None) -> None:
     """Compares a finished run's record, report and publish folder with what was written.
 
+    Args:
+        run: the run folder.
+        only: the one file to look at, by its path in the run.
+
     Raises:
-        RunFolderError: naming the first file that is missing or changed.
+        RunFolderError: naming the first file that is missing, changed, or of somebody else.
     """
-    for name, content in _noted(run).items():
+    if reads(run / REPORT) is None:
+        raise RunFolderError(f"{run} is not finished", "Run the same `hftl run` again")
+    noted = _noted(run)
+    for name, content in noted.items():
         known = [content] if isinstance(content, str) else content
-        if not (run / name).is_file() or sha256(run / name) not in known:
+        if only in (None, name) and (not (run / name).is_file() or sha256(run / name) not in known):
             raise RunFolderError(
                 f"{run / name} is not what was written", "Run the same `hftl run` again to mend it"
             )
+    strange = [] if only else [path for path in _files(run) if _inside(run, path) not in noted]
+    if strange:
+        raise RunFolderError(f"{min(strange)} was not written by the run", "Remove it")
 
 
 def intact(run: Path) -> bool:
@@ -193,10 +205,17 @@ def _noted(run: Path) -> dict[str, Any]:
 
 
 def _finished(run: Path) -> dict[str, str]:
+    return {_inside(run, path): sha256(path) for path in _files(run)}
+
+
+def _files(run: Path) -> list[Path]:
     folders = (run / "publish", run / "publish-base")
     files = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
-    files += [p for p in (run / "record.json", run / "report.html") if p.exists()]
-    return {p.relative_to(run).as_posix(): sha256(p) for p in files}
+    return files + [p for p in (run / "record.json", run / "report.html") if p.exists()]
+
+
+def _inside(run: Path, path: Path) -> str:
+    return path.relative_to(run).as_posix()
 
 
 def digest(folder: Path) -> str:

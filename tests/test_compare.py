@@ -17,7 +17,7 @@ from planting import rewrite, save, wrapped
 from test_reload import opened, published
 
 import hftl
-from hftl import cli
+from hftl import cli, rundir
 from hftl.compare import compare, parameters
 from hftl.data import prepare
 from hftl.errors import DataError, RecipeError
@@ -167,6 +167,7 @@ def as_run(folder: Path, model: Path, task: str, data: dict[str, Any], pooling: 
     record = {"data": facts, "metric": "f1", "recipe": recipe.tree(), "source": {}}
     (folder / "record.json").write_text(to_json(record))
     (folder / "publish" / "hftl.json").write_text(to_json(record))
+    rundir.note_finished(folder)
     return folder
 
 

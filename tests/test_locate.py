@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from hftl import locate
+from hftl.errors import RunFolderError
 from hftl.sections import Source
 
 PACKAGED = "package:somewhere/model"
@@ -37,3 +38,10 @@ def test_an_installed_source_is_the_base_unless_that_was_adapted(
     monkeypatch.setattr(locate, "_installed", lambda spec: True)
     locate.base_folder(tmp_path, {"source": {"model": PACKAGED}, "adapt": adapt}, None)
     assert sought == [expected]
+
+
+@pytest.mark.parametrize("text", ["{", "5", "\xff"])
+def test_a_file_that_is_no_mapping_is_no_bug(text: str, tmp_path: Path) -> None:
+    (tmp_path / "hftl.json").write_text(text, encoding="latin-1")
+    with pytest.raises(RunFolderError, match="hftl.json is no mapping"):
+        locate.read_json(tmp_path / "hftl.json")

@@ -185,6 +185,58 @@ def test_a_file_that_was_changed_by_hand_is_not_pushed(
     assert hub.log == []
 
 
+@pytest.mark.parametrize("name", ["vocab.txt", "model.safetensors"])
+def test_a_file_that_the_run_did_not_write_is_not_pushed(
+    name: str, hub: LocalHub, push: Pusher, run: Path
+) -> None:
+    stray = run / "publish" / name
+    stray.write_bytes((run / "publish" / "adapter_model.safetensors").read_bytes())
+    says(push("publish", run, "--repo-id", ME), 4, name, "was not written by the run")
+    assert hub.log == []
+
+
+def test_a_link_is_not_followed_to_what_it_leads_to(
+    hub: LocalHub, push: Pusher, run: Path, tmp_path: Path
+) -> None:
+    """Not even where it leads to the very file that the run wrote."""
+    card = run / "publish" / "README.md"
+    card.rename(tmp_path / "elsewhere.md")
+    card.symlink_to(tmp_path / "elsewhere.md")
+    says(push("publish", run, "--repo-id", ME), 4, "README.md is a link")
+    assert hub.log == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "\xff"])
+@pytest.mark.parametrize("command", ["card", "publish"])
+def test_a_damaged_record_is_told_of(command: str, text: str, push: Pusher, run: Path) -> None:
+    (run / "record.json").write_text(text, encoding="latin-1")
+    says(push(command, run), 4, "record.json", "hftl run")
+
+
+def test_a_card_does_not_vouch_for_a_record_that_was_changed(push: Pusher, run: Path) -> None:
+    record = run / "record.json"
+    record.write_text(record.read_text().replace('"seeds": 1', '"seeds": 9'))
+    says(push("card", run), 4, "record.json", "not what was written")
+    assert "9 seeds" not in (run / "publish" / "README.md").read_text()
+
+
+LOST = ["phases/report", "phases/report/files.json", "phases/data", "phases/package/model", "arms"]
+
+
+@pytest.mark.parametrize("part", [*LOST, ".lock"])
+def test_a_card_of_a_run_that_lost_a_part_is_refused(part: str, push: Pusher, run: Path) -> None:
+    (run / part).rename(run.parent / "lost")
+    says(push("card", run), 4, str(run))
+
+
+def test_a_run_that_lost_what_it_noted_is_not_pushed(
+    hub: LocalHub, push: Pusher, run: Path
+) -> None:
+    (run / "phases" / "report").rename(run.parent / "lost")
+    says(push("publish", run, "--repo-id", ME), 4, "is not finished")
+    assert hub.log == []
+
+
 def test_weights_whose_reload_was_not_proved_are_not_pushed(
     hub: LocalHub, push: Pusher, run: Path
 ) -> None:

@@ -77,7 +77,7 @@ def _front(text: str) -> tuple[dict[str, Any] | None, str]:
         return None, "The card has no metadata; begin it with a YAML block between two lines of ---"
     try:
         front = yaml.safe_load(block[2])
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2020-13-45
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2020-13-45
         first = str(error).splitlines()[0]
         return None, f"The metadata are not YAML: {_short(first)}; quote values with : or #"
     if not isinstance(front, dict) or not all(isinstance(key, str) for key in front):

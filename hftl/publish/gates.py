@@ -67,10 +67,14 @@ def check_files(folder: Path, words: frozenset[str] = frozenset()) -> list[str]:
         words: names that may stand in them, see `leaks.leak`.
 
     Raises:
-        RunFolderError: if one is not on the allow-list, or tells of this machine or its user.
+        RunFolderError: if one is a link, not on the allow-list, or tells of machine or user.
     """
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     for name in files:
+        if (folder / name).is_symlink():
+            raise RunFolderError(
+                f"{folder / name} is a link, and what it leads to would go", "Remove it"
+            )
         if not may_go(name):
             raise RunFolderError(
                 f"{folder / name} is not among the files that may be published", "Remove it"

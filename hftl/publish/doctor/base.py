@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hftl import places
 from hftl.errors import HftlError, HubError, RecipeError
@@ -73,20 +72,21 @@ def find_base(patient: Patient, given: str | None) -> tuple[Sought, list[Finding
     return Sought(None if why else source, why), [] if why else _compared(patient, source, given)
 
 
-def expected_hash(record: dict[str, Any]) -> str | None:
+def expected_hash(patient: Patient) -> str | None:
     """The hash of the weights that the adapter was trained on, where hftl has kept it."""
-    adapted = (record.get("adapt") or {}).get("base")
-    return (adapted or record.get("source") or {}).get("weights_sha256")
+    adapted = patient.recorded("adapt").get("base")
+    known = adapted if isinstance(adapted, dict) else patient.recorded("source")
+    return known.get("weights_sha256")
 
 
 def _told(patient: Patient) -> Source | None:
     """Where the base is by the user's own run, an installed package, or the hub id named."""
     if patient.run is not None:
         adapted = patient.run / "publish-base"
-        if (patient.record.get("adapt") or {}).get("base") and adapted.exists():
+        if patient.recorded("adapt").get("base") and adapted.exists():
             return Source(model=str(adapted))
         return Recipe.load(patient.run / "recipe.yaml").source
-    spec = str((patient.record.get("source") or {}).get("model", ""))
+    spec = str(patient.recorded("source").get("model", ""))
     if spec.startswith(places.PACKAGE) and ".." not in spec and _installed(spec):
         return Source(model=spec)
     hub_id, revision = named(patient)
@@ -139,7 +139,7 @@ def _compared(patient: Patient, source: SourceModel, given: str | None) -> list[
             "base", f"it names {hub_id}, and was examined on {given}", ADAPTER,
             "Find out which of them it was trained on",
         ))  # fmt: skip
-    expected = expected_hash(patient.record)
+    expected = expected_hash(patient)
     if expected and weights_sha256(source) != expected:
         found.append(defect(
             "base-weights", f"{source.spec} has other weights than it was trained on", RECORD,

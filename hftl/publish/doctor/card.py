@@ -25,7 +25,7 @@ def card(patient: Patient) -> Iterator[Finding]:
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         ModelCard(text)
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError, RecursionError) as error:
         what = f"the hub cannot read it: {str(error).splitlines()[0]}"
         yield defect("card", what, CARD, "Correct the block between the two lines of ---")
         return

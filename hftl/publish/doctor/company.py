@@ -33,7 +33,7 @@ def company(
 def label_names(config: dict[str, Any]) -> list[str]:
     """The labels' names of a config in the order of their ids; empty where it has none."""
     told = config.get("id2label")
-    if not isinstance(told, dict) or not all(str(key).isdigit() for key in told):
+    if not isinstance(told, dict) or not all(str(key).isdecimal() for key in told):
         return []
     return [str(told[key]) for key in sorted(told, key=lambda key: int(str(key)))]
 
@@ -76,7 +76,7 @@ def _labels(
     task = patient.settings.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") or patient.pooled
     if not task and not (kind is not None and kind.__name__.endswith("Classification")):
         return
-    recorded = (patient.record.get("data") or {}).get("labels") or []
+    recorded = patient.labels
     names = label_names(patient.config)
     if not names and source is not None and len(named_by(source)) == outputs:
         names = named_by(source)

@@ -44,7 +44,7 @@ def model_class(patient: Patient, source: SourceModel) -> Any:
     if isinstance(mapping, dict):
         return _own_class(mapping.get("base_model_class"))
     task = patient.settings.get("task_type")
-    if task in SAID_BY_TASK:
+    if isinstance(task, str) and task in SAID_BY_TASK:
         return stock_class(source.config, SAID_BY_TASK[task])
     if task == "FEATURE_EXTRACTION":
         return auto_class(source.config)
@@ -110,7 +110,11 @@ def modules_in(kind: Any, config: Any) -> list[str]:
 
 def fit(patient: Patient, kind: Any, config: Any) -> list[Finding]:
     """Compares the file with what peft expects."""
-    modules = modules_in(kind, config)
+    try:
+        modules = modules_in(kind, config)
+    except CANNOT:
+        what = f"it was made of {kind.__name__}, which cannot be built of this base's config"
+        return [defect("base-shape", what, ADAPTER, "Give the base that it was trained on")]
     old = renamed_keys(patient.shapes, modules)
     if old:
         return [_stale(f"{len(old)} tensors have names of transformers 4", WEIGHTS)]

@@ -8,6 +8,7 @@ from hftl.model.head import load_class
 from hftl.model.parts import under
 from hftl.model.source import SourceModel
 from hftl.publish.doctor.finding import Finding, defect, several, warning
+from hftl.publish.doctor.fit import CANNOT
 from hftl.publish.doctor.patient import ADAPTER, WEIGHTS, Patient
 from hftl.publish.doctor.stale import PREFIX
 
@@ -20,7 +21,13 @@ def fresh(patient: Patient, source: SourceModel, kind: Any, config: Any) -> list
     Raises:
         RecipeError: if the base does not load.
     """
-    _, missing = load_class(source, kind, config, {})
+    try:
+        _, missing = load_class(source, kind, config, {})
+    except CANNOT as error:
+        if isinstance(error, RecipeError):
+            raise
+        what = f"{source.spec} does not load: {str(error).splitlines()[0]}"
+        raise RecipeError(what, "Correct its config.json") from error
     saved = {key.removeprefix(PREFIX) for key in patient.shapes} if patient.is_adapter else set()
     lost = sorted({key.rsplit(".", 1)[0] for key in missing - saved})
     anatomy = source.anatomy
@@ -50,6 +57,7 @@ def whole_model(patient: Patient) -> SourceModel:
     Raises:
         RecipeError: if its config is of no architecture that hftl knows.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     from hftl.model.anatomy import anatomy_of
@@ -57,7 +65,7 @@ def whole_model(patient: Patient) -> SourceModel:
     folder = Path(patient.folder)
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (*CANNOT, OSError, StrictDataclassError) as error:
         raise RecipeError(f"config.json is of no model: {str(error).splitlines()[0]}") from error
     anatomy_of(config)
     return SourceModel(str(folder), folder, None, None, True, config, config.model_type)

@@ -118,7 +118,7 @@ def _name_base(found: Examination, given: str | None) -> list[str]:
     if source is None or source.local or source.revision is None:
         return []
     hub_id, revision = named(found.patient)
-    proven = expected_hash(found.patient.record) is not None
+    proven = expected_hash(found.patient) is not None
     if not (given and hub_id is None) and not (revision is None and proven):
         return []
     pinned = {"base_model_name_or_path": source.spec, "revision": source.revision}
@@ -165,8 +165,7 @@ def _write_labels(found: Examination) -> list[str]:
     if found.source is None or found.kind is None:
         return []
     count = outputs_of(found.patient, found.source, found.kind)
-    recorded = [str(n) for n in (found.patient.record.get("data") or {}).get("labels") or []]
-    names = recorded or named_by(found.source)
+    names = found.patient.labels or named_by(found.source)
     if not names or len(names) != count:
         return []
     labels = {

@@ -61,6 +61,17 @@ class Patient:
         """What hftl has recorded."""
         return self.jsons.get(RECORD, {})
 
+    def recorded(self, section: str) -> dict[str, Any]:
+        """A section of what hftl has recorded; empty where there is none, or it is none."""
+        told = self.record.get(section)
+        return told if isinstance(told, dict) else {}
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels' names that hftl has recorded, in their order."""
+        told = self.recorded("data").get("labels")
+        return list(map(str, told)) if isinstance(told, list) else []
+
     @property
     def pooled(self) -> bool:
         """Whether a head of hftl's stands beside the encoder."""
