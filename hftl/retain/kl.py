@@ -52,6 +52,8 @@ class KLToOriginal:
             the value depends on how a step is cut into batches.
         variance: probe of a regression: of the target around the original's prediction.
         cached: whether the original's outputs are computed once; None: where inputs repeat.
+        solved: probe: the head is known to be one that was solved, so that nobody asks whether it
+            says anything of the labels.
 
     Raises:
         RecipeError: for a negative weight or an unknown form, direction or kind of inputs.
@@ -66,6 +68,7 @@ class KLToOriginal:
     anchors: int = 256
     variance: float = 1.0
     cached: bool | None = None
+    solved: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("on", FORMS), ("inputs", INPUTS), ("direction", DIRECTIONS)):

@@ -235,7 +235,7 @@ class Retention:
         self._spread = seen_by_all.var(0, unbiased=False).sum().clamp(min=1e-12)
         target = [place[n] for n in sorted(needed) if n < rows.target]
         for term in self.kls:
-            if term.on == "probe" and self._kind != "words":
+            if term.on == "probe" and self._kind != "words" and not term.solved:
                 check_opinion(seen.logits[target], labels[target], self._kind)
         self._known = seen if cached else None
 
