@@ -163,6 +163,17 @@ def _write_texts(
     return {**facts, "bad_rows": bad.count}
 
 
+def near_measured(bench: Workbench) -> Callable[[Row], bool]:
+    """Whether a row, whose pixels are known, is one of validation and test or nearly so."""
+    task, inputs = bench.prepared.task, bench.inputs
+    rows = [row for split in MEASURED for row in bench.prepared.rows[split]]
+    if isinstance(inputs, ImageInputs):
+        seen = NearPictures(canvas for row in rows for canvas in bench.canvases([row]))
+        return lambda row: inputs.known(row.content[0]) in seen
+    texts = NearTexts(_texts(task, rows))
+    return lambda row: any(text in texts for text in _texts(task, [row]))
+
+
 def _texts(task: str | None, rows: Iterable[Row]) -> Iterator[str]:
     """The rows' texts; of a pair each, of words one."""
     for row in rows:

@@ -10,9 +10,16 @@ from typing import Any
 
 from hftl import processes, rundir
 from hftl.adapting import adapt_all, check_stages
+from hftl.corpora import near_measured
 from hftl.data import pixels
 from hftl.data import prepare as data_stage
-from hftl.data.general import General, load_general, read_general, write_general
+from hftl.data.general import (
+    General,
+    load_general,
+    read_general,
+    without_near,
+    write_general,
+)
 from hftl.data.pixels import ImageInputs
 from hftl.data.prepare import Prepared
 from hftl.errors import RecipeError, RunFolderError
@@ -223,9 +230,10 @@ def _general(this: Run, bench: Workbench) -> General | None:
             reading = reading_of(bench.source, bench.prepared.task)
             found = load_general(data, bench.prepared, reading)
             with rundir.commit(folder, reads) as aside:
-                write_general(found, aside)
                 if inputs:
                     pixels.write(inputs, [*found.used, *found.measured], aside)
+                    inputs.use(aside)
+                write_general(without_near(found, near_measured(bench)), aside)
     if inputs:
         inputs.use(folder)
     return read_general(folder)
