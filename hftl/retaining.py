@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hftl import processes, rundir
 from hftl.data.general import check_labels
+from hftl.errors import RecipeError
 from hftl.finetune.arm import set_probe, train_arm
 from hftl.finetune.retention import (
     ANSWERS,
@@ -70,10 +71,16 @@ def check_kept(recipe: Recipe, source: SourceModel) -> None:
     """Refuses what cannot keep an arm near its original, before a row is read.
 
     Raises:
-        RecipeError: see `check_retention`.
+        RecipeError: see `check_retention`; of an arm that is not the recipe's own, naming it.
     """
-    for arm in arms(recipe):
-        check_retention(arm, source, str(recipe.data.task))
+    for number, arm in enumerate(arms(recipe)):
+        try:
+            check_retention(arm, source, str(recipe.data.task))
+        except RecipeError as error:
+            if number == 0:
+                raise
+            # What stands in the recipe may be right for its own arm.
+            raise RecipeError(f"measure.arms.{arm.name}: {error.what}", error.fix) from None
 
 
 def reads_labels(recipe: Recipe) -> bool:

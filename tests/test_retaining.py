@@ -197,6 +197,19 @@ def test_after_adaptation_the_reference_may_be_the_source(
     assert cosine["full"] > cosine["start"], "nearer to the source than from where it started"
 
 
+def test_an_arm_that_inherits_what_it_cannot_is_named(tree: dict[str, Any]) -> None:
+    tree["retain"] = {"l2sp": {"decoupled": True}}
+    tree["measure"]["arms"] = ["lora"]
+    with pytest.raises(RecipeError, match=r"^measure\.arms\.lora: retain\.l2sp\.decoupled moves"):
+        preflight(Recipe.parse(tree))
+
+
+def test_a_warning_that_holds_of_several_arms_is_told_once(tree: dict[str, Any]) -> None:
+    tree["retain"] = {"l2sp": {}}
+    told = preflight(Recipe.parse(tree))[1]["warnings"]
+    assert len(told) == len(set(told)) and sum("is high for full" in line for line in told) == 1
+
+
 @pytest.mark.parametrize(
     ("retain", "finetune", "message"),
     [
