@@ -153,7 +153,8 @@ def preflight(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
         bench.general = load_general(data, prepared, reading)
         check_labelled(recipe, bench)
     found = bench.check(recipe.data.max_length, wanted)
-    return header(recipe, bench, wanted, len(wanted) * len(recipe.measure.seeds)), found
+    jobs = [arm for arm in wanted for _ in recipe.measure.seeds]
+    return header(recipe, bench, jobs, len(jobs)), found
 
 
 def quiet() -> None:

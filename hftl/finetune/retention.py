@@ -86,7 +86,7 @@ def kept_near(
     found: dict[str, Any] = {"retain": terms}
     if before is not None and retain.kls:
         found["reference"] = original(before)
-    if _mixes_general(retain):
+    if mixes_general(retain):
         replay = retain.replay or Replay()
         rows = general_examples(bench, replay.labelled)
         found |= {"general_dataset": rows, "general_ratio": replay.ratio}
@@ -157,7 +157,7 @@ def general_examples(bench: Workbench, labelled: bool = False) -> Examples:
     return Examples(encoded, labels, [content_key(row) for row in rows], None)
 
 
-def _mixes_general(retain: Retain) -> bool:
+def mixes_general(retain: Retain) -> bool:
     """Whether steps hold general rows; EWC looks at them before."""
     return retain.replay is not None or any(kl.inputs != "target" for kl in retain.kls)
 
