@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hftl import processes, rundir
-from hftl.adapting import adapt_all, check_stages
+from hftl.adapting import adapt_all, check_stages, step_warnings
 from hftl.corpora import near_measured
 from hftl.data import pixels
 from hftl.data import prepare as data_stage
@@ -147,12 +147,13 @@ def preflight(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     bench = new_bench(recipe, source, prepared)
     wanted = arms(recipe)
     if not wanted:
-        return adaptation_header(recipe, bench), {"warnings": []}
+        return adaptation_header(recipe, bench), {"warnings": step_warnings(recipe, bench)}
     if reads_labels(recipe):
         data = pinned(recipe.data, prepared.facts["hub_revisions"])
         bench.general = load_general(data, prepared, reading)
         check_labelled(recipe, bench)
     found = bench.check(recipe.data.max_length, wanted)
+    found["warnings"] += step_warnings(recipe, bench)
     jobs = [arm for arm in wanted for _ in recipe.measure.seeds]
     return header(recipe, bench, jobs, len(jobs)), found
 
