@@ -12,7 +12,7 @@ from torch import Tensor
 from hftl import processes, rundir, show
 from hftl.adapt import stage as training
 from hftl.adapt.encoder import encoder_state, set_trainable, write_encoder
-from hftl.corpora import Corpus, corpus_of
+from hftl.corpora import Corpus, corpus_of, rows_foreseen
 from hftl.errors import RecipeError, RunFolderError
 from hftl.finetune.workbench import Workbench
 from hftl.ladder import Benches, Run
@@ -27,6 +27,8 @@ from hftl.record import to_json
 from hftl.stages import Adapt
 
 HEAD = "head.safetensors"
+FEW = 10
+"""Steps below which an adaptation hardly moves the encoder."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,28 @@ def check_stages(recipe: Recipe, source: SourceModel) -> None:
             check_blocks("adapt", stage.blocks, count_blocks(source.config), layers(source.config))
 
 
+def step_warnings(recipe: Recipe, bench: Workbench) -> list[str]:
+    """Of adaptations that will have hardly any steps, as far as it is known before they are made:
+    of train's own inputs, and where the steps are given."""
+    found: list[str] = []
+    for stage in [*recipe.stages, *(stage for arm in arms(recipe) for stage in arm.stages)]:
+        rows = rows_foreseen(recipe.data, bench, stage)
+        if rows is not None or stage.training.get("max_steps", 0) > 0:
+            found += _few(stage, training.steps_of(stage.training, rows or 0), "about ")
+    return list(dict.fromkeys(found))
+
+
+def _few(stage: Adapt, steps: int, about: str = "") -> list[str]:
+    """What there is to say of so many steps."""
+    if steps >= FEW:
+        return []
+    return [
+        f"adapt: {stage.objective} {stage.method} has {about}{steps} optimizer steps, too few to "
+        "learn a domain; give a larger corpus, more adapt.training.num_train_epochs, or a smaller "
+        "per_device_train_batch_size"
+    ]
+
+
 def _stands(this: Run, folder: Path, reads: dict[str, Any]) -> bool:
     """Whether an adaptation is finished and what is asked.
 
@@ -165,10 +189,13 @@ def _make(
     set_trainable(model, bench.source.anatomy, stage.method, stage.blocks, stage.lora)
     model.to(bench.device)
     rule = rule_of(this.recipe, stage, before[0].told if before else None)
+    task = task_of(bench, plain, stage, corpus, seed)
+    steps = training.steps_of(stage.training, len(task.train))  # pyright: ignore
+    for warning in _few(stage, steps):
+        this.say(f"  warning: {warning}")
     found = training.adapt(
-        model, task_of(bench, plain, stage, corpus, seed), stage, rule,
-        measure_of(this.recipe, plain, rule, corpus, model), seed, bench.device, work / "steps",
-        this.progress,
+        model, task, stage, rule, measure_of(this.recipe, plain, rule, corpus, model), seed,
+        bench.device, work / "steps", this.progress,
     )  # fmt: skip
     told = {
         "objective": stage.objective,

@@ -44,7 +44,8 @@ def check(
         )
     if facts["bad_rows"]:
         warnings.append(f"{facts['bad_rows']} bad rows were skipped; the record lists them")
-    return {**told, "warnings": warnings}
+    # What holds of several arms is told once.
+    return {**told, "warnings": list(dict.fromkeys(warnings))}
 
 
 def _picture_warnings(facts: dict[str, float]) -> list[str]:

@@ -163,6 +163,31 @@ def _write_texts(
     return {**facts, "bad_rows": bad.count}
 
 
+def near_measured(bench: Workbench) -> Callable[[Row], bool]:
+    """Whether a row, whose pixels are known, is one of validation and test or nearly so."""
+    task, inputs = bench.prepared.task, bench.inputs
+    rows = [row for split in MEASURED for row in bench.prepared.rows[split]]
+    if isinstance(inputs, ImageInputs):
+        seen = NearPictures(canvas for row in rows for canvas in bench.canvases([row]))
+        return lambda row: inputs.known(row.content[0]) in seen
+    texts = NearTexts(_texts(task, rows))
+    return lambda row: any(text in texts for text in _texts(task, [row]))
+
+
+def rows_foreseen(data: Data, bench: Workbench, stage: Adapt) -> int | None:
+    """About how many blocks or pictures of train's own inputs will train; None for another corpus,
+    of which nothing is known before it is read."""
+    if data.task is None or stage.corpus != "task" and data.unlabeled is not None:
+        return None
+    splits = ("train", *MEASURED) if stage.transductive else ("train",)
+    rows = [row for split in splits for row in bench.prepared.rows[split]]
+    kept = (1 - stage.held_out) * len(rows)
+    if stage.objective == "mlm" and stage.pack:
+        length: int = bench.inputs.max_length  # pyright: ignore[reportAttributeAccessIssue]
+        kept *= bench.inputs.facts(rows[:SAMPLE])["median_tokens"] / length
+    return max(1, round(kept))
+
+
 def _texts(task: str | None, rows: Iterable[Row]) -> Iterator[str]:
     """The rows' texts; of a pair each, of words one."""
     for row in rows:

@@ -75,12 +75,12 @@ def rule_of(recipe: Recipe, stage: Adapt, first: dict[str, Any] | None) -> Rule:
     if guard is None:
         guard = "neighbours" if recipe.data.task is None else "probe"
     tolerance = TOLERANCE[guard] if stage.tolerance is None else stage.tolerance
-    probed = guard == "probe"
+    probed, masked = guard == "probe", stage.objective == "mae"
     same = first is not None and first["guard"] == guard and guard != "off"
     return Rule(
         guard, tolerance, origin=first["history"][0]["guard"] if first and same else None,
-        by_guard=stage.objective == "mae" and probed,
-        relative=probed and recipe.data.task == "regression",
+        by_guard=masked and probed,
+        relative=probed and recipe.data.task == "regression" or masked and guard == "general",
     )  # fmt: skip
 
 

@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from hftl import processes, rundir
-from hftl.adapting import adapt_all, check_stages
+from hftl.adapting import adapt_all, check_stages, step_warnings
+from hftl.corpora import near_measured
 from hftl.data import pixels
 from hftl.data import prepare as data_stage
-from hftl.data.general import General, load_general, read_general, write_general
+from hftl.data.general import (
+    General,
+    load_general,
+    read_general,
+    without_near,
+    write_general,
+)
 from hftl.data.pixels import ImageInputs
 from hftl.data.prepare import Prepared
 from hftl.errors import RecipeError, RunFolderError
@@ -140,13 +147,15 @@ def preflight(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     bench = new_bench(recipe, source, prepared)
     wanted = arms(recipe)
     if not wanted:
-        return adaptation_header(recipe, bench), {"warnings": []}
+        return adaptation_header(recipe, bench), {"warnings": step_warnings(recipe, bench)}
     if reads_labels(recipe):
         data = pinned(recipe.data, prepared.facts["hub_revisions"])
         bench.general = load_general(data, prepared, reading)
         check_labelled(recipe, bench)
     found = bench.check(recipe.data.max_length, wanted)
-    return header(recipe, bench, wanted, len(wanted) * len(recipe.measure.seeds)), found
+    found["warnings"] += step_warnings(recipe, bench)
+    jobs = [arm for arm in wanted for _ in recipe.measure.seeds]
+    return header(recipe, bench, jobs, len(jobs)), found
 
 
 def quiet() -> None:
@@ -223,9 +232,10 @@ def _general(this: Run, bench: Workbench) -> General | None:
             reading = reading_of(bench.source, bench.prepared.task)
             found = load_general(data, bench.prepared, reading)
             with rundir.commit(folder, reads) as aside:
-                write_general(found, aside)
                 if inputs:
                     pixels.write(inputs, [*found.used, *found.measured], aside)
+                    inputs.use(aside)
+                write_general(without_near(found, near_measured(bench)), aside)
     if inputs:
         inputs.use(folder)
     return read_general(folder)

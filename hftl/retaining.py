@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,17 @@ from torch import Tensor, nn
 
 from hftl import processes, rundir
 from hftl.data.general import check_labels
+from hftl.errors import RecipeError
 from hftl.finetune.arm import set_probe, train_arm
-from hftl.finetune.retention import Fisher, Kept, check_retention, general_examples, kept_near
+from hftl.finetune.retention import (
+    ANSWERS,
+    Fisher,
+    Kept,
+    check_retention,
+    general_examples,
+    head_opinion,
+    kept_near,
+)
 from hftl.finetune.weight import (
     choose_weight,
     forgotten,
@@ -29,8 +38,6 @@ from hftl.record import fingerprint, to_json
 from hftl.retain.fisher import fisher_information, load_fisher, provenance, save_fisher
 
 FISHER = "fisher.safetensors"
-ANSWERS = {"classification": "classes", "multi-label": "labels", "regression": "target"}
-"""What the logits of each task are of, see `fisher_information`."""
 
 
 def kept_of(
@@ -51,22 +58,29 @@ def kept_of(
     """
     if arm.retain is None:
         return Kept()
-    retain, facts = arm.retain, {}
+    retain = arm.retain
+    facts = _head_facts(bench, arm, seed, say)
     if is_open(retain):
-        facts = _chosen(bench, arm, seeds[0], folder, reads, progress, say)
-        retain = with_weight(retain, facts["weight"])
+        facts["kl_weight"] = _chosen(bench, arm, seeds[0], folder, reads, progress, say)
+        retain = with_weight(retain, facts["kl_weight"]["weight"])
     kept = _kept(bench, arm, retain, seed, folder)
-    return replace(kept, facts=kept.facts | ({"kl_weight": facts} if facts else {}))
+    return replace(kept, facts=kept.facts | facts)
 
 
 def check_kept(recipe: Recipe, source: SourceModel) -> None:
     """Refuses what cannot keep an arm near its original, before a row is read.
 
     Raises:
-        RecipeError: see `check_retention`.
+        RecipeError: see `check_retention`; of an arm that is not the recipe's own, naming it.
     """
-    for arm in arms(recipe):
-        check_retention(arm, source, str(recipe.data.task))
+    for number, arm in enumerate(arms(recipe)):
+        try:
+            check_retention(arm, source, str(recipe.data.task))
+        except RecipeError as error:
+            if number == 0:
+                raise
+            # What stands in the recipe may be right for its own arm.
+            raise RecipeError(f"measure.arms.{arm.name}: {error.what}", error.fix) from None
 
 
 def reads_labels(recipe: Recipe) -> bool:
@@ -83,6 +97,23 @@ def check_labelled(recipe: Recipe, bench: Workbench) -> None:
     if reads_labels(recipe):
         assert bench.general is not None
         check_labels(bench.general, bench.label, bench.prepared.names)
+
+
+def _head_facts(
+    bench: Workbench, arm: Arm, seed: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """What the record tells of the head that KL is taken on; a weak one is told at once."""
+    assert arm.retain is not None
+    found = head_opinion(bench, arm.retain, arm.finetune, seed)
+    if found is None:
+        return {}
+    if found.is_weak:
+        say(
+            f"  warning: {arm.name} seed {seed}: kl.on=probe holds on to a head that says little "
+            f"of the labels (loss {found.loss:.3f} on train, {found.shares:.3f} by their shares "
+            "alone); consider retain.kl.on=relational"
+        )
+    return {"head_opinion": asdict(found) | {"weak": found.is_weak}}
 
 
 def _kept(

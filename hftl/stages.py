@@ -14,8 +14,8 @@ ADAPT_RATE = {
     ("mae", "full"): 5.0e-5, ("mae", "lora"): 5.0e-4, ("mae", "lora+blocks"): 3.0e-4,
 }  # fmt: skip
 TOLERANCE = {"probe": 0.01, "general": 0.1, "neighbours": 0.5, "off": 0.0}
-"""By guard: a point of the probe's metric, a tenth of a nat of the general loss, half of the
-neighbours."""
+"""By guard: a point of the probe's metric, a tenth of a nat of the general loss (with mae a tenth
+of it), half of the neighbours."""
 
 
 class Decoder(Section):
@@ -52,7 +52,9 @@ class Adapt(Section):
     guard: Literal["probe", "general", "neighbours", "off"] | None = None
     """What must not get worse; null: probe, without a task neighbours."""
     tolerance: float | None = Field(default=None, ge=0)
-    """By how much the guard may get worse, in its own unit; null: see `TOLERANCE`."""
+    """By how much the guard may get worse, in its own unit; null: see `TOLERANCE`. It is a share of
+    the start where that unit says nothing: general with mae, whose loss is an error of pixels, and
+    the probe of a regression."""
     patience: int | None = Field(default=3, ge=1)
     """Evaluations that are not the best so far before it stops; null: never."""
     training: dict[str, Any]

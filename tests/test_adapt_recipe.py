@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import yaml
 
+from hftl.adapt.guard import Seen
 from hftl.errors import RecipeError
+from hftl.objectives import rule_of
 from hftl.reads import adapt_reads, stages_flat
 from hftl.recipe import Arm, Recipe, arms
-from hftl.stages import ADAPT_RATE
+from hftl.stages import ADAPT_RATE, TOLERANCE
 from hftl.yamlfile import override
 
 BARE: dict[str, Any] = {"source": {"model": "org/model"}, "data": {"train": {"path": "a.csv"}}}
@@ -47,6 +49,29 @@ def test_the_rate_follows_objective_and_method(objective: str, method: str) -> N
     (stage,) = recipe(f"adapt={{objective: {objective}, method: {method}}}").stages
     assert stage.training["learning_rate"] == ADAPT_RATE[objective, method]
     assert stage.mask_ratio == {"mlm": 0.15, "mae": 0.75}[objective]
+
+
+@pytest.mark.parametrize(
+    ("objective", "guard", "task", "relative"),
+    [
+        ("mae", "general", "classification", True), ("mlm", "general", "classification", False),
+        ("mae", "probe", "classification", False), ("mae", "neighbours", "regression", False),
+        ("mlm", "probe", "regression", True),
+    ],
+)  # fmt: skip
+def test_a_tolerance_is_a_share_where_the_unit_says_nothing(
+    objective: str, guard: str, task: str, relative: bool
+) -> None:
+    """A tenth of an error of pixels that starts at 0.05 would allow everything."""
+    made = recipe(
+        f"adapt={{objective: {objective}, guard: {guard}}}", "data.general=g", f"data.task={task}"
+    )
+    rule = rule_of(made, made.stages[0], None)
+    assert rule.relative == relative and rule.tolerance == TOLERANCE[guard]
+    start = Seen(0, 1.0, 0.05, -0.05)
+    if (objective, guard) == ("mae", "general"):
+        assert rule.allows(Seen(1, 0.9, 0.0549, -0.0549), start)
+        assert not rule.allows(Seen(1, 0.9, 0.0551, -0.0551), start)
 
 
 def test_what_is_given_stands_beside_the_defaults() -> None:

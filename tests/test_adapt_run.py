@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import pictures, sentences, write_csv
+from conftest import bench_of, pictures, sentences, write_csv
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
@@ -24,11 +24,13 @@ from transformers import (
 
 import hftl
 from hftl.adapt import stage as training
+from hftl.adapting import step_warnings
 from hftl.card.adaptation import adaptation_sentence
 from hftl.errors import RunFolderError
 from hftl.measure.adaptation import helped
 from hftl.measure.verdict import decide
 from hftl.model.source import find_source, weights_sha256
+from hftl.pipeline import preflight
 from hftl.publish.gates import check_files
 from hftl.recipe import Recipe
 from hftl.record import Record
@@ -530,3 +532,24 @@ def test_the_sentence_says_which_sign_it_has(outcome: str, value: float, words: 
     assert adaptation_sentence(record).startswith(words)
     reasons = decide(None, None, 0.0, gain)["reasons"]
     assert any("adaptation did harm" in reason for reason in reasons) == (outcome == "negative")
+
+
+def test_hardly_any_steps_are_told_before_they_are_made(
+    tiny_model: Tiny, table: Path, tmp_path: Path
+) -> None:
+    """From what train holds before it is cut into blocks, and exactly where it trains."""
+    tree = tree_of(tiny_model(), table, ADAPT | {"training": TINY | {"num_train_epochs": 3}})
+    _, found = preflight(Recipe.parse(json.loads(json.dumps(tree))))
+    (told,) = [line for line in found["warnings"] if "optimizer steps" in line]
+    assert "adapt: mlm full has about 6 optimizer steps, too few" in told
+    lines: list[str] = []
+    hftl.run(Recipe.parse(tree), tmp_path / "run", until="adapt", say=lines.append)
+    steps = json.loads((tmp_path / "run/phases/adapt-1/told.json").read_text("utf-8"))["steps"]
+    assert any(f"warning: adapt: mlm full has {steps} optimizer steps" in line for line in lines)
+    tree["adapt"]["training"]["num_train_epochs"] = 10
+    _, found = preflight(Recipe.parse(tree))
+    assert not any("optimizer steps" in line for line in found["warnings"])
+    tree["adapt"]["training"]["max_steps"] = 2
+    tree["data"]["unlabeled"] = {"path": "a.txt", "text": "text"}
+    (told,) = step_warnings(Recipe.parse(tree), bench_of(Recipe.parse(tree)))
+    assert "about 2 optimizer steps" in told

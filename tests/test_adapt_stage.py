@@ -347,3 +347,13 @@ def test_a_head_that_is_not_fresh_stays(tiny_model: Tiny) -> None:
     training.warm(model, fresh, task_of("mlm", tiny_model()), stage_of("mlm"), 0, "cpu", False)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {"stock.cls.predictions.bias"}
+
+
+def test_a_warm_up_of_less_than_a_step_is_none(tiny_model: Tiny, tmp_path: Path) -> None:
+    """transformers rounds it up, and the first step of a warm-up has rate 0."""
+    model = model_of("mlm", tiny_model(), "full", 0.0, LORA)
+    before = weights(model)
+    stage = stage_of("mlm", max_steps=1, warmup_steps=0.06, eval_steps=1, save_steps=1)
+    told, after = adapted(model, task_of("mlm", tiny_model()), stage, tmp_path)
+    assert told["steps"] == 1
+    assert any(not torch.equal(value, before[name]) for name, value in after.items())

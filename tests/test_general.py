@@ -8,12 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import pictures, sentences, write_csv
+from PIL import Image
 
+from hftl import pipeline
+from hftl.corpora import near_measured
 from hftl.data import general as module
 from hftl.data.general import General, load_general, read_general, write_general
 from hftl.data.load import Reading, Row
 from hftl.data.prepare import Prepared, prepare
 from hftl.errors import DataError
+from hftl.ladder import Run
+from hftl.model.source import find_source
 from hftl.recipe import Recipe
 from hftl.sections import Data
 
@@ -102,6 +107,48 @@ def test_copies_of_each_other_and_of_the_run_are_dropped(tmp_path: Path) -> None
     overlap = len({row[0] for row in rows} & known)
     assert not known & set(kept) and len(kept) == len(set(kept)) == 240 - overlap
     assert general.facts["duplicates"] >= 9 and general.facts["known"] == 30
+
+
+def test_two_labels_of_the_task_are_none(tmp_path: Path) -> None:
+    """As in train; other controls may differ, as the documents that a text stands in."""
+    rows = [(text, document, tone) for text, document, tone in rows_of(240)]
+    twice = [(text, "d0", "positive" if tone == "negative" else "negative")
+             for text, _, tone in rows[:3]]  # fmt: skip
+    header = ["text", "document", "label"]
+    found, _ = loaded(tmp_path, [*rows, *twice], header, label=["document", "label"])
+    kept = texts(found.used) + texts(found.measured)
+    assert not {text for text, _, _ in twice} & set(kept)
+    assert found.facts["conflicting"] == 6
+    other, _ = loaded(tmp_path, [*rows, *twice], HEADER, label=["document", "tone"])
+    assert other.facts["conflicting"] == 0 and other.facts["duplicates"] >= 3
+
+
+@pytest.mark.parametrize("modality", ["text", "image"])
+def test_near_copies_of_what_measures_are_not_used(
+    recipe_tree: dict[str, Any], tmp_path: Path, tiny_model: Callable[..., Path], modality: str
+) -> None:
+    """They differ, so that no search for copies finds them, and would bring their labels along."""
+    if modality == "text":
+        near = [(text.upper(), tone) for text, tone in sentences(160)]
+        path = write_csv(tmp_path / "g.csv", ["text", "label"], [*near, *sentences(80, seed=9)])
+    else:
+        recipe_tree["source"]["model"] = str(tiny_model("vit"))
+        recipe_tree["data"] = {"train": {"path": str(pictures(tmp_path / "train", 40))}}
+        del recipe_tree["finetune"]["pooling"]
+        path = pictures(tmp_path / "general", 40)
+        for file in path.rglob("*.png"):
+            pixels = np.asarray(Image.open(file))
+            Image.fromarray(pixels + (pixels < 255)).save(file)
+    recipe_tree["data"]["general"] = {"path": str(path), "label": "label"}
+    recipe = Recipe.parse(recipe_tree)
+    this = Run(recipe, tmp_path / "run", print, False)
+    (tmp_path / "run").mkdir()
+    bench = pipeline._bench(this, find_source(recipe.source))
+    found = pipeline._general(this, bench)
+    assert found is not None
+    is_near = near_measured(bench)
+    assert not any(map(is_near, found.used)) and any(map(is_near, found.measured))
+    assert found.facts["near"] > 5 and len(found.used) > 5
 
 
 def test_at_most_so_many_rows_in_whole_documents(

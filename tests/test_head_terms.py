@@ -1,5 +1,6 @@
 """KL on heads of the source: masked language, and CLIP's classes told by their names."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,18 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_tokenizer(folder)
     tiny_processor(folder)
     return folder
+
+
+def test_a_clip_without_its_tokenizer_is_refused_before_it_trains(
+    clip_folder: Path, tmp_path: Path
+) -> None:
+    """Of pictures alone nothing else reads it, so that the arm was the first to find out."""
+    told = KL(on="zero_shot")
+    check_head(told, find_source(Source(model=str(clip_folder))), False, "classification")
+    bare = tmp_path / "bare"
+    shutil.copytree(clip_folder, bare, ignore=shutil.ignore_patterns("*token*"))
+    with pytest.raises(RecipeError, match="has no usable tokenizer"):
+        check_head(told, find_source(Source(model=str(bare))), False, "classification")
 
 
 NAMES = ["good_film", "bad", "plot"]

@@ -1,6 +1,7 @@
 """Retention from the recipe to the record, the card and the published folder."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,41 @@ def test_the_rule_of_one_standard_error(
     assert [tried["forgotten"] for tried in found["tried"]] == list(forgotten)
 
 
+@pytest.mark.parametrize("task", ["classification", "token-classification"])
+def test_a_weak_probe_is_told_and_ends_no_run(
+    tree: dict[str, Any], tmp_path: Path, task: str
+) -> None:
+    """Labels by lot, which no features tell: the probe is solved, and knows only their shares."""
+    draw = random.Random(0)
+    tags = ("negative", "positive")
+    if task == "classification":
+        told = [(text, draw.choice(tags)) for text, _ in sentences(160)]
+        write_csv(Path(tree["data"]["train"]["path"]), ["text", "label"], told)
+    else:
+        path = tmp_path / "words.jsonl"
+        rows = [(t.split(), [draw.choice(tags) for _ in t.split()]) for t, _ in sentences(160)]
+        told = [json.dumps({"text": words, "label": labels}) for words, labels in rows]
+        path.write_text("\n".join(told), encoding="utf-8")
+        tree["data"] = {"task": task, "train": {"path": str(path)}, "max_length": 16}
+        tree["finetune"]["pooling"] = "native"
+        tree["measure"]["metric"] = "f1"
+    tree["measure"] |= {"arms": [], "seeds": [0]}
+    tree["retain"] = {"kl": {"on": "probe"}}
+    lines: list[str] = []
+    record = run(Recipe.parse(tree), tmp_path / "run", until="measure", say=lines.append)
+    assert record is not None
+    found = record.tree["arms"][0]["training"]["head_opinion"]
+    assert found["weak"] and found["loss"] >= 0.95 * found["shares"] > 0
+    assert any("says little of the labels" in line and "full seed 0" in line for line in lines)
+
+
+def test_a_head_that_nobody_trained_is_refused_before_anything_trains(tree: dict[str, Any]) -> None:
+    tree["retain"] = {"kl": {"on": "probe"}}
+    tree["measure"]["arms"] = [{"raw": {"finetune.head_init": "random"}}]
+    with pytest.raises(RecipeError, match=r"measure\.arms\.raw.*nobody has trained it"):
+        Recipe.parse(tree)
+
+
 def test_only_weights_that_are_open_are_filled() -> None:
     retain = Retain(kl=[KL(weight="auto"), KL(weight=0.7)])
     assert is_open(retain) and not is_open(None)
@@ -159,6 +195,19 @@ def test_after_adaptation_the_reference_may_be_the_source(
         for entry in record.tree["forgetting"]["arms"]
     }
     assert cosine["full"] > cosine["start"], "nearer to the source than from where it started"
+
+
+def test_an_arm_that_inherits_what_it_cannot_is_named(tree: dict[str, Any]) -> None:
+    tree["retain"] = {"l2sp": {"decoupled": True}}
+    tree["measure"]["arms"] = ["lora"]
+    with pytest.raises(RecipeError, match=r"^measure\.arms\.lora: retain\.l2sp\.decoupled moves"):
+        preflight(Recipe.parse(tree))
+
+
+def test_a_warning_that_holds_of_several_arms_is_told_once(tree: dict[str, Any]) -> None:
+    tree["retain"] = {"l2sp": {}}
+    told = preflight(Recipe.parse(tree))[1]["warnings"]
+    assert len(told) == len(set(told)) and sum("is high for full" in line for line in told) == 1
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def adapt(
         NumericError: when a loss is not finite.
     """
     safe = KeepSafe(rule, measure, stage.patience)
-    steps = _steps(stage.training, len(task.train))  # pyright: ignore[reportArgumentType]
+    steps = steps_of(stage.training, len(task.train))  # pyright: ignore[reportArgumentType]
     looks = max(1, math.ceil(steps / EVALUATIONS))
     defaults = {
         "per_device_train_batch_size": BATCH,
@@ -127,6 +127,10 @@ def adapt(
         "save_total_limit": 2,
     }
     args = _arguments(stage.training, defaults, str(folder), seed, device, progress)
+    if 0 < args.warmup_steps * steps < 1 and args.warmup_steps < 1:
+        # transformers rounds up, and the first step of a warm-up has rate 0: the only one, or one
+        # of a few.
+        args.warmup_steps = 0
     last = processes.share(lambda: complete_checkpoint(folder))
     # The first evaluation is the start, which what was stopped has behind it.
     args.eval_on_start = last is None
@@ -153,6 +157,15 @@ def adapt(
     }
 
 
+def steps_of(training: dict[str, Any], rows: int) -> int:
+    """How many steps a training on so many rows will have."""
+    if training.get("max_steps", 0) > 0:
+        return training["max_steps"]
+    batch = training.get("per_device_train_batch_size", BATCH) * processes.size()
+    epoch = math.ceil(math.ceil(rows / batch) / training.get("gradient_accumulation_steps", 1))
+    return max(1, math.ceil(epoch * training["num_train_epochs"]))
+
+
 def _train(trainer: TransferTrainer, safe: KeepSafe, last: Path | None) -> None:
     """Trains from the start, or goes on from the last checkpoint unless that was the end."""
     if last is None:
@@ -165,15 +178,6 @@ def _train(trainer: TransferTrainer, safe: KeepSafe, last: Path | None) -> None:
         trainer.state = state
     else:
         trainer.train(resume_from_checkpoint=str(last))
-
-
-def _steps(training: dict[str, Any], rows: int) -> int:
-    """How many steps the training will have."""
-    if training.get("max_steps", 0) > 0:
-        return training["max_steps"]
-    batch = training.get("per_device_train_batch_size", BATCH) * processes.size()
-    epoch = math.ceil(math.ceil(rows / batch) / training.get("gradient_accumulation_steps", 1))
-    return max(1, math.ceil(epoch * training["num_train_epochs"]))
 
 
 def _arguments(

@@ -93,6 +93,11 @@ def forgetting_lines(record: dict[str, Any]) -> list[str]:
         lines.append(f"Rows of one {code(facts['documents'])} count as one unit")
     if facts["known"]:
         lines.append(f"{facts['known']:,} copies of the run's own inputs were left out")
+    # Records of before they were looked for tell none.
+    if facts.get("near"):
+        lines.append(
+            f"{facts['near']:,} rows that are nearly one of validation or test were not used"
+        )
     return [f"{line}." for line in lines]
 
 

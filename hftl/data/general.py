@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,8 @@ def load_general(data: Data, prepared: Prepared, reading: Reading) -> General:
     assert table is not None
     bad = BadRows(skip=data.bad_rows == "skip")
     found = list(_read(data, table, bad, reading))
-    distinct = _distinct(found)
+    answer = table.labels.index(str(data.train.label)) if data.general_is_labelled else None
+    distinct, conflicting = _distinct(found, answer)
     own = {row.content for split in SPLITS for row in prepared.rows[split]}
     # Of a pair each text was seen, too.
     own |= {(text,) for content in own if len(content) == 2 for text in content}
@@ -98,12 +99,29 @@ def load_general(data: Data, prepared: Prepared, reading: Reading) -> General:
     facts = {
         "rows_read": len(found) + bad.count,
         "bad_rows": bad.count,
-        "duplicates": len(found) - len(distinct),
+        "duplicates": len(found) - conflicting - len(distinct),
+        "conflicting": conflicting,
         "known": len(distinct) - len(rows),
         "documents": documents,
-        "fingerprint": fingerprint([[content_key(r).hex() for r in h] for h in (used, measured)]),
+        "fingerprint": _fingerprint(used, measured),
     }
     return General(used, measured, tuple(table.labels), tuple(classes), facts)
+
+
+def without_near(general: General, near: Callable[[Row], bool]) -> General:
+    """Takes out of what may be used the rows that are nearly one of validation or test: what is
+    learnt of them, by their labels above all, is known where it is measured.
+
+    Args:
+        general: the rows.
+        near: whether a row is.
+    """
+    used = [row for row in general.used if not near(row)]
+    facts = general.facts | {
+        "near": len(general.used) - len(used),
+        "fingerprint": _fingerprint(used, general.measured),
+    }
+    return replace(general, used=used, facts=facts)
 
 
 def check_labels(general: General, control: str, names: list[str]) -> None:
@@ -183,12 +201,28 @@ def _texts(raw: Raw, table: GeneralTable, task: str) -> tuple[str, ...]:
     return tuple(text if isinstance(text, str) else " ".join(text) for text in texts)
 
 
-def _distinct(rows: list[Row]) -> list[Row]:
-    """One row for each input, whatever order they came in."""
-    kept: dict[tuple[str, ...], Row] = {}
+def _distinct(rows: list[Row], answer: int | None) -> tuple[list[Row], int]:
+    """One row for each input, whatever order they came in, none where they have different labels
+    of the task; and how many rows had.
+
+    Args:
+        rows: all.
+        answer: the place of the task's label among the controls; None where it is none of them.
+    """
+    copies: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: (row.group or "", row.label, row.index)):
-        kept.setdefault(row.content, row)
-    return list(kept.values())
+        copies[row.content].append(row)
+    kept, conflicting = [], 0
+    for found in copies.values():
+        if answer is not None and len({_held(row)[answer] for row in found}) > 1:
+            conflicting += len(found)
+        else:
+            kept.append(found[0])
+    return kept, conflicting
+
+
+def _fingerprint(used: list[Row], measured: list[Row]) -> str:
+    return fingerprint([[content_key(r).hex() for r in half] for half in (used, measured)])
 
 
 def _classes(rows: list[Row], controls: list[str]) -> list[str]:

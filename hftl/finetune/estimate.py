@@ -2,10 +2,15 @@
 
 import time
 
+from hftl.finetune import weight
 from hftl.finetune.embed import compared
-from hftl.finetune.workbench import MEASURED, Workbench
+from hftl.finetune.retention import OWN_HEADS, mixes_general
+from hftl.finetune.weight import is_open
+from hftl.finetune.workbench import BY_STEPS, MEASURED, Workbench
+from hftl.keeping import Replay, Retain
 from hftl.model.anatomy import count_blocks
 from hftl.model.cache import frozen_features
+from hftl.model.parts import TOKENS
 from hftl.recipe import Arm, Recipe
 
 SAMPLE = 128
@@ -16,30 +21,72 @@ SEARCHED = 1 / 3
 
 def estimate_seconds(bench: Workbench, jobs: list[Arm], recipe: Recipe) -> float:
     """Seconds for the arms given, one entry an arm and seed; rough, within a factor of two."""
-    train = bench.train_rows(recipe.measure.seeds[0])
+    train = len(bench.train_rows(recipe.measure.seeds[0]))
+    validation = len(bench.prepared.rows["validation"])
     measured = sum(len(bench.prepared.rows[split]) for split in MEASURED)
     embedded = sum(map(len, compared(bench).values()))
-    per_row = _seconds_a_row(bench, recipe.finetune.pooling)
-    total = 0.0
-    searched = False
+    passes = float(train + measured)
+    seen: set[str] = set()
     for arm in jobs:
-        if arm.strategy not in ("lora", "partial", "gradual", "full", "scratch"):
+        if arm.strategy not in (*BY_STEPS, "scratch"):
             continue
-        epochs = float(arm.finetune.training["num_train_epochs"])
-        if arm.strategy == "gradual":
-            phased = arm.finetune.gradual
-            epochs = phased.epochs * (count_blocks(bench.source.config) + 1) + phased.final_epochs
-        if arm.strategy == "scratch":
-            search = recipe.measure.scratch
-            epochs *= search.epochs_factor
-            if not searched:
-                tried = len(search.learning_rates) * epochs * SEARCHED
-                total += tried * len(train) * STEP * per_row
-                searched = True
-        validation = len(bench.prepared.rows["validation"])
-        total += epochs * (len(train) * STEP + validation) * per_row + measured * per_row
-        total += embedded * per_row if arm.strategy != "scratch" else 0.0
-    return total + (len(train) + measured) * per_row
+        epochs = _epochs(bench, arm, recipe)
+        own = measured + epochs * (train * (STEP + _beside(bench, arm.retain)) + validation)
+        own += _once(bench, arm.retain, train, validation)
+        own += embedded if arm.strategy != "scratch" else 0
+        passes += own
+        if arm.name not in seen and arm.strategy == "scratch":
+            passes += len(recipe.measure.scratch.learning_rates) * epochs * SEARCHED * train * STEP
+        if arm.name not in seen and is_open(arm.retain):
+            passes += len(weight.GRID) * (own + _looked(bench))
+        seen.add(arm.name)
+    return passes * _seconds_a_row(bench, recipe.finetune.pooling)
+
+
+def _epochs(bench: Workbench, arm: Arm, recipe: Recipe) -> float:
+    """How often a training sees its rows, at most."""
+    if arm.strategy == "gradual":
+        phased = arm.finetune.gradual
+        return phased.epochs * (count_blocks(bench.source.config) + 1) + phased.final_epochs
+    factor = recipe.measure.scratch.epochs_factor if arm.strategy == "scratch" else 1
+    return factor * float(arm.finetune.training["num_train_epochs"])
+
+
+def _beside(bench: Workbench, retain: Retain | None) -> float:
+    """Forward passes that retention adds in training, for each row of the target."""
+    if retain is None:
+        return 0.0
+    general = (retain.replay or Replay()).ratio if mixes_general(retain) else 0.0
+    rows = {"target": 1.0, "general": general, "both": 1.0 + general}
+    # A head of the source's own is another pass to train through, and one of the original's.
+    own = sum(STEP * rows[kl.inputs] for kl in retain.kls if kl.weight and kl.on in OWN_HEADS)
+    asked = 0.0 if _is_cached(bench, retain) else 1.0 + general
+    return general * STEP + own + asked
+
+
+def _once(bench: Workbench, retain: Retain | None, train: int, validation: int) -> float:
+    """Forward passes that retention adds to a training once."""
+    if retain is None:
+        return 0.0
+    general = len(bench.general.used) if bench.general is not None else 0
+    asked = any(kl.weight and kl.on not in OWN_HEADS for kl in retain.kls)
+    looked = train + (general if mixes_general(retain) else 0) if asked else 0
+    fisher = STEP * retain.ewc.samples if retain.ewc is not None else 0.0
+    return looked + fisher + validation * len(retain.interpolate or ())
+
+
+def _is_cached(bench: Workbench, retain: Retain) -> bool:
+    """Whether the original need not be asked at every step."""
+    terms = [kl.on for kl in retain.kls if kl.weight and kl.on not in OWN_HEADS]
+    words = bench.prepared.task == TOKENS and "probe" in terms
+    return not terms or not (bench.augment or words)
+
+
+def _looked(bench: Workbench) -> int:
+    """The rows that tell what was forgotten where a weight is chosen."""
+    general = bench.general
+    rows = bench.prepared.rows["validation"] if general is None else general.used
+    return min(weight.LOOKED, len(rows))
 
 
 def _seconds_a_row(bench: Workbench, pooling: str) -> float:

@@ -55,7 +55,7 @@ def check_head(kl: KL, source: SourceModel, warmed: bool, task: str) -> None:
         task: the recipe's.
 
     Raises:
-        RecipeError: naming what is missing.
+        RecipeError: naming what is missing, the tokenizer of CLIP's texts among it.
     """
     if kl.on == "mlm":
         if not warmed and load_mlm(source, 0)[1]:
@@ -67,6 +67,7 @@ def check_head(kl: KL, source: SourceModel, warmed: bool, task: str) -> None:
             "Use relational or features",
         )
     _clip(source)
+    load_tokenizer(source)
 
 
 def _no_head(source: SourceModel) -> RecipeError:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from hftl import processes
@@ -21,12 +22,16 @@ from hftl.model.source import SourceModel
 from hftl.recipe import Arm
 from hftl.retain.base import check_low_rank, check_unchanged_base
 from hftl.retain.kl import KLToOriginal
+from hftl.retain.opinion import Opinion, opinion_of
 from hftl.retain.weights import EWC, L2SP
 from hftl.train.mixing import unlabelled
 from hftl.tuning import Finetune
 
 Fisher = tuple[dict[str, Tensor], dict[str, Any]]
 OWN_HEADS = ("mlm", "zero_shot")
+ANSWERS = {"classification": "classes", "multi-label": "labels", "regression": "target"}
+"""What the logits of each task are of, see `fisher_information` and `opinion_of`; of words
+classes."""
 TAU = {"text": 0.05, "image": 0.07}
 """The temperature of cosines that sentence encoders (Reimers & Gurevych 2019) and self-distilled
 image encoders (Caron et al. 2021) are trained with."""
@@ -81,7 +86,7 @@ def kept_near(
     found: dict[str, Any] = {"retain": terms}
     if before is not None and retain.kls:
         found["reference"] = original(before)
-    if _mixes_general(retain):
+    if mixes_general(retain):
         replay = retain.replay or Replay()
         rows = general_examples(bench, replay.labelled)
         found |= {"general_dataset": rows, "general_ratio": replay.ratio}
@@ -152,7 +157,7 @@ def general_examples(bench: Workbench, labelled: bool = False) -> Examples:
     return Examples(encoded, labels, [content_key(row) for row in rows], None)
 
 
-def _mixes_general(retain: Retain) -> bool:
+def mixes_general(retain: Retain) -> bool:
     """Whether steps hold general rows; EWC looks at them before."""
     return retain.replay is not None or any(kl.inputs != "target" for kl in retain.kls)
 
@@ -164,8 +169,29 @@ def _kl_term(bench: Workbench, kl: KL, finetune: Finetune, seed: int) -> KLToOri
         variance = processes.share(lambda: _residual_variance(bench, finetune.pooling, seed))
     return KLToOriginal(
         kl.weight, kl.on, kl.temperature, kl.direction, kl.inputs,
-        kl.tau or TAU[bench.prepared.modality], kl.anchors, variance,
+        kl.tau or TAU[bench.prepared.modality], kl.anchors, variance, solved=True,
     )  # fmt: skip
+
+
+def head_opinion(bench: Workbench, retain: Retain, finetune: Finetune, seed: int) -> Opinion | None:
+    """What the probe that KL is taken on says of the rows it was fitted on; None without such KL.
+
+    It is solved by construction, so a weak one ends no run: the other arms have their worth.
+    """
+    if not any(kl.on == "probe" and kl.weight for kl in retain.kls):
+        return None
+    before = bench.original if retain.reference == "source" else None
+    return processes.share(lambda: _opinion(before or bench, finetune.pooling, seed))
+
+
+def _opinion(bench: Workbench, pooling: str, seed: int) -> Opinion | None:
+    rows = bench.train_rows(seed)
+    told = bench.probe(pooling, seed).logits(bench.features(pooling, seed, rows))
+    # Words that were cut off have none.
+    known = np.isfinite(told).all(1)
+    labels = torch.from_numpy(bench.prepared.targets(rows)[known])
+    kind = ANSWERS.get(bench.prepared.task, "classes")
+    return opinion_of(torch.from_numpy(told[known]), labels, kind)
 
 
 def _residual_variance(bench: Workbench, pooling: str, seed: int) -> float:

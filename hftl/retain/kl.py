@@ -52,6 +52,8 @@ class KLToOriginal:
             the value depends on how a step is cut into batches.
         variance: probe of a regression: of the target around the original's prediction.
         cached: whether the original's outputs are computed once; None: where inputs repeat.
+        solved: probe: the head is known to be one that was solved, so that nobody asks whether it
+            says anything of the labels.
 
     Raises:
         RecipeError: for a negative weight or an unknown form, direction or kind of inputs.
@@ -66,6 +68,7 @@ class KLToOriginal:
     anchors: int = 256
     variance: float = 1.0
     cached: bool | None = None
+    solved: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("on", FORMS), ("inputs", INPUTS), ("direction", DIRECTIONS)):
@@ -199,7 +202,7 @@ def expected_rows(term: OnRows, target: Tensor, ratio: float) -> Tensor:
 
 def row_values(
     term: KLToOriginal, original: View, now: View, kind: str, bank: Tensor | None,
-    hidden: Tensor | None, spread: Tensor | None, mask: Tensor | None,
+    hidden: Tensor | None, spread: Tensor | None, told: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The term's value for each row, (rows,) float32.
 
@@ -207,17 +210,18 @@ def row_values(
         term: what is compared.
         original: the reference's outputs on the rows.
         now: the model's.
-        kind: see `probe_kl`; `words`: classes for each token, averaged over `mask`.
+        kind: see `probe_kl`; `words`: classes for each token, averaged over those `told`.
         bank: see `relational_kl`.
         hidden: see `relational_kl`.
         spread: see `feature_kl`.
-        mask: (rows, length), 1 where a token counts.
+        told: (rows, length) bool, the tokens that words are told by: of the others, as the special
+            ones and the rest of a word, nobody has trained the head to say anything.
     """
     if term.on == "probe":
         if kind != "words":
             return probe_kl(term, original.logits, now.logits, kind)
         each = probe_kl(term, original.logits, now.logits, "classes")
-        counts = torch.ones_like(each) if mask is None else mask.to(each.dtype)
+        counts = torch.ones_like(each) if told is None else told.to(each.dtype)
         return (each * counts).sum(-1) / counts.sum(-1).clamp(min=1)
     assert original.embedding is not None and now.embedding is not None
     if term.on == "relational":

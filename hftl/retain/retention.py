@@ -13,7 +13,7 @@ from hftl.errors import RecipeError
 from hftl.retain.kl import KLToOriginal, check_inputs, expected_rows, row_values, rows_of
 from hftl.retain.opinion import check_opinion
 from hftl.retain.reference import Reference
-from hftl.retain.view import Tap, View
+from hftl.retain.view import BESIDE, Tap, View
 
 Batch = dict[str, Any]
 
@@ -196,12 +196,12 @@ class Retention:
         if id(term) in self._banks:
             numbers, bank = self._banks[id(term)]
             hidden = batch["row"][chosen].unsqueeze(1) == numbers
-        mask = batch.get("attention_mask")
+        told = batch.get("told")
         device = now.logits.device.type
         with torch.autocast(device, enabled=False):
             return row_values(
                 term, original.rows(chosen), now.rows(chosen), self._kind, bank, hidden,
-                self._spread, None if mask is None else mask[chosen],
+                self._spread, None if told is None else told[chosen],
             )  # fmt: skip
 
     def _original(self, batch: Batch, autocast: Callable[[], AbstractContextManager[Any]]) -> View:
@@ -209,7 +209,7 @@ class Retention:
         if self._known is not None:
             return self._known.rows(batch["row"])
         assert self._reference is not None
-        inputs = {key: value for key, value in batch.items() if key not in ("row", "general")}
+        inputs = {key: value for key, value in batch.items() if key not in BESIDE}
         with autocast():
             return self._reference(inputs)
 
@@ -235,7 +235,7 @@ class Retention:
         self._spread = seen_by_all.var(0, unbiased=False).sum().clamp(min=1e-12)
         target = [place[n] for n in sorted(needed) if n < rows.target]
         for term in self.kls:
-            if term.on == "probe" and self._kind != "words":
+            if term.on == "probe" and self._kind != "words" and not term.solved:
                 check_opinion(seen.logits[target], labels[target], self._kind)
         self._known = seen if cached else None
 

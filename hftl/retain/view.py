@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from hftl.errors import RecipeError
 from hftl.model.head import PooledModel, anatomy_in, encoder_in, pool, unwrapped
 
+BESIDE = ("row", "general", "told")
+"""What a batch holds for the terms, beside the model's inputs and the labels: the rows' numbers,
+which are general data, and which tokens words are told by."""
+
 
 @dataclass(frozen=True)
 class View:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hftl.errors import RecipeError
 from hftl.model.head import anatomy_in, encoder_in
 from hftl.retain.kl import kl_rows
-from hftl.retain.view import in_eval
+from hftl.retain.view import BESIDE, in_eval
 
 TEMPLATE = "a photo of a {}."
 
@@ -112,7 +112,7 @@ class ZeroShotKL:
             epoch: of no use here.
         """
         del epoch
-        beside = ("labels", "row", "general")
+        beside = ("labels", *BESIDE)
         inputs = {
             key: value[chosen] if isinstance(value, Tensor) else value
             for key, value in batch.items()

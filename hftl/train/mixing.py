@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from hftl.model.cache import batches_of_like
 from hftl.retain.retention import Rows
+from hftl.retain.view import BESIDE
 from hftl.train.loss import IGNORED
 
 BATCH_TOKENS = 4096
@@ -80,6 +81,8 @@ def unlabelled(like: dict[str, Any], row: dict[str, Any]) -> Any:
 class Collate:
     """A collator that keeps the rows' numbers: `row`, and `general` where they are general data.
 
+    Where every word has a label, `told` (batch, length) bool says which tokens words are told by.
+
     Args:
         collate: makes a batch of rows.
         target: rows of the target.
@@ -93,7 +96,31 @@ class Collate:
         numbers = torch.tensor([row["row"] for row in rows])
         plain = [{key: value for key, value in row.items() if key != "row"} for row in rows]
         batch = dict(self.collate(plain))
+        labels = batch.get("labels")
+        if labels is not None and _is_of_words(labels):
+            mask = batch.get("attention_mask", torch.ones_like(labels))
+            batch["told"] = told_tokens(plain, labels, mask)
         return {**batch, "row": numbers, "general": numbers >= self.target}
+
+
+def told_tokens(rows: list[dict[str, Any]], labels: Tensor, mask: Tensor) -> Tensor:
+    """(batch, length) bool: the tokens that words are told by, whether they have labels or not.
+
+    Args:
+        rows: with `words`, the places of their words' first tokens; of rows without it these are
+            the tokens that have a label, and where none has one, as in general data, all.
+        labels: (batch, length) int64, -100 where there is none.
+        mask: (batch, length), 1 where a token counts.
+    """
+    if "words" not in rows[0]:
+        told = labels != IGNORED
+        return torch.where(told.any(1, keepdim=True), told, mask > 0)
+    told = torch.zeros_like(labels, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        places = torch.as_tensor(row["words"])
+        # Behind the padding, where that comes first.
+        told[number, places[places >= 0] + int(mask[number].argmax())] = True
+    return told
 
 
 def repeats(rows: Numbered, collate: Callable[[list[Any]], dict[str, Any]]) -> bool:
@@ -126,6 +153,11 @@ def rows_to_know(rows: Numbered, collate: Collate) -> Rows:
 
     def batch(numbers: list[int]) -> dict[str, Any]:
         found = collate([rows[n] for n in numbers])
-        return {key: value for key, value in found.items() if key not in ("row", "general")}
+        return {key: value for key, value in found.items() if key not in BESIDE}
 
     return Rows(len(rows), rows.total, batches, batch, repeats(rows, collate.collate))
+
+
+def _is_of_words(labels: Tensor) -> bool:
+    """Whether each token has a class of its own, or none."""
+    return labels.dim() == 2 and not labels.is_floating_point()

@@ -10,15 +10,13 @@ from transformers import TrainerCallback
 
 from hftl.errors import NumericError, RecipeError
 from hftl.retain.retention import Retention
+from hftl.retain.view import BESIDE
 from hftl.train.loss import counted, counted_rows, replayed_loss, summed_loss, uncounted
-
-BESIDE = ("labels", "row", "general")
-"""What a batch holds that the model does not take."""
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """What the model takes of a batch."""
-    return {key: value for key, value in batch.items() if key not in BESIDE}
+    return {key: value for key, value in batch.items() if key not in ("labels", *BESIDE)}
 
 
 def task_loss(outputs: Any, batch: dict[str, Any], share: float, smoothing: float) -> Tensor:

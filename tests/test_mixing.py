@@ -1,0 +1,84 @@
+"""Rows with their numbers in a batch, and which tokens of them words are told by."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hftl.data.text import WordInputs
+from hftl.retain.kl import KLToOriginal, row_values
+from hftl.retain.view import View
+from hftl.train.mixing import Collate, Numbered
+
+ROWS = [[1, 3, 4], [1, 2]]
+"""Where the words of two texts begin: the first word of the first has two pieces."""
+
+
+class Padding:
+    """A tokenizer that only pads."""
+
+    model_input_names = ("input_ids", "attention_mask")
+
+    def __init__(self, side: str) -> None:
+        self.padding_side = side
+
+    def pad(self, rows: list[dict[str, Any]], return_tensors: str) -> dict[str, Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        found: dict[str, list[list[int]]] = {name: [] for name in self.model_input_names}
+        for row in rows:
+            for name in found:
+                more = [0] * (longest - len(row[name]))
+                padded = more + row[name] if self.padding_side == "left" else row[name] + more
+                found[name].append(padded)
+        return {name: torch.tensor(value) for name, value in found.items()}
+
+
+def encoded(words: list[int], labelled: bool) -> dict[str, Any]:
+    """A text of [CLS], its words and [SEP]."""
+    ids = list(range(10, 10 + max(words) + 2))
+    row = {"input_ids": ids, "attention_mask": [1] * len(ids), "words": [*words, -1]}
+    return {**row, "labels": np.zeros(len(words) + 1, np.int64)} if labelled else row
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_words_are_told_by_their_first_pieces_in_general_rows_too(side: str) -> None:
+    rows = Numbered([encoded(ROWS[0], True)], [encoded(ROWS[1], False)])
+    collate = Collate(WordInputs(Padding(side), 16).collate, len(rows))
+    batch = collate([rows[0], rows[1]])
+    shift = 2 if side == "left" else 0
+    places = [told.nonzero().flatten().tolist() for told in batch["told"]]
+    assert places == [[1, 3, 4], [1 + shift, 2 + shift]]
+    assert batch["general"].tolist() == [False, True]
+    assert (batch["labels"][1] == -100).all(), "general rows are told, and not learnt from"
+
+
+def test_without_words_it_is_the_labelled_tokens_and_where_there_are_none_all() -> None:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+    mask = torch.tensor([1, 1, 1, 0])
+    rows = [
+        {"attention_mask": mask, "labels": torch.tensor([-100, 2, -100, -100])},
+        {"attention_mask": mask, "labels": torch.full((4,), -100)},
+    ]
+    batch = Collate(collate, 1)([{**row, "row": i} for i, row in enumerate(rows)])
+    assert batch["told"].tolist() == [[False, True, False, False], [True, True, True, False]]
+    classes = Collate(collate, 1)([{"labels": torch.tensor(1), "row": 0}])
+    assert "told" not in classes
+
+
+def test_the_kl_of_words_is_taken_nowhere_else() -> None:
+    torch.manual_seed(0)
+    original = torch.randn(1, 6, 3)
+    told = torch.tensor([[False, True, False, True, True, False]])
+    now = torch.where(told.unsqueeze(-1), original, torch.randn(1, 6, 3))
+    term = KLToOriginal(on="probe")
+
+    def value(logits: Tensor) -> float:
+        views = View(None, original), View(None, logits)
+        return row_values(term, *views, "words", None, None, None, told).item()
+
+    assert value(now) == pytest.approx(0.0, abs=1e-6)
+    assert value(torch.randn(1, 6, 3)) > 0.1
