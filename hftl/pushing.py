@@ -18,10 +18,11 @@ from hftl.errors import HoldError, HubError, RecipeError, RunFolderError
 from hftl.explain import explain
 from hftl.publish.base import pinned_base
 from hftl.publish.gates import check_card, check_files, check_proof
-from hftl.publish.hub import Pushed, Target, push
+from hftl.publish.hub import Pushed, Target, look, push
 from hftl.publish.listing import Listing, dry_run
 from hftl.publish.patience import AnsweredError, patient
 from hftl.publish.rights import RightsError, account, check_right, full_id
+from hftl.publish.standing import StandsError
 from hftl.publish.told import place_of, publishable
 from hftl.recipe import Recipe
 from hftl.record import Record, to_json
@@ -69,7 +70,8 @@ def foresee(recipe: Recipe, say: Say) -> None:
             check_right(who, full)
             if _adapts_its_base(recipe):
                 check_right(who, f"{full}-base")
-    except (AnsweredError, RightsError):
+            look(Target(full))
+    except (AnsweredError, RightsError, StandsError):
         raise
     except HubError as error:
         say(f"  warning: {error.what}; the push will be tried at the end")
@@ -163,6 +165,8 @@ def push_finished(run: Path, asked: Asked, say: Say) -> None:
     try:
         with patient():
             pushed, repo_id = _push(run, asked, wanted, say)
+    except StandsError:
+        raise
     except HubError as error:
         fix = f"{error.fix}. To repeat only the push: {asked.command(run)}"
         raise HubError(error.what, fix.removeprefix(". ")) from error
@@ -180,8 +184,11 @@ def _push(run: Path, asked: Asked, wanted: str, say: Say) -> tuple[Pushed, str]:
     forced = asked.force if record["verdict"]["decision"] != "publish" else None
     public = asked.public or not record["recipe"]["publish"]["private"]
     base: tuple[str, str] | None = None
+    target = Target(repo_id, public, asked.request)
     if ours:
         check_right(who, base_id)
+        # No base is left behind of a model that is then refused.
+        look(target)
         amended = amend(record, repo_id, forced, None)
         rundir.amend_finished(run, base_texts(amended, base_id))
         _gates(run / "publish-base", amended, asked)
@@ -193,7 +200,7 @@ def _push(run: Path, asked: Asked, wanted: str, say: Say) -> tuple[Pushed, str]:
     amended = amend(record, repo_id, forced, base)
     rundir.amend_finished(run, texts(run, amended, base))
     _gates(run / "publish", amended, asked)
-    return push(run / "publish", Target(repo_id, public, asked.request), MESSAGE), repo_id
+    return push(run / "publish", target, MESSAGE), repo_id
 
 
 def amend(
@@ -284,3 +291,7 @@ def _tell(pushed: Pushed, repo_id: str, say: Say) -> None:
     seen = "private" if pushed.private else "public"
     what = f"pushed   {pushed.url}" if pushed.new else f"{repo_id} holds the same already"
     say(f"{what} ({seen})")
+    if pushed.replaces:
+        say(
+            f"  merged, it replaces a model that hftl did not publish: {', '.join(pushed.replaces)}"
+        )

@@ -83,7 +83,8 @@ def change(run: Path) -> None:
 def test_files_of_an_older_push_go_and_those_of_others_stay(
     hub: LocalHub, push: Pusher, run: Path
 ) -> None:
-    hub.put(ME, {"model.safetensors": b"old", "assets/frontier.png": b"old", "LICENSE": b"mine"})
+    old = {"hftl.json": b"{}", "model.safetensors": b"old", "assets/frontier.png": b"old"}
+    hub.put(ME, old | {"LICENSE": b"mine"})
     assert push("publish", run, "--repo-id", ME)[0] == 0
     files = hub.head(ME) or {}
     assert "LICENSE" in files and "model.safetensors" not in files

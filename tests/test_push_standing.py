@@ -1,0 +1,46 @@
+"""A push to a repository that somebody has filled or shown already."""
+
+from pathlib import Path
+
+import pytest
+from localhub import LocalHub
+from published import Pusher
+from pushed import ME, hub, local, made, push, run, says
+
+__all__ = ["hub", "made", "push", "run"]
+THEIRS = {"README.md": b"mine", "model.safetensors": b"mine", "notes.md": b"mine"}
+
+
+def test_a_model_that_hftl_did_not_publish_is_left_alone(
+    hub: LocalHub, push: Pusher, run: Path
+) -> None:
+    hub.put(ME, THEIRS)
+    before = hub.state
+    words = ("hftl did not publish: model.safetensors. Nothing", "another --repo-id", "remove it")
+    found = push("publish", run, "--repo-id", ME)
+    says(found, 5, *words)
+    assert "To repeat" not in found[2]
+    assert hub.state == before
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "config.json",
+                                  "adapter_model.safetensors"])  # fmt: skip
+def test_whatever_a_push_would_replace_or_delete_counts(
+    name: str, hub: LocalHub, push: Pusher, run: Path
+) -> None:
+    hub.put(ME, {name: b"mine"})
+    says(push("publish", run, "--repo-id", ME), 5, f"hftl did not publish: {name}")
+
+
+def test_the_page_that_the_hub_makes_is_no_model(hub: LocalHub, push: Pusher, run: Path) -> None:
+    hub.put(ME, {"README.md": b"---\nlicense: mit\n---\n"}, private=True)
+    assert push("publish", run, "--repo-id", ME)[0] == 0
+    assert (hub.head(ME) or {}).items() >= local(run / "publish").items()
+
+
+def test_a_pull_request_says_what_it_would_replace(hub: LocalHub, push: Pusher, run: Path) -> None:
+    hub.put(ME, THEIRS, private=True)
+    before = hub.head(ME)
+    code, out, _ = push("publish", run, "--repo-id", ME, "--pr")
+    assert code == 0 and "/discussions/1" in out and hub.head(ME) == before
+    assert "merged, it replaces a model that hftl did not publish: model.safetensors" in out
