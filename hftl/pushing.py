@@ -70,7 +70,7 @@ def foresee(recipe: Recipe, say: Say) -> None:
             check_right(who, full)
             if _adapts_its_base(recipe):
                 check_right(who, f"{full}-base")
-            look(Target(full))
+            look(Target(full, not recipe.publish.private))
     except (AnsweredError, RightsError, StandsError):
         raise
     except HubError as error:

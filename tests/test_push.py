@@ -115,7 +115,7 @@ def test_a_pull_request_leaves_main_alone_and_is_opened_once(
 ) -> None:
     says(push("publish", run, "--repo-id", ME, "--pr"), 5, "there is no me/model", "without --pr")
     assert ME not in hub.state["repos"]
-    hub.put(ME, {"README.md": b"theirs"})
+    hub.put(ME, {"README.md": b"theirs"}, private=True)
     before = hub.head(ME)
     code, out, _ = push("publish", run, "--repo-id", ME, "--pr")
     assert code == 0 and out.startswith("pushed   ") and "/discussions/1" in out

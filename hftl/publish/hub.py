@@ -15,7 +15,7 @@ from hftl.errors import HubError
 from hftl.publish import patience
 from hftl.publish.gates import may_go
 from hftl.publish.patience import AnsweredError, UnknownFateError, asking
-from hftl.publish.standing import check_free, strange
+from hftl.publish.standing import check_free, check_seen, strange
 
 TRIES = 3
 """How often a commit is sent that did not land."""
@@ -84,7 +84,7 @@ def look(target: Target) -> Any:
 
     Raises:
         HubError: if a pull request is asked for, and there is none to open it on.
-        StandsError: if what it holds is not ours to replace.
+        StandsError: if what it holds is not ours to replace, or all would see what they should not.
     """
     found = _info(target.repo_id)
     if found is None:
@@ -93,7 +93,7 @@ def look(target: Target) -> Any:
                 f"there is no {target.repo_id} to open a pull request on", "Push without --pr"
             )
         return None
-    _may_replace(target, _files(target.repo_id, str(found.sha)))
+    _allowed(target, found, _files(target.repo_id, str(found.sha)))
     return found
 
 
@@ -159,10 +159,12 @@ def _make_public(repo_id: str) -> bool:
     return False
 
 
-def _may_replace(target: Target, files: Collection[str]) -> None:
-    """A pull request replaces nothing by itself."""
+def _allowed(target: Target, info: Any, files: Collection[str]) -> None:
+    """Sees whether what stands lets the push in; a pull request replaces nothing by itself."""
     if not target.request:
         check_free(target.repo_id, files)
+    if not (info.private or target.public):
+        check_seen(target.repo_id, files)
 
 
 def _commit(folder: Path, target: Target, wanted: Digests, message: str) -> Pushed:
@@ -170,7 +172,8 @@ def _commit(folder: Path, target: Target, wanted: Digests, message: str) -> Push
     sent_on: str | None = None
     lost: HubError | None = None
     for attempt in range(TRIES + 1):
-        head = _head(target.repo_id)
+        info = _seen(target.repo_id)
+        head = str(info.sha)
         files = _files(target.repo_id, head)
         landed = head if stands(files, wanted) else _requested(target, wanted)
         if landed is not None:
@@ -180,7 +183,7 @@ def _commit(folder: Path, target: Target, wanted: Digests, message: str) -> Push
         if isinstance(lost, AnsweredError) or sent_on not in (None, head):
             raise _moved(target.repo_id) from lost
         sent_on = head
-        _may_replace(target, files)
+        _allowed(target, info, files)
         stale = sorted(name for name in files if may_go(name) and name not in wanted)
         try:
             sent = _send(target, message, head, _operations(folder, wanted, stale))
@@ -227,9 +230,9 @@ def _requested(target: Target, wanted: Digests) -> str | None:
     return next((h for h in heads if stands(_files(target.repo_id, h), wanted)), None)
 
 
-def _head(repo_id: str) -> str:
+def _seen(repo_id: str) -> Any:
     with asking(f"reading {repo_id}"):
-        return str(_api().model_info(repo_id).sha)
+        return _api().model_info(repo_id)
 
 
 def _files(repo_id: str, commit: str) -> dict[str, str]:

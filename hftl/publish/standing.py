@@ -12,7 +12,7 @@ CARD = "README.md"
 
 
 class StandsError(HubError):
-    """What stands there is somebody else's model; the same push again is refused again."""
+    """What stands there forbids the push as it was asked for; the same again is refused again."""
 
 
 def strange(files: Collection[str]) -> list[str]:
@@ -37,4 +37,21 @@ def check_free(repo_id: str, files: Collection[str]) -> None:
         raise StandsError(
             f"{repo_id} holds a model that hftl did not publish: {', '.join(found)}",
             "Nothing was pushed. Give another --repo-id, or remove it there first",
+        )
+
+
+def check_seen(repo_id: str, files: Collection[str]) -> None:
+    """Refuses to show to all what shall stay private; where hftl has pushed before, that is known.
+
+    Args:
+        repo_id: where the push goes, which is public already.
+        files: what its head holds.
+
+    Raises:
+        StandsError: if hftl has not pushed there.
+    """
+    if RECORD not in files:
+        raise StandsError(
+            f"{repo_id} is public already, and the push was asked for as a private one",
+            "Nothing was pushed. To let all see it: --public, or publish.private: false",
         )
