@@ -70,10 +70,30 @@ def test_a_card_deeper_than_can_be_read(adapter: Path, tiny_model: Callable[...,
     assert "card" in {one.kind for one in examine(adapter, str(tiny_model())).defects}
 
 
-@pytest.mark.parametrize("size", [-1, "x"])
-def test_a_whole_model_of_an_impossible_size(
-    size: Any, tmp_path: Path, tiny_model: Callable[..., Path]
+UNLOADABLE: list[dict[str, Any]] = [
+    {"model_type": "nope"}, {"model_type": ["x"]}, {"model_type": {}}, {"model_type": None},
+    {"hidden_size": -1}, {"hidden_size": "x"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", UNLOADABLE)
+def test_a_whole_model_whose_config_is_of_no_model_is_not_sound(
+    settings: dict[str, Any], tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
+    # transformers goes by a folder's name where the config names no model.
+    shutil.copytree(tiny_model(), tmp_path / "bert")
+    change(tmp_path / "bert" / "config.json", **settings)
+    found = examine(tmp_path / "bert")
+    assert "config" in {one.kind for one in found.defects} and found.exit_code == 4
+    assert any(what.startswith("fresh modules") for what in found.unexamined)
+
+
+def test_an_architecture_that_hftl_does_not_know_is_no_defect(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    from transformers import GPT2Config
+
     shutil.copytree(tiny_model(), tmp_path / "model")
-    change(tmp_path / "model" / "config.json", hidden_size=size)
-    assert any(what.startswith("fresh modules") for what in examine(tmp_path / "model").unexamined)
+    GPT2Config(n_layer=1, n_embd=16, n_head=2).save_pretrained(tmp_path / "model")
+    found = examine(tmp_path / "model")
+    assert found.exit_code == 0 and "'gpt2' is not supported" in found.unexamined[0]

@@ -1,6 +1,5 @@
 """Modules that the base has no weights for: every load draws them anew unless they are saved."""
 
-from pathlib import Path
 from typing import Any
 
 from hftl.errors import RecipeError
@@ -49,26 +48,6 @@ def fresh(patient: Patient, source: SourceModel, kind: Any, config: Any) -> list
             "Use last_hidden_state",
         ))  # fmt: skip
     return found
-
-
-def whole_model(patient: Patient) -> SourceModel:
-    """A whole model as its own base.
-
-    Raises:
-        RecipeError: if its config is of no architecture that hftl knows.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    from hftl.model.anatomy import anatomy_of
-
-    folder = Path(patient.folder)
-    try:
-        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (*CANNOT, OSError, StrictDataclassError) as error:
-        raise RecipeError(f"config.json is of no model: {str(error).splitlines()[0]}") from error
-    anatomy_of(config)
-    return SourceModel(str(folder), folder, None, None, True, config, config.model_type)
 
 
 def _beside(name: str, kind: Any, pooler: str | None) -> bool:
