@@ -8,6 +8,7 @@ from typing import Any
 from hftl import places
 from hftl.errors import HubError, RecipeError
 from hftl.model.anatomy import Anatomy, anatomy_of
+from hftl.model.sizes import absurd_in
 from hftl.sections import Source
 
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -60,6 +61,11 @@ def find_source(source: Source) -> SourceModel:
             f"source.model: the folder {source.model} does not exist", "Check the path"
         )
     folder = path or _fetch(source.model, source.revision, ["config.json"])
+    why = absurd_in(folder)
+    if why is not None:
+        raise RecipeError(
+            f"source.model: {source.model} is no model: {why}", "Correct its config.json"
+        )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:

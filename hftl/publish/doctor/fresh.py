@@ -2,10 +2,14 @@
 
 from typing import Any
 
+from safetensors import SafetensorError
+
 from hftl.errors import RecipeError
 from hftl.model.head import load_class
 from hftl.model.parts import under
+from hftl.model.sizes import contradicted, shapes_in
 from hftl.model.source import SourceModel
+from hftl.model.stock import empty
 from hftl.publish.doctor.finding import Finding, defect, several, warning
 from hftl.publish.doctor.fit import CANNOT
 from hftl.publish.doctor.patient import ADAPTER, WEIGHTS, Patient
@@ -21,8 +25,9 @@ def fresh(patient: Patient, source: SourceModel, kind: Any, config: Any) -> list
         RecipeError: if the base does not load.
     """
     try:
+        _need_size(source, kind, config)
         _, missing = load_class(source, kind, config, {})
-    except CANNOT as error:
+    except (*CANNOT, SafetensorError) as error:
         if isinstance(error, RecipeError):
             raise
         what = f"{source.spec} does not load: {str(error).splitlines()[0]}"
@@ -48,6 +53,13 @@ def fresh(patient: Patient, source: SourceModel, kind: Any, config: Any) -> list
             "Use last_hidden_state",
         ))  # fmt: skip
     return found
+
+
+def _need_size(source: SourceModel, kind: Any, config: Any) -> None:
+    """Refuses to fill a model that its file says nothing of: it may be larger than the memory."""
+    why = contradicted(empty(kind, config), shapes_in(source.folder))
+    if why is not None:
+        raise RecipeError(f"{source.spec} does not load: {why}", "Correct its config.json")
 
 
 def _beside(name: str, kind: Any, pooler: str | None) -> bool:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from hftl.model.sizes import absurd
 from hftl.model.source import SourceModel
 from hftl.publish.doctor.finding import Finding, defect
 from hftl.publish.doctor.fit import CANNOT
@@ -24,6 +25,9 @@ def whole_model(patient: Patient) -> SourceModel | Finding:
     if not isinstance(kind, str):
         # transformers would go by the folder's name.
         return _of_no_model(f"its model_type is {kind!r}, expected a name")
+    why = absurd(patient.config)
+    if why is not None:
+        return _of_no_model(why)
     folder = Path(patient.folder)
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
