@@ -17,7 +17,7 @@ from hftl.data.pixels import ImageInputs
 from hftl.data.text import Encoded, TextInputs, WordInputs
 from hftl.errors import DataError, RecipeError
 from hftl.finetune.opening import position_arguments
-from hftl.locate import base_folder, need_head, published_folder, read_json
+from hftl.locate import base_folder, loading, need_head, published_folder, read_json
 from hftl.model.anatomy import anatomy_of, max_tokens, patch_size
 from hftl.model.cache import logits
 from hftl.publish import reload
@@ -143,16 +143,17 @@ def load(path: str | Path, base: str | Path | None = None) -> Predictor:
 
     Raises:
         RecipeError: if there is nothing to load, or the base cannot be told.
-        RunFolderError: if a run has no publish folder yet, or the base has other weights.
+        RunFolderError: if a run has no publish folder yet, the base has other weights, or the
+            folder's own files do not load.
         HubError: if a hub id cannot be had.
     """
     folder = published_folder(path)
     need_head(folder, path)
     told = read_json(folder / "hftl.json")
     adapter = (folder / "adapter_config.json").exists()
-    return with_model(
-        folder, reload.load(folder, base_folder(folder, told, base) if adapter else None)
-    )
+    base_at = base_folder(folder, told, base) if adapter else None
+    with loading(folder):
+        return with_model(folder, reload.load(folder, base_at))
 
 
 def with_model(folder: Path, model: nn.Module) -> Predictor:

@@ -147,7 +147,7 @@ def weights_sha256(source: SourceModel) -> str:
     """`checkpoint_sha256` of a source model.
 
     Raises:
-        RecipeError: if it has no weights.
+        RecipeError: if it has no weights, or they do not open.
     """
     found = checkpoint_sha256(source.folder)
     if found is None:
@@ -161,6 +161,9 @@ def checkpoint_sha256(folder: Path) -> str | None:
     """sha256 over a checkpoint's tensors, by name; over the bytes of files of older kinds.
 
     None where it has none.
+
+    Raises:
+        RecipeError: if a file does not open.
     """
     digest = hashlib.sha256()
     for kind in WEIGHTS:
@@ -177,13 +180,18 @@ def checkpoint_sha256(folder: Path) -> str | None:
 
 def _hash_tensors(file: Path, digest: Any) -> None:
     import torch
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(file, "pt") as tensors:
-        for name in sorted(tensors.keys()):
-            tensor = tensors.get_tensor(name)
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    try:
+        with safe_open(file, "pt") as tensors:
+            for name in sorted(tensors.keys()):
+                tensor = tensors.get_tensor(name)
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    except SafetensorError as error:
+        raise RecipeError(
+            f"source.model: {file} does not open: {error}", "Save it again, or fetch it again"
+        ) from error
 
 
 def _fetch(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
