@@ -20,6 +20,7 @@ from hftl.measure.collect import units_of
 from hftl.measure.items import difference, score
 from hftl.measure.verdict import interval_text
 from hftl.model.cache import logits
+from hftl.outputs import check_output
 from hftl.predict import Predictor
 from hftl.recipe import Recipe
 from hftl.rundir import write_text
@@ -55,7 +56,7 @@ def compare(models: Sequence[str], data: Path | None, output: Path | None) -> st
         DataError: if the table cannot be read, or has a label that no model knows.
         HubError: if a hub id cannot be had.
     """
-    _check_output(output)
+    check_output(output, OUTPUTS, [".png"])
     folders = [_with_head(model) for model in models]
     shared = None if data else _shared_items(models)
     found: dict[int, np.ndarray] = {}
@@ -202,15 +203,6 @@ def _shown(rows: list[dict[str, Any]], count: int) -> str:
         cells.append((row["model"], told, "" if gain is None else interval_text(gain),
                       f"{row['parameters']:,}"))  # fmt: skip
     return f"{table(cells)}\n  {count:,} items; differences are paired, positive is better"
-
-
-def _check_output(output: Path | None) -> None:
-    if output is not None and output.suffix not in OUTPUTS:
-        raise RecipeError(
-            f"--output {output}: unknown suffix {output.suffix!r}", f"Use {' or '.join(OUTPUTS)}"
-        )
-    if output is not None and not output.parent.is_dir():
-        raise RecipeError(f"--output {output}: there is no folder {output.parent}", "Make it")
 
 
 def _write(rows: list[dict[str, Any]], output: Path) -> None:
