@@ -1,7 +1,5 @@
 """The push of a finished run: what must hold, who we are, the base, then one commit each."""
 
-import copy
-import json
 import re
 import shlex
 from collections.abc import Callable
@@ -12,8 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from hftl import rundir, secrets
-from hftl.card.adaptation import render_adapted
-from hftl.card.card import render_card
+from hftl.amending import amend, base_texts, report_text, texts
 from hftl.errors import HoldError, HubError, RecipeError, RunFolderError
 from hftl.explain import explain
 from hftl.publish.base import pinned_base
@@ -23,9 +20,8 @@ from hftl.publish.listing import Listing, dry_run
 from hftl.publish.patience import AnsweredError, patient
 from hftl.publish.rights import RightsError, account, check_right, full_id
 from hftl.publish.standing import StandsError
-from hftl.publish.told import place_of, publishable
 from hftl.recipe import Recipe
-from hftl.record import Record, to_json
+from hftl.record import Record
 from hftl.sections import Publish
 
 MESSAGE = "Publish a model with the evidence of what its transfer was worth"
@@ -198,66 +194,10 @@ def _push(run: Path, asked: Asked, wanted: str, say: Say) -> tuple[Pushed, str]:
     elif (run / "publish" / "adapter_config.json").exists():
         base = pinned_base(record["source"])
     amended = amend(record, repo_id, forced, base)
-    rundir.amend_finished(run, texts(run, amended, base))
+    amended_texts = texts(run, amended, base)
+    rundir.amend_finished(run, amended_texts | report_text(run, amended_texts))
     _gates(run / "publish", amended, asked)
     return push(run / "publish", target, MESSAGE), repo_id
-
-
-def amend(
-    record: dict[str, Any], repo_id: str, forced: str | None, base: tuple[str, str] | None
-) -> dict[str, Any]:
-    """The record with what is only known once it is pushed.
-
-    Args:
-        record: the run's.
-        repo_id: where it goes.
-        forced: why, where the verdict is hold.
-        base: the id and commit of the base that an adapter goes on, once it is there.
-    """
-    tree = copy.deepcopy(record)
-    tree["published"] = {"repo_id": repo_id}
-    tree.pop("forced", None)
-    if forced is not None:
-        tree["forced"] = {"reason": forced}
-    ours = (tree["adapt"] or {}).get("base")
-    if ours is not None:
-        ours.pop("published_as", None)
-        ours.pop("revision", None)
-    named = ours if ours is not None else tree["source"]
-    if base is not None:
-        named |= {"published_as": base[0], "revision": base[1]}
-    return tree
-
-
-def texts(run: Path, record: dict[str, Any], base: tuple[str, str] | None) -> dict[str, str]:
-    """The files of a run that tell what is only known once it is pushed, by path."""
-    told = json.loads(to_json(publishable(record)))
-    before = json.loads((run / "publish" / "hftl.json").read_text(encoding="utf-8"))
-    if "examples" in before:
-        told["examples"] = before["examples"]
-    render = render_card if record["arms"] else render_adapted
-    found = {
-        "record.json": to_json(record),
-        "publish/README.md": render(told, place_of(told)),
-        "publish/hftl.json": to_json(told),
-    }
-    path = run / "publish" / "adapter_config.json"
-    if base is not None:
-        named = {"base_model_name_or_path": base[0], "revision": base[1]}
-        settings = json.loads(path.read_text(encoding="utf-8")) | named
-        found["publish/adapter_config.json"] = (
-            json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        )
-    return found
-
-
-def base_texts(record: dict[str, Any], base_id: str) -> dict[str, str]:
-    """The same of the adapted base."""
-    told = json.loads(to_json(publishable(record)))
-    return {
-        "publish-base/README.md": render_adapted(told, base_id),
-        "publish-base/hftl.json": to_json(told),
-    }
 
 
 def _cards(run: Path, record: dict[str, Any], asked: Asked) -> list[str]:
