@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from planting import rewrite
-from test_compare import adapters
+from test_compare import NAMES, adapters
 
 import hftl
 from hftl.compare import compare
@@ -41,7 +41,15 @@ def config_of_nothing(folder: Path) -> None:
     rewrite(folder / "config.json", model_type="nope")
 
 
-DAMAGES = [cut_short, no_weights, another_rank, no_kind, record_of_another_shape, config_of_nothing]
+def labels_in_another_order(folder: Path) -> None:
+    """The record says otherwise than config.json, whichever is right."""
+    rewrite(folder / "hftl.json", data={"labels": NAMES[::-1], "task": "classification"})
+
+
+DAMAGES = [
+    labels_in_another_order, cut_short, no_weights, another_rank, no_kind, record_of_another_shape,
+    config_of_nothing,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -61,3 +69,12 @@ def test_weights_of_a_base_that_do_not_open(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(RecipeError, match=r"model\.safetensors does not open"):
         checkpoint_sha256(tmp_path)
+
+
+def test_labels_are_in_the_order_of_their_numbers(
+    adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(adapters["two"], tmp_path / "written"))
+    numbered = dict(reversed(list(enumerate(NAMES))))
+    rewrite(folder / "config.json", id2label={str(n): name for n, name in numbered.items()})
+    assert hftl.load(folder).names == NAMES
