@@ -244,6 +244,17 @@ def test_the_hash_of_the_right_base_is_no_finding(
     assert not examine(folder).defects
 
 
+def test_a_folder_here_is_not_taken_for_the_base_that_the_adapter_names(
+    adapters: dict[str, Path], hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoy = Path(shutil.copytree(snapshot(hub, "vit"), tmp_path / "tiny" / "bert"))
+    monkeypatch.chdir(tmp_path)
+    found = examine(adapters["bert"])
+    assert found.source is not None and not found.source.local and not found.defects
+    given = examine(adapters["bert"], "tiny/bert").source
+    assert given is not None and given.folder.resolve() == decoy
+
+
 def test_a_base_of_pickles_is_not_opened(
     adapters: dict[str, Path], hub: Path, tmp_path: Path
 ) -> None:

@@ -46,8 +46,12 @@ class SourceModel:
         return anatomy_of(self.config)
 
 
-def find_source(source: Source) -> SourceModel:
+def find_source(source: Source, on_hub: bool = False) -> SourceModel:
     """Finds the checkpoint; one of the hub is pinned to its commit and fetched.
+
+    Args:
+        source: where it is.
+        on_hub: whether it is a hub id even where a folder here has that name.
 
     Raises:
         RecipeError: if a folder is missing or holds no model, or the architecture is unsupported.
@@ -55,7 +59,7 @@ def find_source(source: Source) -> SourceModel:
     """
     from transformers import AutoConfig
 
-    path = places.find(source.model, "source.model")
+    path = None if on_hub else places.find(source.model, "source.model")
     if path is not None and not path.exists():
         raise RecipeError(
             f"source.model: the folder {source.model} does not exist", "Check the path"
