@@ -51,7 +51,8 @@ def interrupted(code: int) -> int:
 def other(error: Exception, debug: bool) -> int:
     """Errors that are not ours: usage, disk, memory, and bugs."""
     if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
-        return fail(2, error, f"{error.format_message()}. See hftl --help", debug)  # pyright: ignore
+        said = str(error.format_message()).rstrip(".")  # pyright: ignore
+        return fail(2, error, f"{said}. See hftl --help", debug)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         found = ResourceError(f"the disk is full: {error.filename or ''}", "Free some space")
         return fail(7, error, str(found), debug)
