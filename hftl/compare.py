@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +12,22 @@ import numpy as np
 from hftl import metrics, places
 from hftl.card.plots import plot_compared
 from hftl.data import answers, prepare
-from hftl.data.load import BadRows, Reading, Row, load
 from hftl.data.pixels import ImageInputs
 from hftl.errors import DataError, RecipeError
+from hftl.labelled import Items, read_labelled
 from hftl.locate import need_head, published_folder, read_json
 from hftl.measure.collect import units_of
 from hftl.measure.items import difference, score
 from hftl.measure.verdict import interval_text
 from hftl.model.cache import logits
+from hftl.outputs import check_output
 from hftl.predict import Predictor
 from hftl.recipe import Recipe
 from hftl.rundir import write_text
-from hftl.sections import Data, Table
 from hftl.show import table
 from hftl.switching import each
 
 OUTPUTS = (".csv", ".png")
-
-
-@dataclass(frozen=True)
-class Items:
-    """What the models are scored on; `data` is where pictures are found again."""
-
-    rows: list[Row]
-    data: Data
 
 
 def compare(models: Sequence[str], data: Path | None, output: Path | None) -> str:
@@ -55,7 +47,7 @@ def compare(models: Sequence[str], data: Path | None, output: Path | None) -> st
         DataError: if the table cannot be read, or has a label that no model knows.
         HubError: if a hub id cannot be had.
     """
-    _check_output(output)
+    check_output(output, OUTPUTS, [".png"])
     folders = [_with_head(model) for model in models]
     shared = None if data else _shared_items(models)
     found: dict[int, np.ndarray] = {}
@@ -63,7 +55,8 @@ def compare(models: Sequence[str], data: Path | None, output: Path | None) -> st
     items: Items | None = None
     for number, predictor in each(folders):
         if first is None or items is None:
-            first, items = predictor, shared or _items(data, predictor, folders[number])
+            first = predictor
+            items = shared or read_labelled(Path(data or ""), predictor, folders[number])
             _check_labels(items, predictor)
         _check_alike(models[number], predictor, first)
         found[number] = _predicted(predictor, items, first.names)
@@ -98,22 +91,6 @@ def _shared_items(models: Sequence[str]) -> Items:
             )
     prepared = prepare.read(runs[0] / "phases" / "data")
     return Items(prepared.rows["test"], Recipe.load(runs[0] / "recipe.yaml").data)
-
-
-def _items(path: Path | None, predictor: Predictor, folder: Path) -> Items:
-    """A table's rows, read as the model's own recipe reads its columns."""
-    assert path is not None
-    if not path.exists():
-        raise DataError(f"{path} does not exist", "Check the path")
-    told = read_json(folder / "hftl.json").get("recipe", {}).get("data", {})
-    columns = {
-        k: v for k, v in (told.get("train") or {}).items() if k in ("text", "image", "label")
-    }
-    limits = {k: told[k] for k in ("max_pixels",) if k in told}
-    data = Data(task=predictor.task, train=Table(path=str(path), **columns), **limits)  # pyright: ignore
-    patch = predictor.inputs.patch if isinstance(predictor.inputs, ImageInputs) else 1
-    rows = load(data, "train", BadRows(), Reading(predictor.modality, patch))
-    return Items(rows, data)
 
 
 def _check_labels(items: Items, predictor: Predictor) -> None:
@@ -202,15 +179,6 @@ def _shown(rows: list[dict[str, Any]], count: int) -> str:
         cells.append((row["model"], told, "" if gain is None else interval_text(gain),
                       f"{row['parameters']:,}"))  # fmt: skip
     return f"{table(cells)}\n  {count:,} items; differences are paired, positive is better"
-
-
-def _check_output(output: Path | None) -> None:
-    if output is not None and output.suffix not in OUTPUTS:
-        raise RecipeError(
-            f"--output {output}: unknown suffix {output.suffix!r}", f"Use {' or '.join(OUTPUTS)}"
-        )
-    if output is not None and not output.parent.is_dir():
-        raise RecipeError(f"--output {output}: there is no folder {output.parent}", "Make it")
 
 
 def _write(rows: list[dict[str, Any]], output: Path) -> None:

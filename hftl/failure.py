@@ -13,13 +13,15 @@ from typing import Any
 import typer
 
 from hftl import processes, secrets
-from hftl.errors import LockedError, LostProcessError, ResourceError
+from hftl.errors import LockedError, LostProcessError, RecipeError, ResourceError
 from hftl.record import to_json
 
 PATIENCE = 5.0
 """Seconds in which processes that fail together are seen to."""
 CUT_OFF = ("Connection closed by peer", "Connection reset by peer", "NCCL", "heartbeat")
 """What torch says when a process it talks to is gone, perhaps on another machine."""
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""What the system answers where a file may not be written."""
 INTERRUPTED = (130, 143)
 """128 + SIGINT, which typer answers by itself, and 128 + SIGTERM."""
 
@@ -49,10 +51,14 @@ def interrupted(code: int) -> int:
 def other(error: Exception, debug: bool) -> int:
     """Errors that are not ours: usage, disk, memory, and bugs."""
     if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
-        return fail(2, error, f"{error.format_message()}. See hftl --help", debug)  # pyright: ignore
+        said = str(error.format_message()).rstrip(".")  # pyright: ignore
+        return fail(2, error, f"{said}. See hftl --help", debug)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         found = ResourceError(f"the disk is full: {error.filename or ''}", "Free some space")
         return fail(7, error, str(found), debug)
+    found = _unwritable(error)
+    if found is not None:
+        return fail(found.exit_code, error, str(found), debug)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         found = ResourceError(
             "memory ran out", "Lower finetune.training.per_device_train_batch_size"
@@ -64,6 +70,16 @@ def other(error: Exception, debug: bool) -> int:
             return fail(8, error, str(LostProcessError(gone)), debug)
     what = f"a bug in hftl: {type(error).__name__}: {error}".splitlines()[0]
     return fail(1, error, f"{what}. Please report it with log.txt, or run with --debug", debug)
+
+
+def _unwritable(error: Exception) -> RecipeError | None:
+    """A file that the system does not let be written, or read, or whose folder is not there."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, str):
+        return None
+    nowhere = error.errno == errno.ENOENT and not Path(error.filename).parent.is_dir()
+    if error.errno not in FORBIDDEN and not nowhere:
+        return None
+    return RecipeError(f"{error.filename}: {error.strerror}", "Check the path and who may use it")
 
 
 def fail(code: int, error: BaseException, message: str, debug: bool) -> int:

@@ -1,15 +1,50 @@
 """Where a published model is found, and the base that its adapter goes on."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from hftl import places, rundir
-from hftl.errors import HubError, RecipeError, RunFolderError
+from hftl.errors import HftlError, HubError, RecipeError, RunFolderError
 from hftl.model.source import find_source, weights_sha256
 from hftl.publish import reload
 from hftl.recipe import Recipe
 from hftl.sections import Source
+
+DAMAGE = (
+    SafetensorError,
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+)
+"""What transformers, peft and safetensors raise on files that are cut short or fit no model."""
+
+
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """What a folder's own files are to blame for, in one line.
+
+    Raises:
+        RunFolderError: if it does not load.
+    """
+    try:
+        yield
+    except HftlError:
+        raise
+    except DAMAGE as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise RunFolderError(
+            f"{folder} does not load: {said[0]}", f"Look closer: hftl doctor {folder}"
+        ) from error
 
 
 def published_folder(path: str | Path) -> Path:

@@ -1,5 +1,6 @@
 """Predictions with a finished run or a published folder, local or on a hub."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,15 @@ from hftl.data.pixels import ImageInputs
 from hftl.data.text import Encoded, TextInputs, WordInputs
 from hftl.errors import DataError, RecipeError
 from hftl.finetune.opening import position_arguments
-from hftl.locate import base_folder, need_head, published_folder, read_json
+from hftl.locate import base_folder, loading, need_head, published_folder, read_json
 from hftl.model.anatomy import anatomy_of, max_tokens, patch_size
 from hftl.model.cache import logits
 from hftl.publish import reload
 from hftl.sections import Data, Table
 from hftl.train.hardware import device
 
+UNNAMED = re.compile(r"LABEL_\d+")
+"""What transformers calls a class that has no name."""
 Input = str | Sequence[str] | Path | bytes | Image
 """A text, a pair of texts, the words of one, or a picture: a path, its bytes, or itself."""
 
@@ -143,16 +146,17 @@ def load(path: str | Path, base: str | Path | None = None) -> Predictor:
 
     Raises:
         RecipeError: if there is nothing to load, or the base cannot be told.
-        RunFolderError: if a run has no publish folder yet, or the base has other weights.
+        RunFolderError: if a run has no publish folder yet, the base has other weights, or the
+            folder's own files do not load.
         HubError: if a hub id cannot be had.
     """
     folder = published_folder(path)
     need_head(folder, path)
     told = read_json(folder / "hftl.json")
     adapter = (folder / "adapter_config.json").exists()
-    return with_model(
-        folder, reload.load(folder, base_folder(folder, told, base) if adapter else None)
-    )
+    base_at = base_folder(folder, told, base) if adapter else None
+    with loading(folder):
+        return with_model(folder, reload.load(folder, base_at))
 
 
 def with_model(folder: Path, model: nn.Module) -> Predictor:
@@ -166,9 +170,7 @@ def with_model(folder: Path, model: nn.Module) -> Predictor:
     told = read_json(folder / "hftl.json")
     config: Any = AutoConfig.from_pretrained(folder)
     task = _task(told, config)
-    names = told["data"]["labels"] if "data" in told else list(config.id2label.values())
-    if task == "regression":
-        names = []
+    names = [] if task == "regression" else _names(told, config)
     data = told.get("recipe", {}).get("data", {})
     inputs, columns = _inputs(folder, config, task, data)
     where = device()
@@ -183,6 +185,23 @@ def _task(told: dict[str, Any], config: Any) -> str:
         return "token-classification"
     known = {"regression": "regression", "multi_label_classification": "multi-label"}
     return known.get(str(config.problem_type), "classification")
+
+
+def _names(told: dict[str, Any], config: Any) -> list[str]:
+    """The classes in the order of the outputs, which record and config must agree on.
+
+    Raises:
+        ValueError: if they do not: nobody can tell which of them is right.
+    """
+    shown = [str(config.id2label[number]) for number in sorted(config.id2label)]
+    if "data" not in told:
+        return shown
+    names = told["data"]["labels"]
+    if names != shown and not all(map(UNNAMED.fullmatch, shown)):
+        raise ValueError(
+            f"the labels are {', '.join(shown)} in config.json, and {', '.join(names)} in hftl.json"
+        )
+    return names
 
 
 def _inputs(

@@ -41,13 +41,34 @@ def write_publish(run: Path, record: dict[str, Any]) -> None:
     rundir.write_text(run / "report.html", report)
 
 
+def report(run: Path, told: dict[str, Any], card: str) -> str | None:
+    """report.html anew; None where the run lost what it shows.
+
+    Args:
+        run: a finished run.
+        told: the record as it is published.
+        card: the text of the card.
+    """
+    if not told["arms"]:
+        return render_report(card, run / "publish", told)
+    parts = [run / "phases" / "data", _arm(run, told)]
+    if told["data"]["modality"] == "image":
+        parts.append(run / "phases" / "pixels")
+    if not all(part.exists() for part in parts):
+        return None
+    return render_report(card, run / "publish", told, *_errors(run, told))
+
+
 def _errors(run: Path, record: dict[str, Any]) -> tuple[Errors, Picture | None]:
     """What the published weights get wrong on test, and the pictures where rows are pictures."""
     phases = run / "phases"
-    arm = run / "arms" / f"{record['own_arm']}-seed{record['published_seed']}"
-    errors = errors_of(prepare.read(phases / "data"), arm)
+    errors = errors_of(prepare.read(phases / "data"), _arm(run, record))
     images = record["data"]["modality"] == "image"
     return errors, pixels.stored(phases / "pixels").__getitem__ if images else None
+
+
+def _arm(run: Path, record: dict[str, Any]) -> Path:
+    return run / "arms" / f"{record['own_arm']}-seed{record['published_seed']}"
 
 
 def write_base_card(run: Path, told: dict[str, Any]) -> None:

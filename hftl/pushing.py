@@ -1,7 +1,5 @@
 """The push of a finished run: what must hold, who we are, the base, then one commit each."""
 
-import copy
-import json
 import re
 import shlex
 from collections.abc import Callable
@@ -12,19 +10,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from hftl import rundir, secrets
-from hftl.card.adaptation import render_adapted
-from hftl.card.card import render_card
+from hftl.amending import amend, base_texts, report_text, texts
 from hftl.errors import HoldError, HubError, RecipeError, RunFolderError
 from hftl.explain import explain
 from hftl.publish.base import pinned_base
 from hftl.publish.gates import check_card, check_files, check_proof
-from hftl.publish.hub import Pushed, Target, push
+from hftl.publish.hub import Pushed, Target, look, push
 from hftl.publish.listing import Listing, dry_run
 from hftl.publish.patience import AnsweredError, patient
 from hftl.publish.rights import RightsError, account, check_right, full_id
-from hftl.publish.told import place_of, publishable
+from hftl.publish.standing import StandsError
 from hftl.recipe import Recipe
-from hftl.record import Record, to_json
+from hftl.record import Record
 from hftl.sections import Publish
 
 MESSAGE = "Publish a model with the evidence of what its transfer was worth"
@@ -69,7 +66,8 @@ def foresee(recipe: Recipe, say: Say) -> None:
             check_right(who, full)
             if _adapts_its_base(recipe):
                 check_right(who, f"{full}-base")
-    except (AnsweredError, RightsError):
+            look(Target(full, not recipe.publish.private))
+    except (AnsweredError, RightsError, StandsError):
         raise
     except HubError as error:
         say(f"  warning: {error.what}; the push will be tried at the end")
@@ -163,6 +161,8 @@ def push_finished(run: Path, asked: Asked, say: Say) -> None:
     try:
         with patient():
             pushed, repo_id = _push(run, asked, wanted, say)
+    except StandsError:
+        raise
     except HubError as error:
         fix = f"{error.fix}. To repeat only the push: {asked.command(run)}"
         raise HubError(error.what, fix.removeprefix(". ")) from error
@@ -180,8 +180,11 @@ def _push(run: Path, asked: Asked, wanted: str, say: Say) -> tuple[Pushed, str]:
     forced = asked.force if record["verdict"]["decision"] != "publish" else None
     public = asked.public or not record["recipe"]["publish"]["private"]
     base: tuple[str, str] | None = None
+    target = Target(repo_id, public, asked.request)
     if ours:
         check_right(who, base_id)
+        # No base is left behind of a model that is then refused.
+        look(target)
         amended = amend(record, repo_id, forced, None)
         rundir.amend_finished(run, base_texts(amended, base_id))
         _gates(run / "publish-base", amended, asked)
@@ -191,66 +194,10 @@ def _push(run: Path, asked: Asked, wanted: str, say: Say) -> tuple[Pushed, str]:
     elif (run / "publish" / "adapter_config.json").exists():
         base = pinned_base(record["source"])
     amended = amend(record, repo_id, forced, base)
-    rundir.amend_finished(run, texts(run, amended, base))
+    amended_texts = texts(run, amended, base)
+    rundir.amend_finished(run, amended_texts | report_text(run, amended_texts))
     _gates(run / "publish", amended, asked)
-    return push(run / "publish", Target(repo_id, public, asked.request), MESSAGE), repo_id
-
-
-def amend(
-    record: dict[str, Any], repo_id: str, forced: str | None, base: tuple[str, str] | None
-) -> dict[str, Any]:
-    """The record with what is only known once it is pushed.
-
-    Args:
-        record: the run's.
-        repo_id: where it goes.
-        forced: why, where the verdict is hold.
-        base: the id and commit of the base that an adapter goes on, once it is there.
-    """
-    tree = copy.deepcopy(record)
-    tree["published"] = {"repo_id": repo_id}
-    tree.pop("forced", None)
-    if forced is not None:
-        tree["forced"] = {"reason": forced}
-    ours = (tree["adapt"] or {}).get("base")
-    if ours is not None:
-        ours.pop("published_as", None)
-        ours.pop("revision", None)
-    named = ours if ours is not None else tree["source"]
-    if base is not None:
-        named |= {"published_as": base[0], "revision": base[1]}
-    return tree
-
-
-def texts(run: Path, record: dict[str, Any], base: tuple[str, str] | None) -> dict[str, str]:
-    """The files of a run that tell what is only known once it is pushed, by path."""
-    told = json.loads(to_json(publishable(record)))
-    before = json.loads((run / "publish" / "hftl.json").read_text(encoding="utf-8"))
-    if "examples" in before:
-        told["examples"] = before["examples"]
-    render = render_card if record["arms"] else render_adapted
-    found = {
-        "record.json": to_json(record),
-        "publish/README.md": render(told, place_of(told)),
-        "publish/hftl.json": to_json(told),
-    }
-    path = run / "publish" / "adapter_config.json"
-    if base is not None:
-        named = {"base_model_name_or_path": base[0], "revision": base[1]}
-        settings = json.loads(path.read_text(encoding="utf-8")) | named
-        found["publish/adapter_config.json"] = (
-            json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        )
-    return found
-
-
-def base_texts(record: dict[str, Any], base_id: str) -> dict[str, str]:
-    """The same of the adapted base."""
-    told = json.loads(to_json(publishable(record)))
-    return {
-        "publish-base/README.md": render_adapted(told, base_id),
-        "publish-base/hftl.json": to_json(told),
-    }
+    return push(run / "publish", target, MESSAGE), repo_id
 
 
 def _cards(run: Path, record: dict[str, Any], asked: Asked) -> list[str]:
@@ -284,3 +231,7 @@ def _tell(pushed: Pushed, repo_id: str, say: Say) -> None:
     seen = "private" if pushed.private else "public"
     what = f"pushed   {pushed.url}" if pushed.new else f"{repo_id} holds the same already"
     say(f"{what} ({seen})")
+    if pushed.replaces:
+        say(
+            f"  merged, it replaces a model that hftl did not publish: {', '.join(pushed.replaces)}"
+        )

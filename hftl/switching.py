@@ -6,7 +6,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from hftl.locate import base_folder, read_json
+from hftl.locate import base_folder, loading, read_json
 from hftl.predict import Predictor, with_model
 from hftl.publish import reload
 
@@ -19,6 +19,9 @@ def each(folders: Sequence[Path]) -> Iterator[tuple[int, Predictor]]:
 
     Adapters of one base are put on it together and switched; where two cannot share a model, as
     when they save other modules, the second takes a copy in memory.
+
+    Raises:
+        RunFolderError: if one of them does not load.
     """
     waiting = list(range(len(folders)))
     bases = [_base(folder) for folder in folders]
@@ -26,7 +29,8 @@ def each(folders: Sequence[Path]) -> Iterator[tuple[int, Predictor]]:
         key = _same_model(folders[waiting[0]], bases[waiting[0]])
         together = [n for n in waiting if _same_model(folders[n], bases[n]) == key]
         waiting = [n for n in waiting if n not in together]
-        model = reload.bare(folders[together[0]], bases[together[0]])
+        with loading(folders[together[0]]):
+            model = reload.bare(folders[together[0]], bases[together[0]])
         groups: dict[str, list[int]] = {}
         for number in together:
             groups.setdefault(_same_places(folders[number], number), []).append(number)
@@ -38,17 +42,25 @@ def _switched(
     model: Any, folders: Sequence[Path], group: list[int]
 ) -> Iterator[tuple[int, Predictor]]:
     """The adapters of one model, one after another; a whole model by itself."""
+    for number in group:
+        folder = folders[number]
+        with loading(folder):
+            if (folder / "adapter_config.json").exists():
+                model = _on_top(model, folder, f"model-{number}", number == group[0])
+            found = with_model(folder, reload.with_head(folder, model))
+        yield number, found
+
+
+def _on_top(model: Any, folder: Path, name: str, first: bool) -> Any:
+    """The model with one more adapter, which is the one in use."""
     from peft import PeftModel
 
-    for number in group:
-        folder, name = folders[number], f"model-{number}"
-        if (folder / "adapter_config.json").exists():
-            if number == group[0]:
-                model = PeftModel.from_pretrained(model, folder, adapter_name=name)
-            else:
-                model.load_adapter(folder, name)
-            model.set_adapter(name)
-        yield number, with_model(folder, reload.with_head(folder, model))
+    if first:
+        model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+    else:
+        model.load_adapter(folder, name)
+    model.set_adapter(name)
+    return model
 
 
 def _base(folder: Path) -> Path:

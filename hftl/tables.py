@@ -12,6 +12,7 @@ from hftl.data.cells import text_fault
 from hftl.data.files import READERS, Raw, guess_format, not_utf8, read_images
 from hftl.errors import DataError, RecipeError
 from hftl.explain import closest
+from hftl.outputs import check_output
 from hftl.predict import Predictor, load
 from hftl.rundir import write_text
 
@@ -36,7 +37,7 @@ def predict_table(
         RecipeError: if the output's suffix is unknown, its folder is missing, or the model cannot
             be loaded.
     """
-    _check_output(output)
+    check_output(output, OUTPUTS)
     if output is not None and output.resolve() == data.resolve():
         raise RecipeError(f"--output {output} is the input itself", "Choose another file")
     if not data.exists():
@@ -57,17 +58,6 @@ def predict_table(
         raise RecipeError(
             f"--output {output} cannot be written: {error.strerror}", "Choose another file"
         ) from error
-
-
-def _check_output(output: Path | None) -> None:
-    if output is None:
-        return
-    if output.suffix not in OUTPUTS:
-        raise RecipeError(
-            f"--output {output}: unknown suffix {output.suffix!r}", f"Use {', '.join(OUTPUTS)}"
-        )
-    if not output.parent.is_dir():
-        raise RecipeError(f"--output {output}: there is no folder {output.parent}", "Make it")
 
 
 def _rows(data: Path, predictor: Predictor) -> tuple[list[Raw], dict[str, Any]]:

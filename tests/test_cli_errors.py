@@ -318,3 +318,10 @@ def test_in_a_shell_too_stderr_is_one_line(recipe_file: Path, output: Path) -> N
     Outcome(done.returncode, done.stdout, done.stderr).is_error(2, "blocks")
     assert done.stdout == ""
     nothing_half_written(output)
+
+
+def test_a_usage_error_ends_with_one_stop(hftl: Hftl) -> None:
+    for words in (["compare"], ["run"], ["doctor", "--nope"]):
+        found = hftl(*words)
+        found.is_error(2, ". See hftl --help")
+        assert ".. See" not in found.err

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from pushed import made
 
+from hftl.errors import RecipeError
+from hftl.model.sizes import absurd
 from hftl.publish.doctor import reloading
 from hftl.publish.doctor.examine import examine
 from hftl.publish.doctor.told import told
@@ -70,10 +72,61 @@ def test_a_card_deeper_than_can_be_read(adapter: Path, tiny_model: Callable[...,
     assert "card" in {one.kind for one in examine(adapter, str(tiny_model())).defects}
 
 
-@pytest.mark.parametrize("size", [-1, "x"])
-def test_a_whole_model_of_an_impossible_size(
-    size: Any, tmp_path: Path, tiny_model: Callable[..., Path]
+UNLOADABLE: list[dict[str, Any]] = [
+    {"model_type": "nope"}, {"model_type": ["x"]}, {"model_type": {}}, {"model_type": None},
+    {"hidden_size": -1}, {"hidden_size": "x"}, {"num_hidden_layers": 1_000_000_000},
+    {"num_labels": 1_000_000_000}, {"vocab_size": 1_000_000_000_000},
+    {"max_position_embeddings": 1_000_000_000},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", UNLOADABLE)
+def test_a_whole_model_whose_config_is_of_no_model_is_not_sound(
+    settings: dict[str, Any], tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
+    # transformers goes by a folder's name where the config names no model.
+    shutil.copytree(tiny_model(), tmp_path / "bert")
+    change(tmp_path / "bert" / "config.json", **settings)
+    found = examine(tmp_path / "bert")
+    assert "config" in {one.kind for one in found.defects} and found.exit_code == 4
+    assert any(what.startswith("fresh modules") for what in found.unexamined)
+
+
+def test_an_architecture_that_hftl_does_not_know_is_no_defect(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    from transformers import GPT2Config
+
     shutil.copytree(tiny_model(), tmp_path / "model")
-    change(tmp_path / "model" / "config.json", hidden_size=size)
-    assert any(what.startswith("fresh modules") for what in examine(tmp_path / "model").unexamined)
+    GPT2Config(n_layer=1, n_embd=16, n_head=2).save_pretrained(tmp_path / "model")
+    found = examine(tmp_path / "model")
+    assert found.exit_code == 0 and "'gpt2' is not supported" in found.unexamined[0]
+
+
+def test_a_base_of_an_impossible_depth_is_not_built(
+    adapter: Path, tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    base = Path(shutil.copytree(tiny_model(), tmp_path / "base"))
+    change(base / "config.json", num_hidden_layers=1_000_000_000)
+    with pytest.raises(RecipeError, match="num_hidden_layers is 1000000000"):
+        examine(adapter, str(base))
+    change(adapter / "adapter_config.json", base_model_name_or_path=str(base))
+    change(base / "config.json", num_hidden_layers=3, vocab_size=1_000_000_000_000)
+    found = examine(adapter, str(base))
+    assert any("its weights hold" in what for what in found.unexamined)
+
+
+MANY = 10**9
+ABSURD: list[dict[str, Any]] = [
+    {"n_layers": 5000}, {"depths": [2, MANY]}, {"vision_config": {"num_hidden_layers": MANY}},
+    {"encoder_layers": MANY}, {"num_experts": MANY},
+]  # fmt: skip
+USUAL: list[Any] = [
+    {"num_hidden_layers": 48, "hidden_size": 4096, "vocab_size": 250_000}, [],
+    {"layer_norm_eps": 1e9, "block_size": MANY, "depths": "x", "n_layers": None},
+]  # fmt: skip
+
+
+def test_counts_are_seen_in_every_familys_words() -> None:
+    assert all(absurd(config) is not None for config in ABSURD)
+    assert all(absurd(config) is None for config in USUAL)

@@ -83,7 +83,8 @@ def change(run: Path) -> None:
 def test_files_of_an_older_push_go_and_those_of_others_stay(
     hub: LocalHub, push: Pusher, run: Path
 ) -> None:
-    hub.put(ME, {"model.safetensors": b"old", "assets/frontier.png": b"old", "LICENSE": b"mine"})
+    old = {"hftl.json": b"{}", "model.safetensors": b"old", "assets/frontier.png": b"old"}
+    hub.put(ME, old | {"LICENSE": b"mine"})
     assert push("publish", run, "--repo-id", ME)[0] == 0
     files = hub.head(ME) or {}
     assert "LICENSE" in files and "model.safetensors" not in files
@@ -114,7 +115,7 @@ def test_a_pull_request_leaves_main_alone_and_is_opened_once(
 ) -> None:
     says(push("publish", run, "--repo-id", ME, "--pr"), 5, "there is no me/model", "without --pr")
     assert ME not in hub.state["repos"]
-    hub.put(ME, {"README.md": b"theirs"})
+    hub.put(ME, {"README.md": b"theirs"}, private=True)
     before = hub.head(ME)
     code, out, _ = push("publish", run, "--repo-id", ME, "--pr")
     assert code == 0 and out.startswith("pushed   ") and "/discussions/1" in out

@@ -164,6 +164,9 @@ def test_a_card_written_again_still_names_the_repository(
     run = fresh(made, hub, tmp_path)
     push("publish", run, "--repo-id", ME)
     before = local(run / "publish")
+    page = (run / "report.html").read_text()
+    assert f"load(&quot;{ME}&quot;)" in page and "Where it is wrong" in page
     assert push("card", run)[0] == 0
+    assert (run / "report.html").read_text() == page
     assert local(run / "publish")["README.md"] == before["README.md"]
     assert push("publish", run, "--repo-id", ME)[1].startswith("me/model holds the same already")

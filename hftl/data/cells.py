@@ -90,7 +90,7 @@ def _class_fault(value: Any) -> str | None:
     if value is None or (isinstance(value, str) and not value.strip()):
         return "the label is empty"
     if isinstance(value, float) and not value.is_integer():
-        return f"the label {value} is no class; for numbers set data.task=regression"
+        return f"the label {value} is no class; numbers are of the task regression"
     if not isinstance(value, (str, int, float)):
         return f"the label is a {type(value).__name__}"
     return None

@@ -43,9 +43,13 @@ class Row:
 
 @dataclass
 class BadRows:
-    """Rows that cannot be used: the first stops the run, or all are dropped and listed."""
+    """Rows that cannot be used: the first stops the run, or all are dropped and listed.
+
+    `fix` is what to do about one that stops it.
+    """
 
     skip: bool = False
+    fix: str = "Correct it, or set data.bad_rows=skip"
     count: int = 0
     dropped: list[dict[str, str]] = field(default_factory=list)
 
@@ -56,7 +60,7 @@ class BadRows:
             DataError: unless bad rows are skipped.
         """
         if not self.skip:
-            raise DataError(f"{where}: {why}", "Correct it, or set data.bad_rows=skip")
+            raise DataError(f"{where}: {why}", self.fix)
         self.count += 1
         if self.count <= LISTED:
             self.dropped.append({"where": where, "why": why})

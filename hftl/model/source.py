@@ -8,6 +8,7 @@ from typing import Any
 from hftl import places
 from hftl.errors import HubError, RecipeError
 from hftl.model.anatomy import Anatomy, anatomy_of
+from hftl.model.sizes import absurd_in
 from hftl.sections import Source
 
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -45,8 +46,12 @@ class SourceModel:
         return anatomy_of(self.config)
 
 
-def find_source(source: Source) -> SourceModel:
+def find_source(source: Source, on_hub: bool = False) -> SourceModel:
     """Finds the checkpoint; one of the hub is pinned to its commit and fetched.
+
+    Args:
+        source: where it is.
+        on_hub: whether it is a hub id even where a folder here has that name.
 
     Raises:
         RecipeError: if a folder is missing or holds no model, or the architecture is unsupported.
@@ -54,12 +59,17 @@ def find_source(source: Source) -> SourceModel:
     """
     from transformers import AutoConfig
 
-    path = places.find(source.model, "source.model")
+    path = None if on_hub else places.find(source.model, "source.model")
     if path is not None and not path.exists():
         raise RecipeError(
             f"source.model: the folder {source.model} does not exist", "Check the path"
         )
     folder = path or _fetch(source.model, source.revision, ["config.json"])
+    why = absurd_in(folder)
+    if why is not None:
+        raise RecipeError(
+            f"source.model: {source.model} is no model: {why}", "Correct its config.json"
+        )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -141,7 +151,7 @@ def weights_sha256(source: SourceModel) -> str:
     """`checkpoint_sha256` of a source model.
 
     Raises:
-        RecipeError: if it has no weights.
+        RecipeError: if it has no weights, or they do not open.
     """
     found = checkpoint_sha256(source.folder)
     if found is None:
@@ -155,6 +165,9 @@ def checkpoint_sha256(folder: Path) -> str | None:
     """sha256 over a checkpoint's tensors, by name; over the bytes of files of older kinds.
 
     None where it has none.
+
+    Raises:
+        RecipeError: if a file does not open.
     """
     digest = hashlib.sha256()
     for kind in WEIGHTS:
@@ -171,13 +184,18 @@ def checkpoint_sha256(folder: Path) -> str | None:
 
 def _hash_tensors(file: Path, digest: Any) -> None:
     import torch
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(file, "pt") as tensors:
-        for name in sorted(tensors.keys()):
-            tensor = tensors.get_tensor(name)
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    try:
+        with safe_open(file, "pt") as tensors:
+            for name in sorted(tensors.keys()):
+                tensor = tensors.get_tensor(name)
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    except SafetensorError as error:
+        raise RecipeError(
+            f"source.model: {file} does not open: {error}", "Save it again, or fetch it again"
+        ) from error
 
 
 def _fetch(repo_id: str, revision: str | None, patterns: list[str]) -> Path:

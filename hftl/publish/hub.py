@@ -6,7 +6,8 @@ A reader of the repository at any commit gets weights, config and card of one an
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hftl.errors import HubError
 from hftl.publish import patience
 from hftl.publish.gates import may_go
 from hftl.publish.patience import AnsweredError, UnknownFateError, asking
+from hftl.publish.standing import check_free, check_seen, strange
 
 TRIES = 3
 """How often a commit is sent that did not land."""
@@ -32,12 +34,16 @@ class Target:
 
 @dataclass(frozen=True)
 class Pushed:
-    """What stands after a push: the commit, whether it is new, and where it can be seen."""
+    """What stands after a push: the commit, whether it is new, and where it can be seen.
+
+    `replaces` are the files of somebody else's model that a pull request would replace.
+    """
 
     commit: str
     new: bool
     url: str
-    private: bool
+    private: bool = True
+    replaces: tuple[str, ...] = ()
 
 
 Digests = dict[str, tuple[str, str]]
@@ -57,15 +63,11 @@ def push(folder: Path, target: Target, message: str) -> Pushed:
     """
     wanted = digests(folder)
     check_card_at_hub(folder)
-    found = _info(target.repo_id)
-    if found is None and target.request:
-        raise HubError(
-            f"there is no {target.repo_id} to open a pull request on", "Push without --pr"
-        )
+    found = look(target)
     info = found or _create(target.repo_id)
     try:
-        commit, new, url = _commit(folder, target, wanted, message)
-        _check(target.repo_id, commit, wanted)
+        pushed = _commit(folder, target, wanted, message)
+        _check(target.repo_id, pushed.commit, wanted)
     except HubError as error:
         if found is None:
             what = f"{error.what}; {target.repo_id} was made and is private"
@@ -74,7 +76,25 @@ def push(folder: Path, target: Target, message: str) -> Pushed:
     private = bool(info.private)
     if target.public and private and not target.request:
         private = _make_public(target.repo_id)
-    return Pushed(commit, new, url, private)
+    return replace(pushed, private=private)
+
+
+def look(target: Target) -> Any:
+    """What the hub says of the repository; None where there is none that we may see.
+
+    Raises:
+        HubError: if a pull request is asked for, and there is none to open it on.
+        StandsError: if what it holds is not ours to replace, or all would see what they should not.
+    """
+    found = _info(target.repo_id)
+    if found is None:
+        if target.request:
+            raise HubError(
+                f"there is no {target.repo_id} to open a pull request on", "Push without --pr"
+            )
+        return None
+    _allowed(target, found, _files(target.repo_id, str(found.sha)))
+    return found
 
 
 def digests(folder: Path) -> Digests:
@@ -139,22 +159,35 @@ def _make_public(repo_id: str) -> bool:
     return False
 
 
-def _commit(folder: Path, target: Target, wanted: Digests, message: str) -> tuple[str, bool, str]:
-    """The commit that holds the files, whether it is new, and its page."""
+def _allowed(target: Target, info: Any, files: Collection[str]) -> None:
+    """Sees whether what stands lets the push in; a pull request replaces nothing by itself."""
+    if not target.request:
+        check_free(target.repo_id, files)
+    if not (info.private or target.public):
+        check_seen(target.repo_id, files)
+
+
+def _commit(folder: Path, target: Target, wanted: Digests, message: str) -> Pushed:
+    """The commit that holds the files, which may stand already."""
     sent_on: str | None = None
     lost: HubError | None = None
     for attempt in range(TRIES + 1):
-        head = _head(target.repo_id)
-        landed = _landed(target, head, wanted)
+        info = _seen(target.repo_id)
+        head = str(info.sha)
+        files = _files(target.repo_id, head)
+        landed = head if stands(files, wanted) else _requested(target, wanted)
         if landed is not None:
-            return landed, lost is not None, _page(target.repo_id, landed)
+            return Pushed(landed, lost is not None, _page(target.repo_id, landed))
         if attempt == TRIES:
             break
         if isinstance(lost, AnsweredError) or sent_on not in (None, head):
             raise _moved(target.repo_id) from lost
         sent_on = head
+        _allowed(target, info, files)
+        stale = sorted(name for name in files if may_go(name) and name not in wanted)
         try:
-            return _send(folder, target, message, head, wanted)
+            sent = _send(target, message, head, _operations(folder, wanted, stale))
+            return replace(sent, replaces=tuple(strange(files)))
         except UnknownFateError as error:
             lost = error
             time.sleep(patience.FIRST_WAIT * 2**attempt)
@@ -166,30 +199,29 @@ def _commit(folder: Path, target: Target, wanted: Digests, message: str) -> tupl
     raise HubError(f"{lost.what}, and the commit did not land", "Try again later") from lost
 
 
-def _send(
-    folder: Path, target: Target, message: str, head: str, wanted: Digests
-) -> tuple[str, bool, str]:
-    """Sends the commit once; what an older push has left over is deleted in it."""
+def _operations(folder: Path, wanted: Digests, stale: list[str]) -> list[Any]:
+    """The files, and the deletion of what an older push has left over."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    found = _files(target.repo_id, head)
-    stale = sorted(name for name in found if may_go(name) and name not in wanted)
     adds = [CommitOperationAdd(name, str(folder / name)) for name in wanted]
+    return [*adds, *map(CommitOperationDelete, stale)]
+
+
+def _send(target: Target, message: str, head: str, operations: list[Any]) -> Pushed:
+    """Sends the commit once."""
     with asking(f"committing to {target.repo_id}"):
         told = _api().create_commit(
             target.repo_id,
-            [*adds, *map(CommitOperationDelete, stale)],
+            operations,
             commit_message=message,
             parent_commit=head,
             create_pr=target.request,
         )
-        return told.oid, True, told.pr_url or told.commit_url
+        return Pushed(told.oid, True, told.pr_url or told.commit_url)
 
 
-def _landed(target: Target, head: str, wanted: Digests) -> str | None:
-    """The commit that holds the files: main's head, or the head of an open pull request."""
-    if stands(_files(target.repo_id, head), wanted):
-        return head
+def _requested(target: Target, wanted: Digests) -> str | None:
+    """The head of an open pull request that holds the files, where one is asked for."""
     if not target.request:
         return None
     with asking(f"reading the pull requests of {target.repo_id}"):
@@ -198,9 +230,9 @@ def _landed(target: Target, head: str, wanted: Digests) -> str | None:
     return next((h for h in heads if stands(_files(target.repo_id, h), wanted)), None)
 
 
-def _head(repo_id: str) -> str:
+def _seen(repo_id: str) -> Any:
     with asking(f"reading {repo_id}"):
-        return str(_api().model_info(repo_id).sha)
+        return _api().model_info(repo_id)
 
 
 def _files(repo_id: str, commit: str) -> dict[str, str]:

@@ -59,11 +59,16 @@ def find_base(patient: Patient, given: str | None) -> tuple[Sought, list[Finding
     Raises:
         HftlError: if what the user gave is not there or no base.
     """
-    wanted = Source(model=given) if given else _told(patient)
+    wanted = Source(model=given) if given else _known(patient)
+    hub_id, revision = named(patient)
+    by_name = wanted is None and hub_id is not None
+    if by_name:
+        wanted = Source(model=str(hub_id), revision=revision)
     if wanted is None:
         return Sought(None, "its base is not at hand; give it with --base MODEL"), []
     try:
-        source = find_source(wanted)
+        # A name that the adapter chose is no folder here, whatever folders there are.
+        source = find_source(wanted, on_hub=by_name)
     except HftlError as error:
         if given:
             raise
@@ -79,8 +84,8 @@ def expected_hash(patient: Patient) -> str | None:
     return known.get("weights_sha256")
 
 
-def _told(patient: Patient) -> Source | None:
-    """Where the base is by the user's own run, an installed package, or the hub id named."""
+def _known(patient: Patient) -> Source | None:
+    """Where the base is by the user's own run, or an installed package."""
     if patient.run is not None:
         adapted = patient.run / "publish-base"
         if patient.recorded("adapt").get("base") and adapted.exists():
@@ -89,8 +94,7 @@ def _told(patient: Patient) -> Source | None:
     spec = str(patient.recorded("source").get("model", ""))
     if spec.startswith(places.PACKAGE) and ".." not in spec and _installed(spec):
         return Source(model=spec)
-    hub_id, revision = named(patient)
-    return Source(model=hub_id, revision=revision) if hub_id else None
+    return None
 
 
 def _installed(spec: str) -> bool:

@@ -9,14 +9,15 @@ from hftl.model.source import SourceModel
 from hftl.publish.doctor.base import find_base, naming
 from hftl.publish.doctor.card import card
 from hftl.publish.doctor.company import company
-from hftl.publish.doctor.finding import DEFECT, Finding
+from hftl.publish.doctor.finding import DEFECT, Finding, defect
 from hftl.publish.doctor.fit import fit, model_class, outputs_of, with_labels
-from hftl.publish.doctor.fresh import fresh, whole_model
-from hftl.publish.doctor.patient import Patient, opened
+from hftl.publish.doctor.fresh import fresh
+from hftl.publish.doctor.patient import CONFIG, Patient, opened
 from hftl.publish.doctor.reloading import loadable, reloaded
 from hftl.publish.doctor.settings import scaling
 from hftl.publish.doctor.unsafe import unsafe
 from hftl.publish.doctor.values import not_finite
+from hftl.publish.doctor.whole import whole_model
 
 SPOILS_LOADING = ("corrupt", "config", "rank", "nan")
 """After one of these there is nothing to learn from a load; nor where the tensors do not fit."""
@@ -93,10 +94,19 @@ def _own_base(found: Examination) -> None:
     ):
         found.unexamined.append("fresh modules and reload: what its settings ask for is not loaded")
         return
+    if CONFIG not in found.patient.jsons:
+        found.unexamined.append(f"fresh modules and reload: {CONFIG} does not open")
+        return
     try:
-        found.source = whole_model(found.patient)
+        own = whole_model(found.patient)
     except RecipeError as error:
         found.unexamined.append(f"fresh modules and reload: {error.what}")
+        return
+    if isinstance(own, Finding):
+        found.findings.append(own)
+        found.unexamined.append(f"fresh modules and reload: {CONFIG} is of no model")
+    else:
+        found.source = own
 
 
 def _on_base(found: Examination, source: SourceModel) -> None:
@@ -120,6 +130,9 @@ def _on_base(found: Examination, source: SourceModel) -> None:
     except RecipeError as error:
         spoilt.append("base")
         found.unexamined.append(f"fresh modules: {error.what}")
+        if not patient.is_adapter:
+            why = error.what.removeprefix("source.model: ")
+            found.findings.append(defect("config", why, CONFIG, "Save it again"))
     if spoilt:
         found.unexamined.append(f"reload: not tried after a finding of {spoilt[0]}")
     else:

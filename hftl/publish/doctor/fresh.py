@@ -1,12 +1,15 @@
 """Modules that the base has no weights for: every load draws them anew unless they are saved."""
 
-from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from hftl.errors import RecipeError
 from hftl.model.head import load_class
 from hftl.model.parts import under
+from hftl.model.sizes import contradicted, shapes_in
 from hftl.model.source import SourceModel
+from hftl.model.stock import empty
 from hftl.publish.doctor.finding import Finding, defect, several, warning
 from hftl.publish.doctor.fit import CANNOT
 from hftl.publish.doctor.patient import ADAPTER, WEIGHTS, Patient
@@ -22,8 +25,9 @@ def fresh(patient: Patient, source: SourceModel, kind: Any, config: Any) -> list
         RecipeError: if the base does not load.
     """
     try:
+        _need_size(source, kind, config)
         _, missing = load_class(source, kind, config, {})
-    except CANNOT as error:
+    except (*CANNOT, SafetensorError) as error:
         if isinstance(error, RecipeError):
             raise
         what = f"{source.spec} does not load: {str(error).splitlines()[0]}"
@@ -51,24 +55,11 @@ def fresh(patient: Patient, source: SourceModel, kind: Any, config: Any) -> list
     return found
 
 
-def whole_model(patient: Patient) -> SourceModel:
-    """A whole model as its own base.
-
-    Raises:
-        RecipeError: if its config is of no architecture that hftl knows.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    from hftl.model.anatomy import anatomy_of
-
-    folder = Path(patient.folder)
-    try:
-        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (*CANNOT, OSError, StrictDataclassError) as error:
-        raise RecipeError(f"config.json is of no model: {str(error).splitlines()[0]}") from error
-    anatomy_of(config)
-    return SourceModel(str(folder), folder, None, None, True, config, config.model_type)
+def _need_size(source: SourceModel, kind: Any, config: Any) -> None:
+    """Refuses to fill a model that its file says nothing of: it may be larger than the memory."""
+    why = contradicted(empty(kind, config), shapes_in(source.folder))
+    if why is not None:
+        raise RecipeError(f"{source.spec} does not load: {why}", "Correct its config.json")
 
 
 def _beside(name: str, kind: Any, pooler: str | None) -> bool:

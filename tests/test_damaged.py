@@ -1,0 +1,80 @@
+"""Published folders that were damaged on their way: `predict` and `compare` say so in one line."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from planting import rewrite
+from test_compare import NAMES, adapters
+
+import hftl
+from hftl.compare import compare
+from hftl.errors import RecipeError, RunFolderError
+from hftl.model.source import checkpoint_sha256
+
+__all__ = ["adapters"]
+
+
+def cut_short(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-64])
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").write_bytes(b"x" * 100)
+
+
+def another_rank(folder: Path) -> None:
+    rewrite(folder / "adapter_config.json", r=2)
+
+
+def no_kind(folder: Path) -> None:
+    rewrite(folder / "adapter_config.json", peft_type="NOPE")
+
+
+def record_of_another_shape(folder: Path) -> None:
+    rewrite(folder / "hftl.json", data={"rows": 3})
+
+
+def config_of_nothing(folder: Path) -> None:
+    rewrite(folder / "config.json", model_type="nope")
+
+
+def labels_in_another_order(folder: Path) -> None:
+    """The record says otherwise than config.json, whichever is right."""
+    rewrite(folder / "hftl.json", data={"labels": NAMES[::-1], "task": "classification"})
+
+
+DAMAGES = [
+    labels_in_another_order, cut_short, no_weights, another_rank, no_kind, record_of_another_shape,
+    config_of_nothing,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_pointed_to_the_doctor(
+    damage: Callable[[Path], None], adapters: dict[str, Path], table: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(adapters["two"], tmp_path / "damaged"))
+    damage(folder)
+    with pytest.raises(RunFolderError, match="damaged does not load: .*hftl doctor"):
+        hftl.load(folder)
+    for models in ([folder, adapters["more"]], [adapters["more"], folder]):
+        with pytest.raises(RunFolderError, match="damaged does not load: .*hftl doctor"):
+            compare(list(map(str, models)), table, None)
+
+
+def test_weights_of_a_base_that_do_not_open(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(RecipeError, match=r"model\.safetensors does not open"):
+        checkpoint_sha256(tmp_path)
+
+
+def test_labels_are_in_the_order_of_their_numbers(
+    adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(adapters["two"], tmp_path / "written"))
+    numbered = dict(reversed(list(enumerate(NAMES))))
+    rewrite(folder / "config.json", id2label={str(n): name for n, name in numbered.items()})
+    assert hftl.load(folder).names == NAMES

@@ -1,0 +1,170 @@
+"""What the doctor mends, and what it leaves alone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from examined import adapters, copied, hub, in_this_process, kinds
+from planting import (
+    COMMIT,
+    NAMES,
+    SOUND,
+    as_in_transformers_4,
+    base_is_a_local_path,
+    into_cache,
+    reconfigure,
+    rewrite,
+    save,
+    snapshot,
+    wrapped,
+)  # fmt: skip
+from safetensors.torch import load_file
+
+from hftl.errors import RecipeError
+from hftl.model.source import find_source, weights_sha256
+from hftl.publish.doctor.examine import Examination, examine
+from hftl.publish.doctor.mend import backup, mend
+from hftl.publish.doctor.stale import modern, renamed_keys
+from hftl.publish.doctor.told import diagnose
+from hftl.sections import Source
+
+__all__ = ["adapters", "hub", "in_this_process"]
+
+
+def mended(folder: Path, base: str | None = None) -> tuple[list[str], Examination]:
+    lines = mend(examine(folder, base), base)
+    return lines, examine(folder, base)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "model", "lists"),
+    [("vit", "vit", "encoder.layer"), ("dinov2", "dinov2", "layers"), ("vit-mae", "vit", "layers")],
+)
+def test_old_names_are_renamed_and_the_model_says_the_same(
+    adapter: str, model: str, lists: str, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = copied(adapters, adapter, tmp_path)
+    if adapter == "vit-mae":
+        reconfigure(folder, target_modules=["intermediate.dense"])
+    else:
+        as_in_transformers_4(folder, model, lists)
+    before = (folder / "adapter_config.json").read_bytes()
+    assert "stale-names" in kinds(examine(folder))
+    lines, found = mended(folder)
+    assert lines and not found.defects
+    right, ours = (load_file(f / "adapter_model.safetensors") for f in (adapters[adapter], folder))
+    assert right.keys() == ours.keys()
+    assert all(torch.equal(right[key], ours[key]) for key in right)
+    assert (backup(folder) / "adapter_config.json").read_bytes() == before
+    targets = [json.loads((f / "adapter_config.json").read_text())["target_modules"]
+               for f in (adapters[adapter], folder)]  # fmt: skip
+    assert sorted(targets[0]) == sorted(targets[1])
+
+
+def test_patterns_are_renamed_too(hub: Path, tmp_path: Path) -> None:
+    settings = SOUND["vit"][1] | {"rank_pattern": {"layers.1.attention.q_proj": 2}}
+    folder = save(wrapped(snapshot(hub, "vit"), "vit", settings), tmp_path / "adapter")
+    assert not examine(folder).defects
+    as_in_transformers_4(folder, "vit", "encoder.layer")
+    reconfigure(folder, rank_pattern={"encoder.layer.1.attention.attention.query": 2})
+    _, found = mended(folder)
+    assert not found.defects
+
+
+def test_the_base_told_by_its_hub_id_is_named_and_pinned(
+    adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = copied(adapters, "bert", tmp_path)
+    base_is_a_local_path(folder, tmp_path)
+    (folder / "README.md").write_text(
+        "---\nbase_model: /home/x/bert\nlibrary_name: peft\n---\nIt\n"
+    )
+    lines, found = mended(folder, "tiny/bert")
+    assert len(lines) == 2 and not found.defects
+    told_now = json.loads((folder / "adapter_config.json").read_text())
+    assert told_now["base_model_name_or_path"] == "tiny/bert" and told_now["revision"] == COMMIT
+    assert "base_model: tiny/bert" in (folder / "README.md").read_text()
+
+
+def test_a_base_that_does_not_fit_is_not_written(adapters: dict[str, Path], tmp_path: Path) -> None:
+    folder = copied(adapters, "bert", tmp_path)
+    base_is_a_local_path(folder, tmp_path)
+    assert mended(folder, "tiny/bert-2")[0] == []
+
+
+def test_only_a_proven_base_is_pinned(adapters: dict[str, Path], hub: Path, tmp_path: Path) -> None:
+    folder = copied(adapters, "bert", tmp_path)
+    reconfigure(folder, revision=None)
+    assert mended(folder)[0] == []
+    right = weights_sha256(find_source(Source(model=str(snapshot(hub, "bert")))))
+    rewrite(folder / "hftl.json", source={"weights_sha256": right})
+    lines, found = mended(folder)
+    assert COMMIT in lines[0] and "base" not in kinds(found, defects=False)
+
+
+def test_labels_and_inputs_are_taken_from_record_and_base(
+    adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = copied(adapters, "vit", tmp_path)
+    (folder / "config.json").unlink()
+    (folder / "preprocessor_config.json").unlink()
+    assert not any("labels" in line for line in mended(folder)[0])
+    assert (folder / "preprocessor_config.json").exists()
+    rewrite(folder / "hftl.json", data={"labels": NAMES})
+    lines, found = mended(folder)
+    assert lines and not found.defects
+    config = json.loads((folder / "config.json").read_text())
+    assert config["id2label"] == {"0": "bad", "1": "good"}
+    assert config["architectures"] == ["ViTForImageClassification"]
+
+
+def test_pickles_are_left_where_they_are(adapters: dict[str, Path], tmp_path: Path) -> None:
+    folder = copied(adapters, "bert", tmp_path)
+    (folder / "training_args.bin").write_bytes(b"x")
+    said: list[str] = []
+    assert diagnose(str(folder), None, True, said.append) == 4
+    assert (folder / "training_args.bin").exists()
+    assert "nothing here can be fixed without you" in said
+
+
+def test_a_hubs_copy_and_a_runs_folder_are_not_changed(
+    adapters: dict[str, Path], hub: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(adapters["bert"], run / "publish")
+    source = {"model": str(snapshot(hub, "bert"))}
+    (run / "recipe.yaml").write_text(
+        json.dumps({"source": source, "data": {"train": {"path": "x.csv"}}})
+    )
+    found = examine(run)
+    assert not found.defects and found.patient.run == run
+    assert examine(run / "publish").patient.run == run
+    with pytest.raises(RecipeError, match="its run writes it"):
+        mend(found, None)
+    into_cache(hub, "adapter", adapters["bert"])
+    found = examine("tiny/adapter")
+    assert not found.defects
+    with pytest.raises(RecipeError, match="on a hub"):
+        mend(found, None)
+
+
+def test_modern_names() -> None:
+    modules = ["vit.layers.0.attention.q_proj", "dinov2.encoder.layer.3.attention.o_proj",
+               "swin.encoder.layers.0.blocks.1.attention.v_proj", "vit.layers.0.mlp.fc1",
+               "vit.layers.0.mlp.fc2", "bert.encoder.layer.0.attention.self.query"]  # fmt: skip
+    old = {
+        "vit.encoder.layer.0.attention.attention.query": modules[0],
+        "dinov2.encoder.layer.3.attention.output.dense": modules[1],
+        "swin.encoder.layers.0.blocks.1.attention.self.value": modules[2],
+        "vit.encoder.layer.0.intermediate.dense": modules[3],
+        "vit.encoder.layer.0.output.dense": modules[4],
+        "bert.encoder.layer.0.attention.self.query": None,
+        "bert.encoder.layer.9.attention.self.query": None,
+        "vit.encoder.layer.7.attention.attention.query": None,
+    }
+    assert {name: modern(name, modules) for name in old} == old
+    keys = {f"base_model.model.{name}.lora_A.weight": new for name, new in old.items()}
+    expected = {k: f"base_model.model.{new}.lora_A.weight" for k, new in keys.items() if new}
+    assert renamed_keys(keys, modules) == expected

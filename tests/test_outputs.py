@@ -1,0 +1,50 @@
+"""A file that cannot be written is told of before the work, and in one line."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from hftl import failure
+from hftl.compare import compare
+from hftl.errors import RecipeError
+from hftl.tables import predict_table
+
+
+def unwritable(folder: Path) -> list[Path]:
+    """A folder, a file whose plot would be one, and a place that the system writes by itself."""
+    (folder / "a.csv").mkdir()
+    (folder / "b.png").mkdir()
+    return [folder / "a.csv", folder / "b.csv", Path("/proc/c.csv")]
+
+
+def test_an_output_that_cannot_be_written_is_told_before_any_model_is_sought(
+    tmp_path: Path,
+) -> None:
+    for output in unwritable(tmp_path):
+        with pytest.raises(RecipeError, match="--output"):
+            compare(["nowhere/at all"], None, output)
+    for output in (tmp_path / "a.csv", Path("/proc/c.csv")):
+        with pytest.raises(RecipeError, match="--output"):
+            predict_table("nowhere/at all", tmp_path / "none.csv", output)
+
+
+def test_nothing_is_left_of_looking(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="nowhere"):
+        compare(["nowhere/at all"], None, tmp_path / "c.csv")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT])
+def test_what_the_system_forbids_is_no_bug(
+    code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "gone" / "x.csv")
+    assert failure.other(OSError(code, os.strerror(code), path), False) == 2
+    said = capsys.readouterr().err
+    assert f"hftl: error: {path}: {os.strerror(code)}." in said and said.count("\n") == 1
+
+
+def test_a_file_that_only_hftl_misses_is_a_bug(tmp_path: Path) -> None:
+    assert failure.other(OSError(errno.ENOENT, "gone", str(tmp_path / "x.json")), False) == 1
