@@ -34,6 +34,7 @@ INDEX = {
     "movies-minilm-dapt": "recipes/movies-minilm/dapt.yaml",
     "movies-minilm-harmful": "recipes/movies-minilm/harmful.yaml",
     "movies-minilm-whole": "recipes/movies-minilm/whole.yaml",
+    "movies-minilm-kl": "recipes/movies-minilm/kl.yaml",
     "bbc-minilm-tapt": "recipes/bbc-minilm/tapt.yaml",
     "bbc-minilm-dapt": "recipes/bbc-minilm/dapt.yaml",
     "clipart-dinov2-mae": "recipes/clipart-dinov2/mae.yaml",

@@ -450,14 +450,14 @@ def test_a_killed_run_loses_at_most_the_arm_in_work(
 
 
 def test_changed_weights_are_neither_used_nor_listed(again: tuple[Path, dict[str, Any]]) -> None:
-    from hftl.publish.listing import dry_run
+    from hftl.pushing import Asked, looked_at
 
     run, _ = again
     path = run / "publish" / "adapter_model.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    for use in (hftl.load, dry_run):
+    for use in (hftl.load, lambda run: looked_at(run, Asked())):
         with pytest.raises(RunFolderError, match=r"adapter_model\.safetensors is not what was"):
             use(run)
 
