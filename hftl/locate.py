@@ -110,6 +110,7 @@ def base_folder(folder: Path, told: dict[str, Any], base: str | Path | None) -> 
     recipe_file = folder.parent / "recipe.yaml"
     spec = told.get("source", {}).get("model", "")
     adapted = (told.get("adapt") or {}).get("base")
+    on_hub = False
     if base is not None:
         source = Source(model=str(base))
     elif adapted is not None and (folder.parent / "publish-base").exists():
@@ -120,9 +121,11 @@ def base_folder(folder: Path, told: dict[str, Any], base: str | Path | None) -> 
         source = Source(model=spec)
     elif adapter.get("base_model_name_or_path"):
         source = Source(model=adapter["base_model_name_or_path"], revision=adapter.get("revision"))
+        # Only the hub has commits: a folder here of that name is not what was meant.
+        on_hub = source.revision is not None
     else:
         raise RecipeError(f"{folder} does not say its base model", "Give it: --base MODEL")
-    found = find_source(source)
+    found = find_source(source, on_hub)
     expected = (adapted or told.get("source", {})).get("weights_sha256")
     if expected and weights_sha256(found) != expected:
         raise RunFolderError(

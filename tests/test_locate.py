@@ -30,7 +30,7 @@ def test_an_installed_source_is_the_base_unless_that_was_adapted(
     (tmp_path / "adapter_config.json").write_text(json.dumps(named), encoding="utf-8")
     sought = []
 
-    def found(source: Source) -> Any:
+    def found(source: Source, on_hub: bool) -> Any:
         sought.append(source)
         return SimpleNamespace(folder=tmp_path)
 
@@ -38,6 +38,25 @@ def test_an_installed_source_is_the_base_unless_that_was_adapted(
     monkeypatch.setattr(locate, "_installed", lambda spec: True)
     locate.base_folder(tmp_path, {"source": {"model": PACKAGED}, "adapt": adapt}, None)
     assert sought == [expected]
+
+
+@pytest.mark.parametrize(("revision", "of_the_hub"), [("abc", True), (None, False)])
+def test_a_pinned_base_is_the_hubs_even_where_a_folder_has_its_name(
+    revision: str | None, of_the_hub: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    named = {"base_model_name_or_path": "base", "revision": revision}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(named), encoding="utf-8")
+    sought = []
+
+    def found(source: Source, on_hub: bool) -> Any:
+        sought.append(on_hub)
+        return SimpleNamespace(folder=tmp_path)
+
+    monkeypatch.setattr(locate, "find_source", found)
+    locate.base_folder(tmp_path, {}, None)
+    assert sought == [of_the_hub]
 
 
 @pytest.mark.parametrize("text", ["{", "5", "\xff"])
