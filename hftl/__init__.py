@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from hftl.errors import HftlError
     from hftl.finetune.strategy import prepare
     from hftl.pipeline import run
-    from hftl.predict import load
     from hftl.recipe import Recipe
     from hftl.record import Record
     from hftl.retain.kl import KLToOriginal
     from hftl.retain.weights import EWC, L2SP
     from hftl.train.trainer import TransferTrainer
+    from hftl.use.predict import load
 
 __version__ = "0.1.0"
 
@@ -40,7 +40,7 @@ HOMES = {
     "Recipe": "hftl.recipe",
     "Record": "hftl.record",
     "TransferTrainer": "hftl.train.trainer",
-    "load": "hftl.predict",
+    "load": "hftl.use.predict",
     "prepare": "hftl.finetune.strategy",
     "run": "hftl.pipeline",
 }

@@ -7,7 +7,7 @@ from hftl.data.prepare import Prepared
 from hftl.data.text import TextInputs
 from hftl.model.anatomy import max_tokens
 from hftl.model.source import SourceModel
-from hftl.tuning import Finetune
+from hftl.sections.finetune import Finetune
 
 SAMPLE = 2000
 """Training rows that lengths are taken from."""

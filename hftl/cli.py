@@ -138,7 +138,7 @@ def predict(
 ) -> None:
     """Predict a table's rows: they come back with label, score and a column for each class."""
     from hftl.pipeline import quiet
-    from hftl.tables import predict_table
+    from hftl.use.tables import predict_table
 
     quiet()
     text = predict_table(model, data, output, base)
@@ -151,8 +151,8 @@ def predict(
 @app.command()
 def card(run: RunFolder) -> None:
     """Write card and report again from a run's record."""
-    from hftl import finish_adapted
-    from hftl.finish import rewrite_card
+    from hftl.phases import finish_adapted
+    from hftl.phases.finish import rewrite_card
 
     if finish_adapted.adapts_only(run):
         finish_adapted.rewrite_card(run)
@@ -173,7 +173,7 @@ def publish(
     ] = None,
 ) -> None:
     """Push a finished run to a model hub, in one commit."""
-    from hftl import pushing
+    from hftl.phases import pushing
 
     asked = pushing.Asked(repo_id, public, request, force)
     if dry_run:
@@ -216,8 +216,8 @@ def compare(
     output: Annotated[Path | None, typer.Option(help=".csv, its plot beside it; or .png")] = None,
 ) -> None:
     """Score several runs or adapters on the same items, each against the first."""
-    from hftl.compare import compare as compared
     from hftl.pipeline import quiet
+    from hftl.use.compare import compare as compared
 
     quiet()
     say(compared(models, data, output))

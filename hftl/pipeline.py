@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from hftl import processes, rundir
-from hftl.adapting import adapt_all, check_stages, step_warnings
-from hftl.corpora import near_measured
 from hftl.data import pixels
 from hftl.data import prepare as data_stage
 from hftl.data.general import (
@@ -25,16 +23,18 @@ from hftl.data.prepare import Prepared
 from hftl.errors import RecipeError, RunFolderError
 from hftl.finetune.opening import new_bench, pinned, reading_of
 from hftl.finetune.workbench import MEASURED, Workbench
-from hftl.finish import finish
-from hftl.finish_adapted import finish_adapted
-from hftl.ladder import Run, adaptation_header, announce, header, run_arms
 from hftl.metrics import Metric, find
 from hftl.model.source import SourceModel, find_source
-from hftl.pushing import Asked, foresee, push_finished
-from hftl.reads import data_reads, general_reads, refuse_changed
+from hftl.phases.adapting import adapt_all, check_stages, step_warnings
+from hftl.phases.corpora import near_measured
+from hftl.phases.finish import finish
+from hftl.phases.finish_adapted import finish_adapted
+from hftl.phases.ladder import Run, adaptation_header, announce, header, run_arms
+from hftl.phases.pushing import Asked, foresee, push_finished
+from hftl.phases.reads import data_reads, general_reads, refuse_changed
+from hftl.phases.retaining import check_kept, check_labelled, reads_labels
 from hftl.recipe import Recipe, arms
 from hftl.record import Record, fingerprint
-from hftl.retaining import check_kept, check_labelled, reads_labels
 
 UNTIL = ("adapt", "finetune", "measure", "publish")
 

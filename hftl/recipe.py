@@ -10,11 +10,15 @@ from pydantic import PrivateAttr, ValidationError, model_validator
 from hftl import secrets, yamlfile
 from hftl.errors import RecipeError
 from hftl.explain import closest, explain
-from hftl.keeping import Retain
-from hftl.needs import check_adaptation, check_pooling, check_retained
-from hftl.sections import BASELINES, NOT_BUILT, STRATEGIES, Data, Measure, Publish, Section, Source
-from hftl.stages import ADAPT_RATE, Adapt, Stages
-from hftl.tuning import Finetune
+from hftl.sections.adapt import ADAPT_RATE, Adapt, Stages
+from hftl.sections.data import Data
+from hftl.sections.finetune import Finetune
+from hftl.sections.measure import BASELINES, NOT_BUILT, STRATEGIES, Measure
+from hftl.sections.needs import check_adaptation, check_pooling, check_retained
+from hftl.sections.publish import Publish
+from hftl.sections.retain import Retain
+from hftl.sections.section import Section
+from hftl.sections.source import Source
 
 DEFAULT_METRIC = {
     "regression": "pearson", "multi-label": "micro_f1", "token-classification": "f1",

@@ -20,8 +20,9 @@ from hftl.data import masking
 from hftl.data.image import resized
 from hftl.data.pixels import ImageInputs
 from hftl.model.source import find_source, load_processor
-from hftl.sections import Data, Source
-from hftl.stages import Adapt
+from hftl.sections.adapt import Adapt
+from hftl.sections.data import Data
+from hftl.sections.source import Source
 from hftl.train.checkpoint import trained
 
 KINDS = {"mlm": "bert", "mae": "dinov2"}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_processor, tiny_tokenizer
 
 from hftl.model.source import find_source
-from hftl.sections import Source
+from hftl.sections.source import Source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAMES = ["bad", "good"]

@@ -41,7 +41,7 @@ def finished_run(
 ) -> Path:  # fmt: skip
     """A finished run of the tiny model under `folder`, of a verdict that the test chooses."""
     import hftl
-    from hftl import finish
+    from hftl.phases import finish
 
     tree = small_recipe(folder, model, changes)
     verdict = {"decision": decision, "reasons": ["the test says so"]}

@@ -9,10 +9,10 @@ import yaml
 
 from hftl.adapt.guard import Seen
 from hftl.errors import RecipeError
-from hftl.objectives import rule_of
-from hftl.reads import adapt_reads, stages_flat
+from hftl.phases.objectives import rule_of
+from hftl.phases.reads import adapt_reads, stages_flat
 from hftl.recipe import Arm, Recipe, arms
-from hftl.stages import ADAPT_RATE, TOLERANCE
+from hftl.sections.adapt import ADAPT_RATE, TOLERANCE
 from hftl.yamlfile import override
 
 BARE: dict[str, Any] = {"source": {"model": "org/model"}, "data": {"train": {"path": "a.csv"}}}

@@ -20,7 +20,7 @@ from hftl.adapt.mae import load_mae
 from hftl.adapt.mlm import load_mlm
 from hftl.errors import NumericError
 from hftl.model.source import find_source
-from hftl.sections import Source
+from hftl.sections.source import Source
 from hftl.train.checkpoint import KeepBest
 from hftl.train.trainer import TransferTrainer
 

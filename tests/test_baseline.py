@@ -17,7 +17,7 @@ from hftl.finetune.classical import solve_classical
 from hftl.finetune.outcome import Outcome
 from hftl.finetune.workbench import Workbench
 from hftl.recipe import Recipe
-from hftl.sections import Search
+from hftl.sections.measure import Search
 
 TRAINING = {"learning_rate": 1e-3, "num_train_epochs": 4}
 

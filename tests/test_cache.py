@@ -16,7 +16,8 @@ from hftl.model import cache
 from hftl.model.cache import Features, frozen_features, logits
 from hftl.model.head import build, pool
 from hftl.model.source import find_source, load_tokenizer
-from hftl.sections import Data, Source, Table
+from hftl.sections.data import Data, Table
+from hftl.sections.source import Source
 
 TEXTS = [("good film",), ("a dull plot with a story",), ("the scene was bright and warm it is",)]
 

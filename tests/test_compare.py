@@ -18,7 +18,6 @@ from test_reload import opened, published
 
 import hftl
 from hftl import cli, rundir
-from hftl.compare import compare, parameters
 from hftl.data import prepare
 from hftl.errors import DataError, RecipeError
 from hftl.measure.items import difference, score
@@ -26,7 +25,8 @@ from hftl.metrics import METRICS
 from hftl.recipe import Recipe
 from hftl.record import to_json
 from hftl.statistics import item_interval
-from hftl.switching import each
+from hftl.use.compare import compare, parameters
+from hftl.use.switching import each
 
 NAMES = ["negative", "positive"]
 ADAPTERS: dict[str, dict[str, Any]] = {

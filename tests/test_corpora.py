@@ -12,9 +12,9 @@ from conftest import FILLER, bench_of, pictures, sentences, write_csv
 from PIL import Image
 
 from hftl import rundir
-from hftl.corpora import SAMPLE, Corpus, corpus_of
 from hftl.errors import DataError
-from hftl.ladder import Run
+from hftl.phases.corpora import SAMPLE, Corpus, corpus_of
+from hftl.phases.ladder import Run
 from hftl.recipe import Recipe
 
 Tiny = Callable[..., Path]

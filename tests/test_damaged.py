@@ -9,9 +9,9 @@ from planting import rewrite
 from test_compare import NAMES, adapters
 
 import hftl
-from hftl.compare import compare
 from hftl.errors import RecipeError, RunFolderError
 from hftl.model.source import checkpoint_sha256
+from hftl.use.compare import compare
 
 __all__ = ["adapters"]
 

@@ -15,7 +15,7 @@ from planting import (
 from hftl.errors import RecipeError
 from hftl.model.source import find_source, weights_sha256
 from hftl.publish.doctor.examine import examine
-from hftl.sections import Source
+from hftl.sections.source import Source
 
 __all__ = ["adapters", "hub", "in_this_process"]
 

@@ -28,7 +28,7 @@ from hftl.publish.doctor.examine import Examination, examine
 from hftl.publish.doctor.mend import backup, mend
 from hftl.publish.doctor.stale import modern, renamed_keys
 from hftl.publish.doctor.told import diagnose
-from hftl.sections import Source
+from hftl.sections.source import Source
 
 __all__ = ["adapters", "hub", "in_this_process"]
 

@@ -11,7 +11,7 @@ from hftl.data import documents as module
 from hftl.data.documents import batches, documents
 from hftl.data.load import BadRows
 from hftl.errors import DataError
-from hftl.sections import Data, Table
+from hftl.sections.data import Data, Table
 
 FILES = {
     "a.csv": 'text,label\na fine film,pos\n"two\nlines",neg\n',

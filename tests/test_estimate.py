@@ -69,7 +69,8 @@ def test_every_seed_is_counted_before_a_run_too(
 ) -> None:
     counts: list[int] = []
     monkeypatch.setattr(
-        "hftl.ladder.estimate_seconds", lambda _, jobs, recipe: counts.append(len(jobs)) or 1.0
+        "hftl.phases.ladder.estimate_seconds",
+        lambda _, jobs, recipe: counts.append(len(jobs)) or 1.0,
     )
     tree["measure"]["seeds"] = [0, 1, 2]
     facts, _ = preflight(Recipe.parse(tree))

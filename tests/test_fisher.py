@@ -20,7 +20,7 @@ from hftl.model.source import find_source
 from hftl.retain import fisher as module
 from hftl.retain.fisher import fisher_information, load_fisher, provenance, save_fisher
 from hftl.retain.view import Tap
-from hftl.sections import Source
+from hftl.sections.source import Source
 
 ROWS = 6
 

@@ -13,11 +13,12 @@ from conftest import pictures, sentences, write_csv
 from safetensors.numpy import load_file
 
 import hftl
-from hftl import original, show
+from hftl import show
 from hftl.analyse.drift import cka, nearest_same, relational_kl
 from hftl.analyse.neighbours import agreement
 from hftl.errors import RunFolderError
 from hftl.measure.forgetting import Asked, figures, gone, section
+from hftl.phases import original
 from hftl.recipe import Recipe
 from hftl.record import Record, to_json
 

@@ -11,16 +11,16 @@ from conftest import pictures, sentences, write_csv
 from PIL import Image
 
 from hftl import pipeline
-from hftl.corpora import near_measured
 from hftl.data import general as module
 from hftl.data.general import General, load_general, read_general, write_general
 from hftl.data.load import Reading, Row
 from hftl.data.prepare import Prepared, prepare
 from hftl.errors import DataError
-from hftl.ladder import Run
 from hftl.model.source import find_source
+from hftl.phases.corpora import near_measured
+from hftl.phases.ladder import Run
 from hftl.recipe import Recipe
-from hftl.sections import Data
+from hftl.sections.data import Data
 
 HEADER = ["text", "document", "tone"]
 

@@ -20,10 +20,10 @@ from hftl.finetune.gradual import State, phases
 from hftl.finetune.strategy import prepare
 from hftl.pipeline import run
 from hftl.recipe import Recipe
+from hftl.sections.finetune import Finetune
 from hftl.train.checkpoint import KeepBest
 from hftl.train.optimizer import depths
 from hftl.train.trainer import TransferTrainer
-from hftl.tuning import Finetune
 
 READS = {"of": "a test"}
 

@@ -21,12 +21,12 @@ from hftl.data.masking import masking_of
 from hftl.errors import RecipeError
 from hftl.finetune.heads import check_head
 from hftl.finetune.strategy import prepare
-from hftl.keeping import KL
 from hftl.model.head import anatomy_in, build, encoder_in
 from hftl.model.source import find_source, load_tokenizer
 from hftl.retain.view import in_eval
 from hftl.retain.zeroshot import ZeroShotKL, zero_shot_head
-from hftl.sections import Source
+from hftl.sections.retain import KL
+from hftl.sections.source import Source
 
 
 def masked_term(folder: Path, weight: float = 1.0, apart: bool = False) -> MaskedKL:

@@ -11,7 +11,7 @@ from PIL import Image
 from hftl.data import hub
 from hftl.data.hub import load_hub
 from hftl.data.load import BadRows, Reading, load
-from hftl.sections import Data
+from hftl.sections.data import Data
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, dataset: datasets.Dataset) -> list[dict[str, Any]]:

@@ -22,9 +22,9 @@ from hftl.finetune.workbench import Workbench
 from hftl.model.source import find_source
 from hftl.recipe import Recipe, arms
 from hftl.retain.weights import lora_layers, update
-from hftl.sections import Source
+from hftl.sections.finetune import Finetune
+from hftl.sections.source import Source
 from hftl.train.checkpoint import trained
-from hftl.tuning import Finetune
 
 
 @pytest.fixture

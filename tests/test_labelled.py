@@ -9,9 +9,9 @@ from conftest import pictures, sentences, write_csv
 from test_compare import adapters
 
 import hftl
-from hftl.compare import compare
 from hftl.errors import DataError
-from hftl.labelled import read_labelled
+from hftl.use.compare import compare
+from hftl.use.labelled import read_labelled
 
 __all__ = ["adapters"]
 

@@ -7,14 +7,10 @@ from pathlib import Path
 import pytest
 
 ORDER = [
-    "errors", "outputs", "processes", "energy", "secrets", "explain", "upstream", "borrowed",
-    "yamlfile", "hubwords", "sections", "keeping", "stages", "tuning", "needs", "recipe",
-    "record", "places", "rundir", "metrics", "statistics", "data", "model", "analyse",
-    "check", "retain", "train", "adapt", "finetune", "measure", "card", "publish", "locate",
-    "predict", "labelled", "switching", "tables", "show", "compare", "init", "reads",
-    "retaining", "ladder", "original", "corpora", "objectives", "adapting", "publishing",
-    "amending", "finish", "finish_adapted", "pushing", "pipeline", "failure", "cli",
-    "__main__",
+    "errors", "processes", "energy", "secrets", "explain", "yamlfile", "hubwords", "sections",
+    "recipe", "record", "places", "rundir", "metrics", "statistics", "data", "model", "analyse",
+    "check", "retain", "train", "adapt", "finetune", "measure", "card", "publish", "show", "use",
+    "init", "phases", "pipeline", "failure", "cli", "__main__",
 ]  # fmt: skip
 ROOT = Path(__file__).parent.parent / "hftl"
 FILES = [p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py"]

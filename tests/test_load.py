@@ -9,7 +9,7 @@ import pytest
 from hftl.data.cells import class_name
 from hftl.data.load import BadRows, Reading, Row, load
 from hftl.errors import DataError, HftlError, HubError, RecipeError
-from hftl.sections import Data
+from hftl.sections.data import Data
 
 GOOD = [("a fine film", "pos"), ('dull, "very" dull', "neg"), ("two\nlines", "pos")]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from hftl import locate
 from hftl.errors import RunFolderError
-from hftl.sections import Source
+from hftl.sections.source import Source
+from hftl.use import locate
 
 PACKAGED = "package:somewhere/model"
 

@@ -33,7 +33,8 @@ from hftl.data.image import resized
 from hftl.data.pixels import ImageInputs, augment
 from hftl.errors import RecipeError
 from hftl.model.source import SourceModel, find_source, load_processor
-from hftl.sections import Data, Source
+from hftl.sections.data import Data
+from hftl.sections.source import Source
 
 SUPPORTED = ("vit", "vit_mae", "deit", "dinov2", "dinov2_with_registers", "beit")
 PREFIX = {"deit": 2, "dinov2_with_registers": 5}

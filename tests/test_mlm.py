@@ -16,7 +16,7 @@ from hftl.adapt.encoder import MaskedOutput, encoder_state, set_trainable
 from hftl.adapt.mlm import POSITIONWISE, MaskedLM, load_mlm
 from hftl.errors import RecipeError
 from hftl.model.source import SourceModel, find_source
-from hftl.sections import Source
+from hftl.sections.source import Source
 
 SLOW = ("xlm-roberta", "camembert", "ernie", "megatron-bert", "nomic_bert", "big_bird")
 """Whose code is like that of another one here."""

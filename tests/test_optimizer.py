@@ -22,7 +22,7 @@ from hftl.model.head import build
 from hftl.model.source import find_source
 from hftl.pipeline import preflight
 from hftl.recipe import Recipe
-from hftl.sections import Source
+from hftl.sections.source import Source
 from hftl.train.optimizer import (
     LayerRates,
     decays,

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from hftl import failure
-from hftl.compare import compare
 from hftl.errors import RecipeError
-from hftl.tables import predict_table
+from hftl.use.compare import compare
+from hftl.use.tables import predict_table
 
 
 def unwritable(folder: Path) -> list[Path]:

@@ -23,7 +23,7 @@ from hftl.data import prepare
 from hftl.errors import RunFolderError
 from hftl.measure.mistakes import errors_of
 from hftl.metrics import METRICS
-from hftl.publishing import write_publish
+from hftl.phases.publishing import write_publish
 from hftl.recipe import Recipe
 from hftl.record import Record
 
@@ -450,7 +450,7 @@ def test_a_killed_run_loses_at_most_the_arm_in_work(
 
 
 def test_changed_weights_are_neither_used_nor_listed(again: tuple[Path, dict[str, Any]]) -> None:
-    from hftl.pushing import Asked, looked_at
+    from hftl.phases.pushing import Asked, looked_at
 
     run, _ = again
     path = run / "publish" / "adapter_model.safetensors"

@@ -19,8 +19,8 @@ from hftl.data.load import BadRows, Reading, load
 from hftl.data.pixels import augment
 from hftl.errors import DataError, RecipeError
 from hftl.recipe import Recipe
-from hftl.sections import Data
-from hftl.tables import predict_table
+from hftl.sections.data import Data
+from hftl.use.tables import predict_table
 
 
 @pytest.fixture

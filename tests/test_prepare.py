@@ -12,7 +12,7 @@ from conftest import sentences, write_csv
 from hftl.data import prepare as stage
 from hftl.data.prepare import Prepared, files_digest, prepare
 from hftl.errors import DataError
-from hftl.sections import Data
+from hftl.sections.data import Data
 
 HEADER = ["text", "label"]
 

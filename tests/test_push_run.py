@@ -12,8 +12,8 @@ from published import Pusher, pusher, small_recipe
 from pushed import ME, hub, local, made, push, run, says
 
 import hftl
-from hftl import finish
 from hftl.errors import HoldError, HubError
+from hftl.phases import finish
 from hftl.recipe import Recipe
 
 __all__ = ["hub", "made", "push", "run"]
@@ -85,7 +85,7 @@ def test_where_it_goes_is_read_by_no_phase(
 ) -> None:
     import shutil
 
-    from hftl.reads import refuse_changed
+    from hftl.phases.reads import refuse_changed
     from hftl.recipe import arms
 
     shutil.copytree(made, tmp_path / "run")

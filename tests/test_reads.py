@@ -7,7 +7,7 @@ import pytest
 
 from hftl import rundir
 from hftl.errors import RunFolderError
-from hftl.reads import arm_reads, asked, changed, data_reads, refuse_changed
+from hftl.phases.reads import arm_reads, asked, changed, data_reads, refuse_changed
 from hftl.recipe import Recipe, arms
 from hftl.yamlfile import override
 

@@ -19,8 +19,8 @@ from hftl.data.general import load_general
 from hftl.data.load import Reading
 from hftl.errors import DataError, RecipeError
 from hftl.finetune.retention import general_examples
+from hftl.phases.reads import retain_flat
 from hftl.pipeline import preflight, run
-from hftl.reads import retain_flat
 from hftl.recipe import Recipe
 from hftl.train.loss import replayed_loss, summed_loss
 

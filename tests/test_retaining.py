@@ -12,9 +12,9 @@ from conftest import sentences, write_csv
 from hftl.errors import RecipeError
 from hftl.finetune import weight as module
 from hftl.finetune.weight import GRID, choose_weight, is_open, with_weight
-from hftl.keeping import KL, Retain
 from hftl.pipeline import preflight, run
 from hftl.recipe import Recipe
+from hftl.sections.retain import KL, Retain
 
 
 @pytest.fixture

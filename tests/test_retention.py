@@ -51,7 +51,7 @@ def with_probe(folder: Path, strategy: str, pooling: str = "mean", dropout: floa
     from hftl.finetune.strategy import prepare
     from hftl.model.head import build
     from hftl.model.source import find_source
-    from hftl.sections import Source
+    from hftl.sections.source import Source
 
     source = find_source(Source(model=str(folder)))
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):

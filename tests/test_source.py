@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from hftl.errors import HubError, RecipeError
 from hftl.model.head import build
 from hftl.model.source import find_source, load_processor, load_tokenizer, weights_sha256
-from hftl.sections import Source
+from hftl.sections.source import Source
 
 COMMIT = "a" * 40
 

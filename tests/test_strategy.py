@@ -17,7 +17,7 @@ from hftl.model.adapters import wrapped_layers
 from hftl.model.head import Built, PooledModel, build
 from hftl.model.source import find_source
 from hftl.model.stock import stock_class
-from hftl.sections import Source
+from hftl.sections.source import Source
 from hftl.train.trainer import training_modes
 
 LINEARS_A_BLOCK = 6

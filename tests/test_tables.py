@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from torch import nn
 
-from hftl import predict, tables
 from hftl.data.load import Row
 from hftl.errors import DataError, RecipeError
-from hftl.predict import Predictor
+from hftl.use import predict, tables
+from hftl.use.predict import Predictor
 
 
 class Fake:

@@ -17,8 +17,8 @@ from hftl.data.prepare import prepare
 from hftl.errors import DataError, NumericError, RecipeError
 from hftl.model.cache import logits
 from hftl.recipe import Recipe
-from hftl.sections import Data
-from hftl.tables import predict_table
+from hftl.sections.data import Data
+from hftl.use.tables import predict_table
 
 TRAINING = {"num_train_epochs": 3, "learning_rate": 1e-2, "bf16": False}
 LADDER = ["scratch", "head", "majority", "full"]

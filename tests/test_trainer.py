@@ -17,7 +17,7 @@ from hftl.errors import NumericError, RecipeError
 from hftl.finetune.strategy import prepare
 from hftl.model.head import build
 from hftl.model.source import find_source
-from hftl.sections import Source
+from hftl.sections.source import Source
 from hftl.train.checkpoint import KeepBest
 from hftl.train.loss import MANY, counted, counted_rows, summed_loss, uncounted
 from hftl.train.modes import training_modes

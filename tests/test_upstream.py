@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from hftl import upstream
 from hftl.errors import RecipeError
+from hftl.sections import upstream
 
 
 def real(kind: str) -> Any:

@@ -19,7 +19,7 @@ from hftl.model.head import build
 from hftl.model.source import find_source
 from hftl.retain.base import check_low_rank, check_unchanged_base
 from hftl.retain.weights import EWC, L2SP, lora_layers, trained_encoder, update, update_norm
-from hftl.sections import Source
+from hftl.sections.source import Source
 
 
 def moved(model: nn.Module, by: float = 0.05) -> nn.Module:

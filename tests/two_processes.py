@@ -38,9 +38,9 @@ from hftl.processes import close, first, gather, is_main, mine, raised_elsewhere
 from hftl.retain.fisher import fisher_information
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.weights import EWC, L2SP, lora_layers, trained_encoder
+from hftl.sections.finetune import Gradual
 from hftl.train.checkpoint import KeepBest, whole_state
 from hftl.train.trainer import TransferTrainer
-from hftl.tuning import Gradual
 
 GLOBAL_BATCH = 8
 CASES = {

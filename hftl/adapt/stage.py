@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from hftl import processes
 from hftl.adapt.guard import KeepSafe, Rule, complete_checkpoint
 from hftl.errors import RecipeError
-from hftl.stages import Adapt
+from hftl.sections.adapt import Adapt
 from hftl.train.arguments import arguments
 from hftl.train.checkpoint import KeepBest
 from hftl.train.hardware import dtype_name, is_sharded

@@ -1,0 +1,1 @@
+"""From tables, folders and hub datasets to examples, split by content."""

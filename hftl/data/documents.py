@@ -10,7 +10,7 @@ from hftl.data.files import Raw
 from hftl.data.load import BadRows, read_table
 from hftl.errors import DataError
 from hftl.explain import closest
-from hftl.sections import Data, Table
+from hftl.sections.data import Data, Table
 
 UNDECODED = re.compile("[\ud800-\udfff]")
 """What bytes that are not UTF-8 were read as."""

@@ -19,7 +19,7 @@ from hftl.data.rows import read_rows, write_rows
 from hftl.data.split import content_hash, content_key
 from hftl.errors import DataError
 from hftl.record import fingerprint, to_json
-from hftl.sections import Data, GeneralTable
+from hftl.sections.data import Data, GeneralTable
 
 USED = 2000
 """Rows that may be used, at most."""

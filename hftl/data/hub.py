@@ -7,7 +7,7 @@ from typing import Any
 from hftl import places
 from hftl.data.files import Raw
 from hftl.errors import HubError
-from hftl.sections import Data, Table
+from hftl.sections.data import Data, Table
 
 PARTS = ("train", "validation", "test", "unlabeled", "general")
 """The tables of a recipe."""

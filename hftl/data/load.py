@@ -12,7 +12,7 @@ from hftl.data.hub import load_hub
 from hftl.data.pictures import Seen, look
 from hftl.errors import DataError
 from hftl.explain import closest
-from hftl.sections import Data, GeneralTable, Table
+from hftl.sections.data import Data, GeneralTable, Table
 
 UNLABELLED = ("unlabeled", "general")
 """Tables without labels: folders are read flat, every file for itself, unless general data name a

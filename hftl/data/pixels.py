@@ -18,7 +18,7 @@ from hftl.data.pictures import opened
 from hftl.data.text import Encoded, with_labels
 from hftl.errors import DataError
 from hftl.record import fingerprint
-from hftl.sections import Data
+from hftl.sections.data import Data
 
 PIXELS = "pixels.npy"
 KEYS = "keys.json"

@@ -25,7 +25,7 @@ from hftl.data.rows import read_rows, write_rows
 from hftl.data.split import IN_ALL, content_key, draw_shots, take
 from hftl.errors import DataError
 from hftl.record import fingerprint, to_json
-from hftl.sections import Data, Fraction, Table
+from hftl.sections.data import Data, Fraction, Table
 
 SPLITS = ("train", "validation", "test")
 

@@ -1,0 +1,1 @@
+"""One arm and seed: what trains, for how long, and the baselines beside it."""

@@ -28,11 +28,11 @@ from hftl.finetune.workbench import MEASURED, Workbench
 from hftl.metrics import METRICS, SELECTION, score_all
 from hftl.model.cache import logits
 from hftl.model.head import Built
+from hftl.sections.finetune import Finetune, Gradual
 from hftl.train.arguments import arguments as common_arguments
 from hftl.train.checkpoint import KeepBest, trained, whole_state
 from hftl.train.hardware import dtype_name, is_sharded
 from hftl.train.trainer import TransferTrainer
-from hftl.tuning import Finetune, Gradual
 
 
 def solve_head(bench: Workbench, finetune: Finetune, seed: int) -> Outcome:

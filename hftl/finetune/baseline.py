@@ -15,8 +15,8 @@ from hftl.finetune.outcome import Outcome
 from hftl.finetune.strategy import prepare
 from hftl.finetune.workbench import MEASURED, Workbench
 from hftl.metrics import METRICS, SELECTION, score_all
-from hftl.sections import Search
-from hftl.tuning import Finetune
+from hftl.sections.finetune import Finetune
+from hftl.sections.measure import Search
 
 SEARCH_SHARE = 1 / 3
 """Each rate is tried at this share of scratch's own budget."""

@@ -7,11 +7,11 @@ from hftl.finetune.embed import compared
 from hftl.finetune.retention import OWN_HEADS, mixes_general
 from hftl.finetune.weight import is_open
 from hftl.finetune.workbench import BY_STEPS, MEASURED, Workbench
-from hftl.keeping import Replay, Retain
 from hftl.model.anatomy import count_blocks
 from hftl.model.cache import frozen_features
 from hftl.model.parts import TOKENS
 from hftl.recipe import Arm, Recipe
+from hftl.sections.retain import Replay, Retain
 
 SAMPLE = 128
 STEP = 4.0

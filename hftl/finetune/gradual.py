@@ -19,11 +19,11 @@ from transformers import TrainingArguments
 from hftl import processes, rundir
 from hftl.errors import RecipeError
 from hftl.record import to_json
+from hftl.sections.finetune import Gradual
 from hftl.train.checkpoint import KeepBest
 from hftl.train.hardware import is_sharded
 from hftl.train.optimizer import depths
 from hftl.train.trainer import TransferTrainer
-from hftl.tuning import Gradual
 
 PHASES = 1009
 """More than any model has; the seeds of two trainings' phases differ."""

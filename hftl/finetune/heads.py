@@ -9,9 +9,9 @@ from hftl.adapt.mlm import load_mlm
 from hftl.data.masking import masking_of
 from hftl.errors import RecipeError
 from hftl.finetune.workbench import Workbench
-from hftl.keeping import KL
 from hftl.model.source import SourceModel, load_tokenizer
 from hftl.retain.zeroshot import ZeroShotKL, zero_shot_head
+from hftl.sections.retain import KL
 
 HIDDEN = 0.15
 """The share of tokens that are hidden, as in BERT's pre-training."""

@@ -20,7 +20,7 @@ from hftl.model.anatomy import (
 )
 from hftl.model.source import SourceModel, load_processor, load_tokenizer, weights_sha256
 from hftl.recipe import Recipe, arms
-from hftl.sections import Data
+from hftl.sections.data import Data
 from hftl.train.hardware import device
 from hftl.train.optimizer import check_rates
 

@@ -36,7 +36,7 @@ from hftl.model.parts import encoder_of, under
 from hftl.model.source import SourceModel
 from hftl.model.stock import stock_class
 from hftl.retain.weights import WRAPPING
-from hftl.stages import Decoder
+from hftl.sections.adapt import Decoder
 
 SEED = 0
 """Of what is hidden: the same before and after, for every arm and seed."""

@@ -15,7 +15,6 @@ from hftl.data.split import content_key
 from hftl.errors import RecipeError
 from hftl.finetune.heads import check_head, head_term
 from hftl.finetune.workbench import Workbench
-from hftl.keeping import KL, Replay, Retain
 from hftl.model.head import Built
 from hftl.model.parts import TOKENS
 from hftl.model.source import SourceModel
@@ -24,8 +23,9 @@ from hftl.retain.base import check_low_rank, check_unchanged_base
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.opinion import Opinion, opinion_of
 from hftl.retain.weights import EWC, L2SP
+from hftl.sections.finetune import Finetune
+from hftl.sections.retain import KL, Replay, Retain
 from hftl.train.mixing import unlabelled
-from hftl.tuning import Finetune
 
 Fisher = tuple[dict[str, Tensor], dict[str, Any]]
 OWN_HEADS = ("mlm", "zero_shot")

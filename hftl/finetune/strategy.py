@@ -10,7 +10,7 @@ from hftl.model.adapters import add_lora
 from hftl.model.anatomy import check_blocks, layers
 from hftl.model.head import PooledModel, anatomy_in, encoder_in, last_linear, unused_in
 from hftl.model.parts import Anatomy, blocks_of, submodule, under
-from hftl.tuning import LORA
+from hftl.sections.finetune import LORA
 
 
 def prepare(

@@ -9,9 +9,9 @@ from hftl import processes
 from hftl.analyse.neighbours import agreement
 from hftl.finetune.embed import embed_rows
 from hftl.finetune.workbench import Workbench
-from hftl.keeping import Retain
 from hftl.metrics import METRICS, SELECTION
 from hftl.model.head import Built
+from hftl.sections.retain import Retain
 from hftl.statistics import jackknife, one_standard_error
 
 GRID = (0.03, 0.1, 0.3, 1.0)

@@ -22,8 +22,8 @@ from hftl.model.cache import Features, frozen_features
 from hftl.model.head import Built, build
 from hftl.model.source import SourceModel
 from hftl.recipe import Arm
+from hftl.sections.finetune import Finetune
 from hftl.train.optimizer import LayerRates, layer_rates, learning_rates
-from hftl.tuning import Finetune
 
 MEASURED = ("validation", "test")
 """The splits that arms are measured on."""

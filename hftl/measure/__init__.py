@@ -1,0 +1,1 @@
+"""From predictions to gains, forgetting and the verdict."""

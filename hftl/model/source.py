@@ -9,7 +9,7 @@ from hftl import places
 from hftl.errors import HubError, RecipeError
 from hftl.model.anatomy import Anatomy, anatomy_of
 from hftl.model.sizes import absurd_in
-from hftl.sections import Source
+from hftl.sections.source import Source
 
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 """Weight files, the first kind that a checkpoint has."""

@@ -23,7 +23,7 @@ from hftl.model.concat import factors_of, joined, load_factors, saved_modules, w
 from hftl.model.head import PooledModel, label_settings, unwrapped
 from hftl.model.stock import auto_class
 from hftl.record import to_json
-from hftl.tuning import Finetune
+from hftl.sections.finetune import Finetune
 
 SAMPLE_ROWS = 32
 """Test rows whose logits prove the reload."""

@@ -1,0 +1,1 @@
+"""The one Trainer subclass and what it is made of."""

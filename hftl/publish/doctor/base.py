@@ -10,7 +10,7 @@ from hftl.publish.doctor.finding import Finding, defect, warning
 from hftl.publish.doctor.patient import ADAPTER, RECORD, Patient
 from hftl.publish.doctor.unsafe import loads_foreign_code
 from hftl.recipe import Recipe
-from hftl.sections import Source
+from hftl.sections.source import Source
 
 
 @dataclass

@@ -13,7 +13,7 @@ from hftl.errors import HftlError, HubError, RecipeError, RunFolderError
 from hftl.model.source import find_source, weights_sha256
 from hftl.publish import reload
 from hftl.recipe import Recipe
-from hftl.sections import Source
+from hftl.sections.source import Source
 
 DAMAGE = (
     SafetensorError,

@@ -10,9 +10,9 @@ from typing import Any
 
 from hftl import rundir, yamlfile
 from hftl.errors import RunFolderError
-from hftl.keeping import Retain
 from hftl.recipe import Arm, Recipe
-from hftl.stages import Adapt
+from hftl.sections.adapt import Adapt
+from hftl.sections.retain import Retain
 
 PATHS = ("path", "format", "split", "revision", "name")
 """Where a table lies is not what it says: data count by content."""

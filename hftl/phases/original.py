@@ -11,8 +11,8 @@ from hftl.finetune.own_heads import own_classes
 from hftl.finetune.retention import TAU
 from hftl.finetune.store import read_embeddings, write_embeddings
 from hftl.finetune.workbench import Workbench
-from hftl.ladder import Run
 from hftl.measure.forgetting import Asked, Features, figures, section
+from hftl.phases.ladder import Run
 from hftl.recipe import Arm
 
 COMPARED = ("head", "partial", "gradual", "lora", "full")

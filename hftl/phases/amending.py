@@ -7,8 +7,8 @@ from typing import Any
 
 from hftl.card.adaptation import render_adapted
 from hftl.card.card import render_card
+from hftl.phases.publishing import report
 from hftl.publish.told import place_of, publishable
-from hftl.publishing import report
 from hftl.record import to_json
 
 

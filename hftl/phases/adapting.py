@@ -12,19 +12,19 @@ from torch import Tensor
 from hftl import processes, rundir, show
 from hftl.adapt import stage as training
 from hftl.adapt.encoder import encoder_state, set_trainable, write_encoder
-from hftl.corpora import Corpus, corpus_of, rows_foreseen
 from hftl.errors import RecipeError, RunFolderError
 from hftl.finetune.workbench import Workbench
-from hftl.ladder import Benches, Run
 from hftl.measure.adaptation import figures
 from hftl.model.anatomy import check_blocks, count_blocks, layers
 from hftl.model.concat import check_exact, factors_of, save_factors
 from hftl.model.source import SourceModel, weights_sha256
-from hftl.objectives import check_objective, measure_of, objective, rule_of, task_of
-from hftl.reads import adapt_reads
+from hftl.phases.corpora import Corpus, corpus_of, rows_foreseen
+from hftl.phases.ladder import Benches, Run
+from hftl.phases.objectives import check_objective, measure_of, objective, rule_of, task_of
+from hftl.phases.reads import adapt_reads
 from hftl.recipe import Recipe, arms
 from hftl.record import to_json
-from hftl.stages import Adapt
+from hftl.sections.adapt import Adapt
 
 HEAD = "head.safetensors"
 FEW = 10

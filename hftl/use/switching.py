@@ -6,9 +6,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from hftl.locate import base_folder, loading, read_json
-from hftl.predict import Predictor, with_model
 from hftl.publish import reload
+from hftl.use.locate import base_folder, loading, read_json
+from hftl.use.predict import Predictor, with_model
 
 PLAIN_STARTS = (True, False, "gaussian")
 """Values of init_lora_weights that leave the base's own weights alone."""

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from hftl.sections import Section
+from hftl.sections.section import Section
 
 
 class KL(Section):

@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from hftl.borrowed import lora_fields, training_fields
-from hftl.sections import Section
+from hftl.sections.borrowed import lora_fields, training_fields
+from hftl.sections.section import Section
 
 ADAPT_TRAINING = {"num_train_epochs": 10, "warmup_steps": 0.06, "weight_decay": 0.01}
 ADAPT_LORA = {"r": 16, "lora_alpha": 32}

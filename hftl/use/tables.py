@@ -12,9 +12,9 @@ from hftl.data.cells import text_fault
 from hftl.data.files import READERS, Raw, guess_format, not_utf8, read_images
 from hftl.errors import DataError, RecipeError
 from hftl.explain import closest
-from hftl.outputs import check_output
-from hftl.predict import Predictor, load
 from hftl.rundir import write_text
+from hftl.use.outputs import check_output
+from hftl.use.predict import Predictor, load
 
 OUTPUTS = (".csv", ".jsonl", ".parquet")
 

@@ -18,12 +18,12 @@ from hftl.data.pixels import ImageInputs
 from hftl.data.text import Encoded, TextInputs, WordInputs
 from hftl.errors import DataError, RecipeError
 from hftl.finetune.opening import position_arguments
-from hftl.locate import base_folder, loading, need_head, published_folder, read_json
 from hftl.model.anatomy import anatomy_of, max_tokens, patch_size
 from hftl.model.cache import logits
 from hftl.publish import reload
-from hftl.sections import Data, Table
+from hftl.sections.data import Data, Table
 from hftl.train.hardware import device
+from hftl.use.locate import base_folder, loading, need_head, published_folder, read_json
 
 UNNAMED = re.compile(r"LABEL_\d+")
 """What transformers calls a class that has no name."""

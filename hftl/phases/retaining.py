@@ -30,12 +30,12 @@ from hftl.finetune.weight import (
     with_weight,
 )
 from hftl.finetune.workbench import Workbench
-from hftl.keeping import Retain
 from hftl.model.head import Built
 from hftl.model.source import SourceModel
 from hftl.recipe import Arm, Recipe, arms
 from hftl.record import fingerprint, to_json
 from hftl.retain.fisher import fisher_information, load_fisher, provenance, save_fisher
+from hftl.sections.retain import Retain
 
 FISHER = "fisher.safetensors"
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from hftl import energy, rundir, show
-from hftl.adapting import Step
 from hftl.card.adaptation import adaptation_sentence
 from hftl.card.card import gain_sentence
 from hftl.card.forgetting import was_measured
@@ -14,7 +13,6 @@ from hftl.data.pixels import ImageInputs
 from hftl.errors import RunFolderError
 from hftl.finetune import store
 from hftl.finetune.workbench import MEASURED, Workbench
-from hftl.ladder import Benches, Run
 from hftl.measure.adaptation import figures, helped
 from hftl.measure.classes import class_gains, mean_metrics
 from hftl.measure.collect import collect
@@ -22,12 +20,14 @@ from hftl.measure.gain import best_seed, ladder, transfer_gain
 from hftl.measure.verdict import decide
 from hftl.metrics import Metric
 from hftl.model.source import weights_sha256
-from hftl.original import forgetting_record
+from hftl.phases.adapting import Step
+from hftl.phases.ladder import Benches, Run
+from hftl.phases.original import forgetting_record
+from hftl.phases.publishing import write_publish
 from hftl.places import PACKAGE
 from hftl.publish.folder import rebuild, write_base, write_model, write_sample
 from hftl.publish.gates import reload_difference
 from hftl.publish.told import last_name
-from hftl.publishing import write_publish
 from hftl.recipe import Arm, Recipe
 from hftl.record import SCHEMA_VERSION, Record, environment, fingerprint, to_json
 from hftl.train.hardware import dtype_name

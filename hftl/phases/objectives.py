@@ -14,7 +14,6 @@ from hftl.adapt.mae import check_architecture, load_mae, teacher_features
 from hftl.adapt.mlm import load_mlm, masked_class
 from hftl.adapt.patches import MaskedPictures
 from hftl.adapt.patches import collate as collate_pictures
-from hftl.corpora import SAMPLE, Corpus, pictures
 from hftl.data import masking
 from hftl.data import pixels as canvases
 from hftl.data.image import target_size
@@ -23,8 +22,9 @@ from hftl.errors import DataError
 from hftl.finetune.watch import neighbours_kept, probe_score
 from hftl.finetune.workbench import Workbench
 from hftl.model.source import SourceModel, load_tokenizer
+from hftl.phases.corpora import SAMPLE, Corpus, pictures
 from hftl.recipe import Recipe
-from hftl.stages import TOLERANCE, Adapt
+from hftl.sections.adapt import TOLERANCE, Adapt
 
 HELD_OUT = 256
 """Blocks or pictures that a held-out loss is taken on, at most."""

@@ -20,11 +20,11 @@ from hftl.data.split import content_hash
 from hftl.errors import DataError
 from hftl.finetune.opening import pinned, reading_of
 from hftl.finetune.workbench import MEASURED, Workbench
-from hftl.ladder import Run
 from hftl.model.parts import TOKENS
+from hftl.phases.ladder import Run
 from hftl.record import fingerprint, to_json
-from hftl.sections import Data
-from hftl.stages import Adapt
+from hftl.sections.adapt import Adapt
+from hftl.sections.data import Data
 
 SAMPLE = 1000
 """Documents or pictures of general data that are looked at."""

@@ -14,18 +14,18 @@ from hftl.card.plots import plot_compared
 from hftl.data import answers, prepare
 from hftl.data.pixels import ImageInputs
 from hftl.errors import DataError, RecipeError
-from hftl.labelled import Items, read_labelled
-from hftl.locate import need_head, published_folder, read_json
 from hftl.measure.collect import units_of
 from hftl.measure.items import difference, score
 from hftl.measure.verdict import interval_text
 from hftl.model.cache import logits
-from hftl.outputs import check_output
-from hftl.predict import Predictor
 from hftl.recipe import Recipe
 from hftl.rundir import write_text
 from hftl.show import table
-from hftl.switching import each
+from hftl.use.labelled import Items, read_labelled
+from hftl.use.locate import need_head, published_folder, read_json
+from hftl.use.outputs import check_output
+from hftl.use.predict import Predictor
+from hftl.use.switching import each
 
 OUTPUTS = (".csv", ".png")
 

@@ -11,9 +11,9 @@ from hftl.data.load import BadRows, Reading, Row, load
 from hftl.data.pixels import ImageInputs
 from hftl.errors import DataError
 from hftl.explain import closest
-from hftl.locate import loading, read_json
-from hftl.predict import Predictor
-from hftl.sections import Data, Table
+from hftl.sections.data import Data, Table
+from hftl.use.locate import loading, read_json
+from hftl.use.predict import Predictor
 
 SUFFIXES = ".csv, .tsv, .jsonl, .parquet"
 FOLDERS = {"text": "textfolder", "image": "imagefolder"}

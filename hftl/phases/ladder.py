@@ -17,10 +17,10 @@ from hftl.finetune.estimate import estimate_seconds
 from hftl.finetune.gradual import State
 from hftl.finetune.outcome import Outcome
 from hftl.finetune.workbench import Workbench
-from hftl.reads import arm_reads, asked
+from hftl.phases.reads import arm_reads, asked
+from hftl.phases.retaining import kept_of
 from hftl.recipe import Arm, Recipe, arms
 from hftl.record import to_json
-from hftl.retaining import kept_of
 from hftl.train.hardware import dtype_name, visible_devices
 
 ORDER = ("majority", "classical", "head", "lora", "partial", "gradual", "full",

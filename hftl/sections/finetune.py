@@ -4,9 +4,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from hftl.borrowed import lora_fields, training_fields
 from hftl.errors import RecipeError
-from hftl.sections import Section
+from hftl.sections.borrowed import lora_fields, training_fields
+from hftl.sections.section import Section
 
 TRAINING = {"learning_rate": 5.0e-4, "num_train_epochs": 5}
 LORA = {"r": 8, "lora_alpha": 16}

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from hftl import rundir, secrets
-from hftl.amending import amend, base_texts, report_text, texts
 from hftl.errors import HoldError, HubError, RecipeError, RunFolderError
 from hftl.explain import explain
+from hftl.phases.amending import amend, base_texts, report_text, texts
 from hftl.publish.base import pinned_base
 from hftl.publish.gates import check_card, check_files, check_proof
 from hftl.publish.hub import Pushed, Target, look, push
@@ -22,7 +22,7 @@ from hftl.publish.rights import RightsError, account, check_right, full_id
 from hftl.publish.standing import StandsError
 from hftl.recipe import Recipe
 from hftl.record import Record
-from hftl.sections import Publish
+from hftl.sections.publish import Publish
 
 MESSAGE = "Publish a model with the evidence of what its transfer was worth"
 BASE_MESSAGE = "Publish the adapted base of an adapter"

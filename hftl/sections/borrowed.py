@@ -3,9 +3,9 @@
 import math
 from typing import Any
 
-from hftl import upstream
 from hftl.errors import RecipeError
 from hftl.explain import closest
+from hftl.sections import upstream
 
 OWNED = (
     "seed", "data_seed", "output_dir", "push_to_hub", "resume_from_checkpoint", "use_cpu",

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from hftl import rundir
-from hftl.adapting import Step
 from hftl.card.adaptation import adaptation_sentence, render_adapted
 from hftl.card.report import render_report
 from hftl.data.pixels import ImageInputs
 from hftl.finetune.workbench import Workbench
-from hftl.finish import adaptation_record, source_record, written
-from hftl.ladder import Run
 from hftl.measure.verdict import decide_adapted
+from hftl.phases.adapting import Step
+from hftl.phases.finish import adaptation_record, source_record, written
+from hftl.phases.ladder import Run
+from hftl.phases.publishing import put_in_place
 from hftl.publish.folder import write_encoder_alone
 from hftl.publish.told import place_of, publishable
-from hftl.publishing import put_in_place
 from hftl.record import SCHEMA_VERSION, Record, environment, to_json
 from hftl.train.hardware import dtype_name
 

@@ -1,44 +1,10 @@
-"""The sections of a recipe: their keys, defaults, and what each refuses.
+"""The section `data` of a recipe: what is learnt from, and how it is split."""
 
-The contract of every key stands in the README and in `hftl schema`. What a later version brings
-is refused while it is not built, never ignored.
-"""
-
-import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    field_validator,
-    model_validator,
-)
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from hftl.explain import closest
-from hftl.hubwords import LANGUAGE, LICENSES
-
-STRATEGIES = ("head", "partial", "gradual", "lora", "full")
-BASELINES = ("scratch", "classical", "majority")
-NOT_BUILT = {
-    "zero_shot": "the zero-shot baseline",
-}
-
-
-class Section(BaseModel):
-    """A part of the recipe: immutable, and unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Source(Section):
-    """The source model."""
-
-    model: str
-    revision: str | None = None
-    published_as: str | None = None
+from hftl.sections.section import Section
 
 
 class Table(Section):
@@ -175,80 +141,3 @@ class Data(Section):
         """Whether general data have the task's labels: in the column that train has them in."""
         named = self.general is not None and self.train.label in self.general.labels
         return named and self.task == "classification"
-
-
-class Search(Section):
-    """The learning rates that `scratch` is given a choice of, and its longer budget."""
-
-    learning_rates: list[float] = Field(default=[1.0e-4, 3.0e-4, 1.0e-3], min_length=1)
-    epochs_factor: float = Field(default=3, gt=0)
-
-
-class Measure(Section):
-    """What is compared, over which seeds, by which metric."""
-
-    metric: str = "accuracy"
-    """A built-in metric or `evaluate:<id>`; where none is given, pearson for regression,
-    micro_f1 for multi-label, f1 of entities for token-classification."""
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0, 1, 2], min_length=1)
-    arms: list[str | dict[str, dict[str, Any] | None]] = ["scratch", "head"]
-    scratch: Search = Search()
-
-    @field_validator("seeds")
-    @classmethod
-    def _distinct(cls, seeds: list[int]) -> list[int]:
-        twice = {seed for seed in seeds if seeds.count(seed) > 1}
-        if twice:
-            raise ValueError(f"seed {min(twice)} is given twice")
-        return seeds
-
-
-REPO_ID = re.compile(
-    r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(?<![-.])(?<!\.git)", re.ASCII
-)
-LONGEST_ID = 91
-"""The hub's 96 characters, less those of `-base`."""
-
-
-class Publish(Section):
-    """Where the result goes, and whether it stays private there."""
-
-    repo_id: str | None = None
-    private: bool = True
-    license: str | None = None
-    """The hub's identifier; `other` needs license_name."""
-    license_name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
-    license_link: str | None = Field(default=None, pattern=r"^(LICENSE(\.md)?|https://[^\s<>\"]+)$")
-    language: str | list[str] | None = None
-    """ISO 639 codes of what it reads."""
-    examples: bool = False
-    """Whether the card shows rows of test that the model gets wrong."""
-
-    @field_validator("license")
-    @classmethod
-    def _known_license(cls, license: str | None) -> str | None:
-        if license is not None and license not in LICENSES:
-            close = closest(license.lower(), list(LICENSES))
-            raise ValueError(f"the hub knows no license {license!r}{close}")
-        return license
-
-    @field_validator("language")
-    @classmethod
-    def _known_language(cls, language: str | list[str] | None) -> str | list[str] | None:
-        for code in [language] if isinstance(language, str) else language or []:
-            if not LANGUAGE.fullmatch(code):
-                raise ValueError(f"{code!r} is no ISO 639 code, such as en, de or multilingual")
-        return language
-
-    @model_validator(mode="after")
-    def _named_license(self) -> Self:
-        if (self.license == "other") != (self.license_name is not None):
-            raise ValueError("license_name belongs to license: other, and is needed there")
-        return self
-
-    @field_validator("repo_id")
-    @classmethod
-    def _hub_id(cls, repo_id: str | None) -> str | None:
-        if repo_id is not None and not (REPO_ID.fullmatch(repo_id) and len(repo_id) <= LONGEST_ID):
-            raise ValueError(f"{repo_id!r} is no repository of a hub, give it as owner/name")
-        return repo_id

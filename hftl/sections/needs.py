@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from hftl.errors import RecipeError
-from hftl.keeping import Retain
-from hftl.sections import Data, Table
-from hftl.stages import Adapt
-from hftl.tuning import Finetune
+from hftl.sections.adapt import Adapt
+from hftl.sections.data import Data, Table
+from hftl.sections.finetune import Finetune
+from hftl.sections.retain import Retain
 
 
 def check_pooling(data: Data, finetune: Finetune) -> None:

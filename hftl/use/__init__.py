@@ -1,0 +1,1 @@
+"""A published model in use: found, loaded, asked, and compared with others."""
