@@ -51,7 +51,7 @@ from hftl.adapt.mlm import load_mlm
 from hftl.data.corpus import FRAME, STARTS, Blocks
 from hftl.data.masking import NO_LABEL, MaskedBlocks, Masking
 from hftl.model.source import find_source
-from hftl.sections import Source
+from hftl.sections.source import Source
 from hftl.train.arguments import arguments
 from hftl.train.hardware import fast_bf16
 from hftl.train.order import SeededOrder

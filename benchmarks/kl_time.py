@@ -28,8 +28,8 @@ from hftl.finetune.arm import train_arm
 from hftl.finetune.opening import new_bench, reading_of
 from hftl.finetune.retention import kept_near
 from hftl.finetune.workbench import Workbench
-from hftl.keeping import KL, Replay, Retain
 from hftl.model.source import find_source
+from hftl.sections.retain import KL, Replay, Retain
 
 RESULT = Path(__file__).parent / "results" / "kl_time.json"
 RECIPE: dict[str, Any] = {
