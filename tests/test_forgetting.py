@@ -128,11 +128,22 @@ def test_the_headline_is_the_first_control_and_neighbours_without(found: dict[st
 
 
 @pytest.mark.parametrize(
-    ("own", "other", "share"), [(0.05, 0.2, 0.75), (0.3, 0.2, -0.5), (0, 0.2, 1), (0.1, 0, None),
-                                (0.1, -0.1, None)]
-)  # fmt: skip
-def test_the_share_that_is_gone(own: float, other: float, share: float | None) -> None:
-    assert gone(own, other) == (None if share is None else pytest.approx(share))
+    ("own", "other", "interval", "share"),
+    [
+        (0.05, 0.2, [0.1, 0.3], 0.75),
+        (0.3, 0.2, [0.1, 0.3], -0.5),
+        (0, 0.2, None, 1),
+        (0.1, 0, None, None),
+        (0.1, -0.1, None, None),
+        (-0.003, 0.0005, [-0.019, 0.02], None),
+        (0.1, 0.2, [0, 0.4], None),
+    ],
+)
+def test_the_share_that_is_gone_is_of_more_than_noise(
+    own: float, other: float, interval: list[float] | None, share: float | None
+) -> None:
+    found = gone({"value": own, "ci95": None}, {"value": other, "ci95": interval})
+    assert found == (None if share is None else pytest.approx(share))
 
 
 def test_without_general_data_only_new_inputs_are_compared() -> None:

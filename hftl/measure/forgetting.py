@@ -88,16 +88,19 @@ def section(found: Mapping[str, Any], asked: Asked, plain: Mapping[str, str | No
         other = plain.get(arm)
         against = None
         if other is not None and forgot[arm] is not None:
-            against = {"arm": other, "gone": gone(forgot[arm]["value"], forgot[other]["value"])}
+            against = {"arm": other, "gone": gone(forgot[arm], forgot[other])}
         arms.append({"arm": arm, "figures": told, "forgotten": forgot[arm], "against": against})
     figure = None if asked.units is None else "same" if control is not None else "neighbours"
     return {"headline": figure and {"figure": figure, "control": control}, "arms": arms}
 
 
-def gone(own: float, other: float) -> float | None:
-    """The share of the other's forgetting that is gone: 1 - own / other; None where it forgot
-    nothing."""
-    return 1 - own / other if other > 0 else None
+def gone(own: dict[str, Any], other: dict[str, Any]) -> float | None:
+    """The share of the other's forgetting that is gone: 1 - own / other.
+
+    None where the other forgot nothing, or nothing beyond noise: a share of noise says nothing.
+    """
+    low = other["value"] if other["ci95"] is None else other["ci95"][0]
+    return 1 - own["value"] / other["value"] if min(low, other["value"]) > 0 else None
 
 
 def _forgotten(told: dict[str, Any], control: str | None) -> Any:
