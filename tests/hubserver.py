@@ -1,7 +1,9 @@
 """A small hub on this machine: what `huggingface_hub` asks of a model hub, with git-like commits.
 
 By hand: `python -m tests.hubserver --port 8000`, then in another shell
-`HF_ENDPOINT=http://127.0.0.1:8000 HF_TOKEN=hf_me_write hftl publish RUN --repo-id me/name`.
+`HF_ENDPOINT=http://127.0.0.1:8000 HF_TOKEN=hf_me_write hftl publish RUN --repo-id me/name`, with
+`HF_HUB_DISABLE_XET=1` if it is to be read again: what came by Xet is not handed out. An adapter's
+base must stand there first: `hf upload me/base FOLDER .`, and `source.published_as: me/base`.
 """
 
 import argparse

@@ -23,7 +23,8 @@ from tiny import tiny_tokenizer
 
 from hftl.errors import HubError, RecipeError
 from hftl.publish.doctor.examine import examine
-from hftl.publish.doctor.told import told
+from hftl.publish.doctor.finding import Finding
+from hftl.publish.doctor.told import _table, told
 
 __all__ = ["adapters", "hub", "in_this_process"]
 
@@ -94,6 +95,15 @@ def test_a_planted_defect_is_found(planted: tuple[Path, str]) -> None:
     one = next(one for one in found.defects if one.kind == kind)
     assert one.what and one.where and one.fix
     assert one.kind in told(found, 120)
+
+
+def test_an_id_is_never_cut_on_a_narrow_screen() -> None:
+    name = "an-organisation-with-a-name/a-model-with-a-long-name"
+    found = [Finding("base", "warning", f"{name} is not pinned", "adapter_config.json", "Set it")]
+    text = _table(found, 60)
+    assert "…" not in text
+    first = "".join(line[2:30].strip() for line in text.splitlines()[2:])
+    assert name in first.replace(" ", "")
 
 
 def test_every_kind_is_planted_for_text_and_images() -> None:

@@ -69,7 +69,9 @@ def _table(findings: list[Finding], width: int | None) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("finding", "where", "fix", box=SIMPLE_HEAD, show_lines=True)
+    table = Table(box=SIMPLE_HEAD, show_lines=True)
+    for title in ("finding", "where", "fix"):
+        table.add_column(title, overflow="fold")  # an id or a file's name is never cut
     for one in sorted(findings, key=lambda one: one.severity != DEFECT):
         style = "red" if one.severity == DEFECT else "yellow"
         head = f"{one.severity}, {one.kind}: "
