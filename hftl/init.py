@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from hftl import rundir
+from hftl import places, rundir
 from hftl.data.files import IMAGE_SUFFIXES, READERS, guess_format
 from hftl.data.split import IN_ALL
 from hftl.errors import DataError, RecipeError
@@ -99,13 +99,17 @@ def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, li
 
     Raises:
         DataError: if the data cannot be read, or no column can be the text or the label.
-        RecipeError: if the recipe exists already.
+        RecipeError: if the recipe exists already, or the source is a folder or package that holds
+            no model; whether a hub has it is asked by `hftl check`.
     """
     if not data.exists():
         raise DataError(f"{data} does not exist", "Check the path")
     path = output or Path(f"{data.stem}.yaml")
     if path.exists():
         raise RecipeError(f"{path} exists already", "Remove it, or choose another --output")
+    model = places.find(source, "--source")
+    if model is not None and not (model / "config.json").is_file():
+        raise RecipeError(f"--source: {source} holds no model", "Give a folder with config.json")
     name = guess_format(data)
     rows = []
     for raw in READERS[name](data):

@@ -415,6 +415,17 @@ def test_a_solved_head_has_no_epochs(own: str, epochs: bool) -> None:
     assert ("its penalty by cross-validation" in card) != epochs
 
 
+def test_one_epoch_is_one() -> None:
+    record = make()
+    record["recipe"]["finetune"]["training"]["num_train_epochs"] = 1
+    assert "learning rate 0.0005, 1 epoch," in render_card(record)
+
+
+def test_without_a_baseline_none_was_chosen() -> None:
+    told = "the best epoch and the published seed were chosen on"
+    assert told in render_card(make("no baseline")).replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     ("text", "call"),
     [("text", 'predict(["A text of your own."])'),

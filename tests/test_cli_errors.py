@@ -151,6 +151,8 @@ BAD_RECIPE = {
     "a column": ("data.train.lable=x", ["'data.train.lable'", "'data.train.label'"]),
     "lora": ("finetune.lora.lora_alfa=3", ["'finetune.lora.lora_alpha'"]),
     "training": ("finetune.training.lerning_rate=1", ["'finetune.training.learning_rate'"]),
+    "a shorter name": ("finetune.training.lr=1", ["'finetune.training.learning_rate'"]),
+    "a longer name": ("finetune.lora.rank=4", ["'finetune.lora.r'"]),
     "an arm": (
         "measure.arms=[{full: {finetune.training.lerning_rate: 1e-4}}]",
         ["measure.arms.full", "'finetune.training.learning_rate'"],

@@ -112,10 +112,22 @@ def test_any_pair_of_column_names_survives_yaml(first: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["my reviews: all #1.csv", "{braces}.csv"])
 def test_any_path_survives_yaml(name: str, tmp_path: Path) -> None:
     data = write(tmp_path / name, columns(text=TEXTS, label=LABELS))
+    (tmp_path / "model: 2 # b").mkdir()
+    (tmp_path / "model: 2 # b" / "config.json").write_text("{}")
     path, _ = write_recipe(data, str(tmp_path / "model: 2 # b"), tmp_path / "r.yaml")
     recipe = Recipe.load(path)
     assert recipe.data.train.path == str(data)
     assert recipe.source.model == str(tmp_path / "model: 2 # b")
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [("./nowhere", "holds no model"), ("package:no_such/model", "is not installed")],
+)
+def test_a_source_that_is_not_there(source: str, told: str, table: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=rf"--source: .*{told}"):
+        write_recipe(table, source, tmp_path / "r.yaml")
+    assert not (tmp_path / "r.yaml").exists()
 
 
 def test_a_recipe_is_never_overwritten(table: Path, tmp_path: Path) -> None:

@@ -25,16 +25,25 @@ def data_sentence(record: dict[str, Any]) -> str:
         unit = "in all" if data["task"] in IN_ALL else "a class"
         rows = "rows " if noun == "words" else ""
         learnt += f" ({shots} {rows}{unit}, drawn by the seed)"
-    epoch = "" if record["recipe"]["finetune"]["strategy"] == "head" else "the best epoch, "
-    if any(stage["guard"]["kind"] == "probe" for stage in stages_of(record)):
-        epoch += "the adaptation's weights, "
-    chosen = f"{epoch}the published seed and the baseline"
     return (
-        f"{code(data['name'])}: trained on {learnt}; {chosen} were chosen on "
+        f"{code(data['name'])}: trained on {learnt}; {_chosen(record)} chosen on "
         f"{splits['validation']:,} validation rows, and every figure above is on "
         f"{splits['test']:,} test rows that nothing was chosen by. "
         f"{data['labels_read']['total']:,} labels were read in all."
     )
+
+
+def _chosen(record: dict[str, Any]) -> str:
+    """What validation decided, with its verb."""
+    chosen = [] if record["recipe"]["finetune"]["strategy"] == "head" else ["the best epoch"]
+    if any(stage["guard"]["kind"] == "probe" for stage in stages_of(record)):
+        chosen.append("the adaptation's weights")
+    chosen.append("the published seed")
+    if record["transfer_gain"]:
+        chosen.append("the baseline")
+    if len(chosen) == 1:
+        return f"{chosen[0]} was"
+    return f"{', '.join(chosen[:-1])} and {chosen[-1]} were"
 
 
 def data_lines(record: dict[str, Any]) -> list[str]:
@@ -122,9 +131,9 @@ def training_sentence(record: dict[str, Any]) -> str:
         started = "the linear probe" if finetune["head_init"] == "probe" else "random weights"
         words.append(f"the head started from {started}")
         rate, epochs = (finetune["training"][k] for k in ("learning_rate", "num_train_epochs"))
-        last = f"{epochs:g} epochs"
-        if finetune["strategy"] == "gradual":
-            last = f"{finetune['gradual']['epochs']:g} epochs a phase"
+        gradual = finetune["strategy"] == "gradual"
+        epochs = finetune["gradual"]["epochs"] if gradual else epochs
+        last = f"{epochs:g} epoch{'' if epochs == 1 else 's'}{' a phase' if gradual else ''}"
         words.append(f"learning rate {rate:g}, {last}, the best on validation kept")
         if finetune["layer_decay"]:
             words.append(f"each block's rate {finetune['layer_decay']:g} of that of the one above")

@@ -247,7 +247,9 @@ def _summary(record: Record, publish: bool) -> str:
     lines += ["", f"record   {run}/record.json"]
     if publish:
         lines += [f"card     {run}/publish/README.md", f"report   {run}/report.html"]
-        lines += ["", "next:", f"  hftl predict {run} INPUT", f"  hftl publish {run} --dry-run"]
+        lines += ["", "next:", f"  hftl predict {run} INPUT"]
+        if record.verdict["decision"] == "publish":
+            lines.append(f"  hftl publish {run} --dry-run")
     return "\n".join(lines)
 
 

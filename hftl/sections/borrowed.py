@@ -28,6 +28,12 @@ NEEDS_OTHER_DATA = (
     "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "layer_replication",
     "eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_config",
 )  # fmt: skip
+OFTEN_MEANT = {
+    "lr": "learning_rate", "epochs": "num_train_epochs", "warmup": "warmup_steps",
+    "batch_size": "per_device_train_batch_size", "batch": "per_device_train_batch_size",
+    "rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "modules": "target_modules",
+}  # fmt: skip
+"""Names that people give, no letters of which lead to the field they mean."""
 LIBRARY = {"training": "transformers.TrainingArguments", "lora": "peft.LoraConfig"}
 
 
@@ -97,7 +103,8 @@ def _known(section: str, kind: str, given: Any) -> dict[str, Any]:
     for name in given:
         if name not in options:
             raise RecipeError(
-                f"unknown key '{place}{name}'" + closest(name, options, place),
+                f"unknown key '{place}{name}'"
+                + closest(OFTEN_MEANT.get(name, name), options, place),
                 f"The names are those of {LIBRARY[kind]}",
             )
     return {name: upstream.checked(kind, place + name, v) for name, v in given.items()}
