@@ -39,3 +39,12 @@ def find(place: str, key: str) -> Path | None:
     if not path.exists():
         raise RecipeError(f"{key}: the package {name!r} has no {inside!r}", "Check the path")
     return path
+
+
+def at_hand(place: str) -> bool:
+    """Whether it lies on this machine, from where we stand: here, or in an installed package."""
+    try:
+        found = find(place, "place")
+    except RecipeError:
+        return False
+    return found is not None and found.exists()
