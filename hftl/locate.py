@@ -42,8 +42,9 @@ def loading(folder: Path) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":
             raise
         said = str(error).strip().splitlines() or [type(error).__name__]
+        name = places.called(folder)
         raise RunFolderError(
-            f"{folder} does not load: {said[0]}", f"Look closer: hftl doctor {folder}"
+            f"{name} does not load: {said[0]}", f"Look closer: hftl doctor {name}"
         ) from error
 
 

@@ -48,3 +48,11 @@ def at_hand(place: str) -> bool:
     except RecipeError:
         return False
     return found is not None and found.exists()
+
+
+def called(folder: Path) -> str:
+    """What the user knows a folder as: the hub id where it is a copy in the Hub's cache."""
+    kind, _, repo = folder.parent.parent.name.partition("--")
+    if kind == "models" and repo and folder.parent.name == "snapshots":
+        return repo.replace("--", "/")
+    return str(folder)
