@@ -122,14 +122,18 @@ def training_sentence(record: dict[str, Any]) -> str:
         started = "the linear probe" if finetune["head_init"] == "probe" else "random weights"
         words.append(f"the head started from {started}")
         rate, epochs = (finetune["training"][k] for k in ("learning_rate", "num_train_epochs"))
-        last = f"{epochs:g} epochs"
+        last = _epochs(epochs)
         if finetune["strategy"] == "gradual":
-            last = f"{finetune['gradual']['epochs']:g} epochs a phase"
+            last = f"{_epochs(finetune['gradual']['epochs'])} a phase"
         words.append(f"learning rate {rate:g}, {last}, the best on validation kept")
         if finetune["layer_decay"]:
             words.append(f"each block's rate {finetune['layer_decay']:g} of that of the one above")
         words += retention_words(record)
     return f"{'; '.join(words)}; {seeds} seed{'s' if seeds > 1 else ''}."
+
+
+def _epochs(number: float) -> str:
+    return f"{number:g} epoch{'' if number == 1 else 's'}"
 
 
 def environment(found: dict[str, Any]) -> list[tuple[str, str]]:
