@@ -39,3 +39,20 @@ def find(place: str, key: str) -> Path | None:
     if not path.exists():
         raise RecipeError(f"{key}: the package {name!r} has no {inside!r}", "Check the path")
     return path
+
+
+def at_hand(place: str) -> bool:
+    """Whether it lies on this machine, from where we stand: here, or in an installed package."""
+    try:
+        found = find(place, "place")
+    except RecipeError:
+        return False
+    return found is not None and found.exists()
+
+
+def called(folder: Path) -> str:
+    """What the user knows a folder as: the hub id where it is a copy in the Hub's cache."""
+    kind, _, repo = folder.parent.parent.name.partition("--")
+    if kind == "models" and repo and folder.parent.name == "snapshots":
+        return repo.replace("--", "/")
+    return str(folder)

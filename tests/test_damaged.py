@@ -46,9 +46,21 @@ def labels_in_another_order(folder: Path) -> None:
     rewrite(folder / "hftl.json", data={"labels": NAMES[::-1], "task": "classification"})
 
 
+def record_of_no_task(folder: Path) -> None:
+    rewrite(folder / "hftl.json", data={"labels": NAMES, "task": None})
+
+
+def record_of_no_length(folder: Path) -> None:
+    rewrite(folder / "hftl.json", recipe={"data": {"max_length": float("nan")}})
+
+
+def record_of_no_columns(folder: Path) -> None:
+    rewrite(folder / "hftl.json", recipe={"data": {"train": {"text": [3]}}})
+
+
 DAMAGES = [
     labels_in_another_order, cut_short, no_weights, another_rank, no_kind, record_of_another_shape,
-    config_of_nothing,
+    config_of_nothing, record_of_no_task, record_of_no_length, record_of_no_columns,
 ]  # fmt: skip
 
 

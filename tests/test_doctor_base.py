@@ -88,6 +88,17 @@ def test_a_folder_here_is_not_taken_for_the_base_that_the_adapter_names(
     assert given is not None and given.folder.resolve() == decoy
 
 
+def test_a_run_examined_from_elsewhere_has_its_pinned_base(
+    adapters: dict[str, Path], hub: Path, tmp_path: Path
+) -> None:
+    recipe = "source: {model: models/bert}\ndata: {train: {path: a.csv}}\n"
+    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    shutil.copytree(adapters["bert"], tmp_path / "publish")
+    found = examine(tmp_path)
+    assert found.source is not None and not found.source.local
+    assert not found.defects and not found.unexamined
+
+
 def test_a_base_of_pickles_is_not_opened(
     adapters: dict[str, Path], hub: Path, tmp_path: Path
 ) -> None:

@@ -35,7 +35,7 @@ def test_an_installed_source_is_the_base_unless_that_was_adapted(
         return SimpleNamespace(folder=tmp_path)
 
     monkeypatch.setattr(locate, "find_source", found)
-    monkeypatch.setattr(locate, "_installed", lambda spec: True)
+    monkeypatch.setattr(locate.places, "at_hand", lambda place: True)
     locate.base_folder(tmp_path, {"source": {"model": PACKAGED}, "adapt": adapt}, None)
     assert sought == [expected]
 
@@ -57,6 +57,38 @@ def test_a_pinned_base_is_the_hubs_even_where_a_folder_has_its_name(
     monkeypatch.setattr(locate, "find_source", found)
     locate.base_folder(tmp_path, {}, None)
     assert sought == [of_the_hub]
+
+
+@pytest.mark.parametrize(
+    ("stands", "revision", "expected"),
+    [
+        (True, "abc", Source(model="models/base")),
+        (False, "abc", Source(model="me/base", revision="abc")),
+        (False, None, Source(model="models/base")),
+    ],
+)
+def test_a_run_finds_its_pinned_base_where_its_recipes_path_leads_nowhere(
+    stands: bool, revision: str | None, expected: Source, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    publish = tmp_path / "run" / "publish"
+    publish.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    if stands:
+        (tmp_path / "models" / "base").mkdir(parents=True)
+    recipe = "source: {model: models/base}\ndata: {train: {path: a.csv}}\n"
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    named = {"base_model_name_or_path": "me/base", "revision": revision}
+    (publish / "adapter_config.json").write_text(json.dumps(named), encoding="utf-8")
+    sought = []
+
+    def found(source: Source, on_hub: bool) -> Any:
+        sought.append(source)
+        return SimpleNamespace(folder=tmp_path)
+
+    monkeypatch.setattr(locate, "find_source", found)
+    locate.base_folder(publish, {}, None)
+    assert sought == [expected]
 
 
 @pytest.mark.parametrize("text", ["{", "5", "\xff"])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hftl.errors import RecipeError
-from hftl.places import find
+from hftl.places import called, find
 
 
 @pytest.fixture(autouse=True)
@@ -67,3 +67,16 @@ def test_a_package_that_is_not_installed(place: str) -> None:
 def test_a_package_without_the_path(package: Path) -> None:
     with pytest.raises(RecipeError, match=r"source\.model: the package 'shipped_model' has no 'x'"):
         find("package:shipped_model/x", "source.model")
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        ("/home/me/.cache/hub/models--me--a-model/snapshots/0123", "me/a-model"),
+        ("/home/me/.cache/hub/models--gpt2/snapshots/0123", "gpt2"),
+        ("runs/models--me--a-model/publish", "runs/models--me--a-model/publish"),
+        ("runs/snapshots/publish", "runs/snapshots/publish"),
+    ],
+)
+def test_a_copy_in_the_hubs_cache_goes_by_its_id(folder: str, expected: str) -> None:
+    assert called(Path(folder)) == expected

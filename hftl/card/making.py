@@ -131,14 +131,18 @@ def training_sentence(record: dict[str, Any]) -> str:
         started = "the linear probe" if finetune["head_init"] == "probe" else "random weights"
         words.append(f"the head started from {started}")
         rate, epochs = (finetune["training"][k] for k in ("learning_rate", "num_train_epochs"))
-        gradual = finetune["strategy"] == "gradual"
-        epochs = finetune["gradual"]["epochs"] if gradual else epochs
-        last = f"{epochs:g} epoch{'' if epochs == 1 else 's'}{' a phase' if gradual else ''}"
+        last = _epochs(epochs)
+        if finetune["strategy"] == "gradual":
+            last = f"{_epochs(finetune['gradual']['epochs'])} a phase"
         words.append(f"learning rate {rate:g}, {last}, the best on validation kept")
         if finetune["layer_decay"]:
             words.append(f"each block's rate {finetune['layer_decay']:g} of that of the one above")
         words += retention_words(record)
     return f"{'; '.join(words)}; {seeds} seed{'s' if seeds > 1 else ''}."
+
+
+def _epochs(number: float) -> str:
+    return f"{number:g} epoch{'' if number == 1 else 's'}"
 
 
 def environment(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -42,8 +42,9 @@ def loading(folder: Path) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":
             raise
         said = str(error).strip().splitlines() or [type(error).__name__]
+        name = places.called(folder)
         raise RunFolderError(
-            f"{folder} does not load: {said[0]}", f"Look closer: hftl doctor {folder}"
+            f"{name} does not load: {said[0]}", f"Look closer: hftl doctor {name}"
         ) from error
 
 
@@ -107,7 +108,7 @@ def _download(repo_id: str) -> Path:
 def base_folder(folder: Path, told: dict[str, Any], base: str | Path | None) -> Path:
     """The folder of an adapter's base, checked to have the weights it was trained on."""
     adapter = read_json(folder / "adapter_config.json")
-    recipe_file = folder.parent / "recipe.yaml"
+    own = _recipe_source(folder)
     spec = told.get("source", {}).get("model", "")
     adapted = (told.get("adapt") or {}).get("base")
     on_hub = False
@@ -115,9 +116,9 @@ def base_folder(folder: Path, told: dict[str, Any], base: str | Path | None) -> 
         source = Source(model=str(base))
     elif adapted is not None and (folder.parent / "publish-base").exists():
         source = Source(model=str(folder.parent / "publish-base"))
-    elif folder.name == "publish" and recipe_file.exists():
-        source = Recipe.load(recipe_file).source
-    elif adapted is None and spec.startswith(places.PACKAGE) and _installed(spec):
+    elif own is not None and (places.at_hand(own.model) or not adapter.get("revision")):
+        source = own
+    elif adapted is None and spec.startswith(places.PACKAGE) and places.at_hand(spec):
         source = Source(model=spec)
     elif adapter.get("base_model_name_or_path"):
         source = Source(model=adapter["base_model_name_or_path"], revision=adapter.get("revision"))
@@ -135,11 +136,10 @@ def base_folder(folder: Path, told: dict[str, Any], base: str | Path | None) -> 
     return found.folder
 
 
-def _installed(spec: str) -> bool:
-    try:
-        return places.find(spec, "base") is not None
-    except RecipeError:
-        return False
+def _recipe_source(folder: Path) -> Source | None:
+    """The source of the run that the folder is part of; its path may hold only where it ran."""
+    file = folder.parent / "recipe.yaml"
+    return Recipe.load(file).source if folder.name == "publish" and file.exists() else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

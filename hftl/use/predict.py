@@ -27,6 +27,7 @@ from hftl.use.locate import base_folder, loading, need_head, published_folder, r
 
 UNNAMED = re.compile(r"LABEL_\d+")
 """What transformers calls a class that has no name."""
+TASKS = ("classification", "multi-label", "regression", "token-classification")
 Input = str | Sequence[str] | Path | bytes | Image
 """A text, a pair of texts, the words of one, or a picture: a path, its bytes, or itself."""
 
@@ -180,7 +181,10 @@ def with_model(folder: Path, model: nn.Module) -> Predictor:
 def _task(told: dict[str, Any], config: Any) -> str:
     """The task, from the record or the config of a folder that has none."""
     if "data" in told:
-        return told["data"]["task"]
+        task = told["data"]["task"]
+        if task not in TASKS:
+            raise ValueError(f"hftl.json says {str(task)[:40]!r} for the task")
+        return task
     if (config.architectures or [""])[0].endswith("ForTokenClassification"):
         return "token-classification"
     known = {"regression": "regression", "multi_label_classification": "multi-label"}
@@ -221,11 +225,15 @@ def _inputs(
         )
         return inputs, [train.get("image", "image")]
     kind = WordInputs if task == "token-classification" else TextInputs
-    longest = min(data.get("max_length", 128), max_tokens(config))
+    longest = data.get("max_length", 128)
+    if type(longest) is not int or longest < 2:
+        raise ValueError(f"hftl.json says {str(longest)[:40]!r} for max_length")
     tokenizer: Any = _loaded(AutoTokenizer, folder)
     text = train.get("text", "text")
     columns = [text] if isinstance(text, str) else text
-    return kind(tokenizer, longest), columns
+    if not columns or not all(isinstance(name, str) for name in columns):
+        raise ValueError(f"hftl.json says {str(text)[:40]!r} for the columns of texts")
+    return kind(tokenizer, min(longest, max_tokens(config))), columns
 
 
 def _loaded(kind: Any, folder: Path, **more: Any) -> Any:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hftl import places
-from hftl.errors import HftlError, HubError, RecipeError
+from hftl.errors import HftlError, HubError
 from hftl.model.source import SourceModel, find_source, weights_sha256
 from hftl.publish.doctor.finding import Finding, defect, warning
 from hftl.publish.doctor.patient import ADAPTER, RECORD, Patient
@@ -90,18 +90,13 @@ def _known(patient: Patient) -> Source | None:
         adapted = patient.run / "publish-base"
         if patient.recorded("adapt").get("base") and adapted.exists():
             return Source(model=str(adapted))
-        return Recipe.load(patient.run / "recipe.yaml").source
+        own = Recipe.load(patient.run / "recipe.yaml").source
+        # A relative path holds only where the run was made; a pinned base holds everywhere.
+        return own if places.at_hand(own.model) or named(patient)[1] is None else None
     spec = str(patient.recorded("source").get("model", ""))
-    if spec.startswith(places.PACKAGE) and ".." not in spec and _installed(spec):
+    if spec.startswith(places.PACKAGE) and ".." not in spec and places.at_hand(spec):
         return Source(model=spec)
     return None
-
-
-def _installed(spec: str) -> bool:
-    try:
-        return places.find(spec, "base") is not None
-    except RecipeError:
-        return False
 
 
 def _not_found(error: HftlError, name: str) -> tuple[Sought, list[Finding]]:
