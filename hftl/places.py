@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from hftl.errors import RecipeError
+from hftl.errors import HubError, RecipeError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 TABLE = re.compile(r".*\.(csv|tsv|jsonl?|ndjson|parquet|txt)", re.IGNORECASE)
@@ -56,3 +56,45 @@ def called(folder: Path) -> str:
     if kind == "models" and repo and folder.parent.name == "snapshots":
         return repo.replace("--", "/")
     return str(folder)
+
+
+def not_given(error: Exception, place: str, kind: str, key: str = "") -> HubError:
+    """What to tell where a hub gave nothing: its own failure, our being offline, or its answer.
+
+    Args:
+        error: what the hub's client raised.
+        place: the id that was asked for.
+        kind: what it should be of, such as `model`.
+        key: how the message begins, such as `source.model: `.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    status = _failed_with(error)
+    if status is not None:
+        return HubError(
+            f"{key}the hub itself failed when it was asked for {place!r} (HTTP {status})",
+            "Try again later",
+        )
+    here = f"{key}no file or folder {place!r} here"
+    if constants.HF_HUB_OFFLINE or isinstance(error, OfflineModeIsEnabled):
+        return HubError(
+            f"{here} nor in the hub's cache, and HF_HUB_OFFLINE=1 keeps from the hub",
+            "Check the path or id, or unset HF_HUB_OFFLINE",
+        )
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+    return HubError(
+        f"{here}, and the hub gives no {kind} of that id: {said.removeprefix('Got: ')}",
+        "Check the path or id, the network, and `hf auth login` for a gated one",
+    )
+
+
+def _failed_with(error: BaseException) -> int | None:
+    """The status of a server's failure behind the error, which clients tell as another."""
+    behind: BaseException | None = error
+    while behind is not None:
+        status = getattr(getattr(behind, "response", None), "status_code", 0)
+        if status >= 500:
+            return status
+        behind = behind.__cause__ or behind.__context__
+    return None

@@ -498,6 +498,25 @@ def test_picture_shows_the_test_scores_and_gains(
     assert gains[names.index("classical")] == "-0.084 [-0.121, -0.047]"
 
 
+@pytest.mark.parametrize(("task", "best"), [("classification", 1.0), ("regression", 0.0)])
+def test_no_tick_is_better_than_a_perfect_prediction(
+    task: str, best: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    record = make(task=task)
+    for arm in record["arms"]:
+        arm["metrics"]["test"][record["metric"]] = best
+    for row in record["ladder"]:
+        row["test"] = best
+    plot_ladder(record, tmp_path / "ladder.png")
+    axes = drawn[0].axes[0]
+    ticks = axes.get_xticks()
+    assert best in ticks
+    assert all(tick <= 1 for tick in ticks) if best else all(tick >= 0 for tick in ticks)
+    assert axes.get_xlim()[0] < best < axes.get_xlim()[1]
+
+
 def test_another_record_gives_another_picture(tmp_path: Path) -> None:
     for case in ("positive", "negative"):
         plot_ladder(make(case), tmp_path / f"{case}.png")

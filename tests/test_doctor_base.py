@@ -12,6 +12,7 @@ from planting import (
     snapshot,
 )  # fmt: skip
 
+from hftl import rundir
 from hftl.errors import RecipeError
 from hftl.model.source import find_source, weights_sha256
 from hftl.publish.doctor.examine import examine
@@ -97,6 +98,20 @@ def test_a_run_examined_from_elsewhere_has_its_pinned_base(
     found = examine(tmp_path)
     assert found.source is not None and not found.source.local
     assert not found.defects and not found.unexamined
+
+
+def test_a_runs_record_that_was_edited_is_a_defect(
+    adapters: dict[str, Path], hub: Path, tmp_path: Path
+) -> None:
+    recipe = "source: {model: models/bert}\ndata: {train: {path: a.csv}}\n"
+    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    (tmp_path / "record.json").write_text('{"verdict": "hold"}', encoding="utf-8")
+    shutil.copytree(adapters["bert"], tmp_path / "publish")
+    rundir.note_finished(tmp_path)
+    assert not examine(tmp_path).defects
+    (tmp_path / "record.json").write_text('{"verdict": "publish"}', encoding="utf-8")
+    (found,) = examine(tmp_path).defects
+    assert found.kind == "record" and "is not what was written" in found.what
 
 
 def test_a_base_of_pickles_is_not_opened(

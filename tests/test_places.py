@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hftl.errors import RecipeError
-from hftl.places import called, find
+from hftl.places import called, find, not_given
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +80,32 @@ def test_a_package_without_the_path(package: Path) -> None:
 )
 def test_a_copy_in_the_hubs_cache_goes_by_its_id(folder: str, expected: str) -> None:
     assert called(Path(folder)) == expected
+
+
+class _Answer:
+    def __init__(self, status_code: int) -> None:
+        self.status_code = status_code
+
+
+@pytest.mark.parametrize(
+    ("status", "offline", "told", "fix"),
+    [
+        (503, False, "source.model: the hub itself failed when it was asked for 'a/b' (HTTP 503)",
+         "Try again later"),
+        (404, True, "source.model: no file or folder 'a/b' here nor in the hub's cache, and "
+         "HF_HUB_OFFLINE=1 keeps from the hub", "Check the path or id, or unset HF_HUB_OFFLINE"),
+        (404, False, "source.model: no file or folder 'a/b' here, and the hub gives no model of "
+         "that id: ConnectError: no route",
+         "Check the path or id, the network, and `hf auth login` for a gated one"),
+    ],
+)  # fmt: skip
+def test_why_a_hub_gave_nothing(
+    status: int, offline: bool, told: str, fix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    behind = OSError("an answer")
+    behind.response = _Answer(status)  # pyright: ignore[reportAttributeAccessIssue]
+    outer = OSError("Got: ConnectError: no route\nPlease check your connection")
+    outer.__cause__ = behind
+    found = not_given(outer, "a/b", "model", "source.model: ")
+    assert (found.what, found.fix) == (told, fix)

@@ -75,7 +75,9 @@ def test_without_network_a_hub_id_says_so(monkeypatch: pytest.MonkeyPatch) -> No
         raise OfflineModeIsEnabled("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(HubError, match="no folder 'org/tiny' here, and the hub gives no model"):
+    with pytest.raises(
+        HubError, match="'org/tiny' here nor in the hub's cache, and HF_HUB_OFFLINE"
+    ):
         find_source(Source(model="org/tiny"))
 
 

@@ -30,6 +30,7 @@ def plot_ladder(record: dict[str, Any], path: Path) -> None:
         axes.text(row["test"], height + 0.24, f"{row['test']:.3f}", ha="center", va="bottom")
     better = "left" if less_is_better(metric) else "right"
     axes.set_xlabel(f"test {metric}, {better} is better: a dot a seed, a bar at the mean")
+    _no_impossible_ticks(axes, metric)
     names = [row["arm"] for row in rows]
     own = names.index(record["own_arm"])
     names[own] += " (this model)"
@@ -126,6 +127,15 @@ def _rows_only(axes: Any, right: Any, rows: int) -> None:
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _no_impossible_ticks(axes: Any, metric: str) -> None:
+    """Leaves out the ticks that are better than a perfect prediction."""
+    if metric.startswith("evaluate:"):
+        return
+    low, high = axes.get_xlim()
+    first, last = (max(low, 0), high) if less_is_better(metric) else (low, min(high, 1 + 1e-9))
+    axes.set_xticks([tick for tick in axes.get_xticks() if first <= tick <= last])
 
 
 def _scores(record: dict[str, Any], arm: str) -> list[float]:

@@ -31,11 +31,7 @@ def load_hub(table: Table, part: str) -> Iterator[Raw]:
     try:
         dataset: Any = datasets.load_dataset(table.path, table.name, split=split, revision=commit)
     except (DatasetNotFoundError, ConnectionError, OSError) as error:
-        raise HubError(
-            f"data.{part}: no file or folder {table.path!r} here, and the hub gives no dataset of "
-            f"that id: {str(error).splitlines()[0]}",
-            "Check the path or id, the network, and `hf auth login` for a gated one",
-        ) from error
+        raise places.not_given(error, table.path, "dataset", f"data.{part}: ") from error
     except ValueError as error:
         raise HubError(f"data.{part}: {table.path}: {error}", "Check name and split") from error
     for column, feature in dataset.features.items():
@@ -75,11 +71,7 @@ def revision(path: str, wanted: str | None) -> str | None:
     try:
         return HfApi().dataset_info(path, revision=wanted).sha
     except (HfHubHTTPError, OSError) as error:
-        raise HubError(
-            f"no file or folder {path!r} here, and the hub gives no dataset of that id: "
-            f"{str(error).splitlines()[0]}",
-            "Check the path or id, the network, and `hf auth login` for a gated one",
-        ) from error
+        raise places.not_given(error, path, "dataset") from error
 
 
 def revisions(data: Data) -> dict[str, str | None]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hftl import places
-from hftl.errors import HubError, RecipeError
+from hftl.errors import RecipeError
 from hftl.model.anatomy import Anatomy, anatomy_of
 from hftl.model.sizes import absurd_in
 from hftl.sections.source import Source
@@ -209,8 +209,4 @@ def _fetch(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
             )
         )
     except (OSError, ValueError) as error:
-        raise HubError(
-            f"source.model: no folder {repo_id!r} here, and the hub gives no model of that id: "
-            f"{str(error).splitlines()[0].strip()}",
-            "Check the id or path, the network, and `hf auth login` for a gated model",
-        ) from error
+        raise places.not_given(error, repo_id, "model", "source.model: ") from error

@@ -104,7 +104,7 @@ def _known(section: str, kind: str, given: Any) -> dict[str, Any]:
         if name not in options:
             raise RecipeError(
                 f"unknown key '{place}{name}'"
-                + closest(OFTEN_MEANT.get(name, name), options, place),
+                + closest(OFTEN_MEANT.get(name, str(name)), options, place),
                 f"The names are those of {LIBRARY[kind]}",
             )
     return {name: upstream.checked(kind, place + name, v) for name, v in given.items()}

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from hftl import places, rundir
-from hftl.errors import HftlError, HubError, RecipeError, RunFolderError
+from hftl.errors import HftlError, RecipeError, RunFolderError
 from hftl.model.source import find_source, weights_sha256
 from hftl.publish import reload
 from hftl.recipe import Recipe
@@ -98,19 +98,15 @@ def _download(repo_id: str) -> Path:
     try:
         return Path(snapshot_download(repo_id))
     except (OSError, ValueError) as error:
-        raise HubError(
-            f"no folder {repo_id!r} here, and the hub gives no model of that id: "
-            f"{str(error).splitlines()[0]}",
-            "Check the path or id, and the network",
-        ) from error
+        raise places.not_given(error, repo_id, "model") from error
 
 
 def base_folder(folder: Path, told: dict[str, Any], base: str | Path | None) -> Path:
     """The folder of an adapter's base, checked to have the weights it was trained on."""
     adapter = read_json(folder / "adapter_config.json")
-    own = _recipe_source(folder)
     spec = told.get("source", {}).get("model", "")
     adapted = (told.get("adapt") or {}).get("base")
+    own = _recipe_source(folder) if adapted is None else None
     on_hub = False
     if base is not None:
         source = Source(model=str(base))

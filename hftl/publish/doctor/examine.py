@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hftl.errors import RecipeError
+from hftl import rundir
+from hftl.errors import RecipeError, RunFolderError
 from hftl.model.source import SourceModel
 from hftl.publish.doctor.base import find_base, naming
 from hftl.publish.doctor.card import card
@@ -60,6 +61,8 @@ def examine(place: str | Path, base: str | None = None) -> Examination:
     patient, broken = opened(place)
     found = Examination(patient, broken)
     found.findings += [*unsafe(patient), *scaling(patient), *not_finite(patient)]
+    if patient.run is not None and (patient.run / "record.json").exists():
+        found.findings += _as_recorded(patient.run)
     if patient.is_adapter:
         _seek_base(found, base)
     else:
@@ -71,6 +74,15 @@ def examine(place: str | Path, base: str | None = None) -> Examination:
         outputs = outputs_of(patient, found.source, found.kind)
     found.findings += [*company(patient, found.source, found.kind, outputs), *card(patient)]
     return found
+
+
+def _as_recorded(run: Path) -> list[Finding]:
+    """Whether the record that a run's card rests on is the one that was written."""
+    try:
+        rundir.check_finished(run, "record.json")
+    except RunFolderError as error:
+        return [defect("record", error.what, "record.json", error.fix)]
+    return []
 
 
 def _seek_base(found: Examination, base: str | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hftl import places
-from hftl.errors import HubError, RecipeError
+from hftl.errors import RecipeError
 from hftl.publish.doctor.finding import Finding, defect
 
 ADAPTER, CONFIG, RECORD = "adapter_config.json", "config.json", "hftl.json"
@@ -153,11 +153,7 @@ def _fetched(repo_id: str) -> tuple[Path, list[str]]:
         except OfflineModeIsEnabled:
             names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
     except (OSError, ValueError) as error:
-        raise HubError(
-            f"no folder {repo_id!r} here, and the hub gives no adapter of that id: "
-            f"{str(error).splitlines()[0]}",
-            "Check the path or id, and the network",
-        ) from error
+        raise places.not_given(error, repo_id, "adapter") from error
     return folder, sorted(names)
 
 
