@@ -75,3 +75,14 @@ def test_every_seed_is_counted_before_a_run_too(
     tree["measure"]["seeds"] = [0, 1, 2]
     facts, _ = preflight(Recipe.parse(tree))
     assert counts == [3] and facts["arms"].endswith("3 to run")
+
+
+def test_what_is_frozen_makes_a_step_cheaper(tree: dict[str, Any]) -> None:
+    def step(**finetune: Any) -> float:
+        recipe = Recipe.parse(tree | {"finetune": tree["finetune"] | finetune})
+        return estimate._step(bench_of(recipe), arms(recipe)[0])
+
+    full, lora = step(strategy="full"), step(strategy="lora")
+    one, three = (step(strategy="partial", blocks=blocks) for blocks in (1, 3))
+    assert 1 < one < three == full == STEP
+    assert 1 < lora < full

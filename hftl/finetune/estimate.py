@@ -14,8 +14,10 @@ from hftl.recipe import Arm, Recipe
 from hftl.sections.retain import Replay, Retain
 
 SAMPLE = 128
-STEP = 4.0
-"""A training step costs about four forward passes: its own, the backward one and the optimizer."""
+STEP = 3.0
+"""A training step of all weights costs about three forward passes: its own, and two backward."""
+LORA_STEP = 2.0
+"""Where the base is frozen, the gradients of its weights are not computed."""
 SEARCHED = 1 / 3
 
 
@@ -30,8 +32,8 @@ def estimate_seconds(bench: Workbench, jobs: list[Arm], recipe: Recipe) -> float
     for arm in jobs:
         if arm.strategy not in (*BY_STEPS, "scratch"):
             continue
-        epochs = _epochs(bench, arm, recipe)
-        own = measured + epochs * (train * (STEP + _beside(bench, arm.retain)) + validation)
+        epochs, step = _epochs(bench, arm, recipe), _step(bench, arm)
+        own = measured + epochs * (train * (step + _beside(bench, arm.retain, step)) + validation)
         own += _once(bench, arm.retain, train, validation)
         own += embedded if arm.strategy != "scratch" else 0
         passes += own
@@ -52,16 +54,24 @@ def _epochs(bench: Workbench, arm: Arm, recipe: Recipe) -> float:
     return factor * float(arm.finetune.training["num_train_epochs"])
 
 
-def _beside(bench: Workbench, retain: Retain | None) -> float:
+def _step(bench: Workbench, arm: Arm) -> float:
+    """The forward passes that a training step costs for each of its rows."""
+    if arm.strategy == "partial":
+        trained = min(1.0, arm.finetune.blocks / count_blocks(bench.source.config))
+        return 1 + (STEP - 1) * trained
+    return LORA_STEP if arm.strategy == "lora" else STEP
+
+
+def _beside(bench: Workbench, retain: Retain | None, step: float) -> float:
     """Forward passes that retention adds in training, for each row of the target."""
     if retain is None:
         return 0.0
     general = (retain.replay or Replay()).ratio if mixes_general(retain) else 0.0
     rows = {"target": 1.0, "general": general, "both": 1.0 + general}
     # A head of the source's own is another pass to train through, and one of the original's.
-    own = sum(STEP * rows[kl.inputs] for kl in retain.kls if kl.weight and kl.on in OWN_HEADS)
+    own = sum(step * rows[kl.inputs] for kl in retain.kls if kl.weight and kl.on in OWN_HEADS)
     asked = 0.0 if _is_cached(bench, retain) else 1.0 + general
-    return general * STEP + own + asked
+    return general * step + own + asked
 
 
 def _once(bench: Workbench, retain: Retain | None, train: int, validation: int) -> float:
