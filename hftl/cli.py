@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from hftl import __version__, failure, processes
-from hftl.errors import HftlError
+from hftl.errors import HftlError, RecipeError
 from hftl.recipe import Recipe
 from hftl.record import to_json
 
@@ -36,7 +36,16 @@ Output = Annotated[
     Path | None, typer.Option(help="the run folder; default runs/<recipe's folder>-<stem>")
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="throw away what the run folder holds")]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
+
+
+def _there(run: Path) -> Path:
+    """Answers at once where nothing is, before anything heavy is imported."""
+    if not run.is_dir():
+        raise RecipeError(f"there is no run folder {run}", "Give the folder that `hftl run` wrote")
+    return run
+
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder", callback=_there)]
 
 
 @app.callback(invoke_without_command=True)

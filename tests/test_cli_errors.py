@@ -252,12 +252,18 @@ def test_a_run_folder_that_is_locked(hftl: Hftl, recipe_file: Path, output: Path
         (["--no-such"], "--no-such"),
         (["run"], "RECIPE"),
         (["init", "a.csv"], "--source"),
-        (["publish", "RUN", "--repo-id", "../name", "--dry-run"], "--repo-id"),
-        (["publish", "RUN", "--force", " ", "--dry-run"], "--force is empty"),
+        (["publish", ".", "--repo-id", "../name", "--dry-run"], "--repo-id"),
+        (["publish", ".", "--force", " ", "--dry-run"], "--force is empty"),
     ],
 )
 def test_arguments_that_are_wrong(hftl: Hftl, words: list[str], told: str) -> None:
     hftl(*words).is_error(2, told)
+
+
+@pytest.mark.parametrize("command", ["card", "publish"])
+def test_a_run_folder_that_is_not_there(hftl: Hftl, output: Path, command: str) -> None:
+    hftl(command, output).is_error(2, "there is no run folder", "hftl run")
+    nothing_half_written(output)
 
 
 def test_no_arguments_show_the_help(hftl: Hftl) -> None:
