@@ -14,9 +14,10 @@ from hftl.recipe import Arm, Recipe
 from hftl.sections.retain import Replay, Retain
 
 SAMPLE = 128
-STEP = 3.0
-"""A training step of all weights costs about three forward passes: its own, and two backward."""
-LORA_STEP = 2.0
+STEP = 4.0
+"""A training step of all weights costs about four forward passes: its own, the backward one and the
+optimizer."""
+LORA_STEP = 3.0
 """Where the base is frozen, the gradients of its weights are not computed."""
 SEARCHED = 1 / 3
 
