@@ -35,9 +35,13 @@ INDEX = {
     "movies-minilm-harmful": "recipes/movies-minilm/harmful.yaml",
     "movies-minilm-whole": "recipes/movies-minilm/whole.yaml",
     "movies-minilm-kl": "recipes/movies-minilm/kl.yaml",
+    "movies-minilm-partial-kl": "recipes/movies-minilm/partial-kl.yaml",
+    "movies-minilm-gradual": "recipes/movies-minilm/gradual.yaml",
+    "movies-minilm-layer-rates": "recipes/movies-minilm/layer-rates.yaml",
     "bbc-minilm-tapt": "recipes/bbc-minilm/tapt.yaml",
     "bbc-minilm-dapt": "recipes/bbc-minilm/dapt.yaml",
     "clipart-dinov2-mae": "recipes/clipart-dinov2/mae.yaml",
+    "clipart-dinov2-kl": "recipes/clipart-dinov2/kl.yaml",
 }
 
 
