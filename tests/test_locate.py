@@ -9,7 +9,8 @@ import pytest
 
 from hftl.errors import RunFolderError
 from hftl.sections.source import Source
-from hftl.use import locate
+from hftl.use import base, locate
+from hftl.use.notes import Notes
 
 PACKAGED = "package:somewhere/model"
 
@@ -34,9 +35,10 @@ def test_an_installed_source_is_the_base_unless_that_was_adapted(
         sought.append(source)
         return SimpleNamespace(folder=tmp_path)
 
-    monkeypatch.setattr(locate, "find_source", found)
+    monkeypatch.setattr(base, "find_source", found)
     monkeypatch.setattr(locate.places, "at_hand", lambda place: True)
-    locate.base_folder(tmp_path, {"source": {"model": PACKAGED}, "adapt": adapt}, None)
+    notes = Notes.model_validate({"source": {"model": PACKAGED}, "adapt": adapt})
+    base.base_folder(tmp_path, notes, None)
     assert sought == [expected]
 
 
@@ -54,8 +56,8 @@ def test_a_pinned_base_is_the_hubs_even_where_a_folder_has_its_name(
         sought.append(on_hub)
         return SimpleNamespace(folder=tmp_path)
 
-    monkeypatch.setattr(locate, "find_source", found)
-    locate.base_folder(tmp_path, {}, None)
+    monkeypatch.setattr(base, "find_source", found)
+    base.base_folder(tmp_path, Notes(), None)
     assert sought == [of_the_hub]
 
 
@@ -86,8 +88,8 @@ def test_a_run_finds_its_pinned_base_where_its_recipes_path_leads_nowhere(
         sought.append(source)
         return SimpleNamespace(folder=tmp_path)
 
-    monkeypatch.setattr(locate, "find_source", found)
-    locate.base_folder(publish, {}, None)
+    monkeypatch.setattr(base, "find_source", found)
+    base.base_folder(publish, Notes(), None)
     assert sought == [expected]
 
 

@@ -23,6 +23,7 @@ from hftl.rundir import write_text
 from hftl.show import table
 from hftl.use.labelled import Items, read_labelled
 from hftl.use.locate import need_head, published_folder, read_json
+from hftl.use.notes import Notes
 from hftl.use.outputs import check_output
 from hftl.use.predict import Predictor
 from hftl.use.switching import each
@@ -135,7 +136,7 @@ def _predicted(predictor: Predictor, items: Items, names: list[str]) -> np.ndarr
 
 def _metric(folder: Path, task: str) -> metrics.Metric:
     """The first model's own metric, where it has recorded one."""
-    name = read_json(folder / "hftl.json").get("metric") or metrics.SELECTION[task]
+    name = Notes.read(folder).metric or metrics.SELECTION[task]
     return metrics.find(name, task)
 
 

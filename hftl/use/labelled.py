@@ -12,7 +12,7 @@ from hftl.data.pixels import ImageInputs
 from hftl.errors import DataError
 from hftl.explain import closest
 from hftl.sections.data import Data, Table
-from hftl.use.locate import loading, read_json
+from hftl.use.notes import Notes
 from hftl.use.predict import Predictor
 
 SUFFIXES = ".csv, .tsv, .jsonl, .parquet"
@@ -41,13 +41,13 @@ def read_labelled(path: Path, predictor: Predictor, folder: Path) -> Items:
     """
     if not path.exists():
         raise DataError(f"{path} does not exist", "Check the path")
-    told = read_json(folder / "hftl.json").get("recipe", {}).get("data", {})
-    with loading(folder):
-        columns = {
-            k: v for k, v in (told.get("train") or {}).items() if k in ("text", "image", "label")
-        }
-        limits = {k: told[k] for k in ("max_pixels",) if k in told}
-        data = Data(task=predictor.task, train=Table(path=str(path), **columns), **limits)  # pyright: ignore
+    noted = Notes.read(folder).recipe.data
+    columns = noted.train.model_dump()
+    data = Data(
+        task=predictor.task,  # pyright: ignore[reportArgumentType]
+        train=Table(path=str(path), **columns),
+        max_pixels=noted.max_pixels,
+    )
     table = data.train
     if path.is_dir():
         _check_folder(path, predictor.modality)

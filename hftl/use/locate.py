@@ -1,4 +1,4 @@
-"""Where a published model is found, and the base that its adapter goes on."""
+"""Where a published model is found, and what to say where it does not load."""
 
 import json
 from collections.abc import Iterator
@@ -10,10 +10,7 @@ from safetensors import SafetensorError
 
 from hftl import places, rundir
 from hftl.errors import HftlError, RecipeError, RunFolderError
-from hftl.model.source import find_source, weights_sha256
 from hftl.publish import reload
-from hftl.recipe import Recipe
-from hftl.sections.source import Source
 
 DAMAGE = (
     SafetensorError,
@@ -99,43 +96,6 @@ def _download(repo_id: str) -> Path:
         return Path(snapshot_download(repo_id))
     except (OSError, ValueError) as error:
         raise places.not_given(error, repo_id, "model") from error
-
-
-def base_folder(folder: Path, told: dict[str, Any], base: str | Path | None) -> Path:
-    """The folder of an adapter's base, checked to have the weights it was trained on."""
-    adapter = read_json(folder / "adapter_config.json")
-    spec = told.get("source", {}).get("model", "")
-    adapted = (told.get("adapt") or {}).get("base")
-    own = _recipe_source(folder) if adapted is None else None
-    on_hub = False
-    if base is not None:
-        source = Source(model=str(base))
-    elif adapted is not None and (folder.parent / "publish-base").exists():
-        source = Source(model=str(folder.parent / "publish-base"))
-    elif own is not None and (places.at_hand(own.model) or not adapter.get("revision")):
-        source = own
-    elif adapted is None and spec.startswith(places.PACKAGE) and places.at_hand(spec):
-        source = Source(model=spec)
-    elif adapter.get("base_model_name_or_path"):
-        source = Source(model=adapter["base_model_name_or_path"], revision=adapter.get("revision"))
-        # Only the hub has commits: a folder here of that name is not what was meant.
-        on_hub = source.revision is not None
-    else:
-        raise RecipeError(f"{folder} does not say its base model", "Give it: --base MODEL")
-    found = find_source(source, on_hub)
-    expected = (adapted or told.get("source", {})).get("weights_sha256")
-    if expected and weights_sha256(found) != expected:
-        raise RunFolderError(
-            f"the base {source.model} has other weights than this adapter was trained on",
-            "Give the right base with --base MODEL",
-        )
-    return found.folder
-
-
-def _recipe_source(folder: Path) -> Source | None:
-    """The source of the run that the folder is part of; its path may hold only where it ran."""
-    file = folder.parent / "recipe.yaml"
-    return Recipe.load(file).source if folder.name == "publish" and file.exists() else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -23,11 +23,12 @@ from hftl.model.cache import logits
 from hftl.publish import reload
 from hftl.sections.data import Data, Table
 from hftl.train.hardware import device
-from hftl.use.locate import base_folder, loading, need_head, published_folder, read_json
+from hftl.use.base import base_folder
+from hftl.use.locate import loading, need_head, published_folder
+from hftl.use.notes import Inputs, Notes
 
 UNNAMED = re.compile(r"LABEL_\d+")
 """What transformers calls a class that has no name."""
-TASKS = ("classification", "multi-label", "regression", "token-classification")
 Input = str | Sequence[str] | Path | bytes | Image
 """A text, a pair of texts, the words of one, or a picture: a path, its bytes, or itself."""
 
@@ -153,11 +154,12 @@ def load(path: str | Path, base: str | Path | None = None) -> Predictor:
     """
     folder = published_folder(path)
     need_head(folder, path)
-    told = read_json(folder / "hftl.json")
+    notes = Notes.read(folder)
     adapter = (folder / "adapter_config.json").exists()
-    base_at = base_folder(folder, told, base) if adapter else None
+    base_at = base_folder(folder, notes, base) if adapter else None
     with loading(folder):
-        return with_model(folder, reload.load(folder, base_at))
+        model = reload.load(folder, base_at)
+    return with_model(folder, model)
 
 
 def with_model(folder: Path, model: nn.Module) -> Predictor:
@@ -165,42 +167,40 @@ def with_model(folder: Path, model: nn.Module) -> Predictor:
 
     Raises:
         RecipeError: if the folder has no usable tokenizer or processor.
+        RunFolderError: if what it says makes no sense.
     """
     from transformers import AutoConfig
 
-    told = read_json(folder / "hftl.json")
-    config: Any = AutoConfig.from_pretrained(folder)
-    task = _task(told, config)
-    names = [] if task == "regression" else _names(told, config)
-    data = told.get("recipe", {}).get("data", {})
-    inputs, columns = _inputs(folder, config, task, data)
+    notes = Notes.read(folder)
+    with loading(folder):
+        config: Any = AutoConfig.from_pretrained(folder)
+        task = _task(notes, config)
+        names = [] if task == "regression" else _names(notes, config)
+    inputs, columns = _inputs(folder, config, task, notes.recipe.data)
     where = device()
     return Predictor(model.to(where), inputs, task, names, columns, where)
 
 
-def _task(told: dict[str, Any], config: Any) -> str:
-    """The task, from the record or the config of a folder that has none."""
-    if "data" in told:
-        task = told["data"]["task"]
-        if task not in TASKS:
-            raise ValueError(f"hftl.json says {str(task)[:40]!r} for the task")
-        return task
+def _task(notes: Notes, config: Any) -> str:
+    """The task, from the notes or the config of a folder that has none."""
+    if notes.data is not None:
+        return notes.data.task
     if (config.architectures or [""])[0].endswith("ForTokenClassification"):
         return "token-classification"
     known = {"regression": "regression", "multi_label_classification": "multi-label"}
     return known.get(str(config.problem_type), "classification")
 
 
-def _names(told: dict[str, Any], config: Any) -> list[str]:
-    """The classes in the order of the outputs, which record and config must agree on.
+def _names(notes: Notes, config: Any) -> list[str]:
+    """The classes in the order of the outputs, which notes and config must agree on.
 
     Raises:
         ValueError: if they do not: nobody can tell which of them is right.
     """
     shown = [str(config.id2label[number]) for number in sorted(config.id2label)]
-    if "data" not in told:
+    if notes.data is None:
         return shown
-    names = told["data"]["labels"]
+    names = notes.data.labels or []
     if names != shown and not all(map(UNNAMED.fullmatch, shown)):
         raise ValueError(
             f"the labels are {', '.join(shown)} in config.json, and {', '.join(names)} in hftl.json"
@@ -209,31 +209,25 @@ def _names(told: dict[str, Any], config: Any) -> list[str]:
 
 
 def _inputs(
-    folder: Path, config: Any, task: str, data: dict[str, Any]
+    folder: Path, config: Any, task: str, noted: Inputs
 ) -> tuple[TextInputs | ImageInputs, list[str]]:
     """How the folder's model takes inputs, and the columns of a table that hold them."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    train = data.get("train", {})
     if anatomy_of(config).modality == "image":
         processor: Any = _loaded(AutoImageProcessor, folder, backend="pil")
-        settings = {k: v for k, v in data.items() if k == "max_pixels"}
-        reading = Data(train=Table(path="."), **settings)
-        side = target_size(processor)
+        reading = Data(train=Table(path="."), max_pixels=noted.max_pixels)
+        with loading(folder):
+            side = target_size(processor)
         inputs = ImageInputs(
             reading, processor, position_arguments(config, side), patch_size(config)
         )
-        return inputs, [train.get("image", "image")]
+        return inputs, [noted.train.image]
     kind = WordInputs if task == "token-classification" else TextInputs
-    longest = data.get("max_length", 128)
-    if type(longest) is not int or longest < 2:
-        raise ValueError(f"hftl.json says {str(longest)[:40]!r} for max_length")
     tokenizer: Any = _loaded(AutoTokenizer, folder)
-    text = train.get("text", "text")
+    text = noted.train.text
     columns = [text] if isinstance(text, str) else text
-    if not columns or not all(isinstance(name, str) for name in columns):
-        raise ValueError(f"hftl.json says {str(text)[:40]!r} for the columns of texts")
-    return kind(tokenizer, min(longest, max_tokens(config))), columns
+    return kind(tokenizer, min(noted.max_length, max_tokens(config))), columns
 
 
 def _loaded(kind: Any, folder: Path, **more: Any) -> Any:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from hftl.publish import reload
-from hftl.use.locate import base_folder, loading, read_json
+from hftl.use.base import base_folder
+from hftl.use.locate import loading, read_json
+from hftl.use.notes import Notes
 from hftl.use.predict import Predictor, with_model
 
 PLAIN_STARTS = (True, False, "gaussian")
@@ -47,7 +49,8 @@ def _switched(
         with loading(folder):
             if (folder / "adapter_config.json").exists():
                 model = _on_top(model, folder, f"model-{number}", number == group[0])
-            found = with_model(folder, reload.with_head(folder, model))
+            headed = reload.with_head(folder, model)
+        found = with_model(folder, headed)
         yield number, found
 
 
@@ -66,7 +69,7 @@ def _on_top(model: Any, folder: Path, name: str, first: bool) -> Any:
 def _base(folder: Path) -> Path:
     if not (folder / "adapter_config.json").exists():
         return folder
-    return base_folder(folder, read_json(folder / "hftl.json"), None).resolve()
+    return base_folder(folder, Notes.read(folder), None).resolve()
 
 
 def _same_model(folder: Path, base: Path) -> tuple[Any, ...]:
