@@ -599,9 +599,10 @@ def test_sentence_of_forgetting() -> None:
     assert alone.endswith("+0.090 forgotten (no interval).")
 
 
-def test_table_of_forgetting_compares_only_where_there_is_something() -> None:
+@pytest.mark.parametrize("against", [None, {"arm": "head", "gone": None}])
+def test_table_of_forgetting_compares_only_where_there_is_something(against: Any) -> None:
     record = with_forgetting(make())
-    record["forgetting"]["arms"][0]["against"] = None
+    record["forgetting"]["arms"][0]["against"] = against
     assert forgetting_rows(record)[0] == ["arm", "original", "after", "forgotten"]
     assert {len(row) for row in forgetting_rows(record)} == {4}
 

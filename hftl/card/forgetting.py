@@ -57,7 +57,7 @@ def forgetting_rows(record: dict[str, Any]) -> list[list[str]]:
     """Every arm: a header, then the headline before and after, how much of it was forgotten, and
     how that compares with the same arm without retention, where there is one."""
     found = record["forgetting"]
-    against = any(entry["against"] for entry in found["arms"])
+    against = any(_gone(entry["against"]) for entry in found["arms"])
     rows = [["arm", "original", "after", "forgotten", *(["against"] if against else [])]]
     for entry in found["arms"]:
         figure = _headline(entry, found["headline"])
