@@ -56,6 +56,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "kl_batch_03": kl(weight=0.3, inputs="general", anchors=0),
     "probe_1": {**kl(weight=1.0, on="probe"), **PROBE},
     "l2sp_03": {"retain": {"l2sp": {"weight": 0.3}}},
+    "l2sp_1": {"retain": {"l2sp": {"weight": 1.0}}},
     "l2sp_3": {"retain": {"l2sp": {"weight": 3.0}}},
     "ewc_003": {"retain": {"ewc": {"weight": 0.03, "samples": 128}}},
     "ewc_03": {"retain": {"ewc": {"weight": 0.3, "samples": 128}}},
