@@ -161,7 +161,9 @@ def test_python_block_runs(
     assert printed[1] in ("negative", "positive")
 
 
-def test_publishing_lines_are_understood() -> None:
+def test_publishing_lines_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/reviews").mkdir(parents=True)
     commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
     lines = [shlex.split(line, comments=True) for line in shown("publish").splitlines()]
     assert [words[1] for words in lines] == ["publish", "publish", "doctor", "compare"]
