@@ -145,10 +145,7 @@ def predict(
     output: Annotated[Path | None, typer.Option(help="a file; default: CSV on the screen")] = None,
     base: Annotated[str | None, typer.Option(help="the adapter's base, if elsewhere")] = None,
 ) -> None:
-    """Predict a table's rows.
-
-    They come back with label, score and a column for each class.
-    """
+    """Predict a table's rows: label, score, a column a class."""
     from hftl.pipeline import quiet
     from hftl.use.tables import predict_table
 
@@ -213,10 +210,7 @@ def doctor(
     base: Annotated[str | None, typer.Option(help="its base, if it is not the one named")] = None,
     fix: Annotated[bool, typer.Option("--fix", help="mend what is safe to mend")] = False,
 ) -> None:
-    """Examine any adapter, without running any of it.
-
-    The exit code is 4 if it has defects.
-    """
+    """Examine any adapter, without running any of it."""
     from hftl.pipeline import quiet
     from hftl.publish.doctor.told import diagnose
 
@@ -230,10 +224,7 @@ def compare(
     data: Annotated[Path | None, typer.Option(help="labelled; default: the runs' test")] = None,
     output: Annotated[Path | None, typer.Option(help=".csv, its plot beside it; or .png")] = None,
 ) -> None:
-    """Score several runs or adapters on the same items.
-
-    Each stands against the first, and every base is loaded once.
-    """
+    """Score several runs or adapters on the same items."""
     from hftl.pipeline import quiet
     from hftl.use.compare import compare as compared
 

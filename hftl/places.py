@@ -92,9 +92,11 @@ def not_given(error: Exception, place: str, kind: str, key: str = "") -> HubErro
 def _failed_with(error: BaseException) -> int | None:
     """The status of a server's failure behind the error, which clients tell as another."""
     behind: BaseException | None = error
-    while behind is not None:
-        status = getattr(getattr(behind, "response", None), "status_code", 0)
-        if status >= 500:
+    seen: list[BaseException] = []
+    while behind is not None and behind not in seen:
+        status = getattr(getattr(behind, "response", None), "status_code", None)
+        if isinstance(status, int) and status >= 500:
             return status
+        seen.append(behind)
         behind = behind.__cause__ or behind.__context__
     return None

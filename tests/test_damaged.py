@@ -58,9 +58,20 @@ def record_of_no_columns(folder: Path) -> None:
     rewrite(folder / "hftl.json", recipe={"data": {"train": {"text": [3]}}})
 
 
+def tokenizer_of_nothing(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text("[]", encoding="utf-8")
+
+
+def record_without_labels(folder: Path) -> None:
+    """And a config that does not name them either."""
+    rewrite(folder / "hftl.json", data={"labels": None, "task": "classification"})
+    rewrite(folder / "config.json", id2label={str(n): f"LABEL_{n}" for n in range(len(NAMES))})
+
+
 DAMAGES = [
     labels_in_another_order, cut_short, no_weights, another_rank, no_kind, record_of_another_shape,
     config_of_nothing, record_of_no_task, record_of_no_length, record_of_no_columns,
+    tokenizer_of_nothing, record_without_labels,
 ]  # fmt: skip
 
 

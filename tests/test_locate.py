@@ -42,13 +42,20 @@ def test_an_installed_source_is_the_base_unless_that_was_adapted(
     assert sought == [expected]
 
 
-@pytest.mark.parametrize(("revision", "of_the_hub"), [("abc", True), (None, False)])
+@pytest.mark.parametrize(
+    ("name", "revision", "of_the_hub"),
+    [("base", "abc", True), ("base", None, False), ("./base", "abc", False)],
+)
 def test_a_pinned_base_is_the_hubs_even_where_a_folder_has_its_name(
-    revision: str | None, of_the_hub: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    revision: str | None,
+    of_the_hub: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
-    named = {"base_model_name_or_path": "base", "revision": revision}
+    named = {"base_model_name_or_path": name, "revision": revision}
     (tmp_path / "adapter_config.json").write_text(json.dumps(named), encoding="utf-8")
     sought = []
 

@@ -50,6 +50,11 @@ def test_what_is_noted_is_read_and_the_rest_passed_over(tmp_path: Path) -> None:
         ({"recipe": {"data": {"max_length": "64"}}}, "'64' for recipe.data.max_length"),
         ({"recipe": {"data": {"train": {"text": [3]}}}}, "[3] for recipe.data.train.text"),
         ({"recipe": {"data": {"train": {"text": []}}}}, "[] for recipe.data.train.text"),
+        (
+            {"recipe": {"data": {"train": {"text": ["a", "b", "c"]}}}},
+            "['a', 'b', 'c'] for recipe.data.train.text",
+        ),
+        ({"recipe": {"data": {"train": {"label": ["a"]}}}}, "['a'] for recipe.data.train.label"),
         ({"recipe": []}, "[] for recipe"),
         ({"source": {"weights_sha256": 7}}, "7 for source.weights_sha256"),
         ({"adapt": "full"}, "'full' for adapt"),

@@ -107,5 +107,6 @@ def test_why_a_hub_gave_nothing(
     behind.response = _Answer(status)  # pyright: ignore[reportAttributeAccessIssue]
     outer = OSError("Got: ConnectError: no route\nPlease check your connection")
     outer.__cause__ = behind
+    behind.__cause__ = outer
     found = not_given(outer, "a/b", "model", "source.model: ")
     assert (found.what, found.fix) == (told, fix)

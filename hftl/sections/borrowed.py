@@ -29,11 +29,10 @@ NEEDS_OTHER_DATA = (
     "eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_config",
 )  # fmt: skip
 OFTEN_MEANT = {
-    "lr": "learning_rate", "epochs": "num_train_epochs", "warmup": "warmup_steps",
-    "batch_size": "per_device_train_batch_size", "batch": "per_device_train_batch_size",
-    "rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "modules": "target_modules",
+    "lr": "learning_rate", "batch_size": "per_device_train_batch_size",
+    "batch": "per_device_train_batch_size", "rank": "r",
 }  # fmt: skip
-"""Names that people give, no letters of which lead to the field they mean."""
+"""Names that people give whose letters lead to no field, or to another."""
 LIBRARY = {"training": "transformers.TrainingArguments", "lora": "peft.LoraConfig"}
 
 

@@ -6,6 +6,8 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from hftl.sections.section import Section
 
+Task = Literal["classification", "multi-label", "regression", "token-classification"]
+
 
 class Table(Section):
     """A dataset: a file, a folder, `package:<import name>/<path>` or a Hub id."""
@@ -83,9 +85,7 @@ Part = Annotated[
 class Data(Section):
     """What is learnt from, and how it is split."""
 
-    task: Literal["classification", "multi-label", "regression", "token-classification"] | None = (
-        "classification"
-    )
+    task: Task | None = "classification"
     train: Table
     validation: Part = Fraction(fraction=0.2)
     test: Part = Fraction(fraction=0.2)

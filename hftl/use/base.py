@@ -39,9 +39,11 @@ def base_folder(folder: Path, notes: Notes, base: str | Path | None) -> Path:
     elif adapter.get("base_model_name_or_path"):
         source = Source(model=adapter["base_model_name_or_path"], revision=adapter.get("revision"))
         # Only the hub has commits: a folder here of that name is not what was meant.
-        on_hub = source.revision is not None
+        on_hub = bool(source.revision and places.HUB_ID.fullmatch(source.model))
     else:
-        raise RecipeError(f"{folder} does not say its base model", "Give it: --base MODEL")
+        raise RecipeError(
+            f"{places.called(folder)} does not say its base model", "Give it: --base MODEL"
+        )
     found = find_source(source, on_hub)
     expected = (adapted or notes.source).weights_sha256
     if expected and weights_sha256(found) != expected:

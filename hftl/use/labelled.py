@@ -12,6 +12,7 @@ from hftl.data.pixels import ImageInputs
 from hftl.errors import DataError
 from hftl.explain import closest
 from hftl.sections.data import Data, Table
+from hftl.use.locate import loading
 from hftl.use.notes import Notes
 from hftl.use.predict import Predictor
 
@@ -43,11 +44,12 @@ def read_labelled(path: Path, predictor: Predictor, folder: Path) -> Items:
         raise DataError(f"{path} does not exist", "Check the path")
     noted = Notes.read(folder).recipe.data
     columns = noted.train.model_dump()
-    data = Data(
-        task=predictor.task,  # pyright: ignore[reportArgumentType]
-        train=Table(path=str(path), **columns),
-        max_pixels=noted.max_pixels,
-    )
+    with loading(folder):
+        data = Data(
+            task=predictor.task,  # pyright: ignore[reportArgumentType]
+            train=Table(path=str(path), **columns),
+            max_pixels=noted.max_pixels,
+        )
     table = data.train
     if path.is_dir():
         _check_folder(path, predictor.modality)

@@ -110,5 +110,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RunFolderError(
-            f"{path} is no mapping in JSON", f"Look closer: hftl doctor {path.parent}"
+            f"{places.called(path.parent)}: {path.name} is no mapping in JSON",
+            f"Look closer: hftl doctor {places.called(path.parent)}",
         ) from error

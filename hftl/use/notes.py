@@ -1,17 +1,18 @@
 """What a published folder notes of its use, in hftl.json: checked once, as it is read."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hftl import places
 from hftl.errors import RunFolderError
-from hftl.sections.data import Data
+from hftl.sections.data import Data, Task
 from hftl.use.locate import read_json
 
 FILE = "hftl.json"
-Names = str | Annotated[list[str], Field(min_length=1)]
+Texts = str | Annotated[list[str], Field(min_length=1, max_length=2)]
+Labels = str | Annotated[list[str], Field(min_length=2)]
 
 
 class Part(BaseModel):
@@ -23,9 +24,9 @@ class Part(BaseModel):
 class Columns(Part):
     """The columns of a table."""
 
-    text: Names = "text"
+    text: Texts = "text"
     image: str = "image"
-    label: Names = "label"
+    label: Labels = "label"
 
 
 class Inputs(Part):
@@ -45,7 +46,7 @@ class Asked(Part):
 class Answers(Part):
     """What the outputs mean."""
 
-    task: Literal["classification", "multi-label", "regression", "token-classification"]
+    task: Task
     labels: list[str] | None = None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from PIL.Image import Image
 from torch import nn
 
+from hftl import places
 from hftl.data import answers
 from hftl.data.cells import text_fault
 from hftl.data.decode import BadImage, decode, too_small
@@ -176,7 +177,7 @@ def with_model(folder: Path, model: nn.Module) -> Predictor:
         config: Any = AutoConfig.from_pretrained(folder)
         task = _task(notes, config)
         names = [] if task == "regression" else _names(notes, config)
-    inputs, columns = _inputs(folder, config, task, notes.recipe.data)
+        inputs, columns = _inputs(folder, config, task, notes.recipe.data)
     where = device()
     return Predictor(model.to(where), inputs, task, names, columns, where)
 
@@ -201,7 +202,8 @@ def _names(notes: Notes, config: Any) -> list[str]:
     if notes.data is None:
         return shown
     names = notes.data.labels or []
-    if names != shown and not all(map(UNNAMED.fullmatch, shown)):
+    unnamed = len(names) == len(shown) and all(map(UNNAMED.fullmatch, shown))
+    if names != shown and not unnamed:
         raise ValueError(
             f"the labels are {', '.join(shown)} in config.json, and {', '.join(names)} in hftl.json"
         )
@@ -217,8 +219,7 @@ def _inputs(
     if anatomy_of(config).modality == "image":
         processor: Any = _loaded(AutoImageProcessor, folder, backend="pil")
         reading = Data(train=Table(path="."), max_pixels=noted.max_pixels)
-        with loading(folder):
-            side = target_size(processor)
+        side = target_size(processor)
         inputs = ImageInputs(
             reading, processor, position_arguments(config, side), patch_size(config)
         )
@@ -240,7 +241,7 @@ def _loaded(kind: Any, folder: Path, **more: Any) -> Any:
         return kind.from_pretrained(folder, **more)
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(
-            f"{folder} has no usable {kind.__name__.removeprefix('Auto')}: "
+            f"{places.called(folder)} has no usable {kind.__name__.removeprefix('Auto')}: "
             f"{str(error).splitlines()[0]}",
             "Give a folder that hftl published, or save it beside the model",
         ) from error
