@@ -46,9 +46,11 @@ def planted(
         yield run, told
 
 
-@pytest.fixture
-def push(planted: tuple[Path, dict[str, str]], hub: LocalHub, tmp_path: Path) -> Iterator[Pusher]:
-    with pusher(hub.environment(tmp_path / "cache") | planted[1]) as found:
+@pytest.fixture(scope="module")
+def push(
+    planted: tuple[Path, dict[str, str]], hub: LocalHub, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pusher]:
+    with pusher(hub.environment(tmp_path_factory.mktemp("cache")) | planted[1]) as found:
         yield found
 
 
