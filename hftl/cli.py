@@ -210,7 +210,7 @@ def doctor(
     base: Annotated[str | None, typer.Option(help="its base, if it is not the one named")] = None,
     fix: Annotated[bool, typer.Option("--fix", help="mend what is safe to mend")] = False,
 ) -> None:
-    """Examine any adapter, without running any of it."""
+    """Examine any adapter, running none of it; exits 4 on defects."""
     from hftl.pipeline import quiet
     from hftl.publish.doctor.told import diagnose
 
@@ -224,7 +224,7 @@ def compare(
     data: Annotated[Path | None, typer.Option(help="labelled; default: the runs' test")] = None,
     output: Annotated[Path | None, typer.Option(help=".csv, its plot beside it; or .png")] = None,
 ) -> None:
-    """Score several runs or adapters on the same items."""
+    """Score several models on the same items, against the first."""
     from hftl.pipeline import quiet
     from hftl.use.compare import compare as compared
 

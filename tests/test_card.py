@@ -19,9 +19,10 @@ from hftl.card.plots import plot_frontier, plot_ladder
 from hftl.card.report import render_report
 from hftl.card.valid import own_card_problems
 from hftl.measure.verdict import decide, interval_text
+from hftl.phases.finish import _summary
 from hftl.publish.told import publishable
 from hftl.recipe import Recipe
-from hftl.record import to_json
+from hftl.record import Record, to_json
 
 GAINS: dict[str, dict[str, Any] | None] = {
     "positive": {"value": 0.105, "ci95": [0.071, 0.139], "p_value": None},
@@ -640,3 +641,10 @@ def test_one_epoch_is_told_as_one(epochs: float, told: str) -> None:
     record = make()
     record["recipe"]["finetune"]["training"]["num_train_epochs"] = epochs
     assert told in render_card(record)
+
+
+@pytest.mark.parametrize(("case", "pushed"), [("positive", True), ("negative", False)])
+def test_a_push_is_proposed_only_where_it_would_be_done(case: str, pushed: bool) -> None:
+    told = _summary(Record(make(case), Path("runs/x")), True)
+    assert "  hftl predict runs/x INPUT" in told
+    assert ("  hftl publish runs/x --dry-run" in told) == pushed

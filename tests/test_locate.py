@@ -15,6 +15,18 @@ from hftl.use.notes import Notes
 PACKAGED = "package:somewhere/model"
 
 
+def asked(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[tuple[Source, bool]]:
+    """The sources that will be looked for, and whether on the hub alone; all are found."""
+    sought = []
+
+    def found(source: Source, on_hub: bool) -> Any:
+        sought.append((source, on_hub))
+        return SimpleNamespace(folder=folder)
+
+    monkeypatch.setattr(base, "find_source", found)
+    return sought
+
+
 @pytest.mark.parametrize(
     ("adapt", "expected"),
     [
@@ -29,17 +41,11 @@ def test_an_installed_source_is_the_base_unless_that_was_adapted(
 ) -> None:
     named = {"base_model_name_or_path": "me/base", "revision": "abc"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(named), encoding="utf-8")
-    sought = []
-
-    def found(source: Source, on_hub: bool) -> Any:
-        sought.append(source)
-        return SimpleNamespace(folder=tmp_path)
-
-    monkeypatch.setattr(base, "find_source", found)
+    sought = asked(monkeypatch, tmp_path)
     monkeypatch.setattr(locate.places, "at_hand", lambda place: True)
     notes = Notes.model_validate({"source": {"model": PACKAGED}, "adapt": adapt})
     base.base_folder(tmp_path, notes, None)
-    assert sought == [expected]
+    assert [source for source, _ in sought] == [expected]
 
 
 @pytest.mark.parametrize(
@@ -57,15 +63,9 @@ def test_a_pinned_base_is_the_hubs_even_where_a_folder_has_its_name(
     (tmp_path / "base").mkdir()
     named = {"base_model_name_or_path": name, "revision": revision}
     (tmp_path / "adapter_config.json").write_text(json.dumps(named), encoding="utf-8")
-    sought = []
-
-    def found(source: Source, on_hub: bool) -> Any:
-        sought.append(on_hub)
-        return SimpleNamespace(folder=tmp_path)
-
-    monkeypatch.setattr(base, "find_source", found)
+    sought = asked(monkeypatch, tmp_path)
     base.base_folder(tmp_path, Notes(), None)
-    assert sought == [of_the_hub]
+    assert [on_hub for _, on_hub in sought] == [of_the_hub]
 
 
 @pytest.mark.parametrize(
@@ -89,15 +89,9 @@ def test_a_run_finds_its_pinned_base_where_its_recipes_path_leads_nowhere(
     (tmp_path / "run" / "recipe.yaml").write_text(recipe, encoding="utf-8")
     named = {"base_model_name_or_path": "me/base", "revision": revision}
     (publish / "adapter_config.json").write_text(json.dumps(named), encoding="utf-8")
-    sought = []
-
-    def found(source: Source, on_hub: bool) -> Any:
-        sought.append(source)
-        return SimpleNamespace(folder=tmp_path)
-
-    monkeypatch.setattr(base, "find_source", found)
+    sought = asked(monkeypatch, tmp_path)
     base.base_folder(publish, Notes(), None)
-    assert sought == [expected]
+    assert [source for source, _ in sought] == [expected]
 
 
 @pytest.mark.parametrize("text", ["{", "5", "\xff"])

@@ -210,7 +210,7 @@ def killed(hub: LocalHub, run: Path, home: Path, after: float) -> float:
     return time.monotonic() - began
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_push_that_is_killed_leaves_the_old_state_or_the_new(
     count: int, hub: LocalHub, push: Pusher, run: Path, tmp_path: Path
 ) -> None:
