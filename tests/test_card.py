@@ -224,6 +224,27 @@ def test_our_own_checks_find_nothing(case: str, task: str, own: str) -> None:
     assert own_card_problems(render_card(make(case, task, own))) == []
 
 
+@pytest.mark.parametrize(("ci95", "words"), [
+    ([-0.021, 0.011], "Not better than head"), ([-0.02, -0.001], "Worse than head"),
+    ([0.001, 0.02], None),
+])  # fmt: skip
+def test_a_model_that_is_not_better_than_head_says_so_in_its_first_sentence(
+    ci95: list[float], words: str | None
+) -> None:
+    record = make()
+    row = next(row for row in record["ladder"] if row["arm"] == "head")
+    row["gain_of_own"] |= {"value": sum(ci95) / 2, "ci95": ci95}
+    row["test"] = 0.7254 - sum(ci95) / 2
+    record["verdict"] = decide(record["transfer_gain"], row["gain_of_own"], 0.0)
+    sentence = gain_sentence(record)
+    assert sentence.startswith(words or "Transfer helped")
+    assert (interval_text(row["gain_of_own"]) in sentence) == (words is not None)
+    assert "Transfer helped" in sentence, "what it beats is told all the same"
+    bold = next(line for line in render_card(record).splitlines() if line.startswith("**"))
+    assert bold == f"**{sentence}**"
+    assert sentence in _summary(Record(record, Path("run")), True)
+
+
 def test_metadata_tell_what_is_known() -> None:
     record = make(hub_revisions={"train": "a" * 40, "test": "b" * 40, "general": "c" * 40})
     tables = record["recipe"]["data"]

@@ -56,14 +56,32 @@ def test_publishes_only_when_all_three_hold(gain: str, over_head: str, reload: f
     against = [gain != "positive", over_head in HEAD_AHEAD, not RELOADS[reload]]
     assert found["decision"] == ("hold" if any(against) else "publish")
     reasons = " / ".join(found["reasons"])
+    level = over_head == "level"
+    assert ("not better than head" in found["reasons"][0]) == level
     if any(against):
-        assert len(found["reasons"]) == sum(against)
+        assert len(found["reasons"]) == sum(against) + level
         assert (SAYS[gain] in reasons) == against[0]
         assert ("linear head is better" in reasons) == against[1]
         assert ("the reload is not the same" in reasons) == against[2]
     else:
         assert SAYS["positive"] in reasons and "reload proved" in reasons
-        assert ("not worse than head" in reasons) == (over_head != "absent")
+        behind = over_head in ("behind", "one seed behind")
+        assert any(reason.startswith("better than head") for reason in found["reasons"]) == behind
+
+
+@pytest.mark.parametrize("decision_gain", ["positive", "undetermined", "no baseline"])
+@pytest.mark.parametrize(("over_head", "words"), [
+    ({"value": -0.005, "ci95": [-0.021, 0.011]}, "not better than head"),
+    ({"value": 0.0, "ci95": [0.0, 0.0]}, "not better than head"),
+    ({"value": -0.05, "ci95": [-0.09, -0.01]}, "the frozen encoder with a linear head is better"),
+])  # fmt: skip
+def test_a_model_that_is_not_better_than_head_says_so_first(
+    over_head: dict[str, Any], words: str, decision_gain: str
+) -> None:
+    """A LoRA at -.005 of head was published for its gain over scratch, and said so alone."""
+    found = decide(full(decision_gain), {"metric": "accuracy", **over_head}, 0.0)
+    assert found["reasons"][0].startswith(words)
+    assert interval_text(over_head) in found["reasons"][0]
 
 
 @pytest.mark.parametrize("decision_gain", ["positive", "negative"])

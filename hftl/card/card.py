@@ -28,7 +28,7 @@ from hftl.card.page import rendered
 from hftl.card.plain import code, fenced, inert
 from hftl.card.snippets import plain_snippet
 from hftl.card.valid import is_hub_id
-from hftl.measure.verdict import interval_text
+from hftl.measure.verdict import interval_text, is_better, is_worse
 from hftl.metrics import less_is_better
 
 OUTCOMES = {
@@ -50,18 +50,40 @@ def render_card(record: dict[str, Any], place: str = ".") -> str:
 
 
 def gain_sentence(record: dict[str, Any]) -> str:
-    """The transfer gain in one sentence: the outcome, both scores, the gain and how sure it is."""
+    """The transfer gain in one sentence: the outcome, both scores, the gain and how sure it is.
+
+    Before it comes the comparison with `head`, where this model is not better.
+    """
     gain = record["transfer_gain"]
+    head = _head_sentence(record)
     if gain is None:
-        return "No baseline was run, so the transfer gain is not known."
+        return f"{head}No baseline was run, so the transfer gain is not known."
     test = {row["arm"]: row["test"] for row in record["ladder"]}
-    seeds = f"{gain['seeds']} seeds" if gain["seeds"] > 1 else "one seed"
-    sure = f"95 % interval, {seeds}" if gain["ci95"] else f"{seeds}, no interval"
+    own = f"{gain['metric']} {test[record['own_arm']]:.3f}"
     return (
-        f"{OUTCOMES[gain['outcome']]}: {gain['metric']} {test[record['own_arm']]:.3f} against "
+        f"{head}{OUTCOMES[gain['outcome']]}: {own} against "
         f"{test[gain['baseline']]:.3f} for {called(gain['baseline'], record)}, a gain of "
-        f"{interval_text(gain)} ({sure})."
+        f"{interval_text(gain)} ({_certainty(gain)})."
     )
+
+
+def _head_sentence(record: dict[str, Any]) -> str:
+    """Say that the model is not better than `head`; nothing where it is, or `head` did not run."""
+    row = next((row for row in record["ladder"] if row["arm"] == "head"), None)
+    over = row and row["gain_of_own"]
+    if row is None or over is None or is_better(over):
+        return ""
+    words = "Worse than" if is_worse(over) else "Not better than"
+    own = next(row["test"] for row in record["ladder"] if row["arm"] == record["own_arm"])
+    return (
+        f"{words} {called('head', record)}: {record['metric']} {own:.3f} against "
+        f"{row['test']:.3f}, a difference of {interval_text(over)} ({_certainty(over)}). "
+    )
+
+
+def _certainty(gain: dict[str, Any]) -> str:
+    seeds = f"{gain['seeds']} seeds" if gain["seeds"] > 1 else "one seed"
+    return f"95 % interval, {seeds}" if gain["ci95"] else f"{seeds}, no interval"
 
 
 def _page(record: dict[str, Any], place: str) -> dict[str, Any]:

@@ -12,7 +12,10 @@ def decide(
     over_source: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Publish only when the gain is beyond noise, neither `head` nor the recipe without adaptation
-    is better, and the reload is proved.
+    is better beyond noise, and the reload is proved.
+
+    A model that is not better than `head` says so first, whatever the decision: the gain over a
+    baseline that was not pretrained does not show that training the encoder was worth it.
 
     Args:
         gain: the transfer gain, or None where no baseline ran.
@@ -24,13 +27,15 @@ def decide(
     Returns:
         `{decision: publish | hold, reasons: [...]}`; on publish the reasons say what speaks for it.
     """
-    checks = [
-        _gain(gain), _head(over_head), _adaptation(over_source), _reload(reload_difference),
-    ]  # fmt: skip
-    against = [reason for fine, reason in checks if not fine]
-    if against:
-        return {"decision": "hold", "reasons": against}
-    return {"decision": "publish", "reasons": [reason for _, reason in checks if reason]}
+    head_holds, head_reason = _head(over_head)
+    ahead = over_head is None or is_better(over_head)
+    checks = [_gain(gain), _adaptation(over_source), _reload(reload_difference)]
+    checks.insert(1 if ahead else 0, (head_holds, head_reason))
+    against = [reason for holds, reason in checks if not holds]
+    if not against:
+        return {"decision": "publish", "reasons": [reason for _, reason in checks if reason]}
+    level = not ahead and head_holds
+    return {"decision": "hold", "reasons": [head_reason, *against] if level else against}
 
 
 def decide_adapted(stages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -47,6 +52,16 @@ def decide_adapted(stages: list[dict[str, Any]]) -> dict[str, Any]:
     if any(stage["guard"]["kind"] == "off" for stage in kept):
         return {"decision": "hold", "reasons": [f"{fell}, but nothing guarded it"]}
     return {"decision": "publish", "reasons": [f"{fell}, and the guard held"]}
+
+
+def is_better(gain: dict[str, Any]) -> bool:
+    """Tell whether a gain is above zero beyond noise; without an interval, above zero at all."""
+    return (gain["value"] if gain["ci95"] is None else gain["ci95"][0]) > 0
+
+
+def is_worse(gain: dict[str, Any]) -> bool:
+    """Tell whether a gain is below zero beyond noise; without an interval, below zero at all."""
+    return (gain["value"] if gain["ci95"] is None else gain["ci95"][1]) < 0
 
 
 def interval_text(gain: dict[str, Any]) -> str:
@@ -78,13 +93,11 @@ def _head(over_head: dict[str, Any] | None) -> tuple[bool, str]:
     if over_head is None:
         return True, ""
     told = f"{interval_text(over_head)} {over_head['metric']}"
-    if over_head["ci95"] is None:
-        worse = over_head["value"] < 0
-    else:
-        worse = over_head["ci95"][1] < 0
-    if worse:
+    if is_worse(over_head):
         return False, f"the frozen encoder with a linear head is better: {told} against head"
-    return True, f"not worse than head: {told}"
+    if not is_better(over_head):
+        return True, f"not better than head, the frozen encoder with a linear head: {told}"
+    return True, f"better than head: {told}"
 
 
 def _adaptation(over_source: dict[str, Any] | None) -> tuple[bool, str]:
