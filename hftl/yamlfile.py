@@ -106,7 +106,7 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
     for depth, name in enumerate(parents):
         here = ".".join(parents[: depth + 1])
         if isinstance(node, list):
-            if not name.isdigit() or int(name) >= len(node):
+            if not (name.isascii() and name.isdigit()) or int(name) >= len(node):
                 raise RecipeError(
                     f"{dotted}: {here} is none of a list of {len(node)}", "Count from 0"
                 )

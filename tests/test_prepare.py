@@ -78,6 +78,17 @@ def test_class_ids_follow_numbers_as_numbers(tmp_path: Path) -> None:
     assert [found.names[i] for i in ids] == [row.label for row in found.rows["test"]]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("1", "\u2460"), ("1", "2", "\u00b2"), ("-1", "--1"), ("-", "1"), ("1", "9" * 5000)],
+    ids=["circled", "superscript", "two minus signs", "minus alone", "too long"],
+)
+def test_a_name_that_only_resembles_a_number_is_a_name(tmp_path: Path, names: Any) -> None:
+    rows = [(f"text {i}", names[i % len(names)]) for i in range(60)]
+    path = write_csv(tmp_path / "a.csv", HEADER, rows)
+    assert prepare(data(path)).names == sorted(names)
+
+
 def test_targets_are_floats_and_have_no_classes(tmp_path: Path) -> None:
     rows = [(f"text {i}", i / 10) for i in range(50)]
     path = write_csv(tmp_path / "a.csv", HEADER, rows)

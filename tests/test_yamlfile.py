@@ -113,6 +113,12 @@ def test_an_override_that_cannot_be_applied(assignment: str, message: str) -> No
         override({"data": {"train": "a.csv"}}, [assignment])
 
 
+@pytest.mark.parametrize("index", ["\u00b2", "\u2460", "x"])
+def test_an_index_that_is_no_number_is_refused(index: str) -> None:
+    with pytest.raises(RecipeError, match="none of a list"):
+        set_key({"a": [{"b": 1}, {"b": 2}, {"b": 3}]}, f"a.{index}.b", 4)
+
+
 def test_flatten_is_undone_by_set_key() -> None:
     tree = {"a": {"b": {"c": 1, "d": None}, "e": [{"f": 2}]}, "g": {}}
     flat = flatten(tree)

@@ -7,6 +7,7 @@ user's; data count by content, wherever they lie and in whatever order.
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from hftl.record import fingerprint, to_json
 from hftl.sections.data import Data, Fraction, Table
 
 SPLITS = ("train", "validation", "test")
+INTEGER = re.compile(r"-?[0-9]{1,18}")
+"""A class name that is ordered as a number; `str.isdigit` also accepts names that int refuses."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +247,7 @@ def _names(rows: dict[str, list[Row]], task: str) -> list[str]:
                     f"{row.where}: {split} has the label {min(strange)!r}, which train never has",
                     "Correct the label, or give train examples of it",
                 )
-    number = all(name.lstrip("-").isdigit() for name in known)
+    number = all(map(INTEGER.fullmatch, known))
     return sorted(known, key=lambda name: (int(name), name) if number else (0, name))
 
 

@@ -157,7 +157,7 @@ def _repeatable(request: Any) -> bool:
 
 def _retry_after(answer: Any) -> float | None:
     told = answer.headers.get("Retry-After", "") if answer is not None else ""
-    return float(told) if told.isdigit() else None
+    return float(told) if told.isascii() and told.isdigit() else None
 
 
 def _named(request: Any) -> str:

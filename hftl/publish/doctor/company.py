@@ -12,6 +12,8 @@ TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.mod
 BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                     "merges.txt")  # fmt: skip
 PROCESSOR = ("preprocessor_config.json", "processor_config.json")
+NUMBER = re.compile(r"[0-9]{1,18}")
+"""Of a label; Python refuses to read a longer one."""
 UNNAMED = re.compile(r"LABEL_\d+")
 FOR_IMAGES = ("ForImageClassification", "ForPreTraining", "ForMaskedImageModeling")
 
@@ -33,7 +35,7 @@ def company(
 def label_names(config: dict[str, Any]) -> list[str]:
     """The labels' names of a config in the order of their ids; empty where it has none."""
     told = config.get("id2label")
-    if not isinstance(told, dict) or not all(str(key).isdecimal() for key in told):
+    if not isinstance(told, dict) or not all(NUMBER.fullmatch(str(key)) for key in told):
         return []
     return [str(told[key]) for key in sorted(told, key=lambda key: int(str(key)))]
 
