@@ -174,7 +174,7 @@ def contender(who: str, shape: Shape, folder: Path, training: dict[str, Any]) ->
         "save_strategy": "no", "logging_strategy": "no", "report_to": "none",
         "logging_nan_inf_filter": False,
     }  # fmt: skip
-    args = arguments("adapt", training, shared, str(folder / "out"), SEED, "cpu", progress=False)
+    args = arguments("adapt", training, shared, str(folder / "out"), SEED, "cpu")
     if who == "trainer":
         model = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32)
         return Peer(model=model, args=args, train_dataset=data, data_collator=whole_labels(data))

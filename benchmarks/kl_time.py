@@ -81,7 +81,7 @@ def once(recipe: hftl.Recipe, bench: Workbench, way: str) -> tuple[float, float]
         lambda: ({}, {}),
         lambda before: before.build("mean", 0).model,
     )
-    train_arm(bench, recipe.finetune, 0, False, kept)
+    train_arm(bench, recipe.finetune, 0, kept)
     return time.perf_counter() - clock, time.process_time() - processor
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -112,7 +113,8 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
     from hftl import show
     from hftl.pipeline import preflight
 
-    header, found = preflight(loaded)
+    with _progress():
+        header, found = preflight(loaded)
     say(show.header(header))
     if loaded.data.task is not None:
         say(f"  {show.input_facts(found)}")
@@ -150,7 +152,8 @@ def predict(
     from hftl.use.tables import predict_table
 
     quiet()
-    text = predict_table(model, data, output, base)
+    with _progress():
+        text = predict_table(model, data, output, base)
     if text is not None:
         sys.stdout.write(text)
     else:
@@ -229,7 +232,9 @@ def compare(
     from hftl.use.compare import compare as compared
 
     quiet()
-    say(compared(models, data, output))
+    with _progress():
+        table = compared(models, data, output)
+    say(table)
     if output is not None:
         say(f"wrote {output}, plot {output.with_suffix('.png')}")
 
@@ -238,6 +243,17 @@ def compare(
 def schema() -> None:
     """Print the recipe's JSON schema."""
     say(to_json(Recipe.model_json_schema()).rstrip())
+
+
+def _progress() -> AbstractContextManager[None]:
+    """Show progress while a command works, where somebody looks at a terminal."""
+    from hftl.progress import show_progress
+
+    return show_progress(_is_watched())
+
+
+def _is_watched() -> bool:
+    return sys.stderr.isatty() and processes.is_main()
 
 
 def say(line: str) -> None:
@@ -254,8 +270,7 @@ def _run(
     failure.COMMAND.again = " ".join(["hftl", *map(_quoted, sys.argv[1:])])
     from hftl import pipeline
 
-    watched = sys.stderr.isatty() and processes.is_main()
-    pipeline.run(loaded, folder, until=until, restart=restart, say=say, progress=watched)
+    pipeline.run(loaded, folder, until=until, restart=restart, say=say, progress=_is_watched())
 
 
 def main() -> NoReturn:

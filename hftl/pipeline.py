@@ -33,6 +33,7 @@ from hftl.phases.ladder import Run, adaptation_header, announce, header, run_arm
 from hftl.phases.pushing import Asked, foresee, push_finished
 from hftl.phases.reads import data_reads, general_reads, refuse_changed
 from hftl.phases.retaining import check_kept, check_labelled, reads_labels
+from hftl.progress import show_progress, working
 from hftl.recipe import Recipe, arms
 from hftl.record import Record, fingerprint
 
@@ -74,8 +75,9 @@ def run(
         output = recipe.default_output()
     folder = Path(output)
     quiet()
-    this = Run(recipe, folder, say if processes.is_main() else _silent, progress)
+    this = Run(recipe, folder, say if processes.is_main() else _silent)
     with ExitStack() as stack:
+        stack.enter_context(show_progress(progress))
         processes.share(lambda: _enter(folder, stack))
         return _phases(this, until, restart)
 
@@ -103,7 +105,8 @@ def _phases(this: Run, until: str, restart: bool) -> Record | None:
     source = processes.first(lambda: find_source(recipe.source))
     processes.first(lambda: check_stages(recipe, source))
     processes.first(lambda: check_kept(recipe, source))
-    bench = processes.first(lambda: _bench(this, source))
+    with working("data"):
+        bench = processes.first(lambda: _bench(this, source))
     if until != "adapt":
         bench.general = processes.first(lambda: _general(this, bench))
         processes.first(lambda: check_labelled(recipe, bench))

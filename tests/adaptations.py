@@ -124,5 +124,5 @@ def adapted(
     measure: Callable[[], float] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:  # fmt: skip
     """What `adapt` told, and the weights it left."""
-    told = adapt(model, task, stage, rule, measure or length_of(model), 3, "cpu", folder, False)
+    told = adapt(model, task, stage, rule, measure or length_of(model), 3, "cpu", folder)
     return told, weights(model)

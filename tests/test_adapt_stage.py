@@ -265,7 +265,7 @@ def test_the_general_loss_guards(tiny_model: Tiny, tmp_path: Path) -> None:
     source = tiny_model()
     model, task = model_of("mlm", source), task_of("mlm", source, general=True)
     told = training.adapt(
-        model, task, stage_of("mlm"), Rule("general", 0.1), None, 3, "cpu", tmp_path, False
+        model, task, stage_of("mlm"), Rule("general", 0.1), None, 3, "cpu", tmp_path
     )
     assert all(seen["guard"] == -seen["general"] for seen in told["history"])
     general = training.Task(task.train, task.general, None, task.collate)  # pyright: ignore
@@ -295,7 +295,7 @@ def test_a_small_corpus_is_warmed_as_patiently_as_a_large_one(tiny_model: Tiny) 
     """An epoch of one step is no reason to look at every step and find little gained by it."""
     folder = tiny_model(KINDS["mlm"])
     model, fresh = cold("mlm", folder)
-    told = training.warm(model, fresh, task_of("mlm", folder), stage_of("mlm"), 0, "cpu", False)
+    told = training.warm(model, fresh, task_of("mlm", folder), stage_of("mlm"), 0, "cpu")
     assert told["steps"] >= 3 * training.WARM_LOOKS and told["loss"][1] < told["loss"][0]
 
 
@@ -319,7 +319,7 @@ def test_warming_trains_the_fresh_head_alone_until_it_levels_off(
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     encoder = {name: t.clone() for name, t in encoder_state(model).items()}
     start = held_out_loss(model, task)
-    told = training.warm(model, fresh, task, stage_of(objective), 0, "cpu", False)
+    told = training.warm(model, fresh, task, stage_of(objective), 0, "cpu")
     for name, tensor in encoder_state(model).items():
         assert torch.equal(tensor, encoder[name]), name
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
@@ -344,7 +344,7 @@ def test_a_head_that_is_not_fresh_stays(tiny_model: Tiny) -> None:
     model, _ = cold("mlm", tiny_model())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     fresh = ("cls.predictions.bias",)
-    training.warm(model, fresh, task_of("mlm", tiny_model()), stage_of("mlm"), 0, "cpu", False)
+    training.warm(model, fresh, task_of("mlm", tiny_model()), stage_of("mlm"), 0, "cpu")
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {"stock.cls.predictions.bias"}
 

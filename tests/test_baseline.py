@@ -61,10 +61,10 @@ def test_scratch_gets_its_longer_budget_and_the_search_a_third(
         {"source": {"model": "a/b"}, "data": {"train": "x.csv"}, "finetune": {"training": TRAINING}}
     ).finetune
     search = Search(learning_rates=[1e-3, 3e-3, 1e-2], epochs_factor=3)
-    found = baseline.search_rate(bench, finetune, search, 0, False)
+    found = baseline.search_rate(bench, finetune, search, 0)
     assert found["learning_rate"] == 3e-3 and len(found["tried"]) == 3
     assert [t["num_train_epochs"] for t in given] == pytest.approx([4, 4, 4])
-    baseline.train_scratch(bench, finetune, search, found["learning_rate"], 0, False)
+    baseline.train_scratch(bench, finetune, search, found["learning_rate"], 0)
     assert given[-1]["num_train_epochs"] == 12 and given[-1]["learning_rate"] == 3e-3
 
 

@@ -43,7 +43,7 @@ def made(tree: dict[str, Any], folder: Path) -> tuple[Corpus, Any]:
     recipe = Recipe.parse(tree)
     bench = bench_of(recipe)
     folder.mkdir(exist_ok=True)
-    return corpus_of(Run(recipe, folder, print, False), bench, recipe.stages[0]), bench
+    return corpus_of(Run(recipe, folder, print), bench, recipe.stages[0]), bench
 
 
 def texts_of(corpus: Corpus, bench: Any) -> set[str]:

@@ -141,7 +141,7 @@ def test_near_copies_of_what_measures_are_not_used(
             Image.fromarray(pixels + (pixels < 255)).save(file)
     recipe_tree["data"]["general"] = {"path": str(path), "label": "label"}
     recipe = Recipe.parse(recipe_tree)
-    this = Run(recipe, tmp_path / "run", print, False)
+    this = Run(recipe, tmp_path / "run", print)
     (tmp_path / "run").mkdir()
     bench = pipeline._bench(this, find_source(recipe.source))
     found = pipeline._general(this, bench)

@@ -99,7 +99,7 @@ def test_what_is_unfrozen_changes_and_what_is_frozen_does_not(
 ) -> None:
     always_better(monkeypatch)
     watch = Steps(monkeypatch)
-    outcome = train_arm(bench, settings(), 0, False)
+    outcome = train_arm(bench, settings(), 0)
     built = bench.build("mean", 0)
     parts = phases(prepare(built.model, "gradual"))
     assert len(watch.changed) == len(parts) == 4
@@ -126,7 +126,7 @@ def test_it_stops_where_validation_stops_improving_and_keeps_the_best(
         plain(state, everything, best, *rest)
 
     monkeypatch.setattr(module, "_keep", noted)
-    outcome = train_arm(bench, settings(), 0, False)
+    outcome = train_arm(bench, settings(), 0)
     assert len(watch.changed) == 3, "the third phase was no better, so there is no fourth"
     for name, tensor in outcome.weights.items():
         assert torch.equal(tensor, kept[2][name]), name
@@ -147,7 +147,7 @@ def test_the_last_phase_trains_everything_at_a_low_rate(
         return plain(trainer, *args, **kwargs)
 
     monkeypatch.setattr(TransferTrainer, "create_scheduler", noted)
-    train_arm(bench, settings(gradual={"final_epochs": 1, "final_rate": 0.2}), 0, False)
+    train_arm(bench, settings(gradual={"final_epochs": 1, "final_rate": 0.2}), 0)
     assert len(watch.changed) == 5 and watch.changed[4] == watch.changed[3]
     assert rates == pytest.approx([5e-3] * 4 + [1e-3])
 
@@ -166,7 +166,7 @@ def test_with_layer_rates_every_part_keeps_its_own(
         return found
 
     monkeypatch.setattr(TransferTrainer, "train", train)
-    train_arm(bench, settings(layer_decay=0.5), 0, False)
+    train_arm(bench, settings(layer_decay=0.5), 0)
     assert seen == [{round(5e-3 * 0.5**k, 9) for k in range(5)}] * 4
 
 
@@ -193,7 +193,7 @@ def test_what_was_stopped_goes_on_to_the_same_weights(
         return Kept({"retain": [KLToOriginal(0.5), L2SP(0.1)]}) if retained else Kept()
 
     always_better(monkeypatch)
-    whole = train_arm(bench, settings(), 0, False, kept())
+    whole = train_arm(bench, settings(), 0, kept())
     state = State(tmp_path / "state", READS)
     plain, count = module._keep, [0]
 
@@ -207,12 +207,12 @@ def test_what_was_stopped_goes_on_to_the_same_weights(
         patch.setattr(module, "_keep", killed)
         always_better(patch)
         with pytest.raises(KeyboardInterrupt):
-            train_arm(bench, settings(), 0, False, kept(), state)
+            train_arm(bench, settings(), 0, kept(), state)
     assert json.loads((tmp_path / "state" / "state.json").read_text())["phase"] == stopped
     with monkeypatch.context() as patch:
         always_better(patch, [stopped / 100 + v / 100 for v in range(100)])
         watch = Steps(patch)
-        again = train_arm(bench, settings(), 0, False, kept(), state)
+        again = train_arm(bench, settings(), 0, kept(), state)
     assert len(watch.changed) == 4 - stopped
     assert again.facts == whole.facts
     for name, tensor in whole.weights.items():
@@ -237,7 +237,7 @@ def test_every_phase_has_its_own_schedule_order_and_dropout(
         return plain(trainer, *args)
 
     monkeypatch.setattr(TransferTrainer, "training_step", noted)
-    train_arm(bench, settings(layer_decay=0.5), 3, False)
+    train_arm(bench, settings(layer_decay=0.5), 3)
     # 40 rows in batches of 16, and a linear schedule that ends at 0.
     assert [told == pytest.approx([5e-3, 5e-3 * 2 / 3, 5e-3 / 3]) for told in rates.values()] == (
         [True] * 4
@@ -259,7 +259,7 @@ def test_the_last_phase_follows_a_stop_from_the_best_weights(
         return found
 
     monkeypatch.setattr(TransferTrainer, "train", train)
-    outcome = train_arm(bench, settings(gradual={"final_epochs": 2}), 0, False)
+    outcome = train_arm(bench, settings(gradual={"final_epochs": 2}), 0)
     assert len(at_start) == 4, "three of five phases unfroze, then the last came"
     assert all(torch.equal(at_start[3][n], tensor) for n, tensor in at_end[1].items())
     assert all(not torch.equal(at_end[3][n], at_start[3][n]) for n in at_end[3] if "key" not in n)
@@ -268,7 +268,7 @@ def test_the_last_phase_follows_a_stop_from_the_best_weights(
 
 def test_the_epochs_of_all_phases_are_counted(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     always_better(monkeypatch, [0.1, 0.2, 0.3, 0.4, 0.35, 0.36])
-    outcome = train_arm(bench, settings(gradual={"epochs": 2}), 0, False)
+    outcome = train_arm(bench, settings(gradual={"epochs": 2}), 0)
     facts = outcome.facts
     assert (facts["epochs"], facts["best_epoch"]) == (6.0, 4.0)
     looks = [(r["phase"], r["epoch"]) for r in facts["history"] if "eval_loss" in r]
@@ -278,7 +278,7 @@ def test_the_epochs_of_all_phases_are_counted(bench: Any, monkeypatch: pytest.Mo
 
 def test_patience_is_counted_in_each_phase(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     always_better(monkeypatch, [0.5, 0.4, 0.3, 0.45, 0.6, 0.5, 0.5, 0.1, 0.1])
-    outcome = train_arm(bench, settings(patience=2, gradual={"epochs": 4}), 0, False)
+    outcome = train_arm(bench, settings(patience=2, gradual={"epochs": 4}), 0)
     looks = [row["phase"] for row in outcome.facts["history"] if "eval_loss" in row]
     # The first phase waits for two; the second for one before its best, and two after it.
     assert looks == [0, 0, 0, 1, 1, 1, 1, 2, 2]
@@ -286,7 +286,7 @@ def test_patience_is_counted_in_each_phase(bench: Any, monkeypatch: pytest.Monke
 
 def test_a_phase_without_an_evaluation_is_judged_at_its_end(bench: Any) -> None:
     training = {"eval_strategy": "steps", "eval_steps": 1000, "learning_rate": 5e-3, "bf16": False}
-    outcome = train_arm(bench, settings(training=training), 0, False)
+    outcome = train_arm(bench, settings(training=training), 0)
     start = bench.build("mean", 0).model.state_dict()
     assert not torch.equal(outcome.weights["head.weight"], start["head.weight"])
     assert {row["phase"] for row in outcome.facts["history"] if "eval_loss" in row} >= {0, 1}
@@ -305,7 +305,7 @@ def test_frozen_blocks_run_in_eval_mode(bench: Any, monkeypatch: pytest.MonkeyPa
         return found
 
     monkeypatch.setattr(TransferTrainer, "compute_loss", noted)
-    train_arm(bench, settings(), 0, False)
+    train_arm(bench, settings(), 0)
     assert [sum(told) for told in live.values()] == [0, 1, 2, 3]
     assert list(live.values())[1] == [False, False, True]
 
@@ -335,7 +335,7 @@ def test_it_is_refused_where_it_cannot_work(
         Recipe.parse(recipe_tree)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RecipeError, match="does not run under FSDP"):
-        train_arm(bench, settings(), 0, False)
+        train_arm(bench, settings(), 0)
 
 
 def test_a_run_that_was_stopped_in_an_arm_ends_as_one_that_was_not(

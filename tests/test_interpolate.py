@@ -165,15 +165,15 @@ def section(strategy: str) -> Finetune:
 def test_an_arm_at_0_is_the_probe_and_at_1_what_was_trained(
     bench: Workbench, strategy: str
 ) -> None:
-    plain = train_arm(bench, section(strategy), 0, False)
-    first = train_arm(bench, section(strategy), 0, False, Kept(alphas=(0.0,)))
-    last = train_arm(bench, section(strategy), 0, False, Kept(alphas=(1.0,)))
+    plain = train_arm(bench, section(strategy), 0)
+    first = train_arm(bench, section(strategy), 0, Kept(alphas=(0.0,)))
+    last = train_arm(bench, section(strategy), 0, Kept(alphas=(1.0,)))
     probe = solve_head(bench, section("head"), 0)
     assert not np.allclose(plain.logits["test"], probe.logits["test"], atol=1e-2)
     np.testing.assert_allclose(first.logits["test"], probe.logits["test"], atol=1e-4)
     assert np.array_equal(last.logits["test"], plain.logits["test"])
     assert all(torch.equal(last.weights[name], tensor) for name, tensor in plain.weights.items())
-    both = train_arm(bench, section(strategy), 0, False, Kept(alphas=(0.0, 1.0)))
+    both = train_arm(bench, section(strategy), 0, Kept(alphas=(0.0, 1.0)))
     told = both.facts["interpolation"]
     scores = {row["alpha"]: row["score"] for row in told["tried"]}
     for alpha, one in ((0.0, first), (1.0, last)):

@@ -277,7 +277,7 @@ def test_an_arm_with_rates_moves_as_its_rates_say(recipe_tree: dict[str, Any]) -
     }
     recipe = Recipe.parse(recipe_tree)
     bench = bench_of(recipe)
-    outcome = train_arm(bench, recipe.finetune, 0, False)
+    outcome = train_arm(bench, recipe.finetune, 0)
     before = bench.build("mean", 0).model.state_dict()
     for name, tensor in outcome.weights.items():
         moves = "layer.2." in name or name.startswith("head.")

@@ -215,7 +215,7 @@ def test_an_arm_trained_in_bf16_predicts_in_fp32(
     bench, recipe = opened(tiny_model(), tmp_path, "mean", "lora")
     training = recipe.finetune.training | {"bf16": True, "num_train_epochs": 1}
     finetune = recipe.finetune.model_copy(update={"training": training})
-    outcome = train_arm(bench, finetune, 0, progress=False)
+    outcome = train_arm(bench, finetune, 0)
     save_file(outcome.weights, tmp_path / "weights.safetensors")
     model = rebuild(bench, finetune, 0, tmp_path / "weights.safetensors")
     again = logits(model, bench.encoded(bench.prepared.rows["test"]), bench.inputs, "cpu")
@@ -230,7 +230,7 @@ def test_the_cards_plain_snippet_gives_the_logits(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     bench, recipe = opened(tiny_model("bert", True), tmp_path, pooling, strategy)
-    outcome = train_arm(bench, recipe.finetune, 0, progress=False)
+    outcome = train_arm(bench, recipe.finetune, 0)
     save_file(outcome.weights, tmp_path / "weights.safetensors")
     model = rebuild(bench, recipe.finetune, 0, tmp_path / "weights.safetensors")
     write_model(bench, model, recipe.finetune, tmp_path / "publish")
@@ -254,7 +254,7 @@ def test_native_loads_with_auto_peft(
     from peft import AutoPeftModelForSequenceClassification
 
     bench, recipe = opened(tiny_model("bert", True), tmp_path, "native", "lora")
-    outcome = train_arm(bench, recipe.finetune, 0, progress=False)
+    outcome = train_arm(bench, recipe.finetune, 0)
     save_file(outcome.weights, tmp_path / "weights.safetensors")
     published = tmp_path / "publish"
     model = rebuild(bench, recipe.finetune, 0, tmp_path / "weights.safetensors")

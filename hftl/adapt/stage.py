@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, TrainerState, TrainingArguments, set_seed
+from transformers import TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hftl import processes
@@ -20,6 +20,7 @@ from hftl.train.arguments import arguments
 from hftl.train.checkpoint import KeepBest
 from hftl.train.hardware import dtype_name, is_sharded
 from hftl.train.trainer import TransferTrainer
+from hftl.train.training_progress import replace_progress
 
 EVALUATIONS = 10
 """Looks at loss and guard in one adaptation."""
@@ -47,7 +48,6 @@ class Task:
 
 def warm(
     model: Any, fresh: tuple[str, ...], task: Task, stage: Adapt, seed: int, device: str,
-    progress: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Trains what the source lacks of the objective's head until its held-out loss levels off.
 
@@ -61,7 +61,6 @@ def warm(
         stage: the recipe's section.
         seed: of the order and the masks.
         device: where it trains.
-        progress: whether to draw a bar.
 
     Returns:
         `steps`, and `loss`: held out, first and best.
@@ -82,7 +81,7 @@ def warm(
     best = KeepBest("eval_loss", False, 2, LEVEL)
     with tempfile.TemporaryDirectory() as folder:
         args = _arguments(
-            kept | {"per_device_train_batch_size": batch}, defaults, folder, seed, device, progress
+            kept | {"per_device_train_batch_size": batch}, defaults, folder, seed, device
         )
         trainer = _trainer(model, args, task, best, {"eval_dataset": task.held_out})
         trainer.train()
@@ -94,7 +93,7 @@ def warm(
 
 def adapt(
     model: nn.Module, task: Task, stage: Adapt, rule: Rule, measure: Callable[[], float] | None,
-    seed: int, device: str, folder: Path, progress: bool,
+    seed: int, device: str, folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Trains what trains, under the guard; takes up the newest checkpoint that stands.
 
@@ -107,7 +106,6 @@ def adapt(
         seed: of the order, the masks and the dropout.
         device: where it trains.
         folder: for checkpoints.
-        progress: whether to draw a bar.
 
     Returns:
         `kept`, adapted or original, `why` where it is the original, `step` and `history`, losses in
@@ -126,7 +124,7 @@ def adapt(
         "save_steps": looks,
         "save_total_limit": 2,
     }
-    args = _arguments(stage.training, defaults, str(folder), seed, device, progress)
+    args = _arguments(stage.training, defaults, str(folder), seed, device)
     if 0 < args.warmup_steps * steps < 1 and args.warmup_steps < 1:
         # transformers rounds up, and the first step of a warm-up has rate 0: the only one, or one
         # of a few.
@@ -182,7 +180,6 @@ def _train(trainer: TransferTrainer, safe: KeepSafe, last: Path | None) -> None:
 
 def _arguments(
     training: dict[str, Any], defaults: dict[str, Any], folder: str, seed: int, device: str,
-    progress: bool,
 ) -> TrainingArguments:  # fmt: skip
     if is_sharded():
         raise RecipeError(
@@ -196,7 +193,7 @@ def _arguments(
         "logging_steps": 50,
         "prediction_loss_only": True,
     }
-    return arguments("adapt", training, common | defaults, folder, seed, device, progress)
+    return arguments("adapt", training, common | defaults, folder, seed, device)
 
 
 def _trainer(
@@ -210,7 +207,7 @@ def _trainer(
         callbacks=[callback],
         **more,
     )
-    trainer.remove_callback(PrinterCallback)
+    replace_progress(trainer)
     return trainer
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from hftl.data.documents import batches
 from hftl.errors import DataError, RecipeError
+from hftl.progress import open_bar
 
 PARTS = ("train", "held_out")
 FRAME = "frame.json"
@@ -186,7 +187,11 @@ def _tokenise(
             else:
                 yield text
 
-    with open(folder / "stream.ids", "wb") as ids, open(folder / "stream.flags", "wb") as flags:
+    with (
+        open(folder / "stream.ids", "wb") as ids,
+        open(folder / "stream.flags", "wb") as flags,
+        open_bar("corpus: documents", None) as advance,
+    ):
         for batch in batches(kept()):
             found = tokenizer(
                 [piece for _, piece in batch], add_special_tokens=False, truncation=False,
@@ -203,6 +208,7 @@ def _tokenise(
                 lengths[-1] += len(tokens)
                 ids.write(np.array(tokens, dtype).tobytes())
                 flags.write(_starts(encoding.word_ids))
+            advance(len(lengths))
     return np.array(lengths), np.array(contents), leaked
 
 

@@ -13,6 +13,7 @@ from PIL.Image import Image
 from hftl.data.decode import BadImage, content, decode, too_small
 from hftl.data.files import Raw
 from hftl.errors import DataError
+from hftl.progress import open_bar
 
 AHEAD = 64
 """Rows in work at once: what they decode to stands in memory."""
@@ -52,7 +53,10 @@ def look(
             return raw, f"its {image.width}x{image.height} pixels are within one patch of {patch}"
         return raw, Seen(content(image), image.size)
 
-    return side_by_side(see, raws)
+    with open_bar("reading pictures", None) as advance:
+        for number, result in enumerate(side_by_side(see, raws), 1):
+            yield result
+            advance(number)
 
 
 def side_by_side(work: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:

@@ -17,6 +17,7 @@ from hftl.data.load import Row, read_table, table_folder
 from hftl.data.pictures import opened
 from hftl.data.text import Encoded, with_labels
 from hftl.errors import DataError
+from hftl.progress import open_bar
 from hftl.record import fingerprint
 from hftl.sections.data import Data
 
@@ -148,8 +149,11 @@ def write(inputs: ImageInputs, rows: list[Row], folder: Path) -> None:
         folder / PIXELS, "w+", dtype=np.uint8, shape=(len(distinct), 3, side, side)
     )
     places = {row.content[0]: number for number, row in enumerate(distinct)}
-    for row, pixels in inputs.made(distinct, lambda image: canvas(inputs.processor, image)):
-        made[places[row.content[0]]] = pixels
+    with open_bar("pictures", len(distinct)) as advance:
+        found = inputs.made(distinct, lambda image: canvas(inputs.processor, image))
+        for number, (row, pixels) in enumerate(found, 1):
+            made[places[row.content[0]]] = pixels
+            advance(number)
     made.flush()
     (folder / KEYS).write_text(json.dumps(list(places)), encoding="utf-8")
 

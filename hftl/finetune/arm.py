@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from hftl import processes
 from hftl.data.load import Row
@@ -33,6 +33,7 @@ from hftl.train.arguments import arguments as common_arguments
 from hftl.train.checkpoint import KeepBest, trained, whole_state
 from hftl.train.hardware import dtype_name, is_sharded
 from hftl.train.trainer import TransferTrainer
+from hftl.train.training_progress import replace_progress
 
 
 def solve_head(bench: Workbench, finetune: Finetune, seed: int) -> Outcome:
@@ -59,7 +60,7 @@ def solve_head(bench: Workbench, finetune: Finetune, seed: int) -> Outcome:
 
 
 def train_arm(
-    bench: Workbench, finetune: Finetune, seed: int, progress: bool,
+    bench: Workbench, finetune: Finetune, seed: int,
     kept: Kept = Kept(), state: State | None = None,  # noqa: B008 (immutable)
 ) -> Outcome:  # fmt: skip
     """The strategies that train from the source, from the probe's head or a random one.
@@ -68,7 +69,6 @@ def train_arm(
         bench: what all arms share.
         finetune: the recipe's section.
         seed: of shots, order and initialisation.
-        progress: whether to draw a bar.
         kept: what keeps it near its original.
         state: where gradual unfreezing keeps how far it has come.
     """
@@ -82,14 +82,14 @@ def train_arm(
     kept = replace(kept, trainer=kept.trainer | more)
     gradual = finetune.gradual if finetune.strategy == "gradual" else None
     return fit(
-        bench, built, finetune.training, finetune.patience, seed, progress, kept,
+        bench, built, finetune.training, finetune.patience, seed, kept,
         gradual=gradual, state=state,
     )  # fmt: skip
 
 
 def fit(
     bench: Workbench, built: Built, training: dict[str, Any], patience: int | None, seed: int,
-    progress: bool, kept: Kept = Kept(), compared: bool = True,  # noqa: B008 (immutable)
+    kept: Kept = Kept(), compared: bool = True,  # noqa: B008 (immutable)
     gradual: Gradual | None = None, state: State | None = None,
 ) -> Outcome:  # fmt: skip
     """Trains a prepared model, keeps its best evaluation on validation, and predicts in fp32.
@@ -102,7 +102,7 @@ def fit(
     start = {name: tensor.clone() for name, tensor in trained(built.model)} if kept.alphas else {}
     with tempfile.TemporaryDirectory() as scratch_folder:
         args = arguments(
-            training, bench.prepared.task, scratch_folder, seed, bench.device, progress
+            training, bench.prepared.task, scratch_folder, seed, bench.device
         )
         best = keep_best(args, patience)
         make = partial(_trainer, bench, built, best, seed, kept)
@@ -153,7 +153,7 @@ def _trainer(
         **kept.trainer,
     }
     trainer = TransferTrainer(**(given | more))
-    trainer.remove_callback(PrinterCallback)
+    replace_progress(trainer)
     return trainer
 
 
@@ -202,7 +202,7 @@ def _predicted(
 
 
 def arguments(
-    training: dict[str, Any], task: str, folder: str, seed: int, device: str, progress: bool
+    training: dict[str, Any], task: str, folder: str, seed: int, device: str
 ) -> TrainingArguments:
     """TrainingArguments of `finetune.training`.
 
@@ -215,7 +215,7 @@ def arguments(
         "save_strategy": "no",
         "metric_for_best_model": SELECTION[task],
     }
-    args = common_arguments("finetune", training, defaults, folder, seed, device, progress)
+    args = common_arguments("finetune", training, defaults, folder, seed, device)
     measured = ["loss", *METRICS[task]]
     if str(args.metric_for_best_model).removeprefix("eval_") not in measured:
         raise RecipeError(

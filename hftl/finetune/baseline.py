@@ -15,6 +15,7 @@ from hftl.finetune.outcome import Outcome
 from hftl.finetune.strategy import prepare
 from hftl.finetune.workbench import MEASURED, Workbench
 from hftl.metrics import METRICS, SELECTION, score_all
+from hftl.progress import working
 from hftl.sections.finetune import Finetune
 from hftl.sections.measure import Search
 
@@ -24,7 +25,7 @@ WARMUP = 0.1
 
 
 def search_rate(
-    bench: Workbench, finetune: Finetune, search: Search, seed: int, progress: bool
+    bench: Workbench, finetune: Finetune, search: Search, seed: int
 ) -> dict[str, Any]:
     """Tries each rate once and chooses by validation, as epochs are chosen.
 
@@ -37,10 +38,12 @@ def search_rate(
     """
     tried = []
     task, rows = bench.prepared.task, bench.prepared.rows["validation"]
-    for rate in search.learning_rates:
+    for number, rate in enumerate(search.learning_rates, 1):
         training = _budget(finetune.training, rate, search.epochs_factor * SEARCH_SHARE)
+        title = f"scratch: rate {rate:g} ({number} of {len(search.learning_rates)})"
         try:
-            outcome = _train(bench, finetune, training, seed, progress)
+            with working(title):
+                outcome = _train(bench, finetune, training, seed)
         except NumericError as error:
             # A rate that diverges is not chosen; the others may still do.
             tried.append({"learning_rate": rate, "metrics": None, "diverged": error.what})
@@ -59,11 +62,11 @@ def search_rate(
 
 
 def train_scratch(
-    bench: Workbench, finetune: Finetune, search: Search, rate: float, seed: int, progress: bool
+    bench: Workbench, finetune: Finetune, search: Search, rate: float, seed: int
 ) -> Outcome:
     """The source's architecture from its own initialisation, at the rate found."""
     training = _budget(finetune.training, rate, search.epochs_factor)
-    return _train(bench, finetune, training, seed, progress)
+    return _train(bench, finetune, training, seed)
 
 
 def majority(bench: Workbench, seed: int) -> Outcome:
@@ -90,8 +93,8 @@ def _budget(training: dict[str, Any], rate: float, factor: float) -> dict[str, A
 
 
 def _train(
-    bench: Workbench, finetune: Finetune, training: dict[str, Any], seed: int, progress: bool
+    bench: Workbench, finetune: Finetune, training: dict[str, Any], seed: int
 ) -> Outcome:
     built = bench.build(finetune.pooling, seed, scratch=True)
     prepare(built.model, "full")
-    return fit(bench, built, training, None, seed, progress, compared=False)
+    return fit(bench, built, training, None, seed, compared=False)

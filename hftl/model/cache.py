@@ -13,6 +13,7 @@ from hftl.data.pixels import ImageInputs
 from hftl.data.split import content_key
 from hftl.data.text import Encoded, TextInputs
 from hftl.errors import NumericError
+from hftl.progress import track
 
 BATCH_TOKENS = 4096
 
@@ -36,7 +37,7 @@ def frozen_features(
     caught: list[Tensor] = []
     hook = last_linear.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     try:
-        return _run(model, encoded, inputs, device, lambda _: caught.pop())
+        return _run(model, encoded, inputs, device, lambda _: caught.pop(), "features")
     finally:
         hook.remove()
 
@@ -45,12 +46,14 @@ def logits(
     model: nn.Module, encoded: list[Encoded], inputs: TextInputs | ImageInputs, device: str
 ) -> np.ndarray:
     """(outputs of the rows, outputs) float32 logits, row after row, in eval mode and fp32."""
-    return np.concatenate(_run(model, encoded, inputs, device, lambda output: output.logits))
+    return np.concatenate(
+        _run(model, encoded, inputs, device, lambda output: output.logits, "predictions")
+    )
 
 
 def _run(
     model: nn.Module, encoded: list[Encoded], inputs: TextInputs | ImageInputs, device: str,
-    keep: Callable[[Any], Tensor],
+    keep: Callable[[Any], Tensor], title: str,
 ) -> list[np.ndarray]:  # fmt: skip
     """What `keep` takes from each batch, row by row; the batches are shared among the processes.
 
@@ -65,7 +68,7 @@ def _run(
     sound = True
     # Not inference_mode: BEiT keeps its table of positions for the trainings that follow.
     with torch.no_grad():
-        for numbers in processes.mine(batches):
+        for numbers in track(processes.mine(batches), title):
             rows = [encoded[i] for i in numbers]
             batch = inputs.collate([dict(row) for row in rows])
             output = model(**{k: v.to(device) if isinstance(v, Tensor) else v

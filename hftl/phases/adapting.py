@@ -22,6 +22,7 @@ from hftl.phases.corpora import Corpus, corpus_of, rows_foreseen
 from hftl.phases.ladder import Benches, Run
 from hftl.phases.objectives import check_objective, measure_of, objective, rule_of, task_of
 from hftl.phases.reads import adapt_reads
+from hftl.progress import working
 from hftl.recipe import Recipe, arms
 from hftl.record import to_json
 from hftl.sections.adapt import Adapt
@@ -84,7 +85,8 @@ def _step(
         "data": bench.prepared.facts["fingerprint"],
     }
     if not processes.share(lambda: _stands(this, folder, reads)):
-        _make(this, bench, before, stage, corpus, folder, reads)
+        with working(f"adapt {stage.objective} {stage.method} [{number}/{len(stages)}]"):
+            _make(this, bench, before, stage, corpus, folder, reads)
     else:
         work = this.folder / "checkpoints" / folder.name
         processes.share(lambda: shutil.rmtree(work, ignore_errors=True))
@@ -195,7 +197,7 @@ def _make(
         this.say(f"  warning: {warning}")
     found = training.adapt(
         model, task, stage, rule, measure_of(this.recipe, plain, rule, corpus, model), seed,
-        bench.device, work / "steps", this.progress,
+        bench.device, work / "steps",
     )  # fmt: skip
     told = {
         "objective": stage.objective,
@@ -241,7 +243,8 @@ def _warmed(
         # The encoder stands still, so that no teacher has to hold it.
         task = task_of(bench, plain, stage.model_copy(update={"distill": 0.0}), corpus, seed)
         model.to(bench.device)
-        told = training.warm(model, lacking, task, stage, seed, bench.device, this.progress)
+        with working("the objective's new head"):
+            told = training.warm(model, lacking, task, stage, seed, bench.device)
 
     def keep() -> None:
         with rundir.commit(head, reads) as aside:

@@ -25,6 +25,7 @@ from hftl.phases.ladder import Benches, Run
 from hftl.phases.original import forgetting_record
 from hftl.phases.publishing import write_publish
 from hftl.places import PACKAGE
+from hftl.progress import working
 from hftl.publish.folder import rebuild, write_base, write_model, write_sample
 from hftl.publish.gates import reload_difference
 from hftl.publish.told import last_name
@@ -84,9 +85,11 @@ def written(
     publish = publish or (run / "publish").exists()
     stamp = fingerprint({"inputs": fingerprint(inputs), "publish": publish})
     if (rundir.reads(done) or {}).get("inputs") != stamp or not rundir.intact(run):
-        record = measured()
+        with working("measuring"):
+            record = measured()
         if publish:
-            published(record)
+            with working("card and report"):
+                published(record)
         rundir.write_text(run / "record.json", to_json(record))
         rundir.note_finished(run, stamp)
     return Record.read(run)
@@ -178,9 +181,10 @@ def _package(run: Path, bench: Workbench, own: Arm, seed: int, arm_folder: Path)
             if own.strategy == "lora" and bench.base_is_ours:
                 write_base(bench, aside / "base")
             sample = write_sample(bench, store.read_logits(arm_folder, "test"), aside)
-            difference = reload_difference(
-                aside / "model", bench.public_base.folder, sample, bench.device
-            )
+            with working("reloading in a fresh process"):
+                difference = reload_difference(
+                    aside / "model", bench.public_base.folder, sample, bench.device
+                )
             rundir.write_text(aside / "reload.json", to_json({"difference": difference}))
     return json.loads((folder / "reload.json").read_text("utf-8"))["difference"]
 

@@ -19,6 +19,7 @@ from hftl.finetune.outcome import Outcome
 from hftl.finetune.workbench import Workbench
 from hftl.phases.reads import arm_reads, asked
 from hftl.phases.retaining import kept_of
+from hftl.progress import working
 from hftl.recipe import Arm, Recipe, arms
 from hftl.record import to_json
 from hftl.train.hardware import dtype_name, visible_devices
@@ -41,7 +42,6 @@ class Run:
     recipe: Recipe
     folder: Path
     say: Callable[[str], None]
-    progress: bool
 
     @property
     def arms(self) -> list[Arm]:
@@ -65,7 +65,9 @@ def run_arms(this: Run, benches: Benches) -> None:
     if jobs and len(jobs) < total:
         this.say(f"  {total - len(jobs)} of {total} arms x seeds stand already")
     for done, job in enumerate(jobs, total - len(jobs) + 1):
-        _run_job(this, benches[job[0].name], job, f"{done}/{total}")
+        arm, seed, _ = job
+        with working(f"[{done}/{total}] {arm.name} seed {seed}"):
+            _run_job(this, benches[arm.name], job, f"{done}/{total}")
 
 
 def _forget_progress(this: Run, jobs: list[Job]) -> None:
@@ -182,13 +184,13 @@ def _run_arm(this: Run, bench: Workbench, arm: Arm, seed: int) -> Outcome:
         case "scratch":
             rate = _scratch_rate(this, bench, arm)
             search = this.recipe.measure.scratch
-            return baseline.train_scratch(bench, arm.finetune, search, rate, seed, this.progress)
+            return baseline.train_scratch(bench, arm.finetune, search, rate, seed)
     reads = _arm_reads(this.recipe, bench, arm)
     kept = kept_of(
-        bench, arm, seed, this.recipe.measure.seeds, this.folder, reads, this.progress, this.say
+        bench, arm, seed, this.recipe.measure.seeds, this.folder, reads, this.say
     )
     state = State(this.checkpoints(arm.name, seed), reads | {"processes": processes.size()})
-    return training.train_arm(bench, arm.finetune, seed, this.progress, kept, state)
+    return training.train_arm(bench, arm.finetune, seed, kept, state)
 
 
 def _scratch_rate(this: Run, bench: Workbench, arm: Arm) -> float:
@@ -198,9 +200,8 @@ def _scratch_rate(this: Run, bench: Workbench, arm: Arm) -> float:
     stands = processes.share(lambda: rundir.reads(folder) or {})
     if stands | {"asked": reads["asked"]} != reads:
         found = baseline.search_rate(
-            bench, arm.finetune, this.recipe.measure.scratch, this.recipe.measure.seeds[0],
-            this.progress,
-        )  # fmt: skip
+            bench, arm.finetune, this.recipe.measure.scratch, this.recipe.measure.seeds[0]
+        )
 
         def keep() -> None:
             with rundir.commit(folder, reads) as aside:

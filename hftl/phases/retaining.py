@@ -32,6 +32,7 @@ from hftl.finetune.weight import (
 from hftl.finetune.workbench import Workbench
 from hftl.model.head import Built
 from hftl.model.source import SourceModel
+from hftl.progress import working
 from hftl.recipe import Arm, Recipe, arms
 from hftl.record import fingerprint, to_json
 from hftl.retain.fisher import fisher_information, load_fisher, provenance, save_fisher
@@ -42,7 +43,7 @@ FISHER = "fisher.safetensors"
 
 def kept_of(
     bench: Workbench, arm: Arm, seed: int, seeds: list[int], folder: Path, reads: dict[str, Any],
-    progress: bool, say: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> Kept:  # fmt: skip
     """What keeps one training of an arm near its original.
 
@@ -53,7 +54,6 @@ def kept_of(
         seeds: of all; a weight that is to be chosen is chosen on the first.
         folder: of the run.
         reads: what the arm reads, which the choice depends on.
-        progress: whether to draw bars.
         say: receives a line about a choice.
     """
     if arm.retain is None:
@@ -61,7 +61,7 @@ def kept_of(
     retain = arm.retain
     facts = _head_facts(bench, arm, seed, say)
     if is_open(retain):
-        facts["kl_weight"] = _chosen(bench, arm, seeds[0], folder, reads, progress, say)
+        facts["kl_weight"] = _chosen(bench, arm, seeds[0], folder, reads, say)
         retain = with_weight(retain, facts["kl_weight"]["weight"])
     kept = _kept(bench, arm, retain, seed, folder)
     return replace(kept, facts=kept.facts | facts)
@@ -138,7 +138,7 @@ def _start(bench: Workbench, arm: Arm, seed: int) -> Built:
 
 
 def _chosen(
-    bench: Workbench, arm: Arm, seed: int, folder: Path, reads: dict[str, Any], progress: bool,
+    bench: Workbench, arm: Arm, seed: int, folder: Path, reads: dict[str, Any],
     say: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """The weight of KL, chosen once for all seeds, and what it was chosen from."""
@@ -151,7 +151,8 @@ def _chosen(
             bench, arm, with_weight(retain, weight), seed, folder,
             lambda built: forgotten(bench, before, built),
         )  # fmt: skip
-        outcome = train_arm(bench, arm.finetune, seed, progress, kept)
+        with working(f"KL weight {weight:g}"):
+            outcome = train_arm(bench, arm.finetune, seed, kept)
         score, error = validation_score(bench, outcome.logits["validation"])
         return score, error, outcome.facts["forgotten"]
 

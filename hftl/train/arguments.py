@@ -12,7 +12,7 @@ EVAL_BATCH = 64
 
 def arguments(
     section: str, training: dict[str, Any], defaults: dict[str, Any], folder: str, seed: int,
-    device: str, progress: bool,
+    device: str,
 ) -> TrainingArguments:  # fmt: skip
     """TrainingArguments of a recipe's `training`.
 
@@ -23,7 +23,6 @@ def arguments(
         folder: where checkpoints go.
         seed: of the order of rows, and of all that is drawn.
         device: cuda, mps or cpu.
-        progress: whether to draw a bar.
 
     Raises:
         RecipeError: if transformers refuses the values.
@@ -33,7 +32,7 @@ def arguments(
         "seed": seed,
         "data_seed": seed,
         "use_cpu": device == "cpu",
-        "disable_tqdm": not progress,
+        "disable_tqdm": True,
         "remove_unused_columns": False,
         "label_names": ["labels"],
         **precision(training),

@@ -1,0 +1,105 @@
+"""Show on a terminal what runs, how far it is and how long it has to go.
+
+One display a command. Every long piece of work names itself (`working`, `track`, `open_bar`) and
+needs not know whether anybody looks: without a display these do nothing.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+Item = TypeVar("Item")
+Advance = Callable[..., None]
+"""Takes the number of steps done by now and, if it changed, the text in front of the bar."""
+
+_display: ContextVar[Progress | None] = ContextVar("display", default=None)
+
+
+@contextmanager
+def show_progress(enabled: bool, console: Console | None = None) -> Iterator[None]:
+    """Draw progress while the block runs.
+
+    Args:
+        enabled: whether anybody looks: the main process, on a terminal.
+        console: where to draw; by default standard error, so that a redirected output stays clean.
+    """
+    if not enabled:
+        yield
+        return
+    screen = console or Console(stderr=True)
+    # Lines printed meanwhile go above the bars. An output sent to a file keeps its own way.
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=screen,
+        transient=True,
+        redirect_stdout=Console().is_terminal,
+    ) as display:
+        token = _display.set(display)
+        try:
+            yield
+        finally:
+            _display.reset(token)
+
+
+@contextmanager
+def working(title: str) -> Iterator[None]:
+    """Show a piece of work of unknown length while the block runs, such as one arm and seed."""
+    with open_bar(title, None):
+        yield
+
+
+@contextmanager
+def open_bar(title: str, total: int | None) -> Iterator[Advance]:
+    """Show one bar while the block runs, below those that are open already.
+
+    Args:
+        title: the text in front of it.
+        total: the number of steps; None where it is not known.
+
+    Yields:
+        A function that moves the bar to a number of steps and may change its title.
+    """
+    display = _display.get()
+    if display is None:
+        yield _ignore
+        return
+    bar = display.add_task(title, total=total)
+
+    def advance(done: int, title: str | None = None) -> None:
+        display.update(bar, completed=done, description=title)
+
+    try:
+        yield advance
+    finally:
+        # What was opened inside and left open, as by a training that failed, goes too.
+        for other in [task for task in display.task_ids if task >= bar]:
+            display.remove_task(other)
+
+
+def track(items: Sequence[Item], title: str) -> Iterator[Item]:
+    """Yield the items, and show how many of them are done."""
+    with open_bar(title, len(items)) as advance:
+        for number, item in enumerate(items):
+            yield item
+            advance(number + 1)
+
+
+def _ignore(done: int, title: str | None = None) -> None:
+    """Advance nothing: there is no display."""

@@ -1,0 +1,78 @@
+"""Progress on a terminal: what runs, how far it is; nothing where nobody looks."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hftl import progress
+from hftl.pipeline import run
+from hftl.progress import open_bar, show_progress, track, working
+from hftl.recipe import Recipe
+
+
+def titles_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Record every title that is ever drawn."""
+    seen: list[str] = []
+    plain_add, plain_update = progress.Progress.add_task, progress.Progress.update
+
+    def add(self: Any, description: str, **settings: Any) -> Any:
+        seen.append(description)
+        return plain_add(self, description, **settings)
+
+    def update(self: Any, task: Any, **settings: Any) -> None:
+        seen.append(settings.get("description") or "")
+        plain_update(self, task, **settings)
+
+    monkeypatch.setattr(progress.Progress, "add_task", add)
+    monkeypatch.setattr(progress.Progress, "update", update)
+    return seen
+
+
+@contextmanager
+def terminal() -> Iterator[io.StringIO]:
+    """A display on a terminal of its own."""
+    text = io.StringIO()
+    with show_progress(True, Console(file=text, force_terminal=True, width=120)):
+        yield text
+
+
+def test_a_bar_shows_title_and_count() -> None:
+    with terminal() as text, working("lora seed 0"):
+        assert list(track([1, 2, 3], "features")) == [1, 2, 3]
+        with open_bar("training", 10) as advance:
+            advance(7, "epoch 1.0/2, loss 0.500")
+            progress._display.get().refresh()  # pyright: ignore
+    assert "lora seed 0" in text.getvalue()
+    assert "epoch 1.0/2, loss 0.500" in text.getvalue() and "7/10" in text.getvalue()
+
+
+def test_what_a_failure_left_open_is_removed() -> None:
+    with terminal():
+        with pytest.raises(ValueError), working("scratch"):
+            bar = open_bar("training", 3)
+            bar.__enter__()
+            raise ValueError
+        assert not progress._display.get().task_ids  # pyright: ignore
+        bar.__exit__(None, None, None)
+
+
+def test_nothing_is_drawn_where_nobody_looks(capfd: pytest.CaptureFixture[str]) -> None:
+    with show_progress(False), working("lora"):
+        assert list(track([1], "features")) == [1]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_run_names_arm_seed_epoch_loss_and_every_pass(
+    recipe_tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = titles_of(monkeypatch)
+    recipe_tree["measure"] |= {"arms": ["head", "scratch"], "seeds": [3]}
+    run(Recipe.parse(recipe_tree), tmp_path / "run", until="finetune", progress=True)
+    for title in ("lora seed 3", "scratch seed 3", "scratch: rate", "features", "predictions",
+                  "evaluation", ", loss "):  # fmt: skip
+        assert any(title in shown for shown in seen), title
