@@ -1,7 +1,8 @@
 """Metrics: pure functions of labels and predictions.
 
 Classification takes integer class ids, regression floats, both (rows,); multi-label 0 and 1,
-(rows, classes); token-classification a tuple of tags a row, (rows,) of objects.
+(rows, classes); token-classification a tuple of tags a row in the form that seqeval reads, `O`,
+`B-PER`, `I-PER`, `E-PER` and `S-PER`, (rows,) of objects.
 """
 
 import warnings
@@ -108,13 +109,13 @@ def multi_label_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 @lru_cache(maxsize=200_000)
 def entities(tags: tuple[str, ...]) -> frozenset[tuple[str, int, int]]:
-    """The entities of one row, (type, first word, last word), as seqeval reads the tags."""
+    """Return the entities of one row, (type, first word, last word), as seqeval reads the tags.
+
+    A prediction need not be well-formed; as in conlleval, an entity without its beginning counts.
+    """
     from seqeval.metrics.sequence_labeling import get_entities
 
-    with warnings.catch_warnings():
-        # seqeval warns of every tag without a B- or I-; such tags are read as types all the same.
-        warnings.simplefilter("ignore")
-        return frozenset(get_entities(list(tags)))
+    return frozenset(get_entities(list(tags)))
 
 
 def entity_f1(labels: np.ndarray, predictions: np.ndarray) -> float:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import FILLER, bench_of, write_csv
+from seqeval.metrics import f1_score
 
 import hftl
 from hftl import pipeline
@@ -18,6 +20,7 @@ from hftl.errors import DataError, NumericError, RecipeError
 from hftl.model.cache import logits
 from hftl.recipe import Recipe
 from hftl.sections.data import Data
+from hftl.use.compare import compare
 from hftl.use.tables import predict_table
 
 TRAINING = {"num_train_epochs": 3, "learning_rate": 1e-2, "bf16": False}
@@ -158,6 +161,64 @@ def test_words_come_back_with_a_tag_each(tiny_model: Callable[..., Path], tmp_pa
         model.predict(["the film"])
     text = predict_table(str(tmp_path / "run"), path, None)
     assert text is not None and len(text.splitlines()) == 101
+
+
+SPELT = {
+    "suffixed": {"B-FILM": "FILM-B", "I-FILM": "FILM-I", "O": "o"},
+    "bare": {"B-FILM": "ORG", "I-FILM": "ORG", "O": "O"},
+}
+
+
+@pytest.mark.parametrize("spelling", SPELT)
+def test_f1_is_of_entities_however_tags_are_spelt(
+    spelling: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    spelt = SPELT[spelling]
+    rows = [row | {"tags": [spelt[tag] for tag in row["tags"]]} for row in tagged(120)]
+    path = written(tmp_path / "rows.jsonl", rows)
+    tree = recipe(tiny_model(), path, "token-classification", strategy="full")
+    tree = tree.model_copy(
+        update={"measure": tree.measure.model_copy(update={"arms": ["classical", "majority"]})}
+    )
+    record = pipeline.run(tree, tmp_path / "run")
+    assert record is not None
+    back = {spelt["B-FILM"]: "B-X", spelt["I-FILM"]: "I-X", spelt["O"]: "O"}
+    scores = {}
+    for entry in record["arms"]:
+        folder = tmp_path / "run" / "arms" / f"{entry['arm']}-seed{entry['seed']}"
+        table = pq.read_table(folder / "predictions.parquet", filters=[("split", "=", "test")])
+        pair = [[[back[tag] for tag in row] for row in table[column].to_pylist()]
+                for column in ("label", "prediction")]  # fmt: skip
+        expected = f1_score(*pair)
+        assert entry["metrics"]["test"]["f1"] == pytest.approx(expected)
+        scores[entry["arm"], entry["seed"]] = expected
+    assert scores["majority", 0] == 0.0, "what finds no entity scores nothing"
+    assert 0 < scores["classical", 0]
+    noted = json.loads((tmp_path / "run" / "publish" / "hftl.json").read_text("utf-8"))
+    name = "IO" if spelling == "bare" else "BIO"
+    assert noted["data"]["tag_scheme"]["name"] == name
+    assert [row["label"] for row in record["classes"]["rows"]] == [spelt["B-FILM"].split("-")[0]]
+    assert f"read from {name} tags" in (tmp_path / "run" / "publish" / "README.md").read_text()
+    text = compare([str(tmp_path / "run")], None, None)
+    assert f" {scores['full', record['published_seed']]:.3f} [" in text
+    model = hftl.load(tmp_path / "run")
+    (cut,) = model.predict([["film"] * 40])
+    assert cut["label"][20:] == [spelt["O"]] * 20
+
+
+def test_tags_that_are_ids_are_refused_before_training(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Integer tags had f1 0.0 always, and f1 chooses the epoch."""
+    ids = {"O": 0, "B-FILM": 1, "I-FILM": 2}
+    rows = [row | {"tags": [ids[tag] for tag in row["tags"]]} for row in tagged(40)]
+    path = written(tmp_path / "rows.jsonl", rows)
+    tree = recipe(tiny_model(), path, "token-classification")
+    message = r"data\.train\.label: tags are ids \(0, 1, 2\).*Write the tags' names"
+    with pytest.raises(DataError, match=message):
+        pipeline.preflight(tree)
+    with pytest.raises(DataError, match=message):
+        pipeline.run(tree, tmp_path / "run")
 
 
 def test_words_that_are_cut_count_as_missed(

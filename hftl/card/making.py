@@ -58,6 +58,8 @@ def data_lines(record: dict[str, Any]) -> list[str]:
     ):
         if data[key]:
             lines.append(f"{data[key]:,} {told}")
+    if data.get("tag_scheme"):
+        lines.append(f"entities are read from {data['tag_scheme']['name']} tags")
     if kind_of(record) == "image":
         lines.append("transparent pictures were laid on white, and turned as their EXIF data say")
     if record["recipe"]["data"]["group"]:

@@ -87,12 +87,21 @@ def _told(errors: Errors, record: dict[str, Any], picture: Picture | None) -> di
         "kept": "The card shows the mistakes too, as the recipe lets examples out."
         if record.get("examples")
         else "This part is in the report only, and stays on this machine.",
-        "noun": noun,
+        "tables": _tables(errors, noun),
         "confused": _confused(errors),
         "heading": f"The {shown} largest errors" if target else f"Its {shown} surest mistakes",
         "surety": "off by" if target else "probability",
         "mistakes": [_shown(mistake, picture) for mistake in errors.mistakes],
     }
+
+
+def _tables(errors: Errors, noun: str) -> list[tuple[str, str, str, list[dict[str, Any]]]]:
+    """Return the tables of scores: heading, what a row is of, what it counts, and the rows."""
+    tables = [
+        ("Entity by entity", "entity", "entities", errors.entities),
+        ("Class by class", "class", noun, errors.classes),
+    ]
+    return [table for table in tables if table[-1]]
 
 
 def _confused(errors: Errors) -> list[dict[str, Any]]:

@@ -10,9 +10,8 @@ import numpy as np
 from scipy.special import expit
 
 from hftl.data.load import Label
+from hftl.data.tags import TagScheme, outside_of, recognise_tags
 
-OUTSIDE = "O"
-"""The tag of words that belong to no entity."""
 HOLDS = 0.5
 """A multi-label class is predicted above this probability."""
 
@@ -42,13 +41,29 @@ def targets(labels: Sequence[Label], task: str, names: Sequence[str]) -> np.ndar
     return np.array([ids[n] for label in labels for n in names_of(label, task)], dtype=np.int64)
 
 
-def measured(labels: Sequence[Label], task: str, names: Sequence[str]) -> np.ndarray:
-    """What metrics compare: as `targets`, but one entry a row, a tuple of tags, for tokens."""
+def measured(
+    labels: Sequence[Label], task: str, names: Sequence[str], scheme: TagScheme | None = None
+) -> np.ndarray:
+    """Return what metrics compare.
+
+    That is `targets`; for tokens one entry a row, a tuple of tags in the form that seqeval reads,
+    whatever scheme they are written in.
+
+    Args:
+        labels: those of the rows, or predictions.
+        task: the recipe's.
+        names: the classes in the order of their ids.
+        scheme: of the tags; None: recognised from the names.
+
+    Raises:
+        DataError: if the tags are of no scheme.
+    """
     if task != "token-classification":
         return targets(labels, task, names)
+    scheme = scheme or recognise_tags(tuple(names))
     rows = np.empty(len(labels), dtype=object)
     for number, label in enumerate(labels):
-        rows[number] = label
+        rows[number] = scheme.standardise(names_of(label, task))
     return rows
 
 
@@ -78,7 +93,7 @@ def told(
     scores = _softmax(wide)
     if task == "classification":
         return [names[i] for i in scores.argmax(1)], scores.tolist()
-    outside = names.index(OUTSIDE) if OUTSIDE in names else 0
+    outside = names.index(outside_of(names) or names[0])
     cut = np.isnan(scores[:, 0])
     best = np.where(cut, outside, np.nan_to_num(scores).argmax(1))
     known = [None if gone else word for gone, word in zip(cut, scores.tolist(), strict=True)]

@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from hftl.data.hub import revisions
 from hftl.data.load import BadRows, Reading, Row, load, read_table, table_folder
 from hftl.data.rows import read_rows, write_rows
 from hftl.data.split import IN_ALL, content_key, draw_shots, take
+from hftl.data.tags import recognise_tags
 from hftl.errors import DataError
 from hftl.record import fingerprint, to_json
 from hftl.sections.data import Data, Fraction, Table
@@ -110,6 +111,8 @@ def prepare(data: Data, reading: Reading = Reading()) -> Prepared:  # noqa: B008
         "fingerprint": fingerprint({s: [content_key(r).hex() for r in rows[s]] for s in SPLITS}),
         "hub_revisions": revisions(data),
     }
+    if task == "token-classification":
+        facts["tag_scheme"] = asdict(recognise_tags(tuple(names), "data.train.label: "))
     prepared = Prepared(task, reading.modality, names, rows, facts)
     draw_shots(rows["train"], data.shots, task, data.seed)
     return prepared

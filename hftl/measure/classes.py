@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from hftl.measure.gain import Predicted
+from hftl.metrics import entities
 
 
 def class_scores(
@@ -35,6 +36,31 @@ def class_scores(
     ]
 
 
+def entity_scores(
+    labels: np.ndarray, predictions: np.ndarray, types: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return precision, recall and F1 of every type of entity, as of `class_scores`.
+
+    Args:
+        labels: (rows,) tuples of tags, see `answers.measured`.
+        predictions: the same.
+        types: of entities, in their order.
+
+    Returns:
+        `{label, precision, recall, f1, rows}` a type, `rows` the number of its entities.
+    """
+    places = {name: i for i, name in enumerate(types)}
+    pairs = [(entities(one), entities(other))
+             for one, other in zip(labels, predictions, strict=True)]  # fmt: skip
+    # Each entity that is held or predicted is a row, of its own type.
+    spans = [(span, *pair) for pair in pairs for span in sorted(pair[0] | pair[1])]
+    held, predicted = np.zeros((2, len(spans), len(types)), dtype=np.int64)
+    for row, (span, true, guess) in enumerate(spans):
+        held[row, places[span[0]]] = span in true
+        predicted[row, places[span[0]]] = span in guess
+    return class_scores(held, predicted, types)
+
+
 def confusion(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
     """(classes, classes) counts: a row what is true, a column what was predicted.
 
@@ -62,7 +88,7 @@ def class_gains(
         told: predictions on the test items, class ids or 0 and 1 by class.
         own: the own arm.
         baseline: the arm it is compared with; None where there is none.
-        names: of the classes; none where the task has no classes a row.
+        names: of the classes, or of the types of entities; none where the task has neither.
 
     Returns:
         `{baseline, rows: [{label, own, baseline, rows}]}`, or None.
@@ -71,11 +97,10 @@ def class_gains(
         return None
 
     def mean_f1(arm: str) -> np.ndarray:
-        found = [class_scores(_wide(told.labels, len(names)), _wide(seed, len(names)), names)
-                 for seed in told.predictions[arm]]  # fmt: skip
+        found = [_scores(told.labels, seed, names) for seed in told.predictions[arm]]
         return np.mean([[row["f1"] for row in scores] for scores in found], axis=0)
 
-    held = _wide(told.labels, len(names)).sum(0)
+    held = [row["rows"] for row in _scores(told.labels, told.labels, names)]
     rows = [
         {"label": name, "own": float(mine), "baseline": float(other), "rows": int(count)}
         for name, mine, other, count in zip(
@@ -94,6 +119,16 @@ def mean_metrics(entries: Sequence[dict[str, Any]], arm: str) -> dict[str, float
     """
     scores = [entry["metrics"]["test"] for entry in entries if entry["arm"] == arm]
     return {name: float(np.mean([found[name] for found in scores])) for name in scores[0]}
+
+
+def _scores(
+    labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the scores of every class, or of every type of entity where rows are tags."""
+    if labels.dtype == object:
+        return entity_scores(labels, predictions, names)
+    count = len(names)
+    return class_scores(_wide(labels, count), _wide(predictions, count), names)
 
 
 def _wide(values: np.ndarray, classes: int) -> np.ndarray:

@@ -1,15 +1,17 @@
 """The published model's errors on the test rows: for the report, which stays on the machine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hftl.data import answers
 from hftl.data.load import Row
 from hftl.data.prepare import Prepared
+from hftl.data.tags import recognise_tags
 from hftl.finetune.store import PREDICTIONS
-from hftl.measure.classes import class_scores, confusion, one_hot
+from hftl.measure.classes import class_scores, confusion, entity_scores, one_hot
 
 MOST = 20
 """Mistakes that are shown."""
@@ -34,13 +36,17 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Errors:
-    """`classes` as of `class_scores`, `counts` as of `confusion` or None, and the mistakes."""
+    """`classes` as of `class_scores`, `counts` as of `confusion` or None, and the mistakes.
+
+    `entities` are as of `entity_scores`, none but for words.
+    """
 
     classes: list[dict[str, Any]]
     counts: np.ndarray | None
     mistakes: list[Mistake]
     wrong: int
     answers: int
+    entities: list[dict[str, Any]] = field(default_factory=list)
 
 
 def errors_of(prepared: Prepared, folder: Path) -> Errors:
@@ -91,7 +97,10 @@ def _of_words(prepared: Prepared, rows: list[Row], said: list[Any], scores: list
             # A word that was cut off was never looked at.
             if tag != name and surety[word] is not None:
                 found.append(Mistake(row.content, tag, name, max(surety[word]), row.where, word))
-    return _errors(prepared, np.array(true), np.array(told), found, len(true))
+    errors = _errors(prepared, np.array(true), np.array(told), found, len(true))
+    predictions = answers.measured([tuple(tags) for tags in said], prepared.task, prepared.names)
+    types = recognise_tags(tuple(prepared.names)).types
+    return replace(errors, entities=entity_scores(prepared.measured(rows), predictions, types))
 
 
 def _of_names(prepared: Prepared, rows: list[Row], said: list[Any], scores: list[Any]) -> Errors:

@@ -10,6 +10,7 @@ from hftl.card.adaptation import adaptation_sentence
 from hftl.card.card import gain_sentence
 from hftl.card.forgetting import was_measured
 from hftl.data.pixels import ImageInputs
+from hftl.data.tags import recognise_tags
 from hftl.errors import RunFolderError
 from hftl.finetune import store
 from hftl.finetune.workbench import MEASURED, Workbench
@@ -225,9 +226,11 @@ def _data(recipe: Recipe, bench: Workbench) -> dict[str, Any]:
 
 
 def _classes(bench: Workbench) -> list[str]:
-    """The classes of a row as a whole; none for a target, nor for words."""
+    """Return the classes of a row as a whole, for words the types of entities; none for a
+    target."""
+    names = bench.prepared.names
     words = bench.prepared.task == "token-classification"
-    return [] if words else bench.prepared.names
+    return recognise_tags(tuple(names)).types if words else names
 
 
 def _search(path: Path) -> dict[str, Any]:

@@ -219,6 +219,8 @@ def header(recipe: Recipe, bench: Workbench, wanted: list[Arm], jobs: int) -> di
     splits = facts["splits"]
     train = len(bench.train_rows(recipe.measure.seeds[0]))
     labels = ", ".join(facts["labels"][:8]) + (", ..." if len(facts["labels"]) > 8 else "")
+    if facts.get("tag_scheme"):
+        labels += f" ({facts['tag_scheme']['name']} tags)"
     names = list(dict.fromkeys(arm.name for arm in wanted))
     seconds = estimate_seconds(bench, wanted, recipe)
     dropped = facts["duplicates"] + facts["conflicting"]

@@ -13,6 +13,7 @@ from hftl import metrics, places
 from hftl.card.plots import plot_compared
 from hftl.data import answers, prepare
 from hftl.data.pixels import ImageInputs
+from hftl.data.tags import TagScheme, recognise_tags
 from hftl.errors import DataError, RecipeError
 from hftl.measure.collect import units_of
 from hftl.measure.items import difference, score
@@ -54,15 +55,17 @@ def compare(models: Sequence[str], data: Path | None, output: Path | None) -> st
     found: dict[int, np.ndarray] = {}
     first: Predictor | None = None
     items: Items | None = None
+    scheme: TagScheme | None = None
     for number, predictor in each(folders):
         if first is None or items is None:
             first = predictor
             items = shared or read_labelled(Path(data or ""), predictor, folders[number])
             _check_labels(items, predictor)
+            scheme = _tag_scheme(models[number], folders[number], predictor)
         _check_alike(models[number], predictor, first)
-        found[number] = _predicted(predictor, items, first.names)
+        found[number] = _predicted(predictor, items, first.names, scheme)
     assert first is not None and items is not None
-    labels = answers.measured([row.label for row in items.rows], first.task, first.names)
+    labels = answers.measured([row.label for row in items.rows], first.task, first.names, scheme)
     rows = _rows(models, folders, labels, found, _metric(folders[0], first.task), items)
     if output is not None:
         _write(rows, output)
@@ -121,7 +124,21 @@ def _check_alike(model: str, predictor: Predictor, first: Predictor) -> None:
         )
 
 
-def _predicted(predictor: Predictor, items: Items, names: list[str]) -> np.ndarray:
+def _tag_scheme(model: str, folder: Path, predictor: Predictor) -> TagScheme | None:
+    """Return the scheme that a model's folder notes, or that its tags show; None without tags.
+
+    Raises:
+        DataError: if the tags are of no scheme.
+    """
+    if predictor.task != "token-classification":
+        return None
+    noted = Notes.read(folder).tag_scheme
+    return noted or recognise_tags(tuple(predictor.names), f"{model}: ")
+
+
+def _predicted(
+    predictor: Predictor, items: Items, names: list[str], scheme: TagScheme | None
+) -> np.ndarray:
     """What metrics compare, in the order of `names`, whatever order the model has them in."""
     inputs = predictor.inputs
     if isinstance(inputs, ImageInputs):
@@ -131,7 +148,7 @@ def _predicted(predictor: Predictor, items: Items, names: list[str]) -> np.ndarr
     words = [len(row.content) if tokens else 1 for row in rows]
     found = logits(predictor.model, inputs.encode(rows), inputs, predictor.device)
     labels, _ = answers.told(found, predictor.task, predictor.names, words)
-    return answers.measured(labels, predictor.task, names)
+    return answers.measured(labels, predictor.task, names, scheme)
 
 
 def _metric(folder: Path, task: str) -> metrics.Metric:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hftl import places
+from hftl.data.tags import TagScheme
 from hftl.errors import RunFolderError
 from hftl.sections.data import Data, Task
 from hftl.use.locate import read_json
@@ -43,11 +44,20 @@ class Asked(Part):
     data: Inputs = Inputs()
 
 
+class Tags(Part):
+    """How tags mark entities, see `TagScheme`."""
+
+    name: str
+    outside: str | None
+    standard: dict[str, str]
+
+
 class Answers(Part):
     """What the outputs mean."""
 
     task: Task
     labels: list[str] | None = None
+    tag_scheme: Tags | None = None
 
 
 class Base(Part):
@@ -71,6 +81,16 @@ class Notes(Part):
     source: Base = Base()
     adapt: Adapted | None = None
     metric: str | None = None
+
+    @property
+    def tag_scheme(self) -> TagScheme | None:
+        """The scheme of the tags; None where there is none, or a folder does not say it."""
+        tags = self.data and self.data.tag_scheme
+        names = set(self.data.labels or []) if self.data else set()
+        # One that lacks a tag of the model's, or knows others, is not the model's.
+        if tags is None or set(tags.standard) != names:
+            return None
+        return TagScheme(tags.name, tags.outside, tags.standard)
 
     @property
     def adapted(self) -> Base | None:
