@@ -15,12 +15,21 @@ from hftl.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """A row as the file has it. `fault` says why it cannot be read, if so."""
+    """A row as the file has it, every line ending a line feed.
+
+    `fault` says why it cannot be read, if so.
+    """
 
     values: dict[str, Any]
     index: int
     where: str
     fault: str | None = None
+
+    def __post_init__(self) -> None:
+        # Byte-level tokenizers see other tokens where a carriage return stands, and csv readers end
+        # a row at one that is not quoted: the same text must not depend on who saved it.
+        values = {name: normalize_newlines(value) for name, value in self.values.items()}
+        object.__setattr__(self, "values", values)
 
 
 def read_csv(path: Path) -> Iterator[Raw]:
@@ -104,7 +113,7 @@ def read_txt(path: Path) -> Iterator[Raw]:
     """One text a line, in a column `text`."""
     with _open(path) as handle:
         for number, line in enumerate(handle, 1):
-            yield Raw({"text": line.rstrip("\n")}, number - 1, f"{path.name} line {number}")
+            yield Raw({"text": line.rstrip("\r\n")}, number - 1, f"{path.name} line {number}")
 
 
 def read_textfolder(path: Path) -> Iterator[Raw]:
@@ -191,6 +200,17 @@ def guess_format(path: Path) -> str:
             f"Rename it, or set the table's format to one of {', '.join(READERS)}",
         )
     return name
+
+
+def normalize_newlines(value: Any) -> Any:
+    """Return a text, or a list of them, with CRLF and CR turned into line feeds."""
+    if isinstance(value, str):
+        return value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
+    # Long lists of numbers, such as embeddings, are left alone: they would take most of the time.
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], (str, list, tuple)):
+        texts = [normalize_newlines(item) for item in value]
+        return texts if isinstance(value, list) else tuple(texts)
+    return value
 
 
 def not_utf8(text: str) -> bool:

@@ -13,6 +13,7 @@ from hftl import places
 from hftl.data import answers
 from hftl.data.cells import text_fault
 from hftl.data.decode import BadImage, decode, too_small
+from hftl.data.files import normalize_newlines
 from hftl.data.image import canvas, target_size
 from hftl.data.load import Row
 from hftl.data.pixels import ImageInputs
@@ -99,6 +100,7 @@ class Predictor:
         return [self._told(*pair) for pair in zip(labels, scores, strict=True)]
 
     def _row(self, place: str, given: Any) -> Row:
+        given = normalize_newlines(given)
         if self.task == "token-classification":
             why = text_fault("it", given, self.task)
             content = () if why else tuple(given)

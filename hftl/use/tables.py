@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hftl.data.cells import text_fault
-from hftl.data.files import READERS, Raw, guess_format, not_utf8, read_images
+from hftl.data.files import READERS, Raw, guess_format, normalize_newlines, not_utf8, read_images
 from hftl.errors import DataError, RecipeError
 from hftl.explain import closest
 from hftl.rundir import write_text
@@ -17,6 +17,8 @@ from hftl.use.outputs import check_output
 from hftl.use.predict import Predictor, load
 
 OUTPUTS = (".csv", ".jsonl", ".parquet")
+LINE_SEPARATORS = "\x85\u2028\u2029"
+"""Characters that JSON leaves as they are, though `str.splitlines` ends a line at them."""
 
 
 def predict_table(
@@ -149,6 +151,14 @@ def _cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
 
 
+def _json_line(row: dict[str, Any]) -> str:
+    """Return a row as one line for every reader, those too that end a line at U+2028."""
+    line = json.dumps(row, ensure_ascii=False)
+    for separator in LINE_SEPARATORS:
+        line = line.replace(separator, f"\\u{ord(separator):04x}")
+    return line + "\n"
+
+
 def _write(rows: list[dict[str, Any]], output: Path | None) -> str | None:
     if output is not None and output.suffix == ".parquet":
         import pyarrow as pa
@@ -159,12 +169,13 @@ def _write(rows: list[dict[str, Any]], output: Path | None) -> str | None:
         aside.rename(output)
         return None
     if output is not None and output.suffix == ".jsonl":
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(_json_line(row) for row in rows)
     else:
         buffer = io.StringIO(newline="")
-        writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: _cell(v) for k, v in row.items()} for row in rows)
+        writer = csv.writer(buffer, lineterminator="\n")
+        # Python's writer quotes no carriage return, and every reader ends a row at it.
+        writer.writerow([normalize_newlines(name) for name in rows[0]])
+        writer.writerows([_cell(row[name]) for name in rows[0]] for row in rows)
         text = buffer.getvalue()
     if output is None:
         return text
