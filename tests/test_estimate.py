@@ -11,10 +11,13 @@ from transformers import BertModel
 
 from hftl.data.general import load_general
 from hftl.data.load import Reading
-from hftl.finetune import estimate, weight
-from hftl.finetune.estimate import STEP, estimate_seconds
+from hftl.finetune import weight
+from hftl.finetune.estimate import FINISH, RowCosts, estimate_seconds, measure_costs
 from hftl.pipeline import preflight, run
 from hftl.recipe import Recipe, arms
+
+STEP = 4.0
+"""Forward passes that a training step is counted as."""
 
 
 @pytest.fixture
@@ -56,12 +59,12 @@ def test_the_passes_of_a_run_within_a_factor_of_two(
     recipe = Recipe.parse(tree)
     bench = bench_of(recipe)
     bench.general = load_general(recipe.data, bench.prepared, Reading())
-    monkeypatch.setattr(estimate, "_seconds_a_row", lambda *_: 1.0)
-    told = estimate_seconds(bench, arms(recipe), recipe)
+    costs = RowCosts(1.0, 1.0, {arm.name: STEP for arm in arms(recipe)})
+    passes = estimate_seconds(bench, arms(recipe), recipe, costs) - FINISH
     # Nothing of the header's own is counted.
     monkeypatch.setattr(BertModel, "forward", counted)
     run(recipe, tmp_path / "run", until="finetune")
-    assert 0.5 * told < made[0] < 2 * told
+    assert 0.5 * passes < made[0] < 2 * passes
 
 
 def test_every_seed_is_counted_before_a_run_too(
@@ -77,12 +80,18 @@ def test_every_seed_is_counted_before_a_run_too(
     assert counts == [3] and facts["arms"].endswith("3 to run")
 
 
-def test_what_is_frozen_makes_a_step_cheaper(tree: dict[str, Any]) -> None:
-    def step(**finetune: Any) -> float:
-        recipe = Recipe.parse(tree | {"finetune": tree["finetune"] | finetune})
-        return estimate._step(bench_of(recipe), arms(recipe)[0])
+def test_every_training_arm_is_timed_and_scratch_searches_too(tree: dict[str, Any]) -> None:
+    tree["measure"]["arms"] = ["scratch", "head", {"lora": {}}, {"partial": {"finetune.blocks": 1}}]
+    recipe = Recipe.parse(tree)
+    costs = measure_costs(bench_of(recipe), arms(recipe))
+    assert costs.step.keys() == {"full", "scratch", "lora", "partial"}
+    assert all(seconds > 0 for seconds in (costs.predict, costs.evaluate, *costs.step.values()))
 
-    full, lora = step(strategy="full"), step(strategy="lora")
-    one, three = (step(strategy="partial", blocks=blocks) for blocks in (1, 3))
-    assert 1 < one < three == full == STEP
-    assert 1 < lora < full
+
+def test_processes_share_the_rows(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe.parse(tree)
+    bench, costs = bench_of(recipe), RowCosts(1.0, 1.0, {"full": STEP})
+    alone = estimate_seconds(bench, arms(recipe), recipe, costs)
+    monkeypatch.setattr("hftl.processes.size", lambda: 2)
+    shared = estimate_seconds(bench, arms(recipe), recipe, costs)
+    assert shared - FINISH == pytest.approx((alone - FINISH) / 2)

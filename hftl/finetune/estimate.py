@@ -1,53 +1,180 @@
-"""How long a run will take, from a timed forward pass."""
+"""Estimate how long a run takes, from a few timed steps of what it does."""
 
 import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from hftl import processes
 from hftl.finetune import weight
 from hftl.finetune.embed import compared
 from hftl.finetune.retention import OWN_HEADS, mixes_general
+from hftl.finetune.strategy import prepare
 from hftl.finetune.weight import is_open
 from hftl.finetune.workbench import BY_STEPS, MEASURED, Workbench
 from hftl.model.anatomy import count_blocks
-from hftl.model.cache import frozen_features
+from hftl.model.cache import BATCH_TOKENS, batches_of_like
 from hftl.model.parts import TOKENS
 from hftl.recipe import Arm, Recipe
+from hftl.sections.finetune import Finetune
 from hftl.sections.retain import Replay, Retain
+from hftl.train.hardware import precision
+from hftl.train.modes import training_modes
 
 SAMPLE = 128
-STEP = 4.0
-"""A training step of all weights costs about four forward passes: its own, the backward one and the
-optimizer."""
-LORA_STEP = 3.0
-"""Where the base is frozen, the gradients of its weights are not computed."""
+"""Rows that a pass is timed on, at most."""
+STEPS = 2
+"""Training steps that are timed, after one that is not."""
 SEARCHED = 1 / 3
+TRAINER_BATCH = 8
+"""Of TrainingArguments, where the recipe says nothing."""
+FINISH = 20.0
+"""Seconds from the last arm to the end: intervals, the reload in a fresh process, card, plots."""
 
 
-def estimate_seconds(bench: Workbench, jobs: list[Arm], recipe: Recipe) -> float:
-    """Seconds for the arms given, one entry an arm and seed; rough, within a factor of two."""
+@dataclass(frozen=True)
+class RowCosts:
+    """Seconds that one row costs on this machine.
+
+    Attributes:
+        predict: a forward pass as final predictions are made, in fp32, rows of like length
+            together.
+        evaluate: a forward pass in the precision of training, rows as they come.
+        step: a training step, by the name of the arm.
+    """
+
+    predict: float
+    evaluate: float
+    step: Mapping[str, float]
+
+
+def estimate_seconds(
+    bench: Workbench, jobs: list[Arm], recipe: Recipe, costs: RowCosts | None = None
+) -> float:
+    """Estimate the seconds that arms take, one entry of `jobs` for each arm and seed.
+
+    Trainings count as if none stopped early. The rows of a pass are shared among the processes.
+
+    Args:
+        bench: the source and the rows.
+        jobs: what is to run.
+        recipe: it says how often each row is seen.
+        costs: seconds a row; None: measured here, in a few seconds.
+    """
+    costs = costs or measure_costs(bench, jobs)
     train = len(bench.train_rows(recipe.measure.seeds[0]))
     validation = len(bench.prepared.rows["validation"])
     measured = sum(len(bench.prepared.rows[split]) for split in MEASURED)
     embedded = sum(map(len, compared(bench).values()))
-    passes = float(train + measured)
+    seconds = (train + measured) * costs.predict
     seen: set[str] = set()
     for arm in jobs:
         if arm.strategy not in (*BY_STEPS, "scratch"):
             continue
-        epochs, step = _epochs(bench, arm, recipe), _step(bench, arm)
-        own = measured + epochs * (train * (step + _beside(bench, arm.retain, step)) + validation)
-        own += _once(bench, arm.retain, train, validation)
-        own += embedded if arm.strategy != "scratch" else 0
-        passes += own
+        epochs, step = _epochs(bench, arm, recipe), costs.step[arm.name]
+        seconds_a_row = step + _beside(bench, arm.retain, step, costs.evaluate)
+        own = epochs * (train * seconds_a_row + validation * costs.evaluate)
+        own += measured * costs.predict + _once(bench, arm.retain, train, validation, costs, step)
+        own += embedded * costs.predict if arm.strategy != "scratch" else 0
+        seconds += own
         if arm.name not in seen and arm.strategy == "scratch":
-            passes += len(recipe.measure.scratch.learning_rates) * epochs * SEARCHED * train * STEP
+            rates = len(recipe.measure.scratch.learning_rates)
+            tried = epochs * SEARCHED * (train * step + validation * costs.evaluate)
+            seconds += rates * (tried + measured * costs.predict)
         if arm.name not in seen and is_open(arm.retain):
-            passes += len(weight.GRID) * (own + _looked(bench))
+            seconds += len(weight.GRID) * (own + _looked(bench) * costs.predict)
         seen.add(arm.name)
-    return passes * _seconds_a_row(bench, recipe.finetune.pooling)
+    return seconds / processes.size() + FINISH
+
+
+def measure_costs(bench: Workbench, jobs: list[Arm]) -> RowCosts:
+    """Time a forward pass and the training step of every arm; no collective is called."""
+    first = next((arm for arm in jobs if arm.strategy in (*BY_STEPS, "scratch")), None)
+    finetune = (first or jobs[0]).finetune
+    steps: dict[str, float] = {}
+    for arm in jobs:
+        if arm.strategy in (*BY_STEPS, "scratch") and arm.name not in steps:
+            steps[arm.name] = _step_seconds(bench, arm)
+    evaluate = 0.0 if first is None else _forward_seconds(bench, finetune)
+    return RowCosts(_predict_seconds(bench, finetune.pooling), evaluate, steps)
+
+
+def _step_seconds(bench: Workbench, arm: Arm) -> float:
+    """Seconds a row of a training step; the step of gradual unfreezing is taken as half trained."""
+    finetune = arm.finetune
+    if arm.strategy == "gradual":
+        half = max(1, count_blocks(bench.source.config) // 2)
+        finetune = finetune.model_copy(update={"strategy": "partial", "blocks": half})
+    built = bench.build(finetune.pooling, 0, scratch=arm.strategy == "scratch")
+    strategy = "full" if arm.strategy == "scratch" else finetune.strategy
+    model = prepare(built.model, strategy, finetune.blocks, finetune.lora, built.fresh)
+    model.to(bench.device)
+    for module, live in training_modes(model):
+        module.training = live
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    batch, rows = _batch(bench, finetune)
+
+    def step() -> None:
+        with _autocast(bench, finetune):
+            outputs = model(**batch).logits
+        outputs.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return _timed(step, bench.device) / rows
+
+
+def _forward_seconds(bench: Workbench, finetune: Finetune) -> float:
+    """Seconds a row of a forward pass in the precision of training."""
+    model = bench.build(finetune.pooling, 0).model.to(bench.device).eval()
+    batch, rows = _batch(bench, finetune)
+
+    def forward() -> None:
+        with torch.no_grad(), _autocast(bench, finetune):
+            model(**batch)
+
+    return _timed(forward, bench.device) / rows
+
+
+def _batch(bench: Workbench, finetune: Finetune) -> tuple[dict[str, Any], int]:
+    """A batch of training rows on the device, and its number of rows."""
+    size = int(finetune.training.get("per_device_train_batch_size", TRAINER_BATCH))
+    rows = bench.prepared.rows["train"][:size]
+    batch = bench.inputs.collate([dict(row) for row in bench.encoded(rows)])
+    moved = {k: v.to(bench.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return moved, len(rows)
+
+
+def _autocast(bench: Workbench, finetune: Finetune) -> AbstractContextManager[Any]:
+    """The precision that training multiplies in."""
+    chosen = precision(finetune.training)
+    dtype = torch.float16 if chosen["fp16"] else torch.bfloat16
+    return torch.autocast(bench.device, dtype, enabled=any(chosen.values()))
+
+
+def _timed(work: Callable[[], None], device: str) -> float:
+    """Seconds of one call, the mean of a few after one that is not timed."""
+    for number in range(STEPS + 1):
+        if number == 1:
+            _wait(device)
+            started = time.perf_counter()
+        work()
+    _wait(device)
+    return (time.perf_counter() - started) / STEPS  # pyright: ignore[reportPossiblyUnbound]
+
+
+def _wait(device: str) -> None:
+    """Wait for an accelerator, which works behind the caller's back."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _epochs(bench: Workbench, arm: Arm, recipe: Recipe) -> float:
-    """How often a training sees its rows, at most."""
+    """Count how often a training sees its rows, at most."""
     if arm.strategy == "gradual":
         phased = arm.finetune.gradual
         return phased.epochs * (count_blocks(bench.source.config) + 1) + phased.final_epochs
@@ -55,35 +182,30 @@ def _epochs(bench: Workbench, arm: Arm, recipe: Recipe) -> float:
     return factor * float(arm.finetune.training["num_train_epochs"])
 
 
-def _step(bench: Workbench, arm: Arm) -> float:
-    """The forward passes that a training step costs for each of its rows."""
-    if arm.strategy == "partial":
-        trained = min(1.0, arm.finetune.blocks / count_blocks(bench.source.config))
-        return 1 + (STEP - 1) * trained
-    return LORA_STEP if arm.strategy == "lora" else STEP
-
-
-def _beside(bench: Workbench, retain: Retain | None, step: float) -> float:
-    """Forward passes that retention adds in training, for each row of the target."""
+def _beside(bench: Workbench, retain: Retain | None, step: float, forward: float) -> float:
+    """Seconds that retention adds in training, for each row of the target."""
     if retain is None:
         return 0.0
     general = (retain.replay or Replay()).ratio if mixes_general(retain) else 0.0
     rows = {"target": 1.0, "general": general, "both": 1.0 + general}
     # A head of the source's own is another pass to train through, and one of the original's.
     own = sum(step * rows[kl.inputs] for kl in retain.kls if kl.weight and kl.on in OWN_HEADS)
-    asked = 0.0 if _is_cached(bench, retain) else 1.0 + general
-    return general * step + own + asked
+    reference = 0.0 if _is_cached(bench, retain) else (1.0 + general) * forward
+    return general * step + own + reference
 
 
-def _once(bench: Workbench, retain: Retain | None, train: int, validation: int) -> float:
-    """Forward passes that retention adds to a training once."""
+def _once(
+    bench: Workbench, retain: Retain | None, train: int, validation: int, costs: RowCosts,
+    step: float,
+) -> float:  # fmt: skip
+    """Seconds that retention adds to a training once."""
     if retain is None:
         return 0.0
     general = len(bench.general.used) if bench.general is not None else 0
-    asked = any(kl.weight and kl.on not in OWN_HEADS for kl in retain.kls)
-    looked = train + (general if mixes_general(retain) else 0) if asked else 0
-    fisher = STEP * retain.ewc.samples if retain.ewc is not None else 0.0
-    return looked + fisher + validation * len(retain.interpolate or ())
+    cached = any(kl.weight and kl.on not in OWN_HEADS for kl in retain.kls)
+    rows = train + (general if mixes_general(retain) else 0) if cached else 0
+    fisher = step * retain.ewc.samples if retain.ewc is not None else 0.0
+    return (rows + validation * len(retain.interpolate or ())) * costs.predict + fisher
 
 
 def _is_cached(bench: Workbench, retain: Retain) -> bool:
@@ -100,12 +222,20 @@ def _looked(bench: Workbench) -> int:
     return min(weight.LOOKED, len(rows))
 
 
-def _seconds_a_row(bench: Workbench, pooling: str) -> float:
+def _predict_seconds(bench: Workbench, pooling: str) -> float:
+    """Seconds a row of a forward pass in fp32, rows of like length together."""
     rows = bench.prepared.rows["test"][:SAMPLE]
     built = bench.build(pooling, 0)
-    built.model.to(bench.device)
+    model = built.model.to(bench.device).eval()
     encoded = bench.encoded(rows)
-    frozen_features(built.model, built.last_linear, encoded[:8], bench.inputs, bench.device)
-    started = time.perf_counter()
-    frozen_features(built.model, built.last_linear, encoded, bench.inputs, bench.device)
-    return (time.perf_counter() - started) / len(rows)
+    lengths = [bench.inputs.length(row) for row in encoded]
+    seconds = 0.0
+    for numbers in batches_of_like(lengths, BATCH_TOKENS):
+        batch = bench.inputs.collate([dict(encoded[i]) for i in numbers])
+        moved = {k: v.to(bench.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        started = time.perf_counter()
+        with torch.no_grad():
+            model(**moved)
+        _wait(bench.device)
+        seconds += time.perf_counter() - started
+    return seconds / len(rows)
