@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from adaptations import model_of, stage_of, task_of
 from conftest import bench_of, sentences, write_csv
 from transformers import BertModel
 
+from hftl.adapt.estimate import estimate_seconds as adaptation_seconds
 from hftl.data.general import load_general
 from hftl.data.load import Reading
 from hftl.finetune import weight
@@ -95,3 +97,11 @@ def test_processes_share_the_rows(tree: dict[str, Any], monkeypatch: pytest.Monk
     monkeypatch.setattr("hftl.processes.size", lambda: 2)
     shared = estimate_seconds(bench, arms(recipe), recipe, costs)
     assert shared - FINISH == pytest.approx((alone - FINISH) / 2)
+
+
+def test_timing_an_adaptation_moves_no_weight(tiny_model: Callable[..., Path]) -> None:
+    source = tiny_model("bert", True)
+    model, task = model_of("mlm", source), task_of("mlm", source)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert adaptation_seconds(model, task, stage_of("mlm"), "cpu") > 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

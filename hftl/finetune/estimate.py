@@ -1,13 +1,8 @@
 """Estimate how long a run takes, from a few timed steps of what it does."""
 
-import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from hftl import processes
 from hftl.finetune import weight
@@ -22,13 +17,10 @@ from hftl.model.parts import TOKENS
 from hftl.recipe import Arm, Recipe
 from hftl.sections.finetune import Finetune
 from hftl.sections.retain import Replay, Retain
-from hftl.train.hardware import precision
-from hftl.train.modes import training_modes
+from hftl.train.timing import time_forward, time_step
 
 SAMPLE = 128
 """Rows that a pass is timed on, at most."""
-STEPS = 2
-"""Training steps that are timed, after one that is not."""
 SEARCHED = 1 / 3
 TRAINER_BATCH = 8
 """Of TrainingArguments, where the recipe says nothing."""
@@ -112,65 +104,22 @@ def _step_seconds(bench: Workbench, arm: Arm) -> float:
     built = bench.build(finetune.pooling, 0, scratch=arm.strategy == "scratch")
     strategy = "full" if arm.strategy == "scratch" else finetune.strategy
     model = prepare(built.model, strategy, finetune.blocks, finetune.lora, built.fresh)
-    model.to(bench.device)
-    for module, live in training_modes(model):
-        module.training = live
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     batch, rows = _batch(bench, finetune)
-
-    def step() -> None:
-        with _autocast(bench, finetune):
-            outputs = model(**batch).logits
-        outputs.float().square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return _timed(step, bench.device) / rows
+    return time_step(model.to(bench.device), batch, finetune.training, bench.device) / rows
 
 
 def _forward_seconds(bench: Workbench, finetune: Finetune) -> float:
     """Seconds a row of a forward pass in the precision of training."""
-    model = bench.build(finetune.pooling, 0).model.to(bench.device).eval()
+    model = bench.build(finetune.pooling, 0).model.to(bench.device)
     batch, rows = _batch(bench, finetune)
-
-    def forward() -> None:
-        with torch.no_grad(), _autocast(bench, finetune):
-            model(**batch)
-
-    return _timed(forward, bench.device) / rows
+    return time_forward(model, batch, finetune.training, bench.device) / rows
 
 
 def _batch(bench: Workbench, finetune: Finetune) -> tuple[dict[str, Any], int]:
-    """A batch of training rows on the device, and its number of rows."""
+    """A batch of training rows, and its number of rows."""
     size = int(finetune.training.get("per_device_train_batch_size", TRAINER_BATCH))
     rows = bench.prepared.rows["train"][:size]
-    batch = bench.inputs.collate([dict(row) for row in bench.encoded(rows)])
-    moved = {k: v.to(bench.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    return moved, len(rows)
-
-
-def _autocast(bench: Workbench, finetune: Finetune) -> AbstractContextManager[Any]:
-    """The precision that training multiplies in."""
-    chosen = precision(finetune.training)
-    dtype = torch.float16 if chosen["fp16"] else torch.bfloat16
-    return torch.autocast(bench.device, dtype, enabled=any(chosen.values()))
-
-
-def _timed(work: Callable[[], None], device: str) -> float:
-    """Seconds of one call, the mean of a few after one that is not timed."""
-    for number in range(STEPS + 1):
-        if number == 1:
-            _wait(device)
-            started = time.perf_counter()
-        work()
-    _wait(device)
-    return (time.perf_counter() - started) / STEPS  # pyright: ignore[reportPossiblyUnbound]
-
-
-def _wait(device: str) -> None:
-    """Wait for an accelerator, which works behind the caller's back."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    return bench.inputs.collate([dict(row) for row in bench.encoded(rows)]), len(rows)
 
 
 def _epochs(bench: Workbench, arm: Arm, recipe: Recipe) -> float:
@@ -225,17 +174,11 @@ def _looked(bench: Workbench) -> int:
 def _predict_seconds(bench: Workbench, pooling: str) -> float:
     """Seconds a row of a forward pass in fp32, rows of like length together."""
     rows = bench.prepared.rows["test"][:SAMPLE]
-    built = bench.build(pooling, 0)
-    model = built.model.to(bench.device).eval()
+    model = bench.build(pooling, 0).model.to(bench.device)
     encoded = bench.encoded(rows)
     lengths = [bench.inputs.length(row) for row in encoded]
     seconds = 0.0
     for numbers in batches_of_like(lengths, BATCH_TOKENS):
         batch = bench.inputs.collate([dict(encoded[i]) for i in numbers])
-        moved = {k: v.to(bench.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        started = time.perf_counter()
-        with torch.no_grad():
-            model(**moved)
-        _wait(bench.device)
-        seconds += time.perf_counter() - started
+        seconds += time_forward(model, batch, None, bench.device)
     return seconds / len(rows)

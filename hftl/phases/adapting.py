@@ -12,6 +12,7 @@ from torch import Tensor
 from hftl import processes, rundir, show
 from hftl.adapt import stage as training
 from hftl.adapt.encoder import encoder_state, set_trainable, write_encoder
+from hftl.adapt.estimate import estimate_seconds
 from hftl.errors import RecipeError, RunFolderError
 from hftl.finetune.workbench import Workbench
 from hftl.measure.adaptation import figures
@@ -195,6 +196,10 @@ def _make(
     steps = training.steps_of(stage.training, len(task.train))  # pyright: ignore
     for warning in _few(stage, steps):
         this.say(f"  warning: {warning}")
+    seconds = processes.share(lambda: estimate_seconds(model, task, stage, bench.device))
+    this.say(f"  adapt {stage.objective} {stage.method}: {len(task.train):,} "  # pyright: ignore
+             f"{'blocks' if stage.objective == 'mlm' else 'pictures'}, {steps} steps, "
+             f"about {show.duration(seconds)}")  # fmt: skip
     found = training.adapt(
         model, task, stage, rule, measure_of(this.recipe, plain, rule, corpus, model), seed,
         bench.device, work / "steps",

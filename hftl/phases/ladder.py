@@ -232,7 +232,7 @@ def header(recipe: Recipe, bench: Workbench, wanted: list[Arm], jobs: int) -> di
         f"test {splits['test']} ({facts['bad_rows']} bad, {dropped} duplicate rows dropped)",
         "labels": labels or "a number",
         "arms": f"{', '.join(names)} x seeds {recipe.measure.seeds}: {jobs} to run",
-        "time": f"about {show.duration(seconds)}{', adaptation aside' if recipe.stages else ''}",
+        "time": f"about {show.duration(seconds)}{' beside adaptation' if recipe.stages else ''}",
     }
 
 
