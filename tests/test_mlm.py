@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForMaskedLM
 from hftl.adapt.encoder import MaskedOutput, encoder_state, set_trainable
 from hftl.adapt.mlm import POSITIONWISE, MaskedLM, load_mlm
 from hftl.errors import RecipeError
+from hftl.model.padding import hide_padding
 from hftl.model.source import SourceModel, find_source
 from hftl.sections.source import Source
 
@@ -155,6 +156,7 @@ def test_under_lora_the_chosen_places_are_still_exact_and_the_merged_encoder_too
         state = encoder_state(model)
         assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
         fresh = AutoModel.from_pretrained(source.folder).eval()
+        hide_padding(fresh)
         original = fresh(input_ids=given["input_ids"]).last_hidden_state
         missing, unexpected = fresh.load_state_dict(state, strict=False)
         assert not unexpected and all(name.startswith("pooler") for name in missing)

@@ -61,9 +61,18 @@ class TextInputs:
         }
 
     def _padded(self, rows: list[Encoded]) -> dict[str, Tensor]:
+        """Pad on the right, with the mask of what is padded, whatever the tokenizer says.
+
+        Padding on the left moves a text's first token and its positions by the length of its
+        neighbours, and without the mask the encoder reads the padding.
+        """
         names = self.tokenizer.model_input_names
         inputs = [{k: v for k, v in row.items() if k in names} for row in rows]
-        return dict(self.tokenizer.pad(inputs, return_tensors="pt"))
+        return dict(
+            self.tokenizer.pad(
+                inputs, padding_side="right", return_attention_mask=True, return_tensors="pt"
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -98,8 +107,7 @@ class WordInputs(TextInputs):
         for number, row in enumerate(rows):
             places = np.asarray(row["words"])
             there = places >= 0
-            shift = self._left_padding(labels.shape[1], row)
-            labels[number, places[there] + shift] = torch.from_numpy(row["labels"][there])
+            labels[number, places[there]] = torch.from_numpy(row["labels"][there])
         batch["labels"] = labels
         return batch
 
@@ -108,9 +116,8 @@ class WordInputs(TextInputs):
         found = []
         for value, row in zip(values, rows, strict=True):
             places = torch.as_tensor(row["words"])
-            shift = self._left_padding(values.shape[1], row)
             picked = value.new_full((len(places), value.shape[-1]), float("nan"))
-            picked[places >= 0] = value[(places[places >= 0] + shift).to(value.device)]
+            picked[places >= 0] = value[places[places >= 0].to(value.device)]
             found.append(picked)
         return found
 
@@ -122,9 +129,6 @@ class WordInputs(TextInputs):
                 "input_ids"
             ]
         )
-
-    def _left_padding(self, length: int, row: Encoded) -> int:
-        return length - len(row["input_ids"]) if self.tokenizer.padding_side == "left" else 0
 
 
 def with_labels(batch: dict[str, Any], rows: list[Encoded]) -> dict[str, Any]:
@@ -142,7 +146,10 @@ def of_words(tokenizer: Any, folder: Path) -> Any:
     """
     if not _lacks_space(tokenizer):
         return tokenizer
-    found: Any = type(tokenizer).from_pretrained(folder, add_prefix_space=True)
+    found: Any = type(tokenizer).from_pretrained(
+        folder, add_prefix_space=True, padding_side=tokenizer.padding_side,
+        model_input_names=tokenizer.model_input_names,
+    )  # fmt: skip
     if _lacks_space(found):
         state = json.loads(found.backend_tokenizer.to_str())
         for step in _byte_steps(state["pre_tokenizer"]):

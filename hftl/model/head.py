@@ -16,6 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hftl.errors import RecipeError
 from hftl.model.anatomy import anatomy_of, encoder_config
+from hftl.model.padding import hide_padding
 from hftl.model.parts import TOKENS, Anatomy, blocks_of, encoder_of, under
 from hftl.model.source import SourceModel
 from hftl.model.stock import auto_class, stock_class
@@ -58,7 +59,6 @@ class PooledModel(nn.Module):
         labels: Tensor | None = None,
     ) -> SequenceClassifierOutput:
         """Logits (batch, outputs) of (batch, length) ids; the loss is the trainer's business."""
-        # FNet's tokenizer gives no mask, and the encoder takes none.
         given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
         given = {name: tensor for name, tensor in given.items() if tensor is not None}
         hidden = self.encoder(input_ids=input_ids, **given).last_hidden_state
@@ -177,6 +177,7 @@ def build(
     torch.manual_seed(seed)
     if scratch:
         model, missing = kind(config, **extra), set()
+        hide_padding(model)
     else:
         model, missing = load_class(source, kind, config, extra)
     if pooling != "native":
@@ -248,6 +249,7 @@ def load_class(
             f"source.model: {source.spec} does not load: {str(error).splitlines()[0]}",
             "Give a complete checkpoint of a supported architecture",
         ) from error
+    hide_padding(model)
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
     return model, set(info["missing_keys"]) | mismatched
 

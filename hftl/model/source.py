@@ -8,7 +8,9 @@ from typing import Any
 from hftl import places
 from hftl.errors import RecipeError
 from hftl.model.anatomy import Anatomy, anatomy_of
+from hftl.model.padding import takes_mask
 from hftl.model.sizes import absurd_in
+from hftl.model.stock import auto_class
 from hftl.sections.source import Source
 
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -94,10 +96,13 @@ def find_source(source: Source, on_hub: bool = False) -> SourceModel:
 
 
 def load_tokenizer(source: SourceModel) -> Any:
-    """The source's own tokenizer.
+    """Return the source's own tokenizer, which pads on the right and gives the attention mask.
+
+    Published so, it makes a text's outputs under plain transformers independent of the texts
+    beside it, as they are in hftl, see `TextInputs`.
 
     Raises:
-        RecipeError: if the checkpoint ships none.
+        RecipeError: if the checkpoint ships none, or one that cannot pad.
     """
     from transformers import AutoTokenizer
 
@@ -114,6 +119,14 @@ def load_tokenizer(source: SourceModel) -> Any:
         raise RecipeError(
             f"source.model: {source.spec} has no usable tokenizer: it has no vocabulary", fix
         )
+    if found.pad_token_id is None:
+        raise RecipeError(
+            f"source.model: the tokenizer of {source.spec} has no padding token",
+            "Set pad_token in its tokenizer_config.json",
+        )
+    found.padding_side = "right"
+    if takes_mask(auto_class(source.config)) and "attention_mask" not in found.model_input_names:
+        found.model_input_names = [*found.model_input_names, "attention_mask"]
     return found
 
 

@@ -55,7 +55,8 @@ class Published(nn.Module):
         if self.pooling == "cls":
             pooled = hidden[:, 0]
         else:
-            mask = inputs["attention_mask"].unsqueeze(-1)
+            # FNet's tokenizer gives no mask.
+            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).unsqueeze(-1)
             pooled = (hidden * mask).sum(1) / mask.sum(1)
         return SequenceClassifierOutput(logits=self.head(pooled))  # pyright: ignore
 
@@ -113,40 +114,46 @@ def _head(path: Path) -> tuple[nn.Linear | None, str]:
     return head, pooling
 
 
-def sample_inputs(folder: Path, sample: Path) -> tuple[dict[str, Any], Tensor | None]:
-    """What the model takes for the sample; and for words which of its outputs they have."""
-    told = json.loads(sample.read_text(encoding="utf-8"))
-    if "images" in told:
+def sample_batches(folder: Path, sample: Path) -> list[tuple[dict[str, Any], Tensor | None]]:
+    """Return what the model takes for the sample, batch by batch, and for words the mask of the
+    tokens whose outputs they have.
+
+    Each text is alone in its batch, as `transformers.pipeline` runs it: the outputs must be those
+    that it had beside others.
+    """
+    content = json.loads(sample.read_text(encoding="utf-8"))
+    if "images" in content:
         from PIL import Image
 
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        images = [Image.open(sample.parent / name) for name in told["images"]]
-        return {**processor(images, return_tensors="pt"), **told["arguments"]}, None
+        images = [Image.open(sample.parent / name) for name in content["images"]]
+        return [({**processor(images, return_tensors="pt"), **content["arguments"]}, None)]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    cut = {"truncation": True, "max_length": told["max_length"], "padding": True}
-    if "texts" in told:
-        columns = [list(column) for column in zip(*told["texts"], strict=True)]
-        return dict(tokenizer(*columns, return_tensors="pt", **cut)), None
-    inputs = tokenizer(told["words"], is_split_into_words=True, return_tensors="pt", **cut)
-    ids = [inputs.word_ids(i) for i in range(len(told["words"]))]
-    first = torch.tensor(
-        [[w is not None and (p == 0 or row[p - 1] != w) for p, w in enumerate(row)] for row in ids]
-    )
-    return dict(inputs), first
+    cut = {"truncation": True, "max_length": content["max_length"], "return_tensors": "pt"}
+    if "texts" in content:
+        return [(dict(tokenizer(*([t] for t in row), **cut)), None) for row in content["texts"]]
+    batches = []
+    for words in content["words"]:
+        inputs = tokenizer([words], is_split_into_words=True, **cut)
+        ids = inputs.word_ids(0)
+        first = [w is not None and (p == 0 or ids[p - 1] != w) for p, w in enumerate(ids)]
+        batches.append((dict(inputs), torch.tensor([first])))
+    return batches
 
 
 def main(folder: Path, base: Path, sample: Path, device: str) -> None:
     """Prints the comparison as JSON."""
-    inputs, first = sample_inputs(folder, sample)
     expected = torch.tensor(json.loads(sample.read_text(encoding="utf-8"))["logits"])
     # Other weights must be drawn for whatever the folder lacks, or the lack would not show.
     torch.manual_seed(20_010_101)
     model = load(folder, base).to(device)
-    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    with torch.inference_mode():
-        found = model(**inputs).logits.float().cpu()
-    if first is not None:
-        found = found[first]
+    parts = []
+    for inputs, first in sample_batches(folder, sample):
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        with torch.inference_mode():
+            logits = model(**inputs).logits.float().cpu()
+        parts.append(logits if first is None else logits[first])
+    found = torch.cat(parts)
     compared = {
         "difference": float((found - expected).abs().max()),
         "largest": float(expected.abs().max()),

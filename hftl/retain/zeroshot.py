@@ -47,7 +47,10 @@ def zero_shot_head(clip: Any, tokenizer: Any, names: list[str]) -> ZeroShotHead:
         names: of the classes; underscores are read as spaces.
     """
     prompts = [TEMPLATE.format(name.replace("_", " ")) for name in names]
-    ids = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
+    ids = tokenizer(
+        prompts, padding=True, padding_side="right", truncation=True, return_attention_mask=True,
+        return_tensors="pt",
+    )  # fmt: skip
     with torch.no_grad(), in_eval(clip):
         pooled = clip.text_model(
             input_ids=ids["input_ids"], attention_mask=ids["attention_mask"]

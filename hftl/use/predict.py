@@ -22,6 +22,7 @@ from hftl.errors import DataError, RecipeError
 from hftl.finetune.opening import position_arguments
 from hftl.model.anatomy import anatomy_of, max_tokens, patch_size
 from hftl.model.cache import logits
+from hftl.model.padding import hide_padding
 from hftl.publish import reload
 from hftl.sections.data import Data, Table
 from hftl.train.hardware import device
@@ -180,6 +181,7 @@ def with_model(folder: Path, model: nn.Module) -> Predictor:
         task = _task(notes, config)
         names = [] if task == "regression" else _names(notes, config)
         inputs, columns = _inputs(folder, config, task, notes.recipe.data)
+    hide_padding(model)
     where = device()
     return Predictor(model.to(where), inputs, task, names, columns, where)
 
