@@ -257,7 +257,12 @@ def _is_watched() -> bool:
 
 
 def say(line: str) -> None:
-    """Prints a line for the user."""
+    """Print a line for the user, above the progress where some is drawn on the same terminal."""
+    if "hftl.progress" in sys.modules and sys.stdout.isatty():
+        from hftl.progress import print_line
+
+        if print_line(line):
+            return
     typer.echo(line)
 
 

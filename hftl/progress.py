@@ -15,10 +15,12 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 Item = TypeVar("Item")
 Advance = Callable[..., None]
@@ -39,23 +41,31 @@ def show_progress(enabled: bool, console: Console | None = None) -> Iterator[Non
         yield
         return
     screen = console or Console(stderr=True)
-    # Lines printed meanwhile go above the bars. An output sent to a file keeps its own way.
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        _CountColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=screen,
         transient=True,
-        redirect_stdout=Console().is_terminal,
+        redirect_stdout=False,
     ) as display:
         token = _display.set(display)
         try:
             yield
         finally:
             _display.reset(token)
+
+
+def print_line(line: str) -> bool:
+    """Print a line above the bars; return False, printing nothing, where none are drawn."""
+    display = _display.get()
+    if display is None:
+        return False
+    display.console.print(Text(line), soft_wrap=True)
+    return True
 
 
 @contextmanager
@@ -99,6 +109,14 @@ def track(items: Sequence[Item], title: str) -> Iterator[Item]:
         for number, item in enumerate(items):
             yield item
             advance(number + 1)
+
+
+class _CountColumn(MofNCompleteColumn):
+    """Steps done and in all; nothing for work of unknown length that counts no steps."""
+
+    def render(self, task: Task) -> Text:
+        """Return the text of one bar."""
+        return Text() if task.total is None and not task.completed else super().render(task)
 
 
 def _ignore(done: int, title: str | None = None) -> None:

@@ -76,3 +76,10 @@ def test_a_run_names_arm_seed_epoch_loss_and_every_pass(
     for title in ("lora seed 3", "scratch seed 3", "scratch: rate", "features", "predictions",
                   "evaluation", ", loss "):  # fmt: skip
         assert any(title in shown for shown in seen), title
+
+
+def test_a_line_goes_above_the_bars() -> None:
+    assert not progress.print_line("nobody draws")
+    with terminal() as text, working("lora seed 0"):
+        assert progress.print_line("[1/2] head seed 0  " + "x" * 150)
+    assert "[1/2] head seed 0  " + "x" * 150 in text.getvalue()
