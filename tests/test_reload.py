@@ -208,6 +208,17 @@ def test_no_local_name_in_the_configs(tiny_model: Callable[..., Path], tmp_path:
         assert str(tiny_model("bert")) not in path.read_text(encoding="utf-8"), path.name
 
 
+@pytest.mark.parametrize("pooling", ["mean", "native"])
+def test_an_adapter_names_its_modules_in_one_order(
+    pooling: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """peft holds them as a set, whose order is another in each process."""
+    difference(tiny_model("bert"), tmp_path, pooling, "lora")
+    settings = json.loads((tmp_path / "publish" / "adapter_config.json").read_text("utf-8"))
+    assert len(settings["target_modules"]) > 2
+    assert settings["target_modules"] == sorted(settings["target_modules"])
+
+
 def test_an_arm_trained_in_bf16_predicts_in_fp32(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:

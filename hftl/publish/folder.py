@@ -108,7 +108,7 @@ def write_adapter_of(bench: Workbench, model: nn.Module, folder: Path) -> None:
             folder, joined(stages), prefix, saved_modules(adapter), settings["task_type"],
             settings["modules_to_save"], None, None, None if pooled else type(unwrapped(model)),
         )  # fmt: skip
-    _rewrite(folder / "adapter_config.json", lambda settings: settings | named)
+    _rewrite(folder / "adapter_config.json", lambda settings: _ordered(settings | named))
 
 
 def write_encoder_alone(bench: Workbench, folder: Path) -> None:
@@ -169,6 +169,12 @@ def write_sample(bench: Workbench, logits: np.ndarray, folder: Path) -> Path:
 def _without_local_names(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings without the places on this machine that transformers writes into them."""
     return {k: v for k, v in settings.items() if k not in ("_name_or_path", "name_or_path")}
+
+
+def _ordered(settings: dict[str, Any]) -> dict[str, Any]:
+    """Sort the names that peft holds as sets, whose order changes from process to process."""
+    names = ("target_modules", "exclude_modules")
+    return settings | {k: sorted(settings[k]) for k in names if isinstance(settings.get(k), list)}
 
 
 def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
