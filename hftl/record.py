@@ -46,7 +46,8 @@ class Record:
 
     @property
     def transfer_gain(self) -> dict[str, Any]:
-        """`{metric, value, ci95, baseline, seeds, p_value, relative_error_reduction, outcome}`."""
+        """`{metric, value, ci95, baseline, baselines, seeds, p_value, relative_error_reduction,
+        outcome}`; `baselines` holds the gain over each, of which `baseline` has the lesser."""
         return self.tree["transfer_gain"]
 
     @property

@@ -6,17 +6,45 @@ here keep both in view; `jackknife` turns any metric into per-item values that c
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import special
 
-_LEAST_SEEDS_FOR_P = 6  # 2 / 2**5 > .05: with five seeds no result could be significant
-_MOST_SEEDS_ENUMERATED = 16
-_MONTE_CARLO_FLIPS = 20_000
+BLOCKS = 400
+"""Most blocks of the jackknife."""
+LEAST_SEEDS_FOR_P = 6
+"""Seeds from which on a p-value is given; simulated at .05 and .01 from there on."""
+
+
+@dataclass(frozen=True)
+class MeanError:
+    """The standard error of a mean and the degrees of freedom of its t distribution."""
+
+    value: float
+    freedom: float
+
+    def interval(self, centre: float, level: float = 0.95) -> tuple[float, float]:
+        """Return the t interval (low, high) around `centre`.
+
+        Raises:
+            ValueError: `level` is outside (0, 1).
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level must lie in (0, 1), got {level}")
+        half = float(special.stdtrit(self.freedom, (1 + level) / 2)) * self.value
+        return centre - half, centre + half
+
+    def p_value(self, centre: float) -> float:
+        """Return the two-sided p-value of a mean of 0; it is at most 1 - level exactly where the
+        interval of that level excludes 0."""
+        if self.value == 0:
+            return float(centre == 0)
+        return 2 * float(special.stdtr(self.freedom, -abs(centre) / self.value))
 
 
 def jackknife(
-    score: Callable[[np.ndarray], float], units: np.ndarray, blocks: int = 400
+    score: Callable[[np.ndarray], float], units: np.ndarray, blocks: int = BLOCKS
 ) -> np.ndarray:
     """Delete-one-block pseudo-values of a statistic, ready to be averaged with equal weights.
 
@@ -43,6 +71,24 @@ def jackknife(
         ValueError: `units` is not one-dimensional and integer or has under two distinct ids,
             `blocks` is under 2, or a score is not finite.
     """
+    block = block_of_rows(units, blocks)
+    count = int(block.max()) + 1
+    whole = _finite("score of all rows", score(np.arange(len(block))), 0)
+    without = _finite(
+        "score without block",
+        [score(np.flatnonzero(block != j)) for j in range(count)],
+        1,
+    )
+    remaining = 1 - np.bincount(block) / len(block)
+    return whole + count * remaining * (whole - without)
+
+
+def block_of_rows(units: np.ndarray, blocks: int = BLOCKS) -> np.ndarray:
+    """Return the jackknife's block of every row, (rows,) int64.
+
+    Raises:
+        ValueError: see `jackknife`.
+    """
     units = np.asarray(units)
     if units.ndim != 1 or not np.issubdtype(units.dtype, np.integer):
         raise ValueError(f"units must be (rows,) integers, got {units.shape} {units.dtype}")
@@ -50,15 +96,22 @@ def jackknife(
     count = min(blocks, len(distinct))
     if count < 2:
         raise ValueError(f"jackknife needs 2 blocks, got {len(distinct)} units, blocks={blocks}")
-    block = rank % count
-    whole = _finite("score of all rows", score(np.arange(len(units))), 0)
-    without = _finite(
-        "score without block",
-        [score(np.flatnonzero(block != j)) for j in range(count)],
-        1,
-    )
-    kept_share = 1 - np.bincount(block) / len(units)
-    return whole + count * kept_share * (whole - without)
+    return rank % count
+
+
+def effective_count(sizes: np.ndarray) -> float:
+    """Return how many clusters of equal size are as uncertain as these.
+
+    (sum v)^2 / sum v^2 of the variances v of the clusters' sums, the effective number of clusters
+    of Carter, Schnepel & Steigerwald (2017, Review of Economics and Statistics 99:698-709) for a
+    mean. v is m where rows are independent and m^2 where rows of a cluster are alike; m^1.5 is
+    between them, and what is simulated. Equal sizes give their number.
+
+    Args:
+        sizes: (clusters,) rows of each.
+    """
+    variances = np.asarray(sizes, dtype=np.float64) ** 1.5
+    return float(variances.sum() ** 2 / (variances @ variances))
 
 
 def mean_squares(values: np.ndarray) -> tuple[float, float, float]:
@@ -85,116 +138,119 @@ def mean_squares(values: np.ndarray) -> tuple[float, float, float]:
     )
 
 
-def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float] | None:
-    """Interval of a mean over random seeds and random units (two-way variance components).
+def mean_error(values: np.ndarray, sizes: np.ndarray | None = None) -> MeanError | None:
+    """Estimate the error of a mean over random seeds and random units (two-way components).
 
     Model d[s, i] = mu + a_s + b_i + e_si, all three random. The variance of the grand mean is
     estimated from the mean squares as
 
         V = V_seed + V_unit,  V_seed = MS_seed / (S N),  V_unit = max(MS_unit - MS_error, 0) / (S N)
 
-    and the interval is mean -+ t_f sqrt(V) with the share-weighted degrees of freedom
+    and the degrees of freedom from its shares w = V_seed / V and 1 - w as
 
-        1 / f = (V_seed / V) / (S - 1) + (V_unit / V) / (N - 1).
+        1 / f = w^k / (S - 1) + (1 - w)^k / (G - 1),  k = max(1, 2 - 2 / (S - 1)),
 
-    Satterthwaite (1946, Biometrics Bulletin 2:110-114) squares the shares, as if they were known;
-    with 2 degrees of freedom for seeds they are not, a small MS_seed shrinks V and t together, and
-    coverage falls to .92. Cochran's rule (1964, Biometrics 20:191-195) averages the critical
-    values, sum_j (V_j / V) t_{f_j}, and errs to the safe side. As t_f = z + z (z^2 + 1) / (4 f) +
-    O(f^-2), averaging 1 / f is Cochran's rule to first order; it lies between the two. Without a
-    unit effect this is the one-sample t interval over seeds, without a seed effect the one over
-    units. In theory coverage at .95 stays in .94-.965 from 3 seeds on, whatever the shares; with 2
-    seeds it can fall to .905.
+    G being `effective_count` of the units' sizes, N where these are equal. With many seeds k is 2,
+    the rule of Satterthwaite (1946, Biometrics Bulletin 2:110-114), who takes the shares as if
+    they were known; with 2 degrees of freedom for seeds they are not, a small MS_seed shrinks V
+    and t together, and coverage falls to .92. k = 1 is to first order the rule of Cochran (1964,
+    Biometrics 20:191-195), who averages the critical values; it holds with 3 seeds and errs to the
+    safe side with more (false alarms of .04 at .05 with 6 or 8). Without a unit effect this is the
+    one-sample t distribution over seeds, without a seed effect that over units. In theory coverage
+    at .95 stays in .94-.965 from 3 seeds on, whatever the shares; with 2 seeds it can fall to
+    .905.
 
     Args:
         values: (seeds, units) contributions to the gain; their mean over everything is the gain.
-        level: nominal coverage, in (0, 1).
+        sizes: (units,) rows of each, None where they are equal.
 
     Returns:
-        (low, high) in the unit of `values`, or None with one seed (it cannot tell gain from luck)
-        or under two units.
+        None with one seed (it cannot tell gain from luck) or under two units.
 
     Raises:
-        ValueError: `values` is not two-dimensional or not finite, or `level` is outside (0, 1).
+        ValueError: `values` is not two-dimensional or not finite.
     """
     values = _finite("values", values, 2)
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie in (0, 1), got {level}")
     seeds, units = values.shape
     if seeds < 2 or units < 2:
         return None
-    origin = values[0, 0]  # equal values then centre to exact zeros, not to rounding noise
-    values = values - origin
-    mean = float(origin + values.mean())
-    from_seeds, unit_square, error_square = mean_squares(values)
-    from_units = max(unit_square - error_square, 0.0)
-    total = from_seeds + from_units
+    # Equal values then centre to exact zeros, not to rounding noise.
+    from_seeds, unit_square, error_square = mean_squares(values - values[0, 0])
+    total = from_seeds + max(unit_square - error_square, 0.0)
     if total == 0:
-        return mean, mean
-    seed_share = from_seeds / total
-    freedom = 1 / (seed_share / (seeds - 1) + (1 - seed_share) / (units - 1))
-    critical = float(special.stdtrit(freedom, (1 + level) / 2))
-    half = critical * (total / values.size) ** 0.5
-    return mean - half, mean + half
+        return MeanError(0.0, seeds - 1)
+    share = from_seeds / total
+    power = max(1.0, 2 - 2 / (seeds - 1))
+    inverse = share**power / (seeds - 1) + (1 - share) ** power / _unit_freedom(units, sizes)
+    return MeanError((total / values.size) ** 0.5, 1 / inverse)
 
 
-def item_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float] | None:
-    """Interval of a mean over random items, for one model: the one-sample t interval.
+def mean_interval(
+    values: np.ndarray, level: float = 0.95, sizes: np.ndarray | None = None
+) -> tuple[float, float] | None:
+    """Return the interval of `mean_error` around the mean of `values`; None where that is None.
 
-    mean -+ t_{N-1} sd / sqrt(N), sd with N - 1 degrees of freedom (Student 1908, Biometrika 6:1).
+    Raises:
+        ValueError: see `mean_error`, or `level` is outside (0, 1).
+    """
+    error = mean_error(values, sizes)
+    if error is None:
+        return None
+    origin = float(values[0, 0])
+    return error.interval(origin + float((values - origin).mean()), level)
+
+
+def item_error(values: np.ndarray, sizes: np.ndarray | None = None) -> MeanError | None:
+    """Estimate the error of a mean over random items, for one model: the one-sample t.
+
+    sd / sqrt(N), sd with N - 1 degrees of freedom (Student 1908, Biometrika 6:1).
 
     Args:
         values: (units,) contributions to the statistic, as from `jackknife`.
-        level: nominal coverage, in (0, 1).
+        sizes: (units,) rows of each, None where they are equal.
 
     Returns:
-        (low, high) in the unit of `values`, or None under two units.
+        None under two units.
 
     Raises:
-        ValueError: `values` is not one-dimensional or not finite, or `level` is outside (0, 1).
+        ValueError: `values` is not one-dimensional or not finite.
     """
     values = _finite("values", values, 1)
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie in (0, 1), got {level}")
     if len(values) < 2:
         return None
-    mean = float(values.mean())
-    critical = float(special.stdtrit(len(values) - 1, (1 + level) / 2))
-    half = critical * float(values.std(ddof=1)) / len(values) ** 0.5
-    return mean - half, mean + half
+    error = float((values - values[0]).std(ddof=1)) / len(values) ** 0.5
+    return MeanError(error, _unit_freedom(len(values), sizes))
 
 
-def sign_flip_p(deltas: np.ndarray) -> float | None:
-    """Two-sided sign-flip permutation p-value of the mean of per-seed gains.
+def _unit_freedom(units: int, sizes: np.ndarray | None) -> float:
+    # Two clusters of very unequal size are hardly more than one; a t needs some freedom.
+    return units - 1 if sizes is None else max(effective_count(sizes) - 1, 0.5)
 
-    p is the share of the 2^S sign patterns whose |sum| reaches the observed one (Fisher 1935, The
-    Design of Experiments, ch. 3). Above 16 seeds 20000 patterns are drawn from a fixed seed and
-    p = (k + 1) / (20000 + 1) (Phipson & Smyth 2010, SAGMB 9:39).
 
-    Args:
-        deltas: (seeds,) own arm minus baseline, one per seed.
-
-    Returns:
-        p in (0, 1], or None under 6 seeds, where it could not reach .05.
+def item_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float] | None:
+    """Return the interval of `item_error` around the mean of `values`; None under two units.
 
     Raises:
-        ValueError: `deltas` is not one-dimensional or not finite.
+        ValueError: see `item_error`, or `level` is outside (0, 1).
     """
-    deltas = _finite("deltas", deltas, 1)
-    seeds = len(deltas)
-    if seeds < _LEAST_SEEDS_FOR_P:
-        return None
-    # Only sizes matter under the null; sorted, the drawn patterns do not depend on seed order.
-    sizes = np.sort(np.abs(deltas))
-    exact = seeds <= _MOST_SEEDS_ENUMERATED
-    if exact:
-        bits = (np.arange(2**seeds)[:, None] >> np.arange(seeds)) & 1
-    else:
-        bits = np.random.default_rng(0).integers(2, size=(_MONTE_CARLO_FLIPS, seeds))
-    # Summation order must not decide a tie with the observed pattern.
-    reach = abs(deltas.sum()) - 1e-12 * sizes.sum()
-    extreme = int(np.sum(np.abs((2.0 * bits - 1) @ sizes) >= reach))
-    return extreme / len(bits) if exact else (extreme + 1) / (len(bits) + 1)
+    error = item_error(values)
+    return None if error is None else error.interval(float(np.mean(values)), level)
+
+
+def no_change(units: float, value: float = 0.0) -> float:
+    """Return the half-width of the 95 % interval of a mean of values that are all alike.
+
+    With n alike, up to 3 / n of all may be others (rule of three, Hanley & Lippman-Hand 1983, JAMA
+    249:1743). Differences between two rights or wrongs lie in [-1, 1], so each of those may be
+    1 + |value| away.
+    """
+    return (1 + abs(value)) * 3 / units
+
+
+def no_change_p(value: float, units: float) -> float:
+    """Return the p-value that goes with `no_change`: .05 where its interval just reaches 0."""
+    reach = abs(value) / no_change(units, value)
+    return float(0.05 ** (reach * (1 - 1e-12)))  # above .05 where the bound is exactly 0
 
 
 def outcome(interval: tuple[float, float] | None, margin: float) -> str:

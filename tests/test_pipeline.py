@@ -109,8 +109,8 @@ def test_run_folder_holds_what_the_contract_says(finished: tuple[Path, dict[str,
     record = Record.read(run)
     assert set(record.tree) >= {"schema_version", "recipe", "source", "data", "check", "adapt",
         "arms", "transfer_gain", "forgetting", "verdict", "environment", "timings"}  # fmt: skip
-    assert set(record.transfer_gain) == {"metric", "value", "ci95", "baseline", "seeds", "p_value",
-        "relative_error_reduction", "outcome"}  # fmt: skip
+    assert set(record.transfer_gain) == {"metric", "value", "ci95", "baseline", "baselines",
+        "seeds", "p_value", "relative_error_reduction", "outcome"}  # fmt: skip
     assert record["reload_difference"] <= 1e-5
     config = json.loads((run / "publish" / "config.json").read_text())
     assert config["id2label"] == {"0": "negative", "1": "positive"}

@@ -9,13 +9,14 @@ import pytest
 from scipy import stats
 
 from hftl.statistics import (
+    effective_count,
     jackknife,
+    mean_error,
     mean_interval,
     mean_squares,
     one_standard_error,
     outcome,
     relative_error_reduction,
-    sign_flip_p,
 )
 
 GAIN = 0.12
@@ -194,8 +195,6 @@ def test_bad_values_are_named_with_their_place() -> None:
         mean_interval(values)
     with pytest.raises(ValueError, match=r"2 dimensions, got shape \(4,\)"):
         mean_interval(values[0])
-    with pytest.raises(ValueError, match=r"deltas\[1\] is inf"):
-        sign_flip_p(np.array([0.0, np.inf]))
     with pytest.raises(ValueError, match="level"):
         mean_interval(np.zeros((2, 2)), level=95)
     with pytest.raises(ValueError, match=r"score without block\[3\] is nan"):
@@ -274,30 +273,33 @@ def test_jackknife_blocks_are_interleaved_balanced_and_free_of_row_order() -> No
     np.testing.assert_allclose(values, jackknife(lambda k: ordered[k].mean(), ordered, blocks=4))
 
 
-def test_sign_flip_p_equals_full_enumeration() -> None:
-    rng = np.random.default_rng(10)
-    tied = np.array([0.4, -0.4, -0.2, 0.3, -0.8, 0.3, -0.1, 0.1])  # equal sums, unequal roundings
-    for deltas in (rng.standard_normal(6) + 1, rng.standard_normal(9), tied):
-        sums = [
-            abs(sum(s * d for s, d in zip(signs, deltas, strict=True)))
-            for signs in itertools.product((-1, 1), repeat=len(deltas))
-        ]
-        observed = abs(sum(deltas)) - 1e-9
-        assert sign_flip_p(deltas) == np.mean([total >= observed for total in sums])
+@pytest.mark.parametrize("sizes", [None, np.array([1, 9, 2, 5, 5])])
+@pytest.mark.parametrize("seeds", [3, 8])
+def test_p_value_is_at_most_a_level_exactly_where_the_interval_excludes_zero(
+    seeds: int, sizes: np.ndarray | None
+) -> None:
+    error = mean_error(np.random.default_rng(12).standard_normal((seeds, 5)), sizes)
+    assert error is not None
+    for level in (0.05, 0.01):
+        bound = error.interval(0.0, 1 - level)[1]
+        assert error.p_value(bound) == pytest.approx(level) == error.p_value(-bound)
+    assert error.p_value(0.0) == 1
 
 
-def test_sign_flip_p_needs_six_seeds_and_six_equal_signs_reach_the_least_p() -> None:
-    assert sign_flip_p(np.full(5, 0.1)) is None
-    assert sign_flip_p(np.full(6, 0.1)) == 2 / 64
-    assert sign_flip_p(np.zeros(6)) == 1.0
+def test_p_value_is_students_where_seeds_or_units_alone_vary() -> None:
+    rng = np.random.default_rng(13)
+    seeds, units = rng.standard_normal((8, 1)) + 0.7, rng.standard_normal((1, 30)) + 0.3
+    for values, sample in ((np.tile(seeds, (1, 30)), seeds), (np.tile(units, (8, 1)), units)):
+        error = mean_error(values)
+        assert error is not None
+        expected = stats.ttest_1samp(sample.ravel(), 0).pvalue
+        assert error.p_value(float(values.mean())) == pytest.approx(expected)
 
 
-def test_sign_flip_p_of_many_seeds_is_repeatable_order_free_and_near_the_normal_tail() -> None:
-    deltas = np.random.default_rng(11).standard_normal(40) + 0.25
-    p = sign_flip_p(deltas)
-    assert p == sign_flip_p(-deltas[::-1])
-    assert p == pytest.approx(2 * stats.norm.sf(abs(deltas.sum()) / np.linalg.norm(deltas)), 0.1)
-    assert sign_flip_p(np.ones(40)) == 1 / 20001
+def test_effective_count_is_their_number_for_equal_clusters_and_less_for_others() -> None:
+    assert effective_count(np.full(17, 3)) == pytest.approx(17)
+    assert effective_count(np.array([100, 1, 1, 1])) == pytest.approx(1, abs=0.01)
+    assert 2 < effective_count(np.array([3, 2, 1])) < 3
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,18 @@ def test_a_model_that_is_not_better_than_head_says_so_first(
     assert interval_text(over_head) in found["reasons"][0]
 
 
+def test_a_gain_over_one_baseline_alone_is_within_noise() -> None:
+    known = full("positive") | {"baseline": "classical"}
+    unsure = known | {"value": 0.2, "ci95": [-0.1, 0.5], "outcome": "undetermined"}
+    both = known | {"outcome": "undetermined", "baselines": {"scratch": unsure, "classical": known}}
+    found = decide(both, None, 0.0)
+    assert found["decision"] == "hold"
+    assert (
+        "over classical is beyond noise, but +0.200 [-0.100, +0.500] over scratch is not"
+        in (found["reasons"][0])
+    )
+
+
 @pytest.mark.parametrize("decision_gain", ["positive", "negative"])
 def test_reasons_give_the_figures(decision_gain: str) -> None:
     found = decide(full(decision_gain), head("ahead"), 0.25)

@@ -28,9 +28,17 @@ def data_sentence(record: dict[str, Any]) -> str:
     return (
         f"{code(data['name'])}: trained on {learnt}; {_chosen(record)} chosen on "
         f"{splits['validation']:,} validation rows, and every figure above is on "
-        f"{splits['test']:,} test rows that nothing was chosen by. "
+        f"{splits['test']:,} test rows that nothing was chosen by{_but_the_baseline(record)}. "
         f"{data['labels_read']['total']:,} labels were read in all."
     )
+
+
+def _but_the_baseline(record: dict[str, Any]) -> str:
+    """That test decides which of several baselines the gain is over; nothing with one."""
+    names = list((record["transfer_gain"] or {}).get("baselines", ()))
+    if len(names) < 2:
+        return ""
+    return f", but that the gain is the lesser of those over {' and '.join(names)}"
 
 
 def _chosen(record: dict[str, Any]) -> str:
@@ -39,8 +47,6 @@ def _chosen(record: dict[str, Any]) -> str:
     if any(stage["guard"]["kind"] == "probe" for stage in stages_of(record)):
         chosen.append("the adaptation's weights")
     chosen.append("the published seed")
-    if record["transfer_gain"]:
-        chosen.append("the baseline")
     if len(chosen) == 1:
         return f"{chosen[0]} was"
     return f"{', '.join(chosen[:-1])} and {chosen[-1]} were"

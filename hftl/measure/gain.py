@@ -8,11 +8,15 @@ import numpy as np
 
 from hftl.metrics import Metric
 from hftl.statistics import (
+    LEAST_SEEDS_FOR_P,
+    block_of_rows,
+    effective_count,
     jackknife,
-    mean_interval,
+    mean_error,
+    no_change,
+    no_change_p,
     outcome,
     relative_error_reduction,
-    sign_flip_p,
 )
 
 MARGIN = 0.01
@@ -20,6 +24,8 @@ MARGIN = 0.01
 
 For an error in the label's own unit it is a hundredth of the other arm's error.
 """
+BASELINES = ("scratch", "classical")
+"""The arms that a transfer gain is measured over."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ def gain(metric: Metric, told: Predicted, own: str, other: str) -> dict[str, Any
     """
     pairs = list(zip(told.predictions[own], told.predictions[other], strict=True))
     deltas = np.array([_difference(metric, told.labels, a, b) for a, b in pairs])
-    interval = _interval(metric, told, pairs, float(deltas.mean()))
+    interval, p_value = _interval_and_p(metric, told, pairs, float(deltas.mean()))
     scores = [mean_score(metric, told, arm) for arm in (own, other)]
     margin = MARGIN if metric.best else MARGIN * abs(scores[1])
     return {
@@ -52,21 +58,39 @@ def gain(metric: Metric, told: Predicted, own: str, other: str) -> dict[str, Any
         "value": float(deltas.mean()),
         "ci95": None if interval is None else list(interval),
         "seeds": len(deltas),
-        "p_value": sign_flip_p(deltas),
+        "p_value": p_value if len(deltas) >= LEAST_SEEDS_FOR_P else None,
         "relative_error_reduction": relative_error_reduction(scores[0], scores[1], metric.best),
         "outcome": outcome(interval, margin),
     }
 
 
-def transfer_gain(
-    metric: Metric, validation: Predicted, test: Predicted, own: str
-) -> dict[str, Any] | None:
-    """The gain over `scratch` or `classical`, whichever is better on validation; None without."""
-    present = [arm for arm in ("scratch", "classical") if arm in test.predictions]
-    if not present:
-        return None
-    baseline = max(present, key=lambda arm: metric.sign * mean_score(metric, validation, arm))
-    return {**gain(metric, test, own, baseline), "baseline": baseline}
+def transfer_gain(metric: Metric, test: Predicted, own: str) -> dict[str, Any] | None:
+    """Return the gain over `scratch` or `classical`, whichever is less on test; None without.
+
+    A choice on validation would favour the baseline that validation was used most for: scratch
+    chooses its epoch and rate there. The lesser gain can be that of a baseline that is known well
+    while the other, known badly, may be as good as `own`: it is `positive` only where the gains
+    over both are, so that false alarms are no more frequent than those of one interval.
+
+    Returns:
+        The keys of `gain`, `baseline`, and `baselines`, by name the gains over both.
+    """
+    gains = {arm: gain(metric, test, own, arm) for arm in BASELINES if arm in test.predictions}
+    return lesser_gain(gains) if gains else None
+
+
+def lesser_gain(gains: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the least of the gains, see `transfer_gain`; of equals the first.
+
+    Args:
+        gains: by the baseline's name, see `gain`; at least one.
+    """
+    baseline = min(gains, key=lambda arm: gains[arm]["value"])
+    least = gains[baseline]
+    outcomes = {found["outcome"] for found in gains.values()}
+    sure = least["outcome"] != "positive" or outcomes == {"positive"}
+    told = {**least, "outcome": least["outcome"] if sure else "undetermined"}
+    return {**told, "baseline": baseline, "baselines": dict(gains)}
 
 
 def mean_score(metric: Metric, told: Predicted, arm: str) -> float:
@@ -103,12 +127,13 @@ def _difference(metric: Metric, labels: np.ndarray, a: np.ndarray, b: np.ndarray
     return metric.sign * (metric.score(labels, a) - metric.score(labels, b))
 
 
-def _interval(
+def _interval_and_p(
     metric: Metric, told: Predicted, pairs: list[tuple[np.ndarray, np.ndarray]], value: float
-) -> tuple[float, float] | None:
-    """The variance-components interval of the jackknife values, centred on the gain itself."""
+) -> tuple[tuple[float, float] | None, float | None]:
+    """The variance-components interval and p-value of the jackknife values, centred on the gain
+    itself; None with one seed or one unit."""
     if len(pairs) < 2 or len(np.unique(told.units)) < 2:
-        return None
+        return None, None
     values = np.stack(
         [
             jackknife(
@@ -117,13 +142,12 @@ def _interval(
             for a, b in pairs
         ]
     )
-    interval = mean_interval(values)
-    if interval is None:
-        return None
-    if interval[0] == interval[1] and metric.best == 1:
-        # No item differed: with n items up to 3 / n of all may (rule of three, Hanley & Lippman-
-        # Hand 1983, JAMA 249:1743).
-        few = 3 / len(np.unique(told.units))
-        return value - few, value + few
-    shift = value - float(values.mean())
-    return interval[0] + shift, interval[1] + shift
+    error = mean_error(values, np.bincount(block_of_rows(told.units)))
+    if error is None:
+        return None, None
+    if error.value == 0 and metric.best == 1:
+        # No item stands out, so the rule of three says how many may.
+        units = effective_count(np.unique(told.units, return_counts=True)[1])
+        half = no_change(units, value)
+        return (value - half, value + half), no_change_p(value, units)
+    return error.interval(value), error.p_value(value)

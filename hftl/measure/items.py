@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from hftl.metrics import Metric
-from hftl.statistics import item_interval, jackknife
+from hftl.statistics import block_of_rows, effective_count, item_error, jackknife, no_change
 
 
 def score(
@@ -46,21 +46,25 @@ def difference(
         ),
         len(labels),
         units,
+        paired=True,
     )
 
 
 def _told(
-    metric: Metric, statistic: Callable[[np.ndarray], float], rows: int, units: np.ndarray
-) -> dict[str, Any]:
+    metric: Metric, statistic: Callable[[np.ndarray], float], rows: int, units: np.ndarray,
+    paired: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     value = statistic(np.arange(rows))
-    count = len(np.unique(units))
-    if count < 2:
+    if len(np.unique(units)) < 2:
         return {"value": value, "ci95": None}
     values = jackknife(statistic, units)
-    low, high = item_interval(values) or (value, value)
-    if low == high and metric.best == 1:
-        # No item stands out: with n items up to 3 / n of all may (rule of three, Hanley & Lippman-
-        # Hand 1983, JAMA 249:1743).
-        return {"value": value, "ci95": [value - 3 / count, value + 3 / count]}
-    shift = value - float(values.mean())
-    return {"value": value, "ci95": [low + shift, high + shift]}
+    error = item_error(values, np.bincount(block_of_rows(units)))
+    if error is None:
+        return {"value": value, "ci95": None}
+    low, high = error.interval(value)
+    if error.value == 0 and metric.best == 1:
+        # No item stands out, so the rule of three says how many may.
+        count = effective_count(np.unique(units, return_counts=True)[1])
+        few = no_change(count, value if paired else 0.0)
+        low, high = value - few, value + few
+    return {"value": value, "ci95": [low, high]}

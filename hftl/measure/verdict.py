@@ -80,6 +80,13 @@ def _gain(gain: dict[str, Any] | None) -> tuple[bool, str]:
     if gain["ci95"] is None:
         lone = "one seed" if gain["seeds"] == 1 else "one group of test rows"
         return False, f"the gain {told} rests on {lone}, which cannot tell gain from luck"
+    if gain["outcome"] == "undetermined" and gain["ci95"][0] > 0:
+        unsure = next(
+            f"{interval_text(found)} over {name}"
+            for name, found in gain["baselines"].items()
+            if found["outcome"] != "positive"
+        )
+        return False, f"the gain {told} is beyond noise, but {unsure} is not"
     words = {
         "positive": f"the gain {told} is beyond noise",
         "equivalent": f"the gain {told} is practically none",

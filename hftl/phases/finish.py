@@ -17,7 +17,7 @@ from hftl.finetune.workbench import MEASURED, Workbench
 from hftl.measure.adaptation import figures, helped
 from hftl.measure.classes import class_gains, mean_metrics
 from hftl.measure.collect import collect
-from hftl.measure.gain import best_seed, ladder, transfer_gain
+from hftl.measure.gain import best_seed, ladder, lesser_gain, transfer_gain
 from hftl.measure.verdict import decide
 from hftl.metrics import Metric
 from hftl.model.source import weights_sha256
@@ -107,7 +107,7 @@ def measure(
     best = best_seed(metric, told["validation"], own.name)
     seed = recipe.measure.seeds[best]
     difference = _package(run, benches[own.name], own, seed, folders[own.name][best])
-    gain = transfer_gain(metric, told["validation"], told["test"], own.name)
+    gain = transfer_gain(metric, told["test"], own.name)
     baseline = gain["baseline"] if gain else None
     rows = ladder(metric, told["validation"], told["test"], own.name)
     over = {row["arm"]: row["gain_of_own"] for row in rows}
@@ -161,7 +161,7 @@ def adaptation_record(
         base = {"weights_sha256": weights_sha256(bench.public_base)}
     words = helped(stages, gain)
     if gain is not None:
-        gain = gain | {"baseline": "source"}
+        gain = lesser_gain({"source": gain})
     return {"stages": stages, "gain": gain, "outcome": words, "base": base}
 
 

@@ -1,0 +1,279 @@
+"""How often intervals, p-values and verdicts are right, in simulations whose truth is known.
+
+    python benchmarks/calibration.py              # minutes on one core
+    python benchmarks/calibration.py p_values     # one part; the others stay as they were
+
+Items have a difficulty that arms and seeds share; each seed of an arm has an accuracy of its own
+over all items there could be. Rows of a group (of 1 to 11) share six tenths of the variance of
+their difficulty. What is estimated is estimated by the functions that a run uses.
+
+- `p_values`: two arms that are equally good; how often p is at most .05 and .01.
+- `positive`: a run in which the own arm is as good as the better of scratch and classical, as
+  scratch's epochs, own's epochs and scratch's rate are chosen on validation; how often it is called
+  positive over the lesser gain on test, and, to compare, over the baseline that is better on
+  validation.
+
+Results: benchmarks/results/calibration.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from hftl.measure.gain import MARGIN, lesser_gain
+from hftl.statistics import MeanError, block_of_rows, mean_error, outcome
+
+RESULT = Path(__file__).parent / "results" / "calibration.json"
+REPLICATES = 4000
+SPREAD, SHARED, OF_GROUP = 3.0, 0.9, 0.6
+"""Of the log-odds over items; what arms share of it; what rows of a group share of its variance."""
+VALUES_AT_ONCE = 2_000_000
+Draw = Callable[[np.random.Generator, int], np.ndarray]
+
+
+def groups_of(rows: int) -> np.ndarray:
+    """Return a group id a row, (about `rows`,) int64; groups have 1 to 11 rows."""
+    count = max(2, rows // 6)
+    return np.repeat(np.arange(count), 1 + np.arange(count) % 11)
+
+
+def draw_difficulty(
+    rng: np.random.Generator, replicates: int, units: np.ndarray, arms: int
+) -> list[np.ndarray]:
+    """Draw each arm's log-odds of the items, (replicates, items) float32, without their mean."""
+
+    def draw() -> np.ndarray:
+        own = rng.standard_normal((replicates, len(units)), dtype=np.float32)
+        if units.max() + 1 == len(units):
+            return own
+        group = rng.standard_normal((replicates, units.max() + 1), dtype=np.float32)[:, units]
+        return OF_GROUP**0.5 * group + (1 - OF_GROUP) ** 0.5 * own
+
+    shared = draw()
+    return [SPREAD * (SHARED * shared + (1 - SHARED**2) ** 0.5 * draw()) for _ in range(arms)]
+
+
+SHIFTS = np.linspace(-10, 14, 2401)
+ACCURACIES = special.expit(
+    SHIFTS[:, None] + SPREAD * special.ndtri((np.arange(500) + 0.5) / 500)
+).mean(1)
+
+
+def odds_shift(accuracy: np.ndarray) -> np.ndarray:
+    """Return the shift of the log-odds with which an arm has this accuracy over all items."""
+    return np.interp(accuracy, ACCURACIES, SHIFTS).astype(np.float32)
+
+
+def draw_right(
+    rng: np.random.Generator, difficulty: np.ndarray, accuracy: np.ndarray
+) -> np.ndarray:
+    """Draw which items are right, (replicates, seeds, items) bool.
+
+    Args:
+        rng: of the draws.
+        difficulty: (replicates, items), see `draw_difficulty`.
+        accuracy: (replicates, seeds) over all items.
+    """
+    odds = odds_shift(accuracy)[:, :, None] + difficulty[:, None]
+    return rng.random(odds.shape, dtype=np.float32) < special.expit(odds)
+
+
+def block_values(differences: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """Return what `jackknife` makes of a mean, (..., blocks), for (..., rows) at once."""
+    block = block_of_rows(units)
+    sizes = np.bincount(block)
+    starts = np.r_[0, np.cumsum(sizes)[:-1]]
+    ordered = np.take(differences, np.argsort(block, kind="stable"), axis=-1)
+    sums = np.add.reduceat(ordered.astype(np.float64), starts, axis=-1)
+    mean = differences.mean(-1, dtype=np.float64, keepdims=True)
+    return mean + len(sizes) / len(units) * (sums - sizes * mean)
+
+
+def error_of(values: np.ndarray, units: np.ndarray) -> MeanError:
+    """Return the error of one replicate's (seeds, blocks) values."""
+    error = mean_error(values, np.bincount(block_of_rows(units)))
+    assert error is not None
+    return error
+
+
+def chunks(replicates: int, values: int) -> list[int]:
+    """Return how many replicates to draw at once, so that memory stays small."""
+    step = max(1, VALUES_AT_ONCE // values)
+    return [min(step, replicates - start) for start in range(0, replicates, step)]
+
+
+def p_values(
+    rng: np.random.Generator, seeds: int, units: np.ndarray, sd: float, replicates: int
+) -> np.ndarray:
+    """Return p of two equally good arms, (replicates,), as a run computes it."""
+    found = []
+    for size in chunks(replicates, seeds * len(units)):
+        rights = [
+            draw_right(rng, difficulty, 0.7 + sd * rng.standard_normal((size, seeds)))
+            for difficulty in draw_difficulty(rng, size, units, 2)
+        ]
+        differences = rights[0].astype(np.int8) - rights[1]
+        values = block_values(differences, units)
+        means = differences.mean((1, 2))
+        found += [
+            error_of(value, units).p_value(float(mean))
+            for value, mean in zip(values, means, strict=True)
+        ]
+    return np.array(found)
+
+
+def judge_p_values(replicates: int) -> list[dict[str, Any]]:
+    """Count p of at most .05 and .01 in every setting, and how many standard errors off."""
+    rows = []
+    for grouped, seeds, items, sd in itertools.product(
+        (False, True), (6, 8), (100, 400), (0.0, 0.01, 0.03)
+    ):
+        units = groups_of(items) if grouped else np.arange(items)
+        rng = np.random.default_rng([seeds, grouped, items, round(1000 * sd)])
+        p = p_values(rng, seeds, units, sd, replicates)
+        row: dict[str, Any] = {
+            "seeds": seeds, "groups": int(units.max()) + 1 if grouped else None,
+            "items": len(units), "seed_sd": sd, "replicates": replicates,
+        }  # fmt: skip
+        for level in (0.05, 0.01):
+            row[f"at_{level}"] = float(np.mean(p <= level))
+            off = (row[f"at_{level}"] - level) / (level * (1 - level) / replicates) ** 0.5
+            row[f"standard_errors_{level}"] = round(float(off), 2)
+        rows.append(row)
+    return rows
+
+
+def choose(
+    rng: np.random.Generator, difficulty: np.ndarray, accuracy: np.ndarray, candidates: int
+) -> np.ndarray:
+    """Return the score on validation of the best of equally good epochs, (replicates, seeds)."""
+    rights = [
+        draw_right(rng, difficulty, accuracy).mean(2, dtype=np.float64) for _ in range(candidates)
+    ]
+    return np.max(rights, axis=0)
+
+
+def null_outcomes(
+    rng: np.random.Generator, seeds: int, items: int, sd: float, behind: float, replicates: int
+) -> dict[str, np.ndarray]:
+    """Return of runs without a gain the outcomes, and the baselines named, by both rules.
+
+    The better of scratch and classical is as good as the own arm; the other is `behind`, scratch
+    where it is positive.
+    """
+    epochs, rows = {"own": 5, "scratch": 15, "classical": 1}, max(100, items // 2)
+    lag = {"own": 0.0, "scratch": max(behind, 0.0), "classical": max(-behind, 0.0)}
+    # A linear model that is solved varies by its shots alone.
+    sds = {"own": sd, "scratch": 2 * sd, "classical": sd / 2}
+    told: dict[str, list[Any]] = {key: [] for key in ("lesser", "validation", "named", "scratch")}
+    for size in chunks(replicates, seeds * (items + rows)):
+        accuracy = {
+            arm: 0.7 - lag[arm] + sds[arm] * rng.standard_normal((size, seeds)) for arm in epochs
+        }
+        held = draw_difficulty(rng, size, np.arange(rows), 3)
+        scores = {
+            arm: choose(rng, difficulty, accuracy[arm], epochs[arm])
+            for arm, difficulty in zip(epochs, held, strict=True)
+        }
+        test = draw_difficulty(rng, size, np.arange(items), 3)
+        rights = {
+            arm: draw_right(rng, difficulty, accuracy[arm]).astype(np.int8)
+            for arm, difficulty in zip(epochs, test, strict=True)
+        }
+        for i in range(size):
+            gains = {
+                arm: _gain(rights["own"][i] - rights[arm][i]) for arm in ("scratch", "classical")
+            }
+            least = lesser_gain(gains)
+            by_validation = max(gains, key=lambda arm: scores[arm][i].mean())
+            told["lesser"].append(least["outcome"])
+            told["named"].append(least["baseline"] == "scratch")
+            told["validation"].append(gains[by_validation]["outcome"])
+            told["scratch"].append(by_validation == "scratch")
+    return {key: np.array(found) for key, found in told.items()}
+
+
+def _gain(differences: np.ndarray) -> dict[str, Any]:
+    """The parts of `hftl.measure.gain.gain` that name a baseline and an outcome."""
+    units = np.arange(differences.shape[1])
+    value = float(differences.mean())
+    interval = error_of(block_values(differences, units), units).interval(value)
+    return {"value": value, "ci95": list(interval), "outcome": outcome(interval, MARGIN)}
+
+
+def judge_positive(replicates: int) -> list[dict[str, Any]]:
+    """Count what null runs are called, by the lesser gain and by the better on validation."""
+    rows = []
+    for seeds, items, sd, behind in itertools.product(
+        (3, 8), (400, 1500), (0.005, 0.02), (-0.03, 0.0, 0.02, 0.05)
+    ):
+        rng = np.random.default_rng([seeds, items, round(1000 * sd), round(1000 * behind + 100)])
+        found = null_outcomes(rng, seeds, items, sd, behind, replicates)
+        rows.append(
+            {
+                "seeds": seeds,
+                "items": items,
+                "seed_sd": sd,
+                "scratch_behind": behind,
+                "replicates": replicates,
+                "positive": float(np.mean(found["lesser"] == "positive")),
+                "negative": float(np.mean(found["lesser"] == "negative")),
+                "scratch_named": float(np.mean(found["named"])),
+                "positive_by_validation": float(np.mean(found["validation"] == "positive")),
+                "scratch_named_by_validation": float(np.mean(found["scratch"])),
+            }  # fmt: skip
+        )
+    return rows
+
+
+PARTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
+    "p_values": judge_p_values,
+    "positive": judge_positive,
+}
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Return a line for each part: the extremes over its settings."""
+    lines = []
+    for row in _extremes(result.get("p_values", []), "at_0.05", "at_0.01"):
+        lines.append(f"p of equal arms: {row}")
+    for row in _extremes(result.get("positive", []), "positive", "positive_by_validation"):
+        lines.append(f"null runs: {row}")
+    return lines
+
+
+def _extremes(rows: Sequence[dict[str, Any]], *keys: str) -> list[str]:
+    return [
+        f"{key} {min(row[key] for row in rows):.4f} to {max(row[key] for row in rows):.4f} "
+        f"({len(rows)} settings, {rows[0]['replicates']:,} runs each)"
+        for key in keys
+        if rows
+    ]
+
+
+def main() -> None:
+    """Run the parts named, all without names, and write and print what they gave."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
+    parser.add_argument("--replicates", type=int, default=REPLICATES)
+    given = parser.parse_args()
+    result = json.loads(RESULT.read_text("utf-8")) if RESULT.exists() else {}
+    for part in given.parts or PARTS:
+        result[part] = PARTS[part](given.replicates)
+        for row in result[part]:
+            print(part, row)
+    result["table"] = table(result)
+    RESULT.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    print("\n".join(result["table"]))
+
+
+if __name__ == "__main__":
+    main()

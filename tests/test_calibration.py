@@ -1,0 +1,99 @@
+"""A small sample of benchmarks/calibration.py: p-values and verdicts are right as often as said."""
+
+import json
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hftl.measure.gain import Predicted, gain
+from hftl.metrics import find
+from hftl.statistics import block_of_rows, jackknife
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def _load() -> ModuleType:
+    spec = spec_from_file_location("calibration", BENCHMARKS / "calibration.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+calibration = _load()
+
+
+@pytest.fixture(scope="module")
+def kept() -> dict[str, Any]:
+    return json.loads((BENCHMARKS / "results" / "calibration.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("units", [np.arange(30), np.arange(900), calibration.groups_of(90)])
+def test_block_values_are_those_of_the_jackknife(units: np.ndarray) -> None:
+    rng = np.random.default_rng(0)
+    differences = rng.integers(-1, 2, size=(2, len(units)))
+    values = calibration.block_values(differences, units)
+    for row, found in zip(differences, values, strict=True):
+        np.testing.assert_allclose(found, jackknife(lambda i, r=row: float(r[i].mean()), units))
+    assert values.shape == (2, len(np.unique(block_of_rows(units))))
+
+
+def test_the_simulation_estimates_what_a_run_estimates() -> None:
+    units = calibration.groups_of(60)
+    rng = np.random.default_rng(1)
+    rights = rng.random((2, 6, len(units))) < 0.7
+    labels = np.zeros(len(units), int)
+    told = Predicted(labels, units, {"a": (~rights[0]).astype(int), "b": (~rights[1]).astype(int)})
+    found = gain(find("accuracy", "classification"), told, "a", "b")
+    differences = rights[0].astype(int) - rights[1]
+    error = calibration.error_of(calibration.block_values(differences, units), units)
+    assert found["p_value"] == pytest.approx(error.p_value(float(differences.mean())))
+    assert found["ci95"] == pytest.approx(error.interval(float(differences.mean())))
+
+
+@pytest.mark.parametrize("seeds", [6, 8])
+@pytest.mark.parametrize("units", [np.arange(200), calibration.groups_of(200)])
+def test_p_of_equal_arms_is_uniform(seeds: int, units: np.ndarray) -> None:
+    p = calibration.p_values(np.random.default_rng(0), seeds, units, 0.01, 1000)
+    for level in (0.05, 0.01):
+        assert abs(np.mean(p <= level) - level) <= 2 * (level * (1 - level) / len(p)) ** 0.5
+
+
+@pytest.mark.parametrize("behind", [-0.03, 0.02])
+def test_runs_without_a_gain_are_hardly_called_positive(behind: float) -> None:
+    found = calibration.null_outcomes(np.random.default_rng(0), 3, 400, 0.005, behind, 300)
+    assert np.mean(found["lesser"] == "positive") <= 0.05
+    by_validation = np.mean(found["validation"] == "positive")
+    assert behind < 0 or by_validation > 0.05, "the choice on validation favours scratch"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", calibration.PARTS)
+def test_every_setting_at_a_size_that_can_tell(part: str) -> None:
+    check(part, calibration.PARTS[part](2000), 3.5)
+
+
+@pytest.mark.parametrize("part", calibration.PARTS)
+def test_the_figures_kept_are_right(part: str, kept: dict[str, Any]) -> None:
+    check(part, kept[part], 3.0)
+
+
+def check(part: str, rows: list[dict[str, Any]], errors: float) -> None:
+    """Assert of every setting that it is right; of many the worst may be `errors` away.
+
+    16 groups of 1 to 11 rows are few and unequal enough that p errs to the safe side.
+    """
+    for row in rows:
+        if part == "positive":
+            assert row["positive"] <= 0.05, row
+            continue
+        slack = 1 if row["groups"] == 16 else 0
+        for level in (0.05, 0.01):
+            assert -errors - slack <= row[f"standard_errors_{level}"] <= errors, row
+    if part == "p_values":
+        off = [abs(row[f"standard_errors_{level}"]) for row in rows for level in (0.05, 0.01)]
+        assert np.mean(np.array(off) <= 2) >= 0.85
