@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_config, tiny_tokenizer
-from test_retention import retaining, with_probe
+from test_retention import retaining, step_of, with_probe
 from test_trainer import Rows
 from tiny import tiny_processor
 from torch import nn
@@ -112,6 +112,76 @@ def test_the_masked_kl_is_that_of_two_whole_models(tiny_model: Callable[..., Pat
     assert torch.equal(found, again) and not torch.equal(found, term.values(batch, chosen, 3))
     alone = term.values({k: v[2:3] for k, v in batch.items()}, chosen[:1], 2)
     torch.testing.assert_close(alone[0], found[2], atol=1e-6, rtol=1e-5)
+
+
+def padded(batch: dict[str, Any], left: int, right: int) -> dict[str, Any]:
+    """The same rows with padding on both sides."""
+    fill = {"input_ids": 0, "attention_mask": 0}
+    return batch | {k: F.pad(batch[k], (left, right), value=v) for k, v in fill.items()}
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 6), (6, 0), (2, 1)])
+def test_what_is_hidden_does_not_depend_on_padding(
+    tiny_model: Callable[..., Path], left: int, right: int
+) -> None:
+    term = masked_term(tiny_model("bert", True))
+    torch.manual_seed(0)
+    batch = batch_of(1) | {"input_ids": torch.randint(5, 30, (200, 12))}
+    batch["attention_mask"] = (torch.arange(12) < torch.randint(2, 13, (200, 1))).long()
+    more, numbers = padded(batch, left, right), list(range(200))
+    one, two = (
+        term._hidden(side["input_ids"], side["attention_mask"], numbers, 1)
+        for side in (batch, more)
+    )
+    real, wide = batch["attention_mask"].bool(), more["attention_mask"].bool()
+    assert torch.equal(one[0][real], two[0][wide])
+    length = 12 + left + right
+    places = one[1] // 12 * length + one[1] % 12 + left
+    assert len(places) and torch.equal(places, two[1])
+    assert real.reshape(-1)[one[1]].all(), "padding is never hidden"
+
+
+class RaggedRows(Rows):
+    """Rows of 2 to 12 tokens, so that a batch's padding depends on what is in it."""
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        ids = torch.cat([self.ids[i], self.ids[(i + 1) % len(self)]])[: 2 + (5 * i) % 11]
+        return {"input_ids": ids, "attention_mask": torch.ones(len(ids)), "labels": self.labels[i]}
+
+
+def collate_ragged(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    longest = max(len(row["input_ids"]) for row in rows)
+    batch = {
+        key: torch.stack([F.pad(row[key], (0, longest - len(row[key]))) for row in rows])
+        for key in ("input_ids", "attention_mask")
+    }
+    rest = {key: torch.stack([torch.as_tensor(row[key]) for row in rows])
+            for key in rows[0] if key not in batch}  # fmt: skip
+    return batch | rest
+
+
+@pytest.mark.parametrize("strategy", ["lora", "full"])
+def test_a_step_of_ragged_rows_may_be_cut_into_batches(
+    tiny_model: Callable[..., Path], tmp_path: Path, strategy: str
+) -> None:
+    folder, found = tiny_model("bert", True), []
+    for batch, accumulated in ((8, 1), (2, 4)):
+        trainer = retaining(
+            with_probe(folder, strategy), tmp_path, [masked_term(folder, 10.0)], {},
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated,
+        )  # fmt: skip
+        trainer.train_dataset, trainer.data_collator = RaggedRows(), collate_ragged
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+        found.append(step_of(trainer))
+    (loss, gradients), (other, others) = found
+    assert loss == pytest.approx(other, abs=1e-6)
+    largest = max(float(value.abs().max()) for value in gradients.values())
+    for key, value in gradients.items():
+        torch.testing.assert_close(value, others[key], atol=1e-5 * max(1.0, largest), rtol=1e-4)
 
 
 @pytest.mark.parametrize("strategy", ["lora", "full"])

@@ -101,12 +101,19 @@ class MaskedKL:
     def _hidden(
         self, ids: Tensor, mask: Tensor, numbers: list[int], epoch: int
     ) -> tuple[Tensor, Tensor]:
-        """The ids as they are shown, and the hidden places in the flattened ids."""
+        """The ids as they are shown, and the hidden places in the flattened ids.
+
+        Padding takes no part in the draw: how far a row is padded depends on its batch, and what is
+        hidden must not.
+        """
         shown, flat = ids.cpu().numpy().copy(), []
         for place, (number, seen) in enumerate(zip(numbers, mask.cpu().numpy(), strict=True)):
             draw = np.random.default_rng([self._seed, epoch, number])
-            words = np.where(seen > 0, 0, -1)
-            shown[place], positions = corrupt(shown[place], words, self._masking, draw)
-            flat.append(positions + place * ids.shape[1])
+            real = np.flatnonzero(seen > 0)
+            tokens, positions = corrupt(
+                shown[place, real], np.zeros(len(real), np.int64), self._masking, draw
+            )
+            shown[place, real] = tokens
+            flat.append(real[positions] + place * ids.shape[1])
         found = np.concatenate(flat) if flat else np.zeros(0, np.int64)
         return torch.from_numpy(shown).to(ids.device), torch.from_numpy(found).to(ids.device)
