@@ -193,6 +193,8 @@ METRICS: dict[str, dict[str, Metric]] = {
         )
     },
 }
+SHARES = ("accuracy", "balanced_accuracy", "f1", "micro_f1", "precision", "recall")
+"""Metrics that are a share of something, or a mean of shares: between 0 and 1."""
 SELECTION = {
     "classification": "accuracy", "regression": "rmse", "multi-label": "micro_f1",
     "token-classification": "f1",

@@ -132,7 +132,7 @@ def test_the_table_holds_what_predict_and_the_metric_say(
         first = hits if first is None else first
         assert float(line["value"]) == pytest.approx(hits.mean())
         assert line["metric"] == "accuracy" and f"{hits.mean():.3f}" in text
-        interval = scipy.stats.t.interval(0.95, 159, hits.mean(), hits.std(ddof=1) / 160**0.5)
+        interval = scipy.stats.binomtest(int(hits.sum()), 160).proportion_ci(method="wilson")
         assert [float(line["low"]), float(line["high"])] == pytest.approx(interval)
         if model != models[0]:
             apart = hits - first
@@ -298,10 +298,50 @@ def test_the_item_interval_is_students() -> None:
 def test_nothing_differs_is_not_certain() -> None:
     metric = METRICS["classification"]["accuracy"]
     labels, units = np.arange(60) % 2, np.arange(60)
-    assert score(metric, labels, labels, units) == {"value": 1.0, "ci95": [0.95, 1.0]}
+    found = score(metric, labels, labels, units)
+    wilson = scipy.stats.binomtest(60, 60).proportion_ci(method="wilson")
+    assert found["value"] == 1 and found["ci95"] == pytest.approx(wilson)
     same = difference(metric, labels, labels, labels, units)
     assert same == {"value": 0.0, "ci95": [-0.05, 0.05]}
     assert score(metric, labels, labels, np.zeros(60, dtype=int))["ci95"] is None
+
+
+@pytest.mark.parametrize(("rows", "right"), [(100, 0.97), (100, 0.9), (400, 0.97), (60, 0.5)])
+def test_the_interval_of_an_accuracy_covers_it(rows: int, right: float) -> None:
+    """The t interval covers .84 at .97 of 100 rows."""
+    metric, labels = METRICS["classification"]["accuracy"], np.zeros(rows, int)
+    covered = 0.0
+    for hits in range(rows + 1):
+        found = score(metric, labels, (np.arange(rows) >= hits).astype(int), np.arange(rows))
+        low, high = found["ci95"]
+        assert 0 <= low <= high <= 1
+        covered += scipy.stats.binom.pmf(hits, rows, right) * (low <= right <= high)
+    assert 0.93 <= covered <= 0.985
+
+
+@pytest.mark.parametrize("right", [0.5, 0.93])
+def test_the_interval_of_an_accuracy_over_groups_covers_it(right: float) -> None:
+    """40 groups of 1 to 9 rows that are right together, a fifth of the time."""
+    draw = np.random.default_rng(0)
+    units = np.repeat(np.arange(40), 1 + np.arange(40) % 9)
+    metric, labels = METRICS["classification"]["accuracy"], np.zeros(len(units), int)
+    covered = 0
+    for _ in range(300):
+        whole, single = draw.random(40)[units] < right, draw.random(len(units)) < right
+        hits = np.where(draw.random(40)[units] < 0.2, whole, single)
+        low, high = score(metric, labels, 1 - hits.astype(int), units)["ci95"]
+        covered += low <= right <= high
+    assert 0.91 <= covered / 300 <= 0.98
+
+
+def test_the_interval_of_another_share_stays_between_0_and_1() -> None:
+    draw = np.random.default_rng(2)
+    labels = draw.integers(3, size=80)
+    predictions = np.where(draw.random(80) < 0.97, labels, (labels + 1) % 3)
+    for name in ("f1", "balanced_accuracy"):
+        found = score(METRICS["classification"][name], labels, predictions, np.arange(80))
+        low, high = found["ci95"]
+        assert 0.85 < low < found["value"] < high < 1
 
 
 def test_differences_are_positive_where_the_model_is_better() -> None:
@@ -324,4 +364,4 @@ def test_rows_of_one_group_count_together() -> None:
     for units in (np.arange(40), np.repeat(np.arange(4), 10)):
         low, high = score(metric, labels, predictions, units)["ci95"]
         widths.append(high - low)
-    assert widths[1] > 3 * widths[0]
+    assert widths[1] > 2.5 * widths[0]

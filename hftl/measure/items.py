@@ -5,8 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from hftl.metrics import Metric
-from hftl.statistics import block_of_rows, effective_count, item_error, jackknife, no_change
+from hftl.metrics import SHARES, Metric, accuracy, exact_match
+from hftl.statistics import (
+    block_of_rows,
+    effective_count,
+    item_error,
+    jackknife,
+    no_change,
+    share_interval,
+)
 
 
 def score(
@@ -24,6 +31,8 @@ def score(
         value and ci95 ([low, high], None under two units), in the metric's unit, no better than a
         perfect prediction's.
     """
+    if metric.name.removeprefix("evaluate:") in SHARES:
+        return _share(metric, labels, predictions, units)
     found = _told(
         metric, lambda rows: metric.score(labels[rows], predictions[rows]), len(labels), units
     )
@@ -33,6 +42,29 @@ def score(
             max(low, metric.best), high
         ]  # fmt: skip
     return found
+
+
+def _share(
+    metric: Metric, labels: np.ndarray, predictions: np.ndarray, units: np.ndarray
+) -> dict[str, Any]:
+    """The score of a metric of `SHARES`, with Wilson's interval.
+
+    Of rows that are right or wrong, each for itself, their number counts. Where rows of a group
+    belong together, or the metric is no mean of rows, as many rows count as would give the
+    jackknife's variance.
+    """
+    value = metric.score(labels, predictions)
+    _, sizes = np.unique(units, return_counts=True)
+    if len(sizes) < 2:
+        return {"value": value, "ci95": None}
+    if metric.score in (accuracy, exact_match) and len(sizes) == len(units):
+        return {"value": value, "ci95": list(share_interval(value, len(units)))}
+    values = jackknife(lambda rows: metric.score(labels[rows], predictions[rows]), units)
+    error = item_error(values, np.bincount(block_of_rows(units)))
+    if error is None or error.value == 0 or not 0 < value < 1:
+        return {"value": value, "ci95": list(share_interval(value, effective_count(sizes)))}
+    count = value * (1 - value) / error.value**2
+    return {"value": value, "ci95": list(share_interval(value, count, error.freedom))}
 
 
 def difference(
