@@ -109,7 +109,7 @@ def test_another_base_is_loaded_too(
     model.merge_and_unload().save_pretrained(whole)
     tiny_tokenizer(whole)
     name_labels(whole, NAMES)
-    other = Path(shutil.copytree(adapters["two"], tmp_path / "other"))
+    other = Path(shutil.copytree(adapters["pooler"], tmp_path / "other"))
     rewrite(other / "adapter_config.json", base_model_name_or_path=str(tiny_model("bert", True)))
     told.clear()
     folders = [adapters["two"], other, whole, adapters["more"]]

@@ -10,6 +10,7 @@ JSON file with `texts`, `words` or `images` (files beside it), and the `logits` 
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,20 @@ class Published(nn.Module):
         return SequenceClassifierOutput(logits=self.head(pooled))  # pyright: ignore
 
 
+@dataclass(frozen=True)
+class LoadedBase:
+    """A model before any adapter, and how its file differs from it, as transformers reports.
+
+    `missing` and `mismatched` are drawn at random, `mismatched` with the shapes of file and model;
+    `unexpected` tensors of the file were passed over.
+    """
+
+    model: Any
+    missing: frozenset[str]
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    unexpected: frozenset[str]
+
+
 def load(folder: Path, base: Path | None) -> Published:
     """The model of a published folder, in eval mode and fp32.
 
@@ -69,22 +84,34 @@ def load(folder: Path, base: Path | None) -> Published:
         base: the folder of the base; needed by an adapter only.
     """
     if not (folder / "adapter_config.json").exists():
-        return with_head(folder, bare(folder, folder))
+        return with_head(folder, load_base(folder, folder).model)
     assert base is not None
-    return with_head(folder, PeftModel.from_pretrained(bare(folder, base), folder))
+    return with_head(folder, PeftModel.from_pretrained(load_base(folder, base).model, folder))
 
 
-def bare(folder: Path, base: Path) -> Any:
-    """What an adapter goes on, or the whole model where `base` is the folder itself."""
+def load_base(folder: Path, base: Path, config: Any = None) -> LoadedBase:
+    """Loads what an adapter goes on, or the whole model where `base` is the folder itself.
+
+    Args:
+        folder: of the adapter or model.
+        base: of the weights.
+        config: of the model, with its labels and class; None takes the folder's.
+    """
     pooled = (folder / "head.safetensors").exists()
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder) if config is None else config
     auto: Any = AutoModel if pooled else _auto(config)
-    if base == folder:
-        return auto.from_pretrained(folder, dtype=torch.float32)
     # The config says which class stands on the base, and its labels.
-    known = {} if pooled else {"config": config}
-    return auto.from_pretrained(
-        base, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False, **known
+    known = {} if pooled or base == folder else {"config": config}
+    model, report = auto.from_pretrained(
+        base, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False,
+        output_loading_info=True, **known,
+    )  # fmt: skip
+    mismatched = {
+        key: (tuple(in_file), tuple(in_model))
+        for key, in_file, in_model in report["mismatched_keys"]
+    }
+    return LoadedBase(
+        model, frozenset(report["missing_keys"]), mismatched, frozenset(report["unexpected_keys"])
     )
 
 
@@ -108,7 +135,11 @@ def _head(path: Path) -> tuple[nn.Linear | None, str]:
     with safe_open(path, "pt") as file:
         pooling = file.metadata()["pooling"]
     tensors = load_file(path)
-    outputs, width = tensors["weight"].shape
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    outputs, width = (*shapes.get("weight", ()), 0, 0)[:2]
+    if not outputs * width or shapes != {"weight": (outputs, width), "bias": (outputs,)}:
+        held = ", ".join(f"{key} {shape}" for key, shape in sorted(shapes.items()))
+        raise ValueError(f"{path.name} holds {held or 'nothing'}, expected a weight and its bias")
     head = nn.Linear(width, outputs)
     head.load_state_dict(tensors)
     return head, pooling

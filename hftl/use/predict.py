@@ -23,12 +23,12 @@ from hftl.finetune.opening import position_arguments
 from hftl.model.anatomy import anatomy_of, max_tokens, patch_size
 from hftl.model.cache import logits
 from hftl.model.padding import hide_padding
-from hftl.publish import reload
 from hftl.sections.data import Data, Table
 from hftl.train.hardware import device
 from hftl.use.base import base_folder
 from hftl.use.locate import loading, need_head, published_folder
 from hftl.use.notes import Inputs, Notes
+from hftl.use.strict_load import load_published
 
 UNNAMED = re.compile(r"LABEL_\d+")
 """What transformers calls a class that has no name."""
@@ -161,9 +161,7 @@ def load(path: str | Path, base: str | Path | None = None) -> Predictor:
     notes = Notes.read(folder)
     adapter = (folder / "adapter_config.json").exists()
     base_at = base_folder(folder, notes, base) if adapter else None
-    with loading(folder):
-        model = reload.load(folder, base_at)
-    return with_model(folder, model)
+    return with_model(folder, load_published(folder, base_at))
 
 
 def with_model(folder: Path, model: nn.Module) -> Predictor:

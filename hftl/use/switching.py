@@ -6,11 +6,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from hftl.publish import reload
 from hftl.use.base import base_folder
-from hftl.use.locate import loading, read_json
+from hftl.use.locate import read_json
 from hftl.use.notes import Notes
 from hftl.use.predict import Predictor, with_model
+from hftl.use.strict_load import BaseToFill, add_adapter, add_head, load_base
 
 PLAIN_STARTS = (True, False, "gaussian")
 """Values of init_lora_weights that leave the base's own weights alone."""
@@ -31,39 +31,24 @@ def each(folders: Sequence[Path]) -> Iterator[tuple[int, Predictor]]:
         key = _same_model(folders[waiting[0]], bases[waiting[0]])
         together = [n for n in waiting if _same_model(folders[n], bases[n]) == key]
         waiting = [n for n in waiting if n not in together]
-        with loading(folders[together[0]]):
-            model = reload.bare(folders[together[0]], bases[together[0]])
+        base = load_base(folders[together[0]], bases[together[0]])
         groups: dict[str, list[int]] = {}
         for number in together:
             groups.setdefault(_same_places(folders[number], number), []).append(number)
         for left, group in zip(range(len(groups) - 1, -1, -1), groups.values(), strict=True):
-            yield from _switched(deepcopy(model) if left else model, folders, group)
+            model = deepcopy(base.model) if left else base.model
+            yield from _switched(base, model, folders, group)
 
 
 def _switched(
-    model: Any, folders: Sequence[Path], group: list[int]
+    base: BaseToFill, model: Any, folders: Sequence[Path], group: list[int]
 ) -> Iterator[tuple[int, Predictor]]:
     """The adapters of one model, one after another; a whole model by itself."""
     for number in group:
         folder = folders[number]
-        with loading(folder):
-            if (folder / "adapter_config.json").exists():
-                model = _on_top(model, folder, f"model-{number}", number == group[0])
-            headed = reload.with_head(folder, model)
-        found = with_model(folder, headed)
-        yield number, found
-
-
-def _on_top(model: Any, folder: Path, name: str, first: bool) -> Any:
-    """The model with one more adapter, which is the one in use."""
-    from peft import PeftModel
-
-    if first:
-        model = PeftModel.from_pretrained(model, folder, adapter_name=name)
-    else:
-        model.load_adapter(folder, name)
-    model.set_adapter(name)
-    return model
+        if not base.whole:
+            model = add_adapter(base, model, folder, f"model-{number}")
+        yield number, with_model(folder, add_head(folder, model))
 
 
 def _base(folder: Path) -> Path:

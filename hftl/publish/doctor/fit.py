@@ -7,7 +7,7 @@ adapter of another depth without a word.
 
 import re
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -29,6 +29,11 @@ LEFT_OUT = (
 SAID_BY_TASK = {
     "SEQ_CLS": "classification", "TOKEN_CLS": TOKENS,
 }  # fmt: skip
+ADAPTER_NAME = re.compile(
+    r"(\.(?:lora|ia3|vera|hada|lokr|oft|boft)_\w+|\.modules_to_save)\.(?!(?:weight|bias)$)[^.]+"
+)
+"""An adapter's name in the name of a tensor, as in `lora_A.default.weight`."""
+WRAPPED = re.compile(r"\.(modules_to_save|original_module)\.")
 CANNOT = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError, re.error)
 """What peft raises on settings that make no sense for a model."""
 
@@ -85,13 +90,25 @@ def peft_config(settings: dict[str, Any]) -> Any:
     return kind(**{key: value for key, value in settings.items() if key in known})
 
 
-def expected_shapes(kind: Any, config: Any, settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that peft would save on this base.
+@dataclass(frozen=True)
+class ExpectedTensors:
+    """What peft reads from the file of an adapter: name and shape of every tensor.
+
+    `adapter` are those that must be there. `own` are the base's own tensors, which peft overwrites
+    where a file holds them, as it does after the vocabulary was resized.
+    """
+
+    adapter: dict[str, tuple[int, ...]]
+    own: dict[str, tuple[int, ...]]
+
+
+def expected_tensors(kind: Any, config: Any, settings: dict[str, Any]) -> ExpectedTensors:
+    """Wrap a model without weights as the settings say, and list what peft would load into it.
 
     Raises:
         ValueError: with the rest of CANNOT, if peft cannot wrap the model so.
     """
-    from peft import get_peft_model, get_peft_model_state_dict
+    from peft import get_peft_model
 
     adapter = peft_config(settings)
     if hasattr(adapter, "init_lora_weights"):
@@ -99,8 +116,19 @@ def expected_shapes(kind: Any, config: Any, settings: dict[str, Any]) -> dict[st
         adapter.init_lora_weights = False
     with torch.device("meta"):
         model: Any = get_peft_model(empty(kind, config), adapter, low_cpu_mem_usage=True)
-        saved = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {key: tuple(tensor.shape) for key, tensor in saved.items()}
+        return tensors_of(model, "default")
+
+
+def tensors_of(model: Any, name: str) -> ExpectedTensors:
+    """List the tensors that peft loads into a model for its adapter of this name."""
+    from peft import get_peft_model_state_dict
+
+    saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    own = {k: v for k, v in model.state_dict().items() if not _adapts(k) and not WRAPPED.search(k)}
+    return ExpectedTensors(
+        {key: tuple(tensor.shape) for key, tensor in saved.items()},
+        {key: tuple(tensor.shape) for key, tensor in own.items()},
+    )
 
 
 def modules_in(kind: Any, config: Any) -> list[str]:
@@ -119,59 +147,115 @@ def fit(patient: Patient, kind: Any, config: Any) -> list[Finding]:
     if old:
         return [_stale(f"{len(old)} tensors have names of transformers 4", WEIGHTS)]
     try:
-        expected = expected_shapes(kind, config, patient.settings)
+        expected = expected_tensors(kind, config, patient.settings)
     except CANNOT as error:
         return [_refused(patient, error, modules)]
-    return compared(patient.shapes, expected)
+    return compare_shapes(patient.shapes, expected)
 
 
-def compared(
-    told: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
-) -> list[Finding]:
-    """What of the tensors is missing, left over, or of another shape."""
-    lacking = sorted(expected.keys() - told.keys())
-    strange = sorted(told.keys() - expected.keys())
-    unlike = sorted(k for k in expected.keys() & told.keys() if expected[k] != told[k])
-    ranks = [k for k in unlike if _only_rank(k, told[k], expected[k])]
+def compare_shapes(shapes: dict[str, tuple[int, ...]], expected: ExpectedTensors) -> list[Finding]:
+    """Compare the tensors of an adapter's file with those that peft loads.
+
+    Returns:
+        A finding for each kind of tensor that is missing, left over, or of another shape.
+    """
+    named = keys_with_adapter_name(shapes, expected)
+    if named:
+        return [defect(
+            "names", f"{len(named)} tensors carry the adapter's own name, as peft neither writes "
+            "nor always reads them", min(named), "Rename them: --fix",
+        )]  # fmt: skip
+    wanted = expected.adapter
+    straight = {key for key in shapes.keys() - wanted if expected.own.get(key) == shapes[key]}
+    lacking = sorted(wanted.keys() - shapes)
+    strange = sorted(shapes.keys() - wanted - straight)
+    unlike = sorted(k for k in wanted.keys() & shapes if wanted[k] != shapes[k])
+    ranks = [k for k in unlike if _only_rank(k, shapes[k], wanted[k])]
     found = []
     if ranks:
         key = ranks[0]
         found.append(defect(
             "rank", f"{len(ranks)} tensors have another rank than r and rank_pattern say: "
-            f"{told[key]} where {expected[key]} is expected", key, "Correct r and rank_pattern",
+            f"{shapes[key]} where {wanted[key]} is expected", key, "Correct r and rank_pattern",
         ))  # fmt: skip
+    dora = [k for k in lacking + strange if ".lora_magnitude_vector" in k]
+    if dora:
+        found.append(_dora(dora, missing=dora[0] in lacking))
     wrong = [k for k in unlike if k not in ranks]
-    wrong += [k for k in lacking + strange if _adapts(k)]
+    wrong += [k for k in lacking + strange if _adapts(k) and k not in dora]
     if wrong:
-        found.append(_other_shape(wrong, told, expected))
+        found.append(_other_shape(wrong, shapes, expected))
     heads = sorted({module_of(k) for k in lacking if not _adapts(k)})
     if heads:
         found.append(defect(
             "fresh", "modules_to_save names it, and its weights were not saved: they are drawn at "
             "random on every load", several(heads), "Save the adapter again from the trained model",
         ))  # fmt: skip
-    idle = sorted({module_of(k) for k in strange if not _adapts(k)})
+    idle = [k for k in strange if not _adapts(k)]
     if idle:
-        found.append(defect(
-            "fresh", "its weights are in the file, but modules_to_save does not name it: peft "
-            "leaves them out", several(idle), "Name it in modules_to_save",
-        ))  # fmt: skip
+        found.append(_no_place(idle, shapes, expected))
     return found
 
 
+def keys_with_adapter_name(
+    shapes: dict[str, tuple[int, ...]], expected: ExpectedTensors
+) -> dict[str, str]:
+    """Return the names that peft writes for tensors whose names hold that of the adapter."""
+    renamed: dict[str, str] = {}
+    for key in shapes.keys() - expected.adapter:
+        short = ADAPTER_NAME.sub(r"\1", key).replace(".modules_to_save.", ".")
+        for name in (short, short.removesuffix(".weight")):
+            if name != key and name in expected.adapter and name not in shapes:
+                renamed[key] = name
+                break
+    return renamed
+
+
+def _dora(keys: list[str], missing: bool) -> Finding:
+    """Say how the settings contradict the tensors of a DoRA adapter."""
+    if missing:
+        what = f"use_dora is set, and {len(keys)} magnitudes are not in the file"
+        fix = "Save it again; remove use_dora only if it was trained without"
+    else:
+        what = f"the file holds {len(keys)} magnitudes of DoRA, which peft passes over"
+        fix = "Set use_dora to true in adapter_config.json"
+    return defect("config", what, keys[0], fix)
+
+
 def _other_shape(
-    wrong: list[str], told: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
+    wrong: list[str], shapes: dict[str, tuple[int, ...]], expected: ExpectedTensors
 ) -> Finding:
     key = wrong[0]
-    if key not in told:
+    if all(k in expected.adapter and k not in shapes for k in wrong):
+        layers = {module_of(k) for k in wrong}
+        partial = {module_of(k) for k in shapes} & layers
+        if partial:
+            what = f"{len(wrong)} tensors of its layers are not in the file"
+            return defect("corrupt", what, key, "Save it again, or fetch it again")
         what = "the base has a layer that the adapter has not"
-    elif key not in expected:
+    elif key not in shapes:
+        what = "the base has a layer that the adapter has not"
+    elif key not in expected.adapter:
         what = "the adapter has a layer that the base has not"
     else:
-        what = f"the adapter has {told[key]} where the base takes {expected[key]}"
+        what = f"the adapter has {shapes[key]} where the base takes {expected.adapter[key]}"
     return defect(
         "base-shape", f"{what} ({len(wrong)} tensors; peft may load the rest without a word)", key,
-        "Give the base that it was trained on",
+        "Give the base that it was trained on, or save the adapter again",
+    )  # fmt: skip
+
+
+def _no_place(
+    keys: list[str], shapes: dict[str, tuple[int, ...]], expected: ExpectedTensors
+) -> Finding:
+    """Say that tensors of whole modules, which the adapter brings, do not enter the model."""
+    key = keys[0]
+    if key in expected.own:
+        what = f"the adapter has {shapes[key]} where the base takes {expected.own[key]}"
+        return defect("base-shape", what, key, "Give the base that it was trained on")
+    return defect(
+        "fresh", "its weights are in the file, and the model has no such module: peft leaves them "
+        "out", several(sorted({module_of(k) for k in keys})), "Give the class it was trained with",
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from hftl.publish.doctor.company import (
     reads_images,
 )
 from hftl.publish.doctor.examine import Examination
-from hftl.publish.doctor.fit import CANNOT, compared, expected_shapes, modules_in, outputs_of
+from hftl.publish.doctor.fit import CANNOT, compare_shapes, expected_tensors, modules_in, outputs_of
 from hftl.publish.doctor.patient import ADAPTER, CONFIG, WEIGHTS
 from hftl.publish.doctor.stale import renamed_keys, renamed_patterns, short_targets, targets_of
 from hftl.record import to_json
@@ -104,10 +104,10 @@ def _renamed_settings(
     for targets in (short_targets(paths), paths):
         settings = {"target_modules": targets} | patterns
         try:
-            expected = expected_shapes(found.kind, found.config, told | settings)
+            expected = expected_tensors(found.kind, found.config, told | settings)
         except CANNOT:
             continue
-        if not compared(shapes, expected):
+        if not compare_shapes(shapes, expected):
             return settings
     return None
 

@@ -1,0 +1,209 @@
+"""Load a published model; refuse one that its files do not fill exactly.
+
+transformers and peft draw what a file lacks, or holds in another shape, at random, and pass over
+what they do not know. The answers of such a model mean nothing.
+"""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hftl import places
+from hftl.errors import RunFolderError
+from hftl.model.anatomy import anatomy_of
+from hftl.model.parts import TOKENS, Anatomy, encoder_of, under
+from hftl.publish import reload
+from hftl.publish.doctor.fit import compare_shapes, tensors_of
+from hftl.publish.doctor.patient import WEIGHTS
+from hftl.publish.doctor.stale import PREFIX
+from hftl.use.locate import loading
+
+UNREAD = ("pooler", "mask_token")
+"""Parts of an encoder that a task's class may leave out of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class BaseToFill:
+    """A base and the tensors that an adapter must bring for it, with what is wrong with each.
+
+    `folder` is where the weights lie; `whole` that they are the published model's own.
+    """
+
+    model: Any
+    folder: Path
+    whole: bool
+    lacking: dict[str, str]
+
+
+def load_published(folder: Path, base: Path | None, config: Any = None) -> reload.Published:
+    """Load a published folder, in eval mode and fp32.
+
+    Args:
+        folder: holds an adapter or a whole model.
+        base: the folder of the adapter's base; None for a whole model.
+        config: of the model; None takes the folder's own.
+
+    Raises:
+        RunFolderError: naming the first tensor that is missing, unexpected or of another shape.
+    """
+    filled = load_base(folder, base or folder, config)
+    if base is None:
+        return add_head(folder, filled.model)
+    return add_head(folder, add_adapter(filled, filled.model, folder, "default"))
+
+
+def load_base(folder: Path, base: Path, config: Any = None) -> BaseToFill:
+    """Load what an adapter goes on; a whole model where `base` is its own folder.
+
+    Raises:
+        RunFolderError: if the file holds tensors that the model has no place for; and for a whole
+            model if it lacks any.
+    """
+    with loading(base if base != folder else folder):
+        loaded = reload.load_base(folder, base, config)
+    whole = base == folder
+    anatomy = _anatomy(loaded.model)
+    pooled = (folder / "head.safetensors").exists()
+    strange = sorted(_unexpected(loaded, anatomy, whole))
+    if strange:
+        raise _misfit(
+            base, whole, strange, f"holds {strange[0]}, which config.json has no place for"
+        )
+    lacking = dict(_lacking(loaded, anatomy, pooled))
+    if whole:
+        _refuse_lacking(base, whole, lacking)
+    return BaseToFill(loaded.model, base, whole, lacking)
+
+
+def add_adapter(base: BaseToFill, model: Any, folder: Path, name: str) -> Any:
+    """Put an adapter on a base, which may carry others already, and make it the one in use.
+
+    Args:
+        base: as it was loaded.
+        model: its model, or that under a `PeftModel`.
+        folder: of the adapter.
+        name: of the adapter in the model.
+
+    Raises:
+        RunFolderError: naming the first tensor that is missing, unexpected or of another shape.
+    """
+    from peft import PeftModel
+
+    called = places.called(folder)
+    shapes = _shapes_of(folder)
+    brought = {key.removeprefix(PREFIX) for key in shapes}
+    _refuse_lacking(
+        base.folder, False, {k: v for k, v in base.lacking.items() if k not in brought}, called
+    )
+    with loading(folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns of what is refused below
+        if isinstance(model, PeftModel):
+            model.load_adapter(folder, name, ignore_mismatched_sizes=True)
+        else:
+            model = PeftModel.from_pretrained(
+                model, folder, adapter_name=name, ignore_mismatched_sizes=True
+            )
+        model.set_adapter(name)
+        findings = compare_shapes(shapes, tensors_of(model, name))
+    if findings:
+        first = findings[0]
+        raise RunFolderError(f"{called} does not load: {first.where}: {first.what}", first.fix)
+    return model
+
+
+def add_head(folder: Path, model: Any) -> reload.Published:
+    """Put the folder's own head on the model, where it has one.
+
+    Raises:
+        RunFolderError: if the head is of another width than the model.
+    """
+    with loading(folder):
+        published = reload.with_head(folder, model)
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    if published.head is not None and width not in (None, published.head.in_features):
+        raise RunFolderError(
+            f"{places.called(folder)} does not load: head.safetensors takes "
+            f"{published.head.in_features} features, and the model gives {width}",
+            "Give the folder as it was published, or the right base: --base MODEL",
+        )
+    return published
+
+
+def _anatomy(model: Any) -> Anatomy:
+    tokens = type(model).__name__.endswith("ForTokenClassification")
+    found = anatomy_of(model.config)
+    return found.for_task(TOKENS) if tokens else found
+
+
+def _lacking(
+    loaded: reload.LoadedBase, anatomy: Anatomy, pooled: bool
+) -> Iterator[tuple[str, str]]:
+    """Yield the tensors drawn at random that outputs depend on, and why."""
+    unused = anatomy.unused
+    if pooled and anatomy.pooler is not None:
+        unused = (*unused, anatomy.pooler)
+    for key in sorted(loaded.missing | loaded.mismatched.keys()):
+        if under(key.removeprefix(f"{anatomy.encoder}."), unused):
+            continue
+        shapes = loaded.mismatched.get(key)
+        yield key, f"lacks {key}" if shapes is None else (
+            f"has {key} of {shapes[0]} where config.json makes {shapes[1]}")  # fmt: skip
+
+
+def _unexpected(loaded: reload.LoadedBase, anatomy: Anatomy, whole: bool) -> Iterator[str]:
+    """Yield tensors of the file that should have a place: of a base, those of the encoder."""
+    encoder = encoder_of(loaded.model, anatomy)
+    parts = {name for name, _ in encoder.named_children()}
+    buffers = {name.rsplit(".", 1)[-1] for name, _ in loaded.model.named_buffers()}
+    for key in loaded.unexpected:
+        inside = key.removeprefix(f"{anatomy.encoder}.")
+        of_encoder = inside != key or inside.split(".")[0] in parts
+        names = set(inside.split("."))
+        if not names & (buffers | set(UNREAD)) and (whole or of_encoder):
+            yield key
+
+
+def _refuse_lacking(
+    folder: Path, whole: bool, lacking: dict[str, str], adapter: str | None = None
+) -> None:
+    if lacking:
+        what = next(iter(lacking.values()))
+        if adapter is not None:
+            what += f", and the adapter {adapter} does not bring it"
+        raise _misfit(folder, whole, list(lacking), what)
+
+
+def _misfit(folder: Path, whole: bool, keys: list[str], what: str) -> RunFolderError:
+    called = places.called(folder)
+    more = f" ({len(keys)} tensors in all)" if len(keys) > 1 else ""
+    if whole:
+        return RunFolderError(
+            f"{called} does not load: its file {what}{more}",
+            "Save weights and config.json again from the trained model",
+        )
+    return RunFolderError(
+        f"the base {called} {what}{more}: such a model answers at random",
+        "Give the base that the adapter was trained on, --base MODEL, or save the adapter again",
+    )
+
+
+def _shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of an adapter's tensors.
+
+    Raises:
+        RunFolderError: if there is no file of safetensors; a pickle is not opened.
+    """
+    from safetensors import safe_open
+
+    path, called = folder / WEIGHTS, places.called(folder)
+    if not path.exists():
+        pickle = (folder / "adapter_model.bin").exists()
+        raise RunFolderError(
+            f"{called} has no {WEIGHTS}"
+            + ("; adapter_model.bin is a pickle, which is not opened" if pickle else ""),
+            "Save the adapter as safetensors",
+        )
+    with loading(folder), safe_open(path, "pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118

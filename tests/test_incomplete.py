@@ -1,0 +1,186 @@
+"""A published model whose files do not fill it exactly is refused by predict and compare."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import sentences, write_csv
+from planting import drop, reconfigure, retensor, rewrite
+from safetensors.torch import load_file, save_file
+from test_reload import opened, published, section
+from tiny import save_tiny, tiny_config
+
+import hftl
+from hftl.errors import HftlError
+from hftl.use.compare import compare
+from hftl.use.tables import predict_table
+
+KINDS = {
+    "text": ("bert", "native", "full"), "image": ("vit", "native", "full"),
+    "lora": ("bert", "native", "lora"), "image-lora": ("vit", "native", "lora"),
+    "pooled": ("bert", "mean", "full"), "pooled-lora": ("bert", "mean", "lora"),
+}  # fmt: skip
+Damage = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def made(
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """A published folder of each kind, on a base that lies here."""
+    place = tmp_path_factory.mktemp("made")
+    for name, (model_type, pooling, strategy) in KINDS.items():
+        folder = place / name
+        folder.mkdir()
+        data = section(model_type, "classification", folder)
+        published(*opened(tiny_model(model_type), folder, pooling, strategy, data), folder)
+        if strategy == "lora":
+            base = str(tiny_model(model_type))
+            reconfigure(folder / "publish", base_model_name_or_path=base, revision=None)
+    return {name: place / name / "publish" for name in KINDS}
+
+
+def change(
+    folder: Path, edit: Callable[[str, torch.Tensor], tuple[str, torch.Tensor] | None]
+) -> None:
+    """Changes the tensors of a whole model."""
+    path = folder / "model.safetensors"
+    before = load_file(path)
+    pairs = [edit(key, tensor) for key, tensor in before.items()]
+    assert any(not p or p[1] is not t for p, t in zip(pairs, before.values(), strict=True))
+    save_file({p[0]: p[1].contiguous() for p in pairs if p}, path, {"format": "pt"})
+
+
+def without(word: str) -> Damage:
+    return lambda folder: change(folder, lambda k, t: None if word in k else (k, t))
+
+
+def wider(word: str) -> Damage:
+    return lambda folder: change(folder, lambda k, t: (k, torch.cat([t, t]) if word in k else t))
+
+
+def added(key: str) -> Damage:
+    def edit(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        save_file(load_file(path) | {key: torch.ones(2)}, path, {"format": "pt"})
+
+    return edit
+
+
+def head(**tensors: torch.Tensor | None) -> Damage:
+    def edit(folder: Path) -> None:
+        path = folder / "head.safetensors"
+        kept = {k: v for k, v in (load_file(path) | tensors).items() if v is not None}
+        save_file(kept, path, {"pooling": "mean"})
+
+    return edit
+
+
+def extra_tensor(folder: Path, key: str) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path) | {key: torch.ones(2)}, path, {"format": "pt"})
+
+
+def with_dora(folder: Path) -> None:
+    """Tensors of DoRA whose `use_dora` was lost."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    magnitudes = {
+        key.replace(".lora_A.weight", ".lora_magnitude_vector"): torch.ones(16)
+        for key in tensors if "query.lora_A" in key
+    }  # fmt: skip
+    save_file(tensors | magnitudes, path, {"format": "pt"})
+
+
+DAMAGED: list[tuple[str, str, Damage]] = [
+    ("text", "classifier.weight", without("classifier.weight")),
+    ("text", "classifier.bias", without("classifier.bias")),
+    ("text", "bert.encoder.layer.1.output.dense.weight", without("layer.1.output.dense.weight")),
+    ("text", "bert.pooler.dense", without("pooler")),
+    ("text", "classifier.weight", wider("classifier.weight")),
+    ("text", "bert.encoder.layer.2", lambda f: rewrite(f / "config.json", num_hidden_layers=2)),
+    ("text", "bert.encoder.layer.3", lambda f: rewrite(f / "config.json", num_hidden_layers=4)),
+    ("text", "classifier.out_proj.weight", added("classifier.out_proj.weight")),
+    ("text", "bert.", lambda f: rewrite(f / "config.json", hidden_size=32)),
+    ("image", "classifier.weight", without("classifier.weight")),
+    ("image", "vit.layers.0.mlp.fc1.weight", without("layer.0.intermediate.dense.weight")),
+    ("image", "vit.embeddings.cls_token", wider("cls_token")),
+    ("lora", "classifier", lambda f: drop(f, "classifier")),
+    ("lora", "layer.1", lambda f: drop(f, "layer.1.")),
+    ("lora", "self.query.lora_B", lambda f: drop(f, "1.attention.self.query.lora_B")),
+    ("lora", "lora_magnitude_vector", with_dora),
+    ("lora", ".lora_A", lambda f: reconfigure(f, r=4)),
+    ("lora", "lora_magnitude_vector", lambda f: reconfigure(f, use_dora=True)),
+    ("lora", "strange", lambda f: extra_tensor(f, "base_model.model.bert.strange.weight")),
+    ("lora", ".lora_A.default.weight", lambda f: retensor(
+        f, lambda k, t: (k.replace("lora_A", "lora_A.default"), t))),
+    ("lora", "target_modules", lambda f: reconfigure(f, target_modules=["nothing"])),
+    ("lora", "bert.", lambda f: rewrite(f / "config.json", hidden_size=32)),
+    ("lora", "encoder.layer.2", lambda f: rewrite(f / "config.json", num_hidden_layers=2)),
+    ("image-lora", "classifier", lambda f: drop(f, "classifier")),
+    ("image-lora", "layers.1", lambda f: drop(f, "layers.1.")),
+    ("pooled", "encoder.layer.1.output.dense.weight", without("layer.1.output.dense.weight")),
+    ("pooled", "no trained head", lambda f: (f / "head.safetensors").unlink()),
+    ("pooled", "head.safetensors", head(weight=torch.ones(2, 32))),
+    ("pooled", "bias", head(bias=None)),
+    ("pooled-lora", "layer.1", lambda f: drop(f, "layer.1.")),
+    ("pooled-lora", "no trained head", lambda f: (f / "head.safetensors").unlink()),
+]  # fmt: skip
+
+
+def refused(folder: Path, base: Path | None = None) -> str:
+    """The message of predict and compare, which must both refuse."""
+    said = []
+    table = write_csv(folder.parent / "rows.csv", ["text", "label"], sentences(4))
+    for use in (
+        lambda: predict_table(str(folder), table, None, None if base is None else str(base)),
+        lambda: compare([str(folder)], table, None),
+    )[: 2 if base is None else 1]:
+        with pytest.raises(HftlError) as caught:
+            use()
+        assert caught.value.exit_code in (2, 4) and caught.value.fix
+        said.append(caught.value.what)
+    assert len(set(said)) == 1, said
+    return said[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sound_folder_loads(kind: str, made: dict[str, Path]) -> None:
+    hftl.load(made[kind])
+
+
+@pytest.mark.parametrize(("kind", "named", "damage"), DAMAGED)
+def test_what_is_missing_strange_or_of_another_shape_is_refused(
+    kind: str, named: str, damage: Damage, made: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(made[kind], tmp_path / "publish"))
+    damage(folder)
+    assert named in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_type", "more", "named"),
+    [
+        ("lora", "bert", {"hidden_size": 32}, "(32,)"),
+        ("lora", "bert", {"num_hidden_layers": 2}, "layer.2"),
+        ("lora", "bert", {"num_hidden_layers": 4}, "layer.3"),
+        ("lora", "bert", {"max_position_embeddings": 80}, "position_embeddings"),
+        ("lora", "distilbert", {}, "bert"),
+        ("image-lora", "vit", {"hidden_size": 32}, "embeddings"),
+        ("pooled-lora", "bert", {"hidden_size": 32}, "lora_"),
+        ("pooled-lora", "bert", {"num_hidden_layers": 4}, "layer.3"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused(
+    kind: str, model_type: str, more: dict[str, Any], named: str, made: dict[str, Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    from transformers import AutoModel
+
+    base = save_tiny(model_type, tmp_path / "base")
+    AutoModel.from_config(tiny_config(model_type, **more)).save_pretrained(base)
+    folder = Path(shutil.copytree(made[kind], tmp_path / "publish"))
+    assert named in refused(folder, base)
