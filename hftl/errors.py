@@ -79,3 +79,12 @@ class LostProcessError(HftlError):
             f"{who} of the run ended without a word",
             "Look for a memory limit or a failed device, then run the same command again",
         )
+
+
+def message_line(error: BaseException | str) -> str:
+    """Return a library's message as one line: the first, and what follows where it ends in `:`."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    taken = 1
+    while taken < len(lines) and lines[taken - 1].endswith(":"):
+        taken += 1
+    return " ".join(lines[:taken]).rstrip(" :") or type(error).__name__

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hftl.errors import HubError, NumericError, RecipeError
+from hftl.errors import HubError, NumericError, RecipeError, message_line
 from hftl.explain import closest
 
 Score = Callable[[np.ndarray, np.ndarray], float]
@@ -271,7 +271,7 @@ def _from_evaluate(name: str) -> Metric:
         module = evaluate.load(identifier)
     except (OSError, ConnectionError) as error:
         raise HubError(
-            f"measure.metric: the metric {name} cannot be fetched: {str(error).splitlines()[0]}",
+            f"measure.metric: the metric {name} cannot be fetched: {message_line(error)}",
             "Check its id and the network, or use a built-in metric",
         ) from error
 
@@ -280,7 +280,7 @@ def _from_evaluate(name: str) -> Metric:
             found = module.compute(predictions=predictions, references=labels) or {}
         except (ValueError, TypeError) as error:
             raise RecipeError(
-                f"measure.metric: {name} does not take these labels: {str(error).splitlines()[0]}",
+                f"measure.metric: {name} does not take these labels: {message_line(error)}",
                 "Use a built-in metric",
             ) from error
         values: list[Any] = [value for value in found.values() if np.isscalar(value)]

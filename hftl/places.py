@@ -3,8 +3,11 @@
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from hftl import hub_errors
 from hftl.errors import HubError, RecipeError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -58,8 +61,21 @@ def called(folder: Path) -> str:
     return str(folder)
 
 
+@contextmanager
+def fetching(place: str, kind: str, key: str = "") -> Iterator[None]:
+    """Turn a hub client's errors into one of ours, see `not_given`.
+
+    Raises:
+        HubError: if the hub gives nothing.
+    """
+    try:
+        yield
+    except (OSError, ValueError, hub_errors.http().TransportError) as error:
+        raise not_given(error, place, kind, key) from error
+
+
 def not_given(error: Exception, place: str, kind: str, key: str = "") -> HubError:
-    """What to tell where a hub gave nothing: its own failure, our being offline, or its answer.
+    """Return the error that says why a hub gave nothing: it failed, was not reached, or refused.
 
     Args:
         error: what the hub's client raised.
@@ -70,33 +86,27 @@ def not_given(error: Exception, place: str, kind: str, key: str = "") -> HubErro
     from huggingface_hub import constants
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    status = _failed_with(error)
-    if status is not None:
-        return HubError(
-            f"{key}the hub itself failed when it was asked for {place!r} (HTTP {status})",
-            "Try again later",
-        )
     here = f"{key}no file or folder {place!r} here"
     if constants.HF_HUB_OFFLINE or isinstance(error, OfflineModeIsEnabled):
         return HubError(
             f"{here} nor in the hub's cache, and HF_HUB_OFFLINE=1 keeps from the hub",
             "Check the path or id, or unset HF_HUB_OFFLINE",
         )
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+    said = hub_errors.hub_message(error)
+    if hub_errors.is_xet_failure(error):
+        return HubError(f"{key}{kind} {place!r} was not fetched: {said}", hub_errors.XET_ADVICE)
+    status = hub_errors.first_status(error)
+    if status is not None and hub_errors.is_away(error):
+        return HubError(
+            f"{key}the hub itself failed when it was asked for {place!r} ({said})",
+            hub_errors.advise(status),
+        )
+    if hub_errors.is_away(error):
+        return HubError(
+            f"{here}, and the hub cannot be reached: {said}",
+            "Check the path, the network and HF_ENDPOINT",
+        )
     return HubError(
-        f"{here}, and the hub gives no {kind} of that id: {said.removeprefix('Got: ')}",
+        f"{here}, and the hub gives no {kind} of that id: {said}",
         "Check the path or id, the network, and `hf auth login` for a gated one",
     )
-
-
-def _failed_with(error: BaseException) -> int | None:
-    """The status of a server's failure behind the error, which clients tell as another."""
-    behind: BaseException | None = error
-    seen: list[BaseException] = []
-    while behind is not None and behind not in seen:
-        status = getattr(getattr(behind, "response", None), "status_code", None)
-        if isinstance(status, int) and status >= 500:
-            return status
-        seen.append(behind)
-        behind = behind.__cause__ or behind.__context__
-    return None

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from hftl.errors import RecipeError
+from hftl.errors import RecipeError, message_line
 
 
 class _Loader(yaml.SafeLoader):
@@ -58,7 +58,7 @@ def parse(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2020-13-45
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or message_line(error)
         raise RecipeError(f"{where}{line}: not valid YAML: {problem}", "Correct it") from error
 
 

@@ -43,6 +43,8 @@ class Door:
         self.log: list[dict[str, Any]] = []
         self.broken: list[str] = []
         self.faults: list[dict[str, Any]] = []
+        self.shows = False
+        """Whether a repository is public, whatever was asked for."""
 
     def answer(self, method: str, url: str, headers: Any, body: bytes) -> Answer:
         """What the hub says to a request."""
@@ -58,6 +60,8 @@ class Door:
             told["sha"] = self.store.put(put["repo_id"], files, put.get("private", False))
         if "gated" in asked:
             self.store.repos[asked["gated"]].gated = True
+        if "shows" in asked:
+            self.shows = asked["shows"]
         if "hide" in asked:
             self.store.repos[asked["hide"]].private = True
         if "drop" in asked:
@@ -136,6 +140,9 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep((fault or {}).get("seconds", 3))
         elif kind == "drop":
             self.close_connection = True
+            return
+        elif kind == "unseen":
+            self._write(as_json({"error": "none"}, 404, **{"X-Error-Code": "RepoNotFound"}))
             return
         elif kind.isdigit():
             headers = {"Retry-After": "0"} if kind == "429" else {}

@@ -106,7 +106,7 @@ class Hub(Door):
         url = {"url": f"{self.endpoint}/{repo_id}"}
         if repo_id in self.store.repos:
             return as_json(url | {"error": "You already created this model repo"}, 409)
-        self.store.create(repo_id, asked.get("visibility") == "private")
+        self.store.create(repo_id, asked.get("visibility") == "private" and not self.shows)
         return as_json(url)
 
     def delete(self, who: Any, at: dict[str, str], query: Any, body: bytes) -> Answer:

@@ -32,7 +32,7 @@ class LocalHub:
         return self._ask("/_control", {"put": asked})["sha"]
 
     def control(self, **asked: Any) -> None:
-        """`keep`, `restore`, `gated` or `faults`; the last begins a new log."""
+        """`keep`, `restore`, `gated`, `shows` or `faults`; the last begins a new log."""
         self._ask("/_control", asked)
 
     @property

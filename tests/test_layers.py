@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 ORDER = [
-    "errors", "processes", "energy", "secrets", "explain", "yamlfile", "hubwords", "sections",
-    "recipe", "record", "places", "rundir", "progress", "metrics", "statistics", "data", "model",
-    "analyse", "check", "retain", "train", "adapt", "finetune", "measure", "card", "publish",
-    "show", "use", "init", "phases", "pipeline", "failure", "cli", "__main__",
+    "errors", "hub_errors", "processes", "energy", "secrets", "explain", "yamlfile", "hubwords",
+    "sections", "recipe", "record", "places", "rundir", "progress", "metrics", "statistics",
+    "data", "model", "analyse", "check", "retain", "train", "adapt", "finetune", "measure",
+    "card", "publish", "show", "use", "init", "phases", "pipeline", "failure", "cli", "__main__",
 ]  # fmt: skip
 ROOT = Path(__file__).parent.parent / "hftl"
 FILES = [p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py"]

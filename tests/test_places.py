@@ -95,7 +95,7 @@ class _Answer:
         (404, True, "source.model: no file or folder 'a/b' here nor in the hub's cache, and "
          "HF_HUB_OFFLINE=1 keeps from the hub", "Check the path or id, or unset HF_HUB_OFFLINE"),
         (404, False, "source.model: no file or folder 'a/b' here, and the hub gives no model of "
-         "that id: ConnectError: no route",
+         "that id: HTTP 404",
          "Check the path or id, the network, and `hf auth login` for a gated one"),
     ],
 )  # fmt: skip

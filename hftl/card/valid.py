@@ -11,6 +11,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
+from hftl.errors import message_line
 from hftl.hubwords import LANGUAGE, LICENSES, PIPELINES, REGION, RELATIONS
 
 OWN_KEYS = frozenset(
@@ -78,7 +79,7 @@ def _front(text: str) -> tuple[dict[str, Any] | None, str]:
     try:
         front = yaml.safe_load(block[2])
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2020-13-45
-        first = str(error).splitlines()[0]
+        first = message_line(error)
         return None, f"The metadata are not YAML: {_short(first)}; quote values with : or #"
     if not isinstance(front, dict) or not all(isinstance(key, str) for key in front):
         return None, "The metadata are no mapping of words; write one `key: value` a line"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from hftl import places
+from hftl import hub_errors, places
 from hftl.data.files import Raw
 from hftl.errors import HubError
 from hftl.sections.data import Data, Table
@@ -28,12 +28,14 @@ def load_hub(table: Table, part: str) -> Iterator[Raw]:
 
     split = table.split or (part if part in ("train", "validation", "test") else "train")
     commit = revision(table.path, table.revision)
+    key = f"data.{part}: "
     try:
         dataset: Any = datasets.load_dataset(table.path, table.name, split=split, revision=commit)
-    except (DatasetNotFoundError, ConnectionError, OSError) as error:
-        raise places.not_given(error, table.path, "dataset", f"data.{part}: ") from error
+    except (DatasetNotFoundError, OSError, hub_errors.http().TransportError) as error:
+        raise places.not_given(error, table.path, "dataset", key) from error
     except ValueError as error:
-        raise HubError(f"data.{part}: {table.path}: {error}", "Check name and split") from error
+        why = hub_errors.message_line(error)
+        raise HubError(f"{key}{table.path}: {why}", "Check name and split") from error
     for column, feature in dataset.features.items():
         if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
@@ -64,14 +66,11 @@ def revision(path: str, wanted: str | None) -> str | None:
         HubError: if the hub cannot be reached.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError
 
     if constants.HF_HUB_OFFLINE:
         return wanted
-    try:
+    with places.fetching(path, "dataset"):
         return HfApi().dataset_info(path, revision=wanted).sha
-    except (HfHubHTTPError, OSError) as error:
-        raise places.not_given(error, path, "dataset") from error
 
 
 def revisions(data: Data) -> dict[str, str | None]:

@@ -16,7 +16,7 @@ from transformers import TrainingArguments, set_seed
 
 from hftl import processes
 from hftl.data.load import Row
-from hftl.errors import NumericError, RecipeError
+from hftl.errors import NumericError, RecipeError, message_line
 from hftl.finetune.embed import embed
 from hftl.finetune.gradual import State, fit_gradual
 from hftl.finetune.interpolate import interpolate
@@ -101,9 +101,7 @@ def fit(
     whole = deepcopy(built.model) if is_sharded() else built.model
     start = {name: tensor.clone() for name, tensor in trained(built.model)} if kept.alphas else {}
     with tempfile.TemporaryDirectory() as scratch_folder:
-        args = arguments(
-            training, bench.prepared.task, scratch_folder, seed, bench.device
-        )
+        args = arguments(training, bench.prepared.task, scratch_folder, seed, bench.device)
         best = keep_best(args, patience)
         make = partial(_trainer, bench, built, best, seed, kept)
         if gradual is None:
@@ -162,7 +160,7 @@ def _train(training: Callable[[], Any]) -> Any:
         return training()
     except ImportError as error:
         raise RecipeError(
-            f"finetune.training needs a package: {str(error).splitlines()[0]}", "Install it"
+            f"finetune.training needs a package: {message_line(error)}", "Install it"
         ) from error
 
 

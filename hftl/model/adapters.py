@@ -6,7 +6,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 
-from hftl.errors import RecipeError
+from hftl.errors import RecipeError, message_line
 from hftl.model.head import PooledModel
 from hftl.model.parts import Anatomy, block_paths, encoder_of, under
 
@@ -65,7 +65,7 @@ def wrap(model: Any, anatomy: Anatomy, settings: dict[str, Any], section: str) -
         adapted = get_peft_model(model, LoraConfig(**given))
     except (ValueError, TypeError) as error:
         raise RecipeError(
-            f"{section}.lora: peft refuses it: {str(error).splitlines()[0]}", "Correct the section"
+            f"{section}.lora: peft refuses it: {message_line(error)}", "Correct the section"
         ) from error
     if every and not settings.get("exclude_modules") and not settings.get("layers_pattern"):
         _check_wrapped(adapted, anatomy, given, section)

@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import pytorch_utils
 
-from hftl.errors import RecipeError
+from hftl.errors import RecipeError, message_line
 from hftl.model.parts import TOKENS, Anatomy, Head, block_paths, linears_of, under
 from hftl.model.stock import auto_class, empty, encoder_config, layers, stock_class
 
@@ -139,7 +139,7 @@ class Trace:
         try:
             self.model = empty(stock_class(config, task), config)
         except CANNOT_RUN as error:
-            _refuse(config, f"it cannot be built: {str(error).splitlines()[0]}")
+            _refuse(config, f"it cannot be built: {message_line(error)}")
         inside = [n for n, m in self.model.named_children() if isinstance(m, PreTrainedModel)]
         if len(inside) != 1:
             _refuse(config, f"its classification class holds {len(inside)} encoders, expected one")
@@ -180,7 +180,7 @@ class Trace:
             with _uncached(), FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"):
                 self.model(**self._inputs()).logits.sum().backward()
         except CANNOT_RUN as error:
-            _refuse(self.config, f"it does not run without weights: {str(error).splitlines()[0]}")
+            _refuse(self.config, f"it does not run without weights: {message_line(error)}")
         return calls
 
     def _inputs(self) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hftl.errors import RecipeError
+from hftl.errors import RecipeError, message_line
 from hftl.model.anatomy import anatomy_of, encoder_config
 from hftl.model.padding import hide_padding
 from hftl.model.parts import TOKENS, Anatomy, blocks_of, encoder_of, under
@@ -246,7 +246,7 @@ def load_class(
         )
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"source.model: {source.spec} does not load: {str(error).splitlines()[0]}",
+            f"source.model: {source.spec} does not load: {message_line(error)}",
             "Give a complete checkpoint of a supported architecture",
         ) from error
     hide_padding(model)

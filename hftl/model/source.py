@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hftl import places
-from hftl.errors import RecipeError
+from hftl.errors import RecipeError, message_line
 from hftl.model.anatomy import Anatomy, anatomy_of
 from hftl.model.padding import takes_mask
 from hftl.model.sizes import absurd_in
@@ -76,7 +76,7 @@ def find_source(source: Source, on_hub: bool = False) -> SourceModel:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"source.model: {source.model} is no model: {str(error).splitlines()[0]}",
+            f"source.model: {source.model} is no model: {message_line(error)}",
             "Give one with config.json and model.safetensors",
         ) from error
     kind = config.model_type
@@ -111,7 +111,7 @@ def load_tokenizer(source: SourceModel) -> Any:
         found: Any = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"source.model: {source.spec} has no usable tokenizer: {str(error).splitlines()[0]}",
+            f"source.model: {source.spec} has no usable tokenizer: {message_line(error)}",
             fix,
         ) from error
     # Without its files transformers makes one that knows the special tokens alone.
@@ -144,8 +144,7 @@ def load_processor(source: SourceModel) -> Any:
         )
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(
-            f"source.model: {source.spec} has no usable image processor: "
-            f"{str(error).splitlines()[0]}",
+            f"source.model: {source.spec} has no usable image processor: {message_line(error)}",
             "Save the processor beside the model",
         ) from error
 
@@ -215,11 +214,9 @@ def _fetch(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
     """The snapshot of a commit with the files of these patterns, none of its folders."""
     from huggingface_hub import snapshot_download
 
-    try:
+    with places.fetching(repo_id, "model", "source.model: "):
         return Path(
             snapshot_download(
                 repo_id, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"
             )
         )
-    except (OSError, ValueError) as error:
-        raise places.not_given(error, repo_id, "model", "source.model: ") from error

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from hftl.errors import HubError
+from hftl.hub_errors import status_of
 from hftl.publish import patience
 from hftl.publish.gates import may_go
 from hftl.publish.patience import AnsweredError, UnknownFateError, asking
-from hftl.publish.standing import check_free, check_seen, strange
+from hftl.publish.standing import StandsError, check_free, check_seen, strange
 
 TRIES = 3
 """How often a commit is sent that did not land."""
-MOVED = (409, 412)
+CONFLICT = 409
+MOVED = (CONFLICT, 412)
 """The hub's answers to a commit on what no longer is the head."""
 
 
@@ -64,12 +66,14 @@ def push(folder: Path, target: Target, message: str) -> Pushed:
     wanted = digests(folder)
     check_card_at_hub(folder)
     found = look(target)
-    info = found or _create(target.repo_id)
+    info = found or _create(target)
     try:
         pushed = _commit(folder, target, wanted, message)
         _check(target.repo_id, pushed.commit, wanted)
+    except StandsError:
+        raise
     except HubError as error:
-        if found is None:
+        if found is None and info.private:
             what = f"{error.what}; {target.repo_id} was made and is private"
             raise HubError(what, error.fix) from error
         raise
@@ -146,11 +150,31 @@ def _info(repo_id: str) -> Any:
             return None
 
 
-def _create(repo_id: str) -> Any:
-    """Makes a repository, private; one that an unanswered request has made is taken."""
-    with asking(f"making {repo_id}"):
-        _api().create_repo(repo_id, private=True, exist_ok=True)
-        return _api().model_info(repo_id)
+def _create(target: Target) -> Any:
+    """Make a repository, private; one that is there by now is taken, and looked at later.
+
+    An unanswered request may have made it, or somebody else.
+
+    Raises:
+        HubError: if the hub makes it public nevertheless, and all would see what they should not.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    made = True
+    with asking(f"making {target.repo_id}"):
+        try:
+            _api().create_repo(target.repo_id, private=True)
+        except HfHubHTTPError as error:
+            if status_of(error) != CONFLICT:
+                raise
+            made = False
+        info = _api().model_info(target.repo_id)
+    if made and not (info.private or target.public):
+        raise StandsError(
+            f"the hub was asked for a private {target.repo_id} and made it public",
+            "Nothing was pushed. Make it private there, or let all see it with --public",
+        )
+    return info
 
 
 def _make_public(repo_id: str) -> bool:

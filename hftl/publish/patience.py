@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hftl.errors import HubError
+from hftl.errors import HubError, message_line
+from hftl.hub_errors import PASSING, XET_ADVICE, advise, http, is_xet_failure
 
 PATIENCE = 120.0
 """Seconds that may be lost to failed requests and to waiting, in one push."""
@@ -21,8 +22,6 @@ TIMEOUT = 30.0
 """Seconds without a byte until a request has failed."""
 FIRST_WAIT = 1.0
 LONGEST_WAIT = 16.0
-PASSING = (408, 429, 500, 502, 503, 504)
-"""Answers that another try may better."""
 REFUSED = (408, 429)
 """Those of them that say for sure that nothing was done."""
 
@@ -139,13 +138,6 @@ class _Patient:
             raise HubError(f"{trouble}, and did so for too long", "Try again later") from error
 
 
-def http() -> Any:
-    """The library that `huggingface_hub` makes its requests with: httpx, or httpx2."""
-    from huggingface_hub.utils import get_session
-
-    return sys.modules[type(get_session()).__module__.partition(".")[0]]
-
-
 def _repeatable(request: Any) -> bool:
     """Whether the body is at hand to be sent once more; a file that was read is not."""
     try:
@@ -185,7 +177,9 @@ def asking(what: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise _refused(what, error) from error
     except http().TransportError as error:
-        raise HubError(f"{what}: no answer from the hub", "Check the network") from error
+        raise HubError(
+            f"{what}: no answer from the hub", _fix(error, "Check the network and HF_ENDPOINT")
+        ) from error
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         # What uploads files wraps the cause; what reads an answer trips over its shape.
         cause = error.__cause__
@@ -193,20 +187,19 @@ def asking(what: str) -> Iterator[None]:
             raise cause from error
         if isinstance(cause, HfHubHTTPError):
             raise _refused(what, cause) from error
-        said = str(cause or error).strip().splitlines() or [type(error).__name__]
-        raise HubError(f"{what}: {said[0]}", "Try again, or look at the hub's status") from error
+        fix = _fix(error, "Try again, or look at the hub's status")
+        raise HubError(f"{what}: {message_line(cause or error)}", fix) from error
 
 
 def _refused(what: str, error: Any) -> AnsweredError:
     status = error.response.status_code
     said = " ".join((error.server_message or "").split())
-    fixes = {
-        401: "Log in with `hf auth login`, or set HF_TOKEN",
-        403: "Use a token that may write there: https://huggingface.co/settings/tokens",
-        404: "Check the name, and that the token may see it",
-    }
     return AnsweredError(
         f"{what}: the hub answered {status}{': ' + said if said else ''}",
-        fixes.get(status, "Try again later"),
+        _fix(error, advise(status)),
         status,
     )
+
+
+def _fix(error: BaseException, otherwise: str) -> str:
+    return XET_ADVICE if is_xet_failure(error) else otherwise

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hftl.errors import RecipeError
+from hftl.errors import RecipeError, message_line
 from hftl.train.hardware import precision
 
 EVAL_BATCH = 64
@@ -47,7 +47,7 @@ def arguments(
         args = TrainingArguments(**(common | defaults | training | decided))
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(
-            f"{section}.training: transformers refuses it: {str(error).splitlines()[0]}",
+            f"{section}.training: transformers refuses it: {message_line(error)}",
             "Correct the section",
         ) from error
     # transformers would split a batch over all visible devices by itself (DataParallel).

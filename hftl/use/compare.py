@@ -51,7 +51,7 @@ def compare(models: Sequence[str], data: Path | None, output: Path | None) -> st
     """
     check_output(output, OUTPUTS, [".png"])
     folders = [_with_head(model) for model in models]
-    shared = None if data else _shared_items(models)
+    shared, unknown = (None, []) if data else _shared_items(models, folders)
     found: dict[int, np.ndarray] = {}
     first: Predictor | None = None
     items: Items | None = None
@@ -69,7 +69,12 @@ def compare(models: Sequence[str], data: Path | None, output: Path | None) -> st
     rows = _rows(models, folders, labels, found, _metric(folders[0], first.task), items)
     if output is not None:
         _write(rows, output)
-    return _shown(rows, len(items.rows))
+    warnings = [
+        f"\n  warning: what {model} was trained on is not recorded; if these items were part of "
+        "it, its score is too good"
+        for model in unknown
+    ]
+    return _shown(rows, len(items.rows)) + "".join(warnings)
 
 
 def _with_head(model: str) -> Path:
@@ -78,23 +83,47 @@ def _with_head(model: str) -> Path:
     return folder
 
 
-def _shared_items(models: Sequence[str]) -> Items:
-    """The test items that all the runs have in common.
+def _shared_items(models: Sequence[str], folders: Sequence[Path]) -> tuple[Items, list[str]]:
+    """Return the test items of the runs among the models, and the models whose data are unknown.
+
+    A model that was fetched or copied is scored on them too: hftl's own tell the data and splits
+    they were made with, and those of others may have been trained on them.
 
     Raises:
-        RecipeError: if one is no run, or was split otherwise.
+        RecipeError: if none is a run, or one was split otherwise.
     """
-    runs = [path for model in models if (path := places.find(model, "the model")) is not None]
-    if len(runs) < len(models) or not all((run / "recipe.yaml").exists() for run in runs):
-        raise RecipeError("there is nothing to score them on", "Give a table: --data TABLE")
-    prints = [read_json(run / "record.json")["data"]["fingerprint"] for run in runs]
-    for model, told in zip(models, prints, strict=True):
-        if told != prints[0]:
+    places_ = [places.find(model, "the model") for model in models]
+    runs = {
+        model: path
+        for model, path in zip(models, places_, strict=True)
+        if path is not None and (path / "recipe.yaml").exists()
+    }
+    if not runs:
+        raise RecipeError(
+            f"{' and '.join(dict.fromkeys(models))}: there are no test items to score them on, "
+            "as none is a run on this machine",
+            "Give a table: --data TABLE",
+        )
+    first, run = next(iter(runs.items()))
+    expected = _fingerprint(run / "record.json")
+    unknown: list[str] = []
+    for model, folder in zip(models, folders, strict=True):
+        record = runs[model] / "record.json" if model in runs else folder / "hftl.json"
+        fingerprint = _fingerprint(record)
+        if fingerprint is None:
+            unknown.append(model)
+        elif fingerprint != expected:
             raise RecipeError(
-                f"{model} has other data or splits than {models[0]}", "Give a table: --data TABLE"
+                f"{model} has other data or splits than {first}", "Give a table: --data TABLE"
             )
-    prepared = prepare.read(runs[0] / "phases" / "data")
-    return Items(prepared.rows["test"], Recipe.load(runs[0] / "recipe.yaml").data)
+    prepared = prepare.read(run / "phases" / "data")
+    return Items(prepared.rows["test"], Recipe.load(run / "recipe.yaml").data), unknown
+
+
+def _fingerprint(record: Path) -> str | None:
+    """Return the hash of the data and splits in a record; None where it has none."""
+    data = read_json(record).get("data")
+    return data.get("fingerprint") if isinstance(data, dict) else None
 
 
 def _check_labels(items: Items, predictor: Predictor) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from hftl import places, rundir
-from hftl.errors import HftlError, RecipeError, RunFolderError
+from hftl.errors import HftlError, RecipeError, RunFolderError, message_line
 from hftl.publish import reload
 
 DAMAGE = (
@@ -38,10 +38,9 @@ def loading(folder: Path) -> Iterator[None]:
     except DAMAGE as error:
         if type(error).__name__ == "OutOfMemoryError":
             raise
-        said = str(error).strip().splitlines() or [type(error).__name__]
         name = places.called(folder)
         raise RunFolderError(
-            f"{name} does not load: {said[0]}", f"Look closer: hftl doctor {name}"
+            f"{name} does not load: {message_line(error)}", f"Look closer: hftl doctor {name}"
         ) from error
 
 
@@ -92,10 +91,8 @@ def need_head(folder: Path, name: str | Path) -> None:
 def _download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    try:
+    with places.fetching(repo_id, "model"):
         return Path(snapshot_download(repo_id))
-    except (OSError, ValueError) as error:
-        raise places.not_given(error, repo_id, "model") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

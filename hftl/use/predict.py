@@ -18,7 +18,7 @@ from hftl.data.image import canvas, target_size
 from hftl.data.load import Row
 from hftl.data.pixels import ImageInputs
 from hftl.data.text import Encoded, TextInputs, WordInputs
-from hftl.errors import DataError, RecipeError
+from hftl.errors import DataError, RecipeError, message_line
 from hftl.finetune.opening import position_arguments
 from hftl.model.anatomy import anatomy_of, max_tokens, patch_size
 from hftl.model.cache import logits
@@ -244,6 +244,6 @@ def _loaded(kind: Any, folder: Path, **more: Any) -> Any:
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(
             f"{places.called(folder)} has no usable {kind.__name__.removeprefix('Auto')}: "
-            f"{str(error).splitlines()[0]}",
+            f"{message_line(error)}",
             "Give a folder that hftl published, or save it beside the model",
         ) from error

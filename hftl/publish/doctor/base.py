@@ -113,7 +113,7 @@ def _not_found(error: HftlError, name: str) -> tuple[Sought, list[Finding]]:
         return Sought(None, f"the hub has no {name}"), [
             defect("base", f"the hub has no {name} of that revision", ADAPTER, "Name the right one")
         ]
-    why = error.what.removeprefix("source.model: ").split(". ")[0]
+    why = error.what.removeprefix("source.model: ")
     return Sought(None, why, isinstance(error, HubError)), []
 
 

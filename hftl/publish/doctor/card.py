@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import yaml
 
 from hftl.card.valid import card_problems
+from hftl.errors import message_line
 from hftl.publish.doctor.finding import Finding, defect, warning
 from hftl.publish.doctor.patient import MOST_BYTES, Patient
 
@@ -26,7 +27,7 @@ def card(patient: Patient) -> Iterator[Finding]:
     try:
         ModelCard(text)
     except (ValueError, TypeError, AttributeError, yaml.YAMLError, RecursionError) as error:
-        what = f"the hub cannot read it: {str(error).splitlines()[0]}"
+        what = f"the hub cannot read it: {message_line(error)}"
         yield defect("card", what, CARD, "Correct the block between the two lines of ---")
         return
     for problem in card_problems(text):

@@ -60,6 +60,7 @@ def examine(place: str | Path, base: str | None = None) -> Examination:
     """
     patient, broken = opened(place)
     found = Examination(patient, broken)
+    found.unexamined += [patient.unlisted] if patient.unlisted else []
     found.findings += [*unsafe(patient), *scaling(patient), *not_finite(patient)]
     if patient.run is not None and (patient.run / "record.json").exists():
         found.findings += _as_recorded(patient.run)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hftl.errors import message_line
 from hftl.model.parts import TOKENS
 from hftl.model.source import SourceModel
 from hftl.model.stock import auto_class, empty, stock_class
@@ -270,7 +271,7 @@ def _refused(patient: Patient, error: Exception, modules: list[str]) -> Finding:
     if unmatched:
         return defect("base-shape", "target_modules match nothing in the base", ADAPTER,
                       "Give the base that it was trained on")  # fmt: skip
-    return defect("config", f"peft refuses it: {str(error).splitlines()[0]}", ADAPTER, "Correct it")
+    return defect("config", f"peft refuses it: {message_line(error)}", ADAPTER, "Correct it")
 
 
 def _stale(what: str, where: str) -> Finding:

@@ -4,7 +4,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from hftl.errors import RecipeError
+from hftl.errors import RecipeError, message_line
 from hftl.model.head import load_class
 from hftl.model.parts import under
 from hftl.model.sizes import contradicted, shapes_in
@@ -30,7 +30,7 @@ def fresh(patient: Patient, source: SourceModel, kind: Any, config: Any) -> list
     except (*CANNOT, SafetensorError) as error:
         if isinstance(error, RecipeError):
             raise
-        what = f"{source.spec} does not load: {str(error).splitlines()[0]}"
+        what = f"{source.spec} does not load: {message_line(error)}"
         raise RecipeError(what, "Correct its config.json") from error
     saved = {key.removeprefix(PREFIX) for key in patient.shapes} if patient.is_adapter else set()
     lost = sorted({key.rsplit(".", 1)[0] for key in missing - saved})

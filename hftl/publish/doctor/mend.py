@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hftl import rundir
-from hftl.errors import RecipeError
+from hftl.errors import RecipeError, message_line
 from hftl.publish.doctor.base import expected_hash, named
 from hftl.publish.doctor.card import CARD
 from hftl.publish.doctor.company import (
@@ -138,7 +138,7 @@ def _name_base_on_card(found: Examination, base: str) -> list[str]:
     try:
         card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
     except (ValueError, TypeError) as error:
-        return [f"{CARD} was left alone: {str(error).splitlines()[0]}"]
+        return [f"{CARD} was left alone: {message_line(error)}"]
     card.data.base_model = base  # pyright: ignore
     _keep(found, CARD)
     rundir.write_text(path, str(card))

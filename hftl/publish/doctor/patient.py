@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hftl import places
-from hftl.errors import RecipeError
+from hftl import hub_errors, places
+from hftl.errors import HubError, RecipeError, message_line
 from hftl.publish.doctor.finding import Finding, defect
 
 ADAPTER, CONFIG, RECORD = "adapter_config.json", "config.json", "hftl.json"
@@ -40,6 +40,8 @@ class Patient:
     names: list[str]
     jsons: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
+    unlisted: str | None = None
+    """Which files the hub did not list, and why."""
 
     @property
     def is_adapter(self) -> bool:
@@ -96,9 +98,9 @@ def opened(place: str | Path) -> tuple[Patient, list[Finding]]:
         HubError: if a hub id cannot be had.
     """
     path = places.find(str(place), "the adapter to examine")
-    run = None
+    run = unlisted = None
     if path is None:
-        folder, names = _fetched(str(place))
+        folder, names, unlisted = _fetched(str(place))
         outside: list[Finding] = []
     else:
         folder = path
@@ -114,7 +116,7 @@ def opened(place: str | Path) -> tuple[Patient, list[Finding]]:
             f"Give {folder / inside[0].rsplit('/', 1)[0]}" if inside else "Give an adapter",
         )
     jsons, broken = _read_jsons(folder, names)
-    patient = Patient(str(place), folder, run, path is None, names, jsons, {})
+    patient = Patient(str(place), folder, run, path is None, names, jsons, {}, unlisted)
     shapes, damaged = _read_shapes(patient)
     patient.shapes.update(shapes)
     return patient, [*outside, *broken, *damaged]
@@ -141,20 +143,44 @@ def _listed(folder: Path) -> tuple[list[str], list[Finding]]:
     return sorted(names), outside
 
 
-def _fetched(repo_id: str) -> tuple[Path, list[str]]:
-    """The hub's snapshot without its pickles, and the names of all its files."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import OfflineModeIsEnabled
+def _fetched(repo_id: str) -> tuple[Path, list[str], str | None]:
+    """The hub's snapshot without its pickles, the names of all its files, and why they are not all.
+
+    A copy in the cache is examined where the hub is away, which then lists nothing.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    folder = _snapshot(repo_id)
+    away = (HfHubHTTPError, OfflineModeIsEnabled, hub_errors.http().TransportError)
+    try:
+        return folder, sorted(HfApi().list_repo_files(repo_id, revision=folder.name)), None
+    except away as error:
+        names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+        offline = isinstance(error, OfflineModeIsEnabled)
+        why = "HF_HUB_OFFLINE=1" if offline else hub_errors.hub_message(error)
+        return folder, sorted(names), f"files that are not in the cache, pickles among them: {why}"
+
+
+def _snapshot(repo_id: str) -> Path:
+    """Fetch what is examined of a hub's folder, or find the copy of a hub that is away.
+
+    Raises:
+        HubError: if there is neither.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repo_id, allow_patterns=READ))
+        with places.fetching(repo_id, "adapter"):
+            return Path(snapshot_download(repo_id, allow_patterns=READ))
+    except HubError as error:
+        if not hub_errors.is_away(error):
+            raise
         try:
-            names = HfApi().list_repo_files(repo_id, revision=folder.name)
-        except OfflineModeIsEnabled:
-            names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-    except (OSError, ValueError) as error:
-        raise places.not_given(error, repo_id, "adapter") from error
-    return folder, sorted(names)
+            return Path(snapshot_download(repo_id, allow_patterns=READ, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise error from error.__cause__
 
 
 def _read_jsons(folder: Path, names: list[str]) -> tuple[dict[str, Any], list[Finding]]:
@@ -177,7 +203,7 @@ def _read_json(path: Path, found: dict[str, Any]) -> str | None:
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        return f"is no JSON: {str(error).splitlines()[0]}"
+        return f"is no JSON: {message_line(error)}"
     if not isinstance(told, dict):
         return f"is a {type(told).__name__}, expected a mapping"
     found[path.name] = told
@@ -203,7 +229,7 @@ def _read_shapes(patient: Patient) -> tuple[dict[str, tuple[int, ...]], list[Fin
                     shapes |= {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             damaged.append(defect(
-                "corrupt", f"does not open: {str(error).splitlines()[0]}", name,
+                "corrupt", f"does not open: {message_line(error)}", name,
                 "Save or fetch it again; it is cut short or damaged",
             ))  # fmt: skip
     return shapes, damaged

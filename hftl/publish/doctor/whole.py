@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from hftl.errors import message_line
 from hftl.model.sizes import absurd
 from hftl.model.source import SourceModel
 from hftl.publish.doctor.finding import Finding, defect
@@ -32,7 +33,7 @@ def whole_model(patient: Patient) -> SourceModel | Finding:
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (*CANNOT, OSError, StrictDataclassError) as error:
-        return _of_no_model(str(error).strip().splitlines()[0])
+        return _of_no_model(message_line(error))
     anatomy_of(config)
     return SourceModel(str(folder), folder, None, None, True, config, config.model_type)
 
