@@ -178,7 +178,9 @@ def publish(
     run: RunFolder,
     repo_id: Annotated[str | None, typer.Option(help="where to push, as owner/name")] = None,
     public: Annotated[bool, typer.Option("--public", help="for all to see")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what would go")
+    ] = False,
     request: Annotated[bool, typer.Option("--pr", help="open a pull request instead")] = False,
     force: Annotated[
         str | None, typer.Option(metavar="REASON", help="push although the verdict is hold")
@@ -192,6 +194,7 @@ def publish(
         listing = pushing.looked_at(run, asked)
         _list(listing)
         pushing.refuse_hold(listing, asked)
+        pushing.ask_hub(run, asked, say)
     else:
         failure.COMMAND.run = run
         pushing.publish(run, asked, say)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from localhub import LocalHub
-from published import BASE, Pusher
+from published import BASE, Pusher, pusher
 from pushed import ME, hub, local, made, push, run, says
 
 __all__ = ["hub", "made", "push", "run"]
@@ -126,11 +126,49 @@ def test_a_pull_request_leaves_main_alone_and_is_opened_once(
     assert proposed.items() >= local(run / "publish").items()
 
 
-def test_a_dry_run_asks_the_hub_nothing(hub: LocalHub, push: Pusher, run: Path) -> None:
-    before = local(run)
+def test_a_dry_run_asks_what_a_push_asks_and_writes_nothing(
+    hub: LocalHub, push: Pusher, run: Path
+) -> None:
+    before, state = local(run), hub.state
     code, out, _ = push("publish", run, "--repo-id", ME, "--dry-run")
     assert code == 0 and "adapter_model.safetensors" in out and "verdict: publish" in out
-    assert hub.log == [] and local(run) == before
+    assert "me/model would be made, private" in out and f"base     {BASE} at " in out
+    assert hub.state == state and local(run) == before
+    asked = {f"{request['method']} {request['path']}" for request in hub.log}
+    assert {line for line in asked if not line.startswith("GET ")} == {"POST /api/validate-yaml"}
+    assert push("publish", run, "--repo-id", ME)[0] == 0
+    head, before = hub.state["repos"][ME]["refs"]["main"], local(run)
+    code, out, _ = push("publish", run, "--repo-id", ME, "--dry-run", "--public")
+    assert code == 0 and f"me/model (private) would get one commit on {head[:8]}" in out
+    assert "made public" in out and hub.state["repos"][ME]["private"] and local(run) == before
+
+
+def test_a_dry_run_is_refused_as_the_push_would_be(hub: LocalHub, push: Pusher, run: Path) -> None:
+    """It asked no hub, listed the files and exited 0."""
+    words = ("publish", run, "--dry-run", "--repo-id")
+    says(push(*words, "other/model"), 5, "me is not other")
+    says(push(*words, ME, "--pr"), 5, "there is no me/model to open a pull request on")
+    hub.put(ME, {"model.safetensors": b"mine"})
+    says(push(*words, ME), 5, "hftl did not publish: model.safetensors")
+    hub.control(restore=True, drop=BASE)
+    says(push(*words, ME), 5, BASE, "is not public")
+    hub.control(restore=True, faults=[{"kind": "501", "path": "validate-yaml"}])
+    says(push(*words, ME), 5, "HF_ENDPOINT")
+    assert ME not in hub.state["repos"]
+
+
+def test_a_dry_run_says_what_it_could_not_ask(
+    hub: LocalHub, push: Pusher, run: Path, tmp_path: Path
+) -> None:
+    found = push("publish", run, "--dry-run")
+    assert found[0] == 0 and "not asked of the hub, as no repository is named" in found[1]
+    nobody = hub.environment(tmp_path / "nobody", token=None)
+    offline = hub.environment(tmp_path / "offline") | {"HF_HUB_OFFLINE": "1"}
+    for environment, why in ((nobody, "there is no token"), (offline, "HF_HUB_OFFLINE=1")):
+        with pusher(environment) as call:
+            code, out, _ = call("publish", run, "--dry-run", "--repo-id", ME)
+        assert code == 0 and f"not asked of the hub, as {why}" in out
+    assert hub.log == []
 
 
 def test_nobody_has_said_where(push: Pusher, run: Path) -> None:

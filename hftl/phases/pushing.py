@@ -15,7 +15,7 @@ from hftl.explain import explain
 from hftl.phases.amending import amend, base_texts, report_text, texts
 from hftl.publish.base import pinned_base
 from hftl.publish.gates import check_card, check_files, check_proof
-from hftl.publish.hub import Pushed, Target, look, push
+from hftl.publish.hub import Pushed, Target, check_card_at_hub, look, push
 from hftl.publish.listing import Listing, dry_run
 from hftl.publish.patience import AnsweredError, patient
 from hftl.publish.rights import RightsError, account, check_right, full_id
@@ -167,6 +167,58 @@ def push_finished(run: Path, asked: Asked, say: Say) -> None:
         fix = f"{error.fix}. To repeat only the push: {asked.command(run)}"
         raise HubError(error.what, fix.removeprefix(". ")) from error
     _tell(pushed, repo_id, say)
+
+
+def ask_hub(run: Path, options: Asked, say: Say) -> None:
+    """Ask the hub all that a push asks before it writes, and write nothing.
+
+    Without a repository, a token or a way to the hub it says what was not asked.
+
+    Raises:
+        HubError: where the push would be refused: rights, state of the repository, base, card.
+    """
+    from huggingface_hub import constants, get_token
+
+    record = Record.read(run).tree
+    wanted = options.repo_id or record["recipe"]["publish"]["repo_id"]
+    missing = [
+        "no repository is named (--repo-id)" if wanted is None else "",
+        "HF_HUB_OFFLINE=1 keeps from the hub" if constants.HF_HUB_OFFLINE else "",
+        "there is no token (`hf auth login`, or HF_TOKEN)" if get_token() is None else "",
+    ]
+    why = next(filter(None, missing), None)
+    if wanted is None or why is not None:
+        say(f"not asked of the hub, as {why}: rights, the repository, the base, the card")
+        return
+    public = options.public or not record["recipe"]["publish"]["private"]
+    with patient():
+        who = account()
+        full = full_id(who, wanted)
+        check_right(who, full, options.request)
+        targets = [Target(full, public, options.request)]
+        if (run / "publish-base").exists():
+            check_right(who, f"{full}-base")
+            targets.insert(0, Target(f"{full}-base", public))
+        elif (run / "publish" / "adapter_config.json").exists():
+            base, commit = pinned_base(record["source"])
+            say(f"base     {base} at {commit[:8]}, which all can see")
+        for text in _cards(run, record, options):
+            check_card_at_hub(text)
+        for target in targets:
+            _say_state(target, look(target), say)
+
+
+def _say_state(target: Target, info: Any, say: Say) -> None:
+    """Say where a push would go, and on which commit."""
+    if info is None:
+        shown = "public after the commit" if target.public else "private"
+        say(f"hub      {target.repo_id} would be made, {shown}")
+        return
+    how = "a pull request" if target.request else "one commit"
+    seen = "private" if info.private else "public"
+    say(f"hub      {target.repo_id} ({seen}) would get {how} on {str(info.sha)[:8]}")
+    if target.public and info.private and not target.request:
+        say(f"  {target.repo_id} would then be made public")
 
 
 def _push(run: Path, asked: Asked, wanted: str, say: Say) -> tuple[Pushed, str]:

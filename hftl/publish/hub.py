@@ -64,7 +64,7 @@ def push(folder: Path, target: Target, message: str) -> Pushed:
         HubError: if it could not be pushed; then the old state stands, or what the error says.
     """
     wanted = digests(folder)
-    check_card_at_hub(folder)
+    check_card_at_hub((folder / "README.md").read_text(encoding="utf-8"))
     found = look(target)
     info = found or _create(target)
     try:
@@ -121,15 +121,14 @@ def stands(found: dict[str, str], wanted: Digests) -> bool:
     return ours <= wanted.keys() and all(found.get(n) in both for n, both in wanted.items())
 
 
-def check_card_at_hub(folder: Path) -> None:
-    """Asks the hub whether it takes the card.
+def check_card_at_hub(text: str) -> None:
+    """Ask the hub whether it takes a card; nothing is written there.
 
     Raises:
         HubError: if it does not.
     """
     from huggingface_hub import ModelCard
 
-    text = (folder / "README.md").read_text(encoding="utf-8")
     with asking("checking the card"):
         try:
             ModelCard(text).validate()
