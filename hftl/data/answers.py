@@ -9,9 +9,14 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from hftl.data.load import Label
+from hftl.data.load import Label, Row
 from hftl.data.tags import TagScheme, outside_of, recognise_tags
+from hftl.errors import DataError
 
+SMALLEST, LARGEST = 1e-30, 1e30
+"""The least spread and the largest size of targets whose weights and squares float32 holds."""
+COARSE = 0.1
+"""The share of the targets' spread that float32's rounding may be: its error is a third of that."""
 HOLDS = 0.5
 """A multi-label class is predicted above this probability."""
 
@@ -105,3 +110,37 @@ def told(
 def _softmax(wide: np.ndarray) -> np.ndarray:
     shifted = np.exp(wide - wide.max(1, keepdims=True))
     return shifted / shifted.sum(1, keepdims=True)
+
+
+def check_targets(rows: Sequence[Row]) -> None:
+    """Refuse regression targets from which nothing can be learnt, or none in float32.
+
+    Args:
+        rows: those of train.
+
+    Raises:
+        DataError: if all targets are the same, or float32 cannot tell them apart where they lie.
+    """
+    targets = np.array([row.label for row in rows], dtype=np.float64)
+    if not len(targets):
+        return
+    far, spread = float(np.abs(targets).max()), float(targets.std())
+    if np.ptp(targets) == 0:
+        raise DataError(
+            f"data.train.label: every target of train is {targets[0]:g}, and there is nothing to "
+            "learn",
+            "Check data.train.label and the file",
+        )
+    if not SMALLEST < spread or not far < LARGEST:
+        raise DataError(
+            f"data.train.label: the targets reach {far:g} with a standard deviation of "
+            f"{spread:g}, which float32 cannot hold",
+            "Give them in another unit",
+        )
+    step = float(np.spacing(np.float32(far)))
+    if step > COARSE * spread:
+        raise DataError(
+            f"data.train.label: near {far:g} float32 tells numbers {step:g} apart, and the "
+            f"targets' standard deviation is {spread:g}",
+            f"Subtract a constant from the targets, for instance {targets.mean():.6g}",
+        )

@@ -18,7 +18,7 @@ import numpy as np
 
 from hftl import places
 from hftl.data import answers
-from hftl.data.answers import names_of
+from hftl.data.answers import check_targets, names_of
 from hftl.data.duplicates import drop_duplicates
 from hftl.data.hub import revisions
 from hftl.data.load import BadRows, Reading, Row, load, read_table, table_folder
@@ -108,7 +108,7 @@ def prepare(data: Data, reading: Reading = Reading()) -> Prepared:  # noqa: B008
         "splits": {split: len(found) for split, found in rows.items()},
         "labels": names,
         "label_counts": _label_counts(rows, task),
-        "fingerprint": fingerprint({s: [content_key(r).hex() for r in rows[s]] for s in SPLITS}),
+        "fingerprint": fingerprint({s: [_identity(r) for r in rows[s]] for s in SPLITS}),
         "hub_revisions": revisions(data),
     }
     if task == "token-classification":
@@ -237,6 +237,7 @@ def _apart(rows: list[Row], pool: list[Row], data: Data) -> list[Row]:
 def _names(rows: dict[str, list[Row]], task: str) -> list[str]:
     """The classes of train, numbers in their order; every other split knows no other class."""
     if task == "regression":
+        check_targets(rows["train"])
         return []
     known = {name for row in rows["train"] for name in names_of(row.label, task)}
     if len(known) < 2:
@@ -252,6 +253,12 @@ def _names(rows: dict[str, list[Row]], task: str) -> list[str]:
                 )
     number = all(map(INTEGER.fullmatch, known))
     return sorted(known, key=lambda name: (int(name), name) if number else (0, name))
+
+
+def _identity(row: Row) -> str:
+    """Return what tells a row from all others, its target too."""
+    target = f" {row.label!r}" if isinstance(row.label, float) else ""
+    return content_key(row).hex() + target
 
 
 def _check_columns(train: Table, names: list[str]) -> None:

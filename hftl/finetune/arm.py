@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from hftl.finetune.interpolate import interpolate
 from hftl.finetune.outcome import Outcome
 from hftl.finetune.retention import Kept
 from hftl.finetune.strategy import prepare, trainable_parameters
+from hftl.finetune.targets import TargetScale, target_scale
 from hftl.finetune.weight import validation_score
 from hftl.finetune.workbench import MEASURED, Workbench
 from hftl.metrics import METRICS, SELECTION, score_all
@@ -73,7 +74,8 @@ def train_arm(
         state: where gradual unfreezing keeps how far it has come.
     """
     built = bench.build(finetune.pooling, seed)
-    if finetune.head_init == "probe":
+    probed = finetune.head_init == "probe"
+    if probed:
         set_probe(bench, built, finetune.pooling, seed)
     set_seed(seed)
     model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
@@ -83,27 +85,35 @@ def train_arm(
     gradual = finetune.gradual if finetune.strategy == "gradual" else None
     return fit(
         bench, built, finetune.training, finetune.patience, seed, kept,
-        gradual=gradual, state=state,
+        gradual=gradual, state=state, solved=probed,
     )  # fmt: skip
 
 
 def fit(
     bench: Workbench, built: Built, training: dict[str, Any], patience: int | None, seed: int,
     kept: Kept = Kept(), compared: bool = True,  # noqa: B008 (immutable)
-    gradual: Gradual | None = None, state: State | None = None,
+    gradual: Gradual | None = None, state: State | None = None, solved: bool = False,
 ) -> Outcome:  # fmt: skip
     """Trains a prepared model, keeps its best evaluation on validation, and predicts in fp32.
 
-    What is `compared` with the source leaves its embeddings.
+    What is `compared` with the source leaves its embeddings. The head is `solved`, in the label's
+    unit, or random, which is taken for one of standardised targets.
     """
     started = time.perf_counter()
+    scale = target_scale(bench, seed)
+    if scale is not None:
+        for model in (built.model if solved else None, kept.trainer.get("reference")):
+            if model is not None:
+                scale.enter(model)
+        # Weights in another unit are not what a stopped training goes on from.
+        state = state and replace(state, reads=state.reads | {"target_scale": asdict(scale)})
+    start = {name: tensor.clone() for name, tensor in trained(built.model)} if kept.alphas else {}
     # FSDP cuts the model into pieces; what it learns is put into this whole one.
     whole = deepcopy(built.model) if is_sharded() else built.model
-    start = {name: tensor.clone() for name, tensor in trained(built.model)} if kept.alphas else {}
     with tempfile.TemporaryDirectory() as scratch_folder:
         args = arguments(training, bench.prepared.task, scratch_folder, seed, bench.device)
         best = keep_best(args, patience)
-        make = partial(_trainer, bench, built, best, seed, kept)
+        make = partial(_trainer, bench, built, best, seed, kept, scale)
         if gradual is None:
             trainer = make(args)
             _train(trainer.train)
@@ -123,30 +133,37 @@ def fit(
         "epochs": epochs,
         "best_epoch": best.epoch,
         "history": _history(history),
+        **({} if scale is None else {"target_scale": asdict(scale)}),
         **kept.facts,
     }
     if kept.alphas:
-        score = lambda: _score(bench, built)  # noqa: E731
+        score = lambda: _score(bench, built, scale)  # noqa: E731
         facts["interpolation"] = interpolate(built.model, start, kept.alphas, score)
     if kept.look is not None:
         facts["forgotten"] = kept.look(built)
-    return _predicted(bench, built, facts, time.perf_counter() - started, compared)
+    return _predicted(bench, built, scale, facts, time.perf_counter() - started, compared)
 
 
 def _trainer(
-    bench: Workbench, built: Built, best: KeepBest, seed: int, kept: Kept, args: TrainingArguments,
-    /, **more: Any,
+    bench: Workbench, built: Built, best: KeepBest, seed: int, kept: Kept,
+    scale: TargetScale | None, args: TrainingArguments, /, **more: Any,
 ) -> TransferTrainer:  # fmt: skip
     """The trainer of an arm; `more` goes before what would be its arguments."""
     held = _short_first(bench, bench.prepared.rows["validation"])
+    standardise = None if scale is None else scale.standardise
+
+    def metrics_of(told: Any) -> dict[str, float]:
+        found = told.predictions if scale is None else scale.restore(np.asarray(told.predictions))
+        return _metrics(bench, held, found, told.label_ids)
+
     given: dict[str, Any] = {
         "model": built.model,
         "args": args,
         # The phases of gradual unfreezing count epochs from 0, and see other crops.
-        "train_dataset": bench.examples(bench.train_rows(seed), args.data_seed),
-        "eval_dataset": bench.examples(held),
+        "train_dataset": bench.examples(bench.train_rows(seed), args.data_seed, standardise),
+        "eval_dataset": bench.examples(held, None, standardise),
         "data_collator": bench.inputs.collate,
-        "compute_metrics": lambda told: _metrics(bench, held, told.predictions, told.label_ids),
+        "compute_metrics": metrics_of,
         "callbacks": [best],
         **kept.trainer,
     }
@@ -164,11 +181,13 @@ def _train(training: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _score(bench: Workbench, built: Built) -> tuple[float, float]:
+def _score(bench: Workbench, built: Built, scale: TargetScale | None) -> tuple[float, float]:
     """The score on validation and its standard error of the model as it is."""
     rows = bench.encoded(bench.prepared.rows["validation"])
     built.model.to(bench.device)
     found = logits(built.model, rows, bench.inputs, bench.device)
+    if scale is not None:
+        found = scale.restore(found)
     return processes.share(lambda: validation_score(bench, found))
 
 
@@ -182,15 +201,23 @@ def _filled(model: nn.Module, learnt: dict[str, Tensor]) -> nn.Module:
 
 
 def _predicted(
-    bench: Workbench, built: Built, facts: dict[str, Any], train_seconds: float, compared: bool
-) -> Outcome:
-    """The outcome of a trained model: what it predicts on all measured rows, and what it learnt."""
+    bench: Workbench, built: Built, scale: TargetScale | None, facts: dict[str, Any],
+    train_seconds: float, compared: bool,
+) -> Outcome:  # fmt: skip
+    """The outcome of a trained model: what it predicts on all measured rows, and what it learnt.
+
+    Its head is left in the label's unit.
+    """
     started = time.perf_counter()
     built.model.to(bench.device)
     found = {}
     for split in MEASURED:
         encoded = bench.encoded(bench.prepared.rows[split])
-        found[split] = logits(built.model, encoded, bench.inputs, bench.device)
+        outputs = logits(built.model, encoded, bench.inputs, bench.device)
+        # Far from 0 float32 would round what the model says.
+        found[split] = outputs if scale is None else scale.restore(outputs)
+    if scale is not None:
+        scale.leave(built.model)
     embeddings = embed(bench, built) if compared else {}
     timings = {
         "train_seconds": train_seconds, "predict_seconds": time.perf_counter() - started,

@@ -14,6 +14,7 @@ from hftl.data.examples import Examples
 from hftl.data.split import content_key
 from hftl.errors import RecipeError
 from hftl.finetune.heads import check_head, head_term
+from hftl.finetune.targets import target_scale
 from hftl.finetune.workbench import Workbench
 from hftl.model.head import Built
 from hftl.model.parts import TOKENS
@@ -164,9 +165,11 @@ def mixes_general(retain: Retain) -> bool:
 
 def _kl_term(bench: Workbench, kl: KL, finetune: Finetune, seed: int) -> KLToOriginal:
     assert not isinstance(kl.weight, str)
-    variance = 1.0
-    if kl.on == "probe" and bench.prepared.task == "regression":
+    variance, scale = 1.0, target_scale(bench, seed)
+    if kl.on == "probe" and scale is not None:
         variance = processes.share(lambda: _residual_variance(bench, finetune.pooling, seed))
+        # The heads compared are standardised while they train.
+        variance /= scale.sd**2
     return KLToOriginal(
         kl.weight, kl.on, kl.temperature, kl.direction, kl.inputs,
         kl.tau or TAU[bench.prepared.modality], kl.anchors, variance, solved=True,

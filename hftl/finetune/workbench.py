@@ -1,5 +1,6 @@
 """What all arms of a run share: source, inputs, rows, their encoding and frozen features."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,21 @@ class Workbench:
         self._encoded.update(zip(new, self.inputs.encode(list(new.values())), strict=True))
         return [self._encoded[key] for key in keys]
 
-    def examples(self, rows: list[Row], seed: int | None = None) -> Examples:
-        """The rows as a dataset; with a seed they are for training, and may vary."""
+    def examples(
+        self, rows: list[Row], seed: int | None = None,
+        standardise: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> Examples:  # fmt: skip
+        """The rows as a dataset; with a seed they are for training, and may vary.
+
+        Args:
+            rows: what they hold.
+            seed: of augmentation, or None.
+            standardise: of targets, before they lose precision to float32.
+        """
         keys = [content_key(row) for row in rows]
         targets = self.prepared.targets(rows)
+        if standardise is not None:
+            targets = standardise(targets)
         if targets.dtype == np.float64:
             targets = targets.astype(np.float32)
         labels = list(targets)

@@ -109,14 +109,22 @@ def encoder_in(model: nn.Module, anatomy: Anatomy) -> nn.Module:
 
 def last_linear(model: nn.Module, anatomy: Anatomy) -> nn.Linear:
     """The head's last layer; under an adapter, the copy that trains."""
+    return last_linears(model, anatomy)[-1]
+
+
+def last_linears(model: nn.Module, anatomy: Anatomy) -> list[nn.Linear]:
+    """Return the copies of the head's last layer: under an adapter the original, then the one that
+    trains; else the layer alone."""
     if isinstance(model, PooledModel):
-        return model.head
-    found: Any = unwrapped(model)
+        return [model.head]
+    copies: list[Any] = [unwrapped(model)]
     for name in anatomy.last_linear.split("."):
-        found = getattr(found, name)
-        if isinstance(found, ModulesToSaveWrapper):
-            found = found.modules_to_save[found.active_adapters[0]]
-    return found
+        copies = [getattr(copy, name) for copy in copies]
+        if isinstance(copies[-1], ModulesToSaveWrapper):
+            (wrapper,) = copies
+            trained = wrapper.modules_to_save[wrapper.active_adapters[0]]
+            copies = [wrapper.original_module, trained]
+    return copies
 
 
 def anatomy_in(model: nn.Module) -> Anatomy:

@@ -21,6 +21,7 @@ from hftl.finetune.retention import (
     head_opinion,
     kept_near,
 )
+from hftl.finetune.targets import target_scale
 from hftl.finetune.weight import (
     choose_weight,
     forgotten,
@@ -188,6 +189,9 @@ def _fisher(bench: Workbench, arm: Arm, retain: Retain, seed: int, folder: Path)
     place = folder / "phases" / f"fisher-{fingerprint(reads)[:8]}"
     if processes.share(lambda: rundir.reads(place)) != reads:
         built = _start(bench, arm, seed)
+        if (targets := target_scale(bench, seed)) is not None:
+            # The Gaussian of variance 1 is around a standardised target.
+            targets.enter(built.model)
         built.model.to(bench.device)
         # A label is looked at by the empirical information alone.
         examples = general_examples(bench, ewc.fisher == "empirical")
