@@ -1,6 +1,7 @@
 """The time that a run is said to take: forward passes counted, against those that it makes."""
 
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def test_the_passes_of_a_run_within_a_factor_of_two(
     made = [0.0]
     plain = BertModel.forward
 
+    @wraps(plain)
     def counted(self: Any, input_ids: Any = None, **more: Any) -> Any:
         # The backward pass and the optimizer go with a pass that has a gradient.
         made[0] += len(input_ids) * (STEP if torch.is_grad_enabled() else 1)
