@@ -1,9 +1,11 @@
 """Preflight: what can be seen in seconds, before anything trains."""
 
+from collections import Counter
 from typing import Any
 
 from hftl.data.pixels import ImageInputs
 from hftl.data.prepare import Prepared
+from hftl.data.spelling import find_doubtful_names
 from hftl.data.text import TextInputs
 from hftl.model.anatomy import max_tokens
 from hftl.model.source import SourceModel
@@ -41,6 +43,20 @@ def check(
         warnings.append(
             f"{facts['leaked']} inputs of train also stood in validation or test; they were "
             "dropped from train"
+        )
+    if facts["contradictory_inputs"]:
+        share = facts["contradictory_inputs"] / facts["distinct_inputs"]
+        warnings.append(
+            f"{facts['contradictory_inputs']} of {facts['distinct_inputs']} distinct inputs "
+            f"({share:.0%}) have differing labels and are dropped ({facts['conflicting']} rows): "
+            "what is measured is how the others are told, which may be the easier ones; correct "
+            "the labels, or for several labels at once set data.task=multi-label"
+        )
+    if facts["near_pictures"]:
+        warnings.append(
+            f"{facts['near_pictures']} pictures of validation and test are near copies "
+            "(re-encoded or resized) of one in another split; name what they share in data.group, "
+            "or remove them"
         )
     if facts["bad_rows"]:
         warnings.append(f"{facts['bad_rows']} bad rows were skipped; the record lists them")
@@ -89,6 +105,10 @@ def _label_warnings(prepared: Prepared) -> list[str]:
     if len(test) < SMALL_TEST:
         found.append(f"{len(test)} test rows give a wide interval; a few hundred are better")
     counts = (prepared.facts["label_counts"] or {}).get("train", {})
+    every = Counter[str]()
+    for of_split in (prepared.facts["label_counts"] or {}).values():
+        every.update(of_split)
+    found += find_doubtful_names(every)
     if prepared.task == "classification" and max(counts.values()) > IMBALANCE * min(
         counts.values()
     ):

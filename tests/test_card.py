@@ -422,7 +422,7 @@ def test_facts_of_the_data_are_told() -> None:
     card = render_card(record)
     for told in (
         "400 labelled rows a seed (200 a class", "400 validation rows", "797 test rows", "2,083",
-        "4,000 rows were read", "12 exact duplicates", "3 rows were dropped", "7 bad rows",
+        "4,000 rows were read", "12 duplicates", "3 rows were dropped", "7 bad rows",
         "5 of these stood", "rows of one group never stand in two splits",
         "## What to know before use\n\n- 9% of the texts are cut.\n",
     ):  # fmt: skip

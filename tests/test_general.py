@@ -129,7 +129,7 @@ def test_near_copies_of_what_measures_are_not_used(
 ) -> None:
     """They differ, so that no search for copies finds them, and would bring their labels along."""
     if modality == "text":
-        near = [(text.upper(), tone) for text, tone in sentences(160)]
+        near = [(f"{text}!", tone) for text, tone in sentences(160)]
         path = write_csv(tmp_path / "g.csv", ["text", "label"], [*near, *sentences(80, seed=9)])
     else:
         recipe_tree["source"]["model"] = str(tiny_model("vit"))

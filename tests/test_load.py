@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from hftl.data.cells import class_name
 from hftl.data.load import BadRows, Reading, Row, load
+from hftl.data.spelling import normalise_name
 from hftl.errors import DataError, HftlError, HubError, RecipeError
 from hftl.sections.data import Data
 
@@ -99,7 +99,7 @@ def test_columns_pairs_groups_and_targets(tmp_path: Path) -> None:
     ("value", "name"), [(1, "1"), (1.0, "1"), ("1", "1"), (" a ", "a"), (True, "True"), (-2, "-2")]
 )
 def test_class_names(value: Any, name: str) -> None:
-    assert class_name(value) == name
+    assert normalise_name(value) == name
 
 
 BAD = [

@@ -57,13 +57,24 @@ def data_lines(record: dict[str, Any]) -> list[str]:
     data = record["data"]
     lines = [f"{data['rows_read']:,} rows were read"]
     for key, told in (
-        ("duplicates", "exact duplicates were dropped"),
-        ("conflicting", "rows were dropped because the same input had two labels"),
+        ("duplicates", "duplicates were dropped (the same but for case, form and white space)"),
         ("leaked", "of these stood in train and in another table"),
+        ("conflicting", "rows were dropped because the same input had two labels"),
         ("bad_rows", "bad rows were skipped"),
     ):
         if data[key]:
             lines.append(f"{data[key]:,} {told}")
+    if data.get("contradictory_inputs"):
+        share = data["contradictory_inputs"] / data["distinct_inputs"]
+        lines.append(
+            f"so {data['contradictory_inputs']:,} of {data['distinct_inputs']:,} distinct inputs "
+            f"({share:.1%}) could not be measured; the figures are of the others"
+        )
+    if data.get("near_pictures"):
+        lines.append(
+            f"{data['near_pictures']:,} pictures of validation and test are near copies of one in "
+            "another split, and count all the same"
+        )
     if data.get("tag_scheme"):
         lines.append(f"entities are read from {data['tag_scheme']['name']} tags")
     if kind_of(record) == "image":

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hftl.data.spelling import normalise_name
+
 ON = (1, True, 1.0, "1")
 OFF = (0, False, 0.0, "0")
 
@@ -56,17 +58,10 @@ def label_of(
     if task == "regression":
         return float(value)
     if task == "multi-label":
-        return tuple(sorted({class_name(item) for item in value}))
+        return tuple(sorted({normalise_name(item) for item in value}))
     if task == "token-classification":
-        return tuple(class_name(item) for item in value)
-    return class_name(value)
-
-
-def class_name(value: Any) -> str:
-    """A label as a class name: `1`, `1.0` and `'1'` are one class."""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).strip()
+        return tuple(normalise_name(item) for item in value)
+    return normalise_name(value)
 
 
 def kind(value: Any) -> str:
@@ -87,8 +82,10 @@ def _words_fault(column: str, value: Any) -> str | None:
 
 
 def _class_fault(value: Any) -> str | None:
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if value is None or (isinstance(value, str) and not normalise_name(value)):
         return "the label is empty"
+    if isinstance(value, float) and math.isnan(value):
+        return "the label is missing (nan)"
     if isinstance(value, float) and not value.is_integer():
         return f"the label {value} is no class; numbers are of the task regression"
     if not isinstance(value, (str, int, float)):

@@ -1,36 +1,88 @@
-"""Exact duplicates: the same text twice is one item, with two labels it is none."""
+"""Copies: the same content twice is one item, with two labels it is none.
+
+Texts are the same when they differ only in white space, case or Unicode form; pictures when they
+decode to the same pixels.
+"""
 
 from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
 
 from hftl.data.load import Row
+from hftl.data.spelling import normalise_content
 
 PRIORITY = ("test", "validation", "train")
 """Where copies stand in several tables, the one that measures is kept."""
+NEAR_BITS = 4
+"""Pictures whose perceptual hashes differ in at most so many of 64 bits are near copies."""
+CHUNK = 1 << 22
+"""Pairs of pictures that are compared at once."""
 
 
-def drop_duplicates(parts: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], dict[str, int]]:
-    """One row for each text, none where the labels differ.
+@dataclass(frozen=True)
+class CopyCounts:
+    """What was dropped.
+
+    Attributes:
+        duplicates: copies of a row that stays.
+        conflicting: rows of inputs that have differing labels.
+        contradictory_inputs: the inputs that these rows repeat, each counted once.
+        distinct_inputs: all inputs, each counted once.
+        leaked: copies that stood in another table than the row that stays.
+    """
+
+    duplicates: int
+    conflicting: int
+    contradictory_inputs: int
+    distinct_inputs: int
+    leaked: int
+
+
+def drop_duplicates(parts: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], CopyCounts]:
+    """Return one row for each input, none where the labels differ, and what was dropped.
 
     Args:
         parts: rows by train, validation and test; only train is required.
-
-    Returns:
-        The rows kept, and counts: `duplicates` (copies dropped), `conflicting` (rows dropped for
-        differing labels), `leaked` (those of the copies that stood in another table too).
     """
     copies: dict[tuple[str, ...], list[tuple[str, Row]]] = defaultdict(list)
     for part in PRIORITY:
         for row in parts.get(part, []):
-            copies[row.content].append((part, row))
-    kept: dict[str, list[Row]] = {part: [] for part in parts}
-    counts = {"duplicates": 0, "conflicting": 0, "leaked": 0}
-    for found in copies.values():
-        if len({row.label for _, row in found}) > 1:
-            counts["conflicting"] += len(found)
+            copies[normalise_content(row.content)].append((part, row))
+    remaining: dict[str, list[Row]] = {part: [] for part in parts}
+    duplicates = conflicting = contradictory = leaked = 0
+    for same in copies.values():
+        if len({row.label for _, row in same}) > 1:
+            conflicting += len(same)
+            contradictory += 1
             continue
-        counts["duplicates"] += len(found) - 1
-        first = found[0][0]
-        counts["leaked"] += sum(part != first for part, _ in found)
-        same_part = [row for part, row in found if part == first]
-        kept[first].append(min(same_part, key=lambda row: (row.group or "", row.index)))
-    return kept, counts
+        duplicates += len(same) - 1
+        first = same[0][0]
+        leaked += sum(part != first for part, _ in same)
+        candidates = [row for part, row in same if part == first]
+        remaining[first].append(
+            min(candidates, key=lambda row: (row.group or "", row.content, row.index))
+        )
+    return remaining, CopyCounts(duplicates, conflicting, contradictory, len(copies), leaked)
+
+
+def count_near_pictures(rows: dict[str, list[Row]]) -> int:
+    """Return how many pictures are near copies of one in a split that is seen before their own.
+
+    Those are of validation near one of train, and of test near one of either. Near copies are
+    re-encoded or resized: their perceptual hashes differ in a few bits.
+    """
+    train, validation, test = (
+        np.array([r.perceptual for r in rows[s] if r.perceptual is not None], np.uint64)
+        for s in ("train", "validation", "test")
+    )
+    return _count_near(validation, train) + _count_near(test, np.concatenate([train, validation]))
+
+
+def _count_near(codes: np.ndarray, others: np.ndarray) -> int:
+    """How many of the hashes (n,) are near one of the others (m,), all uint64."""
+    near, step = 0, max(1, CHUNK // max(1, others.size))
+    for start in range(0, codes.size if others.size else 0, step):
+        differing = np.bitwise_count(codes[start : start + step, None] ^ others)
+        near += int((differing <= NEAR_BITS).any(1).sum())
+    return near

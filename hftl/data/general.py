@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from hftl.data.cells import class_name, label_fault
+from hftl.data.cells import label_fault
 from hftl.data.documents import document_fault
 from hftl.data.files import Raw
 from hftl.data.load import BadRows, Reading, Row, checked, looked_at, read_table
 from hftl.data.pictures import Seen
 from hftl.data.prepare import SPLITS, Prepared
 from hftl.data.rows import read_rows, write_rows
+from hftl.data.spelling import normalise_content, normalise_name
 from hftl.data.split import content_hash, content_key
 from hftl.errors import DataError
 from hftl.record import fingerprint, to_json
@@ -79,10 +80,10 @@ def load_general(data: Data, prepared: Prepared, reading: Reading) -> General:
     found = list(_read(data, table, bad, reading))
     answer = table.labels.index(str(data.train.label)) if data.general_is_labelled else None
     distinct, conflicting = _distinct(found, answer)
-    own = {row.content for split in SPLITS for row in prepared.rows[split]}
+    own = {normalise_content(row.content) for split in SPLITS for row in prepared.rows[split]}
     # Of a pair each text was seen, too.
     own |= {(text,) for content in own if len(content) == 2 for text in content}
-    rows = [row for row in distinct if row.content not in own]
+    rows = [row for row in distinct if normalise_content(row.content) not in own]
     classes = _classes(rows, table.labels)
     documents = _documents(rows, data.group, table.labels, classes)
     if documents in table.labels:
@@ -171,7 +172,7 @@ def _read(data: Data, table: GeneralTable, bad: BadRows, reading: Reading) -> It
         if why:
             bad.reject(raw.where, why)
             continue
-        label = tuple(class_name(raw.values[column]) for column in table.labels)
+        label = tuple(normalise_name(raw.values[column]) for column in table.labels)
         group = None
         if data.group in raw.values:
             group = str(raw.values[data.group])
@@ -211,7 +212,7 @@ def _distinct(rows: list[Row], answer: int | None) -> tuple[list[Row], int]:
     """
     copies: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: (row.group or "", row.label, row.index)):
-        copies[row.content].append(row)
+        copies[normalise_content(row.content)].append(row)
     kept, conflicting = [], 0
     for found in copies.values():
         if answer is not None and len({_held(row)[answer] for row in found}) > 1:

@@ -10,6 +10,7 @@ from hftl.data.cells import kind, label_fault, label_of, text_fault
 from hftl.data.files import READERS, Raw, guess_format, not_utf8, read_images, read_texts
 from hftl.data.hub import load_hub
 from hftl.data.pictures import Seen, look
+from hftl.data.spelling import find_fraction
 from hftl.errors import DataError
 from hftl.explain import closest
 from hftl.sections.data import Data, GeneralTable, Table
@@ -39,6 +40,8 @@ class Row:
     where: str
     table: str = "train"
     size: tuple[int, int] | None = None
+    perceptual: int | None = field(default=None, compare=False)
+    """A picture's hash that survives re-encoding, while the data are prepared."""
 
 
 @dataclass
@@ -103,16 +106,33 @@ def load(data: Data, part: str, bad: BadRows, reading: Reading) -> list[Row]:
             kinds.setdefault(kind(raw.values[str(table.label)]), raw.where)
         group = str(raw.values[data.group]) if data.group else None
         if isinstance(seen, Seen):
-            content, size = (seen.content,), seen.size
+            content, size, perceptual = (seen.content,), seen.size, seen.perceptual
         else:
-            content, size = _texts(raw, table, task), None
-        rows.append(Row(content, label, group, raw.index, raw.where, part, size))
+            content, size, perceptual = _texts(raw, table, task), None, None
+        rows.append(Row(content, label, group, raw.index, raw.where, part, size, perceptual))
     if len(kinds) > 1:
         places_ = " and ".join(f"{kind} ({where})" for kind, where in sorted(kinds.items()))
         raise DataError(f"{name}: labels of mixed types: {places_}", "Write them all as one type")
     if not rows:
         raise DataError(f"{name} has no {'usable ' if bad.count else ''}rows", "Check the file")
+    if task == "classification":
+        _refuse_fractions(name, rows)
     return rows
+
+
+def _refuse_fractions(name: str, rows: list[Row]) -> None:
+    """Refuse numbers with fractions as classes, whatever type the table has them in.
+
+    Raises:
+        DataError: naming the first such row.
+    """
+    fraction = find_fraction(str(row.label) for row in rows)
+    if fraction is not None:
+        where = next(row.where for row in rows if row.label == fraction)
+        raise DataError(
+            f"{where}: {name} has numbers with fractions for classes, such as {fraction}",
+            "For a target set data.task=regression; for classes write them as words",
+        )
 
 
 def load_pictures(data: Data, part: str, bad: BadRows, reading: Reading) -> list[Row]:

@@ -128,6 +128,12 @@ def _minhash(found: Iterable[tuple[str, ...]]) -> MinHash:
     return made
 
 
+def perceptual_hash(image: Image.Image) -> int | None:
+    """Return the 64 bits that survive re-encoding and resizing; None for a flat picture."""
+    grey = image.convert("L")
+    return None if _is_flat(grey) else int(_bits(grey))
+
+
 def _grey(canvas: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(canvas.transpose(1, 2, 0))).convert("L")
 

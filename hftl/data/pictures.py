@@ -12,6 +12,7 @@ from PIL.Image import Image
 
 from hftl.data.decode import BadImage, content, decode, too_small
 from hftl.data.files import Raw
+from hftl.data.near import perceptual_hash
 from hftl.errors import DataError
 from hftl.progress import open_bar
 
@@ -23,10 +24,12 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a picture says, as a hash of its pixels, and its (width, height) in pixels."""
+    """What a picture says, as a hash of its pixels, and its (width, height) in pixels; and its
+    perceptual hash, None for a flat picture."""
 
     content: str
     size: tuple[int, int]
+    perceptual: int | None = None
 
 
 def look(
@@ -51,7 +54,7 @@ def look(
             return raw, str(error)
         if too_small(image, patch):
             return raw, f"its {image.width}x{image.height} pixels are within one patch of {patch}"
-        return raw, Seen(content(image), image.size)
+        return raw, Seen(content(image), image.size, perceptual_hash(image))
 
     with open_bar("reading pictures", None) as advance:
         for number, result in enumerate(side_by_side(see, raws), 1):

@@ -7,7 +7,6 @@ user's; data count by content, wherever they lie and in whatever order.
 import hashlib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,10 +18,11 @@ import numpy as np
 from hftl import places
 from hftl.data import answers
 from hftl.data.answers import check_targets, names_of
-from hftl.data.duplicates import drop_duplicates
+from hftl.data.duplicates import CopyCounts, count_near_pictures, drop_duplicates
 from hftl.data.hub import revisions
 from hftl.data.load import BadRows, Reading, Row, load, read_table, table_folder
 from hftl.data.rows import read_rows, write_rows
+from hftl.data.spelling import is_integer_name
 from hftl.data.split import IN_ALL, content_key, draw_shots, take
 from hftl.data.tags import recognise_tags
 from hftl.errors import DataError
@@ -30,8 +30,8 @@ from hftl.record import fingerprint, to_json
 from hftl.sections.data import Data, Fraction, Table
 
 SPLITS = ("train", "validation", "test")
-INTEGER = re.compile(r"-?[0-9]{1,18}")
-"""A class name that is ordered as a number; `str.isdigit` also accepts names that int refuses."""
+UNTYPED = (".csv", ".tsv")
+"""Suffixes of tables whose cells have no type: what looks like an integer is one."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ def prepare(data: Data, reading: Reading = Reading()) -> Prepared:  # noqa: B008
     loaded = {s: load(data, s, bad, reading) for s in tables}
     read = sum(map(len, loaded.values()))
     kept, counts = drop_duplicates(loaded)
-    if counts["conflicting"] and not kept["train"]:
+    if counts.conflicting and not kept["train"]:
         raise DataError(
             f"every input of train stands there with two different labels "
-            f"({counts['conflicting']} rows)",
+            f"({counts.conflicting} rows)",
             "Correct the labels; for several at once set data.task=multi-label",
         )
     rows = _split(kept, data, task)
@@ -104,9 +104,11 @@ def prepare(data: Data, reading: Reading = Reading()) -> Prepared:  # noqa: B008
         "rows_read": read + bad.count,
         "bad_rows": bad.count,
         "bad_rows_listed": bad.dropped,
-        **counts,
+        **asdict(counts),
+        "near_pictures": count_near_pictures(rows),
         "splits": {split: len(found) for split, found in rows.items()},
         "labels": names,
+        "label_type": _label_type(data, reading, names),
         "label_counts": _label_counts(rows, task),
         "fingerprint": fingerprint({s: [_identity(r) for r in rows[s]] for s in SPLITS}),
         "hub_revisions": revisions(data),
@@ -123,8 +125,9 @@ def _nothing(data: Data, reading: Reading) -> Prepared:
     empty = dict.fromkeys(SPLITS, 0)
     facts = {
         "task": None, "modality": reading.modality, "rows_read": 0, "bad_rows": 0,
-        "bad_rows_listed": [], "duplicates": 0, "conflicting": 0, "leaked": 0, "splits": empty,
-        "labels": [], "label_counts": None, "fingerprint": fingerprint({}),
+        "bad_rows_listed": [], **asdict(CopyCounts(0, 0, 0, 0, 0)), "near_pictures": 0,
+        "splits": empty, "labels": [], "label_type": "text", "label_counts": None,
+        "fingerprint": fingerprint({}),
         "hub_revisions": revisions(data),
     }  # fmt: skip
     return Prepared("", reading.modality, [], {split: [] for split in SPLITS}, facts)
@@ -251,7 +254,7 @@ def _names(rows: dict[str, list[Row]], task: str) -> list[str]:
                     f"{row.where}: {split} has the label {min(strange)!r}, which train never has",
                     "Correct the label, or give train examples of it",
                 )
-    number = all(map(INTEGER.fullmatch, known))
+    number = all(map(is_integer_name, known))
     return sorted(known, key=lambda name: (int(name), name) if number else (0, name))
 
 
@@ -259,6 +262,23 @@ def _identity(row: Row) -> str:
     """Return what tells a row from all others, its target too."""
     target = f" {row.label!r}" if isinstance(row.label, float) else ""
     return content_key(row).hex() + target
+
+
+def _label_type(data: Data, reading: Reading, names: list[str]) -> str:
+    """Return integer, boolean or text: the type that the class names have in train's table."""
+    column = data.train.label
+    if isinstance(column, list) or not names:
+        return "text"
+    _, raws = read_table(data.train, "train", reading.modality)
+    values = (raw.values.get(column) for raw in raws)
+    first = next((value for value in values if value not in (None, "", [])), None)
+    if isinstance(first, (list, tuple)):
+        first = first[0]
+    if isinstance(first, bool):
+        return "boolean" if set(names) <= {"True", "False"} else "text"
+    untyped = str(data.train.path).lower().endswith(UNTYPED) or data.train.format in ("csv", "tsv")
+    numeric = isinstance(first, (int, float)) or untyped
+    return "integer" if numeric and all(map(is_integer_name, names)) else "text"
 
 
 def _check_columns(train: Table, names: list[str]) -> None:

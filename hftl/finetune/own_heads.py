@@ -20,11 +20,11 @@ from hftl.adapt.mae import load_mae
 from hftl.adapt.mlm import own_mlm
 from hftl.adapt.patches import MaskedPictures
 from hftl.adapt.patches import collate as collate_pictures
-from hftl.data.cells import class_name
 from hftl.data.general import General
 from hftl.data.image import target_size
 from hftl.data.masking import collate, corrupt, masking_of
 from hftl.data.pixels import ImageInputs
+from hftl.data.spelling import normalise_name
 from hftl.data.split import content_key
 from hftl.data.text import TextInputs
 from hftl.errors import HftlError
@@ -68,7 +68,7 @@ def own_classes(source: SourceModel, general: General) -> tuple[str, list[str]] 
     config = source.config
     if config.problem_type == "multi_label_classification":
         return None
-    names = [class_name(config.id2label[i]) for i in range(config.num_labels)]
+    names = [normalise_name(config.id2label[i]) for i in range(config.num_labels)]
     for control in general.controls:
         if set(general.values(control)) <= set(names):
             return control, names

@@ -223,17 +223,24 @@ def header(recipe: Recipe, bench: Workbench, wanted: list[Arm], jobs: int) -> di
         labels += f" ({facts['tag_scheme']['name']} tags)"
     names = list(dict.fromkeys(arm.name for arm in wanted))
     seconds = estimate_seconds(bench, wanted, recipe)
-    dropped = facts["duplicates"] + facts["conflicting"]
     return {
         "source": f"{recipe.source.model} ({bench.source.architecture})",
         "device": _device_words(bench.device, dtype_name(recipe.finetune.training)),
         **({"adapt": _stages_words(recipe)} if recipe.stages else {}),
         "rows": f"train {train} of {splits['train']}, validation {splits['validation']}, "
-        f"test {splits['test']} ({facts['bad_rows']} bad, {dropped} duplicate rows dropped)",
+        f"test {splits['test']} ({_dropped_words(facts)})",
         "labels": labels or "a number",
         "arms": f"{', '.join(names)} x seeds {recipe.measure.seeds}: {jobs} to run",
         "time": f"about {show.duration(seconds)}{' beside adaptation' if recipe.stages else ''}",
     }
+
+
+def _dropped_words(facts: dict[str, Any]) -> str:
+    """What happened to the other rows that were read."""
+    words = f"{facts['bad_rows']} bad, {facts['duplicates']} duplicate rows dropped"
+    if facts["conflicting"]:
+        words += f", {facts['conflicting']} rows with contradictory labels dropped"
+    return words
 
 
 def adaptation_header(recipe: Recipe, bench: Workbench) -> dict[str, str]:

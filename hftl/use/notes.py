@@ -1,7 +1,7 @@
 """What a published folder notes of its use, in hftl.json: checked once, as it is read."""
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -58,6 +58,7 @@ class Answers(Part):
     task: Task
     labels: list[str] | None = None
     tag_scheme: Tags | None = None
+    label_type: Literal["text", "integer", "boolean"] = "text"
 
 
 class Base(Part):

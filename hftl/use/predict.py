@@ -40,7 +40,8 @@ Input = str | Sequence[str] | Path | bytes | Image
 class Predictor:
     """A loaded model.
 
-    `names` are the classes, empty for regression; `columns` the input columns of a table.
+    `names` are the classes, empty for regression; `columns` the input columns of a table;
+    `label_type` is the type that the classes had in the training table.
     """
 
     model: nn.Module
@@ -49,6 +50,7 @@ class Predictor:
     names: list[str]
     columns: list[str]
     device: str
+    label_type: str = "text"
 
     @property
     def modality(self) -> str:
@@ -59,9 +61,10 @@ class Predictor:
         """Predicts each input.
 
         Returns:
-            A mapping for each: `label`; for classes also `score` and `scores` by class name; for
-            multi-label `label` is a list and there is no `score`; for words `label` and `score`
-            are lists, the score None for a word beyond the model's length.
+            A mapping for each: `label`, of the type it had in training; for classes also `score`
+            and `scores` by class name; for multi-label `label` is a list and there is no `score`;
+            for words `label` and `score` are lists, the score None for a word beyond the model's
+            length.
 
         Raises:
             DataError: for an input that is no text, not so many texts, no words, or no picture.
@@ -123,8 +126,14 @@ class Predictor:
             return {"label": list(label), "score": [word and max(word) for word in scores]}
         by_name = dict(zip(self.names, scores, strict=True))
         if self.task == "multi-label":
-            return {"label": list(label), "scores": by_name}
-        return {"label": label, "score": by_name[label], "scores": by_name}
+            return {"label": [self._typed(name) for name in label], "scores": by_name}
+        return {"label": self._typed(label), "score": by_name[label], "scores": by_name}
+
+    def _typed(self, name: str) -> str | int | bool:
+        """A class name as the training table had it."""
+        if self.label_type == "integer":
+            return int(name)
+        return name == "True" if self.label_type == "boolean" else name
 
 
 def picture(inputs: ImageInputs, place: str, given: Any, folder: Path) -> Encoded:
@@ -181,7 +190,8 @@ def with_model(folder: Path, model: nn.Module) -> Predictor:
         inputs, columns = _inputs(folder, config, task, notes.recipe.data)
     hide_padding(model)
     where = device()
-    return Predictor(model.to(where), inputs, task, names, columns, where)
+    label_type = notes.data.label_type if notes.data is not None else "text"
+    return Predictor(model.to(where), inputs, task, names, columns, where, label_type)
 
 
 def _task(notes: Notes, config: Any) -> str:

@@ -1,0 +1,171 @@
+"""Names and texts of many spellings: one class, one item, or a clear word about it."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import sentences, write_csv
+from PIL import Image
+
+import hftl
+from hftl.data.cells import label_fault
+from hftl.data.prepare import prepare
+from hftl.data.spelling import find_doubtful_names, find_fraction, normalise_name, normalise_text
+from hftl.errors import DataError
+from hftl.pipeline import preflight, run
+from hftl.recipe import Recipe
+from hftl.sections.data import Data
+
+HEADER = ["text", "label"]
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ([1, 1.0, "1", "1.0", " 1 ", "1.00", np.float64(1), np.int64(1)], "1"),
+        (["caf\u00e9", "cafe\u0301", " caf\u00e9", "\ufeffcaf\u00e9\u200b"], "caf\u00e9"),
+        (["very good", "very  good", "very\tgood", "very\u00a0good"], "very good"),
+        (["007"], "007"), (["1.5"], "1.5"), (["-2.0", -2], "-2"), ([True], "True"),
+    ],
+)  # fmt: skip
+def test_the_spellings_of_a_class_are_one_name(values: list[Any], name: str) -> None:
+    assert {normalise_name(value) for value in values} == {name}
+
+
+def test_the_key_of_a_text_is_its_own_key() -> None:
+    for text in ("\u0130stanbul", "Stra\u00dfe", "\u1e9e", "\u03a3\u03c2", "\u00c5ngstr\u00f6m "):
+        assert normalise_text(normalise_text(text)) == normalise_text(text)
+    assert normalise_text("good film") != normalise_text("good films")
+
+
+@pytest.mark.parametrize("value", ["\u200b", " \ufeff ", float("nan"), None, ""])
+def test_a_label_of_nothing_is_refused(value: Any) -> None:
+    assert label_fault({"y": value}, "y", "classification") is not None
+
+
+def test_numbers_with_fractions_are_no_classes() -> None:
+    assert find_fraction(["1", "2.5", "3"]) == "2.5"
+    assert find_fraction(["1", "2", "9" * 400]) is None
+    assert find_fraction(["v1.5", "2.5"]) is None
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_fractions_are_refused_whatever_the_table(tmp_path: Path, suffix: str) -> None:
+    rows = [(f"text {i}", str(i / 8)) for i in range(88)]
+    path = tmp_path / f"prices.{suffix}"
+    if suffix == "csv":
+        write_csv(path, HEADER, rows)
+    else:
+        path.write_text("".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in rows))
+    data = Data.model_validate({"train": {"path": str(path)}})
+    with pytest.raises(DataError, match=r"line \d+: prices.* numbers with fractions.*0\.125"):
+        prepare(data)
+
+
+def test_doubtful_names_are_named() -> None:
+    counts = {"Good": 9, "good": 2, "bad": 5, "NaN": 3, "lone": 1}
+    case, missing, lone = find_doubtful_names(counts)
+    assert "'Good' and 'good' differ only in case" in case
+    assert "'NaN' (3 labels) reads like a missing value" in missing
+    assert "1 of 5 classes have one row only" in lone and "'lone'" in lone
+    assert find_doubtful_names({"a": 2, "b": 2}) == []
+
+
+def test_copies_that_differ_in_spelling_do_not_straddle(tmp_path: Path) -> None:
+    """Labels of a coin are not told from a copy in train: each text stays once."""
+    coin = random.Random(0)
+    rows = [(text, coin.choice(["heads", "tails"])) for text, _ in sentences(80)]
+    both = [*rows, *((text.upper() + " ", label) for text, label in rows)]
+    found = prepare(
+        Data.model_validate({"train": {"path": str(write_csv(tmp_path / "a.csv", HEADER, both))}})
+    )
+    texts = [normalise_text(row.content[0]) for part in found.rows.values() for row in part]
+    assert len(texts) == len(set(texts)) == 80
+    assert found.facts["duplicates"] == 80
+
+
+def test_tables_of_other_line_ends_and_case_leak_nothing(tmp_path: Path) -> None:
+    rows = sentences(60)
+    train = write_csv(tmp_path / "train.csv", HEADER, rows)
+    test = write_csv(tmp_path / "test.csv", HEADER, [(f"{t.title()}\r\n", y) for t, y in rows[:20]])
+    data = Data.model_validate({"train": {"path": str(train)}, "test": {"path": str(test)}})
+    found = prepare(data)
+    assert found.facts["leaked"] == 20
+    assert found.facts["splits"]["test"] == 20
+
+
+def test_contradictory_labels_are_told_in_check_record_and_card(
+    recipe_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = sentences(120)
+    other = {"positive": "negative", "negative": "positive"}
+    rows += [(text, other[label]) for text, label in rows[:40]]
+    recipe_tree["data"]["train"]["path"] = str(write_csv(tmp_path / "a.csv", HEADER, rows))
+    recipe_tree["measure"] |= {"arms": ["majority", "head"], "seeds": [0]}
+    recipe_tree["finetune"]["strategy"] = "head"
+    recipe_tree["measure"]["arms"] = ["majority"]
+    recipe = Recipe.parse(recipe_tree)
+    header, found = preflight(recipe)
+    assert "80 rows with contradictory labels" in header["rows"]
+    assert "0 duplicate rows" in header["rows"]
+    assert any("40 of 120 distinct inputs (33%)" in warning for warning in found["warnings"])
+    record = run(recipe, tmp_path / "run")
+    assert record is not None and record["data"]["contradictory_inputs"] == 40
+    card = (tmp_path / "run" / "publish" / "README.md").read_text("utf-8")
+    assert "40 of 120 distinct inputs (33.3%) could not be measured" in card
+
+
+@pytest.mark.parametrize(
+    ("values", "suffix", "expected"),
+    [
+        ((0, 1), "csv", {0, 1}), ((0, 1), "jsonl", {0, 1}), (("0", "1"), "jsonl", {"0", "1"}),
+        ((0.0, 1.0), "jsonl", {0, 1}), ((False, True), "jsonl", {False, True}),
+        (("a", "b"), "csv", {"a", "b"}),
+    ],
+)  # fmt: skip
+def test_predictions_have_the_type_of_the_labels(
+    recipe_tree: dict[str, Any], tmp_path: Path, values: Any, suffix: str, expected: set[Any]
+) -> None:
+    rows = [(text, values[label == "positive"]) for text, label in sentences(80)]
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "csv":
+        write_csv(path, HEADER, rows)
+    else:
+        path.write_text("".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in rows))
+    recipe_tree["data"]["train"]["path"] = str(path)
+    recipe_tree["finetune"]["strategy"] = "head"
+    recipe_tree["measure"] |= {"arms": [], "seeds": [0]}
+    run(Recipe.parse(recipe_tree), tmp_path / "run")
+    answers = hftl.load(tmp_path / "run").predict([text for text, _ in rows])
+    labels = {answer["label"] for answer in answers}
+    assert labels == expected and {type(label) for label in labels} == {type(v) for v in expected}
+    assert set(answers[0]["scores"]) == {str(label) for label in expected}
+
+
+def test_re_encoded_pictures_are_counted_with_a_warning(
+    recipe_tree: dict[str, Any], tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    draw = np.random.default_rng(0)
+    for number in range(40):
+        coarse = draw.integers(0, 255, (10, 12, 3)).astype("uint8")
+        picture = Image.fromarray(coarse).resize((96, 80), Image.Resampling.BICUBIC)
+        for split in ("train", "test"):
+            folder = tmp_path / split / ("light", "dark")[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            if split == "train":
+                picture.save(folder / f"{number}.png")
+            elif number < 12:
+                picture.resize((72, 60)).save(folder / f"{number}.jpg", quality=90)
+            else:
+                noise = draw.integers(0, 255, (10, 12, 3)).astype("uint8")
+                Image.fromarray(noise).resize((96, 80)).save(folder / f"{number}.png")
+    recipe_tree["source"]["model"] = str(tiny_model("vit"))
+    recipe_tree["data"] = {"train": {"path": str(tmp_path / "train")},
+                           "test": {"path": str(tmp_path / "test")}}  # fmt: skip
+    del recipe_tree["finetune"]["pooling"]
+    _, found = preflight(Recipe.parse(recipe_tree))
+    assert any("12 pictures of validation and test" in w for w in found["warnings"]), found
