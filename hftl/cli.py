@@ -178,22 +178,24 @@ def publish(
     run: RunFolder,
     repo_id: Annotated[str | None, typer.Option(help="where to push, as owner/name")] = None,
     public: Annotated[bool, typer.Option("--public", help="for all to see")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="say what would go")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go")] = False,
     request: Annotated[bool, typer.Option("--pr", help="open a pull request instead")] = False,
     force: Annotated[
         str | None, typer.Option(metavar="REASON", help="push although the verdict is hold")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="the license, such as apache-2.0; wins over the recipe")
     ] = None,
 ) -> None:
     """Push a finished run to a model hub, in one commit."""
     from hftl.phases import pushing
 
-    asked = pushing.Asked(repo_id, public, request, force)
+    asked = pushing.Asked(repo_id, public, request, force, license)
     if dry_run:
         listing = pushing.looked_at(run, asked)
         _list(listing)
         pushing.refuse_hold(listing, asked)
+        pushing.warn_of_license(run, asked, say)
         pushing.ask_hub(run, asked, say)
     else:
         failure.COMMAND.run = run

@@ -29,6 +29,7 @@ def small_recipe(folder: Path, model: Path, changes: dict[str, Any]) -> dict[str
         "finetune": {"training": {"num_train_epochs": 1, "bf16": False}},
         "measure": {"seeds": [0], "arms": ["scratch"],
                     "scratch": {"learning_rates": [1e-3], "epochs_factor": 1}},
+        "publish": {"license": "mit"},
     }  # fmt: skip
     for key, value in changes.items():
         yamlfile.set_key(tree, key, value)

@@ -216,7 +216,8 @@ def test_front_matter_is_read_by_yaml_and_by_the_hub(case: str, task: str, own: 
     assert front["base_model"] == "org/tiny-MiniLM"
     assert front["base_model_relation"] == ("adapter" if own == "lora" else "finetune")
     assert front["library_name"] == ("peft" if own == "lora" else "transformers")
-    assert set(front["tags"]) == {"hftl", "transfer-learning", own}
+    tags = {"base_model:adapter:org/tiny-MiniLM"} if own == "lora" else set()
+    assert set(front["tags"]) == {"hftl", "transfer-learning", own} | tags
 
 
 @pytest.mark.parametrize(("case", "task", "own"), EVERY)
@@ -243,6 +244,15 @@ def test_a_model_that_is_not_better_than_head_says_so_in_its_first_sentence(
     bold = next(line for line in render_card(record).splitlines() if line.startswith("**"))
     assert bold == f"**{sentence}**"
     assert sentence in _summary(Record(record, Path("run")), True)
+
+
+def test_a_name_with_a_bar_is_shown_as_it_is() -> None:
+    record = make(labels=["pos|neg", "other"])
+    record["examples"] = [{"true": "pos|neg", "said": "other", "surety": 0.9, "texts": ["a | b"]}]
+    html = MarkdownIt("commonmark").enable("table").render(front_matter(render_card(record))[1])
+    assert html.count("<code>pos|neg</code>") == 2 and "<code>a | b</code>" in html
+    row = html[html.index("<code>a | b</code>") :].split("</tr>")[0]
+    assert row.count("<td>") == 3, "the bar begins no cell"
 
 
 def test_metadata_tell_what_is_known() -> None:

@@ -153,7 +153,9 @@ def intended(place: str, payload: str) -> dict[str, Any]:
         result |= {"name": one_line(payload), "type": slug(payload)}
     if place == "recipe":
         if re.fullmatch(r"[\w.-]{1,96}", payload, re.ASCII):
+            front["tags"][-1] = f"base_model:adapter:{payload}"
             return front | {"base_model": payload, "base_model_revision": payload}
+        front["tags"].pop()
         del front["base_model"], front["base_model_relation"]
     return front
 

@@ -1,5 +1,6 @@
 """The push, through the real client, against a hub of our own in another process."""
 
+import base64
 import json
 import re
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from localhub import LocalHub
 from published import BASE, Pusher, pusher
 from pushed import ME, hub, local, made, push, run, says
@@ -312,3 +314,37 @@ def test_a_run_that_was_killed_while_it_wrote_can_be_pushed(
     assert (run / "publish" / "README.md").read_text() == changed["publish/README.md"]
     assert push("publish", run, "--repo-id", ME)[0] == 0
     assert hub.head(ME) == local(run / "publish") | commits(hub)[0]["files"]
+
+
+def test_a_license_is_asked_for_and_wins_over_the_recipe(
+    hub: LocalHub, push: Pusher, run: Path
+) -> None:
+    def stated() -> Any:
+        return yaml.safe_load((run / "publish" / "README.md").read_text().split("---")[1])
+
+    from hftl import rundir
+    from hftl.record import to_json
+
+    record = told(run, "record.json")
+    record["recipe"]["publish"]["license"] = None
+    rundir.amend_finished(run, {"record.json": to_json(record)})
+    warning = "warning: no license is stated"
+    for more in (("--dry-run",), ()):
+        assert warning in push("publish", run, "--repo-id", ME, *more)[1]
+    assert "license" not in stated()
+    words = ("publish", run, "--repo-id", ME, "--license")
+    for more in (("--dry-run",), ()):
+        code, out, _ = push(*words, "bsd", *more)
+        assert code == 0 and warning not in out
+    assert stated()["license"] == "bsd" and "license: bsd" in card_at(hub)
+    code, out, _ = push("publish", run, "--repo-id", ME)
+    assert code == 0 and warning not in out and "holds the same already" in out
+    says(push(*words, "mitt"), 2, "--license", "did you mean 'mit'?")
+    says(push(*words, "other"), 2, "--license other", "publish.license_name")
+
+
+def card_at(hub: LocalHub) -> str:
+    body = base64.b64decode(next(r for r in hub.log[::-1] if "/commit/" in r["path"])["body"])
+    changes = [json.loads(line)["value"] for line in body.splitlines()]
+    card = next(c for c in changes if c.get("path") == "README.md")
+    return base64.b64decode(card["content"]).decode()

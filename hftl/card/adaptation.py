@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from hftl.card.metadata import base_of, origin
+from hftl.card.metadata import adapter_tags, base_of, origin
 from hftl.card.page import rendered
 from hftl.card.plain import fenced, inert
 from hftl.measure.verdict import interval_text
@@ -63,7 +63,7 @@ def render_adapted(record: dict[str, Any], place: str = ".") -> str:
     metadata = ModelCardData(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="image-feature-extraction" if _images(record) else "feature-extraction",
-        tags=["hftl", "domain-adaptation"],
+        tags=["hftl", "domain-adaptation", *adapter_tags(record | {"adapt": None}, bool(adapter))],
         **origin(record | {"adapt": None}, adapter),
     )
     page = {

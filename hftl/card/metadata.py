@@ -12,6 +12,7 @@ from hftl.card.valid import is_hub_id
 TABLE_SUFFIX = re.compile(r"\.(csv|tsv|jsonl?|ndjson|parquet|txt)$")
 NO_NAME = ("data", "dataset", "train", "images", "rows")
 """Last names of places that say nothing; the one before does."""
+LICENSE_KEYS = ("license", "license_name", "license_link")
 TABLES = ("train", "validation", "test", "unlabeled", "general")
 
 
@@ -26,6 +27,7 @@ def metadata(record: dict[str, Any]) -> ModelCardData:
             "transfer-learning",
             own,
             *(["domain-adaptation"] if record["adapt"] else []),
+            *adapter_tags(record, own == "lora"),
         ],
         metrics=[_metric_id(record["metric"])],
         model_name=title(record),
@@ -43,9 +45,23 @@ def origin(record: dict[str, Any], adapter: bool) -> dict[str, Any]:
         "base_model_revision": base and revision,
         "datasets": hub_datasets(record) or None,
     }
-    for key in ("language", "license", "license_name", "license_link"):
-        known[key] = record["recipe"]["publish"].get(key)
-    return known
+    known["language"] = record["recipe"]["publish"].get("language")
+    return known | license_of(record)
+
+
+def license_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the license's keys: what the push was given wins over the recipe."""
+    stated = {k: record["recipe"]["publish"].get(k) for k in LICENSE_KEYS}
+    given = (record.get("published") or {}).get("license")
+    if given is None or given == stated["license"]:
+        return stated
+    return dict.fromkeys(LICENSE_KEYS) | {"license": given}
+
+
+def adapter_tags(record: dict[str, Any], adapter: bool) -> list[str]:
+    """Return the tag that peft writes and inference providers match an adapter's base by."""
+    base, _ = base_of(record)
+    return [f"base_model:adapter:{base}"] if adapter and base else []
 
 
 def base_of(record: dict[str, Any]) -> tuple[str | None, str | None]:

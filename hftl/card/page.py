@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
 
-from hftl.card.plain import inert
+from hftl.card.plain import in_table, inert
 
 
 def rendered(template: str, page: dict[str, Any], metadata: ModelCardData) -> str:
@@ -25,4 +25,5 @@ def rendered(template: str, page: dict[str, Any], metadata: ModelCardData) -> st
 def _template(name: str) -> Template:
     engine = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     engine.filters |= {"first_upper": lambda text: text[:1].upper() + text[1:], "inert": inert}
+    engine.filters["in_table"] = in_table
     return engine.from_string(files("hftl.card").joinpath(name).read_text("utf-8"))

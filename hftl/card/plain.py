@@ -27,8 +27,13 @@ def one_line(text: str, longest: int = LONGEST) -> str:
 
 
 def cell(text: str, longest: int = LONGEST) -> str:
-    """Text that cannot leave its table cell or code span."""
-    return one_line(text, longest).replace("|", "/").replace("`", "'")
+    """Text that cannot leave its code span."""
+    return one_line(text, longest).replace("`", "'")
+
+
+def in_table(markdown: str) -> str:
+    """Escape what would end a table's cell; Markdown shows `\\|` as `|`, in code spans too."""
+    return markdown.replace("|", "\\|")
 
 
 def code(text: str, longest: int = LONGEST) -> str:

@@ -13,8 +13,9 @@ from hftl.record import to_json
 
 
 def amend(
-    record: dict[str, Any], repo_id: str, forced: str | None, base: tuple[str, str] | None
-) -> dict[str, Any]:
+    record: dict[str, Any], repo_id: str, forced: str | None, base: tuple[str, str] | None,
+    license: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The record with what is only known once it is pushed.
 
     Args:
@@ -22,9 +23,11 @@ def amend(
         repo_id: where it goes.
         forced: why, where the verdict is hold.
         base: the id and commit of the base that an adapter goes on, once it is there.
+        license: what wins over the recipe's; as an earlier push was given it where it is None.
     """
     tree = copy.deepcopy(record)
-    tree["published"] = {"repo_id": repo_id}
+    license = license or (record.get("published") or {}).get("license")
+    tree["published"] = {"repo_id": repo_id} | ({"license": license} if license else {})
     tree.pop("forced", None)
     if forced is not None:
         tree["forced"] = {"reason": forced}

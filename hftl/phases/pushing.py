@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from hftl import rundir, secrets
+from hftl.card.metadata import license_of
 from hftl.errors import HoldError, HubError, RecipeError, RunFolderError
 from hftl.explain import explain
 from hftl.phases.amending import amend, base_texts, report_text, texts
@@ -40,6 +41,7 @@ class Asked:
     public: bool = False
     request: bool = False
     force: str | None = None
+    license: str | None = None
 
     def command(self, run: Path) -> str:
         """The command that does the push alone."""
@@ -47,6 +49,7 @@ class Asked:
         words += ["--repo-id", self.repo_id] if self.repo_id else []
         words += ["--public"] * self.public + ["--pr"] * self.request
         words += ["--force", self.force] if self.force else []
+        words += ["--license", self.license] if self.license else []
         return shlex.join(words)
 
 
@@ -108,8 +111,28 @@ def _sound(asked: Asked) -> None:
             Publish(repo_id=asked.repo_id)
         except ValidationError as error:
             raise explain(error, "--repo-id", Publish) from error
+    if asked.license == "other":
+        raise RecipeError(
+            "--license other has no name", "Set publish.license and publish.license_name"
+        )
+    if asked.license is not None:
+        try:
+            Publish(license=asked.license)
+        except ValidationError as error:
+            raise explain(error, "--license", Publish) from error
     if asked.force is not None and not asked.force.strip():
         raise RecipeError("--force is empty", "Give the reason, which the card will tell")
+
+
+def warn_of_license(run: Path, options: Asked, say: Say) -> None:
+    """Say where no license is stated: nobody else may then use what is published."""
+    record = Record.read(run).tree
+    stated = license_of(amend(record, STAND_IN[0], None, None, options.license))["license"]
+    if stated is None:
+        say(
+            "  warning: no license is stated, so nobody else may use it; give one with --license, "
+            "for instance apache-2.0, or publish.license"
+        )
 
 
 def refuse_hold(listing: Listing, asked: Asked) -> None:
@@ -153,6 +176,7 @@ def push_finished(run: Path, asked: Asked, say: Say) -> None:
         RunFolderError: if something may not leave the machine.
     """
     refuse_hold(looked_at(run, asked), asked)
+    warn_of_license(run, asked, say)
     wanted = asked.repo_id or Record.read(run)["recipe"]["publish"]["repo_id"]
     if wanted is None:
         raise RecipeError(
@@ -237,7 +261,7 @@ def _push(run: Path, asked: Asked, wanted: str, say: Say) -> tuple[Pushed, str]:
         check_right(who, base_id)
         # No base is left behind of a model that is then refused.
         look(target)
-        amended = amend(record, repo_id, forced, None)
+        amended = amend(record, repo_id, forced, None, asked.license)
         rundir.amend_finished(run, base_texts(amended, base_id))
         _gates(run / "publish-base", amended, asked)
         pushed = push(run / "publish-base", Target(base_id, public), BASE_MESSAGE)
@@ -245,7 +269,7 @@ def _push(run: Path, asked: Asked, wanted: str, say: Say) -> tuple[Pushed, str]:
         base = (base_id, pushed.commit)
     elif (run / "publish" / "adapter_config.json").exists():
         base = pinned_base(record["source"])
-    amended = amend(record, repo_id, forced, base)
+    amended = amend(record, repo_id, forced, base, asked.license)
     amended_texts = texts(run, amended, base)
     rundir.amend_finished(run, amended_texts | report_text(run, amended_texts))
     _gates(run / "publish", amended, asked)
@@ -255,10 +279,10 @@ def _push(run: Path, asked: Asked, wanted: str, say: Say) -> tuple[Pushed, str]:
 def _cards(run: Path, record: dict[str, Any], asked: Asked) -> list[str]:
     """The cards as they will be, with ids and a commit that stand for those to come."""
     base = STAND_IN if (run / "publish" / "adapter_config.json").exists() else None
-    amended = amend(record, STAND_IN[0], asked.force, base)
+    amended = amend(record, STAND_IN[0], asked.force, base, asked.license)
     cards = [texts(run, amended, base)["publish/README.md"]]
     if (run / "publish-base").exists():
-        alone = amend(record, STAND_IN[0], asked.force, None)
+        alone = amend(record, STAND_IN[0], asked.force, None, asked.license)
         cards.append(base_texts(alone, STAND_IN[0])["publish-base/README.md"])
     return cards
 
