@@ -231,6 +231,7 @@ def compare(
     models: Annotated[list[str], typer.Argument(metavar="RUN_OR_ADAPTER ...")],
     data: Annotated[Path | None, typer.Option(help="labelled; default: the runs' test")] = None,
     output: Annotated[Path | None, typer.Option(help=".csv, its plot beside it; or .png")] = None,
+    base: Annotated[str | None, typer.Option(help="the adapters' base, if elsewhere")] = None,
 ) -> None:
     """Score several models on the same items, against the first."""
     from hftl.pipeline import quiet

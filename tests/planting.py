@@ -285,13 +285,36 @@ def link_out_of_the_folder(folder: Path, hub: Path) -> None:
 
 
 @plant("bert", "labels")
-def labels_only_numbered(folder: Path, hub: Path) -> None:
+def labels_lost_that_are_recorded(folder: Path, hub: Path) -> None:
     rewrite(folder / "config.json", id2label={"0": "LABEL_0", "1": "LABEL_1"})
+    rewrite(folder / "hftl.json", data={"labels": NAMES})
 
 
-@plant("vit", "labels")
-def no_label_map(folder: Path, hub: Path) -> None:
-    (folder / "config.json").unlink()
+@plant("bert", "untrained")
+def adapter_of_zeros(folder: Path, hub: Path) -> None:
+    retensor(folder, lambda key, t: (key, t.zero_() if "lora_B" in key else t))
+
+
+@plant("bert", "names")
+def names_with_the_adapters_own(folder: Path, hub: Path) -> None:
+    retensor(folder, lambda key, t: (key.replace("lora_A.", "lora_A.default."), t))
+
+
+@plant("bert-dora", "config")
+def dora_lost(folder: Path, hub: Path) -> None:
+    reconfigure(folder, use_dora=False)
+
+
+@plant("bert", "config")
+def dora_never_trained(folder: Path, hub: Path) -> None:
+    reconfigure(folder, use_dora=True)
+
+
+@plant("bert", "tokenizer")
+def tokenizer_beyond_the_embedding(folder: Path, hub: Path) -> None:
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    tree["added_tokens"].append(tree["added_tokens"][0] | {"id": 55, "content": "[NEW]"})
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
 
 
 @plant("bert", "labels")

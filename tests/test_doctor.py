@@ -57,7 +57,7 @@ def test_what_the_trainer_trained_is_sound(hub: Path, tmp_path: Path) -> None:
     assert not examine(tmp_path / "adapter").defects
     # What the Trainer itself writes has its pickled arguments in it.
     trainer.save_model(str(tmp_path / "saved"))
-    assert kinds(examine(tmp_path / "saved")) == {"unsafe", "labels"}
+    assert kinds(examine(tmp_path / "saved")) == {"unsafe"}
 
 
 def test_what_hftl_publishes_is_sound(hub: Path, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_every_kind_is_planted_for_text_and_images() -> None:
     planted_kinds = {kind for _, kind, _ in PLANTED.values()}
     assert planted_kinds == {
         "fresh", "reload", "base", "base-shape", "base-weights", "stale-names", "unsafe", "labels",
-        "tokenizer", "card", "corrupt", "config", "nan", "rank",
+        "tokenizer", "card", "corrupt", "config", "nan", "rank", "untrained", "names",
     }  # fmt: skip
     assert len(PLANTED) >= 20
 

@@ -32,12 +32,15 @@ from hftl.use.switching import each
 OUTPUTS = (".csv", ".png")
 
 
-def compare(models: Sequence[str], data: Path | None, output: Path | None) -> str:
+def compare(
+    models: Sequence[str], data: Path | None, output: Path | None, base: str | None = None
+) -> str:
     """Scores every model on the same items, and each against the first.
 
     Args:
         models: runs, published folders or hub ids.
         data: a labelled table; None takes the test items of the runs.
+        base: of every adapter, where it is not the one each names.
         output: a .csv, the plot beside it, or a .png of the plot alone.
 
     Returns:
@@ -56,7 +59,7 @@ def compare(models: Sequence[str], data: Path | None, output: Path | None) -> st
     first: Predictor | None = None
     items: Items | None = None
     scheme: TagScheme | None = None
-    for number, predictor in each(folders):
+    for number, predictor in each(folders, base):
         if first is None or items is None:
             first = predictor
             items = shared or read_labelled(Path(data or ""), predictor, folders[number])

@@ -63,7 +63,7 @@ def published_folder(path: str | Path) -> Path:
             raise RunFolderError(f"{path} is not finished", "Run the same command again")
         rundir.check_finished(folder)
         return folder / "publish"
-    if not (folder / "config.json").exists():
+    if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         raise RecipeError(f"{path} holds no run and no model", "Give a run or a published folder")
     return folder
 
@@ -78,7 +78,11 @@ def need_head(folder: Path, name: str | Path) -> None:
     adapter = folder / "adapter_config.json"
     kinds = read_json(folder / "config.json").get("architectures") or []
     if adapter.exists():
-        trained = bool(read_json(adapter).get("modules_to_save"))
+        settings = read_json(adapter)
+        mapping = settings.get("auto_mapping") or {}
+        made_of = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+        # Without a head of its own it may go on the trained one of its base.
+        trained = bool(settings.get("modules_to_save")) or str(made_of).endswith(tuple(reload.AUTO))
     else:
         trained = any(kind.endswith(tuple(reload.AUTO)) for kind in kinds)
     if not trained and not (folder / "head.safetensors").exists():

@@ -27,6 +27,7 @@ from hftl.sections.data import Data, Table
 from hftl.train.hardware import device
 from hftl.use.base import base_folder
 from hftl.use.locate import loading, need_head, published_folder
+from hftl.use.model_config import inputs_folder, read_config
 from hftl.use.notes import Inputs, Notes
 from hftl.use.strict_load import load_published
 
@@ -170,24 +171,30 @@ def load(path: str | Path, base: str | Path | None = None) -> Predictor:
     notes = Notes.read(folder)
     adapter = (folder / "adapter_config.json").exists()
     base_at = base_folder(folder, notes, base) if adapter else None
-    return with_model(folder, load_published(folder, base_at))
+    config = read_config(folder, base_at)
+    return with_model(folder, base_at, config, load_published(folder, base_at, config))
 
 
-def with_model(folder: Path, model: nn.Module) -> Predictor:
+def with_model(folder: Path, base: Path | None, config: Any, model: nn.Module) -> Predictor:
     """A published folder's model with what the folder says of its task, names and inputs.
+
+    Args:
+        folder: of the adapter or whole model.
+        base: the folder of the adapter's base.
+        config: of the model.
+        model: loaded.
 
     Raises:
         RecipeError: if the folder has no usable tokenizer or processor.
         RunFolderError: if what it says makes no sense.
     """
-    from transformers import AutoConfig
-
     notes = Notes.read(folder)
     with loading(folder):
-        config: Any = AutoConfig.from_pretrained(folder)
         task = _task(notes, config)
         names = [] if task == "regression" else _names(notes, config)
-        inputs, columns = _inputs(folder, config, task, notes.recipe.data)
+        images = anatomy_of(config).modality == "image"
+        files = inputs_folder(folder, base, images)
+        inputs, columns = _inputs(files, config, task, notes.recipe.data)
     hide_padding(model)
     where = device()
     label_type = notes.data.label_type if notes.data is not None else "text"
@@ -200,6 +207,8 @@ def _task(notes: Notes, config: Any) -> str:
         return notes.data.task
     if (config.architectures or [""])[0].endswith("ForTokenClassification"):
         return "token-classification"
+    if config.problem_type is None and config.num_labels == 1:
+        return "regression"  # as transformers takes it
     known = {"regression": "regression", "multi_label_classification": "multi-label"}
     return known.get(str(config.problem_type), "classification")
 

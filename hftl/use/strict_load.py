@@ -15,10 +15,10 @@ from hftl.errors import RunFolderError
 from hftl.model.anatomy import anatomy_of
 from hftl.model.parts import TOKENS, Anatomy, encoder_of, under
 from hftl.publish import reload
-from hftl.publish.doctor.fit import compare_shapes, tensors_of
+from hftl.publish.doctor.fit import compare_shapes, is_of_adapter, tensors_of
 from hftl.publish.doctor.patient import WEIGHTS
-from hftl.publish.doctor.stale import PREFIX
-from hftl.use.locate import loading
+from hftl.publish.doctor.stale import PREFIX, module_of
+from hftl.use.locate import loading, read_json
 
 UNREAD = ("pooler", "mask_token")
 """Parts of an encoder that a task's class may leave out of a checkpoint."""
@@ -111,6 +111,14 @@ def add_adapter(base: BaseToFill, model: Any, folder: Path, name: str) -> Any:
         first = findings[0]
         raise RunFolderError(f"{called} does not load: {first.where}: {first.what}", first.fix)
     return model
+
+
+def brings_own_tensors(folder: Path) -> bool:
+    """Say whether an adapter overwrites tensors of its base, such as resized embeddings."""
+    settings = read_json(folder / "adapter_config.json")
+    saved = tuple(f".{name}" for name in settings.get("modules_to_save") or [])
+    modules = [module_of(key) for key in _shapes_of(folder) if not is_of_adapter(key)]
+    return any(not f".{module}".endswith(saved) for module in modules)
 
 
 def add_head(folder: Path, model: Any) -> reload.Published:

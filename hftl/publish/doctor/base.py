@@ -39,6 +39,9 @@ def naming(patient: Patient) -> list[Finding]:
     if not isinstance(name, str) or not name:
         return [defect("base", "the base is not named, so nobody can load it", ADAPTER, fix)]
     hub_id, revision = named(patient)
+    if local_base(patient) is not None:
+        what = f"the base is a folder of this machine, which nobody else has: {name}"
+        return [warning("base", what, ADAPTER, fix)]
     if hub_id is None:
         return [defect("base", f"the base is a path of another machine: {name}", ADAPTER, fix)]
     if revision is None:
@@ -49,8 +52,20 @@ def naming(patient: Patient) -> list[Finding]:
     return []
 
 
+def local_base(patient: Patient) -> Path | None:
+    """Return the folder here that an adapter of this machine names as its base, if it is there.
+
+    A pinned hub id is never a folder; a path that an adapter from a hub names is not followed.
+    """
+    name = patient.settings.get("base_model_name_or_path")
+    if patient.remote or not isinstance(name, str) or not name or all(named(patient)):
+        return None
+    folder = Path(name).expanduser()
+    return folder if (folder / "config.json").is_file() else None
+
+
 def find_base(patient: Patient, given: str | None) -> tuple[Sought, list[Finding]]:
-    """Finds the base; a path that the adapter itself names is not followed.
+    """Finds the base; a path that an adapter from a hub names is not followed.
 
     Args:
         patient: the adapter.
@@ -61,6 +76,9 @@ def find_base(patient: Patient, given: str | None) -> tuple[Sought, list[Finding
     """
     wanted = Source(model=given) if given else _known(patient)
     hub_id, revision = named(patient)
+    here = local_base(patient) if wanted is None else None
+    if here is not None:
+        wanted = Source(model=str(here))
     by_name = wanted is None and hub_id is not None
     if by_name:
         wanted = Source(model=str(hub_id), revision=revision)

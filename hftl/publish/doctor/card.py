@@ -7,7 +7,7 @@ import yaml
 from hftl.card.valid import card_problems
 from hftl.errors import message_line
 from hftl.publish.doctor.finding import Finding, defect, warning
-from hftl.publish.doctor.patient import MOST_BYTES, Patient
+from hftl.publish.doctor.patient import ADAPTER, MOST_BYTES, Patient
 
 CARD = "README.md"
 
@@ -25,11 +25,18 @@ def card(patient: Patient) -> Iterator[Finding]:
         return
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        ModelCard(text)
+        bases = ModelCard(text).data.to_dict().get("base_model")
     except (ValueError, TypeError, AttributeError, yaml.YAMLError, RecursionError) as error:
         what = f"the hub cannot read it: {message_line(error)}"
         yield defect("card", what, CARD, "Correct the block between the two lines of ---")
         return
+    name = patient.settings.get("base_model_name_or_path")
+    bases = [bases] if isinstance(bases, str) else bases
+    if isinstance(bases, list) and bases and isinstance(name, str) and name not in bases:
+        yield warning(
+            "base", f"the card names the base {bases[0]}, and {ADAPTER} {name}", CARD,
+            "Name the same base in both: the one it was trained on",
+        )  # fmt: skip
     for problem in card_problems(text):
         what, _, fix = problem.partition("; ")
         yield warning("card", what, CARD, fix[:1].upper() + fix[1:])

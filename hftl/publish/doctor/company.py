@@ -1,7 +1,9 @@
 """What should stand beside the weights: tokenizer or processor, the labels' names, the card."""
 
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from hftl.model.source import SourceModel
@@ -11,6 +13,7 @@ from hftl.publish.doctor.patient import CONFIG, Patient
 TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
 BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                     "merges.txt")  # fmt: skip
+VOCABULARY = "tokenizer.json"
 PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 NUMBER = re.compile(r"[0-9]{1,18}")
 """Of a label; Python refuses to read a longer one."""
@@ -19,8 +22,9 @@ FOR_IMAGES = ("ForImageClassification", "ForPreTraining", "ForMaskedImageModelin
 
 
 def company(
-    patient: Patient, source: SourceModel | None, kind: Any, outputs: int | None
-) -> list[Finding]:
+    patient: Patient, source: SourceModel | None, kind: Any, outputs: int | None,
+    embeddings: int | None,
+) -> list[Finding]:  # fmt: skip
     """Looks for each of them.
 
     Args:
@@ -28,8 +32,13 @@ def company(
         source: its base, if it is at hand.
         kind: its class, if it is known.
         outputs: how many its head has, if it is known.
+        embeddings: how many tokens the model has embeddings for, if that is known.
     """
-    return [*_inputs(patient, source), *_labels(patient, source, kind, outputs)]
+    return [
+        *_inputs(patient, source),
+        *_vocabulary(patient, source, embeddings),
+        *_labels(patient, source, kind, outputs),
+    ]
 
 
 def label_names(config: dict[str, Any]) -> list[str]:
@@ -72,6 +81,41 @@ def _inputs(patient: Patient, source: SourceModel | None) -> Iterator[Finding]:
                      "Save the one it was trained with beside it")  # fmt: skip
 
 
+def _vocabulary(
+    patient: Patient, source: SourceModel | None, embeddings: int | None
+) -> Iterator[Finding]:
+    """Compare the largest token id of the tokenizer with the rows of the embedding."""
+    if embeddings is None or reads_images(patient, source) or VOCABULARY not in patient.names:
+        return
+    token, number = largest_token(patient.folder / VOCABULARY)
+    if number >= embeddings:
+        yield defect(
+            "tokenizer", f"it gives {token!r} the id {number}, and the model has {embeddings} "
+            "embeddings", VOCABULARY, "Save the adapter with save_embedding_layers=True, or take "
+            "the base's tokenizer",
+        )  # fmt: skip
+
+
+def largest_token(path: Path) -> tuple[str, int]:
+    """Return the token of the largest id in a tokenizer.json; an id of -1 where it tells none."""
+    largest = ("", -1)
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return largest
+    model = tree.get("model") if isinstance(tree, dict) else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    pairs = list(vocabulary.items()) if isinstance(vocabulary, dict) else []
+    added = tree.get("added_tokens") if isinstance(tree, dict) else None
+    for one in added if isinstance(added, list) else []:
+        if isinstance(one, dict):
+            pairs.append((one.get("content"), one.get("id")))
+    for token, number in pairs:
+        if isinstance(number, int) and number > largest[1]:
+            largest = (str(token), number)
+    return largest
+
+
 def _labels(
     patient: Patient, source: SourceModel | None, kind: Any, outputs: int | None
 ) -> Iterator[Finding]:
@@ -93,5 +137,8 @@ def _labels(
     elif not names or any(map(UNNAMED.fullmatch, names)):
         told = f"they are {several(names)}" if names else "there is no label map"
         fix = "Write id2label and label2id into config.json"
-        yield defect("labels", f"nobody can tell what the outputs mean: {told}", CONFIG,
-                     f"{fix}: --fix" if recorded else fix)  # fmt: skip
+        what = f"nobody can tell what the outputs mean: {told}"
+        if recorded:
+            yield defect("labels", what, CONFIG, f"{fix}: --fix")
+        else:
+            yield warning("labels", what, CONFIG, fix)

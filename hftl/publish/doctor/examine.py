@@ -17,7 +17,7 @@ from hftl.publish.doctor.patient import CONFIG, Patient, opened
 from hftl.publish.doctor.reloading import loadable, reloaded
 from hftl.publish.doctor.settings import scaling
 from hftl.publish.doctor.unsafe import unsafe
-from hftl.publish.doctor.values import not_finite
+from hftl.publish.doctor.values import not_finite, untrained
 from hftl.publish.doctor.whole import whole_model
 
 SPOILS_LOADING = ("corrupt", "config", "rank", "nan")
@@ -62,6 +62,7 @@ def examine(place: str | Path, base: str | None = None) -> Examination:
     found = Examination(patient, broken)
     found.unexamined += [patient.unlisted] if patient.unlisted else []
     found.findings += [*unsafe(patient), *scaling(patient), *not_finite(patient)]
+    found.findings += untrained(patient)
     if patient.run is not None and (patient.run / "record.json").exists():
         found.findings += _as_recorded(patient.run)
     if patient.is_adapter:
@@ -73,7 +74,11 @@ def examine(place: str | Path, base: str | None = None) -> Examination:
     outputs = None
     if found.source is not None:
         outputs = outputs_of(patient, found.source, found.kind)
-    found.findings += [*company(patient, found.source, found.kind, outputs), *card(patient)]
+    embeddings = getattr(found.config, "vocab_size", None)
+    found.findings += [
+        *company(patient, found.source, found.kind, outputs, embeddings),
+        *card(patient),
+    ]
     return found
 
 

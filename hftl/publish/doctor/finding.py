@@ -9,9 +9,9 @@ DEFECT, WARNING = "defect", "warning"
 class Finding:
     """One thing that is wrong.
 
-    `kind` is one of: fresh, base, base-shape, base-weights, stale-names, unsafe, corrupt, config,
-    rank, nan, tokenizer, labels, reload, card, record. A `defect` makes the adapter wrong, unsafe
-    or useless to others; a `warning` does not.
+    `kind` is one of: fresh, base, base-shape, base-weights, stale-names, names, unsafe, corrupt,
+    config, rank, nan, untrained, tokenizer, labels, reload, card, record. A `defect` makes the
+    adapter wrong, unsafe or useless to others; a `warning` does not.
     """
 
     kind: str

@@ -59,12 +59,33 @@ def model_class(patient: Patient, source: SourceModel) -> Any:
 
 
 def with_labels(patient: Patient, source: SourceModel, kind: Any) -> Any:
-    """The base's config with as many labels as the adapter's head has outputs."""
+    """The base's config with as many labels as the adapter's head has outputs.
+
+    And with as many tokens as the adapter has embeddings, where it brings them, as peft does after
+    the vocabulary was resized.
+    """
     config = deepcopy(source.config)
     count = outputs_of(patient, source, kind)
     if count is not None:
         config.num_labels = count
+    rows = saved_embeddings(patient, kind, config)
+    if rows is not None:
+        config.vocab_size = rows
     return config
+
+
+def saved_embeddings(patient: Patient, kind: Any, config: Any) -> int | None:
+    """Return how many tokens' embeddings the adapter brings; None where it brings none."""
+    if not patient.is_adapter or kind is None or not hasattr(config, "vocab_size"):
+        return None
+    try:
+        model = empty(kind, config)
+        table = model.get_input_embeddings()
+    except (*CANNOT, NotImplementedError):
+        return None
+    path = next((name for name, module in model.named_modules() if module is table), None)
+    shape = patient.shapes.get(f"{PREFIX}{path}.weight")
+    return shape[0] if shape else None
 
 
 def outputs_of(patient: Patient, source: SourceModel, kind: Any) -> int | None:
@@ -125,7 +146,8 @@ def tensors_of(model: Any, name: str) -> ExpectedTensors:
     from peft import get_peft_model_state_dict
 
     saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    own = {k: v for k, v in model.state_dict().items() if not _adapts(k) and not WRAPPED.search(k)}
+    state = model.state_dict().items()
+    own = {k: v for k, v in state if not is_of_adapter(k) and not WRAPPED.search(k)}
     return ExpectedTensors(
         {key: tuple(tensor.shape) for key, tensor in saved.items()},
         {key: tuple(tensor.shape) for key, tensor in own.items()},
@@ -183,16 +205,16 @@ def compare_shapes(shapes: dict[str, tuple[int, ...]], expected: ExpectedTensors
     if dora:
         found.append(_dora(dora, missing=dora[0] in lacking))
     wrong = [k for k in unlike if k not in ranks]
-    wrong += [k for k in lacking + strange if _adapts(k) and k not in dora]
+    wrong += [k for k in lacking + strange if is_of_adapter(k) and k not in dora]
     if wrong:
         found.append(_other_shape(wrong, shapes, expected))
-    heads = sorted({module_of(k) for k in lacking if not _adapts(k)})
+    heads = sorted({module_of(k) for k in lacking if not is_of_adapter(k)})
     if heads:
         found.append(defect(
             "fresh", "modules_to_save names it, and its weights were not saved: they are drawn at "
             "random on every load", several(heads), "Save the adapter again from the trained model",
         ))  # fmt: skip
-    idle = [k for k in strange if not _adapts(k)]
+    idle = [k for k in strange if not is_of_adapter(k)]
     if idle:
         found.append(_no_place(idle, shapes, expected))
     return found
@@ -278,7 +300,7 @@ def _stale(what: str, where: str) -> Finding:
     return defect("stale-names", what, where, "Rename them: --fix")
 
 
-def _adapts(key: str) -> bool:
+def is_of_adapter(key: str) -> bool:
     """Whether a tensor is of the adapter itself, not of a module that was saved whole."""
     return re.search(r"\.(lora|ia3|vera|hada|lokr|oft|boft)_", key) is not None
 

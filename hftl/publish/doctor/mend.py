@@ -17,7 +17,14 @@ from hftl.publish.doctor.company import (
     reads_images,
 )
 from hftl.publish.doctor.examine import Examination
-from hftl.publish.doctor.fit import CANNOT, compare_shapes, expected_tensors, modules_in, outputs_of
+from hftl.publish.doctor.fit import (
+    CANNOT,
+    compare_shapes,
+    expected_tensors,
+    keys_with_adapter_name,
+    modules_in,
+    outputs_of,
+)
 from hftl.publish.doctor.patient import ADAPTER, CONFIG, WEIGHTS
 from hftl.publish.doctor.stale import renamed_keys, renamed_patterns, short_targets, targets_of
 from hftl.record import to_json
@@ -53,6 +60,8 @@ def mend(found: Examination, base: str | None) -> list[str]:
     lines: list[str] = []
     if "stale-names" in kinds:
         lines += _rename(found)
+    if "names" in kinds:
+        lines += _remove_adapter_name(found)
     if "base" in kinds and not kinds & {"base-shape", "base-weights"}:
         lines += _name_base(found, base)
     if "tokenizer" in kinds:
@@ -64,9 +73,6 @@ def mend(found: Examination, base: str | None) -> list[str]:
 
 def _rename(found: Examination) -> list[str]:
     """New names for targets and tensors, if peft then expects exactly these tensors."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
     patient = found.patient
     names = renamed_keys(patient.shapes, modules_in(found.kind, found.config))
     shapes = {names.get(key, key): shape for key, shape in patient.shapes.items()}
@@ -78,16 +84,35 @@ def _rename(found: Examination) -> list[str]:
     _write(found, ADAPTER, changed)
     patient.jsons[ADAPTER] = changed
     if names:
-        path = patient.folder / WEIGHTS
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        _keep(found, WEIGHTS)
-        aside = path.with_name(f".tmp-{path.name}")
-        tensors = {names.get(key, key): tensor for key, tensor in load_file(path).items()}
-        save_file(tensors, aside, metadata=metadata)
-        aside.rename(path)
-        lines.append(f"{len(names)} tensors renamed in {WEIGHTS}")
+        lines.append(_rename_tensors(found, names))
     return lines
+
+
+def _remove_adapter_name(found: Examination) -> list[str]:
+    """Rename tensors that hold the adapter's name as peft writes them, if they then all fit."""
+    patient = found.patient
+    try:
+        expected = expected_tensors(found.kind, found.config, patient.settings)
+    except CANNOT:
+        return []
+    names = keys_with_adapter_name(patient.shapes, expected)
+    shapes = {names.get(key, key): shape for key, shape in patient.shapes.items()}
+    return [] if compare_shapes(shapes, expected) else [_rename_tensors(found, names)]
+
+
+def _rename_tensors(found: Examination, names: dict[str, str]) -> str:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = found.patient.folder / WEIGHTS
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    _keep(found, WEIGHTS)
+    aside = path.with_name(f".tmp-{path.name}")
+    tensors = {names.get(key, key): tensor for key, tensor in load_file(path).items()}
+    save_file(tensors, aside, metadata=metadata)
+    aside.rename(path)
+    return f"{len(names)} tensors renamed in {WEIGHTS}"
 
 
 def _renamed_settings(
