@@ -215,9 +215,22 @@ def test_front_matter_is_read_by_yaml_and_by_the_hub(case: str, task: str, own: 
     assert ModelCard(card).data.to_dict() == front
     assert front["base_model"] == "org/tiny-MiniLM"
     assert front["base_model_relation"] == ("adapter" if own == "lora" else "finetune")
-    assert front["library_name"] == ("peft" if own == "lora" else "transformers")
+    # No class of transformers has a mean-pooled head.
+    assert front["library_name"] == ("peft" if own == "lora" else "hftl")
+    assert front["pipeline_tag"] == "feature-extraction"
     tags = {"base_model:adapter:org/tiny-MiniLM"} if own == "lora" else set()
     assert set(front["tags"]) == {"hftl", "transfer-learning", own} | tags
+
+
+@pytest.mark.parametrize("own", ["lora", "full"])
+def test_metadata_of_a_native_model_promise_the_task(own: str) -> None:
+    record = make(own=own)
+    record["recipe"]["finetune"]["pooling"] = "native"
+    front, body = front_matter(render_card(record))
+    assert front["library_name"] == ("peft" if own == "lora" else "transformers")
+    assert front["pipeline_tag"] == "text-classification"
+    assert ("AutoConfig, AutoTokenizer, pipeline" in body) == (own == "lora")
+    assert "do not load it" not in body
 
 
 @pytest.mark.parametrize(("case", "task", "own"), EVERY)

@@ -215,8 +215,10 @@ def test_an_adapter_names_its_modules_in_one_order(
     """peft holds them as a set, whose order is another in each process."""
     difference(tiny_model("bert"), tmp_path, pooling, "lora")
     settings = json.loads((tmp_path / "publish" / "adapter_config.json").read_text("utf-8"))
-    assert len(settings["target_modules"]) > 2
-    assert settings["target_modules"] == sorted(settings["target_modules"])
+    targets = settings["target_modules"]
+    # Of a pooled model it is a pattern of whole paths.
+    names = targets.split(".(")[-1].rstrip(")").split("|") if isinstance(targets, str) else targets
+    assert len(names) > 2 and names == sorted(names)
 
 
 def test_an_arm_trained_in_bf16_predicts_in_fp32(

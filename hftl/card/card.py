@@ -13,7 +13,7 @@ from hftl.card.forgetting import (
     headline_words,
     was_measured,
 )
-from hftl.card.kinds import DOES, called, example_of, kind_of
+from hftl.card.kinds import DOES, called, example_of, is_pooled, kind_of
 from hftl.card.making import (
     base_sentence,
     data_lines,
@@ -26,7 +26,7 @@ from hftl.card.making import (
 from hftl.card.metadata import base_of, metadata, title
 from hftl.card.page import rendered
 from hftl.card.plain import code, fenced, inert
-from hftl.card.snippets import plain_snippet
+from hftl.card.snippets import pipeline_snippet, plain_snippet
 from hftl.card.valid import is_hub_id
 from hftl.measure.verdict import interval_text, is_better, is_worse
 from hftl.metrics import less_is_better
@@ -104,6 +104,8 @@ def _page(record: dict[str, Any], place: str) -> dict[str, Any]:
         "hftl_place": json.dumps(place),
         "example": example_of(record),
         "plain_snippet": _plain_snippet(record, place),
+        "pipeline_snippet": _pipeline_snippet(record, place),
+        "pooling": record["recipe"]["finetune"]["pooling"] if is_pooled(record) else None,
         "data_sentence": data_sentence(record),
         "data_lines": data_lines(record),
         "warnings": [w[:1].upper() + w[1:] + "." for w in record["check"]["warnings"]],
@@ -126,6 +128,14 @@ def _plain_snippet(record: dict[str, Any], place: str) -> str:
         place, base, revision, finetune["pooling"], max(1, len(labels)),
         record["own_arm"] == "lora", kind_of(record), example_of(record).strip("()"),
         _interpolates(record), record["source"]["architecture"],
+    )  # fmt: skip
+
+
+def _pipeline_snippet(record: dict[str, Any], place: str) -> str | None:
+    base, _ = base_of(record)
+    return pipeline_snippet(
+        place, base, record["recipe"]["finetune"]["pooling"], record["own_arm"] == "lora",
+        kind_of(record), example_of(record).strip("()"),
     )  # fmt: skip
 
 

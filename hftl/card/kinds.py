@@ -31,8 +31,14 @@ def called(arm: str, record: dict[str, Any]) -> str:
     return f"{arm} ({known[arm]})" if arm in known else inert(arm)
 
 
+def is_pooled(record: dict[str, Any]) -> bool:
+    """Return whether the head is hftl's own, above `mean` or `cls` pooling; stock classes do not
+    answer with it, so that only the encoder's features load without hftl."""
+    return record["recipe"]["finetune"]["pooling"] != "native"
+
+
 def pipeline_tag(record: dict[str, Any]) -> str:
-    """The hub's name for the task."""
+    """Return the hub's name for the task."""
     start = "token" if kind_of(record) == "words" else record["data"].get("modality", "text")
     return f"{start}-classification"
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from hftl.card.kinds import pipeline_tag
+from hftl.card.kinds import is_pooled, pipeline_tag
 from hftl.card.plain import one_line, slug
 from hftl.card.valid import is_hub_id
 
@@ -20,8 +20,8 @@ def metadata(record: dict[str, Any]) -> ModelCardData:
     """The metadata of a model with a task, its scores and its gain among them."""
     own = record["own_arm"]
     return ModelCardData(
-        library_name="peft" if own == "lora" else "transformers",
-        pipeline_tag=pipeline_tag(record),
+        library_name=_library(record),
+        pipeline_tag="feature-extraction" if is_pooled(record) else pipeline_tag(record),
         tags=[
             "hftl",
             "transfer-learning",
@@ -34,6 +34,13 @@ def metadata(record: dict[str, Any]) -> ModelCardData:
         eval_results=_eval_results(record),
         **origin(record, own == "lora"),
     )
+
+
+def _library(record: dict[str, Any]) -> str:
+    """Return what loads the model with its answers; transformers has no class for a pooled one."""
+    if record["own_arm"] == "lora":
+        return "peft"
+    return "hftl" if is_pooled(record) else "transformers"
 
 
 def origin(record: dict[str, Any], adapter: bool) -> dict[str, Any]:

@@ -23,6 +23,20 @@ inputs = {inputs}
 print(model.eval()(**inputs).logits)"""
 """Where peft has a class for the task and the adapter names its own base."""
 
+PIPELINE = """from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoConfig, AutoTokenizer, pipeline
+
+path = {place}
+config = AutoConfig.from_pretrained(path)
+labels = {{name: getattr(config, name) for name in ("id2label", "label2id", "problem_type")}}
+model = AutoPeftModelForSequenceClassification.from_pretrained(
+    path, ignore_mismatched_sizes=True, **labels
+)
+tokenizer = AutoTokenizer.from_pretrained(path)
+print(pipeline("text-classification", model=model, tokenizer=tokenizer)({example}))"""
+"""`pipeline(model=path)` alone takes the labels of the base, or looks for its weights in the
+folder of the adapter."""
+
 POOLINGS = {
     "mean": 'mask = inputs["attention_mask"].unsqueeze(-1)\n'
     "    pooled = (hidden * mask).sum(1) / mask.sum(1)",
@@ -96,6 +110,27 @@ def plain_snippet(
         head='head = load_file(f"{path}/head.safetensors")\n' if pooled else "",
         inputs=call.format(example=example), output=output,
     )  # fmt: skip
+
+
+def pipeline_snippet(
+    place: str, base: str | None, pooling: str, adapter: bool, kind: str, example: str
+) -> str | None:
+    """Return code that runs an adapter in `transformers.pipeline` with its labels; None where the
+    stock class does not take it, or takes more than one text.
+
+    Args:
+        place: the folder or hub id of the published model.
+        base: the public base of an adapter; None where it has none.
+        pooling: native, mean or cls.
+        adapter: whether the folder holds an adapter or the whole model.
+        kind: what the model takes: text, words or image.
+        example: one input, as source code.
+    """
+    if not adapter or pooling != "native" or kind != "text" or '", "' in example:
+        return None
+    if base is None or not is_hub_id(base):
+        return None
+    return PIPELINE.format(place=json.dumps(place), example=example)
 
 
 def _short(place: str, outputs: int, kind: str, example: str) -> str:

@@ -1,5 +1,7 @@
 """LoRA on an encoder: what is wrapped, what is saved beside it."""
 
+import re
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +11,9 @@ from torch import nn
 from hftl.errors import RecipeError, message_line
 from hftl.model.head import PooledModel
 from hftl.model.parts import Anatomy, block_paths, encoder_of, under
+
+NUMBERED = re.compile(r"(.*?\.)(\d+)\.(.+)")
+"""The path of a module in a block: before the block's number, the number, and inside the block."""
 
 
 def add_lora(
@@ -83,6 +88,36 @@ def adapter_of(model: nn.Module) -> PeftModel:
     if not isinstance(found, PeftModel):
         raise TypeError(f"{type(found).__name__} carries no adapter")
     return found
+
+
+def path_pattern(paths: Sequence[str], modules: Sequence[str]) -> str:
+    """Return a regular expression that matches these paths and no others of a model's modules.
+
+    Where it can it matches the layers of any block, so that a base of more blocks shows by layers
+    that the adapter lacks.
+
+    Args:
+        paths: of the adapted layers.
+        modules: the paths of all modules.
+    """
+    blocks: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for path in paths:
+        match = NUMBERED.fullmatch(path)
+        if match is None:
+            return "|".join(map(re.escape, paths))
+        stem, number, inside = match.groups()
+        blocks[stem, inside].append(number)
+    insides: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for (stem, inside), numbers in blocks.items():
+        insides[stem, "|".join(sorted(numbers, key=int))].append(inside)
+    opened, closed = (
+        "|".join(
+            rf"{re.escape(stem)}({number or numbers})\.({'|'.join(map(re.escape, sorted(names)))})"
+            for (stem, numbers), names in sorted(insides.items())
+        )
+        for number in (r"\d+", "")
+    )
+    return opened if {m for m in modules if re.fullmatch(opened, m)} == set(paths) else closed
 
 
 def _suffix(name: str, anatomy: Anatomy) -> str:

@@ -152,6 +152,12 @@ def submodule(module: nn.Module, path: str) -> nn.Module:
         ) from error
 
 
+def placeholder_of(anatomy: Anatomy) -> str:
+    """Return the name of the empty tensor by which the file of a pooled model makes the stock task
+    class refuse it: the weight of that class's last layer."""
+    return f"{anatomy.last_linear}.weight"
+
+
 def under(name: str, paths: tuple[str, ...]) -> bool:
     """Whether a parameter or module is one of the paths or lies below one."""
     return any(name == path or name.startswith(f"{path}.") for path in paths)

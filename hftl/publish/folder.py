@@ -10,17 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 from peft import TaskType
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from hftl.data.pixels import ImageInputs
 from hftl.errors import RunFolderError
 from hftl.finetune.arm import set_probe
 from hftl.finetune.strategy import prepare
 from hftl.finetune.workbench import Workbench
-from hftl.model.adapters import adapter_of
-from hftl.model.concat import factors_of, joined, load_factors, saved_modules, write_adapter
+from hftl.model.adapters import adapter_of, path_pattern
+from hftl.model.concat import BASE, factors_of, joined, load_factors, saved_modules, write_adapter
 from hftl.model.head import PooledModel, label_settings, unwrapped
+from hftl.model.parts import Anatomy, placeholder_of
 from hftl.model.stock import auto_class
 from hftl.record import to_json
 from hftl.sections.finetune import Finetune
@@ -76,7 +78,7 @@ def write_model(bench: Workbench, model: nn.Module, finetune: Finetune, folder: 
     else:
         whole: Any = model.encoder if isinstance(model, PooledModel) else model
         whole.config.update(labels)
-        whole.save_pretrained(folder)
+        whole.save_pretrained(folder, state_dict=_published_state(model, source.anatomy))
     if isinstance(model, PooledModel):
         tensors = {"weight": model.head.weight.detach(), "bias": model.head.bias.detach()}
         save_file(
@@ -108,7 +110,37 @@ def write_adapter_of(bench: Workbench, model: nn.Module, folder: Path) -> None:
             folder, joined(stages), prefix, saved_modules(adapter), settings["task_type"],
             settings["modules_to_save"], None, None, None if pooled else type(unwrapped(model)),
         )  # fmt: skip
+    if isinstance(model, PooledModel):
+        named |= _anchored(folder / "adapter_model.safetensors", unwrapped(adapter))
     _rewrite(folder / "adapter_config.json", lambda settings: _ordered(settings | named))
+
+
+def _published_state(model: nn.Module, anatomy: Anatomy) -> dict[str, Tensor]:
+    """Return the tensors of a whole model; of a `PooledModel` those of its encoder, which
+    `AutoModel` reads, and an empty one where the stock task class has its last layer.
+
+    No stock class pools as hftl does. Without that tensor it would load the encoder, draw a head at
+    random and answer with the real labels, after a warning; an empty one, of no layer's shape,
+    makes it refuse. `AutoModel` passes over it.
+    """
+    if not isinstance(model, PooledModel):
+        return model.state_dict()
+    return model.encoder.state_dict() | {placeholder_of(anatomy): torch.empty(0)}
+
+
+def _anchored(weights: Path, encoder: nn.Module) -> dict[str, Any]:
+    """Return the fields of `peft.LoraConfig` that name the adapted layers by their whole paths.
+
+    An adapter for `AutoModel` fits no stock task class: there the same layers lie below the
+    encoder's name, which a list of `target_modules` would match by the ends of the paths.
+    """
+    with safe_open(weights, "pt") as file:
+        keys = [key for key in file.keys() if ".lora_A." in key]  # noqa: SIM118
+    paths = {key.removeprefix(BASE).split(".lora_A.")[0] for key in keys}
+    return {
+        "target_modules": path_pattern(sorted(paths), [n for n, _ in encoder.named_modules()]),
+        "layers_to_transform": None, "layers_pattern": None,
+    }  # fmt: skip
 
 
 def write_encoder_alone(bench: Workbench, folder: Path) -> None:
