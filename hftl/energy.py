@@ -33,6 +33,13 @@ def metered() -> Iterator[dict[str, float]]:
     told["energy_kwh"] = float(tracker.final_emissions_data.energy_consumed)
 
 
+def emissions(spent: dict[str, float], grams_per_kwh: float | None) -> dict[str, float]:
+    """Return `co2_grams` of the energy, where both it and the location's electricity are known."""
+    if grams_per_kwh is None or "energy_kwh" not in spent:
+        return {}
+    return {"co2_grams": spent["energy_kwh"] * grams_per_kwh}
+
+
 def total(timings: dict[str, dict[str, float]]) -> dict[str, float]:
     """`energy_kwh` of all trainings, where it was told of every one; those predict themselves."""
     trained = [took for took in timings.values() if "predict_seconds" in took]

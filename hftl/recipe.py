@@ -14,7 +14,12 @@ from hftl.sections.adapt import ADAPT_RATE, Adapt, Stages
 from hftl.sections.data import Data
 from hftl.sections.finetune import Finetune
 from hftl.sections.measure import BASELINES, NOT_BUILT, STRATEGIES, Measure
-from hftl.sections.needs import check_adaptation, check_pooling, check_retained
+from hftl.sections.needs import (
+    check_adaptation,
+    check_benchmark,
+    check_pooling,
+    check_retained,
+)
 from hftl.sections.publish import Publish
 from hftl.sections.retain import Retain
 from hftl.sections.section import Section
@@ -45,6 +50,7 @@ class Recipe(Section):
         check_adaptation(self.stages, self.data)
         if self.retain is not None:
             check_retained(self.retain, self.data, self.finetune)
+        check_benchmark(self.publish, self.data)
         return self
 
     @property

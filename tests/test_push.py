@@ -348,3 +348,31 @@ def card_at(hub: LocalHub) -> str:
     changes = [json.loads(line)["value"] for line in body.splitlines()]
     card = next(c for c in changes if c.get("path") == "README.md")
     return base64.b64decode(card["content"]).decode()
+
+
+def test_results_for_leaderboards_go_along_and_stay_the_same(
+    hub: LocalHub, push: Pusher, run: Path
+) -> None:
+    from hftl import rundir
+    from hftl.record import to_json
+
+    record = told(run, "record.json")
+    benchmark = {"dataset": "org/reviews", "task_id": "default"}
+    record["recipe"]["publish"] |= {"benchmark": benchmark, "examples": True}
+    rundir.amend_finished(run, {"record.json": to_json(record)})
+    assert push("card", run)[0] == 0
+    names = [".eval_results/hftl-org-reviews.yaml", "every_eval_ever.json"]
+    code, out, _ = push("publish", run, "--repo-id", ME, "--dry-run")
+    assert code == 0 and all(name in out for name in names)
+    hub.put(ME, {".eval_results/org-reviews.yaml": b"theirs"}, private=True)
+    assert push("publish", run, "--repo-id", ME)[0] == 0
+    assert (hub.head(ME) or {}).keys() >= {*names, ".eval_results/org-reviews.yaml"}
+    assert told(run, "publish/every_eval_ever.json")["model_info"]["id"] == ME
+    assert push("publish", run, "--repo-id", ME)[1].startswith("me/model holds the same already")
+    front = yaml.safe_load((run / "publish" / "README.md").read_text().split("---")[1])
+    assert {shown["example_title"] for shown in front["widget"]} == {
+        "true label: negative", "true label: positive"
+    }  # fmt: skip
+    for shown in front["widget"]:
+        assert sum(one["score"] for one in shown["output"]) == pytest.approx(1, abs=1e-3)
+    assert push("doctor", run)[0] == 0

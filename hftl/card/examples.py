@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hftl.card.plain import code
+from hftl.card.plain import code, one_line
 
 if TYPE_CHECKING:
     # Named only: with it torch would come along, and a push needs none.
@@ -47,6 +47,29 @@ def told_examples(
             told["texts"] = mistake.content
         found.append(told)
     return found
+
+
+def widget_examples(
+    samples: list[tuple[str, str, dict[str, float]]], most: int = 5
+) -> list[dict[str, Any]]:
+    """Return the Hub's widget examples with outputs, which show without a provider that serves.
+
+    Args:
+        samples: text, true label, and the probability of every class.
+        most: classes that are shown of each, the likeliest first.
+    """
+    return [
+        {
+            "text": text,
+            "example_title": f"true label: {one_line(label)}",
+            "output": [
+                {"label": one_line(name), "score": round(chances[name], 4)}
+                for name in sorted(chances, key=lambda name: -chances[name])[:most]
+            ],
+        }
+        for text, label, chances in samples
+        if one_line(text, 2 * LONGEST) == text
+    ]
 
 
 def example_rows(record: dict[str, Any]) -> list[list[str]]:

@@ -166,8 +166,12 @@ def _epochs(number: float) -> str:
 
 def environment(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Hardware and versions, a name and a value each."""
-    plain = [(k, str(v)) for k, v in found.items() if k not in ("packages", "energy_kwh")]
+    plain = [
+        (k, str(v)) for k, v in found.items() if k not in ("packages", "energy_kwh", "co2_grams")
+    ]
     if "energy_kwh" in found:
         told = f"{found['energy_kwh']:.3g} kWh for all arms and seeds, as codecarbon estimates it"
         plain.append(("energy", told))
+    if "co2_grams" in found:
+        plain.append(("emissions", f"{found['co2_grams']:.3g} g of CO2 equivalents"))
     return plain + [(name, version) for name, version in found["packages"].items()]

@@ -32,6 +32,8 @@ def metadata(record: dict[str, Any]) -> ModelCardData:
         metrics=[_metric_id(record["metric"])],
         model_name=title(record),
         eval_results=_eval_results(record),
+        widget=record.get("widget") or None,
+        co2_eq_emissions=_emissions(record),
         **origin(record, own == "lora"),
     )
 
@@ -134,6 +136,22 @@ def _measured_on(record: dict[str, Any]) -> dict[str, Any]:
         "dataset_config": table["name"] if revision else None,
         "dataset_revision": revision,
         "dataset_split": "test",
+    }
+
+
+def _emissions(record: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the emissions in grams, as the Hub reads them; None where they are not known."""
+    grams = record["environment"].get("co2_grams")
+    stated = record["recipe"]["publish"].get("emissions")
+    if grams is None or stated is None:
+        return None
+    return {
+        "emissions": float(f"{grams:.4g}"),
+        "source": "the energy of all arms and seeds by codecarbon, times "
+        f"{stated['grams_per_kwh']:g} g per kWh",
+        "training_type": "fine-tuning",
+        "geographical_location": stated["location"],
+        "hardware_used": record["environment"]["device"],
     }
 
 

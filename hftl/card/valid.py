@@ -17,7 +17,7 @@ from hftl.hubwords import LANGUAGE, LICENSES, PIPELINES, REGION, RELATIONS
 OWN_KEYS = frozenset(
     """
     base_model base_model_relation base_model_revision library_name pipeline_tag language license
-    license_name license_link datasets metrics tags model-index
+    license_name license_link datasets metrics tags model-index widget co2_eq_emissions
     """.split()
 )
 """All that stands in the metadata of a card that hftl writes."""

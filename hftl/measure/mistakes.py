@@ -13,6 +13,9 @@ from hftl.data.tags import recognise_tags
 from hftl.finetune.store import PREDICTIONS
 from hftl.measure.classes import class_scores, confusion, entity_scores, one_hot
 
+SAMPLES = 4
+SAMPLE_LENGTH = 200
+"""Characters of a text that is shown whole."""
 MOST = 20
 """Mistakes that are shown."""
 
@@ -68,6 +71,31 @@ def errors_of(prepared: Prepared, folder: Path) -> Errors:
         "regression": _of_targets,
     }[prepared.task]
     return examine(prepared, rows, said, scores)
+
+
+def sample_outputs(prepared: Prepared, folder: Path) -> list[tuple[str, str, dict[str, float]]]:
+    """Return test texts with their label and every class's probability, one row a class.
+
+    The first of each class in the split's own order, whether it is right or wrong, so that nothing
+    is chosen by the model's answers. Only single texts of one class have them.
+
+    Args:
+        prepared: the rows.
+        folder: the arm's, with its predictions.
+    """
+    import pyarrow.parquet as pq
+
+    if prepared.task != "classification" or prepared.modality != "text":
+        return []
+    filters = [("split", "=", "test")]
+    scores = pq.read_table(folder / PREDICTIONS, filters=filters)["scores"].to_pylist()
+    samples: dict[str, tuple[str, str, dict[str, float]]] = {}
+    for row, chances in zip(prepared.rows["test"], scores, strict=True):
+        short = len(row.content) == 1 and len(row.content[0]) <= SAMPLE_LENGTH
+        if short and len(samples) < SAMPLES:
+            named = dict(zip(prepared.names, chances, strict=True))
+            samples.setdefault(str(row.label), (row.content[0], str(row.label), named))
+    return list(samples.values())
 
 
 def most_sure(surety: np.ndarray, most: int = MOST) -> list[int]:

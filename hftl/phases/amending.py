@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from hftl.card.adaptation import render_adapted
+from hftl.card.benchmark import benchmark_files
 from hftl.card.card import render_card
-from hftl.phases.publishing import report
+from hftl.phases.publishing import first_written, report
 from hftl.publish.told import place_of, publishable
 from hftl.record import to_json
 
@@ -45,14 +46,18 @@ def texts(run: Path, record: dict[str, Any], base: tuple[str, str] | None) -> di
     """The files of a run that tell what is only known once it is pushed, by path."""
     told = json.loads(to_json(publishable(record)))
     before = json.loads((run / "publish" / "hftl.json").read_text(encoding="utf-8"))
-    if "examples" in before:
-        told["examples"] = before["examples"]
+    for key in ("examples", "widget"):
+        if key in before:
+            told[key] = before[key]
     render = render_card if record["arms"] else render_adapted
     found = {
         "record.json": to_json(record),
         "publish/README.md": render(told, place_of(told)),
         "publish/hftl.json": to_json(told),
     }
+    if record["arms"]:
+        files = benchmark_files(told, first_written(run))
+        found |= {f"publish/{name}": text for name, text in files.items()}
     path = run / "publish" / "adapter_config.json"
     if base is not None:
         named = {"base_model_name_or_path": base[0], "revision": base[1]}

@@ -136,9 +136,16 @@ def measure(
         "verdict": decide(gain, over.get("head"), difference, over.get("source")),
         "published_seed": seed,
         "environment": environment(bench.device, dtype_name(recipe.finetune.training))
-        | energy.total(timings),
+        | _energy(recipe, timings),
         "timings": timings,
     }  # fmt: skip
+
+
+def _energy(recipe: Recipe, timings: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Return the energy of the trainings and its CO2, as far as they are known."""
+    spent = energy.total(timings)
+    stated = recipe.publish.emissions
+    return spent | energy.emissions(spent, stated and stated.grams_per_kwh)
 
 
 def adaptation_record(

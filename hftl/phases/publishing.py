@@ -2,18 +2,20 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 from hftl import rundir
 from hftl.card.adaptation import render_adapted
+from hftl.card.benchmark import EVERY_EVAL, benchmark_files
 from hftl.card.card import render_card
-from hftl.card.examples import told_examples
+from hftl.card.examples import told_examples, widget_examples
 from hftl.card.forgetting import was_measured
 from hftl.card.plots import plot_frontier, plot_ladder
 from hftl.card.report import Picture, render_report
 from hftl.data import pixels, prepare
-from hftl.measure.mistakes import Errors, errors_of
+from hftl.measure.mistakes import Errors, errors_of, sample_outputs
 from hftl.publish.told import place_of, publishable
 from hftl.record import to_json
 
@@ -26,12 +28,17 @@ def write_publish(run: Path, record: dict[str, Any]) -> None:
     errors, picture = _errors(run, told)
     if told["recipe"]["publish"].get("examples"):
         told["examples"] = told_examples(errors.mistakes, picture, aside)
+        prepared = prepare.read(run / "phases" / "data")
+        told["widget"] = widget_examples(sample_outputs(prepared, _arm(run, told)))
     plot_ladder(told, aside / "assets" / "ladder.png")
     if was_measured(told):
         plot_frontier(told, aside / "assets" / "frontier.png")
     card = render_card(told, place_of(told))
     rundir.write_text(aside / "README.md", card)
     rundir.write_text(aside / "hftl.json", to_json(told))
+    for name, text in benchmark_files(told, first_written(run)).items():
+        (aside / name).parent.mkdir(exist_ok=True)
+        rundir.write_text(aside / name, text)
     report = render_report(card, aside, told, errors, picture)
     put_in_place(run, aside, "publish")
     if (run / "phases" / "package" / "base").exists():
@@ -57,6 +64,14 @@ def report(run: Path, told: dict[str, Any], card: str) -> str | None:
     if not all(part.exists() for part in parts):
         return None
     return render_report(card, run / "publish", told, *_errors(run, told))
+
+
+def first_written(run: Path) -> str:
+    """Return when the benchmark's files were made first, in seconds since 1970: now, or before."""
+    path = run / "publish" / EVERY_EVAL
+    if not path.exists():
+        return str(int(time.time()))
+    return json.loads(path.read_text(encoding="utf-8"))["retrieved_timestamp"]
 
 
 def _errors(run: Path, record: dict[str, Any]) -> tuple[Errors, Picture | None]:

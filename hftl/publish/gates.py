@@ -15,18 +15,25 @@ from hftl.measure.verdict import RELOAD_TOLERANCE
 from hftl.publish.leaks import leak
 
 ALLOWED = {
-    "README.md", "hftl.json", "config.json", "adapter_config.json", "adapter_model.safetensors",
-    "model.safetensors", "head.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "README.md", "hftl.json", "every_eval_ever.json", "config.json", "adapter_config.json",
+    "adapter_model.safetensors", "model.safetensors", "head.safetensors",
+    "tokenizer.json", "tokenizer_config.json",
     "vocab.txt", "merges.txt", "vocab.json", "special_tokens_map.json", "added_tokens.json",
     "sentencepiece.bpe.model", "spiece.model", "preprocessor_config.json", "processor_config.json",
 }  # fmt: skip
 SHARDS = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json")
+EVAL_RESULTS = re.compile(r"\.eval_results/hftl-\w[\w.-]*\.yaml")
 PLOTS = re.compile(r"assets/[\w-]+\.png")
 
 
 def may_go(name: str) -> bool:
     """Whether a file of this path is one that hftl publishes."""
-    return bool(name in ALLOWED or SHARDS.fullmatch(name) or PLOTS.fullmatch(name))
+    return bool(
+        name in ALLOWED
+        or SHARDS.fullmatch(name)
+        or PLOTS.fullmatch(name)
+        or EVAL_RESULTS.fullmatch(name)
+    )
 
 
 def reload_difference(folder: Path, base: Path, sample: Path, device: str) -> float:

@@ -6,6 +6,7 @@ from hftl.errors import RecipeError
 from hftl.sections.adapt import Adapt
 from hftl.sections.data import Data, Table
 from hftl.sections.finetune import Finetune
+from hftl.sections.publish import Publish
 from hftl.sections.retain import Retain
 
 
@@ -81,4 +82,17 @@ def check_retained(retain: Retain, data: Data, finetune: Finetune) -> None:
             "retain.kl.on=probe is KL to what the head says, and with "
             "finetune.head_init=random nobody has trained it",
             "Set finetune.head_init=probe, or use retain.kl.on=relational",
+        )
+
+
+def check_benchmark(publish: Publish, data: Data) -> None:
+    """Refuse a benchmark whose test set is not what the run is measured on."""
+    if publish.benchmark is None:
+        return
+    path = data.test.path if isinstance(data.test, Table) else None
+    if path != publish.benchmark.dataset or data.task is None:
+        raise RecipeError(
+            f"'publish.benchmark' is {publish.benchmark.dataset}, and the test set is "
+            f"{path or 'a part of data.train'}",
+            "Give the benchmark's dataset as data.test, or leave publish.benchmark out",
         )

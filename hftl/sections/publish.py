@@ -16,6 +16,23 @@ LONGEST_ID = 91
 """The hub's 96 characters, less those of `-base`."""
 
 
+class Benchmark(Section):
+    """A registered benchmark of the hub, whose test set `data.test` is."""
+
+    dataset: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+    task_id: str = Field(pattern=r"^[\w.-]+$")
+    """As the dataset's eval.yaml names it."""
+
+
+class Emissions(Section):
+    """Where the energy came from: nothing here can find that out."""
+
+    location: str = Field(pattern=r"^[\w ,.()'-]+$")
+    """As exactly as is known, for instance `Quebec, Canada`."""
+    grams_per_kwh: float = Field(ge=0, allow_inf_nan=False)
+    """CO2 equivalents of the location's electricity."""
+
+
 class Publish(Section):
     """Where the result goes, and whether it stays private there."""
 
@@ -28,7 +45,9 @@ class Publish(Section):
     language: str | list[str] | None = None
     """ISO 639 codes of what it reads."""
     examples: bool = False
-    """Whether the card shows rows of test that the model gets wrong."""
+    """Whether the card shows rows of test, those that the model gets wrong among them."""
+    benchmark: Benchmark | None = None
+    emissions: Emissions | None = None
 
     @field_validator("license")
     @classmethod

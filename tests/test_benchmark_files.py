@@ -1,0 +1,141 @@
+"""Results for leaderboards, widget examples and emissions, as the Hub documents them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import parse_eval_result_entries
+from test_card import front_matter, make
+
+from hftl.card.benchmark import EVERY_EVAL, benchmark_files
+from hftl.card.card import render_card
+from hftl.card.examples import widget_examples
+from hftl.card.making import environment
+from hftl.card.valid import own_card_problems
+from hftl.energy import emissions
+from hftl.errors import RecipeError
+from hftl.publish.gates import check_files, may_go
+from hftl.recipe import Recipe
+
+BENCHMARK = {"dataset": "org/reviews", "task_id": "default"}
+TEXT = (str,)
+NUMBER = (int, float)
+REQUIRED: dict[str, tuple[type, ...]] = {
+    "schema_version": TEXT, "evaluation_id": TEXT, "retrieved_timestamp": TEXT,
+    "source_metadata": (dict,), "model_info": (dict,), "eval_library": (dict,),
+    "evaluation_results": (list,),
+}  # fmt: skip
+"""What Every Eval Ever 0.3.0 requires, and all that hftl writes of its top level."""
+
+
+def measured(case: str = "positive", task: str = "classification") -> dict[str, Any]:
+    record = make(case, task, hub_revisions={"test": "b" * 40})
+    record["recipe"]["publish"]["benchmark"] = BENCHMARK
+    record["published"] = {"repo_id": "me/model"}
+    return record
+
+
+def test_the_hub_reads_the_results() -> None:
+    files = benchmark_files(measured(), "1790000000")
+    assert list(files) == [".eval_results/hftl-org-reviews.yaml", EVERY_EVAL]
+    tree = yaml.safe_load(files[".eval_results/hftl-org-reviews.yaml"])
+    (entry,) = parse_eval_result_entries(tree)
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("org/reviews", "default", 0.7254)
+    assert entry.dataset_revision == "b" * 40 and entry.notes == "test accuracy, mean over 3 seeds"
+
+
+@pytest.mark.parametrize(("case", "task"), [
+    ("positive", "classification"), ("one seed", "classification"), ("no baseline",
+    "classification"), ("negative", "regression"),
+])  # fmt: skip
+def test_every_eval_ever_takes_the_results(case: str, task: str) -> None:
+    record = measured(case, task)
+    told = json.loads(benchmark_files(record, "1790000000")[EVERY_EVAL])
+    assert told.keys() == REQUIRED.keys()
+    assert all(isinstance(told[key], kind) for key, kind in REQUIRED.items())
+    assert told["evaluation_id"].endswith("/1790000000")
+    source = told["source_metadata"]
+    assert source["source_type"] == "evaluation_run"
+    assert source["evaluator_relationship"] == "first_party" and source["source_organization_name"]
+    assert told["eval_library"].keys() >= {"name", "version"}
+    details = told["model_info"]["additional_details"]
+    assert told["model_info"]["id"] == "me/model"
+    assert all(isinstance(value, str) for value in details.values())
+    assert details["deployment_type"] == "self_deployed"
+    assert details["model_availability"] == "open_weights"
+    results = told["evaluation_results"]
+    assert len(results) == (1 if case == "no baseline" else 2)
+    for result in results:
+        assert result.keys() >= {"evaluation_name", "source_data", "metric_config", "score_details"}
+        assert result["source_data"]["source_type"] == "hf_dataset"
+        metric = result["metric_config"]
+        assert isinstance(metric["lower_is_better"], bool)
+        for bound in ("min_score", "max_score"):
+            assert isinstance(metric[bound], NUMBER) or metric[bound] in ("Infinity", "-Infinity")
+        score = result["score_details"]
+        assert isinstance(score["score"], NUMBER)
+        assert all(isinstance(value, str) for value in score["details"].values())
+    assert results[0]["metric_config"]["lower_is_better"] == (task == "regression")
+    gain = record["transfer_gain"]
+    if gain is not None and gain["ci95"] is not None:
+        interval = results[1]["score_details"]["uncertainty"]["confidence_interval"]
+        assert [interval["lower"], interval["upper"]] == gain["ci95"]
+        assert interval["confidence_level"] == 0.95
+
+
+def test_without_a_benchmark_there_are_no_such_files() -> None:
+    assert benchmark_files(make(), "1") == {}
+
+
+def test_the_files_pass_the_gates_and_those_of_others_are_left_alone(tmp_path: Path) -> None:
+    for name, text in benchmark_files(measured(), "1790000000").items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert check_files(tmp_path) == [".eval_results/hftl-org-reviews.yaml", EVERY_EVAL]
+    # A push deletes what it may publish and does not; a community's results are none of it.
+    assert not may_go(".eval_results/org-reviews.yaml")
+
+
+@pytest.mark.parametrize("test", [{"fraction": 0.2}, {"path": "org/other"}])
+def test_a_benchmark_that_is_not_the_test_set_is_refused(test: dict[str, Any]) -> None:
+    tree = {
+        "source": {"model": "org/model"},
+        "data": {"train": {"path": "org/reviews"}, "test": test},
+        "publish": {"benchmark": BENCHMARK},
+    }
+    with pytest.raises(RecipeError, match="publish.benchmark"):
+        Recipe.parse(tree)
+    tree["data"]["test"] = {"path": "org/reviews"}
+    assert Recipe.parse(tree).publish.benchmark is not None
+
+
+def test_emissions_are_grams_of_a_known_place() -> None:
+    assert emissions({"energy_kwh": 0.25}, 400.0) == {"co2_grams": 100.0}
+    assert emissions({}, 400.0) == {} == emissions({"energy_kwh": 0.25}, None)
+    record = make()
+    record["environment"] |= {"energy_kwh": 0.25, "co2_grams": 100.0}
+    assert "co2_eq_emissions" not in front_matter(render_card(record))[0]
+    place = {"location": "Quebec, Canada", "grams_per_kwh": 400.0}
+    record["recipe"]["publish"]["emissions"] = place
+    card = render_card(record)
+    stated = front_matter(card)[0]["co2_eq_emissions"]
+    assert stated["emissions"] == 100.0 and stated["geographical_location"] == "Quebec, Canada"
+    assert stated["training_type"] == "fine-tuning" and stated["hardware_used"] == "cpu"
+    assert own_card_problems(card) == []
+    assert ("emissions", "100 g of CO2 equivalents") in environment(record["environment"])
+
+
+def test_widget_examples_have_their_outputs() -> None:
+    samples = [("a | good: film", "positive", {"negative": 0.125, "positive": 0.875}),
+               ("two\nlines", "negative", {"negative": 1.0, "positive": 0.0})]  # fmt: skip
+    record = make() | {"widget": widget_examples(samples)}
+    card = render_card(record)
+    (shown,) = front_matter(card)[0]["widget"]
+    assert shown["text"] == "a | good: film"
+    assert shown["output"] == [
+        {"label": "positive", "score": 0.875}, {"label": "negative", "score": 0.125}
+    ]  # fmt: skip
+    assert own_card_problems(card) == []
+    assert "widget" not in front_matter(render_card(make()))[0]
