@@ -79,8 +79,18 @@ def jackknife(
         [score(np.flatnonzero(block != j)) for j in range(count)],
         1,
     )
-    remaining = 1 - np.bincount(block) / len(block)
-    return whole + count * remaining * (whole - without)
+    return pseudo_values(float(whole), without, np.bincount(block))
+
+
+def pseudo_values(whole: float, without: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return the values of `jackknife` from a statistic of all rows and those without each block.
+
+    Args:
+        whole: of all rows.
+        without: (blocks,) without each.
+        sizes: (blocks,) rows of each.
+    """
+    return whole + len(sizes) * (1 - sizes / sizes.sum()) * (whole - without)
 
 
 def block_of_rows(units: np.ndarray, blocks: int = BLOCKS) -> np.ndarray:
@@ -138,7 +148,9 @@ def mean_squares(values: np.ndarray) -> tuple[float, float, float]:
     )
 
 
-def mean_error(values: np.ndarray, sizes: np.ndarray | None = None) -> MeanError | None:
+def mean_error(
+    values: np.ndarray, sizes: np.ndarray | None = None, widening: float = 1.0
+) -> MeanError | None:
     """Estimate the error of a mean over random seeds and random units (two-way components).
 
     Model d[s, i] = mu + a_s + b_i + e_si, all three random. The variance of the grand mean is
@@ -163,6 +175,7 @@ def mean_error(values: np.ndarray, sizes: np.ndarray | None = None) -> MeanError
     Args:
         values: (seeds, units) contributions to the gain; their mean over everything is the gain.
         sizes: (units,) rows of each, None where they are equal.
+        widening: factor of the seeds' standard error, for seeds whose effects are skewed.
 
     Returns:
         None with one seed (it cannot tell gain from luck) or under two units.
@@ -176,6 +189,7 @@ def mean_error(values: np.ndarray, sizes: np.ndarray | None = None) -> MeanError
         return None
     # Equal values then centre to exact zeros, not to rounding noise.
     from_seeds, unit_square, error_square = mean_squares(values - values[0, 0])
+    from_seeds *= widening**2
     total = from_seeds + max(unit_square - error_square, 0.0)
     if total == 0:
         return MeanError(0.0, seeds - 1)

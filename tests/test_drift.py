@@ -1,5 +1,6 @@
 """How far features moved, against loops and textbook formulas, and by properties."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from hftl.analyse import drift, neighbours
-from hftl.analyse.drift import cka, cosines, nearest_same, probe_hits, relational_kl
+from hftl.analyse.drift import cka, cka_floor, cosines, nearest_same, probe_hits, relational_kl
 
 ROWS, WIDTH = 60, 8
 
@@ -60,17 +61,36 @@ def test_relational_kl_is_a_double_loop(
     assert not np.allclose(expected, relational_kl(after, before, tau), rtol=0.01)
 
 
-def test_cka_is_the_ratio_of_independence_criteria() -> None:
-    before, after = features(0), features(0)[:, :5] + features(1, width=5)
-    middle = np.eye(ROWS) - 1 / ROWS
+def test_cka_is_the_ratio_of_unbiased_independence_criteria() -> None:
+    """Each is the mean over all ordered quadruples of different rows of Song et al.'s kernel."""
+    before = features(0)[:9]
+    after = before[:, :5] + features(1, width=5)[:9]
 
     def hsic(k: np.ndarray, other: np.ndarray) -> float:
-        return float(np.trace(k @ middle @ other @ middle)) / (ROWS - 1) ** 2
+        terms = [
+            k[i, j] * (other[i, j] + other[q, r] - 2 * other[i, q])
+            for i, j, q, r in itertools.permutations(range(9), 4)
+        ]
+        return float(np.mean(terms))
 
     k, other = (side.astype(float) @ side.astype(float).T for side in (before, after))
     expected = hsic(k, other) / math.sqrt(hsic(k, k) * hsic(other, other))
     assert cka(before, after) == pytest.approx(expected, rel=1e-10)
-    assert 0.1 < expected < 0.9
+
+
+def test_cka_of_unrelated_features_is_about_zero_and_under_its_floor() -> None:
+    draw = np.random.default_rng(0)
+    pairs = [draw.normal(size=(2, 50, 384)) for _ in range(30)]
+    found = [cka(*pair) for pair in pairs]
+    assert abs(np.mean(found)) < 0.03 and np.max(np.abs(found)) < 0.25
+    above = [cka(*pair) > cka_floor(*pair) for pair in pairs]
+    assert np.mean(above) <= 0.2
+    near = pairs[0][0] + 0.5 * pairs[0][1]
+    assert cka(pairs[0][0], near) > 3 * cka_floor(pairs[0][0], near)
+
+
+def test_cka_of_turned_scaled_and_constant_features() -> None:
+    before = features(0)
     assert cka(before + 5, 3 * before) == pytest.approx(1, abs=1e-6)
     assert cka(before, np.ones_like(before)) == 0
 

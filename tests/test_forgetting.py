@@ -76,11 +76,11 @@ def test_every_figure_is_its_formula_over_the_seeds(found: dict[str, Any]) -> No
 
 def test_the_interval_holds_the_change_and_needs_seeds(found: dict[str, Any]) -> None:
     for told in found.values():
-        for name in ("neighbours", "cosine", "kl", "new_kl"):
+        for name in ("neighbours", "cosine", "kl", "new_kl", "cka"):
             low, high = told[name]["ci95"]
             assert low < told[name]["change"] < high
             assert (low + high) / 2 == pytest.approx(told[name]["change"], abs=1e-9)
-        assert told["cka"]["ci95"] is None
+        assert told["cka"]["floor"] < 0.5 < told["cka"]["after"]
     one = figures(BEFORE, {"own": ARMS["own"][:1]}, ASKED)["own"]
     assert one["kl"]["ci95"] is None and one["kl"]["after"] > 0
 

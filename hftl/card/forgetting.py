@@ -7,7 +7,7 @@ from hftl.measure.verdict import interval_text
 
 FIGURES = {
     "neighbours": "same ten nearest neighbours",
-    "cka": "linear CKA with the original",
+    "cka": "linear CKA with the original, debiased",
     "cosine": "mean cosine with the original",
     "kl": "KL of similarities, in nats",
     "new_kl": "KL of similarities of test inputs, in nats",
@@ -118,4 +118,7 @@ def _gone(against: dict[str, Any] | None) -> str:
 
 def _figure_row(words: str, figure: dict[str, Any]) -> list[str]:
     change = {"value": figure["change"], "ci95": figure["ci95"]}
-    return [words, f"{figure['before']:.3f}", f"{figure['after']:.3f}", interval_text(change)]
+    # Records of before it was computed have no floor.
+    floor = figure.get("floor")
+    named = words if floor is None else f"{words} (rows paired by chance: up to {floor:.3f})"
+    return [named, f"{figure['before']:.3f}", f"{figure['after']:.3f}", interval_text(change)]

@@ -1,0 +1,125 @@
+"""Figures without a block of rows equal the figures of the rows that are left."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from hftl.analyse.drift import cka, nearest_same, relational_kl
+from hftl.analyse.leave_out import (
+    Probes,
+    cka_without,
+    kl_without,
+    neighbours_needed,
+    ordered_neighbours,
+    same_without,
+    shared_without,
+)
+from hftl.analyse.neighbours import shared
+from hftl.errors import DataError
+from hftl.measure.forgetting import Asked, figures
+from hftl.statistics import block_of_rows
+
+ROWS = 90
+UNITS = np.arange(ROWS) // 4
+BLOCKS = block_of_rows(UNITS, 10)
+RNG = np.random.default_rng(0)
+BEFORE = RNG.normal(size=(ROWS, 12))
+AFTER = BEFORE + 0.7 * RNG.normal(size=(ROWS, 12))
+
+
+def order(side: np.ndarray) -> np.ndarray:
+    return ordered_neighbours(side, neighbours_needed(BLOCKS, 10))
+
+
+@pytest.mark.parametrize(
+    ("found", "figure"),
+    [
+        (shared_without(order(BEFORE), order(AFTER), BLOCKS),
+         lambda i: shared(BEFORE[i], AFTER[i]).mean()),
+        (same_without(order(AFTER), UNITS, BLOCKS),
+         lambda i: nearest_same(AFTER[i], UNITS[i]).mean()),
+        (kl_without(BEFORE, AFTER, 0.05, BLOCKS),
+         lambda i: relational_kl(BEFORE[i], AFTER[i], 0.05).mean()),
+        (cka_without(BEFORE, AFTER, BLOCKS), lambda i: cka(BEFORE[i], AFTER[i])),
+    ],
+    ids=["shared", "same", "kl", "cka"],
+)  # fmt: skip
+def test_a_block_leaves_queries_and_references(
+    found: tuple[float, np.ndarray], figure: Callable[[np.ndarray], float]
+) -> None:
+    whole, without = found
+    assert whole == pytest.approx(figure(np.arange(ROWS)))
+    expected = [figure(np.flatnonzero(BLOCKS != block)) for block in range(10)]
+    np.testing.assert_allclose(without, expected, rtol=1e-9)
+    assert np.ptp(without) > 0
+
+
+def test_probes_are_fitted_without_the_block() -> None:
+    labels = (BEFORE[:, 0] > 0).astype(np.int64)
+    probes = Probes.fit(BEFORE, labels, UNITS, 1.0, BLOCKS)
+    whole, without = probes.right(BEFORE, labels)
+    assert 0.7 < whole < 1 and len(without) == 10
+    wrong = labels.copy()
+    wrong[BLOCKS == 3] = 1 - wrong[BLOCKS == 3]
+    spoilt = Probes.fit(BEFORE, wrong, UNITS, 1.0, BLOCKS)
+    assert spoilt.right(BEFORE, labels)[1][3] == pytest.approx(without[3]), "it saw none of them"
+    assert spoilt.right(BEFORE, labels)[0] < whole
+
+
+def test_too_few_rows_are_refused() -> None:
+    with pytest.raises(DataError, match="9 rows have no 10 neighbours"):
+        neighbours_needed(np.zeros(9, int), 10)
+
+
+def sides(general: np.ndarray) -> dict[str, np.ndarray]:
+    return {"general": general, "new": general[:1]}
+
+
+def test_what_did_not_change_is_bounded_by_the_documents() -> None:
+    """The encoder has changed, and no row's answer: 20 documents rule out no less than 3 / 20."""
+    before = sides(BEFORE[:80])
+    units = np.arange(80) // 4
+    asked = Asked({"document": units.astype(str)}, (), units, 0.05)
+    moved = [sides(scale * BEFORE[:80]) for scale in (2, 3, 4)]
+    found = figures(before, {"own": moved}, asked)["own"]
+    for figure in (found["neighbours"], found["controls"]["document"]["same"]):
+        assert figure["change"] == pytest.approx(0, abs=1e-12)
+        assert figure["ci95"] == pytest.approx([-0.15, 0.15])
+    still = figures(before, {"own": [before] * 3}, asked)["own"]
+    assert still["neighbours"]["ci95"] == [0, 0], "of the same encoder nothing is forgotten"
+
+
+def test_one_document_or_very_few_rows_give_no_interval() -> None:
+    before, after = sides(BEFORE[:14]), [sides(AFTER[:14])] * 3
+    for units in (np.zeros(14, int), np.arange(14) // 7):
+        labels = (np.arange(14) % 2).astype(str)
+        asked = Asked({"tone": labels}, ("tone",), units, 0.05)
+        found = figures(before, {"own": after}, asked)["own"]
+        assert found["neighbours"]["ci95"] is None and found["neighbours"]["after"] < 1
+
+
+def test_intervals_cover_as_often_as_said() -> None:
+    """40 documents of one to three rows, 3 seeds that forget unequally."""
+    rng = np.random.default_rng(0)
+    units = np.repeat(np.arange(40), 1 + np.arange(40) % 3)
+    rows: dict[str, list[tuple[float, float, float]]] = {}
+    for _ in range(120):
+        old = rng.normal(size=(40, 16))[units] + 0.7 * rng.normal(size=(len(units), 16))
+        after = []
+        for _ in range(3):
+            far = 0.5 * np.exp(0.25 * rng.standard_normal())
+            turn = rng.normal(size=(16, 16)) / 4
+            noise = rng.normal(size=old.shape)
+            after.append(sides(old + 0.7 * far * (old @ turn + noise)))
+        asked = Asked({"document": units.astype(str)}, (), units, 0.2)
+        found = figures(sides(old), {"own": after}, asked)["own"]
+        told = {name: found[name] for name in ("neighbours", "kl", "cka")}
+        told["same"] = found["controls"]["document"]["same"]
+        for name, figure in told.items():
+            rows.setdefault(name, []).append((figure["change"], *figure["ci95"]))
+    for values in rows.values():
+        change, low, high = np.array(values).T
+        covered = np.mean((low <= change.mean()) & (change.mean() <= high))
+        assert covered >= 0.9
+        assert np.mean(high - low) < 4 * 3.92 * change.std(), "and no wider than 3 seeds need"
