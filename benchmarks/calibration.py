@@ -12,6 +12,8 @@ their difficulty. What is estimated is estimated by the functions that a run use
   scratch's epochs, own's epochs and scratch's rate are chosen on validation; how often it is called
   positive over the lesser gain on test, and, to compare, over the baseline that is better on
   validation.
+- `forgetting`: documents of one to three rows whose features are turned and blurred by each seed,
+  by amounts that are skewed; how often a figure's interval holds the mean of its change.
 
 Results: benchmarks/results/calibration.json.
 """
@@ -28,6 +30,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
+from hftl.measure.forgetting import Asked, figures
 from hftl.measure.gain import MARGIN, lesser_gain
 from hftl.statistics import MeanError, block_of_rows, mean_error, outcome
 
@@ -36,6 +39,8 @@ REPLICATES = 4000
 SPREAD, SHARED, OF_GROUP = 3.0, 0.9, 0.6
 """Of the log-odds over items; what arms share of it; what rows of a group share of its variance."""
 VALUES_AT_ONCE = 2_000_000
+WIDTH = 16
+"""Of the features that are forgotten."""
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 
 
@@ -234,9 +239,52 @@ def judge_positive(replicates: int) -> list[dict[str, Any]]:
     return rows
 
 
+def changes(
+    rng: np.random.Generator, seeds: int, documents: int, skew: float, probes: bool
+) -> dict[str, tuple[float, float, float]]:
+    """Return the change and the interval of each figure of one run."""
+    units = np.repeat(np.arange(documents), 1 + np.arange(documents) % 3)
+    centres = rng.normal(size=(documents, WIDTH))
+    tone = (centres[:, 0] + 0.5 * rng.normal(size=documents) > 0)[units]
+    old = centres[units] + 0.7 * rng.normal(size=(len(units), WIDTH))
+    after = []
+    for _ in range(seeds):
+        far = 0.35 * np.exp(skew * rng.standard_normal())
+        turn = rng.normal(size=(WIDTH, WIDTH)) / WIDTH**0.5
+        new = old + far * (old @ turn + rng.normal(size=old.shape))
+        after.append({"general": new, "new": new[:1]})
+    controls = {"document": units.astype(str), "tone": tone.astype(str)}
+    asked = Asked(controls, ("tone",) if probes else (), units, 0.2)
+    found = figures({"general": old, "new": old[:1]}, {"own": after}, asked)["own"]
+    told = {name: found[name] for name in ("neighbours", "cosine", "kl", "cka")}
+    for control, figure in found["controls"].items():
+        told |= {f"{control} {name}": value for name, value in figure.items() if value}
+    return {name: (figure["change"], *figure["ci95"]) for name, figure in told.items()}
+
+
+def judge_forgetting(replicates: int) -> list[dict[str, Any]]:
+    """Count how often the interval of each figure holds the mean of its change over all runs."""
+    rows = []
+    settings = [(s, d, k, False) for s in (3, 8) for d in (40, 80) for k in (0.15, 0.5)]
+    for seeds, documents, skew, probes in [*settings, (3, 40, 0.3, True)]:
+        rng = np.random.default_rng([seeds, documents, round(100 * skew)])
+        count = replicates // (40 if probes else 13)
+        drawn = [changes(rng, seeds, documents, skew, probes) for _ in range(count)]
+        row: dict[str, Any] = {
+            "seeds": seeds, "documents": documents, "seed_sd_of_log": skew, "replicates": count,
+        }  # fmt: skip
+        for name in drawn[0]:
+            change, low, high = np.array([found[name] for found in drawn]).T
+            truth = change.mean()
+            row[name] = float(np.mean((low <= truth) & (truth <= high)))
+        rows.append(row)
+    return rows
+
+
 PARTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
     "p_values": judge_p_values,
     "positive": judge_positive,
+    "forgetting": judge_forgetting,
 }
 
 
@@ -247,7 +295,17 @@ def table(result: dict[str, Any]) -> list[str]:
         lines.append(f"p of equal arms: {row}")
     for row in _extremes(result.get("positive", []), "positive", "positive_by_validation"):
         lines.append(f"null runs: {row}")
+    told = result.get("forgetting", [])
+    for name in [key for key in told[-1] if key not in NO_FIGURES] if told else []:
+        found = [row[name] for row in told if name in row]
+        lines.append(
+            f"forgetting, {name}: covered {min(found):.3f} to {max(found):.3f}, mean "
+            f"{np.mean(found):.3f} ({len(found)} settings)"
+        )
     return lines
+
+
+NO_FIGURES = ("seeds", "documents", "seed_sd_of_log", "replicates")
 
 
 def _extremes(rows: Sequence[dict[str, Any]], *keys: str) -> list[str]:

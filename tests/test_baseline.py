@@ -12,6 +12,7 @@ from scipy.special import softmax
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
+from hftl.card.making import search_words
 from hftl.finetune import baseline, store
 from hftl.finetune.classical import solve_classical
 from hftl.finetune.outcome import Outcome
@@ -66,6 +67,54 @@ def test_scratch_gets_its_longer_budget_and_the_search_a_third(
     assert [t["num_train_epochs"] for t in given] == pytest.approx([4, 4, 4])
     baseline.train_scratch(bench, finetune, search, found["learning_rate"], 0)
     assert given[-1]["num_train_epochs"] == 12 and given[-1]["learning_rate"] == 3e-3
+
+
+@pytest.mark.parametrize(
+    ("given", "best", "beyond", "chosen", "at_edge"),
+    [
+        ([1e-3, 3e-3, 1e-2], 3e-3, [], 3e-3, False),
+        ([1e-3, 3e-3], 9e-3, [9e-3, 2.7e-2], 9e-3, False),
+        ([1e-3, 3e-3], 1.0, [9e-3, 2.7e-2], 2.7e-2, True),
+        ([1e-3, 3e-3, 6e-3], 1e-4, [1e-3 / 3, 1e-3 / 9], 1e-3 / 9, True),
+        ([1e-3], 1.0, [], 1e-3, False),
+    ],
+    ids=["inside", "one step beyond", "always higher", "always lower", "one rate"],
+)
+def test_a_rate_at_the_edge_is_gone_beyond_a_few_times(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, given: list[float], best: float,
+    beyond: list[float], chosen: float, at_edge: bool,
+) -> None:  # fmt: skip
+    """Accuracy falls with the distance from the best rate."""
+
+    def try_rate(bench: Any, finetune: Any, search: Any, rate: float, *_: Any) -> dict[str, Any]:
+        far = abs(np.log(rate / best))
+        return {"learning_rate": rate, "metrics": {"accuracy": 1 / (1 + far)}}
+
+    monkeypatch.setattr(baseline, "_try_rate", try_rate)
+    search = Search(learning_rates=given)
+    found = baseline.search_rate(bench, None, search, 0)  # pyright: ignore
+    assert found["beyond"] == pytest.approx(beyond, rel=1e-4)
+    assert found["learning_rate"] == pytest.approx(chosen, rel=1e-4)
+    assert found["at_edge"] is at_edge
+    tried = [row["learning_rate"] for row in found["tried"]]
+    assert tried == pytest.approx(given + beyond, rel=1e-4)
+    words = search_words(found)
+    assert ("at the edge of those tried" in words) is at_edge
+    assert all(f"{rate:g}" in words for rate in found["beyond"])
+
+
+def test_a_rate_beyond_that_diverges_is_not_chosen(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def try_rate(bench: Any, finetune: Any, search: Any, rate: float, *_: Any) -> dict[str, Any]:
+        metrics = None if rate > 3e-3 else {"accuracy": rate}
+        return {"learning_rate": rate, "metrics": metrics}
+
+    monkeypatch.setattr(baseline, "_try_rate", try_rate)
+    search = Search(learning_rates=[1e-3, 3e-3])
+    found = baseline.search_rate(bench, None, search, 0)  # pyright: ignore
+    assert found["learning_rate"] == 3e-3 and not found["at_edge"]
+    assert found["beyond"] == pytest.approx([9e-3])
 
 
 def test_classical_is_tfidf_and_logistic_regression(bench: Workbench) -> None:

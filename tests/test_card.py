@@ -112,6 +112,24 @@ def figure(before: float, after: list[float]) -> dict[str, Any]:
             "ci95": [change - 0.01, change + 0.01] if len(after) > 1 else None}  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [
+        (None, None),
+        ({"learning_rate": 1e-3, "tried": []}, None),
+        ({"learning_rate": 1e-3, "at_edge": False, "beyond": []}, None),
+        ({"learning_rate": 1e-2, "at_edge": True, "beyond": [1e-2]}, "may be better than it is"),
+        ({"learning_rate": 1e-3, "at_edge": False, "beyond": [1e-2]}, "0.01 was tried, too."),
+    ],
+)
+def test_the_card_says_where_scratchs_rate_was_at_the_edge(
+    search: dict[str, Any] | None, said: str | None
+) -> None:
+    card = render_card(make() | {"scratch_search": search})
+    assert ("Of scratch" in card) == (said is not None)
+    assert said is None or said in card
+
+
 def with_forgetting(
     record: dict[str, Any], control: str | None = "document", gone: float | None = 0.75
 ) -> dict[str, Any]:

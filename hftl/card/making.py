@@ -92,6 +92,7 @@ def limits(record: dict[str, Any]) -> list[str]:
         if gain is not None and gain["value"] < 0:
             lines.append(f"It is behind {called(row['arm'], record)}: {interval_text(gain)}.")
     lines += _worse_classes(record.get("classes"))
+    lines += _scratch_search(record["scratch_search"])
     lines.append(
         "Measured on rows of the same origin as its training rows; other domains were not measured."
     )
@@ -102,6 +103,25 @@ def limits(record: dict[str, Any]) -> list[str]:
     if not was_measured(record):
         lines.append("Forgetting of what the source model knew was not measured.")
     return lines
+
+
+def search_words(search: dict[str, Any]) -> str:
+    """How scratch's learning rate was chosen, in a few words."""
+    words = f"learning rate {search['learning_rate']:g} is best on validation"
+    # Records of before the search went on tell of none.
+    if beyond := search.get("beyond"):
+        rates = " and ".join(f"{rate:g}" for rate in beyond)
+        verb = "was" if len(beyond) == 1 else "were"
+        words += f"; as the best of those given is at their edge, {rates} {verb} tried, too"
+    return words + ("; it is at the edge of those tried" if search.get("at_edge") else "")
+
+
+def _scratch_search(search: dict[str, Any] | None) -> list[str]:
+    """Where scratch's best rate was at the edge of those given, so that it may lie beyond."""
+    if search is None or not (search.get("beyond") or search.get("at_edge")):
+        return []
+    unsure = ", so that scratch may be better than it is here" if search.get("at_edge") else ""
+    return [f"Of scratch, {search_words(search)}{unsure}."]
 
 
 def _worse_classes(found: dict[str, Any] | None) -> list[str]:

@@ -21,44 +21,77 @@ from hftl.sections.measure import Search
 
 SEARCH_SHARE = 1 / 3
 """Each rate is tried at this share of scratch's own budget."""
+MORE_RATES = 2
+"""Rates that are tried at most beyond those given."""
 WARMUP = 0.1
 
 
 def search_rate(
     bench: Workbench, finetune: Finetune, search: Search, seed: int
 ) -> dict[str, Any]:
-    """Tries each rate once and chooses by validation, as epochs are chosen.
+    """Try each rate once and choose by validation, as epochs are chosen.
+
+    Where the best is the lowest or highest, the best may lie beyond: the search goes on by the
+    grid's own ratio, at most `MORE_RATES` times, each at the cost of one more rate.
 
     Returns:
-        `learning_rate`, the chosen one, `at_edge`, whether it is the lowest or highest given, and
-        `tried`: each rate with its validation metrics, None where it diverged.
+        `learning_rate`, the chosen one, `at_edge`, whether it is still the lowest or highest tried,
+        `beyond`, the rates tried past those given, and `tried`: each rate with its validation
+        metrics, None where it diverged.
 
     Raises:
         NumericError: if every rate diverges.
     """
-    tried = []
-    task, rows = bench.prepared.task, bench.prepared.rows["validation"]
+    tried: list[dict[str, Any]] = []
+    beyond: list[float] = []
+    count = len(search.learning_rates)
     for number, rate in enumerate(search.learning_rates, 1):
-        training = _budget(finetune.training, rate, search.epochs_factor * SEARCH_SHARE)
-        title = f"scratch: rate {rate:g} ({number} of {len(search.learning_rates)})"
-        try:
-            with working(title):
-                outcome = _train(bench, finetune, training, seed)
-        except NumericError as error:
-            # A rate that diverges is not chosen; the others may still do.
-            tried.append({"learning_rate": rate, "metrics": None, "diverged": error.what})
-            continue
-        found = bench.told(rows, outcome.logits["validation"])
-        metrics = score_all(task, bench.prepared.measured(rows), found)
-        tried.append({"learning_rate": rate, "metrics": metrics})
+        title = f"scratch: rate {rate:g} ({number} of {count})"
+        tried.append(_try_rate(bench, finetune, search, rate, seed, title))
+    best = _best_rate(bench.prepared.task, tried)
+    while len(beyond) < MORE_RATES and (rate := next_rate(tried, best)) is not None:
+        title = f"scratch: rate {rate:g} (beyond those given: {best:g} was the best, at their edge)"
+        tried.append(_try_rate(bench, finetune, search, rate, seed, title))
+        beyond.append(rate)
+        best = _best_rate(bench.prepared.task, tried)
+    edge = next_rate(tried, best) is not None
+    return {"learning_rate": best, "at_edge": edge, "beyond": beyond, "tried": tried}
+
+
+def next_rate(tried: list[dict[str, Any]], best: float) -> float | None:
+    """Return the rate one step beyond the best where that is the lowest or highest tried; else
+    None, as with one rate."""
+    rates = sorted({row["learning_rate"] for row in tried})
+    if len(rates) < 2 or best not in (rates[0], rates[-1]):
+        return None
+    edge, inner = (rates[0], rates[1]) if best == rates[0] else (rates[-1], rates[-2])
+    return float(f"{edge * edge / inner:.6g}")
+
+
+def _try_rate(
+    bench: Workbench, finetune: Finetune, search: Search, rate: float, seed: int, title: str
+) -> dict[str, Any]:
+    """One rate's metrics on validation; None where it diverged: the others may still do."""
+    task, rows = bench.prepared.task, bench.prepared.rows["validation"]
+    training = _budget(finetune.training, rate, search.epochs_factor * SEARCH_SHARE)
+    try:
+        with working(title):
+            outcome = _train(bench, finetune, training, seed)
+    except NumericError as error:
+        return {"learning_rate": rate, "metrics": None, "diverged": error.what}
+    predictions = bench.told(rows, outcome.logits["validation"])
+    metrics = score_all(task, bench.prepared.measured(rows), predictions)
+    return {"learning_rate": rate, "metrics": metrics}
+
+
+def _best_rate(task: str, tried: list[dict[str, Any]]) -> float:
+    """The rate that is best on validation; of equals the first tried."""
     score = SELECTION[task]
     sign = METRICS[task][score].sign
     sound = [row for row in tried if row["metrics"]]
     if not sound:
         raise NumericError("scratch diverged at every rate", "Lower measure.scratch.learning_rates")
-    best = max(sound, key=lambda row: sign * row["metrics"][score])["learning_rate"]
-    edge = len(tried) > 1 and best in (min(search.learning_rates), max(search.learning_rates))
-    return {"learning_rate": best, "at_edge": edge, "tried": tried}
+    return max(sound, key=lambda row: sign * row["metrics"][score])["learning_rate"]
 
 
 def train_scratch(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hftl import processes, rundir, show
+from hftl.card.making import search_words
 from hftl.energy import metered
 from hftl.errors import RunFolderError
 from hftl.finetune import arm as training
@@ -208,8 +209,7 @@ def _scratch_rate(this: Run, bench: Workbench, arm: Arm) -> float:
                 rundir.write_text(aside / "search.json", to_json(found))
 
         processes.share(keep)
-        edge = ", at the edge of those tried" if found["at_edge"] else ""
-        this.say(f"  scratch: learning rate {found['learning_rate']:g} is best on validation{edge}")
+        this.say(f"  scratch: {search_words(found)}")
     return json.loads((folder / "search.json").read_text("utf-8"))["learning_rate"]
 
 
