@@ -131,6 +131,9 @@ def test_widget_examples_have_their_outputs() -> None:
     samples = [("a | good: film", "positive", {"negative": 0.125, "positive": 0.875}),
                ("two\nlines", "negative", {"negative": 1.0, "positive": 0.0})]  # fmt: skip
     record = make() | {"widget": widget_examples(samples)}
+    pooled, _ = front_matter(render_card(record))
+    assert "widget" not in pooled, "a model of features shows no classes"
+    record["recipe"]["finetune"]["pooling"] = "native"
     card = render_card(record)
     (shown,) = front_matter(card)[0]["widget"]
     assert shown["text"] == "a | good: film"

@@ -272,6 +272,9 @@ def test_a_model_that_is_not_better_than_head_says_so_in_its_first_sentence(
     assert sentence.startswith(words or "Transfer helped")
     assert (interval_text(row["gain_of_own"]) in sentence) == (words is not None)
     assert "Transfer helped" in sentence, "what it beats is told all the same"
+    colors = ("#9a6700", "#1a7f37") if words else ("#1a7f37", "#9a6700")
+    page = render_report(render_card(record).replace("assets/", "none/"), Path(), record)
+    assert colors[0] in page and colors[1] not in page
     bold = next(line for line in render_card(record).splitlines() if line.startswith("**"))
     assert bold == f"**{sentence}**"
     assert sentence in _summary(Record(record, Path("run")), True)

@@ -32,7 +32,7 @@ def metadata(record: dict[str, Any]) -> ModelCardData:
         metrics=[_metric_id(record["metric"])],
         model_name=title(record),
         eval_results=_eval_results(record),
-        widget=record.get("widget") or None,
+        widget=_widget(record),
         co2_eq_emissions=_emissions(record),
         **origin(record, own == "lora"),
     )
@@ -137,6 +137,11 @@ def _measured_on(record: dict[str, Any]) -> dict[str, Any]:
         "dataset_revision": revision,
         "dataset_split": "test",
     }
+
+
+def _widget(record: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the examples with outputs; none where the Hub's task is one of features."""
+    return None if is_pooled(record) else record.get("widget") or None
 
 
 def _emissions(record: dict[str, Any]) -> dict[str, Any] | None:

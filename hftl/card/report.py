@@ -14,6 +14,7 @@ from markupsafe import Markup
 from hftl.card.examples import Picture, in_context, thumbnail
 from hftl.card.plain import one_line
 from hftl.measure.mistakes import Errors, Mistake
+from hftl.measure.verdict import is_better
 
 COLORS = {"positive": "#1a7f37", "negative": "#cf222e"}
 """Of the line beside the gain, by its outcome."""
@@ -39,12 +40,21 @@ def render_report(
     """
     body = card.split("\n---\n", 1)[1]
     title = next(line[2:] for line in body.splitlines() if line.startswith("# "))
-    gain = record["transfer_gain"]
     told = {} if errors is None else _told(errors, record, picture)
     return _template().render(
         title=title, page=Markup(_html(body, folder)), errors=errors,
-        color=COLORS.get(gain["outcome"], OTHER) if gain else OTHER, **told,
+        color=_color(record), **told,
     )  # fmt: skip
+
+
+def _color(record: dict[str, Any]) -> str:
+    """Return the color of the line beside the gain, green only where `head` is not as good."""
+    gain = record["transfer_gain"]
+    if gain is None:
+        return OTHER
+    head = [row["gain_of_own"] for row in record["ladder"] if row["arm"] == "head"]
+    level = any(over is not None and not is_better(over) for over in head)
+    return OTHER if level and gain["outcome"] == "positive" else COLORS.get(gain["outcome"], OTHER)
 
 
 @cache
