@@ -70,6 +70,14 @@ def test_errors_of_words_name_the_word_and_leave_out_what_was_cut(tmp_path: Path
     ]  # fmt: skip
 
 
+def test_large_targets_keep_their_digits(tmp_path: Path) -> None:
+    found = stored(
+        tmp_path, "regression", [], [1234567.0, 2.5], [1234501.0, 2.5], [[1234501.0], [2.5]],
+        [("a",), ("b",)],
+    )  # fmt: skip
+    assert (found.mistakes[0].label, found.mistakes[0].prediction) == ("1234567", "1234501")
+
+
 def test_errors_of_names_are_names_said_or_missed(tmp_path: Path) -> None:
     found = stored(
         tmp_path, "multi-label", ["x", "y"], [("x",), ("x", "y")], [("x", "y"), ("y",)],

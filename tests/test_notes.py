@@ -38,6 +38,16 @@ def test_what_is_noted_is_read_and_the_rest_passed_over(tmp_path: Path) -> None:
     assert found.metric == "pearson"
 
 
+def test_the_scheme_of_tags_is_the_noted_one_where_it_has_the_model_s_tags(tmp_path: Path) -> None:
+    data = {"task": "token-classification", "labels": ["ORG", "O"]}
+    scheme = {"name": "IO", "outside": "O", "standard": {"ORG": "B-ORG", "O": "O"}}
+    found = read({"data": data | {"tag_scheme": scheme}}, tmp_path).tag_scheme
+    assert found is not None and found.standardise(["ORG", "O"]) == ("B-ORG", "O")
+    assert read({"data": data}, tmp_path).tag_scheme is None, "as folders of before"
+    other = data | {"labels": ["PER", "O"]}
+    assert read({"data": other | {"tag_scheme": scheme}}, tmp_path).tag_scheme is None
+
+
 @pytest.mark.parametrize(
     ("tree", "told"),
     [

@@ -15,10 +15,12 @@ from conftest import BAD, FILLER, GOOD, bench_of, write_csv
 from hftl import pipeline
 from hftl.data.answers import check_targets
 from hftl.data.load import Row
-from hftl.errors import DataError
-from hftl.finetune.arm import Kept, set_probe, solve_head, train_arm
+from hftl.errors import DataError, RecipeError
+from hftl.finetune import gradual
+from hftl.finetune.arm import Kept, arguments, set_probe, solve_head, train_arm
 from hftl.finetune.baseline import train_scratch
 from hftl.finetune.classical import solve_classical
+from hftl.finetune.gradual import State
 from hftl.finetune.retention import kept_near
 from hftl.finetune.targets import target_scale
 from hftl.finetune.workbench import Workbench
@@ -107,6 +109,34 @@ def test_the_unit_of_the_targets_changes_no_arm(
     same_scores(run, tiny_model(), tmp_path, finetune)
 
 
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [(None, False), ("rmse", False), ("eval_mae", False), ("r2", True), ("loss", False)],
+)
+def test_the_epoch_that_is_kept_is_the_best(
+    metric: str | None, greater: bool, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of an error the greatest was kept."""
+    training: dict[str, Any] = {"num_train_epochs": 4, "learning_rate": 2e-2, "bf16": False}
+    if metric is not None:
+        training["metric_for_best_model"] = metric
+    finetune = {"strategy": "full", "head_init": "random", "training": training}
+    recipe = recipe_of(tiny_model(), tmp_path, 1.0, 0.0, finetune)
+    facts = trained(bench_of(recipe), recipe).facts
+    key = "eval_" + (metric or "rmse").removeprefix("eval_")
+    values = {row["epoch"]: row[key] for row in facts["history"] if key in row}
+    assert facts["best_epoch"] == (max if greater else min)(values, key=values.__getitem__)
+    assert len(set(values.values())) == 4
+
+
+def test_a_direction_that_the_metric_has_not_is_refused(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    training = {"metric_for_best_model": "rmse", "greater_is_better": True}
+    with pytest.raises(RecipeError, match="of rmse less is better.*Leave it out"):
+        arguments(training, "regression", str(tmp_path), 0, "cpu")
+
+
 TERMS: dict[str, dict[str, Any]] = {
     "kl": {"kl": {"weight": 1.0, "on": "probe"}},
     "l2sp": {"l2sp": {"weight": 0.1, "head": 0.1}},
@@ -156,6 +186,27 @@ def test_no_step_back_is_the_solved_head(tiny_model: Callable[..., Path], tmp_pa
     solved = solve_head(bench, recipe.finetune, 0)
     np.testing.assert_allclose(found.logits["test"], solved.logits["test"], atol=5e-3)
     assert found.facts["target_scale"]["mean"] == pytest.approx(2000, abs=10)
+
+
+def test_gradual_unfreezing_that_was_stopped_goes_on_in_the_same_unit(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finetune = {"strategy": "gradual", "gradual": {"epochs": 1, "final_epochs": 1}}
+    recipe = recipe_of(tiny_model(), tmp_path, 10.0, 2000.0, finetune)
+    bench, state = bench_of(recipe), State(tmp_path / "state", {"of": "this"})
+    whole = trained(bench, recipe)
+    write = gradual._keep
+
+    def stop(*args: Any) -> None:
+        write(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(gradual, "_keep", stop)
+        train_arm(bench, recipe.finetune, 0, state=state)
+    again = train_arm(bench, recipe.finetune, 0, state=state)
+    np.testing.assert_array_equal(again.logits["test"], whole.logits["test"])
+    assert all(torch.equal(again.weights[name], whole.weights[name]) for name in whole.weights)
 
 
 def test_a_small_spread_far_from_zero(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

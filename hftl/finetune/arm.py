@@ -247,6 +247,16 @@ def arguments(
             f"finetune.training.metric_for_best_model={args.metric_for_best_model} is not measured",
             f"Use one of {', '.join(measured)}",
         )
+    name = str(args.metric_for_best_model).removeprefix("eval_")
+    # transformers takes all but a loss for a score: of an error it would keep the worst.
+    args.greater_is_better = name != "loss" and METRICS[task][name].sign > 0
+    if training.get("greater_is_better", args.greater_is_better) != args.greater_is_better:
+        better = "more" if args.greater_is_better else "less"
+        raise RecipeError(
+            f"finetune.training.greater_is_better={training['greater_is_better']}: of {name} "
+            f"{better} is better",
+            "Leave it out",
+        )
     return args
 
 
@@ -254,10 +264,7 @@ def keep_best(args: TrainingArguments, patience: int | None) -> KeepBest:
     """The callback for the metric that TrainingArguments names; by default the loss."""
     name = str(args.metric_for_best_model)
     key = name if name.startswith("eval_") else f"eval_{name}"
-    greater = args.greater_is_better
-    if greater is None:
-        greater = not key.endswith(("loss", "rmse", "mae"))
-    return KeepBest(key, greater, patience)
+    return KeepBest(key, bool(args.greater_is_better), patience)
 
 
 def set_probe(bench: Workbench, built: Built, pooling: str, seed: int) -> None:

@@ -147,7 +147,7 @@ def _of_names(prepared: Prepared, rows: list[Row], said: list[Any], scores: list
 
 def _of_targets(prepared: Prepared, rows: list[Row], said: list[Any], scores: list[Any]) -> Errors:
     found = [
-        Mistake(row.content, f"{row.label:g}", f"{value:g}", abs(value - float(row.label)),
+        Mistake(row.content, f"{row.label:.9g}", f"{value:.7g}", abs(value - float(row.label)),
                 row.where)
         for row, value in zip(rows, said, strict=True)
         if isinstance(row.label, float)
