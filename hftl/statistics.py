@@ -149,7 +149,10 @@ def mean_squares(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def mean_error(
-    values: np.ndarray, sizes: np.ndarray | None = None, widening: float = 1.0
+    values: np.ndarray,
+    sizes: np.ndarray | None = None,
+    widening: float = 1.0,
+    twice: float = 0.0,
 ) -> MeanError | None:
     """Estimate the error of a mean over random seeds and random units (two-way components).
 
@@ -175,6 +178,8 @@ def mean_error(
     Args:
         values: (seeds, units) contributions to the gain; their mean over everything is the gain.
         sizes: (units,) rows of each, None where they are equal.
+        twice: variance of the mean that the units' values count twice; at most half of theirs is
+            taken away.
         widening: factor of the seeds' standard error, for seeds whose effects are skewed.
 
     Returns:
@@ -190,7 +195,8 @@ def mean_error(
     # Equal values then centre to exact zeros, not to rounding noise.
     from_seeds, unit_square, error_square = mean_squares(values - values[0, 0])
     from_seeds *= widening**2
-    total = from_seeds + max(unit_square - error_square, 0.0)
+    from_units = max(unit_square - error_square, 0.0)
+    total = from_seeds + max(from_units - twice * values.size, from_units / 2)
     if total == 0:
         return MeanError(0.0, seeds - 1)
     share = from_seeds / total

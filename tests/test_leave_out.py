@@ -7,6 +7,7 @@ import pytest
 
 from hftl.analyse.drift import cka, nearest_same, relational_kl
 from hftl.analyse.leave_out import (
+    Figure,
     Probes,
     cka_without,
     kl_without,
@@ -46,10 +47,10 @@ def order(side: np.ndarray) -> np.ndarray:
     ids=["shared", "same", "kl", "cka"],
 )  # fmt: skip
 def test_a_block_leaves_queries_and_references(
-    found: tuple[float, np.ndarray], figure: Callable[[np.ndarray], float]
+    found: Figure, figure: Callable[[np.ndarray], float]
 ) -> None:
-    whole, without = found
-    assert whole == pytest.approx(figure(np.arange(ROWS)))
+    assert found.whole == pytest.approx(figure(np.arange(ROWS)))
+    without = found.without
     expected = [figure(np.flatnonzero(BLOCKS != block)) for block in range(10)]
     np.testing.assert_allclose(without, expected, rtol=1e-9)
     assert np.ptp(without) > 0
@@ -58,13 +59,26 @@ def test_a_block_leaves_queries_and_references(
 def test_probes_are_fitted_without_the_block() -> None:
     labels = (BEFORE[:, 0] > 0).astype(np.int64)
     probes = Probes.fit(BEFORE, labels, UNITS, 1.0, BLOCKS)
-    whole, without = probes.right(BEFORE, labels)
+    whole, without, _ = probes.right(BEFORE, labels)
     assert 0.7 < whole < 1 and len(without) == 10
     wrong = labels.copy()
     wrong[BLOCKS == 3] = 1 - wrong[BLOCKS == 3]
     spoilt = Probes.fit(BEFORE, wrong, UNITS, 1.0, BLOCKS)
     assert spoilt.right(BEFORE, labels)[1][3] == pytest.approx(without[3]), "it saw none of them"
     assert spoilt.right(BEFORE, labels)[0] < whole
+
+
+def test_effects_are_what_taking_out_a_block_does_through_the_rows_that_stay() -> None:
+    found = same_without(order(AFTER), UNITS, BLOCKS)
+    right = nearest_same(AFTER, UNITS)
+    assert isinstance(found.effects, np.ndarray) and not found.effects.diagonal().any()
+    for block in range(10):
+        left = BLOCKS != block
+        own_part = (right[left].sum() - right.sum()) / ROWS
+        through_others = found.effects[block].sum()
+        whole = found.without[block] * left.sum() / ROWS - found.whole
+        assert own_part + through_others == pytest.approx(whole, abs=1e-12)
+    assert found.effects.any()
 
 
 def test_too_few_rows_are_refused() -> None:

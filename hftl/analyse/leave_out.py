@@ -8,6 +8,7 @@ function returns the figure of all rows and, (blocks,), those without each block
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from sklearn.model_selection import GroupKFold
@@ -17,7 +18,17 @@ from hftl.analyse.neighbours import CHUNK, directions
 from hftl.analyse.probe import Probe, fit_probe
 from hftl.errors import DataError
 
-Figure = tuple[float, np.ndarray]
+
+class Figure(NamedTuple):
+    """A figure of all rows, and (blocks,) those without each block.
+
+    `effects` is (blocks, blocks): by how much taking out the first changes the figure through the
+    rows of the second, which stay; 0 where it was not computed.
+    """
+
+    whole: float
+    without: np.ndarray
+    effects: np.ndarray | float = 0.0
 
 
 def ordered_neighbours(features: np.ndarray, count: int) -> np.ndarray:
@@ -57,22 +68,21 @@ def shared_without(
         k: how many neighbours.
     """
 
-    def mean(left: np.ndarray, rows: np.ndarray) -> float:
+    def values(left: np.ndarray, rows: np.ndarray) -> np.ndarray:
         sides = [_first(side[rows], left, k) for side in (before, after)]
-        both = sides[0][:, :, None] == sides[1][:, None, :]
-        return float(both.any(2).mean())
+        return (sides[0][:, :, None] == sides[1][:, None, :]).any(2).mean(1)
 
-    return _without(mean, blocks, k)
+    return _without(values, blocks, k)
 
 
 def same_without(order: np.ndarray, labels: np.ndarray, blocks: np.ndarray) -> Figure:
     """Return the share of rows whose nearest other row has the same label; see
     `shared_without`."""
 
-    def mean(left: np.ndarray, rows: np.ndarray) -> float:
-        return float((labels[_first(order[rows], left, 1)[:, 0]] == labels[rows]).mean())
+    def values(left: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return labels[_first(order[rows], left, 1)[:, 0]] == labels[rows]
 
-    return _without(mean, blocks, 1)
+    return _without(values, blocks, 1)
 
 
 def _first(order: np.ndarray, left: np.ndarray, k: int) -> np.ndarray:
@@ -81,12 +91,21 @@ def _first(order: np.ndarray, left: np.ndarray, k: int) -> np.ndarray:
     return np.take_along_axis(order, np.sort(rank, axis=1)[:, :k], axis=1)
 
 
-def _without(mean: Callable[[np.ndarray, np.ndarray], float], blocks: np.ndarray, k: int) -> Figure:
+def _without(
+    values: Callable[[np.ndarray, np.ndarray], np.ndarray], blocks: np.ndarray, k: int
+) -> Figure:
     """The mean over all rows and over those left; NaN where these have no k neighbours each."""
-    everything = np.ones(len(blocks), dtype=bool)
-    parts = [blocks != block for block in range(int(blocks.max()) + 1)]
-    without = [mean(left, np.flatnonzero(left)) if left.sum() > k else np.nan for left in parts]
-    return mean(everything, np.arange(len(blocks))), np.array(without)
+    count, rows = int(blocks.max()) + 1, len(blocks)
+    whole = values(np.ones(rows, dtype=bool), np.arange(rows)).astype(np.float64)
+    without, effects = np.full(count, np.nan), np.zeros((count, count))
+    for block in range(count):
+        left = blocks != block
+        if left.sum() > k:
+            found = values(left, np.flatnonzero(left)).astype(np.float64)
+            without[block] = found.mean()
+            change = found - whole[left]
+            effects[block] = np.bincount(blocks[left], change, minlength=count) / rows
+    return Figure(float(whole.mean()), without, effects)
 
 
 def kl_without(before: np.ndarray, after: np.ndarray, tau: float, blocks: np.ndarray) -> Figure:
@@ -110,7 +129,7 @@ def kl_without(before: np.ndarray, after: np.ndarray, tau: float, blocks: np.nda
             left = (mass * apart) @ member @ rest / mass_left
             left += np.log(other_left) - np.log(mass_left)
         sums += (np.maximum(left, 0.0) * (1 - member[place])).sum(0)
-    return float(values.mean()), sums / (len(blocks) - np.bincount(blocks))
+    return Figure(float(values.mean()), sums / (len(blocks) - np.bincount(blocks)))
 
 
 def cka_without(before: np.ndarray, after: np.ndarray, blocks: np.ndarray) -> Figure:
@@ -119,7 +138,7 @@ def cka_without(before: np.ndarray, after: np.ndarray, blocks: np.ndarray) -> Fi
     cross, first, second = (_hsic_without(a, b, blocks) for a, b in ((x, y), (x, x), (y, y)))
     own = np.maximum(first, 0.0) * np.maximum(second, 0.0)
     found = np.divide(cross, np.sqrt(own), out=np.zeros_like(cross), where=own > 0)
-    return float(found[0]), found[1:]
+    return Figure(float(found[0]), found[1:])
 
 
 def _hsic_without(x: np.ndarray, y: np.ndarray, blocks: np.ndarray) -> np.ndarray:
@@ -197,11 +216,18 @@ class Probes:
 
     def right(self, features: np.ndarray, labels: np.ndarray) -> Figure:
         """Return the share of rows told right, each by the probe that did not see its fold."""
-        shares = []
-        for number, probes in enumerate(self.fitted, -1):
-            hits = np.zeros(len(labels))
+        hits = []
+        for probes in self.fitted:
+            right = np.zeros(len(labels))
             for fold, probe in enumerate(probes):
                 rows = np.flatnonzero(self.folds == fold)
-                hits[rows] = probe.logits(features[rows]).argmax(1) == labels[rows]
-            shares.append(hits[self.blocks != number].mean())
-        return float(shares[0]), np.array(shares[1:])
+                right[rows] = probe.logits(features[rows]).argmax(1) == labels[rows]
+            hits.append(right)
+        count = len(hits) - 1
+        without = [hits[j + 1][self.blocks != j].mean() for j in range(count)]
+        effects = np.zeros((count, count))
+        for j in range(count):
+            left = self.blocks != j
+            change = (hits[j + 1] - hits[0])[left]
+            effects[j] = np.bincount(self.blocks[left], change, minlength=count) / len(labels)
+        return Figure(float(hits[0].mean()), np.array(without), effects)

@@ -285,28 +285,52 @@ def _left_out(
         blocks: (rows,) what was taken out together.
         moved: whether to bound what has not changed by the rule of three.
     """
-    if not isinstance(before, tuple):
-        before = before, np.full(after[0][1].shape, before)
-    whole, without = before
+    if not isinstance(before, Figure):
+        before = Figure(before, np.full(after[0].without.shape, before))
     interval = None
     sizes = np.bincount(blocks)
-    sound = all(np.isfinite(values).all() for _, values in after) and np.isfinite(without).all()
+    sound = all(np.isfinite(figure.without).all() for figure in (before, *after))
     if len(after) > 1 and len(sizes) > 1 and sound:
-        changes = [(side[0] - whole, side[1] - without) for side in after]
-        values = np.stack([pseudo_values(*change, sizes) for change in changes])
-        by_seed = np.array([change for change, _ in changes])
+        by_seed = np.array([figure.whole - before.whole for figure in after])
+        values = np.stack(
+            [
+                pseudo_values(change, figure.without - before.without, sizes)
+                for change, figure in zip(by_seed, after, strict=True)
+            ]
+        )
         # Where a row's answer jumps, the mean of a seed's values is mostly noise: its figure is
         # known, and the seeds' luck is that of the figures.
         values += (by_seed - values.mean(1))[:, None]
-        interval = _interval(values, float(by_seed.mean()), units, blocks, moved)
-    return _told(whole, [side[0] for side in after], interval)
+        twice = _counted_twice(np.stack([figure.effects - before.effects for figure in after]))
+        interval = _interval(values, float(by_seed.mean()), units, blocks, moved, twice)
+    return _told(before.whole, [side.whole for side in after], interval)
+
+
+def _counted_twice(effects: np.ndarray) -> float:
+    """The variance that a jackknife counts twice: what a pair of blocks have in common beyond what
+    each of them has (Efron & Stein 1981, Annals of Statistics 9:586-596).
+
+    A row's answer that hangs on another document is luck of the pair, and is seen when either is
+    taken out. What differs from seed to seed is counted with the seeds, so it is left out here.
+
+    Args:
+        effects: (seeds, blocks, blocks), see `Figure`; (seeds,) where they were not computed.
+    """
+    seeds = len(effects)
+    common = seeds * effects.mean(0) ** 2 - (effects**2).mean(0)
+    return max(0.0, float(np.sum(common)) / (seeds - 1))
 
 
 def _interval(
-    values: np.ndarray, change: float, units: np.ndarray, blocks: np.ndarray, moved: bool
+    values: np.ndarray,
+    change: float,
+    units: np.ndarray,
+    blocks: np.ndarray,
+    moved: bool,
+    twice: float = 0.0,
 ) -> tuple[float, float] | None:
     """The interval around the change; by the rule of three where nothing changed, and `moved`."""
-    error = mean_error(values, np.bincount(blocks), WIDENING)
+    error = mean_error(values, np.bincount(blocks), WIDENING, twice)
     if error is None:
         return None
     if error.value == 0 and moved:
