@@ -10,6 +10,7 @@ from torch import nn
 
 from hftl.errors import RecipeError, message_line
 from hftl.model.head import PooledModel
+from hftl.model.lora_names import check_names, check_values, check_wrapped
 from hftl.model.parts import Anatomy, block_paths, encoder_of, under
 
 NUMBERED = re.compile(r"(.*?\.)(\d+)\.(.+)")
@@ -33,6 +34,7 @@ def add_lora(
     given = dict(lora)
     pooled = isinstance(model, PooledModel)
     wrapped: Any = model.encoder if pooled else model
+    check_values(lora, "finetune.lora")
     saved = set(given.pop("modules_to_save", None) or [])
     if not pooled:
         saved |= {_suffix(name, anatomy) for name in [*anatomy.head, *fresh]}
@@ -59,6 +61,8 @@ def wrap(model: Any, anatomy: Anatomy, settings: dict[str, Any], section: str) -
     Raises:
         RecipeError: if peft refuses the settings, or wraps another number of layers than asked.
     """
+    place = f"{section}.lora"
+    check_names(model, settings, place)
     given = dict(settings)
     every = given.get("target_modules") in (None, "all-linear")
     if every:
@@ -68,10 +72,13 @@ def wrap(model: Any, anatomy: Anatomy, settings: dict[str, Any], section: str) -
         )
     try:
         adapted = get_peft_model(model, LoraConfig(**given))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, IndexError, NotImplementedError) as error:
         raise RecipeError(
-            f"{section}.lora: peft refuses it: {message_line(error)}", "Correct the section"
+            f"{place}: peft refuses it: {message_line(error)}", "Correct the section"
         ) from error
+    # The user's own targets: in a subset of the blocks some of the default ones may be missing.
+    checked = given | ({"target_modules": None} if every else {})
+    check_wrapped(wrapped_layers(adapted.get_base_model()), checked, place)
     if every and not settings.get("exclude_modules") and not settings.get("layers_pattern"):
         _check_wrapped(adapted, anatomy, given, section)
     return adapted

@@ -76,7 +76,7 @@ def lora_fields(section: str, given: Any) -> dict[str, Any]:
             raise RecipeError(f"{key} belongs to hftl", "Remove it")
         if name in NEEDS_OTHER_DATA and value:
             raise RecipeError(f"{key} does not fit an encoder's adapter here", "Remove it")
-        if name == "r":
+        if name in ("r", "lora_alpha"):
             _positive(key, value)
     start = given.get("init_lora_weights")
     if section == "adapt" and start is False:
