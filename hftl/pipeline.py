@@ -32,6 +32,7 @@ from hftl.phases.finish_adapted import finish_adapted
 from hftl.phases.ladder import Run, adaptation_header, announce, header, run_arms
 from hftl.phases.pushing import Asked, foresee, push_finished
 from hftl.phases.reads import data_reads, general_reads, refuse_changed
+from hftl.phases.rehearsal import rehearse
 from hftl.phases.retaining import check_kept, check_labelled, reads_labels
 from hftl.progress import show_progress, working
 from hftl.recipe import Recipe, arms
@@ -115,6 +116,7 @@ def _phases(this: Run, until: str, restart: bool) -> Record | None:
         # A metric that cannot take these labels should say so before anything trains.
         metric.score(measured, measured)
     processes.share(lambda: rundir.write_text(folder / "recipe.yaml", _recipe_text(recipe)))
+    processes.share(lambda: rehearse(recipe, bench))
     processes.share(lambda: announce(this, bench))
     benches, steps = adapt_all(this, bench)
     if until == "adapt":
@@ -155,6 +157,7 @@ def preflight(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
         data = pinned(recipe.data, prepared.facts["hub_revisions"])
         bench.general = load_general(data, prepared, reading)
         check_labelled(recipe, bench)
+    rehearse(recipe, bench)
     found = bench.check(recipe.data.max_length, wanted)
     found["warnings"] += step_warnings(recipe, bench)
     jobs = [arm for arm in wanted for _ in recipe.measure.seeds]

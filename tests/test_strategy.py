@@ -369,7 +369,10 @@ def test_lora_start_leaves_the_output_unchanged(tiny_model: Callable[..., Path])
     [
         ({"strategy": "partial", "blocks": 4}, "blocks=4, but the source model has 3"),
         ({"strategy": "sideways"}, "unknown strategy 'sideways'"),
-        ({"strategy": "lora", "lora": {"target_modules": ["nothing"]}}, "no module matches .nothing."),
+        (
+            {"strategy": "lora", "lora": {"target_modules": ["nothing"]}},
+            "no module matches .nothing.",
+        ),
     ],
 )
 def test_refusals(arguments: dict, message: str, tiny_model: Callable[..., Path]) -> None:

@@ -13,6 +13,7 @@ from hftl.model.anatomy import (
     anatomy_of,
     check_blocks,
     count_blocks,
+    encoder_config,
     layers,
     max_tokens,
     native_image_size,
@@ -96,8 +97,16 @@ def image_inputs(data: Data, source: SourceModel, revisions: dict[str, str]) -> 
     """Images for a source that reads images.
 
     Raises:
-        RecipeError: if the size is no multiple of the patch, or the encoder takes one size only.
+        RecipeError: if the size is no multiple of the patch, the encoder takes one size only, or
+            pictures of another number of channels.
     """
+    channels = getattr(encoder_config(source.config), "num_channels", 3)
+    if channels != 3:
+        raise RecipeError(
+            f"source.model: {source.spec} takes pictures of {channels} channel(s), and hftl reads "
+            "pictures of 3, in red, green and blue",
+            "Use a source model of 3 channels",
+        )
     patch = patch_size(source.config)
     processor = resized(load_processor(source), data.image_size)
     side = target_size(processor)

@@ -1,0 +1,120 @@
+"""What a source model cannot do is refused by `check` and before a run trains, in one line."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import pictures, sentences, write_csv
+from tiny import save_tiny, tiny_config
+from transformers import AutoModel, AutoTokenizer
+
+from hftl import Recipe, run
+from hftl.errors import DataError, HftlError, RecipeError
+from hftl.pipeline import preflight
+
+Tiny = Callable[..., Path]
+
+
+def refused(tree: dict[str, Any], folder: Path) -> HftlError:
+    """The refusal of `check`, which `run` gives too before anything trains."""
+    errors = []
+    for start in (preflight, lambda recipe: run(recipe, folder / "run")):
+        with pytest.raises(HftlError) as caught:
+            start(Recipe.parse(tree))
+        errors.append(caught.value)
+    assert str(errors[0]) == str(errors[1])
+    assert not list((folder / "run").glob("arms/*"))
+    assert not list((folder / "run").glob("phases/adapt*"))
+    return errors[0]
+
+
+def tree_of(model: Path, table: Path, **sections: Any) -> dict[str, Any]:
+    data = {"train": {"path": str(table)}, "max_length": 16} | sections.pop("data", {})
+    training = {"num_train_epochs": 1, "bf16": False}
+    finetune = {"training": training} | sections.pop("finetune", {})
+    measure = {"seeds": [0], "arms": []} | sections.pop("measure", {})
+    return {"source": {"model": str(model)}, "data": data, "finetune": finetune,
+            "measure": measure, **sections}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_token_that_the_model_does_not_embed(
+    place: str, tiny_model: Tiny, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model(), tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["kryptonite"])
+    tokenizer.save_pretrained(model)
+    rows = sentences(60)
+    number = 0 if place == "first" else len(rows) - 1
+    rows[number] = (f"kryptonite {rows[number][0]}", rows[number][1])
+    error = refused(
+        tree_of(model, write_csv(tmp_path / "t.csv", ["text", "label"], rows)), tmp_path
+    )
+    assert isinstance(error, DataError)
+    assert "'kryptonite'" in str(error) and f"line {number + 2}" in str(error), error
+
+
+def test_a_longer_tokenizer_whose_tokens_no_row_holds_is_taken(
+    tiny_model: Tiny, tmp_path: Path, table: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model(), tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["kryptonite"])
+    tokenizer.save_pretrained(model)
+    preflight(Recipe.parse(tree_of(model, table)))
+
+
+def test_segments_that_the_model_does_not_embed(tmp_path: Path) -> None:
+    model = save_tiny("bert", tmp_path / "model")
+    AutoModel.from_config(tiny_config("bert", type_vocab_size=1)).save_pretrained(model)
+    file = model / "tokenizer_config.json"
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_input_names": names}))
+    rows = [(text, text[::-1], label) for text, label in sentences(60)]
+    table = write_csv(tmp_path / "t.csv", ["a", "b", "label"], rows)
+    data = {"train": {"path": str(table), "text": ["a", "b"]}}
+    error = refused(tree_of(model, table, data=data), tmp_path)
+    assert isinstance(error, RecipeError) and "1 segment" in str(error)
+
+
+@pytest.mark.parametrize("adapt", [None, {"objective": "mae"}])
+def test_a_source_of_one_channel(adapt: dict[str, Any] | None, tmp_path: Path) -> None:
+    model = save_tiny("vit", tmp_path / "model")
+    AutoModel.from_config(tiny_config("vit", num_channels=1)).save_pretrained(model)
+    folder = pictures(tmp_path / "pictures", 20)
+    tree = tree_of(model, folder, adapt=adapt, data={"max_length": 128})
+    error = refused(tree, tmp_path)
+    assert isinstance(error, RecipeError) and "1 channel" in str(error)
+
+
+@pytest.mark.parametrize("pooling", ["native", "mean"])
+def test_modules_that_are_trained_and_not_reloaded(
+    pooling: str, tiny_model: Tiny, tmp_path: Path, table: Path
+) -> None:
+    """Either the adapter survives saving, or it is refused before it trains."""
+    finetune = {"strategy": "lora", "pooling": pooling, "lora": {"modules_to_save": ["embeddings"]}}
+    tree = tree_of(tiny_model(), table, finetune=finetune | {"training": {"num_train_epochs": 1}})
+    try:
+        preflight(Recipe.parse(tree))
+    except RecipeError as error:
+        assert "finetune.lora" in str(error)
+        return
+    run(Recipe.parse(tree), tmp_path / "run")
+
+
+@pytest.mark.parametrize("where", ["finetune", "arm", "adapt"])
+def test_a_name_that_matches_no_module(
+    where: str, tiny_model: Tiny, tmp_path: Path, table: Path
+) -> None:
+    lora = {"target_modules": ["query", "valeu"]}
+    more: dict[str, Any] = {
+        "finetune": {"finetune": {"lora": lora}},
+        "arm": {"measure": {"arms": [{"other": {"finetune.lora.target_modules": ["valeu"]}}]}},
+        "adapt": {"adapt": {"objective": "mlm", "method": "lora", "lora": lora}},
+    }[where]
+    error = refused(tree_of(tiny_model("bert", True), table, **more), tmp_path)
+    assert isinstance(error, RecipeError) and "did you mean 'value'" in str(error)
