@@ -6,6 +6,7 @@ The stock class is `AutoModelFor<Task>`'s: of sequences, of tokens, or of images
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hftl.errors import RecipeError, message_line
+from hftl.errors import RecipeError
 from hftl.model.anatomy import anatomy_of, encoder_config
 from hftl.model.padding import hide_padding
 from hftl.model.parts import TOKENS, Anatomy, blocks_of, encoder_of, under
-from hftl.model.source import SourceModel
+from hftl.model.source import SourceModel, loading_fault
 from hftl.model.stock import auto_class, stock_class
 
 HEAD_STD = 0.02
@@ -252,10 +253,10 @@ def load_class(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, UnpicklingError) as error:
         raise RecipeError(
-            f"source.model: {source.spec} does not load: {message_line(error)}",
-            "Give a complete checkpoint of a supported architecture",
+            f"source.model: {source.spec} does not load: {loading_fault(error)}",
+            "Give a complete checkpoint of a supported architecture, in safetensors",
         ) from error
     hide_padding(model)
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}

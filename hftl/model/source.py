@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from hftl import places
@@ -93,6 +94,16 @@ def find_source(source: Source, on_hub: bool = False) -> SourceModel:
             break
     public_id = source.published_as or source.model
     return SourceModel(source.model, folder, commit, public_id, False, config, kind)
+
+
+def loading_fault(error: Exception) -> str:
+    """Return one line on why weights do not load; of a refused pickle, that none of it has run."""
+    if isinstance(error, (UnpicklingError, EOFError)):
+        return (
+            "a pickle of its weights (.bin) is damaged or holds more than tensors; none of it was "
+            "run"
+        )
+    return message_line(error)
 
 
 def load_tokenizer(source: SourceModel) -> Any:

@@ -4,12 +4,14 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError
 
 from hftl import places, rundir
-from hftl.errors import HftlError, RecipeError, RunFolderError, message_line
+from hftl.errors import HftlError, RecipeError, RunFolderError
+from hftl.model.source import loading_fault
 from hftl.publish import reload
 
 DAMAGE = (
@@ -20,6 +22,8 @@ DAMAGE = (
     LookupError,
     AttributeError,
     RuntimeError,
+    EOFError,
+    UnpicklingError,
 )
 """What transformers, peft and safetensors raise on files that are cut short or fit no model."""
 
@@ -40,7 +44,7 @@ def loading(folder: Path) -> Iterator[None]:
             raise
         name = places.called(folder)
         raise RunFolderError(
-            f"{name} does not load: {message_line(error)}", f"Look closer: hftl doctor {name}"
+            f"{name} does not load: {loading_fault(error)}", f"Look closer: hftl doctor {name}"
         ) from error
 
 

@@ -112,7 +112,10 @@ def add_adapter(base: BaseToFill, model: Any, folder: Path, name: str) -> Any:
         findings = compare_shapes(shapes, tensors_of(model, name))
     if findings:
         first = findings[0]
-        raise RunFolderError(f"{called} does not load: {first.where}: {first.what}", first.fix)
+        raise RunFolderError(
+            f"{called} does not load: {first.where}: {first.what}",
+            f"{first.fix}; or look closer: hftl doctor {called}",
+        )
     return model
 
 
@@ -212,9 +215,9 @@ def _shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
     if not path.exists():
         pickle = (folder / "adapter_model.bin").exists()
         raise RunFolderError(
-            f"{called} has no {WEIGHTS}"
+            f"{called} does not load: it has no {WEIGHTS}"
             + ("; adapter_model.bin is a pickle, which is not opened" if pickle else ""),
-            "Save the adapter as safetensors",
+            f"Save the adapter as safetensors; or look closer: hftl doctor {called}",
         )
     with loading(folder), safe_open(path, "pt") as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118

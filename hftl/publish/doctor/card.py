@@ -6,6 +6,7 @@ import yaml
 
 from hftl.card.valid import card_problems
 from hftl.errors import message_line
+from hftl.publish.doctor.base import named
 from hftl.publish.doctor.finding import Finding, defect, warning
 from hftl.publish.doctor.patient import ADAPTER, MOST_BYTES, Patient
 
@@ -30,9 +31,9 @@ def card(patient: Patient) -> Iterator[Finding]:
         what = f"the hub cannot read it: {message_line(error)}"
         yield defect("card", what, CARD, "Correct the block between the two lines of ---")
         return
-    name = patient.settings.get("base_model_name_or_path")
+    name, _ = named(patient)
     bases = [bases] if isinstance(bases, str) else bases
-    if isinstance(bases, list) and bases and isinstance(name, str) and name not in bases:
+    if isinstance(bases, list) and bases and name not in (None, *bases):
         yield warning(
             "base", f"the card names the base {bases[0]}, and {ADAPTER} {name}", CARD,
             "Name the same base in both: the one it was trained on",
