@@ -68,6 +68,17 @@ def test_a_longer_tokenizer_whose_tokens_no_row_holds_is_taken(
     preflight(Recipe.parse(tree_of(model, table)))
 
 
+def test_adaptation_draws_from_all_tokens_and_refuses_such_a_tokenizer(
+    tiny_model: Tiny, tmp_path: Path, table: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model("bert", True), tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["kryptonite"])
+    tokenizer.save_pretrained(model)
+    error = refused(tree_of(model, table, adapt={"objective": "mlm"}), tmp_path)
+    assert isinstance(error, RecipeError) and "42 tokens" in str(error)
+
+
 def test_segments_that_the_model_does_not_embed(tmp_path: Path) -> None:
     model = save_tiny("bert", tmp_path / "model")
     AutoModel.from_config(tiny_config("bert", type_vocab_size=1)).save_pretrained(model)

@@ -39,8 +39,16 @@ class Masking:
     replaceable: np.ndarray
 
 
-def masking_of(tokenizer: Any, ratio: float, whole_words: bool) -> Masking:
-    """The masking of a tokenizer's tokens.
+def masking_of(
+    tokenizer: Any, ratio: float, whole_words: bool, embedded: int | None = None
+) -> Masking:
+    """Return the masking of a tokenizer's tokens.
+
+    Args:
+        tokenizer: of the model.
+        ratio: the probability that a token is chosen.
+        whole_words: whether the tokens of a word are chosen together.
+        embedded: how many tokens the model embeds; none above is drawn. None: all are embedded.
 
     Raises:
         RecipeError: if the tokenizer has no mask token or tells no words apart, or the ratio is
@@ -64,7 +72,8 @@ def masking_of(tokenizer: Any, ratio: float, whole_words: bool) -> Masking:
     hidden = set(tokenizer.all_special_ids)
     special = np.zeros(max(vocabulary | hidden) + 1, dtype=bool)
     special[list(hidden)] = True
-    replaceable = np.array(sorted(vocabulary - hidden), dtype=np.int64)
+    drawn = {i for i in vocabulary - hidden if embedded is None or i < embedded}
+    replaceable = np.array(sorted(drawn), dtype=np.int64)
     return Masking(ratio, whole_words, tokenizer.mask_token_id, special, replaceable)
 
 

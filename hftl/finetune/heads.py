@@ -41,7 +41,7 @@ def head_term(
         raise _no_head(held.source)
     # The rows of a batch are told token by token, so no word is known as a whole.
     tokenizer = bench.inputs.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
-    masking = masking_of(tokenizer, HIDDEN, whole_words=False)
+    masking = masking_of(tokenizer, HIDDEN, False, bench.source.config.vocab_size)
     return MaskedKL(kl.weight, masked, masking, seed, *how, apart=before is not None)
 
 

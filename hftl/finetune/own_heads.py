@@ -107,7 +107,7 @@ def _masked_words(bench: Workbench, source: SourceModel, built: Built) -> np.nda
     model = own_mlm(source)
     if model is None:
         return None
-    masking = masking_of(tokenizer, HIDDEN, whole_words=False)
+    masking = masking_of(tokenizer, HIDDEN, False, bench.source.config.vocab_size)
     rows = []
     for number, encoded in enumerate(bench.encoded(bench.general.measured)):
         ids = np.array(encoded["input_ids"])

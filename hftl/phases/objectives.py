@@ -18,7 +18,7 @@ from hftl.data import masking
 from hftl.data import pixels as canvases
 from hftl.data.image import target_size
 from hftl.data.pixels import ImageInputs
-from hftl.errors import DataError
+from hftl.errors import DataError, RecipeError
 from hftl.finetune.watch import neighbours_kept, probe_score
 from hftl.finetune.workbench import Workbench
 from hftl.model.source import SourceModel, load_tokenizer
@@ -36,13 +36,22 @@ def check_objective(stage: Adapt, source: SourceModel) -> None:
     """Refuses an objective that the source has not.
 
     Raises:
-        RecipeError: naming the architecture, or what the tokenizer lacks.
+        RecipeError: naming the architecture, or what the tokenizer lacks or has too much.
     """
     if stage.objective == "mae":
         check_architecture(source)
     else:
         masked_class(source)
-        masking.masking_of(load_tokenizer(source), stage.mask_ratio, stage.whole_words)
+        tokenizer = load_tokenizer(source)
+        masking.masking_of(tokenizer, stage.mask_ratio, stage.whole_words)
+        tokens, embedded = max(tokenizer.get_vocab().values()) + 1, source.config.vocab_size
+        if tokens > embedded:
+            raise RecipeError(
+                f"source.model: the tokenizer of {source.spec} has {tokens} tokens, and the model "
+                f"embeds {embedded}, so that adaptation may meet tokens without an embedding",
+                "Save the source model with embeddings for all tokens (resize_token_embeddings), "
+                "or with its own tokenizer",
+            )
 
 
 def objective(
