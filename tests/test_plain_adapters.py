@@ -311,6 +311,7 @@ def test_a_card_of_another_base_is_a_warning(
 ) -> None:
     folder = Path(shutil.copytree(adapters["bert"][0], tmp_path / "bert"))
     write_card(folder)
+    reconfigure(folder, base_model_name_or_path="org/base")
     found = examine(folder)
     assert not found.defects
     assert any("org/other" in what for kind, what in lines(found, "warning") if kind == "base")
