@@ -82,6 +82,17 @@ def test_the_figures_kept_are_right(part: str, kept: dict[str, Any]) -> None:
     check(part, kept[part], 3.0)
 
 
+def test_the_coverage_kept_of_forgetting_is_right(kept: dict[str, Any]) -> None:
+    """Each share is of a few hundred runs at most; probes err to the safe side."""
+    rows = kept["forgetting"]
+    names = [name for name in rows[-1] if name not in calibration.NO_FIGURES]
+    assert {"neighbours", "kl", "cka", "document same", "tone probe_fixed"} <= set(names)
+    for name in names:
+        shares = [row[name] for row in rows if name in row]
+        assert min(shares) >= 0.9, name
+        assert 0.93 <= np.mean(shares) <= (1 if "probe" in name else 0.975), name
+
+
 def check(part: str, rows: list[dict[str, Any]], errors: float) -> None:
     """Assert of every setting that it is right; of many the worst may be `errors` away.
 
