@@ -32,12 +32,14 @@ FLAT = 1e-6
 class Probe:
     """A linear layer: `weight` (outputs, width), `bias` (outputs,), float32.
 
-    `penalty` is the one chosen, C for classes and alpha for a target.
+    `penalty` is the one chosen, C for classes and alpha for a target. `exact` are weight and bias
+    in float64, as they were solved.
     """
 
     weight: np.ndarray
     bias: np.ndarray
     penalty: float
+    exact: tuple[np.ndarray, np.ndarray]
 
     def logits(self, features: np.ndarray) -> np.ndarray:
         """(rows, outputs) of (rows, width)."""
@@ -67,7 +69,8 @@ def fit_probe(
     grouped = None if groups is None else groups[known]
     weight, bias, penalty = solve(standard, labels, outputs, grouped, cs, ALPHAS)
     weight = weight / scale
-    return Probe(weight.astype(np.float32), (bias - weight @ mean).astype(np.float32), penalty)
+    bias = bias - weight @ mean
+    return Probe(weight.astype(np.float32), bias.astype(np.float32), penalty, (weight, bias))
 
 
 def solve(

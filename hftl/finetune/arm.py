@@ -74,9 +74,8 @@ def train_arm(
         state: where gradual unfreezing keeps how far it has come.
     """
     built = bench.build(finetune.pooling, seed)
-    probed = finetune.head_init == "probe"
-    if probed:
-        set_probe(bench, built, finetune.pooling, seed)
+    if finetune.head_init == "probe":
+        set_probe(bench, built, finetune.pooling, seed, target_scale(bench, seed))
     set_seed(seed)
     model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
     built = Built(model, built.anatomy, built.pooling, built.fresh)
@@ -85,26 +84,26 @@ def train_arm(
     gradual = finetune.gradual if finetune.strategy == "gradual" else None
     return fit(
         bench, built, finetune.training, finetune.patience, seed, kept,
-        gradual=gradual, state=state, solved=probed,
+        gradual=gradual, state=state,
     )  # fmt: skip
 
 
 def fit(
     bench: Workbench, built: Built, training: dict[str, Any], patience: int | None, seed: int,
     kept: Kept = Kept(), compared: bool = True,  # noqa: B008 (immutable)
-    gradual: Gradual | None = None, state: State | None = None, solved: bool = False,
+    gradual: Gradual | None = None, state: State | None = None,
 ) -> Outcome:  # fmt: skip
     """Trains a prepared model, keeps its best evaluation on validation, and predicts in fp32.
 
-    What is `compared` with the source leaves its embeddings. The head is `solved`, in the label's
-    unit, or random, which is taken for one of standardised targets.
+    What is `compared` with the source leaves its embeddings. The head is one of standardised
+    targets, and is left in the label's unit.
     """
     started = time.perf_counter()
     scale = target_scale(bench, seed)
     if scale is not None:
-        for model in (built.model if solved else None, kept.trainer.get("reference")):
-            if model is not None:
-                scale.enter(model)
+        reference = kept.trainer.get("reference")
+        if reference is not None:
+            scale.enter(reference)
         # Weights in another unit are not what a stopped training goes on from.
         state = state and replace(state, reads=state.reads | {"target_scale": asdict(scale)})
     start = {name: tensor.clone() for name, tensor in trained(built.model)} if kept.alphas else {}
@@ -267,12 +266,21 @@ def keep_best(args: TrainingArguments, patience: int | None) -> KeepBest:
     return KeepBest(key, bool(args.greater_is_better), patience)
 
 
-def set_probe(bench: Workbench, built: Built, pooling: str, seed: int) -> None:
-    """Starts the head from the probe (LP-FT; Kumar et al. 2022, arXiv:2202.10054)."""
+def set_probe(
+    bench: Workbench, built: Built, pooling: str, seed: int, scale: TargetScale | None = None
+) -> None:
+    """Start the head from the probe (LP-FT; Kumar et al. 2022, arXiv:2202.10054).
+
+    With a scale the head is one of standardised targets, rounded to float32 once: another unit of
+    the targets starts from the same weights.
+    """
     probe = bench.probe(pooling, seed)
+    weight, bias = probe.exact
+    if scale is not None:
+        weight, bias = weight / scale.sd, (bias - scale.mean) / scale.sd
     with torch.no_grad():
-        built.last_linear.weight.copy_(torch.from_numpy(probe.weight))
-        built.last_linear.bias.copy_(torch.from_numpy(probe.bias))
+        built.last_linear.weight.copy_(torch.from_numpy(weight))
+        built.last_linear.bias.copy_(torch.from_numpy(bias))
 
 
 def learnt(built: Built) -> dict[str, Tensor]:
