@@ -29,7 +29,14 @@ from hftl.phases.adapting import adapt_all, check_stages, step_warnings
 from hftl.phases.corpora import near_measured
 from hftl.phases.finish import finish
 from hftl.phases.finish_adapted import finish_adapted
-from hftl.phases.ladder import Run, adaptation_header, announce, header, run_arms
+from hftl.phases.ladder import (
+    Run,
+    adaptation_header,
+    announce,
+    check_training,
+    header,
+    run_arms,
+)
 from hftl.phases.pushing import Asked, foresee, push_finished
 from hftl.phases.reads import data_reads, general_reads, refuse_changed
 from hftl.phases.rehearsal import rehearse
@@ -37,6 +44,7 @@ from hftl.phases.retaining import check_kept, check_labelled, reads_labels
 from hftl.progress import show_progress, working
 from hftl.recipe import Recipe, arms
 from hftl.record import Record, fingerprint
+from hftl.train.hardware import device
 
 UNTIL = ("adapt", "finetune", "measure", "publish")
 
@@ -105,6 +113,7 @@ def _phases(this: Run, until: str, restart: bool) -> Record | None:
     metric = processes.first(lambda: _metric(recipe))
     source = processes.first(lambda: find_source(recipe.source))
     processes.first(lambda: check_stages(recipe, source))
+    processes.first(lambda: check_training(recipe, device()))
     processes.first(lambda: check_kept(recipe, source))
     with working("data"):
         bench = processes.first(lambda: _bench(this, source))
@@ -146,6 +155,7 @@ def preflight(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     quiet()
     source = find_source(recipe.source)
     check_stages(recipe, source)
+    check_training(recipe, device())
     check_kept(recipe, source)
     reading = reading_of(source, str(recipe.data.task))
     prepared = data_stage.prepare(recipe.data, reading)

@@ -19,6 +19,7 @@ from hftl.sections.needs import (
     check_benchmark,
     check_pooling,
     check_retained,
+    check_smoothing,
 )
 from hftl.sections.publish import Publish
 from hftl.sections.retain import Retain
@@ -47,6 +48,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> Self:
         check_pooling(self.data, self.finetune)
+        check_smoothing(self.data, self.finetune)
         check_adaptation(self.stages, self.data)
         if self.retain is not None:
             check_retained(self.retain, self.data, self.finetune)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from hftl.adapt.encoder import MaskedOutput
-from hftl.errors import NumericError, RecipeError
+from hftl.errors import NumericError
 from hftl.finetune.strategy import prepare
 from hftl.model.head import build
 from hftl.model.source import find_source
@@ -533,14 +533,15 @@ def test_the_loss_of_patches_is_masked_autoencoders(tmp_path: Path) -> None:
     assert counted(uncounted(labels, slice(0, 1))) == 4 * 6
 
 
-def test_of_a_plain_module_what_trains_is_saved_and_taken_up(tmp_path: Path) -> None:
+def test_a_plain_module_is_saved_whole_and_taken_up(tmp_path: Path) -> None:
     more = {"num_train_epochs": 2, "optim": "adamw_torch", "lr_scheduler_type": "linear"}
     whole = guesser(tmp_path / "whole", 0.5, **more)
     whole.train()
     parts = guesser(tmp_path / "parts", 0.5, save_strategy="steps", save_steps=2, **more)
     parts.train()
     folder = tmp_path / "parts" / "checkpoint-2"
-    assert load_file(folder / "model.safetensors").keys() == {"head.weight", "head.bias"}
+    whole_names = {"frozen.weight", "frozen.bias", "head.weight", "head.bias"}
+    assert load_file(folder / "model.safetensors").keys() == whole_names
     again = guesser(tmp_path / "again", 0.5, **more)
     with torch.no_grad():
         again.model.head.weight.fill_(9)
@@ -569,11 +570,21 @@ def test_a_gain_below_the_least_does_not_help_patience_but_is_kept() -> None:
     assert model.weight.item() == 5 and keep.best == 1.93
 
 
-def test_a_loss_of_the_users_own_is_refused_not_left_out(
+def test_a_loss_of_the_users_own_is_called(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    def kind(**given: Any) -> TransferTrainer:
-        return TransferTrainer(**given, compute_loss_func=lambda *_, **__: 0)
+    calls = []
 
-    with pytest.raises(RecipeError, match="compute_loss_func would not be called"):
-        trainer_of(model_of(tiny_model("bert"), "lora"), tmp_path, kind)  # pyright: ignore
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        calls.append(num_items_in_batch)
+        return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    def kind(**given: Any) -> TransferTrainer:
+        return TransferTrainer(**given, compute_loss_func=loss)
+
+    found = []
+    for maker in (TransferTrainer, kind):
+        model = model_of(tiny_model("bert"), "lora")
+        trainer_of(model, tmp_path, maker).train()  # pyright: ignore
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert calls and torch.allclose(*found, atol=1e-6)

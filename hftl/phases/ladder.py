@@ -17,12 +17,13 @@ from hftl.finetune.classical import solve_classical
 from hftl.finetune.estimate import estimate_seconds
 from hftl.finetune.gradual import State
 from hftl.finetune.outcome import Outcome
-from hftl.finetune.workbench import Workbench
+from hftl.finetune.workbench import BY_STEPS, Workbench
 from hftl.phases.reads import arm_reads, asked
 from hftl.phases.retaining import kept_of
 from hftl.progress import working
 from hftl.recipe import Arm, Recipe, arms
 from hftl.record import to_json
+from hftl.train.arguments import arguments as common_arguments
 from hftl.train.hardware import dtype_name, visible_devices
 
 ORDER = ("majority", "classical", "head", "lora", "partial", "gradual", "full",
@@ -56,6 +57,26 @@ class Run:
     def checkpoints(self, name: str, seed: int) -> Path:
         """Where an arm that is not finished keeps how far it has come."""
         return self.folder / "checkpoints" / f"{name}-seed{seed}"
+
+
+def check_training(recipe: Recipe, where: str) -> None:
+    """Refuse settings of a training that cannot be honoured, before a row is read.
+
+    Args:
+        recipe: the arms and adaptations.
+        where: the device.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    for arm in arms(recipe):
+        if arm.strategy in (*BY_STEPS, "scratch"):
+            task = str(recipe.data.task)
+            training.arguments(arm.finetune.training, task, "unused", 0, where)
+        for stage in arm.stages:
+            common_arguments("adapt", stage.training, {}, "unused", 0, where)
+    for stage in recipe.stages:
+        common_arguments("adapt", stage.training, {}, "unused", 0, where)
 
 
 def run_arms(this: Run, benches: Benches) -> None:

@@ -11,6 +11,19 @@ OWNED = (
     "seed", "data_seed", "output_dir", "push_to_hub", "resume_from_checkpoint", "use_cpu",
     "disable_tqdm", "remove_unused_columns", "label_names",
 )  # fmt: skip
+OWNED_ROWS = (
+    "dataloader_drop_last", "prediction_loss_only", "batch_eval_metrics", "eval_do_concat_batches",
+    "eval_use_gather_object", "include_for_metrics", "bf16_full_eval", "fp16_full_eval",
+    "logging_nan_inf_filter",
+)  # fmt: skip
+"""Every row trains and is measured, evaluation is hftl's, and what is not finite stops."""
+OWNED_STAGES = ("do_train", "do_eval", "do_predict")
+OWNED_CHECKPOINTS = (
+    "save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node",
+    "load_best_model_at_end", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint",
+    "ignore_data_skip",
+)  # fmt: skip
+"""The best epoch is kept, and a run that is stopped goes on, without the Trainer's own."""
 OWNED_ADAPT = (
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "save_only_model",
     "eval_on_start", "save_strategy", "eval_strategy",
@@ -51,6 +64,14 @@ def training_fields(section: str, given: Any) -> dict[str, Any]:
         key = f"{section}.training.{name}"
         if name in OWNED or name.startswith("hub_"):
             raise RecipeError(f"{key} belongs to hftl", "Remove it; see measure.seeds")
+        if name in OWNED_ROWS + OWNED_STAGES:
+            raise RecipeError(
+                f"{key} belongs to hftl", "Remove it: every row trains once and is measured"
+            )
+        if section == "finetune" and name in OWNED_CHECKPOINTS:
+            raise RecipeError(
+                f"{key} belongs to hftl", "Remove it: the epoch that is best on validation is kept"
+            )
         if section == "adapt" and name in OWNED_ADAPT:
             raise RecipeError(f"{key} belongs to hftl", "Remove it; the guard chooses the weights")
         if name in UNBUILT_TRAINING and value:

@@ -24,6 +24,21 @@ def check_pooling(data: Data, finetune: Finetune) -> None:
         )
 
 
+def check_smoothing(data: Data, finetune: Finetune) -> None:
+    """Refuse label smoothing where there is no one class a row or word.
+
+    Raises:
+        RecipeError: naming the task.
+    """
+    factor = finetune.training.get("label_smoothing_factor", 0.0)
+    if factor and data.task in ("multi-label", "regression"):
+        raise RecipeError(
+            f"finetune.training.label_smoothing_factor={factor:g} spreads the weight of one class, "
+            f"and data.task={data.task} has none",
+            "Remove it",
+        )
+
+
 def check_adaptation(stages: Sequence[Adapt], data: Data) -> None:
     """Refuses adaptations without the data that they read, and a recipe that does nothing.
 
@@ -38,6 +53,12 @@ def check_adaptation(stages: Sequence[Adapt], data: Data) -> None:
                 f"data.{split} is of no use where data.task is null", "Remove it, or name a task"
             )
     for stage in stages:
+        if stage.objective == "mae" and stage.training.get("label_smoothing_factor"):
+            raise RecipeError(
+                "adapt.training.label_smoothing_factor spreads the weight of one class, and mae "
+                "learns pixels",
+                "Remove it",
+            )
         if stage.corpus == "unlabeled" and data.unlabeled is None:
             raise RecipeError("adapt.corpus=unlabeled, but data.unlabeled is null", "Give it")
         if stage.guard == "probe" and data.task is None:

@@ -2,7 +2,11 @@
 
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from torch import nn
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.training_args import OptimizerNames
 
 from hftl.errors import RecipeError, message_line
 from hftl.train.hardware import precision
@@ -52,4 +56,45 @@ def arguments(
         ) from error
     # transformers would split a batch over all visible devices by itself (DataParallel).
     args._n_gpu = min(1, args.n_gpu)
+    _check_reporting(section, args)
+    _check_scheduler(section, args)
+    _check_optimizer(section, args)
     return args
+
+
+def _check_reporting(section: str, args: TrainingArguments) -> None:
+    """Refuse to report to a service whose package is missing, before anything trains."""
+    services: Any = args.report_to
+    missing = set(services) - set(get_available_reporting_integrations())
+    if missing:
+        name = min(missing)
+        raise RecipeError(
+            f"{section}.training.report_to={name}: its package is not installed",
+            f"Install it (pip install {name}), or set report_to to none",
+        )
+
+
+def _check_scheduler(section: str, args: TrainingArguments) -> None:
+    """Refuse a schedule that lacks its own settings, by making one of a parameter."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    kind, settings = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs
+    try:
+        get_scheduler(kind, optimizer, 1, 10, settings)  # pyright: ignore[reportArgumentType]
+    except (ValueError, TypeError) as error:
+        raise RecipeError(
+            f"{section}.training.lr_scheduler_type={kind.value} does not work: "
+            f"{message_line(error)}",
+            f"Give {section}.training.lr_scheduler_kwargs what it needs, or use linear",
+        ) from error
+
+
+def _check_optimizer(section: str, args: TrainingArguments) -> None:
+    """Refuse an optimizer whose package is missing or that needs other settings."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args, nn.Linear(1, 1))  # pyright: ignore
+    except (ValueError, ImportError) as error:
+        raise RecipeError(
+            f"{section}.training.optim={OptimizerNames(args.optim).value} does not work here: "
+            f"{message_line(error)}",
+            "Install what it needs, or leave optim out",
+        ) from error

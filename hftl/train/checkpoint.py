@@ -99,8 +99,19 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_plain(model: nn.Module) -> dict[str, Tensor]:
+    """Return all weights and buffers of a module, each tied parameter under its first name."""
+    once = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+    return {
+        name: tensor.contiguous() if isinstance(tensor, Tensor) else tensor
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
+
+
 def save_plain(model: nn.Module, folder: Path) -> None:
-    """Writes what trains of a model that is none of transformers' or peft's classes."""
+    """Write what trains of a model that is none of transformers' or peft's classes."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in trained(model)}
     save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})

@@ -14,16 +14,19 @@ PIECE = 64
 """Rows of which the loss is taken at a time there."""
 
 
-def summed_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """The loss over all counted elements, summed, in fp32.
+def summed_loss(
+    logits: Tensor, labels: Tensor, smoothing: float = 0.0, problem: str | None = None
+) -> Tensor:
+    """Return the loss over all counted elements, summed, in fp32.
 
     Integer labels: cross-entropy. Float (batch,) or (batch, patches, values): squared error. Float
-    (batch, classes): binary cross-entropy, each class for itself.
+    (batch, classes): binary cross-entropy, each class for itself, unless `problem` is `regression`.
 
     Args:
-        logits: (..., classes), (batch, 1) for a target, or (batch, patches, values).
+        logits: (..., classes), (batch, targets), or (batch, patches, values).
         labels: (...) int64, -100 where there is none; or float, NaN where there is none.
         smoothing: share of each class label's weight that is spread over all classes.
+        problem: transformers' `problem_type`, where the model has one.
     """
     if not labels.is_floating_point() and logits.shape[-1] >= MANY and not smoothing:
         flat = logits.reshape(-1, logits.shape[-1])
@@ -37,17 +40,25 @@ def summed_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tenso
         )  # fmt: skip
     counts = ~labels.isnan()
     targets = labels.float().where(counts, 0.0)
-    if labels.dim() == 2:
+    if is_multi_label(labels, problem):
         each = F.binary_cross_entropy_with_logits(wide, targets, reduction="none")
     else:
         each = F.mse_loss(wide.reshape(targets.shape), targets, reduction="none")
     return each.where(counts, 0.0).sum()
 
 
+def is_multi_label(labels: Tensor, problem: str | None) -> bool:
+    """Return whether float labels are yes or no for each class, rather than targets."""
+    if problem is None:
+        return labels.dim() == 2
+    return problem == "multi_label_classification"
+
+
 def replayed_loss(
-    logits: Tensor, labels: Tensor, general: Tensor, share: float, smoothing: float = 0.0
-) -> Tensor:
-    """The target's loss, summed, and `share` of that of labelled general rows (replay).
+    logits: Tensor, labels: Tensor, general: Tensor, share: float, smoothing: float = 0.0,
+    problem: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Return the target's loss, summed, and `share` of that of labelled general rows (replay).
 
     Args:
         logits: see `summed_loss`.
@@ -55,9 +66,10 @@ def replayed_loss(
         general: (batch,) bool.
         share: what a general row counts for.
         smoothing: see `summed_loss`.
+        problem: see `summed_loss`.
     """
-    own = summed_loss(logits, uncounted(labels, general), smoothing)
-    return own + share * summed_loss(logits, uncounted(labels, ~general), smoothing)
+    own = summed_loss(logits, uncounted(labels, general), smoothing, problem)
+    return own + share * summed_loss(logits, uncounted(labels, ~general), smoothing, problem)
 
 
 class _PiecewiseCrossEntropy(torch.autograd.Function):

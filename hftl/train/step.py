@@ -7,11 +7,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import find_batch_size
 
 from hftl.errors import NumericError, RecipeError
 from hftl.retain.retention import Retention
 from hftl.retain.view import BESIDE
-from hftl.train.loss import counted, counted_rows, replayed_loss, summed_loss, uncounted
+from hftl.train.loss import IGNORED, counted, counted_rows, replayed_loss, summed_loss, uncounted
+from hftl.train.objective import fits
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
@@ -19,20 +21,58 @@ def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in batch.items() if key not in ("labels", *BESIDE)}
 
 
-def task_loss(outputs: Any, batch: dict[str, Any], share: float, smoothing: float) -> Tensor:
-    """The task's loss of a batch, summed, a labelled general row counting for `share`.
+def without_beside(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch without what only terms read, labels included."""
+    return {key: value for key, value in batch.items() if key not in BESIDE}
+
+
+def task_loss(
+    outputs: Any, logits: Tensor, batch: dict[str, Any], share: float, smoothing: float,
+    problem: str | None,
+) -> Tensor:  # fmt: skip
+    """Return the task's loss of a batch, summed, a labelled general row counting for `share`.
 
     Args:
-        outputs: with `logits`, and where they have them `slots`, the labels that those are for.
+        outputs: which may hold `slots`, the labels that the logits are for.
+        logits: of the outputs.
         batch: with `labels`, and `general` (batch,) bool where general rows are among them.
         share: see `replayed_loss`.
         smoothing: see `summed_loss`.
+        problem: see `summed_loss`.
+
+    Raises:
+        RecipeError: if labels and logits do not fit each other.
     """
     labels, slots = batch["labels"], getattr(outputs, "slots", None)
-    told = labels if slots is None else labels.reshape(-1)[slots]
+    labels = labels if slots is None else labels.reshape(-1)[slots]
+    if not fits(logits, labels, problem):
+        raise RecipeError(
+            f"logits of shape {list(logits.shape)} do not fit {labels.dtype} labels of shape "
+            f"{list(labels.shape)}",
+            "Give a class a row or a word as an integer, or floats of the logits' shape",
+        )
     if "general" in batch:
-        return replayed_loss(outputs.logits, told, batch["general"], share, smoothing)
-    return summed_loss(outputs.logits, told, smoothing)
+        return replayed_loss(logits, labels, batch["general"], share, smoothing, problem)
+    return summed_loss(logits, labels, smoothing, problem)
+
+
+def loss_first(outputs: Any, loss: Tensor) -> Any:
+    """Return outputs as the Trainer's evaluation reads them: of a tuple the loss comes first."""
+    if isinstance(outputs, Tensor):
+        return loss, outputs
+    is_plain = isinstance(outputs, tuple) and not hasattr(outputs, "logits")
+    return (loss, *outputs) if is_plain else outputs
+
+
+def rows_with_labels(batch: dict[str, Any]) -> Tensor:
+    """Return which rows of a batch hold anything that counts: (batch,) bool.
+
+    Without `labels`, as in question answering, these are all.
+    """
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.dim():
+        return counted_rows(labels)
+    return torch.ones(find_batch_size(batch) or 1, dtype=torch.bool)
 
 
 def penalty(outputs: Any, labels: Tensor) -> Tensor | float:
@@ -42,37 +82,44 @@ def penalty(outputs: Any, labels: Tensor) -> Tensor | float:
 
 
 def target_rows(batch: dict[str, Any]) -> Tensor:
-    """Which rows of a batch are the target's and hold anything that counts: (batch,) bool."""
-    counts = counted_rows(batch["labels"])
+    """Return which rows of a batch are the target's and hold what counts: (batch,) bool."""
+    counts = rows_with_labels(batch)
     return counts & ~batch["general"] if "general" in batch else counts
 
 
 def step_items(batches: list[dict[str, Any]], device: torch.device) -> Tensor:
-    """(2,) int64: the target's counted elements in a step's batches, and its rows with any."""
-    found = []
+    """Return (2,) int64: the target's counted elements in a step's batches, and its rows with any.
+
+    Without `labels` rows are counted alone.
+    """
+    items = [torch.zeros(2, dtype=torch.int64, device=device)]
     for batch in batches:
-        labels = batch["labels"]
+        labels, rows = batch.get("labels"), target_rows(batch).sum().to(device)
+        if not isinstance(labels, Tensor):
+            items.append(torch.stack([rows, rows]))
+            continue
         own = uncounted(labels, batch["general"]) if "general" in batch else labels
-        found.append(torch.stack([counted(own), target_rows(batch).sum()]).to(device))
-    return torch.stack(found).sum(0)
+        items.append(torch.stack([counted(own).to(device), rows]))
+    return torch.stack(items).sum(0)
 
 
-def check_arguments(loss: Any, ratio: float) -> None:
-    """Refuses what the loss would leave out, and a ratio that it cannot be divided by.
+def filler_out(batches: list[dict[str, Any]], has_filler: bool) -> list[dict[str, Any]]:
+    """Return a step's batches for counting: the last one, if it only fills up, without labels."""
+    labels = batches[-1].get("labels")
+    if not has_filler or not isinstance(labels, Tensor):
+        return batches
+    return [*batches[:-1], {**batches[-1], "labels": torch.full_like(labels, IGNORED)}]
+
+
+def check_ratio(ratio: float) -> None:
+    """Refuse a ratio that the loss cannot be divided by.
 
     Args:
-        loss: transformers' `compute_loss_func`.
         ratio: general rows for each row of the target.
 
     Raises:
         RecipeError: naming the argument.
     """
-    if loss is not None:
-        raise RecipeError(
-            "TransferTrainer takes the task's loss by itself, and compute_loss_func would not be "
-            "called",
-            "Leave it out, or override compute_loss in a subclass",
-        )
     if not ratio > 0:
         raise RecipeError(
             f"general_ratio={ratio} must be above 0", "Raise it, or leave general_dataset out"

@@ -2,26 +2,40 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import EvalLoopOutput
 
 from hftl.errors import RecipeError
 from hftl.processes import gather
 from hftl.retain.retention import Retention, Term
 from hftl.train import step
-from hftl.train.checkpoint import load_plain, save_plain
+from hftl.train.checkpoint import load_plain, save_plain, whole_plain
 from hftl.train.loader import batches_of, loader_of
 from hftl.train.loss import counted, uncounted
 from hftl.train.mixing import Collate, Numbered, rows_to_know
 from hftl.train.modes import training_modes
+from hftl.train.objective import (
+    Objective,
+    check_precision,
+    check_smoothed,
+    check_smoothing,
+    choose_objective,
+    computes_loss,
+    find_logits,
+    has_known_head,
+    is_of_hftl,
+)  # fmt: skip
 from hftl.train.optimizer import groups, layer_rates, optimizer_of
 from hftl.train.order import RankBatches, SeededOrder
 from hftl.train.sharding import check_sharded, check_whole, shard_by_block
@@ -51,11 +65,11 @@ class TransferTrainer(Trainer):
         NumericError: from `train`, on all processes, when the loss is NaN or infinite.
     """
 
-    loss_is_scaled_for_ga = True
-
     def __init__(
         self,
-        *args: Any,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *more: Any,
         retain: Term | Sequence[Term] | Retention = (),
         reference: nn.Module | None = None,
         general_dataset: Any | None = None,
@@ -65,19 +79,35 @@ class TransferTrainer(Trainer):
         rates: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        # The caller's object stays as it is: some settings are changed here.
+        args = None if args is None else copy(args)
+        smoothing = 0.0 if args is None else args.label_smoothing_factor
+        if args is not None:
+            # transformers reads the config of a model to smooth, and a plain module has none.
+            args.label_smoothing_factor = 0.0
+        super().__init__(model, args, *more, **kwargs)
+        check_precision(self._own_model)
+        if smoothing:
+            check_smoothing(self._own_model, self.compute_loss_func is not None)
+            self.args.label_smoothing_factor = smoothing
+            self.label_smoother = LabelSmoother(epsilon=smoothing)
         self.retention = (
             retain if isinstance(retain, Retention) else Retention(retain, reference, general_ratio)
         )
-        step.check_arguments(self.compute_loss_func, general_ratio)
+        step.check_ratio(general_ratio)
         self._rates = layer_rates(layer_decay, rates)
         self._general = general_dataset
         self._general_share = general_weight / self.retention.ratio
         if self.retention.weights:
             self.add_callback(step.AfterStep(self.retention))
         check_whole(self._numbers_rows and self.is_fsdp_enabled)
+        if not self.label_names and not computes_loss(self._own_model):
+            self.label_names = ["labels"]
         self._modes: list[tuple[nn.Module, bool]] | None = None
+        self._objective: Objective | None = None
         self._batches: RankBatches | None = None
+        self._has_filler = False
+        self._is_checkpoint = False
         self._step_loss: Tensor | float = 0.0
         self._rows = torch.tensor(1)
         self._evaluated: list[Tensor] = []
@@ -88,7 +118,9 @@ class TransferTrainer(Trainer):
         Raises:
             RecipeError: where the launcher asked for FSDP and this device has none.
         """
-        if self.args.ddp_find_unused_parameters is None:
+        is_known = not computes_loss(self._own_model) or has_known_head(self._own_model)
+        if self.args.ddp_find_unused_parameters is None and is_known:
+            # All that trains is on the path to the loss, so the search would only cost.
             self.args.ddp_find_unused_parameters = False
         # It waits for the device at every micro-batch, and what it hides stops the training here.
         self.args.logging_nan_inf_filter = False
@@ -100,6 +132,7 @@ class TransferTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `train`; the frozen modules are looked up anew."""
         self._modes = None
+        self._objective = None
         self._step_loss = 0.0
         # A checkpoint is loaded later: the model is still what it starts from.
         self.ask_original()
@@ -158,16 +191,27 @@ class TransferTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        """A step's micro-batches, and how many elements the loss counts in it on all processes."""
+        """Return a step's micro-batches, and what its loss is divided by on all processes.
+
+        That is the number of counted elements or, of a loss that is the model's own mean, of rows.
+        """
         batches = list(islice(epoch_iterator, num_batches))
-        if not batches or "labels" not in batches[0]:
+        if not batches:
             return batches, None
+        objective = self._choose_objective(batches[0])
         last = self.accelerator.gradient_state.end_of_dataloader
-        if last and self._batches and self._batches.idle:
-            batches[-1]["labels"] = uncounted(batches[-1]["labels"], slice(0, 1))
-        here = step.step_items(batches, device)
+        self._has_filler = bool(last and self._batches and self._batches.idle)
+        if not objective.asks_model:
+            for batch in batches:
+                batch["labels"] = objective.read_labels(batch["labels"])
+            if self._has_filler:
+                batches[-1]["labels"] = uncounted(batches[-1]["labels"], slice(0, 1))
+        here = step.step_items(batches[:-1] if self._has_filler else batches, device)
         items, self._rows = self.accelerator.gather(here).reshape(-1, 2).sum(0)  # pyright: ignore
-        return batches, items
+        if not objective.asks_model:
+            return batches, items
+        count = self._get_num_items_in_batch(step.filler_out(batches, self._has_filler), device)
+        return batches, self._rows if count is None else count
 
     def compute_loss(
         self,
@@ -176,33 +220,123 @@ class TransferTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The task's loss, summed over the batch and divided by the items of the whole step.
+        """Return the task's loss, summed over the batch and divided by the items of the whole step.
 
         Without a count, as in evaluation, it is divided by the items of the batch. Outputs may have
         `slots`, the labels that their logits are for, and `penalty` (batch,), added in training as
-        the mean over the step's rows.
+        the mean over the step's rows. See `Objective` for who computes it.
         """
+        objective = self._choose_objective(inputs)
         # Holding a frozen model in eval makes it look as in evaluation: smoothing is asked first.
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
         if model.training:
             self._hold_frozen_in_eval()
+        # What a subclass computes without coming here is scaled as transformers decides.
+        self.loss_is_scaled_for_ga = num_items_in_batch is not None
+        if objective.asks_model:
+            loss, outputs = self._ask_model(model, inputs, num_items_in_batch, objective)
+        else:
+            loss, outputs = self._loss_of_logits(
+                model, inputs, num_items_in_batch, objective, smoothing
+            )
+        if num_items_in_batch is not None and "row" in inputs:
+            seen = outputs if hasattr(outputs, "logits") else self._with_logits(outputs)
+            loss = loss + self.accelerator.num_processes * self.retention.loss(
+                self.accelerator.unwrap_model(model), inputs, seen, self._target_rows(inputs),
+                self._rows, int(self.state.epoch or 0), self._autocast,
+            )  # fmt: skip
+        if not return_outputs:
+            return loss
+        return loss, outputs if objective.asks_model else step.loss_first(outputs, loss)
+
+    def _loss_of_logits(
+        self, model: nn.Module, inputs: dict[str, Any], count: Any, objective: Objective,
+        smoothing: float,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        """Return the loss that hftl computes, and the outputs; see `compute_loss`."""
+        inputs = {**inputs, "labels": objective.read_labels(inputs["labels"])}
         labels = inputs["labels"]
         outputs = model(**step.model_inputs(inputs))
-        loss = step.task_loss(outputs, inputs, self._general_share, smoothing)
-        if num_items_in_batch is None:
-            loss = loss / counted(labels).clamp(min=1)
+        logits = find_logits(outputs, self._own_model)
+        loss = step.task_loss(
+            outputs, logits, inputs, self._general_share, smoothing, objective.problem
+        )
+        if count is None:
+            return loss / counted(labels).clamp(min=1), outputs
+        # The gradients of processes are averaged, and the counts are those of all.
+        processes = self.accelerator.num_processes
+        loss = loss / torch.as_tensor(count).clamp(min=1) * processes
+        penalty = step.penalty(outputs, labels) / self._rows.clamp(min=1)
+        return loss + penalty * processes, outputs
+
+    def _ask_model(
+        self, model: nn.Module, inputs: dict[str, Any], count: Any, objective: Objective
+    ) -> tuple[Tensor, Any]:
+        """Return the loss that the model computes, or compute_loss_func, and the outputs.
+
+        A mean over the rows of a batch counts for as many rows of the step as the batch holds.
+        """
+        batch = step.without_beside(inputs)
+        told = count if objective.counts_items else None
+        loss, outputs = super().compute_loss(model, batch, True, told)
+        if loss.numel() != 1:
+            raise RecipeError(
+                f"{type(self.model).__name__} returns a loss of shape {list(loss.shape)}",
+                "Return one number from its forward where labels are given, as the first output",
+            )
+        if count is None:
+            return loss, outputs
+        rows = self._target_rows(inputs).sum().to(loss.device)
+        share = 1.0
+        if not objective.counts_items:
+            share = rows / self._rows.to(loss.device).clamp(min=1) * self.accelerator.num_processes
+        return torch.where(rows > 0, loss * share, torch.zeros_like(loss)), outputs
+
+    def _target_rows(self, inputs: dict[str, Any]) -> Tensor:
+        """Return which rows of a batch count in training: (batch,) bool; none of a filler."""
+        rows = step.target_rows(inputs)
+        is_filler = self._has_filler and self.accelerator.sync_gradients
+        return torch.zeros_like(rows) if is_filler else rows
+
+    def _with_logits(self, outputs: Any) -> Any:
+        return SimpleNamespace(logits=find_logits(outputs, self._own_model))
+
+    def _objective_of(self, inputs: dict[str, Any]) -> Objective:
+        """Return how to compute the loss of a training or evaluation, from one of its batches."""
+        model = self.accelerator.unwrap_model(self.model)
+        batch = step.without_beside(self._prepare_inputs(inputs))
+        if self.compute_loss_func is not None:
+            objective = Objective(True, counts_items=isinstance(batch.get("labels"), Tensor))
+        elif self.args.parallelism_config is not None:
+            objective = Objective(True, counts_items=self.model_accepts_loss_kwargs)
         else:
-            # The gradients of processes are averaged, and the counts are those of all.
-            processes = self.accelerator.num_processes
-            loss = loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * processes
-            penalty = step.penalty(outputs, labels) / self._rows.clamp(min=1)
-            loss = loss + penalty * processes
-            if "row" in inputs:
-                loss = loss + processes * self.retention.loss(
-                    self.accelerator.unwrap_model(model), inputs, outputs, step.target_rows(inputs),
-                    self._rows, int(self.state.epoch or 0), self._autocast,
-                )  # fmt: skip
-        return (loss, outputs) if return_outputs else loss
+            objective = choose_objective(
+                model, batch, self.model_accepts_loss_kwargs, self._on_any_process
+            )
+        if self.args.label_smoothing_factor:
+            check_smoothed(model, batch.get("labels"), objective)
+        if objective.asks_model and self._general is not None:
+            raise RecipeError(
+                f"general_dataset mixes rows into every batch, and {type(model).__name__} computes "
+                "the loss of a batch by itself",
+                "Leave general_dataset out, or use a stock class of transformers",
+            )
+        return objective
+
+    def _on_any_process(self, value: bool) -> bool:
+        flag = torch.tensor([int(value)], device=self.args.device)
+        return bool(self.accelerator.gather(flag).any())  # pyright: ignore
+
+    def _choose_objective(self, inputs: dict[str, Any]) -> Objective:
+        """Return how to compute the loss; the first batch of a training or evaluation decides."""
+        if self._objective is None:
+            self._objective = self._objective_of(inputs)
+        if not self._objective.asks_model and not isinstance(inputs.get("labels"), Tensor):
+            raise RecipeError(
+                f"the rows hold {', '.join(map(str, inputs))}, and no labels",
+                "Name their labels `labels`",
+            )
+        return self._objective
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
         """As transformers'; a loss that is not finite stops before the optimizer's step."""
@@ -218,11 +352,15 @@ class TransferTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[Any, Any, Any]:
-        """As transformers'; rows that only fill up the last batch count for nothing."""
-        if "labels" not in inputs:
+        """As transformers'; rows that only fill up the last batch count for nothing.
+
+        Of a loss that the model computes itself, transformers' mean over batches is left.
+        """
+        if "labels" not in inputs or self._choose_objective(inputs).asks_model:
             return super().prediction_step(model, inputs, *args, **kwargs)
         last = step.real_rows(len(inputs["labels"]), self.accelerator)
-        labels = uncounted(inputs["labels"], slice(last, None))
+        labels = self._choose_objective(inputs).read_labels(inputs["labels"])
+        labels = uncounted(labels, slice(last, None))
         found = super().prediction_step(model, {**inputs, "labels": labels}, *args, **kwargs)
         loss, items = found[0], counted(labels)
         if loss is not None:
@@ -240,25 +378,44 @@ class TransferTrainer(Trainer):
             output.metrics[name] = loss / max(1.0, items)
         return output
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers'."""
+        self._is_checkpoint = _internal_call
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As transformers'; of a model that is none of its classes, what trains."""
+        """As transformers'; a checkpoint of one of hftl's own modules holds what trains."""
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, (PreTrainedModel, PeftModel)):
             super()._save(output_dir, state_dict)
-            return
-        save_plain(model, Path(output_dir or str(self.args.output_dir)))
+        elif not self._saves_trained_only:
+            super()._save(output_dir, whole_plain(model) if state_dict is None else state_dict)
+        elif self.args.should_save:
+            save_plain(model, Path(output_dir or str(self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """As transformers'; of a model that is none of its classes, what `_save` has written."""
-        mine = self.accelerator.unwrap_model(self.model)
-        if isinstance(mine, (PreTrainedModel, PeftModel)) or self.is_fsdp_enabled:
+        """As transformers'; of one of hftl's own modules, what `_save` has written."""
+        if not is_of_hftl(self.accelerator.unwrap_model(self.model)) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        load_plain(mine, Path(resume_from_checkpoint))
+        load_plain(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
 
-    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> None:
-        """Evaluation's count, which would be that of all processes; here it is the batch's own."""
-        return None
+    @property
+    def _own_model(self) -> Any:
+        """The model as it was handed over; transformers has refused to do without one."""
+        return self.model
+
+    @property
+    def _saves_trained_only(self) -> bool:
+        """Whether what is saved is a checkpoint of a module whose frozen weights hftl knows."""
+        return self._is_checkpoint and is_of_hftl(self.accelerator.unwrap_model(self.model))
+
+    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
+        """Return transformers' count where the model divides by it; None where hftl counts."""
+        objective = self._choose_objective(batch_samples[0]) if batch_samples else None
+        if objective is None or not objective.asks_model or not objective.counts_items:
+            return None
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
