@@ -118,7 +118,7 @@ def test_adaptation_on_two_processes_is_that_on_one(
         if name == "two":
             done = launched(["adapt", str(path), "--output", name], tmp_path)
             assert done.returncode == 0, done.stderr
-            assert done.stdout.count("adapt mlm full") == 1
+            assert done.stdout.count("adapt mlm full, ") == 1
         else:
             hftl.run(path, tmp_path / name, until="adapt")
         phase = tmp_path / name / "phases" / "adapt-1"
