@@ -24,6 +24,12 @@ def an_empty_text(folder: Path) -> Path:
     return write_csv(folder / "d.csv", ["text", "label"], [("", "negative")])
 
 
+def an_open_quote(folder: Path) -> Path:
+    path = folder / "d.csv"
+    path.write_text('text,label\ngood,positive\n"bad,negative\nfine,positive\n12",negative\n')
+    return path
+
+
 def a_number_for_a_class(folder: Path) -> Path:
     path = folder / "d.jsonl"
     path.write_text('{"text": "a film", "label": 0.5}\n')
@@ -68,6 +74,7 @@ def a_folder_of_splits(folder: Path) -> Path:
 WRONG: dict[Callable[..., Path], str] = {
     a_folder_of_splits: "name splits, not classes. Give one of them",
     other_columns: "no column 'text'.*trained with 'text', 'label'", an_empty_text: "text is empty",
+    an_open_quote: "d.csv line 3: a quote opens .* row at line 4",
     a_number_for_a_class: "is no class", texts_alone: r"suffix '\.txt'",
     a_table_of_no_suffix: r"suffix '\.xlsx'", a_folder_of_pictures: "no folder of labelled texts",
     a_run: "no folder of labelled texts", a_folder_of_files: "no folders, one a class",

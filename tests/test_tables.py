@@ -169,6 +169,7 @@ def test_missing_column_names_the_closest(tmp_path: Path) -> None:
     [
         ("in.csv", "text,id\nfine,1\n ,2\n", "in.csv line 3: text is empty"),
         ("in.csv", "text,id\nfine,1\nx\n", "in.csv line 3: 1 fields where the header has 2"),
+        ("in.csv", 'id,text\n1,good\n2,"bad\n3,fine\n4,12"\n', "in.csv line 3: .* at line 4"),
         ("in.csv", b"text,id\nfine,1\nJos\xe9,2\n", "in.csv line 3: not valid UTF-8"),
         ("in.csv", b"text,id\nfine,1\nfine,\xe9\n", "in.csv line 3: not valid UTF-8"),
         ("in.jsonl", '{"text": "a"}\n{"text": null}\n', "in.jsonl line 2: text is empty, not text"),

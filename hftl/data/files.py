@@ -5,12 +5,18 @@ Bytes that are not UTF-8 survive as surrogates, so that the row that holds them 
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hftl.data.quotes import Column, find_joined, may_hold_rows, profile_columns
 from hftl.errors import DataError
+
+QUOTED = re.compile(r'"(?=.*"".)(?:[^"]|"")*"', re.DOTALL)
+"""A cell that a writer of CSV has quoted, and hardly anyone else: it holds doubled quotes alone."""
+IN_TSV = "in a .tsv a quote is text and every line a row"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,33 +39,90 @@ class Raw:
 
 
 def read_csv(path: Path) -> Iterator[Raw]:
-    """Rows of a comma-separated table (tabs for .tsv) with a header line."""
-    csv.field_size_limit(2**31 - 1)
+    """Rows of a comma-separated table (tabs for .tsv) with a header line.
+
+    In a .tsv a quote is text and every line a row, as those who write them hold it.
+    """
     with _open(path) as handle:
-        reader = csv.reader(
-            handle, strict=True, delimiter="\t" if path.suffix.lower() == ".tsv" else ","
-        )
+        reader = _csv_reader(path, handle)
+        begins = 1
         try:
             header = next(reader, None)
             if header is None or not any(header):
                 raise DataError(f"{path.name} is empty", "Give it a header line and rows")
-            if not_utf8("".join(header)):
-                raise DataError(f"{path.name} line 1: not valid UTF-8", "Save it as UTF-8")
-            if len(set(header)) < len(header):
-                twice = next(name for name in header if header.count(name) > 1)
-                raise DataError(f"{path.name}: two columns are named {twice!r}", "Rename one")
-            filled = (row for row in reader if row)
-            for index, row in enumerate(filled):
-                where = f"{path.name} line {reader.line_num}"
-                fault = None
-                if len(row) != len(header):
-                    fault = f"{len(row)} fields where the header has {len(header)}"
-                values = dict(zip(header, [*row, *[None] * len(header)], strict=False))
-                yield Raw(values, index, where, fault)
+            _check_header(path, header)
+            index, begins, columns = 0, reader.line_num + 1, None
+            for row in reader:
+                if row and may_hold_rows(row, len(header)):
+                    columns = columns or _profile_table(path, len(header))
+                    _refuse_joined(path.name, row, columns, begins)
+                if row:
+                    where = f"{path.name} line {reader.line_num}"
+                    values = dict(zip(header, [*row, *[None] * len(header)], strict=False))
+                    yield Raw(values, index, where, _row_fault(path, header, row, begins))
+                    index += 1
+                begins = reader.line_num + 1
         except csv.Error as error:
+            last = reader.line_num
+            from_ = f"; its row begins at line {begins}" if begins < last else ""
             raise DataError(
-                f"{path.name} line {reader.line_num}: not valid CSV: {error}", "Correct the quotes"
+                f"{path.name} line {last}: not valid CSV: {error}{from_}", "Correct the quotes"
             ) from error
+
+
+def _csv_reader(path: Path, handle: Any, strict: bool = True) -> Any:
+    csv.field_size_limit(2**31 - 1)
+    if path.suffix.lower() == ".tsv":
+        return csv.reader(handle, strict=strict, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return csv.reader(handle, strict=strict)
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    """Refuse a header that is not text, or that names a column twice."""
+    if not_utf8("".join(header)):
+        raise DataError(f"{path.name} line 1: not valid UTF-8", "Save it as UTF-8")
+    if len(set(header)) < len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise DataError(f"{path.name}: two columns are named {twice!r}", "Rename one")
+
+
+def _row_fault(path: Path, header: list[str], row: list[str], begins: int) -> str | None:
+    """Return what is wrong with a row's cells, if anything."""
+    tabs = path.suffix.lower() == ".tsv"
+    if tabs and any(map(QUOTED.fullmatch, row)):
+        return f"a cell is quoted as in a .csv; {IN_TSV}"
+    if len(row) == len(header):
+        return None
+    fault = f"{len(row)} fields where the header has {len(header)}"
+    breaks = sum(normalize_newlines(cell).count("\n") for cell in row)
+    if breaks:
+        fault += f", in lines {begins} to {begins + breaks}"
+    return f"{fault}; {IN_TSV}" if tabs and any(c.startswith('"') for c in row) else fault
+
+
+def _profile_table(path: Path, width: int) -> list[Column]:
+    """Learn the look of a table's columns from its first rows, whatever follows them."""
+    with _open(path) as handle:
+        reader = _csv_reader(path, handle, strict=False)
+        next(reader, None)
+        return profile_columns(map(normalize_newlines, reader), width)
+
+
+def _refuse_joined(name: str, row: list[str], columns: list[Column], begins: int) -> None:
+    """Refuse a row whose cell swallowed others, bad rows to be skipped or not: they count as one.
+
+    Raises:
+        DataError: naming the line where the quote opens, and where the other row stands.
+    """
+    lines = find_joined(normalize_newlines(row), columns)
+    if lines is not None:
+        opens, other = (begins + line for line in lines)
+        raise DataError(
+            f"{name} line {opens}: a quote opens a cell that goes on over what looks like another "
+            f"row at line {other}",
+            "Close the quote, or double one that is text; where the cell is right, save the table "
+            "as .jsonl or .parquet",
+        )
 
 
 def read_jsonl(path: Path) -> Iterator[Raw]:
