@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+from hftl.data.levels import NarrowCount, describe_narrow
 from hftl.data.pixels import ImageInputs
 from hftl.data.prepare import Prepared
 from hftl.data.spelling import find_doubtful_names
@@ -58,6 +59,8 @@ def check(
             "(re-encoded or resized) of one in another split; name what they share in data.group, "
             "or remove them"
         )
+    if facts.get("narrow_pictures"):
+        warnings.append(describe_narrow(NarrowCount(**facts["narrow_pictures"])))
     if facts["bad_rows"]:
         warnings.append(f"{facts['bad_rows']} bad rows were skipped; the record lists them")
     # What holds of several arms is told once.

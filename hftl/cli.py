@@ -3,10 +3,10 @@
 Heavy imports stand inside the commands, so that help and a misspelt key answer at once.
 """
 
-import logging
 import os
 import signal
 import sys
+import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from hftl import __version__, failure, processes
-from hftl.errors import HftlError, RecipeError
+from hftl.errors import DataWarning, HftlError, RecipeError
 from hftl.recipe import Recipe
 from hftl.record import to_json
 
@@ -202,6 +202,12 @@ def publish(
         pushing.publish(run, asked, say)
 
 
+def show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    """Show a warning about the user's data, not those of libraries for their programmers."""
+    if issubclass(category, DataWarning) and processes.is_main():
+        typer.echo(f"  warning: {message}", err=True)
+
+
 def _list(found: "Listing") -> None:
     if found.base_files:
         say("first the adapted base, whose commit the adapter then names:")
@@ -290,8 +296,7 @@ def main() -> NoReturn:
     if debug:
         # Wherever it stands on the line, it belongs to hftl and not to the command.
         sys.argv = [sys.argv[0], "--debug", *[a for a in sys.argv[1:] if a != "--debug"]]
-    logging.captureWarnings(True)
-    logging.getLogger("py.warnings").addHandler(logging.NullHandler())
+    warnings.showwarning = show_warning
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(standalone_mode=False) or 0

@@ -33,6 +33,10 @@ class DataError(HftlError, ValueError):
     exit_code = 3
 
 
+class DataWarning(UserWarning):
+    """The data can be used, but hardly as they were meant."""
+
+
 class RunFolderError(HftlError):
     """The run folder is locked, damaged, or belongs to another recipe."""
 

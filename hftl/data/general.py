@@ -12,6 +12,7 @@ import numpy as np
 from hftl.data.cells import label_fault
 from hftl.data.documents import document_fault
 from hftl.data.files import Raw
+from hftl.data.levels import warn_narrow
 from hftl.data.load import BadRows, Reading, Row, checked, looked_at, read_table
 from hftl.data.pictures import Seen
 from hftl.data.prepare import SPLITS, Prepared
@@ -78,6 +79,7 @@ def load_general(data: Data, prepared: Prepared, reading: Reading) -> General:
     assert table is not None
     bad = BadRows(skip=data.bad_rows == "skip")
     found = list(_read(data, table, bad, reading))
+    warn_narrow((row.levels for row in found), "data.general")
     answer = table.labels.index(str(data.train.label)) if data.general_is_labelled else None
     distinct, conflicting = _distinct(found, answer)
     own = {normalise_content(row.content) for split in SPLITS for row in prepared.rows[split]}
@@ -177,9 +179,10 @@ def _read(data: Data, table: GeneralTable, bad: BadRows, reading: Reading) -> It
         if data.group in raw.values:
             group = str(raw.values[data.group])
         content, size = _texts(raw, table, str(data.task)), None
+        levels = None
         if isinstance(seen, Seen):
-            content, size = (seen.content,), seen.size
-        yield Row(content, label, group, raw.index, raw.where, "general", size)
+            content, size, levels = (seen.content,), seen.size, seen.levels
+        yield Row(content, label, group, raw.index, raw.where, "general", size, levels=levels)
 
 
 def _fault(raw: Raw, table: GeneralTable, group: str | None, reading: Reading) -> str | None:

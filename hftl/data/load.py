@@ -1,7 +1,7 @@
 """Tables and folders as rows, every bad row named by file and line."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from hftl import places
 from hftl.data.cells import kind, label_fault, label_of, text_fault
 from hftl.data.files import READERS, Raw, guess_format, not_utf8, read_images, read_texts
 from hftl.data.hub import load_hub
+from hftl.data.levels import Levels, warn_narrow
 from hftl.data.pictures import Seen, look
 from hftl.data.spelling import find_fraction
 from hftl.errors import DataError
@@ -42,6 +43,8 @@ class Row:
     size: tuple[int, int] | None = None
     perceptual: int | None = field(default=None, compare=False)
     """A picture's hash that survives re-encoding, while the data are prepared."""
+    levels: Levels | None = field(default=None, compare=False)
+    """The levels that a picture reaches, while the data are prepared."""
 
 
 @dataclass
@@ -105,11 +108,11 @@ def load(data: Data, part: str, bad: BadRows, reading: Reading) -> list[Row]:
         if task == "classification":
             kinds.setdefault(kind(raw.values[str(table.label)]), raw.where)
         group = str(raw.values[data.group]) if data.group else None
+        content = (seen.content,) if isinstance(seen, Seen) else _texts(raw, table, task)
+        row = Row(content, label, group, raw.index, raw.where, part)
         if isinstance(seen, Seen):
-            content, size, perceptual = (seen.content,), seen.size, seen.perceptual
-        else:
-            content, size, perceptual = _texts(raw, table, task), None, None
-        rows.append(Row(content, label, group, raw.index, raw.where, part, size, perceptual))
+            row = replace(row, size=seen.size, perceptual=seen.perceptual, levels=seen.levels)
+        rows.append(row)
     if len(kinds) > 1:
         places_ = " and ".join(f"{kind} ({where})" for kind, where in sorted(kinds.items()))
         raise DataError(f"{name}: labels of mixed types: {places_}", "Write them all as one type")
@@ -145,13 +148,16 @@ def load_pictures(data: Data, part: str, bad: BadRows, reading: Reading) -> list
     name, raws = read_table(table, part, reading.modality)
     folder = table_folder(table, part)
     rows: list[Row] = []
+    levels: list[Levels] = []
     for raw, seen in look(raws, table.image, folder, data.max_pixels, reading.patch):
         if isinstance(seen, Seen):
             rows.append(Row((seen.content,), "", None, raw.index, raw.where, part, seen.size))
+            levels.append(seen.levels)
         else:
             bad.reject(raw.where, seen)
     if not rows:
         raise DataError(f"{name} has no {'usable ' if bad.count else ''}pictures", "Check it")
+    warn_narrow(levels, f"data.{part}")
     return rows
 
 

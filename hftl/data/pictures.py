@@ -12,6 +12,7 @@ from PIL.Image import Image
 
 from hftl.data.decode import BadImage, content, decode, too_small
 from hftl.data.files import Raw
+from hftl.data.levels import Levels, read_levels
 from hftl.data.near import perceptual_hash
 from hftl.errors import DataError
 from hftl.progress import open_bar
@@ -24,11 +25,12 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a picture says, as a hash of its pixels, and its (width, height) in pixels; and its
-    perceptual hash, None for a flat picture."""
+    """What a picture says, as a hash of its pixels, and its (width, height) in pixels; the levels
+    it reaches; and its perceptual hash, None for a flat picture."""
 
     content: str
     size: tuple[int, int]
+    levels: Levels
     perceptual: int | None = None
 
 
@@ -54,7 +56,7 @@ def look(
             return raw, str(error)
         if too_small(image, patch):
             return raw, f"its {image.width}x{image.height} pixels are within one patch of {patch}"
-        return raw, Seen(content(image), image.size, perceptual_hash(image))
+        return raw, Seen(content(image), image.size, read_levels(image), perceptual_hash(image))
 
     with open_bar("reading pictures", None) as advance:
         for number, result in enumerate(side_by_side(see, raws), 1):

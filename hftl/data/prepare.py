@@ -20,6 +20,7 @@ from hftl.data import answers
 from hftl.data.answers import check_targets, names_of
 from hftl.data.duplicates import CopyCounts, count_near_pictures, drop_duplicates
 from hftl.data.hub import revisions
+from hftl.data.levels import count_narrow
 from hftl.data.load import BadRows, Reading, Row, load, read_table, table_folder
 from hftl.data.rows import read_rows, write_rows
 from hftl.data.spelling import is_integer_name
@@ -82,6 +83,7 @@ def prepare(data: Data, reading: Reading = Reading()) -> Prepared:  # noqa: B008
     tables = {s: getattr(data, s) for s in SPLITS if isinstance(getattr(data, s), Table)}
     loaded = {s: load(data, s, bad, reading) for s in tables}
     read = sum(map(len, loaded.values()))
+    narrow = count_narrow(row.levels for part in loaded.values() for row in part)
     kept, counts = drop_duplicates(loaded)
     if counts.conflicting and not kept["train"]:
         raise DataError(
@@ -106,6 +108,7 @@ def prepare(data: Data, reading: Reading = Reading()) -> Prepared:  # noqa: B008
         "bad_rows_listed": bad.dropped,
         **asdict(counts),
         "near_pictures": count_near_pictures(rows),
+        "narrow_pictures": None if narrow is None else asdict(narrow),
         "splits": {split: len(found) for split, found in rows.items()},
         "labels": names,
         "label_type": _label_type(data, reading, names),
@@ -126,6 +129,7 @@ def _nothing(data: Data, reading: Reading) -> Prepared:
     facts = {
         "task": None, "modality": reading.modality, "rows_read": 0, "bad_rows": 0,
         "bad_rows_listed": [], **asdict(CopyCounts(0, 0, 0, 0, 0)), "near_pictures": 0,
+        "narrow_pictures": None,
         "splits": empty, "labels": [], "label_type": "text", "label_counts": None,
         "fingerprint": fingerprint({}),
         "hub_revisions": revisions(data),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hftl.data.files import READERS, SPLIT_NAMES, guess_format
+from hftl.data.levels import warn_narrow
 from hftl.data.load import BadRows, Reading, Row, load
 from hftl.data.pixels import ImageInputs
 from hftl.errors import DataError
@@ -58,7 +59,9 @@ def read_labelled(path: Path, predictor: Predictor, folder: Path) -> Items:
         _check_columns(path, [*inputs, *table.labels])
     patch = predictor.inputs.patch if isinstance(predictor.inputs, ImageInputs) else 1
     bad = BadRows(fix="Correct it, or leave it out")
-    return Items(load(data, "train", bad, Reading(predictor.modality, patch)), data)
+    rows = load(data, "train", bad, Reading(predictor.modality, patch))
+    warn_narrow((row.levels for row in rows), path.name)
+    return Items(rows, data)
 
 
 def _check_folder(path: Path, modality: str) -> None:

@@ -15,6 +15,7 @@ from hftl.data.cells import text_fault
 from hftl.data.decode import BadImage, decode, too_small
 from hftl.data.files import normalize_newlines
 from hftl.data.image import canvas, target_size
+from hftl.data.levels import Levels, read_levels, warn_narrow
 from hftl.data.load import Row
 from hftl.data.pixels import ImageInputs
 from hftl.data.text import Encoded, TextInputs, WordInputs
@@ -89,7 +90,9 @@ class Predictor:
         """
         named = ((places[n] if places else f"input {n + 1}", one) for n, one in enumerate(inputs))
         if isinstance(self.inputs, ImageInputs):
-            return [(picture(self.inputs, *pair, folder or Path.cwd()), 1) for pair in named]
+            pairs = [picture(self.inputs, *pair, folder or Path.cwd()) for pair in named]
+            warn_narrow((levels for _, levels in pairs), "the input")
+            return [(encoded, 1) for encoded, _ in pairs]
         rows = [self._row(place, given) for place, given in named]
         tokens = self.task == "token-classification"
         words = [len(row.content) if tokens else 1 for row in rows]
@@ -137,8 +140,8 @@ class Predictor:
         return name == "True" if self.label_type == "boolean" else name
 
 
-def picture(inputs: ImageInputs, place: str, given: Any, folder: Path) -> Encoded:
-    """A picture as the encoder takes it.
+def picture(inputs: ImageInputs, place: str, given: Any, folder: Path) -> tuple[Encoded, Levels]:
+    """Return a picture as the encoder takes it, and the levels it reaches.
 
     Raises:
         DataError: naming the place, if there is none to be read.
@@ -150,7 +153,7 @@ def picture(inputs: ImageInputs, place: str, given: Any, folder: Path) -> Encode
     except BadImage as error:
         shown = f" ({given})" if isinstance(given, (str, Path)) and str(given) != place else ""
         raise DataError(f"{place}{shown}: {error}", "Correct it") from error
-    return {"pixel_values": canvas(inputs.processor, image)}
+    return {"pixel_values": canvas(inputs.processor, image)}, read_levels(image)
 
 
 def load(path: str | Path, base: str | Path | None = None) -> Predictor:
