@@ -5,7 +5,7 @@ from typing import Any
 
 from hftl.data.levels import NarrowCount, describe_narrow
 from hftl.data.pixels import ImageInputs
-from hftl.data.prepare import Prepared
+from hftl.data.prepare import Prepared, several_labels
 from hftl.data.spelling import find_doubtful_names
 from hftl.data.text import TextInputs
 from hftl.model.anatomy import max_tokens
@@ -45,15 +45,16 @@ def check(
             f"{facts['leaked']} inputs of train also stood in validation or test; they were "
             "dropped from train"
         )
-    if facts["contradictory_inputs"]:
+    # A run folder may hold data that were prepared before these were counted.
+    if facts.get("contradictory_inputs"):
         share = facts["contradictory_inputs"] / facts["distinct_inputs"]
         warnings.append(
             f"{facts['contradictory_inputs']} of {facts['distinct_inputs']} distinct inputs "
             f"({share:.0%}) have differing labels and are dropped ({facts['conflicting']} rows): "
             "what is measured is how the others are told, which may be the easier ones; correct "
-            "the labels, or for several labels at once set data.task=multi-label"
+            f"the labels{several_labels(prepared.task)}"
         )
-    if facts["near_pictures"]:
+    if facts.get("near_pictures"):
         warnings.append(
             f"{facts['near_pictures']} pictures of validation and test are near copies "
             "(re-encoded or resized) of one in another split; name what they share in data.group, "

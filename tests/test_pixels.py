@@ -322,5 +322,5 @@ def test_pictures_with_two_labels_each_are_none(
     table = folder / "t.csv"
     lines = [f"dark/{n}.png,{label}" for n in range(12) for label in ("a", "b")]
     table.write_text("\n".join(["image,label", *lines]) + "\n")
-    with pytest.raises(DataError, match=r"two different labels \(24 rows\)"):
+    with pytest.raises(DataError, match=r"two different labels.* \(24 rows\)"):
         bench_of(recipe(table, tiny_model("vit")))

@@ -173,7 +173,7 @@ def test_one_class(tmp_path: Path) -> None:
 )
 def test_a_split_left_empty(tmp_path: Path, rows: int, more: dict[str, Any], split: str) -> None:
     path = write_csv(tmp_path / "a.csv", HEADER, sentences(rows))
-    with pytest.raises(DataError, match=f"{split} is left with no rows of {rows}"):
+    with pytest.raises(DataError, match=f"{split} is left with no rows; train has {rows} "):
         prepare(data(path, **more))
 
 

@@ -2,16 +2,21 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import sentences, write_csv
+from conftest import bench_of, sentences, write_csv
 from PIL import Image
 
 import hftl
+from hftl.check import check
 from hftl.data.cells import label_fault
 from hftl.data.prepare import prepare
 from hftl.data.spelling import find_doubtful_names, find_fraction, normalise_name, normalise_text
@@ -19,6 +24,7 @@ from hftl.errors import DataError
 from hftl.pipeline import preflight, run
 from hftl.recipe import Recipe
 from hftl.sections.data import Data
+from hftl.use.compare import compare
 
 HEADER = ["text", "label"]
 
@@ -29,6 +35,9 @@ HEADER = ["text", "label"]
         ([1, 1.0, "1", "1.0", " 1 ", "1.00", np.float64(1), np.int64(1)], "1"),
         (["caf\u00e9", "cafe\u0301", " caf\u00e9", "\ufeffcaf\u00e9\u200b"], "caf\u00e9"),
         (["very good", "very  good", "very\tgood", "very\u00a0good"], "very good"),
+        (["\u2068ja\u2069", "ja\u061c", "\u200dja\u200c"], "ja"),
+        (["\u0645\u06cc\u200c\u062e\u0648"], "\u0645\u06cc\u200c\u062e\u0648"),
+        (["\U0001f469\u200d\U0001f4bb"], "\U0001f469\u200d\U0001f4bb"),
         (["007"], "007"), (["1.5"], "1.5"), (["-2.0", -2], "-2"), ([True], "True"),
     ],
 )  # fmt: skip
@@ -51,6 +60,8 @@ def test_numbers_with_fractions_are_no_classes() -> None:
     assert find_fraction(["1", "2.5", "3"]) == "2.5"
     assert find_fraction(["1", "2", "9" * 400]) is None
     assert find_fraction(["v1.5", "2.5"]) is None
+    assert find_fraction(["NaN", "n/a", "2.5", "3"]) == "2.5"
+    assert find_fraction(["nan", "none"]) is None
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
@@ -75,6 +86,34 @@ def test_doubtful_names_are_named() -> None:
     assert find_doubtful_names({"a": 2, "b": 2}) == []
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["ca\u200dr", "car"], r"'car' and 'ca\u200dr' differ only in case or in characters"),
+        (["\u2764", "\u2764\ufe0f"], "cannot be seen"), (["01", "1"], "'01' and '1' are the same"),
+        (["0", "-0"], "same number"), (["1", "+1"], "same number"), (["1", "1."], "same number"),
+    ],
+)  # fmt: skip
+def test_names_that_a_reader_takes_for_one_are_named(names: list[str], words: str) -> None:
+    [warning] = find_doubtful_names(dict.fromkeys(names, 2))
+    assert words in warning
+
+
+@pytest.mark.parametrize("task", ["classification", "multi-label"])
+def test_a_missing_value_among_numbers_hides_no_fractions(tmp_path: Path, task: str) -> None:
+    labels = ["nan", *(str(i / 8) for i in range(39))] * 2
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"text": f"text {i}", "label": y if task == "classification" else [y]})
+            + "\n"
+            for i, y in enumerate(labels)
+        )
+    )
+    with pytest.raises(DataError, match=r"line 3: a.jsonl has numbers with fractions.*0\.125"):
+        prepare(Data.model_validate({"task": task, "train": {"path": str(path)}}))
+
+
 def test_copies_that_differ_in_spelling_do_not_straddle(tmp_path: Path) -> None:
     """Labels of a coin are not told from a copy in train: each text stays once."""
     coin = random.Random(0)
@@ -96,6 +135,75 @@ def test_tables_of_other_line_ends_and_case_leak_nothing(tmp_path: Path) -> None
     found = prepare(data)
     assert found.facts["leaked"] == 20
     assert found.facts["splits"]["test"] == 20
+
+
+def test_a_target_that_parquet_has_rounded_is_no_contradiction(tmp_path: Path) -> None:
+    texts = [text for text, _ in sentences(60)]
+    values = [i / 7 for i in range(60)]
+    train = write_csv(tmp_path / "a.csv", HEADER, list(zip(texts, values, strict=True)))
+    test = tmp_path / "b.parquet"
+    rounded = pa.array(np.array(values[:20], np.float32))
+    pq.write_table(pa.table({"text": texts[:20], "label": rounded}), test)
+    tables = {"train": {"path": str(train)}, "test": {"path": str(test)}}
+    found = prepare(Data.model_validate({"task": "regression", **tables}))
+    assert (found.facts["conflicting"], found.facts["leaked"]) == (0, 20)
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_a_split_of_contradictions_alone_is_not_told_as_duplicates(
+    tmp_path: Path, task: str
+) -> None:
+    texts = [text for text, _ in sentences(60)]
+    train = write_csv(tmp_path / "a.csv", HEADER, [(t, i % 2) for i, t in enumerate(texts)])
+    test = [(t.title(), (i + 1) % 2) for i, t in enumerate(texts[:30])]
+    tables = {
+        "train": {"path": str(train)},
+        "test": {"path": str(write_csv(tmp_path / "b.csv", HEADER, test))},
+    }
+    with pytest.raises(DataError, match="60 rows with contradictory labels.*Correct the labels"):
+        prepare(Data.model_validate({"task": task, **tables}))
+    table = write_csv(tmp_path / "c.csv", HEADER, [(t, n) for t in texts for n in (0, 1)])
+    with pytest.raises(DataError, match=r"two different labels.*120 rows") as refusal:
+        prepare(Data.model_validate({"task": task, "train": {"path": str(table)}}))
+    assert ("multi-label" in str(refusal.value)) == (task == "classification")
+
+
+def test_data_prepared_before_contradictions_were_counted_are_checked(
+    recipe_tree: dict[str, Any],
+) -> None:
+    """A run folder of an earlier version is continued."""
+    recipe = Recipe.parse(recipe_tree)
+    bench = bench_of(recipe)
+    newer = ("contradictory_inputs", "distinct_inputs", "near_pictures", "label_type")
+    facts = {key: value for key, value in bench.prepared.facts.items() if key not in newer}
+    older = replace(bench.prepared, facts=facts)
+    assert check(bench.source, bench.inputs, older, 16, [recipe.finetune])["warnings"]
+
+
+def test_models_are_compared_whatever_the_spelling_of_their_classes(
+    recipe_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """An earlier version published names as the table had them, and plain peft does still."""
+    names = {"positive": "caf\u00e9", "negative": "2"}
+    rows = [(text, names[label]) for text, label in sentences(80)]
+    recipe_tree["data"]["train"]["path"] = str(write_csv(tmp_path / "a.csv", HEADER, rows))
+    recipe_tree["finetune"]["strategy"] = "head"
+    recipe_tree["measure"] |= {"arms": [], "seeds": [0]}
+    run(Recipe.parse(recipe_tree), tmp_path / "run")
+    shutil.copytree(tmp_path / "run" / "publish", tmp_path / "older")
+    for file in ("config.json", "hftl.json"):
+        path = tmp_path / "older" / file
+        text = json.dumps(json.loads(path.read_text("utf-8")), ensure_ascii=False)
+        path.write_text(text.replace("caf\u00e9", "cafe\u0301").replace('"2"', '"2.0"'), "utf-8")
+    config = json.loads((tmp_path / "older" / "config.json").read_text("utf-8"))
+    assert set(config["id2label"].values()) == {"cafe\u0301", "2.0"}
+    table = write_csv(tmp_path / "b.csv", HEADER, [(t, f" {y} ") for t, y in rows])
+    models = [str(tmp_path / "run"), str(tmp_path / "older")]
+    for order in (models, models[::-1]):
+        first, second = (
+            line.split()[1:5] for line in compare(order, table, None).splitlines() if "/" in line
+        )
+        assert first[:3] == second[:3]
 
 
 def test_contradictory_labels_are_told_in_check_record_and_card(

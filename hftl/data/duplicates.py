@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hftl.data.load import Row
+from hftl.data.load import Label, Row
 from hftl.data.spelling import normalise_content
 
 PRIORITY = ("test", "validation", "train")
@@ -52,7 +52,7 @@ def drop_duplicates(parts: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], 
     remaining: dict[str, list[Row]] = {part: [] for part in parts}
     duplicates = conflicting = contradictory = leaked = 0
     for same in copies.values():
-        if len({row.label for _, row in same}) > 1:
+        if len({_round_target(row.label) for _, row in same}) > 1:
             conflicting += len(same)
             contradictory += 1
             continue
@@ -64,6 +64,14 @@ def drop_duplicates(parts: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], 
             min(candidates, key=lambda row: (row.group or "", row.content, row.index))
         )
     return remaining, CopyCounts(duplicates, conflicting, contradictory, len(copies), leaked)
+
+
+def _round_target(label: Label) -> Label:
+    """Return a target as float32 holds it: parquet may have rounded what a csv has in full."""
+    if not isinstance(label, float):
+        return label
+    with np.errstate(over="ignore"):
+        return float(np.float32(label))
 
 
 def count_near_pictures(rows: dict[str, list[Row]]) -> int:

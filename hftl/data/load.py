@@ -118,7 +118,7 @@ def load(data: Data, part: str, bad: BadRows, reading: Reading) -> list[Row]:
         raise DataError(f"{name}: labels of mixed types: {places_}", "Write them all as one type")
     if not rows:
         raise DataError(f"{name} has no {'usable ' if bad.count else ''}rows", "Check the file")
-    if task == "classification":
+    if task in ("classification", "multi-label"):
         _refuse_fractions(name, rows)
     return rows
 
@@ -129,13 +129,18 @@ def _refuse_fractions(name: str, rows: list[Row]) -> None:
     Raises:
         DataError: naming the first such row.
     """
-    fraction = find_fraction(str(row.label) for row in rows)
+    places_ = {label: row.where for row in reversed(rows) for label in _class_names(row.label)}
+    fraction = find_fraction(places_)
     if fraction is not None:
-        where = next(row.where for row in rows if row.label == fraction)
+        where = places_[fraction]
         raise DataError(
             f"{where}: {name} has numbers with fractions for classes, such as {fraction}",
             "For a target set data.task=regression; for classes write them as words",
         )
+
+
+def _class_names(label: Label) -> tuple[str, ...]:
+    return label if isinstance(label, tuple) else (str(label),)
 
 
 def load_pictures(data: Data, part: str, bad: BadRows, reading: Reading) -> list[Row]:

@@ -87,11 +87,11 @@ def prepare(data: Data, reading: Reading = Reading()) -> Prepared:  # noqa: B008
     kept, counts = drop_duplicates(loaded)
     if counts.conflicting and not kept["train"]:
         raise DataError(
-            f"every input of train stands there with two different labels "
+            f"every input of train has two different labels, there or in another table "
             f"({counts.conflicting} rows)",
-            "Correct the labels; for several at once set data.task=multi-label",
+            f"Correct the {'targets' if task == 'regression' else 'labels'}{several_labels(task)}",
         )
-    rows = _split(kept, data, task)
+    rows = _split(kept, data, task, counts)
     if data.shots is not None:
         known = {name for row in rows["train"] for name in names_of(row.label, task)}
         size = data.shots * (1 if task in IN_ALL else len(known))
@@ -191,7 +191,15 @@ def stored_digest(folder: Path) -> str:
     return json.loads((folder / "facts.json").read_text(encoding="utf-8"))["files"]
 
 
-def _split(kept: dict[str, list[Row]], data: Data, task: str) -> dict[str, list[Row]]:
+def several_labels(task: str) -> str:
+    """Return what to do where an input rightly has several labels; nothing for other tasks."""
+    one = task == "classification"
+    return "; where several hold at once, set data.task=multi-label" if one else ""
+
+
+def _split(
+    kept: dict[str, list[Row]], data: Data, task: str, counts: CopyCounts
+) -> dict[str, list[Row]]:
     """Test, then validation, taken from train where they have no table of their own."""
     pool = kept["train"]
     whole = len(pool)
@@ -208,10 +216,22 @@ def _split(kept: dict[str, list[Row]], data: Data, task: str) -> dict[str, list[
     for split, found in rows.items():
         if not found:
             raise DataError(
-                f"{split} is left with no rows of {whole} after duplicates are dropped",
-                "Give more rows, or other fractions",
+                f"{split} is left with no rows; train has {whole} after {_dropped(counts)}",
+                "Correct the labels, or give more rows"
+                if counts.conflicting
+                else "Give more rows, or other fractions",
             )
     return rows
+
+
+def _dropped(counts: CopyCounts) -> str:
+    """Say what was dropped, contradictions apart from copies."""
+    words = f"{counts.duplicates} duplicates"
+    if counts.leaked:
+        words += f" ({counts.leaked} of a row in another table)"
+    if counts.conflicting:
+        words += f" and {counts.conflicting} rows with contradictory labels"
+    return f"{words} were dropped"
 
 
 def _known_to_train(taken: list[Row], pool: list[Row], task: str) -> tuple[list[Row], list[Row]]:

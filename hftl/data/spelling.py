@@ -5,8 +5,11 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
-"""Soft hyphen, zero-width space and joiners, direction marks, word joiner, byte order mark."""
+JOINERS = "\u200c\u200d"
+INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
+"""Soft hyphen, zero-width space, marks and isolates of direction, word joiner, byte order mark."""
+UNSEEN = re.compile(f"[{JOINERS}\ufe00-\ufe0f]")
+"""Joiners and variants of a character, which Persian, Hindi and emoji are written with."""
 INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 """An integer as it is usually written; `str.isdigit` also accepts names that int refuses."""
 WHOLE = re.compile(r"(-?[0-9]{1,18})\.0+")
@@ -17,7 +20,7 @@ MISSING = {"nan", "null", "none", "na", "n/a", "#n/a", "<na>", "nil", "missing",
 
 def normalise_text(text: str) -> str:
     """Return a text's key for finding copies: NFC, case folded, white space single, no marks."""
-    visible = INVISIBLE.sub("", unicodedata.normalize("NFC", text))
+    visible = UNSEEN.sub("", INVISIBLE.sub("", unicodedata.normalize("NFC", text)))
     # Folding may part letters again that NFC had joined.
     return unicodedata.normalize("NFC", " ".join(visible.casefold().split()))
 
@@ -28,11 +31,14 @@ def normalise_content(content: Iterable[str]) -> tuple[str, ...]:
 
 
 def normalise_name(value: object) -> str:
-    """Return a label as a class name: `1`, `1.0` and `'1.0'` are one class, as are NFC and NFD."""
+    """Return a label as a class name: `1`, `1.0` and `'1.0'` are one class, as are NFC and NFD.
+
+    Joiners inside a name stay, since the name is published and means another without them.
+    """
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     visible = INVISIBLE.sub("", unicodedata.normalize("NFC", str(value)))
-    name = " ".join(visible.split())
+    name = " ".join(visible.split()).strip(f"{JOINERS} ")
     whole = WHOLE.fullmatch(name)
     return str(int(whole[1])) if whole else name
 
@@ -43,8 +49,11 @@ def is_integer_name(name: str) -> bool:
 
 
 def find_fraction(names: Iterable[str]) -> str | None:
-    """Return the first name that is no whole number where all names are numbers, else None."""
-    distinct = sorted(set(names))
+    """Return the first name that is no whole number where all names are numbers, else None.
+
+    Names that read like a missing value say nothing about the others.
+    """
+    distinct = sorted(name for name in set(names) if name.casefold() not in MISSING)
     if not all(map(NUMBER.fullmatch, distinct)):
         return None
     written = [name for name in distinct if not name.lstrip("+-").isdigit()]
@@ -59,12 +68,20 @@ def find_doubtful_names(counts: Mapping[str, int]) -> list[str]:
     """
     warnings = []
     spellings: dict[str, list[str]] = defaultdict(list)
+    numbers: dict[float, list[str]] = defaultdict(list)
     for name in sorted(counts):
-        spellings[name.casefold()].append(name)
-    for names in spellings.values():
-        if len(names) > 1:
-            written = " and ".join(map(repr, names))
-            warnings.append(f"the classes {written} differ only in case; write them as one")
+        spellings[normalise_text(name)].append(name)
+        # A float tells integers of at most 15 digits apart.
+        if NUMBER.fullmatch(name) and len(name) <= 15:
+            numbers[float(name)].append(name)
+    for alike, how in (
+        (spellings, "differ only in case or in characters that cannot be seen"),
+        (numbers, "are the same number"),
+    ):
+        for names in alike.values():
+            if len(names) > 1:
+                written = " and ".join(map(_show_name, names))
+                warnings.append(f"the classes {written} {how}; write them as one")
     missing = [name for name in sorted(counts) if name.casefold() in MISSING]
     if missing:
         warnings.append(
@@ -79,3 +96,8 @@ def find_doubtful_names(counts: Mapping[str, int]) -> list[str]:
             f"{which}; give more examples, or merge them"
         )
     return warnings
+
+
+def _show_name(name: str) -> str:
+    """Return a name in quotes, the characters in it that cannot be seen spelt out."""
+    return UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", repr(name))

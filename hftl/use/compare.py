@@ -12,7 +12,9 @@ import numpy as np
 from hftl import metrics, places
 from hftl.card.plots import plot_compared
 from hftl.data import answers, prepare
+from hftl.data.load import Row
 from hftl.data.pixels import ImageInputs
+from hftl.data.spelling import normalise_name
 from hftl.data.tags import TagScheme, recognise_tags
 from hftl.errors import DataError, RecipeError
 from hftl.measure.collect import units_of
@@ -60,9 +62,11 @@ def compare(
     items: Items | None = None
     scheme: TagScheme | None = None
     for number, predictor in each(folders, base):
+        predictor = _normalise_predictor(models[number], predictor)
         if first is None or items is None:
             first = predictor
             items = shared or read_labelled(Path(data or ""), predictor, folders[number])
+            items = replace(items, rows=list(map(_normalise_row, items.rows)))
             _check_labels(items, predictor)
             scheme = _tag_scheme(models[number], folders[number], predictor)
         _check_alike(models[number], predictor, first)
@@ -127,6 +131,31 @@ def _fingerprint(record: Path) -> str | None:
     """Return the hash of the data and splits in a record; None where it has none."""
     data = read_json(record).get("data")
     return data.get("fingerprint") if isinstance(data, dict) else None
+
+
+def _normalise_predictor(model: str, predictor: Predictor) -> Predictor:
+    """Return the model with its classes named as those of a table, whoever has published it.
+
+    Raises:
+        RecipeError: if two of its classes are one so named.
+    """
+    names = list(map(normalise_name, predictor.names))
+    if len(set(names)) < len(names):
+        double = next(name for name in names if names.count(name) > 1)
+        raise RecipeError(
+            f"{model} has several classes that differ from {double!r} only in spelling",
+            "Train it on labels of one spelling",
+        )
+    return replace(predictor, names=names)
+
+
+def _normalise_row(row: Row) -> Row:
+    """Return the row of a table or of an older run with its labels named alike."""
+    if isinstance(row.label, float):
+        return row
+    if isinstance(row.label, tuple):
+        return replace(row, label=tuple(map(normalise_name, row.label)))
+    return replace(row, label=normalise_name(row.label))
 
 
 def _check_labels(items: Items, predictor: Predictor) -> None:
