@@ -1,6 +1,8 @@
 """Near duplicates, against brute force over all pairs."""
 
 import random
+import unicodedata
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -75,6 +77,20 @@ def test_case_and_signs_do_not_matter_and_words_do() -> None:
         assert text in near
     for text in ("the film it was bad", "fine film", "film", "?!", "", "naive cafe au lait"):
         assert text not in near
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda text: unicodedata.normalize("NFD", text), str.upper,
+        lambda text: text.replace("\u00e9", "\u00e9\u200b"),
+        lambda text: text.replace("an", "a\u00adn").replace("re", "r\u00ade"),
+        lambda text: text.replace(" ", "\u00a0\r\n"),
+    ],
+)  # fmt: skip
+def test_a_copy_of_another_spelling_is_near(write: Callable[[str], str]) -> None:
+    text = "le caf\u00e9 tr\u00e8s anim\u00e9 de la for\u00eat ferm\u00e9 avant la re-lecture"
+    assert write(text) != text and write(text) in NearTexts([text])
 
 
 def test_a_text_that_quotes_a_measured_one_is_found_if_that_says_enough() -> None:

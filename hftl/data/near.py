@@ -10,6 +10,8 @@ from datasketch import MinHash, MinHashLSH
 from imagehash import phash
 from PIL import Image
 
+from hftl.data.spelling import normalise_text
+
 WORD = re.compile(r"[^\W_]+")
 SHINGLE = 3
 """Words of a shingle."""
@@ -109,11 +111,15 @@ class NearPictures:
 
 
 def shingles(text: str) -> Shingles:
-    """The runs of three lower-cased words; all words where there are fewer; never empty."""
-    words = WORD.findall(text.lower())
+    """Return the runs of three words, all words where there are fewer; never empty.
+
+    Words are those of the normalised text: a copy in another Unicode form is the same text.
+    """
+    normalised = normalise_text(text)
+    words = WORD.findall(normalised)
     if len(words) < SHINGLE:
         # What has no words, as a row of signs, is compared as it is.
-        return {tuple(words) or (text.strip(),)}
+        return {tuple(words) or (normalised or text.strip(),)}
     return set(zip(words, words[1:], words[2:], strict=False))
 
 
