@@ -145,12 +145,16 @@ def _head(path: Path) -> tuple[nn.Linear | None, str]:
     return head, pooling
 
 
-def sample_batches(folder: Path, sample: Path) -> list[tuple[dict[str, Any], Tensor | None]]:
+def sample_batches(
+    folder: Path, sample: Path, alone: bool
+) -> list[tuple[dict[str, Any], Tensor | None]]:
     """Return what the model takes for the sample, batch by batch, and for words the mask of the
     tokens whose outputs they have.
 
-    Each text is alone in its batch, as `transformers.pipeline` runs it: the outputs must be those
-    that it had beside others.
+    Args:
+        folder: the published one.
+        sample: the file that `write_sample` wrote.
+        alone: each text in a batch of its own, as `transformers.pipeline` runs it, or all in one.
     """
     content = json.loads(sample.read_text(encoding="utf-8"))
     if "images" in content:
@@ -161,36 +165,57 @@ def sample_batches(folder: Path, sample: Path) -> list[tuple[dict[str, Any], Ten
         return [({**processor(images, return_tensors="pt"), **content["arguments"]}, None)]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     cut = {"truncation": True, "max_length": content["max_length"], "return_tensors": "pt"}
+    cut["padding"] = not alone
+    rows = content["texts" if "texts" in content else "words"]
+    batches = [[row] for row in rows] if alone else [rows]
     if "texts" in content:
-        return [(dict(tokenizer(*([t] for t in row), **cut)), None) for row in content["texts"]]
-    batches = []
-    for words in content["words"]:
-        inputs = tokenizer([words], is_split_into_words=True, **cut)
-        ids = inputs.word_ids(0)
-        first = [w is not None and (p == 0 or ids[p - 1] != w) for p, w in enumerate(ids)]
-        batches.append((dict(inputs), torch.tensor([first])))
-    return batches
+        columns = [[list(column) for column in zip(*batch, strict=True)] for batch in batches]
+        return [(dict(tokenizer(*texts, **cut)), None) for texts in columns]
+    words = []
+    for batch in batches:
+        inputs = tokenizer(batch, is_split_into_words=True, **cut)
+        ids = [inputs.word_ids(i) for i in range(len(batch))]
+        first = [
+            [w is not None and (p == 0 or row[p - 1] != w) for p, w in enumerate(row)]
+            for row in ids
+        ]
+        words.append((dict(inputs), torch.tensor(first)))
+    return words
+
+
+def sample_logits(
+    model: nn.Module, batches: list[tuple[dict[str, Any], Tensor | None]], device: str
+) -> Tensor:
+    """Return the logits of a sample, (outputs of the rows, outputs) float32."""
+    parts = []
+    for inputs, first in batches:
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        with torch.inference_mode():
+            logits = model(**moved).logits.float().cpu()
+        parts.append(logits if first is None else logits[first])
+    return torch.cat(parts)
 
 
 def main(folder: Path, base: Path, sample: Path, device: str) -> None:
-    """Prints the comparison as JSON."""
+    """Print the comparison as JSON.
+
+    The texts run alone and all together, and the nearer one counts: a head of large weights makes
+    the rounding of another shape of batch visible, and an encoder without a mask reads padding.
+    """
     expected = torch.tensor(json.loads(sample.read_text(encoding="utf-8"))["logits"])
     # Other weights must be drawn for whatever the folder lacks, or the lack would not show.
     torch.manual_seed(20_010_101)
     model = load(folder, base).to(device)
-    parts = []
-    for inputs, first in sample_batches(folder, sample):
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        with torch.inference_mode():
-            logits = model(**inputs).logits.float().cpu()
-        parts.append(logits if first is None else logits[first])
-    found = torch.cat(parts)
-    compared = {
-        "difference": float((found - expected).abs().max()),
+    differences = [
+        float((sample_logits(model, batches, device) - expected).abs().max())
+        for batches in (sample_batches(folder, sample, alone) for alone in (True, False))
+    ]
+    comparison = {
+        "difference": min(differences),
         "largest": float(expected.abs().max()),
         "hftl_imported": "hftl" in sys.modules,
     }
-    print(json.dumps(compared))  # noqa: T201
+    print(json.dumps(comparison))  # noqa: T201
 
 
 if __name__ == "__main__":
