@@ -137,6 +137,30 @@ def test_question_answering_trains_as_with_the_trainer(
     assert torch.allclose(*found, atol=1e-5)
 
 
+def test_a_model_that_returns_tuples_trains_and_is_evaluated(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [{"input_ids": [2, 5 + i, 7, 3], "labels": i % 2} for i in range(4)]
+    found, folder = [], tiny_model("bert")
+    for as_mapping in (True, False):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, return_dict=as_mapping, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        weights = moved(TransferTrainer, model, rows, tmp_path)
+        found.append((weights, trainer_of(model, tmp_path).evaluate(rows)["eval_loss"]))
+    (mapped, loss), (tupled, same) = found
+    assert torch.equal(mapped, tupled) and loss == pytest.approx(same)
+
+
+def test_training_on_no_rows_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model("bert"))
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
+    with pytest.raises(RecipeError, match="train_dataset holds no rows"):
+        TransferTrainer(model=model, args=args, train_dataset=[]).train()  # pyright: ignore
+
+
 def test_the_callers_arguments_stay_as_they_are(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1,
                              label_smoothing_factor=0.1)  # fmt: skip

@@ -204,7 +204,10 @@ def _differs(model: nn.Module, batch: dict[str, Any]) -> bool:
     if labels.is_floating_point():
         part["labels"] = part["labels"].nan_to_num(0.0)
     outputs = _run(model, part)
-    own, logits = outputs.get("loss"), outputs.get("logits")
+    if isinstance(outputs, tuple):  # config.return_dict is false
+        own, logits = (*outputs, None)[:2]
+    else:
+        own, logits = outputs.get("loss"), outputs.get("logits")
     if own is None or logits is None:
         return True
     objective = Objective(False, problem=_problem(model))

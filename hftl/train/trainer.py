@@ -421,6 +421,8 @@ class TransferTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "random" or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
+        if not len(dataset):  # pyright: ignore[reportArgumentType]
+            raise RecipeError("train_dataset holds no rows", "Give it some, or skip train()")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return SeededOrder(len(dataset), seed)  # pyright: ignore[reportArgumentType]
 
