@@ -264,3 +264,10 @@ def test_smoothing_without_classes_is_refused_in_a_recipe(
     recipe_tree["finetune"]["training"]["label_smoothing_factor"] = 0.1
     with pytest.raises(RecipeError, match=f"label_smoothing_factor=0.1 .* data.task={task}"):
         Recipe.parse(recipe_tree)
+
+
+def test_a_model_made_by_model_init_trains(tmp_path: Path) -> None:
+    args = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", max_steps=1
+    )
+    TransferTrainer(model_init=Weighted, args=args, train_dataset=points()).train()  # pyright: ignore

@@ -33,7 +33,6 @@ LAYOUTS: dict[str, tuple[str, Callable[[int, str], str]]] = {
     "text, target": ("text,y", lambda n, text: f"{text},{n * 0.37:.2f}"),
     "number, text": ("id,text", lambda n, text: f"{n},{text}"),
     "key, text, label": ("id,text,label", lambda n, text: f"r-{n},{text},{label(n)}"),
-    "title, text": ("title,text", lambda n, text: f"{sentence(1000 + n)},{text}"),
 }
 
 
@@ -189,3 +188,14 @@ def test_a_recipe_is_not_guessed_from_joined_rows(tmp_path: Path) -> None:
     assert not (tmp_path / "a.yaml").exists()
     rows = [raw.values for raw in READERS["csv"](table(tmp_path / "a.csv", "text, label", None, 0))]
     assert guess_columns("a.csv", rows).label == "label"
+
+
+def test_two_columns_of_free_text_in_several_lines_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    rows = [(f"{sentence(n)}, then\n{sentence(n + 500)}, so", f"{sentence(n + 900)}, and\nmore")
+            for n in range(60)]  # fmt: skip
+    with open(path, "w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerows([("first", "second"), *rows])
+    found = [raw.fault for raw in READERS["csv"](path)]
+    assert found == [None] * 60

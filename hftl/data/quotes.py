@@ -1,7 +1,7 @@
 """Unclosed quotes of comma-separated tables: they join rows into one cell, and every parser agrees.
 
 Only what the joined lines say tells them from a text of several lines: whether they read as rows
-of the very table. Where all columns are free text, every line of the cell must read so.
+of the very table. Where all columns are free text nothing tells them apart, and the cell is read.
 """
 
 import re
@@ -21,13 +21,17 @@ SHAPES = 3
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """The look of a column's cells: `names` and `shapes` are None where they are too many."""
+    """The look of a column's cells: `names` and `shapes` are None where they are too many.
+
+    A column is `prose` if enough rows show no look at all.
+    """
 
     names: frozenset[str] | None
     shapes: frozenset[str] | None
     numeric: bool
     spaced: bool
     empty: bool
+    prose: bool
 
     def fits(self, cell: str) -> bool:
         """Tell if a cell looks like the column's."""
@@ -49,7 +53,7 @@ class Column:
 def profile_columns(rows: Iterable[list[str]], width: int) -> list[Column]:
     """Learn the look of each column from the cells of one line in the table's first rows."""
     sound = list(islice((row for row in rows if len(row) == width), PROFILED))
-    return [_profile([row[i] for row in sound if "\n" not in row[i]]) for i in range(width)]
+    return [_profile([row[i] for row in sound]) for i in range(width)]
 
 
 def may_hold_rows(row: list[str], width: int) -> bool:
@@ -71,6 +75,8 @@ def find_joined(row: list[str], columns: list[Column]) -> tuple[int, int] | None
         The lines at which the cell begins and the other row begins, counted from 0 at the row's
         first; None where there is none.
     """
+    if all(column.prose for column in columns):
+        return None
     begins = 0
     for place, cell in enumerate(row):
         lines = cell.split("\n")
@@ -129,14 +135,19 @@ def _fit(pieces: list[str], columns: list[Column]) -> bool:
     return len(pieces) == len(columns) and all(map(Column.fits, columns, pieces))
 
 
-def _profile(cells: list[str]) -> Column:
+def _profile(every: list[str]) -> Column:
+    cells = [cell for cell in every if "\n" not in cell]
     full = [cell for cell in cells if cell]
     names = frozenset(full)
     shapes = frozenset(map(_shape, full))
+    numeric = bool(full) and all(map(NUMBER.fullmatch, full))
+    few_names = names if len(names) <= FEW and 2 * len(names) <= len(full) else None
+    few_shapes = shapes if len(shapes) <= SHAPES and len(full) > 2 * SHAPES else None
     return Column(
-        names=names if len(names) <= FEW and 2 * len(names) <= len(full) else None,
-        shapes=shapes if len(shapes) <= SHAPES and len(full) > 2 * SHAPES else None,
-        numeric=bool(full) and all(map(NUMBER.fullmatch, full)),
+        names=few_names,
+        shapes=few_shapes,
+        numeric=numeric,
+        prose=len(every) > 2 * SHAPES and not (few_names or few_shapes or numeric),
         spaced=any(cell.startswith(" ") for cell in full),
         empty=len(full) < len(cells),
     )

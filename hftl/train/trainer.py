@@ -118,7 +118,8 @@ class TransferTrainer(Trainer):
         Raises:
             RecipeError: where the launcher asked for FSDP and this device has none.
         """
-        is_known = not computes_loss(self._own_model) or has_known_head(self._own_model)
+        model = self._own_model  # None until a model_init has been called
+        is_known = model is not None and (not computes_loss(model) or has_known_head(model))
         if self.args.ddp_find_unused_parameters is None and is_known:
             # All that trains is on the path to the loss, so the search would only cost.
             self.args.ddp_find_unused_parameters = False
