@@ -18,7 +18,7 @@ from hftl.finetune.estimate import estimate_seconds
 from hftl.finetune.gradual import State
 from hftl.finetune.outcome import Outcome
 from hftl.finetune.workbench import BY_STEPS, Workbench
-from hftl.phases.reads import arm_reads, asked
+from hftl.phases.reads import SEMANTICS, arm_reads, asked
 from hftl.phases.retaining import kept_of
 from hftl.progress import working
 from hftl.recipe import Arm, Recipe, arms
@@ -161,6 +161,7 @@ def _arm_reads(recipe: Recipe, bench: Workbench, arm: Arm) -> dict[str, Any]:
     return {
         "recipe": read,
         "asked": asked(recipe, read),
+        "semantics": SEMANTICS,
         "weights": bench.weights,
         "data": bench.prepared.facts["fingerprint"],
         **({"general": general} if general else {}),
@@ -178,14 +179,15 @@ def _stands(this: Run, folder: Path, reads: dict[str, Any]) -> bool:
     """Whether an arm is finished and what the recipe asks.
 
     Raises:
-        RunFolderError: if it was made from another source model or other data.
+        RunFolderError: if it was made from another source model or other data, or by an hftl that
+            trained otherwise.
     """
     found = rundir.reads(folder)
     if found is None or found["recipe"] != reads["recipe"]:
         return False
     for key, what in (
         ("weights", "another source model"), ("data", "other data"),
-        ("general", "other general data"),
+        ("general", "other general data"), ("semantics", "an older hftl, which trained otherwise"),
     ):  # fmt: skip
         if found.get(key) != reads.get(key):
             raise RunFolderError(

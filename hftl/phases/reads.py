@@ -14,6 +14,11 @@ from hftl.recipe import Arm, Recipe
 from hftl.sections.adapt import Adapt
 from hftl.sections.retain import Retain
 
+SEMANTICS = 2
+"""Raised when the same recipe and data train, draw or choose otherwise than before, so that arms
+of both are never averaged: 2 standardises targets, draws them by their inputs alone, keeps the
+least error and pads on the right."""
+
 PATHS = ("path", "format", "split", "revision", "name")
 """Where a table lies is not what it says: data count by content."""
 NOT_SPLIT = ("data.max_length", "data.image_size", "data.augment")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hftl.adapt.encoder import set_trainable
 from hftl.data.text import Encoded, TextInputs
-from hftl.errors import DataError, HftlError, RecipeError
+from hftl.errors import DataError, HftlError, RecipeError, message_line
 from hftl.finetune.strategy import prepare
 from hftl.finetune.workbench import BY_STEPS, Workbench
 from hftl.model.head import Built, encoder_in
@@ -67,7 +67,7 @@ def _rehearse_arm(bench: Workbench, arm: Arm) -> None:
             raise
         raise RecipeError(
             f"source.model: {bench.source.spec} cannot read these inputs: "
-            f"{str(error).splitlines()[0]}",
+            f"{message_line(error)}",
             "Give a source whose config, weights and tokenizer or processor belong together",
         ) from error
     _check_independent(bench, logits, alone)
@@ -170,7 +170,7 @@ def _check_saving(bench: Workbench, built: Built, arm: Arm) -> None:
         except (ValueError, KeyError, RuntimeError) as error:
             raise RecipeError(
                 f"finetune.lora of the arm {arm.name!r} cannot be saved and loaded again: "
-                f"{str(error).splitlines()[0]}",
+                f"{message_line(error)}",
                 fix,
             ) from error
     largest = max(1.0, float(np.abs(expected).max()))

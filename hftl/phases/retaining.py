@@ -33,6 +33,7 @@ from hftl.finetune.weight import (
 from hftl.finetune.workbench import Workbench
 from hftl.model.head import Built
 from hftl.model.source import SourceModel
+from hftl.phases.reads import SEMANTICS
 from hftl.progress import working
 from hftl.recipe import Arm, Recipe, arms
 from hftl.record import fingerprint, to_json
@@ -177,6 +178,7 @@ def _fisher(bench: Workbench, arm: Arm, retain: Retain, seed: int, folder: Path)
     assert ewc is not None and general is not None
     rows = general.used[: ewc.samples]
     reads = {
+        "semantics": SEMANTICS,
         "weights": bench.weights,
         "general": general.facts["fingerprint"],
         "kind": ewc.fisher,
