@@ -205,7 +205,13 @@ def publish(
 def show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
     """Show a warning about the user's data, not those of libraries for their programmers."""
     if issubclass(category, DataWarning) and processes.is_main():
-        typer.echo(f"  warning: {message}", err=True)
+        line = f"  warning: {message}"
+        if "hftl.progress" in sys.modules:
+            from hftl.progress import print_line
+
+            if print_line(line):
+                return
+        typer.echo(line, err=True)
 
 
 def _list(found: "Listing") -> None:

@@ -33,6 +33,15 @@ class DataError(HftlError, ValueError):
     exit_code = 3
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out: on the CPU torch says so in a plain RuntimeError."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
 class DataWarning(UserWarning):
     """The data can be used, but hardly as they were meant."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from hftl import processes, secrets
-from hftl.errors import LockedError, LostProcessError, RecipeError, ResourceError
+from hftl.errors import LockedError, LostProcessError, RecipeError, ResourceError, is_out_of_memory
 from hftl.record import to_json
 
 PATIENCE = 5.0
@@ -59,7 +59,7 @@ def other(error: Exception, debug: bool) -> int:
     found = _unwritable(error)
     if found is not None:
         return fail(found.exit_code, error, str(found), debug)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         found = ResourceError(
             "memory ran out", "Lower finetune.training.per_device_train_batch_size"
         )

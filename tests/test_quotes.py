@@ -11,7 +11,7 @@ import pytest
 from hftl.data.documents import documents
 from hftl.data.files import READERS
 from hftl.data.load import BadRows, Reading, load
-from hftl.errors import DataError
+from hftl.errors import DataError, DataWarning
 from hftl.init import guess_columns, write_recipe
 from hftl.sections.data import Data
 
@@ -197,5 +197,13 @@ def test_two_columns_of_free_text_in_several_lines_are_read(tmp_path: Path) -> N
     with open(path, "w", newline="") as handle:
         writer = csv.writer(handle)
         writer.writerows([("first", "second"), *rows])
-    found = [raw.fault for raw in READERS["csv"](path)]
-    assert found == [None] * 60
+    with pytest.warns(DataWarning, match="line 2: one row holds 3 lines") as issued:
+        faults = [raw.fault for raw in READERS["csv"](path)]
+    assert faults == [None] * 60 and len(issued) == 1
+
+
+def test_a_quote_open_in_a_single_column_is_warned_of(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('text\ngood\n"bad film\nfine\n12"\n')
+    with pytest.warns(DataWarning, match="a.csv line 3: one row holds 3 lines"):
+        assert len(list(READERS["csv"](path))) == 2

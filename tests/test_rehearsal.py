@@ -12,7 +12,7 @@ from tiny import save_tiny, tiny_config
 from transformers import AutoModel, AutoTokenizer
 
 from hftl import Recipe, run
-from hftl.errors import DataError, HftlError, RecipeError
+from hftl.errors import DataError, HftlError, RecipeError, is_out_of_memory
 from hftl.pipeline import preflight
 
 Tiny = Callable[..., Path]
@@ -129,3 +129,9 @@ def test_a_name_that_matches_no_module(
     }[where]
     error = refused(tree_of(tiny_model("bert", True), table, **more), tmp_path)
     assert isinstance(error, RecipeError) and "did you mean 'value'" in str(error)
+
+
+def test_memory_of_the_cpu_that_ran_out_is_told_as_memory() -> None:
+    ran_out = RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")
+    assert is_out_of_memory(ran_out) and is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -34,15 +34,15 @@ class Figure(NamedTuple):
 def ordered_neighbours(features: np.ndarray, count: int) -> np.ndarray:
     """Return each row's `count` nearest other rows by cosine, (rows, count), the nearest first."""
     rows = directions(features)
-    found = []
+    neighbours = []
     for start in range(0, len(rows), CHUNK):
         similar = rows[start : start + CHUNK] @ rows.T
         chunk = np.arange(len(similar))
         similar[chunk, start + chunk] = -np.inf
         near = np.argpartition(similar, -count, axis=1)[:, -count:]
         order = np.argsort(-np.take_along_axis(similar, near, axis=1), axis=1, kind="stable")
-        found.append(np.take_along_axis(near, order, axis=1))
-    return np.concatenate(found)
+        neighbours.append(np.take_along_axis(near, order, axis=1))
+    return np.concatenate(neighbours)
 
 
 def neighbours_needed(blocks: np.ndarray, k: int) -> int:
@@ -101,9 +101,9 @@ def _without(
     for block in range(count):
         left = blocks != block
         if left.sum() > k:
-            found = values(left, np.flatnonzero(left)).astype(np.float64)
-            without[block] = found.mean()
-            change = found - whole[left]
+            figures = values(left, np.flatnonzero(left)).astype(np.float64)
+            without[block] = figures.mean()
+            change = figures - whole[left]
             effects[block] = np.bincount(blocks[left], change, minlength=count) / rows
     return Figure(float(whole.mean()), without, effects)
 
@@ -137,8 +137,8 @@ def cka_without(before: np.ndarray, after: np.ndarray, blocks: np.ndarray) -> Fi
     x, y = (side.astype(np.float64) - side.mean(0, dtype=np.float64) for side in (before, after))
     cross, first, second = (_hsic_without(a, b, blocks) for a, b in ((x, y), (x, x), (y, y)))
     own = np.maximum(first, 0.0) * np.maximum(second, 0.0)
-    found = np.divide(cross, np.sqrt(own), out=np.zeros_like(cross), where=own > 0)
-    return Figure(float(found[0]), found[1:])
+    cka = np.divide(cross, np.sqrt(own), out=np.zeros_like(cross), where=own > 0)
+    return Figure(float(cka[0]), cka[1:])
 
 
 def _hsic_without(x: np.ndarray, y: np.ndarray, blocks: np.ndarray) -> np.ndarray:
@@ -168,10 +168,10 @@ def _hsic_without(x: np.ndarray, y: np.ndarray, blocks: np.ndarray) -> np.ndarra
     row = [sums[name][:, None] - parts[name] for name in ("x", "y")]
     mixed = np.r_[sums["x"] @ sums["y"], (row[0] * row[1] * inside).sum(0)]
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = (
+        estimate = (
             total("both") + total("x") * total("y") / ((n - 1) * (n - 2)) - 2 * mixed / (n - 2)
         ) / (n * (n - 3))
-    return np.where(n > 3, found, 0.0)
+    return np.where(n > 3, estimate, 0.0)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def limits(record: dict[str, Any]) -> list[str]:
 
 
 def search_words(search: dict[str, Any]) -> str:
-    """How scratch's learning rate was chosen, in a few words."""
+    """Say how scratch's learning rate was chosen, in a few words."""
     words = f"learning rate {search['learning_rate']:g} is best on validation"
     # Records of before the search went on tell of none.
     if beyond := search.get("beyond"):
@@ -117,7 +117,7 @@ def search_words(search: dict[str, Any]) -> str:
 
 
 def _scratch_search(search: dict[str, Any] | None) -> list[str]:
-    """Where scratch's best rate was at the edge of those given, so that it may lie beyond."""
+    """Say where scratch's best rate was at the edge of those given, so that it may lie beyond."""
     if search is None or not (search.get("beyond") or search.get("at_edge")):
         return []
     unsure = ", so that scratch may be better than it is here" if search.get("at_edge") else ""

@@ -22,7 +22,7 @@ CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class CopyCounts:
-    """What was dropped.
+    """Count what was dropped.
 
     Attributes:
         duplicates: copies of a row that stays.
@@ -88,7 +88,7 @@ def count_near_pictures(rows: dict[str, list[Row]]) -> int:
 
 
 def _count_near(codes: np.ndarray, others: np.ndarray) -> int:
-    """How many of the hashes (n,) are near one of the others (m,), all uint64."""
+    """Count the hashes (n,) that are near one of the others (m,), all uint64."""
     near, step = 0, max(1, CHUNK // max(1, others.size))
     for start in range(0, codes.size if others.size else 0, step):
         differing = np.bitwise_count(codes[start : start + step, None] ^ others)

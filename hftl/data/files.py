@@ -6,13 +6,14 @@ Bytes that are not UTF-8 survive as surrogates, so that the row that holds them 
 import csv
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hftl.data.quotes import Column, find_joined, may_hold_rows, profile_columns
-from hftl.errors import DataError
+from hftl.data.quotes import Column, find_joined, may_hold_rows, profile_columns, tells_nothing
+from hftl.errors import DataError, DataWarning
 
 QUOTED = re.compile(r'"(?=.*"".)(?:[^"]|"")*"', re.DOTALL)
 """A cell that a writer of CSV has quoted, and hardly anyone else: it holds doubled quotes alone."""
@@ -51,11 +52,14 @@ def read_csv(path: Path) -> Iterator[Raw]:
             if header is None or not any(header):
                 raise DataError(f"{path.name} is empty", "Give it a header line and rows")
             _check_header(path, header)
-            index, begins, columns = 0, reader.line_num + 1, None
+            index, begins, columns, warned = 0, reader.line_num + 1, None, False
             for row in reader:
                 if row and may_hold_rows(row, len(header)):
                     columns = columns or _profile_table(path, len(header))
                     _refuse_joined(path.name, row, columns, begins)
+                    if tells_nothing(columns) and not warned:
+                        warned = True
+                        _warn_of_lines(f"{path.name} line {begins}", reader.line_num - begins + 1)
                 if row:
                     where = f"{path.name} line {reader.line_num}"
                     values = dict(zip(header, [*row, *[None] * len(header)], strict=False))
@@ -106,6 +110,16 @@ def _profile_table(path: Path, width: int) -> list[Column]:
         reader = _csv_reader(path, handle, strict=False)
         next(reader, None)
         return profile_columns(map(normalize_newlines, reader), width)
+
+
+def _warn_of_lines(where: str, lines: int) -> None:
+    """Warn of a row of several lines in a table whose columns tell no rows from text."""
+    warnings.warn(
+        f"{where}: one row holds {lines} lines, and others may too; if they were to be rows, a "
+        "quote is not closed: compare the number of rows, or save the table as .jsonl",
+        DataWarning,
+        stacklevel=3,
+    )
 
 
 def _refuse_joined(name: str, row: list[str], columns: list[Column], begins: int) -> None:

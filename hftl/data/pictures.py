@@ -25,7 +25,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a picture says, as a hash of its pixels, and its (width, height) in pixels; the levels
+    """Hold what a picture says, as a hash of its pixels; its (width, height) in pixels; the levels
     it reaches; and its perceptual hash, None for a flat picture."""
 
     content: str

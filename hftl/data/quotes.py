@@ -61,7 +61,14 @@ def may_hold_rows(row: list[str], width: int) -> bool:
 
     A line break may still be a carriage return here.
     """
-    return width > 1 and any("," in cell and ("\n" in cell or "\r" in cell) for cell in row)
+    return any(
+        (width == 1 or "," in cell) and ("\n" in cell or "\r" in cell) for cell in row
+    )
+
+
+def tells_nothing(columns: list[Column]) -> bool:
+    """Return whether all columns are free text, so that joined rows cannot be told from a text."""
+    return len(columns) == 1 or all(column.prose for column in columns)
 
 
 def find_joined(row: list[str], columns: list[Column]) -> tuple[int, int] | None:
@@ -75,7 +82,7 @@ def find_joined(row: list[str], columns: list[Column]) -> tuple[int, int] | None
         The lines at which the cell begins and the other row begins, counted from 0 at the row's
         first; None where there is none.
     """
-    if all(column.prose for column in columns):
+    if tells_nothing(columns):
         return None
     begins = 0
     for place, cell in enumerate(row):

@@ -24,7 +24,7 @@ UNNAMED = re.compile(r"[+-]?\d+|LABEL_\d+")
 
 @dataclass(frozen=True)
 class TagScheme:
-    """How the tags of a task mark entities.
+    """Say how the tags of a task mark entities.
 
     `name` is one of `LETTERS`, or IO, where a run of words with one tag is one entity. `outside`
     is the tag of words that belong to no entity, None where there is none. `standard` has each tag
@@ -130,12 +130,12 @@ def _scheme_of(parts: Mapping[str, Part]) -> str | None:
 
 
 def _is_marked(parts: Mapping[str, Part]) -> bool:
-    """Whether a type stands with two markers, the first or inner of an entity among them: no name
+    """Return whether a type has two markers, the first or inner of an entity among them: no name
     only looks like that."""
     markers = defaultdict(set)
     for marker, kind, _ in parts.values():
         markers[kind].add(marker)
-    return any(len(found) > 1 and found & set("BI") for found in markers.values())
+    return any(len(marked) > 1 and marked & set("BI") for marked in markers.values())
 
 
 def _refuse_mixed(parts: Mapping[str, Part], tags: Sequence[str], where: str) -> None:

@@ -140,7 +140,7 @@ def _forgotten(told: dict[str, Any], control: str | None) -> Any:
 
 @dataclass(frozen=True)
 class _Known:
-    """What the original says of general rows: computed once for all arms.
+    """Hold what the original says of general rows: computed once for all arms.
 
     `blocks` are those of the jackknife, `few` the fewer ones that probes are fitted without.
     """

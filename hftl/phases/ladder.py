@@ -259,7 +259,7 @@ def header(recipe: Recipe, bench: Workbench, wanted: list[Arm], jobs: int) -> di
 
 
 def _dropped_words(facts: dict[str, Any]) -> str:
-    """What happened to the other rows that were read."""
+    """Say what happened to the other rows that were read."""
     words = f"{facts['bad_rows']} bad, {facts['duplicates']} duplicate rows dropped"
     if facts["conflicting"]:
         words += f", {facts['conflicting']} rows with contradictory labels dropped"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hftl.adapt.encoder import set_trainable
 from hftl.data.text import Encoded, TextInputs
-from hftl.errors import DataError, HftlError, RecipeError, message_line
+from hftl.errors import DataError, HftlError, RecipeError, is_out_of_memory, message_line
 from hftl.finetune.strategy import prepare
 from hftl.finetune.workbench import BY_STEPS, Workbench
 from hftl.model.head import Built, encoder_in
@@ -63,7 +63,7 @@ def _rehearse_arm(bench: Workbench, arm: Arm) -> None:
         alone = _run(built.model, bench, rows[:1])
     except (RuntimeError, IndexError) as error:
         # What torch raises on shapes and indices that do not fit; too little memory is no such.
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         raise RecipeError(
             f"source.model: {bench.source.spec} cannot read these inputs: "
@@ -164,7 +164,7 @@ def _check_saving(bench: Workbench, built: Built, arm: Arm) -> None:
         try:
             write_model(bench, built.model, arm.finetune, Path(folder))
             again = reload.load(Path(folder), bench.public_base.folder)
-            found = _run(again, bench, rows).numpy()
+            reloaded = _run(again, bench, rows).numpy()
         except HftlError:
             raise
         except (ValueError, KeyError, RuntimeError) as error:
@@ -174,7 +174,7 @@ def _check_saving(bench: Workbench, built: Built, arm: Arm) -> None:
                 fix,
             ) from error
     largest = max(1.0, float(np.abs(expected).max()))
-    if np.abs(found - expected).max() > CLOSE * largest:
+    if np.abs(reloaded - expected).max() > CLOSE * largest:
         raise RecipeError(
             f"finetune.lora of the arm {arm.name!r} trains weights that are not saved with it",
             fix,

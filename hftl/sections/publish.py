@@ -25,7 +25,7 @@ class Benchmark(Section):
 
 
 class Emissions(Section):
-    """Where the energy came from: nothing here can find that out."""
+    """The place where the energy came from, which nothing here can find out."""
 
     location: str = Field(pattern=r"^[\w ,.()'-]+$")
     """As exactly as is known, for instance `Quebec, Canada`."""
@@ -45,7 +45,7 @@ class Publish(Section):
     language: str | list[str] | None = None
     """ISO 639 codes of what it reads."""
     examples: bool = False
-    """Whether the card shows rows of test, those that the model gets wrong among them."""
+    """True lets the card show rows of test, those that the model gets wrong among them."""
     benchmark: Benchmark | None = None
     emissions: Emissions | None = None
 

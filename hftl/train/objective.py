@@ -30,7 +30,7 @@ HALF_TOLERANCE = 3e-2
 
 @dataclass(frozen=True)
 class Objective:
-    """How the loss of a batch is computed.
+    """Say how the loss of a batch is computed.
 
     Args:
         asks_model: the model computes the loss; otherwise hftl does, from the logits.

@@ -408,7 +408,7 @@ class TransferTrainer(Trainer):
 
     @property
     def _saves_trained_only(self) -> bool:
-        """Whether what is saved is a checkpoint of a module whose frozen weights hftl knows."""
+        """True where what is saved is a checkpoint of a module whose frozen weights hftl knows."""
         return self._is_checkpoint and is_of_hftl(self.accelerator.unwrap_model(self.model))
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:

@@ -45,7 +45,7 @@ class Asked(Part):
 
 
 class Tags(Part):
-    """How tags mark entities, see `TagScheme`."""
+    """Say how tags mark entities, see `TagScheme`."""
 
     name: str
     outside: str | None

@@ -147,8 +147,8 @@ def add_head(folder: Path, model: Any) -> reload.Published:
 
 def _anatomy(model: Any) -> Anatomy:
     tokens = type(model).__name__.endswith("ForTokenClassification")
-    found = anatomy_of(model.config)
-    return found.for_task(TOKENS) if tokens else found
+    anatomy = anatomy_of(model.config)
+    return anatomy.for_task(TOKENS) if tokens else anatomy
 
 
 def _lacking(

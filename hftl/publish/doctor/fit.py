@@ -114,7 +114,7 @@ def peft_config(settings: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class ExpectedTensors:
-    """What peft reads from the file of an adapter: name and shape of every tensor.
+    """Return what peft reads from the file of an adapter: name and shape of every tensor.
 
     `adapter` are those that must be there. `own` are the base's own tensors, which peft overwrites
     where a file holds them, as it does after the vocabulary was resized.

@@ -41,7 +41,7 @@ class Patient:
     jsons: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     unlisted: str | None = None
-    """Which files the hub did not list, and why."""
+    """The files that the hub did not list, and why."""
 
     @property
     def is_adapter(self) -> bool:
