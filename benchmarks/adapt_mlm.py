@@ -46,15 +46,15 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, BertConfig, Trainer, TrainerCallback
 
-from hftl.adapt.encoder import set_trainable
+from hftl.adapt.encoder_io import set_trainable
 from hftl.adapt.mlm import load_mlm
+from hftl.config.source import Source
 from hftl.data.corpus import FRAME, STARTS, Blocks
 from hftl.data.masking import NO_LABEL, MaskedBlocks, Masking
-from hftl.model.source import find_source
-from hftl.sections.source import Source
+from hftl.models.source import find_source
+from hftl.runtime.hardware import fast_bf16
 from hftl.train.arguments import arguments
-from hftl.train.hardware import fast_bf16
-from hftl.train.order import SeededOrder
+from hftl.train.samplers import SeededOrder
 from hftl.train.trainer import TransferTrainer
 
 RESULT = Path(__file__).parent / "results" / "adapt_mlm.json"

@@ -32,7 +32,7 @@ from scipy import special
 
 from hftl.measure.forgetting import Asked, figures
 from hftl.measure.gain import MARGIN, lesser_gain
-from hftl.statistics import MeanError, block_of_rows, mean_error, outcome
+from hftl.measure.statistics import MeanError, block_of_rows, mean_error, outcome
 
 RESULT = Path(__file__).parent / "results" / "calibration.json"
 REPLICATES = 4000

@@ -21,15 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import hftl
-from hftl import pipeline
+from hftl.config.retain import KL, Replay, Retain
 from hftl.data.general import load_general
 from hftl.data.prepare import prepare
 from hftl.finetune.arm import train_arm
-from hftl.finetune.opening import new_bench, reading_of
+from hftl.finetune.context import Workbench, new_bench, reading_of
 from hftl.finetune.retention import kept_near
-from hftl.finetune.workbench import Workbench
-from hftl.model.source import find_source
-from hftl.sections.retain import KL, Replay, Retain
+from hftl.models.source import find_source
+from hftl.pipeline import pipeline
 
 RESULT = Path(__file__).parent / "results" / "kl_time.json"
 RECIPE: dict[str, Any] = {

@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hftl import show
-from hftl.card.adaptation import adaptation_sentence
+from hftl import console
+from hftl.card.result_sections import adaptation_sentence
+from hftl.measure.record import Record
 from hftl.measure.verdict import interval_text
-from hftl.publish.told import publishable
-from hftl.record import Record, to_json
+from hftl.publish.sanitize import publishable
+from hftl.runtime.fingerprints import to_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -69,11 +70,11 @@ def block(name: str) -> str:
     told = kept(name)
     if "table" in told:
         return "```\n" + "\n".join(told["table"]) + "\n```"
-    lines = [show.ladder(told)]
+    lines = [console.ladder(told)]
     if told.get("forgetting"):
-        lines += ["", show.forgetting(told), ""]
+        lines += ["", console.forgetting(told), ""]
     if told.get("adapt"):
-        lines += [*map(show.adaptation, told["adapt"]["stages"]), adaptation_sentence(told)]
+        lines += [*map(console.adaptation, told["adapt"]["stages"]), adaptation_sentence(told)]
     return "```\n" + "\n".join(lines) + "\n```"
 
 

@@ -7,15 +7,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hftl.config.recipe import Recipe
     from hftl.errors import HftlError
-    from hftl.finetune.strategy import prepare
-    from hftl.pipeline import run
-    from hftl.recipe import Recipe
-    from hftl.record import Record
+    from hftl.finetune.strategies import prepare
+    from hftl.inference.predict import load
+    from hftl.measure.record import Record
+    from hftl.pipeline.pipeline import run
     from hftl.retain.kl import KLToOriginal
     from hftl.retain.weights import EWC, L2SP
     from hftl.train.trainer import TransferTrainer
-    from hftl.use.predict import load
 
 __version__ = "0.1.0"
 
@@ -37,12 +37,12 @@ HOMES = {
     "HftlError": "hftl.errors",
     "KLToOriginal": "hftl.retain.kl",
     "L2SP": "hftl.retain.weights",
-    "Recipe": "hftl.recipe",
-    "Record": "hftl.record",
+    "Recipe": "hftl.config.recipe",
+    "Record": "hftl.measure.record",
     "TransferTrainer": "hftl.train.trainer",
-    "load": "hftl.use.predict",
-    "prepare": "hftl.finetune.strategy",
-    "run": "hftl.pipeline",
+    "load": "hftl.inference.predict",
+    "prepare": "hftl.finetune.strategies",
+    "run": "hftl.pipeline.pipeline",
 }
 
 

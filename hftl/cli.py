@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from hftl import __version__, failure, processes
+from hftl import __version__, cli_errors
+from hftl.config.recipe import Recipe
 from hftl.errors import DataWarning, HftlError, RecipeError
-from hftl.recipe import Recipe
-from hftl.record import to_json
+from hftl.runtime import distributed
+from hftl.runtime.fingerprints import to_json
 
 if TYPE_CHECKING:
-    from hftl.publish.listing import Listing
+    from hftl.publish.checks import Listing
 
 app = typer.Typer(
     name="hftl",
@@ -110,16 +111,16 @@ def measure(
 def check(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Look at recipe, data and source model; trains nothing."""
     loaded = Recipe.load(recipe, overrides)
-    from hftl import show
-    from hftl.pipeline import preflight
+    from hftl import console
+    from hftl.pipeline.pipeline import preflight
 
     with _progress():
         header, found = preflight(loaded)
-    say(show.header(header))
+    say(console.header(header))
     if loaded.data.task is not None:
-        say(f"  {show.input_facts(found)}")
+        say(f"  {console.input_facts(found)}")
     for arm, rows in found.get("learning_rates", {}).items():
-        say(show.learning_rates(arm, rows))
+        say(console.learning_rates(arm, rows))
     for warning in found["warnings"]:
         say(f"  warning: {warning}")
     say("ready" if not found["warnings"] else "ready, with the warnings above")
@@ -148,8 +149,8 @@ def predict(
     base: Annotated[str | None, typer.Option(help="the adapter's base, if elsewhere")] = None,
 ) -> None:
     """Predict a table's rows: label, score, a column a class."""
-    from hftl.pipeline import quiet
-    from hftl.use.tables import predict_table
+    from hftl.inference.predict_table import predict_table
+    from hftl.pipeline.pipeline import quiet
 
     quiet()
     with _progress():
@@ -163,11 +164,11 @@ def predict(
 @app.command()
 def card(run: RunFolder) -> None:
     """Write card and report again from a run's record."""
-    from hftl.phases import finish_adapted
-    from hftl.phases.finish import rewrite_card
+    from hftl.pipeline import evaluate_adaptation
+    from hftl.pipeline.evaluate import rewrite_card
 
-    if finish_adapted.adapts_only(run):
-        finish_adapted.rewrite_card(run)
+    if evaluate_adaptation.adapts_only(run):
+        evaluate_adaptation.rewrite_card(run)
     else:
         rewrite_card(run)
     say(f"card     {run}/publish/README.md\nreport   {run}/report.html")
@@ -188,26 +189,26 @@ def publish(
     ] = None,
 ) -> None:
     """Push a finished run to a model hub, in one commit."""
-    from hftl.phases import pushing
+    from hftl.pipeline import push
 
-    asked = pushing.Asked(repo_id, public, request, force, license)
+    asked = push.Asked(repo_id, public, request, force, license)
     if dry_run:
-        listing = pushing.looked_at(run, asked)
+        listing = push.looked_at(run, asked)
         _list(listing)
-        pushing.refuse_hold(listing, asked)
-        pushing.warn_of_license(run, asked, say)
-        pushing.ask_hub(run, asked, say)
+        push.refuse_hold(listing, asked)
+        push.warn_of_license(run, asked, say)
+        push.ask_hub(run, asked, say)
     else:
-        failure.COMMAND.run = run
-        pushing.publish(run, asked, say)
+        cli_errors.COMMAND.run = run
+        push.publish(run, asked, say)
 
 
 def show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
     """Show a warning about the user's data, not those of libraries for their programmers."""
-    if issubclass(category, DataWarning) and processes.is_main():
+    if issubclass(category, DataWarning) and distributed.is_main():
         line = f"  warning: {message}"
-        if "hftl.progress" in sys.modules:
-            from hftl.progress import print_line
+        if "hftl.runtime.progress" in sys.modules:
+            from hftl.runtime.progress import print_line
 
             if print_line(line):
                 return
@@ -231,8 +232,8 @@ def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="mend what is safe to mend")] = False,
 ) -> None:
     """Examine any adapter, running none of it; exits 4 on defects."""
-    from hftl.pipeline import quiet
-    from hftl.publish.doctor.told import diagnose
+    from hftl.doctor.report import diagnose
+    from hftl.pipeline.pipeline import quiet
 
     quiet()
     raise typer.Exit(diagnose(adapter, base, fix, say))
@@ -246,8 +247,8 @@ def compare(
     base: Annotated[str | None, typer.Option(help="the adapters' base, if elsewhere")] = None,
 ) -> None:
     """Score several models on the same items, against the first."""
-    from hftl.pipeline import quiet
-    from hftl.use.compare import compare as compared
+    from hftl.inference.compare import compare as compared
+    from hftl.pipeline.pipeline import quiet
 
     quiet()
     with _progress():
@@ -265,19 +266,19 @@ def schema() -> None:
 
 def _progress() -> AbstractContextManager[None]:
     """Show progress while a command works, where somebody looks at a terminal."""
-    from hftl.progress import show_progress
+    from hftl.runtime.progress import show_progress
 
     return show_progress(_is_watched())
 
 
 def _is_watched() -> bool:
-    return sys.stderr.isatty() and processes.is_main()
+    return sys.stderr.isatty() and distributed.is_main()
 
 
 def say(line: str) -> None:
     """Print a line for the user, above the progress where some is drawn on the same terminal."""
-    if "hftl.progress" in sys.modules and sys.stdout.isatty():
-        from hftl.progress import print_line
+    if "hftl.runtime.progress" in sys.modules and sys.stdout.isatty():
+        from hftl.runtime.progress import print_line
 
         if print_line(line):
             return
@@ -287,11 +288,11 @@ def say(line: str) -> None:
 def _run(
     recipe: Path, overrides: list[str] | None, output: Path | None, restart: bool, until: str
 ) -> None:
-    loaded = processes.share(lambda: Recipe.load(recipe, overrides))
+    loaded = distributed.share(lambda: Recipe.load(recipe, overrides))
     folder = output or loaded.default_output()
-    failure.COMMAND.run = folder
-    failure.COMMAND.again = " ".join(["hftl", *map(_quoted, sys.argv[1:])])
-    from hftl import pipeline
+    cli_errors.COMMAND.run = folder
+    cli_errors.COMMAND.again = " ".join(["hftl", *map(_quoted, sys.argv[1:])])
+    from hftl.pipeline import pipeline
 
     pipeline.run(loaded, folder, until=until, restart=restart, say=say, progress=_is_watched())
 
@@ -308,18 +309,18 @@ def main() -> NoReturn:
         code = app(standalone_mode=False) or 0
     except HftlError as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        code = failure.fail(error.exit_code, error, str(error), debug)
+        code = cli_errors.fail(error.exit_code, error, str(error), debug)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except Exception as error:  # noqa: BLE001 (the top of the program)
         # A launcher that ends the others now must not cut off what is told of the cause.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        code = failure.other(error, debug)
-    if code in failure.INTERRUPTED:
-        code = failure.interrupted(code)
+        code = cli_errors.other(error, debug)
+    if code in cli_errors.INTERRUPTED:
+        code = cli_errors.interrupted(code)
     sys.stdout.flush()
-    if code == 0 or processes.failed_together():
-        processes.close()
+    if code == 0 or distributed.failed_together():
+        distributed.close()
     sys.exit(code)
 
 

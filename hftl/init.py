@@ -6,11 +6,11 @@ from typing import Any
 
 import yaml
 
-from hftl import places, rundir
-from hftl.data.files import IMAGE_SUFFIXES, READERS, guess_format
-from hftl.data.split import IN_ALL
+from hftl.config.recipe import DEFAULT_METRIC
+from hftl.data.splits import IN_ALL
+from hftl.data.tables import IMAGE_SUFFIXES, READERS, guess_format
 from hftl.errors import DataError, RecipeError
-from hftl.recipe import DEFAULT_METRIC
+from hftl.runtime import paths, run_folder
 
 LOOKED_AT = 2000
 """Rows a guess is made from."""
@@ -107,7 +107,7 @@ def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, li
     path = output or Path(f"{data.stem}.yaml")
     if path.exists():
         raise RecipeError(f"{path} exists already", "Remove it, or choose another --output")
-    model = places.find(source, "--source")
+    model = paths.find(source, "--source")
     if model is not None and not (model / "config.json").is_file():
         raise RecipeError(f"--source: {source} holds no model", "Give a folder with config.json")
     name = guess_format(data)
@@ -120,7 +120,7 @@ def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, li
         raise DataError(f"{data.name} has no rows", "Check the file")
     guess = guess_columns(data.name, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rundir.write_text(path, _filled(guess, data, source, path))
+    run_folder.write_text(path, _filled(guess, data, source, path))
     return path, guess.notes
 
 

@@ -9,20 +9,19 @@ import numpy as np
 from tiny import IMAGE_SIZE, save_tiny
 from torch import Tensor, nn
 
-from hftl.adapt.encoder import set_trainable
+from hftl.adapt.adaptation import Task, adapt
+from hftl.adapt.encoder_io import set_trainable
 from hftl.adapt.guard import Rule
 from hftl.adapt.mae import load_mae
+from hftl.adapt.masked_patches import MaskedPictures
+from hftl.adapt.masked_patches import collate as collate_pictures
 from hftl.adapt.mlm import load_mlm
-from hftl.adapt.patches import MaskedPictures
-from hftl.adapt.patches import collate as collate_pictures
-from hftl.adapt.stage import Task, adapt
+from hftl.config.adapt import Adapt
+from hftl.config.data import Data
+from hftl.config.source import Source
 from hftl.data import masking
-from hftl.data.image import resized
-from hftl.data.pixels import ImageInputs
-from hftl.model.source import find_source, load_processor
-from hftl.sections.adapt import Adapt
-from hftl.sections.data import Data
-from hftl.sections.source import Source
+from hftl.data.image_processing import ImageInputs, resized
+from hftl.models.source import find_source, load_processor
 from hftl.train.checkpoint import trained
 
 KINDS = {"mlm": "bert", "mae": "dinov2"}

@@ -48,7 +48,7 @@ def _fast_reload() -> Iterator[None]:
     """The gate's reload in a process that need not import the libraries anew, see `Fresh`."""
     fresh = Fresh()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hftl.publish.gates.subprocess", SimpleNamespace(run=fresh.run))
+        patch.setattr("hftl.publish.checks.subprocess", SimpleNamespace(run=fresh.run))
         yield
     fresh.close()
 
@@ -64,7 +64,7 @@ def _signals() -> Iterator[None]:
 @pytest.fixture
 def own_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate's reload as users have it, in a process started for it alone."""
-    monkeypatch.setattr("hftl.publish.gates.subprocess", subprocess)
+    monkeypatch.setattr("hftl.publish.checks.subprocess", subprocess)
 
 
 @pytest.fixture
@@ -115,8 +115,8 @@ def recipe_file(recipe_tree: dict[str, Any], tmp_path: Path) -> Path:
 def bench_of(recipe: Any) -> Any:
     """The workbench that a run of the recipe would have."""
     from hftl.data.prepare import prepare
-    from hftl.finetune.opening import new_bench, reading_of
-    from hftl.model.source import find_source
+    from hftl.finetune.context import new_bench, reading_of
+    from hftl.models.source import find_source
 
     source = find_source(recipe.source)
     return new_bench(

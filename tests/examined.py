@@ -16,8 +16,8 @@ from planting import (
 )  # fmt: skip
 from tiny import is_image, tiny_config, tiny_processor, tiny_tokenizer
 
-from hftl.publish.doctor import once, reloading
-from hftl.publish.doctor.examine import Examination
+from hftl.doctor import load_check, load_once
+from hftl.doctor.checks import Examination
 
 MADE: dict[str, Path] = {}
 """What is made once: pytest takes a fixture that several files import for several."""
@@ -69,11 +69,11 @@ def adapters(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads here instead of in two fresh processes, which take seconds each."""
     if "fresh_processes" not in request.keywords:
-        monkeypatch.setattr(reloading, "loads", here)
+        monkeypatch.setattr(load_check, "loads", here)
 
 
 def here(clean: Path, base: Path, name: str) -> list[np.ndarray]:
-    return [np.array(once.output(clean, base, name, seed)) for seed in reloading.SEEDS]
+    return [np.array(load_once.output(clean, base, name, seed)) for seed in load_check.SEEDS]
 
 
 def kinds(found: Examination, defects: bool = True) -> set[str]:

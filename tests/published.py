@@ -20,7 +20,7 @@ PATIENCE = {"PATIENCE": 3.0, "TIMEOUT": 1.0, "FIRST_WAIT": 0.01, "LONGEST_WAIT":
 
 def small_recipe(folder: Path, model: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """A recipe that runs in seconds; its table is written to `folder`."""
-    from hftl import yamlfile
+    from hftl.config import overrides
 
     table = write_csv(folder / "reviews.csv", ["text", "label"], sentences(100))
     tree: dict[str, Any] = {
@@ -32,7 +32,7 @@ def small_recipe(folder: Path, model: Path, changes: dict[str, Any]) -> dict[str
         "publish": {"license": "mit"},
     }  # fmt: skip
     for key, value in changes.items():
-        yamlfile.set_key(tree, key, value)
+        overrides.set_key(tree, key, value)
     return tree
 
 
@@ -42,11 +42,11 @@ def finished_run(
 ) -> Path:  # fmt: skip
     """A finished run of the tiny model under `folder`, of a verdict that the test chooses."""
     import hftl
-    from hftl.phases import finish
+    from hftl.pipeline import evaluate
 
     tree = small_recipe(folder, model, changes)
     verdict = {"decision": decision, "reasons": ["the test says so"]}
-    monkeypatch.setattr(finish, "decide", lambda *given: verdict)
+    monkeypatch.setattr(evaluate, "decide", lambda *given: verdict)
     hftl.run(hftl.Recipe.parse(tree), folder / "run")
     return folder / "run"
 

@@ -9,7 +9,7 @@ import pytest
 from localhub import LocalHub, running
 from published import Pusher, finished_run, pusher, put_base
 
-from hftl.rundir import sha256
+from hftl.runtime.run_folder import sha256
 
 ME = "me/model"
 MADE: list[Path] = []

@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from hftl.adapt.guard import Seen
+from hftl.config.adapt import ADAPT_RATE, TOLERANCE
+from hftl.config.overrides import override
+from hftl.config.recipe import Arm, Recipe, arms
 from hftl.errors import RecipeError
-from hftl.phases.objectives import rule_of
-from hftl.phases.reads import adapt_reads, stages_flat
-from hftl.recipe import Arm, Recipe, arms
-from hftl.sections.adapt import ADAPT_RATE, TOLERANCE
-from hftl.yamlfile import override
+from hftl.pipeline.cache_keys import adapt_reads, stages_flat
+from hftl.pipeline.objectives import rule_of
 
 BARE: dict[str, Any] = {"source": {"model": "org/model"}, "data": {"train": {"path": "a.csv"}}}
 

@@ -23,18 +23,18 @@ from transformers import (
 )
 
 import hftl
-from hftl.adapt import stage as training
-from hftl.card.adaptation import adaptation_sentence
+from hftl.adapt import adaptation as training
+from hftl.card.result_sections import adaptation_sentence
+from hftl.config.recipe import Recipe
+from hftl.config.source import Source
 from hftl.errors import RunFolderError
-from hftl.measure.adaptation import helped
+from hftl.measure.gain import helped
+from hftl.measure.record import Record
 from hftl.measure.verdict import decide
-from hftl.model.source import find_source, weights_sha256
-from hftl.phases.adapting import step_warnings
-from hftl.pipeline import preflight
-from hftl.publish.gates import check_files
-from hftl.recipe import Recipe
-from hftl.record import Record
-from hftl.sections.source import Source
+from hftl.models.source import find_source, weights_sha256
+from hftl.pipeline.adaptation import step_warnings
+from hftl.pipeline.pipeline import preflight
+from hftl.publish.checks import check_files
 
 TINY = {"num_train_epochs": 2, "learning_rate": 3e-3, "bf16": False}
 FINETUNE = TINY | {"num_train_epochs": 1, "per_device_train_batch_size": 32}
@@ -56,8 +56,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
         path.touch()
 
     # A head that is barely warmed leaves something to learn from noise.
-    monkeypatch.setattr("hftl.adapt.stage.WARM_STEPS", 3)
-    monkeypatch.setattr("hftl.phases.publishing.plot_ladder", blank)
+    monkeypatch.setattr("hftl.adapt.adaptation.WARM_STEPS", 3)
+    monkeypatch.setattr("hftl.pipeline.finalize_record.plot_ladder", blank)
 
 
 def tree_of(model: Path, table: Path, adapt: Any, **finetune: Any) -> dict[str, Any]:

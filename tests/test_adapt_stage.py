@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from adaptations import KINDS, OPEN, adapted, model_of, stage_of, task_of, weights
 from safetensors.torch import load_file
 
-from hftl.adapt import stage as training
-from hftl.adapt.encoder import encoder_state
+from hftl.adapt import adaptation as training
+from hftl.adapt.encoder_io import encoder_state
 from hftl.adapt.guard import KeepSafe, Rule, complete_checkpoint
 from hftl.adapt.mae import load_mae
 from hftl.adapt.mlm import load_mlm
+from hftl.config.source import Source
 from hftl.errors import NumericError
-from hftl.model.source import find_source
-from hftl.sections.source import Source
+from hftl.models.source import find_source
 from hftl.train.checkpoint import KeepBest
 from hftl.train.trainer import TransferTrainer
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hftl.measure.adaptation import figures, helped
+from hftl.measure.gain import figures, helped
 
 
 def seen(step: int, target: float, general: Any = None, guard: Any = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModel
 
 from hftl.errors import RecipeError
-from hftl.model.anatomy import (
+from hftl.models.architectures import (
     ANATOMIES,
     anatomy_of,
     blocks_of,
@@ -22,7 +22,7 @@ from hftl.model.anatomy import (
     stock_class,
     submodule,
 )
-from hftl.model.head import anatomy_in, last_linear
+from hftl.models.heads import anatomy_in, last_linear
 
 TASKS = [
     (name, task)

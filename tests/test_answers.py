@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import expit, softmax
 
-from hftl.data.answers import measured, names_of, targets, told
+from hftl.data.labels import measured, names_of, targets, told
 
 NAMES = ["a", "b", "c"]
 LABELS = {

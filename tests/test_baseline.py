@@ -12,13 +12,12 @@ from scipy.special import softmax
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from hftl.card.making import search_words
-from hftl.finetune import baseline, store
-from hftl.finetune.classical import solve_classical
-from hftl.finetune.outcome import Outcome
-from hftl.finetune.workbench import Workbench
-from hftl.recipe import Recipe
-from hftl.sections.measure import Search
+from hftl.card.training_sections import search_words
+from hftl.config.measure import Search
+from hftl.config.recipe import Recipe
+from hftl.finetune import arm_files, baselines
+from hftl.finetune.baselines import solve_classical
+from hftl.finetune.context import Outcome, Workbench
 
 TRAINING = {"learning_rate": 1e-3, "num_train_epochs": 4}
 
@@ -57,15 +56,15 @@ def test_scratch_gets_its_longer_budget_and_the_search_a_third(
         found = {"validation": sign * right, "test": np.zeros((rows["test"], 2))}
         return Outcome(found, {}, 0)
 
-    monkeypatch.setattr(baseline, "fit", fit)
+    monkeypatch.setattr(baselines, "fit", fit)
     finetune = Recipe.parse(
         {"source": {"model": "a/b"}, "data": {"train": "x.csv"}, "finetune": {"training": TRAINING}}
     ).finetune
     search = Search(learning_rates=[1e-3, 3e-3, 1e-2], epochs_factor=3)
-    found = baseline.search_rate(bench, finetune, search, 0)
+    found = baselines.search_rate(bench, finetune, search, 0)
     assert found["learning_rate"] == 3e-3 and len(found["tried"]) == 3
     assert [t["num_train_epochs"] for t in given] == pytest.approx([4, 4, 4])
-    baseline.train_scratch(bench, finetune, search, found["learning_rate"], 0)
+    baselines.train_scratch(bench, finetune, search, found["learning_rate"], 0)
     assert given[-1]["num_train_epochs"] == 12 and given[-1]["learning_rate"] == 3e-3
 
 
@@ -90,9 +89,9 @@ def test_a_rate_at_the_edge_is_gone_beyond_a_few_times(
         far = abs(np.log(rate / best))
         return {"learning_rate": rate, "metrics": {"accuracy": 1 / (1 + far)}}
 
-    monkeypatch.setattr(baseline, "_try_rate", try_rate)
+    monkeypatch.setattr(baselines, "_try_rate", try_rate)
     search = Search(learning_rates=given)
-    found = baseline.search_rate(bench, None, search, 0)  # pyright: ignore
+    found = baselines.search_rate(bench, None, search, 0)  # pyright: ignore
     assert found["beyond"] == pytest.approx(beyond, rel=1e-4)
     assert found["learning_rate"] == pytest.approx(chosen, rel=1e-4)
     assert found["at_edge"] is at_edge
@@ -110,9 +109,9 @@ def test_a_rate_beyond_that_diverges_is_not_chosen(
         metrics = None if rate > 3e-3 else {"accuracy": rate}
         return {"learning_rate": rate, "metrics": metrics}
 
-    monkeypatch.setattr(baseline, "_try_rate", try_rate)
+    monkeypatch.setattr(baselines, "_try_rate", try_rate)
     search = Search(learning_rates=[1e-3, 3e-3])
-    found = baseline.search_rate(bench, None, search, 0)  # pyright: ignore
+    found = baselines.search_rate(bench, None, search, 0)  # pyright: ignore
     assert found["learning_rate"] == 3e-3 and not found["at_edge"]
     assert found["beyond"] == pytest.approx([9e-3])
 
@@ -132,7 +131,7 @@ def test_classical_is_tfidf_and_logistic_regression(bench: Workbench) -> None:
 
 
 def test_majority_is_the_train_prior(bench: Workbench) -> None:
-    outcome = baseline.majority(bench, 0)
+    outcome = baselines.majority(bench, 0)
     labels = bench.prepared.targets(bench.train_rows(0))
     predictions, scores = outcome.logits["test"].argmax(1), softmax(outcome.logits["test"], axis=1)
     assert set(predictions) == {int(np.bincount(labels).argmax())}
@@ -146,7 +145,7 @@ def test_regression_baselines(tmp_path: Path, tiny_model: Callable[..., Path]) -
     recipe = Recipe.parse({"source": {"model": str(tiny_model())}, "data": data})
     bench = bench_of(recipe)
     mean = bench.prepared.targets(bench.train_rows(0)).mean()
-    assert np.allclose(baseline.majority(bench, 0).logits["test"], mean)
+    assert np.allclose(baselines.majority(bench, 0).logits["test"], mean)
     found = solve_classical(bench, 0).logits["test"]
     labels = bench.prepared.targets(bench.prepared.rows["test"])
     assert found.shape == (len(labels), 1)
@@ -162,5 +161,5 @@ def test_classical_weights_of_many_classes_can_be_saved(
     table = write_csv(tmp_path / "c.csv", ["text", "label"], rows)
     recipe = Recipe.parse({"source": {"model": str(tiny_model())}, "data": {"train": str(table)}})
     bench = bench_of(recipe)
-    store.write(tmp_path, bench.prepared, solve_classical(bench, 0), "c", "c", 0)
-    assert store.read(tmp_path, bench.prepared).told["metrics"]["test"]["accuracy"] > 0.9
+    arm_files.write(tmp_path, bench.prepared, solve_classical(bench, 0), "c", "c", 0)
+    assert arm_files.read(tmp_path, bench.prepared).told["metrics"]["test"]["accuracy"] > 0.9

@@ -9,15 +9,14 @@ import yaml
 from huggingface_hub import parse_eval_result_entries
 from test_card import front_matter, make
 
-from hftl.card.benchmark import EVERY_EVAL, benchmark_files
 from hftl.card.card import render_card
-from hftl.card.examples import widget_examples
-from hftl.card.making import environment
-from hftl.card.valid import own_card_problems
-from hftl.energy import emissions
+from hftl.card.metadata import EVERY_EVAL, benchmark_files
+from hftl.card.training_sections import environment, widget_examples
+from hftl.card.validation import own_card_problems
+from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError
-from hftl.publish.gates import check_files, may_go
-from hftl.recipe import Recipe
+from hftl.publish.checks import check_files, may_go
+from hftl.runtime.hardware import emissions
 
 BENCHMARK = {"dataset": "org/reviews", "task_id": "default"}
 TEXT = (str,)

@@ -9,15 +9,15 @@ import torch
 from tiny import tiny_config
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
+from hftl.config.data import Data, Table
+from hftl.config.source import Source
+from hftl.data.image_processing import ImageInputs
 from hftl.data.load import Row
-from hftl.data.pixels import ImageInputs
 from hftl.data.text import TextInputs
-from hftl.model import cache
-from hftl.model.cache import Features, frozen_features, logits
-from hftl.model.head import build, pool
-from hftl.model.source import find_source, load_tokenizer
-from hftl.sections.data import Data, Table
-from hftl.sections.source import Source
+from hftl.models import features as cache
+from hftl.models.features import Features, frozen_features, logits
+from hftl.models.heads import build, pool
+from hftl.models.source import find_source, load_tokenizer
 
 TEXTS = [("good film",), ("a dull plot with a story",), ("the scene was bright and warm it is",)]
 

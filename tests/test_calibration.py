@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from hftl.measure.gain import Predicted, gain
-from hftl.metrics import find
-from hftl.statistics import block_of_rows, jackknife
+from hftl.measure.metrics import find
+from hftl.measure.statistics import block_of_rows, jackknife
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

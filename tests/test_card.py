@@ -13,16 +13,17 @@ from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
 from hftl.card.card import gain_sentence, render_card
-from hftl.card.forgetting import forgetting_rows, forgetting_sentence
-from hftl.card.plain import one_line
 from hftl.card.plots import plot_frontier, plot_ladder
 from hftl.card.report import render_report
-from hftl.card.valid import own_card_problems
+from hftl.card.result_sections import forgetting_rows, forgetting_sentence
+from hftl.card.validation import own_card_problems
+from hftl.card.wording import one_line
+from hftl.config.recipe import Recipe
+from hftl.measure.record import Record
 from hftl.measure.verdict import decide, interval_text
-from hftl.phases.finish import _summary
-from hftl.publish.told import publishable
-from hftl.recipe import Recipe
-from hftl.record import Record, to_json
+from hftl.pipeline.evaluate import _summary
+from hftl.publish.sanitize import publishable
+from hftl.runtime.fingerprints import to_json
 
 GAINS: dict[str, dict[str, Any] | None] = {
     "positive": {"value": 0.105, "ci95": [0.071, 0.139], "p_value": None},

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hftl.data.cells import label_fault, label_of, text_fault
+from hftl.data.normalization import label_fault, label_of, text_fault
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from hftl.measure.classes import class_gains, class_scores, confusion, mean_metrics, one_hot
+from hftl.measure.error_analysis import class_gains, class_scores, confusion, mean_metrics, one_hot
 from hftl.measure.gain import Predicted
 
 

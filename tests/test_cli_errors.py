@@ -12,7 +12,8 @@ import pytest
 import yaml
 from conftest import sentences, write_csv
 
-from hftl import cli, failure, rundir
+from hftl import cli, cli_errors
+from hftl.runtime import run_folder
 
 HEADER = ["text", "label"]
 TOKEN = "hf_" + "abcdefghij" * 3
@@ -48,7 +49,7 @@ def hftl(
 
     def call(*words: Any) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["hftl", *map(str, words)])
-        monkeypatch.setattr(failure, "COMMAND", failure.Command())
+        monkeypatch.setattr(cli_errors, "COMMAND", cli_errors.Command())
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             cli.main()
@@ -239,8 +240,8 @@ def test_an_output_that_holds_something_else(hftl: Hftl, recipe_file: Path, outp
 
 
 def test_a_run_folder_that_is_locked(hftl: Hftl, recipe_file: Path, output: Path) -> None:
-    rundir.make(output)
-    with rundir.locked(output):
+    run_folder.make(output)
+    with run_folder.locked(output):
         hftl("run", recipe_file, "--output", output).is_error(4, "in use by process")
 
 

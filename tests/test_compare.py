@@ -17,16 +17,17 @@ from planting import rewrite, save, wrapped
 from test_reload import opened, published
 
 import hftl
-from hftl import cli, rundir
+from hftl import cli
+from hftl.config.recipe import Recipe
 from hftl.data import prepare
 from hftl.errors import DataError, RecipeError
-from hftl.measure.items import difference, score
-from hftl.metrics import METRICS
-from hftl.recipe import Recipe
-from hftl.record import to_json
-from hftl.statistics import item_interval
-from hftl.use.compare import compare, parameters
-from hftl.use.switching import each
+from hftl.inference.compare import compare, parameters
+from hftl.inference.predict import each
+from hftl.measure.metrics import METRICS
+from hftl.measure.paired_comparison import difference, score
+from hftl.measure.statistics import item_interval
+from hftl.runtime import run_folder
+from hftl.runtime.fingerprints import to_json
 
 NAMES = ["negative", "positive"]
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -167,7 +168,7 @@ def as_run(folder: Path, model: Path, task: str, data: dict[str, Any], pooling: 
     record = {"data": facts, "metric": "f1", "recipe": recipe.tree(), "source": {}}
     (folder / "record.json").write_text(to_json(record))
     (folder / "publish" / "hftl.json").write_text(to_json(record))
-    rundir.note_finished(folder)
+    run_folder.note_finished(folder)
     return folder
 
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from hftl.errors import RecipeError
-from hftl.model.concat import (
+from hftl.models.lora_concat import (
     Factors,
     check_exact,
     factors_of,

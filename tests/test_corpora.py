@@ -11,11 +11,11 @@ import pytest
 from conftest import FILLER, bench_of, pictures, sentences, write_csv
 from PIL import Image
 
-from hftl import rundir
+from hftl.config.recipe import Recipe
 from hftl.errors import DataError
-from hftl.phases.corpora import SAMPLE, Corpus, corpus_of
-from hftl.phases.ladder import Run
-from hftl.recipe import Recipe
+from hftl.pipeline.arms import Run
+from hftl.pipeline.corpora import SAMPLE, Corpus, corpus_of
+from hftl.runtime import run_folder
 
 Tiny = Callable[..., Path]
 LONG = 28
@@ -124,7 +124,7 @@ def test_a_corpus_is_made_once_and_does_not_depend_on_places(
         facts.append(made(tree, tmp_path / "run")[0].facts)
     assert facts[0] == facts[1]
     (folder,) = (tmp_path / "run" / "phases").glob("corpus-*")
-    assert str(tmp_path) not in json.dumps(rundir.reads(folder))
+    assert str(tmp_path) not in json.dumps(run_folder.reads(folder))
     write_csv(second, ["text"], [[text] for text, _ in sentences(31, seed=9)])
     made(tree, tmp_path / "run")
     assert len(list((tmp_path / "run" / "phases").glob("corpus-*"))) == 2

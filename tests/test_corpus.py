@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import sentences
 
-from hftl.data import corpus, documents
+from hftl.data import corpus
 from hftl.data.corpus import Blocks, Cut, write
 from hftl.errors import DataError, RecipeError
 
@@ -117,7 +117,7 @@ def test_blocks_are_those_of_a_brute_force_cut(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(corpus, "CHUNK", 23)
-    monkeypatch.setattr(documents, "BATCH_TEXTS", 7)
+    monkeypatch.setattr(corpus, "BATCH_TEXTS", 7)
     tokenizer, cut = tokenizer_of(kind), cut_of(pack=pack)
     (tmp_path / "out").mkdir()
     facts = write(iter(LONG), tokenizer, cut, keep_all, tmp_path / "out")
@@ -157,7 +157,7 @@ def test_a_document_longer_than_a_batch_is_tokenised_the_same(
 ) -> None:
     tokenizer, cut = tokenizer_of(kind), cut_of(pack=False)
     for name, characters in (("whole", 10**6), ("cut", 40)):
-        monkeypatch.setattr(documents, "BATCH_CHARACTERS", characters)
+        monkeypatch.setattr(corpus, "BATCH_CHARACTERS", characters)
         (tmp_path / name).mkdir()
         write(LONG, tokenizer, cut, keep_all, tmp_path / name)
     assert blocks_of(tmp_path / "whole") == blocks_of(tmp_path / "cut")
@@ -167,7 +167,7 @@ def test_memory_does_not_grow_with_the_corpus(
     tmp_path: Path, tokenizer_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpus, "CHUNK", 4096)
-    monkeypatch.setattr(documents, "BATCH_TEXTS", 10)
+    monkeypatch.setattr(corpus, "BATCH_TEXTS", 10)
     peaks = []
     for count in (100, 1000):
         folder = tmp_path / str(count)

@@ -10,8 +10,8 @@ from test_compare import NAMES, adapters
 
 import hftl
 from hftl.errors import RecipeError, RunFolderError
-from hftl.model.source import checkpoint_sha256
-from hftl.use.compare import compare
+from hftl.inference.compare import compare
+from hftl.models.source import checkpoint_sha256
 
 __all__ = ["adapters"]
 

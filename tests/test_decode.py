@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hftl.data.decode import BadImage, content, decode, too_small
-from hftl.data.files import looks_like_images, read_imagefolder, read_images
+from hftl.data.images import BadImage, content, decode, too_small
+from hftl.data.tables import looks_like_images, read_imagefolder, read_images
 from hftl.errors import DataError
 
 MOST = 1_000_000

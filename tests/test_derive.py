@@ -8,8 +8,8 @@ from tiny import IMAGE, TEXT, tiny_config
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from hftl.errors import RecipeError
-from hftl.model.anatomy import ANATOMIES, anatomy_of, count_blocks
-from hftl.model.derive import derived
+from hftl.models.architectures import ANATOMIES, anatomy_of, count_blocks
+from hftl.models.derive import derived
 
 GROUPS = {"depths": [1, 2], "hidden_sizes": [8, 16]}
 
@@ -91,6 +91,6 @@ def test_the_config_is_left_as_it_was() -> None:
 def test_what_cannot_be_verified_is_refused(name: str, fields: dict[str, Any], why: str) -> None:
     config = AutoConfig.for_model(name, **fields)
     what = f"'{name}' is not supported: .*{why}"
-    do = "Use one of albert, .* or add an entry to hftl/model/anatomy.py"
+    do = "Use one of albert, .* or add an entry to hftl/models/architectures.py"
     with pytest.raises(RecipeError, match=f"{what}.*{do}"):
         anatomy_of(config)

@@ -21,10 +21,10 @@ from planting import (
 from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
 
+from hftl.doctor.adapter_folder import Finding
+from hftl.doctor.checks import examine
+from hftl.doctor.report import _table, told
 from hftl.errors import HubError, RecipeError
-from hftl.publish.doctor.examine import examine
-from hftl.publish.doctor.finding import Finding
-from hftl.publish.doctor.told import _table, told
 
 __all__ = ["adapters", "hub", "in_this_process"]
 

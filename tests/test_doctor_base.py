@@ -12,11 +12,11 @@ from planting import (
     snapshot,
 )  # fmt: skip
 
-from hftl import rundir
+from hftl.config.source import Source
+from hftl.doctor.checks import examine
 from hftl.errors import RecipeError
-from hftl.model.source import find_source, weights_sha256
-from hftl.publish.doctor.examine import examine
-from hftl.sections.source import Source
+from hftl.models.source import find_source, weights_sha256
+from hftl.runtime import run_folder
 
 __all__ = ["adapters", "hub", "in_this_process"]
 
@@ -107,7 +107,7 @@ def test_a_runs_record_that_was_edited_is_a_defect(
     (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
     (tmp_path / "record.json").write_text('{"verdict": "hold"}', encoding="utf-8")
     shutil.copytree(adapters["bert"], tmp_path / "publish")
-    rundir.note_finished(tmp_path)
+    run_folder.note_finished(tmp_path)
     assert not examine(tmp_path).defects
     (tmp_path / "record.json").write_text('{"verdict": "publish"}', encoding="utf-8")
     (found,) = examine(tmp_path).defects

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from pushed import made
 
+from hftl.doctor import load_check
+from hftl.doctor.checks import examine
+from hftl.doctor.report import told
 from hftl.errors import RecipeError
-from hftl.model.sizes import absurd
-from hftl.publish.doctor import reloading
-from hftl.publish.doctor.examine import examine
-from hftl.publish.doctor.told import told
+from hftl.models.source import absurd
 
 __all__ = ["made"]
 BERT_AS_VIT = {
@@ -26,7 +26,7 @@ BERT_AS_VIT = {
 @pytest.fixture
 def adapter(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that hftl has published, record and card included."""
-    monkeypatch.setattr(reloading, "loads", lambda *given: [np.zeros(2)] * 2)
+    monkeypatch.setattr(load_check, "loads", lambda *given: [np.zeros(2)] * 2)
     shutil.copytree(made / "publish", tmp_path / "adapter")
     return tmp_path / "adapter"
 

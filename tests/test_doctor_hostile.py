@@ -15,8 +15,8 @@ from planting import (
 )  # fmt: skip
 
 from hftl import cli
-from hftl.publish.doctor.examine import examine
-from hftl.publish.doctor.told import told
+from hftl.doctor.checks import examine
+from hftl.doctor.report import told
 
 __all__ = ["adapters", "hub", "in_this_process"]
 

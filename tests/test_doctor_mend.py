@@ -22,13 +22,13 @@ from planting import (
 )  # fmt: skip
 from safetensors.torch import load_file
 
+from hftl.config.source import Source
+from hftl.doctor.checks import Examination, examine
+from hftl.doctor.fix import backup, mend
+from hftl.doctor.report import diagnose
+from hftl.doctor.shape_check import modern, renamed_keys
 from hftl.errors import RecipeError
-from hftl.model.source import find_source, weights_sha256
-from hftl.publish.doctor.examine import Examination, examine
-from hftl.publish.doctor.mend import backup, mend
-from hftl.publish.doctor.stale import modern, renamed_keys
-from hftl.publish.doctor.told import diagnose
-from hftl.sections.source import Source
+from hftl.models.source import find_source, weights_sha256
 
 __all__ = ["adapters", "hub", "in_this_process"]
 

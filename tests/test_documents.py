@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from hftl.data import documents as module
-from hftl.data.documents import batches, documents
+from hftl.config.data import Data, Table
+from hftl.data import corpus as module
+from hftl.data.corpus import batches, documents
 from hftl.data.load import BadRows
 from hftl.errors import DataError
-from hftl.sections.data import Data, Table
 
 FILES = {
     "a.csv": 'text,label\na fine film,pos\n"two\nlines",neg\n',

@@ -8,8 +8,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from hftl.analyse import drift, neighbours
-from hftl.analyse.drift import cka, cka_floor, cosines, nearest_same, probe_hits, relational_kl
+from hftl.analysis import drift
+from hftl.analysis.drift import cka, cka_floor, cosines, nearest_same, probe_hits, relational_kl
 
 ROWS, WIDTH = 60, 8
 
@@ -31,7 +31,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize("chunk", [7, 512])
 def test_nearest_same_is_a_double_loop(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drift, "CHUNK", chunk)
-    monkeypatch.setattr(neighbours, "CHUNK", chunk)
+    monkeypatch.setattr(drift, "CHUNK", chunk)
     found, labels = features(0), np.array(list("abcd") * 15)
     expected = []
     for i in range(ROWS):
@@ -109,7 +109,7 @@ def test_a_rotation_changes_only_what_is_tied_to_the_axes() -> None:
     assert relational_kl(found, after, 0.05).max() < 1e-5
     assert cka(found, after) == pytest.approx(1, abs=1e-6)
     assert (nearest_same(found, labels) == nearest_same(after, labels)).all()
-    assert neighbours.agreement(found, after) == 1
+    assert drift.agreement(found, after) == 1
     assert cosines(found, after).mean() < 0.5
 
 

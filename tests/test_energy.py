@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from hftl import processes
-from hftl.card.making import environment
-from hftl.energy import metered, total
+from hftl.card.training_sections import environment
+from hftl.runtime import distributed
+from hftl.runtime.hardware import metered, total
 
 STAND_IN = """
 from types import SimpleNamespace
@@ -53,7 +53,7 @@ def test_a_failure_stops_the_tracker(stand_in: Any) -> None:
 
 
 def test_another_process_tells_nothing(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
     with metered() as told:
         assert stand_in.running == 0
     assert told == {}

@@ -11,13 +11,13 @@ from adaptations import model_of, stage_of, task_of
 from conftest import bench_of, sentences, write_csv
 from transformers import BertModel
 
-from hftl.adapt.estimate import estimate_seconds as adaptation_seconds
+from hftl.adapt.adaptation import estimate_seconds as adaptation_seconds
+from hftl.config.recipe import Recipe, arms
 from hftl.data.general import load_general
 from hftl.data.load import Reading
-from hftl.finetune import weight
+from hftl.finetune import retention
 from hftl.finetune.estimate import FINISH, RowCosts, estimate_seconds, measure_costs
-from hftl.pipeline import preflight, run
-from hftl.recipe import Recipe, arms
+from hftl.pipeline.pipeline import preflight, run
 
 STEP = 4.0
 """Forward passes that a training step is counted as."""
@@ -50,7 +50,7 @@ def test_the_passes_of_a_run_within_a_factor_of_two(
 ) -> None:  # fmt: skip
     tree["source"]["model"] = str(tiny_model("bert", True))
     tree["retain"] = RETAIN[name]
-    monkeypatch.setattr(weight, "GRID", (0.1, 1.0))
+    monkeypatch.setattr(retention, "GRID", (0.1, 1.0))
     made = [0.0]
     plain = BertModel.forward
 
@@ -76,7 +76,7 @@ def test_every_seed_is_counted_before_a_run_too(
 ) -> None:
     counts: list[int] = []
     monkeypatch.setattr(
-        "hftl.phases.ladder.estimate_seconds",
+        "hftl.pipeline.arms.estimate_seconds",
         lambda _, jobs, recipe: counts.append(len(jobs)) or 1.0,
     )
     tree["measure"]["seeds"] = [0, 1, 2]
@@ -96,7 +96,7 @@ def test_processes_share_the_rows(tree: dict[str, Any], monkeypatch: pytest.Monk
     recipe = Recipe.parse(tree)
     bench, costs = bench_of(recipe), RowCosts(1.0, 1.0, {"full": STEP})
     alone = estimate_seconds(bench, arms(recipe), recipe, costs)
-    monkeypatch.setattr("hftl.processes.size", lambda: 2)
+    monkeypatch.setattr("hftl.runtime.distributed.size", lambda: 2)
     shared = estimate_seconds(bench, arms(recipe), recipe, costs)
     assert shared - FINISH == pytest.approx((alone - FINISH) / 2)
 

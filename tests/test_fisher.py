@@ -14,13 +14,13 @@ from tiny import IMAGE_SIZE
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev
 
+from hftl.config.source import Source
 from hftl.errors import NumericError, RecipeError
-from hftl.model.head import build, pool
-from hftl.model.source import find_source
+from hftl.models.heads import build, pool
+from hftl.models.source import find_source
 from hftl.retain import fisher as module
 from hftl.retain.fisher import fisher_information, load_fisher, provenance, save_fisher
-from hftl.retain.view import Tap
-from hftl.sections.source import Source
+from hftl.retain.hooks import Tap
 
 ROWS = 6
 

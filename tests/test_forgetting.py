@@ -13,14 +13,14 @@ from conftest import pictures, sentences, write_csv
 from safetensors.numpy import load_file
 
 import hftl
-from hftl import show
-from hftl.analyse.drift import cka, nearest_same, relational_kl
-from hftl.analyse.neighbours import agreement
+from hftl import console
+from hftl.analysis.drift import agreement, cka, nearest_same, relational_kl
+from hftl.config.recipe import Recipe
 from hftl.errors import RunFolderError
 from hftl.measure.forgetting import Asked, figures, gone, section
-from hftl.phases import original
-from hftl.recipe import Recipe
-from hftl.record import Record, to_json
+from hftl.measure.record import Record
+from hftl.pipeline import forgetting
+from hftl.runtime.fingerprints import to_json
 
 ROWS, WIDTH = 80, 6
 
@@ -238,7 +238,7 @@ def test_the_card_and_the_terminal_tell_it(finished: tuple[Path, Any]) -> None:
     # Beside the tables of mistakes, which come with the classes.
     assert report.count("<img") == 2 and report.count("<table>") >= 3
     assert "tone by a probe of the original</td>" in report
-    lines = show.forgetting(record).splitlines()
+    lines = console.forgetting(record).splitlines()
     assert "nearest neighbour of the same document, 120 rows" in lines[0]
     assert lines[1].split() == ["arm", "original", "after", "forgotten"] and len(lines) == 5
 
@@ -252,9 +252,9 @@ def test_again_nothing_is_computed(
     def never(*args: Any) -> Any:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(original, "embed_original", never)
+    monkeypatch.setattr(forgetting, "embed_original", never)
     monkeypatch.setattr("hftl.finetune.arm.embed", never)
-    monkeypatch.setattr("hftl.pipeline.load_general", never)
+    monkeypatch.setattr("hftl.pipeline.pipeline.load_general", never)
     before = Record.read(run).hash
     shutil.rmtree(tmp_path / "run" / "phases" / "report")
     again = hftl.run(Recipe.parse(copy.deepcopy(tree)), tmp_path / "run")
@@ -328,18 +328,18 @@ def test_retention_is_compared_with_the_same_arm_without() -> None:
         "measure": {"arms": [{"full_bare": {"finetune.strategy": "full", "retain": None}},
                              {"bare": {"retain": None}}]},
     })  # fmt: skip
-    own, other, bare = hftl.recipe.arms(made)
+    own, other, bare = hftl.config.recipe.arms(made)
     assert own.retain is not None and bare.retain is None
-    assert original._without_retention(own, [own, other, bare]) == "bare"
-    assert original._without_retention(own, [own, other]) is None
-    assert original._without_retention(bare, [own, bare]) is None
+    assert forgetting._without_retention(own, [own, other, bare]) == "bare"
+    assert forgetting._without_retention(own, [own, other]) is None
+    assert forgetting._without_retention(bare, [own, bare]) is None
 
 
 @pytest.mark.slow
 def test_an_adapted_head_is_compared_with_the_source_before(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hftl.adapt.stage.WARM_STEPS", 3)
+    monkeypatch.setattr("hftl.adapt.adaptation.WARM_STEPS", 3)
     tree = tree_of(tmp_path, tiny_model())
     training = {"num_train_epochs": 3, "learning_rate": 3e-3, "bf16": False}
     tree["adapt"] = {"objective": "mlm", "guard": "off", "training": training}

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from hftl.measure.gain import MARGIN, Predicted, best_seed, gain, ladder, mean_score, transfer_gain
-from hftl.metrics import METRICS, Metric, find
-from hftl.statistics import mean_interval
+from hftl.measure.metrics import METRICS, Metric, find
+from hftl.measure.statistics import mean_interval
 
 ACCURACY = find("accuracy", "classification")
 RMSE = find("rmse", "regression")

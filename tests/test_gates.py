@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import save
 
 from hftl.errors import RunFolderError
-from hftl.publish.gates import check_files
-from hftl.publish.listing import dry_run
+from hftl.publish.checks import check_files, dry_run
 
 WEIGHTS = save({"weight": torch.ones(2)}, metadata={"format": "pt"}).decode("latin-1")
 FILES = {

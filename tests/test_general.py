@@ -10,17 +10,17 @@ import pytest
 from conftest import pictures, sentences, write_csv
 from PIL import Image
 
-from hftl import pipeline
+from hftl.config.data import Data
+from hftl.config.recipe import Recipe
 from hftl.data import general as module
 from hftl.data.general import General, load_general, read_general, write_general
 from hftl.data.load import Reading, Row
 from hftl.data.prepare import Prepared, prepare
 from hftl.errors import DataError
-from hftl.model.source import find_source
-from hftl.phases.corpora import near_measured
-from hftl.phases.ladder import Run
-from hftl.recipe import Recipe
-from hftl.sections.data import Data
+from hftl.models.source import find_source
+from hftl.pipeline import pipeline
+from hftl.pipeline.arms import Run
+from hftl.pipeline.corpora import near_measured
 
 HEADER = ["text", "document", "tone"]
 

@@ -12,15 +12,15 @@ from conftest import bench_of
 from test_retention import with_probe
 from test_trainer import trainer_of, weights
 
-from hftl import rundir
+from hftl.config.finetune import Finetune
+from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError
 from hftl.finetune import gradual as module
 from hftl.finetune.arm import train_arm
 from hftl.finetune.gradual import State, phases
-from hftl.finetune.strategy import prepare
-from hftl.pipeline import run
-from hftl.recipe import Recipe
-from hftl.sections.finetune import Finetune
+from hftl.finetune.strategies import prepare
+from hftl.pipeline.pipeline import run
+from hftl.runtime import run_folder
 from hftl.train.checkpoint import KeepBest
 from hftl.train.optimizer import depths
 from hftl.train.trainer import TransferTrainer
@@ -218,7 +218,7 @@ def test_what_was_stopped_goes_on_to_the_same_weights(
     for name, tensor in whole.weights.items():
         assert torch.equal(tensor, again.weights[name]), name
     other = State(tmp_path / "state", {"of": "another"})
-    assert rundir.reads(tmp_path / "state") == READS != other.reads
+    assert run_folder.reads(tmp_path / "state") == READS != other.reads
 
 
 def test_every_phase_has_its_own_schedule_order_and_dropout(

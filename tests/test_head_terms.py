@@ -15,18 +15,17 @@ from tiny import tiny_processor
 from torch import nn
 from transformers import CLIPModel
 
-from hftl.adapt.masked_kl import MaskedKL
-from hftl.adapt.mlm import load_mlm
+from hftl.adapt.mlm import MaskedKL, load_mlm
+from hftl.config.retain import KL
+from hftl.config.source import Source
 from hftl.data.masking import masking_of
 from hftl.errors import RecipeError
-from hftl.finetune.heads import check_head
-from hftl.finetune.strategy import prepare
-from hftl.model.head import anatomy_in, build, encoder_in
-from hftl.model.source import find_source, load_tokenizer
-from hftl.retain.view import in_eval
-from hftl.retain.zeroshot import ZeroShotKL, zero_shot_head
-from hftl.sections.retain import KL
-from hftl.sections.source import Source
+from hftl.finetune.pretraining_heads import check_head
+from hftl.finetune.strategies import prepare
+from hftl.models.heads import anatomy_in, build, encoder_in
+from hftl.models.source import find_source, load_tokenizer
+from hftl.retain.hooks import in_eval
+from hftl.retain.kl import ZeroShotKL, zero_shot_head
 
 
 def masked_term(folder: Path, weight: float = 1.0, apart: bool = False) -> MaskedKL:

@@ -18,11 +18,11 @@ from markdown_it import MarkdownIt
 from test_card import make, shape, with_forgetting
 
 from hftl.card.card import render_card
-from hftl.card.plain import JOINERS, UNSEEN, cell, fenced, inert, one_line, slug
 from hftl.card.plots import plot_ladder
 from hftl.card.report import render_report
-from hftl.card.valid import OWN_KEYS, own_card_problems
-from hftl.measure.mistakes import Errors, Mistake
+from hftl.card.validation import OWN_KEYS, own_card_problems
+from hftl.card.wording import JOINERS, UNSEEN, cell, fenced, inert, one_line, slug
+from hftl.measure.error_analysis import Errors, Mistake
 
 PAYLOADS = [
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>",

@@ -8,10 +8,8 @@ import datasets
 import pytest
 from PIL import Image
 
-from hftl.data import hub
-from hftl.data.hub import load_hub
-from hftl.data.load import BadRows, Reading, load
-from hftl.sections.data import Data
+from hftl.config.data import Data
+from hftl.data.load import BadRows, Reading, load, load_hub
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, dataset: datasets.Dataset) -> list[dict[str, Any]]:
@@ -23,7 +21,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, dataset: datasets.Dataset) -> list[di
         return dataset
 
     monkeypatch.setattr(datasets, "load_dataset", answer)
-    monkeypatch.setattr(hub, "revision", lambda path, wanted: wanted or "0" * 40)
+    monkeypatch.setattr("hftl.data.load.revision", lambda path, wanted: wanted or "0" * 40)
     return asked
 
 

@@ -11,7 +11,7 @@ from published import Pusher, pusher
 from pushed import ME, hub, made, push, run, says
 
 from hftl.errors import message_line
-from hftl.hub_errors import PASSING, advise
+from hftl.runtime.paths import PASSING, advise
 
 __all__ = ["hub", "made", "push", "run"]
 
@@ -129,7 +129,7 @@ def test_a_download_that_fails_by_xet_says_how_to_do_without(
     """The client's own function raises, as where the storage of a hub is out of reach."""
     from huggingface_hub import constants, file_download
 
-    from hftl.places import not_given
+    from hftl.runtime.paths import not_given
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from hftl.data.image import (
+from hftl.data.image_processing import (
     AREA,
     RATIO,
     canvas,

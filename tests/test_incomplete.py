@@ -15,8 +15,8 @@ from tiny import save_tiny, tiny_config
 
 import hftl
 from hftl.errors import HftlError
-from hftl.use.compare import compare
-from hftl.use.tables import predict_table
+from hftl.inference.compare import compare
+from hftl.inference.predict_table import predict_table
 
 KINDS = {
     "text": ("bert", "native", "full"), "image": ("vit", "native", "full"),

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from conftest import pictures, sentences, write_csv
 
+from hftl.config.recipe import Recipe
 from hftl.errors import DataError, RecipeError
 from hftl.init import guess_columns, write_recipe
-from hftl.recipe import Recipe
 
 TEXTS = [text for text, _ in sentences(40)]
 LABELS = [label for _, label in sentences(40)]

@@ -13,17 +13,16 @@ from test_trainer import Rows, model_of
 from test_weights import moved
 from torch import Tensor, nn
 
+from hftl.config.finetune import Finetune
+from hftl.config.recipe import Recipe, arms
+from hftl.config.source import Source
 from hftl.errors import RecipeError
-from hftl.finetune.arm import solve_head, train_arm
-from hftl.finetune.interpolate import interpolate, put_between
+from hftl.finetune.arm import interpolate, put_between, solve_head, train_arm
+from hftl.finetune.context import Workbench
 from hftl.finetune.retention import Kept, check_retention
-from hftl.finetune.strategy import prepare
-from hftl.finetune.workbench import Workbench
-from hftl.model.source import find_source
-from hftl.recipe import Recipe, arms
+from hftl.finetune.strategies import prepare
+from hftl.models.source import find_source
 from hftl.retain.weights import lora_layers, update
-from hftl.sections.finetune import Finetune
-from hftl.sections.source import Source
 from hftl.train.checkpoint import trained
 
 

@@ -18,7 +18,7 @@ from hftl.retain.kl import (
     relational_kl,
     rows_of,
 )
-from hftl.retain.opinion import check_opinion
+from hftl.retain.reference import check_opinion
 
 ROWS, WIDTH, OUTPUTS = 6, 5, 4
 

@@ -10,8 +10,7 @@ from test_compare import adapters
 
 import hftl
 from hftl.errors import DataError
-from hftl.use.compare import compare
-from hftl.use.labelled import read_labelled
+from hftl.inference.compare import compare, read_labelled
 
 __all__ = ["adapters"]
 

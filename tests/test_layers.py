@@ -1,4 +1,7 @@
-"""Data flows one way: a module imports only what stands above it in the design's order."""
+"""Check that data flow one way: a module imports only modules above it in one list.
+
+The list is the layout of the package, in the order in which data flow, inside folders too.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -7,31 +10,86 @@ from pathlib import Path
 import pytest
 
 ORDER = [
-    "errors", "hub_errors", "processes", "energy", "secrets", "explain", "yamlfile", "hubwords",
-    "sections", "recipe", "record", "places", "rundir", "progress", "metrics", "statistics",
-    "data", "model", "analyse", "check", "retain", "train", "adapt", "finetune", "measure",
-    "card", "publish", "show", "use", "init", "phases", "pipeline", "failure", "cli", "__main__",
+    "errors",
+    "config.errors", "config.overrides", "config.secrets", "config.upstream_args",
+    "config.section", "config.source", "config.data", "config.adapt", "config.finetune",
+    "config.retain", "config.measure", "config.publish", "config.validation", "config.recipe",
+    "runtime.distributed", "runtime.hardware", "runtime.fingerprints", "runtime.run_folder",
+    "runtime.paths", "runtime.progress",
+    "measure.metrics", "measure.statistics", "measure.record",
+    "data.normalization", "data.quotes", "data.tables", "data.near_duplicates", "data.images",
+    "data.load", "data.duplicates", "data.text", "data.image_processing", "data.labels",
+    "data.splits", "data.prepare", "data.corpus", "data.masking", "data.general",
+    "models.parts", "models.derive", "models.architectures", "models.padding", "models.source",
+    "models.heads", "models.lora", "models.lora_concat", "models.features",
+    "analysis.probe", "analysis.drift", "analysis.jackknife", "analysis.check",
+    "retain.hooks", "retain.reference", "retain.kl", "retain.regularizers", "retain.weights",
+    "retain.fisher",
+    "train.checkpoint", "train.frozen_eval", "train.callbacks", "train.loss", "train.objective",
+    "train.step", "train.samplers", "train.replay_batches", "train.optimizer", "train.arguments",
+    "train.trainer",
+    "adapt.encoder_io", "adapt.mlm", "adapt.masked_patches", "adapt.mae", "adapt.guard",
+    "adapt.adaptation",
+    "finetune.strategies", "finetune.context", "finetune.targets", "finetune.pretraining_heads",
+    "finetune.retention", "finetune.estimate", "finetune.gradual", "finetune.arm_files",
+    "finetune.arm", "finetune.baselines", "finetune.guard_metrics",
+    "measure.gain", "measure.error_analysis", "measure.forgetting", "measure.paired_comparison",
+    "measure.verdict",
+    "card.wording", "card.validation", "card.metadata", "card.snippets", "card.result_sections",
+    "card.training_sections", "card.card", "card.plots", "card.report",
+    "publish.sanitize", "publish.http_retry", "publish.checks", "publish.repo_state",
+    "publish.push", "publish.reload_check", "publish.export",
+    "doctor.adapter_folder", "doctor.shape_check", "doctor.file_checks", "doctor.base",
+    "doctor.companion_files", "doctor.load_once", "doctor.load_check", "doctor.checks",
+    "doctor.fix", "doctor.report",
+    "console",
+    "inference.find_model", "inference.load", "inference.predict", "inference.predict_table",
+    "inference.compare",
+    "init",
+    "pipeline.cache_keys", "pipeline.retention", "pipeline.arms", "pipeline.corpora",
+    "pipeline.objectives", "pipeline.rehearsal", "pipeline.adaptation", "pipeline.forgetting",
+    "pipeline.finalize_record", "pipeline.evaluate", "pipeline.evaluate_adaptation",
+    "pipeline.push", "pipeline.pipeline",
+    "cli_errors", "cli", "__main__",
 ]  # fmt: skip
 ROOT = Path(__file__).parent.parent / "hftl"
-FILES = [p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py"]
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in ROOT.rglob("*.py")
+    if path.name != "__init__.py"
+}
+LONGEST_CHAIN = 23
 
 
-def imported(path: Path) -> Iterator[str]:
+def imported_modules(path: Path) -> Iterator[str]:
+    """Yield the modules of hftl that a file imports, at its top and inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: use an absolute import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            inner = name.removeprefix("hftl.")
+            yield from (m for m in (inner, inner.rpartition(".")[0]) if m in MODULES)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_imports_only_earlier_stages(path: Path) -> None:
-    here = ORDER.index(path.relative_to(ROOT).with_suffix("").parts[0])
-    ours = [name for name in imported(path) if name.startswith("hftl.")]
-    late = [
-        name
-        for name in ours
-        if name.split(".")[1] in ORDER and ORDER.index(name.split(".")[1]) > here
-    ]
-    assert not late, f"{path} imports a later stage: {late}"
+def test_the_list_names_every_module_once() -> None:
+    assert sorted(ORDER) == sorted(MODULES)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_only_modules_above(name: str) -> None:
+    above = set(ORDER[: ORDER.index(name)])
+    below = sorted(set(imported_modules(MODULES[name])) - above - {name})
+    assert not below, f"{name} imports what stands below it: {below}"
+
+
+def test_the_longest_import_chain() -> None:
+    depth: dict[str, int] = {}
+    for name in ORDER:
+        imports = set(imported_modules(MODULES[name])) - {name}
+        depth[name] = 1 + max((depth[module] for module in imports), default=0)
+    assert max(depth.values()) <= LONGEST_CHAIN, max(depth.items(), key=lambda item: item[1])

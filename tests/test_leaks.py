@@ -10,10 +10,10 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
-from hftl import secrets
+from hftl.config import secrets
+from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError, RunFolderError
-from hftl.publish.leaks import leak
-from hftl.recipe import Recipe
+from hftl.publish.sanitize import leak
 
 CANARY = "canary-5f8Zq1/+ä"
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJ"

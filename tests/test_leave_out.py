@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from hftl.analyse.drift import cka, nearest_same, relational_kl
-from hftl.analyse.leave_out import (
+from hftl.analysis.drift import cka, nearest_same, relational_kl, shared
+from hftl.analysis.jackknife import (
     Figure,
     Probes,
     cka_without,
@@ -16,10 +16,9 @@ from hftl.analyse.leave_out import (
     same_without,
     shared_without,
 )
-from hftl.analyse.neighbours import shared
 from hftl.errors import DataError
 from hftl.measure.forgetting import Asked, figures
-from hftl.statistics import block_of_rows
+from hftl.measure.statistics import block_of_rows
 
 ROWS = 90
 UNITS = np.arange(ROWS) // 4

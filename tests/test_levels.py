@@ -13,17 +13,17 @@ import pytest
 from PIL import Image
 
 import hftl
-from hftl import cli, pipeline
-from hftl.data.decode import decode
+from hftl import cli
+from hftl.config.data import Data
+from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
-from hftl.data.levels import count_narrow, read_levels
+from hftl.data.images import count_narrow, decode, read_levels
 from hftl.data.load import BadRows, Reading, load_pictures
 from hftl.data.prepare import prepare
 from hftl.errors import DataWarning
-from hftl.recipe import Recipe
-from hftl.sections.data import Data
-from hftl.use.compare import compare
-from hftl.use.tables import predict_table
+from hftl.inference.compare import compare
+from hftl.inference.predict_table import predict_table
+from hftl.pipeline import pipeline
 
 SIDE = 24
 

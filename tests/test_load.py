@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from hftl.config.data import Data
 from hftl.data.load import BadRows, Reading, Row, load
-from hftl.data.spelling import normalise_name
+from hftl.data.normalization import normalise_name
 from hftl.errors import DataError, HftlError, HubError, RecipeError
-from hftl.sections.data import Data
 
 GOOD = [("a fine film", "pos"), ('dull, "very" dull', "neg"), ("two\nlines", "pos")]
 

@@ -9,13 +9,13 @@ from tiny import tiny_config
 from transformers import AutoModelForSequenceClassification
 
 from hftl import prepare
-from hftl.adapt.encoder import set_trainable
+from hftl.adapt.encoder_io import set_trainable
 from hftl.adapt.mlm import load_mlm
+from hftl.config.recipe import Recipe
+from hftl.config.source import Source
 from hftl.errors import RecipeError
-from hftl.model.adapters import wrapped_layers
-from hftl.model.source import find_source
-from hftl.recipe import Recipe
-from hftl.sections.source import Source
+from hftl.models.lora import wrapped_layers
+from hftl.models.source import find_source
 
 WRONG = [
     ({"target_modules": ["query", "valeu"]}, "'valeu'; did you mean 'value'"),

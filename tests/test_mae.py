@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny import IMAGE_SIZE, tiny_processor
 from transformers import AutoModel, ViTMAEForPreTraining
 
-from hftl.adapt.encoder import encoder_state, set_trainable
+from hftl.adapt.encoder_io import encoder_state, set_trainable
 from hftl.adapt.mae import MaskedAutoencoder, load_mae, teacher_features
-from hftl.adapt.patches import (
+from hftl.adapt.masked_patches import (
     EVEN,
     MaskedPictures,
     chosen,
@@ -29,12 +29,11 @@ from hftl.adapt.patches import (
     targets,
     visible,
 )
-from hftl.data.image import resized
-from hftl.data.pixels import ImageInputs, augment
+from hftl.config.data import Data
+from hftl.config.source import Source
+from hftl.data.image_processing import ImageInputs, augment, resized
 from hftl.errors import RecipeError
-from hftl.model.source import SourceModel, find_source, load_processor
-from hftl.sections.data import Data
-from hftl.sections.source import Source
+from hftl.models.source import SourceModel, find_source, load_processor
 
 SUPPORTED = ("vit", "vit_mae", "deit", "dinov2", "dinov2_with_registers", "beit")
 PREFIX = {"deit": 2, "dinov2_with_registers": 5}

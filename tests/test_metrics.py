@@ -11,7 +11,7 @@ from seqeval import metrics as seq
 from sklearn import metrics as sk
 
 from hftl.errors import HubError, NumericError, RecipeError
-from hftl.metrics import METRICS, Metric, compute, find
+from hftl.measure.metrics import METRICS, Metric, compute, find
 
 ALL = [(task, name) for task, known in METRICS.items() for name in known]
 ORACLES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {

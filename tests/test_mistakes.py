@@ -13,12 +13,12 @@ from sklearn.metrics import confusion_matrix
 from test_card import make
 
 from hftl.card.card import render_card
-from hftl.card.examples import in_context, thumbnail, told_examples
 from hftl.card.plots import plot_ladder
 from hftl.card.report import render_report
+from hftl.card.training_sections import in_context, thumbnail, told_examples
 from hftl.data.load import Label, Row
 from hftl.data.prepare import Prepared
-from hftl.measure.mistakes import Errors, errors_of, most_sure
+from hftl.measure.error_analysis import Errors, errors_of, most_sure
 
 TEXTS = ["a", "b", "c", "d"]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from hftl.data.text import WordInputs
+from hftl.retain.hooks import View
 from hftl.retain.kl import KLToOriginal, row_values
-from hftl.retain.view import View
-from hftl.train.mixing import Collate, Numbered
+from hftl.train.replay_batches import Collate, Numbered
 
 ROWS = [[1, 3, 4], [1, 2]]
 """Where the words of two texts begin: the first word of the first has two pieces."""

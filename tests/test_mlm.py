@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForMaskedLM
 
-from hftl.adapt.encoder import MaskedOutput, encoder_state, set_trainable
+from hftl.adapt.encoder_io import MaskedOutput, encoder_state, set_trainable
 from hftl.adapt.mlm import POSITIONWISE, MaskedLM, load_mlm
+from hftl.config.source import Source
 from hftl.errors import RecipeError
-from hftl.model.padding import hide_padding
-from hftl.model.source import SourceModel, find_source
-from hftl.sections.source import Source
+from hftl.models.padding import hide_padding
+from hftl.models.source import SourceModel, find_source
 
 SLOW = ("xlm-roberta", "camembert", "ernie", "megatron-bert", "nomic_bert", "big_bird")
 """Whose code is like that of another one here."""

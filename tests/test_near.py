@@ -10,7 +10,7 @@ import pytest
 from imagehash import phash
 from PIL import Image
 
-from hftl.data.near import NearPictures, NearTexts, shingles
+from hftl.data.near_duplicates import NearPictures, NearTexts, shingles
 
 WORDS = [f"word{i}" for i in range(400)]
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
-from hftl.analyse import neighbours
-from hftl.analyse.neighbours import agreement
+from hftl.analysis import drift
+from hftl.analysis.drift import agreement
 from hftl.errors import DataError
 
 
@@ -25,7 +25,7 @@ def reference(before: np.ndarray, after: np.ndarray, k: int) -> float:
 @pytest.mark.parametrize("chunk", [7, 50, 512])
 @pytest.mark.parametrize("k", [1, 10, 119])
 def test_equals_scikit_learn(k: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "CHUNK", chunk)
+    monkeypatch.setattr(drift, "CHUNK", chunk)
     before = features(120, 12)
     after = before[:, :9] + features(120, 9, 1) * 0.5
     assert agreement(before, after, k) == pytest.approx(reference(before, after, k), abs=1e-12)

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hftl.data.documents import documents
-from hftl.data.files import READERS, guess_format, read_texts
+from hftl.config.data import Data
+from hftl.data.corpus import documents
 from hftl.data.load import BadRows, Reading, load
+from hftl.data.tables import READERS, guess_format, read_texts
 from hftl.errors import DataError
-from hftl.sections.data import Data
-from hftl.use import predict, tables
+from hftl.inference import predict, predict_table
 
 ENDINGS = {"LF": "\n", "CRLF": "\r\n", "CR": "\r"}
 TEXTS = ["one line", "two\nlines, quoted", "ends with a break\n", "a\n\nparagraph"]
@@ -115,7 +115,7 @@ class Reader:
 @pytest.fixture
 def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
     reader = Reader()
-    monkeypatch.setattr(tables, "load", lambda model, base: reader)
+    monkeypatch.setattr(predict_table, "load", lambda model, base: reader)
     return reader
 
 
@@ -128,7 +128,7 @@ def test_what_predict_writes_reads_back_with_the_same_rows(
     texts = [text.replace("\n", ENDINGS[end]) for text in [*TEXTS, *odd]]
     pq.write_table(pa.table({"text": texts, "note": texts}), tmp_path / "in.parquet")
     output = tmp_path / f"out{suffix}"
-    tables.predict_table("run", tmp_path / "in.parquet", output)
+    predict_table.predict_table("run", tmp_path / "in.parquet", output)
     assert reader.texts == [*TEXTS, *odd]
     back = list(READERS[guess_format(output)](output))
     assert [raw.values["text"] for raw in back] == [*TEXTS, *odd]
@@ -139,14 +139,14 @@ def test_what_predict_writes_reads_back_with_the_same_rows(
 def test_a_line_of_json_is_one_line_for_every_reader(reader: Reader, tmp_path: Path) -> None:
     texts = ["a\x85b", "c\u2028d", "e\u2029f"]
     pq.write_table(pa.table({"text": texts}), tmp_path / "in.parquet")
-    tables.predict_table("run", tmp_path / "in.parquet", tmp_path / "out.jsonl")
+    predict_table.predict_table("run", tmp_path / "in.parquet", tmp_path / "out.jsonl")
     lines = (tmp_path / "out.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["text"] for line in lines] == texts
 
 
 def test_csv_on_the_screen_holds_no_carriage_return(reader: Reader, tmp_path: Path) -> None:
     pq.write_table(pa.table({"te\rxt": ["a"], "text": ["b\r"]}), tmp_path / "in.parquet")
-    text = tables.predict_table("run", tmp_path / "in.parquet", None)
+    text = predict_table.predict_table("run", tmp_path / "in.parquet", None)
     assert text is not None and "\r" not in text
     assert len(list(csv.reader(io.StringIO(text)))) == 2
 

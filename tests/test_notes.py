@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hftl.errors import RunFolderError
-from hftl.use.notes import Notes
+from hftl.inference.find_model import Notes
 
 
 def read(tree: Any, folder: Path) -> Notes:

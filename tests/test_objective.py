@@ -21,9 +21,9 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
+from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError
-from hftl.pipeline import preflight, run
-from hftl.recipe import Recipe
+from hftl.pipeline.pipeline import preflight, run
 from hftl.train.checkpoint import trained
 from hftl.train.trainer import TransferTrainer
 

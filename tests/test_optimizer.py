@@ -14,15 +14,15 @@ from test_trainer import weights
 from tiny import FIELDS, is_image
 
 from hftl.cli import check
+from hftl.config.recipe import Recipe
+from hftl.config.source import Source
 from hftl.errors import RecipeError
 from hftl.finetune.arm import train_arm
-from hftl.finetune.strategy import prepare
-from hftl.model.anatomy import ANATOMIES
-from hftl.model.head import build
-from hftl.model.source import find_source
-from hftl.pipeline import preflight
-from hftl.recipe import Recipe
-from hftl.sections.source import Source
+from hftl.finetune.strategies import prepare
+from hftl.models.architectures import ANATOMIES
+from hftl.models.heads import build
+from hftl.models.source import find_source
+from hftl.pipeline.pipeline import preflight
 from hftl.train.optimizer import (
     LayerRates,
     decays,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from hftl import failure
+from hftl import cli_errors
 from hftl.errors import RecipeError
-from hftl.use.compare import compare
-from hftl.use.tables import predict_table
+from hftl.inference.compare import compare
+from hftl.inference.predict_table import predict_table
 
 
 def unwritable(folder: Path) -> list[Path]:
@@ -41,10 +41,10 @@ def test_what_the_system_forbids_is_no_bug(
     code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = str(tmp_path / "gone" / "x.csv")
-    assert failure.other(OSError(code, os.strerror(code), path), False) == 2
+    assert cli_errors.other(OSError(code, os.strerror(code), path), False) == 2
     said = capsys.readouterr().err
     assert f"hftl: error: {path}: {os.strerror(code)}." in said and said.count("\n") == 1
 
 
 def test_a_file_that_only_hftl_misses_is_a_bug(tmp_path: Path) -> None:
-    assert failure.other(OSError(errno.ENOENT, "gone", str(tmp_path / "x.json")), False) == 1
+    assert cli_errors.other(OSError(errno.ENOENT, "gone", str(tmp_path / "x.json")), False) == 1

@@ -20,17 +20,16 @@ from transformers import (
 )
 
 import hftl
-from hftl.adapt.patches import noise_of
+from hftl.adapt.masked_patches import noise_of
+from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
 from hftl.data.load import Reading
 from hftl.data.masking import corrupt, masking_of
-from hftl.data.split import content_key
-from hftl.finetune.heads import HIDDEN
-from hftl.finetune.own_heads import asked_again, own_classes
-from hftl.finetune.strategy import prepare
+from hftl.data.splits import content_key
+from hftl.finetune.pretraining_heads import HIDDEN, asked_again, own_classes
+from hftl.finetune.strategies import prepare
 from hftl.measure.forgetting import Asked, figures
-from hftl.model.head import Built
-from hftl.recipe import Recipe
+from hftl.models.heads import Built
 
 
 def tree_of(folder: Path, model: Path) -> dict[str, Any]:

@@ -14,15 +14,15 @@ from transformers import AutoTokenizer, pipeline
 
 from hftl import load, run
 from hftl.adapt.mlm import load_mlm
+from hftl.config.recipe import Recipe
+from hftl.config.source import Source
 from hftl.data.load import Row
 from hftl.data.masking import collate
 from hftl.data.text import Encoded, TextInputs, WordInputs
 from hftl.errors import RecipeError
-from hftl.model.cache import frozen_features, logits
-from hftl.model.head import Built, build
-from hftl.model.source import SourceModel, find_source, load_tokenizer
-from hftl.recipe import Recipe
-from hftl.sections.source import Source
+from hftl.models.features import frozen_features, logits
+from hftl.models.heads import Built, build
+from hftl.models.source import SourceModel, find_source, load_tokenizer
 
 Tiny = Callable[..., Path]
 TEXTS = [

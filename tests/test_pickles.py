@@ -13,10 +13,10 @@ from planting import rewrite, save, wrapped
 from tiny import save_tiny, tiny_tokenizer
 
 import hftl
+from hftl.config.recipe import Recipe
+from hftl.doctor.checks import examine
 from hftl.errors import HftlError
-from hftl.publish.doctor.examine import examine
-from hftl.recipe import Recipe
-from hftl.use.compare import compare
+from hftl.inference.compare import compare
 
 LORA = {"task_type": "SEQ_CLS", "target_modules": ["query"]}
 

@@ -19,13 +19,13 @@ from conftest import sentences, write_csv
 from safetensors import safe_open
 
 import hftl
+from hftl.config.recipe import Recipe
 from hftl.data import prepare
 from hftl.errors import RunFolderError
-from hftl.measure.mistakes import errors_of
-from hftl.metrics import METRICS
-from hftl.phases.publishing import write_publish
-from hftl.recipe import Recipe
-from hftl.record import Record
+from hftl.measure.error_analysis import errors_of
+from hftl.measure.metrics import METRICS
+from hftl.measure.record import Record
+from hftl.pipeline.finalize_record import write_publish
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_rows_in_another_order_are_the_same_data(
 def test_a_changed_key_that_was_read_is_refused(
     again: tuple[Path, dict[str, Any]], change: str, message: str
 ) -> None:
-    from hftl.yamlfile import override
+    from hftl.config.overrides import override
 
     run, tree = again
     before = state(run)
@@ -450,7 +450,7 @@ def test_a_killed_run_loses_at_most_the_arm_in_work(
 
 
 def test_changed_weights_are_neither_used_nor_listed(again: tuple[Path, dict[str, Any]]) -> None:
-    from hftl.phases.pushing import Asked, looked_at
+    from hftl.pipeline.push import Asked, looked_at
 
     run, _ = again
     path = run / "publish" / "adapter_model.safetensors"

@@ -13,14 +13,14 @@ from conftest import bench_of, pictures
 from PIL import Image
 
 import hftl
-from hftl import pipeline
-from hftl.data import pixels, prepare
+from hftl.config.data import Data
+from hftl.config.recipe import Recipe
+from hftl.data import image_processing, prepare
+from hftl.data.image_processing import augment
 from hftl.data.load import BadRows, Reading, load
-from hftl.data.pixels import augment
 from hftl.errors import DataError, RecipeError
-from hftl.recipe import Recipe
-from hftl.sections.data import Data
-from hftl.use.tables import predict_table
+from hftl.inference.predict_table import predict_table
+from hftl.pipeline import pipeline
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_the_store_holds_what_would_be_made_anew(
     bench = bench_of(recipe(folder, tiny_model("vit"), image_size=24))
     again = bench_of(recipe(folder, tiny_model("vit"), image_size=24))
     rows = [row for split in ("train", "validation", "test") for row in bench.prepared.rows[split]]
-    pixels.write(bench.inputs, rows, tmp_path)
+    image_processing.write(bench.inputs, rows, tmp_path)
     again.inputs.use(tmp_path)
     shutil.rmtree(folder)  # what stands in the store needs no picture any more
     with pytest.raises(DataError):
@@ -145,11 +145,11 @@ def test_what_is_stored_depends_on_pictures_and_size(
 ) -> None:
     bench = bench_of(recipe(folder, tiny_model("vit")))
     rows = bench.prepared.rows["train"]
-    known = pixels.depends_on(bench.inputs, rows)
-    assert pixels.depends_on(bench.inputs, rows[::-1]) == known
-    assert pixels.depends_on(bench.inputs, rows[1:]) != known
+    known = image_processing.depends_on(bench.inputs, rows)
+    assert image_processing.depends_on(bench.inputs, rows[::-1]) == known
+    assert image_processing.depends_on(bench.inputs, rows[1:]) != known
     other = bench_of(recipe(folder, tiny_model("vit"), image_size=24))
-    assert pixels.depends_on(other.inputs, rows) != known
+    assert image_processing.depends_on(other.inputs, rows) != known
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_picture(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hftl.errors import RecipeError
-from hftl.places import called, find, not_given
+from hftl.runtime.paths import called, find, not_given
 
 
 @pytest.fixture(autouse=True)

@@ -17,11 +17,11 @@ from tiny import is_image, save_tiny, tiny_tokenizer
 from tokenizers import AddedToken
 
 import hftl
+from hftl.doctor.checks import Examination, examine
+from hftl.doctor.report import diagnose
 from hftl.errors import HftlError, RecipeError
-from hftl.publish.doctor.examine import Examination, examine
-from hftl.publish.doctor.told import diagnose
-from hftl.use.compare import compare
-from hftl.use.tables import predict_table
+from hftl.inference.compare import compare
+from hftl.inference.predict_table import predict_table
 
 __all__ = ["in_this_process"]
 

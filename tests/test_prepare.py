@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from conftest import sentences, write_csv
 
+from hftl.config.data import Data
 from hftl.data import prepare as stage
 from hftl.data.prepare import Prepared, files_digest, prepare
 from hftl.errors import DataError
-from hftl.sections.data import Data
 
 HEADER = ["text", "label"]
 

@@ -8,8 +8,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import KFold, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
-from hftl.analyse import probe as module
-from hftl.analyse.probe import ALPHAS, CS, Probe, fit_probe
+from hftl.analysis import probe as module
+from hftl.analysis.probe import ALPHAS, CS, Probe, fit_probe
 
 ROWS, WIDTH = 60, 4
 

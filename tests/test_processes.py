@@ -28,7 +28,7 @@ from two_processes import (
 )
 
 from hftl.finetune.gradual import phases
-from hftl.processes import close, gather, is_main, rank, share, size
+from hftl.runtime.distributed import close, gather, is_main, rank, share, size
 
 TESTS = Path(__file__).parent
 RECIPES = TESTS.parent / "recipes" / "accelerate"
@@ -263,7 +263,8 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_importing_processes_does_not_import_torch() -> None:
     code = (
-        "import sys, hftl.processes as p; p.share(int); p.close(); sys.exit('torch' in sys.modules)"
+        "import sys, hftl.runtime.distributed as p; p.share(int); p.close(); "
+        "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hftl import progress
-from hftl.pipeline import run
-from hftl.progress import open_bar, show_progress, track, working
-from hftl.recipe import Recipe
+from hftl.config.recipe import Recipe
+from hftl.pipeline.pipeline import run
+from hftl.runtime import progress
+from hftl.runtime.progress import open_bar, show_progress, track, working
 
 
 def titles_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:

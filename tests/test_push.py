@@ -74,12 +74,12 @@ def test_the_same_again_makes_no_commit_and_a_change_makes_one(
 
 def change(run: Path) -> None:
     """Other figures in the record, as a run with other settings would have, and no second plot."""
-    from hftl import rundir
-    from hftl.record import to_json
+    from hftl.runtime import run_folder
+    from hftl.runtime.fingerprints import to_json
 
     record = told(run, "record.json")
     record["ladder"][0]["test"] = 0.123
-    rundir.amend_finished(run, {"record.json": to_json(record)})
+    run_folder.amend_finished(run, {"record.json": to_json(record)})
 
 
 def test_files_of_an_older_push_go_and_those_of_others_stay(
@@ -281,11 +281,11 @@ def test_a_run_that_lost_what_it_noted_is_not_pushed(
 def test_weights_whose_reload_was_not_proved_are_not_pushed(
     hub: LocalHub, push: Pusher, run: Path
 ) -> None:
-    from hftl import rundir
+    from hftl.runtime import run_folder
 
     weights = run / "publish" / "adapter_model.safetensors"
     weights.write_bytes(scaled(weights, 1.5))
-    rundir.note_finished(run)
+    run_folder.note_finished(run)
     says(push("publish", run, "--repo-id", ME), 4, "adapter_model.safetensors", "proved")
     assert hub.log == []
 
@@ -293,12 +293,12 @@ def test_weights_whose_reload_was_not_proved_are_not_pushed(
 def test_a_run_that_was_killed_while_it_wrote_can_be_pushed(
     hub: LocalHub, push: Pusher, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hftl import rundir
+    from hftl.runtime import run_folder
 
     class Killed(BaseException):
         pass
 
-    really = rundir.write_text
+    really = run_folder.write_text
 
     def write(path: Path, text: str) -> None:
         if path.name == "hftl.json":
@@ -307,9 +307,9 @@ def test_a_run_that_was_killed_while_it_wrote_can_be_pushed(
 
     changed = {f"publish/{name}": (run / "publish" / name).read_text() + " "
                for name in ("README.md", "hftl.json")}  # fmt: skip
-    monkeypatch.setattr(rundir, "write_text", write)
+    monkeypatch.setattr(run_folder, "write_text", write)
     with pytest.raises(Killed):
-        rundir.amend_finished(run, changed)
+        run_folder.amend_finished(run, changed)
     monkeypatch.undo()
     assert (run / "publish" / "README.md").read_text() == changed["publish/README.md"]
     assert push("publish", run, "--repo-id", ME)[0] == 0
@@ -322,12 +322,12 @@ def test_a_license_is_asked_for_and_wins_over_the_recipe(
     def stated() -> Any:
         return yaml.safe_load((run / "publish" / "README.md").read_text().split("---")[1])
 
-    from hftl import rundir
-    from hftl.record import to_json
+    from hftl.runtime import run_folder
+    from hftl.runtime.fingerprints import to_json
 
     record = told(run, "record.json")
     record["recipe"]["publish"]["license"] = None
-    rundir.amend_finished(run, {"record.json": to_json(record)})
+    run_folder.amend_finished(run, {"record.json": to_json(record)})
     warning = "warning: no license is stated"
     for more in (("--dry-run",), ()):
         assert warning in push("publish", run, "--repo-id", ME, *more)[1]
@@ -353,13 +353,13 @@ def card_at(hub: LocalHub) -> str:
 def test_results_for_leaderboards_go_along_and_stay_the_same(
     hub: LocalHub, push: Pusher, run: Path
 ) -> None:
-    from hftl import rundir
-    from hftl.record import to_json
+    from hftl.runtime import run_folder
+    from hftl.runtime.fingerprints import to_json
 
     record = told(run, "record.json")
     benchmark = {"dataset": "org/reviews", "task_id": "default"}
     record["recipe"]["publish"] |= {"benchmark": benchmark, "examples": True}
-    rundir.amend_finished(run, {"record.json": to_json(record)})
+    run_folder.amend_finished(run, {"record.json": to_json(record)})
     assert push("card", run)[0] == 0
     names = [".eval_results/hftl-org-reviews.yaml", "every_eval_ever.json"]
     code, out, _ = push("publish", run, "--repo-id", ME, "--dry-run")

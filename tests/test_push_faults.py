@@ -14,8 +14,9 @@ from localhub import ROOT, LocalHub
 from published import Pusher
 from pushed import ME, hub, local, made, push, run, says
 
-from hftl import rundir
-from hftl.record import Record, to_json
+from hftl.measure.record import Record
+from hftl.runtime import run_folder
+from hftl.runtime.fingerprints import to_json
 
 __all__ = ["hub", "made", "push", "run"]
 
@@ -133,7 +134,7 @@ def changed(hub: LocalHub, push: Pusher, run: Path, tmp_path: Path) -> Path:
     shutil.copytree(run, later)
     record = Record.read(later).tree
     record["ladder"][0]["test"] = 0.123
-    rundir.amend_finished(later, {"record.json": to_json(record)})
+    run_folder.amend_finished(later, {"record.json": to_json(record)})
     return later
 
 

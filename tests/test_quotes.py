@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from hftl.data.documents import documents
-from hftl.data.files import READERS
+from hftl.config.data import Data
+from hftl.data.corpus import documents
 from hftl.data.load import BadRows, Reading, load
+from hftl.data.tables import READERS
 from hftl.errors import DataError, DataWarning
 from hftl.init import guess_columns, write_recipe
-from hftl.sections.data import Data
 
 WORDS = "the film was slow but its end is fine and nobody left before that".split()
 

@@ -18,9 +18,9 @@ import yaml
 from conftest import sentences, write_csv
 from typer.testing import CliRunner
 
-from hftl import yamlfile
 from hftl.cli import app
-from hftl.recipe import Recipe, arms
+from hftl.config import overrides
+from hftl.config.recipe import Recipe, arms
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -121,7 +121,7 @@ def test_adaptation_shown_is_the_defaults() -> None:
 
 def test_retention_shown_is_the_defaults() -> None:
     tree = yaml.safe_load(shown("recipe"))
-    recipe = Recipe.parse(tree | yamlfile.parse(shown("retain"), "README.md"))
+    recipe = Recipe.parse(tree | overrides.parse(shown("retain"), "README.md"))
     assert recipe.retain == Recipe.parse(tree | {"retain": {"kl": {}}}).retain
     assert [arm.retain == recipe.retain for arm in arms(recipe)] == [
         True, False, False, False, True,

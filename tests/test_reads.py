@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from hftl import pipeline, rundir
+from hftl.config.overrides import override
+from hftl.config.recipe import Recipe, arms
 from hftl.errors import RunFolderError
-from hftl.phases.reads import arm_reads, asked, changed, data_reads, refuse_changed
-from hftl.recipe import Recipe, arms
-from hftl.yamlfile import override
+from hftl.pipeline import pipeline
+from hftl.pipeline.cache_keys import arm_reads, asked, changed, data_reads, refuse_changed
+from hftl.runtime import run_folder
 
 FULL = {"full": {"finetune.training.learning_rate": 5e-5}}
 
@@ -27,13 +28,13 @@ def recipe(*overrides: str) -> Recipe:
 def run(tmp_path: Path) -> Path:
     """A folder where the data and every arm of `recipe()` stand."""
     made = recipe()
-    with rundir.commit(tmp_path / "phases" / "data", {"recipe": data_reads(made)}):
+    with run_folder.commit(tmp_path / "phases" / "data", {"recipe": data_reads(made)}):
         pass
     for arm in arms(made):
         for seed in made.measure.seeds:
             read = arm_reads(made, arm)
             reads = {"recipe": read, "asked": asked(made, read), "weights": "w"}
-            with rundir.commit(tmp_path / "arms" / f"{arm.name}-seed{seed}", reads):
+            with run_folder.commit(tmp_path / "arms" / f"{arm.name}-seed{seed}", reads):
                 pass
     return tmp_path
 
@@ -103,7 +104,7 @@ def test_a_new_folder_refuses_nothing(tmp_path: Path) -> None:
 
 
 def test_a_damaged_part_is_not_passed_over(run: Path) -> None:
-    (run / "arms" / "head-seed1" / rundir.MANIFEST).write_text("{", encoding="utf-8")
+    (run / "arms" / "head-seed1" / run_folder.MANIFEST).write_text("{", encoding="utf-8")
     made = recipe()
     with pytest.raises(RunFolderError, match="head-seed1"):
         refuse_changed(made, run, arms(made))
@@ -130,7 +131,7 @@ def test_gradual_unfreezing_counts_its_own_epochs(tmp_path: Path) -> None:
     (arm,) = arms(made)
     read = arm_reads(made, arm)
     assert "finetune.training.learning_rate" in read and "finetune.gradual.epochs" in read
-    with rundir.commit(tmp_path / "arms" / "gradual-seed0", {
+    with run_folder.commit(tmp_path / "arms" / "gradual-seed0", {
         "recipe": read, "asked": asked(made, read), "weights": "w",
     }):  # fmt: skip
         pass
@@ -169,7 +170,7 @@ def test_arms_that_another_version_trained_are_never_averaged_with_new_ones(
     recipe_tree["measure"] |= {"arms": [], "seeds": [0]}
     pipeline.run(Recipe.parse(recipe_tree), tmp_path / "run", until="finetune")
     pipeline.run(Recipe.parse(recipe_tree), tmp_path / "run", until="finetune")
-    monkeypatch.setattr("hftl.phases.ladder.SEMANTICS", 3)
+    monkeypatch.setattr("hftl.pipeline.arms.SEMANTICS", 3)
     recipe_tree["measure"]["seeds"] = [0, 1]
     with pytest.raises(RunFolderError, match="an older hftl, which trained otherwise.*restart"):
         pipeline.run(Recipe.parse(recipe_tree), tmp_path / "run", until="finetune")

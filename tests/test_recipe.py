@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from hftl.config.overrides import flatten, override
+from hftl.config.recipe import Recipe, arms
 from hftl.errors import RecipeError
-from hftl.recipe import Recipe, arms
-from hftl.record import to_json
-from hftl.yamlfile import flatten, override
+from hftl.runtime.fingerprints import to_json
 
 SMALLEST: dict[str, Any] = {"source": {"model": "org/model"}, "data": {"train": {"path": "a.csv"}}}
 FROM_CONTRACT = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hftl.recipe import Recipe, arms
+from hftl.config.recipe import Recipe, arms
 
 ROOT = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name != "accelerate")

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from hftl.record import Record, environment, fingerprint, to_json
+from hftl.measure.record import Record, environment
+from hftl.runtime.fingerprints import fingerprint, to_json
 
 TREE: dict[str, Any] = {
     "schema_version": 1,

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from hftl import Recipe, run
 from hftl.errors import DataError, HftlError, RecipeError, is_out_of_memory
-from hftl.pipeline import preflight
+from hftl.pipeline.pipeline import preflight
 
 Tiny = Callable[..., Path]
 

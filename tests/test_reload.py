@@ -15,16 +15,16 @@ from conftest import bench_of, pictures, sentences
 from safetensors.torch import save_file
 
 from hftl.card.snippets import plain_snippet
+from hftl.config.recipe import Recipe
 from hftl.finetune.arm import learnt, train_arm
-from hftl.finetune.strategy import prepare
-from hftl.finetune.workbench import Workbench
-from hftl.model import adapters
-from hftl.model.cache import logits
-from hftl.model.head import Built
-from hftl.publish import gates
-from hftl.publish.folder import rebuild, write_model, write_sample
-from hftl.publish.gates import reload_difference
-from hftl.recipe import Recipe
+from hftl.finetune.context import Workbench
+from hftl.finetune.strategies import prepare
+from hftl.models import lora as adapters
+from hftl.models.features import logits
+from hftl.models.heads import Built
+from hftl.publish import checks
+from hftl.publish.checks import reload_difference
+from hftl.publish.export import rebuild, write_model, write_sample
 
 TOKENS = "token-classification"
 STRATEGIES = ("head", "partial", "lora", "full")
@@ -157,7 +157,7 @@ def reloaded(
         sample = published(bench, recipe, folder)
         jobs.append([str(folder / "publish"), str(bench.source.folder), str(sample)])
     (work / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(gates.__file__).with_name("reload.py")
+    script = Path(checks.__file__).with_name("reload_check.py")
     found = subprocess.run(
         [sys.executable, "-P", "-c", ONE_AFTER_ANOTHER, str(script), str(work / "jobs.json")],
         capture_output=True, text=True, check=False,
@@ -193,7 +193,7 @@ def test_a_fresh_pooler_left_out_is_noticed(
     """What stock peft does with a masked-LM checkpoint: the new pooler is not saved."""
     add_lora = adapters.add_lora
     monkeypatch.setattr(
-        "hftl.finetune.strategy.add_lora",
+        "hftl.finetune.strategies.add_lora",
         lambda model, anatomy, lora, fresh: add_lora(
             model, anatomy, lora, [name for name in fresh if "pooler" not in name]
         ),

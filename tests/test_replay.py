@@ -15,13 +15,13 @@ from test_retention import Plain, retaining, step_of, with_probe
 from test_trainer import Rows, weights
 from torch import Tensor
 
+from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
 from hftl.data.load import Reading
 from hftl.errors import DataError, RecipeError
 from hftl.finetune.retention import general_examples
-from hftl.phases.reads import retain_flat
-from hftl.pipeline import preflight, run
-from hftl.recipe import Recipe
+from hftl.pipeline.cache_keys import retain_flat
+from hftl.pipeline.pipeline import preflight, run
 from hftl.train.loss import replayed_loss, summed_loss
 
 

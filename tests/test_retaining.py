@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from conftest import sentences, write_csv
 
+from hftl.config.recipe import Recipe
+from hftl.config.retain import KL, Retain
 from hftl.errors import RecipeError
-from hftl.finetune import weight as module
-from hftl.finetune.weight import GRID, choose_weight, is_open, with_weight
-from hftl.pipeline import preflight, run
-from hftl.recipe import Recipe
-from hftl.sections.retain import KL, Retain
+from hftl.finetune import retention as module
+from hftl.finetune.retention import GRID, choose_weight, is_open, with_weight
+from hftl.pipeline.pipeline import preflight, run
 
 
 @pytest.fixture

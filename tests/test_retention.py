@@ -13,10 +13,10 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer
 
 from hftl.errors import RecipeError
-from hftl.model.head import anatomy_in, last_linear
+from hftl.models.heads import anatomy_in, last_linear
+from hftl.retain.hooks import Tap, in_eval
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.reference import Reference
-from hftl.retain.view import Tap, in_eval
 from hftl.retain.weights import L2SP
 from hftl.train.trainer import TransferTrainer
 
@@ -48,10 +48,10 @@ def bert(tiny_model: Callable[..., Path]) -> Path:
 
 def with_probe(folder: Path, strategy: str, pooling: str = "mean", dropout: float = 0.0) -> Any:
     """A model whose head was solved before it is wrapped."""
-    from hftl.finetune.strategy import prepare
-    from hftl.model.head import build
-    from hftl.model.source import find_source
-    from hftl.sections.source import Source
+    from hftl.config.source import Source
+    from hftl.finetune.strategies import prepare
+    from hftl.models.heads import build
+    from hftl.models.source import find_source
 
     source = find_source(Source(model=str(folder)))
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
@@ -199,7 +199,7 @@ def test_weight_zero_is_the_trainer_without_terms_bit_for_bit(
 
 
 def test_weight_zero_is_plain_trainer(bert: Path, tmp_path: Path) -> None:
-    from hftl.train.order import SeededOrder
+    from hftl.train.samplers import SeededOrder
 
     class Ordered(Trainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hftl.publish.rights import full_id, missing_right
+from hftl.publish.repo_state import full_id, missing_right
 
 
 def token(role: str = "write", **fine: Any) -> dict[str, Any]:

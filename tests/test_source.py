@@ -10,10 +10,10 @@ import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 
+from hftl.config.source import Source
 from hftl.errors import HubError, RecipeError
-from hftl.model.head import build
-from hftl.model.source import find_source, load_processor, load_tokenizer, weights_sha256
-from hftl.sections.source import Source
+from hftl.models.heads import build
+from hftl.models.source import find_source, load_processor, load_tokenizer, weights_sha256
 
 COMMIT = "a" * 40
 

@@ -16,15 +16,20 @@ from conftest import bench_of, sentences, write_csv
 from PIL import Image
 
 import hftl
-from hftl.check import check
-from hftl.data.cells import label_fault
+from hftl.analysis.check import check
+from hftl.config.data import Data
+from hftl.config.recipe import Recipe
+from hftl.data.normalization import (
+    find_doubtful_names,
+    find_fraction,
+    label_fault,
+    normalise_name,
+    normalise_text,
+)
 from hftl.data.prepare import prepare
-from hftl.data.spelling import find_doubtful_names, find_fraction, normalise_name, normalise_text
 from hftl.errors import DataError
-from hftl.pipeline import preflight, run
-from hftl.recipe import Recipe
-from hftl.sections.data import Data
-from hftl.use.compare import compare
+from hftl.inference.compare import compare
+from hftl.pipeline.pipeline import preflight, run
 
 HEADER = ["text", "label"]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from hftl.config.data import Data
 from hftl.data.load import Row
 from hftl.data.prepare import prepare
-from hftl.data.split import content_key, draw_shots, take
+from hftl.data.splits import content_key, draw_shots, take
 from hftl.errors import DataError
-from hftl.sections.data import Data
 
 SIZES = {"a": 61, "b": 30, "c": 9}
 

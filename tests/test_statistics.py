@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hftl.statistics import (
+from hftl.measure.statistics import (
     effective_count,
     jackknife,
     mean_error,

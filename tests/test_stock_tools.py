@@ -17,8 +17,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
 
 from hftl import load
 from hftl.card.snippets import pipeline_snippet
-from hftl.model.adapters import path_pattern
-from hftl.publish.gates import reload_difference
+from hftl.models.lora import path_pattern
+from hftl.publish.checks import reload_difference
 
 Tiny = Callable[..., Path]
 TEXTS = ["a good film", "the plot is dull", "fresh music and a bitter story"]

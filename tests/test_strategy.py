@@ -11,13 +11,13 @@ from peft import PeftModel
 from tiny import IMAGE_SIZE, is_image
 from torch import nn
 
+from hftl.config.source import Source
 from hftl.errors import RecipeError
-from hftl.finetune.strategy import prepare, trainable_parameters
-from hftl.model.adapters import wrapped_layers
-from hftl.model.head import Built, PooledModel, build
-from hftl.model.source import find_source
-from hftl.model.stock import stock_class
-from hftl.sections.source import Source
+from hftl.finetune.strategies import prepare, trainable_parameters
+from hftl.models.heads import Built, PooledModel, build
+from hftl.models.lora import wrapped_layers
+from hftl.models.parts import stock_class
+from hftl.models.source import find_source
 from hftl.train.trainer import training_modes
 
 LINEARS_A_BLOCK = 6

@@ -16,8 +16,8 @@ from torch import nn
 
 from hftl.data.load import Row
 from hftl.errors import DataError, RecipeError
-from hftl.use import predict, tables
-from hftl.use.predict import Predictor
+from hftl.inference import predict, predict_table
+from hftl.inference.predict import Predictor
 
 
 class Fake:
@@ -51,7 +51,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, predictor: Fake) -> None:
-    monkeypatch.setattr(tables, "load", lambda model, base: predictor)
+    monkeypatch.setattr(predict_table, "load", lambda model, base: predictor)
 
 
 def put(path: Path, content: str | bytes) -> Path:
@@ -61,7 +61,7 @@ def put(path: Path, content: str | bytes) -> Path:
 
 def told(data: Path, output: Path | None = None) -> list[dict[str, Any]]:
     """The predicted rows, read back from CSV."""
-    text = tables.predict_table("run", data, output)
+    text = predict_table.predict_table("run", data, output)
     if output is not None:
         assert text is None
         text = output.read_text("utf-8")
@@ -90,7 +90,7 @@ def test_a_target_has_a_label_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_every_output_holds_the_same_rows(suffix: str, tmp_path: Path) -> None:
     output = tmp_path / f"out{suffix}"
     data = put(tmp_path / "in.csv", ROWS)
-    assert tables.predict_table("run", data, output) is None
+    assert predict_table.predict_table("run", data, output) is None
     if suffix == ".csv":
         found = list(csv.DictReader(io.StringIO(output.read_text("utf-8"))))
     elif suffix == ".jsonl":
@@ -148,7 +148,7 @@ def test_columns_of_ours_are_kept_under_another_name(tmp_path: Path) -> None:
 def test_keys_that_only_later_rows_have_are_kept(suffix: str, tmp_path: Path) -> None:
     data = put(tmp_path / "in.jsonl", '{"text": "good"}\n{"text": "dull", "note": "late"}\n')
     output = tmp_path / f"out{suffix}"
-    tables.predict_table("run", data, output)
+    predict_table.predict_table("run", data, output)
     if suffix == ".parquet":
         notes = pq.read_table(output)["note"].to_pylist()
     elif suffix == ".jsonl":
@@ -195,7 +195,7 @@ def test_missing_table(tmp_path: Path) -> None:
 def test_unknown_output_suffix_is_refused_before_anything_loads(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "load", lambda *given: pytest.fail("loaded"))
+    monkeypatch.setattr(predict_table, "load", lambda *given: pytest.fail("loaded"))
     with pytest.raises(RecipeError, match=r"unknown suffix .*Use \.csv, \.jsonl, \.parquet"):
         told(put(tmp_path / "in.csv", ROWS), tmp_path / name)
 
@@ -247,7 +247,7 @@ def test_predict_names_the_input_it_cannot_take(
 
 def test_a_class_called_label_keeps_its_own_column() -> None:
     told = {"label": "label", "score": 0.9, "scores": {"label": 0.9, "other": 0.1}}
-    assert tables._columns(told) == {
+    assert predict_table._columns(told) == {
         "label": "label", "score": 0.9, "class.label": 0.9, "other": 0.1,
     }  # fmt: skip
 
@@ -256,4 +256,4 @@ def test_the_input_is_never_overwritten(tmp_path: Path) -> None:
     data = tmp_path / "new.csv"
     data.write_text("text\nx\n")
     with pytest.raises(RecipeError, match="is the input itself"):
-        tables.predict_table("model", data, data)
+        predict_table.predict_table("model", data, data)

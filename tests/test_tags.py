@@ -9,12 +9,11 @@ import pytest
 from seqeval import metrics as seq
 from seqeval import scheme as schemes
 
-from hftl.data.answers import measured, told
-from hftl.data.tags import recognise_tags
+from hftl.data.labels import measured, recognise_tags, told
 from hftl.errors import DataError
-from hftl.measure.classes import class_gains, entity_scores
+from hftl.measure.error_analysis import class_gains, entity_scores
 from hftl.measure.gain import Predicted
-from hftl.metrics import METRICS, entities
+from hftl.measure.metrics import METRICS, entities
 
 TASK = "token-classification"
 WRITERS: dict[str, Any] = {

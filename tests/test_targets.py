@@ -12,24 +12,23 @@ import pytest
 import torch
 from conftest import BAD, FILLER, GOOD, bench_of, write_csv
 
-from hftl import pipeline
-from hftl.data.answers import check_targets
+from hftl.config.measure import Search
+from hftl.config.recipe import Recipe
+from hftl.config.retain import Retain
+from hftl.data.labels import check_targets
 from hftl.data.load import Row
 from hftl.errors import DataError, RecipeError
 from hftl.finetune import gradual
 from hftl.finetune.arm import Kept, arguments, set_probe, solve_head, train_arm
-from hftl.finetune.baseline import train_scratch
-from hftl.finetune.classical import solve_classical
+from hftl.finetune.baselines import solve_classical, train_scratch
+from hftl.finetune.context import Workbench
 from hftl.finetune.gradual import State
 from hftl.finetune.retention import kept_near
 from hftl.finetune.targets import target_scale
-from hftl.finetune.workbench import Workbench
-from hftl.metrics import score_all
-from hftl.model.head import last_linears
-from hftl.recipe import Recipe
+from hftl.measure.metrics import score_all
+from hftl.models.heads import last_linears
+from hftl.pipeline import pipeline
 from hftl.retain.kl import KLToOriginal
-from hftl.sections.measure import Search
-from hftl.sections.retain import Retain
 
 Change = Callable[[float], float]
 UNITS: dict[str, tuple[float, float]] = {"shifted": (1.0, 100.0), "scaled": (1000.0, 0.0)}
@@ -257,7 +256,7 @@ def test_a_run_far_from_zero_is_published_in_the_label_s_unit(
 def test_the_head_that_an_adapter_wraps_has_the_same_unit(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from hftl.finetune.strategy import prepare
+    from hftl.finetune.strategies import prepare
 
     recipe = recipe_of(tiny_model(), tmp_path, 10.0, 2000.0, {"pooling": "native"})
     bench = bench_of(recipe)

@@ -14,14 +14,14 @@ from conftest import FILLER, bench_of, write_csv
 from seqeval.metrics import f1_score
 
 import hftl
-from hftl import pipeline
+from hftl.config.data import Data
+from hftl.config.recipe import Recipe
 from hftl.data.prepare import prepare
 from hftl.errors import DataError, NumericError, RecipeError
-from hftl.model.cache import logits
-from hftl.recipe import Recipe
-from hftl.sections.data import Data
-from hftl.use.compare import compare
-from hftl.use.tables import predict_table
+from hftl.inference.compare import compare
+from hftl.inference.predict_table import predict_table
+from hftl.models.features import logits
+from hftl.pipeline import pipeline
 
 TRAINING = {"num_train_epochs": 3, "learning_rate": 1e-2, "bf16": False}
 LADDER = ["scratch", "head", "majority", "full"]

@@ -12,16 +12,16 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from hftl.adapt.encoder import MaskedOutput
+from hftl.adapt.encoder_io import MaskedOutput
+from hftl.config.source import Source
 from hftl.errors import NumericError
-from hftl.finetune.strategy import prepare
-from hftl.model.head import build
-from hftl.model.source import find_source
-from hftl.sections.source import Source
+from hftl.finetune.strategies import prepare
+from hftl.models.heads import build
+from hftl.models.source import find_source
 from hftl.train.checkpoint import KeepBest
+from hftl.train.frozen_eval import training_modes
 from hftl.train.loss import MANY, counted, counted_rows, summed_loss, uncounted
-from hftl.train.modes import training_modes
-from hftl.train.order import RankBatches, SeededOrder
+from hftl.train.samplers import RankBatches, SeededOrder
 from hftl.train.trainer import TransferTrainer
 
 ROWS = 24

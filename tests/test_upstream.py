@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from hftl.config import upstream_args
 from hftl.errors import RecipeError
-from hftl.sections import upstream
 
 
 def real(kind: str) -> Any:
@@ -21,7 +21,8 @@ def real(kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["training", "lora"])
 def test_the_fields_are_those_of_the_class(kind: str) -> None:
-    assert set(upstream.fields(kind)) == {f.name for f in dataclasses.fields(real(kind)) if f.init}
+    real_names = {f.name for f in dataclasses.fields(real(kind)) if f.init}
+    assert set(upstream_args.fields(kind)) == real_names
 
 
 @pytest.mark.parametrize("kind", ["training", "lora"])
@@ -29,7 +30,7 @@ def test_every_default_is_of_the_type_that_we_read(kind: str) -> None:
     fields = [f for f in dataclasses.fields(real(kind)) if f.default is not dataclasses.MISSING]
     assert len(fields) > 10
     for field in fields:
-        assert upstream.checked(kind, field.name, field.default) == field.default
+        assert upstream_args.checked(kind, field.name, field.default) == field.default
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_every_default_is_of_the_type_that_we_read(kind: str) -> None:
     ],
 )
 def test_values_of_the_right_type(kind: str, name: str, value: Any, found: Any) -> None:
-    assert upstream.checked(kind, name, value) == found
+    assert upstream_args.checked(kind, name, value) == found
 
 
 @pytest.mark.parametrize(
@@ -64,10 +65,10 @@ def test_values_of_the_right_type(kind: str, name: str, value: Any, found: Any) 
 )
 def test_values_of_another_type(kind: str, name: str, value: Any, wanted: str) -> None:
     with pytest.raises(RecipeError, match=rf"^finetune\.{kind}\.{name} must be {wanted}, got "):
-        upstream.checked(kind, f"finetune.{kind}.{name}", value)
+        upstream_args.checked(kind, f"finetune.{kind}.{name}", value)
 
 
 def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(upstream.SOURCES, "lora", [("no_such_package", "a.py", "A")])
+    monkeypatch.setitem(upstream_args.SOURCES, "lora", [("no_such_package", "a.py", "A")])
     with pytest.raises(RecipeError, match="no_such_package is not installed"):
-        upstream.fields.__wrapped__("lora")
+        upstream_args.fields.__wrapped__("lora")

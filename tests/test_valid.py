@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hftl.card.valid import card_problems, own_card_problems
+from hftl.card.validation import card_problems, own_card_problems
 
 RESULT = {
     "task": {"type": "text-classification"},

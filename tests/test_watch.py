@@ -13,16 +13,16 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from transformers import AutoModel
 
-from hftl.adapt.encoder import encoder_state, set_trainable
+from hftl.adapt.encoder_io import encoder_state, set_trainable
 from hftl.adapt.mae import load_mae
 from hftl.adapt.mlm import load_mlm
-from hftl.analyse.probe import fit_probe
+from hftl.analysis.probe import fit_probe
+from hftl.config.recipe import Recipe
 from hftl.data.load import Row
 from hftl.errors import HftlError
-from hftl.finetune import watch
-from hftl.finetune.watch import neighbours_kept, probe_score
-from hftl.finetune.workbench import Workbench
-from hftl.recipe import Recipe
+from hftl.finetune import guard_metrics
+from hftl.finetune.context import Workbench
+from hftl.finetune.guard_metrics import neighbours_kept, probe_score
 
 Tiny = Callable[..., Path]
 LORA = {"r": 4, "lora_alpha": 8}
@@ -117,7 +117,7 @@ def test_the_score_is_that_of_the_weights_as_they_are(
         fitted.append(features)
         return fit_probe(features, *args)
 
-    monkeypatch.setattr(watch, "fit_probe", spied)
+    monkeypatch.setattr(guard_metrics, "fit_probe", spied)
     model = objective_of(bench, method)
     measure = score_of(bench, model)
     for by in (0.02, 0.5):
@@ -159,7 +159,7 @@ def test_measuring_leaves_the_model_and_the_random_state_alone(bench: Workbench)
 def test_more_rows_than_needed_are_left_out(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "ROWS", 5)
+    monkeypatch.setattr(guard_metrics, "ROWS", 5)
     held = bench.prepared.rows["validation"]
     assert len(held) > 5
     bench.prepared.rows["validation"] = held[:5]

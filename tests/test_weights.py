@@ -12,14 +12,22 @@ from test_retention import retaining, with_probe
 from test_trainer import Rows, weights
 from torch import nn
 
-from hftl.adapt.encoder import encoder_state
+from hftl.adapt.encoder_io import encoder_state
+from hftl.config.source import Source
 from hftl.errors import RecipeError
-from hftl.finetune.strategy import prepare
-from hftl.model.head import build
-from hftl.model.source import find_source
-from hftl.retain.base import check_low_rank, check_unchanged_base
-from hftl.retain.weights import EWC, L2SP, lora_layers, trained_encoder, update, update_norm
-from hftl.sections.source import Source
+from hftl.finetune.strategies import prepare
+from hftl.models.heads import build
+from hftl.models.source import find_source
+from hftl.retain.weights import (
+    EWC,
+    L2SP,
+    check_low_rank,
+    check_unchanged_base,
+    lora_layers,
+    trained_encoder,
+    update,
+    update_norm,
+)
 
 
 def moved(model: nn.Module, by: float = 0.05) -> nn.Module:
@@ -211,7 +219,7 @@ def test_the_decoupled_step_follows_the_schedule(bert: Path, tmp_path: Path) -> 
 
 def wrapped_encoder(model: Any) -> Any:
     """The encoder inside, its layers wrapped."""
-    from hftl.model.head import anatomy_in, encoder_in
+    from hftl.models.heads import anatomy_in, encoder_in
 
     return encoder_in(model, anatomy_in(model))
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from hftl.config.overrides import flatten, override, parse, read, set_key
 from hftl.errors import RecipeError
-from hftl.yamlfile import flatten, override, parse, read, set_key
 
 
 @pytest.mark.parametrize(

@@ -29,16 +29,26 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hftl.adapt import stage as stage_module
+from hftl.adapt import adaptation as stage_module
+from hftl.config.finetune import Gradual
 from hftl.errors import DataError, NumericError, RecipeError
 from hftl.finetune.gradual import State, fit_gradual
-from hftl.finetune.strategy import prepare
-from hftl.model.head import PooledModel
-from hftl.processes import close, first, gather, is_main, mine, raised_elsewhere, rank, share, size
+from hftl.finetune.strategies import prepare
+from hftl.models.heads import PooledModel
 from hftl.retain.fisher import fisher_information
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.weights import EWC, L2SP, lora_layers, trained_encoder
-from hftl.sections.finetune import Gradual
+from hftl.runtime.distributed import (
+    close,
+    first,
+    gather,
+    is_main,
+    mine,
+    raised_elsewhere,
+    rank,
+    share,
+    size,
+)
 from hftl.train.checkpoint import KeepBest, whole_state
 from hftl.train.trainer import TransferTrainer
 

@@ -1,1 +1,1 @@
-"""Continued pre-training: masked words, masked patches, and the guard that judges it."""
+"""Continue pre-training on masked words or patches, under a guard."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hftl.errors import NumericError
-from hftl.processes import gather, is_main, share
-from hftl.rundir import write_text
+from hftl.runtime.distributed import gather, is_main, share
+from hftl.runtime.run_folder import write_text
 from hftl.train.checkpoint import trained
 
 KEPT = "kept.safetensors"

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEDecoder
 
-from hftl.adapt.encoder import MaskedOutput, check_complete, load_head
-from hftl.adapt.patches import chosen, patch_count, pick, visible
-from hftl.data.pixels import ImageInputs
+from hftl.adapt.encoder_io import MaskedOutput, check_complete, load_head
+from hftl.adapt.masked_patches import chosen, patch_count, pick, visible
+from hftl.data.image_processing import ImageInputs
 from hftl.errors import RecipeError
-from hftl.model.anatomy import patch_size
-from hftl.model.head import load_class
-from hftl.model.parts import submodule
-from hftl.model.source import SourceModel
-from hftl.model.stock import auto_class
+from hftl.models.architectures import patch_size
+from hftl.models.heads import load_class
+from hftl.models.parts import auto_class, submodule
+from hftl.models.source import SourceModel
 
 DROPPING = ("vit", "deit", "dinov2", "dinov2_with_registers")
 """Architectures whose blocks take any number of tokens, so that hidden patches are left out."""

@@ -1,1 +1,1 @@
-"""The model card and the report, from the record alone."""
+"""Write the model card and the report from the record alone."""

@@ -3,9 +3,10 @@
 import json
 from typing import Any
 
-from hftl.card.adaptation import adaptation_lines, adaptation_sentence
-from hftl.card.examples import example_rows
-from hftl.card.forgetting import (
+from hftl.card.metadata import base_of, metadata, title
+from hftl.card.result_sections import (
+    adaptation_lines,
+    adaptation_sentence,
     figure_rows,
     forgetting_lines,
     forgetting_rows,
@@ -13,23 +14,31 @@ from hftl.card.forgetting import (
     headline_words,
     was_measured,
 )
-from hftl.card.kinds import DOES, called, example_of, is_pooled, kind_of
-from hftl.card.making import (
+from hftl.card.snippets import pipeline_snippet, plain_snippet
+from hftl.card.training_sections import (
     base_sentence,
     data_lines,
     data_sentence,
     environment,
+    example_rows,
     limits,
     stages_of,
     training_sentence,
 )
-from hftl.card.metadata import base_of, metadata, title
-from hftl.card.page import rendered
-from hftl.card.plain import code, fenced, inert
-from hftl.card.snippets import pipeline_snippet, plain_snippet
-from hftl.card.valid import is_hub_id
+from hftl.card.validation import is_hub_id
+from hftl.card.wording import (
+    DOES,
+    called,
+    code,
+    example_of,
+    fenced,
+    inert,
+    is_pooled,
+    kind_of,
+    rendered,
+)
+from hftl.measure.metrics import less_is_better
 from hftl.measure.verdict import interval_text, is_better, is_worse
-from hftl.metrics import less_is_better
 
 OUTCOMES = {
     "positive": "Transfer helped",

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from hftl.card.forgetting import headline_words
+from hftl.card.result_sections import headline_words
+from hftl.measure.metrics import less_is_better
 from hftl.measure.verdict import interval_text
-from hftl.metrics import less_is_better
 
 OWN, OTHER, MEAN = "#1f6feb", "#8b949e", "#24292f"
 STAR = "*"

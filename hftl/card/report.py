@@ -11,9 +11,9 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from hftl.card.examples import Picture, in_context, thumbnail
-from hftl.card.plain import one_line
-from hftl.measure.mistakes import Errors, Mistake
+from hftl.card.training_sections import Picture, in_context, thumbnail
+from hftl.card.wording import one_line
+from hftl.measure.error_analysis import Errors, Mistake
 from hftl.measure.verdict import is_better
 
 COLORS = {"positive": "#1a7f37", "negative": "#cf222e"}

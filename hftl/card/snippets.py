@@ -2,7 +2,7 @@
 
 import json
 
-from hftl.card.valid import is_hub_id
+from hftl.card.validation import is_hub_id
 
 PAGE = """import torch
 {imports}from transformers import {auto}, {reader}

@@ -1,1 +1,1 @@
-"""From tables, folders and hub datasets to examples, split by content."""
+"""Turn tables, folders and hub datasets into examples, split by content."""

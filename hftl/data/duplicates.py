@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hftl.data.load import Label, Row
-from hftl.data.spelling import normalise_content
+from hftl.data.normalization import normalise_content
 
 PRIORITY = ("test", "validation", "train")
 """Where copies stand in several tables, the one that measures is kept."""

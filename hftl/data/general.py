@@ -9,19 +9,25 @@ from typing import Any
 
 import numpy as np
 
-from hftl.data.cells import label_fault
-from hftl.data.documents import document_fault
-from hftl.data.files import Raw
-from hftl.data.levels import warn_narrow
-from hftl.data.load import BadRows, Reading, Row, checked, looked_at, read_table
-from hftl.data.pictures import Seen
+from hftl.config.data import Data, GeneralTable
+from hftl.data.corpus import document_fault
+from hftl.data.images import Seen, warn_narrow
+from hftl.data.load import (
+    BadRows,
+    Reading,
+    Row,
+    checked,
+    looked_at,
+    read_rows,
+    read_table,
+    write_rows,
+)
+from hftl.data.normalization import label_fault, normalise_content, normalise_name
 from hftl.data.prepare import SPLITS, Prepared
-from hftl.data.rows import read_rows, write_rows
-from hftl.data.spelling import normalise_content, normalise_name
-from hftl.data.split import content_hash, content_key
+from hftl.data.splits import content_hash, content_key
+from hftl.data.tables import Raw
 from hftl.errors import DataError
-from hftl.record import fingerprint, to_json
-from hftl.sections.data import Data, GeneralTable
+from hftl.runtime.fingerprints import fingerprint, to_json
 
 USED = 2000
 """Rows that may be used, at most."""

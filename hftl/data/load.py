@@ -1,20 +1,99 @@
-"""Tables and folders as rows, every bad row named by file and line."""
+"""Datasets of the hub, pinned to a commit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hftl import places
-from hftl.data.cells import kind, label_fault, label_of, text_fault
-from hftl.data.files import READERS, Raw, guess_format, not_utf8, read_images, read_texts
-from hftl.data.hub import load_hub
-from hftl.data.levels import Levels, warn_narrow
-from hftl.data.pictures import Seen, look
-from hftl.data.spelling import find_fraction
-from hftl.errors import DataError
-from hftl.explain import closest
-from hftl.sections.data import Data, GeneralTable, Table
+from hftl.config.data import Data, GeneralTable, Table
+from hftl.config.errors import closest
+from hftl.data.images import Levels, Seen, look, warn_narrow
+from hftl.data.normalization import find_fraction, kind, label_fault, label_of, text_fault
+from hftl.data.tables import READERS, Raw, guess_format, not_utf8, read_images, read_texts
+from hftl.errors import DataError, HubError
+from hftl.runtime import paths
+
+PARTS = ("train", "validation", "test", "unlabeled", "general")
+"""The tables of a recipe."""
+
+
+def load_hub(table: Table, part: str) -> Iterator[Raw]:
+    """Rows of a hub dataset; class ids become their names, pictures stay encoded.
+
+    Args:
+        table: `path` is the dataset's id, `name` its configuration.
+        part: the split where the recipe names none; of tables without labels it is train.
+
+    Raises:
+        HubError: if the dataset is unknown, gated, or the hub cannot be reached.
+    """
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    split = table.split or (part if part in ("train", "validation", "test") else "train")
+    commit = revision(table.path, table.revision)
+    key = f"data.{part}: "
+    try:
+        dataset: Any = datasets.load_dataset(table.path, table.name, split=split, revision=commit)
+    except (DatasetNotFoundError, OSError, paths.http().TransportError) as error:
+        raise paths.not_given(error, table.path, "dataset", key) from error
+    except ValueError as error:
+        why = paths.message_line(error)
+        raise HubError(f"{key}{table.path}: {why}", "Check name and split") from error
+    for column, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    named = {c: n for c in table.labels if (n := _hub_class_names(dataset.features.get(c)))}
+    for index, values in enumerate(dataset):
+        for column, names in named.items():
+            values[column] = _named(values[column], names)
+        yield Raw(values, index, f"{table.path} {split} row {index + 1}")
+
+
+def _hub_class_names(feature: Any) -> list[str] | None:
+    """The class names of a column of ids, or of lists of ids."""
+    return getattr(getattr(feature, "feature", feature), "names", None)
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    """Ids as their names; an id of no class, as -1 for a missing label, becomes none."""
+    if isinstance(value, list):
+        return [_named(item, names) for item in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
+
+
+@cache
+def revision(path: str, wanted: str | None) -> str | None:
+    """The commit that a hub dataset is read at; offline, where only the cache is read, as asked.
+
+    Raises:
+        HubError: if the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return wanted
+    with paths.fetching(path, "dataset"):
+        return HfApi().dataset_info(path, revision=wanted).sha
+
+
+def revisions(data: Data) -> dict[str, str | None]:
+    """The commit of every table of the hub."""
+    tables = {part: getattr(data, part) for part in PARTS}
+    return {
+        part: revision(table.path, table.revision)
+        for part, table in tables.items()
+        if isinstance(table, Table) and _on_hub(table, part)
+    }
+
+
+def _on_hub(table: Table, split: str) -> bool:
+    return table.format == "hub" or paths.find(table.path, f"data.{split}.path") is None
+
+
+# Tables and folders as rows, every bad row named by file and line.
+
 
 UNLABELLED = ("unlabeled", "general")
 """Tables without labels: folders are read flat, every file for itself, unless general data name a
@@ -172,7 +251,7 @@ def read_table(table: Table, part: str, modality: str) -> tuple[str, Iterator[Ra
     Raises:
         DataError: if the file is missing, of an unknown format, or not of what the encoder reads.
     """
-    path = places.find(table.path, f"data.{part}.path")
+    path = paths.find(table.path, f"data.{part}.path")
     if table.format == "hub" or (path is None and table.format is None):
         return table.path, load_hub(table, part)
     if path is None or not path.exists():
@@ -200,7 +279,7 @@ def _names_controls(table: Table) -> bool:
 
 def table_folder(table: Table, part: str) -> Path | None:
     """The folder that paths inside a table are relative to; None for one of the hub."""
-    path = places.find(table.path, f"data.{part}.path")
+    path = paths.find(table.path, f"data.{part}.path")
     return None if path is None else path if path.is_dir() else path.parent
 
 
@@ -264,3 +343,42 @@ def _fault(raw: Raw, table: Table, task: str, group: str | None, reading: Readin
         return f"{group} is empty"
     words = raw.values[table.texts[0]] if task == "token-classification" else None
     return label_fault(raw.values, table.label, task, words)
+
+
+# Rows as a file, so that later phases and runs read one file and not the user's.
+
+
+ROWS = "rows.parquet"
+
+
+def write_rows(parts: Mapping[str, list[Row]], folder: Path) -> None:
+    """Writes the rows of each part, in their order."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    told = [(part, row) for part, rows in parts.items() for row in rows]
+    columns: dict[str, list[Any]] = {
+        "split": [part for part, _ in told],
+        "row": [row.index for _, row in told],
+        "where": [row.where for _, row in told],
+        "content": [list(row.content) for _, row in told],
+        "label": [row.label for _, row in told],
+        "group": [row.group for _, row in told],
+        "table": [row.table for _, row in told],
+        "size": [row.size for _, row in told],
+    }
+    pq.write_table(pa.table(columns), folder / ROWS)
+
+
+def read_rows(folder: Path, parts: Sequence[str]) -> dict[str, list[Row]]:
+    """What `write_rows` wrote."""
+    import pyarrow.parquet as pq
+
+    rows: dict[str, list[Row]] = {part: [] for part in parts}
+    for told in pq.read_table(folder / ROWS).to_pylist():
+        part = told.pop("split")
+        label = tuple(told["label"]) if isinstance(told["label"], list) else told["label"]
+        size = tuple(told["size"]) if told["size"] else None
+        rows[part].append(Row(tuple(told["content"]), label, told["group"], told["row"],
+                              told["where"], told["table"], size))  # fmt: skip
+    return rows

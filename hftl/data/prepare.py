@@ -15,20 +15,27 @@ from typing import Any
 
 import numpy as np
 
-from hftl import places
-from hftl.data import answers
-from hftl.data.answers import check_targets, names_of
+from hftl.config.data import Data, Fraction, Table
+from hftl.data import labels
 from hftl.data.duplicates import CopyCounts, count_near_pictures, drop_duplicates
-from hftl.data.hub import revisions
-from hftl.data.levels import count_narrow
-from hftl.data.load import BadRows, Reading, Row, load, read_table, table_folder
-from hftl.data.rows import read_rows, write_rows
-from hftl.data.spelling import is_integer_name
-from hftl.data.split import IN_ALL, content_key, draw_shots, take
-from hftl.data.tags import recognise_tags
+from hftl.data.images import count_narrow
+from hftl.data.labels import check_targets, names_of, recognise_tags
+from hftl.data.load import (
+    BadRows,
+    Reading,
+    Row,
+    load,
+    read_rows,
+    read_table,
+    revisions,
+    table_folder,
+    write_rows,
+)
+from hftl.data.normalization import is_integer_name
+from hftl.data.splits import IN_ALL, content_key, draw_shots, take
 from hftl.errors import DataError
-from hftl.record import fingerprint, to_json
-from hftl.sections.data import Data, Fraction, Table
+from hftl.runtime import paths as places
+from hftl.runtime.fingerprints import fingerprint, to_json
 
 SPLITS = ("train", "validation", "test")
 UNTYPED = (".csv", ".tsv")
@@ -51,11 +58,11 @@ class Prepared:
 
     def targets(self, rows: list[Row]) -> np.ndarray:
         """What the rows teach, see `answers.targets`."""
-        return answers.targets([row.label for row in rows], self.task, self.names)
+        return labels.targets([row.label for row in rows], self.task, self.names)
 
     def measured(self, rows: list[Row]) -> np.ndarray:
         """What metrics compare predictions with, see `answers.measured`."""
-        return answers.measured([row.label for row in rows], self.task, self.names)
+        return labels.measured([row.label for row in rows], self.task, self.names)
 
     def words(self, rows: list[Row]) -> list[int]:
         """How many outputs each row has: its words for tokens, else one."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from hftl.data.spelling import NUMBER
+from hftl.data.normalization import NUMBER
 
 PROFILED = 5000
 """Rows that a column's look is learnt from."""

@@ -1,1 +1,1 @@
-"""One arm and seed: what trains, for how long, and the baselines beside it."""
+"""Train one arm with one seed, and the baselines beside it."""

@@ -1,9 +1,14 @@
-"""One arm x seed: trained, or solved, and its predictions and weights."""
+"""Weights between the original and what was trained, of which the best on validation is kept.
+
+theta(alpha) = (1 - alpha) theta0 + alpha theta1 (WiSE-FT, Wortsman et al. 2022, arXiv:2109.01903,
+equation 1). Under LoRA the effective weight is W0 + alpha s B A, so B alone is scaled.
+"""
 
 import math
+import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,27 +19,89 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
-from hftl import processes
+from hftl.config.finetune import Finetune, Gradual
 from hftl.data.load import Row
 from hftl.errors import NumericError, RecipeError, message_line
-from hftl.finetune.embed import embed
+from hftl.finetune.context import MEASURED, Outcome, Workbench
 from hftl.finetune.gradual import State, fit_gradual
-from hftl.finetune.interpolate import interpolate
-from hftl.finetune.outcome import Outcome
-from hftl.finetune.retention import Kept
-from hftl.finetune.strategy import prepare, trainable_parameters
+from hftl.finetune.pretraining_heads import embed
+from hftl.finetune.retention import Kept, validation_score
+from hftl.finetune.strategies import prepare, trainable_parameters
 from hftl.finetune.targets import TargetScale, target_scale
-from hftl.finetune.weight import validation_score
-from hftl.finetune.workbench import MEASURED, Workbench
-from hftl.metrics import METRICS, SELECTION, score_all
-from hftl.model.cache import logits
-from hftl.model.head import Built
-from hftl.sections.finetune import Finetune, Gradual
+from hftl.measure.metrics import METRICS, SELECTION, score_all
+from hftl.measure.statistics import one_standard_error
+from hftl.models.features import logits
+from hftl.models.heads import Built
+from hftl.runtime import distributed
+from hftl.runtime.hardware import dtype_name, is_sharded
 from hftl.train.arguments import arguments as common_arguments
-from hftl.train.checkpoint import KeepBest, trained, whole_state
-from hftl.train.hardware import dtype_name, is_sharded
+from hftl.train.callbacks import replace_progress
+from hftl.train.checkpoint import KeepBest, local, trained, whole_state
 from hftl.train.trainer import TransferTrainer
-from hftl.train.training_progress import replace_progress
+
+FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])\.")
+"""How peft names the factors of an update."""
+
+
+def interpolate(
+    model: nn.Module, start: dict[str, Tensor], alphas: Sequence[float],
+    score: Callable[[], tuple[float, float]],
+) -> dict[str, Any]:  # fmt: skip
+    """Puts the model at the best place between its start and where it is.
+
+    That is the smallest alpha within one standard error of the best score, since the nearer the
+    original the less is forgotten. It costs an evaluation for each alpha.
+
+    Args:
+        model: trained; what trains must have the same head at both ends.
+        start: the trained parameters at the start, by name.
+        alphas: shares of the way, 0 the original.
+        score: of the model as it is: the score on validation, more is better, and its standard
+            error.
+
+    Returns:
+        `alpha`, the one kept, and what was `tried`: {alpha, score, error} each.
+    """
+    end = {name: tensor.clone() for name, tensor in trained(model)}
+    seen = []
+    for alpha in alphas:
+        put_between(model, start, end, alpha)
+        seen.append(score())
+    scores, errors = zip(*seen, strict=True)
+    chosen = one_standard_error(scores, errors, alphas)
+    put_between(model, start, end, alphas[chosen])
+    return {
+        "alpha": alphas[chosen],
+        "tried": [
+            {"alpha": alpha, "score": value, "error": error}
+            for alpha, (value, error) in zip(alphas, seen, strict=True)
+        ],
+    }
+
+
+def put_between(
+    model: nn.Module, start: dict[str, Tensor], end: dict[str, Tensor], alpha: float
+) -> None:
+    """Sets what trains to a share of the way; 0 and 1 are the ends exactly.
+
+    Args:
+        model: with the parameters of both.
+        start: by name.
+        end: by name.
+        alpha: the share.
+    """
+    with torch.no_grad():
+        for name, parameter in trained(model):
+            here, factor = local(parameter), FACTOR.search(name)
+            if factor is not None:
+                here.copy_(end[name] if factor[1] == "A" else alpha * end[name])
+            elif alpha in (0, 1):
+                here.copy_((start, end)[int(alpha)][name])
+            else:
+                here.copy_(torch.lerp(start[name].to(here), end[name].to(here), alpha))
+
+
+# One arm x seed: trained, or solved, and its predictions and weights.
 
 
 def solve_head(bench: Workbench, finetune: Finetune, seed: int) -> Outcome:
@@ -187,7 +254,7 @@ def _score(bench: Workbench, built: Built, scale: TargetScale | None) -> tuple[f
     found = logits(built.model, rows, bench.inputs, bench.device)
     if scale is not None:
         found = scale.restore(found)
-    return processes.share(lambda: validation_score(bench, found))
+    return distributed.share(lambda: validation_score(bench, found))
 
 
 def _filled(model: nn.Module, learnt: dict[str, Tensor]) -> nn.Module:

@@ -4,20 +4,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hftl import processes
-from hftl.finetune import weight
-from hftl.finetune.embed import compared
-from hftl.finetune.retention import OWN_HEADS, mixes_general
-from hftl.finetune.strategy import prepare
-from hftl.finetune.weight import is_open
-from hftl.finetune.workbench import BY_STEPS, MEASURED, Workbench
-from hftl.model.anatomy import count_blocks
-from hftl.model.cache import BATCH_TOKENS, batches_of_like
-from hftl.model.parts import TOKENS
-from hftl.recipe import Arm, Recipe
-from hftl.sections.finetune import Finetune
-from hftl.sections.retain import Replay, Retain
-from hftl.train.timing import time_forward, time_step
+from hftl.config.finetune import Finetune
+from hftl.config.recipe import Arm, Recipe
+from hftl.config.retain import Replay, Retain
+from hftl.finetune import retention
+from hftl.finetune.context import BY_STEPS, MEASURED, Workbench
+from hftl.finetune.pretraining_heads import compared
+from hftl.finetune.retention import OWN_HEADS, is_open, mixes_general
+from hftl.finetune.strategies import prepare
+from hftl.models.architectures import count_blocks
+from hftl.models.features import BATCH_TOKENS, batches_of_like
+from hftl.models.parts import TOKENS
+from hftl.runtime import distributed
+from hftl.train.callbacks import time_forward, time_step
 
 SAMPLE = 128
 """Rows that a pass is timed on, at most."""
@@ -78,9 +77,9 @@ def estimate_seconds(
             tried = epochs * SEARCHED * (train * step + validation * costs.evaluate)
             seconds += rates * (tried + measured * costs.predict)
         if arm.name not in seen and is_open(arm.retain):
-            seconds += len(weight.GRID) * (own + _looked(bench) * costs.predict)
+            seconds += len(retention.GRID) * (own + _looked(bench) * costs.predict)
         seen.add(arm.name)
-    return seconds / processes.size() + FINISH
+    return seconds / distributed.size() + FINISH
 
 
 def measure_costs(bench: Workbench, jobs: list[Arm]) -> RowCosts:
@@ -168,7 +167,7 @@ def _looked(bench: Workbench) -> int:
     """The rows that tell what was forgotten where a weight is chosen."""
     general = bench.general
     rows = bench.prepared.rows["validation"] if general is None else general.used
-    return min(weight.LOOKED, len(rows))
+    return min(retention.LOOKED, len(rows))
 
 
 def _predict_seconds(bench: Workbench, pooling: str) -> float:

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from hftl import processes, rundir
+from hftl.config.finetune import Gradual
 from hftl.errors import RecipeError
-from hftl.record import to_json
-from hftl.sections.finetune import Gradual
+from hftl.runtime import distributed, run_folder
+from hftl.runtime.fingerprints import to_json
+from hftl.runtime.hardware import is_sharded
 from hftl.train.checkpoint import KeepBest
-from hftl.train.hardware import is_sharded
 from hftl.train.optimizer import depths
 from hftl.train.trainer import TransferTrainer
 
@@ -177,18 +177,18 @@ def _keep(
     }  # fmt: skip
 
     def write() -> None:
-        with rundir.commit(state.folder, state.reads) as aside:
+        with run_folder.commit(state.folder, state.reads) as aside:
             save_file(_plain(everything), aside / WEIGHTS)
             save_file(_plain(best.weights), aside / BEST)
             torch.save(optimizer.state_dict(), aside / OPTIMIZER)
-            rundir.write_text(aside / STATE, to_json(told))
+            run_folder.write_text(aside / STATE, to_json(told))
 
-    processes.share(write)
+    distributed.share(write)
 
 
 def _resumed(state: State | None, model: nn.Module, best: KeepBest, optimizer: Any) -> Progress:
     """Puts back the state that stands, if there is one of this training."""
-    if state is None or processes.share(lambda: rundir.reads(state.folder)) != state.reads:
+    if state is None or distributed.share(lambda: run_folder.reads(state.folder)) != state.reads:
         return Progress()
     folder = state.folder
     told = json.loads((folder / STATE).read_text("utf-8"))

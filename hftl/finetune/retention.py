@@ -8,25 +8,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hftl import processes
-from hftl.data import answers
-from hftl.data.examples import Examples
-from hftl.data.split import content_key
+from hftl.analysis.drift import agreement
+from hftl.config.finetune import Finetune
+from hftl.config.recipe import Arm
+from hftl.config.retain import KL, Replay, Retain
+from hftl.data import labels as answers
+from hftl.data.splits import content_key
+from hftl.data.text import Examples
 from hftl.errors import RecipeError
-from hftl.finetune.heads import check_head, head_term
+from hftl.finetune.context import Workbench
+from hftl.finetune.pretraining_heads import check_head, embed_rows, head_term
 from hftl.finetune.targets import target_scale
-from hftl.finetune.workbench import Workbench
-from hftl.model.head import Built
-from hftl.model.parts import TOKENS
-from hftl.model.source import SourceModel
-from hftl.recipe import Arm
-from hftl.retain.base import check_low_rank, check_unchanged_base
+from hftl.measure.metrics import METRICS, SELECTION
+from hftl.measure.statistics import jackknife, one_standard_error
+from hftl.models.heads import Built
+from hftl.models.parts import TOKENS
+from hftl.models.source import SourceModel
 from hftl.retain.kl import KLToOriginal
-from hftl.retain.opinion import Opinion, opinion_of
-from hftl.retain.weights import EWC, L2SP
-from hftl.sections.finetune import Finetune
-from hftl.sections.retain import KL, Replay, Retain
-from hftl.train.mixing import unlabelled
+from hftl.retain.reference import Opinion, opinion_of
+from hftl.retain.weights import EWC, L2SP, check_low_rank, check_unchanged_base
+from hftl.runtime import distributed
+from hftl.train.replay_batches import unlabelled
 
 Fisher = tuple[dict[str, Tensor], dict[str, Any]]
 OWN_HEADS = ("mlm", "zero_shot")
@@ -167,7 +169,7 @@ def _kl_term(bench: Workbench, kl: KL, finetune: Finetune, seed: int) -> KLToOri
     assert not isinstance(kl.weight, str)
     variance, scale = 1.0, target_scale(bench, seed)
     if kl.on == "probe" and scale is not None:
-        variance = processes.share(lambda: _residual_variance(bench, finetune.pooling, seed))
+        variance = distributed.share(lambda: _residual_variance(bench, finetune.pooling, seed))
         # The heads compared are standardised while they train.
         variance /= scale.sd**2
     return KLToOriginal(
@@ -184,7 +186,7 @@ def head_opinion(bench: Workbench, retain: Retain, finetune: Finetune, seed: int
     if not any(kl.on == "probe" and kl.weight for kl in retain.kls):
         return None
     before = bench.original if retain.reference == "source" else None
-    return processes.share(lambda: _opinion(before or bench, finetune.pooling, seed))
+    return distributed.share(lambda: _opinion(before or bench, finetune.pooling, seed))
 
 
 def _opinion(bench: Workbench, pooling: str, seed: int) -> Opinion | None:
@@ -202,3 +204,87 @@ def _residual_variance(bench: Workbench, pooling: str, seed: int) -> float:
     rows = bench.prepared.rows["validation"]
     told = bench.probe(pooling, seed).logits(bench.features(pooling, seed, rows))[:, 0]
     return float(np.mean((bench.prepared.targets(rows) - told) ** 2))
+
+
+# The weight of KL, chosen: of a short grid the one that forgets least at an equal score.
+
+
+GRID = (0.03, 0.1, 0.3, 1.0)
+LOOKED = 1000
+"""Rows whose neighbours tell what was forgotten, at most."""
+
+
+def with_weight(retain: Retain, weight: float) -> Retain:
+    """The section with a number for every weight that was to be chosen."""
+    kls = [
+        kl.model_copy(update={"weight": weight}) if kl.weight == "auto" else kl for kl in retain.kls
+    ]
+    return retain.model_copy(update={"kl": kls})
+
+
+def is_open(retain: Retain | None) -> bool:
+    """Whether a weight is still to be chosen."""
+    return retain is not None and any(kl.weight == "auto" for kl in retain.kls)
+
+
+def choose_weight(tried: Callable[[float], tuple[float, float, float]]) -> dict[str, Any]:
+    """Tries the grid; the least forgetting within one standard error of the best score wins.
+
+    Args:
+        tried: of a weight the score on validation, more is better, its standard error, and how
+            much was forgotten.
+
+    Returns:
+        `weight`, and what was `tried`: {weight, score, error, forgotten} each.
+    """
+    seen = [tried(weight) for weight in GRID]
+    chosen = one_standard_error(*(list(column) for column in zip(*seen, strict=True)))
+    return {
+        "weight": GRID[chosen],
+        "tried": [
+            {"weight": weight, "score": score, "error": error, "forgotten": forgotten}
+            for weight, (score, error, forgotten) in zip(GRID, seen, strict=True)
+        ],
+    }
+
+
+def validation_score(bench: Workbench, logits: np.ndarray) -> tuple[float, float]:
+    """The score on validation that arms are chosen by, more is better, and its standard error.
+
+    Args:
+        bench: the rows.
+        logits: of the validation rows.
+    """
+    rows = bench.prepared.rows["validation"]
+    metric = METRICS[bench.prepared.task][SELECTION[bench.prepared.task]]
+    labels, told = bench.prepared.measured(rows), bench.told(rows, logits)
+    groups = [str(i) if row.group is None else row.group for i, row in enumerate(rows)]
+    units = np.unique(groups, return_inverse=True)[1].astype(np.int64)
+
+    def score(kept: np.ndarray) -> float:
+        return metric.sign * metric.score(labels[kept], told[kept])
+
+    if len(np.unique(units)) < 2:
+        return score(np.arange(len(rows))), 0.0
+    values = jackknife(score, units)
+    return score(np.arange(len(rows))), float(values.std(ddof=1) / len(values) ** 0.5)
+
+
+def forgotten(bench: Workbench, before: np.ndarray, built: Built) -> float:
+    """The share of nearest neighbours that the model has lost; every process must come here.
+
+    Args:
+        bench: whose general rows that may be used are looked at, or else its validation rows.
+        before: their embeddings under the original, see `looked_at`.
+        built: the trained model.
+    """
+    after = looked_at(bench, built)
+    return distributed.share(lambda: 1 - agreement(before, after))
+
+
+def looked_at(bench: Workbench, built: Built) -> np.ndarray:
+    """(rows, width) embeddings of the rows that the choice of a weight looks at; the half of
+    general data that is only measured is none of them."""
+    general = bench.general
+    rows = bench.prepared.rows["validation"] if general is None else general.used
+    return embed_rows(bench, built, rows[:LOOKED])

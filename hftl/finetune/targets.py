@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from hftl.finetune.workbench import Workbench
-from hftl.model.head import anatomy_in, last_linears
+from hftl.finetune.context import Workbench
+from hftl.models.heads import anatomy_in, last_linears
 
 CONSTANT = 1e-3
 """The spread of targets that do not vary, as a share of their size: outputs stay near them."""

@@ -1,1 +1,1 @@
-"""From predictions to gains, forgetting and the verdict."""
+"""Turn predictions into gains, forgetting and a verdict."""

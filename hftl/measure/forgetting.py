@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from hftl.analyse.drift import chosen_penalty, cka_floor, cosines
-from hftl.analyse.leave_out import (
+from hftl.analysis.drift import chosen_penalty, cka_floor, cosines
+from hftl.analysis.jackknife import (
     Figure,
     Probes,
     cka_without,
@@ -20,7 +20,7 @@ from hftl.analyse.leave_out import (
     same_without,
     shared_without,
 )
-from hftl.statistics import (
+from hftl.measure.statistics import (
     BLOCKS,
     block_of_rows,
     effective_count,

@@ -1,1 +1,1 @@
-"""What leaves the machine: the folder, its gates, the push, and the doctor."""
+"""Export the published folder, check it, and push it."""

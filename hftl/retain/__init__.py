@@ -1,1 +1,1 @@
-"""Penalties that keep a model near its original."""
+"""Penalise distance from the original model."""

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hftl import processes
 from hftl.errors import NumericError, RecipeError
-from hftl.retain.view import Tap, View, in_eval
+from hftl.retain.hooks import Tap, View, in_eval
+from hftl.runtime import distributed
 
 KINDS = ("features", "exact", "sampled", "empirical")
 ANSWERS = ("classes", "labels", "target")
@@ -61,7 +61,7 @@ def fisher_information(
     tap = Tap(model)
     try:
         with in_eval(model), torch.enable_grad(), _summed_squares(model, parameters) as total:
-            for number in processes.mine(list(range(rows))):
+            for number in distributed.mine(list(range(rows))):
                 given = batch(number)
                 inputs = {key: value for key, value in given.items() if key != "labels"}
                 view = tap.view(model(**inputs), given.get("attention_mask"))
@@ -212,7 +212,7 @@ def _log_likelihood(logits: Tensor, told: Tensor, answers: str) -> Tensor:
 
 def _normalised(total: dict[str, Tensor], rows: int) -> tuple[dict[str, Tensor], float]:
     """The mean over the rows of all processes, over the mean of all parameters."""
-    parts = processes.gather({name: tensor.cpu() for name, tensor in total.items()})
+    parts = distributed.gather({name: tensor.cpu() for name, tensor in total.items()})
     mean = {name: torch.stack([part[name] for part in parts]).sum(0) / rows for name in total}
     numbers = sum(tensor.numel() for tensor in mean.values())
     scale = float(sum(tensor.double().sum() for tensor in mean.values()) / numbers)

@@ -1,1 +1,1 @@
-"""The one Trainer subclass and what it is made of."""
+"""Define the one Trainer subclass and its parts."""

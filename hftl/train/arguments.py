@@ -9,7 +9,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.training_args import OptimizerNames
 
 from hftl.errors import RecipeError, message_line
-from hftl.train.hardware import precision
+from hftl.runtime.hardware import precision
 
 EVAL_BATCH = 64
 

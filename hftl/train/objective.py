@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import can_return_loss, find_labels
 
 from hftl.errors import RecipeError
-from hftl.retain.view import in_eval
+from hftl.retain.hooks import in_eval
 from hftl.train.loss import counted, counted_rows, summed_loss
 
 KNOWN_HEADS = (

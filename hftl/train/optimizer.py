@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from hftl.config.errors import closest
 from hftl.errors import RecipeError
-from hftl.explain import closest
-from hftl.model.head import anatomy_in, encoder_in
-from hftl.model.parts import Anatomy, block_paths, submodule, under
+from hftl.models.heads import anatomy_in, encoder_in
+from hftl.models.parts import Anatomy, block_paths, submodule, under
 
 UNDECAYED = (
     "bias", "position_embedding", "rel_embeddings", "cls_token", "mask_token", "register_tokens",

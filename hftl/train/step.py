@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 from transformers.trainer_pt_utils import find_batch_size
 
 from hftl.errors import NumericError, RecipeError
-from hftl.retain.retention import Retention
-from hftl.retain.view import BESIDE
+from hftl.retain.hooks import BESIDE
+from hftl.retain.regularizers import Retention
 from hftl.train.loss import IGNORED, counted, counted_rows, replayed_loss, summed_loss, uncounted
 from hftl.train.objective import fits
 

@@ -17,14 +17,19 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import EvalLoopOutput
 
 from hftl.errors import RecipeError
-from hftl.processes import gather
-from hftl.retain.retention import Retention, Term
+from hftl.retain.regularizers import Retention, Term
+from hftl.runtime.distributed import gather
 from hftl.train import step
-from hftl.train.checkpoint import load_plain, save_plain, whole_plain
-from hftl.train.loader import batches_of, loader_of
+from hftl.train.checkpoint import (
+    check_sharded,
+    check_whole,
+    load_plain,
+    save_plain,
+    shard_by_block,
+    whole_plain,
+)
+from hftl.train.frozen_eval import training_modes
 from hftl.train.loss import counted, uncounted
-from hftl.train.mixing import Collate, Numbered, rows_to_know
-from hftl.train.modes import training_modes
 from hftl.train.objective import (
     Objective,
     check_precision,
@@ -37,8 +42,8 @@ from hftl.train.objective import (
     is_of_hftl,
 )  # fmt: skip
 from hftl.train.optimizer import groups, layer_rates, optimizer_of
-from hftl.train.order import RankBatches, SeededOrder
-from hftl.train.sharding import check_sharded, check_whole, shard_by_block
+from hftl.train.replay_batches import Collate, Numbered, rows_to_know
+from hftl.train.samplers import RankBatches, SeededOrder, batches_of, loader_of
 
 
 class TransferTrainer(Trainer):

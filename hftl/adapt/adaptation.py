@@ -1,0 +1,251 @@
+"""One adaptation: the objective's head warmed, then the encoder trained under its guard."""
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hftl.adapt.guard import KeepSafe, Rule, complete_checkpoint
+from hftl.config.adapt import Adapt
+from hftl.errors import RecipeError
+from hftl.runtime import distributed
+from hftl.runtime.hardware import dtype_name, is_sharded
+from hftl.train.arguments import EVAL_BATCH, arguments
+from hftl.train.callbacks import replace_progress, time_forward, time_step
+from hftl.train.checkpoint import KeepBest
+from hftl.train.step import model_inputs
+from hftl.train.trainer import TransferTrainer
+
+EVALUATIONS = 10
+"""Looks at loss and guard in one adaptation."""
+BATCH = 32
+WARM_RATE = 1e-3
+WARM_STEPS = 2000
+WARM_LOOKS = 40
+"""Steps between two looks at a head that is warmed."""
+LEVEL = 0.005
+"""A head has levelled off when its loss falls by less than this share, twice."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an adaptation trains on: corpus, and what is held out of it.
+
+    `general` is other text or other pictures, where there are any; `collate` makes batches of all.
+    """
+
+    train: Dataset[Any]
+    held_out: Dataset[Any]
+    general: Dataset[Any] | None
+    collate: Callable[[list[Any]], dict[str, Any]]
+
+
+def warm(
+    model: Any, fresh: tuple[str, ...], task: Task, stage: Adapt, seed: int, device: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Trains what the source lacks of the objective's head until its held-out loss levels off.
+
+    The encoder is frozen: gradients of an untrained head would only distort it (Kumar et al. 2022,
+    arXiv:2202.10054).
+
+    Args:
+        model: the objective; left with the best head.
+        fresh: names of the parameters to train.
+        task: the corpus.
+        stage: the recipe's section.
+        seed: of the order and the masks.
+        device: where it trains.
+
+    Returns:
+        `steps`, and `loss`: held out, first and best.
+    """
+    model.requires_grad_(False)
+    for name, parameter in model.head_parameters().items():
+        parameter.requires_grad = name in fresh
+    batch = stage.training.get("per_device_train_batch_size", BATCH)
+    defaults = {
+        "learning_rate": WARM_RATE,
+        "lr_scheduler_type": "constant_with_warmup",
+        "max_steps": WARM_STEPS,
+        "eval_steps": WARM_LOOKS,
+        "warmup_steps": 10,
+        "metric_for_best_model": "eval_loss",
+    }
+    kept = {k: v for k, v in stage.training.items() if k in ("bf16", "fp16")}
+    best = KeepBest("eval_loss", False, 2, LEVEL)
+    with tempfile.TemporaryDirectory() as folder:
+        args = _arguments(
+            kept | {"per_device_train_batch_size": batch}, defaults, folder, seed, device
+        )
+        trainer = _trainer(model, args, task, best, {"eval_dataset": task.held_out})
+        trainer.train()
+    _leave_autocast(trainer, model)
+    best.restore(model)
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    return {"steps": trainer.state.global_step, "loss": [losses[0], best.best]}
+
+
+def adapt(
+    model: nn.Module, task: Task, stage: Adapt, rule: Rule, measure: Callable[[], float] | None,
+    seed: int, device: str, folder: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Trains what trains, under the guard; takes up the newest checkpoint that stands.
+
+    Args:
+        model: the objective, its head warmed and its trainable parameters chosen.
+        task: the corpus.
+        stage: the recipe's section.
+        rule: what may be kept.
+        measure: the guard's value of the model as it is; None where the rule needs none.
+        seed: of the order, the masks and the dropout.
+        device: where it trains.
+        folder: for checkpoints.
+
+    Returns:
+        `kept`, adapted or original, `why` where it is the original, `step` and `history`, losses in
+        nats per hidden token or per pixel of a hidden patch; and how it was trained.
+
+    Raises:
+        NumericError: when a loss is not finite.
+    """
+    safe = KeepSafe(rule, measure, stage.patience)
+    steps = steps_of(stage.training, len(task.train))  # pyright: ignore[reportArgumentType]
+    looks = max(1, math.ceil(steps / EVALUATIONS))
+    defaults = {
+        "per_device_train_batch_size": BATCH,
+        "eval_steps": looks,
+        "save_strategy": "steps",
+        "save_steps": looks,
+        "save_total_limit": 2,
+    }
+    args = _arguments(stage.training, defaults, str(folder), seed, device)
+    if 0 < args.warmup_steps * steps < 1 and args.warmup_steps < 1:
+        # transformers rounds up, and the first step of a warm-up has rate 0: the only one, or one
+        # of a few.
+        args.warmup_steps = 0
+    last = distributed.share(lambda: complete_checkpoint(folder))
+    # The first evaluation is the start, which what was stopped has behind it.
+    args.eval_on_start = last is None
+    # The Trainer deletes an old checkpoint before the new one is complete.
+    args.save_total_limit = max(2, args.save_total_limit or 2)
+    # What is measured first must stand when the target's loss comes.
+    held = {"general": task.general} if task.general is not None else {}
+    trainer = _trainer(model, args, task, safe, {"eval_dataset": {**held, "target": task.held_out}})
+    set_seed(seed)
+    _train(trainer, safe, last)
+    _leave_autocast(trainer, model)
+    adapted = safe.restore(model)
+    history = [vars(seen) for seen in safe.history]
+    return {
+        "kept": "adapted" if adapted else "original",
+        "why": None if adapted else rule.why(safe.history),
+        "step": safe.best.step,
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "history": history,
+        "learning_rate": args.learning_rate,
+        "precision": dtype_name(stage.training),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+def steps_of(training: dict[str, Any], rows: int) -> int:
+    """How many steps a training on so many rows will have."""
+    if training.get("max_steps", 0) > 0:
+        return training["max_steps"]
+    batch = training.get("per_device_train_batch_size", BATCH) * distributed.size()
+    epoch = math.ceil(math.ceil(rows / batch) / training.get("gradient_accumulation_steps", 1))
+    return max(1, math.ceil(epoch * training["num_train_epochs"]))
+
+
+def _train(trainer: TransferTrainer, safe: KeepSafe, last: Path | None) -> None:
+    """Trains from the start, or goes on from the last checkpoint unless that was the end."""
+    if last is None:
+        trainer.train()
+        return
+    safe.resume(last)
+    state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
+    if safe.exhausted or state.global_step >= state.max_steps:
+        # The Trainer would take another step before it looks whether it may.
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=str(last))
+
+
+def _arguments(
+    training: dict[str, Any], defaults: dict[str, Any], folder: str, seed: int, device: str,
+) -> TrainingArguments:  # fmt: skip
+    if is_sharded():
+        raise RecipeError(
+            "adaptation does not run under FSDP",
+            "Launch with recipes/accelerate/multi_gpu.yaml; each process holds the whole encoder",
+        )
+    common = {
+        "eval_strategy": "steps",
+        "save_strategy": "no",
+        "logging_strategy": "steps",
+        "logging_steps": 50,
+        "prediction_loss_only": True,
+    }
+    return arguments("adapt", training, common | defaults, folder, seed, device)
+
+
+def _trainer(
+    model: nn.Module, args: TrainingArguments, task: Task, callback: Any, more: dict[str, Any]
+) -> TransferTrainer:
+    trainer = TransferTrainer(
+        model=model,
+        args=args,
+        train_dataset=task.train,
+        data_collator=task.collate,
+        callbacks=[callback],
+        **more,
+    )
+    replace_progress(trainer)
+    return trainer
+
+
+def _leave_autocast(trainer: TransferTrainer, model: nn.Module) -> None:
+    """accelerate leaves its autocast around forward; what is measured later is in fp32."""
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+
+# Estimate how long an adaptation trains, from a few timed steps of it.
+
+
+def estimate_seconds(model: nn.Module, task: Task, stage: Adapt, device: str) -> float:
+    """Estimate the seconds of all steps and looks at held-out losses, as if none stopped early.
+
+    The guard's own passes are not counted. The weights stay as they are.
+
+    Args:
+        model: the objective, on the device, its trainable parameters chosen.
+        task: the corpus.
+        stage: the recipe's section.
+        device: where it trains.
+    """
+    rows: Any = task.train
+    size = int(stage.training.get("per_device_train_batch_size", BATCH))
+    steps = steps_of(stage.training, len(rows))
+    micro = steps * int(stage.training.get("gradient_accumulation_steps", 1))
+    step = time_step(model, _batch(task, rows, size), stage.training, device)
+    looks = 0.0
+    for held in (task.held_out, task.general):
+        if held is not None:
+            count = len(held)  # pyright: ignore[reportArgumentType]
+            batch = _batch(task, held, EVAL_BATCH)
+            seconds = time_forward(model, batch, stage.training, device)
+            looks += seconds * max(1.0, count / EVAL_BATCH)
+    return micro * step + min(steps, EVALUATIONS + 1) * looks / distributed.size()
+
+
+def _batch(task: Task, rows: Any, size: int) -> dict[str, Any]:
+    """The first rows as the objective takes them."""
+    return model_inputs(task.collate([rows[i] for i in range(min(size, len(rows)))]))

@@ -1,0 +1,182 @@
+"""What both objectives share: what a model gives, what of it trains, and its encoder's weights."""
+
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from peft import TaskType
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
+
+from hftl.errors import HftlError, RecipeError
+from hftl.models.architectures import check_blocks, layers
+from hftl.models.heads import Built, load_class, unwrapped
+from hftl.models.lora import wrap
+from hftl.models.parts import Anatomy, auto_class, blocks_of, submodule, under
+from hftl.models.source import SourceModel
+
+METHODS = ("head", "full", "lora", "lora+blocks")
+BESIDE_LORA = ("modules_to_save", "trainable_token_indices", "target_parameters", "bias")
+"""Fields of `peft.LoraConfig` that train more than low-rank updates of linear layers."""
+
+
+@dataclass
+class MaskedOutput(ModelOutput):
+    """What a model says of the hidden places.
+
+    Args:
+        logits: (places, vocabulary), or (batch, masked patches, values of a patch).
+        slots: (places,) int64, which flattened label each place answers; None: row by row.
+        penalty: (batch,) float32, added to the loss of each row.
+    """
+
+    logits: Tensor | None = None
+    slots: Tensor | None = None
+    penalty: Tensor | None = None
+
+
+class Objective(Protocol):
+    """A `MaskedLM` or `MaskedAutoencoder`, as far as this module looks at one.
+
+    `fixed` are paths in the encoder that never train.
+    """
+
+    encoder: Any
+    fixed: tuple[str, ...]
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters outside the encoder, by name."""
+        ...
+
+
+def set_trainable(
+    model: Objective, anatomy: Anatomy, method: str, blocks: int, lora: dict[str, Any]
+) -> None:
+    """Sets what trains: the head always, and of the encoder what the method says.
+
+    Args:
+        model: not yet wrapped for LoRA.
+        anatomy: of its encoder.
+        method: `head` (nothing of the encoder), `full` (all that the objective uses), `lora`
+            (adapters in every block), or `lora+blocks` (the same, and the top blocks and the
+            final norm whole: ExPLoRA, Khanna et al. 2025, arXiv:2406.10973, section 4).
+        blocks: how many top blocks train under `lora+blocks`.
+        lora: fields of `peft.LoraConfig`; `target_modules` defaults to all linears of the blocks.
+
+    Raises:
+        RecipeError: for an unknown method, too many blocks, or settings that peft refuses or that
+            train more than low-rank updates.
+    """
+    if method not in METHODS:
+        raise RecipeError(f"adapt.method={method}", f"Use one of {', '.join(METHODS[1:])}")
+    encoder = model.encoder
+    encoder.requires_grad_(method == "full")
+    for parameter in model.head_parameters().values():
+        parameter.requires_grad = True
+    top = _top_blocks(encoder, anatomy, blocks) if method == "lora+blocks" else []
+    if method.startswith("lora"):
+        model.encoder = _with_lora(encoder, anatomy, lora)
+    for module in top:
+        module.requires_grad_(True)
+    for name, parameter in encoder.named_parameters():
+        if under(name, model.fixed):
+            parameter.requires_grad = False
+
+
+def encoder_state(model: Objective | Built) -> dict[str, Tensor]:
+    """The encoder's tensors under the names that `AutoModel` has, with the adapter merged in.
+
+    The merged ones are computed on copies; the others are the live tensors, detached. Parts that
+    the objective's encoder is built without, as BERT's pooler, are not among them.
+
+    Returns:
+        W + s B A for a layer that carries LoRA (Hu et al. 2021, arXiv:2106.09685, section 4.1).
+    """
+    encoder: nn.Module = unwrapped(model.encoder)
+    wrapped: dict[str, Any] = {
+        name: module for name, module in encoder.named_modules() if hasattr(module, "lora_A")
+    }
+    inside = tuple(wrapped)
+    found = {name: t for name, t in encoder.state_dict().items() if not under(name, inside)}
+    for name, layer in wrapped.items():
+        copied = deepcopy(layer)
+        copied.merge()
+        found |= {f"{name}.{key}": t for key, t in copied.base_layer.state_dict().items()}
+    return found
+
+
+def write_encoder(source: SourceModel, state: dict[str, Tensor], folder: Path) -> None:
+    """Saves the source's checkpoint with an adapted encoder, as `AutoModel` loads it.
+
+    Args:
+        source: the checkpoint that was adapted. What it lacks, as BERT's pooler after masked-LM
+            pre-training, the new one lacks too, so that it is known to be new.
+        state: see `encoder_state`.
+        folder: where.
+    """
+    kind = auto_class(source.config)
+    model, missing = load_class(source, kind, deepcopy(source.config), {})
+    _, strange = model.load_state_dict(state, strict=False)
+    if strange:
+        raise HftlError(f"the adapted encoder has a weight {strange[0]!r}", "Report this")
+    kept = {name: t for name, t in model.state_dict().items() if name not in missing}
+    model.save_pretrained(folder, state_dict=kept)
+
+
+def check_complete(source: SourceModel, missing: Iterable[str], fixed: tuple[str, ...]) -> None:
+    """Refuses a checkpoint that lacks weights of the encoder.
+
+    Args:
+        source: the checkpoint.
+        missing: names in the encoder that it does not have.
+        fixed: parts of the encoder that may be missing, since the objective uses none of them.
+
+    Raises:
+        RecipeError: naming the first one.
+    """
+    lost = sorted(name for name in missing if not under(name, fixed))
+    if lost:
+        raise RecipeError(
+            f"source.model: {source.spec} lacks the weights of {lost[0].rsplit('.', 1)[0]}",
+            "Give a complete checkpoint of this architecture",
+        )
+
+
+def load_head(model: Objective, file: Path) -> None:
+    """Fills the head from a safetensors file of its tensors, all of them and no others.
+
+    Raises:
+        RecipeError: if they are another head's.
+    """
+    stored, live = load_file(file), model.head_parameters()
+    for name in sorted(stored.keys() | live.keys()):
+        shapes = [tuple(part[name].shape) if name in part else None for part in (stored, live)]
+        if shapes[0] != shapes[1]:
+            raise RecipeError(
+                f"adapt: the head in {file} has {name} {shapes[0]}, expected {shapes[1]}",
+                "Give every stage of adapt the same objective and decoder",
+            )
+        live[name].data.copy_(stored[name])
+
+
+def _top_blocks(encoder: nn.Module, anatomy: Anatomy, blocks: int) -> list[nn.Module]:
+    """The top blocks and the final norm."""
+    found = blocks_of(encoder, anatomy)
+    check_blocks("adapt", blocks, len(found), layers(encoder.config))
+    return [*found[-blocks:], *(submodule(encoder, path) for path in anatomy.final)]
+
+
+def _with_lora(encoder: nn.Module, anatomy: Anatomy, lora: dict[str, Any]) -> nn.Module:
+    """The encoder under an adapter on the linear layers of every block."""
+    for key in BESIDE_LORA:
+        if lora.get(key) not in (None, "none"):
+            raise RecipeError(
+                f"adapt.lora.{key}={lora[key]}: adaptation by LoRA trains low-rank updates only",
+                "Leave it out, or use method full",
+            )
+    # peft's class for features passes arguments on that only encoders of texts know.
+    task = TaskType.FEATURE_EXTRACTION if anatomy.modality == "text" else None
+    return wrap(encoder, anatomy, {**lora, "task_type": task}, "adapt")

@@ -1,0 +1,1 @@
+"""Compute what frozen features tell: probes, drift, neighbours, and the preflight check."""

@@ -1,0 +1,143 @@
+"""The section `data` of a recipe: what is learnt from, and how it is split."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from hftl.config.section import Section
+
+Task = Literal["classification", "multi-label", "regression", "token-classification"]
+
+
+class Table(Section):
+    """A dataset: a file, a folder, `package:<import name>/<path>` or a Hub id."""
+
+    path: str
+    format: Literal["csv", "jsonl", "parquet", "txt", "textfolder", "imagefolder", "hub"] | None = (
+        None
+    )
+    name: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    text: str | list[str] = "text"
+    image: str = "image"
+    label: str | list[str] = "label"
+
+    @model_validator(mode="after")
+    def _columns(self) -> Self:
+        if isinstance(self.text, list) and not 1 <= len(self.text) <= 2:
+            raise ValueError("text is one column or two (a sentence pair)")
+        if isinstance(self.label, list) and len(self.label) < 2:
+            raise ValueError("label is one column, or for multi-label several of 0 and 1")
+        return self
+
+    @property
+    def texts(self) -> list[str]:
+        """The text columns, one or two."""
+        return [self.text] if isinstance(self.text, str) else list(self.text)
+
+    @property
+    def labels(self) -> list[str]:
+        """The label columns: one, or for multi-label several of 0 and 1."""
+        return [self.label] if isinstance(self.label, str) else list(self.label)
+
+
+class GeneralTable(Table):
+    """General data: one half may serve to keep what the source knew, the other only measures.
+
+    The halves are by document: by the column `data.group` where the table has it, else by the
+    first label with too many values for classes, else every row is a document of its own.
+    """
+
+    label: str | list[str] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Control tasks: columns whose value the nearest rows share in a good encoder."""
+    rows: int = Field(default=1000, ge=20)
+    """Rows that forgetting is measured on, at most; documents stay whole."""
+
+    @model_validator(mode="after")
+    def _columns(self) -> Self:
+        if isinstance(self.text, list) and not 1 <= len(self.text) <= 2:
+            raise ValueError("text is one column or two (a sentence pair)")
+        return self
+
+    @property
+    def labels(self) -> list[str]:
+        """The label columns, in their order; none where nothing is controlled."""
+        return [] if self.label is None else super().labels
+
+
+class Fraction(Section):
+    """A share of train, taken by content."""
+
+    fraction: float = Field(gt=0, lt=1)
+
+
+def _part(value: Any) -> str:
+    given = value if isinstance(value, dict) else {}
+    return "Table" if isinstance(value, Table) or "path" in given else "Fraction"
+
+
+Part = Annotated[
+    Annotated[Fraction, Tag("Fraction")] | Annotated[Table, Tag("Table")], Discriminator(_part)
+]
+
+
+class Data(Section):
+    """What is learnt from, and how it is split."""
+
+    task: Task | None = "classification"
+    train: Table
+    validation: Part = Fraction(fraction=0.2)
+    test: Part = Fraction(fraction=0.2)
+    unlabeled: Table | None = None
+    general: GeneralTable | None = None
+    group: str | None = None
+    shots: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    max_length: int = Field(default=128, ge=2)
+    image_size: int | None = Field(default=None, ge=1, le=4096)
+    augment: Literal["none", "light"] = "none"
+    max_pixels: int = Field(default=40_000_000, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_of_train(cls, tree: Any) -> Any:
+        """Validation and test tables take from train what they do not say themselves."""
+        if not isinstance(tree, dict) or not isinstance(tree.get("train"), dict):
+            return tree
+        tree = dict(tree)
+        inherited = {
+            key: tree["train"][key]
+            for key in ("format", "name", "revision", "text", "image", "label")
+            if key in tree["train"]
+        }
+        columns = {k: v for k, v in inherited.items() if k in ("text", "image", "label")}
+        for part in ("validation", "test", "unlabeled", "general"):
+            if isinstance(tree.get(part), dict) and "path" in tree[part]:
+                same = tree[part].get("path") == tree["train"].get("path")
+                taken = dict(inherited if same else columns)
+                if part == "general":
+                    # What is learnt is no control unless it is named as one.
+                    taken.pop("label", None)
+                tree[part] = taken | tree[part]
+        return tree
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        tables = [t for t in (self.train, self.validation, self.test) if isinstance(t, Table)]
+        for table in tables:
+            if isinstance(table.label, list) and self.task != "multi-label":
+                raise ValueError("several label columns are for the task multi-label")
+            if len(table.texts) > 1 and self.task == "token-classification":
+                raise ValueError("token-classification reads one column, of lists of words")
+        taken = sum(p.fraction for p in (self.validation, self.test) if isinstance(p, Fraction))
+        if taken >= 1:
+            raise ValueError(f"the fractions of validation and test add up to {taken:g}")
+        return self
+
+    @property
+    def general_is_labelled(self) -> bool:
+        """Whether general data have the task's labels: in the column that train has them in."""
+        named = self.general is not None and self.train.label in self.general.labels
+        return named and self.task == "classification"

@@ -1,0 +1,74 @@
+"""The section `finetune` of a recipe: what trains, and how."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from hftl.config.section import Section
+from hftl.config.upstream_args import lora_fields, training_fields
+from hftl.errors import RecipeError
+
+TRAINING = {"learning_rate": 5.0e-4, "num_train_epochs": 5}
+LORA = {"r": 8, "lora_alpha": 16}
+
+
+class Rates(Section):
+    """Learning rates of the parts of a model; what is left out takes `training.learning_rate`."""
+
+    embeddings: float | None = Field(default=None, ge=0)
+    blocks: list[Annotated[float, Field(ge=0)]] | None = Field(default=None, min_length=1)
+    """From the bottom to the top; the last one holds for all blocks above."""
+    head: float | None = Field(default=None, ge=0)
+
+
+class Gradual(Section):
+    """Gradual unfreezing: how long each phase lasts, and whether all parameters train at last."""
+
+    epochs: float = Field(default=1, gt=0)
+    """Of every phase, at most, in the place of `training.num_train_epochs`."""
+    final_epochs: float = Field(default=0, ge=0)
+    """Of the last phase, in which everything trains at a low rate from the best weights so far,
+    wherever unfreezing has stopped; 0: there is none."""
+    final_rate: float = Field(default=0.1, gt=0)
+    """The share of the learning rate in that phase."""
+
+
+class Finetune(Section):
+    """What trains, and how. `training` is transformers', `lora` is peft's."""
+
+    strategy: Literal["head", "partial", "gradual", "lora", "full"] = "lora"
+    pooling: Literal["native", "mean", "cls"] = "native"
+    head_init: Literal["probe", "random"] = "probe"
+    blocks: int = Field(default=2, ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    """Evaluations without improvement on validation before training stops; null: never."""
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
+    """Each block's learning rate is that of the one above it times this; null: one rate for all."""
+    lr: Rates | None = None
+    gradual: Gradual = Gradual()
+    lora: dict[str, Any] = LORA
+    training: dict[str, Any] = TRAINING
+
+    @property
+    def rates(self) -> dict[str, Any] | None:
+        """`lr` as `TransferTrainer` takes it."""
+        return None if self.lr is None else self.lr.model_dump()
+
+    @model_validator(mode="after")
+    def _phases_have_epochs(self) -> Self:
+        if self.strategy == "gradual" and self.training.get("max_steps", -1) > 0:
+            raise RecipeError(
+                "finetune.training.max_steps is of one training, and gradual unfreezing is several",
+                "Use finetune.gradual.epochs",
+            )
+        return self
+
+    @field_validator("training", mode="before")
+    @classmethod
+    def _training_fields(cls, given: Any) -> dict[str, Any]:
+        return TRAINING | training_fields("finetune", given)
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _lora_fields(cls, given: Any) -> dict[str, Any]:
+        return LORA | lora_fields("finetune", given)

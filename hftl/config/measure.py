@@ -1,0 +1,39 @@
+"""The section `measure` of a recipe: what is compared, over which seeds, by which metric."""
+
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from hftl.config.section import Section
+
+STRATEGIES = ("head", "partial", "gradual", "lora", "full")
+BASELINES = ("scratch", "classical", "majority")
+NOT_BUILT = {
+    "zero_shot": "the zero-shot baseline",
+}
+
+
+class Search(Section):
+    """The learning rates that `scratch` is given a choice of, and its longer budget."""
+
+    learning_rates: list[float] = Field(default=[1.0e-4, 3.0e-4, 1.0e-3], min_length=1)
+    epochs_factor: float = Field(default=3, gt=0)
+
+
+class Measure(Section):
+    """What is compared, over which seeds, by which metric."""
+
+    metric: str = "accuracy"
+    """A built-in metric or `evaluate:<id>`; where none is given, pearson for regression,
+    micro_f1 for multi-label, f1 of entities for token-classification."""
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0, 1, 2], min_length=1)
+    arms: list[str | dict[str, dict[str, Any] | None]] = ["scratch", "head"]
+    scratch: Search = Search()
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int]) -> list[int]:
+        twice = {seed for seed in seeds if seeds.count(seed) > 1}
+        if twice:
+            raise ValueError(f"seed {min(twice)} is given twice")
+        return seeds

@@ -1,0 +1,58 @@
+"""Loads an adapter or model once, with one random seed, and says what it makes of a fixed input.
+
+As a script it runs in a fresh process, without hftl:
+
+    python load_once.py FOLDER BASE CLASS SEED  ->  {"output": [...]}
+
+FOLDER holds config.json with the labels, and an adapter or nothing more; BASE is the folder of the
+weights; CLASS the class of transformers. What no file holds is drawn from SEED.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+
+ROWS, LENGTH = 2, 8
+STEP = 7919
+"""A prime, so that the ids differ."""
+
+
+def output(folder: Path, base: Path, name: str, seed: int) -> list[float]:
+    """Logits, or the hidden states of a model without any, of the fixed input, in one row."""
+    torch.manual_seed(seed)
+    config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model = getattr(transformers, name).from_pretrained(
+        base, config=config, dtype=torch.float32, ignore_mismatched_sizes=True,
+        trust_remote_code=False, use_safetensors=True,
+    )  # fmt: skip
+    if (folder / "adapter_config.json").exists():
+        model = PeftModel.from_pretrained(model, str(folder))
+    inputs = fixed_input(model.get_base_model() if isinstance(model, PeftModel) else model)
+    with torch.inference_mode():
+        found = model.eval()(**inputs)
+    values = getattr(found, "logits", None)
+    return (found.last_hidden_state if values is None else values).flatten().tolist()
+
+
+def fixed_input(model: Any) -> dict[str, torch.Tensor]:
+    """Two rows of token ids, or two pictures."""
+    config = model.config
+    if model.main_input_name == "input_ids":
+        ids = torch.arange(1, ROWS * LENGTH + 1).reshape(ROWS, LENGTH) * STEP % config.vocab_size
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inner = getattr(config, "vision_config", config)
+    size = inner.image_size
+    sides = size if isinstance(size, (list, tuple)) else (size, size)
+    shape = (ROWS, inner.num_channels, *sides)
+    count = ROWS * inner.num_channels * sides[0] * sides[1]
+    return {"pixel_values": torch.arange(count).float().mul(0.7).sin().reshape(shape)}
+
+
+if __name__ == "__main__":
+    _, folder_, base_, name_, seed_ = sys.argv
+    print(json.dumps({"output": output(Path(folder_), Path(base_), name_, int(seed_))}))  # noqa: T201

@@ -1,0 +1,103 @@
+"""An arm's folder: its weights, metrics and predictions, as files."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file, save_file
+
+from hftl.data import labels as answers
+from hftl.data.prepare import Prepared
+from hftl.finetune.context import MEASURED, Outcome
+from hftl.measure.metrics import score_all
+from hftl.runtime.fingerprints import to_json
+
+WEIGHTS = "weights.safetensors"
+EMBEDDINGS = "embeddings.safetensors"
+PREDICTIONS = "predictions.parquet"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What an arm's folder tells: metrics.json, and labels and predictions a split."""
+
+    told: dict[str, Any]
+    labels: dict[str, np.ndarray]
+    predictions: dict[str, np.ndarray]
+
+
+def write(
+    folder: Path, prepared: Prepared, outcome: Outcome, arm: str, strategy: str, seed: int
+) -> None:
+    """Writes weights, metrics.json, predictions.parquet and the logits they come from."""
+    columns: dict[str, list[Any]] = {k: [] for k in ("split", "row", "label", "prediction")}
+    columns["scores"] = []
+    metrics = {}
+    task, names = prepared.task, prepared.names
+    for split in MEASURED:
+        rows = prepared.rows[split]
+        found, scores = answers.told(outcome.logits[split], task, names, prepared.words(rows))
+        predictions = answers.measured(found, task, names)
+        metrics[split] = score_all(task, prepared.measured(rows), predictions)
+        columns["split"] += [split] * len(rows)
+        columns["row"] += [row.index for row in rows]
+        columns["label"] += [row.label for row in rows]
+        columns["prediction"] += found
+        columns["scores"] += scores
+    pq.write_table(pa.table(columns), folder / PREDICTIONS)
+    save_file(outcome.weights, folder / WEIGHTS)
+    logits = {
+        split: torch.from_numpy(outcome.logits[split].astype(np.float32)) for split in MEASURED
+    }
+    save_file({k: v.contiguous() for k, v in logits.items()}, folder / "logits.safetensors")
+    if outcome.embeddings:
+        write_embeddings(folder, outcome.embeddings)
+    told = {
+        "arm": arm,
+        "seed": seed,
+        "strategy": strategy,
+        "metrics": metrics,
+        "trainable_parameters": outcome.trainable_parameters,
+        "training": outcome.facts,
+        "timings": outcome.timings,
+    }
+    (folder / "metrics.json").write_text(to_json(told), encoding="utf-8")
+
+
+def read(folder: Path, prepared: Prepared) -> Stored:
+    """What `write` stored, labels and predictions as metrics compare them."""
+    told = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    table = pq.read_table(folder / PREDICTIONS, columns=["split", "label", "prediction"])
+    split_of = np.array(table["split"].to_pylist())
+    values = {}
+    for column in ("label", "prediction"):
+        found = [tuple(v) if isinstance(v, list) else v for v in table[column].to_pylist()]
+        values[column] = answers.measured(found, prepared.task, prepared.names)
+    return Stored(
+        told,
+        {split: values["label"][split_of == split] for split in MEASURED},
+        {split: values["prediction"][split_of == split] for split in MEASURED},
+    )
+
+
+def read_logits(folder: Path, split: str) -> np.ndarray:
+    """float32 as in `Outcome`."""
+    return load_file(folder / "logits.safetensors")[split].numpy()
+
+
+def write_embeddings(folder: Path, embeddings: dict[str, np.ndarray]) -> None:
+    """Writes arrays of `embed`."""
+    tensors = {name: torch.from_numpy(found) for name, found in embeddings.items()}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / EMBEDDINGS)
+
+
+def read_embeddings(folder: Path) -> dict[str, np.ndarray]:
+    """What `write_embeddings` wrote; none where nothing was."""
+    if not (folder / EMBEDDINGS).exists():
+        return {}
+    return {name: tensor.numpy() for name, tensor in load_file(folder / EMBEDDINGS).items()}

@@ -1,0 +1,225 @@
+"""The file that a command shall write, looked at before its work and not after."""
+
+import csv
+import errno
+import io
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hftl.config.errors import closest
+from hftl.data.normalization import text_fault
+from hftl.data.tables import READERS, Raw, guess_format, normalize_newlines, not_utf8, read_images
+from hftl.errors import DataError, RecipeError
+from hftl.inference.predict import Predictor, load
+from hftl.runtime.run_folder import write_text
+
+
+def check_output(output: Path | None, suffixes: Sequence[str], beside: Sequence[str] = ()) -> None:
+    """Sees that a file can be written.
+
+    Args:
+        output: the file; None is the screen.
+        suffixes: those that it may have.
+        beside: suffixes of further files of its name that are written too.
+
+    Raises:
+        RecipeError: if it cannot.
+    """
+    if output is None:
+        return
+    if output.suffix not in suffixes:
+        raise RecipeError(
+            f"--output {output}: unknown suffix {output.suffix!r}", f"Use {', '.join(suffixes)}"
+        )
+    if not output.parent.is_dir():
+        raise RecipeError(f"--output {output}: there is no folder {output.parent}", "Make it")
+    for path in (output, *map(output.with_suffix, beside)):
+        _check_file(path)
+
+
+def _check_file(path: Path) -> None:
+    why = "is a folder" if path.is_dir() else None
+    if path.exists() and not os.access(path, os.W_OK):
+        why = "may not be written"
+    try:
+        # Rights alone do not tell: the system may refuse what they allow.
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        why = f"cannot be written: {error.strerror}"
+    if why is not None:
+        raise RecipeError(f"--output {path} {why}", "Choose another file")
+
+
+# `hftl predict` on a table: the input's rows, and what the model says of each.
+
+
+OUTPUTS = (".csv", ".jsonl", ".parquet")
+LINE_SEPARATORS = "\x85\u2028\u2029"
+"""Characters that JSON leaves as they are, though `str.splitlines` ends a line at them."""
+
+
+def predict_table(
+    model: str, data: Path, output: Path | None, base: str | None = None
+) -> str | None:
+    """Predicts every row of a table.
+
+    A column of the input that has the name of one of ours is kept as `input.<name>`.
+
+    Args:
+        model: a run, a published folder, or a hub id.
+        data: csv, jsonl, parquet, txt, or a folder of texts or pictures.
+        output: a .csv, .jsonl or .parquet file; None returns CSV text.
+        base: the adapter's base, where it is not the one it names.
+
+    Raises:
+        DataError: if the table is missing, lacks the text column, or holds a row without text.
+        RecipeError: if the output's suffix is unknown, its folder is missing, or the model cannot
+            be loaded.
+    """
+    check_output(output, OUTPUTS)
+    if output is not None and output.resolve() == data.resolve():
+        raise RecipeError(f"--output {output} is the input itself", "Choose another file")
+    if not data.exists():
+        raise DataError(f"{data} does not exist", "Check the path")
+    predictor = load(model, base)
+    (raws, columns) = _rows(data, predictor)
+    folder = data if data.is_dir() else data.parent
+    encoded = predictor.encode(
+        (_input(raw, predictor) for raw in raws), [raw.where for raw in raws], folder
+    )
+    found = [_columns(told) for told in predictor.answer(encoded)]
+    merged = [_merge(columns | _plain(raw), told) for raw, told in zip(raws, found, strict=True)]
+    try:
+        return _write(merged, output)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise RecipeError(
+            f"--output {output} cannot be written: {error.strerror}", "Choose another file"
+        ) from error
+
+
+def _rows(data: Path, predictor: Predictor) -> tuple[list[Raw], dict[str, Any]]:
+    """The input's rows, and all their columns, the predictor's among them.
+
+    Raises:
+        DataError: if there is no row, or no column that the model reads.
+    """
+    file_format = guess_format(data)
+    if data.is_dir() and predictor.modality == "image":
+        rows = list(read_images(data))
+    else:
+        rows = list(READERS[file_format](data))
+    if not rows:
+        raise DataError(f"{data.name} has no rows", "Check the file")
+    wanted = predictor.columns
+    if data.is_dir() or (file_format == "txt" and len(wanted) == 1):
+        # What stands in a text file or a folder has no column name of its own.
+        own = next(column for column in ("image", "text") if column in rows[0].values)
+        if data.is_dir() and own != predictor.modality:
+            raise DataError(
+                f"{data.name} holds {own}s, but the model reads {predictor.modality}s",
+                "Give another folder",
+            )
+        rows = [replace(raw, values={wanted[0]: raw.values[own]}) for raw in rows]
+    columns = dict.fromkeys(key for raw in rows for key in raw.values)
+    for column in wanted:
+        if column not in columns:
+            has = list(map(str, columns))
+            raise DataError(
+                f"{data.name}: no column {column!r}{closest(column, has).rstrip('?')}; it has "
+                f"{', '.join(has)}",
+                f"Name the {predictor.modality} column {column!r}",
+            )
+    return rows, columns
+
+
+def _input(raw: Raw, predictor: Predictor) -> Any:
+    """What the predictor takes of a row.
+
+    Raises:
+        DataError: naming the row, if it cannot be read.
+    """
+    values: list[Any] = [raw.values.get(column) for column in predictor.columns]
+    fault = raw.fault
+    if any(isinstance(value, str) and not_utf8(value) for value in raw.values.values()):
+        fault = "not valid UTF-8"
+    if not fault and predictor.modality == "text":
+        faults = (text_fault(c, raw.values.get(c), predictor.task) for c in predictor.columns)
+        fault = next((why for why in faults if why), None)
+    if fault:
+        raise DataError(f"{raw.where}: {fault}", "Correct the row")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _plain(raw: Raw) -> dict[str, Any]:
+    """The row's values as a table can hold them: the bytes of a picture are not repeated."""
+    return {
+        key: None
+        if isinstance(value, bytes)
+        else value.get("path")
+        if _is_picture(value)
+        else value
+        for key, value in raw.values.items()
+    }
+
+
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, dict) and "bytes" in value
+
+
+def _columns(told: dict[str, Any]) -> dict[str, Any]:
+    """label, score and one column a class; for a target, label alone.
+
+    A class that is itself called `label` or `score` gets the column `class.<name>`.
+    """
+    ours = {key: value for key, value in told.items() if key != "scores"}
+    classes = told.get("scores", {})
+    return ours | {f"class.{k}" if k in ours else k: value for k, value in classes.items()}
+
+
+def _merge(values: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+    kept = {f"input.{key}" if key in told else key: value for key, value in values.items()}
+    return kept | told
+
+
+def _cell(value: Any) -> Any:
+    """A value as one cell of a CSV table: lists as JSON."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+
+
+def _json_line(row: dict[str, Any]) -> str:
+    """Return a row as one line for every reader, those too that end a line at U+2028."""
+    line = json.dumps(row, ensure_ascii=False)
+    for separator in LINE_SEPARATORS:
+        line = line.replace(separator, f"\\u{ord(separator):04x}")
+    return line + "\n"
+
+
+def _write(rows: list[dict[str, Any]], output: Path | None) -> str | None:
+    if output is not None and output.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        aside = output.with_name(f".tmp-{output.name}")
+        pq.write_table(pa.Table.from_pylist(rows), aside)
+        aside.rename(output)
+        return None
+    if output is not None and output.suffix == ".jsonl":
+        text = "".join(_json_line(row) for row in rows)
+    else:
+        buffer = io.StringIO(newline="")
+        writer = csv.writer(buffer, lineterminator="\n")
+        # Python's writer quotes no carriage return, and every reader ends a row at it.
+        writer.writerow([normalize_newlines(name) for name in rows[0]])
+        writer.writerows([_cell(row[name]) for name in rows[0]] for row in rows)
+        text = buffer.getvalue()
+    if output is None:
+        return text
+    write_text(output, text)
+    return None

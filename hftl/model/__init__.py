@@ -1,1 +1,0 @@
-"""The source model: found, its parts named, a head put on, adapters read."""

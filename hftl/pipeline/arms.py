@@ -1,0 +1,296 @@
+"""The arms phase: every arm and seed that is missing, quick ones first."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hftl import console
+from hftl.card.training_sections import search_words
+from hftl.config.recipe import Arm, Recipe, arms
+from hftl.errors import RunFolderError
+from hftl.finetune import arm as training
+from hftl.finetune import arm_files, baselines
+from hftl.finetune.baselines import solve_classical
+from hftl.finetune.context import BY_STEPS, Outcome, Workbench
+from hftl.finetune.estimate import estimate_seconds
+from hftl.finetune.gradual import State
+from hftl.pipeline.cache_keys import SEMANTICS, arm_reads, asked
+from hftl.pipeline.retention import kept_of
+from hftl.runtime import distributed, run_folder
+from hftl.runtime.fingerprints import to_json
+from hftl.runtime.hardware import dtype_name, metered, visible_devices
+from hftl.runtime.progress import working
+from hftl.train.arguments import arguments as common_arguments
+
+ORDER = ("majority", "classical", "head", "lora", "partial", "gradual", "full",
+         "scratch")  # fmt: skip
+"""Quick arms first."""
+SOLVED = ("majority", "classical", "head")
+"""The arms that one process solves while the others wait."""
+Job = tuple[Arm, int, dict[str, Any]]
+"""An arm, a seed, and what its folder will tell of where it comes from."""
+Benches = dict[str, Workbench]
+"""What each arm works with, by its name: the source as it is, or adapted."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run in progress: the recipe, its folder, and where to say what happens."""
+
+    recipe: Recipe
+    folder: Path
+    say: Callable[[str], None]
+
+    @property
+    def arms(self) -> list[Arm]:
+        """The recipe's arms, its own first."""
+        return arms(self.recipe)
+
+    def arm_folder(self, name: str, seed: int) -> Path:
+        """Where an arm's files stand."""
+        return self.folder / "arms" / f"{name}-seed{seed}"
+
+    def checkpoints(self, name: str, seed: int) -> Path:
+        """Where an arm that is not finished keeps how far it has come."""
+        return self.folder / "checkpoints" / f"{name}-seed{seed}"
+
+
+def check_training(recipe: Recipe, where: str) -> None:
+    """Refuse settings of a training that cannot be honoured, before a row is read.
+
+    Args:
+        recipe: the arms and adaptations.
+        where: the device.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    for arm in arms(recipe):
+        if arm.strategy in (*BY_STEPS, "scratch"):
+            task = str(recipe.data.task)
+            training.arguments(arm.finetune.training, task, "unused", 0, where)
+        for stage in arm.stages:
+            common_arguments("adapt", stage.training, {}, "unused", 0, where)
+    for stage in recipe.stages:
+        common_arguments("adapt", stage.training, {}, "unused", 0, where)
+
+
+def run_arms(this: Run, benches: Benches) -> None:
+    """Runs every arm and seed that is missing, quick ones first."""
+    jobs = distributed.share(lambda: _missing(this, benches))
+    distributed.share(lambda: _forget_progress(this, jobs))
+    total = len(this.arms) * len(this.recipe.measure.seeds)
+    if jobs and len(jobs) < total:
+        this.say(f"  {total - len(jobs)} of {total} arms x seeds stand already")
+    for done, job in enumerate(jobs, total - len(jobs) + 1):
+        arm, seed, _ = job
+        with working(f"[{done}/{total}] {arm.name} seed {seed}"):
+            _run_job(this, benches[arm.name], job, f"{done}/{total}")
+
+
+def _forget_progress(this: Run, jobs: list[Job]) -> None:
+    """Removes how far arms have come that stand by now."""
+    missing = [(arm.name, seed) for arm, seed, _ in jobs]
+    for arm in this.arms:
+        for seed in this.recipe.measure.seeds:
+            if (arm.name, seed) not in missing:
+                shutil.rmtree(this.checkpoints(arm.name, seed), ignore_errors=True)
+
+
+def _run_job(this: Run, bench: Workbench, job: Job, count: str) -> None:
+    """Trains on all processes, or solves on the main one, and keeps the outcome."""
+    arm, seed, _ = job
+    if arm.strategy in SOLVED:
+        distributed.share(lambda: _keep(this, bench, job, _run_arm(this, bench, arm, seed), count))
+        return
+    with metered() as energy:
+        outcome = _run_arm(this, bench, arm, seed)
+    outcome.timings |= energy
+    distributed.share(lambda: _keep(this, bench, job, outcome, count))
+
+
+def _keep(this: Run, bench: Workbench, job: Job, outcome: Outcome, count: str) -> None:
+    arm, seed, reads = job
+    folder = this.arm_folder(arm.name, seed)
+    with run_folder.commit(folder, reads) as aside:
+        arm_files.write(aside, bench.prepared, outcome, arm.name, arm.strategy, seed)
+    shutil.rmtree(this.checkpoints(arm.name, seed), ignore_errors=True)
+    told = arm_files.read(folder, bench.prepared).told
+    this.say(console.arm_line(told, this.recipe.measure.metric, count))
+
+
+def _missing(this: Run, benches: Benches) -> list[Job]:
+    """Every arm and seed that does not stand, with what it reads."""
+    return [
+        (arm, seed, reads)
+        for arm in sorted(this.arms, key=lambda arm: ORDER.index(arm.strategy))
+        for reads in [_arm_reads(this.recipe, benches[arm.name], arm)]
+        for seed in this.recipe.measure.seeds
+        if not _stands(this, this.arm_folder(arm.name, seed), reads)
+    ]
+
+
+def announce(this: Run, bench: Workbench) -> None:
+    """The header and the preflight's warnings, where anything is left to run."""
+    wanted = [
+        arm
+        for arm in this.arms
+        for seed in this.recipe.measure.seeds
+        for read in [run_folder.reads(this.arm_folder(arm.name, seed))]
+        if read is None or read["recipe"] != _recipe_reads(this.recipe, bench, arm)
+    ]
+    if not this.arms:
+        this.say(console.header(adaptation_header(this.recipe, bench)))
+    if not wanted:
+        return
+    this.say(console.header(header(this.recipe, bench, wanted, len(wanted))))
+    for warning in bench.check(this.recipe.data.max_length, this.arms)["warnings"]:
+        this.say(f"  warning: {warning}")
+
+
+def _arm_reads(recipe: Recipe, bench: Workbench, arm: Arm) -> dict[str, Any]:
+    """What an arm's folder tells of where it comes from."""
+    read = _recipe_reads(recipe, bench, arm)
+    general = None
+    if bench.general is not None and any(key.startswith("data.general.") for key in read):
+        general = bench.general.facts["fingerprint"]
+    return {
+        "recipe": read,
+        "asked": asked(recipe, read),
+        "semantics": SEMANTICS,
+        "weights": bench.weights,
+        "data": bench.prepared.facts["fingerprint"],
+        **({"general": general} if general else {}),
+    }
+
+
+def _recipe_reads(recipe: Recipe, bench: Workbench, arm: Arm) -> dict[str, Any]:
+    read = arm_reads(recipe, arm)
+    if bench.prepared.modality == "image":
+        read.pop("data.max_length", None)
+    return read
+
+
+def _stands(this: Run, folder: Path, reads: dict[str, Any]) -> bool:
+    """Whether an arm is finished and what the recipe asks.
+
+    Raises:
+        RunFolderError: if it was made from another source model or other data, or by an hftl that
+            trained otherwise.
+    """
+    found = run_folder.reads(folder)
+    if found is None or found["recipe"] != reads["recipe"]:
+        return False
+    for key, what in (
+        ("weights", "another source model"), ("data", "other data"),
+        ("general", "other general data"), ("semantics", "an older hftl, which trained otherwise"),
+    ):  # fmt: skip
+        if found.get(key) != reads.get(key):
+            raise RunFolderError(
+                f"{this.folder} was made with {what}: {folder.name} does not fit",
+                "Put it back, choose another --output, or start over with --restart",
+            )
+    return True
+
+
+def _run_arm(this: Run, bench: Workbench, arm: Arm, seed: int) -> Outcome:
+    match arm.strategy:
+        case "majority":
+            return baselines.majority(bench, seed)
+        case "classical":
+            return solve_classical(bench, seed)
+        case "head":
+            return training.solve_head(bench, arm.finetune, seed)
+        case "scratch":
+            rate = _scratch_rate(this, bench, arm)
+            search = this.recipe.measure.scratch
+            return baselines.train_scratch(bench, arm.finetune, search, rate, seed)
+    reads = _arm_reads(this.recipe, bench, arm)
+    kept = kept_of(
+        bench, arm, seed, this.recipe.measure.seeds, this.folder, reads, this.say
+    )
+    state = State(this.checkpoints(arm.name, seed), reads | {"processes": distributed.size()})
+    return training.train_arm(bench, arm.finetune, seed, kept, state)
+
+
+def _scratch_rate(this: Run, bench: Workbench, arm: Arm) -> float:
+    """The learning rate of scratch, searched once on the first seed."""
+    folder = this.folder / "phases" / "search"
+    reads = _arm_reads(this.recipe, bench, arm)
+    stands = distributed.share(lambda: run_folder.reads(folder) or {})
+    if stands | {"asked": reads["asked"]} != reads:
+        found = baselines.search_rate(
+            bench, arm.finetune, this.recipe.measure.scratch, this.recipe.measure.seeds[0]
+        )
+
+        def keep() -> None:
+            with run_folder.commit(folder, reads) as aside:
+                run_folder.write_text(aside / "search.json", to_json(found))
+
+        distributed.share(keep)
+        this.say(f"  scratch: {search_words(found)}")
+    return json.loads((folder / "search.json").read_text("utf-8"))["learning_rate"]
+
+
+def header(recipe: Recipe, bench: Workbench, wanted: list[Arm], jobs: int) -> dict[str, str]:
+    """What a run is about to do, by name: source, device, rows, labels, arms and time."""
+    facts = bench.prepared.facts
+    splits = facts["splits"]
+    train = len(bench.train_rows(recipe.measure.seeds[0]))
+    labels = ", ".join(facts["labels"][:8]) + (", ..." if len(facts["labels"]) > 8 else "")
+    if facts.get("tag_scheme"):
+        labels += f" ({facts['tag_scheme']['name']} tags)"
+    names = list(dict.fromkeys(arm.name for arm in wanted))
+    seconds = estimate_seconds(bench, wanted, recipe)
+    return {
+        "source": f"{recipe.source.model} ({bench.source.architecture})",
+        "device": _device_words(bench.device, dtype_name(recipe.finetune.training)),
+        **({"adapt": _stages_words(recipe)} if recipe.stages else {}),
+        "rows": f"train {train} of {splits['train']}, validation {splits['validation']}, "
+        f"test {splits['test']} ({_dropped_words(facts)})",
+        "labels": labels or "a number",
+        "arms": f"{', '.join(names)} x seeds {recipe.measure.seeds}: {jobs} to run",
+        "time": f"about {console.duration(seconds)}{' beside adaptation' if recipe.stages else ''}",
+    }
+
+
+def _dropped_words(facts: dict[str, Any]) -> str:
+    """Say what happened to the other rows that were read."""
+    words = f"{facts['bad_rows']} bad, {facts['duplicates']} duplicate rows dropped"
+    if facts["conflicting"]:
+        words += f", {facts['conflicting']} rows with contradictory labels dropped"
+    return words
+
+
+def adaptation_header(recipe: Recipe, bench: Workbench) -> dict[str, str]:
+    """The same for a recipe that adapts only."""
+    return {
+        "source": f"{recipe.source.model} ({bench.source.architecture})",
+        "device": _device_words(bench.device, dtype_name(recipe.stages[-1].training)),
+        "adapt": _stages_words(recipe),
+    }
+
+
+def _stages_words(recipe: Recipe) -> str:
+    """The adaptations, one after the other."""
+    words = []
+    for stage in recipe.stages:
+        own = stage.corpus == "task" or recipe.data.unlabeled is None
+        where = "train's own inputs" if own else "data.unlabeled"
+        epochs = stage.training["num_train_epochs"]
+        words.append(f"{stage.objective} {stage.method} on {where}, {epochs:g} epochs")
+    return "; then ".join(words)
+
+
+def _device_words(device: str, dtype: str) -> str:
+    """The device and how many work, or how to put all of them to work."""
+    count, visible = distributed.size(), visible_devices()
+    if count > 1:
+        return f"{device}, {dtype}, {count} processes"
+    if visible > 1:
+        launch = f"accelerate launch --num_processes {visible} -m hftl run RECIPE"
+        return f"{device}, {dtype}, one of {visible}; to use all: {launch}"
+    return f"{device}, {dtype}"

@@ -1,0 +1,176 @@
+"""An adaptation made ready: the objective's model, its corpus with things hidden, its guard."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Subset
+
+from hftl.adapt import adaptation as training
+from hftl.adapt.encoder_io import encoder_state
+from hftl.adapt.guard import Rule
+from hftl.adapt.mae import check_architecture, load_mae, teacher_features
+from hftl.adapt.masked_patches import MaskedPictures
+from hftl.adapt.masked_patches import collate as collate_pictures
+from hftl.adapt.mlm import load_mlm, masked_class
+from hftl.config.adapt import TOLERANCE, Adapt
+from hftl.config.recipe import Recipe
+from hftl.data import image_processing as canvases
+from hftl.data import masking
+from hftl.data.image_processing import ImageInputs, target_size
+from hftl.errors import DataError, RecipeError
+from hftl.finetune.context import Workbench
+from hftl.finetune.guard_metrics import neighbours_kept, probe_score
+from hftl.models.source import SourceModel, load_tokenizer
+from hftl.pipeline.corpora import SAMPLE, Corpus, pictures
+
+HELD_OUT = 256
+"""Blocks or pictures that a held-out loss is taken on, at most."""
+NEIGHBOURS = 10
+"""Nearest neighbours that are compared."""
+
+
+def check_objective(stage: Adapt, source: SourceModel) -> None:
+    """Refuses an objective that the source has not.
+
+    Raises:
+        RecipeError: naming the architecture, or what the tokenizer lacks or has too much.
+    """
+    if stage.objective == "mae":
+        check_architecture(source)
+    else:
+        masked_class(source)
+        tokenizer = load_tokenizer(source)
+        masking.masking_of(tokenizer, stage.mask_ratio, stage.whole_words)
+        tokens, embedded = max(tokenizer.get_vocab().values()) + 1, source.config.vocab_size
+        if tokens > embedded:
+            raise RecipeError(
+                f"source.model: the tokenizer of {source.spec} has {tokens} tokens, and the model "
+                f"embeds {embedded}, so that adaptation may meet tokens without an embedding",
+                "Save the source model with embeddings for all tokens (resize_token_embeddings), "
+                "or with its own tokenizer",
+            )
+
+
+def objective(
+    bench: Workbench, plain: Workbench, stage: Adapt, seed: int, head: Path | None
+) -> tuple[Any, tuple[str, ...]]:
+    """The model of an objective, and the names of what must be warmed of its head.
+
+    Args:
+        bench: the source, or what an earlier adaptation has made of it.
+        plain: the source as it is, whose decoder it is.
+        stage: the recipe's section.
+        seed: of what the source lacks.
+        head: a file of the head's weights, where it was trained before.
+    """
+    if stage.objective == "mlm":
+        return load_mlm(bench.source, seed, head)
+    assert isinstance(bench.inputs, ImageInputs)
+    side = target_size(bench.inputs.processor)
+    model, fresh = load_mae(
+        bench.source, side, stage.mask_ratio, stage.decoder.model_dump(), seed, head,
+        plain.source,
+    )  # fmt: skip
+    model.distill = stage.distill
+    return model, fresh
+
+
+def rule_of(recipe: Recipe, stage: Adapt, first: dict[str, Any] | None) -> Rule:
+    """The guard: as asked, else the strongest that the recipe's data allow."""
+    guard = stage.guard
+    if guard is None:
+        guard = "neighbours" if recipe.data.task is None else "probe"
+    tolerance = TOLERANCE[guard] if stage.tolerance is None else stage.tolerance
+    probed, masked = guard == "probe", stage.objective == "mae"
+    same = first is not None and first["guard"] == guard and guard != "off"
+    return Rule(
+        guard, tolerance, origin=first["history"][0]["guard"] if first and same else None,
+        by_guard=masked and probed,
+        relative=probed and recipe.data.task == "regression" or masked and guard == "general",
+    )  # fmt: skip
+
+
+def measure_of(
+    recipe: Recipe, bench: Workbench, rule: Rule, corpus: Corpus, model: Any
+) -> Callable[[], float] | None:
+    """What the guard calls at every look."""
+    finetune = recipe.finetune
+    if rule.guard == "probe":
+        seed = recipe.data.seed
+        return probe_score(bench, finetune.pooling, seed, lambda: encoder_state(model))
+    if rule.guard != "neighbours":
+        return None
+    rows = corpus.general if corpus.general is not None else corpus.held_out
+    if isinstance(bench.inputs, ImageInputs):
+        encoded = [{"pixel_values": picture} for picture in pictures(bench, rows)]
+    else:
+        ids = [rows[i][0].tolist() for i in _spread(len(rows), SAMPLE)]
+        encoded = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]
+    if len(encoded) <= NEIGHBOURS:
+        raise DataError(
+            f"adapt.guard=neighbours looks at {NEIGHBOURS} neighbours of each row, and only "
+            f"{len(encoded)} rows are held out",
+            "Give data.general, a larger adapt.held_out, or another guard",
+        )
+    return neighbours_kept(bench, encoded, recipe.data.seed, lambda: encoder_state(model))
+
+
+def task_of(
+    bench: Workbench, plain: Workbench, stage: Adapt, corpus: Corpus, seed: int
+) -> training.Task:
+    """The corpus as the objective takes it: hidden anew in every epoch, in evaluation always the
+    same."""
+    if stage.objective == "mlm":
+        return _text_task(bench, stage, corpus, seed)
+    return _picture_task(bench, plain, stage, corpus, seed)
+
+
+def _text_task(bench: Workbench, stage: Adapt, corpus: Corpus, seed: int) -> training.Task:
+    tokenizer: Any = bench.inputs.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    masks = masking.masking_of(tokenizer, stage.mask_ratio, stage.whole_words)
+
+    def hidden(blocks: Any, fixed: bool) -> masking.MaskedBlocks:
+        return masking.MaskedBlocks(blocks, masks, seed, tokenizer.pad_token_id, fixed)
+
+    def held(blocks: Any) -> Subset[Any]:
+        return Subset(hidden(blocks, True), _spread(len(blocks), HELD_OUT))
+
+    return training.Task(
+        hidden(corpus.train, False),
+        held(corpus.held_out),
+        None if corpus.general is None else held(corpus.general),
+        lambda rows: masking.collate(rows, tokenizer.pad_token_id),
+    )
+
+
+def _picture_task(
+    bench: Workbench, plain: Workbench, stage: Adapt, corpus: Corpus, seed: int
+) -> training.Task:
+    inputs = bench.inputs
+    assert isinstance(inputs, ImageInputs)
+    found = pictures(bench, corpus.train)
+    teacher = None
+    if stage.distill:
+        original, _ = objective(plain, plain, stage, seed, None)
+        teacher = teacher_features(original.to(bench.device), found, inputs).numpy()
+    change = None
+    if bench.augment:
+        change = lambda row, epoch, key: canvases.augment(row, seed, epoch, key)  # noqa: E731
+
+    def hidden(names: list[str], fixed: bool, **more: Any) -> MaskedPictures:
+        keys = [name.encode() for name in names]
+        return MaskedPictures(pictures(bench, names), keys, inputs.patch, seed, fixed=fixed, **more)
+
+    return training.Task(
+        hidden(corpus.train, False, change=change, teacher=teacher),
+        hidden(corpus.held_out[:HELD_OUT], True),
+        None if corpus.general is None else hidden(corpus.general[:HELD_OUT], True),
+        lambda rows: collate_pictures(rows, inputs, stage.mask_ratio, stage.norm_pix_loss),
+    )
+
+
+def _spread(rows: int, count: int) -> list[int]:
+    """Numbers of `count` rows, evenly spread."""
+    return np.unique(np.linspace(0, rows - 1, min(rows, count)).round().astype(int)).tolist()

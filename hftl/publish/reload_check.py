@@ -1,0 +1,223 @@
+"""A published folder, loaded as a stranger would: with plain peft and transformers.
+
+`hftl predict` uses `load`. As a script it runs in a fresh process, without hftl, and compares:
+
+    python reload_check.py FOLDER BASE SAMPLE DEVICE  ->  {"difference": ..., "largest": ...}
+
+BASE is the folder of an adapter's base (unused where FOLDER holds the whole model); SAMPLE is a
+JSON file with `texts`, `words` or `images` (files beside it), and the `logits` expected for them.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+AUTO = {
+    "ForImageClassification": AutoModelForImageClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+}
+"""By the end of the stock class's name, which the published config tells."""
+
+
+class Published(nn.Module):
+    """A model whose forward gives logits; `head` is set where pooling is not native."""
+
+    def __init__(self, model: nn.Module, head: nn.Linear | None, pooling: str) -> None:
+        super().__init__()
+        self.model = model
+        self.head = head
+        self.pooling = pooling
+
+    def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
+        """Logits of shape (batch, outputs)."""
+        output = self.model(**inputs)
+        if self.head is None:
+            return output
+        hidden = output.last_hidden_state
+        if self.pooling == "cls":
+            pooled = hidden[:, 0]
+        else:
+            # FNet's tokenizer gives no mask.
+            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).unsqueeze(-1)
+            pooled = (hidden * mask).sum(1) / mask.sum(1)
+        return SequenceClassifierOutput(logits=self.head(pooled))  # pyright: ignore
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A model before any adapter, and how its file differs from it, as transformers reports.
+
+    `missing` and `mismatched` are drawn at random, `mismatched` with the shapes of file and model;
+    `unexpected` tensors of the file were passed over.
+    """
+
+    model: Any
+    missing: frozenset[str]
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    unexpected: frozenset[str]
+
+
+def load(folder: Path, base: Path | None) -> Published:
+    """The model of a published folder, in eval mode and fp32.
+
+    Args:
+        folder: holds an adapter or a whole model, its config, and perhaps head.safetensors.
+        base: the folder of the base; needed by an adapter only.
+    """
+    if not (folder / "adapter_config.json").exists():
+        return with_head(folder, load_base(folder, folder).model)
+    assert base is not None
+    return with_head(folder, PeftModel.from_pretrained(load_base(folder, base).model, folder))
+
+
+def load_base(folder: Path, base: Path, config: Any = None) -> LoadedBase:
+    """Loads what an adapter goes on, or the whole model where `base` is the folder itself.
+
+    Args:
+        folder: of the adapter or model.
+        base: of the weights.
+        config: of the model, with its labels and class; None takes the folder's.
+    """
+    pooled = (folder / "head.safetensors").exists()
+    config = AutoConfig.from_pretrained(folder) if config is None else config
+    auto: Any = AutoModel if pooled else _auto(config)
+    # The config says which class stands on the base, and its labels.
+    known = {} if pooled or base == folder else {"config": config}
+    model, report = auto.from_pretrained(
+        base, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False,
+        output_loading_info=True, **known,
+    )  # fmt: skip
+    mismatched = {
+        key: (tuple(in_file), tuple(in_model))
+        for key, in_file, in_model in report["mismatched_keys"]
+    }
+    return LoadedBase(
+        model, frozenset(report["missing_keys"]), mismatched, frozenset(report["unexpected_keys"])
+    )
+
+
+def with_head(folder: Path, model: nn.Module) -> Published:
+    """The model under the folder's own head, where it has one, in eval mode."""
+    head, pooling = _head(folder / "head.safetensors")
+    return Published(model, head, pooling).eval()
+
+
+def _auto(config: Any) -> Any:
+    kind = (config.architectures or [""])[0]
+    return next(
+        (auto for end, auto in AUTO.items() if kind.endswith(end)),
+        AutoModelForSequenceClassification,
+    )
+
+
+def _head(path: Path) -> tuple[nn.Linear | None, str]:
+    if not path.exists():
+        return None, "native"
+    with safe_open(path, "pt") as file:
+        pooling = file.metadata()["pooling"]
+    tensors = load_file(path)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    outputs, width = (*shapes.get("weight", ()), 0, 0)[:2]
+    if not outputs * width or shapes != {"weight": (outputs, width), "bias": (outputs,)}:
+        held = ", ".join(f"{key} {shape}" for key, shape in sorted(shapes.items()))
+        raise ValueError(f"{path.name} holds {held or 'nothing'}, expected a weight and its bias")
+    head = nn.Linear(width, outputs)
+    head.load_state_dict(tensors)
+    return head, pooling
+
+
+def sample_batches(
+    folder: Path, sample: Path, alone: bool
+) -> list[tuple[dict[str, Any], Tensor | None]]:
+    """Return what the model takes for the sample, batch by batch, and for words the mask of the
+    tokens whose outputs they have.
+
+    Args:
+        folder: the published one.
+        sample: the file that `write_sample` wrote.
+        alone: each text in a batch of its own, as `transformers.pipeline` runs it, or all in one.
+    """
+    content = json.loads(sample.read_text(encoding="utf-8"))
+    if "images" in content:
+        from PIL import Image
+
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        images = [Image.open(sample.parent / name) for name in content["images"]]
+        return [({**processor(images, return_tensors="pt"), **content["arguments"]}, None)]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    cut = {"truncation": True, "max_length": content["max_length"], "return_tensors": "pt"}
+    cut["padding"] = not alone
+    rows = content["texts" if "texts" in content else "words"]
+    batches = [[row] for row in rows] if alone else [rows]
+    if "texts" in content:
+        columns = [[list(column) for column in zip(*batch, strict=True)] for batch in batches]
+        return [(dict(tokenizer(*texts, **cut)), None) for texts in columns]
+    words = []
+    for batch in batches:
+        inputs = tokenizer(batch, is_split_into_words=True, **cut)
+        ids = [inputs.word_ids(i) for i in range(len(batch))]
+        first = [
+            [w is not None and (p == 0 or row[p - 1] != w) for p, w in enumerate(row)]
+            for row in ids
+        ]
+        words.append((dict(inputs), torch.tensor(first)))
+    return words
+
+
+def sample_logits(
+    model: nn.Module, batches: list[tuple[dict[str, Any], Tensor | None]], device: str
+) -> Tensor:
+    """Return the logits of a sample, (outputs of the rows, outputs) float32."""
+    parts = []
+    for inputs, first in batches:
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        with torch.inference_mode():
+            logits = model(**moved).logits.float().cpu()
+        parts.append(logits if first is None else logits[first])
+    return torch.cat(parts)
+
+
+def main(folder: Path, base: Path, sample: Path, device: str) -> None:
+    """Print the comparison as JSON.
+
+    The texts run alone and all together, and the nearer one counts: a head of large weights makes
+    the rounding of another shape of batch visible, and an encoder without a mask reads padding.
+    """
+    expected = torch.tensor(json.loads(sample.read_text(encoding="utf-8"))["logits"])
+    # Other weights must be drawn for whatever the folder lacks, or the lack would not show.
+    torch.manual_seed(20_010_101)
+    model = load(folder, base).to(device)
+    differences = [
+        float((sample_logits(model, batches, device) - expected).abs().max())
+        for batches in (sample_batches(folder, sample, alone) for alone in (True, False))
+    ]
+    comparison = {
+        "difference": min(differences),
+        "largest": float(expected.abs().max()),
+        "hftl_imported": "hftl" in sys.modules,
+    }
+    print(json.dumps(comparison))  # noqa: T201
+
+
+if __name__ == "__main__":
+    _, folder_, base_, sample_, device_ = sys.argv
+    main(Path(folder_), Path(base_), Path(sample_), device_)

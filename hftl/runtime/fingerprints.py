@@ -1,0 +1,28 @@
+"""Write JSON in one canonical form, and hash it."""
+
+import hashlib
+import json
+import math
+from typing import Any
+
+
+def to_json(tree: Any) -> str:
+    """Sorted, indented JSON; a number that is not finite becomes null."""
+    return json.dumps(
+        _finite(tree), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False
+    ) + "\n"  # fmt: skip
+
+
+def fingerprint(tree: Any) -> str:
+    """sha256 (hex) of the canonical JSON of `tree`."""
+    return hashlib.sha256(to_json(tree).encode()).hexdigest()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

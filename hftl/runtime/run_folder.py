@@ -1,0 +1,262 @@
+"""The run folder: locked, and every part of it complete or absent.
+
+A part is written aside under a dotted name, hashed into MANIFEST.json and renamed. What it has
+read of the recipe stands in the manifest, so that a changed key is noticed.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hftl.errors import LockedError, RecipeError, RunFolderError
+from hftl.runtime import distributed
+from hftl.runtime.fingerprints import to_json
+
+MANIFEST = "MANIFEST.json"
+REPORT = Path("phases") / "report"
+"""The part that says which files a finished run has."""
+OURS = (
+    "phases", "arms", "publish", "publish-base", "checkpoints", "recipe.yaml", "record.json",
+    "report.html", "error.json", "log.txt", ".lock",
+)  # fmt: skip
+"""All that a run folder holds."""
+
+
+def make(run: Path) -> None:
+    """Makes the run folder.
+
+    Raises:
+        RecipeError: if it cannot be made or written to, or holds something else.
+    """
+    if run.is_dir() and not (run / "recipe.yaml").exists():
+        strangers = sorted(p.name for p in run.iterdir() if p.name not in OURS)
+        if strangers:
+            raise RecipeError(
+                f"{run} is no run folder: it holds {strangers[0]!r}", "Choose another --output"
+            )
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        probe = run / ".lock"
+        probe.touch()
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise RecipeError(
+            f"the output folder {run} cannot be written: {error.strerror}",
+            "Choose another --output",
+        ) from error
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Holds the run folder for this process; leftovers of a killed one are removed.
+
+    Raises:
+        RunFolderError: if another process holds it, or it is no run folder.
+    """
+    if not (run / ".lock").is_file():
+        raise RunFolderError(f"{run} is no run folder", "Finish it with `hftl run`")
+    with open(run / ".lock", "r+", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = handle.read().strip() or "another process"
+            raise LockedError(
+                f"{run} is in use by {holder}", "Wait for it, or choose another --output"
+            ) from error
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()}")
+        handle.flush()
+        for left in [*run.glob(".tmp-*"), *run.glob("*/.tmp-*")]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
+
+
+@contextmanager
+def commit(folder: Path, reads: dict[str, Any]) -> Iterator[Path]:
+    """A folder to write into; on success it is hashed and takes the place of `folder`.
+
+    Args:
+        folder: where the part will stand.
+        reads: the dotted recipe keys, and values, that the part depends on.
+
+    Raises:
+        RunFolderError: on another process than the main one, which alone writes.
+    """
+    if not distributed.is_main():
+        raise RunFolderError(
+            f"process {distributed.rank()} does not find {folder}, which process 0 has written",
+            "Put the run folder on a file system that all machines share",
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.parent / f".tmp-{folder.name}"
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir()
+    yield aside
+    write_text(aside / MANIFEST, to_json({"files": _hashes(aside), "reads": reads}))
+    if folder.exists():
+        old = folder.parent / f".tmp-old-{folder.name}"
+        folder.rename(old)
+        aside.rename(folder)
+        shutil.rmtree(old)
+    else:
+        aside.rename(folder)
+    _sync(folder.parent)
+
+
+def reads(folder: Path) -> dict[str, Any] | None:
+    """What a complete part had read; None where the part is absent.
+
+    Raises:
+        RunFolderError: if a file of the part is missing or not what was written.
+    """
+    if not folder.exists():
+        return None
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        expected, read = dict(manifest["files"]), manifest["reads"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, MANIFEST, "missing or unreadable") from error
+    for name, digest in expected.items():
+        if not (folder / name).is_file():
+            raise _damaged(folder, name, "missing")
+        if sha256(folder / name) != digest:
+            raise _damaged(folder, name, "not what was written")
+    return read
+
+
+def check_finished(run: Path, only: str | None = None) -> None:
+    """Compares a finished run's record, report and publish folder with what was written.
+
+    Args:
+        run: the run folder.
+        only: the one file to look at, by its path in the run.
+
+    Raises:
+        RunFolderError: naming the first file that is missing, changed, or of somebody else.
+    """
+    if reads(run / REPORT) is None:
+        raise RunFolderError(f"{run} is not finished", "Run the same `hftl run` again")
+    noted = _noted(run)
+    for name, content in noted.items():
+        known = [content] if isinstance(content, str) else content
+        if only in (None, name) and (not (run / name).is_file() or sha256(run / name) not in known):
+            raise RunFolderError(
+                f"{run / name} is not what was written", "Run the same `hftl run` again to mend it"
+            )
+    strange = [] if only else [path for path in _files(run) if _inside(run, path) not in noted]
+    if strange:
+        raise RunFolderError(f"{min(strange)} was not written by the run", "Remove it")
+
+
+def intact(run: Path) -> bool:
+    """Whether a finished run's files are those that were written, and no others."""
+    return _noted(run) == _finished(run)
+
+
+def note_finished(run: Path, inputs: str | None = None) -> None:
+    """Notes the finished files, to see that none was lost or changed since.
+
+    Args:
+        run: the run folder.
+        inputs: a hash of what they come from; as it was where it is not given.
+    """
+    _note(run, _finished(run), inputs)
+
+
+def amend_finished(run: Path, texts: dict[str, str]) -> None:
+    """Writes finished files anew; killed meanwhile, each is the old or the new one, and known.
+
+    Args:
+        run: the run folder.
+        texts: by path in it.
+    """
+    now = _finished(run)
+    then = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    if all(now.get(name) == content for name, content in then.items()) and now == _noted(run):
+        return
+    either = {name: sorted({now.get(name, content), content}) for name, content in then.items()}
+    _note(run, {**now, **either})
+    for name, text in texts.items():
+        write_text(run / name, text)
+    note_finished(run)
+
+
+def _note(run: Path, files: dict[str, Any], inputs: str | None = None) -> None:
+    done = run / REPORT
+    if inputs is None:
+        inputs = (reads(done) or {}).get("inputs")
+    with commit(done, {"inputs": inputs}) as aside:
+        write_text(aside / "files.json", to_json(files))
+
+
+def _noted(run: Path) -> dict[str, Any]:
+    """By path the hash of each finished file, or two of one that was being written anew."""
+    stored = run / REPORT / "files.json"
+    return json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
+
+
+def _finished(run: Path) -> dict[str, str]:
+    return {_inside(run, path): sha256(path) for path in _files(run)}
+
+
+def _files(run: Path) -> list[Path]:
+    folders = (run / "publish", run / "publish-base")
+    files = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
+    return files + [p for p in (run / "record.json", run / "report.html") if p.exists()]
+
+
+def _inside(run: Path, path: Path) -> str:
+    return path.relative_to(run).as_posix()
+
+
+def digest(folder: Path) -> str:
+    """The content hash of a complete part, which says whether what follows from it is stale."""
+    return sha256(folder / MANIFEST)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all; one that says the same already is left alone."""
+    if path.exists() and path.read_bytes() == text.encode("utf-8"):
+        return
+    aside = path.parent / f".tmp-{path.name}"
+    with open(aside, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    aside.rename(path)
+
+
+def _damaged(part: Path, name: str, how: str) -> RunFolderError:
+    return RunFolderError(f"{part / name} is {how}", f"Delete {part} and run again")
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file, each flushed to the disk first."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        _sync(path)
+        found[path.relative_to(folder).as_posix()] = sha256(path)
+    return found
+
+
+def sha256(path: Path) -> str:
+    """The content hash of a file, in hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

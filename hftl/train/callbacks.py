@@ -1,0 +1,146 @@
+"""Time a forward pass or a training step on one batch, in the precision of training."""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+from hftl.runtime.hardware import precision
+from hftl.runtime.progress import Advance, open_bar
+from hftl.train.frozen_eval import training_modes
+
+REPEATS = 2
+"""Calls that are timed, after one that is not."""
+
+
+def time_step(
+    model: nn.Module, batch: dict[str, Any], training: dict[str, Any], device: str
+) -> float:
+    """Return the seconds of one training step: forward, backward and optimizer, weights unmoved.
+
+    Args:
+        model: on the device; what requires a gradient trains. Left with its modules in the modes
+            of training.
+        batch: the model's inputs.
+        training: fields of TrainingArguments, for the precision.
+        device: where the model is.
+    """
+    for module, live in training_modes(model):
+        module.training = live
+    # At rate 0 the step costs what any step costs, and changes nothing.
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    inputs = _moved(batch, device)
+
+    def step() -> None:
+        with _autocast(training, device):
+            outputs = model(**inputs).logits
+        outputs.float().logsumexp(-1).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return _timed(step, device)
+
+
+def time_forward(
+    model: nn.Module, batch: dict[str, Any], training: dict[str, Any] | None, device: str
+) -> float:
+    """Return the seconds of one forward pass in eval mode; without `training` in fp32."""
+    model.eval()
+    inputs = _moved(batch, device)
+
+    def forward() -> None:
+        with torch.no_grad(), _autocast(training or {"bf16": False}, device):
+            model(**inputs)
+
+    return _timed(forward, device)
+
+
+def _moved(batch: dict[str, Any], device: str) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _autocast(training: dict[str, Any], device: str) -> AbstractContextManager[Any]:
+    chosen = precision(training)
+    dtype = torch.float16 if chosen["fp16"] else torch.bfloat16
+    return torch.autocast(device, dtype, enabled=any(chosen.values()))
+
+
+def _timed(work: Callable[[], None], device: str) -> float:
+    work()
+    _wait(device)
+    seconds = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        work()
+        _wait(device)
+        seconds.append(time.perf_counter() - started)
+    # The shorter one: what else the machine did in between is not the work's.
+    return min(seconds)
+
+
+def _wait(device: str) -> None:
+    """Wait for an accelerator, which works behind the caller's back."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+# Show a training on the terminal: epoch, loss, step and evaluation.
+
+
+class TrainingProgress(TrainerCallback):
+    """One bar over the optimizer's steps, and one over the batches of each evaluation."""
+
+    def __init__(self) -> None:
+        self._training, self._evaluation = ExitStack(), ExitStack()
+        self._advance: Advance | None = None
+        self._advance_evaluation: Advance | None = None
+        self._evaluated = 0
+        self._loss: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the bar."""
+        self._loss = None
+        self._advance = self._training.enter_context(open_bar("training", state.max_steps))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Move the bar, with the epoch and the last logged loss in front of it."""
+        if self._advance is not None:
+            epochs = state.num_train_epochs or args.num_train_epochs
+            loss = "" if self._loss is None else f", loss {self._loss:.3f}"
+            self._advance(state.global_step, f"epoch {state.epoch or 0:.1f}/{epochs:g}{loss}")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Remember the loss."""
+        self._loss = (logs or {}).get("loss", self._loss)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any
+    ) -> None:
+        """Move the evaluation's bar."""
+        if self._advance_evaluation is None:
+            batches = len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else None
+            bar = open_bar("evaluation", batches)
+            self._advance_evaluation = self._evaluation.enter_context(bar)
+        self._evaluated += 1
+        self._advance_evaluation(self._evaluated)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the evaluation's bar."""
+        self._evaluation.close()
+        self._advance_evaluation, self._evaluated = None, 0
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the bar."""
+        self._training.close()
+        self._advance = None
+
+
+def replace_progress(trainer: Trainer) -> None:
+    """Show this trainer's progress in hftl's own way instead of transformers'."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(TrainingProgress())

@@ -1,1 +1,0 @@
-"""A published model in use: found, loaded, asked, and compared with others."""
