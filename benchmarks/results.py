@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hftl import console
-from hftl.card.result_sections import adaptation_sentence
+from hftl.card.result_sections import adaptation_sentence, was_measured
 from hftl.measure.record import Record
 from hftl.measure.verdict import interval_text
 from hftl.publish.sanitize import publishable
@@ -71,7 +71,7 @@ def block(name: str) -> str:
     if "table" in told:
         return "```\n" + "\n".join(told["table"]) + "\n```"
     lines = [console.ladder(told)]
-    if told.get("forgetting"):
+    if told.get("forgetting") and was_measured(told):
         lines += ["", console.forgetting(told), ""]
     if told.get("adapt"):
         lines += [*map(console.adaptation, told["adapt"]["stages"]), adaptation_sentence(told)]
