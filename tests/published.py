@@ -58,14 +58,14 @@ def put_base(hub: LocalHub, model: Path) -> str:
 
 SERVE = f"""
 import contextlib, io, json, sys
-from hftl import cli, failure
-from hftl.publish import patience
+from hftl import cli, cli_errors
+from hftl.publish import http_retry
 for name, seconds in {PATIENCE!r}.items():
-    setattr(patience, name, seconds)
+    setattr(http_retry, name, seconds)
 real = sys.stdout
 for line in sys.stdin:
     sys.argv = ["hftl", *json.loads(line)]
-    failure.COMMAND = failure.Command()
+    cli_errors.COMMAND = cli_errors.Command()
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -79,7 +79,7 @@ Pusher = Callable[..., tuple[int, str, str]]
 
 @contextmanager
 def pusher(environment: dict[str, str]) -> Iterator[Pusher]:
-    """`push("publish", run, ...)`: commands in one long-lived process, of little patience.
+    """`push("publish", run, ...)`: commands in one long-lived process, of little http_retry.
 
     Gives the exit code, and what was said on stdout and stderr.
     """

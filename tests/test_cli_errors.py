@@ -311,7 +311,7 @@ def test_help_and_a_misspelt_key_answer_at_once(tmp_path: Path, misspelt: bool) 
 
 def test_the_command_line_imports_no_heavy_library() -> None:
     code = (
-        "import sys; import hftl.cli; from hftl.recipe import Recipe; "
+        "import sys; import hftl.cli; from hftl.config.recipe import Recipe; "
         "Recipe.parse({'source': {'model': 'x'}, 'data': {'train': {'path': 'a'}}, "
         "'finetune': {'training': {'bf16': True}, 'lora': {'r': 4}}}); "
         "print([m for m in ('torch', 'transformers', 'peft', 'datasets', 'sklearn', 'numpy') "

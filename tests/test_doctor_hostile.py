@@ -58,14 +58,14 @@ HOSTILE = """
 import json, sys
 from pathlib import Path
 import numpy, torch, peft, transformers, huggingface_hub
-from hftl.publish.doctor import once, reloading
-from hftl.publish.doctor.examine import examine
-from hftl.publish.doctor.told import told
+from hftl.doctor import load_check, load_once
+from hftl.doctor.checks import examine
+from hftl.doctor.report import told
 
 sound, *hostile = sys.argv[1:]
 # The loads stand under the watch too.
-reloading.loads = lambda clean, base, name: [
-    numpy.array(once.output(clean, base, name, seed)) for seed in reloading.SEEDS
+load_check.loads = lambda clean, base, name: [
+    numpy.array(load_once.output(clean, base, name, seed)) for seed in load_check.SEEDS
 ]
 BAD = ("socket.connect", "subprocess.Popen", "os.system", "os.exec", "pickle.find_class")
 seen = {"import": [], "open": [], "bad": []}

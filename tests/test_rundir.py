@@ -114,8 +114,8 @@ def test_a_manifest_that_is_missing_or_damaged_is_named(part: Path, content: byt
 HOLD = """
 import sys, time
 from pathlib import Path
-from hftl import rundir
-with rundir.locked(Path(sys.argv[1])):
+from hftl.runtime import run_folder
+with run_folder.locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
