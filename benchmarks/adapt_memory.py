@@ -73,7 +73,7 @@ def write_corpus(path: Path, size: int, line: int) -> int:
 
 def vocabulary() -> list[str]:
     """Whole words of MiniLM's tokenizer, the short and frequent ones first as they stand there."""
-    folder = paths.find(MODEL, "MODEL")
+    folder = paths.resolve_local_path(MODEL, "MODEL")
     assert folder is not None
     core = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     known = sorted(core["model"]["vocab"].items(), key=lambda item: item[1])
@@ -82,7 +82,7 @@ def vocabulary() -> list[str]:
 
 def write_source(folder: Path) -> Path:
     """MiniLM as a checkpoint that has a head for masked words."""
-    source = str(paths.find(MODEL, "MODEL"))
+    source = str(paths.resolve_local_path(MODEL, "MODEL"))
     AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return folder
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="blocks a step; default: 32")
     parser.add_argument("--into", type=Path, default=RESULT, help="default: %(default)s")
     given = parser.parse_args()
-    model = paths.find(MODEL, "MODEL")
+    model = paths.resolve_local_path(MODEL, "MODEL")
     assert model is not None
     with tempfile.TemporaryDirectory() as name:
         write_source(Path(name) / "source")

@@ -49,12 +49,12 @@ from transformers import AutoModelForMaskedLM, BertConfig, Trainer, TrainerCallb
 from hftl.adapt.encoder_io import set_trainable
 from hftl.adapt.mlm import load_mlm
 from hftl.config.source import Source
-from hftl.data.corpus import FRAME, STARTS, Blocks
-from hftl.data.masking import NO_LABEL, MaskedBlocks, Masking
+from hftl.data.corpus import SPECIAL_TOKENS_FILE, STARTS_WORD, TokenBlocks
+from hftl.data.masking import IGNORE_INDEX, MaskedBlocks, MaskingSpec
 from hftl.models.source import find_source
-from hftl.runtime.hardware import fast_bf16
-from hftl.train.arguments import arguments
-from hftl.train.samplers import SeededOrder
+from hftl.runtime.hardware import has_fast_bf16
+from hftl.train.arguments import build_training_arguments
+from hftl.train.samplers import SeededSampler
 from hftl.train.trainer import TransferTrainer
 
 RESULT = Path(__file__).parent / "results" / "adapt_mlm.json"
@@ -100,7 +100,7 @@ class Peer(Trainer):
     """transformers' Trainer, which only takes the rows in hftl's order."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return SeededOrder(len(self.train_dataset), SEED)  # pyright: ignore[reportArgumentType]
+        return SeededSampler(len(self.train_dataset), SEED)  # pyright: ignore[reportArgumentType]
 
 
 class Watch(TrainerCallback):
@@ -128,10 +128,10 @@ def make(shape: Shape, folder: Path) -> None:
     draw.integers(WORDS, shape.vocabulary, blocks * payload).astype("uint32").tofile(
         folder / "train.ids"
     )
-    np.full(blocks * payload, STARTS, np.uint8).tofile(folder / "train.flags")
+    np.full(blocks * payload, STARTS_WORD, np.uint8).tofile(folder / "train.flags")
     np.save(folder / "train.npy", np.arange(blocks + 1) * payload)
     frame = {"prefix": [FIRST], "suffix": [LAST], "dtype": "uint32"}
-    (folder / FRAME).write_text(json.dumps(frame), encoding="utf-8")
+    (folder / SPECIAL_TOKENS_FILE).write_text(json.dumps(frame), encoding="utf-8")
 
 
 def masked_blocks(shape: Shape, folder: Path) -> MaskedBlocks:
@@ -139,7 +139,7 @@ def masked_blocks(shape: Shape, folder: Path) -> MaskedBlocks:
     special = np.arange(shape.vocabulary) < WORDS
     words = np.arange(WORDS, shape.vocabulary)
     return MaskedBlocks(
-        Blocks(folder, "train"), Masking(RATIO, True, MASK, special, words), SEED, PAD
+        TokenBlocks(folder, "train"), MaskingSpec(RATIO, True, MASK, special, words), SEED, PAD
     )
 
 
@@ -151,7 +151,7 @@ def whole_labels(data: MaskedBlocks) -> Callable[[list[Any]], dict[str, Tensor]]
 
     def collate(rows: list[Any]) -> dict[str, Tensor]:
         batch = data.collate(rows)
-        labels = torch.full_like(batch["input_ids"], NO_LABEL)
+        labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
         labels.view(-1)[batch["flat"]] = batch["labels"].view(-1)[batch["slots"]]
         return {"input_ids": batch["input_ids"], "labels": labels}
 
@@ -174,14 +174,14 @@ def contender(who: str, shape: Shape, folder: Path, training: dict[str, Any]) ->
         "save_strategy": "no", "logging_strategy": "no", "report_to": "none",
         "logging_nan_inf_filter": False,
     }  # fmt: skip
-    args = arguments("adapt", training, shared, str(folder / "out"), SEED, "cpu")
+    args = build_training_arguments("adapt", training, shared, str(folder / "out"), SEED, "cpu")
     if who == "trainer":
         model = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32)
         return Peer(model=model, args=args, train_dataset=data, data_collator=whole_labels(data))
     source = find_source(Source(model=str(folder)))
     model, fresh = load_mlm(source, SEED)
     assert not fresh, fresh
-    set_trainable(model, source.anatomy, "full", 0, {})
+    set_trainable(model, source.architecture_spec, "full", 0, {})
     return TransferTrainer(model=model, args=args, train_dataset=data, data_collator=data.collate)
 
 
@@ -236,7 +236,7 @@ def measure(who: str, shape: Shape, folder: Path) -> dict[str, Any]:
 
 def timed(shape: Shape) -> dict[str, Any]:
     """What a measurement trains."""
-    return {"max_steps": shape.warm_up + shape.steps, "bf16": fast_bf16("cpu")}
+    return {"max_steps": shape.warm_up + shape.steps, "bf16": has_fast_bf16("cpu")}
 
 
 def train(trainer: Trainer) -> None:
@@ -307,7 +307,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": names[0].split(":", 1)[1].strip() if names else platform.machine(),
         "cores": os.cpu_count(),
-        "bf16": fast_bf16("cpu"),
+        "bf16": has_fast_bf16("cpu"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

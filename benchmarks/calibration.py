@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from hftl.measure.forgetting import Asked, figures
-from hftl.measure.gain import MARGIN, lesser_gain
-from hftl.measure.statistics import MeanError, block_of_rows, mean_error, outcome
+from hftl.measure.forgetting import ForgettingSpec, measure_forgetting
+from hftl.measure.gain import MARGIN, select_lesser_gain
+from hftl.measure.statistics import MeanError, assign_blocks, classify_gain, estimate_mean_error
 
 RESULT = Path(__file__).parent / "results" / "calibration.json"
 REPLICATES = 4000
@@ -93,7 +93,7 @@ def draw_right(
 
 def block_values(differences: np.ndarray, units: np.ndarray) -> np.ndarray:
     """Return what `jackknife` makes of a mean, (..., blocks), for (..., rows) at once."""
-    block = block_of_rows(units)
+    block = assign_blocks(units)
     sizes = np.bincount(block)
     starts = np.r_[0, np.cumsum(sizes)[:-1]]
     ordered = np.take(differences, np.argsort(block, kind="stable"), axis=-1)
@@ -104,7 +104,7 @@ def block_values(differences: np.ndarray, units: np.ndarray) -> np.ndarray:
 
 def error_of(values: np.ndarray, units: np.ndarray) -> MeanError:
     """Return the error of one replicate's (seeds, blocks) values."""
-    error = mean_error(values, np.bincount(block_of_rows(units)))
+    error = estimate_mean_error(values, np.bincount(assign_blocks(units)))
     assert error is not None
     return error
 
@@ -197,7 +197,7 @@ def null_outcomes(
             gains = {
                 arm: _gain(rights["own"][i] - rights[arm][i]) for arm in ("scratch", "classical")
             }
-            least = lesser_gain(gains)
+            least = select_lesser_gain(gains)
             by_validation = max(gains, key=lambda arm: scores[arm][i].mean())
             told["lesser"].append(least["outcome"])
             told["named"].append(least["baseline"] == "scratch")
@@ -211,7 +211,7 @@ def _gain(differences: np.ndarray) -> dict[str, Any]:
     units = np.arange(differences.shape[1])
     value = float(differences.mean())
     interval = error_of(block_values(differences, units), units).interval(value)
-    return {"value": value, "ci95": list(interval), "outcome": outcome(interval, MARGIN)}
+    return {"value": value, "ci95": list(interval), "outcome": classify_gain(interval, MARGIN)}
 
 
 def judge_positive(replicates: int) -> list[dict[str, Any]]:
@@ -254,8 +254,8 @@ def changes(
         new = old + far * (old @ turn + rng.normal(size=old.shape))
         after.append({"general": new, "new": new[:1]})
     controls = {"document": units.astype(str), "tone": tone.astype(str)}
-    asked = Asked(controls, ("tone",) if probes else (), units, 0.2)
-    found = figures({"general": old, "new": old[:1]}, {"own": after}, asked)["own"]
+    asked = ForgettingSpec(controls, ("tone",) if probes else (), units, 0.2)
+    found = measure_forgetting({"general": old, "new": old[:1]}, {"own": after}, asked)["own"]
     told = {name: found[name] for name in ("neighbours", "cosine", "kl", "cka")}
     for control, figure in found["controls"].items():
         told |= {f"{control} {name}": value for name, value in figure.items() if value}

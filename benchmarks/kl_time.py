@@ -23,10 +23,10 @@ from typing import Any
 import hftl
 from hftl.config.retain import KL, Replay, Retain
 from hftl.data.general import load_general
-from hftl.data.prepare import prepare
+from hftl.data.prepare import prepare_data
 from hftl.finetune.arm import train_arm
-from hftl.finetune.context import Workbench, new_bench, reading_of
-from hftl.finetune.retention import kept_near
+from hftl.finetune.context import ExperimentContext, build_context, build_input_spec
+from hftl.finetune.retention import build_regularizers
 from hftl.models.source import find_source
 from hftl.pipeline import pipeline
 
@@ -58,27 +58,27 @@ WAYS: dict[str, Retain | None] = {
 }
 
 
-def opened() -> tuple[hftl.Recipe, Workbench]:
+def opened() -> tuple[hftl.Recipe, ExperimentContext]:
     """The recipe and its workbench, with the general rows read."""
     recipe = hftl.Recipe.parse(RECIPE, "benchmarks/kl_time.py")
     source = find_source(recipe.source)
-    reading = reading_of(source, "classification")
-    prepared = prepare(recipe.data, reading)
-    bench = new_bench(recipe, source, prepared)
+    reading = build_input_spec(source, "classification")
+    prepared = prepare_data(recipe.data, reading)
+    bench = build_context(recipe, source, prepared)
     bench.general = load_general(recipe.data, prepared, reading)
     return recipe, bench
 
 
-def once(recipe: hftl.Recipe, bench: Workbench, way: str) -> tuple[float, float]:
+def once(recipe: hftl.Recipe, bench: ExperimentContext, way: str) -> tuple[float, float]:
     """Seconds on the clock and of the processor that one training takes, its reference included."""
     clock, processor = time.perf_counter(), time.process_time()
-    kept = kept_near(
+    kept = build_regularizers(
         bench,
         WAYS[way],
         recipe.finetune,
         0,
         lambda: ({}, {}),
-        lambda before: before.build("mean", 0).model,
+        lambda before: before.build_model("mean", 0).model,
     )
     train_arm(bench, recipe.finetune, 0, kept)
     return time.perf_counter() - clock, time.process_time() - processor
@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The time that KL costs a LoRA fine-tuning.")
     parser.add_argument("--pairs", type=int, default=3)
     given = parser.parse_args()
-    pipeline.quiet()
+    pipeline.silence_libraries()
     recipe, bench = opened()
     once(recipe, bench, "none")
     pairs = []

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from hftl import console
-from hftl.card.result_sections import adaptation_sentence, was_measured
+from hftl.card.result_sections import format_adaptation_sentence, has_forgetting
 from hftl.measure.record import Record
-from hftl.measure.verdict import interval_text
-from hftl.publish.sanitize import publishable
+from hftl.measure.verdict import format_gain
+from hftl.publish.sanitize import sanitize_record
 from hftl.runtime.fingerprints import to_json
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +48,7 @@ INDEX = {
 
 def keep(run: Path) -> None:
     """Writes a finished run's figures to benchmarks/results."""
-    told = publishable(Record.read(run).tree)
+    told = sanitize_record(Record.read(run).tree)
     kept = {key: told[key] for key in KEPT}
     kept["recipe"] = told["recipe"]
     RESULTS.mkdir(exist_ok=True)
@@ -70,11 +70,14 @@ def block(name: str) -> str:
     told = kept(name)
     if "table" in told:
         return "```\n" + "\n".join(told["table"]) + "\n```"
-    lines = [console.ladder(told)]
-    if told.get("forgetting") and was_measured(told):
-        lines += ["", console.forgetting(told), ""]
+    lines = [console.format_ladder(told)]
+    if told.get("forgetting") and has_forgetting(told):
+        lines += ["", console.format_forgetting(told), ""]
     if told.get("adapt"):
-        lines += [*map(console.adaptation, told["adapt"]["stages"]), adaptation_sentence(told)]
+        lines += [
+            *map(console.format_adaptation, told["adapt"]["stages"]),
+            format_adaptation_sentence(told),
+        ]
     return "```\n" + "\n".join(lines) + "\n```"
 
 
@@ -82,11 +85,11 @@ def _index_row(run: str, path: str) -> str:
     told = kept(run)
     gain = told["transfer_gain"]
     own = next(row for row in told["ladder"] if row["arm"] == told["own_arm"])
-    worth = "no baseline" if gain is None else f"{interval_text(gain)} over {gain['baseline']}"
+    worth = "no baseline" if gain is None else f"{format_gain(gain)} over {gain['baseline']}"
     decision = told["verdict"]["decision"]
     score = f"{told['metric']} {own['test']:.3f}"
     adapted = told["adapt"]["gain"] if told.get("adapt") else None
-    share = "" if adapted is None else interval_text(adapted)
+    share = "" if adapted is None else format_gain(adapted)
     return f"| `{path}` | {told['own_arm']} | {score} | {worth} | {share} | {decision} |"
 
 

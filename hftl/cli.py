@@ -20,7 +20,7 @@ from hftl.runtime import distributed
 from hftl.runtime.fingerprints import to_json
 
 if TYPE_CHECKING:
-    from hftl.publish.checks import Listing
+    from hftl.publish.checks import PushPreview
 
 app = typer.Typer(
     name="hftl",
@@ -40,18 +40,20 @@ Output = Annotated[
 Restart = Annotated[bool, typer.Option("--restart", help="throw away what the run folder holds")]
 
 
-def _there(run: Path) -> Path:
+def _check_run_folder(run: Path) -> Path:
     """Answers at once where nothing is, before anything heavy is imported."""
     if not run.is_dir():
         raise RecipeError(f"there is no run folder {run}", "Give the folder that `hftl run` wrote")
     return run
 
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder", callback=_there)]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="a run folder", callback=_check_run_folder)
+]
 
 
 @app.callback(invoke_without_command=True)
-def _main(
+def _show_version_or_help(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks on the screen")] = False,
@@ -71,7 +73,7 @@ def run(
     restart: Restart = False,
 ) -> None:
     """Run a recipe: all phases, or what is missing of them."""
-    _run(recipe, overrides, output, restart, "publish")
+    _run_until(recipe, overrides, output, restart, "publish")
 
 
 @app.command()
@@ -82,7 +84,7 @@ def adapt(
     restart: Restart = False,
 ) -> None:
     """Run a recipe up to its adapted encoder."""
-    _run(recipe, overrides, output, restart, "adapt")
+    _run_until(recipe, overrides, output, restart, "adapt")
 
 
 @app.command()
@@ -93,7 +95,7 @@ def finetune(
     restart: Restart = False,
 ) -> None:
     """Run a recipe up to its trained arms."""
-    _run(recipe, overrides, output, restart, "finetune")
+    _run_until(recipe, overrides, output, restart, "finetune")
 
 
 @app.command()
@@ -104,7 +106,7 @@ def measure(
     restart: Restart = False,
 ) -> None:
     """Run a recipe up to its record and verdict."""
-    _run(recipe, overrides, output, restart, "measure")
+    _run_until(recipe, overrides, output, restart, "measure")
 
 
 @app.command()
@@ -112,15 +114,15 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Look at recipe, data and source model; trains nothing."""
     loaded = Recipe.load(recipe, overrides)
     from hftl import console
-    from hftl.pipeline.pipeline import preflight
+    from hftl.pipeline.pipeline import check_recipe
 
-    with _progress():
-        header, found = preflight(loaded)
-    say(console.header(header))
+    with _show_progress():
+        header, found = check_recipe(loaded)
+    say(console.format_header(header))
     if loaded.data.task is not None:
-        say(f"  {console.input_facts(found)}")
+        say(f"  {console.format_input_facts(found)}")
     for arm, rows in found.get("learning_rates", {}).items():
-        say(console.learning_rates(arm, rows))
+        say(console.format_learning_rates(arm, rows))
     for warning in found["warnings"]:
         say(f"  warning: {warning}")
     say("ready" if not found["warnings"] else "ready, with the warnings above")
@@ -150,10 +152,10 @@ def predict(
 ) -> None:
     """Predict a table's rows: label, score, a column a class."""
     from hftl.inference.predict_table import predict_table
-    from hftl.pipeline.pipeline import quiet
+    from hftl.pipeline.pipeline import silence_libraries
 
-    quiet()
-    with _progress():
+    silence_libraries()
+    with _show_progress():
         text = predict_table(model, data, output, base)
     if text is not None:
         sys.stdout.write(text)
@@ -167,8 +169,8 @@ def card(run: RunFolder) -> None:
     from hftl.pipeline import evaluate_adaptation
     from hftl.pipeline.evaluate import rewrite_card
 
-    if evaluate_adaptation.adapts_only(run):
-        evaluate_adaptation.rewrite_card(run)
+    if evaluate_adaptation.is_adaptation_run(run):
+        evaluate_adaptation.rewrite_adaptation_card(run)
     else:
         rewrite_card(run)
     say(f"card     {run}/publish/README.md\nreport   {run}/report.html")
@@ -191,16 +193,16 @@ def publish(
     """Push a finished run to a model hub, in one commit."""
     from hftl.pipeline import push
 
-    asked = push.Asked(repo_id, public, request, force, license)
+    asked = push.PushOptions(repo_id, public, request, force, license)
     if dry_run:
-        listing = push.looked_at(run, asked)
-        _list(listing)
-        push.refuse_hold(listing, asked)
-        push.warn_of_license(run, asked, say)
-        push.ask_hub(run, asked, say)
+        listing = push.validate_push(run, asked)
+        _print_listing(listing)
+        push.check_verdict(listing, asked)
+        push.warn_missing_license(run, asked, say)
+        push.check_push_on_hub(run, asked, say)
     else:
-        cli_errors.COMMAND.run = run
-        push.publish(run, asked, say)
+        cli_errors.CURRENT_COMMAND.run = run
+        push.publish_run(run, asked, say)
 
 
 def show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
@@ -215,7 +217,7 @@ def show_warning(message: Warning | str, category: type[Warning], *_: Any) -> No
         typer.echo(line, err=True)
 
 
-def _list(found: "Listing") -> None:
+def _print_listing(found: "PushPreview") -> None:
     if found.base_files:
         say("first the adapted base, whose commit the adapter then names:")
     for name, size in found.base_files:
@@ -232,11 +234,11 @@ def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="mend what is safe to mend")] = False,
 ) -> None:
     """Examine any adapter, running none of it; exits 4 on defects."""
-    from hftl.doctor.report import diagnose
-    from hftl.pipeline.pipeline import quiet
+    from hftl.doctor.report import run_doctor
+    from hftl.pipeline.pipeline import silence_libraries
 
-    quiet()
-    raise typer.Exit(diagnose(adapter, base, fix, say))
+    silence_libraries()
+    raise typer.Exit(run_doctor(adapter, base, fix, say))
 
 
 @app.command()
@@ -247,11 +249,11 @@ def compare(
     base: Annotated[str | None, typer.Option(help="the adapters' base, if elsewhere")] = None,
 ) -> None:
     """Score several models on the same items, against the first."""
-    from hftl.inference.compare import compare as compared
-    from hftl.pipeline.pipeline import quiet
+    from hftl.inference.compare import compare_models as compared
+    from hftl.pipeline.pipeline import silence_libraries
 
-    quiet()
-    with _progress():
+    silence_libraries()
+    with _show_progress():
         table = compared(models, data, output)
     say(table)
     if output is not None:
@@ -264,14 +266,14 @@ def schema() -> None:
     say(to_json(Recipe.model_json_schema()).rstrip())
 
 
-def _progress() -> AbstractContextManager[None]:
+def _show_progress() -> AbstractContextManager[None]:
     """Show progress while a command works, where somebody looks at a terminal."""
     from hftl.runtime.progress import show_progress
 
-    return show_progress(_is_watched())
+    return show_progress(_is_interactive())
 
 
-def _is_watched() -> bool:
+def _is_interactive() -> bool:
     return sys.stderr.isatty() and distributed.is_main()
 
 
@@ -285,16 +287,16 @@ def say(line: str) -> None:
     typer.echo(line)
 
 
-def _run(
+def _run_until(
     recipe: Path, overrides: list[str] | None, output: Path | None, restart: bool, until: str
 ) -> None:
-    loaded = distributed.share(lambda: Recipe.load(recipe, overrides))
+    loaded = distributed.broadcast_from_main(lambda: Recipe.load(recipe, overrides))
     folder = output or loaded.default_output()
-    cli_errors.COMMAND.run = folder
-    cli_errors.COMMAND.again = " ".join(["hftl", *map(_quoted, sys.argv[1:])])
+    cli_errors.CURRENT_COMMAND.run = folder
+    cli_errors.CURRENT_COMMAND.resume_command = " ".join(["hftl", *map(_quote_word, sys.argv[1:])])
     from hftl.pipeline import pipeline
 
-    pipeline.run(loaded, folder, until=until, restart=restart, say=say, progress=_is_watched())
+    pipeline.run(loaded, folder, until=until, restart=restart, say=say, progress=_is_interactive())
 
 
 def main() -> NoReturn:
@@ -304,31 +306,31 @@ def main() -> NoReturn:
         # Wherever it stands on the line, it belongs to hftl and not to the command.
         sys.argv = [sys.argv[0], "--debug", *[a for a in sys.argv[1:] if a != "--debug"]]
     warnings.showwarning = show_warning
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
         code = app(standalone_mode=False) or 0
     except HftlError as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        code = cli_errors.fail(error.exit_code, error, str(error), debug)
+        code = cli_errors.report_failure(error.exit_code, error, str(error), debug)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except Exception as error:  # noqa: BLE001 (the top of the program)
         # A launcher that ends the others now must not cut off what is told of the cause.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        code = cli_errors.other(error, debug)
-    if code in cli_errors.INTERRUPTED:
-        code = cli_errors.interrupted(code)
+        code = cli_errors.report_unexpected_error(error, debug)
+    if code in cli_errors.SIGNAL_EXIT_CODES:
+        code = cli_errors.report_interruption(code)
     sys.stdout.flush()
-    if code == 0 or distributed.failed_together():
-        distributed.close()
+    if code == 0 or distributed.has_shared_failure():
+        distributed.close_process_group()
     sys.exit(code)
 
 
-def _terminated(number: int, frame: Any) -> NoReturn:
+def _exit_on_signal(number: int, frame: Any) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _quoted(word: str) -> str:
+def _quote_word(word: str) -> str:
     return f"'{word}'" if any(c in word for c in " {}[]*;$") else word
 
 

@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hftl.card.result_sections import forgetting_rows, headline_words
-from hftl.measure.verdict import interval_text
+from hftl.card.result_sections import build_forgetting_rows, describe_headline
+from hftl.measure.verdict import format_gain
 
 
-def header(facts: dict[str, Any]) -> str:
+def format_header(facts: dict[str, Any]) -> str:
     """Two columns, before anything trains."""
     width = max(map(len, facts))
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in facts.items())
 
 
-def input_facts(found: dict[str, Any]) -> str:
+def format_input_facts(found: dict[str, Any]) -> str:
     """What the preflight saw of texts or pictures."""
     if "median_side" in found:
         return (
@@ -27,28 +27,28 @@ def input_facts(found: dict[str, Any]) -> str:
     )
 
 
-def learning_rates(arm: str, rows: list[dict[str, Any]]) -> str:
+def format_learning_rates(arm: str, rows: list[dict[str, Any]]) -> str:
     """The learning rate of every part of an arm's model."""
     cells = [(f"{arm} trains", "parameters", "which decay", "learning rate")]
     cells += [
         (row["part"], f"{row['parameters']:,}", f"{row['decayed']:,}", f"{row['rate']:.2e}")
         for row in rows
     ]
-    return table(cells)
+    return format_table(cells)
 
 
-def adaptation(stage: dict[str, Any]) -> str:
+def format_adaptation(stage: dict[str, Any]) -> str:
     """One adaptation: its corpus, what the losses and the guard did, and what was kept."""
     words = stage["objective"] == "mlm"
     loss = stage["loss"]
-    parts = [f"held-out loss {_moved(loss)}"]
+    parts = [f"held-out loss {_format_change(loss)}"]
     if words and None not in loss["perplexity"]:
         before, after = loss["perplexity"]
         parts[0] += f" (perplexity {before:.0f} -> {after:.0f})"
     if stage["general"] is not None:
-        parts.append(f"general loss {_moved(stage['general'])}")
+        parts.append(f"general loss {_format_change(stage['general'])}")
     if stage["guard"]["kind"] in ("probe", "neighbours"):
-        parts.append(f"{stage['guard']['kind']} {_moved(stage['guard'])}")
+        parts.append(f"{stage['guard']['kind']} {_format_change(stage['guard'])}")
     kept = f"kept step {stage['step']} of {stage['steps']}"
     if stage["kept"] == "original":
         kept = f"kept what it started from: {stage['why']}"
@@ -56,11 +56,11 @@ def adaptation(stage: dict[str, Any]) -> str:
     return f"  adapt {stage['objective']} {stage['method']}, {size}: {', '.join(parts)}; {kept}"
 
 
-def _moved(found: dict[str, Any]) -> str:
+def _format_change(found: dict[str, Any]) -> str:
     return f"{found['before']:.3f} -> {found['after']:.3f}"
 
 
-def arm_line(told: dict[str, Any], metric: str, count: str) -> str:
+def format_arm_line(told: dict[str, Any], metric: str, count: str) -> str:
     """One finished arm and seed; `count` says how many of how many."""
     test = told["metrics"]["test"].get(metric)
     score = "" if test is None else f"  test {metric} {test:.3f}"
@@ -69,7 +69,7 @@ def arm_line(told: dict[str, Any], metric: str, count: str) -> str:
     return f"  [{count}] {name:<22}{score}  {seconds:.0f} s"
 
 
-def ladder(record: dict[str, Any]) -> str:
+def format_ladder(record: dict[str, Any]) -> str:
     """Every arm's mean on the test items, and what the own arm gains over it."""
     metric = record["metric"]
     rows = [("arm", f"test {metric}", "sd", f"{record['own_arm']} gains")]
@@ -80,19 +80,19 @@ def ladder(record: dict[str, Any]) -> str:
                 row["arm"],
                 f"{row['test']:.3f}",
                 "-" if row["sd"] is None else f"{row['sd']:.3f}",
-                "" if gain is None else interval_text(gain),
+                "" if gain is None else format_gain(gain),
             )
         )
-    return table(rows)
+    return format_table(rows)
 
 
-def forgetting(record: dict[str, Any]) -> str:
+def format_forgetting(record: dict[str, Any]) -> str:
     """What every arm has forgotten, under a line that says of what."""
     rows = record["forgetting"]["rows"]
-    return f"  {headline_words(record)}, {rows:,} rows\n{table(forgetting_rows(record))}"
+    return f"  {describe_headline(record)}, {rows:,} rows\n{format_table(build_forgetting_rows(record))}"
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
+def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, a rule under the first row."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     padded = [map(str.ljust, row, widths) for row in rows]
@@ -100,7 +100,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "  " + "-" * (len(lines[0]) - 2), *lines[1:]])
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`40 s`, `3 min` or `2.5 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -94,7 +94,7 @@ class LostProcessError(HftlError):
         )
 
 
-def message_line(error: BaseException | str) -> str:
+def format_error_line(error: BaseException | str) -> str:
     """Return a library's message as one line: the first, and what follows where it ends in `:`."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     taken = 1

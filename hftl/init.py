@@ -6,15 +6,15 @@ from typing import Any
 
 import yaml
 
-from hftl.config.recipe import DEFAULT_METRIC
-from hftl.data.splits import IN_ALL
+from hftl.config.recipe import DEFAULT_METRICS
+from hftl.data.splits import TASKS_WITHOUT_CLASS_SHOTS
 from hftl.data.tables import IMAGE_SUFFIXES, READERS, guess_format
 from hftl.errors import DataError, RecipeError
 from hftl.runtime import paths, run_folder
 
-LOOKED_AT = 2000
+MAX_SAMPLE_ROWS = 2000
 """Rows a guess is made from."""
-MOST_CLASSES = 50
+MAX_CLASSES = 50
 LABEL_NAMES = (
     "label",
     "labels",
@@ -28,7 +28,7 @@ LABEL_NAMES = (
     "y",
 )
 TEXT_NAMES = ("text", "sentence", "review", "content", "body", "document", "comment", "message")
-WORDS_NAMES = ("tokens", "words")
+WORD_LIST_NAMES = ("tokens", "words")
 GROUP_NAMES = ("group", "document_id", "author", "user", "user_id", "patient", "session")
 
 TEMPLATE = """# Fine-tunes {source} on {data}, and measures what the transfer was worth.
@@ -66,18 +66,18 @@ measure:
 """
 
 
-POOLINGS = {
+POOLING_NOTES = {
     "image": "the architecture's own; pictures know no other",
     "text": "native | mean | cls; mean suits sentence encoders",
 }
-SIZES = {
+SIZE_LINES = {
     "image": "# image_size: 224            # pixels; null: the source's own",
     "text": "max_length: 128              # tokens; longer texts are cut",
 }
 
 
 @dataclass(frozen=True)
-class Guess:
+class ColumnGuess:
     """What the columns seem to be; each note says why.
 
     `kind` is `text` or `image`, and `inputs` the columns of it, for texts one or two.
@@ -107,60 +107,60 @@ def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, li
     path = output or Path(f"{data.stem}.yaml")
     if path.exists():
         raise RecipeError(f"{path} exists already", "Remove it, or choose another --output")
-    model = paths.find(source, "--source")
+    model = paths.resolve_local_path(source, "--source")
     if model is not None and not (model / "config.json").is_file():
         raise RecipeError(f"--source: {source} holds no model", "Give a folder with config.json")
     name = guess_format(data)
     rows = []
     for raw in READERS[name](data):
         rows.append(raw.values)
-        if len(rows) >= LOOKED_AT and not data.is_dir():
+        if len(rows) >= MAX_SAMPLE_ROWS and not data.is_dir():
             break
     if not rows:
         raise DataError(f"{data.name} has no rows", "Check the file")
     guess = guess_columns(data.name, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    run_folder.write_text(path, _filled(guess, data, source, path))
+    run_folder.write_text(path, _fill_template(guess, data, source, path))
     return path, guess.notes
 
 
-def guess_columns(name: str, rows: list[dict[str, Any]]) -> Guess:
+def guess_columns(name: str, rows: list[dict[str, Any]]) -> ColumnGuess:
     """Guesses text, label, task and group from the columns' names and values.
 
     Raises:
         DataError: naming what no column can be.
     """
     columns = {c: [row.get(c) for row in rows if row.get(c) not in (None, "")] for c in rows[0]}
-    image = next((c for c in columns if columns[c] and all(map(_is_picture, columns[c]))), None)
+    image = next((c for c in columns if columns[c] and all(map(_is_image, columns[c]))), None)
     others = {c: values for c, values in columns.items() if c != image}
-    label, task = _label(name, others)
-    words = _words(others, label) if task == "multi-label" else None
+    label, task = _guess_label(name, others)
+    words = _find_word_lists(others, label) if task == "multi-label" else None
     if words:
         task = "token-classification"
-    inputs = [image] if image else [words] if words else _texts(name, others, label)
+    inputs = [image] if image else [words] if words else _guess_text_columns(name, others, label)
     group = next(
         (c for c in others if c.lower() in GROUP_NAMES and c not in (*inputs, label)), None
     )
     kind = "image" if image else "text"
     named = len(inputs) > 1 or image or words or inputs[0].lower() in TEXT_NAMES
     notes = [f"{kind}: {' and '.join(inputs)} ({'by name' if named else 'the longest column'})"]
-    notes.append(f"label: {label} ({_label_words(task, columns[label])}), so the task is {task}")
+    notes.append(f"label: {label} ({_describe_label(task, columns[label])}), so the task is {task}")
     if group:
         notes.append(f"group: {group}; its rows stay in one split")
-    return Guess(kind, inputs, label, task, group, notes)
+    return ColumnGuess(kind, inputs, label, task, group, notes)
 
 
-def _label_words(task: str, values: list[Any]) -> str:
+def _describe_label(task: str, values: list[Any]) -> str:
     if task == "regression":
         return "a number"
     if task == "token-classification":
         return "a list as long as the words"
     if task == "multi-label":
         return "a list"
-    return f"{_distinct(values)} classes"
+    return f"{_count_distinct(values)} classes"
 
 
-def _is_picture(value: Any) -> bool:
+def _is_image(value: Any) -> bool:
     """A file that a folder of pictures holds, a table's own picture, or the path of one."""
     if isinstance(value, dict):
         return "bytes" in value
@@ -169,7 +169,7 @@ def _is_picture(value: Any) -> bool:
     )
 
 
-def _words(columns: dict[str, list[Any]], label: str) -> str | None:
+def _find_word_lists(columns: dict[str, list[Any]], label: str) -> str | None:
     """A column of lists as long as the label's lists, if there is one."""
     lengths = [len(value) for value in columns[label]]
     return next(
@@ -179,23 +179,27 @@ def _words(columns: dict[str, list[Any]], label: str) -> str | None:
     )  # fmt: skip
 
 
-def _label(name: str, columns: dict[str, list[Any]]) -> tuple[str, str]:
+def _guess_label(name: str, columns: dict[str, list[Any]]) -> tuple[str, str]:
     """The named label column, a column of lists, else the one with the fewest values."""
     named = [c for wanted in LABEL_NAMES for c in columns if c.lower() == wanted and columns[c]]
     lists = [
         c for c, values in columns.items()
-        if values and all(isinstance(v, list) for v in values) and c.lower() not in WORDS_NAMES
+        if values and all(isinstance(v, list) for v in values) and c.lower() not in WORD_LIST_NAMES
     ]  # fmt: skip
     few = sorted(
-        (c for c in columns if 2 <= _distinct(columns[c]) <= min(MOST_CLASSES, _half(columns[c]))),
-        key=lambda c: _distinct(columns[c]),
+        (
+            c
+            for c in columns
+            if 2 <= _count_distinct(columns[c]) <= min(MAX_CLASSES, _halve_count(columns[c]))
+        ),
+        key=lambda c: _count_distinct(columns[c]),
     )
     numbers = [c for c in columns if columns[c] and all(map(_is_number, columns[c]))]
     for column in [*named, *lists, *few, *numbers]:
         values = columns[column]
         if column in lists:
             return column, "multi-label"
-        many = _distinct(values) > MOST_CLASSES
+        many = _count_distinct(values) > MAX_CLASSES
         fractional = any(_is_number(v) and not float(v).is_integer() for v in values)
         if all(map(_is_number, values)) and (many or fractional):
             return column, "regression"
@@ -206,7 +210,7 @@ def _label(name: str, columns: dict[str, list[Any]]) -> tuple[str, str]:
     )
 
 
-def _texts(name: str, columns: dict[str, list[Any]], label: str) -> list[str]:
+def _guess_text_columns(name: str, columns: dict[str, list[Any]], label: str) -> list[str]:
     """The named text column, a pair such as sentence1 and sentence2, else the longest."""
     lengths = {
         c: sum(map(len, map(str, values))) / len(values)
@@ -229,34 +233,34 @@ def _texts(name: str, columns: dict[str, list[Any]], label: str) -> list[str]:
     return [named[0] if named else max(lengths, key=lambda c: lengths[c])]
 
 
-def _filled(guess: Guess, data: Path, source: str, path: Path) -> str:
-    in_all = guess.task in IN_ALL
+def _fill_template(guess: ColumnGuess, data: Path, source: str, path: Path) -> str:
+    in_all = guess.task in TASKS_WITHOUT_CLASS_SHOTS
     sentence_encoder = any(part in source.lower() for part in ("minilm", "sentence", "mpnet"))
     pooled = sentence_encoder and guess.kind == "text" and guess.task != "token-classification"
     return TEMPLATE.format(
-        source=_yaml(source), data=_yaml(str(data)), recipe=path, task=guess.task,
-        column=guess.kind, label=_yaml(guess.label),
-        name=_yaml(guess.inputs[0] if len(guess.inputs) == 1 else guess.inputs),
-        group=f"group: {_yaml(guess.group)}" if guess.group
+        source=_format_yaml(source), data=_format_yaml(str(data)), recipe=path, task=guess.task,
+        column=guess.kind, label=_format_yaml(guess.label),
+        name=_format_yaml(guess.inputs[0] if len(guess.inputs) == 1 else guess.inputs),
+        group=f"group: {_format_yaml(guess.group)}" if guess.group
         else "# group: document_id         # rows of one group never straddle splits",
         unit="in all" if in_all else "a class", lacks=guess.kind,
-        size=SIZES[guess.kind],
-        pooling="mean" if pooled else "native", pooling_note=POOLINGS[guess.kind],
-        metric=DEFAULT_METRIC.get(guess.task, "accuracy"),
+        size=SIZE_LINES[guess.kind],
+        pooling="mean" if pooled else "native", pooling_note=POOLING_NOTES[guess.kind],
+        metric=DEFAULT_METRICS.get(guess.task, "accuracy"),
     )  # fmt: skip
 
 
-def _yaml(value: str | list[str]) -> str:
+def _format_yaml(value: str | list[str]) -> str:
     """A name, or a list of them, on one line that YAML reads back as it is."""
     line = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
     return line.removesuffix("...\n").strip()
 
 
-def _distinct(values: list[Any]) -> int:
+def _count_distinct(values: list[Any]) -> int:
     return len({str(value) for value in values})
 
 
-def _half(values: list[Any]) -> int:
+def _halve_count(values: list[Any]) -> int:
     return max(2, len(values) // 2)
 
 

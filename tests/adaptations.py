@@ -9,28 +9,28 @@ import numpy as np
 from tiny import IMAGE_SIZE, save_tiny
 from torch import Tensor, nn
 
-from hftl.adapt.adaptation import Task, adapt
+from hftl.adapt.adaptation import AdaptationTask, adapt_encoder
 from hftl.adapt.encoder_io import set_trainable
-from hftl.adapt.guard import Rule
+from hftl.adapt.guard import GuardRule
 from hftl.adapt.mae import load_mae
-from hftl.adapt.masked_patches import MaskedPictures
-from hftl.adapt.masked_patches import collate as collate_pictures
+from hftl.adapt.masked_patches import MaskedImageDataset
+from hftl.adapt.masked_patches import collate_masked_images as collate_pictures
 from hftl.adapt.mlm import load_mlm
 from hftl.config.adapt import Adapt
 from hftl.config.data import Data
 from hftl.config.source import Source
 from hftl.data import masking
-from hftl.data.image_processing import ImageInputs, resized
+from hftl.data.image_processing import ImageInputs, resize_processor
 from hftl.models.source import find_source, load_processor
-from hftl.train.checkpoint import trained
+from hftl.train.checkpoint import iterate_trainable
 
 KINDS = {"mlm": "bert", "mae": "dinov2"}
 """By objective, the architecture that is adapted."""
 ROWS, HELD_OUT = 22, 9
 PATCH = 8
 DECODER = {"width": 16, "depth": 1, "heads": 2}
-MASKING = masking.Masking(0.3, False, 4, np.arange(40) < 5, np.arange(5, 40))
-OPEN = Rule("probe", 1e6)
+MASKING = masking.MaskingSpec(0.3, False, 4, np.arange(40) < 5, np.arange(5, 40))
+OPEN = GuardRule("probe", 1e6)
 """Measures a guard that holds always."""
 
 
@@ -64,11 +64,11 @@ def model_of(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout
-    set_trainable(model, source.anatomy, method, 1, lora or {"r": 4, "lora_alpha": 8})
+    set_trainable(model, source.architecture_spec, method, 1, lora or {"r": 4, "lora_alpha": 8})
     return model
 
 
-def task_of(objective: str, folder: Path, seed: int = 0, general: bool = False) -> Task:
+def task_of(objective: str, folder: Path, seed: int = 0, general: bool = False) -> AdaptationTask:
     """What it trains on."""
     if objective == "mlm":
 
@@ -76,20 +76,22 @@ def task_of(objective: str, folder: Path, seed: int = 0, general: bool = False) 
             stored: Any = Blocks(rows, number)
             return masking.MaskedBlocks(stored, MASKING, seed, 0, fixed)
 
-        return Task(
-            blocks(ROWS, 0, False), blocks(HELD_OUT, 1, True),
-            blocks(5, 2, True) if general else None, lambda rows: masking.collate(rows, 0),
-        )  # fmt: skip
+        return AdaptationTask(
+            blocks(ROWS, 0, False),
+            blocks(HELD_OUT, 1, True),
+            blocks(5, 2, True) if general else None,
+            lambda rows: masking.collate_masked_blocks(rows, 0),
+        )
     processor = load_processor(find_source(Source(model=str(folder))))
-    inputs = ImageInputs(Data.model_construct(), resized(processor, IMAGE_SIZE), {}, PATCH)
+    inputs = ImageInputs(Data.model_construct(), resize_processor(processor, IMAGE_SIZE), {}, PATCH)
 
-    def pictures(rows: int, number: int, fixed: bool) -> MaskedPictures:
+    def pictures(rows: int, number: int, fixed: bool) -> MaskedImageDataset:
         draw = np.random.default_rng(number)
         found = draw.integers(120, 255, (rows, 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.uint8)
         keys = [f"{number} {i}".encode() for i in range(rows)]
-        return MaskedPictures(list(found), keys, PATCH, seed, fixed=fixed)
+        return MaskedImageDataset(list(found), keys, PATCH, seed, fixed=fixed)
 
-    return Task(
+    return AdaptationTask(
         pictures(ROWS, 0, False), pictures(HELD_OUT, 1, True),
         pictures(5, 2, True) if general else None,
         lambda rows: collate_pictures(rows, inputs, 0.5, False),
@@ -110,18 +112,20 @@ def stage_of(
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all that trains."""
-    return {name: tensor.clone() for name, tensor in trained(model)}
+    return {name: tensor.clone() for name, tensor in iterate_trainable(model)}
 
 
 def length_of(model: nn.Module) -> Callable[[], float]:
     """A guard that any change of the weights changes."""
-    return lambda: -float(sum(tensor.double().square().sum() for _, tensor in trained(model)))
+    return lambda: (
+        -float(sum(tensor.double().square().sum() for _, tensor in iterate_trainable(model)))
+    )
 
 
 def adapted(
-    model: Any, task: Task, stage: Adapt, folder: Path, rule: Rule = OPEN,
+    model: Any, task: AdaptationTask, stage: Adapt, folder: Path, rule: GuardRule = OPEN,
     measure: Callable[[], float] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:  # fmt: skip
     """What `adapt` told, and the weights it left."""
-    told = adapt(model, task, stage, rule, measure or length_of(model), 3, "cpu", folder)
+    told = adapt_encoder(model, task, stage, rule, measure or length_of(model), 3, "cpu", folder)
     return told, weights(model)

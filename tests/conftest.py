@@ -114,13 +114,13 @@ def recipe_file(recipe_tree: dict[str, Any], tmp_path: Path) -> Path:
 
 def bench_of(recipe: Any) -> Any:
     """The workbench that a run of the recipe would have."""
-    from hftl.data.prepare import prepare
-    from hftl.finetune.context import new_bench, reading_of
+    from hftl.data.prepare import prepare_data
+    from hftl.finetune.context import build_context, build_input_spec
     from hftl.models.source import find_source
 
     source = find_source(recipe.source)
-    return new_bench(
-        recipe, source, prepare(recipe.data, reading_of(source, str(recipe.data.task)))
+    return build_context(
+        recipe, source, prepare_data(recipe.data, build_input_spec(source, str(recipe.data.task)))
     )
 
 

@@ -69,11 +69,13 @@ def adapters(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads here instead of in two fresh processes, which take seconds each."""
     if "fresh_processes" not in request.keywords:
-        monkeypatch.setattr(load_check, "loads", here)
+        monkeypatch.setattr(load_check, "load_in_processes", here)
 
 
 def here(clean: Path, base: Path, name: str) -> list[np.ndarray]:
-    return [np.array(load_once.output(clean, base, name, seed)) for seed in load_check.SEEDS]
+    return [
+        np.array(load_once.compute_output(clean, base, name, seed)) for seed in load_check.SEEDS
+    ]
 
 
 def kinds(found: Examination, defects: bool = True) -> set[str]:

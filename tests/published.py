@@ -46,7 +46,7 @@ def finished_run(
 
     tree = small_recipe(folder, model, changes)
     verdict = {"decision": decision, "reasons": ["the test says so"]}
-    monkeypatch.setattr(evaluate, "decide", lambda *given: verdict)
+    monkeypatch.setattr(evaluate, "decide_verdict", lambda *given: verdict)
     hftl.run(hftl.Recipe.parse(tree), folder / "run")
     return folder / "run"
 

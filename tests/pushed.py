@@ -9,7 +9,7 @@ import pytest
 from localhub import LocalHub, running
 from published import Pusher, finished_run, pusher, put_base
 
-from hftl.runtime.run_folder import sha256
+from hftl.runtime.run_folder import hash_file
 
 ME = "me/model"
 MADE: list[Path] = []
@@ -55,7 +55,9 @@ def fresh(made: Path, hub: LocalHub, folder: Path) -> Path:
 
 def local(folder: Path) -> dict[str, str]:
     """The files of a folder by their sha256."""
-    return {p.relative_to(folder).as_posix(): sha256(p) for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): hash_file(p) for p in folder.rglob("*") if p.is_file()
+    }
 
 
 def says(found: tuple[int, str, str], code: int, *words: str) -> None:

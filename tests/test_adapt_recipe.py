@@ -7,19 +7,19 @@ from typing import Any
 import pytest
 import yaml
 
-from hftl.adapt.guard import Seen
-from hftl.config.adapt import ADAPT_RATE, TOLERANCE
-from hftl.config.overrides import override
-from hftl.config.recipe import Arm, Recipe, arms
+from hftl.adapt.guard import GuardEvaluation
+from hftl.config.adapt import DEFAULT_ADAPT_RATES, DEFAULT_TOLERANCES
+from hftl.config.overrides import apply_overrides
+from hftl.config.recipe import Arm, Recipe, plan_arms
 from hftl.errors import RecipeError
-from hftl.pipeline.cache_keys import adapt_reads, stages_flat
-from hftl.pipeline.objectives import rule_of
+from hftl.pipeline.cache_keys import build_adapt_key, flatten_stages
+from hftl.pipeline.objectives import build_guard_rule
 
 BARE: dict[str, Any] = {"source": {"model": "org/model"}, "data": {"train": {"path": "a.csv"}}}
 
 
 def recipe(*overrides: str, **sections: Any) -> Recipe:
-    return Recipe.parse(override(copy.deepcopy(BARE | sections), list(overrides)), "a.yaml")
+    return Recipe.parse(apply_overrides(copy.deepcopy(BARE | sections), list(overrides)), "a.yaml")
 
 
 def refused(message: str, *overrides: str, **sections: Any) -> None:
@@ -29,11 +29,11 @@ def refused(message: str, *overrides: str, **sections: Any) -> None:
 
 
 def by_name(made: Recipe) -> dict[str, Arm]:
-    return {arm.name: arm for arm in arms(made)}
+    return {arm.name: arm for arm in plan_arms(made)}
 
 
 def test_every_default_is_spelt_out() -> None:
-    assert recipe("adapt={objective: mlm}").tree()["adapt"] == {
+    assert recipe("adapt={objective: mlm}").to_dict()["adapt"] == {
         "objective": "mlm", "corpus": None, "method": "full", "mask_ratio": 0.15,
         "whole_words": True, "pack": True, "norm_pix_loss": True,
         "decoder": {"width": 192, "depth": 2}, "distill": 0.0,
@@ -44,10 +44,10 @@ def test_every_default_is_spelt_out() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("objective", "method"), ADAPT_RATE)
+@pytest.mark.parametrize(("objective", "method"), DEFAULT_ADAPT_RATES)
 def test_the_rate_follows_objective_and_method(objective: str, method: str) -> None:
     (stage,) = recipe(f"adapt={{objective: {objective}, method: {method}}}").stages
-    assert stage.training["learning_rate"] == ADAPT_RATE[objective, method]
+    assert stage.training["learning_rate"] == DEFAULT_ADAPT_RATES[objective, method]
     assert stage.mask_ratio == {"mlm": 0.15, "mae": 0.75}[objective]
 
 
@@ -66,12 +66,12 @@ def test_a_tolerance_is_a_share_where_the_unit_says_nothing(
     made = recipe(
         f"adapt={{objective: {objective}, guard: {guard}}}", "data.general=g", f"data.task={task}"
     )
-    rule = rule_of(made, made.stages[0], None)
-    assert rule.relative == relative and rule.tolerance == TOLERANCE[guard]
-    start = Seen(0, 1.0, 0.05, -0.05)
+    rule = build_guard_rule(made, made.stages[0], None)
+    assert rule.relative == relative and rule.tolerance == DEFAULT_TOLERANCES[guard]
+    start = GuardEvaluation(0, 1.0, 0.05, -0.05)
     if (objective, guard) == ("mae", "general"):
-        assert rule.allows(Seen(1, 0.9, 0.0549, -0.0549), start)
-        assert not rule.allows(Seen(1, 0.9, 0.0551, -0.0551), start)
+        assert rule.allows(GuardEvaluation(1, 0.9, 0.0549, -0.0549), start)
+        assert not rule.allows(GuardEvaluation(1, 0.9, 0.0551, -0.0551), start)
 
 
 def test_what_is_given_stands_beside_the_defaults() -> None:
@@ -93,14 +93,14 @@ def test_a_recipe_written_out_is_the_same_recipe() -> None:
         "data.unlabeled=a.txt", "data.general=b.txt",
         "measure.arms=[source, {tapt: {adapt: [{objective: mlm, guard: off}]}}]",
     )  # fmt: skip
-    assert Recipe.parse(yaml.safe_load(yaml.safe_dump(made.tree()))) == made
+    assert Recipe.parse(yaml.safe_load(yaml.safe_dump(made.to_dict()))) == made
     assert [stage.method for stage in made.stages] == ["full", "lora"]
 
 
 def test_short_tables_are_tables() -> None:
     made = recipe("adapt={objective: mlm}", "data.unlabeled=a.txt", "data.train.text=t")
-    assert made.tree()["data"]["unlabeled"]["path"] == "a.txt"
-    assert made.tree()["data"]["unlabeled"]["text"] == "t"
+    assert made.to_dict()["data"]["unlabeled"]["path"] == "a.txt"
+    assert made.to_dict()["data"]["unlabeled"]["text"] == "t"
 
 
 def test_overrides_reach_keys_that_the_recipe_does_not_spell_out(tmp_path: Path) -> None:
@@ -264,19 +264,19 @@ def test_an_arm_may_have_another_number_of_adaptations() -> None:
 
 
 def test_without_a_task_there_are_no_arms() -> None:
-    assert arms(recipe("data.task=null", "adapt={objective: mlm}")) == []
+    assert plan_arms(recipe("data.task=null", "adapt={objective: mlm}")) == []
 
 
 def test_a_list_of_one_is_the_section_itself() -> None:
     one, listed = recipe("adapt={objective: mlm}"), recipe("adapt=[{objective: mlm}]")
     assert one.stages == listed.stages
-    assert adapt_reads(one, one.stages, 1) == adapt_reads(listed, listed.stages, 1)
+    assert build_adapt_key(one, one.stages, 1) == build_adapt_key(listed, listed.stages, 1)
 
 
 def test_what_an_adaptation_reads_is_itself_and_those_before_it() -> None:
     made = recipe("adapt=[{objective: mlm}, {objective: mlm, method: lora}]")
-    first, second = (adapt_reads(made, made.stages, number) for number in (1, 2))
+    first, second = (build_adapt_key(made, made.stages, number) for number in (1, 2))
     assert first["adapt.method"] == "full"
     assert (second["adapt.0.method"], second["adapt.1.method"]) == ("full", "lora")
     assert first["data.seed"] == 0 and not [key for key in first if key.startswith("adapt.1")]
-    assert stages_flat([]) == {}
+    assert flatten_stages([]) == {}

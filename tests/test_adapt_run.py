@@ -24,16 +24,16 @@ from transformers import (
 
 import hftl
 from hftl.adapt import adaptation as training
-from hftl.card.result_sections import adaptation_sentence
+from hftl.card.result_sections import format_adaptation_sentence
 from hftl.config.recipe import Recipe
 from hftl.config.source import Source
 from hftl.errors import RunFolderError
-from hftl.measure.gain import helped
+from hftl.measure.gain import describe_adaptation_outcome
 from hftl.measure.record import Record
-from hftl.measure.verdict import decide
-from hftl.models.source import find_source, weights_sha256
-from hftl.pipeline.adaptation import step_warnings
-from hftl.pipeline.pipeline import preflight
+from hftl.measure.verdict import decide_verdict
+from hftl.models.source import find_source, hash_source_weights
+from hftl.pipeline.adaptation import warn_of_few_steps
+from hftl.pipeline.pipeline import check_recipe
 from hftl.publish.checks import check_files
 
 TINY = {"num_train_epochs": 2, "learning_rate": 3e-3, "bf16": False}
@@ -56,7 +56,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
         path.touch()
 
     # A head that is barely warmed leaves something to learn from noise.
-    monkeypatch.setattr("hftl.adapt.adaptation.WARM_STEPS", 3)
+    monkeypatch.setattr("hftl.adapt.adaptation.HEAD_MAX_STEPS", 3)
     monkeypatch.setattr("hftl.pipeline.finalize_record.plot_ladder", blank)
 
 
@@ -111,20 +111,20 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("an adaptation was trained")
 
-    monkeypatch.setattr(training, "adapt", never)
+    monkeypatch.setattr(training, "adapt_encoder", never)
 
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What each adaptation has found that this test trains."""
     found: list[dict[str, Any]] = []
-    adapt = training.adapt
+    adapt = training.adapt_encoder
 
     def listed(*words: Any, **more: Any) -> dict[str, Any]:
         found.append(adapt(*words, **more))
         return found[-1]
 
-    monkeypatch.setattr(training, "adapt", listed)
+    monkeypatch.setattr(training, "adapt_encoder", listed)
     return found
 
 
@@ -137,7 +137,7 @@ def published(run: Path, folder: str = "publish") -> set[str]:
 
 
 def sha(folder: Path) -> str:
-    return weights_sha256(find_source(Source(model=str(folder))))
+    return hash_source_weights(find_source(Source(model=str(folder))))
 
 
 def test_the_finished_folder_holds_what_the_contract_says(
@@ -525,12 +525,16 @@ def test_the_sentence_says_which_sign_it_has(outcome: str, value: float, words: 
             "seeds": 3, "outcome": outcome}  # fmt: skip
     stages = [{"kept": "adapted"}]
     record = {
-        "adapt": {"stages": stages, "gain": gain, "outcome": helped(stages, gain)},
+        "adapt": {
+            "stages": stages,
+            "gain": gain,
+            "outcome": describe_adaptation_outcome(stages, gain),
+        },
         "ladder": [{"arm": "lora", "test": 0.85}, {"arm": "source", "test": 0.8}],
         "own_arm": "lora",
     }
-    assert adaptation_sentence(record).startswith(words)
-    reasons = decide(None, None, 0.0, gain)["reasons"]
+    assert format_adaptation_sentence(record).startswith(words)
+    reasons = decide_verdict(None, None, 0.0, gain)["reasons"]
     assert any("adaptation did harm" in reason for reason in reasons) == (outcome == "negative")
 
 
@@ -539,7 +543,7 @@ def test_hardly_any_steps_are_told_before_they_are_made(
 ) -> None:
     """From what train holds before it is cut into blocks, and exactly where it trains."""
     tree = tree_of(tiny_model(), table, ADAPT | {"training": TINY | {"num_train_epochs": 3}})
-    _, found = preflight(Recipe.parse(json.loads(json.dumps(tree))))
+    _, found = check_recipe(Recipe.parse(json.loads(json.dumps(tree))))
     (told,) = [line for line in found["warnings"] if "optimizer steps" in line]
     assert "adapt: mlm full has about 6 optimizer steps, too few" in told
     lines: list[str] = []
@@ -547,9 +551,9 @@ def test_hardly_any_steps_are_told_before_they_are_made(
     steps = json.loads((tmp_path / "run/phases/adapt-1/told.json").read_text("utf-8"))["steps"]
     assert any(f"warning: adapt: mlm full has {steps} optimizer steps" in line for line in lines)
     tree["adapt"]["training"]["num_train_epochs"] = 10
-    _, found = preflight(Recipe.parse(tree))
+    _, found = check_recipe(Recipe.parse(tree))
     assert not any("optimizer steps" in line for line in found["warnings"])
     tree["adapt"]["training"]["max_steps"] = 2
     tree["data"]["unlabeled"] = {"path": "a.txt", "text": "text"}
-    (told,) = step_warnings(Recipe.parse(tree), bench_of(Recipe.parse(tree)))
+    (told,) = warn_of_few_steps(Recipe.parse(tree), bench_of(Recipe.parse(tree)))
     assert "about 2 optimizer steps" in told

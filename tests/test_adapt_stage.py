@@ -14,14 +14,14 @@ from adaptations import KINDS, OPEN, adapted, model_of, stage_of, task_of, weigh
 from safetensors.torch import load_file
 
 from hftl.adapt import adaptation as training
-from hftl.adapt.encoder_io import encoder_state
-from hftl.adapt.guard import KeepSafe, Rule, complete_checkpoint
+from hftl.adapt.encoder_io import merge_encoder_state
+from hftl.adapt.guard import GuardedCheckpoint, GuardRule, find_complete_checkpoint
 from hftl.adapt.mae import load_mae
 from hftl.adapt.mlm import load_mlm
 from hftl.config.source import Source
 from hftl.errors import NumericError
 from hftl.models.source import find_source
-from hftl.train.checkpoint import KeepBest
+from hftl.train.checkpoint import BestWeightsCallback
 from hftl.train.trainer import TransferTrainer
 
 Tiny = Callable[..., Path]
@@ -33,7 +33,7 @@ class Adaptation:
     """One recipe's adaptation, as often as it takes."""
 
     def __init__(
-        self, objective: str, method: str, source: Path, folder: Path, rule: Rule = OPEN,
+        self, objective: str, method: str, source: Path, folder: Path, rule: GuardRule = OPEN,
         general: bool = False, **more: Any,
     ) -> None:  # fmt: skip
         self.objective, self.method, self.source, self.folder = objective, method, source, folder
@@ -87,7 +87,7 @@ def test_stopped_in_mid_epoch_it_ends_as_if_never_stopped(
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at(10, patch)
         run("parts")
-    assert complete_checkpoint(tmp_path / "parts") == tmp_path / "parts" / "checkpoint-8"
+    assert find_complete_checkpoint(tmp_path / "parts") == tmp_path / "parts" / "checkpoint-8"
     assert_same(run("parts"), whole)
     told = whole[0]
     assert told["kept"] == "adapted" and told["steps"] == 18
@@ -138,14 +138,14 @@ def test_what_had_ended_takes_no_further_step(
 
 def kill_in_save(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a kill when transformers has written its files of the checkpoint, and we none."""
-    plain, calls = KeepSafe.on_save, iter(range(1, 100))
+    plain, calls = GuardedCheckpoint.on_save, iter(range(1, 100))
 
-    def killed(self: KeepSafe, *args: Any, **kwargs: Any) -> None:
+    def killed(self: GuardedCheckpoint, *args: Any, **kwargs: Any) -> None:
         if next(calls) == number:
             raise KeyboardInterrupt
         plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(KeepSafe, "on_save", killed)
+    monkeypatch.setattr(GuardedCheckpoint, "on_save", killed)
 
 
 @pytest.mark.parametrize("limit", [{}, {"save_total_limit": 1}])
@@ -160,7 +160,7 @@ def test_a_checkpoint_that_was_not_finished_is_ignored(
         run("parts")
     broken = folder / "checkpoint-12"
     assert (broken / "model.safetensors").exists()
-    assert complete_checkpoint(folder) == folder / "checkpoint-8"
+    assert find_complete_checkpoint(folder) == folder / "checkpoint-8"
     for name in ("model.safetensors", "optimizer.pt"):
         os.truncate(broken / name, 100)
     (broken / "rng_state.pth").unlink()
@@ -180,7 +180,7 @@ def test_a_checkpoint_is_complete_with_the_last_byte_of_its_last_file(
         patch.setattr(os, "fsync", killed)
         run("parts")
     assert (folder / "checkpoint-4" / "kept.safetensors").exists()
-    assert complete_checkpoint(folder) is None
+    assert find_complete_checkpoint(folder) is None
     assert_same(run("parts"), whole)
 
 
@@ -208,13 +208,13 @@ def test_the_kept_weights_are_those_of_the_best_evaluation(
 ) -> None:
     """Here by a guard that is best at step 6; what is told of them can be measured again."""
     seen: dict[int, dict[str, torch.Tensor]] = {}
-    plain = KeepSafe.on_evaluate
+    plain = GuardedCheckpoint.on_evaluate
 
-    def watched(self: KeepSafe, args: Any, state: Any, control: Any, **more: Any) -> None:
+    def watched(self: GuardedCheckpoint, args: Any, state: Any, control: Any, **more: Any) -> None:
         seen[state.global_step] = weights(more["model"])
         plain(self, args, state, control, **more)
 
-    monkeypatch.setattr(KeepSafe, "on_evaluate", watched)
+    monkeypatch.setattr(GuardedCheckpoint, "on_evaluate", watched)
     run = Adaptation(
         objective, "full", tiny_model(KINDS[objective]), tmp_path, replace(OPEN, by_guard=True)
     )
@@ -251,7 +251,7 @@ def held_out_loss(model: Any, task: Any) -> float:
 
 def test_a_guard_that_nothing_passes_keeps_the_original(tiny_model: Tiny, tmp_path: Path) -> None:
     """The guard is minus the length of the weights, which grows."""
-    run = Adaptation("mlm", "full", tiny_model(), tmp_path, Rule("probe", 0.0), patience=2)
+    run = Adaptation("mlm", "full", tiny_model(), tmp_path, GuardRule("probe", 0.0), patience=2)
     told, _ = run()
     assert told["kept"] == "original" and told["step"] == 0
     assert told["steps"] == 6, "two looks of three steps, none of them better"
@@ -264,11 +264,11 @@ def test_a_guard_that_nothing_passes_keeps_the_original(tiny_model: Tiny, tmp_pa
 def test_the_general_loss_guards(tiny_model: Tiny, tmp_path: Path) -> None:
     source = tiny_model()
     model, task = model_of("mlm", source), task_of("mlm", source, general=True)
-    told = training.adapt(
-        model, task, stage_of("mlm"), Rule("general", 0.1), None, 3, "cpu", tmp_path
+    told = training.adapt_encoder(
+        model, task, stage_of("mlm"), GuardRule("general", 0.1), None, 3, "cpu", tmp_path
     )
     assert all(seen["guard"] == -seen["general"] for seen in told["history"])
-    general = training.Task(task.train, task.general, None, task.collate)  # pyright: ignore
+    general = training.AdaptationTask(task.train, task.general, None, task.collate)  # pyright: ignore
     start = model_of("mlm", source)
     assert told["history"][0]["general"] == pytest.approx(held_out_loss(start, general), abs=1e-5)
 
@@ -295,8 +295,8 @@ def test_a_small_corpus_is_warmed_as_patiently_as_a_large_one(tiny_model: Tiny) 
     """An epoch of one step is no reason to look at every step and find little gained by it."""
     folder = tiny_model(KINDS["mlm"])
     model, fresh = cold("mlm", folder)
-    told = training.warm(model, fresh, task_of("mlm", folder), stage_of("mlm"), 0, "cpu")
-    assert told["steps"] >= 3 * training.WARM_LOOKS and told["loss"][1] < told["loss"][0]
+    told = training.train_new_head(model, fresh, task_of("mlm", folder), stage_of("mlm"), 0, "cpu")
+    assert told["steps"] >= 3 * training.HEAD_EVAL_STEPS and told["loss"][1] < told["loss"][0]
 
 
 @pytest.mark.parametrize("objective", ["mlm", "mae"])
@@ -304,23 +304,23 @@ def test_warming_trains_the_fresh_head_alone_until_it_levels_off(
     objective: str, tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses: list[float] = []
-    plain = KeepBest.on_evaluate
+    plain = BestWeightsCallback.on_evaluate
 
-    def watched(self: KeepBest, *args: Any, **more: Any) -> None:
+    def watched(self: BestWeightsCallback, *args: Any, **more: Any) -> None:
         losses.append(more["metrics"]["eval_loss"])
         plain(self, *args, **more)
 
-    monkeypatch.setattr(KeepBest, "on_evaluate", watched)
-    monkeypatch.setattr(training, "WARM_RATE", 2e-2)
-    monkeypatch.setattr(training, "WARM_LOOKS", 6)
+    monkeypatch.setattr(BestWeightsCallback, "on_evaluate", watched)
+    monkeypatch.setattr(training, "HEAD_LEARNING_RATE", 2e-2)
+    monkeypatch.setattr(training, "HEAD_EVAL_STEPS", 6)
     folder = tiny_model(KINDS[objective])
     model, fresh = cold(objective, folder)
     task = task_of(objective, folder)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    encoder = {name: t.clone() for name, t in encoder_state(model).items()}
+    encoder = {name: t.clone() for name, t in merge_encoder_state(model).items()}
     start = held_out_loss(model, task)
-    told = training.warm(model, fresh, task, stage_of(objective), 0, "cpu")
-    for name, tensor in encoder_state(model).items():
+    told = training.train_new_head(model, fresh, task, stage_of(objective), 0, "cpu")
+    for name, tensor in merge_encoder_state(model).items():
         assert torch.equal(tensor, encoder[name]), name
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     places = {id(model.head_parameters()[name]) for name in fresh}
@@ -328,14 +328,14 @@ def test_warming_trains_the_fresh_head_alone_until_it_levels_off(
 
     assert told["loss"] == [losses[0], min(losses)] and min(losses) < losses[0] < start
     assert held_out_loss(model, task) == pytest.approx(told["loss"][1], abs=1e-5)
-    assert told["steps"] == training.WARM_LOOKS * len(losses) < training.WARM_STEPS
+    assert told["steps"] == training.HEAD_EVAL_STEPS * len(losses) < training.HEAD_MAX_STEPS
     assert level(losses) and not any(level(losses[:end]) for end in range(1, len(losses)))
 
 
 def level(losses: list[float]) -> bool:
     """Whether neither of the last two is half a percent below the best before it."""
     return len(losses) > 2 and all(
-        losses[i] >= min(losses[:i]) * (1 - training.LEVEL) for i in (-2, -1)
+        losses[i] >= min(losses[:i]) * (1 - training.HEAD_MIN_IMPROVEMENT) for i in (-2, -1)
     )
 
 
@@ -344,7 +344,7 @@ def test_a_head_that_is_not_fresh_stays(tiny_model: Tiny) -> None:
     model, _ = cold("mlm", tiny_model())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     fresh = ("cls.predictions.bias",)
-    training.warm(model, fresh, task_of("mlm", tiny_model()), stage_of("mlm"), 0, "cpu")
+    training.train_new_head(model, fresh, task_of("mlm", tiny_model()), stage_of("mlm"), 0, "cpu")
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {"stock.cls.predictions.bias"}
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hftl.measure.gain import figures, helped
+from hftl.measure.gain import describe_adaptation_outcome, summarize_adaptation
 
 
 def seen(step: int, target: float, general: Any = None, guard: Any = None) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def told(history: list[dict[str, Any]], step: int, objective: str = "mlm") -> di
 
 def test_figures_of_masked_words() -> None:
     history = [seen(0, 4.0, 2.0, 0.75), seen(10, 3.0, 2.5, 0.875), seen(20, 5.0, 9.0, 0.1)]
-    found = figures(told(history, 10))
+    found = summarize_adaptation(told(history, 10))
     assert found["loss"] == {
         "before": 4.0, "after": 3.0, "fall": 0.25,
         "perplexity": [pytest.approx(54.59815), pytest.approx(20.085537)],
@@ -36,13 +36,13 @@ def test_figures_of_masked_words() -> None:
 
 def test_figures_of_masked_pictures_have_no_perplexity() -> None:
     history = [seen(0, 0.8, None, 0.75), seen(7, 0.6, None, 0.7)]
-    found = figures(told(history, 7, "mae"))
+    found = summarize_adaptation(told(history, 7, "mae"))
     assert found["loss"] == {"before": 0.8, "after": 0.6, "fall": pytest.approx(0.25)}
     assert found["general"] is None
 
 
 def test_where_the_original_is_kept_after_is_before() -> None:
-    found = figures(told([seen(0, 4.0, 2.0, 0.75), seen(10, 3.0, 2.5, 0.1)], 0))
+    found = summarize_adaptation(told([seen(0, 4.0, 2.0, 0.75), seen(10, 3.0, 2.5, 0.1)], 0))
     assert found["loss"]["before"] == found["loss"]["after"] and found["loss"]["fall"] == 0
     assert found["general"]["fall"] == 0
     assert found["guard"]["before"] == found["guard"]["after"] == 0.75
@@ -51,12 +51,12 @@ def test_where_the_original_is_kept_after_is_before() -> None:
 def test_what_was_told_is_left_as_it_was() -> None:
     given = told([seen(0, 4.0), seen(1, 3.0)], 1)
     before = dict(given)
-    figures(given)
+    summarize_adaptation(given)
     assert given == before
 
 
 def test_a_perplexity_beyond_floats_is_none() -> None:
-    found = figures(told([seen(0, 800.0), seen(1, 699.0)], 1))
+    found = summarize_adaptation(told([seen(0, 800.0), seen(1, 699.0)], 1))
     assert found["loss"]["perplexity"] == [None, math.exp(699.0)]
 
 
@@ -67,16 +67,24 @@ def test_a_perplexity_beyond_floats_is_none() -> None:
 def test_helped_says_the_outcome(outcome: str, words: str) -> None:
     adapted = {"kept": "adapted", "why": None}
     undone = {"kept": "original", "why": "the loss rose"}
-    assert words in helped([adapted], {"outcome": outcome, "ci95": [0.0, 1.0]})
-    assert words in helped([adapted, undone], {"outcome": outcome, "ci95": [0.0, 1.0]}), (
-        "one of two still counts"
-    )
+    assert words in describe_adaptation_outcome([adapted], {"outcome": outcome, "ci95": [0.0, 1.0]})
+    assert words in describe_adaptation_outcome(
+        [adapted, undone], {"outcome": outcome, "ci95": [0.0, 1.0]}
+    ), "one of two still counts"
 
 
 def test_helped_of_what_was_undone_or_not_measured() -> None:
     undone = [{"kept": "original", "why": "first"}, {"kept": "original", "why": "second"}]
     said = "Adaptation was undone: second; the original weights were kept"
-    assert helped(undone, {"outcome": "equivalent", "ci95": None}) == helped(undone, None) == said
-    assert "was not measured" in helped([{"kept": "adapted", "why": None}], None)
+    assert (
+        describe_adaptation_outcome(undone, {"outcome": "equivalent", "ci95": None})
+        == describe_adaptation_outcome(undone, None)
+        == said
+    )
+    assert "was not measured" in describe_adaptation_outcome(
+        [{"kept": "adapted", "why": None}], None
+    )
     of_one_seed = {"outcome": "undetermined", "ci95": None}
-    assert "is not known" in helped([{"kept": "adapted", "why": None}], of_one_seed)
+    assert "is not known" in describe_adaptation_outcome(
+        [{"kept": "adapted", "why": None}], of_one_seed
+    )

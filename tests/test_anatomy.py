@@ -10,23 +10,25 @@ from transformers import AutoModel
 
 from hftl.errors import RecipeError
 from hftl.models.architectures import (
-    ANATOMIES,
-    anatomy_of,
-    blocks_of,
+    ARCHITECTURES,
     count_blocks,
-    encoder_of,
-    layers,
-    max_tokens,
-    native_image_size,
-    patch_size,
-    stock_class,
-    submodule,
+    get_architecture,
+    get_max_tokens,
+    get_native_image_size,
+    get_patch_size,
 )
-from hftl.models.heads import anatomy_in, last_linear
+from hftl.models.heads import get_last_linear, get_model_architecture
+from hftl.models.parts import (
+    count_layers,
+    get_blocks,
+    get_stock_encoder,
+    get_submodule,
+    get_task_class,
+)
 
 TASKS = [
     (name, task)
-    for name in sorted(ANATOMIES)
+    for name in sorted(ARCHITECTURES)
     for task in ("classification", "token-classification")
     if task == "classification" or not is_image(name)
 ]
@@ -34,41 +36,41 @@ TASKS = [
 
 def stock(name: str, task: str = "classification", **more: Any) -> Any:
     config = tiny_config(name, **more)
-    return stock_class(config, task)(config)
+    return get_task_class(config, task)(config)
 
 
 @pytest.mark.parametrize(("name", "task"), TASKS)
 def test_every_path_exists_in_the_stock_class(name: str, task: str) -> None:
     model = stock(name, task)
-    anatomy = anatomy_of(model.config).for_task(task)
-    assert anatomy_in(model) == anatomy
-    encoder = encoder_of(model, anatomy)
+    anatomy = get_architecture(model.config).for_task(task)
+    assert get_model_architecture(model) == anatomy
+    encoder = get_stock_encoder(model, anatomy)
     assert encoder is not model
-    assert len(blocks_of(encoder, anatomy)) == (1 if name == "albert" else 3)
-    for path in anatomy.final:
-        assert list(submodule(encoder, path).parameters())
+    assert len(get_blocks(encoder, anatomy)) == (1 if name == "albert" else 3)
+    for path in anatomy.final_parts:
+        assert list(get_submodule(encoder, path).parameters())
     if anatomy.head_dropout is not None:
-        assert isinstance(submodule(model, anatomy.head_dropout), nn.Dropout)
-    assert isinstance(last_linear(model, anatomy), nn.Linear)
-    assert last_linear(model, anatomy).out_features == 2
+        assert isinstance(get_submodule(model, anatomy.head_dropout), nn.Dropout)
+    assert isinstance(get_last_linear(model, anatomy), nn.Linear)
+    assert get_last_linear(model, anatomy).out_features == 2
     heads = {n for n, m in model.named_children() if list(m.parameters())} - {anatomy.encoder}
-    assert heads == set(anatomy.head)
+    assert heads == set(anatomy.head_parts)
 
 
 @pytest.mark.parametrize(("name", "task"), TASKS)
 def test_the_dropout_before_the_last_layer_is_the_one_named(name: str, task: str) -> None:
     model = stock(name, task)
-    anatomy = anatomy_in(model)
+    anatomy = get_model_architecture(model)
     called: list[nn.Module] = []
     for module in model.modules():
         if isinstance(module, nn.Dropout) or list(module.parameters(recurse=False)):
             module.register_forward_hook(lambda module, *_: called.append(module))
     with torch.no_grad():
         model(**batch(name))
-    assert called[-1] is last_linear(model, anatomy)
+    assert called[-1] is get_last_linear(model, anatomy)
     named = anatomy.head_dropout
     assert isinstance(called[-2], nn.Dropout) == (named is not None)
-    assert named is None or called[-2] is submodule(model, named)
+    assert named is None or called[-2] is get_submodule(model, named)
 
 
 def batch(name: str) -> dict[str, torch.Tensor]:
@@ -79,7 +81,7 @@ def batch(name: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [(name, {}) for name in sorted(ANATOMIES)]
+    [(name, {}) for name in sorted(ARCHITECTURES)]
     + [
         ("dinov2", {"use_swiglu_ffn": True}),
         ("dinov2_with_registers", {"use_swiglu_ffn": True}),
@@ -91,21 +93,21 @@ def batch(name: str) -> dict[str, torch.Tensor]:
 )
 def test_targets_are_all_linears_of_the_blocks(name: str, more: dict[str, Any]) -> None:
     model = stock(name, **more)
-    anatomy = anatomy_of(model.config)
-    blocks = blocks_of(encoder_of(model, anatomy), anatomy)
+    anatomy = get_architecture(model.config)
+    blocks = get_blocks(get_stock_encoder(model, anatomy), anatomy)
     found = sum(isinstance(m, nn.Linear) for block in blocks for m in block.modules())
     assert found == len(blocks) * len(anatomy.lora_targets)
 
 
-@pytest.mark.parametrize("name", sorted(ANATOMIES))
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_encoder_alone_is_its_own_encoder(name: str) -> None:
     config = tiny_config(name)
     model = AutoModel.from_config(config)
-    anatomy = anatomy_of(config)
+    anatomy = get_architecture(config)
     if name in ("clip", "siglip"):
-        assert encoder_of(model, anatomy) is model.vision_model
+        assert get_stock_encoder(model, anatomy) is model.vision_model
     else:
-        assert encoder_of(model, anatomy) is model
+        assert get_stock_encoder(model, anatomy) is model
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_blocks_and_layers_are_counted(
     name: str, more: dict[str, Any], blocks: int, told: int
 ) -> None:
     config = tiny_config(name, **more)
-    assert (count_blocks(config), layers(config)) == (blocks, told)
+    assert (count_blocks(config), count_layers(config)) == (blocks, told)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def test_blocks_and_layers_are_counted(
 def test_the_longest_text_fits_and_a_longer_one_does_not(name: str) -> None:
     config = tiny_config(name, pad_token_id=1)
     model = AutoModel.from_config(config).eval()
-    for length, fits in ((max_tokens(config), True), (max_tokens(config) + 1, False)):
+    for length, fits in ((get_max_tokens(config), True), (get_max_tokens(config) + 1, False)):
         ids = torch.full((1, length), 7)
         if fits:
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -147,18 +149,18 @@ def test_the_longest_text_fits_and_a_longer_one_does_not(name: str) -> None:
 )
 def test_sizes_of_images_and_patches(name: str, patch: int) -> None:
     config = tiny_config(name)
-    assert (native_image_size(config), patch_size(config)) == (IMAGE_SIZE, patch)
+    assert (get_native_image_size(config), get_patch_size(config)) == (IMAGE_SIZE, patch)
 
 
 def test_oblong_images_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"\(32, 64\) pixels, expected squares"):
-        native_image_size(tiny_config("vit", image_size=[32, 64]))
+        get_native_image_size(tiny_config("vit", image_size=[32, 64]))
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(ANATOMIES) if is_image(name)])
+@pytest.mark.parametrize("name", [name for name in sorted(ARCHITECTURES) if is_image(name)])
 def test_larger_images_run_where_the_anatomy_says_how(name: str) -> None:
     model = stock(name).eval()
-    anatomy = anatomy_of(model.config)
+    anatomy = get_architecture(model.config)
     more = {"interpolate_pos_encoding": True} if anatomy.interpolate_pos_encoding else {}
     with torch.no_grad():
         logits = model(pixel_values=torch.rand(1, 3, 2 * IMAGE_SIZE, 2 * IMAGE_SIZE), **more).logits
@@ -167,28 +169,28 @@ def test_larger_images_run_where_the_anatomy_says_how(name: str) -> None:
 
 def test_images_have_no_tokens() -> None:
     with pytest.raises(RecipeError, match="vit has no class for token-classification"):
-        anatomy_of(tiny_config("vit")).for_task("token-classification")
+        get_architecture(tiny_config("vit")).for_task("token-classification")
 
 
 def test_modules_that_moved_are_noticed() -> None:
     model = stock("bert")
     model.bert.encoder.layer[1].intermediate = nn.Identity()
     with pytest.raises(RecipeError, match="no linear layer 'intermediate.dense'"):
-        blocks_of(model.bert, anatomy_of(model.config))
+        get_blocks(model.bert, get_architecture(model.config))
 
 
 def test_a_linear_layer_that_came_is_noticed() -> None:
     model = stock("bert")
     model.bert.encoder.layer[1].gate = nn.Linear(2, 2)
     with pytest.raises(RecipeError, match="a block has a linear layer 'gate'"):
-        blocks_of(model.bert, anatomy_of(model.config))
+        get_blocks(model.bert, get_architecture(model.config))
 
 
 def test_other_classes_of_the_architecture_are_refused() -> None:
     from transformers import BertForMaskedLM
 
     with pytest.raises(RecipeError, match="BertForMaskedLM is no sequence, token or image"):
-        anatomy_in(BertForMaskedLM(tiny_config("bert")))
+        get_model_architecture(BertForMaskedLM(tiny_config("bert")))
 
 
 def test_seed_decides_the_new_weights() -> None:
@@ -196,5 +198,5 @@ def test_seed_decides_the_new_weights() -> None:
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         model = stock("bert")
-        drawn.append(last_linear(model, anatomy_of(model.config)).weight)
+        drawn.append(get_last_linear(model, get_architecture(model.config)).weight)
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import expit, softmax
 
-from hftl.data.labels import measured, names_of, targets, told
+from hftl.data.labels import decode_logits, encode_for_metrics, encode_targets, get_label_names
 
 NAMES = ["a", "b", "c"]
 LABELS = {
@@ -17,7 +17,7 @@ LABELS = {
 
 def sure(task: str) -> np.ndarray:
     """Logits that are sure of the labels."""
-    found = targets(LABELS[task], task, NAMES)
+    found = encode_targets(LABELS[task], task, NAMES)
     if task == "regression":
         return found[:, None]
     return 20 * found - 10 if task == "multi-label" else 20 * np.eye(3)[found]
@@ -29,27 +29,32 @@ def words(task: str) -> list[int]:
 
 @pytest.mark.parametrize("task", LABELS)
 def test_sure_logits_tell_the_labels(task: str) -> None:
-    found, scores = told(sure(task), task, NAMES, words(task))
+    found, scores = decode_logits(sure(task), task, NAMES, words(task))
     assert found == LABELS[task]
     assert len(scores) == len(found)
-    first, second = (measured(labels, task, NAMES) for labels in (found, LABELS[task]))
+    first, second = (encode_for_metrics(labels, task, NAMES) for labels in (found, LABELS[task]))
     assert np.array_equal(first, second) and len(first) == len(found)
 
 
 def test_targets_by_hand() -> None:
-    assert targets(LABELS["classification"], "classification", NAMES).tolist() == [1, 0, 2, 1]
-    assert targets(LABELS["multi-label"], "multi-label", NAMES).tolist() == [
+    assert encode_targets(LABELS["classification"], "classification", NAMES).tolist() == [
+        1,
+        0,
+        2,
+        1,
+    ]
+    assert encode_targets(LABELS["multi-label"], "multi-label", NAMES).tolist() == [
         [1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 1],
     ]  # fmt: skip
-    flat = targets(LABELS["token-classification"], "token-classification", NAMES)
+    flat = encode_targets(LABELS["token-classification"], "token-classification", NAMES)
     assert flat.tolist() == [0, 1, 2, 1, 1, 0] and flat.dtype == np.int64
 
 
 def test_scores_are_probabilities() -> None:
     logits = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-    _, one = told(logits, "classification", NAMES, [1] * 5)
-    _, several = told(logits, "multi-label", NAMES, [1] * 5)
-    _, each = told(logits, "token-classification", NAMES, [2, 3])
+    _, one = decode_logits(logits, "classification", NAMES, [1] * 5)
+    _, several = decode_logits(logits, "multi-label", NAMES, [1] * 5)
+    _, each = decode_logits(logits, "token-classification", NAMES, [2, 3])
     np.testing.assert_allclose(one, softmax(logits.astype(float), axis=1))
     np.testing.assert_allclose(several, expit(logits.astype(float)))
     assert [len(row) for row in each] == [2, 3]
@@ -59,7 +64,7 @@ def test_scores_are_probabilities() -> None:
 @pytest.mark.parametrize(("names", "outside"), [(["B-X", "I-X", "O"], "O"), (["x", "y", "z"], "x")])
 def test_a_word_that_was_cut_off_is_outside(names: list[str], outside: str) -> None:
     logits = np.array([[0, 9, 0], [np.nan] * 3, [9, 0, 0]], dtype=np.float32)
-    found, scores = told(logits, "token-classification", names, [2, 1])
+    found, scores = decode_logits(logits, "token-classification", names, [2, 1])
     assert found == [(names[1], outside), (names[0],)]
     assert scores[0][1] is None and sum(scores[0][0]) == pytest.approx(1)
 
@@ -73,4 +78,4 @@ def test_a_word_that_was_cut_off_is_outside(names: list[str], outside: str) -> N
     ],
 )
 def test_names_that_a_label_speaks_of(label: object, task: str, names: tuple[str, ...]) -> None:
-    assert names_of(label, task) == names  # pyright: ignore
+    assert get_label_names(label, task) == names  # pyright: ignore

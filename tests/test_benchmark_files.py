@@ -10,13 +10,13 @@ from huggingface_hub import parse_eval_result_entries
 from test_card import front_matter, make
 
 from hftl.card.card import render_card
-from hftl.card.metadata import EVERY_EVAL, benchmark_files
-from hftl.card.training_sections import environment, widget_examples
-from hftl.card.validation import own_card_problems
+from hftl.card.metadata import EVERY_EVAL_EVER_FILE, build_benchmark_files
+from hftl.card.training_sections import build_widget_examples, format_environment
+from hftl.card.validation import validate_own_card
 from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError
-from hftl.publish.checks import check_files, may_go
-from hftl.runtime.hardware import emissions
+from hftl.publish.checks import check_files, is_publishable
+from hftl.runtime.hardware import compute_emissions
 
 BENCHMARK = {"dataset": "org/reviews", "task_id": "default"}
 TEXT = (str,)
@@ -37,8 +37,8 @@ def measured(case: str = "positive", task: str = "classification") -> dict[str, 
 
 
 def test_the_hub_reads_the_results() -> None:
-    files = benchmark_files(measured(), "1790000000")
-    assert list(files) == [".eval_results/hftl-org-reviews.yaml", EVERY_EVAL]
+    files = build_benchmark_files(measured(), "1790000000")
+    assert list(files) == [".eval_results/hftl-org-reviews.yaml", EVERY_EVAL_EVER_FILE]
     tree = yaml.safe_load(files[".eval_results/hftl-org-reviews.yaml"])
     (entry,) = parse_eval_result_entries(tree)
     assert (entry.dataset_id, entry.task_id, entry.value) == ("org/reviews", "default", 0.7254)
@@ -51,7 +51,7 @@ def test_the_hub_reads_the_results() -> None:
 ])  # fmt: skip
 def test_every_eval_ever_takes_the_results(case: str, task: str) -> None:
     record = measured(case, task)
-    told = json.loads(benchmark_files(record, "1790000000")[EVERY_EVAL])
+    told = json.loads(build_benchmark_files(record, "1790000000")[EVERY_EVAL_EVER_FILE])
     assert told.keys() == REQUIRED.keys()
     assert all(isinstance(told[key], kind) for key, kind in REQUIRED.items())
     assert told["evaluation_id"].endswith("/1790000000")
@@ -85,16 +85,16 @@ def test_every_eval_ever_takes_the_results(case: str, task: str) -> None:
 
 
 def test_without_a_benchmark_there_are_no_such_files() -> None:
-    assert benchmark_files(make(), "1") == {}
+    assert build_benchmark_files(make(), "1") == {}
 
 
 def test_the_files_pass_the_gates_and_those_of_others_are_left_alone(tmp_path: Path) -> None:
-    for name, text in benchmark_files(measured(), "1790000000").items():
+    for name, text in build_benchmark_files(measured(), "1790000000").items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
-    assert check_files(tmp_path) == [".eval_results/hftl-org-reviews.yaml", EVERY_EVAL]
+    assert check_files(tmp_path) == [".eval_results/hftl-org-reviews.yaml", EVERY_EVAL_EVER_FILE]
     # A push deletes what it may publish and does not; a community's results are none of it.
-    assert not may_go(".eval_results/org-reviews.yaml")
+    assert not is_publishable(".eval_results/org-reviews.yaml")
 
 
 @pytest.mark.parametrize("test", [{"fraction": 0.2}, {"path": "org/other"}])
@@ -111,8 +111,8 @@ def test_a_benchmark_that_is_not_the_test_set_is_refused(test: dict[str, Any]) -
 
 
 def test_emissions_are_grams_of_a_known_place() -> None:
-    assert emissions({"energy_kwh": 0.25}, 400.0) == {"co2_grams": 100.0}
-    assert emissions({}, 400.0) == {} == emissions({"energy_kwh": 0.25}, None)
+    assert compute_emissions({"energy_kwh": 0.25}, 400.0) == {"co2_grams": 100.0}
+    assert compute_emissions({}, 400.0) == {} == compute_emissions({"energy_kwh": 0.25}, None)
     record = make()
     record["environment"] |= {"energy_kwh": 0.25, "co2_grams": 100.0}
     assert "co2_eq_emissions" not in front_matter(render_card(record))[0]
@@ -122,14 +122,14 @@ def test_emissions_are_grams_of_a_known_place() -> None:
     stated = front_matter(card)[0]["co2_eq_emissions"]
     assert stated["emissions"] == 100.0 and stated["geographical_location"] == "Quebec, Canada"
     assert stated["training_type"] == "fine-tuning" and stated["hardware_used"] == "cpu"
-    assert own_card_problems(card) == []
-    assert ("emissions", "100 g of CO2 equivalents") in environment(record["environment"])
+    assert validate_own_card(card) == []
+    assert ("emissions", "100 g of CO2 equivalents") in format_environment(record["environment"])
 
 
 def test_widget_examples_have_their_outputs() -> None:
     samples = [("a | good: film", "positive", {"negative": 0.125, "positive": 0.875}),
                ("two\nlines", "negative", {"negative": 1.0, "positive": 0.0})]  # fmt: skip
-    record = make() | {"widget": widget_examples(samples)}
+    record = make() | {"widget": build_widget_examples(samples)}
     pooled, _ = front_matter(render_card(record))
     assert "widget" not in pooled, "a model of features shows no classes"
     record["recipe"]["finetune"]["pooling"] = "native"
@@ -139,5 +139,5 @@ def test_widget_examples_have_their_outputs() -> None:
     assert shown["output"] == [
         {"label": "positive", "score": 0.875}, {"label": "negative", "score": 0.125}
     ]  # fmt: skip
-    assert own_card_problems(card) == []
+    assert validate_own_card(card) == []
     assert "widget" not in front_matter(render_card(make()))[0]

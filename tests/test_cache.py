@@ -15,8 +15,8 @@ from hftl.data.image_processing import ImageInputs
 from hftl.data.load import Row
 from hftl.data.text import TextInputs
 from hftl.models import features as cache
-from hftl.models.features import Features, frozen_features, logits
-from hftl.models.heads import build, pool
+from hftl.models.features import FeatureCache, compute_frozen_features, predict_logits
+from hftl.models.heads import build_model, pool_tokens
 from hftl.models.source import find_source, load_tokenizer
 
 TEXTS = [("good film",), ("a dull plot with a story",), ("the scene was bright and warm it is",)]
@@ -28,11 +28,11 @@ def test_features_do_not_depend_on_the_batch(
 ) -> None:
     source = find_source(Source(model=str(tiny_model())))
     inputs = TextInputs(load_tokenizer(source), 16)
-    found = build(source, "classification", pooling, 2, ["a", "b"], seed=0)
+    found = build_model(source, "classification", pooling, 2, ["a", "b"], seed=0)
     rows = inputs.encode([Row(text, "", None, 0, "") for text in TEXTS])
-    together = frozen_features(found.model, found.last_linear, rows, inputs, "cpu")
+    together = compute_frozen_features(found.model, found.last_linear, rows, inputs, "cpu")
     monkeypatch.setattr(cache, "BATCH_TOKENS", 1)
-    alone = frozen_features(found.model, found.last_linear, rows, inputs, "cpu")
+    alone = compute_frozen_features(found.model, found.last_linear, rows, inputs, "cpu")
     np.testing.assert_allclose(np.concatenate(together), np.concatenate(alone), atol=1e-6)
 
 
@@ -42,19 +42,19 @@ def test_last_linear_of_the_features_is_the_model(
 ) -> None:
     source = find_source(Source(model=str(tiny_model())))
     inputs = TextInputs(load_tokenizer(source), 16)
-    found = build(source, "classification", pooling, 2, ["a", "b"], seed=0)
+    found = build_model(source, "classification", pooling, 2, ["a", "b"], seed=0)
     rows = inputs.encode([Row(text, "", None, 0, "") for text in TEXTS])
-    features = frozen_features(found.model, found.last_linear, rows, inputs, "cpu")
+    features = compute_frozen_features(found.model, found.last_linear, rows, inputs, "cpu")
     with torch.no_grad():
         by_hand = found.last_linear(torch.from_numpy(np.concatenate(features))).numpy()
-    np.testing.assert_allclose(logits(found.model, rows, inputs, "cpu"), by_hand, atol=1e-6)
+    np.testing.assert_allclose(predict_logits(found.model, rows, inputs, "cpu"), by_hand, atol=1e-6)
 
 
 def test_mean_pooling_counts_real_tokens_only() -> None:
     hidden = torch.arange(12.0).reshape(1, 4, 3)
     mask = torch.tensor([[1, 1, 0, 0]])
-    torch.testing.assert_close(pool(hidden, mask, "mean"), hidden[:, :2].mean(1))
-    torch.testing.assert_close(pool(hidden, mask, "cls"), hidden[:, 0])
+    torch.testing.assert_close(pool_tokens(hidden, mask, "mean"), hidden[:, :2].mean(1))
+    torch.testing.assert_close(pool_tokens(hidden, mask, "cls"), hidden[:, 0])
 
 
 def test_each_row_is_computed_once() -> None:
@@ -65,10 +65,10 @@ def test_each_row_is_computed_once() -> None:
         return [np.array([[float(len(row.content[0]))]]) for row in rows]
 
     rows = [Row((text,), "a", None, i, "") for i, text in enumerate(["x", "xx", "xxx"])]
-    features = Features(compute)
-    assert features.of(rows[:2]).tolist() == [[1.0], [2.0]]
-    assert features.of(rows).tolist() == [[1.0], [2.0], [3.0]]
-    assert features.of([rows[2], rows[0]]).tolist() == [[3.0], [1.0]]
+    features = FeatureCache(compute)
+    assert features.get(rows[:2]).tolist() == [[1.0], [2.0]]
+    assert features.get(rows).tolist() == [[1.0], [2.0], [3.0]]
+    assert features.get([rows[2], rows[0]]).tolist() == [[3.0], [1.0]]
     assert asked == [2, 1]
 
 
@@ -79,6 +79,6 @@ def test_what_a_model_keeps_of_a_forward_pass_may_train_later() -> None:
     inputs = ImageInputs(Data(train=Table(path="none")), processor, {}, config.patch_size)
     pictures = np.random.default_rng(0).integers(0, 255, (2, 3, 48, 48), dtype=np.uint8)
     rows = [{"pixel_values": picture} for picture in pictures]
-    logits(AutoModelForImageClassification.from_config(config), rows, inputs, "cpu")
+    predict_logits(AutoModelForImageClassification.from_config(config), rows, inputs, "cpu")
     model = AutoModelForImageClassification.from_config(config)
     model(**inputs.collate(rows)).logits.sum().backward()

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hftl.measure.gain import Predicted, gain
-from hftl.measure.metrics import find
-from hftl.measure.statistics import block_of_rows, jackknife
+from hftl.measure.gain import SplitPredictions, compute_gain
+from hftl.measure.metrics import find_metric
+from hftl.measure.statistics import assign_blocks, jackknife
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -39,7 +39,7 @@ def test_block_values_are_those_of_the_jackknife(units: np.ndarray) -> None:
     values = calibration.block_values(differences, units)
     for row, found in zip(differences, values, strict=True):
         np.testing.assert_allclose(found, jackknife(lambda i, r=row: float(r[i].mean()), units))
-    assert values.shape == (2, len(np.unique(block_of_rows(units))))
+    assert values.shape == (2, len(np.unique(assign_blocks(units))))
 
 
 def test_the_simulation_estimates_what_a_run_estimates() -> None:
@@ -47,8 +47,10 @@ def test_the_simulation_estimates_what_a_run_estimates() -> None:
     rng = np.random.default_rng(1)
     rights = rng.random((2, 6, len(units))) < 0.7
     labels = np.zeros(len(units), int)
-    told = Predicted(labels, units, {"a": (~rights[0]).astype(int), "b": (~rights[1]).astype(int)})
-    found = gain(find("accuracy", "classification"), told, "a", "b")
+    told = SplitPredictions(
+        labels, units, {"a": (~rights[0]).astype(int), "b": (~rights[1]).astype(int)}
+    )
+    found = compute_gain(find_metric("accuracy", "classification"), told, "a", "b")
     differences = rights[0].astype(int) - rights[1]
     error = calibration.error_of(calibration.block_values(differences, units), units)
     assert found["p_value"] == pytest.approx(error.p_value(float(differences.mean())))

@@ -12,17 +12,17 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
-from hftl.card.card import gain_sentence, render_card
+from hftl.card.card import format_gain_sentence, render_card
 from hftl.card.plots import plot_frontier, plot_ladder
 from hftl.card.report import render_report
-from hftl.card.result_sections import forgetting_rows, forgetting_sentence
-from hftl.card.validation import own_card_problems
-from hftl.card.wording import one_line
+from hftl.card.result_sections import build_forgetting_rows, format_forgetting_sentence
+from hftl.card.validation import validate_own_card
+from hftl.card.wording import to_one_line
 from hftl.config.recipe import Recipe
 from hftl.measure.record import Record
-from hftl.measure.verdict import decide, interval_text
-from hftl.pipeline.evaluate import _summary
-from hftl.publish.sanitize import publishable
+from hftl.measure.verdict import decide_verdict, format_gain
+from hftl.pipeline.evaluate import _format_summary
+from hftl.publish.sanitize import sanitize_record
 from hftl.runtime.fingerprints import to_json
 
 GAINS: dict[str, dict[str, Any] | None] = {
@@ -80,7 +80,7 @@ def make(
     }  # fmt: skip
     return {
         "schema_version": 1,
-        "recipe": recipe.tree(),
+        "recipe": recipe.to_dict(),
         "source": {
             "model": "package:some_package/model", "name": "org/tiny-MiniLM",
             "published_as": "org/tiny-MiniLM", "revision": None, "architecture": "bert",
@@ -97,7 +97,7 @@ def make(
         "transfer_gain": told,
         "forgetting": None,
         "reload_difference": 2.4e-7,
-        "verdict": decide(told, head, 2.4e-7),
+        "verdict": decide_verdict(told, head, 2.4e-7),
         "published_seed": seeds[-1],
         "environment": {"python": "3.13.1", "platform": "Linux x86_64", "device": "cpu",
                         "dtype": "float32", "packages": {"hftl": "0.1.0", "torch": "2.10.0"}},
@@ -254,7 +254,7 @@ def test_metadata_of_a_native_model_promise_the_task(own: str) -> None:
 
 @pytest.mark.parametrize(("case", "task", "own"), EVERY)
 def test_our_own_checks_find_nothing(case: str, task: str, own: str) -> None:
-    assert own_card_problems(render_card(make(case, task, own))) == []
+    assert validate_own_card(render_card(make(case, task, own))) == []
 
 
 @pytest.mark.parametrize(("ci95", "words"), [
@@ -268,17 +268,17 @@ def test_a_model_that_is_not_better_than_head_says_so_in_its_first_sentence(
     row = next(row for row in record["ladder"] if row["arm"] == "head")
     row["gain_of_own"] |= {"value": sum(ci95) / 2, "ci95": ci95}
     row["test"] = 0.7254 - sum(ci95) / 2
-    record["verdict"] = decide(record["transfer_gain"], row["gain_of_own"], 0.0)
-    sentence = gain_sentence(record)
+    record["verdict"] = decide_verdict(record["transfer_gain"], row["gain_of_own"], 0.0)
+    sentence = format_gain_sentence(record)
     assert sentence.startswith(words or "Transfer helped")
-    assert (interval_text(row["gain_of_own"]) in sentence) == (words is not None)
+    assert (format_gain(row["gain_of_own"]) in sentence) == (words is not None)
     assert "Transfer helped" in sentence, "what it beats is told all the same"
     colors = ("#9a6700", "#1a7f37") if words else ("#1a7f37", "#9a6700")
     page = render_report(render_card(record).replace("assets/", "none/"), Path(), record)
     assert colors[0] in page and colors[1] not in page
     bold = next(line for line in render_card(record).splitlines() if line.startswith("**"))
     assert bold == f"**{sentence}**"
-    assert sentence in _summary(Record(record, Path("run")), True)
+    assert sentence in _format_summary(Record(record, Path("run")), True)
 
 
 def test_a_name_with_a_bar_is_shown_as_it_is() -> None:
@@ -309,7 +309,7 @@ def test_metadata_tell_what_is_known() -> None:
         ("accuracy", 0.7254), ("f1", 0.7123)
     ]  # fmt: skip
     assert {(r.dataset_type, r.dataset_revision) for r in results} == {("org/other", "b" * 40)}
-    assert "means over seeds: f1 0.712." in body and own_card_problems(card) == []
+    assert "means over seeds: f1 0.712." in body and validate_own_card(card) == []
 
 
 def test_unknown_is_left_out() -> None:
@@ -397,16 +397,16 @@ def test_gain_is_the_first_bold_line_whatever_it_is(case: str, task: str) -> Non
     _, body = front_matter(render_card(record))
     headline = next(line for line in body.splitlines() if line.startswith("**"))
     assert body.index(headline) < body.index("Verdict") < body.index("|")
-    assert headline == f"**{gain_sentence(record)}**" and WORDS[case] in headline
+    assert headline == f"**{format_gain_sentence(record)}**" and WORDS[case] in headline
     assert all(word not in body for word in set(WORDS.values()) - {WORDS[case], "No baseline"})
     if record["transfer_gain"] is not None:
-        assert interval_text(record["transfer_gain"]) in headline
+        assert format_gain(record["transfer_gain"]) in headline
         sure = "one seed, no interval" if case == "one seed" else "95 % interval, 3 seeds"
         assert sure in headline
 
 
 def test_sentence_gives_both_scores() -> None:
-    assert gain_sentence(make("negative")) == (
+    assert format_gain_sentence(make("negative")) == (
         "Negative transfer, this model is worse than its baseline: accuracy 0.725 against 0.809 "
         "for classical (TF-IDF with a linear model), a gain of -0.084 [-0.121, -0.047] "
         "(95 % interval, 3 seeds)."
@@ -531,7 +531,7 @@ def test_no_name_breaks_the_page(name: str) -> None:
     assert shape(card) == shape(render_card(plain))
     front, _ = front_matter(card)
     _, results = model_index_to_eval_results(front["model-index"])
-    assert {result.dataset_name for result in results} == {one_line(name)}
+    assert {result.dataset_name for result in results} == {to_one_line(name)}
     assert ModelCard(card).data.to_dict() == front
 
 
@@ -605,7 +605,7 @@ def test_published_record_names_no_local_path(tmp_path: Path) -> None:
     record["recipe"]["finetune"]["training"]["accelerator_config"] = str(data)
     record["data"]["bad_rows_listed"] = [{"where": "reviews.csv line 2", "why": "the target 'Ann'"}]
     before = to_json(record)
-    told = publishable(record)
+    told = sanitize_record(record)
     assert to_json(record) == before
     card = render_card(told)
     for text in (card, to_json(told)):
@@ -637,7 +637,7 @@ def test_what_was_forgotten_has_a_section(case: str, control: str | None) -> Non
     record = with_forgetting(make(case), control)
     card = render_card(record)
     part = card.split("## What it forgot\n\n")[1].split("\n## ")[0]
-    assert part.startswith(forgetting_sentence(record))
+    assert part.startswith(format_forgetting_sentence(record))
     assert "the source model knew was not measured" not in card
     tables = part.split("\n\n")[1:3]
     head, _, own, other = tables[0].splitlines()
@@ -655,14 +655,14 @@ def test_what_was_forgotten_has_a_section(case: str, control: str | None) -> Non
 
 
 def test_sentence_of_forgetting() -> None:
-    assert forgetting_sentence(with_forgetting(make())) == (
+    assert format_forgetting_sentence(with_forgetting(make())) == (
         "Nearest neighbour of the same document: a share of 0.700 under the original, 0.680 under "
         "this model, +0.020 [+0.010, +0.030] forgotten (95 % interval, 3 seeds), 75% less than "
         "head."
     )
-    worse = forgetting_sentence(with_forgetting(make(), gone=-0.5))
+    worse = format_forgetting_sentence(with_forgetting(make(), gone=-0.5))
     assert worse.endswith("3 seeds), 50% more than head.")
-    alone = forgetting_sentence(with_forgetting(make("one seed"), None, None))
+    alone = format_forgetting_sentence(with_forgetting(make("one seed"), None, None))
     assert alone.endswith("+0.090 forgotten (no interval).")
 
 
@@ -670,8 +670,8 @@ def test_sentence_of_forgetting() -> None:
 def test_table_of_forgetting_compares_only_where_there_is_something(against: Any) -> None:
     record = with_forgetting(make())
     record["forgetting"]["arms"][0]["against"] = against
-    assert forgetting_rows(record)[0] == ["arm", "original", "after", "forgotten"]
-    assert {len(row) for row in forgetting_rows(record)} == {4}
+    assert build_forgetting_rows(record)[0] == ["arm", "original", "after", "forgotten"]
+    assert {len(row) for row in build_forgetting_rows(record)} == {4}
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, "$x$ \\frac"])
@@ -711,6 +711,6 @@ def test_one_epoch_is_told_as_one(epochs: float, told: str) -> None:
 
 @pytest.mark.parametrize(("case", "pushed"), [("positive", True), ("negative", False)])
 def test_a_push_is_proposed_only_where_it_would_be_done(case: str, pushed: bool) -> None:
-    told = _summary(Record(make(case), Path("runs/x")), True)
+    told = _format_summary(Record(make(case), Path("runs/x")), True)
     assert "  hftl predict runs/x INPUT" in told
     assert ("  hftl publish runs/x --dry-run" in told) == pushed

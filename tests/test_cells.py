@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hftl.data.normalization import label_fault, label_of, text_fault
+from hftl.data.normalization import find_label_fault, find_text_fault, parse_label
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from hftl.data.normalization import label_fault, label_of, text_fault
     ],
 )
 def test_texts_and_words(value: Any, task: str, why: str | None) -> None:
-    assert text_fault("text", value, task) == why
+    assert find_text_fault("text", value, task) == why
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_texts_and_words(value: Any, task: str, why: str | None) -> None:
 )
 def test_lists_of_labels(value: Any, task: str, why: str | None) -> None:
     words = ["two", "words"] if task == "token-classification" else None
-    found = label_fault({"y": value}, "y", task, words)
+    found = find_label_fault({"y": value}, "y", task, words)
     assert found == why or (why and found and found.startswith(why))
 
 
@@ -53,13 +53,13 @@ def test_lists_of_labels(value: Any, task: str, why: str | None) -> None:
 @pytest.mark.parametrize("off", [0, False, 0.0, "0"])
 def test_columns_of_zero_and_one(on: Any, off: Any) -> None:
     values = {"b": on, "a": on, "c": off}
-    assert label_fault(values, ["b", "a", "c"], "multi-label") is None
-    assert label_of(values, ["b", "a", "c"], "multi-label") == ("a", "b")
+    assert find_label_fault(values, ["b", "a", "c"], "multi-label") is None
+    assert parse_label(values, ["b", "a", "c"], "multi-label") == ("a", "b")
 
 
 @pytest.mark.parametrize("bad", [2, "yes", None, "", 0.5])
 def test_a_column_that_is_no_switch(bad: Any) -> None:
-    why = label_fault({"a": 1, "b": bad}, ["a", "b"], "multi-label")
+    why = find_label_fault({"a": 1, "b": bad}, ["a", "b"], "multi-label")
     assert why is not None and why.startswith("b is ") and why.endswith("not 0 or 1")
 
 
@@ -75,4 +75,4 @@ def test_a_column_that_is_no_switch(bad: Any) -> None:
     ],
 )
 def test_labels_as_they_are_told(value: Any, task: str, label: Any) -> None:
-    assert label_of({"y": value}, "y", task) == label
+    assert parse_label({"y": value}, "y", task) == label

@@ -49,7 +49,7 @@ def hftl(
 
     def call(*words: Any) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["hftl", *map(str, words)])
-        monkeypatch.setattr(cli_errors, "COMMAND", cli_errors.Command())
+        monkeypatch.setattr(cli_errors, "CURRENT_COMMAND", cli_errors.CurrentCommand())
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             cli.main()
@@ -240,8 +240,8 @@ def test_an_output_that_holds_something_else(hftl: Hftl, recipe_file: Path, outp
 
 
 def test_a_run_folder_that_is_locked(hftl: Hftl, recipe_file: Path, output: Path) -> None:
-    run_folder.make(output)
-    with run_folder.locked(output):
+    run_folder.create_run_folder(output)
+    with run_folder.lock_run(output):
         hftl("run", recipe_file, "--output", output).is_error(4, "in use by process")
 
 

@@ -21,10 +21,10 @@ from hftl import cli
 from hftl.config.recipe import Recipe
 from hftl.data import prepare
 from hftl.errors import DataError, RecipeError
-from hftl.inference.compare import compare, parameters
-from hftl.inference.predict import each
+from hftl.inference.compare import compare_models, count_parameters
+from hftl.inference.predict import load_predictors
 from hftl.measure.metrics import METRICS
-from hftl.measure.paired_comparison import difference, score
+from hftl.measure.paired_comparison import compare_pair, score_with_interval
 from hftl.measure.statistics import item_interval
 from hftl.runtime import run_folder
 from hftl.runtime.fingerprints import to_json
@@ -90,7 +90,7 @@ def test_each_predicts_as_it_does_alone_and_the_base_is_loaded_once(
     alone = [hftl.load(folder).predict(texts) for folder in folders]
     assert len(told) == len(folders)
     told.clear()
-    together = {number: model.predict(texts) for number, model in each(folders)}
+    together = {number: model.predict(texts) for number, model in load_predictors(folders)}
     assert told == [str(tiny_model("bert"))]
     assert sorted(together) == list(range(len(folders)))
     for number, expected in enumerate(alone):
@@ -114,7 +114,7 @@ def test_another_base_is_loaded_too(
     rewrite(other / "adapter_config.json", base_model_name_or_path=str(tiny_model("bert", True)))
     told.clear()
     folders = [adapters["two"], other, whole, adapters["more"]]
-    assert sorted(number for number, _ in each(folders)) == [0, 1, 2, 3]
+    assert sorted(number for number, _ in load_predictors(folders)) == [0, 1, 2, 3]
     assert len(told) == 3
 
 
@@ -122,7 +122,7 @@ def test_the_table_holds_what_predict_and_the_metric_say(
     adapters: dict[str, Path], table: Path, tmp_path: Path
 ) -> None:
     models = [str(adapters[name]) for name in ("two", "turned", "pooler", "more")]
-    text = compare(models, table, tmp_path / "compared.csv")
+    text = compare_models(models, table, tmp_path / "compared.csv")
     lines = rows_of(tmp_path / "compared.csv")
     assert (tmp_path / "compared.png").stat().st_size > 1000
     right = np.array([label for _, label in sentences(160)])
@@ -148,7 +148,7 @@ def test_the_table_holds_what_predict_and_the_metric_say(
 
 
 def test_parameters_are_those_of_the_folder(adapters: dict[str, Path]) -> None:
-    assert parameters(adapters["pooler"]) == 3 * 2 * 4 * 16 + 16 * 17 + 2 * 17
+    assert count_parameters(adapters["pooler"]) == 3 * 2 * 4 * 16 + 16 * 17 + 2 * 17
 
 
 # --- runs --------------------------------------------------------------------------------------
@@ -161,14 +161,14 @@ def as_run(folder: Path, model: Path, task: str, data: dict[str, Any], pooling: 
     published(bench, recipe, folder)
     rows = folder / "phases" / "data"
     rows.mkdir(parents=True)
-    prepare.write(bench.prepared, rows, "")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.tree()))
+    prepare.write_prepared_data(bench.prepared, rows, "")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
     facts = {"task": task, "labels": bench.prepared.names,
              "fingerprint": bench.prepared.facts["fingerprint"]}  # fmt: skip
-    record = {"data": facts, "metric": "f1", "recipe": recipe.tree(), "source": {}}
+    record = {"data": facts, "metric": "f1", "recipe": recipe.to_dict(), "source": {}}
     (folder / "record.json").write_text(to_json(record))
     (folder / "publish" / "hftl.json").write_text(to_json(record))
-    run_folder.note_finished(folder)
+    run_folder.write_finished_files(folder)
     return folder
 
 
@@ -179,11 +179,11 @@ def test_runs_of_the_same_data_are_scored_on_their_test_items(
     poolings = ("mean", "cls", "native")
     runs = [as_run(tmp_path / p, tiny_model(), "classification", data, p) for p in poolings]
     told.clear()
-    compare([str(run) for run in runs], None, tmp_path / "c.csv")
+    compare_models([str(run) for run in runs], None, tmp_path / "c.csv")
     # The encoder alone, and the stock class around it.
     assert len(told) == 2
     lines = rows_of(tmp_path / "c.csv")
-    rows = prepare.read(runs[0] / "phases" / "data").rows["test"]
+    rows = prepare.read_prepared_data(runs[0] / "phases" / "data").rows["test"]
     labels = np.array([int(row.label == "positive") for row in rows])
     for run, line in zip(runs, lines, strict=True):
         answers = hftl.load(run).predict([row.content[0] for row in rows])
@@ -198,7 +198,7 @@ def test_runs_of_pictures(tiny_model: Callable[..., Path], tmp_path: Path) -> No
     folder = pictures(tmp_path / "pictures", 14)
     data = {"train": {"path": str(folder)}}
     run = as_run(tmp_path / "run", tiny_model("vit"), "classification", data, "native")
-    by_itself = compare([str(run), str(run / "publish")], folder, tmp_path / "c.csv")
+    by_itself = compare_models([str(run), str(run / "publish")], folder, tmp_path / "c.csv")
     assert "28 items" in by_itself
     answers = hftl.load(run).predict(sorted(folder.rglob("*.png")))
     truth = [path.parent.name for path in sorted(folder.rglob("*.png"))]
@@ -208,7 +208,7 @@ def test_runs_of_pictures(tiny_model: Callable[..., Path], tmp_path: Path) -> No
     assert [float(line["value"]) for line in rows_of(tmp_path / "c.csv")] == pytest.approx(
         [expected] * 2
     )
-    assert "items" in compare([str(run)], None, None)
+    assert "items" in compare_models([str(run)], None, None)
 
 
 @pytest.mark.slow
@@ -219,7 +219,7 @@ def test_a_real_run_scores_as_its_record_says(recipe_tree: dict[str, Any], tmp_p
         recipe_tree["finetune"]["lora"] = {"r": r}
         runs.append(str(tmp_path / f"r{r}"))
         hftl.run(Recipe.parse(recipe_tree), runs[-1])
-    compare(runs, None, tmp_path / "c.csv")
+    compare_models(runs, None, tmp_path / "c.csv")
     for run, line in zip(runs, rows_of(tmp_path / "c.csv"), strict=True):
         record = json.loads((Path(run) / "record.json").read_text())
         (own,) = [arm for arm in record["arms"] if arm["arm"] == record["own_arm"]]
@@ -231,30 +231,30 @@ def test_what_cannot_be_compared_is_refused(
 ) -> None:
     two = str(adapters["two"])
     with pytest.raises(RecipeError, match="Give a table"):
-        compare([two], None, None)
+        compare_models([two], None, None)
     with pytest.raises(RecipeError, match="suffix"):
-        compare([two], table, tmp_path / "c.pdf")
+        compare_models([two], table, tmp_path / "c.pdf")
     with pytest.raises(DataError, match="does not exist"):
-        compare([two], tmp_path / "none.csv", None)
+        compare_models([two], tmp_path / "none.csv", None)
     other = Path(shutil.copytree(adapters["two"], tmp_path / "other"))
     name_labels(other, ["negative", "neutral"])
     with pytest.raises(RecipeError, match="has the labels negative, neutral, and the first"):
-        compare([two, str(other)], table, None)
+        compare_models([two, str(other)], table, None)
     strange = write_csv(tmp_path / "s.csv", ["text", "label"], [("a film", "odd"), ("b", "bad")])
     with pytest.raises(DataError, match="the label 'odd' is none of the model's"):
-        compare([two], strange, None)
+        compare_models([two], strange, None)
     data = {"train": {"path": str(table)}, "max_length": 16}
     runs = [as_run(tmp_path / f"run{seed}", tiny_model(), "classification",
                    data | {"seed": seed}, "mean") for seed in (0, 1)]  # fmt: skip
     with pytest.raises(RecipeError, match="other data or splits"):
-        compare([str(run) for run in runs], None, None)
+        compare_models([str(run) for run in runs], None, None)
     tagger = {"task_type": "TOKEN_CLS", "target_modules": ["query"]}
     words = save(wrapped(tiny_model(), "bert", tagger), tmp_path / "words")
     rewrite(words / "adapter_config.json", base_model_name_or_path=str(tiny_model()), revision=None)
     rewrite(words / "config.json", architectures=["BertForTokenClassification"])
     name_labels(words, NAMES)
     with pytest.raises(RecipeError, match="Compare models of one task"):
-        compare([two, str(words)], table, None)
+        compare_models([two, str(words)], table, None)
 
 
 def test_exit_codes(
@@ -299,12 +299,12 @@ def test_the_item_interval_is_students() -> None:
 def test_nothing_differs_is_not_certain() -> None:
     metric = METRICS["classification"]["accuracy"]
     labels, units = np.arange(60) % 2, np.arange(60)
-    found = score(metric, labels, labels, units)
+    found = score_with_interval(metric, labels, labels, units)
     wilson = scipy.stats.binomtest(60, 60).proportion_ci(method="wilson")
     assert found["value"] == 1 and found["ci95"] == pytest.approx(wilson)
-    same = difference(metric, labels, labels, labels, units)
+    same = compare_pair(metric, labels, labels, labels, units)
     assert same == {"value": 0.0, "ci95": [-0.05, 0.05]}
-    assert score(metric, labels, labels, np.zeros(60, dtype=int))["ci95"] is None
+    assert score_with_interval(metric, labels, labels, np.zeros(60, dtype=int))["ci95"] is None
 
 
 @pytest.mark.parametrize(("rows", "right"), [(100, 0.97), (100, 0.9), (400, 0.97), (60, 0.5)])
@@ -313,7 +313,9 @@ def test_the_interval_of_an_accuracy_covers_it(rows: int, right: float) -> None:
     metric, labels = METRICS["classification"]["accuracy"], np.zeros(rows, int)
     covered = 0.0
     for hits in range(rows + 1):
-        found = score(metric, labels, (np.arange(rows) >= hits).astype(int), np.arange(rows))
+        found = score_with_interval(
+            metric, labels, (np.arange(rows) >= hits).astype(int), np.arange(rows)
+        )
         low, high = found["ci95"]
         assert 0 <= low <= high <= 1
         covered += scipy.stats.binom.pmf(hits, rows, right) * (low <= right <= high)
@@ -330,7 +332,7 @@ def test_the_interval_of_an_accuracy_over_groups_covers_it(right: float) -> None
     for _ in range(300):
         whole, single = draw.random(40)[units] < right, draw.random(len(units)) < right
         hits = np.where(draw.random(40)[units] < 0.2, whole, single)
-        low, high = score(metric, labels, 1 - hits.astype(int), units)["ci95"]
+        low, high = score_with_interval(metric, labels, 1 - hits.astype(int), units)["ci95"]
         covered += low <= right <= high
     assert 0.91 <= covered / 300 <= 0.98
 
@@ -340,7 +342,9 @@ def test_the_interval_of_another_share_stays_between_0_and_1() -> None:
     labels = draw.integers(3, size=80)
     predictions = np.where(draw.random(80) < 0.97, labels, (labels + 1) % 3)
     for name in ("f1", "balanced_accuracy"):
-        found = score(METRICS["classification"][name], labels, predictions, np.arange(80))
+        found = score_with_interval(
+            METRICS["classification"][name], labels, predictions, np.arange(80)
+        )
         low, high = found["ci95"]
         assert 0.85 < low < found["value"] < high < 1
 
@@ -350,9 +354,9 @@ def test_differences_are_positive_where_the_model_is_better() -> None:
     labels = draw.normal(size=80)
     near, far = labels + 0.1, labels + draw.normal(size=80)
     rmse = METRICS["regression"]["rmse"]
-    found = difference(rmse, labels, near, far, np.arange(80))
+    found = compare_pair(rmse, labels, near, far, np.arange(80))
     assert found["value"] > 0 and found["ci95"][0] > 0
-    turned = difference(rmse, labels, far, near, np.arange(80))
+    turned = compare_pair(rmse, labels, far, near, np.arange(80))
     assert turned["value"] == -found["value"]
     assert turned["ci95"] == pytest.approx([-found["ci95"][1], -found["ci95"][0]])
 
@@ -363,6 +367,6 @@ def test_rows_of_one_group_count_together() -> None:
     predictions = np.repeat(np.arange(4) % 2, 10)
     widths = []
     for units in (np.arange(40), np.repeat(np.arange(4), 10)):
-        low, high = score(metric, labels, predictions, units)["ci95"]
+        low, high = score_with_interval(metric, labels, predictions, units)["ci95"]
         widths.append(high - low)
     assert widths[1] > 2.5 * widths[0]

@@ -26,13 +26,13 @@ from transformers import (
 
 from hftl.errors import RecipeError
 from hftl.models.lora_concat import (
-    Factors,
-    check_exact,
-    factors_of,
-    joined,
+    LoraFactors,
+    check_concatenable,
+    concat_factors,
+    extract_factors,
+    get_saved_tensors,
     load_factors,
     save_factors,
-    saved_modules,
     write_adapter,
 )
 
@@ -45,7 +45,7 @@ HEAD = {
 }  # fmt: skip
 
 
-def merge(encoder: nn.Module, factors: dict[str, Factors]) -> None:
+def merge(encoder: nn.Module, factors: dict[str, LoraFactors]) -> None:
     """Adds every update to its weight."""
     with torch.no_grad():
         for path, (a, b) in factors.items():
@@ -84,12 +84,12 @@ def inputs_of(model_type: str) -> dict[str, torch.Tensor]:
 
 def adapted_in_turn(
     original: Path, folder: Path, stages: list[dict[str, Any]]
-) -> list[dict[str, Factors]]:
+) -> list[dict[str, LoraFactors]]:
     """Adapts the encoder stage by stage, each merged before the next; saves it in the end."""
     found = []
     for number, settings in enumerate(stages):
         base = AutoModel.from_pretrained(original if number == 0 else folder)
-        found.append(factors_of(stage(base, number, **settings)))
+        found.append(extract_factors(stage(base, number, **settings)))
         plain = AutoModel.from_pretrained(original if number == 0 else folder)
         merge(plain, found[-1])
         plain.save_pretrained(folder)
@@ -115,13 +115,13 @@ def differences(
     torch.manual_seed(5)
     last = stage(auto.from_pretrained(tmp / "merged", num_labels=3), 7, **task)
     prefix = f"{last.get_base_model().base_model_prefix}."
-    own = factors_of(last, prefix)
+    own = extract_factors(last, prefix)
     inputs = inputs_of(model_type)
     expected = logits(last, inputs)
     reloaded = []
     for name, stages in (("joined", [*before, own]), ("alone", [own])):
         write_adapter(
-            tmp / name, joined(stages), prefix, saved_modules(last), kind,
+            tmp / name, concat_factors(stages), prefix, get_saved_tensors(last), kind,
             task["modules_to_save"], "someone/base", "abc", type(last.get_base_model()),
         )  # fmt: skip
         torch.manual_seed(6)
@@ -215,10 +215,10 @@ class Nested(nn.Module):
 def test_patterns_are_of_one_layer_each(tmp_path: Path) -> None:
     torch.manual_seed(0)
     ranks = {"l.q": 1, "lxq": 2, "inner.l.q": 3, "n.l.q": 3}
-    found = {p: Factors(torch.randn(r, 6), torch.randn(6, r)) for p, r in ranks.items()}
+    found = {p: LoraFactors(torch.randn(r, 6), torch.randn(6, r)) for p, r in ranks.items()}
     write_adapter(tmp_path, found, "", {}, None, None, None, None)
     adapted = PeftModel.from_pretrained(Nested(), tmp_path)
-    again = factors_of(adapted)
+    again = extract_factors(adapted)
     assert {path: len(factors.a) for path, factors in again.items()} == ranks
     assert all(torch.equal(x, y) for p in found for x, y in zip(again[p], found[p], strict=True))
 
@@ -250,10 +250,12 @@ def test_an_adapter_of_features_without_a_head(
         target_modules=["value"], task_type=TaskType.FEATURE_EXTRACTION,
     )  # fmt: skip
     # As fine-tuning holds it: the wrapper inside another module.
-    own = factors_of(nn.ModuleDict({"encoder": last}))
+    own = extract_factors(nn.ModuleDict({"encoder": last}))
     folder = tmp_path / "adapter"
     kind = TaskType.FEATURE_EXTRACTION
-    write_adapter(folder, joined([*before, own]), "", saved_modules(last), kind, None, None, None)
+    write_adapter(
+        folder, concat_factors([*before, own]), "", get_saved_tensors(last), kind, None, None, None
+    )
     found = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_model()), folder).eval()
     inputs = inputs_of("bert")
     with torch.inference_mode():
@@ -271,9 +273,16 @@ def test_the_folder_is_as_peft_writes_it(tiny_model: Callable[..., Path], tmp_pa
     )
     adapted.save_pretrained(tmp_path / "theirs")
     write_adapter(
-        tmp_path / "ours", factors_of(adapted, "vit."), "vit.", saved_modules(adapted), None,
-        ["classifier"], str(tiny_model("vit")), None, type(model),
-    )  # fmt: skip
+        tmp_path / "ours",
+        extract_factors(adapted, "vit."),
+        "vit.",
+        get_saved_tensors(adapted),
+        None,
+        ["classifier"],
+        str(tiny_model("vit")),
+        None,
+        type(model),
+    )
     tensors = []
     for folder in ("ours", "theirs"):
         with safe_open(tmp_path / folder / "adapter_model.safetensors", "pt") as held:
@@ -296,8 +305,8 @@ def test_the_folder_is_as_peft_writes_it(tiny_model: Callable[..., Path], tmp_pa
 
 def test_joining_is_the_sum_of_the_updates() -> None:
     torch.manual_seed(0)
-    draw = [Factors(torch.randn(r, 6), torch.randn(5, r)) for r in (2, 3, 1)]
-    found = joined([{"x": draw[0]}, {"x": draw[1], "y": draw[2]}])
+    draw = [LoraFactors(torch.randn(r, 6), torch.randn(5, r)) for r in (2, 3, 1)]
+    found = concat_factors([{"x": draw[0]}, {"x": draw[1], "y": draw[2]}])
     assert list(found) == ["x", "y"] and torch.equal(found["y"].a, draw[2].a)
     assert found["x"].a.shape == (5, 6) and found["x"].b.shape == (5, 5)
     expected = draw[0].b @ draw[0].a + draw[1].b @ draw[1].a
@@ -310,7 +319,7 @@ def test_merging_equals_pefts_own(tiny_model: Callable[..., Path]) -> None:
         target_modules=["query", "dense"],
     )  # fmt: skip
     plain = AutoModel.from_pretrained(tiny_model())
-    merge(plain, factors_of(adapted))
+    merge(plain, extract_factors(adapted))
     theirs = adapted.merge_and_unload().state_dict()
     for name, tensor in plain.state_dict().items():
         assert (tensor - theirs[name]).abs().max() < 1e-6
@@ -318,7 +327,7 @@ def test_merging_equals_pefts_own(tiny_model: Callable[..., Path]) -> None:
 
 def test_factors_survive_their_file(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     adapted = stage(AutoModel.from_pretrained(tiny_model()), 0, r=3, target_modules=["query"])
-    found = factors_of(adapted)
+    found = extract_factors(adapted)
     assert "encoder.layer.0.attention.self.query" in found
     save_factors(found, tmp_path / "f.safetensors")
     again = load_factors(tmp_path / "f.safetensors")
@@ -343,13 +352,13 @@ def test_factors_survive_their_file(tmp_path: Path, tiny_model: Callable[..., Pa
 def test_what_is_not_b_a_is_refused(given: dict[str, Any]) -> None:
     name, value = next(iter(given.items()))
     with pytest.raises(RecipeError) as raised:
-        check_exact({"r": 8, **given}, "adapt.lora")
+        check_concatenable({"r": 8, **given}, "adapt.lora")
     shown = "true" if value is True else value
     assert f"adapt.lora.{name}={shown} cannot be joined" in str(raised.value)
 
 
 def test_what_is_b_a_is_not_refused() -> None:
-    check_exact(
+    check_concatenable(
         {
             "r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "use_rslora": True, "bias": "none",
             "use_dora": False, "init_lora_weights": "gaussian", "rank_pattern": {"query": 2},
@@ -357,8 +366,8 @@ def test_what_is_b_a_is_not_refused() -> None:
         },
         "finetune.lora",
     )  # fmt: skip
-    check_exact(LoraConfig().to_dict(), "finetune.lora")
-    check_exact({"modules_to_save": ["classifier"]}, "finetune.lora", last=True)
+    check_concatenable(LoraConfig().to_dict(), "finetune.lora")
+    check_concatenable({"modules_to_save": ["classifier"]}, "finetune.lora", last=True)
 
 
 def test_adapters_of_another_kind_are_refused(tiny_model: Callable[..., Path]) -> None:
@@ -366,17 +375,19 @@ def test_adapters_of_another_kind_are_refused(tiny_model: Callable[..., Path]) -
         return AutoModel.from_pretrained(tiny_model())
 
     with pytest.raises(RecipeError, match="use_dora=true"):
-        factors_of(get_peft_model(fresh(), LoraConfig(use_dora=True, target_modules=["query"])))
+        extract_factors(
+            get_peft_model(fresh(), LoraConfig(use_dora=True, target_modules=["query"]))
+        )
     with pytest.raises(RecipeError, match=r"word_embeddings \(Embedding\) cannot be joined"):
-        factors_of(get_peft_model(fresh(), LoraConfig(target_modules=["word_embeddings"])))
+        extract_factors(get_peft_model(fresh(), LoraConfig(target_modules=["word_embeddings"])))
     images = AutoModel.from_pretrained(tiny_model("vit"))
     with pytest.raises(RecipeError, match=r"\(Conv2d\) cannot be joined"):
-        factors_of(get_peft_model(images, LoraConfig(target_modules=["projection"])))
+        extract_factors(get_peft_model(images, LoraConfig(target_modules=["projection"])))
     with pytest.raises(RecipeError, match="type IA3 cannot be joined"):
         ia3 = IA3Config(target_modules=["query"], feedforward_modules=[])
-        factors_of(get_peft_model(fresh(), ia3))
+        extract_factors(get_peft_model(fresh(), ia3))
     with pytest.raises(RecipeError, match="pooler.dense"):
         adapted = get_peft_model(fresh(), LoraConfig(target_modules=["pooler.dense"]))
-        factors_of(adapted, "encoder.")
+        extract_factors(adapted, "encoder.")
     with pytest.raises(TypeError, match="no adapter"):
-        factors_of(fresh())
+        extract_factors(fresh())

@@ -14,7 +14,7 @@ from PIL import Image
 from hftl.config.recipe import Recipe
 from hftl.errors import DataError
 from hftl.pipeline.arms import Run
-from hftl.pipeline.corpora import SAMPLE, Corpus, corpus_of
+from hftl.pipeline.corpora import GENERAL_SAMPLE, Corpus, build_corpus
 from hftl.runtime import run_folder
 
 Tiny = Callable[..., Path]
@@ -43,7 +43,7 @@ def made(tree: dict[str, Any], folder: Path) -> tuple[Corpus, Any]:
     recipe = Recipe.parse(tree)
     bench = bench_of(recipe)
     folder.mkdir(exist_ok=True)
-    return corpus_of(Run(recipe, folder, print), bench, recipe.stages[0]), bench
+    return build_corpus(Run(recipe, folder, print), bench, recipe.stages[0]), bench
 
 
 def texts_of(corpus: Corpus, bench: Any) -> set[str]:
@@ -124,7 +124,7 @@ def test_a_corpus_is_made_once_and_does_not_depend_on_places(
         facts.append(made(tree, tmp_path / "run")[0].facts)
     assert facts[0] == facts[1]
     (folder,) = (tmp_path / "run" / "phases").glob("corpus-*")
-    assert str(tmp_path) not in json.dumps(run_folder.reads(folder))
+    assert str(tmp_path) not in json.dumps(run_folder.read_stage_inputs(folder))
     write_csv(second, ["text"], [[text] for text, _ in sentences(31, seed=9)])
     made(tree, tmp_path / "run")
     assert len(list((tmp_path / "run" / "phases").glob("corpus-*"))) == 2
@@ -133,13 +133,16 @@ def test_a_corpus_is_made_once_and_does_not_depend_on_places(
 def test_general_text_is_a_sample_and_nothing_of_it_trains(
     table: Path, tiny_model: Tiny, tmp_path: Path
 ) -> None:
-    rows = [[text] for text, _ in sentences(SAMPLE + 200, seed=3)]
+    rows = [[text] for text, _ in sentences(GENERAL_SAMPLE + 200, seed=3)]
     found = []
     for order in (1, -1):
         path = write_csv(tmp_path / f"g{order}.csv", ["text"], rows[::order])
         tree = tree_of(tiny_model(), table, {"objective": "mlm"}, general=str(path))
         corpus, bench = made(tree, tmp_path / f"run{order}")
-        assert corpus.general is not None and SAMPLE - 1 <= len(corpus.general) <= SAMPLE
+        assert (
+            corpus.general is not None
+            and GENERAL_SAMPLE - 1 <= len(corpus.general) <= GENERAL_SAMPLE
+        )
         ids = [tuple(corpus.general[i][0]) for i in range(len(corpus.general))]
         found.append(set(ids))
         assert texts_of(corpus, bench) == of_split(bench, "train")

@@ -12,7 +12,7 @@ import pytest
 from conftest import sentences
 
 from hftl.data import corpus
-from hftl.data.corpus import Blocks, Cut, write
+from hftl.data.corpus import BlockSpec, TokenBlocks, write_blocks
 from hftl.errors import DataError, RecipeError
 
 TEXTS = [text for text, _ in sentences(60)]
@@ -64,16 +64,18 @@ def tokenizer_of() -> Callable[[str], Any]:
     return lambda kind: made[kind]
 
 
-def cut_of(**changes: Any) -> Cut:
-    return Cut(**{"length": 16, "pack": True, "held_out": 0.2, "seed": 0} | changes)
+def cut_of(**changes: Any) -> BlockSpec:
+    return BlockSpec(**{"length": 16, "pack": True, "held_out": 0.2, "seed": 0} | changes)
 
 
 def blocks_of(folder: Path) -> list[list[tuple[list[int], list[int]]]]:
-    sides = [Blocks(folder, part) for part in ("train", "held_out")]
+    sides = [TokenBlocks(folder, part) for part in ("train", "held_out")]
     return [[(ids.tolist(), words.tolist()) for ids, words in side] for side in sides]
 
 
-def brute_force(texts: list[str], tokenizer: Any, cut: Cut) -> list[tuple[list[int], list[int]]]:
+def brute_force(
+    texts: list[str], tokenizer: Any, cut: BlockSpec
+) -> list[tuple[list[int], list[int]]]:
     """The blocks of documents, token by token."""
     before, after, payload = [tokenizer.cls_token_id], [tokenizer.sep_token_id], cut.length - 2
     streams: list[list[tuple[int, Any]]] = [[]]
@@ -102,10 +104,12 @@ def brute_force(texts: list[str], tokenizer: Any, cut: Cut) -> list[tuple[list[i
     return blocks
 
 
-def held_out_texts(texts: list[str], tokenizer: Any, cut: Cut, folder: Path) -> set[str]:
+def held_out_texts(texts: list[str], tokenizer: Any, cut: BlockSpec, folder: Path) -> set[str]:
     """Which documents are held out: those whose blocks are, were every document one block."""
     folder.mkdir()
-    write(texts, tokenizer, Cut(10**6, False, cut.held_out, cut.seed), keep_all, folder)
+    write_blocks(
+        texts, tokenizer, BlockSpec(10**6, False, cut.held_out, cut.seed), keep_all, folder
+    )
     ids = {tuple(tokenizer(text)["input_ids"]): text for text in texts}
     return {ids[tuple(found)] for found, _ in blocks_of(folder)[1]}
 
@@ -116,11 +120,11 @@ def test_blocks_are_those_of_a_brute_force_cut(
     tmp_path: Path, tokenizer_of: Callable[[str], Any], kind: str, pack: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(corpus, "CHUNK", 23)
+    monkeypatch.setattr(corpus, "CHUNK_TOKENS", 23)
     monkeypatch.setattr(corpus, "BATCH_TEXTS", 7)
     tokenizer, cut = tokenizer_of(kind), cut_of(pack=pack)
     (tmp_path / "out").mkdir()
-    facts = write(iter(LONG), tokenizer, cut, keep_all, tmp_path / "out")
+    facts = write_blocks(iter(LONG), tokenizer, cut, keep_all, tmp_path / "out")
     held_out = held_out_texts(LONG, tokenizer, cut, tmp_path / "each")
     assert 0 < len(held_out) < len(LONG) == len(set(LONG))
     sides = [[t for t in LONG if t not in held_out], [t for t in LONG if t in held_out]]
@@ -141,9 +145,9 @@ def test_words_are_those_between_spaces(
     tmp_path: Path, tokenizer_of: Callable[[str], Any], kind: str
 ) -> None:
     tokenizer = tokenizer_of(kind)
-    write(TEXTS, tokenizer, cut_of(length=512, pack=False), keep_all, tmp_path)
+    write_blocks(TEXTS, tokenizer, cut_of(length=512, pack=False), keep_all, tmp_path)
     several = 0
-    for ids, words in Blocks(tmp_path, "train"):
+    for ids, words in TokenBlocks(tmp_path, "train"):
         assert ids.dtype == words.dtype == np.int64
         spelt = [tokenizer.decode(ids[words == n]).strip() for n in range(words.max() + 1)]
         several += len(ids) - 2 - len(spelt)
@@ -159,14 +163,14 @@ def test_a_document_longer_than_a_batch_is_tokenised_the_same(
     for name, characters in (("whole", 10**6), ("cut", 40)):
         monkeypatch.setattr(corpus, "BATCH_CHARACTERS", characters)
         (tmp_path / name).mkdir()
-        write(LONG, tokenizer, cut, keep_all, tmp_path / name)
+        write_blocks(LONG, tokenizer, cut, keep_all, tmp_path / name)
     assert blocks_of(tmp_path / "whole") == blocks_of(tmp_path / "cut")
 
 
 def test_memory_does_not_grow_with_the_corpus(
     tmp_path: Path, tokenizer_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "CHUNK", 4096)
+    monkeypatch.setattr(corpus, "CHUNK_TOKENS", 4096)
     monkeypatch.setattr(corpus, "BATCH_TEXTS", 10)
     peaks = []
     for count in (100, 1000):
@@ -174,7 +178,7 @@ def test_memory_does_not_grow_with_the_corpus(
         folder.mkdir()
         tracemalloc.start()
         texts = (f"{number} " + " ".join(LONG[:20]) for number in range(count))
-        facts = write(texts, tokenizer_of("wordpiece"), cut_of(length=128), keep_all, folder)
+        facts = write_blocks(texts, tokenizer_of("wordpiece"), cut_of(length=128), keep_all, folder)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     stored = 3 * (facts["tokens"] + facts["held_out_tokens"])
@@ -202,7 +206,7 @@ def test_each_side_has_a_document(
     tmp_path: Path, tokenizer_of: Callable[[str], Any], share: float
 ) -> None:
     cut = cut_of(held_out=share, pack=False)
-    facts = write(TEXTS[:9], tokenizer_of("bytes"), cut, keep_all, tmp_path)
+    facts = write_blocks(TEXTS[:9], tokenizer_of("bytes"), cut, keep_all, tmp_path)
     assert sorted((facts["documents"], facts["held_out_documents"])) == [1, 8]
 
 
@@ -215,12 +219,12 @@ def test_copies_and_leaked_documents_are_not_learnt_from(
     folders = [tmp_path / name for name in "abc"]
     for folder in folders:
         folder.mkdir()
-    facts = write(texts, tokenizer, cut_of(), leaked.__contains__, folders[0])
+    facts = write_blocks(texts, tokenizer, cut_of(), leaked.__contains__, folders[0])
     assert (facts["duplicates"], facts["leaked"], facts["empty"]) == (11, 5, 1)
-    clean = write(LONG[5:], tokenizer, cut_of(), keep_all, folders[1])
+    clean = write_blocks(LONG[5:], tokenizer, cut_of(), keep_all, folders[1])
     assert blocks_of(folders[0]) == blocks_of(folders[1])
     assert facts["fingerprint"] == clean["fingerprint"]
-    backwards = write(LONG[:4:-1], tokenizer, cut_of(), keep_all, folders[2])
+    backwards = write_blocks(LONG[:4:-1], tokenizer, cut_of(), keep_all, folders[2])
     assert backwards["fingerprint"] == clean["fingerprint"]
 
 
@@ -230,7 +234,9 @@ def test_the_fingerprint_tells_corpora_apart(
     found = set()
     for number, texts in enumerate((LONG, LONG[1:], [LONG[0] + " .", *LONG[1:]])):
         (tmp_path / str(number)).mkdir()
-        facts = write(texts, tokenizer_of("bytes"), cut_of(), keep_all, tmp_path / str(number))
+        facts = write_blocks(
+            texts, tokenizer_of("bytes"), cut_of(), keep_all, tmp_path / str(number)
+        )
         found.add(facts["fingerprint"])
     assert len(found) == 3
 
@@ -241,7 +247,7 @@ def test_a_large_vocabulary_is_stored_in_full(
     tokenizer = pickle.loads(pickle.dumps(tokenizer_of("wordpiece")))
     tokenizer.add_tokens([f"token{number}" for number in range(1 << 16)])
     texts = [f"the token{65535 - number} of it" for number in range(30)]
-    write(texts, tokenizer, cut_of(pack=False), keep_all, tmp_path)
+    write_blocks(texts, tokenizer, cut_of(pack=False), keep_all, tmp_path)
     found = {tuple(ids) for side in blocks_of(tmp_path) for ids, _ in side}
     assert found == {tuple(tokenizer(text)["input_ids"]) for text in texts}
     assert max(map(max, found)) > 1 << 16
@@ -250,8 +256,8 @@ def test_a_large_vocabulary_is_stored_in_full(
 def test_blocks_travel_to_a_worker_as_a_path(
     tmp_path: Path, tokenizer_of: Callable[[str], Any]
 ) -> None:
-    write(LONG, tokenizer_of("wordpiece"), cut_of(), keep_all, tmp_path)
-    blocks = Blocks(tmp_path, "train")
+    write_blocks(LONG, tokenizer_of("wordpiece"), cut_of(), keep_all, tmp_path)
+    blocks = TokenBlocks(tmp_path, "train")
     sent = pickle.dumps(blocks)
     assert len(sent) < 500
     assert np.array_equal(pickle.loads(sent)[3][0], blocks[3][0])
@@ -275,12 +281,12 @@ def test_a_corpus_that_is_too_small_is_refused(
     changes: dict[str, Any], drop: Callable[[str], bool], message: str,
 ) -> None:  # fmt: skip
     with pytest.raises(DataError, match=message):
-        write(texts, tokenizer_of("wordpiece"), cut_of(**changes), drop, tmp_path)
+        write_blocks(texts, tokenizer_of("wordpiece"), cut_of(**changes), drop, tmp_path)
 
 
 def test_a_block_needs_room_for_text(tmp_path: Path, tokenizer_of: Callable[[str], Any]) -> None:
     with pytest.raises(RecipeError, match="data.max_length=2 leaves no room"):
-        write(LONG, tokenizer_of("bytes"), cut_of(length=2), keep_all, tmp_path)
+        write_blocks(LONG, tokenizer_of("bytes"), cut_of(length=2), keep_all, tmp_path)
 
 
 def test_a_tokenizer_in_python_is_refused(tmp_path: Path) -> None:
@@ -288,4 +294,4 @@ def test_a_tokenizer_in_python_is_refused(tmp_path: Path) -> None:
         is_fast = False
 
     with pytest.raises(RecipeError, match="not a fast one"):
-        write(LONG, Slow(), cut_of(), keep_all, tmp_path)
+        write_blocks(LONG, Slow(), cut_of(), keep_all, tmp_path)

@@ -10,8 +10,8 @@ from test_compare import NAMES, adapters
 
 import hftl
 from hftl.errors import RecipeError, RunFolderError
-from hftl.inference.compare import compare
-from hftl.models.source import checkpoint_sha256
+from hftl.inference.compare import compare_models
+from hftl.models.source import hash_checkpoint
 
 __all__ = ["adapters"]
 
@@ -85,13 +85,13 @@ def test_a_damaged_folder_is_pointed_to_the_doctor(
         hftl.load(folder)
     for models in ([folder, adapters["more"]], [adapters["more"], folder]):
         with pytest.raises(RunFolderError, match="damaged does not load: .*hftl doctor"):
-            compare(list(map(str, models)), table, None)
+            compare_models(list(map(str, models)), table, None)
 
 
 def test_weights_of_a_base_that_do_not_open(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(RecipeError, match=r"model\.safetensors does not open"):
-        checkpoint_sha256(tmp_path)
+        hash_checkpoint(tmp_path)
 
 
 def test_labels_are_in_the_order_of_their_numbers(
@@ -100,4 +100,4 @@ def test_labels_are_in_the_order_of_their_numbers(
     folder = Path(shutil.copytree(adapters["two"], tmp_path / "written"))
     numbered = dict(reversed(list(enumerate(NAMES))))
     rewrite(folder / "config.json", id2label={str(n): name for n, name in numbered.items()})
-    assert hftl.load(folder).names == NAMES
+    assert hftl.load(folder).class_names == NAMES

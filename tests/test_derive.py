@@ -8,16 +8,16 @@ from tiny import IMAGE, TEXT, tiny_config
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from hftl.errors import RecipeError
-from hftl.models.architectures import ANATOMIES, anatomy_of, count_blocks
+from hftl.models.architectures import ARCHITECTURES, count_blocks, get_architecture
 from hftl.models.derive import derived
 
 GROUPS = {"depths": [1, 2], "hidden_sizes": [8, 16]}
 
 
-@pytest.mark.parametrize("name", sorted(set(ANATOMIES) - {"albert"}))
+@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"albert"}))
 def test_what_is_derived_is_what_the_table_says(name: str) -> None:
     config = tiny_config(name)
-    assert derived(config) == anatomy_of(config)
+    assert derived(config) == get_architecture(config)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_what_is_derived_is_what_the_table_says(name: str) -> None:
 )
 def test_variants_are_what_is_derived(name: str, more: dict[str, Any]) -> None:
     config = tiny_config(name, **more)
-    assert derived(config) == anatomy_of(config) != anatomy_of(tiny_config(name))
+    assert derived(config) == get_architecture(config) != get_architecture(tiny_config(name))
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def test_an_unknown_encoder_is_derived(
     name: str, blocks: str, linears: int, final: tuple[str, ...], unused: tuple[str, ...]
 ) -> None:
     config = tiny_config(name)
-    found = anatomy_of(config)
+    found = get_architecture(config)
     assert (found.blocks, len(found.lora_targets)) == (blocks, linears)
-    assert (found.final, found.unused) == (final, unused)
+    assert (found.final_parts, found.unused_parts) == (final, unused)
     assert count_blocks(config) == 3
     assert (found.tokens is not None) == (found.modality == "text")
 
@@ -93,4 +93,4 @@ def test_what_cannot_be_verified_is_refused(name: str, fields: dict[str, Any], w
     what = f"'{name}' is not supported: .*{why}"
     do = "Use one of albert, .* or add an entry to hftl/models/architectures.py"
     with pytest.raises(RecipeError, match=f"{what}.*{do}"):
-        anatomy_of(config)
+        get_architecture(config)

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
 
 from hftl.doctor.adapter_folder import Finding
-from hftl.doctor.checks import examine
-from hftl.doctor.report import _table, told
+from hftl.doctor.checks import examine_adapter
+from hftl.doctor.report import _format_table, format_report
 from hftl.errors import HubError, RecipeError
 
 __all__ = ["adapters", "hub", "in_this_process"]
@@ -31,7 +31,7 @@ __all__ = ["adapters", "hub", "in_this_process"]
 
 @pytest.mark.parametrize("name", SOUND)
 def test_a_sound_adapter_has_no_defect(name: str, adapters: dict[str, Path]) -> None:
-    found = examine(adapters[name])
+    found = examine_adapter(adapters[name])
     assert not found.defects, found.defects
     assert not found.unexamined
     assert found.exit_code == 0
@@ -54,10 +54,10 @@ def test_what_the_trainer_trained_is_sound(hub: Path, tmp_path: Path) -> None:
     trainer = Trainer(adapted, arguments, train_dataset=rows, processing_class=tokenizer)  # pyright: ignore
     trainer.train()
     save(adapted, tmp_path / "adapter")
-    assert not examine(tmp_path / "adapter").defects
+    assert not examine_adapter(tmp_path / "adapter").defects
     # What the Trainer itself writes has its pickled arguments in it.
     trainer.save_model(str(tmp_path / "saved"))
-    assert kinds(examine(tmp_path / "saved")) == {"unsafe"}
+    assert kinds(examine_adapter(tmp_path / "saved")) == {"unsafe"}
 
 
 def test_what_hftl_publishes_is_sound(hub: Path, tmp_path: Path) -> None:
@@ -68,9 +68,9 @@ def test_what_hftl_publishes_is_sound(hub: Path, tmp_path: Path) -> None:
     publish = tmp_path / "publish"
     rewrite(publish / "adapter_config.json", base_model_name_or_path="tiny/bert-mlm",
             revision=COMMIT)  # fmt: skip
-    source = {"model": "tiny/bert-mlm", "weights_sha256": bench.weights}
+    source = {"model": "tiny/bert-mlm", "weights_sha256": bench.weights_hash}
     rewrite(publish / "hftl.json", source=source, data={"labels": ["negative", "positive"]})
-    found = examine(publish)
+    found = examine_adapter(publish)
     assert not found.defects, found.defects
     assert not found.unexamined
 
@@ -89,18 +89,18 @@ def planted(
 @pytest.mark.parametrize("planted", PLANTED, indirect=True)
 def test_a_planted_defect_is_found(planted: tuple[Path, str]) -> None:
     folder, kind = planted
-    found = examine(folder)
+    found = examine_adapter(folder)
     assert kind in kinds(found), (found.findings, found.unexamined)
     assert found.exit_code == 4
     one = next(one for one in found.defects if one.kind == kind)
     assert one.what and one.where and one.fix
-    assert one.kind in told(found, 120)
+    assert one.kind in format_report(found, 120)
 
 
 def test_an_id_is_never_cut_on_a_narrow_screen() -> None:
     name = "an-organisation-with-a-name/a-model-with-a-long-name"
     found = [Finding("base", "warning", f"{name} is not pinned", "adapter_config.json", "Set it")]
-    text = _table(found, 60)
+    text = _format_table(found, 60)
     assert "…" not in text
     first = "".join(line[2:30].strip() for line in text.splitlines()[2:])
     assert name in first.replace(" ", "")
@@ -119,23 +119,23 @@ def test_a_whole_model(hub: Path, tmp_path: Path) -> None:
     model = wrapped(snapshot(hub, "bert-mlm"), "bert-mlm", SOUND["bert"][1]).merge_and_unload()
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer(tmp_path / "model")
-    assert not examine(tmp_path / "model").defects
+    assert not examine_adapter(tmp_path / "model").defects
     path = tmp_path / "model" / "model.safetensors"
     tensors = {k: t for k, t in load_file(path).items() if "pooler" not in k}
     save_file(tensors, path, {"format": "pt"})
-    assert kinds(examine(tmp_path / "model")) == {"fresh", "reload"}
+    assert kinds(examine_adapter(tmp_path / "model")) == {"fresh", "reload"}
     rewrite(tmp_path / "model" / "config.json", auto_map={"AutoModel": "m.M"})
-    found = examine(tmp_path / "model")
+    found = examine_adapter(tmp_path / "model")
     assert kinds(found) == {"unsafe"} and found.unexamined
 
 
 def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"no adapter_config\.json"):
-        examine(tmp_path)
+        examine_adapter(tmp_path)
     with pytest.raises(RecipeError, match="no folder"):
-        examine(tmp_path / "nothing" / "here")
+        examine_adapter(tmp_path / "nothing" / "here")
     with pytest.raises(HubError):
-        examine("somebody/unknown-adapter")
+        examine_adapter("somebody/unknown-adapter")
 
 
 def test_other_kinds_of_adapter_are_examined_too(hub: Path, tmp_path: Path) -> None:
@@ -148,10 +148,10 @@ def test_other_kinds_of_adapter_are_examined_too(hub: Path, tmp_path: Path) -> N
     settings = IA3Config(task_type="SEQ_CLS", target_modules=["key"], feedforward_modules=[],
                          revision=COMMIT)  # fmt: skip
     adapter = save(get_peft_model(model, settings), tmp_path / "adapter")
-    found = examine(adapter)
+    found = examine_adapter(adapter)
     assert not found.defects and not found.unexamined
     reconfigure(adapter, peft_type="PROMPT_TUNING")
-    assert "PROMPT_TUNING" in examine(adapter).unexamined[0]
+    assert "PROMPT_TUNING" in examine_adapter(adapter).unexamined[0]
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_other_kinds_of_adapter_are_examined_too(hub: Path, tmp_path: Path) -> N
 def test_two_fresh_processes_tell_random_weights(adapters: dict[str, Path], tmp_path: Path) -> None:
     folder = copied(adapters, "bert-mlm", tmp_path)
     pooler_drawn_anew_by_every_load(folder, tmp_path)
-    assert kinds(examine(folder)) == {"fresh", "reload"}
+    assert kinds(examine_adapter(folder)) == {"fresh", "reload"}
 
 
 @pytest.mark.slow
@@ -168,4 +168,4 @@ def test_two_fresh_processes_tell_random_weights(adapters: dict[str, Path], tmp_
 def test_two_fresh_processes_say_the_same_of_a_sound_adapter(
     name: str, adapters: dict[str, Path]
 ) -> None:
-    assert not examine(adapters[name]).defects
+    assert not examine_adapter(adapters[name]).defects

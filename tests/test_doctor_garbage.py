@@ -11,10 +11,10 @@ import pytest
 from pushed import made
 
 from hftl.doctor import load_check
-from hftl.doctor.checks import examine
-from hftl.doctor.report import told
+from hftl.doctor.checks import examine_adapter
+from hftl.doctor.report import format_report
 from hftl.errors import RecipeError
-from hftl.models.source import absurd
+from hftl.models.source import find_config_fault
 
 __all__ = ["made"]
 BERT_AS_VIT = {
@@ -26,7 +26,7 @@ BERT_AS_VIT = {
 @pytest.fixture
 def adapter(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that hftl has published, record and card included."""
-    monkeypatch.setattr(load_check, "loads", lambda *given: [np.zeros(2)] * 2)
+    monkeypatch.setattr(load_check, "load_in_processes", lambda *given: [np.zeros(2)] * 2)
     shutil.copytree(made / "publish", tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -46,7 +46,7 @@ def test_a_record_of_another_shape(
     record: dict[str, Any], adapter: Path, tiny_model: Callable[..., Path]
 ) -> None:
     change(adapter / "hftl.json", **record)
-    told(examine(adapter, str(tiny_model())))
+    format_report(examine_adapter(adapter, str(tiny_model())))
 
 
 @pytest.mark.parametrize(
@@ -58,18 +58,18 @@ def test_a_task_or_class_that_is_none_of_the_base(
     settings: dict[str, Any], kind: str | None, adapter: Path, tiny_model: Callable[..., Path]
 ) -> None:
     change(adapter / "adapter_config.json", **settings)
-    found = examine(adapter, str(tiny_model()))
+    found = examine_adapter(adapter, str(tiny_model()))
     assert kind is None or kind in {one.kind for one in found.defects}
 
 
 def test_labels_numbered_by_no_decimal(adapter: Path, tiny_model: Callable[..., Path]) -> None:
     change(adapter / "config.json", id2label={"²": "a"})
-    assert "labels" in {one.kind for one in examine(adapter, str(tiny_model())).defects}
+    assert "labels" in {one.kind for one in examine_adapter(adapter, str(tiny_model())).defects}
 
 
 def test_a_card_deeper_than_can_be_read(adapter: Path, tiny_model: Callable[..., Path]) -> None:
     (adapter / "README.md").write_text(f"---\n{'[' * 3000}\n---\n")
-    assert "card" in {one.kind for one in examine(adapter, str(tiny_model())).defects}
+    assert "card" in {one.kind for one in examine_adapter(adapter, str(tiny_model())).defects}
 
 
 UNLOADABLE: list[dict[str, Any]] = [
@@ -87,7 +87,7 @@ def test_a_whole_model_whose_config_is_of_no_model_is_not_sound(
     # transformers goes by a folder's name where the config names no model.
     shutil.copytree(tiny_model(), tmp_path / "bert")
     change(tmp_path / "bert" / "config.json", **settings)
-    found = examine(tmp_path / "bert")
+    found = examine_adapter(tmp_path / "bert")
     assert "config" in {one.kind for one in found.defects} and found.exit_code == 4
     assert any(what.startswith("fresh modules") for what in found.unexamined)
 
@@ -99,7 +99,7 @@ def test_an_architecture_that_hftl_does_not_know_is_no_defect(
 
     shutil.copytree(tiny_model(), tmp_path / "model")
     GPT2Config(n_layer=1, n_embd=16, n_head=2).save_pretrained(tmp_path / "model")
-    found = examine(tmp_path / "model")
+    found = examine_adapter(tmp_path / "model")
     assert found.exit_code == 0 and "'gpt2' is not supported" in found.unexamined[0]
 
 
@@ -109,10 +109,10 @@ def test_a_base_of_an_impossible_depth_is_not_built(
     base = Path(shutil.copytree(tiny_model(), tmp_path / "base"))
     change(base / "config.json", num_hidden_layers=1_000_000_000)
     with pytest.raises(RecipeError, match="num_hidden_layers is 1000000000"):
-        examine(adapter, str(base))
+        examine_adapter(adapter, str(base))
     change(adapter / "adapter_config.json", base_model_name_or_path=str(base))
     change(base / "config.json", num_hidden_layers=3, vocab_size=1_000_000_000_000)
-    found = examine(adapter, str(base))
+    found = examine_adapter(adapter, str(base))
     assert any("its weights hold" in what for what in found.unexamined)
 
 
@@ -128,5 +128,5 @@ USUAL: list[Any] = [
 
 
 def test_counts_are_seen_in_every_familys_words() -> None:
-    assert all(absurd(config) is not None for config in ABSURD)
-    assert all(absurd(config) is None for config in USUAL)
+    assert all(find_config_fault(config) is not None for config in ABSURD)
+    assert all(find_config_fault(config) is None for config in USUAL)

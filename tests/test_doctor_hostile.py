@@ -15,8 +15,8 @@ from planting import (
 )  # fmt: skip
 
 from hftl import cli
-from hftl.doctor.checks import examine
-from hftl.doctor.report import told
+from hftl.doctor.checks import examine_adapter
+from hftl.doctor.report import format_report
 
 __all__ = ["adapters", "hub", "in_this_process"]
 
@@ -28,7 +28,7 @@ def test_a_strangers_text_does_not_steer_the_terminal(
 ) -> None:
     folder = copied(adapters, "bert", tmp_path)
     reconfigure(folder, base_model_name_or_path="/x/\x1b[2J[red]\u202e\nsound")
-    text = told(examine(folder), 200)
+    text = format_report(examine_adapter(folder), 200)
     assert "\x1b" not in text and "\u202e" not in text and "[red]" in text
     assert text.splitlines()[-1].endswith("1 defect and 1 warning")
 

@@ -23,19 +23,19 @@ from planting import (
 from safetensors.torch import load_file
 
 from hftl.config.source import Source
-from hftl.doctor.checks import Examination, examine
-from hftl.doctor.fix import backup, mend
-from hftl.doctor.report import diagnose
-from hftl.doctor.shape_check import modern, renamed_keys
+from hftl.doctor.checks import Examination, examine_adapter
+from hftl.doctor.fix import fix_adapter, get_backup_folder
+from hftl.doctor.report import run_doctor
+from hftl.doctor.shape_check import find_new_name, find_renamed_keys
 from hftl.errors import RecipeError
-from hftl.models.source import find_source, weights_sha256
+from hftl.models.source import find_source, hash_source_weights
 
 __all__ = ["adapters", "hub", "in_this_process"]
 
 
 def mended(folder: Path, base: str | None = None) -> tuple[list[str], Examination]:
-    lines = mend(examine(folder, base), base)
-    return lines, examine(folder, base)
+    lines = fix_adapter(examine_adapter(folder, base), base)
+    return lines, examine_adapter(folder, base)
 
 
 @pytest.mark.parametrize(
@@ -51,13 +51,13 @@ def test_old_names_are_renamed_and_the_model_says_the_same(
     else:
         as_in_transformers_4(folder, model, lists)
     before = (folder / "adapter_config.json").read_bytes()
-    assert "stale-names" in kinds(examine(folder))
+    assert "stale-names" in kinds(examine_adapter(folder))
     lines, found = mended(folder)
     assert lines and not found.defects
     right, ours = (load_file(f / "adapter_model.safetensors") for f in (adapters[adapter], folder))
     assert right.keys() == ours.keys()
     assert all(torch.equal(right[key], ours[key]) for key in right)
-    assert (backup(folder) / "adapter_config.json").read_bytes() == before
+    assert (get_backup_folder(folder) / "adapter_config.json").read_bytes() == before
     targets = [json.loads((f / "adapter_config.json").read_text())["target_modules"]
                for f in (adapters[adapter], folder)]  # fmt: skip
     assert sorted(targets[0]) == sorted(targets[1])
@@ -66,7 +66,7 @@ def test_old_names_are_renamed_and_the_model_says_the_same(
 def test_patterns_are_renamed_too(hub: Path, tmp_path: Path) -> None:
     settings = SOUND["vit"][1] | {"rank_pattern": {"layers.1.attention.q_proj": 2}}
     folder = save(wrapped(snapshot(hub, "vit"), "vit", settings), tmp_path / "adapter")
-    assert not examine(folder).defects
+    assert not examine_adapter(folder).defects
     as_in_transformers_4(folder, "vit", "encoder.layer")
     reconfigure(folder, rank_pattern={"encoder.layer.1.attention.attention.query": 2})
     _, found = mended(folder)
@@ -98,7 +98,7 @@ def test_only_a_proven_base_is_pinned(adapters: dict[str, Path], hub: Path, tmp_
     folder = copied(adapters, "bert", tmp_path)
     reconfigure(folder, revision=None)
     assert mended(folder)[0] == []
-    right = weights_sha256(find_source(Source(model=str(snapshot(hub, "bert")))))
+    right = hash_source_weights(find_source(Source(model=str(snapshot(hub, "bert")))))
     rewrite(folder / "hftl.json", source={"weights_sha256": right})
     lines, found = mended(folder)
     assert COMMIT in lines[0] and "base" not in kinds(found, defects=False)
@@ -124,7 +124,7 @@ def test_pickles_are_left_where_they_are(adapters: dict[str, Path], tmp_path: Pa
     folder = copied(adapters, "bert", tmp_path)
     (folder / "training_args.bin").write_bytes(b"x")
     said: list[str] = []
-    assert diagnose(str(folder), None, True, said.append) == 4
+    assert run_doctor(str(folder), None, True, said.append) == 4
     assert (folder / "training_args.bin").exists()
     assert "nothing here can be fixed without you" in said
 
@@ -138,16 +138,16 @@ def test_a_hubs_copy_and_a_runs_folder_are_not_changed(
     (run / "recipe.yaml").write_text(
         json.dumps({"source": source, "data": {"train": {"path": "x.csv"}}})
     )
-    found = examine(run)
-    assert not found.defects and found.patient.run == run
-    assert examine(run / "publish").patient.run == run
+    found = examine_adapter(run)
+    assert not found.defects and found.folder.run == run
+    assert examine_adapter(run / "publish").folder.run == run
     with pytest.raises(RecipeError, match="its run writes it"):
-        mend(found, None)
+        fix_adapter(found, None)
     into_cache(hub, "adapter", adapters["bert"])
-    found = examine("tiny/adapter")
+    found = examine_adapter("tiny/adapter")
     assert not found.defects
     with pytest.raises(RecipeError, match="on a hub"):
-        mend(found, None)
+        fix_adapter(found, None)
 
 
 def test_modern_names() -> None:
@@ -164,7 +164,7 @@ def test_modern_names() -> None:
         "bert.encoder.layer.9.attention.self.query": None,
         "vit.encoder.layer.7.attention.attention.query": None,
     }
-    assert {name: modern(name, modules) for name in old} == old
+    assert {name: find_new_name(name, modules) for name in old} == old
     keys = {f"base_model.model.{name}.lora_A.weight": new for name, new in old.items()}
     expected = {k: f"base_model.model.{new}.lora_A.weight" for k, new in keys.items() if new}
-    assert renamed_keys(keys, modules) == expected
+    assert find_renamed_keys(keys, modules) == expected

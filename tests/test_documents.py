@@ -9,7 +9,7 @@ import pytest
 
 from hftl.config.data import Data, Table
 from hftl.data import corpus as module
-from hftl.data.corpus import batches, documents
+from hftl.data.corpus import batch_documents, read_documents
 from hftl.data.load import BadRows
 from hftl.errors import DataError
 
@@ -25,7 +25,7 @@ def read(path: Path, part: str = "unlabeled", skip: bool = False, **table: Any) 
 
 def stream(path: Path, part: str, bad: BadRows, **table: Any) -> Iterator[str]:
     data = Data.model_construct(**{part: Table(path=str(path), **table)})  # pyright: ignore
-    return documents(data, part, bad)
+    return read_documents(data, part, bad)
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:
@@ -145,7 +145,7 @@ def test_batches_are_bounded_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "BATCH_TEXTS", 3)
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 20)
     texts = ["a", "", "word " * 30, "x" * 50, "b", "c", "d", "e", "word\n" * 7]
-    found = list(batches(texts))
+    found = list(batch_documents(texts))
     assert all(1 <= len(batch) <= 3 for batch in found)
     assert all(sum(len(piece) for _, piece in batch) <= 20 for batch in found)
     joined: list[str] = []
@@ -156,11 +156,11 @@ def test_batches_are_bounded_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -
         else:
             joined.append(piece)
     assert joined == texts
-    assert list(batches([])) == []
+    assert list(batch_documents([])) == []
 
 
 def test_a_document_is_known_by_its_text() -> None:
-    (first,) = batches(["one", "two", "one"])
+    (first,) = batch_documents(["one", "two", "one"])
     contents = [content for content, _ in first]
     assert contents[0] == contents[2] != contents[1]
     assert all(content is not None and 0 <= content < 2**64 for content in contents)

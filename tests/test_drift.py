@@ -9,7 +9,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from hftl.analysis import drift
-from hftl.analysis.drift import cka, cka_floor, cosines, nearest_same, probe_hits, relational_kl
+from hftl.analysis.drift import (
+    compute_cka,
+    compute_cka_floor,
+    compute_cosines,
+    compute_neighbour_hits,
+    compute_probe_hits,
+    compute_relational_kl,
+)
 
 ROWS, WIDTH = 60, 8
 
@@ -30,15 +37,15 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize("chunk", [7, 512])
 def test_nearest_same_is_a_double_loop(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drift, "CHUNK", chunk)
-    monkeypatch.setattr(drift, "CHUNK", chunk)
+    monkeypatch.setattr(drift, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(drift, "CHUNK_ROWS", chunk)
     found, labels = features(0), np.array(list("abcd") * 15)
     expected = []
     for i in range(ROWS):
         others = [j for j in range(ROWS) if j != i]
         near = max(others, key=lambda j: cosine(found[i], found[j]))
         expected.append(float(labels[near] == labels[i]))
-    assert nearest_same(found, labels).tolist() == expected
+    assert compute_neighbour_hits(found, labels).tolist() == expected
     assert 0 < np.mean(expected) < 1
 
 
@@ -47,7 +54,7 @@ def test_nearest_same_is_a_double_loop(chunk: int, monkeypatch: pytest.MonkeyPat
 def test_relational_kl_is_a_double_loop(
     tau: float, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drift, "CHUNK", chunk)
+    monkeypatch.setattr(drift, "CHUNK_ROWS", chunk)
     before, after = features(0), features(0) + 0.5 * features(1)
     expected = []
     for i in range(ROWS):
@@ -57,8 +64,8 @@ def test_relational_kl_is_a_double_loop(
             shares.append({j: value / sum(raw.values()) for j, value in raw.items()})
         old, new = shares
         expected.append(sum(p * math.log(p / new[j]) for j, p in old.items()))
-    np.testing.assert_allclose(relational_kl(before, after, tau), expected, rtol=1e-6)
-    assert not np.allclose(expected, relational_kl(after, before, tau), rtol=0.01)
+    np.testing.assert_allclose(compute_relational_kl(before, after, tau), expected, rtol=1e-6)
+    assert not np.allclose(expected, compute_relational_kl(after, before, tau), rtol=0.01)
 
 
 def test_cka_is_the_ratio_of_unbiased_independence_criteria() -> None:
@@ -75,50 +82,50 @@ def test_cka_is_the_ratio_of_unbiased_independence_criteria() -> None:
 
     k, other = (side.astype(float) @ side.astype(float).T for side in (before, after))
     expected = hsic(k, other) / math.sqrt(hsic(k, k) * hsic(other, other))
-    assert cka(before, after) == pytest.approx(expected, rel=1e-10)
+    assert compute_cka(before, after) == pytest.approx(expected, rel=1e-10)
 
 
 def test_cka_of_unrelated_features_is_about_zero_and_under_its_floor() -> None:
     draw = np.random.default_rng(0)
     pairs = [draw.normal(size=(2, 50, 384)) for _ in range(30)]
-    found = [cka(*pair) for pair in pairs]
+    found = [compute_cka(*pair) for pair in pairs]
     assert abs(np.mean(found)) < 0.03 and np.max(np.abs(found)) < 0.25
-    above = [cka(*pair) > cka_floor(*pair) for pair in pairs]
+    above = [compute_cka(*pair) > compute_cka_floor(*pair) for pair in pairs]
     assert np.mean(above) <= 0.2
     near = pairs[0][0] + 0.5 * pairs[0][1]
-    assert cka(pairs[0][0], near) > 3 * cka_floor(pairs[0][0], near)
+    assert compute_cka(pairs[0][0], near) > 3 * compute_cka_floor(pairs[0][0], near)
 
 
 def test_cka_of_turned_scaled_and_constant_features() -> None:
     before = features(0)
-    assert cka(before + 5, 3 * before) == pytest.approx(1, abs=1e-6)
-    assert cka(before, np.ones_like(before)) == 0
+    assert compute_cka(before + 5, 3 * before) == pytest.approx(1, abs=1e-6)
+    assert compute_cka(before, np.ones_like(before)) == 0
 
 
 def test_nothing_moved() -> None:
     found = features(0)
-    assert relational_kl(found, found, 0.05).tolist() == [0] * ROWS
-    assert cka(found, found) == pytest.approx(1, abs=1e-12)
-    np.testing.assert_allclose(cosines(found, found), 1, atol=1e-12)
-    np.testing.assert_allclose(cosines(found, -2 * found), -1, atol=1e-12)
+    assert compute_relational_kl(found, found, 0.05).tolist() == [0] * ROWS
+    assert compute_cka(found, found) == pytest.approx(1, abs=1e-12)
+    np.testing.assert_allclose(compute_cosines(found, found), 1, atol=1e-12)
+    np.testing.assert_allclose(compute_cosines(found, -2 * found), -1, atol=1e-12)
 
 
 def test_a_rotation_changes_only_what_is_tied_to_the_axes() -> None:
     found, labels = features(0), np.arange(ROWS) % 3
     after = turned(found)
-    assert relational_kl(found, after, 0.05).max() < 1e-5
-    assert cka(found, after) == pytest.approx(1, abs=1e-6)
-    assert (nearest_same(found, labels) == nearest_same(after, labels)).all()
-    assert drift.agreement(found, after) == 1
-    assert cosines(found, after).mean() < 0.5
+    assert compute_relational_kl(found, after, 0.05).max() < 1e-5
+    assert compute_cka(found, after) == pytest.approx(1, abs=1e-6)
+    assert (compute_neighbour_hits(found, labels) == compute_neighbour_hits(after, labels)).all()
+    assert drift.mean_shared_neighbours(found, after) == 1
+    assert compute_cosines(found, after).mean() < 0.5
 
 
 def test_more_noise_is_more_drift() -> None:
     before = features(0)
     sides = [before + scale * features(1) for scale in (0.1, 0.3, 1)]
-    kl = [relational_kl(before, side, 0.05).mean() for side in sides]
+    kl = [compute_relational_kl(before, side, 0.05).mean() for side in sides]
     assert kl == sorted(kl) and kl[0] > 0
-    same = [cka(before, side) for side in sides]
+    same = [compute_cka(before, side) for side in sides]
     assert same == sorted(same, reverse=True)
 
 
@@ -144,8 +151,8 @@ def test_fixed_and_refitted_probes_are_those_of_scikit_learn() -> None:
             solver.fit(scaler.transform(fitted[train]), labels[train])
             told = solver.predict(scaler.transform(tested[test]))
             expected[name][test] = told == labels[test]
-    own, fixed = probe_hits(before, [before, after], labels, units, 0.1)
-    (refitted,) = probe_hits(after, [after], labels, units, 0.1)
+    own, fixed = compute_probe_hits(before, [before, after], labels, units, 0.1)
+    (refitted,) = compute_probe_hits(after, [after], labels, units, 0.1)
     assert own.tolist() == expected["before"].tolist()
     assert fixed.tolist() == expected["fixed"].tolist()
     assert refitted.tolist() == expected["refitted"].tolist()
@@ -155,8 +162,8 @@ def test_fixed_and_refitted_probes_are_those_of_scikit_learn() -> None:
 def test_a_rotation_fools_the_fixed_probe_alone() -> None:
     before, labels, units = classes()
     after = turned(before)
-    own, fixed = probe_hits(before, [before, after], labels, units, 0.1)
-    (refitted,) = probe_hits(after, [after], labels, units, 0.1)
+    own, fixed = compute_probe_hits(before, [before, after], labels, units, 0.1)
+    (refitted,) = compute_probe_hits(after, [after], labels, units, 0.1)
     assert abs(refitted.mean() - own.mean()) < 0.05 and fixed.mean() < own.mean() - 0.2
 
 
@@ -165,5 +172,5 @@ def test_rows_of_one_unit_share_a_fold() -> None:
     units = np.repeat(np.arange(12), 5)
     before = np.repeat(features(0, 12), 5, axis=0)
     labels = np.repeat(np.random.default_rng(5).integers(0, 2, 12), 5)
-    (hits,) = probe_hits(before, [before], labels, units, 1.0)
+    (hits,) = compute_probe_hits(before, [before], labels, units, 1.0)
     assert hits.mean() < 0.9

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from hftl.data.duplicates import CopyCounts, count_near_pictures, drop_duplicates
+from hftl.data.duplicates import CopyCounts, count_near_images, drop_duplicates
 from hftl.data.load import Row
 
 
@@ -105,12 +105,12 @@ def test_contradictory_inputs_are_counted_apart_from_copies() -> None:
 
 def test_near_pictures_are_counted_where_they_measure() -> None:
     def picture(code: int | None, name: str) -> Row:
-        return Row((name,), "x", None, 0, "", perceptual=code)
+        return Row((name,), "x", None, 0, "", perceptual_hash=code)
 
     train = [picture(0b1111, "a"), picture(1 << 63, "b"), picture(None, "flat")]
     five = (1 << 63) | 0b111110000
     test = [picture(0, "four bits off"), picture(five, "five"), picture(None, "c")]
     rows = {"train": train, "validation": [picture(0b1111, "d")], "test": test}
-    assert count_near_pictures(rows) == 2
-    assert count_near_pictures(rows | {"train": [picture(None, "flat")]}) == 1
-    assert count_near_pictures(rows | {"train": [], "validation": []}) == 0
+    assert count_near_images(rows) == 2
+    assert count_near_images(rows | {"train": [picture(None, "flat")]}) == 1
+    assert count_near_images(rows | {"train": [], "validation": []}) == 0

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from hftl.card.training_sections import environment
+from hftl.card.training_sections import format_environment
 from hftl.runtime import distributed
-from hftl.runtime.hardware import metered, total
+from hftl.runtime.hardware import measure_energy, sum_energy
 
 STAND_IN = """
 from types import SimpleNamespace
@@ -41,34 +41,34 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_what_codecarbon_estimates_is_told(stand_in: Any) -> None:
-    with metered() as told:
+    with measure_energy() as told:
         assert stand_in.running == 1 and told == {}
     assert told == {"energy_kwh": 0.25} and stand_in.running == 0
 
 
 def test_a_failure_stops_the_tracker(stand_in: Any) -> None:
-    with pytest.raises(KeyboardInterrupt), metered():
+    with pytest.raises(KeyboardInterrupt), measure_energy():
         raise KeyboardInterrupt
     assert stand_in.running == 0
 
 
 def test_another_process_tells_nothing(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    with metered() as told:
+    with measure_energy() as told:
         assert stand_in.running == 0
     assert told == {}
 
 
 @pytest.mark.skipif(find_spec("codecarbon") is not None, reason="codecarbon is installed")
 def test_nothing_is_told_without_codecarbon() -> None:
-    with metered() as told:
+    with measure_energy() as told:
         pass
     assert told == {}
 
 
 @pytest.mark.skipif(find_spec("codecarbon") is None, reason="codecarbon is not installed")
 def test_codecarbon_itself() -> None:
-    with metered() as told:
+    with measure_energy() as told:
         sum(range(1_000_000))
     assert 0 < told["energy_kwh"] < 1
 
@@ -76,17 +76,17 @@ def test_codecarbon_itself() -> None:
 def test_the_record_tells_the_sum_where_every_training_was_measured() -> None:
     took = {"train_seconds": 1.0, "predict_seconds": 1.0, "energy_kwh": 0.5}
     solved = {"train_seconds": 1.0}
-    assert total({"lora-seed0": took, "lora-seed1": took, "head-seed0": solved}) == {
+    assert sum_energy({"lora-seed0": took, "lora-seed1": took, "head-seed0": solved}) == {
         "energy_kwh": 1.0
     }
-    assert total({"lora-seed0": took, "lora-seed1": took | {"energy_kwh": 0.0}}) != {}
+    assert sum_energy({"lora-seed0": took, "lora-seed1": took | {"energy_kwh": 0.0}}) != {}
     del took["energy_kwh"]
-    assert total({"lora-seed0": took}) == {} == total({"head-seed0": solved})
+    assert sum_energy({"lora-seed0": took}) == {} == sum_energy({"head-seed0": solved})
 
 
 def test_the_card_tells_it_with_its_unit() -> None:
     found = {"device": "cpu", "energy_kwh": 0.01234, "packages": {"torch": "2"}}
     told = "0.0123 kWh for all arms and seeds, as codecarbon estimates it"
-    assert environment(found) == [("device", "cpu"), ("energy", told), ("torch", "2")]
+    assert format_environment(found) == [("device", "cpu"), ("energy", told), ("torch", "2")]
     del found["energy_kwh"]
-    assert "energy" not in dict(environment(found))
+    assert "energy" not in dict(format_environment(found))

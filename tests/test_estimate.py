@@ -11,13 +11,13 @@ from adaptations import model_of, stage_of, task_of
 from conftest import bench_of, sentences, write_csv
 from transformers import BertModel
 
-from hftl.adapt.adaptation import estimate_seconds as adaptation_seconds
-from hftl.config.recipe import Recipe, arms
+from hftl.adapt.adaptation import estimate_adaptation_seconds as adaptation_seconds
+from hftl.config.recipe import Recipe, plan_arms
 from hftl.data.general import load_general
-from hftl.data.load import Reading
+from hftl.data.load import InputSpec
 from hftl.finetune import retention
-from hftl.finetune.estimate import FINISH, RowCosts, estimate_seconds, measure_costs
-from hftl.pipeline.pipeline import preflight, run
+from hftl.finetune.estimate import FINISH_SECONDS, RowCosts, estimate_seconds, measure_costs
+from hftl.pipeline.pipeline import check_recipe, run
 
 STEP = 4.0
 """Forward passes that a training step is counted as."""
@@ -50,7 +50,7 @@ def test_the_passes_of_a_run_within_a_factor_of_two(
 ) -> None:  # fmt: skip
     tree["source"]["model"] = str(tiny_model("bert", True))
     tree["retain"] = RETAIN[name]
-    monkeypatch.setattr(retention, "GRID", (0.1, 1.0))
+    monkeypatch.setattr(retention, "WEIGHT_GRID", (0.1, 1.0))
     made = [0.0]
     plain = BertModel.forward
 
@@ -62,9 +62,9 @@ def test_the_passes_of_a_run_within_a_factor_of_two(
 
     recipe = Recipe.parse(tree)
     bench = bench_of(recipe)
-    bench.general = load_general(recipe.data, bench.prepared, Reading())
-    costs = RowCosts(1.0, 1.0, {arm.name: STEP for arm in arms(recipe)})
-    passes = estimate_seconds(bench, arms(recipe), recipe, costs) - FINISH
+    bench.general = load_general(recipe.data, bench.prepared, InputSpec())
+    costs = RowCosts(1.0, 1.0, {arm.name: STEP for arm in plan_arms(recipe)})
+    passes = estimate_seconds(bench, plan_arms(recipe), recipe, costs) - FINISH_SECONDS
     # Nothing of the header's own is counted.
     monkeypatch.setattr(BertModel, "forward", counted)
     run(recipe, tmp_path / "run", until="finetune")
@@ -80,14 +80,14 @@ def test_every_seed_is_counted_before_a_run_too(
         lambda _, jobs, recipe: counts.append(len(jobs)) or 1.0,
     )
     tree["measure"]["seeds"] = [0, 1, 2]
-    facts, _ = preflight(Recipe.parse(tree))
+    facts, _ = check_recipe(Recipe.parse(tree))
     assert counts == [3] and facts["arms"].endswith("3 to run")
 
 
 def test_every_training_arm_is_timed_and_scratch_searches_too(tree: dict[str, Any]) -> None:
     tree["measure"]["arms"] = ["scratch", "head", {"lora": {}}, {"partial": {"finetune.blocks": 1}}]
     recipe = Recipe.parse(tree)
-    costs = measure_costs(bench_of(recipe), arms(recipe))
+    costs = measure_costs(bench_of(recipe), plan_arms(recipe))
     assert costs.step.keys() == {"full", "scratch", "lora", "partial"}
     assert all(seconds > 0 for seconds in (costs.predict, costs.evaluate, *costs.step.values()))
 
@@ -95,10 +95,10 @@ def test_every_training_arm_is_timed_and_scratch_searches_too(tree: dict[str, An
 def test_processes_share_the_rows(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe.parse(tree)
     bench, costs = bench_of(recipe), RowCosts(1.0, 1.0, {"full": STEP})
-    alone = estimate_seconds(bench, arms(recipe), recipe, costs)
-    monkeypatch.setattr("hftl.runtime.distributed.size", lambda: 2)
-    shared = estimate_seconds(bench, arms(recipe), recipe, costs)
-    assert shared - FINISH == pytest.approx((alone - FINISH) / 2)
+    alone = estimate_seconds(bench, plan_arms(recipe), recipe, costs)
+    monkeypatch.setattr("hftl.runtime.distributed.get_world_size", lambda: 2)
+    shared = estimate_seconds(bench, plan_arms(recipe), recipe, costs)
+    assert shared - FINISH_SECONDS == pytest.approx((alone - FINISH_SECONDS) / 2)
 
 
 def test_timing_an_adaptation_moves_no_weight(tiny_model: Callable[..., Path]) -> None:

@@ -16,11 +16,11 @@ from torch.func import functional_call, grad, jacrev
 
 from hftl.config.source import Source
 from hftl.errors import NumericError, RecipeError
-from hftl.models.heads import build, pool
+from hftl.models.heads import build_model, pool_tokens
 from hftl.models.source import find_source
 from hftl.retain import fisher as module
-from hftl.retain.fisher import fisher_information, load_fisher, provenance, save_fisher
-from hftl.retain.hooks import Tap
+from hftl.retain.fisher import compute_fisher, describe_fisher, load_fisher, save_fisher
+from hftl.retain.hooks import EmbeddingHook
 
 ROWS = 6
 
@@ -80,7 +80,7 @@ def test_it_equals_per_sample_autograd(model: Any, kind: str) -> None:
     labels = torch.stack([Rows()[n]["labels"] for n in range(ROWS)])
     model.train()
     modes = [m.training for m in model.modules()]
-    found = undone(fisher_information(model, encoder_parameters(model), ROWS, row, kind, seed=0))
+    found = undone(compute_fisher(model, encoder_parameters(model), ROWS, row, kind, seed=0))
     assert [m.training for m in model.modules()] == modes
     assert all(p.grad is None for p in model.parameters())
     wanted = by_autograd(model, kind, labels)
@@ -91,7 +91,7 @@ def test_it_equals_per_sample_autograd(model: Any, kind: str) -> None:
 
 def test_sampled_draws_from_the_models_own_classes(model: Any) -> None:
     model.eval()
-    found = undone(fisher_information(model, encoder_parameters(model), ROWS, row, "sampled", 3))
+    found = undone(compute_fisher(model, encoder_parameters(model), ROWS, row, "sampled", 3))
     labels = []
     for number in range(ROWS):
         given = row(number)
@@ -102,13 +102,13 @@ def test_sampled_draws_from_the_models_own_classes(model: Any) -> None:
     wanted = by_autograd(model, "sampled", torch.tensor(labels))
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-4)
-    again = fisher_information(model, encoder_parameters(model), ROWS, row, "sampled", 3)
+    again = compute_fisher(model, encoder_parameters(model), ROWS, row, "sampled", 3)
     assert all(torch.equal(undone(again)[n], v) for n, v in found.items())
 
 
 def test_it_is_not_the_square_of_the_batch_mean(model: Any) -> None:
     model.eval()
-    found = undone(fisher_information(model, encoder_parameters(model), ROWS, row, "empirical", 0))
+    found = undone(compute_fisher(model, encoder_parameters(model), ROWS, row, "empirical", 0))
     batch = [row(n) for n in range(ROWS)]
     logits = model(
         torch.cat([r["input_ids"] for r in batch]), torch.cat([r["attention_mask"] for r in batch])
@@ -123,7 +123,7 @@ def of_task(folder: Path, task: str, outputs: int) -> Any:
     """A pooled tiny BERT with outputs of that task, and rows labelled for it."""
     source = find_source(Source(model=str(folder)))
     names = [] if task == "regression" else ["a", "b", "c"]
-    found = build(source, task, "mean", outputs, names, seed=0).model
+    found = build_model(source, task, "mean", outputs, names, seed=0).model
     with torch.no_grad():
         found.head.weight.mul_(30)  # pyright: ignore
     return found
@@ -150,9 +150,7 @@ def test_of_independent_labels_it_is_the_sum_over_all_sets_of_them(
     tiny_model: Callable[..., Path],
 ) -> None:
     model = of_task(tiny_model("bert"), "multi-label", 3)
-    found = undone(
-        fisher_information(model, encoder_parameters(model), 2, row, "exact", 0, "labels")
-    )
+    found = undone(compute_fisher(model, encoder_parameters(model), 2, row, "exact", 0, "labels"))
     wanted = {name: torch.zeros_like(value) for name, value in found.items()}
     for number in range(2):
         logits = logits_of(model, number)
@@ -178,7 +176,7 @@ def test_given_and_drawn_answers_of_other_tasks(
 
     def information(kind: str, seed: int) -> dict[str, Tensor]:
         named = encoder_parameters(model)
-        return undone(fisher_information(model, named, 2, batch, kind, seed, answers))
+        return undone(compute_fisher(model, named, 2, batch, kind, seed, answers))
 
     found, name = information("empirical", 0), "encoder.layer.1.output.dense.bias"
     wanted = sum(
@@ -201,7 +199,7 @@ def test_it_leaves_everything_as_it_was(model: Any) -> None:
     kept = torch.ones_like(model.encoder.encoder.layer[0].output.dense.bias)
     model.encoder.encoder.layer[0].output.dense.bias.grad = kept
     trains = [p.requires_grad for p in model.parameters()]
-    found, _ = fisher_information(model, named, 2, row, "features", 0)
+    found, _ = compute_fisher(model, named, 2, row, "features", 0)
     assert found["embeddings.word_embeddings.weight"].any()
     assert [p.requires_grad for p in model.parameters()] == trains
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -217,20 +215,20 @@ def test_features_of_other_architectures(
 ) -> None:
     """Shared layers, embeddings that are used without a look-up, and pictures."""
     source = find_source(Source(model=str(tiny_model(name))))
-    image = source.anatomy.modality == "image"
-    found = build(source, "classification", "native" if image else "mean", 3, list("abc"), 0)
+    image = source.architecture_spec.modality == "image"
+    found = build_model(source, "classification", "native" if image else "mean", 3, list("abc"), 0)
     given = {"pixel_values": torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE)} if image else {
         k: v for k, v in row(0).items() if k != "labels"
     }  # fmt: skip
     parameters = dict(found.encoder.named_parameters())
-    tap = Tap(found.model.eval())
-    embedding = tap.view(found.model(**given), given.get("attention_mask")).embedding
+    tap = EmbeddingHook(found.model.eval())
+    embedding = tap.read_outputs(found.model(**given), given.get("attention_mask")).embedding
     assert embedding is not None
-    monkeypatch.setattr(module, "DRAWS", embedding.shape[1])
+    monkeypatch.setattr(module, "FEATURE_DRAWS", embedding.shape[1])
     monkeypatch.setattr(
         torch, "randn", lambda n, *_, **__: torch.eye(n) * n**0.5
     )  # Along a basis nothing is left to chance.
-    mine = undone(fisher_information(found.model, parameters, 1, lambda _: given, "features", 0))
+    mine = undone(compute_fisher(found.model, parameters, 1, lambda _: given, "features", 0))
     wanted = {key: torch.zeros_like(p) for key, p in parameters.items()}
     for value in embedding[0]:
         gradients = torch.autograd.grad(
@@ -246,16 +244,16 @@ def test_features_are_the_diagonal_of_jacobian_squared(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model.eval()
-    monkeypatch.setattr(module, "DRAWS", 400)
+    monkeypatch.setattr(module, "FEATURE_DRAWS", 400)
     name = "encoder.layer.2.output.dense.bias"
     parameter = model.encoder.get_parameter(name)
-    found = undone(fisher_information(model, {name: parameter}, ROWS, row, "features", seed=0))
+    found = undone(compute_fisher(model, {name: parameter}, ROWS, row, "features", seed=0))
 
     def embedding(value: Tensor, given: dict[str, Any]) -> Tensor:
         told = functional_call(
             model.encoder, {name: value}, (given["input_ids"], given["attention_mask"])
         )
-        return pool(told.last_hidden_state, given["attention_mask"], "mean")[0]
+        return pool_tokens(told.last_hidden_state, given["attention_mask"], "mean")[0]
 
     wanted = torch.zeros_like(parameter)
     for number in range(ROWS):
@@ -267,14 +265,14 @@ def test_features_are_the_diagonal_of_jacobian_squared(
 def test_along_a_basis_features_are_exact(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model.eval()
     width = model.encoder.config.hidden_size
-    monkeypatch.setattr(module, "DRAWS", width)
+    monkeypatch.setattr(module, "FEATURE_DRAWS", width)
     monkeypatch.setattr(torch, "randn", lambda *_, **__: torch.eye(width) * width**0.5)
     name = "encoder.layer.1.attention.self.value.bias"
     parameter = model.encoder.get_parameter(name)
-    found = undone(fisher_information(model, {name: parameter}, 1, row, "features", seed=0))
+    found = undone(compute_fisher(model, {name: parameter}, 1, row, "features", seed=0))
     given = row(0)
     told = model.encoder(given["input_ids"], given["attention_mask"]).last_hidden_state
-    pooled = pool(told, given["attention_mask"], "mean")[0]
+    pooled = pool_tokens(told, given["attention_mask"], "mean")[0]
     rows = [torch.autograd.grad(v, parameter, retain_graph=True)[0] for v in pooled]
     torch.testing.assert_close(found[name], torch.stack(rows).square().sum(0))
 
@@ -282,7 +280,7 @@ def test_along_a_basis_features_are_exact(model: Any, monkeypatch: pytest.Monkey
 def test_kl_nearby_is_half_the_quadratic_form(model: Any) -> None:
     """One weight at a time, for which the diagonal is the whole matrix."""
     model.double().eval()
-    found = undone(fisher_information(model, encoder_parameters(model), ROWS, row, "exact", 0))
+    found = undone(compute_fisher(model, encoder_parameters(model), ROWS, row, "exact", 0))
     ids = torch.cat([row(n)["input_ids"] for n in range(ROWS)])
     mask = torch.ones(ids.shape, dtype=torch.double)
 
@@ -305,13 +303,13 @@ def test_kl_nearby_is_half_the_quadratic_form(model: Any) -> None:
 
 
 def test_its_mean_is_one_and_it_comes_back_from_the_disk(model: Any, tmp_path: Path) -> None:
-    fisher, scale = fisher_information(model, encoder_parameters(model), ROWS, row, "features", 1)
+    fisher, scale = compute_fisher(model, encoder_parameters(model), ROWS, row, "features", 1)
     numbers = sum(tensor.numel() for tensor in fisher.values())
     assert sum(float(t.sum()) for t in fisher.values()) == pytest.approx(numbers, rel=1e-4)
     save_fisher(fisher, tmp_path / "fisher.safetensors", {"kind": "features", "scale": scale})
     found, told = load_fisher(tmp_path / "fisher.safetensors")
     assert told == {"kind": "features", "scale": str(scale)}
-    assert provenance(told | {"rows": "6"}) == {
+    assert describe_fisher(told | {"rows": "6"}) == {
         "kind": "features", "rows": 6, "draws": 2, "scale": scale, "mean": 1.0,
     }  # fmt: skip
     assert found.keys() == fisher.keys()
@@ -320,21 +318,21 @@ def test_its_mean_is_one_and_it_comes_back_from_the_disk(model: Any, tmp_path: P
 
 def test_what_cannot_be_is_refused(model: Any) -> None:
     with pytest.raises(RecipeError, match="ewc.fisher='all'"):
-        fisher_information(model, encoder_parameters(model), 1, row, "all", 0)
+        compute_fisher(model, encoder_parameters(model), 1, row, "all", 0)
     bare = lambda n: {k: v for k, v in row(n).items() if k != "labels"}  # noqa: E731
     with pytest.raises(RecipeError, match="empirical needs labels"):
-        fisher_information(model, encoder_parameters(model), 1, bare, "empirical", 0)
+        compute_fisher(model, encoder_parameters(model), 1, bare, "empirical", 0)
     with pytest.raises(RecipeError, match="answers='words'"):
-        fisher_information(model, encoder_parameters(model), 1, row, "exact", 0, "words")
+        compute_fisher(model, encoder_parameters(model), 1, row, "exact", 0, "words")
     nothing = {"none": nn.Parameter(torch.zeros(3))}
     with pytest.raises(NumericError, match="a mean of 0"):
-        fisher_information(model, nothing, 1, row, "features", 0)
+        compute_fisher(model, nothing, 1, row, "features", 0)
 
 
 def test_of_an_answer_a_word_only_features_are_known(tiny_model: Callable[..., Path]) -> None:
     source = find_source(Source(model=str(tiny_model("bert"))))
-    found = build(source, "token-classification", "native", 3, list("abc"), seed=0)
+    found = build_model(source, "token-classification", "native", 3, list("abc"), seed=0)
     named = dict(found.encoder.named_parameters())
     with pytest.raises(RecipeError, match="exact is of one answer a row, and the model has one a"):
-        fisher_information(found.model, named, 1, row, "exact", 0)
-    assert fisher_information(found.model, named, 1, row, "features", 0)[1] > 0
+        compute_fisher(found.model, named, 1, row, "exact", 0)
+    assert compute_fisher(found.model, named, 1, row, "features", 0)[1] > 0

@@ -14,10 +14,20 @@ from safetensors.numpy import load_file
 
 import hftl
 from hftl import console
-from hftl.analysis.drift import agreement, cka, nearest_same, relational_kl
+from hftl.analysis.drift import (
+    compute_cka,
+    compute_neighbour_hits,
+    compute_relational_kl,
+    mean_shared_neighbours,
+)
 from hftl.config.recipe import Recipe
 from hftl.errors import RunFolderError
-from hftl.measure.forgetting import Asked, figures, gone, section
+from hftl.measure.forgetting import (
+    ForgettingSpec,
+    build_forgetting_arms,
+    forgetting_reduction,
+    measure_forgetting,
+)
 from hftl.measure.record import Record
 from hftl.pipeline import forgetting
 from hftl.runtime.fingerprints import to_json
@@ -37,7 +47,7 @@ def sides(scale: float, seed: int) -> dict[str, np.ndarray]:
     }
 
 
-ASKED = Asked(
+ASKED = ForgettingSpec(
     {"document": np.array([f"d{i // 4}" for i in range(ROWS)]),
      "tone": np.array(["a", "b"] * (ROWS // 2))},
     ("tone",), np.arange(ROWS) // 4, 0.05,
@@ -49,7 +59,7 @@ ARMS = {"own": [sides(0.3, 2), sides(0.3, 3)], "plain": [sides(1, 4), sides(1, 5
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """The figures of both arms."""
-    return figures(BEFORE, ARMS, ASKED)
+    return measure_forgetting(BEFORE, ARMS, ASKED)
 
 
 def test_every_figure_is_its_formula_over_the_seeds(found: dict[str, Any]) -> None:
@@ -57,12 +67,14 @@ def test_every_figure_is_its_formula_over_the_seeds(found: dict[str, Any]) -> No
         after = [side["general"] for side in ARMS[arm]]
         old = BEFORE["general"]
         expected = {
-            "neighbours": [agreement(old, side) for side in after],
-            "cka": [cka(old, side) for side in after],
-            "kl": [relational_kl(old, side, 0.05).mean() for side in after],
-            "new_kl": [relational_kl(BEFORE["new"], s["new"], 0.05).mean() for s in ARMS[arm]],
+            "neighbours": [mean_shared_neighbours(old, side) for side in after],
+            "cka": [compute_cka(old, side) for side in after],
+            "kl": [compute_relational_kl(old, side, 0.05).mean() for side in after],
+            "new_kl": [
+                compute_relational_kl(BEFORE["new"], s["new"], 0.05).mean() for s in ARMS[arm]
+            ],
         }
-        same = [nearest_same(side, ASKED.controls["document"]).mean() for side in after]
+        same = [compute_neighbour_hits(side, ASKED.controls["document"]).mean() for side in after]
         for figure, values in [*((told[n], v) for n, v in expected.items()),
                                (told["controls"]["document"]["same"], same)]:  # fmt: skip
             assert figure["per_seed"] == pytest.approx(values, abs=1e-12)
@@ -81,7 +93,7 @@ def test_the_interval_holds_the_change_and_needs_seeds(found: dict[str, Any]) ->
             assert low < told[name]["change"] < high
             assert (low + high) / 2 == pytest.approx(told[name]["change"], abs=1e-9)
         assert told["cka"]["floor"] < 0.5 < told["cka"]["after"]
-    one = figures(BEFORE, {"own": ARMS["own"][:1]}, ASKED)["own"]
+    one = measure_forgetting(BEFORE, {"own": ARMS["own"][:1]}, ASKED)["own"]
     assert one["kl"]["ci95"] is None and one["kl"]["after"] > 0
 
 
@@ -90,17 +102,19 @@ def test_documents_are_the_units_of_the_interval() -> None:
     after = [sides(0, 2), sides(0, 3)]
     for told in after:
         told["general"][::8] = told["general"][1::8] = told["general"][2::8] = -features(7)[::8]
-    alone = Asked({}, (), np.arange(ROWS), 0.05)
-    together = Asked({}, (), np.arange(ROWS) // 8, 0.05)
+    alone = ForgettingSpec({}, (), np.arange(ROWS), 0.05)
+    together = ForgettingSpec({}, (), np.arange(ROWS) // 8, 0.05)
     widths = []
     for asked in (alone, together):
-        low, high = figures(BEFORE, {"own": after}, asked)["own"]["cosine"]["ci95"]
+        low, high = measure_forgetting(BEFORE, {"own": after}, asked)["own"]["cosine"]["ci95"]
         widths.append(high - low)
     assert widths[0] != widths[1] and min(widths) > 0
 
 
 def test_an_arm_that_did_not_move_has_forgotten_nothing() -> None:
-    told = section(figures(BEFORE, {"own": [BEFORE, BEFORE]}, ASKED), ASKED, {})
+    told = build_forgetting_arms(
+        measure_forgetting(BEFORE, {"own": [BEFORE, BEFORE]}, ASKED), ASKED, {}
+    )
     (arm,) = told["arms"]
     assert arm["forgotten"] == {"value": 0, "ci95": [0, 0], "per_seed": [0, 0]}
     for figure in ("neighbours", "kl", "new_kl"):
@@ -112,14 +126,14 @@ def test_an_arm_that_did_not_move_has_forgotten_nothing() -> None:
 
 
 def test_the_headline_is_the_first_control_and_neighbours_without(found: dict[str, Any]) -> None:
-    told = section(found, ASKED, {"own": "plain", "plain": None})
+    told = build_forgetting_arms(found, ASKED, {"own": "plain", "plain": None})
     assert told["headline"] == {"figure": "same", "control": "document"}
     for arm in told["arms"]:
         figure = arm["figures"]["controls"]["document"]["same"]
         assert arm["forgotten"]["value"] == pytest.approx(-figure["change"])
         assert arm["forgotten"]["ci95"] == [-figure["ci95"][1], -figure["ci95"][0]]
-    bare = Asked({}, (), ASKED.units, 0.05)
-    other = section(figures(BEFORE, ARMS, bare), bare, {"own": "plain"})
+    bare = ForgettingSpec({}, (), ASKED.units, 0.05)
+    other = build_forgetting_arms(measure_forgetting(BEFORE, ARMS, bare), bare, {"own": "plain"})
     assert other["headline"] == {"figure": "neighbours", "control": None}
     own, plain = (arm["forgotten"]["value"] for arm in other["arms"])
     assert 0 < own < plain
@@ -142,20 +156,20 @@ def test_the_headline_is_the_first_control_and_neighbours_without(found: dict[st
 def test_the_share_that_is_gone_is_of_more_than_noise(
     own: float, other: float, interval: list[float] | None, share: float | None
 ) -> None:
-    found = gone({"value": own, "ci95": None}, {"value": other, "ci95": interval})
+    found = forgetting_reduction({"value": own, "ci95": None}, {"value": other, "ci95": interval})
     assert found == (None if share is None else pytest.approx(share))
 
 
 def test_without_general_data_only_new_inputs_are_compared() -> None:
-    nothing = Asked({}, (), None, 0.05)
+    nothing = ForgettingSpec({}, (), None, 0.05)
     before, after = {"new": BEFORE["new"]}, [{"new": s["new"]} for s in ARMS["own"]]
-    told = section(figures(before, {"own": after}, nothing), nothing, {})
+    told = build_forgetting_arms(measure_forgetting(before, {"own": after}, nothing), nothing, {})
     (arm,) = told["arms"]
     assert told["headline"] is None and arm["forgotten"] is None
     assert arm["figures"]["new_kl"]["after"] > 0
     assert all(arm["figures"][name] is None for name in ("neighbours", "cka", "cosine", "kl"))
     lone = {"new": BEFORE["new"][:1]}
-    assert figures(lone, {"own": [lone]}, nothing)["own"]["new_kl"] is None
+    assert measure_forgetting(lone, {"own": [lone]}, nothing)["own"]["new_kl"] is None
 
 
 def tree_of(folder: Path, model: Path, **general: Any) -> dict[str, Any]:
@@ -193,7 +207,7 @@ def test_the_record_follows_from_the_embeddings_kept(finished: tuple[Path, Any])
     own, head = told["arms"]
     assert (own["arm"], head["arm"]) == ("full", "head")
     assert own["figures"]["neighbours"]["per_seed"] == pytest.approx(
-        [agreement(before["general"], side["general"]) for side in after]
+        [mean_shared_neighbours(before["general"], side["general"]) for side in after]
     )
     assert own["figures"]["new_kl"]["after"] > 0 and head["forgotten"]["value"] == 0
     assert told["documents"] == "document" and told["controls"] == [
@@ -214,7 +228,7 @@ def test_embeddings_are_those_of_the_published_model(finished: tuple[Path, Any])
     kept = load_file(run / "arms" / f"full-seed{seed}" / "embeddings.safetensors")["general"]
     from hftl.data.general import read_general
 
-    rows = read_general(run / "phases" / "general-rows").measured
+    rows = read_general(run / "phases" / "general-rows").eval_rows
     for number in (0, 7, 119):
         batch = tokenizer(rows[number].content[0], return_tensors="pt")
         with torch.inference_mode():
@@ -238,7 +252,7 @@ def test_the_card_and_the_terminal_tell_it(finished: tuple[Path, Any]) -> None:
     # Beside the tables of mistakes, which come with the classes.
     assert report.count("<img") == 2 and report.count("<table>") >= 3
     assert "tone by a probe of the original</td>" in report
-    lines = console.forgetting(record).splitlines()
+    lines = console.format_forgetting(record).splitlines()
     assert "nearest neighbour of the same document, 120 rows" in lines[0]
     assert lines[1].split() == ["arm", "original", "after", "forgotten"] and len(lines) == 5
 
@@ -252,8 +266,8 @@ def test_again_nothing_is_computed(
     def never(*args: Any) -> Any:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(forgetting, "embed_original", never)
-    monkeypatch.setattr("hftl.finetune.arm.embed", never)
+    monkeypatch.setattr(forgetting, "embed_source", never)
+    monkeypatch.setattr("hftl.finetune.arm.embed_compared_rows", never)
     monkeypatch.setattr("hftl.pipeline.pipeline.load_general", never)
     before = Record.read(run).hash
     shutil.rmtree(tmp_path / "run" / "phases" / "report")
@@ -330,16 +344,16 @@ def test_retention_is_compared_with_the_same_arm_without() -> None:
     })  # fmt: skip
     own, other, bare = hftl.config.recipe.arms(made)
     assert own.retain is not None and bare.retain is None
-    assert forgetting._without_retention(own, [own, other, bare]) == "bare"
-    assert forgetting._without_retention(own, [own, other]) is None
-    assert forgetting._without_retention(bare, [own, bare]) is None
+    assert forgetting._find_arm_without_retention(own, [own, other, bare]) == "bare"
+    assert forgetting._find_arm_without_retention(own, [own, other]) is None
+    assert forgetting._find_arm_without_retention(bare, [own, bare]) is None
 
 
 @pytest.mark.slow
 def test_an_adapted_head_is_compared_with_the_source_before(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hftl.adapt.adaptation.WARM_STEPS", 3)
+    monkeypatch.setattr("hftl.adapt.adaptation.HEAD_MAX_STEPS", 3)
     tree = tree_of(tmp_path, tiny_model())
     training = {"num_train_epochs": 3, "learning_rate": 3e-3, "bf16": False}
     tree["adapt"] = {"objective": "mlm", "guard": "off", "training": training}

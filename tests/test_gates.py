@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from hftl.errors import RunFolderError
-from hftl.publish.checks import check_files, dry_run
+from hftl.publish.checks import check_files, preview_push
 
 WEIGHTS = save({"weight": torch.ones(2)}, metadata={"format": "pt"}).decode("latin-1")
 FILES = {
@@ -102,7 +102,7 @@ def test_dry_run_lists_files_sizes_and_verdict(
     folder: Path, decision: str, base: str | None
 ) -> None:
     put(folder / "hftl.json", json.dumps(record(decision, base)))
-    found = dry_run(folder.parent)
+    found = preview_push(folder.parent)
     assert [name for name, _ in found.files] == sorted(FILES)
     assert dict(found.files)["head.safetensors"] == len(WEIGHTS)
     assert (found.decision, found.reasons, found.base) == (decision, ["because"], base)
@@ -112,9 +112,9 @@ def test_dry_run_refuses_what_the_push_would(folder: Path) -> None:
     put(folder / "hftl.json", json.dumps(record("publish", "org/base")))
     put(folder / "training_args.bin", "x")
     with pytest.raises(RunFolderError, match="training_args.bin"):
-        dry_run(folder.parent)
+        preview_push(folder.parent)
 
 
 def test_dry_run_of_an_unfinished_run(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="has no publish folder.*hftl run"):
-        dry_run(tmp_path)
+        preview_push(tmp_path)

@@ -13,14 +13,14 @@ from PIL import Image
 from hftl.config.data import Data
 from hftl.config.recipe import Recipe
 from hftl.data import general as module
-from hftl.data.general import General, load_general, read_general, write_general
-from hftl.data.load import Reading, Row
-from hftl.data.prepare import Prepared, prepare
+from hftl.data.general import GeneralData, load_general, read_general, write_general
+from hftl.data.load import InputSpec, Row
+from hftl.data.prepare import PreparedData, prepare_data
 from hftl.errors import DataError
 from hftl.models.source import find_source
 from hftl.pipeline import pipeline
 from hftl.pipeline.arms import Run
-from hftl.pipeline.corpora import near_measured
+from hftl.pipeline.corpora import build_leak_test
 
 HEADER = ["text", "document", "tone"]
 
@@ -31,7 +31,7 @@ def rows_of(rows: int, each: int = 6) -> list[tuple[str, str, str]]:
 
 def loaded(
     path: Path, rows: list[Any], header: list[str] = HEADER, /, **more: Any
-) -> tuple[General, Prepared]:
+) -> tuple[GeneralData, PreparedData]:
     """General data of these rows beside the 160 sentences of the run."""
     run = write_csv(path / "run.csv", ["text", "label"], sentences(160))
     table = write_csv(path / "general.csv", header, rows)
@@ -40,16 +40,16 @@ def loaded(
     seed = more.pop("seed", 0)
     tree = {"train": {"path": str(run)}, "general": {"path": str(table), **more}, "seed": seed,
             "bad_rows": bad}  # fmt: skip
-    prepared = prepare(Data.model_validate(tree))
+    prepared = prepare_data(Data.model_validate(tree))
     data = Data.model_validate(tree | {"group": group})
-    return load_general(data, prepared, Reading()), prepared
+    return load_general(data, prepared, InputSpec()), prepared
 
 
 def texts(rows: list[Row]) -> list[str]:
     return [row.content[0] for row in rows]
 
 
-def told(general: General) -> dict[str, list[tuple[Any, ...]]]:
+def told(general: GeneralData) -> dict[str, list[tuple[Any, ...]]]:
     return {
         half: [(row.content, row.label, row.group) for row in getattr(general, half)]
         for half in ("used", "measured")
@@ -58,15 +58,22 @@ def told(general: General) -> dict[str, list[tuple[Any, ...]]]:
 
 def test_no_document_straddles_and_halves_are_alike(tmp_path: Path) -> None:
     general, _ = loaded(tmp_path, rows_of(240), label="document")
-    used, measured = ({row.group for row in half} for half in (general.used, general.measured))
+    used, measured = (
+        {row.group for row in half} for half in (general.train_rows, general.eval_rows)
+    )
     assert not used & measured and len(used | measured) == 40
-    assert abs(len(general.used) - len(general.measured)) <= 6
+    assert abs(len(general.train_rows) - len(general.eval_rows)) <= 6
     assert general.controls == ("document",) and general.classes == ()
     assert general.facts["documents"] == "document"
-    assert general.values("document").tolist() == [row.group for row in general.measured]
-    for name in set(general.values("document")):
-        assert len(set(general.units()[general.values("document") == name])) == 1
-    assert len(set(general.units())) == len(measured)
+    assert general.get_control_values("document").tolist() == [
+        row.group for row in general.eval_rows
+    ]
+    for name in set(general.get_control_values("document")):
+        assert (
+            len(set(general.get_document_ids()[general.get_control_values("document") == name]))
+            == 1
+        )
+    assert len(set(general.get_document_ids())) == len(measured)
 
 
 def test_order_of_rows_does_not_matter_and_the_seed_does(tmp_path: Path) -> None:
@@ -77,23 +84,23 @@ def test_order_of_rows_does_not_matter_and_the_seed_does(tmp_path: Path) -> None
     assert told(first) == told(again)
     assert first.facts == again.facts
     other, _ = loaded(tmp_path, rows, label=["document", "tone"], seed=1)
-    assert set(texts(other.measured)) != set(texts(first.measured))
+    assert set(texts(other.eval_rows)) != set(texts(first.eval_rows))
     assert other.facts["fingerprint"] != first.facts["fingerprint"]
 
 
 def test_few_values_are_classes_and_part_nothing(tmp_path: Path) -> None:
     general, _ = loaded(tmp_path, rows_of(240), label=["tone", "document"])
     assert general.classes == ("tone",) and general.facts["documents"] == "document"
-    assert set(general.values("tone")) == {"negative", "positive"}
+    assert set(general.get_control_values("tone")) == {"negative", "positive"}
     alone, _ = loaded(tmp_path, rows_of(240), label="tone")
-    assert alone.facts["documents"] is None and all(row.group is None for row in alone.used)
-    assert len(set(alone.units())) == len(alone.measured) == 120
+    assert alone.facts["documents"] is None and all(row.group is None for row in alone.train_rows)
+    assert len(set(alone.get_document_ids())) == len(alone.eval_rows) == 120
 
 
 def test_the_group_of_the_run_parts_documents_where_the_table_has_it(tmp_path: Path) -> None:
     named, _ = loaded(tmp_path, rows_of(240), group="document")
     assert named.facts["documents"] == "document" and named.controls == ()
-    assert {r.group for r in named.used}.isdisjoint(r.group for r in named.measured)
+    assert {r.group for r in named.train_rows}.isdisjoint(r.group for r in named.eval_rows)
     other, _ = loaded(tmp_path, rows_of(240), group="author")
     assert other.facts["documents"] is None
 
@@ -103,7 +110,7 @@ def test_copies_of_each_other_and_of_the_run_are_dropped(tmp_path: Path) -> None
     rows = rows_of(240)
     general, prepared = loaded(tmp_path, [*rows, *own, *rows[:9]], label="document")
     known = {t for split in prepared.rows.values() for t in texts(split)}
-    kept = texts(general.used) + texts(general.measured)
+    kept = texts(general.train_rows) + texts(general.eval_rows)
     overlap = len({row[0] for row in rows} & known)
     assert not known & set(kept) and len(kept) == len(set(kept)) == 240 - overlap
     assert general.facts["duplicates"] >= 9 and general.facts["known"] == 30
@@ -116,7 +123,7 @@ def test_two_labels_of_the_task_are_none(tmp_path: Path) -> None:
              for text, _, tone in rows[:3]]  # fmt: skip
     header = ["text", "document", "label"]
     found, _ = loaded(tmp_path, [*rows, *twice], header, label=["document", "label"])
-    kept = texts(found.used) + texts(found.measured)
+    kept = texts(found.train_rows) + texts(found.eval_rows)
     assert not {text for text, _, _ in twice} & set(kept)
     assert found.facts["conflicting"] == 6
     other, _ = loaded(tmp_path, [*rows, *twice], HEADER, label=["document", "tone"])
@@ -143,22 +150,22 @@ def test_near_copies_of_what_measures_are_not_used(
     recipe = Recipe.parse(recipe_tree)
     this = Run(recipe, tmp_path / "run", print)
     (tmp_path / "run").mkdir()
-    bench = pipeline._bench(this, find_source(recipe.source))
-    found = pipeline._general(this, bench)
+    bench = pipeline._load_data(this, find_source(recipe.source))
+    found = pipeline._load_general_rows(this, bench)
     assert found is not None
-    is_near = near_measured(bench)
-    assert not any(map(is_near, found.used)) and any(map(is_near, found.measured))
-    assert found.facts["near"] > 5 and len(found.used) > 5
+    is_near = build_leak_test(bench)
+    assert not any(map(is_near, found.train_rows)) and any(map(is_near, found.eval_rows))
+    assert found.facts["near"] > 5 and len(found.train_rows) > 5
 
 
 def test_at_most_so_many_rows_in_whole_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "USED", 31)
+    monkeypatch.setattr(module, "MAX_TRAIN_ROWS", 31)
     general, _ = loaded(tmp_path, rows_of(240), label="document", rows=50)
-    assert len(general.measured) == 48 and len(general.used) == 30
+    assert len(general.eval_rows) == 48 and len(general.train_rows) == 30
     whole, _ = loaded(tmp_path, rows_of(240), label="document")
-    assert set(texts(general.measured)) < set(texts(whole.measured))
+    assert set(texts(general.eval_rows)) < set(texts(whole.eval_rows))
 
 
 def test_what_is_stored_is_read_again(tmp_path: Path) -> None:
@@ -197,10 +204,10 @@ def test_words_are_taken_where_words_are_tagged(tmp_path: Path) -> None:
     run = write_csv(tmp_path / "run.csv", ["text", "label"], sentences(160))
     general = write_csv(tmp_path / "general.csv", ["text"], words)
     tree = {"train": {"path": str(run)}, "general": {"path": str(general)}}
-    prepared = prepare(Data.model_validate(tree))
+    prepared = prepare_data(Data.model_validate(tree))
     data = Data.model_validate(tree | {"task": "token-classification"})
-    found = load_general(data, prepared, Reading())
-    assert all(len(row.content) == 7 for row in found.measured)
+    found = load_general(data, prepared, InputSpec())
+    assert all(len(row.content) == 7 for row in found.eval_rows)
 
 
 def test_pictures_of_a_folder_with_and_without_classes(tmp_path: Path) -> None:
@@ -208,29 +215,31 @@ def test_pictures_of_a_folder_with_and_without_classes(tmp_path: Path) -> None:
     run = pictures(tmp_path / "run", 12)
     for path in sorted((run / "dark").iterdir())[:3]:
         path.unlink()
-    reading = Reading("image", 8)
+    reading = InputSpec("image", 8)
     for label, values in ((None, None), ("label", {"light", "dark"})):
         tree = {"train": {"path": str(run)}, "general": {"path": str(folder), "label": label}}
         data = Data.model_validate(tree)
-        prepared = prepare(data, reading)
+        prepared = prepare_data(data, reading)
         general = load_general(data, prepared, reading)
         own = {row.content for rows in prepared.rows.values() for row in rows}
-        kept = [*general.used, *general.measured]
+        kept = [*general.train_rows, *general.eval_rows]
         assert len(kept) == 60 - general.facts["known"] and general.facts["known"] > 0
         assert not own & {row.content for row in kept}
         assert all(row.size == (40, 36) and row.table == "general" for row in kept)
         if values:
-            assert set(general.values("label")) == values and general.classes == ("label",)
+            assert set(general.get_control_values("label")) == values and general.classes == (
+                "label",
+            )
 
 
 def test_the_label_of_train_is_no_control(recipe_tree: dict[str, Any]) -> None:
     recipe_tree["data"]["train"]["label"] = "stars"
     recipe_tree["data"]["general"] = {"path": "g.csv", "text": "body"}
     table = Recipe.parse(recipe_tree).data.general
-    assert table is not None and table.label is None and table.labels == []
+    assert table is not None and table.label is None and table.label_columns == []
     recipe_tree["data"]["general"]["label"] = ["topic"]
-    again = Recipe.parse(Recipe.parse(recipe_tree).tree()).data.general
-    assert again is not None and again.labels == ["topic"]
+    again = Recipe.parse(Recipe.parse(recipe_tree).to_dict()).data.general
+    assert again is not None and again.label_columns == ["topic"]
 
 
 def test_general_rows_are_encoded_as_others(
@@ -241,7 +250,7 @@ def test_general_rows_are_encoded_as_others(
     general, _ = loaded(tmp_path, rows_of(60))
     bench = bench_of(Recipe.parse(recipe_tree))
     bench.general = general
-    encoded = bench.encoded(general.used)
-    assert len(encoded) == len(general.used) and all(row["input_ids"] for row in encoded)
-    assert bench.adapted(bench.source, "w", None, ()).general is general
+    encoded = bench.encode_rows(general.train_rows)
+    assert len(encoded) == len(general.train_rows) and all(row["input_ids"] for row in encoded)
+    assert bench.with_encoder(bench.source, "w", None, ()).general is general
     assert np.all([len(row["input_ids"]) <= 16 for row in encoded])

@@ -17,12 +17,12 @@ from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError
 from hftl.finetune import gradual as module
 from hftl.finetune.arm import train_arm
-from hftl.finetune.gradual import State, phases
+from hftl.finetune.gradual import GradualCheckpoint, split_phases
 from hftl.finetune.strategies import prepare
 from hftl.pipeline.pipeline import run
 from hftl.runtime import run_folder
-from hftl.train.checkpoint import KeepBest
-from hftl.train.optimizer import depths
+from hftl.train.checkpoint import BestWeightsCallback
+from hftl.train.optimizer import compute_depths
 from hftl.train.trainer import TransferTrainer
 
 READS = {"of": "a test"}
@@ -71,20 +71,20 @@ class Steps:
 def always_better(monkeypatch: pytest.MonkeyPatch, values: list[float] | None = None) -> None:
     """Lets validation say what the test wants."""
     told = iter(values or [v / 100 for v in range(100)])
-    plain = KeepBest.on_evaluate
+    plain = BestWeightsCallback.on_evaluate
 
     def on_evaluate(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
         more["metrics"] = dict(more["metrics"]) | {self.metric: next(told)}
         plain(self, args, state, control, **more)
 
-    monkeypatch.setattr(KeepBest, "on_evaluate", on_evaluate)
+    monkeypatch.setattr(BestWeightsCallback, "on_evaluate", on_evaluate)
 
 
 @pytest.mark.parametrize("strategy", ["gradual", "lora"])
 def test_phases_go_from_the_top_down(tiny_model: Callable[..., Path], strategy: str) -> None:
     model = prepare(with_probe(tiny_model("bert"), "full"), strategy)
-    parts = phases(model)
-    depth_of, blocks = depths(model)
+    parts = split_phases(model)
+    depth_of, blocks = compute_depths(model)
     trains = {n for n, p in model.named_parameters() if p.requires_grad}
     assert len(parts) == blocks + 1 and parts[-1] == trains
     assert {depth_of[name] for name in parts[0]} == {blocks + 1}
@@ -100,8 +100,8 @@ def test_what_is_unfrozen_changes_and_what_is_frozen_does_not(
     always_better(monkeypatch)
     watch = Steps(monkeypatch)
     outcome = train_arm(bench, settings(), 0)
-    built = bench.build("mean", 0)
-    parts = phases(prepare(built.model, "gradual"))
+    built = bench.build_model("mean", 0)
+    parts = split_phases(prepare(built.model, "gradual"))
     assert len(watch.changed) == len(parts) == 4
     for changed, part in zip(watch.changed, parts, strict=True):
         # Words that no row has keep their embedding row, but the table as a whole changes.
@@ -119,13 +119,13 @@ def test_it_stops_where_validation_stops_improving_and_keeps_the_best(
     always_better(monkeypatch, [0.5, 0.6, 0.55, 0.9, 0.9])
     watch = Steps(monkeypatch)
     kept = {}
-    plain = module._keep
+    plain = module._save_progress
 
     def noted(state: Any, everything: Any, best: Any, *rest: Any) -> None:
         kept[len(watch.changed)] = {n: p.detach().clone() for n, p in everything.items()}
         plain(state, everything, best, *rest)
 
-    monkeypatch.setattr(module, "_keep", noted)
+    monkeypatch.setattr(module, "_save_progress", noted)
     outcome = train_arm(bench, settings(), 0)
     assert len(watch.changed) == 3, "the third phase was no better, so there is no fourth"
     for name, tensor in outcome.weights.items():
@@ -185,17 +185,21 @@ def test_with_layer_rates_every_part_keeps_its_own(
 def test_what_was_stopped_goes_on_to_the_same_weights(
     bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stopped: int, retained: bool
 ) -> None:
-    from hftl.finetune.retention import Kept
+    from hftl.finetune.retention import RegularizerSetup
     from hftl.retain.kl import KLToOriginal
     from hftl.retain.weights import L2SP
 
     def kept() -> Any:
-        return Kept({"retain": [KLToOriginal(0.5), L2SP(0.1)]}) if retained else Kept()
+        return (
+            RegularizerSetup({"retain": [KLToOriginal(0.5), L2SP(0.1)]})
+            if retained
+            else RegularizerSetup()
+        )
 
     always_better(monkeypatch)
     whole = train_arm(bench, settings(), 0, kept())
-    state = State(tmp_path / "state", READS)
-    plain, count = module._keep, [0]
+    state = GradualCheckpoint(tmp_path / "state", READS)
+    plain, count = module._save_progress, [0]
 
     def killed(*args: Any) -> None:
         plain(*args)
@@ -204,7 +208,7 @@ def test_what_was_stopped_goes_on_to_the_same_weights(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_keep", killed)
+        patch.setattr(module, "_save_progress", killed)
         always_better(patch)
         with pytest.raises(KeyboardInterrupt):
             train_arm(bench, settings(), 0, kept(), state)
@@ -217,8 +221,8 @@ def test_what_was_stopped_goes_on_to_the_same_weights(
     assert again.facts == whole.facts
     for name, tensor in whole.weights.items():
         assert torch.equal(tensor, again.weights[name]), name
-    other = State(tmp_path / "state", {"of": "another"})
-    assert run_folder.reads(tmp_path / "state") == READS != other.reads
+    other = GradualCheckpoint(tmp_path / "state", {"of": "another"})
+    assert run_folder.read_stage_inputs(tmp_path / "state") == READS != other.cache_key
 
 
 def test_every_phase_has_its_own_schedule_order_and_dropout(
@@ -287,7 +291,7 @@ def test_patience_is_counted_in_each_phase(bench: Any, monkeypatch: pytest.Monke
 def test_a_phase_without_an_evaluation_is_judged_at_its_end(bench: Any) -> None:
     training = {"eval_strategy": "steps", "eval_steps": 1000, "learning_rate": 5e-3, "bf16": False}
     outcome = train_arm(bench, settings(training=training), 0)
-    start = bench.build("mean", 0).model.state_dict()
+    start = bench.build_model("mean", 0).model.state_dict()
     assert not torch.equal(outcome.weights["head.weight"], start["head.weight"])
     assert {row["phase"] for row in outcome.facts["history"] if "eval_loss" in row} >= {0, 1}
 
@@ -316,7 +320,7 @@ def test_phases_work_in_a_script_of_its_own(
     model = with_probe(tiny_model("bert"), "gradual")
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    for part in phases(model):
+    for part in split_phases(model):
         before = weights(model)
         for name, parameter in named.items():
             parameter.requires_grad = name in part

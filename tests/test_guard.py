@@ -12,24 +12,26 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from hftl.adapt.guard import KeepSafe, Rule, Seen, complete_checkpoint
+from hftl.adapt.guard import GuardedCheckpoint, GuardEvaluation, GuardRule, find_complete_checkpoint
 from hftl.errors import NumericError
 
 GUARDS = ("probe", "general", "neighbours", "off")
 
 
-def rules() -> list[Rule]:
+def rules() -> list[GuardRule]:
     kinds = itertools.product(GUARDS, (0.0, 0.125), (False, True))
-    return [Rule(guard, tolerance, by_guard) for guard, tolerance, by_guard in kinds]
+    return [GuardRule(guard, tolerance, by_guard) for guard, tolerance, by_guard in kinds]
 
 
-def history_of(draw: random.Random) -> list[Seen]:
+def history_of(draw: random.Random) -> list[GuardEvaluation]:
     """Few values, so that ties and the edge of the tolerance are common; exact in binary."""
     pairs = [(draw.randint(0, 3) / 2, draw.randint(0, 4) / 16) for _ in range(draw.randint(1, 6))]
-    return [Seen(step, target, None, guard) for step, (target, guard) in enumerate(pairs)]
+    return [
+        GuardEvaluation(step, target, None, guard) for step, (target, guard) in enumerate(pairs)
+    ]
 
 
-def best_by_hand(rule: Rule, history: list[Seen]) -> Seen:
+def best_by_hand(rule: GuardRule, history: list[GuardEvaluation]) -> GuardEvaluation:
     start, best = history[0], history[0]
     for seen in history[1:]:
         assert seen.guard is not None and best.guard is not None and start.guard is not None
@@ -46,41 +48,41 @@ def best_by_hand(rule: Rule, history: list[Seen]) -> Seen:
 
 
 @pytest.mark.parametrize("rule", rules(), ids=str)
-def test_the_kept_evaluation_is_that_of_a_plain_loop(rule: Rule) -> None:
+def test_the_kept_evaluation_is_that_of_a_plain_loop(rule: GuardRule) -> None:
     draw = random.Random(0)
     kept = set()
     for _ in range(400):
         history = history_of(draw)
-        best = rule.best(history)
+        best = rule.select_best(history)
         assert best is best_by_hand(rule, history)
         kept.add(best.step)
     assert kept >= {0, 1, 2, 3}
 
 
 def test_a_later_stage_is_held_to_the_source() -> None:
-    start, seen = Seen(0, 2.0, None, 0.8), Seen(1, 1.0, None, 0.795)
-    assert Rule("probe", 0.01).allows(seen, start)
-    assert not Rule("probe", 0.01, origin=0.81).allows(seen, start)
-    assert Rule("probe", 0.02, origin=0.81).allows(seen, start)
+    start, seen = GuardEvaluation(0, 2.0, None, 0.8), GuardEvaluation(1, 1.0, None, 0.795)
+    assert GuardRule("probe", 0.01).allows(seen, start)
+    assert not GuardRule("probe", 0.01, origin=0.81).allows(seen, start)
+    assert GuardRule("probe", 0.02, origin=0.81).allows(seen, start)
 
 
 def test_a_relative_tolerance_is_a_share_of_the_start() -> None:
-    start, seen = Seen(0, 2.0, None, -50.0), Seen(1, 1.0, None, -50.4)
-    assert Rule("probe", 0.01, relative=True).allows(seen, start)
-    assert not Rule("probe", 0.01).allows(seen, start)
-    assert not Rule("probe", 0.005, relative=True).allows(seen, start)
+    start, seen = GuardEvaluation(0, 2.0, None, -50.0), GuardEvaluation(1, 1.0, None, -50.4)
+    assert GuardRule("probe", 0.01, relative=True).allows(seen, start)
+    assert not GuardRule("probe", 0.01).allows(seen, start)
+    assert not GuardRule("probe", 0.005, relative=True).allows(seen, start)
 
 
 @pytest.mark.parametrize("rule", rules(), ids=str)
-def test_why_the_start_is_kept_is_true(rule: Rule) -> None:
+def test_why_the_start_is_kept_is_true(rule: GuardRule) -> None:
     draw, reasons = random.Random(1), set()
     for _ in range(400):
         history = history_of(draw)
-        if len(history) < 2 or rule.best(history).step:
+        if len(history) < 2 or rule.select_best(history).step:
             continue
         start, later = history[0], history[1:]
         fallen = [seen for seen in later if seen.target < start.target]
-        why = rule.why(history)
+        why = rule.explain(history)
         found = re.fullmatch(
             r"the guard \((\w+)\) was below (\S+) wherever the held-out loss had fallen; "
             r"its best there was (\S+)", why,
@@ -103,17 +105,17 @@ def test_why_the_start_is_kept_is_true(rule: Rule) -> None:
 
 
 def test_the_edge_of_the_tolerance_is_inside_and_an_equal_loss_is_not_lower() -> None:
-    start = Seen(0, 2.0, None, 0.5)
-    for rule in (Rule("probe", 0.25), Rule("neighbours", 0.25)):
-        assert rule.allows(Seen(1, 1.0, None, 0.25), start)
-        assert not rule.allows(Seen(1, 1.0, None, 0.2499), start)
-        assert not rule.allows(Seen(1, 2.0, None, 0.9), start)
-    assert Rule("off", 0.0).allows(Seen(1, 1.0), Seen(0, 2.0))
+    start = GuardEvaluation(0, 2.0, None, 0.5)
+    for rule in (GuardRule("probe", 0.25), GuardRule("neighbours", 0.25)):
+        assert rule.allows(GuardEvaluation(1, 1.0, None, 0.25), start)
+        assert not rule.allows(GuardEvaluation(1, 1.0, None, 0.2499), start)
+        assert not rule.allows(GuardEvaluation(1, 2.0, None, 0.9), start)
+    assert GuardRule("off", 0.0).allows(GuardEvaluation(1, 1.0), GuardEvaluation(0, 2.0))
 
 
 def test_a_guard_that_was_not_measured_is_an_error() -> None:
     with pytest.raises(ValueError, match="nothing guarded the evaluation at step 1"):
-        Rule("probe", 0.1).allows(Seen(1, 1.0), Seen(0, 2.0, None, 0.5))
+        GuardRule("probe", 0.1).allows(GuardEvaluation(1, 1.0), GuardEvaluation(0, 2.0, None, 0.5))
 
 
 # The callback
@@ -122,12 +124,12 @@ def test_a_guard_that_was_not_measured_is_an_error() -> None:
 class Course:
     """Evaluations in the order of a training, one a step; the weight is the step's number."""
 
-    def __init__(self, rule: Rule, patience: int | None = None) -> None:
+    def __init__(self, rule: GuardRule, patience: int | None = None) -> None:
         self.model = nn.Linear(1, 1)
         self.model.bias.requires_grad = False
         self.guard = 0.0
         measure = (lambda: self.guard) if rule.guard in ("probe", "neighbours") else None
-        self.keep = KeepSafe(rule, measure, patience)
+        self.keep = GuardedCheckpoint(rule, measure, patience)
         self.control = SimpleNamespace(should_training_stop=False, should_evaluate=False)
         self.state = SimpleNamespace(global_step=0, max_steps=100)
 
@@ -150,7 +152,7 @@ class Course:
 
 
 def test_restored_weights_are_those_of_the_kept_evaluation() -> None:
-    course = Course(Rule("probe", 0.125))
+    course = Course(GuardRule("probe", 0.125))
     for step, (target, guard) in enumerate([(3, 0.5), (2, 0.5), (1.5, 0.375), (1, 0.25)]):
         course.see(step, target, guard)
     nn.init.constant_(course.model.bias, 7)
@@ -159,7 +161,7 @@ def test_restored_weights_are_those_of_the_kept_evaluation() -> None:
 
 
 def test_where_the_start_is_kept_nothing_is_restored() -> None:
-    course = Course(Rule("probe", 0.0))
+    course = Course(GuardRule("probe", 0.0))
     course.see(0, 3.0, 0.5)
     course.see(1, 2.0, 0.4)
     assert not course.keep.restore(course.model) and course.model.weight.item() == 1
@@ -167,7 +169,7 @@ def test_where_the_start_is_kept_nothing_is_restored() -> None:
 
 
 def test_the_general_loss_comes_first_and_is_the_guard_turned_round() -> None:
-    course = Course(Rule("general", 0.125))
+    course = Course(GuardRule("general", 0.125))
     course.see(0, 3.0, general=1.0)
     course.see(1, 2.0, general=1.125)
     course.see(2, 1.0, general=1.25)
@@ -178,37 +180,39 @@ def test_the_general_loss_comes_first_and_is_the_guard_turned_round() -> None:
 
 
 def test_a_general_loss_beside_another_guard_is_only_told() -> None:
-    course = Course(Rule("neighbours", 0.5))
+    course = Course(GuardRule("neighbours", 0.5))
     course.see(0, 3.0, 1.0, general=1.0)
     course.see(1, 2.0, 0.75, general=9.0)
-    assert course.keep.history[1] == Seen(1, 2.0, 9.0, 0.75) and course.keep.best.step == 1
+    assert (
+        course.keep.history[1] == GuardEvaluation(1, 2.0, 9.0, 0.75) and course.keep.best.step == 1
+    )
 
 
 def test_patience_counts_from_the_best() -> None:
-    course = Course(Rule("off", 0.0), patience=2)
+    course = Course(GuardRule("off", 0.0), patience=2)
     assert not course.see(0, 3.0)
     assert not course.see(1, 4.0)
     assert not course.see(2, 2.0)
     assert not course.see(3, 2.0)
-    assert course.see(4, 2.5) and course.keep.exhausted
+    assert course.see(4, 2.5) and course.keep.is_exhausted
     assert course.keep.best.step == 2
 
 
 def test_patience_counts_from_the_start_where_the_guard_never_holds() -> None:
-    course = Course(Rule("probe", 0.0), patience=2)
+    course = Course(GuardRule("probe", 0.0), patience=2)
     course.see(0, 3.0, 0.5)
     assert not course.see(1, 2.0, 0.4)
     assert course.see(2, 1.0, 0.3)
 
 
 def test_without_patience_it_never_stops() -> None:
-    course = Course(Rule("off", 0.0))
+    course = Course(GuardRule("off", 0.0))
     course.see(0, 1.0)
     assert not any(course.see(step, 2.0) for step in range(1, 50))
 
 
 def test_the_same_step_is_looked_at_once_and_the_last_one_always() -> None:
-    course = Course(Rule("off", 0.0))
+    course = Course(GuardRule("off", 0.0))
     course.see(0, 3.0)
     course.see(5, 2.0)
     course.see(5, 1.0)
@@ -222,7 +226,7 @@ def test_the_same_step_is_looked_at_once_and_the_last_one_always() -> None:
 @pytest.mark.parametrize("broken", [{"target": float("nan")}, {"guard": float("nan")},
     {"general": float("nan")}])  # fmt: skip
 def test_a_number_that_is_none_stops(broken: dict[str, float]) -> None:
-    course = Course(Rule("probe", 0.0))
+    course = Course(GuardRule("probe", 0.0))
     course.see(0, 3.0, 0.5, general=1.0)
     with pytest.raises(NumericError, match="the held-out loss is NaN at step 1"):
         course.see(1, **({"target": 2.0, "guard": 0.5, "general": 1.0} | broken))
@@ -230,7 +234,7 @@ def test_a_number_that_is_none_stops(broken: dict[str, float]) -> None:
 
 
 def test_a_checkpoint_takes_along_what_is_kept(tmp_path: Path) -> None:
-    course = Course(Rule("probe", 0.125), patience=2)
+    course = Course(GuardRule("probe", 0.125), patience=2)
     course.see(0, 3.0, 0.5)
     empty = course.save(tmp_path)
     course.see(1, 2.0, 0.5)
@@ -238,23 +242,23 @@ def test_a_checkpoint_takes_along_what_is_kept(tmp_path: Path) -> None:
     folder = course.save(tmp_path)
     assert not (empty / "kept.safetensors").exists()
     assert torch.equal(load_file(folder / "kept.safetensors")["weight"], torch.ones(1, 1))
-    other = Course(Rule("probe", 0.125), patience=2)
+    other = Course(GuardRule("probe", 0.125), patience=2)
     other.keep.resume(folder)
     assert other.keep.history == course.keep.history
     assert other.see(3, 1.0, 0.25), "the look before the stop counts"
     assert other.keep.restore(other.model) and other.model.weight.item() == 1
-    fresh = Course(Rule("probe", 0.125))
+    fresh = Course(GuardRule("probe", 0.125))
     fresh.keep.resume(empty)
     assert not fresh.keep.restore(fresh.model)
 
 
 def test_the_newest_complete_checkpoint_is_taken(tmp_path: Path) -> None:
-    assert complete_checkpoint(tmp_path) is None
-    course = Course(Rule("off", 0.0))
+    assert find_complete_checkpoint(tmp_path) is None
+    course = Course(GuardRule("off", 0.0))
     course.see(0, 3.0)
     for step in (9, 10, 100):
         course.state.global_step = step
         made = course.save(tmp_path)
     (made / "seen.json").unlink()
     (tmp_path / "checkpoint-1000").mkdir()
-    assert complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert find_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"

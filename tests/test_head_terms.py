@@ -15,25 +15,25 @@ from tiny import tiny_processor
 from torch import nn
 from transformers import CLIPModel
 
-from hftl.adapt.mlm import MaskedKL, load_mlm
+from hftl.adapt.mlm import MaskedTokenKL, load_mlm
 from hftl.config.retain import KL
 from hftl.config.source import Source
-from hftl.data.masking import masking_of
+from hftl.data.masking import build_masking_spec
 from hftl.errors import RecipeError
-from hftl.finetune.pretraining_heads import check_head
+from hftl.finetune.pretraining_heads import check_pretraining_head
 from hftl.finetune.strategies import prepare
-from hftl.models.heads import anatomy_in, build, encoder_in
+from hftl.models.heads import build_model, get_encoder, get_model_architecture
 from hftl.models.source import find_source, load_tokenizer
-from hftl.retain.hooks import in_eval
-from hftl.retain.kl import ZeroShotKL, zero_shot_head
+from hftl.retain.hooks import eval_mode
+from hftl.retain.kl import ZeroShotKL, build_zero_shot_head
 
 
-def masked_term(folder: Path, weight: float = 1.0, apart: bool = False) -> MaskedKL:
+def masked_term(folder: Path, weight: float = 1.0, apart: bool = False) -> MaskedTokenKL:
     source = find_source(Source(model=str(folder)))
     masked, fresh = load_mlm(source, 0)
     assert not fresh
-    masking = masking_of(load_tokenizer(source), 0.5, whole_words=False)
-    return MaskedKL(weight, masked, masking, seed=3, apart=apart)
+    masking = build_masking_spec(load_tokenizer(source), 0.5, whole_words=False)
+    return MaskedTokenKL(weight, masked, masking, seed=3, apart=apart)
 
 
 def batch_of(rows: int = 6) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def test_the_original_may_be_another_than_the_start(
     start = with_probe(folder, "full")
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in encoder_in(start, anatomy_in(start)).parameters():
+        for parameter in get_encoder(start, get_model_architecture(start)).parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     model = prepare(start, strategy)
     far = {}
@@ -203,12 +203,12 @@ def test_training_with_it_stays_nearer(
 def test_kl_on_a_head_that_is_not_there_is_refused(tiny_model: Callable[..., Path]) -> None:
     source = find_source(Source(model=str(tiny_model("bert"))))
     with pytest.raises(RecipeError, match="has no trained masked-language head"):
-        check_head(KL(on="mlm"), source, warmed=False, task="classification")
-    check_head(KL(on="mlm"), source, warmed=True, task="classification")
+        check_pretraining_head(KL(on="mlm"), source, warmed=False, task="classification")
+    check_pretraining_head(KL(on="mlm"), source, warmed=True, task="classification")
     with pytest.raises(RecipeError, match="is no CLIP model"):
-        check_head(KL(on="zero_shot"), source, warmed=False, task="classification")
+        check_pretraining_head(KL(on="zero_shot"), source, warmed=False, task="classification")
     with pytest.raises(RecipeError, match="tells classes by their names"):
-        check_head(KL(on="zero_shot"), source, warmed=False, task="regression")
+        check_pretraining_head(KL(on="zero_shot"), source, warmed=False, task="regression")
 
 
 @pytest.fixture(scope="module")
@@ -227,11 +227,13 @@ def test_a_clip_without_its_tokenizer_is_refused_before_it_trains(
 ) -> None:
     """Of pictures alone nothing else reads it, so that the arm was the first to find out."""
     told = KL(on="zero_shot")
-    check_head(told, find_source(Source(model=str(clip_folder))), False, "classification")
+    check_pretraining_head(
+        told, find_source(Source(model=str(clip_folder))), False, "classification"
+    )
     bare = tmp_path / "bare"
     shutil.copytree(clip_folder, bare, ignore=shutil.ignore_patterns("*token*"))
     with pytest.raises(RecipeError, match="has no usable tokenizer"):
-        check_head(told, find_source(Source(model=str(bare))), False, "classification")
+        check_pretraining_head(told, find_source(Source(model=str(bare))), False, "classification")
 
 
 NAMES = ["good_film", "bad", "plot"]
@@ -245,14 +247,14 @@ def clip_parts(folder: Path) -> tuple[Any, Any, Any]:
 
 def test_the_zero_shot_head_is_clips_own(clip_folder: Path) -> None:
     _, clip, tokenizer = clip_parts(clip_folder)
-    head = zero_shot_head(clip, tokenizer, NAMES)
+    head = build_zero_shot_head(clip, tokenizer, NAMES)
     pictures = torch.randn(4, 3, 32, 32)
     texts = tokenizer(
         [f"a photo of a {n}." for n in ("good film", "bad", "plot")], padding=True,
         return_tensors="pt",
     )  # fmt: skip
     inputs = {k: texts[k] for k in ("input_ids", "attention_mask")}
-    with torch.no_grad(), in_eval(clip):
+    with torch.no_grad(), eval_mode(clip):
         wanted = clip(pixel_values=pictures, **inputs).logits_per_image
         found = head(clip.vision_model(pictures).pooler_output)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
@@ -261,9 +263,9 @@ def test_the_zero_shot_head_is_clips_own(clip_folder: Path) -> None:
 @pytest.mark.parametrize("strategy", ["lora", "full"])
 def test_kl_of_the_zero_shot_classes(clip_folder: Path, strategy: str) -> None:
     source, clip, tokenizer = clip_parts(clip_folder)
-    built = build(source, "classification", "native", 3, NAMES, seed=0)
+    built = build_model(source, "classification", "native", 3, NAMES, seed=0)
     model = prepare(built.model, strategy, fresh=built.fresh).eval()
-    term = ZeroShotKL(1.0, zero_shot_head(clip, tokenizer, NAMES))
+    term = ZeroShotKL(1.0, build_zero_shot_head(clip, tokenizer, NAMES))
     term.begin(model)
     batch = {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.zeros(4)}
     chosen = torch.tensor([True, False, True, True])
@@ -276,7 +278,7 @@ def test_kl_of_the_zero_shot_classes(clip_folder: Path, strategy: str) -> None:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     moved = term.values(batch, chosen, 0)
     assert (moved > 1e-6).all()
-    head = zero_shot_head(clip, tokenizer, NAMES)
+    head = build_zero_shot_head(clip, tokenizer, NAMES)
     with torch.no_grad():
         tower: Any = term._tower
         logs = [

@@ -20,9 +20,17 @@ from test_card import make, shape, with_forgetting
 from hftl.card.card import render_card
 from hftl.card.plots import plot_ladder
 from hftl.card.report import render_report
-from hftl.card.validation import OWN_KEYS, own_card_problems
-from hftl.card.wording import JOINERS, UNSEEN, cell, fenced, inert, one_line, slug
-from hftl.measure.error_analysis import Errors, Mistake
+from hftl.card.validation import HFTL_KEYS, validate_own_card
+from hftl.card.wording import (
+    INVISIBLE_CATEGORIES,
+    JOINERS,
+    escape_markup,
+    format_yaml_block,
+    slugify,
+    to_code_text,
+    to_one_line,
+)
+from hftl.measure.error_analysis import ErrorAnalysis, Mistake
 
 PAYLOADS = [
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>",
@@ -141,7 +149,7 @@ def front_of(card: str) -> dict[str, Any]:
     block = REGEX_YAML_BLOCK.search(card)
     assert block is not None
     front = yaml.safe_load(block[2])
-    assert ModelCard(card).data.to_dict() == front and set(front) <= OWN_KEYS
+    assert ModelCard(card).data.to_dict() == front and set(front) <= HFTL_KEYS
     return front
 
 
@@ -150,7 +158,7 @@ def intended(place: str, payload: str) -> dict[str, Any]:
     front = front_of(render_card(BASE))
     if place == "dataset":
         result = front["model-index"][0]["results"][0]["dataset"]
-        result |= {"name": one_line(payload), "type": slug(payload)}
+        result |= {"name": to_one_line(payload), "type": slugify(payload)}
     if place == "recipe":
         if re.fullmatch(r"[\w.-]{1,96}", payload, re.ASCII):
             front["tags"][-1] = f"base_model:adapter:{payload}"
@@ -166,14 +174,16 @@ def test_payload_is_inert(payload: str, place: str) -> None:
     record = record_with(payload, place)
     card = render_card(record)
     card.encode("utf-8")
-    unseen = {c for c in card if unicodedata.category(c) in UNSEEN} - set("\n" + JOINERS)
+    unseen = {c for c in card if unicodedata.category(c) in INVISIBLE_CATEGORIES} - set(
+        "\n" + JOINERS
+    )
     assert not unseen
     front, wanted = front_of(card), intended(place, payload)
     for told in (front, wanted):
         name = told["model-index"][0].pop("name")
         assert re.fullmatch(r"[\w.-]+", name)
     assert front == wanted
-    problems = own_card_problems(card)
+    problems = validate_own_card(card)
     assert [p for p in problems if place != "recipe" or "base_model is missing" not in p] == []
     body = card.split("\n---\n", 1)[1]
     counts = [
@@ -194,12 +204,12 @@ def test_payload_is_inert_in_the_report(payload: str, tmp_path: Path) -> None:
         (tmp_path / "assets" / f"{name}.png").write_bytes(b"\x89PNG")
     scores = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "rows": 4}
     mistakes = [Mistake((payload,) * 3, payload, payload, 0.9, payload, word) for word in (None, 1)]
-    errors = Errors([{"label": payload, **scores}] * 2, np.eye(2, dtype=int), mistakes, 2, 4)
+    errors = ErrorAnalysis([{"label": payload, **scores}] * 2, np.eye(2, dtype=int), mistakes, 2, 4)
     report = render_report(render_card(record), tmp_path, record, errors)
     report.encode("utf-8")
     counts = check_page(report, {"html", "head", "meta", "title", "style", "body", "div", "mark"})
     assert counts["img"] == 2 and counts["a"] == 1 and counts["details"] == 2
-    assert html.escape(one_line(payload, 400), quote=False)[:20] in report.replace(
+    assert html.escape(to_one_line(payload, 400), quote=False)[:20] in report.replace(
         "&#34;", '"'
     ).replace("&#39;", "'")  # noqa: E501
 
@@ -208,9 +218,9 @@ def test_payload_is_inert_in_the_report(payload: str, tmp_path: Path) -> None:
 def test_label_is_shown_and_recipe_reads_back(payload: str) -> None:
     record = record_with(payload, "labels")
     shown = html.unescape(MarkdownIt("commonmark").render(render_card(record)))
-    assert f"<code>{cell(payload)}</code>" in shown
+    assert f"<code>{to_code_text(payload)}</code>" in shown
     recipe = record_with(payload, "columns")["recipe"]
-    block = fenced(recipe)
+    block = format_yaml_block(recipe)
     (token,) = MarkdownIt("commonmark").parse(block)
     assert token.type == "fence" and yaml.safe_load(token.content) == recipe
 
@@ -220,7 +230,7 @@ def test_label_is_shown_and_recipe_reads_back(payload: str) -> None:
     ["of 3 rows: +0.1 [+0.0, +0.2]", "data.max_length=128 is above it", "Ünïcode كلمة 词"],
 )
 def test_plain_text_stays_as_it_is(plain: str) -> None:
-    assert inert(plain) == plain == one_line(plain)
+    assert escape_markup(plain) == plain == to_one_line(plain)
 
 
 def test_ladder_of_a_hostile_record_is_drawn(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from hftl.config.data import Data
-from hftl.data.load import BadRows, Reading, load, load_hub
+from hftl.data.load import BadRows, InputSpec, load_hub_rows, load_rows
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, dataset: datasets.Dataset) -> list[dict[str, Any]]:
@@ -21,7 +21,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, dataset: datasets.Dataset) -> list[di
         return dataset
 
     monkeypatch.setattr(datasets, "load_dataset", answer)
-    monkeypatch.setattr("hftl.data.load.revision", lambda path, wanted: wanted or "0" * 40)
+    monkeypatch.setattr("hftl.data.load.resolve_revision", lambda path, wanted: wanted or "0" * 40)
     return asked
 
 
@@ -38,7 +38,7 @@ def test_class_ids_become_names_also_in_lists(monkeypatch: pytest.MonkeyPatch) -
     rows = {"tokens": [["a", "b"], ["c"]], "ner_tags": [[0, 1], [1]]}
     serve(monkeypatch, datasets.Dataset.from_dict(rows, features))
     data = section(task="token-classification", train={"text": "tokens", "label": "ner_tags"})
-    found = load(data, "train", BadRows(), Reading())
+    found = load_rows(data, "train", BadRows(), InputSpec())
     assert [(row.content, row.label) for row in found] == [
         (("a", "b"), ("O", "B-X")), (("c",), ("B-X",)),
     ]  # fmt: skip
@@ -56,7 +56,7 @@ def test_pictures_are_decoded_by_us_and_named_by_their_row(
     dataset = datasets.Dataset.from_dict({"image": cells, "label": [1, 0]}, features)
     asked = serve(monkeypatch, dataset)
     bad = BadRows(skip=True)
-    (row,) = load(section(), "train", bad, Reading("image", 4))
+    (row,) = load_rows(section(), "train", bad, InputSpec("image", 4))
     assert row.label == "dog" and row.size == (9, 9)
     assert bad.dropped[0]["where"] == "org/set train row 2"
     assert asked == [{"path": "org/set", "name": None, "split": "train", "revision": "abc"}]
@@ -67,5 +67,5 @@ def test_an_id_that_is_no_class_is_no_label(monkeypatch: pytest.MonkeyPatch) -> 
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])}
     )
     serve(monkeypatch, datasets.Dataset.from_dict({"text": ["x", "y"], "label": [-1, 1]}, features))
-    told = [raw.values["label"] for raw in load_hub(section().train, "train")]
+    told = [raw.values["label"] for raw in load_hub_rows(section().train, "train")]
     assert told == [None, "b"]

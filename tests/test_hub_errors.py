@@ -10,8 +10,8 @@ from localhub import LocalHub
 from published import Pusher, pusher
 from pushed import ME, hub, made, push, run, says
 
-from hftl.errors import message_line
-from hftl.runtime.paths import PASSING, advise
+from hftl.errors import format_error_line
+from hftl.runtime.paths import TRANSIENT_STATUSES, advise_on_status
 
 __all__ = ["hub", "made", "push", "run"]
 
@@ -30,14 +30,14 @@ __all__ = ["hub", "made", "push", "run"]
     ],
 )  # fmt: skip
 def test_a_reason_is_not_cut_off_at_its_colon(text: str, line: str) -> None:
-    assert message_line(ValueError(text)) == line
+    assert format_error_line(ValueError(text)) == line
 
 
 def test_only_what_passes_by_itself_is_to_be_tried_again() -> None:
-    again = {status for status in range(400, 512) if advise(status) == "Try again later"}
-    assert again >= set(PASSING) - {501}
+    again = {status for status in range(400, 512) if advise_on_status(status) == "Try again later"}
+    assert again >= set(TRANSIENT_STATUSES) - {501}
     assert not again & {400, 401, 402, 403, 404, 405, 409, 410, 413, 422, 501, 507}
-    assert "HF_ENDPOINT" in advise(501)
+    assert "HF_ENDPOINT" in advise_on_status(501)
 
 
 @pytest.mark.parametrize("step", ["/commit/", "repos/create", "GET /api/models/me/model$"])
@@ -129,7 +129,7 @@ def test_a_download_that_fails_by_xet_says_how_to_do_without(
     """The client's own function raises, as where the storage of a hub is out of reach."""
     from huggingface_hub import constants, file_download
 
-    from hftl.runtime.paths import not_given
+    from hftl.runtime.paths import make_hub_load_error
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
@@ -141,9 +141,9 @@ def test_a_download_that_fails_by_xet_says_how_to_do_without(
         raise AssertionError("it cannot succeed")
 
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-    assert "HF_HUB_DISABLE_XET=1" in not_given(failure(), "a/b", "model").fix
+    assert "HF_HUB_DISABLE_XET=1" in make_hub_load_error(failure(), "a/b", "model").fix
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    assert "XET" not in str(not_given(failure(), "a/b", "model"))
+    assert "XET" not in str(make_hub_load_error(failure(), "a/b", "model"))
 
 
 @pytest.mark.slow

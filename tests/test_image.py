@@ -12,14 +12,14 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from hftl.data.image_processing import (
-    AREA,
-    RATIO,
-    canvas,
-    light,
-    normaliser,
-    pixel_features,
-    resized,
-    target_size,
+    CROP_AREA,
+    MAX_ASPECT_RATIO,
+    build_normalizer,
+    compute_pixel_features,
+    get_image_size,
+    random_crop_and_flip,
+    resize_and_crop,
+    resize_processor,
 )
 from hftl.errors import RecipeError
 
@@ -68,13 +68,13 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 def test_canvas_and_normaliser_are_the_whole_processor(
     processor: Any, size: tuple[int, int], image_size: int | None
 ) -> None:
-    chosen = resized(processor, image_size)
+    chosen = resize_processor(processor, image_size)
     image = picture(*size)
     whole = np.asarray(chosen(image, return_tensors="np")["pixel_values"][0], dtype=np.float64)
-    kept = canvas(chosen, image)
-    side = target_size(chosen)
+    kept = resize_and_crop(chosen, image)
+    side = get_image_size(chosen)
     assert kept.dtype == np.uint8 and kept.shape == (3, side, side)
-    parts = normaliser(chosen)(torch.from_numpy(kept)[None])
+    parts = build_normalizer(chosen)(torch.from_numpy(kept)[None])
     assert parts.dtype == torch.float32 and parts.shape == (1, 3, side, side)
     assert np.abs(parts[0].double().numpy() - whole).max() < 1e-6
 
@@ -83,13 +83,13 @@ def test_canvas_and_normaliser_are_the_whole_processor(
 def test_a_resized_processor_survives_saving(
     processor: Any, image_size: int | None, tmp_path: Path
 ) -> None:
-    chosen = resized(processor, image_size)
+    chosen = resize_processor(processor, image_size)
     chosen.save_pretrained(tmp_path)
     again = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     assert type(again) is type(processor)
     assert again.to_dict() == chosen.to_dict()
     image = picture(150, 90)
-    assert (canvas(again, image) == canvas(chosen, image)).all()
+    assert (resize_and_crop(again, image) == resize_and_crop(chosen, image)).all()
 
 
 @pytest.mark.parametrize(
@@ -112,11 +112,11 @@ def test_an_image_size_keeps_the_share_that_is_cropped(
 ) -> None:
     before = made(name, **settings)
     stays = before.to_dict()
-    after = resized(before, 112)
+    after = resize_processor(before, 112)
     assert dict(after.size) == size
     assert crop is None or dict(after.crop_size) == crop
-    assert target_size(after) == 112
-    assert before.to_dict() == stays and resized(before, None).to_dict() == stays
+    assert get_image_size(after) == 112
+    assert before.to_dict() == stays and resize_processor(before, None).to_dict() == stays
 
 
 @pytest.mark.parametrize(
@@ -131,23 +131,23 @@ def test_an_image_size_keeps_the_share_that_is_cropped(
 def test_what_is_not_square_is_refused_until_a_size_is_given(settings: dict[str, Any]) -> None:
     processor = made("ViT", **settings)
     with pytest.raises(RecipeError, match="no squares of one size.*data.image_size"):
-        target_size(processor)
-    assert target_size(resized(processor, 64)) == 64
-    assert canvas(resized(processor, 64), picture(90, 70)).shape == (3, 64, 64)
+        get_image_size(processor)
+    assert get_image_size(resize_processor(processor, 64)) == 64
+    assert resize_and_crop(resize_processor(processor, 64), picture(90, 70)).shape == (3, 64, 64)
 
 
 def test_sizes_of_a_kind_of_their_own_are_refused() -> None:
     longest = made("ViT", size={"shortest_edge": 224, "longest_edge": 300})
     for processor in (longest, made("ConvNext")):
         with pytest.raises(RecipeError, match="data.image_size cannot replace"):
-            resized(processor, 112)
+            resize_processor(processor, 112)
 
 
 def test_arithmetic_that_is_no_scale_and_shift_is_refused() -> None:
     with pytest.raises(RecipeError, match="MobileViT.*more to pixels than scale and shift"):
-        normaliser(made("MobileViT"))  # swaps red and blue
+        build_normalizer(made("MobileViT"))  # swaps red and blue
     with pytest.raises(RecipeError, match="makes uint8 .3, 224, 224. of a picture"):
-        canvas(made("Perceiver"), picture(300, 260))  # crops a share, then resizes
+        resize_and_crop(made("Perceiver"), picture(300, 260))  # crops a share, then resizes
 
 
 def pixels(side: int = 56, seed: int = 0) -> torch.Tensor:
@@ -156,18 +156,22 @@ def pixels(side: int = 56, seed: int = 0) -> torch.Tensor:
 
 def test_a_light_crop_is_a_function_of_seed_epoch_and_picture() -> None:
     image = pixels()
-    first = light(image, 0, 0, b"a")
+    first = random_crop_and_flip(image, 0, 0, b"a")
     assert first.dtype == torch.uint8 and first.shape == image.shape
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    assert torch.equal(light(image, 0, 0, b"a"), first)
+    assert torch.equal(random_crop_and_flip(image, 0, 0, b"a"), first)
     assert torch.equal(torch.get_rng_state(), state)
-    others = [light(image, 1, 0, b"a"), light(image, 0, 1, b"a"), light(image, 0, 0, b"b")]
+    others = [
+        random_crop_and_flip(image, 1, 0, b"a"),
+        random_crop_and_flip(image, 0, 1, b"a"),
+        random_crop_and_flip(image, 0, 0, b"b"),
+    ]
     assert not any(torch.equal(other, first) for other in others)
     keys = [f"{i}".encode() for i in range(40)]
-    alone = [light(image, 0, 0, key) for key in keys]
+    alone = [random_crop_and_flip(image, 0, 0, key) for key in keys]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda key: light(image, 0, 0, key), keys))
+        together = list(pool.map(lambda key: random_crop_and_flip(image, 0, 0, key), keys))
     assert all(map(torch.equal, alone, together))
 
 
@@ -178,7 +182,7 @@ def test_light_crops_keep_to_their_area_ratio_and_mirroring() -> None:
     image = torch.stack([right, right.T, torch.zeros_like(right)])
     widths, heights, mirrored, corners = [], [], 0, []
     for number in range(400):
-        found = light(image, 0, 0, str(number).encode()).double()
+        found = random_crop_and_flip(image, 0, 0, str(number).encode()).double()
         across = (found[0, :, -20] - found[0, :, 20]).mean() / (side - 40)
         down = (found[1, -20, :] - found[1, 20, :]).mean() / (side - 40)
         widths.append(abs(float(across)))
@@ -186,9 +190,12 @@ def test_light_crops_keep_to_their_area_ratio_and_mirroring() -> None:
         mirrored += bool(across < 0)
         corners.append(float(found[1, 0].mean()))
     areas, ratios = np.multiply(widths, heights), np.divide(widths, heights)
-    assert AREA[0] - 0.02 < areas.min() < 0.73 and 0.97 < areas.max() < AREA[1] + 0.02
+    assert CROP_AREA[0] - 0.02 < areas.min() < 0.73 and 0.97 < areas.max() < CROP_AREA[1] + 0.02
     assert abs(areas.mean() - 0.85) < 0.02
-    assert 1 / RATIO - 0.03 < ratios.min() < 0.8 and 1.25 < ratios.max() < RATIO + 0.03
+    assert (
+        1 / MAX_ASPECT_RATIO - 0.03 < ratios.min() < 0.8
+        and 1.25 < ratios.max() < MAX_ASPECT_RATIO + 0.03
+    )
     assert abs(np.log(ratios).mean()) < 0.03
     assert 160 < mirrored < 240
     assert min(corners) < 1 and max(corners) > 30
@@ -206,8 +213,8 @@ def test_the_resize_of_a_crop_is_that_of_pillow() -> None:
 
 def test_pixel_features_average_areas() -> None:
     canvases = torch.stack([pixels(64, seed) for seed in range(3)])
-    found = pixel_features(canvases, 16)
+    found = compute_pixel_features(canvases, 16)
     blocks = canvases.double().numpy().reshape(3, 3, 16, 4, 16, 4).mean(axis=(3, 5)) / 255
     assert found.dtype == torch.float32
     assert np.abs(found.numpy() - blocks.reshape(3, -1)).max() < 1e-6
-    assert pixel_features(torch.full((300, 3, 30, 30), 255, dtype=torch.uint8)).eq(1).all()
+    assert compute_pixel_features(torch.full((300, 3, 30, 30), 255, dtype=torch.uint8)).eq(1).all()

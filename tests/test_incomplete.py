@@ -15,7 +15,7 @@ from tiny import save_tiny, tiny_config
 
 import hftl
 from hftl.errors import HftlError
-from hftl.inference.compare import compare
+from hftl.inference.compare import compare_models
 from hftl.inference.predict_table import predict_table
 
 KINDS = {
@@ -137,7 +137,7 @@ def refused(folder: Path, base: Path | None = None) -> str:
     table = write_csv(folder.parent / "rows.csv", ["text", "label"], sentences(4))
     for use in (
         lambda: predict_table(str(folder), table, None, None if base is None else str(base)),
-        lambda: compare([str(folder)], table, None),
+        lambda: compare_models([str(folder)], table, None),
     )[: 2 if base is None else 1]:
         with pytest.raises(HftlError) as caught:
             use()

@@ -62,7 +62,7 @@ def test_recipe_loads_and_says_what_was_guessed(
     path, notes = write_recipe(data, "org/MiniLM", tmp_path / "new" / "r.yaml")
     recipe = Recipe.load(path)
     assert recipe.data.train.path == str(data) and recipe.source.model == "org/MiniLM"
-    assert recipe.data.train.texts == texts and recipe.data.train.label == label
+    assert recipe.data.train.text_columns == texts and recipe.data.train.label == label
     assert (recipe.data.task, recipe.data.group) == (task, group)
     assert recipe.measure.metric == ("pearson" if task == "regression" else "accuracy")
     assert recipe.finetune.pooling == "mean"
@@ -106,7 +106,7 @@ def test_any_pair_of_column_names_survives_yaml(first: str, tmp_path: Path) -> N
     second = f"{first[:-1]}2"
     data = write(tmp_path / "a.csv", columns(**{first: TEXTS, second: TEXTS, "label": LABELS}))
     path, _ = write_recipe(data, "org/model", tmp_path / "r.yaml")
-    assert Recipe.load(path).data.train.texts == [first, second]
+    assert Recipe.load(path).data.train.text_columns == [first, second]
 
 
 @pytest.mark.parametrize("name", ["my reviews: all #1.csv", "{braces}.csv"])

@@ -14,16 +14,16 @@ from test_weights import moved
 from torch import Tensor, nn
 
 from hftl.config.finetune import Finetune
-from hftl.config.recipe import Recipe, arms
+from hftl.config.recipe import Recipe, plan_arms
 from hftl.config.source import Source
 from hftl.errors import RecipeError
-from hftl.finetune.arm import interpolate, put_between, solve_head, train_arm
-from hftl.finetune.context import Workbench
-from hftl.finetune.retention import Kept, check_retention
+from hftl.finetune.arm import select_alpha, set_interpolated_weights, solve_head, train_arm
+from hftl.finetune.context import ExperimentContext
+from hftl.finetune.retention import RegularizerSetup, check_retention
 from hftl.finetune.strategies import prepare
 from hftl.models.source import find_source
-from hftl.retain.weights import lora_layers, update
-from hftl.train.checkpoint import trained
+from hftl.retain.weights import compute_update, iterate_lora_layers
+from hftl.train.checkpoint import iterate_trainable
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def bert(tiny_model: Callable[..., Path]) -> Path:
 
 
 def learnt(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in trained(model)}
+    return {name: tensor.clone() for name, tensor in iterate_trainable(model)}
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -52,8 +52,8 @@ def test_the_ends_are_the_ends_and_the_rest_lies_between(
     frozen = {name: p.clone() for name, p in frozen.items() if not p.requires_grad}
     end = learnt(moved(model))
     for alpha in (0.3, 1.0, 0.0, 0.75, 0, 1):
-        put_between(model, start, end, alpha)
-        for name, tensor in trained(model):
+        set_interpolated_weights(model, start, end, alpha)
+        for name, tensor in iterate_trainable(model):
             wanted = (1 - alpha) * start[name] + alpha * end[name]
             torch.testing.assert_close(tensor, wanted)
             if alpha in (0, 1):
@@ -81,19 +81,19 @@ def test_under_lora_it_is_the_merged_weights_that_lie_between(
     start, first = learnt(model), logits(model)
     end = learnt(moved(model, 0.2))
     last = logits(model)
-    whole = {path: update(layer).detach() for path, layer in lora_layers(model)}
+    whole = {path: compute_update(layer).detach() for path, layer in iterate_lora_layers(model)}
     assert not torch.allclose(first, last, atol=1e-3)
     for alpha in (0.0, 0.4, 1.0):
-        put_between(model, start, end, alpha)
-        for path, layer in lora_layers(model):
-            torch.testing.assert_close(update(layer), alpha * whole[path])
+        set_interpolated_weights(model, start, end, alpha)
+        for path, layer in iterate_lora_layers(model):
+            torch.testing.assert_close(compute_update(layer), alpha * whole[path])
         beside = [n for n in start if ".lora_" not in n]
-        for key, tensor in trained(model):
+        for key, tensor in iterate_trainable(model):
             if key in beside:
                 torch.testing.assert_close(tensor, (1 - alpha) * start[key] + alpha * end[key])
         assert beside
     assert torch.equal(logits(model), last)
-    put_between(model, start, end, 0.0)
+    set_interpolated_weights(model, start, end, 0.0)
     torch.testing.assert_close(logits(model), first, atol=1e-6, rtol=0)
 
 
@@ -103,18 +103,18 @@ def test_a_model_of_merged_weights_says_the_same(bert: Path) -> None:
     original = {n: p.detach().clone() for n, p in plain.encoder.named_parameters()}
     start = learnt(model)
     end = learnt(moved(model, 0.2))
-    put_between(model, start, end, 0.35)
-    deltas = {path: update(layer).detach() for path, layer in lora_layers(model)}
+    set_interpolated_weights(model, start, end, 0.35)
+    deltas = {path: compute_update(layer).detach() for path, layer in iterate_lora_layers(model)}
     with torch.no_grad():
-        put_between(model, start, end, 1.0)
-        for path, layer in lora_layers(model):
-            merged = original[f"{path}.weight"] + update(layer)
+        set_interpolated_weights(model, start, end, 1.0)
+        for path, layer in iterate_lora_layers(model):
+            merged = original[f"{path}.weight"] + compute_update(layer)
             between = torch.lerp(original[f"{path}.weight"], merged, 0.35)
             plain.encoder.get_parameter(f"{path}.weight").copy_(between)
             torch.testing.assert_close(between, original[f"{path}.weight"] + deltas[path])
         for key in ("head.weight", "head.bias"):
             plain.get_parameter(key).copy_(torch.lerp(start[key], end[key], 0.35))
-    put_between(model, start, end, 0.35)
+    set_interpolated_weights(model, start, end, 0.35)
     torch.testing.assert_close(logits(model), logits(plain), atol=1e-5, rtol=0)
 
 
@@ -140,18 +140,18 @@ def test_the_smallest_share_within_one_standard_error_of_the_best_is_kept(
         seen.append(way / float((end["head.bias"] - start["head.bias"]).norm()))
         return 1 - (seen[-1] - 0.5) ** 2, error
 
-    told = interpolate(model, start, alphas, score)
+    told = select_alpha(model, start, alphas, score)
     assert seen == pytest.approx(alphas, abs=1e-5), "an evaluation each, and no other"
     assert told["alpha"] == chosen
     assert [(row["alpha"], row["error"]) for row in told["tried"]] == [(a, error) for a in alphas]
     wanted = [1 - (a - 0.5) ** 2 for a in alphas]
     assert [row["score"] for row in told["tried"]] == pytest.approx(wanted, abs=1e-5)
-    for name, tensor in trained(model):
+    for name, tensor in iterate_trainable(model):
         torch.testing.assert_close(tensor, torch.lerp(start[name], end[name], chosen))
 
 
 @pytest.fixture
-def bench(recipe_tree: dict[str, Any]) -> Workbench:
+def bench(recipe_tree: dict[str, Any]) -> ExperimentContext:
     return bench_of(Recipe.parse(recipe_tree))
 
 
@@ -162,22 +162,25 @@ def section(strategy: str) -> Finetune:
 
 @pytest.mark.parametrize("strategy", ["full", "lora"])
 def test_an_arm_at_0_is_the_probe_and_at_1_what_was_trained(
-    bench: Workbench, strategy: str
+    bench: ExperimentContext, strategy: str
 ) -> None:
     plain = train_arm(bench, section(strategy), 0)
-    first = train_arm(bench, section(strategy), 0, Kept(alphas=(0.0,)))
-    last = train_arm(bench, section(strategy), 0, Kept(alphas=(1.0,)))
+    first = train_arm(bench, section(strategy), 0, RegularizerSetup(alphas=(0.0,)))
+    last = train_arm(bench, section(strategy), 0, RegularizerSetup(alphas=(1.0,)))
     probe = solve_head(bench, section("head"), 0)
     assert not np.allclose(plain.logits["test"], probe.logits["test"], atol=1e-2)
     np.testing.assert_allclose(first.logits["test"], probe.logits["test"], atol=1e-4)
     assert np.array_equal(last.logits["test"], plain.logits["test"])
     assert all(torch.equal(last.weights[name], tensor) for name, tensor in plain.weights.items())
-    both = train_arm(bench, section(strategy), 0, Kept(alphas=(0.0, 1.0)))
+    both = train_arm(bench, section(strategy), 0, RegularizerSetup(alphas=(0.0, 1.0)))
     told = both.facts["interpolation"]
     scores = {row["alpha"]: row["score"] for row in told["tried"]}
     for alpha, one in ((0.0, first), (1.0, last)):
-        labels = bench.prepared.measured(bench.prepared.rows["validation"])
-        right = bench.told(bench.prepared.rows["validation"], one.logits["validation"]) == labels
+        labels = bench.prepared.encode_for_metrics(bench.prepared.rows["validation"])
+        right = (
+            bench.decode_logits(bench.prepared.rows["validation"], one.logits["validation"])
+            == labels
+        )
         assert scores[alpha] == pytest.approx(right.mean())
         (error,) = (row["error"] for row in told["tried"] if row["alpha"] == alpha)
         assert error == pytest.approx(right.std(ddof=1) / len(right) ** 0.5)
@@ -198,6 +201,6 @@ def test_an_update_that_does_not_scale_is_refused(
 ) -> None:
     recipe_tree["retain"] = {"interpolate": [0.0, 1.0]}
     recipe_tree["finetune"]["lora"] = lora
-    arm = arms(Recipe.parse(recipe_tree))[0]
+    arm = plan_arms(Recipe.parse(recipe_tree))[0]
     with pytest.raises(RecipeError, match=f"finetune.lora.{next(iter(lora))}="):
         check_retention(arm, find_source(Source(model=str(bert))), "classification")

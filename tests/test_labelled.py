@@ -10,7 +10,7 @@ from test_compare import adapters
 
 import hftl
 from hftl.errors import DataError
-from hftl.inference.compare import compare, read_labelled
+from hftl.inference.compare import compare_models, read_labelled_items
 
 __all__ = ["adapters"]
 
@@ -86,7 +86,7 @@ def test_no_advice_is_of_a_recipe(
 ) -> None:
     predictor = hftl.load(adapters["two"])
     with pytest.raises(DataError, match=WRONG[make]) as told:
-        read_labelled(make(tmp_path), predictor, adapters["two"])
+        read_labelled_items(make(tmp_path), predictor, adapters["two"])
     assert not re.search(r"\bdata\.\w|source\.model|format", str(told.value)), str(told.value)
 
 
@@ -94,4 +94,4 @@ def test_a_folder_of_classes_is_scored(adapters: dict[str, Path], tmp_path: Path
     for name in ("negative", "positive"):
         (tmp_path / "d" / name).mkdir(parents=True)
         (tmp_path / "d" / name / "one.txt").write_text("a film")
-    assert "2 items" in compare([str(adapters["two"])], tmp_path / "d", None)
+    assert "2 items" in compare_models([str(adapters["two"])], tmp_path / "d", None)

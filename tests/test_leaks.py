@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from hftl.config import secrets
 from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError, RunFolderError
-from hftl.publish.sanitize import leak
+from hftl.publish.sanitize import find_leak
 
 CANARY = "canary-5f8Zq1/+ä"
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJ"
@@ -40,10 +40,10 @@ def ann(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_reads_as_a_secret_is_found_and_masked(text: str) -> None:
-    assert secrets.find(f"before {text} after") == "what reads as a token or password"
-    shown = secrets.masked(f"before {text} after")
+    assert secrets.find_secret(f"before {text} after") == "what reads as a token or password"
+    shown = secrets.mask_secrets(f"before {text} after")
     assert "***" in shown and shown.startswith("before ") and shown.endswith(" after")
-    assert secrets.find(shown) is None
+    assert secrets.find_secret(shown) is None
 
 
 @pytest.mark.parametrize(
@@ -55,17 +55,17 @@ def test_what_reads_as_a_secret_is_found_and_masked(text: str) -> None:
     ],
 )  # fmt: skip
 def test_what_reads_like_one_and_is_none_passes(text: str) -> None:
-    assert secrets.find(text) is None and secrets.masked(text) == text
+    assert secrets.find_secret(text) is None and secrets.mask_secrets(text) == text
 
 
 @pytest.mark.parametrize("form", [CANARY, "canary-5f8Zq1%2F%2B%C3%A4", "canary-5f8Zq1/+\\u00e4"])
 def test_the_environments_secrets_are_found_in_every_spelling(form: str) -> None:
-    assert secrets.find(f'"{form}"') == "the environment's SOME_API_KEY"
-    assert secrets.masked(f'"{form}"') == '"***"'
+    assert secrets.find_secret(f'"{form}"') == "the environment's SOME_API_KEY"
+    assert secrets.mask_secrets(f'"{form}"') == '"***"'
 
 
 def test_the_token_of_a_login_is_found() -> None:
-    assert secrets.find("x token-from-login y") == "the hub's token"
+    assert secrets.find_secret("x token-from-login y") == "the hub's token"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_the_token_of_a_login_is_found() -> None:
 )  # fmt: skip
 def test_settings_are_no_secrets(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
-    assert value not in secrets.values().values()
+    assert value not in secrets.list_secrets().values()
 
 
 @pytest.mark.parametrize("value", [f"data/hf_{LETTERS}/a.csv", f"https://me:{CANARY}@host/a.csv"])
@@ -108,16 +108,16 @@ SAID = {
 @pytest.mark.parametrize("name", ["README.md", "hftl.json", "config.json"])
 def test_what_tells_of_the_user_is_found_in_texts(case: str, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(TEXTS[case], encoding="utf-8")
-    assert (leak(tmp_path / name, name, frozenset()) or "").startswith(SAID[case])
+    assert (find_leak(tmp_path / name, name, frozenset()) or "").startswith(SAID[case])
 
 
 @pytest.mark.parametrize("case", ["a token", "a password", "the environment's", "the home"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "merges.txt", "spiece.model"])
 def test_vocabularies_hold_words_but_no_secrets(case: str, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("/home/x\nannabel\ngpubox7\n/usr/bin/env\n", encoding="utf-8")
-    assert leak(tmp_path / name, name, frozenset()) is None
+    assert find_leak(tmp_path / name, name, frozenset()) is None
     (tmp_path / name).write_text(TEXTS[case], encoding="utf-8")
-    assert (leak(tmp_path / name, name, frozenset()) or "").startswith(SAID[case])
+    assert (find_leak(tmp_path / name, name, frozenset()) or "").startswith(SAID[case])
 
 
 @pytest.mark.parametrize("case", TEXTS)
@@ -125,16 +125,16 @@ def test_the_header_of_weights_is_read_and_their_numbers_are_not(case: str, tmp_
     path = tmp_path / "model.safetensors"
     words = np.frombuffer(TEXTS[case].encode(), dtype=np.uint8).copy()
     save_file({"a": torch.from_numpy(words)}, path, metadata={"format": "pt"})
-    assert leak(path, path.name, frozenset()) is None
+    assert find_leak(path, path.name, frozenset()) is None
     save_file({"a": torch.ones(1)}, path, metadata={"note": TEXTS[case]})
-    assert (leak(path, path.name, frozenset()) or "").startswith(SAID[case])
+    assert (find_leak(path, path.name, frozenset()) or "").startswith(SAID[case])
 
 
 def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
     for content in (b"", b"pickle", struct.pack("<Q", 1 << 62) + b"{}", b"\x02" + bytes(7) + b"[["):
         (tmp_path / "model.safetensors").write_bytes(content)
         with pytest.raises(RunFolderError, match="is no safetensors file"):
-            leak(tmp_path / "model.safetensors", "model.safetensors", frozenset())
+            find_leak(tmp_path / "model.safetensors", "model.safetensors", frozenset())
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -145,9 +145,9 @@ def test_the_texts_of_a_picture_are_read(packed: bool, international: bool, tmp_
     add("Author", "by annabel", zip=packed)
     path = tmp_path / "ladder.png"
     Image.new("RGB", (4, 4)).save(path, pnginfo=told)
-    assert leak(path, "assets/ladder.png", frozenset()) == "the user's name: annabel"
+    assert find_leak(path, "assets/ladder.png", frozenset()) == "the user's name: annabel"
     Image.new("RGB", (4, 4)).save(path)
-    assert leak(path, "assets/ladder.png", frozenset()) is None
+    assert find_leak(path, "assets/ladder.png", frozenset()) is None
     # What only looks like packed text is none.
     broken = (
         path.read_bytes()[:-12]
@@ -155,18 +155,18 @@ def test_the_texts_of_a_picture_are_read(packed: bool, international: bool, tmp_
         + struct.pack(">I", zlib.crc32(b"zTXt\x78\0\0"))
     )
     path.write_bytes(broken)
-    assert leak(path, "assets/ladder.png", frozenset()) is None
+    assert find_leak(path, "assets/ladder.png", frozenset()) is None
 
 
 def test_names_that_were_chosen_to_be_shown_pass(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# annabel/model", encoding="utf-8")
-    assert leak(tmp_path / "README.md", "README.md", frozenset({"annabel", "model"})) is None
+    assert find_leak(tmp_path / "README.md", "README.md", frozenset({"annabel", "model"})) is None
 
 
 @pytest.mark.parametrize("text", ["annabelle", "re-annabel-x", "Annabel", "gpubox77"])
 def test_words_that_hold_the_name_pass(text: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(text, encoding="utf-8")
-    assert leak(tmp_path / "README.md", "README.md", frozenset()) is None
+    assert find_leak(tmp_path / "README.md", "README.md", frozenset()) is None
 
 
 @pytest.mark.parametrize("name", ["root", "ubuntu", "user", "al"])
@@ -176,4 +176,4 @@ def test_names_that_tell_nothing_pass(
     for key in ("USER", "LOGNAME", "USERNAME"):
         monkeypatch.setenv(key, name)
     (tmp_path / "README.md").write_text(f"the {name} of all", encoding="utf-8")
-    assert leak(tmp_path / "README.md", "README.md", frozenset()) is None
+    assert find_leak(tmp_path / "README.md", "README.md", frozenset()) is None

@@ -5,50 +5,55 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from hftl.analysis.drift import cka, nearest_same, relational_kl, shared
+from hftl.analysis.drift import (
+    compute_cka,
+    compute_neighbour_hits,
+    compute_relational_kl,
+    compute_shared_neighbours,
+)
 from hftl.analysis.jackknife import (
-    Figure,
-    Probes,
-    cka_without,
-    kl_without,
-    neighbours_needed,
-    ordered_neighbours,
-    same_without,
-    shared_without,
+    JackknifeEstimate,
+    JackknifeProbes,
+    count_needed_neighbours,
+    jackknife_cka,
+    jackknife_neighbour_hits,
+    jackknife_relational_kl,
+    jackknife_shared_neighbours,
+    rank_neighbours,
 )
 from hftl.errors import DataError
-from hftl.measure.forgetting import Asked, figures
-from hftl.measure.statistics import block_of_rows
+from hftl.measure.forgetting import ForgettingSpec, measure_forgetting
+from hftl.measure.statistics import assign_blocks
 
 ROWS = 90
 UNITS = np.arange(ROWS) // 4
-BLOCKS = block_of_rows(UNITS, 10)
+BLOCKS = assign_blocks(UNITS, 10)
 RNG = np.random.default_rng(0)
 BEFORE = RNG.normal(size=(ROWS, 12))
 AFTER = BEFORE + 0.7 * RNG.normal(size=(ROWS, 12))
 
 
 def order(side: np.ndarray) -> np.ndarray:
-    return ordered_neighbours(side, neighbours_needed(BLOCKS, 10))
+    return rank_neighbours(side, count_needed_neighbours(BLOCKS, 10))
 
 
 @pytest.mark.parametrize(
     ("found", "figure"),
     [
-        (shared_without(order(BEFORE), order(AFTER), BLOCKS),
-         lambda i: shared(BEFORE[i], AFTER[i]).mean()),
-        (same_without(order(AFTER), UNITS, BLOCKS),
-         lambda i: nearest_same(AFTER[i], UNITS[i]).mean()),
-        (kl_without(BEFORE, AFTER, 0.05, BLOCKS),
-         lambda i: relational_kl(BEFORE[i], AFTER[i], 0.05).mean()),
-        (cka_without(BEFORE, AFTER, BLOCKS), lambda i: cka(BEFORE[i], AFTER[i])),
+        (jackknife_shared_neighbours(order(BEFORE), order(AFTER), BLOCKS),
+         lambda i: compute_shared_neighbours(BEFORE[i], AFTER[i]).mean()),
+        (jackknife_neighbour_hits(order(AFTER), UNITS, BLOCKS),
+         lambda i: compute_neighbour_hits(AFTER[i], UNITS[i]).mean()),
+        (jackknife_relational_kl(BEFORE, AFTER, 0.05, BLOCKS),
+         lambda i: compute_relational_kl(BEFORE[i], AFTER[i], 0.05).mean()),
+        (jackknife_cka(BEFORE, AFTER, BLOCKS), lambda i: compute_cka(BEFORE[i], AFTER[i])),
     ],
     ids=["shared", "same", "kl", "cka"],
 )  # fmt: skip
 def test_a_block_leaves_queries_and_references(
-    found: Figure, figure: Callable[[np.ndarray], float]
+    found: JackknifeEstimate, figure: Callable[[np.ndarray], float]
 ) -> None:
-    assert found.whole == pytest.approx(figure(np.arange(ROWS)))
+    assert found.value == pytest.approx(figure(np.arange(ROWS)))
     without = found.without
     expected = [figure(np.flatnonzero(BLOCKS != block)) for block in range(10)]
     np.testing.assert_allclose(without, expected, rtol=1e-9)
@@ -57,32 +62,32 @@ def test_a_block_leaves_queries_and_references(
 
 def test_probes_are_fitted_without_the_block() -> None:
     labels = (BEFORE[:, 0] > 0).astype(np.int64)
-    probes = Probes.fit(BEFORE, labels, UNITS, 1.0, BLOCKS)
-    whole, without, _ = probes.right(BEFORE, labels)
+    probes = JackknifeProbes.fit(BEFORE, labels, UNITS, 1.0, BLOCKS)
+    whole, without, _ = probes.score(BEFORE, labels)
     assert 0.7 < whole < 1 and len(without) == 10
     wrong = labels.copy()
     wrong[BLOCKS == 3] = 1 - wrong[BLOCKS == 3]
-    spoilt = Probes.fit(BEFORE, wrong, UNITS, 1.0, BLOCKS)
-    assert spoilt.right(BEFORE, labels)[1][3] == pytest.approx(without[3]), "it saw none of them"
-    assert spoilt.right(BEFORE, labels)[0] < whole
+    spoilt = JackknifeProbes.fit(BEFORE, wrong, UNITS, 1.0, BLOCKS)
+    assert spoilt.score(BEFORE, labels)[1][3] == pytest.approx(without[3]), "it saw none of them"
+    assert spoilt.score(BEFORE, labels)[0] < whole
 
 
 def test_effects_are_what_taking_out_a_block_does_through_the_rows_that_stay() -> None:
-    found = same_without(order(AFTER), UNITS, BLOCKS)
-    right = nearest_same(AFTER, UNITS)
+    found = jackknife_neighbour_hits(order(AFTER), UNITS, BLOCKS)
+    right = compute_neighbour_hits(AFTER, UNITS)
     assert isinstance(found.effects, np.ndarray) and not found.effects.diagonal().any()
     for block in range(10):
         left = BLOCKS != block
         own_part = (right[left].sum() - right.sum()) / ROWS
         through_others = found.effects[block].sum()
-        whole = found.without[block] * left.sum() / ROWS - found.whole
+        whole = found.without[block] * left.sum() / ROWS - found.value
         assert own_part + through_others == pytest.approx(whole, abs=1e-12)
     assert found.effects.any()
 
 
 def test_too_few_rows_are_refused() -> None:
     with pytest.raises(DataError, match="9 rows have no 10 neighbours"):
-        neighbours_needed(np.zeros(9, int), 10)
+        count_needed_neighbours(np.zeros(9, int), 10)
 
 
 def sides(general: np.ndarray) -> dict[str, np.ndarray]:
@@ -93,13 +98,13 @@ def test_what_did_not_change_is_bounded_by_the_documents() -> None:
     """The encoder has changed, and no row's answer: 20 documents rule out no less than 3 / 20."""
     before = sides(BEFORE[:80])
     units = np.arange(80) // 4
-    asked = Asked({"document": units.astype(str)}, (), units, 0.05)
+    asked = ForgettingSpec({"document": units.astype(str)}, (), units, 0.05)
     moved = [sides(scale * BEFORE[:80]) for scale in (2, 3, 4)]
-    found = figures(before, {"own": moved}, asked)["own"]
+    found = measure_forgetting(before, {"own": moved}, asked)["own"]
     for figure in (found["neighbours"], found["controls"]["document"]["same"]):
         assert figure["change"] == pytest.approx(0, abs=1e-12)
         assert figure["ci95"] == pytest.approx([-0.15, 0.15])
-    still = figures(before, {"own": [before] * 3}, asked)["own"]
+    still = measure_forgetting(before, {"own": [before] * 3}, asked)["own"]
     assert still["neighbours"]["ci95"] == [0, 0], "of the same encoder nothing is forgotten"
 
 
@@ -107,8 +112,8 @@ def test_one_document_or_very_few_rows_give_no_interval() -> None:
     before, after = sides(BEFORE[:14]), [sides(AFTER[:14])] * 3
     for units in (np.zeros(14, int), np.arange(14) // 7):
         labels = (np.arange(14) % 2).astype(str)
-        asked = Asked({"tone": labels}, ("tone",), units, 0.05)
-        found = figures(before, {"own": after}, asked)["own"]
+        asked = ForgettingSpec({"tone": labels}, ("tone",), units, 0.05)
+        found = measure_forgetting(before, {"own": after}, asked)["own"]
         assert found["neighbours"]["ci95"] is None and found["neighbours"]["after"] < 1
 
 
@@ -125,8 +130,8 @@ def test_intervals_cover_as_often_as_said() -> None:
             turn = rng.normal(size=(16, 16)) / 4
             noise = rng.normal(size=old.shape)
             after.append(sides(old + 0.7 * far * (old @ turn + noise)))
-        asked = Asked({"document": units.astype(str)}, (), units, 0.2)
-        found = figures(sides(old), {"own": after}, asked)["own"]
+        asked = ForgettingSpec({"document": units.astype(str)}, (), units, 0.2)
+        found = measure_forgetting(sides(old), {"own": after}, asked)["own"]
         told = {name: found[name] for name in ("neighbours", "kl", "cka")}
         told["same"] = found["controls"]["document"]["same"]
         for name, figure in told.items():

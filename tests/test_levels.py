@@ -17,11 +17,11 @@ from hftl import cli
 from hftl.config.data import Data
 from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
-from hftl.data.images import count_narrow, decode, read_levels
-from hftl.data.load import BadRows, Reading, load_pictures
-from hftl.data.prepare import prepare
+from hftl.data.images import count_narrow_images, decode_image, read_levels
+from hftl.data.load import BadRows, InputSpec, load_images
+from hftl.data.prepare import prepare_data
 from hftl.errors import DataWarning
-from hftl.inference.compare import compare
+from hftl.inference.compare import compare_models
 from hftl.inference.predict_table import predict_table
 from hftl.pipeline import pipeline
 
@@ -77,13 +77,13 @@ KINDS: dict[str, Callable[[np.ndarray], bytes]] = {
 def test_a_narrow_range_is_seen_at_every_depth(
     low: float, high: float, narrow: bool, kind: str
 ) -> None:
-    image = decode(KINDS[kind](scene(low, high)), None, 10_000)
-    assert (count_narrow([read_levels(image), None]) is not None) == narrow
+    image = decode_image(KINDS[kind](scene(low, high)), None, 10_000)
+    assert (count_narrow_images([read_levels(image), None]) is not None) == narrow
     assert np.allclose(read_levels(image), (low * 255, high * 255), atol=1)
 
 
 def test_a_flat_colour_is_not_narrow() -> None:
-    assert count_narrow([read_levels(Image.new("RGB", (4, 4), (255, 0, 0)))]) is None
+    assert count_narrow_images([read_levels(Image.new("RGB", (4, 4), (255, 0, 0)))]) is None
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_check_run_predict_and_compare_warn(
         "source": {"model": str(tiny_model("vit"))}, "data": {"train": {"path": str(folder)}},
         "finetune": {"strategy": "head"}, "measure": {"seeds": [0], "arms": ["majority"]},
     }  # fmt: skip
-    _, checked = pipeline.preflight(Recipe.parse(tree))
+    _, checked = pipeline.check_recipe(Recipe.parse(tree))
     assert any("within 3 to 12 of 255" in w for w in checked["warnings"])
     said: list[str] = []
     record = pipeline.run(Recipe.parse(tree), tmp_path / "run", say=said.append)
@@ -120,7 +120,7 @@ def test_check_run_predict_and_compare_warn(
     with pytest.warns(DataWarning, match="1 of 1 pictures"):
         hftl.load(tmp_path / "run").predict([folder / "dark" / "2.png"])
     with pytest.warns(DataWarning, match="deep: " + TOLD):
-        compare([str(tmp_path / "run")], folder, None)
+        compare_models([str(tmp_path / "run")], folder, None)
 
 
 def test_pictures_without_labels_are_told(folder: Path) -> None:
@@ -132,17 +132,17 @@ def test_pictures_without_labels_are_told(folder: Path) -> None:
             (full / label / f"{number}.png").write_bytes(KINDS["8 bits"](values))
     tree: dict[str, Any] = {"train": {"path": str(full)}, "unlabeled": {"path": str(folder)}}
     with pytest.warns(DataWarning, match="data.unlabeled: " + TOLD):
-        load_pictures(Data.model_validate(tree), "unlabeled", BadRows(), Reading("image", 8))
+        load_images(Data.model_validate(tree), "unlabeled", BadRows(), InputSpec("image", 8))
     tree = {
         "task": "classification",
         "train": {"path": str(full)},
         "general": {"path": str(folder)},
         "test": {"fraction": 0.25},
     }
-    data, reading = Data.model_validate(tree), Reading("image", 8)
+    data, reading = Data.model_validate(tree), InputSpec("image", 8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        prepared = prepare(data, reading)
+        prepared = prepare_data(data, reading)
     assert prepared.facts["narrow_pictures"] is None
     with pytest.warns(DataWarning, match="data.general: " + TOLD):
         load_general(data, prepared, reading)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from hftl.config.data import Data
-from hftl.data.load import BadRows, Reading, Row, load
-from hftl.data.normalization import normalise_name
+from hftl.data.load import BadRows, InputSpec, Row, load_rows
+from hftl.data.normalization import normalize_name
 from hftl.errors import DataError, HftlError, HubError, RecipeError
 
 GOOD = [("a fine film", "pos"), ('dull, "very" dull', "neg"), ("two\nlines", "pos")]
@@ -22,7 +22,7 @@ def rows_of(
     **table: Any,
 ) -> list[Row]:
     section = {"train": {"path": str(path), **table}, "task": task, "group": group}
-    return load(Data.model_validate(section), "train", bad or BadRows(), Reading())
+    return load_rows(Data.model_validate(section), "train", bad or BadRows(), InputSpec())
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:
@@ -101,7 +101,7 @@ def test_columns_pairs_groups_and_targets(tmp_path: Path) -> None:
     ("value", "name"), [(1, "1"), (1.0, "1"), ("1", "1"), (" a ", "a"), (True, "True"), (-2, "-2")]
 )
 def test_class_names(value: Any, name: str) -> None:
-    assert normalise_name(value) == name
+    assert normalize_name(value) == name
 
 
 BAD = [

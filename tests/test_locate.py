@@ -10,7 +10,7 @@ import pytest
 from hftl.config.source import Source
 from hftl.errors import RunFolderError
 from hftl.inference import find_model
-from hftl.inference.find_model import Notes
+from hftl.inference.find_model import PublishedMetadata
 
 PACKAGED = "package:somewhere/model"
 
@@ -43,8 +43,8 @@ def test_an_installed_source_is_the_base_unless_that_was_adapted(
     (tmp_path / "adapter_config.json").write_text(json.dumps(named), encoding="utf-8")
     sought = asked(monkeypatch, tmp_path)
     monkeypatch.setattr(find_model.paths, "at_hand", lambda place: True)
-    notes = Notes.model_validate({"source": {"model": PACKAGED}, "adapt": adapt})
-    find_model.base_folder(tmp_path, notes, None)
+    notes = PublishedMetadata.model_validate({"source": {"model": PACKAGED}, "adapt": adapt})
+    find_model.find_base_folder(tmp_path, notes, None)
     assert [source for source, _ in sought] == [expected]
 
 
@@ -64,7 +64,7 @@ def test_a_pinned_base_is_the_hubs_even_where_a_folder_has_its_name(
     named = {"base_model_name_or_path": name, "revision": revision}
     (tmp_path / "adapter_config.json").write_text(json.dumps(named), encoding="utf-8")
     sought = asked(monkeypatch, tmp_path)
-    find_model.base_folder(tmp_path, Notes(), None)
+    find_model.find_base_folder(tmp_path, PublishedMetadata(), None)
     assert [on_hub for _, on_hub in sought] == [of_the_hub]
 
 
@@ -90,7 +90,7 @@ def test_a_run_finds_its_pinned_base_where_its_recipes_path_leads_nowhere(
     named = {"base_model_name_or_path": "me/base", "revision": revision}
     (publish / "adapter_config.json").write_text(json.dumps(named), encoding="utf-8")
     sought = asked(monkeypatch, tmp_path)
-    find_model.base_folder(publish, Notes(), None)
+    find_model.find_base_folder(publish, PublishedMetadata(), None)
     assert [source for source, _ in sought] == [expected]
 
 
@@ -98,4 +98,4 @@ def test_a_run_finds_its_pinned_base_where_its_recipes_path_leads_nowhere(
 def test_a_file_that_is_no_mapping_is_no_bug(text: str, tmp_path: Path) -> None:
     (tmp_path / "hftl.json").write_text(text, encoding="latin-1")
     with pytest.raises(RunFolderError, match="hftl.json is no mapping"):
-        find_model.read_json(tmp_path / "hftl.json")
+        find_model.read_json_mapping(tmp_path / "hftl.json")

@@ -14,7 +14,7 @@ from hftl.adapt.mlm import load_mlm
 from hftl.config.recipe import Recipe
 from hftl.config.source import Source
 from hftl.errors import RecipeError
-from hftl.models.lora import wrapped_layers
+from hftl.models.lora import list_lora_layers
 from hftl.models.source import find_source
 
 WRONG = [
@@ -65,14 +65,16 @@ def test_a_name_that_matches_nothing_is_refused(lora: dict[str, Any], message: s
 @pytest.mark.parametrize(("lora", "layers"), RIGHT, ids=lambda part: str(part)[:40])
 def test_names_that_match_are_taken(lora: dict[str, Any], layers: int) -> None:
     model = AutoModelForSequenceClassification.from_config(tiny_config("bert"))
-    assert len(wrapped_layers(prepare(model, "lora", lora=lora))) == layers
+    assert len(list_lora_layers(prepare(model, "lora", lora=lora))) == layers
 
 
 def test_the_same_under_adapt(tiny_model: Callable[..., Path]) -> None:
     source = find_source(Source(model=str(tiny_model("bert", True))))
     model, _ = load_mlm(source, seed=0)
     with pytest.raises(RecipeError, match="adapt.lora.target_modules: no module matches 'valeu'"):
-        set_trainable(model, source.anatomy, "lora", 0, {"r": 2, "target_modules": ["valeu"]})
+        set_trainable(
+            model, source.architecture_spec, "lora", 0, {"r": 2, "target_modules": ["valeu"]}
+        )
 
 
 @pytest.mark.parametrize("key", ["r", "lora_alpha"])

@@ -14,24 +14,24 @@ from safetensors.torch import load_file, save_file
 from tiny import IMAGE_SIZE, tiny_processor
 from transformers import AutoModel, ViTMAEForPreTraining
 
-from hftl.adapt.encoder_io import encoder_state, set_trainable
-from hftl.adapt.mae import MaskedAutoencoder, load_mae, teacher_features
+from hftl.adapt.encoder_io import merge_encoder_state, set_trainable
+from hftl.adapt.mae import MaskedAutoencoder, compute_teacher_features, load_mae
 from hftl.adapt.masked_patches import (
-    EVEN,
-    MaskedPictures,
-    chosen,
-    collate,
-    even_patches,
-    noise_of,
-    patch_count,
+    UNIFORM_DEVIATION,
+    MaskedImageDataset,
+    build_pixel_targets,
+    collate_masked_images,
+    count_patches,
+    count_visible,
+    draw_patch_noise,
+    find_uniform_patches,
+    gather_tokens,
     patchify,
-    pick,
-    targets,
-    visible,
+    split_by_noise,
 )
 from hftl.config.data import Data
 from hftl.config.source import Source
-from hftl.data.image_processing import ImageInputs, augment, resized
+from hftl.data.image_processing import ImageInputs, augment_image, resize_processor
 from hftl.errors import RecipeError
 from hftl.models.source import SourceModel, find_source, load_processor
 
@@ -70,8 +70,10 @@ def canvases(rows: int, side: int = IMAGE_SIZE) -> np.ndarray:
 
 def inputs_of(source: SourceModel, side: int = IMAGE_SIZE) -> ImageInputs:
     more = {"interpolate_pos_encoding": True} if side != IMAGE_SIZE and (
-        source.anatomy.interpolate_pos_encoding) else {}  # fmt: skip
-    return ImageInputs(Data.model_construct(), resized(load_processor(source), side), more, PATCH)
+        source.architecture_spec.interpolate_pos_encoding) else {}  # fmt: skip
+    return ImageInputs(
+        Data.model_construct(), resize_processor(load_processor(source), side), more, PATCH
+    )
 
 
 # Patches
@@ -87,17 +89,17 @@ def test_patchify_and_chosen_are_vit_mae_s(tiny_model: Tiny) -> None:
     for ratio in (0.1, 0.5, 0.75, 0.9):
         stock.vit.embeddings.config.mask_ratio = ratio
         shown, mask, order = stock.vit.embeddings.random_masking(tokens, noise)
-        kept, masked, restore = chosen(noise, ratio)
+        kept, masked, restore = split_by_noise(noise, ratio)
         assert torch.equal(restore, order)
-        assert torch.equal(pick(tokens, kept), shown)
-        assert kept.shape[1] == int(PATCHES * (1 - ratio)) == visible(PATCHES, ratio)
+        assert torch.equal(gather_tokens(tokens, kept), shown)
+        assert kept.shape[1] == int(PATCHES * (1 - ratio)) == count_visible(PATCHES, ratio)
         assert torch.equal(torch.zeros(3, PATCHES).scatter(1, masked, 1.0), mask)
         both = torch.cat([kept, masked], 1)
         assert torch.equal(both.gather(1, restore), torch.arange(PATCHES).expand(3, -1))
 
 
 def test_equal_noise_goes_by_place() -> None:
-    kept, masked, _ = chosen(torch.zeros(1, 300), 0.5)
+    kept, masked, _ = split_by_noise(torch.zeros(1, 300), 0.5)
     assert kept.tolist() == [list(range(150))] and masked.tolist() == [list(range(150, 300))]
 
 
@@ -109,8 +111,8 @@ def test_a_rest_that_fills_no_patch_is_left_out() -> None:
 @pytest.mark.parametrize("norm", [False, True])
 def test_targets_by_hand(norm: bool) -> None:
     pixels, noise = given()
-    _, masked, _ = chosen(noise, 0.75)
-    found = targets(pixels, PATCH, masked, norm)
+    _, masked, _ = split_by_noise(noise, 0.75)
+    found = build_pixel_targets(pixels, PATCH, masked, norm)
     for row, ids in enumerate(masked.tolist()):
         for place, number in enumerate(ids):
             top, left = divmod(number, IMAGE_SIZE // PATCH)
@@ -128,14 +130,14 @@ def test_near_constant_patches_are_left_out_of_normalised_targets_alone() -> Non
     pictures[0, :, :8, 16:24] = 255
     pictures[0, :, 3, 16:24] = 0  # patch 2: a line
     pictures[0, :, :8, 24:32] = torch.tensor([200, 0, 0]).view(3, 1, 1)  # patch 3: red
-    even = even_patches(pictures, PATCH)
+    even = find_uniform_patches(pictures, PATCH)
     assert even.tolist() == [[True, True] + [False] * 14]
     spread = patchify(pictures.double(), PATCH).std(-1)
-    assert torch.equal(even, spread < EVEN)
+    assert torch.equal(even, spread < UNIFORM_DEVIATION)
     masked = torch.tensor([[5, 1, 3, 0]])
-    plain = targets(pictures.float(), PATCH, masked, False, even)
+    plain = build_pixel_targets(pictures.float(), PATCH, masked, False, even)
     assert plain.isfinite().all()
-    found = targets(pictures.float(), PATCH, masked, True, even)
+    found = build_pixel_targets(pictures.float(), PATCH, masked, True, even)
     assert found.isnan().all(-1).tolist() == [[False, True, False, True]]
     assert found[:, [0, 2]].isfinite().all()
 
@@ -143,7 +145,7 @@ def test_near_constant_patches_are_left_out_of_normalised_targets_alone() -> Non
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.5, 1.5, 0.95, float("nan")])
 def test_ratios_that_leave_nothing_are_refused(tiny_model: Tiny, ratio: float) -> None:
     with pytest.raises(RecipeError, match="adapt.mask_ratio.*leaves none (visible|masked)"):
-        chosen(torch.rand(1, PATCHES), ratio)
+        split_by_noise(torch.rand(1, PATCHES), ratio)
     with pytest.raises(RecipeError, match="adapt.mask_ratio"):
         loaded(tiny_model, "vit", ratio=ratio)
 
@@ -155,45 +157,45 @@ def test_pictures_of_one_patch_are_refused(tiny_model: Tiny, side: int, says: st
     with pytest.raises(RecipeError, match=says):
         loaded(tiny_model, "dinov2", side=side)
     with pytest.raises(RecipeError, match=says):
-        MaskedPictures(canvases(2, side), [b"a", b"b"], PATCH, 0)
-    assert patch_count(16, 8) == 4
+        MaskedImageDataset(canvases(2, side), [b"a", b"b"], PATCH, 0)
+    assert count_patches(16, 8) == 4
 
 
 def test_noise_is_a_function_of_seed_epoch_and_picture() -> None:
-    pictures = MaskedPictures(canvases(3), [b"a", b"b", b"c"], PATCH, 7)
+    pictures = MaskedImageDataset(canvases(3), [b"a", b"b", b"c"], PATCH, 7)
     first = [pictures[i]["noise"] for i in range(3)]
     pictures.set_epoch(1)
     second = [pictures[i]["noise"] for i in range(3)]
     pictures.set_epoch(0)
     assert all(torch.equal(pictures[i]["noise"], first[i]) for i in range(3))
-    every = [*first, *second, noise_of(PATCHES, 8, 0, b"a")]
+    every = [*first, *second, draw_patch_noise(PATCHES, 8, 0, b"a")]
     assert len({tuple(noise.tolist()) for noise in every}) == 7
     assert all(noise.dtype == torch.float32 and noise.shape == (PATCHES,) for noise in every)
-    fixed = MaskedPictures(canvases(3), [b"a", b"b", b"c"], PATCH, 7, fixed=True)
+    fixed = MaskedImageDataset(canvases(3), [b"a", b"b", b"c"], PATCH, 7, fixed=True)
     fixed.set_epoch(5)
     assert torch.equal(fixed[1]["noise"], first[1])
 
 
 def test_augmented_pictures_change_by_epoch_and_have_no_teacher() -> None:
     change = partial(_augmented, seed=3)
-    pictures = MaskedPictures(canvases(1), [b"a"], PATCH, 3, change)
+    pictures = MaskedImageDataset(canvases(1), [b"a"], PATCH, 3, change)
     first = pictures[0]["pixel_values"]
     assert first.dtype == torch.uint8
     pictures.set_epoch(1)
     assert not torch.equal(pictures[0]["pixel_values"], first)
     with pytest.raises(RecipeError, match="data.augment=none"):
-        MaskedPictures(canvases(1), [b"a"], PATCH, 3, change, np.zeros((1, 16), np.float32))
+        MaskedImageDataset(canvases(1), [b"a"], PATCH, 3, change, np.zeros((1, 16), np.float32))
 
 
 def _augmented(row: dict[str, Any], epoch: int, key: bytes, seed: int) -> dict[str, Any]:
-    return augment(row, seed, epoch, key)
+    return augment_image(row, seed, epoch, key)
 
 
 def test_every_patch_is_hidden_as_often() -> None:
     counts = torch.zeros(PATCHES)
     for number in range(4000):
-        noise = noise_of(PATCHES, 0, 0, str(number).encode())
-        counts[chosen(noise[None], 0.75)[1]] += 1
+        noise = draw_patch_noise(PATCHES, 0, 0, str(number).encode())
+        counts[split_by_noise(noise[None], 0.75)[1]] += 1
     expected = 4000 * 0.75
     # Exactly 12 of 16 each time: the counts' variance is that of single draws times 16 / 15.
     chi2 = ((counts - expected) ** 2).sum() / (expected * 0.25 * PATCHES / (PATCHES - 1))
@@ -205,11 +207,11 @@ def test_collated_batch(tiny_model: Tiny, norm: bool) -> None:
     source = source_of(tiny_model("vit"))
     pictures = canvases(3)
     pictures[1] = 255
-    rows = MaskedPictures(
+    rows = MaskedImageDataset(
         pictures, [b"a", b"b", b"c"], PATCH, 0, teacher=np.ones((3, 16), np.float32)
     )
     inputs = inputs_of(source)
-    batch = collate([rows[i] for i in range(3)], inputs, 0.75, norm)
+    batch = collate_masked_images([rows[i] for i in range(3)], inputs, 0.75, norm)
     assert set(batch) == {"pixel_values", "noise", "teacher", "labels"}
     assert batch["pixel_values"].dtype == torch.float32 and batch["teacher"].shape == (3, 16)
     plain = inputs.collate([{"pixel_values": picture} for picture in pictures])["pixel_values"]
@@ -217,11 +219,11 @@ def test_collated_batch(tiny_model: Tiny, norm: bool) -> None:
     assert batch["labels"].shape == (3, 12, 192)
     assert batch["labels"].isnan().any(-1).any(-1).tolist() == [False, norm, False]
     kept = [0, 2]
-    _, masked, _ = chosen(batch["noise"], 0.75)
-    assert torch.equal(batch["labels"][kept], targets(plain, PATCH, masked, norm)[kept])
+    _, masked, _ = split_by_noise(batch["noise"], 0.75)
+    assert torch.equal(batch["labels"][kept], build_pixel_targets(plain, PATCH, masked, norm)[kept])
     larger = inputs_of(source, 48)
-    rows = MaskedPictures(canvases(2, 48), [b"a", b"b"], PATCH, 0)
-    batch = collate([rows[0], rows[1]], larger, 0.5, norm)
+    rows = MaskedImageDataset(canvases(2, 48), [b"a", b"b"], PATCH, 0)
+    batch = collate_masked_images([rows[0], rows[1]], larger, 0.5, norm)
     assert batch["interpolate_pos_encoding"] is True and batch["noise"].shape == (2, 36)
 
 
@@ -239,10 +241,10 @@ def test_the_loss_is_vit_mae_s(tiny_model: Tiny, norm: bool, ratio: float) -> No
     stock.eval(), model.eval()
     pixels, noise = given()
     theirs = stock(pixel_values=pixels, noise=noise)
-    _, masked, _ = chosen(noise, ratio)
+    _, masked, _ = split_by_noise(noise, ratio)
     ours = model(pixels, noise)
-    loss = (ours.logits - targets(pixels, PATCH, masked, norm)).square().mean()
-    assert (pick(theirs.logits, masked) - ours.logits).abs().max() < 1e-5
+    loss = (ours.logits - build_pixel_targets(pixels, PATCH, masked, norm)).square().mean()
+    assert (gather_tokens(theirs.logits, masked) - ours.logits).abs().max() < 1e-5
     assert abs(theirs.loss - loss) < 1e-5
     theirs.loss.backward()
     loss.backward()
@@ -283,9 +285,9 @@ def test_a_vit_mae_checkpoint_without_its_decoder_gets_a_new_one(tmp_path: Path)
 def test_every_architecture_learns(tiny_model: Tiny, kind: str, side: int, method: str) -> None:
     source = source_of(tiny_model(kind))
     model = loaded(tiny_model, kind, side)
-    set_trainable(model, source.anatomy, method, 1, LORA)
-    rows = MaskedPictures(canvases(3, side), [b"a", b"b", b"c"], PATCH, 0)
-    batch = collate([rows[i] for i in range(3)], inputs_of(source, side), 0.75, True)
+    set_trainable(model, source.architecture_spec, method, 1, LORA)
+    rows = MaskedImageDataset(canvases(3, side), [b"a", b"b", b"c"], PATCH, 0)
+    batch = collate_masked_images([rows[i] for i in range(3)], inputs_of(source, side), 0.75, True)
     labels = batch.pop("labels")
     found = model(**batch)
     assert found.logits.shape == labels.shape and found.penalty is None
@@ -335,12 +337,14 @@ def test_hidden_pixels_change_no_prediction_and_visible_ones_no_target(
             parameter.add_(torch.randn_like(parameter) * 0.1)
     pixels, noise = given()
     pixels.requires_grad = True
-    _, masked, _ = chosen(noise, 0.75)
+    _, masked, _ = split_by_noise(noise, 0.75)
     hidden = torch.zeros(3, PATCHES, dtype=torch.bool).scatter(1, masked, True)
     said = torch.autograd.grad(model(pixels, noise).logits.square().sum(), pixels)[0]
     by_patch = patchify(said, PATCH).abs().amax(-1)
     assert (by_patch[hidden] == 0).all() and (by_patch[~hidden] > 0).all()
-    asked = torch.autograd.grad(targets(pixels, PATCH, masked, True).square().sum(), pixels)[0]
+    asked = torch.autograd.grad(
+        build_pixel_targets(pixels, PATCH, masked, True).square().sum(), pixels
+    )[0]
     by_patch = patchify(asked, PATCH).abs().amax(-1)
     assert (by_patch[~hidden] == 0).all() and (by_patch[hidden] > 0).all()
 
@@ -348,12 +352,12 @@ def test_hidden_pixels_change_no_prediction_and_visible_ones_no_target(
 def test_positions_are_added_before_patches_are_dropped(tiny_model: Tiny) -> None:
     model = loaded(tiny_model, "vit").eval()
     pixels, noise = given(1)
-    kept, _, _ = chosen(noise, 0.75)
+    kept, _, _ = split_by_noise(noise, 0.75)
     caught: list[torch.Tensor] = []
     model.encoder.layers[0].register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     model(pixels, noise)
     model.encoder(pixel_values=pixels)
-    expected = torch.cat([caught[1][:, :1], pick(caught[1][:, 1:], kept)], 1)
+    expected = torch.cat([caught[1][:, :1], gather_tokens(caught[1][:, 1:], kept)], 1)
     assert torch.equal(caught[0], expected)
 
 
@@ -364,23 +368,23 @@ def test_penalty_is_the_distance_to_the_original_on_whole_pictures(
     source = source_of(tiny_model(kind))
     model = loaded(tiny_model, kind)
     pictures, inputs = canvases(5), inputs_of(source)
-    teacher = teacher_features(model, pictures, inputs)
+    teacher = compute_teacher_features(model, pictures, inputs)
     plain: Any = AutoModel.from_pretrained(source.folder, config=source.config).eval()
     whole = inputs.collate([{"pixel_values": picture} for picture in pictures])["pixel_values"]
     with torch.no_grad():
         hidden = plain(pixel_values=whole).last_hidden_state
     expected = hidden[:, PREFIX.get(kind, 1) :].mean(1)
     assert teacher.shape == (5, 16) and (teacher - expected).abs().max() < 1e-5
-    rows = MaskedPictures(pictures, [bytes([i]) for i in range(5)], PATCH, 0,
+    rows = MaskedImageDataset(pictures, [bytes([i]) for i in range(5)], PATCH, 0,
                           teacher=teacher.numpy())  # fmt: skip
-    batch = collate([rows[i] for i in range(5)], inputs, 0.75, True)
+    batch = collate_masked_images([rows[i] for i in range(5)], inputs, 0.75, True)
     batch.pop("labels")
     assert model(**batch).penalty.abs().max() < 1e-8
     with torch.no_grad():
         for parameter in model.encoder.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     found = model(**batch)
-    now = teacher_features(model, pictures, inputs)
+    now = compute_teacher_features(model, pictures, inputs)
     assert (found.penalty - (now - teacher).square().mean(1)).abs().max() < 1e-5
     assert found.penalty.shape == (5,) and found.penalty.min() > 0
     without = model(**{key: value for key, value in batch.items() if key != "teacher"})
@@ -391,7 +395,7 @@ def test_penalty_is_the_distance_to_the_original_on_whole_pictures(
 def test_the_merged_encoder_is_the_live_one(tiny_model: Tiny, kind: str) -> None:
     source = source_of(tiny_model(kind))
     model = loaded(tiny_model, kind)
-    set_trainable(model, source.anatomy, "lora+blocks", 1, LORA)
+    set_trainable(model, source.architecture_spec, "lora+blocks", 1, LORA)
     torch.manual_seed(5)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -399,7 +403,7 @@ def test_the_merged_encoder_is_the_live_one(tiny_model: Tiny, kind: str) -> None
     model.eval()
     fresh: Any = AutoModel.from_pretrained(source.folder, config=source.config).eval()
     before = fresh.state_dict()
-    state = encoder_state(model)
+    state = merge_encoder_state(model)
     missing, unexpected = fresh.load_state_dict(state, strict=False)
     assert not unexpected and all(name.startswith("pooler") for name in missing)
     assert all(state[name].shape == before[name].shape for name in state)
@@ -472,7 +476,7 @@ def test_an_incomplete_encoder_is_refused(tiny_model: Tiny, tmp_path: Path) -> N
 def test_ddp_finds_every_parameter_used(tiny_model: Tiny, kind: str) -> None:
     source = source_of(tiny_model(kind))
     model = loaded(tiny_model, kind)
-    set_trainable(model, source.anatomy, "full", 0, {})
+    set_trainable(model, source.architecture_spec, "full", 0, {})
     pixels, noise = given()
 
     def loss(wrapped: Any) -> torch.Tensor:

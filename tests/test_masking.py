@@ -10,7 +10,13 @@ import torch
 from conftest import tiny_tokenizer
 from scipy.stats import chisquare
 
-from hftl.data.masking import MaskedBlocks, Masking, collate, corrupt, masking_of
+from hftl.data.masking import (
+    MaskedBlocks,
+    MaskingSpec,
+    build_masking_spec,
+    collate_masked_blocks,
+    mask_tokens,
+)
 from hftl.errors import RecipeError
 
 RATIO = 0.15
@@ -20,9 +26,9 @@ MASK = 4
 TOKENS = 1_000_000
 
 
-def masking(whole_words: bool = False, ratio: float = RATIO) -> Masking:
+def masking(whole_words: bool = False, ratio: float = RATIO) -> MaskingSpec:
     special = np.arange(VOCABULARY) < len(SPECIAL)
-    return Masking(ratio, whole_words, MASK, special, np.flatnonzero(~special))
+    return MaskingSpec(ratio, whole_words, MASK, special, np.flatnonzero(~special))
 
 
 def block(length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -62,7 +68,7 @@ def million() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A million plain tokens: their ids, what is shown, and the chosen positions."""
     draw = np.random.default_rng(1)
     ids = draw.integers(len(SPECIAL), VOCABULARY, TOKENS)
-    return ids, *corrupt(ids, np.arange(TOKENS), masking(), draw)
+    return ids, *mask_tokens(ids, np.arange(TOKENS), masking(), draw)
 
 
 def test_tokens_are_chosen_at_the_ratio(million: tuple[np.ndarray, ...]) -> None:
@@ -101,14 +107,14 @@ def test_eight_of_ten_are_masked_one_is_random_and_one_kept(
 
 def test_whole_words_are_chosen_together_each_at_the_ratio() -> None:
     ids, words = block(200_000)
-    found = [corrupt(ids, words, masking(True), np.random.default_rng(s))[1] for s in range(5)]
+    found = [mask_tokens(ids, words, masking(True), np.random.default_rng(s))[1] for s in range(5)]
     for positions in found:
         chosen = np.zeros(len(ids), dtype=bool)
         chosen[positions] = True
         assert np.array_equal(chosen, np.isin(words, words[positions]))
         count = len(np.unique(words[positions]))
         assert passes([count, words.max() + 1 - count], [RATIO, 1 - RATIO])
-    fates = [corrupt(ids, words, masking(True), np.random.default_rng(s))[0] for s in range(5)]
+    fates = [mask_tokens(ids, words, masking(True), np.random.default_rng(s))[0] for s in range(5)]
     masked = sum(int((shown[p] == MASK).sum()) for shown, p in zip(fates, found, strict=True))
     total = sum(map(len, found))
     assert passes([masked, total - masked], [0.8, 0.2])
@@ -116,7 +122,7 @@ def test_whole_words_are_chosen_together_each_at_the_ratio() -> None:
 
 def test_tokens_alone_split_words() -> None:
     ids, words = block(10_000)
-    _, positions = corrupt(ids, words, masking(), np.random.default_rng(0))
+    _, positions = mask_tokens(ids, words, masking(), np.random.default_rng(0))
     assert not np.array_equal(positions, np.flatnonzero(np.isin(words, words[positions])))
 
 
@@ -126,12 +132,12 @@ def test_special_tokens_are_never_chosen(whole_words: bool) -> None:
     ids = draw.integers(0, 10, 5_000)
     words = np.where(ids == 3, -1, np.arange(len(ids)) // 2)
     for _ in range(20):
-        shown, positions = corrupt(ids, words, masking(whole_words, 0.9), draw)
+        shown, positions = mask_tokens(ids, words, masking(whole_words, 0.9), draw)
         assert not np.isin(ids[positions], SPECIAL).any()
         assert np.array_equal(shown[ids < 5], ids[ids < 5])
     before = ids.copy()
     outside = np.full(4, -1)
-    shown, positions = corrupt(np.full(4, 77), outside, masking(whole_words, 0.9), draw)
+    shown, positions = mask_tokens(np.full(4, 77), outside, masking(whole_words, 0.9), draw)
     assert len(positions) == 0 and (shown == 77).all()
     assert np.array_equal(ids, before)
 
@@ -217,7 +223,7 @@ def test_a_batch_is_that_of_a_loop(picked: list[int]) -> None:
 
 def test_the_picked_tokens_meet_their_labels() -> None:
     rows = [dataset()[i] for i in range(5)]
-    batch = collate(rows, pad_id=9)
+    batch = collate_masked_blocks(rows, pad_id=9)
     ids = torch.full(batch["input_ids"].shape, 9)
     for i in range(5):
         whole = torch.from_numpy(Stored()[i][0])
@@ -230,7 +236,7 @@ def test_the_picked_tokens_meet_their_labels() -> None:
 def test_a_batch_without_a_chosen_token_has_labels_all_the_same() -> None:
     ids = np.array([2, 7, 3])
     empty = np.array([], dtype=np.int64)
-    batch = collate([{"input_ids": ids, "positions": empty, "labels": empty}] * 2, 0)
+    batch = collate_masked_blocks([{"input_ids": ids, "positions": empty, "labels": empty}] * 2, 0)
     assert batch["labels"].tolist() == [[-100], [-100]]
     assert batch["flat"].shape == batch["slots"].shape == (0,)
 
@@ -240,7 +246,7 @@ def test_the_masking_of_a_tokenizer(tmp_path: Path) -> None:
 
     tiny_tokenizer(tmp_path)
     tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
-    found = masking_of(tokenizer, 0.3, True)
+    found = build_masking_spec(tokenizer, 0.3, True)
     special = {tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
     assert len(special) == 5
     assert set(np.flatnonzero(found.special)) == special
@@ -251,7 +257,7 @@ def test_the_masking_of_a_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ratio", [0, 0.0, 1, 1.0, -0.1, 1.5, float("nan")])
 def test_a_ratio_at_or_beyond_a_bound_is_refused(tmp_path: Path, ratio: float) -> None:
     with pytest.raises(RecipeError, match=f"^adapt.mask_ratio={ratio} must lie between 0 and 1"):
-        masking_of(None, ratio, False)
+        build_masking_spec(None, ratio, False)
 
 
 def test_a_tokenizer_without_masks_or_words_is_refused(tmp_path: Path) -> None:
@@ -262,8 +268,8 @@ def test_a_tokenizer_without_masks_or_words_is_refused(tmp_path: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.backend_tokenizer.pre_tokenizer = Split("none of it", "isolated")
     with pytest.raises(RecipeError, match="does not say where words begin. Set adapt.whole_words"):
-        masking_of(tokenizer, 0.15, True)
-    assert not masking_of(tokenizer, 0.15, False).whole_words
+        build_masking_spec(tokenizer, 0.15, True)
+    assert not build_masking_spec(tokenizer, 0.15, False).whole_words
     tokenizer.mask_token = None
     with pytest.raises(RecipeError, match="no mask token"):
-        masking_of(tokenizer, 0.15, False)
+        build_masking_spec(tokenizer, 0.15, False)

@@ -11,7 +11,7 @@ from seqeval import metrics as seq
 from sklearn import metrics as sk
 
 from hftl.errors import HubError, NumericError, RecipeError
-from hftl.measure.metrics import METRICS, Metric, compute, find
+from hftl.measure.metrics import METRICS, Metric, compute_metrics, find_metric
 
 ALL = [(task, name) for task, known in METRICS.items() for name in known]
 ORACLES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
@@ -84,14 +84,14 @@ def tags(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 def test_equals_its_oracle(task: str, name: str, seed: int) -> None:
     labels, predictions = draw(task, seed)
-    assert find(name, task).score(labels, predictions) == pytest.approx(
+    assert find_metric(name, task).score(labels, predictions) == pytest.approx(
         OF_TASK.get(task, ORACLES)[name](labels, predictions), abs=1e-12
     )
 
 
 @pytest.mark.parametrize(("task", "name"), ALL)
 def test_perfect_is_best_and_worse_is_worse(task: str, name: str) -> None:
-    metric = find(name, task)
+    metric = find_metric(name, task)
     labels, predictions = draw(task, 1)
     good = metric.score(labels, predictions)
     assert metric.score(labels, labels) == pytest.approx(metric.best)
@@ -102,7 +102,7 @@ def test_perfect_is_best_and_worse_is_worse(task: str, name: str) -> None:
 
 @pytest.mark.parametrize(("task", "name"), ALL)
 def test_order_of_rows_does_not_matter(task: str, name: str) -> None:
-    metric = find(name, task)
+    metric = find_metric(name, task)
     labels, predictions = draw(task, 2)
     order = np.random.default_rng(0).permutation(len(labels))
     assert metric.score(labels[order], predictions[order]) == pytest.approx(
@@ -112,7 +112,7 @@ def test_order_of_rows_does_not_matter(task: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["pearson", "spearman"])
 def test_correlations_ignore_unit_and_offset(name: str) -> None:
-    score = find(name, "regression").score
+    score = find_metric(name, "regression").score
     labels, predictions = draw("regression", 3)
     assert score(labels, 7 * predictions - 4) == pytest.approx(score(labels, predictions))
     assert score(labels, -predictions) == pytest.approx(-score(labels, predictions))
@@ -121,7 +121,7 @@ def test_correlations_ignore_unit_and_offset(name: str) -> None:
 @pytest.mark.parametrize("name", ["pearson", "spearman"])
 @pytest.mark.parametrize("constant", [0.0, 0.1, 1e6 / 3])
 def test_correlation_with_a_constant_is_zero(name: str, constant: float) -> None:
-    score = find(name, "regression").score
+    score = find_metric(name, "regression").score
     labels = np.random.default_rng(0).normal(size=11)
     flat = np.full(11, constant)
     assert score(labels, flat) == score(flat, labels) == score(flat, flat) == 0.0
@@ -129,14 +129,14 @@ def test_correlation_with_a_constant_is_zero(name: str, constant: float) -> None
 
 @pytest.mark.parametrize("constant", [0.0, 0.1, 1e6 / 3])
 def test_r2_of_labels_that_do_not_vary_is_zero(constant: float) -> None:
-    assert find("r2", "regression").score(np.full(3, constant), np.array([1.0, 2, 3])) == 0.0
+    assert find_metric("r2", "regression").score(np.full(3, constant), np.array([1.0, 2, 3])) == 0.0
 
 
 @pytest.mark.parametrize(
     ("labels", "predictions"), [([0, 3, 3], [0, 3, 0]), ([2, 2], [2, 5]), ([4], [4])]
 )
 def test_f1_leaves_out_classes_that_do_not_occur(labels: list[int], predictions: list[int]) -> None:
-    found = find("f1", "classification").score(np.array(labels), np.array(predictions))
+    found = find_metric("f1", "classification").score(np.array(labels), np.array(predictions))
     assert found == pytest.approx(sk.f1_score(labels, predictions, average="macro"))
 
 
@@ -144,12 +144,14 @@ def test_f1_leaves_out_classes_that_do_not_occur(labels: list[int], predictions:
 def test_majority_scores_what_chance_scores(name: str) -> None:
     labels = np.array([0] * 90 + [1] * 10)
     expected = {"balanced_accuracy": 0.5, "f1": 90 / 190, "matthews": 0.0}[name]
-    assert find(name, "classification").score(labels, np.zeros(100, int)) == pytest.approx(expected)
+    assert find_metric(name, "classification").score(labels, np.zeros(100, int)) == pytest.approx(
+        expected
+    )
 
 
 def test_compute_gives_every_metric_by_name() -> None:
     labels, predictions = draw("regression", 4)
-    found = compute(list(METRICS["regression"].values()), labels, predictions)
+    found = compute_metrics(list(METRICS["regression"].values()), labels, predictions)
     assert list(found) == ["pearson", "spearman", "r2", "rmse", "mae"]
     assert found["mae"] == pytest.approx(ORACLES["mae"](labels, predictions))
 
@@ -158,7 +160,7 @@ def test_compute_gives_every_metric_by_name() -> None:
 def test_prediction_that_is_not_finite_is_refused(bad: float) -> None:
     predictions = np.array([0.0, 1.0, bad, bad])
     with pytest.raises(NumericError, match=rf"prediction 2 is {bad}.*learning rate"):
-        compute(list(METRICS["regression"].values()), np.zeros(4), predictions)
+        compute_metrics(list(METRICS["regression"].values()), np.zeros(4), predictions)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_unknown_metric_is_refused_with_the_closest(
     name: str, task: str, close: str | None
 ) -> None:
     with pytest.raises(RecipeError, match=rf"no metric '{name}' for {task}") as caught:
-        find(name, task)
+        find_metric(name, task)
     assert ", ".join(METRICS[task]) in str(caught.value)
     assert (f"did you mean '{close}'?" in str(caught.value)) == (close is not None)
 
@@ -187,32 +189,32 @@ def fake_evaluate(monkeypatch: pytest.MonkeyPatch, told: Any) -> None:
 
 def test_metric_of_evaluate_gives_its_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_evaluate(monkeypatch, {"wer": 0.25, "per_class": [0.1, 0.4]})
-    metric = find("evaluate:wer", "classification")
+    metric = find_metric("evaluate:wer", "classification")
     assert isinstance(metric, Metric) and metric.name == "evaluate:wer"
     assert metric.score(np.zeros(2), np.zeros(2)) == 0.25
     assert (metric.sign, metric.best) == (-1, 0.0), "less of an error is better"
     fake_evaluate(monkeypatch, {"accuracy": 0.5})
-    score = find("evaluate:accuracy", "classification")
+    score = find_metric("evaluate:accuracy", "classification")
     assert (score.sign, score.best) == (1, 1.0)
 
 
 def test_metric_of_evaluate_of_unknown_direction_is_refused() -> None:
     with pytest.raises(RecipeError, match="whether more or less of evaluate:team/metric is better"):
-        find("evaluate:team/metric", "classification")
+        find_metric("evaluate:team/metric", "classification")
 
 
 def test_metric_of_evaluate_that_cannot_take_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     def compute(**_: Any) -> None:
         raise ValueError("Target is multiclass but average='binary'")
 
-    monkeypatch.setattr("evaluate.load", lambda _: SimpleNamespace(compute=compute))
+    monkeypatch.setattr("evaluate.load", lambda _: SimpleNamespace(compute=compute_metrics))
     with pytest.raises(RecipeError, match="evaluate:f1 does not take these labels: Target is"):
-        find("evaluate:f1", "classification").score(np.zeros(2), np.zeros(2))
+        find_metric("evaluate:f1", "classification").score(np.zeros(2), np.zeros(2))
 
 
 def test_metric_of_evaluate_with_two_numbers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_evaluate(monkeypatch, {"precision": 0.5, "recall": 0.6})
-    metric = find("evaluate:f1", "classification")
+    metric = find_metric("evaluate:f1", "classification")
     with pytest.raises(RecipeError, match=r"\['precision', 'recall'\], not one number"):
         metric.score(np.zeros(2), np.zeros(2))
 
@@ -220,4 +222,4 @@ def test_metric_of_evaluate_with_two_numbers_is_refused(monkeypatch: pytest.Monk
 def test_metric_of_evaluate_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_evaluate(monkeypatch, ConnectionError("no route"))
     with pytest.raises(HubError, match="evaluate:accuracy cannot be fetched: no route"):
-        find("evaluate:accuracy", "classification")
+        find_metric("evaluate:accuracy", "classification")

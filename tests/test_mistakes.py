@@ -15,10 +15,10 @@ from test_card import make
 from hftl.card.card import render_card
 from hftl.card.plots import plot_ladder
 from hftl.card.report import render_report
-from hftl.card.training_sections import in_context, thumbnail, told_examples
+from hftl.card.training_sections import build_examples, make_thumbnail, split_context
 from hftl.data.load import Label, Row
-from hftl.data.prepare import Prepared
-from hftl.measure.error_analysis import Errors, errors_of, most_sure
+from hftl.data.prepare import PreparedData
+from hftl.measure.error_analysis import ErrorAnalysis, analyze_errors, rank_by_confidence
 
 TEXTS = ["a", "b", "c", "d"]
 
@@ -26,20 +26,20 @@ TEXTS = ["a", "b", "c", "d"]
 def stored(
     folder: Path, task: str, names: list[str], labels: list[Label], said: list[Any],
     scores: list[Any], contents: list[tuple[str, ...]] | None = None,
-) -> Errors:  # fmt: skip
+) -> ErrorAnalysis:  # fmt: skip
     """The errors of predictions on test, with others on validation that must not count."""
     contents = contents or [(text,) for text in TEXTS]
     rows = [
         Row(content, label, None, i, f"t.csv line {i + 2}")
         for i, (content, label) in enumerate(zip(contents, labels, strict=True))
     ]
-    prepared = Prepared(task, "text", names, {"test": rows}, {})
+    prepared = PreparedData(task, "text", names, {"test": rows}, {})
     table = {
         "split": ["validation", *["test"] * len(rows)], "row": [0, *range(len(rows))],
         "label": [said[0], *labels], "prediction": [said[0], *said], "scores": [scores[0], *scores],
     }  # fmt: skip
     pq.write_table(pa.table(table), folder / "predictions.parquet")
-    return errors_of(prepared, folder)
+    return analyze_errors(prepared, folder)
 
 
 def test_errors_of_classes(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_errors_of_classes(tmp_path: Path) -> None:
     assert found.wrong == 3 and found.answers == 4 and found.counts is not None
     expected = confusion_matrix(["n", "p", "n", "p"], ["n", "n", "p", "n"])
     np.testing.assert_array_equal(found.counts, expected)
-    told = [(m.content, m.label, m.prediction, m.surety, m.where) for m in found.mistakes]
+    told = [(m.content, m.label, m.prediction, m.confidence, m.location) for m in found.mistakes]
     assert told == [
         (("d",), "p", "n", 0.95, "t.csv line 5"),
         (("c",), "n", "p", 0.8, "t.csv line 4"),
@@ -65,9 +65,9 @@ def test_errors_of_words_name_the_word_and_leave_out_what_was_cut(tmp_path: Path
         [[[0.4, 0.6], [0.1, 0.9], None], [[0.7, 0.3]]], [("the", "big", "end"), ("one",)],
     )  # fmt: skip
     assert found.wrong == 3 and found.answers == 4
-    assert [(m.content[m.word or 0], m.label, m.prediction, m.surety) for m in found.mistakes] == [
-        ("one", "X", "O", 0.7), ("the", "O", "X", 0.6)
-    ]  # fmt: skip
+    assert [
+        (m.content[m.word or 0], m.label, m.prediction, m.confidence) for m in found.mistakes
+    ] == [("one", "X", "O", 0.7), ("the", "O", "X", 0.6)]
 
 
 def test_large_targets_keep_their_digits(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_errors_of_names_are_names_said_or_missed(tmp_path: Path) -> None:
         tmp_path, "multi-label", ["x", "y"], [("x",), ("x", "y")], [("x", "y"), ("y",)],
         [[0.9, 0.6], [0.1, 0.8]], [("a",), ("b",)],
     )  # fmt: skip
-    assert [(m.label, m.prediction, round(m.surety, 6)) for m in found.mistakes] == [
+    assert [(m.label, m.prediction, round(m.confidence, 6)) for m in found.mistakes] == [
         ("x", "not x", 0.9), ("not y", "y", 0.6)
     ]  # fmt: skip
     assert found.counts is None and [row["rows"] for row in found.classes] == [2, 1]
@@ -94,28 +94,28 @@ def test_errors_of_targets_are_the_furthest_off(tmp_path: Path) -> None:
         tmp_path, "regression", [], [1.0, 2.0, 3.0], [1.5, 0.0, 3.25], [[1.5], [0.0], [3.25]],
         [("a",), ("b",), ("c",)],
     )  # fmt: skip
-    assert [(m.label, m.prediction, m.surety) for m in found.mistakes] == [
+    assert [(m.label, m.prediction, m.confidence) for m in found.mistakes] == [
         ("2", "0", 2.0), ("1", "1.5", 0.5), ("3", "3.25", 0.25)
     ]  # fmt: skip
     assert found.classes == []
 
 
 def test_most_sure_keeps_the_order_of_equals_and_no_more_than_asked() -> None:
-    assert most_sure(np.array([0.5, 0.9, 0.5, 0.9]), 3) == [1, 3, 0]
-    assert most_sure(np.array([])) == [] and len(most_sure(np.ones(50))) == 20
+    assert rank_by_confidence(np.array([0.5, 0.9, 0.5, 0.9]), 3) == [1, 3, 0]
+    assert rank_by_confidence(np.array([])) == [] and len(rank_by_confidence(np.ones(50))) == 20
 
 
 def test_words_are_shown_in_their_context() -> None:
     words = tuple(f"w{i}" for i in range(30))
-    before, word, after = in_context(words, 20)
+    before, word, after = split_context(words, 20)
     assert before.split() == list(words[12:20]) and word == "w20"
-    assert after.split() == list(words[21:29]) and in_context(words, 0)[0] == ""
+    assert after.split() == list(words[21:29]) and split_context(words, 0)[0] == ""
 
 
 def test_thumbnail_is_small_and_the_same_picture() -> None:
     pixels = np.zeros((3, 224, 224), dtype=np.uint8)
     pixels[0] = 200
-    image = Image.open(io.BytesIO(thumbnail(pixels)))
+    image = Image.open(io.BytesIO(make_thumbnail(pixels)))
     assert image.size == (96, 96) and image.getpixel((50, 50)) == (200, 0, 0)
 
 
@@ -123,10 +123,10 @@ def test_pictures_of_examples_are_written_beside_the_card(tmp_path: Path) -> Non
     scores = [[0.9, 0.1]] * 4
     found = stored(tmp_path, "classification", ["n", "p"], ["p"] * 4, ["n"] * 4, scores)
     pixels = np.full((3, 40, 40), 7, dtype=np.uint8)
-    told = told_examples(found.mistakes, {text: pixels for text in TEXTS}.__getitem__, tmp_path)
+    told = build_examples(found.mistakes, {text: pixels for text in TEXTS}.__getitem__, tmp_path)
     assert [row["picture"] for row in told] == [f"assets/mistake-{i:02d}.png" for i in (1, 2, 3, 4)]
     assert all((tmp_path / row["picture"]).stat().st_size < 5000 for row in told)
-    assert told_examples(found.mistakes, None, tmp_path)[0]["texts"] == ("a",)
+    assert build_examples(found.mistakes, None, tmp_path)[0]["texts"] == ("a",)
 
 
 def test_report_shows_errors_and_the_card_does_not(tmp_path: Path) -> None:
@@ -158,6 +158,6 @@ def test_a_great_confusion_matrix_is_left_out(many: int, tmp_path: Path) -> None
     plot_ladder(record, tmp_path / "assets" / "ladder.png")
     row = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "rows": 1}
     classes = [{"label": f"c{i}", **row} for i in range(many)]
-    errors = Errors(classes, np.eye(many, dtype=np.int64), [], 0, many)
+    errors = ErrorAnalysis(classes, np.eye(many, dtype=np.int64), [], 0, many)
     report = render_report(render_card(record), tmp_path, record, errors)
     assert ("What is taken for what" in report) == (many == 3) and f"c{many - 1}" in report

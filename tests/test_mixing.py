@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from hftl.data.text import WordInputs
-from hftl.retain.hooks import View
-from hftl.retain.kl import KLToOriginal, row_values
-from hftl.train.replay_batches import Collate, Numbered
+from hftl.retain.hooks import ModelOutputs
+from hftl.retain.kl import KLToOriginal, compute_kl
+from hftl.train.replay_batches import IndexedCollator, IndexedDataset
 
 ROWS = [[1, 3, 4], [1, 2]]
 """Where the words of two texts begin: the first word of the first has two pieces."""
@@ -48,8 +48,8 @@ def encoded(words: list[int], labelled: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_words_are_told_by_their_first_pieces_in_general_rows_too(side: str) -> None:
-    rows = Numbered([encoded(ROWS[0], True)], [encoded(ROWS[1], False)])
-    collate = Collate(WordInputs(Padding(side), 16).collate, len(rows))
+    rows = IndexedDataset([encoded(ROWS[0], True)], [encoded(ROWS[1], False)])
+    collate = IndexedCollator(WordInputs(Padding(side), 16).collate, len(rows))
     batch = collate([rows[0], rows[1]])
     places = [told.nonzero().flatten().tolist() for told in batch["told"]]
     # Rows are padded on the right, whatever the tokenizer says.
@@ -67,9 +67,9 @@ def test_without_words_it_is_the_labelled_tokens_and_where_there_are_none_all() 
         {"attention_mask": mask, "labels": torch.tensor([-100, 2, -100, -100])},
         {"attention_mask": mask, "labels": torch.full((4,), -100)},
     ]
-    batch = Collate(collate, 1)([{**row, "row": i} for i, row in enumerate(rows)])
+    batch = IndexedCollator(collate, 1)([{**row, "row": i} for i, row in enumerate(rows)])
     assert batch["told"].tolist() == [[False, True, False, False], [True, True, True, False]]
-    classes = Collate(collate, 1)([{"labels": torch.tensor(1), "row": 0}])
+    classes = IndexedCollator(collate, 1)([{"labels": torch.tensor(1), "row": 0}])
     assert "told" not in classes
 
 
@@ -81,8 +81,8 @@ def test_the_kl_of_words_is_taken_nowhere_else() -> None:
     term = KLToOriginal(on="probe")
 
     def value(logits: Tensor) -> float:
-        views = View(None, original), View(None, logits)
-        return row_values(term, *views, "words", None, None, None, told).item()
+        views = ModelOutputs(None, original), ModelOutputs(None, logits)
+        return compute_kl(term, *views, "words", None, None, None, told).item()
 
     assert value(now) == pytest.approx(0.0, abs=1e-6)
     assert value(torch.randn(1, 6, 3)) > 0.1

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForMaskedLM
 
-from hftl.adapt.encoder_io import MaskedOutput, encoder_state, set_trainable
-from hftl.adapt.mlm import POSITIONWISE, MaskedLM, load_mlm
+from hftl.adapt.encoder_io import MaskedOutput, merge_encoder_state, set_trainable
+from hftl.adapt.mlm import POSITIONWISE_TYPES, MaskedLM, load_mlm
 from hftl.config.source import Source
 from hftl.errors import RecipeError
 from hftl.models.padding import hide_padding
@@ -85,7 +85,7 @@ def test_chosen_logits_and_gradients_are_the_full_head_s(
     assert max((expected[name] - got[name]).abs().max() for name in expected) < 1e-6
 
 
-@pytest.mark.parametrize("kind", POSITIONWISE)
+@pytest.mark.parametrize("kind", POSITIONWISE_TYPES)
 def test_last_feed_forward_sees_the_chosen_places_only(tiny_model: Tiny, kind: str) -> None:
     model, _ = load_mlm(source_of(tiny_model(kind)), seed=0)
     seen: list[tuple[int, ...]] = []
@@ -112,7 +112,10 @@ def test_a_missing_decoder_is_tied_and_a_new_head_comes_from_the_seed(
     assert any(drawn)
     state = model.head_state()
     assert not any(state[name].any() for name in fresh if name.endswith("bias"))
-    encoder, plain = encoder_state(model), AutoModel.from_pretrained(source.folder).state_dict()
+    encoder, plain = (
+        merge_encoder_state(model),
+        AutoModel.from_pretrained(source.folder).state_dict(),
+    )
     assert all(name.startswith("pooler") for name in plain.keys() ^ encoder.keys())
     assert all(torch.equal(plain[name], tensor) for name, tensor in encoder.items())
 
@@ -145,7 +148,7 @@ def test_under_lora_the_chosen_places_are_still_exact_and_the_merged_encoder_too
     source = source_of(tiny_model(kind))
     model, _ = load_mlm(source, seed=0)
     raw = model.encoder
-    set_trainable(model, source.anatomy, "lora", 0, LORA)
+    set_trainable(model, source.architecture_spec, "lora", 0, LORA)
     assert model.encoder is not raw and model.stock.base_model is model.encoder
     stir(model)
     model.eval()
@@ -153,7 +156,7 @@ def test_under_lora_the_chosen_places_are_still_exact_and_the_merged_encoder_too
     with torch.no_grad():
         assert (full_logits(model, given) - model(**given).logits).abs().max() < 1e-6
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        state = encoder_state(model)
+        state = merge_encoder_state(model)
         assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
         fresh = AutoModel.from_pretrained(source.folder).eval()
         hide_padding(fresh)
@@ -171,7 +174,7 @@ def test_under_lora_the_chosen_places_are_still_exact_and_the_merged_encoder_too
 def test_all_that_trains_gets_a_gradient(tiny_model: Tiny, kind: str, method: str) -> None:
     source = source_of(tiny_model(kind))
     model, _ = load_mlm(source, seed=0)
-    set_trainable(model, source.anatomy, method, 1, LORA)
+    set_trainable(model, source.architecture_spec, method, 1, LORA)
     stir(model)
     model(**batch()).logits.square().sum().backward()
     named = dict(model.named_parameters())
@@ -192,7 +195,7 @@ def test_all_that_trains_gets_a_gradient(tiny_model: Tiny, kind: str, method: st
 def test_lora_and_blocks_unfreezes_the_top_blocks_whole(tiny_model: Tiny) -> None:
     source = source_of(tiny_model("bert"))
     model, _ = load_mlm(source, seed=0)
-    set_trainable(model, source.anatomy, "lora+blocks", 2, LORA)
+    set_trainable(model, source.architecture_spec, "lora+blocks", 2, LORA)
     whole = {
         name.split("encoder.layer.")[1][0]
         for name, p in model.encoder.named_parameters()
@@ -221,17 +224,17 @@ def test_what_cannot_train_is_refused(
     source = source_of(tiny_model("bert"))
     model, _ = load_mlm(source, seed=0)
     with pytest.raises(RecipeError, match=says):
-        set_trainable(model, source.anatomy, method, blocks, LORA | lora)
+        set_trainable(model, source.architecture_spec, method, blocks, LORA | lora)
 
 
 def test_rank_stabilised_and_weight_decomposed_adapters_merge_too(tiny_model: Tiny) -> None:
     source = source_of(tiny_model("bert"))
     for more in ({"use_rslora": True}, {"use_dora": True}, {"target_modules": ["query"]}):
         model, _ = load_mlm(source, seed=0)
-        set_trainable(model, source.anatomy, "lora", 0, LORA | more)
+        set_trainable(model, source.architecture_spec, "lora", 0, LORA | more)
         stir(model)
         fresh = AutoModel.from_pretrained(source.folder).eval()
-        fresh.load_state_dict(encoder_state(model), strict=False)
+        fresh.load_state_dict(merge_encoder_state(model), strict=False)
         ids = batch()["input_ids"]
         with torch.no_grad():
             live = model.eval().encoder(input_ids=ids).last_hidden_state
@@ -291,7 +294,7 @@ def test_outputs_survive_accelerate_and_ddp(tiny_model: Tiny) -> None:
     assert torch.equal(wide.slots, half.slots) and wide.penalty is None
     source = source_of(tiny_model("big_bird"))
     model, _ = load_mlm(source, seed=0)
-    set_trainable(model, source.anatomy, "full", 0, {})
+    set_trainable(model, source.architecture_spec, "full", 0, {})
 
     def loss(wrapped: Any) -> torch.Tensor:
         found = wrapped(**batch())

@@ -10,7 +10,7 @@ import pytest
 from imagehash import phash
 from PIL import Image
 
-from hftl.data.near_duplicates import NearPictures, NearTexts, shingles
+from hftl.data.near_duplicates import NearImageIndex, NearTextIndex, build_shingles
 
 WORDS = [f"word{i}" for i in range(400)]
 
@@ -45,12 +45,12 @@ def test_near_texts_are_those_that_brute_force_finds() -> None:
     measured = [prose(draw.randint(20, 200), draw) for _ in range(120)]
     corpus = [edited(text, draw.uniform(0, 0.15), draw) for text in measured for _ in range(5)]
     corpus += [prose(60, draw) for _ in range(100)]
-    near = NearTexts(measured)
+    near = NearTextIndex(measured)
 
     def quotes(text: str) -> bool:
         """Whether four fifths of a measured text's shingles are the text's."""
-        mine = shingles(text)
-        return any(len(mine & shingles(m)) >= 0.8 * len(shingles(m)) for m in measured)
+        mine = build_shingles(text)
+        return any(len(mine & build_shingles(m)) >= 0.8 * len(build_shingles(m)) for m in measured)
 
     best = [max(similarity(text, other) for other in measured) for text in corpus]
     want = [score >= 0.8 or quotes(text) for text, score in zip(corpus, best, strict=True)]
@@ -67,12 +67,12 @@ def test_the_threshold_decides() -> None:
     words = text.split()
     copy = " ".join([*words[:90], *(f"other{i}" for i in range(10))])
     assert 0.7 < similarity(text, copy) < 0.85
-    assert copy in NearTexts([text], threshold=0.7)
-    assert copy not in NearTexts([text], threshold=0.9)
+    assert copy in NearTextIndex([text], threshold=0.7)
+    assert copy not in NearTextIndex([text], threshold=0.9)
 
 
 def test_case_and_signs_do_not_matter_and_words_do() -> None:
-    near = NearTexts(["The film, it was GOOD!", "Fine.", "don't", "!!!", "naïve café au lait"])
+    near = NearTextIndex(["The film, it was GOOD!", "Fine.", "don't", "!!!", "naïve café au lait"])
     for text in ("the film it was good", "FINE", "Don’t", " !!! ", "Naïve -- café: au lait"):
         assert text in near
     for text in ("the film it was bad", "fine film", "film", "?!", "", "naive cafe au lait"):
@@ -90,30 +90,30 @@ def test_case_and_signs_do_not_matter_and_words_do() -> None:
 )  # fmt: skip
 def test_a_copy_of_another_spelling_is_near(write: Callable[[str], str]) -> None:
     text = "le caf\u00e9 tr\u00e8s anim\u00e9 de la for\u00eat ferm\u00e9 avant la re-lecture"
-    assert write(text) != text and write(text) in NearTexts([text])
+    assert write(text) != text and write(text) in NearTextIndex([text])
 
 
 def test_a_text_that_quotes_a_measured_one_is_found_if_that_says_enough() -> None:
     draw = random.Random(2)
     short, long = prose(12, draw), prose(300, draw)
-    near = NearTexts([short])
+    near = NearTextIndex([short])
     assert f"{long} {short} {long}" in near and short in near and long not in near
     half = " ".join(short.split()[:6])
     assert f"{long} {half} {long}" not in near
     phrase = prose(5, draw)
-    assert f"{long} {phrase} {long}" not in NearTexts([phrase])
+    assert f"{long} {phrase} {long}" not in NearTextIndex([phrase])
     # Every shingle of it is measured, in several texts: it passes the union but is near to none.
     texts = [prose(7, draw) for _ in range(4)]
-    assert " ".join(texts) not in NearTexts(texts)
+    assert " ".join(texts) not in NearTextIndex(texts)
 
 
 def test_nothing_is_near_no_texts() -> None:
-    assert "a text of words" not in NearTexts([]) and "" not in NearTexts([])
+    assert "a text of words" not in NearTextIndex([]) and "" not in NearTextIndex([])
 
 
 def test_shingles_are_never_none() -> None:
-    assert shingles("one two") == {("one", "two")} and shingles(" ") == {("",)}
-    assert shingles("a b c a b c") == {("a", "b", "c"), ("b", "c", "a"), ("c", "a", "b")}
+    assert build_shingles("one two") == {("one", "two")} and build_shingles(" ") == {("",)}
+    assert build_shingles("a b c a b c") == {("a", "b", "c"), ("b", "c", "a"), ("c", "a", "b")}
 
 
 def canvas(seed: int, side: int = 64) -> np.ndarray:
@@ -141,10 +141,10 @@ def test_near_pictures_are_those_that_imagehash_finds() -> None:
 
     hashes = [theirs(pixels) for pixels in measured]
     for distance in (0, 4, 10):
-        near = NearPictures(measured, distance)
+        near = NearImageIndex(measured, distance)
         want = [min(h - theirs(p) for h in hashes) <= distance for p in corpus]  # pyright: ignore
         assert [p in near for p in corpus] == want
-    near = NearPictures(measured)
+    near = NearImageIndex(measured)
     assert all(pixels in near for pixels in measured)
     assert sum(pixels in near for pixels in corpus[:60]) >= 57
     assert sum(pixels in near for pixels in corpus[60:]) == 0
@@ -155,12 +155,12 @@ def test_a_flat_picture_is_near_its_own_copy_alone(shade: int) -> None:
     flat = np.full((3, 64, 64), shade, dtype=np.uint8)
     speck = flat.copy()
     speck[:, 10, 10] ^= 3
-    near = NearPictures([flat, canvas(0)])
+    near = NearImageIndex([flat, canvas(0)])
     assert flat.copy() in near and speck not in near
     assert canvas(0) in near and canvas(1) not in near
     assert np.full((3, 64, 64), 60, dtype=np.uint8) not in near
-    assert flat not in NearPictures([canvas(0)]) and flat not in NearPictures([])
+    assert flat not in NearImageIndex([canvas(0)]) and flat not in NearImageIndex([])
     # One mark is enough to be told by its hash.
     marked = flat.copy()
     marked[:, 20:40, 30:36] = 200 if shade < 100 else 20
-    assert marked in NearPictures([marked]) and marked not in near
+    assert marked in NearImageIndex([marked]) and marked not in near

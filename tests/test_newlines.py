@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from hftl.config.data import Data
-from hftl.data.corpus import documents
-from hftl.data.load import BadRows, Reading, load
-from hftl.data.tables import READERS, guess_format, read_texts
+from hftl.data.corpus import read_documents
+from hftl.data.load import BadRows, InputSpec, load_rows
+from hftl.data.tables import READERS, guess_format, read_text_files
 from hftl.errors import DataError
 from hftl.inference import predict, predict_table
 
@@ -62,7 +62,7 @@ def test_every_format_gives_texts_with_line_feeds(
 ) -> None:
     path = write(tmp_path / "data", ENDINGS[end])
     data = Data.model_validate({"train": {"path": str(path)}, "task": "classification"})
-    rows = load(data, "train", BadRows(), Reading())
+    rows = load_rows(data, "train", BadRows(), InputSpec())
     assert sorted(row.content[0] for row in rows) == sorted(TEXTS)
     assert {row.label for row in rows} == {"pos", "neg"}
 
@@ -74,7 +74,7 @@ def test_a_corpus_does_not_depend_on_line_endings(end: str, part: str, tmp_path:
     path.write_bytes("one\ntwo words\n\nthree".replace("\n", ENDINGS[end]).encode())
     table = {"path": str(path)}
     data = Data.model_validate({"train": table, part: table, "task": None})
-    assert list(documents(data, part, BadRows())) == ["one", "two words", "three"]
+    assert list(read_documents(data, part, BadRows())) == ["one", "two words", "three"]
 
 
 def test_mixed_endings_in_one_file_are_all_line_feeds(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_mixed_endings_in_one_file_are_all_line_feeds(tmp_path: Path) -> None:
     assert [raw.values["text"] for raw in READERS["txt"](tmp_path / "a.txt")] == [
         "one", "two", "three", "four",
     ]  # fmt: skip
-    assert [raw.values["text"] for raw in read_texts(tmp_path)] == ["one\ntwo\nthree\nfour\n"]
+    assert [raw.values["text"] for raw in read_text_files(tmp_path)] == ["one\ntwo\nthree\nfour\n"]
 
 
 def test_words_of_a_list_and_other_separators(tmp_path: Path) -> None:
@@ -172,4 +172,4 @@ def test_a_lone_carriage_return_outside_quotes_is_refused(tmp_path: Path) -> Non
     path.write_bytes(b"text,label\nfine\rfilm,pos\ndull,neg\n")
     data = Data.model_validate({"train": {"path": str(path)}, "task": "classification"})
     with pytest.raises(DataError, match="a.csv line 2: 1 fields where the header has 2"):
-        load(data, "train", BadRows(), Reading())
+        load_rows(data, "train", BadRows(), InputSpec())

@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 
 from hftl.errors import RunFolderError
-from hftl.inference.find_model import Notes
+from hftl.inference.find_model import PublishedMetadata
 
 
-def read(tree: Any, folder: Path) -> Notes:
+def read(tree: Any, folder: Path) -> PublishedMetadata:
     (folder / "hftl.json").write_text(json.dumps(tree), encoding="utf-8")
-    return Notes.read(folder)
+    return PublishedMetadata.read(folder)
 
 
 def test_a_folder_without_notes_has_the_defaults(tmp_path: Path) -> None:
-    found = Notes.read(tmp_path)
-    assert found == Notes() and found.data is None and found.adapted is None
+    found = PublishedMetadata.read(tmp_path)
+    assert found == PublishedMetadata() and found.data is None and found.adapted_base is None
     assert (found.recipe.data.train.text, found.recipe.data.max_length) == ("text", 128)
 
 
@@ -34,7 +34,7 @@ def test_what_is_noted_is_read_and_the_rest_passed_over(tmp_path: Path) -> None:
     )
     assert found.data is not None and found.data.task == "regression"
     assert found.recipe.data.train.text == ["a", "b"] and found.recipe.data.max_length == 64
-    assert found.adapted is not None and found.adapted.weights_sha256 == "ab"
+    assert found.adapted_base is not None and found.adapted_base.weights_sha256 == "ab"
     assert found.metric == "pearson"
 
 
@@ -42,7 +42,7 @@ def test_the_scheme_of_tags_is_the_noted_one_where_it_has_the_model_s_tags(tmp_p
     data = {"task": "token-classification", "labels": ["ORG", "O"]}
     scheme = {"name": "IO", "outside": "O", "standard": {"ORG": "B-ORG", "O": "O"}}
     found = read({"data": data | {"tag_scheme": scheme}}, tmp_path).tag_scheme
-    assert found is not None and found.standardise(["ORG", "O"]) == ("B-ORG", "O")
+    assert found is not None and found.standardize(["ORG", "O"]) == ("B-ORG", "O")
     assert read({"data": data}, tmp_path).tag_scheme is None, "as folders of before"
     other = data | {"labels": ["PER", "O"]}
     assert read({"data": other | {"tag_scheme": scheme}}, tmp_path).tag_scheme is None

@@ -23,8 +23,8 @@ from transformers.utils import ModelOutput
 
 from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError
-from hftl.pipeline.pipeline import preflight, run
-from hftl.train.checkpoint import trained
+from hftl.pipeline.pipeline import check_recipe, run
+from hftl.train.checkpoint import iterate_trainable
 from hftl.train.trainer import TransferTrainer
 
 
@@ -193,7 +193,7 @@ def test_gradient_checkpointing_recomputes_under_lora(
         inside.register_forward_hook(lambda *_, calls=calls: calls.__setitem__(0, calls[0] + 1))
         trainer_of(model, tmp_path, activation_checkpointing=recompute, max_steps=2).train()
         passes.append(calls[0])
-        weights.append(torch.cat([p.detach().flatten() for _, p in trained(model)]))
+        weights.append(torch.cat([p.detach().flatten() for _, p in iterate_trainable(model)]))
     # Two steps, and once more each where the backward pass recomputes.
     assert passes[1] - passes[0] == 2
     assert torch.equal(*weights)
@@ -243,7 +243,7 @@ def test_settings_that_cannot_be_honoured_are_refused_by_check_and_run(
     recipe_tree: dict[str, Any], tmp_path: Path, key: str, value: Any, words: str
 ) -> None:
     recipe_tree["finetune"]["training"][key] = value
-    for call in (preflight, lambda recipe: run(recipe, tmp_path / "run")):
+    for call in (check_recipe, lambda recipe: run(recipe, tmp_path / "run")):
         with pytest.raises(RecipeError, match=words):
             call(Recipe.parse(recipe_tree))
 

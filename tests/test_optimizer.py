@@ -19,18 +19,18 @@ from hftl.config.source import Source
 from hftl.errors import RecipeError
 from hftl.finetune.arm import train_arm
 from hftl.finetune.strategies import prepare
-from hftl.models.architectures import ANATOMIES
-from hftl.models.heads import build
+from hftl.models.architectures import ARCHITECTURES
+from hftl.models.heads import build_model
 from hftl.models.source import find_source
-from hftl.pipeline.pipeline import preflight
+from hftl.pipeline.pipeline import check_recipe
 from hftl.train.optimizer import (
-    LayerRates,
-    decays,
-    depths,
-    groups,
-    layer_rates,
-    learning_rates,
-    optimizer_of,
+    LayerLearningRates,
+    build_layer_rates,
+    build_optimizer,
+    build_parameter_groups,
+    compute_depths,
+    has_weight_decay,
+    summarize_learning_rates,
 )
 
 BLOCK = r"(?:^|\.)(?:encoder\.layer|transformer\.layer|layers|encoder\.layers)\.(\d+)\."
@@ -81,7 +81,7 @@ HEAD = r"^(classifier|pre_classifier|pooler|head|score)\."
 
 def model_of(model_type: str, folder: Path, pooling: str = "native", strategy: str = "full") -> Any:
     source = find_source(Source(model=str(folder)))
-    built = build(source, "classification", pooling, 3, ["a", "b", "c"], seed=0)
+    built = build_model(source, "classification", pooling, 3, ["a", "b", "c"], seed=0)
     return prepare(built.model, strategy, fresh=built.fresh)
 
 
@@ -105,28 +105,28 @@ def by_name(model_type: str, name: str, blocks: int) -> int:
 DERIVED = ["vit_mae", "megatron-bert", "nomic_bert", "big_bird", "swinv2"]
 
 
-@pytest.mark.parametrize("model_type", [*sorted(ANATOMIES), *DERIVED])
+@pytest.mark.parametrize("model_type", [*sorted(ARCHITECTURES), *DERIVED])
 def test_every_parameter_is_as_deep_as_its_name_says(
     model_type: str, tiny_model: Callable[..., Path]
 ) -> None:
     assert model_type in FIELDS
     model = model_of(model_type, tiny_model(model_type))
-    found, blocks = depths(model)
+    found, blocks = compute_depths(model)
     assert blocks == (1 if model_type == "albert" else 3)
     assert found == {name: by_name(model_type, name, blocks) for name in found}
     assert set(found.values()) == set(range(blocks + 2))
 
 
-@pytest.mark.parametrize("model_type", [m for m in sorted(ANATOMIES) if not is_image(m)])
+@pytest.mark.parametrize("model_type", [m for m in sorted(ARCHITECTURES) if not is_image(m)])
 def test_in_token_and_pooled_models_the_depths_are_the_same(
     model_type: str, tiny_model: Callable[..., Path]
 ) -> None:
     source = find_source(Source(model=str(tiny_model(model_type))))
-    tokens = build(source, "token-classification", "native", 3, ["a", "b", "c"], seed=0).model
-    found, blocks = depths(tokens)
+    tokens = build_model(source, "token-classification", "native", 3, ["a", "b", "c"], seed=0).model
+    found, blocks = compute_depths(tokens)
     assert found == {name: by_name(model_type, name, blocks) for name in found}
-    stock = source.anatomy.encoder
-    found, blocks = depths(model_of(model_type, tiny_model(model_type), "mean"))
+    stock = source.architecture_spec.encoder
+    found, blocks = compute_depths(model_of(model_type, tiny_model(model_type), "mean"))
     assert found.pop("head.weight") == found.pop("head.bias") == blocks + 1
     as_stock = {name: f"{stock}.{name.removeprefix('encoder.')}" for name in found}
     assert found == {name: by_name(model_type, as_stock[name], blocks) for name in found}
@@ -135,7 +135,7 @@ def test_in_token_and_pooled_models_the_depths_are_the_same(
 @pytest.mark.parametrize("pooling", ["native", "mean"])
 def test_lora_is_as_deep_as_what_it_wraps(tiny_model: Callable[..., Path], pooling: str) -> None:
     model = model_of("bert", tiny_model("bert"), pooling, "lora")
-    found, _ = depths(model)
+    found, _ = compute_depths(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             block = re.search(r"encoder\.layer\.(\d)\.", name)
@@ -147,7 +147,7 @@ def test_rates_follow_the_formula_and_every_parameter_has_one(
     tiny_model: Callable[..., Path], strategy: str
 ) -> None:
     model = model_of("bert", tiny_model("bert"), "mean", strategy)
-    found = groups(model, 0.01, 0.1, LayerRates(decay=0.5))
+    found = build_parameter_groups(model, 0.01, 0.1, LayerLearningRates(decay=0.5))
     assert {g["depth"]: g["lr"] for g in found} == {
         depth: pytest.approx(0.01 * 0.5 ** (4 - depth))
         for depth in ({0, 1, 2, 3, 4} if strategy == "full" else {g["depth"] for g in found})
@@ -158,15 +158,15 @@ def test_rates_follow_the_formula_and_every_parameter_has_one(
 
 
 def test_named_rates_go_before_the_decay() -> None:
-    rates = layer_rates(0.5, {"embeddings": 0.0, "blocks": [1e-5, 2e-5], "head": 1e-3})
+    rates = build_layer_rates(0.5, {"embeddings": 0.0, "blocks": [1e-5, 2e-5], "head": 1e-3})
     assert rates is not None
     assert [rates.rate(1.0, depth, 3) for depth in range(5)] == [0.0, 1e-5, 2e-5, 2e-5, 1e-3]
-    some = layer_rates(0.5, {"head": 1e-3})
+    some = build_layer_rates(0.5, {"head": 1e-3})
     assert some is not None
     assert [some.rate(1.0, depth, 3) for depth in range(5)] == [0.0625, 0.125, 0.25, 0.5, 1e-3]
-    assert layer_rates(None, None) is None
+    assert build_layer_rates(None, None) is None
     with pytest.raises(RecipeError, match=r"rates\.blocks has 4 rates, but the source"):
-        LayerRates(blocks=(1.0,) * 4).rate(1.0, 1, 3)
+        LayerLearningRates(blocks=(1.0,) * 4).rate(1.0, 1, 3)
 
 
 @pytest.mark.parametrize("model_type", sorted(SPARED))
@@ -174,11 +174,11 @@ def test_vectors_tokens_and_positions_do_not_decay(
     model_type: str, tiny_model: Callable[..., Path]
 ) -> None:
     model = model_of(model_type, tiny_model(model_type))
-    decayed = {name for name, p in model.named_parameters() if decays(name, p)}
+    decayed = {name for name, p in model.named_parameters() if has_weight_decay(name, p)}
     matrices = {name for name, p in model.named_parameters() if p.ndim > 1}
     spared = {re.sub(r"\.\d+\.", ".N.", name) for name in matrices - decayed}
     assert spared == set(SPARED[model_type].split()) and decayed <= matrices
-    for group in groups(model, 0.01, 0.1, LayerRates(decay=0.9)):
+    for group in build_parameter_groups(model, 0.01, 0.1, LayerLearningRates(decay=0.9)):
         names = {n for n, p in model.named_parameters() if any(p is q for q in group["params"])}
         assert group["weight_decay"] == (0.1 if names <= decayed else 0.0)
         assert names <= decayed or not names & decayed
@@ -186,7 +186,7 @@ def test_vectors_tokens_and_positions_do_not_decay(
 
 def test_the_table_names_each_part_once(tiny_model: Callable[..., Path]) -> None:
     model = model_of("bert", tiny_model("bert"), "mean")
-    rows = learning_rates(model, 0.01, LayerRates(decay=0.5))
+    rows = summarize_learning_rates(model, 0.01, LayerLearningRates(decay=0.5))
     assert [row["part"] for row in rows] == ["embeddings", "block 1", "block 2", "block 3", "head"]
     assert [row["rate"] for row in rows] == pytest.approx([0.000625, 0.00125, 0.0025, 0.005, 0.01])
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -208,7 +208,7 @@ def test_the_trainer_takes_steps_of_each_parts_size(
     start = weights(again)
     plain.train()
     gradients = {name: start[name] - value for name, value in weights(again).items()}
-    depth_of, _ = depths(model)
+    depth_of, _ = compute_depths(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rate = 0.0 if depth_of[name] == 4 else 0.04 * 0.5 ** (4 - depth_of[name])
@@ -220,20 +220,20 @@ def test_a_tied_parameter_stands_in_one_group(tiny_model: Callable[..., Path]) -
     model = model_of("bert", tiny_model("bert"), "mean")
     layers = model.encoder.encoder.layer
     layers[2].output.dense.weight = layers[0].output.dense.weight
-    found = groups(model, 0.01, 0.0, LayerRates(decay=0.5))
+    found = build_parameter_groups(model, 0.01, 0.0, LayerLearningRates(decay=0.5))
     placed = [id(p) for g in found for p in g["params"]]
     assert len(placed) == len(set(placed))
 
 
 def test_an_optimizer_with_groups_of_its_own_is_refused(tiny_model: Callable[..., Path]) -> None:
     model = model_of("bert", tiny_model("bert"), "mean")
-    chosen = groups(model, 0.01, 0.1, LayerRates(decay=0.5))
-    found = optimizer_of(torch.optim.AdamW, {"lr": 1.0, "betas": (0.8, 0.9)}, chosen)
+    chosen = build_parameter_groups(model, 0.01, 0.1, LayerLearningRates(decay=0.5))
+    found = build_optimizer(torch.optim.AdamW, {"lr": 1.0, "betas": (0.8, 0.9)}, chosen)
     assert isinstance(found, torch.optim.AdamW) and found.defaults["betas"] == (0.8, 0.9)
     assert {g["lr"] for g in found.param_groups} == {g["lr"] for g in chosen}
     for kind, settings in ((torch.optim.AdamW, {"params": []}), (lambda: None, {})):
         with pytest.raises(RecipeError, match="groups parameters in its own way"):
-            optimizer_of(kind, settings, chosen)
+            build_optimizer(kind, settings, chosen)
 
 
 def test_the_preflight_tells_and_prints_the_rates(
@@ -244,7 +244,7 @@ def test_the_preflight_tells_and_prints_the_rates(
         "head", "scratch", {"lora": {"finetune.lr.head": 0.1}}, {"same": {"finetune.layer_decay":
         None}}, {"fixed": {"finetune.lr": {"blocks": [0.0, 0.1]}}},
     ]  # fmt: skip
-    _, found = preflight(Recipe.parse(recipe_tree))
+    _, found = check_recipe(Recipe.parse(recipe_tree))
     rates = {arm: [row["rate"] for row in rows] for arm, rows in found["learning_rates"].items()}
     assert rates == {
         "full": pytest.approx([5e-3 * 0.5**k for k in (4, 3, 2, 1, 0)]),
@@ -257,14 +257,14 @@ def test_the_preflight_tells_and_prints_the_rates(
     assert "full trains" in printed and "block 3" in printed and "2.50e-03" in printed
     del recipe_tree["finetune"]["layer_decay"]
     recipe_tree["measure"]["arms"] = ["head"]
-    _, found = preflight(Recipe.parse(recipe_tree))
+    _, found = check_recipe(Recipe.parse(recipe_tree))
     assert "learning_rates" not in found
 
 
 def test_rates_that_make_no_sense_are_refused(recipe_tree: dict[str, Any]) -> None:
     recipe_tree["finetune"] |= {"strategy": "full", "lr": {"blocks": [0.1] * 4}}
     with pytest.raises(RecipeError, match=r"finetune\.lr\.blocks has 4 rates, .* 3 blocks"):
-        preflight(Recipe.parse(recipe_tree))
+        check_recipe(Recipe.parse(recipe_tree))
     recipe_tree["finetune"] |= {"strategy": "head", "lr": None, "layer_decay": 0.9}
     with pytest.raises(RecipeError, match="the strategy head is solved"):
         Recipe.parse(recipe_tree)
@@ -278,7 +278,7 @@ def test_an_arm_with_rates_moves_as_its_rates_say(recipe_tree: dict[str, Any]) -
     recipe = Recipe.parse(recipe_tree)
     bench = bench_of(recipe)
     outcome = train_arm(bench, recipe.finetune, 0)
-    before = bench.build("mean", 0).model.state_dict()
+    before = bench.build_model("mean", 0).model.state_dict()
     for name, tensor in outcome.weights.items():
         moves = "layer.2." in name or name.startswith("head.")
         assert torch.equal(tensor, before[name]) != moves, name
@@ -286,4 +286,4 @@ def test_an_arm_with_rates_moves_as_its_rates_say(recipe_tree: dict[str, Any]) -
 
 def test_the_rate_of_an_unknown_part_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"rates\['heads'\]; did you mean 'head'"):
-        layer_rates(None, {"heads": 0.1})
+        build_layer_rates(None, {"heads": 0.1})

@@ -8,7 +8,7 @@ import pytest
 
 from hftl import cli_errors
 from hftl.errors import RecipeError
-from hftl.inference.compare import compare
+from hftl.inference.compare import compare_models
 from hftl.inference.predict_table import predict_table
 
 
@@ -24,7 +24,7 @@ def test_an_output_that_cannot_be_written_is_told_before_any_model_is_sought(
 ) -> None:
     for output in unwritable(tmp_path):
         with pytest.raises(RecipeError, match="--output"):
-            compare(["nowhere/at all"], None, output)
+            compare_models(["nowhere/at all"], None, output)
     for output in (tmp_path / "a.csv", Path("/proc/c.csv")):
         with pytest.raises(RecipeError, match="--output"):
             predict_table("nowhere/at all", tmp_path / "none.csv", output)
@@ -32,7 +32,7 @@ def test_an_output_that_cannot_be_written_is_told_before_any_model_is_sought(
 
 def test_nothing_is_left_of_looking(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="nowhere"):
-        compare(["nowhere/at all"], None, tmp_path / "c.csv")
+        compare_models(["nowhere/at all"], None, tmp_path / "c.csv")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -41,10 +41,15 @@ def test_what_the_system_forbids_is_no_bug(
     code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = str(tmp_path / "gone" / "x.csv")
-    assert cli_errors.other(OSError(code, os.strerror(code), path), False) == 2
+    assert cli_errors.report_unexpected_error(OSError(code, os.strerror(code), path), False) == 2
     said = capsys.readouterr().err
     assert f"hftl: error: {path}: {os.strerror(code)}." in said and said.count("\n") == 1
 
 
 def test_a_file_that_only_hftl_misses_is_a_bug(tmp_path: Path) -> None:
-    assert cli_errors.other(OSError(errno.ENOENT, "gone", str(tmp_path / "x.json")), False) == 1
+    assert (
+        cli_errors.report_unexpected_error(
+            OSError(errno.ENOENT, "gone", str(tmp_path / "x.json")), False
+        )
+        == 1
+    )

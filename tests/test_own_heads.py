@@ -20,16 +20,20 @@ from transformers import (
 )
 
 import hftl
-from hftl.adapt.masked_patches import noise_of
+from hftl.adapt.masked_patches import draw_patch_noise
 from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
-from hftl.data.load import Reading
-from hftl.data.masking import corrupt, masking_of
-from hftl.data.splits import content_key
-from hftl.finetune.pretraining_heads import HIDDEN, asked_again, own_classes
+from hftl.data.load import InputSpec
+from hftl.data.masking import build_masking_spec, mask_tokens
+from hftl.data.splits import hash_row
+from hftl.finetune.pretraining_heads import (
+    MASK_PROBABILITY,
+    find_source_classes,
+    measure_pretraining_heads,
+)
 from hftl.finetune.strategies import prepare
-from hftl.measure.forgetting import Asked, figures
-from hftl.models.heads import Built
+from hftl.measure.forgetting import ForgettingSpec, measure_forgetting
+from hftl.models.heads import LoadedModel
 
 
 def tree_of(folder: Path, model: Path) -> dict[str, Any]:
@@ -46,32 +50,32 @@ def tree_of(folder: Path, model: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def bench_with_general(tree: dict[str, Any], reading: Reading = Reading()) -> Any:  # noqa: B008
+def bench_with_general(tree: dict[str, Any], reading: InputSpec = InputSpec()) -> Any:  # noqa: B008
     recipe = Recipe.parse(tree)
     bench = bench_of(recipe)
     bench.general = load_general(recipe.data, bench.prepared, reading)
     return bench
 
 
-def moved(bench: Any, pooling: str, strategy: str) -> Built:
+def moved(bench: Any, pooling: str, strategy: str) -> LoadedModel:
     """A model whose every trained weight is somewhere else."""
-    built = bench.build(pooling, 0)
+    built = bench.build_model(pooling, 0)
     model = prepare(built.model, strategy, lora={"r": 2}, fresh=built.fresh)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return Built(model, built.anatomy, built.pooling, built.fresh)
+    return LoadedModel(model, built.architecture, built.pooling, built.fresh)
 
 
-def merged(built: Built) -> dict[str, torch.Tensor]:
+def merged(built: LoadedModel) -> dict[str, torch.Tensor]:
     """The encoder's weights, by peft's own merging."""
     model: Any = copy.deepcopy(built.model)
     inner = model.encoder if built.pooling != "native" else model
     if hasattr(inner, "merge_and_unload"):
         inner = inner.merge_and_unload()
-    return (inner if built.pooling != "native" else getattr(inner, built.anatomy.encoder)
+    return (inner if built.pooling != "native" else getattr(inner, built.architecture.encoder)
             ).state_dict()  # fmt: skip
 
 
@@ -87,18 +91,18 @@ def test_the_masked_language_loss_is_that_of_the_stock_model(
     built = moved(bench, pooling, strategy)
     before = {name: p.clone() for name, p in built.model.named_parameters()}
     hooks = sum(len(m._forward_hooks) for m in built.model.modules())
-    found = asked_again(bench, built)["mlm_loss"]
+    found = measure_pretraining_heads(bench, built)["mlm_loss"]
     assert all(torch.equal(p, before[name]) for name, p in built.model.named_parameters())
     assert sum(len(m._forward_hooks) for m in built.model.modules()) == hooks
     stock: Any = BertForMaskedLM.from_pretrained(folder).eval()
     decoder = stock.cls.predictions.decoder
     decoder.weight = nn.Parameter(decoder.weight.detach().clone())
     stock.bert.load_state_dict(merged(built), strict=False)
-    masking = masking_of(bench.inputs.tokenizer, HIDDEN, whole_words=False)
-    for number, row in enumerate(bench.encoded(bench.general.measured)):
+    masking = build_masking_spec(bench.inputs.tokenizer, MASK_PROBABILITY, whole_words=False)
+    for number, row in enumerate(bench.encode_rows(bench.general.eval_rows)):
         ids = np.array(row["input_ids"])
         draw = np.random.default_rng([0, number])
-        shown, places = corrupt(ids, np.zeros_like(ids), masking, draw)
+        shown, places = mask_tokens(ids, np.zeros_like(ids), masking, draw)
         assert found[number, 1] == len(places)
         if len(places):
             with torch.no_grad():
@@ -127,15 +131,15 @@ def test_the_sources_own_classes_are_told_by_its_own_head(
     tmp_path: Path, classifier: Path, pooling: str, strategy: str
 ) -> None:
     bench = bench_with_general(tree_of(tmp_path, classifier))
-    assert own_classes(bench.source, bench.general) == ("tone", ["positive", "negative"])
+    assert find_source_classes(bench.source, bench.general) == ("tone", ["positive", "negative"])
     built = moved(bench, pooling, strategy)
-    found = asked_again(bench, built)
+    found = measure_pretraining_heads(bench, built)
     assert set(found) == {"backward"} and (found["backward"][:, 1] == 1).all()
     stock: Any = AutoModelForSequenceClassification.from_pretrained(classifier).eval()
     stock.bert.load_state_dict(merged(built), strict=False)
     tones = bench.general.values("tone")
     right = []
-    for number, row in enumerate(bench.encoded(bench.general.measured)):
+    for number, row in enumerate(bench.encode_rows(bench.general.eval_rows)):
         with torch.no_grad():
             logits = stock(input_ids=torch.tensor(row["input_ids"])[None]).logits[0]
         right.append(stock.config.id2label[int(logits.argmax())] == tones[number])
@@ -148,17 +152,17 @@ def test_what_the_source_has_not_is_not_asked(
 ) -> None:
     tree = tree_of(tmp_path, tiny_model("bert"))
     bench = bench_with_general(tree)
-    assert asked_again(bench, bench.build("mean", 0)) == {}
+    assert measure_pretraining_heads(bench, bench.build_model("mean", 0)) == {}
     bench.general = None
-    assert asked_again(bench, bench.build("mean", 0)) == {}
+    assert measure_pretraining_heads(bench, bench.build_model("mean", 0)) == {}
     other = bench_with_general(tree_of(tmp_path, classifier))
     other.source.config.id2label = {0: "cold", 1: "warm"}
-    assert own_classes(other.source, other.general) is None
+    assert find_source_classes(other.source, other.general) is None
     # Labels alone make no classifier: the head has to be in the checkpoint.
     bare = bench_with_general(tree)
     bare.source.config.id2label = {0: "negative", 1: "positive"}
-    assert own_classes(bare.source, bare.general) is not None
-    assert asked_again(bare, bare.build("mean", 0)) == {}
+    assert find_source_classes(bare.source, bare.general) is not None
+    assert measure_pretraining_heads(bare, bare.build_model("mean", 0)) == {}
 
 
 @pytest.mark.parametrize("strategy", ["full", "lora"])
@@ -176,22 +180,22 @@ def test_the_masked_image_loss_is_vit_maes(
         "data": {"train": {"path": str(train)},
                  "general": {"path": str(general), "label": "label"}},
     }  # fmt: skip
-    bench = bench_with_general(tree, Reading("image", 8))
+    bench = bench_with_general(tree, InputSpec("image", 8))
     built = moved(bench, "native", strategy)
-    found = asked_again(bench, built)["mae_loss"]
+    found = measure_pretraining_heads(bench, built)["mae_loss"]
     stock: Any = ViTMAEForPreTraining.from_pretrained(folder).eval()
     stock.vit.load_state_dict(merged(built), strict=False)
-    for number, row in enumerate(bench.general.measured):
-        batch = bench.inputs.collate(bench.encoded([row]))
-        noise = noise_of(16, 0, 0, content_key(row))
+    for number, row in enumerate(bench.general.eval_rows):
+        batch = bench.inputs.collate(bench.encode_rows([row]))
+        noise = draw_patch_noise(16, 0, 0, hash_row(row))
         with torch.no_grad():
             wanted = stock(batch["pixel_values"], noise=noise[None]).loss
         assert found[number] == pytest.approx([wanted.item(), 12 * 8 * 8 * 3], rel=1e-4)
     headless = tmp_path / "headless"
     stock.vit.save_pretrained(headless)
     tiny_processor(headless)
-    bare = bench_with_general(tree | {"source": {"model": str(headless)}}, Reading("image", 8))
-    assert asked_again(bare, bare.build("native", 0)) == {}
+    bare = bench_with_general(tree | {"source": {"model": str(headless)}}, InputSpec("image", 8))
+    assert measure_pretraining_heads(bare, bare.build_model("native", 0)) == {}
 
 
 def test_the_figures_are_means_over_all_that_was_hidden() -> None:
@@ -207,8 +211,8 @@ def test_the_figures_are_means_over_all_that_was_hidden() -> None:
         }
 
     before, after = side(), [side(), side()]
-    asked = Asked({}, (), np.arange(40) // 4, 0.05)
-    told = figures(before, {"own": after}, asked)["own"]
+    asked = ForgettingSpec({}, (), np.arange(40) // 4, 0.05)
+    told = measure_forgetting(before, {"own": after}, asked)["own"]
     sums = [(s["mlm_loss"][:, 0] * s["mlm_loss"][:, 1]).sum() for s in (before, *after)]
     figure = told["mlm_loss"]
     assert figure["before"] == pytest.approx(sums[0] / 60)
@@ -217,9 +221,9 @@ def test_the_figures_are_means_over_all_that_was_hidden() -> None:
     assert told["mae_loss"] is None and told["backward"] is None
     # A seed of an earlier version, which was not asked, leaves the figure out.
     del after[1]["mlm_loss"]
-    assert figures(before, {"own": after}, asked)["own"]["mlm_loss"] is None
+    assert measure_forgetting(before, {"own": after}, asked)["own"]["mlm_loss"] is None
     nothing = {**before, "mlm_loss": np.zeros((40, 2), np.float32)}
-    assert figures(nothing, {"own": [nothing]}, asked)["own"]["mlm_loss"] is None
+    assert measure_forgetting(nothing, {"own": [nothing]}, asked)["own"]["mlm_loss"] is None
 
 
 @pytest.mark.parametrize("head", ["mlm_loss", "backward"])

@@ -17,11 +17,11 @@ from hftl.adapt.mlm import load_mlm
 from hftl.config.recipe import Recipe
 from hftl.config.source import Source
 from hftl.data.load import Row
-from hftl.data.masking import collate
-from hftl.data.text import Encoded, TextInputs, WordInputs
+from hftl.data.masking import collate_masked_blocks
+from hftl.data.text import EncodedRow, TextInputs, WordInputs
 from hftl.errors import RecipeError
-from hftl.models.features import frozen_features, logits
-from hftl.models.heads import Built, build
+from hftl.models.features import compute_frozen_features, predict_logits
+from hftl.models.heads import LoadedModel, build_model
 from hftl.models.source import SourceModel, find_source, load_tokenizer
 
 Tiny = Callable[..., Path]
@@ -45,12 +45,18 @@ def rows(contents: list[tuple[str, ...]]) -> list[Row]:
     return [Row(content, "", None, n, "") for n, content in enumerate(contents)]
 
 
-def measured_logits(built: Built, encoded: list[Encoded], inputs: TextInputs) -> np.ndarray:
-    return logits(built.model, encoded, inputs, "cpu")
+def measured_logits(
+    built: LoadedModel, encoded: list[EncodedRow], inputs: TextInputs
+) -> np.ndarray:
+    return predict_logits(built.model, encoded, inputs, "cpu")
 
 
-def measured_features(built: Built, encoded: list[Encoded], inputs: TextInputs) -> np.ndarray:
-    return np.concatenate(frozen_features(built.model, built.last_linear, encoded, inputs, "cpu"))
+def measured_features(
+    built: LoadedModel, encoded: list[EncodedRow], inputs: TextInputs
+) -> np.ndarray:
+    return np.concatenate(
+        compute_frozen_features(built.model, built.last_linear, encoded, inputs, "cpu")
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -62,7 +68,7 @@ def test_a_text_alone_has_the_outputs_that_it_has_in_a_batch(
     inputs = TextInputs(load_tokenizer(source), 32)
     encoded = inputs.encode(rows([(text,) for text in TEXTS]))
     for pooling in ("native", "mean", "cls"):
-        built = build(source, "classification", pooling, 2, ["a", "b"], 0)
+        built = build_model(source, "classification", pooling, 2, ["a", "b"], 0)
         torch.nn.init.normal_(built.last_linear.weight)
         for measure in (measured_logits, measured_features):
             alone = np.concatenate([measure(built, [row], inputs) for row in encoded])
@@ -74,10 +80,12 @@ def test_a_text_alone_has_the_outputs_that_it_has_in_a_batch(
 def test_so_have_the_words_of_a_text(side: str, tiny_model: Tiny, tmp_path: Path) -> None:
     source = with_tokenizer(tiny_model("bert"), tmp_path / "model", padding_side=side)
     inputs = WordInputs(load_tokenizer(source), 32)
-    built = build(source, "token-classification", "native", 2, ["a", "b"], 0)
+    built = build_model(source, "token-classification", "native", 2, ["a", "b"], 0)
     encoded = inputs.encode(rows([tuple(text.split()) for text in TEXTS]))
-    alone = np.concatenate([logits(built.model, [row], inputs, "cpu") for row in encoded])
-    np.testing.assert_allclose(logits(built.model, encoded, inputs, "cpu"), alone, atol=1e-5)
+    alone = np.concatenate([predict_logits(built.model, [row], inputs, "cpu") for row in encoded])
+    np.testing.assert_allclose(
+        predict_logits(built.model, encoded, inputs, "cpu"), alone, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "fnet", "modernbert", "deberta-v2"])
@@ -90,7 +98,7 @@ def test_so_have_hidden_tokens(kind: str, tiny_model: Tiny) -> None:
     ]
 
     def measure(part: list[dict[str, np.ndarray]]) -> torch.Tensor:
-        batch = collate(part, 0)
+        batch = collate_masked_blocks(part, 0)
         batch.pop("labels")
         with torch.no_grad():
             return model(**batch).logits
@@ -143,7 +151,7 @@ def test_a_run_from_a_left_padding_source_publishes_answers_of_each_text_alone(
 
 def test_the_encoder_without_a_mask_keeps_its_name(tiny_model: Tiny) -> None:
     source = find_source(Source(model=str(tiny_model("fnet"))))
-    built = build(source, "classification", "cls", 2, ["a", "b"], 0)
+    built = build_model(source, "classification", "cls", 2, ["a", "b"], 0)
     assert type(built.encoder).__name__ == type(tiny_config("fnet")).__name__.replace(
         "Config", "Model"
     )

@@ -14,9 +14,9 @@ from tiny import save_tiny, tiny_tokenizer
 
 import hftl
 from hftl.config.recipe import Recipe
-from hftl.doctor.checks import examine
+from hftl.doctor.checks import examine_adapter
 from hftl.errors import HftlError
-from hftl.inference.compare import compare
+from hftl.inference.compare import compare_models
 
 LORA = {"task_type": "SEQ_CLS", "target_modules": ["query"]}
 
@@ -64,11 +64,11 @@ def test_a_pickle_in_a_published_folder(write: Callable[..., None], tmp_path: Pa
         hftl.load(folder)  # which is passed over
         (folder / f"{kind.replace('pytorch_', '')}.safetensors").unlink()
         write(folder / f"{kind}.bin", mark)
-        for use in (lambda: hftl.load(folder), lambda: compare([str(folder)], table, None)):  # noqa: B023
+        for use in (lambda: hftl.load(folder), lambda: compare_models([str(folder)], table, None)):  # noqa: B023
             with pytest.raises(HftlError, match=r"pickle.* hftl doctor") as caught:
                 use()
             assert caught.value.exit_code == 4
-        assert "unsafe" in {one.kind for one in examine(folder).defects}
+        assert "unsafe" in {one.kind for one in examine_adapter(folder).defects}
     assert not mark.exists()
 
 
@@ -81,9 +81,9 @@ def test_a_pickle_as_the_source_or_the_base(write: Callable[..., None], tmp_path
     table = write_csv(tmp_path / "rows.csv", ["text", "label"], sentences(40))
     recipe = Recipe.parse({"source": {"model": str(base)}, "data": {"train": {"path": str(table)}}})
     with pytest.raises(HftlError, match="pickle") as caught:
-        bench_of(recipe).build("native", 0)
+        bench_of(recipe).build_model("native", 0)
     assert caught.value.exit_code == 2
     with pytest.raises(HftlError, match="pickle"):
         hftl.load(adapter, base)
-    assert "pickles are not opened" in examine(adapter, str(base)).unexamined[0]
+    assert "pickles are not opened" in examine_adapter(adapter, str(base)).unexamined[0]
     assert not mark.exists()

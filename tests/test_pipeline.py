@@ -22,10 +22,10 @@ import hftl
 from hftl.config.recipe import Recipe
 from hftl.data import prepare
 from hftl.errors import RunFolderError
-from hftl.measure.error_analysis import errors_of
+from hftl.measure.error_analysis import analyze_errors
 from hftl.measure.metrics import METRICS
 from hftl.measure.record import Record
-from hftl.pipeline.finalize_record import write_publish
+from hftl.pipeline.finalize_record import write_publish_folder
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_examples_stay_on_the_machine_unless_the_recipe_lets_them_out(
     run, _ = again
     record = Record.read(run).tree
     arm = run / "arms" / f"lora-seed{record['published_seed']}"
-    mistakes = errors_of(prepare.read(run / "phases" / "data"), arm).mistakes
+    mistakes = analyze_errors(prepare.read_prepared_data(run / "phases" / "data"), arm).mistakes
     assert mistakes, "the test needs a model that is wrong somewhere"
 
     def told() -> str:
@@ -133,7 +133,7 @@ def test_examples_stay_on_the_machine_unless_the_recipe_lets_them_out(
     assert not [text for text in texts if text in told()]
     assert all(text in (run / "report.html").read_text("utf-8") for text in texts)
     record["recipe"]["publish"]["examples"] = True
-    write_publish(run, record)
+    write_publish_folder(run, record)
     assert all(text in told() for text in texts)
 
 
@@ -202,12 +202,12 @@ def test_rows_in_another_order_are_the_same_data(
 def test_a_changed_key_that_was_read_is_refused(
     again: tuple[Path, dict[str, Any]], change: str, message: str
 ) -> None:
-    from hftl.config.overrides import override
+    from hftl.config.overrides import apply_overrides
 
     run, tree = again
     before = state(run)
     with pytest.raises(RunFolderError, match=message):
-        hftl.run(Recipe.parse(override(tree, [change])), run)
+        hftl.run(Recipe.parse(apply_overrides(tree, [change])), run)
     assert state(run) == before
 
 
@@ -349,7 +349,7 @@ def test_output_is_named_after_the_recipe_file(recipe_file: Path) -> None:
     recipe = Recipe.load(recipe_file)
     assert recipe.default_output() == Path("runs") / f"{recipe_file.parent.name}-tiny"
     with pytest.raises(hftl.HftlError, match="has no name of its own"):
-        Recipe.parse(recipe.tree()).default_output()
+        Recipe.parse(recipe.to_dict()).default_output()
 
 
 def test_finetune_and_measure_stop_where_they_say(
@@ -450,14 +450,14 @@ def test_a_killed_run_loses_at_most_the_arm_in_work(
 
 
 def test_changed_weights_are_neither_used_nor_listed(again: tuple[Path, dict[str, Any]]) -> None:
-    from hftl.pipeline.push import Asked, looked_at
+    from hftl.pipeline.push import PushOptions, validate_push
 
     run, _ = again
     path = run / "publish" / "adapter_model.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    for use in (hftl.load, lambda run: looked_at(run, Asked())):
+    for use in (hftl.load, lambda run: validate_push(run, PushOptions())):
         with pytest.raises(RunFolderError, match=r"adapter_model\.safetensors is not what was"):
             use(run)
 

@@ -16,8 +16,8 @@ import hftl
 from hftl.config.data import Data
 from hftl.config.recipe import Recipe
 from hftl.data import image_processing, prepare
-from hftl.data.image_processing import augment
-from hftl.data.load import BadRows, Reading, load
+from hftl.data.image_processing import augment_image
+from hftl.data.load import BadRows, InputSpec, load_rows
 from hftl.errors import DataError, RecipeError
 from hftl.inference.predict_table import predict_table
 from hftl.pipeline import pipeline
@@ -36,7 +36,7 @@ def recipe(folder: Path, model: Path, **data: Any) -> Recipe:
 
 def rows_of(path: Path, bad: BadRows | None = None, **table: Any) -> list[Any]:
     data = Data.model_validate({"train": {"path": str(path), **table}, "max_pixels": 10_000})
-    return load(data, "train", bad or BadRows(), Reading("image", 8))
+    return load_rows(data, "train", bad or BadRows(), InputSpec("image", 8))
 
 
 def test_rows_tell_content_size_and_place(folder: Path) -> None:
@@ -128,12 +128,12 @@ def test_the_store_holds_what_would_be_made_anew(
     bench = bench_of(recipe(folder, tiny_model("vit"), image_size=24))
     again = bench_of(recipe(folder, tiny_model("vit"), image_size=24))
     rows = [row for split in ("train", "validation", "test") for row in bench.prepared.rows[split]]
-    image_processing.write(bench.inputs, rows, tmp_path)
-    again.inputs.use(tmp_path)
+    image_processing.write_image_cache(bench.inputs, rows, tmp_path)
+    again.inputs.load_cache(tmp_path)
     shutil.rmtree(folder)  # what stands in the store needs no picture any more
     with pytest.raises(DataError):
-        bench.encoded(rows)
-    stored = again.canvases(rows)
+        bench.encode_rows(rows)
+    stored = again.stack_canvases(rows)
     assert stored.shape == (24, 3, 24, 24) and stored.dtype == np.uint8
     # A light picture is light, a dark one dark.
     for row, picture in zip(rows, stored, strict=True):
@@ -145,11 +145,11 @@ def test_what_is_stored_depends_on_pictures_and_size(
 ) -> None:
     bench = bench_of(recipe(folder, tiny_model("vit")))
     rows = bench.prepared.rows["train"]
-    known = image_processing.depends_on(bench.inputs, rows)
-    assert image_processing.depends_on(bench.inputs, rows[::-1]) == known
-    assert image_processing.depends_on(bench.inputs, rows[1:]) != known
+    known = image_processing.fingerprint_image_cache(bench.inputs, rows)
+    assert image_processing.fingerprint_image_cache(bench.inputs, rows[::-1]) == known
+    assert image_processing.fingerprint_image_cache(bench.inputs, rows[1:]) != known
     other = bench_of(recipe(folder, tiny_model("vit"), image_size=24))
-    assert image_processing.depends_on(other.inputs, rows) != known
+    assert image_processing.fingerprint_image_cache(other.inputs, rows) != known
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_picture(
@@ -157,7 +157,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_picture(
 ) -> None:
     bench = bench_of(recipe(folder, tiny_model("vit"), augment="light"))
     rows = bench.prepared.rows["train"]
-    training, plain = bench.examples(rows, 0), bench.examples(rows)
+    training, plain = bench.build_dataset(rows, 0), bench.build_dataset(rows)
 
     def of(examples: Any, epoch: int) -> list[Any]:
         examples.set_epoch(epoch)
@@ -167,7 +167,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_picture(
     assert all(map(np.array_equal, first, again))
     assert not any(map(np.array_equal, first, later))
     assert all(map(np.array_equal, of(plain, 0), of(plain, 1)))
-    other = of(bench.examples(rows, 1), 0)
+    other = of(bench.build_dataset(rows, 1), 0)
     assert not any(map(np.array_equal, first, other))
 
 
@@ -179,20 +179,20 @@ def test_positions_are_interpolated_where_the_size_differs(
     assert same.inputs.arguments == {}
     assert other.inputs.arguments == {"interpolate_pos_encoding": True}
     assert other.inputs.length({}) == 9
-    encoded = other.encoded(other.prepared.rows["test"][:2])
+    encoded = other.encode_rows(other.prepared.rows["test"][:2])
     batch = other.inputs.collate([dict(row) for row in encoded])
     with torch.no_grad():
-        assert other.build("native", 0).model(**batch).logits.shape == (2, 2)
+        assert other.build_model("native", 0).model(**batch).logits.shape == (2, 2)
 
 
 def test_a_picture_that_changes_in_a_table_is_noticed(folder: Path) -> None:
     table = folder / "t.csv"
     table.write_text("image,label\ndark/0.png,a\nlight/0.png,b\n")
     data = Data.model_validate({"train": {"path": str(table)}})
-    before = prepare.files_digest(data, "image")
-    assert prepare.files_digest(data, "image") == before
+    before = prepare.hash_data_files(data, "image")
+    assert prepare.hash_data_files(data, "image") == before
     shutil.copy(folder / "dark" / "1.png", folder / "dark" / "0.png")
-    assert prepare.files_digest(data, "image") != before
+    assert prepare.hash_data_files(data, "image") != before
 
 
 def test_a_whole_run_on_pictures(
@@ -226,7 +226,7 @@ def test_a_whole_run_on_pictures(
 
 def test_light_pictures_keep_shape_and_type() -> None:
     row = {"pixel_values": np.random.default_rng(0).integers(0, 256, (3, 24, 24), dtype=np.uint8)}
-    found = augment(row, 0, 0, b"key")["pixel_values"]
+    found = augment_image(row, 0, 0, b"key")["pixel_values"]
     assert found.shape == (3, 24, 24) and found.dtype == torch.uint8
 
 
@@ -260,10 +260,10 @@ def test_a_picture_that_became_another_is_noticed(
     for label in ("dark", "light"):
         shutil.move(folder / f"new-{label}", folder / label)
     with pytest.raises(DataError, match="is another picture now"):
-        bench.encoded(bench.prepared.rows["train"])
+        bench.encode_rows(bench.prepared.rows["train"])
     (folder / "dark" / "0.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"dark/0\.png: the file is empty"):
-        bench.inputs.originals([r for s in bench.prepared.rows.values() for r in s])
+        bench.inputs.decode_images([r for s in bench.prepared.rows.values() for r in s])
 
 
 def test_predictions_of_pictures_name_their_files(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hftl.errors import RecipeError
-from hftl.runtime.paths import called, find, not_given
+from hftl.runtime.paths import get_display_name, make_hub_load_error, resolve_local_path
 
 
 @pytest.fixture(autouse=True)
@@ -25,48 +25,48 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("place", ["bert-base-uncased", "org/model.v1-2", "Org_1/Name", "a/b"])
 def test_hub_ids(place: str) -> None:
-    assert find(place, "source.model") is None
+    assert resolve_local_path(place, "source.model") is None
 
 
 @pytest.mark.parametrize(
     "place", ["models/a/b", "./bert", "../bert", "/none/bert", "my model", "org/", "-org/m", "~/x"]
 )
 def test_what_can_be_no_hub_id_is_a_path(place: str) -> None:
-    found = find(place, "source.model")
+    found = resolve_local_path(place, "source.model")
     assert found is not None
     assert not found.exists()
 
 
 @pytest.mark.parametrize("place", ["reviews.csv", "data/reviews.jsonl", "a.PARQUET", "a/b.tsv"])
 def test_a_missing_table_is_no_hub_id(place: str) -> None:
-    assert find(place, "data.train.path") == Path(place)
+    assert resolve_local_path(place, "data.train.path") == Path(place)
 
 
 def test_what_exists_is_no_hub_id(tmp_path: Path) -> None:
     (tmp_path / "org" / "model").mkdir(parents=True)
-    assert find("org/model", "source.model") == Path("org/model")
+    assert resolve_local_path("org/model", "source.model") == Path("org/model")
 
 
 def test_the_home_folder_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert find("~/model", "source.model") == tmp_path / "model"
-    assert find("~no-such-user/model", "source.model") == Path("~no-such-user/model")
+    assert resolve_local_path("~/model", "source.model") == tmp_path / "model"
+    assert resolve_local_path("~no-such-user/model", "source.model") == Path("~no-such-user/model")
 
 
 def test_a_package_is_found_without_being_imported(package: Path) -> None:
-    assert find("package:shipped_model/model", "source.model") == package / "model"
-    assert find("package:shipped_model", "source.model") == package
+    assert resolve_local_path("package:shipped_model/model", "source.model") == package / "model"
+    assert resolve_local_path("package:shipped_model", "source.model") == package
 
 
 @pytest.mark.parametrize("place", ["package:no_such_model/model", "package:", "package:no-word/a"])
 def test_a_package_that_is_not_installed(place: str) -> None:
     with pytest.raises(RecipeError, match=r"^source\.model: the package .* is not installed"):
-        find(place, "source.model")
+        resolve_local_path(place, "source.model")
 
 
 def test_a_package_without_the_path(package: Path) -> None:
     with pytest.raises(RecipeError, match=r"source\.model: the package 'shipped_model' has no 'x'"):
-        find("package:shipped_model/x", "source.model")
+        resolve_local_path("package:shipped_model/x", "source.model")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_package_without_the_path(package: Path) -> None:
     ],
 )
 def test_a_copy_in_the_hubs_cache_goes_by_its_id(folder: str, expected: str) -> None:
-    assert called(Path(folder)) == expected
+    assert get_display_name(Path(folder)) == expected
 
 
 class _Answer:
@@ -108,5 +108,5 @@ def test_why_a_hub_gave_nothing(
     outer = OSError("Got: ConnectError: no route\nPlease check your connection")
     outer.__cause__ = behind
     behind.__cause__ = outer
-    found = not_given(outer, "a/b", "model", "source.model: ")
+    found = make_hub_load_error(outer, "a/b", "model", "source.model: ")
     assert (found.what, found.fix) == (told, fix)

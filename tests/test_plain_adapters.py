@@ -17,10 +17,10 @@ from tiny import is_image, save_tiny, tiny_tokenizer
 from tokenizers import AddedToken
 
 import hftl
-from hftl.doctor.checks import Examination, examine
-from hftl.doctor.report import diagnose
+from hftl.doctor.checks import Examination, examine_adapter
+from hftl.doctor.report import run_doctor
 from hftl.errors import HftlError, RecipeError
-from hftl.inference.compare import compare
+from hftl.inference.compare import compare_models
 from hftl.inference.predict_table import predict_table
 
 __all__ = ["in_this_process"]
@@ -132,7 +132,7 @@ def test_there_are_at_least_fourteen() -> None:
 
 @pytest.mark.parametrize("name", GOOD)
 def test_a_good_one_has_no_defect(name: str, adapters: dict[str, tuple[Path, Any]]) -> None:
-    found = examine(adapters[name][0])
+    found = examine_adapter(adapters[name][0])
     assert not lines(found, "defect") and not found.unexamined
     assert found.exit_code == 0
     kinds = {kind for kind, _ in lines(found, "warning")}
@@ -195,18 +195,18 @@ def logits_of(model: Any, base: Path, folder: Path, given: list[Any], images: bo
 def test_an_adapter_for_something_else_is_named_so(adapters: dict[str, tuple[Path, Any]]) -> None:
     with pytest.raises(RecipeError, match="CAUSAL_LM|no trained head"):
         hftl.load(adapters["causal"][0])
-    assert not lines(examine(adapters["causal"][0]), "defect")
+    assert not lines(examine_adapter(adapters["causal"][0]), "defect")
 
 
 def test_a_base_that_is_not_there_is_given(
     adapters: dict[str, tuple[Path, Any]], bases: dict[str, Path]
 ) -> None:
     folder = adapters["away"][0]
-    found = examine(folder)
+    found = examine_adapter(folder)
     assert not found.defects and found.exit_code == 5
     with pytest.raises(HftlError, match="somebody/unknown-base"):
         hftl.load(folder)
-    assert not examine(folder, str(bases["bert"])).defects
+    assert not examine_adapter(folder, str(bases["bert"])).defects
     assert hftl.load(folder, bases["bert"]).predict(["a fine film"])
 
 
@@ -215,7 +215,7 @@ def test_what_the_doctor_advises_ends(
 ) -> None:
     """The base here, its tokenizer taken by --fix: nothing else is asked for, and it predicts."""
     folder = Path(shutil.copytree(adapters["bert"][0], tmp_path / "bert"))
-    assert diagnose(str(folder), None, True, lambda line: None) == 0
+    assert run_doctor(str(folder), None, True, lambda line: None) == 0
     assert (folder / "tokenizer.json").exists()
     table = write_csv(tmp_path / "rows.csv", ["text"], [[text] for text, _ in sentences(3)])
     assert predict_table(str(folder), table, None)
@@ -227,13 +227,13 @@ def test_compare_scores_them_on_one_base(
     rows = [(text, f"LABEL_{n % 3}") for n, (text, _) in enumerate(sentences(12))]
     table = write_csv(tmp_path / "rows.csv", ["text", "label"], rows)
     names = ("bert", "resized", "dora", "ia3", "patterns", "rslora")
-    together = compare([str(adapters[name][0]) for name in names], table, None)
-    alone = [compare([str(adapters[name][0])], table, None) for name in names]
+    together = compare_models([str(adapters[name][0]) for name in names], table, None)
+    alone = [compare_models([str(adapters[name][0])], table, None) for name in names]
     shown = [
         line.split()[1] for line in together.splitlines() if str(adapters["bert"][0].parent) in line
     ]
     assert shown == [text.splitlines()[-2].split()[1] for text in alone]
-    assert compare([str(adapters["away"][0])], table, None, str(bases["bert"]))
+    assert compare_models([str(adapters["away"][0])], table, None, str(bases["bert"]))
 
 
 def set_token(folder: Path, number: int) -> None:
@@ -284,7 +284,7 @@ def test_a_damaged_one_is_named_and_refused(
 ) -> None:  # fmt: skip
     folder = Path(shutil.copytree(adapters[name][0], tmp_path / name))
     damage(folder)
-    found = [one for one in examine(folder).defects if one.kind == kind]
+    found = [one for one in examine_adapter(folder).defects if one.kind == kind]
     assert found and any(said in f"{one.what} {one.where} {one.fix}" for one in found)
     if kind not in ANSWERS:
         with pytest.raises(HftlError):
@@ -302,7 +302,7 @@ def test_names_with_the_adapters_own_are_mended(
                 ".lora_magnitude_vector", ".lora_magnitude_vector.default.weight"), t))  # fmt: skip
         with pytest.raises(HftlError, match="--fix"):
             hftl.load(folder)
-        assert diagnose(str(folder), None, True, lambda line: None) == 0
+        assert run_doctor(str(folder), None, True, lambda line: None) == 0
         assert hftl.load(folder).predict(["a fine film"]) == before
 
 
@@ -312,6 +312,6 @@ def test_a_card_of_another_base_is_a_warning(
     folder = Path(shutil.copytree(adapters["bert"][0], tmp_path / "bert"))
     write_card(folder)
     reconfigure(folder, base_model_name_or_path="org/base")
-    found = examine(folder)
+    found = examine_adapter(folder)
     assert not found.defects
     assert any("org/other" in what for kind, what in lines(found, "warning") if kind == "base")

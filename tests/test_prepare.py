@@ -11,7 +11,7 @@ from conftest import sentences, write_csv
 
 from hftl.config.data import Data
 from hftl.data import prepare as stage
-from hftl.data.prepare import Prepared, files_digest, prepare
+from hftl.data.prepare import PreparedData, hash_data_files, prepare_data
 from hftl.errors import DataError
 
 HEADER = ["text", "label"]
@@ -22,7 +22,7 @@ def data(path: Path, **more: Any) -> Data:
 
 
 def test_fractions_are_exact_and_the_facts_tell_them(table: Path) -> None:
-    found = prepare(data(table))
+    found = prepare_data(data(table))
     assert found.facts["splits"] == {"train": 96, "validation": 32, "test": 32}
     assert found.names == ["negative", "positive"]
     assert found.facts["label_counts"]["test"] == {"negative": 16, "positive": 16}
@@ -36,12 +36,14 @@ def test_what_is_written_is_read_back(tmp_path: Path, task: str) -> None:
             for i in range(80)]  # fmt: skip
     path = write_csv(tmp_path / "a.csv", ["q", "p", "y", "who"], rows)
     train = {"path": str(path), "text": ["q", "p"], "label": "y"}
-    found = prepare(Data.model_validate({"train": train, "task": task, "group": "who"}))
-    stage.write(found, tmp_path, "digest")
-    again = stage.read(tmp_path)
+    found = prepare_data(Data.model_validate({"train": train, "task": task, "group": "who"}))
+    stage.write_prepared_data(found, tmp_path, "digest")
+    again = stage.read_prepared_data(tmp_path)
     assert again == found
-    assert stage.stored_digest(tmp_path) == "digest"
-    assert np.array_equal(again.targets(again.rows["train"]), found.targets(found.rows["train"]))
+    assert stage.read_stored_digest(tmp_path) == "digest"
+    assert np.array_equal(
+        again.encode_targets(again.rows["train"]), found.encode_targets(found.rows["train"])
+    )
 
 
 def test_the_fingerprint_knows_content_and_not_order_or_path(table: Path, tmp_path: Path) -> None:
@@ -50,19 +52,19 @@ def test_the_fingerprint_knows_content_and_not_order_or_path(table: Path, tmp_pa
     mixed = write_csv(tmp_path / "else" / "other.csv", HEADER, rows[::-1])
     flipped = write_csv(tmp_path / "flip.csv", HEADER, [(rows[0][0], "positive"), *rows[1:]])
     longer = write_csv(tmp_path / "long.csv", HEADER, [*rows, ("one more text", "positive")])
-    first = prepare(data(table))
-    assert prepare(data(mixed)).facts["fingerprint"] == first.facts["fingerprint"]
+    first = prepare_data(data(table))
+    assert prepare_data(data(mixed)).facts["fingerprint"] == first.facts["fingerprint"]
     for other in (data(flipped), data(longer), data(table, seed=1)):
-        assert prepare(other).facts["fingerprint"] != first.facts["fingerprint"]
+        assert prepare_data(other).facts["fingerprint"] != first.facts["fingerprint"]
 
 
 def test_an_arms_rows_and_their_order_do_not_depend_on_the_disk(table: Path) -> None:
     rows = sentences(160)
-    first = prepare(data(table))
+    first = prepare_data(data(table))
     write_csv(table, HEADER, rows[::-1])
-    again = prepare(data(table))
+    again = prepare_data(data(table))
     for seed in (0, 1):
-        drawn = [[row.content for row in p.train(5, seed)] for p in (first, again)]
+        drawn = [[row.content for row in p.draw_train_rows(5, seed)] for p in (first, again)]
         assert drawn[0] == drawn[1]
     assert [row.content for row in first.rows["test"]] == [
         row.content for row in again.rows["test"]
@@ -71,9 +73,9 @@ def test_an_arms_rows_and_their_order_do_not_depend_on_the_disk(table: Path) -> 
 
 def test_class_ids_follow_numbers_as_numbers(tmp_path: Path) -> None:
     rows = [(f"text {i}", (10, 9, -1)[i % 3]) for i in range(60)]
-    found = prepare(data(write_csv(tmp_path / "a.csv", HEADER, rows)))
+    found = prepare_data(data(write_csv(tmp_path / "a.csv", HEADER, rows)))
     assert found.names == ["-1", "9", "10"]
-    ids = found.targets(found.rows["test"])
+    ids = found.encode_targets(found.rows["test"])
     assert ids.dtype == np.int64
     assert [found.names[i] for i in ids] == [row.label for row in found.rows["test"]]
 
@@ -86,24 +88,24 @@ def test_class_ids_follow_numbers_as_numbers(tmp_path: Path) -> None:
 def test_a_name_that_only_resembles_a_number_is_a_name(tmp_path: Path, names: Any) -> None:
     rows = [(f"text {i}", names[i % len(names)]) for i in range(60)]
     path = write_csv(tmp_path / "a.csv", HEADER, rows)
-    assert prepare(data(path)).names == sorted(names)
+    assert prepare_data(data(path)).names == sorted(names)
 
 
 def test_targets_are_floats_and_have_no_classes(tmp_path: Path) -> None:
     rows = [(f"text {i}", i / 10) for i in range(50)]
     path = write_csv(tmp_path / "a.csv", HEADER, rows)
-    found = prepare(data(path, task="regression", shots=7))
+    found = prepare_data(data(path, task="regression", shots=7))
     assert found.names == []
     assert found.facts["label_counts"] is None
-    assert found.targets(found.rows["test"]).dtype == np.float64
-    assert (len(found.train(7, 0)), len(found.rows["validation"])) == (7, 7)
+    assert found.encode_targets(found.rows["test"]).dtype == np.float64
+    assert (len(found.draw_train_rows(7, 0)), len(found.rows["validation"])) == (7, 7)
 
 
 def test_bad_rows_and_duplicates_are_counted_and_listed(tmp_path: Path) -> None:
     rows = [*sentences(60), (" ", "positive"), sentences(1)[0], ("both", "negative"),
             ("both", "positive")]  # fmt: skip
     path = write_csv(tmp_path / "a.csv", HEADER, rows)
-    facts = prepare(data(path, bad_rows="skip")).facts
+    facts = prepare_data(data(path, bad_rows="skip")).facts
     assert (facts["rows_read"], facts["bad_rows"]) == (64, 1)
     assert (facts["duplicates"], facts["conflicting"]) == (1, 2)
     assert facts["bad_rows_listed"] == [{"where": "a.csv line 62", "why": "text is empty"}]
@@ -111,9 +113,9 @@ def test_bad_rows_and_duplicates_are_counted_and_listed(tmp_path: Path) -> None:
 
 
 def test_fractions_are_taken_after_duplicates_are_dropped(table: Path) -> None:
-    first = prepare(data(table))
+    first = prepare_data(data(table))
     write_csv(table, HEADER, sentences(160) * 3)
-    again = prepare(data(table))
+    again = prepare_data(data(table))
     assert again.facts["fingerprint"] == first.facts["fingerprint"]
     assert again.facts["duplicates"] == 320
 
@@ -121,7 +123,7 @@ def test_fractions_are_taken_after_duplicates_are_dropped(table: Path) -> None:
 def test_groups_never_straddle(tmp_path: Path) -> None:
     rows = [(text, label, i // 4) for i, (text, label) in enumerate(sentences(160))]
     path = write_csv(tmp_path / "a.csv", [*HEADER, "who"], rows)
-    found = prepare(data(path, group="who"))
+    found = prepare_data(data(path, group="who"))
     seen = Counter(group for rows in found.rows.values() for group in {row.group for row in rows})
     assert set(seen.values()) == {1}
     assert found.facts["splits"] == {"train": 96, "validation": 32, "test": 32}
@@ -129,12 +131,12 @@ def test_groups_never_straddle(tmp_path: Path) -> None:
 
 def tables(
     folder: Path, test: list[tuple[Any, ...]], header: list[str] = HEADER, **more: Any
-) -> Prepared:
+) -> PreparedData:
     """Train and test in two files."""
     rows = [(*row, f"g{i}")[: len(header)] for i, row in enumerate(sentences(40))]
     train = write_csv(folder / "train.csv", header, rows)
     other = write_csv(folder / "test.csv", header, test)
-    return prepare(data(train, test={"path": str(other)}, **more))
+    return prepare_data(data(train, test={"path": str(other)}, **more))
 
 
 def test_a_test_table_of_its_own(tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ def test_a_group_that_straddles_two_tables(tmp_path: Path) -> None:
 def test_one_class(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", HEADER, [(f"text {i}", "only") for i in range(20)])
     with pytest.raises(DataError, match="train has one class only: 'only'"):
-        prepare(data(path))
+        prepare_data(data(path))
 
 
 @pytest.mark.parametrize(
@@ -174,19 +176,19 @@ def test_one_class(tmp_path: Path) -> None:
 def test_a_split_left_empty(tmp_path: Path, rows: int, more: dict[str, Any], split: str) -> None:
     path = write_csv(tmp_path / "a.csv", HEADER, sentences(rows))
     with pytest.raises(DataError, match=f"{split} is left with no rows; train has {rows} "):
-        prepare(data(path, **more))
+        prepare_data(data(path, **more))
 
 
 def test_fewer_rows_than_shots(table: Path) -> None:
     with pytest.raises(DataError, match="has 48 rows left for training, fewer than shots=49"):
-        prepare(data(table, shots=49))
+        prepare_data(data(table, shots=49))
 
 
 @pytest.mark.parametrize("rare", [1, 2])
 def test_train_knows_every_class(tmp_path: Path, rare: int) -> None:
     rows = [*sentences(40), *((f"rare {i}", "rare") for i in range(rare))]
     path = write_csv(tmp_path / "a.csv", HEADER, rows)
-    found = prepare(data(path, test={"fraction": 0.45}, validation={"fraction": 0.45}))
+    found = prepare_data(data(path, test={"fraction": 0.45}, validation={"fraction": 0.45}))
     assert {row.label for row in found.rows["train"]} == {"negative", "positive", "rare"}
     assert found.facts["label_counts"]["test"].get("rare", 0) == rare - 1
 
@@ -194,19 +196,19 @@ def test_train_knows_every_class(tmp_path: Path, rare: int) -> None:
 def test_the_digest_knows_bytes_and_not_where_they_lie(table: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.csv"
     shutil.copy(table, copy)
-    first = files_digest(data(table))
-    assert files_digest(data(copy)) == first
-    assert files_digest(data(copy, test={"path": str(table)})) != first
+    first = hash_data_files(data(table))
+    assert hash_data_files(data(copy)) == first
+    assert hash_data_files(data(copy, test={"path": str(table)})) != first
     copy.write_bytes(copy.read_bytes().replace(b"good", b"goof", 1))
-    assert files_digest(data(copy)) != first
+    assert hash_data_files(data(copy)) != first
 
 
 def test_the_digest_of_a_folder_and_of_a_hub_id(tmp_path: Path) -> None:
     (tmp_path / "texts" / "a").mkdir(parents=True)
     (tmp_path / "texts" / "a" / "1.txt").write_text("x", encoding="utf-8")
-    first = files_digest(data(tmp_path / "texts"))
+    first = hash_data_files(data(tmp_path / "texts"))
     (tmp_path / "texts" / "a" / "1.txt").rename(tmp_path / "texts" / "a" / "2.txt")
-    assert files_digest(data(tmp_path / "texts")) != first
+    assert hash_data_files(data(tmp_path / "texts")) != first
     one = Data.model_validate({"train": {"path": "org/name"}})
     other = Data.model_validate({"train": {"path": "org/name", "revision": "abc"}})
-    assert files_digest(one) != files_digest(other)
+    assert hash_data_files(one) != hash_data_files(other)

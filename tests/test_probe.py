@@ -9,7 +9,7 @@ from sklearn.model_selection import KFold, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
 from hftl.analysis import probe as module
-from hftl.analysis.probe import ALPHAS, CS, Probe, fit_probe
+from hftl.analysis.probe import ALPHA_GRID, C_GRID, Probe, fit_probe
 
 ROWS, WIDTH = 60, 4
 
@@ -73,14 +73,14 @@ def test_penalty_is_the_best_of_the_grid_in_cross_validation(outputs: int) -> No
     standard = StandardScaler().fit_transform(features.astype(np.float64))
     splitter = KFold(5) if outputs == 1 else StratifiedKFold(5)
     losses = []
-    for penalty in ALPHAS if outputs == 1 else CS:
+    for penalty in ALPHA_GRID if outputs == 1 else C_GRID:
         folds = []
         for train, held in splitter.split(standard, labels):
             told = reference_logits(standard[train], labels[train], penalty, standard[held])
             error = np.mean((told[:, 0] - labels[held]) ** 2) if outputs == 1 else None
             folds.append(log_loss(told, labels[held]) if error is None else error)
         losses.append(np.mean(folds))
-    grid = ALPHAS if outputs == 1 else CS
+    grid = ALPHA_GRID if outputs == 1 else C_GRID
     assert fit(features, labels).penalty == pytest.approx(grid[int(np.argmin(losses))])
 
 
@@ -146,7 +146,7 @@ def test_folds_never_split_a_group(
 def test_one_row_a_class_takes_the_middle_of_the_grid(groups: list[str] | None) -> None:
     features = np.eye(3, dtype=np.float32)
     found = fit(features, np.arange(3), groups)
-    assert found.penalty == CS[len(CS) // 2]
+    assert found.penalty == C_GRID[len(C_GRID) // 2]
     assert found.logits(features).argmax(1).tolist() == [0, 1, 2]
 
 

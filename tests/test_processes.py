@@ -27,8 +27,15 @@ from two_processes import (
     unfrozen,
 )
 
-from hftl.finetune.gradual import phases
-from hftl.runtime.distributed import close, gather, is_main, rank, share, size
+from hftl.finetune.gradual import split_phases
+from hftl.runtime.distributed import (
+    broadcast_from_main,
+    close_process_group,
+    gather_values,
+    get_rank,
+    get_world_size,
+    is_main,
+)
 
 TESTS = Path(__file__).parent
 RECIPES = TESTS.parent / "recipes" / "accelerate"
@@ -63,7 +70,7 @@ def ranks(told: Any) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """The same trainings in this one process."""
-    assert size() == 1
+    assert get_world_size() == 1
     folder = tmp_path_factory.mktemp("one")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -198,7 +205,7 @@ def test_gradual_unfreezing_changes_the_same_and_ends_the_same(
     ranks: list[dict[str, Any]], alone: dict[str, Any]
 ) -> None:
     one = alone["unfrozen"]
-    parts = phases(tiny("pooled", "gradual"))
+    parts = split_phases(tiny("pooled", "gradual"))
     assert one["changed"] == [*parts, parts[-1]] and len(parts) == 4 and one["epochs"] == 5
     for found in (told["unfrozen"] for told in ranks):
         assert found["changed"] == one["changed"] and found["epochs"] == 5
@@ -254,10 +261,12 @@ def test_the_launcher_ends_after_the_report_without_a_warning(told: Any) -> None
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert (rank(), size(), is_main()) == (0, 1, True)
+    assert (get_rank(), get_world_size(), is_main()) == (0, 1, True)
     unpicklable = lambda: 3  # noqa: E731
-    assert share(lambda: unpicklable) is unpicklable and gather(unpicklable) == [unpicklable]
-    close()
+    assert broadcast_from_main(lambda: unpicklable) is unpicklable and gather_values(
+        unpicklable
+    ) == [unpicklable]
+    close_process_group()
     assert not torch.distributed.is_initialized()
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from hftl.config.recipe import Recipe
 from hftl.pipeline.pipeline import run
 from hftl.runtime import progress
-from hftl.runtime.progress import open_bar, show_progress, track, working
+from hftl.runtime.progress import open_bar, show_activity, show_progress, track
 
 
 def titles_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -42,7 +42,7 @@ def terminal() -> Iterator[io.StringIO]:
 
 
 def test_a_bar_shows_title_and_count() -> None:
-    with terminal() as text, working("lora seed 0"):
+    with terminal() as text, show_activity("lora seed 0"):
         assert list(track([1, 2, 3], "features")) == [1, 2, 3]
         with open_bar("training", 10) as advance:
             advance(7, "epoch 1.0/2, loss 0.500")
@@ -53,7 +53,7 @@ def test_a_bar_shows_title_and_count() -> None:
 
 def test_what_a_failure_left_open_is_removed() -> None:
     with terminal():
-        with pytest.raises(ValueError), working("scratch"):
+        with pytest.raises(ValueError), show_activity("scratch"):
             bar = open_bar("training", 3)
             bar.__enter__()
             raise ValueError
@@ -62,7 +62,7 @@ def test_what_a_failure_left_open_is_removed() -> None:
 
 
 def test_nothing_is_drawn_where_nobody_looks(capfd: pytest.CaptureFixture[str]) -> None:
-    with show_progress(False), working("lora"):
+    with show_progress(False), show_activity("lora"):
         assert list(track([1], "features")) == [1]
     assert capfd.readouterr() == ("", "")
 
@@ -80,6 +80,6 @@ def test_a_run_names_arm_seed_epoch_loss_and_every_pass(
 
 def test_a_line_goes_above_the_bars() -> None:
     assert not progress.print_line("nobody draws")
-    with terminal() as text, working("lora seed 0"):
+    with terminal() as text, show_activity("lora seed 0"):
         assert progress.print_line("[1/2] head seed 0  " + "x" * 150)
     assert "[1/2] head seed 0  " + "x" * 150 in text.getvalue()

@@ -79,7 +79,7 @@ def change(run: Path) -> None:
 
     record = told(run, "record.json")
     record["ladder"][0]["test"] = 0.123
-    run_folder.amend_finished(run, {"record.json": to_json(record)})
+    run_folder.rewrite_finished_files(run, {"record.json": to_json(record)})
 
 
 def test_files_of_an_older_push_go_and_those_of_others_stay(
@@ -285,7 +285,7 @@ def test_weights_whose_reload_was_not_proved_are_not_pushed(
 
     weights = run / "publish" / "adapter_model.safetensors"
     weights.write_bytes(scaled(weights, 1.5))
-    run_folder.note_finished(run)
+    run_folder.write_finished_files(run)
     says(push("publish", run, "--repo-id", ME), 4, "adapter_model.safetensors", "proved")
     assert hub.log == []
 
@@ -309,7 +309,7 @@ def test_a_run_that_was_killed_while_it_wrote_can_be_pushed(
                for name in ("README.md", "hftl.json")}  # fmt: skip
     monkeypatch.setattr(run_folder, "write_text", write)
     with pytest.raises(Killed):
-        run_folder.amend_finished(run, changed)
+        run_folder.rewrite_finished_files(run, changed)
     monkeypatch.undo()
     assert (run / "publish" / "README.md").read_text() == changed["publish/README.md"]
     assert push("publish", run, "--repo-id", ME)[0] == 0
@@ -327,7 +327,7 @@ def test_a_license_is_asked_for_and_wins_over_the_recipe(
 
     record = told(run, "record.json")
     record["recipe"]["publish"]["license"] = None
-    run_folder.amend_finished(run, {"record.json": to_json(record)})
+    run_folder.rewrite_finished_files(run, {"record.json": to_json(record)})
     warning = "warning: no license is stated"
     for more in (("--dry-run",), ()):
         assert warning in push("publish", run, "--repo-id", ME, *more)[1]
@@ -359,7 +359,7 @@ def test_results_for_leaderboards_go_along_and_stay_the_same(
     record = told(run, "record.json")
     benchmark = {"dataset": "org/reviews", "task_id": "default"}
     record["recipe"]["publish"] |= {"benchmark": benchmark, "examples": True}
-    run_folder.amend_finished(run, {"record.json": to_json(record)})
+    run_folder.rewrite_finished_files(run, {"record.json": to_json(record)})
     assert push("card", run)[0] == 0
     names = [".eval_results/hftl-org-reviews.yaml", "every_eval_ever.json"]
     code, out, _ = push("publish", run, "--repo-id", ME, "--dry-run")

@@ -134,7 +134,7 @@ def changed(hub: LocalHub, push: Pusher, run: Path, tmp_path: Path) -> Path:
     shutil.copytree(run, later)
     record = Record.read(later).tree
     record["ladder"][0]["test"] = 0.123
-    run_folder.amend_finished(later, {"record.json": to_json(record)})
+    run_folder.rewrite_finished_files(later, {"record.json": to_json(record)})
     return later
 
 

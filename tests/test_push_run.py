@@ -25,7 +25,9 @@ def test_without_a_network_all_is_trained_and_the_push_can_be_done_later(
 ) -> None:  # fmt: skip
     hub.control(restore=True, faults=[])
     monkeypatch.setenv("HF_TOKEN", "hf_me_write")
-    monkeypatch.setattr(evaluate, "decide", lambda *given: {"decision": "publish", "reasons": []})
+    monkeypatch.setattr(
+        evaluate, "decide_verdict", lambda *given: {"decision": "publish", "reasons": []}
+    )
     recipe = Recipe.parse(small_recipe(tmp_path, tiny_model(), {"publish.repo_id": ME}))
     said: list[str] = []
     output = tmp_path / "run"
@@ -49,7 +51,7 @@ def test_on_hold_nothing_is_pushed_and_the_exit_says_so(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_me_write")
     verdict = {"decision": "hold", "reasons": ["no gain"]}
-    monkeypatch.setattr(evaluate, "decide", lambda *given: verdict)
+    monkeypatch.setattr(evaluate, "decide_verdict", lambda *given: verdict)
     recipe = Recipe.parse(small_recipe(tmp_path, tiny_model(), {"publish.repo_id": ME}))
     with pytest.raises(HoldError, match="the verdict is hold: no gain. Nothing was pushed") as told:
         hftl.run(recipe, tmp_path / "run")
@@ -85,11 +87,11 @@ def test_where_it_goes_is_read_by_no_phase(
 ) -> None:
     import shutil
 
-    from hftl.config.recipe import arms
+    from hftl.config.recipe import plan_arms
     from hftl.pipeline.cache_keys import refuse_changed
 
     shutil.copytree(made, tmp_path / "run")
     tree: dict[str, Any] = yaml.safe_load((made / "recipe.yaml").read_text())
     tree["publish"] |= {"repo_id": ME, "private": False}
     recipe = Recipe.parse(tree)
-    refuse_changed(recipe, tmp_path / "run", arms(recipe))
+    refuse_changed(recipe, tmp_path / "run", plan_arms(recipe))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from hftl.config.data import Data
-from hftl.data.corpus import documents
-from hftl.data.load import BadRows, Reading, load
+from hftl.data.corpus import read_documents
+from hftl.data.load import BadRows, InputSpec, load_rows
 from hftl.data.tables import READERS
 from hftl.errors import DataError, DataWarning
 from hftl.init import guess_columns, write_recipe
@@ -96,7 +96,7 @@ def test_rows_joined_into_a_row_of_too_many_cells_are_not_skipped_as_one(tmp_pat
         {"task": "classification", "train": {"path": str(tmp_path / "a.csv")}, "bad_rows": "skip"}
     )
     with pytest.raises(DataError, match="line 5: .* at line 6"):
-        load(data, "train", BadRows(skip=True), Reading())
+        load_rows(data, "train", BadRows(skip=True), InputSpec())
 
 
 PROSE = [
@@ -172,13 +172,13 @@ def test_every_table_of_a_recipe_is_read_so(tmp_path: Path) -> None:
             "train": {"path": good}, part: {"path": bad}}  # fmt: skip
         data = Data.model_validate({"task": "classification", **tables})
         with pytest.raises(DataError, match="bad.csv line 12"):
-            load(data, part, BadRows(), Reading())
+            load_rows(data, part, BadRows(), InputSpec())
     for part in ("unlabeled", "general"):
         data = Data.model_validate(
             {"task": "classification", "train": {"path": good}, part: {"path": bad}}
         )
         with pytest.raises(DataError, match="bad.csv line 12"):
-            list(documents(data, part, BadRows()))
+            list(read_documents(data, part, BadRows()))
 
 
 def test_a_recipe_is_not_guessed_from_joined_rows(tmp_path: Path) -> None:

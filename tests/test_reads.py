@@ -5,11 +5,17 @@ from typing import Any
 
 import pytest
 
-from hftl.config.overrides import override
-from hftl.config.recipe import Recipe, arms
+from hftl.config.overrides import apply_overrides
+from hftl.config.recipe import Recipe, plan_arms
 from hftl.errors import RunFolderError
 from hftl.pipeline import pipeline
-from hftl.pipeline.cache_keys import arm_reads, asked, changed, data_reads, refuse_changed
+from hftl.pipeline.cache_keys import (
+    build_arm_key,
+    build_data_key,
+    describe_changes,
+    refuse_changed,
+    select_recipe_values,
+)
 from hftl.runtime import run_folder
 
 FULL = {"full": {"finetune.training.learning_rate": 5e-5}}
@@ -21,20 +27,20 @@ def recipe(*overrides: str) -> Recipe:
         "data": {"train": {"path": "a.csv"}},
         "measure": {"seeds": [0, 1], "arms": ["scratch", "head", FULL]},
     }
-    return Recipe.parse(override(tree, list(overrides)))
+    return Recipe.parse(apply_overrides(tree, list(overrides)))
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A folder where the data and every arm of `recipe()` stand."""
     made = recipe()
-    with run_folder.commit(tmp_path / "phases" / "data", {"recipe": data_reads(made)}):
+    with run_folder.commit_stage(tmp_path / "phases" / "data", {"recipe": build_data_key(made)}):
         pass
-    for arm in arms(made):
+    for arm in plan_arms(made):
         for seed in made.measure.seeds:
-            read = arm_reads(made, arm)
-            reads = {"recipe": read, "asked": asked(made, read), "weights": "w"}
-            with run_folder.commit(tmp_path / "arms" / f"{arm.name}-seed{seed}", reads):
+            read = build_arm_key(made, arm)
+            reads = {"recipe": read, "asked": select_recipe_values(made, read), "weights": "w"}
+            with run_folder.commit_stage(tmp_path / "arms" / f"{arm.name}-seed{seed}", reads):
                 pass
     return tmp_path
 
@@ -57,7 +63,7 @@ def run(tmp_path: Path) -> Path:
 )
 def test_what_may_change(run: Path, assignment: str) -> None:
     made = recipe(assignment)
-    refuse_changed(made, run, arms(made))
+    refuse_changed(made, run, plan_arms(made))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +86,7 @@ def test_what_may_change(run: Path, assignment: str) -> None:
 def test_what_a_finished_part_has_read_may_not(run: Path, assignment: str, told: str) -> None:
     made = recipe(assignment)
     with pytest.raises(RunFolderError) as caught:
-        refuse_changed(made, run, arms(made))
+        refuse_changed(made, run, plan_arms(made))
     assert told in str(caught.value)
     assert "--restart" in caught.value.fix
     assert caught.value.exit_code == 4
@@ -89,35 +95,35 @@ def test_what_a_finished_part_has_read_may_not(run: Path, assignment: str, told:
 def test_all_changes_are_named_once(run: Path) -> None:
     made = recipe("data.seed=1", "finetune.lora.r=4")
     with pytest.raises(RunFolderError) as caught:
-        refuse_changed(made, run, arms(made))
+        refuse_changed(made, run, plan_arms(made))
     assert str(caught.value).count("->") == 2
 
 
 def test_what_no_wanted_arm_has_read_may_change(run: Path) -> None:
     made = recipe("finetune.strategy=head", "finetune.lora.r=4", "measure.arms=[]")
-    refuse_changed(made, run, arms(made))
+    refuse_changed(made, run, plan_arms(made))
 
 
 def test_a_new_folder_refuses_nothing(tmp_path: Path) -> None:
     made = recipe("data.seed=1")
-    refuse_changed(made, tmp_path, arms(made))
+    refuse_changed(made, tmp_path, plan_arms(made))
 
 
 def test_a_damaged_part_is_not_passed_over(run: Path) -> None:
     (run / "arms" / "head-seed1" / run_folder.MANIFEST).write_text("{", encoding="utf-8")
     made = recipe()
     with pytest.raises(RunFolderError, match="head-seed1"):
-        refuse_changed(made, run, arms(made))
+        refuse_changed(made, run, plan_arms(made))
 
 
 def test_the_data_read_neither_the_path_nor_the_length_in_tokens() -> None:
-    read = data_reads(recipe())
+    read = build_data_key(recipe())
     assert not {"data.train.path", "data.train.format", "data.max_length"} & read.keys()
     assert {"data.train.text", "data.train.label", "data.seed", "data.shots"} <= read.keys()
 
 
 def test_an_arm_reads_what_its_strategy_uses() -> None:
-    found = {arm.name: arm_reads(recipe(), arm) for arm in arms(recipe())}
+    found = {arm.name: build_arm_key(recipe(), arm) for arm in plan_arms(recipe())}
     assert set(found["head"]) == {"finetune.pooling", "data.max_length", "data.shots"}
     assert "finetune.lora.r" in found["lora"]
     assert "finetune.lora.r" not in found["full"]
@@ -128,24 +134,24 @@ def test_an_arm_reads_what_its_strategy_uses() -> None:
 
 def test_gradual_unfreezing_counts_its_own_epochs(tmp_path: Path) -> None:
     made = recipe("finetune.strategy=gradual", "measure.arms=[]")
-    (arm,) = arms(made)
-    read = arm_reads(made, arm)
+    (arm,) = plan_arms(made)
+    read = build_arm_key(made, arm)
     assert "finetune.training.learning_rate" in read and "finetune.gradual.epochs" in read
-    with run_folder.commit(tmp_path / "arms" / "gradual-seed0", {
-        "recipe": read, "asked": asked(made, read), "weights": "w",
+    with run_folder.commit_stage(tmp_path / "arms" / "gradual-seed0", {
+        "recipe": read, "asked": select_recipe_values(made, read), "weights": "w",
     }):  # fmt: skip
         pass
     unread = "finetune.training.num_train_epochs=9"
     other = recipe("finetune.strategy=gradual", "measure.arms=[]", unread)
-    refuse_changed(other, tmp_path, arms(other))
+    refuse_changed(other, tmp_path, plan_arms(other))
     other = recipe("finetune.strategy=gradual", "measure.arms=[]", "finetune.gradual.epochs=2")
     with pytest.raises(RunFolderError, match="finetune.gradual.epochs: 1"):
-        refuse_changed(other, tmp_path, arms(other))
+        refuse_changed(other, tmp_path, plan_arms(other))
 
 
 def test_the_strategy_counts_where_the_name_does_not_say_it() -> None:
     made = recipe("measure.arms=[{top: {finetune.strategy: partial}}]")
-    assert arm_reads(made, arms(made)[1])["finetune.strategy"] == "partial"
+    assert build_arm_key(made, plan_arms(made)[1])["finetune.strategy"] == "partial"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +165,7 @@ def test_the_strategy_counts_where_the_name_does_not_say_it() -> None:
     ],
 )
 def test_changed(old: dict[str, Any], new: dict[str, Any], lines: list[str]) -> None:
-    assert changed(old, new) == lines
+    assert describe_changes(old, new) == lines
 
 
 def test_arms_that_another_version_trained_are_never_averaged_with_new_ones(

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from hftl.config.overrides import flatten, override
-from hftl.config.recipe import Recipe, arms
+from hftl.config.overrides import apply_overrides, flatten
+from hftl.config.recipe import Recipe, plan_arms
 from hftl.errors import RecipeError
 from hftl.runtime.fingerprints import to_json
 
@@ -45,7 +45,7 @@ FROM_CONTRACT = {
 
 def recipe(*overrides: str, **sections: Any) -> Recipe:
     tree = json.loads(json.dumps(SMALLEST | sections))
-    return Recipe.parse(override(tree, list(overrides)), "my.yaml")
+    return Recipe.parse(apply_overrides(tree, list(overrides)), "my.yaml")
 
 
 def refused(message: str, *overrides: str, **sections: Any) -> None:
@@ -57,7 +57,7 @@ def refused(message: str, *overrides: str, **sections: Any) -> None:
 
 @pytest.mark.parametrize(("key", "value"), flatten(FROM_CONTRACT).items())
 def test_defaults(key: str, value: Any) -> None:
-    assert flatten(recipe().tree())[key] == value
+    assert flatten(recipe().to_dict())[key] == value
 
 
 def test_the_metric_follows_the_task() -> None:
@@ -74,7 +74,7 @@ def test_training_and_lora_keep_the_defaults_they_do_not_name() -> None:
 
 def test_a_recipe_written_out_is_the_same_recipe() -> None:
     made = recipe("finetune.lora.r=4", "measure.arms=[head, {full: {finetune.blocks: 3}}]")
-    assert Recipe.parse(made.tree()) == made
+    assert Recipe.parse(made.to_dict()) == made
 
 
 def test_null_sections_are_absent_sections() -> None:
@@ -98,7 +98,7 @@ def test_overrides_reach_a_file_with_short_tables(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("source: {model: org/model}\ndata: {train: a.csv}\n", encoding="utf-8")
     loaded = Recipe.load(path, ["data.train.text=[a, b]", "data.test=b.csv", "data.shots=3"])
-    assert loaded.data.train.texts == ["a", "b"]
+    assert loaded.data.train.text_columns == ["a", "b"]
     assert loaded.data.shots == 3
     assert loaded.data.test.model_dump()["path"] == "b.csv"
 
@@ -108,7 +108,7 @@ def test_other_tables_take_their_columns_from_train() -> None:
         "data.train={path: a.dat, format: csv, text: t, label: y}",
         "data.test={path: b.jsonl}",
         "data.validation={path: a.dat, split: dev, label: z}",
-    ).tree()["data"]
+    ).to_dict()["data"]
     assert (data["test"]["text"], data["test"]["label"], data["test"]["format"]) == ("t", "y", None)
     assert (data["validation"]["format"], data["validation"]["label"]) == ("csv", "z")
 
@@ -292,7 +292,7 @@ def test_two_arms_of_one_name_are_refused() -> None:
 
 
 def test_the_own_arm_comes_first_and_scratch_brings_classical() -> None:
-    assert [(arm.name, arm.strategy) for arm in arms(recipe())] == [
+    assert [(arm.name, arm.strategy) for arm in plan_arms(recipe())] == [
         ("lora", "lora"), ("scratch", "scratch"), ("classical", "classical"), ("head", "head"),
     ]  # fmt: skip
 
@@ -311,7 +311,7 @@ def test_the_own_arm_comes_first_and_scratch_brings_classical() -> None:
     ],
 )
 def test_which_arms_run(listed: list[Any], names: list[str]) -> None:
-    assert [arm.name for arm in arms(recipe(measure={"arms": listed}))] == names
+    assert [arm.name for arm in plan_arms(recipe(measure={"arms": listed}))] == names
 
 
 def test_an_arm_starts_as_the_recipe_and_takes_its_changes() -> None:
@@ -324,8 +324,8 @@ def test_an_arm_starts_as_the_recipe_and_takes_its_changes() -> None:
     ]
     made = recipe("finetune.pooling=mean", "finetune.training.warmup_steps=3",
                   measure={"arms": entries})  # fmt: skip
-    own, head, full, small, no_kl, top = arms(made)
-    assert {arm.finetune.pooling for arm in arms(made)} == {"mean"}
+    own, head, full, small, no_kl, top = plan_arms(made)
+    assert {arm.finetune.pooling for arm in plan_arms(made)} == {"mean"}
     assert (own.strategy, head.strategy, full.strategy) == ("lora", "head", "full")
     assert full.finetune.training == own.finetune.training | {"learning_rate": 5e-5}
     assert (small.strategy, small.finetune.lora) == ("lora", {"r": 2, "lora_alpha": 16})
@@ -373,9 +373,12 @@ def test_kl_is_one_or_several_and_an_arm_may_have_its_own() -> None:
             {"strong": {"retain.kl.0.weight": 1.0}}, "full",
         ]},
     )  # fmt: skip
-    own, head, no_kl, far, strong, full = arms(made)
-    assert own.retain is not None and [kl.on for kl in own.retain.kls] == ["probe", "relational"]
+    own, head, no_kl, far, strong, full = plan_arms(made)
+    assert own.retain is not None and [kl.on for kl in own.retain.kl_terms] == [
+        "probe",
+        "relational",
+    ]
     assert head.retain is None and no_kl.retain is None
     assert far.retain is not None and far.retain.kl is None and far.retain.l2sp is not None
-    assert strong.retain is not None and [kl.weight for kl in strong.retain.kls] == [1.0, 0.3]
+    assert strong.retain is not None and [kl.weight for kl in strong.retain.kl_terms] == [1.0, 0.3]
     assert full.retain == own.retain

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hftl.measure.record import Record, environment
+from hftl.measure.record import Record, describe_environment
 from hftl.runtime.fingerprints import fingerprint, to_json
 
 TREE: dict[str, Any] = {
@@ -64,7 +64,7 @@ def test_the_environment_names_versions_and_no_host() -> None:
     import getpass
     import socket
 
-    text = to_json(environment("cpu", "float32"))
+    text = to_json(describe_environment("cpu", "float32"))
     assert socket.gethostname() not in text
     assert f'"{getpass.getuser()}"' not in text
     assert set(json.loads(text)["packages"]) >= {"hftl", "torch", "transformers", "peft"}

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from hftl import Recipe, run
 from hftl.errors import DataError, HftlError, RecipeError, is_out_of_memory
-from hftl.pipeline.pipeline import preflight
+from hftl.pipeline.pipeline import check_recipe
 
 Tiny = Callable[..., Path]
 
@@ -21,7 +21,7 @@ Tiny = Callable[..., Path]
 def refused(tree: dict[str, Any], folder: Path) -> HftlError:
     """The refusal of `check`, which `run` gives too before anything trains."""
     errors = []
-    for start in (preflight, lambda recipe: run(recipe, folder / "run")):
+    for start in (check_recipe, lambda recipe: run(recipe, folder / "run")):
         with pytest.raises(HftlError) as caught:
             start(Recipe.parse(tree))
         errors.append(caught.value)
@@ -65,7 +65,7 @@ def test_a_longer_tokenizer_whose_tokens_no_row_holds_is_taken(
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens(["kryptonite"])
     tokenizer.save_pretrained(model)
-    preflight(Recipe.parse(tree_of(model, table)))
+    check_recipe(Recipe.parse(tree_of(model, table)))
 
 
 def test_adaptation_draws_from_all_tokens_and_refuses_such_a_tokenizer(
@@ -110,7 +110,7 @@ def test_modules_that_are_trained_and_not_reloaded(
     finetune = {"strategy": "lora", "pooling": pooling, "lora": {"modules_to_save": ["embeddings"]}}
     tree = tree_of(tiny_model(), table, finetune=finetune | {"training": {"num_train_epochs": 1}})
     try:
-        preflight(Recipe.parse(tree))
+        check_recipe(Recipe.parse(tree))
     except RecipeError as error:
         assert "finetune.lora" in str(error)
         return

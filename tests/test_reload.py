@@ -14,17 +14,17 @@ import torch
 from conftest import bench_of, pictures, sentences
 from safetensors.torch import save_file
 
-from hftl.card.snippets import plain_snippet
+from hftl.card.snippets import render_plain_snippet
 from hftl.config.recipe import Recipe
-from hftl.finetune.arm import learnt, train_arm
-from hftl.finetune.context import Workbench
+from hftl.finetune.arm import collect_trained_tensors, train_arm
+from hftl.finetune.context import ExperimentContext
 from hftl.finetune.strategies import prepare
 from hftl.models import lora as adapters
-from hftl.models.features import logits
-from hftl.models.heads import Built
+from hftl.models.features import predict_logits
+from hftl.models.heads import LoadedModel
 from hftl.publish import checks
-from hftl.publish.checks import reload_difference
-from hftl.publish.export import rebuild, write_model, write_sample
+from hftl.publish.checks import measure_reload_difference
+from hftl.publish.export import export_model, rebuild_model, write_reload_sample
 
 TOKENS = "token-classification"
 STRATEGIES = ("head", "partial", "lora", "full")
@@ -93,7 +93,7 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def opened(
     model: Path, folder: Path, pooling: str, strategy: str, data: dict[str, Any] | None = None
-) -> tuple[Workbench, Recipe]:
+) -> tuple[ExperimentContext, Recipe]:
     folder.mkdir(exist_ok=True)
     blocks = 1 if "albert" in model.name else 2
     finetune = {"pooling": pooling, "strategy": strategy, "blocks": blocks}
@@ -107,14 +107,14 @@ def opened(
     return bench_of(recipe), recipe
 
 
-def published(bench: Workbench, recipe: Recipe, folder: Path) -> Path:
+def published(bench: ExperimentContext, recipe: Recipe, folder: Path) -> Path:
     """Trains nothing, but moves every trainable weight as training would, then publishes.
 
     Returns:
         The sample, beside the folder `publish`.
     """
     finetune = recipe.finetune
-    built = bench.build(finetune.pooling, seed=0)
+    built = bench.build_model(finetune.pooling, seed=0)
     model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
     generator = torch.Generator().manual_seed(1)
     # The tiny encoders have small features; one layer alone must move far to be seen.
@@ -123,22 +123,22 @@ def published(bench: Workbench, recipe: Recipe, folder: Path) -> Path:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += far * torch.randn(parameter.shape, generator=generator)
-    trained = Built(model, built.anatomy, finetune.pooling, built.fresh)
-    rows = bench.encoded(bench.prepared.rows["test"])
-    expected = logits(model, rows, bench.inputs, "cpu")
+    trained = LoadedModel(model, built.architecture, finetune.pooling, built.fresh)
+    rows = bench.encode_rows(bench.prepared.rows["test"])
+    expected = predict_logits(model, rows, bench.inputs, "cpu")
     spread = np.ptp(expected, axis=0).max()
     assert spread > 1e-3, "the logits must differ for the comparison to mean anything"
-    save_file(learnt(trained), folder / "weights.safetensors")
-    again = rebuild(bench, finetune, 0, folder / "weights.safetensors")
+    save_file(collect_trained_tensors(trained), folder / "weights.safetensors")
+    again = rebuild_model(bench, finetune, 0, folder / "weights.safetensors")
     (folder / "publish").mkdir()
-    write_model(bench, again, finetune, folder / "publish")
-    return write_sample(bench, expected, folder)
+    export_model(bench, again, finetune, folder / "publish")
+    return write_reload_sample(bench, expected, folder)
 
 
 def difference(model: Path, folder: Path, pooling: str, strategy: str) -> float:
     bench, recipe = opened(model, folder, pooling, strategy)
     sample = published(bench, recipe, folder)
-    return reload_difference(folder / "publish", bench.source.folder, sample, "cpu")
+    return measure_reload_difference(folder / "publish", bench.source.folder, sample, "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -184,7 +184,9 @@ def test_the_gate_proves_it_in_a_process_of_its_own(
     data = section(name, task, tmp_path)
     bench, recipe = opened(tiny_model(name, masked), tmp_path, pooling, strategy, data)
     sample = published(bench, recipe, tmp_path)
-    assert reload_difference(tmp_path / "publish", bench.source.folder, sample, "cpu") <= 1e-5
+    assert (
+        measure_reload_difference(tmp_path / "publish", bench.source.folder, sample, "cpu") <= 1e-5
+    )
 
 
 def test_a_fresh_pooler_left_out_is_noticed(
@@ -230,8 +232,10 @@ def test_an_arm_trained_in_bf16_predicts_in_fp32(
     finetune = recipe.finetune.model_copy(update={"training": training})
     outcome = train_arm(bench, finetune, 0)
     save_file(outcome.weights, tmp_path / "weights.safetensors")
-    model = rebuild(bench, finetune, 0, tmp_path / "weights.safetensors")
-    again = logits(model, bench.encoded(bench.prepared.rows["test"]), bench.inputs, "cpu")
+    model = rebuild_model(bench, finetune, 0, tmp_path / "weights.safetensors")
+    again = predict_logits(
+        model, bench.encode_rows(bench.prepared.rows["test"]), bench.inputs, "cpu"
+    )
     np.testing.assert_allclose(outcome.logits["test"], again, atol=1e-6)
 
 
@@ -245,11 +249,11 @@ def test_the_cards_plain_snippet_gives_the_logits(
     bench, recipe = opened(tiny_model("bert", True), tmp_path, pooling, strategy)
     outcome = train_arm(bench, recipe.finetune, 0)
     save_file(outcome.weights, tmp_path / "weights.safetensors")
-    model = rebuild(bench, recipe.finetune, 0, tmp_path / "weights.safetensors")
-    write_model(bench, model, recipe.finetune, tmp_path / "publish")
+    model = rebuild_model(bench, recipe.finetune, 0, tmp_path / "weights.safetensors")
+    export_model(bench, model, recipe.finetune, tmp_path / "publish")
     (text,) = bench.prepared.rows["test"][0].content
     base = str(bench.source.folder)
-    code = plain_snippet(
+    code = render_plain_snippet(
         str(tmp_path / "publish"), base, None, pooling, 2, strategy == "lora", "text", f'"{text}"'
     )
     torch.manual_seed(5)
@@ -270,18 +274,20 @@ def test_native_loads_with_auto_peft(
     outcome = train_arm(bench, recipe.finetune, 0)
     save_file(outcome.weights, tmp_path / "weights.safetensors")
     published = tmp_path / "publish"
-    model = rebuild(bench, recipe.finetune, 0, tmp_path / "weights.safetensors")
-    write_model(bench, model, recipe.finetune, published)
+    model = rebuild_model(bench, recipe.finetune, 0, tmp_path / "weights.safetensors")
+    export_model(bench, model, recipe.finetune, published)
     settings = json.loads((published / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = str(bench.source.folder)
     (published / "adapter_config.json").write_text(json.dumps(settings))
     torch.manual_seed(5)
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(published, num_labels=2)
-    rows = bench.encoded(bench.prepared.rows["test"])
-    found = logits(loaded, rows, bench.inputs, "cpu")
+    rows = bench.encode_rows(bench.prepared.rows["test"])
+    found = predict_logits(loaded, rows, bench.inputs, "cpu")
     np.testing.assert_allclose(found, outcome.logits["test"], atol=1e-5)
     (text,) = bench.prepared.rows["test"][0].content
-    code = plain_snippet(str(published), "org/base", None, "native", 2, True, "text", f'"{text}"')
+    code = render_plain_snippet(
+        str(published), "org/base", None, "native", 2, True, "text", f'"{text}"'
+    )
     exec(compile(code, "card", "exec"), {"__name__": "card"})  # noqa: S102
     printed = re.findall(r"-?\d+\.\d+(?:e-?\d+)?", capsys.readouterr().out.splitlines()[-1])
     np.testing.assert_allclose([float(n) for n in printed], outcome.logits["test"][0], atol=2e-4)

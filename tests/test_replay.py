@@ -17,12 +17,12 @@ from torch import Tensor
 
 from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
-from hftl.data.load import Reading
+from hftl.data.load import InputSpec
 from hftl.errors import DataError, RecipeError
-from hftl.finetune.retention import general_examples
-from hftl.pipeline.cache_keys import retain_flat
-from hftl.pipeline.pipeline import preflight, run
-from hftl.train.loss import replayed_loss, summed_loss
+from hftl.finetune.retention import build_general_dataset
+from hftl.pipeline.cache_keys import flatten_retain
+from hftl.pipeline.pipeline import check_recipe, run
+from hftl.train.loss import compute_replay_loss, compute_summed_loss
 
 
 @pytest.fixture
@@ -40,10 +40,14 @@ def test_a_general_row_counts_its_share(kind: str) -> None:
         "target": torch.randn(6),
     }[kind]
     general = torch.tensor([False, True, False, False, True, True])
-    each = torch.stack([summed_loss(logits[i : i + 1], labels[i : i + 1]) for i in range(6)])
+    each = torch.stack(
+        [compute_summed_loss(logits[i : i + 1], labels[i : i + 1]) for i in range(6)]
+    )
     wanted = each[~general].sum() + 0.7 * each[general].sum()
-    torch.testing.assert_close(replayed_loss(logits, labels, general, 0.7), wanted)
-    assert replayed_loss(logits, labels, general, 0.0) == pytest.approx(float(each[~general].sum()))
+    torch.testing.assert_close(compute_replay_loss(logits, labels, general, 0.7), wanted)
+    assert compute_replay_loss(logits, labels, general, 0.0) == pytest.approx(
+        float(each[~general].sum())
+    )
 
 
 class General(Rows):
@@ -142,14 +146,14 @@ def tree(recipe_tree: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 def test_the_general_rows_hold_the_tasks_classes(tree: dict[str, Any]) -> None:
     recipe = Recipe.parse(tree)
     bench = bench_of(recipe)
-    bench.general = load_general(recipe.data, bench.prepared, Reading())
-    examples = general_examples(bench, labelled=True)
+    bench.general = load_general(recipe.data, bench.prepared, InputSpec())
+    examples = build_general_dataset(bench, labelled=True)
     truth = dict(sentences(80, seed=9))
     names = bench.prepared.names
     told = [names[int(examples[i]["labels"])] for i in range(len(examples))]
-    assert told == [truth[row.content[0]] for row in bench.general.used]
+    assert told == [truth[row.content[0]] for row in bench.general.train_rows]
     assert set(told) == set(names)
-    bare = general_examples(bench)
+    bare = build_general_dataset(bench)
     assert {int(np.asarray(bare[i]["labels"])) for i in range(len(bare))} == {-100}
 
 
@@ -187,7 +191,7 @@ def test_what_has_no_labels_is_refused(
     tree["data"] |= data
     tree["retain"] = retain
     with pytest.raises(RecipeError) as caught:
-        preflight(Recipe.parse(tree))
+        check_recipe(Recipe.parse(tree))
     assert caught.value.exit_code == 2
     assert re.search(message, f"{caught.value.what}. {caught.value.fix}")
 
@@ -197,22 +201,22 @@ def test_labels_that_the_task_has_not_are_refused_and_named(
 ) -> None:
     recipe = Recipe.parse(deepcopy(tree))
     bench = bench_of(recipe)
-    general = load_general(recipe.data, bench.prepared, Reading())
-    wrong = {general.used[0].content[0], general.measured[0].content[0]}
+    general = load_general(recipe.data, bench.prepared, InputSpec())
+    wrong = {general.train_rows[0].content[0], general.eval_rows[0].content[0]}
     rows = [(text, "cold" if text in wrong else label, str(i // 4))
             for i, (text, label) in enumerate(sentences(80, seed=9))]  # fmt: skip
     path = write_csv(tmp_path / "cold.csv", ["text", "label", "document"], rows)
     tree["data"]["general"]["path"] = str(path)
-    for go in (preflight, lambda made: run(made, tmp_path / "run")):
+    for go in (check_recipe, lambda made: run(made, tmp_path / "run")):
         with pytest.raises(DataError, match="cold.csv.*the label 'cold', which train never"):
             go(Recipe.parse(deepcopy(tree)))
     tree["retain"] = {"ewc": {"fisher": "features", "samples": 8}}
-    preflight(Recipe.parse(tree))
+    check_recipe(Recipe.parse(tree))
 
 
 def test_without_labels_the_weight_is_not_among_what_was_read(tree: dict[str, Any]) -> None:
     tree["retain"] = {"kl": {"inputs": "general"}, "replay": {"ratio": 0.25}}
     retain = Recipe.parse(tree).retain
     assert retain is not None
-    read = retain_flat(retain)
+    read = flatten_retain(retain)
     assert {key for key in read if "replay" in key} == {"retain.replay.ratio"}

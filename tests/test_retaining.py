@@ -13,8 +13,8 @@ from hftl.config.recipe import Recipe
 from hftl.config.retain import KL, Retain
 from hftl.errors import RecipeError
 from hftl.finetune import retention as module
-from hftl.finetune.retention import GRID, choose_weight, is_open, with_weight
-from hftl.pipeline.pipeline import preflight, run
+from hftl.finetune.retention import WEIGHT_GRID, has_auto_weight, select_kl_weight, set_kl_weight
+from hftl.pipeline.pipeline import check_recipe, run
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_the_same_again_does_nothing_and_a_changed_term_is_refused(
 def test_a_weight_is_chosen_once_and_told(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "GRID", (0.1, 1.0))
+    monkeypatch.setattr(module, "WEIGHT_GRID", (0.1, 1.0))
     tree["retain"] = {"kl": {"weight": "auto", "inputs": "general"}}
     lines: list[str] = []
     record = run(Recipe.parse(tree), tmp_path / "run", say=lines.append)
@@ -128,8 +128,8 @@ def test_a_weight_is_chosen_once_and_told(
 def test_the_rule_of_one_standard_error(
     scores: tuple[float, ...], forgotten: tuple[float, ...], weight: float
 ) -> None:
-    told = {w: (s, 0.02, f) for w, s, f in zip(GRID, scores, forgotten, strict=True)}
-    found = choose_weight(lambda w: told[w])
+    told = {w: (s, 0.02, f) for w, s, f in zip(WEIGHT_GRID, scores, forgotten, strict=True)}
+    found = select_kl_weight(lambda w: told[w])
     assert found["weight"] == weight
     assert [tried["forgotten"] for tried in found["tried"]] == list(forgotten)
 
@@ -171,9 +171,9 @@ def test_a_head_that_nobody_trained_is_refused_before_anything_trains(tree: dict
 
 def test_only_weights_that_are_open_are_filled() -> None:
     retain = Retain(kl=[KL(weight="auto"), KL(weight=0.7)])
-    assert is_open(retain) and not is_open(None)
-    filled = with_weight(retain, 0.3)
-    assert [kl.weight for kl in filled.kls] == [0.3, 0.7] and not is_open(filled)
+    assert has_auto_weight(retain) and not has_auto_weight(None)
+    filled = set_kl_weight(retain, 0.3)
+    assert [kl.weight for kl in filled.kl_terms] == [0.3, 0.7] and not has_auto_weight(filled)
 
 
 def test_after_adaptation_the_reference_may_be_the_source(
@@ -201,12 +201,12 @@ def test_an_arm_that_inherits_what_it_cannot_is_named(tree: dict[str, Any]) -> N
     tree["retain"] = {"l2sp": {"decoupled": True}}
     tree["measure"]["arms"] = ["lora"]
     with pytest.raises(RecipeError, match=r"^measure\.arms\.lora: retain\.l2sp\.decoupled moves"):
-        preflight(Recipe.parse(tree))
+        check_recipe(Recipe.parse(tree))
 
 
 def test_a_warning_that_holds_of_several_arms_is_told_once(tree: dict[str, Any]) -> None:
     tree["retain"] = {"l2sp": {}}
-    told = preflight(Recipe.parse(tree))[1]["warnings"]
+    told = check_recipe(Recipe.parse(tree))[1]["warnings"]
     assert len(told) == len(set(told)) and sum("is high for full" in line for line in told) == 1
 
 
@@ -229,4 +229,4 @@ def test_what_cannot_be_is_refused_before_a_row_is_read(
     tree["retain"] = retain
     tree["finetune"] |= finetune
     with pytest.raises(RecipeError, match=message):
-        preflight(Recipe.parse(tree))
+        check_recipe(Recipe.parse(tree))

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer
 
 from hftl.errors import RecipeError
-from hftl.models.heads import anatomy_in, last_linear
-from hftl.retain.hooks import Tap, in_eval
+from hftl.models.heads import get_last_linear, get_model_architecture
+from hftl.retain.hooks import EmbeddingHook, eval_mode
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.reference import Reference
 from hftl.retain.weights import L2SP
@@ -24,12 +24,12 @@ from hftl.train.trainer import TransferTrainer
 def opinionated(model: nn.Module, data: Dataset | None = None) -> nn.Module:
     """The model with its last layer solved on the rows' own labels, as a probe would."""
     rows = data or Rows()
-    layer = last_linear(model, anatomy_in(model))
+    layer = get_last_linear(model, get_model_architecture(model))
     caught: list[torch.Tensor] = []
     hook = layer.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     batch = {k: torch.stack([rows[i][k] for i in range(len(rows))])  # pyright: ignore
              for k in ("input_ids", "attention_mask")}  # fmt: skip
-    with torch.no_grad(), in_eval(model):
+    with torch.no_grad(), eval_mode(model):
         model(**batch)
         labels = torch.stack([rows[i]["labels"] for i in range(len(rows))])  # pyright: ignore
         targets = 2.0 * nn.functional.one_hot(labels, layer.out_features).float()
@@ -50,13 +50,13 @@ def with_probe(folder: Path, strategy: str, pooling: str = "mean", dropout: floa
     """A model whose head was solved before it is wrapped."""
     from hftl.config.source import Source
     from hftl.finetune.strategies import prepare
-    from hftl.models.heads import build
+    from hftl.models.heads import build_model
     from hftl.models.source import find_source
 
     source = find_source(Source(model=str(folder)))
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         setattr(source.config, name, dropout)
-    found = build(source, "classification", pooling, 3, ["a", "b", "c"], seed=0)
+    found = build_model(source, "classification", pooling, 3, ["a", "b", "c"], seed=0)
     return prepare(opinionated(found.model), strategy, fresh=found.fresh)
 
 
@@ -199,11 +199,11 @@ def test_weight_zero_is_the_trainer_without_terms_bit_for_bit(
 
 
 def test_weight_zero_is_plain_trainer(bert: Path, tmp_path: Path) -> None:
-    from hftl.train.samplers import SeededOrder
+    from hftl.train.samplers import SeededSampler
 
     class Ordered(Trainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            return SeededOrder(len(self.train_dataset), 3)  # pyright: ignore
+            return SeededSampler(len(self.train_dataset), 3)  # pyright: ignore
 
     found = []
     for plain in (True, False):
@@ -252,14 +252,14 @@ def test_the_reference_with_the_adapter_off_is_the_probed_model(
 ) -> None:
     model = with_probe(bert, "lora", pooling)
     batch = {k: torch.stack([Rows()[i][k] for i in range(8)]) for k in Rows()[0]}
-    tap = Tap(model)
+    tap = EmbeddingHook(model)
     inputs = {k: v for k, v in batch.items() if k != "labels"}
-    with torch.no_grad(), in_eval(model):
-        before = tap.view(model(**inputs), batch["attention_mask"])
+    with torch.no_grad(), eval_mode(model):
+        before = tap.read_outputs(model(**inputs), batch["attention_mask"])
     reference = Reference(model, None, copied=False)
     retaining(model, tmp_path, [KLToOriginal(cached=cached)], {}, learning_rate=0.1).train()
-    with torch.no_grad(), in_eval(model):
-        now = tap.view(model(**inputs), batch["attention_mask"])
+    with torch.no_grad(), eval_mode(model):
+        now = tap.read_outputs(model(**inputs), batch["attention_mask"])
     then = reference(batch)
     assert not torch.allclose(now.logits, before.logits, atol=1e-2)
     torch.testing.assert_close(then.logits, before.logits, atol=1e-6, rtol=1e-5)
@@ -308,15 +308,15 @@ def test_another_original_may_be_given(bert: Path, tmp_path: Path) -> None:
         for parameter in other.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     terms, far = [KLToOriginal(50.0, "features")], []
-    tap = Tap(other)
+    tap = EmbeddingHook(other)
     batch = {k: torch.stack([Rows()[i][k] for i in range(24)]) for k in Rows()[0]}
     inputs = {k: v for k, v in batch.items() if k != "labels"}
 
     def distance() -> float:
-        mine = Tap(model)
-        with torch.no_grad(), in_eval(model), in_eval(other):
-            one = mine.view(model(**inputs), batch["attention_mask"]).embedding
-            two = tap.view(other(**inputs), batch["attention_mask"]).embedding
+        mine = EmbeddingHook(model)
+        with torch.no_grad(), eval_mode(model), eval_mode(other):
+            one = mine.read_outputs(model(**inputs), batch["attention_mask"]).embedding
+            two = tap.read_outputs(other(**inputs), batch["attention_mask"]).embedding
         mine.close()
         return float((one - two).norm())  # pyright: ignore
 

@@ -18,7 +18,7 @@ READS = {"recipe": {"finetune.lora.r": 8}, "weights": None}
 def part(tmp_path: Path) -> Path:
     """A complete part of two files."""
     folder = tmp_path / "arms" / "lora-seed0"
-    with run_folder.commit(folder, READS) as aside:
+    with run_folder.commit_stage(folder, READS) as aside:
         (aside / "sub").mkdir()
         (aside / "a.txt").write_text("first", encoding="utf-8")
         (aside / "sub" / "b.txt").write_text("second", encoding="utf-8")
@@ -32,43 +32,46 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_a_part_stands_with_its_hashes_and_what_it_read(part: Path) -> None:
     assert sorted(files(part)) == ["MANIFEST.json", "a.txt", "sub/b.txt"]
-    assert run_folder.reads(part) == READS
+    assert run_folder.read_stage_inputs(part) == READS
     assert [p.name for p in part.parent.iterdir()] == ["lora-seed0"]
 
 
 def test_nothing_stands_before_the_end(tmp_path: Path) -> None:
-    with run_folder.commit(tmp_path / "data", READS) as aside:
+    with run_folder.commit_stage(tmp_path / "data", READS) as aside:
         (aside / "a.txt").write_text("x", encoding="utf-8")
         assert not (tmp_path / "data").exists()
-        assert run_folder.reads(tmp_path / "data") is None
+        assert run_folder.read_stage_inputs(tmp_path / "data") is None
     assert (tmp_path / "data" / "a.txt").exists()
 
 
 def test_a_body_that_raises_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), run_folder.commit(tmp_path / "data", READS) as aside:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        run_folder.commit_stage(tmp_path / "data", READS) as aside,
+    ):
         (aside / "a.txt").write_text("half", encoding="utf-8")
         raise KeyboardInterrupt
     assert not (tmp_path / "data").exists()
-    assert run_folder.reads(tmp_path / "data") is None
+    assert run_folder.read_stage_inputs(tmp_path / "data") is None
 
 
 def test_a_body_that_raises_leaves_what_stood(part: Path) -> None:
     before = files(part)
-    with pytest.raises(OSError, match="full"), run_folder.commit(part, {}) as aside:
+    with pytest.raises(OSError, match="full"), run_folder.commit_stage(part, {}) as aside:
         (aside / "a.txt").write_text("half", encoding="utf-8")
         raise OSError("full")
     assert files(part) == before
-    assert run_folder.reads(part) == READS
+    assert run_folder.read_stage_inputs(part) == READS
 
 
 def test_a_part_is_replaced_as_a_whole(part: Path) -> None:
-    old = run_folder.digest(part)
-    with run_folder.commit(part, {"recipe": {}}) as aside:
+    old = run_folder.hash_stage(part)
+    with run_folder.commit_stage(part, {"recipe": {}}) as aside:
         (aside / "c.txt").write_text("third", encoding="utf-8")
         assert (part / "a.txt").read_text(encoding="utf-8") == "first"
     assert sorted(files(part)) == ["MANIFEST.json", "c.txt"]
-    assert run_folder.reads(part) == {"recipe": {}}
-    assert run_folder.digest(part) != old
+    assert run_folder.read_stage_inputs(part) == {"recipe": {}}
+    assert run_folder.hash_stage(part) != old
     assert [p.name for p in part.parent.iterdir()] == ["lora-seed0"]
 
 
@@ -76,17 +79,17 @@ def test_what_a_killed_attempt_left_is_not_taken_over(part: Path) -> None:
     left = part.parent / ".tmp-lora-seed0"
     left.mkdir()
     (left / "old.txt").write_text("old", encoding="utf-8")
-    with run_folder.commit(part, READS) as aside:
+    with run_folder.commit_stage(part, READS) as aside:
         (aside / "new.txt").write_text("new", encoding="utf-8")
     assert sorted(files(part)) == ["MANIFEST.json", "new.txt"]
 
 
 def test_the_digest_is_that_of_the_content(part: Path, tmp_path: Path) -> None:
-    with run_folder.commit(tmp_path / "again", READS) as aside:
+    with run_folder.commit_stage(tmp_path / "again", READS) as aside:
         (aside / "sub").mkdir()
         (aside / "sub" / "b.txt").write_text("second", encoding="utf-8")
         (aside / "a.txt").write_text("first", encoding="utf-8")
-    assert run_folder.digest(tmp_path / "again") == run_folder.digest(part)
+    assert run_folder.hash_stage(tmp_path / "again") == run_folder.hash_stage(part)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "sub/b.txt"])
@@ -98,7 +101,7 @@ def test_a_file_that_is_missing_or_changed_is_named(
 ) -> None:
     (part / name).unlink() if content is None else (part / name).write_bytes(content)
     with pytest.raises(RunFolderError, match=f"{name} {message}") as caught:
-        run_folder.reads(part)
+        run_folder.read_stage_inputs(part)
     assert str(part) in caught.value.fix
 
 
@@ -108,7 +111,7 @@ def test_a_manifest_that_is_missing_or_damaged_is_named(part: Path, content: byt
     path = part / run_folder.MANIFEST
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(RunFolderError, match=r"MANIFEST\.json is missing or unreadable"):
-        run_folder.reads(part)
+        run_folder.read_stage_inputs(part)
 
 
 HOLD = """
@@ -124,7 +127,7 @@ with run_folder.locked(Path(sys.argv[1])):
 @pytest.fixture
 def holder(tmp_path: Path) -> Any:
     """Another process that holds the run folder until its input ends."""
-    run_folder.make(tmp_path)
+    run_folder.create_run_folder(tmp_path)
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], text=True,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:  # fmt: skip
         assert process.stdout is not None
@@ -136,32 +139,32 @@ def test_a_folder_that_another_process_holds(tmp_path: Path, holder: Any) -> Non
     (tmp_path / ".tmp-theirs").mkdir()
     with (
         pytest.raises(RunFolderError, match=f"is in use by process {holder.pid}") as caught,
-        run_folder.locked(tmp_path),
+        run_folder.lock_run(tmp_path),
     ):
         pass
     assert caught.value.exit_code == 4
     assert (tmp_path / ".tmp-theirs").exists(), "the holder's work must not be removed"
     holder.communicate()
-    with run_folder.locked(tmp_path):
+    with run_folder.lock_run(tmp_path):
         assert not (tmp_path / ".tmp-theirs").exists()
 
 
 def test_a_killed_holder_holds_nothing(tmp_path: Path, holder: Any) -> None:
     holder.kill()
     holder.wait()
-    with run_folder.locked(tmp_path):
+    with run_folder.lock_run(tmp_path):
         pass
 
 
 def test_leftovers_go_and_the_rest_stays(part: Path, tmp_path: Path) -> None:
-    run_folder.make(tmp_path)
+    run_folder.create_run_folder(tmp_path)
     before = files(part)
     for name in (".tmp-publish", "arms/.tmp-head-seed1", "arms/.tmp-old-lora-seed0"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_text("x", encoding="utf-8")
     (tmp_path / ".tmp-record.json").write_text("{", encoding="utf-8")
     (tmp_path / "record.json").write_text("{}", encoding="utf-8")
-    with run_folder.locked(tmp_path):
+    with run_folder.lock_run(tmp_path):
         assert not list(tmp_path.rglob(".tmp-*"))
     assert files(part) == before
     assert (tmp_path / "record.json").exists()
@@ -180,7 +183,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(RecipeError, match="cannot be written.*Choose another --output"):
-            run_folder.make(folder)
+            run_folder.create_run_folder(folder)
 
 
 def test_the_manifest_is_readable_json(part: Path) -> None:

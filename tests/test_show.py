@@ -8,7 +8,7 @@ from hftl import console
 
 
 def test_header_is_two_columns() -> None:
-    assert console.header({"source": "a", "arms": "b c"}) == "  source  a\n  arms    b c"
+    assert console.format_header({"source": "a", "arms": "b c"}) == "  source  a\n  arms    b c"
 
 
 @pytest.mark.parametrize(
@@ -20,11 +20,11 @@ def test_arm_line(metrics: dict[str, float], score: str) -> None:
     told = {"arm": "lora", "seed": 1, "metrics": {"test": metrics},
             "timings": {"train_seconds": 3.0, "predict_seconds": 1.2, "energy_kwh": 7}}  # fmt: skip
     expected = f"  [2/9] lora seed 1           {score}  4 s"
-    assert console.arm_line(told, "accuracy", "2/9") == expected
+    assert console.format_arm_line(told, "accuracy", "2/9") == expected
 
 
 def test_table_aligns_and_rules() -> None:
-    assert console.table([("arm", "score"), ("classical", "1"), ("a", "22")]) == (
+    assert console.format_table([("arm", "score"), ("classical", "1"), ("a", "22")]) == (
         "  arm        score\n  ----------------\n  classical  1\n  a          22"
     )
 
@@ -35,7 +35,7 @@ def test_table_aligns_and_rules() -> None:
      (5400, "1.5 h"), (9000, "2.5 h")],
 )  # fmt: skip
 def test_duration(seconds: float, text: str) -> None:
-    assert console.duration(seconds) == text
+    assert console.format_duration(seconds) == text
 
 
 def test_ladder_shows_every_arm_and_what_the_own_gains() -> None:
@@ -49,7 +49,7 @@ def test_ladder_shows_every_arm_and_what_the_own_gains() -> None:
             {"arm": "scratch", "test": 0.6, "sd": 0.02, "gain_of_own": gain | {"ci95": None}},
         ],
     }
-    head, rule, *rows = console.ladder(record).splitlines()
+    head, rule, *rows = console.format_ladder(record).splitlines()
     assert head.split() == ["arm", "test", "accuracy", "sd", "lora", "gains"]
     assert set(rule.strip()) == {"-"}
     assert [row.split() for row in rows] == [

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from hftl.config.source import Source
 from hftl.errors import HubError, RecipeError
-from hftl.models.heads import build
-from hftl.models.source import find_source, load_processor, load_tokenizer, weights_sha256
+from hftl.models.heads import build_model
+from hftl.models.source import find_source, hash_source_weights, load_processor, load_tokenizer
 
 COMMIT = "a" * 40
 
@@ -49,8 +49,10 @@ def test_a_hub_id_is_pinned_before_its_weights_are_fetched(
     assert found.revision == COMMIT and found.public_id == "org/tiny"
     assert asked == ["v1", COMMIT], "the weights come from the commit the config came from"
     assert (found.folder / "model.safetensors").exists()
-    assert weights_sha256(found) == weights_sha256(find_source(Source(model=str(tiny_model()))))
-    assert build(found, "classification", "mean", 2, ["a", "b"], seed=0).fresh == ()
+    assert hash_source_weights(found) == hash_source_weights(
+        find_source(Source(model=str(tiny_model())))
+    )
+    assert build_model(found, "classification", "mean", 2, ["a", "b"], seed=0).fresh == ()
 
 
 def test_an_unsupported_hub_model_is_refused_before_its_weights_are_fetched(
@@ -96,9 +98,10 @@ def test_weights_are_known_by_their_values_not_by_their_file(
     changed = tensors | {first: tensors[first] + torch.ones_like(tensors[first]) * 1e-6}
     save_file(changed, tmp_path / "other" / "model.safetensors")
     found = {
-        n: weights_sha256(find_source(Source(model=str(tmp_path / n)))) for n in ("same", "other")
+        n: hash_source_weights(find_source(Source(model=str(tmp_path / n))))
+        for n in ("same", "other")
     }
-    assert found["same"] == weights_sha256(source) != found["other"]
+    assert found["same"] == hash_source_weights(source) != found["other"]
 
 
 def test_a_folder_without_weights_is_refused(
@@ -107,9 +110,9 @@ def test_a_folder_without_weights_is_refused(
     (tmp_path / "config.json").write_bytes((tiny_model() / "config.json").read_bytes())
     source = find_source(Source(model=str(tmp_path)))
     with pytest.raises(RecipeError, match="has no weights"):
-        weights_sha256(source)
+        hash_source_weights(source)
     with pytest.raises(RecipeError, match="does not load"):
-        build(source, "classification", "mean", 2, ["a", "b"], seed=0)
+        build_model(source, "classification", "mean", 2, ["a", "b"], seed=0)
 
 
 def test_vit_mae_is_read_as_vit_and_told_as_it_was(tiny_model: Callable[..., Path]) -> None:
@@ -119,7 +122,7 @@ def test_vit_mae_is_read_as_vit_and_told_as_it_was(tiny_model: Callable[..., Pat
     found = find_source(Source(model=str(tiny_model("vit_mae"))))
     assert (found.architecture, found.model_type) == ("vit_mae", "vit")
     kept = ViTMAEModel.from_pretrained(found.folder).state_dict()
-    built = build(found, "classification", "native", 2, ["a", "b"], seed=0)
+    built = build_model(found, "classification", "native", 2, ["a", "b"], seed=0)
     for name, parameter in built.model.named_parameters():
         told = name.removeprefix("vit.")
         assert name.startswith("classifier.") or torch.equal(kept[told], parameter), name
@@ -166,7 +169,7 @@ def test_a_checkpoint_that_lacks_a_part_of_the_encoder_is_refused(
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     source = find_source(Source(model=str(tmp_path)))
     with pytest.raises(RecipeError, match=f"lacks the weights of .*{lost}"):
-        build(source, "classification", "native", 2, ["a", "b"], seed=0)
+        build_model(source, "classification", "native", 2, ["a", "b"], seed=0)
 
 
 @pytest.mark.parametrize(("name", "unused"), [("dinov2", "mask_token"), ("clip", "post_layernorm")])
@@ -180,4 +183,6 @@ def test_a_part_that_no_output_depends_on_may_be_missing(
     assert len(kept) < len(tensors)
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     source = find_source(Source(model=str(tmp_path)))
-    assert build(source, "classification", "native", 2, ["a", "b"], seed=0).fresh == ("classifier",)
+    assert build_model(source, "classification", "native", 2, ["a", "b"], seed=0).fresh == (
+        "classifier",
+    )

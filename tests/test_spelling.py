@@ -16,20 +16,20 @@ from conftest import bench_of, sentences, write_csv
 from PIL import Image
 
 import hftl
-from hftl.analysis.check import check
+from hftl.analysis.check import check_inputs
 from hftl.config.data import Data
 from hftl.config.recipe import Recipe
 from hftl.data.normalization import (
     find_doubtful_names,
     find_fraction,
-    label_fault,
-    normalise_name,
-    normalise_text,
+    find_label_fault,
+    normalize_name,
+    normalize_text,
 )
-from hftl.data.prepare import prepare
+from hftl.data.prepare import prepare_data
 from hftl.errors import DataError
-from hftl.inference.compare import compare
-from hftl.pipeline.pipeline import preflight, run
+from hftl.inference.compare import compare_models
+from hftl.pipeline.pipeline import check_recipe, run
 
 HEADER = ["text", "label"]
 
@@ -47,18 +47,18 @@ HEADER = ["text", "label"]
     ],
 )  # fmt: skip
 def test_the_spellings_of_a_class_are_one_name(values: list[Any], name: str) -> None:
-    assert {normalise_name(value) for value in values} == {name}
+    assert {normalize_name(value) for value in values} == {name}
 
 
 def test_the_key_of_a_text_is_its_own_key() -> None:
     for text in ("\u0130stanbul", "Stra\u00dfe", "\u1e9e", "\u03a3\u03c2", "\u00c5ngstr\u00f6m "):
-        assert normalise_text(normalise_text(text)) == normalise_text(text)
-    assert normalise_text("good film") != normalise_text("good films")
+        assert normalize_text(normalize_text(text)) == normalize_text(text)
+    assert normalize_text("good film") != normalize_text("good films")
 
 
 @pytest.mark.parametrize("value", ["\u200b", " \ufeff ", float("nan"), None, ""])
 def test_a_label_of_nothing_is_refused(value: Any) -> None:
-    assert label_fault({"y": value}, "y", "classification") is not None
+    assert find_label_fault({"y": value}, "y", "classification") is not None
 
 
 def test_numbers_with_fractions_are_no_classes() -> None:
@@ -79,7 +79,7 @@ def test_fractions_are_refused_whatever_the_table(tmp_path: Path, suffix: str) -
         path.write_text("".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in rows))
     data = Data.model_validate({"train": {"path": str(path)}})
     with pytest.raises(DataError, match=r"line \d+: prices.* numbers with fractions.*0\.125"):
-        prepare(data)
+        prepare_data(data)
 
 
 def test_doubtful_names_are_named() -> None:
@@ -116,7 +116,7 @@ def test_a_missing_value_among_numbers_hides_no_fractions(tmp_path: Path, task: 
         )
     )
     with pytest.raises(DataError, match=r"line 3: a.jsonl has numbers with fractions.*0\.125"):
-        prepare(Data.model_validate({"task": task, "train": {"path": str(path)}}))
+        prepare_data(Data.model_validate({"task": task, "train": {"path": str(path)}}))
 
 
 def test_copies_that_differ_in_spelling_do_not_straddle(tmp_path: Path) -> None:
@@ -124,10 +124,10 @@ def test_copies_that_differ_in_spelling_do_not_straddle(tmp_path: Path) -> None:
     coin = random.Random(0)
     rows = [(text, coin.choice(["heads", "tails"])) for text, _ in sentences(80)]
     both = [*rows, *((text.upper() + " ", label) for text, label in rows)]
-    found = prepare(
+    found = prepare_data(
         Data.model_validate({"train": {"path": str(write_csv(tmp_path / "a.csv", HEADER, both))}})
     )
-    texts = [normalise_text(row.content[0]) for part in found.rows.values() for row in part]
+    texts = [normalize_text(row.content[0]) for part in found.rows.values() for row in part]
     assert len(texts) == len(set(texts)) == 80
     assert found.facts["duplicates"] == 80
 
@@ -137,7 +137,7 @@ def test_tables_of_other_line_ends_and_case_leak_nothing(tmp_path: Path) -> None
     train = write_csv(tmp_path / "train.csv", HEADER, rows)
     test = write_csv(tmp_path / "test.csv", HEADER, [(f"{t.title()}\r\n", y) for t, y in rows[:20]])
     data = Data.model_validate({"train": {"path": str(train)}, "test": {"path": str(test)}})
-    found = prepare(data)
+    found = prepare_data(data)
     assert found.facts["leaked"] == 20
     assert found.facts["splits"]["test"] == 20
 
@@ -150,7 +150,7 @@ def test_a_target_that_parquet_has_rounded_is_no_contradiction(tmp_path: Path) -
     rounded = pa.array(np.array(values[:20], np.float32))
     pq.write_table(pa.table({"text": texts[:20], "label": rounded}), test)
     tables = {"train": {"path": str(train)}, "test": {"path": str(test)}}
-    found = prepare(Data.model_validate({"task": "regression", **tables}))
+    found = prepare_data(Data.model_validate({"task": "regression", **tables}))
     assert (found.facts["conflicting"], found.facts["leaked"]) == (0, 20)
 
 
@@ -166,10 +166,10 @@ def test_a_split_of_contradictions_alone_is_not_told_as_duplicates(
         "test": {"path": str(write_csv(tmp_path / "b.csv", HEADER, test))},
     }
     with pytest.raises(DataError, match="60 rows with contradictory labels.*Correct the labels"):
-        prepare(Data.model_validate({"task": task, **tables}))
+        prepare_data(Data.model_validate({"task": task, **tables}))
     table = write_csv(tmp_path / "c.csv", HEADER, [(t, n) for t in texts for n in (0, 1)])
     with pytest.raises(DataError, match=r"two different labels.*120 rows") as refusal:
-        prepare(Data.model_validate({"task": task, "train": {"path": str(table)}}))
+        prepare_data(Data.model_validate({"task": task, "train": {"path": str(table)}}))
     assert ("multi-label" in str(refusal.value)) == (task == "classification")
 
 
@@ -182,7 +182,7 @@ def test_data_prepared_before_contradictions_were_counted_are_checked(
     newer = ("contradictory_inputs", "distinct_inputs", "near_pictures", "label_type")
     facts = {key: value for key, value in bench.prepared.facts.items() if key not in newer}
     older = replace(bench.prepared, facts=facts)
-    assert check(bench.source, bench.inputs, older, 16, [recipe.finetune])["warnings"]
+    assert check_inputs(bench.source, bench.inputs, older, 16, [recipe.finetune])["warnings"]
 
 
 def test_models_are_compared_whatever_the_spelling_of_their_classes(
@@ -206,7 +206,9 @@ def test_models_are_compared_whatever_the_spelling_of_their_classes(
     models = [str(tmp_path / "run"), str(tmp_path / "older")]
     for order in (models, models[::-1]):
         first, second = (
-            line.split()[1:5] for line in compare(order, table, None).splitlines() if "/" in line
+            line.split()[1:5]
+            for line in compare_models(order, table, None).splitlines()
+            if "/" in line
         )
         assert first[:3] == second[:3]
 
@@ -222,7 +224,7 @@ def test_contradictory_labels_are_told_in_check_record_and_card(
     recipe_tree["finetune"]["strategy"] = "head"
     recipe_tree["measure"]["arms"] = ["majority"]
     recipe = Recipe.parse(recipe_tree)
-    header, found = preflight(recipe)
+    header, found = check_recipe(recipe)
     assert "80 rows with contradictory labels" in header["rows"]
     assert "0 duplicate rows" in header["rows"]
     assert any("40 of 120 distinct inputs (33%)" in warning for warning in found["warnings"])
@@ -280,5 +282,5 @@ def test_re_encoded_pictures_are_counted_with_a_warning(
     recipe_tree["data"] = {"train": {"path": str(tmp_path / "train")},
                            "test": {"path": str(tmp_path / "test")}}  # fmt: skip
     del recipe_tree["finetune"]["pooling"]
-    _, found = preflight(Recipe.parse(recipe_tree))
+    _, found = check_recipe(Recipe.parse(recipe_tree))
     assert any("12 pictures of validation and test" in w for w in found["warnings"]), found

@@ -10,8 +10,8 @@ import pytest
 
 from hftl.config.data import Data
 from hftl.data.load import Row
-from hftl.data.prepare import prepare
-from hftl.data.splits import content_key, draw_shots, take
+from hftl.data.prepare import prepare_data
+from hftl.data.splits import draw_shots, hash_row, take_stratified
 from hftl.errors import DataError
 
 SIZES = {"a": 61, "b": 30, "c": 9}
@@ -52,9 +52,9 @@ def told(rows: list[Row]) -> set[Any]:
 )
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_order_on_the_disk_does_not_matter(rows: list[Row], task: str, seed: int) -> None:
-    first = take(rows, 20, task, seed, "test")
+    first = take_stratified(rows, 20, task, seed, "test")
     for order in range(3):
-        again = take(shuffled(rows, order), 20, task, seed, "test")
+        again = take_stratified(shuffled(rows, order), 20, task, seed, "test")
         assert [told(part) for part in again] == [told(part) for part in first]
 
 
@@ -62,7 +62,7 @@ def test_the_order_on_the_disk_does_not_matter(rows: list[Row], task: str, seed:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_totals_are_exact_and_nothing_is_lost_or_doubled(count: int, seed: int) -> None:
     rows = made()
-    taken, left = take(rows, count, "classification", seed, "test")
+    taken, left = take_stratified(rows, count, "classification", seed, "test")
     assert len(taken) == count
     assert not told(taken) & told(left)
     assert told(taken) | told(left) == told(rows)
@@ -71,7 +71,7 @@ def test_totals_are_exact_and_nothing_is_lost_or_doubled(count: int, seed: int) 
 
 @pytest.mark.parametrize("count", [1, 7, 20, 33, 50, 80])
 def test_every_class_is_within_one_row_of_its_share(count: int) -> None:
-    taken, _ = take(made(), count, "classification", 0, "test")
+    taken, _ = take_stratified(made(), count, "classification", 0, "test")
     found = Counter(row.label for row in taken)
     for label, size in SIZES.items():
         assert abs(found[label] - size * count / 100) < 1
@@ -80,7 +80,7 @@ def test_every_class_is_within_one_row_of_its_share(count: int) -> None:
 @pytest.mark.parametrize("count", [10, 20, 37, 50])
 def test_every_decile_of_a_target_is_within_one_row_of_its_share(count: int) -> None:
     rows = targets(100)
-    taken, _ = take(rows, count, "regression", 0, "test")
+    taken, _ = take_stratified(rows, count, "regression", 0, "test")
     rank = {row: i for i, row in enumerate(sorted(rows, key=lambda row: row.label))}
     deciles = Counter(rank[row] // 10 for row in taken)
     assert len(taken) == count
@@ -91,7 +91,7 @@ def test_every_decile_of_a_target_is_within_one_row_of_its_share(count: int) -> 
 @pytest.mark.parametrize("groups", [5, 20, 60])
 def test_groups_stay_whole_and_the_share_is_about_right(seed: int, groups: int) -> None:
     rows = made(groups=groups)
-    taken, left = take(rows, 20, "classification", seed, "test")
+    taken, left = take_stratified(rows, 20, "classification", seed, "test")
     assert not {row.group for row in taken} & {row.group for row in left}
     largest = max(Counter(row.group for row in rows).values())
     assert abs(len(taken) - 20) <= largest
@@ -100,14 +100,16 @@ def test_groups_stay_whole_and_the_share_is_about_right(seed: int, groups: int) 
 @pytest.mark.parametrize("count", [50, 90, 95, 100])
 def test_every_class_stays_in_train(count: int) -> None:
     rows = made({"a": 94, "b": 5, "c": 1})
-    taken, left = take(rows, count, "classification", 0, "test", leave=1)
+    taken, left = take_stratified(rows, count, "classification", 0, "test", leave=1)
     assert {row.label for row in left} == {"a", "b", "c"}
     assert len(taken) == min(count, 97)
 
 
 def test_seeds_and_purposes_draw_apart() -> None:
     draws = {
-        (seed, purpose): frozenset(told(take(made(), 20, "classification", seed, purpose)[0]))
+        (seed, purpose): frozenset(
+            told(take_stratified(made(), 20, "classification", seed, purpose)[0])
+        )
         for seed in (0, 1, 2)
         for purpose in ("test", "validation")
     }
@@ -116,7 +118,7 @@ def test_seeds_and_purposes_draw_apart() -> None:
 
 def test_a_group_and_a_row_without_one_are_never_confused() -> None:
     rows = [Row((f"t{i}",), "ab"[i % 2], "g" if i < 4 else None, i, "") for i in range(20)]
-    taken, left = take(rows, 8, "classification", 0, "test")
+    taken, left = take_stratified(rows, 8, "classification", 0, "test")
     assert len({row in taken for row in rows[:4]}) == 1
     assert len(taken) + len(left) == 20
 
@@ -154,17 +156,17 @@ def test_a_key_knows_text_label_seed_and_purpose() -> None:
     row = Row(("a", "b"), "x", None, 0, "")
     others = [Row(("a", "c"), "x", None, 0, ""), Row(("a", "b"), "y", None, 0, ""),
               Row(("ab",), "x", None, 0, "")]  # fmt: skip
-    keys = [*map(content_key, [row, *others]), content_key(row, 1), content_key(row, 0, "p")]
+    keys = [*map(hash_row, [row, *others]), hash_row(row, 1), hash_row(row, 0, "p")]
     assert len(set(keys)) == 6
-    assert content_key(row) == content_key(Row(("a", "b"), "x", "g", 9, "elsewhere"))
+    assert hash_row(row) == hash_row(Row(("a", "b"), "x", "g", 9, "elsewhere"))
 
 
 @pytest.mark.parametrize(("shots", "validation"), [(3, 6), (10, 20), (16, 32), (40, 32)])
 def test_validation_is_cut_to_the_size_of_train(table: Path, shots: int, validation: int) -> None:
     data = Data.model_validate({"train": {"path": str(table)}, "shots": shots})
-    found = prepare(data)
+    found = prepare_data(data)
     assert len(found.rows["validation"]) == validation
-    assert len(found.train(shots, 0)) == 2 * shots
+    assert len(found.draw_train_rows(shots, 0)) == 2 * shots
     assert len(found.rows["test"]) == 32
     counts = Counter(row.label for row in found.rows["validation"])
     assert max(counts.values()) - min(counts.values()) <= 1
@@ -172,7 +174,7 @@ def test_validation_is_cut_to_the_size_of_train(table: Path, shots: int, validat
 
 def test_test_items_are_the_same_with_and_without_shots(table: Path) -> None:
     def rows(**more: Any) -> Callable[[str], set[Any]]:
-        found = prepare(Data.model_validate({"train": {"path": str(table)}, **more}))
+        found = prepare_data(Data.model_validate({"train": {"path": str(table)}, **more}))
         return lambda split: told(found.rows[split])
 
     whole, few = rows(), rows(shots=4)
@@ -185,7 +187,7 @@ def test_test_items_are_the_same_with_and_without_shots(table: Path) -> None:
 def test_groups_that_lie_in_one_stratum_are_still_split(groups: int, size: int) -> None:
     """One target decile a group: no group brings the strata nearer, the total still counts."""
     rows = [Row((f"{g} {i}",), float(g), str(g), i, "") for g in range(groups) for i in range(size)]
-    taken, left = take(rows, groups * size // 5, "regression", 0, "test")
+    taken, left = take_stratified(rows, groups * size // 5, "regression", 0, "test")
     assert abs(len(taken) - groups * size // 5) <= size
     assert not {row.group for row in taken} & {row.group for row in left}
 
@@ -194,5 +196,5 @@ def test_a_group_that_holds_a_whole_class_stays() -> None:
     rows = [Row((f"{i}",), "common", str(i), i, "") for i in range(30)]
     rows += [Row((f"rare {i}",), "rare", "one author", i, "") for i in range(6)]
     for seed in range(20):
-        taken, left = take(rows, 12, "classification", seed, "test", leave=1)
+        taken, left = take_stratified(rows, 12, "classification", seed, "test", leave=1)
         assert "rare" in {row.label for row in left} and len(taken) == 12

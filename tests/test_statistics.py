@@ -9,14 +9,14 @@ import pytest
 from scipy import stats
 
 from hftl.measure.statistics import (
+    classify_gain,
+    compute_mean_squares,
     effective_count,
+    estimate_mean_error,
     jackknife,
-    mean_error,
     mean_interval,
-    mean_squares,
-    one_standard_error,
-    outcome,
     relative_error_reduction,
+    select_within_one_standard_error,
 )
 
 GAIN = 0.12
@@ -121,7 +121,7 @@ def test_mean_squares_equal_those_of_loops_and_their_sums_add_up() -> None:
     unit = sum((column[i] - grand) ** 2 for _ in range(4) for i in range(7)) / 6
     pairs = itertools.product(range(4), range(7))
     error = sum((values[s, i] - row[s] - column[i] + grand) ** 2 for s, i in pairs) / 18
-    assert mean_squares(values) == pytest.approx((seed, unit, error))
+    assert compute_mean_squares(values) == pytest.approx((seed, unit, error))
     assert 3 * seed + 6 * unit + 18 * error == pytest.approx(np.sum((values - grand) ** 2))
 
 
@@ -140,7 +140,7 @@ def test_interval_lies_between_satterthwaites_and_cochrans() -> None:
     for seed in range(20):
         values = table(seed, 3, 40, seed_sd=0.3)
         low, high = bounds(mean_interval(values))
-        seed_ms, unit_ms, error_ms = mean_squares(values)
+        seed_ms, unit_ms, error_ms = compute_mean_squares(values)
         parts = np.array([seed_ms, max(unit_ms - error_ms, 0)]) / values.size
         share, freedom = parts / parts.sum(), np.array([2, 39])
         satterthwaite = stats.t.ppf(0.975, 1 / np.sum(share**2 / freedom))
@@ -177,7 +177,7 @@ def test_interval_of_equal_values_is_the_point_without_warnings(value: float) ->
 
 def test_interval_with_two_seeds_or_no_unit_variance_left_is_finite_and_not_a_point() -> None:
     flipped = np.array([[1.0, -1, 1, -1], [-1, 1, -1, 1.5]])  # MS_unit is under MS_error
-    _, unit_ms, error_ms = mean_squares(flipped)
+    _, unit_ms, error_ms = compute_mean_squares(flipped)
     low, high = bounds(mean_interval(flipped))
     assert unit_ms < error_ms and np.isfinite([low, high]).all() and low < high
 
@@ -278,7 +278,7 @@ def test_jackknife_blocks_are_interleaved_balanced_and_free_of_row_order() -> No
 def test_p_value_is_at_most_a_level_exactly_where_the_interval_excludes_zero(
     seeds: int, sizes: np.ndarray | None
 ) -> None:
-    error = mean_error(np.random.default_rng(12).standard_normal((seeds, 5)), sizes)
+    error = estimate_mean_error(np.random.default_rng(12).standard_normal((seeds, 5)), sizes)
     assert error is not None
     for level in (0.05, 0.01):
         bound = error.interval(0.0, 1 - level)[1]
@@ -290,7 +290,7 @@ def test_p_value_is_students_where_seeds_or_units_alone_vary() -> None:
     rng = np.random.default_rng(13)
     seeds, units = rng.standard_normal((8, 1)) + 0.7, rng.standard_normal((1, 30)) + 0.3
     for values, sample in ((np.tile(seeds, (1, 30)), seeds), (np.tile(units, (8, 1)), units)):
-        error = mean_error(values)
+        error = estimate_mean_error(values)
         assert error is not None
         expected = stats.ttest_1samp(sample.ravel(), 0).pvalue
         assert error.p_value(float(values.mean())) == pytest.approx(expected)
@@ -320,7 +320,7 @@ def test_effective_count_is_their_number_for_equal_clusters_and_less_for_others(
     ],
 )
 def test_outcome(interval: tuple[float, float] | None, margin: float, expected: str) -> None:
-    assert outcome(interval, margin) == expected
+    assert classify_gain(interval, margin) == expected
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_outcome_rejects_what_is_no_interval_or_margin(
     interval: tuple[float, float], margin: float
 ) -> None:
     with pytest.raises(ValueError, match="must be finite"):
-        outcome(interval, margin)
+        classify_gain(interval, margin)
 
 
 def test_relative_error_reduction() -> None:
@@ -364,7 +364,7 @@ def test_relative_error_reduction() -> None:
 def test_one_standard_error(
     scores: list[float], errors: list[float], costs: list[float], chosen: int
 ) -> None:
-    assert one_standard_error(scores, errors, costs) == chosen
+    assert select_within_one_standard_error(scores, errors, costs) == chosen
 
 
 def test_one_standard_error_is_the_cheapest_of_a_brute_force_search() -> None:
@@ -372,7 +372,7 @@ def test_one_standard_error_is_the_cheapest_of_a_brute_force_search() -> None:
     for _ in range(300):
         scores, errors, costs = rng.random((3, 7))
         errors = errors / 5
-        found = one_standard_error(scores, errors, costs)
+        found = select_within_one_standard_error(scores, errors, costs)
         best = scores.argmax()
         allowed = [i for i in range(7) if scores[i] >= scores[best] - errors[best]]
         assert found == min(allowed, key=lambda i: costs[i])
@@ -383,4 +383,4 @@ def test_one_standard_error_is_the_cheapest_of_a_brute_force_search() -> None:
 )
 def test_one_standard_error_refuses(told: tuple[list[float], ...]) -> None:
     with pytest.raises(ValueError):
-        one_standard_error(*told)
+        select_within_one_standard_error(*told)

@@ -16,9 +16,9 @@ from test_reload import opened, published
 from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
 
 from hftl import load
-from hftl.card.snippets import pipeline_snippet
-from hftl.models.lora import path_pattern
-from hftl.publish.checks import reload_difference
+from hftl.card.snippets import render_pipeline_snippet
+from hftl.models.lora import build_path_pattern
+from hftl.publish.checks import measure_reload_difference
 
 Tiny = Callable[..., Path]
 TEXTS = ["a good film", "the plot is dull", "fresh music and a bitter story"]
@@ -108,7 +108,7 @@ def test_the_cards_snippet_runs_a_native_adapter_in_a_pipeline_with_its_labels(
     )
     text = TEXTS[2]
     (expected,) = load(made, base=base).predict([text])
-    code = pipeline_snippet(str(made), "org/base", "native", True, "text", f'"{text}"')
+    code = render_pipeline_snippet(str(made), "org/base", "native", True, "text", f'"{text}"')
     assert code is not None
     exec(compile(code, "card", "exec"), {"__name__": "card"})  # noqa: S102
     printed = capsys.readouterr().out
@@ -124,9 +124,9 @@ def test_an_older_folder_still_loads(pooling: str, tiny_model: Tiny, tmp_path: P
     bench, recipe = opened(base, tmp_path, pooling, "lora")
     sample = published(bench, recipe, tmp_path)
     file = tmp_path / "publish" / "adapter_config.json"
-    targets = list(bench.source.anatomy.lora_targets)
+    targets = list(bench.source.architecture_spec.lora_targets)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": targets}))
-    assert reload_difference(tmp_path / "publish", base, sample, "cpu") <= 1e-5
+    assert measure_reload_difference(tmp_path / "publish", base, sample, "cpu") <= 1e-5
 
 
 BLOCKS = [f"encoder.layer.{n}.{name}" for n in range(12) for name in ("query", "key")]
@@ -144,7 +144,7 @@ BLOCKS = [f"encoder.layer.{n}.{name}" for n in range(12) for name in ("query", "
 )
 def test_a_pattern_of_paths_matches_these_and_no_others(paths: list[str]) -> None:
     modules = sorted({*BLOCKS, *paths, "encoder", "encoder.layer.0.value", "layersX3.attn.Wqkv"})
-    pattern = path_pattern(paths, modules)
+    pattern = build_path_pattern(paths, modules)
     assert {name for name in modules if re.fullmatch(pattern, name)} == set(paths)
     assert not any(re.fullmatch(pattern, f"bert.{name}") for name in modules)
     # All blocks are adapted: a base of one more must not fit.

@@ -13,10 +13,10 @@ from torch import nn
 
 from hftl.config.source import Source
 from hftl.errors import RecipeError
-from hftl.finetune.strategies import prepare, trainable_parameters
-from hftl.models.heads import Built, PooledModel, build
-from hftl.models.lora import wrapped_layers
-from hftl.models.parts import stock_class
+from hftl.finetune.strategies import count_trainable_parameters, prepare
+from hftl.models.heads import LoadedModel, PooledModel, build_model
+from hftl.models.lora import list_lora_layers
+from hftl.models.parts import get_task_class
 from hftl.models.source import find_source
 from hftl.train.trainer import training_modes
 
@@ -111,9 +111,9 @@ MASKED = ["bert", "albert", "modernbert", "beit", "swin", "vit", "megatron-bert"
 def built(
     folder: Path, pooling: str = "native", task: str = "classification", seed: int = 0,
     scratch: bool = False,
-) -> Built:  # fmt: skip
+) -> LoadedModel:  # fmt: skip
     source = find_source(Source(model=str(folder)))
-    return build(source, task, pooling, 3, NAMES, seed, scratch)
+    return build_model(source, task, pooling, 3, NAMES, seed, scratch)
 
 
 def batch(name: str) -> dict[str, torch.Tensor]:
@@ -142,7 +142,7 @@ def starting(names: set[str], prefixes: list[str]) -> set[str]:
 
 def intended(told: Line, strategy: str, names: set[str], fresh: list[str]) -> set[str]:
     if strategy == "full":
-        return names - starting(names, told.unused)
+        return names - starting(names, told.unused_parts)
     if strategy == "head":
         return starting(names, [told.last])
     if strategy == "lora":
@@ -160,7 +160,7 @@ def table(wanted: set[str], got: set[str]) -> str:
     return "\n".join([f"\n{'parameter':60} {'wanted':8} got", *rows])
 
 
-def check(found: Built, told: Line, strategy: str, name: str, fresh: list[str]) -> nn.Module:
+def check(found: LoadedModel, told: Line, strategy: str, name: str, fresh: list[str]) -> nn.Module:
     """Prepares, compares what trains with the intention, steps twice, and looks what moved."""
     names = {n for n, _ in found.model.named_parameters()}
     blocks = min(2, len(told.top))
@@ -171,7 +171,7 @@ def check(found: Built, told: Line, strategy: str, name: str, fresh: list[str]) 
     assert own == wanted, table(wanted, own)
     adapters = {n for n in trains if "lora_" in n}
     assert len(adapters) == (2 * told.linears if strategy == "lora" else 0)
-    assert len(wrapped_layers(model)) == len(adapters) // 2
+    assert len(list_lora_layers(model)) == len(adapters) // 2
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     two_steps(model, name)
     for n, parameter in model.named_parameters():
@@ -207,7 +207,7 @@ def test_stock_class_trains_what_is_intended_and_reloads(
     logits = model.eval()(**batch(name)).logits
     model.save_pretrained(tmp_path)
     source = find_source(Source(model=str(tiny_model(name))))
-    kind = stock_class(source.config, task)
+    kind = get_task_class(source.config, task)
     torch.manual_seed(5)
     if strategy == "lora":
         source.config.num_labels = 3
@@ -235,7 +235,7 @@ def test_what_masked_pretraining_lacks_trains_and_is_saved(
     torch.manual_seed(5)
     source = find_source(Source(model=str(tiny_model(name, True))))
     source.config.num_labels = 3
-    base = stock_class(source.config, "classification").from_pretrained(
+    base = get_task_class(source.config, "classification").from_pretrained(
         source.folder, config=source.config
     )
     again = PeftModel.from_pretrained(base, tmp_path).eval()
@@ -270,7 +270,7 @@ def test_unused_is_what_no_gradient_reaches(name: str, tiny_model: Callable[...,
     model(**batch(name)).logits.square().sum().backward()
     without = {n for n, p in model.named_parameters() if p.grad is None}
     names = {n for n, _ in model.named_parameters()}
-    assert without == starting(names, (SEQUENCES | IMAGES | DERIVED)[name].unused)
+    assert without == starting(names, (SEQUENCES | IMAGES | DERIVED)[name].unused_parts)
 
 
 @pytest.mark.parametrize("name", list(SEQUENCES | IMAGES))
@@ -288,7 +288,7 @@ def test_scratch_shares_no_weight_with_the_source(
 def test_the_config_says_what_the_outputs_mean(task: str, tiny_model: Callable[..., Path]) -> None:
     source = find_source(Source(model=str(tiny_model())))
     names = [] if task == "regression" else NAMES
-    config: Any = build(source, task, "native", len(names) or 1, names, seed=0).model.config
+    config: Any = build_model(source, task, "native", len(names) or 1, names, seed=0).model.config
     kinds = {"multi-label": "multi_label_classification", "regression": "regression",
              "classification": "single_label_classification", TOKENS: None}  # fmt: skip
     assert config.problem_type == kinds[task]
@@ -323,7 +323,7 @@ def test_chosen_layers_are_counted_in_nested_lists(
 ) -> None:
     """Swin's stages hold one and two blocks, and peft takes `layers` for stages."""
     model = prepare(built(tiny_model(name)).model, "lora", lora={"layers_to_transform": [1]})
-    assert len(wrapped_layers(model)) == {"swin": 2, "clip": 1}[name] * LINEARS_A_BLOCK
+    assert len(list_lora_layers(model)) == {"swin": 2, "clip": 1}[name] * LINEARS_A_BLOCK
 
 
 def test_head_dropout_is_live_in_token_classes(tiny_model: Callable[..., Path]) -> None:
@@ -353,7 +353,7 @@ def test_without_loading_info_the_pooler_is_taken_as_fresh(
 )
 def test_lora_options(settings: dict, expected: int, tiny_model: Callable[..., Path]) -> None:
     model = prepare(built(tiny_model(), "mean").model, "lora", lora=settings)
-    assert len(wrapped_layers(model)) == expected
+    assert len(list_lora_layers(model)) == expected
 
 
 def test_lora_start_leaves_the_output_unchanged(tiny_model: Callable[..., Path]) -> None:
@@ -383,4 +383,4 @@ def test_refusals(arguments: dict, message: str, tiny_model: Callable[..., Path]
 def test_trainable_parameters_counts_numbers() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     model[0].requires_grad_(False)
-    assert trainable_parameters(model) == 4 * 2 + 2
+    assert count_trainable_parameters(model) == 4 * 2 + 2

@@ -211,7 +211,7 @@ def predictor(monkeypatch: pytest.MonkeyPatch, names: list[str], texts: list[str
     def outputs(model: Any, encoded: list[Row], inputs: Any, device: str) -> np.ndarray:
         return np.array([[len(row.content[0])] + [1.0] * (len(names) - 1) for row in encoded])
 
-    monkeypatch.setattr(predict, "logits", outputs)
+    monkeypatch.setattr(predict, "predict_logits", outputs)
     task = "classification" if names else "regression"
     inputs: Any = SimpleNamespace(encode=lambda rows: rows)
     return Predictor(nn.Identity(), inputs, task, names, texts, "cpu")
@@ -247,7 +247,7 @@ def test_predict_names_the_input_it_cannot_take(
 
 def test_a_class_called_label_keeps_its_own_column() -> None:
     told = {"label": "label", "score": 0.9, "scores": {"label": 0.9, "other": 0.1}}
-    assert predict_table._columns(told) == {
+    assert predict_table._flatten_prediction(told) == {
         "label": "label", "score": 0.9, "class.label": 0.9, "other": 0.1,
     }  # fmt: skip
 

@@ -9,11 +9,11 @@ import pytest
 from seqeval import metrics as seq
 from seqeval import scheme as schemes
 
-from hftl.data.labels import measured, recognise_tags, told
+from hftl.data.labels import decode_logits, encode_for_metrics, recognize_tag_scheme
 from hftl.errors import DataError
-from hftl.measure.error_analysis import class_gains, entity_scores
-from hftl.measure.gain import Predicted
-from hftl.measure.metrics import METRICS, entities
+from hftl.measure.error_analysis import compute_class_gains, compute_entity_scores
+from hftl.measure.gain import SplitPredictions
+from hftl.measure.metrics import METRICS, extract_entities
 
 TASK = "token-classification"
 WRITERS: dict[str, Any] = {
@@ -64,7 +64,10 @@ def drawn_rows(scheme: str, seed: int, rows: int = 60) -> tuple[list[list[str]],
 
 def scored(labels: Any, predictions: Any, names: list[str]) -> dict[str, float]:
     """Every metric of tags in this scheme."""
-    pair = [measured([tuple(row) for row in rows], TASK, names) for rows in (labels, predictions)]
+    pair = [
+        encode_for_metrics([tuple(row) for row in rows], TASK, names)
+        for rows in (labels, predictions)
+    ]
     return {name: metric.score(*pair) for name, metric in METRICS[TASK].items()}
 
 
@@ -121,7 +124,7 @@ def test_bare_names_are_runs_of_one_tag(seed: int, outside: str) -> None:
 
     held, guessed = runs(labels), runs(predictions)
     found = scored(labels, predictions, kinds)
-    assert recognise_tags(tuple(kinds)).name == "IO"
+    assert recognize_tag_scheme(tuple(kinds)).name == "IO"
     assert found["precision"] == pytest.approx(len(held & guessed) / len(guessed))
     assert found["recall"] == pytest.approx(len(held & guessed) / len(held))
     right = [a == b for r, p in zip(labels, predictions, strict=True)
@@ -159,9 +162,9 @@ def test_a_type_that_begins_with_o_is_no_outside() -> None:
 )
 def test_recognises(names: list[str], scheme: str, outside: str | None) -> None:
     for order in (names, names[::-1]):
-        found = recognise_tags(tuple(order))
+        found = recognize_tag_scheme(tuple(order))
         assert (found.name, found.outside) == (scheme, outside)
-    assert all(entities((found.standard[name],)) for name in names if name != outside)
+    assert all(extract_entities((found.standard[name],)) for name in names if name != outside)
 
 
 @pytest.mark.parametrize(
@@ -178,12 +181,12 @@ def test_recognises(names: list[str], scheme: str, outside: str | None) -> None:
 )
 def test_refuses(names: list[str], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        recognise_tags(tuple(names))
+        recognize_tag_scheme(tuple(names))
 
 
 def test_a_word_that_was_cut_off_is_outside_however_that_is_written() -> None:
     logits = np.array([[9.0, 0, 0], [np.nan] * 3])
-    labels, _ = told(logits, TASK, ["B-X", "I-X", "o"], [2])
+    labels, _ = decode_logits(logits, TASK, ["B-X", "I-X", "o"], [2])
     assert labels == [("B-X", "o")]
 
 
@@ -191,19 +194,24 @@ def test_a_word_that_was_cut_off_is_outside_however_that_is_written() -> None:
 def test_scores_of_entities_are_those_of_seqeval(seed: int) -> None:
     labels, predictions = drawn_rows("BILOU", seed)
     names = names_in(labels, predictions)
-    pair = [measured([tuple(row) for row in rows], TASK, names) for rows in (labels, predictions)]
-    types = recognise_tags(tuple(names)).types
+    pair = [
+        encode_for_metrics([tuple(row) for row in rows], TASK, names)
+        for rows in (labels, predictions)
+    ]
+    types = recognize_tag_scheme(tuple(names)).types
     expected = seq.classification_report(
         labels, predictions, mode="strict", scheme=schemes.BILOU, output_dict=True, zero_division=0
     )
-    rows = entity_scores(*pair, types)
+    rows = compute_entity_scores(*pair, types)
     for row in rows:
         oracle = expected[row["label"]]
         assert [row[key] for key in ("precision", "recall", "f1", "rows")] == pytest.approx(
             [oracle[key] for key in ("precision", "recall", "f1-score", "support")]
         )
     both = {"own": np.stack([pair[1]]), "other": np.stack([pair[0]])}
-    gains = class_gains(Predicted(pair[0], np.arange(60), both), "own", "other", types)
+    gains = compute_class_gains(
+        SplitPredictions(pair[0], np.arange(60), both), "own", "other", types
+    )
     assert gains is not None and [row["label"] for row in gains["rows"]] == ["LOC-A", "PER"]
     assert [row["own"] for row in gains["rows"]] == [row["f1"] for row in rows]
     assert [row["baseline"] for row in gains["rows"]] == [1.0, 1.0]

@@ -19,14 +19,20 @@ from hftl.data.labels import check_targets
 from hftl.data.load import Row
 from hftl.errors import DataError, RecipeError
 from hftl.finetune import gradual
-from hftl.finetune.arm import Kept, arguments, set_probe, solve_head, train_arm
+from hftl.finetune.arm import (
+    Kept,
+    build_finetune_arguments,
+    init_head_from_probe,
+    solve_head,
+    train_arm,
+)
 from hftl.finetune.baselines import solve_classical, train_scratch
-from hftl.finetune.context import Workbench
-from hftl.finetune.gradual import State
-from hftl.finetune.retention import kept_near
-from hftl.finetune.targets import target_scale
-from hftl.measure.metrics import score_all
-from hftl.models.heads import last_linears
+from hftl.finetune.context import ExperimentContext
+from hftl.finetune.gradual import GradualCheckpoint
+from hftl.finetune.retention import build_regularizers
+from hftl.finetune.targets import compute_target_scale
+from hftl.measure.metrics import compute_all_metrics
+from hftl.models.heads import get_last_linear_copies
 from hftl.pipeline import pipeline
 from hftl.retain.kl import KLToOriginal
 
@@ -63,13 +69,13 @@ def recipe_of(
     })  # fmt: skip
 
 
-def scores(bench: Workbench, outcome: Any) -> dict[str, float]:
+def scores(bench: ExperimentContext, outcome: Any) -> dict[str, float]:
     rows = bench.prepared.rows["test"]
-    found = bench.told(rows, outcome.logits["test"])
-    return score_all("regression", bench.prepared.measured(rows), found)
+    found = bench.decode_logits(rows, outcome.logits["test"])
+    return compute_all_metrics("regression", bench.prepared.encode_for_metrics(rows), found)
 
 
-def same_scores(run: Callable[[Workbench, Recipe], Any], model: Path, folder: Path,
+def same_scores(run: Callable[[ExperimentContext, Recipe], Any], model: Path, folder: Path,
                 finetune: dict[str, Any]) -> None:  # fmt: skip
     """The scores of an arm do not depend on the unit, but for those in it, which scale."""
     found = {}
@@ -83,12 +89,12 @@ def same_scores(run: Callable[[Workbench, Recipe], Any], model: Path, folder: Pa
         assert found[name] == pytest.approx(in_unit, rel=0.01, abs=1e-3)
 
 
-def trained(bench: Workbench, recipe: Recipe) -> Any:
+def trained(bench: ExperimentContext, recipe: Recipe) -> Any:
     return train_arm(bench, recipe.finetune, 0)
 
 
 SEARCH = Search(learning_rates=[5e-3], epochs_factor=1)
-ARMS: dict[str, tuple[Callable[[Workbench, Recipe], Any], dict[str, Any]]] = {
+ARMS: dict[str, tuple[Callable[[ExperimentContext, Recipe], Any], dict[str, Any]]] = {
     "head": (lambda bench, recipe: solve_head(bench, recipe.finetune, 0), {}),
     "classical": (lambda bench, recipe: solve_classical(bench, 0), {}),
     "scratch": (lambda bench, recipe: train_scratch(bench, recipe.finetune, SEARCH, 5e-3, 0), {}),
@@ -133,7 +139,7 @@ def test_a_direction_that_the_metric_has_not_is_refused(
 ) -> None:
     training = {"metric_for_best_model": "rmse", "greater_is_better": True}
     with pytest.raises(RecipeError, match="of rmse less is better.*Leave it out"):
-        arguments(training, "regression", str(tmp_path), 0, "cpu")
+        build_finetune_arguments(training, "regression", str(tmp_path), 0, "cpu")
 
 
 TERMS: dict[str, dict[str, Any]] = {
@@ -148,9 +154,9 @@ TERMS: dict[str, dict[str, Any]] = {
 def test_the_unit_of_the_targets_changes_no_term(
     term: str, strategy: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    def run(bench: Workbench, recipe: Recipe) -> Any:
+    def run(bench: ExperimentContext, recipe: Recipe) -> Any:
         retain = Retain.model_validate(TERMS[term])
-        kept = kept_near(
+        kept = build_regularizers(
             bench, retain, recipe.finetune, 0, lambda: ({}, {}), lambda b: torch.nn.Module()
         )  # noqa: E501
         return train_arm(bench, recipe.finetune, 0, kept)
@@ -163,11 +169,11 @@ def test_the_unit_of_the_targets_changes_no_other_reference(
 ) -> None:
     """KL to a model that is handed over, as the source before adaptation."""
 
-    def run(bench: Workbench, recipe: Recipe) -> Any:
-        built = bench.build("mean", 0)
-        set_probe(bench, built, "mean", 0)
-        variance = float(bench.prepared.targets(bench.train_rows(0)).var())
-        scale = target_scale(bench, 0)
+    def run(bench: ExperimentContext, recipe: Recipe) -> Any:
+        built = bench.build_model("mean", 0)
+        init_head_from_probe(bench, built, "mean", 0)
+        variance = float(bench.prepared.encode_targets(bench.select_train_rows(0)).var())
+        scale = compute_target_scale(bench, 0)
         assert scale is not None and scale.sd**2 == pytest.approx(variance)
         terms = [KLToOriginal(10.0, "probe", solved=True)]
         return train_arm(
@@ -192,16 +198,16 @@ def test_gradual_unfreezing_that_was_stopped_goes_on_in_the_same_unit(
 ) -> None:
     finetune = {"strategy": "gradual", "gradual": {"epochs": 1, "final_epochs": 1}}
     recipe = recipe_of(tiny_model(), tmp_path, 10.0, 2000.0, finetune)
-    bench, state = bench_of(recipe), State(tmp_path / "state", {"of": "this"})
+    bench, state = bench_of(recipe), GradualCheckpoint(tmp_path / "state", {"of": "this"})
     whole = trained(bench, recipe)
-    write = gradual._keep
+    write = gradual._save_progress
 
     def stop(*args: Any) -> None:
         write(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(gradual, "_keep", stop)
+        patch.setattr(gradual, "_save_progress", stop)
         train_arm(bench, recipe.finetune, 0, state=state)
     again = train_arm(bench, recipe.finetune, 0, state=state)
     np.testing.assert_array_equal(again.logits["test"], whole.logits["test"])
@@ -260,19 +266,19 @@ def test_the_head_that_an_adapter_wraps_has_the_same_unit(
 
     recipe = recipe_of(tiny_model(), tmp_path, 10.0, 2000.0, {"pooling": "native"})
     bench = bench_of(recipe)
-    built = bench.build("native", 0)
-    set_probe(bench, built, "native", 0)
+    built = bench.build_model("native", 0)
+    init_head_from_probe(bench, built, "native", 0)
     model = prepare(built.model, "lora", fresh=built.fresh)
-    copies = last_linears(model, built.anatomy)
+    copies = get_last_linear_copies(model, built.architecture)
     before = [copy.bias.item() for copy in copies]
     assert len(copies) == 2 and before[0] == before[1] != 0
-    scale = target_scale(bench, 0)
+    scale = compute_target_scale(bench, 0)
     assert scale is not None
-    scale.enter(model)
+    scale.standardize_head(model)
     assert [copy.bias.item() for copy in copies] == pytest.approx(
         [(before[0] - scale.mean) / scale.sd] * 2
     )
-    scale.leave(model)
+    scale.restore_head(model)
     assert [copy.bias.item() for copy in copies] == pytest.approx(before)
 
 
@@ -297,10 +303,10 @@ def test_shots_of_one_value_give_that_value(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = recipe_of(tiny_model(), tmp_path, 1000.0, 70.0, {"strategy": "full"})
-    tree = recipe.tree()
+    tree = recipe.to_dict()
     tree["data"]["shots"] = 1
     bench = bench_of(Recipe.parse(tree))
-    (row,) = bench.train_rows(0)
+    (row,) = bench.select_train_rows(0)
     found = trained(bench, recipe).logits["test"][:, 0]
     assert np.ptp(found) < abs(row.label) / 10  # pyright: ignore
     assert found == pytest.approx(row.label, rel=0.1)

@@ -16,11 +16,11 @@ from seqeval.metrics import f1_score
 import hftl
 from hftl.config.data import Data
 from hftl.config.recipe import Recipe
-from hftl.data.prepare import prepare
+from hftl.data.prepare import prepare_data
 from hftl.errors import DataError, NumericError, RecipeError
-from hftl.inference.compare import compare
+from hftl.inference.compare import compare_models
 from hftl.inference.predict_table import predict_table
-from hftl.models.features import logits
+from hftl.models.features import predict_logits
 from hftl.pipeline import pipeline
 
 TRAINING = {"num_train_epochs": 3, "learning_rate": 1e-2, "bf16": False}
@@ -117,7 +117,7 @@ def test_columns_of_zero_and_one_are_the_same_as_lists(tmp_path: Path) -> None:
                       [(r["text"], int("sad" in r["label"]), int("warm" in r["label"]))
                        for r in rows])  # fmt: skip
     one, other = (
-        prepare(Data.model_validate({"task": "multi-label", "train": train}))
+        prepare_data(Data.model_validate({"task": "multi-label", "train": train}))
         for train in ({"path": str(lists)}, {"path": str(table), "label": ["warm", "sad"]})
     )
     assert one.facts["fingerprint"] == other.facts["fingerprint"]
@@ -126,8 +126,8 @@ def test_columns_of_zero_and_one_are_the_same_as_lists(tmp_path: Path) -> None:
 
 def test_multi_label_shots_hold_each_class_and_nest(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.jsonl", several(120))
-    found = prepare(Data.model_validate({"task": "multi-label", "train": {"path": str(path)}}))
-    few, more = found.train(5, 0), found.train(9, 0)
+    found = prepare_data(Data.model_validate({"task": "multi-label", "train": {"path": str(path)}}))
+    few, more = found.draw_train_rows(5, 0), found.draw_train_rows(9, 0)
     assert {row.content for row in few} <= {row.content for row in more}
     for name in ("sad", "warm"):
         assert sum(name in row.label for row in few) >= 5  # pyright: ignore
@@ -139,7 +139,7 @@ def test_rare_names_stay_in_train(tmp_path: Path) -> None:
     rows[7]["label"].append("rare")
     rows[9]["label"] += ["rare", "rarer"]
     path = written(tmp_path / "rows.jsonl", rows)
-    found = prepare(Data.model_validate({"task": "multi-label", "train": {"path": str(path)}}))
+    found = prepare_data(Data.model_validate({"task": "multi-label", "train": {"path": str(path)}}))
     held = [row for row in found.rows["train"] if "rarer" in row.label]  # pyright: ignore
     assert len(held) == 1 and "rare" in found.names
 
@@ -199,7 +199,7 @@ def test_f1_is_of_entities_however_tags_are_spelt(
     assert noted["data"]["tag_scheme"]["name"] == name
     assert [row["label"] for row in record["classes"]["rows"]] == [spelt["B-FILM"].split("-")[0]]
     assert f"read from {name} tags" in (tmp_path / "run" / "publish" / "README.md").read_text()
-    text = compare([str(tmp_path / "run")], None, None)
+    text = compare_models([str(tmp_path / "run")], None, None)
     assert f" {scores['full', record['published_seed']]:.3f} [" in text
     model = hftl.load(tmp_path / "run")
     (cut,) = model.predict([["film"] * 40])
@@ -216,7 +216,7 @@ def test_tags_that_are_ids_are_refused_before_training(
     tree = recipe(tiny_model(), path, "token-classification")
     message = r"data\.train\.label: tags are ids \(0, 1, 2\).*Write the tags' names"
     with pytest.raises(DataError, match=message):
-        pipeline.preflight(tree)
+        pipeline.check_recipe(tree)
     with pytest.raises(DataError, match=message):
         pipeline.run(tree, tmp_path / "run")
 
@@ -262,7 +262,7 @@ def test_a_row_with_a_rare_name_goes_back_with_its_group(tmp_path: Path) -> None
     path = written(tmp_path / "rows.jsonl", rows)
     data = {"task": "multi-label", "train": {"path": str(path)}, "group": "who"}
     for seed in range(6):
-        found = prepare(Data.model_validate(data | {"seed": seed})).rows
+        found = prepare_data(Data.model_validate(data | {"seed": seed})).rows
         groups = {split: {row.group for row in rows} for split, rows in found.items()}
         assert not groups["train"] & (groups["test"] | groups["validation"])
         assert not groups["test"] & groups["validation"]
@@ -277,11 +277,11 @@ def test_outputs_that_are_not_finite_are_no_answers(
         rows = [{**row, "label": str(len(row["label"]))} for row in rows]
     path = written(tmp_path / "rows.jsonl", rows)
     bench = bench_of(recipe(tiny_model(), path, task))
-    built = bench.build("native", 0)
+    built = bench.build_model("native", 0)
     with torch.no_grad():
         built.last_linear.bias.fill_(float("nan"))
     with pytest.raises(NumericError, match="not finite"):
-        logits(built.model, bench.encoded(bench.prepared.rows["test"]), bench.inputs, "cpu")
+        predict_logits(built.model, bench.encode_rows(bench.prepared.rows["test"]), bench.inputs, "cpu")
 
 
 def test_a_length_that_holds_no_word_is_refused(
@@ -299,4 +299,4 @@ def test_a_column_that_is_never_on_is_named(tmp_path: Path) -> None:
     table = write_csv(tmp_path / "t.csv", ["text", "a", "b", "c"], rows)
     train = {"path": str(table), "label": ["a", "b", "c"]}
     with pytest.raises(DataError, match="label column 'c' is never 1"):
-        prepare(Data.model_validate({"task": "multi-label", "train": train}))
+        prepare_data(Data.model_validate({"task": "multi-label", "train": train}))

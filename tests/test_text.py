@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from hftl.data.load import Row
-from hftl.data.text import TextInputs, WordInputs, first_tokens, of_words
+from hftl.data.text import TextInputs, WordInputs, build_word_tokenizer, find_first_tokens
 
 SENTENCES = [("good", "unknownword", "film"), ("dull",), ("a", "bright", "and", "warm", "story")]
 
@@ -35,7 +35,7 @@ def inputs(request: pytest.FixtureRequest, tiny_model: Callable[..., Path]) -> W
     ],
 )
 def test_first_tokens(ids: list[int | None], words: int, places: list[int]) -> None:
-    assert first_tokens(ids, words) == places
+    assert find_first_tokens(ids, words) == places
 
 
 def test_labels_stand_at_the_words_first_tokens(inputs: WordInputs) -> None:
@@ -57,14 +57,14 @@ def test_outputs_are_the_values_at_the_words(inputs: WordInputs) -> None:
     encoded = inputs.encode(rows())
     batch = inputs.collate(encoded)
     values = batch["input_ids"][:, :, None].float()
-    found = inputs.outputs(values, encoded)
+    found = inputs.split_outputs(values, encoded)
     assert [len(part) for part in found] == [3, 1, 5]
     ids = [inputs.tokenizer.convert_tokens_to_ids(w) for w in ("a", "bright", "and")]
     assert found[2][:3, 0].tolist() == ids and found[2][3:].isnan().all()
 
 
 def test_facts_count_what_is_cut(inputs: WordInputs) -> None:
-    facts = inputs.facts(rows())
+    facts = inputs.summarize(rows())
     assert facts["truncated"] == pytest.approx(1 / 3)
     assert facts["unknown_tokens"] == pytest.approx(1 / (9 + 6))
 
@@ -106,7 +106,7 @@ def test_words_of_a_byte_tokenizer_have_their_space(tmp_path: Path) -> None:
     running = plain(" the cat sat")["input_ids"]
     words = ["the", "cat", "sat"]
     assert plain(words, is_split_into_words=True)["input_ids"] != running
-    mended = of_words(plain, tmp_path / "a")
+    mended = build_word_tokenizer(plain, tmp_path / "a")
     assert mended(words, is_split_into_words=True)["input_ids"] == running
     mended.save_pretrained(tmp_path / "b")
     again = AutoTokenizer.from_pretrained(tmp_path / "b")
@@ -115,4 +115,4 @@ def test_words_of_a_byte_tokenizer_have_their_space(tmp_path: Path) -> None:
 
 def test_other_tokenizers_are_left_alone(tiny_model: Callable[..., Path]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model())
-    assert of_words(tokenizer, tiny_model()) is tokenizer
+    assert build_word_tokenizer(tokenizer, tiny_model()) is tokenizer

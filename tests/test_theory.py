@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
-from hftl.retain.fisher import fisher_information
+from hftl.retain.fisher import compute_fisher
 from hftl.retain.weights import EWC, L2SP
 
 WIDTH, FEATURES, SUBSPACE, ROWS, APART, SEEDS = 20, 5, 8, 100, 0.05, 40
@@ -241,7 +241,7 @@ def runs(request: pytest.FixtureRequest) -> list[Run]:
 
 def information(parity: Parity) -> dict[str, Tensor]:
     """Of the old task's own classes, on its own pictures."""
-    return fisher_information(
+    return compute_fisher(
         parity.original, dict(parity.original.vit.named_parameters()), 64,
         lambda number: {"pixel_values": parity.mirrored[number : number + 1]}, "exact", seed=0,
     )[0]  # fmt: skip

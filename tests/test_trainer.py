@@ -16,12 +16,12 @@ from hftl.adapt.encoder_io import MaskedOutput
 from hftl.config.source import Source
 from hftl.errors import NumericError
 from hftl.finetune.strategies import prepare
-from hftl.models.heads import build
+from hftl.models.heads import build_model
 from hftl.models.source import find_source
-from hftl.train.checkpoint import KeepBest
-from hftl.train.frozen_eval import training_modes
-from hftl.train.loss import MANY, counted, counted_rows, summed_loss, uncounted
-from hftl.train.samplers import RankBatches, SeededOrder
+from hftl.train.checkpoint import BestWeightsCallback
+from hftl.train.frozen_eval import list_training_modes
+from hftl.train.loss import MANY_CLASSES, compute_summed_loss, count_labels, has_labels, ignore_rows
+from hftl.train.samplers import RankBatchSampler, SeededSampler
 from hftl.train.trainer import TransferTrainer
 
 ROWS = 24
@@ -47,7 +47,7 @@ def model_of(folder: Path, strategy: str, pooling: str = "native", dropout: floa
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout"):
         if hasattr(source.config, name):
             setattr(source.config, name, dropout)
-    found = build(source, "classification", pooling, 3, ["a", "b", "c"], seed=0)
+    found = build_model(source, "classification", pooling, 3, ["a", "b", "c"], seed=0)
     model = prepare(found.model, strategy, fresh=found.fresh)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -76,12 +76,12 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
-    order = SeededOrder(50, seed=1)
+    order = SeededSampler(50, seed=1)
     first = list(order)
     assert sorted(first) == list(range(50)) and list(order) == first
     order.set_epoch(1)
     assert list(order) != first
-    assert list(SeededOrder(50, seed=2)) != first
+    assert list(SeededSampler(50, seed=2)) != first
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -90,15 +90,15 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
 def test_ranks_share_every_batch_of_the_order_evenly(
     rows: int, processes: int, drop_last: bool
 ) -> None:
-    order = list(SeededOrder(rows, seed=1))
+    order = list(SeededSampler(rows, seed=1))
     ranks = [
-        RankBatches(SeededOrder(rows, seed=1), 4, processes, rank, drop_last)
+        RankBatchSampler(SeededSampler(rows, seed=1), 4, processes, rank, drop_last)
         for rank in range(processes)
     ]
     seen: list[int] = []
     for step, shares in enumerate(zip(*ranks, strict=True)):
         last = step == len(ranks[0]) - 1
-        own = [[] if last and r.idle else s for r, s in zip(ranks, shares, strict=True)]
+        own = [[] if last and r.is_idle else s for r, s in zip(ranks, shares, strict=True)]
         assert all(shares), "every process makes every step"
         sizes = [len(share) for share in own]
         assert max(sizes) - min(sizes) <= 1 and (last or min(sizes) == 4)
@@ -191,7 +191,7 @@ def test_equals_the_plain_trainer_without_dropout(
 ) -> None:
     class PlainInOurOrder(Trainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            return SeededOrder(ROWS, 3)
+            return SeededSampler(ROWS, 3)
 
     found = []
     for kind in (TransferTrainer, PlainInOurOrder):
@@ -203,7 +203,7 @@ def test_equals_the_plain_trainer_without_dropout(
 
 
 def modes(model: nn.Module) -> dict[str, bool]:
-    for module, live in training_modes(model):
+    for module, live in list_training_modes(model):
         module.training = live
     return {name: module.training for name, module in model.named_modules()}
 
@@ -212,7 +212,7 @@ def test_lora_keeps_the_encoder_in_eval_and_its_own_dropout_live(
     tiny_model: Callable[..., Path],
 ) -> None:
     source = find_source(Source(model=str(tiny_model())))
-    found = build(source, "classification", "native", 3, ["a", "b", "c"], seed=0)
+    found = build_model(source, "classification", "native", 3, ["a", "b", "c"], seed=0)
     model = prepare(found.model, "lora", lora={"lora_dropout": 0.5}, fresh=found.fresh)
     live = modes(model)
     block = "base_model.model.bert.encoder.layer.0"
@@ -225,7 +225,7 @@ def test_lora_keeps_the_encoder_in_eval_and_its_own_dropout_live(
 
 def test_partial_keeps_frozen_blocks_in_eval(tiny_model: Callable[..., Path]) -> None:
     source = find_source(Source(model=str(tiny_model())))
-    found = build(source, "classification", "native", 3, ["a", "b", "c"], seed=0)
+    found = build_model(source, "classification", "native", 3, ["a", "b", "c"], seed=0)
     live = modes(prepare(found.model, "partial", blocks=1, fresh=found.fresh))
     assert live["bert.encoder.layer.2.output.dropout"]
     assert not live["bert.encoder.layer.1.output.dropout"]
@@ -277,19 +277,21 @@ def test_summed_loss_is_the_sum_over_rows() -> None:
     logits, labels = torch.randn(5, 3), torch.tensor([0, 2, 1, -100, 2])
     kept = labels >= 0
     by_hand = -F.log_softmax(logits, -1)[kept, labels[kept]].sum()
-    torch.testing.assert_close(summed_loss(logits, labels), by_hand)
+    torch.testing.assert_close(compute_summed_loss(logits, labels), by_hand)
     targets = torch.randn(5)
     values = torch.randn(5, 1)
-    torch.testing.assert_close(summed_loss(values, targets), ((values[:, 0] - targets) ** 2).sum())
+    torch.testing.assert_close(
+        compute_summed_loss(values, targets), ((values[:, 0] - targets) ** 2).sum()
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])
 def test_over_a_vocabulary_the_loss_is_taken_piece_by_piece(rows: int) -> None:
     torch.manual_seed(0)
-    logits = torch.randn(rows, MANY + 5, requires_grad=True)
-    labels = torch.randint(0, MANY + 5, (rows,))
+    logits = torch.randn(rows, MANY_CLASSES + 5, requires_grad=True)
+    labels = torch.randint(0, MANY_CLASSES + 5, (rows,))
     labels[1::5] = -100
-    found, wanted = summed_loss(logits, labels), F.cross_entropy(
+    found, wanted = compute_summed_loss(logits, labels), F.cross_entropy(
         logits, labels, reduction="sum", ignore_index=-100
     )  # fmt: skip
     torch.testing.assert_close(found, wanted)
@@ -297,20 +299,20 @@ def test_over_a_vocabulary_the_loss_is_taken_piece_by_piece(rows: int) -> None:
     torch.testing.assert_close(mine, theirs)
     narrow = logits.detach().bfloat16().requires_grad_()
     torch.testing.assert_close(
-        summed_loss(narrow, labels),
+        compute_summed_loss(narrow, labels),
         F.cross_entropy(narrow.float(), labels, reduction="sum", ignore_index=-100),
     )
     with torch.no_grad():
-        torch.testing.assert_close(summed_loss(logits, labels), wanted)
+        torch.testing.assert_close(compute_summed_loss(logits, labels), wanted)
 
 
 def test_targets_without_a_number_do_not_count() -> None:
     logits = torch.randn(4, 1, requires_grad=True)
     targets = torch.tensor([0.5, torch.nan, -100.0, 2.0])
-    loss = summed_loss(logits, targets)
+    loss = compute_summed_loss(logits, targets)
     by_hand = sum((logits[i, 0] - targets[i]) ** 2 for i in (0, 2, 3))
     torch.testing.assert_close(loss, by_hand)
-    assert counted(targets) == 3
+    assert count_labels(targets) == 3
     loss.backward()
     assert logits.grad is not None and logits.grad[1] == 0 and logits.grad.isfinite().all()
 
@@ -320,22 +322,22 @@ def test_several_labels_a_row_are_each_a_yes_or_no() -> None:
     labels = torch.tensor([[0.0, 1, 1, 0], [torch.nan] * 4, [1.0, 0, 0, 0]])
     kept = logits[[0, 2]].sigmoid(), labels[[0, 2]]
     by_hand = -(kept[1] * kept[0].log() + (1 - kept[1]) * (1 - kept[0]).log()).sum()
-    torch.testing.assert_close(summed_loss(logits, labels), by_hand)
-    assert counted(labels) == 8
+    torch.testing.assert_close(compute_summed_loss(logits, labels), by_hand)
+    assert count_labels(labels) == 8
 
 
 def test_labels_of_tokens_count_one_by_one() -> None:
     logits, labels = torch.randn(2, 3, 5), torch.tensor([[1, -100, 4], [0, -100, -100]])
     by_hand = -sum(logits.log_softmax(-1)[i, j, labels[i, j]] for i, j in [(0, 0), (0, 2), (1, 0)])
-    torch.testing.assert_close(summed_loss(logits, labels), by_hand)
-    assert counted(labels) == 3
+    torch.testing.assert_close(compute_summed_loss(logits, labels), by_hand)
+    assert count_labels(labels) == 3
 
 
 def test_uncounted_rows_leave_the_others_and_the_original() -> None:
     for labels in (torch.tensor([[1, 2], [0, 1]]), torch.tensor([[1.0, 2], [0, 1]])):
-        empty = uncounted(labels, slice(1, None))
-        assert counted(empty) == 2 and counted(uncounted(labels)) == 0
-        assert torch.equal(empty[0], labels[0]) and counted(labels) == 4
+        empty = ignore_rows(labels, slice(1, None))
+        assert count_labels(empty) == 2 and count_labels(ignore_rows(labels)) == 0
+        assert torch.equal(empty[0], labels[0]) and count_labels(labels) == 4
 
 
 def test_the_evaluation_loss_is_the_mean_over_elements_not_batches(
@@ -360,7 +362,7 @@ def test_keep_best_restores_the_best_and_stops_after_patience() -> None:
         epoch = 0.0
 
     model = nn.Linear(1, 1)
-    keep = KeepBest("eval_accuracy", greater=True, patience=2)
+    keep = BestWeightsCallback("eval_accuracy", greater=True, patience=2)
     control, state = Control(), State()
     for epoch, score in enumerate([0.5, 0.9, 0.7, 0.9], start=1):
         state.epoch = float(epoch)
@@ -375,7 +377,7 @@ def test_keep_best_refuses_nan() -> None:
     class State:
         epoch = 1.0
 
-    keep = KeepBest("eval_loss", greater=False, patience=None)
+    keep = BestWeightsCallback("eval_loss", greater=False, patience=None)
     with pytest.raises(NumericError, match="eval_loss is NaN"):
         keep.on_evaluate(None, State(), None, model=None, metrics={"eval_loss": float("nan")})
 
@@ -399,7 +401,7 @@ def test_label_smoothing_is_used_in_training_alone(
     assert abs(smoothed_trained - trained) > 1e-3
     logits, labels = torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 2])
     expected = F.cross_entropy(logits, labels, label_smoothing=0.5, reduction="sum")
-    torch.testing.assert_close(summed_loss(logits, labels, 0.5), expected)
+    torch.testing.assert_close(compute_summed_loss(logits, labels, 0.5), expected)
 
 
 # Outputs of adaptation: slots, a penalty, patches
@@ -486,7 +488,7 @@ def test_slots_and_penalty_make_the_step_of_a_loop_however_it_is_cut(
     )  # fmt: skip
     trainer.train()
     model, data = Guesses(dear), Chosen()
-    order, losses = list(SeededOrder(len(data), 3)), []
+    order, losses = list(SeededSampler(len(data), 3)), []
     for start in (0, 8, 16):
         loss = by_hand(model, data, order[start : start + 8])
         losses.append(loss.item())
@@ -523,14 +525,14 @@ def test_the_loss_of_patches_is_masked_autoencoders(tmp_path: Path) -> None:
         for row in range(3) for patch in range(4) if (row, patch) not in left_out
     ]  # fmt: skip
     expected = torch.stack(each).mean()
-    assert counted(labels) == 7 * 6 and counted_rows(labels).tolist() == [True, False, True]
-    loss = summed_loss(logits, labels) / counted(labels)
+    assert count_labels(labels) == 7 * 6 and has_labels(labels).tolist() == [True, False, True]
+    loss = compute_summed_loss(logits, labels) / count_labels(labels)
     torch.testing.assert_close(loss, expected)
     (wanted,) = torch.autograd.grad(expected, logits, retain_graph=True)
     (found,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(found, wanted)
     assert found.isfinite().all() and not any(found[place].any() for place in left_out)
-    assert counted(uncounted(labels, slice(0, 1))) == 4 * 6
+    assert count_labels(ignore_rows(labels, slice(0, 1))) == 4 * 6
 
 
 def test_a_plain_module_is_saved_whole_and_taken_up(tmp_path: Path) -> None:
@@ -558,7 +560,7 @@ def test_a_gain_below_the_least_does_not_help_patience_but_is_kept() -> None:
         epoch = 0.0
 
     model = nn.Linear(1, 1)
-    keep = KeepBest("eval_loss", greater=False, patience=2, least=0.01)
+    keep = BestWeightsCallback("eval_loss", greater=False, patience=2, least=0.01)
     control, state = Control(), State()
     for epoch, loss in enumerate([2.0, 1.985, 1.95, 1.94, 1.93], start=1):
         state.epoch = float(epoch)
@@ -570,9 +572,7 @@ def test_a_gain_below_the_least_does_not_help_patience_but_is_kept() -> None:
     assert model.weight.item() == 5 and keep.best == 1.93
 
 
-def test_a_loss_of_the_users_own_is_called(
-    tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_loss_of_the_users_own_is_called(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     calls = []
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:

@@ -22,7 +22,7 @@ def real(kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["training", "lora"])
 def test_the_fields_are_those_of_the_class(kind: str) -> None:
     real_names = {f.name for f in dataclasses.fields(real(kind)) if f.init}
-    assert set(upstream_args.fields(kind)) == real_names
+    assert set(upstream_args.read_fields(kind)) == real_names
 
 
 @pytest.mark.parametrize("kind", ["training", "lora"])
@@ -30,7 +30,7 @@ def test_every_default_is_of_the_type_that_we_read(kind: str) -> None:
     fields = [f for f in dataclasses.fields(real(kind)) if f.default is not dataclasses.MISSING]
     assert len(fields) > 10
     for field in fields:
-        assert upstream_args.checked(kind, field.name, field.default) == field.default
+        assert upstream_args.validate_value(kind, field.name, field.default) == field.default
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_every_default_is_of_the_type_that_we_read(kind: str) -> None:
     ],
 )
 def test_values_of_the_right_type(kind: str, name: str, value: Any, found: Any) -> None:
-    assert upstream_args.checked(kind, name, value) == found
+    assert upstream_args.validate_value(kind, name, value) == found
 
 
 @pytest.mark.parametrize(
@@ -65,10 +65,10 @@ def test_values_of_the_right_type(kind: str, name: str, value: Any, found: Any) 
 )
 def test_values_of_another_type(kind: str, name: str, value: Any, wanted: str) -> None:
     with pytest.raises(RecipeError, match=rf"^finetune\.{kind}\.{name} must be {wanted}, got "):
-        upstream_args.checked(kind, f"finetune.{kind}.{name}", value)
+        upstream_args.validate_value(kind, f"finetune.{kind}.{name}", value)
 
 
 def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(upstream_args.SOURCES, "lora", [("no_such_package", "a.py", "A")])
+    monkeypatch.setitem(upstream_args.UPSTREAM_CLASSES, "lora", [("no_such_package", "a.py", "A")])
     with pytest.raises(RecipeError, match="no_such_package is not installed"):
-        upstream_args.fields.__wrapped__("lora")
+        upstream_args.read_fields.__wrapped__("lora")

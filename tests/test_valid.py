@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hftl.card.validation import card_problems, own_card_problems
+from hftl.card.validation import validate_card, validate_own_card
 
 RESULT = {
     "task": {"type": "text-classification"},
@@ -61,12 +61,12 @@ def card(changed: dict[str, Any] | None = None, body: str = "# Adapter\n") -> st
      {"base_model": ["org/a", "org/b"], "base_model_relation": "merge"}],
 )  # fmt: skip
 def test_sound_card_has_no_problem(changed: dict[str, Any]) -> None:
-    assert card_problems(card(changed)) == []
+    assert validate_card(card(changed)) == []
 
 
 @pytest.mark.parametrize(("changed", "told"), DEFECTS)
 def test_each_defect_is_the_one_problem(changed: dict[str, Any], told: str) -> None:
-    found = card_problems(card(changed))
+    found = validate_card(card(changed))
     assert len(found) == 1 and told in found[0] and "; " in found[0]
 
 
@@ -80,22 +80,22 @@ def test_each_defect_is_the_one_problem(changed: dict[str, Any], told: str) -> N
      (card(body="trained from /home/ann/run"), "place on a machine: '/home/ann'")],
 )  # fmt: skip
 def test_text_that_cannot_be_a_card(text: str, told: str) -> None:
-    found = card_problems(text)
+    found = validate_card(text)
     assert len(found) == 1 and told in found[0]
 
 
 def test_links_and_plain_paths_are_no_place_on_a_machine() -> None:
-    assert card_problems(card(body="https://x.org/home/ann and `cd ~/.cache`, /etc/hosts")) == []
+    assert validate_card(card(body="https://x.org/home/ann and `cd ~/.cache`, /etc/hosts")) == []
 
 
 def test_message_holds_nothing_a_terminal_obeys() -> None:
-    (found,) = card_problems(card({"pipeline_tag": "\x1b[31mred\n" + "x" * 10_000}))
+    (found,) = validate_card(card({"pipeline_tag": "\x1b[31mred\n" + "x" * 10_000}))
     assert "\x1b" not in found and "\n" not in found and len(found) < 200
 
 
 def test_own_card_has_results_and_no_other_key() -> None:
-    assert own_card_problems(card()) == []
-    assert "the key 'inference'" in own_card_problems(card({"inference": True}))[0]
-    assert "model-index is empty" in own_card_problems(card({"model-index": None}))[0]
-    assert own_card_problems(card({"model-index": None}), measured=False) == []
-    assert "no metadata" in own_card_problems("")[0]
+    assert validate_own_card(card()) == []
+    assert "the key 'inference'" in validate_own_card(card({"inference": True}))[0]
+    assert "model-index is empty" in validate_own_card(card({"model-index": None}))[0]
+    assert validate_own_card(card({"model-index": None}), measured=False) == []
+    assert "no metadata" in validate_own_card("")[0]

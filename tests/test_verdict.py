@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hftl.measure.verdict import RELOAD_TOLERANCE, decide, interval_text
+from hftl.measure.verdict import RELOAD_TOLERANCE, decide_verdict, format_gain
 
 GAINS: dict[str, dict[str, Any] | None] = {
     "positive": {"value": 0.1, "ci95": [0.05, 0.15]},
@@ -52,7 +52,7 @@ def head(name: str) -> dict[str, Any] | None:
     ("gain", "over_head", "reload"), list(itertools.product(GAINS, HEADS, RELOADS))
 )
 def test_publishes_only_when_all_three_hold(gain: str, over_head: str, reload: float) -> None:
-    found = decide(full(gain), head(over_head), reload)
+    found = decide_verdict(full(gain), head(over_head), reload)
     against = [gain != "positive", over_head in HEAD_AHEAD, not RELOADS[reload]]
     assert found["decision"] == ("hold" if any(against) else "publish")
     reasons = " / ".join(found["reasons"])
@@ -79,16 +79,16 @@ def test_a_model_that_is_not_better_than_head_says_so_first(
     over_head: dict[str, Any], words: str, decision_gain: str
 ) -> None:
     """A LoRA at -.005 of head was published for its gain over scratch, and said so alone."""
-    found = decide(full(decision_gain), {"metric": "accuracy", **over_head}, 0.0)
+    found = decide_verdict(full(decision_gain), {"metric": "accuracy", **over_head}, 0.0)
     assert found["reasons"][0].startswith(words)
-    assert interval_text(over_head) in found["reasons"][0]
+    assert format_gain(over_head) in found["reasons"][0]
 
 
 def test_a_gain_over_one_baseline_alone_is_within_noise() -> None:
     known = full("positive") | {"baseline": "classical"}
     unsure = known | {"value": 0.2, "ci95": [-0.1, 0.5], "outcome": "undetermined"}
     both = known | {"outcome": "undetermined", "baselines": {"scratch": unsure, "classical": known}}
-    found = decide(both, None, 0.0)
+    found = decide_verdict(both, None, 0.0)
     assert found["decision"] == "hold"
     assert (
         "over classical is beyond noise, but +0.200 [-0.100, +0.500] over scratch is not"
@@ -98,7 +98,7 @@ def test_a_gain_over_one_baseline_alone_is_within_noise() -> None:
 
 @pytest.mark.parametrize("decision_gain", ["positive", "negative"])
 def test_reasons_give_the_figures(decision_gain: str) -> None:
-    found = decide(full(decision_gain), head("ahead"), 0.25)
+    found = decide_verdict(full(decision_gain), head("ahead"), 0.25)
     assert any("-0.050 [-0.090, -0.010] accuracy against head" in r for r in found["reasons"])
     assert any("difference 2.5e-01" in r for r in found["reasons"])
 
@@ -109,4 +109,4 @@ def test_reasons_give_the_figures(decision_gain: str) -> None:
      "+0.000]"), (0.5, None, "+0.500")],
 )  # fmt: skip
 def test_interval_text(value: float, interval: list[float] | None, text: str) -> None:
-    assert interval_text({"value": value, "ci95": interval}) == text
+    assert format_gain({"value": value, "ci95": interval}) == text

@@ -13,7 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from transformers import AutoModel
 
-from hftl.adapt.encoder_io import encoder_state, set_trainable
+from hftl.adapt.encoder_io import merge_encoder_state, set_trainable
 from hftl.adapt.mae import load_mae
 from hftl.adapt.mlm import load_mlm
 from hftl.analysis.probe import fit_probe
@@ -21,8 +21,8 @@ from hftl.config.recipe import Recipe
 from hftl.data.load import Row
 from hftl.errors import HftlError
 from hftl.finetune import guard_metrics
-from hftl.finetune.context import Workbench
-from hftl.finetune.guard_metrics import neighbours_kept, probe_score
+from hftl.finetune.context import ExperimentContext
+from hftl.finetune.guard_metrics import build_neighbour_agreement, build_probe_score
 
 Tiny = Callable[..., Path]
 LORA = {"r": 4, "lora_alpha": 8}
@@ -32,7 +32,7 @@ POOLING = {"text": "mean", "image": "native"}
 @pytest.fixture(params=["text", "image"])
 def bench(
     request: pytest.FixtureRequest, recipe_tree: dict[str, Any], tiny_model: Tiny, tmp_path: Path
-) -> Workbench:
+) -> ExperimentContext:
     tree = recipe_tree
     if request.param == "image":
         tree["source"] = {"model": str(tiny_model("dinov2"))}
@@ -40,14 +40,14 @@ def bench(
     return bench_of(Recipe.model_validate(tree))
 
 
-def objective_of(bench: Workbench, method: str = "full") -> Any:
+def objective_of(bench: ExperimentContext, method: str = "full") -> Any:
     """An objective's model over the bench's source."""
     if bench.prepared.modality == "text":
         model: Any = load_mlm(bench.source, seed=0)[0]
     else:
         decoder = {"width": 16, "depth": 1, "heads": 2}
         model = load_mae(bench.source, 32, 0.5, decoder, seed=0)[0]
-    set_trainable(model, bench.source.anatomy, method, 1, LORA)
+    set_trainable(model, bench.source.architecture_spec, method, 1, LORA)
     return model
 
 
@@ -60,14 +60,16 @@ def drift(model: Any, by: float) -> None:
                 parameter.add_(by * torch.randn_like(parameter))
 
 
-def plain_features(bench: Workbench, rows: list[Row], state: dict[str, Tensor]) -> np.ndarray:
+def plain_features(
+    bench: ExperimentContext, rows: list[Row], state: dict[str, Tensor]
+) -> np.ndarray:
     """The stock encoder's pooled output, one row at a time."""
     encoder: Any = AutoModel.from_pretrained(bench.source.folder)
     found = encoder.load_state_dict(state, strict=False)
     assert not found.unexpected_keys and all("pooler" in key for key in found.missing_keys)
     encoder.eval()
     features = []
-    for row in bench.encoded(rows):
+    for row in bench.encode_rows(rows):
         inputs = {k: v for k, v in bench.inputs.collate([dict(row)]).items() if k != "labels"}
         with torch.no_grad():
             hidden = encoder(**inputs).last_hidden_state[0]
@@ -78,29 +80,29 @@ def plain_features(bench: Workbench, rows: list[Row], state: dict[str, Tensor]) 
     return torch.stack(features).numpy()
 
 
-def plain_score(bench: Workbench, state: dict[str, Tensor]) -> float:
+def plain_score(bench: ExperimentContext, state: dict[str, Tensor]) -> float:
     """The accuracy on validation of a probe on those features."""
-    train, held = bench.train_rows(0), bench.prepared.rows["validation"]
-    targets = bench.prepared.targets(train)
-    probe = fit_probe(plain_features(bench, train, state), targets, bench.outputs, None)
+    train, held = bench.select_train_rows(0), bench.prepared.rows["validation"]
+    targets = bench.prepared.encode_targets(train)
+    probe = fit_probe(plain_features(bench, train, state), targets, bench.num_outputs, None)
     told = probe.logits(plain_features(bench, held, state)).argmax(1)
-    return float((told == bench.prepared.targets(held)).mean())
+    return float((told == bench.prepared.encode_targets(held)).mean())
 
 
-def own_score(bench: Workbench, seed: int) -> float:
+def own_score(bench: ExperimentContext, seed: int) -> float:
     """What fine-tuning's own probe has on validation."""
     pooling = POOLING[bench.prepared.modality]
     held = bench.prepared.rows["validation"]
-    logits = bench.probe(pooling, seed).logits(bench.features(pooling, seed, held))
-    return float((logits.argmax(1) == bench.prepared.targets(held)).mean())
+    logits = bench.get_probe(pooling, seed).logits(bench.extract_features(pooling, seed, held))
+    return float((logits.argmax(1) == bench.prepared.encode_targets(held)).mean())
 
 
-def score_of(bench: Workbench, model: Any, seed: int = 0) -> Callable[[], float]:
+def score_of(bench: ExperimentContext, model: Any, seed: int = 0) -> Callable[[], float]:
     pooling = POOLING[bench.prepared.modality]
-    return probe_score(bench, pooling, seed, lambda: encoder_state(model))
+    return build_probe_score(bench, pooling, seed, lambda: merge_encoder_state(model))
 
 
-def test_at_the_original_the_score_is_the_probe_s_own(bench: Workbench) -> None:
+def test_at_the_original_the_score_is_the_probe_s_own(bench: ExperimentContext) -> None:
     for method in ("full", "lora"):
         measure = score_of(bench, objective_of(bench, method), seed=1)
         assert measure() == own_score(bench, 1) == measure()
@@ -108,7 +110,7 @@ def test_at_the_original_the_score_is_the_probe_s_own(bench: Workbench) -> None:
 
 @pytest.mark.parametrize("method", ["full", "lora+blocks"])
 def test_the_score_is_that_of_the_weights_as_they_are(
-    bench: Workbench, method: str, monkeypatch: pytest.MonkeyPatch
+    bench: ExperimentContext, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One measure, asked again while the weights move; LoRA counts as merged."""
     fitted: list[np.ndarray] = []
@@ -124,7 +126,7 @@ def test_the_score_is_that_of_the_weights_as_they_are(
         drift(model, by)
         found, state = measure(), merged_state(model)
         assert found == plain_score(bench, state)
-        expected = plain_features(bench, bench.train_rows(0), state)
+        expected = plain_features(bench, bench.select_train_rows(0), state)
         assert np.abs(fitted[-1] - expected).max() < 1e-5
     assert np.abs(fitted[0] - fitted[1]).max() > 0.1, "they moved: it can tell"
 
@@ -137,14 +139,14 @@ def merged_state(model: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
 
 
-def test_measuring_leaves_the_model_and_the_random_state_alone(bench: Workbench) -> None:
+def test_measuring_leaves_the_model_and_the_random_state_alone(bench: ExperimentContext) -> None:
     model = objective_of(bench, "lora")
     drift(model, 0.1)
     model.train()
-    encoded = bench.encoded(bench.prepared.rows["train"])
+    encoded = bench.encode_rows(bench.prepared.rows["train"])
     measures = [
         score_of(bench, model),
-        neighbours_kept(bench, encoded, 0, lambda: encoder_state(model)),
+        build_neighbour_agreement(bench, encoded, 0, lambda: merge_encoder_state(model)),
     ]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random = torch.get_rng_state()
@@ -157,9 +159,9 @@ def test_measuring_leaves_the_model_and_the_random_state_alone(bench: Workbench)
 
 
 def test_more_rows_than_needed_are_left_out(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+    bench: ExperimentContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard_metrics, "ROWS", 5)
+    monkeypatch.setattr(guard_metrics, "PROBE_EVAL_ROWS", 5)
     held = bench.prepared.rows["validation"]
     assert len(held) > 5
     bench.prepared.rows["validation"] = held[:5]
@@ -168,18 +170,23 @@ def test_more_rows_than_needed_are_left_out(
     assert score_of(bench, objective_of(bench))() == few
 
 
-def test_neighbours_of_the_original_are_all_kept(bench: Workbench) -> None:
-    encoded = bench.encoded(bench.prepared.rows["train"])
+def test_neighbours_of_the_original_are_all_kept(bench: ExperimentContext) -> None:
+    encoded = bench.encode_rows(bench.prepared.rows["train"])
     for method in ("full", "lora"):
         model = objective_of(bench, method)
-        assert neighbours_kept(bench, encoded, 0, lambda m=model: encoder_state(m))() == 1.0
+        assert (
+            build_neighbour_agreement(bench, encoded, 0, lambda m=model: merge_encoder_state(m))()
+            == 1.0
+        )
 
 
-def test_neighbours_are_lost_as_the_encoder_drifts(bench: Workbench) -> None:
+def test_neighbours_are_lost_as_the_encoder_drifts(bench: ExperimentContext) -> None:
     rows = bench.prepared.rows["train"]
     model = objective_of(bench, "full")
     original = merged_state(model)
-    measure = neighbours_kept(bench, bench.encoded(rows), 0, lambda: encoder_state(model))
+    measure = build_neighbour_agreement(
+        bench, bench.encode_rows(rows), 0, lambda: merge_encoder_state(model)
+    )
     seen = []
     for by in (0.003, 0.1, 2.0):
         drift(model, by)
@@ -199,8 +206,8 @@ def shared_neighbours(before: np.ndarray, after: np.ndarray) -> float:
     return float(np.mean([len(set(a) & set(b)) for a, b in zip(*sides, strict=True)])) / 10
 
 
-def test_weights_of_another_model_are_refused(bench: Workbench) -> None:
-    measure = probe_score(
+def test_weights_of_another_model_are_refused(bench: ExperimentContext) -> None:
+    measure = build_probe_score(
         bench, POOLING[bench.prepared.modality], 0, lambda: {"strange.weight": torch.ones(1)}
     )
     with pytest.raises(HftlError, match="the adapted encoder has no weight '"):

@@ -12,21 +12,21 @@ from test_retention import retaining, with_probe
 from test_trainer import Rows, weights
 from torch import nn
 
-from hftl.adapt.encoder_io import encoder_state
+from hftl.adapt.encoder_io import merge_encoder_state
 from hftl.config.source import Source
 from hftl.errors import RecipeError
 from hftl.finetune.strategies import prepare
-from hftl.models.heads import build
+from hftl.models.heads import build_model
 from hftl.models.source import find_source
 from hftl.retain.weights import (
     EWC,
     L2SP,
     check_low_rank,
     check_unchanged_base,
-    lora_layers,
-    trained_encoder,
-    update,
-    update_norm,
+    compute_update,
+    compute_update_norm,
+    iterate_encoder_parameters,
+    iterate_lora_layers,
 )
 
 
@@ -74,13 +74,13 @@ def test_l2sp_is_the_squared_distance(bert: Path, strategy: str, pooling: str) -
 @pytest.mark.parametrize("pooling", ["mean", "native"])
 def test_under_lora_the_merged_weights_count(bert: Path, pooling: str, rslora: bool) -> None:
     source = find_source(Source(model=str(bert)))
-    built = build(source, "classification", pooling, 3, ["a", "b", "c"], seed=0)
+    built = build_model(source, "classification", pooling, 3, ["a", "b", "c"], seed=0)
     plain = {k: v.clone() for k, v in built.encoder.state_dict().items()}
     lora = {"r": 4, "lora_alpha": 12, "use_rslora": rslora}
     model = prepare(built.model, "lora", lora=lora, fresh=built.fresh)
     l2sp = L2SP(0.4)
     torch.manual_seed(0)
-    layers = dict(lora_layers(model))
+    layers = dict(iterate_lora_layers(model))
     fisher = {f"{name}.weight": torch.rand(layer.base_layer.weight.shape)
               for name, layer in layers.items()}  # fmt: skip
     ewc = EWC(0.4, fisher | {"embeddings.nothing": torch.ones(2)})
@@ -88,7 +88,7 @@ def test_under_lora_the_merged_weights_count(bert: Path, pooling: str, rslora: b
         term.start(model)
         assert term.penalty(model) == 0
     moved(model)
-    merged = encoder_state(type("Wrapped", (), {"encoder": wrapped_encoder(model)})())  # pyright: ignore
+    merged = merge_encoder_state(type("Wrapped", (), {"encoder": wrapped_encoder(model)})())  # pyright: ignore
     apart = {n: merged[f"{n}.weight"] - plain[f"{n}.weight"] for n in layers}
     assert len(layers) == 18 and all(delta.abs().max() > 1e-4 for delta in apart.values())
     wanted = 0.2 * sum(delta.square().sum() for delta in apart.values())
@@ -96,7 +96,7 @@ def test_under_lora_the_merged_weights_count(bert: Path, pooling: str, rslora: b
     weighted = 0.2 * sum((fisher[f"{n}.weight"] * d.square()).sum() for n, d in apart.items())
     torch.testing.assert_close(ewc.penalty(model), weighted, rtol=1e-4, atol=1e-6)
     for layer in layers.values():
-        torch.testing.assert_close(update_norm(layer), update(layer).square().sum())
+        torch.testing.assert_close(compute_update_norm(layer), compute_update(layer).square().sum())
     ewc.penalty(model).backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if ".lora_" in n)
 
@@ -106,15 +106,15 @@ def test_what_an_adapter_saves_whole_in_the_encoder_is_the_encoders(bert: Path) 
     model = with_probe(bert, "full", "native")
     lora = {"modules_to_save": ["LayerNorm"], "target_modules": ["query"]}
     model = prepare(model, "lora", lora=lora, fresh=[])
-    names = [name for name, _ in trained_encoder(model)]
+    names = [name for name, _ in iterate_encoder_parameters(model)]
     assert "encoder.layer.2.output.LayerNorm.weight" in names and len(names) == 14
-    before = {name: p.detach().clone() for name, p in trained_encoder(model)}
+    before = {name: p.detach().clone() for name, p in iterate_encoder_parameters(model)}
     term, ewc = L2SP(0.4), EWC(0.4, {n: torch.ones_like(p) for n, p in before.items()})
     term.start(model), ewc.start(model)
     assert term.penalty(model) == ewc.penalty(model) == 0
     moved(model)
-    whole = 0.2 * sum((p - before[n]).square().sum() for n, p in trained_encoder(model))
-    low = 0.2 * sum(update(layer).square().sum() for _, layer in lora_layers(model))
+    whole = 0.2 * sum((p - before[n]).square().sum() for n, p in iterate_encoder_parameters(model))
+    low = 0.2 * sum(compute_update(layer).square().sum() for _, layer in iterate_lora_layers(model))
     torch.testing.assert_close(term.penalty(model), whole + low)
     torch.testing.assert_close(ewc.penalty(model), whole)
     head = {n: p for n, p in model.named_parameters() if "classifier.modules_to_save" in n}
@@ -129,9 +129,9 @@ def test_factors_of_other_layers_count_as_well(
     name: str, target: str, tiny_model: Callable[..., Path]
 ) -> None:
     source = find_source(Source(model=str(tiny_model(name))))
-    built = build(source, "classification", "native", 3, ["a", "b", "c"], seed=0)
+    built = build_model(source, "classification", "native", 3, ["a", "b", "c"], seed=0)
     model = prepare(built.model, "lora", lora={"target_modules": [target]}, fresh=built.fresh)
-    ((path, layer),) = lora_layers(model)
+    ((path, layer),) = iterate_lora_layers(model)
     before = layer.get_base_layer().weight.detach().clone()
     fisher = torch.rand(before.shape)
     l2sp, ewc = L2SP(0.4), EWC(0.4, {f"{path}.weight": fisher})
@@ -149,7 +149,7 @@ def test_factors_of_other_layers_count_as_well(
 
 def others(model: nn.Module, term: L2SP) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What of the encoder trains whole, as a pooler, beside where it started."""
-    return [(p, term._start[n]) for n, p in trained_encoder(model)]
+    return [(p, term._start[n]) for n, p in iterate_encoder_parameters(model)]
 
 
 def moved_far(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
@@ -159,7 +159,9 @@ def moved_far(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("strategy", ["full", "lora"])
 def test_mixed_precision_leaves_a_penalty_alone(bert: Path, strategy: str) -> None:
     model = with_probe(bert, strategy)
-    names = [n for n, _ in trained_encoder(model)] + [f"{n}.weight" for n, _ in lora_layers(model)]
+    names = [n for n, _ in iterate_encoder_parameters(model)] + [
+        f"{n}.weight" for n, _ in iterate_lora_layers(model)
+    ]
     shapes = {n: p.shape for n, p in with_probe(bert, "full").encoder.named_parameters()}
     terms = [L2SP(0.4, head=0.1), EWC(0.4, {n: torch.rand(shapes[n]) for n in names})]
     for term in terms:
@@ -195,14 +197,14 @@ def test_a_resumed_training_is_drawn_to_where_the_first_one_began(
 def test_the_decoupled_step_follows_the_schedule(bert: Path, tmp_path: Path) -> None:
     """By hand, with the rate of each step and the gradients of a penalty-free twin."""
     model = with_probe(bert, "full")
-    start = {name: p.detach().clone() for name, p in trained_encoder(model)}
+    start = {name: p.detach().clone() for name, p in iterate_encoder_parameters(model)}
     seen: list[dict[str, Any]] = []
 
     class Watched(L2SP):
         def after_step(self, model: nn.Module, optimizer: Any) -> None:
-            before = {n: p.detach().clone() for n, p in trained_encoder(model)}
+            before = {n: p.detach().clone() for n, p in iterate_encoder_parameters(model)}
             super().after_step(model, optimizer)
-            after = {n: p.detach().clone() for n, p in trained_encoder(model)}
+            after = {n: p.detach().clone() for n, p in iterate_encoder_parameters(model)}
             seen.append({"before": before, "after": after})
 
     retaining(
@@ -219,22 +221,23 @@ def test_the_decoupled_step_follows_the_schedule(bert: Path, tmp_path: Path) -> 
 
 def wrapped_encoder(model: Any) -> Any:
     """The encoder inside, its layers wrapped."""
-    from hftl.models.heads import anatomy_in, encoder_in
+    from hftl.models.heads import get_encoder, get_model_architecture
 
-    return encoder_in(model, anatomy_in(model))
+    return get_encoder(model, get_model_architecture(model))
 
 
 def test_ewc_weighs_each_weight(bert: Path) -> None:
     model = with_probe(bert, "full")
     torch.manual_seed(0)
-    before = {name: p.detach().clone() for name, p in trained_encoder(model)}
+    before = {name: p.detach().clone() for name, p in iterate_encoder_parameters(model)}
     fisher = {name: torch.rand_like(p) for name, p in before.items()}
     term = EWC(0.6, fisher)
     term.start(model)
     assert term.penalty(model) == 0
     moved(model)
     wanted = 0.3 * sum(
-        (fisher[name] * (p - before[name]).square()).sum() for name, p in trained_encoder(model)
+        (fisher[name] * (p - before[name]).square()).sum()
+        for name, p in iterate_encoder_parameters(model)
     )
     torch.testing.assert_close(term.penalty(model), wanted)
     same = EWC(0.6, {name: torch.ones_like(p) for name, p in before.items()})
@@ -262,7 +265,7 @@ def test_the_decoupled_step_is_outside_the_optimizer(bert: Path) -> None:
     moved(model)
     now = weights(model)
     assert term.penalty(model) == 0
-    inside = {id(p) for _, p in trained_encoder(model)}
+    inside = {id(p) for _, p in iterate_encoder_parameters(model)}
     groups = [
         {"params": [p for p in model.parameters() if id(p) in inside], "lr": 0.1},
         {"params": [p for p in model.parameters() if id(p) not in inside], "lr": 0.7},
@@ -368,7 +371,7 @@ def test_a_negative_weight_is_refused(kind: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("kind", ["l2sp", "ewc"])
 def test_an_adapter_that_was_trained_before_is_refused(bert: Path, kind: str) -> None:
     model = with_probe(bert, "lora")
-    name, layer = next(iter(lora_layers(model)))
+    name, layer = next(iter(iterate_lora_layers(model)))
     fisher = {f"{name}.weight": torch.ones_like(layer.get_base_layer().weight)}
     term = L2SP(1.0) if kind == "l2sp" else EWC(1.0, fisher)
     term.start(model)

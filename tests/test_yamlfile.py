@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hftl.config.overrides import flatten, override, parse, read, set_key
+from hftl.config.overrides import apply_overrides, flatten, parse_yaml, read_yaml, set_key
 from hftl.errors import RecipeError
 
 
@@ -33,7 +33,7 @@ from hftl.errors import RecipeError
     ],
 )
 def test_scalars(text: str, value: Any) -> None:
-    found = parse(text, "here")
+    found = parse_yaml(text, "here")
     assert found == value
     assert type(found) is type(value)
 
@@ -52,7 +52,7 @@ def test_scalars(text: str, value: Any) -> None:
 )
 def test_what_is_not_yaml_is_named_by_line(text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        parse(text, "r.yaml")
+        parse_yaml(text, "r.yaml")
 
 
 @pytest.mark.parametrize(
@@ -69,12 +69,12 @@ def test_files_that_are_no_recipe(tmp_path: Path, content: bytes | None, message
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(RecipeError, match=rf"mine\.yaml {message}"):
-        read(path)
+        read_yaml(path)
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be read"):
-        read(tmp_path)
+        read_yaml(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,12 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_an_override_makes_what_is_missing(assignment: str, value: dict[str, Any]) -> None:
-    assert override({}, [assignment]) == value
+    assert apply_overrides({}, [assignment]) == value
 
 
 def test_an_override_leaves_its_neighbours() -> None:
     tree = {"finetune": {"lora": {"r": 8, "lora_alpha": 16}}, "retain": None}
-    assert override(tree, ["finetune.lora.r=4", "finetune.lora.r=2", "retain.l2sp=0.1"]) == {
+    assert apply_overrides(tree, ["finetune.lora.r=4", "finetune.lora.r=2", "retain.l2sp=0.1"]) == {
         "finetune": {"lora": {"r": 2, "lora_alpha": 16}},
         "retain": {"l2sp": 0.1},
     }
@@ -110,7 +110,7 @@ def test_an_override_leaves_its_neighbours() -> None:
 )
 def test_an_override_that_cannot_be_applied(assignment: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        override({"data": {"train": "a.csv"}}, [assignment])
+        apply_overrides({"data": {"train": "a.csv"}}, [assignment])
 
 
 @pytest.mark.parametrize("index", ["\u00b2", "\u2460", "x"])

@@ -32,24 +32,24 @@ from transformers import (
 from hftl.adapt import adaptation as stage_module
 from hftl.config.finetune import Gradual
 from hftl.errors import DataError, NumericError, RecipeError
-from hftl.finetune.gradual import State, fit_gradual
+from hftl.finetune.gradual import GradualCheckpoint, fit_gradual
 from hftl.finetune.strategies import prepare
 from hftl.models.heads import PooledModel
-from hftl.retain.fisher import fisher_information
+from hftl.retain.fisher import compute_fisher
 from hftl.retain.kl import KLToOriginal
-from hftl.retain.weights import EWC, L2SP, lora_layers, trained_encoder
+from hftl.retain.weights import EWC, L2SP, iterate_encoder_parameters, iterate_lora_layers
 from hftl.runtime.distributed import (
-    close,
-    first,
-    gather,
+    broadcast_from_main,
+    close_process_group,
+    gather_values,
+    get_rank,
+    get_world_size,
     is_main,
-    mine,
-    raised_elsewhere,
-    rank,
-    share,
-    size,
+    is_raised_by_main,
+    run_main_first,
+    shard_items,
 )
-from hftl.train.checkpoint import KeepBest, whole_state
+from hftl.train.checkpoint import BestWeightsCallback, gather_trainable_state
 from hftl.train.trainer import TransferTrainer
 
 GLOBAL_BATCH = 8
@@ -234,11 +234,11 @@ def trainer_of(
 ) -> Any:
     """A trainer of the case whose global batch is the same for any number of processes."""
     case, data, strategy = CASES[name], kind_of(name), name.split("-")[1]
-    accumulated = case.get("accumulated", 1) if size() > 1 else 1
+    accumulated = case.get("accumulated", 1) if get_world_size() > 1 else 1
     args = TrainingArguments(
         output_dir=str(folder), use_cpu=True, report_to="none", save_strategy="no", seed=3,
         disable_tqdm=True, max_steps=case.get("steps", 50), learning_rate=2e-3,
-        per_device_train_batch_size=GLOBAL_BATCH // size() // accumulated,
+        per_device_train_batch_size=GLOBAL_BATCH // get_world_size() // accumulated,
         gradient_accumulation_steps=accumulated, per_device_eval_batch_size=4,
         logging_steps=1, eval_strategy="epoch", remove_unused_columns=False,
         label_names=["labels"], warmup_steps=5,
@@ -253,8 +253,10 @@ def trainer_of(
 def retained(strategy: str) -> dict[str, Any]:
     """Terms on both kinds of rows and on weights, and general rows, labelled where all trains."""
     model = tiny("pooled", strategy)
-    shapes = {name: p.shape for name, p in trained_encoder(model)}
-    shapes |= {f"{n}.weight": layer.base_layer.weight.shape for n, layer in lora_layers(model)}
+    shapes = {name: p.shape for name, p in iterate_encoder_parameters(model)}
+    shapes |= {
+        f"{n}.weight": layer.base_layer.weight.shape for n, layer in iterate_lora_layers(model)
+    }
     draw = torch.Generator().manual_seed(1)
     general = Rows("pooled", 9)
     for row in general.rows:
@@ -284,12 +286,12 @@ def information() -> dict[str, tuple[dict[str, torch.Tensor], float]]:
         return collate([rows[number]])
 
     kinds = ("features", "exact", "sampled", "empirical")
-    return {kind: fisher_information(model, named, 11, batch, kind, seed=4) for kind in kinds}
+    return {kind: compute_fisher(model, named, 11, batch, kind, seed=4) for kind in kinds}
 
 
 def outcome(name: str, folder: Path, kind: type[TransferTrainer] = Watched) -> dict[str, Any]:
     """What one training saw and left."""
-    watch, best = Watch(), KeepBest("eval_loss", greater=False, patience=None)
+    watch, best = Watch(), BestWeightsCallback("eval_loss", greater=False, patience=None)
     trainer = trainer_of(name, folder, kind, callbacks=[watch, best])
     trainer.train()
     model = trainer.model.eval()
@@ -298,7 +300,7 @@ def outcome(name: str, folder: Path, kind: type[TransferTrainer] = Watched) -> d
         for row in trainer.train_dataset:
             inputs = {k: v for k, v in collate([row]).items() if k != "labels"}
             logits.append(model(**inputs).logits[0])
-    state = whole_state(trainer.model_wrapped, trainer.accelerator)
+    state = gather_trainable_state(trainer.model_wrapped, trainer.accelerator)
     trainer.remove_callback(best)
     spoil(trainer.model)
     trainer.evaluate()
@@ -312,7 +314,7 @@ def outcome(name: str, folder: Path, kind: type[TransferTrainer] = Watched) -> d
         "logits": logits,
         "state": state,
         "best": (best.epoch, best.best),
-        "restored": whole_state(trainer.model_wrapped, trainer.accelerator),
+        "restored": gather_trainable_state(trainer.model_wrapped, trainer.accelerator),
         "again": trainer.evaluate()["eval_loss"],
         "evaluations": [
             {k: v for k, v in entry.items() if not k.endswith(("runtime", "per_second"))}
@@ -327,11 +329,14 @@ def outcome(name: str, folder: Path, kind: type[TransferTrainer] = Watched) -> d
 def adaptation(objective: str, method: str, folder: Path) -> dict[str, Any]:
     """What an adaptation left whose global batch is the same for any number of processes."""
     source = folder / f"tiny-{objective}"
-    model = first(lambda: model_of(objective, source, method))
+    model = run_main_first(lambda: model_of(objective, source, method))
     stage = stage_of(
-        objective, method, per_device_train_batch_size=GLOBAL_BATCH // size(), optim="sgd",
+        objective,
+        method,
+        per_device_train_batch_size=GLOBAL_BATCH // get_world_size(),
+        optim="sgd",
         learning_rate=0.1,
-    )  # fmt: skip
+    )
     task = task_of(objective, source, general=True)
     told, state = adapted(model, task, stage, folder / f"{objective}-{method}")
     return {"told": told, "state": state}
@@ -355,7 +360,7 @@ def resumed(folder: Path) -> bool:
 
     def found(name: str) -> Any:
         model = model_of("mlm", source, "full", dropout=0.1)
-        stage = stage_of("mlm", per_device_train_batch_size=GLOBAL_BATCH // size())
+        stage = stage_of("mlm", per_device_train_batch_size=GLOBAL_BATCH // get_world_size())
         return adapted(model, task_of("mlm", source), stage, folder / name)
 
     whole = found("whole")
@@ -370,7 +375,7 @@ def resumed(folder: Path) -> bool:
     return again[0] == whole[0] and all(same) and {"rng_state_0.pth", "rng_state_1.pth"} <= files
 
 
-class Improves(KeepBest):
+class Improves(BestWeightsCallback):
     """Validation says that every evaluation is better than the one before."""
 
     def on_evaluate(self, *args: Any, metrics: Any = None, **more: Any) -> None:
@@ -418,10 +423,10 @@ def unfrozen(folder: Path, state: Path | None, dropout: float, stop: int = 9) ->
     args = TrainingArguments(
         output_dir=str(folder), use_cpu=True, report_to="none", save_strategy="no", seed=3,
         disable_tqdm=True, learning_rate=2e-3, logging_steps=1, eval_strategy="epoch",
-        per_device_train_batch_size=GLOBAL_BATCH // size(), remove_unused_columns=False,
+        per_device_train_batch_size=GLOBAL_BATCH // get_world_size(), remove_unused_columns=False,
         label_names=["labels"], weight_decay=0.1, ddp_find_unused_parameters=False,
     )  # fmt: skip
-    kept = None if state is None else State(state, {"of": "a test"})
+    kept = None if state is None else GradualCheckpoint(state, {"of": "a test"})
     _, history = fit_gradual(model, make, args, best, Gradual(final_epochs=1), kept)
     return {
         "changed": changed, "losses": losses, "finds_unused": finds_unused,
@@ -484,15 +489,15 @@ def raised(error: Exception) -> tuple[str, str, bool]:
         raise error if is_main() else AssertionError("only rank 0 may compute")
 
     try:
-        share(fail)
+        broadcast_from_main(fail)
     except (DataError, OSError, Odd, RuntimeError) as found:
-        return type(found).__name__, str(found), raised_elsewhere(found)
+        return type(found).__name__, str(found), is_raised_by_main(found)
     return "nothing", "", False
 
 
 def main(folder: Path) -> None:
     """All cases, then an error that ends the program on every rank."""
-    assert size() == 2
+    assert get_world_size() == 2
     found: dict[Any, Any] = {name: outcome(name, folder) for name in CASES}
     found |= {names: adaptation(*names, folder) for names in ADAPTATIONS}
     found["information"] = information()
@@ -500,24 +505,26 @@ def main(folder: Path) -> None:
     found["unfrozen"] = unfrozen(folder, folder / "gradual", dropout=0.0)
     found["goes_on"] = goes_on(folder)
     found["broken"] = refused(folder, BreaksOnRank1)
-    found["shared"] = share(lambda: {"by": share(rank)})
-    found["gathered"] = gather({"rank": rank()})
+    found["shared"] = broadcast_from_main(lambda: {"by": broadcast_from_main(get_rank)})
+    found["gathered"] = gather_values({"rank": get_rank()})
     errors = [DataError("no rows", "Add some"), FileNotFoundError(2, "gone", "a"), Odd("a", "b")]
     found["raised"] = [raised(error) for error in errors]
-    found["alone"] = share(lambda: (gather(rank()), mine([5, 6, 7])))
-    found["mine"] = mine([5, 6, 7])
-    found["first"] = first(lambda: rank())
-    torch.save(found, folder / f"{rank()}.pt")
+    found["alone"] = broadcast_from_main(
+        lambda: (gather_values(get_rank()), shard_items([5, 6, 7]))
+    )
+    found["mine"] = shard_items([5, 6, 7])
+    found["first"] = run_main_first(lambda: get_rank())
+    torch.save(found, folder / f"{get_rank()}.pt")
     end()
 
 
 def sharded(folder: Path) -> None:
     """FSDP's cases, in the environment that accelerate's launcher makes of a configuration."""
-    assert size() == 2
+    assert get_world_size() == 2
     found: dict[str, Any] = {name: outcome(name, folder, Sharded) for name in SHARDED}
     found["on_cpu"] = refused(folder, Watched)
-    torch.save(found, folder / f"{rank()}.pt")
-    close()
+    torch.save(found, folder / f"{get_rank()}.pt")
+    close_process_group()
 
 
 def end() -> None:
@@ -528,14 +535,14 @@ def end() -> None:
 
     code = 0
     try:
-        share(fail)
+        broadcast_from_main(fail)
     except DataError as error:
         code = error.exit_code
-        if not raised_elsewhere(error):
+        if not is_raised_by_main(error):
             time.sleep(2)
-            print(f"rank {rank()} reports: {error}", flush=True)
+            print(f"rank {get_rank()} reports: {error}", flush=True)
     finally:
-        close()
+        close_process_group()
     sys.exit(code)
 
 

@@ -12,30 +12,30 @@ from torch.utils.data import Dataset
 from transformers import TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hftl.adapt.guard import KeepSafe, Rule, complete_checkpoint
+from hftl.adapt.guard import GuardedCheckpoint, GuardRule, find_complete_checkpoint
 from hftl.config.adapt import Adapt
 from hftl.errors import RecipeError
 from hftl.runtime import distributed
-from hftl.runtime.hardware import dtype_name, is_sharded
-from hftl.train.arguments import EVAL_BATCH, arguments
-from hftl.train.callbacks import replace_progress, time_forward, time_step
-from hftl.train.checkpoint import KeepBest
-from hftl.train.step import model_inputs
+from hftl.runtime.hardware import get_dtype_name, is_sharded
+from hftl.train.arguments import EVAL_BATCH_SIZE, build_training_arguments
+from hftl.train.callbacks import replace_progress_callbacks, time_forward, time_step
+from hftl.train.checkpoint import BestWeightsCallback
+from hftl.train.step import select_model_inputs
 from hftl.train.trainer import TransferTrainer
 
-EVALUATIONS = 10
+MAX_EVALUATIONS = 10
 """Looks at loss and guard in one adaptation."""
-BATCH = 32
-WARM_RATE = 1e-3
-WARM_STEPS = 2000
-WARM_LOOKS = 40
+TRAIN_BATCH_SIZE = 32
+HEAD_LEARNING_RATE = 1e-3
+HEAD_MAX_STEPS = 2000
+HEAD_EVAL_STEPS = 40
 """Steps between two looks at a head that is warmed."""
-LEVEL = 0.005
+HEAD_MIN_IMPROVEMENT = 0.005
 """A head has levelled off when its loss falls by less than this share, twice."""
 
 
 @dataclass(frozen=True)
-class Task:
+class AdaptationTask:
     """What an adaptation trains on: corpus, and what is held out of it.
 
     `general` is other text or other pictures, where there are any; `collate` makes batches of all.
@@ -47,8 +47,8 @@ class Task:
     collate: Callable[[list[Any]], dict[str, Any]]
 
 
-def warm(
-    model: Any, fresh: tuple[str, ...], task: Task, stage: Adapt, seed: int, device: str,
+def train_new_head(
+    model: Any, fresh: tuple[str, ...], task: AdaptationTask, stage: Adapt, seed: int, device: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Trains what the source lacks of the objective's head until its held-out loss levels off.
 
@@ -69,33 +69,39 @@ def warm(
     model.requires_grad_(False)
     for name, parameter in model.head_parameters().items():
         parameter.requires_grad = name in fresh
-    batch = stage.training.get("per_device_train_batch_size", BATCH)
+    batch = stage.training.get("per_device_train_batch_size", TRAIN_BATCH_SIZE)
     defaults = {
-        "learning_rate": WARM_RATE,
+        "learning_rate": HEAD_LEARNING_RATE,
         "lr_scheduler_type": "constant_with_warmup",
-        "max_steps": WARM_STEPS,
-        "eval_steps": WARM_LOOKS,
+        "max_steps": HEAD_MAX_STEPS,
+        "eval_steps": HEAD_EVAL_STEPS,
         "warmup_steps": 10,
         "metric_for_best_model": "eval_loss",
     }
     kept = {k: v for k, v in stage.training.items() if k in ("bf16", "fp16")}
-    best = KeepBest("eval_loss", False, 2, LEVEL)
+    best = BestWeightsCallback("eval_loss", False, 2, HEAD_MIN_IMPROVEMENT)
     with tempfile.TemporaryDirectory() as folder:
-        args = _arguments(
+        args = _build_arguments(
             kept | {"per_device_train_batch_size": batch}, defaults, folder, seed, device
         )
-        trainer = _trainer(model, args, task, best, {"eval_dataset": task.held_out})
+        trainer = _build_trainer(model, args, task, best, {"eval_dataset": task.held_out})
         trainer.train()
-    _leave_autocast(trainer, model)
+    _remove_autocast(trainer, model)
     best.restore(model)
     losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     return {"steps": trainer.state.global_step, "loss": [losses[0], best.best]}
 
 
-def adapt(
-    model: nn.Module, task: Task, stage: Adapt, rule: Rule, measure: Callable[[], float] | None,
-    seed: int, device: str, folder: Path,
-) -> dict[str, Any]:  # fmt: skip
+def adapt_encoder(
+    model: nn.Module,
+    task: AdaptationTask,
+    stage: Adapt,
+    rule: GuardRule,
+    measure: Callable[[], float] | None,
+    seed: int,
+    device: str,
+    folder: Path,
+) -> dict[str, Any]:
     """Trains what trains, under the guard; takes up the newest checkpoint that stands.
 
     Args:
@@ -115,71 +121,75 @@ def adapt(
     Raises:
         NumericError: when a loss is not finite.
     """
-    safe = KeepSafe(rule, measure, stage.patience)
-    steps = steps_of(stage.training, len(task.train))  # pyright: ignore[reportArgumentType]
-    looks = max(1, math.ceil(steps / EVALUATIONS))
+    safe = GuardedCheckpoint(rule, measure, stage.patience)
+    steps = count_steps(stage.training, len(task.train))  # pyright: ignore[reportArgumentType]
+    looks = max(1, math.ceil(steps / MAX_EVALUATIONS))
     defaults = {
-        "per_device_train_batch_size": BATCH,
+        "per_device_train_batch_size": TRAIN_BATCH_SIZE,
         "eval_steps": looks,
         "save_strategy": "steps",
         "save_steps": looks,
         "save_total_limit": 2,
     }
-    args = _arguments(stage.training, defaults, str(folder), seed, device)
+    args = _build_arguments(stage.training, defaults, str(folder), seed, device)
     if 0 < args.warmup_steps * steps < 1 and args.warmup_steps < 1:
         # transformers rounds up, and the first step of a warm-up has rate 0: the only one, or one
         # of a few.
         args.warmup_steps = 0
-    last = distributed.share(lambda: complete_checkpoint(folder))
+    last = distributed.broadcast_from_main(lambda: find_complete_checkpoint(folder))
     # The first evaluation is the start, which what was stopped has behind it.
     args.eval_on_start = last is None
     # The Trainer deletes an old checkpoint before the new one is complete.
     args.save_total_limit = max(2, args.save_total_limit or 2)
     # What is measured first must stand when the target's loss comes.
     held = {"general": task.general} if task.general is not None else {}
-    trainer = _trainer(model, args, task, safe, {"eval_dataset": {**held, "target": task.held_out}})
+    trainer = _build_trainer(
+        model, args, task, safe, {"eval_dataset": {**held, "target": task.held_out}}
+    )
     set_seed(seed)
-    _train(trainer, safe, last)
-    _leave_autocast(trainer, model)
+    _run_training(trainer, safe, last)
+    _remove_autocast(trainer, model)
     adapted = safe.restore(model)
     history = [vars(seen) for seen in safe.history]
     return {
         "kept": "adapted" if adapted else "original",
-        "why": None if adapted else rule.why(safe.history),
+        "why": None if adapted else rule.explain(safe.history),
         "step": safe.best.step,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "history": history,
         "learning_rate": args.learning_rate,
-        "precision": dtype_name(stage.training),
+        "precision": get_dtype_name(stage.training),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
 
 
-def steps_of(training: dict[str, Any], rows: int) -> int:
+def count_steps(training: dict[str, Any], rows: int) -> int:
     """How many steps a training on so many rows will have."""
     if training.get("max_steps", 0) > 0:
         return training["max_steps"]
-    batch = training.get("per_device_train_batch_size", BATCH) * distributed.size()
+    batch = (
+        training.get("per_device_train_batch_size", TRAIN_BATCH_SIZE) * distributed.get_world_size()
+    )
     epoch = math.ceil(math.ceil(rows / batch) / training.get("gradient_accumulation_steps", 1))
     return max(1, math.ceil(epoch * training["num_train_epochs"]))
 
 
-def _train(trainer: TransferTrainer, safe: KeepSafe, last: Path | None) -> None:
+def _run_training(trainer: TransferTrainer, safe: GuardedCheckpoint, last: Path | None) -> None:
     """Trains from the start, or goes on from the last checkpoint unless that was the end."""
     if last is None:
         trainer.train()
         return
     safe.resume(last)
     state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
-    if safe.exhausted or state.global_step >= state.max_steps:
+    if safe.is_exhausted or state.global_step >= state.max_steps:
         # The Trainer would take another step before it looks whether it may.
         trainer.state = state
     else:
         trainer.train(resume_from_checkpoint=str(last))
 
 
-def _arguments(
+def _build_arguments(
     training: dict[str, Any], defaults: dict[str, Any], folder: str, seed: int, device: str,
 ) -> TrainingArguments:  # fmt: skip
     if is_sharded():
@@ -194,11 +204,15 @@ def _arguments(
         "logging_steps": 50,
         "prediction_loss_only": True,
     }
-    return arguments("adapt", training, common | defaults, folder, seed, device)
+    return build_training_arguments("adapt", training, common | defaults, folder, seed, device)
 
 
-def _trainer(
-    model: nn.Module, args: TrainingArguments, task: Task, callback: Any, more: dict[str, Any]
+def _build_trainer(
+    model: nn.Module,
+    args: TrainingArguments,
+    task: AdaptationTask,
+    callback: Any,
+    more: dict[str, Any],
 ) -> TransferTrainer:
     trainer = TransferTrainer(
         model=model,
@@ -208,11 +222,11 @@ def _trainer(
         callbacks=[callback],
         **more,
     )
-    replace_progress(trainer)
+    replace_progress_callbacks(trainer)
     return trainer
 
 
-def _leave_autocast(trainer: TransferTrainer, model: nn.Module) -> None:
+def _remove_autocast(trainer: TransferTrainer, model: nn.Module) -> None:
     """accelerate leaves its autocast around forward; what is measured later is in fp32."""
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
@@ -220,7 +234,9 @@ def _leave_autocast(trainer: TransferTrainer, model: nn.Module) -> None:
 # Estimate how long an adaptation trains, from a few timed steps of it.
 
 
-def estimate_seconds(model: nn.Module, task: Task, stage: Adapt, device: str) -> float:
+def estimate_adaptation_seconds(
+    model: nn.Module, task: AdaptationTask, stage: Adapt, device: str
+) -> float:
     """Estimate the seconds of all steps and looks at held-out losses, as if none stopped early.
 
     The guard's own passes are not counted. The weights stay as they are.
@@ -232,20 +248,20 @@ def estimate_seconds(model: nn.Module, task: Task, stage: Adapt, device: str) ->
         device: where it trains.
     """
     rows: Any = task.train
-    size = int(stage.training.get("per_device_train_batch_size", BATCH))
-    steps = steps_of(stage.training, len(rows))
+    size = int(stage.training.get("per_device_train_batch_size", TRAIN_BATCH_SIZE))
+    steps = count_steps(stage.training, len(rows))
     micro = steps * int(stage.training.get("gradient_accumulation_steps", 1))
-    step = time_step(model, _batch(task, rows, size), stage.training, device)
+    step = time_step(model, _collate_first_rows(task, rows, size), stage.training, device)
     looks = 0.0
     for held in (task.held_out, task.general):
         if held is not None:
             count = len(held)  # pyright: ignore[reportArgumentType]
-            batch = _batch(task, held, EVAL_BATCH)
+            batch = _collate_first_rows(task, held, EVAL_BATCH_SIZE)
             seconds = time_forward(model, batch, stage.training, device)
-            looks += seconds * max(1.0, count / EVAL_BATCH)
-    return micro * step + min(steps, EVALUATIONS + 1) * looks / distributed.size()
+            looks += seconds * max(1.0, count / EVAL_BATCH_SIZE)
+    return micro * step + min(steps, MAX_EVALUATIONS + 1) * looks / distributed.get_world_size()
 
 
-def _batch(task: Task, rows: Any, size: int) -> dict[str, Any]:
+def _collate_first_rows(task: AdaptationTask, rows: Any, size: int) -> dict[str, Any]:
     """The first rows as the objective takes them."""
-    return model_inputs(task.collate([rows[i] for i in range(min(size, len(rows)))]))
+    return select_model_inputs(task.collate([rows[i] for i in range(min(size, len(rows)))]))

@@ -12,14 +12,21 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from hftl.errors import HftlError, RecipeError
-from hftl.models.architectures import check_blocks, layers
-from hftl.models.heads import Built, load_class, unwrapped
-from hftl.models.lora import wrap
-from hftl.models.parts import Anatomy, auto_class, blocks_of, submodule, under
+from hftl.models.architectures import check_block_count
+from hftl.models.heads import LoadedModel, load_class, unwrap_adapter
+from hftl.models.lora import wrap_with_lora
+from hftl.models.parts import (
+    ArchitectureSpec,
+    count_layers,
+    get_blocks,
+    get_encoder_class,
+    get_submodule,
+    has_prefix,
+)
 from hftl.models.source import SourceModel
 
-METHODS = ("head", "full", "lora", "lora+blocks")
-BESIDE_LORA = ("modules_to_save", "trainable_token_indices", "target_parameters", "bias")
+ADAPT_METHODS = ("head", "full", "lora", "lora+blocks")
+FIELDS_BEYOND_LORA = ("modules_to_save", "trainable_token_indices", "target_parameters", "bias")
 """Fields of `peft.LoraConfig` that train more than low-rank updates of linear layers."""
 
 
@@ -38,7 +45,7 @@ class MaskedOutput(ModelOutput):
     penalty: Tensor | None = None
 
 
-class Objective(Protocol):
+class MaskedModel(Protocol):
     """A `MaskedLM` or `MaskedAutoencoder`, as far as this module looks at one.
 
     `fixed` are paths in the encoder that never train.
@@ -53,7 +60,7 @@ class Objective(Protocol):
 
 
 def set_trainable(
-    model: Objective, anatomy: Anatomy, method: str, blocks: int, lora: dict[str, Any]
+    model: MaskedModel, anatomy: ArchitectureSpec, method: str, blocks: int, lora: dict[str, Any]
 ) -> None:
     """Sets what trains: the head always, and of the encoder what the method says.
 
@@ -70,23 +77,23 @@ def set_trainable(
         RecipeError: for an unknown method, too many blocks, or settings that peft refuses or that
             train more than low-rank updates.
     """
-    if method not in METHODS:
-        raise RecipeError(f"adapt.method={method}", f"Use one of {', '.join(METHODS[1:])}")
+    if method not in ADAPT_METHODS:
+        raise RecipeError(f"adapt.method={method}", f"Use one of {', '.join(ADAPT_METHODS[1:])}")
     encoder = model.encoder
     encoder.requires_grad_(method == "full")
     for parameter in model.head_parameters().values():
         parameter.requires_grad = True
-    top = _top_blocks(encoder, anatomy, blocks) if method == "lora+blocks" else []
+    top = _select_top_blocks(encoder, anatomy, blocks) if method == "lora+blocks" else []
     if method.startswith("lora"):
-        model.encoder = _with_lora(encoder, anatomy, lora)
+        model.encoder = _apply_lora(encoder, anatomy, lora)
     for module in top:
         module.requires_grad_(True)
     for name, parameter in encoder.named_parameters():
-        if under(name, model.fixed):
+        if has_prefix(name, model.fixed):
             parameter.requires_grad = False
 
 
-def encoder_state(model: Objective | Built) -> dict[str, Tensor]:
+def merge_encoder_state(model: MaskedModel | LoadedModel) -> dict[str, Tensor]:
     """The encoder's tensors under the names that `AutoModel` has, with the adapter merged in.
 
     The merged ones are computed on copies; the others are the live tensors, detached. Parts that
@@ -95,12 +102,12 @@ def encoder_state(model: Objective | Built) -> dict[str, Tensor]:
     Returns:
         W + s B A for a layer that carries LoRA (Hu et al. 2021, arXiv:2106.09685, section 4.1).
     """
-    encoder: nn.Module = unwrapped(model.encoder)
+    encoder: nn.Module = unwrap_adapter(model.encoder)
     wrapped: dict[str, Any] = {
         name: module for name, module in encoder.named_modules() if hasattr(module, "lora_A")
     }
     inside = tuple(wrapped)
-    found = {name: t for name, t in encoder.state_dict().items() if not under(name, inside)}
+    found = {name: t for name, t in encoder.state_dict().items() if not has_prefix(name, inside)}
     for name, layer in wrapped.items():
         copied = deepcopy(layer)
         copied.merge()
@@ -114,10 +121,10 @@ def write_encoder(source: SourceModel, state: dict[str, Tensor], folder: Path) -
     Args:
         source: the checkpoint that was adapted. What it lacks, as BERT's pooler after masked-LM
             pre-training, the new one lacks too, so that it is known to be new.
-        state: see `encoder_state`.
+        state: see `merge_encoder_state`.
         folder: where.
     """
-    kind = auto_class(source.config)
+    kind = get_encoder_class(source.config)
     model, missing = load_class(source, kind, deepcopy(source.config), {})
     _, strange = model.load_state_dict(state, strict=False)
     if strange:
@@ -126,7 +133,9 @@ def write_encoder(source: SourceModel, state: dict[str, Tensor], folder: Path) -
     model.save_pretrained(folder, state_dict=kept)
 
 
-def check_complete(source: SourceModel, missing: Iterable[str], fixed: tuple[str, ...]) -> None:
+def check_encoder_complete(
+    source: SourceModel, missing: Iterable[str], fixed: tuple[str, ...]
+) -> None:
     """Refuses a checkpoint that lacks weights of the encoder.
 
     Args:
@@ -137,15 +146,15 @@ def check_complete(source: SourceModel, missing: Iterable[str], fixed: tuple[str
     Raises:
         RecipeError: naming the first one.
     """
-    lost = sorted(name for name in missing if not under(name, fixed))
+    lost = sorted(name for name in missing if not has_prefix(name, fixed))
     if lost:
         raise RecipeError(
-            f"source.model: {source.spec} lacks the weights of {lost[0].rsplit('.', 1)[0]}",
+            f"source.model: {source.name} lacks the weights of {lost[0].rsplit('.', 1)[0]}",
             "Give a complete checkpoint of this architecture",
         )
 
 
-def load_head(model: Objective, file: Path) -> None:
+def load_head(model: MaskedModel, file: Path) -> None:
     """Fills the head from a safetensors file of its tensors, all of them and no others.
 
     Raises:
@@ -162,16 +171,18 @@ def load_head(model: Objective, file: Path) -> None:
         live[name].data.copy_(stored[name])
 
 
-def _top_blocks(encoder: nn.Module, anatomy: Anatomy, blocks: int) -> list[nn.Module]:
+def _select_top_blocks(
+    encoder: nn.Module, anatomy: ArchitectureSpec, blocks: int
+) -> list[nn.Module]:
     """The top blocks and the final norm."""
-    found = blocks_of(encoder, anatomy)
-    check_blocks("adapt", blocks, len(found), layers(encoder.config))
-    return [*found[-blocks:], *(submodule(encoder, path) for path in anatomy.final)]
+    found = get_blocks(encoder, anatomy)
+    check_block_count("adapt", blocks, len(found), count_layers(encoder.config))
+    return [*found[-blocks:], *(get_submodule(encoder, path) for path in anatomy.final_parts)]
 
 
-def _with_lora(encoder: nn.Module, anatomy: Anatomy, lora: dict[str, Any]) -> nn.Module:
+def _apply_lora(encoder: nn.Module, anatomy: ArchitectureSpec, lora: dict[str, Any]) -> nn.Module:
     """The encoder under an adapter on the linear layers of every block."""
-    for key in BESIDE_LORA:
+    for key in FIELDS_BEYOND_LORA:
         if lora.get(key) not in (None, "none"):
             raise RecipeError(
                 f"adapt.lora.{key}={lora[key]}: adaptation by LoRA trains low-rank updates only",
@@ -179,4 +190,4 @@ def _with_lora(encoder: nn.Module, anatomy: Anatomy, lora: dict[str, Any]) -> nn
             )
     # peft's class for features passes arguments on that only encoders of texts know.
     task = TaskType.FEATURE_EXTRACTION if anatomy.modality == "text" else None
-    return wrap(encoder, anatomy, {**lora, "task_type": task}, "adapt")
+    return wrap_with_lora(encoder, anatomy, {**lora, "task_type": task}, "adapt")

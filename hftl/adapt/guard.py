@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hftl.errors import NumericError
-from hftl.runtime.distributed import gather, is_main, share
+from hftl.runtime.distributed import broadcast_from_main, gather_values, is_main
 from hftl.runtime.run_folder import write_text
-from hftl.train.checkpoint import trained
+from hftl.train.checkpoint import iterate_trainable
 
-KEPT = "kept.safetensors"
-SEEN = "seen.json"
+BEST_WEIGHTS_FILE = "kept.safetensors"
+EVALUATIONS_FILE = "seen.json"
 
 
 @dataclass(frozen=True)
-class Seen:
+class GuardEvaluation:
     """One evaluation.
 
     `step` 0 is the start. `target` and `general` are held-out losses, `guard` is better when
@@ -39,7 +39,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Rule:
+class GuardRule:
     """What makes weights worth keeping.
 
     Args:
@@ -57,48 +57,48 @@ class Rule:
     relative: bool = False
     origin: float | None = None
 
-    def allows(self, seen: Seen, start: Seen) -> bool:
+    def allows(self, seen: GuardEvaluation, start: GuardEvaluation) -> bool:
         """Whether the guard holds and the target loss is below its start."""
         lower = seen.target < start.target
         if self.guard == "off":
             return lower
-        return lower and _guard(seen) >= self._least(start)
+        return lower and _get_guard(seen) >= self._least(start)
 
-    def best(self, history: list[Seen]) -> Seen:
+    def select_best(self, history: list[GuardEvaluation]) -> GuardEvaluation:
         """The evaluation to keep, the first of equals; the start where no other is allowed."""
         start = history[0]
         allowed = [seen for seen in history[1:] if self.allows(seen, start)]
         if not self.by_guard or self.guard == "off":
             return min([start, *allowed], key=lambda seen: seen.target)
-        found = max([start, *allowed], key=lambda seen: (_guard(seen), -seen.target))
+        found = max([start, *allowed], key=lambda seen: (_get_guard(seen), -seen.target))
         return found
 
-    def why(self, history: list[Seen]) -> str:
+    def explain(self, history: list[GuardEvaluation]) -> str:
         """Why the start was kept, in words."""
         start, later = history[0], history[1:]
         if all(seen.target >= start.target for seen in later):
             return "the held-out loss never fell below its start"
         if any(self.allows(seen, start) for seen in later):
             return f"the guard ({self.guard}) was never better than at the start"
-        highest = max(_guard(seen) for seen in later if seen.target < start.target)
+        highest = max(_get_guard(seen) for seen in later if seen.target < start.target)
         return (
             f"the guard ({self.guard}) was below {self._least(start):.4g} wherever the held-out "
             f"loss had fallen; its best there was {highest:.4g}"
         )
 
-    def _least(self, start: Seen) -> float:
+    def _least(self, start: GuardEvaluation) -> float:
         """The least guard that is allowed."""
-        origin = _guard(start) if self.origin is None else self.origin
+        origin = _get_guard(start) if self.origin is None else self.origin
         return origin - self.tolerance * (abs(origin) if self.relative else 1.0)
 
 
-def _guard(seen: Seen) -> float:
+def _get_guard(seen: GuardEvaluation) -> float:
     if seen.guard is None:
         raise ValueError(f"nothing guarded the evaluation at step {seen.step}")
     return seen.guard
 
 
-class KeepSafe(TrainerCallback):
+class GuardedCheckpoint(TrainerCallback):
     """Keeps the trainable weights of the best allowed evaluation; stops when none comes.
 
     The first evaluation is the start. What is kept goes along with every checkpoint.
@@ -110,22 +110,22 @@ class KeepSafe(TrainerCallback):
     """
 
     def __init__(
-        self, rule: Rule, measure: Callable[[], float] | None, patience: int | None
+        self, rule: GuardRule, measure: Callable[[], float] | None, patience: int | None
     ) -> None:
         self.rule = rule
         self.measure = measure
         self.patience = patience
-        self.history: list[Seen] = []
+        self.history: list[GuardEvaluation] = []
         self._general: float | None = None
         self._weights: dict[str, Tensor] = {}
 
     @property
-    def best(self) -> Seen:
+    def best(self) -> GuardEvaluation:
         """The evaluation whose weights are kept."""
-        return self.rule.best(self.history)
+        return self.rule.select_best(self.history)
 
     @property
-    def exhausted(self) -> bool:
+    def is_exhausted(self) -> bool:
         """Whether patience has come to its end."""
         waited = len(self.history) - 1 - self.history.index(self.best)
         return self.patience is not None and waited >= self.patience
@@ -140,54 +140,58 @@ class KeepSafe(TrainerCallback):
     ) -> None:
         """Looks at what was measured; the general loss comes before the target's."""
         if "eval_general_loss" in metrics:
-            self._general = share(lambda: float(metrics["eval_general_loss"]))
+            self._general = broadcast_from_main(lambda: float(metrics["eval_general_loss"]))
             return
         if any(seen.step == state.global_step for seen in self.history):
             return
         # Rank 0's number decides for all: the last bit may differ between machines.
-        target = share(lambda: float(metrics["eval_target_loss"]))
+        target = broadcast_from_main(lambda: float(metrics["eval_target_loss"]))
         guard = self.measure() if self.measure else None
         if self.rule.guard == "general" and self._general is not None:
             guard = -self._general
-        now = Seen(state.global_step, target, self._general, guard)
+        now = GuardEvaluation(state.global_step, target, self._general, guard)
         if any(value != value for value in (target, self._general, guard) if value is not None):
             raise NumericError(
                 f"the held-out loss is NaN at step {now.step}", "Lower adapt.training.learning_rate"
             )
         self.history.append(now)
         if self.best is now and now.step:
-            self._weights = {name: tensor.to("cpu", copy=True) for name, tensor in trained(model)}
-        if self.exhausted:
+            self._weights = {
+                name: tensor.to("cpu", copy=True) for name, tensor in iterate_trainable(model)
+            }
+        if self.is_exhausted:
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Adds what is kept to the checkpoint; `seen.json`, the last file, makes it complete."""
-        gather(None)  # Every process has written its random state.
+        gather_values(None)  # Every process has written its random state.
         if not is_main():
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self._weights:
-            save_file({k: v.contiguous() for k, v in self._weights.items()}, folder / KEPT)
-        write_text(folder / SEEN, json.dumps([asdict(seen) for seen in self.history]))
+            save_file(
+                {k: v.contiguous() for k, v in self._weights.items()}, folder / BEST_WEIGHTS_FILE
+            )
+        write_text(folder / EVALUATIONS_FILE, json.dumps([asdict(seen) for seen in self.history]))
 
     def resume(self, folder: Path) -> None:
         """Takes up what a checkpoint has kept."""
-        told = json.loads((folder / SEEN).read_text(encoding="utf-8"))
-        self.history = [Seen(**seen) for seen in told]
-        if (folder / KEPT).exists():
-            self._weights = load_file(folder / KEPT)
+        told = json.loads((folder / EVALUATIONS_FILE).read_text(encoding="utf-8"))
+        self.history = [GuardEvaluation(**seen) for seen in told]
+        if (folder / BEST_WEIGHTS_FILE).exists():
+            self._weights = load_file(folder / BEST_WEIGHTS_FILE)
 
     def restore(self, model: nn.Module) -> bool:
         """Puts the kept weights back; False where the start is kept, whose weights are the
         source's."""
         if self.best.step == 0:
             return False
-        for name, parameter in trained(model):
+        for name, parameter in iterate_trainable(model):
             parameter.copy_(self._weights[name])
         return True
 
 
-def complete_checkpoint(folder: Path) -> Path | None:
+def find_complete_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / SEEN).exists()]
+    found = [path for path in folder.glob("checkpoint-*") if (path / EVALUATIONS_FILE).exists()]
     return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)

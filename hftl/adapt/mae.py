@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEDecoder
 
-from hftl.adapt.encoder_io import MaskedOutput, check_complete, load_head
-from hftl.adapt.masked_patches import chosen, patch_count, pick, visible
+from hftl.adapt.encoder_io import MaskedOutput, check_encoder_complete, load_head
+from hftl.adapt.masked_patches import count_patches, count_visible, gather_tokens, split_by_noise
 from hftl.data.image_processing import ImageInputs
 from hftl.errors import RecipeError
-from hftl.models.architectures import patch_size
+from hftl.models.architectures import get_patch_size
 from hftl.models.heads import load_class
-from hftl.models.parts import auto_class, submodule
+from hftl.models.parts import get_encoder_class, get_submodule
 from hftl.models.source import SourceModel
 
-DROPPING = ("vit", "deit", "dinov2", "dinov2_with_registers")
+TOKEN_DROPPING_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers")
 """Architectures whose blocks take any number of tokens, so that hidden patches are left out."""
-HEAD_WIDTH = 32
+ATTENTION_HEAD_WIDTH = 32
 """Of each attention head of a new decoder, as in ViTMAE: 512 in 16 heads."""
-BATCH = 64
+TEACHER_BATCH_SIZE = 64
 
 
 class PixelHead(nn.Module):
@@ -68,9 +68,9 @@ class MaskedAutoencoder(nn.Module):
         self.distill = 1.0
         """The penalty's weight."""
         self._ids: Tensor | None = None
-        embeddings = submodule(encoder, "embeddings")
+        embeddings = get_submodule(encoder, "embeddings")
         if isinstance(decoder, PixelHead):
-            submodule(embeddings, "patch_embeddings").register_forward_hook(self._cover)
+            get_submodule(embeddings, "patch_embeddings").register_forward_hook(self._cover)
         else:
             embeddings.register_forward_hook(self._drop)
         self._patches = 0
@@ -83,7 +83,7 @@ class MaskedAutoencoder(nn.Module):
         Args:
             pixel_values: (batch, 3, side, side) float32.
             noise: (batch, patches) float32, which chooses.
-            teacher: (batch, width), `teacher_features` of the original; asks for the penalty.
+            teacher: (batch, width), `compute_teacher_features` of the original; asks for the penalty.
             arguments: what else the encoder takes.
 
         Returns:
@@ -91,15 +91,15 @@ class MaskedAutoencoder(nn.Module):
             squared difference between teacher and the encoder's mean patch token of the whole
             picture, after GFM (Mendieta et al. 2023, arXiv:2302.04476, section 3.2).
         """
-        kept, masked, restore = chosen(noise, self.ratio)
+        kept, masked, restore = split_by_noise(noise, self.ratio)
         if isinstance(self.decoder, PixelHead):
             hidden = self._encoded(pixel_values, masked, noise.shape[1], arguments)
-            logits = self.decoder(pick(hidden[:, -noise.shape[1] :], masked))
+            logits = self.decoder(gather_tokens(hidden[:, -noise.shape[1] :], masked))
         else:
             hidden = self._encoded(pixel_values, kept, noise.shape[1], arguments)
             # Of the tokens before the patches the decoder knows the first alone.
             shown = torch.cat([hidden[:, :1], hidden[:, -kept.shape[1] :]], dim=1)
-            logits = pick(self.decoder(shown, restore).logits, masked)
+            logits = gather_tokens(self.decoder(shown, restore).logits, masked)
         penalty = None
         if teacher is not None:
             whole = self.features(pixel_values, noise.shape[1], **arguments)
@@ -132,7 +132,7 @@ class MaskedAutoencoder(nn.Module):
         if self._ids is None:
             return embedded
         before, tokens = embedded[:, : -self._patches], embedded[:, -self._patches :]
-        return torch.cat([before, pick(tokens, self._ids)], dim=1)
+        return torch.cat([before, gather_tokens(tokens, self._ids)], dim=1)
 
     def _cover(self, module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
         if self._ids is None:
@@ -165,20 +165,20 @@ def load_mae(
         RecipeError: if the architecture has no such objective, the checkpoint lacks weights of the
             encoder, or patches, ratio or decoder make no sense.
     """
-    check_architecture(source)
-    patches = patch_count(side, patch_size(source.config))
-    visible(patches, ratio)  # refuses a ratio that leaves nothing to see or to say
+    check_mae_architecture(source)
+    patches = count_patches(side, get_patch_size(source.config))
+    count_visible(patches, ratio)  # refuses a ratio that leaves nothing to see or to say
     torch.manual_seed(seed)
     encoder = _load_encoder(source)
-    made, new = _decoder_for(origin or source, patches, decoder)
-    model = MaskedAutoencoder(encoder, made, ratio, _fixed(origin or source))
+    made, new = _load_decoder(origin or source, patches, decoder)
+    model = MaskedAutoencoder(encoder, made, ratio, _list_untrained_parts(origin or source))
     if head is not None:
         load_head(model, head)
         new = False
     return model, tuple(model.head_parameters()) if new else ()
 
 
-def teacher_features(
+def compute_teacher_features(
     model: MaskedAutoencoder, canvases: Sequence[Any], inputs: ImageInputs
 ) -> Tensor:
     """What the encoder as it is now says of whole pictures, in eval mode and without gradient.
@@ -195,67 +195,69 @@ def teacher_features(
     device = next(model.parameters()).device
     found = []
     with torch.no_grad():
-        for start in range(0, len(canvases), BATCH):
-            part = range(start, min(start + BATCH, len(canvases)))
+        for start in range(0, len(canvases), TEACHER_BATCH_SIZE):
+            part = range(start, min(start + TEACHER_BATCH_SIZE, len(canvases)))
             batch = inputs.collate([{"pixel_values": canvases[i]} for i in part])
             pixels = batch.pop("pixel_values").to(device)
-            patches = patch_count(pixels.shape[-1], inputs.patch)
+            patches = count_patches(pixels.shape[-1], inputs.patch_size)
             found.append(model.features(pixels, patches, **batch).float().cpu())
     return torch.cat(found)
 
 
-def check_architecture(source: SourceModel) -> None:
+def check_mae_architecture(source: SourceModel) -> None:
     """Refuses an architecture that masked images are not made for.
 
     Raises:
         RecipeError: with the reason.
     """
     reason = None
-    if source.anatomy.modality != "image":
+    if source.architecture_spec.modality != "image":
         reason = "reads text; mae needs images"
     elif source.model_type == "swin":
         reason = "shifts windows over the full grid and merges patches, so none can be left out"
-    elif source.model_type not in (*DROPPING, "beit"):
+    elif source.model_type not in (*TOKEN_DROPPING_TYPES, "beit"):
         reason = "is no architecture that mae knows"
     if reason is not None:
         raise RecipeError(
             f"adapt.objective=mae: {source.architecture} {reason}",
-            f"Use a source of {', '.join(['vit_mae', *DROPPING, 'beit'])}, or leave adapt out",
+            f"Use a source of {', '.join(['vit_mae', *TOKEN_DROPPING_TYPES, 'beit'])}, or leave adapt out",
         )
 
 
-def _fixed(source: SourceModel) -> tuple[str, ...]:
+def _list_untrained_parts(source: SourceModel) -> tuple[str, ...]:
     """What no prediction depends on; and ViTMAE's positions, which are sines and cosines."""
     positions = ("embeddings.position_embeddings",) if source.architecture == "vit_mae" else ()
-    return (*source.anatomy.unused, "embeddings.mask_token", "pooler", *positions)
+    return (*source.architecture_spec.unused_parts, "embeddings.mask_token", "pooler", *positions)
 
 
 def _load_encoder(source: SourceModel) -> Any:
-    kind = auto_class(source.config)
+    kind = get_encoder_class(source.config)
     takes = "add_pooling_layer" in inspect.signature(kind).parameters
-    extra = {"add_pooling_layer": False} if takes and source.anatomy.pooler is None else {}
+    extra = (
+        {"add_pooling_layer": False} if takes and source.architecture_spec.pooler is None else {}
+    )
     encoder, missing = load_class(source, kind, deepcopy(source.config), extra)
-    check_complete(source, missing, (*source.anatomy.unused, "pooler"))
+    check_encoder_complete(source, missing, (*source.architecture_spec.unused_parts, "pooler"))
     return encoder
 
 
-def _decoder_for(
+def _load_decoder(
     source: SourceModel, patches: int, asked: dict[str, int]
 ) -> tuple[ViTMAEDecoder | PixelHead, bool]:
     """The decoder, and whether its weights are new."""
     config = source.config
     if source.model_type == "beit":
-        values = patch_size(config) ** 2 * config.num_channels
+        values = get_patch_size(config) ** 2 * config.num_channels
         return PixelHead(config.hidden_size, values, config.initializer_range), True
-    own = _own_decoder(source)
+    own = _load_source_decoder(source)
     if own is None:
-        return _new_decoder(_decoder_config(source, asked), patches), True
-    found = _new_decoder(own.config, patches)
+        return _build_decoder(_build_decoder_config(source, asked), patches), True
+    found = _build_decoder(own.config, patches)
     _copy_decoder(own.decoder, found)
     return found, False
 
 
-def _own_decoder(source: SourceModel) -> Any:
+def _load_source_decoder(source: SourceModel) -> Any:
     """The checkpoint's model with its decoder, where it has one."""
     if source.architecture != "vit_mae":
         return None
@@ -264,16 +266,16 @@ def _own_decoder(source: SourceModel) -> Any:
     return None if any(name.startswith("decoder.") for name in missing) else model
 
 
-def _decoder_config(source: SourceModel, decoder: dict[str, int]) -> Any:
+def _build_decoder_config(source: SourceModel, decoder: dict[str, int]) -> Any:
     width, depth = decoder["width"], decoder["depth"]
-    heads = decoder.get("heads") or max(1, width // HEAD_WIDTH)
+    heads = decoder.get("heads") or max(1, width // ATTENTION_HEAD_WIDTH)
     if depth < 1 or width < 4 or width % heads or width % 4:
         raise RecipeError(
             f"adapt.decoder={{width: {width}, depth: {depth}, heads: {heads}}}",
             "Use a depth of at least 1 and a width that 4 and the heads divide",
         )
     return ViTMAEConfig(
-        hidden_size=source.config.hidden_size, patch_size=patch_size(source.config),
+        hidden_size=source.config.hidden_size, patch_size=get_patch_size(source.config),
         num_channels=source.config.num_channels, layer_norm_eps=source.config.layer_norm_eps,
         decoder_hidden_size=width, decoder_num_hidden_layers=depth,
         decoder_num_attention_heads=heads, decoder_intermediate_size=4 * width,
@@ -281,7 +283,7 @@ def _decoder_config(source: SourceModel, decoder: dict[str, int]) -> Any:
     )  # fmt: skip
 
 
-def _new_decoder(config: Any, patches: int) -> ViTMAEDecoder:
+def _build_decoder(config: Any, patches: int) -> ViTMAEDecoder:
     """A new decoder with positions for this many patches, its layers drawn as in MAE's code."""
     found = ViTMAEDecoder(config, patches)
     for module in found.modules():

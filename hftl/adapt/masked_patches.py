@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hftl.data.image_processing import ImageInputs, as_tensor
-from hftl.data.text import Change
+from hftl.data.image_processing import ImageInputs, pixels_to_tensor
+from hftl.data.text import Augmentation
 from hftl.errors import RecipeError
 
-EVEN = 2.0
+UNIFORM_DEVIATION = 2.0
 """The standard deviation, in grey levels of 255, under which a patch counts as near-constant.
 
 That is the noise which JPEG and resizing leave in an even area. Normalising would blow it up to
 the size of a picture, and nothing visible could predict it; one line through a patch is far above.
 """
-EPSILON = 1e-6
+PATCH_EPSILON = 1e-6
 """Added to a patch's variance, as in ViTMAE."""
 
 
-def patch_count(side: int, patch: int) -> int:
+def count_patches(side: int, patch: int) -> int:
     """How many whole patches a square picture has.
 
     Raises:
@@ -41,7 +41,7 @@ def patch_count(side: int, patch: int) -> int:
     return found
 
 
-def visible(patches: int, ratio: float) -> int:
+def count_visible(patches: int, ratio: float) -> int:
     """How many patches stay visible, `int(patches * (1 - ratio))` as in ViTMAE.
 
     Raises:
@@ -69,7 +69,7 @@ def patchify(pixels: Tensor, patch: int) -> Tensor:
     return cut.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
 
 
-def chosen(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+def split_by_noise(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
     """The patches that stay and those that are hidden, by the order of their noise.
 
     Args:
@@ -84,21 +84,21 @@ def chosen(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
         RecipeError: if the ratio leaves no patch visible, or none masked.
     """
     order = noise.argsort(dim=1, stable=True)
-    keep = visible(noise.shape[1], ratio)
+    keep = count_visible(noise.shape[1], ratio)
     return order[:, :keep], order[:, keep:], order.argsort(dim=1)
 
 
-def pick(tokens: Tensor, ids: Tensor) -> Tensor:
+def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     """(batch, tokens, width) at ids (batch, picked): (batch, picked, width)."""
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-def even_patches(canvases: Tensor, patch: int) -> Tensor:
+def find_uniform_patches(canvases: Tensor, patch: int) -> Tensor:
     """Which patches of uint8 (batch, 3, height, width) are near-constant: bool (batch, patches)."""
-    return patchify(canvases.float(), patch).std(-1) < EVEN
+    return patchify(canvases.float(), patch).std(-1) < UNIFORM_DEVIATION
 
 
-def targets(
+def build_pixel_targets(
     pixels: Tensor, patch: int, masked: Tensor, norm: bool, even: Tensor | None = None
 ) -> Tensor:
     """What the model should say of the masked patches.
@@ -113,17 +113,17 @@ def targets(
     Returns:
         (batch, masked, patch * patch * 3) float32, NaN in what is left out.
     """
-    found = pick(patchify(pixels, patch), masked)
+    found = gather_tokens(patchify(pixels, patch), masked)
     if not norm:
         return found
-    spread = (found.var(-1, keepdim=True) + EPSILON).sqrt()
+    spread = (found.var(-1, keepdim=True) + PATCH_EPSILON).sqrt()
     found = (found - found.mean(-1, keepdim=True)) / spread
     if even is None:
         return found
     return found.masked_fill(even.gather(1, masked).unsqueeze(-1), torch.nan)
 
 
-class MaskedPictures(Dataset):
+class MaskedImageDataset(Dataset):
     """Pictures, each with the noise that chooses its patches.
 
     Args:
@@ -142,7 +142,7 @@ class MaskedPictures(Dataset):
 
     def __init__(
         self, canvases: Sequence[Any], keys: Sequence[bytes], patch: int, seed: int,
-        change: Change | None = None, teacher: np.ndarray | None = None, fixed: bool = False,
+        change: Augmentation | None = None, teacher: np.ndarray | None = None, fixed: bool = False,
     ) -> None:  # fmt: skip
         if change is not None and teacher is not None:
             raise RecipeError(
@@ -151,7 +151,7 @@ class MaskedPictures(Dataset):
             )
         self.canvases = canvases
         self.keys = keys
-        self.patches = patch_count(canvases[0].shape[-1], patch) if len(canvases) else 0
+        self.patches = count_patches(canvases[0].shape[-1], patch) if len(canvases) else 0
         self.seed = seed
         self.change = change
         self.teacher = teacher
@@ -170,26 +170,26 @@ class MaskedPictures(Dataset):
         row: dict[str, Any] = {"pixel_values": self.canvases[index]}
         if self.change is not None:
             row = self.change(row, self._epoch, key)
-        row["noise"] = noise_of(self.patches, self.seed, self._epoch, key)
+        row["noise"] = draw_patch_noise(self.patches, self.seed, self._epoch, key)
         if self.teacher is not None:
             row["teacher"] = torch.from_numpy(np.array(self.teacher[index]))
         return row
 
 
-def noise_of(patches: int, seed: int, epoch: int, key: bytes) -> Tensor:
+def draw_patch_noise(patches: int, seed: int, epoch: int, key: bytes) -> Tensor:
     """(patches,) float32, uniform in 0..1: a function of its arguments alone."""
     digest = hashlib.blake2b(f"mask {seed} {epoch} ".encode() + key, digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest))
     return torch.rand(patches, generator=generator)
 
 
-def collate(
+def collate_masked_images(
     rows: list[dict[str, Any]], inputs: ImageInputs, ratio: float, norm: bool
 ) -> dict[str, Any]:
     """A batch for `MaskedAutoencoder`, with its targets as labels.
 
     Args:
-        rows: of `MaskedPictures`.
+        rows: of `MaskedImageDataset`.
         inputs: normalises the pixels, and knows what else the encoder takes.
         ratio: the share of patches that is masked.
         norm: whether the targets are normalised patch by patch.
@@ -198,12 +198,14 @@ def collate(
         float32 pixels (batch, 3, side, side), noise (batch, patches), the encoder's arguments,
         teacher (batch, width) where there is one, labels (batch, masked, patch * patch * 3).
     """
-    canvases = torch.stack([as_tensor(row["pixel_values"]) for row in rows])
+    canvases = torch.stack([pixels_to_tensor(row["pixel_values"]) for row in rows])
     batch = inputs.collate([{"pixel_values": canvas} for canvas in canvases])
     for name in ("noise", "teacher"):
         if name in rows[0]:
             batch[name] = torch.stack([row[name] for row in rows])
-    _, masked, _ = chosen(batch["noise"], ratio)
-    even = even_patches(canvases, inputs.patch) if norm else None
-    batch["labels"] = targets(batch["pixel_values"], inputs.patch, masked, norm, even)
+    _, masked, _ = split_by_noise(batch["noise"], ratio)
+    even = find_uniform_patches(canvases, inputs.patch_size) if norm else None
+    batch["labels"] = build_pixel_targets(
+        batch["pixel_values"], inputs.patch_size, masked, norm, even
+    )
     return batch

@@ -14,19 +14,24 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from hftl.adapt.encoder_io import MaskedOutput, check_complete, load_head
-from hftl.data.masking import Masking, corrupt
+from hftl.adapt.encoder_io import MaskedOutput, check_encoder_complete, load_head
+from hftl.data.masking import MaskingSpec, mask_tokens
 from hftl.errors import RecipeError
-from hftl.models.architectures import blocks_of
-from hftl.models.heads import PooledModel, anatomy_in, encoder_in, load_class, unwrapped
-from hftl.models.parts import Anatomy
+from hftl.models.heads import (
+    PooledModel,
+    get_encoder,
+    get_model_architecture,
+    load_class,
+    unwrap_adapter,
+)
+from hftl.models.parts import ArchitectureSpec, get_blocks
 from hftl.models.source import SourceModel
-from hftl.retain.hooks import in_eval
-from hftl.retain.kl import kl_rows
+from hftl.retain.hooks import eval_mode
+from hftl.retain.kl import compute_row_kl
 
-POSITIONWISE = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+POSITIONWISE_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 """Architectures in which, from the last attention's output on, every place is for itself."""
-ROUND = 32
+POSITION_MULTIPLE = 32
 """Places are answered in multiples of this: a product of ever another shape is made ready anew each
 time, and on CPUs kept, so that time and memory grow."""
 
@@ -41,11 +46,11 @@ class MaskedLM(nn.Module):
     `fixed` are paths in the encoder that never train, since no logit depends on them.
     """
 
-    def __init__(self, stock: Any, anatomy: Anatomy) -> None:
+    def __init__(self, stock: Any, anatomy: ArchitectureSpec) -> None:
         super().__init__()
         self.stock = stock
         self.anatomy = anatomy
-        self.fixed = (*anatomy.unused, anatomy.pooler or "pooler")
+        self.fixed = (*anatomy.unused_parts, anatomy.pooler or "pooler")
         self._takes_mask = "attention_mask" in inspect.signature(stock.forward).parameters
         self._flat: Tensor | None = None
         self._hook: Any = None
@@ -63,7 +68,7 @@ class MaskedLM(nn.Module):
             attention_mask: (batch, length), None where nothing is padded; FNet has none.
         """
         mask = {"attention_mask": attention_mask} if self._takes_mask else {}
-        self._flat = nn.functional.pad(flat, (0, -len(flat) % ROUND))
+        self._flat = nn.functional.pad(flat, (0, -len(flat) % POSITION_MULTIPLE))
         try:
             found = self.stock(input_ids=input_ids, **mask)
         finally:
@@ -101,8 +106,8 @@ class MaskedLM(nn.Module):
         if self._hook is not None:
             self._hook.remove()
         where: Any = self.encoder
-        if where.config.model_type in POSITIONWISE:
-            last: Any = blocks_of(unwrapped(where), self.anatomy)[-1]
+        if where.config.model_type in POSITIONWISE_TYPES:
+            last: Any = get_blocks(unwrap_adapter(where), self.anatomy)[-1]
             where = last.attention
         self._hook = where.register_forward_hook(self._choose)
 
@@ -135,26 +140,26 @@ def load_mlm(
         RecipeError: if the architecture has no masked-LM class, or the checkpoint lacks weights of
             the encoder.
     """
-    kind = masked_class(source)
+    kind = find_mlm_class(source)
     torch.manual_seed(seed)
     stock, missing = load_class(source, kind, deepcopy(source.config), {})
-    missing -= _tied_decoder(stock, missing, source)
-    model = MaskedLM(stock, source.anatomy)
+    missing -= _tie_decoder(stock, missing, source)
+    model = MaskedLM(stock, source.architecture_spec)
     prefix = f"{stock.base_model_prefix}."
     inside = {name.removeprefix(prefix) for name in missing if name.startswith(prefix)}
-    check_complete(source, inside, model.fixed)
+    check_encoder_complete(source, inside, model.fixed)
     if head is not None:
         load_head(model, head)
         return model, ()
-    return model, _new_head(model, missing)
+    return model, _init_new_head(model, missing)
 
 
-def own_mlm(source: SourceModel) -> MaskedLM | None:
+def load_trained_mlm(source: SourceModel) -> MaskedLM | None:
     """The source with its trained masked-LM head; None where the checkpoint has none."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
     kind: Any = MODEL_FOR_MASKED_LM_MAPPING.get(type(source.config), None)
-    if source.anatomy.modality != "text" or kind is None:
+    if source.architecture_spec.modality != "text" or kind is None:
         return None
     stock, missing = load_class(source, kind, deepcopy(source.config), {})
     tied = {n for n, m in stock.named_modules() if m is stock.get_output_embeddings()}
@@ -165,7 +170,7 @@ def own_mlm(source: SourceModel) -> MaskedLM | None:
     return None if fresh else model
 
 
-def _new_head(model: MaskedLM, missing: set[str]) -> tuple[str, ...]:
+def _init_new_head(model: MaskedLM, missing: set[str]) -> tuple[str, ...]:
     """The names of the head's new parameters, their biases at zero."""
     named = model.stock.named_parameters(remove_duplicate=False)
     new = {id(parameter) for name, parameter in named if name in missing}
@@ -177,7 +182,7 @@ def _new_head(model: MaskedLM, missing: set[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def masked_class(source: SourceModel) -> Any:
+def find_mlm_class(source: SourceModel) -> Any:
     """The stock masked-LM class of the source's architecture.
 
     Raises:
@@ -185,7 +190,7 @@ def masked_class(source: SourceModel) -> Any:
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-    if source.anatomy.modality != "text":
+    if source.architecture_spec.modality != "text":
         raise RecipeError(
             f"adapt.objective=mlm: {source.architecture} reads images; mlm needs text",
             "Use adapt.objective=mae",
@@ -199,7 +204,7 @@ def masked_class(source: SourceModel) -> Any:
     return found
 
 
-def _tied_decoder(stock: Any, missing: set[str], source: SourceModel) -> set[str]:
+def _tie_decoder(stock: Any, missing: set[str], source: SourceModel) -> set[str]:
     """Ties a missing decoder to the input embeddings; the names that are thereby there."""
     decoder, words = stock.get_output_embeddings(), stock.get_input_embeddings().weight
     name = next(f"{path}.weight" for path, m in stock.named_modules() if m is decoder)
@@ -208,7 +213,7 @@ def _tied_decoder(stock: Any, missing: set[str], source: SourceModel) -> set[str
         return set()
     if decoder.weight.shape != words.shape:
         raise RecipeError(
-            f"source.model: {source.spec} lacks the masked-LM decoder, and the embeddings of "
+            f"source.model: {source.name} lacks the masked-LM decoder, and the embeddings of "
             f"{source.architecture} have another width",
             "Give a checkpoint with its masked-LM head",
         )
@@ -219,7 +224,7 @@ def _tied_decoder(stock: Any, missing: set[str], source: SourceModel) -> set[str
 # KL to what the original's masked-language head says at hidden places of the same inputs.
 
 
-class MaskedKL:
+class MaskedTokenKL:
     """T^2 KL of the vocabulary's distributions, the mean over a row's hidden places.
 
     Both see the same hidden words, a function of (seed, epoch, row); the head is the original's,
@@ -238,7 +243,7 @@ class MaskedKL:
     """
 
     def __init__(
-        self, weight: float, masked: MaskedLM, masking: Masking, seed: int,
+        self, weight: float, masked: MaskedLM, masking: MaskingSpec, seed: int,
         temperature: float = 1.0, direction: str = "forward", inputs: str = "target",
         apart: bool = False,
     ) -> None:  # fmt: skip
@@ -260,7 +265,7 @@ class MaskedKL:
         Raises:
             RecipeError: if the two encoders are not of one architecture.
         """
-        encoder: Any = encoder_in(model, anatomy_in(model))
+        encoder: Any = get_encoder(model, get_model_architecture(model))
         if encoder.config.model_type != self._original.encoder.config.model_type:
             raise RecipeError(
                 f"kl.on=mlm: the head is of {self._original.encoder.config.model_type}, the model "
@@ -290,9 +295,9 @@ class MaskedKL:
         if not len(flat):
             return rows
         now = self._now(shown, flat, flat, mask).logits
-        with torch.no_grad(), in_eval(self._original), self._off():
+        with torch.no_grad(), eval_mode(self._original), self._off():
             original = self._original(shown, flat, flat, mask).logits
-        each = kl_rows(original, now, self._temperature, self._direction)
+        each = compute_row_kl(original, now, self._temperature, self._direction)
         of_row = flat // ids.shape[1]
         places = rows.index_add(0, of_row, torch.ones_like(each)).clamp(min=1)
         return rows.index_add(0, of_row, each) / places
@@ -312,7 +317,7 @@ class MaskedKL:
         for place, (number, seen) in enumerate(zip(numbers, mask.cpu().numpy(), strict=True)):
             draw = np.random.default_rng([self._seed, epoch, number])
             real = np.flatnonzero(seen > 0)
-            tokens, positions = corrupt(
+            tokens, positions = mask_tokens(
                 shown[place, real], np.zeros(len(real), np.int64), self._masking, draw
             )
             shown[place, real] = tokens

@@ -5,35 +5,38 @@ from typing import Any
 
 from hftl.config.finetune import Finetune
 from hftl.data.image_processing import ImageInputs
-from hftl.data.images import NarrowCount, describe_narrow
+from hftl.data.images import NarrowCount, describe_narrow_images
 from hftl.data.normalization import find_doubtful_names
-from hftl.data.prepare import Prepared, several_labels
+from hftl.data.prepare import PreparedData, suggest_multi_label
 from hftl.data.text import TextInputs
-from hftl.models.architectures import max_tokens
+from hftl.models.architectures import get_max_tokens
 from hftl.models.source import SourceModel
 
-SAMPLE = 2000
+SAMPLED_ROWS = 2000
 """Training rows that lengths are taken from."""
-TRUNCATED = 0.1
-UNKNOWN = 0.02
-ENLARGED = 0.5
-ELONGATED = 0.1
-SMALL_TEST = 200
-IMBALANCE = 10
-HIGH_RATE = 2e-4
+MAX_TRUNCATED = 0.1
+MAX_UNKNOWN = 0.02
+MAX_ENLARGED = 0.5
+MAX_ELONGATED = 0.1
+MIN_TEST_ROWS = 200
+MAX_IMBALANCE = 10
+MAX_LEARNING_RATE = 2e-4
 """Above this, full and partial fine-tuning of a pretrained encoder mostly diverges."""
 
 
-def check(
-    source: SourceModel, inputs: TextInputs | ImageInputs, prepared: Prepared, asked_length: int,
+def check_inputs(
+    source: SourceModel,
+    inputs: TextInputs | ImageInputs,
+    prepared: PreparedData,
+    asked_length: int,
     arms: list[Finetune],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Facts about inputs and settings, and `warnings`, each a sentence with what to do."""
-    told = inputs.facts(prepared.rows["train"][:SAMPLE])
-    seen = _picture_warnings(told) if prepared.modality == "image" else (
-        _length_warnings(told, asked_length, max_tokens(source.config))
+    told = inputs.summarize(prepared.rows["train"][:SAMPLED_ROWS])
+    seen = _list_image_warnings(told) if prepared.modality == "image" else (
+        _list_length_warnings(told, asked_length, get_max_tokens(source.config))
     )  # fmt: skip
-    warnings = [*seen, *_label_warnings(prepared), *_rate_warnings(arms)]
+    warnings = [*seen, *_list_label_warnings(prepared), *_list_learning_rate_warnings(arms)]
     if source.public_id is None:
         warnings.append(
             "the source model has no public id, so the adapter could not be pushed; set "
@@ -52,7 +55,7 @@ def check(
             f"{facts['contradictory_inputs']} of {facts['distinct_inputs']} distinct inputs "
             f"({share:.0%}) have differing labels and are dropped ({facts['conflicting']} rows): "
             "what is measured is how the others are told, which may be the easier ones; correct "
-            f"the labels{several_labels(prepared.task)}"
+            f"the labels{suggest_multi_label(prepared.task)}"
         )
     if facts.get("near_pictures"):
         warnings.append(
@@ -61,21 +64,21 @@ def check(
             "or remove them"
         )
     if facts.get("narrow_pictures"):
-        warnings.append(describe_narrow(NarrowCount(**facts["narrow_pictures"])))
+        warnings.append(describe_narrow_images(NarrowCount(**facts["narrow_pictures"])))
     if facts["bad_rows"]:
         warnings.append(f"{facts['bad_rows']} bad rows were skipped; the record lists them")
     # What holds of several arms is told once.
     return {**told, "warnings": list(dict.fromkeys(warnings))}
 
 
-def _picture_warnings(facts: dict[str, float]) -> list[str]:
+def _list_image_warnings(facts: dict[str, float]) -> list[str]:
     found = []
-    if facts["enlarged"] > ENLARGED:
+    if facts["enlarged"] > MAX_ENLARGED:
         found.append(
             f"{facts['enlarged']:.0%} of the pictures are smaller than {facts['image_size']:.0f} "
             "pixels and are enlarged; a smaller data.image_size would be faster"
         )
-    if facts["elongated"] > ELONGATED:
+    if facts["elongated"] > MAX_ELONGATED:
         found.append(
             f"{facts['elongated']:.0%} of the pictures are more than twice as long as wide; the "
             "source's processor crops or squeezes them"
@@ -83,19 +86,19 @@ def _picture_warnings(facts: dict[str, float]) -> list[str]:
     return found
 
 
-def _length_warnings(lengths: dict[str, float], max_length: int, limit: int) -> list[str]:
+def _list_length_warnings(lengths: dict[str, float], max_length: int, limit: int) -> list[str]:
     found = []
     if max_length > limit:
         found.append(
             f"data.max_length={max_length} is above the source model's positions; texts are cut at "
             f"{limit} tokens"
         )
-    if lengths["truncated"] > TRUNCATED:
+    if lengths["truncated"] > MAX_TRUNCATED:
         found.append(
             f"{lengths['truncated']:.0%} of the texts are longer than data.max_length="
             f"{max_length} tokens and are cut; the source takes up to {limit}"
         )
-    if lengths["unknown_tokens"] > UNKNOWN:
+    if lengths["unknown_tokens"] > MAX_UNKNOWN:
         found.append(
             f"{lengths['unknown_tokens']:.1%} of the tokens are unknown to the tokenizer; does it "
             "fit the language and the casing?"
@@ -103,17 +106,17 @@ def _length_warnings(lengths: dict[str, float], max_length: int, limit: int) -> 
     return found
 
 
-def _label_warnings(prepared: Prepared) -> list[str]:
+def _list_label_warnings(prepared: PreparedData) -> list[str]:
     found = []
     test = prepared.rows["test"]
-    if len(test) < SMALL_TEST:
+    if len(test) < MIN_TEST_ROWS:
         found.append(f"{len(test)} test rows give a wide interval; a few hundred are better")
     counts = (prepared.facts["label_counts"] or {}).get("train", {})
     every = Counter[str]()
     for of_split in (prepared.facts["label_counts"] or {}).values():
         every.update(of_split)
     found += find_doubtful_names(every)
-    if prepared.task == "classification" and max(counts.values()) > IMBALANCE * min(
+    if prepared.task == "classification" and max(counts.values()) > MAX_IMBALANCE * min(
         counts.values()
     ):
         rare = min(counts, key=lambda name: counts[name])
@@ -124,10 +127,10 @@ def _label_warnings(prepared: Prepared) -> list[str]:
     return found
 
 
-def _rate_warnings(arms: list[Finetune]) -> list[str]:
+def _list_learning_rate_warnings(arms: list[Finetune]) -> list[str]:
     return [
         f"learning rate {arm.training['learning_rate']:g} is high for {arm.strategy} fine-tuning; "
         "1e-5 to 1e-4 is usual"
         for arm in arms
-        if arm.training["learning_rate"] > HIGH_RATE
+        if arm.training["learning_rate"] > MAX_LEARNING_RATE
     ]

@@ -6,16 +6,16 @@ from sklearn.model_selection import GroupKFold
 from hftl.analysis.probe import fit_probe
 from hftl.errors import DataError
 
-CHUNK = 512
+CHUNK_ROWS = 512
 """Rows whose similarities to all others are held at once."""
 
 
-def agreement(before: np.ndarray, after: np.ndarray, k: int = 10) -> float:
-    """The mean share of each row's k nearest neighbours that are the same, see `shared`."""
-    return float(shared(before, after, k).mean())
+def mean_shared_neighbours(before: np.ndarray, after: np.ndarray, k: int = 10) -> float:
+    """The mean share of each row's k nearest neighbours that are the same, see `compute_shared_neighbours`."""
+    return float(compute_shared_neighbours(before, after, k).mean())
 
 
-def shared(before: np.ndarray, after: np.ndarray, k: int = 10) -> np.ndarray:
+def compute_shared_neighbours(before: np.ndarray, after: np.ndarray, k: int = 10) -> np.ndarray:
     """(n,) the share of each row's k nearest neighbours that are the same before and after.
 
     Nearest by cosine, a row itself left out: the mutual k-nearest-neighbour alignment of Huh et
@@ -38,17 +38,17 @@ def shared(before: np.ndarray, after: np.ndarray, k: int = 10) -> np.ndarray:
         )
     if rows <= k:
         raise DataError(f"{rows} rows have no {k} neighbours each", f"Give more than {k} rows")
-    sides = directions(before), directions(after)
+    sides = normalize_rows(before), normalize_rows(after)
     found = []
-    for start in range(0, rows, CHUNK):
-        one, other = (nearest(side, start, k) for side in sides)
+    for start in range(0, rows, CHUNK_ROWS):
+        one, other = (find_nearest(side, start, k) for side in sides)
         member = np.zeros((len(one), rows), dtype=bool)
         np.put_along_axis(member, one, True, axis=1)
         found.append(np.take_along_axis(member, other, axis=1).mean(1))
     return np.concatenate(found)
 
 
-def directions(features: np.ndarray) -> np.ndarray:
+def normalize_rows(features: np.ndarray) -> np.ndarray:
     """Rows of length 1, float64; a row of zeros stays one."""
     wide = features.astype(np.float64)
     if not np.isfinite(wide).all():
@@ -58,10 +58,10 @@ def directions(features: np.ndarray) -> np.ndarray:
     return wide / np.where(lengths > 0, lengths, 1)
 
 
-def nearest(rows: np.ndarray, start: int, k: int) -> np.ndarray:
+def find_nearest(rows: np.ndarray, start: int, k: int) -> np.ndarray:
     """Indices (chunk, k) of the nearest rows to those from `start`, in no order; see
-    `directions`."""
-    similar = rows[start : start + CHUNK] @ rows.T
+    `normalize_rows`."""
+    similar = rows[start : start + CHUNK_ROWS] @ rows.T
     chunk = np.arange(len(similar))
     similar[chunk, start + chunk] = -np.inf
     return np.argpartition(similar, -k, axis=1)[:, -k:]
@@ -76,7 +76,7 @@ def nearest(rows: np.ndarray, start: int, k: int) -> np.ndarray:
 FOLDS = 5
 
 
-def nearest_same(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def compute_neighbour_hits(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """(n,) float64: 1 where the nearest other row by cosine has the same label, else 0.
 
     The mean is the leave-one-out accuracy of the nearest neighbour.
@@ -85,17 +85,17 @@ def nearest_same(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
         features: (n, width), n at least 2.
         labels: (n,) of anything that can be compared.
     """
-    rows = directions(features)
-    found = [nearest(rows, start, 1)[:, 0] for start in range(0, len(rows), CHUNK)]
+    rows = normalize_rows(features)
+    found = [find_nearest(rows, start, 1)[:, 0] for start in range(0, len(rows), CHUNK_ROWS)]
     return (labels[np.concatenate(found)] == labels).astype(np.float64)
 
 
-def cosines(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+def compute_cosines(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """(n,) the cosine of each row with itself."""
-    return (directions(before) * directions(after)).sum(1)
+    return (normalize_rows(before) * normalize_rows(after)).sum(1)
 
 
-def cka(before: np.ndarray, after: np.ndarray) -> float:
+def compute_cka(before: np.ndarray, after: np.ndarray) -> float:
     """Return the debiased linear centred kernel alignment of two sets of features.
 
     HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)) (Kornblith et al. 2019, arXiv:1905.00414, section 3)
@@ -120,13 +120,13 @@ def cka(before: np.ndarray, after: np.ndarray) -> float:
     return cross / (first * second) ** 0.5
 
 
-def cka_floor(before: np.ndarray, after: np.ndarray, draws: int = 19) -> float:
-    """Return the largest `cka` of `draws` pairings of the rows by chance.
+def compute_cka_floor(before: np.ndarray, after: np.ndarray, draws: int = 19) -> float:
+    """Return the largest `compute_cka` of `draws` pairings of the rows by chance.
 
     Unrelated features are above that of 19 once in 20 times.
     """
     draw = np.random.default_rng(0)
-    return max(cka(before, after[draw.permutation(len(after))]) for _ in range(draws))
+    return max(compute_cka(before, after[draw.permutation(len(after))]) for _ in range(draws))
 
 
 def _unbiased_hsic(x: np.ndarray, y: np.ndarray) -> float:
@@ -140,7 +140,7 @@ def _unbiased_hsic(x: np.ndarray, y: np.ndarray) -> float:
     return float(both + outer - 2 * (sums[0] @ sums[1]) / (n - 2)) / (n * (n - 3))
 
 
-def relational_kl(before: np.ndarray, after: np.ndarray, tau: float) -> np.ndarray:
+def compute_relational_kl(before: np.ndarray, after: np.ndarray, tau: float) -> np.ndarray:
     """(n,) in nats: how much less well `after` tells which rows `before` finds alike.
 
     KL(q0_i || q_i), where q_i is the softmax of cosine / tau over all rows but i: the distribution
@@ -151,26 +151,26 @@ def relational_kl(before: np.ndarray, after: np.ndarray, tau: float) -> np.ndarr
         after: (n, e).
         tau: the temperature.
     """
-    sides = directions(before), directions(after)
+    sides = normalize_rows(before), normalize_rows(after)
     found = []
-    for start in range(0, len(before), CHUNK):
-        old, new = (log_shares(side, start, tau) for side in sides)
+    for start in range(0, len(before), CHUNK_ROWS):
+        old, new = (compute_log_softmax(side, start, tau) for side in sides)
         # A row itself has no share: -inf on both sides.
         apart = np.where(np.isneginf(old), 0.0, old) - np.where(np.isneginf(new), 0.0, new)
         found.append((np.exp(old) * apart).sum(1))
     return np.maximum(np.concatenate(found), 0.0)
 
 
-def log_shares(rows: np.ndarray, start: int, tau: float) -> np.ndarray:
+def compute_log_softmax(rows: np.ndarray, start: int, tau: float) -> np.ndarray:
     """Return the log of the softmax over the other rows, (chunk, n), -inf for a row itself."""
-    logits = rows[start : start + CHUNK] @ rows.T / tau
+    logits = rows[start : start + CHUNK_ROWS] @ rows.T / tau
     chunk = np.arange(len(logits))
     logits[chunk, start + chunk] = -np.inf
     logits -= logits.max(1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
 
-def probe_hits(
+def compute_probe_hits(
     fitted_on: np.ndarray, tested_on: list[np.ndarray], labels: np.ndarray, units: np.ndarray,
     penalty: float,
 ) -> list[np.ndarray]:  # fmt: skip
@@ -196,6 +196,6 @@ def probe_hits(
     return hits
 
 
-def chosen_penalty(features: np.ndarray, labels: np.ndarray, units: np.ndarray) -> float:
+def choose_penalty(features: np.ndarray, labels: np.ndarray, units: np.ndarray) -> float:
     """The C that a probe of these features chooses by cross-validation, units whole."""
     return fit_probe(features, labels, int(labels.max()) + 1, units).penalty

@@ -13,29 +13,29 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.model_selection import GroupKFold
 
-from hftl.analysis.drift import CHUNK, FOLDS, directions, log_shares
+from hftl.analysis.drift import CHUNK_ROWS, FOLDS, compute_log_softmax, normalize_rows
 from hftl.analysis.probe import Probe, fit_probe
 from hftl.errors import DataError
 
 
-class Figure(NamedTuple):
+class JackknifeEstimate(NamedTuple):
     """A figure of all rows, and (blocks,) those without each block.
 
     `effects` is (blocks, blocks): by how much taking out the first changes the figure through the
     rows of the second, which stay; 0 where it was not computed.
     """
 
-    whole: float
+    value: float
     without: np.ndarray
     effects: np.ndarray | float = 0.0
 
 
-def ordered_neighbours(features: np.ndarray, count: int) -> np.ndarray:
+def rank_neighbours(features: np.ndarray, count: int) -> np.ndarray:
     """Return each row's `count` nearest other rows by cosine, (rows, count), the nearest first."""
-    rows = directions(features)
+    rows = normalize_rows(features)
     neighbours = []
-    for start in range(0, len(rows), CHUNK):
-        similar = rows[start : start + CHUNK] @ rows.T
+    for start in range(0, len(rows), CHUNK_ROWS):
+        similar = rows[start : start + CHUNK_ROWS] @ rows.T
         chunk = np.arange(len(similar))
         similar[chunk, start + chunk] = -np.inf
         near = np.argpartition(similar, -count, axis=1)[:, -count:]
@@ -44,7 +44,7 @@ def ordered_neighbours(features: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate(neighbours)
 
 
-def neighbours_needed(blocks: np.ndarray, k: int) -> int:
+def count_needed_neighbours(blocks: np.ndarray, k: int) -> int:
     """Return how many nearest rows hold k that are left, whichever block is taken out.
 
     Raises:
@@ -55,44 +55,46 @@ def neighbours_needed(blocks: np.ndarray, k: int) -> int:
     return min(len(blocks) - 1, k + int(np.bincount(blocks).max()))
 
 
-def shared_without(
+def jackknife_shared_neighbours(
     before: np.ndarray, after: np.ndarray, blocks: np.ndarray, k: int = 10
-) -> Figure:
+) -> JackknifeEstimate:
     """Return the mean share of the k nearest neighbours that are the same before and after.
 
     Args:
-        before: `ordered_neighbours` of `neighbours_needed` rows.
+        before: `rank_neighbours` of `count_needed_neighbours` rows.
         after: the same of the other features.
         blocks: see the module.
         k: how many neighbours.
     """
 
     def values(left: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        sides = [_first(side[rows], left, k) for side in (before, after)]
+        sides = [_select_nearest(side[rows], left, k) for side in (before, after)]
         return (sides[0][:, :, None] == sides[1][:, None, :]).any(2).mean(1)
 
-    return _without(values, blocks, k)
+    return _jackknife_mean(values, blocks, k)
 
 
-def same_without(order: np.ndarray, labels: np.ndarray, blocks: np.ndarray) -> Figure:
+def jackknife_neighbour_hits(
+    order: np.ndarray, labels: np.ndarray, blocks: np.ndarray
+) -> JackknifeEstimate:
     """Return the share of rows whose nearest other row has the same label; see
-    `shared_without`."""
+    `jackknife_shared_neighbours`."""
 
     def values(left: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        return labels[_first(order[rows], left, 1)[:, 0]] == labels[rows]
+        return labels[_select_nearest(order[rows], left, 1)[:, 0]] == labels[rows]
 
-    return _without(values, blocks, 1)
+    return _jackknife_mean(values, blocks, 1)
 
 
-def _first(order: np.ndarray, left: np.ndarray, k: int) -> np.ndarray:
+def _select_nearest(order: np.ndarray, left: np.ndarray, k: int) -> np.ndarray:
     """The first k of each row's neighbours that are left, (rows, k)."""
     rank = np.where(left[order], np.arange(order.shape[1]), order.shape[1])
     return np.take_along_axis(order, np.sort(rank, axis=1)[:, :k], axis=1)
 
 
-def _without(
+def _jackknife_mean(
     values: Callable[[np.ndarray, np.ndarray], np.ndarray], blocks: np.ndarray, k: int
-) -> Figure:
+) -> JackknifeEstimate:
     """The mean over all rows and over those left; NaN where these have no k neighbours each."""
     count, rows = int(blocks.max()) + 1, len(blocks)
     whole = values(np.ones(rows, dtype=bool), np.arange(rows)).astype(np.float64)
@@ -104,21 +106,23 @@ def _without(
             without[block] = figures.mean()
             change = figures - whole[left]
             effects[block] = np.bincount(blocks[left], change, minlength=count) / rows
-    return Figure(float(whole.mean()), without, effects)
+    return JackknifeEstimate(float(whole.mean()), without, effects)
 
 
-def kl_without(before: np.ndarray, after: np.ndarray, tau: float, blocks: np.ndarray) -> Figure:
+def jackknife_relational_kl(
+    before: np.ndarray, after: np.ndarray, tau: float, blocks: np.ndarray
+) -> JackknifeEstimate:
     """Return the mean of `relational_kl`.
 
     A softmax without a block is the softmax over the rest, so sums over blocks suffice.
     """
-    sides = directions(before), directions(after)
+    sides = normalize_rows(before), normalize_rows(after)
     count = int(blocks.max()) + 1
     member = np.eye(count)[blocks]
     rest = 1.0 - np.eye(count)
     values, sums = np.zeros(len(blocks)), np.zeros(count)
-    for start in range(0, len(blocks), CHUNK):
-        old, new = (log_shares(side, start, tau) for side in sides)
+    for start in range(0, len(blocks), CHUNK_ROWS):
+        old, new = (compute_log_softmax(side, start, tau) for side in sides)
         apart = np.where(np.isneginf(old), 0.0, old) - np.where(np.isneginf(new), 0.0, new)
         mass, other = np.exp(old), np.exp(new)
         place = slice(start, start + len(old))
@@ -128,19 +132,19 @@ def kl_without(before: np.ndarray, after: np.ndarray, tau: float, blocks: np.nda
             left = (mass * apart) @ member @ rest / mass_left
             left += np.log(other_left) - np.log(mass_left)
         sums += (np.maximum(left, 0.0) * (1 - member[place])).sum(0)
-    return Figure(float(values.mean()), sums / (len(blocks) - np.bincount(blocks)))
+    return JackknifeEstimate(float(values.mean()), sums / (len(blocks) - np.bincount(blocks)))
 
 
-def cka_without(before: np.ndarray, after: np.ndarray, blocks: np.ndarray) -> Figure:
+def jackknife_cka(before: np.ndarray, after: np.ndarray, blocks: np.ndarray) -> JackknifeEstimate:
     """Return the debiased `cka`; 0 where either side does not vary beyond noise."""
     x, y = (side.astype(np.float64) - side.mean(0, dtype=np.float64) for side in (before, after))
-    cross, first, second = (_hsic_without(a, b, blocks) for a, b in ((x, y), (x, x), (y, y)))
+    cross, first, second = (_jackknife_hsic(a, b, blocks) for a, b in ((x, y), (x, x), (y, y)))
     own = np.maximum(first, 0.0) * np.maximum(second, 0.0)
     cka = np.divide(cross, np.sqrt(own), out=np.zeros_like(cross), where=own > 0)
-    return Figure(float(cka[0]), cka[1:])
+    return JackknifeEstimate(float(cka[0]), cka[1:])
 
 
-def _hsic_without(x: np.ndarray, y: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+def _jackknife_hsic(x: np.ndarray, y: np.ndarray, blocks: np.ndarray) -> np.ndarray:
     """Unbiased HSIC of all rows, then without each block, (1 + blocks,), up to n - 3 and n.
 
     Song et al. 2012 (JMLR 13:1393-1434), equation 5, with linear kernels.
@@ -148,8 +152,8 @@ def _hsic_without(x: np.ndarray, y: np.ndarray, blocks: np.ndarray) -> np.ndarra
     count, rows = int(blocks.max()) + 1, len(blocks)
     member = np.eye(count)[blocks]
     parts = {name: np.zeros((rows, count)) for name in ("x", "y", "both")}
-    for start in range(0, rows, CHUNK):
-        place = slice(start, min(rows, start + CHUNK))
+    for start in range(0, rows, CHUNK_ROWS):
+        place = slice(start, min(rows, start + CHUNK_ROWS))
         kernels = [side[place] @ side.T for side in (x, y)]
         for kernel in kernels:
             kernel[np.arange(len(kernel)), np.arange(start, place.stop)] = 0.0
@@ -174,7 +178,7 @@ def _hsic_without(x: np.ndarray, y: np.ndarray, blocks: np.ndarray) -> np.ndarra
 
 
 @dataclass(frozen=True)
-class Probes:
+class JackknifeProbes:
     """Linear probes of one set of features, of all rows and without each block.
 
     Folds are those of all rows throughout: other folds would be other noise.
@@ -188,7 +192,7 @@ class Probes:
     def fit(
         cls, features: np.ndarray, labels: np.ndarray, units: np.ndarray, penalty: float,
         blocks: np.ndarray,
-    ) -> "Probes":  # fmt: skip
+    ) -> "JackknifeProbes":  # fmt: skip
         """Fit a probe for each fold on the other folds' rows, of all rows and without each block.
 
         Args:
@@ -213,7 +217,7 @@ class Probes:
         ]
         return cls(folds, blocks, fitted)
 
-    def right(self, features: np.ndarray, labels: np.ndarray) -> Figure:
+    def score(self, features: np.ndarray, labels: np.ndarray) -> JackknifeEstimate:
         """Return the share of rows told right, each by the probe that did not see its fold."""
         hits = []
         for probes in self.fitted:
@@ -229,4 +233,4 @@ class Probes:
             left = self.blocks != j
             change = (hits[j + 1] - hits[0])[left]
             effects[j] = np.bincount(self.blocks[left], change, minlength=count) / len(labels)
-        return Figure(float(hits[0].mean()), np.array(without), effects)
+        return JackknifeEstimate(float(hits[0].mean()), np.array(without), effects)

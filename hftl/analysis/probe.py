@@ -19,12 +19,12 @@ from sklearn.model_selection import (
 )
 
 FOLDS = 5
-STEPS = 1000
-CHOSEN_ON = 20_000
+MAX_STEPS = 1000
+MAX_SEARCH_ROWS = 20_000
 """Rows that the penalty is chosen on, at most; it is fitted on all."""
-CS = np.logspace(-5, 2, 8)
-ALPHAS = np.logspace(-2, 6, 17)
-FLAT = 1e-6
+C_GRID = np.logspace(-5, 2, 8)
+ALPHA_GRID = np.logspace(-2, 6, 17)
+MIN_RELATIVE_STD = 1e-6
 """A feature that varies less than this, relative to a mean above 1, carries rounding alone."""
 
 
@@ -48,7 +48,7 @@ class Probe:
 
 def fit_probe(
     features: np.ndarray, labels: np.ndarray, outputs: int, groups: np.ndarray | None,
-    cs: np.ndarray = CS,
+    cs: np.ndarray = C_GRID,
 ) -> Probe:  # fmt: skip
     """Fits the probe.
 
@@ -64,40 +64,42 @@ def fit_probe(
     known = np.isfinite(features).all(1)
     features, labels = features[known], labels[known]
     mean, scale = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
-    scale[scale < FLAT * np.maximum(1, np.abs(mean))] = np.inf  # such a feature weighs nothing
+    scale[scale < MIN_RELATIVE_STD * np.maximum(1, np.abs(mean))] = (
+        np.inf
+    )  # such a feature weighs nothing
     standard = (features - mean) / scale
     grouped = None if groups is None else groups[known]
-    weight, bias, penalty = solve(standard, labels, outputs, grouped, cs, ALPHAS)
+    weight, bias, penalty = fit_linear(standard, labels, outputs, grouped, cs, ALPHA_GRID)
     weight = weight / scale
     bias = bias - weight @ mean
     return Probe(weight.astype(np.float32), bias.astype(np.float32), penalty, (weight, bias))
 
 
-def solve(
+def fit_linear(
     x: Any, labels: np.ndarray, outputs: int, groups: np.ndarray | None,
     cs: np.ndarray, alphas: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, float]:  # fmt: skip
     """The linear model that fits the labels: logistic for classes, ridge for a target.
 
-    Multi-label is one logistic model a class. Shapes as in `fit_probe` and `logistic`.
+    Multi-label is one logistic model a class. Shapes as in `fit_probe` and `fit_logistic`.
     """
     if isinstance(x, np.ndarray) and x.shape[0] < x.shape[1]:
         # The penalty sees lengths only, so the solution lies in the rows' own space: the same
         # one, found among as many numbers as there are rows.
         left, values, right = np.linalg.svd(x, full_matrices=False)
-        weight, bias, penalty = solve(left * values, labels, outputs, groups, cs, alphas)
+        weight, bias, penalty = fit_linear(left * values, labels, outputs, groups, cs, alphas)
         return weight @ right, bias, penalty
     if labels.ndim == 2:
-        pairs = [logistic(x, column.astype(np.int64), 2, groups, cs) for column in labels.T]
+        pairs = [fit_logistic(x, column.astype(np.int64), 2, groups, cs) for column in labels.T]
         weight = np.stack([w[1] - w[0] for w, _, _ in pairs])
         bias = np.array([b[1] - b[0] for _, b, _ in pairs])
         return weight, bias, float(np.median([penalty for _, _, penalty in pairs]))
     if outputs == 1:
-        return ridge(x, labels, groups, alphas)
-    return logistic(x, labels, outputs, groups, cs)
+        return fit_ridge(x, labels, groups, alphas)
+    return fit_logistic(x, labels, outputs, groups, cs)
 
 
-def logistic(
+def fit_logistic(
     x: Any, y: np.ndarray, outputs: int, groups: np.ndarray | None, cs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Multinomial logistic regression, C by cross-validated log loss.
@@ -115,17 +117,17 @@ def logistic(
     present = np.unique(y)
     if len(present) < 2:
         lone = np.zeros((1, x.shape[1])), np.zeros(1)
-        return *_with_absent(*lone, present, outputs, len(y)), float(cs[len(cs) // 2])
-    chosen = _chosen_c(x, y, groups, cs)
-    solver = LogisticRegression(C=chosen, max_iter=STEPS, tol=1e-6).fit(x, y)
+        return *_fill_absent_classes(*lone, present, outputs, len(y)), float(cs[len(cs) // 2])
+    chosen = _choose_c(x, y, groups, cs)
+    solver = LogisticRegression(C=chosen, max_iter=MAX_STEPS, tol=1e-6).fit(x, y)
     weight, bias = solver.coef_, solver.intercept_
     if len(weight) == 1:
         weight = np.concatenate([-weight / 2, weight / 2])
         bias = np.concatenate([-bias / 2, bias / 2])
-    return *_with_absent(weight, bias, present, outputs, len(y)), chosen
+    return *_fill_absent_classes(weight, bias, present, outputs, len(y)), chosen
 
 
-def _chosen_c(x: Any, y: np.ndarray, groups: np.ndarray | None, cs: np.ndarray) -> float:
+def _choose_c(x: Any, y: np.ndarray, groups: np.ndarray | None, cs: np.ndarray) -> float:
     """The C of the least cross-validated log loss.
 
     Classes too rare to be held out have no say; where that leaves fewer than two, the middle of
@@ -137,7 +139,7 @@ def _chosen_c(x: Any, y: np.ndarray, groups: np.ndarray | None, cs: np.ndarray) 
     enough = next((n for n in (FOLDS, 2) if (counts >= n).sum() >= 2), None)
     if enough is None:
         return float(cs[len(cs) // 2])
-    rows = np.flatnonzero(counts[y] >= enough)[:CHOSEN_ON]
+    rows = np.flatnonzero(counts[y] >= enough)[:MAX_SEARCH_ROWS]
     x, y = x[rows], y[rows]
     groups = None if groups is None else groups[rows]
     smallest = int(np.bincount(y)[np.unique(y)].min())
@@ -157,13 +159,13 @@ def _chosen_c(x: Any, y: np.ndarray, groups: np.ndarray | None, cs: np.ndarray) 
         warnings.simplefilter("ignore")
         settings: dict[str, Any] = {
             "Cs": cs, "cv": splits, "scoring": "neg_log_loss",
-            "max_iter": STEPS, "l1_ratios": (0.0,), "use_legacy_attributes": False,
+            "max_iter": MAX_STEPS, "l1_ratios": (0.0,), "use_legacy_attributes": False,
         }  # fmt: skip
         search: Any = LogisticRegressionCV(**settings).fit(x, y)
     return float(np.ravel(search.C_)[0])
 
 
-def _with_absent(
+def _fill_absent_classes(
     weight: np.ndarray, bias: np.ndarray, present: np.ndarray, outputs: int, rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights for every output: one whose class has no row is below all others everywhere near."""
@@ -175,10 +177,10 @@ def _with_absent(
     return whole, biases
 
 
-def ridge(
+def fit_ridge(
     x: Any, y: np.ndarray, groups: np.ndarray | None, alphas: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Ridge regression, alpha by cross-validated squared error; shapes as `logistic`, one output.
+    """Ridge regression, alpha by cross-validated squared error; shapes as `fit_logistic`, one output.
 
     With fewer than two rows, or groups, it predicts their mean.
     """
@@ -188,8 +190,10 @@ def ridge(
     folds = min(FOLDS, units)
     splitter = KFold(folds) if groups is None else GroupKFold(folds)
     search = GridSearchCV(
-        Ridge(), {"alpha": alphas}, cv=list(splitter.split(x, y, groups)),
+        Ridge(),
+        {"alpha": alphas},
+        cv=list(splitter.split(x, y, groups)),
         scoring="neg_mean_squared_error",
-    ).fit(x, y)  # fmt: skip
+    ).fit(x, y)
     solver: Any = search.best_estimator_
     return solver.coef_[None], np.array([solver.intercept_]), float(search.best_params_["alpha"])

@@ -7,60 +7,60 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from hftl.card.validation import is_hub_id
-from hftl.card.wording import is_pooled, one_line, pipeline_tag, slug
-from hftl.measure.metrics import less_is_better
+from hftl.card.wording import find_pipeline_tag, is_pooled, slugify, to_one_line
+from hftl.measure.metrics import is_lower_better
 from hftl.runtime.fingerprints import to_json
 
 TABLE_SUFFIX = re.compile(r"\.(csv|tsv|jsonl?|ndjson|parquet|txt)$")
-NO_NAME = ("data", "dataset", "train", "images", "rows")
+GENERIC_NAMES = ("data", "dataset", "train", "images", "rows")
 """Last names of places that say nothing; the one before does."""
 LICENSE_KEYS = ("license", "license_name", "license_link")
 TABLES = ("train", "validation", "test", "unlabeled", "general")
 
 
-def metadata(record: dict[str, Any]) -> ModelCardData:
+def build_metadata(record: dict[str, Any]) -> ModelCardData:
     """The metadata of a model with a task, its scores and its gain among them."""
     own = record["own_arm"]
     return ModelCardData(
-        library_name=_library(record),
-        pipeline_tag="feature-extraction" if is_pooled(record) else pipeline_tag(record),
+        library_name=_library_name(record),
+        pipeline_tag="feature-extraction" if is_pooled(record) else find_pipeline_tag(record),
         tags=[
             "hftl",
             "transfer-learning",
             own,
             *(["domain-adaptation"] if record["adapt"] else []),
-            *adapter_tags(record, own == "lora"),
+            *build_adapter_tags(record, own == "lora"),
         ],
         metrics=[_metric_id(record["metric"])],
-        model_name=title(record),
-        eval_results=_eval_results(record),
-        widget=_widget(record),
-        co2_eq_emissions=_emissions(record),
-        **origin(record, own == "lora"),
+        model_name=format_title(record),
+        eval_results=_build_eval_results(record),
+        widget=_build_widget(record),
+        co2_eq_emissions=_build_emissions(record),
+        **build_origin(record, own == "lora"),
     )
 
 
-def _library(record: dict[str, Any]) -> str:
+def _library_name(record: dict[str, Any]) -> str:
     """Return what loads the model with its answers; transformers has no class for a pooled one."""
     if record["own_arm"] == "lora":
         return "peft"
     return "hftl" if is_pooled(record) else "transformers"
 
 
-def origin(record: dict[str, Any], adapter: bool) -> dict[str, Any]:
+def build_origin(record: dict[str, Any], adapter: bool) -> dict[str, Any]:
     """What it comes from and may be used under, as far as it is known."""
-    base, revision = base_of(record)
+    base, revision = find_public_base(record)
     known: dict[str, Any] = {
         "base_model": base,
         "base_model_relation": base and ("adapter" if adapter else "finetune"),
         "base_model_revision": base and revision,
-        "datasets": hub_datasets(record) or None,
+        "datasets": list_hub_datasets(record) or None,
     }
     known["language"] = record["recipe"]["publish"].get("language")
-    return known | license_of(record)
+    return known | find_license(record)
 
 
-def license_of(record: dict[str, Any]) -> dict[str, Any]:
+def find_license(record: dict[str, Any]) -> dict[str, Any]:
     """Return the license's keys: what the push was given wins over the recipe."""
     stated = {k: record["recipe"]["publish"].get(k) for k in LICENSE_KEYS}
     given = (record.get("published") or {}).get("license")
@@ -69,13 +69,13 @@ def license_of(record: dict[str, Any]) -> dict[str, Any]:
     return dict.fromkeys(LICENSE_KEYS) | {"license": given}
 
 
-def adapter_tags(record: dict[str, Any], adapter: bool) -> list[str]:
+def build_adapter_tags(record: dict[str, Any], adapter: bool) -> list[str]:
     """Return the tag that peft writes and inference providers match an adapter's base by."""
-    base, _ = base_of(record)
+    base, _ = find_public_base(record)
     return [f"base_model:adapter:{base}"] if adapter and base else []
 
 
-def base_of(record: dict[str, Any]) -> tuple[str | None, str | None]:
+def find_public_base(record: dict[str, Any]) -> tuple[str | None, str | None]:
     """The public id and the commit of what the published model goes on or comes from.
 
     Where the run has adapted a base of its own, that is the base, once it is published.
@@ -88,7 +88,7 @@ def base_of(record: dict[str, Any]) -> tuple[str | None, str | None]:
     return name, source.get("revision")
 
 
-def hub_datasets(record: dict[str, Any]) -> list[str]:
+def list_hub_datasets(record: dict[str, Any]) -> list[str]:
     """The hub ids among the tables that it learnt from or was measured on."""
     tables, known = record["recipe"]["data"], record["data"]["hub_revisions"]
     # General data teach only where something is retained.
@@ -97,19 +97,19 @@ def hub_datasets(record: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(ids))
 
 
-def title(record: dict[str, Any]) -> str:
+def format_title(record: dict[str, Any]) -> str:
     """A name for the model: its source, its data, its strategy."""
     base = record["source"]["name"].rsplit("/", 1)[-1]
     parts = [TABLE_SUFFIX.sub("", part) for part in record["data"]["name"].split("/") if part]
-    named = [part for part in parts if part not in NO_NAME]
+    named = [part for part in parts if part not in GENERIC_NAMES]
     data = (named or parts or ["data"])[-1]
-    return f"{slug(base)}-{slug(data)}-{record['own_arm']}"
+    return f"{slugify(base)}-{slugify(data)}-{record['own_arm']}"
 
 
-def _eval_results(record: dict[str, Any]) -> list[EvalResult]:
+def _build_eval_results(record: dict[str, Any]) -> list[EvalResult]:
     own = next(row for row in record["ladder"] if row["arm"] == record["own_arm"])
     scores = {record["metric"]: own["test"], **(record.get("test_metrics") or {})}
-    common = _measured_on(record)
+    common = _describe_eval_dataset(record)
     results = [
         EvalResult(metric_type=_metric_id(name), metric_value=round(value, 4),
                    metric_name=f"test {name}, mean over seeds", **common)
@@ -125,28 +125,28 @@ def _eval_results(record: dict[str, Any]) -> list[EvalResult]:
     return results
 
 
-def _measured_on(record: dict[str, Any]) -> dict[str, Any]:
+def _describe_eval_dataset(record: dict[str, Any]) -> dict[str, Any]:
     """The dataset as the hub wants it; a local one by its own name."""
     data, tables = record["data"], record["recipe"]["data"]
     name = "test" if "test" in data["hub_revisions"] else "train"
     revision = data["hub_revisions"].get(name)
     table = tables[name]
     return {
-        "task_type": pipeline_tag(record),
-        "dataset_type": table["path"] if revision else slug(data["name"]),
-        "dataset_name": one_line(data["name"]),
+        "task_type": find_pipeline_tag(record),
+        "dataset_type": table["path"] if revision else slugify(data["name"]),
+        "dataset_name": to_one_line(data["name"]),
         "dataset_config": table["name"] if revision else None,
         "dataset_revision": revision,
         "dataset_split": "test",
     }
 
 
-def _widget(record: dict[str, Any]) -> list[dict[str, Any]] | None:
+def _build_widget(record: dict[str, Any]) -> list[dict[str, Any]] | None:
     """Return the examples with outputs; none where the Hub's task is one of features."""
     return None if is_pooled(record) else record.get("widget") or None
 
 
-def _emissions(record: dict[str, Any]) -> dict[str, Any] | None:
+def _build_emissions(record: dict[str, Any]) -> dict[str, Any] | None:
     """Return the emissions in grams, as the Hub reads them; None where they are not known."""
     grams = record["environment"].get("co2_grams")
     stated = record["recipe"]["publish"].get("emissions")
@@ -169,17 +169,17 @@ def _metric_id(name: str) -> str:
 # Results in the formats that leaderboards read: the Hub's `.eval_results` and Every Eval Ever.
 
 
-FOLDER = ".eval_results"
+EVAL_RESULTS_FOLDER = ".eval_results"
 """Others may add files to it, so ours begin with `hftl-`."""
-EVERY_EVAL = "every_eval_ever.json"
-SCHEMA_VERSION = "0.3.0"
+EVERY_EVAL_EVER_FILE = "every_eval_ever.json"
+EVERY_EVAL_EVER_VERSION = "0.3.0"
 """Of Every Eval Ever, whose schema holds intervals; the Hub's format has no place for one."""
 UNBOUNDED = "Infinity"
 FRACTIONS = ("accuracy", "balanced_accuracy", "f1", "macro_f1", "micro_f1", "precision", "recall")
 """Metrics between 0 and 1."""
 
 
-def benchmark_files(record: dict[str, Any], timestamp: str) -> dict[str, str]:
+def build_benchmark_files(record: dict[str, Any], timestamp: str) -> dict[str, str]:
     """Return the files by their paths in the publish folder; none without a benchmark.
 
     Args:
@@ -190,36 +190,41 @@ def benchmark_files(record: dict[str, Any], timestamp: str) -> dict[str, str]:
     if benchmark is None:
         return {}
     name = re.sub(r"[^\w.-]+", "-", benchmark["dataset"])
-    entries = yaml.safe_dump(_entries(record, benchmark), sort_keys=False, allow_unicode=True)
-    every_eval = to_json(_every_eval(record, benchmark, timestamp))
-    return {f"{FOLDER}/hftl-{name}.yaml": entries, EVERY_EVAL: every_eval}
+    entries = yaml.safe_dump(
+        _build_hub_results(record, benchmark), sort_keys=False, allow_unicode=True
+    )
+    every_eval = to_json(_build_every_eval_ever(record, benchmark, timestamp))
+    return {f"{EVAL_RESULTS_FOLDER}/hftl-{name}.yaml": entries, EVERY_EVAL_EVER_FILE: every_eval}
 
 
-def _entries(record: dict[str, Any], benchmark: dict[str, str]) -> list[dict[str, Any]]:
+def _build_hub_results(record: dict[str, Any], benchmark: dict[str, str]) -> list[dict[str, Any]]:
     seeds = len(record["recipe"]["measure"]["seeds"])
     entry = EvalResultEntry(
         dataset_id=benchmark["dataset"],
         task_id=benchmark["task_id"],
-        value=round(_own_row(record)["test"], 4),
+        value=round(_find_own_row(record)["test"], 4),
         dataset_revision=record["data"]["hub_revisions"].get("test"),
         notes=f"test {record['metric']}, mean over {seeds} seeds",
     )
     return eval_result_entries_to_yaml([entry])
 
 
-def _every_eval(
+def _build_every_eval_ever(
     record: dict[str, Any], benchmark: dict[str, str], timestamp: str
 ) -> dict[str, Any]:
-    name = title(record)
+    name = format_title(record)
     model = (record.get("published") or {}).get("repo_id") or name
     gain = record["transfer_gain"]
-    results = [_score(record, benchmark), *([] if gain is None else [_gain(record, benchmark)])]
+    results = [
+        _build_score_result(record, benchmark),
+        *([] if gain is None else [_build_gain_result(record, benchmark)]),
+    ]
     details = {"deployment_type": "self_deployed", "model_availability": "open_weights"}
     if record["source"]["published_as"]:
         details["base_model"] = record["source"]["published_as"]
     owner = model.split("/")[0] if "/" in model else "unknown"
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": EVERY_EVAL_EVER_VERSION,
         "evaluation_id": f"{benchmark['dataset']}/{model}/{timestamp}",
         "retrieved_timestamp": timestamp,
         "source_metadata": {
@@ -232,11 +237,11 @@ def _every_eval(
     }  # fmt: skip
 
 
-def _score(record: dict[str, Any], benchmark: dict[str, str]) -> dict[str, Any]:
+def _build_score_result(record: dict[str, Any], benchmark: dict[str, str]) -> dict[str, Any]:
     """Return the mean over seeds; its spread over seeds goes to the details."""
-    row = _own_row(record)
+    row = _find_own_row(record)
     metric = record["metric"]
-    error = less_is_better(metric)
+    error = is_lower_better(metric)
     fraction = metric in FRACTIONS
     bounds = {
         "min_score": 0.0 if error or fraction else f"-{UNBOUNDED}",
@@ -247,7 +252,7 @@ def _score(record: dict[str, Any], benchmark: dict[str, str]) -> dict[str, Any]:
         details["standard_deviation_over_seeds"] = f"{row['sd']:.6g}"
     return {
         "evaluation_name": benchmark["task_id"],
-        "source_data": _source(record, benchmark),
+        "source_data": _build_source_data(record, benchmark),
         "metric_config": {
             "metric_id": metric.removeprefix("evaluate:"), "metric_name": metric,
             "lower_is_better": error, "score_type": "continuous", **bounds,
@@ -256,7 +261,7 @@ def _score(record: dict[str, Any], benchmark: dict[str, str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _gain(record: dict[str, Any], benchmark: dict[str, str]) -> dict[str, Any]:
+def _build_gain_result(record: dict[str, Any], benchmark: dict[str, str]) -> dict[str, Any]:
     """Return the transfer gain with its interval."""
     gain = record["transfer_gain"]
     score: dict[str, Any] = {
@@ -273,7 +278,7 @@ def _gain(record: dict[str, Any], benchmark: dict[str, str]) -> dict[str, Any]:
         }  # fmt: skip
     return {
         "evaluation_name": f"{benchmark['task_id']}, gain over {gain['baseline']}",
-        "source_data": _source(record, benchmark),
+        "source_data": _build_source_data(record, benchmark),
         "metric_config": {
             "metric_id": "hftl.transfer_gain", "metric_name": f"gain in {gain['metric']}",
             "lower_is_better": False, "score_type": "continuous",
@@ -283,7 +288,7 @@ def _gain(record: dict[str, Any], benchmark: dict[str, str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _source(record: dict[str, Any], benchmark: dict[str, str]) -> dict[str, Any]:
+def _build_source_data(record: dict[str, Any], benchmark: dict[str, str]) -> dict[str, Any]:
     return {
         "dataset_name": benchmark["dataset"].rsplit("/", 1)[-1],
         "source_type": "hf_dataset",
@@ -293,5 +298,5 @@ def _source(record: dict[str, Any], benchmark: dict[str, str]) -> dict[str, Any]
     }
 
 
-def _own_row(record: dict[str, Any]) -> dict[str, Any]:
+def _find_own_row(record: dict[str, Any]) -> dict[str, Any]:
     return next(row for row in record["ladder"] if row["arm"] == record["own_arm"])

@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from hftl.card.result_sections import headline_words
-from hftl.measure.metrics import less_is_better
-from hftl.measure.verdict import interval_text
+from hftl.card.result_sections import describe_headline
+from hftl.measure.metrics import is_lower_better
+from hftl.measure.verdict import format_gain
 
 OWN, OTHER, MEAN = "#1f6feb", "#8b949e", "#24292f"
-STAR = "*"
-MARKS = tuple(zip("osD^v" * 4, ("#8b949e", "#bc4c00", "#1a7f37", "#8250df") * 5, strict=True))
+OWN_MARKER = "*"
+OTHER_MARKERS = tuple(
+    zip("osD^v" * 4, ("#8b949e", "#bc4c00", "#1a7f37", "#8250df") * 5, strict=True)
+)
 """Of the other arms; no two of twenty are alike."""
 
 
@@ -20,41 +22,48 @@ def plot_ladder(record: dict[str, Any], path: Path) -> None:
     """
     metric = record["metric"]
     rows = list(reversed(record["ladder"]))
-    figure = _figure(8, 0.6 * len(rows) + 1)
+    figure = _new_figure(8, 0.6 * len(rows) + 1)
     axes = figure.subplots()
     for height, row in enumerate(rows):
-        scores = _scores(record, row["arm"])
+        scores = _collect_scores(record, row["arm"])
         color = OWN if row["arm"] == record["own_arm"] else OTHER
         axes.plot(scores, [height] * len(scores), "o", color=color, alpha=0.65, markersize=7)
         axes.plot([row["test"]] * 2, [height - 0.2, height + 0.2], color=MEAN, linewidth=2)
         axes.text(row["test"], height + 0.24, f"{row['test']:.3f}", ha="center", va="bottom")
-    better = "left" if less_is_better(metric) else "right"
+    better = "left" if is_lower_better(metric) else "right"
     axes.set_xlabel(f"test {metric}, {better} is better: a dot a seed, a bar at the mean")
-    _no_impossible_ticks(axes, metric)
+    _hide_impossible_ticks(axes, metric)
     names = [row["arm"] for row in rows]
     own = names.index(record["own_arm"])
     names[own] += " (this model)"
     axes.set_yticks(range(len(rows)), names)
     axes.get_yticklabels()[own].set_color(OWN)
     gains = axes.secondary_yaxis("right")
-    gains.set_yticks([*range(len(rows)), len(rows) - 0.4], [*map(_gain, rows), "this model gains"])
-    _rows_only(axes, gains, len(rows))
-    _save(figure, path)
+    gains.set_yticks(
+        [*range(len(rows)), len(rows) - 0.4], [*map(_format_row_gain, rows), "this model gains"]
+    )
+    _strip_axes(axes, gains, len(rows))
+    _save_figure(figure, path)
 
 
 def plot_frontier(record: dict[str, Any], path: Path) -> None:
     """Draws what each arm has forgotten against its test score: a mark at the means, a small one a
     seed; the own arm a blue star."""
     metric = record["metric"]
-    figure = _figure(8, 4.5)
+    figure = _new_figure(8, 4.5)
     axes = figure.subplots()
     for number, entry in enumerate(record["forgetting"]["arms"]):
         name, forgotten = entry["arm"], entry["forgotten"]
         own = name == record["own_arm"]
-        mark, color = (STAR, OWN) if own else MARKS[number % len(MARKS)]
+        mark, color = (OWN_MARKER, OWN) if own else OTHER_MARKERS[number % len(OTHER_MARKERS)]
         score = next(row["test"] for row in record["ladder"] if row["arm"] == name)
         axes.plot(
-            forgotten["per_seed"], _scores(record, name), mark, color=color, alpha=0.4, markersize=4
+            forgotten["per_seed"],
+            _collect_scores(record, name),
+            mark,
+            color=color,
+            alpha=0.4,
+            markersize=4,
         )
         axes.plot(
             [forgotten["value"]], [score], mark, color=color, markersize=13 if own else 9,
@@ -62,23 +71,23 @@ def plot_frontier(record: dict[str, Any], path: Path) -> None:
         )  # fmt: skip
     figure.legend(loc="outside right upper", frameon=False)
     axes.axvline(0, color=OTHER, linewidth=1, linestyle=":")
-    better = "lower" if less_is_better(metric) else "higher"
+    better = "lower" if is_lower_better(metric) else "higher"
     # What stands between dollars would be read as a formula.
-    words = headline_words(record).replace("$", r"\$")
+    words = describe_headline(record).replace("$", r"\$")
     axes.set_xlabel(f"forgotten: fall of {words}, left is better")
     axes.set_ylabel(f"test {metric}, {better} is better")
     axes.margins(x=0.15, y=0.15)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    _save_figure(figure, path)
 
 
-def plot_compared(rows: list[dict[str, Any]], path: Path) -> None:
+def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
     """Draws every model's score with its interval over items; the first in blue.
 
     At the right stands the paired difference against the first.
     """
-    figure = _figure(8, 0.6 * len(rows) + 1)
+    figure = _new_figure(8, 0.6 * len(rows) + 1)
     axes = figure.subplots()
     metric = rows[0]["metric"]
     for height, row in enumerate(reversed(rows)):
@@ -87,23 +96,23 @@ def plot_compared(rows: list[dict[str, Any]], path: Path) -> None:
         axes.plot([low, high], [height] * 2, color=color, linewidth=2)
         axes.plot([row["value"]], [height], "o", color=color, markersize=8)
         axes.text(row["value"], height + 0.18, f"{row['value']:.3f}", ha="center", va="bottom")
-    better = "left" if less_is_better(metric) else "right"
+    better = "left" if is_lower_better(metric) else "right"
     axes.set_xlabel(f"{metric}, {better} is better: the bar is the 95 % interval over items")
     # What stands between dollars would be read as a formula.
     names = [row["model"].replace("$", r"\$") for row in reversed(rows)]
     axes.set_yticks(range(len(rows)), names)
     differences = axes.secondary_yaxis("right")
-    told = [_against_first(row) for row in reversed(rows)]
+    told = [_format_difference(row) for row in reversed(rows)]
     differences.set_yticks(range(len(rows)), told)
-    _rows_only(axes, differences, len(rows))
-    _save(figure, path)
+    _strip_axes(axes, differences, len(rows))
+    _save_figure(figure, path)
 
 
-def _against_first(row: dict[str, Any]) -> str:
-    return "the first" if row["against_first"] is None else interval_text(row["against_first"])
+def _format_difference(row: dict[str, Any]) -> str:
+    return "the first" if row["against_first"] is None else format_gain(row["against_first"])
 
 
-def _figure(width: float, height: float) -> Any:
+def _new_figure(width: float, height: float) -> Any:
     """An empty figure of so many inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -113,7 +122,7 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _rows_only(axes: Any, right: Any, rows: int) -> None:
+def _strip_axes(axes: Any, right: Any, rows: int) -> None:
     """Leaves of the frame what a row each needs: its two names and a grid to read values by."""
     for side in (axes, right):
         side.tick_params(axis="y", length=0)
@@ -124,25 +133,25 @@ def _rows_only(axes: Any, right: Any, rows: int) -> None:
     right.spines["right"].set_visible(False)
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save_figure(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def _no_impossible_ticks(axes: Any, metric: str) -> None:
+def _hide_impossible_ticks(axes: Any, metric: str) -> None:
     """Leaves out the ticks that are better than a perfect prediction."""
     if metric.startswith("evaluate:"):
         return
     low, high = axes.get_xlim()
-    first, last = (max(low, 0), high) if less_is_better(metric) else (low, min(high, 1 + 1e-9))
+    first, last = (max(low, 0), high) if is_lower_better(metric) else (low, min(high, 1 + 1e-9))
     axes.set_xticks([tick for tick in axes.get_xticks() if first <= tick <= last])
 
 
-def _scores(record: dict[str, Any], arm: str) -> list[float]:
+def _collect_scores(record: dict[str, Any], arm: str) -> list[float]:
     """An arm's test scores, one a seed."""
     metric = record["metric"]
     return [found["metrics"]["test"][metric] for found in record["arms"] if found["arm"] == arm]
 
 
-def _gain(row: dict[str, Any]) -> str:
-    return "" if row["gain_of_own"] is None else interval_text(row["gain_of_own"])
+def _format_row_gain(row: dict[str, Any]) -> str:
+    return "" if row["gain_of_own"] is None else format_gain(row["gain_of_own"])

@@ -4,7 +4,7 @@ import json
 
 from hftl.card.validation import is_hub_id
 
-PAGE = """import torch
+PLAIN_TEMPLATE = """import torch
 {imports}from transformers import {auto}, {reader}
 {peft_import}
 path = {place}
@@ -13,7 +13,7 @@ path = {place}
 {head}inputs = {inputs}
 with torch.inference_mode():
     {output}"""
-SHORT = """from peft import {auto}
+AUTO_PEFT_TEMPLATE = """from peft import {auto}
 from transformers import {reader}
 
 path = {place}
@@ -23,7 +23,7 @@ inputs = {inputs}
 print(model.eval()(**inputs).logits)"""
 """Where peft has a class for the task and the adapter names its own base."""
 
-PIPELINE = """from peft import AutoPeftModelForSequenceClassification
+PIPELINE_TEMPLATE = """from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoConfig, AutoTokenizer, pipeline
 
 path = {place}
@@ -42,18 +42,18 @@ POOLINGS = {
     "    pooled = (hidden * mask).sum(1) / mask.sum(1)",
     "cls": "pooled = hidden[:, 0]",
 }
-AUTO = {
+AUTO_CLASSES = {
     "text": "AutoModelForSequenceClassification",
     "words": "AutoModelForTokenClassification",
     "image": "AutoModelForImageClassification",
 }
-STOCK = {"vit_mae": "ViTForImageClassification"}
+STOCK_CLASSES = {"vit_mae": "ViTForImageClassification"}
 """Architectures that no Auto class has a classifier for, and the class that takes their weights."""
-AUTO_PEFT = {
+AUTO_PEFT_CLASSES = {
     "text": "AutoPeftModelForSequenceClassification",
     "words": "AutoPeftModelForTokenClassification",
 }
-READERS = {
+PREPROCESSORS = {
     "text": ("AutoTokenizer", "tokenizer", 'tokenizer({example}, return_tensors="pt")'),
     "words": ("AutoTokenizer", "tokenizer",
               'tokenizer({example}, is_split_into_words=True, return_tensors="pt")'),
@@ -62,7 +62,7 @@ READERS = {
 }  # fmt: skip
 
 
-def plain_snippet(
+def render_plain_snippet(
     place: str, base: str | None, revision: str | None, pooling: str, outputs: int, adapter: bool,
     kind: str, example: str, interpolates: bool = False, architecture: str = "",
 ) -> str:  # fmt: skip
@@ -81,12 +81,12 @@ def plain_snippet(
         architecture: what the base's checkpoint says it is.
     """
     pooled = pooling != "native"
-    if adapter and not pooled and kind in AUTO_PEFT and base and is_hub_id(base):
-        return _short(place, outputs, kind, example)
-    auto = "AutoModel" if pooled else AUTO[kind]
+    if adapter and not pooled and kind in AUTO_PEFT_CLASSES and base and is_hub_id(base):
+        return _render_auto_peft_snippet(place, outputs, kind, example)
+    auto = "AutoModel" if pooled else AUTO_CLASSES[kind]
     if adapter:
-        auto = STOCK.get(architecture, auto)
-    reader, name, call = READERS[kind]
+        auto = STOCK_CLASSES.get(architecture, auto)
+    reader, name, call = PREPROCESSORS[kind]
     forward = "**inputs, interpolate_pos_encoding=True" if interpolates else "**inputs"
     output = f"print(model.eval()({forward}).logits)"
     if pooled:
@@ -102,17 +102,17 @@ def plain_snippet(
         # The head is a file of its own, which no library fetches.
         imports = "from huggingface_hub import snapshot_download\n" + imports
         path = f"snapshot_download({path})"
-    return PAGE.format(
+    return PLAIN_TEMPLATE.format(
         place=path, auto=auto, reader=reader, imports=imports,
         peft_import="from peft import PeftModel\n" if adapter else "",
         reading=f"{name} = {reader}.from_pretrained(path)",
-        load=_load(auto, base, revision, outputs, adapter, pooled),
+        load=_render_load_lines(auto, base, revision, outputs, adapter, pooled),
         head='head = load_file(f"{path}/head.safetensors")\n' if pooled else "",
         inputs=call.format(example=example), output=output,
     )  # fmt: skip
 
 
-def pipeline_snippet(
+def render_pipeline_snippet(
     place: str, base: str | None, pooling: str, adapter: bool, kind: str, example: str
 ) -> str | None:
     """Return code that runs an adapter in `transformers.pipeline` with its labels; None where the
@@ -130,14 +130,14 @@ def pipeline_snippet(
         return None
     if base is None or not is_hub_id(base):
         return None
-    return PIPELINE.format(place=json.dumps(place), example=example)
+    return PIPELINE_TEMPLATE.format(place=json.dumps(place), example=example)
 
 
-def _short(place: str, outputs: int, kind: str, example: str) -> str:
-    reader, name, call = READERS[kind]
-    auto = AUTO_PEFT[kind]
+def _render_auto_peft_snippet(place: str, outputs: int, kind: str, example: str) -> str:
+    reader, name, call = PREPROCESSORS[kind]
+    auto = AUTO_PEFT_CLASSES[kind]
     labels = f"num_labels={outputs}, ignore_mismatched_sizes=True"
-    return SHORT.format(
+    return AUTO_PEFT_TEMPLATE.format(
         place=json.dumps(place), auto=auto, reader=reader,
         reading=f"{name} = {reader}.from_pretrained(path)",
         load=f"model = {auto}.from_pretrained(path, {labels})",
@@ -145,7 +145,7 @@ def _short(place: str, outputs: int, kind: str, example: str) -> str:
     )  # fmt: skip
 
 
-def _load(
+def _render_load_lines(
     auto: str, base: str | None, revision: str | None, outputs: int, adapter: bool, pooled: bool
 ) -> str:
     if not adapter:

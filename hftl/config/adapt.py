@@ -5,15 +5,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from hftl.config.section import Section
-from hftl.config.upstream_args import lora_fields, training_fields
+from hftl.config.upstream_args import validate_lora_args, validate_training_args
 
-ADAPT_TRAINING = {"num_train_epochs": 10, "warmup_steps": 0.06, "weight_decay": 0.01}
-ADAPT_LORA = {"r": 16, "lora_alpha": 32}
-ADAPT_RATE = {
+DEFAULT_ADAPT_TRAINING = {"num_train_epochs": 10, "warmup_steps": 0.06, "weight_decay": 0.01}
+DEFAULT_ADAPT_LORA = {"r": 16, "lora_alpha": 32}
+DEFAULT_ADAPT_RATES = {
     ("mlm", "full"): 1.0e-4, ("mlm", "lora"): 5.0e-4, ("mlm", "lora+blocks"): 3.0e-4,
     ("mae", "full"): 5.0e-5, ("mae", "lora"): 5.0e-4, ("mae", "lora+blocks"): 3.0e-4,
 }  # fmt: skip
-TOLERANCE = {"probe": 0.01, "general": 0.1, "neighbours": 0.5, "off": 0.0}
+DEFAULT_TOLERANCES = {"probe": 0.01, "general": 0.1, "neighbours": 0.5, "off": 0.0}
 """By guard: a point of the probe's metric, a tenth of a nat of the general loss (with mae a tenth
 of it), half of the neighbours."""
 
@@ -42,7 +42,7 @@ class Adapt(Section):
     decoder: Decoder = Decoder()
     distill: float = Field(default=0.0, ge=0)
     """mae: weight of the distance to the original's features (GFM)."""
-    lora: dict[str, Any] = ADAPT_LORA
+    lora: dict[str, Any] = DEFAULT_ADAPT_LORA
     blocks: int = Field(default=1, ge=1)
     """lora+blocks: how many top blocks train whole."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
@@ -52,7 +52,7 @@ class Adapt(Section):
     guard: Literal["probe", "general", "neighbours", "off"] | None = None
     """What must not get worse; null: probe, without a task neighbours."""
     tolerance: float | None = Field(default=None, ge=0)
-    """By how much the guard may get worse, in its own unit; null: see `TOLERANCE`. It is a share of
+    """By how much the guard may get worse, in its own unit; null: see `DEFAULT_TOLERANCES`. It is a share of
     the start where that unit says nothing: general with mae, whose loss is an error of pixels, and
     the probe of a regression."""
     patience: int | None = Field(default=3, ge=1)
@@ -66,25 +66,25 @@ class Adapt(Section):
         if not isinstance(tree, dict):
             return tree
         objective, method = str(tree.get("objective")), str(tree.get("method", "full"))
-        rate = ADAPT_RATE.get((objective, method), 1.0e-4)
-        training = training_fields("adapt", tree.get("training") or {})
+        rate = DEFAULT_ADAPT_RATES.get((objective, method), 1.0e-4)
+        training = validate_training_args("adapt", tree.get("training") or {})
         found: dict[str, Any] = {
             "mask_ratio": 0.75 if objective == "mae" else 0.15,
             **{key: value for key, value in tree.items() if value is not None},
         }
-        return found | {"training": ADAPT_TRAINING | {"learning_rate": rate} | training}
+        return found | {"training": DEFAULT_ADAPT_TRAINING | {"learning_rate": rate} | training}
 
     @field_validator("lora", mode="before")
     @classmethod
     def _lora_fields(cls, given: Any) -> dict[str, Any]:
-        return ADAPT_LORA | lora_fields("adapt", given)
+        return DEFAULT_ADAPT_LORA | validate_lora_args("adapt", given)
 
 
-def _number(value: Any) -> str:
+def _tag_stages(value: Any) -> str:
     return "several" if isinstance(value, list) else "one"
 
 
 Stages = Annotated[
     Annotated[Adapt, Tag("one")] | Annotated[list[Adapt], Tag("several"), Field(min_length=1)],
-    Discriminator(_number),
+    Discriminator(_tag_stages),
 ]

@@ -32,12 +32,12 @@ class Table(Section):
         return self
 
     @property
-    def texts(self) -> list[str]:
+    def text_columns(self) -> list[str]:
         """The text columns, one or two."""
         return [self.text] if isinstance(self.text, str) else list(self.text)
 
     @property
-    def labels(self) -> list[str]:
+    def label_columns(self) -> list[str]:
         """The label columns: one, or for multi-label several of 0 and 1."""
         return [self.label] if isinstance(self.label, str) else list(self.label)
 
@@ -61,9 +61,9 @@ class GeneralTable(Table):
         return self
 
     @property
-    def labels(self) -> list[str]:
+    def label_columns(self) -> list[str]:
         """The label columns, in their order; none where nothing is controlled."""
-        return [] if self.label is None else super().labels
+        return [] if self.label is None else super().label_columns
 
 
 class Fraction(Section):
@@ -72,13 +72,13 @@ class Fraction(Section):
     fraction: float = Field(gt=0, lt=1)
 
 
-def _part(value: Any) -> str:
+def _tag_split(value: Any) -> str:
     given = value if isinstance(value, dict) else {}
     return "Table" if isinstance(value, Table) or "path" in given else "Fraction"
 
 
-Part = Annotated[
-    Annotated[Fraction, Tag("Fraction")] | Annotated[Table, Tag("Table")], Discriminator(_part)
+SplitSource = Annotated[
+    Annotated[Fraction, Tag("Fraction")] | Annotated[Table, Tag("Table")], Discriminator(_tag_split)
 ]
 
 
@@ -87,8 +87,8 @@ class Data(Section):
 
     task: Task | None = "classification"
     train: Table
-    validation: Part = Fraction(fraction=0.2)
-    test: Part = Fraction(fraction=0.2)
+    validation: SplitSource = Fraction(fraction=0.2)
+    test: SplitSource = Fraction(fraction=0.2)
     unlabeled: Table | None = None
     general: GeneralTable | None = None
     group: str | None = None
@@ -129,7 +129,7 @@ class Data(Section):
         for table in tables:
             if isinstance(table.label, list) and self.task != "multi-label":
                 raise ValueError("several label columns are for the task multi-label")
-            if len(table.texts) > 1 and self.task == "token-classification":
+            if len(table.text_columns) > 1 and self.task == "token-classification":
                 raise ValueError("token-classification reads one column, of lists of words")
         taken = sum(p.fraction for p in (self.validation, self.test) if isinstance(p, Fraction))
         if taken >= 1:
@@ -137,7 +137,7 @@ class Data(Section):
         return self
 
     @property
-    def general_is_labelled(self) -> bool:
+    def has_labelled_general(self) -> bool:
         """Whether general data have the task's labels: in the column that train has them in."""
-        named = self.general is not None and self.train.label in self.general.labels
+        named = self.general is not None and self.train.label in self.general.label_columns
         return named and self.task == "classification"

@@ -8,26 +8,28 @@ from pydantic_core import ErrorDetails
 
 from hftl.errors import RecipeError
 
-TAGS = ("Fraction", "Table", "one", "several")
+UNION_TAGS = ("Fraction", "Table", "one", "several")
 """What a location names where pydantic chose between two sections, or one section and a list."""
 
 
-def explain(error: ValidationError, where: str, model: type[BaseModel]) -> RecipeError:
+def build_recipe_error(error: ValidationError, where: str, model: type[BaseModel]) -> RecipeError:
     """The first finding, as an error of ours; a misspelt key comes before a missing one."""
     findings = error.errors(include_url=False)
     first = min(findings, key=lambda finding: finding["type"] != "extra_forbidden")
     raised = first.get("ctx", {}).get("error")
     if isinstance(raised, RecipeError):
         return RecipeError(f"{where}: {raised.what}", raised.fix)
-    path = [str(part) for part in first["loc"] if part not in TAGS]
-    return _wording(first, where, path, _siblings(model, list(first["loc"][:-1])))
+    path = [str(part) for part in first["loc"] if part not in UNION_TAGS]
+    return _format_finding(first, where, path, _list_known_keys(model, list(first["loc"][:-1])))
 
 
-def _wording(first: ErrorDetails, where: str, path: list[str], known: list[str]) -> RecipeError:
+def _format_finding(
+    first: ErrorDetails, where: str, path: list[str], known: list[str]
+) -> RecipeError:
     key = ".".join(path)
     match first["type"]:
         case "extra_forbidden":
-            close = closest(path[-1], known, "".join(f"{part}." for part in path[:-1]))
+            close = suggest_closest(path[-1], known, "".join(f"{part}." for part in path[:-1]))
             return RecipeError(f"{where}: unknown key '{key}'{close}", f"Known: {', '.join(known)}")
         case "missing":
             return RecipeError(f"{where}: '{key}' is missing", "Add it")
@@ -40,36 +42,36 @@ def _wording(first: ErrorDetails, where: str, path: list[str], known: list[str])
     return RecipeError(f"{where}: '{key}': {message}, got {first['input']!r}", "Correct the value")
 
 
-def _siblings(model: type[BaseModel], loc: list[Any]) -> list[str]:
+def _list_known_keys(model: type[BaseModel], loc: list[Any]) -> list[str]:
     """The keys that may stand at `loc`."""
     here: Any = model
     for part in loc:
         if part == "Fraction":
             # What has no `path` may have been meant as either.
-            return [name for member in _members(here) for name in member.model_fields]
+            return [name for member in _list_union_members(here) for name in member.model_fields]
         if part in ("one", "several") or isinstance(part, int):
-            here = _first_model(here)
-        elif part in TAGS:
-            here = next(m for m in _members(here) if m.__name__ == part)
+            here = _find_model(here)
+        elif part in UNION_TAGS:
+            here = next(m for m in _list_union_members(here) if m.__name__ == part)
         else:
-            owner = _first_model(here)
+            owner = _find_model(here)
             field = owner.model_fields.get(part) if owner else None
             here = field.annotation if field else None
-    owner = _first_model(here)
+    owner = _find_model(here)
     return list(owner.model_fields) if owner else []
 
 
-def _members(annotation: Any) -> list[type[BaseModel]]:
+def _list_union_members(annotation: Any) -> list[type[BaseModel]]:
     """The classes inside `Annotated[A, ...] | Annotated[B, ...]`."""
     parts = getattr(annotation, "__args__", ())
     return [getattr(part, "__origin__", part) for part in parts]
 
 
-def _first_model(annotation: Any) -> Any:
+def _find_model(annotation: Any) -> Any:
     """The first section anywhere inside an annotation, or the annotation where it is one."""
     if _is_model(annotation):
         return annotation
-    inside = (_first_model(part) for part in getattr(annotation, "__args__", ()))
+    inside = (_find_model(part) for part in getattr(annotation, "__args__", ()))
     return next((found for found in inside if _is_model(found)), None)
 
 
@@ -77,7 +79,7 @@ def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def closest(name: str, options: list[str], prefix: str = "") -> str:
+def suggest_closest(name: str, options: list[str], prefix: str = "") -> str:
     """`; did you mean 'x'?` where an option is near, else nothing."""
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     return f"; did you mean '{prefix}{close[0]}'?" if close else ""

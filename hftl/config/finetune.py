@@ -5,11 +5,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from hftl.config.section import Section
-from hftl.config.upstream_args import lora_fields, training_fields
+from hftl.config.upstream_args import validate_lora_args, validate_training_args
 from hftl.errors import RecipeError
 
-TRAINING = {"learning_rate": 5.0e-4, "num_train_epochs": 5}
-LORA = {"r": 8, "lora_alpha": 16}
+DEFAULT_TRAINING = {"learning_rate": 5.0e-4, "num_train_epochs": 5}
+DEFAULT_LORA = {"r": 8, "lora_alpha": 16}
 
 
 class Rates(Section):
@@ -46,11 +46,11 @@ class Finetune(Section):
     """Each block's learning rate is that of the one above it times this; null: one rate for all."""
     lr: Rates | None = None
     gradual: Gradual = Gradual()
-    lora: dict[str, Any] = LORA
-    training: dict[str, Any] = TRAINING
+    lora: dict[str, Any] = DEFAULT_LORA
+    training: dict[str, Any] = DEFAULT_TRAINING
 
     @property
-    def rates(self) -> dict[str, Any] | None:
+    def learning_rates(self) -> dict[str, Any] | None:
         """`lr` as `TransferTrainer` takes it."""
         return None if self.lr is None else self.lr.model_dump()
 
@@ -66,9 +66,9 @@ class Finetune(Section):
     @field_validator("training", mode="before")
     @classmethod
     def _training_fields(cls, given: Any) -> dict[str, Any]:
-        return TRAINING | training_fields("finetune", given)
+        return DEFAULT_TRAINING | validate_training_args("finetune", given)
 
     @field_validator("lora", mode="before")
     @classmethod
     def _lora_fields(cls, given: Any) -> dict[str, Any]:
-        return LORA | lora_fields("finetune", given)
+        return DEFAULT_LORA | validate_lora_args("finetune", given)

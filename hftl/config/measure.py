@@ -8,7 +8,7 @@ from hftl.config.section import Section
 
 STRATEGIES = ("head", "partial", "gradual", "lora", "full")
 BASELINES = ("scratch", "classical", "majority")
-NOT_BUILT = {
+UNBUILT_ARMS = {
     "zero_shot": "the zero-shot baseline",
 }
 

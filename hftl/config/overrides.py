@@ -6,10 +6,10 @@ from typing import Any
 
 import yaml
 
-from hftl.errors import RecipeError, message_line
+from hftl.errors import RecipeError, format_error_line
 
 
-class _Loader(yaml.SafeLoader):
+class _RecipeLoader(yaml.SafeLoader):
     """SafeLoader that reads `1e-4` and `on` as YAML 1.2 does and refuses duplicate keys."""
 
     yaml_implicit_resolvers = {
@@ -18,17 +18,19 @@ class _Loader(yaml.SafeLoader):
     }
 
 
-_Loader.add_implicit_resolver(
+_RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
-_Loader.add_implicit_resolver(
+_RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+def _construct_mapping(
+    loader: _RecipeLoader, node: yaml.MappingNode, deep: bool = False
+) -> dict[Any, Any]:
     seen: dict[Any, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
@@ -44,25 +46,25 @@ def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dic
     return seen
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_RecipeLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
-def parse(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
     """The value that `text` stands for.
 
     Raises:
         RecipeError: if it is not YAML; the line is named.
     """
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, _RecipeLoader)  # noqa: S506 (a SafeLoader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2020-13-45
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or message_line(error)
+        problem = getattr(error, "problem", None) or format_error_line(error)
         raise RecipeError(f"{where}{line}: not valid YAML: {problem}", "Correct it") from error
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
@@ -74,7 +76,7 @@ def read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"recipe {path} does not exist", "Check the path") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} cannot be read: {error}", "Check the file") from error
-    value = parse(text, str(path))
+    value = parse_yaml(text, str(path))
     if not isinstance(value, dict):
         raise RecipeError(
             f"recipe {path} must be a mapping of sections, got {type(value).__name__}",
@@ -83,7 +85,7 @@ def read(path: Path) -> dict[str, Any]:
     return value
 
 
-def override(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+def apply_overrides(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     """`tree` with each `dotted.key=value` set; values are YAML.
 
     Raises:
@@ -95,7 +97,7 @@ def override(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             raise RecipeError(
                 f"override {assignment!r} is not key=value", "Write it as finetune.lora.r=16"
             )
-        set_key(tree, key.strip(), parse(value, f"override {key}"))
+        set_key(tree, key.strip(), parse_yaml(value, f"override {key}"))
     return tree
 
 

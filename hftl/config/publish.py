@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from hftl.config.errors import closest
+from hftl.config.errors import suggest_closest
 from hftl.config.section import Section
 
 LICENSES = tuple(
@@ -23,7 +23,7 @@ LICENSES = tuple(
     llama3.3 llama4 grok2-community gemma unknown other
     """.split()
 )
-PIPELINES = tuple(
+PIPELINE_TAGS = tuple(
     """
     any-to-any audio-classification audio-text-to-text audio-to-audio automatic-speech-recognition
     biology depth-estimation document-question-answering feature-extraction fill-mask graph-ml
@@ -39,21 +39,21 @@ PIPELINES = tuple(
     zero-shot-classification zero-shot-image-classification zero-shot-object-detection
     """.split()
 )
-RELATIONS = ("adapter", "finetune", "merge", "quantized")
+BASE_MODEL_RELATIONS = ("adapter", "finetune", "merge", "quantized")
 """Of a model to its `base_model`."""
-LANGUAGE = re.compile(r"[a-z]{2,3}|multilingual|code")
+LANGUAGE_CODE = re.compile(r"[a-z]{2,3}|multilingual|code")
 """ISO 639-1, 639-2 or 639-3, or one of the hub's two words for many and for none."""
-REGION = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})+")
+REGIONAL_LANGUAGE_CODE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})+")
 """A language with a script or a region, which cards have too."""
 
 
 # The section `publish` of a recipe: where the result goes.
 
 
-REPO_ID = re.compile(
+REPO_ID_PATTERN = re.compile(
     r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(?<![-.])(?<!\.git)", re.ASCII
 )
-LONGEST_ID = 91
+MAX_REPO_ID_LENGTH = 91
 """The hub's 96 characters, less those of `-base`."""
 
 
@@ -94,7 +94,7 @@ class Publish(Section):
     @classmethod
     def _known_license(cls, license: str | None) -> str | None:
         if license is not None and license not in LICENSES:
-            close = closest(license.lower(), list(LICENSES))
+            close = suggest_closest(license.lower(), list(LICENSES))
             raise ValueError(f"the hub knows no license {license!r}{close}")
         return license
 
@@ -102,7 +102,7 @@ class Publish(Section):
     @classmethod
     def _known_language(cls, language: str | list[str] | None) -> str | list[str] | None:
         for code in [language] if isinstance(language, str) else language or []:
-            if not LANGUAGE.fullmatch(code):
+            if not LANGUAGE_CODE.fullmatch(code):
                 raise ValueError(f"{code!r} is no ISO 639 code, such as en, de or multilingual")
         return language
 
@@ -115,6 +115,8 @@ class Publish(Section):
     @field_validator("repo_id")
     @classmethod
     def _hub_id(cls, repo_id: str | None) -> str | None:
-        if repo_id is not None and not (REPO_ID.fullmatch(repo_id) and len(repo_id) <= LONGEST_ID):
+        if repo_id is not None and not (
+            REPO_ID_PATTERN.fullmatch(repo_id) and len(repo_id) <= MAX_REPO_ID_LENGTH
+        ):
             raise ValueError(f"{repo_id!r} is no repository of a hub, give it as owner/name")
         return repo_id

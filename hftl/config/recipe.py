@@ -9,11 +9,11 @@ from pydantic import PrivateAttr, ValidationError, model_validator
 
 from hftl.config import overrides as yamlfile
 from hftl.config import secrets
-from hftl.config.adapt import ADAPT_RATE, Adapt, Stages
+from hftl.config.adapt import DEFAULT_ADAPT_RATES, Adapt, Stages
 from hftl.config.data import Data
-from hftl.config.errors import closest, explain
+from hftl.config.errors import build_recipe_error, suggest_closest
 from hftl.config.finetune import Finetune
-from hftl.config.measure import BASELINES, NOT_BUILT, STRATEGIES, Measure
+from hftl.config.measure import BASELINES, STRATEGIES, UNBUILT_ARMS, Measure
 from hftl.config.publish import Publish
 from hftl.config.retain import Retain
 from hftl.config.section import Section
@@ -21,16 +21,16 @@ from hftl.config.source import Source
 from hftl.config.validation import (
     check_adaptation,
     check_benchmark,
+    check_label_smoothing,
     check_pooling,
-    check_retained,
-    check_smoothing,
+    check_retain,
 )
 from hftl.errors import RecipeError
 
-DEFAULT_METRIC = {
+DEFAULT_METRICS = {
     "regression": "pearson", "multi-label": "micro_f1", "token-classification": "f1",
 }  # fmt: skip
-DIFFERING = ("finetune", "retain", "adapt")
+ARM_SECTIONS = ("finetune", "retain", "adapt")
 """The sections in which an arm may differ from the recipe."""
 
 
@@ -49,17 +49,17 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> Self:
         check_pooling(self.data, self.finetune)
-        check_smoothing(self.data, self.finetune)
+        check_label_smoothing(self.data, self.finetune)
         check_adaptation(self.stages, self.data)
         if self.retain is not None:
-            check_retained(self.retain, self.data, self.finetune)
+            check_retain(self.retain, self.data, self.finetune)
         check_benchmark(self.publish, self.data)
         return self
 
     @property
     def stages(self) -> list[Adapt]:
         """The adaptations, one after the other; none where `adapt` is null."""
-        return stages_of(self.adapt)
+        return list_stages(self.adapt)
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> "Recipe":
@@ -68,8 +68,8 @@ class Recipe(Section):
         Raises:
             RecipeError: naming the file, the key and the closest match.
         """
-        tree = _spelt_out(yamlfile.read(Path(path)))
-        recipe = cls.parse(yamlfile.override(tree, overrides or []), str(path))
+        tree = _expand_shorthand(yamlfile.read_yaml(Path(path)))
+        recipe = cls.parse(yamlfile.apply_overrides(tree, overrides or []), str(path))
         recipe._path = Path(path)
         return recipe
 
@@ -81,18 +81,20 @@ class Recipe(Section):
             RecipeError: naming `where`, the key and the closest match.
         """
         kept = {
-            k: v for k, v in _spelt_out(tree).items() if v is not None or k in ("source", "data")
+            k: v
+            for k, v in _expand_shorthand(tree).items()
+            if v is not None or k in ("source", "data")
         }
-        _no_secrets(kept, where)
+        _refuse_secrets(kept, where)
         try:
             recipe = cls.model_validate(kept)
         except ValidationError as error:
-            raise explain(error, where, cls) from error
+            raise build_recipe_error(error, where, cls) from error
         if recipe.data.unlabeled is not None and not recipe.stages:
             raise RecipeError(
                 f"{where}: data.unlabeled is read by adapt, which is null", "Remove one of them"
             )
-        arms(recipe, where)
+        plan_arms(recipe, where)
         return recipe
 
     def default_output(self) -> Path:
@@ -105,12 +107,12 @@ class Recipe(Section):
             raise RecipeError("a recipe made in Python has no name of its own", "Give output=")
         return Path("runs") / f"{self._path.resolve().parent.name}-{self._path.stem}"
 
-    def tree(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The recipe as plain nested mappings, every default spelt out."""
         return self.model_dump(mode="json")
 
 
-def stages_of(adapt: Adapt | list[Adapt] | None) -> list[Adapt]:
+def list_stages(adapt: Adapt | list[Adapt] | None) -> list[Adapt]:
     """An `adapt` section as a list."""
     if adapt is None:
         return []
@@ -129,7 +131,7 @@ class Arm:
     retain: Retain | None = None
 
 
-def arms(recipe: Recipe, where: str = "recipe") -> list[Arm]:
+def plan_arms(recipe: Recipe, where: str = "recipe") -> list[Arm]:
     """The recipe's own arm first, then those of `measure.arms` in their order; none without a task.
 
     `scratch` brings `classical` along, and adaptation `source`, the recipe without it. A bare name
@@ -154,13 +156,13 @@ def arms(recipe: Recipe, where: str = "recipe") -> list[Arm]:
             "Leave them out, or choose another finetune.strategy",
         )
     found = [own]
-    entries = [_single(entry, where) for entry in recipe.measure.arms]
+    entries = [_split_entry(entry, where) for entry in recipe.measure.arms]
     if recipe.stages and "source" not in [name for name, _ in entries]:
         entries.insert(0, ("source", {}))
     for name, changes in entries:
         if name == own.name and not changes:
             continue
-        arm = _arm(recipe, name, changes, where)
+        arm = _build_arm(recipe, name, changes, where)
         if any(other.name == name for other in found):
             raise RecipeError(
                 f"{where}: measure.arms has two arms named {name!r}", "Give one another name"
@@ -171,7 +173,7 @@ def arms(recipe: Recipe, where: str = "recipe") -> list[Arm]:
     return found
 
 
-def _single(
+def _split_entry(
     entry: str | dict[str, dict[str, Any] | None], where: str
 ) -> tuple[str, dict[str, Any]]:
     """The name and the changes of an entry."""
@@ -187,9 +189,9 @@ def _single(
     return name, changes or {}
 
 
-def _arm(recipe: Recipe, name: str, changes: dict[str, Any], where: str) -> Arm:
-    if name in NOT_BUILT:
-        what = NOT_BUILT[name]
+def _build_arm(recipe: Recipe, name: str, changes: dict[str, Any], where: str) -> Arm:
+    if name in UNBUILT_ARMS:
+        what = UNBUILT_ARMS[name]
         raise RecipeError(f"{where}: measure.arms: {what} is not built yet", "Remove the arm")
     if not name.replace("_", "").replace("-", "").isalnum() or not name.isascii():
         raise RecipeError(
@@ -207,10 +209,10 @@ def _arm(recipe: Recipe, name: str, changes: dict[str, Any], where: str) -> Arm:
     if name not in STRATEGIES + BASELINES and not changes:
         raise RecipeError(
             f"{where}: unknown arm {name!r} in measure.arms"
-            + closest(name, [*STRATEGIES, *BASELINES]),
+            + suggest_closest(name, [*STRATEGIES, *BASELINES]),
             f"Known: {', '.join([*STRATEGIES, *BASELINES, 'source'])}",
         )
-    tree = recipe.tree()
+    tree = recipe.to_dict()
     place = f"{where}: measure.arms.{name}"
     for section, kinds in (("adapt", (dict, list)), ("retain", dict)):
         if isinstance(changes.get(section), kinds):
@@ -218,12 +220,13 @@ def _arm(recipe: Recipe, name: str, changes: dict[str, Any], where: str) -> Arm:
             changes = dict(changes)
             tree[section] = changes.pop(section)
     if "adapt.method" in changes and isinstance(tree["adapt"], dict):
-        _forget_rate(tree["adapt"], changes)
+        _drop_default_rate(tree["adapt"], changes)
     for key, value in yamlfile.flatten(changes).items() if changes else ():
         section = key.split(".")[0]
-        if section not in DIFFERING:
+        if section not in ARM_SECTIONS:
             raise RecipeError(
-                f"{place}: {key} cannot differ between arms" + closest(section, list(DIFFERING)),
+                f"{place}: {key} cannot differ between arms"
+                + suggest_closest(section, list(ARM_SECTIONS)),
                 "Change finetune, retain or adapt",
             )
         yamlfile.set_key(tree, key, value)
@@ -236,7 +239,7 @@ def _arm(recipe: Recipe, name: str, changes: dict[str, Any], where: str) -> Arm:
     try:
         changed = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise explain(error, place, Recipe) from error
+        raise build_recipe_error(error, place, Recipe) from error
     if name in BASELINES:
         return Arm(name, name, changed.finetune)
     if changed.finetune.strategy == "head":
@@ -246,18 +249,18 @@ def _arm(recipe: Recipe, name: str, changes: dict[str, Any], where: str) -> Arm:
     )
 
 
-def _forget_rate(adapt: dict[str, Any], changes: dict[str, Any]) -> None:
+def _drop_default_rate(adapt: dict[str, Any], changes: dict[str, Any]) -> None:
     """Another method has another usual rate, where the recipe names none of its own."""
-    usual = ADAPT_RATE[adapt["objective"], adapt["method"]]
+    usual = DEFAULT_ADAPT_RATES[adapt["objective"], adapt["method"]]
     training = adapt["training"]
     if "adapt.training.learning_rate" not in changes and training["learning_rate"] == usual:
         del training["learning_rate"]
 
 
-def _no_secrets(tree: dict[str, Any], where: str) -> None:
+def _refuse_secrets(tree: dict[str, Any], where: str) -> None:
     """Refuses what the record would keep and a card would show."""
     for key, value in yamlfile.flatten(tree).items():
-        found = secrets.find(str(value)) if isinstance(value, (str, list)) else None
+        found = secrets.find_secret(str(value)) if isinstance(value, (str, list)) else None
         if found is not None:
             raise RecipeError(
                 f"{where}: {key} holds a secret: {found}",
@@ -265,7 +268,7 @@ def _no_secrets(tree: dict[str, Any], where: str) -> None:
             )
 
 
-def _spelt_out(tree: dict[str, Any]) -> dict[str, Any]:
+def _expand_shorthand(tree: dict[str, Any]) -> dict[str, Any]:
     """A copy in which `train: reviews.csv` is `train: {path: reviews.csv}`, and a task that has no
     accuracy worth its name is measured by its own metric where none is given."""
     tree = copy.deepcopy(tree)
@@ -275,7 +278,7 @@ def _spelt_out(tree: dict[str, Any]) -> dict[str, Any]:
             if isinstance(data.get(part), str):
                 data[part] = {"path": data[part]}
         measure = tree.get("measure") or {}
-        metric = DEFAULT_METRIC.get(str(data.get("task")))
+        metric = DEFAULT_METRICS.get(str(data.get("task")))
         if metric and isinstance(measure, dict):
             tree["measure"] = {"metric": metric} | measure
     return tree

@@ -66,7 +66,7 @@ class Replay(Section):
         return self
 
 
-def _plural(value: Any) -> str:
+def _tag_kl(value: Any) -> str:
     return "several" if isinstance(value, list) else "one"
 
 
@@ -78,7 +78,7 @@ class Retain(Section):
     kl: (
         Annotated[
             Annotated[KL, Tag("one")] | Annotated[list[KL], Tag("several"), Field(min_length=1)],
-            Discriminator(_plural),
+            Discriminator(_tag_kl),
         ]
         | None
     ) = None
@@ -91,20 +91,20 @@ class Retain(Section):
     """Shares of the way from the original to the trained weights, of which the best is kept."""
 
     @property
-    def kls(self) -> list[KL]:
+    def kl_terms(self) -> list[KL]:
         """The KL terms as a list."""
         if self.kl is None:
             return []
         return self.kl if isinstance(self.kl, list) else [self.kl]
 
     @property
-    def needs_general(self) -> bool:
+    def reads_general_data(self) -> bool:
         """Whether it reads general data."""
-        on_general = any(kl.inputs != "target" for kl in self.kls)
+        on_general = any(kl.inputs != "target" for kl in self.kl_terms)
         return on_general or self.ewc is not None or self.replay is not None
 
     @property
-    def reads_labels(self) -> bool:
+    def reads_general_labels(self) -> bool:
         """Whether it reads the task's labels of general data."""
         empirical = self.ewc is not None and self.ewc.fisher == "empirical"
         return empirical or (self.replay is not None and self.replay.labelled)

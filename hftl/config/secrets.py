@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 from urllib.parse import quote
 
-NAMED = re.compile(
+SECRET_NAME_PATTERN = re.compile(
     r"TOKEN(?!S|IZER)|SECRET|PASSW|API_?KEY|ACCESS_KEY|CREDENTIAL|PRIVATE_KEY", re.IGNORECASE
 )
 """What the environment calls a secret."""
-SHORTEST = 8
+MIN_SECRET_LENGTH = 8
 """Characters; what is shorter is a setting, and would be found everywhere."""
-KNOWN = re.compile(
+SECRET_VALUE_PATTERN = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}"
     r"|\bAKIA[0-9A-Z]{16}\b|\bxox[abprs]-[\w-]{10,}|\bsk-[A-Za-z0-9][\w-]{24,}"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|(?<=://)[^/\s:@\"']+:[^/\s:@\"']+(?=@)"
@@ -20,39 +20,41 @@ KNOWN = re.compile(
 """What reads as one, wherever it comes from; the last is of `https://user:password@host`."""
 
 
-def values() -> dict[str, str]:
+def list_secrets() -> dict[str, str]:
     """The secrets that this process could let slip, by where they stand."""
     found = {
         f"the environment's {name}": value
         for name, value in os.environ.items()
-        if NAMED.search(name) and len(value) >= SHORTEST and not value.startswith(("/", "~"))
+        if SECRET_NAME_PATTERN.search(name)
+        and len(value) >= MIN_SECRET_LENGTH
+        and not value.startswith(("/", "~"))
     }
-    told = _token_file()
+    told = _read_token_file()
     return found | ({"the hub's token": told} if told else {})
 
 
-def find(text: str) -> str | None:
+def find_secret(text: str) -> str | None:
     """What secret a text holds, in words that do not tell it; None where it holds none."""
-    for where, value in values().items():
-        if any(form in text for form in _forms(value)):
+    for where, value in list_secrets().items():
+        if any(form in text for form in _list_encodings(value)):
             return where
-    return "what reads as a token or password" if KNOWN.search(text) else None
+    return "what reads as a token or password" if SECRET_VALUE_PATTERN.search(text) else None
 
 
-def masked(text: str) -> str:
+def mask_secrets(text: str) -> str:
     """The text with `***` in the place of every secret."""
-    for value in values().values():
-        for form in _forms(value):
+    for value in list_secrets().values():
+        for form in _list_encodings(value):
             text = text.replace(form, "***")
-    return KNOWN.sub("***", text)
+    return SECRET_VALUE_PATTERN.sub("***", text)
 
 
-def _forms(value: str) -> set[str]:
+def _list_encodings(value: str) -> set[str]:
     """A value as it is, and as it stands in a URL or in JSON."""
     return {value, quote(value, safe=""), json.dumps(value)[1:-1]}
 
 
-def _token_file() -> str | None:
+def _read_token_file() -> str | None:
     """The token that `hf auth login` has left."""
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     home = os.environ.get("HF_HOME", f"{cache}/huggingface")
@@ -61,4 +63,4 @@ def _token_file() -> str | None:
         told = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return told if len(told) >= SHORTEST else None
+    return told if len(told) >= MIN_SECRET_LENGTH else None

@@ -24,7 +24,7 @@ def check_pooling(data: Data, finetune: Finetune) -> None:
         )
 
 
-def check_smoothing(data: Data, finetune: Finetune) -> None:
+def check_label_smoothing(data: Data, finetune: Finetune) -> None:
     """Refuse label smoothing where there is no one class a row or word.
 
     Raises:
@@ -70,7 +70,7 @@ def check_adaptation(stages: Sequence[Adapt], data: Data) -> None:
             raise RecipeError("adapt.guard=general, but data.general is null", "Give it")
 
 
-def check_retained(retain: Retain, data: Data, finetune: Finetune) -> None:
+def check_retain(retain: Retain, data: Data, finetune: Finetune) -> None:
     """Refuses retention without the data or the head that it looks at.
 
     Raises:
@@ -81,12 +81,12 @@ def check_retained(retain: Retain, data: Data, finetune: Finetune) -> None:
             "retain holds fine-tuning near the original, and data.task=null adapts only",
             "Leave retain out, or name a task",
         )
-    if retain.needs_general and data.general is None:
+    if retain.reads_general_data and data.general is None:
         raise RecipeError(
             "retain reads general data (replay, ewc, or kl.inputs), but data.general is null",
             "Give data.general, or leave that part of retain out",
         )
-    if retain.reads_labels and not data.general_is_labelled:
+    if retain.reads_general_labels and not data.has_labelled_general:
         raise RecipeError(
             "retain.replay.labelled and retain.ewc.fisher=empirical need classification, and "
             f"general data with the task's labels in a column {data.train.label!r}",
@@ -98,7 +98,7 @@ def check_retained(retain: Retain, data: Data, finetune: Finetune) -> None:
             "finetune.head_init=random the original has no head",
             "Set finetune.head_init=probe",
         )
-    if any(kl.on == "probe" for kl in retain.kls) and finetune.head_init == "random":
+    if any(kl.on == "probe" for kl in retain.kl_terms) and finetune.head_init == "random":
         raise RecipeError(
             "retain.kl.on=probe is KL to what the head says, and with "
             "finetune.head_init=random nobody has trained it",

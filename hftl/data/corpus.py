@@ -12,25 +12,25 @@ from typing import Any
 import numpy as np
 
 from hftl.config.data import Data, Table
-from hftl.config.errors import closest
+from hftl.config.errors import suggest_closest
 from hftl.data.load import BadRows, read_table
-from hftl.data.normalization import text_fault
-from hftl.data.tables import Raw
+from hftl.data.normalization import find_text_fault
+from hftl.data.tables import RawRow
 from hftl.errors import DataError, RecipeError
 from hftl.runtime.progress import open_bar
 
-UNDECODED = re.compile("[\ud800-\udfff]")
+SURROGATES = re.compile("[\ud800-\udfff]")
 """What bytes that are not UTF-8 were read as."""
-CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufffd]")
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufffd]")
 """Control characters but for tab, line feed, form feed and carriage return; and what stands for
 bytes that could not be decoded."""
-MOST_CONTROL = 0.1
+MAX_CONTROL_SHARE = 0.1
 """A larger share of such characters is no text."""
 BATCH_TEXTS, BATCH_CHARACTERS = 1000, 1_000_000
 """What is worked on at once; a longer document comes in pieces."""
 
 
-def documents(data: Data, part: str, bad: BadRows) -> Iterator[str]:
+def read_documents(data: Data, part: str, bad: BadRows) -> Iterator[str]:
     """The texts of one table, streamed; labels are not looked at.
 
     Two text columns give two documents a row, a list of words is joined by spaces, and a folder
@@ -49,23 +49,23 @@ def documents(data: Data, part: str, bad: BadRows) -> Iterator[str]:
     some, before = False, bad.count
     for number, raw in enumerate(raws):
         if number == 0:
-            _need_columns(name, part, table.texts, raw)
+            _require_text_columns(name, part, table.text_columns, raw)
         # Blank lines part the texts of a file, and say nothing of their own.
-        if raw.fault is None and all(raw.values[column] == "" for column in table.texts):
+        if raw.fault is None and all(raw.values[column] == "" for column in table.text_columns):
             continue
-        faults = (document_fault(column, raw.values[column]) for column in table.texts)
+        faults = (find_document_fault(column, raw.values[column]) for column in table.text_columns)
         why = raw.fault or next((why for why in faults if why), None)
         if why:
             bad.reject(raw.where, why)
             continue
         some = True
-        yield from (_text(raw.values[column]) for column in table.texts)
+        yield from (_join_words(raw.values[column]) for column in table.text_columns)
     if not some:
         kind = "usable documents" if bad.count > before else "documents"
         raise DataError(f"data.{part}: {name} has no {kind}", "Check the file")
 
 
-def batches(texts: Iterable[str]) -> Iterator[list[tuple[int | None, str]]]:
+def batch_documents(texts: Iterable[str]) -> Iterator[list[tuple[int | None, str]]]:
     """Pieces of documents, some at a time: a few documents, or a part of a very long one.
 
     Each piece comes with the hash of its document's whole text, 64 bits, if it is the first of
@@ -74,8 +74,8 @@ def batches(texts: Iterable[str]) -> Iterator[list[tuple[int | None, str]]]:
     batch: list[tuple[int | None, str]] = []
     characters = 0
     for text in texts:
-        content: int | None = _content(text)
-        for piece in _pieces(text):
+        content: int | None = _hash_document(text)
+        for piece in _split_long_text(text):
             if len(batch) == BATCH_TEXTS or (batch and characters + len(piece) > BATCH_CHARACTERS):
                 yield batch
                 batch, characters = [], 0
@@ -86,11 +86,11 @@ def batches(texts: Iterable[str]) -> Iterator[list[tuple[int | None, str]]]:
         yield batch
 
 
-def _content(text: str) -> int:
+def _hash_document(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
-def _pieces(text: str) -> Iterator[str]:
+def _split_long_text(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > BATCH_CHARACTERS:
         stop = start + BATCH_CHARACTERS
@@ -101,33 +101,33 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _need_columns(name: str, part: str, columns: list[str], raw: Raw) -> None:
+def _require_text_columns(name: str, part: str, columns: list[str], raw: RawRow) -> None:
     for column in columns:
         if column not in raw.values:
             has = [str(known) for known in raw.values]
             raise DataError(
-                f"{name}: no column {column!r}{closest(column, has).replace('?', '')}"
+                f"{name}: no column {column!r}{suggest_closest(column, has).replace('?', '')}"
                 f"; it has {', '.join(has)}",
                 f"Name the column of the texts: data.{part}.text=...",
             )
 
 
-def _text(value: str | list[str]) -> str:
+def _join_words(value: str | list[str]) -> str:
     return value if isinstance(value, str) else " ".join(value)
 
 
-def document_fault(column: str, value: Any) -> str | None:
+def find_document_fault(column: str, value: Any) -> str | None:
     """What makes a cell no text and no list of words, if anything."""
     words = isinstance(value, (list, tuple))
-    why = text_fault(column, value, "token-classification" if words else "")
+    why = find_text_fault(column, value, "token-classification" if words else "")
     if why:
         return why
-    text = _text(value)
+    text = _join_words(value)
     if text.isascii() and text.isprintable():
         return None
-    if UNDECODED.search(text):
+    if SURROGATES.search(text):
         return "not valid UTF-8"
-    if "\0" in text or len(CONTROL.findall(text)) > MOST_CONTROL * len(text):
+    if "\0" in text or len(CONTROL_CHARACTERS.findall(text)) > MAX_CONTROL_SHARE * len(text):
         return f"{column} is binary, not text"
     return None
 
@@ -139,20 +139,20 @@ def document_fault(column: str, value: Any) -> str | None:
 # second copies what is kept into a stream of its own for either side.
 
 
-PARTS = ("train", "held_out")
-FRAME = "frame.json"
-CONTINUES, STARTS, BETWEEN = 0, 1, 2
+CORPUS_SPLITS = ("train", "held_out")
+SPECIAL_TOKENS_FILE = "frame.json"
+CONTINUES_WORD, STARTS_WORD, SEPARATOR = 0, 1, 2
 """What a token does: goes on with a word, starts one, or stands between two documents."""
 
-CHUNK = 1 << 22
+CHUNK_TOKENS = 1 << 22
 """Tokens copied at once."""
 DROPPED = -1
-GOLDEN = 0x9E3779B97F4A7C15
+GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15
 """2^64 over the golden ratio: its multiples spread evenly, so few seeds hold out the same texts."""
 
 
 @dataclass(frozen=True)
-class Cut:
+class BlockSpec:
     """How documents become blocks.
 
     Args:
@@ -169,7 +169,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Frame:
+class SpecialTokens:
     """The special tokens around every block, and the numpy type that holds a token id."""
 
     prefix: list[int]
@@ -177,12 +177,14 @@ class Frame:
     dtype: str
 
 
-class Blocks:
-    """The blocks of one side, `train` or `held_out`, of a folder that `write` filled."""
+class TokenBlocks:
+    """The blocks of one side, `train` or `held_out`, of a folder that `write_blocks` filled."""
 
     def __init__(self, folder: Path, part: str) -> None:
         self.folder, self.part = folder, part
-        self._frame = Frame(**json.loads((folder / FRAME).read_text(encoding="utf-8")))
+        self._frame = SpecialTokens(
+            **json.loads((folder / SPECIAL_TOKENS_FILE).read_text(encoding="utf-8"))
+        )
         # As plain arrays, for a slice of numpy's own memory-map class is slow.
         self._offsets = np.asarray(np.load(folder / f"{part}.npy", mmap_mode="r"))
         self._ids = np.asarray(np.memmap(folder / f"{part}.ids", self._frame.dtype, "r"))
@@ -190,7 +192,7 @@ class Blocks:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker process maps the files itself instead of being sent what they hold.
-        return Blocks, (self.folder, self.part)
+        return TokenBlocks, (self.folder, self.part)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -210,15 +212,15 @@ class Blocks:
         ids = np.empty(inside.stop + len(after), dtype=np.int64)
         ids[: inside.start], ids[inside], ids[inside.stop :] = before, self._ids[text], after
         words = np.full(len(ids), -1)
-        numbers = np.cumsum(flags == STARTS) - (flags[0] != CONTINUES)
-        words[inside] = np.where(flags == BETWEEN, -1, numbers)
+        numbers = np.cumsum(flags == STARTS_WORD) - (flags[0] != CONTINUES_WORD)
+        words[inside] = np.where(flags == SEPARATOR, -1, numbers)
         return ids, words
 
 
-def write(
-    texts: Iterable[str], tokenizer: Any, cut: Cut, drop: Callable[[str], bool], folder: Path
+def write_blocks(
+    texts: Iterable[str], tokenizer: Any, cut: BlockSpec, drop: Callable[[str], bool], folder: Path
 ) -> dict[str, Any]:
-    """Tokenises a corpus and writes its blocks into a folder, for `Blocks` to read.
+    """Tokenises a corpus and writes its blocks into a folder, for `TokenBlocks` to read.
 
     Exact copies of an earlier document are dropped. Whether a document is held out is a function
     of its text and the seed, not of the order; at least one is, and one is not. Packed documents
@@ -232,7 +234,7 @@ def write(
         folder: an empty folder.
 
     Returns:
-        What is kept to train on: `documents`, `tokens` (of their texts) and `blocks`; the same with
+        What is kept to train on: `read_documents`, `tokens` (of their texts) and `blocks`; the same with
         `held_out_` before the name; the documents dropped: `duplicates`, `leaked` and `empty` (of
         no token); and `fingerprint`, a hash of the set of kept documents.
 
@@ -240,7 +242,7 @@ def write(
         DataError: if there are fewer than two documents, or packed ones fill no block.
         RecipeError: if the tokenizer is not a fast one, or a block has no room for text.
     """
-    frame = _frame(tokenizer)
+    frame = _find_special_tokens(tokenizer)
     payload = cut.length - len(frame.prefix) - len(frame.suffix)
     if payload < 1:
         raise RecipeError(
@@ -248,12 +250,18 @@ def write(
             "Set it to 128, for instance",
         )
     gap = frame.suffix if cut.pack else []
-    lengths, contents, leaked = _tokenise(texts, tokenizer, drop, gap, frame.dtype, folder)
-    sides, dropped = _sides(lengths, contents, cut, leaked)
-    facts: dict[str, Any] = {**dropped, "fingerprint": _fingerprint(contents[sides >= 0])}
-    for side, part in enumerate(PARTS):
+    lengths, contents, leaked = _tokenize_documents(
+        texts, tokenizer, drop, gap, frame.dtype, folder
+    )
+    sides, dropped = _split_documents(lengths, contents, cut, leaked)
+    facts: dict[str, Any] = {**dropped, "fingerprint": _fingerprint_documents(contents[sides >= 0])}
+    for side, part in enumerate(CORPUS_SPLITS):
         mine = lengths[sides == side]
-        offsets = _packed(mine, payload, len(gap)) if cut.pack else _offsets(mine, payload)
+        offsets = (
+            _compute_packed_offsets(mine, payload, len(gap))
+            if cut.pack
+            else _compute_offsets(mine, payload)
+        )
         if cut.pack and part == "train" and offsets[-1] - offsets[0] < payload:
             raise DataError(
                 f"the corpus holds {mine.sum()} tokens, fewer than one block of {cut.length}",
@@ -264,12 +272,12 @@ def write(
         facts[f"{before}documents"] = len(mine)
         facts[f"{before}tokens"] = int(mine.sum())
         facts[f"{before}blocks"] = len(offsets) - 1
-    _copy(lengths + len(gap), sides, frame.dtype, folder)
-    (folder / FRAME).write_text(json.dumps(vars(frame)), encoding="utf-8")
+    _copy_splits(lengths + len(gap), sides, frame.dtype, folder)
+    (folder / SPECIAL_TOKENS_FILE).write_text(json.dumps(vars(frame)), encoding="utf-8")
     return facts
 
 
-def _frame(tokenizer: Any) -> Frame:
+def _find_special_tokens(tokenizer: Any) -> SpecialTokens:
     """What the tokenizer puts around a text.
 
     Raises:
@@ -284,10 +292,10 @@ def _frame(tokenizer: Any) -> Frame:
     whole = tokenizer("a")["input_ids"]
     at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
-    return Frame(whole[:at], whole[at + len(bare) :], dtype)
+    return SpecialTokens(whole[:at], whole[at + len(bare) :], dtype)
 
 
-def _tokenise(
+def _tokenize_documents(
     texts: Iterable[str], tokenizer: Any, drop: Callable[[str], bool], gap: list[int], dtype: str,
     folder: Path,
 ) -> tuple[np.ndarray, np.ndarray, int]:  # fmt: skip
@@ -312,7 +320,7 @@ def _tokenise(
         open(folder / "stream.flags", "wb") as flags,
         open_bar("corpus: documents", None) as advance,
     ):
-        for batch in batches(kept()):
+        for batch in batch_documents(kept()):
             found = tokenizer(
                 [piece for _, piece in batch], add_special_tokens=False, truncation=False,
                 padding=False, return_attention_mask=False, return_token_type_ids=False,
@@ -324,26 +332,26 @@ def _tokenise(
                     contents.append(content)
                     lengths.append(0)
                     ids.write(np.array(gap, dtype).tobytes())
-                    flags.write(bytes([BETWEEN] * len(gap)))
+                    flags.write(bytes([SEPARATOR] * len(gap)))
                 lengths[-1] += len(tokens)
                 ids.write(np.array(tokens, dtype).tobytes())
-                flags.write(_starts(encoding.word_ids))
+                flags.write(_flag_word_starts(encoding.word_ids))
             advance(len(lengths))
     return np.array(lengths), np.array(contents), leaked
 
 
-def _starts(words: list[int | None]) -> bytes:
+def _flag_word_starts(words: list[int | None]) -> bytes:
     """A flag for each token: whether its word is another than that of the token before."""
     numbers = np.array([-1 if word is None else word for word in words], dtype=np.int64)
-    flags = np.full(len(numbers), STARTS, dtype=np.uint8)
-    flags[1:][numbers[1:] == numbers[:-1]] = CONTINUES
+    flags = np.full(len(numbers), STARTS_WORD, dtype=np.uint8)
+    flags[1:][numbers[1:] == numbers[:-1]] = CONTINUES_WORD
     return flags.tobytes()
 
 
-def _sides(
-    lengths: np.ndarray, contents: np.ndarray, cut: Cut, leaked: int
+def _split_documents(
+    lengths: np.ndarray, contents: np.ndarray, cut: BlockSpec, leaked: int
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Which side each document is on, as an index of `PARTS` or -1, and what was dropped.
+    """Which side each document is on, as an index of `CORPUS_SPLITS` or -1, and what was dropped.
 
     Raises:
         DataError: if there is not a document for either side.
@@ -366,7 +374,7 @@ def _sides(
             "Give more text",
         )
     # The hashes are uniform, so turning them all by one step makes another uniform order.
-    order = contents[kept] + np.uint64(cut.seed * GOLDEN % 2**64)
+    order = contents[kept] + np.uint64(cut.seed * GOLDEN_RATIO_64 % 2**64)
     held_out = order < np.uint64(int(cut.held_out * 2**64))
     held_out[order.argmin()], held_out[order.argmax()] = True, False
     sides = np.full(len(contents), DROPPED, dtype=np.int8)
@@ -374,18 +382,18 @@ def _sides(
     return sides, dropped
 
 
-def _fingerprint(contents: np.ndarray) -> str:
+def _fingerprint_documents(contents: np.ndarray) -> str:
     """A hash of a set of hashes, whatever their order."""
     return hashlib.sha256(np.sort(contents).astype("<u8").tobytes()).hexdigest()
 
 
-def _packed(lengths: np.ndarray, payload: int, gap: int) -> np.ndarray:
+def _compute_packed_offsets(lengths: np.ndarray, payload: int, gap: int) -> np.ndarray:
     """The bounds of blocks of documents side by side; the gap before the first belongs to none."""
     total = lengths.sum() + (len(lengths) - 1) * gap
-    return gap + _offsets(np.array([total]), payload)
+    return gap + _compute_offsets(np.array([total]), payload)
 
 
-def _offsets(lengths: np.ndarray, payload: int) -> np.ndarray:
+def _compute_offsets(lengths: np.ndarray, payload: int) -> np.ndarray:
     """Where each block begins, and the last ends, if every text is cut on its own; int64."""
     blocks = -(-lengths // payload)
     number = np.arange(blocks.sum()) - np.repeat(np.cumsum(blocks) - blocks, blocks)
@@ -393,7 +401,7 @@ def _offsets(lengths: np.ndarray, payload: int) -> np.ndarray:
     return np.append(begins, lengths.sum())
 
 
-def _copy(spans: np.ndarray, sides: np.ndarray, dtype: str, folder: Path) -> None:
+def _copy_splits(spans: np.ndarray, sides: np.ndarray, dtype: str, folder: Path) -> None:
     """The second pass: gives each side the documents that are its own; removes the stream.
 
     Args:
@@ -405,17 +413,17 @@ def _copy(spans: np.ndarray, sides: np.ndarray, dtype: str, folder: Path) -> Non
     ends = np.cumsum(spans)
     for kind, item in (("ids", dtype), ("flags", "uint8")):
         source = folder / f"stream.{kind}"
-        outs = [open(folder / f"{part}.{kind}", "wb") for part in PARTS]
+        outs = [open(folder / f"{part}.{kind}", "wb") for part in CORPUS_SPLITS]
         with open(source, "rb") as stream, outs[0], outs[1]:
-            for start in range(0, int(ends[-1]), CHUNK):
-                values = np.fromfile(stream, item, CHUNK)
-                side = _side_of_tokens(ends, sides, start, start + len(values))
+            for start in range(0, int(ends[-1]), CHUNK_TOKENS):
+                values = np.fromfile(stream, item, CHUNK_TOKENS)
+                side = _split_tokens(ends, sides, start, start + len(values))
                 for number, out in enumerate(outs):
                     values[side == number].tofile(out)
         source.unlink()
 
 
-def _side_of_tokens(ends: np.ndarray, sides: np.ndarray, start: int, stop: int) -> np.ndarray:
+def _split_tokens(ends: np.ndarray, sides: np.ndarray, start: int, stop: int) -> np.ndarray:
     """The side of each of the stream's tokens from start to stop."""
     first, last = np.searchsorted(ends, [start, stop - 1], side="right")
     bounds = np.minimum(ends[first : last + 1], stop)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from hftl.data.load import Label, Row
-from hftl.data.normalization import normalise_content
+from hftl.data.normalization import normalize_content
 
-PRIORITY = ("test", "validation", "train")
+SPLIT_PRIORITY = ("test", "validation", "train")
 """Where copies stand in several tables, the one that measures is kept."""
-NEAR_BITS = 4
+MAX_HASH_DISTANCE = 4
 """Pictures whose perceptual hashes differ in at most so many of 64 bits are near copies."""
-CHUNK = 1 << 22
+CHUNK_PAIRS = 1 << 22
 """Pairs of pictures that are compared at once."""
 
 
@@ -46,9 +46,9 @@ def drop_duplicates(parts: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], 
         parts: rows by train, validation and test; only train is required.
     """
     copies: dict[tuple[str, ...], list[tuple[str, Row]]] = defaultdict(list)
-    for part in PRIORITY:
+    for part in SPLIT_PRIORITY:
         for row in parts.get(part, []):
-            copies[normalise_content(row.content)].append((part, row))
+            copies[normalize_content(row.content)].append((part, row))
     remaining: dict[str, list[Row]] = {part: [] for part in parts}
     duplicates = conflicting = contradictory = leaked = 0
     for same in copies.values():
@@ -74,14 +74,14 @@ def _round_target(label: Label) -> Label:
         return float(np.float32(label))
 
 
-def count_near_pictures(rows: dict[str, list[Row]]) -> int:
+def count_near_images(rows: dict[str, list[Row]]) -> int:
     """Return how many pictures are near copies of one in a split that is seen before their own.
 
     Those are of validation near one of train, and of test near one of either. Near copies are
     re-encoded or resized: their perceptual hashes differ in a few bits.
     """
     train, validation, test = (
-        np.array([r.perceptual for r in rows[s] if r.perceptual is not None], np.uint64)
+        np.array([r.perceptual_hash for r in rows[s] if r.perceptual_hash is not None], np.uint64)
         for s in ("train", "validation", "test")
     )
     return _count_near(validation, train) + _count_near(test, np.concatenate([train, validation]))
@@ -89,8 +89,8 @@ def count_near_pictures(rows: dict[str, list[Row]]) -> int:
 
 def _count_near(codes: np.ndarray, others: np.ndarray) -> int:
     """Count the hashes (n,) that are near one of the others (m,), all uint64."""
-    near, step = 0, max(1, CHUNK // max(1, others.size))
+    near, step = 0, max(1, CHUNK_PAIRS // max(1, others.size))
     for start in range(0, codes.size if others.size else 0, step):
         differing = np.bitwise_count(codes[start : start + step, None] ^ others)
-        near += int((differing <= NEAR_BITS).any(1).sum())
+        near += int((differing <= MAX_HASH_DISTANCE).any(1).sum())
     return near

@@ -19,30 +19,30 @@ from torch import Tensor
 from torch.nn import functional
 
 from hftl.config.data import Data
-from hftl.data.images import content, opened
-from hftl.data.load import Row, read_table, table_folder
-from hftl.data.text import Encoded, with_labels
+from hftl.data.images import hash_pixels, map_images
+from hftl.data.load import Row, get_table_folder, read_table
+from hftl.data.text import EncodedRow, add_labels
 from hftl.errors import DataError, RecipeError
 from hftl.runtime.fingerprints import fingerprint
 from hftl.runtime.progress import open_bar
 
-AREA = (0.7, 1.0)
+CROP_AREA = (0.7, 1.0)
 """The share of the picture that a light crop keeps."""
-RATIO = 4 / 3
+MAX_ASPECT_RATIO = 4 / 3
 """The widest a light crop is, and the tallest."""
 
-SIDE = 32
+BASELINE_IMAGE_SIZE = 32
 """The side of the picture that the classical baseline sees, in pixels.
 
 Measured against 16, logistic regression on it is better by .7 to 4 points of accuracy: the
 baseline must be the stronger one to be fair, though it takes about five times as long.
 """
 
-ARITHMETIC = ("do_rescale", "do_normalize", "include_top")
+ARITHMETIC_SWITCHES = ("do_rescale", "do_normalize", "include_top")
 """A processor's switches of what comes after resize and crop, in transformers' names."""
 
 
-def target_size(processor: Any) -> int:
+def get_image_size(processor: Any) -> int:
     """The side of the square that the processor makes of every picture, in pixels.
 
     Raises:
@@ -54,13 +54,13 @@ def target_size(processor: Any) -> int:
     height, width = sizes.get("height"), sizes.get("width")
     if height is None or height != width:
         raise RecipeError(
-            f"{_name(processor)} makes no squares of one size: {sizes or 'it does not resize'}",
+            f"{_describe_processor(processor)} makes no squares of one size: {sizes or 'it does not resize'}",
             "Set data.image_size, in pixels, or choose another source",
         )
     return height
 
 
-def resized(processor: Any, image_size: int | None) -> Any:
+def resize_processor(processor: Any, image_size: int | None) -> Any:
     """A copy whose target is image_size x image_size pixels; None copies without a change.
 
     Where the processor crops, what is cropped from grows in proportion.
@@ -76,15 +76,15 @@ def resized(processor: Any, image_size: int | None) -> Any:
             settings["crop_size"] = square
             scale = image_size / min(crop["height"], crop["width"])
             if processor.do_resize:
-                size = _sides(processor)
+                size = _read_resize_target(processor)
                 settings["size"] = {side: round(pixels * scale) for side, pixels in size.items()}
         else:
-            _sides(processor)
+            _read_resize_target(processor)
             settings |= {"do_resize": True, "size": square}
     return type(processor).from_dict(settings)
 
 
-def canvas(processor: Any, image: Image.Image) -> np.ndarray:
+def resize_and_crop(processor: Any, image: Image.Image) -> np.ndarray:
     """The picture resized and cropped by the processor itself, not yet normalised.
 
     Args:
@@ -98,19 +98,19 @@ def canvas(processor: Any, image: Image.Image) -> np.ndarray:
         RecipeError: if the processor does more than resize and crop.
     """
     known = processor.to_dict()
-    off = {switch: False for switch in ARITHMETIC if switch in known}
+    off = {switch: False for switch in ARITHMETIC_SWITCHES if switch in known}
     pixels = np.asarray(processor(image, return_tensors="np", **off)["pixel_values"][0])
-    side = target_size(processor)
+    side = get_image_size(processor)
     if pixels.dtype != np.uint8 or pixels.shape != (3, side, side):
         raise RecipeError(
-            f"{_name(processor)} makes {pixels.dtype} {pixels.shape} of a picture, not uint8 "
+            f"{_describe_processor(processor)} makes {pixels.dtype} {pixels.shape} of a picture, not uint8 "
             f"{(3, side, side)}",
             "Choose a source whose processor only resizes, crops and normalises",
         )
     return np.ascontiguousarray(pixels)
 
 
-def normaliser(processor: Any) -> Callable[[Tensor], Tensor]:
+def build_normalizer(processor: Any) -> Callable[[Tensor], Tensor]:
     """What the processor does to a canvas, as a scale and a shift of each channel.
 
     They are fitted to the processor's own answer on all 256 values and checked on each, so that
@@ -130,7 +130,7 @@ def normaliser(processor: Any) -> Callable[[Tensor], Tensor]:
     told = processor(ramp, input_data_format="channels_first", return_tensors="np", **off)
     wanted = np.asarray(told["pixel_values"][0], dtype=np.float64)
     if wanted.shape != ramp.shape:
-        raise _not_affine(processor)
+        raise _build_affine_error(processor)
     low, high = wanted[ramp == 0], wanted[ramp == 255]
     scale = torch.tensor((high - low) / 255).float().view(3, 1, 1)
     shift = torch.tensor(low).float().view(3, 1, 1)
@@ -140,11 +140,11 @@ def normaliser(processor: Any) -> Callable[[Tensor], Tensor]:
 
     given = normalise(torch.from_numpy(ramp)).double().numpy()
     if np.abs(given - wanted).max() > 1e-6 * max(1, np.abs(wanted).max()):
-        raise _not_affine(processor)
+        raise _build_affine_error(processor)
     return normalise
 
 
-def light(pixels: Tensor, seed: int, epoch: int, key: bytes) -> Tensor:
+def random_crop_and_flip(pixels: Tensor, seed: int, epoch: int, key: bytes) -> Tensor:
     """A random crop, resized back, and a mirroring of every second picture on average.
 
     A function of its arguments alone: workers, processes and the global generator do not count.
@@ -164,8 +164,8 @@ def light(pixels: Tensor, seed: int, epoch: int, key: bytes) -> Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest))
     draw = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
     side = pixels.shape[-1]
-    area = AREA[0] + draw[0] * (AREA[1] - AREA[0])
-    ratio = min(RATIO, 1 / area) ** (2 * draw[1] - 1)
+    area = CROP_AREA[0] + draw[0] * (CROP_AREA[1] - CROP_AREA[0])
+    ratio = min(MAX_ASPECT_RATIO, 1 / area) ** (2 * draw[1] - 1)
     height = min(side, round(side * math.sqrt(area / ratio)))
     width = min(side, round(side * math.sqrt(area * ratio)))
     top = int(draw[2] * (side - height + 1))
@@ -175,7 +175,7 @@ def light(pixels: Tensor, seed: int, epoch: int, key: bytes) -> Tensor:
     return found.flip(-1) if draw[4] < 0.5 else found
 
 
-def pixel_features(canvases: Tensor, side: int = SIDE) -> Tensor:
+def compute_pixel_features(canvases: Tensor, side: int = BASELINE_IMAGE_SIZE) -> Tensor:
     """The pictures at side x side, for the classical baseline; each pixel averages an area.
 
     Args:
@@ -189,7 +189,7 @@ def pixel_features(canvases: Tensor, side: int = SIDE) -> Tensor:
     return torch.cat(parts).flatten(1) / 255
 
 
-def _sides(processor: Any) -> dict[str, int]:
+def _read_resize_target(processor: Any) -> dict[str, int]:
     """The processor's own resize target, of a kind that an image size can replace."""
     size = dict(processor.size or {})
     if (
@@ -197,28 +197,28 @@ def _sides(processor: Any) -> dict[str, int]:
         or "crop_pct" in processor.to_dict()
     ):
         raise RecipeError(
-            f"{_name(processor)} resizes to {size}, which data.image_size cannot replace",
+            f"{_describe_processor(processor)} resizes to {size}, which data.image_size cannot replace",
             "Leave data.image_size out, or choose another source",
         )
     return size
 
 
-def _not_affine(processor: Any) -> RecipeError:
+def _build_affine_error(processor: Any) -> RecipeError:
     return RecipeError(
-        f"{_name(processor)} does more to pixels than scale and shift each channel",
+        f"{_describe_processor(processor)} does more to pixels than scale and shift each channel",
         "Choose a source whose processor only resizes, crops and normalises",
     )
 
 
-def _name(processor: Any) -> str:
+def _describe_processor(processor: Any) -> str:
     return f"the source's {processor.to_dict().get('image_processor_type', 'image processor')}"
 
 
 # Pictures as the encoder sees them: resized and cropped once, kept as bytes in one file.
 
 
-PIXELS = "pixels.npy"
-KEYS = "keys.json"
+PIXELS_FILE = "pixels.npy"
+KEYS_FILE = "keys.json"
 
 
 @dataclass(frozen=True)
@@ -235,38 +235,40 @@ class ImageInputs:
     data: Data
     processor: Any
     arguments: dict[str, Any]
-    patch: int
+    patch_size: int
     _known: dict[str, np.ndarray] = field(default_factory=dict)
     _normalise: Callable[[Tensor], Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_normalise", normaliser(self.processor))
+        object.__setattr__(self, "_normalise", build_normalizer(self.processor))
 
-    def encode(self, rows: list[Row]) -> list[Encoded]:
+    def encode(self, rows: list[Row]) -> list[EncodedRow]:
         """Each row's picture, resized and cropped: (3, height, width) uint8.
 
         Raises:
             DataError: if a picture that is not stored cannot be read any more.
         """
         missing = [row for row in rows if row.content[0] not in self._known]
-        for row, found in self.made(missing, lambda image: canvas(self.processor, image)):
+        for row, found in self.map_images(
+            missing, lambda image: resize_and_crop(self.processor, image)
+        ):
             self._known[row.content[0]] = found
         return [{"pixel_values": self._known[row.content[0]]} for row in rows]
 
-    def known(self, name: str) -> np.ndarray:
+    def get_pixels(self, name: str) -> np.ndarray:
         """The stored pixels of the picture of this hash: (3, height, width) uint8."""
         return self._known[name]
 
-    def length(self, encoded: Encoded) -> int:
+    def length(self, encoded: EncodedRow) -> int:
         """Patches of a picture: what its forward pass costs."""
-        return (target_size(self.processor) // self.patch) ** 2
+        return (get_image_size(self.processor) // self.patch_size) ** 2
 
-    def collate(self, rows: list[Encoded]) -> dict[str, Any]:
+    def collate(self, rows: list[EncodedRow]) -> dict[str, Any]:
         """float32 pixels (batch, 3, height, width), normalised; labels as in `TextInputs`."""
-        stacked = torch.stack([as_tensor(row["pixel_values"]) for row in rows])
-        return with_labels({"pixel_values": self._normalise(stacked), **self.arguments}, rows)
+        stacked = torch.stack([pixels_to_tensor(row["pixel_values"]) for row in rows])
+        return add_labels({"pixel_values": self._normalise(stacked), **self.arguments}, rows)
 
-    def outputs(self, values: Tensor, rows: list[Encoded]) -> list[Tensor]:
+    def split_outputs(self, values: Tensor, rows: list[EncodedRow]) -> list[Tensor]:
         """The values (batch, width) row by row, each (1, width)."""
         return list(values.split(1))
 
@@ -274,10 +276,10 @@ class ImageInputs:
         """Writes the processor, at the size asked."""
         self.processor.save_pretrained(folder)
 
-    def facts(self, rows: list[Row]) -> dict[str, float]:
+    def summarize(self, rows: list[Row]) -> dict[str, float]:
         """Median side in pixels, share of pictures enlarged, share of long narrow ones."""
         sizes = np.array([row.size for row in rows], dtype=float)
-        side = target_size(self.processor)
+        side = get_image_size(self.processor)
         ratio = sizes.max(1) / sizes.min(1)
         return {
             "median_side": float(np.median(sizes.min(1))),
@@ -286,20 +288,20 @@ class ImageInputs:
             "elongated": float(np.mean(ratio > 2)),
         }
 
-    def originals(self, rows: list[Row]) -> list[Image.Image]:
+    def decode_images(self, rows: list[Row]) -> list[Image.Image]:
         """The pictures themselves, as they were decoded.
 
         Raises:
             DataError: if one cannot be read any more.
         """
-        found = {row.content[0]: image for row, image in self.made(rows, lambda image: image)}
+        found = {row.content[0]: image for row, image in self.map_images(rows, lambda image: image)}
         return [found[row.content[0]] for row in rows]
 
-    def use(self, folder: Path) -> None:
-        """Takes the pixels that `write` left in a folder; they stay on the disk until read."""
-        self._known.update(stored(folder))
+    def load_cache(self, folder: Path) -> None:
+        """Takes the pixels that `write_image_cache` left in a folder; they stay on the disk until read."""
+        self._known.update(load_image_cache(folder))
 
-    def made(
+    def map_images(
         self, rows: list[Row], work: Callable[[Image.Image], Any]
     ) -> Iterator[tuple[Row, Any]]:
         """What `work` makes of each row's picture, table by table.
@@ -312,10 +314,10 @@ class ImageInputs:
             wanted = {row.index: row for row in rows if row.table == name}
             _, raws = read_table(table, name, "image")
             raws = (raw for raw in raws if raw.index in wanted)
-            folder = table_folder(table, name)
-            found = opened(
+            folder = get_table_folder(table, name)
+            found = map_images(
                 raws, table.image, folder, self.data.max_pixels,
-                lambda image: (content(image), work(image)),
+                lambda image: (hash_pixels(image), work(image)),
             )  # fmt: skip
             for raw, (seen, made) in found:
                 row = wanted.pop(raw.index)
@@ -327,7 +329,7 @@ class ImageInputs:
                 raise DataError(f"{gone.where} is no longer there", "Put the data back")
 
 
-def depends_on(inputs: ImageInputs, rows: Iterable[Row]) -> dict[str, Any]:
+def fingerprint_image_cache(inputs: ImageInputs, rows: Iterable[Row]) -> dict[str, Any]:
     """What a folder of pixels depends on: the pictures, and how they are resized and cropped."""
     return {
         "pictures": fingerprint(sorted({row.content[0] for row in rows})),
@@ -335,38 +337,42 @@ def depends_on(inputs: ImageInputs, rows: Iterable[Row]) -> dict[str, Any]:
     }
 
 
-def write(inputs: ImageInputs, rows: list[Row], folder: Path) -> None:
+def write_image_cache(inputs: ImageInputs, rows: list[Row], folder: Path) -> None:
     """Resizes every row's picture once and writes them as one array of bytes.
 
     Raises:
         DataError: if a picture cannot be read any more.
     """
     distinct = list({row.content[0]: row for row in rows}.values())
-    side = target_size(inputs.processor)
+    side = get_image_size(inputs.processor)
     made = np.lib.format.open_memmap(
-        folder / PIXELS, "w+", dtype=np.uint8, shape=(len(distinct), 3, side, side)
+        folder / PIXELS_FILE, "w+", dtype=np.uint8, shape=(len(distinct), 3, side, side)
     )
     places = {row.content[0]: number for number, row in enumerate(distinct)}
     with open_bar("pictures", len(distinct)) as advance:
-        found = inputs.made(distinct, lambda image: canvas(inputs.processor, image))
+        found = inputs.map_images(distinct, lambda image: resize_and_crop(inputs.processor, image))
         for number, (row, pixels) in enumerate(found, 1):
             made[places[row.content[0]]] = pixels
             advance(number)
     made.flush()
-    (folder / KEYS).write_text(json.dumps(list(places)), encoding="utf-8")
+    (folder / KEYS_FILE).write_text(json.dumps(list(places)), encoding="utf-8")
 
 
-def stored(folder: Path) -> dict[str, np.ndarray]:
-    """What `write` left in a folder, by the pictures' hashes; it stays on the disk until read."""
-    keys = json.loads((folder / KEYS).read_text(encoding="utf-8"))
-    return dict(zip(keys, np.load(folder / PIXELS, mmap_mode="r"), strict=True))
+def load_image_cache(folder: Path) -> dict[str, np.ndarray]:
+    """What `write_image_cache` left in a folder, by the pictures' hashes; it stays on the disk until read."""
+    keys = json.loads((folder / KEYS_FILE).read_text(encoding="utf-8"))
+    return dict(zip(keys, np.load(folder / PIXELS_FILE, mmap_mode="r"), strict=True))
 
 
-def augment(encoded: Encoded, seed: int, epoch: int, key: bytes) -> Encoded:
+def augment_image(encoded: EncodedRow, seed: int, epoch: int, key: bytes) -> EncodedRow:
     """The same picture, a little different in every epoch: a function of its arguments alone."""
-    return encoded | {"pixel_values": light(as_tensor(encoded["pixel_values"]), seed, epoch, key)}
+    return encoded | {
+        "pixel_values": random_crop_and_flip(
+            pixels_to_tensor(encoded["pixel_values"]), seed, epoch, key
+        )
+    }
 
 
-def as_tensor(pixels: np.ndarray | Tensor) -> Tensor:
+def pixels_to_tensor(pixels: np.ndarray | Tensor) -> Tensor:
     """The pixels as a tensor; a copy where they are the store's, which is read only."""
     return pixels if isinstance(pixels, Tensor) else torch.from_numpy(np.array(pixels))

@@ -13,17 +13,17 @@ from scipy.special import expit
 from hftl.data.load import Label, Row
 from hftl.errors import DataError
 
-LETTERS = {
+SCHEME_MARKERS = {
     "BIO": "BI", "IOE": "IE", "BIOES": "BIES", "BILOU": "BILU", "BMES": "BMES", "BMEWO": "BMEW",
 }  # fmt: skip
 """The markers of each scheme, the simplest scheme first."""
-SEQEVAL = {"B": "B", "I": "I", "M": "I", "E": "E", "L": "E", "S": "S", "U": "S", "W": "S"}
+SEQEVAL_MARKERS = {"B": "B", "I": "I", "M": "I", "E": "E", "L": "E", "S": "S", "U": "S", "W": "S"}
 """Each marker as seqeval knows it."""
-ALONE = frozenset("BISUW")
+STANDALONE_MARKERS = frozenset("BISUW")
 """Markers that can be all a corpus has: an end needs a beginning or an inside."""
-PREFIXED = re.compile(r"([BIESLUMW])([-_:.|])(.+)", re.IGNORECASE | re.DOTALL)
-SUFFIXED = re.compile(r"(.+)([-_:.|])([BIESLUMW])", re.IGNORECASE | re.DOTALL)
-UNNAMED = re.compile(r"[+-]?\d+|LABEL_\d+")
+PREFIX_MARKER = re.compile(r"([BIESLUMW])([-_:.|])(.+)", re.IGNORECASE | re.DOTALL)
+SUFFIX_MARKER = re.compile(r"(.+)([-_:.|])([BIESLUMW])", re.IGNORECASE | re.DOTALL)
+NUMERIC_TAG = re.compile(r"[+-]?\d+|LABEL_\d+")
 """Tags that are ids; the second form is transformers' for a class without a name."""
 
 
@@ -31,7 +31,7 @@ UNNAMED = re.compile(r"[+-]?\d+|LABEL_\d+")
 class TagScheme:
     """Say how the tags of a task mark entities.
 
-    `name` is one of `LETTERS`, or IO, where a run of words with one tag is one entity. `outside`
+    `name` is one of `SCHEME_MARKERS`, or IO, where a run of words with one tag is one entity. `outside`
     is the tag of words that belong to no entity, None where there is none. `standard` has each tag
     in the form that seqeval reads, `B-PER` or `O`.
     """
@@ -40,29 +40,29 @@ class TagScheme:
     outside: str | None
     standard: Mapping[str, str]
 
-    def standardise(self, tags: Sequence[str]) -> tuple[str, ...]:
+    def standardize(self, tags: Sequence[str]) -> tuple[str, ...]:
         """Return a row's tags in the form that seqeval reads."""
         return tuple(self.standard[tag] for tag in tags)
 
     @property
     def types(self) -> list[str]:
         """The types of entities, sorted."""
-        return sorted({type_of(tag) for tag in self.standard.values()} - {""})
+        return sorted({get_entity_type(tag) for tag in self.standard.values()} - {""})
 
 
-def type_of(tag: str) -> str:
+def get_entity_type(tag: str) -> str:
     """Return the entity type of a tag that seqeval reads: `PER` of `B-PER`, `_` of `B`; empty for
     `O`."""
     return "" if tag == "O" else tag[2:] or "_"
 
 
-def outside_of(names: Sequence[str]) -> str | None:
+def find_outside_tag(names: Sequence[str]) -> str | None:
     """Return the tag of words that belong to no entity: `O`, or where there is none `o`."""
     return next((name for name in ("O", "o") if name in names), None)
 
 
 @lru_cache(maxsize=64)
-def recognise_tags(names: tuple[str, ...], where: str = "") -> TagScheme:
+def recognize_tag_scheme(names: tuple[str, ...], where: str = "") -> TagScheme:
     """Recognise the scheme of a task's tags.
 
     Markers are read where every tag but `O` has one, before or after its type, and one scheme has
@@ -76,44 +76,48 @@ def recognise_tags(names: tuple[str, ...], where: str = "") -> TagScheme:
     Raises:
         DataError: if a tag is an id, or if some tags have markers and others have none.
     """
-    _refuse_ids(names, where)
+    _refuse_numeric_tags(names, where)
     tags = [name for name in names if name.upper() != "O"]
     standard = {name: "O" for name in names if name.upper() == "O"}
     for split in (_split_prefix, _split_suffix):
         parts = {tag: part for tag in tags if (part := split(tag)) is not None}
-        scheme = _scheme_of(parts)
+        scheme = _match_scheme(parts)
         if scheme is not None and len(parts) == len(tags):
-            marked = {tag: f"{SEQEVAL[marker]}-{kind}" for tag, (marker, kind, _) in parts.items()}
-            return TagScheme(scheme, outside_of(names), standard | marked)
-        if _is_marked(parts):
-            _refuse_mixed(parts, tags, where)
-    if {"B", "I"} <= set(tags) <= set(SEQEVAL):
+            marked = {
+                tag: f"{SEQEVAL_MARKERS[marker]}-{kind}" for tag, (marker, kind, _) in parts.items()
+            }
+            return TagScheme(scheme, find_outside_tag(names), standard | marked)
+        if _has_marked_type(parts):
+            _refuse_mixed_markers(parts, tags, where)
+    if {"B", "I"} <= set(tags) <= set(SEQEVAL_MARKERS):
         # One kind of entity, without a name.
-        return TagScheme("BIO", outside_of(names), standard | {tag: SEQEVAL[tag] for tag in tags})
-    return TagScheme("IO", outside_of(names), standard | {tag: f"I-{tag}" for tag in tags})
+        return TagScheme(
+            "BIO", find_outside_tag(names), standard | {tag: SEQEVAL_MARKERS[tag] for tag in tags}
+        )
+    return TagScheme("IO", find_outside_tag(names), standard | {tag: f"I-{tag}" for tag in tags})
 
 
-Part = tuple[str, str, bool]
+TagParts = tuple[str, str, bool]
 """A marker, an entity type, and whether it is written in the usual form, upper case and a dash."""
 
 
-def _split_prefix(tag: str) -> Part | None:
-    match = PREFIXED.fullmatch(tag)
+def _split_prefix(tag: str) -> TagParts | None:
+    match = PREFIX_MARKER.fullmatch(tag)
     return match and (match[1].upper(), match[3], match[1].isupper() and match[2] == "-")
 
 
-def _split_suffix(tag: str) -> Part | None:
-    match = SUFFIXED.fullmatch(tag)
+def _split_suffix(tag: str) -> TagParts | None:
+    match = SUFFIX_MARKER.fullmatch(tag)
     return match and (match[3].upper(), match[1], match[3].isupper() and match[2] == "-")
 
 
-def _refuse_ids(names: Sequence[str], where: str) -> None:
+def _refuse_numeric_tags(names: Sequence[str], where: str) -> None:
     """Raise for tags that are ids: whether one begins an entity, is inside or outside is not said.
 
     Raises:
         DataError: naming them.
     """
-    ids = [name for name in names if UNNAMED.fullmatch(name)]
+    ids = [name for name in names if NUMERIC_TAG.fullmatch(name)]
     if ids:
         more = ", ..." if len(ids) > 3 else ""
         raise DataError(
@@ -123,18 +127,18 @@ def _refuse_ids(names: Sequence[str], where: str) -> None:
         )
 
 
-def _scheme_of(parts: Mapping[str, Part]) -> str | None:
+def _match_scheme(parts: Mapping[str, TagParts]) -> str | None:
     """The simplest scheme that has all markers; None where the tags are no scheme's."""
     markers = {marker for marker, _, _ in parts.values()}
     usual = all(form for _, _, form in parts.values())
-    if not markers & ALONE or not (usual or _is_marked(parts)):
+    if not markers & STANDALONE_MARKERS or not (usual or _has_marked_type(parts)):
         return None
     if markers & set("EL") and not markers & set("BI"):
         return None
-    return next((name for name, has in LETTERS.items() if markers <= set(has)), None)
+    return next((name for name, has in SCHEME_MARKERS.items() if markers <= set(has)), None)
 
 
-def _is_marked(parts: Mapping[str, Part]) -> bool:
+def _has_marked_type(parts: Mapping[str, TagParts]) -> bool:
     """Return whether a type has two markers, the first or inner of an entity among them: no name
     only looks like that."""
     markers = defaultdict(set)
@@ -143,7 +147,7 @@ def _is_marked(parts: Mapping[str, Part]) -> bool:
     return any(len(marked) > 1 and marked & set("BI") for marked in markers.values())
 
 
-def _refuse_mixed(parts: Mapping[str, Part], tags: Sequence[str], where: str) -> None:
+def _refuse_mixed_markers(parts: Mapping[str, TagParts], tags: Sequence[str], where: str) -> None:
     """Raise for markers of several schemes, or tags with markers beside tags without.
 
     Raises:
@@ -157,7 +161,7 @@ def _refuse_mixed(parts: Mapping[str, Part], tags: Sequence[str], where: str) ->
         what = f"the tags have the markers {', '.join(markers)}, which no one scheme has"
     raise DataError(
         f"{where}{what}",
-        f"Write all tags in one scheme: {', '.join(LETTERS)}, or names without markers",
+        f"Write all tags in one scheme: {', '.join(SCHEME_MARKERS)}, or names without markers",
     )
 
 
@@ -166,22 +170,22 @@ def _refuse_mixed(parts: Mapping[str, Part], tags: Sequence[str], where: str) ->
 # A told answer is a `Label`: a class name, a number, a sorted tuple of names, a tuple of tags.
 
 
-SMALLEST, LARGEST = 1e-30, 1e30
+MIN_TARGET_SPREAD, MAX_TARGET_SIZE = 1e-30, 1e30
 """The least spread and the largest size of targets whose weights and squares float32 holds."""
-COARSE = 0.1
+MAX_ROUNDING_SHARE = 0.1
 """The share of the targets' spread that float32's rounding may be: its error is a third of that."""
-HOLDS = 0.5
+MULTI_LABEL_THRESHOLD = 0.5
 """A multi-label class is predicted above this probability."""
 
 
-def names_of(label: Label, task: str) -> tuple[str, ...]:
+def get_label_names(label: Label, task: str) -> tuple[str, ...]:
     """The class names that a label speaks of; none for regression."""
     if task == "regression":
         return ()
     return label if isinstance(label, tuple) else (str(label),)
 
 
-def targets(labels: Sequence[Label], task: str, names: Sequence[str]) -> np.ndarray:
+def encode_targets(labels: Sequence[Label], task: str, names: Sequence[str]) -> np.ndarray:
     """What is learnt.
 
     Returns:
@@ -194,17 +198,19 @@ def targets(labels: Sequence[Label], task: str, names: Sequence[str]) -> np.ndar
     if task == "multi-label":
         found = np.zeros((len(labels), len(names)))
         for row, label in enumerate(labels):
-            found[row, [ids[name] for name in names_of(label, task)]] = 1
+            found[row, [ids[name] for name in get_label_names(label, task)]] = 1
         return found
-    return np.array([ids[n] for label in labels for n in names_of(label, task)], dtype=np.int64)
+    return np.array(
+        [ids[n] for label in labels for n in get_label_names(label, task)], dtype=np.int64
+    )
 
 
-def measured(
+def encode_for_metrics(
     labels: Sequence[Label], task: str, names: Sequence[str], scheme: TagScheme | None = None
 ) -> np.ndarray:
     """Return what metrics compare.
 
-    That is `targets`; for tokens one entry a row, a tuple of tags in the form that seqeval reads,
+    That is `encode_targets`; for tokens one entry a row, a tuple of tags in the form that seqeval reads,
     whatever scheme they are written in.
 
     Args:
@@ -217,15 +223,15 @@ def measured(
         DataError: if the tags are of no scheme.
     """
     if task != "token-classification":
-        return targets(labels, task, names)
-    scheme = scheme or recognise_tags(tuple(names))
+        return encode_targets(labels, task, names)
+    scheme = scheme or recognize_tag_scheme(tuple(names))
     rows = np.empty(len(labels), dtype=object)
     for number, label in enumerate(labels):
-        rows[number] = scheme.standardise(names_of(label, task))
+        rows[number] = scheme.standardize(get_label_names(label, task))
     return rows
 
 
-def told(
+def decode_logits(
     logits: np.ndarray, task: str, names: list[str], words: Sequence[int]
 ) -> tuple[list[Label], list[Any]]:
     """The answers that logits give, and their scores.
@@ -246,12 +252,12 @@ def told(
         return wide[:, 0].tolist(), wide.tolist()
     if task == "multi-label":
         scores = expit(wide)
-        return [tuple(n for n, p in zip(names, row, strict=True) if p > HOLDS)
+        return [tuple(n for n, p in zip(names, row, strict=True) if p > MULTI_LABEL_THRESHOLD)
                 for row in scores], scores.tolist()  # fmt: skip
     scores = _softmax(wide)
     if task == "classification":
         return [names[i] for i in scores.argmax(1)], scores.tolist()
-    outside = names.index(outside_of(names) or names[0])
+    outside = names.index(find_outside_tag(names) or names[0])
     cut = np.isnan(scores[:, 0])
     best = np.where(cut, outside, np.nan_to_num(scores).argmax(1))
     known = [None if gone else word for gone, word in zip(cut, scores.tolist(), strict=True)]
@@ -284,14 +290,14 @@ def check_targets(rows: Sequence[Row]) -> None:
             "learn",
             "Check data.train.label and the file",
         )
-    if not SMALLEST < spread or not far < LARGEST:
+    if not MIN_TARGET_SPREAD < spread or not far < MAX_TARGET_SIZE:
         raise DataError(
             f"data.train.label: the targets reach {far:g} with a standard deviation of "
             f"{spread:g}, which float32 cannot hold",
             "Give them in another unit",
         )
     step = float(np.spacing(np.float32(far)))
-    if step > COARSE * spread:
+    if step > MAX_ROUNDING_SHARE * spread:
         raise DataError(
             f"data.train.label: near {far:g} float32 tells numbers {step:g} apart, and the "
             f"targets' standard deviation is {spread:g}",

@@ -7,18 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from hftl.config.data import Data, GeneralTable, Table
-from hftl.config.errors import closest
-from hftl.data.images import Levels, Seen, look, warn_narrow
-from hftl.data.normalization import find_fraction, kind, label_fault, label_of, text_fault
-from hftl.data.tables import READERS, Raw, guess_format, not_utf8, read_images, read_texts
-from hftl.errors import DataError, HubError
+from hftl.config.errors import suggest_closest
+from hftl.data.images import ImageInfo, Levels, inspect_images, warn_of_narrow_images
+from hftl.data.normalization import (
+    find_fraction,
+    find_label_fault,
+    find_text_fault,
+    get_value_type,
+    parse_label,
+)
+from hftl.data.tables import (
+    READERS,
+    RawRow,
+    guess_format,
+    has_invalid_utf8,
+    read_image_files,
+    read_text_files,
+)
+from hftl.errors import DataError, HubError, format_error_line
 from hftl.runtime import paths
 
-PARTS = ("train", "validation", "test", "unlabeled", "general")
+TABLE_NAMES = ("train", "validation", "test", "unlabeled", "general")
 """The tables of a recipe."""
 
 
-def load_hub(table: Table, part: str) -> Iterator[Raw]:
+def load_hub_rows(table: Table, part: str) -> Iterator[RawRow]:
     """Rows of a hub dataset; class ids become their names, pictures stay encoded.
 
     Args:
@@ -32,39 +45,39 @@ def load_hub(table: Table, part: str) -> Iterator[Raw]:
     from datasets.exceptions import DatasetNotFoundError
 
     split = table.split or (part if part in ("train", "validation", "test") else "train")
-    commit = revision(table.path, table.revision)
+    commit = resolve_revision(table.path, table.revision)
     key = f"data.{part}: "
     try:
         dataset: Any = datasets.load_dataset(table.path, table.name, split=split, revision=commit)
-    except (DatasetNotFoundError, OSError, paths.http().TransportError) as error:
-        raise paths.not_given(error, table.path, "dataset", key) from error
+    except (DatasetNotFoundError, OSError, paths.get_http_library().TransportError) as error:
+        raise paths.make_hub_load_error(error, table.path, "dataset", key) from error
     except ValueError as error:
-        why = paths.message_line(error)
+        why = format_error_line(error)
         raise HubError(f"{key}{table.path}: {why}", "Check name and split") from error
     for column, feature in dataset.features.items():
         if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    named = {c: n for c in table.labels if (n := _hub_class_names(dataset.features.get(c)))}
+    named = {c: n for c in table.label_columns if (n := _get_class_names(dataset.features.get(c)))}
     for index, values in enumerate(dataset):
         for column, names in named.items():
-            values[column] = _named(values[column], names)
-        yield Raw(values, index, f"{table.path} {split} row {index + 1}")
+            values[column] = _replace_class_ids(values[column], names)
+        yield RawRow(values, index, f"{table.path} {split} row {index + 1}")
 
 
-def _hub_class_names(feature: Any) -> list[str] | None:
+def _get_class_names(feature: Any) -> list[str] | None:
     """The class names of a column of ids, or of lists of ids."""
     return getattr(getattr(feature, "feature", feature), "names", None)
 
 
-def _named(value: Any, names: list[str]) -> Any:
+def _replace_class_ids(value: Any, names: list[str]) -> Any:
     """Ids as their names; an id of no class, as -1 for a missing label, becomes none."""
     if isinstance(value, list):
-        return [_named(item, names) for item in value]
+        return [_replace_class_ids(item, names) for item in value]
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
 @cache
-def revision(path: str, wanted: str | None) -> str | None:
+def resolve_revision(path: str, wanted: str | None) -> str | None:
     """The commit that a hub dataset is read at; offline, where only the cache is read, as asked.
 
     Raises:
@@ -74,31 +87,33 @@ def revision(path: str, wanted: str | None) -> str | None:
 
     if constants.HF_HUB_OFFLINE:
         return wanted
-    with paths.fetching(path, "dataset"):
+    with paths.translate_hub_errors(path, "dataset"):
         return HfApi().dataset_info(path, revision=wanted).sha
 
 
-def revisions(data: Data) -> dict[str, str | None]:
+def resolve_revisions(data: Data) -> dict[str, str | None]:
     """The commit of every table of the hub."""
-    tables = {part: getattr(data, part) for part in PARTS}
+    tables = {part: getattr(data, part) for part in TABLE_NAMES}
     return {
-        part: revision(table.path, table.revision)
+        part: resolve_revision(table.path, table.revision)
         for part, table in tables.items()
-        if isinstance(table, Table) and _on_hub(table, part)
+        if isinstance(table, Table) and _is_on_hub(table, part)
     }
 
 
-def _on_hub(table: Table, split: str) -> bool:
-    return table.format == "hub" or paths.find(table.path, f"data.{split}.path") is None
+def _is_on_hub(table: Table, split: str) -> bool:
+    return (
+        table.format == "hub" or paths.resolve_local_path(table.path, f"data.{split}.path") is None
+    )
 
 
 # Tables and folders as rows, every bad row named by file and line.
 
 
-UNLABELLED = ("unlabeled", "general")
+UNLABELLED_TABLES = ("unlabeled", "general")
 """Tables without labels: folders are read flat, every file for itself, unless general data name a
 label."""
-LISTED = 10_000
+MAX_LISTED_ROWS = 10_000
 """Bad rows that are listed, at most; all are counted."""
 Label = str | float | tuple[str, ...]
 
@@ -120,7 +135,7 @@ class Row:
     where: str
     table: str = "train"
     size: tuple[int, int] | None = None
-    perceptual: int | None = field(default=None, compare=False)
+    perceptual_hash: int | None = field(default=None, compare=False)
     """A picture's hash that survives re-encoding, while the data are prepared."""
     levels: Levels | None = field(default=None, compare=False)
     """The levels that a picture reaches, while the data are prepared."""
@@ -147,19 +162,19 @@ class BadRows:
         if not self.skip:
             raise DataError(f"{where}: {why}", self.fix)
         self.count += 1
-        if self.count <= LISTED:
+        if self.count <= MAX_LISTED_ROWS:
             self.dropped.append({"where": where, "why": why})
 
 
 @dataclass(frozen=True)
-class Reading:
+class InputSpec:
     """What the encoder reads: `text` or `image`, and the side of a patch in pixels."""
 
     modality: str = "text"
-    patch: int = 1
+    patch_size: int = 1
 
 
-def load(data: Data, part: str, bad: BadRows, reading: Reading) -> list[Row]:
+def load_rows(data: Data, part: str, bad: BadRows, reading: InputSpec) -> list[Row]:
     """The rows of one table.
 
     Args:
@@ -175,22 +190,28 @@ def load(data: Data, part: str, bad: BadRows, reading: Reading) -> list[Row]:
     name, raws = read_table(table, part, reading.modality)
     rows: list[Row] = []
     kinds: dict[str, str] = {}
-    contents = table.texts if reading.modality == "text" else [table.image]
-    needed = [*contents, *table.labels, *([data.group] if data.group else [])]
-    found = looked_at(checked(name, raws, needed), data, part, reading)
+    contents = table.text_columns if reading.modality == "text" else [table.image]
+    needed = [*contents, *table.label_columns, *([data.group] if data.group else [])]
+    found = inspect_rows(check_columns(name, raws, needed), data, part, reading)
     for raw, seen in found:
-        why = seen if isinstance(seen, str) else _fault(raw, table, task, data.group, reading)
+        why = (
+            seen
+            if isinstance(seen, str)
+            else _find_row_fault(raw, table, task, data.group, reading)
+        )
         if why:
             bad.reject(raw.where, why)
             continue
-        label = label_of(raw.values, table.label, task)
+        label = parse_label(raw.values, table.label, task)
         if task == "classification":
-            kinds.setdefault(kind(raw.values[str(table.label)]), raw.where)
+            kinds.setdefault(get_value_type(raw.values[str(table.label)]), raw.where)
         group = str(raw.values[data.group]) if data.group else None
-        content = (seen.content,) if isinstance(seen, Seen) else _texts(raw, table, task)
+        content = (
+            (seen.content,) if isinstance(seen, ImageInfo) else _extract_texts(raw, table, task)
+        )
         row = Row(content, label, group, raw.index, raw.where, part)
-        if isinstance(seen, Seen):
-            row = replace(row, size=seen.size, perceptual=seen.perceptual, levels=seen.levels)
+        if isinstance(seen, ImageInfo):
+            row = replace(row, size=seen.size, perceptual_hash=seen.perceptual_hash, levels=seen.levels)
         rows.append(row)
     if len(kinds) > 1:
         places_ = " and ".join(f"{kind} ({where})" for kind, where in sorted(kinds.items()))
@@ -208,7 +229,7 @@ def _refuse_fractions(name: str, rows: list[Row]) -> None:
     Raises:
         DataError: naming the first such row.
     """
-    places_ = {label: row.where for row in reversed(rows) for label in _class_names(row.label)}
+    places_ = {label: row.where for row in reversed(rows) for label in _list_classes(row.label)}
     fraction = find_fraction(places_)
     if fraction is not None:
         where = places_[fraction]
@@ -218,11 +239,11 @@ def _refuse_fractions(name: str, rows: list[Row]) -> None:
         )
 
 
-def _class_names(label: Label) -> tuple[str, ...]:
+def _list_classes(label: Label) -> tuple[str, ...]:
     return label if isinstance(label, tuple) else (str(label),)
 
 
-def load_pictures(data: Data, part: str, bad: BadRows, reading: Reading) -> list[Row]:
+def load_images(data: Data, part: str, bad: BadRows, reading: InputSpec) -> list[Row]:
     """The pictures of a table that has no labels: `unlabeled`, `general`, or train without a task.
 
     Raises:
@@ -230,34 +251,34 @@ def load_pictures(data: Data, part: str, bad: BadRows, reading: Reading) -> list
     """
     table = getattr(data, part)
     name, raws = read_table(table, part, reading.modality)
-    folder = table_folder(table, part)
+    folder = get_table_folder(table, part)
     rows: list[Row] = []
     levels: list[Levels] = []
-    for raw, seen in look(raws, table.image, folder, data.max_pixels, reading.patch):
-        if isinstance(seen, Seen):
+    for raw, seen in inspect_images(raws, table.image, folder, data.max_pixels, reading.patch_size):
+        if isinstance(seen, ImageInfo):
             rows.append(Row((seen.content,), "", None, raw.index, raw.where, part, seen.size))
             levels.append(seen.levels)
         else:
             bad.reject(raw.where, seen)
     if not rows:
         raise DataError(f"{name} has no {'usable ' if bad.count else ''}pictures", "Check it")
-    warn_narrow(levels, f"data.{part}")
+    warn_of_narrow_images(levels, f"data.{part}")
     return rows
 
 
-def read_table(table: Table, part: str, modality: str) -> tuple[str, Iterator[Raw]]:
+def read_table(table: Table, part: str, modality: str) -> tuple[str, Iterator[RawRow]]:
     """The name to call a table by, and its raw rows.
 
     Raises:
         DataError: if the file is missing, of an unknown format, or not of what the encoder reads.
     """
-    path = paths.find(table.path, f"data.{part}.path")
+    path = paths.resolve_local_path(table.path, f"data.{part}.path")
     if table.format == "hub" or (path is None and table.format is None):
-        return table.path, load_hub(table, part)
+        return table.path, load_hub_rows(table, part)
     if path is None or not path.exists():
         raise DataError(f"data.{part}.path: {table.path} does not exist", "Check the path")
-    if path.is_dir() and part in UNLABELLED and not _names_controls(table):
-        return path.name, (read_images if modality == "image" else read_texts)(path)
+    if path.is_dir() and part in UNLABELLED_TABLES and not _has_controls(table):
+        return path.name, (read_image_files if modality == "image" else read_text_files)(path)
     name = table.format or guess_format(path)
     if path.is_dir() != (name in ("textfolder", "imagefolder")):
         what = "a folder" if path.is_dir() else "a file"
@@ -273,19 +294,19 @@ def read_table(table: Table, part: str, modality: str) -> tuple[str, Iterator[Ra
     return path.name, READERS[name](path)
 
 
-def _names_controls(table: Table) -> bool:
-    return isinstance(table, GeneralTable) and bool(table.labels)
+def _has_controls(table: Table) -> bool:
+    return isinstance(table, GeneralTable) and bool(table.label_columns)
 
 
-def table_folder(table: Table, part: str) -> Path | None:
+def get_table_folder(table: Table, part: str) -> Path | None:
     """The folder that paths inside a table are relative to; None for one of the hub."""
-    path = paths.find(table.path, f"data.{part}.path")
+    path = paths.resolve_local_path(table.path, f"data.{part}.path")
     return None if path is None else path if path.is_dir() else path.parent
 
 
-def checked(
-    name: str, raws: Iterator[Raw], needed: list[str], part: str = "train"
-) -> Iterator[Raw]:
+def check_columns(
+    name: str, raws: Iterator[RawRow], needed: list[str], part: str = "train"
+) -> Iterator[RawRow]:
     """The raw rows, once the first of them is seen to have the columns.
 
     Raises:
@@ -293,28 +314,28 @@ def checked(
     """
     for number, raw in enumerate(raws):
         if number == 0:
-            _need_columns(name, raw.values, needed, part)
+            _require_columns(name, raw.values, needed, part)
         yield raw
 
 
-def looked_at(
-    raws: Iterator[Raw], data: Data, part: str, reading: Reading
-) -> Iterator[tuple[Raw, Seen | str | None]]:
+def inspect_rows(
+    raws: Iterator[RawRow], data: Data, part: str, reading: InputSpec
+) -> Iterator[tuple[RawRow, ImageInfo | str | None]]:
     """Each raw row with its picture's hash and size, or why it has none; None for text."""
     if reading.modality == "text":
         return ((raw, None) for raw in raws)
     table = getattr(data, part)
-    folder = table_folder(table, part)
-    return look(raws, table.image, folder, data.max_pixels, reading.patch)
+    folder = get_table_folder(table, part)
+    return inspect_images(raws, table.image, folder, data.max_pixels, reading.patch_size)
 
 
-def _texts(raw: Raw, table: Table, task: str) -> tuple[str, ...]:
+def _extract_texts(raw: RawRow, table: Table, task: str) -> tuple[str, ...]:
     if task == "token-classification":
-        return tuple(raw.values[table.texts[0]])
-    return tuple(raw.values[column] for column in table.texts)
+        return tuple(raw.values[table.text_columns[0]])
+    return tuple(raw.values[column] for column in table.text_columns)
 
 
-def _need_columns(name: str, values: dict[str, Any], needed: list[str], part: str) -> None:
+def _require_columns(name: str, values: dict[str, Any], needed: list[str], part: str) -> None:
     for column in needed:
         if column not in values:
             has = [str(c) for c in values]
@@ -322,33 +343,35 @@ def _need_columns(name: str, values: dict[str, Any], needed: list[str], part: st
             if column in ("text", "image"):
                 hint += f"; source.model reads {column}s"
             raise DataError(
-                f"{name}: no column {column!r}{closest(column, has).replace('?', '')}"
+                f"{name}: no column {column!r}{suggest_closest(column, has).replace('?', '')}"
                 f"; it has {', '.join(has)}{hint}",
                 f"Name the columns in data.{part}: {{text: ..., image: ..., label: ...}}",
             )
 
 
-def _fault(raw: Raw, table: Table, task: str, group: str | None, reading: Reading) -> str | None:
+def _find_row_fault(
+    raw: RawRow, table: Table, task: str, group: str | None, reading: InputSpec
+) -> str | None:
     """What makes a row unusable, if anything."""
     if raw.fault:
         return raw.fault
-    if any(isinstance(value, str) and not_utf8(value) for value in raw.values.values()):
+    if any(isinstance(value, str) and has_invalid_utf8(value) for value in raw.values.values()):
         return "not valid UTF-8"
     if reading.modality == "text":
-        for column in table.texts:
-            why = text_fault(column, raw.values[column], task)
+        for column in table.text_columns:
+            why = find_text_fault(column, raw.values[column], task)
             if why:
                 return why
     if group and raw.values[group] in (None, ""):
         return f"{group} is empty"
-    words = raw.values[table.texts[0]] if task == "token-classification" else None
-    return label_fault(raw.values, table.label, task, words)
+    words = raw.values[table.text_columns[0]] if task == "token-classification" else None
+    return find_label_fault(raw.values, table.label, task, words)
 
 
 # Rows as a file, so that later phases and runs read one file and not the user's.
 
 
-ROWS = "rows.parquet"
+ROWS_FILE = "rows.parquet"
 
 
 def write_rows(parts: Mapping[str, list[Row]], folder: Path) -> None:
@@ -367,7 +390,7 @@ def write_rows(parts: Mapping[str, list[Row]], folder: Path) -> None:
         "table": [row.table for _, row in told],
         "size": [row.size for _, row in told],
     }
-    pq.write_table(pa.table(columns), folder / ROWS)
+    pq.write_table(pa.table(columns), folder / ROWS_FILE)
 
 
 def read_rows(folder: Path, parts: Sequence[str]) -> dict[str, list[Row]]:
@@ -375,7 +398,7 @@ def read_rows(folder: Path, parts: Sequence[str]) -> dict[str, list[Row]]:
     import pyarrow.parquet as pq
 
     rows: dict[str, list[Row]] = {part: [] for part in parts}
-    for told in pq.read_table(folder / ROWS).to_pylist():
+    for told in pq.read_table(folder / ROWS_FILE).to_pylist():
         part = told.pop("split")
         label = tuple(told["label"]) if isinstance(told["label"], list) else told["label"]
         size = tuple(told["size"]) if told["size"] else None

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hftl.data.corpus import Blocks
+from hftl.data.corpus import TokenBlocks
 from hftl.errors import RecipeError
 
-MASKED, KEPT = 0.8, 0.1
-NO_LABEL = -100
+MASK_SHARE, UNCHANGED_SHARE = 0.8, 0.1
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
-class Masking:
+class MaskingSpec:
     """How the tokens of one tokenizer are masked.
 
     Args:
@@ -39,9 +39,9 @@ class Masking:
     replaceable: np.ndarray
 
 
-def masking_of(
+def build_masking_spec(
     tokenizer: Any, ratio: float, whole_words: bool, embedded: int | None = None
-) -> Masking:
+) -> MaskingSpec:
     """Return the masking of a tokenizer's tokens.
 
     Args:
@@ -63,7 +63,7 @@ def masking_of(
             "the source model's tokenizer has no mask token, so it cannot be adapted by mlm",
             "Give a source model that was pretrained with masked tokens",
         )
-    if whole_words and not _tells_words_apart(tokenizer):
+    if whole_words and not _has_word_ids(tokenizer):
         raise RecipeError(
             "the source model's tokenizer does not say where words begin",
             "Set adapt.whole_words=false",
@@ -74,11 +74,11 @@ def masking_of(
     special[list(hidden)] = True
     drawn = {i for i in vocabulary - hidden if embedded is None or i < embedded}
     replaceable = np.array(sorted(drawn), dtype=np.int64)
-    return Masking(ratio, whole_words, tokenizer.mask_token_id, special, replaceable)
+    return MaskingSpec(ratio, whole_words, tokenizer.mask_token_id, special, replaceable)
 
 
-def corrupt(
-    ids: np.ndarray, words: np.ndarray, masking: Masking, draw: np.random.Generator
+def mask_tokens(
+    ids: np.ndarray, words: np.ndarray, masking: MaskingSpec, draw: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """A block as the model sees it, and where it must guess.
 
@@ -101,8 +101,8 @@ def corrupt(
     positions = np.flatnonzero(hit)
     fate = draw.random(len(positions))
     shown = ids.copy()
-    shown[positions[fate < MASKED]] = masking.mask_id
-    swapped = positions[fate >= MASKED + KEPT]
+    shown[positions[fate < MASK_SHARE]] = masking.mask_id
+    swapped = positions[fate >= MASK_SHARE + UNCHANGED_SHARE]
     shown[swapped] = masking.replaceable[draw.integers(len(masking.replaceable), size=len(swapped))]
     return shown, positions
 
@@ -119,8 +119,8 @@ class MaskedBlocks(Dataset):
         fixed: the masks of epoch 0 for ever, to evaluate on.
     """
 
-    blocks: Blocks
-    masking: Masking
+    blocks: TokenBlocks
+    masking: MaskingSpec
     seed: int
     pad_id: int
     fixed: bool = False
@@ -136,16 +136,16 @@ class MaskedBlocks(Dataset):
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         """`input_ids` as shown, the chosen `positions`, and the `labels` there; all int64."""
         ids, words = self.blocks[i]
-        draw = _draw(self.seed, 0 if self.fixed else self.epoch, i)
-        shown, positions = corrupt(ids, words, self.masking, draw)
+        draw = _build_generator(self.seed, 0 if self.fixed else self.epoch, i)
+        shown, positions = mask_tokens(ids, words, self.masking, draw)
         return {"input_ids": shown, "positions": positions, "labels": ids[positions]}
 
     def collate(self, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-        """A batch of these blocks, see `collate`."""
-        return collate(rows, self.pad_id)
+        """A batch of these blocks, see `collate_masked_blocks`."""
+        return collate_masked_blocks(rows, self.pad_id)
 
 
-def collate(rows: Sequence[dict[str, np.ndarray]], pad_id: int) -> dict[str, Tensor]:
+def collate_masked_blocks(rows: Sequence[dict[str, np.ndarray]], pad_id: int) -> dict[str, Tensor]:
     """Masked blocks as one batch, with what picks the n chosen tokens out of it.
 
     Returns:
@@ -161,7 +161,7 @@ def collate(rows: Sequence[dict[str, np.ndarray]], pad_id: int) -> dict[str, Ten
     ids = np.full(there.shape, pad_id, dtype=np.int64)
     ids[there] = np.concatenate([row["input_ids"] for row in rows])
     asked = np.arange(most) < chosen[:, None]
-    labels = np.full(asked.shape, NO_LABEL, dtype=np.int64)
+    labels = np.full(asked.shape, IGNORE_INDEX, dtype=np.int64)
     labels[asked] = np.concatenate([row["labels"] for row in rows])
     positions = np.concatenate([row["positions"] for row in rows])
     batch: dict[str, np.ndarray] = {"input_ids": ids}
@@ -173,7 +173,7 @@ def collate(rows: Sequence[dict[str, np.ndarray]], pad_id: int) -> dict[str, Ten
     return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
-def _draw(seed: int, epoch: int, block: int) -> np.random.Generator:
+def _build_generator(seed: int, epoch: int, block: int) -> np.random.Generator:
     """Random numbers of their own for each (seed, epoch, block).
 
     Philox counts in its first word: two blocks, apart in the last, never share a number.
@@ -181,6 +181,6 @@ def _draw(seed: int, epoch: int, block: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, block]))
 
 
-def _tells_words_apart(tokenizer: Any) -> bool:
+def _has_word_ids(tokenizer: Any) -> bool:
     found = tokenizer("one two", add_special_tokens=False)
     return len(set(found.word_ids(0))) > 1

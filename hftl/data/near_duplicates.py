@@ -10,27 +10,27 @@ from datasketch import MinHash, MinHashLSH
 from imagehash import phash
 from PIL import Image
 
-from hftl.data.normalization import normalise_text
+from hftl.data.normalization import normalize_text
 
 WORD = re.compile(r"[^\W_]+")
-SHINGLE = 3
+SHINGLE_WORDS = 3
 """Words of a shingle."""
-BANDS, ROWS = 32, 4
+LSH_BANDS, LSH_ROWS = 32, 4
 """Two texts of Jaccard similarity j become candidates with probability 1 - (1 - j^4)^32
 (Leskovec et al. 2014, Mining of Massive Datasets, 3.4.2): 0.9999999 at 0.8, 0.87 at 0.5. The
 library's own choice for a threshold of 0.8, 9 bands of 13, would find 0.4 of those at 0.8; false
 candidates cost only a comparison."""
-QUOTED = 6
+MIN_QUOTED_SHINGLES = 6
 """Shingles, eight words, below which a text says too little to be told as a quotation."""
-SEED = 1
-FLAT = 2.0
+MINHASH_SEED = 1
+MAX_FLAT_DEVIATION = 2.0
 """A picture that varies less than this, in standard deviations of grey levels of 255, says nothing
 to its hash but rounding."""
 
 Shingles = set[tuple[str, ...]]
 
 
-class NearTexts:
+class NearTextIndex:
     """The texts that measure; `text in near` says whether one of them is the same or nearly so.
 
     Nearly: the Jaccard similarity of the sets of their shingles, three lower-cased words each, is
@@ -41,7 +41,7 @@ class NearTexts:
     that measure. No other can be near: for each M of them, with U their union,
     |S and M| / |S or M| <= |S and M| / |S| <= |S and U| / |S|.
 
-    A text of `QUOTED` shingles or more that stands inside a longer one is found as well: at least
+    A text of `MIN_QUOTED_SHINGLES` shingles or more that stands inside a longer one is found as well: at least
     `threshold` of its own shingles are among the longer one's.
 
     Args:
@@ -51,26 +51,28 @@ class NearTexts:
 
     def __init__(self, texts: Iterable[str], threshold: float = 0.8) -> None:
         self._threshold = threshold
-        distinct = {frozenset(shingles(text)) for text in texts}
+        distinct = {frozenset(build_shingles(text)) for text in texts}
         self._measured = sorted(distinct, key=sorted)
         self._union = frozenset().union(*self._measured)
         self._holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
         for number, found in enumerate(self._measured):
-            if len(found) >= QUOTED:
+            if len(found) >= MIN_QUOTED_SHINGLES:
                 for shingle in found:
                     self._holders[shingle].append(number)
-        self._index = MinHashLSH(num_perm=BANDS * ROWS, params=(BANDS, ROWS))
+        self._index = MinHashLSH(num_perm=LSH_BANDS * LSH_ROWS, params=(LSH_BANDS, LSH_ROWS))
         for number, found in enumerate(self._measured):
-            self._index.insert(number, _minhash(found))
+            self._index.insert(number, _compute_minhash(found))
 
     def __contains__(self, text: str) -> bool:
-        found = shingles(text)
+        found = build_shingles(text)
         if self._quotes(found):
             return True
         if len(found & self._union) / len(found) < self._threshold:
             return False
-        candidates: list[Any] = self._index.query(_minhash(found))
-        return any(_jaccard(found, self._measured[i]) >= self._threshold for i in candidates)
+        candidates: list[Any] = self._index.query(_compute_minhash(found))
+        return any(
+            _compute_jaccard(found, self._measured[i]) >= self._threshold for i in candidates
+        )
 
     def _quotes(self, found: Shingles) -> bool:
         """Whether a measured text stands inside this one."""
@@ -78,7 +80,7 @@ class NearTexts:
         return any(n >= self._threshold * len(self._measured[i]) for i, n in hits.items())
 
 
-class NearPictures:
+class NearImageIndex:
     """The pictures that measure; `canvas in near` says whether one is the same or nearly so.
 
     Nearly: their perceptual hashes, the signs of the 64 lowest frequencies against their median
@@ -95,63 +97,63 @@ class NearPictures:
         self._flat: set[tuple[tuple[int, ...], bytes]] = set()
         hashes = []
         for canvas in canvases:
-            image = _grey(canvas)
+            image = _convert_to_grey(canvas)
             if _is_flat(image):
-                self._flat.add(_exact(canvas))
+                self._flat.add(_build_exact_key(canvas))
             else:
-                hashes.append(_bits(image))
+                hashes.append(_compute_hash_bits(image))
         self._hashes = np.array(hashes, dtype=np.uint64)
 
     def __contains__(self, canvas: np.ndarray) -> bool:
-        image = _grey(canvas)
+        image = _convert_to_grey(canvas)
         if _is_flat(image):
-            return _exact(canvas) in self._flat
-        differing = np.bitwise_count(self._hashes ^ _bits(image))
+            return _build_exact_key(canvas) in self._flat
+        differing = np.bitwise_count(self._hashes ^ _compute_hash_bits(image))
         return bool((differing <= self._distance).any())
 
 
-def shingles(text: str) -> Shingles:
+def build_shingles(text: str) -> Shingles:
     """Return the runs of three words, all words where there are fewer; never empty.
 
     Words are those of the normalised text: a copy in another Unicode form is the same text.
     """
-    normalised = normalise_text(text)
+    normalised = normalize_text(text)
     words = WORD.findall(normalised)
-    if len(words) < SHINGLE:
+    if len(words) < SHINGLE_WORDS:
         # What has no words, as a row of signs, is compared as it is.
         return {tuple(words) or (normalised or text.strip(),)}
     return set(zip(words, words[1:], words[2:], strict=False))
 
 
-def _jaccard(one: Shingles, other: frozenset[tuple[str, ...]]) -> float:
+def _compute_jaccard(one: Shingles, other: frozenset[tuple[str, ...]]) -> float:
     common = len(one & other)
     return common / (len(one) + len(other) - common)
 
 
-def _minhash(found: Iterable[tuple[str, ...]]) -> MinHash:
-    made = MinHash(num_perm=BANDS * ROWS, seed=SEED)
+def _compute_minhash(found: Iterable[tuple[str, ...]]) -> MinHash:
+    made = MinHash(num_perm=LSH_BANDS * LSH_ROWS, seed=MINHASH_SEED)
     made.update_batch([" ".join(words).encode() for words in found])
     return made
 
 
-def perceptual_hash(image: Image.Image) -> int | None:
+def compute_perceptual_hash(image: Image.Image) -> int | None:
     """Return the 64 bits that survive re-encoding and resizing; None for a flat picture."""
     grey = image.convert("L")
-    return None if _is_flat(grey) else int(_bits(grey))
+    return None if _is_flat(grey) else int(_compute_hash_bits(grey))
 
 
-def _grey(canvas: np.ndarray) -> Image.Image:
+def _convert_to_grey(canvas: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(canvas.transpose(1, 2, 0))).convert("L")
 
 
 def _is_flat(image: Image.Image) -> bool:
-    return float(np.asarray(image).std()) < FLAT
+    return float(np.asarray(image).std()) < MAX_FLAT_DEVIATION
 
 
-def _bits(image: Image.Image) -> np.uint64:
+def _compute_hash_bits(image: Image.Image) -> np.uint64:
     """The perceptual hash as a number."""
     return np.packbits(phash(image).hash.reshape(-1)).view(np.uint64)[0]
 
 
-def _exact(canvas: np.ndarray) -> tuple[tuple[int, ...], bytes]:
+def _build_exact_key(canvas: np.ndarray) -> tuple[tuple[int, ...], bytes]:
     return canvas.shape, canvas.tobytes()

@@ -10,29 +10,29 @@ from typing import Any
 JOINERS = "\u200c\u200d"
 INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
 """Soft hyphen, zero-width space, marks and isolates of direction, word joiner, byte order mark."""
-UNSEEN = re.compile(f"[{JOINERS}\ufe00-\ufe0f]")
+UNSEEN_IN_WORDS = re.compile(f"[{JOINERS}\ufe00-\ufe0f]")
 """Joiners and variants of a character, which Persian, Hindi and emoji are written with."""
 INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 """An integer as it is usually written; `str.isdigit` also accepts names that int refuses."""
-WHOLE = re.compile(r"(-?[0-9]{1,18})\.0+")
+INTEGRAL_FLOAT = re.compile(r"(-?[0-9]{1,18})\.0+")
 NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
-MISSING = {"nan", "null", "none", "na", "n/a", "#n/a", "<na>", "nil", "missing", "?", "-"}
+MISSING_VALUES = {"nan", "null", "none", "na", "n/a", "#n/a", "<na>", "nil", "missing", "?", "-"}
 """What tables write where there is no value."""
 
 
-def normalise_text(text: str) -> str:
+def normalize_text(text: str) -> str:
     """Return a text's key for finding copies: NFC, case folded, white space single, no marks."""
-    visible = UNSEEN.sub("", INVISIBLE.sub("", unicodedata.normalize("NFC", text)))
+    visible = UNSEEN_IN_WORDS.sub("", INVISIBLE.sub("", unicodedata.normalize("NFC", text)))
     # Folding may part letters again that NFC had joined.
     return unicodedata.normalize("NFC", " ".join(visible.casefold().split()))
 
 
-def normalise_content(content: Iterable[str]) -> tuple[str, ...]:
+def normalize_content(content: Iterable[str]) -> tuple[str, ...]:
     """Return the key of a row's texts or words; a text of marks alone is its own key."""
-    return tuple(normalise_text(text) or text for text in content)
+    return tuple(normalize_text(text) or text for text in content)
 
 
-def normalise_name(value: object) -> str:
+def normalize_name(value: object) -> str:
     """Return a label as a class name: `1`, `1.0` and `'1.0'` are one class, as are NFC and NFD.
 
     Joiners inside a name stay, since the name is published and means another without them.
@@ -41,7 +41,7 @@ def normalise_name(value: object) -> str:
         return str(int(value))
     visible = INVISIBLE.sub("", unicodedata.normalize("NFC", str(value)))
     name = " ".join(visible.split()).strip(f"{JOINERS} ")
-    whole = WHOLE.fullmatch(name)
+    whole = INTEGRAL_FLOAT.fullmatch(name)
     return str(int(whole[1])) if whole else name
 
 
@@ -55,7 +55,7 @@ def find_fraction(names: Iterable[str]) -> str | None:
 
     Names that read like a missing value say nothing about the others.
     """
-    distinct = sorted(name for name in set(names) if name.casefold() not in MISSING)
+    distinct = sorted(name for name in set(names) if name.casefold() not in MISSING_VALUES)
     if not all(map(NUMBER.fullmatch, distinct)):
         return None
     written = [name for name in distinct if not name.lstrip("+-").isdigit()]
@@ -72,7 +72,7 @@ def find_doubtful_names(counts: Mapping[str, int]) -> list[str]:
     spellings: dict[str, list[str]] = defaultdict(list)
     numbers: dict[float, list[str]] = defaultdict(list)
     for name in sorted(counts):
-        spellings[normalise_text(name)].append(name)
+        spellings[normalize_text(name)].append(name)
         # A float tells integers of at most 15 digits apart.
         if NUMBER.fullmatch(name) and len(name) <= 15:
             numbers[float(name)].append(name)
@@ -84,7 +84,7 @@ def find_doubtful_names(counts: Mapping[str, int]) -> list[str]:
             if len(names) > 1:
                 written = " and ".join(map(_show_name, names))
                 warnings.append(f"the classes {written} {how}; write them as one")
-    missing = [name for name in sorted(counts) if name.casefold() in MISSING]
+    missing = [name for name in sorted(counts) if name.casefold() in MISSING_VALUES]
     if missing:
         warnings.append(
             f"the class {missing[0]!r} ({counts[missing[0]]} labels) reads like a missing value; "
@@ -102,26 +102,26 @@ def find_doubtful_names(counts: Mapping[str, int]) -> list[str]:
 
 def _show_name(name: str) -> str:
     """Return a name in quotes, the characters in it that cannot be seen spelt out."""
-    return UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", repr(name))
+    return UNSEEN_IN_WORDS.sub(lambda match: f"\\u{ord(match[0]):04x}", repr(name))
 
 
 # What one row's cells must hold for each task, and what they mean.
 
 
-ON = (1, True, 1.0, "1")
-OFF = (0, False, 0.0, "0")
+TRUE_VALUES = (1, True, 1.0, "1")
+FALSE_VALUES = (0, False, 0.0, "0")
 
 
-def text_fault(column: str, value: Any, task: str) -> str | None:
+def find_text_fault(column: str, value: Any, task: str) -> str | None:
     """What makes a cell no text (for token-classification no list of words), if anything."""
     if task == "token-classification":
-        return _words_fault(column, value)
+        return _find_words_fault(column, value)
     if not isinstance(value, str):
         return f"{column} is {'empty' if value is None else type(value).__name__}, not text"
     return None if value.strip() else f"{column} is empty"
 
 
-def label_fault(
+def find_label_fault(
     values: Mapping[str, Any], label: str | list[str], task: str, words: Sequence[str] | None = None
 ) -> str | None:
     """What makes a row's label unusable, if anything.
@@ -134,46 +134,48 @@ def label_fault(
     """
     if isinstance(label, list):
         return next(
-            (why for column in label if (why := _switch_fault(column, values[column]))), None
+            (why for column in label if (why := _find_binary_fault(column, values[column]))), None
         )
     value = values[label]
     if task == "regression":
-        return _target_fault(value)
+        return _find_target_fault(value)
     if task == "classification":
-        return _class_fault(value)
+        return _find_class_fault(value)
     if not isinstance(value, (list, tuple)):
         what = "empty" if value is None else f"a {type(value).__name__}"
         return f"the label is {what}, not a list"
-    bad = next((why for item in value if (why := _class_fault(item))), None)
+    bad = next((why for item in value if (why := _find_class_fault(item))), None)
     if bad is None and words is not None and len(value) != len(words):
         return f"{len(value)} labels for {len(words)} words"
     return bad
 
 
-def label_of(
+def parse_label(
     values: Mapping[str, Any], label: str | list[str], task: str
 ) -> str | float | tuple[str, ...]:
     """A sound row's label: a class name, a number, the names that hold, or a tag for each word."""
     if isinstance(label, list):
-        return tuple(sorted(column for column in label if _bare(values[column]) in ON))
+        return tuple(
+            sorted(column for column in label if _strip_text(values[column]) in TRUE_VALUES)
+        )
     value = values[label]
     if task == "regression":
         return float(value)
     if task == "multi-label":
-        return tuple(sorted({normalise_name(item) for item in value}))
+        return tuple(sorted({normalize_name(item) for item in value}))
     if task == "token-classification":
-        return tuple(normalise_name(item) for item in value)
-    return normalise_name(value)
+        return tuple(normalize_name(item) for item in value)
+    return normalize_name(value)
 
 
-def kind(value: Any) -> str:
+def get_value_type(value: Any) -> str:
     """true/false, number or text."""
     if isinstance(value, bool):
         return "true/false"
     return "number" if isinstance(value, (int, float)) else "text"
 
 
-def _words_fault(column: str, value: Any) -> str | None:
+def _find_words_fault(column: str, value: Any) -> str | None:
     if not isinstance(value, (list, tuple)):
         what = "empty" if value is None else f"a {type(value).__name__}"
         return f"{column} is {what}, not a list of words"
@@ -183,8 +185,8 @@ def _words_fault(column: str, value: Any) -> str | None:
     return f"{column} holds {bad[0]!r}, which is no word" if bad else None
 
 
-def _class_fault(value: Any) -> str | None:
-    if value is None or (isinstance(value, str) and not normalise_name(value)):
+def _find_class_fault(value: Any) -> str | None:
+    if value is None or (isinstance(value, str) and not normalize_name(value)):
         return "the label is empty"
     if isinstance(value, float) and math.isnan(value):
         return "the label is missing (nan)"
@@ -195,15 +197,19 @@ def _class_fault(value: Any) -> str | None:
     return None
 
 
-def _switch_fault(column: str, value: Any) -> str | None:
-    return None if _bare(value) in (*ON, *OFF) else f"{column} is {value!r}, not 0 or 1"
+def _find_binary_fault(column: str, value: Any) -> str | None:
+    return (
+        None
+        if _strip_text(value) in (*TRUE_VALUES, *FALSE_VALUES)
+        else f"{column} is {value!r}, not 0 or 1"
+    )
 
 
-def _bare(value: Any) -> Any:
+def _strip_text(value: Any) -> Any:
     return value.strip() if isinstance(value, str) else value
 
 
-def _target_fault(value: Any) -> str | None:
+def _find_target_fault(value: Any) -> str | None:
     if value is None or (isinstance(value, str) and not value.strip()):
         return "the target is empty"
     try:

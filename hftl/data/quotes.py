@@ -11,16 +11,16 @@ from itertools import islice
 
 from hftl.data.normalization import NUMBER
 
-PROFILED = 5000
+PROFILED_ROWS = 5000
 """Rows that a column's look is learnt from."""
-FEW = 50
+MAX_CLASS_VALUES = 50
 """Distinct values of a column that still look like classes."""
-SHAPES = 3
+MAX_SHAPES = 3
 """Distinct shapes, as of dates or identifiers, that a column's values may have to be bound to."""
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
+class ColumnProfile:
     """The look of a column's cells: `names` and `shapes` are None where they are too many.
 
     A column is `prose` if enough rows show no look at all.
@@ -41,7 +41,7 @@ class Column:
             return cell in self.names
         if self.numeric:
             return NUMBER.fullmatch(cell) is not None
-        if self.shapes is not None and _shape(cell) not in self.shapes:
+        if self.shapes is not None and _reduce_to_shape(cell) not in self.shapes:
             return False
         return self.spaced or not cell.startswith(" ")
 
@@ -50,10 +50,10 @@ class Column:
         return self.names is not None and bool(cell) and not NUMBER.fullmatch(cell)
 
 
-def profile_columns(rows: Iterable[list[str]], width: int) -> list[Column]:
+def profile_columns(rows: Iterable[list[str]], width: int) -> list[ColumnProfile]:
     """Learn the look of each column from the cells of one line in the table's first rows."""
-    sound = list(islice((row for row in rows if len(row) == width), PROFILED))
-    return [_profile([row[i] for row in sound]) for i in range(width)]
+    sound = list(islice((row for row in rows if len(row) == width), PROFILED_ROWS))
+    return [_profile_column([row[i] for row in sound]) for i in range(width)]
 
 
 def may_hold_rows(row: list[str], width: int) -> bool:
@@ -61,17 +61,15 @@ def may_hold_rows(row: list[str], width: int) -> bool:
 
     A line break may still be a carriage return here.
     """
-    return any(
-        (width == 1 or "," in cell) and ("\n" in cell or "\r" in cell) for cell in row
-    )
+    return any((width == 1 or "," in cell) and ("\n" in cell or "\r" in cell) for cell in row)
 
 
-def tells_nothing(columns: list[Column]) -> bool:
+def is_all_prose(columns: list[ColumnProfile]) -> bool:
     """Return whether all columns are free text, so that joined rows cannot be told from a text."""
     return len(columns) == 1 or all(column.prose for column in columns)
 
 
-def find_joined(row: list[str], columns: list[Column]) -> tuple[int, int] | None:
+def find_joined_row(row: list[str], columns: list[ColumnProfile]) -> tuple[int, int] | None:
     """Find what looks like another row inside a cell.
 
     Args:
@@ -82,26 +80,26 @@ def find_joined(row: list[str], columns: list[Column]) -> tuple[int, int] | None
         The lines at which the cell begins and the other row begins, counted from 0 at the row's
         first; None where there is none.
     """
-    if tells_nothing(columns):
+    if is_all_prose(columns):
         return None
     begins = 0
     for place, cell in enumerate(row):
         lines = cell.split("\n")
         if len(lines) > 1 and len(row) == len(columns):
-            other = _next_row(lines, place, columns)
+            other = _find_next_row(lines, place, columns)
         else:
             # Cells that do not match the header cannot be aligned with it, whole lines can.
             inner = range(1, len(lines) - 1)
-            other = next((n for n in inner if _fit(lines[n].split(","), columns)), None)
+            other = next((n for n in inner if _match_columns(lines[n].split(","), columns)), None)
         if other is not None:
             return begins, begins + other
         begins += len(lines) - 1
     return None
 
 
-def _next_row(lines: list[str], place: int, columns: list[Column]) -> int | None:
+def _find_next_row(lines: list[str], place: int, columns: list[ColumnProfile]) -> int | None:
     """Return the first line of a cell that looks like a row of its own, if the cell was joined."""
-    fitting = list(_fitting(lines, place, columns))
+    fitting = list(_match_lines(lines, place, columns))
     proven = next((number for number, _, proof in fitting if proof), None)
     if proven is None and fitting and all(fits for _, fits, _ in fitting):
         proven = fitting[0][0]
@@ -109,8 +107,8 @@ def _next_row(lines: list[str], place: int, columns: list[Column]) -> int | None
     return None if proven is None else max(1, proven)
 
 
-def _fitting(
-    lines: list[str], place: int, columns: list[Column]
+def _match_lines(
+    lines: list[str], place: int, columns: list[ColumnProfile]
 ) -> Iterator[tuple[int, bool, bool]]:
     """Yield each line that could tell: its number, if it fits the columns, if that is a proof.
 
@@ -133,33 +131,33 @@ def _fitting(
         else:
             beside, enough = columns, True
         if beside:
-            fits = enough and _fit(pieces, beside)
-            proof = fits and any(map(Column.proves, beside, pieces))
+            fits = enough and _match_columns(pieces, beside)
+            proof = fits and any(map(ColumnProfile.proves, beside, pieces))
             yield number, fits, proof
 
 
-def _fit(pieces: list[str], columns: list[Column]) -> bool:
-    return len(pieces) == len(columns) and all(map(Column.fits, columns, pieces))
+def _match_columns(pieces: list[str], columns: list[ColumnProfile]) -> bool:
+    return len(pieces) == len(columns) and all(map(ColumnProfile.fits, columns, pieces))
 
 
-def _profile(every: list[str]) -> Column:
+def _profile_column(every: list[str]) -> ColumnProfile:
     cells = [cell for cell in every if "\n" not in cell]
     full = [cell for cell in cells if cell]
     names = frozenset(full)
-    shapes = frozenset(map(_shape, full))
+    shapes = frozenset(map(_reduce_to_shape, full))
     numeric = bool(full) and all(map(NUMBER.fullmatch, full))
-    few_names = names if len(names) <= FEW and 2 * len(names) <= len(full) else None
-    few_shapes = shapes if len(shapes) <= SHAPES and len(full) > 2 * SHAPES else None
-    return Column(
+    few_names = names if len(names) <= MAX_CLASS_VALUES and 2 * len(names) <= len(full) else None
+    few_shapes = shapes if len(shapes) <= MAX_SHAPES and len(full) > 2 * MAX_SHAPES else None
+    return ColumnProfile(
         names=few_names,
         shapes=few_shapes,
         numeric=numeric,
-        prose=len(every) > 2 * SHAPES and not (few_names or few_shapes or numeric),
+        prose=len(every) > 2 * MAX_SHAPES and not (few_names or few_shapes or numeric),
         spaced=any(cell.startswith(" ") for cell in full),
         empty=len(full) < len(cells),
     )
 
 
-def _shape(cell: str) -> str:
+def _reduce_to_shape(cell: str) -> str:
     """Return a cell with every run of letters as one, and every run of digits."""
     return re.sub(r"\d+", "9", re.sub(r"[^\W\d_]+", "a", cell))

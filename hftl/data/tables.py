@@ -12,16 +12,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hftl.data.quotes import Column, find_joined, may_hold_rows, profile_columns, tells_nothing
+from hftl.data.quotes import (
+    ColumnProfile,
+    find_joined_row,
+    is_all_prose,
+    may_hold_rows,
+    profile_columns,
+)
 from hftl.errors import DataError, DataWarning
 
-QUOTED = re.compile(r'"(?=.*"".)(?:[^"]|"")*"', re.DOTALL)
+CSV_QUOTED_CELL = re.compile(r'"(?=.*"".)(?:[^"]|"")*"', re.DOTALL)
 """A cell that a writer of CSV has quoted, and hardly anyone else: it holds doubled quotes alone."""
-IN_TSV = "in a .tsv a quote is text and every line a row"
+TSV_RULE = "in a .tsv a quote is text and every line a row"
 
 
 @dataclass(frozen=True, slots=True)
-class Raw:
+class RawRow:
     """A row as the file has it, every line ending a line feed.
 
     `fault` says why it cannot be read, if so.
@@ -39,13 +45,13 @@ class Raw:
         object.__setattr__(self, "values", values)
 
 
-def read_csv(path: Path) -> Iterator[Raw]:
+def read_csv(path: Path) -> Iterator[RawRow]:
     """Rows of a comma-separated table (tabs for .tsv) with a header line.
 
     In a .tsv a quote is text and every line a row, as those who write them hold it.
     """
-    with _open(path) as handle:
-        reader = _csv_reader(path, handle)
+    with _open_text(path) as handle:
+        reader = _build_csv_reader(path, handle)
         begins = 1
         try:
             header = next(reader, None)
@@ -56,14 +62,16 @@ def read_csv(path: Path) -> Iterator[Raw]:
             for row in reader:
                 if row and may_hold_rows(row, len(header)):
                     columns = columns or _profile_table(path, len(header))
-                    _refuse_joined(path.name, row, columns, begins)
-                    if tells_nothing(columns) and not warned:
+                    _refuse_joined_row(path.name, row, columns, begins)
+                    if is_all_prose(columns) and not warned:
                         warned = True
-                        _warn_of_lines(f"{path.name} line {begins}", reader.line_num - begins + 1)
+                        _warn_of_multiline_row(
+                            f"{path.name} line {begins}", reader.line_num - begins + 1
+                        )
                 if row:
                     where = f"{path.name} line {reader.line_num}"
                     values = dict(zip(header, [*row, *[None] * len(header)], strict=False))
-                    yield Raw(values, index, where, _row_fault(path, header, row, begins))
+                    yield RawRow(values, index, where, _find_cell_fault(path, header, row, begins))
                     index += 1
                 begins = reader.line_num + 1
         except csv.Error as error:
@@ -74,7 +82,7 @@ def read_csv(path: Path) -> Iterator[Raw]:
             ) from error
 
 
-def _csv_reader(path: Path, handle: Any, strict: bool = True) -> Any:
+def _build_csv_reader(path: Path, handle: Any, strict: bool = True) -> Any:
     csv.field_size_limit(2**31 - 1)
     if path.suffix.lower() == ".tsv":
         return csv.reader(handle, strict=strict, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -83,36 +91,36 @@ def _csv_reader(path: Path, handle: Any, strict: bool = True) -> Any:
 
 def _check_header(path: Path, header: list[str]) -> None:
     """Refuse a header that is not text, or that names a column twice."""
-    if not_utf8("".join(header)):
+    if has_invalid_utf8("".join(header)):
         raise DataError(f"{path.name} line 1: not valid UTF-8", "Save it as UTF-8")
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise DataError(f"{path.name}: two columns are named {twice!r}", "Rename one")
 
 
-def _row_fault(path: Path, header: list[str], row: list[str], begins: int) -> str | None:
+def _find_cell_fault(path: Path, header: list[str], row: list[str], begins: int) -> str | None:
     """Return what is wrong with a row's cells, if anything."""
     tabs = path.suffix.lower() == ".tsv"
-    if tabs and any(map(QUOTED.fullmatch, row)):
-        return f"a cell is quoted as in a .csv; {IN_TSV}"
+    if tabs and any(map(CSV_QUOTED_CELL.fullmatch, row)):
+        return f"a cell is quoted as in a .csv; {TSV_RULE}"
     if len(row) == len(header):
         return None
     fault = f"{len(row)} fields where the header has {len(header)}"
     breaks = sum(normalize_newlines(cell).count("\n") for cell in row)
     if breaks:
         fault += f", in lines {begins} to {begins + breaks}"
-    return f"{fault}; {IN_TSV}" if tabs and any(c.startswith('"') for c in row) else fault
+    return f"{fault}; {TSV_RULE}" if tabs and any(c.startswith('"') for c in row) else fault
 
 
-def _profile_table(path: Path, width: int) -> list[Column]:
+def _profile_table(path: Path, width: int) -> list[ColumnProfile]:
     """Learn the look of a table's columns from its first rows, whatever follows them."""
-    with _open(path) as handle:
-        reader = _csv_reader(path, handle, strict=False)
+    with _open_text(path) as handle:
+        reader = _build_csv_reader(path, handle, strict=False)
         next(reader, None)
         return profile_columns(map(normalize_newlines, reader), width)
 
 
-def _warn_of_lines(where: str, lines: int) -> None:
+def _warn_of_multiline_row(where: str, lines: int) -> None:
     """Warn of a row of several lines in a table whose columns tell no rows from text."""
     warnings.warn(
         f"{where}: one row holds {lines} lines, and others may too; if they were to be rows, a "
@@ -122,13 +130,15 @@ def _warn_of_lines(where: str, lines: int) -> None:
     )
 
 
-def _refuse_joined(name: str, row: list[str], columns: list[Column], begins: int) -> None:
+def _refuse_joined_row(
+    name: str, row: list[str], columns: list[ColumnProfile], begins: int
+) -> None:
     """Refuse a row whose cell swallowed others, bad rows to be skipped or not: they count as one.
 
     Raises:
         DataError: naming the line where the quote opens, and where the other row stands.
     """
-    lines = find_joined(normalize_newlines(row), columns)
+    lines = find_joined_row(normalize_newlines(row), columns)
     if lines is not None:
         opens, other = (begins + line for line in lines)
         raise DataError(
@@ -139,15 +149,15 @@ def _refuse_joined(name: str, row: list[str], columns: list[Column], begins: int
         )
 
 
-def read_jsonl(path: Path) -> Iterator[Raw]:
+def read_jsonl(path: Path) -> Iterator[RawRow]:
     """Rows of a file with one JSON object a line."""
-    with _open(path) as handle:
+    with _open_text(path) as handle:
         lines = ((number, line) for number, line in enumerate(handle, 1) if line.strip())
         columns = None
-        early: list[Raw] = []
+        early: list[RawRow] = []
         for index, (number, line) in enumerate(lines):
-            values, fault = _json_object(line)
-            raw = Raw(values, index, f"{path.name} line {number}", fault)
+            values, fault = _parse_json_object(line)
+            raw = RawRow(values, index, f"{path.name} line {number}", fault)
             if columns is None and fault:
                 early.append(raw)
                 continue
@@ -159,7 +169,7 @@ def read_jsonl(path: Path) -> Iterator[Raw]:
         raise DataError(f"{early[0].where}: {early[0].fault}", "Write one object a line")
 
 
-def _json_object(line: str) -> tuple[dict[str, Any], str | None]:
+def _parse_json_object(line: str) -> tuple[dict[str, Any], str | None]:
     """The object that a line holds, or none and why."""
     try:
         values = json.loads(line)
@@ -170,7 +180,7 @@ def _json_object(line: str) -> tuple[dict[str, Any], str | None]:
     return values, None
 
 
-def read_parquet(path: Path) -> Iterator[Raw]:
+def read_parquet(path: Path) -> Iterator[RawRow]:
     """Rows of a Parquet file."""
     import pyarrow.parquet
     from pyarrow.lib import ArrowInvalid
@@ -182,55 +192,55 @@ def read_parquet(path: Path) -> Iterator[Raw]:
     index = 0
     for batch in file.iter_batches(4096):
         for values in batch.to_pylist():
-            yield Raw(values, index, f"{path.name} row {index + 1}")
+            yield RawRow(values, index, f"{path.name} row {index + 1}")
             index += 1
 
 
-def read_txt(path: Path) -> Iterator[Raw]:
+def read_txt(path: Path) -> Iterator[RawRow]:
     """One text a line, in a column `text`."""
-    with _open(path) as handle:
+    with _open_text(path) as handle:
         for number, line in enumerate(handle, 1):
-            yield Raw({"text": line.rstrip("\r\n")}, number - 1, f"{path.name} line {number}")
+            yield RawRow({"text": line.rstrip("\r\n")}, number - 1, f"{path.name} line {number}")
 
 
-def read_textfolder(path: Path) -> Iterator[Raw]:
+def read_textfolder(path: Path) -> Iterator[RawRow]:
     """One folder a class, one text a file; columns `text` and `label`."""
-    files = (f for c in _classes(path) for f in sorted(c.rglob("*")) if f.is_file())
+    files = (f for c in _list_class_folders(path) for f in sorted(c.rglob("*")) if f.is_file())
     for index, file in enumerate(files):
         if file.name.startswith("."):
             continue
         where = file.relative_to(path).as_posix()
         label = where.split("/")[0]
-        with _open(file) as handle:
-            yield Raw({"text": handle.read(), "label": label}, index, where)
+        with _open_text(file) as handle:
+            yield RawRow({"text": handle.read(), "label": label}, index, where)
 
 
-def read_texts(path: Path) -> Iterator[Raw]:
+def read_text_files(path: Path) -> Iterator[RawRow]:
     """Every file below a folder as one text, in a column `text`; hidden files are left out."""
-    for index, file in enumerate(_files(path)):
-        with _open(file) as handle:
-            yield Raw({"text": handle.read()}, index, file.relative_to(path).as_posix())
+    for index, file in enumerate(_list_files(path)):
+        with _open_text(file) as handle:
+            yield RawRow({"text": handle.read()}, index, file.relative_to(path).as_posix())
 
 
-def read_imagefolder(path: Path) -> Iterator[Raw]:
+def read_imagefolder(path: Path) -> Iterator[RawRow]:
     """One folder a class; columns `image`, the absolute path, and `label`.
 
     A file that is no image stays a row: `decode` says why it cannot be read.
     """
-    files = (file for folder in _classes(path) for file in _files(folder))
+    files = (file for folder in _list_class_folders(path) for file in _list_files(folder))
     for index, file in enumerate(files):
         where = file.relative_to(path).as_posix()
-        yield Raw({"image": file.absolute(), "label": where.split("/")[0]}, index, where)
+        yield RawRow({"image": file.absolute(), "label": where.split("/")[0]}, index, where)
 
 
-def read_images(path: Path) -> Iterator[Raw]:
+def read_image_files(path: Path) -> Iterator[RawRow]:
     """Every file below a folder, to predict for; column `image`, the path inside the folder."""
-    for index, file in enumerate(_files(path)):
+    for index, file in enumerate(_list_files(path)):
         where = file.relative_to(path).as_posix()
-        yield Raw({"image": where}, index, where)
+        yield RawRow({"image": where}, index, where)
 
 
-READERS: dict[str, Callable[[Path], Iterator[Raw]]] = {
+READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
     "csv": read_csv,
     "jsonl": read_jsonl,
     "parquet": read_parquet,
@@ -248,9 +258,9 @@ IMAGE_SUFFIXES = frozenset(
 SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval")
 
 
-def looks_like_images(folder: Path) -> bool:
+def has_mostly_images(folder: Path) -> bool:
     """Whether most files below the folder have an image's suffix."""
-    images = [file.suffix.lower() in IMAGE_SUFFIXES for file in _files(folder)]
+    images = [file.suffix.lower() in IMAGE_SUFFIXES for file in _list_files(folder)]
     return 2 * sum(images) > len(images)
 
 
@@ -260,14 +270,14 @@ def guess_format(path: Path) -> str:
     Raises:
         DataError: if it says none, or the folder is empty.
     """
-    if path.is_dir() and not _files(path):
+    if path.is_dir() and not _list_files(path):
         raise DataError(f"{path.name} is an empty folder", "Check the path")
     if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
         raise DataError(
             f"{path.name} is one picture", "Give its folder, or a table that names pictures"
         )
     if path.is_dir():
-        return "imagefolder" if looks_like_images(path) else "textfolder"
+        return "imagefolder" if has_mostly_images(path) else "textfolder"
     name = {".json": "jsonl", ".ndjson": "jsonl", ".tsv": "csv"}.get(
         path.suffix.lower(), path.suffix.lower().removeprefix(".")
     )
@@ -290,12 +300,12 @@ def normalize_newlines(value: Any) -> Any:
     return value
 
 
-def not_utf8(text: str) -> bool:
+def has_invalid_utf8(text: str) -> bool:
     """Whether the text holds bytes that were not UTF-8, or half a character of UTF-16."""
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _classes(path: Path) -> list[Path]:
+def _list_class_folders(path: Path) -> list[Path]:
     """The folders, one a class."""
     classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not classes:
@@ -309,14 +319,14 @@ def _classes(path: Path) -> list[Path]:
     return classes
 
 
-def _files(folder: Path) -> list[Path]:
+def _list_files(folder: Path) -> list[Path]:
     """Every file below the folder, dangling links too, without what is hidden."""
     found = (file for file in folder.rglob("*") if not file.is_dir())
     inside = ((file, file.relative_to(folder).parts) for file in found)
     return sorted(file for file, parts in inside if not any(p.startswith(".") for p in parts))
 
 
-def _open(path: Path) -> Any:
+def _open_text(path: Path) -> Any:
     with open(path, "rb") as handle:
         start = handle.read(2)
     if start in (b"\xff\xfe", b"\xfe\xff"):

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from hftl.data.load import Row
 
-Encoded = dict[str, Any]
+EncodedRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class TextInputs:
     tokenizer: Any
     max_length: int
 
-    def encode(self, rows: list[Row]) -> list[Encoded]:
+    def encode(self, rows: list[Row]) -> list[EncodedRow]:
         """Token ids of each row, not padded."""
         if not rows:
             return []
@@ -32,15 +32,15 @@ class TextInputs:
         keys = [key for key in self.tokenizer.model_input_names if key in found]
         return [{key: found[key][i] for key in keys} for i in range(len(rows))]
 
-    def length(self, encoded: Encoded) -> int:
+    def length(self, encoded: EncodedRow) -> int:
         """Tokens of a row: what its forward pass costs."""
         return len(encoded["input_ids"])
 
-    def collate(self, rows: list[Encoded]) -> dict[str, Tensor]:
+    def collate(self, rows: list[EncodedRow]) -> dict[str, Tensor]:
         """Tensors (batch, longest row); labels int64 (batch,), or float32 (batch, ...)."""
-        return with_labels(self._padded(rows), rows)
+        return add_labels(self._padded(rows), rows)
 
-    def outputs(self, values: Tensor, rows: list[Encoded]) -> list[Tensor]:
+    def split_outputs(self, values: Tensor, rows: list[EncodedRow]) -> list[Tensor]:
         """The values (batch, width) row by row, each (1, width)."""
         return list(values.split(1))
 
@@ -48,7 +48,7 @@ class TextInputs:
         """Writes the tokenizer."""
         self.tokenizer.save_pretrained(folder)
 
-    def facts(self, rows: list[Row]) -> dict[str, float]:
+    def summarize(self, rows: list[Row]) -> dict[str, float]:
         """Median length in tokens, share of rows cut short, share of unknown tokens."""
         columns = [list(column) for column in zip(*(row.content for row in rows), strict=True)]
         return self._facts(self.tokenizer(*columns, truncation=False, verbose=False)["input_ids"])
@@ -62,7 +62,7 @@ class TextInputs:
             "unknown_tokens": unknown / max(1, sum(lengths)),
         }
 
-    def _padded(self, rows: list[Encoded]) -> dict[str, Tensor]:
+    def _padded(self, rows: list[EncodedRow]) -> dict[str, Tensor]:
         """Pad on the right, with the mask of what is padded, whatever the tokenizer says.
 
         Padding on the left moves a text's first token and its positions by the length of its
@@ -85,7 +85,7 @@ class WordInputs(TextInputs):
     the word was cut off.
     """
 
-    def encode(self, rows: list[Row]) -> list[Encoded]:
+    def encode(self, rows: list[Row]) -> list[EncodedRow]:
         """Token ids of each row and where its words begin."""
         if not rows:
             return []
@@ -96,11 +96,11 @@ class WordInputs(TextInputs):
         keys = [key for key in self.tokenizer.model_input_names if key in found]
         return [
             {key: found[key][i] for key in keys}
-            | {"words": first_tokens(found.word_ids(i), len(row.content))}
+            | {"words": find_first_tokens(found.word_ids(i), len(row.content))}
             for i, row in enumerate(rows)
         ]
 
-    def collate(self, rows: list[Encoded]) -> dict[str, Tensor]:
+    def collate(self, rows: list[EncodedRow]) -> dict[str, Tensor]:
         """Tensors (batch, longest row); labels (batch, longest row) int64, -100 off the words."""
         batch = self._padded(rows)
         if "labels" not in rows[0]:
@@ -113,7 +113,7 @@ class WordInputs(TextInputs):
         batch["labels"] = labels
         return batch
 
-    def outputs(self, values: Tensor, rows: list[Encoded]) -> list[Tensor]:
+    def split_outputs(self, values: Tensor, rows: list[EncodedRow]) -> list[Tensor]:
         """The values (batch, length, width) at each row's words, (words, width); NaN where cut."""
         found = []
         for value, row in zip(values, rows, strict=True):
@@ -123,7 +123,7 @@ class WordInputs(TextInputs):
             found.append(picked)
         return found
 
-    def facts(self, rows: list[Row]) -> dict[str, float]:
+    def summarize(self, rows: list[Row]) -> dict[str, float]:
         """As for texts."""
         words = [list(row.content) for row in rows]
         return self._facts(
@@ -133,42 +133,42 @@ class WordInputs(TextInputs):
         )
 
 
-def with_labels(batch: dict[str, Any], rows: list[Encoded]) -> dict[str, Any]:
+def add_labels(batch: dict[str, Any], rows: list[EncodedRow]) -> dict[str, Any]:
     """The batch with its rows' labels stacked, where they have any."""
     if "labels" in rows[0]:
         batch["labels"] = torch.from_numpy(np.stack([row["labels"] for row in rows]))
     return batch
 
 
-def of_words(tokenizer: Any, folder: Path) -> Any:
+def build_word_tokenizer(tokenizer: Any, folder: Path) -> Any:
     """The tokenizer for texts that come as words.
 
     One of bytes (RoBERTa, ModernBERT) reads a word without a space before it as the rest of the
     word before; it is told to put the space there.
     """
-    if not _lacks_space(tokenizer):
+    if not _lacks_prefix_space(tokenizer):
         return tokenizer
     found: Any = type(tokenizer).from_pretrained(
         folder, add_prefix_space=True, padding_side=tokenizer.padding_side,
         model_input_names=tokenizer.model_input_names,
     )  # fmt: skip
-    if _lacks_space(found):
+    if _lacks_prefix_space(found):
         state = json.loads(found.backend_tokenizer.to_str())
-        for step in _byte_steps(state["pre_tokenizer"]):
+        for step in _find_byte_level_steps(state["pre_tokenizer"]):
             step["add_prefix_space"] = True
         found._tokenizer = type(found.backend_tokenizer).from_str(json.dumps(state))
     return found
 
 
-def _lacks_space(tokenizer: Any) -> bool:
+def _lacks_prefix_space(tokenizer: Any) -> bool:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return False
-    steps = _byte_steps(json.loads(backend.to_str())["pre_tokenizer"])
+    steps = _find_byte_level_steps(json.loads(backend.to_str())["pre_tokenizer"])
     return any(not step["add_prefix_space"] for step in steps)
 
 
-def _byte_steps(state: Any) -> list[dict[str, Any]]:
+def _find_byte_level_steps(state: Any) -> list[dict[str, Any]]:
     """The byte-level steps of a pre-tokenizer's state."""
     if not state:
         return []
@@ -176,7 +176,7 @@ def _byte_steps(state: Any) -> list[dict[str, Any]]:
     return [step for step in steps if step["type"] == "ByteLevel"]
 
 
-def first_tokens(word_ids: list[int | None], words: int) -> list[int]:
+def find_first_tokens(word_ids: list[int | None], words: int) -> list[int]:
     """The place of each word's first token, -1 where it has none."""
     places = [-1] * words
     for place in reversed(range(len(word_ids))):
@@ -189,10 +189,10 @@ def first_tokens(word_ids: list[int | None], words: int) -> list[int]:
 # Rows as a dataset for the Trainer.
 
 
-Change = Callable[[Encoded, int, bytes], Encoded]
+Augmentation = Callable[[EncodedRow, int, bytes], EncodedRow]
 
 
-class Examples(Dataset):
+class EncodedDataset(Dataset):
     """Encoded rows with what they teach.
 
     Args:
@@ -203,12 +203,16 @@ class Examples(Dataset):
     """
 
     def __init__(
-        self, encoded: list[Encoded], labels: list[Any], keys: list[bytes], change: Change | None
+        self,
+        encoded: list[EncodedRow],
+        labels: list[Any],
+        keys: list[bytes],
+        augment: Augmentation | None,
     ) -> None:
         self.encoded = encoded
         self.labels = labels
         self.keys = keys
-        self.change = change
+        self.change = augment
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

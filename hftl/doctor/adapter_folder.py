@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hftl.errors import HubError, RecipeError, message_line
+from hftl.errors import HubError, RecipeError, format_error_line
 from hftl.runtime import paths
 
 DEFECT, WARNING = "defect", "warning"
@@ -38,7 +38,7 @@ def warning(kind: str, what: str, where: str, fix: str) -> Finding:
     return Finding(kind, WARNING, what, where, fix)
 
 
-def several(names: list[str], most: int = 3) -> str:
+def format_names(names: list[str], most: int = 3) -> str:
     """The first names, and how many more there are."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
@@ -49,20 +49,20 @@ def several(names: list[str], most: int = 3) -> str:
 # Nothing of it is run or unpickled, and no file outside it is opened.
 
 
-ADAPTER, CONFIG, RECORD = "adapter_config.json", "config.json", "hftl.json"
-WEIGHTS = "adapter_model.safetensors"
-BIG = ("tokenizer.json", "vocab.json", "added_tokens.json")
+ADAPTER_CONFIG, MODEL_CONFIG, RECORD_FILE = "adapter_config.json", "config.json", "hftl.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json")
 """Vocabularies, which say nothing of what is examined here."""
-MOST_BYTES = 20_000_000
+MAX_FILE_BYTES = 20_000_000
 """Of a settings file; what is larger is none."""
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
 """Files that run code when they are loaded; numpy's may hold a pickle."""
-READ = ["*.json", "*.txt", "*.model", "*.safetensors", "README.md"]
+FETCHED_PATTERNS = ["*.json", "*.txt", "*.model", "*.safetensors", "README.md"]
 """What is fetched of a hub's folder."""
 
 
 @dataclass(frozen=True)
-class Patient:
+class AdapterFolder:
     """An adapter or a whole model.
 
     `names` are all of its files, by their paths in it, those of a hub that were not fetched
@@ -72,34 +72,34 @@ class Patient:
     place: str
     folder: Path
     run: Path | None
-    remote: bool
-    names: list[str]
-    jsons: dict[str, Any]
+    is_remote: bool
+    files: list[str]
+    json_files: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
-    unlisted: str | None = None
+    unlisted_reason: str | None = None
     """The files that the hub did not list, and why."""
 
     @property
     def is_adapter(self) -> bool:
         """Whether it goes on a base."""
-        return ADAPTER in self.names
+        return ADAPTER_CONFIG in self.files
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def adapter_config(self) -> dict[str, Any]:
         """Of adapter_config.json; empty where it is not readable."""
-        return self.jsons.get(ADAPTER, {})
+        return self.json_files.get(ADAPTER_CONFIG, {})
 
     @property
-    def config(self) -> dict[str, Any]:
+    def model_config(self) -> dict[str, Any]:
         """Of config.json."""
-        return self.jsons.get(CONFIG, {})
+        return self.json_files.get(MODEL_CONFIG, {})
 
     @property
     def record(self) -> dict[str, Any]:
         """What hftl has recorded."""
-        return self.jsons.get(RECORD, {})
+        return self.json_files.get(RECORD_FILE, {})
 
-    def recorded(self, section: str) -> dict[str, Any]:
+    def get_record_section(self, section: str) -> dict[str, Any]:
         """A section of what hftl has recorded; empty where there is none, or it is none."""
         told = self.record.get(section)
         return told if isinstance(told, dict) else {}
@@ -107,23 +107,23 @@ class Patient:
     @property
     def labels(self) -> list[str]:
         """The labels' names that hftl has recorded, in their order."""
-        told = self.recorded("data").get("labels")
+        told = self.get_record_section("data").get("labels")
         return list(map(str, told)) if isinstance(told, list) else []
 
     @property
-    def pooled(self) -> bool:
+    def has_own_head(self) -> bool:
         """Whether a head of hftl's stands beside the encoder."""
-        return "head.safetensors" in self.names
+        return "head.safetensors" in self.files
 
     @property
     def weight_files(self) -> list[str]:
         """The safetensors that its model is loaded from."""
-        known = (WEIGHTS,) if self.is_adapter else ("model",)
-        heads = ("head.safetensors",) if self.pooled else ()
-        return [n for n in self.names if n.startswith(known + heads) and _is_weights(n)]
+        known = (ADAPTER_WEIGHTS,) if self.is_adapter else ("model",)
+        heads = ("head.safetensors",) if self.has_own_head else ()
+        return [n for n in self.files if n.startswith(known + heads) and _is_weights(n)]
 
 
-def opened(place: str | Path) -> tuple[Patient, list[Finding]]:
+def open_adapter_folder(place: str | Path) -> tuple[AdapterFolder, list[Finding]]:
     """Finds the folder, and reads what may be read of it.
 
     Args:
@@ -133,10 +133,10 @@ def opened(place: str | Path) -> tuple[Patient, list[Finding]]:
         RecipeError: if it holds neither an adapter nor a model.
         HubError: if a hub id cannot be had.
     """
-    path = paths.find(str(place), "the adapter to examine")
+    path = paths.resolve_local_path(str(place), "the adapter to examine")
     run = unlisted = None
     if path is None:
-        folder, names, unlisted = _fetched(str(place))
+        folder, names, unlisted = _fetch_repo(str(place))
         outside: list[Finding] = []
     else:
         folder = path
@@ -144,21 +144,21 @@ def opened(place: str | Path) -> tuple[Patient, list[Finding]]:
             run, folder = folder, folder / "publish"
         elif folder.name == "publish" and (folder.parent / "recipe.yaml").exists():
             run = folder.parent
-        names, outside = _listed(folder)
-    if ADAPTER not in names and CONFIG not in names:
-        inside = sorted(n for n in names if n.endswith(f"/{ADAPTER}"))
+        names, outside = _list_files(folder)
+    if ADAPTER_CONFIG not in names and MODEL_CONFIG not in names:
+        inside = sorted(n for n in names if n.endswith(f"/{ADAPTER_CONFIG}"))
         raise RecipeError(
             f"{place} holds no adapter_config.json and no config.json",
             f"Give {folder / inside[0].rsplit('/', 1)[0]}" if inside else "Give an adapter",
         )
     jsons, broken = _read_jsons(folder, names)
-    patient = Patient(str(place), folder, run, path is None, names, jsons, {}, unlisted)
+    patient = AdapterFolder(str(place), folder, run, path is None, names, jsons, {}, unlisted)
     shapes, damaged = _read_shapes(patient)
     patient.shapes.update(shapes)
     return patient, [*outside, *broken, *damaged]
 
 
-def _listed(folder: Path) -> tuple[list[str], list[Finding]]:
+def _list_files(folder: Path) -> tuple[list[str], list[Finding]]:
     """All files; a link that leads out of the folder is left out and told."""
     if not folder.is_dir():
         raise RecipeError(f"there is no folder {folder}", "Give an adapter's folder or hub id")
@@ -179,7 +179,7 @@ def _listed(folder: Path) -> tuple[list[str], list[Finding]]:
     return sorted(names), outside
 
 
-def _fetched(repo_id: str) -> tuple[Path, list[str], str | None]:
+def _fetch_repo(repo_id: str) -> tuple[Path, list[str], str | None]:
     """The hub's snapshot without its pickles, the names of all its files, and why they are not all.
 
     A copy in the cache is examined where the hub is away, which then lists nothing.
@@ -187,18 +187,18 @@ def _fetched(repo_id: str) -> tuple[Path, list[str], str | None]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    folder = _snapshot(repo_id)
-    away = (HfHubHTTPError, OfflineModeIsEnabled, paths.http().TransportError)
+    folder = _fetch_snapshot(repo_id)
+    away = (HfHubHTTPError, OfflineModeIsEnabled, paths.get_http_library().TransportError)
     try:
         return folder, sorted(HfApi().list_repo_files(repo_id, revision=folder.name)), None
     except away as error:
         names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
         offline = isinstance(error, OfflineModeIsEnabled)
-        why = "HF_HUB_OFFLINE=1" if offline else paths.hub_message(error)
+        why = "HF_HUB_OFFLINE=1" if offline else paths.format_hub_message(error)
         return folder, sorted(names), f"files that are not in the cache, pickles among them: {why}"
 
 
-def _snapshot(repo_id: str) -> Path:
+def _fetch_snapshot(repo_id: str) -> Path:
     """Fetch what is examined of a hub's folder, or find the copy of a hub that is away.
 
     Raises:
@@ -208,13 +208,15 @@ def _snapshot(repo_id: str) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        with paths.fetching(repo_id, "adapter"):
-            return Path(snapshot_download(repo_id, allow_patterns=READ))
+        with paths.translate_hub_errors(repo_id, "adapter"):
+            return Path(snapshot_download(repo_id, allow_patterns=FETCHED_PATTERNS))
     except HubError as error:
-        if not paths.is_away(error):
+        if not paths.is_hub_failure(error):
             raise
         try:
-            return Path(snapshot_download(repo_id, allow_patterns=READ, local_files_only=True))
+            return Path(
+                snapshot_download(repo_id, allow_patterns=FETCHED_PATTERNS, local_files_only=True)
+            )
         except LocalEntryNotFoundError:
             raise error from error.__cause__
 
@@ -223,30 +225,30 @@ def _read_jsons(folder: Path, names: list[str]) -> tuple[dict[str, Any], list[Fi
     found: dict[str, Any] = {}
     broken: list[Finding] = []
     for name in names:
-        if "/" in name or not name.endswith(".json") or name in BIG:
+        if "/" in name or not name.endswith(".json") or name in VOCABULARY_FILES:
             continue
         why = _read_json(folder / name, found)
         if why:
-            kind = "config" if name in (ADAPTER, CONFIG) else "corrupt"
+            kind = "config" if name in (ADAPTER_CONFIG, MODEL_CONFIG) else "corrupt"
             broken.append(defect(kind, why, name, "Save it again, or fetch it again"))
     return found, broken
 
 
 def _read_json(path: Path, found: dict[str, Any]) -> str | None:
     """Puts a file's mapping into `found`; returns why not, if so."""
-    if path.stat().st_size > MOST_BYTES:
-        return f"is larger than {MOST_BYTES:,} bytes"
+    if path.stat().st_size > MAX_FILE_BYTES:
+        return f"is larger than {MAX_FILE_BYTES:,} bytes"
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        return f"is no JSON: {message_line(error)}"
+        return f"is no JSON: {format_error_line(error)}"
     if not isinstance(told, dict):
         return f"is a {type(told).__name__}, expected a mapping"
     found[path.name] = told
     return None
 
 
-def _read_shapes(patient: Patient) -> tuple[dict[str, tuple[int, ...]], list[Finding]]:
+def _read_shapes(patient: AdapterFolder) -> tuple[dict[str, tuple[int, ...]], list[Finding]]:
     """Shapes by tensor name, from the headers alone."""
     from safetensors import SafetensorError, safe_open
 
@@ -254,7 +256,7 @@ def _read_shapes(patient: Patient) -> tuple[dict[str, tuple[int, ...]], list[Fin
     damaged: list[Finding] = []
     files = patient.weight_files
     if not any(name != "head.safetensors" for name in files):
-        wanted = WEIGHTS if patient.is_adapter else "model.safetensors"
+        wanted = ADAPTER_WEIGHTS if patient.is_adapter else "model.safetensors"
         damaged.append(defect(
             "corrupt", "there are no weights in safetensors", wanted, "Save them as safetensors"
         ))  # fmt: skip
@@ -265,7 +267,7 @@ def _read_shapes(patient: Patient) -> tuple[dict[str, tuple[int, ...]], list[Fin
                     shapes |= {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             damaged.append(defect(
-                "corrupt", f"does not open: {message_line(error)}", name,
+                "corrupt", f"does not open: {format_error_line(error)}", name,
                 "Save or fetch it again; it is cut short or damaged",
             ))  # fmt: skip
     return shapes, damaged

@@ -4,17 +4,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hftl.doctor.adapter_folder import CONFIG, DEFECT, Finding, Patient, defect, opened
-from hftl.doctor.base import find_base, naming
-from hftl.doctor.companion_files import card, company
-from hftl.doctor.file_checks import not_finite, scaling, unsafe, untrained
-from hftl.doctor.load_check import fresh, loadable, reloaded, whole_model
-from hftl.doctor.shape_check import fit, model_class, outputs_of, with_labels
+from hftl.doctor.adapter_folder import (
+    DEFECT,
+    MODEL_CONFIG,
+    AdapterFolder,
+    Finding,
+    defect,
+    open_adapter_folder,
+)
+from hftl.doctor.base import check_base_name, find_base
+from hftl.doctor.companion_files import check_card, check_companion_files
+from hftl.doctor.file_checks import (
+    check_finite_weights,
+    check_scaling,
+    check_trained,
+    check_unsafe_files,
+)
+from hftl.doctor.load_check import (
+    check_reload,
+    check_uninitialized_weights,
+    find_load_obstacle,
+    read_whole_model,
+)
+from hftl.doctor.shape_check import adjust_config, check_fit, count_outputs, find_model_class
 from hftl.errors import RecipeError, RunFolderError
 from hftl.models.source import SourceModel
 from hftl.runtime import run_folder
 
-SPOILS_LOADING = ("corrupt", "config", "rank", "nan")
+BLOCKING_KINDS = ("corrupt", "config", "rank", "nan")
 """After one of these there is nothing to learn from a load; nor where the tensors do not fit."""
 
 
@@ -22,13 +39,13 @@ SPOILS_LOADING = ("corrupt", "config", "rank", "nan")
 class Examination:
     """What was found, and what could not be looked at; `source` is the base, if it was at hand."""
 
-    patient: Patient
+    folder: AdapterFolder
     findings: list[Finding] = field(default_factory=list)
     unexamined: list[str] = field(default_factory=list)
     source: SourceModel | None = None
-    kind: Any = None
+    model_class: Any = None
     config: Any = None
-    hub_trouble: bool = False
+    hub_failed: bool = False
 
     @property
     def defects(self) -> list[Finding]:
@@ -38,10 +55,10 @@ class Examination:
     @property
     def exit_code(self) -> int:
         """0 sound, 4 defects, 5 nothing was found but the hub did not give the base."""
-        return 4 if self.defects else 5 if self.hub_trouble else 0
+        return 4 if self.defects else 5 if self.hub_failed else 0
 
 
-def examine(place: str | Path, base: str | None = None) -> Examination:
+def examine_adapter(place: str | Path, base: str | None = None) -> Examination:
     """Examines an adapter or a whole model; nothing of it is run, and no pickle is opened.
 
     Args:
@@ -52,100 +69,106 @@ def examine(place: str | Path, base: str | None = None) -> Examination:
         RecipeError: if there is neither an adapter nor a model, or no base where `base` says.
         HubError: if a hub id cannot be had.
     """
-    patient, broken = opened(place)
+    patient, broken = open_adapter_folder(place)
     found = Examination(patient, broken)
-    found.unexamined += [patient.unlisted] if patient.unlisted else []
-    found.findings += [*unsafe(patient), *scaling(patient), *not_finite(patient)]
-    found.findings += untrained(patient)
+    found.unexamined += [patient.unlisted_reason] if patient.unlisted_reason else []
+    found.findings += [
+        *check_unsafe_files(patient),
+        *check_scaling(patient),
+        *check_finite_weights(patient),
+    ]
+    found.findings += check_trained(patient)
     if patient.run is not None and (patient.run / "record.json").exists():
-        found.findings += _as_recorded(patient.run)
+        found.findings += _check_record(patient.run)
     if patient.is_adapter:
-        _seek_base(found, base)
+        _check_adapter_base(found, base)
     else:
-        _own_base(found)
+        _check_whole_model(found)
     if found.source is not None:
-        _on_base(found, found.source)
+        _check_on_base(found, found.source)
     outputs = None
     if found.source is not None:
-        outputs = outputs_of(patient, found.source, found.kind)
+        outputs = count_outputs(patient, found.source, found.model_class)
     embeddings = getattr(found.config, "vocab_size", None)
     found.findings += [
-        *company(patient, found.source, found.kind, outputs, embeddings),
-        *card(patient),
+        *check_companion_files(patient, found.source, found.model_class, outputs, embeddings),
+        *check_card(patient),
     ]
     return found
 
 
-def _as_recorded(run: Path) -> list[Finding]:
+def _check_record(run: Path) -> list[Finding]:
     """Whether the record that a run's card rests on is the one that was written."""
     try:
-        run_folder.check_finished(run, "record.json")
+        run_folder.check_finished_files(run, "record.json")
     except RunFolderError as error:
         return [defect("record", error.what, "record.json", error.fix)]
     return []
 
 
-def _seek_base(found: Examination, base: str | None) -> None:
-    if not found.patient.settings:
+def _check_adapter_base(found: Examination, base: str | None) -> None:
+    if not found.folder.adapter_config:
         found.unexamined.append("the base: adapter_config.json does not open")
         return
-    found.findings += naming(found.patient)
-    sought, wrong = find_base(found.patient, base)
+    found.findings += check_base_name(found.folder)
+    sought, wrong = find_base(found.folder, base)
     found.findings += wrong
-    found.source, found.hub_trouble = sought.source, sought.hub_trouble
+    found.source, found.hub_failed = sought.source, sought.hub_failed
     if sought.source is None:
         found.unexamined.append(
-            f"fresh modules, shapes, names and reload, which need the base: {sought.why_not}"
+            f"fresh modules, shapes, names and reload, which need the base: {sought.reason}"
         )
 
 
-def _own_base(found: Examination) -> None:
+def _check_whole_model(found: Examination) -> None:
     settings = [one.where for one in found.findings if one.kind == "unsafe"]
-    if any(where.endswith(".json") for where in settings) or found.patient.config.get(
+    if any(where.endswith(".json") for where in settings) or found.folder.model_config.get(
         "quantization_config"
     ):
         found.unexamined.append("fresh modules and reload: what its settings ask for is not loaded")
         return
-    if CONFIG not in found.patient.jsons:
-        found.unexamined.append(f"fresh modules and reload: {CONFIG} does not open")
+    if MODEL_CONFIG not in found.folder.json_files:
+        found.unexamined.append(f"fresh modules and reload: {MODEL_CONFIG} does not open")
         return
     try:
-        own = whole_model(found.patient)
+        own = read_whole_model(found.folder)
     except RecipeError as error:
         found.unexamined.append(f"fresh modules and reload: {error.what}")
         return
     if isinstance(own, Finding):
         found.findings.append(own)
-        found.unexamined.append(f"fresh modules and reload: {CONFIG} is of no model")
+        found.unexamined.append(f"fresh modules and reload: {MODEL_CONFIG} is of no model")
     else:
         found.source = own
 
 
-def _on_base(found: Examination, source: SourceModel) -> None:
+def _check_on_base(found: Examination, source: SourceModel) -> None:
     """What only the base can tell: the fit, fresh modules, and whether a load is repeatable."""
-    patient = found.patient
-    found.kind = model_class(patient, source)
-    why = loadable(patient)
-    if found.kind is None:
+    patient = found.folder
+    found.model_class = find_model_class(patient, source)
+    why = find_load_obstacle(patient)
+    if found.model_class is None:
         why = "it does not say which class of transformers it was made of"
     if not patient.shapes:
         why = "its weights do not open"
     if why:
         found.unexamined.append(f"fresh modules, shapes, names and reload: {why}")
         return
-    found.config = with_labels(patient, source, found.kind)
-    misfits = fit(patient, found.kind, found.config) if patient.is_adapter else []
+    found.config = adjust_config(patient, source, found.model_class)
+    misfits = check_fit(patient, found.model_class, found.config) if patient.is_adapter else []
     found.findings += misfits
-    spoilt = [one.kind for one in found.defects if one.kind in SPOILS_LOADING or one in misfits]
+    spoilt = [one.kind for one in found.defects if one.kind in BLOCKING_KINDS or one in misfits]
     try:
-        found.findings += fresh(patient, source, found.kind, found.config)
+        found.findings += check_uninitialized_weights(
+            patient, source, found.model_class, found.config
+        )
     except RecipeError as error:
         spoilt.append("base")
         found.unexamined.append(f"fresh modules: {error.what}")
         if not patient.is_adapter:
             why = error.what.removeprefix("source.model: ")
-            found.findings.append(defect("config", why, CONFIG, "Save it again"))
+            found.findings.append(defect("config", why, MODEL_CONFIG, "Save it again"))
     if spoilt:
         found.unexamined.append(f"reload: not tried after a finding of {spoilt[0]}")
     else:
-        found.findings += reloaded(patient, source, found.kind, found.config)
+        found.findings += check_reload(patient, source, found.model_class, found.config)

@@ -18,11 +18,11 @@ import transformers
 from peft import PeftModel
 
 ROWS, LENGTH = 2, 8
-STEP = 7919
+TOKEN_STEP = 7919
 """A prime, so that the ids differ."""
 
 
-def output(folder: Path, base: Path, name: str, seed: int) -> list[float]:
+def compute_output(folder: Path, base: Path, name: str, seed: int) -> list[float]:
     """Logits, or the hidden states of a model without any, of the fixed input, in one row."""
     torch.manual_seed(seed)
     config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -32,18 +32,22 @@ def output(folder: Path, base: Path, name: str, seed: int) -> list[float]:
     )  # fmt: skip
     if (folder / "adapter_config.json").exists():
         model = PeftModel.from_pretrained(model, str(folder))
-    inputs = fixed_input(model.get_base_model() if isinstance(model, PeftModel) else model)
+    inputs = build_fixed_input(model.get_base_model() if isinstance(model, PeftModel) else model)
     with torch.inference_mode():
         found = model.eval()(**inputs)
     values = getattr(found, "logits", None)
     return (found.last_hidden_state if values is None else values).flatten().tolist()
 
 
-def fixed_input(model: Any) -> dict[str, torch.Tensor]:
+def build_fixed_input(model: Any) -> dict[str, torch.Tensor]:
     """Two rows of token ids, or two pictures."""
     config = model.config
     if model.main_input_name == "input_ids":
-        ids = torch.arange(1, ROWS * LENGTH + 1).reshape(ROWS, LENGTH) * STEP % config.vocab_size
+        ids = (
+            torch.arange(1, ROWS * LENGTH + 1).reshape(ROWS, LENGTH)
+            * TOKEN_STEP
+            % config.vocab_size
+        )
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inner = getattr(config, "vision_config", config)
     size = inner.image_size
@@ -55,4 +59,4 @@ def fixed_input(model: Any) -> dict[str, torch.Tensor]:
 
 if __name__ == "__main__":
     _, folder_, base_, name_, seed_ = sys.argv
-    print(json.dumps({"output": output(Path(folder_), Path(base_), name_, int(seed_))}))  # noqa: T201
+    print(json.dumps({"output": compute_output(Path(folder_), Path(base_), name_, int(seed_))}))  # noqa: T201

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from hftl.doctor.adapter_folder import DEFECT, Finding
-from hftl.doctor.checks import Examination, examine
-from hftl.doctor.fix import backup, mend
+from hftl.doctor.checks import Examination, examine_adapter
+from hftl.doctor.fix import fix_adapter, get_backup_folder
 
 
-def diagnose(place: str, base: str | None, fix: bool, say: Callable[[str], None]) -> int:
+def run_doctor(place: str, base: str | None, fix: bool, say: Callable[[str], None]) -> int:
     """Examines, mends where asked, examines again, and says it all.
 
     Returns:
@@ -18,52 +18,52 @@ def diagnose(place: str, base: str | None, fix: bool, say: Callable[[str], None]
         RecipeError: see `examine` and `mend`.
         HubError: see `examine`.
     """
-    found = examine(place, base)
+    found = examine_adapter(place, base)
     if fix:
-        lines = mend(found, base)
+        lines = fix_adapter(found, base)
         for line in lines:
-            say(f"fixed: {plain(line)}")
+            say(f"fixed: {strip_control_characters(line)}")
         if lines:
-            kept = backup(found.patient.folder)
+            kept = get_backup_folder(found.folder.folder)
             say(f"as it was before: {kept}" if kept.exists() else "nothing else was changed")
-            found = examine(place, base)
+            found = examine_adapter(place, base)
         else:
             say("nothing here can be fixed without you")
-    say(told(found))
+    say(format_report(found))
     return found.exit_code
 
 
-def told(found: Examination, width: int | None = None) -> str:
+def format_report(found: Examination, width: int | None = None) -> str:
     """A table of the findings, what was not examined, and one line at the end.
 
     Args:
         found: the examination.
         width: of the terminal, in characters; None takes what it is.
     """
-    lines = [_table(found.findings, width)] if found.findings else []
-    lines += [f"not examined: {plain(what)}" for what in found.unexamined]
-    return "\n".join([*lines, last_line(found)])
+    lines = [_format_table(found.findings, width)] if found.findings else []
+    lines += [f"not examined: {strip_control_characters(what)}" for what in found.unexamined]
+    return "\n".join([*lines, format_summary(found)])
 
 
-def last_line(found: Examination) -> str:
+def format_summary(found: Examination) -> str:
     """`sound`, or how many defects and warnings there are."""
     defects = len(found.defects)
     warnings = len(found.findings) - defects
     counts = [f"{n} {word}{'s' * (n > 1)}" for n, word in
               ((defects, "defect"), (warnings, "warning")) if n]  # fmt: skip
     part = " in what was examined" if found.unexamined else ""
-    place = plain(found.patient.place)
+    place = strip_control_characters(found.folder.place)
     if defects:
         return f"{place}: {' and '.join(counts)}"
     return f"{place}: sound{part}{f', with {counts[0]}' if counts else ''}"
 
 
-def plain(text: str) -> str:
+def strip_control_characters(text: str) -> str:
     """Text of a stranger without the characters that steer a terminal."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _table(findings: list[Finding], width: int | None) -> str:
+def _format_table(findings: list[Finding], width: int | None) -> str:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -75,8 +75,8 @@ def _table(findings: list[Finding], width: int | None) -> str:
     for one in sorted(findings, key=lambda one: one.severity != DEFECT):
         style = "red" if one.severity == DEFECT else "yellow"
         head = f"{one.severity}, {one.kind}: "
-        cells: list[Any] = [Text.assemble((head, style), plain(one.what))]
-        cells += [Text(plain(text)) for text in (one.where, one.fix)]
+        cells: list[Any] = [Text.assemble((head, style), strip_control_characters(one.what))]
+        cells += [Text(strip_control_characters(text)) for text in (one.where, one.fix)]
         table.add_row(*cells)
     console = Console(width=width)
     with console.capture() as caught:

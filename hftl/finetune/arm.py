@@ -21,29 +21,34 @@ from transformers import TrainingArguments, set_seed
 
 from hftl.config.finetune import Finetune, Gradual
 from hftl.data.load import Row
-from hftl.errors import NumericError, RecipeError, message_line
-from hftl.finetune.context import MEASURED, Outcome, Workbench
-from hftl.finetune.gradual import State, fit_gradual
-from hftl.finetune.pretraining_heads import embed
-from hftl.finetune.retention import Kept, validation_score
-from hftl.finetune.strategies import prepare, trainable_parameters
-from hftl.finetune.targets import TargetScale, target_scale
-from hftl.measure.metrics import METRICS, SELECTION, score_all
-from hftl.measure.statistics import one_standard_error
-from hftl.models.features import logits
-from hftl.models.heads import Built
+from hftl.errors import NumericError, RecipeError, format_error_line
+from hftl.finetune.context import MEASURED_SPLITS, ArmOutput, ExperimentContext
+from hftl.finetune.gradual import GradualCheckpoint, fit_gradual
+from hftl.finetune.pretraining_heads import embed_compared_rows
+from hftl.finetune.retention import RegularizerSetup, score_validation
+from hftl.finetune.strategies import count_trainable_parameters, prepare
+from hftl.finetune.targets import TargetScale, compute_target_scale
+from hftl.measure.metrics import METRICS, SELECTION_METRICS, compute_all_metrics
+from hftl.measure.statistics import select_within_one_standard_error
+from hftl.models.features import predict_logits
+from hftl.models.heads import LoadedModel
 from hftl.runtime import distributed
-from hftl.runtime.hardware import dtype_name, is_sharded
-from hftl.train.arguments import arguments as common_arguments
-from hftl.train.callbacks import replace_progress
-from hftl.train.checkpoint import KeepBest, local, trained, whole_state
+from hftl.runtime.hardware import get_dtype_name, is_sharded
+from hftl.train.arguments import build_training_arguments as common_arguments
+from hftl.train.callbacks import replace_progress_callbacks
+from hftl.train.checkpoint import (
+    BestWeightsCallback,
+    gather_trainable_state,
+    iterate_trainable,
+    to_local_shard,
+)
 from hftl.train.trainer import TransferTrainer
 
-FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])\.")
+LORA_FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])\.")
 """How peft names the factors of an update."""
 
 
-def interpolate(
+def select_alpha(
     model: nn.Module, start: dict[str, Tensor], alphas: Sequence[float],
     score: Callable[[], tuple[float, float]],
 ) -> dict[str, Any]:  # fmt: skip
@@ -62,14 +67,14 @@ def interpolate(
     Returns:
         `alpha`, the one kept, and what was `tried`: {alpha, score, error} each.
     """
-    end = {name: tensor.clone() for name, tensor in trained(model)}
+    end = {name: tensor.clone() for name, tensor in iterate_trainable(model)}
     seen = []
     for alpha in alphas:
-        put_between(model, start, end, alpha)
+        set_interpolated_weights(model, start, end, alpha)
         seen.append(score())
     scores, errors = zip(*seen, strict=True)
-    chosen = one_standard_error(scores, errors, alphas)
-    put_between(model, start, end, alphas[chosen])
+    chosen = select_within_one_standard_error(scores, errors, alphas)
+    set_interpolated_weights(model, start, end, alphas[chosen])
     return {
         "alpha": alphas[chosen],
         "tried": [
@@ -79,7 +84,7 @@ def interpolate(
     }
 
 
-def put_between(
+def set_interpolated_weights(
     model: nn.Module, start: dict[str, Tensor], end: dict[str, Tensor], alpha: float
 ) -> None:
     """Sets what trains to a share of the way; 0 and 1 are the ends exactly.
@@ -91,8 +96,8 @@ def put_between(
         alpha: the share.
     """
     with torch.no_grad():
-        for name, parameter in trained(model):
-            here, factor = local(parameter), FACTOR.search(name)
+        for name, parameter in iterate_trainable(model):
+            here, factor = to_local_shard(parameter), LORA_FACTOR.search(name)
             if factor is not None:
                 here.copy_(end[name] if factor[1] == "A" else alpha * end[name])
             elif alpha in (0, 1):
@@ -104,33 +109,35 @@ def put_between(
 # One arm x seed: trained, or solved, and its predictions and weights.
 
 
-def solve_head(bench: Workbench, finetune: Finetune, seed: int) -> Outcome:
+def solve_head(bench: ExperimentContext, finetune: Finetune, seed: int) -> ArmOutput:
     """The strategy `head`: the probe, put into the model's last layer."""
     started = time.perf_counter()
-    probe = bench.probe(finetune.pooling, seed)
+    probe = bench.get_probe(finetune.pooling, seed)
     found = {
-        split: probe.logits(bench.features(finetune.pooling, seed, bench.prepared.rows[split]))
-        for split in MEASURED
+        split: probe.logits(
+            bench.extract_features(finetune.pooling, seed, bench.prepared.rows[split])
+        )
+        for split in MEASURED_SPLITS
     }
-    built = bench.build(finetune.pooling, seed)
+    built = bench.build_model(finetune.pooling, seed)
     built.model.requires_grad_(False)
-    set_probe(bench, built, finetune.pooling, seed)
+    init_head_from_probe(bench, built, finetune.pooling, seed)
     built.last_linear.requires_grad_(True)
-    return Outcome(
+    return ArmOutput(
         found,
-        learnt(built),
-        trainable_parameters(built.model),
+        collect_trained_tensors(built),
+        count_trainable_parameters(built.model),
         {"penalty": probe.penalty},
         {"train_seconds": time.perf_counter() - started},
         # Of an encoder that is the source as it is there is nothing to compare.
-        embed(bench, built) if bench.base else {},
+        embed_compared_rows(bench, built) if bench.base else {},
     )
 
 
 def train_arm(
-    bench: Workbench, finetune: Finetune, seed: int,
-    kept: Kept = Kept(), state: State | None = None,  # noqa: B008 (immutable)
-) -> Outcome:  # fmt: skip
+    bench: ExperimentContext, finetune: Finetune, seed: int,
+    kept: RegularizerSetup = RegularizerSetup(), state: GradualCheckpoint | None = None,  # noqa: B008 (immutable)
+) -> ArmOutput:  # fmt: skip
     """The strategies that train from the source, from the probe's head or a random one.
 
     Args:
@@ -140,124 +147,154 @@ def train_arm(
         kept: what keeps it near its original.
         state: where gradual unfreezing keeps how far it has come.
     """
-    built = bench.build(finetune.pooling, seed)
+    built = bench.build_model(finetune.pooling, seed)
     if finetune.head_init == "probe":
-        set_probe(bench, built, finetune.pooling, seed, target_scale(bench, seed))
+        init_head_from_probe(
+            bench, built, finetune.pooling, seed, compute_target_scale(bench, seed)
+        )
     set_seed(seed)
     model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
-    built = Built(model, built.anatomy, built.pooling, built.fresh)
-    more = {"layer_decay": finetune.layer_decay, "rates": finetune.rates}
+    built = LoadedModel(model, built.architecture, built.pooling, built.fresh)
+    more = {"layer_decay": finetune.layer_decay, "rates": finetune.learning_rates}
     kept = replace(kept, trainer=kept.trainer | more)
     gradual = finetune.gradual if finetune.strategy == "gradual" else None
-    return fit(
+    return train_model(
         bench, built, finetune.training, finetune.patience, seed, kept,
         gradual=gradual, state=state,
     )  # fmt: skip
 
 
-def fit(
-    bench: Workbench, built: Built, training: dict[str, Any], patience: int | None, seed: int,
-    kept: Kept = Kept(), compared: bool = True,  # noqa: B008 (immutable)
-    gradual: Gradual | None = None, state: State | None = None,
-) -> Outcome:  # fmt: skip
+def train_model(
+    bench: ExperimentContext,
+    built: LoadedModel,
+    training: dict[str, Any],
+    patience: int | None,
+    seed: int,
+    kept: RegularizerSetup = RegularizerSetup(),  # noqa: B008 (immutable)
+    compared: bool = True,
+    gradual: Gradual | None = None,
+    state: GradualCheckpoint | None = None,
+) -> ArmOutput:
     """Trains a prepared model, keeps its best evaluation on validation, and predicts in fp32.
 
     What is `compared` with the source leaves its embeddings. The head is one of standardised
     targets, and is left in the label's unit.
     """
     started = time.perf_counter()
-    scale = target_scale(bench, seed)
+    scale = compute_target_scale(bench, seed)
     if scale is not None:
         reference = kept.trainer.get("reference")
         if reference is not None:
-            scale.enter(reference)
+            scale.standardize_head(reference)
         # Weights in another unit are not what a stopped training goes on from.
-        state = state and replace(state, reads=state.reads | {"target_scale": asdict(scale)})
-    start = {name: tensor.clone() for name, tensor in trained(built.model)} if kept.alphas else {}
+        state = state and replace(state, cache_key=state.cache_key | {"target_scale": asdict(scale)})
+    start = (
+        {name: tensor.clone() for name, tensor in iterate_trainable(built.model)}
+        if kept.alphas
+        else {}
+    )
     # FSDP cuts the model into pieces; what it learns is put into this whole one.
     whole = deepcopy(built.model) if is_sharded() else built.model
     with tempfile.TemporaryDirectory() as scratch_folder:
-        args = arguments(training, bench.prepared.task, scratch_folder, seed, bench.device)
-        best = keep_best(args, patience)
-        make = partial(_trainer, bench, built, best, seed, kept, scale)
+        args = build_finetune_arguments(
+            training, bench.prepared.task, scratch_folder, seed, bench.device
+        )
+        best = build_keep_best(args, patience)
+        make = partial(_build_trainer, bench, built, best, seed, kept, scale)
         if gradual is None:
             trainer = make(args)
-            _train(trainer.train)
+            _run_training(trainer.train)
             history, epochs = trainer.state.log_history, trainer.state.epoch
             # accelerate leaves its autocast around forward; predictions are made in fp32.
             trainer.accelerator.unwrap_model(built.model, keep_fp32_wrapper=False)
             best.restore(built.model)
         else:
             phased = partial(fit_gradual, built.model, make, args, best, gradual, state)
-            trainer, history = _train(phased)
+            trainer, history = _run_training(phased)
             epochs = history[-1]["epoch"]
     if whole is not built.model:
-        built = replace(built, model=_filled(whole, whole_state(built.model, trainer.accelerator)))
+        built = replace(
+            built,
+            model=_load_trained_weights(
+                whole, gather_trainable_state(built.model, trainer.accelerator)
+            ),
+        )
     facts = {
         "learning_rate": args.learning_rate,
-        "precision": dtype_name(training),
+        "precision": get_dtype_name(training),
         "epochs": epochs,
         "best_epoch": best.epoch,
-        "history": _history(history),
+        "history": _clean_history(history),
         **({} if scale is None else {"target_scale": asdict(scale)}),
         **kept.facts,
     }
     if kept.alphas:
-        score = lambda: _score(bench, built, scale)  # noqa: E731
-        facts["interpolation"] = interpolate(built.model, start, kept.alphas, score)
+        score = lambda: _score_validation(bench, built, scale)  # noqa: E731
+        facts["interpolation"] = select_alpha(built.model, start, kept.alphas, score)
     if kept.look is not None:
         facts["forgotten"] = kept.look(built)
-    return _predicted(bench, built, scale, facts, time.perf_counter() - started, compared)
+    return _predict_splits(bench, built, scale, facts, time.perf_counter() - started, compared)
 
 
-def _trainer(
-    bench: Workbench, built: Built, best: KeepBest, seed: int, kept: Kept,
-    scale: TargetScale | None, args: TrainingArguments, /, **more: Any,
-) -> TransferTrainer:  # fmt: skip
+def _build_trainer(
+    bench: ExperimentContext,
+    built: LoadedModel,
+    best: BestWeightsCallback,
+    seed: int,
+    kept: RegularizerSetup,
+    scale: TargetScale | None,
+    args: TrainingArguments,
+    /,
+    **more: Any,
+) -> TransferTrainer:
     """The trainer of an arm; `more` goes before what would be its arguments."""
-    held = _short_first(bench, bench.prepared.rows["validation"])
-    standardise = None if scale is None else scale.standardise
+    held = _sort_by_length(bench, bench.prepared.rows["validation"])
+    standardise = None if scale is None else scale.standardize
 
     def metrics_of(told: Any) -> dict[str, float]:
         found = told.predictions if scale is None else scale.restore(np.asarray(told.predictions))
-        return _metrics(bench, held, found, told.label_ids)
+        return _compute_metrics(bench, held, found, told.label_ids)
 
     given: dict[str, Any] = {
         "model": built.model,
         "args": args,
         # The phases of gradual unfreezing count epochs from 0, and see other crops.
-        "train_dataset": bench.examples(bench.train_rows(seed), args.data_seed, standardise),
-        "eval_dataset": bench.examples(held, None, standardise),
+        "train_dataset": bench.build_dataset(
+            bench.select_train_rows(seed), args.data_seed, standardise
+        ),
+        "eval_dataset": bench.build_dataset(held, None, standardise),
         "data_collator": bench.inputs.collate,
         "compute_metrics": metrics_of,
         "callbacks": [best],
         **kept.trainer,
     }
     trainer = TransferTrainer(**(given | more))
-    replace_progress(trainer)
+    replace_progress_callbacks(trainer)
     return trainer
 
 
-def _train(training: Callable[[], Any]) -> Any:
+def _run_training(training: Callable[[], Any]) -> Any:
     try:
         return training()
     except ImportError as error:
         raise RecipeError(
-            f"finetune.training needs a package: {message_line(error)}", "Install it"
+            f"finetune.training needs a package: {format_error_line(error)}", "Install it"
         ) from error
 
 
-def _score(bench: Workbench, built: Built, scale: TargetScale | None) -> tuple[float, float]:
+def _score_validation(
+    bench: ExperimentContext, built: LoadedModel, scale: TargetScale | None
+) -> tuple[float, float]:
     """The score on validation and its standard error of the model as it is."""
-    rows = bench.encoded(bench.prepared.rows["validation"])
+    rows = bench.encode_rows(bench.prepared.rows["validation"])
     built.model.to(bench.device)
-    found = logits(built.model, rows, bench.inputs, bench.device)
+    found = predict_logits(built.model, rows, bench.inputs, bench.device)
     if scale is not None:
         found = scale.restore(found)
-    return distributed.share(lambda: validation_score(bench, found))
+    return distributed.broadcast_from_main(lambda: score_validation(bench, found))
 
 
-def _filled(model: nn.Module, learnt: dict[str, Tensor]) -> nn.Module:
+def _load_trained_weights(model: nn.Module, learnt: dict[str, Tensor]) -> nn.Module:
     """The model with every parameter that trains set to what was learnt."""
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if trains != set(learnt):
@@ -266,10 +303,10 @@ def _filled(model: nn.Module, learnt: dict[str, Tensor]) -> nn.Module:
     return model
 
 
-def _predicted(
-    bench: Workbench, built: Built, scale: TargetScale | None, facts: dict[str, Any],
+def _predict_splits(
+    bench: ExperimentContext, built: LoadedModel, scale: TargetScale | None, facts: dict[str, Any],
     train_seconds: float, compared: bool,
-) -> Outcome:  # fmt: skip
+) -> ArmOutput:  # fmt: skip
     """The outcome of a trained model: what it predicts on all measured rows, and what it learnt.
 
     Its head is left in the label's unit.
@@ -277,22 +314,22 @@ def _predicted(
     started = time.perf_counter()
     built.model.to(bench.device)
     found = {}
-    for split in MEASURED:
-        encoded = bench.encoded(bench.prepared.rows[split])
-        outputs = logits(built.model, encoded, bench.inputs, bench.device)
+    for split in MEASURED_SPLITS:
+        encoded = bench.encode_rows(bench.prepared.rows[split])
+        outputs = predict_logits(built.model, encoded, bench.inputs, bench.device)
         # Far from 0 float32 would round what the model says.
         found[split] = outputs if scale is None else scale.restore(outputs)
     if scale is not None:
-        scale.leave(built.model)
-    embeddings = embed(bench, built) if compared else {}
+        scale.restore_head(built.model)
+    embeddings = embed_compared_rows(bench, built) if compared else {}
     timings = {
         "train_seconds": train_seconds, "predict_seconds": time.perf_counter() - started,
     }  # fmt: skip
-    count = trainable_parameters(built.model)
-    return Outcome(found, learnt(built), count, facts, timings, embeddings)
+    count = count_trainable_parameters(built.model)
+    return ArmOutput(found, collect_trained_tensors(built), count, facts, timings, embeddings)
 
 
-def arguments(
+def build_finetune_arguments(
     training: dict[str, Any], task: str, folder: str, seed: int, device: str
 ) -> TrainingArguments:
     """TrainingArguments of `finetune.training`.
@@ -304,7 +341,7 @@ def arguments(
         "eval_strategy": "epoch",
         "logging_strategy": "epoch",
         "save_strategy": "no",
-        "metric_for_best_model": SELECTION[task],
+        "metric_for_best_model": SELECTION_METRICS[task],
     }
     args = common_arguments("finetune", training, defaults, folder, seed, device)
     measured = ["loss", *METRICS[task]]
@@ -326,22 +363,26 @@ def arguments(
     return args
 
 
-def keep_best(args: TrainingArguments, patience: int | None) -> KeepBest:
+def build_keep_best(args: TrainingArguments, patience: int | None) -> BestWeightsCallback:
     """The callback for the metric that TrainingArguments names; by default the loss."""
     name = str(args.metric_for_best_model)
     key = name if name.startswith("eval_") else f"eval_{name}"
-    return KeepBest(key, bool(args.greater_is_better), patience)
+    return BestWeightsCallback(key, bool(args.greater_is_better), patience)
 
 
-def set_probe(
-    bench: Workbench, built: Built, pooling: str, seed: int, scale: TargetScale | None = None
+def init_head_from_probe(
+    bench: ExperimentContext,
+    built: LoadedModel,
+    pooling: str,
+    seed: int,
+    scale: TargetScale | None = None,
 ) -> None:
     """Start the head from the probe (LP-FT; Kumar et al. 2022, arXiv:2202.10054).
 
     With a scale the head is one of standardised targets, rounded to float32 once: another unit of
     the targets starts from the same weights.
     """
-    probe = bench.probe(pooling, seed)
+    probe = bench.get_probe(pooling, seed)
     weight, bias = probe.exact
     if scale is not None:
         weight, bias = weight / scale.sd, (bias - scale.mean) / scale.sd
@@ -350,7 +391,7 @@ def set_probe(
         built.last_linear.bias.copy_(torch.from_numpy(bias))
 
 
-def learnt(built: Built) -> dict[str, Tensor]:
+def collect_trained_tensors(built: LoadedModel) -> dict[str, Tensor]:
     """All that the source model does not have: trained tensors, and fresh ones even if frozen."""
     tensors = {
         name: tensor.detach().cpu().contiguous().clone()
@@ -360,31 +401,37 @@ def learnt(built: Built) -> dict[str, Tensor]:
     return tensors
 
 
-def _metrics(bench: Workbench, rows: list[Row], found: Any, labels: Any) -> dict[str, float]:
+def _compute_metrics(
+    bench: ExperimentContext, rows: list[Row], found: Any, labels: Any
+) -> dict[str, float]:
     """The task's metrics of what the Trainer gathered; words cut off are not among its labels."""
     found, labels = np.asarray(found), np.asarray(labels)
     if not np.isfinite(found).all():
         raise NumericError("the outputs on validation are not finite", "Lower the learning rate")
     if bench.prepared.task == "token-classification":
         counted = labels != -100
-        whole = np.full((sum(bench.prepared.words(rows)), found.shape[-1]), np.nan)
-        whole[_kept_words(bench, rows)] = found[counted]
+        whole = np.full((sum(bench.prepared.count_words(rows)), found.shape[-1]), np.nan)
+        whole[_mask_untruncated_words(bench, rows)] = found[counted]
         found = whole
-    return score_all(bench.prepared.task, bench.prepared.measured(rows), bench.told(rows, found))
+    return compute_all_metrics(
+        bench.prepared.task,
+        bench.prepared.encode_for_metrics(rows),
+        bench.decode_logits(rows, found),
+    )
 
 
-def _kept_words(bench: Workbench, rows: list[Row]) -> np.ndarray:
+def _mask_untruncated_words(bench: ExperimentContext, rows: list[Row]) -> np.ndarray:
     """Which words, row after row, were not cut off."""
-    return np.concatenate([np.asarray(row["words"]) >= 0 for row in bench.encoded(rows)])
+    return np.concatenate([np.asarray(row["words"]) >= 0 for row in bench.encode_rows(rows)])
 
 
-def _short_first(bench: Workbench, rows: list[Row]) -> list[Row]:
+def _sort_by_length(bench: ExperimentContext, rows: list[Row]) -> list[Row]:
     """Rows of like length side by side, so that little is padded in evaluation."""
-    lengths = [bench.inputs.length(encoded) for encoded in bench.encoded(rows)]
+    lengths = [bench.inputs.length(encoded) for encoded in bench.encode_rows(rows)]
     return [row for _, row in sorted(zip(lengths, rows, strict=True), key=lambda pair: pair[0])]
 
 
-def _history(log: list[dict[str, Any]]) -> list[dict[str, float]]:
+def _clean_history(log: list[dict[str, Any]]) -> list[dict[str, float]]:
     """Losses and validation metrics by epoch, without what differs from run to run."""
     kept = ("epoch", "loss", "eval_loss", "phase")
     rows = [{k: v for k, v in entry.items() if k in kept or k.startswith("eval_")} for entry in log]

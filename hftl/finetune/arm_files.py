@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hftl.data import labels as answers
-from hftl.data.prepare import Prepared
-from hftl.finetune.context import MEASURED, Outcome
-from hftl.measure.metrics import score_all
+from hftl.data.prepare import PreparedData
+from hftl.finetune.context import MEASURED_SPLITS, ArmOutput
+from hftl.measure.metrics import compute_all_metrics
 from hftl.runtime.fingerprints import to_json
 
 WEIGHTS = "weights.safetensors"
@@ -23,27 +23,29 @@ PREDICTIONS = "predictions.parquet"
 
 
 @dataclass(frozen=True)
-class Stored:
+class ArmResult:
     """What an arm's folder tells: metrics.json, and labels and predictions a split."""
 
-    told: dict[str, Any]
+    metrics_file: dict[str, Any]
     labels: dict[str, np.ndarray]
     predictions: dict[str, np.ndarray]
 
 
-def write(
-    folder: Path, prepared: Prepared, outcome: Outcome, arm: str, strategy: str, seed: int
+def write_arm(
+    folder: Path, prepared: PreparedData, outcome: ArmOutput, arm: str, strategy: str, seed: int
 ) -> None:
     """Writes weights, metrics.json, predictions.parquet and the logits they come from."""
     columns: dict[str, list[Any]] = {k: [] for k in ("split", "row", "label", "prediction")}
     columns["scores"] = []
     metrics = {}
     task, names = prepared.task, prepared.names
-    for split in MEASURED:
+    for split in MEASURED_SPLITS:
         rows = prepared.rows[split]
-        found, scores = answers.told(outcome.logits[split], task, names, prepared.words(rows))
-        predictions = answers.measured(found, task, names)
-        metrics[split] = score_all(task, prepared.measured(rows), predictions)
+        found, scores = answers.decode_logits(
+            outcome.logits[split], task, names, prepared.count_words(rows)
+        )
+        predictions = answers.encode_for_metrics(found, task, names)
+        metrics[split] = compute_all_metrics(task, prepared.encode_for_metrics(rows), predictions)
         columns["split"] += [split] * len(rows)
         columns["row"] += [row.index for row in rows]
         columns["label"] += [row.label for row in rows]
@@ -52,7 +54,8 @@ def write(
     pq.write_table(pa.table(columns), folder / PREDICTIONS)
     save_file(outcome.weights, folder / WEIGHTS)
     logits = {
-        split: torch.from_numpy(outcome.logits[split].astype(np.float32)) for split in MEASURED
+        split: torch.from_numpy(outcome.logits[split].astype(np.float32))
+        for split in MEASURED_SPLITS
     }
     save_file({k: v.contiguous() for k, v in logits.items()}, folder / "logits.safetensors")
     if outcome.embeddings:
@@ -69,19 +72,19 @@ def write(
     (folder / "metrics.json").write_text(to_json(told), encoding="utf-8")
 
 
-def read(folder: Path, prepared: Prepared) -> Stored:
-    """What `write` stored, labels and predictions as metrics compare them."""
+def read_arm(folder: Path, prepared: PreparedData) -> ArmResult:
+    """What `write_arm` stored, labels and predictions as metrics compare them."""
     told = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     table = pq.read_table(folder / PREDICTIONS, columns=["split", "label", "prediction"])
     split_of = np.array(table["split"].to_pylist())
     values = {}
     for column in ("label", "prediction"):
         found = [tuple(v) if isinstance(v, list) else v for v in table[column].to_pylist()]
-        values[column] = answers.measured(found, prepared.task, prepared.names)
-    return Stored(
+        values[column] = answers.encode_for_metrics(found, prepared.task, prepared.names)
+    return ArmResult(
         told,
-        {split: values["label"][split_of == split] for split in MEASURED},
-        {split: values["prediction"][split_of == split] for split in MEASURED},
+        {split: values["label"][split_of == split] for split in MEASURED_SPLITS},
+        {split: values["prediction"][split_of == split] for split in MEASURED_SPLITS},
     )
 
 

@@ -8,22 +8,22 @@ from hftl.config.finetune import Finetune
 from hftl.config.recipe import Arm, Recipe
 from hftl.config.retain import Replay, Retain
 from hftl.finetune import retention
-from hftl.finetune.context import BY_STEPS, MEASURED, Workbench
-from hftl.finetune.pretraining_heads import compared
-from hftl.finetune.retention import OWN_HEADS, is_open, mixes_general
+from hftl.finetune.context import BY_STEPS, MEASURED_SPLITS, ExperimentContext
+from hftl.finetune.pretraining_heads import select_compared_rows
+from hftl.finetune.retention import PRETRAINING_HEADS, has_auto_weight, mixes_general
 from hftl.finetune.strategies import prepare
 from hftl.models.architectures import count_blocks
-from hftl.models.features import BATCH_TOKENS, batches_of_like
-from hftl.models.parts import TOKENS
+from hftl.models.features import BATCH_TOKENS, batch_by_length
+from hftl.models.parts import TOKEN_CLASSIFICATION
 from hftl.runtime import distributed
 from hftl.train.callbacks import time_forward, time_step
 
-SAMPLE = 128
+TIMED_ROWS = 128
 """Rows that a pass is timed on, at most."""
 SEARCHED = 1 / 3
 TRAINER_BATCH = 8
 """Of TrainingArguments, where the recipe says nothing."""
-FINISH = 20.0
+FINISH_SECONDS = 20.0
 """Seconds from the last arm to the end: intervals, the reload in a fresh process, card, plots."""
 
 
@@ -44,7 +44,7 @@ class RowCosts:
 
 
 def estimate_seconds(
-    bench: Workbench, jobs: list[Arm], recipe: Recipe, costs: RowCosts | None = None
+    bench: ExperimentContext, jobs: list[Arm], recipe: Recipe, costs: RowCosts | None = None
 ) -> float:
     """Estimate the seconds that arms take, one entry of `jobs` for each arm and seed.
 
@@ -57,71 +57,75 @@ def estimate_seconds(
         costs: seconds a row; None: measured here, in a few seconds.
     """
     costs = costs or measure_costs(bench, jobs)
-    train = len(bench.train_rows(recipe.measure.seeds[0]))
+    train = len(bench.select_train_rows(recipe.measure.seeds[0]))
     validation = len(bench.prepared.rows["validation"])
-    measured = sum(len(bench.prepared.rows[split]) for split in MEASURED)
-    embedded = sum(map(len, compared(bench).values()))
+    measured = sum(len(bench.prepared.rows[split]) for split in MEASURED_SPLITS)
+    embedded = sum(map(len, select_compared_rows(bench).values()))
     seconds = (train + measured) * costs.predict
     seen: set[str] = set()
     for arm in jobs:
         if arm.strategy not in (*BY_STEPS, "scratch"):
             continue
-        epochs, step = _epochs(bench, arm, recipe), costs.step[arm.name]
-        seconds_a_row = step + _beside(bench, arm.retain, step, costs.evaluate)
+        epochs, step = _count_epochs(bench, arm, recipe), costs.step[arm.name]
+        seconds_a_row = step + _estimate_retention_per_row(bench, arm.retain, step, costs.evaluate)
         own = epochs * (train * seconds_a_row + validation * costs.evaluate)
-        own += measured * costs.predict + _once(bench, arm.retain, train, validation, costs, step)
+        own += measured * costs.predict + _estimate_retention_setup(
+            bench, arm.retain, train, validation, costs, step
+        )
         own += embedded * costs.predict if arm.strategy != "scratch" else 0
         seconds += own
         if arm.name not in seen and arm.strategy == "scratch":
             rates = len(recipe.measure.scratch.learning_rates)
             tried = epochs * SEARCHED * (train * step + validation * costs.evaluate)
             seconds += rates * (tried + measured * costs.predict)
-        if arm.name not in seen and is_open(arm.retain):
-            seconds += len(retention.GRID) * (own + _looked(bench) * costs.predict)
+        if arm.name not in seen and has_auto_weight(arm.retain):
+            seconds += len(retention.WEIGHT_GRID) * (
+                own + _count_forgetting_rows(bench) * costs.predict
+            )
         seen.add(arm.name)
-    return seconds / distributed.size() + FINISH
+    return seconds / distributed.get_world_size() + FINISH_SECONDS
 
 
-def measure_costs(bench: Workbench, jobs: list[Arm]) -> RowCosts:
+def measure_costs(bench: ExperimentContext, jobs: list[Arm]) -> RowCosts:
     """Time a forward pass and the training step of every arm; no collective is called."""
     first = next((arm for arm in jobs if arm.strategy in (*BY_STEPS, "scratch")), None)
     finetune = (first or jobs[0]).finetune
     steps: dict[str, float] = {}
     for arm in jobs:
         if arm.strategy in (*BY_STEPS, "scratch") and arm.name not in steps:
-            steps[arm.name] = _step_seconds(bench, arm)
-    evaluate = 0.0 if first is None else _forward_seconds(bench, finetune)
-    return RowCosts(_predict_seconds(bench, finetune.pooling), evaluate, steps)
+            steps[arm.name] = _measure_step_seconds(bench, arm)
+    evaluate = 0.0 if first is None else _measure_forward_seconds(bench, finetune)
+    return RowCosts(_measure_predict_seconds(bench, finetune.pooling), evaluate, steps)
 
 
-def _step_seconds(bench: Workbench, arm: Arm) -> float:
+def _measure_step_seconds(bench: ExperimentContext, arm: Arm) -> float:
     """Seconds a row of a training step; the step of gradual unfreezing is taken as half trained."""
     finetune = arm.finetune
     if arm.strategy == "gradual":
         half = max(1, count_blocks(bench.source.config) // 2)
         finetune = finetune.model_copy(update={"strategy": "partial", "blocks": half})
-    built = bench.build(finetune.pooling, 0, scratch=arm.strategy == "scratch")
+    built = bench.build_model(finetune.pooling, 0, scratch=arm.strategy == "scratch")
     strategy = "full" if arm.strategy == "scratch" else finetune.strategy
     model = prepare(built.model, strategy, finetune.blocks, finetune.lora, built.fresh)
-    batch, rows = _batch(bench, finetune)
+    batch, rows = _collate_batch(bench, finetune)
     return time_step(model.to(bench.device), batch, finetune.training, bench.device) / rows
 
 
-def _forward_seconds(bench: Workbench, finetune: Finetune) -> float:
+def _measure_forward_seconds(bench: ExperimentContext, finetune: Finetune) -> float:
     """Seconds a row of a forward pass in the precision of training."""
-    model = bench.build(finetune.pooling, 0).model.to(bench.device)
-    batch, rows = _batch(bench, finetune)
+    model = bench.build_model(finetune.pooling, 0).model.to(bench.device)
+    batch, rows = _collate_batch(bench, finetune)
     return time_forward(model, batch, finetune.training, bench.device) / rows
 
 
-def _batch(bench: Workbench, finetune: Finetune) -> tuple[dict[str, Any], int]:
+def _collate_batch(bench: ExperimentContext, finetune: Finetune) -> tuple[dict[str, Any], int]:
     """A batch of training rows, and its number of rows."""
     size = int(finetune.training.get("per_device_train_batch_size", TRAINER_BATCH))
     rows = bench.prepared.rows["train"][:size]
-    return bench.inputs.collate([dict(row) for row in bench.encoded(rows)]), len(rows)
+    return bench.inputs.collate([dict(row) for row in bench.encode_rows(rows)]), len(rows)
 
 
-def _epochs(bench: Workbench, arm: Arm, recipe: Recipe) -> float:
+def _count_epochs(bench: ExperimentContext, arm: Arm, recipe: Recipe) -> float:
     """Count how often a training sees its rows, at most."""
     if arm.strategy == "gradual":
         phased = arm.finetune.gradual
@@ -130,54 +134,58 @@ def _epochs(bench: Workbench, arm: Arm, recipe: Recipe) -> float:
     return factor * float(arm.finetune.training["num_train_epochs"])
 
 
-def _beside(bench: Workbench, retain: Retain | None, step: float, forward: float) -> float:
+def _estimate_retention_per_row(
+    bench: ExperimentContext, retain: Retain | None, step: float, forward: float
+) -> float:
     """Seconds that retention adds in training, for each row of the target."""
     if retain is None:
         return 0.0
     general = (retain.replay or Replay()).ratio if mixes_general(retain) else 0.0
     rows = {"target": 1.0, "general": general, "both": 1.0 + general}
     # A head of the source's own is another pass to train through, and one of the original's.
-    own = sum(step * rows[kl.inputs] for kl in retain.kls if kl.weight and kl.on in OWN_HEADS)
+    own = sum(
+        step * rows[kl.inputs] for kl in retain.kl_terms if kl.weight and kl.on in PRETRAINING_HEADS
+    )
     reference = 0.0 if _is_cached(bench, retain) else (1.0 + general) * forward
     return general * step + own + reference
 
 
-def _once(
-    bench: Workbench, retain: Retain | None, train: int, validation: int, costs: RowCosts,
+def _estimate_retention_setup(
+    bench: ExperimentContext, retain: Retain | None, train: int, validation: int, costs: RowCosts,
     step: float,
 ) -> float:  # fmt: skip
     """Seconds that retention adds to a training once."""
     if retain is None:
         return 0.0
-    general = len(bench.general.used) if bench.general is not None else 0
-    cached = any(kl.weight and kl.on not in OWN_HEADS for kl in retain.kls)
+    general = len(bench.general.train_rows) if bench.general is not None else 0
+    cached = any(kl.weight and kl.on not in PRETRAINING_HEADS for kl in retain.kl_terms)
     rows = train + (general if mixes_general(retain) else 0) if cached else 0
     fisher = step * retain.ewc.samples if retain.ewc is not None else 0.0
     return (rows + validation * len(retain.interpolate or ())) * costs.predict + fisher
 
 
-def _is_cached(bench: Workbench, retain: Retain) -> bool:
+def _is_cached(bench: ExperimentContext, retain: Retain) -> bool:
     """Whether the original need not be asked at every step."""
-    terms = [kl.on for kl in retain.kls if kl.weight and kl.on not in OWN_HEADS]
-    words = bench.prepared.task == TOKENS and "probe" in terms
+    terms = [kl.on for kl in retain.kl_terms if kl.weight and kl.on not in PRETRAINING_HEADS]
+    words = bench.prepared.task == TOKEN_CLASSIFICATION and "probe" in terms
     return not terms or not (bench.augment or words)
 
 
-def _looked(bench: Workbench) -> int:
+def _count_forgetting_rows(bench: ExperimentContext) -> int:
     """The rows that tell what was forgotten where a weight is chosen."""
     general = bench.general
-    rows = bench.prepared.rows["validation"] if general is None else general.used
-    return min(retention.LOOKED, len(rows))
+    rows = bench.prepared.rows["validation"] if general is None else general.train_rows
+    return min(retention.MAX_SELECTION_ROWS, len(rows))
 
 
-def _predict_seconds(bench: Workbench, pooling: str) -> float:
+def _measure_predict_seconds(bench: ExperimentContext, pooling: str) -> float:
     """Seconds a row of a forward pass in fp32, rows of like length together."""
-    rows = bench.prepared.rows["test"][:SAMPLE]
-    model = bench.build(pooling, 0).model.to(bench.device)
-    encoded = bench.encoded(rows)
+    rows = bench.prepared.rows["test"][:TIMED_ROWS]
+    model = bench.build_model(pooling, 0).model.to(bench.device)
+    encoded = bench.encode_rows(rows)
     lengths = [bench.inputs.length(row) for row in encoded]
     seconds = 0.0
-    for numbers in batches_of_like(lengths, BATCH_TOKENS):
+    for numbers in batch_by_length(lengths, BATCH_TOKENS):
         batch = bench.inputs.collate([dict(encoded[i]) for i in numbers])
         seconds += time_forward(model, batch, None, bench.device)
     return seconds / len(rows)

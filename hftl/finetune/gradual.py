@@ -21,39 +21,39 @@ from hftl.errors import RecipeError
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.fingerprints import to_json
 from hftl.runtime.hardware import is_sharded
-from hftl.train.checkpoint import KeepBest
-from hftl.train.optimizer import depths
+from hftl.train.checkpoint import BestWeightsCallback
+from hftl.train.optimizer import compute_depths
 from hftl.train.trainer import TransferTrainer
 
-PHASES = 1009
+PHASE_SEEDS = 1009
 """More than any model has; the seeds of two trainings' phases differ."""
-STATE, WEIGHTS, BEST, OPTIMIZER = (
+STATE_FILE, WEIGHTS_FILE, BEST_FILE, OPTIMIZER_FILE = (
     "state.json", "weights.safetensors", "best.safetensors", "optimizer.pt",
 )  # fmt: skip
 
 
-def phases(model: nn.Module) -> list[set[str]]:
+def split_phases(model: nn.Module) -> list[set[str]]:
     """The names of the parameters that train in each phase, of those that train at all.
 
     First the head and what stands with it after the blocks, then one block more each time, and with
     the lowest block the embeddings.
     """
-    depth_of, blocks = depths(model)
+    depth_of, blocks = compute_depths(model)
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     lowest = [*range(blocks + 1, 1, -1), 0]
     return [{name for name in trains if depth_of[name] >= depth} for depth in lowest]
 
 
 @dataclass(frozen=True)
-class State:
+class GradualCheckpoint:
     """Where a training keeps how far it has come, and what it depends on."""
 
     folder: Path
-    reads: dict[str, Any]
+    cache_key: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Progress:
+class GradualProgress:
     """How far gradual unfreezing has come: what a stopped training goes on from."""
 
     phase: int = 0
@@ -65,9 +65,13 @@ class Progress:
 
 
 def fit_gradual(
-    model: nn.Module, make: Callable[..., TransferTrainer], args: TrainingArguments, best: KeepBest,
-    gradual: Gradual, state: State | None,
-) -> tuple[TransferTrainer, list[dict[str, Any]]]:  # fmt: skip
+    model: nn.Module,
+    make: Callable[..., TransferTrainer],
+    args: TrainingArguments,
+    best: BestWeightsCallback,
+    gradual: Gradual,
+    state: GradualCheckpoint | None,
+) -> tuple[TransferTrainer, list[dict[str, Any]]]:
     """Trains phase by phase and leaves the best weights of all phases in the model.
 
     A phase that is no better than the best before it is the last in which anything is unfrozen. The
@@ -96,44 +100,48 @@ def fit_gradual(
         )
     everything = {n: p for n, p in model.named_parameters() if p.requires_grad}
     start = {name: p.detach().cpu().clone() for name, p in everything.items()}
-    parts = phases(model)
+    parts = split_phases(model)
     # The original is asked, and the optimizer made, while everything requires a gradient.
     first = trainer = make(args)
-    first.ask_original()
+    first.prepare_regularizers()
     optimizer = first.create_optimizer()
-    done = _resumed(state, model, best, optimizer)
-    while (number := _next(done, len(parts), gradual)) is not None:
+    done = _load_progress(state, model, best, optimizer)
+    while (number := _next_phase(done, len(parts), gradual)) is not None:
         last = number == len(parts)
         if last:
-            _put(everything, start | best.weights)
-            _slow(optimizer, gradual.final_rate)
+            _set_parameters(everything, start | best.weights)
+            _scale_learning_rates(optimizer, gradual.final_rate)
         for name, parameter in everything.items():
             parameter.requires_grad = last or name in parts[number]
         its = copy(args)
         its.num_train_epochs = gradual.final_epochs if last else gradual.epochs
-        its.seed = its.data_seed = args.seed * PHASES + number
+        its.seed = its.data_seed = args.seed * PHASE_SEEDS + number
         trainer = make(its, optimizers=(optimizer, None), retain=first.retention)
-        done = _phase(trainer, model, number, best, done)
-        _keep(state, everything, best, optimizer, done)
+        done = _train_phase(trainer, model, number, best, done)
+        _save_progress(state, everything, best, optimizer, done)
     for parameter in everything.values():
         parameter.requires_grad = True
-    _put(everything, start | best.weights)
+    _set_parameters(everything, start | best.weights)
     return trainer, list(done.history)
 
 
-def _next(done: Progress, unfreezing: int, gradual: Gradual) -> int | None:
+def _next_phase(done: GradualProgress, unfreezing: int, gradual: Gradual) -> int | None:
     """The number of the phase to come, the final one's being `unfreezing`; None at the end."""
     if done.phase < unfreezing and not done.stopped:
         return done.phase
     return unfreezing if gradual.final_epochs and done.phase <= unfreezing else None
 
 
-def _phase(
-    trainer: TransferTrainer, model: nn.Module, number: int, best: KeepBest, done: Progress
-) -> Progress:
+def _train_phase(
+    trainer: TransferTrainer,
+    model: nn.Module,
+    number: int,
+    best: BestWeightsCallback,
+    done: GradualProgress,
+) -> GradualProgress:
     """Trains one phase, at the end of which there is an evaluation."""
     before, passed = best.best, done.epochs
-    best.waited = 0
+    best.evaluations_without_gain = 0
     trainer.train()
     if not any("eval_loss" in row for row in trainer.state.log_history):
         trainer.evaluate()
@@ -147,27 +155,30 @@ def _phase(
         for row in trainer.state.log_history
     ]
     epochs = passed + float(trainer.state.epoch or 0)
-    return Progress(number + 1, done.stopped or not gained, epochs, (*done.history, *rows))
+    return GradualProgress(number + 1, done.stopped or not gained, epochs, (*done.history, *rows))
 
 
-def _put(everything: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+def _set_parameters(everything: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
     """Sets all parameters."""
     with torch.no_grad():
         for name, parameter in everything.items():
             parameter.copy_(values[name])
 
 
-def _slow(optimizer: Any, share: float) -> None:
+def _scale_learning_rates(optimizer: Any, share: float) -> None:
     """Lowers every learning rate of what comes next."""
     for group in optimizer.param_groups:
         group["initial_lr"] = share * group.get("initial_lr", group["lr"])
         group["lr"] = group["initial_lr"]
 
 
-def _keep(
-    state: State | None, everything: dict[str, nn.Parameter], best: KeepBest, optimizer: Any,
-    done: Progress,
-) -> None:  # fmt: skip
+def _save_progress(
+    state: GradualCheckpoint | None,
+    everything: dict[str, nn.Parameter],
+    best: BestWeightsCallback,
+    optimizer: Any,
+    done: GradualProgress,
+) -> None:
     """Writes the state after a phase in the place of the one before."""
     if state is None:
         return
@@ -177,30 +188,36 @@ def _keep(
     }  # fmt: skip
 
     def write() -> None:
-        with run_folder.commit(state.folder, state.reads) as aside:
-            save_file(_plain(everything), aside / WEIGHTS)
-            save_file(_plain(best.weights), aside / BEST)
-            torch.save(optimizer.state_dict(), aside / OPTIMIZER)
-            run_folder.write_text(aside / STATE, to_json(told))
+        with run_folder.commit_stage(state.folder, state.cache_key) as aside:
+            save_file(_to_cpu(everything), aside / WEIGHTS_FILE)
+            save_file(_to_cpu(best.weights), aside / BEST_FILE)
+            torch.save(optimizer.state_dict(), aside / OPTIMIZER_FILE)
+            run_folder.write_text(aside / STATE_FILE, to_json(told))
 
-    distributed.share(write)
+    distributed.broadcast_from_main(write)
 
 
-def _resumed(state: State | None, model: nn.Module, best: KeepBest, optimizer: Any) -> Progress:
+def _load_progress(
+    state: GradualCheckpoint | None, model: nn.Module, best: BestWeightsCallback, optimizer: Any
+) -> GradualProgress:
     """Puts back the state that stands, if there is one of this training."""
-    if state is None or distributed.share(lambda: run_folder.reads(state.folder)) != state.reads:
-        return Progress()
+    if (
+        state is None
+        or distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(state.folder))
+        != state.cache_key
+    ):
+        return GradualProgress()
     folder = state.folder
-    told = json.loads((folder / STATE).read_text("utf-8"))
+    told = json.loads((folder / STATE_FILE).read_text("utf-8"))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, tensor in load_file(folder / WEIGHTS).items():
+        for name, tensor in load_file(folder / WEIGHTS_FILE).items():
             parameters[name].copy_(tensor)
     best.best, best.epoch = told["best"], told["epoch"]
-    best.weights = load_file(folder / BEST)
-    optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True))
-    return Progress(told["phase"], told["stopped"], told["epochs"], tuple(told["history"]))
+    best.weights = load_file(folder / BEST_FILE)
+    optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, weights_only=True))
+    return GradualProgress(told["phase"], told["stopped"], told["epochs"], tuple(told["history"]))
 
 
-def _plain(tensors: Any) -> dict[str, Tensor]:
+def _to_cpu(tensors: Any) -> dict[str, Tensor]:
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}

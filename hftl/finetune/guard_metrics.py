@@ -5,26 +5,28 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from hftl.analysis.drift import agreement
+from hftl.analysis.drift import mean_shared_neighbours
 from hftl.analysis.probe import fit_probe
-from hftl.data.text import Encoded
+from hftl.data.text import EncodedRow
 from hftl.errors import HftlError
-from hftl.finetune.context import Workbench
-from hftl.measure.metrics import METRICS, SELECTION
-from hftl.models.features import frozen_features
-from hftl.models.heads import Built, build
-from hftl.models.parts import under
+from hftl.finetune.context import ExperimentContext
+from hftl.measure.metrics import METRICS, SELECTION_METRICS
+from hftl.models.features import compute_frozen_features
+from hftl.models.heads import LoadedModel, build_model
+from hftl.models.parts import has_prefix
 from hftl.runtime import distributed
 
-State = Callable[[], dict[str, Tensor]]
+ReadWeights = Callable[[], dict[str, Tensor]]
 """The weights of an encoder that is being adapted, by their names in `AutoModel`."""
-ROWS = 2000
+PROBE_EVAL_ROWS = 2000
 """Validation rows that a probe is scored on, at most; they stand in the order of a hash."""
-FITTED = 5000
+PROBE_TRAIN_ROWS = 5000
 """Training rows that it is fitted on, at most."""
 
 
-def probe_score(bench: Workbench, pooling: str, seed: int, state: State) -> Callable[[], float]:
+def build_probe_score(
+    bench: ExperimentContext, pooling: str, seed: int, state: ReadWeights
+) -> Callable[[], float]:
     """The score on validation of a probe fitted on the encoder as it is now; more is better.
 
     Every process must call it.
@@ -36,35 +38,38 @@ def probe_score(bench: Workbench, pooling: str, seed: int, state: State) -> Call
         state: the weights now.
     """
     prepared = bench.prepared
-    built = bench.build(pooling, seed)
+    built = bench.build_model(pooling, seed)
     built.model.to(bench.device)
-    train, held = bench.train_rows(seed)[:FITTED], prepared.rows["validation"][:ROWS]
-    name = SELECTION[prepared.task]
+    train, held = (
+        bench.select_train_rows(seed)[:PROBE_TRAIN_ROWS],
+        prepared.rows["validation"][:PROBE_EVAL_ROWS],
+    )
+    name = SELECTION_METRICS[prepared.task]
     metric = METRICS[prepared.task].get(name)
 
     def measure() -> float:
-        _set(built, state())
+        _load_encoder_weights(built, state())
         found = [
-            np.concatenate(frozen_features(
-                built.model, built.last_linear, bench.encoded(rows), bench.inputs, bench.device
+            np.concatenate(compute_frozen_features(
+                built.model, built.last_linear, bench.encode_rows(rows), bench.inputs, bench.device
             ))
             for rows in (train, held)
         ]  # fmt: skip
 
         def score() -> float:
-            targets = prepared.targets(train)
-            probe = fit_probe(found[0], targets, bench.outputs, bench.groups(train))
-            told = bench.told(held, probe.logits(found[1]))
+            targets = prepared.encode_targets(train)
+            probe = fit_probe(found[0], targets, bench.num_outputs, bench.group_outputs(train))
+            told = bench.decode_logits(held, probe.logits(found[1]))
             assert metric is not None
-            return metric.sign * metric.score(prepared.measured(held), told)
+            return metric.sign * metric.score(prepared.encode_for_metrics(held), told)
 
-        return distributed.share(score)
+        return distributed.broadcast_from_main(score)
 
     return measure
 
 
-def neighbours_kept(
-    bench: Workbench, encoded: list[Encoded], seed: int, state: State
+def build_neighbour_agreement(
+    bench: ExperimentContext, encoded: list[EncodedRow], seed: int, state: ReadWeights
 ) -> Callable[[], float]:
     """The share of each row's nearest neighbours that are those under the original encoder.
 
@@ -77,29 +82,31 @@ def neighbours_kept(
         state: the weights now.
     """
     pooling = "mean" if bench.prepared.modality == "text" else "native"
-    built = build(bench.source, "regression", pooling, 1, [], seed)
+    built = build_model(bench.source, "regression", pooling, 1, [], seed)
     built.model.to(bench.device)
 
     def features() -> np.ndarray:
         return np.concatenate(
-            frozen_features(built.model, built.last_linear, encoded, bench.inputs, bench.device)
+            compute_frozen_features(
+                built.model, built.last_linear, encoded, bench.inputs, bench.device
+            )
         )
 
     before = features()
 
     def measure() -> float:
-        _set(built, state())
+        _load_encoder_weights(built, state())
         after = features()
-        return distributed.share(lambda: agreement(before, after))
+        return distributed.broadcast_from_main(lambda: mean_shared_neighbours(before, after))
 
     return measure
 
 
-def _set(built: Built, state: dict[str, Tensor]) -> None:
+def _load_encoder_weights(built: LoadedModel, state: dict[str, Tensor]) -> None:
     """Puts an encoder's weights below a head."""
     mine = built.encoder.state_dict()
-    beside = (built.anatomy.pooler or "pooler", *built.anatomy.unused)
-    lost = [name for name in mine if name not in state and not under(name, beside)]
+    beside = (built.architecture.pooler or "pooler", *built.architecture.unused_parts)
+    lost = [name for name in mine if name not in state and not has_prefix(name, beside)]
     if lost:
         raise HftlError(f"the adapted encoder has no weight {lost[0]!r}", "Report this")
     built.encoder.load_state_dict({k: v for k, v in state.items() if k in mine}, strict=False)

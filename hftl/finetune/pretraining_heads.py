@@ -10,37 +10,37 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import ViTMAEConfig
 
-from hftl.adapt.encoder_io import encoder_state
+from hftl.adapt.encoder_io import merge_encoder_state
 from hftl.adapt.mae import load_mae
-from hftl.adapt.masked_patches import MaskedPictures
-from hftl.adapt.masked_patches import collate as collate_pictures
-from hftl.adapt.mlm import MaskedKL, load_mlm, own_mlm
+from hftl.adapt.masked_patches import MaskedImageDataset
+from hftl.adapt.masked_patches import collate_masked_images as collate_pictures
+from hftl.adapt.mlm import MaskedTokenKL, load_mlm, load_trained_mlm
 from hftl.config.adapt import Decoder
 from hftl.config.retain import KL
-from hftl.data.general import General
-from hftl.data.image_processing import ImageInputs, target_size
+from hftl.data.general import GeneralData
+from hftl.data.image_processing import ImageInputs, get_image_size
 from hftl.data.load import Row
-from hftl.data.masking import collate, corrupt, masking_of
-from hftl.data.normalization import normalise_name
-from hftl.data.splits import content_key
+from hftl.data.masking import build_masking_spec, collate_masked_blocks, mask_tokens
+from hftl.data.normalization import normalize_name
+from hftl.data.splits import hash_row
 from hftl.data.text import TextInputs
 from hftl.errors import HftlError, RecipeError
-from hftl.finetune.context import Workbench
-from hftl.models.features import batches_of_like, frozen_features, logits
-from hftl.models.heads import Built, PooledModel, build, load_class
-from hftl.models.parts import encoder_of, stock_class, under
+from hftl.finetune.context import ExperimentContext
+from hftl.models.features import batch_by_length, compute_frozen_features, predict_logits
+from hftl.models.heads import LoadedModel, PooledModel, build_model, load_class
+from hftl.models.parts import get_stock_encoder, get_task_class, has_prefix
 from hftl.models.source import SourceModel, load_tokenizer
-from hftl.retain.kl import ZeroShotKL, zero_shot_head
-from hftl.retain.weights import WRAPPING
+from hftl.retain.kl import ZeroShotKL, build_zero_shot_head
+from hftl.retain.weights import PEFT_WRAPPING
 from hftl.runtime import distributed
 
-HIDDEN = 0.15
+MASK_PROBABILITY = 0.15
 """The share of tokens that are hidden, as in BERT's pre-training."""
 
 
-def head_term(
-    bench: Workbench, kl: KL, seed: int, before: Workbench | None = None
-) -> MaskedKL | ZeroShotKL:
+def build_head_regularizer(
+    bench: ExperimentContext, kl: KL, seed: int, before: ExperimentContext | None = None
+) -> MaskedTokenKL | ZeroShotKL:
     """The term on a head of the source.
 
     Args:
@@ -52,21 +52,21 @@ def head_term(
     assert not isinstance(kl.weight, str)
     how = (kl.temperature, kl.direction, kl.inputs)
     if kl.on == "zero_shot":
-        clip = _clip(bench.source)
+        clip = _load_clip(bench.source)
         names = bench.prepared.names
-        head = zero_shot_head(clip, load_tokenizer(bench.source), names)
+        head = build_zero_shot_head(clip, load_tokenizer(bench.source), names)
         return ZeroShotKL(kl.weight, head, *how)
     held = bench if before is None else before
     masked, fresh = load_mlm(held.source, seed, held.mlm_head)
     if fresh:
-        raise _no_head(held.source)
+        raise _build_no_head_error(held.source)
     # The rows of a batch are told token by token, so no word is known as a whole.
     tokenizer = bench.inputs.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
-    masking = masking_of(tokenizer, HIDDEN, False, bench.source.config.vocab_size)
-    return MaskedKL(kl.weight, masked, masking, seed, *how, apart=before is not None)
+    masking = build_masking_spec(tokenizer, MASK_PROBABILITY, False, bench.source.config.vocab_size)
+    return MaskedTokenKL(kl.weight, masked, masking, seed, *how, apart=before is not None)
 
 
-def check_head(kl: KL, source: SourceModel, warmed: bool, task: str) -> None:
+def check_pretraining_head(kl: KL, source: SourceModel, warmed: bool, task: str) -> None:
     """Refuses KL on a head that the source does not have.
 
     Args:
@@ -80,26 +80,26 @@ def check_head(kl: KL, source: SourceModel, warmed: bool, task: str) -> None:
     """
     if kl.on == "mlm":
         if not warmed and load_mlm(source, 0)[1]:
-            raise _no_head(source)
+            raise _build_no_head_error(source)
         return
     if task != "classification":
         raise RecipeError(
             f"retain.kl.on=zero_shot tells classes by their names, and data.task is {task}",
             "Use relational or features",
         )
-    _clip(source)
+    _load_clip(source)
     load_tokenizer(source)
 
 
-def _no_head(source: SourceModel) -> RecipeError:
+def _build_no_head_error(source: SourceModel) -> RecipeError:
     return RecipeError(
-        f"retain.kl.on=mlm: {source.spec} has no trained masked-language head",
+        f"retain.kl.on=mlm: {source.name} has no trained masked-language head",
         "Adapt by mlm first, which warms one for retain.reference=start, or use "
         "retain.kl.on=relational",
     )
 
 
-def _clip(source: SourceModel) -> Any:
+def _load_clip(source: SourceModel) -> Any:
     """The whole CLIP model of a checkpoint, texts and pictures.
 
     Raises:
@@ -108,7 +108,7 @@ def _clip(source: SourceModel) -> Any:
     from transformers import CLIPModel
 
     refused = RecipeError(
-        f"retain.kl.on=zero_shot: {source.spec} is no CLIP model of texts and pictures",
+        f"retain.kl.on=zero_shot: {source.name} is no CLIP model of texts and pictures",
         "Use a CLIP source, or retain.kl.on=relational",
     )
     if source.model_type != "clip":
@@ -128,13 +128,15 @@ def _clip(source: SourceModel) -> Any:
 # images, and the one of the classes that it was trained for. What it lacks is not asked.
 
 
-SEED = 0
+MASK_SEED = 0
 """Of what is hidden: the same before and after, for every arm and seed."""
 BATCH_TOKENS = 2048
-BATCH_PICTURES = 64
+BATCH_IMAGES = 64
 
 
-def asked_again(bench: Workbench, built: Built) -> dict[str, np.ndarray]:
+def measure_pretraining_heads(
+    bench: ExperimentContext, built: LoadedModel
+) -> dict[str, np.ndarray]:
     """(rows, 2) float32 for each of the source's heads: of each measured general row a value, and
     how many it is a mean of.
 
@@ -145,68 +147,77 @@ def asked_again(bench: Workbench, built: Built) -> dict[str, np.ndarray]:
     if general is None:
         return {}
     found = {
-        "mlm_loss": _masked_words(bench, source, built),
-        "mae_loss": _masked_patches(bench, source, built),
-        "backward": _classes(bench, general, source, built),
+        "mlm_loss": _score_masked_tokens(bench, source, built),
+        "mae_loss": _score_masked_patches(bench, source, built),
+        "backward": _score_classifier(bench, general, source, built),
     }
     return {name: told for name, told in found.items() if told is not None}
 
 
-def own_classes(source: SourceModel, general: General) -> tuple[str, list[str]] | None:
+def find_source_classes(source: SourceModel, general: GeneralData) -> tuple[str, list[str]] | None:
     """The control whose values are all among the classes that the source tells, and those classes
     in the order of its outputs; None where there is none."""
     config = source.config
     if config.problem_type == "multi_label_classification":
         return None
-    names = [normalise_name(config.id2label[i]) for i in range(config.num_labels)]
+    names = [normalize_name(config.id2label[i]) for i in range(config.num_labels)]
     for control in general.controls:
-        if set(general.values(control)) <= set(names):
+        if set(general.get_control_values(control)) <= set(names):
             return control, names
     return None
 
 
-def _classes(
-    bench: Workbench, general: General, source: SourceModel, built: Built
+def _score_classifier(
+    bench: ExperimentContext, general: GeneralData, source: SourceModel, built: LoadedModel
 ) -> np.ndarray | None:
     """Which rows the source's own classifier gets right."""
-    known = own_classes(source, general)
+    known = find_source_classes(source, general)
     if known is None:
         return None
     control, names = known
-    kind = stock_class(source.config, "classification")
+    kind = get_task_class(source.config, "classification")
     model, missing = load_class(source, kind, deepcopy(source.config), {})
-    encoder, anatomy = encoder_of(model, source.anatomy), source.anatomy
-    if any(not under(n.removeprefix(f"{anatomy.encoder}."), anatomy.unused) for n in missing):
+    encoder, anatomy = get_stock_encoder(model, source.architecture_spec), source.architecture_spec
+    if any(
+        not has_prefix(n.removeprefix(f"{anatomy.encoder}."), anatomy.unused_parts) for n in missing
+    ):
         return None
-    _fill(encoder, built, anatomy.pooler)
+    _fill_encoder(encoder, built, anatomy.pooler)
     inputs: Any = bench.inputs
     if bench.prepared.modality == "text":
         inputs = TextInputs(inputs.tokenizer, inputs.max_length)
     model.to(bench.device)
-    told = logits(model, bench.encoded(general.measured), inputs, bench.device).argmax(1)
-    right = np.array(names)[told] == general.values(control)
+    told = predict_logits(model, bench.encode_rows(general.eval_rows), inputs, bench.device).argmax(
+        1
+    )
+    right = np.array(names)[told] == general.get_control_values(control)
     return np.stack([right, np.ones(len(right))], 1).astype(np.float32)
 
 
-def _masked_words(bench: Workbench, source: SourceModel, built: Built) -> np.ndarray | None:
+def _score_masked_tokens(
+    bench: ExperimentContext, source: SourceModel, built: LoadedModel
+) -> np.ndarray | None:
     """The loss of the masked-language head at hidden tokens."""
     assert bench.general is not None
     tokenizer = getattr(bench.inputs, "tokenizer", None)
     if tokenizer is None or tokenizer.mask_token_id is None:
         return None
-    model = own_mlm(source)
+    model = load_trained_mlm(source)
     if model is None:
         return None
-    masking = masking_of(tokenizer, HIDDEN, False, bench.source.config.vocab_size)
+    masking = build_masking_spec(tokenizer, MASK_PROBABILITY, False, bench.source.config.vocab_size)
     rows = []
-    for number, encoded in enumerate(bench.encoded(bench.general.measured)):
+    for number, encoded in enumerate(bench.encode_rows(bench.general.eval_rows)):
         ids = np.array(encoded["input_ids"])
-        draw = np.random.default_rng([SEED, number])
-        shown, positions = corrupt(ids, np.zeros_like(ids), masking, draw)
+        draw = np.random.default_rng([MASK_SEED, number])
+        shown, positions = mask_tokens(ids, np.zeros_like(ids), masking, draw)
         rows.append({"input_ids": shown, "positions": positions, "labels": ids[positions]})
 
     def losses(chosen: list[dict[str, Any]]) -> Tensor:
-        batch = {k: v.to(bench.device) for k, v in collate(chosen, tokenizer.pad_token_id).items()}
+        batch = {
+            k: v.to(bench.device)
+            for k, v in collate_masked_blocks(chosen, tokenizer.pad_token_id).items()
+        }
         told = batch.pop("labels").reshape(-1)[batch["slots"]]
         each = F.cross_entropy(model(**batch).logits.float(), told, reduction="none")
         of_row = batch["flat"] // batch["input_ids"].shape[1]
@@ -216,28 +227,30 @@ def _masked_words(bench: Workbench, source: SourceModel, built: Built) -> np.nda
     own, model.encoder = model.encoder, built.encoder
     model.to(bench.device).eval()
     lengths = [len(row["input_ids"]) for row in rows]
-    found = _by_row(rows, batches_of_like(lengths, BATCH_TOKENS), losses)
+    found = _average_rows(rows, batch_by_length(lengths, BATCH_TOKENS), losses)
     # The hook that picks places leaves the trained encoder with the head.
     model.encoder = own
     return found
 
 
-def _masked_patches(bench: Workbench, source: SourceModel, built: Built) -> np.ndarray | None:
+def _score_masked_patches(
+    bench: ExperimentContext, source: SourceModel, built: LoadedModel
+) -> np.ndarray | None:
     """The loss of a ViTMAE checkpoint's decoder at hidden patches."""
     inputs, general = bench.inputs, bench.general
     assert general is not None
     if source.architecture != "vit_mae" or not isinstance(inputs, ImageInputs):
         return None
     config = ViTMAEConfig.from_pretrained(source.folder)
-    side, ratio = target_size(inputs.processor), config.mask_ratio
-    model, fresh = load_mae(source, side, ratio, Decoder().model_dump(), SEED)
+    side, ratio = get_image_size(inputs.processor), config.mask_ratio
+    model, fresh = load_mae(source, side, ratio, Decoder().model_dump(), MASK_SEED)
     if fresh:
         return None
-    _fill(model.encoder, built, "pooler")
+    _fill_encoder(model.encoder, built, "pooler")
     model.to(bench.device).eval()
-    pictures = [row["pixel_values"] for row in bench.encoded(general.measured)]
-    keys = [content_key(row) for row in general.measured]
-    hidden = MaskedPictures(pictures, keys, inputs.patch, SEED, fixed=True)
+    pictures = [row["pixel_values"] for row in bench.encode_rows(general.eval_rows)]
+    keys = [hash_row(row) for row in general.eval_rows]
+    hidden = MaskedImageDataset(pictures, keys, inputs.patch_size, MASK_SEED, fixed=True)
 
     def losses(chosen: list[dict[str, Any]]) -> Tensor:
         batch = collate_pictures(chosen, inputs, ratio, config.norm_pix_loss)
@@ -248,34 +261,38 @@ def _masked_patches(bench: Workbench, source: SourceModel, built: Built) -> np.n
         return torch.stack([each.sum(1), there.sum(1)], 1)
 
     numbers = list(range(len(hidden)))
-    batches = [numbers[i : i + BATCH_PICTURES] for i in range(0, len(numbers), BATCH_PICTURES)]
-    return _by_row(hidden, batches, losses)
+    batches = [numbers[i : i + BATCH_IMAGES] for i in range(0, len(numbers), BATCH_IMAGES)]
+    return _average_rows(hidden, batches, losses)
 
 
-def _by_row(rows: Any, batches: list[list[int]], sums: Callable[[list[Any]], Tensor]) -> np.ndarray:
+def _average_rows(
+    rows: Any, batches: list[list[int]], sums: Callable[[list[Any]], Tensor]
+) -> np.ndarray:
     """(rows, 2) means and counts, from sums and counts of the rows of each batch; the batches are
     shared among the processes."""
     mine: dict[int, np.ndarray] = {}
     with torch.no_grad():
-        for numbers in distributed.mine(batches):
+        for numbers in distributed.shard_items(batches):
             told = sums([rows[n] for n in numbers]).double().cpu().numpy()
             mine.update(zip(numbers, told, strict=True))
-    whole = {number: told for part in distributed.gather(mine) for number, told in part.items()}
+    whole = {
+        number: told for part in distributed.gather_values(mine) for number, told in part.items()
+    }
     found = np.stack([whole[number] for number in range(len(rows))])
     found[:, 0] /= np.maximum(found[:, 1], 1)
     return found.astype(np.float32)
 
 
-def _fill(encoder: Any, built: Built, pooler: str | None) -> None:
+def _fill_encoder(encoder: Any, built: LoadedModel, pooler: str | None) -> None:
     """Puts the trained weights into an encoder of the source, adapters merged; a pooler that the
     trained one does without stays."""
     state = {
-        WRAPPING.sub("", name): tensor
-        for name, tensor in encoder_state(built).items()
+        PEFT_WRAPPING.sub("", name): tensor
+        for name, tensor in merge_encoder_state(built).items()
         if ".original_module." not in name
     }
     missing, _ = encoder.load_state_dict(state, strict=False)
-    lost = [name for name in missing if pooler is None or not under(name, (pooler,))]
+    lost = [name for name in missing if pooler is None or not has_prefix(name, (pooler,))]
     if lost:
         raise HftlError(f"the trained encoder lacks {lost[0]!r} of the source's", "Report this")
 
@@ -283,26 +300,28 @@ def _fill(encoder: Any, built: Built, pooler: str | None) -> None:
 # Where rows lie in an encoder's space, from which it is told what the encoder has forgotten.
 
 
-NEW_ROWS = 2000
+MAX_NEW_ROWS = 2000
 """Test rows that are compared, at most; they stand in the order of a hash."""
 
 
-def compared(bench: Workbench) -> dict[str, list[Row]]:
+def select_compared_rows(bench: ExperimentContext) -> dict[str, list[Row]]:
     """The rows: `general`, those of general data that measure, if any, and `new`, those of test."""
-    new = bench.prepared.rows["test"][:NEW_ROWS]
+    new = bench.prepared.rows["test"][:MAX_NEW_ROWS]
     return (
-        {"new": new} if bench.general is None else {"general": bench.general.measured, "new": new}
+        {"new": new} if bench.general is None else {"general": bench.general.eval_rows, "new": new}
     )
 
 
-def embed(bench: Workbench, built: Built) -> dict[str, np.ndarray]:
-    """(rows, width) float32 for each part of `compared`, see `embed_rows`; and what the source's
-    own heads say, see `asked_again`."""
-    found = {part: embed_rows(bench, built, rows) for part, rows in compared(bench).items()}
-    return found | asked_again(bench, built)
+def embed_compared_rows(bench: ExperimentContext, built: LoadedModel) -> dict[str, np.ndarray]:
+    """(rows, width) float32 for each part of `select_compared_rows`, see `embed_rows`; and what the source's
+    own heads say, see `measure_pretraining_heads`."""
+    found = {
+        part: embed_rows(bench, built, rows) for part, rows in select_compared_rows(bench).items()
+    }
+    return found | measure_pretraining_heads(bench, built)
 
 
-def embed_rows(bench: Workbench, built: Built, rows: list[Row]) -> np.ndarray:
+def embed_rows(bench: ExperimentContext, built: LoadedModel, rows: list[Row]) -> np.ndarray:
     """(rows, width) float32, in eval mode and fp32.
 
     Of a text the mean of the encoder's last hidden states over its tokens, of a picture what the
@@ -315,11 +334,11 @@ def embed_rows(bench: Workbench, built: Built, rows: list[Row]) -> np.ndarray:
         model = PooledModel(built.encoder, "mean", bench.source.config.hidden_size, 1)
         last = model.head
     model.to(bench.device)
-    found = frozen_features(model, last, bench.encoded(rows), inputs, bench.device)
+    found = compute_frozen_features(model, last, bench.encode_rows(rows), inputs, bench.device)
     return np.concatenate(found)
 
 
-def embed_original(bench: Workbench, seed: int) -> dict[str, np.ndarray]:
+def embed_source(bench: ExperimentContext, seed: int) -> dict[str, np.ndarray]:
     """The same of the source as it is.
 
     Args:
@@ -327,4 +346,4 @@ def embed_original(bench: Workbench, seed: int) -> dict[str, np.ndarray]:
         seed: of weights above the encoder that the checkpoint lacks.
     """
     pooling = "mean" if bench.prepared.modality == "text" else "native"
-    return embed(bench, build(bench.source, "regression", pooling, 1, [], seed))
+    return embed_compared_rows(bench, build_model(bench.source, "regression", pooling, 1, [], seed))

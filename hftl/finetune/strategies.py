@@ -5,12 +5,18 @@ from typing import Any
 
 from torch import nn
 
-from hftl.config.finetune import LORA
+from hftl.config.finetune import DEFAULT_LORA
 from hftl.errors import RecipeError
-from hftl.models.architectures import check_blocks, layers
-from hftl.models.heads import PooledModel, anatomy_in, encoder_in, last_linear, unused_in
+from hftl.models.architectures import check_block_count
+from hftl.models.heads import (
+    PooledModel,
+    get_encoder,
+    get_last_linear,
+    get_model_architecture,
+    list_unused_parts,
+)
 from hftl.models.lora import add_lora
-from hftl.models.parts import Anatomy, blocks_of, submodule, under
+from hftl.models.parts import ArchitectureSpec, count_layers, get_blocks, get_submodule, has_prefix
 
 
 def prepare(
@@ -27,7 +33,7 @@ def prepare(
             or a `PooledModel`.
         strategy: `head` (the last linear layer), `partial` (the top `blocks`, what follows them,
             and the head), `lora` (adapters in every block, and the head), or `full` (all that an
-            output depends on); `gradual` is `full`, of which `gradual.phases` train in turn.
+            output depends on); `gradual` is `full`, of which `gradual.split_phases` train in turn.
         blocks: how many top blocks train under `partial`.
         lora: fields of `peft.LoraConfig`.
         fresh: modules that the checkpoint did not have (`output_loading_info`'s missing keys),
@@ -37,53 +43,55 @@ def prepare(
         RecipeError: for an unsupported architecture or class, an unknown strategy, or too many
             blocks.
     """
-    anatomy = anatomy_in(model)
-    encoder = encoder_in(model, anatomy)
+    anatomy = get_model_architecture(model)
+    encoder = get_encoder(model, anatomy)
     if fresh is None:
-        fresh = _possibly_fresh(model, anatomy)
+        fresh = _list_untrained_modules(model, anatomy)
     everything = strategy in ("full", "gradual")
     model.requires_grad_(everything)
     if strategy == "lora":
-        model = add_lora(model, anatomy, LORA | (lora or {}), fresh)
+        model = add_lora(model, anatomy, DEFAULT_LORA | (lora or {}), fresh)
     elif strategy == "head":
-        last_linear(model, anatomy).requires_grad_(True)
+        get_last_linear(model, anatomy).requires_grad_(True)
     elif strategy == "partial":
         _unfreeze_top(model, anatomy, blocks, fresh)
     elif not everything:
         raise RecipeError(
             f"unknown strategy {strategy!r}", "Use head, partial, gradual, lora or full"
         )
-    unused = unused_in(model, anatomy)
+    unused = list_unused_parts(model, anatomy)
     for name, parameter in encoder.named_parameters():
-        if under(name, unused):
+        if has_prefix(name, unused):
             parameter.requires_grad = False
     return model
 
 
-def trainable_parameters(model: nn.Module) -> int:
+def count_trainable_parameters(model: nn.Module) -> int:
     """How many numbers the optimizer changes."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _unfreeze_top(model: nn.Module, anatomy: Anatomy, blocks: int, fresh: Sequence[str]) -> None:
-    encoder: Any = encoder_in(model, anatomy)
-    found = blocks_of(encoder, anatomy)
-    check_blocks("finetune", blocks, len(found), layers(encoder.config))
+def _unfreeze_top(
+    model: nn.Module, anatomy: ArchitectureSpec, blocks: int, fresh: Sequence[str]
+) -> None:
+    encoder: Any = get_encoder(model, anatomy)
+    found = get_blocks(encoder, anatomy)
+    check_block_count("finetune", blocks, len(found), count_layers(encoder.config))
     for block in found[-blocks:]:
         block.requires_grad_(True)
-    for path in anatomy.final:
-        submodule(encoder, path).requires_grad_(True)
+    for path in anatomy.final_parts:
+        get_submodule(encoder, path).requires_grad_(True)
     if isinstance(model, PooledModel):
         model.head.requires_grad_(True)
         return
     if anatomy.pooler and getattr(encoder, anatomy.pooler, None) is not None:
-        submodule(encoder, anatomy.pooler).requires_grad_(True)
-    for name in [*anatomy.head, *fresh]:
-        submodule(model, name).requires_grad_(True)
+        get_submodule(encoder, anatomy.pooler).requires_grad_(True)
+    for name in [*anatomy.head_parts, *fresh]:
+        get_submodule(model, name).requires_grad_(True)
 
 
-def _possibly_fresh(model: nn.Module, anatomy: Anatomy) -> list[str]:
+def _list_untrained_modules(model: nn.Module, anatomy: ArchitectureSpec) -> list[str]:
     if isinstance(model, PooledModel) or not anatomy.pooler:
         return []
-    pooler = getattr(encoder_in(model, anatomy), anatomy.pooler, None)
+    pooler = getattr(get_encoder(model, anatomy), anatomy.pooler, None)
     return [] if pooler is None else [f"{anatomy.encoder}.{anatomy.pooler}"]

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from hftl.finetune.context import Workbench
-from hftl.models.heads import anatomy_in, last_linears
+from hftl.finetune.context import ExperimentContext
+from hftl.models.heads import get_last_linear_copies, get_model_architecture
 
-CONSTANT = 1e-3
+CONSTANT_TARGET_SPREAD = 1e-3
 """The spread of targets that do not vary, as a share of their size: outputs stay near them."""
 
 
@@ -25,7 +25,7 @@ class TargetScale:
     mean: float
     sd: float
 
-    def standardise(self, targets: np.ndarray) -> np.ndarray:
+    def standardize(self, targets: np.ndarray) -> np.ndarray:
         """Return targets, float64 in the label's unit, in standard deviations from the mean."""
         return (targets - self.mean) / self.sd
 
@@ -33,27 +33,27 @@ class TargetScale:
         """Return standardised outputs in the label's unit, float64."""
         return outputs.astype(np.float64) * self.sd + self.mean
 
-    def enter(self, model: nn.Module) -> None:
+    def standardize_head(self, model: nn.Module) -> None:
         """Fold the scale out of the head, so that the model gives standardised outputs."""
         self._change(model, 1 / self.sd, -self.mean / self.sd)
 
-    def leave(self, model: nn.Module) -> None:
+    def restore_head(self, model: nn.Module) -> None:
         """Fold the scale into the head, so that the model gives outputs in the label's unit."""
         self._change(model, self.sd, self.mean)
 
     def _change(self, model: nn.Module, factor: float, shift: float) -> None:
         with torch.no_grad():
             # Under an adapter the head that it wraps is the original's, and has the same unit.
-            for layer in last_linears(model, anatomy_in(model)):
+            for layer in get_last_linear_copies(model, get_model_architecture(model)):
                 weight, bias = layer.weight.cpu().double(), layer.bias.cpu().double()
                 layer.weight.copy_(weight * factor)
                 layer.bias.copy_(bias * factor + shift)
 
 
-def target_scale(bench: Workbench, seed: int) -> TargetScale | None:
+def compute_target_scale(bench: ExperimentContext, seed: int) -> TargetScale | None:
     """Return the scale of the targets that an arm of this seed learns from; None for classes."""
     if bench.prepared.task != "regression":
         return None
-    targets = bench.prepared.targets(bench.train_rows(seed))
+    targets = bench.prepared.encode_targets(bench.select_train_rows(seed))
     mean, sd = float(targets.mean()), float(targets.std())
-    return TargetScale(mean, sd or abs(mean) * CONSTANT or 1.0)
+    return TargetScale(mean, sd or abs(mean) * CONSTANT_TARGET_SPREAD or 1.0)

@@ -12,43 +12,49 @@ from typing import Any
 
 import numpy as np
 
-from hftl.card.plots import plot_compared
+from hftl.card.plots import plot_comparison
 from hftl.config.data import Data, Table
-from hftl.config.errors import closest
+from hftl.config.errors import suggest_closest
 from hftl.config.recipe import Recipe
-from hftl.console import table
+from hftl.console import format_table
 from hftl.data import labels as answers
 from hftl.data import prepare
 from hftl.data.image_processing import ImageInputs
-from hftl.data.images import warn_narrow
-from hftl.data.labels import TagScheme, recognise_tags
-from hftl.data.load import BadRows, Reading, Row, load
-from hftl.data.normalization import normalise_name
+from hftl.data.images import warn_of_narrow_images
+from hftl.data.labels import TagScheme, recognize_tag_scheme
+from hftl.data.load import BadRows, InputSpec, Row, load_rows
+from hftl.data.normalization import normalize_name
 from hftl.data.tables import READERS, SPLIT_NAMES, guess_format
 from hftl.errors import DataError, RecipeError
-from hftl.inference.find_model import Notes, loading, need_head, published_folder, read_json
-from hftl.inference.predict import Predictor, each
+from hftl.inference.find_model import (
+    PublishedMetadata,
+    check_trained_head,
+    find_published_folder,
+    read_json_mapping,
+    wrap_loading_errors,
+)
+from hftl.inference.predict import Predictor, load_predictors
 from hftl.inference.predict_table import check_output
 from hftl.measure import metrics
-from hftl.measure.paired_comparison import difference, score, units_of
-from hftl.measure.verdict import interval_text
-from hftl.models.features import logits
+from hftl.measure.paired_comparison import assign_units, compare_pair, score_with_interval
+from hftl.measure.verdict import format_gain
+from hftl.models.features import predict_logits
 from hftl.runtime import paths
 from hftl.runtime.run_folder import write_text
 
-SUFFIXES = ".csv, .tsv, .jsonl, .parquet"
-FOLDERS = {"text": "textfolder", "image": "imagefolder"}
+TABLE_SUFFIXES = ".csv, .tsv, .jsonl, .parquet"
+FOLDER_FORMATS = {"text": "textfolder", "image": "imagefolder"}
 
 
 @dataclass(frozen=True)
-class Items:
+class LabelledItems:
     """What the models are scored on; `data` is where pictures are found again."""
 
     rows: list[Row]
     data: Data
 
 
-def read_labelled(path: Path, predictor: Predictor, folder: Path) -> Items:
+def read_labelled_items(path: Path, predictor: Predictor, folder: Path) -> LabelledItems:
     """A table's rows, read as the model's own recipe reads its columns.
 
     Args:
@@ -62,9 +68,9 @@ def read_labelled(path: Path, predictor: Predictor, folder: Path) -> Items:
     """
     if not path.exists():
         raise DataError(f"{path} does not exist", "Check the path")
-    noted = Notes.read(folder).recipe.data
+    noted = PublishedMetadata.read(folder).recipe.data
     columns = noted.train.model_dump()
-    with loading(folder):
+    with wrap_loading_errors(folder):
         data = Data(
             task=predictor.task,  # pyright: ignore[reportArgumentType]
             train=Table(path=str(path), **columns),
@@ -74,13 +80,13 @@ def read_labelled(path: Path, predictor: Predictor, folder: Path) -> Items:
     if path.is_dir():
         _check_folder(path, predictor.modality)
     else:
-        inputs = table.texts if predictor.modality == "text" else [table.image]
-        _check_columns(path, [*inputs, *table.labels])
-    patch = predictor.inputs.patch if isinstance(predictor.inputs, ImageInputs) else 1
+        inputs = table.text_columns if predictor.modality == "text" else [table.image]
+        _check_columns(path, [*inputs, *table.label_columns])
+    patch = predictor.inputs.patch_size if isinstance(predictor.inputs, ImageInputs) else 1
     bad = BadRows(fix="Correct it, or leave it out")
-    rows = load(data, "train", bad, Reading(predictor.modality, patch))
-    warn_narrow((row.levels for row in rows), path.name)
-    return Items(rows, data)
+    rows = load_rows(data, "train", bad, InputSpec(predictor.modality, patch))
+    warn_of_narrow_images((row.levels for row in rows), path.name)
+    return LabelledItems(rows, data)
 
 
 def _check_folder(path: Path, modality: str) -> None:
@@ -91,21 +97,23 @@ def _check_folder(path: Path, modality: str) -> None:
         raise DataError(f"{path} has no folders, one a class", fix)
     if all(p.name.lower() in SPLIT_NAMES for p in classes):
         raise DataError(f"the folders of {path} name splits, not classes", "Give one of them")
-    if (path / "recipe.yaml").exists() or guess_format(path) != FOLDERS[modality]:
+    if (path / "recipe.yaml").exists() or guess_format(path) != FOLDER_FORMATS[modality]:
         raise DataError(f"{path} is no folder of labelled {modality}s", fix)
 
 
 def _check_columns(path: Path, wanted: list[str]) -> None:
     """Refuses a table that lacks what the first model was trained with."""
     name = path.suffix.lower()
-    if name not in SUFFIXES.split(", ") and name not in (".json", ".ndjson"):
-        raise DataError(f"{path}: the suffix {name!r} is of no labelled table", f"Use {SUFFIXES}")
+    if name not in TABLE_SUFFIXES.split(", ") and name not in (".json", ".ndjson"):
+        raise DataError(
+            f"{path}: the suffix {name!r} is of no labelled table", f"Use {TABLE_SUFFIXES}"
+        )
     first = next(iter(READERS[guess_format(path)](path)), None)
     has = [] if first is None else list(map(str, first.values))
     for column in wanted:
         if first is not None and column not in has:
             raise DataError(
-                f"{path.name}: no column {column!r}{closest(column, has).rstrip('?')}; it has "
+                f"{path.name}: no column {column!r}{suggest_closest(column, has).rstrip('?')}; it has "
                 f"{', '.join(has)}",
                 f"The first model was trained with {', '.join(map(repr, wanted))}: name them so",
             )
@@ -114,10 +122,10 @@ def _check_columns(path: Path, wanted: list[str]) -> None:
 # `hftl compare`: several runs or adapters on the same items, their bases loaded once.
 
 
-OUTPUTS = (".csv", ".png")
+OUTPUT_SUFFIXES = (".csv", ".png")
 
 
-def compare(
+def compare_models(
     models: Sequence[str], data: Path | None, output: Path | None, base: str | None = None
 ) -> str:
     """Scores every model on the same items, and each against the first.
@@ -137,43 +145,49 @@ def compare(
         DataError: if the table cannot be read, or has a label that no model knows.
         HubError: if a hub id cannot be had.
     """
-    check_output(output, OUTPUTS, [".png"])
-    folders = [_with_head(model) for model in models]
-    shared, unknown = (None, []) if data else _shared_items(models, folders)
+    check_output(output, OUTPUT_SUFFIXES, [".png"])
+    folders = [_find_model_folder(model) for model in models]
+    shared, unknown = (None, []) if data else _read_shared_items(models, folders)
     found: dict[int, np.ndarray] = {}
     first: Predictor | None = None
-    items: Items | None = None
+    items: LabelledItems | None = None
     scheme: TagScheme | None = None
-    for number, predictor in each(folders, base):
+    for number, predictor in load_predictors(folders, base):
         predictor = _normalise_predictor(models[number], predictor)
         if first is None or items is None:
             first = predictor
-            items = shared or read_labelled(Path(data or ""), predictor, folders[number])
+            items = shared or read_labelled_items(Path(data or ""), predictor, folders[number])
             items = replace(items, rows=list(map(_normalise_row, items.rows)))
             _check_labels(items, predictor)
-            scheme = _tag_scheme(models[number], folders[number], predictor)
-        _check_alike(models[number], predictor, first)
-        found[number] = _predicted(predictor, items, first.names, scheme)
+            scheme = _find_tag_scheme(models[number], folders[number], predictor)
+        _check_comparable(models[number], predictor, first)
+        found[number] = _predict_items(predictor, items, first.class_names, scheme)
     assert first is not None and items is not None
-    labels = answers.measured([row.label for row in items.rows], first.task, first.names, scheme)
-    rows = _rows(models, folders, labels, found, _metric(folders[0], first.task), items)
+    labels = answers.encode_for_metrics(
+        [row.label for row in items.rows], first.task, first.class_names, scheme
+    )
+    rows = _score_models(
+        models, folders, labels, found, _find_metric(folders[0], first.task), items
+    )
     if output is not None:
-        _write(rows, output)
+        _write_comparison(rows, output)
     warnings = [
         f"\n  warning: what {model} was trained on is not recorded; if these items were part of "
         "it, its score is too good"
         for model in unknown
     ]
-    return _shown(rows, len(items.rows)) + "".join(warnings)
+    return _format_comparison(rows, len(items.rows)) + "".join(warnings)
 
 
-def _with_head(model: str) -> Path:
-    folder = published_folder(model)
-    need_head(folder, model)
+def _find_model_folder(model: str) -> Path:
+    folder = find_published_folder(model)
+    check_trained_head(folder, model)
     return folder
 
 
-def _shared_items(models: Sequence[str], folders: Sequence[Path]) -> tuple[Items, list[str]]:
+def _read_shared_items(
+    models: Sequence[str], folders: Sequence[Path]
+) -> tuple[LabelledItems, list[str]]:
     """Return the test items of the runs among the models, and the models whose data are unknown.
 
     A model that was fetched or copied is scored on them too: hftl's own tell the data and splits
@@ -182,7 +196,7 @@ def _shared_items(models: Sequence[str], folders: Sequence[Path]) -> tuple[Items
     Raises:
         RecipeError: if none is a run, or one was split otherwise.
     """
-    places_ = [paths.find(model, "the model") for model in models]
+    places_ = [paths.resolve_local_path(model, "the model") for model in models]
     runs = {
         model: path
         for model, path in zip(models, places_, strict=True)
@@ -195,24 +209,24 @@ def _shared_items(models: Sequence[str], folders: Sequence[Path]) -> tuple[Items
             "Give a table: --data TABLE",
         )
     first, run = next(iter(runs.items()))
-    expected = _fingerprint(run / "record.json")
+    expected = _read_fingerprint(run / "record.json")
     unknown: list[str] = []
     for model, folder in zip(models, folders, strict=True):
         record = runs[model] / "record.json" if model in runs else folder / "hftl.json"
-        fingerprint = _fingerprint(record)
+        fingerprint = _read_fingerprint(record)
         if fingerprint is None:
             unknown.append(model)
         elif fingerprint != expected:
             raise RecipeError(
                 f"{model} has other data or splits than {first}", "Give a table: --data TABLE"
             )
-    prepared = prepare.read(run / "phases" / "data")
-    return Items(prepared.rows["test"], Recipe.load(run / "recipe.yaml").data), unknown
+    prepared = prepare.read_prepared_data(run / "phases" / "data")
+    return LabelledItems(prepared.rows["test"], Recipe.load(run / "recipe.yaml").data), unknown
 
 
-def _fingerprint(record: Path) -> str | None:
+def _read_fingerprint(record: Path) -> str | None:
     """Return the hash of the data and splits in a record; None where it has none."""
-    data = read_json(record).get("data")
+    data = read_json_mapping(record).get("data")
     return data.get("fingerprint") if isinstance(data, dict) else None
 
 
@@ -222,14 +236,14 @@ def _normalise_predictor(model: str, predictor: Predictor) -> Predictor:
     Raises:
         RecipeError: if two of its classes are one so named.
     """
-    names = list(map(normalise_name, predictor.names))
+    names = list(map(normalize_name, predictor.class_names))
     if len(set(names)) < len(names):
         double = next(name for name in names if names.count(name) > 1)
         raise RecipeError(
             f"{model} has several classes that differ from {double!r} only in spelling",
             "Train it on labels of one spelling",
         )
-    return replace(predictor, names=names)
+    return replace(predictor, class_names=names)
 
 
 def _normalise_row(row: Row) -> Row:
@@ -237,22 +251,24 @@ def _normalise_row(row: Row) -> Row:
     if isinstance(row.label, float):
         return row
     if isinstance(row.label, tuple):
-        return replace(row, label=tuple(map(normalise_name, row.label)))
-    return replace(row, label=normalise_name(row.label))
+        return replace(row, label=tuple(map(normalize_name, row.label)))
+    return replace(row, label=normalize_name(row.label))
 
 
-def _check_labels(items: Items, predictor: Predictor) -> None:
+def _check_labels(items: LabelledItems, predictor: Predictor) -> None:
     for row in items.rows:
-        strange = set(answers.names_of(row.label, predictor.task)) - set(predictor.names)
+        strange = set(answers.get_label_names(row.label, predictor.task)) - set(
+            predictor.class_names
+        )
         if strange:
             raise DataError(
                 f"{row.where}: the label {min(strange)!r} is none of the model's: "
-                f"{', '.join(predictor.names)}",
+                f"{', '.join(predictor.class_names)}",
                 "Correct the label, or give other models",
             )
 
 
-def _check_alike(model: str, predictor: Predictor, first: Predictor) -> None:
+def _check_comparable(model: str, predictor: Predictor, first: Predictor) -> None:
     """Refuses what answers another question than the first; the order of labels may differ."""
     facts = [(one.task, one.modality, len(one.columns)) for one in (predictor, first)]
     if facts[0] != facts[1]:
@@ -260,15 +276,15 @@ def _check_alike(model: str, predictor: Predictor, first: Predictor) -> None:
         raise RecipeError(
             f"{model} does {words[0]}, and the first {words[1]}", "Compare models of one task"
         )
-    if set(predictor.names) != set(first.names):
+    if set(predictor.class_names) != set(first.class_names):
         raise RecipeError(
-            f"{model} has the labels {', '.join(sorted(predictor.names))}, and the first "
-            f"{', '.join(sorted(first.names))}",
+            f"{model} has the labels {', '.join(sorted(predictor.class_names))}, and the first "
+            f"{', '.join(sorted(first.class_names))}",
             "Compare models with the same labels",
         )
 
 
-def _tag_scheme(model: str, folder: Path, predictor: Predictor) -> TagScheme | None:
+def _find_tag_scheme(model: str, folder: Path, predictor: Predictor) -> TagScheme | None:
     """Return the scheme that a model's folder notes, or that its tags show; None without tags.
 
     Raises:
@@ -276,12 +292,12 @@ def _tag_scheme(model: str, folder: Path, predictor: Predictor) -> TagScheme | N
     """
     if predictor.task != "token-classification":
         return None
-    noted = Notes.read(folder).tag_scheme
-    return noted or recognise_tags(tuple(predictor.names), f"{model}: ")
+    noted = PublishedMetadata.read(folder).tag_scheme
+    return noted or recognize_tag_scheme(tuple(predictor.class_names), f"{model}: ")
 
 
-def _predicted(
-    predictor: Predictor, items: Items, names: list[str], scheme: TagScheme | None
+def _predict_items(
+    predictor: Predictor, items: LabelledItems, names: list[str], scheme: TagScheme | None
 ) -> np.ndarray:
     """What metrics compare, in the order of `names`, whatever order the model has them in."""
     inputs = predictor.inputs
@@ -290,37 +306,37 @@ def _predicted(
     rows = items.rows
     tokens = predictor.task == "token-classification"
     words = [len(row.content) if tokens else 1 for row in rows]
-    found = logits(predictor.model, inputs.encode(rows), inputs, predictor.device)
-    labels, _ = answers.told(found, predictor.task, predictor.names, words)
-    return answers.measured(labels, predictor.task, names, scheme)
+    found = predict_logits(predictor.model, inputs.encode(rows), inputs, predictor.device)
+    labels, _ = answers.decode_logits(found, predictor.task, predictor.class_names, words)
+    return answers.encode_for_metrics(labels, predictor.task, names, scheme)
 
 
-def _metric(folder: Path, task: str) -> metrics.Metric:
+def _find_metric(folder: Path, task: str) -> metrics.Metric:
     """The first model's own metric, where it has recorded one."""
-    name = Notes.read(folder).metric or metrics.SELECTION[task]
-    return metrics.find(name, task)
+    name = PublishedMetadata.read(folder).metric or metrics.SELECTION_METRICS[task]
+    return metrics.find_metric(name, task)
 
 
-def _rows(
+def _score_models(
     models: Sequence[str], folders: Sequence[Path], labels: np.ndarray,
-    found: dict[int, np.ndarray], metric: metrics.Metric, items: Items,
+    found: dict[int, np.ndarray], metric: metrics.Metric, items: LabelledItems,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    units = units_of(items.rows)
+    units = assign_units(items.rows)
     return [
         {
             "model": model,
             "metric": metric.name,
-            **score(metric, labels, found[number], units),
-            "against_first": difference(metric, labels, found[number], found[0], units)
+            **score_with_interval(metric, labels, found[number], units),
+            "against_first": compare_pair(metric, labels, found[number], found[0], units)
             if number
             else None,
-            "parameters": parameters(folders[number]),
+            "parameters": count_parameters(folders[number]),
         }
         for number, model in enumerate(models)
     ]
 
 
-def parameters(folder: Path) -> int:
+def count_parameters(folder: Path) -> int:
     """Numbers in the folder's weights: the adapter and its head, or the whole model."""
     from safetensors import safe_open
 
@@ -331,32 +347,32 @@ def parameters(folder: Path) -> int:
     return count
 
 
-def _shown(rows: list[dict[str, Any]], count: int) -> str:
+def _format_comparison(rows: list[dict[str, Any]], count: int) -> str:
     metric = rows[0]["metric"]
     cells = [("model", f"{metric} [95 %]", "against the first", "parameters")]
     for row in rows:
         low, high = row["ci95"] or (None, None)
         told = f"{row['value']:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
         gain = row["against_first"]
-        cells.append((row["model"], told, "" if gain is None else interval_text(gain),
+        cells.append((row["model"], told, "" if gain is None else format_gain(gain),
                       f"{row['parameters']:,}"))  # fmt: skip
-    return f"{table(cells)}\n  {count:,} items; differences are paired, positive is better"
+    return f"{format_table(cells)}\n  {count:,} items; differences are paired, positive is better"
 
 
-def _write(rows: list[dict[str, Any]], output: Path) -> None:
+def _write_comparison(rows: list[dict[str, Any]], output: Path) -> None:
     """The figures as CSV, and the plot beside them."""
-    plot_compared(rows, output.with_suffix(".png"))
+    plot_comparison(rows, output.with_suffix(".png"))
     if output.suffix == ".png":
         return
     buffer = io.StringIO(newline="")
-    flat = [_flat(row) for row in rows]
+    flat = [_flatten_row(row) for row in rows]
     writer = csv.DictWriter(buffer, list(flat[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
     write_text(output, buffer.getvalue())
 
 
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
+def _flatten_row(row: dict[str, Any]) -> dict[str, Any]:
     gain = row["against_first"] or {"value": None, "ci95": None}
     low, high = row["ci95"] or (None, None)
     worst, best = gain["ci95"] or (None, None)

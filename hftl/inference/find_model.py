@@ -15,11 +15,11 @@ from hftl.config.recipe import Recipe
 from hftl.config.source import Source
 from hftl.data.labels import TagScheme
 from hftl.errors import HftlError, RecipeError, RunFolderError
-from hftl.models.source import find_source, loading_fault, weights_sha256
+from hftl.models.source import describe_load_error, find_source, hash_source_weights
 from hftl.publish import reload_check
 from hftl.runtime import paths, run_folder
 
-DAMAGE = (
+LOADING_ERRORS = (
     SafetensorError,
     OSError,
     ValueError,
@@ -34,7 +34,7 @@ DAMAGE = (
 
 
 @contextmanager
-def loading(folder: Path) -> Iterator[None]:
+def wrap_loading_errors(folder: Path) -> Iterator[None]:
     """What a folder's own files are to blame for, in one line.
 
     Raises:
@@ -44,16 +44,17 @@ def loading(folder: Path) -> Iterator[None]:
         yield
     except HftlError:
         raise
-    except DAMAGE as error:
+    except LOADING_ERRORS as error:
         if type(error).__name__ == "OutOfMemoryError":
             raise
-        name = paths.called(folder)
+        name = paths.get_display_name(folder)
         raise RunFolderError(
-            f"{name} does not load: {loading_fault(error)}", f"Look closer: hftl doctor {name}"
+            f"{name} does not load: {describe_load_error(error)}",
+            f"Look closer: hftl doctor {name}",
         ) from error
 
 
-def published_folder(path: str | Path) -> Path:
+def find_published_folder(path: str | Path) -> Path:
     """The folder of a published model: of a run, the folder itself, or the copy of a hub's.
 
     Raises:
@@ -61,23 +62,23 @@ def published_folder(path: str | Path) -> Path:
         RunFolderError: if a run is not finished, or was changed since.
         HubError: if a hub id cannot be had.
     """
-    folder = paths.find(str(path), "the model to load")
+    folder = paths.resolve_local_path(str(path), "the model to load")
     if folder is None:
-        return _download(str(path))
+        return _download_model(str(path))
     folder = folder.resolve()
     if not folder.is_dir():
         raise RecipeError(f"there is no folder {path}", "Give a run or a published folder")
     if (folder / "recipe.yaml").exists():
         if not (folder / "publish" / "hftl.json").exists():
             raise RunFolderError(f"{path} is not finished", "Run the same command again")
-        run_folder.check_finished(folder)
+        run_folder.check_finished_files(folder)
         return folder / "publish"
     if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         raise RecipeError(f"{path} holds no run and no model", "Give a run or a published folder")
     return folder
 
 
-def need_head(folder: Path, name: str | Path) -> None:
+def check_trained_head(folder: Path, name: str | Path) -> None:
     """Refuses a bare encoder, or an adapter of one: its head would be drawn at random.
 
     Args:
@@ -85,17 +86,17 @@ def need_head(folder: Path, name: str | Path) -> None:
         name: what the user called it.
     """
     adapter = folder / "adapter_config.json"
-    kinds = read_json(folder / "config.json").get("architectures") or []
+    kinds = read_json_mapping(folder / "config.json").get("architectures") or []
     if adapter.exists():
-        settings = read_json(adapter)
+        settings = read_json_mapping(adapter)
         mapping = settings.get("auto_mapping") or {}
         made_of = mapping.get("base_model_class") if isinstance(mapping, dict) else None
         # Without a head of its own it may go on the trained one of its base.
         trained = bool(settings.get("modules_to_save")) or str(made_of).endswith(
-            tuple(reload_check.AUTO)
+            tuple(reload_check.AUTO_CLASSES)
         )
     else:
-        trained = any(kind.endswith(tuple(reload_check.AUTO)) for kind in kinds)
+        trained = any(kind.endswith(tuple(reload_check.AUTO_CLASSES)) for kind in kinds)
     if not trained and not (folder / "head.safetensors").exists():
         raise RecipeError(
             f"{name} has no trained head to predict with",
@@ -103,14 +104,14 @@ def need_head(folder: Path, name: str | Path) -> None:
         )
 
 
-def _download(repo_id: str) -> Path:
+def _download_model(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    with paths.fetching(repo_id, "model"):
+    with paths.translate_hub_errors(repo_id, "model"):
         return Path(snapshot_download(repo_id))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_mapping(path: Path) -> dict[str, Any]:
     """A JSON file's mapping; an empty one where there is no file.
 
     Raises:
@@ -122,48 +123,48 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RunFolderError(
-            f"{paths.called(path.parent)}: {path.name} is no mapping in JSON",
-            f"Look closer: hftl doctor {paths.called(path.parent)}",
+            f"{paths.get_display_name(path.parent)}: {path.name} is no mapping in JSON",
+            f"Look closer: hftl doctor {paths.get_display_name(path.parent)}",
         ) from error
 
 
 # What a published folder notes of its use, in hftl.json: checked once, as it is read.
 
 
-FILE = "hftl.json"
-Texts = str | Annotated[list[str], Field(min_length=1, max_length=2)]
-Labels = str | Annotated[list[str], Field(min_length=2)]
+RECORD_FILE = "hftl.json"
+TextColumns = str | Annotated[list[str], Field(min_length=1, max_length=2)]
+LabelColumns = str | Annotated[list[str], Field(min_length=2)]
 
 
-class Part(BaseModel):
+class PublishedPart(BaseModel):
     """A part of the file: what is not of use here is passed over."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
 
-class Columns(Part):
+class PublishedColumns(PublishedPart):
     """The columns of a table."""
 
-    text: Texts = "text"
+    text: TextColumns = "text"
     image: str = "image"
-    label: Labels = "label"
+    label: LabelColumns = "label"
 
 
-class Inputs(Part):
+class PublishedInputs(PublishedPart):
     """How inputs are taken."""
 
-    train: Columns = Columns()
+    train: PublishedColumns = PublishedColumns()
     max_length: int = Field(default=Data.model_fields["max_length"].default, ge=2)
     max_pixels: int = Field(default=Data.model_fields["max_pixels"].default, ge=1)
 
 
-class Asked(Part):
+class PublishedRecipe(PublishedPart):
     """The recipe."""
 
-    data: Inputs = Inputs()
+    data: PublishedInputs = PublishedInputs()
 
 
-class Tags(Part):
+class PublishedTags(PublishedPart):
     """Say how tags mark entities, see `TagScheme`."""
 
     name: str
@@ -171,35 +172,35 @@ class Tags(Part):
     standard: dict[str, str]
 
 
-class Answers(Part):
+class PublishedData(PublishedPart):
     """What the outputs mean."""
 
     task: Task
     labels: list[str] | None = None
-    tag_scheme: Tags | None = None
+    tag_scheme: PublishedTags | None = None
     label_type: Literal["text", "integer", "boolean"] = "text"
 
 
-class Base(Part):
+class PublishedBase(PublishedPart):
     """The model that an adapter goes on."""
 
     model: str = ""
     weights_sha256: str | None = None
 
 
-class Adapted(Part):
+class PublishedAdaptation(PublishedPart):
     """An adaptation; `base` where it changed the base itself."""
 
-    base: Base | None = None
+    base: PublishedBase | None = None
 
 
-class Notes(Part):
+class PublishedMetadata(PublishedPart):
     """Everything; a folder without the file has the defaults."""
 
-    data: Answers | None = None
-    recipe: Asked = Asked()
-    source: Base = Base()
-    adapt: Adapted | None = None
+    data: PublishedData | None = None
+    recipe: PublishedRecipe = PublishedRecipe()
+    source: PublishedBase = PublishedBase()
+    adapt: PublishedAdaptation | None = None
     metric: str | None = None
 
     @property
@@ -213,7 +214,7 @@ class Notes(Part):
         return TagScheme(tags.name, tags.outside, tags.standard)
 
     @property
-    def adapted(self) -> Base | None:
+    def adapted_base(self) -> PublishedBase | None:
         """The adapted base, where there is one."""
         return self.adapt.base if self.adapt is not None else None
 
@@ -224,18 +225,18 @@ class Notes(Part):
         Raises:
             RunFolderError: naming the key that makes no sense.
         """
-        tree = read_json(folder / FILE)
+        tree = read_json_mapping(folder / RECORD_FILE)
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
-            name, (key, value) = paths.called(folder), _at_fault(tree, error)
+            name, (key, value) = paths.get_display_name(folder), _find_faulty_key(tree, error)
             raise RunFolderError(
-                f"{name} does not load: {FILE} says {repr(value)[:40]} for {key}",
+                f"{name} does not load: {RECORD_FILE} says {repr(value)[:40]} for {key}",
                 f"Look closer: hftl doctor {name}",
             ) from error
 
 
-def _at_fault(tree: Any, error: ValidationError) -> tuple[str, Any]:
+def _find_faulty_key(tree: Any, error: ValidationError) -> tuple[str, Any]:
     """The dotted key of the first finding, as deep as it stands in the file, and its value."""
     keys: list[str] = []
     for key in map(str, error.errors()[0]["loc"]):
@@ -249,7 +250,7 @@ def _at_fault(tree: Any, error: ValidationError) -> tuple[str, Any]:
 # The base that a published adapter goes on.
 
 
-def base_folder(folder: Path, notes: Notes, base: str | Path | None) -> Path:
+def find_base_folder(folder: Path, notes: PublishedMetadata, base: str | Path | None) -> Path:
     """The folder of an adapter's base, checked to have the weights it was trained on.
 
     Args:
@@ -262,29 +263,29 @@ def base_folder(folder: Path, notes: Notes, base: str | Path | None) -> Path:
         RunFolderError: if it has other weights.
         HubError: if a hub id cannot be had.
     """
-    adapter = read_json(folder / "adapter_config.json")
-    spec, adapted = notes.source.model, notes.adapted
-    own = _recipe_source(folder) if adapted is None else None
+    adapter = read_json_mapping(folder / "adapter_config.json")
+    spec, adapted = notes.source.model, notes.adapted_base
+    own = _read_recipe_source(folder) if adapted is None else None
     on_hub = False
     if base is not None:
         source = Source(model=str(base))
     elif adapted is not None and (folder.parent / "publish-base").exists():
         source = Source(model=str(folder.parent / "publish-base"))
-    elif own is not None and (paths.at_hand(own.model) or not adapter.get("revision")):
+    elif own is not None and (paths.is_local(own.model) or not adapter.get("revision")):
         source = own
-    elif adapted is None and spec.startswith(paths.PACKAGE) and paths.at_hand(spec):
+    elif adapted is None and spec.startswith(paths.PACKAGE_PREFIX) and paths.is_local(spec):
         source = Source(model=spec)
     elif adapter.get("base_model_name_or_path"):
         source = Source(model=adapter["base_model_name_or_path"], revision=adapter.get("revision"))
         # Only the hub has commits: a folder here of that name is not what was meant.
-        on_hub = bool(source.revision and paths.HUB_ID.fullmatch(source.model))
+        on_hub = bool(source.revision and paths.HUB_ID_PATTERN.fullmatch(source.model))
     else:
         raise RecipeError(
-            f"{paths.called(folder)} does not say its base model", "Give it: --base MODEL"
+            f"{paths.get_display_name(folder)} does not say its base model", "Give it: --base MODEL"
         )
     found = find_source(source, on_hub)
     expected = (adapted or notes.source).weights_sha256
-    if expected and weights_sha256(found) != expected:
+    if expected and hash_source_weights(found) != expected:
         raise RunFolderError(
             f"the base {source.model} has other weights than this adapter was trained on",
             "Give the right base with --base MODEL",
@@ -292,7 +293,7 @@ def base_folder(folder: Path, notes: Notes, base: str | Path | None) -> Path:
     return found.folder
 
 
-def _recipe_source(folder: Path) -> Source | None:
+def _read_recipe_source(folder: Path) -> Source | None:
     """The source of the run that the folder is part of; its path may hold only where it ran."""
     file = folder.parent / "recipe.yaml"
     return Recipe.load(file).source if folder.name == "publish" and file.exists() else None

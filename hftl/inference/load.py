@@ -12,27 +12,33 @@ from pathlib import Path
 from typing import Any
 
 from hftl.config.source import Source
-from hftl.doctor.adapter_folder import WEIGHTS, opened
-from hftl.doctor.companion_files import PROCESSOR, TOKENIZER, UNNAMED
+from hftl.doctor.adapter_folder import ADAPTER_WEIGHTS, open_adapter_folder
+from hftl.doctor.companion_files import NUMBERED_LABEL, PROCESSOR_FILES, TOKENIZER_FILES
 from hftl.doctor.shape_check import (
     PREFIX,
+    adjust_config,
     compare_shapes,
-    is_of_adapter,
-    model_class,
-    module_of,
-    tensors_of,
-    with_labels,
+    find_model_class,
+    get_module_path,
+    is_adapter_key,
+    list_adapter_tensors,
 )
 from hftl.errors import RecipeError, RunFolderError
-from hftl.inference.find_model import loading, read_json
-from hftl.models.architectures import anatomy_of
-from hftl.models.parts import TOKENS, Anatomy, encoder_of, placeholder_of, under
+from hftl.inference.find_model import read_json_mapping, wrap_loading_errors
+from hftl.models.architectures import get_architecture
+from hftl.models.parts import (
+    TOKEN_CLASSIFICATION,
+    ArchitectureSpec,
+    get_placeholder_name,
+    get_stock_encoder,
+    has_prefix,
+)
 from hftl.models.source import find_source
 from hftl.publish import reload_check
 from hftl.runtime import paths
 
 
-def read_config(folder: Path, base: Path | None) -> Any:
+def read_model_config(folder: Path, base: Path | None) -> Any:
     """Return the config of a published model, `architectures` naming its class.
 
     Args:
@@ -45,37 +51,37 @@ def read_config(folder: Path, base: Path | None) -> Any:
     """
     from transformers import AutoConfig
 
-    with loading(folder):
+    with wrap_loading_errors(folder):
         if base is None or (folder / "config.json").exists():
             return AutoConfig.from_pretrained(folder)
-        return _config_of_peft(folder, base)
+        return _infer_peft_config(folder, base)
 
 
-def _config_of_peft(folder: Path, base: Path) -> Any:
-    patient, _ = opened(folder)
+def _infer_peft_config(folder: Path, base: Path) -> Any:
+    patient, _ = open_adapter_folder(folder)
     source = find_source(Source(model=str(base)))
-    kind = model_class(patient, source)
+    kind = find_model_class(patient, source)
     if kind is None or not kind.__name__.endswith("Classification"):
-        task = patient.settings.get("task_type")
+        task = patient.adapter_config.get("task_type")
         made_for = f"is an adapter for {task}" if task else "does not say which class it is for"
         raise RecipeError(
-            f"{paths.called(folder)} {made_for}, and has no trained head to predict with",
+            f"{paths.get_display_name(folder)} {made_for}, and has no trained head to predict with",
             "Give an adapter of a model that classifies sequences, tokens or images",
         )
-    config = with_labels(patient, source, kind)
+    config = adjust_config(patient, source, kind)
     config.architectures = [kind.__name__]
     names = [str(name) for name in config.id2label.values()]
-    if len(names) > 1 and all(map(UNNAMED.fullmatch, names)):
+    if len(names) > 1 and all(map(NUMBERED_LABEL.fullmatch, names)):
         logging.getLogger("hftl").warning(
             "%s names no labels: %s to %s are the outputs of its head in their order",
-            paths.called(folder), names[0], names[-1],
+            paths.get_display_name(folder), names[0], names[-1],
         )  # fmt: skip
     return config
 
 
-def inputs_folder(folder: Path, base: Path | None, images: bool) -> Path:
+def find_inputs_folder(folder: Path, base: Path | None, images: bool) -> Path:
     """Return the folder of the tokenizer or image processor: the adapter's, or else the base's."""
-    names = PROCESSOR if images else TOKENIZER
+    names = PROCESSOR_FILES if images else TOKENIZER_FILES
     has_own = any((folder / name).exists() for name in names)
     return folder if has_own or base is None else base
 
@@ -86,12 +92,12 @@ def inputs_folder(folder: Path, base: Path | None, images: bool) -> Path:
 # what they do not know. The answers of such a model mean nothing.
 
 
-UNREAD = ("pooler", "mask_token")
+UNUSED_PARTS = ("pooler", "mask_token")
 """Parts of an encoder that a task's class may leave out of a checkpoint."""
 
 
 @dataclass(frozen=True)
-class BaseToFill:
+class IncompleteBase:
     """A base and the tensors that an adapter must bring for it, with what is wrong with each.
 
     `folder` is where the weights lie; `whole` that they are the published model's own.
@@ -99,11 +105,13 @@ class BaseToFill:
 
     model: Any
     folder: Path
-    whole: bool
-    lacking: dict[str, str]
+    is_whole_model: bool
+    missing: dict[str, str]
 
 
-def load_published(folder: Path, base: Path | None, config: Any = None) -> reload_check.Published:
+def load_published(
+    folder: Path, base: Path | None, config: Any = None
+) -> reload_check.PublishedModel:
     """Load a published folder, in eval mode and fp32.
 
     Args:
@@ -114,39 +122,39 @@ def load_published(folder: Path, base: Path | None, config: Any = None) -> reloa
     Raises:
         RunFolderError: naming the first tensor that is missing, unexpected or of another shape.
     """
-    filled = load_base(folder, base or folder, config)
+    filled = load_incomplete_base(folder, base or folder, config)
     if base is None:
         return add_head(folder, filled.model)
     return add_head(folder, add_adapter(filled, filled.model, folder, "default"))
 
 
-def load_base(folder: Path, base: Path, config: Any = None) -> BaseToFill:
+def load_incomplete_base(folder: Path, base: Path, config: Any = None) -> IncompleteBase:
     """Load what an adapter goes on; a whole model where `base` is its own folder.
 
     Raises:
         RunFolderError: if the file holds tensors that the model has no place for; and for a whole
             model if it lacks any.
     """
-    with loading(base if base != folder else folder):
+    with wrap_loading_errors(base if base != folder else folder):
         loaded = reload_check.load_base(folder, base, config)
     whole = base == folder
-    anatomy = _anatomy(loaded.model)
+    anatomy = _get_architecture(loaded.model)
     pooled = (folder / "head.safetensors").exists()
-    strange = sorted(_unexpected(loaded, anatomy, whole))
+    strange = sorted(_list_unexpected(loaded, anatomy, whole))
     if pooled:
         # By it stock classes refuse the file; the model's head is in a file of its own.
-        strange = [key for key in strange if key != placeholder_of(anatomy)]
+        strange = [key for key in strange if key != get_placeholder_name(anatomy)]
     if strange:
-        raise _misfit(
+        raise _build_misfit_error(
             base, whole, strange, f"holds {strange[0]}, which config.json has no place for"
         )
-    lacking = dict(_lacking(loaded, anatomy, pooled))
+    lacking = dict(_list_missing(loaded, anatomy, pooled))
     if whole:
-        _refuse_lacking(base, whole, lacking)
-    return BaseToFill(loaded.model, base, whole, lacking)
+        _refuse_missing(base, whole, lacking)
+    return IncompleteBase(loaded.model, base, whole, lacking)
 
 
-def add_adapter(base: BaseToFill, model: Any, folder: Path, name: str) -> Any:
+def add_adapter(base: IncompleteBase, model: Any, folder: Path, name: str) -> Any:
     """Put an adapter on a base, which may carry others already, and make it the one in use.
 
     Args:
@@ -160,13 +168,13 @@ def add_adapter(base: BaseToFill, model: Any, folder: Path, name: str) -> Any:
     """
     from peft import PeftModel
 
-    called = paths.called(folder)
-    shapes = _shapes_of(folder)
+    called = paths.get_display_name(folder)
+    shapes = _read_adapter_shapes(folder)
     brought = {key.removeprefix(PREFIX) for key in shapes}
-    _refuse_lacking(
-        base.folder, False, {k: v for k, v in base.lacking.items() if k not in brought}, called
+    _refuse_missing(
+        base.folder, False, {k: v for k, v in base.missing.items() if k not in brought}, called
     )
-    with loading(folder), warnings.catch_warnings():
+    with wrap_loading_errors(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of what is refused below
         if isinstance(model, PeftModel):
             model.load_adapter(folder, name, ignore_mismatched_sizes=True)
@@ -175,7 +183,7 @@ def add_adapter(base: BaseToFill, model: Any, folder: Path, name: str) -> Any:
                 model, folder, adapter_name=name, ignore_mismatched_sizes=True
             )
         model.set_adapter(name)
-        findings = compare_shapes(shapes, tensors_of(model, name))
+        findings = compare_shapes(shapes, list_adapter_tensors(model, name))
     if findings:
         first = findings[0]
         raise RunFolderError(
@@ -187,76 +195,80 @@ def add_adapter(base: BaseToFill, model: Any, folder: Path, name: str) -> Any:
 
 def brings_own_tensors(folder: Path) -> bool:
     """Say whether an adapter overwrites tensors of its base, such as resized embeddings."""
-    settings = read_json(folder / "adapter_config.json")
+    settings = read_json_mapping(folder / "adapter_config.json")
     saved = tuple(f".{name}" for name in settings.get("modules_to_save") or [])
-    modules = [module_of(key) for key in _shapes_of(folder) if not is_of_adapter(key)]
+    modules = [
+        get_module_path(key) for key in _read_adapter_shapes(folder) if not is_adapter_key(key)
+    ]
     return any(not f".{module}".endswith(saved) for module in modules)
 
 
-def add_head(folder: Path, model: Any) -> reload_check.Published:
+def add_head(folder: Path, model: Any) -> reload_check.PublishedModel:
     """Put the folder's own head on the model, where it has one.
 
     Raises:
         RunFolderError: if the head is of another width than the model.
     """
-    with loading(folder):
-        published = reload_check.with_head(folder, model)
+    with wrap_loading_errors(folder):
+        published = reload_check.attach_head(folder, model)
     width = getattr(getattr(model, "config", None), "hidden_size", None)
     if published.head is not None and width not in (None, published.head.in_features):
         raise RunFolderError(
-            f"{paths.called(folder)} does not load: head.safetensors takes "
+            f"{paths.get_display_name(folder)} does not load: head.safetensors takes "
             f"{published.head.in_features} features, and the model gives {width}",
             "Give the folder as it was published, or the right base: --base MODEL",
         )
     return published
 
 
-def _anatomy(model: Any) -> Anatomy:
+def _get_architecture(model: Any) -> ArchitectureSpec:
     tokens = type(model).__name__.endswith("ForTokenClassification")
-    anatomy = anatomy_of(model.config)
-    return anatomy.for_task(TOKENS) if tokens else anatomy
+    anatomy = get_architecture(model.config)
+    return anatomy.for_task(TOKEN_CLASSIFICATION) if tokens else anatomy
 
 
-def _lacking(
-    loaded: reload_check.LoadedBase, anatomy: Anatomy, pooled: bool
+def _list_missing(
+    loaded: reload_check.LoadedBase, anatomy: ArchitectureSpec, pooled: bool
 ) -> Iterator[tuple[str, str]]:
     """Yield the tensors drawn at random that outputs depend on, and why."""
-    unused = anatomy.unused
+    unused = anatomy.unused_parts
     if pooled and anatomy.pooler is not None:
         unused = (*unused, anatomy.pooler)
     for key in sorted(loaded.missing | loaded.mismatched.keys()):
-        if under(key.removeprefix(f"{anatomy.encoder}."), unused):
+        if has_prefix(key.removeprefix(f"{anatomy.encoder}."), unused):
             continue
         shapes = loaded.mismatched.get(key)
         yield key, f"lacks {key}" if shapes is None else (
             f"has {key} of {shapes[0]} where config.json makes {shapes[1]}")  # fmt: skip
 
 
-def _unexpected(loaded: reload_check.LoadedBase, anatomy: Anatomy, whole: bool) -> Iterator[str]:
+def _list_unexpected(
+    loaded: reload_check.LoadedBase, anatomy: ArchitectureSpec, whole: bool
+) -> Iterator[str]:
     """Yield tensors of the file that should have a place: of a base, those of the encoder."""
-    encoder = encoder_of(loaded.model, anatomy)
+    encoder = get_stock_encoder(loaded.model, anatomy)
     parts = {name for name, _ in encoder.named_children()}
     buffers = {name.rsplit(".", 1)[-1] for name, _ in loaded.model.named_buffers()}
     for key in loaded.unexpected:
         inside = key.removeprefix(f"{anatomy.encoder}.")
         of_encoder = inside != key or inside.split(".")[0] in parts
         names = set(inside.split("."))
-        if not names & (buffers | set(UNREAD)) and (whole or of_encoder):
+        if not names & (buffers | set(UNUSED_PARTS)) and (whole or of_encoder):
             yield key
 
 
-def _refuse_lacking(
+def _refuse_missing(
     folder: Path, whole: bool, lacking: dict[str, str], adapter: str | None = None
 ) -> None:
     if lacking:
         what = next(iter(lacking.values()))
         if adapter is not None:
             what += f", and the adapter {adapter} does not bring it"
-        raise _misfit(folder, whole, list(lacking), what)
+        raise _build_misfit_error(folder, whole, list(lacking), what)
 
 
-def _misfit(folder: Path, whole: bool, keys: list[str], what: str) -> RunFolderError:
-    called = paths.called(folder)
+def _build_misfit_error(folder: Path, whole: bool, keys: list[str], what: str) -> RunFolderError:
+    called = paths.get_display_name(folder)
     more = f" ({len(keys)} tensors in all)" if len(keys) > 1 else ""
     if whole:
         return RunFolderError(
@@ -269,7 +281,7 @@ def _misfit(folder: Path, whole: bool, keys: list[str], what: str) -> RunFolderE
     )
 
 
-def _shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+def _read_adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Read the shapes of an adapter's tensors.
 
     Raises:
@@ -277,13 +289,13 @@ def _shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
     """
     from safetensors import safe_open
 
-    path, called = folder / WEIGHTS, paths.called(folder)
+    path, called = folder / ADAPTER_WEIGHTS, paths.get_display_name(folder)
     if not path.exists():
         pickle = (folder / "adapter_model.bin").exists()
         raise RunFolderError(
-            f"{called} does not load: it has no {WEIGHTS}"
+            f"{called} does not load: it has no {ADAPTER_WEIGHTS}"
             + ("; adapter_model.bin is a pickle, which is not opened" if pickle else ""),
             f"Save the adapter as safetensors; or look closer: hftl doctor {called}",
         )
-    with loading(folder), safe_open(path, "pt") as file:
+    with wrap_loading_errors(folder), safe_open(path, "pt") as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118

@@ -13,39 +13,46 @@ from torch import nn
 
 from hftl.config.data import Data, Table
 from hftl.data import labels as answers
-from hftl.data.image_processing import ImageInputs, canvas, target_size
-from hftl.data.images import BadImage, Levels, decode, read_levels, too_small, warn_narrow
+from hftl.data.image_processing import ImageInputs, get_image_size, resize_and_crop
+from hftl.data.images import (
+    ImageDecodeError,
+    Levels,
+    decode_image,
+    is_too_small,
+    read_levels,
+    warn_of_narrow_images,
+)
 from hftl.data.load import Row
-from hftl.data.normalization import text_fault
+from hftl.data.normalization import find_text_fault
 from hftl.data.tables import normalize_newlines
-from hftl.data.text import Encoded, TextInputs, WordInputs
-from hftl.errors import DataError, RecipeError, message_line
-from hftl.finetune.context import position_arguments
+from hftl.data.text import EncodedRow, TextInputs, WordInputs
+from hftl.errors import DataError, RecipeError, format_error_line
+from hftl.finetune.context import build_position_arguments
 from hftl.inference.find_model import (
-    Inputs,
-    Notes,
-    base_folder,
-    loading,
-    need_head,
-    published_folder,
-    read_json,
+    PublishedInputs,
+    PublishedMetadata,
+    check_trained_head,
+    find_base_folder,
+    find_published_folder,
+    read_json_mapping,
+    wrap_loading_errors,
 )
 from hftl.inference.load import (
     add_adapter,
     add_head,
     brings_own_tensors,
-    inputs_folder,
-    load_base,
+    find_inputs_folder,
+    load_incomplete_base,
     load_published,
-    read_config,
+    read_model_config,
 )
-from hftl.models.architectures import anatomy_of, max_tokens, patch_size
-from hftl.models.features import logits
+from hftl.models.architectures import get_architecture, get_max_tokens, get_patch_size
+from hftl.models.features import predict_logits
 from hftl.models.padding import hide_padding
 from hftl.runtime import paths
-from hftl.runtime.hardware import device
+from hftl.runtime.hardware import get_device
 
-UNNAMED = re.compile(r"LABEL_\d+")
+NUMBERED_LABEL = re.compile(r"LABEL_\d+")
 """What transformers calls a class that has no name."""
 Input = str | Sequence[str] | Path | bytes | Image
 """A text, a pair of texts, the words of one, or a picture: a path, its bytes, or itself."""
@@ -62,7 +69,7 @@ class Predictor:
     model: nn.Module
     inputs: TextInputs | ImageInputs
     task: str
-    names: list[str]
+    class_names: list[str]
     columns: list[str]
     device: str
     label_type: str = "text"
@@ -86,11 +93,11 @@ class Predictor:
         """
         if isinstance(inputs, (str, bytes, Path, Image)):
             raise DataError(f"predict takes a list, got one {type(inputs).__name__}", "Write [it]")
-        return self.answer(self.encode(inputs))
+        return self.predict_encoded(self.encode(inputs))
 
     def encode(
         self, inputs: Iterable[Input], places: Sequence[str] = (), folder: Path | None = None
-    ) -> list[tuple[Encoded, int]]:
+    ) -> list[tuple[EncodedRow, int]]:
         """What the encoder takes of each input, and how many answers it gets.
 
         Args:
@@ -103,31 +110,33 @@ class Predictor:
         """
         named = ((places[n] if places else f"input {n + 1}", one) for n, one in enumerate(inputs))
         if isinstance(self.inputs, ImageInputs):
-            pairs = [picture(self.inputs, *pair, folder or Path.cwd()) for pair in named]
-            warn_narrow((levels for _, levels in pairs), "the input")
+            pairs = [encode_image(self.inputs, *pair, folder or Path.cwd()) for pair in named]
+            warn_of_narrow_images((levels for _, levels in pairs), "the input")
             return [(encoded, 1) for encoded, _ in pairs]
         rows = [self._row(place, given) for place, given in named]
         tokens = self.task == "token-classification"
         words = [len(row.content) if tokens else 1 for row in rows]
         return list(zip(self.inputs.encode(rows), words, strict=True))
 
-    def answer(self, encoded: list[tuple[Encoded, int]]) -> list[dict[str, Any]]:
+    def predict_encoded(self, encoded: list[tuple[EncodedRow, int]]) -> list[dict[str, Any]]:
         """The answers for what `encode` gave; the forms of `predict`."""
         if not encoded:
             return []
-        found = logits(self.model, [row for row, _ in encoded], self.inputs, self.device)
+        found = predict_logits(self.model, [row for row, _ in encoded], self.inputs, self.device)
         words = [count for _, count in encoded]
-        labels, scores = answers.told(found, self.task, self.names, words)
+        labels, scores = answers.decode_logits(found, self.task, self.class_names, words)
         return [self._told(*pair) for pair in zip(labels, scores, strict=True)]
 
     def _row(self, place: str, given: Any) -> Row:
         given = normalize_newlines(given)
         if self.task == "token-classification":
-            why = text_fault("it", given, self.task)
+            why = find_text_fault("it", given, self.task)
             content = () if why else tuple(given)
         else:
             content = tuple(given) if isinstance(given, (list, tuple)) else (given,)
-            why = next((w for text in content if (w := text_fault("it", text, self.task))), None)
+            why = next(
+                (w for text in content if (w := find_text_fault("it", text, self.task))), None
+            )
             if len(content) != len(self.columns):
                 why = f"{len(content)} text(s)"
         if why:
@@ -141,7 +150,7 @@ class Predictor:
             return {"label": label}
         if self.task == "token-classification":
             return {"label": list(label), "score": [word and max(word) for word in scores]}
-        by_name = dict(zip(self.names, scores, strict=True))
+        by_name = dict(zip(self.class_names, scores, strict=True))
         if self.task == "multi-label":
             return {"label": [self._typed(name) for name in label], "scores": by_name}
         return {"label": self._typed(label), "score": by_name[label], "scores": by_name}
@@ -153,20 +162,22 @@ class Predictor:
         return name == "True" if self.label_type == "boolean" else name
 
 
-def picture(inputs: ImageInputs, place: str, given: Any, folder: Path) -> tuple[Encoded, Levels]:
+def encode_image(
+    inputs: ImageInputs, place: str, given: Any, folder: Path
+) -> tuple[EncodedRow, Levels]:
     """Return a picture as the encoder takes it, and the levels it reaches.
 
     Raises:
         DataError: naming the place, if there is none to be read.
     """
     try:
-        image = decode(given, folder, inputs.data.max_pixels)
-        if too_small(image, inputs.patch):
-            raise BadImage(f"its pixels are within one patch of {inputs.patch}")
-    except BadImage as error:
+        image = decode_image(given, folder, inputs.data.max_pixels)
+        if is_too_small(image, inputs.patch_size):
+            raise ImageDecodeError(f"its pixels are within one patch of {inputs.patch_size}")
+    except ImageDecodeError as error:
         shown = f" ({given})" if isinstance(given, (str, Path)) and str(given) != place else ""
         raise DataError(f"{place}{shown}: {error}", "Correct it") from error
-    return {"pixel_values": canvas(inputs.processor, image)}, read_levels(image)
+    return {"pixel_values": resize_and_crop(inputs.processor, image)}, read_levels(image)
 
 
 def load(path: str | Path, base: str | Path | None = None) -> Predictor:
@@ -182,16 +193,16 @@ def load(path: str | Path, base: str | Path | None = None) -> Predictor:
             folder's own files do not load.
         HubError: if a hub id cannot be had.
     """
-    folder = published_folder(path)
-    need_head(folder, path)
-    notes = Notes.read(folder)
+    folder = find_published_folder(path)
+    check_trained_head(folder, path)
+    notes = PublishedMetadata.read(folder)
     adapter = (folder / "adapter_config.json").exists()
-    base_at = base_folder(folder, notes, base) if adapter else None
-    config = read_config(folder, base_at)
-    return with_model(folder, base_at, config, load_published(folder, base_at, config))
+    base_at = find_base_folder(folder, notes, base) if adapter else None
+    config = read_model_config(folder, base_at)
+    return build_predictor(folder, base_at, config, load_published(folder, base_at, config))
 
 
-def with_model(folder: Path, base: Path | None, config: Any, model: nn.Module) -> Predictor:
+def build_predictor(folder: Path, base: Path | None, config: Any, model: nn.Module) -> Predictor:
     """A published folder's model with what the folder says of its task, names and inputs.
 
     Args:
@@ -204,20 +215,20 @@ def with_model(folder: Path, base: Path | None, config: Any, model: nn.Module) -
         RecipeError: if the folder has no usable tokenizer or processor.
         RunFolderError: if what it says makes no sense.
     """
-    notes = Notes.read(folder)
-    with loading(folder):
-        task = _task(notes, config)
-        names = [] if task == "regression" else _names(notes, config)
-        images = anatomy_of(config).modality == "image"
-        files = inputs_folder(folder, base, images)
-        inputs, columns = _inputs(files, config, task, notes.recipe.data)
+    notes = PublishedMetadata.read(folder)
+    with wrap_loading_errors(folder):
+        task = _infer_task(notes, config)
+        names = [] if task == "regression" else _read_class_names(notes, config)
+        images = get_architecture(config).modality == "image"
+        files = find_inputs_folder(folder, base, images)
+        inputs, columns = _build_inputs(files, config, task, notes.recipe.data)
     hide_padding(model)
-    where = device()
+    where = get_device()
     label_type = notes.data.label_type if notes.data is not None else "text"
     return Predictor(model.to(where), inputs, task, names, columns, where, label_type)
 
 
-def _task(notes: Notes, config: Any) -> str:
+def _infer_task(notes: PublishedMetadata, config: Any) -> str:
     """The task, from the notes or the config of a folder that has none."""
     if notes.data is not None:
         return notes.data.task
@@ -229,7 +240,7 @@ def _task(notes: Notes, config: Any) -> str:
     return known.get(str(config.problem_type), "classification")
 
 
-def _names(notes: Notes, config: Any) -> list[str]:
+def _read_class_names(notes: PublishedMetadata, config: Any) -> list[str]:
     """The classes in the order of the outputs, which notes and config must agree on.
 
     Raises:
@@ -239,7 +250,7 @@ def _names(notes: Notes, config: Any) -> list[str]:
     if notes.data is None:
         return shown
     names = notes.data.labels or []
-    unnamed = len(names) == len(shown) and all(map(UNNAMED.fullmatch, shown))
+    unnamed = len(names) == len(shown) and all(map(NUMBERED_LABEL.fullmatch, shown))
     if names != shown and not unnamed:
         raise ValueError(
             f"the labels are {', '.join(shown)} in config.json, and {', '.join(names)} in hftl.json"
@@ -247,28 +258,28 @@ def _names(notes: Notes, config: Any) -> list[str]:
     return names
 
 
-def _inputs(
-    folder: Path, config: Any, task: str, noted: Inputs
+def _build_inputs(
+    folder: Path, config: Any, task: str, noted: PublishedInputs
 ) -> tuple[TextInputs | ImageInputs, list[str]]:
     """How the folder's model takes inputs, and the columns of a table that hold them."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    if anatomy_of(config).modality == "image":
-        processor: Any = _loaded(AutoImageProcessor, folder, backend="pil")
+    if get_architecture(config).modality == "image":
+        processor: Any = _load_processor(AutoImageProcessor, folder, backend="pil")
         reading = Data(train=Table(path="."), max_pixels=noted.max_pixels)
-        side = target_size(processor)
+        side = get_image_size(processor)
         inputs = ImageInputs(
-            reading, processor, position_arguments(config, side), patch_size(config)
+            reading, processor, build_position_arguments(config, side), get_patch_size(config)
         )
         return inputs, [noted.train.image]
     kind = WordInputs if task == "token-classification" else TextInputs
-    tokenizer: Any = _loaded(AutoTokenizer, folder)
+    tokenizer: Any = _load_processor(AutoTokenizer, folder)
     text = noted.train.text
     columns = [text] if isinstance(text, str) else text
-    return kind(tokenizer, min(noted.max_length, max_tokens(config))), columns
+    return kind(tokenizer, min(noted.max_length, get_max_tokens(config))), columns
 
 
-def _loaded(kind: Any, folder: Path, **more: Any) -> Any:
+def _load_processor(kind: Any, folder: Path, **more: Any) -> Any:
     """The folder's own tokenizer or processor.
 
     Raises:
@@ -278,8 +289,8 @@ def _loaded(kind: Any, folder: Path, **more: Any) -> Any:
         return kind.from_pretrained(folder, **more)
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(
-            f"{paths.called(folder)} has no usable {kind.__name__.removeprefix('Auto')}: "
-            f"{message_line(error)}",
+            f"{paths.get_display_name(folder)} has no usable {kind.__name__.removeprefix('Auto')}: "
+            f"{format_error_line(error)}",
             "Give a folder that hftl published, or save it beside the model",
         ) from error
 
@@ -287,11 +298,13 @@ def _loaded(kind: Any, folder: Path, **more: Any) -> Any:
 # Several published models one after another, every base loaded once.
 
 
-PLAIN_STARTS = (True, False, "gaussian")
+PLAIN_INITIALIZATIONS = (True, False, "gaussian")
 """Values of init_lora_weights that leave the base's own weights alone."""
 
 
-def each(folders: Sequence[Path], base: str | None = None) -> Iterator[tuple[int, Predictor]]:
+def load_predictors(
+    folders: Sequence[Path], base: str | None = None
+) -> Iterator[tuple[int, Predictor]]:
     """Every model in turn, ready to predict until the next is asked for.
 
     Adapters of one base are put on it together and switched; where two cannot share a model, as
@@ -305,34 +318,36 @@ def each(folders: Sequence[Path], base: str | None = None) -> Iterator[tuple[int
         RunFolderError: if one of them does not load.
     """
     waiting = list(range(len(folders)))
-    bases = [_base(folder, base) for folder in folders]
-    configs = [read_config(*pair) for pair in zip(folders, bases, strict=True)]
-    keys = [_same_model(*one) for one in zip(folders, bases, configs, strict=True)]
+    bases = [_find_base(folder, base) for folder in folders]
+    configs = [read_model_config(*pair) for pair in zip(folders, bases, strict=True)]
+    keys = [_build_model_key(*one) for one in zip(folders, bases, configs, strict=True)]
     while waiting:
         together = [n for n in waiting if keys[n] == keys[waiting[0]]]
         waiting = [n for n in waiting if n not in together]
         number = together[0]
-        loaded = load_base(folders[number], bases[number] or folders[number], configs[number])
+        loaded = load_incomplete_base(
+            folders[number], bases[number] or folders[number], configs[number]
+        )
         groups: dict[str, list[int]] = {}
         for number in together:
-            groups.setdefault(_same_places(folders[number], number), []).append(number)
+            groups.setdefault(_build_adapter_key(folders[number], number), []).append(number)
         for left, group in zip(range(len(groups) - 1, -1, -1), groups.values(), strict=True):
             model = deepcopy(loaded.model) if left else loaded.model
             for number in group:
                 folder = folders[number]
-                if not loaded.whole:
+                if not loaded.is_whole_model:
                     model = add_adapter(loaded, model, folder, f"model-{number}")
                 headed = add_head(folder, model)
-                yield number, with_model(folder, bases[number], configs[number], headed)
+                yield number, build_predictor(folder, bases[number], configs[number], headed)
 
 
-def _base(folder: Path, base: str | None) -> Path | None:
+def _find_base(folder: Path, base: str | None) -> Path | None:
     if not (folder / "adapter_config.json").exists():
         return None
-    return base_folder(folder, Notes.read(folder), base).resolve()
+    return find_base_folder(folder, PublishedMetadata.read(folder), base).resolve()
 
 
-def _same_model(folder: Path, base: Path | None, config: Any) -> tuple[Any, ...]:
+def _build_model_key(folder: Path, base: Path | None, config: Any) -> tuple[Any, ...]:
     """Equal for folders whose adapters go on the same model: base, class, outputs and sizes."""
     pooled = (folder / "head.safetensors").exists()
     if base is None or pooled:
@@ -342,12 +357,12 @@ def _same_model(folder: Path, base: Path | None, config: Any) -> tuple[Any, ...]
     return base, pooled, config.num_labels, json.dumps(sizes, sort_keys=True, default=str)
 
 
-def _same_places(folder: Path, number: int) -> str:
+def _build_adapter_key(folder: Path, number: int) -> str:
     """Equal for adapters that may stand in one model side by side."""
-    settings = read_json(folder / "adapter_config.json")
+    settings = read_json_mapping(folder / "adapter_config.json")
     alone = settings.get("bias", "none") != "none"
     alone = alone or bool(settings and brings_own_tensors(folder))
-    alone = alone or settings.get("init_lora_weights", True) not in PLAIN_STARTS
+    alone = alone or settings.get("init_lora_weights", True) not in PLAIN_INITIALIZATIONS
     kept = ("peft_type", "task_type", "trainable_token_indices")
     told = {key: settings.get(key) for key in kept}
     told["modules_to_save"] = sorted(settings.get("modules_to_save") or [])

@@ -11,9 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hftl.config.errors import closest
-from hftl.data.normalization import text_fault
-from hftl.data.tables import READERS, Raw, guess_format, normalize_newlines, not_utf8, read_images
+from hftl.config.errors import suggest_closest
+from hftl.data.normalization import find_text_fault
+from hftl.data.tables import (
+    READERS,
+    RawRow,
+    guess_format,
+    has_invalid_utf8,
+    normalize_newlines,
+    read_image_files,
+)
 from hftl.errors import DataError, RecipeError
 from hftl.inference.predict import Predictor, load
 from hftl.runtime.run_folder import write_text
@@ -39,10 +46,10 @@ def check_output(output: Path | None, suffixes: Sequence[str], beside: Sequence[
     if not output.parent.is_dir():
         raise RecipeError(f"--output {output}: there is no folder {output.parent}", "Make it")
     for path in (output, *map(output.with_suffix, beside)):
-        _check_file(path)
+        _check_writable(path)
 
 
-def _check_file(path: Path) -> None:
+def _check_writable(path: Path) -> None:
     why = "is a folder" if path.is_dir() else None
     if path.exists() and not os.access(path, os.W_OK):
         why = "may not be written"
@@ -58,7 +65,7 @@ def _check_file(path: Path) -> None:
 # `hftl predict` on a table: the input's rows, and what the model says of each.
 
 
-OUTPUTS = (".csv", ".jsonl", ".parquet")
+OUTPUT_SUFFIXES = (".csv", ".jsonl", ".parquet")
 LINE_SEPARATORS = "\x85\u2028\u2029"
 """Characters that JSON leaves as they are, though `str.splitlines` ends a line at them."""
 
@@ -81,21 +88,24 @@ def predict_table(
         RecipeError: if the output's suffix is unknown, its folder is missing, or the model cannot
             be loaded.
     """
-    check_output(output, OUTPUTS)
+    check_output(output, OUTPUT_SUFFIXES)
     if output is not None and output.resolve() == data.resolve():
         raise RecipeError(f"--output {output} is the input itself", "Choose another file")
     if not data.exists():
         raise DataError(f"{data} does not exist", "Check the path")
     predictor = load(model, base)
-    (raws, columns) = _rows(data, predictor)
+    (raws, columns) = _read_rows(data, predictor)
     folder = data if data.is_dir() else data.parent
     encoded = predictor.encode(
-        (_input(raw, predictor) for raw in raws), [raw.where for raw in raws], folder
+        (_read_input(raw, predictor) for raw in raws), [raw.where for raw in raws], folder
     )
-    found = [_columns(told) for told in predictor.answer(encoded)]
-    merged = [_merge(columns | _plain(raw), told) for raw, told in zip(raws, found, strict=True)]
+    found = [_flatten_prediction(told) for told in predictor.predict_encoded(encoded)]
+    merged = [
+        _merge_columns(columns | _drop_image_bytes(raw), told)
+        for raw, told in zip(raws, found, strict=True)
+    ]
     try:
-        return _write(merged, output)
+        return _write_table(merged, output)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
@@ -104,7 +114,7 @@ def predict_table(
         ) from error
 
 
-def _rows(data: Path, predictor: Predictor) -> tuple[list[Raw], dict[str, Any]]:
+def _read_rows(data: Path, predictor: Predictor) -> tuple[list[RawRow], dict[str, Any]]:
     """The input's rows, and all their columns, the predictor's among them.
 
     Raises:
@@ -112,7 +122,7 @@ def _rows(data: Path, predictor: Predictor) -> tuple[list[Raw], dict[str, Any]]:
     """
     file_format = guess_format(data)
     if data.is_dir() and predictor.modality == "image":
-        rows = list(read_images(data))
+        rows = list(read_image_files(data))
     else:
         rows = list(READERS[file_format](data))
     if not rows:
@@ -132,14 +142,14 @@ def _rows(data: Path, predictor: Predictor) -> tuple[list[Raw], dict[str, Any]]:
         if column not in columns:
             has = list(map(str, columns))
             raise DataError(
-                f"{data.name}: no column {column!r}{closest(column, has).rstrip('?')}; it has "
+                f"{data.name}: no column {column!r}{suggest_closest(column, has).rstrip('?')}; it has "
                 f"{', '.join(has)}",
                 f"Name the {predictor.modality} column {column!r}",
             )
     return rows, columns
 
 
-def _input(raw: Raw, predictor: Predictor) -> Any:
+def _read_input(raw: RawRow, predictor: Predictor) -> Any:
     """What the predictor takes of a row.
 
     Raises:
@@ -147,33 +157,29 @@ def _input(raw: Raw, predictor: Predictor) -> Any:
     """
     values: list[Any] = [raw.values.get(column) for column in predictor.columns]
     fault = raw.fault
-    if any(isinstance(value, str) and not_utf8(value) for value in raw.values.values()):
+    if any(isinstance(value, str) and has_invalid_utf8(value) for value in raw.values.values()):
         fault = "not valid UTF-8"
     if not fault and predictor.modality == "text":
-        faults = (text_fault(c, raw.values.get(c), predictor.task) for c in predictor.columns)
+        faults = (find_text_fault(c, raw.values.get(c), predictor.task) for c in predictor.columns)
         fault = next((why for why in faults if why), None)
     if fault:
         raise DataError(f"{raw.where}: {fault}", "Correct the row")
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def _plain(raw: Raw) -> dict[str, Any]:
+def _drop_image_bytes(raw: RawRow) -> dict[str, Any]:
     """The row's values as a table can hold them: the bytes of a picture are not repeated."""
     return {
-        key: None
-        if isinstance(value, bytes)
-        else value.get("path")
-        if _is_picture(value)
-        else value
+        key: None if isinstance(value, bytes) else value.get("path") if _is_image(value) else value
         for key, value in raw.values.items()
     }
 
 
-def _is_picture(value: Any) -> bool:
+def _is_image(value: Any) -> bool:
     return isinstance(value, dict) and "bytes" in value
 
 
-def _columns(told: dict[str, Any]) -> dict[str, Any]:
+def _flatten_prediction(told: dict[str, Any]) -> dict[str, Any]:
     """label, score and one column a class; for a target, label alone.
 
     A class that is itself called `label` or `score` gets the column `class.<name>`.
@@ -183,17 +189,17 @@ def _columns(told: dict[str, Any]) -> dict[str, Any]:
     return ours | {f"class.{k}" if k in ours else k: value for k, value in classes.items()}
 
 
-def _merge(values: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+def _merge_columns(values: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
     kept = {f"input.{key}" if key in told else key: value for key, value in values.items()}
     return kept | told
 
 
-def _cell(value: Any) -> Any:
+def _format_cell(value: Any) -> Any:
     """A value as one cell of a CSV table: lists as JSON."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
 
 
-def _json_line(row: dict[str, Any]) -> str:
+def _format_json_line(row: dict[str, Any]) -> str:
     """Return a row as one line for every reader, those too that end a line at U+2028."""
     line = json.dumps(row, ensure_ascii=False)
     for separator in LINE_SEPARATORS:
@@ -201,7 +207,7 @@ def _json_line(row: dict[str, Any]) -> str:
     return line + "\n"
 
 
-def _write(rows: list[dict[str, Any]], output: Path | None) -> str | None:
+def _write_table(rows: list[dict[str, Any]], output: Path | None) -> str | None:
     if output is not None and output.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -211,13 +217,13 @@ def _write(rows: list[dict[str, Any]], output: Path | None) -> str | None:
         aside.rename(output)
         return None
     if output is not None and output.suffix == ".jsonl":
-        text = "".join(_json_line(row) for row in rows)
+        text = "".join(_format_json_line(row) for row in rows)
     else:
         buffer = io.StringIO(newline="")
         writer = csv.writer(buffer, lineterminator="\n")
         # Python's writer quotes no carriage return, and every reader ends a row at it.
         writer.writerow([normalize_newlines(name) for name in rows[0]])
-        writer.writerows([_cell(row[name]) for name in rows[0]] for row in rows)
+        writer.writerows([_format_cell(row[name]) for name in rows[0]] for row in rows)
         text = buffer.getvalue()
     if output is None:
         return text

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from hftl.data import labels
-from hftl.data.labels import recognise_tags
+from hftl.data.labels import recognize_tag_scheme
 from hftl.data.load import Row
-from hftl.data.prepare import Prepared
+from hftl.data.prepare import PreparedData
 from hftl.finetune.arm_files import PREDICTIONS
-from hftl.measure.gain import Predicted
-from hftl.measure.metrics import entities
+from hftl.measure.gain import SplitPredictions
+from hftl.measure.metrics import extract_entities
 
 
-def class_scores(
+def compute_class_scores(
     labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Precision, recall and F1 of every class; 0 where it is never predicted or never holds.
@@ -43,10 +43,10 @@ def class_scores(
     ]
 
 
-def entity_scores(
+def compute_entity_scores(
     labels: np.ndarray, predictions: np.ndarray, types: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Return precision, recall and F1 of every type of entity, as of `class_scores`.
+    """Return precision, recall and F1 of every type of entity, as of `compute_class_scores`.
 
     Args:
         labels: (rows,) tuples of tags, see `answers.measured`.
@@ -57,7 +57,7 @@ def entity_scores(
         `{label, precision, recall, f1, rows}` a type, `rows` the number of its entities.
     """
     places = {name: i for i, name in enumerate(types)}
-    pairs = [(entities(one), entities(other))
+    pairs = [(extract_entities(one), extract_entities(other))
              for one, other in zip(labels, predictions, strict=True)]  # fmt: skip
     # Each entity that is held or predicted is a row, of its own type.
     spans = [(span, *pair) for pair in pairs for span in sorted(pair[0] | pair[1])]
@@ -65,10 +65,10 @@ def entity_scores(
     for row, (span, true, guess) in enumerate(spans):
         held[row, places[span[0]]] = span in true
         predicted[row, places[span[0]]] = span in guess
-    return class_scores(held, predicted, types)
+    return compute_class_scores(held, predicted, types)
 
 
-def confusion(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
+def count_confusions(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
     """(classes, classes) counts: a row what is true, a column what was predicted.
 
     Args:
@@ -81,13 +81,13 @@ def confusion(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.n
     return counts
 
 
-def one_hot(ids: np.ndarray, classes: int) -> np.ndarray:
+def encode_one_hot(ids: np.ndarray, classes: int) -> np.ndarray:
     """(rows, classes) of 0 and 1 from (rows,) class ids."""
     return np.eye(classes, dtype=np.int64)[ids]
 
 
-def class_gains(
-    told: Predicted, own: str, baseline: str | None, names: Sequence[str]
+def compute_class_gains(
+    told: SplitPredictions, own: str, baseline: str | None, names: Sequence[str]
 ) -> dict[str, Any] | None:
     """F1 of every class under the own arm and under its baseline, means over seeds.
 
@@ -104,10 +104,10 @@ def class_gains(
         return None
 
     def mean_f1(arm: str) -> np.ndarray:
-        found = [_scores(told.labels, seed, names) for seed in told.predictions[arm]]
+        found = [_score_classes(told.labels, seed, names) for seed in told.predictions[arm]]
         return np.mean([[row["f1"] for row in scores] for scores in found], axis=0)
 
-    held = [row["rows"] for row in _scores(told.labels, told.labels, names)]
+    held = [row["rows"] for row in _score_classes(told.labels, told.labels, names)]
     rows = [
         {"label": name, "own": float(mine), "baseline": float(other), "rows": int(count)}
         for name, mine, other, count in zip(
@@ -117,7 +117,7 @@ def class_gains(
     return {"baseline": baseline, "rows": rows}
 
 
-def mean_metrics(entries: Sequence[dict[str, Any]], arm: str) -> dict[str, float]:
+def average_metrics(entries: Sequence[dict[str, Any]], arm: str) -> dict[str, float]:
     """Every metric of an arm on test, averaged over its seeds.
 
     Args:
@@ -128,27 +128,29 @@ def mean_metrics(entries: Sequence[dict[str, Any]], arm: str) -> dict[str, float
     return {name: float(np.mean([found[name] for found in scores])) for name in scores[0]}
 
 
-def _scores(
+def _score_classes(
     labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Return the scores of every class, or of every type of entity where rows are tags."""
     if labels.dtype == object:
-        return entity_scores(labels, predictions, names)
+        return compute_entity_scores(labels, predictions, names)
     count = len(names)
-    return class_scores(_wide(labels, count), _wide(predictions, count), names)
+    return compute_class_scores(
+        _as_indicators(labels, count), _as_indicators(predictions, count), names
+    )
 
 
-def _wide(values: np.ndarray, classes: int) -> np.ndarray:
-    return values if values.ndim == 2 else one_hot(values, classes)
+def _as_indicators(values: np.ndarray, classes: int) -> np.ndarray:
+    return values if values.ndim == 2 else encode_one_hot(values, classes)
 
 
 # The published model's errors on the test rows: for the report, which stays on the machine.
 
 
-SAMPLES = 4
-SAMPLE_LENGTH = 200
+MAX_SAMPLES = 4
+MAX_SAMPLE_CHARACTERS = 200
 """Characters of a text that is shown whole."""
-MOST = 20
+MAX_MISTAKES = 20
 """Mistakes that are shown."""
 
 
@@ -164,16 +166,16 @@ class Mistake:
     content: tuple[str, ...]
     label: str
     prediction: str
-    surety: float
-    where: str
+    confidence: float
+    location: str
     word: int | None = None
 
 
 @dataclass(frozen=True)
-class Errors:
-    """`classes` as of `class_scores`, `counts` as of `confusion` or None, and the mistakes.
+class ErrorAnalysis:
+    """`classes` as of `compute_class_scores`, `counts` as of `count_confusions` or None, and the mistakes.
 
-    `entities` are as of `entity_scores`, none but for words.
+    `entities` are as of `compute_entity_scores`, none but for words.
     """
 
     classes: list[dict[str, Any]]
@@ -184,7 +186,7 @@ class Errors:
     entities: list[dict[str, Any]] = field(default_factory=list)
 
 
-def errors_of(prepared: Prepared, folder: Path) -> Errors:
+def analyze_errors(prepared: PreparedData, folder: Path) -> ErrorAnalysis:
     """The errors of one arm and seed on the test rows.
 
     Args:
@@ -197,15 +199,17 @@ def errors_of(prepared: Prepared, folder: Path) -> Errors:
     rows = prepared.rows["test"]
     said, scores = table["prediction"], table["scores"]
     examine = {
-        "classification": _of_classes,
-        "multi-label": _of_names,
-        "token-classification": _of_words,
-        "regression": _of_targets,
+        "classification": _analyze_classification,
+        "multi-label": _analyze_multi_label,
+        "token-classification": _analyze_tagging,
+        "regression": _analyze_regression,
     }[prepared.task]
     return examine(prepared, rows, said, scores)
 
 
-def sample_outputs(prepared: Prepared, folder: Path) -> list[tuple[str, str, dict[str, float]]]:
+def collect_sample_outputs(
+    prepared: PreparedData, folder: Path
+) -> list[tuple[str, str, dict[str, float]]]:
     """Return test texts with their label and every class's probability, one row a class.
 
     The first of each class in the split's own order, whether it is right or wrong, so that nothing
@@ -223,19 +227,21 @@ def sample_outputs(prepared: Prepared, folder: Path) -> list[tuple[str, str, dic
     scores = pq.read_table(folder / PREDICTIONS, filters=filters)["scores"].to_pylist()
     samples: dict[str, tuple[str, str, dict[str, float]]] = {}
     for row, chances in zip(prepared.rows["test"], scores, strict=True):
-        short = len(row.content) == 1 and len(row.content[0]) <= SAMPLE_LENGTH
-        if short and len(samples) < SAMPLES:
+        short = len(row.content) == 1 and len(row.content[0]) <= MAX_SAMPLE_CHARACTERS
+        if short and len(samples) < MAX_SAMPLES:
             named = dict(zip(prepared.names, chances, strict=True))
             samples.setdefault(str(row.label), (row.content[0], str(row.label), named))
     return list(samples.values())
 
 
-def most_sure(surety: np.ndarray, most: int = MOST) -> list[int]:
+def rank_by_confidence(surety: np.ndarray, most: int = MAX_MISTAKES) -> list[int]:
     """The places of the greatest values, the greatest first, equals in their order."""
     return np.argsort(-surety, kind="stable")[:most].tolist()
 
 
-def _of_classes(prepared: Prepared, rows: list[Row], said: list[Any], scores: list[Any]) -> Errors:
+def _analyze_classification(
+    prepared: PreparedData, rows: list[Row], said: list[Any], scores: list[Any]
+) -> ErrorAnalysis:
     ids = {name: i for i, name in enumerate(prepared.names)}
     true = np.array([ids[str(row.label)] for row in rows])
     told = np.array([ids[name] for name in said])
@@ -244,27 +250,38 @@ def _of_classes(prepared: Prepared, rows: list[Row], said: list[Any], scores: li
         for row, name, score in zip(rows, said, scores, strict=True)
         if row.label != name
     ]
-    return _errors(prepared, true, told, found, len(rows))
+    return _summarize_errors(prepared, true, told, found, len(rows))
 
 
-def _of_words(prepared: Prepared, rows: list[Row], said: list[Any], scores: list[Any]) -> Errors:
+def _analyze_tagging(
+    prepared: PreparedData, rows: list[Row], said: list[Any], scores: list[Any]
+) -> ErrorAnalysis:
     ids = {name: i for i, name in enumerate(prepared.names)}
     true, told, found = [], [], []
     for row, tags, surety in zip(rows, said, scores, strict=True):
-        for word, (tag, name) in enumerate(zip(_tags(row), tags, strict=True)):
+        for word, (tag, name) in enumerate(zip(_row_labels(row), tags, strict=True)):
             true.append(ids[tag])
             told.append(ids[name])
             # A word that was cut off was never looked at.
             if tag != name and surety[word] is not None:
                 found.append(Mistake(row.content, tag, name, max(surety[word]), row.where, word))
-    errors = _errors(prepared, np.array(true), np.array(told), found, len(true))
-    predictions = labels.measured([tuple(tags) for tags in said], prepared.task, prepared.names)
-    types = recognise_tags(tuple(prepared.names)).types
-    return replace(errors, entities=entity_scores(prepared.measured(rows), predictions, types))
+    errors = _summarize_errors(prepared, np.array(true), np.array(told), found, len(true))
+    predictions = labels.encode_for_metrics(
+        [tuple(tags) for tags in said], prepared.task, prepared.names
+    )
+    types = recognize_tag_scheme(tuple(prepared.names)).types
+    return replace(
+        errors,
+        entities=compute_entity_scores(prepared.encode_for_metrics(rows), predictions, types),
+    )
 
 
-def _of_names(prepared: Prepared, rows: list[Row], said: list[Any], scores: list[Any]) -> Errors:
-    held = np.array([[name in _tags(row) for name in prepared.names] for row in rows], dtype=int)
+def _analyze_multi_label(
+    prepared: PreparedData, rows: list[Row], said: list[Any], scores: list[Any]
+) -> ErrorAnalysis:
+    held = np.array(
+        [[name in _row_labels(row) for name in prepared.names] for row in rows], dtype=int
+    )
     told = np.array([[name in names for name in prepared.names] for names in said], dtype=int)
     found = []
     for number, column in zip(*np.nonzero(held != told), strict=True):
@@ -273,33 +290,41 @@ def _of_names(prepared: Prepared, rows: list[Row], said: list[Any], scores: list
         words = (name, f"not {name}") if held[number, column] else (f"not {name}", name)
         surety = 1 - chance if held[number, column] else chance
         found.append(Mistake(row.content, *words, surety, row.where))
-    classes = class_scores(held, told, prepared.names)
-    return Errors(classes, None, _worst(found), len(found), held.size)
+    classes = compute_class_scores(held, told, prepared.names)
+    return ErrorAnalysis(classes, None, _select_mistakes(found), len(found), held.size)
 
 
-def _of_targets(prepared: Prepared, rows: list[Row], said: list[Any], scores: list[Any]) -> Errors:
+def _analyze_regression(
+    prepared: PreparedData, rows: list[Row], said: list[Any], scores: list[Any]
+) -> ErrorAnalysis:
     found = [
         Mistake(row.content, f"{row.label:.9g}", f"{value:.7g}", abs(value - float(row.label)),
                 row.where)
         for row, value in zip(rows, said, strict=True)
         if isinstance(row.label, float)
     ]  # fmt: skip
-    return Errors([], None, _worst(found), len(found), len(rows))
+    return ErrorAnalysis([], None, _select_mistakes(found), len(found), len(rows))
 
 
-def _errors(
-    prepared: Prepared, true: np.ndarray, told: np.ndarray, found: list[Mistake], answers: int
-) -> Errors:
+def _summarize_errors(
+    prepared: PreparedData, true: np.ndarray, told: np.ndarray, found: list[Mistake], answers: int
+) -> ErrorAnalysis:
     classes = len(prepared.names)
-    scores = class_scores(one_hot(true, classes), one_hot(told, classes), prepared.names)
-    counts = confusion(true, told, classes)
-    return Errors(scores, counts, _worst(found), int((true != told).sum()), answers)
+    scores = compute_class_scores(
+        encode_one_hot(true, classes), encode_one_hot(told, classes), prepared.names
+    )
+    counts = count_confusions(true, told, classes)
+    return ErrorAnalysis(
+        scores, counts, _select_mistakes(found), int((true != told).sum()), answers
+    )
 
 
-def _worst(found: list[Mistake]) -> list[Mistake]:
-    return [found[i] for i in most_sure(np.array([mistake.surety for mistake in found]))]
+def _select_mistakes(found: list[Mistake]) -> list[Mistake]:
+    return [
+        found[i] for i in rank_by_confidence(np.array([mistake.confidence for mistake in found]))
+    ]
 
 
-def _tags(row: Row) -> tuple[str, ...]:
+def _row_labels(row: Row) -> tuple[str, ...]:
     """The names of a row that has several."""
     return row.label if isinstance(row.label, tuple) else (str(row.label),)

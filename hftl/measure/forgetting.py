@@ -9,46 +9,46 @@ from typing import Any
 
 import numpy as np
 
-from hftl.analysis.drift import chosen_penalty, cka_floor, cosines
+from hftl.analysis.drift import choose_penalty, compute_cka_floor, compute_cosines
 from hftl.analysis.jackknife import (
-    Figure,
-    Probes,
-    cka_without,
-    kl_without,
-    neighbours_needed,
-    ordered_neighbours,
-    same_without,
-    shared_without,
+    JackknifeEstimate,
+    JackknifeProbes,
+    count_needed_neighbours,
+    jackknife_cka,
+    jackknife_neighbour_hits,
+    jackknife_relational_kl,
+    jackknife_shared_neighbours,
+    rank_neighbours,
 )
 from hftl.measure.statistics import (
-    BLOCKS,
-    block_of_rows,
+    MAX_BLOCKS,
+    assign_blocks,
+    compute_pseudo_values,
     effective_count,
+    estimate_mean_error,
     jackknife,
-    mean_error,
-    no_change,
-    pseudo_values,
+    rule_of_three_half_width,
 )
 
-GENERAL = ("neighbours", "cka", "cosine", "kl")
+GENERAL_FIGURES = ("neighbours", "cka", "cosine", "kl")
 """The figures on general data that need no labels."""
-OWN_HEADS = ("mlm_loss", "mae_loss", "backward")
+PRETRAINING_FIGURES = ("mlm_loss", "mae_loss", "backward")
 """The figures by the source's own heads, of general rows."""
-K = 10
+NEIGHBOURS = 10
 """Nearest neighbours that are compared."""
 PROBE_BLOCKS = 10
 """Blocks that probes are fitted without: each costs as many fits as there are folds."""
-WIDENING = 1.15
+SEED_ERROR_FACTOR = 1.15
 """Of the seeds' standard error. How much a seed forgets is skewed: now and then one breaks. With 3
 to 8 seeds whose effects have a skewness of 1.4 to 1.8 the plain interval covers .91 to .93, this
 one .935 to .945, and .96 to .97 where they are normal."""
 Features = Mapping[str, np.ndarray]
 """(rows, width) features of `general`, where there are general data, and of `new` rows; and of
-`OWN_HEADS` those that the source has: (rows, 2), a value and how many it is a mean of."""
+`PRETRAINING_FIGURES` those that the source has: (rows, 2), a value and how many it is a mean of."""
 
 
 @dataclass(frozen=True)
-class Asked:
+class ForgettingSpec:
     """What forgetting is looked at by.
 
     `controls` are labels (rows,) of the general rows by name, `classes` the names of those that a
@@ -62,7 +62,9 @@ class Asked:
     tau: float
 
 
-def figures(before: Features, arms: Mapping[str, list[Features]], asked: Asked) -> dict[str, Any]:
+def measure_forgetting(
+    before: Features, arms: Mapping[str, list[Features]], asked: ForgettingSpec
+) -> dict[str, Any]:
     """By arm the figures of its forgetting, each {before, after, change, ci95, per_seed}.
 
     `neighbours`, `cka`, `cosine` and `kl` are of `shared`, `cka`, `cosines` and `relational_kl` on
@@ -72,7 +74,7 @@ def figures(before: Features, arms: Mapping[str, list[Features]], asked: Asked) 
     probe that is fitted on the original's features, or on the new ones. The fixed probe also fails
     where features are only turned, the refitted one hides that.
 
-    Intervals are over seeds and documents as those of gains, see `WIDENING`; the jackknife takes a
+    Intervals are over seeds and documents as those of gains, see `SEED_ERROR_FACTOR`; the jackknife takes a
     document out of the rows that are asked and out of those that they are compared with or that a
     probe is fitted on. Where the encoder has changed and no row's answer has, the rule of three
     bounds what other documents may show. `cka` has `floor`, see `cka_floor`, of the first seed.
@@ -87,11 +89,13 @@ def figures(before: Features, arms: Mapping[str, list[Features]], asked: Asked) 
         arms: features of each arm, one entry a seed.
         asked: controls and documents.
     """
-    known = None if asked.units is None else _Known.of(before["general"], asked)
-    return {arm: _figures(before, after, asked, known) for arm, after in arms.items()}
+    known = None if asked.units is None else _SourceFigures.of(before["general"], asked)
+    return {arm: _measure_arm(before, after, asked, known) for arm, after in arms.items()}
 
 
-def section(found: Mapping[str, Any], asked: Asked, plain: Mapping[str, str | None]) -> Any:
+def build_forgetting_arms(
+    found: Mapping[str, Any], asked: ForgettingSpec, plain: Mapping[str, str | None]
+) -> Any:
     """What the record tells of the arms: figures, how much of the headline each has forgotten, and
     the share of another's forgetting that is gone.
 
@@ -99,24 +103,24 @@ def section(found: Mapping[str, Any], asked: Asked, plain: Mapping[str, str | No
     data there is none.
 
     Args:
-        found: see `figures`, the own arm first.
+        found: see `measure_forgetting`, the own arm first.
         asked: what they were found by.
         plain: for an arm the one that is the same without retention, None where there is none.
     """
     control = next(iter(asked.controls), None)
-    forgot = {arm: _forgotten(told, control) for arm, told in found.items()}
+    forgot = {arm: _compute_forgotten(told, control) for arm, told in found.items()}
     arms = []
     for arm, told in found.items():
         other = plain.get(arm)
         against = None
         if other is not None and forgot[arm] is not None:
-            against = {"arm": other, "gone": gone(forgot[arm], forgot[other])}
+            against = {"arm": other, "gone": forgetting_reduction(forgot[arm], forgot[other])}
         arms.append({"arm": arm, "figures": told, "forgotten": forgot[arm], "against": against})
     figure = None if asked.units is None else "same" if control is not None else "neighbours"
     return {"headline": figure and {"figure": figure, "control": control}, "arms": arms}
 
 
-def gone(own: dict[str, Any], other: dict[str, Any]) -> float | None:
+def forgetting_reduction(own: dict[str, Any], other: dict[str, Any]) -> float | None:
     """The share of the other's forgetting that is gone: 1 - own / other.
 
     None where the other forgot nothing, or nothing beyond noise: a share of noise says nothing.
@@ -125,7 +129,7 @@ def gone(own: dict[str, Any], other: dict[str, Any]) -> float | None:
     return 1 - own["value"] / other["value"] if min(low, other["value"]) > 0 else None
 
 
-def _forgotten(told: dict[str, Any], control: str | None) -> Any:
+def _compute_forgotten(told: dict[str, Any], control: str | None) -> Any:
     """How far the headline fell; None without one."""
     figure = told["neighbours"] if control is None else told["controls"][control]["same"]
     if figure is None:
@@ -139,7 +143,7 @@ def _forgotten(told: dict[str, Any], control: str | None) -> Any:
 
 
 @dataclass(frozen=True)
-class _Known:
+class _SourceFigures:
     """Hold what the original says of general rows: computed once for all arms.
 
     `blocks` are those of the jackknife, `few` the fewer ones that probes are fitted without.
@@ -150,67 +154,81 @@ class _Known:
     blocks: np.ndarray
     few: np.ndarray
     order: np.ndarray
-    probes: dict[str, tuple[np.ndarray, float, Probes]]
+    probes: dict[str, tuple[np.ndarray, float, JackknifeProbes]]
 
     @classmethod
-    def of(cls, features: np.ndarray, asked: Asked) -> "_Known":
+    def of(cls, features: np.ndarray, asked: ForgettingSpec) -> "_SourceFigures":
         assert asked.units is not None
-        blocks, few = (_blocks(asked.units, most) for most in (BLOCKS, PROBE_BLOCKS))
+        blocks, few = (_assign_blocks(asked.units, most) for most in (MAX_BLOCKS, PROBE_BLOCKS))
         if len(np.unique(asked.units)) < 3:
             few = np.zeros_like(few)  # without one of two documents nothing is left to fit on
         probes = {}
         # With one document there are no rows to fit on that are apart from those to answer for.
         for name in asked.classes if len(np.unique(asked.units)) > 1 else ():
             labels = np.unique(asked.controls[name], return_inverse=True)[1].astype(np.int64)
-            penalty = chosen_penalty(features, labels, asked.units)
-            fitted = Probes.fit(features, labels, asked.units, penalty, few)
+            penalty = choose_penalty(features, labels, asked.units)
+            fitted = JackknifeProbes.fit(features, labels, asked.units, penalty, few)
             probes[name] = (labels, penalty, fitted)
-        return cls(features, asked.units, blocks, few, _order(features, blocks), probes)
+        return cls(features, asked.units, blocks, few, _order_neighbours(features, blocks), probes)
 
 
-def _blocks(units: np.ndarray, most: int) -> np.ndarray:
+def _assign_blocks(units: np.ndarray, most: int) -> np.ndarray:
     """The jackknife's block of every row; one where there is one document."""
     alone = len(np.unique(units)) < 2
-    return np.zeros(len(units), np.int64) if alone else block_of_rows(units, most)
+    return np.zeros(len(units), np.int64) if alone else assign_blocks(units, most)
 
 
-def _order(features: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-    return ordered_neighbours(features, neighbours_needed(blocks, K))
+def _order_neighbours(features: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    return rank_neighbours(features, count_needed_neighbours(blocks, NEIGHBOURS))
 
 
-def _figures(
-    before: Features, after: list[Features], asked: Asked, known: _Known | None
+def _measure_arm(
+    before: Features, after: list[Features], asked: ForgettingSpec, known: _SourceFigures | None
 ) -> dict[str, Any]:
-    found: dict[str, Any] = dict.fromkeys((*GENERAL, *OWN_HEADS, "new_kl")) | {"controls": {}}
+    found: dict[str, Any] = dict.fromkeys((*GENERAL_FIGURES, *PRETRAINING_FIGURES, "new_kl")) | {
+        "controls": {}
+    }
     fresh = before["new"]
     if len(fresh) > 1:
-        found["new_kl"] = _new_kl(before, after, asked.tau)
+        found["new_kl"] = _measure_new_kl(before, after, asked.tau)
     if known is None:
         return found
     old, now = before["general"], [told["general"] for told in after]
     moved = any(side is not old for side in now)
-    orders = [known.order if side is old else _order(side, known.blocks) for side in now]
-    found["neighbours"] = _left_out(
-        1.0, [shared_without(known.order, side, known.blocks, K) for side in orders],
-        known.units, known.blocks, moved,
-    )  # fmt: skip
-    found["cosine"] = _over_rows(np.ones(len(old)), [cosines(old, side) for side in now], known)
-    found["kl"] = _left_out(
-        0.0, [kl_without(old, side, asked.tau, known.blocks) for side in now],
+    orders = [known.order if side is old else _order_neighbours(side, known.blocks) for side in now]
+    found["neighbours"] = _estimate_from_blocks(
+        1.0,
+        [
+            jackknife_shared_neighbours(known.order, side, known.blocks, NEIGHBOURS)
+            for side in orders
+        ],
+        known.units,
+        known.blocks,
+        moved,
+    )
+    found["cosine"] = _average_over_rows(
+        np.ones(len(old)), [compute_cosines(old, side) for side in now], known
+    )
+    found["kl"] = _estimate_from_blocks(
+        0.0, [jackknife_relational_kl(old, side, asked.tau, known.blocks) for side in now],
         known.units, known.blocks, moved=False,
     )  # fmt: skip
-    alike = [cka_without(old, side, known.blocks) for side in now]
-    found["cka"] = _left_out(1.0, alike, known.units, known.blocks, moved=False)
-    found["cka"]["floor"] = cka_floor(old, now[0])
-    for name in OWN_HEADS:
+    alike = [jackknife_cka(old, side, known.blocks) for side in now]
+    found["cka"] = _estimate_from_blocks(1.0, alike, known.units, known.blocks, moved=False)
+    found["cka"]["floor"] = compute_cka_floor(old, now[0])
+    for name in PRETRAINING_FIGURES:
         if all(name in side for side in (before, *after)):
-            found[name] = _by_head(before[name], [side[name] for side in after], known, name)
+            found[name] = _measure_pretraining_head(
+                before[name], [side[name] for side in after], known, name
+            )
     for name, labels in asked.controls.items():
-        same = [same_without(side, labels, known.blocks) for side in (known.order, *orders)]
+        same = [
+            jackknife_neighbour_hits(side, labels, known.blocks) for side in (known.order, *orders)
+        ]
         told: dict[str, Any] = {
-            "same": _left_out(same[0], same[1:], known.units, known.blocks, moved)
+            "same": _estimate_from_blocks(same[0], same[1:], known.units, known.blocks, moved)
         }
-        told |= _probed(now, known, name, moved) if name in known.probes else NO_PROBE
+        told |= _measure_probes(now, known, name, moved) if name in known.probes else NO_PROBE
         found["controls"][name] = told
     return found
 
@@ -218,42 +236,46 @@ def _figures(
 NO_PROBE = {"probe_fixed": None, "probe_refitted": None}
 
 
-def _new_kl(before: Features, after: list[Features], tau: float) -> dict[str, Any]:
+def _measure_new_kl(before: Features, after: list[Features], tau: float) -> dict[str, Any]:
     units = np.arange(len(before["new"]))
-    blocks = _blocks(units, BLOCKS)
-    values = [kl_without(before["new"], told["new"], tau, blocks) for told in after]
-    return _left_out(0.0, values, units, blocks, moved=False)
+    blocks = _assign_blocks(units, MAX_BLOCKS)
+    values = [jackknife_relational_kl(before["new"], told["new"], tau, blocks) for told in after]
+    return _estimate_from_blocks(0.0, values, units, blocks, moved=False)
 
 
-def _probed(now: list[np.ndarray], known: _Known, name: str, moved: bool) -> dict[str, Any]:
+def _measure_probes(
+    now: list[np.ndarray], known: _SourceFigures, name: str, moved: bool
+) -> dict[str, Any]:
     labels, penalty, probes = known.probes[name]
-    before = probes.right(known.features, labels)
-    fixed = [probes.right(side, labels) for side in now]
+    before = probes.score(known.features, labels)
+    fixed = [probes.score(side, labels) for side in now]
     refitted = [
         before
         if side is known.features
-        else Probes.fit(side, labels, known.units, penalty, known.few).right(side, labels)
+        else JackknifeProbes.fit(side, labels, known.units, penalty, known.few).score(side, labels)
         for side in now
     ]
     return {
-        "probe_fixed": _left_out(before, fixed, known.units, known.few, moved),
-        "probe_refitted": _left_out(before, refitted, known.units, known.few, moved),
+        "probe_fixed": _estimate_from_blocks(before, fixed, known.units, known.few, moved),
+        "probe_refitted": _estimate_from_blocks(before, refitted, known.units, known.few, moved),
     }
 
 
-def _by_head(before: np.ndarray, after: list[np.ndarray], known: _Known, name: str) -> Any:
-    """A figure of `OWN_HEADS`; None where nothing of any row was asked."""
+def _measure_pretraining_head(
+    before: np.ndarray, after: list[np.ndarray], known: _SourceFigures, name: str
+) -> Any:
+    """A figure of `PRETRAINING_FIGURES`; None where nothing of any row was asked."""
     there = before[:, 1] > 0
     if not there.any():
         return None
     values = [side[there, 0].astype(np.float64) for side in (before, *after)]
     moved = name == "backward" and any(side is not before for side in after)
     weights = before[there, 1].astype(np.float64)
-    return _over_rows(values[0], values[1:], known, there, weights, moved)
+    return _average_over_rows(values[0], values[1:], known, there, weights, moved)
 
 
-def _over_rows(
-    before: np.ndarray, after: list[np.ndarray], known: _Known,
+def _average_over_rows(
+    before: np.ndarray, after: list[np.ndarray], known: _SourceFigures,
     there: np.ndarray | slice = slice(None), weights: np.ndarray | None = None,
     moved: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
@@ -268,14 +290,17 @@ def _over_rows(
     if len(after) > 1 and len(np.unique(units)) > 1:
         values = [jackknife(lambda i, c=side - before: mean(c, i), units) for side in after]
         change = mean(np.mean(after, axis=0) - before)
-        interval = _interval(np.stack(values), change, units, block_of_rows(units), moved)
-    return _told(mean(before), [mean(side) for side in after], interval)
+        interval = _estimate_interval(np.stack(values), change, units, assign_blocks(units), moved)
+    return _build_figure(mean(before), [mean(side) for side in after], interval)
 
 
-def _left_out(
-    before: Figure | float, after: list[Figure], units: np.ndarray, blocks: np.ndarray,
+def _estimate_from_blocks(
+    before: JackknifeEstimate | float,
+    after: list[JackknifeEstimate],
+    units: np.ndarray,
+    blocks: np.ndarray,
     moved: bool,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """A figure of rows that depend on each other, from its values without each block.
 
     Args:
@@ -285,28 +310,30 @@ def _left_out(
         blocks: (rows,) what was taken out together.
         moved: whether to bound what has not changed by the rule of three.
     """
-    if not isinstance(before, Figure):
-        before = Figure(before, np.full(after[0].without.shape, before))
+    if not isinstance(before, JackknifeEstimate):
+        before = JackknifeEstimate(before, np.full(after[0].without.shape, before))
     interval = None
     sizes = np.bincount(blocks)
     sound = all(np.isfinite(figure.without).all() for figure in (before, *after))
     if len(after) > 1 and len(sizes) > 1 and sound:
-        by_seed = np.array([figure.whole - before.whole for figure in after])
+        by_seed = np.array([figure.value - before.value for figure in after])
         values = np.stack(
             [
-                pseudo_values(change, figure.without - before.without, sizes)
+                compute_pseudo_values(change, figure.without - before.without, sizes)
                 for change, figure in zip(by_seed, after, strict=True)
             ]
         )
         # Where a row's answer jumps, the mean of a seed's values is mostly noise: its figure is
         # known, and the seeds' luck is that of the figures.
         values += (by_seed - values.mean(1))[:, None]
-        twice = _counted_twice(np.stack([figure.effects - before.effects for figure in after]))
-        interval = _interval(values, float(by_seed.mean()), units, blocks, moved, twice)
-    return _told(before.whole, [side.whole for side in after], interval)
+        twice = _double_counted_variance(
+            np.stack([figure.effects - before.effects for figure in after])
+        )
+        interval = _estimate_interval(values, float(by_seed.mean()), units, blocks, moved, twice)
+    return _build_figure(before.value, [side.value for side in after], interval)
 
 
-def _counted_twice(effects: np.ndarray) -> float:
+def _double_counted_variance(effects: np.ndarray) -> float:
     """The variance that a jackknife counts twice: what a pair of blocks have in common beyond what
     each of them has (Efron & Stein 1981, Annals of Statistics 9:586-596).
 
@@ -321,7 +348,7 @@ def _counted_twice(effects: np.ndarray) -> float:
     return max(0.0, float(np.sum(common)) / (seeds - 1))
 
 
-def _interval(
+def _estimate_interval(
     values: np.ndarray,
     change: float,
     units: np.ndarray,
@@ -330,16 +357,16 @@ def _interval(
     twice: float = 0.0,
 ) -> tuple[float, float] | None:
     """The interval around the change; by the rule of three where nothing changed, and `moved`."""
-    error = mean_error(values, np.bincount(blocks), WIDENING, twice)
+    error = estimate_mean_error(values, np.bincount(blocks), SEED_ERROR_FACTOR, twice)
     if error is None:
         return None
     if error.value == 0 and moved:
-        half = no_change(effective_count(np.unique(units, return_counts=True)[1]))
+        half = rule_of_three_half_width(effective_count(np.unique(units, return_counts=True)[1]))
         return change - half, change + half
     return error.interval(change)
 
 
-def _told(
+def _build_figure(
     before: float, after: list[float], interval: tuple[float, float] | None
 ) -> dict[str, Any]:
     mean = float(np.mean(after))

@@ -9,15 +9,15 @@ import numpy as np
 
 from hftl.measure.metrics import Metric
 from hftl.measure.statistics import (
-    LEAST_SEEDS_FOR_P,
-    block_of_rows,
+    MIN_SEEDS_FOR_P,
+    assign_blocks,
+    classify_gain,
     effective_count,
+    estimate_mean_error,
     jackknife,
-    mean_error,
-    no_change,
-    no_change_p,
-    outcome,
     relative_error_reduction,
+    rule_of_three_half_width,
+    rule_of_three_p_value,
 )
 
 MARGIN = 0.01
@@ -30,7 +30,7 @@ BASELINES = ("scratch", "classical")
 
 
 @dataclass(frozen=True)
-class Predicted:
+class SplitPredictions:
     """What the arms of a run predicted on one split.
 
     `labels` (rows,), `units` (rows,) int ids whose rows belong together, and for each arm
@@ -42,7 +42,7 @@ class Predicted:
     predictions: Mapping[str, np.ndarray]
 
 
-def gain(metric: Metric, told: Predicted, own: str, other: str) -> dict[str, Any]:
+def compute_gain(metric: Metric, told: SplitPredictions, own: str, other: str) -> dict[str, Any]:
     """How much better `own` is than `other`, in the metric's unit, positive is better.
 
     Returns:
@@ -50,22 +50,24 @@ def gain(metric: Metric, told: Predicted, own: str, other: str) -> dict[str, Any
         seeds), relative_error_reduction, outcome.
     """
     pairs = list(zip(told.predictions[own], told.predictions[other], strict=True))
-    deltas = np.array([_difference(metric, told.labels, a, b) for a, b in pairs])
-    interval, p_value = _interval_and_p(metric, told, pairs, float(deltas.mean()))
-    scores = [mean_score(metric, told, arm) for arm in (own, other)]
+    deltas = np.array([_score_difference(metric, told.labels, a, b) for a, b in pairs])
+    interval, p_value = _estimate_interval(metric, told, pairs, float(deltas.mean()))
+    scores = [compute_mean_score(metric, told, arm) for arm in (own, other)]
     margin = MARGIN if metric.best else MARGIN * abs(scores[1])
     return {
         "metric": metric.name,
         "value": float(deltas.mean()),
         "ci95": None if interval is None else list(interval),
         "seeds": len(deltas),
-        "p_value": p_value if len(deltas) >= LEAST_SEEDS_FOR_P else None,
+        "p_value": p_value if len(deltas) >= MIN_SEEDS_FOR_P else None,
         "relative_error_reduction": relative_error_reduction(scores[0], scores[1], metric.best),
-        "outcome": outcome(interval, margin),
+        "outcome": classify_gain(interval, margin),
     }
 
 
-def transfer_gain(metric: Metric, test: Predicted, own: str) -> dict[str, Any] | None:
+def compute_transfer_gain(
+    metric: Metric, test: SplitPredictions, own: str
+) -> dict[str, Any] | None:
     """Return the gain over `scratch` or `classical`, whichever is less on test; None without.
 
     A choice on validation would favour the baseline that validation was used most for: scratch
@@ -74,17 +76,19 @@ def transfer_gain(metric: Metric, test: Predicted, own: str) -> dict[str, Any] |
     over both are, so that false alarms are no more frequent than those of one interval.
 
     Returns:
-        The keys of `gain`, `baseline`, and `baselines`, by name the gains over both.
+        The keys of `compute_gain`, `baseline`, and `baselines`, by name the gains over both.
     """
-    gains = {arm: gain(metric, test, own, arm) for arm in BASELINES if arm in test.predictions}
-    return lesser_gain(gains) if gains else None
+    gains = {
+        arm: compute_gain(metric, test, own, arm) for arm in BASELINES if arm in test.predictions
+    }
+    return select_lesser_gain(gains) if gains else None
 
 
-def lesser_gain(gains: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the least of the gains, see `transfer_gain`; of equals the first.
+def select_lesser_gain(gains: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the least of the gains, see `compute_transfer_gain`; of equals the first.
 
     Args:
-        gains: by the baseline's name, see `gain`; at least one.
+        gains: by the baseline's name, see `compute_gain`; at least one.
     """
     baseline = min(gains, key=lambda arm: gains[arm]["value"])
     least = gains[baseline]
@@ -94,19 +98,19 @@ def lesser_gain(gains: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return {**told, "baseline": baseline, "baselines": dict(gains)}
 
 
-def mean_score(metric: Metric, told: Predicted, arm: str) -> float:
+def compute_mean_score(metric: Metric, told: SplitPredictions, arm: str) -> float:
     """The metric, averaged over seeds."""
     return float(np.mean([metric.score(told.labels, p) for p in told.predictions[arm]]))
 
 
-def best_seed(metric: Metric, validation: Predicted, own: str) -> int:
+def find_best_seed(metric: Metric, validation: SplitPredictions, own: str) -> int:
     """The position of the seed that is best on validation; the first of equals."""
     scores = [metric.sign * metric.score(validation.labels, p) for p in validation.predictions[own]]
     return int(np.argmax(scores))
 
 
-def ladder(
-    metric: Metric, validation: Predicted, test: Predicted, own: str
+def build_ladder(
+    metric: Metric, validation: SplitPredictions, test: SplitPredictions, own: str
 ) -> list[dict[str, Any]]:
     """A row an arm, best on test first: its mean, spread, and what `own` gains over it."""
     rows = []
@@ -115,21 +119,21 @@ def ladder(
         rows.append(
             {
                 "arm": arm,
-                "validation": mean_score(metric, validation, arm),
+                "validation": compute_mean_score(metric, validation, arm),
                 "test": float(scores.mean()),
                 "sd": float(scores.std(ddof=1)) if len(scores) > 1 else None,
-                "gain_of_own": None if arm == own else gain(metric, test, own, arm),
+                "gain_of_own": None if arm == own else compute_gain(metric, test, own, arm),
             }
         )
     return sorted(rows, key=lambda row: -metric.sign * row["test"])
 
 
-def _difference(metric: Metric, labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
+def _score_difference(metric: Metric, labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
     return metric.sign * (metric.score(labels, a) - metric.score(labels, b))
 
 
-def _interval_and_p(
-    metric: Metric, told: Predicted, pairs: list[tuple[np.ndarray, np.ndarray]], value: float
+def _estimate_interval(
+    metric: Metric, told: SplitPredictions, pairs: list[tuple[np.ndarray, np.ndarray]], value: float
 ) -> tuple[tuple[float, float] | None, float | None]:
     """The variance-components interval and p-value of the jackknife values, centred on the gain
     itself; None with one seed or one unit."""
@@ -138,30 +142,31 @@ def _interval_and_p(
     values = np.stack(
         [
             jackknife(
-                lambda i, a=a, b=b: _difference(metric, told.labels[i], a[i], b[i]), told.units
+                lambda i, a=a, b=b: _score_difference(metric, told.labels[i], a[i], b[i]),
+                told.units,
             )
             for a, b in pairs
         ]
     )
-    error = mean_error(values, np.bincount(block_of_rows(told.units)))
+    error = estimate_mean_error(values, np.bincount(assign_blocks(told.units)))
     if error is None:
         return None, None
     if error.value == 0 and metric.best == 1:
         # No item stands out, so the rule of three says how many may.
         units = effective_count(np.unique(told.units, return_counts=True)[1])
-        half = no_change(units, value)
-        return (value - half, value + half), no_change_p(value, units)
+        half = rule_of_three_half_width(units, value)
+        return (value - half, value + half), rule_of_three_p_value(value, units)
     return error.interval(value), error.p_value(value)
 
 
 # What an adaptation did: its losses before and after, and what it was worth to the task.
 
 
-LARGEST = 700.0
+MAX_EXPONENT = 700.0
 """Above this loss exp leaves the range of floats."""
 
 
-def figures(told: dict[str, Any]) -> dict[str, Any]:
+def summarize_adaptation(told: dict[str, Any]) -> dict[str, Any]:
     """The record of one adaptation, from the evaluations it was judged by.
 
     Args:
@@ -178,16 +183,18 @@ def figures(told: dict[str, Any]) -> dict[str, Any]:
     kept = next(seen for seen in history if seen["step"] == told["step"])
     words = told["objective"] == "mlm"
     guarded = {"kind": told["guard"], "tolerance": told["tolerance"]}
-    more: dict[str, Any] = {"loss": _losses(start["target"], kept["target"], words)}
+    more: dict[str, Any] = {"loss": _compare_losses(start["target"], kept["target"], words)}
     more["general"] = (
-        None if start["general"] is None else _losses(start["general"], kept["general"], words)
+        None
+        if start["general"] is None
+        else _compare_losses(start["general"], kept["general"], words)
     )
     return told | more | {
         "guard": guarded | {"before": start["guard"], "after": kept["guard"]}
     }  # fmt: skip
 
 
-def helped(stages: list[dict[str, Any]], gain: dict[str, Any] | None) -> str:
+def describe_adaptation_outcome(stages: list[dict[str, Any]], gain: dict[str, Any] | None) -> str:
     """Whether adaptation beat no adaptation, in plain words.
 
     Args:
@@ -208,7 +215,7 @@ def helped(stages: list[dict[str, Any]], gain: dict[str, Any] | None) -> str:
     }[gain["outcome"]]
 
 
-def _losses(before: float, after: float, words: bool) -> dict[str, Any]:
+def _compare_losses(before: float, after: float, words: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"before": before, "after": after, "fall": 1 - after / before}
     if words:
         found["perplexity"] = [_perplexity(before), _perplexity(after)]
@@ -216,4 +223,4 @@ def _losses(before: float, after: float, words: bool) -> dict[str, Any]:
 
 
 def _perplexity(loss: float) -> float | None:
-    return math.exp(loss) if loss < LARGEST else None
+    return math.exp(loss) if loss < MAX_EXPONENT else None

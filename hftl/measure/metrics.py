@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from hftl.config.errors import closest
-from hftl.errors import HubError, NumericError, RecipeError, message_line
+from hftl.config.errors import suggest_closest
+from hftl.errors import HubError, NumericError, RecipeError, format_error_line
 
-Score = Callable[[np.ndarray, np.ndarray], float]
+ScoreFunction = Callable[[np.ndarray, np.ndarray], float]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Metric:
     """
 
     name: str
-    score: Score
+    score: ScoreFunction
     sign: int = 1
     best: float = 1.0
 
@@ -108,7 +108,7 @@ def multi_label_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 
 @lru_cache(maxsize=200_000)
-def entities(tags: tuple[str, ...]) -> frozenset[tuple[str, int, int]]:
+def extract_entities(tags: tuple[str, ...]) -> frozenset[tuple[str, int, int]]:
     """Return the entities of one row, (type, first word, last word), as seqeval reads the tags.
 
     A prediction need not be well-formed; as in conlleval, an entity without its beginning counts.
@@ -120,18 +120,18 @@ def entities(tags: tuple[str, ...]) -> frozenset[tuple[str, int, int]]:
 
 def entity_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
     """F1 of entities, type and both ends right; 0 where none is held or predicted."""
-    return _f1(*_entity_counts(labels, predictions))
+    return _f1(*_count_entities(labels, predictions))
 
 
 def entity_precision(labels: np.ndarray, predictions: np.ndarray) -> float:
     """Share of the predicted entities that are right; 0 where none is predicted."""
-    right, predicted, _ = _entity_counts(labels, predictions)
+    right, predicted, _ = _count_entities(labels, predictions)
     return right / predicted if predicted else 0.0
 
 
 def entity_recall(labels: np.ndarray, predictions: np.ndarray) -> float:
     """Share of the entities that are found; 0 where there is none."""
-    right, _, held = _entity_counts(labels, predictions)
+    right, _, held = _count_entities(labels, predictions)
     return right / held if held else 0.0
 
 
@@ -142,11 +142,11 @@ def tag_accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
     return right / sum(map(len, labels))
 
 
-def _entity_counts(labels: np.ndarray, predictions: np.ndarray) -> tuple[float, float, float]:
+def _count_entities(labels: np.ndarray, predictions: np.ndarray) -> tuple[float, float, float]:
     """Entities right, predicted and held."""
     right = predicted = held = 0
     for told, found in zip(labels, predictions, strict=True):
-        true, guess = entities(told), entities(found)
+        true, guess = extract_entities(told), extract_entities(found)
         right, predicted, held = right + len(true & guess), predicted + len(guess), held + len(true)
     return float(right), float(predicted), float(held)
 
@@ -193,9 +193,9 @@ METRICS: dict[str, dict[str, Metric]] = {
         )
     },
 }
-SHARES = ("accuracy", "balanced_accuracy", "f1", "micro_f1", "precision", "recall")
+PROPORTIONS = ("accuracy", "balanced_accuracy", "f1", "micro_f1", "precision", "recall")
 """Metrics that are a share of something, or a mean of shares: between 0 and 1."""
-SELECTION = {
+SELECTION_METRICS = {
     "classification": "accuracy", "regression": "rmse", "multi-label": "micro_f1",
     "token-classification": "f1",
 }  # fmt: skip
@@ -203,12 +203,12 @@ SELECTION = {
 confidence while its accuracy still grows."""
 
 
-def score_all(task: str, labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
-    """Every built-in metric of the task, see `compute`."""
-    return compute(list(METRICS[task].values()), labels, predictions)
+def compute_all_metrics(task: str, labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
+    """Every built-in metric of the task, see `compute_metrics`."""
+    return compute_metrics(list(METRICS[task].values()), labels, predictions)
 
 
-def find(name: str, task: str) -> Metric:
+def find_metric(name: str, task: str) -> Metric:
     """The metric of a built-in name or `evaluate:<id>`.
 
     Raises:
@@ -221,21 +221,23 @@ def find(name: str, task: str) -> Metric:
                 f"measure.metric: {name} takes one number a row, which {task} has not",
                 f"Use one of {', '.join(METRICS[task])}",
             )
-        return _from_evaluate(name)
+        return _load_evaluate_metric(name)
     if name not in METRICS[task]:
         raise RecipeError(
-            f"measure.metric: no metric {name!r} for {task}{closest(name, list(METRICS[task]))}",
+            f"measure.metric: no metric {name!r} for {task}{suggest_closest(name, list(METRICS[task]))}",
             f"Built in: {', '.join(METRICS[task])}; or evaluate:<id>",
         )
     return METRICS[task][name]
 
 
-def less_is_better(name: str) -> bool:
+def is_lower_better(name: str) -> bool:
     """Whether a built-in metric is an error."""
     return any(known[name].sign < 0 for known in METRICS.values() if name in known)
 
 
-def compute(metrics: list[Metric], labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
+def compute_metrics(
+    metrics: list[Metric], labels: np.ndarray, predictions: np.ndarray
+) -> dict[str, float]:
     """Every metric's value.
 
     Raises:
@@ -258,7 +260,7 @@ EVALUATE_SCORES = (
 """The ids whose direction is known: less is better of the errors, more of the scores."""
 
 
-def _from_evaluate(name: str) -> Metric:
+def _load_evaluate_metric(name: str) -> Metric:
     import evaluate
 
     identifier = name.removeprefix("evaluate:")
@@ -271,7 +273,7 @@ def _from_evaluate(name: str) -> Metric:
         module = evaluate.load(identifier)
     except (OSError, ConnectionError) as error:
         raise HubError(
-            f"measure.metric: the metric {name} cannot be fetched: {message_line(error)}",
+            f"measure.metric: the metric {name} cannot be fetched: {format_error_line(error)}",
             "Check its id and the network, or use a built-in metric",
         ) from error
 
@@ -280,7 +282,7 @@ def _from_evaluate(name: str) -> Metric:
             found = module.compute(predictions=predictions, references=labels) or {}
         except (ValueError, TypeError) as error:
             raise RecipeError(
-                f"measure.metric: {name} does not take these labels: {message_line(error)}",
+                f"measure.metric: {name} does not take these labels: {format_error_line(error)}",
                 "Use a built-in metric",
             ) from error
         values: list[Any] = [value for value in found.values() if np.isscalar(value)]

@@ -1,6 +1,6 @@
 """The record: every number of a run, with where it came from, in one JSON file.
 
-Two identical runs differ in `environment` and `timings` only; the record's hash leaves them out.
+Two identical runs differ in `describe_environment` and `timings` only; the record's hash leaves them out.
 """
 
 import json
@@ -14,7 +14,7 @@ from hftl.errors import RunFolderError
 from hftl.runtime.fingerprints import fingerprint
 
 SCHEMA_VERSION = 1
-VARYING = ("environment", "timings")
+UNHASHED_KEYS = ("environment", "timings")
 PACKAGES = ("hftl", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn")
 
 
@@ -57,10 +57,10 @@ class Record:
     @property
     def hash(self) -> str:
         """sha256 of all that two identical runs share."""
-        return fingerprint({k: v for k, v in self.tree.items() if k not in VARYING})
+        return fingerprint({k: v for k, v in self.tree.items() if k not in UNHASHED_KEYS})
 
 
-def environment(device: str, dtype: str) -> dict[str, Any]:
+def describe_environment(device: str, dtype: str) -> dict[str, Any]:
     """Versions and hardware, without host or user names."""
     return {
         "python": platform.python_version(),

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-BLOCKS = 400
+MAX_BLOCKS = 400
 """Most blocks of the jackknife."""
-LEAST_SEEDS_FOR_P = 6
+MIN_SEEDS_FOR_P = 6
 """Seeds from which on a p-value is given; simulated at .05 and .01 from there on."""
 
 
@@ -22,7 +22,7 @@ class MeanError:
     """The standard error of a mean and the degrees of freedom of its t distribution."""
 
     value: float
-    freedom: float
+    degrees_of_freedom: float
 
     def interval(self, centre: float, level: float = 0.95) -> tuple[float, float]:
         """Return the t interval (low, high) around `centre`.
@@ -32,7 +32,7 @@ class MeanError:
         """
         if not 0 < level < 1:
             raise ValueError(f"level must lie in (0, 1), got {level}")
-        half = float(special.stdtrit(self.freedom, (1 + level) / 2)) * self.value
+        half = float(special.stdtrit(self.degrees_of_freedom, (1 + level) / 2)) * self.value
         return centre - half, centre + half
 
     def p_value(self, centre: float) -> float:
@@ -40,11 +40,11 @@ class MeanError:
         interval of that level excludes 0."""
         if self.value == 0:
             return float(centre == 0)
-        return 2 * float(special.stdtr(self.freedom, -abs(centre) / self.value))
+        return 2 * float(special.stdtr(self.degrees_of_freedom, -abs(centre) / self.value))
 
 
 def jackknife(
-    score: Callable[[np.ndarray], float], units: np.ndarray, blocks: int = BLOCKS
+    score: Callable[[np.ndarray], float], units: np.ndarray, blocks: int = MAX_BLOCKS
 ) -> np.ndarray:
     """Delete-one-block pseudo-values of a statistic, ready to be averaged with equal weights.
 
@@ -71,18 +71,18 @@ def jackknife(
         ValueError: `units` is not one-dimensional and integer or has under two distinct ids,
             `blocks` is under 2, or a score is not finite.
     """
-    block = block_of_rows(units, blocks)
+    block = assign_blocks(units, blocks)
     count = int(block.max()) + 1
-    whole = _finite("score of all rows", score(np.arange(len(block))), 0)
-    without = _finite(
+    whole = _as_finite_array("score of all rows", score(np.arange(len(block))), 0)
+    without = _as_finite_array(
         "score without block",
         [score(np.flatnonzero(block != j)) for j in range(count)],
         1,
     )
-    return pseudo_values(float(whole), without, np.bincount(block))
+    return compute_pseudo_values(float(whole), without, np.bincount(block))
 
 
-def pseudo_values(whole: float, without: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def compute_pseudo_values(whole: float, without: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Return the values of `jackknife` from a statistic of all rows and those without each block.
 
     Args:
@@ -93,7 +93,7 @@ def pseudo_values(whole: float, without: np.ndarray, sizes: np.ndarray) -> np.nd
     return whole + len(sizes) * (1 - sizes / sizes.sum()) * (whole - without)
 
 
-def block_of_rows(units: np.ndarray, blocks: int = BLOCKS) -> np.ndarray:
+def assign_blocks(units: np.ndarray, blocks: int = MAX_BLOCKS) -> np.ndarray:
     """Return the jackknife's block of every row, (rows,) int64.
 
     Raises:
@@ -124,7 +124,7 @@ def effective_count(sizes: np.ndarray) -> float:
     return float(variances.sum() ** 2 / (variances @ variances))
 
 
-def mean_squares(values: np.ndarray) -> tuple[float, float, float]:
+def compute_mean_squares(values: np.ndarray) -> tuple[float, float, float]:
     """Mean squares (seeds, units, error) of a two-way table with one value a cell.
 
     Args:
@@ -148,7 +148,7 @@ def mean_squares(values: np.ndarray) -> tuple[float, float, float]:
     )
 
 
-def mean_error(
+def estimate_mean_error(
     values: np.ndarray,
     sizes: np.ndarray | None = None,
     widening: float = 1.0,
@@ -188,12 +188,12 @@ def mean_error(
     Raises:
         ValueError: `values` is not two-dimensional or not finite.
     """
-    values = _finite("values", values, 2)
+    values = _as_finite_array("values", values, 2)
     seeds, units = values.shape
     if seeds < 2 or units < 2:
         return None
     # Equal values then centre to exact zeros, not to rounding noise.
-    from_seeds, unit_square, error_square = mean_squares(values - values[0, 0])
+    from_seeds, unit_square, error_square = compute_mean_squares(values - values[0, 0])
     from_seeds *= widening**2
     from_units = max(unit_square - error_square, 0.0)
     total = from_seeds + max(from_units - twice * values.size, from_units / 2)
@@ -201,26 +201,28 @@ def mean_error(
         return MeanError(0.0, seeds - 1)
     share = from_seeds / total
     power = max(1.0, 2 - 2 / (seeds - 1))
-    inverse = share**power / (seeds - 1) + (1 - share) ** power / _unit_freedom(units, sizes)
+    inverse = share**power / (seeds - 1) + (1 - share) ** power / _unit_degrees_of_freedom(
+        units, sizes
+    )
     return MeanError((total / values.size) ** 0.5, 1 / inverse)
 
 
 def mean_interval(
     values: np.ndarray, level: float = 0.95, sizes: np.ndarray | None = None
 ) -> tuple[float, float] | None:
-    """Return the interval of `mean_error` around the mean of `values`; None where that is None.
+    """Return the interval of `estimate_mean_error` around the mean of `values`; None where that is None.
 
     Raises:
-        ValueError: see `mean_error`, or `level` is outside (0, 1).
+        ValueError: see `estimate_mean_error`, or `level` is outside (0, 1).
     """
-    error = mean_error(values, sizes)
+    error = estimate_mean_error(values, sizes)
     if error is None:
         return None
     origin = float(values[0, 0])
     return error.interval(origin + float((values - origin).mean()), level)
 
 
-def item_error(values: np.ndarray, sizes: np.ndarray | None = None) -> MeanError | None:
+def estimate_item_error(values: np.ndarray, sizes: np.ndarray | None = None) -> MeanError | None:
     """Estimate the error of a mean over random items, for one model: the one-sample t.
 
     sd / sqrt(N), sd with N - 1 degrees of freedom (Student 1908, Biometrika 6:1).
@@ -235,29 +237,29 @@ def item_error(values: np.ndarray, sizes: np.ndarray | None = None) -> MeanError
     Raises:
         ValueError: `values` is not one-dimensional or not finite.
     """
-    values = _finite("values", values, 1)
+    values = _as_finite_array("values", values, 1)
     if len(values) < 2:
         return None
     error = float((values - values[0]).std(ddof=1)) / len(values) ** 0.5
-    return MeanError(error, _unit_freedom(len(values), sizes))
+    return MeanError(error, _unit_degrees_of_freedom(len(values), sizes))
 
 
-def _unit_freedom(units: int, sizes: np.ndarray | None) -> float:
+def _unit_degrees_of_freedom(units: int, sizes: np.ndarray | None) -> float:
     # Two clusters of very unequal size are hardly more than one; a t needs some freedom.
     return units - 1 if sizes is None else max(effective_count(sizes) - 1, 0.5)
 
 
 def item_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float] | None:
-    """Return the interval of `item_error` around the mean of `values`; None under two units.
+    """Return the interval of `estimate_item_error` around the mean of `values`; None under two units.
 
     Raises:
-        ValueError: see `item_error`, or `level` is outside (0, 1).
+        ValueError: see `estimate_item_error`, or `level` is outside (0, 1).
     """
-    error = item_error(values)
+    error = estimate_item_error(values)
     return None if error is None else error.interval(float(np.mean(values)), level)
 
 
-def share_interval(
+def wilson_interval(
     share: float, count: float, freedom: float = np.inf, level: float = 0.95
 ) -> tuple[float, float]:
     """Return the score interval of a share (Wilson 1927, JASA 22:209-212), inside [0, 1].
@@ -278,7 +280,7 @@ def share_interval(
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def no_change(units: float, value: float = 0.0) -> float:
+def rule_of_three_half_width(units: float, value: float = 0.0) -> float:
     """Return the half-width of the 95 % interval of a mean of values that are all alike.
 
     With n alike, up to 3 / n of all may be others (rule of three, Hanley & Lippman-Hand 1983, JAMA
@@ -288,13 +290,13 @@ def no_change(units: float, value: float = 0.0) -> float:
     return (1 + abs(value)) * 3 / units
 
 
-def no_change_p(value: float, units: float) -> float:
-    """Return the p-value that goes with `no_change`: .05 where its interval just reaches 0."""
-    reach = abs(value) / no_change(units, value)
+def rule_of_three_p_value(value: float, units: float) -> float:
+    """Return the p-value that goes with `rule_of_three_half_width`: .05 where its interval just reaches 0."""
+    reach = abs(value) / rule_of_three_half_width(units, value)
     return float(0.05 ** (reach * (1 - 1e-12)))  # above .05 where the bound is exactly 0
 
 
-def outcome(interval: tuple[float, float] | None, margin: float) -> str:
+def classify_gain(interval: tuple[float, float] | None, margin: float) -> str:
     """Verdict on a gain from its interval and the smallest gain that matters.
 
     Args:
@@ -322,7 +324,7 @@ def outcome(interval: tuple[float, float] | None, margin: float) -> str:
     return "negative" if high < 0 else "undetermined"
 
 
-def one_standard_error(
+def select_within_one_standard_error(
     scores: Sequence[float], errors: Sequence[float], costs: Sequence[float]
 ) -> int:
     """The position of the least cost among the scores within one standard error of the best.
@@ -338,7 +340,9 @@ def one_standard_error(
     Raises:
         ValueError: there are none, or their numbers differ, or one is not finite.
     """
-    told = _finite("scores, errors and costs", [list(scores), list(errors), list(costs)], 2)
+    told = _as_finite_array(
+        "scores, errors and costs", [list(scores), list(errors), list(costs)], 2
+    )
     best = int(np.argmax(told[0]))
     near = np.flatnonzero(told[0] >= told[0, best] - told[1, best])
     return int(min(near, key=lambda i: (told[2, i], -told[0, i], i)))
@@ -361,7 +365,7 @@ def relative_error_reduction(own: float, baseline: float, best: float = 1.0) -> 
     return 1 - abs(best - own) / abs(best - baseline)
 
 
-def _finite(name: str, values: object, dimensions: int) -> np.ndarray:
+def _as_finite_array(name: str, values: object, dimensions: int) -> np.ndarray:
     """`values` as a float64 array of the wanted dimensions.
 
     Raises:

@@ -5,7 +5,7 @@ from typing import Any
 RELOAD_TOLERANCE = 1e-5
 
 
-def decide(
+def decide_verdict(
     gain: dict[str, Any] | None,
     over_head: dict[str, Any] | None,
     reload_difference: float,
@@ -27,9 +27,9 @@ def decide(
     Returns:
         `{decision: publish | hold, reasons: [...]}`; on publish the reasons say what speaks for it.
     """
-    head_holds, head_reason = _head(over_head)
+    head_holds, head_reason = _judge_head(over_head)
     ahead = over_head is None or is_better(over_head)
-    checks = [_gain(gain), _adaptation(over_source), _reload(reload_difference)]
+    checks = [_judge_gain(gain), _judge_adaptation(over_source), _judge_reload(reload_difference)]
     checks.insert(1 if ahead else 0, (head_holds, head_reason))
     against = [reason for holds, reason in checks if not holds]
     if not against:
@@ -38,7 +38,7 @@ def decide(
     return {"decision": "hold", "reasons": [head_reason, *against] if level else against}
 
 
-def decide_adapted(stages: list[dict[str, Any]]) -> dict[str, Any]:
+def decide_adaptation_verdict(stages: list[dict[str, Any]]) -> dict[str, Any]:
     """The verdict on adaptations without a task: publish what lowered its loss under its guard.
 
     Args:
@@ -64,7 +64,7 @@ def is_worse(gain: dict[str, Any]) -> bool:
     return (gain["value"] if gain["ci95"] is None else gain["ci95"][1]) < 0
 
 
-def interval_text(gain: dict[str, Any]) -> str:
+def format_gain(gain: dict[str, Any]) -> str:
     """`+0.105 [+0.071, +0.139]`, or the value alone where there is no interval."""
     value = f"{gain['value']:+.3f}"
     if gain["ci95"] is None:
@@ -73,16 +73,16 @@ def interval_text(gain: dict[str, Any]) -> str:
     return f"{value} [{low:+.3f}, {high:+.3f}]"
 
 
-def _gain(gain: dict[str, Any] | None) -> tuple[bool, str]:
+def _judge_gain(gain: dict[str, Any] | None) -> tuple[bool, str]:
     if gain is None:
         return False, "no baseline was run, so nothing says what the transfer is worth"
-    told = f"{interval_text(gain)} {gain['metric']} over {gain['baseline']}"
+    told = f"{format_gain(gain)} {gain['metric']} over {gain['baseline']}"
     if gain["ci95"] is None:
         lone = "one seed" if gain["seeds"] == 1 else "one group of test rows"
         return False, f"the gain {told} rests on {lone}, which cannot tell gain from luck"
     if gain["outcome"] == "undetermined" and gain["ci95"][0] > 0:
         unsure = next(
-            f"{interval_text(found)} over {name}"
+            f"{format_gain(found)} over {name}"
             for name, found in gain["baselines"].items()
             if found["outcome"] != "positive"
         )
@@ -96,10 +96,10 @@ def _gain(gain: dict[str, Any] | None) -> tuple[bool, str]:
     return gain["outcome"] == "positive", words[gain["outcome"]]
 
 
-def _head(over_head: dict[str, Any] | None) -> tuple[bool, str]:
+def _judge_head(over_head: dict[str, Any] | None) -> tuple[bool, str]:
     if over_head is None:
         return True, ""
-    told = f"{interval_text(over_head)} {over_head['metric']}"
+    told = f"{format_gain(over_head)} {over_head['metric']}"
     if is_worse(over_head):
         return False, f"the frozen encoder with a linear head is better: {told} against head"
     if not is_better(over_head):
@@ -107,14 +107,14 @@ def _head(over_head: dict[str, Any] | None) -> tuple[bool, str]:
     return True, f"better than head: {told}"
 
 
-def _adaptation(over_source: dict[str, Any] | None) -> tuple[bool, str]:
+def _judge_adaptation(over_source: dict[str, Any] | None) -> tuple[bool, str]:
     if over_source is None or over_source["outcome"] != "negative":
         return True, ""
-    told = f"{interval_text(over_source)} {over_source['metric']}"
+    told = f"{format_gain(over_source)} {over_source['metric']}"
     return False, f"adaptation did harm: {told} against source, the same without it"
 
 
-def _reload(difference: float) -> tuple[bool, str]:
+def _judge_reload(difference: float) -> tuple[bool, str]:
     proved = difference <= RELOAD_TOLERANCE
     told = f"largest logit difference {difference:.1e} in a fresh process"
     return proved, f"reload proved: {told}" if proved else f"the reload is not the same: {told}"

@@ -11,129 +11,197 @@ from typing import Any
 from hftl.errors import RecipeError
 from hftl.models.derive import derived
 from hftl.models.parts import (
-    Anatomy,
-    Head,
-    blocks_of,
-    empty,
-    encoder_config,
-    encoder_of,
-    layers,
-    stock_class,
-    submodule,
+    ArchitectureSpec,
+    HeadSpec,
+    build_on_meta,
+    get_blocks,
+    get_encoder_config,
+    get_stock_encoder,
+    get_task_class,
 )
 
-__all__ = [
-    "ANATOMIES", "Anatomy", "anatomy_of", "blocks_of", "check_blocks", "count_blocks",
-    "encoder_config", "encoder_of", "layers", "max_tokens", "native_image_size", "patch_size",
-    "stock_class", "submodule",
-]  # fmt: skip
-
-BERT = (
+BERT_LINEARS = (
     "attention.self.query", "attention.self.key", "attention.self.value",
     "attention.output.dense", "intermediate.dense", "output.dense",
 )  # fmt: skip
-DEBERTA = ("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj",
-           "attention.output.dense", "intermediate.dense", "output.dense")  # fmt: skip
-ATTENTION = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj")
-VIT = (*ATTENTION, "mlp.fc1", "mlp.fc2")
-TOWER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
+DEBERTA_LINEARS = (
+    "attention.self.query_proj",
+    "attention.self.key_proj",
+    "attention.self.value_proj",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+ATTENTION_LINEARS = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj")
+VIT_LINEARS = (*ATTENTION_LINEARS, "mlp.fc1", "mlp.fc2")
+CLIP_LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
          "mlp.fc1", "mlp.fc2")  # fmt: skip
 
 DENSE_HEAD: dict[str, Any] = {
     "last_linear": "classifier.out_proj", "head_dropout": "classifier.dropout",
 }  # fmt: skip
-IMAGE: dict[str, Any] = {"modality": "image", "head_dropout": None, "tokens": None}
+IMAGE_HEAD: dict[str, Any] = {"modality": "image", "head_dropout": None, "tokens": None}
 
-ROBERTA = Anatomy(
-    "roberta", "encoder.layer", BERT, pooler="pooler", add_pooling_layer=True,
-    positions_after_padding=True, **DENSE_HEAD,
+ROBERTA = ArchitectureSpec(
+    "roberta", "encoder.layer", BERT_LINEARS, pooler="pooler", add_pooling_layer=True,
+    has_padding_offset=True, **DENSE_HEAD,
 )  # fmt: skip
 BERT_HEAD: dict[str, Any] = {"pooler": "pooler", "add_pooling_layer": True}
-DINO: dict[str, Any] = {"final": ("layernorm",), "unused": ("embeddings.mask_token",), **IMAGE}
+DINO_PARTS: dict[str, Any] = {
+    "final_parts": ("layernorm",),
+    "unused_parts": ("embeddings.mask_token",),
+    **IMAGE_HEAD,
+}
 
-ANATOMIES = {
-    "bert": Anatomy("bert", "encoder.layer", BERT, **BERT_HEAD),
+ARCHITECTURES = {
+    "bert": ArchitectureSpec("bert", "encoder.layer", BERT_LINEARS, **BERT_HEAD),
     "roberta": ROBERTA,
     "xlm-roberta": ROBERTA,
     "camembert": ROBERTA,
-    "distilbert": Anatomy(
-        "distilbert", "transformer.layer",
-        ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin",
-         "ffn.lin1", "ffn.lin2"),
-        head=("pre_classifier", "classifier"),
+    "distilbert": ArchitectureSpec(
+        "distilbert",
+        "transformer.layer",
+        (
+            "attention.q_lin",
+            "attention.k_lin",
+            "attention.v_lin",
+            "attention.out_lin",
+            "ffn.lin1",
+            "ffn.lin2",
+        ),
+        head_parts=("pre_classifier", "classifier"),
     ),
-    "albert": Anatomy(
-        "albert", "encoder.albert_layer_groups.*.albert_layers",
-        ("attention.query", "attention.key", "attention.value", "attention.dense",
-         "ffn", "ffn_output"),
+    "albert": ArchitectureSpec(
+        "albert",
+        "encoder.albert_layer_groups.*.albert_layers",
+        (
+            "attention.query",
+            "attention.key",
+            "attention.value",
+            "attention.dense",
+            "ffn",
+            "ffn_output",
+        ),
         **BERT_HEAD,
     ),
-    "electra": Anatomy("electra", "encoder.layer", BERT, **DENSE_HEAD),
-    "mpnet": Anatomy(
-        "mpnet", "encoder.layer",
-        ("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o",
-         "intermediate.dense", "output.dense"),
-        positions_after_padding=True, **BERT_HEAD, **DENSE_HEAD,
+    "electra": ArchitectureSpec("electra", "encoder.layer", BERT_LINEARS, **DENSE_HEAD),
+    "mpnet": ArchitectureSpec(
+        "mpnet",
+        "encoder.layer",
+        (
+            "attention.attn.q",
+            "attention.attn.k",
+            "attention.attn.v",
+            "attention.attn.o",
+            "intermediate.dense",
+            "output.dense",
+        ),
+        has_padding_offset=True,
+        **BERT_HEAD,
+        **DENSE_HEAD,
     ),
-    "deberta-v2": Anatomy("deberta", "encoder.layer", DEBERTA, head=("pooler", "classifier")),
-    "modernbert": Anatomy(
-        "model", "layers", ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"), final=("final_norm",),
-        head=("head", "classifier"), head_dropout="drop",
-        tokens=Head(("head", "classifier"), "classifier", "drop"),
+    "deberta-v2": ArchitectureSpec(
+        "deberta", "encoder.layer", DEBERTA_LINEARS, head_parts=("pooler", "classifier")
     ),
-    "vit": Anatomy(
-        "vit", "layers", VIT, final=("layernorm",), interpolate_pos_encoding=True, **IMAGE
+    "modernbert": ArchitectureSpec(
+        "model",
+        "layers",
+        ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"),
+        final_parts=("final_norm",),
+        head_parts=("head", "classifier"),
+        head_dropout="drop",
+        tokens=HeadSpec(("head", "classifier"), "classifier", "drop"),
     ),
-    "deit": Anatomy(
-        "deit", "layers", VIT, final=("layernorm",), interpolate_pos_encoding=True, **IMAGE
+    "vit": ArchitectureSpec(
+        "vit",
+        "layers",
+        VIT_LINEARS,
+        final_parts=("layernorm",),
+        interpolate_pos_encoding=True,
+        **IMAGE_HEAD,
     ),
-    "beit": Anatomy(
-        "beit", "layers", VIT, pooler="pooler", interpolate_pos_encoding=True, **IMAGE
+    "deit": ArchitectureSpec(
+        "deit",
+        "layers",
+        VIT_LINEARS,
+        final_parts=("layernorm",),
+        interpolate_pos_encoding=True,
+        **IMAGE_HEAD,
     ),
-    "dinov2": Anatomy("dinov2", "encoder.layer", VIT, **DINO),
-    "dinov2_with_registers": Anatomy("dinov2_with_registers", "encoder.layer", VIT, **DINO),
-    "swin": Anatomy(
-        "swin", "encoder.layers.*.blocks", VIT, final=("layernorm",),
-        interpolate_pos_encoding=True, **IMAGE,
+    "beit": ArchitectureSpec(
+        "beit", "layers", VIT_LINEARS, pooler="pooler", interpolate_pos_encoding=True, **IMAGE_HEAD
     ),
-    "clip": Anatomy(
-        "vision_model", "encoder.layers", TOWER, unused=("post_layernorm",),
-        interpolate_pos_encoding=True, **IMAGE,
+    "dinov2": ArchitectureSpec("dinov2", "encoder.layer", VIT_LINEARS, **DINO_PARTS),
+    "dinov2_with_registers": ArchitectureSpec(
+        "dinov2_with_registers", "encoder.layer", VIT_LINEARS, **DINO_PARTS
     ),
-    "siglip": Anatomy(
-        "vision_model", "encoder.layers", TOWER, final=("post_layernorm",), unused=("head",),
-        interpolate_pos_encoding=True, **IMAGE,
+    "swin": ArchitectureSpec(
+        "swin",
+        "encoder.layers.*.blocks",
+        VIT_LINEARS,
+        final_parts=("layernorm",),
+        interpolate_pos_encoding=True,
+        **IMAGE_HEAD,
     ),
-}  # fmt: skip
+    "clip": ArchitectureSpec(
+        "vision_model",
+        "encoder.layers",
+        CLIP_LINEARS,
+        unused_parts=("post_layernorm",),
+        interpolate_pos_encoding=True,
+        **IMAGE_HEAD,
+    ),
+    "siglip": ArchitectureSpec(
+        "vision_model",
+        "encoder.layers",
+        CLIP_LINEARS,
+        final_parts=("post_layernorm",),
+        unused_parts=("head",),
+        interpolate_pos_encoding=True,
+        **IMAGE_HEAD,
+    ),
+}
 
-SWIGLU = (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+SWIGLU_LINEARS = (*ATTENTION_LINEARS, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 VARIANTS: list[tuple[str, Callable[[Any], bool], dict[str, Any]]] = [
-    ("beit", lambda config: not config.use_mean_pooling, {"pooler": None, "final": ("layernorm",)}),
-    ("beit", lambda config: config.use_mask_token, {"unused": ("embeddings.mask_token",)}),
-    ("deberta-v2",
-     lambda config: config.relative_attention and not getattr(config, "share_att_key", False),
-     {"lora_targets": (*DEBERTA, "attention.self.pos_key_proj", "attention.self.pos_query_proj")}),
-    ("dinov2", lambda config: config.use_swiglu_ffn, {"lora_targets": SWIGLU}),
-    ("dinov2_with_registers", lambda config: config.use_swiglu_ffn, {"lora_targets": SWIGLU}),
-]  # fmt: skip
+    ("beit", lambda config: not config.use_mean_pooling, {"pooler": None, "final_parts": ("layernorm",)}),
+    ("beit", lambda config: config.use_mask_token, {"unused_parts": ("embeddings.mask_token",)}),
+    (
+        "deberta-v2",
+        lambda config: config.relative_attention and not getattr(config, "share_att_key", False),
+        {
+            "lora_targets": (
+                *DEBERTA_LINEARS,
+                "attention.self.pos_key_proj",
+                "attention.self.pos_query_proj",
+            )
+        },
+    ),
+    ("dinov2", lambda config: config.use_swiglu_ffn, {"lora_targets": SWIGLU_LINEARS}),
+    (
+        "dinov2_with_registers",
+        lambda config: config.use_swiglu_ffn,
+        {"lora_targets": SWIGLU_LINEARS},
+    ),
+]
 """Architecture, a question to its config, and what a yes changes in the entry."""
 
 
-def anatomy_of(config: Any) -> Anatomy:
+def get_architecture(config: Any) -> ArchitectureSpec:
     """The anatomy of a config's classification class: the family's entry, or else derived.
 
     Raises:
         RecipeError: if there is no entry, and what the modules show cannot be verified.
     """
-    found = ANATOMIES.get(config.model_type)
+    found = ARCHITECTURES.get(config.model_type)
     if found is None:
         try:
             return derived(config)
         except RecipeError as error:
             raise RecipeError(
                 error.what,
-                f"Use one of {', '.join(sorted([*ANATOMIES, 'vit_mae']))}, or add an entry to "
+                f"Use one of {', '.join(sorted([*ARCHITECTURES, 'vit_mae']))}, or add an entry to "
                 "hftl/models/architectures.py",
             ) from error
     for name, applies, changes in VARIANTS:
@@ -148,12 +216,12 @@ def count_blocks(config: Any) -> int:
     Raises:
         RecipeError: if the architecture is not supported.
     """
-    anatomy = anatomy_of(config)
-    model = empty(stock_class(config, "classification"), config)
-    return len(blocks_of(encoder_of(model, anatomy), anatomy))
+    anatomy = get_architecture(config)
+    model = build_on_meta(get_task_class(config, "classification"), config)
+    return len(get_blocks(get_stock_encoder(model, anatomy), anatomy))
 
 
-def check_blocks(section: str, wanted: int, present: int, passed: int) -> None:
+def check_block_count(section: str, wanted: int, present: int, passed: int) -> None:
     """Refuses to train more blocks than there are.
 
     Args:
@@ -174,23 +242,23 @@ def check_blocks(section: str, wanted: int, present: int, passed: int) -> None:
         )
 
 
-def max_tokens(config: Any) -> int:
+def get_max_tokens(config: Any) -> int:
     """The longest text that the architecture's positions can hold."""
-    taken = config.pad_token_id + 1 if anatomy_of(config).positions_after_padding else 0
+    taken = config.pad_token_id + 1 if get_architecture(config).has_padding_offset else 0
     return config.max_position_embeddings - taken
 
 
-def patch_size(config: Any) -> int:
+def get_patch_size(config: Any) -> int:
     """The side of an image patch, in pixels."""
-    return _side(encoder_config(config).patch_size)
+    return _get_square_side(get_encoder_config(config).patch_size)
 
 
-def native_image_size(config: Any) -> int:
+def get_native_image_size(config: Any) -> int:
     """The side of the images that the architecture was built for, in pixels."""
-    return _side(encoder_config(config).image_size)
+    return _get_square_side(get_encoder_config(config).image_size)
 
 
-def _side(size: Any) -> int:
+def _get_square_side(size: Any) -> int:
     """The side of a square.
 
     Raises:

@@ -18,19 +18,19 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import pytorch_utils
 
-from hftl.errors import RecipeError, message_line
+from hftl.errors import RecipeError, format_error_line
 from hftl.models.parts import (
-    TOKENS,
-    Anatomy,
-    Head,
-    auto_class,
-    block_paths,
-    empty,
-    encoder_config,
-    layers,
-    linears_of,
-    stock_class,
-    under,
+    TOKEN_CLASSIFICATION,
+    ArchitectureSpec,
+    HeadSpec,
+    build_on_meta,
+    count_layers,
+    get_encoder_class,
+    get_encoder_config,
+    get_task_class,
+    has_prefix,
+    list_block_paths,
+    list_linear_layers,
 )
 
 LABELS = 7
@@ -40,7 +40,7 @@ CANNOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, AssertionErro
 """What a foreign architecture raises on tensors without values."""
 
 
-def derived(config: Any) -> Anatomy:
+def derived(config: Any) -> ArchitectureSpec:
     """What the modules show, every part of it verified.
 
     Raises:
@@ -62,35 +62,35 @@ def _uncached() -> Iterator[None]:
 
 
 @lru_cache
-def _derived(kind: Any, told: str) -> Anatomy:
+def _derived(kind: Any, told: str) -> ArchitectureSpec:
     config = kind.from_dict(json.loads(told))
     _need_encoder(config)
     config.num_labels = LABELS
     seen = Trace(config, "classification")
     text = seen.model.main_input_name == "input_ids"
-    bare = auto_class(config)
+    bare = get_encoder_class(config)
     takes = inspect.signature(bare.__init__).parameters
     poolers = [getattr(seen.encoder, "pooler", None)]
     if text:
-        poolers.append(getattr(empty(bare, config), "pooler", None))
-    found = Anatomy(
+        poolers.append(getattr(build_on_meta(bare, config), "pooler", None))
+    found = ArchitectureSpec(
         encoder=seen.encoder_name,
         blocks=seen.blocks,
         lora_targets=seen.linears(),
         modality="text" if text else "image",
         embeddings=seen.embeddings(),
         pooler="pooler" if any(p is not None and list(p.parameters()) for p in poolers) else None,
-        final=tuple(name for name in seen.after_blocks() if name != "pooler"),
-        unused=seen.unused(),
+        final_parts=tuple(name for name in seen.after_blocks() if name != "pooler"),
+        unused_parts=seen.unused(),
         **seen.head()._asdict(),
         tokens=None,
         add_pooling_layer=text and "add_pooling_layer" in takes,
         interpolate_pos_encoding="interpolate_pos_encoding"
         in inspect.signature(seen.encoder.forward).parameters,
-        positions_after_padding=text and _positions_after_padding(config, seen.encoder),
+        has_padding_offset=text and _positions_after_padding(config, seen.encoder),
     )
     tokens = _tokens(config, found) if text else None
-    return Anatomy(**{**vars(found), "tokens": tokens})
+    return ArchitectureSpec(**{**vars(found), "tokens": tokens})
 
 
 def _refuse(config: Any, why: str) -> NoReturn:
@@ -104,7 +104,7 @@ def _need_encoder(config: Any) -> None:
     """Refuses what no classification class reads both ways."""
     from transformers.models.auto import modeling_auto as auto
 
-    if stock_class(config, "classification") is None:
+    if get_task_class(config, "classification") is None:
         _refuse(config, "transformers has no sequence or image classification class for it")
     reads_on = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     reads_both = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -114,14 +114,14 @@ def _need_encoder(config: Any) -> None:
         _refuse(config, "its config makes it a decoder")
 
 
-def _tokens(config: Any, found: Anatomy) -> Head | None:
+def _tokens(config: Any, found: ArchitectureSpec) -> HeadSpec | None:
     """The token class's head; its encoder must use what the other class uses, the pooler aside."""
-    if stock_class(config, TOKENS) is None:
+    if get_task_class(config, TOKEN_CLASSIFICATION) is None:
         return None
-    seen = Trace(config, TOKENS)
-    aside = (*found.unused, *([found.pooler] if found.pooler else []))
+    seen = Trace(config, TOKEN_CLASSIFICATION)
+    aside = (*found.unused_parts, *([found.pooler] if found.pooler else []))
     names = [name for name, _ in seen.encoder.named_parameters()]
-    if {name for name in names if under(name, aside)} != seen.idle:
+    if {name for name in names if has_prefix(name, aside)} != seen.idle:
         _refuse(config, "its token classification class uses other parts of the encoder")
     return seen.head()
 
@@ -148,16 +148,16 @@ class Trace:
 
         self.config = config
         try:
-            self.model = empty(stock_class(config, task), config)
+            self.model = build_on_meta(get_task_class(config, task), config)
         except CANNOT_RUN as error:
-            _refuse(config, f"it cannot be built: {message_line(error)}")
+            _refuse(config, f"it cannot be built: {format_error_line(error)}")
         inside = [n for n, m in self.model.named_children() if isinstance(m, PreTrainedModel)]
         if len(inside) != 1:
             _refuse(config, f"its classification class holds {len(inside)} encoders, expected one")
         self.encoder_name = inside[0]
         self.encoder: Any = self.model.get_submodule(inside[0])
         self.blocks = self._find_blocks()
-        self.paths = block_paths(self.encoder, self.blocks)
+        self.paths = list_block_paths(self.encoder, self.blocks)
         self.calls = self._run()
         gone = {n for n, p in self.model.named_parameters() if p.grad is None}
         self.idle = {n.removeprefix(f"{inside[0]}.") for n in gone if n.startswith(f"{inside[0]}.")}
@@ -168,10 +168,10 @@ class Trace:
         """The list, or the lists of one pattern, that hold as many blocks as the config tells."""
         lists: dict[str, int] = {}
         for name, module in self.encoder.named_modules():
-            if isinstance(module, nn.ModuleList) and all(map(linears_of, module)):
+            if isinstance(module, nn.ModuleList) and all(map(list_linear_layers, module)):
                 pattern = re.sub(r"\.\d+(?=\.)", ".*", name)
                 lists[pattern] = lists.get(pattern, 0) + len(module)
-        wanted = layers(self.config)
+        wanted = count_layers(self.config)
         fitting = [pattern for pattern, count in lists.items() if count == wanted]
         if len(fitting) != 1:
             _refuse(
@@ -191,7 +191,7 @@ class Trace:
             with _uncached(), FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"):
                 self.model(**self._inputs()).logits.sum().backward()
         except CANNOT_RUN as error:
-            _refuse(self.config, f"it does not run without weights: {message_line(error)}")
+            _refuse(self.config, f"it does not run without weights: {format_error_line(error)}")
         return calls
 
     def _inputs(self) -> dict[str, torch.Tensor]:
@@ -201,26 +201,26 @@ class Trace:
             return {name: ones, "attention_mask": ones}
         if name != "pixel_values":
             _refuse(self.config, f"it reads {name}, neither text nor images")
-        inner = encoder_config(self.config)
+        inner = get_encoder_config(self.config)
         size = getattr(inner, "image_size", 224)
         sides = size if isinstance(size, (list, tuple)) else (size, size)
         return {name: torch.ones(1, getattr(inner, "num_channels", 3), *sides)}
 
     def linears(self) -> tuple[str, ...]:
         """The linear layers of a block, the same for all, and all of its matrices on the way."""
-        found = [linears_of(self.encoder.get_submodule(path)) for path in self.paths]
+        found = [list_linear_layers(self.encoder.get_submodule(path)) for path in self.paths]
         if any(linears != found[0] for linears in found):
             _refuse(self.config, "its blocks are not alike")
         for path in self.paths:
             for name, module in self.encoder.get_submodule(path).named_modules():
                 if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                     _refuse(self.config, f"its blocks hold a convolution, {name}")
-        if any(under(name, tuple(self.paths)) for name in self.idle):
+        if any(has_prefix(name, tuple(self.paths)) for name in self.idle):
             _refuse(self.config, "the output does not depend on all of a block")
         order = [call.removeprefix(f"{self.encoder_name}.{self.paths[0]}.") for call in self.calls]
         targets = tuple(sorted(found[0], key=order.index))
         for name, module in self.encoder.named_modules():
-            outside = not under(name, tuple(self.paths)) and f"{name}.weight" not in self.idle
+            outside = not has_prefix(name, tuple(self.paths)) and f"{name}.weight" not in self.idle
             if outside and isinstance(module, nn.Linear) and name.endswith(targets):
                 _refuse(self.config, f"{name} outside the blocks is named like a layer of theirs")
         return targets
@@ -261,7 +261,7 @@ class Trace:
                 found.append(part)
         return tuple(found)
 
-    def head(self) -> Head:
+    def head(self) -> HeadSpec:
         """The modules with weights beside the encoder, their last linear layer and its dropout."""
         parts = [
             name
@@ -270,15 +270,15 @@ class Trace:
         ]
         last = self.calls[-1]
         layer = self.model.get_submodule(last)
-        if not under(last, tuple(parts)) or not isinstance(layer, nn.Linear):
+        if not has_prefix(last, tuple(parts)) or not isinstance(layer, nn.Linear):
             _refuse(self.config, f"{last} runs last and is no linear layer of a head")
         if layer.out_features != LABELS:
             _refuse(self.config, f"{last}, which runs last, does not give the labels")
         before = self.calls[-2]
         dropout = isinstance(self.model.get_submodule(before), nn.Dropout)
-        outside = not under(before, (self.encoder_name,))
-        return Head(tuple(parts), last, before if dropout and outside else None)
+        outside = not has_prefix(before, (self.encoder_name,))
+        return HeadSpec(tuple(parts), last, before if dropout and outside else None)
 
     def _idle(self, path: str) -> bool:
-        names = [name for name, _ in self.encoder.named_parameters() if under(name, (path,))]
+        names = [name for name, _ in self.encoder.named_parameters() if has_prefix(name, (path,))]
         return bool(names) and self.idle.issuperset(names)

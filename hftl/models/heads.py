@@ -16,16 +16,25 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hftl.errors import RecipeError
-from hftl.models.architectures import anatomy_of, encoder_config
+from hftl.models.architectures import get_architecture
 from hftl.models.padding import hide_padding
-from hftl.models.parts import TOKENS, Anatomy, auto_class, blocks_of, encoder_of, stock_class, under
-from hftl.models.source import SourceModel, loading_fault
+from hftl.models.parts import (
+    TOKEN_CLASSIFICATION,
+    ArchitectureSpec,
+    get_blocks,
+    get_encoder_class,
+    get_encoder_config,
+    get_stock_encoder,
+    get_task_class,
+    has_prefix,
+)
+from hftl.models.source import SourceModel, describe_load_error
 
 HEAD_STD = 0.02
 """Of the last layer's initial weights, where the architecture's config names none (SigLIP)."""
 
 
-def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
+def pool_tokens(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     """One vector a row.
 
     Args:
@@ -63,61 +72,61 @@ class PooledModel(nn.Module):
         given = {name: tensor for name, tensor in given.items() if tensor is not None}
         hidden = self.encoder(input_ids=input_ids, **given).last_hidden_state
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        pooled = pool(hidden, mask, self.pooling)
+        pooled = pool_tokens(hidden, mask, self.pooling)
         return SequenceClassifierOutput(logits=self.head(pooled))  # pyright: ignore
 
 
 @dataclass(frozen=True)
-class Built:
+class LoadedModel:
     """A model with what the loader found missing.
 
     `fresh` are the modules, by path, whose weights the checkpoint does not have.
     """
 
     model: nn.Module
-    anatomy: Anatomy
+    architecture: ArchitectureSpec
     pooling: str
     fresh: tuple[str, ...]
 
     @property
     def encoder(self) -> nn.Module:
         """The encoder, wrapped for LoRA or not."""
-        return encoder_in(self.model, self.anatomy)
+        return get_encoder(self.model, self.architecture)
 
     @property
     def last_linear(self) -> nn.Linear:
         """The layer the probe stands for."""
-        return last_linear(self.model, self.anatomy)
+        return get_last_linear(self.model, self.architecture)
 
     @property
-    def frozen_is_shared(self) -> bool:
+    def features_are_shared(self) -> bool:
         """Whether the last layer's input is the same for every seed before training."""
-        return all(self.anatomy.last_linear == name for name in self.fresh)
+        return all(self.architecture.last_linear == name for name in self.fresh)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap_adapter(model: nn.Module) -> nn.Module:
     """The model under a peft adapter, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def encoder_in(model: nn.Module, anatomy: Anatomy) -> nn.Module:
+def get_encoder(model: nn.Module, anatomy: ArchitectureSpec) -> nn.Module:
     """The encoder of a `PooledModel`, a stock task class or an adapter over either."""
     if isinstance(model, PooledModel):
-        return unwrapped(model.encoder)
-    return encoder_of(unwrapped(model), anatomy)
+        return unwrap_adapter(model.encoder)
+    return get_stock_encoder(unwrap_adapter(model), anatomy)
 
 
-def last_linear(model: nn.Module, anatomy: Anatomy) -> nn.Linear:
+def get_last_linear(model: nn.Module, anatomy: ArchitectureSpec) -> nn.Linear:
     """The head's last layer; under an adapter, the copy that trains."""
-    return last_linears(model, anatomy)[-1]
+    return get_last_linear_copies(model, anatomy)[-1]
 
 
-def last_linears(model: nn.Module, anatomy: Anatomy) -> list[nn.Linear]:
+def get_last_linear_copies(model: nn.Module, anatomy: ArchitectureSpec) -> list[nn.Linear]:
     """Return the copies of the head's last layer: under an adapter the original, then the one that
     trains; else the layer alone."""
     if isinstance(model, PooledModel):
         return [model.head]
-    copies: list[Any] = [unwrapped(model)]
+    copies: list[Any] = [unwrap_adapter(model)]
     for name in anatomy.last_linear.split("."):
         copies = [getattr(copy, name) for copy in copies]
         if isinstance(copies[-1], ModulesToSaveWrapper):
@@ -127,21 +136,21 @@ def last_linears(model: nn.Module, anatomy: Anatomy) -> list[nn.Linear]:
     return copies
 
 
-def anatomy_in(model: nn.Module) -> Anatomy:
+def get_model_architecture(model: nn.Module) -> ArchitectureSpec:
     """The anatomy of a `PooledModel`, a stock task class or an adapter over either.
 
     Raises:
         RecipeError: if the architecture is not supported, or the class is none of those.
     """
-    found = unwrapped(model.encoder if isinstance(model, PooledModel) else model)
+    found = unwrap_adapter(model.encoder if isinstance(model, PooledModel) else model)
     config = getattr(found, "config", None)
     if config is not None:
         if isinstance(model, PooledModel):
-            return anatomy_of(config)
-        for task in ("classification", TOKENS):
-            stock = stock_class(config, task)
+            return get_architecture(config)
+        for task in ("classification", TOKEN_CLASSIFICATION):
+            stock = get_task_class(config, task)
             if stock is not None and isinstance(found, stock):
-                return anatomy_of(config).for_task(task)
+                return get_architecture(config).for_task(task)
     raise RecipeError(
         f"{type(found).__name__} is no sequence, token or image classification model of "
         "transformers",
@@ -149,16 +158,16 @@ def anatomy_in(model: nn.Module) -> Anatomy:
     )
 
 
-def unused_in(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
+def list_unused_parts(model: nn.Module, anatomy: ArchitectureSpec) -> tuple[str, ...]:
     """The parts of the encoder that none of this model's outputs depends on."""
     beside = (anatomy.pooler,) if isinstance(model, PooledModel) and anatomy.pooler else ()
-    return (*anatomy.unused, *beside)
+    return (*anatomy.unused_parts, *beside)
 
 
-def build(
+def build_model(
     source: SourceModel, task: str, pooling: str, outputs: int, names: Sequence[str], seed: int,
     scratch: bool = False,
-) -> Built:  # fmt: skip
+) -> LoadedModel:  # fmt: skip
     """Loads the source with a new head; its last layer is drawn from `seed`.
 
     Args:
@@ -174,12 +183,12 @@ def build(
         RecipeError: if the checkpoint lacks weights of the encoder itself, or the architecture
             has no class for the task and pooling.
     """
-    anatomy = source.anatomy.for_task(task)
-    kind = _class_for(source, anatomy, task, pooling)
+    anatomy = source.architecture_spec.for_task(task)
+    kind = _get_model_class(source, anatomy, task, pooling)
     config = deepcopy(source.config)
     extra = {}
     if pooling == "native":
-        config.update(label_settings(names, outputs, task))
+        config.update(build_label_settings(names, outputs, task))
     elif anatomy.add_pooling_layer:
         extra = {"add_pooling_layer": False}
     torch.manual_seed(seed)
@@ -190,23 +199,23 @@ def build(
         model, missing = load_class(source, kind, config, extra)
     if pooling != "native":
         model = PooledModel(model, pooling, source.config.hidden_size, outputs)
-    fresh = _fresh_modules(missing, source, anatomy, unused_in(model, anatomy))
-    built = Built(model, anatomy, pooling, fresh)
-    blocks_of(built.encoder, anatomy)
-    std = getattr(encoder_config(source.config), "initializer_range", HEAD_STD)
+    fresh = _list_fresh_modules(missing, source, anatomy, list_unused_parts(model, anatomy))
+    built = LoadedModel(model, anatomy, pooling, fresh)
+    get_blocks(built.encoder, anatomy)
+    std = getattr(get_encoder_config(source.config), "initializer_range", HEAD_STD)
     nn.init.normal_(built.last_linear.weight, std=std)
     nn.init.zeros_(built.last_linear.bias)
     return built
 
 
-def label_settings(names: Sequence[str], outputs: int, task: str) -> dict[str, Any]:
+def build_label_settings(names: Sequence[str], outputs: int, task: str) -> dict[str, Any]:
     """The config entries that say what the outputs mean."""
     if not names:
         return {"num_labels": outputs, "problem_type": "regression"}
     kinds = {
         "classification": "single_label_classification",
         "multi-label": "multi_label_classification",
-        TOKENS: None,
+        TOKEN_CLASSIFICATION: None,
     }
     return {
         "num_labels": outputs,
@@ -216,16 +225,18 @@ def label_settings(names: Sequence[str], outputs: int, task: str) -> dict[str, A
     }
 
 
-def _class_for(source: SourceModel, anatomy: Anatomy, task: str, pooling: str) -> Any:
+def _get_model_class(
+    source: SourceModel, anatomy: ArchitectureSpec, task: str, pooling: str
+) -> Any:
     if pooling == "native":
-        return stock_class(source.config, task)
-    if anatomy.modality == "image" or task == TOKENS:
+        return get_task_class(source.config, task)
+    if anatomy.modality == "image" or task == TOKEN_CLASSIFICATION:
         what = "images" if anatomy.modality == "image" else task
         raise RecipeError(
             f"finetune.pooling={pooling} is for texts of one label, not for {what}",
             "Use finetune.pooling=native",
         )
-    return auto_class(source.config)
+    return get_encoder_class(source.config)
 
 
 def load_class(
@@ -254,7 +265,7 @@ def load_class(
         )
     except (OSError, ValueError, EOFError, UnpicklingError) as error:
         raise RecipeError(
-            f"source.model: {source.spec} does not load: {loading_fault(error)}",
+            f"source.model: {source.name} does not load: {describe_load_error(error)}",
             "Give a complete checkpoint of a supported architecture, in safetensors",
         ) from error
     hide_padding(model)
@@ -262,20 +273,20 @@ def load_class(
     return model, set(info["missing_keys"]) | mismatched
 
 
-def _fresh_modules(
-    missing: set[str], source: SourceModel, anatomy: Anatomy, unused: tuple[str, ...]
+def _list_fresh_modules(
+    missing: set[str], source: SourceModel, anatomy: ArchitectureSpec, unused: tuple[str, ...]
 ) -> tuple[str, ...]:
     """The modules that missing keys belong to, all of the head or the pooler."""
     found: set[str] = set()
     for key in missing:
         inside = key.removeprefix(f"{anatomy.encoder}.")
-        if under(inside, unused):
+        if has_prefix(inside, unused):
             continue
-        of_head = under(key, anatomy.head)
-        of_pooler = anatomy.pooler is not None and under(inside, (anatomy.pooler,))
+        of_head = has_prefix(key, anatomy.head_parts)
+        of_pooler = anatomy.pooler is not None and has_prefix(inside, (anatomy.pooler,))
         if not of_head and not of_pooler:
             raise RecipeError(
-                f"source.model: {source.spec} lacks the weights of {key.rsplit('.', 1)[0]}",
+                f"source.model: {source.name} lacks the weights of {key.rsplit('.', 1)[0]}",
                 "Give a complete checkpoint of this architecture",
             )
         found.add(key.rsplit(".", 1)[0])

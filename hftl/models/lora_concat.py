@@ -24,20 +24,20 @@ from torch import Tensor, nn
 
 from hftl.errors import RecipeError, RunFolderError
 
-BASE = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 """What peft puts before every path."""
-HARMLESS = (
+EXACT_FIELDS = (
     "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "runtime_config",
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path",
     "revision", "inference_mode",
 )  # fmt: skip
 """Fields of `peft.LoraConfig` under any value of which the update is b a on an untouched base."""
-STARTS = (True, False, "gaussian", "orthogonal")
+EXACT_INITS = (True, False, "gaussian", "orthogonal")
 """Ways to start an adapter that leave the base's own weights alone."""
 
 
-class Factors(NamedTuple):
+class LoraFactors(NamedTuple):
     """A linear layer's update b a, (out, in).
 
     `a` is (r, in) and `b` (out, r), float32; the scale alpha / r, or alpha / sqrt(r) where the
@@ -48,7 +48,7 @@ class Factors(NamedTuple):
     b: Tensor
 
 
-def check_exact(lora: Mapping[str, Any], place: str, last: bool = False) -> None:
+def check_concatenable(lora: Mapping[str, Any], place: str, last: bool = False) -> None:
     """Refuses an adapter whose update is not b a on the same base.
 
     Args:
@@ -61,11 +61,11 @@ def check_exact(lora: Mapping[str, Any], place: str, last: bool = False) -> None
             other variants, a start that changes the base, tokens or parameters beside the layers.
     """
     for name, value in lora.items():
-        if name in HARMLESS or not value or value == _default(name):
+        if name in EXACT_FIELDS or not value or value == _get_default(name):
             continue
         if name == "modules_to_save" and last:
             continue
-        if name == "init_lora_weights" and value in STARTS:
+        if name == "init_lora_weights" and value in EXACT_INITS:
             continue
         shown = json.dumps(value) if isinstance(value, bool) else value
         raise RecipeError(
@@ -75,7 +75,7 @@ def check_exact(lora: Mapping[str, Any], place: str, last: bool = False) -> None
         )
 
 
-def factors_of(adapted: nn.Module, prefix: str = "") -> dict[str, Factors]:
+def extract_factors(adapted: nn.Module, prefix: str = "") -> dict[str, LoraFactors]:
     """The factors of every LoRA layer, on the CPU, keyed by the layer's path in the encoder.
 
     Args:
@@ -87,13 +87,13 @@ def factors_of(adapted: nn.Module, prefix: str = "") -> dict[str, Factors]:
         RecipeError: if a wrapped layer is not linear or lies outside the encoder, or the adapter
             is not one that can be joined.
     """
-    wrapper = _wrapper(adapted)
+    wrapper = _find_peft_model(adapted)
     (active,) = wrapper.active_adapters
     config = wrapper.peft_config[active]
     if config.peft_type != PeftType.LORA:
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise RecipeError(f"an adapter of type {kind} cannot be joined", "Use LoRA")
-    check_exact(config.to_dict(), "lora", last=True)
+    check_concatenable(config.to_dict(), "lora", last=True)
     found = {}
     for path, layer in wrapper.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer):
@@ -105,11 +105,11 @@ def factors_of(adapted: nn.Module, prefix: str = "") -> dict[str, Factors]:
                 "encoder can",
                 "Leave it out of target_modules",
             )
-        found[path.removeprefix(prefix)] = _factors(layer, active)
+        found[path.removeprefix(prefix)] = _extract_layer_factors(layer, active)
     return found
 
 
-def joined(stages: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
+def concat_factors(stages: Sequence[Mapping[str, LoraFactors]]) -> dict[str, LoraFactors]:
     """One adapter that does what all do in turn.
 
     Args:
@@ -118,19 +118,19 @@ def joined(stages: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
     paths = sorted({path for stage in stages for path in stage})
     parts = {path: [stage[path] for stage in stages if path in stage] for path in paths}
     return {
-        path: Factors(torch.cat([f.a for f in found]), torch.cat([f.b for f in found], 1))
+        path: LoraFactors(torch.cat([f.a for f in found]), torch.cat([f.b for f in found], 1))
         for path, found in parts.items()
     }
 
 
-def save_factors(factors: Mapping[str, Factors], path: Path) -> None:
+def save_factors(factors: Mapping[str, LoraFactors], path: Path) -> None:
     """Writes a safetensors file: `<path>.lora_A` and `<path>.lora_B` for each layer."""
     named = {f"{layer}.lora_A": found.a.contiguous() for layer, found in factors.items()}
     named |= {f"{layer}.lora_B": found.b.contiguous() for layer, found in factors.items()}
     save_file(named, path)
 
 
-def load_factors(path: Path) -> dict[str, Factors]:
+def load_factors(path: Path) -> dict[str, LoraFactors]:
     """The factors that `save_factors` wrote.
 
     Raises:
@@ -140,19 +140,21 @@ def load_factors(path: Path) -> dict[str, Factors]:
     layers = sorted({name.removesuffix(".lora_A").removesuffix(".lora_B") for name in named})
     if set(named) != {f"{layer}.lora_{part}" for layer in layers for part in "AB"}:
         raise RunFolderError(f"{path} does not hold pairs of factors", "Run the adaptation again")
-    return {layer: Factors(named[f"{layer}.lora_A"], named[f"{layer}.lora_B"]) for layer in layers}
+    return {
+        layer: LoraFactors(named[f"{layer}.lora_A"], named[f"{layer}.lora_B"]) for layer in layers
+    }
 
 
-def saved_modules(adapted: nn.Module) -> dict[str, Tensor]:
+def get_saved_tensors(adapted: nn.Module) -> dict[str, Tensor]:
     """The tensors of an adapter's `modules_to_save`, by the names that peft saves them under."""
     found: dict[str, Tensor] = get_peft_model_state_dict(
-        _wrapper(adapted), save_embedding_layers=False
+        _find_peft_model(adapted), save_embedding_layers=False
     )
     return {name: tensor for name, tensor in found.items() if ".lora_" not in name}
 
 
 def write_adapter(
-    folder: Path, factors: Mapping[str, Factors], prefix: str, saved: Mapping[str, Tensor],
+    folder: Path, factors: Mapping[str, LoraFactors], prefix: str, saved: Mapping[str, Tensor],
     task_type: TaskType | None, modules_to_save: list[str] | None, base: str | None,
     revision: str | None, base_class: type[nn.Module] | None = None,
 ) -> None:  # fmt: skip
@@ -177,7 +179,7 @@ def write_adapter(
     kept = {
         f"{prefix}{path}": found
         for path, found in factors.items()
-        if f"{BASE}{prefix}{path}.weight" not in saved
+        if f"{PEFT_PREFIX}{prefix}{path}.weight" not in saved
     }
     ranks = {path: len(found.a) for path, found in kept.items()}
     usual = min(Counter(ranks.values()).most_common(), key=lambda pair: (-pair[1], pair[0]))[0]
@@ -193,8 +195,8 @@ def write_adapter(
         settings["auto_mapping"] = {
             "base_model_class": base_class.__name__, "parent_library": base_class.__module__,
         }  # fmt: skip
-    tensors = {f"{BASE}{path}.lora_A.weight": found.a for path, found in kept.items()}
-    tensors |= {f"{BASE}{path}.lora_B.weight": found.b for path, found in kept.items()}
+    tensors = {f"{PEFT_PREFIX}{path}.lora_A.weight": found.a for path, found in kept.items()}
+    tensors |= {f"{PEFT_PREFIX}{path}.lora_B.weight": found.b for path, found in kept.items()}
     tensors |= saved
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(settings, indent=2, sort_keys=True)
@@ -206,21 +208,21 @@ def write_adapter(
     )
 
 
-def _wrapper(adapted: nn.Module) -> PeftModel:
+def _find_peft_model(adapted: nn.Module) -> PeftModel:
     for module in adapted.modules():
         if isinstance(module, PeftModel):
             return module
     raise TypeError(f"{type(adapted).__name__} carries no adapter")
 
 
-def _factors(layer: LoraLayer, name: str) -> Factors:
+def _extract_layer_factors(layer: LoraLayer, name: str) -> LoraFactors:
     a: Any = layer.lora_A[name].weight
     b: Any = layer.lora_B[name].weight
     scaled = b.detach().double() * layer.scaling[name]
-    return Factors(a.detach().float().cpu().clone(), scaled.float().cpu())
+    return LoraFactors(a.detach().float().cpu().clone(), scaled.float().cpu())
 
 
-def _default(name: str) -> Any:
+def _get_default(name: str) -> Any:
     """What `peft.LoraConfig` has where nothing is given; None for a field it does not have."""
     found = [f for f in fields(LoraConfig) if f.name == name]
     if not found or found[0].default is MISSING:

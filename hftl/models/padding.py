@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
-def takes_mask(encoder: Any) -> bool:
+def accepts_attention_mask(encoder: Any) -> bool:
     """Return whether the forward of an encoder of texts takes an attention mask; FNet's does not.
 
     Args:
@@ -27,24 +27,24 @@ def hide_padding(model: nn.Module) -> None:
     transformers writes into config.json.
     """
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and _reads_padding(module):
+        if isinstance(module, PreTrainedModel) and _ignores_padding_mask(module):
             kind = type(module)
             module.__class__ = type(
-                kind.__name__, (_ByLength, kind), {"__module__": kind.__module__}
+                kind.__name__, (_RunsByLength, kind), {"__module__": kind.__module__}
             )
 
 
-def _reads_padding(model: Any) -> bool:
+def _ignores_padding_mask(model: Any) -> bool:
     """Return whether a module is a bare encoder of texts without a mask, and not yet changed."""
     return (
         model.base_model is model
         and model.main_input_name == "input_ids"
-        and not takes_mask(model)
-        and not isinstance(model, _ByLength)
+        and not accepts_attention_mask(model)
+        and not isinstance(model, _RunsByLength)
     )
 
 
-class _ByLength:
+class _RunsByLength:
     """The forward of such an encoder; mixed into the class of the encoder itself."""
 
     config: Any
@@ -61,7 +61,7 @@ class _ByLength:
             more: further arguments of the encoder; `return_dict` is always true.
         """
         rows_of: dict[int, list[int]] = defaultdict(list)
-        for row, length in enumerate(_lengths(input_ids, self.config.pad_token_id)):
+        for row, length in enumerate(_count_tokens(input_ids, self.config.pad_token_id)):
             rows_of[length].append(row)
         hidden = pooled = None
         plain: Any = super()
@@ -84,7 +84,7 @@ class _ByLength:
         )
 
 
-def _lengths(input_ids: Tensor, pad_id: int) -> list[int]:
+def _count_tokens(input_ids: Tensor, pad_id: int) -> list[int]:
     """Return the length of each row up to its last token that is no padding, at least 1."""
     places = (input_ids != pad_id) * input_ids.new_ones(input_ids.shape).cumsum(1)
     return places.amax(1).clamp(min=1).tolist()

@@ -9,12 +9,12 @@ from torch import nn
 
 from hftl.errors import RecipeError
 
-TOKENS = "token-classification"
-OTHER_RELEASE = "Use a transformers version in hftl's range"
+TOKEN_CLASSIFICATION = "token-classification"
+VERSION_FIX = "Use a transformers version in hftl's range"
 
 
-class Head(NamedTuple):
-    """The head of one stock class; the fields of `Anatomy` of the same names."""
+class HeadSpec(NamedTuple):
+    """The head of one stock class; the fields of `ArchitectureSpec` of the same names."""
 
     head: tuple[str, ...] = ("classifier",)
     last_linear: str = "classifier"
@@ -22,7 +22,7 @@ class Head(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ArchitectureSpec:
     """The named parts of one family.
 
     Paths inside the encoder are relative to it, so they hold for `AutoModel` and for the stock
@@ -54,38 +54,38 @@ class Anatomy:
     modality: str = "text"
     embeddings: str = "embeddings"
     pooler: str | None = None
-    final: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
-    head: tuple[str, ...] = ("classifier",)
+    final_parts: tuple[str, ...] = ()
+    unused_parts: tuple[str, ...] = ()
+    head_parts: tuple[str, ...] = ("classifier",)
     last_linear: str = "classifier"
     head_dropout: str | None = "dropout"
-    tokens: Head | None = Head()
+    tokens: HeadSpec | None = HeadSpec()
     add_pooling_layer: bool = False
     interpolate_pos_encoding: bool = False
-    positions_after_padding: bool = False
+    has_padding_offset: bool = False
 
-    def for_task(self, task: str) -> "Anatomy":
+    def for_task(self, task: str) -> "ArchitectureSpec":
         """The anatomy of the task's stock class.
 
         Raises:
             RecipeError: if there is no such class.
         """
-        if task != TOKENS:
+        if task != TOKEN_CLASSIFICATION:
             return self
         if self.tokens is None:
             raise RecipeError(
-                f"data.task: {self.encoder} has no class for {TOKENS}",
+                f"data.task: {self.encoder} has no class for {TOKEN_CLASSIFICATION}",
                 "Use another source.model or another data.task",
             )
         return replace(self, pooler=None, **self.tokens._asdict())
 
 
-def encoder_of(model: nn.Module, anatomy: Anatomy) -> nn.Module:
+def get_stock_encoder(model: nn.Module, anatomy: ArchitectureSpec) -> nn.Module:
     """The encoder inside a stock task class, or the model itself where it is one."""
     return getattr(model, anatomy.encoder, model)
 
 
-def block_paths(encoder: nn.Module, pattern: str) -> list[str]:
+def list_block_paths(encoder: nn.Module, pattern: str) -> list[str]:
     """The blocks' paths in the encoder, from bottom to top.
 
     Args:
@@ -100,47 +100,47 @@ def block_paths(encoder: nn.Module, pattern: str) -> list[str]:
         lists = [f"{path}.{step}".removeprefix(".") for path in found]
         found = []
         for path in lists:
-            inside = submodule(encoder, path)
+            inside = get_submodule(encoder, path)
             if not isinstance(inside, nn.ModuleList):
                 raise RecipeError(
-                    f"{path} is a {type(inside).__name__}, expected a list of blocks", OTHER_RELEASE
+                    f"{path} is a {type(inside).__name__}, expected a list of blocks", VERSION_FIX
                 )
             found += [f"{path}.{index}" for index in range(len(inside))]
     return found
 
 
-def blocks_of(encoder: nn.Module, anatomy: Anatomy) -> list[nn.Module]:
+def get_blocks(encoder: nn.Module, anatomy: ArchitectureSpec) -> list[nn.Module]:
     """The blocks from bottom to top.
 
     Raises:
         RecipeError: if the modules do not stand where the anatomy says.
     """
-    submodule(encoder, anatomy.embeddings)
-    blocks = [submodule(encoder, path) for path in block_paths(encoder, anatomy.blocks)]
+    get_submodule(encoder, anatomy.embeddings)
+    blocks = [get_submodule(encoder, path) for path in list_block_paths(encoder, anatomy.blocks)]
     for block in blocks:
-        linears = linears_of(block)
+        linears = list_linear_layers(block)
         missing = linears.symmetric_difference(anatomy.lora_targets)
         if missing:
             raise RecipeError(
                 f"a block has {'a' if missing <= linears else 'no'} linear layer "
                 f"{min(missing)!r}; it has {', '.join(sorted(linears))}",
-                OTHER_RELEASE,
+                VERSION_FIX,
             )
     return blocks
 
 
-def linears_of(block: nn.Module) -> set[str]:
+def list_linear_layers(block: nn.Module) -> set[str]:
     """The paths of a block's linear layers; one that carries an adapter counts once."""
     modules = dict(block.named_modules())
     wrapped = [name for name, module in modules.items() if hasattr(module, "base_layer")]
     return set(wrapped) | {
         name
         for name, module in modules.items()
-        if isinstance(module, nn.Linear) and not under(name, tuple(wrapped))
+        if isinstance(module, nn.Linear) and not has_prefix(name, tuple(wrapped))
     }
 
 
-def submodule(module: nn.Module, path: str) -> nn.Module:
+def get_submodule(module: nn.Module, path: str) -> nn.Module:
     """The module at a dotted path.
 
     Raises:
@@ -149,18 +149,16 @@ def submodule(module: nn.Module, path: str) -> nn.Module:
     try:
         return module.get_submodule(path)
     except AttributeError as error:
-        raise RecipeError(
-            f"{type(module).__name__} has no module {path!r}", OTHER_RELEASE
-        ) from error
+        raise RecipeError(f"{type(module).__name__} has no module {path!r}", VERSION_FIX) from error
 
 
-def placeholder_of(anatomy: Anatomy) -> str:
+def get_placeholder_name(anatomy: ArchitectureSpec) -> str:
     """Return the name of the empty tensor by which the file of a pooled model makes the stock task
     class refuse it: the weight of that class's last layer."""
     return f"{anatomy.last_linear}.weight"
 
 
-def under(name: str, paths: tuple[str, ...]) -> bool:
+def has_prefix(name: str, paths: tuple[str, ...]) -> bool:
     """Whether a parameter or module is one of the paths or lies below one."""
     return any(name == path or name.startswith(f"{path}.") for path in paths)
 
@@ -168,11 +166,11 @@ def under(name: str, paths: tuple[str, ...]) -> bool:
 # The classes that transformers has for an architecture, and what its config tells of layers.
 
 
-def stock_class(config: Any, task: str) -> Any:
+def get_task_class(config: Any, task: str) -> Any:
     """The transformers class of the config's architecture for a task; None if there is none."""
     from transformers.models.auto import modeling_auto as auto
 
-    kinds = ["TOKEN"] if task == TOKENS else ["SEQUENCE", "IMAGE"]
+    kinds = ["TOKEN"] if task == TOKEN_CLASSIFICATION else ["SEQUENCE", "IMAGE"]
     for kind in kinds:
         found = getattr(auto, f"MODEL_FOR_{kind}_CLASSIFICATION_MAPPING").get(type(config), None)
         if found is not None:
@@ -181,31 +179,31 @@ def stock_class(config: Any, task: str) -> Any:
     return None
 
 
-def auto_class(config: Any) -> Any:
+def get_encoder_class(config: Any) -> Any:
     """What `AutoModel` makes of the config."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     return MODEL_MAPPING[type(config)]
 
 
-def empty(kind: Any, config: Any) -> Any:
+def build_on_meta(kind: Any, config: Any) -> Any:
     """A model without weights, in eval mode."""
     with torch.device("meta"):
         return kind(deepcopy(config)).eval()
 
 
-def encoder_config(config: Any) -> Any:
+def get_encoder_config(config: Any) -> Any:
     """What describes the encoder: the vision part of a composite config, or the config."""
     return getattr(config, "vision_config", config)
 
 
-def layers(config: Any) -> int:
+def count_layers(config: Any) -> int:
     """How many layers an input passes; albert has fewer blocks, which its layers share.
 
     Raises:
         RecipeError: if the config does not tell.
     """
-    inner = encoder_config(config)
+    inner = get_encoder_config(config)
     told = getattr(inner, "depths", None) or getattr(inner, "num_hidden_layers", None)
     if told is None:
         raise RecipeError(

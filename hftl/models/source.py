@@ -11,45 +11,45 @@ from pickle import UnpicklingError
 from typing import Any
 
 from hftl.config.source import Source
-from hftl.errors import RecipeError, message_line
-from hftl.models.architectures import Anatomy, anatomy_of
-from hftl.models.padding import takes_mask
-from hftl.models.parts import auto_class
+from hftl.errors import RecipeError, format_error_line
+from hftl.models.architectures import get_architecture
+from hftl.models.padding import accepts_attention_mask
+from hftl.models.parts import ArchitectureSpec, get_encoder_class
 from hftl.runtime import paths
 
-MOST = 1000
+MAX_REPEATS = 1000
 """Layers, groups or experts; the deepest encoders have some hundred."""
-MOST_LABELS = 1_000_000
-REPEATED = re.compile(
+MAX_LABELS = 1_000_000
+REPEAT_KEYS = re.compile(
     r"(num|n)_(\w+_)?(layers?|groups?|blocks?|experts?|stages?)|\w*layers|depths?"
 )
 """Keys that say how often a part is built, in every family's words."""
-LARGER, SLACK = 2, 50_000_000
+MAX_SIZE_RATIO, SIZE_SLACK = 2, 50_000_000
 """How many times the file's numbers a model may have, and how many more: a head drawn anew."""
 
 
-def absurd(config: Any) -> str | None:
+def find_config_fault(config: Any) -> str | None:
     """The first key of a config that claims more than any model has, with its value.
 
     Args:
         config: what config.json holds, which may be of any shape.
     """
-    for key, value in _counts(config):
-        most = MOST_LABELS if key == "num_labels" else MOST
+    for key, value in _iterate_counts(config):
+        most = MAX_LABELS if key == "num_labels" else MAX_REPEATS
         if value > most:
             return f"{key} is {value}, and no model has more than {most:,}"
     return None
 
 
-def absurd_in(folder: Path) -> str | None:
+def find_folder_fault(folder: Path) -> str | None:
     """The same of a folder's config.json; None where there is none to be read."""
     try:
-        return absurd(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        return find_config_fault(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):
         return None
 
 
-def contradicted(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+def find_size_fault(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """Whether a model is far larger than its file of weights.
 
     Args:
@@ -58,12 +58,12 @@ def contradicted(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> str | Non
     """
     built = sum(one.numel() for one in [*model.parameters(), *model.buffers()])
     held = sum(map(math.prod, shapes.values()))
-    if built <= LARGER * held + SLACK:
+    if built <= MAX_SIZE_RATIO * held + SIZE_SLACK:
         return None
     return f"its config makes a model of {built:,} numbers, and its weights hold {held:,}"
 
 
-def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
+def read_tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of a checkpoint's tensors, from the headers alone.
 
     Raises:
@@ -78,7 +78,7 @@ def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _counts(config: Any) -> Iterator[tuple[str, int]]:
+def _iterate_counts(config: Any) -> Iterator[tuple[str, int]]:
     """Every count, however deep; of a list, as of blocks by stage, the sum."""
     waiting = [config]
     while waiting:
@@ -88,7 +88,7 @@ def _counts(config: Any) -> Iterator[tuple[str, int]]:
         waiting.extend(told.values())
         for key, value in told.items():
             numbers = value if isinstance(value, list) else [value]
-            repeated = REPEATED.fullmatch(key) or key == "num_labels"
+            repeated = REPEAT_KEYS.fullmatch(key) or key == "num_labels"
             if repeated and all(isinstance(number, int) for number in numbers):
                 yield key, sum(numbers)
 
@@ -96,9 +96,9 @@ def _counts(config: Any) -> Iterator[tuple[str, int]]:
 # The source model: found, pinned, and described before a weight is read.
 
 
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 """Weight files, the first kind that a checkpoint has."""
-SMALL = ("*.json", "*.txt", "*.model")
+CONFIG_PATTERNS = ("*.json", "*.txt", "*.model")
 """Configs, among them the processor's, vocabularies and merges."""
 
 
@@ -112,11 +112,11 @@ class SourceModel:
     as ViT.
     """
 
-    spec: str
+    name: str
     folder: Path
     revision: str | None
     public_id: str | None
-    local: bool
+    is_local: bool
     config: Any
     architecture: str
 
@@ -126,9 +126,9 @@ class SourceModel:
         return self.config.model_type
 
     @property
-    def anatomy(self) -> Anatomy:
+    def architecture_spec(self) -> ArchitectureSpec:
         """Where the architecture's parts lie."""
-        return anatomy_of(self.config)
+        return get_architecture(self.config)
 
 
 def find_source(source: Source, on_hub: bool = False) -> SourceModel:
@@ -144,13 +144,13 @@ def find_source(source: Source, on_hub: bool = False) -> SourceModel:
     """
     from transformers import AutoConfig
 
-    path = None if on_hub else paths.find(source.model, "source.model")
+    path = None if on_hub else paths.resolve_local_path(source.model, "source.model")
     if path is not None and not path.exists():
         raise RecipeError(
             f"source.model: the folder {source.model} does not exist", "Check the path"
         )
-    folder = path or _fetch(source.model, source.revision, ["config.json"])
-    why = absurd_in(folder)
+    folder = path or _download_snapshot(source.model, source.revision, ["config.json"])
+    why = find_folder_fault(folder)
     if why is not None:
         raise RecipeError(
             f"source.model: {source.model} is no model: {why}", "Correct its config.json"
@@ -159,33 +159,33 @@ def find_source(source: Source, on_hub: bool = False) -> SourceModel:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"source.model: {source.model} is no model: {message_line(error)}",
+            f"source.model: {source.model} is no model: {format_error_line(error)}",
             "Give one with config.json and model.safetensors",
         ) from error
     kind = config.model_type
-    config = _encoder_alone(config)
-    anatomy_of(config)
+    config = _read_as_encoder(config)
+    get_architecture(config)
     if path is not None:
         return SourceModel(
             source.model, path, source.revision, source.published_as, True, config, kind
         )
     commit = folder.name
-    for weights in WEIGHTS:
-        folder = _fetch(source.model, commit, [*SMALL, weights])
+    for weights in WEIGHT_PATTERNS:
+        folder = _download_snapshot(source.model, commit, [*CONFIG_PATTERNS, weights])
         if list(folder.glob(weights)):
             break
     public_id = source.published_as or source.model
     return SourceModel(source.model, folder, commit, public_id, False, config, kind)
 
 
-def loading_fault(error: Exception) -> str:
+def describe_load_error(error: Exception) -> str:
     """Return one line on why weights do not load; of a refused pickle, that none of it has run."""
     if isinstance(error, (UnpicklingError, EOFError)):
         return (
             "a pickle of its weights (.bin) is damaged or holds more than tensors; none of it was "
             "run"
         )
-    return message_line(error)
+    return format_error_line(error)
 
 
 def load_tokenizer(source: SourceModel) -> Any:
@@ -204,21 +204,24 @@ def load_tokenizer(source: SourceModel) -> Any:
         found: Any = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"source.model: {source.spec} has no usable tokenizer: {message_line(error)}",
+            f"source.model: {source.name} has no usable tokenizer: {format_error_line(error)}",
             fix,
         ) from error
     # Without its files transformers makes one that knows the special tokens alone.
     if len(found) <= len(found.all_special_ids):
         raise RecipeError(
-            f"source.model: {source.spec} has no usable tokenizer: it has no vocabulary", fix
+            f"source.model: {source.name} has no usable tokenizer: it has no vocabulary", fix
         )
     if found.pad_token_id is None:
         raise RecipeError(
-            f"source.model: the tokenizer of {source.spec} has no padding token",
+            f"source.model: the tokenizer of {source.name} has no padding token",
             "Set pad_token in its tokenizer_config.json",
         )
     found.padding_side = "right"
-    if takes_mask(auto_class(source.config)) and "attention_mask" not in found.model_input_names:
+    if (
+        accepts_attention_mask(get_encoder_class(source.config))
+        and "attention_mask" not in found.model_input_names
+    ):
         found.model_input_names = [*found.model_input_names, "attention_mask"]
     return found
 
@@ -237,12 +240,12 @@ def load_processor(source: SourceModel) -> Any:
         )
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(
-            f"source.model: {source.spec} has no usable image processor: {message_line(error)}",
+            f"source.model: {source.name} has no usable image processor: {format_error_line(error)}",
             "Save the processor beside the model",
         ) from error
 
 
-def _encoder_alone(config: Any) -> Any:
+def _read_as_encoder(config: Any) -> Any:
     """ViTMAE has no classification class; its encoder is ViT's, layer by layer."""
     from transformers import ViTConfig
 
@@ -252,21 +255,21 @@ def _encoder_alone(config: Any) -> Any:
     return ViTConfig(**{key: told for key, told in config.to_dict().items() if key in known})
 
 
-def weights_sha256(source: SourceModel) -> str:
-    """`checkpoint_sha256` of a source model.
+def hash_source_weights(source: SourceModel) -> str:
+    """`hash_checkpoint` of a source model.
 
     Raises:
         RecipeError: if it has no weights, or they do not open.
     """
-    found = checkpoint_sha256(source.folder)
+    found = hash_checkpoint(source.folder)
     if found is None:
         raise RecipeError(
-            f"source.model: {source.spec} has no weights", "Give one with model.safetensors"
+            f"source.model: {source.name} has no weights", "Give one with model.safetensors"
         )
     return found
 
 
-def checkpoint_sha256(folder: Path) -> str | None:
+def hash_checkpoint(folder: Path) -> str | None:
     """sha256 over a checkpoint's tensors, by name; over the bytes of files of older kinds.
 
     None where it has none.
@@ -275,7 +278,7 @@ def checkpoint_sha256(folder: Path) -> str | None:
         RecipeError: if a file does not open.
     """
     digest = hashlib.sha256()
-    for kind in WEIGHTS:
+    for kind in WEIGHT_PATTERNS:
         files = sorted(folder.glob(kind))
         for file in files:
             if file.suffix == ".safetensors":
@@ -303,11 +306,11 @@ def _hash_tensors(file: Path, digest: Any) -> None:
         ) from error
 
 
-def _fetch(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
+def _download_snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
     """The snapshot of a commit with the files of these patterns, none of its folders."""
     from huggingface_hub import snapshot_download
 
-    with paths.fetching(repo_id, "model", "source.model: "):
+    with paths.translate_hub_errors(repo_id, "model", "source.model: "):
         return Path(
             snapshot_download(
                 repo_id, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"

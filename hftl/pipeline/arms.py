@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from hftl import console
-from hftl.card.training_sections import search_words
-from hftl.config.recipe import Arm, Recipe, arms
+from hftl.card.training_sections import describe_scratch_search
+from hftl.config.recipe import Arm, Recipe, plan_arms
 from hftl.errors import RunFolderError
 from hftl.finetune import arm as training
 from hftl.finetune import arm_files, baselines
 from hftl.finetune.baselines import solve_classical
-from hftl.finetune.context import BY_STEPS, Outcome, Workbench
+from hftl.finetune.context import BY_STEPS, ArmOutput, ExperimentContext
 from hftl.finetune.estimate import estimate_seconds
-from hftl.finetune.gradual import State
-from hftl.pipeline.cache_keys import SEMANTICS, arm_reads, asked
-from hftl.pipeline.retention import kept_of
+from hftl.finetune.gradual import GradualCheckpoint
+from hftl.pipeline.cache_keys import SEMANTICS, build_arm_key, select_recipe_values
+from hftl.pipeline.retention import prepare_retention
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.fingerprints import to_json
-from hftl.runtime.hardware import dtype_name, metered, visible_devices
-from hftl.runtime.progress import working
-from hftl.train.arguments import arguments as common_arguments
+from hftl.runtime.hardware import count_devices, get_dtype_name, measure_energy
+from hftl.runtime.progress import show_activity
+from hftl.train.arguments import build_training_arguments as common_arguments
 
 ORDER = ("majority", "classical", "head", "lora", "partial", "gradual", "full",
          "scratch")  # fmt: skip
@@ -32,7 +32,7 @@ SOLVED = ("majority", "classical", "head")
 """The arms that one process solves while the others wait."""
 Job = tuple[Arm, int, dict[str, Any]]
 """An arm, a seed, and what its folder will tell of where it comes from."""
-Benches = dict[str, Workbench]
+ArmContexts = dict[str, ExperimentContext]
 """What each arm works with, by its name: the source as it is, or adapted."""
 
 
@@ -47,7 +47,7 @@ class Run:
     @property
     def arms(self) -> list[Arm]:
         """The recipe's arms, its own first."""
-        return arms(self.recipe)
+        return plan_arms(self.recipe)
 
     def arm_folder(self, name: str, seed: int) -> Path:
         """Where an arm's files stand."""
@@ -58,7 +58,7 @@ class Run:
         return self.folder / "checkpoints" / f"{name}-seed{seed}"
 
 
-def check_training(recipe: Recipe, where: str) -> None:
+def check_training_arguments(recipe: Recipe, where: str) -> None:
     """Refuse settings of a training that cannot be honoured, before a row is read.
 
     Args:
@@ -68,30 +68,30 @@ def check_training(recipe: Recipe, where: str) -> None:
     Raises:
         RecipeError: naming the key.
     """
-    for arm in arms(recipe):
+    for arm in plan_arms(recipe):
         if arm.strategy in (*BY_STEPS, "scratch"):
             task = str(recipe.data.task)
-            training.arguments(arm.finetune.training, task, "unused", 0, where)
+            training.build_finetune_arguments(arm.finetune.training, task, "unused", 0, where)
         for stage in arm.stages:
             common_arguments("adapt", stage.training, {}, "unused", 0, where)
     for stage in recipe.stages:
         common_arguments("adapt", stage.training, {}, "unused", 0, where)
 
 
-def run_arms(this: Run, benches: Benches) -> None:
+def run_arms(this: Run, benches: ArmContexts) -> None:
     """Runs every arm and seed that is missing, quick ones first."""
-    jobs = distributed.share(lambda: _missing(this, benches))
-    distributed.share(lambda: _forget_progress(this, jobs))
+    jobs = distributed.broadcast_from_main(lambda: _list_missing_jobs(this, benches))
+    distributed.broadcast_from_main(lambda: _remove_finished_checkpoints(this, jobs))
     total = len(this.arms) * len(this.recipe.measure.seeds)
     if jobs and len(jobs) < total:
         this.say(f"  {total - len(jobs)} of {total} arms x seeds stand already")
     for done, job in enumerate(jobs, total - len(jobs) + 1):
         arm, seed, _ = job
-        with working(f"[{done}/{total}] {arm.name} seed {seed}"):
+        with show_activity(f"[{done}/{total}] {arm.name} seed {seed}"):
             _run_job(this, benches[arm.name], job, f"{done}/{total}")
 
 
-def _forget_progress(this: Run, jobs: list[Job]) -> None:
+def _remove_finished_checkpoints(this: Run, jobs: list[Job]) -> None:
     """Removes how far arms have come that stand by now."""
     missing = [(arm.name, seed) for arm, seed, _ in jobs]
     for arm in this.arms:
@@ -100,88 +100,92 @@ def _forget_progress(this: Run, jobs: list[Job]) -> None:
                 shutil.rmtree(this.checkpoints(arm.name, seed), ignore_errors=True)
 
 
-def _run_job(this: Run, bench: Workbench, job: Job, count: str) -> None:
+def _run_job(this: Run, bench: ExperimentContext, job: Job, count: str) -> None:
     """Trains on all processes, or solves on the main one, and keeps the outcome."""
     arm, seed, _ = job
     if arm.strategy in SOLVED:
-        distributed.share(lambda: _keep(this, bench, job, _run_arm(this, bench, arm, seed), count))
+        distributed.broadcast_from_main(
+            lambda: _commit_arm(this, bench, job, _run_arm(this, bench, arm, seed), count)
+        )
         return
-    with metered() as energy:
+    with measure_energy() as energy:
         outcome = _run_arm(this, bench, arm, seed)
     outcome.timings |= energy
-    distributed.share(lambda: _keep(this, bench, job, outcome, count))
+    distributed.broadcast_from_main(lambda: _commit_arm(this, bench, job, outcome, count))
 
 
-def _keep(this: Run, bench: Workbench, job: Job, outcome: Outcome, count: str) -> None:
+def _commit_arm(
+    this: Run, bench: ExperimentContext, job: Job, outcome: ArmOutput, count: str
+) -> None:
     arm, seed, reads = job
     folder = this.arm_folder(arm.name, seed)
-    with run_folder.commit(folder, reads) as aside:
-        arm_files.write(aside, bench.prepared, outcome, arm.name, arm.strategy, seed)
+    with run_folder.commit_stage(folder, reads) as aside:
+        arm_files.write_arm(aside, bench.prepared, outcome, arm.name, arm.strategy, seed)
     shutil.rmtree(this.checkpoints(arm.name, seed), ignore_errors=True)
-    told = arm_files.read(folder, bench.prepared).told
-    this.say(console.arm_line(told, this.recipe.measure.metric, count))
+    told = arm_files.read_arm(folder, bench.prepared).metrics_file
+    this.say(console.format_arm_line(told, this.recipe.measure.metric, count))
 
 
-def _missing(this: Run, benches: Benches) -> list[Job]:
+def _list_missing_jobs(this: Run, benches: ArmContexts) -> list[Job]:
     """Every arm and seed that does not stand, with what it reads."""
     return [
         (arm, seed, reads)
         for arm in sorted(this.arms, key=lambda arm: ORDER.index(arm.strategy))
-        for reads in [_arm_reads(this.recipe, benches[arm.name], arm)]
+        for reads in [_build_arm_reads(this.recipe, benches[arm.name], arm)]
         for seed in this.recipe.measure.seeds
-        if not _stands(this, this.arm_folder(arm.name, seed), reads)
+        if not _is_arm_finished(this, this.arm_folder(arm.name, seed), reads)
     ]
 
 
-def announce(this: Run, bench: Workbench) -> None:
+def announce_run(this: Run, bench: ExperimentContext) -> None:
     """The header and the preflight's warnings, where anything is left to run."""
     wanted = [
         arm
         for arm in this.arms
         for seed in this.recipe.measure.seeds
-        for read in [run_folder.reads(this.arm_folder(arm.name, seed))]
-        if read is None or read["recipe"] != _recipe_reads(this.recipe, bench, arm)
+        for read in [run_folder.read_stage_inputs(this.arm_folder(arm.name, seed))]
+        if read is None or read["recipe"] != _build_recipe_reads(this.recipe, bench, arm)
     ]
     if not this.arms:
-        this.say(console.header(adaptation_header(this.recipe, bench)))
+        this.say(console.format_header(build_adaptation_header(this.recipe, bench)))
     if not wanted:
         return
-    this.say(console.header(header(this.recipe, bench, wanted, len(wanted))))
-    for warning in bench.check(this.recipe.data.max_length, this.arms)["warnings"]:
+    this.say(console.format_header(build_header(this.recipe, bench, wanted, len(wanted))))
+    for warning in bench.run_preflight(this.recipe.data.max_length, this.arms)["warnings"]:
         this.say(f"  warning: {warning}")
 
 
-def _arm_reads(recipe: Recipe, bench: Workbench, arm: Arm) -> dict[str, Any]:
+def _build_arm_reads(recipe: Recipe, bench: ExperimentContext, arm: Arm) -> dict[str, Any]:
     """What an arm's folder tells of where it comes from."""
-    read = _recipe_reads(recipe, bench, arm)
+    read = _build_recipe_reads(recipe, bench, arm)
     general = None
     if bench.general is not None and any(key.startswith("data.general.") for key in read):
         general = bench.general.facts["fingerprint"]
     return {
         "recipe": read,
-        "asked": asked(recipe, read),
+        "asked": select_recipe_values(recipe, read),
         "semantics": SEMANTICS,
-        "weights": bench.weights,
+        "weights": bench.weights_hash,
         "data": bench.prepared.facts["fingerprint"],
         **({"general": general} if general else {}),
     }
 
 
-def _recipe_reads(recipe: Recipe, bench: Workbench, arm: Arm) -> dict[str, Any]:
-    read = arm_reads(recipe, arm)
+def _build_recipe_reads(recipe: Recipe, bench: ExperimentContext, arm: Arm) -> dict[str, Any]:
+    read = build_arm_key(recipe, arm)
     if bench.prepared.modality == "image":
         read.pop("data.max_length", None)
     return read
 
 
-def _stands(this: Run, folder: Path, reads: dict[str, Any]) -> bool:
+def _is_arm_finished(this: Run, folder: Path, reads: dict[str, Any]) -> bool:
     """Whether an arm is finished and what the recipe asks.
 
     Raises:
         RunFolderError: if it was made from another source model or other data, or by an hftl that
             trained otherwise.
     """
-    found = run_folder.reads(folder)
+    found = run_folder.read_stage_inputs(folder)
     if found is None or found["recipe"] != reads["recipe"]:
         return False
     for key, what in (
@@ -196,50 +200,54 @@ def _stands(this: Run, folder: Path, reads: dict[str, Any]) -> bool:
     return True
 
 
-def _run_arm(this: Run, bench: Workbench, arm: Arm, seed: int) -> Outcome:
+def _run_arm(this: Run, bench: ExperimentContext, arm: Arm, seed: int) -> ArmOutput:
     match arm.strategy:
         case "majority":
-            return baselines.majority(bench, seed)
+            return baselines.solve_majority(bench, seed)
         case "classical":
             return solve_classical(bench, seed)
         case "head":
             return training.solve_head(bench, arm.finetune, seed)
         case "scratch":
-            rate = _scratch_rate(this, bench, arm)
+            rate = _find_scratch_rate(this, bench, arm)
             search = this.recipe.measure.scratch
             return baselines.train_scratch(bench, arm.finetune, search, rate, seed)
-    reads = _arm_reads(this.recipe, bench, arm)
-    kept = kept_of(
+    reads = _build_arm_reads(this.recipe, bench, arm)
+    kept = prepare_retention(
         bench, arm, seed, this.recipe.measure.seeds, this.folder, reads, this.say
     )
-    state = State(this.checkpoints(arm.name, seed), reads | {"processes": distributed.size()})
+    state = GradualCheckpoint(
+        this.checkpoints(arm.name, seed), reads | {"processes": distributed.get_world_size()}
+    )
     return training.train_arm(bench, arm.finetune, seed, kept, state)
 
 
-def _scratch_rate(this: Run, bench: Workbench, arm: Arm) -> float:
+def _find_scratch_rate(this: Run, bench: ExperimentContext, arm: Arm) -> float:
     """The learning rate of scratch, searched once on the first seed."""
     folder = this.folder / "phases" / "search"
-    reads = _arm_reads(this.recipe, bench, arm)
-    stands = distributed.share(lambda: run_folder.reads(folder) or {})
+    reads = _build_arm_reads(this.recipe, bench, arm)
+    stands = distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(folder) or {})
     if stands | {"asked": reads["asked"]} != reads:
         found = baselines.search_rate(
             bench, arm.finetune, this.recipe.measure.scratch, this.recipe.measure.seeds[0]
         )
 
         def keep() -> None:
-            with run_folder.commit(folder, reads) as aside:
+            with run_folder.commit_stage(folder, reads) as aside:
                 run_folder.write_text(aside / "search.json", to_json(found))
 
-        distributed.share(keep)
-        this.say(f"  scratch: {search_words(found)}")
+        distributed.broadcast_from_main(keep)
+        this.say(f"  scratch: {describe_scratch_search(found)}")
     return json.loads((folder / "search.json").read_text("utf-8"))["learning_rate"]
 
 
-def header(recipe: Recipe, bench: Workbench, wanted: list[Arm], jobs: int) -> dict[str, str]:
+def build_header(
+    recipe: Recipe, bench: ExperimentContext, wanted: list[Arm], jobs: int
+) -> dict[str, str]:
     """What a run is about to do, by name: source, device, rows, labels, arms and time."""
     facts = bench.prepared.facts
     splits = facts["splits"]
-    train = len(bench.train_rows(recipe.measure.seeds[0]))
+    train = len(bench.select_train_rows(recipe.measure.seeds[0]))
     labels = ", ".join(facts["labels"][:8]) + (", ..." if len(facts["labels"]) > 8 else "")
     if facts.get("tag_scheme"):
         labels += f" ({facts['tag_scheme']['name']} tags)"
@@ -247,17 +255,17 @@ def header(recipe: Recipe, bench: Workbench, wanted: list[Arm], jobs: int) -> di
     seconds = estimate_seconds(bench, wanted, recipe)
     return {
         "source": f"{recipe.source.model} ({bench.source.architecture})",
-        "device": _device_words(bench.device, dtype_name(recipe.finetune.training)),
-        **({"adapt": _stages_words(recipe)} if recipe.stages else {}),
+        "device": _describe_device(bench.device, get_dtype_name(recipe.finetune.training)),
+        **({"adapt": _describe_stages(recipe)} if recipe.stages else {}),
         "rows": f"train {train} of {splits['train']}, validation {splits['validation']}, "
-        f"test {splits['test']} ({_dropped_words(facts)})",
+        f"test {splits['test']} ({_describe_dropped_rows(facts)})",
         "labels": labels or "a number",
         "arms": f"{', '.join(names)} x seeds {recipe.measure.seeds}: {jobs} to run",
-        "time": f"about {console.duration(seconds)}{' beside adaptation' if recipe.stages else ''}",
+        "time": f"about {console.format_duration(seconds)}{' beside adaptation' if recipe.stages else ''}",
     }
 
 
-def _dropped_words(facts: dict[str, Any]) -> str:
+def _describe_dropped_rows(facts: dict[str, Any]) -> str:
     """Say what happened to the other rows that were read."""
     words = f"{facts['bad_rows']} bad, {facts['duplicates']} duplicate rows dropped"
     if facts["conflicting"]:
@@ -265,16 +273,16 @@ def _dropped_words(facts: dict[str, Any]) -> str:
     return words
 
 
-def adaptation_header(recipe: Recipe, bench: Workbench) -> dict[str, str]:
+def build_adaptation_header(recipe: Recipe, bench: ExperimentContext) -> dict[str, str]:
     """The same for a recipe that adapts only."""
     return {
         "source": f"{recipe.source.model} ({bench.source.architecture})",
-        "device": _device_words(bench.device, dtype_name(recipe.stages[-1].training)),
-        "adapt": _stages_words(recipe),
+        "device": _describe_device(bench.device, get_dtype_name(recipe.stages[-1].training)),
+        "adapt": _describe_stages(recipe),
     }
 
 
-def _stages_words(recipe: Recipe) -> str:
+def _describe_stages(recipe: Recipe) -> str:
     """The adaptations, one after the other."""
     words = []
     for stage in recipe.stages:
@@ -285,9 +293,9 @@ def _stages_words(recipe: Recipe) -> str:
     return "; then ".join(words)
 
 
-def _device_words(device: str, dtype: str) -> str:
+def _describe_device(device: str, dtype: str) -> str:
     """The device and how many work, or how to put all of them to work."""
-    count, visible = distributed.size(), visible_devices()
+    count, visible = distributed.get_world_size(), count_devices()
     if count > 1:
         return f"{device}, {dtype}, {count} processes"
     if visible > 1:

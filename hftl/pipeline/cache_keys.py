@@ -30,9 +30,9 @@ COMPARED = ("partial", "gradual", "lora", "full")
 """The strategies whose encoder is compared with the source's, on general data where there are."""
 
 
-def data_reads(recipe: Recipe) -> dict[str, Any]:
+def build_data_key(recipe: Recipe) -> dict[str, Any]:
     """What the data phase reads."""
-    flat = overrides.flatten(recipe.tree()["data"], "data")
+    flat = overrides.flatten(recipe.to_dict()["data"], "data")
     return {
         key: value
         for key, value in flat.items()
@@ -42,7 +42,7 @@ def data_reads(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def arm_reads(recipe: Recipe, arm: Arm) -> dict[str, Any]:
+def build_arm_key(recipe: Recipe, arm: Arm) -> dict[str, Any]:
     """What an arm reads besides the data: its own section, as far as its strategy uses it."""
     section = arm.finetune.model_dump(mode="json")
     used = {
@@ -61,9 +61,9 @@ def arm_reads(recipe: Recipe, arm: Arm) -> dict[str, Any]:
     if arm.strategy == "gradual":
         # Each phase has its own number of epochs.
         reads.pop("finetune.training.num_train_epochs", None)
-    reads |= stages_flat(arm.stages)
+    reads |= flatten_stages(arm.stages)
     if arm.retain is not None:
-        reads |= retain_flat(arm.retain)
+        reads |= flatten_retain(arm.retain)
     reads["data.shots"] = recipe.data.shots
     if used:
         reads["data.max_length"] = recipe.data.max_length
@@ -73,13 +73,13 @@ def arm_reads(recipe: Recipe, arm: Arm) -> dict[str, Any]:
     if recipe.data.augment != "none" and "training" in used:
         reads["data.augment"] = recipe.data.augment
     if arm.strategy in COMPARED or (arm.strategy == "head" and arm.stages):
-        reads |= general_reads(recipe)
+        reads |= build_general_key(recipe)
     if arm.strategy == "scratch":
         reads |= overrides.flatten(recipe.measure.scratch.model_dump(), "measure.scratch")
     return reads
 
 
-def general_reads(recipe: Recipe) -> dict[str, Any]:
+def build_general_key(recipe: Recipe) -> dict[str, Any]:
     """What is read of general data to measure forgetting; content counts for itself."""
     if recipe.data.general is None:
         return {}
@@ -87,21 +87,21 @@ def general_reads(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key.rsplit(".", 1)[-1] not in PATHS}
 
 
-def adapt_reads(recipe: Recipe, stages: Sequence[Adapt], number: int) -> dict[str, Any]:
+def build_adapt_key(recipe: Recipe, stages: Sequence[Adapt], number: int) -> dict[str, Any]:
     """What the adaptation of this number, counted from 1, reads: those before it and itself."""
-    flat = _flat(recipe)
+    flat = _flatten_recipe(recipe)
     data = ("data.max_length", "data.image_size", "data.augment", "data.seed", "finetune.pooling",
             "data.shots")  # fmt: skip
-    return stages_flat(stages[:number]) | {key: flat[key] for key in data}
+    return flatten_stages(stages[:number]) | {key: flat[key] for key in data}
 
 
-def asked(recipe: Recipe, reads: dict[str, Any]) -> dict[str, Any]:
+def select_recipe_values(recipe: Recipe, reads: dict[str, Any]) -> dict[str, Any]:
     """What the recipe itself says of the keys that an arm reads."""
-    flat = _flat(recipe)
+    flat = _flatten_recipe(recipe)
     return {key: flat.get(key) for key in reads}
 
 
-def stages_flat(stages: Sequence[Adapt]) -> dict[str, Any]:
+def flatten_stages(stages: Sequence[Adapt]) -> dict[str, Any]:
     """The adaptations as `adapt.key`, or `adapt.0.key` where there are several."""
     dumped = [stage.model_dump(mode="json") for stage in stages]
     if not dumped:
@@ -111,7 +111,7 @@ def stages_flat(stages: Sequence[Adapt]) -> dict[str, Any]:
     return overrides.flatten({str(i): stage for i, stage in enumerate(dumped)}, "adapt")
 
 
-def retain_flat(retain: Retain) -> dict[str, Any]:
+def flatten_retain(retain: Retain) -> dict[str, Any]:
     """What keeps an arm near the original as `retain.key`, or `retain.kl.0.key` of several."""
     tree = {
         key: dict(enumerate(value)) if isinstance(value, list) and key == "kl" else value
@@ -124,10 +124,10 @@ def retain_flat(retain: Retain) -> dict[str, Any]:
     return overrides.flatten(tree, "retain")
 
 
-def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def describe_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`key: old -> new` for every key that differs."""
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    return [f"{key}: {_shown(old, key)} -> {_shown(new, key)}" for key in keys]
+    return [f"{key}: {_format_value(old, key)} -> {_format_value(new, key)}" for key in keys]
 
 
 def refuse_changed(recipe: Recipe, run: Path, wanted: list[Arm]) -> None:
@@ -138,17 +138,19 @@ def refuse_changed(recipe: Recipe, run: Path, wanted: list[Arm]) -> None:
     """
     found: set[str] = set()
     for number in range(1, len(recipe.stages) + 1):
-        read = run_folder.reads(run / "phases" / f"adapt-{number}")
+        read = run_folder.read_stage_inputs(run / "phases" / f"adapt-{number}")
         if read is not None:
-            found |= set(changed(read["recipe"], adapt_reads(recipe, recipe.stages, number)))
-    data = run_folder.reads(run / "phases" / "data")
+            found |= set(
+                describe_changes(read["recipe"], build_adapt_key(recipe, recipe.stages, number))
+            )
+    data = run_folder.read_stage_inputs(run / "phases" / "data")
     if data is not None:
-        found |= set(changed(data["recipe"], data_reads(recipe)))
+        found |= set(describe_changes(data["recipe"], build_data_key(recipe)))
     for arm in wanted:
         for folder in sorted((run / "arms").glob(f"{arm.name}-seed[0-9]*")):
-            read = run_folder.reads(folder)
+            read = run_folder.read_stage_inputs(folder)
             if read is not None:
-                found |= _changed_under(read, recipe, arm)
+                found |= _describe_arm_changes(read, recipe, arm)
     if found:
         raise RunFolderError(
             f"{run} was made with another recipe: {'; '.join(sorted(found))}",
@@ -156,19 +158,19 @@ def refuse_changed(recipe: Recipe, run: Path, wanted: list[Arm]) -> None:
         )
 
 
-def _changed_under(read: dict[str, Any], recipe: Recipe, arm: Arm) -> set[str]:
+def _describe_arm_changes(read: dict[str, Any], recipe: Recipe, arm: Arm) -> set[str]:
     """What a finished arm has read and the recipe now says otherwise.
 
     Adaptations that were added after those it had are none of it: the arm is run again.
     """
-    now, wanted, then = _flat(recipe), arm_reads(recipe, arm), read["recipe"]
+    now, wanted, then = _flatten_recipe(recipe), build_arm_key(recipe, arm), read["recipe"]
     if "data.max_length" not in then:
         wanted.pop("data.max_length", None)
     adapted = {key: value for key, value in then.items() if key.startswith("adapt.")}
     before, after = sum(key.endswith(".objective") for key in adapted), len(arm.stages)
-    added = 0 < before < after and adapted == stages_flat(arm.stages[:before])
+    added = 0 < before < after and adapted == flatten_stages(arm.stages[:before])
     found = set()
-    for line in changed(then, wanted):
+    for line in describe_changes(then, wanted):
         key = line.split(":", 1)[0]
         # Where the recipe itself says what it said then, `measure` has changed the arm.
         if key.startswith("measure.") or read["asked"].get(key) == now.get(key):
@@ -180,13 +182,13 @@ def _changed_under(read: dict[str, Any], recipe: Recipe, arm: Arm) -> set[str]:
     return found
 
 
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    tree = recipe.tree()
+def _flatten_recipe(recipe: Recipe) -> dict[str, Any]:
+    tree = recipe.to_dict()
     tree.pop("adapt")
     tree.pop("retain")
-    kept = {} if recipe.retain is None else retain_flat(recipe.retain)
-    return overrides.flatten(tree) | stages_flat(recipe.stages) | kept
+    kept = {} if recipe.retain is None else flatten_retain(recipe.retain)
+    return overrides.flatten(tree) | flatten_stages(recipe.stages) | kept
 
 
-def _shown(values: dict[str, Any], key: str) -> str:
+def _format_value(values: dict[str, Any], key: str) -> str:
     return str(values[key]) if key in values else "unset"

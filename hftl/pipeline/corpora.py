@@ -11,22 +11,27 @@ import numpy as np
 from hftl.config.adapt import Adapt
 from hftl.config.data import Data
 from hftl.data import image_processing, prepare
-from hftl.data.corpus import Blocks, Cut, documents
-from hftl.data.corpus import write as write_text
+from hftl.data.corpus import BlockSpec, TokenBlocks, read_documents
+from hftl.data.corpus import write_blocks as write_text
 from hftl.data.image_processing import ImageInputs
-from hftl.data.load import BadRows, Row, load_pictures
-from hftl.data.near_duplicates import NearPictures, NearTexts
-from hftl.data.splits import content_hash
+from hftl.data.load import BadRows, Row, load_images
+from hftl.data.near_duplicates import NearImageIndex, NearTextIndex
+from hftl.data.splits import hash_text
 from hftl.errors import DataError
-from hftl.finetune.context import MEASURED, Workbench, pinned, reading_of
-from hftl.models.parts import TOKENS
+from hftl.finetune.context import (
+    MEASURED_SPLITS,
+    ExperimentContext,
+    build_input_spec,
+    pin_revisions,
+)
+from hftl.models.parts import TOKEN_CLASSIFICATION
 from hftl.pipeline.arms import Run
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.fingerprints import fingerprint, to_json
 
-SAMPLE = 1000
+GENERAL_SAMPLE = 1000
 """Documents or pictures of general data that are looked at."""
-NEARLY_ALL = 1 - 1e-9
+HELD_OUT_ALL = 1 - 1e-9
 """The share of them that is held out: nothing is learnt from them."""
 
 
@@ -45,71 +50,77 @@ class Corpus:
     general: Any | None
 
 
-def corpus_of(this: Run, bench: Workbench, stage: Adapt) -> Corpus:
+def build_corpus(this: Run, bench: ExperimentContext, stage: Adapt) -> Corpus:
     """The corpus of an adaptation; rank 0 makes what does not stand yet.
 
     Raises:
         DataError: if nothing is left of it, or a row cannot be read.
     """
-    part = _part(this, stage)
-    made = _made(this, bench, stage, part, "corpus")
+    part = _select_part(this, stage)
+    made = _build_corpus_folder(this, bench, stage, part, "corpus")
     general = None
     if this.recipe.data.general is not None:
-        general = _made(this, bench, stage, "general", "general")
-    facts = _facts(made)
-    stamp = fingerprint([_facts(folder)["fingerprint"] for folder in (made, general) if folder])
+        general = _build_corpus_folder(this, bench, stage, "general", "general")
+    facts = _read_facts(made)
+    stamp = fingerprint(
+        [_read_facts(folder)["fingerprint"] for folder in (made, general) if folder]
+    )
     if bench.prepared.modality == "text":
         return Corpus(
-            facts, stamp, Blocks(made, "train"), Blocks(made, "held_out"),
-            Blocks(general, "held_out") if general else None,
+            facts, stamp, TokenBlocks(made, "train"), TokenBlocks(made, "held_out"),
+            TokenBlocks(general, "held_out") if general else None,
         )  # fmt: skip
     kept = json.loads((made / "kept.json").read_text("utf-8"))
     for folder in (made, general):
         if folder and isinstance(bench.inputs, ImageInputs):
-            bench.inputs.use(folder)
+            bench.inputs.load_cache(folder)
     others = json.loads((general / "kept.json").read_text("utf-8")) if general else None
     return Corpus(facts, stamp, kept["train"], kept["held_out"], others and others["held_out"])
 
 
-def _part(this: Run, stage: Adapt) -> str:
+def _select_part(this: Run, stage: Adapt) -> str:
     """Where the corpus lies in the recipe: `unlabeled`, or `train`, the task's own inputs."""
     if stage.corpus == "task" or this.recipe.data.unlabeled is None:
         return "train"
     return "unlabeled"
 
 
-def _made(this: Run, bench: Workbench, stage: Adapt, part: str, name: str) -> Path:
+def _build_corpus_folder(
+    this: Run, bench: ExperimentContext, stage: Adapt, part: str, name: str
+) -> Path:
     """The folder of a corpus."""
 
     def make() -> str:
-        reads = _reads(this, bench, stage, part)
+        reads = _build_corpus_key(this, bench, stage, part)
         folder = this.folder / "phases" / f"{name}-{fingerprint(reads)[:8]}"
-        if run_folder.reads(folder) is None:
-            maker = _write_texts if bench.prepared.modality == "text" else _write_pictures
-            with run_folder.commit(folder, reads) as aside:
+        if run_folder.read_stage_inputs(folder) is None:
+            maker = _write_texts if bench.prepared.modality == "text" else _write_images
+            with run_folder.commit_stage(folder, reads) as aside:
                 facts = maker(this, bench, stage, part, aside)
                 told = {"from": part, "transductive": stage.transductive, **facts}
                 run_folder.write_text(aside / "facts.json", to_json(told))
         return folder.name
 
-    return this.folder / "phases" / distributed.share(make)
+    return this.folder / "phases" / distributed.broadcast_from_main(make)
 
 
-def _data(this: Run, bench: Workbench) -> Data:
+def _pin_data(this: Run, bench: ExperimentContext) -> Data:
     """The data section, tables of the hub at the commits that the run has begun with."""
-    return pinned(this.recipe.data, bench.prepared.facts["hub_revisions"])
+    return pin_revisions(this.recipe.data, bench.prepared.facts["hub_revisions"])
 
 
-def _facts(folder: Path) -> dict[str, Any]:
+def _read_facts(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "facts.json").read_text("utf-8"))
 
 
-def _reads(this: Run, bench: Workbench, stage: Adapt, part: str) -> dict[str, Any]:
+def _build_corpus_key(
+    this: Run, bench: ExperimentContext, stage: Adapt, part: str
+) -> dict[str, Any]:
     """What a corpus depends on: content, never places."""
-    data = _data(this, bench)
+    data = _pin_data(this, bench)
     rows = part == "train" and data.task is not None
     general = part == "general"
-    content = prepare.files_digest(data, bench.prepared.modality, (part,)) if not rows else ""
+    content = prepare.hash_data_files(data, bench.prepared.modality, (part,)) if not rows else ""
     return {
         "part": part,
         "content": content,
@@ -117,118 +128,126 @@ def _reads(this: Run, bench: Workbench, stage: Adapt, part: str) -> dict[str, An
         "measured": None if general else bench.prepared.facts["fingerprint"],
         "transductive": not general and stage.transductive,
         "bad_rows": data.bad_rows,
-        **_view(this, bench, stage, general),
+        **_build_encoding_key(this, bench, stage, general),
     }
 
 
-def _view(this: Run, bench: Workbench, stage: Adapt, general: bool) -> dict[str, Any]:
+def _build_encoding_key(
+    this: Run, bench: ExperimentContext, stage: Adapt, general: bool
+) -> dict[str, Any]:
     """How the encoder sees the corpus."""
     if isinstance(bench.inputs, ImageInputs):
         seen = fingerprint(bench.inputs.processor.to_dict())
         held = None if general else stage.held_out
         return {"processor": seen, "held_out": held, "seed": this.recipe.data.seed}
     tokenizer = fingerprint(json.loads(bench.inputs.tokenizer.backend_tokenizer.to_str()))
-    return {"tokenizer": tokenizer, "cut": asdict(_cut(this, bench, stage, general))}
+    return {"tokenizer": tokenizer, "cut": asdict(_build_block_spec(this, bench, stage, general))}
 
 
-def _cut(this: Run, bench: Workbench, stage: Adapt, general: bool = False) -> Cut:
+def _build_block_spec(
+    this: Run, bench: ExperimentContext, stage: Adapt, general: bool = False
+) -> BlockSpec:
     length: int = bench.inputs.max_length  # pyright: ignore[reportAttributeAccessIssue]
     if general:
-        return Cut(length, False, NEARLY_ALL, this.recipe.data.seed)
-    return Cut(length, stage.pack, stage.held_out, this.recipe.data.seed)
+        return BlockSpec(length, False, HELD_OUT_ALL, this.recipe.data.seed)
+    return BlockSpec(length, stage.pack, stage.held_out, this.recipe.data.seed)
 
 
 def _write_texts(
-    this: Run, bench: Workbench, stage: Adapt, part: str, folder: Path
+    this: Run, bench: ExperimentContext, stage: Adapt, part: str, folder: Path
 ) -> dict[str, Any]:
     """Tokens of a corpus of texts, without those that stand in validation and test."""
-    data, rows = _data(this, bench), bench.prepared.rows
+    data, rows = _pin_data(this, bench), bench.prepared.rows
     bad = BadRows(skip=data.bad_rows == "skip")
     general = part == "general"
     if part == "train" and data.task is not None:
-        splits = ("train", *MEASURED) if stage.transductive else ("train",)
-        texts: Iterable[str] = _texts(data.task, (row for split in splits for row in rows[split]))
+        splits = ("train", *MEASURED_SPLITS) if stage.transductive else ("train",)
+        texts: Iterable[str] = _iterate_texts(
+            data.task, (row for split in splits for row in rows[split])
+        )
     else:
-        texts = documents(data, part, bad)
+        texts = read_documents(data, part, bad)
     if general:
-        texts = _sample(texts, this.recipe.data.seed)
-    near = NearTexts(_texts(data.task, (row for split in MEASURED for row in rows[split])))
+        texts = _sample_texts(texts, this.recipe.data.seed)
+    near = NearTextIndex(
+        _iterate_texts(data.task, (row for split in MEASURED_SPLITS for row in rows[split]))
+    )
     drop: Callable[[str], bool] = lambda text: text in near  # noqa: E731
     if stage.transductive or general:
         drop = lambda text: False  # noqa: E731
-    cut = _cut(this, bench, stage, general)
+    cut = _build_block_spec(this, bench, stage, general)
     facts = write_text(texts, bench.inputs.tokenizer, cut, drop, folder)  # pyright: ignore
     return {**facts, "bad_rows": bad.count}
 
 
-def near_measured(bench: Workbench) -> Callable[[Row], bool]:
+def build_leak_test(bench: ExperimentContext) -> Callable[[Row], bool]:
     """Whether a row, whose pixels are known, is one of validation and test or nearly so."""
     task, inputs = bench.prepared.task, bench.inputs
-    rows = [row for split in MEASURED for row in bench.prepared.rows[split]]
+    rows = [row for split in MEASURED_SPLITS for row in bench.prepared.rows[split]]
     if isinstance(inputs, ImageInputs):
-        seen = NearPictures(canvas for row in rows for canvas in bench.canvases([row]))
-        return lambda row: inputs.known(row.content[0]) in seen
-    texts = NearTexts(_texts(task, rows))
-    return lambda row: any(text in texts for text in _texts(task, [row]))
+        seen = NearImageIndex(canvas for row in rows for canvas in bench.stack_canvases([row]))
+        return lambda row: inputs.get_pixels(row.content[0]) in seen
+    texts = NearTextIndex(_iterate_texts(task, rows))
+    return lambda row: any(text in texts for text in _iterate_texts(task, [row]))
 
 
-def rows_foreseen(data: Data, bench: Workbench, stage: Adapt) -> int | None:
+def estimate_rows(data: Data, bench: ExperimentContext, stage: Adapt) -> int | None:
     """About how many blocks or pictures of train's own inputs will train; None for another corpus,
     of which nothing is known before it is read."""
     if data.task is None or stage.corpus != "task" and data.unlabeled is not None:
         return None
-    splits = ("train", *MEASURED) if stage.transductive else ("train",)
+    splits = ("train", *MEASURED_SPLITS) if stage.transductive else ("train",)
     rows = [row for split in splits for row in bench.prepared.rows[split]]
     kept = (1 - stage.held_out) * len(rows)
     if stage.objective == "mlm" and stage.pack:
         length: int = bench.inputs.max_length  # pyright: ignore[reportAttributeAccessIssue]
-        kept *= bench.inputs.facts(rows[:SAMPLE])["median_tokens"] / length
+        kept *= bench.inputs.summarize(rows[:GENERAL_SAMPLE])["median_tokens"] / length
     return max(1, round(kept))
 
 
-def _texts(task: str | None, rows: Iterable[Row]) -> Iterator[str]:
+def _iterate_texts(task: str | None, rows: Iterable[Row]) -> Iterator[str]:
     """The rows' texts; of a pair each, of words one."""
     for row in rows:
-        yield from [" ".join(row.content)] if task == TOKENS else row.content
+        yield from [" ".join(row.content)] if task == TOKEN_CLASSIFICATION else row.content
 
 
-def _sample(texts: Iterable[str], seed: int) -> list[str]:
+def _sample_texts(texts: Iterable[str], seed: int) -> list[str]:
     """The documents of the smallest hashes: the same ones in whatever order they come."""
     kept: dict[bytes, str] = {}
     for text in texts:
-        kept[content_hash(f"{seed} general {text}")] = text
-        if len(kept) > 2 * SAMPLE:
-            kept = dict(sorted(kept.items())[:SAMPLE])
-    return [text for _, text in sorted(kept.items())[:SAMPLE]]
+        kept[hash_text(f"{seed} general {text}")] = text
+        if len(kept) > 2 * GENERAL_SAMPLE:
+            kept = dict(sorted(kept.items())[:GENERAL_SAMPLE])
+    return [text for _, text in sorted(kept.items())[:GENERAL_SAMPLE]]
 
 
-def _write_pictures(
-    this: Run, bench: Workbench, stage: Adapt, part: str, folder: Path
+def _write_images(
+    this: Run, bench: ExperimentContext, stage: Adapt, part: str, folder: Path
 ) -> dict[str, Any]:
     """Pixels of a corpus of pictures, without those that stand in validation and test."""
-    data, prepared = _data(this, bench), bench.prepared
+    data, prepared = _pin_data(this, bench), bench.prepared
     inputs = bench.inputs
     assert isinstance(inputs, ImageInputs)
     bad = BadRows(skip=data.bad_rows == "skip")
     if part == "train" and data.task is not None:
-        splits = ("train", *MEASURED) if stage.transductive else ("train",)
+        splits = ("train", *MEASURED_SPLITS) if stage.transductive else ("train",)
         found = [row for split in splits for row in prepared.rows[split]]
     else:
-        reading = reading_of(bench.source, str(data.task))
-        found = load_pictures(data, part, bad, reading)
+        reading = build_input_spec(bench.source, str(data.task))
+        found = load_images(data, part, bad, reading)
     distinct = {row.content[0]: row for row in found}
-    key = {name: content_hash(f"{data.seed} {name}") for name in distinct}
+    key = {name: hash_text(f"{data.seed} {name}") for name in distinct}
     names = sorted(distinct, key=lambda name: key[name])
     if part == "general":
-        names = names[:SAMPLE]
-    image_processing.write(inputs, [distinct[name] for name in names], folder)
-    inputs.use(folder)
+        names = names[:GENERAL_SAMPLE]
+    image_processing.write_image_cache(inputs, [distinct[name] for name in names], folder)
+    inputs.load_cache(folder)
     kept = names
     if not stage.transductive and part != "general":
-        measured = [row for split in MEASURED for row in prepared.rows[split]]
-        near = NearPictures(c for row in measured for c in bench.canvases([row]))
+        measured = [row for split in MEASURED_SPLITS for row in prepared.rows[split]]
+        near = NearImageIndex(c for row in measured for c in bench.stack_canvases([row]))
         known = {row.content[0] for row in measured}
-        kept = [n for n in names if n not in known and inputs.known(n) not in near]
+        kept = [n for n in names if n not in known and inputs.get_pixels(n) not in near]
     held = len(kept) if part == "general" else round(stage.held_out * len(kept))
     if len(kept) - held < 1 and part != "general" or held < 1:
         raise DataError(
@@ -248,7 +267,7 @@ def _write_pictures(
     }
 
 
-def pictures(bench: Workbench, names: list[str]) -> list[np.ndarray]:
+def load_canvases(bench: ExperimentContext, names: list[str]) -> list[np.ndarray]:
     """The stored pixels of pictures, by their hashes; they stay on the disk until read."""
     assert isinstance(bench.inputs, ImageInputs)
-    return [bench.inputs.known(name) for name in names]
+    return [bench.inputs.get_pixels(name) for name in names]

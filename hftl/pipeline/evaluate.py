@@ -6,37 +6,49 @@ from pathlib import Path
 from typing import Any
 
 from hftl import console
-from hftl.card.card import gain_sentence
-from hftl.card.result_sections import adaptation_sentence, was_measured
+from hftl.card.card import format_gain_sentence
+from hftl.card.result_sections import format_adaptation_sentence, has_forgetting
 from hftl.config.recipe import Arm, Recipe
 from hftl.data.image_processing import ImageInputs
-from hftl.data.labels import recognise_tags
+from hftl.data.labels import recognize_tag_scheme
 from hftl.errors import RunFolderError
 from hftl.finetune import arm_files
-from hftl.finetune.context import MEASURED, Workbench
-from hftl.measure.error_analysis import class_gains, mean_metrics
-from hftl.measure.gain import best_seed, figures, helped, ladder, lesser_gain, transfer_gain
+from hftl.finetune.context import MEASURED_SPLITS, ExperimentContext
+from hftl.measure.error_analysis import average_metrics, compute_class_gains
+from hftl.measure.gain import (
+    build_ladder,
+    compute_transfer_gain,
+    describe_adaptation_outcome,
+    find_best_seed,
+    select_lesser_gain,
+    summarize_adaptation,
+)
 from hftl.measure.metrics import Metric
-from hftl.measure.paired_comparison import collect
-from hftl.measure.record import SCHEMA_VERSION, Record, environment
-from hftl.measure.verdict import decide
-from hftl.models.source import weights_sha256
-from hftl.pipeline.adaptation import Step
-from hftl.pipeline.arms import Benches, Run
-from hftl.pipeline.finalize_record import write_publish
-from hftl.pipeline.forgetting import forgetting_record
-from hftl.publish.checks import reload_difference
-from hftl.publish.export import rebuild, write_base, write_model, write_sample
-from hftl.publish.sanitize import last_name
+from hftl.measure.paired_comparison import collect_predictions
+from hftl.measure.record import SCHEMA_VERSION, Record, describe_environment
+from hftl.measure.verdict import decide_verdict
+from hftl.models.source import hash_source_weights
+from hftl.pipeline.adaptation import FinishedStage
+from hftl.pipeline.arms import ArmContexts, Run
+from hftl.pipeline.finalize_record import write_publish_folder
+from hftl.pipeline.forgetting import build_forgetting_section
+from hftl.publish.checks import measure_reload_difference
+from hftl.publish.export import export_base, export_model, rebuild_model, write_reload_sample
+from hftl.publish.sanitize import strip_parents
 from hftl.runtime import hardware, run_folder
 from hftl.runtime.fingerprints import fingerprint, to_json
-from hftl.runtime.hardware import dtype_name
-from hftl.runtime.paths import PACKAGE
-from hftl.runtime.progress import working
+from hftl.runtime.hardware import get_dtype_name
+from hftl.runtime.paths import PACKAGE_PREFIX
+from hftl.runtime.progress import show_activity
 
 
-def finish(
-    this: Run, bench: Workbench, benches: Benches, steps: list[Step], metric: Metric, publish: bool
+def evaluate_run(
+    this: Run,
+    bench: ExperimentContext,
+    benches: ArmContexts,
+    steps: list[FinishedStage],
+    metric: Metric,
+    publish: bool,
 ) -> Record:
     """Measures, proves the reload, decides, and writes what is not there yet.
 
@@ -54,21 +66,23 @@ def finish(
         for arm in this.arms
     }
     inputs = {
-        "recipe": recipe.tree(),
-        "arms": {name: [run_folder.digest(f) for f in found] for name, found in folders.items()},
-        "adapt": [run_folder.digest(step.folder) for step in steps],
-        "data": run_folder.digest(run / "phases" / "data"),
+        "recipe": recipe.to_dict(),
+        "arms": {
+            name: [run_folder.hash_stage(f) for f in found] for name, found in folders.items()
+        },
+        "adapt": [run_folder.hash_stage(step.folder) for step in steps],
+        "data": run_folder.hash_stage(run / "phases" / "data"),
     }
-    record = written(
+    record = update_record(
         run, inputs, publish,
-        lambda: measure(this, bench, benches, steps, metric, folders),
-        lambda told: write_publish(run, told),
+        lambda: build_record(this, bench, benches, steps, metric, folders),
+        lambda told: write_publish_folder(run, told),
     )  # fmt: skip
-    this.say(_summary(record, publish))
+    this.say(_format_summary(record, publish))
     return record
 
 
-def written(
+def update_record(
     run: Path, inputs: dict[str, Any], publish: bool, measured: Callable[[], dict[str, Any]],
     published: Callable[[dict[str, Any]], None],
 ) -> Record:  # fmt: skip
@@ -81,75 +95,84 @@ def written(
         measured: makes the record's content.
         published: writes the publish folder of a record.
     """
-    done = run / run_folder.REPORT
+    done = run / run_folder.REPORT_STAGE
     # A publish folder that stands already must not fall behind the record.
     publish = publish or (run / "publish").exists()
     stamp = fingerprint({"inputs": fingerprint(inputs), "publish": publish})
-    if (run_folder.reads(done) or {}).get("inputs") != stamp or not run_folder.intact(run):
-        with working("measuring"):
+    if (run_folder.read_stage_inputs(done) or {}).get(
+        "inputs"
+    ) != stamp or not run_folder.is_intact(run):
+        with show_activity("measuring"):
             record = measured()
         if publish:
-            with working("card and report"):
+            with show_activity("card and report"):
                 published(record)
         run_folder.write_text(run / "record.json", to_json(record))
-        run_folder.note_finished(run, stamp)
+        run_folder.write_finished_files(run, stamp)
     return Record.read(run)
 
 
-def measure(
-    this: Run, bench: Workbench, benches: Benches, steps: list[Step], metric: Metric,
+def build_record(
+    this: Run,
+    bench: ExperimentContext,
+    benches: ArmContexts,
+    steps: list[FinishedStage],
+    metric: Metric,
     folders: dict[str, list[Path]],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The record's content: every figure from the arms' files."""
     recipe, run, arms = this.recipe, this.folder, this.arms
     own = arms[0]
-    told, entries = collect(folders, bench.prepared, metric)
-    best = best_seed(metric, told["validation"], own.name)
+    told, entries = collect_predictions(folders, bench.prepared, metric)
+    best = find_best_seed(metric, told["validation"], own.name)
     seed = recipe.measure.seeds[best]
-    difference = _package(run, benches[own.name], own, seed, folders[own.name][best])
-    gain = transfer_gain(metric, told["test"], own.name)
+    difference = _package_best_seed(run, benches[own.name], own, seed, folders[own.name][best])
+    gain = compute_transfer_gain(metric, told["test"], own.name)
     baseline = gain["baseline"] if gain else None
-    rows = ladder(metric, told["validation"], told["test"], own.name)
+    rows = build_ladder(metric, told["validation"], told["test"], own.name)
     over = {row["arm"]: row["gain_of_own"] for row in rows}
-    adapted = adaptation_record(steps, benches[own.name], over.get("source"), own.strategy)
+    adapted = build_adaptation_section(steps, benches[own.name], over.get("source"), own.strategy)
     search = run / "phases" / "search" / "search.json"
-    timings = {path.name: _timings(path) for found in folders.values() for path in found}
+    timings = {path.name: _read_timings(path) for found in folders.values() for path in found}
     scratch = any(arm.strategy == "scratch" for arm in arms)
     return {
         "schema_version": SCHEMA_VERSION,
-        "recipe": recipe.tree(),
-        "source": source_record(bench),
-        "data": _data(recipe, bench),
-        "check": bench.check(recipe.data.max_length, arms),
+        "recipe": recipe.to_dict(),
+        "source": build_source_section(bench),
+        "data": _build_data_section(recipe, bench),
+        "check": bench.run_preflight(recipe.data.max_length, arms),
         "forward": bench.inputs.arguments if isinstance(bench.inputs, ImageInputs) else None,
         "adapt": adapted,
         "metric": metric.name,
         "own_arm": own.name,
         "arms": entries,
-        "scratch_search": _search(search) if scratch else None,
+        "scratch_search": _read_search(search) if scratch else None,
         "ladder": rows,
         "transfer_gain": gain,
-        "test_metrics": mean_metrics(entries, own.name),
-        "classes": class_gains(told["test"], own.name, baseline, _classes(bench)),
-        "forgetting": forgetting_record(this, bench, folders),
+        "test_metrics": average_metrics(entries, own.name),
+        "classes": compute_class_gains(told["test"], own.name, baseline, _list_classes(bench)),
+        "forgetting": build_forgetting_section(this, bench, folders),
         "reload_difference": difference,
-        "verdict": decide(gain, over.get("head"), difference, over.get("source")),
+        "verdict": decide_verdict(gain, over.get("head"), difference, over.get("source")),
         "published_seed": seed,
-        "environment": environment(bench.device, dtype_name(recipe.finetune.training))
-        | _energy(recipe, timings),
+        "environment": describe_environment(bench.device, get_dtype_name(recipe.finetune.training))
+        | _estimate_energy(recipe, timings),
         "timings": timings,
     }  # fmt: skip
 
 
-def _energy(recipe: Recipe, timings: dict[str, dict[str, float]]) -> dict[str, float]:
+def _estimate_energy(recipe: Recipe, timings: dict[str, dict[str, float]]) -> dict[str, float]:
     """Return the energy of the trainings and its CO2, as far as they are known."""
-    spent = hardware.total(timings)
+    spent = hardware.sum_energy(timings)
     stated = recipe.publish.emissions
-    return spent | hardware.emissions(spent, stated and stated.grams_per_kwh)
+    return spent | hardware.compute_emissions(spent, stated and stated.grams_per_kwh)
 
 
-def adaptation_record(
-    steps: list[Step], own: Workbench | None, gain: dict[str, Any] | None, strategy: str
+def build_adaptation_section(
+    steps: list[FinishedStage],
+    own: ExperimentContext | None,
+    gain: dict[str, Any] | None,
+    strategy: str,
 ) -> dict[str, Any] | None:
     """What the record tells of the recipe's adaptations; None without any.
 
@@ -161,70 +184,72 @@ def adaptation_record(
     """
     if not steps:
         return None
-    stages = [figures(step.told) for step in steps]
-    bench = own or steps[-1].bench
+    stages = [summarize_adaptation(step.facts) for step in steps]
+    bench = own or steps[-1].context
     base = None
-    if bench.base_is_ours and strategy == "lora":
-        base = {"weights_sha256": weights_sha256(bench.public_base)}
-    words = helped(stages, gain)
+    if bench.base_is_adapted and strategy == "lora":
+        base = {"weights_sha256": hash_source_weights(bench.public_base)}
+    words = describe_adaptation_outcome(stages, gain)
     if gain is not None:
-        gain = lesser_gain({"source": gain})
+        gain = select_lesser_gain({"source": gain})
     return {"stages": stages, "gain": gain, "outcome": words, "base": base}
 
 
-def _package(run: Path, bench: Workbench, own: Arm, seed: int, arm_folder: Path) -> float:
+def _package_best_seed(
+    run: Path, bench: ExperimentContext, own: Arm, seed: int, arm_folder: Path
+) -> float:
     """The best seed's model as it will be published, and the proof that it reloads."""
     folder = run / "phases" / "package"
     reads = {
-        "arm": run_folder.digest(arm_folder),
+        "arm": run_folder.hash_stage(arm_folder),
         "base": str(bench.public_base.public_id),
         "revision": bench.public_base.revision,
-        "loras": [run_folder.sha256(path) for path in bench.loras],
+        "loras": [run_folder.hash_file(path) for path in bench.lora_factors],
     }
-    if run_folder.reads(folder) != reads:
-        model = rebuild(bench, own.finetune, seed, arm_folder / arm_files.WEIGHTS)
-        with run_folder.commit(folder, reads) as aside:
+    if run_folder.read_stage_inputs(folder) != reads:
+        model = rebuild_model(bench, own.finetune, seed, arm_folder / arm_files.WEIGHTS)
+        with run_folder.commit_stage(folder, reads) as aside:
             (aside / "model").mkdir()
-            write_model(bench, model, own.finetune, aside / "model")
-            if own.strategy == "lora" and bench.base_is_ours:
-                write_base(bench, aside / "base")
-            sample = write_sample(bench, arm_files.read_logits(arm_folder, "test"), aside)
-            with working("reloading in a fresh process"):
-                difference = reload_difference(
+            export_model(bench, model, own.finetune, aside / "model")
+            if own.strategy == "lora" and bench.base_is_adapted:
+                export_base(bench, aside / "base")
+            sample = write_reload_sample(bench, arm_files.read_logits(arm_folder, "test"), aside)
+            with show_activity("reloading in a fresh process"):
+                difference = measure_reload_difference(
                     aside / "model", bench.public_base.folder, sample, bench.device
                 )
             run_folder.write_text(aside / "reload.json", to_json({"difference": difference}))
     return json.loads((folder / "reload.json").read_text("utf-8"))["difference"]
 
 
-def source_record(bench: Workbench) -> dict[str, Any]:
+def build_source_section(bench: ExperimentContext) -> dict[str, Any]:
     """What the record tells of the source model."""
     source = bench.source
     return {
-        "model": source.spec,
-        "name": source.public_id or last_name(source.spec),
-        "local": source.local and not source.spec.startswith(PACKAGE),
+        "model": source.name,
+        "name": source.public_id or strip_parents(source.name),
+        "local": source.is_local and not source.name.startswith(PACKAGE_PREFIX),
         "published_as": source.public_id,
         "revision": source.revision,
         "architecture": source.architecture,
-        "weights_sha256": bench.weights,
+        "weights_sha256": bench.weights_hash,
     }
 
 
-def _data(recipe: Recipe, bench: Workbench) -> dict[str, Any]:
+def _build_data_section(recipe: Recipe, bench: ExperimentContext) -> dict[str, Any]:
     """The data's facts, its name, and how many labels were read."""
     facts = bench.prepared.facts
-    drawn = [bench.train_rows(seed) for seed in recipe.measure.seeds]
+    drawn = [bench.select_train_rows(seed) for seed in recipe.measure.seeds]
     if any(stage.guard in (None, "probe") for stage in recipe.stages):
-        drawn.append(bench.train_rows(recipe.data.seed))
+        drawn.append(bench.select_train_rows(recipe.data.seed))
     train = {row.content: row for rows in drawn for row in rows}
-    held = [row for split in MEASURED for row in bench.prepared.rows[split]]
-    words = bench.prepared.words
+    held = [row for split in MEASURED_SPLITS for row in bench.prepared.rows[split]]
+    words = bench.prepared.count_words
     return {
         **facts,
         "name": recipe.data.train.path
         if "train" in facts["hub_revisions"]
-        else last_name(recipe.data.train.path),
+        else strip_parents(recipe.data.train.path),
         "labels_read": {
             "train_per_seed": sum(words(drawn[0])),
             "total": sum(words([*train.values(), *held])),
@@ -232,30 +257,30 @@ def _data(recipe: Recipe, bench: Workbench) -> dict[str, Any]:
     }
 
 
-def _classes(bench: Workbench) -> list[str]:
+def _list_classes(bench: ExperimentContext) -> list[str]:
     """Return the classes of a row as a whole, for words the types of entities; none for a
     target."""
     names = bench.prepared.names
     words = bench.prepared.task == "token-classification"
-    return recognise_tags(tuple(names)).types if words else names
+    return recognize_tag_scheme(tuple(names)).types if words else names
 
 
-def _search(path: Path) -> dict[str, Any]:
+def _read_search(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))
 
 
-def _timings(folder: Path) -> dict[str, float]:
+def _read_timings(folder: Path) -> dict[str, float]:
     return json.loads((folder / "metrics.json").read_text("utf-8"))["timings"]
 
 
-def _summary(record: Record, publish: bool) -> str:
+def _format_summary(record: Record, publish: bool) -> str:
     tree, run = record.tree, record.folder
-    lines = ["", console.ladder(tree)]
-    if was_measured(tree):
-        lines += ["", console.forgetting(tree)]
-    lines += ["", gain_sentence(tree)]
+    lines = ["", console.format_ladder(tree)]
+    if has_forgetting(tree):
+        lines += ["", console.format_forgetting(tree)]
+    lines += ["", format_gain_sentence(tree)]
     if tree["adapt"]:
-        lines.append(adaptation_sentence(tree))
+        lines.append(format_adaptation_sentence(tree))
     lines.append(f"verdict: {record.verdict['decision']}")
     lines += [f"  {reason}" for reason in record.verdict["reasons"]]
     lines += ["", f"record   {run}/record.json"]
@@ -275,13 +300,13 @@ def rewrite_card(run: Path) -> None:
     """
     if not (run / "record.json").exists() or not (run / "phases" / "package").exists():
         raise RunFolderError(f"{run} has no record", "Finish it with `hftl run`")
-    with run_folder.locked(run):
+    with run_folder.lock_run(run):
         # What the card is written from must be what was measured, or it would vouch for the rest.
-        run_folder.check_finished(run, "record.json")
+        run_folder.check_finished_files(run, "record.json")
         record = Record.read(run).tree
         arm = f"arms/{record['own_arm']}-seed{record['published_seed']}"
         for part in ("phases/package", "phases/data", arm):
-            if run_folder.reads(run / part) is None:
+            if run_folder.read_stage_inputs(run / part) is None:
                 raise RunFolderError(f"{run / part} is missing", "Run the same `hftl run` again")
-        write_publish(run, record)
-        run_folder.note_finished(run)
+        write_publish_folder(run, record)
+        run_folder.write_finished_files(run)

@@ -6,23 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from hftl.card.report import render_report
-from hftl.card.result_sections import adaptation_sentence, render_adapted
+from hftl.card.result_sections import format_adaptation_sentence, render_adaptation_card
 from hftl.data.image_processing import ImageInputs
-from hftl.finetune.context import Workbench
-from hftl.measure.record import SCHEMA_VERSION, Record, environment
-from hftl.measure.verdict import decide_adapted
-from hftl.pipeline.adaptation import Step
+from hftl.finetune.context import ExperimentContext
+from hftl.measure.record import SCHEMA_VERSION, Record, describe_environment
+from hftl.measure.verdict import decide_adaptation_verdict
+from hftl.pipeline.adaptation import FinishedStage
 from hftl.pipeline.arms import Run
-from hftl.pipeline.evaluate import adaptation_record, source_record, written
-from hftl.pipeline.finalize_record import put_in_place
-from hftl.publish.export import write_encoder_alone
-from hftl.publish.sanitize import place_of, publishable
+from hftl.pipeline.evaluate import build_adaptation_section, build_source_section, update_record
+from hftl.pipeline.finalize_record import replace_folder
+from hftl.publish.export import export_encoder
+from hftl.publish.sanitize import get_load_path, sanitize_record
 from hftl.runtime import run_folder
 from hftl.runtime.fingerprints import to_json
-from hftl.runtime.hardware import dtype_name
+from hftl.runtime.hardware import get_dtype_name
 
 
-def finish_adapted(this: Run, bench: Workbench, steps: list[Step], publish: bool) -> None:
+def evaluate_adaptation(
+    this: Run, bench: ExperimentContext, steps: list[FinishedStage], publish: bool
+) -> None:
     """Measures, decides, and writes what is not there yet.
 
     Args:
@@ -32,17 +34,17 @@ def finish_adapted(this: Run, bench: Workbench, steps: list[Step], publish: bool
         publish: whether card, report and publish folder are wanted too.
     """
     inputs = {
-        "recipe": this.recipe.tree(),
-        "adapt": [run_folder.digest(step.folder) for step in steps],
+        "recipe": this.recipe.to_dict(),
+        "adapt": [run_folder.hash_stage(step.folder) for step in steps],
     }
-    last = steps[-1].bench
-    record = written(
+    last = steps[-1].context
+    record = update_record(
         this.folder, inputs, publish,
-        lambda: _measure(this, bench, steps),
-        lambda told: _write_publish(this.folder, last, told),
+        lambda: _build_adaptation_record(this, bench, steps),
+        lambda told: _write_publish_folder(this.folder, last, told),
     )  # fmt: skip
     tree = record.tree
-    lines = ["", adaptation_sentence(tree), f"verdict: {record.verdict['decision']}"]
+    lines = ["", format_adaptation_sentence(tree), f"verdict: {record.verdict['decision']}"]
     lines += [f"  {reason}" for reason in record.verdict["reasons"]]
     lines += ["", f"record   {this.folder}/record.json"]
     if publish:
@@ -50,15 +52,17 @@ def finish_adapted(this: Run, bench: Workbench, steps: list[Step], publish: bool
     this.say("\n".join(lines))
 
 
-def _measure(this: Run, bench: Workbench, steps: list[Step]) -> dict[str, Any]:
+def _build_adaptation_record(
+    this: Run, bench: ExperimentContext, steps: list[FinishedStage]
+) -> dict[str, Any]:
     recipe = this.recipe
-    adapted = adaptation_record(steps, None, None, "full")
+    adapted = build_adaptation_section(steps, None, None, "full")
     assert adapted is not None
     training = recipe.stages[-1].training
     return {
         "schema_version": SCHEMA_VERSION,
-        "recipe": recipe.tree(),
-        "source": source_record(bench),
+        "recipe": recipe.to_dict(),
+        "source": build_source_section(bench),
         "data": bench.prepared.facts | {"name": Path(recipe.data.train.path).name},
         "check": {"warnings": []},
         "forward": bench.inputs.arguments if isinstance(bench.inputs, ImageInputs) else None,
@@ -69,44 +73,44 @@ def _measure(this: Run, bench: Workbench, steps: list[Step]) -> dict[str, Any]:
         "ladder": [],
         "transfer_gain": None,
         "forgetting": None,
-        "verdict": decide_adapted(adapted["stages"]),
-        "environment": environment(bench.device, dtype_name(training)),
+        "verdict": decide_adaptation_verdict(adapted["stages"]),
+        "environment": describe_environment(bench.device, get_dtype_name(training)),
         "timings": {},
     }
 
 
-def adapts_only(run: Path) -> bool:
+def is_adaptation_run(run: Path) -> bool:
     """Whether a run has a record, and no arm in it."""
     return (run / "record.json").exists() and not Record.read(run).tree.get("arms")
 
 
-def rewrite_card(run: Path) -> None:
+def rewrite_adaptation_card(run: Path) -> None:
     """Writes card and report again from the record of a finished adaptation.
 
     Raises:
         RunFolderError: if the run is not finished, or is in use.
     """
-    with run_folder.locked(run):
-        run_folder.check_finished(run)
+    with run_folder.lock_run(run):
+        run_folder.check_finished_files(run)
         aside = run / ".tmp-publish"
         shutil.copytree(run / "publish", aside)
-        _write_card(run, aside, Record.read(run).tree)
-        run_folder.note_finished(run)
+        _write_adaptation_card(run, aside, Record.read(run).tree)
+        run_folder.write_finished_files(run)
 
 
-def _write_publish(run: Path, bench: Workbench, record: dict[str, Any]) -> None:
+def _write_publish_folder(run: Path, bench: ExperimentContext, record: dict[str, Any]) -> None:
     """publish/ and report.html, written aside and put in place together."""
     aside = run / ".tmp-publish"
     aside.mkdir()
-    write_encoder_alone(bench, aside)
-    _write_card(run, aside, record)
+    export_encoder(bench, aside)
+    _write_adaptation_card(run, aside, record)
 
 
-def _write_card(run: Path, aside: Path, record: dict[str, Any]) -> None:
-    told = json.loads(to_json(publishable(record)))
-    card = render_adapted(told, place_of(told))
+def _write_adaptation_card(run: Path, aside: Path, record: dict[str, Any]) -> None:
+    told = json.loads(to_json(sanitize_record(record)))
+    card = render_adaptation_card(told, get_load_path(told))
     run_folder.write_text(aside / "README.md", card)
     run_folder.write_text(aside / "hftl.json", to_json(told))
     report = render_report(card, aside, told)
-    put_in_place(run, aside, "publish")
+    replace_folder(run, aside, "publish")
     run_folder.write_text(run / "report.html", report)

@@ -8,39 +8,41 @@ from pathlib import Path
 from typing import Any
 
 from hftl.card.card import render_card
-from hftl.card.metadata import EVERY_EVAL, benchmark_files
+from hftl.card.metadata import EVERY_EVAL_EVER_FILE, build_benchmark_files
 from hftl.card.plots import plot_frontier, plot_ladder
-from hftl.card.report import Picture, render_report
-from hftl.card.result_sections import render_adapted, was_measured
-from hftl.card.training_sections import told_examples, widget_examples
+from hftl.card.report import ImageLookup, render_report
+from hftl.card.result_sections import has_forgetting, render_adaptation_card
+from hftl.card.training_sections import build_examples, build_widget_examples
 from hftl.data import image_processing, prepare
-from hftl.measure.error_analysis import Errors, errors_of, sample_outputs
-from hftl.publish.sanitize import place_of, publishable
+from hftl.measure.error_analysis import ErrorAnalysis, analyze_errors, collect_sample_outputs
+from hftl.publish.sanitize import get_load_path, sanitize_record
 from hftl.runtime import run_folder
 from hftl.runtime.fingerprints import to_json
 
 
-def write_publish(run: Path, record: dict[str, Any]) -> None:
+def write_publish_folder(run: Path, record: dict[str, Any]) -> None:
     """publish/ and report.html, written aside and put in place together."""
     aside = run / ".tmp-publish"
     shutil.copytree(run / "phases" / "package" / "model", aside)
-    told = json.loads(to_json(publishable(record)))
-    errors, picture = _errors(run, told)
+    told = json.loads(to_json(sanitize_record(record)))
+    errors, picture = _load_errors(run, told)
     if told["recipe"]["publish"].get("examples"):
-        told["examples"] = told_examples(errors.mistakes, picture, aside)
-        prepared = prepare.read(run / "phases" / "data")
-        told["widget"] = widget_examples(sample_outputs(prepared, _arm(run, told)))
+        told["examples"] = build_examples(errors.mistakes, picture, aside)
+        prepared = prepare.read_prepared_data(run / "phases" / "data")
+        told["widget"] = build_widget_examples(
+            collect_sample_outputs(prepared, _published_arm_folder(run, told))
+        )
     plot_ladder(told, aside / "assets" / "ladder.png")
-    if was_measured(told):
+    if has_forgetting(told):
         plot_frontier(told, aside / "assets" / "frontier.png")
-    card = render_card(told, place_of(told))
+    card = render_card(told, get_load_path(told))
     run_folder.write_text(aside / "README.md", card)
     run_folder.write_text(aside / "hftl.json", to_json(told))
-    for name, text in benchmark_files(told, first_written(run)).items():
+    for name, text in build_benchmark_files(told, find_first_timestamp(run)).items():
         (aside / name).parent.mkdir(exist_ok=True)
         run_folder.write_text(aside / name, text)
     report = render_report(card, aside, told, errors, picture)
-    put_in_place(run, aside, "publish")
+    replace_folder(run, aside, "publish")
     if (run / "phases" / "package" / "base").exists():
         write_base_card(run, told)
     elif (run / "publish-base").exists():
@@ -48,7 +50,7 @@ def write_publish(run: Path, record: dict[str, Any]) -> None:
     run_folder.write_text(run / "report.html", report)
 
 
-def report(run: Path, told: dict[str, Any], card: str) -> str | None:
+def rebuild_report(run: Path, told: dict[str, Any], card: str) -> str | None:
     """report.html anew; None where the run lost what it shows.
 
     Args:
@@ -58,31 +60,35 @@ def report(run: Path, told: dict[str, Any], card: str) -> str | None:
     """
     if not told["arms"]:
         return render_report(card, run / "publish", told)
-    parts = [run / "phases" / "data", _arm(run, told)]
+    parts = [run / "phases" / "data", _published_arm_folder(run, told)]
     if told["data"]["modality"] == "image":
         parts.append(run / "phases" / "pixels")
     if not all(part.exists() for part in parts):
         return None
-    return render_report(card, run / "publish", told, *_errors(run, told))
+    return render_report(card, run / "publish", told, *_load_errors(run, told))
 
 
-def first_written(run: Path) -> str:
+def find_first_timestamp(run: Path) -> str:
     """Return when the benchmark's files were made first, in seconds since 1970: now, or before."""
-    path = run / "publish" / EVERY_EVAL
+    path = run / "publish" / EVERY_EVAL_EVER_FILE
     if not path.exists():
         return str(int(time.time()))
     return json.loads(path.read_text(encoding="utf-8"))["retrieved_timestamp"]
 
 
-def _errors(run: Path, record: dict[str, Any]) -> tuple[Errors, Picture | None]:
+def _load_errors(run: Path, record: dict[str, Any]) -> tuple[ErrorAnalysis, ImageLookup | None]:
     """What the published weights get wrong on test, and the pictures where rows are pictures."""
     phases = run / "phases"
-    errors = errors_of(prepare.read(phases / "data"), _arm(run, record))
+    errors = analyze_errors(
+        prepare.read_prepared_data(phases / "data"), _published_arm_folder(run, record)
+    )
     images = record["data"]["modality"] == "image"
-    return errors, image_processing.stored(phases / "pixels").__getitem__ if images else None
+    return errors, image_processing.load_image_cache(
+        phases / "pixels"
+    ).__getitem__ if images else None
 
 
-def _arm(run: Path, record: dict[str, Any]) -> Path:
+def _published_arm_folder(run: Path, record: dict[str, Any]) -> Path:
     return run / "arms" / f"{record['own_arm']}-seed{record['published_seed']}"
 
 
@@ -90,12 +96,12 @@ def write_base_card(run: Path, told: dict[str, Any]) -> None:
     """publish-base/: the adapted base that the adapter is put on, which must be pushed first."""
     aside = run / ".tmp-publish-base"
     shutil.copytree(run / "phases" / "package" / "base", aside)
-    run_folder.write_text(aside / "README.md", render_adapted(told))
+    run_folder.write_text(aside / "README.md", render_adaptation_card(told))
     run_folder.write_text(aside / "hftl.json", to_json(told))
-    put_in_place(run, aside, "publish-base")
+    replace_folder(run, aside, "publish-base")
 
 
-def put_in_place(run: Path, aside: Path, name: str) -> None:
+def replace_folder(run: Path, aside: Path, name: str) -> None:
     """A finished folder takes the place of the one of that name."""
     target, old = run / name, run / f".tmp-old-{name}"
     if target.exists():
@@ -107,7 +113,7 @@ def put_in_place(run: Path, aside: Path, name: str) -> None:
 # What is only known once a run is pushed, written into its record, cards and adapter config.
 
 
-def amend(
+def amend_record(
     record: dict[str, Any], repo_id: str, forced: str | None, base: tuple[str, str] | None,
     license: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -136,21 +142,23 @@ def amend(
     return tree
 
 
-def texts(run: Path, record: dict[str, Any], base: tuple[str, str] | None) -> dict[str, str]:
+def render_amended_files(
+    run: Path, record: dict[str, Any], base: tuple[str, str] | None
+) -> dict[str, str]:
     """The files of a run that tell what is only known once it is pushed, by path."""
-    told = json.loads(to_json(publishable(record)))
+    told = json.loads(to_json(sanitize_record(record)))
     before = json.loads((run / "publish" / "hftl.json").read_text(encoding="utf-8"))
     for key in ("examples", "widget"):
         if key in before:
             told[key] = before[key]
-    render = render_card if record["arms"] else render_adapted
+    render = render_card if record["arms"] else render_adaptation_card
     found = {
         "record.json": to_json(record),
-        "publish/README.md": render(told, place_of(told)),
+        "publish/README.md": render(told, get_load_path(told)),
         "publish/hftl.json": to_json(told),
     }
     if record["arms"]:
-        files = benchmark_files(told, first_written(run))
+        files = build_benchmark_files(told, find_first_timestamp(run))
         found |= {f"publish/{name}": text for name, text in files.items()}
     path = run / "publish" / "adapter_config.json"
     if base is not None:
@@ -162,21 +170,23 @@ def texts(run: Path, record: dict[str, Any], base: tuple[str, str] | None) -> di
     return found
 
 
-def base_texts(record: dict[str, Any], base_id: str) -> dict[str, str]:
+def render_base_files(record: dict[str, Any], base_id: str) -> dict[str, str]:
     """The same of the adapted base."""
-    told = json.loads(to_json(publishable(record)))
+    told = json.loads(to_json(sanitize_record(record)))
     return {
-        "publish-base/README.md": render_adapted(told, base_id),
+        "publish-base/README.md": render_adaptation_card(told, base_id),
         "publish-base/hftl.json": to_json(told),
     }
 
 
-def report_text(run: Path, amended: dict[str, str]) -> dict[str, str]:
+def render_amended_report(run: Path, amended: dict[str, str]) -> dict[str, str]:
     """The report of the amended card; as it was where the run lost what the report shows.
 
     Args:
         run: the run folder.
-        amended: what `texts` gave.
+        amended: what `render_amended_files` gave.
     """
-    page = report(run, json.loads(amended["publish/hftl.json"]), amended["publish/README.md"])
+    page = rebuild_report(
+        run, json.loads(amended["publish/hftl.json"]), amended["publish/README.md"]
+    )
     return {} if page is None else {"report.html": page}

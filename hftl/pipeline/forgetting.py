@@ -7,19 +7,24 @@ import numpy as np
 
 from hftl.config.recipe import Arm
 from hftl.finetune.arm_files import read_embeddings, write_embeddings
-from hftl.finetune.context import Workbench
-from hftl.finetune.pretraining_heads import compared, embed_original, own_classes
-from hftl.finetune.retention import TAU
-from hftl.measure.forgetting import Asked, Features, figures, section
+from hftl.finetune.context import ExperimentContext
+from hftl.finetune.pretraining_heads import embed_source, find_source_classes, select_compared_rows
+from hftl.finetune.retention import DEFAULT_TAU
+from hftl.measure.forgetting import (
+    Features,
+    ForgettingSpec,
+    build_forgetting_arms,
+    measure_forgetting,
+)
 from hftl.pipeline.arms import Run
 from hftl.runtime import run_folder
 
-COMPARED = ("head", "partial", "gradual", "lora", "full")
+COMPARED_STRATEGIES = ("head", "partial", "gradual", "lora", "full")
 """The strategies whose encoder comes from the source."""
 
 
-def forgetting_record(
-    this: Run, bench: Workbench, folders: dict[str, list[Path]]
+def build_forgetting_section(
+    this: Run, bench: ExperimentContext, folders: dict[str, list[Path]]
 ) -> dict[str, Any] | None:
     """What the record tells of forgetting; None where no arm's encoder comes from the source.
 
@@ -28,26 +33,30 @@ def forgetting_record(
         bench: the source as it is, and the rows.
         folders: for each arm its folders, one a seed.
     """
-    arms = {arm.name: arm for arm in this.arms if arm.strategy in COMPARED}
+    arms = {arm.name: arm for arm in this.arms if arm.strategy in COMPARED_STRATEGIES}
     stored = {name: [read_embeddings(folder) for folder in folders[name]] for name in arms}
     # A head on the source as it is leaves the encoder alone; other arms without embeddings are of
     # a version that kept none.
-    kept = {n: s for n, s in stored.items() if all(s) or _is_original(arms[n])}
+    kept = {n: s for n, s in stored.items() if all(s) or _keeps_source_encoder(arms[n])}
     if not kept:
         return None
-    before = _original(this, bench)
+    before = _load_source_embeddings(this, bench)
     after: dict[str, list[Features]] = {
         name: [told or before for told in found] for name, found in kept.items()
     }
     general = bench.general
-    asked = Asked(
-        {} if general is None else {name: general.values(name) for name in general.controls},
+    asked = ForgettingSpec(
+        {}
+        if general is None
+        else {name: general.get_control_values(name) for name in general.controls},
         () if general is None else general.classes,
-        None if general is None else general.units(),
-        TAU[bench.prepared.modality],
+        None if general is None else general.get_document_ids(),
+        DEFAULT_TAU[bench.prepared.modality],
     )
-    plain = {name: _without_retention(arms[name], [arms[n] for n in kept]) for name in kept}
-    rows = {part: len(found) for part, found in compared(bench).items()}
+    plain = {
+        name: _find_arm_without_retention(arms[name], [arms[n] for n in kept]) for name in kept
+    }
+    rows = {part: len(found) for part, found in select_compared_rows(bench).items()}
     return {
         "rows": rows.get("general", 0),
         "new_rows": rows["new"],
@@ -58,24 +67,24 @@ def forgetting_record(
             for name, labels in asked.controls.items()
         ],
         "tau": asked.tau,
-        "backward_control": _backward_control(bench, before),
-        **section(figures(before, after, asked), asked, plain),
+        "backward_control": _find_backward_control(bench, before),
+        **build_forgetting_arms(measure_forgetting(before, after, asked), asked, plain),
     }
 
 
-def _backward_control(bench: Workbench, before: Features) -> str | None:
+def _find_backward_control(bench: ExperimentContext, before: Features) -> str | None:
     """The control that holds the source's own classes, where it was asked for them."""
     if bench.general is None or "backward" not in before:
         return None
-    known = own_classes(bench.source, bench.general)
+    known = find_source_classes(bench.source, bench.general)
     return known and known[0]
 
 
-def _is_original(arm: Arm) -> bool:
+def _keeps_source_encoder(arm: Arm) -> bool:
     return arm.strategy == "head" and not arm.stages
 
 
-def _without_retention(arm: Arm, others: list[Arm]) -> str | None:
+def _find_arm_without_retention(arm: Arm, others: list[Arm]) -> str | None:
     """The name of the same arm without retention."""
     if arm.retain is None:
         return None
@@ -83,16 +92,16 @@ def _without_retention(arm: Arm, others: list[Arm]) -> str | None:
     return next((o.name for o in others if (o.strategy, o.stages, o.retain) == like), None)
 
 
-def _original(this: Run, bench: Workbench) -> dict[str, np.ndarray]:
+def _load_source_embeddings(this: Run, bench: ExperimentContext) -> dict[str, np.ndarray]:
     """The source's embeddings, computed where they do not stand."""
     folder = this.folder / "phases" / "original"
     reads = {
-        "weights": bench.weights,
+        "weights": bench.weights_hash,
         "data": bench.prepared.facts["fingerprint"],
         "general": None if bench.general is None else bench.general.facts["fingerprint"],
     }
-    if run_folder.reads(folder) != reads:
-        found = embed_original(bench, this.recipe.data.seed)
-        with run_folder.commit(folder, reads) as aside:
+    if run_folder.read_stage_inputs(folder) != reads:
+        found = embed_source(bench, this.recipe.data.seed)
+        with run_folder.commit_stage(folder, reads) as aside:
             write_embeddings(aside, found)
     return read_embeddings(folder)

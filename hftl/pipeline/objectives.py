@@ -8,24 +8,24 @@ import numpy as np
 from torch.utils.data import Subset
 
 from hftl.adapt import adaptation as training
-from hftl.adapt.encoder_io import encoder_state
-from hftl.adapt.guard import Rule
-from hftl.adapt.mae import check_architecture, load_mae, teacher_features
-from hftl.adapt.masked_patches import MaskedPictures
-from hftl.adapt.masked_patches import collate as collate_pictures
-from hftl.adapt.mlm import load_mlm, masked_class
-from hftl.config.adapt import TOLERANCE, Adapt
+from hftl.adapt.encoder_io import merge_encoder_state
+from hftl.adapt.guard import GuardRule
+from hftl.adapt.mae import check_mae_architecture, compute_teacher_features, load_mae
+from hftl.adapt.masked_patches import MaskedImageDataset
+from hftl.adapt.masked_patches import collate_masked_images as collate_pictures
+from hftl.adapt.mlm import find_mlm_class, load_mlm
+from hftl.config.adapt import DEFAULT_TOLERANCES, Adapt
 from hftl.config.recipe import Recipe
 from hftl.data import image_processing as canvases
 from hftl.data import masking
-from hftl.data.image_processing import ImageInputs, target_size
+from hftl.data.image_processing import ImageInputs, get_image_size
 from hftl.errors import DataError, RecipeError
-from hftl.finetune.context import Workbench
-from hftl.finetune.guard_metrics import neighbours_kept, probe_score
+from hftl.finetune.context import ExperimentContext
+from hftl.finetune.guard_metrics import build_neighbour_agreement, build_probe_score
 from hftl.models.source import SourceModel, load_tokenizer
-from hftl.pipeline.corpora import SAMPLE, Corpus, pictures
+from hftl.pipeline.corpora import GENERAL_SAMPLE, Corpus, load_canvases
 
-HELD_OUT = 256
+HELD_OUT_ROWS = 256
 """Blocks or pictures that a held-out loss is taken on, at most."""
 NEIGHBOURS = 10
 """Nearest neighbours that are compared."""
@@ -38,23 +38,23 @@ def check_objective(stage: Adapt, source: SourceModel) -> None:
         RecipeError: naming the architecture, or what the tokenizer lacks or has too much.
     """
     if stage.objective == "mae":
-        check_architecture(source)
+        check_mae_architecture(source)
     else:
-        masked_class(source)
+        find_mlm_class(source)
         tokenizer = load_tokenizer(source)
-        masking.masking_of(tokenizer, stage.mask_ratio, stage.whole_words)
+        masking.build_masking_spec(tokenizer, stage.mask_ratio, stage.whole_words)
         tokens, embedded = max(tokenizer.get_vocab().values()) + 1, source.config.vocab_size
         if tokens > embedded:
             raise RecipeError(
-                f"source.model: the tokenizer of {source.spec} has {tokens} tokens, and the model "
+                f"source.model: the tokenizer of {source.name} has {tokens} tokens, and the model "
                 f"embeds {embedded}, so that adaptation may meet tokens without an embedding",
                 "Save the source model with embeddings for all tokens (resize_token_embeddings), "
                 "or with its own tokenizer",
             )
 
 
-def objective(
-    bench: Workbench, plain: Workbench, stage: Adapt, seed: int, head: Path | None
+def build_objective(
+    bench: ExperimentContext, plain: ExperimentContext, stage: Adapt, seed: int, head: Path | None
 ) -> tuple[Any, tuple[str, ...]]:
     """The model of an objective, and the names of what must be warmed of its head.
 
@@ -68,7 +68,7 @@ def objective(
     if stage.objective == "mlm":
         return load_mlm(bench.source, seed, head)
     assert isinstance(bench.inputs, ImageInputs)
-    side = target_size(bench.inputs.processor)
+    side = get_image_size(bench.inputs.processor)
     model, fresh = load_mae(
         bench.source, side, stage.mask_ratio, stage.decoder.model_dump(), seed, head,
         plain.source,
@@ -77,36 +77,36 @@ def objective(
     return model, fresh
 
 
-def rule_of(recipe: Recipe, stage: Adapt, first: dict[str, Any] | None) -> Rule:
+def build_guard_rule(recipe: Recipe, stage: Adapt, first: dict[str, Any] | None) -> GuardRule:
     """The guard: as asked, else the strongest that the recipe's data allow."""
     guard = stage.guard
     if guard is None:
         guard = "neighbours" if recipe.data.task is None else "probe"
-    tolerance = TOLERANCE[guard] if stage.tolerance is None else stage.tolerance
+    tolerance = DEFAULT_TOLERANCES[guard] if stage.tolerance is None else stage.tolerance
     probed, masked = guard == "probe", stage.objective == "mae"
     same = first is not None and first["guard"] == guard and guard != "off"
-    return Rule(
+    return GuardRule(
         guard, tolerance, origin=first["history"][0]["guard"] if first and same else None,
         by_guard=masked and probed,
         relative=probed and recipe.data.task == "regression" or masked and guard == "general",
     )  # fmt: skip
 
 
-def measure_of(
-    recipe: Recipe, bench: Workbench, rule: Rule, corpus: Corpus, model: Any
+def build_guard_metric(
+    recipe: Recipe, bench: ExperimentContext, rule: GuardRule, corpus: Corpus, model: Any
 ) -> Callable[[], float] | None:
     """What the guard calls at every look."""
     finetune = recipe.finetune
     if rule.guard == "probe":
         seed = recipe.data.seed
-        return probe_score(bench, finetune.pooling, seed, lambda: encoder_state(model))
+        return build_probe_score(bench, finetune.pooling, seed, lambda: merge_encoder_state(model))
     if rule.guard != "neighbours":
         return None
     rows = corpus.general if corpus.general is not None else corpus.held_out
     if isinstance(bench.inputs, ImageInputs):
-        encoded = [{"pixel_values": picture} for picture in pictures(bench, rows)]
+        encoded = [{"pixel_values": picture} for picture in load_canvases(bench, rows)]
     else:
-        ids = [rows[i][0].tolist() for i in _spread(len(rows), SAMPLE)]
+        ids = [rows[i][0].tolist() for i in _spread_indices(len(rows), GENERAL_SAMPLE)]
         encoded = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]
     if len(encoded) <= NEIGHBOURS:
         raise DataError(
@@ -114,63 +114,69 @@ def measure_of(
             f"{len(encoded)} rows are held out",
             "Give data.general, a larger adapt.held_out, or another guard",
         )
-    return neighbours_kept(bench, encoded, recipe.data.seed, lambda: encoder_state(model))
+    return build_neighbour_agreement(
+        bench, encoded, recipe.data.seed, lambda: merge_encoder_state(model)
+    )
 
 
-def task_of(
-    bench: Workbench, plain: Workbench, stage: Adapt, corpus: Corpus, seed: int
-) -> training.Task:
+def build_adaptation_task(
+    bench: ExperimentContext, plain: ExperimentContext, stage: Adapt, corpus: Corpus, seed: int
+) -> training.AdaptationTask:
     """The corpus as the objective takes it: hidden anew in every epoch, in evaluation always the
     same."""
     if stage.objective == "mlm":
-        return _text_task(bench, stage, corpus, seed)
-    return _picture_task(bench, plain, stage, corpus, seed)
+        return _build_text_task(bench, stage, corpus, seed)
+    return _build_image_task(bench, plain, stage, corpus, seed)
 
 
-def _text_task(bench: Workbench, stage: Adapt, corpus: Corpus, seed: int) -> training.Task:
+def _build_text_task(
+    bench: ExperimentContext, stage: Adapt, corpus: Corpus, seed: int
+) -> training.AdaptationTask:
     tokenizer: Any = bench.inputs.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
-    masks = masking.masking_of(tokenizer, stage.mask_ratio, stage.whole_words)
+    masks = masking.build_masking_spec(tokenizer, stage.mask_ratio, stage.whole_words)
 
     def hidden(blocks: Any, fixed: bool) -> masking.MaskedBlocks:
         return masking.MaskedBlocks(blocks, masks, seed, tokenizer.pad_token_id, fixed)
 
     def held(blocks: Any) -> Subset[Any]:
-        return Subset(hidden(blocks, True), _spread(len(blocks), HELD_OUT))
+        return Subset(hidden(blocks, True), _spread_indices(len(blocks), HELD_OUT_ROWS))
 
-    return training.Task(
+    return training.AdaptationTask(
         hidden(corpus.train, False),
         held(corpus.held_out),
         None if corpus.general is None else held(corpus.general),
-        lambda rows: masking.collate(rows, tokenizer.pad_token_id),
+        lambda rows: masking.collate_masked_blocks(rows, tokenizer.pad_token_id),
     )
 
 
-def _picture_task(
-    bench: Workbench, plain: Workbench, stage: Adapt, corpus: Corpus, seed: int
-) -> training.Task:
+def _build_image_task(
+    bench: ExperimentContext, plain: ExperimentContext, stage: Adapt, corpus: Corpus, seed: int
+) -> training.AdaptationTask:
     inputs = bench.inputs
     assert isinstance(inputs, ImageInputs)
-    found = pictures(bench, corpus.train)
+    found = load_canvases(bench, corpus.train)
     teacher = None
     if stage.distill:
-        original, _ = objective(plain, plain, stage, seed, None)
-        teacher = teacher_features(original.to(bench.device), found, inputs).numpy()
+        original, _ = build_objective(plain, plain, stage, seed, None)
+        teacher = compute_teacher_features(original.to(bench.device), found, inputs).numpy()
     change = None
     if bench.augment:
-        change = lambda row, epoch, key: canvases.augment(row, seed, epoch, key)  # noqa: E731
+        change = lambda row, epoch, key: canvases.augment_image(row, seed, epoch, key)  # noqa: E731
 
-    def hidden(names: list[str], fixed: bool, **more: Any) -> MaskedPictures:
+    def hidden(names: list[str], fixed: bool, **more: Any) -> MaskedImageDataset:
         keys = [name.encode() for name in names]
-        return MaskedPictures(pictures(bench, names), keys, inputs.patch, seed, fixed=fixed, **more)
+        return MaskedImageDataset(
+            load_canvases(bench, names), keys, inputs.patch_size, seed, fixed=fixed, **more
+        )
 
-    return training.Task(
+    return training.AdaptationTask(
         hidden(corpus.train, False, change=change, teacher=teacher),
-        hidden(corpus.held_out[:HELD_OUT], True),
-        None if corpus.general is None else hidden(corpus.general[:HELD_OUT], True),
+        hidden(corpus.held_out[:HELD_OUT_ROWS], True),
+        None if corpus.general is None else hidden(corpus.general[:HELD_OUT_ROWS], True),
         lambda rows: collate_pictures(rows, inputs, stage.mask_ratio, stage.norm_pix_loss),
     )
 
 
-def _spread(rows: int, count: int) -> list[int]:
+def _spread_indices(rows: int, count: int) -> list[int]:
     """Numbers of `count` rows, evenly spread."""
     return np.unique(np.linspace(0, rows - 1, min(rows, count)).round().astype(int)).tolist()

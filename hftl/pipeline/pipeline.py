@@ -8,32 +8,49 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hftl.config.recipe import Recipe, arms
+from hftl.config.recipe import Recipe, plan_arms
 from hftl.data import image_processing
 from hftl.data import prepare as data_stage
-from hftl.data.general import General, load_general, read_general, without_near, write_general
+from hftl.data.general import GeneralData, drop_near_rows, load_general, read_general, write_general
 from hftl.data.image_processing import ImageInputs
-from hftl.data.prepare import Prepared
+from hftl.data.prepare import PreparedData
 from hftl.errors import RecipeError, RunFolderError
-from hftl.finetune.context import MEASURED, Workbench, new_bench, pinned, reading_of
-from hftl.measure.metrics import Metric, find
+from hftl.finetune.context import (
+    MEASURED_SPLITS,
+    ExperimentContext,
+    build_context,
+    build_input_spec,
+    pin_revisions,
+)
+from hftl.measure.metrics import Metric, find_metric
 from hftl.measure.record import Record
 from hftl.models.source import SourceModel, find_source
-from hftl.pipeline.adaptation import adapt_all, check_stages, step_warnings
-from hftl.pipeline.arms import Run, adaptation_header, announce, check_training, header, run_arms
-from hftl.pipeline.cache_keys import data_reads, general_reads, refuse_changed
-from hftl.pipeline.corpora import near_measured
-from hftl.pipeline.evaluate import finish
-from hftl.pipeline.evaluate_adaptation import finish_adapted
-from hftl.pipeline.push import Asked, foresee, push_finished
-from hftl.pipeline.rehearsal import rehearse
-from hftl.pipeline.retention import check_kept, check_labelled, reads_labels
+from hftl.pipeline.adaptation import check_adaptations, run_adaptations, warn_of_few_steps
+from hftl.pipeline.arms import (
+    Run,
+    announce_run,
+    build_adaptation_header,
+    build_header,
+    check_training_arguments,
+    run_arms,
+)
+from hftl.pipeline.cache_keys import build_data_key, build_general_key, refuse_changed
+from hftl.pipeline.corpora import build_leak_test
+from hftl.pipeline.evaluate import evaluate_run
+from hftl.pipeline.evaluate_adaptation import evaluate_adaptation
+from hftl.pipeline.push import PushOptions, check_push_access, push_finished_run
+from hftl.pipeline.rehearsal import check_models
+from hftl.pipeline.retention import (
+    check_recipe_retention,
+    check_replay_labels,
+    reads_general_labels,
+)
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.fingerprints import fingerprint
-from hftl.runtime.hardware import device
-from hftl.runtime.progress import show_progress, working
+from hftl.runtime.hardware import get_device
+from hftl.runtime.progress import show_activity, show_progress
 
-UNTIL = ("adapt", "finetune", "measure", "publish")
+PHASES = ("adapt", "finetune", "measure", "publish")
 
 
 def run(
@@ -61,8 +78,8 @@ def run(
     Raises:
         HftlError: one of its kinds, each with an exit code.
     """
-    if until not in UNTIL:
-        raise RecipeError(f"unknown phase {until!r}", f"Use one of {', '.join(UNTIL)}")
+    if until not in PHASES:
+        raise RecipeError(f"unknown phase {until!r}", f"Use one of {', '.join(PHASES)}")
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
     if until == "adapt" and not recipe.stages:
@@ -70,51 +87,53 @@ def run(
     if output is None:
         output = recipe.default_output()
     folder = Path(output)
-    quiet()
-    this = Run(recipe, folder, say if distributed.is_main() else _silent)
+    silence_libraries()
+    this = Run(recipe, folder, say if distributed.is_main() else _discard_line)
     with ExitStack() as stack:
         stack.enter_context(show_progress(progress))
-        distributed.share(lambda: _enter(folder, stack))
-        return _phases(this, until, restart)
+        distributed.broadcast_from_main(lambda: _open_run_folder(folder, stack))
+        return _run_phases(this, until, restart)
 
 
-def _enter(folder: Path, stack: ExitStack) -> None:
+def _open_run_folder(folder: Path, stack: ExitStack) -> None:
     """Makes and locks the run folder; what an earlier failure left there is over."""
-    run_folder.make(folder)
-    stack.enter_context(run_folder.locked(folder))
+    run_folder.create_run_folder(folder)
+    stack.enter_context(run_folder.lock_run(folder))
     (folder / "error.json").unlink(missing_ok=True)
 
 
-def _phases(this: Run, until: str, restart: bool) -> Record | None:
+def _run_phases(this: Run, until: str, restart: bool) -> Record | None:
     """All phases up to `until`; the main process writes, all of them train."""
     recipe, folder = this.recipe, this.folder
 
     def begin() -> None:
         if restart:
-            _start_over(folder)
+            _clear_run_folder(folder)
         refuse_changed(recipe, folder, this.arms)
         if until == "publish":
-            foresee(recipe, this.say)
+            check_push_access(recipe, this.say)
 
-    distributed.share(begin)
-    metric = distributed.first(lambda: _metric(recipe))
-    source = distributed.first(lambda: find_source(recipe.source))
-    distributed.first(lambda: check_stages(recipe, source))
-    distributed.first(lambda: check_training(recipe, device()))
-    distributed.first(lambda: check_kept(recipe, source))
-    with working("data"):
-        bench = distributed.first(lambda: _bench(this, source))
+    distributed.broadcast_from_main(begin)
+    metric = distributed.run_main_first(lambda: _find_recipe_metric(recipe))
+    source = distributed.run_main_first(lambda: find_source(recipe.source))
+    distributed.run_main_first(lambda: check_adaptations(recipe, source))
+    distributed.run_main_first(lambda: check_training_arguments(recipe, get_device()))
+    distributed.run_main_first(lambda: check_recipe_retention(recipe, source))
+    with show_activity("data"):
+        bench = distributed.run_main_first(lambda: _load_data(this, source))
     if until != "adapt":
-        bench.general = distributed.first(lambda: _general(this, bench))
-        distributed.first(lambda: check_labelled(recipe, bench))
+        bench.general = distributed.run_main_first(lambda: _load_general_rows(this, bench))
+        distributed.run_main_first(lambda: check_replay_labels(recipe, bench))
     if metric is not None:
-        measured = bench.prepared.measured(bench.prepared.rows["validation"])
+        measured = bench.prepared.encode_for_metrics(bench.prepared.rows["validation"])
         # A metric that cannot take these labels should say so before anything trains.
         metric.score(measured, measured)
-    distributed.share(lambda: run_folder.write_text(folder / "recipe.yaml", _recipe_text(recipe)))
-    distributed.share(lambda: rehearse(recipe, bench))
-    distributed.share(lambda: announce(this, bench))
-    benches, steps = adapt_all(this, bench)
+    distributed.broadcast_from_main(
+        lambda: run_folder.write_text(folder / "recipe.yaml", _dump_recipe(recipe))
+    )
+    distributed.broadcast_from_main(lambda: check_models(recipe, bench))
+    distributed.broadcast_from_main(lambda: announce_run(this, bench))
+    benches, steps = run_adaptations(this, bench)
     if until == "adapt":
         return None
     run_arms(this, benches)
@@ -122,46 +141,50 @@ def _phases(this: Run, until: str, restart: bool) -> Record | None:
         return None
     publish = until == "publish"
     if metric is None:
-        distributed.share(lambda: finish_adapted(this, bench, steps, publish))
+        distributed.broadcast_from_main(lambda: evaluate_adaptation(this, bench, steps, publish))
     else:
-        distributed.share(lambda: finish(this, bench, benches, steps, metric, publish))
+        distributed.broadcast_from_main(
+            lambda: evaluate_run(this, bench, benches, steps, metric, publish)
+        )
     if publish and recipe.publish.repo_id is not None:
-        distributed.share(lambda: push_finished(folder, Asked(), this.say))
+        distributed.broadcast_from_main(lambda: push_finished_run(folder, PushOptions(), this.say))
     return Record.read(folder)
 
 
-def _metric(recipe: Recipe) -> Metric | None:
+def _find_recipe_metric(recipe: Recipe) -> Metric | None:
     """What gains are measured in; None without a task."""
     task = recipe.data.task
-    return None if task is None else find(recipe.measure.metric, task)
+    return None if task is None else find_metric(recipe.measure.metric, task)
 
 
-def preflight(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+def check_recipe(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """`hftl check`: the header's facts, and what the preflight found; trains and writes nothing."""
-    _metric(recipe)
-    quiet()
+    _find_recipe_metric(recipe)
+    silence_libraries()
     source = find_source(recipe.source)
-    check_stages(recipe, source)
-    check_training(recipe, device())
-    check_kept(recipe, source)
-    reading = reading_of(source, str(recipe.data.task))
-    prepared = data_stage.prepare(recipe.data, reading)
-    bench = new_bench(recipe, source, prepared)
-    wanted = arms(recipe)
+    check_adaptations(recipe, source)
+    check_training_arguments(recipe, get_device())
+    check_recipe_retention(recipe, source)
+    reading = build_input_spec(source, str(recipe.data.task))
+    prepared = data_stage.prepare_data(recipe.data, reading)
+    bench = build_context(recipe, source, prepared)
+    wanted = plan_arms(recipe)
     if not wanted:
-        return adaptation_header(recipe, bench), {"warnings": step_warnings(recipe, bench)}
-    if reads_labels(recipe):
-        data = pinned(recipe.data, prepared.facts["hub_revisions"])
+        return build_adaptation_header(recipe, bench), {
+            "warnings": warn_of_few_steps(recipe, bench)
+        }
+    if reads_general_labels(recipe):
+        data = pin_revisions(recipe.data, prepared.facts["hub_revisions"])
         bench.general = load_general(data, prepared, reading)
-        check_labelled(recipe, bench)
-    rehearse(recipe, bench)
-    found = bench.check(recipe.data.max_length, wanted)
-    found["warnings"] += step_warnings(recipe, bench)
+        check_replay_labels(recipe, bench)
+    check_models(recipe, bench)
+    found = bench.run_preflight(recipe.data.max_length, wanted)
+    found["warnings"] += warn_of_few_steps(recipe, bench)
     jobs = [arm for arm in wanted for _ in recipe.measure.seeds]
-    return header(recipe, bench, jobs, len(jobs)), found
+    return build_header(recipe, bench, jobs, len(jobs)), found
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Keeps the libraries' own bars and notices off the terminal."""
     import datasets
     import huggingface_hub
@@ -174,13 +197,13 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-def _silent(line: str) -> None:
+def _discard_line(line: str) -> None:
     """What the other processes say."""
 
 
-def _start_over(folder: Path) -> None:
+def _clear_run_folder(folder: Path) -> None:
     """Removes what a run has written; the recipe stays, it marks the folder as a run's."""
-    for name in run_folder.OURS:
+    for name in run_folder.RUN_FILES:
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)
@@ -188,32 +211,32 @@ def _start_over(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _bench(this: Run, source: SourceModel) -> Workbench:
+def _load_data(this: Run, source: SourceModel) -> ExperimentContext:
     """The data phase, and what all arms share."""
     recipe = this.recipe
     folder = this.folder / "phases" / "data"
-    reading = reading_of(source, str(recipe.data.task))
-    reads = {"recipe": data_reads(recipe), "reading": asdict(reading)}
-    stands = run_folder.reads(folder) == reads
+    reading = build_input_spec(source, str(recipe.data.task))
+    reads = {"recipe": build_data_key(recipe), "reading": asdict(reading)}
+    stands = run_folder.read_stage_inputs(folder) == reads
     # The other processes take what the main one has found.
     main = distributed.is_main()
-    digest = data_stage.files_digest(recipe.data, reading.modality) if main else None
-    if stands and digest in (None, data_stage.stored_digest(folder)):
-        prepared = data_stage.read(folder)
-        bench = new_bench(recipe, source, prepared)
+    digest = data_stage.hash_data_files(recipe.data, reading.modality) if main else None
+    if stands and digest in (None, data_stage.read_stored_digest(folder)):
+        prepared = data_stage.read_prepared_data(folder)
+        bench = build_context(recipe, source, prepared)
     else:
-        prepared = data_stage.prepare(recipe.data, reading)
+        prepared = data_stage.prepare_data(recipe.data, reading)
         if stands:
-            _same_data(data_stage.read(folder), prepared, this.folder)
-        bench = new_bench(recipe, source, prepared)
-        with run_folder.commit(folder, reads) as aside:
-            data_stage.write(prepared, aside, str(digest))
+            _check_same_data(data_stage.read_prepared_data(folder), prepared, this.folder)
+        bench = build_context(recipe, source, prepared)
+        with run_folder.commit_stage(folder, reads) as aside:
+            data_stage.write_prepared_data(prepared, aside, str(digest))
     if isinstance(bench.inputs, ImageInputs):
-        _pixels(this, bench, bench.inputs)
+        _cache_pixels(this, bench, bench.inputs)
     return bench
 
 
-def _general(this: Run, bench: Workbench) -> General | None:
+def _load_general_rows(this: Run, bench: ExperimentContext) -> GeneralData | None:
     """The rows of general data; None where the recipe names none or no arm could forget."""
     recipe = this.recipe
     if recipe.data.general is None or not this.arms:
@@ -221,44 +244,46 @@ def _general(this: Run, bench: Workbench) -> General | None:
     folder = this.folder / "phases" / "general-rows"
     inputs = bench.inputs if isinstance(bench.inputs, ImageInputs) else None
     if distributed.is_main():
-        data = pinned(recipe.data, bench.prepared.facts["hub_revisions"])
+        data = pin_revisions(recipe.data, bench.prepared.facts["hub_revisions"])
         reads = {
-            "recipe": general_reads(recipe),
-            "content": data_stage.files_digest(data, bench.prepared.modality, ("general",)),
+            "recipe": build_general_key(recipe),
+            "content": data_stage.hash_data_files(data, bench.prepared.modality, ("general",)),
             "data": bench.prepared.facts["fingerprint"],
             "group": data.group,
             "seed": data.seed,
             "bad_rows": data.bad_rows,
             "processor": inputs and fingerprint(inputs.processor.to_dict()),
         }
-        if run_folder.reads(folder) != reads:
-            reading = reading_of(bench.source, bench.prepared.task)
+        if run_folder.read_stage_inputs(folder) != reads:
+            reading = build_input_spec(bench.source, bench.prepared.task)
             found = load_general(data, bench.prepared, reading)
-            with run_folder.commit(folder, reads) as aside:
+            with run_folder.commit_stage(folder, reads) as aside:
                 if inputs:
-                    image_processing.write(inputs, [*found.used, *found.measured], aside)
-                    inputs.use(aside)
-                write_general(without_near(found, near_measured(bench)), aside)
+                    image_processing.write_image_cache(
+                        inputs, [*found.train_rows, *found.eval_rows], aside
+                    )
+                    inputs.load_cache(aside)
+                write_general(drop_near_rows(found, build_leak_test(bench)), aside)
     if inputs:
-        inputs.use(folder)
+        inputs.load_cache(folder)
     return read_general(folder)
 
 
-def _pixels(this: Run, bench: Workbench, inputs: ImageInputs) -> None:
+def _cache_pixels(this: Run, bench: ExperimentContext, inputs: ImageInputs) -> None:
     """Every picture that an arm will see, resized and cropped once for all arms and processes."""
-    rows = [row for seed in this.recipe.measure.seeds for row in bench.train_rows(seed)]
-    rows += [row for split in MEASURED for row in bench.prepared.rows[split]]
+    rows = [row for seed in this.recipe.measure.seeds for row in bench.select_train_rows(seed)]
+    rows += [row for split in MEASURED_SPLITS for row in bench.prepared.rows[split]]
     if not rows:
         return
     folder = this.folder / "phases" / "pixels"
-    reads = image_processing.depends_on(inputs, rows)
-    if run_folder.reads(folder) != reads:
-        with run_folder.commit(folder, reads) as aside:
-            image_processing.write(inputs, rows, aside)
-    inputs.use(folder)
+    reads = image_processing.fingerprint_image_cache(inputs, rows)
+    if run_folder.read_stage_inputs(folder) != reads:
+        with run_folder.commit_stage(folder, reads) as aside:
+            image_processing.write_image_cache(inputs, rows, aside)
+    inputs.load_cache(folder)
 
 
-def _same_data(before: Prepared, now: Prepared, run: Path) -> None:
+def _check_same_data(before: PreparedData, now: PreparedData, run: Path) -> None:
     if before.facts["fingerprint"] != now.facts["fingerprint"]:
         old, new = before.facts["rows_read"], now.facts["rows_read"]
         raise RunFolderError(
@@ -267,7 +292,7 @@ def _same_data(before: Prepared, now: Prepared, run: Path) -> None:
         )
 
 
-def _recipe_text(recipe: Recipe) -> str:
+def _dump_recipe(recipe: Recipe) -> str:
     import yaml
 
-    return yaml.safe_dump(recipe.tree(), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)

@@ -10,25 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from hftl.adapt.encoder_io import set_trainable
-from hftl.config.recipe import Arm, Recipe, arms
-from hftl.data.text import Encoded, TextInputs
-from hftl.errors import DataError, HftlError, RecipeError, is_out_of_memory, message_line
-from hftl.finetune.context import BY_STEPS, Workbench
+from hftl.config.recipe import Arm, Recipe, plan_arms
+from hftl.data.text import EncodedRow, TextInputs
+from hftl.errors import DataError, HftlError, RecipeError, format_error_line, is_out_of_memory
+from hftl.finetune.context import BY_STEPS, ExperimentContext
 from hftl.finetune.strategies import prepare
-from hftl.models.heads import Built, encoder_in
-from hftl.pipeline.objectives import objective
+from hftl.models.heads import LoadedModel, get_encoder
+from hftl.pipeline.objectives import build_objective
 from hftl.publish import reload_check
-from hftl.publish.export import write_model
+from hftl.publish.export import export_model
 
-SAMPLE = 2000
+SAMPLED_ROWS = 2000
 """Training rows among which the shortest and the longest are sought."""
-ORDINARY = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights")
+LORA_KEYS_SAVED_ALIKE = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights")
 """Fields of `peft.LoraConfig` that change nothing in what is saved."""
-CLOSE = 1e-4
+LOGIT_TOLERANCE = 1e-4
 """How far a text's outputs may lie from those that it has alone; float32 leaves about 1e-6."""
 
 
-def rehearse(recipe: Recipe, bench: Workbench) -> None:
+def check_models(recipe: Recipe, bench: ExperimentContext) -> None:
     """Run each kind of model of a recipe once, on the CPU, on two rows of train.
 
     Raises:
@@ -37,7 +37,7 @@ def rehearse(recipe: Recipe, bench: Workbench) -> None:
         DataError: if a row holds a token that the source model does not embed.
     """
     seen: set[str] = set()
-    for arm in arms(recipe):
+    for arm in plan_arms(recipe):
         if arm.strategy not in (*BY_STEPS, "head"):
             continue
         finetune = arm.finetune
@@ -45,68 +45,72 @@ def rehearse(recipe: Recipe, bench: Workbench) -> None:
         key = json.dumps([finetune.pooling, lora], sort_keys=True)
         if key not in seen:
             seen.add(key)
-            _rehearse_arm(bench, arm)
+            _check_arm_model(bench, arm)
     for stage in recipe.stages:
         if stage.method.startswith("lora"):
-            model, _ = objective(bench, bench, stage, recipe.data.seed, None)
-            set_trainable(model, bench.source.anatomy, stage.method, stage.blocks, stage.lora)
+            model, _ = build_objective(bench, bench, stage, recipe.data.seed, None)
+            set_trainable(
+                model, bench.source.architecture_spec, stage.method, stage.blocks, stage.lora
+            )
 
 
-def _rehearse_arm(bench: Workbench, arm: Arm) -> None:
-    built = bench.build(arm.finetune.pooling, 0)
-    rows = _two_rows(bench)
+def _check_arm_model(bench: ExperimentContext, arm: Arm) -> None:
+    built = bench.build_model(arm.finetune.pooling, 0)
+    rows = _select_two_rows(bench)
     if isinstance(bench.inputs, TextInputs):
         check_tokens(bench, built)
         _check_segments(bench, rows)
     try:
-        logits = _run(built.model, bench, rows)
-        alone = _run(built.model, bench, rows[:1])
+        logits = _compute_logits(built.model, bench, rows)
+        alone = _compute_logits(built.model, bench, rows[:1])
     except (RuntimeError, IndexError) as error:
         # What torch raises on shapes and indices that do not fit; too little memory is no such.
         if is_out_of_memory(error):
             raise
         raise RecipeError(
-            f"source.model: {bench.source.spec} cannot read these inputs: "
-            f"{message_line(error)}",
+            f"source.model: {bench.source.name} cannot read these inputs: "
+            f"{format_error_line(error)}",
             "Give a source whose config, weights and tokenizer or processor belong together",
         ) from error
-    _check_independent(bench, logits, alone)
+    _check_row_independence(bench, logits, alone)
     if arm.strategy == "lora":
         finetune = arm.finetune
         model = prepare(built.model, "lora", finetune.blocks, finetune.lora, built.fresh)
-        if set(finetune.lora) - set(ORDINARY):
-            _check_saving(bench, Built(model, built.anatomy, built.pooling, built.fresh), arm)
+        if set(finetune.lora) - set(LORA_KEYS_SAVED_ALIKE):
+            _check_saving(
+                bench, LoadedModel(model, built.architecture, built.pooling, built.fresh), arm
+            )
 
 
-def _two_rows(bench: Workbench) -> list[Encoded]:
+def _select_two_rows(bench: ExperimentContext) -> list[EncodedRow]:
     """Return the shortest and the longest of the training rows, pictures in their order."""
     rows = bench.prepared.rows["train"]
     if not isinstance(bench.inputs, TextInputs):
-        return bench.encoded(rows[:2])
-    ordered = sorted(bench.encoded(rows[:SAMPLE]), key=bench.inputs.length)
+        return bench.encode_rows(rows[:2])
+    ordered = sorted(bench.encode_rows(rows[:SAMPLED_ROWS]), key=bench.inputs.length)
     return [ordered[0], ordered[-1]]
 
 
-def _run(model: nn.Module, bench: Workbench, rows: list[Encoded]) -> Tensor:
+def _compute_logits(model: nn.Module, bench: ExperimentContext, rows: list[EncodedRow]) -> Tensor:
     """Return the logits, those of words by the rows' words."""
     model.eval()
     with torch.no_grad():
         logits = model(**bench.inputs.collate([dict(row) for row in rows])).logits
-    return torch.cat(bench.inputs.outputs(logits, rows)).nan_to_num()
+    return torch.cat(bench.inputs.split_outputs(logits, rows)).nan_to_num()
 
 
-def _check_independent(bench: Workbench, logits: Tensor, alone: Tensor) -> None:
+def _check_row_independence(bench: ExperimentContext, logits: Tensor, alone: Tensor) -> None:
     """Refuse a model by which a row's outputs depend on the rows beside it."""
     difference = float((logits[: len(alone)] - alone).abs().max())
-    if difference > CLOSE * max(1.0, float(alone.abs().max())):
+    if difference > LOGIT_TOLERANCE * max(1.0, float(alone.abs().max())):
         raise RecipeError(
-            f"source.model: under {bench.source.spec} the outputs of a row depend on the rows "
+            f"source.model: under {bench.source.name} the outputs of a row depend on the rows "
             f"beside it in the batch, by {difference:.2g}",
             "Use another source model",
         )
 
 
-def check_tokens(bench: Workbench, built: Built) -> None:
+def check_tokens(bench: ExperimentContext, built: LoadedModel) -> None:
     """Refuse rows with a token that the model does not embed.
 
     A tokenizer may have more tokens than the model: then all rows are read, for only a few may
@@ -116,12 +120,12 @@ def check_tokens(bench: Workbench, built: Built) -> None:
         DataError: naming the first such row.
     """
     tokenizer: Any = bench.inputs.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
-    encoder: Any = encoder_in(built.model, built.anatomy)
+    encoder: Any = get_encoder(built.model, built.architecture)
     embedded = encoder.get_input_embeddings().num_embeddings
     if max(tokenizer.get_vocab().values()) < embedded:
         return
     for rows in bench.prepared.rows.values():
-        for row, encoded in zip(rows, bench.encoded(rows), strict=True):
+        for row, encoded in zip(rows, bench.encode_rows(rows), strict=True):
             largest = max(encoded["input_ids"])
             if largest >= embedded:
                 token = tokenizer.convert_ids_to_tokens(largest)
@@ -133,48 +137,48 @@ def check_tokens(bench: Workbench, built: Built) -> None:
                 )
 
 
-def _check_segments(bench: Workbench, rows: list[Encoded]) -> None:
+def _check_segments(bench: ExperimentContext, rows: list[EncodedRow]) -> None:
     """Refuse numbers of segments that the model does not embed; they are those of pairs."""
     segments = getattr(bench.source.config, "type_vocab_size", None)
     numbers = [max(row["token_type_ids"]) for row in rows if "token_type_ids" in row]
     if segments and numbers and max(numbers) >= segments:
         raise RecipeError(
-            f"source.model: the tokenizer of {bench.source.spec} numbers the texts of a pair up to "
+            f"source.model: the tokenizer of {bench.source.name} numbers the texts of a pair up to "
             f"{max(numbers)}, and the model embeds {segments} segment(s)",
             "Remove token_type_ids from model_input_names in its tokenizer_config.json, or give "
             "one text column",
         )
 
 
-def _check_saving(bench: Workbench, built: Built, arm: Arm) -> None:
+def _check_saving(bench: ExperimentContext, built: LoadedModel, arm: Arm) -> None:
     """Save and reload an adapter with other weights than it starts from, and compare its logits.
 
     Raises:
         RecipeError: if they differ, or it does not save.
     """
-    rows = _two_rows(bench)
+    rows = _select_two_rows(bench)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in built.model.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
-    expected = _run(built.model, bench, rows).numpy()
+    expected = _compute_logits(built.model, bench, rows).numpy()
     fix = "Name only modules of blocks, head or pooler, or train everything (full)"
     with tempfile.TemporaryDirectory() as folder:
         try:
-            write_model(bench, built.model, arm.finetune, Path(folder))
-            again = reload_check.load(Path(folder), bench.public_base.folder)
-            reloaded = _run(again, bench, rows).numpy()
+            export_model(bench, built.model, arm.finetune, Path(folder))
+            again = reload_check.load_folder(Path(folder), bench.public_base.folder)
+            reloaded = _compute_logits(again, bench, rows).numpy()
         except HftlError:
             raise
         except (ValueError, KeyError, RuntimeError) as error:
             raise RecipeError(
                 f"finetune.lora of the arm {arm.name!r} cannot be saved and loaded again: "
-                f"{message_line(error)}",
+                f"{format_error_line(error)}",
                 fix,
             ) from error
     largest = max(1.0, float(np.abs(expected).max()))
-    if np.abs(reloaded - expected).max() > CLOSE * largest:
+    if np.abs(reloaded - expected).max() > LOGIT_TOLERANCE * largest:
         raise RecipeError(
             f"finetune.lora of the arm {arm.name!r} trains weights that are not saved with it",
             fix,

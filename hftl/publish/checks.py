@@ -9,35 +9,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hftl.card.validation import card_problems
+from hftl.card.validation import validate_card
 from hftl.errors import HftlError, RunFolderError
 from hftl.measure.verdict import RELOAD_TOLERANCE
-from hftl.publish.sanitize import leak
+from hftl.publish.sanitize import find_leak
 from hftl.runtime import run_folder
 
-ALLOWED = {
+ALLOWED_FILES = {
     "README.md", "hftl.json", "every_eval_ever.json", "config.json", "adapter_config.json",
     "adapter_model.safetensors", "model.safetensors", "head.safetensors",
     "tokenizer.json", "tokenizer_config.json",
     "vocab.txt", "merges.txt", "vocab.json", "special_tokens_map.json", "added_tokens.json",
     "sentencepiece.bpe.model", "spiece.model", "preprocessor_config.json", "processor_config.json",
 }  # fmt: skip
-SHARDS = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json")
-EVAL_RESULTS = re.compile(r"\.eval_results/hftl-\w[\w.-]*\.yaml")
-PLOTS = re.compile(r"assets/[\w-]+\.png")
+SHARD_FILES = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json")
+EVAL_RESULT_FILES = re.compile(r"\.eval_results/hftl-\w[\w.-]*\.yaml")
+PLOT_FILES = re.compile(r"assets/[\w-]+\.png")
 
 
-def may_go(name: str) -> bool:
+def is_publishable(name: str) -> bool:
     """Whether a file of this path is one that hftl publishes."""
     return bool(
-        name in ALLOWED
-        or SHARDS.fullmatch(name)
-        or PLOTS.fullmatch(name)
-        or EVAL_RESULTS.fullmatch(name)
+        name in ALLOWED_FILES
+        or SHARD_FILES.fullmatch(name)
+        or PLOT_FILES.fullmatch(name)
+        or EVAL_RESULT_FILES.fullmatch(name)
     )
 
 
-def reload_difference(folder: Path, base: Path, sample: Path, device: str) -> float:
+def measure_reload_difference(folder: Path, base: Path, sample: Path, device: str) -> float:
     """Largest difference of logits after a fresh process loads the folder without hftl.
 
     Relative to the largest logit where that is above 1: fp32 cannot promise more.
@@ -83,11 +83,11 @@ def check_files(folder: Path, words: frozenset[str] = frozenset()) -> list[str]:
             raise RunFolderError(
                 f"{folder / name} is a link, and what it leads to would go", "Remove it"
             )
-        if not may_go(name):
+        if not is_publishable(name):
             raise RunFolderError(
                 f"{folder / name} is not among the files that may be published", "Remove it"
             )
-        found = leak(folder / name, name, words)
+        found = find_leak(folder / name, name, words)
         if found is not None:
             raise RunFolderError(
                 f"{folder / name} names {found}",
@@ -106,7 +106,7 @@ def check_card(text: str, run: Path) -> None:
     Raises:
         RunFolderError: naming the first problem.
     """
-    problems = card_problems(text)
+    problems = validate_card(text)
     if problems:
         raise RunFolderError(
             f"the card of {run} cannot be published: {problems[0]}",
@@ -114,7 +114,7 @@ def check_card(text: str, run: Path) -> None:
         )
 
 
-def check_proof(run: Path, record: dict[str, Any]) -> None:
+def check_reload_proof(run: Path, record: dict[str, Any]) -> None:
     """Looks for the proof that the published weights reload, and whether they are the proved ones.
 
     An encoder without a task has none: it has no logits to compare.
@@ -127,7 +127,11 @@ def check_proof(run: Path, record: dict[str, Any]) -> None:
     again = "Run the same `hftl run` again"
     package = run / "phases" / "package"
     difference = record["reload_difference"]
-    if run_folder.reads(package) is None or difference is None or difference > RELOAD_TOLERANCE:
+    if (
+        run_folder.read_stage_inputs(package) is None
+        or difference is None
+        or difference > RELOAD_TOLERANCE
+    ):
         raise RunFolderError(
             f"{run} has no proof that its model reloads to the same outputs", again
         )
@@ -135,7 +139,7 @@ def check_proof(run: Path, record: dict[str, Any]) -> None:
         for proved in sorted((package / name).glob("*.safetensors")):
             folder = run / ("publish" if name == "model" else "publish-base")
             here = folder / proved.name
-            if not here.exists() or run_folder.sha256(here) != run_folder.sha256(proved):
+            if not here.exists() or run_folder.hash_file(here) != run_folder.hash_file(proved):
                 raise RunFolderError(f"{here} is not the file whose reload was proved", again)
 
 
@@ -143,7 +147,7 @@ def check_proof(run: Path, record: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Listing:
+class PushPreview:
     """The files with their sizes in bytes, the verdict, and what they load on, if it is known.
 
     `base_files` are those of a base that the run itself has adapted, which goes first.
@@ -156,7 +160,7 @@ class Listing:
     base: str | None
 
 
-def dry_run(run: Path, words: frozenset[str] = frozenset()) -> Listing:
+def preview_push(run: Path, words: frozenset[str] = frozenset()) -> PushPreview:
     """Looks at a finished run's publish folder as a push would.
 
     Args:
@@ -170,15 +174,15 @@ def dry_run(run: Path, words: frozenset[str] = frozenset()) -> Listing:
     if not (folder / "hftl.json").exists():
         raise RunFolderError(f"{run} has no publish folder", "Finish it with `hftl run`")
     base = run / "publish-base"
-    files = _sizes(folder, words)
-    base_files = _sizes(base, words) if base.exists() else []
+    files = _list_sizes(folder, words)
+    base_files = _list_sizes(base, words) if base.exists() else []
     told = json.loads((folder / "hftl.json").read_text(encoding="utf-8"))
     verdict = told["verdict"]
     named = base.name if base_files else told["source"]["published_as"]
     if not (folder / "adapter_config.json").exists():
         named = "the model itself"
-    return Listing(files, base_files, verdict["decision"], verdict["reasons"], named)
+    return PushPreview(files, base_files, verdict["decision"], verdict["reasons"], named)
 
 
-def _sizes(folder: Path, words: frozenset[str]) -> list[tuple[str, int]]:
+def _list_sizes(folder: Path, words: frozenset[str]) -> list[tuple[str, int]]:
     return [(name, (folder / name).stat().st_size) for name in check_files(folder, words)]

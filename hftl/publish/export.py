@@ -17,36 +17,38 @@ from torch import Tensor, nn
 from hftl.config.finetune import Finetune
 from hftl.data.image_processing import ImageInputs
 from hftl.errors import RunFolderError
-from hftl.finetune.arm import set_probe
-from hftl.finetune.context import Workbench
+from hftl.finetune.arm import init_head_from_probe
+from hftl.finetune.context import ExperimentContext
 from hftl.finetune.strategies import prepare
-from hftl.models.heads import PooledModel, label_settings, unwrapped
-from hftl.models.lora import adapter_of, path_pattern
+from hftl.models.heads import PooledModel, build_label_settings, unwrap_adapter
+from hftl.models.lora import build_path_pattern, get_peft_model_inside
 from hftl.models.lora_concat import (
-    BASE,
-    factors_of,
-    joined,
+    PEFT_PREFIX,
+    concat_factors,
+    extract_factors,
+    get_saved_tensors,
     load_factors,
-    saved_modules,
     write_adapter,
 )
-from hftl.models.parts import Anatomy, auto_class, placeholder_of
+from hftl.models.parts import ArchitectureSpec, get_encoder_class, get_placeholder_name
 from hftl.runtime.fingerprints import to_json
 
 SAMPLE_ROWS = 32
 """Test rows whose logits prove the reload."""
 
 
-def rebuild(bench: Workbench, finetune: Finetune, seed: int, weights: Path) -> nn.Module:
+def rebuild_model(
+    bench: ExperimentContext, finetune: Finetune, seed: int, weights: Path
+) -> nn.Module:
     """The model of an arm, from the source and what the arm learnt.
 
     Raises:
         RunFolderError: if the weights are not those of this model.
     """
-    built = bench.build(finetune.pooling, seed)
+    built = bench.build_model(finetune.pooling, seed)
     if finetune.strategy != "head" and finetune.head_init == "probe":
         # peft keeps the head it wraps; it must be the one that training started from.
-        set_probe(bench, built, finetune.pooling, seed)
+        init_head_from_probe(bench, built, finetune.pooling, seed)
     model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
     learnt = load_file(weights)
     parameters = dict(model.named_parameters())
@@ -63,28 +65,30 @@ def rebuild(bench: Workbench, finetune: Finetune, seed: int, weights: Path) -> n
     return model.eval()
 
 
-def write_model(bench: Workbench, model: nn.Module, finetune: Finetune, folder: Path) -> None:
+def export_model(
+    bench: ExperimentContext, model: nn.Module, finetune: Finetune, folder: Path
+) -> None:
     """Writes weights, config with labels, tokenizer, and the head where pooling is not native.
 
     The adapter names the public base and its revision, never a path.
     """
     source = bench.source
     task = bench.prepared.task
-    labels = label_settings(bench.prepared.names, bench.outputs, task)
+    labels = build_label_settings(bench.prepared.names, bench.num_outputs, task)
     if finetune.strategy == "lora":
-        write_adapter_of(bench, model, folder)
+        export_adapter(bench, model, folder)
         # What the adapter is put on: for a stock class with its labels, so that it can be named.
         known = (
             {}
             if isinstance(model, PooledModel)
-            else {"architectures": [type(unwrapped(model)).__name__]}
+            else {"architectures": [type(unwrap_adapter(model)).__name__]}
         )
         config = type(source.config).from_dict(source.config.to_dict() | labels | known)
         config.save_pretrained(folder)
     else:
         whole: Any = model.encoder if isinstance(model, PooledModel) else model
         whole.config.update(labels)
-        whole.save_pretrained(folder, state_dict=_published_state(model, source.anatomy))
+        whole.save_pretrained(folder, state_dict=_build_state_dict(model, source.architecture_spec))
     if isinstance(model, PooledModel):
         tensors = {"weight": model.head.weight.detach(), "bias": model.head.bias.detach()}
         save_file(
@@ -94,34 +98,43 @@ def write_model(bench: Workbench, model: nn.Module, finetune: Finetune, folder: 
         )
     bench.inputs.save(folder)
     for path in folder.glob("*config.json"):
-        _rewrite(path, _without_local_names)
+        _rewrite_json(path, _drop_local_names)
 
 
-def write_adapter_of(bench: Workbench, model: nn.Module, folder: Path) -> None:
+def export_adapter(bench: ExperimentContext, model: nn.Module, folder: Path) -> None:
     """Writes the adapter; where adaptation was by LoRA too, both as one on the base of the first.
 
     It names the public base and its revision, never a path.
     """
     base = bench.public_base
-    adapter = adapter_of(model)
+    adapter = get_peft_model_inside(model)
     adapter.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)
     named = {"base_model_name_or_path": base.public_id, "revision": base.revision}
-    if bench.loras:
+    if bench.lora_factors:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         pooled = isinstance(model, PooledModel)
-        prefix = "" if pooled else f"{bench.source.anatomy.encoder}."
-        stages = [*map(load_factors, bench.loras), factors_of(adapter, prefix)]
+        prefix = "" if pooled else f"{bench.source.architecture_spec.encoder}."
+        stages = [*map(load_factors, bench.lora_factors), extract_factors(adapter, prefix)]
         write_adapter(
-            folder, joined(stages), prefix, saved_modules(adapter), settings["task_type"],
-            settings["modules_to_save"], None, None, None if pooled else type(unwrapped(model)),
-        )  # fmt: skip
+            folder,
+            concat_factors(stages),
+            prefix,
+            get_saved_tensors(adapter),
+            settings["task_type"],
+            settings["modules_to_save"],
+            None,
+            None,
+            None if pooled else type(unwrap_adapter(model)),
+        )
     if isinstance(model, PooledModel):
-        named |= _anchored(folder / "adapter_model.safetensors", unwrapped(adapter))
-    _rewrite(folder / "adapter_config.json", lambda settings: _ordered(settings | named))
+        named |= _anchor_targets(folder / "adapter_model.safetensors", unwrap_adapter(adapter))
+    _rewrite_json(
+        folder / "adapter_config.json", lambda settings: _sort_name_lists(settings | named)
+    )
 
 
-def _published_state(model: nn.Module, anatomy: Anatomy) -> dict[str, Tensor]:
+def _build_state_dict(model: nn.Module, anatomy: ArchitectureSpec) -> dict[str, Tensor]:
     """Return the tensors of a whole model; of a `PooledModel` those of its encoder, which
     `AutoModel` reads, and an empty one where the stock task class has its last layer.
 
@@ -131,10 +144,10 @@ def _published_state(model: nn.Module, anatomy: Anatomy) -> dict[str, Tensor]:
     """
     if not isinstance(model, PooledModel):
         return model.state_dict()
-    return model.encoder.state_dict() | {placeholder_of(anatomy): torch.empty(0)}
+    return model.encoder.state_dict() | {get_placeholder_name(anatomy): torch.empty(0)}
 
 
-def _anchored(weights: Path, encoder: nn.Module) -> dict[str, Any]:
+def _anchor_targets(weights: Path, encoder: nn.Module) -> dict[str, Any]:
     """Return the fields of `peft.LoraConfig` that name the adapted layers by their whole paths.
 
     An adapter for `AutoModel` fits no stock task class: there the same layers lie below the
@@ -142,25 +155,28 @@ def _anchored(weights: Path, encoder: nn.Module) -> dict[str, Any]:
     """
     with safe_open(weights, "pt") as file:
         keys = [key for key in file.keys() if ".lora_A." in key]  # noqa: SIM118
-    paths = {key.removeprefix(BASE).split(".lora_A.")[0] for key in keys}
+    paths = {key.removeprefix(PEFT_PREFIX).split(".lora_A.")[0] for key in keys}
     return {
-        "target_modules": path_pattern(sorted(paths), [n for n, _ in encoder.named_modules()]),
-        "layers_to_transform": None, "layers_pattern": None,
-    }  # fmt: skip
+        "target_modules": build_path_pattern(
+            sorted(paths), [n for n, _ in encoder.named_modules()]
+        ),
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
 
 
-def write_encoder_alone(bench: Workbench, folder: Path) -> None:
+def export_encoder(bench: ExperimentContext, folder: Path) -> None:
     """An adapted encoder without a task: an adapter on its base, or the whole encoder.
 
     Where the original weights were kept, there are none to write.
     """
     base = bench.public_base
-    if bench.loras and not bench.base_is_ours:
-        factors = joined([load_factors(file) for file in bench.loras])
+    if bench.lora_factors and not bench.base_is_adapted:
+        factors = concat_factors([load_factors(file) for file in bench.lora_factors])
         text = bench.prepared.modality == "text"
         write_adapter(
             folder, factors, "", {}, TaskType.FEATURE_EXTRACTION if text else None, None,
-            base.public_id, base.revision, auto_class(bench.source.config),
+            base.public_id, base.revision, get_encoder_class(bench.source.config),
         )  # fmt: skip
     elif bench.base is not None:
         shutil.copytree(bench.source.folder, folder, dirs_exist_ok=True)
@@ -168,18 +184,18 @@ def write_encoder_alone(bench: Workbench, folder: Path) -> None:
         bench.source.config.save_pretrained(folder)
     bench.inputs.save(folder)
     for path in folder.glob("*config.json"):
-        _rewrite(path, _without_local_names)
+        _rewrite_json(path, _drop_local_names)
 
 
-def write_base(bench: Workbench, folder: Path) -> None:
+def export_base(bench: ExperimentContext, folder: Path) -> None:
     """The adapted base that an adapter goes on, as a plain folder of transformers."""
     shutil.copytree(bench.public_base.folder, folder)
     bench.inputs.save(folder)
     for path in folder.glob("*config.json"):
-        _rewrite(path, _without_local_names)
+        _rewrite_json(path, _drop_local_names)
 
 
-def write_sample(bench: Workbench, logits: np.ndarray, folder: Path) -> Path:
+def write_reload_sample(bench: ExperimentContext, logits: np.ndarray, folder: Path) -> Path:
     """Test rows as a user has them, and the logits the arm gave, for the proof of the reload.
 
     Pictures are copied whole, the smallest of the test's. Words that were cut off have no logits
@@ -187,13 +203,13 @@ def write_sample(bench: Workbench, logits: np.ndarray, folder: Path) -> Path:
     """
     prepared = bench.prepared
     rows = prepared.rows["test"]
-    parts = np.split(logits.astype(np.float64), np.cumsum(prepared.words(rows))[:-1])
+    parts = np.split(logits.astype(np.float64), np.cumsum(prepared.count_words(rows))[:-1])
     chosen = sorted(range(len(rows)), key=lambda i: math.prod(rows[i].size or (1,)))[:SAMPLE_ROWS]
     found = np.concatenate([parts[i] for i in chosen])
     told: dict[str, Any] = {"logits": found[np.isfinite(found).all(1)].tolist()}
     if isinstance(bench.inputs, ImageInputs):
         told |= {"arguments": bench.inputs.arguments, "images": []}
-        for number, image in enumerate(bench.inputs.originals([rows[i] for i in chosen])):
+        for number, image in enumerate(bench.inputs.decode_images([rows[i] for i in chosen])):
             image.save(folder / f"sample{number}.png")
             told["images"].append(f"sample{number}.png")
     else:
@@ -204,17 +220,17 @@ def write_sample(bench: Workbench, logits: np.ndarray, folder: Path) -> Path:
     return path
 
 
-def _without_local_names(settings: dict[str, Any]) -> dict[str, Any]:
+def _drop_local_names(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings without the places on this machine that transformers writes into them."""
     return {k: v for k, v in settings.items() if k not in ("_name_or_path", "name_or_path")}
 
 
-def _ordered(settings: dict[str, Any]) -> dict[str, Any]:
+def _sort_name_lists(settings: dict[str, Any]) -> dict[str, Any]:
     """Sort the names that peft holds as sets, whose order changes from process to process."""
     names = ("target_modules", "exclude_modules")
     return settings | {k: sorted(settings[k]) for k in names if isinstance(settings.get(k), list)}
 
 
-def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def _rewrite_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     settings = change(json.loads(path.read_text(encoding="utf-8")))
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -13,20 +13,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hftl.errors import HubError, message_line
-from hftl.runtime.paths import PASSING, XET_ADVICE, advise, http, is_xet_failure
+from hftl.errors import HubError, format_error_line
+from hftl.runtime.paths import (
+    TRANSIENT_STATUSES,
+    XET_ADVICE,
+    advise_on_status,
+    get_http_library,
+    is_xet_failure,
+)
 
-PATIENCE = 120.0
+RETRY_SECONDS = 120.0
 """Seconds that may be lost to failed requests and to waiting, in one push."""
-TIMEOUT = 30.0
+TIMEOUT_SECONDS = 30.0
 """Seconds without a byte until a request has failed."""
 FIRST_WAIT = 1.0
-LONGEST_WAIT = 16.0
-REFUSED = (408, 429)
+MAX_WAIT = 16.0
+REFUSAL_STATUSES = (408, 429)
 """Those of them that say for sure that nothing was done."""
 
 
-class UnknownFateError(HubError):
+class UnknownOutcomeError(HubError):
     """A commit was sent, and it is not known whether it landed."""
 
 
@@ -34,7 +40,7 @@ class UnreachableError(HubError):
     """There is no way to the hub."""
 
 
-class AnsweredError(HubError):
+class HubResponseError(HubError):
     """The hub has refused, with this status."""
 
     def __init__(self, what: str, fix: str, status: int) -> None:
@@ -43,11 +49,11 @@ class AnsweredError(HubError):
 
 
 @contextmanager
-def patient(seconds: float | None = None) -> Iterator[None]:
+def retry_requests(seconds: float | None = None) -> Iterator[None]:
     """Within it every request of `huggingface_hub` is made with patience.
 
     Args:
-        seconds: how much time may be lost; `PATIENCE` where it is not given.
+        seconds: how much time may be lost; `RETRY_SECONDS` where it is not given.
 
     Raises:
         HubError: from within, when that time is over or an answer allows no other try.
@@ -65,9 +71,9 @@ def patient(seconds: float | None = None) -> Iterator[None]:
         disable_progress_bars()
     close_session()
     client: Any = get_session()
-    client.timeout = TIMEOUT
-    left = PATIENCE if seconds is None else seconds
-    client.send = _Patient(client.send, left).send
+    client.timeout = TIMEOUT_SECONDS
+    left = RETRY_SECONDS if seconds is None else seconds
+    client.send = _RetryingSender(client.send, left).send
     # Xet makes its requests by itself, and would go on for minutes.
     os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_DURATION", f"{max(1, round(left / 2))}s")
     try:
@@ -76,7 +82,7 @@ def patient(seconds: float | None = None) -> Iterator[None]:
         close_session()
 
 
-class _Patient:
+class _RetryingSender:
     """Sends requests in the place of a client's own `send`."""
 
     def __init__(self, send: Callable[..., Any], left: float) -> None:
@@ -86,51 +92,57 @@ class _Patient:
     def send(self, request: Any, **how: Any) -> Any:
         """The answer to a request, asked again where that may help."""
         commits = request.method == "POST" and "/commit/" in request.url.path
-        repeatable = _repeatable(request)
+        repeatable = _is_repeatable(request)
         wait = FIRST_WAIT
         for attempt in itertools.count(1):
             began = time.monotonic()
             answer, trouble, error = self._once(request, how)
             if not trouble:
                 return answer
-            refused = answer is not None and answer.status_code in REFUSED
+            refused = answer is not None and answer.status_code in REFUSAL_STATUSES
             if commits and not refused:
                 self.left -= time.monotonic() - began
-                raise UnknownFateError(trouble) from error
+                raise UnknownOutcomeError(trouble) from error
             if not repeatable:
                 # The library, which can rewind the file, asks again.
                 self._spend(time.monotonic() - began, trouble, error, attempt)
                 if error is None:
                     return answer
                 # A ConnectError would make it throw this client away.
-                raise http().ReadError(trouble) from error
-            asked = _retry_after(answer)
+                raise get_http_library().ReadError(trouble) from error
+            asked = _read_retry_after(answer)
             pause = wait if asked is None else asked
             self._spend(time.monotonic() - began + pause, trouble, error, attempt)
             time.sleep(pause)
-            wait = min(2 * wait, LONGEST_WAIT)
+            wait = min(2 * wait, MAX_WAIT)
 
     def _once(self, request: Any, how: dict[str, Any]) -> tuple[Any, str, Exception | None]:
         """One try: the answer, and what is wrong with it or came in its place."""
         try:
             answer = self.really(request, **how)
-        except http().TransportError as error:
-            trouble = f"the hub gave no answer to {_named(request)}: {type(error).__name__}"
+        except get_http_library().TransportError as error:
+            trouble = (
+                f"the hub gave no answer to {_describe_request(request)}: {type(error).__name__}"
+            )
             return None, trouble, error
-        if answer.status_code in PASSING:
-            return answer, f"the hub answered {answer.status_code} to {_named(request)}", None
+        if answer.status_code in TRANSIENT_STATUSES:
+            return (
+                answer,
+                f"the hub answered {answer.status_code} to {_describe_request(request)}",
+                None,
+            )
         told = answer.headers.get("Content-Type", "")
         if answer.is_success and told.startswith("application/json") and request.method != "HEAD":
             try:
                 answer.json()
             except ValueError as error:
-                return answer, f"the hub's answer to {_named(request)} is broken", error
+                return answer, f"the hub's answer to {_describe_request(request)} is broken", error
         return answer, "", None
 
     def _spend(self, seconds: float, trouble: str, error: Exception | None, attempt: int) -> None:
         """Takes from the time there is; a hub that cannot be reached at all gets three tries."""
         self.left -= seconds
-        if isinstance(error, http().ConnectError) and attempt >= 3:
+        if isinstance(error, get_http_library().ConnectError) and attempt >= 3:
             raise UnreachableError(
                 "the hub cannot be reached", "Check the network and HF_ENDPOINT"
             ) from error
@@ -138,26 +150,26 @@ class _Patient:
             raise HubError(f"{trouble}, and did so for too long", "Try again later") from error
 
 
-def _repeatable(request: Any) -> bool:
+def _is_repeatable(request: Any) -> bool:
     """Whether the body is at hand to be sent once more; a file that was read is not."""
     try:
         request.content  # noqa: B018 (raises where it was not read)
-    except http().RequestNotRead:
+    except get_http_library().RequestNotRead:
         return False
     return True
 
 
-def _retry_after(answer: Any) -> float | None:
+def _read_retry_after(answer: Any) -> float | None:
     told = answer.headers.get("Retry-After", "") if answer is not None else ""
     return float(told) if told.isascii() and told.isdigit() else None
 
 
-def _named(request: Any) -> str:
+def _describe_request(request: Any) -> str:
     return f"{request.method} {request.url.path}"
 
 
 @contextmanager
-def asking(what: str) -> Iterator[None]:
+def wrap_hub_errors(what: str) -> Iterator[None]:
     """Turns what the library raises into one line of ours.
 
     Args:
@@ -175,10 +187,11 @@ def asking(what: str) -> Iterator[None]:
             f"{what}: HF_HUB_OFFLINE=1 keeps from the hub", "Unset it"
         ) from error
     except HfHubHTTPError as error:
-        raise _refused(what, error) from error
-    except http().TransportError as error:
+        raise _build_response_error(what, error) from error
+    except get_http_library().TransportError as error:
         raise HubError(
-            f"{what}: no answer from the hub", _fix(error, "Check the network and HF_ENDPOINT")
+            f"{what}: no answer from the hub",
+            _choose_fix(error, "Check the network and HF_ENDPOINT"),
         ) from error
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         # What uploads files wraps the cause; what reads an answer trips over its shape.
@@ -186,20 +199,20 @@ def asking(what: str) -> Iterator[None]:
         if isinstance(cause, HubError):
             raise cause from error
         if isinstance(cause, HfHubHTTPError):
-            raise _refused(what, cause) from error
-        fix = _fix(error, "Try again, or look at the hub's status")
-        raise HubError(f"{what}: {message_line(cause or error)}", fix) from error
+            raise _build_response_error(what, cause) from error
+        fix = _choose_fix(error, "Try again, or look at the hub's status")
+        raise HubError(f"{what}: {format_error_line(cause or error)}", fix) from error
 
 
-def _refused(what: str, error: Any) -> AnsweredError:
+def _build_response_error(what: str, error: Any) -> HubResponseError:
     status = error.response.status_code
     said = " ".join((error.server_message or "").split())
-    return AnsweredError(
+    return HubResponseError(
         f"{what}: the hub answered {status}{': ' + said if said else ''}",
-        _fix(error, advise(status)),
+        _choose_fix(error, advise_on_status(status)),
         status,
     )
 
 
-def _fix(error: BaseException, otherwise: str) -> str:
+def _choose_fix(error: BaseException, otherwise: str) -> str:
     return XET_ADVICE if is_xet_failure(error) else otherwise

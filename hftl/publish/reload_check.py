@@ -1,6 +1,6 @@
 """A published folder, loaded as a stranger would: with plain peft and transformers.
 
-`hftl predict` uses `load`. As a script it runs in a fresh process, without hftl, and compares:
+`hftl predict` uses `load_folder`. As a script it runs in a fresh process, without hftl, and compares:
 
     python reload_check.py FOLDER BASE SAMPLE DEVICE  ->  {"difference": ..., "largest": ...}
 
@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-AUTO = {
+AUTO_CLASSES = {
     "ForImageClassification": AutoModelForImageClassification,
     "ForTokenClassification": AutoModelForTokenClassification,
     "ForSequenceClassification": AutoModelForSequenceClassification,
@@ -38,7 +38,7 @@ AUTO = {
 """By the end of the stock class's name, which the published config tells."""
 
 
-class Published(nn.Module):
+class PublishedModel(nn.Module):
     """A model whose forward gives logits; `head` is set where pooling is not native."""
 
     def __init__(self, model: nn.Module, head: nn.Linear | None, pooling: str) -> None:
@@ -76,7 +76,7 @@ class LoadedBase:
     unexpected: frozenset[str]
 
 
-def load(folder: Path, base: Path | None) -> Published:
+def load_folder(folder: Path, base: Path | None) -> PublishedModel:
     """The model of a published folder, in eval mode and fp32.
 
     Args:
@@ -84,9 +84,9 @@ def load(folder: Path, base: Path | None) -> Published:
         base: the folder of the base; needed by an adapter only.
     """
     if not (folder / "adapter_config.json").exists():
-        return with_head(folder, load_base(folder, folder).model)
+        return attach_head(folder, load_base(folder, folder).model)
     assert base is not None
-    return with_head(folder, PeftModel.from_pretrained(load_base(folder, base).model, folder))
+    return attach_head(folder, PeftModel.from_pretrained(load_base(folder, base).model, folder))
 
 
 def load_base(folder: Path, base: Path, config: Any = None) -> LoadedBase:
@@ -99,7 +99,7 @@ def load_base(folder: Path, base: Path, config: Any = None) -> LoadedBase:
     """
     pooled = (folder / "head.safetensors").exists()
     config = AutoConfig.from_pretrained(folder) if config is None else config
-    auto: Any = AutoModel if pooled else _auto(config)
+    auto: Any = AutoModel if pooled else _find_auto_class(config)
     # The config says which class stands on the base, and its labels.
     known = {} if pooled or base == folder else {"config": config}
     model, report = auto.from_pretrained(
@@ -115,21 +115,21 @@ def load_base(folder: Path, base: Path, config: Any = None) -> LoadedBase:
     )
 
 
-def with_head(folder: Path, model: nn.Module) -> Published:
+def attach_head(folder: Path, model: nn.Module) -> PublishedModel:
     """The model under the folder's own head, where it has one, in eval mode."""
-    head, pooling = _head(folder / "head.safetensors")
-    return Published(model, head, pooling).eval()
+    head, pooling = _load_head(folder / "head.safetensors")
+    return PublishedModel(model, head, pooling).eval()
 
 
-def _auto(config: Any) -> Any:
+def _find_auto_class(config: Any) -> Any:
     kind = (config.architectures or [""])[0]
     return next(
-        (auto for end, auto in AUTO.items() if kind.endswith(end)),
+        (auto for end, auto in AUTO_CLASSES.items() if kind.endswith(end)),
         AutoModelForSequenceClassification,
     )
 
 
-def _head(path: Path) -> tuple[nn.Linear | None, str]:
+def _load_head(path: Path) -> tuple[nn.Linear | None, str]:
     if not path.exists():
         return None, "native"
     with safe_open(path, "pt") as file:
@@ -145,7 +145,7 @@ def _head(path: Path) -> tuple[nn.Linear | None, str]:
     return head, pooling
 
 
-def sample_batches(
+def build_sample_batches(
     folder: Path, sample: Path, alone: bool
 ) -> list[tuple[dict[str, Any], Tensor | None]]:
     """Return what the model takes for the sample, batch by batch, and for words the mask of the
@@ -183,7 +183,7 @@ def sample_batches(
     return words
 
 
-def sample_logits(
+def compute_sample_logits(
     model: nn.Module, batches: list[tuple[dict[str, Any], Tensor | None]], device: str
 ) -> Tensor:
     """Return the logits of a sample, (outputs of the rows, outputs) float32."""
@@ -205,10 +205,10 @@ def main(folder: Path, base: Path, sample: Path, device: str) -> None:
     expected = torch.tensor(json.loads(sample.read_text(encoding="utf-8"))["logits"])
     # Other weights must be drawn for whatever the folder lacks, or the lack would not show.
     torch.manual_seed(20_010_101)
-    model = load(folder, base).to(device)
+    model = load_folder(folder, base).to(device)
     differences = [
-        float((sample_logits(model, batches, device) - expected).abs().max())
-        for batches in (sample_batches(folder, sample, alone) for alone in (True, False))
+        float((compute_sample_logits(model, batches, device) - expected).abs().max())
+        for batches in (build_sample_batches(folder, sample, alone) for alone in (True, False))
     ]
     comparison = {
         "difference": min(differences),

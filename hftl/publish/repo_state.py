@@ -6,28 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from hftl.errors import HubError, RecipeError
-from hftl.publish.checks import may_go
-from hftl.publish.http_retry import AnsweredError, asking
+from hftl.publish.checks import is_publishable
+from hftl.publish.http_retry import HubResponseError, wrap_hub_errors
 from hftl.runtime import paths, run_folder
 
-RECORD = "hftl.json"
+RECORD_FILE = "hftl.json"
 """Stands wherever hftl has pushed to."""
-CARD = "README.md"
+CARD_FILE = "README.md"
 """The one file of ours that the hub's own page may have made."""
 
 
-class StandsError(HubError):
+class RepoStateError(HubError):
     """What stands there forbids the push as it was asked for; the same again is refused again."""
 
 
-def strange(files: Collection[str]) -> list[str]:
+def list_foreign_files(files: Collection[str]) -> list[str]:
     """The files that a push would replace or delete, where hftl has pushed none of them."""
-    if RECORD in files:
+    if RECORD_FILE in files:
         return []
-    return sorted(name for name in files if may_go(name) and name != CARD)
+    return sorted(name for name in files if is_publishable(name) and name != CARD_FILE)
 
 
-def check_free(repo_id: str, files: Collection[str]) -> None:
+def check_replaceable(repo_id: str, files: Collection[str]) -> None:
     """Refuses to push over a model that hftl did not publish.
 
     Args:
@@ -37,15 +37,15 @@ def check_free(repo_id: str, files: Collection[str]) -> None:
     Raises:
         StandsError: naming its files.
     """
-    found = strange(files)
+    found = list_foreign_files(files)
     if found:
-        raise StandsError(
+        raise RepoStateError(
             f"{repo_id} holds a model that hftl did not publish: {', '.join(found)}",
             "Nothing was pushed. Give another --repo-id, or remove it there first",
         )
 
 
-def check_seen(repo_id: str, files: Collection[str]) -> None:
+def check_visibility(repo_id: str, files: Collection[str]) -> None:
     """Refuses to show to all what shall stay private; where hftl has pushed before, that is known.
 
     Args:
@@ -55,8 +55,8 @@ def check_seen(repo_id: str, files: Collection[str]) -> None:
     Raises:
         StandsError: if hftl has not pushed there.
     """
-    if RECORD not in files:
-        raise StandsError(
+    if RECORD_FILE not in files:
+        raise RepoStateError(
             f"{repo_id} is public already, and the push was asked for as a private one",
             "Nothing was pushed. To let all see it: --public, or publish.private: false",
         )
@@ -65,15 +65,15 @@ def check_seen(repo_id: str, files: Collection[str]) -> None:
 # Who we are at the hub, and whether that may write where a push goes.
 
 
-READERS = ("read", "no_access")
+READ_ONLY_ROLES = ("read", "no_access")
 """Roles in an organisation that write nothing."""
 
 
-class RightsError(HubError):
+class TokenPermissionError(HubError):
     """There is no token, or it may not do what was asked for."""
 
 
-def account() -> dict[str, Any]:
+def read_account() -> dict[str, Any]:
     """What the hub says of our token, which comes from the environment or `hf auth login`.
 
     Raises:
@@ -82,39 +82,39 @@ def account() -> dict[str, Any]:
     from huggingface_hub import HfApi, get_token
 
     if get_token() is None:
-        raise RightsError(
+        raise TokenPermissionError(
             "pushing needs a token, and there is none",
             "Log in with `hf auth login`, or set HF_TOKEN",
         )
-    with asking("asking the hub who we are"):
+    with wrap_hub_errors("asking the hub who we are"):
         return HfApi().whoami()
 
 
-def full_id(who: dict[str, Any], repo_id: str) -> str:
+def complete_repo_id(who: dict[str, Any], repo_id: str) -> str:
     """`owner/name`; what has no owner is ours."""
     return repo_id if "/" in repo_id else f"{who['name']}/{repo_id}"
 
 
-def check_right(who: dict[str, Any], repo_id: str, request: bool = False) -> None:
+def check_write_permission(who: dict[str, Any], repo_id: str, request: bool = False) -> None:
     """Sees whether the token may push there.
 
     Args:
-        who: what `account` gave.
+        who: what `read_account` gave.
         repo_id: `owner/name`.
         request: whether a pull request is to be opened, which asks for less.
 
     Raises:
         HubError: saying what it lacks.
     """
-    missing = missing_right(who, repo_id, request)
+    missing = find_missing_permission(who, repo_id, request)
     if missing is not None:
-        raise RightsError(
+        raise TokenPermissionError(
             f"{repo_id}: {missing}",
             "Use a token that may write there: https://huggingface.co/settings/tokens",
         )
 
 
-def missing_right(who: dict[str, Any], repo_id: str, request: bool) -> str | None:
+def find_missing_permission(who: dict[str, Any], repo_id: str, request: bool) -> str | None:
     """What the token lacks; None where it lacks nothing that can be seen.
 
     Args:
@@ -128,18 +128,20 @@ def missing_right(who: dict[str, Any], repo_id: str, request: bool) -> str | Non
     if role == "read":
         return f"the token of {who['name']} is read-only"
     if role == "fineGrained":
-        return _fine_grained(token.get("fineGrained") or {}, owner, repo_id, request)
+        return _find_missing_scope(token.get("fineGrained") or {}, owner, repo_id, request)
     if request or owner == who["name"]:
         return None
     roles = {org["name"]: org.get("roleInOrg") for org in who.get("orgs", [])}
     if owner not in roles:
         return f"{who['name']} is not {owner}, and no member of an organisation of that name"
-    if roles[owner] in READERS:
+    if roles[owner] in READ_ONLY_ROLES:
         return f"{who['name']} may only read in the organisation {owner}"
     return None
 
 
-def _fine_grained(token: dict[str, Any], owner: str, repo_id: str, request: bool) -> str | None:
+def _find_missing_scope(
+    token: dict[str, Any], owner: str, repo_id: str, request: bool
+) -> str | None:
     """A fine-grained token says what it may do with which owner's or which repository's files."""
     wanted = {"repo.write"} | ({"discussion.write"} if request else set())
     if request and wanted & set(token.get("global") or []):
@@ -154,10 +156,10 @@ def _fine_grained(token: dict[str, Any], owner: str, repo_id: str, request: bool
 # The base that an adapter goes on: public, pinned, and of the weights that it was trained on.
 
 
-WEIGHTS = "model*.safetensors"
+WEIGHT_FILES = "model*.safetensors"
 
 
-def pinned_base(source: dict[str, Any]) -> tuple[str, str]:
+def resolve_public_base(source: dict[str, Any]) -> tuple[str, str]:
     """The base's public id and its commit, once both are seen to be right.
 
     Args:
@@ -173,24 +175,24 @@ def pinned_base(source: dict[str, Any]) -> tuple[str, str]:
             "the source model has no public id, so nobody could load the adapter",
             "Set source.published_as and run again",
         )
-    info = _seen_by_all(base, source["revision"])
+    info = _read_public_info(base, source["revision"])
     theirs = {s.rfilename: s.lfs.sha256 for s in info.siblings or []
-              if s.lfs is not None and fnmatch(s.rfilename, WEIGHTS)}  # fmt: skip
+              if s.lfs is not None and fnmatch(s.rfilename, WEIGHT_FILES)}  # fmt: skip
     # What came from there at that commit is what stands there.
-    if source["model"] != base and theirs != _ours(source):
+    if source["model"] != base and theirs != _hash_local_weights(source):
         _compare_tensors(base, str(info.sha), source["weights_sha256"])
     return base, str(info.sha)
 
 
-def _seen_by_all(base: str, revision: str | None) -> Any:
+def _read_public_info(base: str, revision: str | None) -> Any:
     """What the hub tells of the base to anyone, who has no token."""
     from huggingface_hub import HfApi
 
     at = base if revision is None else f"{base} at {revision}"
     try:
-        with asking(f"reading the base {at}"):
+        with wrap_hub_errors(f"reading the base {at}"):
             return HfApi().model_info(base, revision=revision, files_metadata=True, token=False)
-    except AnsweredError as error:
+    except HubResponseError as error:
         if error.status not in (401, 403, 404):
             raise
         raise HubError(
@@ -199,23 +201,30 @@ def _seen_by_all(base: str, revision: str | None) -> Any:
         ) from error
 
 
-def _ours(source: dict[str, Any]) -> dict[str, str]:
+def _hash_local_weights(source: dict[str, Any]) -> dict[str, str]:
     """The hashes of the weight files that were trained on; none where they are gone."""
-    folder = paths.find(source["model"], "source.model")
-    return {} if folder is None else {p.name: run_folder.sha256(p) for p in folder.glob(WEIGHTS)}
+    folder = paths.resolve_local_path(source["model"], "source.model")
+    return (
+        {}
+        if folder is None
+        else {p.name: run_folder.hash_file(p) for p in folder.glob(WEIGHT_FILES)}
+    )
 
 
 def _compare_tensors(base: str, revision: str, expected: str) -> None:
     """Files that differ may hold the same tensors: fetches the hub's and looks."""
     from huggingface_hub import snapshot_download
 
-    from hftl.models.source import checkpoint_sha256
+    from hftl.models.source import hash_checkpoint
 
-    with asking(f"fetching the weights of the base {base}"):
+    with wrap_hub_errors(f"fetching the weights of the base {base}"):
         folder = snapshot_download(
-            base, revision=revision, allow_patterns=[WEIGHTS, "pytorch_model*.bin"], token=False
+            base,
+            revision=revision,
+            allow_patterns=[WEIGHT_FILES, "pytorch_model*.bin"],
+            token=False,
         )
-    if checkpoint_sha256(Path(folder)) != expected:
+    if hash_checkpoint(Path(folder)) != expected:
         raise HubError(
             f"the base {base} at {revision[:8]} has other weights on the hub than the adapter was "
             "trained on",

@@ -13,26 +13,26 @@ from typing import Any
 from hftl.config import secrets
 from hftl.errors import RunFolderError
 from hftl.runtime.fingerprints import to_json
-from hftl.runtime.paths import PACKAGE
+from hftl.runtime.paths import PACKAGE_PREFIX
 
 LOCAL_PATH = re.compile(
     r"(?:(?<![\w.:/<])|(?<=file://))(?:~|/[\w.-]+)/[\w./-]+|\b[A-Za-z]:[\\/]+\w[^\s\"']*"
 )
-VOCABULARIES = re.compile(
+VOCABULARY_FILES = re.compile(
     r"tokenizer\.json|vocab\.(json|txt)|merges\.txt|added_tokens\.json|.*\.model"
 )
 """Files that hold the words of a language, /home/ and names among them."""
-COMMON = frozenset(
+GENERIC_NAMES = frozenset(
     """
     admin administrator codespace docker ec2-user host jovyan local localhost nobody root runner
     ubuntu user users vagrant vscode worker
     """.split()
 )
 """Names of users and hosts that tell nothing."""
-SHORTEST = 3
+MAX_IGNORED_LENGTH = 3
 
 
-def leak(path: Path, name: str, words: frozenset[str]) -> str | None:
+def find_leak(path: Path, name: str, words: frozenset[str]) -> str | None:
     """The first secret, local path or name of user or host in a file; None where there is none.
 
     Of weights the header is read, of pictures their texts.
@@ -45,27 +45,27 @@ def leak(path: Path, name: str, words: frozenset[str]) -> str | None:
     Raises:
         RunFolderError: if weights are no safetensors.
     """
-    text = _readable(path)
-    found = secrets.find(text)
+    text = _read_text(path)
+    found = secrets.find_secret(text)
     if found is not None:
         return f"a secret: {found}"
-    vocabulary = VOCABULARIES.fullmatch(name)
+    vocabulary = VOCABULARY_FILES.fullmatch(name)
     local = None if vocabulary else LOCAL_PATH.search(text)
     if local:
         return f"a path of this machine: {local.group()}"
     home = str(Path.home())
-    if len(home) > SHORTEST and re.search(rf"(?<![\w.-]){re.escape(home)}[/\\]", text):
+    if len(home) > MAX_IGNORED_LENGTH and re.search(rf"(?<![\w.-]){re.escape(home)}[/\\]", text):
         return "the home directory"
     if vocabulary:
         return None
-    for what, known in _names().items():
-        for word in sorted(known - words - COMMON):
+    for what, known in _list_personal_names().items():
+        for word in sorted(known - words - GENERIC_NAMES):
             if re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text):
                 return f"{what}: {word}"
     return None
 
 
-def _names() -> dict[str, set[str]]:
+def _list_personal_names() -> dict[str, set[str]]:
     """The names of user and host, the host's also without its domain."""
     user = {os.environ.get(key, "") for key in ("USER", "LOGNAME", "USERNAME")}
     try:
@@ -76,18 +76,20 @@ def _names() -> dict[str, set[str]]:
     user.add(Path.home().name)
     host = platform.node()
     found = {"the user's name": user, "this machine's name": {host, host.partition(".")[0]}}
-    return {what: {n for n in known if len(n) > SHORTEST} for what, known in found.items()}
+    return {
+        what: {n for n in known if len(n) > MAX_IGNORED_LENGTH} for what, known in found.items()
+    }
 
 
-def _readable(path: Path) -> str:
+def _read_text(path: Path) -> str:
     """What a file says in words."""
-    content = path.read_bytes() if path.suffix != ".safetensors" else _header(path)
+    content = path.read_bytes() if path.suffix != ".safetensors" else _read_safetensors_header(path)
     if path.suffix == ".png":
-        content = _texts(content)
+        content = _read_png_text(content)
     return content.decode("utf-8", errors="replace")
 
 
-def _header(path: Path) -> bytes:
+def _read_safetensors_header(path: Path) -> bytes:
     """A safetensors file begins with the length of its header, 8 bytes, then comes that, JSON."""
     try:
         with open(path, "rb") as file:
@@ -98,7 +100,7 @@ def _header(path: Path) -> bytes:
     return json.dumps(header, ensure_ascii=False).encode()
 
 
-def _texts(png: bytes) -> bytes:
+def _read_png_text(png: bytes) -> bytes:
     """The text chunks of a PNG, the packed ones unpacked."""
     found, at = b"", 8
     while at + 8 <= len(png):
@@ -124,36 +126,36 @@ def _unpacked(data: bytes) -> bytes:
 # The record as it may leave this machine.
 
 
-def publishable(record: dict[str, Any]) -> dict[str, Any]:
+def sanitize_record(record: dict[str, Any]) -> dict[str, Any]:
     """The record without places on this machine: a local path becomes its last name."""
     kept = json.loads(to_json(record))
     # What a bad row says is the user's data, and stays here; the count goes along.
     kept["data"].pop("bad_rows_listed")
-    recipe = _without_paths(kept["recipe"])
+    recipe = _strip_paths(kept["recipe"])
     if kept["source"]["local"]:
         recipe["source"]["model"] = kept["source"]["model"] = kept["source"]["name"]
     for split in ("train", "validation", "test", "unlabeled", "general"):
         table = recipe["data"][split] or {}
         if "path" in table and split not in kept["data"]["hub_revisions"]:
-            table["path"] = last_name(table["path"])
+            table["path"] = strip_parents(table["path"])
     return kept | {"recipe": recipe}
 
 
-def place_of(record: dict[str, Any]) -> str:
+def get_load_path(record: dict[str, Any]) -> str:
     """What a reader loads the model from: the repository, once it was pushed."""
     return (record.get("published") or {}).get("repo_id", ".")
 
 
-def last_name(place: str) -> str:
+def strip_parents(place: str) -> str:
     """A package as it is, a path by its last name."""
-    return place if place.startswith(PACKAGE) else Path(place).expanduser().resolve().name
+    return place if place.startswith(PACKAGE_PREFIX) else Path(place).expanduser().resolve().name
 
 
-def _without_paths(value: Any) -> Any:
+def _strip_paths(value: Any) -> Any:
     """Nested values in which every string that is a path has become its last name."""
     if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items()}
+        return {key: _strip_paths(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_paths(item) for item in value]
+        return [_strip_paths(item) for item in value]
     path = isinstance(value, str) and value.startswith(("/", "~", "./", "../"))
-    return last_name(value) if path else value
+    return strip_parents(value) if path else value

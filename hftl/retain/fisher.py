@@ -18,17 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hftl.errors import NumericError, RecipeError
-from hftl.retain.hooks import Tap, View, in_eval
+from hftl.retain.hooks import EmbeddingHook, ModelOutputs, eval_mode
 from hftl.runtime import distributed
 
-KINDS = ("features", "exact", "sampled", "empirical")
-ANSWERS = ("classes", "labels", "target")
-DRAWS = 2
+FISHER_KINDS = ("features", "exact", "sampled", "empirical")
+LOGIT_KINDS = ("classes", "labels", "target")
+FEATURE_DRAWS = 2
 """Directions that a row's features are looked at along."""
 Batch = dict[str, Any]
 
 
-def fisher_information(
+def compute_fisher(
     model: nn.Module, parameters: dict[str, nn.Parameter], rows: int,
     batch: Callable[[int], Batch], kind: str, seed: int, answers: str = "classes",
 ) -> tuple[dict[str, Tensor], float]:  # fmt: skip
@@ -44,7 +44,7 @@ def fisher_information(
         parameters: by the names that they are told under.
         rows: how many there are.
         batch: a batch of the one row of a number, with `labels` for `empirical`.
-        kind: one of `KINDS`.
+        kind: one of `FISHER_KINDS`.
         seed: of the draws.
         answers: what the logits are of: `classes`, `labels` that each hold or not, or a `target`,
             with a Gaussian of variance 1 around the prediction.
@@ -54,25 +54,25 @@ def fisher_information(
             word, and for `empirical` without labels.
         NumericError: if nothing depends on any parameter, or a gradient is not finite.
     """
-    if kind not in KINDS:
-        raise RecipeError(f"ewc.fisher={kind!r}", f"Use one of {', '.join(KINDS)}")
-    if answers not in ANSWERS:
-        raise RecipeError(f"ewc: answers={answers!r}", f"Use one of {', '.join(ANSWERS)}")
-    tap = Tap(model)
+    if kind not in FISHER_KINDS:
+        raise RecipeError(f"ewc.fisher={kind!r}", f"Use one of {', '.join(FISHER_KINDS)}")
+    if answers not in LOGIT_KINDS:
+        raise RecipeError(f"ewc: answers={answers!r}", f"Use one of {', '.join(LOGIT_KINDS)}")
+    tap = EmbeddingHook(model)
     try:
-        with in_eval(model), torch.enable_grad(), _summed_squares(model, parameters) as total:
-            for number in distributed.mine(list(range(rows))):
+        with eval_mode(model), torch.enable_grad(), _accumulate_squares(model, parameters) as total:
+            for number in distributed.shard_items(list(range(rows))):
                 given = batch(number)
                 inputs = {key: value for key, value in given.items() if key != "labels"}
-                view = tap.view(model(**inputs), given.get("attention_mask"))
+                view = tap.read_outputs(model(**inputs), given.get("attention_mask"))
                 draw = torch.Generator().manual_seed(seed * 1_000_003 + number)
-                for share, value in _directions(view, given.get("labels"), kind, answers, draw):
+                for share, value in _list_scalars(view, given.get("labels"), kind, answers, draw):
                     (value * share**0.5).backward(
                         retain_graph=True, inputs=list(parameters.values())
                     )
     finally:
         tap.close()
-    return _normalised(total, rows)
+    return _normalize_fisher(total, rows)
 
 
 def save_fisher(fisher: dict[str, Tensor], path: Path, told: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ def load_fisher(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return load_file(path), told
 
 
-def provenance(told: dict[str, str]) -> dict[str, Any]:
+def describe_fisher(told: dict[str, str]) -> dict[str, Any]:
     """What the record tells of an information, from the metadata of its file.
 
     Returns:
@@ -101,14 +101,14 @@ def provenance(told: dict[str, str]) -> dict[str, Any]:
     return {
         "kind": told["kind"],
         "rows": int(told["rows"]),
-        "draws": {"features": DRAWS, "sampled": 1}.get(told["kind"]),
+        "draws": {"features": FEATURE_DRAWS, "sampled": 1}.get(told["kind"]),
         "scale": float(told["scale"]),
         "mean": 1.0,
     }
 
 
 @contextmanager
-def _summed_squares(
+def _accumulate_squares(
     model: nn.Module, parameters: dict[str, nn.Parameter]
 ) -> Iterator[dict[str, Tensor]]:
     """Sums to which every backward pass inside adds the square of each parameter's gradient.
@@ -151,15 +151,15 @@ def _add_square(total: Tensor, parameter: Tensor) -> None:
     total.addcmul_(wide, wide)
 
 
-def _directions(
-    view: View, labels: Tensor | None, kind: str, answers: str, draw: torch.Generator
+def _list_scalars(
+    view: ModelOutputs, labels: Tensor | None, kind: str, answers: str, draw: torch.Generator
 ) -> list[tuple[float, Tensor]]:
     """What is differentiated for one row: scalars, and what each one's square counts."""
     if kind == "features":
         assert view.embedding is not None
         found = view.embedding[0]
-        along = torch.randn(DRAWS, len(found), generator=draw).to(found.device)
-        return [(1 / DRAWS, v @ found) for v in along]
+        along = torch.randn(FEATURE_DRAWS, len(found), generator=draw).to(found.device)
+        return [(1 / FEATURE_DRAWS, v @ found) for v in along]
     if view.logits.dim() > 2:
         raise RecipeError(
             f"ewc.fisher={kind} is of one answer a row, and the model has one a word",
@@ -167,17 +167,17 @@ def _directions(
         )
     logits = view.logits[0]
     if kind == "exact":
-        return _expected(logits, answers)
+        return _expand_expectation(logits, answers)
     if kind == "sampled":
-        told = _drawn(logits.detach().cpu(), answers, draw).to(logits.device)
+        told = _sample_label(logits.detach().cpu(), answers, draw).to(logits.device)
     elif labels is None:
         raise RecipeError("ewc.fisher=empirical needs labels, and the rows have none", "Use exact")
     else:
         told = labels[0]
-    return [(1.0, _log_likelihood(logits, told, answers))]
+    return [(1.0, _compute_log_likelihood(logits, told, answers))]
 
 
-def _expected(logits: Tensor, answers: str) -> list[tuple[float, Tensor]]:
+def _expand_expectation(logits: Tensor, answers: str) -> list[tuple[float, Tensor]]:
     """Scalars and shares that make up the expectation over all answers.
 
     Of independent labels, and of a Gaussian, the score's products cancel: what remains is the
@@ -192,7 +192,7 @@ def _expected(logits: Tensor, answers: str) -> list[tuple[float, Tensor]]:
     return [(1.0, logits[0])]
 
 
-def _drawn(logits: Tensor, answers: str, draw: torch.Generator) -> Tensor:
+def _sample_label(logits: Tensor, answers: str, draw: torch.Generator) -> Tensor:
     """An answer, as likely as the model says."""
     if answers == "classes":
         return torch.multinomial(logits.softmax(-1), 1, generator=draw)
@@ -201,7 +201,7 @@ def _drawn(logits: Tensor, answers: str, draw: torch.Generator) -> Tensor:
     return logits + torch.randn(logits.shape, generator=draw)
 
 
-def _log_likelihood(logits: Tensor, told: Tensor, answers: str) -> Tensor:
+def _compute_log_likelihood(logits: Tensor, told: Tensor, answers: str) -> Tensor:
     """log p(told | x), up to a constant."""
     if answers == "classes":
         return F.log_softmax(logits, -1)[int(told)]
@@ -210,9 +210,9 @@ def _log_likelihood(logits: Tensor, told: Tensor, answers: str) -> Tensor:
     return -(logits - told.float()).square().sum() / 2
 
 
-def _normalised(total: dict[str, Tensor], rows: int) -> tuple[dict[str, Tensor], float]:
+def _normalize_fisher(total: dict[str, Tensor], rows: int) -> tuple[dict[str, Tensor], float]:
     """The mean over the rows of all processes, over the mean of all parameters."""
-    parts = distributed.gather({name: tensor.cpu() for name, tensor in total.items()})
+    parts = distributed.gather_values({name: tensor.cpu() for name, tensor in total.items()})
     mean = {name: torch.stack([part[name] for part in parts]).sum(0) / rows for name in total}
     numbers = sum(tensor.numel() for tensor in mean.values())
     scale = float(sum(tensor.double().sum() for tensor in mean.values()) / numbers)

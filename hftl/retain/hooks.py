@@ -10,15 +10,21 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from hftl.errors import RecipeError
-from hftl.models.heads import PooledModel, anatomy_in, encoder_in, pool, unwrapped
+from hftl.models.heads import (
+    PooledModel,
+    get_encoder,
+    get_model_architecture,
+    pool_tokens,
+    unwrap_adapter,
+)
 
-BESIDE = ("row", "general", "told")
+BATCH_METADATA = ("row", "general", "told")
 """What a batch holds for the terms, beside the model's inputs and the labels: the rows' numbers,
 which are general data, and which tokens words are told by."""
 
 
 @dataclass(frozen=True)
-class View:
+class ModelOutputs:
     """A model's outputs on some rows.
 
     Args:
@@ -30,13 +36,13 @@ class View:
     embedding: Tensor | None
     logits: Tensor
 
-    def rows(self, chosen: Tensor) -> "View":
+    def select(self, chosen: Tensor) -> "ModelOutputs":
         """These rows only."""
         embedding = None if self.embedding is None else self.embedding[chosen]
-        return View(embedding, self.logits[chosen])
+        return ModelOutputs(embedding, self.logits[chosen])
 
 
-class Tap:
+class EmbeddingHook:
     """Catches each row's embedding whenever the model runs.
 
     Raises:
@@ -45,16 +51,16 @@ class Tap:
 
     def __init__(self, model: nn.Module) -> None:
         self._caught: Any = None
-        anatomy = anatomy_in(model)
+        anatomy = get_model_architecture(model)
         self._is_text = anatomy.modality == "text" and not isinstance(model, PooledModel)
         if self._is_text:
-            where = encoder_in(model, anatomy)
+            where = get_encoder(model, anatomy)
             self._hook = where.register_forward_hook(self._catch_output)
         else:
-            where = _outermost(model, anatomy.last_linear)
+            where = _find_head_module(model, anatomy.last_linear)
             self._hook = where.register_forward_pre_hook(self._catch_input)
 
-    def view(self, outputs: Any, mask: Tensor | None) -> View:
+    def read_outputs(self, outputs: Any, mask: Tensor | None) -> ModelOutputs:
         """The last run's embeddings beside its outputs, in fp32.
 
         Args:
@@ -68,8 +74,8 @@ class Tap:
             )
         if self._is_text:
             seen = torch.ones(caught.shape[:2]) if mask is None else mask
-            caught = pool(caught.float(), seen.to(caught.device), "mean")
-        return View(caught.float(), outputs.logits.float())
+            caught = pool_tokens(caught.float(), seen.to(caught.device), "mean")
+        return ModelOutputs(caught.float(), outputs.logits.float())
 
     def close(self) -> None:
         """Takes the hook off."""
@@ -82,11 +88,11 @@ class Tap:
         self._caught = args[0]
 
 
-def _outermost(model: nn.Module, path: str) -> nn.Module:
+def _find_head_module(model: nn.Module, path: str) -> nn.Module:
     """The module at a path or, where peft keeps two copies of it, what chooses between them."""
     if isinstance(model, PooledModel):
         return model.head
-    found: Any = unwrapped(model)
+    found: Any = unwrap_adapter(model)
     for name in path.split("."):
         found = getattr(found, name)
         if isinstance(found, ModulesToSaveWrapper):
@@ -95,7 +101,7 @@ def _outermost(model: nn.Module, path: str) -> nn.Module:
 
 
 @contextmanager
-def in_eval(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in eval mode; afterwards every module is in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
     try:

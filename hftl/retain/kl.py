@@ -17,15 +17,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hftl.errors import RecipeError
-from hftl.models.heads import anatomy_in, encoder_in
-from hftl.retain.hooks import BESIDE, View, in_eval
+from hftl.models.heads import get_encoder, get_model_architecture
+from hftl.retain.hooks import BATCH_METADATA, ModelOutputs, eval_mode
 
-FORMS = ("probe", "relational", "features")
-INPUTS = ("target", "general", "both")
-DIRECTIONS = ("forward", "reverse")
+KL_FORMS = ("probe", "relational", "features")
+KL_INPUTS = ("target", "general", "both")
+KL_DIRECTIONS = ("forward", "reverse")
 
 
-class OnRows(Protocol):
+class RowRegularizer(Protocol):
     """A term with a value for each row of its `inputs`."""
 
     @property
@@ -75,7 +75,7 @@ class KLToOriginal:
     solved: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (("on", FORMS), ("inputs", INPUTS), ("direction", DIRECTIONS)):
+        for name, known in (("on", KL_FORMS), ("inputs", KL_INPUTS), ("direction", KL_DIRECTIONS)):
             if getattr(self, name) not in known:
                 raise RecipeError(
                     f"kl.{name}={getattr(self, name)!r}", f"Use one of {', '.join(known)}"
@@ -87,7 +87,7 @@ class KLToOriginal:
             raise RecipeError(f"kl.weight={self.weight} would drive the model away", "Raise it")
 
 
-def probe_kl(term: KLToOriginal, original: Tensor, now: Tensor, kind: str) -> Tensor:
+def compute_probe_kl(term: KLToOriginal, original: Tensor, now: Tensor, kind: str) -> Tensor:
     """KL between what two heads say, for each row.
 
     Args:
@@ -105,11 +105,11 @@ def probe_kl(term: KLToOriginal, original: Tensor, now: Tensor, kind: str) -> Te
     if kind == "labels":
         two = torch.stack([original, torch.zeros_like(original)], -1)
         other = torch.stack([now, torch.zeros_like(now)], -1)
-        return kl_rows(two, other, term.temperature, term.direction).sum(-1)
-    return kl_rows(original, now, term.temperature, term.direction)
+        return compute_row_kl(two, other, term.temperature, term.direction).sum(-1)
+    return compute_row_kl(original, now, term.temperature, term.direction)
 
 
-def relational_kl(
+def compute_relational_kl(
     term: KLToOriginal, original: Tensor, now: Tensor, bank: Tensor | None, hidden: Tensor | None
 ) -> Tensor:
     """KL between the rows' similarities to others, for each row.
@@ -140,10 +140,10 @@ def relational_kl(
     if hidden is not None:
         # Not -inf: a difference of two of them would be no number.
         told = [similar.masked_fill(hidden, -1e4 * term.tau) for similar in told]
-    return kl_rows(told[0] / term.tau, told[1] / term.tau, term.temperature, term.direction)
+    return compute_row_kl(told[0] / term.tau, told[1] / term.tau, term.temperature, term.direction)
 
 
-def feature_kl(original: Tensor, now: Tensor, spread: Tensor) -> Tensor:
+def compute_feature_kl(original: Tensor, now: Tensor, spread: Tensor) -> Tensor:
     """KL between Gaussians around two embeddings: |f - f0|^2 / (2 spread), for each row.
 
     Args:
@@ -158,7 +158,7 @@ def feature_kl(original: Tensor, now: Tensor, spread: Tensor) -> Tensor:
     return ((now.float() - original.float()) ** 2).sum(-1) / (2 * spread)
 
 
-def kl_rows(original: Tensor, now: Tensor, temperature: float, direction: str) -> Tensor:
+def compute_row_kl(original: Tensor, now: Tensor, temperature: float, direction: str) -> Tensor:
     """T^2 KL(softmax(original / T) || softmax(now / T)) over the last axis, or the other way."""
     logs = [F.log_softmax(side.float() / temperature, -1) for side in (original, now)]
     if direction == "reverse":
@@ -166,7 +166,7 @@ def kl_rows(original: Tensor, now: Tensor, temperature: float, direction: str) -
     return temperature**2 * (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
 
 
-def rows_of(term: OnRows, general: Tensor, counts: Tensor) -> Tensor:
+def select_rows(term: RowRegularizer, general: Tensor, counts: Tensor) -> Tensor:
     """Which rows of a batch a term is taken on: (batch,) bool.
 
     Args:
@@ -179,7 +179,7 @@ def rows_of(term: OnRows, general: Tensor, counts: Tensor) -> Tensor:
     return general if term.inputs == "general" else general | counts
 
 
-def check_inputs(terms: Sequence[OnRows], general: int) -> None:
+def check_general_rows(terms: Sequence[RowRegularizer], general: int) -> None:
     """Refuses terms on general rows where there are none: they would do nothing, or count less.
 
     Args:
@@ -197,15 +197,15 @@ def check_inputs(terms: Sequence[OnRows], general: int) -> None:
         )
 
 
-def expected_rows(term: OnRows, target: Tensor, ratio: float) -> Tensor:
+def count_expected_rows(term: RowRegularizer, target: Tensor, ratio: float) -> Tensor:
     """How many rows of a step a term is a mean over; of general ones the share they are on average,
     so that each counts the same in whatever step it comes."""
     share = {"target": 1.0, "general": ratio, "both": 1.0 + ratio}[term.inputs]
     return target.clamp(min=1) * share
 
 
-def row_values(
-    term: KLToOriginal, original: View, now: View, kind: str, bank: Tensor | None,
+def compute_kl(
+    term: KLToOriginal, original: ModelOutputs, now: ModelOutputs, kind: str, bank: Tensor | None,
     hidden: Tensor | None, spread: Tensor | None, told: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The term's value for each row, (rows,) float32.
@@ -214,30 +214,30 @@ def row_values(
         term: what is compared.
         original: the reference's outputs on the rows.
         now: the model's.
-        kind: see `probe_kl`; `words`: classes for each token, averaged over those `told`.
-        bank: see `relational_kl`.
-        hidden: see `relational_kl`.
-        spread: see `feature_kl`.
+        kind: see `compute_probe_kl`; `words`: classes for each token, averaged over those `told`.
+        bank: see `compute_relational_kl`.
+        hidden: see `compute_relational_kl`.
+        spread: see `compute_feature_kl`.
         told: (rows, length) bool, the tokens that words are told by: of the others, as the special
             ones and the rest of a word, nobody has trained the head to say anything.
     """
     if term.on == "probe":
         if kind != "words":
-            return probe_kl(term, original.logits, now.logits, kind)
-        each = probe_kl(term, original.logits, now.logits, "classes")
+            return compute_probe_kl(term, original.logits, now.logits, kind)
+        each = compute_probe_kl(term, original.logits, now.logits, "classes")
         counts = torch.ones_like(each) if told is None else told.to(each.dtype)
         return (each * counts).sum(-1) / counts.sum(-1).clamp(min=1)
     assert original.embedding is not None and now.embedding is not None
     if term.on == "relational":
-        return relational_kl(term, original.embedding, now.embedding, bank, hidden)
+        return compute_relational_kl(term, original.embedding, now.embedding, bank, hidden)
     assert spread is not None
-    return feature_kl(original.embedding, now.embedding, spread)
+    return compute_feature_kl(original.embedding, now.embedding, spread)
 
 
 # KL to the classes that CLIP tells without training: pictures against its texts of their names.
 
 
-TEMPLATE = "a photo of a {}."
+PROMPT_TEMPLATE = "a photo of a {}."
 
 
 class ZeroShotHead(nn.Module):
@@ -261,7 +261,7 @@ class ZeroShotHead(nn.Module):
         return self.scale * F.normalize(self.projection(pooled).float(), dim=-1) @ texts.T  # pyright: ignore
 
 
-def zero_shot_head(clip: Any, tokenizer: Any, names: list[str]) -> ZeroShotHead:
+def build_zero_shot_head(clip: Any, tokenizer: Any, names: list[str]) -> ZeroShotHead:
     """The head of a `CLIPModel` for these classes.
 
     Args:
@@ -269,12 +269,12 @@ def zero_shot_head(clip: Any, tokenizer: Any, names: list[str]) -> ZeroShotHead:
         tokenizer: its own.
         names: of the classes; underscores are read as spaces.
     """
-    prompts = [TEMPLATE.format(name.replace("_", " ")) for name in names]
+    prompts = [PROMPT_TEMPLATE.format(name.replace("_", " ")) for name in names]
     ids = tokenizer(
         prompts, padding=True, padding_side="right", truncation=True, return_attention_mask=True,
         return_tensors="pt",
     )  # fmt: skip
-    with torch.no_grad(), in_eval(clip):
+    with torch.no_grad(), eval_mode(clip):
         pooled = clip.text_model(
             input_ids=ids["input_ids"], attention_mask=ids["attention_mask"]
         ).pooler_output
@@ -291,7 +291,7 @@ class ZeroShotKL:
 
     Args:
         weight: of the mean over rows.
-        head: see `zero_shot_head`.
+        head: see `build_zero_shot_head`.
         temperature: see `KLToOriginal`.
         direction: `forward` or `reverse`.
         inputs: `target`, `general` or `both`.
@@ -316,8 +316,8 @@ class ZeroShotKL:
         Raises:
             RecipeError: if the model has none of CLIP's.
         """
-        anatomy = anatomy_in(model)
-        self._tower = encoder_in(model, anatomy)
+        anatomy = get_model_architecture(model)
+        self._tower = get_encoder(model, anatomy)
         if self._tower.config.model_type != "clip_vision_model":
             raise RecipeError(
                 f"kl.on=zero_shot: {self._tower.config.model_type} tells no classes by their names",
@@ -338,7 +338,7 @@ class ZeroShotKL:
             epoch: of no use here.
         """
         del epoch
-        beside = ("labels", *BESIDE)
+        beside = ("labels", *BATCH_METADATA)
         inputs = {
             key: value[chosen] if isinstance(value, Tensor) else value
             for key, value in batch.items()
@@ -347,9 +347,9 @@ class ZeroShotKL:
         if not chosen.any():
             return inputs["pixel_values"].new_zeros(0, dtype=torch.float32)
         now = self._head(self._tower(**inputs).pooler_output)
-        with torch.no_grad(), in_eval(self._original), self._off():
+        with torch.no_grad(), eval_mode(self._original), self._off():
             original = self._head(self._original(**inputs).pooler_output)
-        return kl_rows(original, now, self._temperature, self._direction)
+        return compute_row_kl(original, now, self._temperature, self._direction)
 
     def _off(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._adapter is None else self._adapter.disable_adapter()

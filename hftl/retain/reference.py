@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from hftl.errors import RecipeError
 from hftl.models.heads import PooledModel
-from hftl.retain.hooks import Tap, View, in_eval
+from hftl.retain.hooks import EmbeddingHook, ModelOutputs, eval_mode
 
-AGREE = 1e-3
+OUTPUT_TOLERANCE = 1e-3
 """The largest difference, relative to the largest output, between a model that has not been
 trained and its reference; what bf16 leaves of one number is more, so this is looked at in fp32."""
 
@@ -36,7 +36,7 @@ class Reference:
         adapter = model.encoder if isinstance(model, PooledModel) else model
         if given is not None:
             self.model = given.requires_grad_(False).to(next(model.parameters()).device)
-        elif isinstance(adapter, PeftModel) and not (copied and _moves_its_base(adapter)):
+        elif isinstance(adapter, PeftModel) and not (copied and _trains_base_weights(adapter)):
             self.model, self._adapter = model, adapter
             if isinstance(model, PooledModel):
                 # The head is outside the adapter, and trains.
@@ -44,21 +44,21 @@ class Reference:
         else:
             self.model = deepcopy(model).requires_grad_(False) if copied else model
         # The model's own hooks are copied with it; this one is the copy's.
-        self._tap = Tap(self.model)
+        self._tap = EmbeddingHook(self.model)
 
-    def __call__(self, batch: dict[str, Any]) -> View:
+    def __call__(self, batch: dict[str, Any]) -> ModelOutputs:
         """The original's outputs on a batch, which may hold `labels`; every mode is left as it
         was."""
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         off: AbstractContextManager[Any] = nullcontext()
         if self._adapter is not None:
             off = self._adapter.disable_adapter()
-        with torch.no_grad(), in_eval(self.model), off:
-            seen = self._tap.view(self.model(**inputs), batch.get("attention_mask"))
+        with torch.no_grad(), eval_mode(self.model), off:
+            seen = self._tap.read_outputs(self.model(**inputs), batch.get("attention_mask"))
             if self._head is not None:
                 assert seen.embedding is not None
                 width = self._head(seen.embedding.to(next(self._head.parameters()).dtype))
-                seen = View(seen.embedding, width.float())
+                seen = ModelOutputs(seen.embedding, width.float())
         return seen
 
     def check(self, model: nn.Module, batch: dict[str, Any]) -> None:
@@ -69,17 +69,17 @@ class Reference:
         """
         if self.is_given or self.model is model and self._adapter is None:
             return
-        tap = Tap(model)
+        tap = EmbeddingHook(model)
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        with torch.no_grad(), in_eval(model):
-            now = tap.view(model(**inputs), batch.get("attention_mask"))
+        with torch.no_grad(), eval_mode(model):
+            now = tap.read_outputs(model(**inputs), batch.get("attention_mask"))
         tap.close()
         then = self(batch)
         for name, one, other in (
             ("embeddings", now.embedding, then.embedding), ("logits", now.logits, then.logits),
         ):  # fmt: skip
-            apart = _apart(one, other)
-            if not apart <= AGREE:
+            apart = _compute_relative_difference(one, other)
+            if not apart <= OUTPUT_TOLERANCE:
                 raise RecipeError(
                     f"the model differs from its reference before training: {name} by {apart:.1e} "
                     "of the largest",
@@ -91,7 +91,7 @@ class Reference:
         self._tap.close()
 
 
-def _moves_its_base(model: PeftModel) -> bool:
+def _trains_base_weights(model: PeftModel) -> bool:
     """Whether more trains than the adapter: with it off, what is left would move as well."""
     own = (str(model.base_model.prefix), ".modules_to_save.", ".trainable_tokens_")
     return any(
@@ -100,7 +100,7 @@ def _moves_its_base(model: PeftModel) -> bool:
     )
 
 
-def _apart(one: Tensor | None, other: Tensor | None) -> float:
+def _compute_relative_difference(one: Tensor | None, other: Tensor | None) -> float:
     """The largest difference, relative to the largest value where that is above 1."""
     assert one is not None and other is not None
     return float((one - other).abs().max() / other.abs().max().clamp(min=1.0))
@@ -109,12 +109,12 @@ def _apart(one: Tensor | None, other: Tensor | None) -> float:
 # Whether a reference's head says anything of the labels: KL on one nobody trained is noise.
 
 
-BETTER = 0.95
+WEAK_HEAD_RATIO = 0.95
 """A head has an opinion if its loss is below this share of that of the labels' shares alone."""
 
 
 @dataclass(frozen=True)
-class Opinion:
+class HeadQuality:
     """What a head says of the labels: its loss, and that of the labels' shares alone."""
 
     loss: float
@@ -123,10 +123,10 @@ class Opinion:
     @property
     def is_weak(self) -> bool:
         """Whether the head is hardly better than the shares, or worse."""
-        return not self.loss < BETTER * self.shares
+        return not self.loss < WEAK_HEAD_RATIO * self.shares
 
 
-def opinion_of(logits: Tensor, labels: Tensor, kind: str) -> Opinion | None:
+def measure_head_quality(logits: Tensor, labels: Tensor, kind: str) -> HeadQuality | None:
     """Compares a head with one that knows only how frequent each label is.
 
     Args:
@@ -153,16 +153,16 @@ def opinion_of(logits: Tensor, labels: Tensor, kind: str) -> Opinion | None:
         loss = F.cross_entropy(logits, labels)
         share = labels.bincount(minlength=logits.shape[1]).double() / len(labels)
         blind = -(torch.xlogy(share, share)).sum()
-    return Opinion(float(loss), float(blind))
+    return HeadQuality(float(loss), float(blind))
 
 
-def check_opinion(logits: Tensor, labels: Tensor, kind: str) -> None:
-    """Refuses a head that says nothing of the labels; see `opinion_of`.
+def check_head_quality(logits: Tensor, labels: Tensor, kind: str) -> None:
+    """Refuses a head that says nothing of the labels; see `measure_head_quality`.
 
     Raises:
         RecipeError: if it is no better than the labels' shares, as a head that nobody trained.
     """
-    found = opinion_of(logits, labels, kind)
+    found = measure_head_quality(logits, labels, kind)
     if found is not None and found.is_weak:
         raise RecipeError(
             f"kl.on=probe: the reference's head says nothing of the labels (loss {found.loss:.3f}, "

@@ -9,9 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from hftl.errors import RecipeError
-from hftl.retain.hooks import BESIDE, Tap, View
-from hftl.retain.kl import KLToOriginal, check_inputs, expected_rows, row_values, rows_of
-from hftl.retain.reference import Reference, check_opinion
+from hftl.retain.hooks import BATCH_METADATA, EmbeddingHook, ModelOutputs
+from hftl.retain.kl import (
+    KLToOriginal,
+    check_general_rows,
+    compute_kl,
+    count_expected_rows,
+    select_rows,
+)
+from hftl.retain.reference import Reference, check_head_quality
 from hftl.runtime import distributed
 
 Batch = dict[str, Any]
@@ -31,7 +37,7 @@ class WeightTerm(Protocol):
 
 
 @runtime_checkable
-class OwnTerm(Protocol):
+class PretrainingHeadTerm(Protocol):
     """KL of outputs that the model's own forward does not have, as `MaskedKL` and `ZeroShotKL`."""
 
     weight: float
@@ -46,11 +52,11 @@ class OwnTerm(Protocol):
         ...
 
 
-Term = KLToOriginal | WeightTerm | OwnTerm
+Term = KLToOriginal | WeightTerm | PretrainingHeadTerm
 
 
 @dataclass(frozen=True)
-class Rows:
+class TrainingRows:
     """All rows of a training, for the original to look at.
 
     Args:
@@ -86,13 +92,13 @@ class Retention:
                 "Use KLToOriginal, L2SP and EWC",
             )
         self.kls = [t for t in terms if isinstance(t, KLToOriginal) and t.weight > 0]
-        self.own = [t for t in terms if isinstance(t, OwnTerm) and t.weight > 0]
+        self.own = [t for t in terms if isinstance(t, PretrainingHeadTerm) and t.weight > 0]
         self.weights = [t for t in terms if isinstance(t, WeightTerm)]
         self.ratio = ratio
         self._given = given
         self._reference: Reference | None = None
-        self._tap: Tap | None = None
-        self._known: View | None = None
+        self._tap: EmbeddingHook | None = None
+        self._known: ModelOutputs | None = None
         self._banks: dict[int, tuple[Tensor, Tensor]] = {}
         self._spread: Tensor | None = None
         self._kind = "classes"
@@ -104,9 +110,13 @@ class Retention:
         return bool(self.kls or self.own or self.weights)
 
     def start(
-        self, model: nn.Module, rows: Rows, device: torch.device, autocast: Callable[[], Any],
+        self,
+        model: nn.Module,
+        rows: TrainingRows,
+        device: torch.device,
+        autocast: Callable[[], Any],
         seed: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Asks the original before anything is trained; the second time does nothing.
 
         Args:
@@ -123,7 +133,7 @@ class Retention:
         if self._started:
             return
         self._started = True
-        check_inputs([*self.kls, *self.own], rows.total - rows.target)
+        check_general_rows([*self.kls, *self.own], rows.total - rows.target)
         for term in self.weights:
             term.start(model)
         for term in self.own:
@@ -132,15 +142,15 @@ class Retention:
             return
         cached = _is_cached(self.kls, rows)
         self._reference = Reference(model, self._given, copied=not cached)
-        first = _on(rows.batch(rows.batches[0][:4]), device)
-        self._kind = _kind(first["labels"])
+        first = _move_batch(rows.batch(rows.batches[0][:4]), device)
+        self._kind = _find_logit_kind(first["labels"])
         if self._kind == "words" and any(term.on == "probe" for term in self.kls):
             cached = False
             self._reference.close()
             self._reference = Reference(model, self._given, copied=True)
         self._reference.check(model, first)
         self._look(rows, device, autocast, seed, cached)
-        self._tap = Tap(model)
+        self._tap = EmbeddingHook(model)
         if cached:
             self._reference.close()
             self._reference, self._given = None, None
@@ -162,17 +172,17 @@ class Retention:
         """
         total = outputs.logits.new_zeros((), dtype=torch.float32)
         if self._tap is not None:
-            now = self._tap.view(outputs, batch.get("attention_mask"))
+            now = self._tap.read_outputs(outputs, batch.get("attention_mask"))
             general = batch["general"]
             original = self._original(batch, autocast)
             for term in self.kls:
-                chosen = rows_of(term, general, counts)
+                chosen = select_rows(term, general, counts)
                 values = self._values(term, original, now, batch, chosen)
-                rows = expected_rows(term, target, self.ratio)
+                rows = count_expected_rows(term, target, self.ratio)
                 total = total + term.weight * values.sum() / rows
         for term in self.own:
-            values = term.values(batch, rows_of(term, batch["general"], counts), epoch)
-            rows = expected_rows(term, target, self.ratio)
+            values = term.values(batch, select_rows(term, batch["general"], counts), epoch)
+            rows = count_expected_rows(term, target, self.ratio)
             total = total + term.weight * values.sum() / rows
         if self.weights:
             share = counts.sum() / target.clamp(min=1)
@@ -188,7 +198,12 @@ class Retention:
                 step(model, optimizer)
 
     def _values(
-        self, term: KLToOriginal, original: View, now: View, batch: Batch, chosen: Tensor
+        self,
+        term: KLToOriginal,
+        original: ModelOutputs,
+        now: ModelOutputs,
+        batch: Batch,
+        chosen: Tensor,
     ) -> Tensor:
         """The term's value of each chosen row."""
         bank = hidden = None
@@ -198,25 +213,32 @@ class Retention:
         told = batch.get("told")
         device = now.logits.device.type
         with torch.autocast(device, enabled=False):
-            return row_values(
-                term, original.rows(chosen), now.rows(chosen), self._kind, bank, hidden,
+            return compute_kl(
+                term, original.select(chosen), now.select(chosen), self._kind, bank, hidden,
                 self._spread, None if told is None else told[chosen],
             )  # fmt: skip
 
-    def _original(self, batch: Batch, autocast: Callable[[], AbstractContextManager[Any]]) -> View:
+    def _original(
+        self, batch: Batch, autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> ModelOutputs:
         """The original's outputs on a batch, computed now or before."""
         if self._known is not None:
-            return self._known.rows(batch["row"])
+            return self._known.select(batch["row"])
         assert self._reference is not None
-        inputs = {key: value for key, value in batch.items() if key not in BESIDE}
+        inputs = {key: value for key, value in batch.items() if key not in BATCH_METADATA}
         with autocast():
             return self._reference(inputs)
 
     def _look(
-        self, rows: Rows, device: torch.device, autocast: Callable[[], Any], seed: int, cached: bool
+        self,
+        rows: TrainingRows,
+        device: torch.device,
+        autocast: Callable[[], Any],
+        seed: int,
+        cached: bool,
     ) -> None:
         """Has the original look at all rows, or at those that the banks need."""
-        wanted = {id(t): _anchors(t, rows, seed) for t in self.kls if t.on == "relational"}
+        wanted = {id(t): _draw_anchors(t, rows, seed) for t in self.kls if t.on == "relational"}
         wanted = {key: numbers for key, numbers in wanted.items() if len(numbers)}
         sample = torch.arange(min(rows.target, 256)).tolist()
         needed = set(range(rows.total)) if cached else {
@@ -235,19 +257,23 @@ class Retention:
         target = [place[n] for n in sorted(needed) if n < rows.target]
         for term in self.kls:
             if term.on == "probe" and self._kind != "words" and not term.solved:
-                check_opinion(seen.logits[target], labels[target], self._kind)
+                check_head_quality(seen.logits[target], labels[target], self._kind)
         self._known = seen if cached else None
 
     def _seen(
-        self, rows: Rows, needed: set[int], device: torch.device, autocast: Callable[[], Any]
-    ) -> tuple[View, Tensor]:
+        self,
+        rows: TrainingRows,
+        needed: set[int],
+        device: torch.device,
+        autocast: Callable[[], Any],
+    ) -> tuple[ModelOutputs, Tensor]:
         """The original's outputs and the labels of some rows, by their numbers; the batches are
         shared among the processes."""
         assert self._reference is not None
         found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         batches = [[n for n in batch if n in needed] for batch in rows.batches]
-        for numbers in distributed.mine([batch for batch in batches if batch]):
-            batch = _on(rows.batch(numbers), device)
+        for numbers in distributed.shard_items([batch for batch in batches if batch]):
+            batch = _move_batch(rows.batch(numbers), device)
             labels = batch["labels"].cpu()
             with autocast():
                 view = self._reference(batch)
@@ -256,15 +282,15 @@ class Retention:
             flat = view.logits if view.logits.dim() == 2 else view.logits[:, 0]
             parts = (view.embedding.cpu(), flat.cpu(), labels)
             found.update(zip(numbers, zip(*parts, strict=True), strict=True))
-        whole = {k: v for part in distributed.gather(found) for k, v in part.items()}
+        whole = {k: v for part in distributed.gather_values(found) for k, v in part.items()}
         columns = list(zip(*(whole[number] for number in sorted(needed)), strict=True))
         embedding, logits = (torch.stack(column).to(device) for column in columns[:2])
         same = len({label.shape for label in columns[2]}) == 1
         labels = torch.stack(columns[2]).to(device) if same else torch.empty(0)
-        return View(embedding, logits), labels
+        return ModelOutputs(embedding, logits), labels
 
 
-def _is_cached(terms: list[KLToOriginal], rows: Rows) -> bool:
+def _is_cached(terms: list[KLToOriginal], rows: TrainingRows) -> bool:
     """Whether the original's outputs are computed once.
 
     Raises:
@@ -278,7 +304,7 @@ def _is_cached(terms: list[KLToOriginal], rows: Rows) -> bool:
     return rows.repeats and all(term.cached is not False for term in terms)
 
 
-def _anchors(term: KLToOriginal, rows: Rows, seed: int) -> Tensor:
+def _draw_anchors(term: KLToOriginal, rows: TrainingRows, seed: int) -> Tensor:
     """The numbers of the rows in a term's bank, drawn from those it is taken on."""
     first = rows.target if term.inputs == "general" else 0
     last = rows.target if term.inputs == "target" else rows.total
@@ -286,12 +312,12 @@ def _anchors(term: KLToOriginal, rows: Rows, seed: int) -> Tensor:
     return (order[: term.anchors] + first).sort().values
 
 
-def _kind(labels: Tensor) -> str:
+def _find_logit_kind(labels: Tensor) -> str:
     """What the labels are: see `row_values`."""
     if labels.is_floating_point():
         return "target" if labels.dim() == 1 else "labels"
     return "classes" if labels.dim() == 1 else "words"
 
 
-def _on(batch: Batch, device: torch.device) -> Batch:
+def _move_batch(batch: Batch, device: torch.device) -> Batch:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}

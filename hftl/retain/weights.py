@@ -10,15 +10,15 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from hftl.errors import RecipeError
-from hftl.models.heads import anatomy_in, encoder_in
-from hftl.models.lora_concat import HARMLESS
+from hftl.models.heads import get_encoder, get_model_architecture
+from hftl.models.lora_concat import EXACT_FIELDS
 
-UNCHANGED = (True, "gaussian", "orthogonal")
+BASE_PRESERVING_INITS = (True, "gaussian", "orthogonal")
 """Values of peft's `init_lora_weights` that leave the base as it is and start from no update."""
-PLAIN = (*HARMLESS, "init_lora_weights", "bias", "modules_to_save")
+LOW_RANK_FIELDS = (*EXACT_FIELDS, "init_lora_weights", "bias", "modules_to_save")
 """Fields under any value of which a wrapped layer's update is s B A; the first two are looked at
 by `check_unchanged_base`."""
-DEFAULTS = {field.name: field.default for field in fields(LoraConfig)}
+LORA_DEFAULTS = {field.name: field.default for field in fields(LoraConfig)}
 
 
 def check_unchanged_base(lora: dict[str, Any], section: str) -> None:
@@ -35,7 +35,7 @@ def check_unchanged_base(lora: dict[str, Any], section: str) -> None:
         RecipeError: naming the field.
     """
     begins = lora.get("init_lora_weights", True)
-    if begins not in UNCHANGED:
+    if begins not in BASE_PRESERVING_INITS:
         raise RecipeError(
             f"{section}.init_lora_weights={begins}: retain is taken against the base with the "
             "adapter off, and this changes the base or starts from an update",
@@ -60,7 +60,7 @@ def check_low_rank(lora: dict[str, Any], section: str) -> None:
         RecipeError: naming the field; whatever is not known to leave the update alone is refused.
     """
     for name, value in lora.items():
-        if name in PLAIN or not value or value == DEFAULTS.get(name):
+        if name in LOW_RANK_FIELDS or not value or value == LORA_DEFAULTS.get(name):
             continue
         raise RecipeError(
             f"{section}.{name}={value}: l2sp, ewc and interpolate look at the update s B A, and "
@@ -75,9 +75,9 @@ def check_low_rank(lora: dict[str, Any], section: str) -> None:
 # adapter saves whole inside the encoder counts as the encoder's own. All of it is computed in fp32.
 
 
-WRAPPING = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+(?=\.)")
+PEFT_WRAPPING = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+(?=\.)")
 """What peft puts into the name of a parameter."""
-NOTHING = 1e-6
+UNTRAINED_TOLERANCE = 1e-6
 """The share of a weight's squared length that an update which starts at zero may have."""
 
 
@@ -117,25 +117,30 @@ class L2SP:
                 update is not s B A on the original.
         """
         _check_adapter(model)
-        if self.decoupled and any(True for _ in lora_layers(model)):
+        if self.decoupled and any(True for _ in iterate_lora_layers(model)):
             raise RecipeError(
                 "l2sp.decoupled moves weights, and under LoRA the base does not move",
                 "Set it to false",
             )
-        self._start = {name: p.detach().clone() for name, p in trained_encoder(model)}
+        self._start = {name: p.detach().clone() for name, p in iterate_encoder_parameters(model)}
 
     def penalty(self, model: nn.Module) -> Tensor:
         """A scalar float32."""
         device = next(model.parameters()).device
         with torch.autocast(device.type, enabled=False):
-            parts = [self.head / 2 * p.float().square().sum() for p in trained_head(model)]
+            parts = [
+                self.head / 2 * p.float().square().sum() for p in iterate_head_parameters(model)
+            ]
             if self.weight and not self.decoupled:
                 parts += [
-                    self.weight / 2 * moved(p, self._start[name]).square().sum()
-                    for name, p in trained_encoder(model)
+                    self.weight / 2 * compute_shift(p, self._start[name]).square().sum()
+                    for name, p in iterate_encoder_parameters(model)
                 ]
-                parts += [self.weight / 2 * update_norm(layer) for _, layer in lora_layers(model)]
-            return _total(parts, device)
+                parts += [
+                    self.weight / 2 * compute_update_norm(layer)
+                    for _, layer in iterate_lora_layers(model)
+                ]
+            return _sum_parts(parts, device)
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Takes the decoupled step with each parameter's own learning rate."""
@@ -143,7 +148,7 @@ class L2SP:
             return
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         with torch.no_grad():
-            for name, parameter in trained_encoder(model):
+            for name, parameter in iterate_encoder_parameters(model):
                 if id(parameter) in rates:
                     step = rates[id(parameter)] * self.weight
                     parameter.sub_(step * (parameter - self._start[name]))
@@ -153,7 +158,7 @@ class EWC:
     """weight / 2 sum_i F_i (theta_i - theta0_i)^2 (Kirkpatrick et al. 2017, equation 3).
 
     Args:
-        weight: of the penalty; F has a mean of 1, see `fisher.fisher_information`.
+        weight: of the penalty; F has a mean of 1, see `fisher.compute_fisher`.
         fisher: by the parameter's name in the encoder, of its shape; under LoRA the wrapped
             layers' weights count. What has no entry costs nothing.
 
@@ -176,10 +181,10 @@ class EWC:
                 shape, or for LoRA whose update is not s B A on the original.
         """
         _check_adapter(model)
-        shapes = {name: p.shape for name, p in trained_encoder(model)}
+        shapes = {name: p.shape for name, p in iterate_encoder_parameters(model)}
         shapes |= {
             f"{name}.weight": layer.get_base_layer().weight.shape
-            for name, layer in lora_layers(model)
+            for name, layer in iterate_lora_layers(model)
         }
         known = {name: f for name, f in self._fisher.items() if name in shapes}
         strange = [name for name, f in known.items() if f.shape != shapes[name]]
@@ -193,53 +198,57 @@ class EWC:
             raise RecipeError(f"ewc: {what}", "Give that of the same source")
         device = next(model.parameters()).device
         self._fisher = {name: f.to(device, torch.float32) for name, f in known.items()}
-        self._start = {n: p.detach().clone() for n, p in trained_encoder(model) if n in known}
+        self._start = {
+            n: p.detach().clone() for n, p in iterate_encoder_parameters(model) if n in known
+        }
 
     def penalty(self, model: nn.Module) -> Tensor:
         """A scalar float32."""
         device = next(model.parameters()).device
         with torch.autocast(device.type, enabled=False):
             parts = [
-                (self._fisher[name] * moved(p, self._start[name]).square()).sum()
-                for name, p in trained_encoder(model)
+                (self._fisher[name] * compute_shift(p, self._start[name]).square()).sum()
+                for name, p in iterate_encoder_parameters(model)
                 if name in self._start
             ]
-            for name, layer in lora_layers(model):
+            for name, layer in iterate_lora_layers(model):
                 if f"{name}.weight" in self._fisher:
-                    parts.append((self._fisher[f"{name}.weight"] * update(layer).square()).sum())
-            return self.weight / 2 * _total(parts, device)
+                    parts.append(
+                        (self._fisher[f"{name}.weight"] * compute_update(layer).square()).sum()
+                    )
+            return self.weight / 2 * _sum_parts(parts, device)
 
 
-def trained_encoder(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def iterate_encoder_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The encoder's own trained parameters, without an adapter's, by their names in `AutoModel`."""
-    encoder = encoder_in(model, anatomy_in(model))
+    encoder = get_encoder(model, get_model_architecture(model))
     for name, parameter in encoder.named_parameters():
         if parameter.requires_grad and ".lora_" not in name:
-            yield WRAPPING.sub("", name), parameter
+            yield PEFT_WRAPPING.sub("", name), parameter
 
 
-def trained_head(model: nn.Module) -> Iterator[nn.Parameter]:
+def iterate_head_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The trained parameters outside the encoder."""
-    inside = {id(p) for _, p in trained_encoder(model)}
+    inside = {id(p) for _, p in iterate_encoder_parameters(model)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in inside and ".lora_" not in name:
             yield parameter
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def iterate_lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The encoder's layers that carry LoRA, by their names in `AutoModel`."""
-    encoder = encoder_in(model, anatomy_in(model))
+    encoder = get_encoder(model, get_model_architecture(model))
     for name, module in encoder.named_modules():
         if hasattr(module, "lora_A"):
             yield name, module
 
 
-def moved(parameter: Tensor, start: Tensor) -> Tensor:
+def compute_shift(parameter: Tensor, start: Tensor) -> Tensor:
     """theta - theta0 in float32."""
     return parameter.float() - start.float()
 
 
-def update(layer: Any) -> Tensor:
+def compute_update(layer: Any) -> Tensor:
     """s B A of a layer's one adapter, of the weight's shape, float32 with gradient."""
     name = layer.active_adapters[0]
     if not _is_linear(layer):
@@ -248,10 +257,10 @@ def update(layer: Any) -> Tensor:
     return layer.scaling[name] * product
 
 
-def update_norm(layer: Any) -> Tensor:
+def compute_update_norm(layer: Any) -> Tensor:
     """|s B A|^2 = s^2 tr((A A^T)(B^T B)), from two matrices of the rank's size."""
     if not _is_linear(layer):
-        return update(layer).square().sum()
+        return compute_update(layer).square().sum()
     name = layer.active_adapters[0]
     a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
     return layer.scaling[name] ** 2 * ((a @ a.T) * (b.T @ b)).sum()
@@ -270,10 +279,11 @@ def _check_adapter(model: nn.Module) -> None:
                 settings = module.peft_config[name].to_dict()
                 check_unchanged_base(settings, "lora")
                 check_low_rank(settings, "lora")
-    for name, layer in lora_layers(model):
+    for name, layer in iterate_lora_layers(model):
         with torch.no_grad():
             begun = (
-                update_norm(layer) > NOTHING * layer.get_base_layer().weight.float().square().sum()
+                compute_update_norm(layer)
+                > UNTRAINED_TOLERANCE * layer.get_base_layer().weight.float().square().sum()
             )
         if begun:
             raise RecipeError(
@@ -283,5 +293,5 @@ def _check_adapter(model: nn.Module) -> None:
             )
 
 
-def _total(parts: list[Tensor], device: torch.device) -> Tensor:
+def _sum_parts(parts: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(parts).sum() if parts else torch.zeros((), device=device)

@@ -16,44 +16,44 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=30)
+WAIT_TIMEOUT = timedelta(days=30)
 """How long the others wait for rank 0, whose part may be all but the training."""
 
-_members: list[tuple[str, int]] = []
+_processes: list[tuple[str, int]] = []
 """Host and process number of every rank, once they are connected."""
 _failed_together = False
 _alone = False
 """Whether rank 0 works for all, while the others wait for it."""
 
 
-def rank() -> int:
+def get_rank() -> int:
     """This process's number, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
-def size() -> int:
+def get_world_size() -> int:
     """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
     """Whether this process writes and prints."""
-    return rank() == 0
+    return get_rank() == 0
 
 
-def share(compute: Callable[[], T]) -> T:
+def broadcast_from_main(compute: Callable[[], T]) -> T:
     """`compute()`, run by rank 0 alone; every process gets the value, which must pickle.
 
-    Every process must come here; inside another `share` it is just `compute()`. What `compute`
+    Every process must come here; inside another `broadcast_from_main` it is just `compute()`. What `compute`
     raises is raised on all of them; the copies of the other ranks answer True to
-    `raised_elsewhere`, so that rank 0 alone reports it.
+    `is_raised_by_main`, so that rank 0 alone reports it.
     """
     global _failed_together
-    if size() == 1 or _alone:
+    if get_world_size() == 1 or _alone:
         return compute()
     if is_main():
-        return _told_to_all(compute)
-    value, error = _from_main(None)
+        return _compute_and_broadcast(compute)
+    value, error = _broadcast_object(None)
     _failed_together = error is not None
     if error is not None:
         error.raised_elsewhere = True
@@ -61,47 +61,47 @@ def share(compute: Callable[[], T]) -> T:
     return value
 
 
-def first(compute: Callable[[], T]) -> T:
+def run_main_first(compute: Callable[[], T]) -> T:
     """`compute()` of every process, rank 0's done before the others begin.
 
     For what rank 0 leaves on the disk and the others then find there. Inside, every process is on
     its own.
     """
     found: list[T] = []
-    share(lambda: found.append(compute()))
-    return found[0] if found else _by_itself(compute)
+    broadcast_from_main(lambda: found.append(compute()))
+    return found[0] if found else _run_alone(compute)
 
 
-def mine(items: list[T]) -> list[T]:
-    """This process's part of work that is shared out; `gather` brings the parts together."""
-    return items if _alone else items[rank() :: size()]
+def shard_items(items: list[T]) -> list[T]:
+    """This process's part of work that is shared out; `gather_values` brings the parts together."""
+    return items if _alone else items[get_rank() :: get_world_size()]
 
 
-def raised_elsewhere(error: BaseException) -> bool:
+def is_raised_by_main(error: BaseException) -> bool:
     """Whether rank 0 raised this error and reports it."""
     return getattr(error, "raised_elsewhere", False)
 
 
-def failed_together() -> bool:
-    """Whether the last `share` raised on all."""
+def has_shared_failure() -> bool:
+    """Whether the last `broadcast_from_main` raised on all."""
     return _failed_together
 
 
-def gather(value: T) -> list[T]:
+def gather_values(value: T) -> list[T]:
     """Every process's value, by rank, on every process; the values must pickle.
 
-    Inside `share` rank 0 is on its own, and its value the only one.
+    Inside `broadcast_from_main` rank 0 is on its own, and its value the only one.
     """
-    if size() == 1 or _alone:
+    if get_world_size() == 1 or _alone:
         return [value]
     import torch.distributed as dist
 
-    found: list[Any] = [None] * size()
-    dist.all_gather_object(found, value, group=_group())
+    found: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(found, value, group=_create_group())
     return found
 
 
-def lost(patience: float = 0.0) -> list[int]:
+def find_lost_ranks(patience: float = 0.0) -> list[int]:
     """The ranks on this host whose process is gone.
 
     Args:
@@ -109,33 +109,33 @@ def lost(patience: float = 0.0) -> list[int]:
     """
     deadline = time.monotonic() + patience
     while True:
-        gone = [r for r, (host, pid) in enumerate(_members)
-                if host == platform.node() and not _alive(pid)]  # fmt: skip
+        gone = [r for r, (host, pid) in enumerate(_processes)
+                if host == platform.node() and not _is_alive(pid)]  # fmt: skip
         if gone or time.monotonic() >= deadline:
             return gone
         time.sleep(0.05)
 
 
-def close() -> None:
+def close_process_group() -> None:
     """Ends what the processes have in common; the last call of a program, also after an error.
 
-    Where `share` raised on all, the others wait here until rank 0 has reported: the launcher kills
+    Where `broadcast_from_main` raised on all, the others wait here until rank 0 has reported: the launcher kills
     the rest as soon as one process has failed.
     """
-    if size() == 1:
+    if get_world_size() == 1:
         return
     import torch.distributed as dist
 
     if not dist.is_initialized():
         return
     if _failed_together:
-        dist.barrier(group=_group())
-    _group.cache_clear()
+        dist.barrier(group=_create_group())
+    _create_group.cache_clear()
     dist.destroy_process_group()
 
 
 @functools.cache
-def _group() -> Any:
+def _create_group() -> Any:
     """A group of its own, on the CPU: NCCL ends a process that waits for some minutes."""
     import torch
     import torch.distributed as dist
@@ -143,14 +143,14 @@ def _group() -> Any:
 
     # TrainingArguments makes a new state, which finds these processes already connected.
     PartialState(cpu=not torch.cuda.is_available())
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    found: list[Any] = [None] * size()
+    group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+    found: list[Any] = [None] * get_world_size()
     dist.all_gather_object(found, (platform.node(), os.getpid()), group=group)
-    _members.extend(found)
+    _processes.extend(found)
     return group
 
 
-def _alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -158,12 +158,12 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _told_to_all(compute: Callable[[], T]) -> T:
+def _compute_and_broadcast(compute: Callable[[], T]) -> T:
     """`compute()`; the others, who wait, get its value or the error that goes on from here."""
     global _failed_together
     value, done = None, False
     try:
-        value = _by_itself(compute)
+        value = _run_alone(compute)
         done = True
         return value
     finally:
@@ -171,10 +171,12 @@ def _told_to_all(compute: Callable[[], T]) -> T:
         _failed_together = isinstance(error, Exception)
         if done or isinstance(error, Exception):
             # A signal is no answer: the launcher sends it to the others as well.
-            _from_main((value, _portable(error) if isinstance(error, Exception) else None))
+            _broadcast_object(
+                (value, _make_picklable(error) if isinstance(error, Exception) else None)
+            )
 
 
-def _by_itself(compute: Callable[[], T]) -> T:
+def _run_alone(compute: Callable[[], T]) -> T:
     """`compute()`, within which this process waits for no other."""
     global _alone
     _alone = True
@@ -184,15 +186,15 @@ def _by_itself(compute: Callable[[], T]) -> T:
         _alone = False
 
 
-def _from_main(told: tuple[Any, Any] | None) -> tuple[Any, Any]:
+def _broadcast_object(told: tuple[Any, Any] | None) -> tuple[Any, Any]:
     import torch.distributed as dist
 
     message: list[Any] = [told]
-    dist.broadcast_object_list(message, src=0, group=_group())
+    dist.broadcast_object_list(message, src=0, group=_create_group())
     return message[0]
 
 
-def _portable(error: Exception) -> Exception:
+def _make_picklable(error: Exception) -> Exception:
     """The error, or what it says where it does not survive pickling."""
     try:
         pickle.loads(pickle.dumps(error))

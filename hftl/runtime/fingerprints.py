@@ -9,7 +9,7 @@ from typing import Any
 def to_json(tree: Any) -> str:
     """Sorted, indented JSON; a number that is not finite becomes null."""
     return json.dumps(
-        _finite(tree), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False
+        _replace_nonfinite(tree), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False
     ) + "\n"  # fmt: skip
 
 
@@ -18,11 +18,11 @@ def fingerprint(tree: Any) -> str:
     return hashlib.sha256(to_json(tree).encode()).hexdigest()
 
 
-def _finite(value: Any) -> Any:
+def _replace_nonfinite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): _replace_nonfinite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_replace_nonfinite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

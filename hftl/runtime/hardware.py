@@ -13,7 +13,7 @@ from hftl.runtime import distributed
 
 
 @contextmanager
-def metered() -> Iterator[dict[str, float]]:
+def measure_energy() -> Iterator[dict[str, float]]:
     """Estimates the energy of the work within: `energy_kwh`, once it has ended.
 
     Nothing is told without codecarbon, or on another process than the main one, whose machine's
@@ -36,14 +36,14 @@ def metered() -> Iterator[dict[str, float]]:
     told["energy_kwh"] = float(tracker.final_emissions_data.energy_consumed)
 
 
-def emissions(spent: dict[str, float], grams_per_kwh: float | None) -> dict[str, float]:
+def compute_emissions(spent: dict[str, float], grams_per_kwh: float | None) -> dict[str, float]:
     """Return `co2_grams` of the energy, where both it and the location's electricity are known."""
     if grams_per_kwh is None or "energy_kwh" not in spent:
         return {}
     return {"co2_grams": spent["energy_kwh"] * grams_per_kwh}
 
 
-def total(timings: dict[str, dict[str, float]]) -> dict[str, float]:
+def sum_energy(timings: dict[str, dict[str, float]]) -> dict[str, float]:
     """`energy_kwh` of all trainings, where it was told of every one; those predict themselves."""
     trained = [took for took in timings.values() if "predict_seconds" in took]
     if not trained or any("energy_kwh" not in took for took in trained):
@@ -54,19 +54,19 @@ def total(timings: dict[str, dict[str, float]]) -> dict[str, float]:
 # The device and the precision, decided once and recorded.
 
 
-def device() -> str:
+def get_device() -> str:
     """cuda, mps or cpu: one device a process."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def visible_devices() -> int:
+def count_devices() -> int:
     """How many accelerators this machine shows; a process uses one."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 1
 
 
-def fast_bf16(where: str) -> bool:
+def has_fast_bf16(where: str) -> bool:
     """Whether the hardware multiplies bfloat16 natively; emulated it would be slower."""
     if where == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -83,14 +83,14 @@ def is_sharded() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
-def precision(training: dict[str, Any]) -> dict[str, bool]:
+def choose_precision(training: dict[str, Any]) -> dict[str, bool]:
     """`bf16` and `fp16` for TrainingArguments: what the recipe says, else bf16 where it is fast."""
     if training.get("bf16") is not None or training.get("fp16"):
         return {"bf16": bool(training.get("bf16")), "fp16": bool(training.get("fp16"))}
-    return {"bf16": fast_bf16(device()), "fp16": False}
+    return {"bf16": has_fast_bf16(get_device()), "fp16": False}
 
 
-def dtype_name(training: dict[str, Any]) -> str:
+def get_dtype_name(training: dict[str, Any]) -> str:
     """bf16, fp16 or fp32: what training multiplies in. Predictions are always fp32."""
-    chosen = precision(training)
+    chosen = choose_precision(training)
     return "bf16" if chosen["bf16"] else "fp16" if chosen["fp16"] else "fp32"

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hftl.errors import HubError, RecipeError, message_line
+from hftl.errors import HubError, RecipeError, format_error_line
 
-PASSING = (408, 429, 500, 502, 503, 504)
+TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
 """HTTP statuses that another try may better."""
-ADVICE = {
+STATUS_ADVICE = {
     401: "Log in with `hf auth login`, or set HF_TOKEN",
     402: "Look at the plan and the storage of the account",
     403: "Use a token that may do this: https://huggingface.co/settings/tokens",
@@ -26,37 +26,37 @@ ADVICE = {
 XET_ADVICE = "The transfer by Xet failed: set HF_HUB_DISABLE_XET=1 to do without it"
 
 
-def advise(status: int) -> str:
+def advise_on_status(status: int) -> str:
     """Return what to do after a hub's answer; only what may pass by itself is to be tried again."""
-    if status in ADVICE:
-        return ADVICE[status]
-    if status in PASSING or status > 504:
+    if status in STATUS_ADVICE:
+        return STATUS_ADVICE[status]
+    if status in TRANSIENT_STATUSES or status > 504:
         return "Try again later"
     return "The same again is refused again: correct what the hub names"
 
 
-def hub_message(error: BaseException) -> str:
+def format_hub_message(error: BaseException) -> str:
     """Return what a hub said, `HTTP 404: Repository not found`; without an answer its error."""
-    for cause in causes(error):
-        status = status_of(cause)
+    for cause in iterate_causes(error):
+        status = get_http_status(cause)
         if status is not None:
             said = " ".join((getattr(cause, "server_message", None) or "").split())
             return f"HTTP {status}: {said}" if said else f"HTTP {status}"
-    return message_line(error).removeprefix("Got: ")
+    return format_error_line(error).removeprefix("Got: ")
 
 
-def status_of(error: BaseException) -> int | None:
+def get_http_status(error: BaseException) -> int | None:
     """Return the HTTP status that an error carries; None where there was no answer."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
 
-def first_status(error: BaseException) -> int | None:
+def find_http_status(error: BaseException) -> int | None:
     """Return the HTTP status of an error, or of the first behind it that carries one."""
-    return next(filter(None, map(status_of, causes(error))), None)
+    return next(filter(None, map(get_http_status, iterate_causes(error))), None)
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
+def iterate_causes(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and what stands behind it: clients raise other errors of a server's."""
     behind: BaseException | None = error
     seen: list[BaseException] = []
@@ -68,13 +68,17 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 def is_unreachable(error: BaseException) -> bool:
     """Tell whether no answer came at all."""
-    return any(isinstance(cause, http().TransportError) for cause in causes(error))
+    return any(
+        isinstance(cause, get_http_library().TransportError) for cause in iterate_causes(error)
+    )
 
 
-def is_away(error: BaseException) -> bool:
+def is_hub_failure(error: BaseException) -> bool:
     """Tell whether the hub is the reason, and not what it was asked for."""
-    status = first_status(error)
-    return is_unreachable(error) if status is None else status >= 500 or status in PASSING
+    status = find_http_status(error)
+    return (
+        is_unreachable(error) if status is None else status >= 500 or status in TRANSIENT_STATUSES
+    )
 
 
 def is_xet_failure(error: BaseException) -> bool:
@@ -86,7 +90,7 @@ def is_xet_failure(error: BaseException) -> bool:
 
     if constants.HF_HUB_DISABLE_XET:
         return False
-    return any("xet" in name for cause in causes(error) for name in _hub_functions(cause))
+    return any("xet" in name for cause in iterate_causes(error) for name in _hub_functions(cause))
 
 
 def _hub_functions(error: BaseException) -> Iterator[str]:
@@ -99,7 +103,7 @@ def _hub_functions(error: BaseException) -> Iterator[str]:
         trace = trace.tb_next
 
 
-def http() -> Any:
+def get_http_library() -> Any:
     """Return the library that `huggingface_hub` makes its requests with: httpx, or httpx2."""
     from huggingface_hub.utils import get_session
 
@@ -109,12 +113,12 @@ def http() -> Any:
 # Where a model or dataset lies: a folder or file, `package:<import name>/<path>`, or a Hub id.
 
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-TABLE = re.compile(r".*\.(csv|tsv|jsonl?|ndjson|parquet|txt)", re.IGNORECASE)
-PACKAGE = "package:"
+HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+TABLE_PATTERN = re.compile(r".*\.(csv|tsv|jsonl?|ndjson|parquet|txt)", re.IGNORECASE)
+PACKAGE_PREFIX = "package:"
 
 
-def find(place: str, key: str) -> Path | None:
+def resolve_local_path(place: str, key: str) -> Path | None:
     """The local path of `place`; None where it reads as a Hub id.
 
     A package is found without being imported; a name that ends as tables do is no Hub id.
@@ -126,11 +130,11 @@ def find(place: str, key: str) -> Path | None:
     Raises:
         RecipeError: if a package is not installed, or lacks the path.
     """
-    if not place.startswith(PACKAGE):
+    if not place.startswith(PACKAGE_PREFIX):
         path = Path(os.path.expanduser(place))
-        on_hub = HUB_ID.fullmatch(place) and not TABLE.fullmatch(place)
+        on_hub = HUB_ID_PATTERN.fullmatch(place) and not TABLE_PATTERN.fullmatch(place)
         return None if on_hub and not path.exists() else path
-    name, _, inside = place.removeprefix(PACKAGE).partition("/")
+    name, _, inside = place.removeprefix(PACKAGE_PREFIX).partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise RecipeError(
@@ -143,16 +147,16 @@ def find(place: str, key: str) -> Path | None:
     return path
 
 
-def at_hand(place: str) -> bool:
+def is_local(place: str) -> bool:
     """Whether it lies on this machine, from where we stand: here, or in an installed package."""
     try:
-        found = find(place, "place")
+        found = resolve_local_path(place, "place")
     except RecipeError:
         return False
     return found is not None and found.exists()
 
 
-def called(folder: Path) -> str:
+def get_display_name(folder: Path) -> str:
     """What the user knows a folder as: the hub id where it is a copy in the Hub's cache."""
     kind, _, repo = folder.parent.parent.name.partition("--")
     if kind == "models" and repo and folder.parent.name == "snapshots":
@@ -161,19 +165,19 @@ def called(folder: Path) -> str:
 
 
 @contextmanager
-def fetching(place: str, kind: str, key: str = "") -> Iterator[None]:
-    """Turn a hub client's errors into one of ours, see `not_given`.
+def translate_hub_errors(place: str, kind: str, key: str = "") -> Iterator[None]:
+    """Turn a hub client's errors into one of ours, see `make_hub_load_error`.
 
     Raises:
         HubError: if the hub gives nothing.
     """
     try:
         yield
-    except (OSError, ValueError, http().TransportError) as error:
-        raise not_given(error, place, kind, key) from error
+    except (OSError, ValueError, get_http_library().TransportError) as error:
+        raise make_hub_load_error(error, place, kind, key) from error
 
 
-def not_given(error: Exception, place: str, kind: str, key: str = "") -> HubError:
+def make_hub_load_error(error: Exception, place: str, kind: str, key: str = "") -> HubError:
     """Return the error that says why a hub gave nothing: it failed, was not reached, or refused.
 
     Args:
@@ -191,16 +195,16 @@ def not_given(error: Exception, place: str, kind: str, key: str = "") -> HubErro
             f"{here} nor in the hub's cache, and HF_HUB_OFFLINE=1 keeps from the hub",
             "Check the path or id, or unset HF_HUB_OFFLINE",
         )
-    said = hub_message(error)
+    said = format_hub_message(error)
     if is_xet_failure(error):
         return HubError(f"{key}{kind} {place!r} was not fetched: {said}", XET_ADVICE)
-    status = first_status(error)
-    if status is not None and is_away(error):
+    status = find_http_status(error)
+    if status is not None and is_hub_failure(error):
         return HubError(
             f"{key}the hub itself failed when it was asked for {place!r} ({said})",
-            advise(status),
+            advise_on_status(status),
         )
-    if is_away(error):
+    if is_hub_failure(error):
         return HubError(
             f"{here}, and the hub cannot be reached: {said}",
             "Check the path, the network and HF_ENDPOINT",

@@ -1,6 +1,6 @@
 """Show on a terminal what runs, how far it is and how long it has to go.
 
-One display a command. Every long piece of work names itself (`working`, `track`, `open_bar`) and
+One display a command. Every long piece of work names itself (`show_activity`, `track`, `open_bar`) and
 needs not know whether anybody looks: without a display these do nothing.
 """
 
@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 Item = TypeVar("Item")
-Advance = Callable[..., None]
+BarUpdate = Callable[..., None]
 """Takes the number of steps done by now and, if it changed, the text in front of the bar."""
 
 _display: ContextVar[Progress | None] = ContextVar("display", default=None)
@@ -69,14 +69,14 @@ def print_line(line: str) -> bool:
 
 
 @contextmanager
-def working(title: str) -> Iterator[None]:
+def show_activity(title: str) -> Iterator[None]:
     """Show a piece of work of unknown length while the block runs, such as one arm and seed."""
     with open_bar(title, None):
         yield
 
 
 @contextmanager
-def open_bar(title: str, total: int | None) -> Iterator[Advance]:
+def open_bar(title: str, total: int | None) -> Iterator[BarUpdate]:
     """Show one bar while the block runs, below those that are open already.
 
     Args:
@@ -88,7 +88,7 @@ def open_bar(title: str, total: int | None) -> Iterator[Advance]:
     """
     display = _display.get()
     if display is None:
-        yield _ignore
+        yield _skip_update
         return
     bar = display.add_task(title, total=total)
 
@@ -119,5 +119,5 @@ class _CountColumn(MofNCompleteColumn):
         return Text() if task.total is None and not task.completed else super().render(task)
 
 
-def _ignore(done: int, title: str | None = None) -> None:
+def _skip_update(done: int, title: str | None = None) -> None:
     """Advance nothing: there is no display."""

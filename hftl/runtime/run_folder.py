@@ -20,23 +20,23 @@ from hftl.runtime import distributed
 from hftl.runtime.fingerprints import to_json
 
 MANIFEST = "MANIFEST.json"
-REPORT = Path("phases") / "report"
+REPORT_STAGE = Path("phases") / "report"
 """The part that says which files a finished run has."""
-OURS = (
+RUN_FILES = (
     "phases", "arms", "publish", "publish-base", "checkpoints", "recipe.yaml", "record.json",
     "report.html", "error.json", "log.txt", ".lock",
 )  # fmt: skip
 """All that a run folder holds."""
 
 
-def make(run: Path) -> None:
+def create_run_folder(run: Path) -> None:
     """Makes the run folder.
 
     Raises:
         RecipeError: if it cannot be made or written to, or holds something else.
     """
     if run.is_dir() and not (run / "recipe.yaml").exists():
-        strangers = sorted(p.name for p in run.iterdir() if p.name not in OURS)
+        strangers = sorted(p.name for p in run.iterdir() if p.name not in RUN_FILES)
         if strangers:
             raise RecipeError(
                 f"{run} is no run folder: it holds {strangers[0]!r}", "Choose another --output"
@@ -55,7 +55,7 @@ def make(run: Path) -> None:
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def lock_run(run: Path) -> Iterator[None]:
     """Holds the run folder for this process; leftovers of a killed one are removed.
 
     Raises:
@@ -80,7 +80,7 @@ def locked(run: Path) -> Iterator[None]:
 
 
 @contextmanager
-def commit(folder: Path, reads: dict[str, Any]) -> Iterator[Path]:
+def commit_stage(folder: Path, reads: dict[str, Any]) -> Iterator[Path]:
     """A folder to write into; on success it is hashed and takes the place of `folder`.
 
     Args:
@@ -92,7 +92,7 @@ def commit(folder: Path, reads: dict[str, Any]) -> Iterator[Path]:
     """
     if not distributed.is_main():
         raise RunFolderError(
-            f"process {distributed.rank()} does not find {folder}, which process 0 has written",
+            f"process {distributed.get_rank()} does not find {folder}, which process 0 has written",
             "Put the run folder on a file system that all machines share",
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def commit(folder: Path, reads: dict[str, Any]) -> Iterator[Path]:
         shutil.rmtree(aside)
     aside.mkdir()
     yield aside
-    write_text(aside / MANIFEST, to_json({"files": _hashes(aside), "reads": reads}))
+    write_text(aside / MANIFEST, to_json({"files": _hash_files(aside), "reads": reads}))
     if folder.exists():
         old = folder.parent / f".tmp-old-{folder.name}"
         folder.rename(old)
@@ -109,10 +109,10 @@ def commit(folder: Path, reads: dict[str, Any]) -> Iterator[Path]:
         shutil.rmtree(old)
     else:
         aside.rename(folder)
-    _sync(folder.parent)
+    _sync_to_disk(folder.parent)
 
 
-def reads(folder: Path) -> dict[str, Any] | None:
+def read_stage_inputs(folder: Path) -> dict[str, Any] | None:
     """What a complete part had read; None where the part is absent.
 
     Raises:
@@ -124,16 +124,16 @@ def reads(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         expected, read = dict(manifest["files"]), manifest["reads"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, MANIFEST, "missing or unreadable") from error
+        raise _make_damage_error(folder, MANIFEST, "missing or unreadable") from error
     for name, digest in expected.items():
         if not (folder / name).is_file():
-            raise _damaged(folder, name, "missing")
-        if sha256(folder / name) != digest:
-            raise _damaged(folder, name, "not what was written")
+            raise _make_damage_error(folder, name, "missing")
+        if hash_file(folder / name) != digest:
+            raise _make_damage_error(folder, name, "not what was written")
     return read
 
 
-def check_finished(run: Path, only: str | None = None) -> None:
+def check_finished_files(run: Path, only: str | None = None) -> None:
     """Compares a finished run's record, report and publish folder with what was written.
 
     Args:
@@ -143,84 +143,94 @@ def check_finished(run: Path, only: str | None = None) -> None:
     Raises:
         RunFolderError: naming the first file that is missing, changed, or of somebody else.
     """
-    if reads(run / REPORT) is None:
+    if read_stage_inputs(run / REPORT_STAGE) is None:
         raise RunFolderError(f"{run} is not finished", "Run the same `hftl run` again")
-    noted = _noted(run)
+    noted = _read_file_list(run)
     for name, content in noted.items():
         known = [content] if isinstance(content, str) else content
-        if only in (None, name) and (not (run / name).is_file() or sha256(run / name) not in known):
+        if only in (None, name) and (
+            not (run / name).is_file() or hash_file(run / name) not in known
+        ):
             raise RunFolderError(
                 f"{run / name} is not what was written", "Run the same `hftl run` again to mend it"
             )
-    strange = [] if only else [path for path in _files(run) if _inside(run, path) not in noted]
+    strange = (
+        []
+        if only
+        else [
+            path for path in _list_finished_files(run) if _format_relative(run, path) not in noted
+        ]
+    )
     if strange:
         raise RunFolderError(f"{min(strange)} was not written by the run", "Remove it")
 
 
-def intact(run: Path) -> bool:
+def is_intact(run: Path) -> bool:
     """Whether a finished run's files are those that were written, and no others."""
-    return _noted(run) == _finished(run)
+    return _read_file_list(run) == _hash_finished_files(run)
 
 
-def note_finished(run: Path, inputs: str | None = None) -> None:
+def write_finished_files(run: Path, inputs: str | None = None) -> None:
     """Notes the finished files, to see that none was lost or changed since.
 
     Args:
         run: the run folder.
         inputs: a hash of what they come from; as it was where it is not given.
     """
-    _note(run, _finished(run), inputs)
+    _write_file_list(run, _hash_finished_files(run), inputs)
 
 
-def amend_finished(run: Path, texts: dict[str, str]) -> None:
+def rewrite_finished_files(run: Path, texts: dict[str, str]) -> None:
     """Writes finished files anew; killed meanwhile, each is the old or the new one, and known.
 
     Args:
         run: the run folder.
         texts: by path in it.
     """
-    now = _finished(run)
+    now = _hash_finished_files(run)
     then = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-    if all(now.get(name) == content for name, content in then.items()) and now == _noted(run):
+    if all(now.get(name) == content for name, content in then.items()) and now == _read_file_list(
+        run
+    ):
         return
     either = {name: sorted({now.get(name, content), content}) for name, content in then.items()}
-    _note(run, {**now, **either})
+    _write_file_list(run, {**now, **either})
     for name, text in texts.items():
         write_text(run / name, text)
-    note_finished(run)
+    write_finished_files(run)
 
 
-def _note(run: Path, files: dict[str, Any], inputs: str | None = None) -> None:
-    done = run / REPORT
+def _write_file_list(run: Path, files: dict[str, Any], inputs: str | None = None) -> None:
+    done = run / REPORT_STAGE
     if inputs is None:
-        inputs = (reads(done) or {}).get("inputs")
-    with commit(done, {"inputs": inputs}) as aside:
+        inputs = (read_stage_inputs(done) or {}).get("inputs")
+    with commit_stage(done, {"inputs": inputs}) as aside:
         write_text(aside / "files.json", to_json(files))
 
 
-def _noted(run: Path) -> dict[str, Any]:
+def _read_file_list(run: Path) -> dict[str, Any]:
     """By path the hash of each finished file, or two of one that was being written anew."""
-    stored = run / REPORT / "files.json"
+    stored = run / REPORT_STAGE / "files.json"
     return json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
 
 
-def _finished(run: Path) -> dict[str, str]:
-    return {_inside(run, path): sha256(path) for path in _files(run)}
+def _hash_finished_files(run: Path) -> dict[str, str]:
+    return {_format_relative(run, path): hash_file(path) for path in _list_finished_files(run)}
 
 
-def _files(run: Path) -> list[Path]:
+def _list_finished_files(run: Path) -> list[Path]:
     folders = (run / "publish", run / "publish-base")
     files = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
     return files + [p for p in (run / "record.json", run / "report.html") if p.exists()]
 
 
-def _inside(run: Path, path: Path) -> str:
+def _format_relative(run: Path, path: Path) -> str:
     return path.relative_to(run).as_posix()
 
 
-def digest(folder: Path) -> str:
+def hash_stage(folder: Path) -> str:
     """The content hash of a complete part, which says whether what follows from it is stale."""
-    return sha256(folder / MANIFEST)
+    return hash_file(folder / MANIFEST)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -235,26 +245,26 @@ def write_text(path: Path, text: str) -> None:
     aside.rename(path)
 
 
-def _damaged(part: Path, name: str, how: str) -> RunFolderError:
+def _make_damage_error(part: Path, name: str, how: str) -> RunFolderError:
     return RunFolderError(f"{part / name} is {how}", f"Delete {part} and run again")
 
 
-def _hashes(folder: Path) -> dict[str, str]:
+def _hash_files(folder: Path) -> dict[str, str]:
     """sha256 of every file, each flushed to the disk first."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _sync(path)
-        found[path.relative_to(folder).as_posix()] = sha256(path)
+        _sync_to_disk(path)
+        found[path.relative_to(folder).as_posix()] = hash_file(path)
     return found
 
 
-def sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """The content hash of a file, in hex."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def _sync_to_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

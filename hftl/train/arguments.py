@@ -8,13 +8,13 @@ from transformers import SchedulerType, Trainer, TrainingArguments, get_schedule
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
-from hftl.errors import RecipeError, message_line
-from hftl.runtime.hardware import precision
+from hftl.errors import RecipeError, format_error_line
+from hftl.runtime.hardware import choose_precision
 
-EVAL_BATCH = 64
+EVAL_BATCH_SIZE = 64
 
 
-def arguments(
+def build_training_arguments(
     section: str, training: dict[str, Any], defaults: dict[str, Any], folder: str, seed: int,
     device: str,
 ) -> TrainingArguments:  # fmt: skip
@@ -39,10 +39,10 @@ def arguments(
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "label_names": ["labels"],
-        **precision(training),
+        **choose_precision(training),
     }
     common = {
-        "per_device_eval_batch_size": EVAL_BATCH,
+        "per_device_eval_batch_size": EVAL_BATCH_SIZE,
         "dataloader_pin_memory": device == "cuda",
         # All that trains is on the path to the loss, so the search for what is not would only cost.
         "ddp_find_unused_parameters": False,
@@ -51,7 +51,7 @@ def arguments(
         args = TrainingArguments(**(common | defaults | training | decided))
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(
-            f"{section}.training: transformers refuses it: {message_line(error)}",
+            f"{section}.training: transformers refuses it: {format_error_line(error)}",
             "Correct the section",
         ) from error
     # transformers would split a batch over all visible devices by itself (DataParallel).
@@ -83,7 +83,7 @@ def _check_scheduler(section: str, args: TrainingArguments) -> None:
     except (ValueError, TypeError) as error:
         raise RecipeError(
             f"{section}.training.lr_scheduler_type={kind.value} does not work: "
-            f"{message_line(error)}",
+            f"{format_error_line(error)}",
             f"Give {section}.training.lr_scheduler_kwargs what it needs, or use linear",
         ) from error
 
@@ -95,6 +95,6 @@ def _check_optimizer(section: str, args: TrainingArguments) -> None:
     except (ValueError, ImportError) as error:
         raise RecipeError(
             f"{section}.training.optim={OptimizerNames(args.optim).value} does not work here: "
-            f"{message_line(error)}",
+            f"{format_error_line(error)}",
             "Install what it needs, or leave optim out",
         ) from error

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from hftl.runtime.hardware import precision
-from hftl.runtime.progress import Advance, open_bar
-from hftl.train.frozen_eval import training_modes
+from hftl.runtime.hardware import choose_precision
+from hftl.runtime.progress import BarUpdate, open_bar
+from hftl.train.frozen_eval import list_training_modes
 
-REPEATS = 2
+TIMED_CALLS = 2
 """Calls that are timed, after one that is not."""
 
 
@@ -29,11 +29,11 @@ def time_step(
         training: fields of TrainingArguments, for the precision.
         device: where the model is.
     """
-    for module, live in training_modes(model):
+    for module, live in list_training_modes(model):
         module.training = live
     # At rate 0 the step costs what any step costs, and changes nothing.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    inputs = _moved(batch, device)
+    inputs = _move_to_device(batch, device)
 
     def step() -> None:
         with _autocast(training, device):
@@ -42,7 +42,7 @@ def time_step(
         optimizer.step()
         optimizer.zero_grad()
 
-    return _timed(step, device)
+    return _measure_seconds(step, device)
 
 
 def time_forward(
@@ -50,39 +50,39 @@ def time_forward(
 ) -> float:
     """Return the seconds of one forward pass in eval mode; without `training` in fp32."""
     model.eval()
-    inputs = _moved(batch, device)
+    inputs = _move_to_device(batch, device)
 
     def forward() -> None:
         with torch.no_grad(), _autocast(training or {"bf16": False}, device):
             model(**inputs)
 
-    return _timed(forward, device)
+    return _measure_seconds(forward, device)
 
 
-def _moved(batch: dict[str, Any], device: str) -> dict[str, Any]:
+def _move_to_device(batch: dict[str, Any], device: str) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _autocast(training: dict[str, Any], device: str) -> AbstractContextManager[Any]:
-    chosen = precision(training)
+    chosen = choose_precision(training)
     dtype = torch.float16 if chosen["fp16"] else torch.bfloat16
     return torch.autocast(device, dtype, enabled=any(chosen.values()))
 
 
-def _timed(work: Callable[[], None], device: str) -> float:
+def _measure_seconds(work: Callable[[], None], device: str) -> float:
     work()
-    _wait(device)
+    _synchronize(device)
     seconds = []
-    for _ in range(REPEATS):
+    for _ in range(TIMED_CALLS):
         started = time.perf_counter()
         work()
-        _wait(device)
+        _synchronize(device)
         seconds.append(time.perf_counter() - started)
     # The shorter one: what else the machine did in between is not the work's.
     return min(seconds)
 
 
-def _wait(device: str) -> None:
+def _synchronize(device: str) -> None:
     """Wait for an accelerator, which works behind the caller's back."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -91,13 +91,13 @@ def _wait(device: str) -> None:
 # Show a training on the terminal: epoch, loss, step and evaluation.
 
 
-class TrainingProgress(TrainerCallback):
+class ProgressBarCallback(TrainerCallback):
     """One bar over the optimizer's steps, and one over the batches of each evaluation."""
 
     def __init__(self) -> None:
         self._training, self._evaluation = ExitStack(), ExitStack()
-        self._advance: Advance | None = None
-        self._advance_evaluation: Advance | None = None
+        self._advance: BarUpdate | None = None
+        self._advance_evaluation: BarUpdate | None = None
         self._evaluated = 0
         self._loss: float | None = None
 
@@ -139,8 +139,8 @@ class TrainingProgress(TrainerCallback):
         self._advance = None
 
 
-def replace_progress(trainer: Trainer) -> None:
+def replace_progress_callbacks(trainer: Trainer) -> None:
     """Show this trainer's progress in hftl's own way instead of transformers'."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(TrainingProgress())
+    trainer.add_callback(ProgressBarCallback())

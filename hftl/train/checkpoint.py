@@ -14,10 +14,10 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hftl.errors import NumericError, RecipeError
-from hftl.runtime.distributed import share
+from hftl.runtime.distributed import broadcast_from_main
 
 
-class KeepBest(TrainerCallback):
+class BestWeightsCallback(TrainerCallback):
     """Keeps the trainable weights of the best evaluation, and stops when none comes.
 
     Of sharded weights every process keeps its own shard.
@@ -40,7 +40,7 @@ class KeepBest(TrainerCallback):
         self.least = least
         self.best: float | None = None
         self.epoch: float | None = None
-        self.waited = 0
+        self.evaluations_without_gain = 0
         self.weights: dict[str, Tensor] = {}
 
     def on_evaluate(
@@ -48,7 +48,7 @@ class KeepBest(TrainerCallback):
     ) -> None:
         """Compares, and copies the weights where they are the best so far."""
         # Rank 0's number decides for all: the last bit may differ between machines.
-        value = share(lambda: float(metrics[self.metric]))
+        value = broadcast_from_main(lambda: float(metrics[self.metric]))
         if value != value:
             raise NumericError(
                 f"{self.metric} is NaN after epoch {state.epoch:g}", "Lower the learning rate"
@@ -58,20 +58,21 @@ class KeepBest(TrainerCallback):
         if gained > 0:
             self.best, self.epoch = value, state.epoch
             self.weights = {
-                name: local(parameter).to("cpu", copy=True) for name, parameter in trained(model)
+                name: to_local_shard(parameter).to("cpu", copy=True)
+                for name, parameter in iterate_trainable(model)
             }
-        self.waited = 0 if enough else self.waited + 1
-        if self.patience is not None and self.waited >= self.patience:
+        self.evaluations_without_gain = 0 if enough else self.evaluations_without_gain + 1
+        if self.patience is not None and self.evaluations_without_gain >= self.patience:
             control.should_training_stop = True
 
     def restore(self, model: nn.Module) -> None:
         """Puts the best weights back; without an evaluation the last ones stay."""
-        for name, parameter in trained(model):
+        for name, parameter in iterate_trainable(model):
             if name in self.weights:
-                local(parameter).copy_(self.weights[name])
+                to_local_shard(parameter).copy_(self.weights[name])
 
 
-def whole_state(model: nn.Module, accelerator: Any) -> dict[str, Tensor]:
+def gather_trainable_state(model: nn.Module, accelerator: Any) -> dict[str, Tensor]:
     """Copies of the trainable tensors, whole and on the CPU, under plain, DDP and FSDP alike.
 
     Every process must come here, and every process gets them.
@@ -80,11 +81,11 @@ def whole_state(model: nn.Module, accelerator: Any) -> dict[str, Tensor]:
         name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
         .to("cpu", copy=True)
         .contiguous()
-        for name, tensor in trained(accelerator.unwrap_model(model))
+        for name, tensor in iterate_trainable(accelerator.unwrap_model(model))
     }
 
 
-def trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def iterate_trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors, without gradient, of the parameters that train, sharded if FSDP's."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -95,12 +96,12 @@ def trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter.detach()
 
 
-def local(tensor: Tensor) -> Tensor:
+def to_local_shard(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, sharing its memory, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_plain(model: nn.Module) -> dict[str, Tensor]:
+def collect_full_state(model: nn.Module) -> dict[str, Tensor]:
     """Return all weights and buffers of a module, each tied parameter under its first name."""
     once = {name for name, _ in model.named_parameters()}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
@@ -111,24 +112,24 @@ def whole_plain(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def save_plain(model: nn.Module, folder: Path) -> None:
+def save_trainable(model: nn.Module, folder: Path) -> None:
     """Write what trains of a model that is none of transformers' or peft's classes."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in trained(model)}
+    tensors = {name: tensor.contiguous() for name, tensor in iterate_trainable(model)}
     save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
-def load_plain(model: nn.Module, folder: Path) -> None:
-    """Puts back what `save_plain` has written."""
+def load_trainable(model: nn.Module, folder: Path) -> None:
+    """Puts back what `save_trainable` has written."""
     stored = load_file(folder / SAFE_WEIGHTS_NAME)
-    for name, tensor in trained(model):
+    for name, tensor in iterate_trainable(model):
         tensor.copy_(stored[name])
 
 
 # How FSDP cuts a model.
 
 
-def check_sharded(is_sharded: bool, args: TrainingArguments) -> None:
+def check_fsdp_available(is_sharded: bool, args: TrainingArguments) -> None:
     """Refuses a launch that asks for FSDP where there is none.
 
     Raises:
@@ -142,7 +143,7 @@ def check_sharded(is_sharded: bool, args: TrainingArguments) -> None:
         )
 
 
-def check_whole(cut: bool) -> None:
+def check_unsharded(cut: bool) -> None:
     """Refuses terms on weights that FSDP cuts.
 
     Raises:
@@ -155,7 +156,7 @@ def check_whole(cut: bool) -> None:
         )
 
 
-def shard_by_block(plugin: Any, model: nn.Module) -> None:
+def set_fsdp_blocks(plugin: Any, model: nn.Module) -> None:
     """Makes each block a unit of FSDP, unless the launcher's configuration names the classes.
 
     transformers' own list holds the embeddings too, inside which accelerate then shards the word

@@ -6,10 +6,10 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hftl.errors import RecipeError
-from hftl.models.heads import anatomy_in
+from hftl.models.heads import get_model_architecture
 
 
-def training_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+def list_training_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
     """Return each module and whether it runs in train mode: only if all its parameters train.
 
     A module without parameters follows its parent; LoRA's own dropout, and the one directly
@@ -20,7 +20,7 @@ def training_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
         RecipeError: for such a layer that is partly frozen and draws dropout in its own forward.
     """
     try:
-        head_dropout = anatomy_in(model).head_dropout
+        head_dropout = get_model_architecture(model).head_dropout
     except RecipeError:  # A user's own model: its head is where its parameters train.
         head_dropout = None
     modes: list[tuple[nn.Module, bool]] = []
@@ -29,7 +29,7 @@ def training_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
         trains = [parameter.requires_grad for parameter in module.parameters()]
         always = "lora_dropout" in path or path.removeprefix("base_model.model.") == head_dropout
         live = all(trains) if trains else parent or always
-        modes.append((module, live or _recomputes(module, any(trains))))
+        modes.append((module, live or _needs_recompute(module, any(trains))))
         for name, child in module.named_children():
             visit(child, f"{path}.{name}" if path else name, live)
 
@@ -37,7 +37,7 @@ def training_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
     return modes
 
 
-def _recomputes(module: nn.Module, trains: bool) -> bool:
+def _needs_recompute(module: nn.Module, trains: bool) -> bool:
     """Return whether a partly frozen layer must look as in training, to be recomputed."""
     if not (isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing):
         return False

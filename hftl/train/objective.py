@@ -14,22 +14,22 @@ from torch import Tensor, nn
 from transformers.utils.generic import can_return_loss, find_labels
 
 from hftl.errors import RecipeError
-from hftl.retain.hooks import in_eval
-from hftl.train.loss import counted, counted_rows, summed_loss
+from hftl.retain.hooks import eval_mode
+from hftl.train.loss import compute_summed_loss, count_labels, has_labels
 
 KNOWN_HEADS = (
     "ForSequenceClassification", "ForImageClassification", "ForTokenClassification", "ForMaskedLM",
 )  # fmt: skip
 """Heads of transformers whose loss is a mean over elements that hftl can count."""
-ONE_LABEL_A_ROW = ("ForSequenceClassification", "ForImageClassification")
+PROBLEM_TYPE_HEADS = ("ForSequenceClassification", "ForImageClassification")
 """Heads that read `config.problem_type`."""
-TOLERANCE = 1e-3
-HALF_TOLERANCE = 3e-2
+LOSS_TOLERANCE = 1e-3
+HALF_PRECISION_TOLERANCE = 3e-2
 """How far the model's own loss may be from hftl's, in full and in half precision."""
 
 
 @dataclass(frozen=True)
-class Objective:
+class LossPlan:
     """Say how the loss of a batch is computed.
 
     Args:
@@ -49,10 +49,10 @@ class Objective:
         return labels.float() if is_target and not labels.is_floating_point() else labels
 
 
-def computes_loss(model: nn.Module) -> bool:
+def can_compute_loss(model: nn.Module) -> bool:
     """Return whether the model's own forward can return a loss."""
-    inner = base_model(model)
-    if is_of_hftl(inner):
+    inner = unwrap_adapter(model)
+    if is_hftl_module(inner):
         return False
     parameters = inspect.signature(inner.forward).parameters
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -60,10 +60,10 @@ def computes_loss(model: nn.Module) -> bool:
     return "labels" in parameters or open_ended or bool(find_labels(kind)) or can_return_loss(kind)
 
 
-def is_stock(model: nn.Module) -> bool:
+def has_stock_loss(model: nn.Module) -> bool:
     """Return whether the loss is computed by a forward of transformers, as it is published."""
-    inner = base_model(model)
-    forward = _forward(inner)
+    inner = unwrap_adapter(model)
+    forward = _unwrap_forward(inner)
     return str(forward.__module__).startswith("transformers.") and "_loss_function" not in vars(
         inner
     )
@@ -71,16 +71,16 @@ def is_stock(model: nn.Module) -> bool:
 
 def has_known_head(model: nn.Module) -> bool:
     """Return whether the model is one of `KNOWN_HEADS`, with transformers' own loss."""
-    owner = getattr(_forward(base_model(model)), "__qualname__", "").split(".")[0]
-    return is_stock(model) and owner.endswith(KNOWN_HEADS)
+    owner = getattr(_unwrap_forward(unwrap_adapter(model)), "__qualname__", "").split(".")[0]
+    return has_stock_loss(model) and owner.endswith(KNOWN_HEADS)
 
 
-def choose_objective(
+def plan_loss(
     model: nn.Module,
     batch: dict[str, Any],
     accepts_count: bool,
     any_process: Callable[[bool], bool],
-) -> Objective:
+) -> LossPlan:
     """Return how to compute the loss of a training, from one of its batches.
 
     hftl computes it where the model cannot, and for `KNOWN_HEADS`, where its sum over all counted
@@ -93,17 +93,17 @@ def choose_objective(
         accepts_count: whether the model's forward accepts `num_items_in_batch`.
         any_process: returns whether a value is true on any process.
     """
-    if not computes_loss(model):
-        return Objective(False, problem=_problem(model, read_config=True))
+    if not can_compute_loss(model):
+        return LossPlan(False, problem=_find_problem_type(model, read_config=True))
     if has_known_head(model) and isinstance(batch.get("labels"), Tensor):
-        if not any_process(_differs(model, batch)):
-            return Objective(False, problem=_problem(model))
+        if not any_process(_loss_differs(model, batch)):
+            return LossPlan(False, problem=_find_problem_type(model))
     can_count = accepts_count and isinstance(batch.get("labels"), Tensor)
-    counts = can_count and not any_process(_ignores_count(model, batch))
-    return Objective(True, counts_items=counts)
+    counts = can_count and not any_process(_ignores_item_count(model, batch))
+    return LossPlan(True, counts_items=counts)
 
 
-def check_precision(model: nn.Module) -> None:
+def check_trainable_dtype(model: nn.Module) -> None:
     """Refuse to train weights in half precision, whose steps are mostly too small to be kept.
 
     Frozen weights may be of any precision.
@@ -121,7 +121,7 @@ def check_precision(model: nn.Module) -> None:
             )
 
 
-def check_smoothing(model: nn.Module, has_own_loss: bool) -> None:
+def check_label_smoothing(model: nn.Module, has_own_loss: bool) -> None:
     """Refuse label smoothing where it would do nothing, as far as the model tells.
 
     Args:
@@ -131,39 +131,39 @@ def check_smoothing(model: nn.Module, has_own_loss: bool) -> None:
     Raises:
         RecipeError: naming the reason.
     """
-    config = getattr(base_model(model), "config", None)
+    config = getattr(unwrap_adapter(model), "config", None)
     problem = getattr(config, "problem_type", None)
-    if problem is None and _problem_is_read(model) and getattr(config, "num_labels", 2) == 1:
+    if problem is None and _reads_problem_type(model) and getattr(config, "num_labels", 2) == 1:
         problem = "regression"
     if has_own_loss:
-        raise _smoothing_error("compute_loss_func computes the loss")
+        raise _build_smoothing_error("compute_loss_func computes the loss")
     if problem in ("regression", "multi_label_classification"):
-        raise _smoothing_error(f"problem_type is {problem}")
+        raise _build_smoothing_error(f"problem_type is {problem}")
 
 
-def check_smoothed(model: nn.Module, labels: Any, objective: Objective) -> None:
+def check_smoothing_targets(model: nn.Module, labels: Any, objective: LossPlan) -> None:
     """Refuse label smoothing of what has no classes, and in the place of a model's own loss.
 
     Raises:
         RecipeError: naming the reason.
     """
     if not isinstance(labels, Tensor):
-        raise _smoothing_error("the rows have no `labels`")
+        raise _build_smoothing_error("the rows have no `labels`")
     if labels.is_floating_point() or objective.problem == "regression":
-        raise _smoothing_error("the labels are numbers, not classes")
-    if objective.asks_model and not is_stock(model):
-        name = type(base_model(model)).__name__
-        raise _smoothing_error(f"{name} computes its own loss, which smoothing would replace")
+        raise _build_smoothing_error("the labels are numbers, not classes")
+    if objective.asks_model and not has_stock_loss(model):
+        name = type(unwrap_adapter(model)).__name__
+        raise _build_smoothing_error(f"{name} computes its own loss, which smoothing would replace")
 
 
-def _smoothing_error(reason: str) -> RecipeError:
+def _build_smoothing_error(reason: str) -> RecipeError:
     return RecipeError(
         f"label_smoothing_factor spreads the weight of a class, and {reason}",
         "Set it to 0, or smooth in your own loss",
     )
 
 
-def base_model(model: nn.Module) -> nn.Module:
+def unwrap_adapter(model: nn.Module) -> nn.Module:
     """Return the model under a peft adapter, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
@@ -185,15 +185,15 @@ def find_logits(outputs: Any, model: nn.Module) -> Tensor:
     if isinstance(logits, Tensor):
         return logits
     raise RecipeError(
-        f"{type(base_model(model)).__name__} returns neither a loss nor logits",
+        f"{type(unwrap_adapter(model)).__name__} returns neither a loss nor logits",
         "Return a loss from its forward where labels are given, or `logits`",
     )
 
 
-def _differs(model: nn.Module, batch: dict[str, Any]) -> bool:
+def _loss_differs(model: nn.Module, batch: dict[str, Any]) -> bool:
     """Return whether the model's own loss on a batch is another than hftl's."""
     labels = batch["labels"]
-    rows = counted_rows(labels)
+    rows = has_labels(labels)
     if not rows.any():
         return False
     part = {
@@ -203,54 +203,55 @@ def _differs(model: nn.Module, batch: dict[str, Any]) -> bool:
     }
     if labels.is_floating_point():
         part["labels"] = part["labels"].nan_to_num(0.0)
-    outputs = _run(model, part)
+    outputs = _forward_in_eval(model, part)
     if isinstance(outputs, tuple):  # config.return_dict is false
         own, logits = (*outputs, None)[:2]
     else:
         own, logits = outputs.get("loss"), outputs.get("logits")
     if own is None or logits is None:
         return True
-    objective = Objective(False, problem=_problem(model))
+    objective = LossPlan(False, problem=_find_problem_type(model))
     labels = objective.read_labels(part["labels"])
-    if not fits(logits, labels, objective.problem):
+    if not labels_fit_logits(logits, labels, objective.problem):
         return True
-    same = summed_loss(logits, labels, problem=objective.problem) / counted(labels)
-    tolerance = TOLERANCE if logits.dtype == torch.float32 else HALF_TOLERANCE
+    same = compute_summed_loss(logits, labels, problem=objective.problem) / count_labels(labels)
+    tolerance = LOSS_TOLERANCE if logits.dtype == torch.float32 else HALF_PRECISION_TOLERANCE
     return not torch.allclose(own.float(), same.float(), rtol=tolerance, atol=tolerance)
 
 
-def fits(logits: Tensor, labels: Tensor, problem: str | None) -> bool:
+def labels_fit_logits(logits: Tensor, labels: Tensor, problem: str | None) -> bool:
     """Return whether there is a label for every element that the loss compares."""
     if problem in ("regression", "multi_label_classification") or labels.is_floating_point():
         return logits.numel() == labels.numel()
     return logits.numel() == labels.numel() * logits.shape[-1]
 
 
-def _ignores_count(model: nn.Module, batch: dict[str, Any]) -> bool:
+def _ignores_item_count(model: nn.Module, batch: dict[str, Any]) -> bool:
     """Return whether the loss stays as it is, however many items it is told to divide by."""
     count = torch.tensor(1, device=batch["labels"].device)
     losses = [
-        _loss(_run(model, {**batch, "num_items_in_batch": factor * count})) for factor in (1, 2)
+        _find_loss(_forward_in_eval(model, {**batch, "num_items_in_batch": factor * count}))
+        for factor in (1, 2)
     ]
     if any(loss is None for loss in losses):
         return False
     return bool(losses[0] == losses[1]) and bool(losses[0] != 0)
 
 
-def _loss(outputs: Any) -> Any:
+def _find_loss(outputs: Any) -> Any:
     if isinstance(outputs, dict):
         return outputs.get("loss")
     return outputs[0] if isinstance(outputs, tuple) and outputs else None
 
 
-def _run(model: nn.Module, batch: dict[str, Any]) -> Any:
+def _forward_in_eval(model: nn.Module, batch: dict[str, Any]) -> Any:
     """Return the outputs on a batch in eval mode, without a trace in any random state."""
-    with torch.no_grad(), in_eval(model), _unchanged_draws():
+    with torch.no_grad(), eval_mode(model), _preserve_random_state():
         return model(**batch)
 
 
 @contextmanager
-def _unchanged_draws() -> Iterator[None]:
+def _preserve_random_state() -> Iterator[None]:
     """Put the states of the generators of Python, NumPy and torch back afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
@@ -261,23 +262,25 @@ def _unchanged_draws() -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def _problem(model: nn.Module, read_config: bool = False) -> str | None:
+def _find_problem_type(model: nn.Module, read_config: bool = False) -> str | None:
     """Return the config's `problem_type`, if the model's loss depends on it."""
-    config = getattr(base_model(model), "config", None)
-    return getattr(config, "problem_type", None) if read_config or _problem_is_read(model) else None
+    config = getattr(unwrap_adapter(model), "config", None)
+    return (
+        getattr(config, "problem_type", None) if read_config or _reads_problem_type(model) else None
+    )
 
 
-def _problem_is_read(model: nn.Module) -> bool:
-    owner = getattr(_forward(base_model(model)), "__qualname__", "").split(".")[0]
-    return owner.endswith(ONE_LABEL_A_ROW)
+def _reads_problem_type(model: nn.Module) -> bool:
+    owner = getattr(_unwrap_forward(unwrap_adapter(model)), "__qualname__", "").split(".")[0]
+    return owner.endswith(PROBLEM_TYPE_HEADS)
 
 
-def _forward(model: nn.Module) -> Any:
+def _unwrap_forward(model: nn.Module) -> Any:
     """Return the function that runs as the model's forward, without what accelerate wraps."""
     forward = vars(model).get("_original_forward", model.forward)
     return inspect.unwrap(getattr(forward, "__func__", forward))
 
 
-def is_of_hftl(model: nn.Module) -> bool:
+def is_hftl_module(model: nn.Module) -> bool:
     """Return whether the model is one of hftl's own, whose loss is the trainer's business."""
     return type(model).__module__.partition(".")[0] == __name__.partition(".")[0]

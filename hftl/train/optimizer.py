@@ -13,25 +13,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from hftl.config.errors import closest
+from hftl.config.errors import suggest_closest
 from hftl.errors import RecipeError
-from hftl.models.heads import anatomy_in, encoder_in
-from hftl.models.parts import Anatomy, block_paths, submodule, under
+from hftl.models.heads import get_encoder, get_model_architecture
+from hftl.models.parts import ArchitectureSpec, get_submodule, has_prefix, list_block_paths
 
-UNDECAYED = (
+NO_DECAY_NAMES = (
     "bias", "position_embedding", "rel_embeddings", "cls_token", "mask_token", "register_tokens",
     "distillation_token", "logit_scale",
 )  # fmt: skip
 """Parts of names whose weights do not decay, whatever their shape: `bias` is also in the names of
 relative positions' tables, `logit_scale` is Swin v2's temperature of attention."""
-PARTS = ("embeddings", "blocks", "head")
+RATE_PARTS = ("embeddings", "blocks", "head")
 """What rates are given to by name."""
-OWN_GROUPS = {"params", "model", "optimizer_dict"}
+SELF_GROUPING_SETTINGS = {"params", "model", "optimizer_dict"}
 """Settings of optimizers that choose their parameters themselves, as GaLore does."""
 
 
 @dataclass(frozen=True)
-class LayerRates:
+class LayerLearningRates:
     """What differs from one learning rate for all.
 
     Args:
@@ -52,7 +52,7 @@ class LayerRates:
         Raises:
             RecipeError: if there are more rates than blocks.
         """
-        check_rates("rates", self.blocks, blocks)
+        check_block_rates("rates", self.blocks, blocks)
         named = self.embeddings if depth == 0 else self.head if depth == blocks + 1 else None
         if 0 < depth <= blocks and self.blocks is not None:
             named = self.blocks[min(depth, len(self.blocks)) - 1]
@@ -61,7 +61,7 @@ class LayerRates:
         return base * (1.0 if self.decay is None else self.decay) ** (blocks + 1 - depth)
 
 
-def check_rates(section: str, rates: Sequence[float] | None, blocks: int) -> None:
+def check_block_rates(section: str, rates: Sequence[float] | None, blocks: int) -> None:
     """Refuses more rates than there are blocks.
 
     Args:
@@ -81,28 +81,30 @@ def check_rates(section: str, rates: Sequence[float] | None, blocks: int) -> Non
         )
 
 
-def layer_rates(decay: float | None, rates: Mapping[str, Any] | None) -> LayerRates | None:
-    """`LayerRates` of a recipe's `layer_decay` and `lr`; None where neither is given.
+def build_layer_rates(
+    decay: float | None, rates: Mapping[str, Any] | None
+) -> LayerLearningRates | None:
+    """`LayerLearningRates` of a recipe's `layer_decay` and `lr`; None where neither is given.
 
     Raises:
         RecipeError: for the rate of a part that no model has.
     """
-    strange = [str(name) for name in rates or () if name not in PARTS]
+    strange = [str(name) for name in rates or () if name not in RATE_PARTS]
     if strange:
         raise RecipeError(
-            f"rates[{strange[0]!r}]{closest(strange[0], list(PARTS))}",
-            f"Give rates of {', '.join(PARTS)}",
+            f"rates[{strange[0]!r}]{suggest_closest(strange[0], list(RATE_PARTS))}",
+            f"Give rates of {', '.join(RATE_PARTS)}",
         )
     if decay is None and not rates:
         return None
     given = dict(rates or {})
     blocks = given.get("blocks")
-    return LayerRates(
+    return LayerLearningRates(
         decay, given.get("embeddings"), None if blocks is None else tuple(blocks), given.get("head")
     )
 
 
-def depths(model: nn.Module) -> tuple[dict[str, int], int]:
+def compute_depths(model: nn.Module) -> tuple[dict[str, int], int]:
     """The depth of every parameter by its name, and how many blocks there are.
 
     A tied parameter has its first name only. What stands in a stage behind its blocks (Swin's
@@ -112,28 +114,28 @@ def depths(model: nn.Module) -> tuple[dict[str, int], int]:
     Raises:
         RecipeError: if the architecture is not supported.
     """
-    anatomy = anatomy_in(model)
-    encoder = encoder_in(model, anatomy)
-    paths = block_paths(encoder, anatomy.blocks)
+    anatomy = get_model_architecture(model)
+    encoder = get_encoder(model, anatomy)
+    paths = list_block_paths(encoder, anatomy.blocks)
     found = {id(p): len(paths) + 1 for p in model.parameters()}
     found |= {id(p): 0 for p in encoder.parameters()}
-    for outer, depth in _stages(paths):
-        found |= {id(p): depth for p in submodule(encoder, outer).parameters()}
+    for outer, depth in _find_stages(paths):
+        found |= {id(p): depth for p in get_submodule(encoder, outer).parameters()}
     for depth, path in enumerate(paths, 1):
-        found |= {id(p): depth for p in submodule(encoder, path).parameters()}
+        found |= {id(p): depth for p in get_submodule(encoder, path).parameters()}
     for name, parameter in encoder.named_parameters():
-        if under(name, (*anatomy.final, *_pooler(anatomy))):
+        if has_prefix(name, (*anatomy.final_parts, *_list_pooler(anatomy))):
             found[id(parameter)] = len(paths) + 1
     return {name: found[id(p)] for name, p in model.named_parameters()}, len(paths)
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
+def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay is for it: not for vectors, tokens and positions."""
-    return parameter.ndim > 1 and not any(part in name for part in UNDECAYED)
+    return parameter.ndim > 1 and not any(part in name for part in NO_DECAY_NAMES)
 
 
-def groups(
-    model: nn.Module, base: float, weight_decay: float, rates: LayerRates
+def build_parameter_groups(
+    model: nn.Module, base: float, weight_decay: float, rates: LayerLearningRates
 ) -> list[dict[str, Any]]:
     """The optimizer's groups: every parameter that trains is in one of them, and in no other.
 
@@ -146,11 +148,11 @@ def groups(
     Returns:
         {params, lr, weight_decay, depth} each, from the embeddings to the head.
     """
-    depth_of, blocks = depths(model)
+    depth_of, blocks = compute_depths(model)
     found: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            found[depth_of[name], decays(name, parameter)].append(parameter)
+            found[depth_of[name], has_weight_decay(name, parameter)].append(parameter)
     return [
         {
             "params": parameters,
@@ -162,7 +164,7 @@ def groups(
     ]
 
 
-def optimizer_of(
+def build_optimizer(
     kind: Any, settings: dict[str, Any], chosen: list[dict[str, Any]]
 ) -> torch.optim.Optimizer:
     """The optimizer that TrainingArguments ask for, over these groups.
@@ -170,13 +172,13 @@ def optimizer_of(
     Args:
         kind: its class.
         settings: its arguments.
-        chosen: see `groups`.
+        chosen: see `build_parameter_groups`.
 
     Raises:
         RecipeError: if it groups parameters in its own way.
     """
     plain = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
-    if not plain or OWN_GROUPS & settings.keys():
+    if not plain or SELF_GROUPING_SETTINGS & settings.keys():
         raise RecipeError(
             "training.optim names an optimizer that groups parameters in its own way, and "
             "layer_decay and lr need groups of theirs",
@@ -185,15 +187,17 @@ def optimizer_of(
     return kind(chosen, **settings)
 
 
-def learning_rates(model: nn.Module, base: float, rates: LayerRates) -> list[dict[str, Any]]:
+def summarize_learning_rates(
+    model: nn.Module, base: float, rates: LayerLearningRates
+) -> list[dict[str, Any]]:
     """The learning rate of each part of what trains, from the bottom up.
 
     Returns:
         {part, parameters, decayed, rate} each: of its `parameters` weight decay is for `decayed`.
     """
-    _, blocks = depths(model)
+    _, blocks = compute_depths(model)
     rows: dict[int, dict[str, Any]] = {}
-    for group in groups(model, base, 1.0, rates):
+    for group in build_parameter_groups(model, base, 1.0, rates):
         depth = group["depth"]
         part = "embeddings" if depth == 0 else "head" if depth > blocks else f"block {depth}"
         empty = {"part": part, "parameters": 0, "decayed": 0, "rate": group["lr"]}
@@ -204,7 +208,7 @@ def learning_rates(model: nn.Module, base: float, rates: LayerRates) -> list[dic
     return list(rows.values())
 
 
-def _stages(paths: list[str]) -> list[tuple[str, int]]:
+def _find_stages(paths: list[str]) -> list[tuple[str, int]]:
     """The stages that hold lists of blocks, and the depth of the last block in each."""
     found: dict[str, int] = {}
     for depth, path in enumerate(paths, 1):
@@ -215,5 +219,5 @@ def _stages(paths: list[str]) -> list[tuple[str, int]]:
     return list(found.items())
 
 
-def _pooler(anatomy: Anatomy) -> tuple[str, ...]:
+def _list_pooler(anatomy: ArchitectureSpec) -> tuple[str, ...]:
     return (anatomy.pooler,) if anatomy.pooler else ()

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hftl.models.features import batches_of_like
-from hftl.retain.hooks import BESIDE
-from hftl.retain.regularizers import Rows
-from hftl.train.loss import IGNORED
+from hftl.models.features import batch_by_length
+from hftl.retain.hooks import BATCH_METADATA
+from hftl.retain.regularizers import TrainingRows
+from hftl.train.loss import IGNORE_INDEX
 
 BATCH_TOKENS = 4096
 BATCH_ROWS = 32
 """What the original looks at in one go: tokens of texts once padded, or pictures."""
-COMPARED = 16
+DETERMINISM_ROWS = 16
 """Rows that are read twice to see whether they repeat."""
 
 
-class Numbered(Dataset):
+class IndexedDataset(Dataset):
     """A training dataset whose rows hold their number; general rows stand behind the target's.
 
     Its length is the target's. General rows without `labels` get labels that count for nothing.
@@ -35,7 +35,7 @@ class Numbered(Dataset):
         self.general = general
 
     @property
-    def total(self) -> int:
+    def total_rows(self) -> int:
         """All rows, the general ones among them."""
         return len(self.target) + (0 if self.general is None else len(self.general))
 
@@ -55,11 +55,11 @@ class Numbered(Dataset):
         assert self.general is not None
         row = dict(self.general[behind])
         if "labels" not in row and "label" not in row:
-            row["labels"] = unlabelled(self.target[0], row)
+            row["labels"] = build_ignored_labels(self.target[0], row)
         return {**row, "row": number}
 
 
-def unlabelled(like: dict[str, Any], row: dict[str, Any]) -> Any:
+def build_ignored_labels(like: dict[str, Any], row: dict[str, Any]) -> Any:
     """Labels of the form that another row's have, which count for nothing.
 
     Args:
@@ -71,14 +71,14 @@ def unlabelled(like: dict[str, Any], row: dict[str, Any]) -> Any:
     if label.dtype.kind == "f":
         found = np.full(label.shape, np.nan, np.float32)
     elif label.ndim == 0:
-        found = np.full((), IGNORED, np.int64)
+        found = np.full((), IGNORE_INDEX, np.int64)
     else:
         words = row["words"] if "words" in row else row["input_ids"]
-        found = np.full(len(words), IGNORED, np.int64)
+        found = np.full(len(words), IGNORE_INDEX, np.int64)
     return torch.from_numpy(found) if isinstance(given, Tensor) else found
 
 
-class Collate:
+class IndexedCollator:
     """A collator that keeps the rows' numbers: `row`, and `general` where they are general data.
 
     Where every word has a label, `told` (batch, length) bool says which tokens words are told by.
@@ -97,13 +97,13 @@ class Collate:
         plain = [{key: value for key, value in row.items() if key != "row"} for row in rows]
         batch = dict(self.collate(plain))
         labels = batch.get("labels")
-        if labels is not None and _is_of_words(labels):
+        if labels is not None and _has_token_labels(labels):
             mask = batch.get("attention_mask", torch.ones_like(labels))
-            batch["told"] = told_tokens(plain, labels, mask)
+            batch["told"] = find_word_tokens(plain, labels, mask)
         return {**batch, "row": numbers, "general": numbers >= self.target}
 
 
-def told_tokens(rows: list[dict[str, Any]], labels: Tensor, mask: Tensor) -> Tensor:
+def find_word_tokens(rows: list[dict[str, Any]], labels: Tensor, mask: Tensor) -> Tensor:
     """(batch, length) bool: the tokens that words are told by, whether they have labels or not.
 
     Args:
@@ -113,7 +113,7 @@ def told_tokens(rows: list[dict[str, Any]], labels: Tensor, mask: Tensor) -> Ten
         mask: (batch, length), 1 where a token counts.
     """
     if "words" not in rows[0]:
-        told = labels != IGNORED
+        told = labels != IGNORE_INDEX
         return torch.where(told.any(1, keepdim=True), told, mask > 0)
     told = torch.zeros_like(labels, dtype=torch.bool)
     for number, row in enumerate(rows):
@@ -123,13 +123,13 @@ def told_tokens(rows: list[dict[str, Any]], labels: Tensor, mask: Tensor) -> Ten
     return told
 
 
-def repeats(rows: Numbered, collate: Callable[[list[Any]], dict[str, Any]]) -> bool:
+def is_deterministic(rows: IndexedDataset, collate: Callable[[list[Any]], dict[str, Any]]) -> bool:
     """Whether rows are the same each time they are read, and in every epoch.
 
     It reads a few of them twice, in the first epoch and the second, and leaves the first.
     """
-    numbers = [*range(min(COMPARED, len(rows)))]
-    numbers += [*range(len(rows), min(len(rows) + COMPARED, rows.total))]
+    numbers = [*range(min(DETERMINISM_ROWS, len(rows)))]
+    numbers += [*range(len(rows), min(len(rows) + DETERMINISM_ROWS, rows.total_rows))]
     seen = []
     for epoch in (0, 1):
         rows.set_epoch(epoch)
@@ -142,22 +142,24 @@ def repeats(rows: Numbered, collate: Callable[[list[Any]], dict[str, Any]]) -> b
     )
 
 
-def rows_to_know(rows: Numbered, collate: Collate) -> Rows:
+def build_training_rows(rows: IndexedDataset, collate: IndexedCollator) -> TrainingRows:
     """All rows of a training in batches, for the original to look at."""
-    lengths = [len(rows[n].get("input_ids", ())) for n in range(rows.total)]
+    lengths = [len(rows[n].get("input_ids", ())) for n in range(rows.total_rows)]
     if any(lengths):
-        batches = batches_of_like(lengths, BATCH_TOKENS)
+        batches = batch_by_length(lengths, BATCH_TOKENS)
     else:
-        numbers = list(range(rows.total))
-        batches = [numbers[i : i + BATCH_ROWS] for i in range(0, rows.total, BATCH_ROWS)]
+        numbers = list(range(rows.total_rows))
+        batches = [numbers[i : i + BATCH_ROWS] for i in range(0, rows.total_rows, BATCH_ROWS)]
 
     def batch(numbers: list[int]) -> dict[str, Any]:
         found = collate([rows[n] for n in numbers])
-        return {key: value for key, value in found.items() if key not in BESIDE}
+        return {key: value for key, value in found.items() if key not in BATCH_METADATA}
 
-    return Rows(len(rows), rows.total, batches, batch, repeats(rows, collate.collate))
+    return TrainingRows(
+        len(rows), rows.total_rows, batches, batch, is_deterministic(rows, collate.collate)
+    )
 
 
-def _is_of_words(labels: Tensor) -> bool:
+def _has_token_labels(labels: Tensor) -> bool:
     """Whether each token has a class of its own, or none."""
     return labels.dim() == 2 and not labels.is_floating_point()

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
 
-class SeededOrder(Sampler[int]):
+class SeededSampler(Sampler[int]):
     """A permutation that is a function of (seed, epoch) alone, not of workers or processes."""
 
     def __init__(self, rows: int, seed: int) -> None:
@@ -33,7 +33,7 @@ class SeededOrder(Sampler[int]):
         yield from torch.randperm(self.rows, generator=generator).tolist()
 
 
-class RankBatches(Sampler[list[int]]):
+class RankBatchSampler(Sampler[list[int]]):
     """One process's share of every global batch: consecutive rows of the order, cut evenly.
 
     A short last batch is cut as evenly, no row repeated. Every process must make every step, so one
@@ -48,7 +48,7 @@ class RankBatches(Sampler[list[int]]):
     """
 
     def __init__(
-        self, order: SeededOrder, batch_size: int, processes: int, rank: int, drop_last: bool
+        self, order: SeededSampler, batch_size: int, processes: int, rank: int, drop_last: bool
     ) -> None:
         self.order = order
         self.batch_size = batch_size
@@ -57,7 +57,7 @@ class RankBatches(Sampler[list[int]]):
         self.drop_last = drop_last
 
     @property
-    def idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether this process has no row of its own in the last batch."""
         last = len(self.order) % self.global_size
         return last > 0 and not self.drop_last and not self._share(range(last))
@@ -87,7 +87,7 @@ class RankBatches(Sampler[list[int]]):
         return places[rows * self.rank // self.processes : rows * (self.rank + 1) // self.processes]
 
 
-class MixedBatches(RankBatches):
+class ReplayBatchSampler(RankBatchSampler):
     """The same with rows of general data behind each process's own, in an exact ratio.
 
     The general row of number n, counted through the training, comes with the target row by which
@@ -106,7 +106,7 @@ class MixedBatches(RankBatches):
     """
 
     def __init__(
-        self, order: SeededOrder, general: SeededOrder, ratio: float, batch_size: int,
+        self, order: SeededSampler, general: SeededSampler, ratio: float, batch_size: int,
         processes: int, rank: int, drop_last: bool,
     ) -> None:  # fmt: skip
         super().__init__(order, batch_size, processes, rank, drop_last)
@@ -135,10 +135,10 @@ class MixedBatches(RankBatches):
 # This process's batches: which rows make them, and what loads them.
 
 
-def batches_of(
-    order: SeededOrder, general: int | None, ratio: float, batch_size: int, drop_last: bool,
+def build_batch_sampler(
+    order: SeededSampler, general: int | None, ratio: float, batch_size: int, drop_last: bool,
     accelerator: Accelerator,
-) -> RankBatches:  # fmt: skip
+) -> RankBatchSampler:  # fmt: skip
     """This process's share of every step.
 
     Args:
@@ -151,17 +151,17 @@ def batches_of(
     """
     cut = (batch_size, accelerator.num_processes, accelerator.process_index, drop_last)
     if general is None:
-        return RankBatches(order, *cut)
-    return MixedBatches(order, SeededOrder(general, order.seed), ratio, *cut)
+        return RankBatchSampler(order, *cut)
+    return ReplayBatchSampler(order, SeededSampler(general, order.seed), ratio, *cut)
 
 
-def loader_of(
-    dataset: Any, batches: RankBatches, collate: Callable[[list[Any]], dict[str, Any]],
+def build_dataloader(
+    dataset: Any, batches: RankBatchSampler, collate: Callable[[list[Any]], dict[str, Any]],
     args: TrainingArguments, accelerator: Accelerator,
 ) -> Any:  # fmt: skip
     """A loader of these batches that puts them on the device; nobody cuts them once more."""
     loader = DataLoader(
-        dataset, batch_sampler=batches, collate_fn=collate, **loader_settings(args, dataset)
+        dataset, batch_sampler=batches, collate_fn=collate, **build_loader_settings(args, dataset)
     )
     return prepare_data_loader(
         loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True,
@@ -169,7 +169,7 @@ def loader_of(
     )  # fmt: skip
 
 
-def loader_settings(args: TrainingArguments, dataset: Any) -> dict[str, Any]:
+def build_loader_settings(args: TrainingArguments, dataset: Any) -> dict[str, Any]:
     """DataLoader's arguments but for rows, sampler and collator, as transformers sets them."""
     workers = args.dataloader_num_workers
     return {

@@ -18,32 +18,37 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hftl.errors import RecipeError
 from hftl.retain.regularizers import Retention, Term
-from hftl.runtime.distributed import gather
+from hftl.runtime.distributed import gather_values
 from hftl.train import step
 from hftl.train.checkpoint import (
-    check_sharded,
-    check_whole,
-    load_plain,
-    save_plain,
-    shard_by_block,
-    whole_plain,
+    check_fsdp_available,
+    check_unsharded,
+    collect_full_state,
+    load_trainable,
+    save_trainable,
+    set_fsdp_blocks,
 )
-from hftl.train.frozen_eval import training_modes
-from hftl.train.loss import counted, uncounted
+from hftl.train.frozen_eval import list_training_modes
+from hftl.train.loss import count_labels, ignore_rows
 from hftl.train.objective import (
-    Objective,
-    check_precision,
-    check_smoothed,
-    check_smoothing,
-    choose_objective,
-    computes_loss,
+    LossPlan,
+    can_compute_loss,
+    check_label_smoothing,
+    check_smoothing_targets,
+    check_trainable_dtype,
     find_logits,
     has_known_head,
-    is_of_hftl,
+    is_hftl_module,
+    plan_loss,
 )  # fmt: skip
-from hftl.train.optimizer import groups, layer_rates, optimizer_of
-from hftl.train.replay_batches import Collate, Numbered, rows_to_know
-from hftl.train.samplers import RankBatches, SeededOrder, batches_of, loader_of
+from hftl.train.optimizer import build_layer_rates, build_optimizer, build_parameter_groups
+from hftl.train.replay_batches import IndexedCollator, IndexedDataset, build_training_rows
+from hftl.train.samplers import (
+    RankBatchSampler,
+    SeededSampler,
+    build_batch_sampler,
+    build_dataloader,
+)
 
 
 class TransferTrainer(Trainer):
@@ -91,26 +96,26 @@ class TransferTrainer(Trainer):
             # transformers reads the config of a model to smooth, and a plain module has none.
             args.label_smoothing_factor = 0.0
         super().__init__(model, args, *more, **kwargs)
-        check_precision(self._own_model)
+        check_trainable_dtype(self._own_model)
         if smoothing:
-            check_smoothing(self._own_model, self.compute_loss_func is not None)
+            check_label_smoothing(self._own_model, self.compute_loss_func is not None)
             self.args.label_smoothing_factor = smoothing
             self.label_smoother = LabelSmoother(epsilon=smoothing)
         self.retention = (
             retain if isinstance(retain, Retention) else Retention(retain, reference, general_ratio)
         )
-        step.check_ratio(general_ratio)
-        self._rates = layer_rates(layer_decay, rates)
+        step.check_general_ratio(general_ratio)
+        self._rates = build_layer_rates(layer_decay, rates)
         self._general = general_dataset
         self._general_share = general_weight / self.retention.ratio
         if self.retention.weights:
-            self.add_callback(step.AfterStep(self.retention))
-        check_whole(self._numbers_rows and self.is_fsdp_enabled)
-        if not self.label_names and not computes_loss(self._own_model):
+            self.add_callback(step.RetentionCallback(self.retention))
+        check_unsharded(self._numbers_rows and self.is_fsdp_enabled)
+        if not self.label_names and not can_compute_loss(self._own_model):
             self.label_names = ["labels"]
         self._modes: list[tuple[nn.Module, bool]] | None = None
-        self._objective: Objective | None = None
-        self._batches: RankBatches | None = None
+        self._objective: LossPlan | None = None
+        self._batches: RankBatchSampler | None = None
         self._has_filler = False
         self._is_checkpoint = False
         self._step_loss: Tensor | float = 0.0
@@ -124,16 +129,16 @@ class TransferTrainer(Trainer):
             RecipeError: where the launcher asked for FSDP and this device has none.
         """
         model = self._own_model  # None until a model_init has been called
-        is_known = model is not None and (not computes_loss(model) or has_known_head(model))
+        is_known = model is not None and (not can_compute_loss(model) or has_known_head(model))
         if self.args.ddp_find_unused_parameters is None and is_known:
             # All that trains is on the path to the loss, so the search would only cost.
             self.args.ddp_find_unused_parameters = False
         # It waits for the device at every micro-batch, and what it hides stops the training here.
         self.args.logging_nan_inf_filter = False
         super().create_accelerator_and_postprocess()
-        check_sharded(self.is_fsdp_enabled, self.args)
+        check_fsdp_available(self.is_fsdp_enabled, self.args)
         if self.is_fsdp_enabled:
-            shard_by_block(self.accelerator.state.fsdp_plugin, self.model)  # pyright: ignore
+            set_fsdp_blocks(self.accelerator.state.fsdp_plugin, self.model)  # pyright: ignore
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `train`; the frozen modules are looked up anew."""
@@ -141,22 +146,25 @@ class TransferTrainer(Trainer):
         self._objective = None
         self._step_loss = 0.0
         # A checkpoint is loaded later: the model is still what it starts from.
-        self.ask_original()
+        self.prepare_regularizers()
         if self.args.world_size > 1:
             # With one seed, dropout would hit the same units in every process's rows.
             torch.manual_seed(self.args.seed + self.args.process_index)
         return super().train(*args, **kwargs)
 
-    def ask_original(self) -> None:
+    def prepare_regularizers(self) -> None:
         """Has the original look at the rows, where a term needs it; the second time does nothing.
 
         `train` does so by itself.
         """
         if self._numbers_rows:
             self.retention.start(
-                self.accelerator.unwrap_model(self.model), rows_to_know(*self._training_rows()),
-                self.args.device, self._autocast, self.args.seed,
-            )  # fmt: skip
+                self.accelerator.unwrap_model(self.model),
+                build_training_rows(*self._training_rows()),
+                self.args.device,
+                self._autocast,
+                self.args.seed,
+            )
 
     def create_optimizer(self, model: Any = None) -> Any:
         """As transformers'; with a rate for each part of the model where that was asked for.
@@ -169,14 +177,16 @@ class TransferTrainer(Trainer):
             kind, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
                 self.args, inside
             )
-            chosen = groups(inside, self.args.learning_rate, self.args.weight_decay, self._rates)
-            self.optimizer = optimizer_of(kind, settings, chosen)
+            chosen = build_parameter_groups(
+                inside, self.args.learning_rate, self.args.weight_decay, self._rates
+            )
+            self.optimizer = build_optimizer(kind, settings, chosen)
         return super().create_optimizer(model)
 
     def get_train_dataloader(self) -> Any:
         """This process's share of every step, or transformers' loader for another sampling."""
         order = self._get_train_sampler()
-        if not isinstance(order, SeededOrder):
+        if not isinstance(order, SeededSampler):
             self._batches = None
             if self._numbers_rows:
                 raise RecipeError(
@@ -187,12 +197,12 @@ class TransferTrainer(Trainer):
                 )
             return super().get_train_dataloader()
         general = None if self._general is None else len(self._general)
-        self._batches = batches_of(
+        self._batches = build_batch_sampler(
             order, general, self.retention.ratio, self._train_batch_size,
             self.args.dataloader_drop_last, self.accelerator,
         )  # fmt: skip
         dataset, collate = self._training_rows()
-        return loader_of(dataset, self._batches, collate, self.args, self.accelerator)
+        return build_dataloader(dataset, self._batches, collate, self.args, self.accelerator)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -206,17 +216,17 @@ class TransferTrainer(Trainer):
             return batches, None
         objective = self._choose_objective(batches[0])
         last = self.accelerator.gradient_state.end_of_dataloader
-        self._has_filler = bool(last and self._batches and self._batches.idle)
+        self._has_filler = bool(last and self._batches and self._batches.is_idle)
         if not objective.asks_model:
             for batch in batches:
                 batch["labels"] = objective.read_labels(batch["labels"])
             if self._has_filler:
-                batches[-1]["labels"] = uncounted(batches[-1]["labels"], slice(0, 1))
-        here = step.step_items(batches[:-1] if self._has_filler else batches, device)
+                batches[-1]["labels"] = ignore_rows(batches[-1]["labels"], slice(0, 1))
+        here = step.count_step_items(batches[:-1] if self._has_filler else batches, device)
         items, self._rows = self.accelerator.gather(here).reshape(-1, 2).sum(0)  # pyright: ignore
         if not objective.asks_model:
             return batches, items
-        count = self._get_num_items_in_batch(step.filler_out(batches, self._has_filler), device)
+        count = self._get_num_items_in_batch(step.blank_filler(batches, self._has_filler), device)
         return batches, self._rows if count is None else count
 
     def compute_loss(
@@ -253,36 +263,36 @@ class TransferTrainer(Trainer):
             )  # fmt: skip
         if not return_outputs:
             return loss
-        return loss, outputs if objective.asks_model else step.loss_first(outputs, loss)
+        return loss, outputs if objective.asks_model else step.prepend_loss(outputs, loss)
 
     def _loss_of_logits(
-        self, model: nn.Module, inputs: dict[str, Any], count: Any, objective: Objective,
+        self, model: nn.Module, inputs: dict[str, Any], count: Any, objective: LossPlan,
         smoothing: float,
     ) -> tuple[Tensor, Any]:  # fmt: skip
         """Return the loss that hftl computes, and the outputs; see `compute_loss`."""
         inputs = {**inputs, "labels": objective.read_labels(inputs["labels"])}
         labels = inputs["labels"]
-        outputs = model(**step.model_inputs(inputs))
+        outputs = model(**step.select_model_inputs(inputs))
         logits = find_logits(outputs, self._own_model)
-        loss = step.task_loss(
+        loss = step.compute_task_loss(
             outputs, logits, inputs, self._general_share, smoothing, objective.problem
         )
         if count is None:
-            return loss / counted(labels).clamp(min=1), outputs
+            return loss / count_labels(labels).clamp(min=1), outputs
         # The gradients of processes are averaged, and the counts are those of all.
         processes = self.accelerator.num_processes
         loss = loss / torch.as_tensor(count).clamp(min=1) * processes
-        penalty = step.penalty(outputs, labels) / self._rows.clamp(min=1)
+        penalty = step.sum_penalty(outputs, labels) / self._rows.clamp(min=1)
         return loss + penalty * processes, outputs
 
     def _ask_model(
-        self, model: nn.Module, inputs: dict[str, Any], count: Any, objective: Objective
+        self, model: nn.Module, inputs: dict[str, Any], count: Any, objective: LossPlan
     ) -> tuple[Tensor, Any]:
         """Return the loss that the model computes, or compute_loss_func, and the outputs.
 
         A mean over the rows of a batch counts for as many rows of the step as the batch holds.
         """
-        batch = step.without_beside(inputs)
+        batch = step.drop_metadata(inputs)
         told = count if objective.counts_items else None
         loss, outputs = super().compute_loss(model, batch, True, told)
         if loss.numel() != 1:
@@ -300,27 +310,27 @@ class TransferTrainer(Trainer):
 
     def _target_rows(self, inputs: dict[str, Any]) -> Tensor:
         """Return which rows of a batch count in training: (batch,) bool; none of a filler."""
-        rows = step.target_rows(inputs)
+        rows = step.find_target_rows(inputs)
         is_filler = self._has_filler and self.accelerator.sync_gradients
         return torch.zeros_like(rows) if is_filler else rows
 
     def _with_logits(self, outputs: Any) -> Any:
         return SimpleNamespace(logits=find_logits(outputs, self._own_model))
 
-    def _objective_of(self, inputs: dict[str, Any]) -> Objective:
+    def _objective_of(self, inputs: dict[str, Any]) -> LossPlan:
         """Return how to compute the loss of a training or evaluation, from one of its batches."""
         model = self.accelerator.unwrap_model(self.model)
-        batch = step.without_beside(self._prepare_inputs(inputs))
+        batch = step.drop_metadata(self._prepare_inputs(inputs))
         if self.compute_loss_func is not None:
-            objective = Objective(True, counts_items=isinstance(batch.get("labels"), Tensor))
+            objective = LossPlan(True, counts_items=isinstance(batch.get("labels"), Tensor))
         elif self.args.parallelism_config is not None:
-            objective = Objective(True, counts_items=self.model_accepts_loss_kwargs)
+            objective = LossPlan(True, counts_items=self.model_accepts_loss_kwargs)
         else:
-            objective = choose_objective(
+            objective = plan_loss(
                 model, batch, self.model_accepts_loss_kwargs, self._on_any_process
             )
         if self.args.label_smoothing_factor:
-            check_smoothed(model, batch.get("labels"), objective)
+            check_smoothing_targets(model, batch.get("labels"), objective)
         if objective.asks_model and self._general is not None:
             raise RecipeError(
                 f"general_dataset mixes rows into every batch, and {type(model).__name__} computes "
@@ -333,7 +343,7 @@ class TransferTrainer(Trainer):
         flag = torch.tensor([int(value)], device=self.args.device)
         return bool(self.accelerator.gather(flag).any())  # pyright: ignore
 
-    def _choose_objective(self, inputs: dict[str, Any]) -> Objective:
+    def _choose_objective(self, inputs: dict[str, Any]) -> LossPlan:
         """Return how to compute the loss; the first batch of a training or evaluation decides."""
         if self._objective is None:
             self._objective = self._objective_of(inputs)
@@ -352,7 +362,7 @@ class TransferTrainer(Trainer):
             # Once a step, not a micro-batch: it waits for the device. All processes see one sum.
             total = self.accelerator.gather(self._step_loss).mean().item()  # pyright: ignore
             self._step_loss = 0.0
-            step.check_finite(total, self.state.global_step)
+            step.check_finite_loss(total, self.state.global_step)
         return loss
 
     def prediction_step(
@@ -364,11 +374,11 @@ class TransferTrainer(Trainer):
         """
         if "labels" not in inputs or self._choose_objective(inputs).asks_model:
             return super().prediction_step(model, inputs, *args, **kwargs)
-        last = step.real_rows(len(inputs["labels"]), self.accelerator)
+        last = step.count_real_rows(len(inputs["labels"]), self.accelerator)
         labels = self._choose_objective(inputs).read_labels(inputs["labels"])
-        labels = uncounted(labels, slice(last, None))
+        labels = ignore_rows(labels, slice(last, None))
         found = super().prediction_step(model, {**inputs, "labels": labels}, *args, **kwargs)
-        loss, items = found[0], counted(labels)
+        loss, items = found[0], count_labels(labels)
         if loss is not None:
             self._evaluated.append(torch.stack([loss * items, items.to(loss)]))
         return found
@@ -380,7 +390,7 @@ class TransferTrainer(Trainer):
         name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
         if self._evaluated and output.metrics is not None:
             mine = torch.stack(self._evaluated).cpu().double().sum(0).tolist()
-            loss, items = (sum(column) for column in zip(*gather(mine), strict=True))
+            loss, items = (sum(column) for column in zip(*gather_values(mine), strict=True))
             output.metrics[name] = loss / max(1.0, items)
         return output
 
@@ -395,16 +405,18 @@ class TransferTrainer(Trainer):
         if isinstance(model, (PreTrainedModel, PeftModel)):
             super()._save(output_dir, state_dict)
         elif not self._saves_trained_only:
-            super()._save(output_dir, whole_plain(model) if state_dict is None else state_dict)
+            super()._save(
+                output_dir, collect_full_state(model) if state_dict is None else state_dict
+            )
         elif self.args.should_save:
-            save_plain(model, Path(output_dir or str(self.args.output_dir)))
+            save_trainable(model, Path(output_dir or str(self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """As transformers'; of one of hftl's own modules, what `_save` has written."""
-        if not is_of_hftl(self.accelerator.unwrap_model(self.model)) or self.is_fsdp_enabled:
+        if not is_hftl_module(self.accelerator.unwrap_model(self.model)) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        load_plain(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
+        load_trainable(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
 
     @property
     def _own_model(self) -> Any:
@@ -414,7 +426,7 @@ class TransferTrainer(Trainer):
     @property
     def _saves_trained_only(self) -> bool:
         """True where what is saved is a checkpoint of a module whose frozen weights hftl knows."""
-        return self._is_checkpoint and is_of_hftl(self.accelerator.unwrap_model(self.model))
+        return self._is_checkpoint and is_hftl_module(self.accelerator.unwrap_model(self.model))
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
         """Return transformers' count where the model divides by it; None where hftl counts."""
@@ -430,7 +442,7 @@ class TransferTrainer(Trainer):
         if not len(dataset):  # pyright: ignore[reportArgumentType]
             raise RecipeError("train_dataset holds no rows", "Give it some, or skip train()")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return SeededOrder(len(dataset), seed)  # pyright: ignore[reportArgumentType]
+        return SeededSampler(len(dataset), seed)  # pyright: ignore[reportArgumentType]
 
     @property
     def _numbers_rows(self) -> bool:
@@ -454,11 +466,11 @@ class TransferTrainer(Trainer):
             collate = self._get_collator_with_removed_columns(collate, "Training")
         if not self._numbers_rows:
             return dataset, collate
-        rows: Any = Numbered(dataset, general)
-        return rows, Collate(collate, len(rows))
+        rows: Any = IndexedDataset(dataset, general)
+        return rows, IndexedCollator(collate, len(rows))
 
     def _hold_frozen_in_eval(self) -> None:
         if self._modes is None:
-            self._modes = training_modes(self.accelerator.unwrap_model(self.model))
+            self._modes = list_training_modes(self.accelerator.unwrap_model(self.model))
         for module, live in self._modes:
             module.training = live
