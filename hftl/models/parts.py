@@ -16,7 +16,7 @@ VERSION_FIX = "Use a transformers version in hftl's range"
 class HeadSpec(NamedTuple):
     """The head of one stock class; the fields of `ArchitectureSpec` of the same names."""
 
-    head: tuple[str, ...] = ("classifier",)
+    head_parts: tuple[str, ...] = ("classifier",)
     last_linear: str = "classifier"
     head_dropout: str | None = "dropout"
 
