@@ -118,7 +118,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from hftl.runtime import run_folder
-with run_folder.locked(Path(sys.argv[1])):
+with run_folder.lock_run(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
