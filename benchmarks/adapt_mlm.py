@@ -48,7 +48,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, Trainer, TrainerCallb
 
 from hftl.adapt.encoder_io import set_trainable
 from hftl.adapt.mlm import load_mlm
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.data.corpus import SPECIAL_TOKENS_FILE, STARTS_WORD, TokenBlocks
 from hftl.data.masking import IGNORE_INDEX, MaskedBlocks, MaskingSpec
 from hftl.models.source import find_source

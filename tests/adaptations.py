@@ -18,7 +18,7 @@ from hftl.adapt.masked_patches import collate_masked_images as collate_pictures
 from hftl.adapt.mlm import load_mlm
 from hftl.config.adapt import Adapt
 from hftl.config.data import Data
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.data import masking
 from hftl.data.image_processing import ImageInputs, resize_processor
 from hftl.models.source import find_source, load_processor

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_processor, tiny_tokenizer
 
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.models.source import find_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

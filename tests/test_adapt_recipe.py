@@ -10,7 +10,7 @@ import yaml
 from hftl.adapt.guard import GuardEvaluation
 from hftl.config.adapt import DEFAULT_ADAPT_RATES, DEFAULT_TOLERANCES
 from hftl.config.overrides import apply_overrides
-from hftl.config.recipe import Arm, Recipe, plan_arms
+from hftl.config.recipe import Arm, Recipe
 from hftl.errors import RecipeError
 from hftl.pipeline.cache_keys import build_adapt_key, flatten_stages
 from hftl.pipeline.objectives import build_guard_rule
@@ -29,7 +29,7 @@ def refused(message: str, *overrides: str, **sections: Any) -> None:
 
 
 def by_name(made: Recipe) -> dict[str, Arm]:
-    return {arm.name: arm for arm in plan_arms(made)}
+    return {arm.name: arm for arm in made.arms}
 
 
 def test_every_default_is_spelt_out() -> None:
@@ -264,7 +264,7 @@ def test_an_arm_may_have_another_number_of_adaptations() -> None:
 
 
 def test_without_a_task_there_are_no_arms() -> None:
-    assert plan_arms(recipe("data.task=null", "adapt={objective: mlm}")) == []
+    assert recipe("data.task=null", "adapt={objective: mlm}").arms == []
 
 
 def test_a_list_of_one_is_the_section_itself() -> None:

@@ -26,7 +26,7 @@ import hftl
 from hftl.adapt import adaptation as training
 from hftl.card.result_sections import format_adaptation_sentence
 from hftl.config.recipe import Recipe
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.errors import RunFolderError
 from hftl.measure.gain import describe_adaptation_outcome
 from hftl.measure.record import Record

@@ -18,7 +18,7 @@ from hftl.adapt.encoder_io import merge_encoder_state
 from hftl.adapt.guard import GuardedCheckpoint, GuardRule, find_complete_checkpoint
 from hftl.adapt.mae import load_mae
 from hftl.adapt.mlm import load_mlm
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.errors import NumericError
 from hftl.models.source import find_source
 from hftl.train.checkpoint import BestWeightsCallback

@@ -10,7 +10,7 @@ from tiny import tiny_config
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from hftl.config.data import Data, Table
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.data.image_processing import ImageInputs
 from hftl.data.load import Row
 from hftl.data.text import TextInputs

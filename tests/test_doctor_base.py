@@ -12,7 +12,7 @@ from planting import (
     snapshot,
 )  # fmt: skip
 
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.doctor.checks import examine_adapter
 from hftl.errors import RecipeError
 from hftl.models.source import find_source, hash_source_weights

@@ -22,7 +22,7 @@ from planting import (
 )  # fmt: skip
 from safetensors.torch import load_file
 
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.doctor.checks import Examination, examine_adapter
 from hftl.doctor.fix import fix_adapter, get_backup_folder
 from hftl.doctor.report import run_doctor

@@ -12,7 +12,7 @@ from conftest import bench_of, sentences, write_csv
 from transformers import BertModel
 
 from hftl.adapt.adaptation import estimate_adaptation_seconds as adaptation_seconds
-from hftl.config.recipe import Recipe, plan_arms
+from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
 from hftl.data.load import InputSpec
 from hftl.finetune import retention
@@ -63,8 +63,8 @@ def test_the_passes_of_a_run_within_a_factor_of_two(
     recipe = Recipe.parse(tree)
     bench = bench_of(recipe)
     bench.general = load_general(recipe.data, bench.prepared, InputSpec())
-    costs = RowCosts(1.0, 1.0, {arm.name: STEP for arm in plan_arms(recipe)})
-    passes = estimate_seconds(bench, plan_arms(recipe), recipe, costs) - FINISH_SECONDS
+    costs = RowCosts(1.0, 1.0, {arm.name: STEP for arm in recipe.arms})
+    passes = estimate_seconds(bench, recipe.arms, recipe, costs) - FINISH_SECONDS
     # Nothing of the header's own is counted.
     monkeypatch.setattr(BertModel, "forward", counted)
     run(recipe, tmp_path / "run", until="finetune")
@@ -87,7 +87,7 @@ def test_every_seed_is_counted_before_a_run_too(
 def test_every_training_arm_is_timed_and_scratch_searches_too(tree: dict[str, Any]) -> None:
     tree["measure"]["arms"] = ["scratch", "head", {"lora": {}}, {"partial": {"finetune.blocks": 1}}]
     recipe = Recipe.parse(tree)
-    costs = measure_costs(bench_of(recipe), plan_arms(recipe))
+    costs = measure_costs(bench_of(recipe), recipe.arms)
     assert costs.step.keys() == {"full", "scratch", "lora", "partial"}
     assert all(seconds > 0 for seconds in (costs.predict, costs.evaluate, *costs.step.values()))
 
@@ -95,9 +95,9 @@ def test_every_training_arm_is_timed_and_scratch_searches_too(tree: dict[str, An
 def test_processes_share_the_rows(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe.parse(tree)
     bench, costs = bench_of(recipe), RowCosts(1.0, 1.0, {"full": STEP})
-    alone = estimate_seconds(bench, plan_arms(recipe), recipe, costs)
+    alone = estimate_seconds(bench, recipe.arms, recipe, costs)
     monkeypatch.setattr("hftl.runtime.distributed.get_world_size", lambda: 2)
-    shared = estimate_seconds(bench, plan_arms(recipe), recipe, costs)
+    shared = estimate_seconds(bench, recipe.arms, recipe, costs)
     assert shared - FINISH_SECONDS == pytest.approx((alone - FINISH_SECONDS) / 2)
 
 

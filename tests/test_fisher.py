@@ -14,7 +14,7 @@ from tiny import IMAGE_SIZE
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev
 
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.errors import NumericError, RecipeError
 from hftl.models.heads import build_model, pool_tokens
 from hftl.models.source import find_source

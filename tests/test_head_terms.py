@@ -17,7 +17,7 @@ from transformers import CLIPModel
 
 from hftl.adapt.mlm import MaskedTokenKL, load_mlm
 from hftl.config.retain import KL
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.data.masking import build_masking_spec
 from hftl.errors import RecipeError
 from hftl.finetune.pretraining_heads import check_pretraining_head

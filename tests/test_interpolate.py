@@ -14,8 +14,8 @@ from test_weights import moved
 from torch import Tensor, nn
 
 from hftl.config.finetune import Finetune
-from hftl.config.recipe import Recipe, plan_arms
-from hftl.config.source import Source
+from hftl.config.recipe import Recipe
+from hftl.config.section import Source
 from hftl.errors import RecipeError
 from hftl.finetune.arm import select_alpha, set_interpolated_weights, solve_head, train_arm
 from hftl.finetune.context import ExperimentContext
@@ -201,6 +201,6 @@ def test_an_update_that_does_not_scale_is_refused(
 ) -> None:
     recipe_tree["retain"] = {"interpolate": [0.0, 1.0]}
     recipe_tree["finetune"]["lora"] = lora
-    arm = plan_arms(Recipe.parse(recipe_tree))[0]
+    arm = Recipe.parse(recipe_tree).arms[0]
     with pytest.raises(RecipeError, match=f"finetune.lora.{next(iter(lora))}="):
         check_retention(arm, find_source(Source(model=str(bert))), "classification")

@@ -12,7 +12,7 @@ import pytest
 ORDER = [
     "errors",
     "config.errors", "config.overrides", "config.secrets", "config.upstream_args",
-    "config.section", "config.source", "config.data", "config.adapt", "config.finetune",
+    "config.section", "config.data", "config.adapt", "config.finetune",
     "config.retain", "config.measure", "config.publish", "config.validation", "config.recipe",
     "runtime.distributed", "runtime.hardware", "runtime.fingerprints", "runtime.run_folder",
     "runtime.paths", "runtime.progress",

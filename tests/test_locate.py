@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.errors import RunFolderError
 from hftl.inference import find_model
 from hftl.inference.find_model import PublishedMetadata

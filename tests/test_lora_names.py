@@ -12,7 +12,7 @@ from hftl import prepare
 from hftl.adapt.encoder_io import set_trainable
 from hftl.adapt.mlm import load_mlm
 from hftl.config.recipe import Recipe
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.errors import RecipeError
 from hftl.models.lora import list_lora_layers
 from hftl.models.source import find_source

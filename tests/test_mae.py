@@ -30,7 +30,7 @@ from hftl.adapt.masked_patches import (
     split_by_noise,
 )
 from hftl.config.data import Data
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.data.image_processing import ImageInputs, augment_image, resize_processor
 from hftl.errors import RecipeError
 from hftl.models.source import SourceModel, find_source, load_processor

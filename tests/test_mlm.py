@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForMaskedLM
 
 from hftl.adapt.encoder_io import MaskedOutput, merge_encoder_state, set_trainable
 from hftl.adapt.mlm import POSITIONWISE_TYPES, MaskedLM, load_mlm
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.errors import RecipeError
 from hftl.models.padding import hide_padding
 from hftl.models.source import SourceModel, find_source

@@ -15,7 +15,7 @@ from tiny import FIELDS, is_image
 
 from hftl.cli import check
 from hftl.config.recipe import Recipe
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.errors import RecipeError
 from hftl.finetune.arm import train_arm
 from hftl.finetune.strategies import prepare

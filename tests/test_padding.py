@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, pipeline
 from hftl import load, run
 from hftl.adapt.mlm import load_mlm
 from hftl.config.recipe import Recipe
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.data.load import Row
 from hftl.data.masking import collate_masked_blocks
 from hftl.data.text import EncodedRow, TextInputs, WordInputs

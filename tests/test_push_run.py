@@ -87,11 +87,10 @@ def test_where_it_goes_is_read_by_no_phase(
 ) -> None:
     import shutil
 
-    from hftl.config.recipe import plan_arms
     from hftl.pipeline.cache_keys import refuse_changed
 
     shutil.copytree(made, tmp_path / "run")
     tree: dict[str, Any] = yaml.safe_load((made / "recipe.yaml").read_text())
     tree["publish"] |= {"repo_id": ME, "private": False}
     recipe = Recipe.parse(tree)
-    refuse_changed(recipe, tmp_path / "run", plan_arms(recipe))
+    refuse_changed(recipe, tmp_path / "run", recipe.arms)

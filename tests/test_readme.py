@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from hftl.cli import app
 from hftl.config import overrides
-from hftl.config.recipe import Recipe, plan_arms
+from hftl.config.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -103,7 +103,7 @@ def test_ci_finds_the_test_line() -> None:
 
 def test_recipe_shown_is_the_defaults_where_it_says_nothing_else() -> None:
     recipe = Recipe.parse(yaml.safe_load(shown("recipe")))
-    assert [arm.name for arm in plan_arms(recipe)] == [
+    assert [arm.name for arm in recipe.arms] == [
         "lora",
         "scratch",
         "classical",
@@ -122,14 +122,14 @@ def test_adaptation_shown_is_the_defaults() -> None:
     recipe = Recipe.parse(tree | shown_tree)
     plain = Recipe.parse(tree | {"adapt": {"objective": "mlm"}})
     assert recipe.stages == plain.stages
-    assert [arm.name for arm in plan_arms(recipe)][:2] == ["lora", "source"]
+    assert [arm.name for arm in recipe.arms][:2] == ["lora", "source"]
 
 
 def test_retention_shown_is_the_defaults() -> None:
     tree = yaml.safe_load(shown("recipe"))
     recipe = Recipe.parse(tree | overrides.parse_yaml(shown("retain"), "README.md"))
     assert recipe.retain == Recipe.parse(tree | {"retain": {"kl": {}}}).retain
-    assert [arm.retain == recipe.retain for arm in plan_arms(recipe)] == [
+    assert [arm.retain == recipe.retain for arm in recipe.arms] == [
         True, False, False, False, True,
     ]  # fmt: skip
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hftl.config.overrides import apply_overrides
-from hftl.config.recipe import Recipe, plan_arms
+from hftl.config.recipe import Recipe
 from hftl.errors import RunFolderError
 from hftl.pipeline import pipeline
 from hftl.pipeline.cache_keys import (
@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> Path:
     made = recipe()
     with run_folder.commit_stage(tmp_path / "phases" / "data", {"recipe": build_data_key(made)}):
         pass
-    for arm in plan_arms(made):
+    for arm in made.arms:
         for seed in made.measure.seeds:
             read = build_arm_key(made, arm)
             reads = {"recipe": read, "asked": select_recipe_values(made, read), "weights": "w"}
@@ -63,7 +63,7 @@ def run(tmp_path: Path) -> Path:
 )
 def test_what_may_change(run: Path, assignment: str) -> None:
     made = recipe(assignment)
-    refuse_changed(made, run, plan_arms(made))
+    refuse_changed(made, run, made.arms)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_what_may_change(run: Path, assignment: str) -> None:
 def test_what_a_finished_part_has_read_may_not(run: Path, assignment: str, told: str) -> None:
     made = recipe(assignment)
     with pytest.raises(RunFolderError) as caught:
-        refuse_changed(made, run, plan_arms(made))
+        refuse_changed(made, run, made.arms)
     assert told in str(caught.value)
     assert "--restart" in caught.value.fix
     assert caught.value.exit_code == 4
@@ -95,25 +95,25 @@ def test_what_a_finished_part_has_read_may_not(run: Path, assignment: str, told:
 def test_all_changes_are_named_once(run: Path) -> None:
     made = recipe("data.seed=1", "finetune.lora.r=4")
     with pytest.raises(RunFolderError) as caught:
-        refuse_changed(made, run, plan_arms(made))
+        refuse_changed(made, run, made.arms)
     assert str(caught.value).count("->") == 2
 
 
 def test_what_no_wanted_arm_has_read_may_change(run: Path) -> None:
     made = recipe("finetune.strategy=head", "finetune.lora.r=4", "measure.arms=[]")
-    refuse_changed(made, run, plan_arms(made))
+    refuse_changed(made, run, made.arms)
 
 
 def test_a_new_folder_refuses_nothing(tmp_path: Path) -> None:
     made = recipe("data.seed=1")
-    refuse_changed(made, tmp_path, plan_arms(made))
+    refuse_changed(made, tmp_path, made.arms)
 
 
 def test_a_damaged_part_is_not_passed_over(run: Path) -> None:
     (run / "arms" / "head-seed1" / run_folder.MANIFEST).write_text("{", encoding="utf-8")
     made = recipe()
     with pytest.raises(RunFolderError, match="head-seed1"):
-        refuse_changed(made, run, plan_arms(made))
+        refuse_changed(made, run, made.arms)
 
 
 def test_the_data_read_neither_the_path_nor_the_length_in_tokens() -> None:
@@ -123,7 +123,7 @@ def test_the_data_read_neither_the_path_nor_the_length_in_tokens() -> None:
 
 
 def test_an_arm_reads_what_its_strategy_uses() -> None:
-    found = {arm.name: build_arm_key(recipe(), arm) for arm in plan_arms(recipe())}
+    found = {arm.name: build_arm_key(recipe(), arm) for arm in recipe().arms}
     assert set(found["head"]) == {"finetune.pooling", "data.max_length", "data.shots"}
     assert "finetune.lora.r" in found["lora"]
     assert "finetune.lora.r" not in found["full"]
@@ -134,7 +134,7 @@ def test_an_arm_reads_what_its_strategy_uses() -> None:
 
 def test_gradual_unfreezing_counts_its_own_epochs(tmp_path: Path) -> None:
     made = recipe("finetune.strategy=gradual", "measure.arms=[]")
-    (arm,) = plan_arms(made)
+    (arm,) = made.arms
     read = build_arm_key(made, arm)
     assert "finetune.training.learning_rate" in read and "finetune.gradual.epochs" in read
     with run_folder.commit_stage(tmp_path / "arms" / "gradual-seed0", {
@@ -143,15 +143,15 @@ def test_gradual_unfreezing_counts_its_own_epochs(tmp_path: Path) -> None:
         pass
     unread = "finetune.training.num_train_epochs=9"
     other = recipe("finetune.strategy=gradual", "measure.arms=[]", unread)
-    refuse_changed(other, tmp_path, plan_arms(other))
+    refuse_changed(other, tmp_path, other.arms)
     other = recipe("finetune.strategy=gradual", "measure.arms=[]", "finetune.gradual.epochs=2")
     with pytest.raises(RunFolderError, match="finetune.gradual.epochs: 1"):
-        refuse_changed(other, tmp_path, plan_arms(other))
+        refuse_changed(other, tmp_path, other.arms)
 
 
 def test_the_strategy_counts_where_the_name_does_not_say_it() -> None:
     made = recipe("measure.arms=[{top: {finetune.strategy: partial}}]")
-    assert build_arm_key(made, plan_arms(made)[1])["finetune.strategy"] == "partial"
+    assert build_arm_key(made, made.arms[1])["finetune.strategy"] == "partial"
 
 
 @pytest.mark.parametrize(

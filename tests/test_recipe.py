@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hftl.config.overrides import apply_overrides, flatten
-from hftl.config.recipe import Recipe, plan_arms
+from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError
 from hftl.runtime.fingerprints import to_json
 
@@ -215,6 +215,7 @@ def test_languages_and_licenses_of_the_hub_are_taken(language: Any) -> None:
     [
         ("data.unlabeled=a.txt", "data.unlabeled is read by adapt, which is null"),
         ("data.task=null", "adapts only, and adapt is null"),
+        ("adapt=[{objective: mae}, {objective: mae, decoder: {depth: 1}}]", "decoders of two"),
     ],
 )
 def test_what_is_not_built_is_refused_never_ignored(assignment: str, message: str) -> None:
@@ -292,7 +293,7 @@ def test_two_arms_of_one_name_are_refused() -> None:
 
 
 def test_the_own_arm_comes_first_and_scratch_brings_classical() -> None:
-    assert [(arm.name, arm.strategy) for arm in plan_arms(recipe())] == [
+    assert [(arm.name, arm.strategy) for arm in recipe().arms] == [
         ("lora", "lora"), ("scratch", "scratch"), ("classical", "classical"), ("head", "head"),
     ]  # fmt: skip
 
@@ -311,7 +312,7 @@ def test_the_own_arm_comes_first_and_scratch_brings_classical() -> None:
     ],
 )
 def test_which_arms_run(listed: list[Any], names: list[str]) -> None:
-    assert [arm.name for arm in plan_arms(recipe(measure={"arms": listed}))] == names
+    assert [arm.name for arm in recipe(measure={"arms": listed}).arms] == names
 
 
 def test_an_arm_starts_as_the_recipe_and_takes_its_changes() -> None:
@@ -324,8 +325,8 @@ def test_an_arm_starts_as_the_recipe_and_takes_its_changes() -> None:
     ]
     made = recipe("finetune.pooling=mean", "finetune.training.warmup_steps=3",
                   measure={"arms": entries})  # fmt: skip
-    own, head, full, small, no_kl, top = plan_arms(made)
-    assert {arm.finetune.pooling for arm in plan_arms(made)} == {"mean"}
+    own, head, full, small, no_kl, top = made.arms
+    assert {arm.finetune.pooling for arm in made.arms} == {"mean"}
     assert (own.strategy, head.strategy, full.strategy) == ("lora", "head", "full")
     assert full.finetune.training == own.finetune.training | {"learning_rate": 5e-5}
     assert (small.strategy, small.finetune.lora) == ("lora", {"r": 2, "lora_alpha": 16})
@@ -373,7 +374,7 @@ def test_kl_is_one_or_several_and_an_arm_may_have_its_own() -> None:
             {"strong": {"retain.kl.0.weight": 1.0}}, "full",
         ]},
     )  # fmt: skip
-    own, head, no_kl, far, strong, full = plan_arms(made)
+    own, head, no_kl, far, strong, full = made.arms
     assert own.retain is not None and [kl.on for kl in own.retain.kl_terms] == [
         "probe",
         "relational",

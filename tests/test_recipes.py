@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hftl.config.recipe import Recipe, plan_arms
+from hftl.config.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name != "accelerate")
@@ -14,7 +14,7 @@ RECIPES = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name != "a
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_recipe_parses(path: Path) -> None:
     recipe = Recipe.load(path)
-    assert plan_arms(recipe)
+    assert recipe.arms
     assert path.read_text(encoding="utf-8").startswith("# "), "a header says what it is"
     again = Recipe.parse(yaml.safe_load(yaml.safe_dump(recipe.to_dict())))
     assert again.to_dict() == recipe.to_dict(), "the resolved recipe means the same"

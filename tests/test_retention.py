@@ -48,7 +48,7 @@ def bert(tiny_model: Callable[..., Path]) -> Path:
 
 def with_probe(folder: Path, strategy: str, pooling: str = "mean", dropout: float = 0.0) -> Any:
     """A model whose head was solved before it is wrapped."""
-    from hftl.config.source import Source
+    from hftl.config.section import Source
     from hftl.finetune.strategies import prepare
     from hftl.models.heads import build_model
     from hftl.models.source import find_source

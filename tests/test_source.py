@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.errors import HubError, RecipeError
 from hftl.models.heads import build_model
 from hftl.models.source import find_source, hash_source_weights, load_processor, load_tokenizer

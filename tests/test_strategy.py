@@ -11,7 +11,7 @@ from peft import PeftModel
 from tiny import IMAGE_SIZE, is_image
 from torch import nn
 
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.errors import RecipeError
 from hftl.finetune.strategies import count_trainable_parameters, prepare
 from hftl.models.heads import LoadedModel, PooledModel, build_model

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from hftl.adapt.encoder_io import MaskedOutput
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.errors import NumericError
 from hftl.finetune.strategies import prepare
 from hftl.models.heads import build_model

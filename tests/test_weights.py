@@ -13,7 +13,7 @@ from test_trainer import Rows, weights
 from torch import nn
 
 from hftl.adapt.encoder_io import merge_encoder_state
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.errors import RecipeError
 from hftl.finetune.strategies import prepare
 from hftl.models.heads import build_model

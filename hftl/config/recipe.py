@@ -1,30 +1,29 @@
-"""A recipe: one YAML file, one experiment, and the arms it asks for."""
+"""Define the recipe: one YAML file, one experiment, and the arms that it plans.
+
+A recipe is read without importing torch: structure, names and simple types of upstream arguments
+are checked here, so that a misspelt key is answered at once. The real `TrainingArguments` and
+`LoraConfig` are constructed by `check` and `run`, before anything trains.
+"""
 
 import copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import PrivateAttr, ValidationError, model_validator
 
-from hftl.config import overrides as yamlfile
 from hftl.config import secrets
 from hftl.config.adapt import DEFAULT_ADAPT_RATES, Adapt, Stages
 from hftl.config.data import Data
 from hftl.config.errors import build_recipe_error, suggest_closest
 from hftl.config.finetune import Finetune
 from hftl.config.measure import BASELINES, STRATEGIES, UNBUILT_ARMS, Measure
+from hftl.config.overrides import apply_overrides, flatten, read_yaml, set_key
 from hftl.config.publish import Publish
 from hftl.config.retain import Retain
-from hftl.config.section import Section
-from hftl.config.source import Source
-from hftl.config.validation import (
-    check_adaptation,
-    check_benchmark,
-    check_label_smoothing,
-    check_pooling,
-    check_retain,
-)
+from hftl.config.section import Section, Source
+from hftl.config.validation import check_corpus_is_read, check_own_arm, check_sections
 from hftl.errors import RecipeError
 
 DEFAULT_METRICS = {
@@ -34,8 +33,20 @@ ARM_SECTIONS = ("finetune", "retain", "adapt")
 """The sections in which an arm may differ from the recipe."""
 
 
+@dataclass(frozen=True)
+class Arm:
+    """Describe one way of training, run once for each seed."""
+
+    name: str
+    strategy: str
+    finetune: Finetune
+    stages: tuple[Adapt, ...] = ()
+    """The adaptations that come before it."""
+    retain: Retain | None = None
+
+
 class Recipe(Section):
-    """A whole experiment. `source.model` and `data.train` are required."""
+    """Describe a whole experiment. `source.model` and `data.train` are required."""
 
     source: Source
     data: Data
@@ -47,92 +58,79 @@ class Recipe(Section):
     _path: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
-    def _has_what_it_needs(self) -> Self:
-        check_pooling(self.data, self.finetune)
-        check_label_smoothing(self.data, self.finetune)
-        check_adaptation(self.stages, self.data)
-        if self.retain is not None:
-            check_retain(self.retain, self.data, self.finetune)
-        check_benchmark(self.publish, self.data)
+    def _check_sections(self) -> Self:
+        check_sections(self.data, self.stages, self.finetune, self.retain, self.publish)
         return self
 
     @property
     def stages(self) -> list[Adapt]:
-        """The adaptations, one after the other; none where `adapt` is null."""
-        return list_stages(self.adapt)
+        """Return the adaptations in their order; none where `adapt` is null."""
+        if self.adapt is None:
+            return []
+        return self.adapt if isinstance(self.adapt, list) else [self.adapt]
+
+    @cached_property
+    def arms(self) -> list[Arm]:
+        """Plan the arms, once: the recipe's own first, none without a task.
+
+        Raises:
+            RecipeError: see `_plan_arms`.
+        """
+        return _plan_arms(self)
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> "Recipe":
-        """Reads a recipe file and applies `key=value` overrides.
+        """Read a recipe file and apply `key=value` overrides.
 
         Raises:
             RecipeError: naming the file, the key and the closest match.
         """
-        tree = _expand_shorthand(yamlfile.read_yaml(Path(path)))
-        recipe = cls.parse(yamlfile.apply_overrides(tree, overrides or []), str(path))
+        tree = _expand_shorthand(read_yaml(Path(path)))
+        recipe = cls.parse(apply_overrides(tree, overrides or []), str(path))
         recipe._path = Path(path)
         return recipe
 
     @classmethod
     def parse(cls, tree: dict[str, Any], where: str = "recipe") -> "Recipe":
-        """A recipe from nested mappings.
+        """Build a recipe from nested mappings, and plan its arms.
 
         Raises:
             RecipeError: naming `where`, the key and the closest match.
         """
-        kept = {
-            k: v
-            for k, v in _expand_shorthand(tree).items()
-            if v is not None or k in ("source", "data")
+        # A null section is an absent one, but a missing required section is named as missing.
+        sections = {
+            key: value
+            for key, value in _expand_shorthand(tree).items()
+            if value is not None or key in ("source", "data")
         }
-        _refuse_secrets(kept, where)
         try:
-            recipe = cls.model_validate(kept)
+            _refuse_secrets(sections)
+            recipe = cls.model_validate(sections)
+            check_corpus_is_read(recipe.data, recipe.stages)
+            _ = recipe.arms
         except ValidationError as error:
             raise build_recipe_error(error, where, cls) from error
-        if recipe.data.unlabeled is not None and not recipe.stages:
-            raise RecipeError(
-                f"{where}: data.unlabeled is read by adapt, which is null", "Remove one of them"
-            )
-        plan_arms(recipe, where)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error.what}", error.fix) from error
         return recipe
 
     def default_output(self) -> Path:
-        """`runs/<recipe's folder>-<stem>` under the current directory.
+        """Return `runs/<recipe's folder>-<stem>` under the current directory.
 
         Raises:
             RecipeError: if the recipe was not read from a file.
         """
         if self._path is None:
-            raise RecipeError("a recipe made in Python has no name of its own", "Give output=")
+            raise RecipeError("a recipe made in Python has no file name", "Give output=")
         return Path("runs") / f"{self._path.resolve().parent.name}-{self._path.stem}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain nested mappings, every default spelt out."""
+        """Return the recipe as nested mappings of JSON values, with every default."""
         return self.model_dump(mode="json")
 
 
-def list_stages(adapt: Adapt | list[Adapt] | None) -> list[Adapt]:
-    """An `adapt` section as a list."""
-    if adapt is None:
-        return []
-    return adapt if isinstance(adapt, list) else [adapt]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way of training: a name, what it is, its own fine-tuning section, the adaptations that
-    come before it, and what keeps it near the original."""
-
-    name: str
-    strategy: str
-    finetune: Finetune
-    stages: tuple[Adapt, ...] = ()
-    retain: Retain | None = None
-
-
-def plan_arms(recipe: Recipe, where: str = "recipe") -> list[Arm]:
-    """The recipe's own arm first, then those of `measure.arms` in their order; none without a task.
+def _plan_arms(recipe: Recipe) -> list[Arm]:
+    """Return the recipe's own arm, then those of `measure.arms` in their order.
 
     `scratch` brings `classical` along, and adaptation `source`, the recipe without it. A bare name
     that equals the own arm's is that arm.
@@ -142,46 +140,32 @@ def plan_arms(recipe: Recipe, where: str = "recipe") -> list[Arm]:
     """
     if recipe.data.task is None:
         return []
+    check_own_arm(recipe.finetune, recipe.retain)
     strategy = recipe.finetune.strategy
     own = Arm(strategy, strategy, recipe.finetune, tuple(recipe.stages), recipe.retain)
-    if strategy == "head" and recipe.retain is not None:
-        raise RecipeError(
-            f"{where}: retain keeps what trains near the original, and the strategy head trains "
-            "nothing of the encoder",
-            "Leave retain out, or choose another finetune.strategy",
-        )
-    if strategy == "head" and (recipe.finetune.layer_decay or recipe.finetune.lr):
-        raise RecipeError(
-            f"{where}: layer_decay and lr are learning rates, and the strategy head is solved",
-            "Leave them out, or choose another finetune.strategy",
-        )
-    found = [own]
-    entries = [_split_entry(entry, where) for entry in recipe.measure.arms]
+    arms = [own]
+    entries = [_split_entry(entry) for entry in recipe.measure.arms]
     if recipe.stages and "source" not in [name for name, _ in entries]:
         entries.insert(0, ("source", {}))
     for name, changes in entries:
         if name == own.name and not changes:
             continue
-        arm = _build_arm(recipe, name, changes, where)
-        if any(other.name == name for other in found):
-            raise RecipeError(
-                f"{where}: measure.arms has two arms named {name!r}", "Give one another name"
-            )
-        found.append(arm)
+        arm = _build_arm(recipe, name, changes)
+        if any(other.name == name for other in arms):
+            raise RecipeError(f"measure.arms has two arms named {name!r}", "Give one another name")
+        arms.append(arm)
         if arm.strategy == "scratch" and ("classical", {}) not in entries:
-            found.append(Arm("classical", "classical", recipe.finetune))
-    return found
+            arms.append(Arm("classical", "classical", recipe.finetune))
+    return arms
 
 
-def _split_entry(
-    entry: str | dict[str, dict[str, Any] | None], where: str
-) -> tuple[str, dict[str, Any]]:
-    """The name and the changes of an entry."""
+def _split_entry(entry: str | dict[str, dict[str, Any] | None]) -> tuple[str, dict[str, Any]]:
+    """Return the name and the changes of an entry of `measure.arms`."""
     if isinstance(entry, str):
         return entry, {}
     if len(entry) != 1:
         raise RecipeError(
-            f"{where}: an entry of measure.arms is a name or one name with its changes, "
+            "an entry of measure.arms is a name or one name with its changes, "
             f"got {list(entry)}",
             "Write {name: {key: value}}",
         )
@@ -189,49 +173,13 @@ def _split_entry(
     return name, changes or {}
 
 
-def _build_arm(recipe: Recipe, name: str, changes: dict[str, Any], where: str) -> Arm:
-    if name in UNBUILT_ARMS:
-        what = UNBUILT_ARMS[name]
-        raise RecipeError(f"{where}: measure.arms: {what} is not built yet", "Remove the arm")
-    if not name.replace("_", "").replace("-", "").isalnum() or not name.isascii():
-        raise RecipeError(
-            f"{where}: measure.arms: {name!r} cannot name a folder", "Use letters, digits, _ and -"
-        )
-    if name in (*BASELINES, "source") and changes and name != "scratch":
-        raise RecipeError(f"{where}: the arm {name!r} takes no changes", "Remove them")
-    if name == "source":
-        if not recipe.stages:
-            raise RecipeError(
-                f"{where}: the arm 'source' goes without adaptation, and so does the recipe",
-                "Remove the arm",
-            )
-        changes = {"adapt": None}
-    if name not in STRATEGIES + BASELINES and not changes:
-        raise RecipeError(
-            f"{where}: unknown arm {name!r} in measure.arms"
-            + suggest_closest(name, [*STRATEGIES, *BASELINES]),
-            f"Known: {', '.join([*STRATEGIES, *BASELINES, 'source'])}",
-        )
-    tree = recipe.to_dict()
-    place = f"{where}: measure.arms.{name}"
-    for section, kinds in (("adapt", (dict, list)), ("retain", dict)):
-        if isinstance(changes.get(section), kinds):
-            # A whole section takes the place of the recipe's; it is no change of its keys.
-            changes = dict(changes)
-            tree[section] = changes.pop(section)
-    if "adapt.method" in changes and isinstance(tree["adapt"], dict):
-        _drop_default_rate(tree["adapt"], changes)
-    for key, value in yamlfile.flatten(changes).items() if changes else ():
-        section = key.split(".")[0]
-        if section not in ARM_SECTIONS:
-            raise RecipeError(
-                f"{place}: {key} cannot differ between arms"
-                + suggest_closest(section, list(ARM_SECTIONS)),
-                "Change finetune, retain or adapt",
-            )
-        yamlfile.set_key(tree, key, value)
+def _build_arm(recipe: Recipe, name: str, changes: dict[str, Any]) -> Arm:
+    """Return an arm: the recipe with its changes, validated as a recipe again."""
+    _check_arm_name(recipe, name, changes)
+    place = f"measure.arms.{name}"
+    tree = _apply_changes(recipe, {"adapt": None} if name == "source" else changes, place)
     if name in STRATEGIES:
-        if "finetune.strategy" in yamlfile.flatten(changes):
+        if "finetune.strategy" in flatten(changes):
             raise RecipeError(
                 f"{place}: the name {name!r} is its strategy already", "Give the arm another name"
             )
@@ -242,35 +190,80 @@ def _build_arm(recipe: Recipe, name: str, changes: dict[str, Any], where: str) -
         raise build_recipe_error(error, place, Recipe) from error
     if name in BASELINES:
         return Arm(name, name, changed.finetune)
-    if changed.finetune.strategy == "head":
-        return Arm(name, "head", changed.finetune, tuple(changed.stages))
-    return Arm(
-        name, changed.finetune.strategy, changed.finetune, tuple(changed.stages), changed.retain
-    )
+    strategy, stages = changed.finetune.strategy, tuple(changed.stages)
+    retain = None if strategy == "head" else changed.retain
+    return Arm(name, strategy, changed.finetune, stages, retain)
+
+
+def _check_arm_name(recipe: Recipe, name: str, changes: dict[str, Any]) -> None:
+    """Refuse a name that is no folder's, or that says neither strategy nor baseline."""
+    if name in UNBUILT_ARMS:
+        what = UNBUILT_ARMS[name]
+        raise RecipeError(f"measure.arms: {what} is not built yet", "Remove the arm")
+    if not name.replace("_", "").replace("-", "").isalnum() or not name.isascii():
+        raise RecipeError(
+            f"measure.arms: {name!r} cannot name a folder", "Use letters, digits, _ and -"
+        )
+    if name in (*BASELINES, "source") and changes and name != "scratch":
+        raise RecipeError(f"the arm {name!r} takes no changes", "Remove them")
+    if name == "source" and not recipe.stages:
+        raise RecipeError(
+            "the arm 'source' goes without adaptation, and so does the recipe", "Remove the arm"
+        )
+    if name not in (*STRATEGIES, *BASELINES, "source") and not changes:
+        raise RecipeError(
+            f"unknown arm {name!r} in measure.arms"
+            + suggest_closest(name, [*STRATEGIES, *BASELINES]),
+            f"Known: {', '.join([*STRATEGIES, *BASELINES, 'source'])}",
+        )
+
+
+def _apply_changes(recipe: Recipe, changes: dict[str, Any], place: str) -> dict[str, Any]:
+    """Return the recipe as a tree in which the changes of an arm are made."""
+    tree = recipe.to_dict()
+    for section, kinds in (("adapt", (dict, list)), ("retain", dict)):
+        if isinstance(changes.get(section), kinds):
+            # A whole section replaces the recipe's; it is not merged with it key by key.
+            changes = dict(changes)
+            tree[section] = changes.pop(section)
+    if "adapt.method" in changes and isinstance(tree["adapt"], dict):
+        _drop_default_rate(tree["adapt"], changes)
+    for key, value in flatten(changes).items() if changes else ():
+        section = key.split(".")[0]
+        if section not in ARM_SECTIONS:
+            raise RecipeError(
+                f"{place}: {key} cannot differ between arms"
+                + suggest_closest(section, list(ARM_SECTIONS)),
+                "Change finetune, retain or adapt",
+            )
+        set_key(tree, key, value)
+    return tree
 
 
 def _drop_default_rate(adapt: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Another method has another usual rate, where the recipe names none of its own."""
+    """Drop a learning rate that is the default of the recipe's method: another has another."""
     usual = DEFAULT_ADAPT_RATES[adapt["objective"], adapt["method"]]
     training = adapt["training"]
     if "adapt.training.learning_rate" not in changes and training["learning_rate"] == usual:
         del training["learning_rate"]
 
 
-def _refuse_secrets(tree: dict[str, Any], where: str) -> None:
-    """Refuses what the record would keep and a card would show."""
-    for key, value in yamlfile.flatten(tree).items():
-        found = secrets.find_secret(str(value)) if isinstance(value, (str, list)) else None
-        if found is not None:
+def _refuse_secrets(tree: dict[str, Any]) -> None:
+    """Refuse tokens and passwords, which the record would keep and a card would show."""
+    for key, value in flatten(tree).items():
+        secret = secrets.find_secret(str(value)) if isinstance(value, (str, list)) else None
+        if secret is not None:
             raise RecipeError(
-                f"{where}: {key} holds a secret: {found}",
+                f"{key} holds a secret: {secret}",
                 "Leave it out; tokens come from the environment or `hf auth login`",
             )
 
 
 def _expand_shorthand(tree: dict[str, Any]) -> dict[str, Any]:
-    """A copy in which `train: reviews.csv` is `train: {path: reviews.csv}`, and a task that has no
-    accuracy worth its name is measured by its own metric where none is given."""
+    """Return a copy with `train: reviews.csv` as `train: {path: reviews.csv}` and the task's metric.
+
+    The default metric is accuracy except where a task has none worth its name.
+    """
     tree = copy.deepcopy(tree)
     data = tree.get("data")
     if isinstance(data, dict):

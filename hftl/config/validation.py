@@ -1,4 +1,8 @@
-"""What one section of a recipe needs of another."""
+"""Check the rules across the sections of a recipe: what one section needs of another.
+
+Every rule that needs nothing but the recipe is here. Rules that need the source model or the data
+are checked by `hftl check` and `hftl run`, before anything trains.
+"""
 
 from collections.abc import Sequence
 
@@ -10,12 +14,62 @@ from hftl.config.retain import Retain
 from hftl.errors import RecipeError
 
 
-def check_pooling(data: Data, finetune: Finetune) -> None:
-    """Refuses one vector a text for words.
+def check_sections(
+    data: Data, stages: Sequence[Adapt], finetune: Finetune, retain: Retain | None,
+    publish: Publish,
+) -> None:  # fmt: skip
+    """Check each section against the others; also the recipe of every arm.
 
     Raises:
-        RecipeError: naming the pooling.
+        RecipeError: naming the key and what to do.
     """
+    _check_pooling(data, finetune)
+    _check_label_smoothing(data, finetune)
+    _check_something_to_do(data, stages)
+    for stage in stages:
+        _check_adaptation(stage, data)
+    decoders = [stage.decoder for stage in stages if stage.objective == "mae"]
+    if any(decoder != decoders[0] for decoder in decoders):
+        raise RecipeError("adapt: the decoders of two adaptations differ", "Give both the same")
+    if retain is not None:
+        _check_retain_data(retain, data)
+        _check_retain_head(retain, finetune)
+    _check_benchmark(publish, data)
+
+
+def check_corpus_is_read(data: Data, stages: Sequence[Adapt]) -> None:
+    """Refuse unlabeled data that nothing reads; an arm without adaptation may leave them out.
+
+    Raises:
+        RecipeError: naming `data.unlabeled`.
+    """
+    if data.unlabeled is not None and not stages:
+        raise RecipeError("data.unlabeled is read by adapt, which is null", "Remove one of them")
+
+
+def check_own_arm(finetune: Finetune, retain: Retain | None) -> None:
+    """Refuse settings of training where the own arm is `head`, which is solved.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    if finetune.strategy != "head":
+        return
+    if retain is not None:
+        raise RecipeError(
+            "retain keeps what trains near the original, and the strategy head trains "
+            "nothing of the encoder",
+            "Leave retain out, or choose another finetune.strategy",
+        )
+    if finetune.layer_decay or finetune.lr:
+        raise RecipeError(
+            "layer_decay and lr are learning rates, and the strategy head is solved",
+            "Leave them out, or choose another finetune.strategy",
+        )
+
+
+def _check_pooling(data: Data, finetune: Finetune) -> None:
+    """Refuse pooling to one vector a text where words are classified."""
     if data.task == "token-classification" and finetune.pooling != "native":
         raise RecipeError(
             f"finetune.pooling={finetune.pooling} makes one vector a text, and "
@@ -24,12 +78,8 @@ def check_pooling(data: Data, finetune: Finetune) -> None:
         )
 
 
-def check_label_smoothing(data: Data, finetune: Finetune) -> None:
-    """Refuse label smoothing where there is no one class a row or word.
-
-    Raises:
-        RecipeError: naming the task.
-    """
+def _check_label_smoothing(data: Data, finetune: Finetune) -> None:
+    """Refuse label smoothing where a row or word has not exactly one class."""
     factor = finetune.training.get("label_smoothing_factor", 0.0)
     if factor and data.task in ("multi-label", "regression"):
         raise RecipeError(
@@ -39,43 +89,40 @@ def check_label_smoothing(data: Data, finetune: Finetune) -> None:
         )
 
 
-def check_adaptation(stages: Sequence[Adapt], data: Data) -> None:
-    """Refuses adaptations without the data that they read, and a recipe that does nothing.
-
-    Raises:
-        RecipeError: naming the key.
-    """
-    if data.task is None and not stages:
+def _check_something_to_do(data: Data, stages: Sequence[Adapt]) -> None:
+    """Refuse a recipe without task and adaptation, and measured splits without a task."""
+    if data.task is not None:
+        return
+    if not stages:
         raise RecipeError("data.task=null adapts only, and adapt is null", "Give one of them")
     for split in ("validation", "test"):
-        if data.task is None and isinstance(getattr(data, split), Table):
+        if isinstance(getattr(data, split), Table):
             raise RecipeError(
                 f"data.{split} is of no use where data.task is null", "Remove it, or name a task"
             )
-    for stage in stages:
-        if stage.objective == "mae" and stage.training.get("label_smoothing_factor"):
-            raise RecipeError(
-                "adapt.training.label_smoothing_factor spreads the weight of one class, and mae "
-                "learns pixels",
-                "Remove it",
-            )
-        if stage.corpus == "unlabeled" and data.unlabeled is None:
-            raise RecipeError("adapt.corpus=unlabeled, but data.unlabeled is null", "Give it")
-        if stage.guard == "probe" and data.task is None:
-            raise RecipeError(
-                "adapt.guard=probe needs labels, and data.task is null",
-                "Use general, neighbours or off",
-            )
-        if stage.guard == "general" and data.general is None:
-            raise RecipeError("adapt.guard=general, but data.general is null", "Give it")
 
 
-def check_retain(retain: Retain, data: Data, finetune: Finetune) -> None:
-    """Refuses retention without the data or the head that it looks at.
+def _check_adaptation(stage: Adapt, data: Data) -> None:
+    """Refuse an adaptation without the data that its corpus or guard reads."""
+    if stage.objective == "mae" and stage.training.get("label_smoothing_factor"):
+        raise RecipeError(
+            "adapt.training.label_smoothing_factor spreads the weight of one class, and mae "
+            "learns pixels",
+            "Remove it",
+        )
+    if stage.corpus == "unlabeled" and data.unlabeled is None:
+        raise RecipeError("adapt.corpus=unlabeled, but data.unlabeled is null", "Give it")
+    if stage.guard == "probe" and data.task is None:
+        raise RecipeError(
+            "adapt.guard=probe needs labels, and data.task is null",
+            "Use general, neighbours or off",
+        )
+    if stage.guard == "general" and data.general is None:
+        raise RecipeError("adapt.guard=general, but data.general is null", "Give it")
 
-    Raises:
-        RecipeError: naming the key.
-    """
+
+def _check_retain_data(retain: Retain, data: Data) -> None:
+    """Refuse retention without the task, the general data or the labels that it reads."""
     if data.task is None:
         raise RecipeError(
             "retain holds fine-tuning near the original, and data.task=null adapts only",
@@ -92,13 +139,19 @@ def check_retain(retain: Retain, data: Data, finetune: Finetune) -> None:
             f"general data with the task's labels in a column {data.train.label!r}",
             "Name it in data.general.label, or use neither",
         )
-    if retain.interpolate is not None and finetune.head_init == "random":
+
+
+def _check_retain_head(retain: Retain, finetune: Finetune) -> None:
+    """Refuse terms that compare with the original's head where it starts at random."""
+    if finetune.head_init != "random":
+        return
+    if retain.interpolate is not None:
         raise RecipeError(
             "retain.interpolate goes from the original to the trained weights, and with "
             "finetune.head_init=random the original has no head",
             "Set finetune.head_init=probe",
         )
-    if any(kl.on == "probe" for kl in retain.kl_terms) and finetune.head_init == "random":
+    if any(kl.on == "probe" for kl in retain.kl_terms):
         raise RecipeError(
             "retain.kl.on=probe is KL to what the head says, and with "
             "finetune.head_init=random nobody has trained it",
@@ -106,7 +159,7 @@ def check_retain(retain: Retain, data: Data, finetune: Finetune) -> None:
         )
 
 
-def check_benchmark(publish: Publish, data: Data) -> None:
+def _check_benchmark(publish: Publish, data: Data) -> None:
     """Refuse a benchmark whose test set is not what the run is measured on."""
     if publish.benchmark is None:
         return

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hftl.config.recipe import Recipe
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.doctor.adapter_folder import (
     ADAPTER_CONFIG,
     RECORD_FILE,

@@ -12,7 +12,7 @@ from hftl.analysis.check import check_inputs
 from hftl.analysis.probe import Probe, fit_probe
 from hftl.config.data import Data
 from hftl.config.finetune import Finetune
-from hftl.config.recipe import Arm, Recipe, plan_arms
+from hftl.config.recipe import Arm, Recipe
 from hftl.data import image_processing
 from hftl.data import labels as answers
 from hftl.data.general import GeneralData
@@ -291,7 +291,7 @@ def build_context(recipe: Recipe, source: SourceModel, prepared: PreparedData) -
         RecipeError: if the recipe asks for more blocks, or rates of blocks, than there are, for a
             size that does not fit the source's patches, or for what the source's modality has not.
     """
-    for arm in plan_arms(recipe):
+    for arm in recipe.arms:
         rates = arm.finetune.lr
         if arm.strategy == "partial" or rates is not None:
             present = count_blocks(source.config)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from hftl.config.data import Data, Task
 from hftl.config.recipe import Recipe
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.data.labels import TagScheme
 from hftl.errors import HftlError, RecipeError, RunFolderError
 from hftl.models.source import describe_load_error, find_source, hash_source_weights

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.doctor.adapter_folder import ADAPTER_WEIGHTS, open_adapter_folder
 from hftl.doctor.companion_files import NUMBERED_LABEL, PROCESSOR_FILES, TOKENIZER_FILES
 from hftl.doctor.shape_check import (

@@ -10,7 +10,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from hftl.config.source import Source
+from hftl.config.section import Source
 from hftl.errors import RecipeError, format_error_line
 from hftl.models.architectures import get_architecture
 from hftl.models.padding import accepts_attention_mask

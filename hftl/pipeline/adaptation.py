@@ -14,8 +14,8 @@ from hftl.adapt import adaptation as training
 from hftl.adapt.adaptation import estimate_adaptation_seconds
 from hftl.adapt.encoder_io import merge_encoder_state, set_trainable, write_encoder
 from hftl.config.adapt import Adapt
-from hftl.config.recipe import Recipe, plan_arms
-from hftl.errors import RecipeError, RunFolderError
+from hftl.config.recipe import Recipe
+from hftl.errors import RunFolderError
 from hftl.finetune.context import ExperimentContext
 from hftl.measure.gain import summarize_adaptation
 from hftl.models.architectures import check_block_count, count_blocks
@@ -130,14 +130,11 @@ def check_adaptations(recipe: Recipe, source: SourceModel) -> None:
         RecipeError: for an objective that the architecture has not, too many blocks, or an adapter
             that cannot be joined with another exactly.
     """
-    for arm in plan_arms(recipe):
+    for arm in recipe.arms:
         joined = [stage for stage in arm.stages if stage.method == "lora"]
         if joined and arm.strategy == "lora":
             check_concatenable(arm.finetune.lora, "finetune.lora", last=True)
-    decoders = [stage.decoder for stage in recipe.stages if stage.objective == "mae"]
-    if any(decoder != decoders[0] for decoder in decoders):
-        raise RecipeError("adapt: the decoders of two adaptations differ", "Give both the same")
-    for stage in [*recipe.stages, *(stage for arm in plan_arms(recipe) for stage in arm.stages)]:
+    for stage in [*recipe.stages, *(stage for arm in recipe.arms for stage in arm.stages)]:
         check_objective(stage, source)
         if stage.method != "full":
             check_concatenable(stage.lora, "adapt.lora")
@@ -151,7 +148,7 @@ def warn_of_few_steps(recipe: Recipe, bench: ExperimentContext) -> list[str]:
     """Of adaptations that will have hardly any steps, as far as it is known before they are made:
     of train's own inputs, and where the steps are given."""
     found: list[str] = []
-    for stage in [*recipe.stages, *(stage for arm in plan_arms(recipe) for stage in arm.stages)]:
+    for stage in [*recipe.stages, *(stage for arm in recipe.arms for stage in arm.stages)]:
         rows = estimate_rows(recipe.data, bench, stage)
         if rows is not None or stage.training.get("max_steps", 0) > 0:
             found += _describe_few_steps(

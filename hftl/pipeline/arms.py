@@ -9,7 +9,7 @@ from typing import Any
 
 from hftl import console
 from hftl.card.training_sections import describe_scratch_search
-from hftl.config.recipe import Arm, Recipe, plan_arms
+from hftl.config.recipe import Arm, Recipe
 from hftl.errors import RunFolderError
 from hftl.finetune import arm as training
 from hftl.finetune import arm_files, baselines
@@ -47,7 +47,7 @@ class Run:
     @property
     def arms(self) -> list[Arm]:
         """The recipe's arms, its own first."""
-        return plan_arms(self.recipe)
+        return self.recipe.arms
 
     def arm_folder(self, name: str, seed: int) -> Path:
         """Where an arm's files stand."""
@@ -68,7 +68,7 @@ def check_training_arguments(recipe: Recipe, where: str) -> None:
     Raises:
         RecipeError: naming the key.
     """
-    for arm in plan_arms(recipe):
+    for arm in recipe.arms:
         if arm.strategy in (*BY_STEPS, "scratch"):
             task = str(recipe.data.task)
             training.build_finetune_arguments(arm.finetune.training, task, "unused", 0, where)

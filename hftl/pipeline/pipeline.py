@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hftl.config.recipe import Recipe, plan_arms
+from hftl.config.recipe import Recipe
 from hftl.data import image_processing
 from hftl.data import prepare as data_stage
 from hftl.data.general import GeneralData, drop_near_rows, load_general, read_general, write_general
@@ -168,7 +168,7 @@ def check_recipe(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     reading = build_input_spec(source, str(recipe.data.task))
     prepared = data_stage.prepare_data(recipe.data, reading)
     bench = build_context(recipe, source, prepared)
-    wanted = plan_arms(recipe)
+    wanted = recipe.arms
     if not wanted:
         return build_adaptation_header(recipe, bench), {
             "warnings": warn_of_few_steps(recipe, bench)

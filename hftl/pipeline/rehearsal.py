@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hftl.adapt.encoder_io import set_trainable
-from hftl.config.recipe import Arm, Recipe, plan_arms
+from hftl.config.recipe import Arm, Recipe
 from hftl.data.text import EncodedRow, TextInputs
 from hftl.errors import DataError, HftlError, RecipeError, format_error_line, is_out_of_memory
 from hftl.finetune.context import BY_STEPS, ExperimentContext
@@ -37,7 +37,7 @@ def check_models(recipe: Recipe, bench: ExperimentContext) -> None:
         DataError: if a row holds a token that the source model does not embed.
     """
     seen: set[str] = set()
-    for arm in plan_arms(recipe):
+    for arm in recipe.arms:
         if arm.strategy not in (*BY_STEPS, "head"):
             continue
         finetune = arm.finetune

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hftl.config.recipe import Arm, Recipe, plan_arms
+from hftl.config.recipe import Arm, Recipe
 from hftl.config.retain import Retain
 from hftl.data.general import check_general_labels
 from hftl.errors import RecipeError
@@ -78,7 +78,7 @@ def check_recipe_retention(recipe: Recipe, source: SourceModel) -> None:
     Raises:
         RecipeError: see `check_retention`; of an arm that is not the recipe's own, naming it.
     """
-    for number, arm in enumerate(plan_arms(recipe)):
+    for number, arm in enumerate(recipe.arms):
         try:
             check_retention(arm, source, str(recipe.data.task))
         except RecipeError as error:
@@ -91,7 +91,7 @@ def check_recipe_retention(recipe: Recipe, source: SourceModel) -> None:
 def reads_general_labels(recipe: Recipe) -> bool:
     """Whether an arm learns from labels of general data."""
     return any(
-        arm.retain is not None and arm.retain.reads_general_labels for arm in plan_arms(recipe)
+        arm.retain is not None and arm.retain.reads_general_labels for arm in recipe.arms
     )
 
 
