@@ -20,7 +20,7 @@ ORDER = [
     "data.normalization", "data.quotes", "data.tables", "data.near_duplicates", "data.images",
     "data.load", "data.duplicates", "data.text", "data.image_processing", "data.labels",
     "data.splits", "data.prepare", "data.corpus", "data.masking", "data.general",
-    "models.parts", "models.derive", "models.architectures", "models.padding", "models.source",
+    "models.architectures", "models.encoders", "models.source",
     "models.heads", "models.lora", "models.lora_concat", "models.features",
     "analysis.probe", "analysis.drift", "analysis.jackknife", "analysis.check",
     "retain.hooks", "retain.reference", "retain.kl", "retain.regularizers", "retain.weights",

@@ -16,7 +16,7 @@ from hftl.adapt.encoder_io import MaskedOutput, merge_encoder_state, set_trainab
 from hftl.adapt.mlm import POSITIONWISE_TYPES, MaskedLM, load_mlm
 from hftl.config.section import Source
 from hftl.errors import RecipeError
-from hftl.models.padding import hide_padding
+from hftl.models.encoders import hide_padding
 from hftl.models.source import SourceModel, find_source
 
 SLOW = ("xlm-roberta", "camembert", "ernie", "megatron-bert", "nomic_bert", "big_bird")

@@ -196,8 +196,8 @@ def test_a_fresh_pooler_left_out_is_noticed(
     add_lora = adapters.add_lora
     monkeypatch.setattr(
         "hftl.finetune.strategies.add_lora",
-        lambda model, anatomy, lora, fresh: add_lora(
-            model, anatomy, lora, [name for name in fresh if "pooler" not in name]
+        lambda model, architecture, lora, fresh: add_lora(
+            model, architecture, lora, [name for name in fresh if "pooler" not in name]
         ),
     )
     assert difference(tiny_model("bert", True), tmp_path, "native", "lora") > 1e-2

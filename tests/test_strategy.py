@@ -14,9 +14,9 @@ from torch import nn
 from hftl.config.section import Source
 from hftl.errors import RecipeError
 from hftl.finetune.strategies import count_trainable_parameters, prepare
+from hftl.models.encoders import get_task_class
 from hftl.models.heads import LoadedModel, PooledModel, build_model
 from hftl.models.lora import list_lora_layers
-from hftl.models.parts import get_task_class
 from hftl.models.source import find_source
 from hftl.train.trainer import training_modes
 

@@ -80,14 +80,26 @@ FIELDS: dict[str, dict[str, Any]] = {
         "decoder_intermediate_size": 32,
     },
     "swin": WINDOWS, "clip": TOWERS, "siglip": {k: TOWERS[k] for k in TOWERS if k[0] != "p"},
-    # Without an entry in the anatomy:
     "ernie": TEXT, "megatron-bert": TEXT, "rembert": TEXT | {
         "input_embedding_size": 8, "output_embedding_size": 8, "bos_token_id": 2, "eos_token_id": 3,
     },
+    "roc_bert": TEXT | {
+        "pronunciation_embed_dim": 4, "pronunciation_vocab_size": 50, "shape_embed_dim": 4,
+        "shape_vocab_size": 50,
+    },
+    "mobilebert": TEXT | {"embedding_size": 8, "intra_bottleneck_size": 8},
+    "deberta": TEXT | {
+        "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8,
+        "position_biased_input": False, "type_vocab_size": 0,
+    },
+    "roformer": TEXT | {"embedding_size": 16}, "roberta-prelayernorm": TEXT,
+    "xlm-roberta-xl": TEXT, "jina_embeddings_v3": TEXT, "gte": TEXT, "ultrabert": TEXT,
+    "esm": TEXT | {"mask_token_id": 4, "emb_layer_norm_before": False}, "esmc": TEXT,
     "nomic_bert": TEXT, "data2vec-text": TEXT, "fnet": TEXT, "big_bird": TEXT | {
         "bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3, "attention_type": "original_full",
     },
-    "vit_msn": IMAGE, "swinv2": WINDOWS, "ijepa": IMAGE, "data2vec-vision": IMAGE,
+    "metaclip_2": TOWERS, "donut-swin": WINDOWS, "vit_msn": IMAGE, "swinv2": WINDOWS,
+    "ijepa": IMAGE, "data2vec-vision": IMAGE,
 }  # fmt: skip
 
 

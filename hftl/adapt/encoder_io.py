@@ -12,17 +12,16 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from hftl.errors import HftlError, RecipeError
-from hftl.models.architectures import check_block_count
-from hftl.models.heads import LoadedModel, load_class, unwrap_adapter
-from hftl.models.lora import wrap_with_lora
-from hftl.models.parts import (
-    ArchitectureSpec,
-    count_layers,
+from hftl.models.architectures import ArchitectureSpec, count_layers
+from hftl.models.encoders import (
+    check_block_count,
     get_blocks,
     get_encoder_class,
     get_submodule,
     has_prefix,
 )
+from hftl.models.heads import LoadedModel, load_class, unwrap_adapter
+from hftl.models.lora import wrap_with_lora
 from hftl.models.source import SourceModel
 
 ADAPT_METHODS = ("head", "full", "lora", "lora+blocks")
@@ -60,13 +59,13 @@ class MaskedModel(Protocol):
 
 
 def set_trainable(
-    model: MaskedModel, anatomy: ArchitectureSpec, method: str, blocks: int, lora: dict[str, Any]
+    model: MaskedModel, architecture: ArchitectureSpec, method: str, blocks: int, lora: dict[str, Any]
 ) -> None:
     """Sets what trains: the head always, and of the encoder what the method says.
 
     Args:
         model: not yet wrapped for LoRA.
-        anatomy: of its encoder.
+        architecture: of its encoder.
         method: `head` (nothing of the encoder), `full` (all that the objective uses), `lora`
             (adapters in every block), or `lora+blocks` (the same, and the top blocks and the
             final norm whole: ExPLoRA, Khanna et al. 2025, arXiv:2406.10973, section 4).
@@ -83,9 +82,9 @@ def set_trainable(
     encoder.requires_grad_(method == "full")
     for parameter in model.head_parameters().values():
         parameter.requires_grad = True
-    top = _select_top_blocks(encoder, anatomy, blocks) if method == "lora+blocks" else []
+    top = _select_top_blocks(encoder, architecture, blocks) if method == "lora+blocks" else []
     if method.startswith("lora"):
-        model.encoder = _apply_lora(encoder, anatomy, lora)
+        model.encoder = _apply_lora(encoder, architecture, lora)
     for module in top:
         module.requires_grad_(True)
     for name, parameter in encoder.named_parameters():
@@ -172,15 +171,15 @@ def load_head(model: MaskedModel, file: Path) -> None:
 
 
 def _select_top_blocks(
-    encoder: nn.Module, anatomy: ArchitectureSpec, blocks: int
+    encoder: nn.Module, architecture: ArchitectureSpec, blocks: int
 ) -> list[nn.Module]:
     """The top blocks and the final norm."""
-    found = get_blocks(encoder, anatomy)
+    found = get_blocks(encoder, architecture)
     check_block_count("adapt", blocks, len(found), count_layers(encoder.config))
-    return [*found[-blocks:], *(get_submodule(encoder, path) for path in anatomy.final_parts)]
+    return [*found[-blocks:], *(get_submodule(encoder, path) for path in architecture.final_parts)]
 
 
-def _apply_lora(encoder: nn.Module, anatomy: ArchitectureSpec, lora: dict[str, Any]) -> nn.Module:
+def _apply_lora(encoder: nn.Module, architecture: ArchitectureSpec, lora: dict[str, Any]) -> nn.Module:
     """The encoder under an adapter on the linear layers of every block."""
     for key in FIELDS_BEYOND_LORA:
         if lora.get(key) not in (None, "none"):
@@ -189,5 +188,5 @@ def _apply_lora(encoder: nn.Module, anatomy: ArchitectureSpec, lora: dict[str, A
                 "Leave it out, or use method full",
             )
     # peft's class for features passes arguments on that only encoders of texts know.
-    task = TaskType.FEATURE_EXTRACTION if anatomy.modality == "text" else None
-    return wrap_with_lora(encoder, anatomy, {**lora, "task_type": task}, "adapt")
+    task = TaskType.FEATURE_EXTRACTION if architecture.modality == "text" else None
+    return wrap_with_lora(encoder, architecture, {**lora, "task_type": task}, "adapt")

@@ -18,13 +18,11 @@ from hftl.adapt.encoder_io import MaskedOutput, check_encoder_complete, load_hea
 from hftl.adapt.masked_patches import count_patches, count_visible, gather_tokens, split_by_noise
 from hftl.data.image_processing import ImageInputs
 from hftl.errors import RecipeError
-from hftl.models.architectures import get_patch_size
+from hftl.models.architectures import ARCHITECTURES, get_patch_size
+from hftl.models.encoders import get_encoder_class, get_submodule
 from hftl.models.heads import load_class
-from hftl.models.parts import get_encoder_class, get_submodule
 from hftl.models.source import SourceModel
 
-TOKEN_DROPPING_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers")
-"""Architectures whose blocks take any number of tokens, so that hidden patches are left out."""
 ATTENTION_HEAD_WIDTH = 32
 """Of each attention head of a new decoder, as in ViTMAE: 512 in 16 heads."""
 TEACHER_BATCH_SIZE = 64
@@ -213,14 +211,15 @@ def check_mae_architecture(source: SourceModel) -> None:
     reason = None
     if source.architecture_spec.modality != "image":
         reason = "reads text; mae needs images"
-    elif source.model_type == "swin":
+    elif source.architecture_spec.masked_images is None and "*" in source.architecture_spec.blocks:
         reason = "shifts windows over the full grid and merges patches, so none can be left out"
-    elif source.model_type not in (*TOKEN_DROPPING_TYPES, "beit"):
+    elif source.architecture_spec.masked_images is None:
         reason = "is no architecture that mae knows"
     if reason is not None:
+        known = ["vit_mae", *(name for name, spec in ARCHITECTURES.items() if spec.masked_images)]
         raise RecipeError(
             f"adapt.objective=mae: {source.architecture} {reason}",
-            f"Use a source of {', '.join(['vit_mae', *TOKEN_DROPPING_TYPES, 'beit'])}, or leave adapt out",
+            f"Use a source of {', '.join(known)}, or leave adapt out",
         )
 
 
@@ -246,7 +245,7 @@ def _load_decoder(
 ) -> tuple[ViTMAEDecoder | PixelHead, bool]:
     """The decoder, and whether its weights are new."""
     config = source.config
-    if source.model_type == "beit":
+    if source.architecture_spec.masked_images == "cover":
         values = get_patch_size(config) ** 2 * config.num_channels
         return PixelHead(config.hidden_size, values, config.initializer_range), True
     own = _load_source_decoder(source)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from hftl.adapt.encoder_io import MaskedOutput, check_encoder_complete, load_head
 from hftl.data.masking import MaskingSpec, mask_tokens
 from hftl.errors import RecipeError
+from hftl.models.architectures import ArchitectureSpec
+from hftl.models.encoders import get_blocks
 from hftl.models.heads import (
     PooledModel,
     get_encoder,
@@ -24,13 +26,10 @@ from hftl.models.heads import (
     load_class,
     unwrap_adapter,
 )
-from hftl.models.parts import ArchitectureSpec, get_blocks
 from hftl.models.source import SourceModel
 from hftl.retain.hooks import eval_mode
 from hftl.retain.kl import compute_row_kl
 
-POSITIONWISE_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
-"""Architectures in which, from the last attention's output on, every place is for itself."""
 POSITION_MULTIPLE = 32
 """Places are answered in multiples of this: a product of ever another shape is made ready anew each
 time, and on CPUs kept, so that time and memory grow."""
@@ -46,11 +45,11 @@ class MaskedLM(nn.Module):
     `fixed` are paths in the encoder that never train, since no logit depends on them.
     """
 
-    def __init__(self, stock: Any, anatomy: ArchitectureSpec) -> None:
+    def __init__(self, stock: Any, architecture: ArchitectureSpec) -> None:
         super().__init__()
         self.stock = stock
-        self.anatomy = anatomy
-        self.fixed = (*anatomy.unused_parts, anatomy.pooler or "pooler")
+        self.architecture = architecture
+        self.fixed = (*architecture.unused_parts, architecture.pooler or "pooler")
         self._takes_mask = "attention_mask" in inspect.signature(stock.forward).parameters
         self._flat: Tensor | None = None
         self._hook: Any = None
@@ -106,9 +105,9 @@ class MaskedLM(nn.Module):
         if self._hook is not None:
             self._hook.remove()
         where: Any = self.encoder
-        if where.config.model_type in POSITIONWISE_TYPES:
-            last: Any = get_blocks(unwrap_adapter(where), self.anatomy)[-1]
-            where = last.attention
+        mixer = self.architecture.token_mixer
+        if mixer is not None:
+            where = get_blocks(unwrap_adapter(where), self.architecture)[-1].get_submodule(mixer)
         self._hook = where.register_forward_hook(self._choose)
 
     def _choose(self, module: nn.Module, args: Any, output: Any) -> Any:

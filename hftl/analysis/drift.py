@@ -39,13 +39,13 @@ def compute_shared_neighbours(before: np.ndarray, after: np.ndarray, k: int = 10
     if rows <= k:
         raise DataError(f"{rows} rows have no {k} neighbours each", f"Give more than {k} rows")
     sides = normalize_rows(before), normalize_rows(after)
-    found = []
+    shares = []
     for start in range(0, rows, CHUNK_ROWS):
         one, other = (find_nearest(side, start, k) for side in sides)
         member = np.zeros((len(one), rows), dtype=bool)
         np.put_along_axis(member, one, True, axis=1)
-        found.append(np.take_along_axis(member, other, axis=1).mean(1))
-    return np.concatenate(found)
+        shares.append(np.take_along_axis(member, other, axis=1).mean(1))
+    return np.concatenate(shares)
 
 
 def normalize_rows(features: np.ndarray) -> np.ndarray:
@@ -86,8 +86,8 @@ def compute_neighbour_hits(features: np.ndarray, labels: np.ndarray) -> np.ndarr
         labels: (n,) of anything that can be compared.
     """
     rows = normalize_rows(features)
-    found = [find_nearest(rows, start, 1)[:, 0] for start in range(0, len(rows), CHUNK_ROWS)]
-    return (labels[np.concatenate(found)] == labels).astype(np.float64)
+    neighbours = [find_nearest(rows, start, 1)[:, 0] for start in range(0, len(rows), CHUNK_ROWS)]
+    return (labels[np.concatenate(neighbours)] == labels).astype(np.float64)
 
 
 def compute_cosines(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -152,13 +152,13 @@ def compute_relational_kl(before: np.ndarray, after: np.ndarray, tau: float) -> 
         tau: the temperature.
     """
     sides = normalize_rows(before), normalize_rows(after)
-    found = []
+    divergences = []
     for start in range(0, len(before), CHUNK_ROWS):
         old, new = (compute_log_softmax(side, start, tau) for side in sides)
         # A row itself has no share: -inf on both sides.
         apart = np.where(np.isneginf(old), 0.0, old) - np.where(np.isneginf(new), 0.0, new)
-        found.append((np.exp(old) * apart).sum(1))
-    return np.maximum(np.concatenate(found), 0.0)
+        divergences.append((np.exp(old) * apart).sum(1))
+    return np.maximum(np.concatenate(divergences), 0.0)
 
 
 def compute_log_softmax(rows: np.ndarray, start: int, tau: float) -> np.ndarray:
@@ -191,8 +191,8 @@ def compute_probe_hits(
     for train, test in folds.split(fitted_on, labels, units):
         outputs = int(labels.max()) + 1
         probe = fit_probe(fitted_on[train], labels[train], outputs, None, np.array([penalty]))
-        for found, features in zip(hits, tested_on, strict=True):
-            found[test] = probe.logits(features[test]).argmax(1) == labels[test]
+        for correct, features in zip(hits, tested_on, strict=True):
+            correct[test] = probe.logits(features[test]).argmax(1) == labels[test]
     return hits
 
 

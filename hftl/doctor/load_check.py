@@ -28,8 +28,8 @@ from hftl.doctor.adapter_folder import (
 )
 from hftl.doctor.shape_check import IGNORED_SETTINGS, PEFT_ERRORS, PEFT_TYPES, PREFIX
 from hftl.errors import RecipeError, format_error_line
+from hftl.models.encoders import build_on_meta, has_prefix
 from hftl.models.heads import load_class
-from hftl.models.parts import build_on_meta, has_prefix
 from hftl.models.source import SourceModel, find_config_fault, find_size_fault, read_tensor_shapes
 from hftl.publish.checks import measure_reload_difference
 
@@ -169,12 +169,12 @@ def check_uninitialized_weights(
         raise RecipeError(what, "Correct its config.json") from error
     saved = {key.removeprefix(PREFIX) for key in patient.shapes} if patient.is_adapter else set()
     lost = sorted({key.rsplit(".", 1)[0] for key in missing - saved})
-    anatomy = source.architecture_spec
-    encoder = f"{anatomy.encoder}."
+    architecture = source.architecture_spec
+    encoder = f"{architecture.encoder}."
     lost = [
-        name for name in lost if not has_prefix(name.removeprefix(encoder), anatomy.unused_parts)
+        name for name in lost if not has_prefix(name.removeprefix(encoder), architecture.unused_parts)
     ]
-    beside = [name for name in lost if _is_unused_pooler(name, kind, anatomy.pooler)]
+    beside = [name for name in lost if _is_unused_pooler(name, kind, architecture.pooler)]
     found = []
     if set(lost) - set(beside):
         names = [name for name in lost if name not in beside]

@@ -18,7 +18,8 @@ from hftl.doctor.adapter_folder import (
     format_names,
 )
 from hftl.errors import format_error_line
-from hftl.models.parts import TOKEN_CLASSIFICATION, build_on_meta, get_encoder_class, get_task_class
+from hftl.models.architectures import TOKEN_CLASSIFICATION
+from hftl.models.encoders import build_on_meta, get_encoder_class, get_task_class
 from hftl.models.source import SourceModel
 
 PREFIX = "base_model.model."
@@ -194,13 +195,13 @@ def count_outputs(patient: AdapterFolder, source: SourceModel, kind: Any) -> int
     if kind is None or not kind.__name__.endswith("Classification"):
         return None
     tokens = kind.__name__.endswith("ForTokenClassification")
-    anatomy = (
+    architecture = (
         source.architecture_spec.for_task(TOKEN_CLASSIFICATION)
         if tokens
         else source.architecture_spec
     )
     prefix = PREFIX if patient.is_adapter else ""
-    shape = patient.shapes.get(f"{prefix}{anatomy.last_linear}.weight")
+    shape = patient.shapes.get(f"{prefix}{architecture.head.last_linear}.weight")
     return shape[0] if shape else None
 
 

@@ -31,16 +31,16 @@ from hftl.data.text import (
 from hftl.errors import RecipeError
 from hftl.finetune.strategies import prepare
 from hftl.models.architectures import (
-    check_block_count,
-    count_blocks,
+    count_layers,
     get_architecture,
+    get_encoder_config,
     get_max_tokens,
     get_native_image_size,
     get_patch_size,
 )
+from hftl.models.encoders import check_block_count, count_blocks
 from hftl.models.features import FeatureCache, compute_frozen_features
 from hftl.models.heads import LoadedModel, build_model
-from hftl.models.parts import count_layers, get_encoder_config
 from hftl.models.source import SourceModel, hash_source_weights, load_processor, load_tokenizer
 from hftl.runtime import distributed
 from hftl.runtime.hardware import get_device
@@ -264,10 +264,6 @@ class ExperimentContext:
 # From source model and rows to the workbench: how the encoder takes these rows.
 
 
-ANY_SIZE_ARCHITECTURES = ("dinov2", "dinov2_with_registers", "swin")
-"""Architectures whose forward takes pictures of any size unasked."""
-
-
 def build_input_spec(source: SourceModel, task: str) -> InputSpec:
     """What the source's encoder reads.
 
@@ -357,8 +353,7 @@ def build_image_inputs(data: Data, source: SourceModel, revisions: dict[str, str
             f"Use {near}",
         )
     arguments = build_position_arguments(source.config, side)
-    if not arguments and side != get_native_image_size(source.config):
-        _check_native_size(source, side)
+    _check_native_size(source, side)
     return ImageInputs(pin_revisions(data, revisions), processor, arguments, patch)
 
 
@@ -372,18 +367,18 @@ def pin_revisions(data: Data, revisions: dict[str, str]) -> Data:
 
 
 def _check_native_size(source: SourceModel, side: int) -> None:
-    """Refuses another size for an encoder that is not known to interpolate by itself."""
-    if source.model_type not in ANY_SIZE_ARCHITECTURES:
+    """Refuse another size than the config's for an encoder that takes no other."""
+    native = get_native_image_size(source.config)
+    if source.architecture_spec.image_sizes == "fixed" and side != native:
         raise RecipeError(
-            f"the architecture {source.architecture!r} takes pictures of "
-            f"{get_native_image_size(source.config)} pixels only, got {side}",
+            f"the architecture {source.architecture!r} takes pictures of {native} pixels only, "
+            f"got {side}",
             "Leave data.image_size out, or choose another source",
         )
 
 
 def build_position_arguments(config: Any, side: int) -> dict[str, Any]:
-    """What forward must be told where the pictures are not of the size of pre-training."""
-    interpolates = get_architecture(
-        config
-    ).interpolate_pos_encoding and side != get_native_image_size(config)
-    return {"interpolate_pos_encoding": True} if interpolates else {}
+    """Return the arguments of forward for images of another size than in pre-training."""
+    if get_architecture(config).image_sizes != "argument" or side == get_native_image_size(config):
+        return {}
+    return {"interpolate_pos_encoding": True}

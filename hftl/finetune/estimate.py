@@ -12,9 +12,9 @@ from hftl.finetune.context import BY_STEPS, MEASURED_SPLITS, ExperimentContext
 from hftl.finetune.pretraining_heads import select_compared_rows
 from hftl.finetune.retention import PRETRAINING_HEADS, has_auto_weight, mixes_general
 from hftl.finetune.strategies import prepare
-from hftl.models.architectures import count_blocks
+from hftl.models.architectures import TOKEN_CLASSIFICATION
+from hftl.models.encoders import count_blocks
 from hftl.models.features import BATCH_TOKENS, batch_by_length
-from hftl.models.parts import TOKEN_CLASSIFICATION
 from hftl.runtime import distributed
 from hftl.train.callbacks import time_forward, time_step
 

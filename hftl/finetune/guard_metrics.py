@@ -11,9 +11,9 @@ from hftl.data.text import EncodedRow
 from hftl.errors import HftlError
 from hftl.finetune.context import ExperimentContext
 from hftl.measure.metrics import METRICS, SELECTION_METRICS
+from hftl.models.encoders import has_prefix
 from hftl.models.features import compute_frozen_features
 from hftl.models.heads import LoadedModel, build_model
-from hftl.models.parts import has_prefix
 from hftl.runtime import distributed
 
 ReadWeights = Callable[[], dict[str, Tensor]]

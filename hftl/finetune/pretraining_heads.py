@@ -26,9 +26,9 @@ from hftl.data.splits import hash_row
 from hftl.data.text import TextInputs
 from hftl.errors import HftlError, RecipeError
 from hftl.finetune.context import ExperimentContext
+from hftl.models.encoders import get_stock_encoder, get_task_class, has_prefix
 from hftl.models.features import batch_by_length, compute_frozen_features, predict_logits
 from hftl.models.heads import LoadedModel, PooledModel, build_model, load_class
-from hftl.models.parts import get_stock_encoder, get_task_class, has_prefix
 from hftl.models.source import SourceModel, load_tokenizer
 from hftl.retain.kl import ZeroShotKL, build_zero_shot_head
 from hftl.retain.weights import PEFT_WRAPPING
@@ -177,12 +177,12 @@ def _score_classifier(
     control, names = known
     kind = get_task_class(source.config, "classification")
     model, missing = load_class(source, kind, deepcopy(source.config), {})
-    encoder, anatomy = get_stock_encoder(model, source.architecture_spec), source.architecture_spec
+    encoder, architecture = get_stock_encoder(model, source.architecture_spec), source.architecture_spec
     if any(
-        not has_prefix(n.removeprefix(f"{anatomy.encoder}."), anatomy.unused_parts) for n in missing
+        not has_prefix(n.removeprefix(f"{architecture.encoder}."), architecture.unused_parts) for n in missing
     ):
         return None
-    _fill_encoder(encoder, built, anatomy.pooler)
+    _fill_encoder(encoder, built, architecture.pooler)
     inputs: Any = bench.inputs
     if bench.prepared.modality == "text":
         inputs = TextInputs(inputs.tokenizer, inputs.max_length)

@@ -25,8 +25,8 @@ from hftl.finetune.pretraining_heads import (
 from hftl.finetune.targets import compute_target_scale
 from hftl.measure.metrics import METRICS, SELECTION_METRICS
 from hftl.measure.statistics import jackknife, select_within_one_standard_error
+from hftl.models.architectures import TOKEN_CLASSIFICATION
 from hftl.models.heads import LoadedModel
-from hftl.models.parts import TOKEN_CLASSIFICATION
 from hftl.models.source import SourceModel
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.reference import HeadQuality, measure_head_quality

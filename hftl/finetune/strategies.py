@@ -7,7 +7,8 @@ from torch import nn
 
 from hftl.config.finetune import DEFAULT_LORA
 from hftl.errors import RecipeError
-from hftl.models.architectures import check_block_count
+from hftl.models.architectures import ArchitectureSpec, count_layers
+from hftl.models.encoders import check_block_count, get_blocks, get_submodule, has_prefix
 from hftl.models.heads import (
     PooledModel,
     get_encoder,
@@ -16,7 +17,6 @@ from hftl.models.heads import (
     list_unused_parts,
 )
 from hftl.models.lora import add_lora
-from hftl.models.parts import ArchitectureSpec, count_layers, get_blocks, get_submodule, has_prefix
 
 
 def prepare(
@@ -43,23 +43,23 @@ def prepare(
         RecipeError: for an unsupported architecture or class, an unknown strategy, or too many
             blocks.
     """
-    anatomy = get_model_architecture(model)
-    encoder = get_encoder(model, anatomy)
+    architecture = get_model_architecture(model)
+    encoder = get_encoder(model, architecture)
     if fresh is None:
-        fresh = _list_untrained_modules(model, anatomy)
+        fresh = _list_untrained_modules(model, architecture)
     everything = strategy in ("full", "gradual")
     model.requires_grad_(everything)
     if strategy == "lora":
-        model = add_lora(model, anatomy, DEFAULT_LORA | (lora or {}), fresh)
+        model = add_lora(model, architecture, DEFAULT_LORA | (lora or {}), fresh)
     elif strategy == "head":
-        get_last_linear(model, anatomy).requires_grad_(True)
+        get_last_linear(model, architecture).requires_grad_(True)
     elif strategy == "partial":
-        _unfreeze_top(model, anatomy, blocks, fresh)
+        _unfreeze_top(model, architecture, blocks, fresh)
     elif not everything:
         raise RecipeError(
             f"unknown strategy {strategy!r}", "Use head, partial, gradual, lora or full"
         )
-    unused = list_unused_parts(model, anatomy)
+    unused = list_unused_parts(model, architecture)
     for name, parameter in encoder.named_parameters():
         if has_prefix(name, unused):
             parameter.requires_grad = False
@@ -72,26 +72,26 @@ def count_trainable_parameters(model: nn.Module) -> int:
 
 
 def _unfreeze_top(
-    model: nn.Module, anatomy: ArchitectureSpec, blocks: int, fresh: Sequence[str]
+    model: nn.Module, architecture: ArchitectureSpec, blocks: int, fresh: Sequence[str]
 ) -> None:
-    encoder: Any = get_encoder(model, anatomy)
-    found = get_blocks(encoder, anatomy)
+    encoder: Any = get_encoder(model, architecture)
+    found = get_blocks(encoder, architecture)
     check_block_count("finetune", blocks, len(found), count_layers(encoder.config))
     for block in found[-blocks:]:
         block.requires_grad_(True)
-    for path in anatomy.final_parts:
+    for path in architecture.final_parts:
         get_submodule(encoder, path).requires_grad_(True)
     if isinstance(model, PooledModel):
         model.head.requires_grad_(True)
         return
-    if anatomy.pooler and getattr(encoder, anatomy.pooler, None) is not None:
-        get_submodule(encoder, anatomy.pooler).requires_grad_(True)
-    for name in [*anatomy.head_parts, *fresh]:
+    if architecture.pooler and getattr(encoder, architecture.pooler, None) is not None:
+        get_submodule(encoder, architecture.pooler).requires_grad_(True)
+    for name in [*architecture.head.parts, *fresh]:
         get_submodule(model, name).requires_grad_(True)
 
 
-def _list_untrained_modules(model: nn.Module, anatomy: ArchitectureSpec) -> list[str]:
-    if isinstance(model, PooledModel) or not anatomy.pooler:
+def _list_untrained_modules(model: nn.Module, architecture: ArchitectureSpec) -> list[str]:
+    if isinstance(model, PooledModel) or not architecture.pooler:
         return []
-    pooler = getattr(get_encoder(model, anatomy), anatomy.pooler, None)
-    return [] if pooler is None else [f"{anatomy.encoder}.{anatomy.pooler}"]
+    pooler = getattr(get_encoder(model, architecture), architecture.pooler, None)
+    return [] if pooler is None else [f"{architecture.encoder}.{architecture.pooler}"]

@@ -25,14 +25,9 @@ from hftl.doctor.shape_check import (
 )
 from hftl.errors import RecipeError, RunFolderError
 from hftl.inference.find_model import read_json_mapping, wrap_loading_errors
-from hftl.models.architectures import get_architecture
-from hftl.models.parts import (
-    TOKEN_CLASSIFICATION,
-    ArchitectureSpec,
-    get_placeholder_name,
-    get_stock_encoder,
-    has_prefix,
-)
+from hftl.models.architectures import TOKEN_CLASSIFICATION, ArchitectureSpec, get_architecture
+from hftl.models.encoders import get_stock_encoder, has_prefix
+from hftl.models.heads import get_placeholder_name
 from hftl.models.source import find_source
 from hftl.publish import reload_check
 from hftl.runtime import paths
@@ -138,17 +133,17 @@ def load_incomplete_base(folder: Path, base: Path, config: Any = None) -> Incomp
     with wrap_loading_errors(base if base != folder else folder):
         loaded = reload_check.load_base(folder, base, config)
     whole = base == folder
-    anatomy = _get_architecture(loaded.model)
+    architecture = _get_architecture(loaded.model)
     pooled = (folder / "head.safetensors").exists()
-    strange = sorted(_list_unexpected(loaded, anatomy, whole))
+    strange = sorted(_list_unexpected(loaded, architecture, whole))
     if pooled:
         # By it stock classes refuse the file; the model's head is in a file of its own.
-        strange = [key for key in strange if key != get_placeholder_name(anatomy)]
+        strange = [key for key in strange if key != get_placeholder_name(architecture)]
     if strange:
         raise _build_misfit_error(
             base, whole, strange, f"holds {strange[0]}, which config.json has no place for"
         )
-    lacking = dict(_list_missing(loaded, anatomy, pooled))
+    lacking = dict(_list_missing(loaded, architecture, pooled))
     if whole:
         _refuse_missing(base, whole, lacking)
     return IncompleteBase(loaded.model, base, whole, lacking)
@@ -223,19 +218,19 @@ def add_head(folder: Path, model: Any) -> reload_check.PublishedModel:
 
 def _get_architecture(model: Any) -> ArchitectureSpec:
     tokens = type(model).__name__.endswith("ForTokenClassification")
-    anatomy = get_architecture(model.config)
-    return anatomy.for_task(TOKEN_CLASSIFICATION) if tokens else anatomy
+    architecture = get_architecture(model.config)
+    return architecture.for_task(TOKEN_CLASSIFICATION) if tokens else architecture
 
 
 def _list_missing(
-    loaded: reload_check.LoadedBase, anatomy: ArchitectureSpec, pooled: bool
+    loaded: reload_check.LoadedBase, architecture: ArchitectureSpec, pooled: bool
 ) -> Iterator[tuple[str, str]]:
     """Yield the tensors drawn at random that outputs depend on, and why."""
-    unused = anatomy.unused_parts
-    if pooled and anatomy.pooler is not None:
-        unused = (*unused, anatomy.pooler)
+    unused = architecture.unused_parts
+    if pooled and architecture.pooler is not None:
+        unused = (*unused, architecture.pooler)
     for key in sorted(loaded.missing | loaded.mismatched.keys()):
-        if has_prefix(key.removeprefix(f"{anatomy.encoder}."), unused):
+        if has_prefix(key.removeprefix(f"{architecture.encoder}."), unused):
             continue
         shapes = loaded.mismatched.get(key)
         yield key, f"lacks {key}" if shapes is None else (
@@ -243,14 +238,14 @@ def _list_missing(
 
 
 def _list_unexpected(
-    loaded: reload_check.LoadedBase, anatomy: ArchitectureSpec, whole: bool
+    loaded: reload_check.LoadedBase, architecture: ArchitectureSpec, whole: bool
 ) -> Iterator[str]:
     """Yield tensors of the file that should have a place: of a base, those of the encoder."""
-    encoder = get_stock_encoder(loaded.model, anatomy)
+    encoder = get_stock_encoder(loaded.model, architecture)
     parts = {name for name, _ in encoder.named_children()}
     buffers = {name.rsplit(".", 1)[-1] for name, _ in loaded.model.named_buffers()}
     for key in loaded.unexpected:
-        inside = key.removeprefix(f"{anatomy.encoder}.")
+        inside = key.removeprefix(f"{architecture.encoder}.")
         of_encoder = inside != key or inside.split(".")[0] in parts
         names = set(inside.split("."))
         if not names & (buffers | set(UNUSED_PARTS)) and (whole or of_encoder):

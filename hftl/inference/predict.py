@@ -47,8 +47,8 @@ from hftl.inference.load import (
     read_model_config,
 )
 from hftl.models.architectures import get_architecture, get_max_tokens, get_patch_size
+from hftl.models.encoders import hide_padding
 from hftl.models.features import predict_logits
-from hftl.models.padding import hide_padding
 from hftl.runtime import paths
 from hftl.runtime.hardware import get_device
 

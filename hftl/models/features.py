@@ -1,4 +1,4 @@
-"""Frozen outputs: what the head's last layer sees before any training, computed once a row."""
+"""Compute the outputs of a frozen model, and the features that its last layer reads, once a row."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,17 +22,17 @@ def compute_frozen_features(
     model: nn.Module, last_linear: nn.Linear, encoded: list[EncodedRow],
     inputs: TextInputs | ImageInputs, device: str,
 ) -> list[np.ndarray]:  # fmt: skip
-    """The input of `last_linear` for every row, in eval mode and fp32.
+    """Return the input of `last_linear` for every row, in eval mode and fp32. Collective.
 
     Args:
-        model: run without gradient; left in eval mode.
+        model: run without gradient, and left in eval mode.
         last_linear: a layer of the model.
         encoded: rows as the encoder takes them.
-        inputs: collates them, and finds each row's values in a batch.
-        device: where the model is.
+        inputs: collates them and splits a batch's outputs into rows.
+        device: the model's.
 
     Returns:
-        For each row (outputs, width) float32: one output, or one a word.
+        (outputs, width) float32 for each row: one output, or one a word.
     """
     caught: list[Tensor] = []
     hook = last_linear.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
@@ -45,7 +45,7 @@ def compute_frozen_features(
 def predict_logits(
     model: nn.Module, encoded: list[EncodedRow], inputs: TextInputs | ImageInputs, device: str
 ) -> np.ndarray:
-    """(outputs of the rows, outputs) float32 logits, row after row, in eval mode and fp32."""
+    """Return logits (outputs of all rows, classes) float32, in eval mode and fp32. Collective."""
     return np.concatenate(
         _run_batches(model, encoded, inputs, device, lambda output: output.logits, "predictions")
     )
@@ -53,39 +53,40 @@ def predict_logits(
 
 def _run_batches(
     model: nn.Module, encoded: list[EncodedRow], inputs: TextInputs | ImageInputs, device: str,
-    keep: Callable[[Any], Tensor], title: str,
+    read: Callable[[Any], Tensor], title: str,
 ) -> list[np.ndarray]:  # fmt: skip
-    """What `keep` takes from each batch, row by row; the batches are shared among the processes.
+    """Return what `read` takes from each batch's output, split into rows.
 
-    Rows of like length run together, so that little is padded; that changes no value.
+    Processes share the batches. Rows of similar length run together, to pad little; values do not
+    depend on that.
 
     Raises:
         NumericError: on every process, if a value is not finite.
     """
     model.eval()
     batches = batch_by_length([inputs.length(row) for row in encoded], BATCH_TOKENS)
-    mine: dict[int, np.ndarray] = {}
-    sound = True
-    # Not inference_mode: BEiT keeps its table of positions for the trainings that follow.
+    computed: dict[int, np.ndarray] = {}
+    is_finite = True
+    # Not inference_mode: BEiT caches its table of positions, and training would reuse it.
     with torch.no_grad():
         for numbers in track(distributed.shard_items(batches), title):
             rows = [encoded[i] for i in numbers]
             batch = inputs.collate([dict(row) for row in rows])
             output = model(**{k: v.to(device) if isinstance(v, Tensor) else v
                               for k, v in batch.items()})  # fmt: skip
-            kept = keep(output).float().cpu()
-            sound = sound and bool(kept.isfinite().all())
-            values = inputs.split_outputs(kept, rows)
-            mine.update(zip(numbers, (value.numpy() for value in values), strict=True))
-    parts = distributed.gather_values((sound, mine))
-    if not all(sound for sound, _ in parts):
+            values = read(output).float().cpu()
+            is_finite = is_finite and bool(values.isfinite().all())
+            by_row = inputs.split_outputs(values, rows)
+            computed.update(zip(numbers, (value.numpy() for value in by_row), strict=True))
+    parts = distributed.gather_values((is_finite, computed))
+    if not all(is_finite for is_finite, _ in parts):
         raise NumericError("the model's outputs are not finite", "Lower the learning rate")
-    found = {number: value for _, part in parts for number, value in part.items()}
-    return [found[number] for number in range(len(encoded))]
+    merged = {number: value for _, part in parts for number, value in part.items()}
+    return [merged[number] for number in range(len(encoded))]
 
 
 def batch_by_length(lengths: list[int], budget: int) -> list[list[int]]:
-    """Row numbers in batches of like length, each of at most `budget` tokens once padded."""
+    """Return row numbers in batches of similar length, of at most `budget` tokens once padded."""
     batches: list[list[int]] = []
     for number in np.argsort(np.array(lengths), kind="stable").tolist():
         if batches and (len(batches[-1]) + 1) * lengths[number] <= budget:
@@ -96,17 +97,17 @@ def batch_by_length(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 class FeatureCache:
-    """Features of rows, each computed the first time it is asked for."""
+    """Cache features by the content of rows, each computed when it is first needed."""
 
     def __init__(self, compute: Callable[[list[Row]], list[np.ndarray]]) -> None:
         self._compute = compute
         self._known: dict[bytes, np.ndarray] = {}
 
     def get(self, rows: list[Row]) -> np.ndarray:
-        """(outputs of the rows, width) float32, row after row."""
+        """Return (outputs of all rows, width) float32, row after row."""
         keys = [hash_row(row) for row in rows]
         new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._known}
         if new:
-            found = self._compute(list(new.values()))
-            self._known.update(zip(new, found, strict=True))
+            features = self._compute(list(new.values()))
+            self._known.update(zip(new, features, strict=True))
         return np.concatenate([self._known[key] for key in keys])

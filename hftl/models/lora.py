@@ -1,4 +1,7 @@
-"""Names in a LoRA section: each must match a module, or it would do nothing without a word."""
+"""Wrap an encoder with LoRA, and check that every name in its settings matches a module.
+
+peft ignores most names that match nothing, so a misspelt one would silently train less.
+"""
 
 import re
 from collections import defaultdict
@@ -10,14 +13,21 @@ from torch import nn
 
 from hftl.config.errors import suggest_closest
 from hftl.errors import RecipeError, format_error_line
+from hftl.models.architectures import ArchitectureSpec
+from hftl.models.encoders import (
+    get_stock_encoder,
+    get_submodule,
+    has_prefix,
+    list_block_paths,
+    list_weight_layers,
+)
 from hftl.models.heads import PooledModel
-from hftl.models.parts import ArchitectureSpec, get_stock_encoder, has_prefix, list_block_paths
 
 ALL_LINEAR = "all-linear"
 LIST_FIELDS = ("modules_to_save", "target_parameters")
-"""Fields that peft reads letter by letter where they are one text."""
+"""Fields that peft iterates over: a string would be read letter by letter."""
 MAX_LISTED_NAMES = 12
-"""Names that a message lists, at most."""
+"""At most so many names are listed in a message."""
 
 
 def check_module_names(model: nn.Module, settings: dict[str, Any], place: str) -> None:
@@ -26,10 +36,10 @@ def check_module_names(model: nn.Module, settings: dict[str, Any], place: str) -
     Args:
         model: without an adapter.
         settings: fields of `peft.LoraConfig`.
-        place: where they are in the recipe, as `finetune.lora`.
+        place: the recipe key of the settings, as `finetune.lora`.
 
     Raises:
-        RecipeError: naming the first one, and the closest name that there is.
+        RecipeError: naming the first one and the closest existing name.
     """
     check_lora_values(settings, place)
     modules = [name for name, _ in model.named_modules() if name]
@@ -54,7 +64,7 @@ def check_wrapped_names(layers: Sequence[str], settings: dict[str, Any], place: 
     Args:
         layers: the paths of the wrapped layers.
         settings: fields of `peft.LoraConfig`.
-        place: where they are in the recipe.
+        place: the recipe key of the settings.
 
     Raises:
         RecipeError: naming the first one.
@@ -70,7 +80,7 @@ def check_wrapped_names(layers: Sequence[str], settings: dict[str, Any], place: 
                 )
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in settings.get(field) or {}:
-            # As peft does, see get_pattern_key.
+            # The expression that peft.utils.get_pattern_key matches.
             regex = rf"(.*\.)?({pattern})"
             if not any(_match_pattern(regex, path, f"{place}.{field}") for path in layers):
                 raise _build_no_match_error(f"{place}.{field}", pattern, layers)
@@ -85,7 +95,11 @@ def check_wrapped_names(layers: Sequence[str], settings: dict[str, Any], place: 
 
 
 def check_lora_values(settings: dict[str, Any], place: str) -> None:
-    """Refuse a text for a list, and ranks and scales of 0, with which nothing trains."""
+    """Refuse a string where peft expects a list, and ranks and scales of 0.
+
+    Raises:
+        RecipeError: naming the field.
+    """
     for field in LIST_FIELDS:
         if isinstance(settings.get(field), str):
             name = settings[field]
@@ -118,7 +132,7 @@ def _match_pattern(pattern: str, path: str, place: str) -> bool:
 
 
 def _build_no_match_error(place: str, name: str, paths: Sequence[str]) -> RecipeError:
-    """Return the refusal, with the closest end of a path."""
+    """Build the error for a name that matches nothing, with the closest end of a path."""
     parts = name.count(".") + 1
     ends = {".".join(path.split(".")[-n:]) for path in paths for n in {1, parts}}
     options = sorted(end for end in ends if not end.split(".")[-1].isdigit())
@@ -131,37 +145,36 @@ def _build_no_match_error(place: str, name: str, paths: Sequence[str]) -> Recipe
     )
 
 
-# LoRA on an encoder: what is wrapped, what is saved beside it.
-
-
 BLOCK_PATH = re.compile(r"(.*?\.)(\d+)\.(.+)")
-"""The path of a module in a block: before the block's number, the number, and inside the block."""
+"""Match the path of a module in a block: up to the block, the block's index, inside the block."""
 
 
 def add_lora(
-    model: nn.Module, anatomy: ArchitectureSpec, lora: dict[str, Any], fresh: Sequence[str]
+    model: nn.Module, architecture: ArchitectureSpec, lora: dict[str, Any], fresh: Sequence[str]
 ) -> nn.Module:
-    """Wraps the linear layers of every block; head and fresh modules train and are saved whole.
+    """Wrap the layers of every block with LoRA; head and fresh modules train and are saved whole.
 
     Args:
         model: a `PooledModel`, whose encoder is wrapped, or a stock task class.
-        anatomy: where its parts lie.
-        lora: fields of `peft.LoraConfig`; `target_modules` defaults to all linears of the blocks.
-        fresh: modules whose weights the checkpoint does not have.
+        architecture: the model's.
+        lora: fields of `peft.LoraConfig`; `target_modules` defaults to every layer of the blocks.
+        fresh: modules whose weights the checkpoint lacks.
 
     Raises:
-        RecipeError: if peft refuses the settings, or wraps another number of layers than asked.
+        RecipeError: if peft refuses the settings, or wraps another number of layers than expected.
     """
-    given = dict(lora)
+    settings = dict(lora)
     pooled = isinstance(model, PooledModel)
-    wrapped: Any = model.encoder if pooled else model
+    inner: Any = model.encoder if pooled else model
     check_lora_values(lora, "finetune.lora")
-    saved = set(given.pop("modules_to_save", None) or [])
+    saved = set(settings.pop("modules_to_save", None) or [])
     if not pooled:
-        saved |= {_get_saved_name(name, anatomy) for name in [*anatomy.head_parts, *fresh]}
-    task = TaskType.FEATURE_EXTRACTION if pooled else _get_task_type(wrapped, anatomy)
-    settings = given | {"task_type": task, "modules_to_save": sorted(saved) or None}
-    adapted = wrap_with_lora(wrapped, anatomy, settings, "finetune")
+        saved |= {
+            _get_saved_name(name, architecture) for name in [*architecture.head.parts, *fresh]
+        }
+    task = TaskType.FEATURE_EXTRACTION if pooled else _get_task_type(inner, architecture)
+    settings |= {"task_type": task, "modules_to_save": sorted(saved) or None}
+    adapted = wrap_with_lora(inner, architecture, settings, "finetune")
     if not pooled:
         return adapted
     model.encoder = adapted
@@ -171,60 +184,65 @@ def add_lora(
 
 
 def wrap_with_lora(
-    model: Any, anatomy: ArchitectureSpec, settings: dict[str, Any], section: str
+    model: Any, architecture: ArchitectureSpec, settings: dict[str, Any], section: str
 ) -> Any:
-    """The model under an adapter; by default on every linear layer of every block, and no other.
+    """Wrap a model with an adapter, by default on every layer of every block and nowhere else.
 
     Args:
         model: an encoder, or a stock task class around it.
-        anatomy: where its parts lie.
+        architecture: the encoder's.
         settings: fields of `peft.LoraConfig`.
-        section: where they stand in the recipe: `finetune` or `adapt`.
+        section: of the recipe: `finetune` or `adapt`.
 
     Raises:
-        RecipeError: if peft refuses the settings, or wraps another number of layers than asked.
+        RecipeError: if peft refuses the settings, or wraps another number of layers than expected.
     """
     place = f"{section}.lora"
     check_module_names(model, settings, place)
-    given = dict(settings)
-    every = given.get("target_modules") in (None, "all-linear")
-    if every:
-        given["target_modules"] = list(anatomy.lora_targets)
-        given["exclude_modules"] = (
-            given.get("exclude_modules") or _list_outside_namesakes(model, anatomy) or None
+    fields = dict(settings)
+    all_layers = fields.get("target_modules") in (None, ALL_LINEAR)
+    if all_layers:
+        targets = [*architecture.lora_targets, *architecture.optional_targets]
+        fields["target_modules"] = targets
+        fields["exclude_modules"] = (
+            fields.get("exclude_modules") or _list_namesakes(model, architecture, targets) or None
         )
     try:
-        adapted = get_peft_model(model, LoraConfig(**given))
+        adapted = get_peft_model(model, LoraConfig(**fields))
     except (ValueError, TypeError, IndexError, NotImplementedError) as error:
         raise RecipeError(
             f"{place}: peft refuses it: {format_error_line(error)}", "Correct the section"
         ) from error
-    # The user's own targets: in a subset of the blocks some of the default ones may be missing.
-    checked = given | ({"target_modules": None} if every else {})
+    # Only the user's own targets: a subset of the blocks may lack some of the default ones.
+    checked = fields | ({"target_modules": None} if all_layers else {})
     check_wrapped_names(list_lora_layers(adapted.get_base_model()), checked, place)
-    if every and not settings.get("exclude_modules") and not settings.get("layers_pattern"):
-        _check_layer_count(adapted, anatomy, given, section)
+    if all_layers and not settings.get("exclude_modules") and not settings.get("layers_pattern"):
+        _check_layer_count(adapted, architecture, fields, section)
     return adapted
 
 
 def list_lora_layers(model: nn.Module) -> list[str]:
-    """The paths of the layers that carry a LoRA adapter."""
+    """Return the paths of the layers that carry a LoRA adapter."""
     return [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
 
 
 def get_peft_model_inside(model: nn.Module) -> PeftModel:
-    """The peft model inside."""
-    found = model.encoder if isinstance(model, PooledModel) else model
-    if not isinstance(found, PeftModel):
-        raise TypeError(f"{type(found).__name__} carries no adapter")
-    return found
+    """Return the peft model that a `PooledModel` holds, or the model itself.
+
+    Raises:
+        TypeError: if it carries no adapter.
+    """
+    peft_model = model.encoder if isinstance(model, PooledModel) else model
+    if not isinstance(peft_model, PeftModel):
+        raise TypeError(f"{type(peft_model).__name__} carries no adapter")
+    return peft_model
 
 
 def build_path_pattern(paths: Sequence[str], modules: Sequence[str]) -> str:
-    """Return a regular expression that matches these paths and no others of a model's modules.
+    """Build a regular expression that matches these paths and no other module of the model.
 
-    Where it can it matches the layers of any block, so that a base of more blocks shows by layers
-    that the adapter lacks.
+    If possible it matches the layers of any block, so that on a base with more blocks than the
+    adapter was trained on, loading reports the missing layers.
 
     Args:
         paths: of the adapted layers.
@@ -240,59 +258,64 @@ def build_path_pattern(paths: Sequence[str], modules: Sequence[str]) -> str:
     insides: dict[tuple[str, str], list[str]] = defaultdict(list)
     for (stem, inside), numbers in blocks.items():
         insides[stem, "|".join(sorted(numbers, key=int))].append(inside)
-    opened, closed = (
+    any_block, same_blocks = (
         "|".join(
             rf"{re.escape(stem)}({number or numbers})\.({'|'.join(map(re.escape, sorted(names)))})"
             for (stem, numbers), names in sorted(insides.items())
         )
         for number in (r"\d+", "")
     )
-    return opened if {m for m in modules if re.fullmatch(opened, m)} == set(paths) else closed
+    matched = {module for module in modules if re.fullmatch(any_block, module)}
+    return any_block if matched == set(paths) else same_blocks
 
 
-def _get_saved_name(name: str, anatomy: ArchitectureSpec) -> str:
-    """A module's path without the encoder's name; peft matches by suffix.
+def _get_saved_name(name: str, architecture: ArchitectureSpec) -> str:
+    """Return a module's path without the encoder's name, since peft matches by suffix.
 
     A module inside the head is saved with its whole head: peft wraps no module twice.
     """
-    inside = name.removeprefix(f"{anatomy.encoder}.")
-    return next((head for head in anatomy.head_parts if inside.startswith(f"{head}.")), inside)
+    inside = name.removeprefix(f"{architecture.encoder}.")
+    return next((head for head in architecture.head.parts if inside.startswith(f"{head}.")), inside)
 
 
-def _get_task_type(model: nn.Module, anatomy: ArchitectureSpec) -> TaskType | None:
-    """What peft calls the task; it knows none of images."""
-    if anatomy.modality == "image":
+def _get_task_type(model: nn.Module, architecture: ArchitectureSpec) -> TaskType | None:
+    """Return peft's name of the task; it has none for images."""
+    if architecture.modality == "image":
         return None
     tokens = type(model).__name__.endswith("ForTokenClassification")
     return TaskType.TOKEN_CLS if tokens else TaskType.SEQ_CLS
 
 
-def _list_outside_namesakes(model: nn.Module, anatomy: ArchitectureSpec) -> list[str]:
-    """Layers outside the blocks that peft would take for theirs, as in SigLIP's unused head."""
-    encoder = get_stock_encoder(model, anatomy)
-    prefix = "" if encoder is model else f"{anatomy.encoder}."
-    blocks = tuple(f"{prefix}{path}" for path in list_block_paths(encoder, anatomy.blocks))
+def _list_namesakes(
+    model: nn.Module, architecture: ArchitectureSpec, targets: Sequence[str]
+) -> list[str]:
+    """Return layers outside the blocks that end like a target, as in SigLIP's unused head."""
+    encoder = get_stock_encoder(model, architecture)
+    prefix = "" if encoder is model else f"{architecture.encoder}."
+    blocks = tuple(f"{prefix}{path}" for path in list_block_paths(encoder, architecture))
     return [
         name
         for name, _ in model.named_modules()
-        if not has_prefix(name, blocks)
-        and any(name.endswith(f".{t}") for t in anatomy.lora_targets)
+        if not has_prefix(name, blocks) and any(name.endswith(f".{target}") for target in targets)
     ]
 
 
 def _check_layer_count(
-    adapted: Any, anatomy: ArchitectureSpec, given: dict[str, Any], section: str
+    adapted: Any, architecture: ArchitectureSpec, fields: dict[str, Any], section: str
 ) -> None:
-    paths = list_block_paths(get_stock_encoder(adapted.base_model.model, anatomy), anatomy.blocks)
-    chosen = given.get("layers_to_transform")
+    """Refuse an adapter that does not cover the blocks' layers, which would train less."""
+    encoder = get_stock_encoder(adapted.base_model.model, architecture)
+    paths = list_block_paths(encoder, architecture)
+    chosen = fields.get("layers_to_transform")
     if chosen is not None:
         indices = [chosen] if isinstance(chosen, int) else chosen
         # Of nested lists peft takes the outer index.
         paths = [p for p in paths if int(next(filter(str.isdigit, p.split(".")))) in indices]
-    expected = len(paths) * len(anatomy.lora_targets)
-    found = len(list_lora_layers(adapted))
-    if found != expected:
+    layers = [list_weight_layers(get_submodule(encoder, path)) for path in paths]
+    expected = sum(len(names - set(architecture.skipped_layers)) for names in layers)
+    wrapped = len(list_lora_layers(adapted))
+    if wrapped != expected:
         raise RecipeError(
-            f"LoRA wrapped {found} layers, expected {expected}",
+            f"LoRA wrapped {wrapped} layers, expected {expected}",
             f"Name {section}.lora.target_modules",
         )

@@ -1,4 +1,4 @@
-"""Several LoRA adapters, trained one after the other, as one adapter on the original base.
+"""Concatenate LoRA adapters that were trained one after the other into one on the original base.
 
 Each stage adds b_i a_i to a weight (Hu et al. 2022, arXiv:2106.09685, eq. 3), the next one on top
 of the sum, so that all of them together add
@@ -25,20 +25,20 @@ from torch import Tensor, nn
 from hftl.errors import RecipeError, RunFolderError
 
 PEFT_PREFIX = "base_model.model."
-"""What peft puts before every path."""
+"""The prefix that peft puts before every path."""
 EXACT_FIELDS = (
     "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "runtime_config",
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path",
     "revision", "inference_mode",
 )  # fmt: skip
-"""Fields of `peft.LoraConfig` under any value of which the update is b a on an untouched base."""
+"""Fields of `peft.LoraConfig` that leave the update b a on the original base, whatever they are."""
 EXACT_INITS = (True, False, "gaussian", "orthogonal")
-"""Ways to start an adapter that leave the base's own weights alone."""
+"""Values of `init_lora_weights` that leave the base's own weights alone."""
 
 
 class LoraFactors(NamedTuple):
-    """A linear layer's update b a, (out, in).
+    """Hold the factors of a linear layer's update b a, (out, in).
 
     `a` is (r, in) and `b` (out, r), float32; the scale alpha / r, or alpha / sqrt(r) where the
     rank is stabilised (Kalajdzievski 2023, arXiv:2312.03732), is folded into `b`.
@@ -49,16 +49,16 @@ class LoraFactors(NamedTuple):
 
 
 def check_concatenable(lora: Mapping[str, Any], place: str, last: bool = False) -> None:
-    """Refuses an adapter whose update is not b a on the same base.
+    """Refuse an adapter whose update is not b a on the original base.
 
     Args:
         lora: fields of `peft.LoraConfig`.
-        place: where they stand in the recipe, as `finetune.lora`.
+        place: the recipe key of the fields, as `finetune.lora`.
         last: whether no stage follows; only then are `modules_to_save` carried over.
 
     Raises:
-        RecipeError: naming the field. Anything not known to be harmless is refused: DoRA, biases,
-            other variants, a start that changes the base, tokens or parameters beside the layers.
+        RecipeError: naming the field. Whatever is not known to be exact is refused: DoRA, biases,
+            other variants, an initialisation that changes the base, tokens or other parameters.
     """
     for name, value in lora.items():
         if name in EXACT_FIELDS or not value or value == _get_default(name):
@@ -76,16 +76,16 @@ def check_concatenable(lora: Mapping[str, Any], place: str, last: bool = False) 
 
 
 def extract_factors(adapted: nn.Module, prefix: str = "") -> dict[str, LoraFactors]:
-    """The factors of every LoRA layer, on the CPU, keyed by the layer's path in the encoder.
+    """Return the factors of every LoRA layer, on the CPU, by the layer's path in the encoder.
 
     Args:
         adapted: a `PeftModel`, or a module that holds one.
-        prefix: where the encoder lies below the wrapper, with its dot, as `bert.`; it is left out
-            of the paths.
+        prefix: path of the encoder below the wrapper, with its dot, as `bert.`; the returned
+            paths leave it out.
 
     Raises:
         RecipeError: if a wrapped layer is not linear or lies outside the encoder, or the adapter
-            is not one that can be joined.
+            cannot be joined.
     """
     wrapper = _find_peft_model(adapted)
     (active,) = wrapper.active_adapters
@@ -94,7 +94,7 @@ def extract_factors(adapted: nn.Module, prefix: str = "") -> dict[str, LoraFacto
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise RecipeError(f"an adapter of type {kind} cannot be joined", "Use LoRA")
     check_concatenable(config.to_dict(), "lora", last=True)
-    found = {}
+    factors = {}
     for path, layer in wrapper.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -105,33 +105,33 @@ def extract_factors(adapted: nn.Module, prefix: str = "") -> dict[str, LoraFacto
                 "encoder can",
                 "Leave it out of target_modules",
             )
-        found[path.removeprefix(prefix)] = _extract_layer_factors(layer, active)
-    return found
+        factors[path.removeprefix(prefix)] = _extract_layer_factors(layer, active)
+    return factors
 
 
 def concat_factors(stages: Sequence[Mapping[str, LoraFactors]]) -> dict[str, LoraFactors]:
-    """One adapter that does what all do in turn.
+    """Concatenate the stages' factors into one adapter.
 
     Args:
-        stages: the factors of each, first to last. A layer that a stage lacks has the others'.
+        stages: the factors of each, first to last; stages may adapt different layers.
     """
     paths = sorted({path for stage in stages for path in stage})
     parts = {path: [stage[path] for stage in stages if path in stage] for path in paths}
     return {
-        path: LoraFactors(torch.cat([f.a for f in found]), torch.cat([f.b for f in found], 1))
-        for path, found in parts.items()
+        path: LoraFactors(torch.cat([f.a for f in stacked]), torch.cat([f.b for f in stacked], 1))
+        for path, stacked in parts.items()
     }
 
 
 def save_factors(factors: Mapping[str, LoraFactors], path: Path) -> None:
-    """Writes a safetensors file: `<path>.lora_A` and `<path>.lora_B` for each layer."""
-    named = {f"{layer}.lora_A": found.a.contiguous() for layer, found in factors.items()}
-    named |= {f"{layer}.lora_B": found.b.contiguous() for layer, found in factors.items()}
+    """Write a safetensors file with `<path>.lora_A` and `<path>.lora_B` for each layer."""
+    named = {f"{layer}.lora_A": pair.a.contiguous() for layer, pair in factors.items()}
+    named |= {f"{layer}.lora_B": pair.b.contiguous() for layer, pair in factors.items()}
     save_file(named, path)
 
 
 def load_factors(path: Path) -> dict[str, LoraFactors]:
-    """The factors that `save_factors` wrote.
+    """Read the factors that `save_factors` wrote.
 
     Raises:
         RunFolderError: if the file holds anything but pairs of factors.
@@ -146,11 +146,11 @@ def load_factors(path: Path) -> dict[str, LoraFactors]:
 
 
 def get_saved_tensors(adapted: nn.Module) -> dict[str, Tensor]:
-    """The tensors of an adapter's `modules_to_save`, by the names that peft saves them under."""
-    found: dict[str, Tensor] = get_peft_model_state_dict(
+    """Return the tensors of an adapter's `modules_to_save`, by the names that peft gives them."""
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(
         _find_peft_model(adapted), save_embedding_layers=False
     )
-    return {name: tensor for name, tensor in found.items() if ".lora_" not in name}
+    return {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
 
 
 def write_adapter(
@@ -158,45 +158,45 @@ def write_adapter(
     task_type: TaskType | None, modules_to_save: list[str] | None, base: str | None,
     revision: str | None, base_class: type[nn.Module] | None = None,
 ) -> None:  # fmt: skip
-    """Writes a plain peft folder, `adapter_config.json` and `adapter_model.safetensors`.
+    """Write a plain peft folder, `adapter_config.json` and `adapter_model.safetensors`.
 
     The scale is in the factors, so alpha equals the rank in every layer. A layer that is saved
     whole is no longer adapted: its weight was merged when its training began.
 
     Args:
-        folder: where; made if need be.
+        folder: made if it does not exist.
         factors: by the layers' paths in the encoder.
-        prefix: where the encoder lies in the class that the adapter is put on, with its dot, as
+        prefix: path of the encoder in the class that the adapter is applied to, with its dot, as
             `bert.`; empty for `AutoModel`.
-        saved: the tensors of `modules_to_save`, by the names that peft saves them under.
+        saved: the tensors of `modules_to_save`, by the names that peft gives them.
         task_type: peft's name of the task; None for images.
         modules_to_save: the modules that are saved whole, as fine-tuning named them.
         base: public id of the base model.
-        revision: its commit.
-        base_class: the class that the adapter is put on, from which `AutoPeftModel` loads it
-            where there is no task type.
+        revision: the base's commit.
+        base_class: the class that the adapter is applied to, which `AutoPeftModel` reads where
+            there is no task type.
     """
-    kept = {
-        f"{prefix}{path}": found
-        for path, found in factors.items()
+    adapted = {
+        f"{prefix}{path}": pair
+        for path, pair in factors.items()
         if f"{PEFT_PREFIX}{prefix}{path}.weight" not in saved
     }
-    ranks = {path: len(found.a) for path, found in kept.items()}
+    ranks = {path: len(pair.a) for path, pair in adapted.items()}
     usual = min(Counter(ranks.values()).most_common(), key=lambda pair: (-pair[1], pair[0]))[0]
     # peft matches a pattern against the end of a path, and a dot against anything.
     unusual = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != usual}
     config = LoraConfig(
         r=usual, lora_alpha=usual, rank_pattern=unusual, alpha_pattern=dict(unusual),
-        target_modules=list(kept), modules_to_save=modules_to_save, task_type=task_type,
+        target_modules=list(adapted), modules_to_save=modules_to_save, task_type=task_type,
         inference_mode=True, base_model_name_or_path=base, revision=revision,
     )  # fmt: skip
-    settings = config.to_dict() | {"target_modules": sorted(kept)}
+    settings = config.to_dict() | {"target_modules": sorted(adapted)}
     if task_type is None and base_class is not None:
         settings["auto_mapping"] = {
             "base_model_class": base_class.__name__, "parent_library": base_class.__module__,
         }  # fmt: skip
-    tensors = {f"{PEFT_PREFIX}{path}.lora_A.weight": found.a for path, found in kept.items()}
-    tensors |= {f"{PEFT_PREFIX}{path}.lora_B.weight": found.b for path, found in kept.items()}
+    tensors = {f"{PEFT_PREFIX}{path}.lora_A.weight": pair.a for path, pair in adapted.items()}
+    tensors |= {f"{PEFT_PREFIX}{path}.lora_B.weight": pair.b for path, pair in adapted.items()}
     tensors |= saved
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(settings, indent=2, sort_keys=True)
@@ -223,8 +223,8 @@ def _extract_layer_factors(layer: LoraLayer, name: str) -> LoraFactors:
 
 
 def _get_default(name: str) -> Any:
-    """What `peft.LoraConfig` has where nothing is given; None for a field it does not have."""
-    found = [f for f in fields(LoraConfig) if f.name == name]
-    if not found or found[0].default is MISSING:
+    """Return the default of a field of `peft.LoraConfig`; None for a field that it lacks."""
+    matches = [f for f in fields(LoraConfig) if f.name == name]
+    if not matches or matches[0].default is MISSING:
         return None
-    return found[0].default
+    return matches[0].default

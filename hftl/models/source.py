@@ -1,4 +1,7 @@
-"""Sizes that a config claims and no file of weights bears out, seen before anything is built."""
+"""Find the source model, pin its commit, and read its config, tokenizer and weights' hash.
+
+A config that names absurd sizes is refused before a model of it is built.
+"""
 
 import hashlib
 import json
@@ -12,27 +15,26 @@ from typing import Any
 
 from hftl.config.section import Source
 from hftl.errors import RecipeError, format_error_line
-from hftl.models.architectures import get_architecture
-from hftl.models.padding import accepts_attention_mask
-from hftl.models.parts import ArchitectureSpec, get_encoder_class
+from hftl.models.architectures import READ_AS, ArchitectureSpec, get_architecture
+from hftl.models.encoders import accepts_attention_mask, get_encoder_class
 from hftl.runtime import paths
 
 MAX_REPEATS = 1000
-"""Layers, groups or experts; the deepest encoders have some hundred."""
+"""Layers, groups or experts of a config, at most; the deepest encoders have some hundred."""
 MAX_LABELS = 1_000_000
 REPEAT_KEYS = re.compile(
     r"(num|n)_(\w+_)?(layers?|groups?|blocks?|experts?|stages?)|\w*layers|depths?"
 )
-"""Keys that say how often a part is built, in every family's words."""
+"""Keys of configs that say how often a part is repeated, in every family's spelling."""
 MAX_SIZE_RATIO, SIZE_SLACK = 2, 50_000_000
-"""How many times the file's numbers a model may have, and how many more: a head drawn anew."""
+"""A model may hold so many times the numbers of its file, and so many more for a new head."""
 
 
 def find_config_fault(config: Any) -> str | None:
-    """The first key of a config that claims more than any model has, with its value.
+    """Return what is wrong with the first key of a config that is larger than any model's.
 
     Args:
-        config: what config.json holds, which may be of any shape.
+        config: the parsed config.json, which may be of any shape.
     """
     for key, value in _iterate_counts(config):
         most = MAX_LABELS if key == "num_labels" else MAX_REPEATS
@@ -42,7 +44,7 @@ def find_config_fault(config: Any) -> str | None:
 
 
 def find_folder_fault(folder: Path) -> str | None:
-    """The same of a folder's config.json; None where there is none to be read."""
+    """Return `find_config_fault` of a folder's config.json; None where it cannot be read."""
     try:
         return find_config_fault(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):
@@ -50,10 +52,10 @@ def find_folder_fault(folder: Path) -> str | None:
 
 
 def find_size_fault(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Whether a model is far larger than its file of weights.
+    """Return how a model is far larger than its file of weights; None where it is not.
 
     Args:
-        model: built of the config, without weights.
+        model: built from the config, without weights.
         shapes: of the file's tensors.
     """
     built = sum(one.numel() for one in [*model.parameters(), *model.buffers()])
@@ -64,52 +66,53 @@ def find_size_fault(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> str | 
 
 
 def read_tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a checkpoint's tensors, from the headers alone.
+    """Read the shapes of a checkpoint's tensors from the file headers.
 
     Raises:
         SafetensorError: if a file does not open.
     """
     from safetensors import safe_open
 
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, "pt") as file:
-            found |= {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
-    return found
+            shapes |= {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
+    return shapes
 
 
 def _iterate_counts(config: Any) -> Iterator[tuple[str, int]]:
-    """Every count, however deep; of a list, as of blocks by stage, the sum."""
-    waiting = [config]
-    while waiting:
-        told = waiting.pop()
-        if not isinstance(told, dict):
+    """Yield every count at any depth; of a list, such as blocks by stage, the sum."""
+    nodes = [config]
+    while nodes:
+        node = nodes.pop()
+        if not isinstance(node, dict):
             continue
-        waiting.extend(told.values())
-        for key, value in told.items():
+        nodes.extend(node.values())
+        for key, value in node.items():
             numbers = value if isinstance(value, list) else [value]
             repeated = REPEAT_KEYS.fullmatch(key) or key == "num_labels"
             if repeated and all(isinstance(number, int) for number in numbers):
                 yield key, sum(numbers)
 
 
-# The source model: found, pinned, and described before a weight is read.
-
-
 WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
-"""Weight files, the first kind that a checkpoint has."""
+"""Weight files; a checkpoint is read from the first pattern that matches."""
 CONFIG_PATTERNS = ("*.json", "*.txt", "*.model")
-"""Configs, among them the processor's, vocabularies and merges."""
+"""Configs, the processor's among them, vocabularies and merges."""
 
 
 @dataclass(frozen=True)
 class SourceModel:
-    """A pretrained checkpoint, on the disk.
+    """Describe a pretrained checkpoint on the disk.
 
-    `folder` is where it lies, for a hub id the snapshot of one commit. `public_id` is the hub id
-    that a published adapter names as its base, where there is one, and `revision` its commit.
-    `architecture` is what the checkpoint is, and `config` what it is read as: ViTMAE's encoder
-    as ViT.
+    Args:
+        name: folder or hub id, as the recipe has it.
+        folder: the checkpoint's; for a hub id, the snapshot of one commit.
+        revision: the commit of a hub id.
+        public_id: the hub id that a published adapter names as its base, where there is one.
+        is_local: whether `name` is a folder.
+        config: of the architecture that the checkpoint is read as: ViT for ViTMAE.
+        architecture: the checkpoint's own model type.
     """
 
     name: str
@@ -122,21 +125,21 @@ class SourceModel:
 
     @property
     def model_type(self) -> str:
-        """The name in transformers of the architecture that it is read as."""
+        """Return the model type that the checkpoint is read as."""
         return self.config.model_type
 
     @property
     def architecture_spec(self) -> ArchitectureSpec:
-        """Where the architecture's parts lie."""
+        """Return the spec of the architecture that the checkpoint is read as."""
         return get_architecture(self.config)
 
 
 def find_source(source: Source, on_hub: bool = False) -> SourceModel:
-    """Finds the checkpoint; one of the hub is pinned to its commit and fetched.
+    """Find the checkpoint; one on the hub is downloaded at a pinned commit.
 
     Args:
-        source: where it is.
-        on_hub: whether it is a hub id even where a folder here has that name.
+        source: folder or hub id.
+        on_hub: take it for a hub id even where a folder has that name.
 
     Raises:
         RecipeError: if a folder is missing or holds no model, or the architecture is unsupported.
@@ -179,7 +182,7 @@ def find_source(source: Source, on_hub: bool = False) -> SourceModel:
 
 
 def describe_load_error(error: Exception) -> str:
-    """Return one line on why weights do not load; of a refused pickle, that none of it has run."""
+    """Return one line on why weights do not load; for a refused pickle, that it was not run."""
     if isinstance(error, (UnpicklingError, EOFError)):
         return (
             "a pickle of its weights (.bin) is damaged or holds more than tensors; none of it was "
@@ -191,8 +194,8 @@ def describe_load_error(error: Exception) -> str:
 def load_tokenizer(source: SourceModel) -> Any:
     """Return the source's own tokenizer, which pads on the right and gives the attention mask.
 
-    Published so, it makes a text's outputs under plain transformers independent of the texts
-    beside it, as they are in hftl, see `TextInputs`.
+    Published with these settings, plain transformers gives a text the same outputs whatever else
+    is in its batch, as hftl does (see `TextInputs`).
 
     Raises:
         RecipeError: if the checkpoint ships none, or one that cannot pad.
@@ -201,33 +204,33 @@ def load_tokenizer(source: SourceModel) -> Any:
 
     fix = "Save the tokenizer beside the model"
     try:
-        found: Any = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"source.model: {source.name} has no usable tokenizer: {format_error_line(error)}",
             fix,
         ) from error
-    # Without its files transformers makes one that knows the special tokens alone.
-    if len(found) <= len(found.all_special_ids):
+    # Without tokenizer files transformers builds one that knows only the special tokens.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise RecipeError(
             f"source.model: {source.name} has no usable tokenizer: it has no vocabulary", fix
         )
-    if found.pad_token_id is None:
+    if tokenizer.pad_token_id is None:
         raise RecipeError(
             f"source.model: the tokenizer of {source.name} has no padding token",
             "Set pad_token in its tokenizer_config.json",
         )
-    found.padding_side = "right"
+    tokenizer.padding_side = "right"
     if (
         accepts_attention_mask(get_encoder_class(source.config))
-        and "attention_mask" not in found.model_input_names
+        and "attention_mask" not in tokenizer.model_input_names
     ):
-        found.model_input_names = [*found.model_input_names, "attention_mask"]
-    return found
+        tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
+    return tokenizer
 
 
 def load_processor(source: SourceModel) -> Any:
-    """The source's own image processor, the one that needs no torchvision.
+    """Return the source's own image processor, the one that needs no torchvision.
 
     Raises:
         RecipeError: if the checkpoint ships none.
@@ -246,33 +249,35 @@ def load_processor(source: SourceModel) -> Any:
 
 
 def _read_as_encoder(config: Any) -> Any:
-    """ViTMAE has no classification class; its encoder is ViT's, layer by layer."""
-    from transformers import ViTConfig
+    """Return the config of the architecture that the checkpoint is read as, see `READ_AS`."""
+    from transformers import AutoConfig
 
-    if config.model_type != "vit_mae":
+    model_type = READ_AS.get(config.model_type)
+    if model_type is None:
         return config
-    known = ViTConfig().to_dict().keys() - {"model_type", "architectures"}
-    return ViTConfig(**{key: told for key, told in config.to_dict().items() if key in known})
+    known = AutoConfig.for_model(model_type).to_dict().keys() - {"model_type", "architectures"}
+    fields = {key: value for key, value in config.to_dict().items() if key in known}
+    return AutoConfig.for_model(model_type, **fields)
 
 
 def hash_source_weights(source: SourceModel) -> str:
-    """`hash_checkpoint` of a source model.
+    """Return `hash_checkpoint` of a source model.
 
     Raises:
         RecipeError: if it has no weights, or they do not open.
     """
-    found = hash_checkpoint(source.folder)
-    if found is None:
+    digest = hash_checkpoint(source.folder)
+    if digest is None:
         raise RecipeError(
             f"source.model: {source.name} has no weights", "Give one with model.safetensors"
         )
-    return found
+    return digest
 
 
 def hash_checkpoint(folder: Path) -> str | None:
-    """sha256 over a checkpoint's tensors, by name; over the bytes of files of older kinds.
+    """Return the sha256 of a checkpoint's tensors, by name, or of the bytes of pickled weights.
 
-    None where it has none.
+    None where the checkpoint has no weights.
 
     Raises:
         RecipeError: if a file does not open.
@@ -307,7 +312,7 @@ def _hash_tensors(file: Path, digest: Any) -> None:
 
 
 def _download_snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
-    """The snapshot of a commit with the files of these patterns, none of its folders."""
+    """Download the files of a commit that match the patterns, without its folders."""
     from huggingface_hub import snapshot_download
 
     with paths.translate_hub_errors(repo_id, "model", "source.model: "):

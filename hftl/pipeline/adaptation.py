@@ -18,9 +18,9 @@ from hftl.config.recipe import Recipe
 from hftl.errors import RunFolderError
 from hftl.finetune.context import ExperimentContext
 from hftl.measure.gain import summarize_adaptation
-from hftl.models.architectures import check_block_count, count_blocks
+from hftl.models.architectures import count_layers
+from hftl.models.encoders import check_block_count, count_blocks
 from hftl.models.lora_concat import check_concatenable, extract_factors, save_factors
-from hftl.models.parts import count_layers
 from hftl.models.source import SourceModel, hash_source_weights
 from hftl.pipeline.arms import ArmContexts, Run
 from hftl.pipeline.cache_keys import build_adapt_key

@@ -24,7 +24,7 @@ from hftl.finetune.context import (
     build_input_spec,
     pin_revisions,
 )
-from hftl.models.parts import TOKEN_CLASSIFICATION
+from hftl.models.architectures import TOKEN_CLASSIFICATION
 from hftl.pipeline.arms import Run
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.fingerprints import fingerprint, to_json

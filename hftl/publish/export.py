@@ -20,7 +20,14 @@ from hftl.errors import RunFolderError
 from hftl.finetune.arm import init_head_from_probe
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.strategies import prepare
-from hftl.models.heads import PooledModel, build_label_settings, unwrap_adapter
+from hftl.models.architectures import ArchitectureSpec
+from hftl.models.encoders import get_encoder_class
+from hftl.models.heads import (
+    PooledModel,
+    build_label_settings,
+    get_placeholder_name,
+    unwrap_adapter,
+)
 from hftl.models.lora import build_path_pattern, get_peft_model_inside
 from hftl.models.lora_concat import (
     PEFT_PREFIX,
@@ -30,7 +37,6 @@ from hftl.models.lora_concat import (
     load_factors,
     write_adapter,
 )
-from hftl.models.parts import ArchitectureSpec, get_encoder_class, get_placeholder_name
 from hftl.runtime.fingerprints import to_json
 
 SAMPLE_ROWS = 32
@@ -134,7 +140,7 @@ def export_adapter(bench: ExperimentContext, model: nn.Module, folder: Path) -> 
     )
 
 
-def _build_state_dict(model: nn.Module, anatomy: ArchitectureSpec) -> dict[str, Tensor]:
+def _build_state_dict(model: nn.Module, architecture: ArchitectureSpec) -> dict[str, Tensor]:
     """Return the tensors of a whole model; of a `PooledModel` those of its encoder, which
     `AutoModel` reads, and an empty one where the stock task class has its last layer.
 
@@ -144,7 +150,7 @@ def _build_state_dict(model: nn.Module, anatomy: ArchitectureSpec) -> dict[str, 
     """
     if not isinstance(model, PooledModel):
         return model.state_dict()
-    return model.encoder.state_dict() | {get_placeholder_name(anatomy): torch.empty(0)}
+    return model.encoder.state_dict() | {get_placeholder_name(architecture): torch.empty(0)}
 
 
 def _anchor_targets(weights: Path, encoder: nn.Module) -> dict[str, Any]:

@@ -51,13 +51,13 @@ class EmbeddingHook:
 
     def __init__(self, model: nn.Module) -> None:
         self._caught: Any = None
-        anatomy = get_model_architecture(model)
-        self._is_text = anatomy.modality == "text" and not isinstance(model, PooledModel)
+        architecture = get_model_architecture(model)
+        self._is_text = architecture.modality == "text" and not isinstance(model, PooledModel)
         if self._is_text:
-            where = get_encoder(model, anatomy)
+            where = get_encoder(model, architecture)
             self._hook = where.register_forward_hook(self._catch_output)
         else:
-            where = _find_head_module(model, anatomy.last_linear)
+            where = _find_head_module(model, architecture.head.last_linear)
             self._hook = where.register_forward_pre_hook(self._catch_input)
 
     def read_outputs(self, outputs: Any, mask: Tensor | None) -> ModelOutputs:

@@ -316,8 +316,8 @@ class ZeroShotKL:
         Raises:
             RecipeError: if the model has none of CLIP's.
         """
-        anatomy = get_model_architecture(model)
-        self._tower = get_encoder(model, anatomy)
+        architecture = get_model_architecture(model)
+        self._tower = get_encoder(model, architecture)
         if self._tower.config.model_type != "clip_vision_model":
             raise RecipeError(
                 f"kl.on=zero_shot: {self._tower.config.model_type} tells no classes by their names",

@@ -20,7 +20,7 @@ def list_training_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
         RecipeError: for such a layer that is partly frozen and draws dropout in its own forward.
     """
     try:
-        head_dropout = get_model_architecture(model).head_dropout
+        head_dropout = get_model_architecture(model).head.dropout
     except RecipeError:  # A user's own model: its head is where its parameters train.
         head_dropout = None
     modes: list[tuple[nn.Module, bool]] = []

@@ -15,8 +15,9 @@ from torch import nn
 
 from hftl.config.errors import suggest_closest
 from hftl.errors import RecipeError
+from hftl.models.architectures import ArchitectureSpec
+from hftl.models.encoders import get_submodule, has_prefix, list_block_paths
 from hftl.models.heads import get_encoder, get_model_architecture
-from hftl.models.parts import ArchitectureSpec, get_submodule, has_prefix, list_block_paths
 
 NO_DECAY_NAMES = (
     "bias", "position_embedding", "rel_embeddings", "cls_token", "mask_token", "register_tokens",
@@ -114,9 +115,9 @@ def compute_depths(model: nn.Module) -> tuple[dict[str, int], int]:
     Raises:
         RecipeError: if the architecture is not supported.
     """
-    anatomy = get_model_architecture(model)
-    encoder = get_encoder(model, anatomy)
-    paths = list_block_paths(encoder, anatomy.blocks)
+    architecture = get_model_architecture(model)
+    encoder = get_encoder(model, architecture)
+    paths = list_block_paths(encoder, architecture)
     found = {id(p): len(paths) + 1 for p in model.parameters()}
     found |= {id(p): 0 for p in encoder.parameters()}
     for outer, depth in _find_stages(paths):
@@ -124,7 +125,7 @@ def compute_depths(model: nn.Module) -> tuple[dict[str, int], int]:
     for depth, path in enumerate(paths, 1):
         found |= {id(p): depth for p in get_submodule(encoder, path).parameters()}
     for name, parameter in encoder.named_parameters():
-        if has_prefix(name, (*anatomy.final_parts, *_list_pooler(anatomy))):
+        if has_prefix(name, (*architecture.final_parts, *_list_pooler(architecture))):
             found[id(parameter)] = len(paths) + 1
     return {name: found[id(p)] for name, p in model.named_parameters()}, len(paths)
 
@@ -219,5 +220,5 @@ def _find_stages(paths: list[str]) -> list[tuple[str, int]]:
     return list(found.items())
 
 
-def _list_pooler(anatomy: ArchitectureSpec) -> tuple[str, ...]:
-    return (anatomy.pooler,) if anatomy.pooler else ()
+def _list_pooler(architecture: ArchitectureSpec) -> tuple[str, ...]:
+    return (architecture.pooler,) if architecture.pooler else ()

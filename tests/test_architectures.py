@@ -1,0 +1,282 @@
+"""Compare every architecture's entry with what its stock class does, forward and backward."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from tiny import IMAGE_SIZE, TEXT, is_image, tiny_config
+from torch import nn
+from transformers import AutoConfig, AutoModel, BertForMaskedLM, ResNetConfig
+
+from hftl.errors import RecipeError
+from hftl.finetune.strategies import prepare
+from hftl.models import architectures
+from hftl.models.architectures import (
+    ARCHITECTURES,
+    TOKEN_CLASSIFICATION,
+    ArchitectureSpec,
+    HeadSpec,
+    count_layers,
+    get_architecture,
+    get_max_tokens,
+    get_native_image_size,
+    get_patch_size,
+)
+from hftl.models.encoders import (
+    accepts_attention_mask,
+    count_blocks,
+    get_blocks,
+    get_encoder_class,
+    get_stock_encoder,
+    get_task_class,
+    has_prefix,
+    list_block_paths,
+)
+from hftl.models.heads import get_last_linear, get_model_architecture
+from hftl.models.lora import list_lora_layers
+from hftl.train.frozen_eval import list_training_modes
+
+CLASSIFICATION = "classification"
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("dinov2", {"use_swiglu_ffn": True}),
+    ("dinov2_with_registers", {"use_swiglu_ffn": True}),
+    ("beit", {"use_mean_pooling": False}),
+    ("beit", {"use_mask_token": False}),
+    ("data2vec-vision", {"use_mean_pooling": False, "use_mask_token": True}),
+    ("deberta", {"relative_attention": False}),
+    ("deberta", {"pos_att_type": ["p2c"]}),
+    ("deberta-v2", {"share_att_key": False}),
+    ("roc_bert", {"concat_input": False}),
+    ("esm", {"position_embedding_type": "rotary"}),
+    ("albert", {"inner_group_num": 2, "num_hidden_groups": 3}),
+]
+CASES = [
+    *((name, {}, CLASSIFICATION) for name in sorted(ARCHITECTURES)),
+    *((name, {}, TOKEN_CLASSIFICATION) for name in sorted(ARCHITECTURES) if not is_image(name)),
+    *((name, changes, CLASSIFICATION) for name, changes in VARIANTS),
+]
+ids = [f"{name}-{task[:5]}-{'-'.join(changes)}" for name, changes, task in CASES]
+every_case = pytest.mark.parametrize(("name", "changes", "task"), CASES, ids=ids)
+
+
+def build_stock(name: str, changes: dict[str, Any], task: str = CLASSIFICATION) -> Any:
+    config = tiny_config(name, **changes)
+    torch.manual_seed(0)
+    return get_task_class(config, task)(config)
+
+
+def make_batch(name: str, side: int = IMAGE_SIZE) -> dict[str, torch.Tensor]:
+    if is_image(name):
+        return {"pixel_values": torch.rand(2, 3, side, side)}
+    ids = torch.tensor([[2, 7, 9, 3]])
+    if accepts_attention_mask(get_encoder_class(tiny_config(name))):
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {"input_ids": ids}
+
+
+@every_case
+def test_entry_is_what_runs(name: str, changes: dict[str, Any], task: str) -> None:
+    """Order of calls and missing gradients name the same parts as the entry."""
+    model = build_stock(name, changes, task).train()
+    spec = get_architecture(model.config).for_task(task)
+    assert get_model_architecture(model) == spec
+    encoder = get_stock_encoder(model, spec)
+    assert encoder is not model
+    paths = [f"{spec.encoder}.{path}" for path in list_block_paths(encoder, spec)]
+    get_blocks(encoder, spec)
+    calls: list[str] = []
+    shapes: list[tuple[int, ...]] = []
+    for path, module in model.named_modules():
+        if (
+            path in paths
+            or isinstance(module, nn.Dropout)
+            or list(module.parameters(recurse=False))
+        ):
+            module.register_forward_hook(lambda *_, path=path: calls.append(path))
+    last = get_last_linear(model, spec)
+    last.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
+    batch = make_batch(name)
+    model(**batch).logits.square().sum().backward()
+
+    outputs = next(iter(batch.values())).shape[: 2 if task == TOKEN_CLASSIFICATION else 1]
+    assert shapes == [(*outputs, last.in_features)]
+    blocks = [call for call in calls if call in paths]
+    assert blocks == (paths if name != "albert" else blocks) and set(blocks) == set(paths)
+    without = {path for path, p in model.named_parameters() if p.grad is None}
+    inside = {path.removeprefix(f"{spec.encoder}.") for path in without}
+    # A token class may hold a pooler that it does not read, as FNet's does.
+    unused = (*spec.unused_parts, *(["pooler"] if task == TOKEN_CLASSIFICATION else []))
+    named = {path for path, _ in encoder.named_parameters() if has_prefix(path, unused)}
+    assert inside == named and len(inside) == len(without)
+
+    after = {
+        call.removeprefix(f"{spec.encoder}.")
+        for call in calls[len(calls) - calls[::-1].index(paths[-1]) :]
+        if call.startswith(f"{spec.encoder}.") and call.removeprefix(f"{spec.encoder}.") != ""
+        and list(model.get_submodule(call).parameters())
+    }  # fmt: skip
+    parts = (*spec.final_parts, *([spec.pooler] if spec.pooler else []))
+    assert all(has_prefix(path, (*parts, *unused)) for path in after)
+    assert all(any(has_prefix(path, (part,)) for path in after) for part in spec.final_parts)
+
+    heads = {path for path, m in model.named_children() if list(m.parameters())} - {spec.encoder}
+    assert heads == set(spec.head.parts)
+    assert calls[-1] == spec.head.last_linear
+    before = model.get_submodule(calls[-2])
+    outside = not calls[-2].startswith(f"{spec.encoder}.")
+    assert spec.head.dropout == (calls[-2] if isinstance(before, nn.Dropout) and outside else None)
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_encoder_alone(name: str) -> None:
+    config = tiny_config(name)
+    spec = get_architecture(config)
+    kind = get_encoder_class(config)
+    takes = inspect.signature(kind.__init__).parameters
+    assert spec.add_pooling_layer == ("add_pooling_layer" in takes and not is_image(name))
+    model = AutoModel.from_config(config)
+    encoder = get_stock_encoder(model, spec)
+    assert (encoder is model) == (spec.encoder != "vision_model")
+    stock = build_stock(name, {}).base_model
+    poolers = [getattr(m, "pooler", None) for m in ([stock] if is_image(name) else [stock, model])]
+    assert (spec.pooler is not None) == any(p is not None and list(p.parameters()) for p in poolers)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "blocks", "layers"),
+    [
+        ("bert", {}, 3, 3),
+        ("distilbert", {"n_layers": 5}, 5, 5),
+        ("albert", {"num_hidden_layers": 7}, 1, 7),
+        ("albert", {"num_hidden_layers": 6, "num_hidden_groups": 3, "inner_group_num": 2}, 6, 6),
+        ("swin", {"depths": [2, 3]}, 5, 5),
+        ("clip", {}, 3, 3),
+    ],
+)
+def test_blocks_and_layers_are_counted(
+    name: str, changes: dict[str, Any], blocks: int, layers: int
+) -> None:
+    config = tiny_config(name, **changes)
+    assert (count_blocks(config), count_layers(config)) == (blocks, layers)
+
+
+@pytest.mark.parametrize(
+    "name", ["bert", "roberta", "albert", "electra", "distilbert", "mpnet", "data2vec-text", "esm"]
+)
+def test_the_longest_text_fits_and_a_longer_one_does_not(name: str) -> None:
+    config = tiny_config(name, pad_token_id=1)
+    model = AutoModel.from_config(config).eval()
+    for length, fits in ((get_max_tokens(config), True), (get_max_tokens(config) + 1, False)):
+        ids = torch.full((1, length), 7)
+        if fits:
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        else:
+            with pytest.raises((IndexError, RuntimeError)):
+                model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+@pytest.mark.parametrize(
+    ("name", "patch"), [("vit", 8), ("swin", 4), ("clip", 8), ("siglip", 8), ("dinov2", 8)]
+)
+def test_sizes_of_images_and_patches(name: str, patch: int) -> None:
+    config = tiny_config(name)
+    assert (get_native_image_size(config), get_patch_size(config)) == (IMAGE_SIZE, patch)
+
+
+def test_oblong_images_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"\(32, 64\) pixels, expected squares"):
+        get_native_image_size(tiny_config("vit", image_size=[32, 64]))
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(ARCHITECTURES) if is_image(name)])
+def test_larger_images_run_as_the_entry_says(name: str) -> None:
+    model = build_stock(name, {}).eval()
+    sizes = get_architecture(model.config).image_sizes
+    assert sizes != "fixed"
+    arguments = {"interpolate_pos_encoding": True} if sizes == "argument" else {}
+    with torch.no_grad():
+        logits = model(**make_batch(name, 2 * IMAGE_SIZE), **arguments).logits
+    assert logits.shape == (2, 2)
+
+
+def test_images_have_no_tokens() -> None:
+    with pytest.raises(RecipeError, match="vit has no class for token-classification"):
+        get_architecture(tiny_config("vit")).for_task(TOKEN_CLASSIFICATION)
+
+
+def test_other_layers_in_a_block_are_refused() -> None:
+    model = build_stock("bert", {})
+    spec = get_architecture(model.config)
+    model.bert.encoder.layer[1].gate = nn.Linear(2, 2)
+    with pytest.raises(RecipeError, match="a block has a linear layer 'gate'"):
+        get_blocks(model.bert, spec)
+    del model.bert.encoder.layer[1].gate
+    model.bert.encoder.layer[1].intermediate = nn.Identity()
+    with pytest.raises(RecipeError, match="no linear layer 'intermediate.dense'"):
+        get_blocks(model.bert, spec)
+
+
+def test_other_classes_of_the_architecture_are_refused() -> None:
+    with pytest.raises(RecipeError, match="BertForMaskedLM is no sequence, token or image"):
+        get_model_architecture(BertForMaskedLM(tiny_config("bert")))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "reason"),
+    [
+        ("gpt2", {"n_embd": 16, "n_layer": 2, "n_head": 2}, "hftl has no entry for it"),
+        ("longformer", TEXT, "hftl has no entry for it"),
+        ("bert", {**TEXT, "is_decoder": True}, "its config makes it a decoder"),
+    ],
+)
+def test_an_unsupported_architecture_is_refused(
+    name: str, fields: dict[str, Any], reason: str
+) -> None:
+    config = AutoConfig.for_model(name, **fields)
+    advice = "Use one of albert, .*vit_mae.*, or add an entry to hftl/models/architectures.py"
+    with pytest.raises(RecipeError, match=f"'{name}' is not supported: {reason}.*{advice}"):
+        get_architecture(config)
+
+
+RESNET = ArchitectureSpec(
+    "resnet", "encoder.stages.*.layers",
+    ("layer.0.convolution", "layer.1.convolution", "layer.2.convolution"), "image",
+    optional_targets=("shortcut.convolution",), head=HeadSpec(last_linear="classifier.1", dropout=None),
+    token_head=None, image_sizes="any",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["head", "partial", "lora", "full"])
+def test_a_convolutional_network_fits_an_entry(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages of unequal blocks, no patches, no linear layers: one entry, no other code."""
+    monkeypatch.setitem(architectures.ARCHITECTURES, "resnet", RESNET)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[2, 1])
+    assert (count_blocks(config), count_layers(config)) == (3, 3)
+    assert (get_patch_size(config), get_native_image_size(config)) == (1, None)
+    model: Any = prepare(get_task_class(config, CLASSIFICATION)(config), strategy, blocks=1)
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    top = "resnet.encoder.stages.1.layers.0."
+    if strategy == "lora":
+        assert len(list_lora_layers(model)) == 3 * 3 + 2
+    elif strategy == "partial":
+        assert any(name.startswith(top) for name in trains)
+        assert not any(name.startswith("resnet.embedder") for name in trains)
+    for module, trains_now in list_training_modes(model):
+        module.training = trains_now
+    statistics = get_statistics(model)
+    assert model(pixel_values=torch.rand(2, 3, 40, 40)).logits.shape == (2, 2)
+    moved = {
+        name for name, value in get_statistics(model).items() if not value.equal(statistics[name])
+    }
+    assert {name for name in moved if "embedder" in name} == (
+        {name for name in statistics if "embedder" in name} if strategy == "full" else set()
+    )
+    assert bool(moved) == (strategy in ("partial", "full"))
+
+
+def get_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of BatchNorm's running means and variances."""
+    return {name: b.clone() for name, b in model.named_buffers() if ".running_" in name}
