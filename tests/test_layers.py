@@ -22,7 +22,7 @@ ORDER = [
     "data.splits", "data.prepare", "data.corpus", "data.masking", "data.general",
     "models.architectures", "models.encoders", "models.source",
     "models.heads", "models.lora", "models.lora_concat", "models.features",
-    "analysis.probe", "analysis.drift", "analysis.jackknife", "analysis.check",
+    "analysis.probe", "analysis.neighbours", "analysis.drift", "analysis.check",
     "retain.hooks", "retain.reference", "retain.kl", "retain.regularizers", "retain.weights",
     "retain.fisher",
     "train.checkpoint", "train.frozen_eval", "train.callbacks", "train.loss", "train.objective",

@@ -6,19 +6,17 @@ import numpy as np
 import pytest
 
 from hftl.analysis.drift import (
-    compute_cka,
-    compute_neighbour_hits,
-    compute_relational_kl,
-    compute_shared_neighbours,
-)
-from hftl.analysis.jackknife import (
-    JackknifeEstimate,
     JackknifeProbes,
-    count_needed_neighbours,
+    compute_cka,
     jackknife_cka,
-    jackknife_neighbour_hits,
     jackknife_relational_kl,
+)
+from hftl.analysis.neighbours import (
+    JackknifeEstimate,
+    count_needed_neighbours,
+    jackknife_neighbour_hits,
     jackknife_shared_neighbours,
+    mean_shared_neighbours,
     rank_neighbours,
 )
 from hftl.errors import DataError
@@ -33,6 +31,11 @@ BEFORE = RNG.normal(size=(ROWS, 12))
 AFTER = BEFORE + 0.7 * RNG.normal(size=(ROWS, 12))
 
 
+def list_hits(rows: np.ndarray) -> np.ndarray:
+    """Return whether each row's nearest other row is of its unit."""
+    return UNITS[rows][rank_neighbours(AFTER[rows], 1)[:, 0]] == UNITS[rows]
+
+
 def order(side: np.ndarray) -> np.ndarray:
     return rank_neighbours(side, count_needed_neighbours(BLOCKS, 10))
 
@@ -41,11 +44,10 @@ def order(side: np.ndarray) -> np.ndarray:
     ("found", "figure"),
     [
         (jackknife_shared_neighbours(order(BEFORE), order(AFTER), BLOCKS),
-         lambda i: compute_shared_neighbours(BEFORE[i], AFTER[i]).mean()),
-        (jackknife_neighbour_hits(order(AFTER), UNITS, BLOCKS),
-         lambda i: compute_neighbour_hits(AFTER[i], UNITS[i]).mean()),
+         lambda i: mean_shared_neighbours(BEFORE[i], AFTER[i])),
+        (jackknife_neighbour_hits(order(AFTER), UNITS, BLOCKS), lambda i: list_hits(i).mean()),
         (jackknife_relational_kl(BEFORE, AFTER, 0.05, BLOCKS),
-         lambda i: compute_relational_kl(BEFORE[i], AFTER[i], 0.05).mean()),
+         lambda i: jackknife_relational_kl(BEFORE[i], AFTER[i], 0.05, 0 * BLOCKS[i]).value),
         (jackknife_cka(BEFORE, AFTER, BLOCKS), lambda i: compute_cka(BEFORE[i], AFTER[i])),
     ],
     ids=["shared", "same", "kl", "cka"],
@@ -74,7 +76,7 @@ def test_probes_are_fitted_without_the_block() -> None:
 
 def test_effects_are_what_taking_out_a_block_does_through_the_rows_that_stay() -> None:
     found = jackknife_neighbour_hits(order(AFTER), UNITS, BLOCKS)
-    right = compute_neighbour_hits(AFTER, UNITS)
+    right = list_hits(np.arange(ROWS))
     assert isinstance(found.effects, np.ndarray) and not found.effects.diagonal().any()
     for block in range(10):
         left = BLOCKS != block

@@ -1,11 +1,13 @@
-"""Agreement of neighbours, against scikit-learn and by its properties."""
+"""Compare shared neighbours and their labels with double loops, and check their properties."""
 
 import numpy as np
 import pytest
-from sklearn.neighbors import NearestNeighbors
 
-from hftl.analysis import drift
-from hftl.analysis.drift import mean_shared_neighbours
+from hftl.analysis.neighbours import (
+    jackknife_neighbour_hits,
+    mean_shared_neighbours,
+    rank_neighbours,
+)
 from hftl.errors import DataError
 
 
@@ -13,24 +15,29 @@ def features(rows: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float32)
 
 
-def reference(before: np.ndarray, after: np.ndarray, k: int) -> float:
-    sides = []
-    for side in (before, after):
-        search = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(side)
-        sides.append(search.kneighbors(return_distance=False))
-    shared = [len(set(one) & set(other)) for one, other in zip(*sides, strict=True)]
-    return float(np.mean(shared)) / k
+def list_nearest(side: np.ndarray, row: int, k: int) -> set[int]:
+    """Return the k nearest other rows by cosine, by a loop."""
+    unit = [np.array(other, float) / np.linalg.norm(other) for other in side]
+    others = [i for i in range(len(side)) if i != row]
+    return set(sorted(others, key=lambda i: -float(unit[row] @ unit[i]))[:k])
 
 
-@pytest.mark.parametrize("chunk", [7, 50, 512])
-@pytest.mark.parametrize("k", [1, 10, 119])
-def test_equals_scikit_learn(k: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drift, "CHUNK_ROWS", chunk)
-    before = features(120, 12)
-    after = before[:, :9] + features(120, 9, 1) * 0.5
-    assert mean_shared_neighbours(before, after, k) == pytest.approx(
-        reference(before, after, k), abs=1e-12
-    )
+@pytest.mark.parametrize("k", [1, 10, 59])
+def test_shared_neighbours_are_those_of_a_double_loop(k: int) -> None:
+    before = features(60, 12)
+    after = before[:, :9] + features(60, 9, 1) * 0.5
+    shared = [
+        len(list_nearest(before, row, k) & list_nearest(after, row, k)) / k for row in range(60)
+    ]
+    assert mean_shared_neighbours(before, after, k) == pytest.approx(np.mean(shared), abs=1e-12)
+
+
+@pytest.mark.parametrize("labels", [np.arange(60) % 3, np.array(list("abcd") * 15)])
+def test_neighbour_hits_are_those_of_a_double_loop(labels: np.ndarray) -> None:
+    side = features(60, 8)
+    hits = [labels[list_nearest(side, row, 1).pop()] == labels[row] for row in range(60)]
+    estimate = jackknife_neighbour_hits(rank_neighbours(side, 10), labels, np.arange(60) // 6)
+    assert estimate.value == pytest.approx(np.mean(hits)) and 0 < estimate.value < 1
 
 
 def test_rotation_and_the_lengths_of_rows_change_nothing() -> None:
@@ -44,14 +51,14 @@ def test_rotation_and_the_lengths_of_rows_change_nothing() -> None:
 
 
 def test_unrelated_features_agree_by_chance() -> None:
-    found = mean_shared_neighbours(features(1000, 20), features(1000, 30, 1))
-    assert abs(found - 10 / 999) < 0.003
+    share = mean_shared_neighbours(features(1000, 20), features(1000, 30, 1))
+    assert abs(share - 10 / 999) < 0.003
 
 
 def test_it_falls_as_features_drift_and_is_symmetric() -> None:
     before, noise = features(300, 16), features(300, 16, 1)
-    found = [mean_shared_neighbours(before, before + scale * noise) for scale in (0.05, 0.3, 1, 3)]
-    assert found == sorted(found, reverse=True) and found[0] > 0.8 and found[-1] < 0.3
+    shares = [mean_shared_neighbours(before, before + scale * noise) for scale in (0.05, 0.3, 1, 3)]
+    assert shares == sorted(shares, reverse=True) and shares[0] > 0.8 and shares[-1] < 0.3
     assert mean_shared_neighbours(before + noise, before) == mean_shared_neighbours(
         before, before + noise
     )

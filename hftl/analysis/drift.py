@@ -1,97 +1,25 @@
-"""Do the same items still lie beside each other? Neighbours in features before and after."""
+"""Measure how far features have moved, and what can no longer be read from them.
+
+Features are (rows, width) arrays of the same rows, in the same order, before and after; all sums
+are taken in float64. For the `jackknife_` functions and their blocks see `neighbours.py`.
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import log_softmax
 from sklearn.model_selection import GroupKFold
 
-from hftl.analysis.probe import fit_probe
-from hftl.errors import DataError
+from hftl.analysis.neighbours import JackknifeEstimate, normalize_rows
+from hftl.analysis.probe import Probe, fit_probe
 
 CHUNK_ROWS = 512
 """Rows whose similarities to all others are held at once."""
-
-
-def mean_shared_neighbours(before: np.ndarray, after: np.ndarray, k: int = 10) -> float:
-    """The mean share of each row's k nearest neighbours that are the same, see `compute_shared_neighbours`."""
-    return float(compute_shared_neighbours(before, after, k).mean())
-
-
-def compute_shared_neighbours(before: np.ndarray, after: np.ndarray, k: int = 10) -> np.ndarray:
-    """(n,) the share of each row's k nearest neighbours that are the same before and after.
-
-    Nearest by cosine, a row itself left out: the mutual k-nearest-neighbour alignment of Huh et
-    al. 2024 (arXiv:2405.07987, appendix A). 1 for equal features, or rotated ones, or rows of
-    other lengths; about k / (n - 1) for unrelated ones.
-
-    Args:
-        before: features (n, d) of the same rows as `after`, in the same order.
-        after: features (n, e).
-        k: how many neighbours.
-
-    Raises:
-        DataError: if there are not more than k rows, their numbers differ, or a feature is not
-            finite.
-    """
-    rows = len(before)
-    if rows != len(after):
-        raise DataError(
-            f"{rows} rows before and {len(after)} after cannot be compared", "Use the same rows"
-        )
-    if rows <= k:
-        raise DataError(f"{rows} rows have no {k} neighbours each", f"Give more than {k} rows")
-    sides = normalize_rows(before), normalize_rows(after)
-    shares = []
-    for start in range(0, rows, CHUNK_ROWS):
-        one, other = (find_nearest(side, start, k) for side in sides)
-        member = np.zeros((len(one), rows), dtype=bool)
-        np.put_along_axis(member, one, True, axis=1)
-        shares.append(np.take_along_axis(member, other, axis=1).mean(1))
-    return np.concatenate(shares)
-
-
-def normalize_rows(features: np.ndarray) -> np.ndarray:
-    """Rows of length 1, float64; a row of zeros stays one."""
-    wide = features.astype(np.float64)
-    if not np.isfinite(wide).all():
-        row = int(np.argmin(np.isfinite(wide).all(1)))
-        raise DataError(f"the features of row {row} are not finite", "Look for a diverged model")
-    lengths = np.linalg.norm(wide, axis=1, keepdims=True)
-    return wide / np.where(lengths > 0, lengths, 1)
-
-
-def find_nearest(rows: np.ndarray, start: int, k: int) -> np.ndarray:
-    """Indices (chunk, k) of the nearest rows to those from `start`, in no order; see
-    `normalize_rows`."""
-    similar = rows[start : start + CHUNK_ROWS] @ rows.T
-    chunk = np.arange(len(similar))
-    similar[chunk, start + chunk] = -np.inf
-    return np.argpartition(similar, -k, axis=1)[:, -k:]
-
-
-# How far features have moved, and what can no longer be read from them.
-#
-# Everything is of the same rows, in the same order, before and after; arrays of features are
-# (n, width), and all sums are taken in float64.
-
-
 FOLDS = 5
 
 
-def compute_neighbour_hits(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(n,) float64: 1 where the nearest other row by cosine has the same label, else 0.
-
-    The mean is the leave-one-out accuracy of the nearest neighbour.
-
-    Args:
-        features: (n, width), n at least 2.
-        labels: (n,) of anything that can be compared.
-    """
-    rows = normalize_rows(features)
-    neighbours = [find_nearest(rows, start, 1)[:, 0] for start in range(0, len(rows), CHUNK_ROWS)]
-    return (labels[np.concatenate(neighbours)] == labels).astype(np.float64)
-
-
 def compute_cosines(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """(n,) the cosine of each row with itself."""
+    """Return the cosine of each row with itself, (rows,)."""
     return (normalize_rows(before) * normalize_rows(after)).sum(1)
 
 
@@ -100,9 +28,9 @@ def compute_cka(before: np.ndarray, after: np.ndarray) -> float:
 
     HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)) (Kornblith et al. 2019, arXiv:1905.00414, section 3)
     of the unbiased HSIC of Song et al. 2012 (JMLR 13:1393-1434, equation 5), as in minibatch CKA
-    (Nguyen et al. 2021, arXiv:2010.15327). 1 for features that are rotated or scaled alone, about 0
-    for unrelated ones, where the biased estimator is .88 with 50 rows of 384; it may be below 0. 0
-    where the rows of either are all the same.
+    (Nguyen et al. 2021, arXiv:2010.15327). 1 for features that are only rotated or scaled; about 0
+    for unrelated ones, for which the biased estimator is .88 with 50 rows of 384; it may be
+    negative. 0 where the rows of either are all the same. scikit-learn and torch have no CKA.
 
     Args:
         before: (n, width), n at least 4, under which it is 0.
@@ -113,7 +41,7 @@ def compute_cka(before: np.ndarray, after: np.ndarray) -> float:
     if rows < 4:
         return 0.0
     cross, first, second = (_unbiased_hsic(a, b) for a, b in ((x, y), (x, x), (y, y)))
-    # Rounding leaves a trace of a variance where there is none.
+    # Rounding leaves a trace of variance where there is none.
     tiny = [1e-12 * float(np.sum(side**2)) ** 2 / rows**2 for side in (x, y)]
     if first <= tiny[0] or second <= tiny[1]:
         return 0.0
@@ -121,16 +49,16 @@ def compute_cka(before: np.ndarray, after: np.ndarray) -> float:
 
 
 def compute_cka_floor(before: np.ndarray, after: np.ndarray, draws: int = 19) -> float:
-    """Return the largest `compute_cka` of `draws` pairings of the rows by chance.
+    """Return the largest `compute_cka` of `draws` random pairings of the rows.
 
-    Unrelated features are above that of 19 once in 20 times.
+    The CKA of unrelated features is above that of 19 once in 20 times.
     """
     draw = np.random.default_rng(0)
     return max(compute_cka(before, after[draw.permutation(len(after))]) for _ in range(draws))
 
 
 def _unbiased_hsic(x: np.ndarray, y: np.ndarray) -> float:
-    """The unbiased HSIC of linear kernels of centred features; no kernel is held."""
+    """Return the unbiased HSIC of linear kernels of centred features, without holding a kernel."""
     n = len(x)
     diagonal = [np.einsum("ij,ij->i", side, side) for side in (x, y)]
     # Sums over other rows: centred features sum to 0 over all rows.
@@ -140,62 +68,151 @@ def _unbiased_hsic(x: np.ndarray, y: np.ndarray) -> float:
     return float(both + outer - 2 * (sums[0] @ sums[1]) / (n - 2)) / (n * (n - 3))
 
 
-def compute_relational_kl(before: np.ndarray, after: np.ndarray, tau: float) -> np.ndarray:
-    """(n,) in nats: how much less well `after` tells which rows `before` finds alike.
+def jackknife_relational_kl(
+    before: np.ndarray, after: np.ndarray, tau: float, blocks: np.ndarray
+) -> JackknifeEstimate:
+    """Return the mean KL, in nats, between the rows' similarity distributions before and after.
 
     KL(q0_i || q_i), where q_i is the softmax of cosine / tau over all rows but i: the distribution
     that contrastive encoders are trained on (SEED, Fang et al. 2021, arXiv:2101.04731, equation 4).
+    A softmax without a block is the softmax over the rest, so sums over blocks suffice.
 
     Args:
-        before: (n, d), n at least 2.
-        after: (n, e).
+        before: (rows, width), at least 2 rows.
+        after: (rows, other width).
         tau: the temperature.
+        blocks: (rows,) int64 from 0 on.
     """
     sides = normalize_rows(before), normalize_rows(after)
-    divergences = []
-    for start in range(0, len(before), CHUNK_ROWS):
-        old, new = (compute_log_softmax(side, start, tau) for side in sides)
-        # A row itself has no share: -inf on both sides.
-        apart = np.where(np.isneginf(old), 0.0, old) - np.where(np.isneginf(new), 0.0, new)
-        divergences.append((np.exp(old) * apart).sum(1))
-    return np.maximum(np.concatenate(divergences), 0.0)
+    count = int(blocks.max()) + 1
+    member = np.eye(count)[blocks]
+    rest = 1.0 - np.eye(count)
+    values, sums = np.zeros(len(blocks)), np.zeros(count)
+    for start in range(0, len(blocks), CHUNK_ROWS):
+        old, new = (_log_softmax_over_others(side, start, tau) for side in sides)
+        # Not scipy.special.rel_entr: at small temperatures exp(new) is 0 where its log is finite.
+        ratio = np.where(np.isneginf(old), 0.0, old) - np.where(np.isneginf(new), 0.0, new)
+        p, q = np.exp(old), np.exp(new)
+        rows = slice(start, start + len(old))
+        values[rows] = np.maximum((p * ratio).sum(1), 0.0)
+        p_rest, q_rest = p @ member @ rest, q @ member @ rest
+        # A row that remains alone has no distribution.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            kl = (p * ratio) @ member @ rest / p_rest
+            kl += np.log(q_rest) - np.log(p_rest)
+        sums += (np.maximum(kl, 0.0) * (1 - member[rows])).sum(0)
+    return JackknifeEstimate(float(values.mean()), sums / (len(blocks) - np.bincount(blocks)))
 
 
-def compute_log_softmax(rows: np.ndarray, start: int, tau: float) -> np.ndarray:
-    """Return the log of the softmax over the other rows, (chunk, n), -inf for a row itself."""
+def _log_softmax_over_others(rows: np.ndarray, start: int, tau: float) -> np.ndarray:
+    """Return the log softmax over the other rows, (chunk, rows), -inf for a row itself."""
     logits = rows[start : start + CHUNK_ROWS] @ rows.T / tau
     chunk = np.arange(len(logits))
     logits[chunk, start + chunk] = -np.inf
-    logits -= logits.max(1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    return log_softmax(logits, axis=1)
 
 
-def compute_probe_hits(
-    fitted_on: np.ndarray, tested_on: list[np.ndarray], labels: np.ndarray, units: np.ndarray,
-    penalty: float,
-) -> list[np.ndarray]:  # fmt: skip
-    """Which rows a cross-validated linear probe gets right, (n,) float64 of 0 and 1.
+def jackknife_cka(before: np.ndarray, after: np.ndarray, blocks: np.ndarray) -> JackknifeEstimate:
+    """Return the jackknife of the debiased CKA, 0 where either side does not vary beyond noise."""
+    x, y = (side.astype(np.float64) - side.mean(0, dtype=np.float64) for side in (before, after))
+    cross, first, second = (_jackknife_hsic(a, b, blocks) for a, b in ((x, y), (x, x), (y, y)))
+    own = np.maximum(first, 0.0) * np.maximum(second, 0.0)
+    cka = np.divide(cross, np.sqrt(own), out=np.zeros_like(cross), where=own > 0)
+    return JackknifeEstimate(float(cka[0]), cka[1:])
 
-    Each fold's probe is fitted on the other folds' rows of `fitted_on` and answers for its own
-    rows, in each of `tested_on`.
 
-    Args:
-        fitted_on: features (n, width).
-        tested_on: features of the same rows and width; their own encoder may be another.
-        labels: (n,) int64 class ids.
-        units: (n,) int64; rows of one unit share a fold.
-        penalty: C of the logistic regression.
+def _jackknife_hsic(x: np.ndarray, y: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """Return the unbiased HSIC of all rows, then without each block, (1 + blocks,).
+
+    Song et al. 2012 (JMLR 13:1393-1434), equation 5, with linear kernels.
     """
-    hits = [np.zeros(len(labels)) for _ in tested_on]
-    folds = GroupKFold(min(FOLDS, len(np.unique(units))))
-    for train, test in folds.split(fitted_on, labels, units):
-        outputs = int(labels.max()) + 1
-        probe = fit_probe(fitted_on[train], labels[train], outputs, None, np.array([penalty]))
-        for correct, features in zip(hits, tested_on, strict=True):
-            correct[test] = probe.logits(features[test]).argmax(1) == labels[test]
-    return hits
+    count, rows = int(blocks.max()) + 1, len(blocks)
+    member = np.eye(count)[blocks]
+    parts = {name: np.zeros((rows, count)) for name in ("x", "y", "both")}
+    for start in range(0, rows, CHUNK_ROWS):
+        place = slice(start, min(rows, start + CHUNK_ROWS))
+        kernels = [side[place] @ side.T for side in (x, y)]
+        for kernel in kernels:
+            kernel[np.arange(len(kernel)), np.arange(start, place.stop)] = 0.0
+        for name, kernel in zip(parts, (*kernels, kernels[0] * kernels[1]), strict=True):
+            parts[name][place] = kernel @ member
+    sums = {name: part.sum(1) for name, part in parts.items()}
+    inside = 1 - member
+    n = rows - np.r_[0, np.bincount(blocks)]
+
+    def total(name: str) -> np.ndarray:
+        within_blocks = member.T @ parts[name]
+        removed = 2 * (member.T @ sums[name]) - np.diag(within_blocks)
+        return np.r_[sums[name].sum(), sums[name].sum() - removed]
+
+    row = [sums[name][:, None] - parts[name] for name in ("x", "y")]
+    mixed = np.r_[sums["x"] @ sums["y"], (row[0] * row[1] * inside).sum(0)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        estimate = (
+            total("both") + total("x") * total("y") / ((n - 1) * (n - 2)) - 2 * mixed / (n - 2)
+        ) / (n * (n - 3))
+    return np.where(n > 3, estimate, 0.0)
+
+
+@dataclass(frozen=True)
+class JackknifeProbes:
+    """Hold linear probes of one set of features, of all rows and without each block.
+
+    The folds are always those of all rows: other folds would add noise.
+    """
+
+    folds: np.ndarray
+    blocks: np.ndarray
+    fitted: list[list[Probe]]
+
+    @classmethod
+    def fit(
+        cls, features: np.ndarray, labels: np.ndarray, units: np.ndarray, penalty: float,
+        blocks: np.ndarray,
+    ) -> "JackknifeProbes":  # fmt: skip
+        """Fit a probe for each fold on the other folds' rows, of all rows and without each block.
+
+        Args:
+            features: (rows, width).
+            labels: (rows,) int64 class ids.
+            units: (rows,) int64; rows of one unit share a fold.
+            penalty: C of the logistic regression.
+            blocks: (rows,) int64 from 0 on.
+        """
+        folds = np.zeros(len(labels), dtype=np.int64)
+        splitter = GroupKFold(min(FOLDS, len(np.unique(units))))
+        for number, (_, test) in enumerate(splitter.split(features, labels, units)):
+            folds[test] = number
+        outputs, grid = int(labels.max()) + 1, np.array([penalty])
+        fitted = [
+            [
+                fit_probe(features[train], labels[train], outputs, None, grid)
+                for fold in range(int(folds.max()) + 1)
+                for train in [np.flatnonzero((folds != fold) & (blocks != block))]
+            ]
+            for block in range(-1, int(blocks.max()) + 1 if blocks.any() else 0)
+        ]
+        return cls(folds, blocks, fitted)
+
+    def score(self, features: np.ndarray, labels: np.ndarray) -> JackknifeEstimate:
+        """Return the share of rows predicted right, each by the probe that did not see its fold."""
+        hits = []
+        for probes in self.fitted:
+            right = np.zeros(len(labels))
+            for fold, probe in enumerate(probes):
+                rows = np.flatnonzero(self.folds == fold)
+                right[rows] = probe.logits(features[rows]).argmax(1) == labels[rows]
+            hits.append(right)
+        count = len(hits) - 1
+        without = [hits[j + 1][self.blocks != j].mean() for j in range(count)]
+        effects = np.zeros((count, count))
+        for j in range(count):
+            remaining = self.blocks != j
+            change = (hits[j + 1] - hits[0])[remaining]
+            effects[j] = np.bincount(self.blocks[remaining], change, minlength=count) / len(labels)
+        return JackknifeEstimate(float(hits[0].mean()), np.array(without), effects)
 
 
 def choose_penalty(features: np.ndarray, labels: np.ndarray, units: np.ndarray) -> float:
-    """The C that a probe of these features chooses by cross-validation, units whole."""
+    """Return the C that a probe chooses by cross-validation; rows of one unit share a fold."""
     return fit_probe(features, labels, int(labels.max()) + 1, units).penalty

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from hftl.analysis.drift import mean_shared_neighbours
+from hftl.analysis.neighbours import mean_shared_neighbours
 from hftl.analysis.probe import fit_probe
 from hftl.data.text import EncodedRow
 from hftl.errors import HftlError

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hftl.analysis.drift import mean_shared_neighbours
+from hftl.analysis.neighbours import mean_shared_neighbours
 from hftl.config.finetune import Finetune
 from hftl.config.recipe import Arm
 from hftl.config.retain import KL, Replay, Retain

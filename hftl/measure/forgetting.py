@@ -9,14 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from hftl.analysis.drift import choose_penalty, compute_cka_floor, compute_cosines
-from hftl.analysis.jackknife import (
-    JackknifeEstimate,
+from hftl.analysis.drift import (
     JackknifeProbes,
-    count_needed_neighbours,
+    choose_penalty,
+    compute_cka_floor,
+    compute_cosines,
     jackknife_cka,
-    jackknife_neighbour_hits,
     jackknife_relational_kl,
+)
+from hftl.analysis.neighbours import (
+    JackknifeEstimate,
+    count_needed_neighbours,
+    jackknife_neighbour_hits,
     jackknife_shared_neighbours,
     rank_neighbours,
 )
