@@ -7,7 +7,7 @@ int64 from 0 on, as of `hftl.measure.statistics.assign_blocks`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.neighbors import NearestNeighbors
@@ -44,7 +44,8 @@ def normalize_rows(features: np.ndarray) -> np.ndarray:
 def rank_neighbours(features: np.ndarray, count: int) -> np.ndarray:
     """Return each row's `count` nearest other rows by cosine, (rows, count), the nearest first."""
     search = NearestNeighbors(n_neighbors=count, metric="cosine", algorithm="brute")
-    return np.asarray(search.fit(normalize_rows(features)).kneighbors(return_distance=False))
+    fitted: Any = search.fit(normalize_rows(features))
+    return fitted.kneighbors(return_distance=False)
 
 
 def mean_shared_neighbours(before: np.ndarray, after: np.ndarray, k: int = 10) -> float:

@@ -1,4 +1,4 @@
-"""The probe, which is also the strategy `head`: a linear solver on frozen features.
+"""Fit the probe, which is also the strategy `head`: a linear solver on frozen features.
 
 Multinomial logistic or ridge regression on standardised features, its penalty chosen by
 cross-validation on the training rows alone (Alain & Bengio 2016, arXiv:1610.01644).
@@ -21,18 +21,18 @@ from sklearn.model_selection import (
 FOLDS = 5
 MAX_STEPS = 1000
 MAX_SEARCH_ROWS = 20_000
-"""Rows that the penalty is chosen on, at most; it is fitted on all."""
+"""Rows that the penalty is chosen on, at most; the probe is fitted on all."""
 C_GRID = np.logspace(-5, 2, 8)
 ALPHA_GRID = np.logspace(-2, 6, 17)
 MIN_RELATIVE_STD = 1e-6
-"""A feature that varies less than this, relative to a mean above 1, carries rounding alone."""
+"""A feature that varies less, relative to a mean above 1, varies by rounding alone."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A linear layer: `weight` (outputs, width), `bias` (outputs,), float32.
+    """Hold a linear layer: `weight` (outputs, width), `bias` (outputs,), float32.
 
-    `penalty` is the one chosen, C for classes and alpha for a target. `exact` are weight and bias
+    `penalty` is the chosen one, C for classes and alpha for a target. `exact` holds weight and bias
     in float64, as they were solved.
     """
 
@@ -42,7 +42,7 @@ class Probe:
     exact: tuple[np.ndarray, np.ndarray]
 
     def logits(self, features: np.ndarray) -> np.ndarray:
-        """(rows, outputs) of (rows, width)."""
+        """Return (rows, outputs) of (rows, width)."""
         return features @ self.weight.T + self.bias
 
 
@@ -50,15 +50,15 @@ def fit_probe(
     features: np.ndarray, labels: np.ndarray, outputs: int, groups: np.ndarray | None,
     cs: np.ndarray = C_GRID,
 ) -> Probe:  # fmt: skip
-    """Fits the probe.
+    """Fit the probe on standardised features, and fold the standardisation into its weights.
 
     Args:
         features: (rows, width) float32.
         labels: (rows,) int64 class ids below `outputs`, float64 targets, or (rows, outputs)
             float64 of 0 and 1.
         outputs: classes; 1 for regression.
-        groups: (rows,) names whose rows share a fold, or None.
-        cs: the penalties to choose from, for classes; where there is one nothing is chosen.
+        groups: (rows,) names; rows of one group share a fold. None: every row for itself.
+        cs: the values of C to choose from, for classes; a single one is taken as it is.
     """
     # Words that were cut off have no features.
     known = np.isfinite(features).all(1)
@@ -66,7 +66,7 @@ def fit_probe(
     mean, scale = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
     scale[scale < MIN_RELATIVE_STD * np.maximum(1, np.abs(mean))] = (
         np.inf
-    )  # such a feature weighs nothing
+    )  # its weight becomes 0
     standard = (features - mean) / scale
     grouped = None if groups is None else groups[known]
     weight, bias, penalty = fit_linear(standard, labels, outputs, grouped, cs, ALPHA_GRID)
@@ -79,13 +79,13 @@ def fit_linear(
     x: Any, labels: np.ndarray, outputs: int, groups: np.ndarray | None,
     cs: np.ndarray, alphas: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, float]:  # fmt: skip
-    """The linear model that fits the labels: logistic for classes, ridge for a target.
+    """Fit a linear model: logistic for classes, one a class for multi-label, ridge for a target.
 
-    Multi-label is one logistic model a class. Shapes as in `fit_probe` and `fit_logistic`.
+    Shapes as in `fit_probe` and `fit_logistic`.
     """
     if isinstance(x, np.ndarray) and x.shape[0] < x.shape[1]:
-        # The penalty sees lengths only, so the solution lies in the rows' own space: the same
-        # one, found among as many numbers as there are rows.
+        # The penalty depends on lengths alone, so the solution lies in the span of the rows: the
+        # same solution, with as many unknowns as there are rows.
         left, values, right = np.linalg.svd(x, full_matrices=False)
         weight, bias, penalty = fit_linear(left * values, labels, outputs, groups, cs, alphas)
         return weight @ right, bias, penalty
@@ -102,17 +102,17 @@ def fit_linear(
 def fit_logistic(
     x: Any, y: np.ndarray, outputs: int, groups: np.ndarray | None, cs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Multinomial logistic regression, C by cross-validated log loss.
+    """Fit multinomial logistic regression, C by cross-validated log loss.
 
     Args:
         x: (rows, width), dense or sparse.
         y: (rows,) class ids below `outputs`.
-        outputs: classes; one that has no row is never predicted.
-        groups: (rows,) names whose rows share a fold, or None.
-        cs: the penalties to choose from.
+        outputs: classes; one without rows is never predicted.
+        groups: (rows,) names; rows of one group share a fold. None: every row for itself.
+        cs: the values of C to choose from.
 
     Returns:
-        Weights (outputs, width), biases (outputs,) and the C chosen.
+        Weights (outputs, width), biases (outputs,) and the chosen C.
     """
     present = np.unique(y)
     if len(present) < 2:
@@ -128,10 +128,10 @@ def fit_logistic(
 
 
 def _choose_c(x: Any, y: np.ndarray, groups: np.ndarray | None, cs: np.ndarray) -> float:
-    """The C of the least cross-validated log loss.
+    """Return the C of the least cross-validated log loss.
 
-    Classes too rare to be held out have no say; where that leaves fewer than two, the middle of
-    the grid stands in for a choice.
+    Classes too rare to be held out are left out; where fewer than two classes remain, it is the
+    middle of the grid.
     """
     if len(cs) == 1:
         return float(cs[0])
@@ -155,7 +155,8 @@ def _choose_c(x: Any, y: np.ndarray, groups: np.ndarray | None, cs: np.ndarray) 
     if not splits:
         return float(cs[len(cs) // 2])
     with warnings.catch_warnings():
-        # A group fold may lack a class, the weakest penalty need more steps: neither decides.
+        # A fold of groups may lack a class, and the weakest penalty may need more steps: the
+        # choice does not depend on either.
         warnings.simplefilter("ignore")
         settings: dict[str, Any] = {
             "Cs": cs, "cv": splits, "scoring": "neg_log_loss",
@@ -168,7 +169,7 @@ def _choose_c(x: Any, y: np.ndarray, groups: np.ndarray | None, cs: np.ndarray) 
 def _fill_absent_classes(
     weight: np.ndarray, bias: np.ndarray, present: np.ndarray, outputs: int, rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights for every output: one whose class has no row is below all others everywhere near."""
+    """Add outputs for classes without rows, lower than all others near the rows."""
     if len(present) == outputs:
         return weight, bias
     whole = np.tile(weight.mean(0), (outputs, 1))
@@ -180,9 +181,9 @@ def _fill_absent_classes(
 def fit_ridge(
     x: Any, y: np.ndarray, groups: np.ndarray | None, alphas: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Ridge regression, alpha by cross-validated squared error; shapes as `fit_logistic`, one output.
+    """Fit ridge regression, alpha by cross-validated squared error; shapes as `fit_logistic`.
 
-    With fewer than two rows, or groups, it predicts their mean.
+    With fewer than two rows or groups it predicts their mean.
     """
     units = len(y) if groups is None else len(set(groups))
     if units < 2:

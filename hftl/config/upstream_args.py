@@ -129,6 +129,11 @@ RESERVED_LORA_ARGS = (
     "auto_mapping", "peft_version",
 )  # fmt: skip
 BASE_CHANGING_INITS = ("pissa", "olora", "eva", "corda", "loftq", "lora_ga")
+"""Beginnings of the values of `init_lora_weights` that change the base, or need data to start."""
+BASE_PRESERVING_INITS = (True, False, "gaussian", "orthogonal")
+"""Values known to leave the base's own weights alone; False starts from a random update."""
+ZERO_UPDATE_INITS = (True, "gaussian", "orthogonal")
+"""Values that also start from an update of zero."""
 UNSUPPORTED_LORA_ARGS = (
     "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "layer_replication",
     "eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_config",

@@ -12,6 +12,7 @@ from PIL.Image import Image
 from torch import nn
 
 from hftl.config.data import Data, Table
+from hftl.config.upstream_args import BASE_PRESERVING_INITS
 from hftl.data import labels as answers
 from hftl.data.image_processing import ImageInputs, get_image_size, resize_and_crop
 from hftl.data.images import (
@@ -298,10 +299,6 @@ def _load_processor(kind: Any, folder: Path, **more: Any) -> Any:
 # Several published models one after another, every base loaded once.
 
 
-PLAIN_INITIALIZATIONS = (True, False, "gaussian")
-"""Values of init_lora_weights that leave the base's own weights alone."""
-
-
 def load_predictors(
     folders: Sequence[Path], base: str | None = None
 ) -> Iterator[tuple[int, Predictor]]:
@@ -362,7 +359,7 @@ def _build_adapter_key(folder: Path, number: int) -> str:
     settings = read_json_mapping(folder / "adapter_config.json")
     alone = settings.get("bias", "none") != "none"
     alone = alone or bool(settings and brings_own_tensors(folder))
-    alone = alone or settings.get("init_lora_weights", True) not in PLAIN_INITIALIZATIONS
+    alone = alone or settings.get("init_lora_weights", True) not in BASE_PRESERVING_INITS
     kept = ("peft_type", "task_type", "trainable_token_indices")
     told = {key: settings.get(key) for key in kept}
     told["modules_to_save"] = sorted(settings.get("modules_to_save") or [])

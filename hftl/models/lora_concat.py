@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hftl.config.upstream_args import BASE_PRESERVING_INITS
 from hftl.errors import RecipeError, RunFolderError
 
 PEFT_PREFIX = "base_model.model."
@@ -33,8 +34,6 @@ EXACT_FIELDS = (
     "revision", "inference_mode",
 )  # fmt: skip
 """Fields of `peft.LoraConfig` that leave the update b a on the original base, whatever they are."""
-EXACT_INITS = (True, False, "gaussian", "orthogonal")
-"""Values of `init_lora_weights` that leave the base's own weights alone."""
 
 
 class LoraFactors(NamedTuple):
@@ -65,7 +64,7 @@ def check_concatenable(lora: Mapping[str, Any], place: str, last: bool = False) 
             continue
         if name == "modules_to_save" and last:
             continue
-        if name == "init_lora_weights" and value in EXACT_INITS:
+        if name == "init_lora_weights" and value in BASE_PRESERVING_INITS:
             continue
         shown = json.dumps(value) if isinstance(value, bool) else value
         raise RecipeError(

@@ -9,12 +9,11 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
+from hftl.config.upstream_args import ZERO_UPDATE_INITS
 from hftl.errors import RecipeError
 from hftl.models.heads import get_encoder, get_model_architecture
 from hftl.models.lora_concat import EXACT_FIELDS
 
-BASE_PRESERVING_INITS = (True, "gaussian", "orthogonal")
-"""Values of peft's `init_lora_weights` that leave the base as it is and start from no update."""
 LOW_RANK_FIELDS = (*EXACT_FIELDS, "init_lora_weights", "bias", "modules_to_save")
 """Fields under any value of which a wrapped layer's update is s B A; the first two are looked at
 by `check_unchanged_base`."""
@@ -35,7 +34,7 @@ def check_unchanged_base(lora: dict[str, Any], section: str) -> None:
         RecipeError: naming the field.
     """
     begins = lora.get("init_lora_weights", True)
-    if begins not in BASE_PRESERVING_INITS:
+    if begins not in ZERO_UPDATE_INITS:
         raise RecipeError(
             f"{section}.init_lora_weights={begins}: retain is taken against the base with the "
             "adapter off, and this changes the base or starts from an update",
