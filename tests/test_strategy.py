@@ -1,7 +1,6 @@
 """Exactly the intended parameters train, and the others do not move."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,17 @@ from torch import nn
 from hftl.config.section import Source
 from hftl.errors import RecipeError
 from hftl.finetune.strategies import count_trainable_parameters, prepare
-from hftl.models.encoders import get_task_class
-from hftl.models.heads import LoadedModel, PooledModel, build_model
+from hftl.models.encoders import (
+    get_blocks,
+    get_task_class,
+    has_prefix,
+    list_block_paths,
+    list_weight_layers,
+)
+from hftl.models.heads import LoadedModel, PooledModel, build_model, list_unused_parts
 from hftl.models.lora import list_lora_layers
-from hftl.models.source import find_source
-from hftl.train.trainer import training_modes
+from hftl.models.source import SourceModel, find_source
+from hftl.train.frozen_eval import list_training_modes
 
 LINEARS_A_BLOCK = 6
 STRATEGIES = ["head", "partial", "lora", "full"]
@@ -26,84 +31,14 @@ NAMES = ["a", "b", "c"]
 TOKENS = "token-classification"
 
 
-@dataclass(frozen=True)
-class Line:
-    """What is meant to train, as prefixes of parameter names in the stock class.
-
-    `top` are the two top blocks, `after` what follows them, `fresh` what a checkpoint of masked
-    pre-training lacks of that, `unused` what no output depends on, `linears` count those of all
-    blocks.
-    """
-
-    top: list[str]
-    after: list[str]
-    head: list[str]
-    last: str
-    fresh: list[str]
-    unused: list[str]
-    linears: int
-
-
-def line(
-    top: str, blocks: str = "1 2", after: str = "", head: str = "classifier",
-    last: str = "classifier", fresh: str = "", unused: str = "", linears: int = 18,
-) -> Line:  # fmt: skip
-    return Line(
-        [f"{top}.{block}" for block in blocks.split()], after.split(), head.split(), last,
-        fresh.split(), unused.split(), linears,
-    )  # fmt: skip
-
-
-OUT = "classifier.out_proj"
-ONE_BLOCK = "albert.encoder.albert_layer_groups.0.albert_layers"
-REGISTERS = "dinov2_with_registers"
-SEQUENCES = {
-    "bert": line("bert.encoder.layer", after="bert.pooler", fresh="bert.pooler"),
-    "roberta": line("roberta.encoder.layer", last=OUT),
-    "xlm-roberta": line("roberta.encoder.layer", last=OUT),
-    "camembert": line("roberta.encoder.layer", last=OUT),
-    "distilbert": line("distilbert.transformer.layer", head="pre_classifier classifier"),
-    "albert": line(ONE_BLOCK, "0", after="albert.pooler", fresh="albert.pooler", linears=6),
-    "electra": line("electra.encoder.layer", last=OUT),
-    "mpnet": line("mpnet.encoder.layer", last=OUT),
-    "deberta-v2": line("deberta.encoder.layer", head="pooler classifier"),
-    "modernbert": line("model.layers", after="model.final_norm", head="head classifier",
-                       linears=12),
-}  # fmt: skip
-IMAGES = {
-    "vit": line("vit.layers", after="vit.layernorm"),
-    "vit_mae": line("vit.layers", after="vit.layernorm"),
-    "deit": line("deit.layers", after="deit.layernorm"),
-    "beit": line("beit.layers", after="beit.pooler", fresh="beit.pooler",
-                 unused="beit.embeddings.mask_token"),
-    "dinov2": line("dinov2.encoder.layer", after="dinov2.layernorm",
-                   unused="dinov2.embeddings.mask_token"),
-    REGISTERS: line(f"{REGISTERS}.encoder.layer", after=f"{REGISTERS}.layernorm",
-                    unused=f"{REGISTERS}.embeddings.mask_token"),
-    "swin": line("swin.encoder.layers.1.blocks", "0 1", after="swin.layernorm"),
-    "clip": line("vision_model.encoder.layers", unused="vision_model.post_layernorm"),
-    "siglip": line("vision_model.encoder.layers", after="vision_model.post_layernorm",
-                   unused="vision_model.head"),
-}  # fmt: skip
-DERIVED = {
-    "megatron-bert": line("bert.encoder.layer", after="bert.encoder.ln bert.pooler",
-                          fresh="bert.pooler"),
-    "nomic_bert": line("nomic_bert.layers", after="nomic_bert.pooler", fresh="nomic_bert.pooler",
-                       linears=21),
-    "big_bird": line("bert.encoder.layer", last=OUT, unused="bert.pooler"),
-    "swinv2": line("swinv2.encoder.layers.1.blocks", "0 1", after="swinv2.layernorm", linears=24),
-}  # fmt: skip
-TOKEN_CLASSES = {
-    name: line(
-        told.top[0].rpartition(".")[0], " ".join(b.rpartition(".")[2] for b in told.top),
-        after="model.final_norm" if name == "modernbert" else "",
-        head="head classifier" if name == "modernbert" else "classifier", linears=told.linears,
-    )
-    for name, told in SEQUENCES.items()
-}  # fmt: skip
+TEXT = [
+    "bert", "roberta", "distilbert", "albert", "deberta-v2", "modernbert", "megatron-bert",
+    "nomic_bert", "big_bird",
+]  # fmt: skip
+IMAGES = ["vit", "vit_mae", "beit", "dinov2", "swin", "swinv2", "clip", "siglip"]
 CASES = [
-    *(("classification", name, told) for name, told in (SEQUENCES | IMAGES | DERIVED).items()),
-    *((TOKENS, name, told) for name, told in TOKEN_CLASSES.items()),
+    *(("classification", name) for name in TEXT + IMAGES),
+    *((TOKENS, name) for name in ("bert", "albert", "modernbert", "roberta")),
 ]
 MASKED = ["bert", "albert", "modernbert", "beit", "swin", "vit", "megatron-bert", "deberta-v2"]
 
@@ -135,42 +70,40 @@ def plain(name: str) -> str:
     return name
 
 
-def starting(names: set[str], prefixes: list[str]) -> set[str]:
-    return {name for name in names if name.startswith(tuple(f"{p}." for p in prefixes))
-            or name in prefixes}  # fmt: skip
+def select(names: set[str], prefixes: Iterable[str]) -> set[str]:
+    return {name for name in names if has_prefix(name, tuple(prefixes))}
 
 
-def intended(told: Line, strategy: str, names: set[str], fresh: list[str]) -> set[str]:
+def list_intended(loaded: LoadedModel, strategy: str, blocks: int) -> set[str]:
+    """Return what is to train beside adapters, as the entry of the architecture has it."""
+    spec, model = loaded.architecture, loaded.model
+    pooled = isinstance(model, PooledModel)
+    names = {name for name, _ in model.named_parameters()}
+    prefix = "encoder" if pooled else spec.encoder
+    unused = {f"{prefix}.{part}" for part in list_unused_parts(model, spec)}
+    head = ["head"] if pooled else spec.head.parts
     if strategy == "full":
-        return names - starting(names, told.unused_parts)
+        return names - select(names, unused)
     if strategy == "head":
-        return starting(names, [told.last])
+        return select(names, ["head" if pooled else spec.head.last_linear])
     if strategy == "lora":
-        return starting(names, told.head + fresh)
-    return starting(names, told.top + told.after + told.head)
+        return select(names, [*head, *loaded.fresh])
+    top = list_block_paths(loaded.encoder, spec)[-blocks:]
+    inside = [*top, *spec.final_parts, *([spec.pooler] if spec.pooler else [])]
+    return select(names, [*head, *(f"{prefix}.{part}" for part in inside)]) - select(names, unused)
 
 
-def table(wanted: set[str], got: set[str]) -> str:
-    """What trains, a parameter a row, where intention and model differ."""
-    rows = [
-        f"{name:60} {'trains' if name in wanted else 'frozen':8} "
-        f"{'trains' if name in got else 'frozen'}"
-        for name in sorted(wanted ^ got)
-    ]
-    return "\n".join([f"\n{'parameter':60} {'wanted':8} got", *rows])
-
-
-def check(found: LoadedModel, told: Line, strategy: str, name: str, fresh: list[str]) -> nn.Module:
-    """Prepares, compares what trains with the intention, steps twice, and looks what moved."""
-    names = {n for n, _ in found.model.named_parameters()}
-    blocks = min(2, len(told.top))
-    model = prepare(found.model, strategy, blocks=blocks, fresh=found.fresh)
+def check(loaded: LoadedModel, strategy: str, name: str) -> nn.Module:
+    """Prepare a model, compare what trains with the intention, step twice, and see what moved."""
+    blocks = get_blocks(loaded.encoder, loaded.architecture)
+    count = min(2, len(blocks))
+    intended = list_intended(loaded, strategy, count)
+    layers = sum(len(list_weight_layers(block)) for block in blocks)
+    model = prepare(loaded.model, strategy, blocks=count, fresh=loaded.fresh)
     trains = training(model)
-    own = {plain(n) for n in trains if "lora_" not in n}
-    wanted = intended(told, strategy, names, fresh)
-    assert own == wanted, table(wanted, own)
+    assert {plain(n) for n in trains if "lora_" not in n} == intended
     adapters = {n for n in trains if "lora_" in n}
-    assert len(adapters) == (2 * told.linears if strategy == "lora" else 0)
+    assert len(adapters) == (2 * layers if strategy == "lora" else 0)
     assert len(list_lora_layers(model)) == len(adapters) // 2
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     two_steps(model, name)
@@ -185,95 +118,70 @@ def check(found: LoadedModel, told: Line, strategy: str, name: str, fresh: list[
 def two_steps(model: nn.Module, name: str) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     for _ in range(2):
-        for module, live in training_modes(model):
+        for module, live in list_training_modes(model):
             module.training = live
         optimizer.zero_grad()
         model(**batch(name)).logits.square().sum().backward()
         optimizer.step()
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(
-    ("task", "name", "told"), CASES, ids=[f"{name}-{task[:5]}" for task, name, _ in CASES]
-)
-def test_stock_class_trains_what_is_intended_and_reloads(
-    task: str, name: str, told: Line, strategy: str,
-    tiny_model: Callable[..., Path], tmp_path: Path,
-) -> None:  # fmt: skip
-    found = built(tiny_model(name), task=task)
-    # AutoModel of NomicBERT has no pooler, and its stock class has one.
-    fresh = told.fresh if name == "nomic_bert" else []
-    model: Any = check(found, told, strategy, name, fresh)
-    logits = model.eval()(**batch(name)).logits
-    model.save_pretrained(tmp_path)
-    source = find_source(Source(model=str(tiny_model(name))))
+def reload(model: Any, strategy: str, source: SourceModel, task: str, folder: Path) -> Any:
+    """Save a trained model and load it by the libraries' own means."""
+    model.save_pretrained(folder)
     kind = get_task_class(source.config, task)
     torch.manual_seed(5)
-    if strategy == "lora":
-        source.config.num_labels = 3
-        base = kind.from_pretrained(source.folder, config=source.config)
-        again: Any = PeftModel.from_pretrained(base, tmp_path)
-    else:
-        again = kind.from_pretrained(tmp_path)
-    torch.testing.assert_close(again.eval()(**batch(name)).logits, logits, atol=1e-5, rtol=0)
+    if strategy != "lora":
+        return kind.from_pretrained(folder).eval()
+    source.config.num_labels = 3
+    base = kind.from_pretrained(source.folder, config=source.config)
+    return PeftModel.from_pretrained(base, folder).eval()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("task", "name"), CASES, ids=[f"{n}-{task[:5]}" for task, n in CASES])
+def test_stock_class_trains_what_is_intended_and_reloads(
+    task: str, name: str, strategy: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    loaded = built(tiny_model(name), task=task)
+    model: Any = check(loaded, strategy, name)
+    logits = model.eval()(**batch(name)).logits
+    source = find_source(Source(model=str(tiny_model(name))))
+    again = reload(model, strategy, source, task, tmp_path)
+    torch.testing.assert_close(again(**batch(name)).logits, logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("strategy", ["partial", "lora"])
 @pytest.mark.parametrize("name", MASKED)
 def test_what_masked_pretraining_lacks_trains_and_is_saved(
     name: str, strategy: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    told = (SEQUENCES | IMAGES | DERIVED)[name]
-    found = built(tiny_model(name, True))
-    lacking = {path for path in found.fresh if not path.startswith(tuple(told.head))}
-    assert lacking == starting(lacking, told.fresh) and bool(lacking) == bool(told.fresh)
-    model: Any = check(found, told, strategy, name, fresh=told.fresh)
-    if strategy != "lora":
-        return
+    loaded = built(tiny_model(name, True))
+    spec = loaded.architecture
+    inside = [path for path in loaded.fresh if not has_prefix(path, spec.head.parts)]
+    assert all(has_prefix(path, (f"{spec.encoder}.{spec.pooler}",)) for path in inside)
+    assert bool(inside) == (spec.pooler is not None)
+    model: Any = check(loaded, strategy, name)
     logits = model.eval()(**batch(name)).logits
-    model.save_pretrained(tmp_path)
-    torch.manual_seed(5)
     source = find_source(Source(model=str(tiny_model(name, True))))
-    source.config.num_labels = 3
-    base = get_task_class(source.config, "classification").from_pretrained(
-        source.folder, config=source.config
-    )
-    again = PeftModel.from_pretrained(base, tmp_path).eval()
+    again = reload(model, strategy, source, "classification", tmp_path)
     torch.testing.assert_close(again(**batch(name)).logits, logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(
     ("name", "pooling"),
-    [(name, "mean") for name in [*SEQUENCES, "nomic_bert", "big_bird"]]
-    + [(name, "cls") for name in ("bert", "roberta", "modernbert")],
+    [(name, "mean") for name in TEXT] + [(name, "cls") for name in ("bert", "modernbert")],
 )
 def test_pooled_model_trains_what_is_intended(
     name: str, pooling: str, strategy: str, tiny_model: Callable[..., Path]
 ) -> None:
-    told = (SEQUENCES | DERIVED)[name]
-    inside = "encoder." + told.top[0].partition(".")[2].rpartition(".")[0]
-    norm = "encoder.final_norm" if name == "modernbert" else ""
-    blocks = " ".join(block.rpartition(".")[2] for block in told.top)
-    pooled = line(inside, blocks, norm, "head", "head", unused="encoder.pooler",
-                  linears=told.linears)  # fmt: skip
-    found = built(tiny_model(name), pooling)
-    assert isinstance(found.model, PooledModel) and found.fresh == ()
-    model = check(found, pooled, strategy, name, fresh=[])
+    loaded = built(tiny_model(name), pooling)
+    assert isinstance(loaded.model, PooledModel) and loaded.fresh == ()
+    model = check(loaded, strategy, name)
     assert model(**batch(name)).logits.shape == (4, 3)
 
 
-@pytest.mark.parametrize("name", [*SEQUENCES, *IMAGES, *DERIVED])
-def test_unused_is_what_no_gradient_reaches(name: str, tiny_model: Callable[..., Path]) -> None:
-    model = built(tiny_model(name)).model
-    model.requires_grad_(True)
-    model(**batch(name)).logits.square().sum().backward()
-    without = {n for n, p in model.named_parameters() if p.grad is None}
-    names = {n for n, _ in model.named_parameters()}
-    assert without == starting(names, (SEQUENCES | IMAGES | DERIVED)[name].unused_parts)
-
-
-@pytest.mark.parametrize("name", list(SEQUENCES | IMAGES))
+@pytest.mark.parametrize("name", TEXT + IMAGES)
 def test_scratch_shares_no_weight_with_the_source(
     name: str, tiny_model: Callable[..., Path]
 ) -> None:
@@ -328,7 +236,7 @@ def test_chosen_layers_are_counted_in_nested_lists(
 
 def test_head_dropout_is_live_in_token_classes(tiny_model: Callable[..., Path]) -> None:
     model = prepare(built(tiny_model("roberta"), task=TOKENS).model, "head")
-    live = {module for module, trains in training_modes(model) if trains}
+    live = {module for module, trains in list_training_modes(model) if trains}
     assert model.get_submodule("dropout") in live
     assert model.get_submodule("roberta.embeddings.dropout") not in live
 

@@ -43,8 +43,8 @@ def normalize_rows(features: np.ndarray) -> np.ndarray:
 
 def rank_neighbours(features: np.ndarray, count: int) -> np.ndarray:
     """Return each row's `count` nearest other rows by cosine, (rows, count), the nearest first."""
-    search = NearestNeighbors(n_neighbors=count, metric="cosine", algorithm="brute")
-    fitted: Any = search.fit(normalize_rows(features))
+    search: Any = NearestNeighbors(n_neighbors=count, metric="cosine", algorithm="brute")
+    fitted = search.fit(normalize_rows(features))
     return fitted.kneighbors(return_distance=False)
 
 
