@@ -7,7 +7,7 @@ int64 from 0 on, as of `hftl.measure.statistics.assign_blocks`.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from sklearn.neighbors import NearestNeighbors
@@ -43,9 +43,9 @@ def normalize_rows(features: np.ndarray) -> np.ndarray:
 
 def rank_neighbours(features: np.ndarray, count: int) -> np.ndarray:
     """Return each row's `count` nearest other rows by cosine, (rows, count), the nearest first."""
-    search: Any = NearestNeighbors(n_neighbors=count, metric="cosine", algorithm="brute")
-    fitted = search.fit(normalize_rows(features))
-    return fitted.kneighbors(return_distance=False)
+    search = NearestNeighbors(n_neighbors=count, metric="cosine", algorithm="brute")
+    search.fit(normalize_rows(features))
+    return cast(np.ndarray, search.kneighbors(return_distance=False))
 
 
 def mean_shared_neighbours(before: np.ndarray, after: np.ndarray, k: int = 10) -> float:
