@@ -38,7 +38,7 @@ def normalize_rows(features: np.ndarray) -> np.ndarray:
     if not np.isfinite(wide).all():
         row = int(np.argmin(np.isfinite(wide).all(1)))
         raise DataError(f"the features of row {row} are not finite", "Look for a diverged model")
-    return normalize(wide, copy=False)
+    return cast(np.ndarray, normalize(wide, copy=False))
 
 
 def rank_neighbours(features: np.ndarray, count: int) -> np.ndarray:
