@@ -11,7 +11,6 @@ from typing import NamedTuple, cast
 
 import numpy as np
 from sklearn.neighbors import NearestNeighbors
-from sklearn.preprocessing import normalize
 
 from hftl.errors import DataError
 
@@ -38,7 +37,8 @@ def normalize_rows(features: np.ndarray) -> np.ndarray:
     if not np.isfinite(wide).all():
         row = int(np.argmin(np.isfinite(wide).all(1)))
         raise DataError(f"the features of row {row} are not finite", "Look for a diverged model")
-    return cast(np.ndarray, normalize(wide, copy=False))
+    lengths = np.linalg.norm(wide, axis=1, keepdims=True)
+    return wide / np.where(lengths > 0, lengths, 1)
 
 
 def rank_neighbours(features: np.ndarray, count: int) -> np.ndarray:
