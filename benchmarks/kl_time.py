@@ -26,7 +26,7 @@ from hftl.data.general import load_general
 from hftl.data.prepare import prepare_data
 from hftl.finetune.arm import train_arm
 from hftl.finetune.context import ExperimentContext, build_context, build_input_spec
-from hftl.finetune.retention import build_regularizers
+from hftl.finetune.retention import build_setup
 from hftl.models.source import find_source
 from hftl.pipeline import pipeline
 
@@ -72,12 +72,12 @@ def opened() -> tuple[hftl.Recipe, ExperimentContext]:
 def once(recipe: hftl.Recipe, bench: ExperimentContext, way: str) -> tuple[float, float]:
     """Seconds on the clock and of the processor that one training takes, its reference included."""
     clock, processor = time.perf_counter(), time.process_time()
-    kept = build_regularizers(
+    kept = build_setup(
         bench,
         WAYS[way],
         recipe.finetune,
         0,
-        lambda: ({}, {}),
+        lambda _: ({}, {}),
         lambda before: before.build_model("mean", 0).model,
     )
     train_arm(bench, recipe.finetune, 0, kept)

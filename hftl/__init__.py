@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from hftl.inference.predict import load
     from hftl.measure.record import Record
     from hftl.pipeline.pipeline import run
+    from hftl.retain.fisher import EWC
     from hftl.retain.kl import KLToOriginal
-    from hftl.retain.weights import EWC, L2SP
+    from hftl.retain.weights import L2SP
     from hftl.train.trainer import TransferTrainer
 
 __version__ = "0.1.0"
@@ -33,7 +34,7 @@ __all__ = [
 ]  # fmt: skip
 
 HOMES = {
-    "EWC": "hftl.retain.weights",
+    "EWC": "hftl.retain.fisher",
     "HftlError": "hftl.errors",
     "KLToOriginal": "hftl.retain.kl",
     "L2SP": "hftl.retain.weights",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import bench_of
-from test_retention import with_probe
+from support.regularizers import build_probed_model
 from test_trainer import trainer_of, weights
 
 from hftl.config.finetune import Finetune
@@ -82,7 +82,7 @@ def always_better(monkeypatch: pytest.MonkeyPatch, values: list[float] | None = 
 
 @pytest.mark.parametrize("strategy", ["gradual", "lora"])
 def test_phases_go_from_the_top_down(tiny_model: Callable[..., Path], strategy: str) -> None:
-    model = prepare(with_probe(tiny_model("bert"), "full"), strategy)
+    model = prepare(build_probed_model(tiny_model("bert"), "full"), strategy)
     parts = split_phases(model)
     depth_of, blocks = compute_depths(model)
     trains = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -191,7 +191,7 @@ def test_what_was_stopped_goes_on_to_the_same_weights(
 
     def kept() -> Any:
         return (
-            RegularizerSetup({"retain": [KLToOriginal(0.5), L2SP(0.1)]})
+            RegularizerSetup([KLToOriginal(0.5), L2SP(0.1)])
             if retained
             else RegularizerSetup()
         )
@@ -317,7 +317,7 @@ def test_frozen_blocks_run_in_eval_mode(bench: Any, monkeypatch: pytest.MonkeyPa
 def test_phases_work_in_a_script_of_its_own(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    model = with_probe(tiny_model("bert"), "gradual")
+    model = build_probed_model(tiny_model("bert"), "gradual")
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     for part in split_phases(model):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import bench_of
-from test_retention import with_probe
+from support.regularizers import build_probed_model
 from test_trainer import Rows, model_of
 from test_weights import moved
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ def logits(model: nn.Module) -> Tensor:
 def test_the_ends_are_the_ends_and_the_rest_lies_between(
     bert: Path, pooling: str, strategy: str
 ) -> None:
-    model = with_probe(bert, strategy, pooling)
+    model = build_probed_model(bert, strategy, pooling)
     start, frozen = learnt(model), {n: p for n, p in model.named_parameters() if p.grad is None}
     frozen = {name: p.clone() for name, p in frozen.items() if not p.requires_grad}
     end = learnt(moved(model))
@@ -99,7 +99,7 @@ def test_under_lora_it_is_the_merged_weights_that_lie_between(
 
 def test_a_model_of_merged_weights_says_the_same(bert: Path) -> None:
     """theta(alpha) written out for every weight of a model without an adapter."""
-    plain, model = with_probe(bert, "full"), with_probe(bert, "lora")
+    plain, model = build_probed_model(bert, "full"), build_probed_model(bert, "lora")
     original = {n: p.detach().clone() for n, p in plain.encoder.named_parameters()}
     start = learnt(model)
     end = learnt(moved(model, 0.2))
@@ -130,7 +130,7 @@ def test_a_model_of_merged_weights_says_the_same(bert: Path) -> None:
 def test_the_smallest_share_within_one_standard_error_of_the_best_is_kept(
     bert: Path, error: float, alphas: list[float], chosen: float
 ) -> None:
-    model = with_probe(bert, "full")
+    model = build_probed_model(bert, "full")
     start = learnt(model)
     end = learnt(moved(model))
     seen: list[float] = []

@@ -1,35 +1,28 @@
-"""KL to the original: each form against a brute-force sum, and what must hold of all of them."""
+"""Check each form of KL to the original against a brute-force sum, and its properties."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hftl.errors import RecipeError
-from hftl.retain.kl import (
-    KLToOriginal,
-    compute_feature_kl,
-    compute_probe_kl,
-    compute_relational_kl,
-    compute_row_kl,
-    count_expected_rows,
-    select_rows,
-)
+from hftl.retain.build import Step
+from hftl.retain.kl import KLToOriginal, compute_feature_kl, compute_row_kl
 from hftl.retain.reference import check_head_quality
 
 ROWS, WIDTH, OUTPUTS = 6, 5, 4
 
 
 @pytest.fixture
-def two() -> tuple[Tensor, Tensor]:
+def logits() -> tuple[Tensor, Tensor]:
+    """Logits of the original and of a model."""
     torch.manual_seed(0)
     return torch.randn(ROWS, OUTPUTS), torch.randn(ROWS, OUTPUTS)
 
 
-def by_hand(p_logits: list[float], q_logits: list[float]) -> float:
+def sum_kl(p_logits: list[float], q_logits: list[float]) -> float:
     p = [math.exp(v) for v in p_logits]
     q = [math.exp(v) for v in q_logits]
     p, q = [v / sum(p) for v in p], [v / sum(q) for v in q]
@@ -38,170 +31,166 @@ def by_hand(p_logits: list[float], q_logits: list[float]) -> float:
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_classes_equal_a_brute_force_sum(
-    two: tuple[Tensor, Tensor], temperature: float, direction: str
+def test_class_kl_equals_a_brute_force_sum(
+    logits: tuple[Tensor, Tensor], temperature: float, direction: str
 ) -> None:
-    original, now = two
-    found = compute_row_kl(original, now, temperature, direction)
+    values = compute_row_kl(*logits, temperature, direction)
     for row in range(ROWS):
-        sides = [[v / temperature for v in side[row].tolist()] for side in (original, now)]
-        wanted = by_hand(*(sides if direction == "forward" else sides[::-1]))
-        assert found[row].item() == pytest.approx(temperature**2 * wanted, rel=1e-4, abs=1e-6)
+        sides = [[v / temperature for v in side[row].tolist()] for side in logits]
+        expected = sum_kl(*(sides if direction == "forward" else sides[::-1]))
+        assert values[row].item() == pytest.approx(temperature**2 * expected, rel=1e-4, abs=1e-6)
 
 
-def test_its_mean_over_rows_is_batchmean_and_not_mean(two: tuple[Tensor, Tensor]) -> None:
-    original, now = two
-    logs = F.log_softmax(now, -1), F.log_softmax(original, -1)
-    mean = F.kl_div(*logs, reduction="batchmean", log_target=True)
-    found = compute_probe_kl(KLToOriginal(on="probe"), original, now, "classes").mean()
-    torch.testing.assert_close(found, mean)
-    too_small = F.kl_div(*logs, reduction="mean", log_target=True)
-    torch.testing.assert_close(found, too_small * OUTPUTS)
+def test_mean_over_rows_is_batchmean(logits: tuple[Tensor, Tensor]) -> None:
+    original, current = logits
+    logs = F.log_softmax(current, -1), F.log_softmax(original, -1)
+    mean = KLToOriginal(on="probe").compute_probe_kl(original, current, "classes").mean()
+    torch.testing.assert_close(mean, F.kl_div(*logs, reduction="batchmean", log_target=True))
 
 
-def test_forward_has_the_gradient_of_soft_cross_entropy(two: tuple[Tensor, Tensor]) -> None:
-    original, now = two[0], two[1].requires_grad_()
-    (mine,) = torch.autograd.grad(compute_row_kl(original, now, 1.0, "forward").sum(), now)
-    soft = F.cross_entropy(now, original.softmax(-1), reduction="sum")
-    torch.testing.assert_close(mine, torch.autograd.grad(soft, now)[0])
+def test_forward_has_the_gradient_of_soft_cross_entropy(logits: tuple[Tensor, Tensor]) -> None:
+    original, current = logits[0], logits[1].requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        compute_row_kl(original, current, 1.0, "forward").sum(), current
+    )
+    loss = F.cross_entropy(current, original.softmax(-1), reduction="sum")
+    torch.testing.assert_close(gradient, torch.autograd.grad(loss, current)[0])
 
 
 @pytest.mark.parametrize("kind", ["classes", "labels", "target"])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_it_is_zero_at_the_original_and_so_is_its_gradient(kind: str, direction: str) -> None:
+def test_value_and_gradient_are_zero_at_the_original(kind: str, direction: str) -> None:
     torch.manual_seed(1)
     original = torch.randn(ROWS, 1 if kind == "target" else OUTPUTS)
     term = KLToOriginal(on="probe", direction=direction, temperature=2.0)
-    now = original.clone().requires_grad_()
-    value = compute_probe_kl(term, original, now, kind)
+    current = original.clone().requires_grad_()
+    value = term.compute_probe_kl(original, current, kind)
     assert value.shape == (ROWS,) and value.abs().max() < 1e-6
-    (gradient,) = torch.autograd.grad(value.sum(), now)
+    (gradient,) = torch.autograd.grad(value.sum(), current)
     assert gradient.abs().max() < 1e-6
-    assert (compute_probe_kl(term, original, original + torch.randn_like(original), kind) > 0).all()
+    other = original + torch.randn_like(original)
+    assert (term.compute_probe_kl(original, other, kind) > 0).all()
 
 
-def test_a_shift_of_all_logits_changes_nothing(two: tuple[Tensor, Tensor]) -> None:
-    original, now = two
-    shift = torch.randn(ROWS, 1) * 10
-    for moved in ((original + shift, now), (original, now + shift)):
-        torch.testing.assert_close(
-            compute_row_kl(*moved, 1.0, "forward"), compute_row_kl(original, now, 1.0, "forward"),
-            atol=1e-5, rtol=1e-4,
-        )  # fmt: skip
+def test_shift_of_all_logits_changes_nothing(logits: tuple[Tensor, Tensor]) -> None:
+    original, current = logits
+    shift, expected = torch.randn(ROWS, 1) * 10, compute_row_kl(*logits, 1.0, "forward")
+    for shifted in ((original + shift, current), (original, current + shift)):
+        value = compute_row_kl(*shifted, 1.0, "forward")
+        torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_temperature_keeps_the_size_of_the_gradient(two: tuple[Tensor, Tensor]) -> None:
-    original, now = two[0], two[1].requires_grad_()
-    (hot,) = torch.autograd.grad(compute_row_kl(original, now, 100.0, "forward").sum(), now)
+def test_temperature_keeps_the_size_of_the_gradient(logits: tuple[Tensor, Tensor]) -> None:
+    original, current = logits[0], logits[1].requires_grad_()
+    (hot,) = torch.autograd.grad(compute_row_kl(original, current, 100.0, "forward").sum(), current)
     # At high temperatures the gradient is (z - z0), centred, over the number of classes.
-    apart = (now - original) - (now - original).mean(-1, keepdim=True)
-    torch.testing.assert_close(hot, apart / OUTPUTS, atol=5e-3, rtol=5e-2)
+    difference = (current - original) - (current - original).mean(-1, keepdim=True)
+    torch.testing.assert_close(hot, difference / OUTPUTS, atol=5e-3, rtol=5e-2)
 
 
-def test_several_labels_are_each_a_yes_or_no(two: tuple[Tensor, Tensor]) -> None:
-    original, now = two
-    term = KLToOriginal(on="probe")
-    p, q = original.sigmoid(), now.sigmoid()
-    wanted = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(-1)
-    torch.testing.assert_close(compute_probe_kl(term, original, now, "labels"), wanted)
+def test_several_labels_are_independent(logits: tuple[Tensor, Tensor]) -> None:
+    p, q = (side.sigmoid() for side in logits)
+    expected = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(-1)
+    value = KLToOriginal(on="probe").compute_probe_kl(*logits, "labels")
+    torch.testing.assert_close(value, expected)
 
 
-def test_a_target_is_a_gaussian_around_the_prediction() -> None:
-    original, now = torch.tensor([[1.0], [2.0]]), torch.tensor([[1.5], [0.0]])
-    term = KLToOriginal(on="probe", variance=0.5)
-    both = [torch.distributions.Normal(side[:, 0], 0.5**0.5) for side in (original, now)]
-    wanted = torch.distributions.kl_divergence(*both)
-    torch.testing.assert_close(compute_probe_kl(term, original, now, "target"), wanted)
+def test_target_is_a_gaussian_around_the_prediction() -> None:
+    original, current = torch.tensor([[1.0], [2.0]]), torch.tensor([[1.5], [0.0]])
+    both = [torch.distributions.Normal(side[:, 0], 0.5**0.5) for side in (original, current)]
+    value = KLToOriginal(on="probe", variance=0.5).compute_probe_kl(original, current, "target")
+    torch.testing.assert_close(value, torch.distributions.kl_divergence(*both))
 
 
-@pytest.mark.parametrize("bank", [True, False])
-def test_relations_equal_a_double_loop(bank: bool) -> None:
+@pytest.mark.parametrize("has_bank", [True, False])
+def test_relational_kl_equals_a_double_loop(has_bank: bool) -> None:
     torch.manual_seed(2)
-    original, now = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)
-    anchors = torch.randn(7, WIDTH) if bank else None
-    hidden = torch.zeros(ROWS, 7, dtype=torch.bool) if bank else None
-    if hidden is not None:
-        hidden[2, 3] = True
+    original, current = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)
+    anchors = torch.randn(7, WIDTH) if has_bank else None
+    hidden = torch.zeros(ROWS, 7, dtype=torch.bool) if has_bank else torch.eye(ROWS).bool()
+    hidden[2, 3] |= has_bank
     term = KLToOriginal(tau=0.2, temperature=1.5)
-    found = compute_relational_kl(term, original, now, anchors, hidden)
+    values = term.compute_relational_kl(original, current, anchors, hidden if has_bank else None)
     for i in range(ROWS):
-        told = []
-        for side in (original, now):
+        sides = []
+        for side in (original, current):
             others = side if anchors is None else anchors
-            told.append([
+            sides.append([
                 F.cosine_similarity(side[i], others[j], dim=0).item() / 0.2 / 1.5
                 for j in range(len(others))
-                if (hidden is None and j != i) or (hidden is not None and not hidden[i, j])
+                if not hidden[i, j]
             ])  # fmt: skip
-        assert found[i].item() == pytest.approx(1.5**2 * by_hand(*told), rel=1e-4, abs=1e-6)
+        assert values[i].item() == pytest.approx(1.5**2 * sum_kl(*sides), rel=1e-4, abs=1e-6)
 
 
-def test_relations_within_the_batch_do_not_see_a_rotation() -> None:
+def test_relational_kl_within_the_batch_ignores_a_rotation() -> None:
     torch.manual_seed(3)
     original = torch.randn(ROWS, WIDTH)
-    turn, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH))
+    rotation, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH))
     term = KLToOriginal(anchors=0)
-    assert compute_relational_kl(term, original, 3 * original @ turn, None, None).abs().max() < 1e-4
-    alone = compute_relational_kl(term, original[:1], original[1:2].requires_grad_(), None, None)
+    rotated = term.compute_relational_kl(original, 3 * original @ rotation, None, None)
+    assert rotated.abs().max() < 1e-4
+    alone = term.compute_relational_kl(original[:1], original[1:2].requires_grad_(), None, None)
     assert alone.tolist() == [0.0] and alone.requires_grad
 
 
-def test_features_are_a_gaussian_around_each_embedding() -> None:
+def test_feature_kl_is_that_of_gaussians_around_each_embedding() -> None:
     torch.manual_seed(4)
-    original, now = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)
+    original, current = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)
     spread = torch.tensor(2.5)
-    wide = spread * torch.eye(WIDTH)
-    both = [torch.distributions.MultivariateNormal(side, wide) for side in (original, now)]
-    wanted = torch.distributions.kl_divergence(*both)
-    torch.testing.assert_close(compute_feature_kl(original, now, spread), wanted)
-
-
-@pytest.mark.parametrize("inputs", ["target", "general", "both"])
-def test_a_term_is_a_mean_over_its_rows(inputs: str) -> None:
-    term = KLToOriginal(inputs=inputs)
-    general = torch.tensor([False, False, True, False])
-    counts = torch.tensor([True, False, False, True])
-    wanted = {
-        "target": [True, False, False, True], "general": [False, False, True, False],
-        "both": [True, False, True, True],
-    }[inputs]  # fmt: skip
-    assert select_rows(term, general, counts).tolist() == wanted
-    rows = {"target": 8.0, "general": 2.0, "both": 10.0}[inputs]
-    assert count_expected_rows(term, torch.tensor(8), 0.25).item() == rows
-    small = {"target": 2.0, "general": 0.5, "both": 2.5}[inputs]
-    assert count_expected_rows(term, torch.tensor(2), 0.25).item() == small
-    assert count_expected_rows(term, torch.tensor(0), 0.25).item() == small / 2
+    covariance = spread * torch.eye(WIDTH)
+    both = [
+        torch.distributions.MultivariateNormal(side, covariance) for side in (original, current)
+    ]
+    expected = torch.distributions.kl_divergence(*both)
+    torch.testing.assert_close(compute_feature_kl(original, current, spread), expected)
 
 
 @pytest.mark.parametrize(
-    ("changes", "what"),
+    ("inputs", "expected", "share"),
     [
-        ({"weight": -0.1}, "would drive the model away"), ({"on": "head"}, "kl.on='head'"),
-        ({"direction": "both"}, "kl.direction"), ({"inputs": "test"}, "kl.inputs"),
-        ({"temperature": 0.0}, "kl.temperature=0.0 must be above 0"),
-        ({"tau": -1.0}, "kl.tau=-1.0 must be above 0"),
+        ("target", [True, False, False, True], 1.0), ("general", [False, False, True, False], 0.25),
+        ("both", [True, False, True, True], 1.25),
     ],
 )  # fmt: skip
-def test_what_makes_no_sense_is_refused(changes: dict[str, object], what: str) -> None:
-    with pytest.raises(RecipeError, match=what):
-        replace(KLToOriginal(), **changes)  # pyright: ignore
+def test_term_is_a_mean_over_its_rows(inputs: str, expected: list[bool], share: float) -> None:
+    batch = {"general": torch.tensor([False, False, True, False])}
+    counts = torch.tensor([True, False, False, True])
+    for target_rows in (8, 2, 0):
+        step = Step(nn.Module(), batch, None, counts, torch.tensor(target_rows), 0.25, epoch=0)
+        assert step.select_rows(inputs).tolist() == expected
+        assert step.count_rows(inputs).item() == max(target_rows, 1) * share
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight": -0.1}, "would drive the model away"), ({"on": "head"}, "'on': .*got 'head'"),
+        ({"direction": "both"}, "'direction': "), ({"inputs": "test"}, "'inputs': "),
+        ({"temperature": 0.0}, "'temperature': .*greater than 0"),
+        ({"tau": -1.0}, "'tau': .*greater than 0"), ({"variance": 0.0}, "variance=0.0 must be"),
+        ({"on": "mlm"}, "need a recipe"), ({"weight": "auto"}, "need a recipe"),
+        ({"wieght": 1.0}, "did you mean 'weight'"),
+    ],
+)  # fmt: skip
+def test_refuses_arguments(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        KLToOriginal(**arguments)  # pyright: ignore
 
 
 @pytest.mark.parametrize("kind", ["classes", "labels", "target"])
-def test_a_head_that_nobody_trained_has_no_opinion(kind: str) -> None:
+def test_refuses_an_untrained_head(kind: str) -> None:
     torch.manual_seed(5)
     features = torch.randn(300, 8)
-    truth = features @ torch.randn(8, 3)
+    solved = features @ torch.randn(8, 3)
     if kind == "classes":
-        labels, solved = truth.argmax(-1), truth
+        labels = solved.argmax(-1)
         labels[0] = -100
-    elif kind == "labels":
-        labels, solved = (truth > 0).float(), truth
-        labels[0] = torch.nan
     else:
-        labels, solved = truth[:, 0].clone(), truth[:, :1]
+        labels = (solved > 0).float() if kind == "labels" else solved[:, 0].clone()
         labels[0] = torch.nan
+    solved = solved[:, :1] if kind == "target" else solved
     check_head_quality(solved, labels, kind)
-    nobody = features @ (0.02 * torch.randn(8, solved.shape[1]))
-    with pytest.raises(RecipeError, match="nobody has trained it"):
-        check_head_quality(nobody, labels, kind)
+    untrained = features @ (0.02 * torch.randn(8, solved.shape[1]))
+    with pytest.raises(RecipeError, match="was never trained"):
+        check_head_quality(untrained, labels, kind)

@@ -23,7 +23,7 @@ ORDER = [
     "models.architectures", "models.encoders", "models.source",
     "models.heads", "models.lora", "models.lora_concat", "models.features",
     "analysis.probe", "analysis.neighbours", "analysis.drift", "analysis.check",
-    "retain.hooks", "retain.reference", "retain.kl", "retain.regularizers", "retain.weights",
+    "retain.reference", "retain.build", "retain.kl", "retain.pretraining_kl", "retain.weights",
     "retain.fisher",
     "train.checkpoint", "train.frozen_eval", "train.callbacks", "train.loss", "train.objective",
     "train.step", "train.samplers", "train.replay_batches", "train.optimizer", "train.arguments",

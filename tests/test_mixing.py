@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from hftl.data.text import WordInputs
-from hftl.retain.hooks import ModelOutputs
-from hftl.retain.kl import KLToOriginal, compute_kl
+from hftl.retain.kl import KLToOriginal
 from hftl.train.replay_batches import IndexedCollator, IndexedDataset
 
 ROWS = [[1, 3, 4], [1, 2]]
@@ -51,7 +50,7 @@ def test_words_are_told_by_their_first_pieces_in_general_rows_too(side: str) -> 
     rows = IndexedDataset([encoded(ROWS[0], True)], [encoded(ROWS[1], False)])
     collate = IndexedCollator(WordInputs(Padding(side), 16).collate, len(rows))
     batch = collate([rows[0], rows[1]])
-    places = [told.nonzero().flatten().tolist() for told in batch["told"]]
+    places = [told.nonzero().flatten().tolist() for told in batch["labelled_tokens"]]
     # Rows are padded on the right, whatever the tokenizer says.
     assert places == [[1, 3, 4], [1, 2]]
     assert batch["general"].tolist() == [False, True]
@@ -68,9 +67,9 @@ def test_without_words_it_is_the_labelled_tokens_and_where_there_are_none_all() 
         {"attention_mask": mask, "labels": torch.full((4,), -100)},
     ]
     batch = IndexedCollator(collate, 1)([{**row, "row": i} for i, row in enumerate(rows)])
-    assert batch["told"].tolist() == [[False, True, False, False], [True, True, True, False]]
+    assert batch["labelled_tokens"].tolist() == [[False, True, False, False], [True, True, True, False]]
     classes = IndexedCollator(collate, 1)([{"labels": torch.tensor(1), "row": 0}])
-    assert "told" not in classes
+    assert "labelled_tokens" not in classes
 
 
 def test_the_kl_of_words_is_taken_nowhere_else() -> None:
@@ -81,8 +80,7 @@ def test_the_kl_of_words_is_taken_nowhere_else() -> None:
     term = KLToOriginal(on="probe")
 
     def value(logits: Tensor) -> float:
-        views = ModelOutputs(None, original), ModelOutputs(None, logits)
-        return compute_kl(term, *views, "words", None, None, None, told).item()
+        return term.compute_word_kl(original, logits, told).item()
 
     assert value(now) == pytest.approx(0.0, abs=1e-6)
     assert value(torch.randn(1, 6, 3)) > 0.1

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import bench_of
-from test_retention import retaining, with_probe
+from support.regularizers import build_probed_model, build_trainer
 from test_trainer import weights
 from tiny import FIELDS, is_image
 
@@ -197,14 +197,14 @@ def test_the_table_names_each_part_once(tiny_model: Callable[..., Path]) -> None
 def test_the_trainer_takes_steps_of_each_parts_size(
     tiny_model: Callable[..., Path], tmp_path: Path, strategy: str
 ) -> None:
-    model = with_probe(tiny_model("bert"), strategy)
+    model = build_probed_model(tiny_model("bert"), strategy)
     before = weights(model)
     more = {"layer_decay": 0.5, "rates": {"head": 0.0}}
-    trainer = retaining(model, tmp_path, [], more, max_steps=1, learning_rate=0.04)
+    trainer = build_trainer(model, tmp_path, [], more, max_steps=1, learning_rate=0.04)
     trainer.train()
     gradients = {}
-    again = with_probe(tiny_model("bert"), strategy)
-    plain = retaining(again, tmp_path, [], {}, max_steps=1, learning_rate=1.0)
+    again = build_probed_model(tiny_model("bert"), strategy)
+    plain = build_trainer(again, tmp_path, [], {}, max_steps=1, learning_rate=1.0)
     start = weights(again)
     plain.train()
     gradients = {name: start[name] - value for name, value in weights(again).items()}

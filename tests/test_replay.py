@@ -1,4 +1,4 @@
-"""Labelled replay: general rows that are learnt from beside the target's, in an exact ratio."""
+"""Check labelled replay: general rows whose loss counts, in an exact ratio to the target's."""
 
 import re
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import bench_of, sentences, write_csv
-from test_retention import Plain, retaining, step_of, with_probe
+from support.regularizers import UnlabelledRows, build_probed_model, build_trainer, run_first_step
 from test_trainer import Rows, weights
 from torch import Tensor
 
@@ -31,7 +31,7 @@ def bert(tiny_model: Callable[..., Path]) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["classes", "labels", "target"])
-def test_a_general_row_counts_its_share(kind: str) -> None:
+def test_general_row_counts_by_its_share(kind: str) -> None:
     torch.manual_seed(0)
     logits = torch.randn(6, 1 if kind == "target" else 3)
     labels = {
@@ -43,38 +43,38 @@ def test_a_general_row_counts_its_share(kind: str) -> None:
     each = torch.stack(
         [compute_summed_loss(logits[i : i + 1], labels[i : i + 1]) for i in range(6)]
     )
-    wanted = each[~general].sum() + 0.7 * each[general].sum()
-    torch.testing.assert_close(compute_replay_loss(logits, labels, general, 0.7), wanted)
+    expected = each[~general].sum() + 0.7 * each[general].sum()
+    torch.testing.assert_close(compute_replay_loss(logits, labels, general, 0.7), expected)
     assert compute_replay_loss(logits, labels, general, 0.0) == pytest.approx(
         float(each[~general].sum())
     )
 
 
 class General(Rows):
-    """Labelled rows that the target has not."""
+    """Hold labelled rows that the target lacks."""
 
     def __init__(self, rows: int = 9) -> None:
         super().__init__(rows)
         self.ids = self.ids.flip(1)
 
 
-def replaying(folder: Path, model: Any, general: Any, weight: float, **settings: Any) -> Any:
+def build_replay_trainer(folder: Path, model: Any, general: Any, weight: float, **settings: Any) -> Any:
     more = {"general_dataset": general, "general_ratio": 0.5, "general_weight": weight}
-    return retaining(model, folder, [], more, **settings)
+    return build_trainer(model, folder, [], more, **settings)
 
 
-def by_hand(model: Any, batch: dict[str, Tensor], weight: float) -> Tensor:
-    """The mean over the target's rows, and the weighted one over the general rows."""
+def compute_step_loss(model: Any, batch: dict[str, Tensor], weight: float) -> Tensor:
+    """Return the mean over the target's rows plus the weighted one over the general rows."""
     logits = model(batch["input_ids"], batch["attention_mask"]).logits
     each = F.cross_entropy(logits, batch["labels"], reduction="none")
     return each[~batch["general"]].mean() + weight * each[batch["general"]].mean()
 
 
-def test_a_step_is_the_sum_of_two_means_however_it_is_cut(bert: Path, tmp_path: Path) -> None:
-    found, seen = [], []
+def test_step_is_the_sum_of_two_means_however_it_is_cut(bert: Path, tmp_path: Path) -> None:
+    steps, seen = [], []
     for batch, accumulated in ((8, 1), (2, 4)):
-        model = with_probe(bert, "full")
-        trainer = replaying(
+        model = build_probed_model(bert, "full")
+        trainer = build_replay_trainer(
             tmp_path, model, General(), 0.7,
             per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated,
         )  # fmt: skip
@@ -85,14 +85,14 @@ def test_a_step_is_the_sum_of_two_means_however_it_is_cut(bert: Path, tmp_path: 
             return plain(model, inputs, *args, **kwargs)
 
         trainer.compute_loss = noted
-        found.append(step_of(trainer))
-    (loss, gradients), (other, others) = found
+        steps.append(run_first_step(trainer))
+    (loss, gradients), (other, others) = steps
     assert loss == pytest.approx(other, abs=1e-6)
     assert int(seen[0]["general"].sum()) == 4 and len(seen[0]["row"]) == 12
-    model = with_probe(bert, "full").eval()
-    wanted = by_hand(model, seen[0], 0.7)
-    assert loss == pytest.approx(wanted.item(), abs=1e-6)
-    wanted.backward()
+    model = build_probed_model(bert, "full").eval()
+    expected = compute_step_loss(model, seen[0], 0.7)
+    assert loss == pytest.approx(expected.item(), abs=1e-6)
+    expected.backward()
     assert gradients.keys() == others.keys()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -100,8 +100,8 @@ def test_a_step_is_the_sum_of_two_means_however_it_is_cut(bert: Path, tmp_path: 
             torch.testing.assert_close(others[name], parameter.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_the_ratio_is_exact_and_every_general_row_has_its_turn(bert: Path, tmp_path: Path) -> None:
-    trainer = replaying(tmp_path, with_probe(bert, "lora"), General(9), 1.0, num_train_epochs=3)
+def test_ratio_is_exact_and_every_general_row_is_used(bert: Path, tmp_path: Path) -> None:
+    trainer = build_replay_trainer(tmp_path, build_probed_model(bert, "lora"), General(9), 1.0, num_train_epochs=3)
     numbers: list[int] = []
     plain = trainer.compute_loss
 
@@ -118,15 +118,15 @@ def test_the_ratio_is_exact_and_every_general_row_has_its_turn(bert: Path, tmp_p
         assert sorted(numbers[start : start + 9]) == list(range(target, target + 9))
 
 
-def test_a_weight_of_zero_is_replay_without_labels(bert: Path, tmp_path: Path) -> None:
+def test_weight_zero_is_replay_without_labels(bert: Path, tmp_path: Path) -> None:
     states = []
-    for general, weight in ((General(7), 0.0), (Plain(7), 1.0), (General(7), 1.0)):
-        model = with_probe(bert, "full")
-        replaying(tmp_path, model, general, weight).train()
+    for general, weight in ((General(7), 0.0), (UnlabelledRows(7), 1.0), (General(7), 1.0)):
+        model = build_probed_model(bert, "full")
+        build_replay_trainer(tmp_path, model, general, weight).train()
         states.append(weights(model))
-    none, plain, all_of_it = states
-    assert all(torch.equal(value, plain[name]) for name, value in none.items())
-    assert any(not torch.equal(value, plain[name]) for name, value in all_of_it.items())
+    zero, unlabelled, full = states
+    assert all(torch.equal(value, unlabelled[name]) for name, value in zero.items())
+    assert any(not torch.equal(value, unlabelled[name]) for name, value in full.items())
 
 
 @pytest.fixture
@@ -143,16 +143,16 @@ def tree(recipe_tree: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return recipe_tree
 
 
-def test_the_general_rows_hold_the_tasks_classes(tree: dict[str, Any]) -> None:
+def test_general_rows_hold_the_task_s_classes(tree: dict[str, Any]) -> None:
     recipe = Recipe.parse(tree)
     bench = bench_of(recipe)
     bench.general = load_general(recipe.data, bench.prepared, InputSpec())
     examples = build_general_dataset(bench, labelled=True)
     truth = dict(sentences(80, seed=9))
     names = bench.prepared.names
-    told = [names[int(examples[i]["labels"])] for i in range(len(examples))]
-    assert told == [truth[row.content[0]] for row in bench.general.train_rows]
-    assert set(told) == set(names)
+    labels = [names[int(examples[i]["labels"])] for i in range(len(examples))]
+    assert labels == [truth[row.content[0]] for row in bench.general.train_rows]
+    assert set(labels) == set(names)
     bare = build_general_dataset(bench)
     assert {int(np.asarray(bare[i]["labels"])) for i in range(len(bare))} == {-100}
 
@@ -184,7 +184,7 @@ def test_a_run_that_replays_labels(tree: dict[str, Any], tmp_path: Path) -> None
         ({}, {"replay": {}}, "or retain.replay.labelled"),
     ],
 )
-def test_what_has_no_labels_is_refused(
+def test_refuses_replay_without_labels(
     tree: dict[str, Any], data: Any, retain: Any, message: str
 ) -> None:
     tree["data"]["general"] |= data.pop("general", {})
@@ -196,7 +196,7 @@ def test_what_has_no_labels_is_refused(
     assert re.search(message, f"{caught.value.what}. {caught.value.fix}")
 
 
-def test_labels_that_the_task_has_not_are_refused_and_named(
+def test_refuses_and_names_labels_that_the_task_lacks(
     tree: dict[str, Any], tmp_path: Path
 ) -> None:
     recipe = Recipe.parse(deepcopy(tree))
@@ -214,7 +214,7 @@ def test_labels_that_the_task_has_not_are_refused_and_named(
     check_recipe(Recipe.parse(tree))
 
 
-def test_without_labels_the_weight_is_not_among_what_was_read(tree: dict[str, Any]) -> None:
+def test_weight_is_no_cache_key_without_labels(tree: dict[str, Any]) -> None:
     tree["retain"] = {"kl": {"inputs": "general"}, "replay": {"ratio": 0.25}}
     retain = Recipe.parse(tree).retain
     assert retain is not None

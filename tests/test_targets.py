@@ -1,4 +1,4 @@
-"""Regression targets of any unit: the same model, scores in the label's unit, and plain folders."""
+"""Check that the unit of regression targets changes neither training nor what is published."""
 
 import json
 import random
@@ -20,7 +20,7 @@ from hftl.data.load import Row
 from hftl.errors import DataError, RecipeError
 from hftl.finetune import gradual
 from hftl.finetune.arm import (
-    Kept,
+    RegularizerSetup,
     build_finetune_arguments,
     init_head_from_probe,
     solve_head,
@@ -29,7 +29,7 @@ from hftl.finetune.arm import (
 from hftl.finetune.baselines import solve_classical, train_scratch
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.gradual import GradualCheckpoint
-from hftl.finetune.retention import build_regularizers
+from hftl.finetune.retention import build_setup
 from hftl.finetune.targets import compute_target_scale
 from hftl.measure.metrics import compute_all_metrics
 from hftl.models.heads import get_last_linear_copies
@@ -42,22 +42,22 @@ UNITS: dict[str, tuple[float, float]] = {"shifted": (1.0, 100.0), "scaled": (100
 
 
 def values(rows: int) -> list[tuple[str, float]]:
-    """Distinct texts with a number that their words add up to, of mean 0 and spread 1."""
+    """Return distinct texts with a number that their words add up to, of standard deviation 1."""
     draw = random.Random(0)
     worth = {word: draw.gauss(0, 0.1) for word in FILLER}
     worth |= {word: 0.5 for word in GOOD} | {word: -0.5 for word in BAD}
-    found = {}
-    while len(found) < rows:
+    labels: dict[str, float] = {}
+    while len(labels) < rows:
         words = draw.sample(FILLER, 3) + draw.sample(GOOD + BAD, 4)
-        found[" ".join(words)] = sum(worth[word] for word in words)
-    sd = float(np.std(list(found.values())))
-    return [(text, value / sd) for text, value in found.items()]
+        labels[" ".join(words)] = sum(worth[word] for word in words)
+    sd = float(np.std(list(labels.values())))
+    return [(text, value / sd) for text, value in labels.items()]
 
 
 def recipe_of(
     model: Path, folder: Path, factor: float, shift: float, finetune: dict[str, Any], **more: Any
 ) -> Recipe:
-    """A recipe of 100 texts whose targets are in this unit."""
+    """Return a recipe of 100 texts whose targets are in this unit."""
     rows = [(text, repr(factor * value + shift)) for text, value in values(100)]
     table = write_csv(folder / f"v-{factor}-{shift}.csv", ["text", "label"], rows)
     training = {"num_train_epochs": 3, "learning_rate": 5e-3, "bf16": False}
@@ -71,22 +71,22 @@ def recipe_of(
 
 def scores(bench: ExperimentContext, outcome: Any) -> dict[str, float]:
     rows = bench.prepared.rows["test"]
-    found = bench.decode_logits(rows, outcome.logits["test"])
-    return compute_all_metrics("regression", bench.prepared.encode_for_metrics(rows), found)
+    predictions = bench.decode_logits(rows, outcome.logits["test"])
+    return compute_all_metrics("regression", bench.prepared.encode_for_metrics(rows), predictions)
 
 
 def same_scores(run: Callable[[ExperimentContext, Recipe], Any], model: Path, folder: Path,
                 finetune: dict[str, Any]) -> None:  # fmt: skip
-    """The scores of an arm do not depend on the unit, but for those in it, which scale."""
-    found = {}
+    """Check that an arm's scores do not depend on the unit, but for those in it, which scale."""
+    results = {}
     for name, (factor, shift) in {"plain": (1.0, 0.0), **UNITS}.items():
         recipe = recipe_of(model, folder, factor, shift, finetune)
         bench = bench_of(recipe)
-        found[name] = scores(bench, run(bench, recipe))
+        results[name] = scores(bench, run(bench, recipe))
     for name, (factor, _) in UNITS.items():
         in_unit = {key: value * (factor if key in ("rmse", "mae") else 1)
-                   for key, value in found["plain"].items()}  # fmt: skip
-        assert found[name] == pytest.approx(in_unit, rel=0.01, abs=1e-3)
+                   for key, value in results["plain"].items()}  # fmt: skip
+        assert results[name] == pytest.approx(in_unit, rel=0.01, abs=1e-3)
 
 
 def trained(bench: ExperimentContext, recipe: Recipe) -> Any:
@@ -107,7 +107,7 @@ ARMS: dict[str, tuple[Callable[[ExperimentContext, Recipe], Any], dict[str, Any]
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_the_unit_of_the_targets_changes_no_arm(
+def test_unit_changes_no_arm(
     arm: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     run, finetune = ARMS[arm]
@@ -118,10 +118,10 @@ def test_the_unit_of_the_targets_changes_no_arm(
     ("metric", "greater"),
     [(None, False), ("rmse", False), ("eval_mae", False), ("r2", True), ("loss", False)],
 )
-def test_the_epoch_that_is_kept_is_the_best(
+def test_best_epoch_is_restored(
     metric: str | None, greater: bool, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Of an error the greatest was kept."""
+    """Less is better of an error."""
     training: dict[str, Any] = {"num_train_epochs": 4, "learning_rate": 2e-2, "bf16": False}
     if metric is not None:
         training["metric_for_best_model"] = metric
@@ -134,7 +134,7 @@ def test_the_epoch_that_is_kept_is_the_best(
     assert len(set(values.values())) == 4
 
 
-def test_a_direction_that_the_metric_has_not_is_refused(
+def test_refuses_the_wrong_direction_of_a_metric(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     training = {"metric_for_best_model": "rmse", "greater_is_better": True}
@@ -151,23 +151,23 @@ TERMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("strategy", ["full", "lora"])
 @pytest.mark.parametrize("term", TERMS)
-def test_the_unit_of_the_targets_changes_no_term(
+def test_unit_changes_no_regularizer(
     term: str, strategy: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     def run(bench: ExperimentContext, recipe: Recipe) -> Any:
         retain = Retain.model_validate(TERMS[term])
-        kept = build_regularizers(
-            bench, retain, recipe.finetune, 0, lambda: ({}, {}), lambda b: torch.nn.Module()
+        setup = build_setup(
+            bench, retain, recipe.finetune, 0, lambda _: ({}, {}), lambda b: torch.nn.Module()
         )  # noqa: E501
-        return train_arm(bench, recipe.finetune, 0, kept)
+        return train_arm(bench, recipe.finetune, 0, setup)
 
     same_scores(run, tiny_model(), tmp_path, {"strategy": strategy, "pooling": "native"})
 
 
-def test_the_unit_of_the_targets_changes_no_other_reference(
+def test_unit_changes_no_given_reference(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """KL to a model that is handed over, as the source before adaptation."""
+    """As the source before adaptation."""
 
     def run(bench: ExperimentContext, recipe: Recipe) -> Any:
         built = bench.build_model("mean", 0)
@@ -177,23 +177,23 @@ def test_the_unit_of_the_targets_changes_no_other_reference(
         assert scale is not None and scale.sd**2 == pytest.approx(variance)
         terms = [KLToOriginal(10.0, "probe", solved=True)]
         return train_arm(
-            bench, recipe.finetune, 0, Kept({"retain": terms, "reference": built.model})
+            bench, recipe.finetune, 0, RegularizerSetup(terms, built.model)
         )
 
     same_scores(run, tiny_model(), tmp_path, {"strategy": "full"})
 
 
-def test_no_step_back_is_the_solved_head(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Interpolation at 0 is the model that training starts from, in the label's unit."""
+def test_interpolation_at_zero_is_the_solved_head(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """It is the model that training starts from, in the label's unit."""
     recipe = recipe_of(tiny_model(), tmp_path, 10.0, 2000.0, {"strategy": "full"})
     bench = bench_of(recipe)
-    found = train_arm(bench, recipe.finetune, 0, Kept(alphas=(0.0,)))
+    results = train_arm(bench, recipe.finetune, 0, RegularizerSetup(alphas=(0.0,)))
     solved = solve_head(bench, recipe.finetune, 0)
-    np.testing.assert_allclose(found.logits["test"], solved.logits["test"], atol=5e-3)
-    assert found.facts["target_scale"]["mean"] == pytest.approx(2000, abs=10)
+    np.testing.assert_allclose(results.logits["test"], solved.logits["test"], atol=5e-3)
+    assert results.facts["target_scale"]["mean"] == pytest.approx(2000, abs=10)
 
 
-def test_gradual_unfreezing_that_was_stopped_goes_on_in_the_same_unit(
+def test_resumed_gradual_unfreezing_has_the_same_unit(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finetune = {"strategy": "gradual", "gradual": {"epochs": 1, "final_epochs": 1}}
@@ -216,12 +216,12 @@ def test_gradual_unfreezing_that_was_stopped_goes_on_in_the_same_unit(
 
 def test_a_small_spread_far_from_zero(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     """A spread of 1 around a million: float32 rounds to a sixteenth there, which costs little."""
-    found = {}
+    results = {}
     for shift in (0.0, 1e6):
         recipe = recipe_of(tiny_model(), tmp_path, 1.0, shift, {"strategy": "full"})
         bench = bench_of(recipe)
-        found[shift] = scores(bench, trained(bench, recipe))["rmse"]
-    assert found[1e6] == pytest.approx(found[0.0], rel=0.05)
+        results[shift] = scores(bench, trained(bench, recipe))["rmse"]
+    assert results[1e6] == pytest.approx(results[0.0], rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -249,17 +249,17 @@ def test_a_run_far_from_zero_is_published_in_the_label_s_unit(
     sample = json.loads((run / "phases" / "package" / "sample.json").read_text("utf-8"))
     import hftl
 
-    told = hftl.load(run).predict([text for (text,) in sample["texts"]])
+    predictions = hftl.load(run).predict([text for (text,) in sample["texts"]])
     np.testing.assert_allclose(
-        [row["label"] for row in told], np.ravel(sample["logits"]), rtol=1e-6
+        [row["label"] for row in predictions], np.ravel(sample["logits"]), rtol=1e-6
     )
-    assert 1900 < np.mean([row["label"] for row in told]) < 2100
-    # Not said in the same unit as the label, the history would mislead.
+    assert 1900 < np.mean([row["label"] for row in predictions]) < 2100
+    # The history is in the label's unit, too.
     own = next(arm for arm in record["arms"] if arm["arm"] == strategy)
     assert min(row["eval_rmse"] for row in own["training"]["history"] if "eval_rmse" in row) > 1
 
 
-def test_the_head_that_an_adapter_wraps_has_the_same_unit(
+def test_wrapped_head_has_the_same_unit(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     from hftl.finetune.strategies import prepare
@@ -291,7 +291,7 @@ def test_the_head_that_an_adapter_wraps_has_the_same_unit(
         ([1e-40 * i for i in range(9)], r"which float32 cannot hold"),
     ],
 )
-def test_targets_that_float32_cannot_tell_apart_are_refused(
+def test_refuses_targets_that_float32_cannot_represent(
     targets: list[float], message: str
 ) -> None:
     rows = [Row((str(i),), target, None, i, "x") for i, target in enumerate(targets)]
@@ -307,6 +307,6 @@ def test_shots_of_one_value_give_that_value(
     tree["data"]["shots"] = 1
     bench = bench_of(Recipe.parse(tree))
     (row,) = bench.select_train_rows(0)
-    found = trained(bench, recipe).logits["test"][:, 0]
-    assert np.ptp(found) < abs(row.label) / 10  # pyright: ignore
-    assert found == pytest.approx(row.label, rel=0.1)
+    results = trained(bench, recipe).logits["test"][:, 0]
+    assert np.ptp(results) < abs(row.label) / 10  # pyright: ignore
+    assert results == pytest.approx(row.label, rel=0.1)

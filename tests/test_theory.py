@@ -1,4 +1,4 @@
-"""Known results on transfer, on toys small enough to be sure of: what a user may expect holds."""
+"""Reproduce known results on transfer on small models."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -13,15 +13,15 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
-from hftl.retain.fisher import compute_fisher
-from hftl.retain.weights import EWC, L2SP
+from hftl.retain.fisher import EWC, compute_fisher
+from hftl.retain.weights import L2SP
 
 WIDTH, FEATURES, SUBSPACE, ROWS, APART, SEEDS = 20, 5, 8, 100, 0.05, 40
 
 
 @dataclass
 class Linear:
-    """Forty two-layer linear networks f(x) = v^T B x at once (Kumar et al. 2022, section 3).
+    """Hold forty two-layer linear networks f(x) = v^T B x at once (Kumar et al. 2022, section 3).
 
     The truth is (head, features); the source's features lie `APART` from the true ones, and the
     training inputs in a subspace of theirs.
@@ -39,12 +39,14 @@ class Linear:
         return self.inputs @ self.features.mT @ self.head
 
     def error(self, head: Tensor, features: Tensor, inside: bool = False) -> Tensor:
-        """The expected squared error on all directions, or only those of the subspace."""
+        """Return the expected squared error on all directions, or only those of the subspace."""
         apart = features.mT @ head - self.features.mT @ self.head
         return (self.subspace.mT @ apart if inside else apart).square().sum((1, 2))
 
-    def tuned(self, head: Tensor, steps: int = 4000, rate: float = 0.05) -> tuple[Tensor, Tensor]:
-        """Head and features after gradient descent on both, from the source's features."""
+    def fine_tune(
+        self, head: Tensor, steps: int = 4000, rate: float = 0.05
+    ) -> tuple[Tensor, Tensor]:
+        """Return head and features after gradient descent on both, from the source's features."""
         features = self.source
         for _ in range(steps):
             apart = (self.inputs @ features.mT @ head - self.targets) / ROWS
@@ -83,30 +85,30 @@ def test_fine_tuning_from_a_random_head_distorts_features_and_from_the_probe_doe
     probe = torch.linalg.lstsq(linear.inputs @ linear.source.mT, linear.targets).solution
     solved = {
         "probe": (probe, linear.source),
-        "tuned": linear.tuned(linear.random_head),
-        "probe, then tuned": linear.tuned(probe),
+        "fine-tuned": linear.fine_tune(linear.random_head),
+        "probe, then fine-tuned": linear.fine_tune(probe),
     }
-    outside = {name: linear.error(*found) for name, found in solved.items()}
-    inside = {name: linear.error(*found, inside=True) for name, found in solved.items()}
+    outside = {name: linear.error(*weights) for name, weights in solved.items()}
+    inside = {name: linear.error(*weights, inside=True) for name, weights in solved.items()}
     median = {name: float(error.median()) for name, error in outside.items()}
-    assert median["probe"] < 0.01 and median["tuned"] > 1
-    assert median["probe, then tuned"] == pytest.approx(median["probe"], rel=0.5)
-    assert (outside["tuned"] > outside["probe"]).all()
-    assert (outside["probe, then tuned"] < outside["tuned"]).all()
-    assert (outside["probe, then tuned"] <= outside["probe"]).all()
-    assert (inside["tuned"] < inside["probe"]).all()
-    assert inside["tuned"].max() < 1e-6, "it has learnt what it was shown"
+    assert median["probe"] < 0.01 and median["fine-tuned"] > 1
+    assert median["probe, then fine-tuned"] == pytest.approx(median["probe"], rel=0.5)
+    assert (outside["fine-tuned"] > outside["probe"]).all()
+    assert (outside["probe, then fine-tuned"] < outside["fine-tuned"]).all()
+    assert (outside["probe, then fine-tuned"] <= outside["probe"]).all()
+    assert (inside["fine-tuned"] < inside["probe"]).all()
+    assert inside["fine-tuned"].max() < 1e-6, "it fits the training rows"
 
 
 TRAIN, TEST = slice(0, 1200), slice(1200, None)
 BATCH = 64
 PAIRS = ((0, 1), (4, 5), (8, 3))
-"""Digits that stand for even and odd."""
+"""The digits that label even and odd images."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One fine-tuning: what it was, how far it went, and what it forgot and learnt.
+    """Hold one fine-tuning: its labels and penalty, how far it went, and its scores.
 
     A `share` of every label is its pair's digit; the rest is the right distribution nearest to the
     original's.
@@ -119,11 +121,11 @@ class Run:
     kl: float
     distance: float
     forgotten: float
-    learnt: float
+    accuracy: float
 
 
 class Parity:
-    """A network that tells mirrored digits apart and has an idea of whether upright ones are even.
+    """Train a network on mirrored digits, and a little on whether upright ones are even.
 
     The new task is the parity of upright digits, for which any digit of that parity is right: many
     distributions solve it, near to the original's and far from it (Shenfeld et al. 2025,
@@ -134,8 +136,8 @@ class Parity:
         torch.manual_seed(seed)
         digits: Any = load_digits()
         order = torch.randperm(len(digits.target))
-        pictures = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1)
-        self.upright = (pictures / 8 - 1)[order]
+        images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1)
+        self.upright = (images / 8 - 1)[order]
         self.mirrored = self.upright.transpose(2, 3)
         self.digit = torch.tensor(digits.target)[order]
         self.right = torch.arange(10) % 2 == (self.digit % 2).unsqueeze(1)
@@ -159,33 +161,33 @@ class Parity:
             self.before = self.logs(self.original, self.upright)
 
     @staticmethod
-    def logs(model: Any, pictures: Tensor) -> Tensor:
-        return model(pixel_values=pictures).logits.log_softmax(-1)
+    def logs(model: Any, images: Tensor) -> Tensor:
+        return model(pixel_values=images).logits.log_softmax(-1)
 
     def old_accuracy(self, model: Any) -> float:
-        found = self.logs(model, self.mirrored[TEST]).argmax(1)
-        return float((found == self.digit[TEST]).float().mean())
+        predictions = self.logs(model, self.mirrored[TEST]).argmax(1)
+        return float((predictions == self.digit[TEST]).float().mean())
 
     def labels(self, pair: tuple[int, int], share: float) -> Tensor:
-        """A distribution over digits for every picture, right in its parity."""
+        """Return a distribution over digits for every image, right in its parity."""
         nearest = self.before.exp() * self.right
         nearest = nearest / nearest.sum(1, keepdim=True)
         fixed = F.one_hot(torch.tensor(pair)[self.digit % 2], 10)
         return (1 - share) * nearest + share * fixed
 
-    def tuned(
+    def fine_tune(
         self, pair: tuple[int, int], share: float, steps: int, term: str, penalty: Any
     ) -> Run:
         model, labels = deepcopy(self.original), self.labels(pair, share)
         if isinstance(penalty, (L2SP, EWC)):
-            penalty.start(model)
+            penalty.record_start(model)
 
         def loss(rows: Tensor) -> Tensor:
             logs = self.logs(model, self.upright[rows])
             total = cross_entropy(labels[rows], logs)
             if isinstance(penalty, float):
                 return total + penalty * forward_kl(self.before[rows], logs)
-            return total if penalty is None else total + penalty.penalty(model)
+            return total if penalty is None else total + penalty.compute_penalty(model)
 
         descend(model, loss, steps, rate=1e-3)
         with torch.no_grad():
@@ -220,37 +222,37 @@ def descend(model: Any, loss: Callable[[Tensor], Tensor], steps: int, rate: floa
 
 @pytest.fixture(scope="module", params=[0, 1])
 def runs(request: pytest.FixtureRequest) -> list[Run]:
-    """Of one network: five labellings, learnt for a while, for longer, and under penalties."""
+    """Of one network: five labellings, trained for a while, for longer, and under penalties."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     parity = Parity(request.param)
     assert parity.old_accuracy(parity.original) > 0.9
-    fisher = information(parity)
-    ways = [(PAIRS[0], 0.0), (PAIRS[0], 0.5), *((pair, 1.0) for pair in PAIRS)]
-    found = []
-    for pair, share in ways:
+    fisher = compute_parity_fisher(parity)
+    labellings = [(PAIRS[0], 0.0), (PAIRS[0], 0.5), *((pair, 1.0) for pair in PAIRS)]
+    results = []
+    for pair, share in labellings:
         for steps, term, penalty in (
             (20, "none", None), (60, "none", None), (60, "l2sp", L2SP(0.1)), (60, "kl", 0.3),
             (60, "ewc", EWC(0.1, fisher)),
         ):  # fmt: skip
             if term != "ewc" or share == 1:
-                found.append(parity.tuned(pair, share, steps, term, penalty))
+                results.append(parity.fine_tune(pair, share, steps, term, penalty))
     torch.set_num_threads(threads)
-    return found
+    return results
 
 
-def information(parity: Parity) -> dict[str, Tensor]:
-    """Of the old task's own classes, on its own pictures."""
+def compute_parity_fisher(parity: Parity) -> dict[str, Tensor]:
+    """Return the information of the old task's own classes, on its own images."""
     return compute_fisher(
         parity.original, dict(parity.original.vit.named_parameters()), 64,
         lambda number: {"pixel_values": parity.mirrored[number : number + 1]}, "exact", seed=0,
     )[0]  # fmt: skip
 
 
-def explained(by: list[float], what: list[float]) -> float:
-    """R^2 of a quadratic fit."""
-    left = np.array(what) - np.polyval(np.polyfit(by, what, 2), by)
-    return 1 - float(np.var(left) / np.var(what))
+def compute_r2(predictor: list[float], target: list[float]) -> float:
+    """Return R^2 of a quadratic fit."""
+    fit = np.polyval(np.polyfit(predictor, target, 2), predictor)
+    return 1 - float(np.var(np.array(target) - fit) / np.var(target))
 
 
 @pytest.mark.slow
@@ -259,23 +261,23 @@ def test_forgetting_follows_kl_on_the_new_task_and_not_the_distance_of_weights(
 ) -> None:
     """Shenfeld et al. 2025: forward KL on the new task's inputs predicts what is forgotten.
 
-    EWC is left out: it looks at the old task's inputs, of which KL on the new ones knows nothing.
+    EWC is left out: it reads the old task's inputs, on which KL on the new ones does not depend.
     """
     blind = [run for run in runs if run.term != "ewc"]
     forgotten = [run.forgotten for run in blind]
     assert max(forgotten) > 0.3 > 0.1 > min(forgotten)
-    assert min(run.learnt for run in blind) > 0.85
-    by_kl = explained([run.kl for run in blind], forgotten)
-    by_distance = explained([run.distance for run in blind], forgotten)
+    assert min(run.accuracy for run in blind) > 0.85
+    by_kl = compute_r2([run.kl for run in blind], forgotten)
+    by_distance = compute_r2([run.distance for run in blind], forgotten)
     assert by_kl > 0.4 and by_kl > by_distance + 0.1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS)
-def test_a_penalty_forgets_less_and_learns_as_much(runs: list[Run], pair: tuple[int, int]) -> None:
+def test_penalty_forgets_less_and_fits_as_well(runs: list[Run], pair: tuple[int, int]) -> None:
     of = {run.term: run for run in runs if (run.pair, run.share, run.steps) == (pair, 1.0, 60)}
     for term in ("l2sp", "kl", "ewc"):
         assert of[term].forgotten < of["none"].forgotten
-        assert of[term].learnt > of["none"].learnt - 0.05
+        assert of[term].accuracy > of["none"].accuracy - 0.05
     assert of["l2sp"].distance < of["none"].distance
     assert of["kl"].kl < 0.5 * of["none"].kl

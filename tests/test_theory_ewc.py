@@ -1,4 +1,4 @@
-"""Which Fisher information keeps an old task: on linear tasks, where the joint optimum is known.
+"""Compare kinds of Fisher information on linear tasks, where the joint optimum is known.
 
 Two regressions whose inputs are each other's, permuted. Fine-tuning on the second under EWC at the
 first ends where the normal equations say. By the exact information that is no worse than training
@@ -17,46 +17,46 @@ WEIGHTS = np.logspace(-3, 3, 25)
 
 @dataclass(frozen=True)
 class Task:
-    """Inputs, answers with noise of standard deviation `NOISE`, and the weights that make them."""
+    """Hold inputs, targets with noise of standard deviation `NOISE`, and their true weights."""
 
     inputs: np.ndarray
-    answers: np.ndarray
+    targets: np.ndarray
     truth: np.ndarray
     variances: np.ndarray
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.inputs.T @ self.inputs / ROWS, self.inputs.T @ self.answers / ROWS
+        return self.inputs.T @ self.inputs / ROWS, self.inputs.T @ self.targets / ROWS
 
-    def error(self, found: np.ndarray) -> float:
-        """The expected squared error beyond the noise."""
-        return float(self.variances @ (found - self.truth) ** 2)
+    def error(self, weights: np.ndarray) -> float:
+        """Return the expected squared error beyond the noise."""
+        return float(self.variances @ (weights - self.truth) ** 2)
 
 
-def tasks(draw: np.random.Generator) -> tuple[Task, Task]:
-    """A task, and the same with its inputs permuted."""
+def draw_tasks(draw: np.random.Generator) -> tuple[Task, Task]:
+    """Return a task, and the same with its inputs permuted."""
     variances, truth = np.logspace(-2, 1, WIDTH), draw.normal(size=WIDTH)
     order = draw.permutation(WIDTH)
-    made = []
+    pair = []
     for spread, weights in ((variances, truth), (variances[order], truth[order])):
         inputs = draw.normal(size=(ROWS, WIDTH)) * spread**0.5
-        answers = inputs @ weights + NOISE * draw.normal(size=ROWS)
-        made.append(Task(inputs, answers, weights, spread))
-    return made[0], made[1]
+        targets = inputs @ weights + NOISE * draw.normal(size=ROWS)
+        pair.append(Task(inputs, targets, weights, spread))
+    return pair[0], pair[1]
 
 
-def exact(task: Task) -> np.ndarray:
-    """The mean over rows of the expected squared gradient of log p(y | x), of a unit Gaussian."""
+def compute_exact(task: Task) -> np.ndarray:
+    """Return the mean over rows of the expected squared gradient of log p(y | x), of a unit Gaussian."""
     return (task.inputs**2).mean(0)
 
 
-def batched(task: Task, draw: np.random.Generator) -> np.ndarray:
-    """The square of each batch's mean gradient, at answers drawn from the model."""
+def compute_batched(task: Task, draw: np.random.Generator) -> np.ndarray:
+    """Return the square of each batch's mean gradient, at targets drawn from the model."""
     each = task.inputs * draw.normal(size=(ROWS, 1))
     return (each.reshape(-1, BATCH, WIDTH).mean(1) ** 2).mean(0)
 
 
-def tuned(new: Task, start: np.ndarray, information: np.ndarray, weight: float) -> np.ndarray:
-    """Where fine-tuning ends: 1/2 |y - Xw|^2 / n + weight / 2 sum_i F_i (w_i - start_i)^2."""
+def fine_tune(new: Task, start: np.ndarray, information: np.ndarray, weight: float) -> np.ndarray:
+    """Return the minimum of 1/2 |y - Xw|^2 / n + weight / 2 sum_i F_i (w_i - start_i)^2."""
     hessian, linear = new.moments()
     penalty = weight * information / information.mean()
     return np.linalg.solve(hessian + np.diag(penalty), linear + penalty * start)
@@ -64,12 +64,11 @@ def tuned(new: Task, start: np.ndarray, information: np.ndarray, weight: float) 
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, np.ndarray]:
-    """(seeds,) the error on both tasks together, at the best weight, beyond what no weights can
-    undercut, since the tasks are at odds."""
-    found: dict[str, list[float]] = {k: [] for k in ("none", "joint", "exact", "batched", "even")}
+    """The error on both tasks together at the best weight, (seeds,), beyond the least possible."""
+    results: dict[str, list[float]] = {k: [] for k in ("none", "joint", "exact", "batched", "even")}
     for seed in range(SEEDS):
         draw = np.random.default_rng(seed)
-        old, new = tasks(draw)
+        old, new = draw_tasks(draw)
         start = np.linalg.solve(*old.moments())
         sums = [sum(parts) for parts in zip(old.moments(), new.moments(), strict=True)]
 
@@ -79,18 +78,21 @@ def errors() -> dict[str, np.ndarray]:
         def both(
             weights: np.ndarray, old: Task = old, new: Task = new, least: np.ndarray = least
         ) -> float:
-            found = (task.error(weights) - task.error(least) for task in (old, new))
-            return sum(found)
+            return sum(task.error(weights) - task.error(least) for task in (old, new))
 
-        found["joint"].append(both(np.linalg.solve(*sums)))
-        found["none"].append(both(np.linalg.solve(*new.moments())))
-        kinds = {"exact": exact(old), "batched": batched(old, draw), "even": np.ones(WIDTH)}
+        results["joint"].append(both(np.linalg.solve(*sums)))
+        results["none"].append(both(np.linalg.solve(*new.moments())))
+        kinds = {
+            "exact": compute_exact(old),
+            "batched": compute_batched(old, draw),
+            "even": np.ones(WIDTH),
+        }
         for kind, information in kinds.items():
-            found[kind].append(min(both(tuned(new, start, information, w)) for w in WEIGHTS))
-    return {kind: np.array(values) for kind, values in found.items()}
+            results[kind].append(min(both(fine_tune(new, start, information, w)) for w in WEIGHTS))
+    return {kind: np.array(values) for kind, values in results.items()}
 
 
-def test_by_the_exact_information_ewc_is_as_good_as_training_on_both(
+def test_exact_information_is_as_good_as_training_on_both(
     errors: dict[str, np.ndarray],
 ) -> None:
     assert np.median(errors["none"] / errors["joint"]) > 30
@@ -98,16 +100,16 @@ def test_by_the_exact_information_ewc_is_as_good_as_training_on_both(
     assert (errors["exact"] < 0.1 * errors["none"]).all()
 
 
-def test_the_square_of_batch_means_is_worse(errors: dict[str, np.ndarray]) -> None:
+def test_square_of_batch_means_is_worse(errors: dict[str, np.ndarray]) -> None:
     assert (errors["exact"] < errors["batched"]).all()
     assert np.median(errors["batched"] / errors["exact"]) > 2
-    assert (errors["exact"] < errors["even"]).all(), "even is L2-SP, for which weights are alike"
-    assert np.median(errors["even"] / errors["batched"]) > 2, "and still it tells something"
+    assert (errors["exact"] < errors["even"]).all(), "even is L2-SP, which weighs all alike"
+    assert np.median(errors["even"] / errors["batched"]) > 2
 
 
-def test_of_one_row_a_batch_it_is_the_same_information() -> None:
+def test_square_of_batches_of_one_row_is_exact() -> None:
     draw = np.random.default_rng(0)
-    old, _ = tasks(draw)
+    old, _ = draw_tasks(draw)
     each = old.inputs[None] * draw.normal(size=(4000, ROWS, 1))
     rows = (each**2).mean((0, 1))
-    np.testing.assert_allclose(rows, exact(old), rtol=0.1)
+    np.testing.assert_allclose(rows, compute_exact(old), rtol=0.1)

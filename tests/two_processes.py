@@ -35,9 +35,9 @@ from hftl.errors import DataError, NumericError, RecipeError
 from hftl.finetune.gradual import GradualCheckpoint, fit_gradual
 from hftl.finetune.strategies import prepare
 from hftl.models.heads import PooledModel
-from hftl.retain.fisher import compute_fisher
+from hftl.retain.fisher import EWC, compute_fisher
 from hftl.retain.kl import KLToOriginal
-from hftl.retain.weights import EWC, L2SP, iterate_encoder_parameters, iterate_lora_layers
+from hftl.retain.weights import L2SP, iterate_encoder_parameters, iterate_lora_layers
 from hftl.runtime.distributed import (
     broadcast_from_main,
     close_process_group,

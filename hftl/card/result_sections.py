@@ -7,6 +7,7 @@ from huggingface_hub import ModelCardData
 
 from hftl.card.metadata import build_adapter_tags, build_origin, find_public_base
 from hftl.card.wording import escape_markup, format_code, format_yaml_block, render_page
+from hftl.config.retain import Retain
 from hftl.measure.verdict import format_gain
 
 OBJECTIVE_PHRASES = {"mlm": "masked language modelling", "mae": "masked image modelling"}
@@ -307,70 +308,11 @@ def _build_figure_row(words: str, figure: dict[str, Any]) -> list[str]:
 # What kept the model near the original, in words.
 
 
-KL_PHRASES = {
-    "relational": "how similar rows are to others",
-    "probe": "the probe's classes",
-    "features": "the embeddings",
-    "mlm": "the masked-language head",
-    "zero_shot": "the classes told by their names",
-}
-INPUT_PHRASES = {
-    "target": "the task's rows",
-    "general": "general rows",
-    "both": "the task's rows and general ones",
-}
-
-
 def describe_retention(record: dict[str, Any]) -> list[str]:
-    """A clause for each term of the own arm; none where nothing kept it near the original."""
-    retain = record["recipe"]["retain"]
-    if retain is None:
+    """Return a clause for each regularizer of the own arm; none without `retain`."""
+    if record["recipe"]["retain"] is None:
         return []
-    kls = retain["kl"] if isinstance(retain["kl"], list) else [retain["kl"]]
-    words = [_describe_kl(kl, record) for kl in kls if kl]
-    if retain["l2sp"]:
-        words.append(f"the distance of the weights (L2-SP), weight {retain['l2sp']['weight']:g}")
-    if retain["ewc"]:
-        ewc = retain["ewc"]
-        words.append(f"EWC by {_describe_fisher(record)}, weight {ewc['weight']:g}")
-    # Records of before there was labelled replay, or a word on the information, tell none.
-    if (retain["replay"] or {}).get("labelled"):
-        words.append(_describe_replay(retain["replay"]))
-    told = [f"kept near the original by {' and '.join(words)}"] if words else []
-    if retain["interpolate"]:
-        told.append(f"interpolated with the original, {_format_interpolation(record)} of the way")
-    return told
-
-
-def _describe_kl(kl: dict[str, Any], record: dict[str, Any]) -> str:
-    weight = kl["weight"]
-    if weight == "auto":
-        # The same for all seeds: it is chosen once.
-        weight = _own_training(record)[0]["kl_weight"]["weight"]
-    direction = "" if kl["direction"] == "forward" else "reverse "
-    return (
-        f"{direction}KL of {KL_PHRASES[kl['on']]} on {INPUT_PHRASES[kl['inputs']]}, weight {weight:g}, "
-        f"temperature {kl['temperature']:g}"
-    )
-
-
-def _describe_replay(replay: dict[str, Any]) -> str:
-    return (
-        f"replay of labelled general rows, {replay['ratio']:g} for each of the task's, weight "
-        f"{replay['weight']:g}"
-    )
-
-
-def _describe_fisher(record: dict[str, Any]) -> str:
-    """Of which kind, and of how many rows; the same for all seeds."""
-    fisher = _own_training(record)[0].get("fisher")
-    if fisher is None:
-        return "the Fisher information of general rows"
-    return f"the {fisher['kind']} Fisher information of {fisher['rows']:,} general rows"
-
-
-def _format_interpolation(record: dict[str, Any]) -> str:
-    return ", ".join(f"{told['interpolation']['alpha']:g}" for told in _own_training(record))
+    return Retain.model_validate(record["recipe"]["retain"]).describe(_own_training(record))
 
 
 def _own_training(record: dict[str, Any]) -> list[dict[str, Any]]:

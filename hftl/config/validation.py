@@ -151,7 +151,7 @@ def _check_retain_head(retain: Retain, finetune: Finetune) -> None:
             "finetune.head_init=random the original has no head",
             "Set finetune.head_init=probe",
         )
-    if any(kl.on == "probe" for kl in retain.kl_terms):
+    if any(section.reads_task_head for section in retain.regularizers):
         raise RecipeError(
             "retain.kl.on=probe is KL to what the head says, and with "
             "finetune.head_init=random nobody has trained it",

@@ -155,12 +155,11 @@ def train_arm(
     set_seed(seed)
     model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
     built = LoadedModel(model, built.architecture, built.pooling, built.fresh)
-    more = {"layer_decay": finetune.layer_decay, "rates": finetune.learning_rates}
-    kept = replace(kept, trainer=kept.trainer | more)
+    rates = {"layer_decay": finetune.layer_decay, "rates": finetune.learning_rates}
     gradual = finetune.gradual if finetune.strategy == "gradual" else None
     return train_model(
         bench, built, finetune.training, finetune.patience, seed, kept,
-        gradual=gradual, state=state,
+        gradual=gradual, state=state, rates=rates,
     )  # fmt: skip
 
 
@@ -174,6 +173,7 @@ def train_model(
     compared: bool = True,
     gradual: Gradual | None = None,
     state: GradualCheckpoint | None = None,
+    rates: dict[str, Any] | None = None,
 ) -> ArmOutput:
     """Trains a prepared model, keeps its best evaluation on validation, and predicts in fp32.
 
@@ -183,7 +183,7 @@ def train_model(
     started = time.perf_counter()
     scale = compute_target_scale(bench, seed)
     if scale is not None:
-        reference = kept.trainer.get("reference")
+        reference = kept.reference
         if reference is not None:
             scale.standardize_head(reference)
         # Weights in another unit are not what a stopped training goes on from.
@@ -200,7 +200,7 @@ def train_model(
             training, bench.prepared.task, scratch_folder, seed, bench.device
         )
         best = build_keep_best(args, patience)
-        make = partial(_build_trainer, bench, built, best, seed, kept, scale)
+        make = partial(_build_trainer, bench, built, best, seed, kept, scale, **(rates or {}))
         if gradual is None:
             trainer = make(args)
             _run_training(trainer.train)
@@ -231,8 +231,8 @@ def train_model(
     if kept.alphas:
         score = lambda: _score_validation(bench, built, scale)  # noqa: E731
         facts["interpolation"] = select_alpha(built.model, start, kept.alphas, score)
-    if kept.look is not None:
-        facts["forgotten"] = kept.look(built)
+    if kept.measure_forgetting is not None:
+        facts["forgotten"] = kept.measure_forgetting(built)
     return _predict_splits(bench, built, scale, facts, time.perf_counter() - started, compared)
 
 
@@ -266,7 +266,7 @@ def _build_trainer(
         "data_collator": bench.inputs.collate,
         "compute_metrics": metrics_of,
         "callbacks": [best],
-        **kept.trainer,
+        **kept.build_trainer_arguments(),
     }
     trainer = TransferTrainer(**(given | more))
     replace_progress_callbacks(trainer)

@@ -10,7 +10,7 @@ from hftl.config.retain import Replay, Retain
 from hftl.finetune import retention
 from hftl.finetune.context import BY_STEPS, MEASURED_SPLITS, ExperimentContext
 from hftl.finetune.pretraining_heads import select_compared_rows
-from hftl.finetune.retention import PRETRAINING_HEADS, has_auto_weight, mixes_general
+from hftl.finetune.retention import has_auto_weight
 from hftl.finetune.strategies import prepare
 from hftl.models.architectures import TOKEN_CLASSIFICATION
 from hftl.models.encoders import count_blocks
@@ -140,14 +140,10 @@ def _estimate_retention_per_row(
     """Seconds that retention adds in training, for each row of the target."""
     if retain is None:
         return 0.0
-    general = (retain.replay or Replay()).ratio if mixes_general(retain) else 0.0
-    rows = {"target": 1.0, "general": general, "both": 1.0 + general}
-    # A head of the source's own is another pass to train through, and one of the original's.
-    own = sum(
-        step * rows[kl.inputs] for kl in retain.kl_terms if kl.weight and kl.on in PRETRAINING_HEADS
-    )
+    general = (retain.replay or Replay()).ratio if retain.mixes_general else 0.0
+    extra_steps = sum(section.count_extra_steps(general) for section in retain.regularizers)
     reference = 0.0 if _is_cached(bench, retain) else (1.0 + general) * forward
-    return general * step + own + reference
+    return (general + extra_steps) * step + reference
 
 
 def _estimate_retention_setup(
@@ -158,17 +154,18 @@ def _estimate_retention_setup(
     if retain is None:
         return 0.0
     general = len(bench.general.train_rows) if bench.general is not None else 0
-    cached = any(kl.weight and kl.on not in PRETRAINING_HEADS for kl in retain.kl_terms)
-    rows = train + (general if mixes_general(retain) else 0) if cached else 0
-    fisher = step * retain.ewc.samples if retain.ewc is not None else 0.0
-    return (rows + validation * len(retain.interpolate or ())) * costs.predict + fisher
+    reads_outputs = any(section.reads_outputs for section in retain.regularizers)
+    rows = train + (general if retain.mixes_general else 0) if reads_outputs else 0
+    gradients = step * sum(section.setup_rows for section in retain.regularizers)
+    return (rows + validation * len(retain.interpolate or ())) * costs.predict + gradients
 
 
 def _is_cached(bench: ExperimentContext, retain: Retain) -> bool:
-    """Whether the original need not be asked at every step."""
-    terms = [kl.on for kl in retain.kl_terms if kl.weight and kl.on not in PRETRAINING_HEADS]
-    words = bench.prepared.task == TOKEN_CLASSIFICATION and "probe" in terms
-    return not terms or not (bench.augment or words)
+    """Return True if the original's outputs are not computed at every step."""
+    sections = [section for section in retain.regularizers if section.reads_outputs]
+    reads_head = any(section.reads_task_head for section in sections)
+    varies = bench.augment or (bench.prepared.task == TOKEN_CLASSIFICATION and reads_head)
+    return not (sections and varies)
 
 
 def _count_forgetting_rows(bench: ExperimentContext) -> int:

@@ -1,4 +1,8 @@
-"""From a recipe's `retain` to what the trainer is given: terms, another original, general rows."""
+"""Build what keeps one training near its original, from the recipe's `retain`.
+
+Regularizers, another reference, general rows; and the choice of KL's weight, by the least
+forgetting at an equal score.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,271 +15,291 @@ from torch import Tensor, nn
 from hftl.analysis.neighbours import mean_shared_neighbours
 from hftl.config.finetune import Finetune
 from hftl.config.recipe import Arm
-from hftl.config.retain import KL, Replay, Retain
-from hftl.data import labels as answers
+from hftl.config.retain import EWC, Replay, Retain
+from hftl.data.labels import encode_targets
 from hftl.data.splits import hash_row
 from hftl.data.text import EncodedDataset
 from hftl.errors import RecipeError
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.pretraining_heads import (
-    build_head_regularizer,
     check_pretraining_head,
     embed_rows,
+    load_masked_lm,
+    load_zero_shot_head,
 )
 from hftl.finetune.targets import compute_target_scale
 from hftl.measure.metrics import METRICS, SELECTION_METRICS
 from hftl.measure.statistics import jackknife, select_within_one_standard_error
-from hftl.models.architectures import TOKEN_CLASSIFICATION
 from hftl.models.heads import LoadedModel
 from hftl.models.source import SourceModel
-from hftl.retain.kl import KLToOriginal
+from hftl.retain.build import Regularizer, build_regularizers
+from hftl.retain.kl import DEFAULT_TAU
 from hftl.retain.reference import HeadQuality, measure_head_quality
-from hftl.retain.weights import EWC, L2SP, check_low_rank, check_unchanged_base
+from hftl.retain.weights import check_low_rank, check_unchanged_base
 from hftl.runtime import distributed
 from hftl.train.replay_batches import build_ignored_labels
 
 FisherResult = tuple[dict[str, Tensor], dict[str, Any]]
-PRETRAINING_HEADS = ("mlm", "zero_shot")
 LOGIT_KIND_OF_TASK = {"classification": "classes", "multi-label": "labels", "regression": "target"}
-"""What the logits of each task are of, see `fisher_information` and `opinion_of`; of words
-classes."""
-DEFAULT_TAU = {"text": 0.05, "image": 0.07}
-"""The temperature of cosines that sentence encoders (Reimers & Gurevych 2019) and self-distilled
-image encoders (Caron et al. 2021) are trained with."""
+"""See `compute_fisher` and `measure_head_quality`; words have classes."""
+WEIGHT_GRID = (0.03, 0.1, 0.3, 1.0)
+MAX_SELECTION_ROWS = 1000
+"""Rows whose neighbours measure forgetting where a weight is chosen, at most."""
 
 
 @dataclass(frozen=True)
 class RegularizerSetup:
-    """What keeps one training near its original.
-
-    `trainer` are arguments of `TransferTrainer`; `alphas` are the shares of the way from the
-    original to the trained weights that are tried; `look` is asked about the trained model, and
-    what it says stands in the facts as `measure_lost_neighbours`; `facts` is what the record tells.
-    """
-
-    trainer: dict[str, Any] = field(default_factory=dict)
-    alphas: tuple[float, ...] = ()
-    look: Callable[[LoadedModel], float] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-def build_regularizers(
-    bench: ExperimentContext, retain: Retain | None, finetune: Finetune, seed: int,
-    fisher: Callable[[], FisherResult], original: Callable[[ExperimentContext], nn.Module],
-) -> RegularizerSetup:  # fmt: skip
-    """The trainer's arguments for a `retain` section whose weights are numbers.
+    """Hold what keeps one training near its original.
 
     Args:
-        bench: the rows, and the general ones.
+        regularizers: terms of the loss.
+        reference: the original, where it is not what the training starts from.
+        general: rows that are mixed into every step, or None.
+        replay: in which ratio, and how much their labels count.
+        alphas: shares of the way from the original to the trained weights that are tried.
+        measure_forgetting: called on the trained model; the record holds its value as `forgotten`.
+        facts: for the record.
+    """
+
+    regularizers: list[Regularizer[Any]] = field(default_factory=list)
+    reference: nn.Module | None = None
+    general: EncodedDataset | None = None
+    replay: Replay = Replay()  # noqa: RUF009 (immutable)
+    alphas: tuple[float, ...] = ()
+    measure_forgetting: Callable[[LoadedModel], float] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def build_trainer_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `TransferTrainer`."""
+        return {
+            "retain": self.regularizers,
+            "reference": self.reference,
+            "general_dataset": self.general,
+            "general_ratio": self.replay.ratio,
+            "general_weight": self.replay.weight,
+        }
+
+
+@dataclass(frozen=True)
+class ArmRegularizerContext:
+    """Provide what regularizers read of an arm; see `RegularizerContext`.
+
+    Args:
+        experiment: what fine-tuning starts from, and the rows.
+        before: what the source was before adaptation, where that is the reference.
+        pooling: of the probe.
+        seed: of the arm.
+        compute_fisher: the Fisher information at the original, and its facts.
+    """
+
+    experiment: ExperimentContext
+    before: ExperimentContext | None
+    pooling: str
+    seed: int
+    compute_fisher: Callable[[EWC], FisherResult]
+
+    def get_tau(self) -> float:
+        """Return the temperature of cosines for texts or images."""
+        return DEFAULT_TAU[self.experiment.prepared.modality]
+
+    def measure_target_variance(self) -> float:
+        """Return the variance of standardized targets around the probe; 1 for classes."""
+        scale = compute_target_scale(self.experiment, self.seed)
+        if scale is None:
+            return 1.0
+        variance = distributed.broadcast_from_main(self._measure_residual_variance)
+        # The heads compared are standardized while they train.
+        return variance / scale.sd**2
+
+    def load_masked_lm(self) -> tuple[Any, Any, bool]:
+        """Return the original's masked-LM model, its masking, and True if it is not the start."""
+        original = self.before or self.experiment
+        masked_lm, masking = load_masked_lm(original, self.experiment, self.seed)
+        return masked_lm, masking, self.before is not None
+
+    def load_zero_shot_head(self) -> Any:
+        """Return CLIP's classifier of the task's class names."""
+        return load_zero_shot_head(self.experiment.source, self.experiment.prepared.names)
+
+    def load_fisher(self, config: EWC) -> FisherResult:
+        """Return the Fisher information by parameter name, and what the record says of it."""
+        return self.compute_fisher(config)
+
+    def _measure_residual_variance(self) -> float:
+        experiment = self.experiment
+        rows = experiment.prepared.rows["validation"]
+        features = experiment.extract_features(self.pooling, self.seed, rows)
+        predictions = experiment.get_probe(self.pooling, self.seed).logits(features)[:, 0]
+        return float(np.mean((experiment.prepared.encode_targets(rows) - predictions) ** 2))
+
+
+def build_setup(
+    context: ExperimentContext, retain: Retain | None, finetune: Finetune, seed: int,
+    compute_fisher: Callable[[EWC], FisherResult],
+    build_original: Callable[[ExperimentContext], nn.Module],
+) -> RegularizerSetup:  # fmt: skip
+    """Return the setup of a `retain` section whose weights are numbers.
+
+    Args:
+        context: what fine-tuning starts from, and the rows.
         retain: the section, or None.
         finetune: how the model is trained.
         seed: of the arm.
-        fisher: the Fisher information, where EWC needs it, and what the record tells of it.
-        original: the model before adaptation with its own probe, on that workbench.
+        compute_fisher: called for EWC; returns the information, and what the record says of it.
+        build_original: returns the model before adaptation with its own probe, in that context.
     """
     if retain is None:
         return RegularizerSetup()
-    before = bench.original if retain.reference == "source" else None
-    terms: list[Any] = [
-        build_head_regularizer(bench, kl, seed, before)
-        if kl.on in PRETRAINING_HEADS
-        else _build_kl(bench, kl, finetune, seed)
-        for kl in retain.kl_terms
-        if kl.weight
-    ]
-    if retain.l2sp is not None:
-        given = retain.l2sp
-        terms.append(L2SP(given.weight, given.head, given.decoupled))
-    facts: dict[str, Any] = {"general_rows": 0}
-    if retain.ewc is not None:
-        information, facts["fisher"] = fisher()
-        terms.append(EWC(retain.ewc.weight, information))
-    found: dict[str, Any] = {"retain": terms}
-    if before is not None and retain.kl_terms:
-        found["reference"] = original(before)
-    if mixes_general(retain):
-        replay = retain.replay or Replay()
-        rows = build_general_dataset(bench, replay.labelled)
-        found |= {"general_dataset": rows, "general_ratio": replay.ratio}
-        found |= {"general_weight": replay.weight} if replay.labelled else {}
-        facts["general_rows"] = len(rows)
-    return RegularizerSetup(found, tuple(retain.interpolate or ()), None, facts)
+    if retain is None:
+        return RegularizerSetup()
+    before = context.original if retain.reference == "source" else None
+    regularizers = build_regularizers(
+        retain, ArmRegularizerContext(context, before, finetune.pooling, seed, compute_fisher)
+    )
+    reference = build_original(before) if before is not None and retain.kl_terms else None
+    replay, general = retain.replay or Replay(), None
+    if retain.mixes_general:
+        general = build_general_dataset(context, replay.labelled)
+    facts: dict[str, Any] = {"general_rows": 0 if general is None else len(general)}
+    for regularizer in regularizers:
+        facts |= regularizer.facts
+    return RegularizerSetup(
+        regularizers, reference, general, replay, tuple(retain.interpolate or ()), facts=facts
+    )
 
 
 def check_retention(arm: Arm, source: SourceModel, task: str) -> None:
-    """Refuses what cannot keep an arm near its original, before a row is read.
+    """Refuse what cannot keep an arm near its original, before a row is read.
 
     Raises:
         RecipeError: for a form of KL that the source has no head for, an adapter that changes the
-            weights under it, or replay that nothing looks at.
+            base weights, or replay of rows that no term reads.
     """
     retain = arm.retain
     if retain is None:
         return
     if arm.strategy == "lora":
         check_unchanged_base(arm.finetune.lora, "finetune.lora")
-        if retain.l2sp is not None or retain.ewc is not None or retain.interpolate is not None:
+        if retain.needs_plain_lora:
             check_low_rank(arm.finetune.lora, "finetune.lora")
-        if retain.l2sp is not None and retain.l2sp.decoupled:
-            raise RecipeError(
-                "retain.l2sp.decoupled moves weights, and under LoRA the base does not move",
-                "Set it to false",
-            )
+    for section in retain.regularizers:
+        section.check_arm(arm.strategy, task)
     for kl in retain.kl_terms:
-        if kl.on in PRETRAINING_HEADS:
-            adapted = any(stage.objective == "mlm" for stage in arm.stages)
-            check_pretraining_head(kl, source, adapted and retain.reference == "start", task)
-    on_general = any(kl.inputs != "target" for kl in retain.kl_terms)
-    if retain.replay is not None and not retain.replay.labelled and not on_general:
+        if kl.on_pretraining_head:
+            is_adapted = any(stage.objective == "mlm" for stage in arm.stages)
+            has_head = is_adapted and retain.reference == "start"
+            check_pretraining_head(kl, source, has_head, task)
+    reads_general = any(section.mixes_general for section in retain.regularizers)
+    if retain.replay is not None and not retain.replay.labelled and not reads_general:
         raise RecipeError(
             "retain.replay mixes in general data without labels, and no KL is taken on them",
             "Set retain.kl.inputs to general or both, or retain.replay.labelled",
         )
-    if retain.ewc is not None and retain.ewc.fisher != "features" and task == TOKEN_CLASSIFICATION:
-        raise RecipeError(
-            f"retain.ewc.fisher={retain.ewc.fisher} is of one answer a row, and {task} has one a "
-            "word",
-            "Use features",
-        )
-    if task == "regression" and any(
-        kl.on == "probe" and kl.temperature != 1 for kl in retain.kl_terms
-    ):
-        raise RecipeError(
-            "retain.kl.temperature: the KL between two Gaussians has none", "Leave it at 1"
-        )
 
 
-def encode_general_labels(bench: ExperimentContext) -> np.ndarray:
-    """(rows,) int64 class ids of the general rows that retention may look at."""
-    assert bench.general is not None
-    labels = bench.general.get_control_labels(bench.label_column)
-    return answers.encode_targets(labels, bench.prepared.task, bench.prepared.names)
+def encode_general_labels(context: ExperimentContext) -> np.ndarray:
+    """Return class ids of the general rows that training may read, (rows,) int64."""
+    assert context.general is not None
+    labels = context.general.get_control_labels(context.label_column)
+    return encode_targets(labels, context.prepared.task, context.prepared.names)
 
 
-def build_general_dataset(bench: ExperimentContext, labelled: bool = False) -> EncodedDataset:
-    """The general rows that retention may look at, with labels that count for nothing, or with
-    their own."""
-    assert bench.general is not None
-    rows = bench.general.train_rows
-    encoded = bench.encode_rows(rows)
+def build_general_dataset(context: ExperimentContext, labelled: bool = False) -> EncodedDataset:
+    """Return the general rows that training may read, with labels that count only if `labelled`."""
+    assert context.general is not None
+    rows = context.general.train_rows
+    encoded = context.encode_rows(rows)
     if labelled:
-        labels = list(encode_general_labels(bench))
-        return EncodedDataset(encoded, labels, [hash_row(row) for row in rows], None)
-    like = bench.build_dataset(bench.prepared.rows["train"][:1])[0]
-    labels = [build_ignored_labels(like, dict(row)) for row in encoded]
+        labels = list(encode_general_labels(context))
+    else:
+        target_row = context.build_dataset(context.prepared.rows["train"][:1])[0]
+        labels = [build_ignored_labels(target_row, dict(row)) for row in encoded]
     return EncodedDataset(encoded, labels, [hash_row(row) for row in rows], None)
 
 
-def mixes_general(retain: Retain) -> bool:
-    """Whether steps hold general rows; EWC looks at them before."""
-    return retain.replay is not None or any(kl.inputs != "target" for kl in retain.kl_terms)
-
-
-def _build_kl(bench: ExperimentContext, kl: KL, finetune: Finetune, seed: int) -> KLToOriginal:
-    assert not isinstance(kl.weight, str)
-    variance, scale = 1.0, compute_target_scale(bench, seed)
-    if kl.on == "probe" and scale is not None:
-        variance = distributed.broadcast_from_main(
-            lambda: _measure_residual_variance(bench, finetune.pooling, seed)
-        )
-        # The heads compared are standardised while they train.
-        variance /= scale.sd**2
-    return KLToOriginal(
-        kl.weight, kl.on, kl.temperature, kl.direction, kl.inputs,
-        kl.tau or DEFAULT_TAU[bench.prepared.modality], kl.anchors, variance, solved=True,
-    )  # fmt: skip
-
-
 def measure_probe_quality(
-    bench: ExperimentContext, retain: Retain, finetune: Finetune, seed: int
+    context: ExperimentContext, retain: Retain, finetune: Finetune, seed: int
 ) -> HeadQuality | None:
-    """What the probe that KL is taken on says of the rows it was fitted on; None without such KL.
+    """Return how well the probe predicts the rows it was fitted on; None if no KL compares it.
 
-    It is solved by construction, so a weak one ends no run: the other arms have their worth.
+    The probe is solved, so a weak one says that the features do not separate the labels: it is
+    reported, and stops no run.
     """
-    if not any(kl.on == "probe" and kl.weight for kl in retain.kl_terms):
+    if not any(section.reads_task_head for section in retain.regularizers if section.is_active):
         return None
-    before = bench.original if retain.reference == "source" else None
+    before = context.original if retain.reference == "source" else None
     return distributed.broadcast_from_main(
-        lambda: _measure_probe_quality(before or bench, finetune.pooling, seed)
+        lambda: _measure_probe_quality(before or context, finetune.pooling, seed)
     )
 
 
-def _measure_probe_quality(bench: ExperimentContext, pooling: str, seed: int) -> HeadQuality | None:
-    rows = bench.select_train_rows(seed)
-    told = bench.get_probe(pooling, seed).logits(bench.extract_features(pooling, seed, rows))
-    # Words that were cut off have none.
-    known = np.isfinite(told).all(1)
-    labels = torch.from_numpy(bench.prepared.encode_targets(rows)[known])
-    kind = LOGIT_KIND_OF_TASK.get(bench.prepared.task, "classes")
-    return measure_head_quality(torch.from_numpy(told[known]), labels, kind)
-
-
-def _measure_residual_variance(bench: ExperimentContext, pooling: str, seed: int) -> float:
-    """The variance of the target around the probe's prediction, on validation."""
-    rows = bench.prepared.rows["validation"]
-    told = bench.get_probe(pooling, seed).logits(bench.extract_features(pooling, seed, rows))[:, 0]
-    return float(np.mean((bench.prepared.encode_targets(rows) - told) ** 2))
-
-
-# The weight of KL, chosen: of a short grid the one that forgets least at an equal score.
-
-
-WEIGHT_GRID = (0.03, 0.1, 0.3, 1.0)
-MAX_SELECTION_ROWS = 1000
-"""Rows whose neighbours tell what was forgotten, at most."""
-
-
-def set_kl_weight(retain: Retain, weight: float) -> Retain:
-    """The section with a number for every weight that was to be chosen."""
-    kls = [
-        kl.model_copy(update={"weight": weight}) if kl.weight == "auto" else kl
-        for kl in retain.kl_terms
-    ]
-    return retain.model_copy(update={"kl": kls})
+def _measure_probe_quality(
+    context: ExperimentContext, pooling: str, seed: int
+) -> HeadQuality | None:
+    rows = context.select_train_rows(seed)
+    features = context.extract_features(pooling, seed, rows)
+    logits = context.get_probe(pooling, seed).logits(features)
+    # Words that were truncated have no logits.
+    is_known = np.isfinite(logits).all(1)
+    labels = torch.from_numpy(context.prepared.encode_targets(rows)[is_known])
+    kind = LOGIT_KIND_OF_TASK.get(context.prepared.task, "classes")
+    return measure_head_quality(torch.from_numpy(logits[is_known]), labels, kind)
 
 
 def has_auto_weight(retain: Retain | None) -> bool:
-    """Whether a weight is still to be chosen."""
+    """Return True if a weight of KL is still to be chosen."""
     return retain is not None and any(kl.weight == "auto" for kl in retain.kl_terms)
 
 
-def select_kl_weight(tried: Callable[[float], tuple[float, float, float]]) -> dict[str, Any]:
-    """Tries the grid; the least forgetting within one standard error of the best score wins.
+def set_kl_weight(retain: Retain, weight: float) -> Retain:
+    """Return the section with a number for every weight that was to be chosen."""
+    terms = [
+        kl.model_copy(update={"weight": weight}) if kl.weight == "auto" else kl
+        for kl in retain.kl_terms
+    ]
+    return retain.model_copy(update={"kl": terms})
+
+
+def select_kl_weight(try_weight: Callable[[float], tuple[float, float, float]]) -> dict[str, Any]:
+    """Try the grid, and select the least forgetting within one standard error of the best score.
 
     Args:
-        tried: of a weight the score on validation, more is better, its standard error, and how
+        try_weight: returns the score on validation, more is better, its standard error, and how
             much was forgotten.
 
     Returns:
         `weight`, and what was `tried`: {weight, score, error, forgotten} each.
     """
-    seen = [tried(weight) for weight in WEIGHT_GRID]
-    chosen = select_within_one_standard_error(*(list(column) for column in zip(*seen, strict=True)))
+    results = [try_weight(weight) for weight in WEIGHT_GRID]
+    columns = [list(column) for column in zip(*results, strict=True)]
+    selected = select_within_one_standard_error(*columns)
     return {
-        "weight": WEIGHT_GRID[chosen],
+        "weight": WEIGHT_GRID[selected],
         "tried": [
             {"weight": weight, "score": score, "error": error, "forgotten": forgotten}
-            for weight, (score, error, forgotten) in zip(WEIGHT_GRID, seen, strict=True)
+            for weight, (score, error, forgotten) in zip(WEIGHT_GRID, results, strict=True)
         ],
     }
 
 
-def score_validation(bench: ExperimentContext, logits: np.ndarray) -> tuple[float, float]:
-    """The score on validation that arms are chosen by, more is better, and its standard error.
+def score_validation(context: ExperimentContext, logits: np.ndarray) -> tuple[float, float]:
+    """Return the score on validation that arms are chosen by, and its standard error.
+
+    More is better. Rows of one group are left out together.
 
     Args:
-        bench: the rows.
+        context: the rows.
         logits: of the validation rows.
     """
-    rows = bench.prepared.rows["validation"]
-    metric = METRICS[bench.prepared.task][SELECTION_METRICS[bench.prepared.task]]
-    labels, told = bench.prepared.encode_for_metrics(rows), bench.decode_logits(rows, logits)
+    rows, task = context.prepared.rows["validation"], context.prepared.task
+    metric = METRICS[task][SELECTION_METRICS[task]]
+    labels = context.prepared.encode_for_metrics(rows)
+    predictions = context.decode_logits(rows, logits)
     groups = [str(i) if row.group is None else row.group for i, row in enumerate(rows)]
     units = np.unique(groups, return_inverse=True)[1].astype(np.int64)
 
-    def score(kept: np.ndarray) -> float:
-        return metric.sign * metric.score(labels[kept], told[kept])
+    def score(index: np.ndarray) -> float:
+        return metric.sign * metric.score(labels[index], predictions[index])
 
     if len(np.unique(units)) < 2:
         return score(np.arange(len(rows))), 0.0
@@ -284,22 +308,27 @@ def score_validation(bench: ExperimentContext, logits: np.ndarray) -> tuple[floa
 
 
 def measure_lost_neighbours(
-    bench: ExperimentContext, before: np.ndarray, built: LoadedModel
+    context: ExperimentContext, original: np.ndarray, trained: LoadedModel
 ) -> float:
-    """The share of nearest neighbours that the model has lost; every process must come here.
+    """Return the share of nearest neighbours that a model has lost. Collective.
 
     Args:
-        bench: whose general rows that may be used are looked at, or else its validation rows.
-        before: their embeddings under the original, see `embed_selection_rows`.
-        built: the trained model.
+        context: the rows.
+        original: their embeddings under the original, see `embed_selection_rows`.
+        trained: the model.
     """
-    after = embed_selection_rows(bench, built)
-    return distributed.broadcast_from_main(lambda: 1 - mean_shared_neighbours(before, after))
+    embeddings = embed_selection_rows(context, trained)
+    return distributed.broadcast_from_main(
+        lambda: 1 - mean_shared_neighbours(original, embeddings)
+    )
 
 
-def embed_selection_rows(bench: ExperimentContext, built: LoadedModel) -> np.ndarray:
-    """(rows, width) embeddings of the rows that the choice of a weight looks at; the half of
-    general data that is only measured is none of them."""
-    general = bench.general
-    rows = bench.prepared.rows["validation"] if general is None else general.train_rows
-    return embed_rows(bench, built, rows[:MAX_SELECTION_ROWS])
+def embed_selection_rows(context: ExperimentContext, loaded: LoadedModel) -> np.ndarray:
+    """Return embeddings of the rows by which a weight is chosen, (rows, width). Collective.
+
+    These are general rows that training may read, or else the validation rows: the general rows
+    that measure forgetting must choose nothing.
+    """
+    general = context.general
+    rows = context.prepared.rows["validation"] if general is None else general.train_rows
+    return embed_rows(context, loaded, rows[:MAX_SELECTION_ROWS])

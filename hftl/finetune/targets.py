@@ -1,8 +1,7 @@
-"""Regression targets in units of their own spread while a model trains, in the label's unit before
-and after.
+"""Standardize regression targets while a model trains, and restore the label's unit afterwards.
 
-A loss in the label's unit moves an optimizer by the unit and not by what is to be learnt: the bias
-of prices would take as many steps as they are large.
+A loss in the label's unit moves an optimizer by the size of the unit: the bias of prices would take
+as many steps as the prices are large.
 """
 
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ CONSTANT_TARGET_SPREAD = 1e-3
 
 @dataclass(frozen=True)
 class TargetScale:
-    """The mean and standard deviation of the targets that an arm learns from."""
+    """Hold the mean and standard deviation of an arm's training targets."""
 
     mean: float
     sd: float
@@ -30,30 +29,30 @@ class TargetScale:
         return (targets - self.mean) / self.sd
 
     def restore(self, outputs: np.ndarray) -> np.ndarray:
-        """Return standardised outputs in the label's unit, float64."""
+        """Return standardized outputs in the label's unit, float64."""
         return outputs.astype(np.float64) * self.sd + self.mean
 
     def standardize_head(self, model: nn.Module) -> None:
-        """Fold the scale out of the head, so that the model gives standardised outputs."""
-        self._change(model, 1 / self.sd, -self.mean / self.sd)
+        """Fold the scale out of the head, so that the model returns standardized outputs."""
+        self._rescale_head(model, 1 / self.sd, -self.mean / self.sd)
 
     def restore_head(self, model: nn.Module) -> None:
-        """Fold the scale into the head, so that the model gives outputs in the label's unit."""
-        self._change(model, self.sd, self.mean)
+        """Fold the scale into the head, so that the model returns outputs in the label's unit."""
+        self._rescale_head(model, self.sd, self.mean)
 
-    def _change(self, model: nn.Module, factor: float, shift: float) -> None:
+    def _rescale_head(self, model: nn.Module, factor: float, shift: float) -> None:
         with torch.no_grad():
-            # Under an adapter the head that it wraps is the original's, and has the same unit.
+            # The head under an adapter is the original's, and has the same unit.
             for layer in get_last_linear_copies(model, get_model_architecture(model)):
                 weight, bias = layer.weight.cpu().double(), layer.bias.cpu().double()
                 layer.weight.copy_(weight * factor)
                 layer.bias.copy_(bias * factor + shift)
 
 
-def compute_target_scale(bench: ExperimentContext, seed: int) -> TargetScale | None:
-    """Return the scale of the targets that an arm of this seed learns from; None for classes."""
-    if bench.prepared.task != "regression":
+def compute_target_scale(context: ExperimentContext, seed: int) -> TargetScale | None:
+    """Return the scale of the targets that an arm of this seed trains on; None for classes."""
+    if context.prepared.task != "regression":
         return None
-    targets = bench.prepared.encode_targets(bench.select_train_rows(seed))
+    targets = context.prepared.encode_targets(context.select_train_rows(seed))
     mean, sd = float(targets.mean()), float(targets.std())
     return TargetScale(mean, sd or abs(mean) * CONSTANT_TARGET_SPREAD or 1.0)

@@ -1,4 +1,4 @@
-"""What keeps an arm near its original, made ready: what is found once is kept as a phase."""
+"""Prepare what keeps an arm near its original; what is computed once for many arms is a stage."""
 
 import json
 from collections.abc import Callable
@@ -6,10 +6,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from hftl.config.recipe import Arm, Recipe
-from hftl.config.retain import Retain
+from hftl.config.retain import EWC, Retain
 from hftl.data.general import check_general_labels
 from hftl.errors import RecipeError
 from hftl.finetune.arm import init_head_from_probe, train_arm
@@ -19,7 +20,7 @@ from hftl.finetune.retention import (
     FisherResult,
     RegularizerSetup,
     build_general_dataset,
-    build_regularizers,
+    build_setup,
     check_retention,
     embed_selection_rows,
     has_auto_weight,
@@ -34,6 +35,7 @@ from hftl.models.heads import LoadedModel
 from hftl.models.source import SourceModel
 from hftl.pipeline.cache_keys import SEMANTICS
 from hftl.retain.fisher import compute_fisher, describe_fisher, load_fisher, save_fisher
+from hftl.retain.reference import move_batch
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.fingerprints import fingerprint, to_json
 from hftl.runtime.progress import show_activity
@@ -42,41 +44,36 @@ FISHER_FILE = "fisher.safetensors"
 
 
 def prepare_retention(
-    bench: ExperimentContext,
-    arm: Arm,
-    seed: int,
-    seeds: list[int],
-    folder: Path,
-    reads: dict[str, Any],
-    say: Callable[[str], None],
-) -> RegularizerSetup:
-    """What keeps one training of an arm near its original.
+    context: ExperimentContext, arm: Arm, seed: int, seeds: list[int], folder: Path,
+    reads: dict[str, Any], say: Callable[[str], None],
+) -> RegularizerSetup:  # fmt: skip
+    """Return what keeps one training of an arm near its original. Collective.
 
     Args:
-        bench: what the arm works with.
+        context: the arm's.
         arm: with its `retain`.
         seed: of this training.
         seeds: of all; a weight that is to be chosen is chosen on the first.
         folder: of the run.
-        reads: what the arm reads, which the choice depends on.
+        reads: the arm's cache key, which the choice depends on.
         say: receives a line about a choice.
     """
-    if arm.retain is None:
-        return RegularizerSetup()
     retain = arm.retain
-    facts = _describe_probe(bench, arm, seed, say)
+    if retain is None:
+        return RegularizerSetup()
+    facts = _describe_probe(context, arm, seed, say)
     if has_auto_weight(retain):
-        facts["kl_weight"] = _load_kl_weight(bench, arm, seeds[0], folder, reads, say)
+        facts["kl_weight"] = _load_kl_weight(context, arm, seeds[0], folder, reads, say)
         retain = set_kl_weight(retain, facts["kl_weight"]["weight"])
-    kept = _build_setup(bench, arm, retain, seed, folder)
-    return replace(kept, facts=kept.facts | facts)
+    setup = _build_setup(context, arm, retain, seed, folder)
+    return replace(setup, facts=setup.facts | facts)
 
 
 def check_recipe_retention(recipe: Recipe, source: SourceModel) -> None:
-    """Refuses what cannot keep an arm near its original, before a row is read.
+    """Refuse what cannot keep an arm near its original, before a row is read.
 
     Raises:
-        RecipeError: see `check_retention`; of an arm that is not the recipe's own, naming it.
+        RecipeError: see `check_retention`; it names an arm that is not the recipe's own.
     """
     for number, arm in enumerate(recipe.arms):
         try:
@@ -84,147 +81,153 @@ def check_recipe_retention(recipe: Recipe, source: SourceModel) -> None:
         except RecipeError as error:
             if number == 0:
                 raise
-            # What stands in the recipe may be right for its own arm.
+            # The section may fit the recipe's own arm, and not one that inherits it.
             raise RecipeError(f"measure.arms.{arm.name}: {error.what}", error.fix) from None
 
 
 def reads_general_labels(recipe: Recipe) -> bool:
-    """Whether an arm learns from labels of general data."""
-    return any(
-        arm.retain is not None and arm.retain.reads_general_labels for arm in recipe.arms
-    )
+    """Return True if an arm reads the task's labels of general data."""
+    sections = [arm.retain for arm in recipe.arms]
+    return any(retain is not None and retain.reads_general_labels for retain in sections)
 
 
-def check_replay_labels(recipe: Recipe, bench: ExperimentContext) -> None:
-    """Refuses general data that an arm learns from by labels which the task has not.
+def check_replay_labels(recipe: Recipe, context: ExperimentContext) -> None:
+    """Refuse general data that an arm reads by labels which are not the task's.
 
     Raises:
-        DataError: see `check_labels`.
+        DataError: see `check_general_labels`.
     """
     if reads_general_labels(recipe):
-        assert bench.general is not None
-        check_general_labels(bench.general, bench.label_column, bench.prepared.names)
+        assert context.general is not None
+        check_general_labels(context.general, context.label_column, context.prepared.names)
 
 
 def _describe_probe(
-    bench: ExperimentContext, arm: Arm, seed: int, say: Callable[[str], None]
+    context: ExperimentContext, arm: Arm, seed: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """What the record tells of the head that KL is taken on; a weak one is told at once."""
+    """Return the record's facts on the head that KL compares, and warn of a weak one."""
     assert arm.retain is not None
-    found = measure_probe_quality(bench, arm.retain, arm.finetune, seed)
-    if found is None:
+    quality = measure_probe_quality(context, arm.retain, arm.finetune, seed)
+    if quality is None:
         return {}
-    if found.is_weak:
+    if quality.is_weak:
         say(
-            f"  warning: {arm.name} seed {seed}: kl.on=probe holds on to a head that says little "
-            f"of the labels (loss {found.loss:.3f} on train, {found.shares:.3f} by their shares "
-            "alone); consider retain.kl.on=relational"
+            f"  warning: {arm.name} seed {seed}: kl.on=probe compares a head that hardly predicts "
+            f"the labels (loss {quality.loss:.3f} on train, {quality.shares:.3f} by label "
+            "frequencies alone); consider retain.kl.on=relational"
         )
-    return {"head_opinion": asdict(found) | {"weak": found.is_weak}}
+    return {"head_opinion": asdict(quality) | {"weak": quality.is_weak}}
 
 
 def _build_setup(
-    bench: ExperimentContext, arm: Arm, retain: Retain, seed: int, folder: Path,
-    look: Callable[[LoadedModel], float] | None = None,
-) -> RegularizerSetup:  # fmt: skip
-    def original(before: ExperimentContext) -> nn.Module:
+    context: ExperimentContext, arm: Arm, retain: Retain, seed: int, folder: Path
+) -> RegularizerSetup:
+    def build_original(before: ExperimentContext) -> nn.Module:
         return _build_start_model(before, arm, seed).model
 
-    found = build_regularizers(
-        bench,
-        retain,
-        arm.finetune,
-        seed,
-        lambda: _load_or_compute_fisher(bench, arm, retain, seed, folder),
-        original,
-    )
-    return replace(found, look=look)
+    def compute(config: EWC) -> FisherResult:
+        return _load_or_compute_fisher(context, arm, config, seed, folder)
+
+    return build_setup(context, retain, arm.finetune, seed, compute, build_original)
 
 
-def _build_start_model(bench: ExperimentContext, arm: Arm, seed: int) -> LoadedModel:
-    """The model that training starts from, with the probe as its head."""
-    built = bench.build_model(arm.finetune.pooling, seed)
-    init_head_from_probe(bench, built, arm.finetune.pooling, seed)
-    return built
+def _build_start_model(context: ExperimentContext, arm: Arm, seed: int) -> LoadedModel:
+    """Return the model that training starts from, with the probe as its head."""
+    loaded = context.build_model(arm.finetune.pooling, seed)
+    init_head_from_probe(context, loaded, arm.finetune.pooling, seed)
+    return loaded
 
 
 def _load_kl_weight(
-    bench: ExperimentContext, arm: Arm, seed: int, folder: Path, reads: dict[str, Any],
+    context: ExperimentContext, arm: Arm, seed: int, folder: Path, reads: dict[str, Any],
     say: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """The weight of KL, chosen once for all seeds, and what it was chosen from."""
-    assert arm.retain is not None
-    retain, place = arm.retain, folder / "phases" / f"weight-{arm.name}"
-    before = embed_selection_rows(bench, _build_start_model(bench, arm, seed))
+    """Return the weight of KL and what was tried, chosen once for all seeds of an arm."""
+    retain, stage = arm.retain, folder / "phases" / f"weight-{arm.name}"
+    assert retain is not None
+    # Every process embeds: the call is collective.
+    original = embed_selection_rows(context, _build_start_model(context, arm, seed))
 
-    def tried(weight: float) -> tuple[float, float, float]:
-        kept = _build_setup(
-            bench, arm, set_kl_weight(retain, weight), seed, folder,
-            lambda built: measure_lost_neighbours(bench, before, built),
-        )  # fmt: skip
+    def try_weight(weight: float) -> tuple[float, float, float]:
+        setup = _build_setup(context, arm, set_kl_weight(retain, weight), seed, folder)
+        setup = replace(
+            setup,
+            measure_forgetting=lambda model: measure_lost_neighbours(context, original, model),
+        )
         with show_activity(f"KL weight {weight:g}"):
-            outcome = train_arm(bench, arm.finetune, seed, kept)
-        score, error = score_validation(bench, outcome.logits["validation"])
-        return score, error, outcome.facts["forgotten"]
+            output = train_arm(context, arm.finetune, seed, setup)
+        score, error = score_validation(context, output.logits["validation"])
+        return score, error, output.facts["forgotten"]
 
-    stands = distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(place))
-    if stands != reads:
-        found = select_kl_weight(tried)
+    if _read_inputs(stage) != reads:
+        choice = select_kl_weight(try_weight)
 
-        def keep() -> None:
-            with run_folder.commit_stage(place, reads) as aside:
-                run_folder.write_text(aside / "weight.json", to_json(found))
+        def commit() -> None:
+            with run_folder.commit_stage(stage, reads) as aside:
+                run_folder.write_text(aside / "weight.json", to_json(choice))
 
-        distributed.broadcast_from_main(keep)
-        say(f"  {arm.name}: KL weight {found['weight']:g} forgets least within one standard error")
-    return json.loads((place / "weight.json").read_text("utf-8"))
+        distributed.broadcast_from_main(commit)
+        say(f"  {arm.name}: KL weight {choice['weight']:g} forgets least within one standard error")
+    return json.loads((stage / "weight.json").read_text("utf-8"))
+
+
+def _read_inputs(stage: Path) -> Any:
+    return distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(stage))
 
 
 def _load_or_compute_fisher(
-    bench: ExperimentContext, arm: Arm, retain: Retain, seed: int, folder: Path
+    context: ExperimentContext, arm: Arm, config: EWC, seed: int, folder: Path
 ) -> FisherResult:
-    """The Fisher information at the original, on general rows, kept for all arms that read it; and
-    where it comes from."""
-    ewc, general = retain.ewc, bench.general
-    assert ewc is not None and general is not None
-    rows = general.train_rows[: ewc.samples]
+    """Return the Fisher information at the original, and the record's facts on it.
+
+    It is a stage of its own, shared by all arms that read it.
+    """
+    general = context.general
+    assert general is not None
+    rows = general.train_rows[: config.samples]
     reads = {
         "semantics": SEMANTICS,
-        "weights": bench.weights_hash,
+        "weights": context.weights_hash,
         "general": general.facts["fingerprint"],
-        "kind": ewc.fisher,
+        "kind": config.fisher,
         "rows": len(rows),
-        # The head that the classes are told by is the seed's; features have none.
-        "head": None if ewc.fisher == "features" else [arm.finetune.pooling, seed],
+        # The head depends on the seed; features need none.
+        "head": None if config.fisher == "features" else [arm.finetune.pooling, seed],
         "pooling": arm.finetune.pooling,
-        "max_length": getattr(bench.inputs, "max_length", None),
+        "max_length": getattr(context.inputs, "max_length", None),
     }
-    place = folder / "phases" / f"fisher-{fingerprint(reads)[:8]}"
-    if distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(place)) != reads:
-        built = _build_start_model(bench, arm, seed)
-        if (targets := compute_target_scale(bench, seed)) is not None:
-            # The Gaussian of variance 1 is around a standardised target.
-            targets.standardize_head(built.model)
-        built.model.to(bench.device)
-        # A label is looked at by the empirical information alone.
-        examples = build_general_dataset(bench, ewc.fisher == "empirical")
-        found, scale = compute_fisher(
-            built.model, dict(built.encoder.named_parameters()), len(rows),
-            lambda number: _collate_row(bench, examples[number]), ewc.fisher, 0,
-            LOGIT_KIND_OF_TASK.get(bench.prepared.task, "classes"),
-        )  # fmt: skip
+    stage = folder / "phases" / f"fisher-{fingerprint(reads)[:8]}"
+    if _read_inputs(stage) != reads:
+        fisher, scale = _compute_fisher(context, arm, config, seed, len(rows))
 
-        def keep() -> None:
-            told = {"kind": ewc.fisher, "rows": len(rows), "scale": scale}
-            with run_folder.commit_stage(place, reads) as aside:
-                save_fisher(found, aside / FISHER_FILE, told)
+        def commit() -> None:
+            metadata = {"kind": config.fisher, "rows": len(rows), "scale": scale}
+            with run_folder.commit_stage(stage, reads) as aside:
+                save_fisher(fisher, aside / FISHER_FILE, metadata)
 
-        distributed.broadcast_from_main(keep)
-    information, told = load_fisher(place / FISHER_FILE)
-    return information, describe_fisher(told)
+        distributed.broadcast_from_main(commit)
+    fisher, metadata = load_fisher(stage / FISHER_FILE)
+    return fisher, describe_fisher(metadata)
 
 
-def _collate_row(bench: ExperimentContext, row: Any) -> dict[str, Any]:
-    """A batch of one row, on the device."""
-    batch = bench.inputs.collate([dict(row)])
-    return {k: v.to(bench.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+def _compute_fisher(
+    context: ExperimentContext, arm: Arm, config: EWC, seed: int, rows: int
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Return the information of the start model on general rows, and its scale."""
+    loaded = _build_start_model(context, arm, seed)
+    scale = compute_target_scale(context, seed)
+    if scale is not None:
+        # The Gaussian of variance 1 is around a standardized target.
+        scale.standardize_head(loaded.model)
+    loaded.model.to(context.device)
+    # The empirical information alone reads labels.
+    dataset = build_general_dataset(context, config.fisher == "empirical")
+
+    def get_batch(number: int) -> dict[str, Any]:
+        batch = context.inputs.collate([dict(dataset[number])])
+        return move_batch(batch, torch.device(context.device))
+
+    return compute_fisher(
+        loaded.model, dict(loaded.encoder.named_parameters()), rows, get_batch, config.fisher, 0,
+        LOGIT_KIND_OF_TASK.get(context.prepared.task, "classes"),
+    )  # fmt: skip

@@ -1,42 +1,60 @@
-"""KL to the original, a value for each row, where the original has an opinion.
+"""Compute KL to the original: a value for each row, where the original's output is meaningful.
 
 Forward is KL(original || model), the mean-seeking one whose gradient is soft cross-entropy's
 (Hinton et al. 2015, arXiv:1503.02531, section 2; Li & Hoiem 2016, arXiv:1606.09282, equation 2).
 All of it is computed in fp32.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any, Protocol
+from abc import abstractmethod
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
+from hftl.config.retain import KL
 from hftl.errors import RecipeError
-from hftl.models.heads import get_encoder, get_model_architecture
-from hftl.retain.hooks import BATCH_METADATA, ModelOutputs, eval_mode
+from hftl.retain.build import Regularizer, RegularizerContext, Step, TrainingStart
+from hftl.retain.reference import ModelOutputs, OriginalOutputs
 
-KL_FORMS = ("probe", "relational", "features")
-KL_INPUTS = ("target", "general", "both")
-KL_DIRECTIONS = ("forward", "reverse")
-
-
-class RowRegularizer(Protocol):
-    """A term with a value for each row of its `inputs`."""
-
-    @property
-    def inputs(self) -> str:
-        """target, general or both."""
-        ...
+DEFAULT_TAU = {"text": 0.05, "image": 0.07}
+"""The temperature of cosines that sentence encoders (Reimers & Gurevych 2019) and self-distilled
+image encoders (Caron et al. 2021) are trained with."""
 
 
-@dataclass(frozen=True)
-class KLToOriginal:
-    """KL between the original's distribution and the model's.
+class RowKL(Regularizer[KL]):
+    """Average a KL over the rows of its `inputs`."""
+
+    section = KL
+
+    def loss(self, step: Step) -> Tensor:
+        """Return weight * the mean over rows; a row counts the same in whatever batch it comes."""
+        values = self.compute_values(step, step.select_rows(self.config.inputs))
+        return self.weight * values.sum() / step.count_rows(self.config.inputs)
+
+    def compute_softmax_kl(self, original: Tensor, current: Tensor) -> Tensor:
+        """Return KL between two distributions given as logits, over the last axis."""
+        return compute_row_kl(original, current, self.config.temperature, self.config.direction)
+
+    @abstractmethod
+    def compute_values(self, step: Step, chosen: Tensor) -> Tensor:
+        """Return the KL of the chosen rows of a batch, (chosen rows,) float32."""
+
+    def prepare(self, start: TrainingStart) -> None:
+        """Refuse inputs of which the training has none: the term would do nothing.
+
+        Raises:
+            RecipeError: naming the inputs.
+        """
+        if self.config.inputs != "target" and start.rows.total == start.rows.target:
+            raise RecipeError(
+                f"kl.inputs={self.config.inputs!r} is of general rows, and there are none",
+                "Give general_dataset=, or use inputs='target'",
+            )
+
+
+class KLToOriginal(RowKL):
+    """Penalize KL between the original's distribution and the model's.
 
     LwF (Li & Hoiem 2016) is `on="probe", temperature=2, weight=1` on a model whose head was solved
     or warmed up with the encoder frozen.
@@ -45,311 +63,204 @@ class KLToOriginal:
         weight: of the mean over rows in the loss; 0 leaves the term out.
         on: `relational`: how similar each row is to others (to a fixed bank of the original's
             embeddings, or to the batch's own), the native distribution of sentence encoders;
-            `probe`: the head's classes, which somebody must have trained; `features`: a Gaussian
+            `probe`: the head's classes, for which the head must be trained; `features`: a Gaussian
             around each embedding.
         temperature: the logits are divided by it and the result is multiplied by its square, so
             that the gradient keeps its size.
         direction: `forward` or `reverse`.
         inputs: the rows it is taken on: `target`, `general`, or `both`.
-        tau: relational: what cosines are divided by.
+        tau: relational: what cosines are divided by, 0.05 by default.
         anchors: relational: rows of the bank; 0: each row against the others of its batch, so that
             the value depends on how a step is cut into batches.
         variance: probe of a regression: of the target around the original's prediction.
-        cached: whether the original's outputs are computed once; None: where inputs repeat.
-        solved: probe: the head is known to be one that was solved, so that nobody asks whether it
-            says anything of the labels.
+        cached: True if the original's outputs are computed once; None: where inputs repeat.
+        solved: probe: the head is a solved probe, and its quality is not checked.
 
     Raises:
         RecipeError: for a negative weight or an unknown form, direction or kind of inputs.
     """
 
-    weight: float = 0.1
-    on: str = "relational"
-    temperature: float = 1.0
-    direction: str = "forward"
-    inputs: str = "target"
-    tau: float = 0.05
-    anchors: int = 256
-    variance: float = 1.0
-    cached: bool | None = None
-    solved: bool = False
+    def __init__(
+        self, *values: Any, variance: float = 1.0, cached: bool | None = None, solved: bool = False,
+        **keys: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(*values, **keys)
+        if self.config.weight == "auto" or self.config.on_pretraining_head:
+            raise RecipeError(
+                f"KLToOriginal: weight={self.config.weight!r}, on={self.config.on!r} need a recipe",
+                "Give a number, and one of probe, relational, features",
+            )
+        if not variance > 0:
+            raise RecipeError(f"KLToOriginal: variance={variance} must be above 0", "Raise it")
+        self.variance, self.cached, self._is_solved = variance, cached, solved
+        self.tau = self.config.tau or DEFAULT_TAU["text"]
+        self._original: OriginalOutputs | None = None
+        self._bank: tuple[Tensor, Tensor] | None = None
 
-    def __post_init__(self) -> None:
-        for name, known in (("on", KL_FORMS), ("inputs", KL_INPUTS), ("direction", KL_DIRECTIONS)):
-            if getattr(self, name) not in known:
-                raise RecipeError(
-                    f"kl.{name}={getattr(self, name)!r}", f"Use one of {', '.join(known)}"
-                )
-        for name in ("temperature", "tau", "variance"):
-            if not getattr(self, name) > 0:
-                raise RecipeError(f"kl.{name}={getattr(self, name)} must be above 0", "Raise it")
-        if self.weight < 0:
-            raise RecipeError(f"kl.weight={self.weight} would drive the model away", "Raise it")
+    @classmethod
+    def from_config(cls, config: KL, context: RegularizerContext) -> Self:
+        """Build the term of a recipe; the probe that starts the head is solved."""
+        keys: dict[str, Any] = config.model_dump() | {"tau": config.tau or context.get_tau()}
+        variance = context.measure_target_variance() if config.on == "probe" else 1.0
+        return cls(variance=variance, solved=True, **keys)
+
+    def prepare(self, start: TrainingStart) -> None:
+        """Run the original on the rows, once for all terms of a training.
+
+        Raises:
+            RecipeError: if the original's head is weak, if its outputs vary and should be cached,
+                or if it is not what the model starts from.
+        """
+        super().prepare(start)
+        if "original" not in start.shared:
+            start.shared["original"] = _compute_original(start)
+        original = self._original = start.shared["original"]
+        anchors = self.draw_anchors(start)
+        self._bank = None
+        if len(anchors):
+            self._bank = anchors.to(start.device), original.get_embeddings(anchors.tolist())
+        if self.config.on == "probe" and original.logit_kind != "words" and not self._is_solved:
+            original.check_head()
+
+    def draw_anchors(self, start: TrainingStart) -> Tensor:
+        """Return the numbers of the bank's rows, drawn from those that the term is taken on."""
+        if self.config.on != "relational":
+            return torch.empty(0, dtype=torch.long)
+        first = start.rows.target if self.config.inputs == "general" else 0
+        last = start.rows.target if self.config.inputs == "target" else start.rows.total
+        order = torch.randperm(last - first, generator=torch.Generator().manual_seed(start.seed))
+        return (order[: self.config.anchors] + first).sort().values
+
+    def compute_values(self, step: Step, chosen: Tensor) -> Tensor:
+        """Return the KL of the chosen rows, (chosen rows,) float32."""
+        assert self._original is not None
+        if "outputs" not in step.shared:
+            step.shared["outputs"] = self._original.compare(step.batch, step.outputs)
+        original, current = step.shared["outputs"]
+        with torch.autocast(current.logits.device.type, enabled=False):
+            return self._compute_kl(original.select(chosen), current.select(chosen), step, chosen)
+
+    def _compute_kl(
+        self, original: ModelOutputs, current: ModelOutputs, step: Step, chosen: Tensor
+    ) -> Tensor:
+        assert self._original is not None
+        if self.config.on == "features":
+            return compute_feature_kl(original.embedding, current.embedding, self._original.spread)
+        if self.config.on == "relational":
+            bank = hidden = None
+            if self._bank is not None:
+                numbers, bank = self._bank
+                hidden = step.batch["row"][chosen].unsqueeze(1) == numbers
+            return self.compute_relational_kl(original.embedding, current.embedding, bank, hidden)
+        if self._original.logit_kind != "words":
+            kind = self._original.logit_kind
+            return self.compute_probe_kl(original.logits, current.logits, kind)
+        tokens = step.batch.get("labelled_tokens")
+        return self.compute_word_kl(
+            original.logits, current.logits, None if tokens is None else tokens[chosen]
+        )
+
+    def compute_probe_kl(self, original: Tensor, current: Tensor, kind: str) -> Tensor:
+        """Return KL between two heads' outputs, (...) float32.
+
+        Args:
+            original: (..., outputs) logits.
+            current: the same of the model.
+            kind: `classes` (softmax), `labels` (independent), or `target` (a Gaussian of
+                `variance` around one value: squared distance over twice the variance).
+        """
+        if kind == "target":
+            return ((current - original).float() ** 2).squeeze(-1) / (2 * self.variance)
+        if kind == "labels":
+            # A yes or no is a softmax over the logit and 0.
+            original, current = (F.pad(side.unsqueeze(-1), (0, 1)) for side in (original, current))
+            return self.compute_softmax_kl(original, current).sum(-1)
+        return self.compute_softmax_kl(original, current)
+
+    def compute_word_kl(self, original: Tensor, current: Tensor, tokens: Tensor | None) -> Tensor:
+        """Return the mean KL over a row's labelled tokens, (rows,) float32.
+
+        Args:
+            original: (rows, length, outputs) logits.
+            current: the same of the model.
+            tokens: (rows, length) bool: the head is not trained on the others, such as special
+                tokens and the rest of a word. None: all.
+        """
+        values = self.compute_probe_kl(original, current, "classes")
+        counts = torch.ones_like(values) if tokens is None else tokens.to(values.dtype)
+        return (values * counts).sum(-1) / counts.sum(-1).clamp(min=1)
+
+    def compute_relational_kl(
+        self, original: Tensor, current: Tensor, bank: Tensor | None, hidden: Tensor | None
+    ) -> Tensor:
+        """Return KL between the rows' similarities to others, (rows,) float32.
+
+        q_ij = softmax_j(cos(f_i, a_j) / tau): of the original and of the model to the same anchors
+        a, or, without a bank, of each to its own embeddings of the batch (Fang et al. 2021, SEED,
+        arXiv:2101.04731, equations 2 to 5). Zeros where a batch of one has no others.
+
+        Args:
+            original: (rows, width).
+            current: (rows, width).
+            bank: (anchors, width) of the original, or None.
+            hidden: (rows, anchors) bool, True where an anchor is the row itself.
+        """
+        sides = [F.normalize(side.float(), dim=-1) for side in (original, current)]
+        if bank is None:
+            if len(current) < 2:
+                return current.float().sum(-1) * 0.0
+            hidden = torch.eye(len(current), dtype=torch.bool, device=current.device)
+            cosines = [side @ side.T for side in sides]
+        else:
+            anchors = F.normalize(bank.float(), dim=-1)
+            cosines = [side @ anchors.T for side in sides]
+        if hidden is not None:
+            # Not -inf: the difference of two infinities is NaN.
+            cosines = [side.masked_fill(hidden, -1e4 * self.tau) for side in cosines]
+        return self.compute_softmax_kl(cosines[0] / self.tau, cosines[1] / self.tau)
 
 
-def compute_probe_kl(term: KLToOriginal, original: Tensor, now: Tensor, kind: str) -> Tensor:
-    """KL between what two heads say, for each row.
+def _compute_original(start: TrainingStart) -> OriginalOutputs:
+    """Run the original for all terms of a training, cached if none of them objects.
 
-    Args:
-        term: temperature, direction, variance.
-        original: (..., outputs) logits.
-        now: the same of the model.
-        kind: `classes` (softmax), `labels` (a yes or no for each), or `target` (a Gaussian of
-            `variance` around one value: squared distance over twice the variance).
-
-    Returns:
-        (...) float32.
+    Raises:
+        RecipeError: if a term asks for a cache, and the inputs vary.
     """
-    if kind == "target":
-        return ((now - original).float() ** 2).squeeze(-1) / (2 * term.variance)
-    if kind == "labels":
-        two = torch.stack([original, torch.zeros_like(original)], -1)
-        other = torch.stack([now, torch.zeros_like(now)], -1)
-        return compute_row_kl(two, other, term.temperature, term.direction).sum(-1)
-    return compute_row_kl(original, now, term.temperature, term.direction)
+    terms = [term for term in start.regularizers if isinstance(term, KLToOriginal)]
+    if not start.rows.repeats and any(term.cached for term in terms):
+        raise RecipeError(
+            "kl.cached=True, but the rows differ from epoch to epoch, as by augmentation",
+            "Leave cached out, or set data.augment=none",
+        )
+    return OriginalOutputs(
+        start.model, start.reference, start.rows,
+        anchors=[int(number) for term in terms for number in term.draw_anchors(start)],
+        cache=start.rows.repeats and all(term.cached is not False for term in terms),
+        reads_logits=any(term.config.on == "probe" for term in terms),
+        device=start.device, autocast=start.autocast,
+    )  # fmt: skip
 
 
-def compute_relational_kl(
-    term: KLToOriginal, original: Tensor, now: Tensor, bank: Tensor | None, hidden: Tensor | None
-) -> Tensor:
-    """KL between the rows' similarities to others, for each row.
+def compute_feature_kl(original: Tensor, current: Tensor, spread: Tensor) -> Tensor:
+    """Return KL between Gaussians around two embeddings, |f - f0|^2 / (2 spread), (rows,) float32.
 
-    q_ij = softmax_j(cos(f_i, a_j) / tau): of the original and of the model to the same anchors a,
-    or, without a bank, of each to its own embeddings of the batch (Fang et al. 2021, SEED,
-    arXiv:2101.04731, equations 2 to 5).
+    As a penalty: LDIFS (Mukhoti et al. 2024, arXiv:2308.13320).
 
     Args:
-        term: temperature, direction, tau.
         original: (rows, width).
-        now: (rows, width).
-        bank: (anchors, width) of the original, or None.
-        hidden: (rows, anchors) bool, where an anchor is the row itself.
-
-    Returns:
-        (rows,) float32; zeros where a batch of one has no others.
+        current: (rows, width).
+        spread: scalar variance of the original's embeddings, summed over their width, so that 1/2
+            is as far as two unrelated rows are from their mean.
     """
-    sides = [F.normalize(side.float(), dim=-1) for side in (original, now)]
-    if bank is None:
-        if len(now) < 2:
-            return now.float().sum(-1) * 0.0
-        hidden = torch.eye(len(now), dtype=torch.bool, device=now.device)
-        told = [side @ side.T for side in sides]
-    else:
-        anchors = F.normalize(bank.float(), dim=-1)
-        told = [side @ anchors.T for side in sides]
-    if hidden is not None:
-        # Not -inf: a difference of two of them would be no number.
-        told = [similar.masked_fill(hidden, -1e4 * term.tau) for similar in told]
-    return compute_row_kl(told[0] / term.tau, told[1] / term.tau, term.temperature, term.direction)
+    return ((current.float() - original.float()) ** 2).sum(-1) / (2 * spread)
 
 
-def compute_feature_kl(original: Tensor, now: Tensor, spread: Tensor) -> Tensor:
-    """KL between Gaussians around two embeddings: |f - f0|^2 / (2 spread), for each row.
+def compute_row_kl(original: Tensor, current: Tensor, temperature: float, direction: str) -> Tensor:
+    """Return T^2 KL(softmax(original / T) || softmax(current / T)) over the last axis.
 
-    Args:
-        original: (rows, width).
-        now: (rows, width).
-        spread: the variance, a scalar: the original's embeddings' own, summed over their width, so
-            that 1/2 is as far as two unrelated rows are from their mean.
-
-    Returns:
-        (rows,) float32. As a penalty: LDIFS (Mukhoti et al. 2024, arXiv:2308.13320).
+    Reverse swaps the two.
     """
-    return ((now.float() - original.float()) ** 2).sum(-1) / (2 * spread)
-
-
-def compute_row_kl(original: Tensor, now: Tensor, temperature: float, direction: str) -> Tensor:
-    """T^2 KL(softmax(original / T) || softmax(now / T)) over the last axis, or the other way."""
-    logs = [F.log_softmax(side.float() / temperature, -1) for side in (original, now)]
+    logs = [F.log_softmax(side.float() / temperature, -1) for side in (original, current)]
     if direction == "reverse":
         logs = logs[::-1]
     return temperature**2 * (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
-
-
-def select_rows(term: RowRegularizer, general: Tensor, counts: Tensor) -> Tensor:
-    """Which rows of a batch a term is taken on: (batch,) bool.
-
-    Args:
-        term: its `inputs`.
-        general: (batch,) bool.
-        counts: (batch,) bool, the target's rows that count.
-    """
-    if term.inputs == "target":
-        return counts & ~general
-    return general if term.inputs == "general" else general | counts
-
-
-def check_general_rows(terms: Sequence[RowRegularizer], general: int) -> None:
-    """Refuses terms on general rows where there are none: they would do nothing, or count less.
-
-    Args:
-        terms: their `inputs`.
-        general: how many general rows there are.
-
-    Raises:
-        RecipeError: naming the inputs.
-    """
-    strange = [term.inputs for term in terms if term.inputs != "target"]
-    if strange and not general:
-        raise RecipeError(
-            f"kl.inputs={strange[0]!r} is of general rows, and there are none",
-            "Give general_dataset=, or use inputs='target'",
-        )
-
-
-def count_expected_rows(term: RowRegularizer, target: Tensor, ratio: float) -> Tensor:
-    """How many rows of a step a term is a mean over; of general ones the share they are on average,
-    so that each counts the same in whatever step it comes."""
-    share = {"target": 1.0, "general": ratio, "both": 1.0 + ratio}[term.inputs]
-    return target.clamp(min=1) * share
-
-
-def compute_kl(
-    term: KLToOriginal, original: ModelOutputs, now: ModelOutputs, kind: str, bank: Tensor | None,
-    hidden: Tensor | None, spread: Tensor | None, told: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """The term's value for each row, (rows,) float32.
-
-    Args:
-        term: what is compared.
-        original: the reference's outputs on the rows.
-        now: the model's.
-        kind: see `compute_probe_kl`; `words`: classes for each token, averaged over those `told`.
-        bank: see `compute_relational_kl`.
-        hidden: see `compute_relational_kl`.
-        spread: see `compute_feature_kl`.
-        told: (rows, length) bool, the tokens that words are told by: of the others, as the special
-            ones and the rest of a word, nobody has trained the head to say anything.
-    """
-    if term.on == "probe":
-        if kind != "words":
-            return compute_probe_kl(term, original.logits, now.logits, kind)
-        each = compute_probe_kl(term, original.logits, now.logits, "classes")
-        counts = torch.ones_like(each) if told is None else told.to(each.dtype)
-        return (each * counts).sum(-1) / counts.sum(-1).clamp(min=1)
-    assert original.embedding is not None and now.embedding is not None
-    if term.on == "relational":
-        return compute_relational_kl(term, original.embedding, now.embedding, bank, hidden)
-    assert spread is not None
-    return compute_feature_kl(original.embedding, now.embedding, spread)
-
-
-# KL to the classes that CLIP tells without training: pictures against its texts of their names.
-
-
-PROMPT_TEMPLATE = "a photo of a {}."
-
-
-class ZeroShotHead(nn.Module):
-    """CLIP's own classifier of named classes (Radford et al. 2021, arXiv:2103.00020, figure 3).
-
-    Args:
-        projection: from the image tower's pooled output to the space shared with texts.
-        texts: (classes, width) of length 1.
-        scale: what cosines are multiplied by, exp of the learnt logarithm.
-    """
-
-    def __init__(self, projection: nn.Module, texts: Tensor, scale: Tensor) -> None:
-        super().__init__()
-        self.projection = projection
-        self.register_buffer("texts", texts)
-        self.register_buffer("scale", scale)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """(rows, classes) logits of (rows, width) pooled outputs."""
-        texts: Any = self.texts
-        return self.scale * F.normalize(self.projection(pooled).float(), dim=-1) @ texts.T  # pyright: ignore
-
-
-def build_zero_shot_head(clip: Any, tokenizer: Any, names: list[str]) -> ZeroShotHead:
-    """The head of a `CLIPModel` for these classes.
-
-    Args:
-        clip: the whole model, texts and pictures.
-        tokenizer: its own.
-        names: of the classes; underscores are read as spaces.
-    """
-    prompts = [PROMPT_TEMPLATE.format(name.replace("_", " ")) for name in names]
-    ids = tokenizer(
-        prompts, padding=True, padding_side="right", truncation=True, return_attention_mask=True,
-        return_tensors="pt",
-    )  # fmt: skip
-    with torch.no_grad(), eval_mode(clip):
-        pooled = clip.text_model(
-            input_ids=ids["input_ids"], attention_mask=ids["attention_mask"]
-        ).pooler_output
-        texts = F.normalize(clip.text_projection(pooled).float(), dim=-1)
-    scale = clip.logit_scale.detach().exp()
-    return ZeroShotHead(deepcopy(clip.visual_projection), texts, scale).requires_grad_(False)
-
-
-class ZeroShotKL:
-    """T^2 KL(original || model) of the zero-shot classes, for each row (CAR-FT, Mao et al. 2022,
-    arXiv:2211.16175).
-
-    It costs a pass of the image tower and one of the original's at every step.
-
-    Args:
-        weight: of the mean over rows.
-        head: see `build_zero_shot_head`.
-        temperature: see `KLToOriginal`.
-        direction: `forward` or `reverse`.
-        inputs: `target`, `general` or `both`.
-    """
-
-    def __init__(
-        self, weight: float, head: ZeroShotHead, temperature: float = 1.0,
-        direction: str = "forward", inputs: str = "target",
-    ) -> None:  # fmt: skip
-        self.weight = weight
-        self.inputs = inputs
-        self._head = head.eval()
-        self._temperature = temperature
-        self._direction = direction
-        self._tower: Any = None
-        self._original: Any = None
-        self._adapter: PeftModel | None = None
-
-    def begin(self, model: nn.Module) -> None:
-        """Finds the image tower; without an adapter a copy of it is kept.
-
-        Raises:
-            RecipeError: if the model has none of CLIP's.
-        """
-        architecture = get_model_architecture(model)
-        self._tower = get_encoder(model, architecture)
-        if self._tower.config.model_type != "clip_vision_model":
-            raise RecipeError(
-                f"kl.on=zero_shot: {self._tower.config.model_type} tells no classes by their names",
-                "Use a CLIP source, or kl.on=relational",
-            )
-        self._head.to(next(model.parameters()).device)
-        if isinstance(model, PeftModel):
-            self._adapter, self._original = model, self._tower
-        else:
-            self._original = deepcopy(self._tower).requires_grad_(False)
-
-    def values(self, batch: dict[str, Any], chosen: Tensor, epoch: int) -> Tensor:
-        """(chosen rows,) float32.
-
-        Args:
-            batch: `pixel_values` and what else the tower takes.
-            chosen: (batch,) bool.
-            epoch: of no use here.
-        """
-        del epoch
-        beside = ("labels", *BATCH_METADATA)
-        inputs = {
-            key: value[chosen] if isinstance(value, Tensor) else value
-            for key, value in batch.items()
-            if key not in beside
-        }
-        if not chosen.any():
-            return inputs["pixel_values"].new_zeros(0, dtype=torch.float32)
-        now = self._head(self._tower(**inputs).pooler_output)
-        with torch.no_grad(), eval_mode(self._original), self._off():
-            original = self._head(self._original(**inputs).pooler_output)
-        return compute_row_kl(original, now, self._temperature, self._direction)
-
-    def _off(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._adapter is None else self._adapter.disable_adapter()

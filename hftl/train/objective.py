@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import can_return_loss, find_labels
 
 from hftl.errors import RecipeError
-from hftl.retain.hooks import eval_mode
+from hftl.retain.reference import eval_mode
 from hftl.train.loss import compute_summed_loss, count_labels, has_labels
 
 KNOWN_HEADS = (

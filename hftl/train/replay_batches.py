@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hftl.models.features import batch_by_length
-from hftl.retain.hooks import BATCH_METADATA
-from hftl.retain.regularizers import TrainingRows
+from hftl.retain.reference import BATCH_METADATA, TrainingRows
 from hftl.train.loss import IGNORE_INDEX
 
 BATCH_TOKENS = 4096
@@ -81,7 +80,7 @@ def build_ignored_labels(like: dict[str, Any], row: dict[str, Any]) -> Any:
 class IndexedCollator:
     """A collator that keeps the rows' numbers: `row`, and `general` where they are general data.
 
-    Where every word has a label, `told` (batch, length) bool says which tokens words are told by.
+    Where every word has a label, `labelled_tokens` (batch, length) bool are the first tokens of words.
 
     Args:
         collate: makes a batch of rows.
@@ -99,7 +98,7 @@ class IndexedCollator:
         labels = batch.get("labels")
         if labels is not None and _has_token_labels(labels):
             mask = batch.get("attention_mask", torch.ones_like(labels))
-            batch["told"] = find_word_tokens(plain, labels, mask)
+            batch["labelled_tokens"] = find_word_tokens(plain, labels, mask)
         return {**batch, "row": numbers, "general": numbers >= self.target}
 
 

@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 from transformers.trainer_pt_utils import find_batch_size
 
 from hftl.errors import NumericError, RecipeError
-from hftl.retain.hooks import BATCH_METADATA
-from hftl.retain.regularizers import Retention
+from hftl.retain.build import Retention
+from hftl.retain.reference import BATCH_METADATA
 from hftl.train.loss import (
     IGNORE_INDEX,
     compute_replay_loss,

@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import EvalLoopOutput
 
 from hftl.errors import RecipeError
-from hftl.retain.regularizers import Retention, Term
+from hftl.retain.build import Regularizer, Retention, Step
 from hftl.runtime.distributed import gather_values
 from hftl.train import step
 from hftl.train.checkpoint import (
@@ -61,8 +61,8 @@ class TransferTrainer(Trainer):
     loss that is not finite stops.
 
     Args:
-        retain: terms that keep the model near the original: `KLToOriginal`, `L2SP`, `EWC`. The
-            original is the model as it is handed over.
+        retain: regularizers toward the original: `KLToOriginal`, `L2SP`, `EWC`. The original is
+            the model as it is handed over.
         reference: another original, for KL.
         general_dataset: rows of what the original was good at, mixed into every step: for terms on
             them, and where they have labels of the task, for its loss (replay).
@@ -80,7 +80,7 @@ class TransferTrainer(Trainer):
         model: Any = None,
         args: TrainingArguments | None = None,
         *more: Any,
-        retain: Term | Sequence[Term] | Retention = (),
+        retain: Regularizer[Any] | Sequence[Regularizer[Any]] | Retention = (),
         reference: nn.Module | None = None,
         general_dataset: Any | None = None,
         general_ratio: float = 0.5,
@@ -108,7 +108,7 @@ class TransferTrainer(Trainer):
         self._rates = build_layer_rates(layer_decay, rates)
         self._general = general_dataset
         self._general_share = general_weight / self.retention.ratio
-        if self.retention.weights:
+        if self.retention.regularizers:
             self.add_callback(step.RetentionCallback(self.retention))
         check_unsharded(self._numbers_rows and self.is_fsdp_enabled)
         if not self.label_names and not can_compute_loss(self._own_model):
@@ -158,7 +158,7 @@ class TransferTrainer(Trainer):
         `train` does so by itself.
         """
         if self._numbers_rows:
-            self.retention.start(
+            self.retention.prepare(
                 self.accelerator.unwrap_model(self.model),
                 build_training_rows(*self._training_rows()),
                 self.args.device,
@@ -257,10 +257,13 @@ class TransferTrainer(Trainer):
             )
         if num_items_in_batch is not None and "row" in inputs:
             seen = outputs if hasattr(outputs, "logits") else self._with_logits(outputs)
-            loss = loss + self.accelerator.num_processes * self.retention.loss(
+            current = Step(
                 self.accelerator.unwrap_model(model), inputs, seen, self._target_rows(inputs),
-                self._rows, int(self.state.epoch or 0), self._autocast,
+                self._rows, self.retention.ratio, int(self.state.epoch or 0),
             )  # fmt: skip
+            terms = [regularizer.loss(current) for regularizer in self.retention.regularizers]
+            # The gradients of processes are averaged, and the counts are those of all.
+            loss = loss + self.accelerator.num_processes * sum(terms)
         if not return_outputs:
             return loss
         return loss, outputs if objective.asks_model else step.prepend_loss(outputs, loss)
@@ -447,7 +450,7 @@ class TransferTrainer(Trainer):
     @property
     def _numbers_rows(self) -> bool:
         """Whether rows carry their numbers: for terms, or for general data."""
-        return self.retention.asks or self._general is not None
+        return bool(self.retention.regularizers) or self._general is not None
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """The precision that training multiplies in."""

@@ -1,4 +1,4 @@
-"""What the source's own heads say after training, against whole models of transformers."""
+"""Compare the source's own heads on a trained encoder with stock models of transformers."""
 
 import copy
 from collections.abc import Callable
@@ -36,7 +36,7 @@ from hftl.measure.forgetting import ForgettingSpec, measure_forgetting
 from hftl.models.heads import LoadedModel
 
 
-def tree_of(folder: Path, model: Path) -> dict[str, Any]:
+def build_tree(folder: Path, model: Path) -> dict[str, Any]:
     table = write_csv(folder / "reviews.csv", ["text", "label"], sentences(60))
     rows = [(text, f"d{i // 4}", tone) for i, (text, tone) in enumerate(sentences(100, 7))]
     path = write_csv(folder / "general.csv", ["text", "document", "tone"], rows)
@@ -50,32 +50,32 @@ def tree_of(folder: Path, model: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def bench_with_general(tree: dict[str, Any], reading: InputSpec = InputSpec()) -> Any:  # noqa: B008
+def build_context_with_general(tree: dict[str, Any], spec: InputSpec = InputSpec()) -> Any:  # noqa: B008
     recipe = Recipe.parse(tree)
-    bench = bench_of(recipe)
-    bench.general = load_general(recipe.data, bench.prepared, reading)
-    return bench
+    context = bench_of(recipe)
+    context.general = load_general(recipe.data, context.prepared, spec)
+    return context
 
 
-def moved(bench: Any, pooling: str, strategy: str) -> LoadedModel:
-    """A model whose every trained weight is somewhere else."""
-    built = bench.build_model(pooling, 0)
-    model = prepare(built.model, strategy, lora={"r": 2}, fresh=built.fresh)
+def build_perturbed(context: Any, pooling: str, strategy: str) -> LoadedModel:
+    """Return a model with noise added to every trained weight."""
+    trained = context.build_model(pooling, 0)
+    model = prepare(trained.model, strategy, lora={"r": 2}, fresh=trained.fresh)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return LoadedModel(model, built.architecture, built.pooling, built.fresh)
+    return LoadedModel(model, trained.architecture, trained.pooling, trained.fresh)
 
 
-def merged(built: LoadedModel) -> dict[str, torch.Tensor]:
-    """The encoder's weights, by peft's own merging."""
-    model: Any = copy.deepcopy(built.model)
-    inner = model.encoder if built.pooling != "native" else model
+def merge_encoder(trained: LoadedModel) -> dict[str, torch.Tensor]:
+    """Return the encoder's weights, merged by peft."""
+    model: Any = copy.deepcopy(trained.model)
+    inner = model.encoder if trained.pooling != "native" else model
     if hasattr(inner, "merge_and_unload"):
         inner = inner.merge_and_unload()
-    return (inner if built.pooling != "native" else getattr(inner, built.architecture.encoder)
+    return (inner if trained.pooling != "native" else getattr(inner, trained.architecture.encoder)
             ).state_dict()  # fmt: skip
 
 
@@ -83,38 +83,38 @@ def merged(built: LoadedModel) -> dict[str, torch.Tensor]:
     ("pooling", "strategy"), [("mean", "full"), ("native", "full"), ("mean", "lora"),
                               ("native", "lora")]
 )  # fmt: skip
-def test_the_masked_language_loss_is_that_of_the_stock_model(
+def test_masked_language_loss_equals_the_stock_model_s(
     tmp_path: Path, tiny_model: Callable[..., Path], pooling: str, strategy: str
 ) -> None:
     folder = tiny_model("bert", True)
-    bench = bench_with_general(tree_of(tmp_path, folder))
-    built = moved(bench, pooling, strategy)
-    before = {name: p.clone() for name, p in built.model.named_parameters()}
-    hooks = sum(len(m._forward_hooks) for m in built.model.modules())
-    found = measure_pretraining_heads(bench, built)["mlm_loss"]
-    assert all(torch.equal(p, before[name]) for name, p in built.model.named_parameters())
-    assert sum(len(m._forward_hooks) for m in built.model.modules()) == hooks
+    context = build_context_with_general(build_tree(tmp_path, folder))
+    trained = build_perturbed(context, pooling, strategy)
+    before = {name: p.clone() for name, p in trained.model.named_parameters()}
+    hooks = sum(len(m._forward_hooks) for m in trained.model.modules())
+    values = measure_pretraining_heads(context, trained)["mlm_loss"]
+    assert all(torch.equal(p, before[name]) for name, p in trained.model.named_parameters())
+    assert sum(len(m._forward_hooks) for m in trained.model.modules()) == hooks
     stock: Any = BertForMaskedLM.from_pretrained(folder).eval()
     decoder = stock.cls.predictions.decoder
     decoder.weight = nn.Parameter(decoder.weight.detach().clone())
-    stock.bert.load_state_dict(merged(built), strict=False)
-    masking = build_masking_spec(bench.inputs.tokenizer, MASK_PROBABILITY, whole_words=False)
-    for number, row in enumerate(bench.encode_rows(bench.general.eval_rows)):
+    stock.bert.load_state_dict(merge_encoder(trained), strict=False)
+    masking = build_masking_spec(context.inputs.tokenizer, MASK_PROBABILITY, whole_words=False)
+    for number, row in enumerate(context.encode_rows(context.general.eval_rows)):
         ids = np.array(row["input_ids"])
         draw = np.random.default_rng([0, number])
-        shown, places = mask_tokens(ids, np.zeros_like(ids), masking, draw)
-        assert found[number, 1] == len(places)
-        if len(places):
+        masked, positions = mask_tokens(ids, np.zeros_like(ids), masking, draw)
+        assert values[number, 1] == len(positions)
+        if len(positions):
             with torch.no_grad():
-                logits = stock(input_ids=torch.from_numpy(shown)[None]).logits[0]
-            wanted = F.cross_entropy(logits[places], torch.from_numpy(ids[places]))
-            assert found[number, 0] == pytest.approx(wanted.item(), abs=1e-5)
-    assert found[:, 1].sum() > 20
+                logits = stock(input_ids=torch.from_numpy(masked)[None]).logits[0]
+            expected = F.cross_entropy(logits[positions], torch.from_numpy(ids[positions]))
+            assert values[number, 0] == pytest.approx(expected.item(), abs=1e-5)
+    assert values[:, 1].sum() > 20
 
 
 @pytest.fixture
 def classifier(tmp_path: Path) -> Path:
-    """A tiny BERT that was trained for two tones, in an order of its own."""
+    """A tiny BERT classifier of two tones, in another order than general data."""
     folder = tmp_path / "classifier"
     torch.manual_seed(5)
     names = {0: "positive", 1: "negative"}
@@ -127,46 +127,46 @@ def classifier(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("pooling", "strategy"), [("mean", "full"), ("native", "lora")])
-def test_the_sources_own_classes_are_told_by_its_own_head(
+def test_source_classes_are_predicted_by_its_own_head(
     tmp_path: Path, classifier: Path, pooling: str, strategy: str
 ) -> None:
-    bench = bench_with_general(tree_of(tmp_path, classifier))
-    assert find_source_classes(bench.source, bench.general) == ("tone", ["positive", "negative"])
-    built = moved(bench, pooling, strategy)
-    found = measure_pretraining_heads(bench, built)
-    assert set(found) == {"backward"} and (found["backward"][:, 1] == 1).all()
+    context = build_context_with_general(build_tree(tmp_path, classifier))
+    assert find_source_classes(context.source, context.general) == ("tone", ["positive", "negative"])
+    trained = build_perturbed(context, pooling, strategy)
+    values = measure_pretraining_heads(context, trained)
+    assert set(values) == {"backward"} and (values["backward"][:, 1] == 1).all()
     stock: Any = AutoModelForSequenceClassification.from_pretrained(classifier).eval()
-    stock.bert.load_state_dict(merged(built), strict=False)
-    tones = bench.general.values("tone")
+    stock.bert.load_state_dict(merge_encoder(trained), strict=False)
+    tones = context.general.get_control_values("tone")
     right = []
-    for number, row in enumerate(bench.encode_rows(bench.general.eval_rows)):
+    for number, row in enumerate(context.encode_rows(context.general.eval_rows)):
         with torch.no_grad():
             logits = stock(input_ids=torch.tensor(row["input_ids"])[None]).logits[0]
         right.append(stock.config.id2label[int(logits.argmax())] == tones[number])
-    assert found["backward"][:, 0].astype(bool).tolist() == right
+    assert values["backward"][:, 0].astype(bool).tolist() == right
     assert 0 < sum(right) < len(right)
 
 
-def test_what_the_source_has_not_is_not_asked(
+def test_missing_heads_are_not_measured(
     tmp_path: Path, tiny_model: Callable[..., Path], classifier: Path
 ) -> None:
-    tree = tree_of(tmp_path, tiny_model("bert"))
-    bench = bench_with_general(tree)
-    assert measure_pretraining_heads(bench, bench.build_model("mean", 0)) == {}
-    bench.general = None
-    assert measure_pretraining_heads(bench, bench.build_model("mean", 0)) == {}
-    other = bench_with_general(tree_of(tmp_path, classifier))
+    tree = build_tree(tmp_path, tiny_model("bert"))
+    context = build_context_with_general(tree)
+    assert measure_pretraining_heads(context, context.build_model("mean", 0)) == {}
+    context.general = None
+    assert measure_pretraining_heads(context, context.build_model("mean", 0)) == {}
+    other = build_context_with_general(build_tree(tmp_path, classifier))
     other.source.config.id2label = {0: "cold", 1: "warm"}
     assert find_source_classes(other.source, other.general) is None
     # Labels alone make no classifier: the head has to be in the checkpoint.
-    bare = bench_with_general(tree)
+    bare = build_context_with_general(tree)
     bare.source.config.id2label = {0: "negative", 1: "positive"}
     assert find_source_classes(bare.source, bare.general) is not None
     assert measure_pretraining_heads(bare, bare.build_model("mean", 0)) == {}
 
 
 @pytest.mark.parametrize("strategy", ["full", "lora"])
-def test_the_masked_image_loss_is_vit_maes(
+def test_masked_image_loss_equals_vit_mae_s(
     tmp_path: Path, tiny_model: Callable[..., Path], strategy: str
 ) -> None:
     folder = tiny_model("vit_mae")
@@ -180,69 +180,69 @@ def test_the_masked_image_loss_is_vit_maes(
         "data": {"train": {"path": str(train)},
                  "general": {"path": str(general), "label": "label"}},
     }  # fmt: skip
-    bench = bench_with_general(tree, InputSpec("image", 8))
-    built = moved(bench, "native", strategy)
-    found = measure_pretraining_heads(bench, built)["mae_loss"]
+    context = build_context_with_general(tree, InputSpec("image", 8))
+    trained = build_perturbed(context, "native", strategy)
+    values = measure_pretraining_heads(context, trained)["mae_loss"]
     stock: Any = ViTMAEForPreTraining.from_pretrained(folder).eval()
-    stock.vit.load_state_dict(merged(built), strict=False)
-    for number, row in enumerate(bench.general.eval_rows):
-        batch = bench.inputs.collate(bench.encode_rows([row]))
+    stock.vit.load_state_dict(merge_encoder(trained), strict=False)
+    for number, row in enumerate(context.general.eval_rows):
+        batch = context.inputs.collate(context.encode_rows([row]))
         noise = draw_patch_noise(16, 0, 0, hash_row(row))
         with torch.no_grad():
-            wanted = stock(batch["pixel_values"], noise=noise[None]).loss
-        assert found[number] == pytest.approx([wanted.item(), 12 * 8 * 8 * 3], rel=1e-4)
+            expected = stock(batch["pixel_values"], noise=noise[None]).loss
+        assert values[number] == pytest.approx([expected.item(), 12 * 8 * 8 * 3], rel=1e-4)
     headless = tmp_path / "headless"
     stock.vit.save_pretrained(headless)
     tiny_processor(headless)
-    bare = bench_with_general(tree | {"source": {"model": str(headless)}}, InputSpec("image", 8))
+    bare = build_context_with_general(tree | {"source": {"model": str(headless)}}, InputSpec("image", 8))
     assert measure_pretraining_heads(bare, bare.build_model("native", 0)) == {}
 
 
-def test_the_figures_are_means_over_all_that_was_hidden() -> None:
+def test_figures_are_means_over_all_masked_elements() -> None:
     draw = np.random.default_rng(0)
 
     def side() -> dict[str, np.ndarray]:
-        places = np.arange(40) % 4  # The first row of four was not asked anything.
-        means = np.where(places > 0, draw.exponential(size=40), 0)
+        positions = np.arange(40) % 4  # No token of the first row of four was masked.
+        means = np.where(positions > 0, draw.exponential(size=40), 0)
         return {
             "general": draw.normal(size=(40, 5)).astype(np.float32),
             "new": draw.normal(size=(5, 5)).astype(np.float32),
-            "mlm_loss": np.stack([means, places], 1).astype(np.float32),
+            "mlm_loss": np.stack([means, positions], 1).astype(np.float32),
         }
 
     before, after = side(), [side(), side()]
-    asked = ForgettingSpec({}, (), np.arange(40) // 4, 0.05)
-    told = measure_forgetting(before, {"own": after}, asked)["own"]
+    spec = ForgettingSpec({}, (), np.arange(40) // 4, 0.05)
+    figures = measure_forgetting(before, {"own": after}, spec)["own"]
     sums = [(s["mlm_loss"][:, 0] * s["mlm_loss"][:, 1]).sum() for s in (before, *after)]
-    figure = told["mlm_loss"]
+    figure = figures["mlm_loss"]
     assert figure["before"] == pytest.approx(sums[0] / 60)
     assert figure["per_seed"] == pytest.approx([total / 60 for total in sums[1:]])
     assert figure["ci95"][0] < figure["change"] < figure["ci95"][1]
-    assert told["mae_loss"] is None and told["backward"] is None
-    # A seed of an earlier version, which was not asked, leaves the figure out.
+    assert figures["mae_loss"] is None and figures["backward"] is None
+    # A seed of an earlier version did not measure it.
     del after[1]["mlm_loss"]
-    assert measure_forgetting(before, {"own": after}, asked)["own"]["mlm_loss"] is None
+    assert measure_forgetting(before, {"own": after}, spec)["own"]["mlm_loss"] is None
     nothing = {**before, "mlm_loss": np.zeros((40, 2), np.float32)}
-    assert measure_forgetting(nothing, {"own": [nothing]}, asked)["own"]["mlm_loss"] is None
+    assert measure_forgetting(nothing, {"own": [nothing]}, spec)["own"]["mlm_loss"] is None
 
 
 @pytest.mark.parametrize("head", ["mlm_loss", "backward"])
-def test_a_run_tells_it_in_record_and_card(
+def test_run_reports_heads_in_record_and_card(
     tmp_path: Path, tiny_model: Callable[..., Path], classifier: Path, head: str
 ) -> None:
     model = tiny_model("bert", True) if head == "mlm_loss" else classifier
-    tree = tree_of(tmp_path, model)
+    tree = build_tree(tmp_path, model)
     tree["measure"] = {"seeds": [0, 1], "arms": ["head"]}
     record = hftl.run(Recipe.parse(tree), tmp_path / "run")
     assert record is not None
     own, frozen = record["forgetting"]["arms"]
     figure = own["figures"][head]
     assert len(figure["per_seed"]) == 2 and figure["ci95"] is not None
-    kept = [load_file(tmp_path / f"run/arms/full-seed{s}/embeddings.safetensors")[head]
+    stored = [load_file(tmp_path / f"run/arms/full-seed{s}/embeddings.safetensors")[head]
             for s in (0, 1)]  # fmt: skip
-    wanted = [np.average(told[:, 0], weights=told[:, 1]) for told in kept]
+    expected = [np.average(seed[:, 0], weights=seed[:, 1]) for seed in stored]
     assert (
-        figure["per_seed"] == pytest.approx(wanted) and len(kept[0]) == record["forgetting"]["rows"]
+        figure["per_seed"] == pytest.approx(expected) and len(stored[0]) == record["forgetting"]["rows"]
     )
     assert frozen["figures"][head]["change"] == 0
     others = {"mlm_loss", "mae_loss", "backward"} - {head}

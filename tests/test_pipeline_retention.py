@@ -1,4 +1,4 @@
-"""Retention from the recipe to the record, the card and the published folder."""
+"""Check retention from the recipe to the record, the card and the published folder."""
 
 import json
 import random
@@ -62,17 +62,17 @@ def test_a_run_with_retention(
     tree["retain"] = RETAIN[name]
     record = run(Recipe.parse(tree), tmp_path / "run")
     assert record is not None
-    told = record.tree
-    assert told["reload_difference"] <= 1e-5
-    arms = {arm["arm"]: arm for arm in told["arms"]}
+    tree = record.tree
+    assert tree["reload_difference"] <= 1e-5
+    arms = {arm["arm"]: arm for arm in tree["arms"]}
     assert set(arms) == {strategy, "plain"}
-    assert [entry["arm"] for entry in told["forgetting"]["arms"]][0] == strategy
-    own = told["forgetting"]["arms"][0]
+    assert [entry["arm"] for entry in tree["forgetting"]["arms"]][0] == strategy
+    own = tree["forgetting"]["arms"][0]
     assert own["against"]["arm"] == "plain"
     card = (tmp_path / "run/publish/README.md").read_text(encoding="utf-8")
     if name == "between":
-        found = arms[strategy]["training"]["interpolation"]
-        assert found["alpha"] in (0.0, 0.5, 1.0) and len(found["tried"]) == 3
+        interpolation = arms[strategy]["training"]["interpolation"]
+        assert interpolation["alpha"] in (0.0, 0.5, 1.0) and len(interpolation["tried"]) == 3
         assert "interpolated with the original" in card
     else:
         assert "kept near the original by" in card
@@ -85,7 +85,7 @@ def test_a_run_with_retention(
         assert len(list((tmp_path / "run/phases").glob("fisher-*/fisher.safetensors"))) == 1
 
 
-def test_the_same_again_does_nothing_and_a_changed_term_is_refused(
+def test_second_run_trains_nothing_and_refuses_a_changed_term(
     tree: dict[str, Any], tmp_path: Path
 ) -> None:
     tree["retain"] = {"kl": {"weight": 0.3}}
@@ -99,7 +99,7 @@ def test_the_same_again_does_nothing_and_a_changed_term_is_refused(
         run(Recipe.parse(tree), tmp_path / "run")
 
 
-def test_a_weight_is_chosen_once_and_told(
+def test_weight_is_chosen_once_and_reported(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "WEIGHT_GRID", (0.1, 1.0))
@@ -125,58 +125,58 @@ def test_a_weight_is_chosen_once_and_told(
         ((0.80, 0.80, 0.80, 0.80), (0.4, 0.4, 0.4, 0.4), 0.03),
     ],
 )
-def test_the_rule_of_one_standard_error(
+def test_weight_is_chosen_within_one_standard_error(
     scores: tuple[float, ...], forgotten: tuple[float, ...], weight: float
 ) -> None:
-    told = {w: (s, 0.02, f) for w, s, f in zip(WEIGHT_GRID, scores, forgotten, strict=True)}
-    found = select_kl_weight(lambda w: told[w])
-    assert found["weight"] == weight
-    assert [tried["forgotten"] for tried in found["tried"]] == list(forgotten)
+    results = {w: (s, 0.02, f) for w, s, f in zip(WEIGHT_GRID, scores, forgotten, strict=True)}
+    choice = select_kl_weight(lambda w: results[w])
+    assert choice["weight"] == weight
+    assert [tried["forgotten"] for tried in choice["tried"]] == list(forgotten)
 
 
 @pytest.mark.parametrize("task", ["classification", "token-classification"])
-def test_a_weak_probe_is_told_and_ends_no_run(
+def test_weak_probe_is_reported_and_stops_no_run(
     tree: dict[str, Any], tmp_path: Path, task: str
 ) -> None:
-    """Labels by lot, which no features tell: the probe is solved, and knows only their shares."""
+    """No features predict random labels: the probe is solved, and knows only their frequencies."""
     draw = random.Random(0)
     tags = ("negative", "positive")
     if task == "classification":
-        told = [(text, draw.choice(tags)) for text, _ in sentences(160)]
-        write_csv(Path(tree["data"]["train"]["path"]), ["text", "label"], told)
+        rows = [(text, draw.choice(tags)) for text, _ in sentences(160)]
+        write_csv(Path(tree["data"]["train"]["path"]), ["text", "label"], rows)
     else:
         path = tmp_path / "words.jsonl"
         rows = [(t.split(), [draw.choice(tags) for _ in t.split()]) for t, _ in sentences(160)]
-        told = [json.dumps({"text": words, "label": labels}) for words, labels in rows]
-        path.write_text("\n".join(told), encoding="utf-8")
+        lines = [json.dumps({"text": words, "label": labels}) for words, labels in rows]
+        path.write_text("\n".join(lines), encoding="utf-8")
         tree["data"] = {"task": task, "train": {"path": str(path)}, "max_length": 16}
         tree["finetune"]["pooling"] = "native"
         tree["measure"]["metric"] = "f1"
     tree["measure"] |= {"arms": [], "seeds": [0]}
     tree["retain"] = {"kl": {"on": "probe"}}
-    lines: list[str] = []
-    record = run(Recipe.parse(tree), tmp_path / "run", until="measure", say=lines.append)
+    output: list[str] = []
+    record = run(Recipe.parse(tree), tmp_path / "run", until="measure", say=output.append)
     assert record is not None
-    found = record.tree["arms"][0]["training"]["head_opinion"]
-    assert found["weak"] and found["loss"] >= 0.95 * found["shares"] > 0
-    assert any("says little of the labels" in line and "full seed 0" in line for line in lines)
+    quality = record.tree["arms"][0]["training"]["head_opinion"]
+    assert quality["weak"] and quality["loss"] >= 0.95 * quality["shares"] > 0
+    assert any("hardly predicts the labels" in line and "full seed 0" in line for line in output)
 
 
-def test_a_head_that_nobody_trained_is_refused_before_anything_trains(tree: dict[str, Any]) -> None:
+def test_refuses_an_untrained_head_before_anything_trains(tree: dict[str, Any]) -> None:
     tree["retain"] = {"kl": {"on": "probe"}}
     tree["measure"]["arms"] = [{"raw": {"finetune.head_init": "random"}}]
     with pytest.raises(RecipeError, match=r"measure\.arms\.raw.*nobody has trained it"):
         Recipe.parse(tree)
 
 
-def test_only_weights_that_are_open_are_filled() -> None:
+def test_only_auto_weights_are_set() -> None:
     retain = Retain(kl=[KL(weight="auto"), KL(weight=0.7)])
     assert has_auto_weight(retain) and not has_auto_weight(None)
     filled = set_kl_weight(retain, 0.3)
     assert [kl.weight for kl in filled.kl_terms] == [0.3, 0.7] and not has_auto_weight(filled)
 
 
-def test_after_adaptation_the_reference_may_be_the_source(
+def test_reference_may_be_the_source_before_adaptation(
     tree: dict[str, Any], tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
     tree["source"]["model"] = str(tiny_model("bert", True))
@@ -197,17 +197,18 @@ def test_after_adaptation_the_reference_may_be_the_source(
     assert cosine["full"] > cosine["start"], "nearer to the source than from where it started"
 
 
-def test_an_arm_that_inherits_what_it_cannot_is_named(tree: dict[str, Any]) -> None:
+def test_error_names_the_arm_that_inherits_the_section(tree: dict[str, Any]) -> None:
     tree["retain"] = {"l2sp": {"decoupled": True}}
     tree["measure"]["arms"] = ["lora"]
     with pytest.raises(RecipeError, match=r"^measure\.arms\.lora: retain\.l2sp\.decoupled moves"):
         check_recipe(Recipe.parse(tree))
 
 
-def test_a_warning_that_holds_of_several_arms_is_told_once(tree: dict[str, Any]) -> None:
+def test_warning_of_several_arms_is_printed_once(tree: dict[str, Any]) -> None:
     tree["retain"] = {"l2sp": {}}
-    told = check_recipe(Recipe.parse(tree))[1]["warnings"]
-    assert len(told) == len(set(told)) and sum("is high for full" in line for line in told) == 1
+    warnings = check_recipe(Recipe.parse(tree))[1]["warnings"]
+    assert len(warnings) == len(set(warnings))
+    assert sum("is high for full" in line for line in warnings) == 1
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_a_warning_that_holds_of_several_arms_is_told_once(tree: dict[str, Any])
         ({"l2sp": {"decoupled": True}}, {"strategy": "lora"}, "the base does not move"),
     ],
 )
-def test_what_cannot_be_is_refused_before_a_row_is_read(
+def test_refuses_before_a_row_is_read(
     tree: dict[str, Any], retain: Any, finetune: Any, message: str
 ) -> None:
     tree["retain"] = retain

@@ -1,0 +1,242 @@
+"""Build the regularizers of a recipe, and hold what the trainer shares with them.
+
+A regularizer is a section of the recipe in `config/retain.py`, which names its class, and that
+class: `prepare` is called once before training, `loss` for every batch, and the trainer sums.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from hftl.config.errors import build_recipe_error
+from hftl.config.retain import EWC, RegularizerSection, Retain
+from hftl.errors import RecipeError
+from hftl.retain.reference import Batch, TrainingRows
+
+Config = TypeVar("Config", bound=RegularizerSection)
+
+
+class RegularizerContext(Protocol):
+    """Provide what regularizers read beside their section of a recipe."""
+
+    @property
+    def seed(self) -> int:
+        """Return the arm's seed."""
+        ...
+
+    def get_tau(self) -> float:
+        """Return the temperature of cosines for this kind of input."""
+        ...
+
+    def measure_target_variance(self) -> float:
+        """Return the variance of regression targets around the probe; 1 for classes."""
+        ...
+
+    def load_masked_lm(self) -> tuple[Any, Any, bool]:
+        """Return the original's masked-LM model, its masking, and True if it is not the start."""
+        ...
+
+    def load_zero_shot_head(self) -> Any:
+        """Return CLIP's classifier of the task's class names."""
+        ...
+
+    def load_fisher(self, config: EWC) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the Fisher information by parameter name, and what the record says of it."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingStart:
+    """Describe a training before its first step.
+
+    Args:
+        model: not wrapped, at its starting weights.
+        reference: the original, where it is not that model.
+        rows: all rows of the training.
+        regularizers: all of this training.
+        device: of the model.
+        autocast: returns the context of the training's precision.
+        seed: of random draws.
+        shared: what one regularizer computes for others of its kind.
+    """
+
+    model: nn.Module
+    reference: nn.Module | None
+    rows: TrainingRows
+    regularizers: Sequence["Regularizer[Any]"]
+    device: torch.device
+    autocast: Callable[[], Any]
+    seed: int
+    shared: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Describe a batch that the model has run on, and the optimizer step it is part of.
+
+    Args:
+        model: not wrapped.
+        batch: with `row`, the rows' numbers, and `general`, whether each is general data.
+        outputs: what the model returned.
+        counts: (batch,) bool, the target's rows that have a label.
+        target_rows: their number in the whole step, over all processes.
+        ratio: general rows for each row of the target.
+        epoch: from 0.
+        shared: what one regularizer computes for others of its kind.
+    """
+
+    model: nn.Module
+    batch: Batch
+    outputs: Any
+    counts: Tensor
+    target_rows: Tensor
+    ratio: float
+    epoch: int
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    def select_rows(self, inputs: str) -> Tensor:
+        """Return the rows that are `target`, `general` or `both`: (batch,) bool."""
+        general = self.batch["general"]
+        if inputs == "target":
+            return self.counts & ~general
+        return general if inputs == "general" else general | self.counts
+
+    def count_rows(self, inputs: str) -> Tensor:
+        """Return the number of such rows in the whole step.
+
+        General rows count by their average number, so that each weighs the same in every step.
+        """
+        share = {"target": 1.0, "general": self.ratio, "both": 1.0 + self.ratio}[inputs]
+        return self.target_rows.clamp(min=1) * share
+
+    @property
+    def share(self) -> Tensor:
+        """Return the batch's share of the step, by which a penalty on weights counts."""
+        return self.counts.sum() / self.target_rows.clamp(min=1)
+
+
+class Regularizer(ABC, Generic[Config]):
+    """Pull a model toward the original: one term of a training's loss.
+
+    Its arguments are the keys of its section of the recipe, in their order.
+
+    Raises:
+        RecipeError: for a key or a value that the section refuses.
+    """
+
+    section: ClassVar[type[RegularizerSection]]
+    config: Config
+
+    def __init__(self, *values: Any, **keys: Any) -> None:
+        names = list(self.section.model_fields)
+        if len(values) > len(names):
+            raise TypeError(f"{type(self).__name__} takes {', '.join(names)}, got {values}")
+        keys = {**dict(zip(names, values, strict=False)), **keys}
+        try:
+            self.config = self.section.model_validate(keys)  # pyright: ignore
+        except ValidationError as error:
+            raise build_recipe_error(error, type(self).__name__, self.section) from None
+
+    @classmethod
+    def from_config(cls, config: Config, context: RegularizerContext) -> Self:
+        """Build the regularizer of a recipe's section."""
+        del context
+        return cls(**config.model_dump())
+
+    @property
+    def weight(self) -> float:
+        """Return the weight of the term in the loss."""
+        return float(self.config.weight)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return what the record says of it, beside the recipe."""
+        return {}
+
+    @abstractmethod
+    def prepare(self, start: TrainingStart) -> None:
+        """Read what it needs of the original, before anything trains. Collective.
+
+        Raises:
+            RecipeError: if it cannot regularize this model.
+        """
+
+    @abstractmethod
+    def loss(self, step: Step) -> Tensor:
+        """Return what a batch adds to the loss of its step, a float32 scalar with its weight."""
+
+    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
+        """Change the weights after the optimizer's step; nothing by default."""
+
+
+def build_regularizers(retain: Retain, context: RegularizerContext) -> list[Regularizer[Any]]:
+    """Return the regularizers of a recipe's section in its order, without those that add nothing.
+
+    Args:
+        retain: the section; every weight is a number.
+        context: what regularizers read beside it.
+    """
+    regularizers = []
+    for section in retain.regularizers:
+        if section.is_active:
+            module, _, name = section.implementation.partition(":")
+            kind: type[Regularizer[Any]] = getattr(import_module(module), name)
+            regularizers.append(kind.from_config(section, context))
+    return regularizers
+
+
+class Retention:
+    """Hold the regularizers of one training, prepared once.
+
+    Args:
+        regularizers: what is added to the loss; those that add nothing are left out.
+        reference: the original, where it is not what the training starts from.
+        ratio: rows of general data for each row of the target.
+
+    Raises:
+        RecipeError: for anything that is not a regularizer.
+    """
+
+    def __init__(
+        self, regularizers: "Regularizer[Any] | Sequence[Regularizer[Any]]",
+        reference: nn.Module | None, ratio: float,
+    ) -> None:  # fmt: skip
+        if not isinstance(regularizers, Sequence):
+            regularizers = [regularizers]
+        for regularizer in regularizers:
+            if not isinstance(regularizer, Regularizer):
+                raise RecipeError(
+                    f"retain holds {regularizer!r}, expected regularizers",
+                    "Use KLToOriginal, L2SP and EWC",
+                )
+        self.regularizers = [r for r in regularizers if r.config.is_active]
+        self.ratio = ratio
+        self._reference = reference
+        self._is_prepared = False
+
+    def prepare(
+        self, model: nn.Module, rows: TrainingRows, device: torch.device,
+        autocast: Callable[[], Any], seed: int,
+    ) -> None:  # fmt: skip
+        """Prepare every regularizer; a second call does nothing. See `TrainingStart`."""
+        if self._is_prepared:
+            return
+        self._is_prepared = True
+        start = TrainingStart(
+            model, self._reference, rows, self.regularizers, device, autocast, seed
+        )
+        for regularizer in self.regularizers:
+            regularizer.prepare(start)
+        # A reference that every output was read from need not stay in memory.
+        self._reference = None
+
+    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Let regularizers change the weights after the optimizer's step."""
+        for regularizer in self.regularizers:
+            regularizer.after_step(model, optimizer)

@@ -1,0 +1,222 @@
+"""Compute KL on heads that the source brings along: masked language, and CLIP's named classes."""
+
+from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+
+from hftl.config.retain import KL
+from hftl.data.masking import MaskingSpec, mask_tokens
+from hftl.errors import RecipeError
+from hftl.models.heads import PooledModel, get_encoder, get_model_architecture
+from hftl.retain.build import RegularizerContext, Step, TrainingStart
+from hftl.retain.kl import RowKL
+from hftl.retain.reference import BATCH_METADATA, eval_mode
+
+PROMPT_TEMPLATE = "a photo of a {}."
+
+
+class ZeroShotHead(nn.Module):
+    """CLIP's own classifier of named classes (Radford et al. 2021, arXiv:2103.00020, figure 3).
+
+    Args:
+        projection: from the image tower's pooled output to the space shared with texts.
+        texts: (classes, width) of length 1.
+        scale: what cosines are multiplied by, exp of the trained logarithm.
+    """
+
+    def __init__(self, projection: nn.Module, texts: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.projection = projection
+        self.register_buffer("texts", texts)
+        self.register_buffer("scale", scale)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Return (rows, classes) logits of (rows, width) pooled outputs."""
+        texts: Any = self.texts
+        return self.scale * F.normalize(self.projection(pooled).float(), dim=-1) @ texts.T  # pyright: ignore
+
+
+def build_zero_shot_head(clip: Any, tokenizer: Any, names: list[str]) -> ZeroShotHead:
+    """Return the head of a `CLIPModel` for these classes; underscores of names become spaces."""
+    prompts = [PROMPT_TEMPLATE.format(name.replace("_", " ")) for name in names]
+    ids = tokenizer(
+        prompts, padding=True, padding_side="right", truncation=True, return_attention_mask=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    with torch.no_grad(), eval_mode(clip):
+        pooled = clip.text_model(
+            input_ids=ids["input_ids"], attention_mask=ids["attention_mask"]
+        ).pooler_output
+        texts = F.normalize(clip.text_projection(pooled).float(), dim=-1)
+    scale = clip.logit_scale.detach().exp()
+    return ZeroShotHead(deepcopy(clip.visual_projection), texts, scale).requires_grad_(False)
+
+
+class PretrainingHeadKL(RowKL):
+    """Penalize KL on a head that the source brings along, and that fine-tuning does not use.
+
+    It costs a pass of the encoder and one of the original's at every step.
+    """
+
+    def __init__(self, config: KL) -> None:
+        self.config = config
+        self._adapter: PeftModel | None = None
+
+    def prepare(self, start: TrainingStart) -> None:
+        """Refuse inputs of which there are none, and attach the head to the model."""
+        super().prepare(start)
+        self.attach(start.model)
+
+    @abstractmethod
+    def attach(self, model: nn.Module) -> None:
+        """Find the encoder that trains, and hold the original's."""
+
+    def disable_adapter(self) -> AbstractContextManager[Any]:
+        """Return the context in which the trained encoder is the original's."""
+        return nullcontext() if self._adapter is None else self._adapter.disable_adapter()
+
+
+class ZeroShotKL(PretrainingHeadKL):
+    """Penalize KL of the zero-shot classes (CAR-FT, Mao et al. 2022, arXiv:2211.16175).
+
+    Args:
+        config: the recipe's section.
+        head: see `build_zero_shot_head`.
+    """
+
+    def __init__(self, config: KL, head: ZeroShotHead) -> None:
+        super().__init__(config)
+        self._head = head.eval()
+        self._tower: Any = None
+        self._original: Any = None
+
+    @classmethod
+    def from_config(cls, config: KL, context: RegularizerContext) -> Self:
+        """Build the term of a recipe on the source's own head."""
+        return cls(config, context.load_zero_shot_head())
+
+    def attach(self, model: nn.Module) -> None:
+        """Find the image tower; without an adapter a copy of it is the original.
+
+        Raises:
+            RecipeError: if the model has none of CLIP's.
+        """
+        self._tower = get_encoder(model, get_model_architecture(model))
+        if self._tower.config.model_type != "clip_vision_model":
+            raise RecipeError(
+                f"kl.on=zero_shot: {self._tower.config.model_type} cannot classify by class names",
+                "Use a CLIP source, or kl.on=relational",
+            )
+        self._head.to(next(model.parameters()).device)
+        if isinstance(model, PeftModel):
+            self._adapter, self._original = model, self._tower
+        else:
+            self._original = deepcopy(self._tower).requires_grad_(False)
+
+    def compute_values(self, step: Step, chosen: Tensor) -> Tensor:
+        """Return the KL of the chosen rows, (chosen rows,) float32."""
+        inputs = {
+            key: value[chosen] if isinstance(value, Tensor) else value
+            for key, value in step.batch.items()
+            if key not in ("labels", *BATCH_METADATA)
+        }
+        if not chosen.any():
+            return inputs["pixel_values"].new_zeros(0, dtype=torch.float32)
+        current = self._head(self._tower(**inputs).pooler_output)
+        with torch.no_grad(), eval_mode(self._original), self.disable_adapter():
+            original = self._head(self._original(**inputs).pooler_output)
+        return self.compute_softmax_kl(original, current)
+
+
+class MaskedTokenKL(PretrainingHeadKL):
+    """Penalize T^2 KL of the vocabulary's distributions, the mean over a row's masked tokens.
+
+    Both models see the same masks, a function of (seed, epoch, row); the head is the original's,
+    frozen (Jin et al. 2022, arXiv:2110.08534, section 4.2).
+
+    Args:
+        config: the recipe's section.
+        masked_lm: the original with its trained masked-LM head; it is frozen.
+        masking: which tokens are masked.
+        seed: of the masks.
+        is_other: True if the original is not the weights that training starts from.
+    """
+
+    def __init__(
+        self, config: KL, masked_lm: Any, masking: MaskingSpec, seed: int, is_other: bool = False
+    ) -> None:
+        super().__init__(config)
+        self._original = masked_lm.requires_grad_(False).eval()
+        self._current = masked_lm
+        self._masking = masking
+        self._seed = seed
+        self._is_other = is_other
+
+    @classmethod
+    def from_config(cls, config: KL, context: RegularizerContext) -> Self:
+        """Build the term of a recipe on the source's own head."""
+        masked_lm, masking, is_other = context.load_masked_lm()
+        return cls(config, masked_lm, masking, context.seed, is_other)
+
+    def attach(self, model: nn.Module) -> None:
+        """Put the head on the encoder that trains; with an adapter that is the original's too.
+
+        Raises:
+            RecipeError: if the two encoders have different architectures.
+        """
+        encoder: Any = get_encoder(model, get_model_architecture(model))
+        if encoder.config.model_type != self._original.encoder.config.model_type:
+            raise RecipeError(
+                f"kl.on=mlm: the head is of {self._original.encoder.config.model_type}, the model "
+                f"of {encoder.config.model_type}",
+                "Give the masked-LM model of the same source",
+            )
+        self._original.to(next(model.parameters()).device)
+        adapter = model.encoder if isinstance(model, PooledModel) else model
+        if isinstance(adapter, PeftModel) and not self._is_other:
+            self._adapter = adapter
+        else:
+            self._current = deepcopy(self._original)
+        self._current.encoder = encoder
+
+    def compute_values(self, step: Step, chosen: Tensor) -> Tensor:
+        """Return the KL of the chosen rows, (chosen rows,) float32; 0 where nothing is masked."""
+        ids, mask = step.batch["input_ids"][chosen], step.batch["attention_mask"][chosen]
+        masked, flat = self.mask_rows(ids, mask, step.batch["row"][chosen].tolist(), step.epoch)
+        rows = ids.new_zeros(len(ids), dtype=torch.float32)
+        if not len(flat):
+            return rows
+        current = self._current(masked, flat, flat, mask).logits
+        with torch.no_grad(), eval_mode(self._original), self.disable_adapter():
+            original = self._original(masked, flat, flat, mask).logits
+        values = self.compute_softmax_kl(original, current)
+        row_index = flat // ids.shape[1]
+        counts = rows.index_add(0, row_index, torch.ones_like(values)).clamp(min=1)
+        return rows.index_add(0, row_index, values) / counts
+
+    def mask_rows(
+        self, ids: Tensor, mask: Tensor, numbers: list[int], epoch: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return masked ids, and the positions of masked tokens in the flattened ids.
+
+        Padding takes no part in the draw: how far a row is padded depends on its batch, and its
+        masks must not.
+        """
+        masked, flat = ids.cpu().numpy().copy(), []
+        for i, (number, row_mask) in enumerate(zip(numbers, mask.cpu().numpy(), strict=True)):
+            draw = np.random.default_rng([self._seed, epoch, number])
+            real = np.flatnonzero(row_mask > 0)
+            tokens, positions = mask_tokens(
+                masked[i, real], np.zeros(len(real), np.int64), self._masking, draw
+            )
+            masked[i, real] = tokens
+            flat.append(real[positions] + i * ids.shape[1])
+        joined = np.concatenate(flat) if flat else np.zeros(0, np.int64)
+        return torch.from_numpy(masked).to(ids.device), torch.from_numpy(joined).to(ids.device)
