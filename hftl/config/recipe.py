@@ -69,6 +69,11 @@ class Recipe(Section):
             return []
         return self.adapt if isinstance(self.adapt, list) else [self.adapt]
 
+    @property
+    def all_stages(self) -> list[Adapt]:
+        """Return the adaptations of the recipe, then those of its arms."""
+        return [*self.stages, *(stage for arm in self.arms for stage in arm.stages)]
+
     @cached_property
     def arms(self) -> list[Arm]:
         """Plan the arms, once: the recipe's own first, none without a task.

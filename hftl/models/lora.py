@@ -183,6 +183,24 @@ def add_lora(
     return model
 
 
+def build_lora_config(settings: dict[str, Any], place: str) -> LoraConfig:
+    """Construct `peft.LoraConfig`, which checks its fields against one another.
+
+    Args:
+        settings: its fields.
+        place: where they are in the recipe, as `finetune.lora`.
+
+    Raises:
+        RecipeError: if peft refuses them.
+    """
+    try:
+        return LoraConfig(**settings)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(
+            f"{place}: peft refuses it: {format_error_line(error)}", "Correct the section"
+        ) from error
+
+
 def wrap_with_lora(
     model: Any, architecture: ArchitectureSpec, settings: dict[str, Any], section: str
 ) -> Any:
@@ -207,8 +225,9 @@ def wrap_with_lora(
         fields["exclude_modules"] = (
             fields.get("exclude_modules") or _list_namesakes(model, architecture, targets) or None
         )
+    config = build_lora_config(fields, place)
     try:
-        adapted = get_peft_model(model, LoraConfig(**fields))
+        adapted = get_peft_model(model, config)
     except (ValueError, TypeError, IndexError, NotImplementedError) as error:
         raise RecipeError(
             f"{place}: peft refuses it: {format_error_line(error)}", "Correct the section"

@@ -134,7 +134,7 @@ def check_adaptations(recipe: Recipe, source: SourceModel) -> None:
         joined = [stage for stage in arm.stages if stage.method == "lora"]
         if joined and arm.strategy == "lora":
             check_concatenable(arm.finetune.lora, "finetune.lora", last=True)
-    for stage in [*recipe.stages, *(stage for arm in recipe.arms for stage in arm.stages)]:
+    for stage in recipe.all_stages:
         check_objective(stage, source)
         if stage.method != "full":
             check_concatenable(stage.lora, "adapt.lora")
@@ -148,7 +148,7 @@ def warn_of_few_steps(recipe: Recipe, bench: ExperimentContext) -> list[str]:
     """Of adaptations that will have hardly any steps, as far as it is known before they are made:
     of train's own inputs, and where the steps are given."""
     found: list[str] = []
-    for stage in [*recipe.stages, *(stage for arm in recipe.arms for stage in arm.stages)]:
+    for stage in recipe.all_stages:
         rows = estimate_rows(recipe.data, bench, stage)
         if rows is not None or stage.training.get("max_steps", 0) > 0:
             found += _describe_few_steps(

@@ -17,6 +17,7 @@ from hftl.finetune.baselines import solve_classical
 from hftl.finetune.context import BY_STEPS, ArmOutput, ExperimentContext
 from hftl.finetune.estimate import estimate_seconds
 from hftl.finetune.gradual import GradualCheckpoint
+from hftl.models.lora import build_lora_config
 from hftl.pipeline.cache_keys import SEMANTICS, build_arm_key, select_recipe_values
 from hftl.pipeline.retention import prepare_retention
 from hftl.runtime import distributed, run_folder
@@ -46,7 +47,7 @@ class Run:
 
     @property
     def arms(self) -> list[Arm]:
-        """The recipe's arms, its own first."""
+        """Return the recipe's arms, its own first."""
         return self.recipe.arms
 
     def arm_folder(self, name: str, seed: int) -> Path:
@@ -58,24 +59,26 @@ class Run:
         return self.folder / "checkpoints" / f"{name}-seed{seed}"
 
 
-def check_training_arguments(recipe: Recipe, where: str) -> None:
-    """Refuse settings of a training that cannot be honoured, before a row is read.
+def validate_upstream_arguments(recipe: Recipe, device: str) -> None:
+    """Construct the `TrainingArguments` and `LoraConfig` of every arm and adaptation.
 
     Args:
-        recipe: the arms and adaptations.
-        where: the device.
+        recipe: its arms and adaptations.
+        device: cuda, mps or cpu.
 
     Raises:
-        RecipeError: naming the key.
+        RecipeError: naming the section, if transformers or peft refuses it.
     """
     for arm in recipe.arms:
         if arm.strategy in (*BY_STEPS, "scratch"):
             task = str(recipe.data.task)
-            training.build_finetune_arguments(arm.finetune.training, task, "unused", 0, where)
-        for stage in arm.stages:
-            common_arguments("adapt", stage.training, {}, "unused", 0, where)
-    for stage in recipe.stages:
-        common_arguments("adapt", stage.training, {}, "unused", 0, where)
+            training.build_finetune_arguments(arm.finetune.training, task, "unused", 0, device)
+        if arm.strategy == "lora":
+            build_lora_config(arm.finetune.lora, "finetune.lora")
+    for stage in recipe.all_stages:
+        common_arguments("adapt", stage.training, {}, "unused", 0, device)
+        if stage.method != "full":
+            build_lora_config(stage.lora, "adapt.lora")
 
 
 def run_arms(this: Run, benches: ArmContexts) -> None:

@@ -31,8 +31,8 @@ from hftl.pipeline.arms import (
     announce_run,
     build_adaptation_header,
     build_header,
-    check_training_arguments,
     run_arms,
+    validate_upstream_arguments,
 )
 from hftl.pipeline.cache_keys import build_data_key, build_general_key, refuse_changed
 from hftl.pipeline.corpora import build_leak_test
@@ -117,7 +117,7 @@ def _run_phases(this: Run, until: str, restart: bool) -> Record | None:
     metric = distributed.run_main_first(lambda: _find_recipe_metric(recipe))
     source = distributed.run_main_first(lambda: find_source(recipe.source))
     distributed.run_main_first(lambda: check_adaptations(recipe, source))
-    distributed.run_main_first(lambda: check_training_arguments(recipe, get_device()))
+    distributed.run_main_first(lambda: validate_upstream_arguments(recipe, get_device()))
     distributed.run_main_first(lambda: check_recipe_retention(recipe, source))
     with show_activity("data"):
         bench = distributed.run_main_first(lambda: _load_data(this, source))
@@ -163,7 +163,7 @@ def check_recipe(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     silence_libraries()
     source = find_source(recipe.source)
     check_adaptations(recipe, source)
-    check_training_arguments(recipe, get_device())
+    validate_upstream_arguments(recipe, get_device())
     check_recipe_retention(recipe, source)
     reading = build_input_spec(source, str(recipe.data.task))
     prepared = data_stage.prepare_data(recipe.data, reading)
