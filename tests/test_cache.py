@@ -1,4 +1,4 @@
-"""Frozen features: the same values however rows are batched, and each computed once."""
+"""Check that frozen features do not depend on batches, and are computed once a row."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,11 +28,11 @@ def test_features_do_not_depend_on_the_batch(
 ) -> None:
     source = find_source(Source(model=str(tiny_model())))
     inputs = TextInputs(load_tokenizer(source), 16)
-    found = build_model(source, "classification", pooling, 2, ["a", "b"], seed=0)
+    built = build_model(source, "classification", pooling, 2, ["a", "b"], seed=0)
     rows = inputs.encode([Row(text, "", None, 0, "") for text in TEXTS])
-    together = compute_frozen_features(found.model, found.last_linear, rows, inputs, "cpu")
+    together = compute_frozen_features(built.model, built.last_linear, rows, inputs, "cpu")
     monkeypatch.setattr(cache, "BATCH_TOKENS", 1)
-    alone = compute_frozen_features(found.model, found.last_linear, rows, inputs, "cpu")
+    alone = compute_frozen_features(built.model, built.last_linear, rows, inputs, "cpu")
     np.testing.assert_allclose(np.concatenate(together), np.concatenate(alone), atol=1e-6)
 
 
@@ -42,12 +42,12 @@ def test_last_linear_of_the_features_is_the_model(
 ) -> None:
     source = find_source(Source(model=str(tiny_model())))
     inputs = TextInputs(load_tokenizer(source), 16)
-    found = build_model(source, "classification", pooling, 2, ["a", "b"], seed=0)
+    built = build_model(source, "classification", pooling, 2, ["a", "b"], seed=0)
     rows = inputs.encode([Row(text, "", None, 0, "") for text in TEXTS])
-    features = compute_frozen_features(found.model, found.last_linear, rows, inputs, "cpu")
+    features = compute_frozen_features(built.model, built.last_linear, rows, inputs, "cpu")
     with torch.no_grad():
-        by_hand = found.last_linear(torch.from_numpy(np.concatenate(features))).numpy()
-    np.testing.assert_allclose(predict_logits(found.model, rows, inputs, "cpu"), by_hand, atol=1e-6)
+        by_hand = built.last_linear(torch.from_numpy(np.concatenate(features))).numpy()
+    np.testing.assert_allclose(predict_logits(built.model, rows, inputs, "cpu"), by_hand, atol=1e-6)
 
 
 def test_mean_pooling_counts_real_tokens_only() -> None:
@@ -58,10 +58,10 @@ def test_mean_pooling_counts_real_tokens_only() -> None:
 
 
 def test_each_row_is_computed_once() -> None:
-    asked: list[int] = []
+    batch_sizes: list[int] = []
 
     def compute(rows: list[Row]) -> list[np.ndarray]:
-        asked.append(len(rows))
+        batch_sizes.append(len(rows))
         return [np.array([[float(len(row.content[0]))]]) for row in rows]
 
     rows = [Row((text,), "a", None, i, "") for i, text in enumerate(["x", "xx", "xxx"])]
@@ -69,7 +69,7 @@ def test_each_row_is_computed_once() -> None:
     assert features.get(rows[:2]).tolist() == [[1.0], [2.0]]
     assert features.get(rows).tolist() == [[1.0], [2.0], [3.0]]
     assert features.get([rows[2], rows[0]]).tolist() == [[3.0], [1.0]]
-    assert asked == [2, 1]
+    assert batch_sizes == [2, 1]
 
 
 def test_what_a_model_keeps_of_a_forward_pass_may_train_later() -> None:

@@ -1,4 +1,4 @@
-"""Adapters trained in turn, as one: the same logits, on the original base, with plain peft."""
+"""Compare adapters trained in turn with their concatenation on the original base, in plain peft."""
 
 import json
 from collections.abc import Callable
@@ -46,14 +46,14 @@ HEAD = {
 
 
 def merge(encoder: nn.Module, factors: dict[str, LoraFactors]) -> None:
-    """Adds every update to its weight."""
+    """Add every update to its weight."""
     with torch.no_grad():
         for path, (a, b) in factors.items():
             encoder.get_submodule(path).weight += b @ a  # pyright: ignore
 
 
 def stage(model: Any, seed: int, **settings: Any) -> Any:
-    """The model with an adapter on it, and all that the adapter saves drawn at random."""
+    """Return the model with an adapter, and draw all that the adapter saves at random."""
     torch.manual_seed(seed)
     adapted = get_peft_model(model, LoraConfig(lora_dropout=0.1, **settings))
     with torch.no_grad():
@@ -64,7 +64,7 @@ def stage(model: Any, seed: int, **settings: Any) -> Any:
 
 
 def linears(model: nn.Module, within: str = "") -> list[str]:
-    """The paths of all linear layers whose path holds `within`."""
+    """Return the paths of all linear layers whose path contains `within`."""
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and within in n]
 
 
@@ -85,15 +85,15 @@ def inputs_of(model_type: str) -> dict[str, torch.Tensor]:
 def adapted_in_turn(
     original: Path, folder: Path, stages: list[dict[str, Any]]
 ) -> list[dict[str, LoraFactors]]:
-    """Adapts the encoder stage by stage, each merged before the next; saves it in the end."""
-    found = []
+    """Adapt the encoder stage by stage, each merged before the next, and save it."""
+    factors = []
     for number, settings in enumerate(stages):
         base = AutoModel.from_pretrained(original if number == 0 else folder)
-        found.append(extract_factors(stage(base, number, **settings)))
+        factors.append(extract_factors(stage(base, number, **settings)))
         plain = AutoModel.from_pretrained(original if number == 0 else folder)
-        merge(plain, found[-1])
+        merge(plain, factors[-1])
         plain.save_pretrained(folder)
-    return found
+    return factors
 
 
 def logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -104,7 +104,7 @@ def logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 def differences(
     original: Path, tmp: Path, model_type: str, adapt: list[dict[str, Any]], task: dict[str, Any]
 ) -> tuple[float, float, PeftModel]:
-    """How far the joined adapter on the original base lies from the stages in turn, in logits.
+    """Return the difference in logits of the joined adapter from the stages in turn.
 
     Also how far the task's adapter alone does, and the model with the joined adapter.
     """
@@ -197,12 +197,12 @@ def test_layer_1_is_not_layer_11(tmp_path: Path) -> None:
     exact, alone, model = differences(original, tmp_path, "bert", [adapt], task)
     assert exact < 1e-5 and alone > 1e-2
     layers: Any = dict(model.get_base_model().named_modules())
-    found = [layers[f"bert.encoder.layer.{i}.attention.self.value"].r["default"] for i in range(12)]
-    assert found == [2, 7, 2, 2, 2, 2, 2, 2, 2, 2, 6, 6]
+    ranks = [layers[f"bert.encoder.layer.{i}.attention.self.value"].r["default"] for i in range(12)]
+    assert ranks == [2, 7, 2, 2, 2, 2, 2, 2, 2, 2, 6, 6]
 
 
 class Nested(nn.Module):
-    """Layers whose paths end alike, or differ by a dot: `l.q`, `inner.l.q`, `lxq`, `n.l.q`."""
+    """Hold layers whose paths end alike, or differ by a dot: `l.q`, `inner.l.q`, `lxq`, `n.l.q`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,12 +215,12 @@ class Nested(nn.Module):
 def test_patterns_are_of_one_layer_each(tmp_path: Path) -> None:
     torch.manual_seed(0)
     ranks = {"l.q": 1, "lxq": 2, "inner.l.q": 3, "n.l.q": 3}
-    found = {p: LoraFactors(torch.randn(r, 6), torch.randn(6, r)) for p, r in ranks.items()}
-    write_adapter(tmp_path, found, "", {}, None, None, None, None)
+    factors = {p: LoraFactors(torch.randn(r, 6), torch.randn(6, r)) for p, r in ranks.items()}
+    write_adapter(tmp_path, factors, "", {}, None, None, None, None)
     adapted = PeftModel.from_pretrained(Nested(), tmp_path)
     again = extract_factors(adapted)
     assert {path: len(factors.a) for path, factors in again.items()} == ranks
-    assert all(torch.equal(x, y) for p in found for x, y in zip(again[p], found[p], strict=True))
+    assert all(torch.equal(x, y) for p in factors for x, y in zip(again[p], factors[p], strict=True))
 
 
 def test_a_module_that_is_saved_whole_is_no_longer_adapted(
@@ -256,11 +256,11 @@ def test_an_adapter_of_features_without_a_head(
     write_adapter(
         folder, concat_factors([*before, own]), "", get_saved_tensors(last), kind, None, None, None
     )
-    found = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_model()), folder).eval()
+    reloaded = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_model()), folder).eval()
     inputs = inputs_of("bert")
     with torch.inference_mode():
         expected = last(**inputs).last_hidden_state
-        assert (found(**inputs).last_hidden_state - expected).abs().max() < 1e-5
+        assert (reloaded(**inputs).last_hidden_state - expected).abs().max() < 1e-5
     with safe_open(folder / "adapter_model.safetensors", "pt") as held:
         assert all(".lora_" in name for name in held.keys())  # noqa: SIM118
 
@@ -298,19 +298,19 @@ def test_the_folder_is_as_peft_writes_it(tiny_model: Callable[..., Path], tmp_pa
     }  # fmt: skip
     paths = ours["target_modules"]
     assert paths == sorted(paths) and all(path.startswith("vit.") for path in paths)
-    found = AutoPeftModel.from_pretrained(tmp_path / "ours", num_labels=3)
+    reloaded = AutoPeftModel.from_pretrained(tmp_path / "ours", num_labels=3)
     inputs = inputs_of("vit")
-    assert (logits(found.eval(), inputs) - logits(adapted, inputs)).abs().max() < 1e-6
+    assert (logits(reloaded.eval(), inputs) - logits(adapted, inputs)).abs().max() < 1e-6
 
 
 def test_joining_is_the_sum_of_the_updates() -> None:
     torch.manual_seed(0)
     draw = [LoraFactors(torch.randn(r, 6), torch.randn(5, r)) for r in (2, 3, 1)]
-    found = concat_factors([{"x": draw[0]}, {"x": draw[1], "y": draw[2]}])
-    assert list(found) == ["x", "y"] and torch.equal(found["y"].a, draw[2].a)
-    assert found["x"].a.shape == (5, 6) and found["x"].b.shape == (5, 5)
+    joint = concat_factors([{"x": draw[0]}, {"x": draw[1], "y": draw[2]}])
+    assert list(joint) == ["x", "y"] and torch.equal(joint["y"].a, draw[2].a)
+    assert joint["x"].a.shape == (5, 6) and joint["x"].b.shape == (5, 5)
     expected = draw[0].b @ draw[0].a + draw[1].b @ draw[1].a
-    assert (found["x"].b @ found["x"].a - expected).abs().max() < 1e-5
+    assert (joint["x"].b @ joint["x"].a - expected).abs().max() < 1e-5
 
 
 def test_merging_equals_pefts_own(tiny_model: Callable[..., Path]) -> None:
@@ -327,12 +327,12 @@ def test_merging_equals_pefts_own(tiny_model: Callable[..., Path]) -> None:
 
 def test_factors_survive_their_file(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     adapted = stage(AutoModel.from_pretrained(tiny_model()), 0, r=3, target_modules=["query"])
-    found = extract_factors(adapted)
-    assert "encoder.layer.0.attention.self.query" in found
-    save_factors(found, tmp_path / "f.safetensors")
+    factors = extract_factors(adapted)
+    assert "encoder.layer.0.attention.self.query" in factors
+    save_factors(factors, tmp_path / "f.safetensors")
     again = load_factors(tmp_path / "f.safetensors")
-    assert sorted(again) == sorted(found)
-    assert all(torch.equal(x, y) for p in found for x, y in zip(again[p], found[p], strict=True))
+    assert sorted(again) == sorted(factors)
+    assert all(torch.equal(x, y) for p in factors for x, y in zip(again[p], factors[p], strict=True))
 
 
 @pytest.mark.parametrize(

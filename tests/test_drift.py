@@ -92,8 +92,8 @@ def test_cka_is_the_ratio_of_unbiased_independence_criteria() -> None:
 def test_cka_of_unrelated_features_is_about_zero_and_under_its_floor() -> None:
     draw = np.random.default_rng(0)
     pairs = [draw.normal(size=(2, 50, 384)) for _ in range(30)]
-    found = [compute_cka(*pair) for pair in pairs]
-    assert abs(np.mean(found)) < 0.03 and np.max(np.abs(found)) < 0.25
+    values = [compute_cka(*pair) for pair in pairs]
+    assert abs(np.mean(values)) < 0.03 and np.max(np.abs(values)) < 0.25
     above = [compute_cka(*pair) > compute_cka_floor(*pair) for pair in pairs]
     assert np.mean(above) <= 0.2
     near = pairs[0][0] + 0.5 * pairs[0][1]
@@ -132,7 +132,7 @@ def test_more_noise_is_more_drift() -> None:
 
 
 def classes() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features that tell three classes, the class ids, and units of four rows."""
+    """Return features of three classes, the class ids, and units of four rows."""
     labels = np.arange(ROWS) % 3
     centres = 1.5 * np.random.default_rng(3).normal(size=(3, WIDTH))
     return (features(0) + centres[labels]).astype(np.float32), labels, np.arange(ROWS) // 4

@@ -1,4 +1,4 @@
-"""Figures without a block of rows equal the figures of the rows that are left."""
+"""Compare figures without a block of rows with the figures of the remaining rows."""
 
 from collections.abc import Callable
 
@@ -41,7 +41,7 @@ def order(side: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("found", "figure"),
+    ("estimate", "figure"),
     [
         (jackknife_shared_neighbours(order(BEFORE), order(AFTER), BLOCKS),
          lambda i: mean_shared_neighbours(BEFORE[i], AFTER[i])),
@@ -53,10 +53,10 @@ def order(side: np.ndarray) -> np.ndarray:
     ids=["shared", "same", "kl", "cka"],
 )  # fmt: skip
 def test_a_block_leaves_queries_and_references(
-    found: JackknifeEstimate, figure: Callable[[np.ndarray], float]
+    estimate: JackknifeEstimate, figure: Callable[[np.ndarray], float]
 ) -> None:
-    assert found.value == pytest.approx(figure(np.arange(ROWS)))
-    without = found.without
+    assert estimate.value == pytest.approx(figure(np.arange(ROWS)))
+    without = estimate.without
     expected = [figure(np.flatnonzero(BLOCKS != block)) for block in range(10)]
     np.testing.assert_allclose(without, expected, rtol=1e-9)
     assert np.ptp(without) > 0
@@ -75,16 +75,16 @@ def test_probes_are_fitted_without_the_block() -> None:
 
 
 def test_effects_are_what_taking_out_a_block_does_through_the_rows_that_stay() -> None:
-    found = jackknife_neighbour_hits(order(AFTER), UNITS, BLOCKS)
+    estimate = jackknife_neighbour_hits(order(AFTER), UNITS, BLOCKS)
     right = list_hits(np.arange(ROWS))
-    assert isinstance(found.effects, np.ndarray) and not found.effects.diagonal().any()
+    assert isinstance(estimate.effects, np.ndarray) and not estimate.effects.diagonal().any()
     for block in range(10):
         left = BLOCKS != block
         own_part = (right[left].sum() - right.sum()) / ROWS
-        through_others = found.effects[block].sum()
-        whole = found.without[block] * left.sum() / ROWS - found.value
+        through_others = estimate.effects[block].sum()
+        whole = estimate.without[block] * left.sum() / ROWS - estimate.value
         assert own_part + through_others == pytest.approx(whole, abs=1e-12)
-    assert found.effects.any()
+    assert estimate.effects.any()
 
 
 def test_too_few_rows_are_refused() -> None:
@@ -100,13 +100,13 @@ def test_what_did_not_change_is_bounded_by_the_documents() -> None:
     """The encoder has changed, and no row's answer: 20 documents rule out no less than 3 / 20."""
     before = sides(BEFORE[:80])
     units = np.arange(80) // 4
-    asked = ForgettingSpec({"document": units.astype(str)}, (), units, 0.05)
+    spec = ForgettingSpec({"document": units.astype(str)}, (), units, 0.05)
     moved = [sides(scale * BEFORE[:80]) for scale in (2, 3, 4)]
-    found = measure_forgetting(before, {"own": moved}, asked)["own"]
-    for figure in (found["neighbours"], found["controls"]["document"]["same"]):
+    figures = measure_forgetting(before, {"own": moved}, spec)["own"]
+    for figure in (figures["neighbours"], figures["controls"]["document"]["same"]):
         assert figure["change"] == pytest.approx(0, abs=1e-12)
         assert figure["ci95"] == pytest.approx([-0.15, 0.15])
-    still = measure_forgetting(before, {"own": [before] * 3}, asked)["own"]
+    still = measure_forgetting(before, {"own": [before] * 3}, spec)["own"]
     assert still["neighbours"]["ci95"] == [0, 0], "of the same encoder nothing is forgotten"
 
 
@@ -114,9 +114,9 @@ def test_one_document_or_very_few_rows_give_no_interval() -> None:
     before, after = sides(BEFORE[:14]), [sides(AFTER[:14])] * 3
     for units in (np.zeros(14, int), np.arange(14) // 7):
         labels = (np.arange(14) % 2).astype(str)
-        asked = ForgettingSpec({"tone": labels}, ("tone",), units, 0.05)
-        found = measure_forgetting(before, {"own": after}, asked)["own"]
-        assert found["neighbours"]["ci95"] is None and found["neighbours"]["after"] < 1
+        spec = ForgettingSpec({"tone": labels}, ("tone",), units, 0.05)
+        figures = measure_forgetting(before, {"own": after}, spec)["own"]
+        assert figures["neighbours"]["ci95"] is None and figures["neighbours"]["after"] < 1
 
 
 def test_intervals_cover_as_often_as_said() -> None:
@@ -132,11 +132,11 @@ def test_intervals_cover_as_often_as_said() -> None:
             turn = rng.normal(size=(16, 16)) / 4
             noise = rng.normal(size=old.shape)
             after.append(sides(old + 0.7 * far * (old @ turn + noise)))
-        asked = ForgettingSpec({"document": units.astype(str)}, (), units, 0.2)
-        found = measure_forgetting(sides(old), {"own": after}, asked)["own"]
-        told = {name: found[name] for name in ("neighbours", "kl", "cka")}
-        told["same"] = found["controls"]["document"]["same"]
-        for name, figure in told.items():
+        spec = ForgettingSpec({"document": units.astype(str)}, (), units, 0.2)
+        figures = measure_forgetting(sides(old), {"own": after}, spec)["own"]
+        values = {name: figures[name] for name in ("neighbours", "kl", "cka")}
+        values["same"] = figures["controls"]["document"]["same"]
+        for name, figure in values.items():
             rows.setdefault(name, []).append((figure["change"], *figure["ci95"]))
     for values in rows.values():
         change, low, high = np.array(values).T

@@ -1,4 +1,4 @@
-"""Every name in a LoRA section matches a module, in Python, in adaptation and before a run."""
+"""Check that names in a LoRA section that match no module are refused, wherever it is given."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A text's outputs are its own: the same alone as beside longer texts, under every architecture."""
+"""Check that a text has the same outputs alone and beside longer texts, for every architecture."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ KINDS = [kind for kind in FIELDS if not is_image(kind)]
 
 
 def with_tokenizer(model: Path, folder: Path, **settings: object) -> SourceModel:
-    """A copy of a checkpoint whose tokenizer has other settings."""
+    """Copy a checkpoint whose tokenizer has other settings."""
     shutil.copytree(model, folder)
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))

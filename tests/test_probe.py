@@ -1,4 +1,4 @@
-"""The probe against scikit-learn's own solvers on standardised features."""
+"""Compare the probe with scikit-learn's own solvers on standardised features."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ ROWS, WIDTH = 60, 4
 
 
 def problem(outputs: int, seed: int = 0, rows: int = ROWS) -> tuple[np.ndarray, np.ndarray]:
-    """Noisy features of very different scales, and labels that depend on them."""
+    """Return noisy features of very different scales, and labels that depend on them."""
     rng = np.random.default_rng(seed)
     plain = rng.normal(size=(rows, WIDTH))
     features = (plain * 10.0 ** np.arange(-2, WIDTH - 2) + np.arange(WIDTH)).astype(np.float32)
-    told = plain @ rng.normal(size=(WIDTH, max(outputs, 1))) + rng.normal(size=(rows, outputs))
+    scores = plain @ rng.normal(size=(WIDTH, max(outputs, 1))) + rng.normal(size=(rows, outputs))
     if outputs == 1:
-        return features, told[:, 0]
-    labels = told.argmax(1)
+        return features, scores[:, 0]
+    labels = scores.argmax(1)
     labels[:outputs] = np.arange(outputs)
     return features, labels
 
@@ -33,7 +33,7 @@ def fit(features: np.ndarray, labels: np.ndarray, groups: list[Any] | None = Non
 
 
 def margins(logits: np.ndarray) -> np.ndarray:
-    """What the softmax sees: logits up to a constant a row; a single output as it is."""
+    """Return logits without each row's mean, which the softmax ignores; one output as it is."""
     return logits - logits.mean(1, keepdims=True) if logits.shape[1] > 1 else logits
 
 
@@ -44,26 +44,26 @@ def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def reference_logits(
-    x: np.ndarray, y: np.ndarray, penalty: float, wanted: np.ndarray
+    x: np.ndarray, y: np.ndarray, penalty: float, rows: np.ndarray
 ) -> np.ndarray:
-    """Logits of scikit-learn's own solver, both sides of a binary problem spelt out."""
+    """Return the logits of scikit-learn's own solver, two columns for a binary problem."""
     if y.dtype == np.float64:
-        return Ridge(alpha=penalty).fit(x, y).predict(wanted)[:, None]
+        return Ridge(alpha=penalty).fit(x, y).predict(rows)[:, None]
     solver = LogisticRegression(C=penalty, max_iter=10_000, tol=1e-8).fit(x, y)
-    found = solver.decision_function(wanted)
-    return found if found.ndim > 1 else np.stack([-found / 2, found / 2], axis=1)
+    scores = solver.decision_function(rows)
+    return scores if scores.ndim > 1 else np.stack([-scores / 2, scores / 2], axis=1)
 
 
 @pytest.mark.parametrize("outputs", [1, 2, 3])
 def test_equals_sklearn_at_the_chosen_penalty(outputs: int) -> None:
     features, labels = problem(outputs)
-    found = fit(features, labels)
+    probe = fit(features, labels)
     standard = StandardScaler().fit_transform(features.astype(np.float64))
-    expected = reference_logits(standard, labels, found.penalty, standard)
-    assert found.weight.shape == (outputs, WIDTH) and found.bias.shape == (outputs,)
-    assert found.weight.dtype == found.bias.dtype == np.float32
+    expected = reference_logits(standard, labels, probe.penalty, standard)
+    assert probe.weight.shape == (outputs, WIDTH) and probe.bias.shape == (outputs,)
+    assert probe.weight.dtype == probe.bias.dtype == np.float32
     np.testing.assert_allclose(
-        margins(found.logits(features)), margins(expected), atol=1e-3 * np.abs(expected).max()
+        margins(probe.logits(features)), margins(expected), atol=1e-3 * np.abs(expected).max()
     )
 
 
@@ -76,9 +76,9 @@ def test_penalty_is_the_best_of_the_grid_in_cross_validation(outputs: int) -> No
     for penalty in ALPHA_GRID if outputs == 1 else C_GRID:
         folds = []
         for train, held in splitter.split(standard, labels):
-            told = reference_logits(standard[train], labels[train], penalty, standard[held])
-            error = np.mean((told[:, 0] - labels[held]) ** 2) if outputs == 1 else None
-            folds.append(log_loss(told, labels[held]) if error is None else error)
+            held_logits = reference_logits(standard[train], labels[train], penalty, standard[held])
+            error = np.mean((held_logits[:, 0] - labels[held]) ** 2) if outputs == 1 else None
+            folds.append(log_loss(held_logits, labels[held]) if error is None else error)
         losses.append(np.mean(folds))
     grid = ALPHA_GRID if outputs == 1 else C_GRID
     assert fit(features, labels).penalty == pytest.approx(grid[int(np.argmin(losses))])
@@ -89,10 +89,10 @@ def test_penalty_is_the_best_of_the_grid_in_cross_validation(outputs: int) -> No
 def test_feature_that_does_not_vary_changes_nothing(outputs: int, constant: float) -> None:
     features, labels = problem(outputs)
     more = np.concatenate([features, np.full((ROWS, 1), constant, np.float32)], axis=1)
-    without, found = fit(features, labels), fit(more, labels)
-    assert found.penalty == without.penalty
-    np.testing.assert_allclose(found.weight[:, -1], 0, atol=1e-9)
-    np.testing.assert_allclose(found.logits(more), without.logits(features), atol=1e-4)
+    without, probe = fit(features, labels), fit(more, labels)
+    assert probe.penalty == without.penalty
+    np.testing.assert_allclose(probe.weight[:, -1], 0, atol=1e-9)
+    np.testing.assert_allclose(probe.logits(more), without.logits(features), atol=1e-4)
 
 
 def test_rounding_noise_on_a_large_constant_is_no_feature() -> None:
@@ -145,23 +145,23 @@ def test_folds_never_split_a_group(
 @pytest.mark.parametrize("groups", [None, ["a"] * 3])
 def test_one_row_a_class_takes_the_middle_of_the_grid(groups: list[str] | None) -> None:
     features = np.eye(3, dtype=np.float32)
-    found = fit(features, np.arange(3), groups)
-    assert found.penalty == C_GRID[len(C_GRID) // 2]
-    assert found.logits(features).argmax(1).tolist() == [0, 1, 2]
+    probe = fit(features, np.arange(3), groups)
+    assert probe.penalty == C_GRID[len(C_GRID) // 2]
+    assert probe.logits(features).argmax(1).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("outputs", [2, 3])
 def test_class_that_only_one_group_has(outputs: int) -> None:
     features, labels = problem(outputs)
     groups = ["rare" if label == 0 else f"g{i % 7}" for i, label in enumerate(labels)]
-    found = fit(features, labels, groups)
-    assert found.weight.shape == (outputs, WIDTH) and np.isfinite(found.weight).all()
-    assert np.mean(found.logits(features).argmax(1) == labels) > 0.6
+    probe = fit(features, labels, groups)
+    assert probe.weight.shape == (outputs, WIDTH) and np.isfinite(probe.weight).all()
+    assert np.mean(probe.logits(features).argmax(1) == labels) > 0.6
 
 
 @pytest.mark.parametrize("groups", [None, ["one"] * 4])
 def test_target_without_a_second_unit_is_its_mean(groups: list[str] | None) -> None:
     rows = 1 if groups is None else 4
     features, labels = problem(1, rows=rows)
-    found = fit(features, labels, groups)
-    np.testing.assert_allclose(found.logits(features)[:, 0], labels.mean(), rtol=1e-6)
+    probe = fit(features, labels, groups)
+    np.testing.assert_allclose(probe.logits(features)[:, 0], labels.mean(), rtol=1e-6)

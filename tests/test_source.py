@@ -1,4 +1,4 @@
-"""The source model: pinned, on the disk, and known by its weights."""
+"""Check how the source model is found, pinned, read and hashed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,15 +20,15 @@ COMMIT = "a" * 40
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path], list[Any]]:
-    """Makes `org/tiny` a hub id whose snapshot is a copy of a folder; returns what is asked."""
+    """Make `org/tiny` a hub id whose snapshot is a copy of a folder; return the requested revisions."""
 
     def serve(folder: Path) -> list[Any]:
-        asked: list[Any] = []
+        revisions: list[Any] = []
         snapshot = tmp_path / "snapshots" / COMMIT
 
         def download(repo_id: str, revision: str | None, **patterns: Any) -> str:
             assert repo_id == "org/tiny"
-            asked.append(revision)
+            revisions.append(revision)
             snapshot.mkdir(parents=True, exist_ok=True)
             for pattern in patterns["allow_patterns"]:
                 for file in folder.glob(pattern):
@@ -36,7 +36,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path], lis
             return str(snapshot)
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-        return asked
+        return revisions
 
     return serve
 
@@ -44,15 +44,15 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path], lis
 def test_a_hub_id_is_pinned_before_its_weights_are_fetched(
     hub: Callable[[Path], list[Any]], tiny_model: Callable[..., Path]
 ) -> None:
-    asked = hub(tiny_model())
-    found = find_source(Source(model="org/tiny", revision="v1"))
-    assert found.revision == COMMIT and found.public_id == "org/tiny"
-    assert asked == ["v1", COMMIT], "the weights come from the commit the config came from"
-    assert (found.folder / "model.safetensors").exists()
-    assert hash_source_weights(found) == hash_source_weights(
+    revisions = hub(tiny_model())
+    source = find_source(Source(model="org/tiny", revision="v1"))
+    assert source.revision == COMMIT and source.public_id == "org/tiny"
+    assert revisions == ["v1", COMMIT], "the weights come from the commit the config came from"
+    assert (source.folder / "model.safetensors").exists()
+    assert hash_source_weights(source) == hash_source_weights(
         find_source(Source(model=str(tiny_model())))
     )
-    assert build_model(found, "classification", "mean", 2, ["a", "b"], seed=0).fresh == ()
+    assert build_model(source, "classification", "mean", 2, ["a", "b"], seed=0).fresh == ()
 
 
 def test_an_unsupported_hub_model_is_refused_before_its_weights_are_fetched(
@@ -61,15 +61,15 @@ def test_an_unsupported_hub_model_is_refused_before_its_weights_are_fetched(
     from transformers import GPT2Config
 
     GPT2Config().save_pretrained(tmp_path / "gpt2")
-    asked = hub(tmp_path / "gpt2")
+    revisions = hub(tmp_path / "gpt2")
     with pytest.raises(RecipeError, match="'gpt2' is not supported"):
         find_source(Source(model="org/tiny"))
-    assert len(asked) == 1
+    assert len(revisions) == 1
 
 
 def test_a_folder_keeps_the_public_revision_it_is_given(tiny_model: Callable[..., Path]) -> None:
-    found = find_source(Source(model=str(tiny_model()), published_as="org/tiny", revision=COMMIT))
-    assert found.public_id == "org/tiny" and found.revision == COMMIT
+    source = find_source(Source(model=str(tiny_model()), published_as="org/tiny", revision=COMMIT))
+    assert source.public_id == "org/tiny" and source.revision == COMMIT
 
 
 def test_without_network_a_hub_id_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,11 +97,11 @@ def test_weights_are_known_by_their_values_not_by_their_file(
     first = next(iter(tensors))
     changed = tensors | {first: tensors[first] + torch.ones_like(tensors[first]) * 1e-6}
     save_file(changed, tmp_path / "other" / "model.safetensors")
-    found = {
+    digests = {
         n: hash_source_weights(find_source(Source(model=str(tmp_path / n))))
         for n in ("same", "other")
     }
-    assert found["same"] == hash_source_weights(source) != found["other"]
+    assert digests["same"] == hash_source_weights(source) != digests["other"]
 
 
 def test_a_folder_without_weights_is_refused(
@@ -115,17 +115,17 @@ def test_a_folder_without_weights_is_refused(
         build_model(source, "classification", "mean", 2, ["a", "b"], seed=0)
 
 
-def test_vit_mae_is_read_as_vit_and_told_as_it_was(tiny_model: Callable[..., Path]) -> None:
+def test_vit_mae_is_read_as_vit_and_keeps_its_name(tiny_model: Callable[..., Path]) -> None:
     """Every weight of the encoder is the checkpoint's, and the decoder's are left out."""
     from transformers import ViTMAEModel
 
-    found = find_source(Source(model=str(tiny_model("vit_mae"))))
-    assert (found.architecture, found.model_type) == ("vit_mae", "vit")
-    kept = ViTMAEModel.from_pretrained(found.folder).state_dict()
-    built = build_model(found, "classification", "native", 2, ["a", "b"], seed=0)
+    source = find_source(Source(model=str(tiny_model("vit_mae"))))
+    assert (source.architecture, source.model_type) == ("vit_mae", "vit")
+    weights = ViTMAEModel.from_pretrained(source.folder).state_dict()
+    built = build_model(source, "classification", "native", 2, ["a", "b"], seed=0)
     for name, parameter in built.model.named_parameters():
-        told = name.removeprefix("vit.")
-        assert name.startswith("classifier.") or torch.equal(kept[told], parameter), name
+        path = name.removeprefix("vit.")
+        assert name.startswith("classifier.") or torch.equal(weights[path], parameter), name
     assert built.fresh == ("classifier",)
 
 
@@ -164,9 +164,9 @@ def test_a_checkpoint_that_lacks_a_part_of_the_encoder_is_refused(
     for file in tiny_model(name).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tensors = load_file(tmp_path / "model.safetensors")
-    kept = {key: value for key, value in tensors.items() if not key.startswith(f"{lost}.")}
-    assert len(kept) < len(tensors)
-    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    remaining = {key: value for key, value in tensors.items() if not key.startswith(f"{lost}.")}
+    assert len(remaining) < len(tensors)
+    save_file(remaining, tmp_path / "model.safetensors", metadata={"format": "pt"})
     source = find_source(Source(model=str(tmp_path)))
     with pytest.raises(RecipeError, match=f"lacks the weights of .*{lost}"):
         build_model(source, "classification", "native", 2, ["a", "b"], seed=0)
@@ -179,9 +179,9 @@ def test_a_part_that_no_output_depends_on_may_be_missing(
     for file in tiny_model(name).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tensors = load_file(tmp_path / "model.safetensors")
-    kept = {key: value for key, value in tensors.items() if unused not in key}
-    assert len(kept) < len(tensors)
-    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    remaining = {key: value for key, value in tensors.items() if unused not in key}
+    assert len(remaining) < len(tensors)
+    save_file(remaining, tmp_path / "model.safetensors", metadata={"format": "pt"})
     source = find_source(Source(model=str(tmp_path)))
     assert build_model(source, "classification", "native", 2, ["a", "b"], seed=0).fresh == (
         "classifier",

@@ -1,4 +1,4 @@
-"""What plain transformers makes of a published folder: the model's answers, or a refusal."""
+"""Check that plain transformers reads a published folder to the same outputs, or refuses it."""
 
 import json
 import re
@@ -27,7 +27,7 @@ CANNOT = (RuntimeError, ValueError, OSError, KeyError)
 
 
 def folder_of(model: Path, folder: Path, pooling: str, strategy: str, base: bool = True) -> Path:
-    """A published folder, whose adapter names its base as a local folder; without a config.json of
+    """Return a published folder whose adapter names its base as a local folder; without a config.json of
     its own transformers reads the base's, as it does for every adapter on a hub."""
     bench, recipe = opened(model, folder, pooling, strategy)
     published(bench, recipe, folder)

@@ -1,4 +1,4 @@
-"""Exactly the intended parameters train, and the others do not move."""
+"""Check that exactly the intended parameters train, and that the others do not move."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -64,7 +64,7 @@ def training(model: nn.Module) -> set[str]:
 
 
 def plain(name: str) -> str:
-    """A parameter's name without what peft puts into it."""
+    """Return a parameter's name without what peft inserts."""
     for added in ("base_model.model.", "modules_to_save.default.", "base_layer."):
         name = name.replace(added, "")
     return name

@@ -1,4 +1,4 @@
-"""Tiny random configs of every architecture, and a tokenizer of the test words."""
+"""Build tiny random models of every architecture, and a tokenizer of the test words."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ IMAGE_SIZE = 32
 
 
 def tiny_tokenizer(folder: Path) -> None:
-    """Saves a lower-casing WordPiece tokenizer of the test words."""
+    """Save a lower-casing WordPiece tokenizer of the test words."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordPiece
     from tokenizers.normalizers import Lowercase
@@ -104,20 +104,20 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str, **more: Any) -> Any:
-    """A three-block config of the architecture."""
+    """Return a three-block config of the architecture."""
     from transformers import AutoConfig
 
     return AutoConfig.for_model(model_type, **FIELDS[model_type] | more)
 
 
 def is_image(model_type: str) -> bool:
-    """Whether it reads images."""
+    """Return whether it reads images."""
     fields = FIELDS[model_type]
     return "image_size" in fields or "vision_config" in fields
 
 
 def save_tiny(model_type: str, folder: Path, masked: bool = False) -> Path:
-    """Saves a random checkpoint with its tokenizer or processor; ViTMAE's is always masked.
+    """Save a random checkpoint with its tokenizer or processor; ViTMAE's is always masked.
 
     Args:
         model_type: one of `FIELDS`.
@@ -157,7 +157,7 @@ def save_tiny(model_type: str, folder: Path, masked: bool = False) -> Path:
 
 
 def tiny_processor(folder: Path) -> None:
-    """Saves an image processor of the tiny size."""
+    """Save an image processor of the tiny size."""
     from transformers import ViTImageProcessorPil
 
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
