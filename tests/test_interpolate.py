@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import bench_of
-from support.regularizers import build_probed_model
+from support.regularizers import build_probed_model, perturb
 from test_trainer import Rows, model_of
-from test_weights import moved
 from torch import Tensor, nn
 
 from hftl.config.finetune import Finetune
@@ -50,7 +49,7 @@ def test_the_ends_are_the_ends_and_the_rest_lies_between(
     model = build_probed_model(bert, strategy, pooling)
     start, frozen = learnt(model), {n: p for n, p in model.named_parameters() if p.grad is None}
     frozen = {name: p.clone() for name, p in frozen.items() if not p.requires_grad}
-    end = learnt(moved(model))
+    end = learnt(perturb(model, 0.05))
     for alpha in (0.3, 1.0, 0.0, 0.75, 0, 1):
         set_interpolated_weights(model, start, end, alpha)
         for name, tensor in iterate_trainable(model):
@@ -79,7 +78,7 @@ def test_under_lora_it_is_the_merged_weights_that_lie_between(
 ) -> None:
     model: Any = prepare(model_of(bert, "full", pooling), "lora", lora=LORA[name], fresh=[])
     start, first = learnt(model), logits(model)
-    end = learnt(moved(model, 0.2))
+    end = learnt(perturb(model, 0.2))
     last = logits(model)
     whole = {path: compute_update(layer).detach() for path, layer in iterate_lora_layers(model)}
     assert not torch.allclose(first, last, atol=1e-3)
@@ -102,7 +101,7 @@ def test_a_model_of_merged_weights_says_the_same(bert: Path) -> None:
     plain, model = build_probed_model(bert, "full"), build_probed_model(bert, "lora")
     original = {n: p.detach().clone() for n, p in plain.encoder.named_parameters()}
     start = learnt(model)
-    end = learnt(moved(model, 0.2))
+    end = learnt(perturb(model, 0.2))
     set_interpolated_weights(model, start, end, 0.35)
     deltas = {path: compute_update(layer).detach() for path, layer in iterate_lora_layers(model)}
     with torch.no_grad():
@@ -132,7 +131,7 @@ def test_the_smallest_share_within_one_standard_error_of_the_best_is_kept(
 ) -> None:
     model = build_probed_model(bert, "full")
     start = learnt(model)
-    end = learnt(moved(model))
+    end = learnt(perturb(model, 0.05))
     seen: list[float] = []
 
     def score() -> tuple[float, float]:
