@@ -20,7 +20,7 @@ from hftl.config.adapt import Adapt
 from hftl.config.data import Data
 from hftl.config.section import Source
 from hftl.data import masking
-from hftl.data.image_processing import ImageInputs, resize_processor
+from hftl.data.image_inputs import ImageInputs, resize_processor
 from hftl.models.source import find_source, load_processor
 from hftl.train.checkpoint import iterate_trainable
 

@@ -11,9 +11,9 @@ from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from hftl.config.data import Data, Table
 from hftl.config.section import Source
-from hftl.data.image_processing import ImageInputs
-from hftl.data.load import Row
-from hftl.data.text import TextInputs
+from hftl.data.image_inputs import ImageInputs
+from hftl.data.rows import Row
+from hftl.data.text_inputs import TextInputs
 from hftl.models import features as cache
 from hftl.models.features import FeatureCache, compute_frozen_features, predict_logits
 from hftl.models.heads import build_model, pool_tokens

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hftl.data.normalization import find_label_fault, find_text_fault, parse_label
+from hftl.data.load import find_label_fault, find_text_fault, parse_label
 
 
 @pytest.mark.parametrize(

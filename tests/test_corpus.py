@@ -4,6 +4,7 @@ import pickle
 import random
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def test_blocks_are_those_of_a_brute_force_cut(
     wanted = [brute_force(side, tokenizer, cut) for side in sides]
     assert blocks_of(tmp_path / "out") == wanted
     tokens = [sum(len(tokenizer.tokenize(text)) for text in side) for side in sides]
-    assert facts | {"fingerprint": ""} == {
+    assert asdict(facts) | {"fingerprint": ""} == {
         "documents": len(sides[0]), "tokens": tokens[0], "blocks": len(wanted[0]),
         "held_out_documents": len(sides[1]), "held_out_tokens": tokens[1],
         "held_out_blocks": len(wanted[1]), "duplicates": 0, "leaked": 0, "empty": 0,
@@ -181,7 +182,7 @@ def test_memory_does_not_grow_with_the_corpus(
         facts = write_blocks(texts, tokenizer_of("wordpiece"), cut_of(length=128), keep_all, folder)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    stored = 3 * (facts["tokens"] + facts["held_out_tokens"])
+    stored = 3 * (facts.tokens + facts.held_out_tokens)
     assert peaks[1] - peaks[0] < stored / 50
 
 
@@ -207,7 +208,7 @@ def test_each_side_has_a_document(
 ) -> None:
     cut = cut_of(held_out=share, pack=False)
     facts = write_blocks(TEXTS[:9], tokenizer_of("bytes"), cut, keep_all, tmp_path)
-    assert sorted((facts["documents"], facts["held_out_documents"])) == [1, 8]
+    assert sorted((facts.documents, facts.held_out_documents)) == [1, 8]
 
 
 def test_copies_and_leaked_documents_are_not_learnt_from(
@@ -220,12 +221,12 @@ def test_copies_and_leaked_documents_are_not_learnt_from(
     for folder in folders:
         folder.mkdir()
     facts = write_blocks(texts, tokenizer, cut_of(), leaked.__contains__, folders[0])
-    assert (facts["duplicates"], facts["leaked"], facts["empty"]) == (11, 5, 1)
+    assert (facts.duplicates, facts.leaked, facts.empty) == (11, 5, 1)
     clean = write_blocks(LONG[5:], tokenizer, cut_of(), keep_all, folders[1])
     assert blocks_of(folders[0]) == blocks_of(folders[1])
-    assert facts["fingerprint"] == clean["fingerprint"]
+    assert facts.fingerprint == clean.fingerprint
     backwards = write_blocks(LONG[:4:-1], tokenizer, cut_of(), keep_all, folders[2])
-    assert backwards["fingerprint"] == clean["fingerprint"]
+    assert backwards.fingerprint == clean.fingerprint
 
 
 def test_the_fingerprint_tells_corpora_apart(
@@ -237,7 +238,7 @@ def test_the_fingerprint_tells_corpora_apart(
         facts = write_blocks(
             texts, tokenizer_of("bytes"), cut_of(), keep_all, tmp_path / str(number)
         )
-        found.add(facts["fingerprint"])
+        found.add(facts.fingerprint)
     assert len(found) == 3
 
 

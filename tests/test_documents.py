@@ -10,7 +10,7 @@ import pytest
 from hftl.config.data import Data, Table
 from hftl.data import corpus as module
 from hftl.data.corpus import batch_documents, read_documents
-from hftl.data.load import BadRows
+from hftl.data.rows import BadRows
 from hftl.errors import DataError
 
 FILES = {
@@ -93,7 +93,7 @@ def test_a_bad_cell_is_named_or_counted(tmp_path: Path, content: Any, why: str) 
         read(path)
     bad = BadRows(skip=True)
     assert list(stream(path, "unlabeled", bad)) == ["a fine film", "another one"]
-    assert len(bad.dropped) == 1 and bad.dropped[0]["where"] == "a.jsonl line 2"
+    assert len(bad.dropped) == 1 and bad.dropped[0].where == "a.jsonl line 2"
 
 
 def test_ordinary_text_is_no_junk(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_bytes_that_are_no_text_are_refused_by_line(tmp_path: Path) -> None:
 
 def test_a_missing_column_names_the_key_to_set(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", "texts,label\na,b\n")
-    with pytest.raises(DataError, match=r"a.csv: no column 'text'.*data.general.text=") as caught:
+    with pytest.raises(DataError, match=r"a.csv: no column 'text'.*data.general: {text:") as caught:
         read(path, "general")
     assert "it has texts, label" in str(caught.value)
 

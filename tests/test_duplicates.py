@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from hftl.data.duplicates import CopyCounts, count_near_images, drop_duplicates
-from hftl.data.load import Row
+from hftl.data.rows import Row
 
 
 def row(text: str, label: str | float = "a", index: int = 0, group: str | None = None) -> Row:

@@ -14,7 +14,7 @@ from transformers import BertModel
 from hftl.adapt.adaptation import estimate_adaptation_seconds as adaptation_seconds
 from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
-from hftl.data.load import InputSpec
+from hftl.data.rows import InputSpec
 from hftl.finetune import retention
 from hftl.finetune.estimate import FINISH_SECONDS, RowCosts, estimate_seconds, measure_costs
 from hftl.pipeline.pipeline import check_recipe, run

@@ -14,8 +14,8 @@ from hftl.config.data import Data
 from hftl.config.recipe import Recipe
 from hftl.data import general as module
 from hftl.data.general import GeneralData, load_general, read_general, write_general
-from hftl.data.load import InputSpec, Row
 from hftl.data.prepare import PreparedData, prepare_data
+from hftl.data.rows import InputSpec, Row
 from hftl.errors import DataError
 from hftl.models.source import find_source
 from hftl.pipeline import pipeline
@@ -52,7 +52,7 @@ def texts(rows: list[Row]) -> list[str]:
 def told(general: GeneralData) -> dict[str, list[tuple[Any, ...]]]:
     return {
         half: [(row.content, row.label, row.group) for row in getattr(general, half)]
-        for half in ("used", "measured")
+        for half in ("train_rows", "eval_rows")
     }
 
 
@@ -64,7 +64,7 @@ def test_no_document_straddles_and_halves_are_alike(tmp_path: Path) -> None:
     assert not used & measured and len(used | measured) == 40
     assert abs(len(general.train_rows) - len(general.eval_rows)) <= 6
     assert general.controls == ("document",) and general.classes == ()
-    assert general.facts["documents"] == "document"
+    assert general.facts.documents == "document"
     assert general.get_control_values("document").tolist() == [
         row.group for row in general.eval_rows
     ]
@@ -85,24 +85,24 @@ def test_order_of_rows_does_not_matter_and_the_seed_does(tmp_path: Path) -> None
     assert first.facts == again.facts
     other, _ = loaded(tmp_path, rows, label=["document", "tone"], seed=1)
     assert set(texts(other.eval_rows)) != set(texts(first.eval_rows))
-    assert other.facts["fingerprint"] != first.facts["fingerprint"]
+    assert other.facts.fingerprint != first.facts.fingerprint
 
 
 def test_few_values_are_classes_and_part_nothing(tmp_path: Path) -> None:
     general, _ = loaded(tmp_path, rows_of(240), label=["tone", "document"])
-    assert general.classes == ("tone",) and general.facts["documents"] == "document"
+    assert general.classes == ("tone",) and general.facts.documents == "document"
     assert set(general.get_control_values("tone")) == {"negative", "positive"}
     alone, _ = loaded(tmp_path, rows_of(240), label="tone")
-    assert alone.facts["documents"] is None and all(row.group is None for row in alone.train_rows)
+    assert alone.facts.documents is None and all(row.group is None for row in alone.train_rows)
     assert len(set(alone.get_document_ids())) == len(alone.eval_rows) == 120
 
 
 def test_the_group_of_the_run_parts_documents_where_the_table_has_it(tmp_path: Path) -> None:
     named, _ = loaded(tmp_path, rows_of(240), group="document")
-    assert named.facts["documents"] == "document" and named.controls == ()
+    assert named.facts.documents == "document" and named.controls == ()
     assert {r.group for r in named.train_rows}.isdisjoint(r.group for r in named.eval_rows)
     other, _ = loaded(tmp_path, rows_of(240), group="author")
-    assert other.facts["documents"] is None
+    assert other.facts.documents is None
 
 
 def test_copies_of_each_other_and_of_the_run_are_dropped(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_copies_of_each_other_and_of_the_run_are_dropped(tmp_path: Path) -> None
     kept = texts(general.train_rows) + texts(general.eval_rows)
     overlap = len({row[0] for row in rows} & known)
     assert not known & set(kept) and len(kept) == len(set(kept)) == 240 - overlap
-    assert general.facts["duplicates"] >= 9 and general.facts["known"] == 30
+    assert general.facts.duplicates >= 9 and general.facts.known == 30
 
 
 def test_two_labels_of_the_task_are_none(tmp_path: Path) -> None:
@@ -125,9 +125,9 @@ def test_two_labels_of_the_task_are_none(tmp_path: Path) -> None:
     found, _ = loaded(tmp_path, [*rows, *twice], header, label=["document", "label"])
     kept = texts(found.train_rows) + texts(found.eval_rows)
     assert not {text for text, _, _ in twice} & set(kept)
-    assert found.facts["conflicting"] == 6
+    assert found.facts.conflicting == 6
     other, _ = loaded(tmp_path, [*rows, *twice], HEADER, label=["document", "tone"])
-    assert other.facts["conflicting"] == 0 and other.facts["duplicates"] >= 3
+    assert other.facts.conflicting == 0 and other.facts.duplicates >= 3
 
 
 @pytest.mark.parametrize("modality", ["text", "image"])
@@ -155,7 +155,7 @@ def test_near_copies_of_what_measures_are_not_used(
     assert found is not None
     is_near = build_leak_test(bench)
     assert not any(map(is_near, found.train_rows)) and any(map(is_near, found.eval_rows))
-    assert found.facts["near"] > 5 and len(found.train_rows) > 5
+    assert found.facts.near > 5 and len(found.train_rows) > 5
 
 
 def test_at_most_so_many_rows_in_whole_documents(
@@ -179,12 +179,12 @@ def test_what_is_stored_is_read_again(tmp_path: Path) -> None:
 def test_blank_lines_part_texts_and_bad_rows_are_named(tmp_path: Path) -> None:
     rows = [[text] for text, _ in sentences(60, 7)]
     general, _ = loaded(tmp_path, [*rows[:30], [""], *rows[30:]], ["text"])
-    assert general.facts["rows_read"] == 60
+    assert general.facts.rows_read == 60
     broken = [*rows_of(60), ("a text", "", "")]
     with pytest.raises(DataError, match=r"general.csv line 62: the label is empty"):
         loaded(tmp_path, broken, label="document")
     skipped, _ = loaded(tmp_path, broken, label="document", bad_rows="skip")
-    assert skipped.facts["bad_rows"] == 1 and skipped.facts["rows_read"] == 61
+    assert skipped.facts.bad_rows == 1 and skipped.facts.rows_read == 61
 
 
 def test_what_cannot_measure_is_refused(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_pictures_of_a_folder_with_and_without_classes(tmp_path: Path) -> None:
         general = load_general(data, prepared, reading)
         own = {row.content for rows in prepared.rows.values() for row in rows}
         kept = [*general.train_rows, *general.eval_rows]
-        assert len(kept) == 60 - general.facts["known"] and general.facts["known"] > 0
+        assert len(kept) == 60 - general.facts.known and general.facts.known > 0
         assert not own & {row.content for row in kept}
         assert all(row.size == (40, 36) and row.table == "general" for row in kept)
         if values:

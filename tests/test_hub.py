@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from hftl.config.data import Data
-from hftl.data.load import BadRows, InputSpec, load_hub_rows, load_rows
+from hftl.data.load import load_rows
+from hftl.data.rows import BadRows, InputSpec
+from hftl.data.tables import load_hub_rows
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, dataset: datasets.Dataset) -> list[dict[str, Any]]:
@@ -21,7 +23,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, dataset: datasets.Dataset) -> list[di
         return dataset
 
     monkeypatch.setattr(datasets, "load_dataset", answer)
-    monkeypatch.setattr("hftl.data.load.resolve_revision", lambda path, wanted: wanted or "0" * 40)
+    monkeypatch.setattr("hftl.data.tables.resolve_revision", lambda path, wanted: wanted or "0" * 40)
     return asked
 
 
@@ -58,7 +60,7 @@ def test_pictures_are_decoded_by_us_and_named_by_their_row(
     bad = BadRows(skip=True)
     (row,) = load_rows(section(), "train", bad, InputSpec("image", 4))
     assert row.label == "dog" and row.size == (9, 9)
-    assert bad.dropped[0]["where"] == "org/set train row 2"
+    assert bad.dropped[0].where == "org/set train row 2"
     assert asked == [{"path": "org/set", "name": None, "split": "train", "revision": "abc"}]
 
 

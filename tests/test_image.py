@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from hftl.data.image_processing import (
+from hftl.data.image_inputs import (
     CROP_AREA,
     MAX_ASPECT_RATIO,
     build_normalizer,

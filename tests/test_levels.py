@@ -18,8 +18,9 @@ from hftl.config.data import Data
 from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
 from hftl.data.images import count_narrow_images, decode_image, read_levels
-from hftl.data.load import BadRows, InputSpec, load_images
+from hftl.data.load import load_images
 from hftl.data.prepare import prepare_data
+from hftl.data.rows import BadRows, InputSpec
 from hftl.errors import DataWarning
 from hftl.inference.compare import compare_models
 from hftl.inference.predict_table import predict_table
@@ -143,7 +144,7 @@ def test_pictures_without_labels_are_told(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prepared = prepare_data(data, reading)
-    assert prepared.facts["narrow_pictures"] is None
+    assert prepared.facts.narrow_pictures is None
     with pytest.warns(DataWarning, match="data.general: " + TOLD):
         load_general(data, prepared, reading)
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from hftl.config.data import Data
-from hftl.data.load import BadRows, InputSpec, Row, load_rows
+from hftl.data.load import load_rows
 from hftl.data.normalization import normalize_name
+from hftl.data.rows import BadRow, BadRows, InputSpec, Row
 from hftl.errors import DataError, HftlError, HubError, RecipeError
 
 GOOD = [("a fine film", "pos"), ('dull, "very" dull', "neg"), ("two\nlines", "pos")]
@@ -142,8 +143,8 @@ def test_a_bad_row_is_refused_or_dropped_and_listed(
         rows_of(path)
     bad = BadRows(skip=True)
     assert [row.content for row in rows_of(path, bad=bad)] == [("x",), ("z",)]
-    assert [told["where"] for told in bad.dropped] == [where]
-    assert why in bad.dropped[0]["why"]
+    assert [row.where for row in bad.dropped] == [where]
+    assert why in bad.dropped[0].why
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_a_bad_target(tmp_path: Path, target: str, why: str) -> None:
         rows_of(path, "regression")
     bad = BadRows(skip=True)
     assert [row.label for row in rows_of(path, "regression", bad=bad)] == [1.0, 2.0]
-    assert bad.dropped == [{"where": "a.csv line 3", "why": why}]
+    assert bad.dropped == [BadRow("a.csv line 3", why)]
 
 
 def test_a_row_without_its_group(tmp_path: Path) -> None:

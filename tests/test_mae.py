@@ -31,7 +31,7 @@ from hftl.adapt.masked_patches import (
 )
 from hftl.config.data import Data
 from hftl.config.section import Source
-from hftl.data.image_processing import ImageInputs, augment_image, resize_processor
+from hftl.data.image_inputs import ImageInputs, augment_image, resize_processor
 from hftl.errors import RecipeError
 from hftl.models.source import SourceModel, find_source, load_processor
 

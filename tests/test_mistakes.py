@@ -16,8 +16,8 @@ from hftl.card.card import render_card
 from hftl.card.plots import plot_ladder
 from hftl.card.report import render_report
 from hftl.card.training_sections import build_examples, make_thumbnail, split_context
-from hftl.data.load import Label, Row
 from hftl.data.prepare import PreparedData
+from hftl.data.rows import Label, Row
 from hftl.measure.error_analysis import ErrorAnalysis, analyze_errors, rank_by_confidence
 
 TEXTS = ["a", "b", "c", "d"]

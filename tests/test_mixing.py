@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hftl.data.text import WordInputs
+from hftl.data.text_inputs import WordInputs
 from hftl.retain.kl import KLToOriginal
 from hftl.train.replay_batches import IndexedCollator, IndexedDataset
 

@@ -10,7 +10,7 @@ import pytest
 from imagehash import phash
 from PIL import Image
 
-from hftl.data.near_duplicates import NearImageIndex, NearTextIndex, build_shingles
+from hftl.data.duplicates import NearImageIndex, NearTextIndex, build_shingles
 
 WORDS = [f"word{i}" for i in range(400)]
 

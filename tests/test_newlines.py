@@ -13,7 +13,8 @@ import pytest
 
 from hftl.config.data import Data
 from hftl.data.corpus import read_documents
-from hftl.data.load import BadRows, InputSpec, load_rows
+from hftl.data.load import load_rows
+from hftl.data.rows import BadRows, InputSpec
 from hftl.data.tables import READERS, guess_format, read_text_files
 from hftl.errors import DataError
 from hftl.inference import predict, predict_table
@@ -108,7 +109,7 @@ class Reader:
         self.texts = list(inputs)
         return self.texts
 
-    def answer(self, encoded: list[str]) -> list[dict[str, Any]]:
+    def predict_encoded(self, encoded: list[str]) -> list[dict[str, Any]]:
         return [{"label": "pos", "score": 1.0, "scores": {"pos": 1.0}} for _ in encoded]
 
 

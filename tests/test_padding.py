@@ -16,9 +16,9 @@ from hftl import load, run
 from hftl.adapt.mlm import load_mlm
 from hftl.config.recipe import Recipe
 from hftl.config.section import Source
-from hftl.data.load import Row
 from hftl.data.masking import collate_masked_blocks
-from hftl.data.text import EncodedRow, TextInputs, WordInputs
+from hftl.data.rows import Row
+from hftl.data.text_inputs import EncodedRow, TextInputs, WordInputs
 from hftl.errors import RecipeError
 from hftl.models.features import compute_frozen_features, predict_logits
 from hftl.models.heads import LoadedModel, build_model

@@ -15,9 +15,10 @@ from PIL import Image
 import hftl
 from hftl.config.data import Data
 from hftl.config.recipe import Recipe
-from hftl.data import image_processing, prepare
-from hftl.data.image_processing import augment_image
-from hftl.data.load import BadRows, InputSpec, load_rows
+from hftl.data import image_inputs, prepare
+from hftl.data.image_inputs import augment_image
+from hftl.data.load import load_rows
+from hftl.data.rows import BadRows, InputSpec
 from hftl.errors import DataError, RecipeError
 from hftl.inference.predict_table import predict_table
 from hftl.pipeline import pipeline
@@ -73,7 +74,7 @@ def test_a_picture_that_cannot_be_used_is_named(
         rows_of(folder)
     bad = BadRows(skip=True)
     assert len(rows_of(folder, bad)) == 24
-    assert [told["where"] for told in bad.dropped] == [name]
+    assert [row.where for row in bad.dropped] == [name]
 
 
 def test_a_table_names_pictures_relative_to_itself(folder: Path) -> None:
@@ -128,7 +129,7 @@ def test_the_store_holds_what_would_be_made_anew(
     bench = bench_of(recipe(folder, tiny_model("vit"), image_size=24))
     again = bench_of(recipe(folder, tiny_model("vit"), image_size=24))
     rows = [row for split in ("train", "validation", "test") for row in bench.prepared.rows[split]]
-    image_processing.write_image_cache(bench.inputs, rows, tmp_path)
+    image_inputs.write_image_cache(bench.inputs, rows, tmp_path)
     again.inputs.load_cache(tmp_path)
     shutil.rmtree(folder)  # what stands in the store needs no picture any more
     with pytest.raises(DataError):
@@ -145,11 +146,11 @@ def test_what_is_stored_depends_on_pictures_and_size(
 ) -> None:
     bench = bench_of(recipe(folder, tiny_model("vit")))
     rows = bench.prepared.rows["train"]
-    known = image_processing.fingerprint_image_cache(bench.inputs, rows)
-    assert image_processing.fingerprint_image_cache(bench.inputs, rows[::-1]) == known
-    assert image_processing.fingerprint_image_cache(bench.inputs, rows[1:]) != known
+    known = image_inputs.fingerprint_image_cache(bench.inputs, rows)
+    assert image_inputs.fingerprint_image_cache(bench.inputs, rows[::-1]) == known
+    assert image_inputs.fingerprint_image_cache(bench.inputs, rows[1:]) != known
     other = bench_of(recipe(folder, tiny_model("vit"), image_size=24))
-    assert image_processing.fingerprint_image_cache(other.inputs, rows) != known
+    assert image_inputs.fingerprint_image_cache(other.inputs, rows) != known
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_picture(

@@ -12,6 +12,7 @@ from conftest import sentences, write_csv
 from hftl.config.data import Data
 from hftl.data import prepare as stage
 from hftl.data.prepare import PreparedData, hash_data_files, prepare_data
+from hftl.data.rows import BadRow
 from hftl.errors import DataError
 
 HEADER = ["text", "label"]
@@ -23,11 +24,11 @@ def data(path: Path, **more: Any) -> Data:
 
 def test_fractions_are_exact_and_the_facts_tell_them(table: Path) -> None:
     found = prepare_data(data(table))
-    assert found.facts["splits"] == {"train": 96, "validation": 32, "test": 32}
+    assert found.facts.splits == {"train": 96, "validation": 32, "test": 32}
     assert found.names == ["negative", "positive"]
-    assert found.facts["label_counts"]["test"] == {"negative": 16, "positive": 16}
+    assert found.facts.label_counts["test"] == {"negative": 16, "positive": 16}
     texts = [row.content for rows in found.rows.values() for row in rows]
-    assert len(set(texts)) == len(texts) == found.facts["rows_read"] == 160
+    assert len(set(texts)) == len(texts) == found.facts.rows_read == 160
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
@@ -53,9 +54,9 @@ def test_the_fingerprint_knows_content_and_not_order_or_path(table: Path, tmp_pa
     flipped = write_csv(tmp_path / "flip.csv", HEADER, [(rows[0][0], "positive"), *rows[1:]])
     longer = write_csv(tmp_path / "long.csv", HEADER, [*rows, ("one more text", "positive")])
     first = prepare_data(data(table))
-    assert prepare_data(data(mixed)).facts["fingerprint"] == first.facts["fingerprint"]
+    assert prepare_data(data(mixed)).facts.fingerprint == first.facts.fingerprint
     for other in (data(flipped), data(longer), data(table, seed=1)):
-        assert prepare_data(other).facts["fingerprint"] != first.facts["fingerprint"]
+        assert prepare_data(other).facts.fingerprint != first.facts.fingerprint
 
 
 def test_an_arms_rows_and_their_order_do_not_depend_on_the_disk(table: Path) -> None:
@@ -96,7 +97,7 @@ def test_targets_are_floats_and_have_no_classes(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", HEADER, rows)
     found = prepare_data(data(path, task="regression", shots=7))
     assert found.names == []
-    assert found.facts["label_counts"] is None
+    assert found.facts.label_counts is None
     assert found.encode_targets(found.rows["test"]).dtype == np.float64
     assert (len(found.draw_train_rows(7, 0)), len(found.rows["validation"])) == (7, 7)
 
@@ -106,18 +107,18 @@ def test_bad_rows_and_duplicates_are_counted_and_listed(tmp_path: Path) -> None:
             ("both", "positive")]  # fmt: skip
     path = write_csv(tmp_path / "a.csv", HEADER, rows)
     facts = prepare_data(data(path, bad_rows="skip")).facts
-    assert (facts["rows_read"], facts["bad_rows"]) == (64, 1)
-    assert (facts["duplicates"], facts["conflicting"]) == (1, 2)
-    assert facts["bad_rows_listed"] == [{"where": "a.csv line 62", "why": "text is empty"}]
-    assert sum(facts["splits"].values()) == 60
+    assert (facts.rows_read, facts.bad_rows) == (64, 1)
+    assert (facts.duplicates, facts.conflicting) == (1, 2)
+    assert facts.bad_rows_listed == [BadRow("a.csv line 62", "text is empty")]
+    assert sum(facts.splits.values()) == 60
 
 
 def test_fractions_are_taken_after_duplicates_are_dropped(table: Path) -> None:
     first = prepare_data(data(table))
     write_csv(table, HEADER, sentences(160) * 3)
     again = prepare_data(data(table))
-    assert again.facts["fingerprint"] == first.facts["fingerprint"]
-    assert again.facts["duplicates"] == 320
+    assert again.facts.fingerprint == first.facts.fingerprint
+    assert again.facts.duplicates == 320
 
 
 def test_groups_never_straddle(tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_groups_never_straddle(tmp_path: Path) -> None:
     found = prepare_data(data(path, group="who"))
     seen = Counter(group for rows in found.rows.values() for group in {row.group for row in rows})
     assert set(seen.values()) == {1}
-    assert found.facts["splits"] == {"train": 96, "validation": 32, "test": 32}
+    assert found.facts.splits == {"train": 96, "validation": 32, "test": 32}
 
 
 def tables(
@@ -144,7 +145,7 @@ def test_a_test_table_of_its_own(tmp_path: Path) -> None:
     test = [*sentences(52)[40:], leaked]
     found = tables(tmp_path, test)
     assert {row.content[0] for row in found.rows["test"]} == {text for text, _ in test}
-    assert found.facts["leaked"] == 1
+    assert found.facts.leaked == 1
     assert leaked[0] not in {row.content[0] for row in found.rows["train"]}
 
 
@@ -190,7 +191,7 @@ def test_train_knows_every_class(tmp_path: Path, rare: int) -> None:
     path = write_csv(tmp_path / "a.csv", HEADER, rows)
     found = prepare_data(data(path, test={"fraction": 0.45}, validation={"fraction": 0.45}))
     assert {row.label for row in found.rows["train"]} == {"negative", "positive", "rare"}
-    assert found.facts["label_counts"]["test"].get("rare", 0) == rare - 1
+    assert found.facts.label_counts["test"].get("rare", 0) == rare - 1
 
 
 def test_the_digest_knows_bytes_and_not_where_they_lie(table: Path, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ import hftl
 from hftl.adapt.masked_patches import draw_patch_noise
 from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
-from hftl.data.load import InputSpec
 from hftl.data.masking import build_masking_spec, mask_tokens
+from hftl.data.rows import InputSpec
 from hftl.data.splits import hash_row
 from hftl.finetune.pretraining_heads import (
     MASK_PROBABILITY,

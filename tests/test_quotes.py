@@ -10,7 +10,8 @@ import pytest
 
 from hftl.config.data import Data
 from hftl.data.corpus import read_documents
-from hftl.data.load import BadRows, InputSpec, load_rows
+from hftl.data.load import load_rows
+from hftl.data.rows import BadRows, InputSpec
 from hftl.data.tables import READERS
 from hftl.errors import DataError, DataWarning
 from hftl.init import guess_columns, write_recipe

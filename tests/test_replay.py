@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
-from hftl.data.load import InputSpec
+from hftl.data.rows import InputSpec
 from hftl.errors import DataError, RecipeError
 from hftl.finetune.retention import build_general_dataset
 from hftl.pipeline.cache_keys import flatten_retain

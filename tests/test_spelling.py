@@ -19,14 +19,14 @@ import hftl
 from hftl.analysis.check import check_inputs
 from hftl.config.data import Data
 from hftl.config.recipe import Recipe
+from hftl.data.load import find_label_fault
 from hftl.data.normalization import (
     find_doubtful_names,
     find_fraction,
-    find_label_fault,
     normalize_name,
     normalize_text,
 )
-from hftl.data.prepare import prepare_data
+from hftl.data.prepare import DataFacts, prepare_data
 from hftl.errors import DataError
 from hftl.inference.compare import compare_models
 from hftl.pipeline.pipeline import check_recipe, run
@@ -129,7 +129,7 @@ def test_copies_that_differ_in_spelling_do_not_straddle(tmp_path: Path) -> None:
     )
     texts = [normalize_text(row.content[0]) for part in found.rows.values() for row in part]
     assert len(texts) == len(set(texts)) == 80
-    assert found.facts["duplicates"] == 80
+    assert found.facts.duplicates == 80
 
 
 def test_tables_of_other_line_ends_and_case_leak_nothing(tmp_path: Path) -> None:
@@ -138,8 +138,8 @@ def test_tables_of_other_line_ends_and_case_leak_nothing(tmp_path: Path) -> None
     test = write_csv(tmp_path / "test.csv", HEADER, [(f"{t.title()}\r\n", y) for t, y in rows[:20]])
     data = Data.model_validate({"train": {"path": str(train)}, "test": {"path": str(test)}})
     found = prepare_data(data)
-    assert found.facts["leaked"] == 20
-    assert found.facts["splits"]["test"] == 20
+    assert found.facts.leaked == 20
+    assert found.facts.splits["test"] == 20
 
 
 def test_a_target_that_parquet_has_rounded_is_no_contradiction(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_target_that_parquet_has_rounded_is_no_contradiction(tmp_path: Path) -
     pq.write_table(pa.table({"text": texts[:20], "label": rounded}), test)
     tables = {"train": {"path": str(train)}, "test": {"path": str(test)}}
     found = prepare_data(Data.model_validate({"task": "regression", **tables}))
-    assert (found.facts["conflicting"], found.facts["leaked"]) == (0, 20)
+    assert (found.facts.conflicting, found.facts.leaked) == (0, 20)
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
@@ -180,8 +180,9 @@ def test_data_prepared_before_contradictions_were_counted_are_checked(
     recipe = Recipe.parse(recipe_tree)
     bench = bench_of(recipe)
     newer = ("contradictory_inputs", "distinct_inputs", "near_pictures", "label_type")
-    facts = {key: value for key, value in bench.prepared.facts.items() if key not in newer}
-    older = replace(bench.prepared, facts=facts)
+    facts = bench.prepared.facts.to_record()
+    older = DataFacts.model_validate({key: facts[key] for key in facts if key not in newer})
+    older = replace(bench.prepared, facts=older)
     assert check_inputs(bench.source, bench.inputs, older, 16, [recipe.finetune])["warnings"]
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from hftl.config.data import Data
-from hftl.data.load import Row
 from hftl.data.prepare import prepare_data
+from hftl.data.rows import Row
 from hftl.data.splits import draw_shots, hash_row, take_stratified
 from hftl.errors import DataError
 

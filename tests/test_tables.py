@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from torch import nn
 
-from hftl.data.load import Row
+from hftl.data.rows import Row
 from hftl.errors import DataError, RecipeError
 from hftl.inference import predict, predict_table
 from hftl.inference.predict import Predictor
@@ -33,7 +33,7 @@ class Fake:
     def encode(self, inputs: Iterable[Any], places: list[str], folder: Path) -> list[str]:
         return [row if isinstance(row, str) else " ".join(row) for row in inputs]
 
-    def answer(self, encoded: list[str]) -> list[dict[str, Any]]:
+    def predict_encoded(self, encoded: list[str]) -> list[dict[str, Any]]:
         return [self._told(text) for text in encoded]
 
     def _told(self, text: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from hftl.config.measure import Search
 from hftl.config.recipe import Recipe
 from hftl.config.retain import Retain
 from hftl.data.labels import check_targets
-from hftl.data.load import Row
+from hftl.data.rows import Row
 from hftl.errors import DataError, RecipeError
 from hftl.finetune import gradual
 from hftl.finetune.arm import (

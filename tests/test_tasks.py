@@ -120,7 +120,7 @@ def test_columns_of_zero_and_one_are_the_same_as_lists(tmp_path: Path) -> None:
         prepare_data(Data.model_validate({"task": "multi-label", "train": train}))
         for train in ({"path": str(lists)}, {"path": str(table), "label": ["warm", "sad"]})
     )
-    assert one.facts["fingerprint"] == other.facts["fingerprint"]
+    assert one.facts.fingerprint == other.facts.fingerprint
     assert one.names == other.names == ["sad", "warm"]
 
 

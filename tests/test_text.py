@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hftl.data.load import Row
-from hftl.data.text import TextInputs, WordInputs, build_word_tokenizer, find_first_tokens
+from hftl.data.rows import Row
+from hftl.data.text_inputs import TextInputs, WordInputs, build_word_tokenizer, find_first_tokens
 
 SENTENCES = [("good", "unknownword", "film"), ("dull",), ("a", "bright", "and", "warm", "story")]
 

@@ -18,7 +18,7 @@ from hftl.adapt.mae import load_mae
 from hftl.adapt.mlm import load_mlm
 from hftl.analysis.probe import fit_probe
 from hftl.config.recipe import Recipe
-from hftl.data.load import Row
+from hftl.data.rows import Row
 from hftl.errors import HftlError
 from hftl.finetune import guard_metrics
 from hftl.finetune.context import ExperimentContext

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hftl.data.image_processing import ImageInputs, pixels_to_tensor
-from hftl.data.text import Augmentation
+from hftl.data.image_inputs import ImageInputs, pixels_to_tensor
+from hftl.data.text_inputs import Augmentation
 from hftl.errors import RecipeError
 
 UNIFORM_DEVIATION = 2.0

@@ -4,11 +4,11 @@ from collections import Counter
 from typing import Any
 
 from hftl.config.finetune import Finetune
-from hftl.data.image_processing import ImageInputs
-from hftl.data.images import NarrowCount, describe_narrow_images
+from hftl.data.image_inputs import ImageInputs
+from hftl.data.images import describe_narrow_images
 from hftl.data.normalization import find_doubtful_names
 from hftl.data.prepare import PreparedData, suggest_multi_label
-from hftl.data.text import TextInputs
+from hftl.data.text_inputs import TextInputs
 from hftl.models.architectures import get_max_tokens
 from hftl.models.source import SourceModel
 
@@ -44,30 +44,30 @@ def check_inputs(
             "source.published_as"
         )
     facts = prepared.facts
-    if facts["leaked"]:
+    if facts.leaked:
         warnings.append(
-            f"{facts['leaked']} inputs of train are also in validation or test; they were "
+            f"{facts.leaked} inputs of train are also in validation or test; they were "
             "dropped from train"
         )
     # A run folder may hold data that an older version prepared without these counts.
-    if facts.get("contradictory_inputs"):
-        share = facts["contradictory_inputs"] / facts["distinct_inputs"]
+    if facts.contradictory_inputs:
+        share = facts.contradictory_inputs / facts.distinct_inputs
         warnings.append(
-            f"{facts['contradictory_inputs']} of {facts['distinct_inputs']} distinct inputs "
-            f"({share:.0%}) have differing labels and are dropped ({facts['conflicting']} rows): "
+            f"{facts.contradictory_inputs} of {facts.distinct_inputs} distinct inputs "
+            f"({share:.0%}) have differing labels and are dropped ({facts.conflicting} rows): "
             "what is measured is the others, which may be the easier ones; correct "
             f"the labels{suggest_multi_label(prepared.task)}"
         )
-    if facts.get("near_pictures"):
+    if facts.near_pictures:
         warnings.append(
-            f"{facts['near_pictures']} pictures of validation and test are near copies "
+            f"{facts.near_pictures} pictures of validation and test are near copies "
             "(re-encoded or resized) of one in another split; name what they share in data.group, "
             "or remove them"
         )
-    if facts.get("narrow_pictures"):
-        warnings.append(describe_narrow_images(NarrowCount(**facts["narrow_pictures"])))
-    if facts["bad_rows"]:
-        warnings.append(f"{facts['bad_rows']} bad rows were skipped; the record lists them")
+    if facts.narrow_pictures:
+        warnings.append(describe_narrow_images(facts.narrow_pictures))
+    if facts.bad_rows:
+        warnings.append(f"{facts.bad_rows} bad rows were skipped; the record lists them")
     # Several arms may give the same warning.
     return {**sizes, "warnings": list(dict.fromkeys(warnings))}
 
@@ -112,9 +112,9 @@ def _list_label_warnings(prepared: PreparedData) -> list[str]:
     test = prepared.rows["test"]
     if len(test) < MIN_TEST_ROWS:
         warnings.append(f"{len(test)} test rows give a wide interval; a few hundred are better")
-    counts = (prepared.facts["label_counts"] or {}).get("train", {})
+    counts = (prepared.facts.label_counts or {}).get("train", {})
     every = Counter[str]()
-    for of_split in (prepared.facts["label_counts"] or {}).values():
+    for of_split in (prepared.facts.label_counts or {}).values():
         every.update(of_split)
     warnings += find_doubtful_names(every)
     if prepared.task == "classification" and max(counts.values()) > MAX_IMBALANCE * min(

@@ -1,23 +1,43 @@
-"""Copies: the same content twice is one item, with two labels it is none.
+"""Find duplicates: exact copies of a row, and near copies of the rows that measure.
 
-Texts are the same when they differ only in white space, case or Unicode form; pictures when they
-decode to the same pixels.
+Texts are the same when they differ only in white space, case or Unicode form; images when they
+decode to the same pixels. The same content twice is one item; with two labels it is none.
 """
 
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from datasketch import MinHash, MinHashLSH
+from imagehash import phash
+from PIL import Image
 
-from hftl.data.load import Label, Row
-from hftl.data.normalization import normalize_content
+from hftl.data.normalization import normalize_content, normalize_text
+from hftl.data.rows import Label, Row
 
 SPLIT_PRIORITY = ("test", "validation", "train")
-"""Where copies stand in several tables, the one that measures is kept."""
+"""Of copies in several tables the one that measures is kept."""
 MAX_HASH_DISTANCE = 4
-"""Pictures whose perceptual hashes differ in at most so many of 64 bits are near copies."""
+"""Images whose perceptual hashes differ in at most so many of 64 bits are near copies."""
 CHUNK_PAIRS = 1 << 22
-"""Pairs of pictures that are compared at once."""
+"""Pairs of images that are compared at once."""
+WORD = re.compile(r"[^\W_]+")
+SHINGLE_WORDS = 3
+LSH_BANDS, LSH_ROWS = 32, 4
+"""Two texts of Jaccard similarity j become candidates with probability 1 - (1 - j^4)^32
+(Leskovec et al. 2014, Mining of Massive Datasets, 3.4.2): 0.9999999 at 0.8, 0.87 at 0.5. The
+library's own choice for a threshold of 0.8, 9 bands of 13, would find 0.4 of those at 0.8; false
+candidates cost only a comparison."""
+MIN_QUOTED_SHINGLES = 6
+"""Shingles, eight words, below which a text is too short to be recognized as a quotation."""
+MINHASH_SEED = 1
+MAX_FLAT_DEVIATION = 2.0
+"""Standard deviation of grey levels of 255 below which an image is flat: its hash is rounding."""
+
+Shingles = set[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -29,27 +49,27 @@ class CopyCounts:
         conflicting: rows of inputs that have differing labels.
         contradictory_inputs: the inputs that these rows repeat, each counted once.
         distinct_inputs: all inputs, each counted once.
-        leaked: copies that stood in another table than the row that stays.
+        leaked: copies in another table than the row that stays.
     """
 
-    duplicates: int
-    conflicting: int
-    contradictory_inputs: int
-    distinct_inputs: int
-    leaked: int
+    duplicates: int = 0
+    conflicting: int = 0
+    contradictory_inputs: int = 0
+    distinct_inputs: int = 0
+    leaked: int = 0
 
 
-def drop_duplicates(parts: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], CopyCounts]:
-    """Return one row for each input, none where the labels differ, and what was dropped.
+def drop_duplicates(splits: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], CopyCounts]:
+    """Return one row for each input, none where the labels differ, and the counts of the dropped.
 
     Args:
-        parts: rows by train, validation and test; only train is required.
+        splits: rows by train, validation and test; only train is required.
     """
     copies: dict[tuple[str, ...], list[tuple[str, Row]]] = defaultdict(list)
-    for part in SPLIT_PRIORITY:
-        for row in parts.get(part, []):
-            copies[normalize_content(row.content)].append((part, row))
-    remaining: dict[str, list[Row]] = {part: [] for part in parts}
+    for split in SPLIT_PRIORITY:
+        for row in splits.get(split, []):
+            copies[normalize_content(row.content)].append((split, row))
+    remaining: dict[str, list[Row]] = {split: [] for split in splits}
     duplicates = conflicting = contradictory = leaked = 0
     for same in copies.values():
         if len({_round_target(row.label) for _, row in same}) > 1:
@@ -58,8 +78,8 @@ def drop_duplicates(parts: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], 
             continue
         duplicates += len(same) - 1
         first = same[0][0]
-        leaked += sum(part != first for part, _ in same)
-        candidates = [row for part, row in same if part == first]
+        leaked += sum(split != first for split, _ in same)
+        candidates = [row for split, row in same if split == first]
         remaining[first].append(
             min(candidates, key=lambda row: (row.group or "", row.content, row.index))
         )
@@ -67,7 +87,7 @@ def drop_duplicates(parts: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], 
 
 
 def _round_target(label: Label) -> Label:
-    """Return a target as float32 holds it: parquet may have rounded what a csv has in full."""
+    """Return a target as float32 holds it: Parquet may have rounded what a csv has in full."""
     if not isinstance(label, float):
         return label
     with np.errstate(over="ignore"):
@@ -75,7 +95,7 @@ def _round_target(label: Label) -> Label:
 
 
 def count_near_images(rows: dict[str, list[Row]]) -> int:
-    """Return how many pictures are near copies of one in a split that is seen before their own.
+    """Return how many images of validation and test are near copies of one in an earlier split.
 
     Those are of validation near one of train, and of test near one of either. Near copies are
     re-encoded or resized: their perceptual hashes differ in a few bits.
@@ -87,10 +107,142 @@ def count_near_images(rows: dict[str, list[Row]]) -> int:
     return _count_near(validation, train) + _count_near(test, np.concatenate([train, validation]))
 
 
-def _count_near(codes: np.ndarray, others: np.ndarray) -> int:
+def _count_near(hashes: np.ndarray, others: np.ndarray) -> int:
     """Count the hashes (n,) that are near one of the others (m,), all uint64."""
-    near, step = 0, max(1, CHUNK_PAIRS // max(1, others.size))
-    for start in range(0, codes.size if others.size else 0, step):
-        differing = np.bitwise_count(codes[start : start + step, None] ^ others)
-        near += int((differing <= MAX_HASH_DISTANCE).any(1).sum())
-    return near
+    count, step = 0, max(1, CHUNK_PAIRS // max(1, others.size))
+    for start in range(0, hashes.size if others.size else 0, step):
+        distances = np.bitwise_count(hashes[start : start + step, None] ^ others)
+        count += int((distances <= MAX_HASH_DISTANCE).any(1).sum())
+    return count
+
+
+class NearTextIndex:
+    """Index texts so that `text in index` says whether one of them is the same or nearly so.
+
+    Near means: the Jaccard similarity of the sets of their shingles, three lower-cased words each,
+    is at least `threshold`. A text of fewer words is one shingle, so it must be the same.
+    Candidates come from MinHash (Broder 1997) and are then compared, so there are no false hits.
+
+    A text S is compared only if at least `threshold` of its shingles occur anywhere in the indexed
+    texts. No other can be near: for each indexed text M, with U the union of all,
+    |S and M| / |S or M| <= |S and M| / |S| <= |S and U| / |S|.
+
+    An indexed text of at least `MIN_QUOTED_SHINGLES` is also found inside a longer text: at least
+    `threshold` of its shingles are among those of the longer one.
+
+    Args:
+        texts: those to index.
+        threshold: the least similarity, above 0 and at most 1.
+    """
+
+    def __init__(self, texts: Iterable[str], threshold: float = 0.8) -> None:
+        self._threshold = threshold
+        distinct = {frozenset(build_shingles(text)) for text in texts}
+        self._indexed = sorted(distinct, key=sorted)
+        self._union = frozenset().union(*self._indexed)
+        self._numbers_by_shingle: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        self._lsh = MinHashLSH(num_perm=LSH_BANDS * LSH_ROWS, params=(LSH_BANDS, LSH_ROWS))
+        for number, shingles in enumerate(self._indexed):
+            if len(shingles) >= MIN_QUOTED_SHINGLES:
+                for shingle in shingles:
+                    self._numbers_by_shingle[shingle].append(number)
+            self._lsh.insert(number, _compute_minhash(shingles))
+
+    def __contains__(self, text: str) -> bool:
+        shingles = build_shingles(text)
+        if self._has_quotation(shingles):
+            return True
+        if len(shingles & self._union) / len(shingles) < self._threshold:
+            return False
+        candidates: list[Any] = self._lsh.query(_compute_minhash(shingles))
+        return any(
+            _compute_jaccard(shingles, self._indexed[i]) >= self._threshold for i in candidates
+        )
+
+    def _has_quotation(self, shingles: Shingles) -> bool:
+        """Return whether an indexed text occurs inside a text of these shingles."""
+        counts = Counter(
+            number for shingle in shingles for number in self._numbers_by_shingle.get(shingle, ())
+        )
+        return any(n >= self._threshold * len(self._indexed[i]) for i, n in counts.items())
+
+
+class NearImageIndex:
+    """Index images so that `canvas in index` says whether one of them is the same or nearly so.
+
+    Near means: their perceptual hashes, the signs of the 64 lowest frequencies against their median
+    (Zauner 2010), differ in at most `distance` bits. Of a flat image, whose hash is the rounding
+    of its pixels, only an exact copy is near.
+
+    Args:
+        canvases: those to index, each (3, height, width) uint8.
+        distance: the largest number of differing bits.
+    """
+
+    def __init__(
+        self, canvases: Iterable[np.ndarray], distance: int = MAX_HASH_DISTANCE
+    ) -> None:
+        self._distance = distance
+        self._flat: set[tuple[tuple[int, ...], bytes]] = set()
+        hashes = []
+        for canvas in canvases:
+            image = _convert_to_grey(canvas)
+            if _is_flat(image):
+                self._flat.add(_build_exact_key(canvas))
+            else:
+                hashes.append(_compute_hash_bits(image))
+        self._hashes = np.array(hashes, dtype=np.uint64)
+
+    def __contains__(self, canvas: np.ndarray) -> bool:
+        image = _convert_to_grey(canvas)
+        if _is_flat(image):
+            return _build_exact_key(canvas) in self._flat
+        distances = np.bitwise_count(self._hashes ^ _compute_hash_bits(image))
+        return bool((distances <= self._distance).any())
+
+
+def build_shingles(text: str) -> Shingles:
+    """Return the runs of three words, or all words where there are fewer; never empty.
+
+    Words are those of the normalized text: a copy in another Unicode form is the same text.
+    """
+    normalized = normalize_text(text)
+    words = WORD.findall(normalized)
+    if len(words) < SHINGLE_WORDS:
+        # A text without words, such as a row of signs, is compared as it is.
+        return {tuple(words) or (normalized or text.strip(),)}
+    return set(zip(words, words[1:], words[2:], strict=False))
+
+
+def _compute_jaccard(one: Shingles, other: frozenset[tuple[str, ...]]) -> float:
+    common = len(one & other)
+    return common / (len(one) + len(other) - common)
+
+
+def _compute_minhash(shingles: Iterable[tuple[str, ...]]) -> MinHash:
+    minhash = MinHash(num_perm=LSH_BANDS * LSH_ROWS, seed=MINHASH_SEED)
+    minhash.update_batch([" ".join(words).encode() for words in shingles])
+    return minhash
+
+
+def compute_perceptual_hash(image: Image.Image) -> int | None:
+    """Return the 64-bit hash that survives re-encoding and resizing; None for a flat image."""
+    grey = image.convert("L")
+    return None if _is_flat(grey) else int(_compute_hash_bits(grey))
+
+
+def _convert_to_grey(canvas: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(canvas.transpose(1, 2, 0))).convert("L")
+
+
+def _is_flat(image: Image.Image) -> bool:
+    return float(np.asarray(image).std()) < MAX_FLAT_DEVIATION
+
+
+def _compute_hash_bits(image: Image.Image) -> np.uint64:
+    """Return the perceptual hash as a number."""
+    return np.packbits(phash(image).hash.reshape(-1)).view(np.uint64)[0]
+
+
+def _build_exact_key(canvas: np.ndarray) -> tuple[tuple[int, ...], bytes]:
+    return canvas.shape, canvas.tobytes()

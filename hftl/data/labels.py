@@ -1,4 +1,8 @@
-"""Tagging schemes: how the tags of words mark entities (BIO, BIOES, BILOU, IO and their like)."""
+"""Encode labels as targets, decode logits into labels, and read tagging schemes of entities.
+
+A predicted or stored answer is a `Label`: a class name, a target, the sorted names that hold, or a
+tuple of tags. Tags may follow any scheme (BIO, BIOES, BILOU, IO and the like).
+"""
 
 import re
 from collections import defaultdict
@@ -8,9 +12,9 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from scipy.special import expit
+from scipy.special import expit, softmax
 
-from hftl.data.load import Label, Row
+from hftl.data.rows import Label, Row
 from hftl.errors import DataError
 
 SCHEME_MARKERS = {
@@ -18,22 +22,31 @@ SCHEME_MARKERS = {
 }  # fmt: skip
 """The markers of each scheme, the simplest scheme first."""
 SEQEVAL_MARKERS = {"B": "B", "I": "I", "M": "I", "E": "E", "L": "E", "S": "S", "U": "S", "W": "S"}
-"""Each marker as seqeval knows it."""
+"""Each marker in the form that seqeval reads."""
 STANDALONE_MARKERS = frozenset("BISUW")
-"""Markers that can be all a corpus has: an end needs a beginning or an inside."""
+"""Markers that may occur without others: an end needs a beginning or an inside."""
 PREFIX_MARKER = re.compile(r"([BIESLUMW])([-_:.|])(.+)", re.IGNORECASE | re.DOTALL)
 SUFFIX_MARKER = re.compile(r"(.+)([-_:.|])([BIESLUMW])", re.IGNORECASE | re.DOTALL)
 NUMERIC_TAG = re.compile(r"[+-]?\d+|LABEL_\d+")
 """Tags that are ids; the second form is transformers' for a class without a name."""
+MIN_TARGET_SPREAD, MAX_TARGET_SIZE = 1e-30, 1e30
+"""The least spread and the largest size of targets whose weights and squares float32 holds."""
+MAX_ROUNDING_SHARE = 0.1
+"""The share of the targets' spread that float32's rounding may be: its error is a third of that."""
+MULTI_LABEL_THRESHOLD = 0.5
+"""A multi-label class is predicted above this probability."""
+
+TagParts = tuple[str, str, bool]
+"""A marker, an entity type, and whether it is written in the usual form, upper case and a dash."""
 
 
 @dataclass(frozen=True)
 class TagScheme:
-    """Say how the tags of a task mark entities.
+    """Describe how the tags of a task mark entities.
 
-    `name` is one of `SCHEME_MARKERS`, or IO, where a run of words with one tag is one entity. `outside`
-    is the tag of words that belong to no entity, None where there is none. `standard` has each tag
-    in the form that seqeval reads, `B-PER` or `O`.
+    `name` is one of `SCHEME_MARKERS`, or IO, where a run of words with one tag is one entity.
+    `outside` is the tag of words that belong to no entity, None where there is none. `standard`
+    maps each tag to the form that seqeval reads, `B-PER` or `O`.
     """
 
     name: str
@@ -46,13 +59,12 @@ class TagScheme:
 
     @property
     def types(self) -> list[str]:
-        """The types of entities, sorted."""
+        """Return the types of entities, sorted."""
         return sorted({get_entity_type(tag) for tag in self.standard.values()} - {""})
 
 
 def get_entity_type(tag: str) -> str:
-    """Return the entity type of a tag that seqeval reads: `PER` of `B-PER`, `_` of `B`; empty for
-    `O`."""
+    """Return the entity type of a tag in seqeval's form: `PER` of `B-PER`, `_` of `B`, none of `O`."""
     return "" if tag == "O" else tag[2:] or "_"
 
 
@@ -63,15 +75,15 @@ def find_outside_tag(names: Sequence[str]) -> str | None:
 
 @lru_cache(maxsize=64)
 def recognize_tag_scheme(names: tuple[str, ...], where: str = "") -> TagScheme:
-    """Recognise the scheme of a task's tags.
+    """Recognize the scheme of a task's tags.
 
     Markers are read where every tag but `O` has one, before or after its type, and one scheme has
-    them all. Tags without markers are bare names (IO); so are names that only look like marked
-    ones, as `B-cell` beside `DNA`.
+    them all. Tags without markers are bare names (IO), and so are names that only look marked, such
+    as `B-cell` beside `DNA`.
 
     Args:
         names: all the tags, as train has them.
-        where: what stands before the message of an error.
+        where: prefix of an error's message.
 
     Raises:
         DataError: if a tag is an id, or if some tags have markers and others have none.
@@ -79,6 +91,7 @@ def recognize_tag_scheme(names: tuple[str, ...], where: str = "") -> TagScheme:
     _refuse_numeric_tags(names, where)
     tags = [name for name in names if name.upper() != "O"]
     standard = {name: "O" for name in names if name.upper() == "O"}
+    outside = find_outside_tag(names)
     for split in (_split_prefix, _split_suffix):
         parts = {tag: part for tag in tags if (part := split(tag)) is not None}
         scheme = _match_scheme(parts)
@@ -86,19 +99,13 @@ def recognize_tag_scheme(names: tuple[str, ...], where: str = "") -> TagScheme:
             marked = {
                 tag: f"{SEQEVAL_MARKERS[marker]}-{kind}" for tag, (marker, kind, _) in parts.items()
             }
-            return TagScheme(scheme, find_outside_tag(names), standard | marked)
+            return TagScheme(scheme, outside, standard | marked)
         if _has_marked_type(parts):
             _refuse_mixed_markers(parts, tags, where)
     if {"B", "I"} <= set(tags) <= set(SEQEVAL_MARKERS):
-        # One kind of entity, without a name.
-        return TagScheme(
-            "BIO", find_outside_tag(names), standard | {tag: SEQEVAL_MARKERS[tag] for tag in tags}
-        )
-    return TagScheme("IO", find_outside_tag(names), standard | {tag: f"I-{tag}" for tag in tags})
-
-
-TagParts = tuple[str, str, bool]
-"""A marker, an entity type, and whether it is written in the usual form, upper case and a dash."""
+        # One type of entity, without a name.
+        return TagScheme("BIO", outside, standard | {tag: SEQEVAL_MARKERS[tag] for tag in tags})
+    return TagScheme("IO", outside, standard | {tag: f"I-{tag}" for tag in tags})
 
 
 def _split_prefix(tag: str) -> TagParts | None:
@@ -112,7 +119,7 @@ def _split_suffix(tag: str) -> TagParts | None:
 
 
 def _refuse_numeric_tags(names: Sequence[str], where: str) -> None:
-    """Raise for tags that are ids: whether one begins an entity, is inside or outside is not said.
+    """Refuse tags that are ids: they do not say what begins an entity, is inside or outside.
 
     Raises:
         DataError: naming them.
@@ -128,19 +135,18 @@ def _refuse_numeric_tags(names: Sequence[str], where: str) -> None:
 
 
 def _match_scheme(parts: Mapping[str, TagParts]) -> str | None:
-    """The simplest scheme that has all markers; None where the tags are no scheme's."""
+    """Return the simplest scheme that has all markers; None where no scheme has them."""
     markers = {marker for marker, _, _ in parts.values()}
-    usual = all(form for _, _, form in parts.values())
-    if not markers & STANDALONE_MARKERS or not (usual or _has_marked_type(parts)):
+    is_usual = all(form for _, _, form in parts.values())
+    if not markers & STANDALONE_MARKERS or not (is_usual or _has_marked_type(parts)):
         return None
     if markers & set("EL") and not markers & set("BI"):
         return None
-    return next((name for name, has in SCHEME_MARKERS.items() if markers <= set(has)), None)
+    return next((n for n, letters in SCHEME_MARKERS.items() if markers <= set(letters)), None)
 
 
 def _has_marked_type(parts: Mapping[str, TagParts]) -> bool:
-    """Return whether a type has two markers, the first or inner of an entity among them: no name
-    only looks like that."""
+    """Return whether a type has two markers, one of them B or I: ordinary names never look so."""
     markers = defaultdict(set)
     for marker, kind, _ in parts.values():
         markers[kind].add(marker)
@@ -148,45 +154,32 @@ def _has_marked_type(parts: Mapping[str, TagParts]) -> bool:
 
 
 def _refuse_mixed_markers(parts: Mapping[str, TagParts], tags: Sequence[str], where: str) -> None:
-    """Raise for markers of several schemes, or tags with markers beside tags without.
+    """Refuse markers of several schemes, or tags with markers beside tags without.
 
     Raises:
         DataError: naming a tag of each.
     """
     bare = [tag for tag in tags if tag not in parts]
     if bare:
-        what = f"some tags have a marker ({min(parts)}), and others have none ({min(bare)})"
+        fault = f"some tags have a marker ({min(parts)}), and others have none ({min(bare)})"
     else:
         markers = sorted({marker for marker, _, _ in parts.values()})
-        what = f"the tags have the markers {', '.join(markers)}, which no one scheme has"
+        fault = f"the tags have the markers {', '.join(markers)}, which no one scheme has"
     raise DataError(
-        f"{where}{what}",
+        f"{where}{fault}",
         f"Write all tags in one scheme: {', '.join(SCHEME_MARKERS)}, or names without markers",
     )
 
 
-# What each task's labels and outputs mean: as targets to learn, and as answers to measure.
-#
-# A told answer is a `Label`: a class name, a number, a sorted tuple of names, a tuple of tags.
-
-
-MIN_TARGET_SPREAD, MAX_TARGET_SIZE = 1e-30, 1e30
-"""The least spread and the largest size of targets whose weights and squares float32 holds."""
-MAX_ROUNDING_SHARE = 0.1
-"""The share of the targets' spread that float32's rounding may be: its error is a third of that."""
-MULTI_LABEL_THRESHOLD = 0.5
-"""A multi-label class is predicted above this probability."""
-
-
 def get_label_names(label: Label, task: str) -> tuple[str, ...]:
-    """The class names that a label speaks of; none for regression."""
+    """Return the class names that a label contains; none for regression."""
     if task == "regression":
         return ()
     return label if isinstance(label, tuple) else (str(label),)
 
 
 def encode_targets(labels: Sequence[Label], task: str, names: Sequence[str]) -> np.ndarray:
-    """What is learnt.
+    """Return the training targets of labels.
 
     Returns:
         classification: (rows,) int64 class ids; regression: (rows,) float64; multi-label:
@@ -196,28 +189,27 @@ def encode_targets(labels: Sequence[Label], task: str, names: Sequence[str]) -> 
     if task == "regression":
         return np.array(labels, dtype=np.float64)
     if task == "multi-label":
-        found = np.zeros((len(labels), len(names)))
+        targets = np.zeros((len(labels), len(names)))
         for row, label in enumerate(labels):
-            found[row, [ids[name] for name in get_label_names(label, task)]] = 1
-        return found
-    return np.array(
-        [ids[n] for label in labels for n in get_label_names(label, task)], dtype=np.int64
-    )
+            targets[row, [ids[name] for name in get_label_names(label, task)]] = 1
+        return targets
+    class_ids = [ids[name] for label in labels for name in get_label_names(label, task)]
+    return np.array(class_ids, dtype=np.int64)
 
 
 def encode_for_metrics(
     labels: Sequence[Label], task: str, names: Sequence[str], scheme: TagScheme | None = None
 ) -> np.ndarray:
-    """Return what metrics compare.
+    """Return labels or predictions in the form that metrics compare.
 
-    That is `encode_targets`; for tokens one entry a row, a tuple of tags in the form that seqeval reads,
-    whatever scheme they are written in.
+    That is `encode_targets`; for tokens one entry a row, a tuple of tags in the form that seqeval
+    reads, whatever scheme they are written in.
 
     Args:
         labels: those of the rows, or predictions.
         task: the recipe's.
         names: the classes in the order of their ids.
-        scheme: of the tags; None: recognised from the names.
+        scheme: of the tags; None to recognize it from the names.
 
     Raises:
         DataError: if the tags are of no scheme.
@@ -234,11 +226,11 @@ def encode_for_metrics(
 def decode_logits(
     logits: np.ndarray, task: str, names: list[str], words: Sequence[int]
 ) -> tuple[list[Label], list[Any]]:
-    """The answers that logits give, and their scores.
+    """Return the predicted labels of logits, and their scores.
 
     Args:
         logits: (rows, outputs), for tokens (words, outputs), row after row; a word that was cut
-            off has NaN throughout and is told to be outside.
+            off has NaN throughout and is predicted to be outside.
         task: the recipe's.
         names: the classes in the order of their ids.
         words: how many words each row has, for tokens.
@@ -247,59 +239,64 @@ def decode_logits(
         A label a row; and its scores: probabilities by class, a target's value, or for tokens the
         probabilities of each word, None for one that was cut off.
     """
-    wide = logits.astype(np.float64)
+    logits = logits.astype(np.float64)
     if task == "regression":
-        return wide[:, 0].tolist(), wide.tolist()
+        return logits[:, 0].tolist(), logits.tolist()
     if task == "multi-label":
-        scores = expit(wide)
-        return [tuple(n for n, p in zip(names, row, strict=True) if p > MULTI_LABEL_THRESHOLD)
-                for row in scores], scores.tolist()  # fmt: skip
-    scores = _softmax(wide)
+        scores = expit(logits)
+        labels: list[Label] = [
+            tuple(name for name, p in zip(names, row, strict=True) if p > MULTI_LABEL_THRESHOLD)
+            for row in scores
+        ]
+        return labels, scores.tolist()
+    scores = softmax(logits, axis=1)
     if task == "classification":
         return [names[i] for i in scores.argmax(1)], scores.tolist()
+    return _decode_words(scores, names, words)
+
+
+def _decode_words(
+    scores: np.ndarray, names: list[str], words: Sequence[int]
+) -> tuple[list[Label], list[Any]]:
+    """Return a tuple of tags a row and the scores of each word, for scores (words, outputs)."""
     outside = names.index(find_outside_tag(names) or names[0])
-    cut = np.isnan(scores[:, 0])
-    best = np.where(cut, outside, np.nan_to_num(scores).argmax(1))
-    known = [None if gone else word for gone, word in zip(cut, scores.tolist(), strict=True)]
+    is_cut = np.isnan(scores[:, 0])
+    best = np.where(is_cut, outside, np.nan_to_num(scores).argmax(1))
+    by_word = [None if cut else word for cut, word in zip(is_cut, scores.tolist(), strict=True)]
     ends = np.cumsum(words)
     labels: list[Label] = [tuple(names[i] for i in row) for row in np.split(best, ends[:-1])]
-    return labels, [known[end - count : end] for end, count in zip(ends, words, strict=True)]
-
-
-def _softmax(wide: np.ndarray) -> np.ndarray:
-    shifted = np.exp(wide - wide.max(1, keepdims=True))
-    return shifted / shifted.sum(1, keepdims=True)
+    return labels, [by_word[end - count : end] for end, count in zip(ends, words, strict=True)]
 
 
 def check_targets(rows: Sequence[Row]) -> None:
-    """Refuse regression targets from which nothing can be learnt, or none in float32.
+    """Refuse regression targets that cannot be learned, at all or in float32.
 
     Args:
-        rows: those of train.
+        rows: the training rows.
 
     Raises:
-        DataError: if all targets are the same, or float32 cannot tell them apart where they lie.
+        DataError: if all targets are the same, or float32 cannot distinguish them.
     """
     targets = np.array([row.label for row in rows], dtype=np.float64)
     if not len(targets):
         return
-    far, spread = float(np.abs(targets).max()), float(targets.std())
+    largest, spread = float(np.abs(targets).max()), float(targets.std())
     if np.ptp(targets) == 0:
         raise DataError(
             f"data.train.label: every target of train is {targets[0]:g}, and there is nothing to "
             "learn",
             "Check data.train.label and the file",
         )
-    if not MIN_TARGET_SPREAD < spread or not far < MAX_TARGET_SIZE:
+    if not MIN_TARGET_SPREAD < spread or not largest < MAX_TARGET_SIZE:
         raise DataError(
-            f"data.train.label: the targets reach {far:g} with a standard deviation of "
+            f"data.train.label: the targets reach {largest:g} with a standard deviation of "
             f"{spread:g}, which float32 cannot hold",
             "Give them in another unit",
         )
-    step = float(np.spacing(np.float32(far)))
+    step = float(np.spacing(np.float32(largest)))
     if step > MAX_ROUNDING_SHARE * spread:
         raise DataError(
-            f"data.train.label: near {far:g} float32 tells numbers {step:g} apart, and the "
+            f"data.train.label: near {largest:g} float32 tells numbers {step:g} apart, and the "
             f"targets' standard deviation is {spread:g}",
             f"Subtract a constant from the targets, for instance {targets.mean():.6g}",
         )

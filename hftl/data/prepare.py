@@ -1,7 +1,7 @@
-"""The data stage: load, drop duplicates, split, and keep the rows by what they say.
+"""Prepare the data of a run: load, drop duplicates, split, and store the rows by content.
 
-The rows of every split are stored, so that later phases and runs read one file and not the
-user's; data count by content, wherever they lie and in whatever order.
+The rows of every split are stored, so that later stages and runs read one file and not the user's.
+The same content is the same data, wherever the files are and in whatever order.
 """
 
 import hashlib
@@ -14,27 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from hftl.config.data import Data, Fraction, Table
 from hftl.data import labels
 from hftl.data.duplicates import CopyCounts, count_near_images, drop_duplicates
-from hftl.data.images import count_narrow_images
-from hftl.data.labels import check_targets, get_label_names, recognize_tag_scheme
-from hftl.data.load import (
-    BadRows,
-    InputSpec,
-    Row,
-    get_table_folder,
-    load_rows,
-    read_rows,
-    read_table,
-    resolve_revisions,
-    write_rows,
-)
+from hftl.data.images import NarrowCount, count_narrow_images
+from hftl.data.labels import TagScheme, check_targets, get_label_names, recognize_tag_scheme
+from hftl.data.load import load_rows
 from hftl.data.normalization import is_integer_name
-from hftl.data.splits import TASKS_WITHOUT_CLASS_SHOTS, draw_shots, hash_row, take_stratified
+from hftl.data.rows import BadRow, BadRows, InputSpec, Row, read_rows, write_rows
+from hftl.data.splits import (
+    TASKS_WITHOUT_CLASS_SHOTS,
+    draw_shots,
+    hash_row,
+    take_stratified,
+)
+from hftl.data.tables import get_table_folder, read_table, resolve_revisions
 from hftl.errors import DataError
-from hftl.runtime import paths as places
+from hftl.runtime import paths
 from hftl.runtime.fingerprints import fingerprint, to_json
 
 SPLITS = ("train", "validation", "test")
@@ -42,190 +40,214 @@ UNTYPED_SUFFIXES = (".csv", ".tsv")
 """Suffixes of tables whose cells have no type: what looks like an integer is one."""
 
 
+class DataFacts(BaseModel, frozen=True):
+    """Describe the prepared data, as the record's section `data` holds it.
+
+    The fields with a default are missing from run folders of older versions.
+    """
+
+    task: str | None
+    modality: str
+    rows_read: int
+    bad_rows: int
+    bad_rows_listed: list[BadRow]
+    duplicates: int
+    conflicting: int
+    contradictory_inputs: int = 0
+    distinct_inputs: int = 0
+    leaked: int
+    near_pictures: int = 0
+    narrow_pictures: NarrowCount | None = None
+    splits: dict[str, int]
+    labels: list[str]
+    label_type: str = "text"
+    label_counts: dict[str, dict[str, int]] | None
+    fingerprint: str
+    hub_revisions: dict[str, str | None]
+    tag_scheme: TagScheme | None = None
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the record's keys; `tag_scheme` is one for token-classification only."""
+        return self.model_dump(exclude={"tag_scheme"} if self.tag_scheme is None else None)
+
+
 @dataclass(frozen=True)
 class PreparedData:
-    """The rows of each split, in an order of their own content.
+    """Hold the rows of each split, in an order of their own content.
 
     `names` are the classes in the order of their ids, empty for regression. `modality` is what the
-    encoder reads. `facts` is what the record tells about the data.
+    encoder reads.
     """
 
     task: str
     modality: str
     names: list[str]
     rows: dict[str, list[Row]]
-    facts: dict[str, Any]
+    facts: DataFacts
 
     def encode_targets(self, rows: list[Row]) -> np.ndarray:
-        """What the rows teach, see `answers.targets`."""
+        """Return the training targets of rows, see `labels.encode_targets`."""
         return labels.encode_targets([row.label for row in rows], self.task, self.names)
 
     def encode_for_metrics(self, rows: list[Row]) -> np.ndarray:
-        """What metrics compare predictions with, see `answers.measured`."""
+        """Return the labels of rows for metrics, see `labels.encode_for_metrics`."""
         return labels.encode_for_metrics([row.label for row in rows], self.task, self.names)
 
     def count_words(self, rows: list[Row]) -> list[int]:
-        """How many outputs each row has: its words for tokens, else one."""
-        tokens = self.task == "token-classification"
-        return [len(row.content) if tokens else 1 for row in rows]
+        """Return how many outputs each row has: its words for tokens, else one."""
+        is_tokens = self.task == "token-classification"
+        return [len(row.content) if is_tokens else 1 for row in rows]
 
     def draw_train_rows(self, shots: int | None, seed: int) -> list[Row]:
-        """The rows that an arm of this seed learns from."""
+        """Return the training rows of an arm of this seed."""
         drawn = draw_shots(self.rows["train"], shots, self.task, seed)
         return sorted(drawn, key=hash_row)
 
 
-def prepare_data(data: Data, reading: InputSpec = InputSpec()) -> PreparedData:  # noqa: B008 (immutable)
-    """Loads and splits, as the encoder that reads them needs it.
+def prepare_data(data: Data, spec: InputSpec = InputSpec()) -> PreparedData:  # noqa: B008 (immutable)
+    """Load and split the data for the encoder that reads them.
 
     Raises:
-        DataError: see `load`; also for one class, a split left empty, a class train never has, or
-            fewer rows than `shots`.
-        HubError: if a hub dataset cannot be had.
+        DataError: see `load_rows`; also for one class, a split left empty, a class that train does
+            not have, or fewer rows than `shots`.
+        HubError: if a Hub dataset cannot be read.
     """
     if data.task is None:
-        return _prepare_without_task(data, reading)
+        return _prepare_without_task(data, spec)
     task = data.task
     bad = BadRows(skip=data.bad_rows == "skip")
-    tables = {s: getattr(data, s) for s in SPLITS if isinstance(getattr(data, s), Table)}
-    loaded = {s: load_rows(data, s, bad, reading) for s in tables}
-    read = sum(map(len, loaded.values()))
-    narrow = count_narrow_images(row.levels for part in loaded.values() for row in part)
-    kept, counts = drop_duplicates(loaded)
-    if counts.conflicting and not kept["train"]:
+    tables = [split for split in SPLITS if isinstance(getattr(data, split), Table)]
+    loaded = {split: load_rows(data, split, bad, spec) for split in tables}
+    narrow = count_narrow_images(row.levels for rows in loaded.values() for row in rows)
+    distinct, counts = drop_duplicates(loaded)
+    if counts.conflicting and not distinct["train"]:
         raise DataError(
             f"every input of train has two different labels, there or in another table "
             f"({counts.conflicting} rows)",
-            f"Correct the {'targets' if task == 'regression' else 'labels'}{suggest_multi_label(task)}",
+            f"Correct the {'targets' if task == 'regression' else 'labels'}"
+            f"{suggest_multi_label(task)}",
         )
-    rows = _split_rows(kept, data, task, counts)
+    rows = _split_rows(distinct, data, task, counts)
     if data.shots is not None:
-        known = {name for row in rows["train"] for name in get_label_names(row.label, task)}
-        size = data.shots * (1 if task in TASKS_WITHOUT_CLASS_SHOTS else len(known))
-        if len(rows["validation"]) > size:
-            rows["validation"], _ = take_stratified(
-                rows["validation"], size, task, data.seed, "cut"
-            )
-    rows = {split: sorted(found, key=hash_row) for split, found in rows.items()}
+        rows["validation"] = _cut_validation(rows, data.shots, task, data.seed)
+    rows = {split: sorted(members, key=hash_row) for split, members in rows.items()}
     names = _list_class_names(rows, task)
     _check_label_columns(data.train, names)
-    facts = {
-        "task": task,
-        "modality": reading.modality,
-        "rows_read": read + bad.count,
-        "bad_rows": bad.count,
-        "bad_rows_listed": bad.dropped,
+    is_tokens = task == "token-classification"
+    facts = DataFacts(
+        task=task,
+        modality=spec.modality,
+        rows_read=sum(map(len, loaded.values())) + bad.count,
+        bad_rows=bad.count,
+        bad_rows_listed=bad.dropped,
         **asdict(counts),
-        "near_pictures": count_near_images(rows),
-        "narrow_pictures": None if narrow is None else asdict(narrow),
-        "splits": {split: len(found) for split, found in rows.items()},
-        "labels": names,
-        "label_type": _find_label_type(data, reading, names),
-        "label_counts": _count_labels(rows, task),
-        "fingerprint": fingerprint({s: [_identify_row(r) for r in rows[s]] for s in SPLITS}),
-        "hub_revisions": resolve_revisions(data),
-    }
-    if task == "token-classification":
-        facts["tag_scheme"] = asdict(recognize_tag_scheme(tuple(names), "data.train.label: "))
-    prepared = PreparedData(task, reading.modality, names, rows, facts)
+        near_pictures=count_near_images(rows),
+        narrow_pictures=narrow,
+        splits={split: len(members) for split, members in rows.items()},
+        labels=names,
+        label_type=_find_label_type(data, spec, names),
+        label_counts=_count_labels(rows, task),
+        fingerprint=fingerprint({s: [_identify_row(r) for r in rows[s]] for s in SPLITS}),
+        hub_revisions=resolve_revisions(data),
+        tag_scheme=recognize_tag_scheme(tuple(names), "data.train.label: ") if is_tokens else None,
+    )
     draw_shots(rows["train"], data.shots, task, data.seed)
-    return prepared
+    return PreparedData(task, spec.modality, names, rows, facts)
 
 
-def _prepare_without_task(data: Data, reading: InputSpec) -> PreparedData:
-    """What there is without a task: no labelled row."""
-    empty = dict.fromkeys(SPLITS, 0)
-    facts = {
-        "task": None, "modality": reading.modality, "rows_read": 0, "bad_rows": 0,
-        "bad_rows_listed": [], **asdict(CopyCounts(0, 0, 0, 0, 0)), "near_pictures": 0,
-        "narrow_pictures": None,
-        "splits": empty, "labels": [], "label_type": "text", "label_counts": None,
-        "fingerprint": fingerprint({}),
-        "hub_revisions": resolve_revisions(data),
-    }  # fmt: skip
-    return PreparedData("", reading.modality, [], {split: [] for split in SPLITS}, facts)
+def _prepare_without_task(data: Data, spec: InputSpec) -> PreparedData:
+    """Return the data of a recipe that only adapts: no labelled row."""
+    facts = DataFacts(
+        task=None, modality=spec.modality, rows_read=0, bad_rows=0, bad_rows_listed=[],
+        **asdict(CopyCounts()), splits=dict.fromkeys(SPLITS, 0), labels=[], label_counts=None,
+        fingerprint=fingerprint({}), hub_revisions=resolve_revisions(data),
+    )  # fmt: skip
+    return PreparedData("", spec.modality, [], {split: [] for split in SPLITS}, facts)
 
 
-def write_prepared_data(prepared: PreparedData, folder: Path, files: str) -> None:
-    """Stores the rows and facts; `files` is the digest of the user's own files."""
+def write_prepared_data(prepared: PreparedData, folder: Path, digest: str) -> None:
+    """Store rows and facts, with the `hash_data_files` that they were read under."""
     write_rows({split: prepared.rows[split] for split in SPLITS}, folder)
-    facts = {"facts": prepared.facts, "files": files}
-    (folder / "facts.json").write_text(to_json(facts), encoding="utf-8")
+    tree = {"facts": prepared.facts.to_record(), "files": digest}
+    (folder / "facts.json").write_text(to_json(tree), encoding="utf-8")
 
 
 def read_prepared_data(folder: Path) -> PreparedData:
-    """What `write_prepared_data` stored."""
-    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))["facts"]
+    """Return what `write_prepared_data` stored."""
+    tree = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    facts = DataFacts.model_validate(tree["facts"])
     rows = read_rows(folder, SPLITS)
-    return PreparedData(facts["task"] or "", facts["modality"], facts["labels"], rows, facts)
+    return PreparedData(facts.task or "", facts.modality, facts.labels, rows, facts)
+
+
+def read_stored_digest(folder: Path) -> str:
+    """Return the `hash_data_files` that the stored rows were read under."""
+    return json.loads((folder / "facts.json").read_text(encoding="utf-8"))["files"]
 
 
 def hash_data_files(data: Data, modality: str = "text", parts: Sequence[str] = SPLITS) -> str:
-    """A hash of the bytes of every local file of these tables; hub ids count by name."""
+    """Return a hash of the bytes of every local file of these tables; Hub ids count by name."""
     digest = hashlib.sha256()
-    for split in parts:
-        table = getattr(data, split)
+    for part in parts:
+        table = getattr(data, part)
         if isinstance(table, Fraction):
             continue
-        path = places.resolve_local_path(table.path, f"data.{split}.path")
+        path = paths.resolve_local_path(table.path, f"data.{part}.path")
         if path is None or not path.exists():
-            digest.update(f"{split} {table.model_dump_json()}".encode())
+            digest.update(f"{part} {table.model_dump_json()}".encode())
             continue
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
         if path.is_file() and modality == "image":
-            files += _find_named_images(table, split)
+            files += _find_named_images(table, part)
         for file in files:
-            inside = os.path.relpath(file, path)
-            digest.update(f"{split} {inside} {file.stat().st_size}".encode())
+            relative = os.path.relpath(file, path)
+            digest.update(f"{part} {relative} {file.stat().st_size}".encode())
             with open(file, "rb") as handle:
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
 
 
-def _find_named_images(table: Table, split: str) -> list[Path]:
-    """The picture files that a table names and that are there; none where it holds them itself."""
-    folder = get_table_folder(table, split) or Path()
-    _, raws = read_table(table, split, "image")
-    named = (raw.values.get(table.image) for raw in raws)
-    first = next(named, None)
+def _find_named_images(table: Table, part: str) -> list[Path]:
+    """Return the image files that a table names and that exist; none if it holds the images."""
+    folder = get_table_folder(table, part) or Path()
+    _, raws = read_table(table, part, "image")
+    cells = (raw.values.get(table.image) for raw in raws)
+    first = next(cells, None)
     if not isinstance(first, str):
         return []
-    paths = [folder / name for name in (first, *named) if isinstance(name, str)]
-    # What is no path at all, too long or with a NUL, is named as a bad row later.
-    return [path for path in paths if os.path.isfile(path)]
-
-
-def read_stored_digest(folder: Path) -> str:
-    """The `hash_data_files` that the stored rows were read under."""
-    return json.loads((folder / "facts.json").read_text(encoding="utf-8"))["files"]
+    files = [folder / name for name in (first, *cells) if isinstance(name, str)]
+    # A cell that is no path at all, too long or with a NUL, is named as a bad row later.
+    return [file for file in files if os.path.isfile(file)]
 
 
 def suggest_multi_label(task: str) -> str:
     """Return what to do where an input rightly has several labels; nothing for other tasks."""
-    one = task == "classification"
-    return "; where several hold at once, set data.task=multi-label" if one else ""
+    if task != "classification":
+        return ""
+    return "; where several hold at once, set data.task=multi-label"
 
 
 def _split_rows(
-    kept: dict[str, list[Row]], data: Data, task: str, counts: CopyCounts
+    distinct: dict[str, list[Row]], data: Data, task: str, counts: CopyCounts
 ) -> dict[str, list[Row]]:
-    """Test, then validation, taken from train where they have no table of their own."""
-    pool = kept["train"]
-    whole = len(pool)
+    """Take test, then validation, from train where they have no table of their own."""
+    pool = distinct["train"]
+    total = len(pool)
     rows: dict[str, list[Row]] = {}
     for split in ("test", "validation"):
         part = getattr(data, split)
         if isinstance(part, Fraction):
-            count = round(part.fraction * whole)
+            count = round(part.fraction * total)
             taken, pool = take_stratified(pool, count, task, data.seed, split, leave=1)
             rows[split], pool = _return_unknown_labels(taken, pool, task)
         else:
-            rows[split] = _check_groups(kept[split], pool, data)
+            rows[split] = _check_groups(distinct[split], pool, data)
     rows["train"] = pool
-    for split, found in rows.items():
-        if not found:
+    for split, members in rows.items():
+        if not members:
             raise DataError(
-                f"{split} is left with no rows; train has {whole} after {_describe_dropped(counts)}",
+                f"{split} is left with no rows; train has {total} after "
+                f"{_describe_dropped(counts)}",
                 "Correct the labels, or give more rows"
                 if counts.conflicting
                 else "Give more rows, or other fractions",
@@ -233,8 +255,19 @@ def _split_rows(
     return rows
 
 
+def _cut_validation(
+    rows: dict[str, list[Row]], shots: int, task: str, seed: int
+) -> list[Row]:
+    """Return validation, cut to the size of the training draw: a few-shot user has no more."""
+    names = {name for row in rows["train"] for name in get_label_names(row.label, task)}
+    size = shots * (1 if task in TASKS_WITHOUT_CLASS_SHOTS else len(names))
+    if len(rows["validation"]) <= size:
+        return rows["validation"]
+    return take_stratified(rows["validation"], size, task, seed, "cut")[0]
+
+
 def _describe_dropped(counts: CopyCounts) -> str:
-    """Say what was dropped, contradictions apart from copies."""
+    """Return what was dropped in words, contradictions apart from copies."""
     words = f"{counts.duplicates} duplicates"
     if counts.leaked:
         words += f" ({counts.leaked} of a row in another table)"
@@ -246,34 +279,37 @@ def _describe_dropped(counts: CopyCounts) -> str:
 def _return_unknown_labels(
     taken: list[Row], pool: list[Row], task: str
 ) -> tuple[list[Row], list[Row]]:
-    """Rows with several names each may take all of a rare one: such a row goes back to train, and
-    its group with it."""
+    """Return rows with a name that only they have to train, with their groups.
+
+    Rows with several names each may otherwise take all rows of a rare name from train.
+    """
     if task not in ("multi-label", "token-classification"):
         return taken, pool
     known = {name for row in pool for name in get_label_names(row.label, task)}
-    strange = [row for row in taken if not known.issuperset(get_label_names(row.label, task))]
-    whole = {row.group for row in strange} - {None}
-    kept, back = [], []
-    lone = {row.content for row in strange}
+    unknown = [row for row in taken if not known.issuperset(get_label_names(row.label, task))]
+    groups = {row.group for row in unknown} - {None}
+    contents = {row.content for row in unknown}
+    remaining, returned = [], []
     for row in taken:
-        (back if row.group in whole or row.content in lone else kept).append(row)
-    return kept, pool + back
+        goes_back = row.group in groups or row.content in contents
+        (returned if goes_back else remaining).append(row)
+    return remaining, pool + returned
 
 
 def _check_groups(rows: list[Row], pool: list[Row], data: Data) -> list[Row]:
-    """A table's rows, checked to share no group with train."""
+    """Return a table's rows, after checking that they share no group with train."""
     if data.group:
-        straddling = {row.group for row in rows} & {row.group for row in pool}
-        if straddling:
+        shared = {row.group for row in rows} & {row.group for row in pool}
+        if shared:
             raise DataError(
-                f"the group {min(map(str, straddling))!r} stands in train and in another table",
+                f"the group {min(map(str, shared))!r} stands in train and in another table",
                 "Give each group to one table, or leave data.group out",
             )
     return rows
 
 
 def _list_class_names(rows: dict[str, list[Row]], task: str) -> list[str]:
-    """The classes of train, numbers in their order; every other split knows no other class."""
+    """Return the classes of train, numbers in numeric order; check those of the other splits."""
     if task == "regression":
         check_targets(rows["train"])
         return []
@@ -283,47 +319,43 @@ def _list_class_names(rows: dict[str, list[Row]], task: str) -> list[str]:
         raise DataError(f"train has {only}", "Check data.train.label and the file")
     for split in ("validation", "test"):
         for row in rows[split]:
-            strange = set(get_label_names(row.label, task)) - known
-            if strange:
+            unknown = set(get_label_names(row.label, task)) - known
+            if unknown:
                 raise DataError(
-                    f"{row.where}: {split} has the label {min(strange)!r}, which train never has",
+                    f"{row.where}: {split} has the label {min(unknown)!r}, which train never has",
                     "Correct the label, or give train examples of it",
                 )
-    number = all(map(is_integer_name, known))
-    return sorted(known, key=lambda name: (int(name), name) if number else (0, name))
+    is_numeric = all(map(is_integer_name, known))
+    return sorted(known, key=lambda name: (int(name), name) if is_numeric else (0, name))
 
 
 def _identify_row(row: Row) -> str:
-    """Return what tells a row from all others, its target too."""
+    """Return a string that distinguishes a row from all others, its target too."""
     target = f" {row.label!r}" if isinstance(row.label, float) else ""
     return hash_row(row).hex() + target
 
 
-def _find_label_type(data: Data, reading: InputSpec, names: list[str]) -> str:
+def _find_label_type(data: Data, spec: InputSpec, names: list[str]) -> str:
     """Return integer, boolean or text: the type that the class names have in train's table."""
     column = data.train.label
     if isinstance(column, list) or not names:
         return "text"
-    _, raws = read_table(data.train, "train", reading.modality)
+    _, raws = read_table(data.train, "train", spec.modality)
     values = (raw.values.get(column) for raw in raws)
     first = next((value for value in values if value not in (None, "", [])), None)
     if isinstance(first, (list, tuple)):
         first = first[0]
     if isinstance(first, bool):
         return "boolean" if set(names) <= {"True", "False"} else "text"
-    untyped = str(data.train.path).lower().endswith(UNTYPED_SUFFIXES) or data.train.format in (
-        "csv",
-        "tsv",
-    )
-    numeric = isinstance(first, (int, float)) or untyped
-    return "integer" if numeric and all(map(is_integer_name, names)) else "text"
+    suffixed = str(data.train.path).lower().endswith(UNTYPED_SUFFIXES)
+    is_untyped = suffixed or data.train.format in ("csv", "tsv")
+    is_numeric = isinstance(first, (int, float)) or is_untyped
+    return "integer" if is_numeric and all(map(is_integer_name, names)) else "text"
 
 
 def _check_label_columns(train: Table, names: list[str]) -> None:
-    """Columns of 0 and 1 are all meant to be learnt."""
-    never = (
-        [c for c in train.label_columns if c not in names] if isinstance(train.label, list) else []
-    )
+    """Refuse a column of 0 and 1 that is always 0: it cannot be learned."""
+    never = [c for c in train.label_columns if c not in names] if isinstance(train.label, list) else []
     if never:
         raise DataError(
             f"the label column {never[0]!r} is never 1 in train",

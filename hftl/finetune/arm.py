@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
 from hftl.config.finetune import Finetune, Gradual
-from hftl.data.load import Row
+from hftl.data.rows import Row
 from hftl.errors import NumericError, RecipeError, format_error_line
 from hftl.finetune.context import MEASURED_SPLITS, ArmOutput, ExperimentContext
 from hftl.finetune.gradual import GradualCheckpoint, fit_gradual

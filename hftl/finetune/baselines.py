@@ -14,8 +14,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from hftl.analysis.probe import fit_linear
 from hftl.config.finetune import Finetune
 from hftl.config.measure import Search
-from hftl.data.image_processing import compute_pixel_features
-from hftl.data.load import Row
+from hftl.data.image_inputs import compute_pixel_features
+from hftl.data.rows import Row
 from hftl.errors import NumericError
 from hftl.finetune.arm import train_model
 from hftl.finetune.context import MEASURED_SPLITS, ArmOutput, ExperimentContext

@@ -13,14 +13,18 @@ from hftl.analysis.probe import Probe, fit_probe
 from hftl.config.data import Data
 from hftl.config.finetune import Finetune
 from hftl.config.recipe import Arm, Recipe
-from hftl.data import image_processing
 from hftl.data import labels as answers
 from hftl.data.general import GeneralData
-from hftl.data.image_processing import ImageInputs, get_image_size, resize_processor
-from hftl.data.load import InputSpec, Row
+from hftl.data.image_inputs import (
+    ImageInputs,
+    augment_image,
+    get_image_size,
+    resize_processor,
+)
 from hftl.data.prepare import PreparedData
+from hftl.data.rows import InputSpec, Row
 from hftl.data.splits import hash_row
-from hftl.data.text import (
+from hftl.data.text_inputs import (
     Augmentation,
     EncodedDataset,
     EncodedRow,
@@ -186,7 +190,7 @@ class ExperimentContext:
             labels = np.split(targets, np.cumsum(self.prepared.count_words(rows))[:-1])
         change: Augmentation | None = None
         if self.augment and seed is not None:
-            change = lambda row, epoch, key: image_processing.augment_image(row, seed, epoch, key)  # noqa: E731
+            change = lambda row, epoch, key: augment_image(row, seed, epoch, key)  # noqa: E731
         return EncodedDataset(self.encode_rows(rows), labels, keys, change)
 
     def stack_canvases(self, rows: list[Row]) -> np.ndarray:
@@ -295,7 +299,7 @@ def build_context(recipe: Recipe, source: SourceModel, prepared: PreparedData) -
         if arm.strategy == "partial":
             check_block_count("finetune", arm.finetune.blocks, present, count_layers(source.config))
     if prepared.modality == "image":
-        inputs = build_image_inputs(recipe.data, source, prepared.facts["hub_revisions"])
+        inputs = build_image_inputs(recipe.data, source, prepared.facts.hub_revisions)
     else:
         inputs = build_text_inputs(recipe.data, source)
     return ExperimentContext(
@@ -328,7 +332,7 @@ def build_text_inputs(data: Data, source: SourceModel) -> TextInputs:
     return kind(tokenizer, longest)
 
 
-def build_image_inputs(data: Data, source: SourceModel, revisions: dict[str, str]) -> ImageInputs:
+def build_image_inputs(data: Data, source: SourceModel, revisions: dict[str, str | None]) -> ImageInputs:
     """Images for a source that reads images.
 
     Raises:
@@ -357,7 +361,7 @@ def build_image_inputs(data: Data, source: SourceModel, revisions: dict[str, str
     return ImageInputs(pin_revisions(data, revisions), processor, arguments, patch)
 
 
-def pin_revisions(data: Data, revisions: dict[str, str]) -> Data:
+def pin_revisions(data: Data, revisions: dict[str, str | None]) -> Data:
     """The data section with every hub table at the commit that its rows were read from."""
     tables = {
         name: getattr(data, name).model_copy(update={"revision": commit})

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hftl.analysis.neighbours import mean_shared_neighbours
 from hftl.analysis.probe import fit_probe
-from hftl.data.text import EncodedRow
+from hftl.data.text_inputs import EncodedRow
 from hftl.errors import HftlError
 from hftl.finetune.context import ExperimentContext
 from hftl.measure.metrics import METRICS, SELECTION_METRICS

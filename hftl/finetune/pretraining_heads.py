@@ -21,8 +21,7 @@ from hftl.adapt.mlm import MaskedLM, load_mlm, load_trained_mlm
 from hftl.config.adapt import Decoder
 from hftl.config.retain import KL
 from hftl.data.general import GeneralData
-from hftl.data.image_processing import ImageInputs, get_image_size
-from hftl.data.load import Row
+from hftl.data.image_inputs import ImageInputs, get_image_size
 from hftl.data.masking import (
     MaskingSpec,
     build_masking_spec,
@@ -30,8 +29,9 @@ from hftl.data.masking import (
     mask_tokens,
 )
 from hftl.data.normalization import normalize_name
+from hftl.data.rows import Row
 from hftl.data.splits import hash_row
-from hftl.data.text import TextInputs
+from hftl.data.text_inputs import TextInputs
 from hftl.errors import HftlError, RecipeError
 from hftl.finetune.context import ExperimentContext
 from hftl.models.encoders import get_stock_encoder, get_task_class, has_prefix

@@ -18,7 +18,7 @@ from hftl.config.recipe import Arm
 from hftl.config.retain import EWC, Replay, Retain
 from hftl.data.labels import encode_targets
 from hftl.data.splits import hash_row
-from hftl.data.text import EncodedDataset
+from hftl.data.text_inputs import EncodedDataset
 from hftl.errors import RecipeError
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.pretraining_heads import (

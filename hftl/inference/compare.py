@@ -19,11 +19,12 @@ from hftl.config.recipe import Recipe
 from hftl.console import format_table
 from hftl.data import labels as answers
 from hftl.data import prepare
-from hftl.data.image_processing import ImageInputs
+from hftl.data.image_inputs import ImageInputs
 from hftl.data.images import warn_of_narrow_images
 from hftl.data.labels import TagScheme, recognize_tag_scheme
-from hftl.data.load import BadRows, InputSpec, Row, load_rows
+from hftl.data.load import load_rows
 from hftl.data.normalization import normalize_name
+from hftl.data.rows import BadRows, InputSpec, Row
 from hftl.data.tables import READERS, SPLIT_NAMES, guess_format
 from hftl.errors import DataError, RecipeError
 from hftl.inference.find_model import (
@@ -302,7 +303,7 @@ def _predict_items(
     """What metrics compare, in the order of `names`, whatever order the model has them in."""
     inputs = predictor.inputs
     if isinstance(inputs, ImageInputs):
-        inputs = replace(inputs, data=items.data, _known={})
+        inputs = inputs.with_data(items.data)
     rows = items.rows
     tokens = predictor.task == "token-classification"
     words = [len(row.content) if tokens else 1 for row in rows]

@@ -14,19 +14,17 @@ from torch import nn
 from hftl.config.data import Data, Table
 from hftl.config.upstream_args import BASE_PRESERVING_INITS
 from hftl.data import labels as answers
-from hftl.data.image_processing import ImageInputs, get_image_size, resize_and_crop
+from hftl.data.image_inputs import ImageInputs, get_image_size, resize_and_crop
 from hftl.data.images import (
     ImageDecodeError,
-    Levels,
     decode_image,
     is_too_small,
     read_levels,
     warn_of_narrow_images,
 )
-from hftl.data.load import Row
-from hftl.data.normalization import find_text_fault
-from hftl.data.tables import normalize_newlines
-from hftl.data.text import EncodedRow, TextInputs, WordInputs
+from hftl.data.load import find_text_fault
+from hftl.data.rows import Levels, Row, normalize_newlines
+from hftl.data.text_inputs import EncodedRow, TextInputs, WordInputs
 from hftl.errors import DataError, RecipeError, format_error_line
 from hftl.finetune.context import build_position_arguments
 from hftl.inference.find_model import (

@@ -9,8 +9,8 @@ import numpy as np
 
 from hftl.data import labels
 from hftl.data.labels import recognize_tag_scheme
-from hftl.data.load import Row
 from hftl.data.prepare import PreparedData
+from hftl.data.rows import Row
 from hftl.finetune.arm_files import PREDICTIONS
 from hftl.measure.gain import SplitPredictions
 from hftl.measure.metrics import extract_entities

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from hftl.data.load import Row
 from hftl.data.prepare import PreparedData
+from hftl.data.rows import Row
 from hftl.finetune.arm_files import ArmResult, read_arm
 from hftl.finetune.context import MEASURED_SPLITS
 from hftl.measure.gain import SplitPredictions

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hftl.data.image_processing import ImageInputs
-from hftl.data.load import Row
+from hftl.data.image_inputs import ImageInputs
+from hftl.data.rows import Row
 from hftl.data.splits import hash_row
-from hftl.data.text import EncodedRow, TextInputs
+from hftl.data.text_inputs import EncodedRow, TextInputs
 from hftl.errors import NumericError
 from hftl.runtime import distributed
 from hftl.runtime.progress import track

@@ -99,7 +99,7 @@ def _run_stage(
         "recipe": build_adapt_key(this.recipe, stages, number),
         "weights": here.weights_hash,
         "corpus": corpus.fingerprint,
-        "data": bench.prepared.facts["fingerprint"],
+        "data": bench.prepared.facts.fingerprint,
     }
     if not distributed.broadcast_from_main(lambda: _is_stage_finished(this, folder, reads)):
         with show_activity(f"adapt {stage.objective} {stage.method} [{number}/{len(stages)}]"):

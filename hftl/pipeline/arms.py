@@ -10,6 +10,7 @@ from typing import Any
 from hftl import console
 from hftl.card.training_sections import describe_scratch_search
 from hftl.config.recipe import Arm, Recipe
+from hftl.data.prepare import DataFacts
 from hftl.errors import RunFolderError
 from hftl.finetune import arm as training
 from hftl.finetune import arm_files, baselines
@@ -163,13 +164,13 @@ def _build_arm_reads(recipe: Recipe, bench: ExperimentContext, arm: Arm) -> dict
     read = _build_recipe_reads(recipe, bench, arm)
     general = None
     if bench.general is not None and any(key.startswith("data.general.") for key in read):
-        general = bench.general.facts["fingerprint"]
+        general = bench.general.facts.fingerprint
     return {
         "recipe": read,
         "asked": select_recipe_values(recipe, read),
         "semantics": SEMANTICS,
         "weights": bench.weights_hash,
-        "data": bench.prepared.facts["fingerprint"],
+        "data": bench.prepared.facts.fingerprint,
         **({"general": general} if general else {}),
     }
 
@@ -249,11 +250,11 @@ def build_header(
 ) -> dict[str, str]:
     """What a run is about to do, by name: source, device, rows, labels, arms and time."""
     facts = bench.prepared.facts
-    splits = facts["splits"]
+    splits = facts.splits
     train = len(bench.select_train_rows(recipe.measure.seeds[0]))
-    labels = ", ".join(facts["labels"][:8]) + (", ..." if len(facts["labels"]) > 8 else "")
-    if facts.get("tag_scheme"):
-        labels += f" ({facts['tag_scheme']['name']} tags)"
+    labels = ", ".join(facts.labels[:8]) + (", ..." if len(facts.labels) > 8 else "")
+    if facts.tag_scheme:
+        labels += f" ({facts.tag_scheme.name} tags)"
     names = list(dict.fromkeys(arm.name for arm in wanted))
     seconds = estimate_seconds(bench, wanted, recipe)
     return {
@@ -268,11 +269,11 @@ def build_header(
     }
 
 
-def _describe_dropped_rows(facts: dict[str, Any]) -> str:
+def _describe_dropped_rows(facts: DataFacts) -> str:
     """Say what happened to the other rows that were read."""
-    words = f"{facts['bad_rows']} bad, {facts['duplicates']} duplicate rows dropped"
-    if facts["conflicting"]:
-        words += f", {facts['conflicting']} rows with contradictory labels dropped"
+    words = f"{facts.bad_rows} bad, {facts.duplicates} duplicate rows dropped"
+    if facts.conflicting:
+        words += f", {facts.conflicting} rows with contradictory labels dropped"
     return words
 
 

@@ -10,12 +10,13 @@ import numpy as np
 
 from hftl.config.adapt import Adapt
 from hftl.config.data import Data
-from hftl.data import image_processing, prepare
+from hftl.data import image_inputs, prepare
 from hftl.data.corpus import BlockSpec, TokenBlocks, read_documents
 from hftl.data.corpus import write_blocks as write_text
-from hftl.data.image_processing import ImageInputs
-from hftl.data.load import BadRows, Row, load_images
-from hftl.data.near_duplicates import NearImageIndex, NearTextIndex
+from hftl.data.duplicates import NearImageIndex, NearTextIndex
+from hftl.data.image_inputs import ImageInputs
+from hftl.data.load import load_images
+from hftl.data.rows import BadRows, Row
 from hftl.data.splits import hash_text
 from hftl.errors import DataError
 from hftl.finetune.context import (
@@ -106,7 +107,7 @@ def _build_corpus_folder(
 
 def _pin_data(this: Run, bench: ExperimentContext) -> Data:
     """The data section, tables of the hub at the commits that the run has begun with."""
-    return pin_revisions(this.recipe.data, bench.prepared.facts["hub_revisions"])
+    return pin_revisions(this.recipe.data, bench.prepared.facts.hub_revisions)
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def _build_corpus_key(
         "part": part,
         "content": content,
         # General data are only looked at: nothing is held out of them, and nothing is dropped.
-        "measured": None if general else bench.prepared.facts["fingerprint"],
+        "measured": None if general else bench.prepared.facts.fingerprint,
         "transductive": not general and stage.transductive,
         "bad_rows": data.bad_rows,
         **_build_encoding_key(this, bench, stage, general),
@@ -177,7 +178,7 @@ def _write_texts(
         drop = lambda text: False  # noqa: E731
     cut = _build_block_spec(this, bench, stage, general)
     facts = write_text(texts, bench.inputs.tokenizer, cut, drop, folder)  # pyright: ignore
-    return {**facts, "bad_rows": bad.count}
+    return {**asdict(facts), "bad_rows": bad.count}
 
 
 def build_leak_test(bench: ExperimentContext) -> Callable[[Row], bool]:
@@ -240,7 +241,7 @@ def _write_images(
     names = sorted(distinct, key=lambda name: key[name])
     if part == "general":
         names = names[:GENERAL_SAMPLE]
-    image_processing.write_image_cache(inputs, [distinct[name] for name in names], folder)
+    image_inputs.write_image_cache(inputs, [distinct[name] for name in names], folder)
     inputs.load_cache(folder)
     kept = names
     if not stage.transductive and part != "general":

@@ -9,7 +9,7 @@ from hftl import console
 from hftl.card.card import format_gain_sentence
 from hftl.card.result_sections import format_adaptation_sentence, has_forgetting
 from hftl.config.recipe import Arm, Recipe
-from hftl.data.image_processing import ImageInputs
+from hftl.data.image_inputs import ImageInputs
 from hftl.data.labels import recognize_tag_scheme
 from hftl.errors import RunFolderError
 from hftl.finetune import arm_files
@@ -246,9 +246,9 @@ def _build_data_section(recipe: Recipe, bench: ExperimentContext) -> dict[str, A
     held = [row for split in MEASURED_SPLITS for row in bench.prepared.rows[split]]
     words = bench.prepared.count_words
     return {
-        **facts,
+        **facts.to_record(),
         "name": recipe.data.train.path
-        if "train" in facts["hub_revisions"]
+        if "train" in facts.hub_revisions
         else strip_parents(recipe.data.train.path),
         "labels_read": {
             "train_per_seed": sum(words(drawn[0])),

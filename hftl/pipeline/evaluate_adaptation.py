@@ -7,7 +7,7 @@ from typing import Any
 
 from hftl.card.report import render_report
 from hftl.card.result_sections import format_adaptation_sentence, render_adaptation_card
-from hftl.data.image_processing import ImageInputs
+from hftl.data.image_inputs import ImageInputs
 from hftl.finetune.context import ExperimentContext
 from hftl.measure.record import SCHEMA_VERSION, Record, describe_environment
 from hftl.measure.verdict import decide_adaptation_verdict
@@ -63,7 +63,7 @@ def _build_adaptation_record(
         "schema_version": SCHEMA_VERSION,
         "recipe": recipe.to_dict(),
         "source": build_source_section(bench),
-        "data": bench.prepared.facts | {"name": Path(recipe.data.train.path).name},
+        "data": bench.prepared.facts.to_record() | {"name": Path(recipe.data.train.path).name},
         "check": {"warnings": []},
         "forward": bench.inputs.arguments if isinstance(bench.inputs, ImageInputs) else None,
         "adapt": adapted,

@@ -13,7 +13,7 @@ from hftl.card.plots import plot_frontier, plot_ladder
 from hftl.card.report import ImageLookup, render_report
 from hftl.card.result_sections import has_forgetting, render_adaptation_card
 from hftl.card.training_sections import build_examples, build_widget_examples
-from hftl.data import image_processing, prepare
+from hftl.data import image_inputs, prepare
 from hftl.measure.error_analysis import ErrorAnalysis, analyze_errors, collect_sample_outputs
 from hftl.publish.sanitize import get_load_path, sanitize_record
 from hftl.runtime import run_folder
@@ -83,7 +83,7 @@ def _load_errors(run: Path, record: dict[str, Any]) -> tuple[ErrorAnalysis, Imag
         prepare.read_prepared_data(phases / "data"), _published_arm_folder(run, record)
     )
     images = record["data"]["modality"] == "image"
-    return errors, image_processing.load_image_cache(
+    return errors, image_inputs.load_image_cache(
         phases / "pixels"
     ).__getitem__ if images else None
 

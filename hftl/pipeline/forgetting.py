@@ -1,5 +1,6 @@
 """Measure what each arm has forgotten, against the source's embeddings, computed once a run."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ def build_forgetting_section(
     return {
         "rows": rows.get("general", 0),
         "new_rows": rows["new"],
-        "documents": None if general is None else general.facts["documents"],
-        "general": None if general is None else general.facts,
+        "documents": None if general is None else general.facts.documents,
+        "general": None if general is None else asdict(general.facts),
         "controls": [
             {"name": name, "values": len(set(labels)), "classes": name in spec.classes}
             for name, labels in spec.controls.items()
@@ -97,8 +98,8 @@ def _load_source_embeddings(run: Run, context: ExperimentContext) -> dict[str, n
     stage = run.folder / "phases" / "original"
     reads = {
         "weights": context.weights_hash,
-        "data": context.prepared.facts["fingerprint"],
-        "general": None if context.general is None else context.general.facts["fingerprint"],
+        "data": context.prepared.facts.fingerprint,
+        "general": None if context.general is None else context.general.facts.fingerprint,
     }
     if run_folder.read_stage_inputs(stage) != reads:
         embeddings = embed_source(context, run.recipe.data.seed)

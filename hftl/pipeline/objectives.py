@@ -16,9 +16,9 @@ from hftl.adapt.masked_patches import collate_masked_images as collate_pictures
 from hftl.adapt.mlm import find_mlm_class, load_mlm
 from hftl.config.adapt import DEFAULT_TOLERANCES, Adapt
 from hftl.config.recipe import Recipe
-from hftl.data import image_processing as canvases
+from hftl.data import image_inputs as canvases
 from hftl.data import masking
-from hftl.data.image_processing import ImageInputs, get_image_size
+from hftl.data.image_inputs import ImageInputs, get_image_size
 from hftl.errors import DataError, RecipeError
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.guard_metrics import build_neighbour_agreement, build_probe_score

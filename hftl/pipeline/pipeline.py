@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hftl.config.recipe import Recipe
-from hftl.data import image_processing
+from hftl.data import image_inputs
 from hftl.data import prepare as data_stage
 from hftl.data.general import GeneralData, drop_near_rows, load_general, read_general, write_general
-from hftl.data.image_processing import ImageInputs
+from hftl.data.image_inputs import ImageInputs
 from hftl.data.prepare import PreparedData
 from hftl.errors import RecipeError, RunFolderError
 from hftl.finetune.context import (
@@ -174,7 +174,7 @@ def check_recipe(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
             "warnings": warn_of_few_steps(recipe, bench)
         }
     if reads_general_labels(recipe):
-        data = pin_revisions(recipe.data, prepared.facts["hub_revisions"])
+        data = pin_revisions(recipe.data, prepared.facts.hub_revisions)
         bench.general = load_general(data, prepared, reading)
         check_replay_labels(recipe, bench)
     check_models(recipe, bench)
@@ -244,11 +244,11 @@ def _load_general_rows(this: Run, bench: ExperimentContext) -> GeneralData | Non
     folder = this.folder / "phases" / "general-rows"
     inputs = bench.inputs if isinstance(bench.inputs, ImageInputs) else None
     if distributed.is_main():
-        data = pin_revisions(recipe.data, bench.prepared.facts["hub_revisions"])
+        data = pin_revisions(recipe.data, bench.prepared.facts.hub_revisions)
         reads = {
             "recipe": build_general_key(recipe),
             "content": data_stage.hash_data_files(data, bench.prepared.modality, ("general",)),
-            "data": bench.prepared.facts["fingerprint"],
+            "data": bench.prepared.facts.fingerprint,
             "group": data.group,
             "seed": data.seed,
             "bad_rows": data.bad_rows,
@@ -259,7 +259,7 @@ def _load_general_rows(this: Run, bench: ExperimentContext) -> GeneralData | Non
             found = load_general(data, bench.prepared, reading)
             with run_folder.commit_stage(folder, reads) as aside:
                 if inputs:
-                    image_processing.write_image_cache(
+                    image_inputs.write_image_cache(
                         inputs, [*found.train_rows, *found.eval_rows], aside
                     )
                     inputs.load_cache(aside)
@@ -276,16 +276,16 @@ def _cache_pixels(this: Run, bench: ExperimentContext, inputs: ImageInputs) -> N
     if not rows:
         return
     folder = this.folder / "phases" / "pixels"
-    reads = image_processing.fingerprint_image_cache(inputs, rows)
+    reads = image_inputs.fingerprint_image_cache(inputs, rows)
     if run_folder.read_stage_inputs(folder) != reads:
         with run_folder.commit_stage(folder, reads) as aside:
-            image_processing.write_image_cache(inputs, rows, aside)
+            image_inputs.write_image_cache(inputs, rows, aside)
     inputs.load_cache(folder)
 
 
 def _check_same_data(before: PreparedData, now: PreparedData, run: Path) -> None:
-    if before.facts["fingerprint"] != now.facts["fingerprint"]:
-        old, new = before.facts["rows_read"], now.facts["rows_read"]
+    if before.facts.fingerprint != now.facts.fingerprint:
+        old, new = before.facts.rows_read, now.facts.rows_read
         raise RunFolderError(
             f"{run} was made with other data: {old} rows then, {new} now, and not the same ones",
             "Put the data back, choose another --output, or start over with --restart",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hftl.adapt.encoder_io import set_trainable
 from hftl.config.recipe import Arm, Recipe
-from hftl.data.text import EncodedRow, TextInputs
+from hftl.data.text_inputs import EncodedRow, TextInputs
 from hftl.errors import DataError, HftlError, RecipeError, format_error_line, is_out_of_memory
 from hftl.finetune.context import BY_STEPS, ExperimentContext
 from hftl.finetune.strategies import prepare

@@ -188,7 +188,7 @@ def _load_or_compute_fisher(
     reads = {
         "semantics": SEMANTICS,
         "weights": context.weights_hash,
-        "general": general.facts["fingerprint"],
+        "general": general.facts.fingerprint,
         "kind": config.fisher,
         "rows": len(rows),
         # The head depends on the seed; features need none.

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hftl.config.finetune import Finetune
-from hftl.data.image_processing import ImageInputs
+from hftl.data.image_inputs import ImageInputs
 from hftl.errors import RunFolderError
 from hftl.finetune.arm import init_head_from_probe
 from hftl.finetune.context import ExperimentContext

@@ -1,0 +1,178 @@
+"""Hold the rows of a table: as a reader yields them, as later stages use them, and as a file.
+
+Text files are opened here too, for a `RawRow` relies on how: bytes that are not UTF-8 survive as
+surrogates, so that the row which holds them can be named.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from hftl.errors import DataError
+
+MAX_LISTED_ROWS = 10_000
+"""Bad rows that are listed, at most; all are counted."""
+ROWS_FILE = "rows.parquet"
+
+Label = str | float | tuple[str, ...]
+"""A class name, a regression target, the sorted names that hold, or a tag for each word."""
+Levels = tuple[int, int]
+"""The darkest and the brightest value of an image in 8 bits, over all channels."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """Describe a row as the file has it, with every line ending as a line feed.
+
+    `where` names the file and line for messages; `fault` says why the row cannot be read, if so.
+    """
+
+    values: dict[str, Any]
+    index: int
+    where: str
+    fault: str | None = None
+
+    def __post_init__(self) -> None:
+        # Byte-level tokenizers see other tokens where a carriage return stands, and csv readers end
+        # a row at one that is not quoted: the same text must not depend on who saved it.
+        values = {name: normalize_newlines(value) for name, value in self.values.items()}
+        object.__setattr__(self, "values", values)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Describe one example.
+
+    `content` is its texts, its words, or the hash of its image. `index` is its place in its table,
+    counted from 0, and `table` is the recipe's name of that table. `size` is an image's width and
+    height in pixels.
+    """
+
+    content: tuple[str, ...]
+    label: Label
+    group: str | None
+    index: int
+    where: str
+    table: str = "train"
+    size: tuple[int, int] | None = None
+    # Known only while the data are prepared, and not stored.
+    perceptual_hash: int | None = field(default=None, compare=False)
+    levels: Levels | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """Describe an image: a hash of its pixels, its (width, height), levels and perceptual hash.
+
+    The perceptual hash is None for a flat image.
+    """
+
+    content: str
+    size: tuple[int, int]
+    levels: Levels
+    perceptual_hash: int | None = None
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Describe what the encoder reads: `text` or `image`, and the side of a patch in pixels."""
+
+    modality: str = "text"
+    patch_size: int = 1
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """Name a row that was dropped, and why."""
+
+    where: str
+    why: str
+
+
+@dataclass
+class BadRows:
+    """Collect rows that cannot be used: the first one stops the run, unless they are skipped.
+
+    `fix` tells the user what to do about one that stops the run.
+    """
+
+    skip: bool = False
+    fix: str = "Correct it, or set data.bad_rows=skip"
+    count: int = 0
+    dropped: list[BadRow] = field(default_factory=list)
+
+    def reject(self, where: str, why: str) -> None:
+        """Drop a row and list it.
+
+        Raises:
+            DataError: unless bad rows are skipped.
+        """
+        if not self.skip:
+            raise DataError(f"{where}: {why}", self.fix)
+        self.count += 1
+        if self.count <= MAX_LISTED_ROWS:
+            self.dropped.append(BadRow(where, why))
+
+
+def normalize_newlines(value: Any) -> Any:
+    """Return a text, or a list of texts, with CRLF and CR replaced by line feeds."""
+    if isinstance(value, str):
+        return value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
+    # Long lists of numbers, such as embeddings, are left alone: they would take most of the time.
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], (str, list, tuple)):
+        texts = [normalize_newlines(item) for item in value]
+        return texts if isinstance(value, list) else tuple(texts)
+    return value
+
+
+def open_text(path: Path) -> TextIO:
+    """Open a text file; bytes that are not UTF-8 are read as surrogates, line ends as they are.
+
+    Raises:
+        DataError: if the file is UTF-16.
+    """
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if start in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path.name} is UTF-16", "Save it as UTF-8")
+    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def has_invalid_utf8(text: str) -> bool:
+    """Return whether a text holds bytes that were not UTF-8, or half a character of UTF-16."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def write_rows(splits: Mapping[str, list[Row]], folder: Path) -> None:
+    """Write the rows of each split, in their order, as one Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pairs = [(split, row) for split, rows in splits.items() for row in rows]
+    columns: dict[str, list[Any]] = {
+        "split": [split for split, _ in pairs],
+        "row": [row.index for _, row in pairs],
+        "where": [row.where for _, row in pairs],
+        "content": [list(row.content) for _, row in pairs],
+        "label": [row.label for _, row in pairs],
+        "group": [row.group for _, row in pairs],
+        "table": [row.table for _, row in pairs],
+        "size": [row.size for _, row in pairs],
+    }
+    pq.write_table(pa.table(columns), folder / ROWS_FILE)
+
+
+def read_rows(folder: Path, splits: Sequence[str]) -> dict[str, list[Row]]:
+    """Return the rows that `write_rows` wrote, by split."""
+    import pyarrow.parquet as pq
+
+    rows: dict[str, list[Row]] = {split: [] for split in splits}
+    for entry in pq.read_table(folder / ROWS_FILE).to_pylist():
+        label = tuple(entry["label"]) if isinstance(entry["label"], list) else entry["label"]
+        size = tuple(entry["size"]) if entry["size"] else None
+        rows[entry["split"]].append(
+            Row(tuple(entry["content"]), label, entry["group"], entry["row"], entry["where"],
+                entry["table"], size)
+        )  # fmt: skip
+    return rows
