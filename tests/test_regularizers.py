@@ -1,8 +1,9 @@
 """Regularizers in the trainer: what they add, what they leave alone, and how a step may be cut."""
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from support.regularizers import (
 from test_trainer import Epochs, Rows, model_of, trainer_of, weights
 from transformers import AutoModelForSequenceClassification, Trainer
 
+from hftl.config.retain import EWC, KL, RegularizerSection
+from hftl.config.retain import L2SP as L2SPSection
 from hftl.errors import RecipeError
 from hftl.retain.build import Step
 from hftl.retain.kl import KLToOriginal
@@ -313,3 +316,13 @@ def test_reference_is_copied_where_more_trains_than_the_adapter(bert: Path) -> N
     with torch.no_grad():
         head.add_(1.0)
     assert torch.equal(reference(batch).logits, before)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [*(KL(on=on) for on in get_args(KL.model_fields["on"].annotation)), L2SPSection(), EWC()],
+)
+def test_every_section_names_its_class(section: RegularizerSection) -> None:
+    module, _, name = section.implementation.partition(":")
+    assert getattr(import_module(module), name).section is type(section)
+    assert section.describe({}).endswith(f"{section.weight:g}") or isinstance(section, KL)

@@ -1,1 +1,1 @@
-"""Penalise distance from the original model."""
+"""Penalize distance from the original model."""

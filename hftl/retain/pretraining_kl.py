@@ -23,7 +23,7 @@ PROMPT_TEMPLATE = "a photo of a {}."
 
 
 class ZeroShotHead(nn.Module):
-    """CLIP's own classifier of named classes (Radford et al. 2021, arXiv:2103.00020, figure 3).
+    """Classify images by class names, as CLIP (Radford et al. 2021, arXiv:2103.00020, figure 3).
 
     Args:
         projection: from the image tower's pooled output to the space shared with texts.
