@@ -1,13 +1,16 @@
-"""The command line: parses arguments, says what happened, and turns errors into exit codes.
+"""Parse arguments, run the commands and turn errors into exit codes.
 
-Heavy imports stand inside the commands, so that help and a misspelt key answer at once.
+A command is one function here and one module that does its work. That module is imported inside
+the function, so that help and a misspelt key are answered before torch is imported.
 """
 
 import os
+import shlex
 import signal
 import sys
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -41,7 +44,7 @@ Restart = Annotated[bool, typer.Option("--restart", help="throw away what the ru
 
 
 def _check_run_folder(run: Path) -> Path:
-    """Answers at once where nothing is, before anything heavy is imported."""
+    """Refuse a folder that is not there, before anything heavy is imported."""
     if not run.is_dir():
         raise RecipeError(f"there is no run folder {run}", "Give the folder that `hftl run` wrote")
     return run
@@ -58,6 +61,7 @@ def _show_version_or_help(
     version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks on the screen")] = False,
 ) -> None:
+    """Print the version or, without a command, the help."""
     if version:
         say(__version__)
         raise typer.Exit()
@@ -113,19 +117,12 @@ def measure(
 def check(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Look at recipe, data and source model; trains nothing."""
     loaded = Recipe.load(recipe, overrides)
-    from hftl import console
-    from hftl.pipeline.pipeline import check_recipe
+    with _working():
+        from hftl import console
+        from hftl.pipeline.pipeline import check_recipe
 
-    with _show_progress():
-        header, found = check_recipe(loaded)
-    say(console.format_header(header))
-    if loaded.data.task is not None:
-        say(f"  {console.format_input_facts(found)}")
-    for arm, rows in found.get("learning_rates", {}).items():
-        say(console.format_learning_rates(arm, rows))
-    for warning in found["warnings"]:
-        say(f"  warning: {warning}")
-    say("ready" if not found["warnings"] else "ready, with the warnings above")
+        header, facts = check_recipe(loaded)
+    say(console.format_check(header, facts, has_task=loaded.data.task is not None))
 
 
 @app.command()
@@ -151,11 +148,9 @@ def predict(
     base: Annotated[str | None, typer.Option(help="the adapter's base, if elsewhere")] = None,
 ) -> None:
     """Predict a table's rows: label, score, a column a class."""
-    from hftl.inference.predict_table import predict_table
-    from hftl.pipeline.pipeline import silence_libraries
+    with _working():
+        from hftl.inference.predict_table import predict_table
 
-    silence_libraries()
-    with _show_progress():
         text = predict_table(model, data, output, base)
     if text is not None:
         sys.stdout.write(text)
@@ -193,16 +188,68 @@ def publish(
     """Push a finished run to a model hub, in one commit."""
     from hftl.pipeline import push
 
-    asked = push.PushOptions(repo_id, public, request, force, license)
+    options = push.PushOptions(repo_id, public, request, force, license)
     if dry_run:
-        listing = push.validate_push(run, asked)
+        listing = push.validate_push(run, options)
         _print_listing(listing)
-        push.check_verdict(listing, asked)
-        push.warn_missing_license(run, asked, say)
-        push.check_push_on_hub(run, asked, say)
+        push.check_verdict(listing, options)
+        push.warn_missing_license(run, options, say)
+        push.check_push_on_hub(run, options, say)
     else:
         cli_errors.CURRENT_COMMAND.run = run
-        push.publish_run(run, asked, say)
+        push.publish_run(run, options, say)
+
+
+@app.command()
+def doctor(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="folder, run or hub id")],
+    base: Annotated[str | None, typer.Option(help="its base, if it is not the one named")] = None,
+    fix: Annotated[bool, typer.Option("--fix", help="mend what is safe to mend")] = False,
+) -> None:
+    """Examine any adapter, running none of it; exits 4 on defects."""
+    with _working(bars=False):
+        from hftl.doctor.report import run_doctor
+
+        raise typer.Exit(run_doctor(adapter, base, fix, say))
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(metavar="RUN_OR_ADAPTER ...")],
+    data: Annotated[Path | None, typer.Option(help="labelled; default: the runs' test")] = None,
+    output: Annotated[Path | None, typer.Option(help=".csv, its plot beside it; or .png")] = None,
+    base: Annotated[str | None, typer.Option(help="the adapters' base, if elsewhere")] = None,
+) -> None:
+    """Score several models on the same items, against the first."""
+    with _working():
+        from hftl.inference.compare import compare_models
+
+        table = compare_models(models, data, output, base)
+    say(table)
+    if output is not None:
+        say(f"wrote {output}, plot {output.with_suffix('.png')}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON schema."""
+    say(to_json(Recipe.model_json_schema()).rstrip())
+
+
+@contextmanager
+def _working(bars: bool = True) -> Iterator[None]:
+    """Silence the libraries while a command works, and show progress on a terminal."""
+    from hftl.pipeline.pipeline import silence_libraries
+    from hftl.runtime.progress import show_progress
+
+    silence_libraries()
+    with show_progress(bars and _is_interactive()):
+        yield
+
+
+def _is_interactive() -> bool:
+    """Return whether a user watches this process on a terminal."""
+    return sys.stderr.isatty() and distributed.is_main()
 
 
 def show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
@@ -217,64 +264,15 @@ def show_warning(message: Warning | str, category: type[Warning], *_: Any) -> No
         typer.echo(line, err=True)
 
 
-def _print_listing(found: "PushPreview") -> None:
-    if found.base_files:
+def _print_listing(preview: "PushPreview") -> None:
+    """Print the files of a push with their sizes in bytes, and the verdict."""
+    if preview.base_files:
         say("first the adapted base, whose commit the adapter then names:")
-    for name, size in found.base_files:
+    for name, size in preview.base_files:
         say(f"  {size:>12,}  publish-base/{name}")
-    for name, size in found.files:
+    for name, size in preview.files:
         say(f"  {size:>12,}  {name}")
-    say(f"verdict: {found.decision}")
-
-
-@app.command()
-def doctor(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="folder, run or hub id")],
-    base: Annotated[str | None, typer.Option(help="its base, if it is not the one named")] = None,
-    fix: Annotated[bool, typer.Option("--fix", help="mend what is safe to mend")] = False,
-) -> None:
-    """Examine any adapter, running none of it; exits 4 on defects."""
-    from hftl.doctor.report import run_doctor
-    from hftl.pipeline.pipeline import silence_libraries
-
-    silence_libraries()
-    raise typer.Exit(run_doctor(adapter, base, fix, say))
-
-
-@app.command()
-def compare(
-    models: Annotated[list[str], typer.Argument(metavar="RUN_OR_ADAPTER ...")],
-    data: Annotated[Path | None, typer.Option(help="labelled; default: the runs' test")] = None,
-    output: Annotated[Path | None, typer.Option(help=".csv, its plot beside it; or .png")] = None,
-    base: Annotated[str | None, typer.Option(help="the adapters' base, if elsewhere")] = None,
-) -> None:
-    """Score several models on the same items, against the first."""
-    from hftl.inference.compare import compare_models as compared
-    from hftl.pipeline.pipeline import silence_libraries
-
-    silence_libraries()
-    with _show_progress():
-        table = compared(models, data, output)
-    say(table)
-    if output is not None:
-        say(f"wrote {output}, plot {output.with_suffix('.png')}")
-
-
-@app.command()
-def schema() -> None:
-    """Print the recipe's JSON schema."""
-    say(to_json(Recipe.model_json_schema()).rstrip())
-
-
-def _show_progress() -> AbstractContextManager[None]:
-    """Show progress while a command works, where somebody looks at a terminal."""
-    from hftl.runtime.progress import show_progress
-
-    return show_progress(_is_interactive())
-
-
-def _is_interactive() -> bool:
-    return sys.stderr.isatty() and distributed.is_main()
+    say(f"verdict: {preview.decision}")
 
 
 def say(line: str) -> None:
@@ -290,20 +288,21 @@ def say(line: str) -> None:
 def _run_until(
     recipe: Path, overrides: list[str] | None, output: Path | None, restart: bool, until: str
 ) -> None:
+    """Run a recipe up to a phase, in its run folder."""
     loaded = distributed.broadcast_from_main(lambda: Recipe.load(recipe, overrides))
     folder = output or loaded.default_output()
     cli_errors.CURRENT_COMMAND.run = folder
-    cli_errors.CURRENT_COMMAND.resume_command = " ".join(["hftl", *map(_quote_word, sys.argv[1:])])
+    cli_errors.CURRENT_COMMAND.resume_command = shlex.join(["hftl", *sys.argv[1:]])
     from hftl.pipeline import pipeline
 
     pipeline.run(loaded, folder, until=until, restart=restart, say=say, progress=_is_interactive())
 
 
 def main() -> NoReturn:
-    """The entry point: runs a command and exits with its code."""
+    """Run a command and exit with its code: the entry point."""
     debug = "--debug" in sys.argv
     if debug:
-        # Wherever it stands on the line, it belongs to hftl and not to the command.
+        # Typer takes an option of the program only before the name of the command.
         sys.argv = [sys.argv[0], "--debug", *[a for a in sys.argv[1:] if a != "--debug"]]
     warnings.showwarning = show_warning
     signal.signal(signal.SIGTERM, _exit_on_signal)
@@ -315,7 +314,7 @@ def main() -> NoReturn:
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except Exception as error:  # noqa: BLE001 (the top of the program)
-        # A launcher that ends the others now must not cut off what is told of the cause.
+        # A launcher ends the other processes now, and must not cut the report of the cause short.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         code = cli_errors.report_unexpected_error(error, debug)
     if code in cli_errors.SIGNAL_EXIT_CODES:
@@ -327,11 +326,8 @@ def main() -> NoReturn:
 
 
 def _exit_on_signal(number: int, frame: Any) -> NoReturn:
+    """Turn a signal into an exit, so that files and locks are released on the way."""
     raise SystemExit(128 + number)
-
-
-def _quote_word(word: str) -> str:
-    return f"'{word}'" if any(c in word for c in " {}[]*;$") else word
 
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

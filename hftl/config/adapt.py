@@ -1,4 +1,4 @@
-"""The section `adapt` of a recipe: continued pre-training, one stage or several."""
+"""Define the section `adapt` of a recipe: continued pre-training, in one stage or several."""
 
 from typing import Annotated, Any, Literal
 
@@ -15,29 +15,29 @@ DEFAULT_ADAPT_RATES = {
 }  # fmt: skip
 DEFAULT_TOLERANCES = {"probe": 0.01, "general": 0.1, "neighbours": 0.5, "off": 0.0}
 """By guard: a point of the probe's metric, a tenth of a nat of the general loss (with mae a tenth
-of it), half of the neighbours."""
+of the loss), half of the neighbours."""
 
 
 class Decoder(Section):
-    """The decoder of masked images, where the source has none of its own."""
+    """Describe the decoder of masked images, for a source without one."""
 
     width: int = Field(default=192, ge=8)
     depth: int = Field(default=2, ge=1)
 
 
 class Adapt(Section):
-    """Continued pre-training on inputs without labels, and what must not get worse meanwhile."""
+    """Describe continued pre-training on unlabelled inputs, and the guard against forgetting."""
 
     objective: Literal["mlm", "mae"]
     corpus: Literal["task", "unlabeled"] | None = None
     """`task`: train's own inputs, before shots (TAPT); `unlabeled`: data.unlabeled (DAPT); null:
-    unlabeled where it is given."""
+    unlabeled where it is given (Gururangan et al. 2020, arXiv:2004.10964)."""
     method: Literal["full", "lora", "lora+blocks"] = "full"
     mask_ratio: float = Field(gt=0, lt=1)
     """Share of the words, or of the patches, that are hidden."""
     whole_words: bool = True
     pack: bool = True
-    """mlm: documents side by side in blocks of data.max_length, or each on its own."""
+    """mlm: documents side by side in blocks of data.max_length, or each by itself."""
     norm_pix_loss: bool = True
     decoder: Decoder = Decoder()
     distill: float = Field(default=0.0, ge=0)
@@ -50,7 +50,7 @@ class Adapt(Section):
     transductive: bool = False
     """Lets inputs of validation and test into the corpus."""
     guard: Literal["probe", "general", "neighbours", "off"] | None = None
-    """What must not get worse; null: probe, without a task neighbours."""
+    """The measure that must not get worse; null: probe, without a task neighbours."""
     tolerance: float | None = Field(default=None, ge=0)
     """By how much the guard may get worse, in its own unit; null: see `DEFAULT_TOLERANCES`. It is a share of
     the start where that unit says nothing: general with mae, whose loss is an error of pixels, and
@@ -61,26 +61,27 @@ class Adapt(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults(cls, tree: Any) -> Any:
-        """What depends on the objective and the method."""
+    def _fill_defaults(cls, tree: Any) -> Any:
+        """Fill in the defaults that depend on the objective and the method."""
         if not isinstance(tree, dict):
             return tree
         objective, method = str(tree.get("objective")), str(tree.get("method", "full"))
         rate = DEFAULT_ADAPT_RATES.get((objective, method), 1.0e-4)
         training = validate_training_args("adapt", tree.get("training") or {})
-        found: dict[str, Any] = {
+        values: dict[str, Any] = {
             "mask_ratio": 0.75 if objective == "mae" else 0.15,
             **{key: value for key, value in tree.items() if value is not None},
         }
-        return found | {"training": DEFAULT_ADAPT_TRAINING | {"learning_rate": rate} | training}
+        return values | {"training": DEFAULT_ADAPT_TRAINING | {"learning_rate": rate} | training}
 
     @field_validator("lora", mode="before")
     @classmethod
-    def _lora_fields(cls, given: Any) -> dict[str, Any]:
-        return DEFAULT_ADAPT_LORA | validate_lora_args("adapt", given)
+    def _validate_lora(cls, lora: Any) -> dict[str, Any]:
+        return DEFAULT_ADAPT_LORA | validate_lora_args("adapt", lora)
 
 
 def _tag_stages(value: Any) -> str:
+    """Return the tag by which pydantic chooses between one stage and a list."""
     return "several" if isinstance(value, list) else "one"
 
 

@@ -1,4 +1,4 @@
-"""The section `data` of a recipe: what is learnt from, and how it is split."""
+"""Define the section `data` of a recipe: the tables, the task and the splits."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -10,7 +10,7 @@ Task = Literal["classification", "multi-label", "regression", "token-classificat
 
 
 class Table(Section):
-    """A dataset: a file, a folder, `package:<import name>/<path>` or a Hub id."""
+    """Locate a dataset: a file, a folder, `package:<import name>/<path>` or a Hub id."""
 
     path: str
     format: Literal["csv", "jsonl", "parquet", "txt", "textfolder", "imagefolder", "hub"] | None = (
@@ -24,7 +24,7 @@ class Table(Section):
     label: str | list[str] = "label"
 
     @model_validator(mode="after")
-    def _columns(self) -> Self:
+    def _check_columns(self) -> Self:
         if isinstance(self.text, list) and not 1 <= len(self.text) <= 2:
             raise ValueError("text is one column or two (a sentence pair)")
         if isinstance(self.label, list) and len(self.label) < 2:
@@ -33,20 +33,20 @@ class Table(Section):
 
     @property
     def text_columns(self) -> list[str]:
-        """The text columns, one or two."""
+        """Return the text columns, one or two."""
         return [self.text] if isinstance(self.text, str) else list(self.text)
 
     @property
     def label_columns(self) -> list[str]:
-        """The label columns: one, or for multi-label several of 0 and 1."""
+        """Return the label columns: one, or for multi-label several of 0 and 1."""
         return [self.label] if isinstance(self.label, str) else list(self.label)
 
 
 class GeneralTable(Table):
-    """General data: one half may serve to keep what the source knew, the other only measures.
+    """Locate general data: one half may be replayed, the other only measures forgetting.
 
     The halves are by document: by the column `data.group` where the table has it, else by the
-    first label with too many values for classes, else every row is a document of its own.
+    first label with too many values for classes, else every row is a document.
     """
 
     label: str | list[str] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -55,26 +55,27 @@ class GeneralTable(Table):
     """Rows that forgetting is measured on, at most; documents stay whole."""
 
     @model_validator(mode="after")
-    def _columns(self) -> Self:
+    def _check_columns(self) -> Self:
         if isinstance(self.text, list) and not 1 <= len(self.text) <= 2:
             raise ValueError("text is one column or two (a sentence pair)")
         return self
 
     @property
     def label_columns(self) -> list[str]:
-        """The label columns, in their order; none where nothing is controlled."""
+        """Return the columns of the control tasks in their order, possibly none."""
         return [] if self.label is None else super().label_columns
 
 
 class Fraction(Section):
-    """A share of train, taken by content."""
+    """Take a share of train, chosen by content."""
 
     fraction: float = Field(gt=0, lt=1)
 
 
 def _tag_split(value: Any) -> str:
-    given = value if isinstance(value, dict) else {}
-    return "Table" if isinstance(value, Table) or "path" in given else "Fraction"
+    """Return the name of the class by which pydantic validates a split."""
+    is_table = isinstance(value, Table) or (isinstance(value, dict) and "path" in value)
+    return "Table" if is_table else "Fraction"
 
 
 SplitSource = Annotated[
@@ -83,7 +84,7 @@ SplitSource = Annotated[
 
 
 class Data(Section):
-    """What is learnt from, and how it is split."""
+    """Describe the task, its tables and how they are split."""
 
     task: Task | None = "classification"
     train: Table
@@ -102,8 +103,8 @@ class Data(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _columns_of_train(cls, tree: Any) -> Any:
-        """Validation and test tables take from train what they do not say themselves."""
+    def _inherit_from_train(cls, tree: Any) -> Any:
+        """Let the other tables take from train the keys that they do not set."""
         if not isinstance(tree, dict) or not isinstance(tree.get("train"), dict):
             return tree
         tree = dict(tree)
@@ -116,28 +117,28 @@ class Data(Section):
         for part in ("validation", "test", "unlabeled", "general"):
             if isinstance(tree.get(part), dict) and "path" in tree[part]:
                 same = tree[part].get("path") == tree["train"].get("path")
-                taken = dict(inherited if same else columns)
+                defaults = dict(inherited if same else columns)
                 if part == "general":
-                    # What is learnt is no control unless it is named as one.
-                    taken.pop("label", None)
-                tree[part] = taken | tree[part]
+                    # The task's label is a control task only where the user names it as one.
+                    defaults.pop("label", None)
+                tree[part] = defaults | tree[part]
         return tree
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_task(self) -> Self:
         tables = [t for t in (self.train, self.validation, self.test) if isinstance(t, Table)]
         for table in tables:
             if isinstance(table.label, list) and self.task != "multi-label":
                 raise ValueError("several label columns are for the task multi-label")
             if len(table.text_columns) > 1 and self.task == "token-classification":
                 raise ValueError("token-classification reads one column, of lists of words")
-        taken = sum(p.fraction for p in (self.validation, self.test) if isinstance(p, Fraction))
-        if taken >= 1:
-            raise ValueError(f"the fractions of validation and test add up to {taken:g}")
+        total = sum(p.fraction for p in (self.validation, self.test) if isinstance(p, Fraction))
+        if total >= 1:
+            raise ValueError(f"the fractions of validation and test add up to {total:g}")
         return self
 
     @property
     def has_labelled_general(self) -> bool:
-        """Whether general data have the task's labels: in the column that train has them in."""
+        """Return whether general data have the task's labels, in the same column as train."""
         named = self.general is not None and self.train.label in self.general.label_columns
         return named and self.task == "classification"

@@ -1,4 +1,4 @@
-"""pydantic's findings in one line of ours: the key, the closest match, what to do."""
+"""Turn pydantic's findings into one line: the key, the closest match, what to do."""
 
 import difflib
 from typing import Any
@@ -9,11 +9,11 @@ from pydantic_core import ErrorDetails
 from hftl.errors import RecipeError
 
 UNION_TAGS = ("Fraction", "Table", "one", "several")
-"""What a location names where pydantic chose between two sections, or one section and a list."""
+"""Parts of a location that name a choice of pydantic's, not a key of the recipe."""
 
 
 def build_recipe_error(error: ValidationError, where: str, model: type[BaseModel]) -> RecipeError:
-    """The first finding, as an error of ours; a misspelt key comes before a missing one."""
+    """Return the first finding as a RecipeError; a misspelt key comes before a missing one."""
     findings = error.errors(include_url=False)
     first = min(findings, key=lambda finding: finding["type"] != "extra_forbidden")
     raised = first.get("ctx", {}).get("error")
@@ -43,11 +43,11 @@ def _format_finding(
 
 
 def _list_known_keys(model: type[BaseModel], loc: list[Any]) -> list[str]:
-    """The keys that may stand at `loc`."""
+    """Return the keys that are allowed at the location `loc`."""
     here: Any = model
     for part in loc:
         if part == "Fraction":
-            # What has no `path` may have been meant as either.
+            # A table whose `path` is misspelt is read as a fraction: name the keys of both.
             return [name for member in _list_union_members(here) for name in member.model_fields]
         if part in ("one", "several") or isinstance(part, int):
             here = _find_model(here)
@@ -62,24 +62,25 @@ def _list_known_keys(model: type[BaseModel], loc: list[Any]) -> list[str]:
 
 
 def _list_union_members(annotation: Any) -> list[type[BaseModel]]:
-    """The classes inside `Annotated[A, ...] | Annotated[B, ...]`."""
+    """Return the classes inside `Annotated[A, ...] | Annotated[B, ...]`."""
     parts = getattr(annotation, "__args__", ())
     return [getattr(part, "__origin__", part) for part in parts]
 
 
 def _find_model(annotation: Any) -> Any:
-    """The first section anywhere inside an annotation, or the annotation where it is one."""
+    """Return the first section inside an annotation, or None."""
     if _is_model(annotation):
         return annotation
     inside = (_find_model(part) for part in getattr(annotation, "__args__", ()))
-    return next((found for found in inside if _is_model(found)), None)
+    return next((model for model in inside if _is_model(model)), None)
 
 
 def _is_model(annotation: Any) -> bool:
+    """Return whether an annotation is a section itself."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def suggest_closest(name: str, options: list[str], prefix: str = "") -> str:
-    """`; did you mean 'x'?` where an option is near, else nothing."""
+    """Return `; did you mean 'x'?` where an option is close, else an empty text."""
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     return f"; did you mean '{prefix}{close[0]}'?" if close else ""

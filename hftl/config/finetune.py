@@ -1,4 +1,4 @@
-"""The section `finetune` of a recipe: what trains, and how."""
+"""Define the section `finetune` of a recipe: the strategy and its training."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -13,7 +13,7 @@ DEFAULT_LORA = {"r": 8, "lora_alpha": 16}
 
 
 class Rates(Section):
-    """Learning rates of the parts of a model; what is left out takes `training.learning_rate`."""
+    """Set learning rates of the parts of a model; the default is `training.learning_rate`."""
 
     embeddings: float | None = Field(default=None, ge=0)
     blocks: list[Annotated[float, Field(ge=0)]] | None = Field(default=None, min_length=1)
@@ -22,19 +22,19 @@ class Rates(Section):
 
 
 class Gradual(Section):
-    """Gradual unfreezing: how long each phase lasts, and whether all parameters train at last."""
+    """Set how long each phase of gradual unfreezing lasts (Howard & Ruder 2018, arXiv:1801.06146)."""
 
     epochs: float = Field(default=1, gt=0)
-    """Of every phase, at most, in the place of `training.num_train_epochs`."""
+    """Of every phase, at most, instead of `training.num_train_epochs`."""
     final_epochs: float = Field(default=0, ge=0)
-    """Of the last phase, in which everything trains at a low rate from the best weights so far,
-    wherever unfreezing has stopped; 0: there is none."""
+    """Of a last phase, in which everything trains at a low rate from the best weights so far; 0: no
+    such phase."""
     final_rate: float = Field(default=0.1, gt=0)
-    """The share of the learning rate in that phase."""
+    """Factor on the learning rate in that phase."""
 
 
 class Finetune(Section):
-    """What trains, and how. `training` is transformers', `lora` is peft's."""
+    """Describe the strategy and its training. `training` is transformers', `lora` is peft's."""
 
     strategy: Literal["head", "partial", "gradual", "lora", "full"] = "lora"
     pooling: Literal["native", "mean", "cls"] = "native"
@@ -51,11 +51,11 @@ class Finetune(Section):
 
     @property
     def learning_rates(self) -> dict[str, Any] | None:
-        """`lr` as `TransferTrainer` takes it."""
+        """Return `lr` as `TransferTrainer` takes it."""
         return None if self.lr is None else self.lr.model_dump()
 
     @model_validator(mode="after")
-    def _phases_have_epochs(self) -> Self:
+    def _check_phase_length(self) -> Self:
         if self.strategy == "gradual" and self.training.get("max_steps", -1) > 0:
             raise RecipeError(
                 "finetune.training.max_steps is of one training, and gradual unfreezing is several",
@@ -65,10 +65,10 @@ class Finetune(Section):
 
     @field_validator("training", mode="before")
     @classmethod
-    def _training_fields(cls, given: Any) -> dict[str, Any]:
-        return DEFAULT_TRAINING | validate_training_args("finetune", given)
+    def _validate_training(cls, training: Any) -> dict[str, Any]:
+        return DEFAULT_TRAINING | validate_training_args("finetune", training)
 
     @field_validator("lora", mode="before")
     @classmethod
-    def _lora_fields(cls, given: Any) -> dict[str, Any]:
-        return DEFAULT_LORA | validate_lora_args("finetune", given)
+    def _validate_lora(cls, lora: Any) -> dict[str, Any]:
+        return DEFAULT_LORA | validate_lora_args("finetune", lora)

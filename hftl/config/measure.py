@@ -1,4 +1,4 @@
-"""The section `measure` of a recipe: what is compared, over which seeds, by which metric."""
+"""Define the section `measure` of a recipe: the arms, the seeds and the metric."""
 
 from typing import Annotated, Any
 
@@ -14,14 +14,14 @@ UNBUILT_ARMS = {
 
 
 class Search(Section):
-    """The learning rates that `scratch` is given a choice of, and its longer budget."""
+    """Set the learning rates that `scratch` is searched over, and its longer budget."""
 
     learning_rates: list[float] = Field(default=[1.0e-4, 3.0e-4, 1.0e-3], min_length=1)
     epochs_factor: float = Field(default=3, gt=0)
 
 
 class Measure(Section):
-    """What is compared, over which seeds, by which metric."""
+    """Describe which arms are compared, over which seeds, by which metric."""
 
     metric: str = "accuracy"
     """A built-in metric or `evaluate:<id>`; where none is given, pearson for regression,
@@ -32,8 +32,8 @@ class Measure(Section):
 
     @field_validator("seeds")
     @classmethod
-    def _distinct(cls, seeds: list[int]) -> list[int]:
-        twice = {seed for seed in seeds if seeds.count(seed) > 1}
-        if twice:
-            raise ValueError(f"seed {min(twice)} is given twice")
+    def _check_distinct(cls, seeds: list[int]) -> list[int]:
+        repeated = {seed for seed in seeds if seeds.count(seed) > 1}
+        if repeated:
+            raise ValueError(f"seed {min(repeated)} is given twice")
         return seeds

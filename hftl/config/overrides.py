@@ -1,4 +1,8 @@
-"""YAML in, plain values out: `1e-4` is a number, a key given twice is an error."""
+"""Read YAML and apply `key=value` overrides; `1e-4` is a number, a repeated key an error.
+
+PyYAML reads YAML 1.1, in which `1e-4` is a word and `on` is true. ruamel.yaml reads 1.2, but would
+be a second YAML library beside the one that writes recipes and cards.
+"""
 
 import re
 from pathlib import Path
@@ -10,11 +14,11 @@ from hftl.errors import RecipeError, format_error_line
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-4` and `on` as YAML 1.2 does and refuses duplicate keys."""
+    """Load YAML safely, `1e-4` and `on` as YAML 1.2 does, and refuse duplicate keys."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, regexp) for tag, regexp in found if tag != "tag:yaml.org,2002:bool"]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
@@ -50,7 +54,7 @@ _RecipeLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value that `text` stands for.
+    """Return the value of a YAML text.
 
     Raises:
         RecipeError: if it is not YAML; the line is named.
@@ -65,10 +69,10 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Return the mapping in a YAML file.
 
     Raises:
-        RecipeError: if the file is missing, unreadable, not UTF-8, not YAML, or no mapping.
+        RecipeError: if the file is missing, unreadable, not UTF-8, not YAML, or not a mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -86,10 +90,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """`tree` with each `dotted.key=value` set; values are YAML.
+    """Set each `dotted.key=value` in `tree` and return it; values are YAML.
 
     Raises:
-        RecipeError: if an assignment has no `=`, or descends into something that is no mapping.
+        RecipeError: if an assignment has no `=`, or descends into something that is not a mapping.
     """
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
@@ -102,7 +106,11 @@ def apply_overrides(tree: dict[str, Any], assignments: list[str]) -> dict[str, A
 
 
 def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    """Sets `a.b.c` in nested mappings, making those that are missing or null; `a.0.b` in a list."""
+    """Set `a.b.c` in nested mappings, creating missing or null ones; `a.0.b` in a list.
+
+    Raises:
+        RecipeError: if a part of the key is neither a mapping nor an index of a list.
+    """
     *parents, last = dotted.split(".")
     node: Any = tree
     for depth, name in enumerate(parents):
@@ -127,7 +135,7 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as `{dotted.key: value}`; an empty mapping is a value."""
+    """Return nested mappings as `{dotted.key: value}`; an empty mapping is a value."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
     flat: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The words that the hub takes in a card's metadata: licences, tasks, languages, relations."""
+"""Define the section `publish` of a recipe, with the words that the hub takes in metadata."""
 
 import re
 from typing import Self
@@ -40,15 +40,11 @@ PIPELINE_TAGS = tuple(
     """.split()
 )
 BASE_MODEL_RELATIONS = ("adapter", "finetune", "merge", "quantized")
-"""Of a model to its `base_model`."""
+"""Relations of a model to its `base_model`."""
 LANGUAGE_CODE = re.compile(r"[a-z]{2,3}|multilingual|code")
-"""ISO 639-1, 639-2 or 639-3, or one of the hub's two words for many and for none."""
+"""ISO 639-1, 639-2 or 639-3, or the hub's words for many languages and for code."""
 REGIONAL_LANGUAGE_CODE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})+")
 """A language with a script or a region, which cards have too."""
-
-
-# The section `publish` of a recipe: where the result goes.
-
 
 REPO_ID_PATTERN = re.compile(
     r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(?<![-.])(?<!\.git)", re.ASCII
@@ -58,7 +54,7 @@ MAX_REPO_ID_LENGTH = 91
 
 
 class Benchmark(Section):
-    """A registered benchmark of the hub, whose test set `data.test` is."""
+    """Name a registered benchmark of the hub, whose test set `data.test` is."""
 
     dataset: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
     task_id: str = Field(pattern=r"^[\w.-]+$")
@@ -66,16 +62,16 @@ class Benchmark(Section):
 
 
 class Emissions(Section):
-    """The place where the energy came from, which nothing here can find out."""
+    """State where the energy came from, which hftl cannot find out."""
 
     location: str = Field(pattern=r"^[\w ,.()'-]+$")
-    """As exactly as is known, for instance `Quebec, Canada`."""
+    """As exact as possible, for instance `Quebec, Canada`."""
     grams_per_kwh: float = Field(ge=0, allow_inf_nan=False)
     """CO2 equivalents of the location's electricity."""
 
 
 class Publish(Section):
-    """Where the result goes, and whether it stays private there."""
+    """Say where the result goes, and whether it stays private there."""
 
     repo_id: str | None = None
     private: bool = True
@@ -92,7 +88,7 @@ class Publish(Section):
 
     @field_validator("license")
     @classmethod
-    def _known_license(cls, license: str | None) -> str | None:
+    def _check_license(cls, license: str | None) -> str | None:
         if license is not None and license not in LICENSES:
             close = suggest_closest(license.lower(), list(LICENSES))
             raise ValueError(f"the hub knows no license {license!r}{close}")
@@ -100,21 +96,21 @@ class Publish(Section):
 
     @field_validator("language")
     @classmethod
-    def _known_language(cls, language: str | list[str] | None) -> str | list[str] | None:
+    def _check_language(cls, language: str | list[str] | None) -> str | list[str] | None:
         for code in [language] if isinstance(language, str) else language or []:
             if not LANGUAGE_CODE.fullmatch(code):
                 raise ValueError(f"{code!r} is no ISO 639 code, such as en, de or multilingual")
         return language
 
     @model_validator(mode="after")
-    def _named_license(self) -> Self:
+    def _check_license_name(self) -> Self:
         if (self.license == "other") != (self.license_name is not None):
             raise ValueError("license_name belongs to license: other, and is needed there")
         return self
 
     @field_validator("repo_id")
     @classmethod
-    def _hub_id(cls, repo_id: str | None) -> str | None:
+    def _check_repo_id(cls, repo_id: str | None) -> str | None:
         if repo_id is not None and not (
             REPO_ID_PATTERN.fullmatch(repo_id) and len(repo_id) <= MAX_REPO_ID_LENGTH
         ):

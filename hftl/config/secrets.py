@@ -1,4 +1,4 @@
-"""Secrets of the user: found in what would be kept or would leave, masked in what is told."""
+"""Find secrets in what is stored or published, and mask them in what is printed."""
 
 import json
 import os
@@ -9,32 +9,32 @@ from urllib.parse import quote
 SECRET_NAME_PATTERN = re.compile(
     r"TOKEN(?!S|IZER)|SECRET|PASSW|API_?KEY|ACCESS_KEY|CREDENTIAL|PRIVATE_KEY", re.IGNORECASE
 )
-"""What the environment calls a secret."""
+"""Names of environment variables that hold a secret."""
 MIN_SECRET_LENGTH = 8
-"""Characters; what is shorter is a setting, and would be found everywhere."""
+"""Characters; a shorter value is a setting, and would match everywhere."""
 SECRET_VALUE_PATTERN = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}"
     r"|\bAKIA[0-9A-Z]{16}\b|\bxox[abprs]-[\w-]{10,}|\bsk-[A-Za-z0-9][\w-]{24,}"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|(?<=://)[^/\s:@\"']+:[^/\s:@\"']+(?=@)"
 )
-"""What reads as one, wherever it comes from; the last is of `https://user:password@host`."""
+"""Tokens and keys by their form; the last is of `https://user:password@host`."""
 
 
 def list_secrets() -> dict[str, str]:
-    """The secrets that this process could let slip, by where they stand."""
-    found = {
+    """Return the secrets that this process could leak, by where they come from."""
+    secrets = {
         f"the environment's {name}": value
         for name, value in os.environ.items()
         if SECRET_NAME_PATTERN.search(name)
         and len(value) >= MIN_SECRET_LENGTH
         and not value.startswith(("/", "~"))
     }
-    told = _read_token_file()
-    return found | ({"the hub's token": told} if told else {})
+    token = _read_token_file()
+    return secrets | ({"the hub's token": token} if token else {})
 
 
 def find_secret(text: str) -> str | None:
-    """What secret a text holds, in words that do not tell it; None where it holds none."""
+    """Name the secret that a text holds, without showing it; None where it holds none."""
     for where, value in list_secrets().items():
         if any(form in text for form in _list_encodings(value)):
             return where
@@ -42,7 +42,7 @@ def find_secret(text: str) -> str | None:
 
 
 def mask_secrets(text: str) -> str:
-    """The text with `***` in the place of every secret."""
+    """Return the text with `***` instead of every secret."""
     for value in list_secrets().values():
         for form in _list_encodings(value):
             text = text.replace(form, "***")
@@ -50,17 +50,17 @@ def mask_secrets(text: str) -> str:
 
 
 def _list_encodings(value: str) -> set[str]:
-    """A value as it is, and as it stands in a URL or in JSON."""
+    """Return a value as it is, and as it appears in a URL or in JSON."""
     return {value, quote(value, safe=""), json.dumps(value)[1:-1]}
 
 
 def _read_token_file() -> str | None:
-    """The token that `hf auth login` has left."""
+    """Return the token that `hf auth login` has stored; None without one."""
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     home = os.environ.get("HF_HOME", f"{cache}/huggingface")
     path = Path(os.environ.get("HF_TOKEN_PATH", f"{home}/token")).expanduser()
     try:
-        told = path.read_text(encoding="utf-8").strip()
+        token = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return told if len(told) >= MIN_SECRET_LENGTH else None
+    return token if len(token) >= MIN_SECRET_LENGTH else None

@@ -1,7 +1,9 @@
-"""Many processes: who is who, one process's work for all, and the end.
+"""Share work and results among the processes of a run.
 
-A launcher (`torchrun`, `accelerate launch`) starts the same command several times and says in the
-environment which one each is. Imports torch only where there is more than one.
+A launcher (`torchrun`, `accelerate launch`) starts the same command several times and gives each
+process its rank in the environment. `broadcast_from_main`, `run_main_first` and `gather_values` are
+collective: every process must call them, so only stage functions do. torch is imported only where
+there is more than one process.
 """
 
 import functools
@@ -17,44 +19,44 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 WAIT_TIMEOUT = timedelta(days=30)
-"""How long the others wait for rank 0, whose part may be all but the training."""
+"""How long the others wait for rank 0, which may do everything but the training."""
 
 _processes: list[tuple[str, int]] = []
-"""Host and process number of every rank, once they are connected."""
-_failed_together = False
-_alone = False
-"""Whether rank 0 works for all, while the others wait for it."""
+"""Host and process id of every rank, once they are connected."""
+_raised_on_all = False
+_main_only = False
+"""True while this process does the work of `broadcast_from_main`, and must wait for no other."""
 
 
 def get_rank() -> int:
-    """This process's number, from 0."""
+    """Return the number of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def get_world_size() -> int:
-    """How many processes there are."""
+    """Return how many processes there are."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Whether this process writes and prints."""
+    """Return whether this process writes and prints."""
     return get_rank() == 0
 
 
 def broadcast_from_main(compute: Callable[[], T]) -> T:
-    """`compute()`, run by rank 0 alone; every process gets the value, which must pickle.
+    """Return `compute()` of rank 0 on every process; the value must pickle. Collective.
 
-    Every process must come here; inside another `broadcast_from_main` it is just `compute()`. What `compute`
-    raises is raised on all of them; the copies of the other ranks answer True to
-    `is_raised_by_main`, so that rank 0 alone reports it.
+    Inside another `broadcast_from_main` it is just `compute()`. An error is raised on every
+    process; `is_raised_by_main` is True of the copies on the other ranks, so that rank 0 alone
+    reports it.
     """
-    global _failed_together
-    if get_world_size() == 1 or _alone:
+    global _raised_on_all
+    if get_world_size() == 1 or _main_only:
         return compute()
     if is_main():
         return _compute_and_broadcast(compute)
     value, error = _broadcast_object(None)
-    _failed_together = error is not None
+    _raised_on_all = error is not None
     if error is not None:
         error.raised_elsewhere = True
         raise error
@@ -62,50 +64,50 @@ def broadcast_from_main(compute: Callable[[], T]) -> T:
 
 
 def run_main_first(compute: Callable[[], T]) -> T:
-    """`compute()` of every process, rank 0's done before the others begin.
+    """Return `compute()` of this process; rank 0 finishes before the others begin. Collective.
 
-    For what rank 0 leaves on the disk and the others then find there. Inside, every process is on
-    its own.
+    For files that rank 0 writes and the others read. `compute` itself must call no collective.
     """
-    found: list[T] = []
-    broadcast_from_main(lambda: found.append(compute()))
-    return found[0] if found else _run_alone(compute)
+    values: list[T] = []
+    broadcast_from_main(lambda: values.append(compute()))
+    return values[0] if values else _run_alone(compute)
 
 
 def shard_items(items: list[T]) -> list[T]:
-    """This process's part of work that is shared out; `gather_values` brings the parts together."""
-    return items if _alone else items[get_rank() :: get_world_size()]
+    """Return this process's share of the items; `gather_values` joins the results."""
+    return items if _main_only else items[get_rank() :: get_world_size()]
 
 
 def is_raised_by_main(error: BaseException) -> bool:
-    """Whether rank 0 raised this error and reports it."""
+    """Return whether rank 0 raised this error and reports it."""
     return getattr(error, "raised_elsewhere", False)
 
 
 def has_shared_failure() -> bool:
-    """Whether the last `broadcast_from_main` raised on all."""
-    return _failed_together
+    """Return whether the last `broadcast_from_main` raised on every process."""
+    return _raised_on_all
 
 
 def gather_values(value: T) -> list[T]:
-    """Every process's value, by rank, on every process; the values must pickle.
+    """Return every process's value, by rank, on every process. Collective.
 
-    Inside `broadcast_from_main` rank 0 is on its own, and its value the only one.
+    Values must pickle. Inside `broadcast_from_main` only rank 0 runs, and its value is the only
+    one.
     """
-    if get_world_size() == 1 or _alone:
+    if get_world_size() == 1 or _main_only:
         return [value]
     import torch.distributed as dist
 
-    found: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(found, value, group=_create_group())
-    return found
+    values: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(values, value, group=_create_group())
+    return values
 
 
 def find_lost_ranks(patience: float = 0.0) -> list[int]:
-    """The ranks on this host whose process is gone.
+    """Return the ranks on this host whose process has ended.
 
     Args:
-        patience: seconds to wait for one to be gone, where all seem to be there.
+        patience: seconds to wait for one to end, while all are alive.
     """
     deadline = time.monotonic() + patience
     while True:
@@ -117,10 +119,10 @@ def find_lost_ranks(patience: float = 0.0) -> list[int]:
 
 
 def close_process_group() -> None:
-    """Ends what the processes have in common; the last call of a program, also after an error.
+    """Leave the process group; the last call of a program, also after an error.
 
-    Where `broadcast_from_main` raised on all, the others wait here until rank 0 has reported: the launcher kills
-    the rest as soon as one process has failed.
+    After an error on every process the others wait here until rank 0 has reported it: the launcher
+    kills the rest as soon as one process has failed.
     """
     if get_world_size() == 1:
         return
@@ -128,7 +130,7 @@ def close_process_group() -> None:
 
     if not dist.is_initialized():
         return
-    if _failed_together:
+    if _raised_on_all:
         dist.barrier(group=_create_group())
     _create_group.cache_clear()
     dist.destroy_process_group()
@@ -136,21 +138,26 @@ def close_process_group() -> None:
 
 @functools.cache
 def _create_group() -> Any:
-    """A group of its own, on the CPU: NCCL ends a process that waits for some minutes."""
+    """Connect the processes in a gloo group on the CPU.
+
+    accelerate's `gather_object` and `broadcast_object_list` use the default group, which is NCCL's on
+    GPUs: its watchdog ends a process that waits for minutes, as the others do while rank 0 works.
+    """
     import torch
     import torch.distributed as dist
     from accelerate import PartialState
 
-    # TrainingArguments makes a new state, which finds these processes already connected.
+    # TrainingArguments creates a new PartialState, which then finds these processes connected.
     PartialState(cpu=not torch.cuda.is_available())
     group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
-    found: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(found, (platform.node(), os.getpid()), group=group)
-    _processes.extend(found)
+    members: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(members, (platform.node(), os.getpid()), group=group)
+    _processes.extend(members)
     return group
 
 
 def _is_alive(pid: int) -> bool:
+    """Return whether a process of this host exists; signal 0 is delivered to nobody."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -159,8 +166,8 @@ def _is_alive(pid: int) -> bool:
 
 
 def _compute_and_broadcast(compute: Callable[[], T]) -> T:
-    """`compute()`; the others, who wait, get its value or the error that goes on from here."""
-    global _failed_together
+    """Return `compute()`, and send its value or its error to the others, who wait."""
+    global _raised_on_all
     value, done = None, False
     try:
         value = _run_alone(compute)
@@ -168,34 +175,35 @@ def _compute_and_broadcast(compute: Callable[[], T]) -> T:
         return value
     finally:
         error = None if done else sys.exception()
-        _failed_together = isinstance(error, Exception)
+        _raised_on_all = isinstance(error, Exception)
         if done or isinstance(error, Exception):
-            # A signal is no answer: the launcher sends it to the others as well.
+            # A signal is not sent on: the launcher sends it to the others as well.
             _broadcast_object(
                 (value, _make_picklable(error) if isinstance(error, Exception) else None)
             )
 
 
 def _run_alone(compute: Callable[[], T]) -> T:
-    """`compute()`, within which this process waits for no other."""
-    global _alone
-    _alone = True
+    """Return `compute()`, while collectives of this process wait for no other."""
+    global _main_only
+    _main_only = True
     try:
         return compute()
     finally:
-        _alone = False
+        _main_only = False
 
 
-def _broadcast_object(told: tuple[Any, Any] | None) -> tuple[Any, Any]:
+def _broadcast_object(answer: tuple[Any, Any] | None) -> tuple[Any, Any]:
+    """Return rank 0's value and error; the other ranks pass None."""
     import torch.distributed as dist
 
-    message: list[Any] = [told]
+    message: list[Any] = [answer]
     dist.broadcast_object_list(message, src=0, group=_create_group())
     return message[0]
 
 
 def _make_picklable(error: Exception) -> Exception:
-    """The error, or what it says where it does not survive pickling."""
+    """Return the error, or a RuntimeError with its message where it does not survive pickling."""
     try:
         pickle.loads(pickle.dumps(error))
     except (pickle.PickleError, TypeError, AttributeError):

@@ -7,14 +7,14 @@ from typing import Any
 
 
 def to_json(tree: Any) -> str:
-    """Sorted, indented JSON; a number that is not finite becomes null."""
+    """Return sorted, indented JSON; a number that is not finite becomes null."""
     return json.dumps(
         _replace_nonfinite(tree), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False
     ) + "\n"  # fmt: skip
 
 
 def fingerprint(tree: Any) -> str:
-    """sha256 (hex) of the canonical JSON of `tree`."""
+    """Return the sha256 (hex) of the canonical JSON of `tree`."""
     return hashlib.sha256(to_json(tree).encode()).hexdigest()
 
 

@@ -1,11 +1,10 @@
-"""The run folder: locked, and every part of it complete or absent.
+"""Own the run folder: one process holds it, and every stage in it is complete or absent.
 
-A part is written aside under a dotted name, hashed into MANIFEST.json and renamed. What it has
-read of the recipe stands in the manifest, so that a changed key is noticed.
+A stage is written to a temporary folder, hashed into MANIFEST.json and renamed. The manifest also
+holds the recipe keys that the stage depends on, so that a changed key is noticed.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -15,31 +14,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from hftl.errors import LockedError, RecipeError, RunFolderError
 from hftl.runtime import distributed
 from hftl.runtime.fingerprints import to_json
 
 MANIFEST = "MANIFEST.json"
 REPORT_STAGE = Path("phases") / "report"
-"""The part that says which files a finished run has."""
+"""The stage that lists the files of a finished run."""
 RUN_FILES = (
     "phases", "arms", "publish", "publish-base", "checkpoints", "recipe.yaml", "record.json",
     "report.html", "error.json", "log.txt", ".lock",
 )  # fmt: skip
-"""All that a run folder holds."""
+"""Every name that a run folder may hold."""
 
 
 def create_run_folder(run: Path) -> None:
-    """Makes the run folder.
+    """Make the run folder.
 
     Raises:
         RecipeError: if it cannot be made or written to, or holds something else.
     """
     if run.is_dir() and not (run / "recipe.yaml").exists():
-        strangers = sorted(p.name for p in run.iterdir() if p.name not in RUN_FILES)
-        if strangers:
+        foreign = sorted(p.name for p in run.iterdir() if p.name not in RUN_FILES)
+        if foreign:
             raise RecipeError(
-                f"{run} is no run folder: it holds {strangers[0]!r}", "Choose another --output"
+                f"{run} is no run folder: it holds {foreign[0]!r}", "Choose another --output"
             )
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -56,36 +57,39 @@ def create_run_folder(run: Path) -> None:
 
 @contextmanager
 def lock_run(run: Path) -> Iterator[None]:
-    """Holds the run folder for this process; leftovers of a killed one are removed.
+    """Hold the run folder for this process, and remove what a killed one left half written.
 
     Raises:
         RunFolderError: if another process holds it, or it is no run folder.
     """
     if not (run / ".lock").is_file():
         raise RunFolderError(f"{run} is no run folder", "Finish it with `hftl run`")
-    with open(run / ".lock", "r+", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = handle.read().strip() or "another process"
-            raise LockedError(
-                f"{run} is in use by {holder}", "Wait for it, or choose another --output"
-            ) from error
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()}")
-        handle.flush()
-        for left in [*run.glob(".tmp-*"), *run.glob("*/.tmp-*")]:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    # Without preserve_lock_file a file system without flock would get a lock that survives a kill.
+    lock = FileLock(run / ".lock", timeout=0, preserve_lock_file=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        holder = (run / ".lock").read_text(encoding="utf-8").strip() or "another process"
+        raise LockedError(
+            f"{run} is in use by {holder}", "Wait for it, or choose another --output"
+        ) from error
+    try:
+        # Written in place: a rename would give the name to a file that nobody holds.
+        (run / ".lock").write_text(f"process {os.getpid()}", encoding="utf-8")
+        for leftover in [*run.glob(".tmp-*"), *run.glob("*/.tmp-*")]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager
 def commit_stage(folder: Path, reads: dict[str, Any]) -> Iterator[Path]:
-    """A folder to write into; on success it is hashed and takes the place of `folder`.
+    """Yield a folder to write into; on success hash its files and rename it to `folder`.
 
     Args:
-        folder: where the part will stand.
-        reads: the dotted recipe keys, and values, that the part depends on.
+        folder: of the stage, replaced as a whole.
+        reads: the dotted recipe keys, and values, that the stage depends on.
 
     Raises:
         RunFolderError: on another process than the main one, which alone writes.
@@ -113,10 +117,10 @@ def commit_stage(folder: Path, reads: dict[str, Any]) -> Iterator[Path]:
 
 
 def read_stage_inputs(folder: Path) -> dict[str, Any] | None:
-    """What a complete part had read; None where the part is absent.
+    """Return what a complete stage depended on, after checking its files; None where it is absent.
 
     Raises:
-        RunFolderError: if a file of the part is missing or not what was written.
+        RunFolderError: if a file of the stage is missing or not what was written.
     """
     if not folder.exists():
         return None
@@ -134,67 +138,60 @@ def read_stage_inputs(folder: Path) -> dict[str, Any] | None:
 
 
 def check_finished_files(run: Path, only: str | None = None) -> None:
-    """Compares a finished run's record, report and publish folder with what was written.
+    """Compare a finished run's record, report and publish folder with what was written.
 
     Args:
         run: the run folder.
-        only: the one file to look at, by its path in the run.
+        only: the one file to check, by its path in the run.
 
     Raises:
-        RunFolderError: naming the first file that is missing, changed, or of somebody else.
+        RunFolderError: naming the first file that is missing, changed, or not the run's.
     """
     if read_stage_inputs(run / REPORT_STAGE) is None:
         raise RunFolderError(f"{run} is not finished", "Run the same `hftl run` again")
-    noted = _read_file_list(run)
-    for name, content in noted.items():
-        known = [content] if isinstance(content, str) else content
+    listed = _read_file_list(run)
+    for name, hashes in listed.items():
+        known = [hashes] if isinstance(hashes, str) else hashes
         if only in (None, name) and (
             not (run / name).is_file() or hash_file(run / name) not in known
         ):
             raise RunFolderError(
                 f"{run / name} is not what was written", "Run the same `hftl run` again to mend it"
             )
-    strange = (
-        []
-        if only
-        else [
-            path for path in _list_finished_files(run) if _format_relative(run, path) not in noted
-        ]
-    )
-    if strange:
-        raise RunFolderError(f"{min(strange)} was not written by the run", "Remove it")
+    foreign = [p for p in _list_finished_files(run) if _format_relative(run, p) not in listed]
+    if foreign and not only:
+        raise RunFolderError(f"{min(foreign)} was not written by the run", "Remove it")
 
 
 def is_intact(run: Path) -> bool:
-    """Whether a finished run's files are those that were written, and no others."""
+    """Return whether a finished run's files are those that were written, and no others."""
     return _read_file_list(run) == _hash_finished_files(run)
 
 
 def write_finished_files(run: Path, inputs: str | None = None) -> None:
-    """Notes the finished files, to see that none was lost or changed since.
+    """Write the list of the finished files with their hashes.
 
     Args:
         run: the run folder.
-        inputs: a hash of what they come from; as it was where it is not given.
+        inputs: a hash of what they come from; None leaves the stored one.
     """
     _write_file_list(run, _hash_finished_files(run), inputs)
 
 
 def rewrite_finished_files(run: Path, texts: dict[str, str]) -> None:
-    """Writes finished files anew; killed meanwhile, each is the old or the new one, and known.
+    """Write finished files again; after a kill each is the old or the new one, and listed.
 
     Args:
         run: the run folder.
-        texts: by path in it.
+        texts: by path in the run.
     """
-    now = _hash_finished_files(run)
-    then = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-    if all(now.get(name) == content for name, content in then.items()) and now == _read_file_list(
-        run
-    ):
+    current = _hash_finished_files(run)
+    target = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    unchanged = all(current.get(name) == content for name, content in target.items())
+    if unchanged and current == _read_file_list(run):
         return
-    either = {name: sorted({now.get(name, content), content}) for name, content in then.items()}
-    _write_file_list(run, {**now, **either})
+    either = {name: sorted({current.get(name, new), new}) for name, new in target.items()}
+    _write_file_list(run, {**current, **either})
     for name, text in texts.items():
         write_text(run / name, text)
     write_finished_files(run)
@@ -209,7 +206,7 @@ def _write_file_list(run: Path, files: dict[str, Any], inputs: str | None = None
 
 
 def _read_file_list(run: Path) -> dict[str, Any]:
-    """By path the hash of each finished file, or two of one that was being written anew."""
+    """Return the hash of each finished file by path, or two of one that was being rewritten."""
     stored = run / REPORT_STAGE / "files.json"
     return json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
 
@@ -229,12 +226,12 @@ def _format_relative(run: Path, path: Path) -> str:
 
 
 def hash_stage(folder: Path) -> str:
-    """The content hash of a complete part, which says whether what follows from it is stale."""
+    """Return the content hash of a complete stage, by which later stages see that it changed."""
     return hash_file(folder / MANIFEST)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all; one that says the same already is left alone."""
+    """Write a file whole or not at all; leave one alone that holds the same text."""
     if path.exists() and path.read_bytes() == text.encode("utf-8"):
         return
     aside = path.parent / f".tmp-{path.name}"
@@ -250,16 +247,16 @@ def _make_damage_error(part: Path, name: str, how: str) -> RunFolderError:
 
 
 def _hash_files(folder: Path) -> dict[str, str]:
-    """sha256 of every file, each flushed to the disk first."""
-    found = {}
+    """Return the sha256 of every file by path, each flushed to the disk first."""
+    hashes = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         _sync_to_disk(path)
-        found[path.relative_to(folder).as_posix()] = hash_file(path)
-    return found
+        hashes[path.relative_to(folder).as_posix()] = hash_file(path)
+    return hashes
 
 
 def hash_file(path: Path) -> str:
-    """The content hash of a file, in hex."""
+    """Return the sha256 of a file, in hex."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
