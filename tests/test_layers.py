@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ORDER = [
-    "errors",
+    "errors", "train.hf_compat",
     "config.errors", "config.overrides", "config.secrets", "config.upstream_args",
     "config.section", "config.data", "config.adapt", "config.finetune",
     "config.retain", "config.measure", "config.publish", "config.validation", "config.recipe",

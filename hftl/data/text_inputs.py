@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hftl.data.rows import Row
+from hftl.train.hf_compat import set_backend_tokenizer
 
 EncodedRow = dict[str, Any]
 """The inputs of one row by the names of the model's arguments, and its `labels` in training."""
@@ -172,7 +173,7 @@ def build_word_tokenizer(tokenizer: Any, folder: Path) -> Any:
         state = json.loads(spaced.backend_tokenizer.to_str())
         for step in _find_byte_level_steps(state["pre_tokenizer"]):
             step["add_prefix_space"] = True
-        spaced._tokenizer = type(spaced.backend_tokenizer).from_str(json.dumps(state))
+        set_backend_tokenizer(spaced, json.dumps(state))
     return spaced
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hftl.runtime import distributed
+from hftl.train.hf_compat import cpu_multiplies_bf16
 
 
 @contextmanager
@@ -75,10 +76,7 @@ def has_fast_bf16(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device == "cpu":
-        return bool(
-            torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportAttributeAccessIssue]
-            or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportAttributeAccessIssue]
-        )
+        return cpu_multiplies_bf16()
     return False
 
 

@@ -10,6 +10,7 @@ from transformers.training_args import OptimizerNames
 
 from hftl.errors import RecipeError, format_error_line
 from hftl.runtime.hardware import choose_precision
+from hftl.train.hf_compat import use_one_device
 
 EVAL_BATCH_SIZE = 64
 
@@ -55,7 +56,7 @@ def build_training_arguments(
             "Correct the section",
         ) from error
     # transformers would split a batch over all visible devices by itself (DataParallel).
-    args._n_gpu = min(1, args.n_gpu)
+    use_one_device(args)
     _check_reporting(section, args)
     _check_scheduler(section, args)
     _check_optimizer(section, args)

@@ -15,6 +15,7 @@ from transformers.utils.generic import can_return_loss, find_labels
 
 from hftl.errors import RecipeError
 from hftl.retain.reference import eval_mode
+from hftl.train.hf_compat import has_replaced_loss, unwrap_forward
 from hftl.train.loss import compute_summed_loss, count_labels, has_labels
 
 KNOWN_HEADS = (
@@ -63,15 +64,13 @@ def can_compute_loss(model: nn.Module) -> bool:
 def has_stock_loss(model: nn.Module) -> bool:
     """Return whether the loss is computed by a forward of transformers, as it is published."""
     inner = unwrap_adapter(model)
-    forward = _unwrap_forward(inner)
-    return str(forward.__module__).startswith("transformers.") and "_loss_function" not in vars(
-        inner
-    )
+    forward = unwrap_forward(inner)
+    return str(forward.__module__).startswith("transformers.") and not has_replaced_loss(inner)
 
 
 def has_known_head(model: nn.Module) -> bool:
     """Return whether the model is one of `KNOWN_HEADS`, with transformers' own loss."""
-    owner = getattr(_unwrap_forward(unwrap_adapter(model)), "__qualname__", "").split(".")[0]
+    owner = getattr(unwrap_forward(unwrap_adapter(model)), "__qualname__", "").split(".")[0]
     return has_stock_loss(model) and owner.endswith(KNOWN_HEADS)
 
 
@@ -271,14 +270,8 @@ def _find_problem_type(model: nn.Module, read_config: bool = False) -> str | Non
 
 
 def _reads_problem_type(model: nn.Module) -> bool:
-    owner = getattr(_unwrap_forward(unwrap_adapter(model)), "__qualname__", "").split(".")[0]
+    owner = getattr(unwrap_forward(unwrap_adapter(model)), "__qualname__", "").split(".")[0]
     return owner.endswith(PROBLEM_TYPE_HEADS)
-
-
-def _unwrap_forward(model: nn.Module) -> Any:
-    """Return the function that runs as the model's forward, without what accelerate wraps."""
-    forward = vars(model).get("_original_forward", model.forward)
-    return inspect.unwrap(getattr(forward, "__func__", forward))
 
 
 def is_hftl_module(model: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hftl.errors import RecipeError
 from hftl.retain.build import Regularizer, Retention, Step
 from hftl.runtime.distributed import gather_values
-from hftl.train import step
+from hftl.train import hf_compat, step
 from hftl.train.checkpoint import (
     check_fsdp_available,
     check_unsharded,
@@ -51,7 +51,7 @@ from hftl.train.samplers import (
 )
 
 
-class TransferTrainer(Trainer):
+class TransferTrainer(hf_compat.TrainerHooks, Trainer):
     """transformers' Trainer, with what transfer needs.
 
     Frozen modules run in eval mode, so that their outputs are a function of the input alone; the
@@ -117,7 +117,6 @@ class TransferTrainer(Trainer):
         self._objective: LossPlan | None = None
         self._batches: RankBatchSampler | None = None
         self._has_filler = False
-        self._is_checkpoint = False
         self._step_loss: Tensor | float = 0.0
         self._rows = torch.tensor(1)
         self._evaluated: list[Tensor] = []
@@ -185,7 +184,7 @@ class TransferTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """This process's share of every step, or transformers' loader for another sampling."""
-        order = self._get_train_sampler()
+        order = hf_compat.get_train_sampler(self)
         if not isinstance(order, SeededSampler):
             self._batches = None
             if self._numbers_rows:
@@ -198,7 +197,7 @@ class TransferTrainer(Trainer):
             return super().get_train_dataloader()
         general = None if self._general is None else len(self._general)
         self._batches = build_batch_sampler(
-            order, general, self.retention.ratio, self._train_batch_size,
+            order, general, self.retention.ratio, hf_compat.get_train_batch_size(self),
             self.args.dataloader_drop_last, self.accelerator,
         )  # fmt: skip
         dataset, collate = self._training_rows()
@@ -226,7 +225,10 @@ class TransferTrainer(Trainer):
         items, self._rows = self.accelerator.gather(here).reshape(-1, 2).sum(0)  # pyright: ignore
         if not objective.asks_model:
             return batches, items
-        count = self._get_num_items_in_batch(step.blank_filler(batches, self._has_filler), device)
+        count = None
+        if objective.counts_items:
+            labelled = step.blank_filler(batches, self._has_filler)
+            count = hf_compat.count_items(self, labelled, device)
         return batches, self._rows if count is None else count
 
     def compute_loss(
@@ -323,7 +325,7 @@ class TransferTrainer(Trainer):
     def _objective_of(self, inputs: dict[str, Any]) -> LossPlan:
         """Return how to compute the loss of a training or evaluation, from one of its batches."""
         model = self.accelerator.unwrap_model(self.model)
-        batch = step.drop_metadata(self._prepare_inputs(inputs))
+        batch = step.drop_metadata(hf_compat.move_inputs(self, inputs))
         if self.compute_loss_func is not None:
             objective = LossPlan(True, counts_items=isinstance(batch.get("labels"), Tensor))
         elif self.args.parallelism_config is not None:
@@ -397,55 +399,43 @@ class TransferTrainer(Trainer):
             output.metrics[name] = loss / max(1.0, items)
         return output
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers'."""
-        self._is_checkpoint = _internal_call
-        super().save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As transformers'; a checkpoint of one of hftl's own modules holds what trains."""
+    def save_weights(self, output_dir: str | None, state_dict: Any) -> None:
+        """Save as transformers does; a checkpoint of hftl's own modules holds what trains."""
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, (PreTrainedModel, PeftModel)):
-            super()._save(output_dir, state_dict)
-        elif not self._saves_trained_only:
-            super()._save(
-                output_dir, collect_full_state(model) if state_dict is None else state_dict
-            )
+            super().save_weights(output_dir, state_dict)
+        elif not (self.is_saving_checkpoint and is_hftl_module(model)):
+            state = collect_full_state(model) if state_dict is None else state_dict
+            super().save_weights(output_dir, state)
         elif self.args.should_save:
             save_trainable(model, Path(output_dir or str(self.args.output_dir)))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """As transformers'; of one of hftl's own modules, what `_save` has written."""
-        if not is_hftl_module(self.accelerator.unwrap_model(self.model)) or self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        load_trainable(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
+    def load_checkpoint_weights(self, folder: str, model: Any) -> None:
+        """Load as transformers does; of hftl's own modules, what `save_weights` has written."""
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        if is_hftl_module(unwrapped) and not self.is_fsdp_enabled:
+            load_trainable(unwrapped, Path(folder))
+        else:
+            super().load_checkpoint_weights(folder, model)
 
     @property
     def _own_model(self) -> Any:
         """The model as it was handed over; transformers has refused to do without one."""
         return self.model
 
-    @property
-    def _saves_trained_only(self) -> bool:
-        """True where what is saved is a checkpoint of a module whose frozen weights hftl knows."""
-        return self._is_checkpoint and is_hftl_module(self.accelerator.unwrap_model(self.model))
+    def build_train_sampler(self, dataset: Any = None) -> Any:
+        """Return an order of rows that depends on seed and epoch alone, for random sampling.
 
-    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
-        """Return transformers' count where the model divides by it; None where hftl counts."""
-        objective = self._choose_objective(batch_samples[0]) if batch_samples else None
-        if objective is None or not objective.asks_model or not objective.counts_items:
-            return None
-        return super()._get_num_items_in_batch(batch_samples, device)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "random" or not hasattr(dataset, "__len__"):
-            return super()._get_train_sampler(train_dataset)
-        if not len(dataset):  # pyright: ignore[reportArgumentType]
+        Raises:
+            RecipeError: if there are no rows.
+        """
+        rows = self.train_dataset if dataset is None else dataset
+        if self.args.train_sampling_strategy != "random" or not hasattr(rows, "__len__"):
+            return super().build_train_sampler(dataset)
+        if not len(rows):  # pyright: ignore[reportArgumentType]
             raise RecipeError("train_dataset holds no rows", "Give it some, or skip train()")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return SeededSampler(len(dataset), seed)  # pyright: ignore[reportArgumentType]
+        return SeededSampler(len(rows), seed)  # pyright: ignore[reportArgumentType]
 
     @property
     def _numbers_rows(self) -> bool:
@@ -459,14 +449,14 @@ class TransferTrainer(Trainer):
     def _training_rows(self) -> tuple[Any, Any]:
         """The rows of training, and what makes a batch of them."""
         dataset, general = (
-            self._remove_unused_columns(part, description="Training")
+            hf_compat.drop_unused_columns(self, part)
             if isinstance(part, datasets.Dataset)
             else part
             for part in (self.train_dataset, self._general)
         )
         collate = self.data_collator
         if not isinstance(dataset, datasets.Dataset):
-            collate = self._get_collator_with_removed_columns(collate, "Training")
+            collate = hf_compat.wrap_collator(self, collate)
         if not self._numbers_rows:
             return dataset, collate
         rows: Any = IndexedDataset(dataset, general)

@@ -1,0 +1,146 @@
+"""Use private members of transformers, accelerate and torch, here and nowhere else.
+
+Each function names the public API that is missing, so that it goes when that API comes; a test
+walks the package and lists every private member. A release of a library that renames one breaks
+this module alone. Nothing heavy is imported at the top: light modules import this one too.
+"""
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import Trainer, TrainingArguments
+else:
+    Trainer = object  # Importing the Trainer takes seconds; its mixin needs it for types alone.
+
+
+def use_one_device(args: "TrainingArguments") -> None:
+    """Make a Trainer use one device of this process where several are visible.
+
+    Missing: a setting of TrainingArguments that switches DataParallel off. The Trainer wraps the
+    model whenever `_n_gpu`, which follows from the visible devices alone, is above 1.
+    """
+    args._n_gpu = min(1, args.n_gpu)
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Return whether the CPU has instructions that multiply bfloat16.
+
+    Missing: `torch.cpu.is_bf16_supported`, the counterpart of `torch.cuda.is_bf16_supported`.
+    """
+    import torch
+
+    cpu: Any = torch.cpu
+    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+
+
+def set_backend_tokenizer(tokenizer: Any, state: str) -> None:
+    """Replace the backend of a fast tokenizer by one that is built from a serialised state.
+
+    Missing: a setter of `PreTrainedTokenizerFast.backend_tokenizer`, which reads `_tokenizer`.
+    """
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(state)
+
+
+def has_replaced_loss(model: "nn.Module") -> bool:
+    """Return whether somebody has set `loss_function` of a transformers model.
+
+    Missing: a getter that tells a set loss from the class's own; the setter of
+    `PreTrainedModel.loss_function` leaves `_loss_function` on the instance.
+    """
+    return "_loss_function" in vars(model)
+
+
+def unwrap_forward(model: "nn.Module") -> Any:
+    """Return the function that runs as a model's forward, without accelerate's and decorators'.
+
+    Missing: `Accelerator.unwrap_model` for the forward alone; mixed precision wraps `forward` and
+    keeps the former one as `_original_forward`.
+    """
+    forward = vars(model).get("_original_forward", model.forward)
+    return inspect.unwrap(getattr(forward, "__func__", forward))
+
+
+def move_inputs(trainer: "Trainer", inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch on the Trainer's device.
+
+    Missing: a public form of `_prepare_inputs`.
+    """
+    return trainer._prepare_inputs(inputs)
+
+
+def get_train_sampler(trainer: "Trainer") -> Any:
+    """Return the sampler of training rows, also where a user's subclass overrides it.
+
+    Missing: a public form of `_get_train_sampler`.
+    """
+    return trainer._get_train_sampler()
+
+
+def get_train_batch_size(trainer: "Trainer") -> int:
+    """Return the rows of a batch of this process as training runs.
+
+    Missing: a public form of `_train_batch_size`, which `auto_find_batch_size` lowers.
+    """
+    return trainer._train_batch_size
+
+
+def drop_unused_columns(trainer: "Trainer", dataset: Any) -> Any:
+    """Return a `datasets.Dataset` without the columns that the model's forward does not take.
+
+    Missing: a public form of `_remove_unused_columns`, to build a DataLoader of one's own.
+    """
+    return trainer._remove_unused_columns(dataset, description="Training")
+
+
+def wrap_collator(trainer: "Trainer", collate: Any) -> Any:
+    """Return a collator that leaves out what the model's forward does not take.
+
+    Missing: a public form of `_get_collator_with_removed_columns`.
+    """
+    return trainer._get_collator_with_removed_columns(collate, "Training")
+
+
+def count_items(trainer: "Trainer", batches: list[Any], device: Any) -> Any:
+    """Return by how many items a model's own loss is divided in a step, over all processes.
+
+    Missing: a public form of `_get_num_items_in_batch`, for a subclass with batches of its own.
+    """
+    return trainer._get_num_items_in_batch(batches, device)
+
+
+class TrainerHooks(Trainer):
+    """Give the private hooks of transformers' Trainer public names that a subclass can override.
+
+    Missing: documented hooks for what a checkpoint holds and for the sampler. To be mixed in before
+    the Trainer: `class MyTrainer(TrainerHooks, Trainer)`.
+    """
+
+    is_saving_checkpoint = False
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; `_internal_call` says that the Trainer writes a checkpoint."""
+        self.is_saving_checkpoint = _internal_call
+        super().save_model(output_dir, _internal_call)
+
+    def save_weights(self, output_dir: str | None, state_dict: Any) -> None:
+        """Write the weights of a model that is saved, on the processes that save."""
+        super()._save(output_dir, state_dict)
+
+    def load_checkpoint_weights(self, folder: str, model: Any) -> None:
+        """Load the weights of a checkpoint that training is resumed from."""
+        super()._load_from_checkpoint(folder, model)
+
+    def build_train_sampler(self, dataset: Any = None) -> Any:
+        """Return the sampler of training rows; None where there is none."""
+        return super()._get_train_sampler(dataset)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self.save_weights(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.load_checkpoint_weights(resume_from_checkpoint, model)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.build_train_sampler(train_dataset)

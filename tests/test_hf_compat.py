@@ -1,0 +1,145 @@
+"""Check that private members of other libraries are used in hftl/train/hf_compat.py alone."""
+
+import ast
+import inspect
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import torch
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+
+from hftl.train import hf_compat
+
+ROOT = Path(__file__).parent.parent / "hftl"
+COMPAT = ROOT / "train" / "hf_compat.py"
+LIBRARIES = ("transformers", "peft", "accelerate", "datasets", "huggingface_hub", "torch")
+NAMED_TUPLE = {"_asdict", "_replace", "_fields"}
+WRITTEN = {
+    "_name_or_path", "_attn_implementation", "_attn_implementation_internal",  # keys of a config
+    "_file", "_CLASSIFICATION_MAPPING",  # ends of names
+}  # fmt: skip
+PRIVATE = {
+    "_n_gpu": TrainingArguments,
+    "_is_avx512_bf16_supported": torch.cpu,
+    "_is_amx_tile_supported": torch.cpu,
+    "_tokenizer": PreTrainedTokenizerFast,
+    "_loss_function": PreTrainedModel,
+    "_original_forward": None,
+    "_prepare_inputs": Trainer,
+    "_train_batch_size": Trainer,
+    "_remove_unused_columns": Trainer,
+    "_get_collator_with_removed_columns": Trainer,
+    "_get_num_items_in_batch": Trainer,
+    "_internal_call": None,
+    "_save": Trainer,
+    "_load_from_checkpoint": Trainer,
+    "_get_train_sampler": Trainer,
+}
+"""Every private member that hftl uses, and what has it; None: an argument, or set by accelerate."""
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name.strip("_") != ""
+
+
+def list_private_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Yield the private names that a module reads, sets, imports, takes or quotes."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, ast.arg) or (isinstance(node, ast.keyword) and node.arg):
+            names = [node.arg]  # pyright: ignore[reportAssignmentType]
+        elif isinstance(node, ast.Import):
+            names = [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.ImportFrom):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = [node.value] if node.value.isidentifier() else []
+        yield from ((name, node.lineno) for name in names if is_private(name))  # pyright: ignore
+
+
+def list_definitions(tree: ast.AST) -> Iterator[str]:
+    """Yield the private names that a module defines: functions, methods, fields, attributes."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and is_private(node.name):
+            yield node.name
+        elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+            if isinstance(node, ast.Name) and is_private(node.id):
+                yield node.id
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self":
+                yield from [node.attr] if is_private(node.attr) else []
+
+
+def list_members(cls: type) -> set[str]:
+    """Return the names of a class's members, with what its methods assign to self."""
+    try:
+        source = dedent(inspect.getsource(cls))
+    except (OSError, TypeError):  # A class that is written in C has no source.
+        return set(vars(cls))
+    return {*vars(cls), *list_definitions(ast.parse(source))}
+
+
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.rglob("*.py")}
+DEFINED_HERE = {
+    name for path, tree in TREES.items() if path != COMPAT for name in list_definitions(tree)
+}
+
+
+def test_hf_compat_uses_the_private_members_that_are_listed_here() -> None:
+    assert {name for name, _ in list_private_names(TREES[COMPAT])} == set(PRIVATE)
+
+
+def test_no_other_module_uses_a_private_member_of_a_library() -> None:
+    allowed = DEFINED_HERE | NAMED_TUPLE | WRITTEN
+    outside = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path, tree in TREES.items()
+        if path != COMPAT
+        for name, line in list_private_names(tree)
+        if name not in allowed
+    ]
+    assert not outside, outside
+
+
+def test_no_class_overrides_a_private_member_of_its_base_in_a_library() -> None:
+    """Also not by accident: an attribute of the same name would change how the base works."""
+    overridden = []
+    for path, tree in TREES.items():
+        names = {
+            node.name: set(list_definitions(node))
+            for node in tree.body
+            if isinstance(node, ast.ClassDef)
+        }
+        if path == COMPAT or not any(names.values()):
+            continue
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        module = import_module(".".join(parts))
+        for name, members in names.items():
+            for base in getattr(module, name).__mro__:
+                if members and base.__module__.split(".")[0] in LIBRARIES:
+                    overridden += [f"{name}.{member}" for member in members & list_members(base)]
+    assert not overridden, overridden
+
+
+@pytest.mark.parametrize("name", [n for n, owner in PRIVATE.items() if owner is not None])
+def test_the_library_still_has_the_member(name: str) -> None:
+    owner = PRIVATE[name]
+    source = inspect.getsource(owner) if inspect.isclass(owner) else ""
+    assert hasattr(owner, name) or f"self.{name}" in source
+
+
+@pytest.mark.parametrize(
+    "member",
+    [m for m in vars(hf_compat).values() if getattr(m, "__module__", "") == hf_compat.__name__],
+)
+def test_each_docstring_names_the_missing_public_api(member: object) -> None:
+    assert "Missing: " in (inspect.getdoc(member) or "")
