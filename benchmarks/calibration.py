@@ -32,6 +32,7 @@ from scipy import special
 
 from hftl.measure.forgetting import ForgettingSpec, measure_forgetting
 from hftl.measure.gain import MARGIN, select_lesser_gain
+from hftl.measure.record import Gain
 from hftl.measure.statistics import MeanError, assign_blocks, classify_gain, estimate_mean_error
 
 RESULT = Path(__file__).parent / "results" / "calibration.json"
@@ -199,19 +200,22 @@ def null_outcomes(
             }
             least = select_lesser_gain(gains)
             by_validation = max(gains, key=lambda arm: scores[arm][i].mean())
-            told["lesser"].append(least["outcome"])
-            told["named"].append(least["baseline"] == "scratch")
-            told["validation"].append(gains[by_validation]["outcome"])
+            told["lesser"].append(least.outcome)
+            told["named"].append(least.baseline == "scratch")
+            told["validation"].append(gains[by_validation].outcome)
             told["scratch"].append(by_validation == "scratch")
     return {key: np.array(found) for key, found in told.items()}
 
 
-def _gain(differences: np.ndarray) -> dict[str, Any]:
-    """The parts of `hftl.measure.gain.gain` that name a baseline and an outcome."""
+def _gain(differences: np.ndarray) -> Gain:
+    """Return the gain of (seeds, items) differences of rights and wrongs."""
     units = np.arange(differences.shape[1])
     value = float(differences.mean())
     interval = error_of(block_values(differences, units), units).interval(value)
-    return {"value": value, "ci95": list(interval), "outcome": classify_gain(interval, MARGIN)}
+    return Gain(
+        metric="accuracy", value=value, ci95=interval, seeds=len(differences), p_value=None,
+        relative_error_reduction=None, outcome=classify_gain(interval, MARGIN),
+    )  # fmt: skip
 
 
 def judge_positive(replicates: int) -> list[dict[str, Any]]:
@@ -256,10 +260,10 @@ def changes(
     controls = {"document": units.astype(str), "tone": tone.astype(str)}
     asked = ForgettingSpec(controls, ("tone",) if probes else (), units, 0.2)
     found = measure_forgetting({"general": old, "new": old[:1]}, {"own": after}, asked)["own"]
-    told = {name: found[name] for name in ("neighbours", "cosine", "kl", "cka")}
-    for control, figure in found["controls"].items():
-        told |= {f"{control} {name}": value for name, value in figure.items() if value}
-    return {name: (figure["change"], *figure["ci95"]) for name, figure in told.items()}
+    figures = {name: getattr(found, name) for name in ("neighbours", "cosine", "kl", "cka")}
+    for control, of_control in found.controls.items():
+        figures |= {f"{control} {name}": figure for name, figure in of_control if figure}
+    return {name: (figure.change, *figure.ci95) for name, figure in figures.items()}
 
 
 def judge_forgetting(replicates: int) -> list[dict[str, Any]]:

@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from hftl import console
-from hftl.card.result_sections import format_adaptation_sentence, has_forgetting
+from hftl.card.wording import format_adaptation_sentence, has_forgetting
 from hftl.measure.record import Record
 from hftl.measure.verdict import format_gain
 from hftl.publish.sanitize import sanitize_record
@@ -23,6 +25,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 KEPT = ("metric", "own_arm", "ladder", "transfer_gain", "verdict", "data", "environment",
         "scratch_search", "reload_difference", "adapt", "forgetting")  # fmt: skip
+SHOWN = ("metric", "own_arm", "ladder", "transfer_gain", "verdict", "adapt", "forgetting")
+"""The keys of a record that the pages' tables are written from."""
 PAGES = (ROOT / "README.md", ROOT / "recipes" / "README.md", ROOT / "benchmarks" / "README.md")
 INDEX = {
     "movies-minilm-lora": "recipes/movies-minilm/lora.yaml",
@@ -48,49 +52,56 @@ INDEX = {
 
 def keep(run: Path) -> None:
     """Writes a finished run's figures to benchmarks/results."""
-    told = sanitize_record(Record.read(run).tree)
-    kept = {key: told[key] for key in KEPT}
-    kept["recipe"] = told["recipe"]
+    tree = sanitize_record(Record.read(run)).to_dict()
     RESULTS.mkdir(exist_ok=True)
+    kept = {key: tree[key] for key in (*KEPT, "recipe")}
     (RESULTS / f"{run.name}.json").write_text(to_json(kept), encoding="utf-8")
 
 
-def kept(name: str) -> dict[str, Any]:
-    """The figures of a kept run."""
+def read_result(name: str) -> dict[str, Any]:
+    """Return the figures of a kept run, or of a job."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def build_record(tree: dict[str, Any]) -> Record:
+    """Return the record of a kept run, which has some of its keys only."""
+    fields = {
+        name: TypeAdapter(Record.model_fields[name].annotation).validate_python(value)
+        for name, value in tree.items()
+        if name in SHOWN
+    }
+    return Record.model_construct(**dict.fromkeys(SHOWN) | fields)
+
+
 def block(name: str) -> str:
-    """The text between the marks `results:<name>`."""
+    """Return the text between the marks `results:<name>`."""
     if name == "index":
         rows = ["| recipe | own arm | test | gain | of it adaptation | verdict |",
                 "|---|---|---|---|---|---|"]  # fmt: skip
         rows += [_index_row(run, path) for run, path in INDEX.items()]
         return "\n".join(rows)
-    told = kept(name)
-    if "table" in told:
-        return "```\n" + "\n".join(told["table"]) + "\n```"
-    lines = [console.format_ladder(told)]
-    if told.get("forgetting") and has_forgetting(told):
-        lines += ["", console.format_forgetting(told), ""]
-    if told.get("adapt"):
-        lines += [
-            *map(console.format_adaptation, told["adapt"]["stages"]),
-            format_adaptation_sentence(told),
-        ]
+    tree = read_result(name)
+    if "table" in tree:
+        return "```\n" + "\n".join(tree["table"]) + "\n```"
+    record = build_record(tree)
+    lines = [console.format_ladder(record)]
+    if has_forgetting(record):
+        lines += ["", console.format_forgetting(record), ""]
+    if record.adapt is not None:
+        lines += map(console.format_adaptation, record.stages)
+        lines.append(format_adaptation_sentence(record))
     return "```\n" + "\n".join(lines) + "\n```"
 
 
 def _index_row(run: str, path: str) -> str:
-    told = kept(run)
-    gain = told["transfer_gain"]
-    own = next(row for row in told["ladder"] if row["arm"] == told["own_arm"])
-    worth = "no baseline" if gain is None else f"{format_gain(gain)} over {gain['baseline']}"
-    decision = told["verdict"]["decision"]
-    score = f"{told['metric']} {own['test']:.3f}"
-    adapted = told["adapt"]["gain"] if told.get("adapt") else None
+    record = build_record(read_result(run))
+    gain = record.transfer_gain
+    worth = "no baseline" if gain is None else f"{format_gain(gain)} over {gain.baseline}"
+    decision = record.verdict.decision
+    score = f"{record.metric} {record.own_row.test:.3f}"
+    adapted = record.adapt and record.adapt.gain
     share = "" if adapted is None else format_gain(adapted)
-    return f"| `{path}` | {told['own_arm']} | {score} | {worth} | {share} | {decision} |"
+    return f"| `{path}` | {record.own_arm} | {score} | {worth} | {share} | {decision} |"
 
 
 def refresh(path: Path) -> str:

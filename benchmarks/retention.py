@@ -150,16 +150,16 @@ def main() -> None:
     made = hftl.Recipe.parse(recipe(given.arms, given.seeds), "benchmarks/retention.py")
     found = hftl.run(made, given.output, until="measure", say=print)
     assert found is not None
-    lines = table(found.tree)
+    lines = table(found.to_dict())
     print("\n".join(lines))
     kept = {
-        key: found.tree[key] for key in ("own_arm", "ladder", "forgetting", "arms", "environment")
+        key: found[key] for key in ("own_arm", "ladder", "forgetting", "arms", "environment")
     }
     told = {"table": lines, **kept}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "retention.json"
     path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    plot_frontier(found.tree, RESULTS / "retention.png")
+    plot_frontier(found, RESULTS / "retention.png")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -41,6 +42,13 @@ Output = Annotated[
     Path | None, typer.Option(help="the run folder; default runs/<recipe's folder>-<stem>")
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="throw away what the run folder holds")]
+
+
+class SchemaKind(StrEnum):
+    """Name the files whose JSON schema is printed."""
+
+    RECIPE = "recipe"
+    RECORD = "record"
 
 
 def _check_run_folder(run: Path) -> Path:
@@ -231,9 +239,16 @@ def compare(
 
 
 @app.command()
-def schema() -> None:
-    """Print the recipe's JSON schema."""
-    say(to_json(Recipe.model_json_schema()).rstrip())
+def schema(
+    kind: Annotated[
+        SchemaKind, typer.Argument(help="of a recipe, or of record.json")
+    ] = SchemaKind.RECIPE,
+) -> None:
+    """Print the JSON schema of a recipe or of a record."""
+    from hftl.measure.record import Record
+
+    model = Record if kind is SchemaKind.RECORD else Recipe
+    say(to_json(model.model_json_schema()).rstrip())
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import yaml
 from conftest import bench_of, pictures, sentences, write_csv
 from peft import PeftModel
 from safetensors.torch import load_file
+from support.records import make_gain, make_record
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
@@ -24,12 +25,12 @@ from transformers import (
 
 import hftl
 from hftl.adapt import adaptation as training
-from hftl.card.result_sections import format_adaptation_sentence
+from hftl.card.wording import format_adaptation_sentence
 from hftl.config.recipe import Recipe
 from hftl.config.section import Source
 from hftl.errors import RunFolderError
 from hftl.measure.gain import describe_adaptation_outcome
-from hftl.measure.record import Record
+from hftl.measure.record import AdaptSection, AdaptStage, Gain, LadderRow, Record
 from hftl.measure.verdict import decide_verdict
 from hftl.models.source import find_source, hash_source_weights
 from hftl.pipeline.adaptation import warn_of_few_steps
@@ -153,7 +154,7 @@ def test_the_finished_folder_holds_what_the_contract_says(
     }
     assert not (run / "publish-base").exists() and not list(run.glob("checkpoints/*"))
     gain = record["adapt"]["gain"]
-    assert set(gain) == set(record.transfer_gain)
+    assert set(gain) == set(record["transfer_gain"])
     assert gain["baseline"] == "source" and gain["seeds"] == 2
     scores = {(e["arm"], e["seed"]): e["metrics"]["test"]["accuracy"] for e in record["arms"]}
     over = [scores["lora", seed] - scores["source", seed] for seed in (0, 1)]
@@ -521,20 +522,16 @@ def test_no_local_path_and_no_hostile_one_reaches_what_is_published(
     ],
 )  # fmt: skip
 def test_the_sentence_says_which_sign_it_has(outcome: str, value: float, words: str) -> None:
-    gain = {"metric": "accuracy", "value": value, "ci95": [value - 0.01, value + 0.01],
-            "seeds": 3, "outcome": outcome}  # fmt: skip
-    stages = [{"kept": "adapted"}]
-    record = {
-        "adapt": {
-            "stages": stages,
-            "gain": gain,
-            "outcome": describe_adaptation_outcome(stages, gain),
-        },
-        "ladder": [{"arm": "lora", "test": 0.85}, {"arm": "source", "test": 0.8}],
-        "own_arm": "lora",
-    }
+    gain = Gain.model_validate(make_gain(value, [value - 0.01, value + 0.01], outcome))
+    stage = AdaptStage.model_construct(kept="adapted", why=None)
+    section = AdaptSection.model_construct(
+        stages=[stage], gain=gain, outcome=describe_adaptation_outcome([stage], gain)
+    )
+    rows = [LadderRow(arm=arm, validation=0.5, test=test, sd=None, gain_of_own=None)
+            for arm, test in (("lora", 0.85), ("source", 0.8))]  # fmt: skip
+    record = Record.parse(make_record()).model_copy(update={"adapt": section, "ladder": rows})
     assert format_adaptation_sentence(record).startswith(words)
-    reasons = decide_verdict(None, None, 0.0, gain)["reasons"]
+    reasons = decide_verdict(None, None, 0.0, gain).reasons
     assert any("adaptation did harm" in reason for reason in reasons) == (outcome == "negative")
 
 

@@ -12,12 +12,13 @@ from scipy.special import softmax
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from hftl.card.training_sections import describe_scratch_search
+from hftl.card.sections import describe_scratch_search
 from hftl.config.measure import Search
 from hftl.config.recipe import Recipe
 from hftl.finetune import arm_files, baselines
 from hftl.finetune.baselines import solve_classical
 from hftl.finetune.context import ArmOutput, ExperimentContext
+from hftl.measure.record import ScratchSearch
 
 TRAINING = {"learning_rate": 1e-3, "num_train_epochs": 4}
 
@@ -97,7 +98,7 @@ def test_a_rate_at_the_edge_is_gone_beyond_a_few_times(
     assert found["at_edge"] is at_edge
     tried = [row["learning_rate"] for row in found["tried"]]
     assert tried == pytest.approx(given + beyond, rel=1e-4)
-    words = describe_scratch_search(found)
+    words = describe_scratch_search(ScratchSearch.model_validate(found))
     assert ("at the edge of those tried" in words) is at_edge
     assert all(f"{rate:g}" in words for rate in found["beyond"])
 

@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import parse_eval_result_entries
-from test_card import front_matter, make
+from support.records import make_record, render
+from test_card import front_matter
 
-from hftl.card.card import render_card
 from hftl.card.metadata import EVERY_EVAL_EVER_FILE, build_benchmark_files
-from hftl.card.training_sections import build_widget_examples, format_environment
+from hftl.card.report import build_widget_examples
+from hftl.card.sections import format_environment
 from hftl.card.validation import validate_own_card
 from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError
+from hftl.measure.record import Environment, Record
 from hftl.publish.checks import check_files, is_publishable
 from hftl.runtime.hardware import compute_emissions
 
@@ -30,14 +32,15 @@ REQUIRED: dict[str, tuple[type, ...]] = {
 
 
 def measured(case: str = "positive", task: str = "classification") -> dict[str, Any]:
-    record = make(case, task, hub_revisions={"test": "b" * 40})
+    record = make_record(case, task, hub_revisions={"test": "b" * 40})
+    record["recipe"]["data"]["test"] = {"path": "org/reviews", "label": "label"}
     record["recipe"]["publish"]["benchmark"] = BENCHMARK
     record["published"] = {"repo_id": "me/model"}
     return record
 
 
 def test_the_hub_reads_the_results() -> None:
-    files = build_benchmark_files(measured(), "1790000000")
+    files = build_benchmark_files(Record.parse(measured()), "1790000000")
     assert list(files) == [".eval_results/hftl-org-reviews.yaml", EVERY_EVAL_EVER_FILE]
     tree = yaml.safe_load(files[".eval_results/hftl-org-reviews.yaml"])
     (entry,) = parse_eval_result_entries(tree)
@@ -51,7 +54,7 @@ def test_the_hub_reads_the_results() -> None:
 ])  # fmt: skip
 def test_every_eval_ever_takes_the_results(case: str, task: str) -> None:
     record = measured(case, task)
-    told = json.loads(build_benchmark_files(record, "1790000000")[EVERY_EVAL_EVER_FILE])
+    told = json.loads(build_benchmark_files(Record.parse(record), "1790000000")[EVERY_EVAL_EVER_FILE])
     assert told.keys() == REQUIRED.keys()
     assert all(isinstance(told[key], kind) for key, kind in REQUIRED.items())
     assert told["evaluation_id"].endswith("/1790000000")
@@ -85,11 +88,11 @@ def test_every_eval_ever_takes_the_results(case: str, task: str) -> None:
 
 
 def test_without_a_benchmark_there_are_no_such_files() -> None:
-    assert build_benchmark_files(make(), "1") == {}
+    assert build_benchmark_files(Record.parse(make_record()), "1") == {}
 
 
 def test_the_files_pass_the_gates_and_those_of_others_are_left_alone(tmp_path: Path) -> None:
-    for name, text in build_benchmark_files(measured(), "1790000000").items():
+    for name, text in build_benchmark_files(Record.parse(measured()), "1790000000").items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
     assert check_files(tmp_path) == [".eval_results/hftl-org-reviews.yaml", EVERY_EVAL_EVER_FILE]
@@ -113,31 +116,35 @@ def test_a_benchmark_that_is_not_the_test_set_is_refused(test: dict[str, Any]) -
 def test_emissions_are_grams_of_a_known_place() -> None:
     assert compute_emissions({"energy_kwh": 0.25}, 400.0) == {"co2_grams": 100.0}
     assert compute_emissions({}, 400.0) == {} == compute_emissions({"energy_kwh": 0.25}, None)
-    record = make()
+    record = make_record()
     record["environment"] |= {"energy_kwh": 0.25, "co2_grams": 100.0}
-    assert "co2_eq_emissions" not in front_matter(render_card(record))[0]
+    assert "co2_eq_emissions" not in front_matter(render(record))[0]
     place = {"location": "Quebec, Canada", "grams_per_kwh": 400.0}
     record["recipe"]["publish"]["emissions"] = place
-    card = render_card(record)
+    card = render(record)
     stated = front_matter(card)[0]["co2_eq_emissions"]
     assert stated["emissions"] == 100.0 and stated["geographical_location"] == "Quebec, Canada"
     assert stated["training_type"] == "fine-tuning" and stated["hardware_used"] == "cpu"
     assert validate_own_card(card) == []
-    assert ("emissions", "100 g of CO2 equivalents") in format_environment(record["environment"])
+    assert ("emissions", "100 g of CO2 equivalents") in format_environment(
+        Environment(**record["environment"])
+    )
 
 
 def test_widget_examples_have_their_outputs() -> None:
     samples = [("a | good: film", "positive", {"negative": 0.125, "positive": 0.875}),
                ("two\nlines", "negative", {"negative": 1.0, "positive": 0.0})]  # fmt: skip
-    record = make() | {"widget": build_widget_examples(samples)}
-    pooled, _ = front_matter(render_card(record))
+    record = make_record() | {
+        "widget": [example.to_dict() for example in build_widget_examples(samples)]
+    }
+    pooled, _ = front_matter(render(record))
     assert "widget" not in pooled, "a model of features shows no classes"
     record["recipe"]["finetune"]["pooling"] = "native"
-    card = render_card(record)
+    card = render(record)
     (shown,) = front_matter(card)[0]["widget"]
     assert shown["text"] == "a | good: film"
     assert shown["output"] == [
         {"label": "positive", "score": 0.875}, {"label": "negative", "score": 0.125}
     ]  # fmt: skip
     assert validate_own_card(card) == []
-    assert "widget" not in front_matter(render_card(make()))[0]
+    assert "widget" not in front_matter(render(make_record()))[0]

@@ -11,28 +11,23 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
+from support.records import GAINS, add_forgetting, make_record, render, render_page
 
-from hftl.card.card import format_gain_sentence, render_card
+from hftl.card.card import format_gain_sentence
 from hftl.card.plots import plot_frontier, plot_ladder
 from hftl.card.report import render_report
-from hftl.card.result_sections import build_forgetting_rows, format_forgetting_sentence
 from hftl.card.validation import validate_own_card
-from hftl.card.wording import to_one_line
-from hftl.config.recipe import Recipe
-from hftl.measure.record import Record
+from hftl.card.wording import (
+    build_forgetting_rows,
+    format_forgetting_sentence,
+    to_one_line,
+)
+from hftl.measure.record import BaselineGain, Gain, Record
 from hftl.measure.verdict import decide_verdict, format_gain
 from hftl.pipeline.evaluate import _format_summary
 from hftl.publish.sanitize import sanitize_record
 from hftl.runtime.fingerprints import to_json
 
-GAINS: dict[str, dict[str, Any] | None] = {
-    "positive": {"value": 0.105, "ci95": [0.071, 0.139], "p_value": None},
-    "equivalent": {"value": 0.002, "ci95": [-0.004, 0.008], "p_value": None},
-    "negative": {"value": -0.084, "ci95": [-0.121, -0.047], "p_value": None},
-    "undetermined": {"value": 0.031, "ci95": [-0.012, 0.074], "p_value": None},
-    "one seed": {"value": 0.31, "ci95": None, "p_value": None},
-    "no baseline": None,
-}
 WORDS = {
     "positive": "Transfer helped",
     "equivalent": "practically no difference",
@@ -41,76 +36,6 @@ WORDS = {
     "one seed": "not settled",
     "no baseline": "No baseline",
 }
-PARAMETERS = {
-    "lora": 148_226,
-    "full": 22_713_986,
-    "head": 770,
-    "scratch": 22_713_986,
-    "classical": 18_412,
-}
-
-
-def make(
-    case: str = "positive", task: str = "classification", own: str = "lora", **data: Any
-) -> dict[str, Any]:
-    """A whole record, as `hftl run` would write it, free of local paths."""
-    regression = task == "regression"
-    metric = "rmse" if regression else "accuracy"
-    seeds = [0] if case == "one seed" else [0, 1, 2]
-    gain = GAINS[case]
-    train = {"path": "reviews.csv", "text": data.pop("text", "text"), "label": "label"}
-    recipe = Recipe.parse(
-        {
-            "source": {"model": "package:some_package/model", "published_as": "org/tiny-MiniLM"},
-            "data": {"train": train, "task": task, "shots": 200},
-            "finetune": {"strategy": own, "pooling": "mean"},
-            "measure": {"metric": metric, "seeds": seeds},
-        }
-    )
-    told = _gain(gain, metric, seeds, case)
-    ladder = _ladder(gain, metric, seeds, own)
-    head = next(row["gain_of_own"] for row in ladder if row["arm"] == "head")
-    labels = [] if regression else ["negative", "positive"]
-    facts = {
-        "task": task, "rows_read": 4000, "bad_rows": 0, "bad_rows_listed": [],
-        "hub_revisions": {}, "duplicates": 12,
-        "conflicting": 3, "leaked": 0, "labels": labels, "label_counts": None,
-        "splits": {"train": 2391, "validation": 400, "test": 797},
-        "name": "reviews.csv", "labels_read": {"train_per_seed": 400, "total": 2083},
-    }  # fmt: skip
-    return {
-        "schema_version": 1,
-        "recipe": recipe.to_dict(),
-        "source": {
-            "model": "package:some_package/model", "name": "org/tiny-MiniLM",
-            "published_as": "org/tiny-MiniLM", "revision": None, "architecture": "bert",
-            "weights_sha256": "0" * 64,
-        },
-        "data": facts | data,
-        "check": {"median_tokens": 24, "truncated": 0.0, "unknown_tokens": 0.0, "warnings": []},
-        "adapt": None,
-        "metric": metric,
-        "own_arm": own,
-        "arms": _arms(ladder, metric, seeds),
-        "scratch_search": None,
-        "ladder": ladder,
-        "transfer_gain": told,
-        "forgetting": None,
-        "reload_difference": 2.4e-7,
-        "verdict": decide_verdict(told, head, 2.4e-7),
-        "published_seed": seeds[-1],
-        "environment": {"python": "3.13.1", "platform": "Linux x86_64", "device": "cpu",
-                        "dtype": "float32", "packages": {"hftl": "0.1.0", "torch": "2.10.0"}},
-        "timings": {},
-    }  # fmt: skip
-
-
-def figure(before: float, after: list[float]) -> dict[str, Any]:
-    """A figure of forgetting, its interval a point either way."""
-    mean = sum(after) / len(after)
-    change = mean - before
-    return {"before": before, "after": mean, "change": change, "per_seed": after,
-            "ci95": [change - 0.01, change + 0.01] if len(after) > 1 else None}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -126,86 +51,21 @@ def figure(before: float, after: list[float]) -> dict[str, Any]:
 def test_the_card_says_where_scratchs_rate_was_at_the_edge(
     search: dict[str, Any] | None, said: str | None
 ) -> None:
-    card = render_card(make() | {"scratch_search": search})
+    card = render(make_record() | {"scratch_search": search})
     assert ("Of scratch" in card) == (said is not None)
     assert said is None or said in card
-
-
-def with_forgetting(
-    record: dict[str, Any], control: str | None = "document", gone: float | None = 0.75
-) -> dict[str, Any]:
-    """The record of a run with general data and an arm without retention."""
-    seeds = len(record["recipe"]["measure"]["seeds"])
-    told = record | {"recipe": copy.deepcopy(record["recipe"])}
-    told["recipe"]["data"]["general"] = {"path": "news/nyt.csv"}
-    entries = []
-    for arm, after in ((record["own_arm"], 0.68), ("head", 0.7)):
-        same = figure(0.7, [after] * seeds)
-        figures = {name: figure(1.0, [0.91] * seeds) for name in ("neighbours", "cosine")}
-        figures |= {"cka": figure(1.0, [0.97] * seeds) | {"ci95": None}}
-        figures |= {name: figure(0.0, [0.123] * seeds) for name in ("kl", "new_kl")}
-        probes = {"probe_fixed": figure(0.8, [0.75] * seeds), "probe_refitted": None}
-        figures["controls"] = {} if control is None else {control: {"same": same, **probes}}
-        head = figures["neighbours"] if control is None else same
-        forgotten = {"value": -head["change"], "per_seed": [-head["change"]] * seeds,
-                     "ci95": head["ci95"] and [-c for c in reversed(head["ci95"])]}  # fmt: skip
-        against = {"arm": "head", "gone": gone} if arm != "head" else None
-        entries.append({"arm": arm, "figures": figures, "forgotten": forgotten, "against": against})
-    told["forgetting"] = {
-        "rows": 670, "new_rows": 797, "documents": "document", "tau": 0.05, "arms": entries,
-        "general": {"rows_read": 3901, "known": 2, "documents": "document"},
-        "controls": [] if control is None else [{"name": control, "values": 80, "classes": False}],
-        "headline": {"figure": "same" if control else "neighbours", "control": control},
-    }  # fmt: skip
-    return told
-
-
-def _gain(
-    gain: dict[str, Any] | None, metric: str, seeds: list[int], case: str
-) -> dict[str, Any] | None:
-    if gain is None:
-        return None
-    outcome = "undetermined" if case == "one seed" else case
-    return {"metric": metric, "seeds": len(seeds), "outcome": outcome, "baseline": "classical",
-            "relative_error_reduction": 0.263, **gain}  # fmt: skip
-
-
-def _ladder(
-    gain: dict[str, Any] | None, metric: str, seeds: list[int], own: str
-) -> list[dict[str, Any]]:
-    """The own arm, the baselines where there are some, and `head`, the best first."""
-    sign = -1 if metric == "rmse" else 1
-    mine = 0.7254
-    ahead: dict[str, dict[str, Any]] = {"head": {"value": 0.0213, "ci95": [0.0052, 0.0374]}}
-    if gain is not None:
-        ahead |= {"classical": gain, "scratch": {"value": 0.1834, "ci95": [0.1513, 0.2155]}}
-    ahead.pop(own, None)
-    rows = [{"arm": own, "validation": 0.731, "test": mine, "gain_of_own": None}]
-    for arm, over in ahead.items():
-        interval = over["ci95"] if len(seeds) > 1 else None
-        told = {"metric": metric, "value": over["value"], "ci95": interval, "seeds": len(seeds)}
-        rows.append({"arm": arm, "validation": 0.6, "test": mine - sign * over["value"],
-                     "gain_of_own": told})  # fmt: skip
-    for row in rows:
-        row["sd"] = 0.0112 if len(seeds) > 1 else None
-    return sorted(rows, key=lambda row: -sign * row["test"])
-
-
-def _arms(ladder: list[dict[str, Any]], metric: str, seeds: list[int]) -> list[dict[str, Any]]:
-    spread = [0.0] if len(seeds) == 1 else [-0.0112, 0.0, 0.0112]
-    return [
-        {"arm": row["arm"], "seed": seed, "strategy": row["arm"],
-         "trainable_parameters": PARAMETERS[row["arm"]], "training": {},
-         "metrics": {s: {metric: row[s] + shift} for s in ("validation", "test")}}
-        for row in ladder
-        for seed, shift in zip(seeds, spread, strict=True)
-    ]  # fmt: skip
 
 
 CASES = list(GAINS)
 KINDS = [("classification", "lora"), ("regression", "full"), ("classification", "head")]
 EVERY = [(case, *kind) for case in CASES for kind in KINDS]
 HOSTILE = ["a|b", "`tick", "two\nlines", "| x |\n|---|", "```\n# no", "<b>bold</b>", "---\nx: y"]
+
+
+def read_back(tree: dict[str, Any], folder: Path) -> Record:
+    """Return the record of a run folder that holds this tree."""
+    (folder / "record.json").write_text(to_json(tree), encoding="utf-8")
+    return Record.read(folder)
 
 
 def front_matter(card: str) -> tuple[dict[str, Any], str]:
@@ -229,7 +89,7 @@ def numbers(tree: Any) -> list[float]:
 
 @pytest.mark.parametrize(("case", "task", "own"), EVERY)
 def test_front_matter_is_read_by_yaml_and_by_the_hub(case: str, task: str, own: str) -> None:
-    card = render_card(make(case, task, own))
+    card = render(make_record(case, task, own))
     front, _ = front_matter(card)
     assert ModelCard(card).data.to_dict() == front
     assert front["base_model"] == "org/tiny-MiniLM"
@@ -243,9 +103,9 @@ def test_front_matter_is_read_by_yaml_and_by_the_hub(case: str, task: str, own: 
 
 @pytest.mark.parametrize("own", ["lora", "full"])
 def test_metadata_of_a_native_model_promise_the_task(own: str) -> None:
-    record = make(own=own)
+    record = make_record(own=own)
     record["recipe"]["finetune"]["pooling"] = "native"
-    front, body = front_matter(render_card(record))
+    front, body = front_matter(render(record))
     assert front["library_name"] == ("peft" if own == "lora" else "transformers")
     assert front["pipeline_tag"] == "text-classification"
     assert ("AutoConfig, AutoTokenizer, pipeline" in body) == (own == "lora")
@@ -254,7 +114,7 @@ def test_metadata_of_a_native_model_promise_the_task(own: str) -> None:
 
 @pytest.mark.parametrize(("case", "task", "own"), EVERY)
 def test_our_own_checks_find_nothing(case: str, task: str, own: str) -> None:
-    assert validate_own_card(render_card(make(case, task, own))) == []
+    assert validate_own_card(render(make_record(case, task, own))) == []
 
 
 @pytest.mark.parametrize(("ci95", "words"), [
@@ -262,36 +122,38 @@ def test_our_own_checks_find_nothing(case: str, task: str, own: str) -> None:
     ([0.001, 0.02], None),
 ])  # fmt: skip
 def test_a_model_that_is_not_better_than_head_says_so_in_its_first_sentence(
-    ci95: list[float], words: str | None
+    ci95: list[float], words: str | None, tmp_path: Path
 ) -> None:
-    record = make()
+    record = make_record()
     row = next(row for row in record["ladder"] if row["arm"] == "head")
     row["gain_of_own"] |= {"value": sum(ci95) / 2, "ci95": ci95}
     row["test"] = 0.7254 - sum(ci95) / 2
-    record["verdict"] = decide_verdict(record["transfer_gain"], row["gain_of_own"], 0.0)
-    sentence = format_gain_sentence(record)
+    gains = BaselineGain.model_validate(record["transfer_gain"]), Gain(**row["gain_of_own"])
+    record["verdict"] = decide_verdict(*gains, 0.0).to_dict()
+    sentence = format_gain_sentence(Record.parse(record))
     assert sentence.startswith(words or "Transfer helped")
-    assert (format_gain(row["gain_of_own"]) in sentence) == (words is not None)
+    assert (format_gain(gains[1]) in sentence) == (words is not None)
     assert "Transfer helped" in sentence, "what it beats is told all the same"
     colors = ("#9a6700", "#1a7f37") if words else ("#1a7f37", "#9a6700")
-    page = render_report(render_card(record).replace("assets/", "none/"), Path(), record)
+    card = render(record).replace("assets/", "none/")
+    page = render_report(card, Path(), Record.parse(record))
     assert colors[0] in page and colors[1] not in page
-    bold = next(line for line in render_card(record).splitlines() if line.startswith("**"))
+    bold = next(line for line in render(record).splitlines() if line.startswith("**"))
     assert bold == f"**{sentence}**"
-    assert sentence in _format_summary(Record(record, Path("run")), True)
+    assert sentence in _format_summary(read_back(record, tmp_path), True)
 
 
 def test_a_name_with_a_bar_is_shown_as_it_is() -> None:
-    record = make(labels=["pos|neg", "other"])
+    record = make_record(labels=["pos|neg", "other"])
     record["examples"] = [{"true": "pos|neg", "said": "other", "surety": 0.9, "texts": ["a | b"]}]
-    html = MarkdownIt("commonmark").enable("table").render(front_matter(render_card(record))[1])
+    html = MarkdownIt("commonmark").enable("table").render(front_matter(render(record))[1])
     assert html.count("<code>pos|neg</code>") == 2 and "<code>a | b</code>" in html
     row = html[html.index("<code>a | b</code>") :].split("</tr>")[0]
     assert row.count("<td>") == 3, "the bar begins no cell"
 
 
 def test_metadata_tell_what_is_known() -> None:
-    record = make(hub_revisions={"train": "a" * 40, "test": "b" * 40, "general": "c" * 40})
+    record = make_record(hub_revisions={"train": "a" * 40, "test": "b" * 40, "general": "c" * 40})
     tables = record["recipe"]["data"]
     tables["train"] |= {"path": "org/reviews", "name": "en"}
     tables["test"] = {"path": "org/other", "name": None}
@@ -299,7 +161,7 @@ def test_metadata_tell_what_is_known() -> None:
     record["recipe"]["publish"] |= {"license": "mit", "language": ["en", "no"]}
     record["source"]["revision"] = "d" * 40
     record["test_metrics"] = {"accuracy": 0.7254, "f1": 0.7123}
-    card = render_card(record)
+    card = render(record)
     front, body = front_matter(card)
     assert front["license"] == "mit" and front["language"] == ["en", "no"]
     assert front["datasets"] == ["org/reviews", "org/other"], "general data taught nothing"
@@ -313,48 +175,48 @@ def test_metadata_tell_what_is_known() -> None:
 
 
 def test_unknown_is_left_out() -> None:
-    front, body = front_matter(render_card(make()))
+    front, body = front_matter(render(make_record()))
     assert not {"license", "language", "datasets", "base_model_revision"} & set(front)
     assert "means over seeds" not in body and "None" not in body and "unknown" not in body.lower()
 
 
 def test_adapter_on_an_adapted_base_names_that_base_once_it_is_published() -> None:
-    record = make()
+    record = make_record()
     record["adapt"] = {"stages": [], "gain": None, "outcome": "x", "base": {"weights_sha256": "1"}}
-    assert "base_model" not in front_matter(render_card(record))[0]
+    assert "base_model" not in front_matter(render(record))[0]
     record["adapt"]["base"] |= {"published_as": "org/adapted", "revision": "e" * 40}
-    card = render_card(record)
+    card = render(record)
     assert front_matter(card)[0]["base_model"] == "org/adapted"
     assert 'from_pretrained("org/adapted", revision="' + "e" * 40 in card
 
 
 def test_reason_of_a_forced_push_stands_above_the_verdict() -> None:
-    record = make("negative") | {"forced": {"reason": "the team compares it"}}
-    body = front_matter(render_card(record))[1]
+    record = make_record("negative") | {"forced": {"reason": "the team compares it"}}
+    body = front_matter(render(record))[1]
     told = "> **Published although the verdict is hold:** the team compares it"
     assert body.index("Negative transfer") < body.index(told) < body.index("Verdict:")
-    assert "Published although" not in render_card(make("negative"))
+    assert "Published although" not in render(make_record("negative"))
 
 
 def test_classes_that_the_baseline_tells_apart_better_are_limits() -> None:
     rows = [{"label": f"c{i}", "own": 0.5, "baseline": 0.4 + 0.05 * i, "rows": 9} for i in range(9)]
-    record = make() | {"classes": {"baseline": "scratch", "rows": rows}}
-    limits = render_card(record).split("## Limits")[1]
+    record = make_record() | {"classes": {"baseline": "scratch", "rows": rows}}
+    limits = render(record).split("## Limits")[1]
     assert "behind scratch on 6 of 9, most of all `c8` (F1 0.500 against 0.800), `c7`" in limits
     assert "`c4`" in limits and "`c3`" not in limits
     record["classes"]["rows"] = rows[:2]
-    assert "Class by class" not in render_card(record)
+    assert "Class by class" not in render(record)
 
 
 def test_examples_stand_in_the_card_only_where_the_record_has_them() -> None:
-    record = make()
-    assert "mistakes" not in render_card(record)
+    record = make_record()
+    assert "mistakes" not in render(record)
     record["examples"] = [
         {"texts": ["one", "two"], "true": "positive", "said": "negative", "surety": 0.98},
         {"words": ["before it", "Word", ""], "true": "A", "said": "B", "surety": 0.9},
         {"picture": "assets/mistake-03.png", "true": "A", "said": "B", "surety": 0.8},
     ]
-    part = render_card(record).split("## Its most confident mistakes\n\n")[1].split("\n## ")[0]
+    part = render(record).split("## Its most confident mistakes\n\n")[1].split("\n## ")[0]
     assert part.splitlines() == [
         "| input | true | said | probability |",
         "|---|---|---|---|",
@@ -370,13 +232,13 @@ def test_examples_stand_in_the_card_only_where_the_record_has_them() -> None:
      ("train.parquet", "train"), ("my data.csv", "my-data")],
 )  # fmt: skip
 def test_title_says_which_data(name: str, title: str) -> None:
-    assert f"\n# tiny-MiniLM-{title}-lora\n" in render_card(make(name=name))
+    assert f"\n# tiny-MiniLM-{title}-lora\n" in render(make_record(name=name))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_model_index_comes_back_with_the_gain(case: str) -> None:
-    record = make(case)
-    front, _ = front_matter(render_card(record))
+    record = make_record(case)
+    front, _ = front_matter(render(record))
     name, results = model_index_to_eval_results(front["model-index"])
     found = {result.metric_type: result for result in results}
     assert name == "tiny-MiniLM-reviews-lora"
@@ -393,20 +255,20 @@ def test_model_index_comes_back_with_the_gain(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("task", ["classification", "regression"])
 def test_gain_is_the_first_bold_line_whatever_it_is(case: str, task: str) -> None:
-    record = make(case, task)
-    _, body = front_matter(render_card(record))
+    record = make_record(case, task)
+    _, body = front_matter(render(record))
     headline = next(line for line in body.splitlines() if line.startswith("**"))
     assert body.index(headline) < body.index("Verdict") < body.index("|")
-    assert headline == f"**{format_gain_sentence(record)}**" and WORDS[case] in headline
+    assert headline == f"**{format_gain_sentence(Record.parse(record))}**" and WORDS[case] in headline
     assert all(word not in body for word in set(WORDS.values()) - {WORDS[case], "No baseline"})
     if record["transfer_gain"] is not None:
-        assert format_gain(record["transfer_gain"]) in headline
+        assert format_gain(BaselineGain(**record["transfer_gain"])) in headline
         sure = "one seed, no interval" if case == "one seed" else "95 % interval, 3 seeds"
         assert sure in headline
 
 
 def test_sentence_gives_both_scores() -> None:
-    assert format_gain_sentence(make("negative")) == (
+    assert format_gain_sentence(Record.parse(make_record("negative"))) == (
         "Negative transfer, this model is worse than its baseline: accuracy 0.725 against 0.809 "
         "for classical (TF-IDF with a linear model), a gain of -0.084 [-0.121, -0.047] "
         "(95 % interval, 3 seeds)."
@@ -415,8 +277,8 @@ def test_sentence_gives_both_scores() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_verdict_and_every_reason_are_told(case: str) -> None:
-    record = make(case)
-    card = render_card(record)
+    record = make_record(case)
+    card = render(record)
     assert f"Verdict: **{record['verdict']['decision']}**" in card
     assert record["verdict"]["decision"] == ("publish" if case == "positive" else "hold")
     for reason in record["verdict"]["reasons"]:
@@ -425,10 +287,10 @@ def test_verdict_and_every_reason_are_told(case: str) -> None:
 
 @pytest.mark.parametrize(("case", "task", "own"), EVERY)
 def test_every_number_in_the_table_stands_in_the_record(case: str, task: str, own: str) -> None:
-    record = make(case, task, own)
+    record = make_record(case, task, own)
     known = numbers([record["ladder"], record["arms"]])
     shown = {form(n) for n in known for form in ("{:.3f}".format, "{:+.3f}".format, "{:,}".format)}
-    head, *rows = table_rows(front_matter(render_card(record))[1])
+    head, *rows = table_rows(front_matter(render(record))[1])
     assert len(rows) == len(record["ladder"]) and {len(row) for row in rows} == {len(head)}
     printed = [n for row in rows for cell in row[1:] for n in re.findall(r"[-+]?\d[\d.,]*\d", cell)]
     assert len(printed) >= 2 * len(rows)
@@ -436,7 +298,7 @@ def test_every_number_in_the_table_stands_in_the_record(case: str, task: str, ow
 
 
 def test_table_gives_each_arm_its_own_figures() -> None:
-    rows = table_rows(front_matter(render_card(make("positive")))[1])
+    rows = table_rows(front_matter(render(make_record("positive")))[1])
     assert rows[0] == [
         "arm", "test accuracy", "sd over seeds", "this model gains", "trained parameters"
     ]  # fmt: skip
@@ -447,24 +309,24 @@ def test_table_gives_each_arm_its_own_figures() -> None:
 
 
 def test_error_is_said_to_be_better_when_less() -> None:
-    assert "test rmse, less is better |" in render_card(make(task="regression"))
-    assert "less is better" not in render_card(make())
+    assert "test rmse, less is better |" in render(make_record(task="regression"))
+    assert "less is better" not in render(make_record())
 
 
 @pytest.mark.parametrize(
     ("case", "behind"), [("positive", False), ("negative", True), ("undetermined", False)]
 )
 def test_arms_that_are_ahead_stand_among_the_limits(case: str, behind: bool) -> None:
-    limits = render_card(make(case)).split("## Limits")[1]
+    limits = render(make_record(case)).split("## Limits")[1]
     assert ("It is behind classical (TF-IDF with a linear model): -0.084" in limits) == behind
     assert "The weights are those of seed 2, the best on validation" in limits
 
 
 def test_facts_of_the_data_are_told() -> None:
-    record = make(bad_rows=7, leaked=5)
+    record = make_record(bad_rows=7, leaked=5)
     record["check"]["warnings"] = ["9% of the texts are cut"]
     record["recipe"]["data"]["group"] = "author"
-    card = render_card(record)
+    card = render(record)
     for told in (
         "400 labelled rows a seed (200 a class", "400 validation rows", "797 test rows", "2,083",
         "4,000 rows were read", "12 duplicates", "3 rows were dropped", "7 bad rows",
@@ -472,19 +334,19 @@ def test_facts_of_the_data_are_told() -> None:
         "## What to know before use\n\n- 9% of the texts are cut.\n",
     ):  # fmt: skip
         assert told in card
-    assert "What to know" not in render_card(make()) and "bad rows were" not in render_card(make())
+    assert "What to know" not in render(make_record()) and "bad rows were" not in render(make_record())
 
 
 @pytest.mark.parametrize(("own", "epochs"), [("lora", True), ("head", False)])
 def test_a_solved_head_has_no_epochs(own: str, epochs: bool) -> None:
-    card = render_card(make(own=own))
+    card = render(make_record(own=own))
     assert ("best epoch" in card) == epochs and ("learning rate 0.0005, 5 epochs" in card) == epochs
     assert ("its penalty by cross-validation" in card) != epochs
 
 
 def test_without_a_baseline_none_was_chosen() -> None:
     told = "the best epoch and the published seed were chosen on"
-    assert told in render_card(make("no baseline")).replace("\n", " ")
+    assert told in render(make_record("no baseline")).replace("\n", " ")
 
 
 @pytest.mark.parametrize(
@@ -494,7 +356,7 @@ def test_without_a_baseline_none_was_chosen() -> None:
      (["a", "b"], 'predict([("A first text.", "A second text.")])')],
 )  # fmt: skip
 def test_code_of_the_card_compiles(text: str | list[str], call: str) -> None:
-    card = render_card(make(text=text), place="org/adapter")
+    card = render(make_record(text=text), place="org/adapter")
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(blocks) == 2 and call in blocks[0]
     for block in blocks:
@@ -504,14 +366,14 @@ def test_code_of_the_card_compiles(text: str | list[str], call: str) -> None:
 
 @pytest.mark.parametrize("labels", [[f"c{i}" for i in range(12)], [f"c{i}" for i in range(40)]])
 def test_many_labels_are_cut(labels: list[str]) -> None:
-    card = render_card(make(labels=labels))
+    card = render(make_record(labels=labels))
     assert "`c11`" in card and "`c12`" not in card
     assert (" and 28 more." in card) == (len(labels) == 40)
 
 
 def test_recipe_in_the_card_is_the_recipe() -> None:
-    record = make()
-    block = re.search(r"```yaml\n(.*?)```", render_card(record), re.DOTALL)
+    record = make_record()
+    block = re.search(r"```yaml\n(.*?)```", render(record), re.DOTALL)
     assert block is not None and yaml.safe_load(block[1]) == record["recipe"]
 
 
@@ -523,12 +385,12 @@ def shape(card: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_name_breaks_the_page(name: str) -> None:
-    plain = make(labels=["x", "y"])
+    plain = make_record(labels=["x", "y"])
     plain["check"]["warnings"] = ["the class 'x' is rare"]
-    hostile = make(labels=[name, f"{name}2"], name=name, text=name)
+    hostile = make_record(labels=[name, f"{name}2"], name=name, text=name)
     hostile["check"]["warnings"] = [f"the class {name!r} is rare"]
-    card = render_card(hostile)
-    assert shape(card) == shape(render_card(plain))
+    card = render(hostile)
+    assert shape(card) == shape(render(plain))
     front, _ = front_matter(card)
     _, results = model_index_to_eval_results(front["model-index"])
     assert {result.dataset_name for result in results} == {to_one_line(name)}
@@ -537,10 +399,10 @@ def test_no_name_breaks_the_page(name: str) -> None:
 
 @pytest.mark.parametrize("case", ["positive", "no baseline"])
 def test_same_record_gives_the_same_bytes(case: str, tmp_path: Path) -> None:
-    first, second = make(case), copy.deepcopy(make(case))
-    assert render_card(first) == render_card(second)
+    first, second = make_record(case), copy.deepcopy(make_record(case))
+    assert render(first) == render(second)
     for name, record in (("a", first), ("b", second)):
-        plot_ladder(record, tmp_path / name / "ladder.png")
+        plot_ladder(Record.parse(record), tmp_path / name / "ladder.png")
     pictures = [(tmp_path / name / "ladder.png").read_bytes() for name in "ab"]
     assert pictures[0] == pictures[1] and pictures[0].startswith(b"\x89PNG")
 
@@ -551,8 +413,8 @@ def test_picture_shows_the_test_scores_and_gains(
 ) -> None:
     drawn: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
-    record = make("negative", task)
-    plot_ladder(record, tmp_path / "ladder.png")
+    record = make_record("negative", task)
+    plot_ladder(Record.parse(record), tmp_path / "ladder.png")
     axes = drawn[0].axes[0]
     dots = [line.get_xdata() for line in axes.lines if line.get_marker() == "o"]
     for row, scores in zip(reversed(record["ladder"]), dots, strict=True):
@@ -571,12 +433,12 @@ def test_no_tick_is_better_than_a_perfect_prediction(
 ) -> None:
     drawn: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
-    record = make(task=task)
+    record = make_record(task=task)
     for arm in record["arms"]:
         arm["metrics"]["test"][record["metric"]] = best
     for row in record["ladder"]:
         row["test"] = best
-    plot_ladder(record, tmp_path / "ladder.png")
+    plot_ladder(Record.parse(record), tmp_path / "ladder.png")
     axes = drawn[0].axes[0]
     ticks = axes.get_xticks()
     assert best in ticks
@@ -586,7 +448,7 @@ def test_no_tick_is_better_than_a_perfect_prediction(
 
 def test_another_record_gives_another_picture(tmp_path: Path) -> None:
     for case in ("positive", "negative"):
-        plot_ladder(make(case), tmp_path / f"{case}.png")
+        plot_ladder(Record.parse(make_record(case)), tmp_path / f"{case}.png")
     assert (tmp_path / "positive.png").read_bytes() != (tmp_path / "negative.png").read_bytes()
 
 
@@ -594,33 +456,33 @@ def test_published_record_names_no_local_path(tmp_path: Path) -> None:
     model, data = tmp_path / "my-model", tmp_path / "reviews.csv"
     model.mkdir()
     data.touch()
-    record = make()
+    record = make_record()
     record["source"] |= {
         "model": str(model), "name": "my-model", "published_as": None, "local": True,
     }  # fmt: skip
     record["recipe"]["source"] |= {"model": str(model), "published_as": None}
     tables = record["recipe"]["data"]
-    tables["train"]["path"] = tables["test"]["path"] = str(data)
-    tables["test"] |= {"text": "text", "label": "label"}
+    tables["train"]["path"] = str(data)
+    tables["test"] = {"path": str(data)}
     record["recipe"]["finetune"]["training"]["accelerator_config"] = str(data)
     record["data"]["bad_rows_listed"] = [{"where": "reviews.csv line 2", "why": "the target 'Ann'"}]
     before = to_json(record)
-    told = sanitize_record(record)
+    published = sanitize_record(Record.parse(record))
     assert to_json(record) == before
-    card = render_card(told)
-    for text in (card, to_json(told)):
+    card = render(published.to_dict())
+    for text in (card, published.to_json()):
         assert str(tmp_path) not in text and str(tmp_path.parent) not in text
     assert "A LoRA adapter of my-model that" in card and "huggingface.co" not in card
     assert "base_model" not in front_matter(card)[0]
-    assert told["recipe"]["data"]["train"]["path"] == "reviews.csv"
-    assert "Ann" not in to_json(told), "what a bad row says is the user's own"
+    assert published.recipe.data.train.path == "reviews.csv"
+    assert "Ann" not in published.to_json(), "what a bad row says is the user's own"
 
 
 @pytest.mark.parametrize("case", ["positive", "no baseline"])
 def test_report_is_one_file_with_picture_and_table(case: str, tmp_path: Path) -> None:
-    record = make(case, labels=["<script>x</script>", "b"])
-    plot_ladder(record, tmp_path / "assets" / "ladder.png")
-    report = render_report(render_card(record), tmp_path, record)
+    record = make_record(case, labels=["<script>x</script>", "b"])
+    plot_ladder(Record.parse(record), tmp_path / "assets" / "ladder.png")
+    report = render_page(record, tmp_path)
     assert report.count("<html") == report.count("<table>") == report.count("<img") == 1
     assert 'src="data:image/png;base64,' in report and 'src="assets' not in report
     assert report.count("<tr>") == 1 + len(record["ladder"])
@@ -634,10 +496,10 @@ def test_report_is_one_file_with_picture_and_table(case: str, tmp_path: Path) ->
 @pytest.mark.parametrize("case", ["positive", "one seed"])
 @pytest.mark.parametrize("control", ["document", None])
 def test_what_was_forgotten_has_a_section(case: str, control: str | None) -> None:
-    record = with_forgetting(make(case), control)
-    card = render_card(record)
+    record = add_forgetting(make_record(case), control)
+    card = render(record)
     part = card.split("## What it forgot\n\n")[1].split("\n## ")[0]
-    assert part.startswith(format_forgetting_sentence(record))
+    assert part.startswith(format_forgetting_sentence(Record.parse(record)))
     assert "the source model knew was not measured" not in card
     tables = part.split("\n\n")[1:3]
     head, _, own, other = tables[0].splitlines()
@@ -655,43 +517,43 @@ def test_what_was_forgotten_has_a_section(case: str, control: str | None) -> Non
 
 
 def test_sentence_of_forgetting() -> None:
-    assert format_forgetting_sentence(with_forgetting(make())) == (
+    assert format_forgetting_sentence(Record.parse(add_forgetting(make_record()))) == (
         "Nearest neighbour of the same document: a share of 0.700 under the original, 0.680 under "
         "this model, +0.020 [+0.010, +0.030] forgotten (95 % interval, 3 seeds), 75% less than "
         "head."
     )
-    worse = format_forgetting_sentence(with_forgetting(make(), gone=-0.5))
+    worse = format_forgetting_sentence(Record.parse(add_forgetting(make_record(), gone=-0.5)))
     assert worse.endswith("3 seeds), 50% more than head.")
-    alone = format_forgetting_sentence(with_forgetting(make("one seed"), None, None))
+    alone = format_forgetting_sentence(Record.parse(add_forgetting(make_record("one seed"), None, None)))
     assert alone.endswith("+0.090 forgotten (no interval).")
 
 
 @pytest.mark.parametrize("against", [None, {"arm": "head", "gone": None}])
 def test_table_of_forgetting_compares_only_where_there_is_something(against: Any) -> None:
-    record = with_forgetting(make())
+    record = add_forgetting(make_record())
     record["forgetting"]["arms"][0]["against"] = against
-    assert build_forgetting_rows(record)[0] == ["arm", "original", "after", "forgotten"]
-    assert {len(row) for row in build_forgetting_rows(record)} == {4}
+    assert build_forgetting_rows(Record.parse(record))[0] == ["arm", "original", "after", "forgotten"]
+    assert {len(row) for row in build_forgetting_rows(Record.parse(record))} == {4}
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, "$x$ \\frac"])
 def test_no_control_breaks_the_page_or_the_picture(name: str, tmp_path: Path) -> None:
-    record = with_forgetting(make(), name)
-    assert shape(render_card(record)) == shape(render_card(with_forgetting(make())))
-    plot_frontier(record, tmp_path / "frontier.png")
+    record = add_forgetting(make_record(), name)
+    assert shape(render(record)) == shape(render(add_forgetting(make_record())))
+    plot_frontier(Record.parse(record), tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_frontier_shows_every_arm_and_is_the_same_every_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = with_forgetting(make())
+    record = add_forgetting(make_record())
     for name in "ab":
-        plot_frontier(copy.deepcopy(record), tmp_path / f"{name}.png")
+        plot_frontier(Record.parse(copy.deepcopy(record)), tmp_path / f"{name}.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     drawn: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
-    plot_frontier(record, tmp_path / "c.png")
+    plot_frontier(Record.parse(record), tmp_path / "c.png")
     lines = {line.get_label(): line for line in drawn[0].axes[0].lines}
     for label, arm in (("lora (this model)", "lora"), ("head", "head")):
         entry = next(e for e in record["forgetting"]["arms"] if e["arm"] == arm)
@@ -704,13 +566,15 @@ def test_frontier_shows_every_arm_and_is_the_same_every_time(
 
 @pytest.mark.parametrize(("epochs", "told"), [(1.0, "1 epoch, "), (0.5, "0.5 epochs, ")])
 def test_one_epoch_is_told_as_one(epochs: float, told: str) -> None:
-    record = make()
+    record = make_record()
     record["recipe"]["finetune"]["training"]["num_train_epochs"] = epochs
-    assert told in render_card(record)
+    assert told in render(record)
 
 
 @pytest.mark.parametrize(("case", "pushed"), [("positive", True), ("negative", False)])
-def test_a_push_is_proposed_only_where_it_would_be_done(case: str, pushed: bool) -> None:
-    told = _format_summary(Record(make(case), Path("runs/x")), True)
-    assert "  hftl predict runs/x INPUT" in told
-    assert ("  hftl publish runs/x --dry-run" in told) == pushed
+def test_a_push_is_proposed_only_where_it_would_be_done(
+    case: str, pushed: bool, tmp_path: Path
+) -> None:
+    summary = _format_summary(read_back(make_record(case), tmp_path), True)
+    assert f"  hftl predict {tmp_path} INPUT" in summary
+    assert (f"  hftl publish {tmp_path} --dry-run" in summary) == pushed

@@ -23,8 +23,8 @@ from hftl.data import prepare
 from hftl.errors import DataError, RecipeError
 from hftl.inference.compare import compare_models, count_parameters
 from hftl.inference.predict import load_predictors
+from hftl.measure.gain import compare_pair, score_with_interval
 from hftl.measure.metrics import METRICS
-from hftl.measure.paired_comparison import compare_pair, score_with_interval
 from hftl.measure.statistics import item_interval
 from hftl.runtime import run_folder
 from hftl.runtime.fingerprints import to_json
@@ -301,10 +301,10 @@ def test_nothing_differs_is_not_certain() -> None:
     labels, units = np.arange(60) % 2, np.arange(60)
     found = score_with_interval(metric, labels, labels, units)
     wilson = scipy.stats.binomtest(60, 60).proportion_ci(method="wilson")
-    assert found["value"] == 1 and found["ci95"] == pytest.approx(wilson)
+    assert found.value == 1 and found.ci95 == pytest.approx(wilson)
     same = compare_pair(metric, labels, labels, labels, units)
     assert same == {"value": 0.0, "ci95": [-0.05, 0.05]}
-    assert score_with_interval(metric, labels, labels, np.zeros(60, dtype=int))["ci95"] is None
+    assert score_with_interval(metric, labels, labels, np.zeros(60, dtype=int)).ci95 is None
 
 
 @pytest.mark.parametrize(("rows", "right"), [(100, 0.97), (100, 0.9), (400, 0.97), (60, 0.5)])
@@ -316,7 +316,7 @@ def test_the_interval_of_an_accuracy_covers_it(rows: int, right: float) -> None:
         found = score_with_interval(
             metric, labels, (np.arange(rows) >= hits).astype(int), np.arange(rows)
         )
-        low, high = found["ci95"]
+        low, high = found.ci95
         assert 0 <= low <= high <= 1
         covered += scipy.stats.binom.pmf(hits, rows, right) * (low <= right <= high)
     assert 0.93 <= covered <= 0.985
@@ -332,7 +332,7 @@ def test_the_interval_of_an_accuracy_over_groups_covers_it(right: float) -> None
     for _ in range(300):
         whole, single = draw.random(40)[units] < right, draw.random(len(units)) < right
         hits = np.where(draw.random(40)[units] < 0.2, whole, single)
-        low, high = score_with_interval(metric, labels, 1 - hits.astype(int), units)["ci95"]
+        low, high = score_with_interval(metric, labels, 1 - hits.astype(int), units).ci95
         covered += low <= right <= high
     assert 0.91 <= covered / 300 <= 0.98
 
@@ -345,8 +345,8 @@ def test_the_interval_of_another_share_stays_between_0_and_1() -> None:
         found = score_with_interval(
             METRICS["classification"][name], labels, predictions, np.arange(80)
         )
-        low, high = found["ci95"]
-        assert 0.85 < low < found["value"] < high < 1
+        low, high = found.ci95
+        assert 0.85 < low < found.value < high < 1
 
 
 def test_differences_are_positive_where_the_model_is_better() -> None:
@@ -355,10 +355,10 @@ def test_differences_are_positive_where_the_model_is_better() -> None:
     near, far = labels + 0.1, labels + draw.normal(size=80)
     rmse = METRICS["regression"]["rmse"]
     found = compare_pair(rmse, labels, near, far, np.arange(80))
-    assert found["value"] > 0 and found["ci95"][0] > 0
+    assert found.value > 0 and found.ci95[0] > 0
     turned = compare_pair(rmse, labels, far, near, np.arange(80))
-    assert turned["value"] == -found["value"]
-    assert turned["ci95"] == pytest.approx([-found["ci95"][1], -found["ci95"][0]])
+    assert turned.value == -found.value
+    assert turned.ci95 == pytest.approx([-found.ci95[1], -found.ci95[0]])
 
 
 def test_rows_of_one_group_count_together() -> None:
@@ -367,6 +367,6 @@ def test_rows_of_one_group_count_together() -> None:
     predictions = np.repeat(np.arange(4) % 2, 10)
     widths = []
     for units in (np.arange(40), np.repeat(np.arange(4), 10)):
-        low, high = score_with_interval(metric, labels, predictions, units)["ci95"]
+        low, high = score_with_interval(metric, labels, predictions, units).ci95
         widths.append(high - low)
     assert widths[1] > 2.5 * widths[0]

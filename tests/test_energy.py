@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from hftl.card.training_sections import format_environment
+from hftl.card.sections import format_environment
+from hftl.measure.record import describe_environment
 from hftl.runtime import distributed
 from hftl.runtime.hardware import measure_energy, sum_energy
 
@@ -85,8 +86,7 @@ def test_the_record_tells_the_sum_where_every_training_was_measured() -> None:
 
 
 def test_the_card_tells_it_with_its_unit() -> None:
-    found = {"device": "cpu", "energy_kwh": 0.01234, "packages": {"torch": "2"}}
-    told = "0.0123 kWh for all arms and seeds, as codecarbon estimates it"
-    assert format_environment(found) == [("device", "cpu"), ("energy", told), ("torch", "2")]
-    del found["energy_kwh"]
-    assert "energy" not in dict(format_environment(found))
+    energy = "0.0123 kWh for all arms and seeds, as codecarbon estimates it"
+    environment = describe_environment("cpu", "float32", {"energy_kwh": 0.01234})
+    assert ("energy", energy) in format_environment(environment)
+    assert "energy" not in dict(format_environment(describe_environment("cpu", "float32")))

@@ -24,7 +24,7 @@ from hftl.measure.forgetting import (
     forgetting_reduction,
     measure_forgetting,
 )
-from hftl.measure.record import Record
+from hftl.measure.record import Forgotten, Headline, Record
 from hftl.pipeline import forgetting
 from hftl.runtime.fingerprints import to_json
 
@@ -114,10 +114,8 @@ def test_documents_are_the_units_of_the_interval() -> None:
 
 
 def test_an_arm_that_did_not_move_has_forgotten_nothing() -> None:
-    told = build_forgetting_arms(
-        measure_forgetting(BEFORE, {"own": [BEFORE, BEFORE]}, ASKED), ASKED, {}
-    )
-    (arm,) = told["arms"]
+    figures = measure_forgetting(BEFORE, {"own": [BEFORE, BEFORE]}, ASKED)
+    _, (arm,) = build_forgetting_arms(figures, ASKED, {})
     assert arm["forgotten"] == {"value": 0, "ci95": [0, 0], "per_seed": [0, 0]}
     for figure in ("neighbours", "kl", "new_kl"):
         assert arm["figures"][figure]["change"] == 0
@@ -128,19 +126,20 @@ def test_an_arm_that_did_not_move_has_forgotten_nothing() -> None:
 
 
 def test_the_headline_is_the_first_control_and_neighbours_without(found: dict[str, Any]) -> None:
-    told = build_forgetting_arms(found, ASKED, {"own": "plain", "plain": None})
-    assert told["headline"] == {"figure": "same", "control": "document"}
-    for arm in told["arms"]:
+    headline, arms = build_forgetting_arms(found, ASKED, {"own": "plain", "plain": None})
+    assert headline == Headline(figure="same", control="document")
+    for arm in arms:
         figure = arm["figures"]["controls"]["document"]["same"]
         assert arm["forgotten"]["value"] == pytest.approx(-figure["change"])
         assert arm["forgotten"]["ci95"] == [-figure["ci95"][1], -figure["ci95"][0]]
     bare = ForgettingSpec({}, (), ASKED.units, 0.05)
-    other = build_forgetting_arms(measure_forgetting(BEFORE, ARMS, bare), bare, {"own": "plain"})
-    assert other["headline"] == {"figure": "neighbours", "control": None}
-    own, plain = (arm["forgotten"]["value"] for arm in other["arms"])
+    figures = measure_forgetting(BEFORE, ARMS, bare)
+    headline, arms = build_forgetting_arms(figures, bare, {"own": "plain"})
+    assert headline == Headline(figure="neighbours", control=None)
+    own, plain = (arm["forgotten"]["value"] for arm in arms)
     assert 0 < own < plain
-    assert other["arms"][0]["against"] == {"arm": "plain", "gone": pytest.approx(1 - own / plain)}
-    assert other["arms"][1]["against"] is None
+    assert arms[0]["against"] == {"arm": "plain", "gone": pytest.approx(1 - own / plain)}
+    assert arms[1].against is None
 
 
 @pytest.mark.parametrize(
@@ -158,16 +157,17 @@ def test_the_headline_is_the_first_control_and_neighbours_without(found: dict[st
 def test_the_share_that_is_gone_is_of_more_than_noise(
     own: float, other: float, interval: list[float] | None, share: float | None
 ) -> None:
-    found = forgetting_reduction({"value": own, "ci95": None}, {"value": other, "ci95": interval})
+    plain = Forgotten(value=other, ci95=interval and (interval[0], interval[1]), per_seed=[])
+    found = forgetting_reduction(Forgotten(value=own, ci95=None, per_seed=[]), plain)
     assert found == (None if share is None else pytest.approx(share))
 
 
 def test_without_general_data_only_new_inputs_are_compared() -> None:
     nothing = ForgettingSpec({}, (), None, 0.05)
     before, after = {"new": BEFORE["new"]}, [{"new": s["new"]} for s in ARMS["own"]]
-    told = build_forgetting_arms(measure_forgetting(before, {"own": after}, nothing), nothing, {})
-    (arm,) = told["arms"]
-    assert told["headline"] is None and arm["forgotten"] is None
+    figures = measure_forgetting(before, {"own": after}, nothing)
+    headline, (arm,) = build_forgetting_arms(figures, nothing, {})
+    assert headline is None and arm.forgotten is None
     assert arm["figures"]["new_kl"]["after"] > 0
     assert all(arm["figures"][name] is None for name in ("neighbours", "cka", "cosine", "kl"))
     lone = {"new": BEFORE["new"][:1]}
@@ -240,7 +240,7 @@ def test_embeddings_are_those_of_the_published_model(finished: tuple[Path, Any])
 
 def test_the_card_and_the_terminal_tell_it(finished: tuple[Path, Any]) -> None:
     run, _ = finished
-    record = Record.read(run).tree
+    record = Record.read(run)
     own = record["forgetting"]["arms"][0]
     card = (run / "publish" / "README.md").read_text("utf-8")
     part = card.split("## What it forgot\n")[1].split("\n## ")[0]

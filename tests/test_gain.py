@@ -13,6 +13,7 @@ from hftl.measure.gain import (
     find_best_seed,
 )
 from hftl.measure.metrics import METRICS, Metric, find_metric
+from hftl.measure.record import BaselineGain
 from hftl.measure.statistics import mean_interval
 
 ACCURACY = find_metric("accuracy", "classification")
@@ -216,12 +217,12 @@ def test_relative_error_reduction_of_an_error() -> None:
 def test_baseline_has_the_lesser_gain_on_test(test: SplitPredictions, baseline: str) -> None:
     found = compute_transfer_gain(ACCURACY, test, "lora")
     assert found is not None and found["baseline"] == baseline
-    assert found["baselines"] == {
+    assert found.baselines == {
         arm: compute_gain(ACCURACY, test, "lora", arm) for arm in ("scratch", "classical")
     }
-    least = found["baselines"][baseline]
-    assert least["value"] == min(told["value"] for told in found["baselines"].values())
-    assert found == least | {"baseline": baseline, "baselines": found["baselines"]}
+    least = found.baselines[baseline]
+    assert least.value == min(gain.value for gain in found.baselines.values())
+    assert found == BaselineGain(**dict(least), baseline=baseline, baselines=found.baselines)
 
 
 def test_baseline_of_an_error_is_the_one_with_less() -> None:
@@ -281,7 +282,7 @@ def test_ladder_has_the_best_on_test_first(metric: Metric, told: SplitPrediction
         assert row["test"] == pytest.approx(np.mean(scores))
         assert row["sd"] == pytest.approx(np.std(scores, ddof=1))
     for row in rows[1:]:
-        assert row["gain_of_own"] == compute_gain(metric, told, "lora", row["arm"])
+        assert row.gain_of_own == compute_gain(metric, told, "lora", row["arm"])
 
 
 def test_ladder_tells_validation_apart_from_test() -> None:

@@ -379,7 +379,7 @@ def test_a_run_by_gradual_unfreezing(recipe_tree: dict[str, Any], tmp_path: Path
     recipe_tree["finetune"] |= {"strategy": "gradual", "layer_decay": 0.8}
     recipe_tree["measure"] |= {"arms": ["head", "full", "classical"]}
     record = run(Recipe.parse(recipe_tree), tmp_path / "run")
-    assert record is not None and record.tree["own_arm"] == "gradual"
-    assert record.tree["reload_difference"] <= 1e-5
+    assert record is not None and record["own_arm"] == "gradual"
+    assert record["reload_difference"] <= 1e-5
     assert not list((tmp_path / "run").glob("checkpoints/*"))
     assert "A gradual fine-tuning of" in (tmp_path / "run/publish/README.md").read_text()

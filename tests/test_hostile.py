@@ -15,11 +15,10 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from markdown_it import MarkdownIt
-from test_card import make, shape, with_forgetting
+from support.records import add_forgetting, make_record, render, render_page
+from test_card import shape
 
-from hftl.card.card import render_card
 from hftl.card.plots import plot_ladder
-from hftl.card.report import render_report
 from hftl.card.validation import HFTL_KEYS, validate_own_card
 from hftl.card.wording import (
     INVISIBLE_CATEGORIES,
@@ -30,7 +29,8 @@ from hftl.card.wording import (
     to_code_text,
     to_one_line,
 )
-from hftl.measure.error_analysis import ErrorAnalysis, Mistake
+from hftl.measure.error_analysis import ClassScore, ErrorAnalysis, Mistake
+from hftl.measure.record import Record
 
 PAYLOADS = [
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>",
@@ -46,7 +46,7 @@ PAYLOADS = [
     "\ud800half", "x\u2028y\x85z", "n" * 10_000, "`" * 10_000, "\\", "\ue000\U000e0041",
 ]  # fmt: skip
 PLACES = ["labels", "dataset", "columns", "recipe", "words"]
-BASE = with_forgetting(make())
+BASE = add_forgetting(make_record())
 BASE["adapt"] = None
 TAGS = {
     "h1", "h2", "h3", "p", "strong", "em", "code", "pre", "a", "img", "ul", "li", "table", "thead",
@@ -155,7 +155,7 @@ def front_of(card: str) -> dict[str, Any]:
 
 def intended(place: str, payload: str) -> dict[str, Any]:
     """The metadata of the plain record, with what the place changes in them."""
-    front = front_of(render_card(BASE))
+    front = front_of(render(BASE))
     if place == "dataset":
         result = front["model-index"][0]["results"][0]["dataset"]
         result |= {"name": to_one_line(payload), "type": slugify(payload)}
@@ -172,7 +172,7 @@ def intended(place: str, payload: str) -> dict[str, Any]:
 @pytest.mark.parametrize("payload", PAYLOADS, ids=range(len(PAYLOADS)))
 def test_payload_is_inert(payload: str, place: str) -> None:
     record = record_with(payload, place)
-    card = render_card(record)
+    card = render(record)
     card.encode("utf-8")
     unseen = {c for c in card if unicodedata.category(c) in INVISIBLE_CATEGORIES} - set(
         "\n" + JOINERS
@@ -190,7 +190,7 @@ def test_payload_is_inert(payload: str, place: str) -> None:
         check_page(MarkdownIt("commonmark", {"html": raw}).enable("table").enable("strikethrough")
                    .render(body)) for raw in (False, True)
     ]  # fmt: skip
-    plain = render_card(record_with("plain", place))
+    plain = render(record_with("plain", place))
     assert shape(card) == shape(plain)
     assert counts[0]["a"] == counts[1]["a"] == int("base_model" in front) and counts[0]["img"] == 2
     assert counts[1]["details"] == 2 and counts[0]["h1"] == 1
@@ -202,10 +202,9 @@ def test_payload_is_inert_in_the_report(payload: str, tmp_path: Path) -> None:
     for name in ("ladder", "frontier"):
         (tmp_path / "assets").mkdir(exist_ok=True)
         (tmp_path / "assets" / f"{name}.png").write_bytes(b"\x89PNG")
-    scores = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "rows": 4}
     mistakes = [Mistake((payload,) * 3, payload, payload, 0.9, payload, word) for word in (None, 1)]
-    errors = ErrorAnalysis([{"label": payload, **scores}] * 2, np.eye(2, dtype=int), mistakes, 2, 4)
-    report = render_report(render_card(record), tmp_path, record, errors)
+    errors = ErrorAnalysis([ClassScore(payload, 0.5, 0.5, 0.5, 4)] * 2, np.eye(2, dtype=int), mistakes, 2, 4)
+    report = render_page(record, tmp_path, errors)
     report.encode("utf-8")
     counts = check_page(report, {"html", "head", "meta", "title", "style", "body", "div", "mark"})
     assert counts["img"] == 2 and counts["a"] == 1 and counts["details"] == 2
@@ -217,7 +216,7 @@ def test_payload_is_inert_in_the_report(payload: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("payload", PAYLOADS, ids=range(len(PAYLOADS)))
 def test_label_is_shown_and_recipe_reads_back(payload: str) -> None:
     record = record_with(payload, "labels")
-    shown = html.unescape(MarkdownIt("commonmark").render(render_card(record)))
+    shown = html.unescape(MarkdownIt("commonmark").render(render(record)))
     assert f"<code>{to_code_text(payload)}</code>" in shown
     recipe = record_with(payload, "columns")["recipe"]
     block = format_yaml_block(recipe)
@@ -234,5 +233,5 @@ def test_plain_text_stays_as_it_is(plain: str) -> None:
 
 
 def test_ladder_of_a_hostile_record_is_drawn(tmp_path: Path) -> None:
-    plot_ladder(record_with("$x$", "labels"), tmp_path / "ladder.png")
+    plot_ladder(Record.parse(record_with("$x$", "labels")), tmp_path / "ladder.png")
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")

@@ -207,7 +207,7 @@ def test_metric_of_evaluate_that_cannot_take_the_labels(monkeypatch: pytest.Monk
     def compute(**_: Any) -> None:
         raise ValueError("Target is multiclass but average='binary'")
 
-    monkeypatch.setattr("evaluate.load", lambda _: SimpleNamespace(compute=compute_metrics))
+    monkeypatch.setattr("evaluate.load", lambda _: SimpleNamespace(compute=compute))
     with pytest.raises(RecipeError, match="evaluate:f1 does not take these labels: Target is"):
         find_metric("evaluate:f1", "classification").score(np.zeros(2), np.zeros(2))
 

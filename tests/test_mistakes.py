@@ -10,15 +10,19 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from sklearn.metrics import confusion_matrix
-from test_card import make
+from support.records import make_record, render, render_page
 
-from hftl.card.card import render_card
 from hftl.card.plots import plot_ladder
-from hftl.card.report import render_report
-from hftl.card.training_sections import build_examples, make_thumbnail, split_context
+from hftl.card.report import build_examples, make_thumbnail, split_context
 from hftl.data.prepare import PreparedData
 from hftl.data.rows import Label, Row
-from hftl.measure.error_analysis import ErrorAnalysis, analyze_errors, rank_by_confidence
+from hftl.measure.error_analysis import (
+    ClassScore,
+    ErrorAnalysis,
+    analyze_errors,
+    rank_by_confidence,
+)
+from hftl.measure.record import Record
 
 TEXTS = ["a", "b", "c", "d"]
 
@@ -47,9 +51,9 @@ def test_errors_of_classes(tmp_path: Path) -> None:
     found = stored(
         tmp_path, "classification", ["n", "p"], ["n", "p", "n", "p"], ["n", "n", "p", "n"], scores
     )
-    assert found.wrong == 3 and found.answers == 4 and found.counts is not None
+    assert found.wrong == 3 and found.answers == 4 and found.confusion is not None
     expected = confusion_matrix(["n", "p", "n", "p"], ["n", "n", "p", "n"])
-    np.testing.assert_array_equal(found.counts, expected)
+    np.testing.assert_array_equal(found.confusion, expected)
     told = [(m.content, m.label, m.prediction, m.confidence, m.location) for m in found.mistakes]
     assert told == [
         (("d",), "p", "n", 0.95, "t.csv line 5"),
@@ -86,7 +90,7 @@ def test_errors_of_names_are_names_said_or_missed(tmp_path: Path) -> None:
     assert [(m.label, m.prediction, round(m.confidence, 6)) for m in found.mistakes] == [
         ("x", "not x", 0.9), ("not y", "y", 0.6)
     ]  # fmt: skip
-    assert found.counts is None and [row["rows"] for row in found.classes] == [2, 1]
+    assert found.confusion is None and [row.rows for row in found.classes] == [2, 1]
 
 
 def test_errors_of_targets_are_the_furthest_off(tmp_path: Path) -> None:
@@ -123,15 +127,15 @@ def test_pictures_of_examples_are_written_beside_the_card(tmp_path: Path) -> Non
     scores = [[0.9, 0.1]] * 4
     found = stored(tmp_path, "classification", ["n", "p"], ["p"] * 4, ["n"] * 4, scores)
     pixels = np.full((3, 40, 40), 7, dtype=np.uint8)
-    told = build_examples(found.mistakes, {text: pixels for text in TEXTS}.__getitem__, tmp_path)
-    assert [row["picture"] for row in told] == [f"assets/mistake-{i:02d}.png" for i in (1, 2, 3, 4)]
-    assert all((tmp_path / row["picture"]).stat().st_size < 5000 for row in told)
-    assert build_examples(found.mistakes, None, tmp_path)[0]["texts"] == ("a",)
+    examples = build_examples(found.mistakes, {text: pixels for text in TEXTS}.__getitem__, tmp_path)
+    assert [example.picture for example in examples] == [f"assets/mistake-{i:02d}.png" for i in (1, 2, 3, 4)]
+    assert all((tmp_path / str(e.picture)).stat().st_size < 5000 for e in examples)
+    assert build_examples(found.mistakes, None, tmp_path)[0].texts == ["a"]
 
 
 def test_report_shows_errors_and_the_card_does_not(tmp_path: Path) -> None:
-    record = make()
-    plot_ladder(record, tmp_path / "assets" / "ladder.png")
+    record = make_record()
+    plot_ladder(Record.parse(record), tmp_path / "assets" / "ladder.png")
     scores = [[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.95, 0.05]]
     secret = [(f"a secret text {i}",) for i in range(4)]
     errors = stored(
@@ -139,25 +143,24 @@ def test_report_shows_errors_and_the_card_does_not(tmp_path: Path) -> None:
         ["negative", "positive", "negative", "positive"],
         ["negative", "negative", "positive", "negative"], scores, secret,
     )  # fmt: skip
-    card = render_card(record)
-    report = render_report(card, tmp_path, record, errors)
+    card = render(record)
+    report = render_page(record, tmp_path, errors)
     assert "a secret text" not in card and report.count("a secret text") == 3
     for told in ("3 of 4 rows are wrong", "Its 3 surest mistakes", "seed 2", "0.950", "line 5"):
         assert told in report
     assert "What is taken for what" in report
     assert "stays on this machine" in report
     pixels = np.zeros((3, 32, 32), dtype=np.uint8)
-    seen = render_report(card, tmp_path, record, errors, lambda name: pixels)
+    seen = render_page(record, tmp_path, errors, lambda name: pixels)
     assert seen.count('class="picture"') == 3 and "a secret text" not in seen
-    assert "Where it is wrong" not in render_report(card, tmp_path, record)
+    assert "Where it is wrong" not in render_page(record, tmp_path)
 
 
 @pytest.mark.parametrize("many", [3, 60])
 def test_a_great_confusion_matrix_is_left_out(many: int, tmp_path: Path) -> None:
-    record = make()
-    plot_ladder(record, tmp_path / "assets" / "ladder.png")
-    row = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "rows": 1}
-    classes = [{"label": f"c{i}", **row} for i in range(many)]
+    record = make_record()
+    plot_ladder(Record.parse(record), tmp_path / "assets" / "ladder.png")
+    classes = [ClassScore(f"c{i}", 0.5, 0.5, 0.5, 1) for i in range(many)]
     errors = ErrorAnalysis(classes, np.eye(many, dtype=np.int64), [], 0, many)
-    report = render_report(render_card(record), tmp_path, record, errors)
+    report = render_page(record, tmp_path, errors)
     assert ("What is taken for what" in report) == (many == 3) and f"c{many - 1}" in report

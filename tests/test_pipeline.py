@@ -107,7 +107,7 @@ def test_run_folder_holds_what_the_contract_says(finished: tuple[Path, dict[str,
         "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "assets/ladder.png",
     }  # fmt: skip
     record = Record.read(run)
-    assert set(record.tree) >= {"schema_version", "recipe", "source", "data", "check", "adapt",
+    assert set(record.to_dict()) >= {"schema_version", "recipe", "source", "data", "check", "adapt",
         "arms", "transfer_gain", "forgetting", "verdict", "environment", "timings"}  # fmt: skip
     assert set(record.transfer_gain) == {"metric", "value", "ci95", "baseline", "baselines",
         "seeds", "p_value", "relative_error_reduction", "outcome"}  # fmt: skip
@@ -120,7 +120,7 @@ def test_examples_stay_on_the_machine_unless_the_recipe_lets_them_out(
     again: tuple[Path, dict[str, Any]],
 ) -> None:
     run, _ = again
-    record = Record.read(run).tree
+    record = Record.read(run).to_dict()
     arm = run / "arms" / f"lora-seed{record['published_seed']}"
     mistakes = analyze_errors(prepare.read_prepared_data(run / "phases" / "data"), arm).mistakes
     assert mistakes, "the test needs a model that is wrong somewhere"

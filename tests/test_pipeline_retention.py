@@ -62,7 +62,7 @@ def test_a_run_with_retention(
     tree["retain"] = RETAIN[name]
     record = run(Recipe.parse(tree), tmp_path / "run")
     assert record is not None
-    tree = record.tree
+    tree = record.to_dict()
     assert tree["reload_difference"] <= 1e-5
     arms = {arm["arm"]: arm for arm in tree["arms"]}
     assert set(arms) == {strategy, "plain"}
@@ -110,7 +110,7 @@ def test_weight_is_chosen_once_and_reported(
     chosen = json.loads((tmp_path / "run/phases/weight-full/weight.json").read_text("utf-8"))
     assert [tried["weight"] for tried in chosen["tried"]] == [0.1, 1.0]
     assert all(0 <= tried["forgotten"] <= 1 and tried["error"] >= 0 for tried in chosen["tried"])
-    own = [arm for arm in record.tree["arms"] if arm["arm"] == "full"]
+    own = [arm for arm in record["arms"] if arm["arm"] == "full"]
     assert [arm["training"]["kl_weight"] for arm in own] == [chosen, chosen]
     assert any("forgets least within one standard error" in line for line in lines)
     card = (tmp_path / "run/publish/README.md").read_text(encoding="utf-8")
@@ -157,7 +157,7 @@ def test_weak_probe_is_reported_and_stops_no_run(
     output: list[str] = []
     record = run(Recipe.parse(tree), tmp_path / "run", until="measure", say=output.append)
     assert record is not None
-    quality = record.tree["arms"][0]["training"]["head_opinion"]
+    quality = record["arms"][0]["training"]["head_opinion"]
     assert quality["weak"] and quality["loss"] >= 0.95 * quality["shares"] > 0
     assert any("hardly predicts the labels" in line and "full seed 0" in line for line in output)
 
@@ -192,7 +192,7 @@ def test_reference_may_be_the_source_before_adaptation(
     assert record is not None
     cosine = {
         entry["arm"]: entry["figures"]["cosine"]["after"]
-        for entry in record.tree["forgetting"]["arms"]
+        for entry in record["forgetting"]["arms"]
     }
     assert cosine["full"] > cosine["start"], "nearer to the source than from where it started"
 

@@ -1,29 +1,29 @@
-"""The record's JSON and its hash."""
+"""The record's JSON, its hash, and the messages for a record that does not read."""
 
+import copy
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.records import add_forgetting, make_record
 
+from hftl.errors import RunFolderError
 from hftl.measure.record import Record, describe_environment
 from hftl.runtime.fingerprints import fingerprint, to_json
 
-TREE: dict[str, Any] = {
-    "schema_version": 1,
-    "arms": [{"arm": "lora", "seed": 0, "metrics": {"test": {"accuracy": 0.75}}}],
-    "environment": {"device": "cpu"},
-    "timings": {"finetune": 3.5},
-    "transfer_gain": {"value": 0.1},
-    "verdict": {"decision": "publish"},
-}
+TREE = add_forgetting(make_record())
+
+
+def parse(**changes: Any) -> Record:
+    return Record.parse(copy.deepcopy(TREE) | changes)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_become_null(value: float) -> None:
-    found = json.loads(to_json({"a": [value, (1.5, value)], "b": {"c": value}}))
-    assert found == {"a": [None, [1.5, None]], "b": {"c": None}}
+    tree = json.loads(to_json({"a": [value, (1.5, value)], "b": {"c": value}}))
+    assert tree == {"a": [None, [1.5, None]], "b": {"c": None}}
 
 
 def test_the_json_is_sorted_readable_and_ends_its_line() -> None:
@@ -31,40 +31,102 @@ def test_the_json_is_sorted_readable_and_ends_its_line() -> None:
     assert text == '{\n "a": "Grüße",\n "b": 1\n}\n'
 
 
-@pytest.mark.parametrize("key", ["environment", "timings"])
-def test_the_hash_leaves_out_what_differs_between_identical_runs(key: str) -> None:
-    same = {k: v for k, v in TREE.items() if k != key}
-    assert Record(TREE, Path()).hash == Record(same, Path("moved")).hash
-    assert Record(TREE, Path()).hash == Record(TREE | {key: {"else": 1}}, Path()).hash
+def test_the_hash_leaves_out_what_differs_between_identical_runs() -> None:
+    other = TREE["environment"] | {"device": "cuda"}
+    again = parse(environment=other, timings={"lora-seed0": {"train_seconds": 2.5}})
+    assert again.hash == parse().hash
 
 
-@pytest.mark.parametrize("key", sorted(TREE.keys() - {"environment", "timings"}))
-def test_the_hash_knows_everything_else(key: str) -> None:
-    assert Record(TREE, Path()).hash != Record(TREE | {key: None}, Path()).hash
+@pytest.mark.parametrize(
+    "changes", [{"published_seed": 0}, {"metric": "f1"}, {"test_metrics": None}, {"arms": []}]
+)
+def test_the_hash_covers_everything_else(changes: dict[str, Any]) -> None:
+    assert parse(**changes).hash != parse().hash
 
 
 def test_the_order_of_keys_does_not_matter_but_that_of_lists_does() -> None:
     backwards = {key: TREE[key] for key in reversed(TREE)}
-    assert Record(backwards, Path()).hash == Record(TREE, Path()).hash
+    assert Record.parse(backwards).hash == parse().hash
     assert fingerprint([1, 2]) != fingerprint([2, 1])
     assert fingerprint({"a": {"b": 1, "c": 2}}) == fingerprint({"a": {"c": 2, "b": 1}})
 
 
-def test_a_record_is_read_back(tmp_path: Path) -> None:
+def test_a_record_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text(to_json(TREE), encoding="utf-8")
-    found = Record.read(tmp_path)
-    assert found.tree == TREE
-    assert found["schema_version"] == 1
-    assert found.transfer_gain == {"value": 0.1}
-    assert found.verdict == {"decision": "publish"}
-    assert found.hash == Record(TREE, Path()).hash
+    record = Record.read(tmp_path)
+    assert record.to_dict() == json.loads(to_json(TREE)) and record.to_json() == to_json(TREE)
+    assert record.folder == tmp_path and record.hash == fingerprint(
+        {k: v for k, v in TREE.items() if k not in ("environment", "timings")}
+    )
+    # Values are attributes, and plain JSON by their keys.
+    assert record["arms"] == TREE["arms"] and record["schema_version"] == 2
+    gain = record.transfer_gain
+    assert gain is not None and gain.value == gain["value"] == TREE["transfer_gain"]["value"]
+    assert record.verdict["decision"] == record.verdict.decision == "publish"
+    with pytest.raises(KeyError):
+        record["widget"]
+
+
+def put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    here: Any = tree
+    for part in path:
+        here = here[int(part) if isinstance(here, list) else part]
+    if value is KeyError:
+        del here[last]
+    else:
+        here[last] = value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("schema_version", 1, "schema_version is 1, this version of hftl reads 2"),
+        ("schema_version", KeyError, "schema_version is None"),
+        ("transfer_gain.value", "much", "transfer_gain.value is 'much', expected a valid number"),
+        ("transfer_gain.outcome", "good", "transfer_gain.outcome is 'good', expected 'positive'"),
+        ("arms.2.metrics.test", None, "arms.2.metrics.test is None, expected"),
+        ("ladder.0.sd", KeyError, "ladder.0.sd is missing"),
+        ("verdict", KeyError, "verdict is missing"),
+        ("verdicts", {}, "unknown key verdicts; did you mean 'verdict'?"),
+        ("source.colour", "red", "unknown key source.colour"),
+        ("recipe.finetune.blocks", "two", "recipe.finetune.blocks is 'two', expected"),
+        ("recipe.data.test", {}, "recipe.data.test.fraction is missing"),
+        ("recipe.finetune.training.no_such", 1, "recipe"),
+    ],
+)
+def test_a_damaged_record_is_refused_by_its_key(
+    key: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    tree = copy.deepcopy(TREE)
+    put(tree, key, value)
+    (tmp_path / "record.json").write_text(to_json(tree), encoding="utf-8")
+    with pytest.raises(RunFolderError) as raised:
+        Record.read(tmp_path)
+    assert f"{tmp_path / 'record.json'}: {message}" in raised.value.what
+    assert "hftl run" in raised.value.fix
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 10_000])
+def test_a_file_that_is_no_mapping_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text(text, encoding="utf-8")
+    with pytest.raises(RunFolderError, match="record.json"):
+        Record.read(tmp_path)
+
+
+def test_the_schema_names_every_key() -> None:
+    schema = Record.model_json_schema()
+    assert TREE.keys() <= schema["properties"].keys()
+    assert schema["properties"]["schema_version"]["const"] == 2
+    assert "value" in schema["$defs"]["BaselineGain"]["properties"]
 
 
 def test_the_environment_names_versions_and_no_host() -> None:
     import getpass
     import socket
 
-    text = to_json(describe_environment("cpu", "float32"))
+    environment = describe_environment("cpu", "float32")
+    text = to_json(environment.to_dict())
     assert socket.gethostname() not in text
     assert f'"{getpass.getuser()}"' not in text
-    assert set(json.loads(text)["packages"]) >= {"hftl", "torch", "transformers", "peft"}
+    assert set(environment.packages) >= {"hftl", "torch", "transformers", "peft"}

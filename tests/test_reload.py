@@ -14,7 +14,7 @@ import torch
 from conftest import bench_of, pictures, sentences
 from safetensors.torch import save_file
 
-from hftl.card.snippets import render_plain_snippet
+from hftl.card.sections import render_plain_snippet
 from hftl.config.recipe import Recipe
 from hftl.finetune.arm import collect_trained_tensors, train_arm
 from hftl.finetune.context import ExperimentContext

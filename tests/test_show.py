@@ -1,10 +1,11 @@
 """What a run prints."""
 
-from typing import Any
 
 import pytest
+from support.records import make_gain, make_record
 
 from hftl import console
+from hftl.measure.record import Record
 
 
 def test_header_is_two_columns() -> None:
@@ -39,17 +40,14 @@ def test_duration(seconds: float, text: str) -> None:
 
 
 def test_ladder_shows_every_arm_and_what_the_own_gains() -> None:
-    gain: dict[str, Any] = {"value": 0.105, "ci95": [0.071, 0.139]}
-    record = {
-        "metric": "accuracy",
-        "own_arm": "lora",
-        "ladder": [
-            {"arm": "lora", "test": 0.7254, "sd": 0.0123, "gain_of_own": None},
-            {"arm": "head", "test": 0.7, "sd": None, "gain_of_own": gain},
-            {"arm": "scratch", "test": 0.6, "sd": 0.02, "gain_of_own": gain | {"ci95": None}},
-        ],
-    }
-    head, rule, *rows = console.format_ladder(record).splitlines()
+    gain = make_gain(0.105, [0.071, 0.139])
+    ladder = [
+        {"arm": "lora", "test": 0.7254, "sd": 0.0123, "gain_of_own": None},
+        {"arm": "head", "test": 0.7, "sd": None, "gain_of_own": gain},
+        {"arm": "scratch", "test": 0.6, "sd": 0.02, "gain_of_own": gain | {"ci95": None}},
+    ]
+    record = make_record() | {"ladder": [row | {"validation": 0.5} for row in ladder]}
+    head, rule, *rows = console.format_ladder(Record.parse(record)).splitlines()
     assert head.split() == ["arm", "test", "accuracy", "sd", "lora", "gains"]
     assert set(rule.strip()) == {"-"}
     assert [row.split() for row in rows] == [

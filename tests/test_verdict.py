@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from hftl.measure.verdict import RELOAD_TOLERANCE, decide_verdict, format_gain
+from hftl.measure.record import BaselineGain, Gain
+from hftl.measure.verdict import RELOAD_TOLERANCE, Estimate, decide_verdict, format_gain
 
 GAINS: dict[str, dict[str, Any] | None] = {
     "positive": {"value": 0.1, "ci95": [0.05, 0.15]},
@@ -37,36 +38,40 @@ HEAD_AHEAD = ("ahead", "one seed ahead")
 RELOADS = {0.0: True, RELOAD_TOLERANCE: True, 2 * RELOAD_TOLERANCE: False, float("nan"): False}
 
 
-def full(name: str) -> dict[str, Any] | None:
-    told = GAINS[name]
-    common = {"metric": "accuracy", "baseline": "scratch", "seeds": 3, "outcome": name}
-    return None if told is None else common | told
+COMMON = {"metric": "accuracy", "seeds": 3, "p_value": None, "relative_error_reduction": None}
 
 
-def head(name: str) -> dict[str, Any] | None:
-    told = HEADS[name]
-    return None if told is None else {"metric": "accuracy", **told}
+def full(name: str, **changes: Any) -> BaselineGain | None:
+    facts = GAINS[name]
+    if facts is None:
+        return None
+    default = {"baseline": "scratch", "baselines": {}, "outcome": name}
+    return BaselineGain.model_validate(COMMON | default | facts | changes)
+
+
+def head(facts: dict[str, Any] | None) -> Gain | None:
+    return None if facts is None else Gain.model_validate(COMMON | {"outcome": "negative"} | facts)
 
 
 @pytest.mark.parametrize(
     ("gain", "over_head", "reload"), list(itertools.product(GAINS, HEADS, RELOADS))
 )
 def test_publishes_only_when_all_three_hold(gain: str, over_head: str, reload: float) -> None:
-    found = decide_verdict(full(gain), head(over_head), reload)
+    verdict = decide_verdict(full(gain), head(HEADS[over_head]), reload)
     against = [gain != "positive", over_head in HEAD_AHEAD, not RELOADS[reload]]
-    assert found["decision"] == ("hold" if any(against) else "publish")
-    reasons = " / ".join(found["reasons"])
+    assert verdict.decision == ("hold" if any(against) else "publish")
+    reasons = " / ".join(verdict.reasons)
     level = over_head == "level"
-    assert ("not better than head" in found["reasons"][0]) == level
+    assert ("not better than head" in verdict.reasons[0]) == level
     if any(against):
-        assert len(found["reasons"]) == sum(against) + level
+        assert len(verdict.reasons) == sum(against) + level
         assert (SAYS[gain] in reasons) == against[0]
         assert ("linear head is better" in reasons) == against[1]
         assert ("the reload is not the same" in reasons) == against[2]
     else:
         assert SAYS["positive"] in reasons and "reload proved" in reasons
         behind = over_head in ("behind", "one seed behind")
-        assert any(reason.startswith("better than head") for reason in found["reasons"]) == behind
+        assert any(reason.startswith("better than head") for reason in verdict.reasons) == behind
 
 
 @pytest.mark.parametrize("decision_gain", ["positive", "undetermined", "no baseline"])
@@ -79,28 +84,29 @@ def test_a_model_that_is_not_better_than_head_says_so_first(
     over_head: dict[str, Any], words: str, decision_gain: str
 ) -> None:
     """A LoRA at -.005 of head was published for its gain over scratch, and said so alone."""
-    found = decide_verdict(full(decision_gain), {"metric": "accuracy", **over_head}, 0.0)
-    assert found["reasons"][0].startswith(words)
-    assert format_gain(over_head) in found["reasons"][0]
+    verdict = decide_verdict(full(decision_gain), head(over_head), 0.0)
+    assert verdict.reasons[0].startswith(words)
+    assert format_gain(Estimate(over_head["value"], tuple(over_head["ci95"]))) in verdict.reasons[0]
 
 
 def test_a_gain_over_one_baseline_alone_is_within_noise() -> None:
-    known = full("positive") | {"baseline": "classical"}
-    unsure = known | {"value": 0.2, "ci95": [-0.1, 0.5], "outcome": "undetermined"}
-    both = known | {"outcome": "undetermined", "baselines": {"scratch": unsure, "classical": known}}
-    found = decide_verdict(both, None, 0.0)
-    assert found["decision"] == "hold"
+    known = COMMON | {"value": 0.1, "ci95": [0.05, 0.15]} | {"outcome": "positive"}
+    unsure = COMMON | {"value": 0.2, "ci95": [-0.1, 0.5], "outcome": "undetermined"}
+    baselines = {"scratch": unsure, "classical": known}
+    both = full("positive", baseline="classical", baselines=baselines, outcome="undetermined")
+    verdict = decide_verdict(both, None, 0.0)
+    assert verdict.decision == "hold"
     assert (
         "over classical is beyond noise, but +0.200 [-0.100, +0.500] over scratch is not"
-        in (found["reasons"][0])
+        in verdict.reasons[0]
     )
 
 
 @pytest.mark.parametrize("decision_gain", ["positive", "negative"])
 def test_reasons_give_the_figures(decision_gain: str) -> None:
-    found = decide_verdict(full(decision_gain), head("ahead"), 0.25)
-    assert any("-0.050 [-0.090, -0.010] accuracy against head" in r for r in found["reasons"])
-    assert any("difference 2.5e-01" in r for r in found["reasons"])
+    verdict = decide_verdict(full(decision_gain), head(HEADS["ahead"]), 0.25)
+    assert any("-0.050 [-0.090, -0.010] accuracy against head" in r for r in verdict.reasons)
+    assert any("difference 2.5e-01" in r for r in verdict.reasons)
 
 
 @pytest.mark.parametrize(
@@ -109,4 +115,4 @@ def test_reasons_give_the_figures(decision_gain: str) -> None:
      "+0.000]"), (0.5, None, "+0.500")],
 )  # fmt: skip
 def test_interval_text(value: float, interval: list[float] | None, text: str) -> None:
-    assert format_gain({"value": value, "ci95": interval}) == text
+    assert format_gain(Estimate(value, interval and (interval[0], interval[1]))) == text

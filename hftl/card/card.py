@@ -1,21 +1,21 @@
-"""The card: the record as a page. It formats and never computes; same record, same bytes."""
+"""Render the card: the record as a page. It formats and never computes; same record, same bytes."""
 
 import json
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
-from hftl.card.metadata import build_metadata, find_public_base, format_title
-from hftl.card.result_sections import (
-    build_figure_rows,
-    build_forgetting_rows,
-    describe_headline,
-    format_adaptation_lines,
-    format_adaptation_sentence,
-    format_forgetting_lines,
-    format_forgetting_sentence,
-    has_forgetting,
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, StrictUndefined, Template
+
+from hftl.card.metadata import (
+    build_adapter_tags,
+    build_metadata,
+    build_origin,
+    find_public_base,
+    format_title,
 )
-from hftl.card.snippets import render_pipeline_snippet, render_plain_snippet
-from hftl.card.training_sections import (
+from hftl.card.sections import (
     build_example_rows,
     format_base_sentence,
     format_data_lines,
@@ -23,21 +23,32 @@ from hftl.card.training_sections import (
     format_environment,
     format_limits,
     format_training_sentence,
-    list_stages,
+    render_encoder_snippet,
+    render_pipeline_snippet,
+    render_plain_snippet,
 )
 from hftl.card.validation import is_hub_id
 from hftl.card.wording import (
     TASK_PHRASES,
+    build_figure_rows,
+    build_forgetting_rows,
     describe_arm,
+    describe_headline,
     escape_markup,
+    escape_pipes,
     example_input,
+    format_adaptation_lines,
+    format_adaptation_sentence,
     format_code,
+    format_forgetting_lines,
+    format_forgetting_sentence,
     format_yaml_block,
+    has_forgetting,
     input_kind,
     is_pooled,
-    render_page,
 )
-from hftl.measure.metrics import is_lower_better
+from hftl.measure.metrics import describe_metric
+from hftl.measure.record import Gain, LadderRow, Record
 from hftl.measure.verdict import format_gain, is_better, is_worse
 
 OUTCOME_PHRASES = {
@@ -46,116 +57,175 @@ OUTCOME_PHRASES = {
     "negative": "Negative transfer, this model is worse than its baseline",
     "undetermined": "Whether transfer helped is not settled",
 }
+STRATEGY_PHRASES = {
+    "lora": "A LoRA adapter of", "head": "A linear head on the frozen",
+    "partial": "The top blocks fine-tuned of", "full": "A full fine-tuning of",
+    "gradual": "A gradual fine-tuning of",
+}  # fmt: skip
+MAX_LABELS = 12
+"""Labels that are named."""
 
 
-def render_card(record: dict[str, Any], place: str = ".") -> str:
-    """README.md of a record.
+def render_card(record: Record, place: str = ".") -> str:
+    """Return README.md of a record.
 
     Args:
         record: the publishable record, free of local paths.
         place: what a reader passes to `load`: a hub id, or the folder's path.
     """
-    return render_page("template.md", _build_page(record, place), build_metadata(record))
+    return _render_page("template.md", _build_page(record, place), build_metadata(record))
 
 
-def format_gain_sentence(record: dict[str, Any]) -> str:
-    """The transfer gain in one sentence: the outcome, both scores, the gain and how sure it is.
+def render_adaptation_card(record: Record, place: str = ".") -> str:
+    """Return README.md of an adapted encoder or adapter that has no task.
 
-    Before it comes the comparison with `head`, where this model is not better.
+    Args:
+        record: the publishable record, free of local paths.
+        place: what a reader loads it from.
     """
-    gain = record["transfer_gain"]
+    assert record.adapt is not None
+    adapted = any(stage.kept == "adapted" for stage in record.stages)
+    adapter = (
+        record.adapt.base is None
+        and adapted
+        and all(stage.method == "lora" for stage in record.stages if stage.kept == "adapted")
+    )
+    # Its own base is the source, not the adapted encoder that it is.
+    plain = record.model_copy(update={"adapt": None})
+    images = record.data.modality == "image"
+    metadata = ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="image-feature-extraction" if images else "feature-extraction",
+        tags=["hftl", "domain-adaptation", *build_adapter_tags(plain, adapter)],
+        **build_origin(plain, adapter),
+    )
+    page = {
+        "name": escape_markup(record.source.name),
+        "sentence": format_adaptation_sentence(record),
+        # Of a run with a task, it is the verdict on what is fine-tuned from this encoder.
+        "alone": record.own_arm is None,
+        "verdict": record.verdict,
+        "forced": record.forced,
+        "lines": format_adaptation_lines(record),
+        "snippet": render_encoder_snippet(
+            place, *find_public_base(plain), record.source.architecture, adapter, adapted
+        ),
+        "recipe": format_yaml_block(record["recipe"]),
+        "version": record.environment.packages["hftl"],
+    }
+    return _render_page("adapted.md", page, metadata)
+
+
+def _render_page(template: str, page: dict[str, Any], metadata: ModelCardData) -> str:
+    return f"---\n{metadata.to_yaml().strip()}\n---\n\n{_load_template(template).render(**page)}"
+
+
+@cache
+def _load_template(name: str) -> Template:
+    engine = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    engine.filters |= {
+        "first_upper": lambda text: text[:1].upper() + text[1:],
+        "inert": escape_markup,
+        "in_table": escape_pipes,
+    }
+    return engine.from_string(files("hftl.card").joinpath(name).read_text("utf-8"))
+
+
+def format_gain_sentence(record: Record) -> str:
+    """Return the transfer gain in one sentence: the outcome, both scores, the gain and how sure it
+    is. Before it comes the comparison with `head`, where this model is not better."""
+    gain = record.transfer_gain
     head = _format_head_sentence(record)
     if gain is None:
         return f"{head}No baseline was run, so the transfer gain is not known."
-    test = {row["arm"]: row["test"] for row in record["ladder"]}
-    own = f"{gain['metric']} {test[record['own_arm']]:.3f}"
+    test = {row.arm: row.test for row in record.ladder}
     return (
-        f"{head}{OUTCOME_PHRASES[gain['outcome']]}: {own} against "
-        f"{test[gain['baseline']]:.3f} for {describe_arm(gain['baseline'], record)}, a gain of "
-        f"{format_gain(gain)} ({_format_certainty(gain)})."
+        f"{head}{OUTCOME_PHRASES[gain.outcome]}: {gain.metric} {record.own_row.test:.3f} against "
+        f"{test[gain.baseline]:.3f} for {describe_arm(gain.baseline, record)}, a gain of "
+        f"{format_gain(gain)} ({_format_gain_certainty(gain)})."
     )
 
 
-def _format_head_sentence(record: dict[str, Any]) -> str:
+def _format_head_sentence(record: Record) -> str:
     """Say that the model is not better than `head`; nothing where it is, or `head` did not run."""
-    row = next((row for row in record["ladder"] if row["arm"] == "head"), None)
-    over = row and row["gain_of_own"]
+    row = next((row for row in record.ladder if row.arm == "head"), None)
+    over = row and row.gain_of_own
     if row is None or over is None or is_better(over):
         return ""
     words = "Worse than" if is_worse(over) else "Not better than"
-    own = next(row["test"] for row in record["ladder"] if row["arm"] == record["own_arm"])
     return (
-        f"{words} {describe_arm('head', record)}: {record['metric']} {own:.3f} against "
-        f"{row['test']:.3f}, a difference of {format_gain(over)} ({_format_certainty(over)}). "
+        f"{words} {describe_arm('head', record)}: {record.metric} {record.own_row.test:.3f} "
+        f"against {row.test:.3f}, a difference of {format_gain(over)} "
+        f"({_format_gain_certainty(over)}). "
     )
 
 
-def _format_certainty(gain: dict[str, Any]) -> str:
-    seeds = f"{gain['seeds']} seeds" if gain["seeds"] > 1 else "one seed"
-    return f"95 % interval, {seeds}" if gain["ci95"] else f"{seeds}, no interval"
+def _format_gain_certainty(gain: Gain) -> str:
+    seeds = f"{gain.seeds} seeds" if gain.seeds > 1 else "one seed"
+    return f"95 % interval, {seeds}" if gain.ci95 else f"{seeds}, no interval"
 
 
-def _build_page(record: dict[str, Any], place: str) -> dict[str, Any]:
+def _build_page(record: Record, place: str) -> dict[str, Any]:
+    """Return the values that the template names."""
     return {
         "title": format_title(record),
         "purpose": _format_purpose(record),
         "gain_sentence": format_gain_sentence(record),
-        "verdict": record["verdict"],
-        "forced": record.get("forced"),
-        "adaptation": record["adapt"] and format_adaptation_sentence(record),
-        "adaptation_lines": format_adaptation_lines(record) if record["adapt"] else [],
+        "verdict": record.verdict,
+        "forced": record.forced,
+        "adaptation": record.adapt and format_adaptation_sentence(record),
+        "adaptation_lines": format_adaptation_lines(record) if record.adapt else [],
         "forgetting": _build_forgetting_section(record) if has_forgetting(record) else None,
-        "metric": record["metric"],
-        "metric_words": _describe_metric(record["metric"]),
-        "rows": [_build_ladder_row(row, record) for row in record["ladder"]],
+        "metric": record.metric,
+        "metric_words": describe_metric(str(record.metric)).label,
+        "rows": [_build_ladder_row(row, record) for row in record.ladder],
         "other_metrics": _format_other_metrics(record),
         "place": place,
         "hftl_place": json.dumps(place),
         "example": example_input(record),
         "plain_snippet": _build_plain_snippet(record, place),
         "pipeline_snippet": _build_pipeline_snippet(record, place),
-        "pooling": record["recipe"]["finetune"]["pooling"] if is_pooled(record) else None,
+        "pooling": record.recipe.finetune.pooling if is_pooled(record) else None,
         "data_sentence": format_data_sentence(record),
         "data_lines": format_data_lines(record),
-        "warnings": [w[:1].upper() + w[1:] + "." for w in record["check"]["warnings"]],
+        "warnings": [w[:1].upper() + w[1:] + "." for w in record.check.warnings],
         "limits": format_limits(record),
         "training_sentence": format_training_sentence(record),
         "base_sentence": format_base_sentence(record),
         "recipe": format_yaml_block(record["recipe"]),
-        "environment": format_environment(record["environment"]),
-        "version": record["environment"]["packages"]["hftl"],
+        "environment": format_environment(record.environment),
+        "version": record.environment.packages["hftl"],
         "examples": build_example_rows(record),
     }
 
 
-def _build_plain_snippet(record: dict[str, Any], place: str) -> str:
-    finetune, labels = record["recipe"]["finetune"], record["data"]["labels"]
+def _build_plain_snippet(record: Record, place: str) -> str:
     base, revision = find_public_base(record)
-    if _has_adapted_base(record) and base is None:
+    if record.adapt is not None and record.adapt.base is not None and base is None:
         base = "../publish-base"
     return render_plain_snippet(
-        place, base, revision, finetune["pooling"], max(1, len(labels)),
-        record["own_arm"] == "lora", input_kind(record), example_input(record).strip("()"),
-        _interpolates_positions(record), record["source"]["architecture"],
+        place, base, revision, record.recipe.finetune.pooling, max(1, len(record.data.labels)),
+        record.own_arm == "lora", input_kind(record), example_input(record).strip("()"),
+        bool(record.forward and record.forward.get("interpolate_pos_encoding")),
+        record.source.architecture or "",
     )  # fmt: skip
 
 
-def _build_pipeline_snippet(record: dict[str, Any], place: str) -> str | None:
+def _build_pipeline_snippet(record: Record, place: str) -> str | None:
     base, _ = find_public_base(record)
     return render_pipeline_snippet(
-        place, base, record["recipe"]["finetune"]["pooling"], record["own_arm"] == "lora",
-        input_kind(record), example_input(record).strip("()"),
+        place, base, record.recipe.finetune.pooling, record.own_arm == "lora", input_kind(record),
+        example_input(record).strip("()"),
     )  # fmt: skip
 
 
-def _format_other_metrics(record: dict[str, Any]) -> str:
-    """The own arm's other scores on test, means over seeds."""
-    scores = record.get("test_metrics") or {}
-    told = [f"{name} {value:.3f}" for name, value in scores.items() if name != record["metric"]]
-    return ", ".join(told)
+def _format_other_metrics(record: Record) -> str:
+    """Return the own arm's other scores on test, means over seeds."""
+    scores = record.test_metrics or {}
+    return ", ".join(f"{n} {value:.3f}" for n, value in scores.items() if n != record.metric)
 
 
-def _build_forgetting_section(record: dict[str, Any]) -> dict[str, Any]:
+def _build_forgetting_section(record: Record) -> dict[str, Any]:
     return {
         "sentence": format_forgetting_sentence(record),
         "words": describe_headline(record),
@@ -164,52 +234,30 @@ def _build_forgetting_section(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _describe_metric(metric: str) -> str:
-    return f"{metric}, less is better" if is_lower_better(metric) else metric
-
-
-def _format_purpose(record: dict[str, Any]) -> str:
-    kinds = {
-        "lora": "A LoRA adapter of", "head": "A linear head on the frozen",
-        "partial": "The top blocks fine-tuned of", "full": "A full fine-tuning of",
-        "gradual": "A gradual fine-tuning of",
-    }  # fmt: skip
-    source = record["source"]
-    name = source["name"]
-    link = f"[{name}](https://huggingface.co/{name})"
-    if source["published_as"] != name or not is_hub_id(name):
-        link = escape_markup(name)
-    labels = record["data"]["labels"]
+def _format_purpose(record: Record) -> str:
+    source, labels = record.source, record.data.labels
+    link = f"[{source.name}](https://huggingface.co/{source.name})"
+    if source.published_as != source.name or not is_hub_id(source.name):
+        link = escape_markup(source.name)
+    start = f"{STRATEGY_PHRASES[str(record.own_arm)]} {link} that"
     kind = input_kind(record)
     if not labels:
-        what = {"image": "pictures"}.get(kind, "text")
-        return f"{kinds[record['own_arm']]} {link} that predicts a number from {what}."
-    shown = ", ".join(format_code(label) for label in labels[:12])
-    more = f" and {len(labels) - 12} more" if len(labels) > 12 else ""
-    several = ", several at once" if record["data"]["task"] == "multi-label" else ""
-    if any(stage["kept"] == "adapted" for stage in list_stages(record)):
-        several += ", after adaptation to its domain"
-    return f"{kinds[record['own_arm']]} {link} that {TASK_PHRASES[kind]} {shown}{more}{several}."
+        return f"{start} predicts a number from {'pictures' if kind == 'image' else 'text'}."
+    shown = ", ".join(format_code(label) for label in labels[:MAX_LABELS])
+    more = f" and {len(labels) - MAX_LABELS} more" if len(labels) > MAX_LABELS else ""
+    end = ", several at once" if record.data.task == "multi-label" else ""
+    if any(stage.kept == "adapted" for stage in record.stages):
+        end += ", after adaptation to its domain"
+    return f"{start} {TASK_PHRASES[kind]} {shown}{more}{end}."
 
 
-def _has_adapted_base(record: dict[str, Any]) -> bool:
-    """Whether the adapter goes on a base that the run itself has adapted."""
-    return bool(record["adapt"] and record["adapt"]["base"])
-
-
-def _interpolates_positions(record: dict[str, Any]) -> bool:
-    """Whether the model must be told that the pictures are of another size."""
-    return bool((record.get("forward") or {}).get("interpolate_pos_encoding"))
-
-
-def _build_ladder_row(row: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
-    gain = row["gain_of_own"]
-    own = row["arm"] == record["own_arm"]
-    parameters = next(a["trainable_parameters"] for a in record["arms"] if a["arm"] == row["arm"])
+def _build_ladder_row(row: LadderRow, record: Record) -> dict[str, str]:
+    own = row.arm == record.own_arm
+    parameters = next(e.trainable_parameters for e in record.arms if e.arm == row.arm)
     return {
-        "name": f"**{row['arm']}** (this model)" if own else describe_arm(row["arm"], record),
-        "test": f"**{row['test']:.3f}**" if own else f"{row['test']:.3f}",
-        "sd": "" if row["sd"] is None else f"{row['sd']:.3f}",
-        "gain": "" if gain is None else format_gain(gain),
+        "name": f"**{row.arm}** (this model)" if own else describe_arm(row.arm, record),
+        "test": f"**{row.test:.3f}**" if own else f"{row.test:.3f}",
+        "sd": "" if row.sd is None else f"{row.sd:.3f}",
+        "gain": "" if row.gain_of_own is None else format_gain(row.gain_of_own),
         "parameters": f"{parameters:,}",
     }

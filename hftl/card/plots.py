@@ -1,10 +1,12 @@
-"""Plots for the card: static PNGs, the same bytes for the same record."""
+"""Draw the card's plots: static PNGs, the same bytes for the same record."""
 
 from pathlib import Path
 from typing import Any
 
-from hftl.card.result_sections import describe_headline
-from hftl.measure.metrics import is_lower_better
+from hftl.card.wording import describe_headline
+from hftl.measure.gain import ComparedModel
+from hftl.measure.metrics import MetricSpec, describe_metric
+from hftl.measure.record import LadderRow, Record
 from hftl.measure.verdict import format_gain
 
 OWN, OTHER, MEAN = "#1f6feb", "#8b949e", "#24292f"
@@ -15,105 +17,104 @@ OTHER_MARKERS = tuple(
 """Of the other arms; no two of twenty are alike."""
 
 
-def plot_ladder(record: dict[str, Any], path: Path) -> None:
-    """Draws every arm's test score: a dot a seed, a bar at the mean; the own arm in blue.
+def plot_ladder(record: Record, path: Path) -> None:
+    """Draw every arm's test score: a dot a seed, a bar at the mean; the own arm in blue.
 
-    At the right stands what the own arm gains over each other, with its interval.
+    At the right is what the own arm gains over each other, with its interval.
     """
-    metric = record["metric"]
-    rows = list(reversed(record["ladder"]))
+    metric = describe_metric(str(record.metric))
+    rows = list(reversed(record.ladder))
     figure = _new_figure(8, 0.6 * len(rows) + 1)
     axes = figure.subplots()
     for height, row in enumerate(rows):
-        scores = _collect_scores(record, row["arm"])
-        color = OWN if row["arm"] == record["own_arm"] else OTHER
+        scores = _collect_scores(record, row.arm)
+        color = OWN if row.arm == record.own_arm else OTHER
         axes.plot(scores, [height] * len(scores), "o", color=color, alpha=0.65, markersize=7)
-        axes.plot([row["test"]] * 2, [height - 0.2, height + 0.2], color=MEAN, linewidth=2)
-        axes.text(row["test"], height + 0.24, f"{row['test']:.3f}", ha="center", va="bottom")
-    better = "left" if is_lower_better(metric) else "right"
-    axes.set_xlabel(f"test {metric}, {better} is better: a dot a seed, a bar at the mean")
+        axes.plot([row.test] * 2, [height - 0.2, height + 0.2], color=MEAN, linewidth=2)
+        axes.text(row.test, height + 0.24, f"{row.test:.3f}", ha="center", va="bottom")
+    better = "left" if metric.lower_is_better else "right"
+    axes.set_xlabel(f"test {metric.name}, {better} is better: a dot a seed, a bar at the mean")
     _hide_impossible_ticks(axes, metric)
-    names = [row["arm"] for row in rows]
-    own = names.index(record["own_arm"])
+    names = [row.arm for row in rows]
+    own = names.index(str(record.own_arm))
     names[own] += " (this model)"
     axes.set_yticks(range(len(rows)), names)
     axes.get_yticklabels()[own].set_color(OWN)
     gains = axes.secondary_yaxis("right")
-    gains.set_yticks(
-        [*range(len(rows)), len(rows) - 0.4], [*map(_format_row_gain, rows), "this model gains"]
-    )
+    ticks, labels = [*range(len(rows)), len(rows) - 0.4], [*map(_format_row_gain, rows)]
+    gains.set_yticks(ticks, [*labels, "this model gains"])
     _strip_axes(axes, gains, len(rows))
     _save_figure(figure, path)
 
 
-def plot_frontier(record: dict[str, Any], path: Path) -> None:
-    """Draws what each arm has forgotten against its test score: a mark at the means, a small one a
+def plot_frontier(record: Record, path: Path) -> None:
+    """Draw what each arm has forgotten against its test score: a mark at the means, a small one a
     seed; the own arm a blue star."""
-    metric = record["metric"]
+    assert record.forgetting is not None
+    metric = describe_metric(str(record.metric))
     figure = _new_figure(8, 4.5)
     axes = figure.subplots()
-    for number, entry in enumerate(record["forgetting"]["arms"]):
-        name, forgotten = entry["arm"], entry["forgotten"]
-        own = name == record["own_arm"]
+    for number, entry in enumerate(record.forgetting.arms):
+        name, forgotten = entry.arm, entry.forgotten
+        assert forgotten is not None
+        own = name == record.own_arm
         mark, color = (OWN_MARKER, OWN) if own else OTHER_MARKERS[number % len(OTHER_MARKERS)]
-        score = next(row["test"] for row in record["ladder"] if row["arm"] == name)
+        score = next(row.test for row in record.ladder if row.arm == name)
         axes.plot(
-            forgotten["per_seed"],
-            _collect_scores(record, name),
-            mark,
-            color=color,
-            alpha=0.4,
+            forgotten.per_seed, _collect_scores(record, name), mark, color=color, alpha=0.4,
             markersize=4,
-        )
+        )  # fmt: skip
         axes.plot(
-            [forgotten["value"]], [score], mark, color=color, markersize=13 if own else 9,
+            [forgotten.value], [score], mark, color=color, markersize=13 if own else 9,
             zorder=3 if own else 2, label=f"{name} (this model)" if own else name,
         )  # fmt: skip
     figure.legend(loc="outside right upper", frameon=False)
     axes.axvline(0, color=OTHER, linewidth=1, linestyle=":")
-    better = "lower" if is_lower_better(metric) else "higher"
-    # What stands between dollars would be read as a formula.
-    words = describe_headline(record).replace("$", r"\$")
-    axes.set_xlabel(f"forgotten: fall of {words}, left is better")
-    axes.set_ylabel(f"test {metric}, {better} is better")
+    better = "lower" if metric.lower_is_better else "higher"
+    axes.set_xlabel(f"forgotten: fall of {_escape_math(describe_headline(record))}, left is better")
+    axes.set_ylabel(f"test {metric.name}, {better} is better")
     axes.margins(x=0.15, y=0.15)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     _save_figure(figure, path)
 
 
-def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws every model's score with its interval over items; the first in blue.
+def plot_comparison(models: list[ComparedModel], path: Path) -> None:
+    """Draw every model's score with its interval over items; the first in blue.
 
-    At the right stands the paired difference against the first.
+    At the right is the paired difference against the first.
     """
-    figure = _new_figure(8, 0.6 * len(rows) + 1)
+    figure = _new_figure(8, 0.6 * len(models) + 1)
     axes = figure.subplots()
-    metric = rows[0]["metric"]
-    for height, row in enumerate(reversed(rows)):
-        color = OWN if row is rows[0] else OTHER
-        low, high = row["ci95"] or (row["value"], row["value"])
+    metric = describe_metric(models[0].metric)
+    upwards = models[::-1]
+    for height, model in enumerate(upwards):
+        color = OWN if model is models[0] else OTHER
+        value = model.score.value
+        low, high = model.score.ci95 or (value, value)
         axes.plot([low, high], [height] * 2, color=color, linewidth=2)
-        axes.plot([row["value"]], [height], "o", color=color, markersize=8)
-        axes.text(row["value"], height + 0.18, f"{row['value']:.3f}", ha="center", va="bottom")
-    better = "left" if is_lower_better(metric) else "right"
-    axes.set_xlabel(f"{metric}, {better} is better: the bar is the 95 % interval over items")
-    # What stands between dollars would be read as a formula.
-    names = [row["model"].replace("$", r"\$") for row in reversed(rows)]
-    axes.set_yticks(range(len(rows)), names)
+        axes.plot([value], [height], "o", color=color, markersize=8)
+        axes.text(value, height + 0.18, f"{value:.3f}", ha="center", va="bottom")
+    better = "left" if metric.lower_is_better else "right"
+    axes.set_xlabel(f"{metric.name}, {better} is better: the bar is the 95 % interval over items")
+    axes.set_yticks(range(len(models)), [_escape_math(model.model) for model in upwards])
     differences = axes.secondary_yaxis("right")
-    told = [_format_difference(row) for row in reversed(rows)]
-    differences.set_yticks(range(len(rows)), told)
-    _strip_axes(axes, differences, len(rows))
+    differences.set_yticks(range(len(models)), [*map(_format_difference, upwards)])
+    _strip_axes(axes, differences, len(models))
     _save_figure(figure, path)
 
 
-def _format_difference(row: dict[str, Any]) -> str:
-    return "the first" if row["against_first"] is None else format_gain(row["against_first"])
+def _format_difference(model: ComparedModel) -> str:
+    return "the first" if model.against_first is None else format_gain(model.against_first)
+
+
+def _escape_math(text: str) -> str:
+    """Escape dollars: matplotlib takes what is between two for a formula."""
+    return text.replace("$", r"\$")
 
 
 def _new_figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches."""
+    """Return an empty figure, width and height in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -123,7 +124,7 @@ def _new_figure(width: float, height: float) -> Any:
 
 
 def _strip_axes(axes: Any, right: Any, rows: int) -> None:
-    """Leaves of the frame what a row each needs: its two names and a grid to read values by."""
+    """Leave of the frame what rows need: their two names and a grid to read values by."""
     for side in (axes, right):
         side.tick_params(axis="y", length=0)
     axes.set_ylim(-0.5, rows - 0.2)
@@ -138,20 +139,18 @@ def _save_figure(figure: Any, path: Path) -> None:
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def _hide_impossible_ticks(axes: Any, metric: str) -> None:
-    """Leaves out the ticks that are better than a perfect prediction."""
-    if metric.startswith("evaluate:"):
-        return
+def _hide_impossible_ticks(axes: Any, metric: MetricSpec) -> None:
+    """Leave out the ticks that are better than a perfect prediction."""
     low, high = axes.get_xlim()
-    first, last = (max(low, 0), high) if is_lower_better(metric) else (low, min(high, 1 + 1e-9))
+    first, last = (metric.best, high) if metric.lower_is_better else (low, metric.best + 1e-9)
     axes.set_xticks([tick for tick in axes.get_xticks() if first <= tick <= last])
 
 
-def _collect_scores(record: dict[str, Any], arm: str) -> list[float]:
-    """An arm's test scores, one a seed."""
-    metric = record["metric"]
-    return [found["metrics"]["test"][metric] for found in record["arms"] if found["arm"] == arm]
+def _collect_scores(record: Record, arm: str) -> list[float]:
+    """Return an arm's test scores, one a seed."""
+    metric = str(record.metric)
+    return [entry.metrics.test[metric] for entry in record.arms if entry.arm == arm]
 
 
-def _format_row_gain(row: dict[str, Any]) -> str:
-    return "" if row["gain_of_own"] is None else format_gain(row["gain_of_own"])
+def _format_row_gain(row: LadderRow) -> str:
+    return "" if row.gain_of_own is None else format_gain(row.gain_of_own)

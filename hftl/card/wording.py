@@ -1,37 +1,46 @@
-"""Text that the page takes for text, whatever it holds: no markup, no link, nothing unseen."""
+"""Word what a card and the terminal say: safe Markdown, names of arms, and the phrases for
+adaptation and forgetting, each in one place."""
 
 import re
 import unicodedata
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCardData
-from jinja2 import Environment, StrictUndefined, Template
+
+from hftl.measure.record import (
+    AdaptStage,
+    Figure,
+    ForgettingArm,
+    ForgettingSection,
+    Headline,
+    Interval,
+    LossChange,
+    Record,
+    Reduction,
+)
+from hftl.measure.verdict import Estimate, format_gain
 
 MAX_NAME_CHARACTERS = 80
-"""Characters of a name that are shown."""
 MAX_SENTENCE_CHARACTERS = 1000
 JOINERS = "\u200c\u200d"
-"""Unseen, and needed to write Persian and the languages of India."""
+"""Invisible, and needed to write Persian and the languages of India."""
 INVISIBLE_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-"""Controls, marks of direction, halves of characters, and what has no character at all."""
+"""Controls, marks of direction, halves of characters, and code points without a character."""
 MARKUP = re.compile(
     r"[<>`\\|&~*@$]|\][(\[:]|(?<!\w)_|_(?!\w)|://|www\.|\b(?:javascript|data|mailto):",
     re.IGNORECASE,
 )
-"""What Markdown, or GitHub's, might take for more than text."""
+"""Characters that Markdown, or GitHub's, might take for more than text."""
 
 
 def to_one_line(text: str, longest: int = MAX_NAME_CHARACTERS) -> str:
-    """Text in one line: what cannot be seen is spelt out, and what is too long is cut."""
+    """Return text in one line: invisible characters are spelt out, and what is too long is cut."""
     shown = "".join(map(_spell_invisible, " ".join(text[: 4 * longest].split())))
     return shown if len(shown) <= longest else f"{shown[: longest - 3]}..."
 
 
 def to_code_text(text: str, longest: int = MAX_NAME_CHARACTERS) -> str:
-    """Text that cannot leave its code span."""
+    """Return text that cannot leave its code span."""
     return to_one_line(text, longest).replace("`", "'")
 
 
@@ -41,23 +50,23 @@ def escape_pipes(markdown: str) -> str:
 
 
 def format_code(text: str, longest: int = MAX_NAME_CHARACTERS) -> str:
-    """Text as a code span, in which nothing is markup."""
+    """Return text as a code span, in which nothing is markup."""
     return f"`{to_code_text(text, longest) or ' '}`"
 
 
 def escape_markup(text: str) -> str:
-    """A sentence or a name as it is where it is plain, else as a code span."""
+    """Return a sentence or a name as it is where it is plain, else as a code span."""
     shown = to_one_line(text, MAX_SENTENCE_CHARACTERS)
     return format_code(text, MAX_SENTENCE_CHARACTERS) if MARKUP.search(shown) else shown
 
 
 def slugify(text: str) -> str:
-    """A name of letters, digits, dots, hyphens and underscores only, and no address."""
+    """Return a name of letters, digits, dots, hyphens and underscores only, and no address."""
     return re.sub(r"[^\w.-]+|(?<=www)\.", "-", to_one_line(text))
 
 
 def format_yaml_block(tree: Any) -> str:
-    """A tree as YAML in a block of code, which reads back as the same tree."""
+    """Return a tree as YAML in a block of code, which reads back as the same tree."""
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     if any(_spell_invisible(character) != character for character in text if character != "\n"):
         text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=False)
@@ -73,7 +82,7 @@ def _spell_invisible(character: str) -> str:
     return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
 
 
-# What the card says differently for texts, words and pictures.
+# Arms, inputs and certainty.
 
 
 CLASSICAL_PHRASES = {
@@ -90,34 +99,32 @@ ARM_PHRASES = {
 TASK_PHRASES = {"text": "sorts text into", "words": "tags words as", "image": "sorts pictures into"}
 
 
-def input_kind(record: dict[str, Any]) -> str:
-    """What a model of this record takes: `text`, `words` or `image`."""
-    if record["data"]["task"] == "token-classification":
-        return "words"
-    return record["data"].get("modality", "text")
+def input_kind(record: Record) -> str:
+    """Return what a model of this record takes: `text`, `words` or `image`."""
+    return "words" if record.data.task == "token-classification" else record.data.modality
 
 
-def describe_arm(arm: str, record: dict[str, Any]) -> str:
-    """An arm's name, and what it is where that is known."""
-    known = ARM_PHRASES | {"classical": CLASSICAL_PHRASES[input_kind(record)]}
-    return f"{arm} ({known[arm]})" if arm in known else escape_markup(arm)
+def describe_arm(arm: str, record: Record) -> str:
+    """Return an arm's name, and what it is where that is known."""
+    phrases = ARM_PHRASES | {"classical": CLASSICAL_PHRASES[input_kind(record)]}
+    return f"{arm} ({phrases[arm]})" if arm in phrases else escape_markup(arm)
 
 
-def is_pooled(record: dict[str, Any]) -> bool:
+def is_pooled(record: Record) -> bool:
     """Return whether the head is hftl's own, above `mean` or `cls` pooling; stock classes do not
-    answer with it, so that only the encoder's features load without hftl."""
-    return record["recipe"]["finetune"]["pooling"] != "native"
+    load it, so that without hftl only the encoder's features are had."""
+    return record.recipe.finetune.pooling != "native"
 
 
-def find_pipeline_tag(record: dict[str, Any]) -> str:
+def find_pipeline_tag(record: Record) -> str:
     """Return the hub's name for the task."""
-    start = "token" if input_kind(record) == "words" else record["data"].get("modality", "text")
+    start = "token" if input_kind(record) == "words" else record.data.modality
     return f"{start}-classification"
 
 
-def example_input(record: dict[str, Any]) -> str:
-    """One input, as `predict` takes it, in source code."""
-    columns = record["recipe"]["data"]["train"]["text"]
+def example_input(record: Record) -> str:
+    """Return one input, as `predict` takes it, in source code."""
+    columns = record.recipe.data.train.text
     if input_kind(record) == "text" and isinstance(columns, list) and len(columns) == 2:
         return '("A first text.", "A second text.")'
     return {
@@ -127,26 +134,238 @@ def example_input(record: dict[str, Any]) -> str:
     }[input_kind(record)]
 
 
-# A page from its template: metadata first, then the text.
+def format_certainty(ci95: Interval | None, seeds: int) -> str:
+    """Return what an interval rests on: `95 % interval, 3 seeds`."""
+    return f"95 % interval, {seeds} seeds" if ci95 else "no interval"
 
 
-def render_page(template: str, page: dict[str, Any], metadata: ModelCardData) -> str:
-    """The whole card.
-
-    Args:
-        template: a file of this folder.
-        page: what the template names.
-        metadata: what stands before the text.
-    """
-    return f"---\n{metadata.to_yaml().strip()}\n---\n\n{_load_template(template).render(**page)}"
+# Adaptation.
 
 
-@cache
-def _load_template(name: str) -> Template:
-    engine = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
-    engine.filters |= {
-        "first_upper": lambda text: text[:1].upper() + text[1:],
-        "inert": escape_markup,
-    }
-    engine.filters["in_table"] = escape_pipes
-    return engine.from_string(files("hftl.card").joinpath(name).read_text("utf-8"))
+OBJECTIVE_PHRASES = {"mlm": "masked language modelling", "mae": "masked image modelling"}
+METHOD_PHRASES = {
+    "full": "every weight of the encoder",
+    "lora": "LoRA adapters in every block",
+    "lora+blocks": "LoRA adapters in every block and the top blocks whole",
+}
+GUARD_PHRASES = {
+    "probe": "a linear probe's score on validation",
+    "general": "minus the loss on general data",
+    "neighbours": "the share of nearest neighbours that stay the original's",
+}
+CORPUS_PHRASES = {"train": "train's own inputs, without labels", "unlabeled": "another corpus"}
+
+
+def format_adaptation_sentence(record: Record) -> str:
+    """Return in one sentence with both scores whether adaptation beat no adaptation."""
+    adapt = record.adapt
+    assert adapt is not None
+    gain = adapt.gain
+    if gain is None or all(stage.kept == "original" for stage in adapt.stages):
+        return f"{adapt.outcome}."
+    test = {row.arm: row.test for row in record.ladder}
+    return (
+        f"{adapt.outcome}: {gain.metric} {record.own_row.test:.3f} against {test['source']:.3f} "
+        f"without it, a gain of {format_gain(gain)} ({format_certainty(gain.ci95, gain.seeds)})."
+    )
+
+
+def format_adaptation_lines(record: Record) -> list[str]:
+    """Return a line an adaptation and fact: corpus, losses, guard, leakage."""
+    lines: list[str] = []
+    for stage in record.stages:
+        lines += [_format_stage(stage), _format_stage_losses(stage), _format_guard(stage)]
+        # Without a task there is neither validation nor test.
+        lines += [_format_leakage(stage)] if record.recipe.data.task else []
+    if record.adapt is not None and record.adapt.gain is not None:
+        lines.append(
+            "Adaptation was made once; its gain counts the luck of the seeds of fine-tuning and of "
+            "the test items, not that of adaptation itself"
+        )
+    return [f"{line}." for line in lines]
+
+
+def _format_stage(stage: AdaptStage) -> str:
+    corpus = stage.corpus
+    size = f"{corpus.documents:,} {'pictures' if stage.objective == 'mae' else 'texts'}"
+    if corpus.tokens is not None:
+        size += f" ({corpus.tokens:,} tokens)"
+    return (
+        f"Adapted by {OBJECTIVE_PHRASES[stage.objective]} on {size} of "
+        f"{CORPUS_PHRASES[corpus.origin]}, training {METHOD_PHRASES[stage.method]}, "
+        f"learning rate {stage.learning_rate:g}, {stage.steps:,} steps"
+    )
+
+
+def _format_stage_losses(stage: AdaptStage) -> str:
+    unit = "a hidden token" if stage.objective == "mlm" else "a pixel of a hidden patch"
+    text = f"Loss {unit} on what was held out: {_format_loss_change(stage.loss)}"
+    if stage.general is not None:
+        text += f"; on general data: {_format_loss_change(stage.general)}"
+    if stage.kept == "original":
+        text += f". What it started from was kept: {stage.why}"
+    return text
+
+
+def _format_guard(stage: AdaptStage) -> str:
+    guard = stage.guard
+    if guard.kind == "off":
+        return "Nothing guarded what the encoder knew before"
+    return (
+        f"The guard was {GUARD_PHRASES[guard.kind]}: {guard.before:.3f} before, "
+        f"{guard.after:.3f} after, at most {guard.tolerance:g} "
+        f"{'of it ' if stage.relative else ''}to be lost"
+    )
+
+
+def _format_leakage(stage: AdaptStage) -> str:
+    if stage.transductive:
+        return (
+            "Transductive: inputs of validation and test, without their labels, were in the corpus"
+        )
+    leaked = stage.corpus.leaked
+    if leaked:
+        return (
+            f"{leaked:,} copies or near copies of validation and test were taken out of the corpus"
+        )
+    return "The corpus holds no copy or near copy of validation and test"
+
+
+def _format_loss_change(loss: LossChange) -> str:
+    text = f"{loss.before:.3f} before, {loss.after:.3f} after"
+    if loss.perplexity and None not in loss.perplexity:
+        text += f" (perplexity {loss.perplexity[0]:.1f} and {loss.perplexity[1]:.1f})"
+    return text
+
+
+# Forgetting.
+
+
+FIGURE_PHRASES = {
+    "neighbours": "same ten nearest neighbours",
+    "cka": "linear CKA with the original, debiased",
+    "cosine": "mean cosine with the original",
+    "kl": "KL of similarities, in nats",
+    "new_kl": "KL of similarities of test inputs, in nats",
+    "mlm_loss": "loss of the original's masked-language head, in nats a hidden token",
+    "mae_loss": "loss of the original's masked-image decoder, squared error a hidden value",
+    "backward": "accuracy of the original's own classes (its change is backward transfer)",
+}
+"""The figures that need no labels of the task."""
+CONTROL_PHRASES = {
+    "same": "nearest neighbour of the same {}",
+    "probe_fixed": "{} by a probe of the original",
+    "probe_refitted": "{} by a probe fitted anew",
+}
+
+
+def has_forgetting(record: Record) -> bool:
+    """Return whether forgetting was measured on general data."""
+    return record.forgetting is not None and record.forgetting.headline is not None
+
+
+def _find_headline(record: Record) -> tuple[ForgettingSection, Headline]:
+    forgetting = record.forgetting
+    assert forgetting is not None and forgetting.headline is not None
+    return forgetting, forgetting.headline
+
+
+def describe_headline(record: Record) -> str:
+    """Return the figure that forgetting is told by, in a few words."""
+    _, headline = _find_headline(record)
+    if headline.control is None:
+        return FIGURE_PHRASES[headline.figure]
+    return CONTROL_PHRASES[headline.figure].format(escape_markup(headline.control))
+
+
+def format_forgetting_sentence(record: Record) -> str:
+    """Return in one sentence what the own arm has forgotten."""
+    forgetting, headline = _find_headline(record)
+    own = forgetting.arms[0]
+    figure, forgotten = _find_headline_figure(own, headline), own.forgotten
+    assert forgotten is not None
+    words = describe_headline(record)
+    text = (
+        f"{words[:1].upper()}{words[1:]}: a share of {figure.before:.3f} under the original, "
+        f"{figure.after:.3f} under this model, {format_gain(forgotten)} forgotten "
+        f"({format_certainty(forgotten.ci95, len(forgotten.per_seed))})"
+    )
+    if reduction := _format_reduction(own.against):
+        text += f", {reduction}"
+    return f"{text}."
+
+
+def build_forgetting_rows(record: Record) -> list[list[str]]:
+    """Return a header and a row an arm: the headline before and after, how much of it was
+    forgotten, and how that compares with the same arm without retention, where there is one."""
+    forgetting, headline = _find_headline(record)
+    against = any(_format_reduction(entry.against) for entry in forgetting.arms)
+    rows = [["arm", "original", "after", "forgotten", *(["against"] if against else [])]]
+    for entry in forgetting.arms:
+        figure = _find_headline_figure(entry, headline)
+        assert entry.forgotten is not None
+        row = [
+            entry.arm, f"{figure.before:.3f}", f"{figure.after:.3f}", format_gain(entry.forgotten)
+        ]  # fmt: skip
+        rows.append([*row, _format_reduction(entry.against)] if against else row)
+    return rows
+
+
+def build_figure_rows(record: Record) -> list[list[str]]:
+    """Return a header and a row a figure of the own arm: name, original, after, and change."""
+    forgetting, _ = _find_headline(record)
+    own = forgetting.arms[0].figures
+    rows = [["this model on general data", "original", "after", "change"]]
+    for control, figures in own.controls.items():
+        for name, phrase in CONTROL_PHRASES.items():
+            if (figure := getattr(figures, name)) is not None:
+                rows.append(_build_figure_row(phrase.format(escape_markup(control)), figure))
+    for name, phrase in FIGURE_PHRASES.items():
+        if (figure := getattr(own, name)) is not None:
+            rows.append(_build_figure_row(phrase, figure))
+    return rows
+
+
+def format_forgetting_lines(record: Record) -> list[str]:
+    """Return how forgetting was measured, a line a fact."""
+    forgetting, _ = _find_headline(record)
+    general, table = forgetting.general, record.recipe.data.general
+    assert general is not None and table is not None
+    on_hub = "general" in record.data.hub_revisions
+    name = table.path if on_hub else table.path.rsplit("/", 1)[-1]
+    lines = [
+        f"Measured on {forgetting.rows:,} rows of {format_code(name)} "
+        f"({general.rows_read:,} were read), which no retention used",
+        "The original is the source model as it was, before any adaptation",
+    ]
+    if general.documents:
+        lines.append(f"Rows of one {format_code(general.documents)} count as one unit")
+    if general.known:
+        lines.append(f"{general.known:,} copies of the run's own inputs were left out")
+    if general.near:
+        lines.append(
+            f"{general.near:,} rows that are nearly one of validation or test were not used"
+        )
+    return [f"{line}." for line in lines]
+
+
+def _find_headline_figure(entry: ForgettingArm, headline: Headline) -> Figure:
+    figures = (
+        entry.figures if headline.control is None else entry.figures.controls[headline.control]
+    )
+    return getattr(figures, headline.figure)
+
+
+def _format_reduction(against: Reduction | None) -> str:
+    if against is None or against.gone is None:
+        return ""
+    if against.gone < 0:
+        return f"{-against.gone:.0%} more than {against.arm}"
+    return f"{against.gone:.0%} less than {against.arm}"
+
+
+def _build_figure_row(words: str, figure: Figure) -> list[str]:
+    if figure.floor is not None:
+        words += f" (rows paired by chance: up to {figure.floor:.3f})"
+    change = format_gain(Estimate(figure.change, figure.ci95))
+    return [words, f"{figure.before:.3f}", f"{figure.after:.3f}", change]

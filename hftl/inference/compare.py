@@ -8,7 +8,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -37,7 +36,7 @@ from hftl.inference.find_model import (
 from hftl.inference.predict import Predictor, load_predictors
 from hftl.inference.predict_table import check_output
 from hftl.measure import metrics
-from hftl.measure.paired_comparison import assign_units, compare_pair, score_with_interval
+from hftl.measure.gain import ComparedModel, assign_units, compare_pair, score_with_interval
 from hftl.measure.verdict import format_gain
 from hftl.models.features import predict_logits
 from hftl.runtime import paths
@@ -321,18 +320,18 @@ def _find_metric(folder: Path, task: str) -> metrics.Metric:
 def _score_models(
     models: Sequence[str], folders: Sequence[Path], labels: np.ndarray,
     found: dict[int, np.ndarray], metric: metrics.Metric, items: LabelledItems,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[ComparedModel]:  # fmt: skip
     units = assign_units(items.rows)
     return [
-        {
-            "model": model,
-            "metric": metric.name,
-            **score_with_interval(metric, labels, found[number], units),
-            "against_first": compare_pair(metric, labels, found[number], found[0], units)
+        ComparedModel(
+            model=model,
+            metric=metric.name,
+            score=score_with_interval(metric, labels, found[number], units),
+            against_first=compare_pair(metric, labels, found[number], found[0], units)
             if number
             else None,
-            "parameters": count_parameters(folders[number]),
-        }
+            parameters=count_parameters(folders[number]),
+        )
         for number, model in enumerate(models)
     ]
 
@@ -348,37 +347,35 @@ def count_parameters(folder: Path) -> int:
     return count
 
 
-def _format_comparison(rows: list[dict[str, Any]], count: int) -> str:
-    metric = rows[0]["metric"]
-    cells = [("model", f"{metric} [95 %]", "against the first", "parameters")]
-    for row in rows:
-        low, high = row["ci95"] or (None, None)
-        told = f"{row['value']:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
-        gain = row["against_first"]
-        cells.append((row["model"], told, "" if gain is None else format_gain(gain),
-                      f"{row['parameters']:,}"))  # fmt: skip
+def _format_comparison(models: list[ComparedModel], count: int) -> str:
+    cells = [("model", f"{models[0].metric} [95 %]", "against the first", "parameters")]
+    for model in models:
+        low, high = model.score.ci95 or (None, None)
+        score = f"{model.score.value:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+        against = "" if model.against_first is None else format_gain(model.against_first)
+        cells.append((model.model, score, against, f"{model.parameters:,}"))
     return f"{format_table(cells)}\n  {count:,} items; differences are paired, positive is better"
 
 
-def _write_comparison(rows: list[dict[str, Any]], output: Path) -> None:
-    """The figures as CSV, and the plot beside them."""
-    plot_comparison(rows, output.with_suffix(".png"))
+def _write_comparison(models: list[ComparedModel], output: Path) -> None:
+    """Write the figures as CSV, and the plot beside them."""
+    plot_comparison(models, output.with_suffix(".png"))
     if output.suffix == ".png":
         return
     buffer = io.StringIO(newline="")
-    flat = [_flatten_row(row) for row in rows]
-    writer = csv.DictWriter(buffer, list(flat[0]), lineterminator="\n")
+    rows = [_flatten_model(model) for model in models]
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(flat)
+    writer.writerows(rows)
     write_text(output, buffer.getvalue())
 
 
-def _flatten_row(row: dict[str, Any]) -> dict[str, Any]:
-    gain = row["against_first"] or {"value": None, "ci95": None}
-    low, high = row["ci95"] or (None, None)
-    worst, best = gain["ci95"] or (None, None)
+def _flatten_model(model: ComparedModel) -> dict[str, str | float | None]:
+    low, high = model.score.ci95 or (None, None)
+    against = model.against_first
+    worst, best = (against and against.ci95) or (None, None)
     return {
-        "model": row["model"], "metric": row["metric"], "value": row["value"], "low": low,
-        "high": high, "difference": gain["value"], "difference_low": worst,
-        "difference_high": best, "parameters": row["parameters"],
+        "model": model.model, "metric": model.metric, "value": model.score.value, "low": low,
+        "high": high, "difference": against and against.value, "difference_low": worst,
+        "difference_high": best, "parameters": model.parameters,
     }  # fmt: skip

@@ -1,71 +1,686 @@
-"""The record: every number of a run, with where it came from, in one JSON file.
+"""Define the record: every number of a run with where it came from, in one JSON file.
 
-Two identical runs differ in `describe_environment` and `timings` only; the record's hash leaves them out.
+`Record` is written to `record.json`, published as `hftl.json`, printed on the card, compared and
+examined; `hftl schema record` prints its JSON schema. A key that is absent stays absent: only what
+was set is written. Two identical runs differ in `environment` and `timings` alone, which the
+record's hash leaves out.
 """
 
 import json
 import platform
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
-from hftl.errors import RunFolderError
-from hftl.runtime.fingerprints import fingerprint
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_serializer
 
-SCHEMA_VERSION = 1
+from hftl.config.errors import suggest_closest
+from hftl.config.recipe import Recipe
+from hftl.errors import HftlError, RunFolderError
+from hftl.runtime.fingerprints import fingerprint, to_json
+
+SCHEMA_VERSION = 2
 UNHASHED_KEYS = ("environment", "timings")
 PACKAGES = ("hftl", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn")
+RECORD_FILE = "record.json"
+PUBLISHED_FILE = "hftl.json"
+
+Number = int | float
+"""A number of another phase's file, which keeps its JSON form: 3 stays 3."""
+Interval = tuple[float, float]
+GainOutcome = Literal["positive", "equivalent", "negative", "undetermined"]
 
 
-@dataclass(frozen=True)
-class Record:
-    """What a run found. `tree` is the content of record.json; `folder` the run it stands in."""
+class RecordPart(BaseModel):
+    """Hold one mapping of the record; `part["key"]` is the plain value, as it stands in JSON."""
 
-    tree: dict[str, Any]
-    folder: Path
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    @classmethod
-    def read(cls, folder: Path) -> "Record":
-        """The record of a finished run folder.
-
-        Raises:
-            RunFolderError: if it does not read.
-        """
-        path = folder / "record.json"
-        try:
-            return cls(dict(json.loads(path.read_text(encoding="utf-8"))), folder)
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise RunFolderError(
-                f"{path} does not read", "Run the same `hftl run` again to mend it"
-            ) from error
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain nested mappings of what was set."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
     def __getitem__(self, key: str) -> Any:
-        return self.tree[key]
+        return self.to_dict()[key]
+
+
+class OpenPart(RecordPart):
+    """Hold a mapping that a phase folder of an earlier version may have fewer or other keys of."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+# Scores and gains.
+
+
+class Gain(RecordPart):
+    """Describe how much better one arm is than another on the same items; positive is better."""
+
+    metric: str
+    value: float
+    """The mean over seeds, in the metric's unit: 0.05 is five points."""
+    ci95: Interval | None
+    """None with one seed or one group of rows."""
+    seeds: int
+    p_value: float | None
+    """None under 6 seeds."""
+    relative_error_reduction: float | None
+    outcome: GainOutcome
+
+
+class BaselineGain(Gain):
+    """Describe the least of the gains over several baselines."""
+
+    baseline: str
+    baselines: dict[str, Gain]
+
+
+class LadderRow(RecordPart):
+    """Describe one arm: its mean scores and what the own arm gains over it."""
+
+    arm: str
+    validation: float
+    test: float
+    sd: float | None
+    """Over seeds; None with one."""
+    gain_of_own: Gain | None
+
+
+class SplitMetrics(RecordPart):
+    """Hold every metric of one arm and seed, by name."""
+
+    validation: dict[str, float]
+    test: dict[str, float]
+
+
+class ClassGain(RecordPart):
+    """Compare the F1 of one class under the own arm and its baseline, means over seeds."""
+
+    label: str
+    own: float
+    baseline: float
+    rows: int
+
+
+class ClassGains(RecordPart):
+    """Compare every class with the baseline."""
+
+    baseline: str
+    rows: list[ClassGain]
+
+
+class Verdict(RecordPart):
+    """State whether to publish, and why."""
+
+    decision: Literal["publish", "hold"]
+    reasons: list[str]
+
+
+# Data, source and preflight.
+
+
+class TagSchemeFacts(RecordPart):
+    """Describe how tags mark entities."""
+
+    name: str
+    outside: str | None
+    standard: dict[str, str]
+
+
+class NarrowFacts(RecordPart):
+    """Count images of a narrow range of levels."""
+
+    count: int
+    pictures: int
+    low: int
+    high: int
+
+
+class LabelsRead(RecordPart):
+    """Count the labels that were read: of train by one seed, and in all."""
+
+    train_per_seed: int
+    total: int
+
+
+class BadRow(RecordPart):
+    """Name one row that was skipped, and why."""
+
+    where: str
+    why: str
+
+
+class DataFacts(OpenPart):
+    """Describe the rows that were read, dropped and split."""
+
+    task: str | None
+    modality: Literal["text", "image"]
+    name: str
+    rows_read: int
+    bad_rows: int
+    bad_rows_listed: list[BadRow] = Field(default_factory=list[BadRow])
+    """Absent from a published record: what a bad row says is the user's own."""
+    duplicates: int
+    conflicting: int
+    leaked: int
+    contradictory_inputs: int | None = None
+    distinct_inputs: int | None = None
+    near_pictures: int | None = None
+    narrow_pictures: NarrowFacts | None = None
+    splits: dict[str, int]
+    labels: list[str]
+    label_type: Literal["text", "integer", "boolean"] = "text"
+    label_counts: dict[str, dict[str, int]] | None
+    labels_read: LabelsRead | None = None
+    tag_scheme: TagSchemeFacts | None = None
+    fingerprint: str
+    hub_revisions: dict[str, str | None]
+
+
+class SourceFacts(RecordPart):
+    """Describe the source model as it was loaded."""
+
+    model: str
+    name: str
+    local: bool
+    published_as: str | None
+    revision: str | None
+    architecture: str | None
+    weights_sha256: str
+
+
+class LearningRate(RecordPart):
+    """Describe the learning rate of one part of an arm's model."""
+
+    part: str
+    parameters: int
+    decayed: int
+    """Parameters that weight decay applies to."""
+    rate: float
+
+
+class CheckFacts(RecordPart):
+    """Describe the inputs that the preflight saw, and its warnings."""
+
+    warnings: list[str]
+    median_tokens: Number | None = None
+    truncated: float | None = None
+    """Share of texts that are cut."""
+    unknown_tokens: float | None = None
+    median_side: float | None = None
+    """Of images, in pixels."""
+    image_size: Number | None = None
+    enlarged: float | None = None
+    elongated: float | None = None
+    learning_rates: dict[str, list[LearningRate]] | None = None
+    """By the name of an arm whose parts have their own."""
+
+
+# Adaptation.
+
+
+class CorpusFacts(OpenPart):
+    """Describe the corpus of one adaptation."""
+
+    origin: Literal["train", "unlabeled"] = Field(alias="from")
+    documents: int
+    held_out_documents: int | None = None
+    tokens: int | None = None
+    leaked: int
+    transductive: bool
+    fingerprint: str
+
+
+class LossChange(RecordPart):
+    """Compare a loss before and after; `fall` is the share by which it fell."""
+
+    before: float
+    after: float
+    fall: float
+    perplexity: tuple[float | None, float | None] | None = None
+    """Of masked tokens; null beyond the range of floats."""
+
+
+class GuardFigures(RecordPart):
+    """Describe the guard of one adaptation."""
+
+    kind: str
+    tolerance: Number
+    before: float | None
+    after: float | None
+
+
+class AdaptEvaluation(RecordPart):
+    """Hold the losses and the guard's score at one step."""
+
+    step: int
+    target: float
+    general: float | None
+    guard: float | None
+
+
+class AdaptStage(OpenPart):
+    """Describe one adaptation: how it was made, what it did, what was taken over."""
+
+    objective: Literal["mlm", "mae"]
+    method: Literal["full", "lora", "lora+blocks"]
+    kept: Literal["adapted", "original"]
+    why: str | None
+    """The reason where the original weights were kept."""
+    step: int
+    steps: int
+    learning_rate: float
+    transductive: bool
+    relative: bool = False
+    tolerance: Number
+    corpus: CorpusFacts
+    loss: LossChange
+    general: LossChange | None
+    guard: GuardFigures
+    history: list[AdaptEvaluation]
+    weights_sha256: str | None = None
+
+
+class AdaptedBase(RecordPart):
+    """Name the adapted base that an adapter applies to; its id is known once it is pushed."""
+
+    weights_sha256: str
+    published_as: str | None = None
+    revision: str | None = None
+
+
+class AdaptSection(RecordPart):
+    """Describe the recipe's adaptations and what they were worth."""
+
+    stages: list[AdaptStage]
+    gain: BaselineGain | None
+    """The own arm's gain over `source`, the same without adaptation."""
+    outcome: str
+    base: AdaptedBase | None
+
+
+# Training.
+
+
+class ChosenKLWeight(OpenPart):
+    """Hold the weight of KL that was chosen, once for all seeds."""
+
+    weight: float
+
+
+class FisherFacts(OpenPart):
+    """Describe the Fisher information that EWC weighs by."""
+
+    kind: str
+    rows: int
+
+
+class InterpolationFacts(OpenPart):
+    """Hold the share of the way from the original to the trained weights."""
+
+    alpha: float
+
+
+class TrainingFacts(OpenPart):
+    """Describe the training of one arm and seed; each strategy sets the keys that apply to it."""
+
+    learning_rate: float | None = None
+    precision: str | None = None
+    epochs: Number | None = None
+    best_epoch: Number | None = None
+    kl_weight: ChosenKLWeight | None = None
+    fisher: FisherFacts | None = None
+    interpolation: InterpolationFacts | None = None
+
+
+class ArmEntry(RecordPart):
+    """Describe one arm and seed."""
+
+    arm: str
+    seed: int
+    strategy: str
+    metrics: SplitMetrics
+    trainable_parameters: int
+    training: TrainingFacts
+
+
+class ScratchSearch(OpenPart):
+    """Describe the search of the learning rate from scratch."""
+
+    learning_rate: float
+    beyond: list[float] = Field(default_factory=list[float])
+    """Rates that were tried past those of the recipe."""
+    at_edge: bool = False
+
+
+# Forgetting.
+
+
+class Figure(RecordPart):
+    """Compare a figure of the original with that of an arm, the mean over seeds."""
+
+    before: float
+    after: float
+    change: float
+    ci95: Interval | None
+    per_seed: list[float]
+    floor: float | None = None
+    """Of CKA: its value for rows that are paired by chance."""
+
+
+class ControlFigures(RecordPart):
+    """Hold the figures of one control, a label that general rows have."""
+
+    same: Figure
+    probe_fixed: Figure | None
+    probe_refitted: Figure | None
+
+
+class ForgettingFigures(RecordPart):
+    """Hold every figure of one arm; null where general data or a pretraining head is missing."""
+
+    neighbours: Figure | None = None
+    cka: Figure | None = None
+    cosine: Figure | None = None
+    kl: Figure | None = None
+    new_kl: Figure | None = None
+    mlm_loss: Figure | None = None
+    mae_loss: Figure | None = None
+    backward: Figure | None = None
+    controls: dict[str, ControlFigures]
+
+
+class Forgotten(RecordPart):
+    """State by how much the headline fell."""
+
+    value: float
+    ci95: Interval | None
+    per_seed: list[float]
+
+
+class Reduction(RecordPart):
+    """State the share of another arm's forgetting that is gone; null where that is noise."""
+
+    arm: str
+    gone: float | None
+
+
+class ForgettingArm(RecordPart):
+    """Describe what one arm has forgotten."""
+
+    arm: str
+    figures: ForgettingFigures
+    forgotten: Forgotten | None
+    against: Reduction | None
+
+
+class Headline(RecordPart):
+    """Name the figure that forgetting is told by."""
+
+    figure: Literal["same", "neighbours"]
+    control: str | None
+
+
+class Control(RecordPart):
+    """Describe a label of general rows; `classes` says that a probe is fitted to it."""
+
+    name: str
+    values: int
+    classes: bool
+
+
+class GeneralFacts(OpenPart):
+    """Describe the general data."""
+
+    rows_read: int
+    known: int
+    """Copies of the run's own inputs, which were left out."""
+    near: int | None = None
+    documents: str | None
+    """The column whose rows count as one unit."""
+
+
+class ForgettingSection(RecordPart):
+    """Describe what each arm has forgotten; `headline` is null without general data."""
+
+    rows: int
+    new_rows: int
+    documents: str | None
+    general: GeneralFacts | None
+    controls: list[Control]
+    tau: float
+    backward_control: str | None = None
+    headline: Headline | None
+    arms: list[ForgettingArm]
+
+
+# The machine, and what is known once a run is pushed.
+
+
+class Environment(RecordPart):
+    """Name versions and hardware."""
+
+    python: str
+    platform: str
+    device: str
+    dtype: str
+    packages: dict[str, str]
+    energy_kwh: float | None = None
+    co2_grams: float | None = None
+
+
+class Published(RecordPart):
+    """Name the repository that a run was pushed to."""
+
+    repo_id: str
+    license: str | None = None
+
+
+class Forced(RecordPart):
+    """State why a run was pushed although its verdict is hold."""
+
+    reason: str
+
+
+class Example(RecordPart):
+    """Show one mistake of the published model: an image, a word in its context, or texts."""
+
+    true: str
+    said: str
+    surety: float
+    picture: str | None = None
+    words: tuple[str, str, str] | None = None
+    texts: list[str] | None = None
+
+
+class WidgetScore(RecordPart):
+    """Hold the probability of one class."""
+
+    label: str
+    score: float
+
+
+class WidgetExample(RecordPart):
+    """Show one input with the model's output on the hub's page."""
+
+    text: str
+    example_title: str
+    output: list[WidgetScore]
+
+
+class Record(RecordPart):
+    """Hold every number of a run. Keys are those of `record.json`, also as `record["key"]`."""
+
+    schema_version: Literal[2]
+    recipe: Recipe
+    source: SourceFacts
+    data: DataFacts
+    check: CheckFacts
+    forward: dict[str, bool] | None
+    """Arguments that the model's forward takes besides the inputs."""
+    adapt: AdaptSection | None
+    metric: str | None
+    """The metric that gains are measured in; null without a task, as all that follows."""
+    own_arm: str | None
+    arms: list[ArmEntry]
+    scratch_search: ScratchSearch | None = None
+    ladder: list[LadderRow]
+    transfer_gain: BaselineGain | None
+    test_metrics: dict[str, float] | None = None
+    """Every metric of the own arm on test, means over seeds."""
+    classes: ClassGains | None = None
+    forgetting: ForgettingSection | None
+    reload_difference: float | None = None
+    verdict: Verdict
+    published_seed: int | None = None
+    environment: Environment
+    timings: dict[str, dict[str, float]]
+    published: Published | None = None
+    forced: Forced | None = None
+    examples: list[Example] | None = None
+    widget: list[WidgetExample] | None = None
+    _folder: Path | None = PrivateAttr(default=None)
+    _recipe_json: dict[str, Any] | None = PrivateAttr(default=None)
+
+    @field_serializer("recipe")
+    def _dump_recipe(self, recipe: Recipe) -> dict[str, Any]:
+        # The recipe as it was read: parsed and dumped again, 5 epochs would become 5.0.
+        return self._recipe_json or recipe.to_dict()
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the record of a finished run folder.
+
+        Raises:
+            RunFolderError: if it does not read; see `parse`.
+        """
+        record = cls.read_file(folder / RECORD_FILE)
+        record._folder = folder
+        return record
+
+    @classmethod
+    def read_file(cls, path: Path, fix: str = "Run the same `hftl run` again to mend it") -> Self:
+        """Read `record.json` or `hftl.json`.
+
+        Raises:
+            RunFolderError: naming the file, and the key where one is wrong.
+        """
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunFolderError(f"{path} does not read", fix) from error
+        return cls.parse(tree, str(path), fix)
+
+    @classmethod
+    def parse(cls, tree: Any, where: str = "record", fix: str = "Run `hftl run` again") -> Self:
+        """Build a record from plain JSON.
+
+        Raises:
+            RunFolderError: naming `where` and the first key that is missing, unknown or wrong, or
+                the schema version of an older record.
+        """
+        if not isinstance(tree, dict):
+            raise RunFolderError(f"{where} is no mapping in JSON", fix)
+        found = tree.get("schema_version")
+        if found != SCHEMA_VERSION:
+            raise RunFolderError(
+                f"{where}: schema_version is {found!r}, this version of hftl reads "
+                f"{SCHEMA_VERSION}", fix,
+            )  # fmt: skip
+        try:
+            record = cls.model_validate(tree)
+        except ValidationError as error:
+            raise RunFolderError(f"{where}: {_describe_fault(tree, error)}", fix) from error
+        except HftlError as error:
+            raise RunFolderError(f"{where}: recipe: {error.what}", fix) from error
+        record._recipe_json = tree["recipe"]
+        return record
 
     @property
-    def transfer_gain(self) -> dict[str, Any]:
-        """`{metric, value, ci95, baseline, baselines, seeds, p_value, relative_error_reduction,
-        outcome}`; `baselines` holds the gain over each, of which `baseline` has the lesser."""
-        return self.tree["transfer_gain"]
+    def own_row(self) -> LadderRow:
+        """The ladder's row of the own arm."""
+        return next(row for row in self.ladder if row.arm == self.own_arm)
 
     @property
-    def verdict(self) -> dict[str, Any]:
-        """`{decision: publish | hold, reasons: [...]}`."""
-        return self.tree["verdict"]
+    def own_entries(self) -> list[ArmEntry]:
+        """The own arm's entries, one a seed."""
+        return [entry for entry in self.arms if entry.arm == self.own_arm]
+
+    @property
+    def stages(self) -> list[AdaptStage]:
+        """The adaptations, one after the other; none without."""
+        return self.adapt.stages if self.adapt is not None else []
+
+    @property
+    def place(self) -> str:
+        """The place that a reader loads the model from: the repository, once it was pushed."""
+        return self.published.repo_id if self.published is not None else "."
+
+    def to_json(self) -> str:
+        """Return the text of the file: sorted, a number that is not finite as null."""
+        return to_json(self.to_dict())
+
+    @property
+    def folder(self) -> Path:
+        """The run folder that the record was read from.
+
+        Raises:
+            ValueError: if it was not read from one.
+        """
+        if self._folder is None:
+            raise ValueError("the record was not read from a run folder")
+        return self._folder
 
     @property
     def hash(self) -> str:
         """sha256 of all that two identical runs share."""
-        return fingerprint({k: v for k, v in self.tree.items() if k not in UNHASHED_KEYS})
+        return fingerprint({k: v for k, v in self.to_dict().items() if k not in UNHASHED_KEYS})
 
 
-def describe_environment(device: str, dtype: str) -> dict[str, Any]:
-    """Versions and hardware, without host or user names."""
-    return {
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": device,
-        "dtype": dtype,
-        "packages": {name: version(name) for name in PACKAGES},
-    }
+def _describe_fault(tree: Any, error: ValidationError) -> str:
+    """Return the first finding in the words of the file: the dotted key and what is wrong."""
+    first = error.errors(include_url=False)[0]
+    keys: list[str] = []
+    value = tree
+    for part in first["loc"]:
+        # Between the keys pydantic names the members of a union, which the file does not hold.
+        if _has_key(value, part):
+            value = value[part]
+            keys.append(str(part))
+    if first["type"] == "missing":
+        return f"{'.'.join([*keys, str(first['loc'][-1])])} is missing"
+    key = ".".join(keys)
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key}" + (
+            suggest_closest(key, list(Record.model_fields)) if len(keys) == 1 else ""
+        )
+    if first["type"] == "value_error":
+        return f"{key}: {first['msg'].removeprefix('Value error, ')}"
+    expected = first["msg"].removeprefix("Input should be ")
+    return f"{key} is {repr(value)[:40]}, expected {expected}"
+
+
+def _has_key(value: Any, part: str | int) -> bool:
+    if isinstance(value, dict):
+        return part in value
+    return isinstance(value, list) and isinstance(part, int) and part < len(value)
+
+
+def describe_environment(
+    device: str, dtype: str, energy: dict[str, float] | None = None
+) -> Environment:
+    """Return versions and hardware, without host or user names.
+
+    Args:
+        device: where the arms were trained.
+        dtype: what training multiplied in.
+        energy: `energy_kwh` and `co2_grams`, as far as they are known.
+    """
+    return Environment(
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        device=device,
+        dtype=dtype,
+        packages={name: version(name) for name in PACKAGES},
+        **(energy or {}),
+    )

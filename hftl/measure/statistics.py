@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
+from hftl.measure.record import GainOutcome
+
 MAX_BLOCKS = 400
 """Most blocks of the jackknife."""
 MIN_SEEDS_FOR_P = 6
@@ -296,7 +298,7 @@ def rule_of_three_p_value(value: float, units: float) -> float:
     return float(0.05 ** (reach * (1 - 1e-12)))  # above .05 where the bound is exactly 0
 
 
-def classify_gain(interval: tuple[float, float] | None, margin: float) -> str:
+def classify_gain(interval: tuple[float, float] | None, margin: float) -> GainOutcome:
     """Verdict on a gain from its interval and the smallest gain that matters.
 
     Args:

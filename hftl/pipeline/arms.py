@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hftl import console
-from hftl.card.training_sections import describe_scratch_search
+from hftl.card.sections import describe_scratch_search
 from hftl.config.recipe import Arm, Recipe
 from hftl.data.prepare import DataFacts
 from hftl.errors import RunFolderError
@@ -18,6 +18,7 @@ from hftl.finetune.baselines import solve_classical
 from hftl.finetune.context import BY_STEPS, ArmOutput, ExperimentContext
 from hftl.finetune.estimate import estimate_seconds
 from hftl.finetune.gradual import GradualCheckpoint
+from hftl.measure.record import ScratchSearch
 from hftl.models.lora import build_lora_config
 from hftl.pipeline.cache_keys import SEMANTICS, build_arm_key, select_recipe_values
 from hftl.pipeline.retention import prepare_retention
@@ -241,7 +242,7 @@ def _find_scratch_rate(this: Run, bench: ExperimentContext, arm: Arm) -> float:
                 run_folder.write_text(aside / "search.json", to_json(found))
 
         distributed.broadcast_from_main(keep)
-        this.say(f"  scratch: {describe_scratch_search(found)}")
+        this.say(f"  scratch: {describe_scratch_search(ScratchSearch.model_validate(found))}")
     return json.loads((folder / "search.json").read_text("utf-8"))["learning_rate"]
 
 

@@ -1,71 +1,52 @@
-"""What leaves the run: the card and the publish folders."""
+"""Write what leaves the run: the published record, its card, report and folders."""
 
-import copy
 import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
-from hftl.card.card import render_card
+from hftl.card.card import render_adaptation_card, render_card
 from hftl.card.metadata import EVERY_EVAL_EVER_FILE, build_benchmark_files
 from hftl.card.plots import plot_frontier, plot_ladder
-from hftl.card.report import ImageLookup, render_report
-from hftl.card.result_sections import has_forgetting, render_adaptation_card
-from hftl.card.training_sections import build_examples, build_widget_examples
+from hftl.card.report import ImageLookup, build_examples, build_widget_examples, render_report
+from hftl.card.wording import has_forgetting
 from hftl.data import image_inputs, prepare
 from hftl.measure.error_analysis import ErrorAnalysis, analyze_errors, collect_sample_outputs
-from hftl.publish.sanitize import get_load_path, sanitize_record
+from hftl.measure.record import PUBLISHED_FILE, RECORD_FILE, Forced, Published, Record
+from hftl.publish.sanitize import sanitize_record
 from hftl.runtime import run_folder
-from hftl.runtime.fingerprints import to_json
 
 
-def write_publish_folder(run: Path, record: dict[str, Any]) -> None:
-    """publish/ and report.html, written aside and put in place together."""
+def write_publish_folder(run: Path, record: Record) -> None:
+    """Write publish/ and report.html aside, and put them in place together."""
     aside = run / ".tmp-publish"
     shutil.copytree(run / "phases" / "package" / "model", aside)
-    told = json.loads(to_json(sanitize_record(record)))
-    errors, picture = _load_errors(run, told)
-    if told["recipe"]["publish"].get("examples"):
-        told["examples"] = build_examples(errors.mistakes, picture, aside)
+    published = sanitize_record(record)
+    errors, picture = _load_errors(run, published)
+    if published.recipe.publish.examples:
         prepared = prepare.read_prepared_data(run / "phases" / "data")
-        told["widget"] = build_widget_examples(
-            collect_sample_outputs(prepared, _published_arm_folder(run, told))
-        )
-    plot_ladder(told, aside / "assets" / "ladder.png")
-    if has_forgetting(told):
-        plot_frontier(told, aside / "assets" / "frontier.png")
-    card = render_card(told, get_load_path(told))
+        samples = collect_sample_outputs(prepared, _published_arm_folder(run, published))
+        examples = {
+            "examples": build_examples(errors.mistakes, picture, aside),
+            "widget": build_widget_examples(samples),
+        }
+        published = published.model_copy(update=examples)
+    plot_ladder(published, aside / "assets" / "ladder.png")
+    if has_forgetting(published):
+        plot_frontier(published, aside / "assets" / "frontier.png")
+    card = render_card(published, published.place)
     run_folder.write_text(aside / "README.md", card)
-    run_folder.write_text(aside / "hftl.json", to_json(told))
-    for name, text in build_benchmark_files(told, find_first_timestamp(run)).items():
+    run_folder.write_text(aside / PUBLISHED_FILE, published.to_json())
+    for name, text in build_benchmark_files(published, find_first_timestamp(run)).items():
         (aside / name).parent.mkdir(exist_ok=True)
         run_folder.write_text(aside / name, text)
-    report = render_report(card, aside, told, errors, picture)
+    report = render_report(card, aside, published, errors, picture)
     replace_folder(run, aside, "publish")
     if (run / "phases" / "package" / "base").exists():
-        write_base_card(run, told)
+        write_base_card(run, published)
     elif (run / "publish-base").exists():
         shutil.rmtree(run / "publish-base")
     run_folder.write_text(run / "report.html", report)
-
-
-def rebuild_report(run: Path, told: dict[str, Any], card: str) -> str | None:
-    """report.html anew; None where the run lost what it shows.
-
-    Args:
-        run: a finished run.
-        told: the record as it is published.
-        card: the text of the card.
-    """
-    if not told["arms"]:
-        return render_report(card, run / "publish", told)
-    parts = [run / "phases" / "data", _published_arm_folder(run, told)]
-    if told["data"]["modality"] == "image":
-        parts.append(run / "phases" / "pixels")
-    if not all(part.exists() for part in parts):
-        return None
-    return render_report(card, run / "publish", told, *_load_errors(run, told))
 
 
 def find_first_timestamp(run: Path) -> str:
@@ -76,33 +57,31 @@ def find_first_timestamp(run: Path) -> str:
     return json.loads(path.read_text(encoding="utf-8"))["retrieved_timestamp"]
 
 
-def _load_errors(run: Path, record: dict[str, Any]) -> tuple[ErrorAnalysis, ImageLookup | None]:
-    """What the published weights get wrong on test, and the pictures where rows are pictures."""
+def _load_errors(run: Path, record: Record) -> tuple[ErrorAnalysis, ImageLookup | None]:
+    """Return the published weights' errors on test, and the images where rows are images."""
     phases = run / "phases"
-    errors = analyze_errors(
-        prepare.read_prepared_data(phases / "data"), _published_arm_folder(run, record)
-    )
-    images = record["data"]["modality"] == "image"
-    return errors, image_inputs.load_image_cache(
-        phases / "pixels"
-    ).__getitem__ if images else None
+    prepared = prepare.read_prepared_data(phases / "data")
+    errors = analyze_errors(prepared, _published_arm_folder(run, record))
+    if record.data.modality != "image":
+        return errors, None
+    return errors, image_inputs.load_image_cache(phases / "pixels").__getitem__
 
 
-def _published_arm_folder(run: Path, record: dict[str, Any]) -> Path:
-    return run / "arms" / f"{record['own_arm']}-seed{record['published_seed']}"
+def _published_arm_folder(run: Path, record: Record) -> Path:
+    return run / "arms" / f"{record.own_arm}-seed{record.published_seed}"
 
 
-def write_base_card(run: Path, told: dict[str, Any]) -> None:
-    """publish-base/: the adapted base that the adapter is put on, which must be pushed first."""
+def write_base_card(run: Path, published: Record) -> None:
+    """Write publish-base/: the adapted base of the adapter, which must be pushed first."""
     aside = run / ".tmp-publish-base"
     shutil.copytree(run / "phases" / "package" / "base", aside)
-    run_folder.write_text(aside / "README.md", render_adaptation_card(told))
-    run_folder.write_text(aside / "hftl.json", to_json(told))
+    run_folder.write_text(aside / "README.md", render_adaptation_card(published))
+    run_folder.write_text(aside / PUBLISHED_FILE, published.to_json())
     replace_folder(run, aside, "publish-base")
 
 
 def replace_folder(run: Path, aside: Path, name: str) -> None:
-    """A finished folder takes the place of the one of that name."""
+    """Put a finished folder in the place of the one of that name."""
     target, old = run / name, run / f".tmp-old-{name}"
     if target.exists():
         target.rename(old)
@@ -114,79 +93,83 @@ def replace_folder(run: Path, aside: Path, name: str) -> None:
 
 
 def amend_record(
-    record: dict[str, Any], repo_id: str, forced: str | None, base: tuple[str, str] | None,
+    record: Record, repo_id: str, forced: str | None, base: tuple[str, str] | None,
     license: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """The record with what is only known once it is pushed.
+) -> Record:  # fmt: skip
+    """Return the record with what is only known once it is pushed.
 
     Args:
         record: the run's.
-        repo_id: where it goes.
-        forced: why, where the verdict is hold.
-        base: the id and commit of the base that an adapter goes on, once it is there.
-        license: what wins over the recipe's; as an earlier push was given it where it is None.
+        repo_id: the repository.
+        forced: the reason, where the verdict is hold.
+        base: the id and commit of the base that an adapter applies to, once it is pushed.
+        license: wins over the recipe's; where it is None, that of an earlier push.
     """
-    tree = copy.deepcopy(record)
-    license = license or (record.get("published") or {}).get("license")
-    tree["published"] = {"repo_id": repo_id} | ({"license": license} if license else {})
+    license = license or (record.published and record.published.license)
+    published = Published.model_validate(
+        {"repo_id": repo_id} | ({"license": license} if license else {})
+    )
+    tree = record.to_dict() | {"published": published.to_dict()}
     tree.pop("forced", None)
     if forced is not None:
-        tree["forced"] = {"reason": forced}
-    ours = (tree["adapt"] or {}).get("base")
-    if ours is not None:
-        ours.pop("published_as", None)
-        ours.pop("revision", None)
-    named = ours if ours is not None else tree["source"]
+        tree["forced"] = Forced(reason=forced).to_dict()
+    adapted = (tree["adapt"] or {}).get("base")
+    if adapted is not None:
+        adapted.pop("published_as", None)
+        adapted.pop("revision", None)
     if base is not None:
-        named |= {"published_as": base[0], "revision": base[1]}
-    return tree
+        (adapted or tree["source"]).update(published_as=base[0], revision=base[1])
+    return Record.parse(tree)
 
 
-def render_amended_files(
-    run: Path, record: dict[str, Any], base: tuple[str, str] | None
-) -> dict[str, str]:
-    """The files of a run that tell what is only known once it is pushed, by path."""
-    told = json.loads(to_json(sanitize_record(record)))
-    before = json.loads((run / "publish" / "hftl.json").read_text(encoding="utf-8"))
-    for key in ("examples", "widget"):
-        if key in before:
-            told[key] = before[key]
-    render = render_card if record["arms"] else render_adaptation_card
-    found = {
-        "record.json": to_json(record),
-        "publish/README.md": render(told, get_load_path(told)),
-        "publish/hftl.json": to_json(told),
+def render_amended_files(run: Path, record: Record, base: tuple[str, str] | None) -> dict[str, str]:
+    """Return the files of a run that tell what is only known once it is pushed, by path."""
+    before = json.loads((run / "publish" / PUBLISHED_FILE).read_text(encoding="utf-8"))
+    examples = {key: before[key] for key in ("examples", "widget") if key in before}
+    published = Record.parse(sanitize_record(record).to_dict() | examples)
+    render = render_card if record.arms else render_adaptation_card
+    texts = {
+        RECORD_FILE: record.to_json(),
+        "publish/README.md": render(published, published.place),
+        f"publish/{PUBLISHED_FILE}": published.to_json(),
     }
-    if record["arms"]:
-        files = build_benchmark_files(told, find_first_timestamp(run))
-        found |= {f"publish/{name}": text for name, text in files.items()}
-    path = run / "publish" / "adapter_config.json"
+    if record.arms:
+        files = build_benchmark_files(published, find_first_timestamp(run))
+        texts |= {f"publish/{name}": text for name, text in files.items()}
     if base is not None:
-        named = {"base_model_name_or_path": base[0], "revision": base[1]}
-        settings = json.loads(path.read_text(encoding="utf-8")) | named
-        found["publish/adapter_config.json"] = (
-            json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        path = run / "publish" / "adapter_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config |= {"base_model_name_or_path": base[0], "revision": base[1]}
+        texts["publish/adapter_config.json"] = (
+            json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         )
-    return found
+    return texts
 
 
-def render_base_files(record: dict[str, Any], base_id: str) -> dict[str, str]:
-    """The same of the adapted base."""
-    told = json.loads(to_json(sanitize_record(record)))
+def render_base_files(record: Record, base_id: str) -> dict[str, str]:
+    """Return the same files of the adapted base."""
+    published = sanitize_record(record)
     return {
-        "publish-base/README.md": render_adaptation_card(told, base_id),
-        "publish-base/hftl.json": to_json(told),
+        "publish-base/README.md": render_adaptation_card(published, base_id),
+        f"publish-base/{PUBLISHED_FILE}": published.to_json(),
     }
 
 
 def render_amended_report(run: Path, amended: dict[str, str]) -> dict[str, str]:
-    """The report of the amended card; as it was where the run lost what the report shows.
+    """Return the report of the amended card; nothing where the run lost what the report shows.
 
     Args:
         run: the run folder.
-        amended: what `render_amended_files` gave.
+        amended: what `render_amended_files` returned.
     """
-    page = rebuild_report(
-        run, json.loads(amended["publish/hftl.json"]), amended["publish/README.md"]
-    )
-    return {} if page is None else {"report.html": page}
+    published = Record.parse(json.loads(amended[f"publish/{PUBLISHED_FILE}"]))
+    card = amended["publish/README.md"]
+    if not published.arms:
+        return {"report.html": render_report(card, run / "publish", published)}
+    parts = [run / "phases" / "data", _published_arm_folder(run, published)]
+    if published.data.modality == "image":
+        parts.append(run / "phases" / "pixels")
+    if not all(part.exists() for part in parts):
+        return {}
+    page = render_report(card, run / "publish", published, *_load_errors(run, published))
+    return {"report.html": page}

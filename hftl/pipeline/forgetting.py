@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from hftl.measure.forgetting import (
     build_forgetting_arms,
     measure_forgetting,
 )
+from hftl.measure.record import Control, ForgettingSection, GeneralFacts
 from hftl.pipeline.arms import Run
 from hftl.retain.kl import DEFAULT_TAU
 from hftl.runtime import run_folder
@@ -26,7 +26,7 @@ COMPARED_STRATEGIES = ("head", "partial", "gradual", "lora", "full")
 
 def build_forgetting_section(
     run: Run, context: ExperimentContext, folders: dict[str, list[Path]]
-) -> dict[str, Any] | None:
+) -> ForgettingSection | None:
     """Return the record's section; None where no arm's encoder comes from the source.
 
     Args:
@@ -49,19 +49,23 @@ def build_forgetting_section(
     plain = {arm.name: _find_arm_without_retention(arm, compared) for arm in compared}
     spec, general = _build_spec(context), context.general
     rows = {part: len(selected) for part, selected in select_compared_rows(context).items()}
-    return {
-        "rows": rows.get("general", 0),
-        "new_rows": rows["new"],
-        "documents": None if general is None else general.facts.documents,
-        "general": None if general is None else asdict(general.facts),
-        "controls": [
-            {"name": name, "values": len(set(labels)), "classes": name in spec.classes}
+    headline, entries = build_forgetting_arms(
+        measure_forgetting(before, after, spec), spec, plain
+    )
+    return ForgettingSection(
+        rows=rows.get("general", 0),
+        new_rows=rows["new"],
+        documents=None if general is None else general.facts.documents,
+        general=None if general is None else GeneralFacts.model_validate(asdict(general.facts)),
+        controls=[
+            Control(name=name, values=len(set(labels)), classes=name in spec.classes)
             for name, labels in spec.controls.items()
         ],
-        "tau": spec.tau,
-        "backward_control": _find_backward_control(context, before),
-        **build_forgetting_arms(measure_forgetting(before, after, spec), spec, plain),
-    }
+        tau=spec.tau,
+        backward_control=_find_backward_control(context, before),
+        headline=headline,
+        arms=entries,
+    )
 
 
 def _build_spec(context: ExperimentContext) -> ForgettingSpec:

@@ -23,7 +23,7 @@ from hftl.finetune.context import (
     pin_revisions,
 )
 from hftl.measure.metrics import Metric, find_metric
-from hftl.measure.record import Record
+from hftl.measure.record import CheckFacts, Record
 from hftl.models.source import SourceModel, find_source
 from hftl.pipeline.adaptation import check_adaptations, run_adaptations, warn_of_few_steps
 from hftl.pipeline.arms import (
@@ -157,8 +157,8 @@ def _find_recipe_metric(recipe: Recipe) -> Metric | None:
     return None if task is None else find_metric(recipe.measure.metric, task)
 
 
-def check_recipe(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`hftl check`: the header's facts, and what the preflight found; trains and writes nothing."""
+def check_recipe(recipe: Recipe) -> tuple[dict[str, Any], CheckFacts]:
+    """Return the header's facts and those of the preflight; trains and writes nothing."""
     _find_recipe_metric(recipe)
     silence_libraries()
     source = find_source(recipe.source)
@@ -170,9 +170,8 @@ def check_recipe(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     bench = build_context(recipe, source, prepared)
     wanted = recipe.arms
     if not wanted:
-        return build_adaptation_header(recipe, bench), {
-            "warnings": warn_of_few_steps(recipe, bench)
-        }
+        warnings = warn_of_few_steps(recipe, bench)
+        return build_adaptation_header(recipe, bench), CheckFacts(warnings=warnings)
     if reads_general_labels(recipe):
         data = pin_revisions(recipe.data, prepared.facts.hub_revisions)
         bench.general = load_general(data, prepared, reading)
@@ -181,7 +180,7 @@ def check_recipe(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     found = bench.run_preflight(recipe.data.max_length, wanted)
     found["warnings"] += warn_of_few_steps(recipe, bench)
     jobs = [arm for arm in wanted for _ in recipe.measure.seeds]
-    return build_header(recipe, bench, jobs, len(jobs)), found
+    return build_header(recipe, bench, jobs, len(jobs)), CheckFacts.model_validate(found)
 
 
 def silence_libraries() -> None:

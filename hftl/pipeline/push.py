@@ -115,7 +115,7 @@ def validate_push(run: Path, asked: PushOptions) -> PushPreview:
     if not (run / "record.json").exists():
         raise RunFolderError(f"{run} is no finished run", "Finish it with `hftl run`")
     run_folder.check_finished_files(run)
-    record = Record.read(run).tree
+    record = Record.read(run)
     listing = preview_push(run, _list_shown_names(record, asked))
     check_reload_proof(run, record)
     for text in _render_cards(run, record, asked):
@@ -148,7 +148,7 @@ def _check_options(asked: PushOptions) -> None:
 
 def warn_missing_license(run: Path, options: PushOptions, say: Say) -> None:
     """Say where no license is stated: nobody else may then use what is published."""
-    record = Record.read(run).tree
+    record = Record.read(run)
     stated = find_license(amend_record(record, PLACEHOLDER_BASE[0], None, None, options.license))[
         "license"
     ]
@@ -201,7 +201,7 @@ def push_finished_run(run: Path, asked: PushOptions, say: Say) -> None:
     """
     check_verdict(validate_push(run, asked), asked)
     warn_missing_license(run, asked, say)
-    wanted = asked.repo_id or Record.read(run)["recipe"]["publish"]["repo_id"]
+    wanted = asked.repo_id or Record.read(run).recipe.publish.repo_id
     if wanted is None:
         raise RecipeError(
             "nobody has said where to push to", "Give --repo-id, or set publish.repo_id"
@@ -227,8 +227,8 @@ def check_push_on_hub(run: Path, options: PushOptions, say: Say) -> None:
     """
     from huggingface_hub import constants, get_token
 
-    record = Record.read(run).tree
-    wanted = options.repo_id or record["recipe"]["publish"]["repo_id"]
+    record = Record.read(run)
+    wanted = options.repo_id or record.recipe.publish.repo_id
     missing = [
         "no repository is named (--repo-id)" if wanted is None else "",
         "HF_HUB_OFFLINE=1 keeps from the hub" if constants.HF_HUB_OFFLINE else "",
@@ -238,7 +238,7 @@ def check_push_on_hub(run: Path, options: PushOptions, say: Say) -> None:
     if wanted is None or why is not None:
         say(f"not asked of the hub, as {why}: rights, the repository, the base, the card")
         return
-    public = options.public or not record["recipe"]["publish"]["private"]
+    public = options.public or not record.recipe.publish.private
     with retry_requests():
         who = read_account()
         full = complete_repo_id(who, wanted)
@@ -248,7 +248,7 @@ def check_push_on_hub(run: Path, options: PushOptions, say: Say) -> None:
             check_write_permission(who, f"{full}-base")
             targets.insert(0, PushTarget(f"{full}-base", public))
         elif (run / "publish" / "adapter_config.json").exists():
-            base, commit = resolve_public_base(record["source"])
+            base, commit = resolve_public_base(record.source)
             say(f"base     {base} at {commit[:8]}, which all can see")
         for text in _render_cards(run, record, options):
             validate_card_on_hub(text)
@@ -271,14 +271,14 @@ def _print_target_state(target: PushTarget, info: Any, say: Say) -> None:
 
 def _push_folders(run: Path, asked: PushOptions, wanted: str, say: Say) -> tuple[PushResult, str]:
     """The base where there is one of our own, then the model."""
-    record = Record.read(run).tree
+    record = Record.read(run)
     who = read_account()
     repo_id = complete_repo_id(who, wanted)
     base_id = f"{repo_id}-base"
     ours = (run / "publish-base").exists()
     check_write_permission(who, repo_id, asked.pull_request)
-    forced = asked.force if record["verdict"]["decision"] != "publish" else None
-    public = asked.public or not record["recipe"]["publish"]["private"]
+    forced = asked.force if record.verdict.decision != "publish" else None
+    public = asked.public or not record.recipe.publish.private
     base: tuple[str, str] | None = None
     target = PushTarget(repo_id, public, asked.pull_request)
     if ours:
@@ -292,7 +292,7 @@ def _push_folders(run: Path, asked: PushOptions, wanted: str, say: Say) -> tuple
         _print_push(pushed, base_id, say)
         base = (base_id, pushed.commit)
     elif (run / "publish" / "adapter_config.json").exists():
-        base = resolve_public_base(record["source"])
+        base = resolve_public_base(record.source)
     amended = amend_record(record, repo_id, forced, base, asked.license)
     amended_texts = render_amended_files(run, amended, base)
     run_folder.rewrite_finished_files(
@@ -302,7 +302,7 @@ def _push_folders(run: Path, asked: PushOptions, wanted: str, say: Say) -> tuple
     return push_folder(run / "publish", target, MESSAGE), repo_id
 
 
-def _render_cards(run: Path, record: dict[str, Any], asked: PushOptions) -> list[str]:
+def _render_cards(run: Path, record: Record, asked: PushOptions) -> list[str]:
     """The cards as they will be, with ids and a commit that stand for those to come."""
     base = PLACEHOLDER_BASE if (run / "publish" / "adapter_config.json").exists() else None
     amended = amend_record(record, PLACEHOLDER_BASE[0], asked.force, base, asked.license)
@@ -313,18 +313,17 @@ def _render_cards(run: Path, record: dict[str, Any], asked: PushOptions) -> list
     return cards
 
 
-def _check_folder(folder: Path, record: dict[str, Any], asked: PushOptions) -> None:
+def _check_folder(folder: Path, record: Record, asked: PushOptions) -> None:
     """Once more, for what has been written since."""
     check_files(folder, _list_shown_names(record, asked))
     check_card((folder / "README.md").read_text(encoding="utf-8"), folder.parent)
 
 
-def _list_shown_names(record: dict[str, Any], asked: PushOptions) -> frozenset[str]:
+def _list_shown_names(record: Record, asked: PushOptions) -> frozenset[str]:
     """Names that the user has chosen to show: of repositories, and of labels."""
-    published = record.get("published") or {}
     shown = [
-        asked.repo_id, record["recipe"]["publish"]["repo_id"], published.get("repo_id"),
-        record["source"]["published_as"], *(record["data"].get("labels") or []),
+        asked.repo_id, record.recipe.publish.repo_id, record.published and record.published.repo_id,
+        record.source.published_as, *record.data.labels,
     ]  # fmt: skip
     return frozenset(word for text in shown if text for word in re.split(r"[^\w-]+", str(text)))
 

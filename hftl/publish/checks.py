@@ -7,10 +7,10 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hftl.card.validation import validate_card
 from hftl.errors import HftlError, RunFolderError
+from hftl.measure.record import PUBLISHED_FILE, Record
 from hftl.measure.verdict import RELOAD_TOLERANCE
 from hftl.publish.sanitize import find_leak
 from hftl.runtime import run_folder
@@ -114,7 +114,7 @@ def check_card(text: str, run: Path) -> None:
         )
 
 
-def check_reload_proof(run: Path, record: dict[str, Any]) -> None:
+def check_reload_proof(run: Path, record: Record) -> None:
     """Looks for the proof that the published weights reload, and whether they are the proved ones.
 
     An encoder without a task has none: it has no logits to compare.
@@ -122,11 +122,11 @@ def check_reload_proof(run: Path, record: dict[str, Any]) -> None:
     Raises:
         RunFolderError: if there is no proof, it failed, or the files are others.
     """
-    if not record["arms"]:
+    if not record.arms:
         return
     again = "Run the same `hftl run` again"
     package = run / "phases" / "package"
-    difference = record["reload_difference"]
+    difference = record.reload_difference
     if (
         run_folder.read_stage_inputs(package) is None
         or difference is None
@@ -171,17 +171,17 @@ def preview_push(run: Path, words: frozenset[str] = frozenset()) -> PushPreview:
         RunFolderError: if there is no publish folder, or a file may not leave the machine.
     """
     folder = run / "publish"
-    if not (folder / "hftl.json").exists():
+    if not (folder / PUBLISHED_FILE).exists():
         raise RunFolderError(f"{run} has no publish folder", "Finish it with `hftl run`")
     base = run / "publish-base"
     files = _list_sizes(folder, words)
     base_files = _list_sizes(base, words) if base.exists() else []
-    told = json.loads((folder / "hftl.json").read_text(encoding="utf-8"))
-    verdict = told["verdict"]
-    named = base.name if base_files else told["source"]["published_as"]
+    record = Record.read_file(folder / PUBLISHED_FILE)
+    verdict = record.verdict
+    named = base.name if base_files else record.source.published_as
     if not (folder / "adapter_config.json").exists():
         named = "the model itself"
-    return PushPreview(files, base_files, verdict["decision"], verdict["reasons"], named)
+    return PushPreview(files, base_files, verdict.decision, verdict.reasons, named)
 
 
 def _list_sizes(folder: Path, words: frozenset[str]) -> list[tuple[str, int]]:

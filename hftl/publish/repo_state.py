@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hftl.errors import HubError, RecipeError
+from hftl.measure.record import SourceFacts
 from hftl.publish.checks import is_publishable
 from hftl.publish.http_retry import HubResponseError, wrap_hub_errors
 from hftl.runtime import paths, run_folder
@@ -159,7 +160,7 @@ def _find_missing_scope(
 WEIGHT_FILES = "model*.safetensors"
 
 
-def resolve_public_base(source: dict[str, Any]) -> tuple[str, str]:
+def resolve_public_base(source: SourceFacts) -> tuple[str, str]:
     """The base's public id and its commit, once both are seen to be right.
 
     Args:
@@ -169,18 +170,18 @@ def resolve_public_base(source: dict[str, Any]) -> tuple[str, str]:
         RecipeError: if the source model has no public id.
         HubError: if nobody but us can see it, the commit is not there, or its weights are others.
     """
-    base = source["published_as"]
+    base = source.published_as
     if base is None:
         raise RecipeError(
             "the source model has no public id, so nobody could load the adapter",
             "Set source.published_as and run again",
         )
-    info = _read_public_info(base, source["revision"])
+    info = _read_public_info(base, source.revision)
     theirs = {s.rfilename: s.lfs.sha256 for s in info.siblings or []
               if s.lfs is not None and fnmatch(s.rfilename, WEIGHT_FILES)}  # fmt: skip
     # What came from there at that commit is what stands there.
-    if source["model"] != base and theirs != _hash_local_weights(source):
-        _compare_tensors(base, str(info.sha), source["weights_sha256"])
+    if source.model != base and theirs != _hash_local_weights(source):
+        _compare_tensors(base, str(info.sha), source.weights_sha256)
     return base, str(info.sha)
 
 
@@ -201,9 +202,9 @@ def _read_public_info(base: str, revision: str | None) -> Any:
         ) from error
 
 
-def _hash_local_weights(source: dict[str, Any]) -> dict[str, str]:
+def _hash_local_weights(source: SourceFacts) -> dict[str, str]:
     """The hashes of the weight files that were trained on; none where they are gone."""
-    folder = paths.resolve_local_path(source["model"], "source.model")
+    folder = paths.resolve_local_path(source.model, "source.model")
     return (
         {}
         if folder is None

@@ -12,7 +12,7 @@ from typing import Any
 
 from hftl.config import secrets
 from hftl.errors import RunFolderError
-from hftl.runtime.fingerprints import to_json
+from hftl.measure.record import Record
 from hftl.runtime.paths import PACKAGE_PREFIX
 
 LOCAL_PATH = re.compile(
@@ -126,24 +126,20 @@ def _unpacked(data: bytes) -> bytes:
 # The record as it may leave this machine.
 
 
-def sanitize_record(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without places on this machine: a local path becomes its last name."""
-    kept = json.loads(to_json(record))
+def sanitize_record(record: Record) -> Record:
+    """Return the record without places on this machine: a local path becomes its last name."""
+    # Through the file's own text, so that its keys are sorted as in a record that was read.
+    tree = json.loads(record.to_json())
     # What a bad row says is the user's data, and stays here; the count goes along.
-    kept["data"].pop("bad_rows_listed")
-    recipe = _strip_paths(kept["recipe"])
-    if kept["source"]["local"]:
-        recipe["source"]["model"] = kept["source"]["model"] = kept["source"]["name"]
+    tree["data"].pop("bad_rows_listed", None)
+    tree["recipe"] = recipe = _strip_paths(tree["recipe"])
+    if tree["source"]["local"]:
+        recipe["source"]["model"] = tree["source"]["model"] = tree["source"]["name"]
     for split in ("train", "validation", "test", "unlabeled", "general"):
         table = recipe["data"][split] or {}
-        if "path" in table and split not in kept["data"]["hub_revisions"]:
+        if "path" in table and split not in tree["data"]["hub_revisions"]:
             table["path"] = strip_parents(table["path"])
-    return kept | {"recipe": recipe}
-
-
-def get_load_path(record: dict[str, Any]) -> str:
-    """What a reader loads the model from: the repository, once it was pushed."""
-    return (record.get("published") or {}).get("repo_id", ".")
+    return Record.parse(tree)
 
 
 def strip_parents(place: str) -> str:

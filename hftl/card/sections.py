@@ -1,0 +1,408 @@
+"""Write the card's sections: how the model is made, what it was trained on, its limits, and how to
+load it with the plain libraries."""
+
+import json
+
+from hftl.card.metadata import find_public_base
+from hftl.card.validation import is_hub_id
+from hftl.card.wording import (
+    describe_arm,
+    format_code,
+    has_forgetting,
+    input_kind,
+)
+from hftl.data.splits import TASKS_WITHOUT_CLASS_SHOTS
+from hftl.measure.record import ClassGains, Environment, Record, ScratchSearch
+from hftl.measure.verdict import format_gain
+
+MAX_WORSE_CLASSES = 5
+"""Classes that are named where the baseline is better."""
+MAX_EXAMPLE_CHARACTERS = 200
+
+
+def format_data_sentence(record: Record) -> str:
+    """Return what the model was trained, chosen and measured on."""
+    data, shots = record.data, record.recipe.data.shots
+    read = data.labels_read
+    assert read is not None
+    noun = "words" if input_kind(record) == "words" else "rows"
+    trained = f"{read.train_per_seed:,} labelled {noun} a seed"
+    if shots:
+        unit = "in all" if data.task in TASKS_WITHOUT_CLASS_SHOTS else "a class"
+        trained += f" ({shots} {'rows ' if noun == 'words' else ''}{unit}, drawn by the seed)"
+    return (
+        f"{format_code(data.name)}: trained on {trained}; {_format_validation_choices(record)} "
+        f"chosen on {data.splits['validation']:,} validation rows, and every figure above is on "
+        f"{data.splits['test']:,} test rows that nothing was chosen by"
+        f"{_format_baseline_choice(record)}. {read.total:,} labels were read in all."
+    )
+
+
+def _format_baseline_choice(record: Record) -> str:
+    """Say that test decides which of several baselines the gain is over; nothing with one."""
+    names = list(record.transfer_gain.baselines) if record.transfer_gain else []
+    if len(names) < 2:
+        return ""
+    return f", but that the gain is the lesser of those over {' and '.join(names)}"
+
+
+def _format_validation_choices(record: Record) -> str:
+    """Return what validation decided, with its verb."""
+    choices = [] if record.recipe.finetune.strategy == "head" else ["the best epoch"]
+    if any(stage.guard.kind == "probe" for stage in record.stages):
+        choices.append("the adaptation's weights")
+    choices.append("the published seed")
+    if len(choices) == 1:
+        return f"{choices[0]} was"
+    return f"{', '.join(choices[:-1])} and {choices[-1]} were"
+
+
+def format_data_lines(record: Record) -> list[str]:
+    """Return what happened to the rows before training, a line a fact."""
+    data = record.data
+    lines = [f"{data.rows_read:,} rows were read"]
+    for count, words in (
+        (data.duplicates, "duplicates were dropped (the same but for case, form and white space)"),
+        (data.leaked, "of these stood in train and in another table"),
+        (data.conflicting, "rows were dropped because the same input had two labels"),
+        (data.bad_rows, "bad rows were skipped"),
+    ):
+        if count:
+            lines.append(f"{count:,} {words}")
+    if data.contradictory_inputs and data.distinct_inputs:
+        share = data.contradictory_inputs / data.distinct_inputs
+        lines.append(
+            f"so {data.contradictory_inputs:,} of {data.distinct_inputs:,} distinct inputs "
+            f"({share:.1%}) could not be measured; the figures are of the others"
+        )
+    if data.near_pictures:
+        lines.append(
+            f"{data.near_pictures:,} pictures of validation and test are near copies of one in "
+            "another split, and count all the same"
+        )
+    if data.tag_scheme is not None:
+        lines.append(f"entities are read from {data.tag_scheme.name} tags")
+    if input_kind(record) == "image":
+        lines.append("transparent pictures were laid on white, and turned as their EXIF data say")
+    if record.recipe.data.group:
+        lines.append("rows of one group never stand in two splits, and count as one unit")
+    return lines
+
+
+def format_limits(record: Record) -> list[str]:
+    """Return where the model is worse, and what was not measured."""
+    lines = [
+        f"It is behind {describe_arm(row.arm, record)}: {format_gain(row.gain_of_own)}."
+        for row in record.ladder
+        if row.gain_of_own is not None and row.gain_of_own.value < 0
+    ]
+    lines += _format_worse_classes(record.classes)
+    lines += _format_scratch_limits(record.scratch_search)
+    lines.append(
+        "Measured on rows of the same origin as its training rows; other domains were not measured."
+    )
+    lines.append(
+        f"The weights are those of seed {record.published_seed}, the best on validation; the "
+        "figures are over all seeds."
+    )
+    if not has_forgetting(record):
+        lines.append("Forgetting of what the source model knew was not measured.")
+    return lines
+
+
+def describe_scratch_search(search: ScratchSearch) -> str:
+    """Return in a few words how scratch's learning rate was chosen."""
+    words = f"learning rate {search.learning_rate:g} is best on validation"
+    if search.beyond:
+        rates = " and ".join(f"{rate:g}" for rate in search.beyond)
+        verb = "was" if len(search.beyond) == 1 else "were"
+        words += f"; as the best of those given is at their edge, {rates} {verb} tried, too"
+    return words + ("; it is at the edge of those tried" if search.at_edge else "")
+
+
+def _format_scratch_limits(search: ScratchSearch | None) -> list[str]:
+    """Say where scratch's best rate was at the edge of those given, so that it may lie beyond."""
+    if search is None or not (search.beyond or search.at_edge):
+        return []
+    unsure = ", so that scratch may be better than it is here" if search.at_edge else ""
+    return [f"Of scratch, {describe_scratch_search(search)}{unsure}."]
+
+
+def _format_worse_classes(classes: ClassGains | None) -> list[str]:
+    """Return the classes that the baseline predicts better, the worst first."""
+    if classes is None:
+        return []
+    behind = [row for row in classes.rows if row.own < row.baseline]
+    if not behind:
+        return []
+    behind.sort(key=lambda row: row.own - row.baseline)
+    named = ", ".join(
+        f"{format_code(row.label)} (F1 {row.own:.3f} against {row.baseline:.3f})"
+        for row in behind[:MAX_WORSE_CLASSES]
+    )
+    most = ", most of all" if len(behind) > MAX_WORSE_CLASSES else ":"
+    return [
+        f"Class by class it is behind {classes.baseline} on {len(behind)} of "
+        f"{len(classes.rows)}{most} {named}; no interval."
+    ]
+
+
+def format_base_sentence(record: Record) -> str:
+    """Return the base's id and which weights exactly; nothing where it has no id."""
+    base, revision = find_public_base(record)
+    if base is None:
+        return ""
+    adapted = record.adapt and record.adapt.base
+    weights = (adapted or record.source).weights_sha256
+    pinned = f" at commit {format_code(revision)}" if revision else ""
+    return (
+        f"Base: {format_code(base)}{pinned}; the hash of its weights begins with `{weights[:16]}`."
+    )
+
+
+def format_training_sentence(record: Record) -> str:
+    """Return how the model was trained."""
+    finetune, seeds = record.recipe.finetune, len(record.recipe.measure.seeds)
+    clauses = [f"Strategy `{finetune.strategy}`, pooling `{finetune.pooling}`"]
+    if finetune.strategy == "head":
+        clauses.append("solved on features of the frozen encoder, its penalty by cross-validation")
+    else:
+        start = "the linear probe" if finetune.head_init == "probe" else "random weights"
+        clauses.append(f"the head started from {start}")
+        rate, epochs = (finetune.training[k] for k in ("learning_rate", "num_train_epochs"))
+        length = _format_epochs(epochs)
+        if finetune.strategy == "gradual":
+            length = f"{_format_epochs(finetune.gradual.epochs)} a phase"
+        clauses.append(f"learning rate {rate:g}, {length}, the best on validation kept")
+        if finetune.layer_decay:
+            decay = f"{finetune.layer_decay:g}"
+            clauses.append(f"each block's rate {decay} of that of the one above")
+        if record.recipe.retain is not None:
+            training = [entry.training.to_dict() for entry in record.own_entries]
+            clauses += record.recipe.retain.describe(training)
+    return f"{'; '.join(clauses)}; {seeds} seed{'s' if seeds > 1 else ''}."
+
+
+def _format_epochs(number: float) -> str:
+    return f"{number:g} epoch{'' if number == 1 else 's'}"
+
+
+def format_environment(facts: Environment) -> list[tuple[str, str]]:
+    """Return hardware and versions, a name and a value each."""
+    names = ("device", "dtype", "platform", "python")
+    lines = [(name, getattr(facts, name)) for name in names]
+    if facts.energy_kwh is not None:
+        energy = f"{facts.energy_kwh:.3g} kWh for all arms and seeds, as codecarbon estimates it"
+        lines.append(("energy", energy))
+    if facts.co2_grams is not None:
+        lines.append(("emissions", f"{facts.co2_grams:.3g} g of CO2 equivalents"))
+    return lines + list(facts.packages.items())
+
+
+def build_example_rows(record: Record) -> list[list[str]]:
+    """Return the table of mistakes, a header first; empty where none may go out."""
+    if not record.examples:
+        return []
+    target = record.data.task == "regression"
+    rows = [["input", "true", "said", "off by" if target else "probability"]]
+    for example in record.examples:
+        if example.picture is not None:
+            shown = f"![]({example.picture})"
+        elif example.words is not None:
+            parts = [format_code(p, MAX_EXAMPLE_CHARACTERS) if p else "" for p in example.words]
+            shown = f"{parts[0]} **{parts[1]}** {parts[2]}"
+        else:
+            texts = example.texts or []
+            shown = " / ".join(format_code(text, MAX_EXAMPLE_CHARACTERS) for text in texts)
+        rows.append(
+            [shown, format_code(example.true), format_code(example.said), f"{example.surety:.3f}"]
+        )
+    return rows
+
+
+# Code that loads a published folder with the plain libraries.
+
+
+PLAIN_TEMPLATE = """import torch
+{imports}from transformers import {auto}, {reader}
+{peft_import}
+path = {place}
+{reading}
+{load}
+{head}inputs = {inputs}
+with torch.inference_mode():
+    {output}"""
+AUTO_PEFT_TEMPLATE = """from peft import {auto}
+from transformers import {reader}
+
+path = {place}
+{reading}
+{load}
+inputs = {inputs}
+print(model.eval()(**inputs).logits)"""
+"""Where peft has a class for the task and the adapter names its own base."""
+
+PIPELINE_TEMPLATE = """from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoConfig, AutoTokenizer, pipeline
+
+path = {place}
+config = AutoConfig.from_pretrained(path)
+labels = {{name: getattr(config, name) for name in ("id2label", "label2id", "problem_type")}}
+model = AutoPeftModelForSequenceClassification.from_pretrained(
+    path, ignore_mismatched_sizes=True, **labels
+)
+tokenizer = AutoTokenizer.from_pretrained(path)
+print(pipeline("text-classification", model=model, tokenizer=tokenizer)({example}))"""
+"""`pipeline(model=path)` alone takes the labels of the base, or looks for its weights in the
+folder of the adapter."""
+
+POOLINGS = {
+    "mean": 'mask = inputs["attention_mask"].unsqueeze(-1)\n'
+    "    pooled = (hidden * mask).sum(1) / mask.sum(1)",
+    "cls": "pooled = hidden[:, 0]",
+}
+AUTO_CLASSES = {
+    "text": "AutoModelForSequenceClassification",
+    "words": "AutoModelForTokenClassification",
+    "image": "AutoModelForImageClassification",
+}
+STOCK_CLASSES = {"vit_mae": "ViTForImageClassification"}
+"""Architectures that no Auto class has a classifier for, and the class that takes their weights."""
+ENCODER_CLASSES = {"vit_mae": "ViTModel"}
+"""Architectures whose `AutoModel` hides patches, and the class that shows all."""
+AUTO_PEFT_CLASSES = {
+    "text": "AutoPeftModelForSequenceClassification",
+    "words": "AutoPeftModelForTokenClassification",
+}
+PREPROCESSORS = {
+    "text": ("AutoTokenizer", "tokenizer", 'tokenizer({example}, return_tensors="pt")'),
+    "words": ("AutoTokenizer", "tokenizer",
+              'tokenizer({example}, is_split_into_words=True, return_tensors="pt")'),
+    "image": ("AutoImageProcessor", "processor",
+              'processor(Image.open({example}).convert("RGB"), return_tensors="pt")'),
+}  # fmt: skip
+
+
+def render_plain_snippet(
+    place: str, base: str | None, revision: str | None, pooling: str, outputs: int, adapter: bool,
+    kind: str, example: str, interpolates: bool = False, architecture: str = "",
+) -> str:  # fmt: skip
+    """Return code that prints the logits of one example, for words those of every token.
+
+    Args:
+        place: the folder or hub id of the published model.
+        base: the public base of an adapter; None where it has none.
+        revision: the base's commit, where it is pinned.
+        pooling: native, mean or cls.
+        outputs: classes, or 1 for a target.
+        adapter: whether the folder holds an adapter or the whole model.
+        kind: what the model takes: text, words or image.
+        example: one input, as source code.
+        interpolates: whether forward must interpolate its positions to the pictures' size.
+        architecture: what the base's checkpoint says it is.
+    """
+    pooled = pooling != "native"
+    if adapter and not pooled and kind in AUTO_PEFT_CLASSES and base and is_hub_id(base):
+        return _render_auto_peft_snippet(place, outputs, kind, example)
+    auto = "AutoModel" if pooled else AUTO_CLASSES[kind]
+    if adapter:
+        auto = STOCK_CLASSES.get(architecture, auto)
+    reader, name, call = PREPROCESSORS[kind]
+    forward = "**inputs, interpolate_pos_encoding=True" if interpolates else "**inputs"
+    output = f"print(model.eval()({forward}).logits)"
+    if pooled:
+        output = (
+            "hidden = model.eval()(**inputs).last_hidden_state\n"
+            f"    {POOLINGS[pooling]}\n"
+            '    print(pooled @ head["weight"].T + head["bias"])'
+        )
+    imports = "from PIL import Image\n" if kind == "image" else ""
+    imports += "from safetensors.torch import load_file\n" if pooled else ""
+    path = json.dumps(place)
+    if pooled and is_hub_id(place):
+        # The head is a file of its own, which no library fetches.
+        imports = "from huggingface_hub import snapshot_download\n" + imports
+        path = f"snapshot_download({path})"
+    return PLAIN_TEMPLATE.format(
+        place=path, auto=auto, reader=reader, imports=imports,
+        peft_import="from peft import PeftModel\n" if adapter else "",
+        reading=f"{name} = {reader}.from_pretrained(path)",
+        load=_render_load_lines(auto, base, revision, outputs, adapter, pooled),
+        head='head = load_file(f"{path}/head.safetensors")\n' if pooled else "",
+        inputs=call.format(example=example), output=output,
+    )  # fmt: skip
+
+
+def render_pipeline_snippet(
+    place: str, base: str | None, pooling: str, adapter: bool, kind: str, example: str
+) -> str | None:
+    """Return code that runs an adapter in `transformers.pipeline` with its labels; None where the
+    stock class does not take it, or takes more than one text.
+
+    Args:
+        place: the folder or hub id of the published model.
+        base: the public base of an adapter; None where it has none.
+        pooling: native, mean or cls.
+        adapter: whether the folder holds an adapter or the whole model.
+        kind: what the model takes: text, words or image.
+        example: one input, as source code.
+    """
+    if not adapter or pooling != "native" or kind != "text" or '", "' in example:
+        return None
+    if base is None or not is_hub_id(base):
+        return None
+    return PIPELINE_TEMPLATE.format(place=json.dumps(place), example=example)
+
+
+def _render_auto_peft_snippet(place: str, outputs: int, kind: str, example: str) -> str:
+    reader, name, call = PREPROCESSORS[kind]
+    auto = AUTO_PEFT_CLASSES[kind]
+    labels = f"num_labels={outputs}, ignore_mismatched_sizes=True"
+    return AUTO_PEFT_TEMPLATE.format(
+        place=json.dumps(place), auto=auto, reader=reader,
+        reading=f"{name} = {reader}.from_pretrained(path)",
+        load=f"model = {auto}.from_pretrained(path, {labels})",
+        inputs=call.format(example=example),
+    )  # fmt: skip
+
+
+def _render_load_lines(
+    auto: str, base: str | None, revision: str | None, outputs: int, adapter: bool, pooled: bool
+) -> str:
+    if not adapter:
+        return f"model = {auto}.from_pretrained(path)"
+    labels = "" if pooled else f", num_labels={outputs}, ignore_mismatched_sizes=True"
+    pinned = f", revision={json.dumps(revision)}" if revision else ""
+    named = json.dumps(base or "the base model")
+    return (
+        f"base = {auto}.from_pretrained({named}{labels}{pinned})\n"
+        "model = PeftModel.from_pretrained(base, path)"
+    )
+
+
+def render_encoder_snippet(
+    place: str, base: str | None, revision: str | None, architecture: str | None, adapter: bool,
+    adapted: bool,
+) -> str:  # fmt: skip
+    """Return code that loads an adapted encoder.
+
+    Args:
+        place: the folder or hub id of the published encoder.
+        base: the public id of the source; None where it has none.
+        revision: the source's commit, where it is pinned.
+        architecture: what the source's checkpoint says it is.
+        adapter: whether the folder holds an adapter on the source.
+        adapted: False where every adaptation was undone, so that the folder has no weights.
+    """
+    where, named = json.dumps(place), json.dumps(base or "the base model")
+    pinned = f", revision={json.dumps(revision)}" if revision else ""
+    auto = ENCODER_CLASSES.get(architecture or "", "AutoModel")
+    if adapter:
+        return (
+            f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
+            f"base = {auto}.from_pretrained({named}{pinned})\n"
+            f"model = PeftModel.from_pretrained(base, {where})"
+        )
+    if adapted:
+        return f"from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained({where})"
+    return f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({named}{pinned})"
