@@ -344,7 +344,7 @@ def test_retention_is_compared_with_the_same_arm_without() -> None:
         "measure": {"arms": [{"full_bare": {"finetune.strategy": "full", "retain": None}},
                              {"bare": {"retain": None}}]},
     })  # fmt: skip
-    own, other, bare = hftl.config.recipe.arms(made)
+    own, other, bare = made.arms
     assert own.retain is not None and bare.retain is None
     assert forgetting._find_arm_without_retention(own, [own, other, bare]) == "bare"
     assert forgetting._find_arm_without_retention(own, [own, other]) is None
