@@ -66,7 +66,7 @@ def read_result(name: str) -> dict[str, Any]:
 def build_record(tree: dict[str, Any]) -> Record:
     """Return the record of a kept run, which has some of its keys only."""
     fields = {
-        name: TypeAdapter(Record.model_fields[name].annotation).validate_python(value)
+        name: TypeAdapter[Any](Record.model_fields[name].annotation).validate_python(value)  # pyright: ignore
         for name, value in tree.items()
         if name in SHOWN
     }
