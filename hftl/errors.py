@@ -1,11 +1,11 @@
-"""What can go wrong, each with the exit code a script may rely on.
+"""Define the errors of hftl, each with the exit code that scripts rely on.
 
 A message says what was expected, what came and where; `fix` says what to do about it.
 """
 
 
 class HftlError(Exception):
-    """Base of every error hftl raises on purpose.
+    """Report a failure that hftl foresees; the base of all its errors.
 
     Args:
         what: what was expected, what came, and in which file, row or key.
@@ -22,13 +22,13 @@ class HftlError(Exception):
 
 
 class RecipeError(HftlError, ValueError):
-    """The recipe or the arguments ask for something that cannot be done."""
+    """Refuse a recipe or arguments that cannot be carried out."""
 
     exit_code = 2
 
 
 class DataError(HftlError, ValueError):
-    """The data cannot be used as they are."""
+    """Refuse data that cannot be used as they are."""
 
     exit_code = 3
 
@@ -43,53 +43,53 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class DataWarning(UserWarning):
-    """The data can be used, but hardly as they were meant."""
+    """Warn of data that can be used, but hardly as they were meant."""
 
 
 class RunFolderError(HftlError):
-    """The run folder is locked, damaged, or belongs to another recipe."""
+    """Refuse a run folder that is locked, damaged, or belongs to another recipe."""
 
     exit_code = 4
 
 
 class LockedError(RunFolderError):
-    """Another process holds the run folder."""
+    """Refuse a run folder that another process holds."""
 
 
 class HubError(HftlError):
-    """The hub did not answer, or does not know or admit us."""
+    """Report that the hub did not answer, or refused."""
 
     exit_code = 5
 
 
 class NumericError(HftlError, ArithmeticError):
-    """A loss or a score stopped being a finite number."""
+    """Report that a loss or a score is not a finite number."""
 
     exit_code = 6
 
 
 class ResourceError(HftlError):
-    """Memory or disk ran out."""
+    """Report that memory or disk ran out."""
 
     exit_code = 7
 
 
 class HoldError(HftlError):
-    """Publication was asked for and the verdict is `hold`."""
+    """Refuse to publish where the verdict is `hold`."""
 
     exit_code = 9
 
 
 class LostProcessError(HftlError):
-    """A process of the run is gone."""
+    """Report that another process of the run has ended."""
 
     exit_code = 8
 
     def __init__(self, ranks: list[int]) -> None:
-        many = "process" if len(ranks) == 1 else "processes"
-        who = f"{many} {', '.join(map(str, ranks))}" if ranks else "another process"
+        noun = "process" if len(ranks) == 1 else "processes"
+        subject = f"{noun} {', '.join(map(str, ranks))}" if ranks else "another process"
         super().__init__(
-            f"{who} of the run ended without a word",
+            f"{subject} of the run ended without a word",
             "Look for a memory limit or a failed device, then run the same command again",
         )
 
@@ -97,7 +97,7 @@ class LostProcessError(HftlError):
 def format_error_line(error: BaseException | str) -> str:
     """Return a library's message as one line: the first, and what follows where it ends in `:`."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    taken = 1
-    while taken < len(lines) and lines[taken - 1].endswith(":"):
-        taken += 1
-    return " ".join(lines[:taken]).rstrip(" :") or type(error).__name__
+    count = 1
+    while count < len(lines) and lines[count - 1].endswith(":"):
+        count += 1
+    return " ".join(lines[:count]).rstrip(" :") or type(error).__name__

@@ -1,4 +1,4 @@
-"""`hftl init`: looks at a table or folder and writes a commented recipe for it."""
+"""Write a commented recipe for a table or folder, guessing what its columns are: `hftl init`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from hftl.errors import DataError, RecipeError
 from hftl.runtime import paths, run_folder
 
 MAX_SAMPLE_ROWS = 2000
-"""Rows a guess is made from."""
+"""Rows that a guess is made from."""
 MAX_CLASSES = 50
 LABEL_NAMES = (
     "label",
@@ -78,7 +78,7 @@ SIZE_LINES = {
 
 @dataclass(frozen=True)
 class ColumnGuess:
-    """What the columns seem to be; each note says why.
+    """Hold a guess about the columns; each note gives its reason.
 
     `kind` is `text` or `image`, and `inputs` the columns of it, for texts one or two.
     """
@@ -92,10 +92,10 @@ class ColumnGuess:
 
 
 def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, list[str]]:
-    """Writes a recipe beside you, named after the data.
+    """Write a recipe in the current directory, named after the data.
 
     Returns:
-        Its path, and what was guessed, a line each.
+        Its path, and a line for each guess.
 
     Raises:
         DataError: if the data cannot be read, or no column can be the text or the label.
@@ -125,10 +125,10 @@ def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, li
 
 
 def guess_columns(name: str, rows: list[dict[str, Any]]) -> ColumnGuess:
-    """Guesses text, label, task and group from the columns' names and values.
+    """Guess text, label, task and group from the columns' names and values.
 
     Raises:
-        DataError: naming what no column can be.
+        DataError: if no column can be the text, or none the label.
     """
     columns = {c: [row.get(c) for row in rows if row.get(c) not in (None, "")] for c in rows[0]}
     image = next((c for c in columns if columns[c] and all(map(_is_image, columns[c]))), None)
@@ -161,7 +161,7 @@ def _describe_label(task: str, values: list[Any]) -> str:
 
 
 def _is_image(value: Any) -> bool:
-    """A file that a folder of pictures holds, a table's own picture, or the path of one."""
+    """Return whether a value is an image: a file, bytes, or the path of one."""
     if isinstance(value, dict):
         return "bytes" in value
     return isinstance(value, (Path, bytes)) or (
@@ -170,7 +170,7 @@ def _is_image(value: Any) -> bool:
 
 
 def _find_word_lists(columns: dict[str, list[Any]], label: str) -> str | None:
-    """A column of lists as long as the label's lists, if there is one."""
+    """Return a column of lists as long as the label's lists; None without one."""
     lengths = [len(value) for value in columns[label]]
     return next(
         (c for c, values in columns.items() if c != label and values
@@ -180,8 +180,8 @@ def _find_word_lists(columns: dict[str, list[Any]], label: str) -> str | None:
 
 
 def _guess_label(name: str, columns: dict[str, list[Any]]) -> tuple[str, str]:
-    """The named label column, a column of lists, else the one with the fewest values."""
-    named = [c for wanted in LABEL_NAMES for c in columns if c.lower() == wanted and columns[c]]
+    """Return label and task: a column by name, of lists, else with the fewest values."""
+    named = [c for name in LABEL_NAMES for c in columns if c.lower() == name and columns[c]]
     lists = [
         c for c, values in columns.items()
         if values and all(isinstance(v, list) for v in values) and c.lower() not in WORD_LIST_NAMES
@@ -211,7 +211,7 @@ def _guess_label(name: str, columns: dict[str, list[Any]]) -> tuple[str, str]:
 
 
 def _guess_text_columns(name: str, columns: dict[str, list[Any]], label: str) -> list[str]:
-    """The named text column, a pair such as sentence1 and sentence2, else the longest."""
+    """Return a pair such as sentence1 and sentence2, a column by name, else the longest."""
     lengths = {
         c: sum(map(len, map(str, values))) / len(values)
         for c, values in columns.items()
@@ -229,7 +229,7 @@ def _guess_text_columns(name: str, columns: dict[str, list[Any]], label: str) ->
             return [column, second]
     if "premise" in lengths and "hypothesis" in lengths:
         return ["premise", "hypothesis"]
-    named = [c for wanted in TEXT_NAMES for c in lengths if c.lower() == wanted]
+    named = [c for known in TEXT_NAMES for c in lengths if c.lower() == known]
     return [named[0] if named else max(lengths, key=lambda c: lengths[c])]
 
 
@@ -251,7 +251,7 @@ def _fill_template(guess: ColumnGuess, data: Path, source: str, path: Path) -> s
 
 
 def _format_yaml(value: str | list[str]) -> str:
-    """A name, or a list of them, on one line that YAML reads back as it is."""
+    """Return a name, or a list of them, on one line that YAML reads back unchanged."""
     line = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
     return line.removesuffix("...\n").strip()
 

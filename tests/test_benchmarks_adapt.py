@@ -145,7 +145,7 @@ def test_the_large_corpus_is_held_against_the_weights_and_the_small_one(
     weights.write_bytes(bytes(3 << 20))
     monkeypatch.setattr(memory, "measure", measure)
     monkeypatch.setattr(memory, "write_source", lambda folder: folder)
-    monkeypatch.setattr(memory.paths, "find", lambda *_: tmp_path)
+    monkeypatch.setattr(memory.paths, "resolve_local_path", lambda *_: tmp_path)
     into = tmp_path / "out.json"
     monkeypatch.setattr(sys, "argv", ["adapt_memory.py", "--size", "50", "--into", str(into)])
     memory.main()

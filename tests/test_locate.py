@@ -42,7 +42,7 @@ def test_an_installed_source_is_the_base_unless_that_was_adapted(
     named = {"base_model_name_or_path": "me/base", "revision": "abc"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(named), encoding="utf-8")
     sought = asked(monkeypatch, tmp_path)
-    monkeypatch.setattr(find_model.paths, "at_hand", lambda place: True)
+    monkeypatch.setattr(find_model.paths, "is_local", lambda place: True)
     notes = PublishedMetadata.model_validate({"source": {"model": PACKAGED}, "adapt": adapt})
     find_model.find_base_folder(tmp_path, notes, None)
     assert [source for source, _ in sought] == [expected]

@@ -52,9 +52,9 @@ class Adapt(Section):
     guard: Literal["probe", "general", "neighbours", "off"] | None = None
     """The measure that must not get worse; null: probe, without a task neighbours."""
     tolerance: float | None = Field(default=None, ge=0)
-    """By how much the guard may get worse, in its own unit; null: see `DEFAULT_TOLERANCES`. It is a share of
-    the start where that unit says nothing: general with mae, whose loss is an error of pixels, and
-    the probe of a regression."""
+    """By how much the guard may get worse, in its own unit; null: see `DEFAULT_TOLERANCES`. A share
+    of the start where that unit says nothing: general with mae, whose loss is an error of pixels,
+    and the probe of a regression."""
     patience: int | None = Field(default=3, ge=1)
     """Evaluations that are not the best so far before it stops; null: never."""
     training: dict[str, Any]

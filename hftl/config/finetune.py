@@ -22,7 +22,7 @@ class Rates(Section):
 
 
 class Gradual(Section):
-    """Set how long each phase of gradual unfreezing lasts (Howard & Ruder 2018, arXiv:1801.06146)."""
+    """Set the phases' length in gradual unfreezing (Howard & Ruder 2018, arXiv:1801.06146)."""
 
     epochs: float = Field(default=1, gt=0)
     """Of every phase, at most, instead of `training.num_train_epochs`."""

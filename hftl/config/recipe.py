@@ -265,7 +265,7 @@ def _refuse_secrets(tree: dict[str, Any]) -> None:
 
 
 def _expand_shorthand(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy with `train: reviews.csv` as `train: {path: reviews.csv}` and the task's metric.
+    """Return a copy with `train: a.csv` as `train: {path: a.csv}`, and the task's metric.
 
     The default metric is accuracy except where a task has none worth its name.
     """

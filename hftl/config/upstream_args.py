@@ -1,4 +1,4 @@
-"""Check `training` and `lora` against the arguments of transformers and peft, without importing them.
+"""Check `training` and `lora` against the arguments of transformers and peft.
 
 Importing transformers takes seconds, and a misspelt key or a value of the wrong type should be
 answered at once. Names and simple types are therefore read from the source of the two dataclasses;
@@ -185,7 +185,7 @@ def validate_value(kind: str, key: str, value: Any) -> Any:
 
 @cache
 def read_fields(kind: str) -> dict[str, Any]:
-    """Return names and types of the fields of `training` or `lora`; Any where a type is no simple one.
+    """Return names and types of the fields of `training` or `lora`; Any for types not built in.
 
     Raises:
         RecipeError: if the package is not installed.

@@ -36,7 +36,7 @@ def read_base_name(patient: AdapterFolder) -> tuple[str | None, str | None]:
     name, revision = (
         patient.adapter_config.get(key) for key in ("base_model_name_or_path", "revision")
     )
-    on_hub = isinstance(name, str) and paths.HUB_ID_PATTERN.fullmatch(name)
+    on_hub = isinstance(name, str) and paths.is_hub_id(name)
     return name if on_hub else None, revision if isinstance(revision, str) else None
 
 

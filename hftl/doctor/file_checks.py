@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 from typing import Any
 
 from hftl.doctor.adapter_folder import (
@@ -16,6 +15,7 @@ from hftl.doctor.adapter_folder import (
     warning,
 )
 from hftl.doctor.shape_check import get_module_path
+from hftl.runtime.paths import leaves_folder
 
 CODE_SUFFIXES = (".py", ".pyc", ".so", ".dll", ".dylib", ".sh", ".exe", ".ipynb")
 CODE_KEYS = ("auto_map", "_attn_implementation_internal", "custom_pipelines")
@@ -66,7 +66,7 @@ def _check_settings(patient: AdapterFolder) -> Iterator[Finding]:
                     "unsafe", f"{key} makes the loader run code that is not transformers' own",
                     name, f"Remove {key}",
                 )  # fmt: skip
-            elif key.endswith("_file") and isinstance(value, str) and _leaves_folder(value):
+            elif key.endswith("_file") and isinstance(value, str) and leaves_folder(value):
                 yield defect(
                     "unsafe", f"{key} names a file outside the folder: {value}", name,
                     f"Remove {key}",
@@ -96,7 +96,7 @@ def _check_adapter_config(settings: dict[str, Any]) -> Iterator[Finding]:
                 f"Remove {key}",
             )
     tokenizer = settings.get("tokenizer_name_or_path")
-    if isinstance(tokenizer, str) and _leaves_folder(tokenizer):
+    if isinstance(tokenizer, str) and leaves_folder(tokenizer):
         yield defect(
             "unsafe", f"tokenizer_name_or_path is {tokenizer}", ADAPTER_CONFIG, "Name a hub id"
         )
@@ -129,11 +129,6 @@ def _brings_code(key: str, value: Any) -> bool:
         return value not in (None, {}, "")
     # transformers fetches an attention kernel of that hub id.
     return key in ("_attn_implementation", "attn_implementation") and "/" in str(value)
-
-
-def _leaves_folder(value: str) -> bool:
-    path = PurePosixPath(value.replace("\\", "/"))
-    return path.is_absolute() or ".." in path.parts or value[:1] == "~" or value[1:2] == ":"
 
 
 def _list_template_names(templates: Any) -> list[str]:

@@ -278,7 +278,7 @@ def find_base_folder(folder: Path, notes: PublishedMetadata, base: str | Path | 
     elif adapter.get("base_model_name_or_path"):
         source = Source(model=adapter["base_model_name_or_path"], revision=adapter.get("revision"))
         # Only the hub has commits: a folder here of that name is not what was meant.
-        on_hub = bool(source.revision and paths.HUB_ID_PATTERN.fullmatch(source.model))
+        on_hub = bool(source.revision) and paths.is_hub_id(source.model)
     else:
         raise RecipeError(
             f"{paths.get_display_name(folder)} does not say its base model", "Give it: --base MODEL"

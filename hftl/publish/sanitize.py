@@ -13,7 +13,7 @@ from typing import Any
 from hftl.config import secrets
 from hftl.errors import RunFolderError
 from hftl.measure.record import Record
-from hftl.runtime.paths import PACKAGE_PREFIX
+from hftl.runtime.paths import PACKAGE_PREFIX, is_written_as_path
 
 LOCAL_PATH = re.compile(
     r"(?:(?<![\w.:/<])|(?<=file://))(?:~|/[\w.-]+)/[\w./-]+|\b[A-Za-z]:[\\/]+\w[^\s\"']*"
@@ -153,5 +153,5 @@ def _strip_paths(value: Any) -> Any:
         return {key: _strip_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_strip_paths(item) for item in value]
-    path = isinstance(value, str) and value.startswith(("/", "~", "./", "../"))
+    path = isinstance(value, str) and is_written_as_path(value)
     return strip_parents(value) if path else value

@@ -1,4 +1,7 @@
-"""Failures of a hub, and of other libraries, as one line and the advice that fits them."""
+"""Tell local paths from hub ids, and say why a hub gave nothing.
+
+A model or dataset is a folder or file, `package:<import name>/<path>`, or a hub id.
+"""
 
 import importlib.util
 import os
@@ -6,13 +9,16 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hftl.errors import HubError, RecipeError, format_error_line
 
+HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+TABLE_PATTERN = re.compile(r".*\.(csv|tsv|jsonl?|ndjson|parquet|txt)", re.IGNORECASE)
+PACKAGE_PREFIX = "package:"
 TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
-"""HTTP statuses that another try may better."""
+"""HTTP statuses after which another try may succeed."""
 STATUS_ADVICE = {
     401: "Log in with `hf auth login`, or set HF_TOKEN",
     402: "Look at the plan and the storage of the account",
@@ -26,6 +32,68 @@ STATUS_ADVICE = {
 XET_ADVICE = "The transfer by Xet failed: set HF_HUB_DISABLE_XET=1 to do without it"
 
 
+def resolve_local_path(place: str, key: str) -> Path | None:
+    """Return the local path of `place`; None where it reads as a hub id.
+
+    A package is located without being imported; a name with a table's suffix is no hub id.
+
+    Args:
+        place: the path, package or hub id.
+        key: the recipe key, for the message.
+
+    Raises:
+        RecipeError: if a package is not installed, or lacks the path.
+    """
+    if not place.startswith(PACKAGE_PREFIX):
+        path = Path(os.path.expanduser(place))
+        on_hub = is_hub_id(place) and not TABLE_PATTERN.fullmatch(place)
+        return None if on_hub and not path.exists() else path
+    name, _, inside = place.removeprefix(PACKAGE_PREFIX).partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise RecipeError(
+            f"{key}: the package {name!r} is not installed",
+            f"Install what ships it, for instance: pip install {name.replace('_', '-')}",
+        )
+    path = Path(next(iter(spec.submodule_search_locations))) / inside
+    if not path.exists():
+        raise RecipeError(f"{key}: the package {name!r} has no {inside!r}", "Check the path")
+    return path
+
+
+def is_local(place: str) -> bool:
+    """Return whether a place is on this machine: a path, or in an installed package."""
+    try:
+        path = resolve_local_path(place, "place")
+    except RecipeError:
+        return False
+    return path is not None and path.exists()
+
+
+def is_hub_id(place: str) -> bool:
+    """Return whether a name has the form of a hub id; a relative path may have it, too."""
+    return HUB_ID_PATTERN.fullmatch(place) is not None
+
+
+def is_written_as_path(place: str) -> bool:
+    """Return whether a name can only be a local path, by how it begins."""
+    return place.startswith(("/", "~", "./", "../"))
+
+
+def leaves_folder(place: str) -> bool:
+    """Return whether a path, on any system, may point outside the folder that names it."""
+    path = PurePosixPath(place.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or place[:1] == "~" or place[1:2] == ":"
+
+
+def get_display_name(folder: Path) -> str:
+    """Return a folder's path, or the hub id where it is a copy in the hub's cache."""
+    kind, _, repo = folder.parent.parent.name.partition("--")
+    if kind == "models" and repo and folder.parent.name == "snapshots":
+        return repo.replace("--", "/")
+    return str(folder)
+
+
 def advise_on_status(status: int) -> str:
     """Return what to do after a hub's answer; only what may pass by itself is to be tried again."""
     if status in STATUS_ADVICE:
@@ -36,12 +104,12 @@ def advise_on_status(status: int) -> str:
 
 
 def format_hub_message(error: BaseException) -> str:
-    """Return what a hub said, `HTTP 404: Repository not found`; without an answer its error."""
+    """Return a hub's answer, `HTTP 404: Repository not found`; without one, the error."""
     for cause in iterate_causes(error):
         status = get_http_status(cause)
         if status is not None:
-            said = " ".join((getattr(cause, "server_message", None) or "").split())
-            return f"HTTP {status}: {said}" if said else f"HTTP {status}"
+            message = " ".join((getattr(cause, "server_message", None) or "").split())
+            return f"HTTP {status}: {message}" if message else f"HTTP {status}"
     return format_error_line(error).removeprefix("Got: ")
 
 
@@ -57,24 +125,24 @@ def find_http_status(error: BaseException) -> int | None:
 
 
 def iterate_causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what stands behind it: clients raise other errors of a server's."""
-    behind: BaseException | None = error
+    """Yield an error and its causes: clients raise their own errors from a server's."""
+    cause: BaseException | None = error
     seen: list[BaseException] = []
-    while behind is not None and behind not in seen:
-        yield behind
-        seen.append(behind)
-        behind = behind.__cause__ or behind.__context__
+    while cause is not None and cause not in seen:
+        yield cause
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Tell whether no answer came at all."""
+    """Return whether no answer came at all."""
     return any(
         isinstance(cause, get_http_library().TransportError) for cause in iterate_causes(error)
     )
 
 
 def is_hub_failure(error: BaseException) -> bool:
-    """Tell whether the hub is the reason, and not what it was asked for."""
+    """Return whether the hub itself failed, and not the request."""
     status = find_http_status(error)
     return (
         is_unreachable(error) if status is None else status >= 500 or status in TRANSIENT_STATUSES
@@ -82,9 +150,9 @@ def is_hub_failure(error: BaseException) -> bool:
 
 
 def is_xet_failure(error: BaseException) -> bool:
-    """Tell whether a transfer by Xet failed, which HF_HUB_DISABLE_XET=1 would do without.
+    """Return whether a transfer by Xet failed, which HF_HUB_DISABLE_XET=1 avoids.
 
-    hf_xet raises plain RuntimeErrors, so the functions that were running have to tell.
+    hf_xet raises plain RuntimeErrors, so it is recognised by the functions that were running.
     """
     from huggingface_hub import constants
 
@@ -110,63 +178,9 @@ def get_http_library() -> Any:
     return sys.modules[type(get_session()).__module__.partition(".")[0]]
 
 
-# Where a model or dataset lies: a folder or file, `package:<import name>/<path>`, or a Hub id.
-
-
-HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-TABLE_PATTERN = re.compile(r".*\.(csv|tsv|jsonl?|ndjson|parquet|txt)", re.IGNORECASE)
-PACKAGE_PREFIX = "package:"
-
-
-def resolve_local_path(place: str, key: str) -> Path | None:
-    """The local path of `place`; None where it reads as a Hub id.
-
-    A package is found without being imported; a name that ends as tables do is no Hub id.
-
-    Args:
-        place: what the recipe says.
-        key: the recipe key, for the message.
-
-    Raises:
-        RecipeError: if a package is not installed, or lacks the path.
-    """
-    if not place.startswith(PACKAGE_PREFIX):
-        path = Path(os.path.expanduser(place))
-        on_hub = HUB_ID_PATTERN.fullmatch(place) and not TABLE_PATTERN.fullmatch(place)
-        return None if on_hub and not path.exists() else path
-    name, _, inside = place.removeprefix(PACKAGE_PREFIX).partition("/")
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise RecipeError(
-            f"{key}: the package {name!r} is not installed",
-            f"Install what ships it, for instance: pip install {name.replace('_', '-')}",
-        )
-    path = Path(next(iter(spec.submodule_search_locations))) / inside
-    if not path.exists():
-        raise RecipeError(f"{key}: the package {name!r} has no {inside!r}", "Check the path")
-    return path
-
-
-def is_local(place: str) -> bool:
-    """Whether it lies on this machine, from where we stand: here, or in an installed package."""
-    try:
-        found = resolve_local_path(place, "place")
-    except RecipeError:
-        return False
-    return found is not None and found.exists()
-
-
-def get_display_name(folder: Path) -> str:
-    """What the user knows a folder as: the hub id where it is a copy in the Hub's cache."""
-    kind, _, repo = folder.parent.parent.name.partition("--")
-    if kind == "models" and repo and folder.parent.name == "snapshots":
-        return repo.replace("--", "/")
-    return str(folder)
-
-
 @contextmanager
 def translate_hub_errors(place: str, kind: str, key: str = "") -> Iterator[None]:
-    """Turn a hub client's errors into one of ours, see `make_hub_load_error`.
+    """Turn the hub client's errors in the block into a HubError, see `make_hub_load_error`.
 
     Raises:
         HubError: if the hub gives nothing.
@@ -195,21 +209,21 @@ def make_hub_load_error(error: Exception, place: str, kind: str, key: str = "") 
             f"{here} nor in the hub's cache, and HF_HUB_OFFLINE=1 keeps from the hub",
             "Check the path or id, or unset HF_HUB_OFFLINE",
         )
-    said = format_hub_message(error)
+    answer = format_hub_message(error)
     if is_xet_failure(error):
-        return HubError(f"{key}{kind} {place!r} was not fetched: {said}", XET_ADVICE)
+        return HubError(f"{key}{kind} {place!r} was not fetched: {answer}", XET_ADVICE)
     status = find_http_status(error)
     if status is not None and is_hub_failure(error):
         return HubError(
-            f"{key}the hub itself failed when it was asked for {place!r} ({said})",
+            f"{key}the hub itself failed when it was asked for {place!r} ({answer})",
             advise_on_status(status),
         )
     if is_hub_failure(error):
         return HubError(
-            f"{here}, and the hub cannot be reached: {said}",
+            f"{here}, and the hub cannot be reached: {answer}",
             "Check the path, the network and HF_ENDPOINT",
         )
     return HubError(
-        f"{here}, and the hub gives no {kind} of that id: {said}",
+        f"{here}, and the hub gives no {kind} of that id: {answer}",
         "Check the path or id, the network, and `hf auth login` for a gated one",
     )

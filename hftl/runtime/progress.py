@@ -1,7 +1,7 @@
-"""Show on a terminal what runs, how far it is and how long it has to go.
+"""Show progress on a terminal: the work at hand, steps done and the time left.
 
-One display a command. Every long piece of work names itself (`show_activity`, `track`, `open_bar`) and
-needs not know whether anybody looks: without a display these do nothing.
+There is one display a command. Long work names itself (`show_activity`, `track`, `open_bar`);
+without a display these do nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +34,7 @@ def show_progress(enabled: bool, console: Console | None = None) -> Iterator[Non
     """Draw progress while the block runs.
 
     Args:
-        enabled: whether anybody looks: the main process, on a terminal.
+        enabled: whether to draw: in the main process, on a terminal.
         console: where to draw; by default standard error, so that a redirected output stays clean.
     """
     if not enabled:
@@ -70,7 +70,7 @@ def print_line(line: str) -> bool:
 
 @contextmanager
 def show_activity(title: str) -> Iterator[None]:
-    """Show a piece of work of unknown length while the block runs, such as one arm and seed."""
+    """Show work of unknown length while the block runs, such as one arm and seed."""
     with open_bar(title, None):
         yield
 
@@ -98,7 +98,7 @@ def open_bar(title: str, total: int | None) -> Iterator[BarUpdate]:
     try:
         yield advance
     finally:
-        # What was opened inside and left open, as by a training that failed, goes too.
+        # A training that failed leaves its inner bars open: they are removed as well.
         for other in [task for task in display.task_ids if task >= bar]:
             display.remove_task(other)
 
@@ -112,7 +112,7 @@ def track(items: Sequence[Item], title: str) -> Iterator[Item]:
 
 
 class _CountColumn(MofNCompleteColumn):
-    """Steps done and in all; nothing for work of unknown length that counts no steps."""
+    """Show steps done and in all; nothing for work of unknown length that counts no steps."""
 
     def render(self, task: Task) -> Text:
         """Return the text of one bar."""
