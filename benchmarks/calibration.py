@@ -37,7 +37,7 @@ from hftl.measure.statistics import MeanError, assign_blocks, classify_gain, est
 
 RESULT = Path(__file__).parent / "results" / "calibration.json"
 REPLICATES = 4000
-SPREAD, SHARED, OF_GROUP = 3.0, 0.9, 0.6
+SPREAD, SHARED, GROUP_SHARE = 3.0, 0.9, 0.6
 """Of the log-odds over items; what arms share of it; what rows of a group share of its variance."""
 VALUES_AT_ONCE = 2_000_000
 WIDTH = 16
@@ -45,7 +45,7 @@ WIDTH = 16
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 
 
-def groups_of(rows: int) -> np.ndarray:
+def build_groups(rows: int) -> np.ndarray:
     """Return a group id a row, (about `rows`,) int64; groups have 1 to 11 rows."""
     count = max(2, rows // 6)
     return np.repeat(np.arange(count), 1 + np.arange(count) % 11)
@@ -61,7 +61,7 @@ def draw_difficulty(
         if units.max() + 1 == len(units):
             return own
         group = rng.standard_normal((replicates, units.max() + 1), dtype=np.float32)[:, units]
-        return OF_GROUP**0.5 * group + (1 - OF_GROUP) ** 0.5 * own
+        return GROUP_SHARE**0.5 * group + (1 - GROUP_SHARE) ** 0.5 * own
 
     shared = draw()
     return [SPREAD * (SHARED * shared + (1 - SHARED**2) ** 0.5 * draw()) for _ in range(arms)]
@@ -73,12 +73,12 @@ ACCURACIES = special.expit(
 ).mean(1)
 
 
-def odds_shift(accuracy: np.ndarray) -> np.ndarray:
+def find_odds_shift(accuracy: np.ndarray) -> np.ndarray:
     """Return the shift of the log-odds with which an arm has this accuracy over all items."""
     return np.interp(accuracy, ACCURACIES, SHIFTS).astype(np.float32)
 
 
-def draw_right(
+def draw_correct(
     rng: np.random.Generator, difficulty: np.ndarray, accuracy: np.ndarray
 ) -> np.ndarray:
     """Draw which items are right, (replicates, seeds, items) bool.
@@ -88,11 +88,11 @@ def draw_right(
         difficulty: (replicates, items), see `draw_difficulty`.
         accuracy: (replicates, seeds) over all items.
     """
-    odds = odds_shift(accuracy)[:, :, None] + difficulty[:, None]
+    odds = find_odds_shift(accuracy)[:, :, None] + difficulty[:, None]
     return rng.random(odds.shape, dtype=np.float32) < special.expit(odds)
 
 
-def block_values(differences: np.ndarray, units: np.ndarray) -> np.ndarray:
+def compute_block_values(differences: np.ndarray, units: np.ndarray) -> np.ndarray:
     """Return what `jackknife` makes of a mean, (..., blocks), for (..., rows) at once."""
     block = assign_blocks(units)
     sizes = np.bincount(block)
@@ -103,37 +103,37 @@ def block_values(differences: np.ndarray, units: np.ndarray) -> np.ndarray:
     return mean + len(sizes) / len(units) * (sums - sizes * mean)
 
 
-def error_of(values: np.ndarray, units: np.ndarray) -> MeanError:
+def compute_error(values: np.ndarray, units: np.ndarray) -> MeanError:
     """Return the error of one replicate's (seeds, blocks) values."""
     error = estimate_mean_error(values, np.bincount(assign_blocks(units)))
     assert error is not None
     return error
 
 
-def chunks(replicates: int, values: int) -> list[int]:
+def split_replicates(replicates: int, values: int) -> list[int]:
     """Return how many replicates to draw at once, so that memory stays small."""
     step = max(1, VALUES_AT_ONCE // values)
     return [min(step, replicates - start) for start in range(0, replicates, step)]
 
 
-def p_values(
+def simulate_p_values(
     rng: np.random.Generator, seeds: int, units: np.ndarray, sd: float, replicates: int
 ) -> np.ndarray:
     """Return p of two equally good arms, (replicates,), as a run computes it."""
-    found = []
-    for size in chunks(replicates, seeds * len(units)):
+    p = []
+    for size in split_replicates(replicates, seeds * len(units)):
         rights = [
-            draw_right(rng, difficulty, 0.7 + sd * rng.standard_normal((size, seeds)))
+            draw_correct(rng, difficulty, 0.7 + sd * rng.standard_normal((size, seeds)))
             for difficulty in draw_difficulty(rng, size, units, 2)
         ]
         differences = rights[0].astype(np.int8) - rights[1]
-        values = block_values(differences, units)
+        values = compute_block_values(differences, units)
         means = differences.mean((1, 2))
-        found += [
-            error_of(value, units).p_value(float(mean))
+        p += [
+            compute_error(value, units).p_value(float(mean))
             for value, mean in zip(values, means, strict=True)
         ]
-    return np.array(found)
+    return np.array(p)
 
 
 def judge_p_values(replicates: int) -> list[dict[str, Any]]:
@@ -142,9 +142,9 @@ def judge_p_values(replicates: int) -> list[dict[str, Any]]:
     for grouped, seeds, items, sd in itertools.product(
         (False, True), (6, 8), (100, 400), (0.0, 0.01, 0.03)
     ):
-        units = groups_of(items) if grouped else np.arange(items)
+        units = build_groups(items) if grouped else np.arange(items)
         rng = np.random.default_rng([seeds, grouped, items, round(1000 * sd)])
-        p = p_values(rng, seeds, units, sd, replicates)
+        p = simulate_p_values(rng, seeds, units, sd, replicates)
         row: dict[str, Any] = {
             "seeds": seeds, "groups": int(units.max()) + 1 if grouped else None,
             "items": len(units), "seed_sd": sd, "replicates": replicates,
@@ -157,17 +157,17 @@ def judge_p_values(replicates: int) -> list[dict[str, Any]]:
     return rows
 
 
-def choose(
+def select_epoch(
     rng: np.random.Generator, difficulty: np.ndarray, accuracy: np.ndarray, candidates: int
 ) -> np.ndarray:
     """Return the score on validation of the best of equally good epochs, (replicates, seeds)."""
     rights = [
-        draw_right(rng, difficulty, accuracy).mean(2, dtype=np.float64) for _ in range(candidates)
+        draw_correct(rng, difficulty, accuracy).mean(2, dtype=np.float64) for _ in range(candidates)
     ]
     return np.max(rights, axis=0)
 
 
-def null_outcomes(
+def simulate_null_outcomes(
     rng: np.random.Generator, seeds: int, items: int, sd: float, behind: float, replicates: int
 ) -> dict[str, np.ndarray]:
     """Return of runs without a gain the outcomes, and the baselines named, by both rules.
@@ -179,39 +179,42 @@ def null_outcomes(
     lag = {"own": 0.0, "scratch": max(behind, 0.0), "classical": max(-behind, 0.0)}
     # A linear model that is solved varies by its shots alone.
     sds = {"own": sd, "scratch": 2 * sd, "classical": sd / 2}
-    told: dict[str, list[Any]] = {key: [] for key in ("lesser", "validation", "named", "scratch")}
-    for size in chunks(replicates, seeds * (items + rows)):
+    outcomes: dict[str, list[Any]] = {
+        key: [] for key in ("lesser", "validation", "named", "scratch")
+    }
+    for size in split_replicates(replicates, seeds * (items + rows)):
         accuracy = {
             arm: 0.7 - lag[arm] + sds[arm] * rng.standard_normal((size, seeds)) for arm in epochs
         }
         held = draw_difficulty(rng, size, np.arange(rows), 3)
         scores = {
-            arm: choose(rng, difficulty, accuracy[arm], epochs[arm])
+            arm: select_epoch(rng, difficulty, accuracy[arm], epochs[arm])
             for arm, difficulty in zip(epochs, held, strict=True)
         }
         test = draw_difficulty(rng, size, np.arange(items), 3)
         rights = {
-            arm: draw_right(rng, difficulty, accuracy[arm]).astype(np.int8)
+            arm: draw_correct(rng, difficulty, accuracy[arm]).astype(np.int8)
             for arm, difficulty in zip(epochs, test, strict=True)
         }
         for i in range(size):
             gains = {
-                arm: _gain(rights["own"][i] - rights[arm][i]) for arm in ("scratch", "classical")
+                arm: _compute_gain(rights["own"][i] - rights[arm][i])
+                for arm in ("scratch", "classical")
             }
             least = select_lesser_gain(gains)
             by_validation = max(gains, key=lambda arm: scores[arm][i].mean())
-            told["lesser"].append(least.outcome)
-            told["named"].append(least.baseline == "scratch")
-            told["validation"].append(gains[by_validation].outcome)
-            told["scratch"].append(by_validation == "scratch")
-    return {key: np.array(found) for key, found in told.items()}
+            outcomes["lesser"].append(least.outcome)
+            outcomes["named"].append(least.baseline == "scratch")
+            outcomes["validation"].append(gains[by_validation].outcome)
+            outcomes["scratch"].append(by_validation == "scratch")
+    return {key: np.array(values) for key, values in outcomes.items()}
 
 
-def _gain(differences: np.ndarray) -> Gain:
+def _compute_gain(differences: np.ndarray) -> Gain:
     """Return the gain of (seeds, items) differences of rights and wrongs."""
     units = np.arange(differences.shape[1])
     value = float(differences.mean())
-    interval = error_of(block_values(differences, units), units).interval(value)
+    interval = compute_error(compute_block_values(differences, units), units).interval(value)
     return Gain(
         metric="accuracy", value=value, ci95=interval, seeds=len(differences), p_value=None,
         relative_error_reduction=None, outcome=classify_gain(interval, MARGIN),
@@ -225,7 +228,7 @@ def judge_positive(replicates: int) -> list[dict[str, Any]]:
         (3, 8), (400, 1500), (0.005, 0.02), (-0.03, 0.0, 0.02, 0.05)
     ):
         rng = np.random.default_rng([seeds, items, round(1000 * sd), round(1000 * behind + 100)])
-        found = null_outcomes(rng, seeds, items, sd, behind, replicates)
+        outcomes = simulate_null_outcomes(rng, seeds, items, sd, behind, replicates)
         rows.append(
             {
                 "seeds": seeds,
@@ -233,17 +236,17 @@ def judge_positive(replicates: int) -> list[dict[str, Any]]:
                 "seed_sd": sd,
                 "scratch_behind": behind,
                 "replicates": replicates,
-                "positive": float(np.mean(found["lesser"] == "positive")),
-                "negative": float(np.mean(found["lesser"] == "negative")),
-                "scratch_named": float(np.mean(found["named"])),
-                "positive_by_validation": float(np.mean(found["validation"] == "positive")),
-                "scratch_named_by_validation": float(np.mean(found["scratch"])),
+                "positive": float(np.mean(outcomes["lesser"] == "positive")),
+                "negative": float(np.mean(outcomes["lesser"] == "negative")),
+                "scratch_named": float(np.mean(outcomes["named"])),
+                "positive_by_validation": float(np.mean(outcomes["validation"] == "positive")),
+                "scratch_named_by_validation": float(np.mean(outcomes["scratch"])),
             }  # fmt: skip
         )
     return rows
 
 
-def changes(
+def simulate_changes(
     rng: np.random.Generator, seeds: int, documents: int, skew: float, probes: bool
 ) -> dict[str, tuple[float, float, float]]:
     """Return the change and the interval of each figure of one run."""
@@ -258,10 +261,10 @@ def changes(
         new = old + far * (old @ turn + rng.normal(size=old.shape))
         after.append({"general": new, "new": new[:1]})
     controls = {"document": units.astype(str), "tone": tone.astype(str)}
-    asked = ForgettingSpec(controls, ("tone",) if probes else (), units, 0.2)
-    found = measure_forgetting({"general": old, "new": old[:1]}, {"own": after}, asked)["own"]
-    figures = {name: getattr(found, name) for name in ("neighbours", "cosine", "kl", "cka")}
-    for control, of_control in found.controls.items():
+    spec = ForgettingSpec(controls, ("tone",) if probes else (), units, 0.2)
+    forgetting = measure_forgetting({"general": old, "new": old[:1]}, {"own": after}, spec)["own"]
+    figures = {name: getattr(forgetting, name) for name in ("neighbours", "cosine", "kl", "cka")}
+    for control, of_control in forgetting.controls.items():
         figures |= {f"{control} {name}": figure for name, figure in of_control if figure}
     return {name: (figure.change, *figure.ci95) for name, figure in figures.items()}
 
@@ -273,12 +276,12 @@ def judge_forgetting(replicates: int) -> list[dict[str, Any]]:
     for seeds, documents, skew, probes in [*settings, (3, 40, 0.3, True)]:
         rng = np.random.default_rng([seeds, documents, round(100 * skew)])
         count = replicates // (40 if probes else 13)
-        drawn = [changes(rng, seeds, documents, skew, probes) for _ in range(count)]
+        drawn = [simulate_changes(rng, seeds, documents, skew, probes) for _ in range(count)]
         row: dict[str, Any] = {
             "seeds": seeds, "documents": documents, "seed_sd_of_log": skew, "replicates": count,
         }  # fmt: skip
         for name in drawn[0]:
-            change, low, high = np.array([found[name] for found in drawn]).T
+            change, low, high = np.array([figures[name] for figures in drawn]).T
             truth = change.mean()
             row[name] = float(np.mean((low <= truth) & (truth <= high)))
         rows.append(row)
@@ -292,27 +295,27 @@ PARTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
 }
 
 
-def table(result: dict[str, Any]) -> list[str]:
+def format_table(result: dict[str, Any]) -> list[str]:
     """Return a line for each part: the extremes over its settings."""
     lines = []
-    for row in _extremes(result.get("p_values", []), "at_0.05", "at_0.01"):
+    for row in _format_extremes(result.get("p_values", []), "at_0.05", "at_0.01"):
         lines.append(f"p of equal arms: {row}")
-    for row in _extremes(result.get("positive", []), "positive", "positive_by_validation"):
+    for row in _format_extremes(result.get("positive", []), "positive", "positive_by_validation"):
         lines.append(f"null runs: {row}")
-    told = result.get("forgetting", [])
-    for name in [key for key in told[-1] if key not in NO_FIGURES] if told else []:
-        found = [row[name] for row in told if name in row]
+    forgetting = result.get("forgetting", [])
+    for name in [key for key in forgetting[-1] if key not in SETTING_KEYS] if forgetting else []:
+        shares = [row[name] for row in forgetting if name in row]
         lines.append(
-            f"forgetting, {name}: covered {min(found):.3f} to {max(found):.3f}, mean "
-            f"{np.mean(found):.3f} ({len(found)} settings)"
+            f"forgetting, {name}: covered {min(shares):.3f} to {max(shares):.3f}, mean "
+            f"{np.mean(shares):.3f} ({len(shares)} settings)"
         )
     return lines
 
 
-NO_FIGURES = ("seeds", "documents", "seed_sd_of_log", "replicates")
+SETTING_KEYS = ("seeds", "documents", "seed_sd_of_log", "replicates")
 
 
-def _extremes(rows: Sequence[dict[str, Any]], *keys: str) -> list[str]:
+def _format_extremes(rows: Sequence[dict[str, Any]], *keys: str) -> list[str]:
     return [
         f"{key} {min(row[key] for row in rows):.4f} to {max(row[key] for row in rows):.4f} "
         f"({len(rows)} settings, {rows[0]['replicates']:,} runs each)"
@@ -332,7 +335,7 @@ def main() -> None:
         result[part] = PARTS[part](given.replicates)
         for row in result[part]:
             print(part, row)
-    result["table"] = table(result)
+    result["table"] = format_table(result)
     RESULT.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     print("\n".join(result["table"]))
 

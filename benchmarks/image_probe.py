@@ -1,4 +1,4 @@
-"""What frozen features of the image encoder are worth against raw pixels, without hftl.
+"""Compare frozen features of the image encoder with raw pixels, without hftl.
 
     python benchmarks/assets.py vit clipart fashion
     python benchmarks/image_probe.py                  # 5 to 10 minutes on 2 CPU cores
@@ -39,19 +39,19 @@ C = 0.01  # on standardised features
 BATCH = 16
 
 
-def on_white(picture: Image.Image) -> Image.Image:
-    """RGB of a picture of any mode, as it looks on a white page."""
+def flatten_on_white(picture: Image.Image) -> Image.Image:
+    """Return a picture of any mode in RGB, as it looks on a white page."""
     solid = picture.convert("RGBA")
     page = Image.new("RGBA", solid.size, "white")
     return Image.alpha_composite(page, solid).convert("RGB")
 
 
-def stretch(picture: Image.Image, side: int) -> Image.Image:
+def stretch_image(picture: Image.Image, side: int) -> Image.Image:
     """Resize to a square, whatever the aspect ratio."""
     return picture.resize((side, side), Image.Resampling.BICUBIC)
 
 
-def crop(picture: Image.Image, side: int) -> Image.Image:
+def crop_image(picture: Image.Image, side: int) -> Image.Image:
     """Resize the shortest edge to 8/7 of the side and cut the centre, as DINOv2's processor."""
     scale = side * 256 / 224 / min(picture.size)
     width, height = round(picture.width * scale), round(picture.height * scale)
@@ -60,16 +60,16 @@ def crop(picture: Image.Image, side: int) -> Image.Image:
     return resized.crop((left, top, left + side, top + side))
 
 
-def pad(picture: Image.Image, side: int) -> Image.Image:
+def pad_image(picture: Image.Image, side: int) -> Image.Image:
     """Fit the whole picture into a white square."""
     longest = max(picture.size)
     page = Image.new("RGB", (longest, longest), "white")
     page.paste(picture, ((longest - picture.width) // 2, (longest - picture.height) // 2))
-    return stretch(page, side)
+    return stretch_image(page, side)
 
 
 def load_clipart(folder: Path) -> tuple[list[Image.Image], np.ndarray]:
-    """At most PER_CATEGORY pictures and their categories.
+    """Return at most PER_CATEGORY pictures a category, and their categories.
 
     One of each set of equal files is kept, none where their categories differ, no bombs.
     """
@@ -87,28 +87,30 @@ def load_clipart(folder: Path) -> tuple[list[Image.Image], np.ndarray]:
             continue
         with Image.open(paths[content]) as picture:
             if picture.width * picture.height <= MAX_PIXELS:
-                pictures.append(on_white(picture))
+                pictures.append(flatten_on_white(picture))
                 labels.append(category)
     return pictures, np.array(labels)
 
 
 def load_garments(table: Path, per_class: int, seed: int) -> tuple[list[Image.Image], np.ndarray]:
-    """As many images of each class, drawn by the seed."""
+    """Return as many images of each class, drawn by the seed."""
     columns = parquet.read_table(table)
     labels = np.array(columns["label"].to_pylist())
     order = np.random.default_rng(seed).permutation(len(labels))
     drawn = np.concatenate([order[labels[order] == name][:per_class] for name in np.unique(labels)])
     stored = columns["image"].take(drawn).to_pylist()
-    return [on_white(Image.open(io.BytesIO(image["bytes"]))) for image in stored], labels[drawn]
+    return [flatten_on_white(Image.open(io.BytesIO(image["bytes"]))) for image in stored], labels[
+        drawn
+    ]
 
 
-def pixels(pictures: list[Image.Image], square: Square, side: int) -> np.ndarray:
-    """(pictures, side, side, 3) float32 in [0, 1]."""
+def compute_pixels(pictures: list[Image.Image], square: Square, side: int) -> np.ndarray:
+    """Return (pictures, side, side, 3) float32 in [0, 1]."""
     return np.stack([np.asarray(square(p, side), dtype=np.float32) / 255 for p in pictures])
 
 
 class Encoder:
-    """The frozen vision transformer and the scale of its inputs."""
+    """Hold the frozen vision transformer and the scale of its inputs."""
 
     def __init__(self, folder: Path) -> None:
         processor = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
@@ -118,22 +120,24 @@ class Encoder:
 
     @torch.inference_mode()
     def features(self, pictures: list[Image.Image], square: Square, side: int) -> np.ndarray:
-        """(pictures, 768) float32: the CLS token beside the mean patch."""
-        found = []
+        """Return (pictures, 768) float32: the CLS token beside the mean patch."""
+        features_ = []
         for at in range(0, len(pictures), BATCH):
-            values = (pixels(pictures[at : at + BATCH], square, side) - self.mean) / self.std
+            values = (
+                compute_pixels(pictures[at : at + BATCH], square, side) - self.mean
+            ) / self.std
             tokens = self.model(torch.from_numpy(values).permute(0, 3, 1, 2)).last_hidden_state
-            found.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1))
-        return torch.cat(found).numpy()
+            features_.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1))
+        return torch.cat(features_).numpy()
 
 
-def probe() -> Pipeline:
-    """Logistic regression on standardised features."""
+def build_probe() -> Pipeline:
+    """Return a logistic regression on standardised features."""
     return make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=500))
 
 
-def tell(what: str, scores: np.ndarray | list[float]) -> None:
-    """One line of the table."""
+def print_scores(what: str, scores: np.ndarray | list[float]) -> None:
+    """Print one line of the table."""
     print(f"{what:44}{np.mean(scores):.3f}  {np.std(scores):.3f}", flush=True)
 
 
@@ -142,33 +146,37 @@ def probe_clipart(encoder: Encoder, folder: Path) -> None:
     pictures, labels = load_clipart(folder)
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
     what = f"clip art {len(pictures)}"
-    for square in (stretch, crop, pad):
+    for square in (stretch_image, crop_image, pad_image):
         features = encoder.features(pictures, square, CLIPART_SIDE)
-        tell(
+        print_scores(
             f"{what}, encoder, {square.__name__}",
-            cross_val_score(probe(), features, labels, cv=folds),
+            cross_val_score(build_probe(), features, labels, cv=folds),
         )
-    thumbnails = pixels(pictures, stretch, THUMBNAIL_SIDE).reshape(len(pictures), -1)
-    tell(f"{what}, pixels, stretch", cross_val_score(probe(), thumbnails, labels, cv=folds))
+    thumbnails = compute_pixels(pictures, stretch_image, THUMBNAIL_SIDE).reshape(len(pictures), -1)
+    print_scores(
+        f"{what}, pixels, stretch", cross_val_score(build_probe(), thumbnails, labels, cv=folds)
+    )
 
 
 def probe_garments(encoder: Encoder, folder: Path) -> None:
     """Print the accuracy of 5 and of 100 labels a class, over draws."""
     ways: dict[str, Callable[[list[Image.Image]], np.ndarray]] = {
-        "encoder": lambda images: encoder.features(images, stretch, GARMENT_SIDE),
-        "pixels": lambda images: pixels(images, stretch, 28)[..., 0].reshape(len(images), -1),
+        "encoder": lambda images: encoder.features(images, stretch_image, GARMENT_SIDE),
+        "pixels": lambda images: compute_pixels(images, stretch_image, 28)[..., 0].reshape(
+            len(images), -1
+        ),
     }
-    test, wanted = load_garments(folder / "test.parquet", 200, seed=0)
+    test, test_labels = load_garments(folder / "test.parquet", 200, seed=0)
     held_out = {way: read(test) for way, read in ways.items()}
     for per_class, draws in ((5, 5), (100, 3)):
         scores: dict[str, list[float]] = {way: [] for way in ways}
         for seed in range(draws):
             images, labels = load_garments(folder / "train.parquet", per_class, seed)
             for way, read in ways.items():
-                fitted = probe().fit(read(images), labels)
-                scores[way].append(float(fitted.score(held_out[way], wanted)))
-        for way, found in scores.items():
-            tell(f"garments, {10 * per_class} labels, {draws} draws, {way}", found)
+                fitted = build_probe().fit(read(images), labels)
+                scores[way].append(float(fitted.score(held_out[way], test_labels)))
+        for way, values in scores.items():
+            print_scores(f"garments, {10 * per_class} labels, {draws} draws, {way}", values)
 
 
 def main() -> None:

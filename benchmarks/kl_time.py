@@ -1,4 +1,4 @@
-"""What KL to the original costs a LoRA fine-tuning in time.
+"""Measure what KL to the original costs a LoRA fine-tuning in time.
 
     python benchmarks/kl_time.py                      # 3 pairs, minutes on 2 CPU cores
 
@@ -51,15 +51,15 @@ RECIPE: dict[str, Any] = {
         },
     },
 }
-WAYS: dict[str, Retain | None] = {
+RETAIN_VARIANTS: dict[str, Retain | None] = {
     "none": None,
     "target": Retain(kl=KL(weight=0.3)),
     "general": Retain(kl=KL(weight=0.3, inputs="general"), replay=Replay(ratio=0.25)),
 }
 
 
-def opened() -> tuple[hftl.Recipe, ExperimentContext]:
-    """The recipe and its workbench, with the general rows read."""
+def open_context() -> tuple[hftl.Recipe, ExperimentContext]:
+    """Return the recipe and its context, with the general rows read."""
     recipe = hftl.Recipe.parse(RECIPE, "benchmarks/kl_time.py")
     source = find_source(recipe.source)
     reading = build_input_spec(source, "classification")
@@ -69,49 +69,49 @@ def opened() -> tuple[hftl.Recipe, ExperimentContext]:
     return recipe, bench
 
 
-def once(recipe: hftl.Recipe, bench: ExperimentContext, way: str) -> tuple[float, float]:
-    """Seconds on the clock and of the processor that one training takes, its reference included."""
+def time_training(recipe: hftl.Recipe, bench: ExperimentContext, way: str) -> tuple[float, float]:
+    """Return the clock and processor seconds of one training, its reference included."""
     clock, processor = time.perf_counter(), time.process_time()
-    kept = build_setup(
+    setup = build_setup(
         bench,
-        WAYS[way],
+        RETAIN_VARIANTS[way],
         recipe.finetune,
         0,
         lambda _: ({}, {}),
         lambda before: before.build_model("mean", 0).model,
     )
-    train_arm(bench, recipe.finetune, 0, kept)
+    train_arm(bench, recipe.finetune, 0, setup)
     return time.perf_counter() - clock, time.process_time() - processor
 
 
-def table(pairs: list[dict[str, tuple[float, float]]]) -> list[str]:
-    """A line for each way: its cost as a ratio, the median over pairs, the least and the most."""
+def format_table(pairs: list[dict[str, tuple[float, float]]]) -> list[str]:
+    """Return a line for each variant: its cost as a ratio, median, least and most over pairs."""
     lines = ["KL on     clock                    processor"]
     for way in ("target", "general"):
-        told = []
+        costs = []
         for kind in (0, 1):
             ratios = [pair[way][kind] / pair["none"][kind] for pair in pairs]
-            told.append(
+            costs.append(
                 f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
             )
-        lines.append(f"{way:10}{told[0]:25}{told[1]}")
+        lines.append(f"{way:10}{costs[0]:25}{costs[1]}")
     return lines
 
 
 def main() -> None:
-    """Trains the pairs, prints the ratios and keeps the figures."""
+    """Train the pairs, print the ratios and store the figures."""
     parser = argparse.ArgumentParser(description="The time that KL costs a LoRA fine-tuning.")
     parser.add_argument("--pairs", type=int, default=3)
     given = parser.parse_args()
     pipeline.silence_libraries()
-    recipe, bench = opened()
-    once(recipe, bench, "none")
+    recipe, bench = open_context()
+    time_training(recipe, bench, "none")
     pairs = []
     for number in range(given.pairs):
-        order = list(WAYS)[:: 1 if number % 2 else -1]
-        pairs.append({way: once(recipe, bench, way) for way in order})
+        order = list(RETAIN_VARIANTS)[:: 1 if number % 2 else -1]
+        pairs.append({way: time_training(recipe, bench, way) for way in order})
         print(pairs[-1], flush=True)
-    lines = table(pairs)
+    lines = format_table(pairs)
     print("\n".join(lines))
     RESULT.write_text(json.dumps({"table": lines, "pairs": pairs}, indent=1) + "\n", "utf-8")
 

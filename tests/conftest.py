@@ -25,13 +25,13 @@ __all__ = ["BAD", "FILLER", "GOOD", "SPECIAL", "tiny_config", "tiny_tokenizer"]
 def sentences(rows: int, seed: int = 0) -> list[tuple[str, str]]:
     """Distinct sentences with the label that their words say."""
     draw = random.Random(seed)
-    found: dict[str, str] = {}
-    while len(found) < rows:
-        label = ("negative", "positive")[len(found) % 2]
+    labels_by_text: dict[str, str] = {}
+    while len(labels_by_text) < rows:
+        label = ("negative", "positive")[len(labels_by_text) % 2]
         words = draw.sample(FILLER, 5) + draw.sample(GOOD if label == "positive" else BAD, 2)
         draw.shuffle(words)
-        found[" ".join(words)] = label
-    return list(found.items())
+        labels_by_text[" ".join(words)] = label
+    return list(labels_by_text.items())
 
 
 def write_csv(path: Path, header: list[str], rows: list[Any]) -> Path:

@@ -17,10 +17,10 @@ LABELS = {
 
 def sure(task: str) -> np.ndarray:
     """Logits that are sure of the labels."""
-    found = encode_targets(LABELS[task], task, NAMES)
+    targets_ = encode_targets(LABELS[task], task, NAMES)
     if task == "regression":
-        return found[:, None]
-    return 20 * found - 10 if task == "multi-label" else 20 * np.eye(3)[found]
+        return targets_[:, None]
+    return 20 * targets_ - 10 if task == "multi-label" else 20 * np.eye(3)[targets_]
 
 
 def words(task: str) -> list[int]:
@@ -29,11 +29,11 @@ def words(task: str) -> list[int]:
 
 @pytest.mark.parametrize("task", LABELS)
 def test_sure_logits_tell_the_labels(task: str) -> None:
-    found, scores = decode_logits(sure(task), task, NAMES, words(task))
-    assert found == LABELS[task]
-    assert len(scores) == len(found)
-    first, second = (encode_for_metrics(labels, task, NAMES) for labels in (found, LABELS[task]))
-    assert np.array_equal(first, second) and len(first) == len(found)
+    labels, scores = decode_logits(sure(task), task, NAMES, words(task))
+    assert labels == LABELS[task]
+    assert len(scores) == len(labels)
+    first, second = (encode_for_metrics(labels, task, NAMES) for labels in (labels, LABELS[task]))
+    assert np.array_equal(first, second) and len(first) == len(labels)
 
 
 def test_targets_by_hand() -> None:
@@ -64,8 +64,8 @@ def test_scores_are_probabilities() -> None:
 @pytest.mark.parametrize(("names", "outside"), [(["B-X", "I-X", "O"], "O"), (["x", "y", "z"], "x")])
 def test_a_word_that_was_cut_off_is_outside(names: list[str], outside: str) -> None:
     logits = np.array([[0, 9, 0], [np.nan] * 3, [9, 0, 0]], dtype=np.float32)
-    found, scores = decode_logits(logits, "token-classification", names, [2, 1])
-    assert found == [(names[1], outside), (names[0],)]
+    labels, scores = decode_logits(logits, "token-classification", names, [2, 1])
+    assert labels == [(names[1], outside), (names[0],)]
     assert scores[0][1] is None and sum(scores[0][0]) == pytest.approx(1)
 
 

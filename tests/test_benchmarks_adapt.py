@@ -37,56 +37,56 @@ def here(mlm: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Runs in this process what would have one of its own; what was run, and how."""
     ran: list[Any] = []
 
-    def alone(task: Any, *given: Any, **settings: str) -> Any:
+    def run_alone(task: Any, *given: Any, **settings: str) -> Any:
         ran.append((task.__name__, given[0], bool(settings)))
         return task(*given)
 
-    monkeypatch.setattr(mlm, "alone", alone)
+    monkeypatch.setattr(mlm, "run_alone", run_alone)
     return ran
 
 
 def test_both_contenders_train_alike_and_are_measured_in_turn(
     mlm: Any, shape: Any, here: list[Any]
 ) -> None:
-    told = mlm.compare(shape, 2)
-    assert told["loss_difference"] < 1e-5
-    assert here[:2] == [("losses", "hftl", False), ("losses", "trainer", False)]
+    result = mlm.compare(shape, 2)
+    assert result["loss_difference"] < 1e-5
+    assert here[:2] == [("compute_losses", "hftl", False), ("compute_losses", "trainer", False)]
     order = [(who, settings) for task, who, settings in here if task == "measure"]
     assert order == [
         ("hftl", False), ("trainer", False), ("trainer", False), ("hftl", False),
         ("hftl", True), ("trainer", True),
     ]  # fmt: skip
-    one = told["pairs"][0]
+    one = result["pairs"][0]
     assert one["hftl"]["gradients"] == one["trainer"]["gradients"] > 0
     assert one["hftl"]["state"] == pytest.approx(2 * one["hftl"]["gradients"], rel=1e-3)
     speeds = [pair["hftl"]["tokens_per_second"] / pair["trainer"]["tokens_per_second"]
-              for pair in told["pairs"]]  # fmt: skip
-    assert told["speed"] == {"median": sum(speeds) / 2, "min": min(speeds), "max": max(speeds)}
-    assert len(mlm.table({"tiny": told})) == 6
+              for pair in result["pairs"]]  # fmt: skip
+    assert result["speed"] == {"median": sum(speeds) / 2, "min": min(speeds), "max": max(speeds)}
+    assert len(mlm.format_table({"tiny": result})) == 6
 
 
 def test_nothing_is_timed_where_the_losses_differ(
     mlm: Any, shape: Any, here: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = mlm.whole_labels
+    whole = mlm.build_stock_collator
 
     def shifted(data: Any) -> Any:
         collate = whole(data)
         return lambda rows: collate(rows[::-1][1:])
 
-    monkeypatch.setattr(mlm, "whole_labels", shifted)
+    monkeypatch.setattr(mlm, "build_stock_collator", shifted)
     with pytest.raises(SystemExit, match="do not train alike"):
         mlm.compare(shape, 1)
-    assert {task for task, *_ in here} == {"losses"}
+    assert {task for task, *_ in here} == {"compute_losses"}
 
 
 def test_the_peer_s_batches_hold_the_same_tokens_and_labels(
     mlm: Any, shape: Any, tmp_path: Path
 ) -> None:
-    mlm.make(replace(shape, rows=8), tmp_path)
-    data = mlm.masked_blocks(shape, tmp_path)
+    mlm.write_inputs(replace(shape, rows=8), tmp_path)
+    data = mlm.load_masked_blocks(shape, tmp_path)
     rows = [data[i] for i in range(5)]
-    ours, theirs = data.collate(rows), mlm.whole_labels(data)(rows)
+    ours, theirs = data.collate(rows), mlm.build_stock_collator(data)(rows)
     assert theirs["input_ids"].shape == theirs["labels"].shape == (5, shape.length)
     assert torch.equal(ours["input_ids"], theirs["input_ids"])
     for row, labels in zip(rows, theirs["labels"], strict=True):
@@ -97,20 +97,20 @@ def test_the_peer_s_batches_hold_the_same_tokens_and_labels(
 def test_a_fresh_process_has_its_settings_and_this_one_keeps_its_own(
     mlm: Any,
 ) -> None:
-    assert mlm.alone(os.getenv, "HFTL_SEEN", HFTL_SEEN="yes") == "yes"
+    assert mlm.run_alone(os.getenv, "HFTL_SEEN", HFTL_SEEN="yes") == "yes"
     assert "HFTL_SEEN" not in os.environ
-    assert mlm.alone(os.getpid) != os.getpid()
+    assert mlm.run_alone(os.getpid) != os.getpid()
 
 
 def test_the_corpus_has_its_size_and_distinct_lines(
     memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "vocabulary", lambda: ["the", "of", "cat", "house"])
-    monkeypatch.setattr(memory, "AT_ONCE", 100)
+    monkeypatch.setattr(memory, "list_words", lambda: ["the", "of", "cat", "house"])
+    monkeypatch.setattr(memory, "WORDS_AT_ONCE", 100)
     file = tmp_path / "corpus.txt"
     lines = memory.write_corpus(file, 50_000, 80)
-    found = file.read_text(encoding="utf-8").splitlines()
-    assert len(found) == lines == len(set(found))
+    written = file.read_text(encoding="utf-8").splitlines()
+    assert len(written) == lines == len(set(written))
     assert 50_000 <= file.stat().st_size < 50_200
     assert 60 < file.stat().st_size / lines < 110
     memory.write_corpus(tmp_path / "again.txt", 50_000, 80)
@@ -123,14 +123,14 @@ def test_the_memory_of_a_process_is_seen_by_phase(memory: Any, tmp_path: Path) -
         "import sys, time, pathlib\ntime.sleep(.3)\n"
         "big = bytearray(b'x') * (100 << 20)\npathlib.Path(sys.argv[1]).touch()\ntime.sleep(.5)"
     )
-    told = memory.watched(
+    usage = memory.run_and_watch(
         [sys.executable, "-c", code, str(mark)], lambda: "after" if mark.exists() else "before"
     )
-    after = told["phases"]["after"]
+    after = usage["phases"]["after"]
     assert 100 < after["anonymous"] <= after["resident"] < 150
-    assert sum(phase["seconds"] for phase in told["phases"].values()) <= told["seconds"]
+    assert sum(phase["seconds"] for phase in usage["phases"].values()) <= usage["seconds"]
     with pytest.raises(SystemExit, match="ended with 3"):
-        memory.watched([sys.executable, "-c", "raise SystemExit(3)"], lambda: "all")
+        memory.run_and_watch([sys.executable, "-c", "raise SystemExit(3)"], lambda: "all")
 
 
 def test_the_large_corpus_is_held_against_the_weights_and_the_small_one(
@@ -149,8 +149,8 @@ def test_the_large_corpus_is_held_against_the_weights_and_the_small_one(
     into = tmp_path / "out.json"
     monkeypatch.setattr(sys, "argv", ["adapt_memory.py", "--size", "50", "--into", str(into)])
     memory.main()
-    told = json.loads(into.read_text(encoding="utf-8"))
-    assert told["weights"] == 3
-    assert told["beyond_weights"] == 1050 - 3
-    assert told["beyond_small"] == 49
-    assert len(told["table"]) == 1 + 2 * 2 + 2
+    results = json.loads(into.read_text(encoding="utf-8"))
+    assert results["weights"] == 3
+    assert results["beyond_weights"] == 1050 - 3
+    assert results["beyond_small"] == 49
+    assert len(results["table"]) == 1 + 2 * 2 + 2

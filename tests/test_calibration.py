@@ -28,48 +28,50 @@ calibration = _load()
 
 
 @pytest.fixture(scope="module")
-def kept() -> dict[str, Any]:
+def stored() -> dict[str, Any]:
     return json.loads((BENCHMARKS / "results" / "calibration.json").read_text("utf-8"))
 
 
-@pytest.mark.parametrize("units", [np.arange(30), np.arange(900), calibration.groups_of(90)])
+@pytest.mark.parametrize("units", [np.arange(30), np.arange(900), calibration.build_groups(90)])
 def test_block_values_are_those_of_the_jackknife(units: np.ndarray) -> None:
     rng = np.random.default_rng(0)
     differences = rng.integers(-1, 2, size=(2, len(units)))
-    values = calibration.block_values(differences, units)
-    for row, found in zip(differences, values, strict=True):
-        np.testing.assert_allclose(found, jackknife(lambda i, r=row: float(r[i].mean()), units))
+    values = calibration.compute_block_values(differences, units)
+    for row, block in zip(differences, values, strict=True):
+        np.testing.assert_allclose(block, jackknife(lambda i, r=row: float(r[i].mean()), units))
     assert values.shape == (2, len(np.unique(assign_blocks(units))))
 
 
 def test_the_simulation_estimates_what_a_run_estimates() -> None:
-    units = calibration.groups_of(60)
+    units = calibration.build_groups(60)
     rng = np.random.default_rng(1)
     rights = rng.random((2, 6, len(units))) < 0.7
     labels = np.zeros(len(units), int)
-    told = SplitPredictions(
+    predictions = SplitPredictions(
         labels, units, {"a": (~rights[0]).astype(int), "b": (~rights[1]).astype(int)}
     )
-    found = compute_gain(find_metric("accuracy", "classification"), told, "a", "b")
+    measured = compute_gain(find_metric("accuracy", "classification"), predictions, "a", "b")
     differences = rights[0].astype(int) - rights[1]
-    error = calibration.error_of(calibration.block_values(differences, units), units)
-    assert found["p_value"] == pytest.approx(error.p_value(float(differences.mean())))
-    assert found["ci95"] == pytest.approx(error.interval(float(differences.mean())))
+    error = calibration.compute_error(calibration.compute_block_values(differences, units), units)
+    assert measured["p_value"] == pytest.approx(error.p_value(float(differences.mean())))
+    assert measured["ci95"] == pytest.approx(error.interval(float(differences.mean())))
 
 
 @pytest.mark.parametrize("seeds", [6, 8])
-@pytest.mark.parametrize("units", [np.arange(200), calibration.groups_of(200)])
+@pytest.mark.parametrize("units", [np.arange(200), calibration.build_groups(200)])
 def test_p_of_equal_arms_is_uniform(seeds: int, units: np.ndarray) -> None:
-    p = calibration.p_values(np.random.default_rng(0), seeds, units, 0.01, 1000)
+    p = calibration.simulate_p_values(np.random.default_rng(0), seeds, units, 0.01, 1000)
     for level in (0.05, 0.01):
         assert abs(np.mean(p <= level) - level) <= 2 * (level * (1 - level) / len(p)) ** 0.5
 
 
 @pytest.mark.parametrize("behind", [-0.03, 0.02])
 def test_runs_without_a_gain_are_hardly_called_positive(behind: float) -> None:
-    found = calibration.null_outcomes(np.random.default_rng(0), 3, 400, 0.005, behind, 300)
-    assert np.mean(found["lesser"] == "positive") <= 0.05
-    by_validation = np.mean(found["validation"] == "positive")
+    outcomes = calibration.simulate_null_outcomes(
+        np.random.default_rng(0), 3, 400, 0.005, behind, 300
+    )
+    assert np.mean(outcomes["lesser"] == "positive") <= 0.05
+    by_validation = np.mean(outcomes["validation"] == "positive")
     assert behind < 0 or by_validation > 0.05, "the choice on validation favours scratch"
 
 
@@ -80,14 +82,14 @@ def test_every_setting_at_a_size_that_can_tell(part: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["p_values", "positive"])
-def test_the_figures_kept_are_right(part: str, kept: dict[str, Any]) -> None:
-    check(part, kept[part], 3.0)
+def test_the_figures_kept_are_right(part: str, stored: dict[str, Any]) -> None:
+    check(part, stored[part], 3.0)
 
 
-def test_the_coverage_kept_of_forgetting_is_right(kept: dict[str, Any]) -> None:
+def test_the_coverage_kept_of_forgetting_is_right(stored: dict[str, Any]) -> None:
     """Each share is of a few hundred runs at most; probes err to the safe side."""
-    rows = kept["forgetting"]
-    names = [name for name in rows[-1] if name not in calibration.NO_FIGURES]
+    rows = stored["forgetting"]
+    names = [name for name in rows[-1] if name not in calibration.SETTING_KEYS]
     assert {"neighbours", "kl", "cka", "document same", "tone probe_fixed"} <= set(names)
     for name in names:
         shares = [row[name] for row in rows if name in row]

@@ -45,8 +45,8 @@ def test_texts_and_words(value: Any, task: str, why: str | None) -> None:
 )
 def test_lists_of_labels(value: Any, task: str, why: str | None) -> None:
     words = ["two", "words"] if task == "token-classification" else None
-    found = find_label_fault({"y": value}, "y", task, words)
-    assert found == why or (why and found and found.startswith(why))
+    fault = find_label_fault({"y": value}, "y", task, words)
+    assert fault == why or (why and fault and fault.startswith(why))
 
 
 @pytest.mark.parametrize("on", [1, True, 1.0, "1", " 1 "])

@@ -93,11 +93,11 @@ def test_copies_and_near_copies_of_the_test_are_counted_and_left_out(
     corpus, bench = made(tree, tmp_path / "run")
     assert corpus.facts["leaked"] == (0 if transductive else 7)
     assert corpus.facts["duplicates"] == 1
-    kept = own + (exact + near if transductive else [])
-    found = texts_of(corpus, bench)
-    assert found >= set(own) and len(found & {*exact, *near}) == (7 if transductive else 0)
+    remaining = own + (exact + near if transductive else [])
+    texts = texts_of(corpus, bench)
+    assert texts >= set(own) and len(texts & {*exact, *near}) == (7 if transductive else 0)
     documents = corpus.facts["documents"] + corpus.facts["held_out_documents"]
-    assert documents == len(kept)
+    assert documents == len(remaining)
 
 
 def test_the_task_corpus_may_stand_beside_another(
@@ -134,7 +134,7 @@ def test_general_text_is_a_sample_and_nothing_of_it_trains(
     table: Path, tiny_model: Tiny, tmp_path: Path
 ) -> None:
     rows = [[text] for text, _ in sentences(GENERAL_SAMPLE + 200, seed=3)]
-    found = []
+    samples = []
     for order in (1, -1):
         path = write_csv(tmp_path / f"g{order}.csv", ["text"], rows[::order])
         tree = tree_of(tiny_model(), table, {"objective": "mlm"}, general=str(path))
@@ -144,9 +144,9 @@ def test_general_text_is_a_sample_and_nothing_of_it_trains(
             and GENERAL_SAMPLE - 1 <= len(corpus.general) <= GENERAL_SAMPLE
         )
         ids = [tuple(corpus.general[i][0]) for i in range(len(corpus.general))]
-        found.append(set(ids))
+        samples.append(set(ids))
         assert texts_of(corpus, bench) == of_split(bench, "train")
-    assert found[0] == found[1]
+    assert samples[0] == samples[1]
 
 
 def test_bad_rows_are_counted_or_refused(table: Path, tiny_model: Tiny, tmp_path: Path) -> None:
@@ -176,10 +176,10 @@ def test_pictures_of_the_test_are_left_out_too(tiny_model: Tiny, tmp_path: Path)
         shutil.copy(path, corpus_folder / f"{path.parent.name}-{path.name}")
     tree["data"]["unlabeled"] = str(corpus_folder)
     corpus, bench = made(tree, tmp_path / "other")
-    kept = {*corpus.train, *corpus.held_out}
-    assert not kept & of_split(bench, "validation", "test")
+    remaining = {*corpus.train, *corpus.held_out}
+    assert not remaining & of_split(bench, "validation", "test")
     assert corpus.facts["leaked"] >= len(of_split(bench, "validation", "test"))
-    assert len(kept) + corpus.facts["leaked"] == 12 + 40
+    assert len(remaining) + corpus.facts["leaked"] == 12 + 40
     tree["adapt"]["transductive"] = True
     corpus, _ = made(tree, tmp_path / "other")
     assert corpus.facts["leaked"] == 0

@@ -81,7 +81,7 @@ def brute_force(
     before, after, payload = [tokenizer.cls_token_id], [tokenizer.sep_token_id], cut.length - 2
     streams: list[list[tuple[int, Any]]] = [[]]
     for number, text in enumerate(texts):
-        found = tokenizer(text, add_special_tokens=False)
+        encoding = tokenizer(text, add_special_tokens=False)
         if number:
             streams[-1].append((after[0], None))
             if not cut.pack:
@@ -89,7 +89,7 @@ def brute_force(
                 streams.append([])
         streams[-1] += [
             (token, (number, word))
-            for token, word in zip(found["input_ids"], found.word_ids(), strict=True)
+            for token, word in zip(encoding["input_ids"], encoding.word_ids(), strict=True)
         ]
     blocks = []
     for stream in streams:
@@ -112,7 +112,7 @@ def held_out_texts(texts: list[str], tokenizer: Any, cut: BlockSpec, folder: Pat
         texts, tokenizer, BlockSpec(10**6, False, cut.held_out, cut.seed), keep_all, folder
     )
     ids = {tuple(tokenizer(text)["input_ids"]): text for text in texts}
-    return {ids[tuple(found)] for found, _ in blocks_of(folder)[1]}
+    return {ids[tuple(block_ids)] for block_ids, _ in blocks_of(folder)[1]}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,13 +129,13 @@ def test_blocks_are_those_of_a_brute_force_cut(
     held_out = held_out_texts(LONG, tokenizer, cut, tmp_path / "each")
     assert 0 < len(held_out) < len(LONG) == len(set(LONG))
     sides = [[t for t in LONG if t not in held_out], [t for t in LONG if t in held_out]]
-    wanted = [brute_force(side, tokenizer, cut) for side in sides]
-    assert blocks_of(tmp_path / "out") == wanted
+    expected = [brute_force(side, tokenizer, cut) for side in sides]
+    assert blocks_of(tmp_path / "out") == expected
     tokens = [sum(len(tokenizer.tokenize(text)) for text in side) for side in sides]
     assert asdict(facts) | {"fingerprint": ""} == {
-        "documents": len(sides[0]), "tokens": tokens[0], "blocks": len(wanted[0]),
+        "documents": len(sides[0]), "tokens": tokens[0], "blocks": len(expected[0]),
         "held_out_documents": len(sides[1]), "held_out_tokens": tokens[1],
-        "held_out_blocks": len(wanted[1]), "duplicates": 0, "leaked": 0, "empty": 0,
+        "held_out_blocks": len(expected[1]), "duplicates": 0, "leaked": 0, "empty": 0,
         "fingerprint": "",
     }  # fmt: skip
     assert not list((tmp_path / "out").glob("stream*"))
@@ -232,14 +232,14 @@ def test_copies_and_leaked_documents_are_not_learnt_from(
 def test_the_fingerprint_tells_corpora_apart(
     tmp_path: Path, tokenizer_of: Callable[[str], Any]
 ) -> None:
-    found = set()
+    fingerprints = set()
     for number, texts in enumerate((LONG, LONG[1:], [LONG[0] + " .", *LONG[1:]])):
         (tmp_path / str(number)).mkdir()
         facts = write_blocks(
             texts, tokenizer_of("bytes"), cut_of(), keep_all, tmp_path / str(number)
         )
-        found.add(facts.fingerprint)
-    assert len(found) == 3
+        fingerprints.add(facts.fingerprint)
+    assert len(fingerprints) == 3
 
 
 def test_a_large_vocabulary_is_stored_in_full(
@@ -249,9 +249,9 @@ def test_a_large_vocabulary_is_stored_in_full(
     tokenizer.add_tokens([f"token{number}" for number in range(1 << 16)])
     texts = [f"the token{65535 - number} of it" for number in range(30)]
     write_blocks(texts, tokenizer, cut_of(pack=False), keep_all, tmp_path)
-    found = {tuple(ids) for side in blocks_of(tmp_path) for ids, _ in side}
-    assert found == {tuple(tokenizer(text)["input_ids"]) for text in texts}
-    assert max(map(max, found)) > 1 << 16
+    stored = {tuple(ids) for side in blocks_of(tmp_path) for ids, _ in side}
+    assert stored == {tuple(tokenizer(text)["input_ids"]) for text in texts}
+    assert max(map(max, stored)) > 1 << 16
 
 
 def test_blocks_travel_to_a_worker_as_a_path(

@@ -99,16 +99,16 @@ def test_what_cannot_be_read_is_refused_with_its_reason(
 def test_the_reason_does_not_repeat_the_name_of_the_file(tmp_path: Path) -> None:
     for name, body in [("zzz1.png", b""), ("zzz2.png", b"text"), ("zzz3.png", giant())]:
         (tmp_path / name).write_bytes(body)
-        with pytest.raises(ImageDecodeError) as told:
+        with pytest.raises(ImageDecodeError) as refusal:
             decode_image(name, tmp_path, MOST)
-        assert "zzz" not in str(told.value)
+        assert "zzz" not in str(refusal.value)
 
 
 def test_giants_are_refused_by_the_header_in_every_thread_without_a_warning() -> None:
     def refused(_: int) -> str:
-        with pytest.raises(ImageDecodeError) as told:
+        with pytest.raises(ImageDecodeError) as refusal:
             decode_image(giant(), None, MOST)
-        return str(told.value)
+        return str(refusal.value)
 
     with warnings.catch_warnings(record=True) as leaked:
         warnings.simplefilter("always")
@@ -140,8 +140,8 @@ def test_lossless_formats_give_the_very_pixels(kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "mode"), [("JPEG", "RGB"), ("WEBP", "RGB"), ("JPEG", "CMYK")])
 def test_lossy_formats_give_nearly_the_pixels(kind: str, mode: str) -> None:
-    found = read(saved(scene(mode), kind, quality=95))
-    assert np.abs(found - np.asarray(scene())).mean() < 4
+    pixels = read(saved(scene(mode), kind, quality=95))
+    assert np.abs(pixels - np.asarray(scene())).mean() < 4
 
 
 def test_content_and_not_the_suffix_says_the_format(tmp_path: Path) -> None:
@@ -184,8 +184,8 @@ def test_pictures_are_turned_upright(kind: str, orientation: int) -> None:
         7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: lambda a: np.rot90(a),
     }  # fmt: skip
     plain = read(saved(scene(), kind))
-    found = read(saved(scene(), kind, exif=turned(orientation)))
-    assert (found == undo[orientation](plain)).all()
+    pixels = read(saved(scene(), kind, exif=turned(orientation)))
+    assert (pixels == undo[orientation](plain)).all()
 
 
 def test_transparency_shows_white_in_every_mode() -> None:
@@ -203,8 +203,8 @@ def test_transparency_shows_white_in_every_mode() -> None:
     palette.putpalette([200, 100, 0, 10, 20, 30])
     palette.putdata([0, 1])
     for transparency in (1, b"\xff\x00"):
-        found = read(saved(palette, transparency=transparency))
-        assert found.tolist() == [[[200, 100, 0], [255, 255, 255]]]
+        pixels = read(saved(palette, transparency=transparency))
+        assert pixels.tolist() == [[[200, 100, 0], [255, 255, 255]]]
     assert read(saved(palette, "GIF", transparency=1))[0, 1].tolist() == [255, 255, 255]
     with_alpha = palette.convert("PA")
     with_alpha.putalpha(Image.fromarray(np.array([[255, 0]], dtype=np.uint8)))
@@ -234,9 +234,9 @@ def test_the_transparent_colour_of_a_png_is_found_at_every_depth(
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
 def test_sixteen_bits_of_grey_are_scaled_and_not_clipped(kind: str) -> None:
     deep = np.linspace(0, 65535, 600).astype(np.uint16).reshape(20, 30)
-    found = read(saved(Image.fromarray(deep), kind))
-    assert (found[..., 0] == np.rint(deep / 257)).all()
-    assert (found[..., 0] == found[..., 1]).all() and found.max() == 255
+    pixels = read(saved(Image.fromarray(deep), kind))
+    assert (pixels[..., 0] == np.rint(deep / 257)).all()
+    assert (pixels[..., 0] == pixels[..., 1]).all() and pixels.max() == 255
 
 
 def test_a_tiff_that_pillow_would_misread_is_refused() -> None:
@@ -278,7 +278,7 @@ def test_only_a_picture_below_a_patch_on_both_sides_is_too_small() -> None:
 
 def test_random_damage_is_read_or_refused_and_nothing_else() -> None:
     draw = np.random.default_rng(0)
-    found = {"read": 0, "refused": 0}
+    counts = {"read": 0, "refused": 0}
     with warnings.catch_warnings():
         # Pillow tells of damaged EXIF, which is no damage to the picture.
         warnings.simplefilter("ignore", UserWarning)
@@ -290,10 +290,10 @@ def test_random_damage_is_read_or_refused_and_nothing_else() -> None:
                     hurt[place] = draw.integers(256)
                 try:
                     read(bytes(hurt))
-                    found["read"] += 1
+                    counts["read"] += 1
                 except ImageDecodeError:
-                    found["refused"] += 1
-    assert min(found.values()) > 30
+                    counts["refused"] += 1
+    assert min(counts.values()) > 30
 
 
 @pytest.fixture

@@ -135,21 +135,21 @@ def test_no_documents_are_an_error(tmp_path: Path) -> None:
 
 def test_documents_are_streamed(tmp_path: Path) -> None:
     path = written(tmp_path, "a.txt", "one\ntwo\n\x00\n")
-    found = stream(path, "unlabeled", BadRows())
-    assert [next(found), next(found)] == ["one", "two"]
+    texts = stream(path, "unlabeled", BadRows())
+    assert [next(texts), next(texts)] == ["one", "two"]
     with pytest.raises(DataError, match="line 3"):
-        next(found)
+        next(texts)
 
 
 def test_batches_are_bounded_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BATCH_TEXTS", 3)
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 20)
     texts = ["a", "", "word " * 30, "x" * 50, "b", "c", "d", "e", "word\n" * 7]
-    found = list(batch_documents(texts))
-    assert all(1 <= len(batch) <= 3 for batch in found)
-    assert all(sum(len(piece) for _, piece in batch) <= 20 for batch in found)
+    batches_ = list(batch_documents(texts))
+    assert all(1 <= len(batch) <= 3 for batch in batches_)
+    assert all(sum(len(piece) for _, piece in batch) <= 20 for batch in batches_)
     joined: list[str] = []
-    for content, piece in (item for batch in found for item in batch):
+    for content, piece in (item for batch in batches_ for item in batch):
         if content is None:
             assert piece[0] in " \nx"
             joined[-1] += piece

@@ -17,15 +17,15 @@ def totals(counts: CopyCounts) -> tuple[int, int, int]:
 
 
 def test_one_of_several_copies_stays() -> None:
-    kept, counts = drop_duplicates({"train": [row("x"), row("y"), row("x", index=2)]})
-    assert kept == {"train": [row("x"), row("y")]}
+    remaining, counts = drop_duplicates({"train": [row("x"), row("y"), row("x", index=2)]})
+    assert remaining == {"train": [row("x"), row("y")]}
     assert totals(counts) == (1, 0, 0)
 
 
 def test_copies_with_differing_labels_all_go() -> None:
     rows = [row("x"), row("y"), row("x", "b", 2), row("x", "a", 3)]
-    kept, counts = drop_duplicates({"train": rows})
-    assert kept == {"train": [row("y")]}
+    remaining, counts = drop_duplicates({"train": rows})
+    assert remaining == {"train": [row("y")]}
     assert totals(counts) == (0, 3, 0)
 
 
@@ -34,8 +34,8 @@ def test_the_same_words_in_another_place_are_no_copy() -> None:
         Row(("a", "b"), "x", None, 0, ""), Row(("b", "a"), "x", None, 1, ""),
         Row(("a b",), "x", None, 2, ""), Row(("a c",), "x", None, 3, ""),
     ]  # fmt: skip
-    kept, counts = drop_duplicates({"train": rows})
-    assert kept["train"] == rows
+    remaining, counts = drop_duplicates({"train": rows})
+    assert remaining["train"] == rows
     assert counts.duplicates == 0
 
 
@@ -52,20 +52,20 @@ def test_a_copy_in_several_tables_stays_where_it_measures(
     tables: tuple[str, ...], stays: str
 ) -> None:
     parts = {"train": [row("own")]} | {t: [row("own " + t), row("x")] for t in tables}
-    kept, counts = drop_duplicates(parts)
-    assert [part for part, rows in kept.items() if row("x") in rows] == [stays]
+    remaining, counts = drop_duplicates(parts)
+    assert [part for part, rows in remaining.items() if row("x") in rows] == [stays]
     assert totals(counts) == (len(tables) - 1, 0, len(tables) - 1)
 
 
 def test_conflicts_reach_across_tables() -> None:
-    kept, counts = drop_duplicates({"train": [row("x"), row("y")], "test": [row("x", "b")]})
-    assert kept == {"train": [row("y")], "test": []}
+    remaining, counts = drop_duplicates({"train": [row("x"), row("y")], "test": [row("x", "b")]})
+    assert remaining == {"train": [row("y")], "test": []}
     assert totals(counts) == (0, 2, 0)
 
 
 def test_targets_conflict_too() -> None:
-    kept, counts = drop_duplicates({"train": [row("x", 1.0), row("x", 1.5), row("y", 2.0)]})
-    assert kept["train"] == [row("y", 2.0)]
+    remaining, counts = drop_duplicates({"train": [row("x", 1.0), row("x", 1.5), row("y", 2.0)]})
+    assert remaining["train"] == [row("y", 2.0)]
     assert counts.conflicting == 2
 
 

@@ -49,7 +49,7 @@ def texts(rows: list[Row]) -> list[str]:
     return [row.content[0] for row in rows]
 
 
-def told(general: GeneralData) -> dict[str, list[tuple[Any, ...]]]:
+def describe_halves(general: GeneralData) -> dict[str, list[tuple[Any, ...]]]:
     return {
         half: [(row.content, row.label, row.group) for row in getattr(general, half)]
         for half in ("train_rows", "eval_rows")
@@ -81,7 +81,7 @@ def test_order_of_rows_does_not_matter_and_the_seed_does(tmp_path: Path) -> None
     first, _ = loaded(tmp_path, rows, label=["document", "tone"])
     random.Random(1).shuffle(rows)
     again, _ = loaded(tmp_path, rows, label=["document", "tone"])
-    assert told(first) == told(again)
+    assert describe_halves(first) == describe_halves(again)
     assert first.facts == again.facts
     other, _ = loaded(tmp_path, rows, label=["document", "tone"], seed=1)
     assert set(texts(other.eval_rows)) != set(texts(first.eval_rows))
@@ -110,9 +110,9 @@ def test_copies_of_each_other_and_of_the_run_are_dropped(tmp_path: Path) -> None
     rows = rows_of(240)
     general, prepared = loaded(tmp_path, [*rows, *own, *rows[:9]], label="document")
     known = {t for split in prepared.rows.values() for t in texts(split)}
-    kept = texts(general.train_rows) + texts(general.eval_rows)
+    remaining = texts(general.train_rows) + texts(general.eval_rows)
     overlap = len({row[0] for row in rows} & known)
-    assert not known & set(kept) and len(kept) == len(set(kept)) == 240 - overlap
+    assert not known & set(remaining) and len(remaining) == len(set(remaining)) == 240 - overlap
     assert general.facts.duplicates >= 9 and general.facts.known == 30
 
 
@@ -122,10 +122,10 @@ def test_two_labels_of_the_task_are_none(tmp_path: Path) -> None:
     twice = [(text, "d0", "positive" if tone == "negative" else "negative")
              for text, _, tone in rows[:3]]  # fmt: skip
     header = ["text", "document", "label"]
-    found, _ = loaded(tmp_path, [*rows, *twice], header, label=["document", "label"])
-    kept = texts(found.train_rows) + texts(found.eval_rows)
-    assert not {text for text, _, _ in twice} & set(kept)
-    assert found.facts.conflicting == 6
+    general, _ = loaded(tmp_path, [*rows, *twice], header, label=["document", "label"])
+    remaining = texts(general.train_rows) + texts(general.eval_rows)
+    assert not {text for text, _, _ in twice} & set(remaining)
+    assert general.facts.conflicting == 6
     other, _ = loaded(tmp_path, [*rows, *twice], HEADER, label=["document", "tone"])
     assert other.facts.conflicting == 0 and other.facts.duplicates >= 3
 
@@ -151,11 +151,11 @@ def test_near_copies_of_what_measures_are_not_used(
     this = Run(recipe, tmp_path / "run", print)
     (tmp_path / "run").mkdir()
     bench = pipeline._load_data(this, find_source(recipe.source))
-    found = pipeline._load_general_rows(this, bench)
-    assert found is not None
+    general = pipeline._load_general_rows(this, bench)
+    assert general is not None
     is_near = build_leak_test(bench)
-    assert not any(map(is_near, found.train_rows)) and any(map(is_near, found.eval_rows))
-    assert found.facts.near > 5 and len(found.train_rows) > 5
+    assert not any(map(is_near, general.train_rows)) and any(map(is_near, general.eval_rows))
+    assert general.facts.near > 5 and len(general.train_rows) > 5
 
 
 def test_at_most_so_many_rows_in_whole_documents(
@@ -206,8 +206,8 @@ def test_words_are_taken_where_words_are_tagged(tmp_path: Path) -> None:
     tree = {"train": {"path": str(run)}, "general": {"path": str(general)}}
     prepared = prepare_data(Data.model_validate(tree))
     data = Data.model_validate(tree | {"task": "token-classification"})
-    found = load_general(data, prepared, InputSpec())
-    assert all(len(row.content) == 7 for row in found.eval_rows)
+    loaded_general = load_general(data, prepared, InputSpec())
+    assert all(len(row.content) == 7 for row in loaded_general.eval_rows)
 
 
 def test_pictures_of_a_folder_with_and_without_classes(tmp_path: Path) -> None:
@@ -222,10 +222,10 @@ def test_pictures_of_a_folder_with_and_without_classes(tmp_path: Path) -> None:
         prepared = prepare_data(data, reading)
         general = load_general(data, prepared, reading)
         own = {row.content for rows in prepared.rows.values() for row in rows}
-        kept = [*general.train_rows, *general.eval_rows]
-        assert len(kept) == 60 - general.facts.known and general.facts.known > 0
-        assert not own & {row.content for row in kept}
-        assert all(row.size == (40, 36) and row.table == "general" for row in kept)
+        rows = [*general.train_rows, *general.eval_rows]
+        assert len(rows) == 60 - general.facts.known and general.facts.known > 0
+        assert not own & {row.content for row in rows}
+        assert all(row.size == (40, 36) and row.table == "general" for row in rows)
         if values:
             assert set(general.get_control_values("label")) == values and general.classes == (
                 "label",

@@ -16,15 +16,17 @@ from hftl.data.tables import load_hub_rows
 
 def serve(monkeypatch: pytest.MonkeyPatch, dataset: datasets.Dataset) -> list[dict[str, Any]]:
     """Answers `load_dataset` with the dataset; returns what was asked."""
-    asked: list[dict[str, Any]] = []
+    requests: list[dict[str, Any]] = []
 
     def answer(path: str, name: str | None, **more: Any) -> datasets.Dataset:
-        asked.append({"path": path, "name": name, **more})
+        requests.append({"path": path, "name": name, **more})
         return dataset
 
     monkeypatch.setattr(datasets, "load_dataset", answer)
-    monkeypatch.setattr("hftl.data.tables.resolve_revision", lambda path, wanted: wanted or "0" * 40)
-    return asked
+    monkeypatch.setattr(
+        "hftl.data.tables.resolve_revision", lambda path, revision: revision or "0" * 40
+    )
+    return requests
 
 
 def section(**more: Any) -> Data:
@@ -40,8 +42,8 @@ def test_class_ids_become_names_also_in_lists(monkeypatch: pytest.MonkeyPatch) -
     rows = {"tokens": [["a", "b"], ["c"]], "ner_tags": [[0, 1], [1]]}
     serve(monkeypatch, datasets.Dataset.from_dict(rows, features))
     data = section(task="token-classification", train={"text": "tokens", "label": "ner_tags"})
-    found = load_rows(data, "train", BadRows(), InputSpec())
-    assert [(row.content, row.label) for row in found] == [
+    loaded = load_rows(data, "train", BadRows(), InputSpec())
+    assert [(row.content, row.label) for row in loaded] == [
         (("a", "b"), ("O", "B-X")), (("c",), ("B-X",)),
     ]  # fmt: skip
 
@@ -56,12 +58,12 @@ def test_pictures_are_decoded_by_us_and_named_by_their_row(
     )
     cells = [{"bytes": good.getvalue(), "path": None}, {"bytes": b"broken", "path": None}]
     dataset = datasets.Dataset.from_dict({"image": cells, "label": [1, 0]}, features)
-    asked = serve(monkeypatch, dataset)
+    requests = serve(monkeypatch, dataset)
     bad = BadRows(skip=True)
     (row,) = load_rows(section(), "train", bad, InputSpec("image", 4))
     assert row.label == "dog" and row.size == (9, 9)
     assert bad.dropped[0].where == "org/set train row 2"
-    assert asked == [{"path": "org/set", "name": None, "split": "train", "revision": "abc"}]
+    assert requests == [{"path": "org/set", "name": None, "split": "train", "revision": "abc"}]
 
 
 def test_an_id_that_is_no_class_is_no_label(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,5 +71,5 @@ def test_an_id_that_is_no_class_is_no_label(monkeypatch: pytest.MonkeyPatch) -> 
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])}
     )
     serve(monkeypatch, datasets.Dataset.from_dict({"text": ["x", "y"], "label": [-1, 1]}, features))
-    told = [raw.values["label"] for raw in load_hub_rows(section().train, "train")]
-    assert told == [None, "b"]
+    labels = [raw.values["label"] for raw in load_hub_rows(section().train, "train")]
+    assert labels == [None, "b"]

@@ -71,10 +71,10 @@ def test_canvas_and_normaliser_are_the_whole_processor(
     chosen = resize_processor(processor, image_size)
     image = picture(*size)
     whole = np.asarray(chosen(image, return_tensors="np")["pixel_values"][0], dtype=np.float64)
-    kept = resize_and_crop(chosen, image)
+    canvas = resize_and_crop(chosen, image)
     side = get_image_size(chosen)
-    assert kept.dtype == np.uint8 and kept.shape == (3, side, side)
-    parts = build_normalizer(chosen)(torch.from_numpy(kept)[None])
+    assert canvas.dtype == np.uint8 and canvas.shape == (3, side, side)
+    parts = build_normalizer(chosen)(torch.from_numpy(canvas)[None])
     assert parts.dtype == torch.float32 and parts.shape == (1, 3, side, side)
     assert np.abs(parts[0].double().numpy() - whole).max() < 1e-6
 
@@ -182,13 +182,13 @@ def test_light_crops_keep_to_their_area_ratio_and_mirroring() -> None:
     image = torch.stack([right, right.T, torch.zeros_like(right)])
     widths, heights, mirrored, corners = [], [], 0, []
     for number in range(400):
-        found = random_crop_and_flip(image, 0, 0, str(number).encode()).double()
-        across = (found[0, :, -20] - found[0, :, 20]).mean() / (side - 40)
-        down = (found[1, -20, :] - found[1, 20, :]).mean() / (side - 40)
+        cropped = random_crop_and_flip(image, 0, 0, str(number).encode()).double()
+        across = (cropped[0, :, -20] - cropped[0, :, 20]).mean() / (side - 40)
+        down = (cropped[1, -20, :] - cropped[1, 20, :]).mean() / (side - 40)
         widths.append(abs(float(across)))
         heights.append(float(down))
         mirrored += bool(across < 0)
-        corners.append(float(found[1, 0].mean()))
+        corners.append(float(cropped[1, 0].mean()))
     areas, ratios = np.multiply(widths, heights), np.divide(widths, heights)
     assert CROP_AREA[0] - 0.02 < areas.min() < 0.73 and 0.97 < areas.max() < CROP_AREA[1] + 0.02
     assert abs(areas.mean() - 0.85) < 0.02
@@ -203,18 +203,18 @@ def test_light_crops_keep_to_their_area_ratio_and_mirroring() -> None:
 
 def test_the_resize_of_a_crop_is_that_of_pillow() -> None:
     image = pixels(64)
-    found = torch.nn.functional.interpolate(
+    resized = torch.nn.functional.interpolate(
         image[None, :, 5:50, 3:61], (64, 64), mode="bilinear", antialias=True
     )[0]
     crop = Image.fromarray(image[:, 5:50, 3:61].permute(1, 2, 0).numpy())
     pillow = np.asarray(crop.resize((64, 64), Image.Resampling.BILINEAR)).astype(int)
-    assert np.abs(found.permute(1, 2, 0).numpy().astype(int) - pillow).max() <= 1
+    assert np.abs(resized.permute(1, 2, 0).numpy().astype(int) - pillow).max() <= 1
 
 
 def test_pixel_features_average_areas() -> None:
     canvases = torch.stack([pixels(64, seed) for seed in range(3)])
-    found = compute_pixel_features(canvases, 16)
+    features = compute_pixel_features(canvases, 16)
     blocks = canvases.double().numpy().reshape(3, 3, 16, 4, 16, 4).mean(axis=(3, 5)) / 255
-    assert found.dtype == torch.float32
-    assert np.abs(found.numpy() - blocks.reshape(3, -1)).max() < 1e-6
+    assert features.dtype == torch.float32
+    assert np.abs(features.numpy() - blocks.reshape(3, -1)).max() < 1e-6
     assert compute_pixel_features(torch.full((300, 3, 30, 30), 255, dtype=torch.uint8)).eq(1).all()

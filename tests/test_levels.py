@@ -98,7 +98,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "deep"
 
 
-TOLD = "24 of 24 pictures use less than 10% .* within 3 to 12 of 255"
+WARNING = "24 of 24 pictures use less than 10% .* within 3 to 12 of 255"
 
 
 def test_check_run_predict_and_compare_warn(
@@ -116,11 +116,11 @@ def test_check_run_predict_and_compare_warn(
         "count": 24, "pictures": 24, "low": 3, "high": 12
     }  # fmt: skip
     assert any("warning: 24 of 24 pictures use less than 10%" in line for line in said)
-    with pytest.warns(DataWarning, match="input: " + TOLD):
+    with pytest.warns(DataWarning, match="input: " + WARNING):
         predict_table(str(tmp_path / "run"), folder, tmp_path / "out.csv")
     with pytest.warns(DataWarning, match="1 of 1 pictures"):
         hftl.load(tmp_path / "run").predict([folder / "dark" / "2.png"])
-    with pytest.warns(DataWarning, match="deep: " + TOLD):
+    with pytest.warns(DataWarning, match="deep: " + WARNING):
         compare_models([str(tmp_path / "run")], folder, None)
 
 
@@ -132,7 +132,7 @@ def test_pictures_without_labels_are_told(folder: Path) -> None:
             values = scene(0, 1, 100 * len(label) + number)
             (full / label / f"{number}.png").write_bytes(KINDS["8 bits"](values))
     tree: dict[str, Any] = {"train": {"path": str(full)}, "unlabeled": {"path": str(folder)}}
-    with pytest.warns(DataWarning, match="data.unlabeled: " + TOLD):
+    with pytest.warns(DataWarning, match="data.unlabeled: " + WARNING):
         load_images(Data.model_validate(tree), "unlabeled", BadRows(), InputSpec("image", 8))
     tree = {
         "task": "classification",
@@ -145,7 +145,7 @@ def test_pictures_without_labels_are_told(folder: Path) -> None:
         warnings.simplefilter("error")
         prepared = prepare_data(data, reading)
     assert prepared.facts.narrow_pictures is None
-    with pytest.warns(DataWarning, match="data.general: " + TOLD):
+    with pytest.warns(DataWarning, match="data.general: " + WARNING):
         load_general(data, prepared, reading)
 
 

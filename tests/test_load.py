@@ -61,11 +61,11 @@ def as_textfolder(folder: Path) -> Path:
 
 @pytest.mark.parametrize("make", [as_csv, as_jsonl, as_parquet, as_textfolder])
 def test_each_format_gives_the_same_rows(make: Any, tmp_path: Path) -> None:
-    found = rows_of(make(tmp_path))
-    assert sorted((row.content[0], row.label) for row in found) == sorted(GOOD)
-    assert {row.group for row in found} == {None}
-    assert len({row.index for row in found}) == 3
-    assert len({row.where for row in found}) == 3
+    rows = rows_of(make(tmp_path))
+    assert sorted((row.content[0], row.label) for row in rows) == sorted(GOOD)
+    assert {row.group for row in rows} == {None}
+    assert len({row.index for row in rows}) == 3
+    assert len({row.where for row in rows}) == 3
 
 
 def test_tabs_and_a_byte_order_mark(tmp_path: Path) -> None:
@@ -91,8 +91,8 @@ def test_a_format_that_is_said_wins_over_the_suffix(tmp_path: Path) -> None:
 
 def test_columns_pairs_groups_and_targets(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", "q,p,score,who\nx,y,1.5,7\nz,w,-2,8\n")
-    found = rows_of(path, "regression", "who", text=["q", "p"], label="score")
-    assert found == [
+    rows = rows_of(path, "regression", "who", text=["q", "p"], label="score")
+    assert rows == [
         Row(("x", "y"), 1.5, "7", 0, "a.csv line 2"),
         Row(("z", "w"), -2.0, "8", 1, "a.csv line 3"),
     ]

@@ -107,16 +107,20 @@ def test_eight_of_ten_are_masked_one_is_random_and_one_kept(
 
 def test_whole_words_are_chosen_together_each_at_the_ratio() -> None:
     ids, words = block(200_000)
-    found = [mask_tokens(ids, words, masking(True), np.random.default_rng(s))[1] for s in range(5)]
-    for positions in found:
+    chosen_positions = [
+        mask_tokens(ids, words, masking(True), np.random.default_rng(s))[1] for s in range(5)
+    ]
+    for positions in chosen_positions:
         chosen = np.zeros(len(ids), dtype=bool)
         chosen[positions] = True
         assert np.array_equal(chosen, np.isin(words, words[positions]))
         count = len(np.unique(words[positions]))
         assert passes([count, words.max() + 1 - count], [RATIO, 1 - RATIO])
     fates = [mask_tokens(ids, words, masking(True), np.random.default_rng(s))[0] for s in range(5)]
-    masked = sum(int((shown[p] == MASK).sum()) for shown, p in zip(fates, found, strict=True))
-    total = sum(map(len, found))
+    masked = sum(
+        int((shown[p] == MASK).sum()) for shown, p in zip(fates, chosen_positions, strict=True)
+    )
+    total = sum(map(len, chosen_positions))
     assert passes([masked, total - masked], [0.8, 0.2])
 
 
@@ -165,13 +169,13 @@ def test_no_two_blocks_share_their_random_numbers() -> None:
         def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
             return block(200)
 
-    found = set()
+    distinct = set()
     for seed in range(4):
         rows = MaskedBlocks(Same(), masking(), seed, 0)  # pyright: ignore
         for epoch in range(4):
             rows.set_epoch(epoch)
-            found |= {rows[i]["positions"].tobytes() for i in range(5)}
-    assert len(found) == 4 * 4 * 5
+            distinct |= {rows[i]["positions"].tobytes() for i in range(5)}
+    assert len(distinct) == 4 * 4 * 5
 
 
 def test_fixed_masks_stay_those_of_epoch_0() -> None:
@@ -202,10 +206,10 @@ def brute_force(rows: list[dict[str, np.ndarray]], pad_id: int) -> dict[str, tor
             flat.append(number * longest + position)
             slots.append(number * most + place)
         labels.append([*row["labels"], *[-100] * (most - len(row["labels"]))])
-    found = {"input_ids": ids, "attention_mask": mask, "flat": flat, "slots": slots}
+    batch = {"input_ids": ids, "attention_mask": mask, "flat": flat, "slots": slots}
     if all(map(all, mask)):
-        del found["attention_mask"]
-    return {k: torch.tensor(v, dtype=torch.int64) for k, v in {**found, "labels": labels}.items()}
+        del batch["attention_mask"]
+    return {k: torch.tensor(v, dtype=torch.int64) for k, v in {**batch, "labels": labels}.items()}
 
 
 @pytest.mark.parametrize("picked", [[0, 1, 2, 3, 4], [0, 2], [3], [1]])
@@ -213,12 +217,14 @@ def test_a_batch_is_that_of_a_loop(picked: list[int]) -> None:
     for seed in range(20):
         rows = dataset(seed)
         some = [rows[i] for i in picked]
-        found, wanted = rows.collate(some), brute_force(some, 0)
-        assert list(found) == list(wanted)
-        for key in wanted:
-            assert found[key].dtype == torch.int64
-            assert found[key].shape == wanted[key].shape and torch.equal(found[key], wanted[key])
-    assert ("attention_mask" in found) == (len({len(row["input_ids"]) for row in some}) > 1)
+        batch, expected = rows.collate(some), brute_force(some, 0)
+        assert list(batch) == list(expected)
+        for key in expected:
+            assert batch[key].dtype == torch.int64
+            assert batch[key].shape == expected[key].shape and torch.equal(
+                batch[key], expected[key]
+            )
+    assert ("attention_mask" in batch) == (len({len(row["input_ids"]) for row in some}) > 1)
 
 
 def test_the_picked_tokens_meet_their_labels() -> None:
@@ -246,12 +252,12 @@ def test_the_masking_of_a_tokenizer(tmp_path: Path) -> None:
 
     tiny_tokenizer(tmp_path)
     tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
-    found = build_masking_spec(tokenizer, 0.3, True)
+    spec = build_masking_spec(tokenizer, 0.3, True)
     special = {tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
     assert len(special) == 5
-    assert set(np.flatnonzero(found.special)) == special
-    assert found.replaceable.tolist() == [i for i in range(len(tokenizer)) if i not in special]
-    assert (found.ratio, found.whole_words, found.mask_id) == (0.3, True, tokenizer.mask_token_id)
+    assert set(np.flatnonzero(spec.special)) == special
+    assert spec.replaceable.tolist() == [i for i in range(len(tokenizer)) if i not in special]
+    assert (spec.ratio, spec.whole_words, spec.mask_id) == (0.3, True, tokenizer.mask_token_id)
 
 
 @pytest.mark.parametrize("ratio", [0, 0.0, 1, 1.0, -0.1, 1.5, float("nan")])

@@ -54,10 +54,10 @@ def test_near_texts_are_those_that_brute_force_finds() -> None:
 
     best = [max(similarity(text, other) for other in measured) for text in corpus]
     want = [score >= 0.8 or quotes(text) for text, score in zip(corpus, best, strict=True)]
-    found = [text in near for text in corpus]
+    is_near = [text in near for text in corpus]
     assert 200 < sum(want) < 600 and sum(0.8 <= score < 0.85 for score in best) > 30
-    assert not any(f and not w for f, w in zip(found, want, strict=True))
-    recall = sum(f and w for f, w in zip(found, want, strict=True)) / sum(want)
+    assert not any(f and not w for f, w in zip(is_near, want, strict=True))
+    recall = sum(f and w for f, w in zip(is_near, want, strict=True)) / sum(want)
     assert recall >= 0.99
 
 

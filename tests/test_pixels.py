@@ -91,8 +91,8 @@ def test_a_parquet_table_holds_its_pictures(folder: Path, tmp_path: Path) -> Non
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    told = [{"bytes": (folder / "dark" / f"{i}.png").read_bytes(), "path": None} for i in range(3)]
-    pq.write_table(pa.table({"image": told, "label": [0, 1, 0]}), tmp_path / "t.parquet")
+    cells = [{"bytes": (folder / "dark" / f"{i}.png").read_bytes(), "path": None} for i in range(3)]
+    pq.write_table(pa.table({"image": cells, "label": [0, 1, 0]}), tmp_path / "t.parquet")
     stored = {row.content for row in rows_of(tmp_path / "t.parquet")}
     assert stored == {r.content for r in rows_of(folder) if r.where in {
         "dark/0.png", "dark/1.png", "dark/2.png"}}  # fmt: skip
@@ -227,8 +227,8 @@ def test_a_whole_run_on_pictures(
 
 def test_light_pictures_keep_shape_and_type() -> None:
     row = {"pixel_values": np.random.default_rng(0).integers(0, 256, (3, 24, 24), dtype=np.uint8)}
-    found = augment_image(row, 0, 0, b"key")["pixel_values"]
-    assert found.shape == (3, 24, 24) and found.dtype == torch.uint8
+    pixels = augment_image(row, 0, 0, b"key")["pixel_values"]
+    assert pixels.shape == (3, 24, 24) and pixels.dtype == torch.uint8
 
 
 def test_a_table_in_another_order_finds_the_same_pictures(

@@ -23,12 +23,12 @@ def data(path: Path, **more: Any) -> Data:
 
 
 def test_fractions_are_exact_and_the_facts_tell_them(table: Path) -> None:
-    found = prepare_data(data(table))
-    assert found.facts.splits == {"train": 96, "validation": 32, "test": 32}
-    assert found.names == ["negative", "positive"]
-    assert found.facts.label_counts["test"] == {"negative": 16, "positive": 16}
-    texts = [row.content for rows in found.rows.values() for row in rows]
-    assert len(set(texts)) == len(texts) == found.facts.rows_read == 160
+    prepared = prepare_data(data(table))
+    assert prepared.facts.splits == {"train": 96, "validation": 32, "test": 32}
+    assert prepared.names == ["negative", "positive"]
+    assert prepared.facts.label_counts["test"] == {"negative": 16, "positive": 16}
+    texts = [row.content for rows in prepared.rows.values() for row in rows]
+    assert len(set(texts)) == len(texts) == prepared.facts.rows_read == 160
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
@@ -37,13 +37,13 @@ def test_what_is_written_is_read_back(tmp_path: Path, task: str) -> None:
             for i in range(80)]  # fmt: skip
     path = write_csv(tmp_path / "a.csv", ["q", "p", "y", "who"], rows)
     train = {"path": str(path), "text": ["q", "p"], "label": "y"}
-    found = prepare_data(Data.model_validate({"train": train, "task": task, "group": "who"}))
-    stage.write_prepared_data(found, tmp_path, "digest")
+    prepared = prepare_data(Data.model_validate({"train": train, "task": task, "group": "who"}))
+    stage.write_prepared_data(prepared, tmp_path, "digest")
     again = stage.read_prepared_data(tmp_path)
-    assert again == found
+    assert again == prepared
     assert stage.read_stored_digest(tmp_path) == "digest"
     assert np.array_equal(
-        again.encode_targets(again.rows["train"]), found.encode_targets(found.rows["train"])
+        again.encode_targets(again.rows["train"]), prepared.encode_targets(prepared.rows["train"])
     )
 
 
@@ -74,11 +74,11 @@ def test_an_arms_rows_and_their_order_do_not_depend_on_the_disk(table: Path) -> 
 
 def test_class_ids_follow_numbers_as_numbers(tmp_path: Path) -> None:
     rows = [(f"text {i}", (10, 9, -1)[i % 3]) for i in range(60)]
-    found = prepare_data(data(write_csv(tmp_path / "a.csv", HEADER, rows)))
-    assert found.names == ["-1", "9", "10"]
-    ids = found.encode_targets(found.rows["test"])
+    prepared = prepare_data(data(write_csv(tmp_path / "a.csv", HEADER, rows)))
+    assert prepared.names == ["-1", "9", "10"]
+    ids = prepared.encode_targets(prepared.rows["test"])
     assert ids.dtype == np.int64
-    assert [found.names[i] for i in ids] == [row.label for row in found.rows["test"]]
+    assert [prepared.names[i] for i in ids] == [row.label for row in prepared.rows["test"]]
 
 
 @pytest.mark.parametrize(
@@ -95,11 +95,11 @@ def test_a_name_that_only_resembles_a_number_is_a_name(tmp_path: Path, names: An
 def test_targets_are_floats_and_have_no_classes(tmp_path: Path) -> None:
     rows = [(f"text {i}", i / 10) for i in range(50)]
     path = write_csv(tmp_path / "a.csv", HEADER, rows)
-    found = prepare_data(data(path, task="regression", shots=7))
-    assert found.names == []
-    assert found.facts.label_counts is None
-    assert found.encode_targets(found.rows["test"]).dtype == np.float64
-    assert (len(found.draw_train_rows(7, 0)), len(found.rows["validation"])) == (7, 7)
+    prepared = prepare_data(data(path, task="regression", shots=7))
+    assert prepared.names == []
+    assert prepared.facts.label_counts is None
+    assert prepared.encode_targets(prepared.rows["test"]).dtype == np.float64
+    assert (len(prepared.draw_train_rows(7, 0)), len(prepared.rows["validation"])) == (7, 7)
 
 
 def test_bad_rows_and_duplicates_are_counted_and_listed(tmp_path: Path) -> None:
@@ -124,10 +124,12 @@ def test_fractions_are_taken_after_duplicates_are_dropped(table: Path) -> None:
 def test_groups_never_straddle(tmp_path: Path) -> None:
     rows = [(text, label, i // 4) for i, (text, label) in enumerate(sentences(160))]
     path = write_csv(tmp_path / "a.csv", [*HEADER, "who"], rows)
-    found = prepare_data(data(path, group="who"))
-    seen = Counter(group for rows in found.rows.values() for group in {row.group for row in rows})
+    prepared = prepare_data(data(path, group="who"))
+    seen = Counter(
+        group for rows in prepared.rows.values() for group in {row.group for row in rows}
+    )
     assert set(seen.values()) == {1}
-    assert found.facts.splits == {"train": 96, "validation": 32, "test": 32}
+    assert prepared.facts.splits == {"train": 96, "validation": 32, "test": 32}
 
 
 def tables(
@@ -143,10 +145,10 @@ def tables(
 def test_a_test_table_of_its_own(tmp_path: Path) -> None:
     leaked, *_ = sentences(1)
     test = [*sentences(52)[40:], leaked]
-    found = tables(tmp_path, test)
-    assert {row.content[0] for row in found.rows["test"]} == {text for text, _ in test}
-    assert found.facts.leaked == 1
-    assert leaked[0] not in {row.content[0] for row in found.rows["train"]}
+    prepared = tables(tmp_path, test)
+    assert {row.content[0] for row in prepared.rows["test"]} == {text for text, _ in test}
+    assert prepared.facts.leaked == 1
+    assert leaked[0] not in {row.content[0] for row in prepared.rows["train"]}
 
 
 def test_a_test_label_that_train_never_has(tmp_path: Path) -> None:
@@ -189,9 +191,9 @@ def test_fewer_rows_than_shots(table: Path) -> None:
 def test_train_knows_every_class(tmp_path: Path, rare: int) -> None:
     rows = [*sentences(40), *((f"rare {i}", "rare") for i in range(rare))]
     path = write_csv(tmp_path / "a.csv", HEADER, rows)
-    found = prepare_data(data(path, test={"fraction": 0.45}, validation={"fraction": 0.45}))
-    assert {row.label for row in found.rows["train"]} == {"negative", "positive", "rare"}
-    assert found.facts.label_counts["test"].get("rare", 0) == rare - 1
+    prepared = prepare_data(data(path, test={"fraction": 0.45}, validation={"fraction": 0.45}))
+    assert {row.label for row in prepared.rows["train"]} == {"negative", "positive", "rare"}
+    assert prepared.facts.label_counts["test"].get("rare", 0) == rare - 1
 
 
 def test_the_digest_knows_bytes_and_not_where_they_lie(table: Path, tmp_path: Path) -> None:

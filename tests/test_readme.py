@@ -46,14 +46,14 @@ def results() -> Any:
 def test_tables_are_those_of_the_kept_results() -> None:
     module = results()
     for page in module.PAGES:
-        assert module.refresh(page) == page.read_text(encoding="utf-8"), (
+        assert module.refresh_page(page) == page.read_text(encoding="utf-8"), (
             f"{page.name}: run benchmarks/results.py"
         )
 
 
 def test_speeds_are_those_of_the_kept_benchmark() -> None:
-    kept = (ROOT / "benchmarks" / "results" / "adapt_mlm.json").read_text(encoding="utf-8")
-    shapes = json.loads(kept)["shapes"]
+    text = (ROOT / "benchmarks" / "results" / "adapt_mlm.json").read_text(encoding="utf-8")
+    shapes = json.loads(text)["shapes"]
     for name, words in (
         ("minilm", "times the tokens a second at"),
         ("bert-base", "at BERT-base's"),

@@ -124,12 +124,12 @@ def test_copies_that_differ_in_spelling_do_not_straddle(tmp_path: Path) -> None:
     coin = random.Random(0)
     rows = [(text, coin.choice(["heads", "tails"])) for text, _ in sentences(80)]
     both = [*rows, *((text.upper() + " ", label) for text, label in rows)]
-    found = prepare_data(
+    prepared = prepare_data(
         Data.model_validate({"train": {"path": str(write_csv(tmp_path / "a.csv", HEADER, both))}})
     )
-    texts = [normalize_text(row.content[0]) for part in found.rows.values() for row in part]
+    texts = [normalize_text(row.content[0]) for part in prepared.rows.values() for row in part]
     assert len(texts) == len(set(texts)) == 80
-    assert found.facts.duplicates == 80
+    assert prepared.facts.duplicates == 80
 
 
 def test_tables_of_other_line_ends_and_case_leak_nothing(tmp_path: Path) -> None:
@@ -137,9 +137,9 @@ def test_tables_of_other_line_ends_and_case_leak_nothing(tmp_path: Path) -> None
     train = write_csv(tmp_path / "train.csv", HEADER, rows)
     test = write_csv(tmp_path / "test.csv", HEADER, [(f"{t.title()}\r\n", y) for t, y in rows[:20]])
     data = Data.model_validate({"train": {"path": str(train)}, "test": {"path": str(test)}})
-    found = prepare_data(data)
-    assert found.facts.leaked == 20
-    assert found.facts.splits["test"] == 20
+    prepared = prepare_data(data)
+    assert prepared.facts.leaked == 20
+    assert prepared.facts.splits["test"] == 20
 
 
 def test_a_target_that_parquet_has_rounded_is_no_contradiction(tmp_path: Path) -> None:
@@ -150,8 +150,8 @@ def test_a_target_that_parquet_has_rounded_is_no_contradiction(tmp_path: Path) -
     rounded = pa.array(np.array(values[:20], np.float32))
     pq.write_table(pa.table({"text": texts[:20], "label": rounded}), test)
     tables = {"train": {"path": str(train)}, "test": {"path": str(test)}}
-    found = prepare_data(Data.model_validate({"task": "regression", **tables}))
-    assert (found.facts.conflicting, found.facts.leaked) == (0, 20)
+    prepared = prepare_data(Data.model_validate({"task": "regression", **tables}))
+    assert (prepared.facts.conflicting, prepared.facts.leaked) == (0, 20)
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
@@ -225,10 +225,10 @@ def test_contradictory_labels_are_told_in_check_record_and_card(
     recipe_tree["finetune"]["strategy"] = "head"
     recipe_tree["measure"]["arms"] = ["majority"]
     recipe = Recipe.parse(recipe_tree)
-    header, found = check_recipe(recipe)
+    header, checked = check_recipe(recipe)
     assert "80 rows with contradictory labels" in header["rows"]
     assert "0 duplicate rows" in header["rows"]
-    assert any("40 of 120 distinct inputs (33%)" in warning for warning in found["warnings"])
+    assert any("40 of 120 distinct inputs (33%)" in warning for warning in checked["warnings"])
     record = run(recipe, tmp_path / "run")
     assert record is not None and record["data"]["contradictory_inputs"] == 40
     card = (tmp_path / "run" / "publish" / "README.md").read_text("utf-8")
@@ -283,5 +283,5 @@ def test_re_encoded_pictures_are_counted_with_a_warning(
     recipe_tree["data"] = {"train": {"path": str(tmp_path / "train")},
                            "test": {"path": str(tmp_path / "test")}}  # fmt: skip
     del recipe_tree["finetune"]["pooling"]
-    _, found = check_recipe(Recipe.parse(recipe_tree))
-    assert any("12 pictures of validation and test" in w for w in found["warnings"]), found
+    _, checked = check_recipe(Recipe.parse(recipe_tree))
+    assert any("12 pictures of validation and test" in w for w in checked["warnings"]), checked

@@ -37,7 +37,7 @@ def shuffled(rows: list[Row], seed: int = 7) -> list[Row]:
     return [Row(r.content, r.label, r.group, i, f"line {i}") for i, r in enumerate(mixed)]
 
 
-def told(rows: list[Row]) -> set[Any]:
+def identify(rows: list[Row]) -> set[Any]:
     return {(row.content, row.label) for row in rows}
 
 
@@ -55,7 +55,7 @@ def test_the_order_on_the_disk_does_not_matter(rows: list[Row], task: str, seed:
     first = take_stratified(rows, 20, task, seed, "test")
     for order in range(3):
         again = take_stratified(shuffled(rows, order), 20, task, seed, "test")
-        assert [told(part) for part in again] == [told(part) for part in first]
+        assert [identify(part) for part in again] == [identify(part) for part in first]
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 20, 50, 99, 100])
@@ -64,17 +64,17 @@ def test_totals_are_exact_and_nothing_is_lost_or_doubled(count: int, seed: int) 
     rows = made()
     taken, left = take_stratified(rows, count, "classification", seed, "test")
     assert len(taken) == count
-    assert not told(taken) & told(left)
-    assert told(taken) | told(left) == told(rows)
+    assert not identify(taken) & identify(left)
+    assert identify(taken) | identify(left) == identify(rows)
     assert len(taken) + len(left) == len(rows)
 
 
 @pytest.mark.parametrize("count", [1, 7, 20, 33, 50, 80])
 def test_every_class_is_within_one_row_of_its_share(count: int) -> None:
     taken, _ = take_stratified(made(), count, "classification", 0, "test")
-    found = Counter(row.label for row in taken)
+    counts = Counter(row.label for row in taken)
     for label, size in SIZES.items():
-        assert abs(found[label] - size * count / 100) < 1
+        assert abs(counts[label] - size * count / 100) < 1
 
 
 @pytest.mark.parametrize("count", [10, 20, 37, 50])
@@ -108,7 +108,7 @@ def test_every_class_stays_in_train(count: int) -> None:
 def test_seeds_and_purposes_draw_apart() -> None:
     draws = {
         (seed, purpose): frozenset(
-            told(take_stratified(made(), 20, "classification", seed, purpose)[0])
+            identify(take_stratified(made(), 20, "classification", seed, purpose)[0])
         )
         for seed in (0, 1, 2)
         for purpose in ("test", "validation")
@@ -127,7 +127,7 @@ def test_a_group_and_a_row_without_one_are_never_confused() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_larger_draw_of_shots_holds_every_smaller_one(task: str, seed: int) -> None:
     rows = made() if task == "classification" else targets(40)
-    draws = [told(draw_shots(rows, shots, task, seed)) for shots in range(1, 10)]
+    draws = [identify(draw_shots(rows, shots, task, seed)) for shots in range(1, 10)]
     for smaller, larger in zip(draws, draws[1:], strict=False):
         assert smaller < larger
 
@@ -140,9 +140,9 @@ def test_shots_are_counted_by_class_and_for_a_target_in_all() -> None:
 
 
 def test_the_seed_draws_the_shots_and_the_order_on_the_disk_does_not() -> None:
-    drawn = [told(draw_shots(made(), 5, "classification", seed)) for seed in range(4)]
+    drawn = [identify(draw_shots(made(), 5, "classification", seed)) for seed in range(4)]
     assert len({frozenset(d) for d in drawn}) == 4
-    assert told(draw_shots(shuffled(made()), 5, "classification", 3)) == drawn[3]
+    assert identify(draw_shots(shuffled(made()), 5, "classification", 3)) == drawn[3]
 
 
 def test_fewer_rows_than_shots() -> None:
@@ -164,18 +164,18 @@ def test_a_key_knows_text_label_seed_and_purpose() -> None:
 @pytest.mark.parametrize(("shots", "validation"), [(3, 6), (10, 20), (16, 32), (40, 32)])
 def test_validation_is_cut_to_the_size_of_train(table: Path, shots: int, validation: int) -> None:
     data = Data.model_validate({"train": {"path": str(table)}, "shots": shots})
-    found = prepare_data(data)
-    assert len(found.rows["validation"]) == validation
-    assert len(found.draw_train_rows(shots, 0)) == 2 * shots
-    assert len(found.rows["test"]) == 32
-    counts = Counter(row.label for row in found.rows["validation"])
+    prepared = prepare_data(data)
+    assert len(prepared.rows["validation"]) == validation
+    assert len(prepared.draw_train_rows(shots, 0)) == 2 * shots
+    assert len(prepared.rows["test"]) == 32
+    counts = Counter(row.label for row in prepared.rows["validation"])
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_test_items_are_the_same_with_and_without_shots(table: Path) -> None:
     def rows(**more: Any) -> Callable[[str], set[Any]]:
-        found = prepare_data(Data.model_validate({"train": {"path": str(table)}, **more}))
-        return lambda split: told(found.rows[split])
+        prepared = prepare_data(Data.model_validate({"train": {"path": str(table)}, **more}))
+        return lambda split: identify(prepared.rows[split])
 
     whole, few = rows(), rows(shots=4)
     assert whole("test") == few("test")

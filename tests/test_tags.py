@@ -98,8 +98,8 @@ def test_entities_are_those_of_seqeval_in_strict_mode(
     spell = SPELT[spelling]
     labels, predictions = ([[spell(t) for t in row] for row in rows]
                            for rows in (labels, predictions))  # fmt: skip
-    found = scored(labels, predictions, names_in(labels, predictions))
-    assert [found[name] for name in ("f1", "precision", "recall")] == pytest.approx(expected)
+    scores = scored(labels, predictions, names_in(labels, predictions))
+    assert [scores[name] for name in ("f1", "precision", "recall")] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("outside", ["O", "o"])
@@ -112,24 +112,24 @@ def test_bare_names_are_runs_of_one_tag(seed: int, outside: str) -> None:
                    for row in labels]  # fmt: skip
 
     def runs(rows: list[list[str]]) -> set[tuple[int, str, int, int]]:
-        found = set()
+        actual = set()
         for number, row in enumerate(rows):
             place = 0
             for tag, run in itertools.groupby(row):
                 size = len(list(run))
                 if tag != outside:
-                    found.add((number, tag, place, place + size - 1))
+                    actual.add((number, tag, place, place + size - 1))
                 place += size
-        return found
+        return actual
 
     held, guessed = runs(labels), runs(predictions)
-    found = scored(labels, predictions, kinds)
+    actual = scored(labels, predictions, kinds)
     assert recognize_tag_scheme(tuple(kinds)).name == "IO"
-    assert found["precision"] == pytest.approx(len(held & guessed) / len(guessed))
-    assert found["recall"] == pytest.approx(len(held & guessed) / len(held))
+    assert actual["precision"] == pytest.approx(len(held & guessed) / len(guessed))
+    assert actual["recall"] == pytest.approx(len(held & guessed) / len(held))
     right = [a == b for r, p in zip(labels, predictions, strict=True)
              for a, b in zip(r, p, strict=True)]  # fmt: skip
-    assert found["accuracy"] == pytest.approx(np.mean(right))
+    assert actual["accuracy"] == pytest.approx(np.mean(right))
 
 
 def test_a_type_that_begins_with_o_is_no_outside() -> None:
@@ -162,9 +162,9 @@ def test_a_type_that_begins_with_o_is_no_outside() -> None:
 )
 def test_recognises(names: list[str], scheme: str, outside: str | None) -> None:
     for order in (names, names[::-1]):
-        found = recognize_tag_scheme(tuple(order))
-        assert (found.name, found.outside) == (scheme, outside)
-    assert all(extract_entities((found.standard[name],)) for name in names if name != outside)
+        scheme_ = recognize_tag_scheme(tuple(order))
+        assert (scheme_.name, scheme_.outside) == (scheme, outside)
+    assert all(extract_entities((scheme_.standard[name],)) for name in names if name != outside)
 
 
 @pytest.mark.parametrize(

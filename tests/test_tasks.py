@@ -31,28 +31,28 @@ SEARCH = {"learning_rates": [1e-2], "epochs_factor": 1}
 def several(rows: int) -> list[dict[str, Any]]:
     """Sentences that are warm, sad, both or neither, by their words."""
     draw = random.Random(0)
-    found = {}
-    while len(found) < rows:
+    moods_by_text = {}
+    while len(moods_by_text) < rows:
         moods = [mood for mood in ("warm", "sad") if draw.random() < 0.5]
         words = draw.sample(FILLER, 4) + moods
         draw.shuffle(words)
-        found[" ".join(words)] = moods
-    return [{"text": text, "label": moods} for text, moods in found.items()]
+        moods_by_text[" ".join(words)] = moods
+    return [{"text": text, "label": moods} for text, moods in moods_by_text.items()]
 
 
 def tagged(rows: int) -> list[dict[str, Any]]:
     """Sentences whose film words are entities, the second of two beside each other inside."""
     draw = random.Random(0)
-    found: dict[tuple[str, ...], list[str]] = {}
-    while len(found) < rows:
+    tags_by_words: dict[tuple[str, ...], list[str]] = {}
+    while len(tags_by_words) < rows:
         words = draw.sample(FILLER, draw.randint(3, 8))
         tags, before = [], False
         for word in words:
             here = word in ("film", "plot", "story", "actor")
             tags.append(("I-FILM" if before else "B-FILM") if here else "O")
             before = here
-        found[tuple(words)] = tags
-    return [{"tokens": list(words), "tags": tags} for words, tags in found.items()]
+        tags_by_words[tuple(words)] = tags
+    return [{"tokens": list(words), "tags": tags} for words, tags in tags_by_words.items()]
 
 
 def written(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -99,10 +99,10 @@ def test_multi_label_predictions_come_back_as_lists(
     tree = recipe(tiny_model(), path, "multi-label", strategy="head", pooling="mean")
     pipeline.run(tree, tmp_path / "run")
     model = hftl.load(tmp_path / "run")
-    found = model.predict(["the film was warm", "the film was sad and warm"])
-    assert [sorted(told["scores"]) for told in found] == [["sad", "warm"]] * 2
-    for told in found:
-        assert told["label"] == [n for n in ("sad", "warm") if told["scores"][n] > 0.5]
+    predictions = model.predict(["the film was warm", "the film was sad and warm"])
+    assert [sorted(prediction["scores"]) for prediction in predictions] == [["sad", "warm"]] * 2
+    for prediction in predictions:
+        assert prediction["label"] == [n for n in ("sad", "warm") if prediction["scores"][n] > 0.5]
     predict_table(str(tmp_path / "run"), path, tmp_path / "out.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(rows) == 100 and set(rows[0]) == {"text", "input.label", "label", "sad", "warm"}
@@ -126,8 +126,10 @@ def test_columns_of_zero_and_one_are_the_same_as_lists(tmp_path: Path) -> None:
 
 def test_multi_label_shots_hold_each_class_and_nest(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.jsonl", several(120))
-    found = prepare_data(Data.model_validate({"task": "multi-label", "train": {"path": str(path)}}))
-    few, more = found.draw_train_rows(5, 0), found.draw_train_rows(9, 0)
+    prepared = prepare_data(
+        Data.model_validate({"task": "multi-label", "train": {"path": str(path)}})
+    )
+    few, more = prepared.draw_train_rows(5, 0), prepared.draw_train_rows(9, 0)
     assert {row.content for row in few} <= {row.content for row in more}
     for name in ("sad", "warm"):
         assert sum(name in row.label for row in few) >= 5  # pyright: ignore
@@ -139,9 +141,11 @@ def test_rare_names_stay_in_train(tmp_path: Path) -> None:
     rows[7]["label"].append("rare")
     rows[9]["label"] += ["rare", "rarer"]
     path = written(tmp_path / "rows.jsonl", rows)
-    found = prepare_data(Data.model_validate({"task": "multi-label", "train": {"path": str(path)}}))
-    held = [row for row in found.rows["train"] if "rarer" in row.label]  # pyright: ignore
-    assert len(held) == 1 and "rare" in found.names
+    prepared = prepare_data(
+        Data.model_validate({"task": "multi-label", "train": {"path": str(path)}})
+    )
+    held = [row for row in prepared.rows["train"] if "rarer" in row.label]  # pyright: ignore
+    assert len(held) == 1 and "rare" in prepared.names
 
 
 def test_words_come_back_with_a_tag_each(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -150,8 +154,8 @@ def test_words_come_back_with_a_tag_each(tiny_model: Callable[..., Path], tmp_pa
     pipeline.run(tree, tmp_path / "run")
     model = hftl.load(tmp_path / "run")
     words = ["the", "film", "was", "very", "warm"]
-    (found,) = model.predict([words])
-    assert len(found["label"]) == len(found["score"]) == 5
+    (prediction,) = model.predict([words])
+    assert len(prediction["label"]) == len(prediction["score"]) == 5
     long = ["film"] * 40
     (cut,) = model.predict([long])
     assert cut["label"][20:] == ["O"] * 20 and cut["score"][20:] == [None] * 20
@@ -262,8 +266,8 @@ def test_a_row_with_a_rare_name_goes_back_with_its_group(tmp_path: Path) -> None
     path = written(tmp_path / "rows.jsonl", rows)
     data = {"task": "multi-label", "train": {"path": str(path)}, "group": "who"}
     for seed in range(6):
-        found = prepare_data(Data.model_validate(data | {"seed": seed})).rows
-        groups = {split: {row.group for row in rows} for split, rows in found.items()}
+        splits = prepare_data(Data.model_validate(data | {"seed": seed})).rows
+        groups = {split: {row.group for row in rows} for split, rows in splits.items()}
         assert not groups["train"] & (groups["test"] | groups["validation"])
         assert not groups["test"] & groups["validation"]
 
@@ -281,7 +285,9 @@ def test_outputs_that_are_not_finite_are_no_answers(
     with torch.no_grad():
         built.last_linear.bias.fill_(float("nan"))
     with pytest.raises(NumericError, match="not finite"):
-        predict_logits(built.model, bench.encode_rows(bench.prepared.rows["test"]), bench.inputs, "cpu")
+        predict_logits(
+            built.model, bench.encode_rows(bench.prepared.rows["test"]), bench.inputs, "cpu"
+        )
 
 
 def test_a_length_that_holds_no_word_is_refused(

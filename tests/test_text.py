@@ -47,20 +47,22 @@ def test_labels_stand_at_the_words_first_tokens(inputs: WordInputs) -> None:
     for number, words in enumerate(SENTENCES):
         labels = batch["labels"][number]
         # [CLS] and [SEP] leave three places; the fourth and fifth words are cut off.
-        kept = words[:3]
-        assert labels[labels != -100].tolist() == [10 * number + i for i in range(len(kept))]
-        told = tokenizer.convert_ids_to_tokens(batch["input_ids"][number][labels != -100].tolist())
-        assert told == [w if w != "unknownword" else "[UNK]" for w in kept]
+        remaining = words[:3]
+        assert labels[labels != -100].tolist() == [10 * number + i for i in range(len(remaining))]
+        tokens = tokenizer.convert_ids_to_tokens(
+            batch["input_ids"][number][labels != -100].tolist()
+        )
+        assert tokens == [w if w != "unknownword" else "[UNK]" for w in remaining]
 
 
 def test_outputs_are_the_values_at_the_words(inputs: WordInputs) -> None:
     encoded = inputs.encode(rows())
     batch = inputs.collate(encoded)
     values = batch["input_ids"][:, :, None].float()
-    found = inputs.split_outputs(values, encoded)
-    assert [len(part) for part in found] == [3, 1, 5]
+    outputs = inputs.split_outputs(values, encoded)
+    assert [len(part) for part in outputs] == [3, 1, 5]
     ids = [inputs.tokenizer.convert_tokens_to_ids(w) for w in ("a", "bright", "and")]
-    assert found[2][:3, 0].tolist() == ids and found[2][3:].isnan().all()
+    assert outputs[2][:3, 0].tolist() == ids and outputs[2][3:].isnan().all()
 
 
 def test_facts_count_what_is_cut(inputs: WordInputs) -> None:

@@ -215,9 +215,7 @@ def may_hold_rows(cells: list[str], width: int) -> bool:
 
     A line break may still be a carriage return here.
     """
-    return any(
-        (width == 1 or "," in cell) and ("\n" in cell or "\r" in cell) for cell in cells
-    )
+    return any((width == 1 or "," in cell) and ("\n" in cell or "\r" in cell) for cell in cells)
 
 
 def is_all_prose(columns: list[ColumnProfile]) -> bool:

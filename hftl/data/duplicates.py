@@ -179,9 +179,7 @@ class NearImageIndex:
         distance: the largest number of differing bits.
     """
 
-    def __init__(
-        self, canvases: Iterable[np.ndarray], distance: int = MAX_HASH_DISTANCE
-    ) -> None:
+    def __init__(self, canvases: Iterable[np.ndarray], distance: int = MAX_HASH_DISTANCE) -> None:
         self._distance = distance
         self._flat: set[tuple[tuple[int, ...], bytes]] = set()
         hashes = []

@@ -167,7 +167,9 @@ def _find_general_fault(
     """Return why a row cannot be used, if so."""
     if raw.fault:
         return raw.fault
-    faults = [find_label_fault(raw.values, column, "classification") for column in table.label_columns]
+    faults = [
+        find_label_fault(raw.values, column, "classification") for column in table.label_columns
+    ]
     if spec.modality == "text":
         faults += [find_document_fault(column, raw.values[column]) for column in table.text_columns]
     if group in raw.values and raw.values[group] in (None, ""):

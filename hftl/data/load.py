@@ -172,7 +172,9 @@ def _find_row_fault(raw: RawRow, table: Table, data: Data, spec: InputSpec) -> s
     if any(isinstance(value, str) and has_invalid_utf8(value) for value in raw.values.values()):
         return "not valid UTF-8"
     if spec.modality == "text":
-        faults = (find_text_fault(column, raw.values[column], task) for column in table.text_columns)
+        faults = (
+            find_text_fault(column, raw.values[column], task) for column in table.text_columns
+        )
         fault = next(filter(None, faults), None)
         if fault:
             return fault

@@ -160,9 +160,7 @@ def _build_generator(seed: int, epoch: int, block: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, block]))
 
 
-def collate_masked_blocks(
-    rows: Sequence[dict[str, np.ndarray]], pad_id: int
-) -> dict[str, Tensor]:
+def collate_masked_blocks(rows: Sequence[dict[str, np.ndarray]], pad_id: int) -> dict[str, Tensor]:
     """Return masked blocks as one batch, with the indices of its n chosen tokens.
 
     Returns:

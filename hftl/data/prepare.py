@@ -255,9 +255,7 @@ def _split_rows(
     return rows
 
 
-def _cut_validation(
-    rows: dict[str, list[Row]], shots: int, task: str, seed: int
-) -> list[Row]:
+def _cut_validation(rows: dict[str, list[Row]], shots: int, task: str, seed: int) -> list[Row]:
     """Return validation, cut to the size of the training draw: a few-shot user has no more."""
     names = {name for row in rows["train"] for name in get_label_names(row.label, task)}
     size = shots * (1 if task in TASKS_WITHOUT_CLASS_SHOTS else len(names))
@@ -355,7 +353,9 @@ def _find_label_type(data: Data, spec: InputSpec, names: list[str]) -> str:
 
 def _check_label_columns(train: Table, names: list[str]) -> None:
     """Refuse a column of 0 and 1 that is always 0: it cannot be learned."""
-    never = [c for c in train.label_columns if c not in names] if isinstance(train.label, list) else []
+    never = (
+        [c for c in train.label_columns if c not in names] if isinstance(train.label, list) else []
+    )
     if never:
         raise DataError(
             f"the label column {never[0]!r} is never 1 in train",

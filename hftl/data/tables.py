@@ -248,7 +248,9 @@ def load_hub_rows(table: Table, part: str) -> Iterator[RawRow]:
         if isinstance(feature, datasets.Image):
             # Images are decoded by hftl, which names the row of a damaged one.
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    class_names = {c: n for c in table.label_columns if (n := _get_class_names(dataset.features.get(c)))}
+    class_names = {
+        c: n for c in table.label_columns if (n := _get_class_names(dataset.features.get(c)))
+    }
     for index, values in enumerate(dataset):
         for column, names in class_names.items():
             values[column] = _replace_class_ids(values[column], names)
@@ -293,4 +295,6 @@ def resolve_revisions(data: Data) -> dict[str, str | None]:
 
 
 def _is_on_hub(table: Table, part: str) -> bool:
-    return table.format == "hub" or paths.resolve_local_path(table.path, f"data.{part}.path") is None
+    return (
+        table.format == "hub" or paths.resolve_local_path(table.path, f"data.{part}.path") is None
+    )
