@@ -92,3 +92,21 @@ def test_the_longest_import_chain() -> None:
         imports = set(imported_modules(MODULES[name])) - {name}
         depth[name] = 1 + max((depth[module] for module in imports), default=0)
     assert max(depth.values()) <= LONGEST_CHAIN, max(depth.items(), key=lambda item: item[1])
+
+
+COLLECTIVES = ("broadcast_from_main", "run_main_first", "gather_values")
+GETTERS = ("get", "is", "has", "read", "load", "find", "list", "count", "format", "select")
+
+
+def test_no_function_named_like_a_getter_calls_a_collective() -> None:
+    getters = [
+        f"{name}.{function.name}"
+        for name, path in MODULES.items()
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(function, ast.FunctionDef)
+        and function.name.strip("_").split("_")[0] in GETTERS
+        for call in ast.walk(function)
+        if isinstance(call, ast.Attribute | ast.Name)
+        and (call.attr if isinstance(call, ast.Attribute) else call.id) in COLLECTIVES
+    ]
+    assert not getters, f"name what they do, for they wait for other processes: {getters}"

@@ -93,7 +93,7 @@ def own_score(bench: ExperimentContext, seed: int) -> float:
     """What fine-tuning's own probe has on validation."""
     pooling = POOLING[bench.prepared.modality]
     held = bench.prepared.rows["validation"]
-    logits = bench.get_probe(pooling, seed).logits(bench.extract_features(pooling, seed, held))
+    logits = bench.solve_probe(pooling, seed).logits(bench.extract_features(pooling, seed, held))
     return float((logits.argmax(1) == bench.prepared.encode_targets(held)).mean())
 
 

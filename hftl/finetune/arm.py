@@ -112,7 +112,7 @@ def set_interpolated_weights(
 def solve_head(bench: ExperimentContext, finetune: Finetune, seed: int) -> ArmOutput:
     """The strategy `head`: the probe, put into the model's last layer."""
     started = time.perf_counter()
-    probe = bench.get_probe(finetune.pooling, seed)
+    probe = bench.solve_probe(finetune.pooling, seed)
     found = {
         split: probe.logits(
             bench.extract_features(finetune.pooling, seed, bench.prepared.rows[split])
@@ -382,7 +382,7 @@ def init_head_from_probe(
     With a scale the head is one of standardised targets, rounded to float32 once: another unit of
     the targets starts from the same weights.
     """
-    probe = bench.get_probe(pooling, seed)
+    probe = bench.solve_probe(pooling, seed)
     weight, bias = probe.exact
     if scale is not None:
         weight, bias = weight / scale.sd, (bias - scale.mean) / scale.sd

@@ -238,10 +238,10 @@ class ExperimentContext:
             self._features[pooling, None if built.features_are_shared else seed] = known
         return known.get(rows)
 
-    def get_probe(self, pooling: str, seed: int) -> Probe:
-        """The probe of this seed's training rows, the same on every process.
+    def solve_probe(self, pooling: str, seed: int) -> Probe:
+        """Return the probe on this seed's training rows, solved by rank 0. Collective.
 
-        Every process must come here; what one of them knows already is no reason not to.
+        Every process must call it, also where one of them has solved it before.
         """
         return distributed.broadcast_from_main(lambda: self._fitted(pooling, seed))
 

@@ -105,7 +105,7 @@ def fit_gradual(
     first = trainer = make(args)
     first.prepare_regularizers()
     optimizer = first.create_optimizer()
-    done = _load_progress(state, model, best, optimizer)
+    done = _restore_progress(state, model, best, optimizer)
     while (number := _next_phase(done, len(parts), gradual)) is not None:
         last = number == len(parts)
         if last:
@@ -197,7 +197,7 @@ def _save_progress(
     distributed.broadcast_from_main(write)
 
 
-def _load_progress(
+def _restore_progress(
     state: GradualCheckpoint | None, model: nn.Module, best: BestWeightsCallback, optimizer: Any
 ) -> GradualProgress:
     """Puts back the state that stands, if there is one of this training."""

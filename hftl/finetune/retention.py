@@ -129,7 +129,7 @@ class ArmRegularizerContext:
         experiment = self.experiment
         rows = experiment.prepared.rows["validation"]
         features = experiment.extract_features(self.pooling, self.seed, rows)
-        predictions = experiment.get_probe(self.pooling, self.seed).logits(features)[:, 0]
+        predictions = experiment.solve_probe(self.pooling, self.seed).logits(features)[:, 0]
         return float(np.mean((experiment.prepared.encode_targets(rows) - predictions) ** 2))
 
 
@@ -238,7 +238,7 @@ def _measure_probe_quality(
 ) -> HeadQuality | None:
     rows = context.select_train_rows(seed)
     features = context.extract_features(pooling, seed, rows)
-    logits = context.get_probe(pooling, seed).logits(features)
+    logits = context.solve_probe(pooling, seed).logits(features)
     # Words that were truncated have no logits.
     is_known = np.isfinite(logits).all(1)
     labels = torch.from_numpy(context.prepared.encode_targets(rows)[is_known])

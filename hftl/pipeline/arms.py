@@ -214,7 +214,7 @@ def _run_arm(this: Run, bench: ExperimentContext, arm: Arm, seed: int) -> ArmOut
         case "head":
             return training.solve_head(bench, arm.finetune, seed)
         case "scratch":
-            rate = _find_scratch_rate(this, bench, arm)
+            rate = _search_scratch_rate(this, bench, arm)
             search = this.recipe.measure.scratch
             return baselines.train_scratch(bench, arm.finetune, search, rate, seed)
     reads = _build_arm_reads(this.recipe, bench, arm)
@@ -227,7 +227,7 @@ def _run_arm(this: Run, bench: ExperimentContext, arm: Arm, seed: int) -> ArmOut
     return training.train_arm(bench, arm.finetune, seed, kept, state)
 
 
-def _find_scratch_rate(this: Run, bench: ExperimentContext, arm: Arm) -> float:
+def _search_scratch_rate(this: Run, bench: ExperimentContext, arm: Arm) -> float:
     """The learning rate of scratch, searched once on the first seed."""
     folder = this.folder / "phases" / "search"
     reads = _build_arm_reads(this.recipe, bench, arm)

@@ -63,7 +63,7 @@ def prepare_retention(
         return RegularizerSetup()
     facts = _describe_probe(context, arm, seed, say)
     if has_auto_weight(retain):
-        facts["kl_weight"] = _load_kl_weight(context, arm, seeds[0], folder, reads, say)
+        facts["kl_weight"] = _choose_kl_weight(context, arm, seeds[0], folder, reads, say)
         retain = set_kl_weight(retain, facts["kl_weight"]["weight"])
     setup = _build_setup(context, arm, retain, seed, folder)
     return replace(setup, facts=setup.facts | facts)
@@ -126,7 +126,7 @@ def _build_setup(
         return _build_start_model(before, arm, seed).model
 
     def compute(config: EWC) -> FisherResult:
-        return _load_or_compute_fisher(context, arm, config, seed, folder)
+        return _prepare_fisher(context, arm, config, seed, folder)
 
     return build_setup(context, retain, arm.finetune, seed, compute, build_original)
 
@@ -138,7 +138,7 @@ def _build_start_model(context: ExperimentContext, arm: Arm, seed: int) -> Loade
     return loaded
 
 
-def _load_kl_weight(
+def _choose_kl_weight(
     context: ExperimentContext, arm: Arm, seed: int, folder: Path, reads: dict[str, Any],
     say: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
@@ -159,7 +159,7 @@ def _load_kl_weight(
         score, error = score_validation(context, output.logits["validation"])
         return score, error, output.facts["forgotten"]
 
-    if _read_inputs(stage) != reads:
+    if _share_inputs(stage) != reads:
         choice = select_kl_weight(try_weight)
 
         def commit() -> None:
@@ -171,11 +171,11 @@ def _load_kl_weight(
     return json.loads((stage / "weight.json").read_text("utf-8"))
 
 
-def _read_inputs(stage: Path) -> Any:
+def _share_inputs(stage: Path) -> Any:
     return distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(stage))
 
 
-def _load_or_compute_fisher(
+def _prepare_fisher(
     context: ExperimentContext, arm: Arm, config: EWC, seed: int, folder: Path
 ) -> FisherResult:
     """Return the Fisher information at the original, and the record's facts on it.
@@ -197,7 +197,7 @@ def _load_or_compute_fisher(
         "max_length": getattr(context.inputs, "max_length", None),
     }
     stage = folder / "phases" / f"fisher-{fingerprint(reads)[:8]}"
-    if _read_inputs(stage) != reads:
+    if _share_inputs(stage) != reads:
         fisher, scale = _compute_fisher(context, arm, config, seed, len(rows))
 
         def commit() -> None:

@@ -141,7 +141,7 @@ def _create_group() -> Any:
     """Connect the processes in a gloo group on the CPU.
 
     accelerate's `gather_object` and `broadcast_object_list` use the default group, NCCL's
-    on GPUs: its watchdog ends a process that waits for minutes, as the others do while rank 0 works.
+    on GPUs: its watchdog ends a process that waits for minutes, as others do while rank 0 works.
     """
     import torch
     import torch.distributed as dist
