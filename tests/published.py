@@ -14,7 +14,9 @@ from localhub import ROOT, LocalHub
 
 BASE = "org/tiny"
 """What the tiny model is called at the hub."""
-PATIENCE = {"PATIENCE": 3.0, "TIMEOUT": 1.0, "FIRST_WAIT": 0.01, "LONGEST_WAIT": 0.05}
+PATIENCE = {
+    "RETRY_SECONDS": 3.0, "TIMEOUT_SECONDS": 1.0, "FIRST_WAIT": 0.01, "MAX_WAIT": 0.05
+}  # fmt: skip
 """Of the pushes of tests, in seconds."""
 
 
@@ -65,7 +67,7 @@ for name, seconds in {PATIENCE!r}.items():
 real = sys.stdout
 for line in sys.stdin:
     sys.argv = ["hftl", *json.loads(line)]
-    cli_errors.COMMAND = cli_errors.Command()
+    cli_errors.CURRENT_COMMAND = cli_errors.CurrentCommand()
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

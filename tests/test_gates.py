@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save
+from support.records import make_record
 
 from hftl.errors import RunFolderError
 from hftl.publish.checks import check_files, preview_push
@@ -93,8 +94,10 @@ def test_what_is_no_local_path_passes(folder: Path, text: str) -> None:
 
 
 def record(decision: str, base: str | None) -> dict[str, Any]:
-    return {"verdict": {"decision": decision, "reasons": ["because"]},
-            "source": {"published_as": base}}  # fmt: skip
+    tree = make_record()
+    tree["source"]["published_as"] = base
+    tree["verdict"] = {"decision": decision, "reasons": ["because"]}
+    return tree
 
 
 @pytest.mark.parametrize(("decision", "base"), [("publish", "org/base"), ("hold", None)])
