@@ -1,4 +1,4 @@
-"""What keeping the original costs, and what it saves: target accuracy against forgetting.
+"""Measure what keeping the original costs and saves: target accuracy against forgetting.
 
     python benchmarks/retention.py                    # all configurations, hours on 2 CPU cores
     python benchmarks/retention.py --arms plain kl_general_01 --seeds 0 1

@@ -62,8 +62,8 @@ def wrapped(base: Path, name: str, settings: dict[str, Any], seed: int = 3) -> A
         "Token" if tokens else "Sequence")  # fmt: skip
     torch.manual_seed(seed)
     if name == "vit-mae":
-        found = find_source(Source(model=str(base)))
-        model = transformers.ViTForImageClassification.from_pretrained(base, config=found.config)
+        source = find_source(Source(model=str(base)))
+        model = transformers.ViTForImageClassification.from_pretrained(base, config=source.config)
     else:
         model = getattr(transformers, f"AutoModelFor{kind}Classification").from_pretrained(base)
     model.config.update(
@@ -99,8 +99,8 @@ def retensor(
 ) -> None:
     """Changes, renames or drops tensors of the adapter."""
     path = folder / "adapter_model.safetensors"
-    found = [change(key, tensor) for key, tensor in load_file(path).items()]
-    save_file({pair[0]: pair[1].contiguous() for pair in found if pair}, path, {"format": "pt"})
+    tensors = [change(key, tensor) for key, tensor in load_file(path).items()]
+    save_file({pair[0]: pair[1].contiguous() for pair in tensors if pair}, path, {"format": "pt"})
 
 
 PLANTED: dict[str, tuple[str, str, Callable[[Path, Path], None]]] = {}
@@ -201,10 +201,10 @@ def as_in_transformers_4(folder: Path, model: str, lists: str) -> None:
         return key.replace(f"{model}.layers.", f"{model}.{lists}.")
 
     retensor(folder, lambda key, tensor: (name(key), tensor))
-    told = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+    targets = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
     words = {"q_proj": "query", "v_proj": "value", "o_proj": "attention.output.dense",
              "fc2": "output.dense"}  # fmt: skip
-    reconfigure(folder, target_modules=[words[target] for target in told])
+    reconfigure(folder, target_modules=[words[target] for target in targets])
 
 
 @plant("vit", "stale-names")

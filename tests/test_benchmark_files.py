@@ -54,20 +54,20 @@ def test_the_hub_reads_the_results() -> None:
 ])  # fmt: skip
 def test_every_eval_ever_takes_the_results(case: str, task: str) -> None:
     record = measured(case, task)
-    told = json.loads(build_benchmark_files(Record.parse(record), "1790000000")[EVERY_EVAL_EVER_FILE])
-    assert told.keys() == REQUIRED.keys()
-    assert all(isinstance(told[key], kind) for key, kind in REQUIRED.items())
-    assert told["evaluation_id"].endswith("/1790000000")
-    source = told["source_metadata"]
+    evaluation = json.loads(build_benchmark_files(Record.parse(record), "1790000000")[EVERY_EVAL_EVER_FILE])
+    assert evaluation.keys() == REQUIRED.keys()
+    assert all(isinstance(evaluation[key], kind) for key, kind in REQUIRED.items())
+    assert evaluation["evaluation_id"].endswith("/1790000000")
+    source = evaluation["source_metadata"]
     assert source["source_type"] == "evaluation_run"
     assert source["evaluator_relationship"] == "first_party" and source["source_organization_name"]
-    assert told["eval_library"].keys() >= {"name", "version"}
-    details = told["model_info"]["additional_details"]
-    assert told["model_info"]["id"] == "me/model"
+    assert evaluation["eval_library"].keys() >= {"name", "version"}
+    details = evaluation["model_info"]["additional_details"]
+    assert evaluation["model_info"]["id"] == "me/model"
     assert all(isinstance(value, str) for value in details.values())
     assert details["deployment_type"] == "self_deployed"
     assert details["model_availability"] == "open_weights"
-    results = told["evaluation_results"]
+    results = evaluation["evaluation_results"]
     assert len(results) == (1 if case == "no baseline" else 2)
     for result in results:
         assert result.keys() >= {"evaluation_name", "source_data", "metric_config", "score_details"}

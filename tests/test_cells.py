@@ -1,4 +1,4 @@
-"""What a row's cells must hold, task by task."""
+"""Check what a row's cells must hold, task by task."""
 
 from typing import Any
 

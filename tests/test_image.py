@@ -1,4 +1,4 @@
-"""What the encoder sees is its own processor's work; crops depend on seed, epoch and picture."""
+"""Check that the encoder sees its own processor's work; crops depend on seed, epoch and picture."""
 
 import importlib
 from concurrent.futures import ThreadPoolExecutor

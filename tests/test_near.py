@@ -48,7 +48,7 @@ def test_near_texts_are_those_that_brute_force_finds() -> None:
     near = NearTextIndex(measured)
 
     def quotes(text: str) -> bool:
-        """Whether four fifths of a measured text's shingles are the text's."""
+        """Return whether four fifths of a measured text's shingles are the text's."""
         mine = build_shingles(text)
         return any(len(mine & build_shingles(m)) >= 0.8 * len(build_shingles(m)) for m in measured)
 

@@ -39,8 +39,8 @@ HALVES = ("used", "measured")
 
 
 @dataclass(frozen=True)
-class GeneralFacts:
-    """Describe general data, as the record holds it.
+class GeneralCounts:
+    """Count the rows of general data by what became of them, for the record.
 
     `known` counts rows that are inputs of the run itself, `near` near copies of its validation and
     test; `documents` is the column that says which rows belong together. `fingerprint` identifies
@@ -70,7 +70,7 @@ class GeneralData:
     eval_rows: list[Row]
     controls: tuple[str, ...]
     classes: tuple[str, ...]
-    facts: GeneralFacts
+    facts: GeneralCounts
 
     def get_control_values(self, control: str) -> np.ndarray:
         """Return the values of a control in the evaluation rows, (rows,) strings."""
@@ -121,7 +121,7 @@ def load_general(data: Data, prepared: PreparedData, spec: InputSpec) -> General
             "may be used",
             "Give other general data",
         )
-    facts = GeneralFacts(
+    facts = GeneralCounts(
         rows_read=len(loaded) + bad.count,
         bad_rows=bad.count,
         duplicates=len(loaded) - conflicting - len(distinct),
@@ -325,5 +325,5 @@ def read_general(folder: Path) -> GeneralData:
     halves = read_rows(folder, HALVES)
     return GeneralData(
         halves["used"], halves["measured"], tuple(tree["controls"]), tuple(tree["classes"]),
-        GeneralFacts(**tree["facts"]),
+        GeneralCounts(**tree["facts"]),
     )  # fmt: skip

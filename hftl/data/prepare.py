@@ -40,7 +40,7 @@ UNTYPED_SUFFIXES = (".csv", ".tsv")
 """Suffixes of tables whose cells have no type: what looks like an integer is one."""
 
 
-class DataFacts(BaseModel, frozen=True):
+class PreparedFacts(BaseModel, frozen=True):
     """Describe the prepared data, as the record's section `data` holds it.
 
     The fields with a default are missing from run folders of older versions.
@@ -83,7 +83,7 @@ class PreparedData:
     modality: str
     names: list[str]
     rows: dict[str, list[Row]]
-    facts: DataFacts
+    facts: PreparedFacts
 
     def encode_targets(self, rows: list[Row]) -> np.ndarray:
         """Return the training targets of rows, see `labels.encode_targets`."""
@@ -134,7 +134,7 @@ def prepare_data(data: Data, spec: InputSpec = InputSpec()) -> PreparedData:  # 
     names = _list_class_names(rows, task)
     _check_label_columns(data.train, names)
     is_tokens = task == "token-classification"
-    facts = DataFacts(
+    facts = PreparedFacts(
         task=task,
         modality=spec.modality,
         rows_read=sum(map(len, loaded.values())) + bad.count,
@@ -157,7 +157,7 @@ def prepare_data(data: Data, spec: InputSpec = InputSpec()) -> PreparedData:  # 
 
 def _prepare_without_task(data: Data, spec: InputSpec) -> PreparedData:
     """Return the data of a recipe that only adapts: no labelled row."""
-    facts = DataFacts(
+    facts = PreparedFacts(
         task=None, modality=spec.modality, rows_read=0, bad_rows=0, bad_rows_listed=[],
         **asdict(CopyCounts()), splits=dict.fromkeys(SPLITS, 0), labels=[], label_counts=None,
         fingerprint=fingerprint({}), hub_revisions=resolve_revisions(data),
@@ -175,7 +175,7 @@ def write_prepared_data(prepared: PreparedData, folder: Path, digest: str) -> No
 def read_prepared_data(folder: Path) -> PreparedData:
     """Return what `write_prepared_data` stored."""
     tree = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    facts = DataFacts.model_validate(tree["facts"])
+    facts = PreparedFacts.model_validate(tree["facts"])
     rows = read_rows(folder, SPLITS)
     return PreparedData(facts.task or "", facts.modality, facts.labels, rows, facts)
 

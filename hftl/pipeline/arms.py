@@ -10,7 +10,7 @@ from typing import Any
 from hftl import console
 from hftl.card.sections import describe_scratch_search
 from hftl.config.recipe import Arm, Recipe
-from hftl.data.prepare import DataFacts
+from hftl.data.prepare import PreparedFacts
 from hftl.errors import RunFolderError
 from hftl.finetune import arm as training
 from hftl.finetune import arm_files, baselines
@@ -270,7 +270,7 @@ def build_header(
     }
 
 
-def _describe_dropped_rows(facts: DataFacts) -> str:
+def _describe_dropped_rows(facts: PreparedFacts) -> str:
     """Say what happened to the other rows that were read."""
     words = f"{facts.bad_rows} bad, {facts.duplicates} duplicate rows dropped"
     if facts.conflicting:
