@@ -42,9 +42,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_what_codecarbon_estimates_is_told(stand_in: Any) -> None:
-    with measure_energy() as told:
-        assert stand_in.running == 1 and told == {}
-    assert told == {"energy_kwh": 0.25} and stand_in.running == 0
+    with measure_energy() as report:
+        assert stand_in.running == 1 and report == {}
+    assert report == {"energy_kwh": 0.25} and stand_in.running == 0
 
 
 def test_a_failure_stops_the_tracker(stand_in: Any) -> None:
@@ -55,23 +55,23 @@ def test_a_failure_stops_the_tracker(stand_in: Any) -> None:
 
 def test_another_process_tells_nothing(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    with measure_energy() as told:
+    with measure_energy() as report:
         assert stand_in.running == 0
-    assert told == {}
+    assert report == {}
 
 
 @pytest.mark.skipif(find_spec("codecarbon") is not None, reason="codecarbon is installed")
 def test_nothing_is_told_without_codecarbon() -> None:
-    with measure_energy() as told:
+    with measure_energy() as report:
         pass
-    assert told == {}
+    assert report == {}
 
 
 @pytest.mark.skipif(find_spec("codecarbon") is None, reason="codecarbon is not installed")
 def test_codecarbon_itself() -> None:
-    with measure_energy() as told:
+    with measure_energy() as report:
         sum(range(1_000_000))
-    assert 0 < told["energy_kwh"] < 1
+    assert 0 < report["energy_kwh"] < 1
 
 
 def test_the_record_tells_the_sum_where_every_training_was_measured() -> None:

@@ -32,9 +32,9 @@ def test_hub_ids(place: str) -> None:
     "place", ["models/a/b", "./bert", "../bert", "/none/bert", "my model", "org/", "-org/m", "~/x"]
 )
 def test_what_can_be_no_hub_id_is_a_path(place: str) -> None:
-    found = resolve_local_path(place, "source.model")
-    assert found is not None
-    assert not found.exists()
+    result = resolve_local_path(place, "source.model")
+    assert result is not None
+    assert not result.exists()
 
 
 @pytest.mark.parametrize("place", ["reviews.csv", "data/reviews.jsonl", "a.PARQUET", "a/b.tsv"])
@@ -88,7 +88,7 @@ class _Answer:
 
 
 @pytest.mark.parametrize(
-    ("status", "offline", "told", "fix"),
+    ("status", "offline", "report", "fix"),
     [
         (503, False, "source.model: the hub itself failed when it was asked for 'a/b' (HTTP 503)",
          "Try again later"),
@@ -100,7 +100,7 @@ class _Answer:
     ],
 )  # fmt: skip
 def test_why_a_hub_gave_nothing(
-    status: int, offline: bool, told: str, fix: str, monkeypatch: pytest.MonkeyPatch
+    status: int, offline: bool, report: str, fix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     behind = OSError("an answer")
@@ -108,5 +108,5 @@ def test_why_a_hub_gave_nothing(
     outer = OSError("Got: ConnectError: no route\nPlease check your connection")
     outer.__cause__ = behind
     behind.__cause__ = outer
-    found = make_hub_load_error(outer, "a/b", "model", "source.model: ")
-    assert (found.what, found.fix) == (told, fix)
+    result = make_hub_load_error(outer, "a/b", "model", "source.model: ")
+    assert (result.what, result.fix) == (report, fix)

@@ -67,9 +67,9 @@ def test_the_metric_follows_the_task() -> None:
 
 
 def test_training_and_lora_keep_the_defaults_they_do_not_name() -> None:
-    found = recipe("finetune.training.warmup_steps=3", "finetune.lora.r=4").finetune
-    assert found.training == {"learning_rate": 5e-4, "num_train_epochs": 5, "warmup_steps": 3}
-    assert found.lora == {"r": 4, "lora_alpha": 16}
+    result = recipe("finetune.training.warmup_steps=3", "finetune.lora.r=4").finetune
+    assert result.training == {"learning_rate": 5e-4, "num_train_epochs": 5, "warmup_steps": 3}
+    assert result.lora == {"r": 4, "lora_alpha": 16}
 
 
 def test_a_recipe_written_out_is_the_same_recipe() -> None:
@@ -206,8 +206,8 @@ def test_what_the_card_would_get_wrong_is_refused(assignment: str, message: str)
 
 @pytest.mark.parametrize("language", ["no", "de", ["en", "multilingual"]])
 def test_languages_and_licenses_of_the_hub_are_taken(language: Any) -> None:
-    found = recipe(publish={"language": language, "license": "cc-by-4.0"}).publish
-    assert found.language == language and found.license == "cc-by-4.0"
+    result = recipe(publish={"language": language, "license": "cc-by-4.0"}).publish
+    assert result.language == language and result.license == "cc-by-4.0"
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,6 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_the_manifest_is_readable_json(part: Path) -> None:
-    told = json.loads((part / run_folder.MANIFEST).read_text(encoding="utf-8"))
-    assert sorted(told) == ["files", "reads"]
-    assert all(len(digest) == 64 for digest in told["files"].values())
+    report = json.loads((part / run_folder.MANIFEST).read_text(encoding="utf-8"))
+    assert sorted(report) == ["files", "reads"]
+    assert all(len(digest) == 64 for digest in report["files"].values())

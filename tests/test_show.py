@@ -18,10 +18,10 @@ def test_header_is_two_columns() -> None:
     ids=["built in", "not computed yet"],
 )
 def test_arm_line(metrics: dict[str, float], score: str) -> None:
-    told = {"arm": "lora", "seed": 1, "metrics": {"test": metrics},
+    report = {"arm": "lora", "seed": 1, "metrics": {"test": metrics},
             "timings": {"train_seconds": 3.0, "predict_seconds": 1.2, "energy_kwh": 7}}  # fmt: skip
     expected = f"  [2/9] lora seed 1           {score}  4 s"
-    assert console.format_arm_line(told, "accuracy", "2/9") == expected
+    assert console.format_arm_line(report, "accuracy", "2/9") == expected
 
 
 def test_table_aligns_and_rules() -> None:

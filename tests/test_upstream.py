@@ -34,7 +34,7 @@ def test_every_default_is_of_the_type_that_we_read(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "value", "found"),
+    ("kind", "name", "value", "result"),
     [
         ("training", "learning_rate", 1, 1.0),
         ("training", "learning_rate", 1e-4, 1e-4),
@@ -46,12 +46,12 @@ def test_every_default_is_of_the_type_that_we_read(kind: str) -> None:
         ("lora", "use_rslora", True, True),
     ],
 )
-def test_values_of_the_right_type(kind: str, name: str, value: Any, found: Any) -> None:
-    assert upstream_args.validate_value(kind, name, value) == found
+def test_values_of_the_right_type(kind: str, name: str, value: Any, result: Any) -> None:
+    assert upstream_args.validate_value(kind, name, value) == result
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "value", "wanted"),
+    ("kind", "name", "value", "expected_type"),
     [
         ("training", "learning_rate", "high", "float"),
         ("training", "learning_rate", [1e-4], "float"),
@@ -63,8 +63,8 @@ def test_values_of_the_right_type(kind: str, name: str, value: Any, found: Any) 
         ("lora", "layers_to_transform", "all", "list or int or null"),
     ],
 )
-def test_values_of_another_type(kind: str, name: str, value: Any, wanted: str) -> None:
-    with pytest.raises(RecipeError, match=rf"^finetune\.{kind}\.{name} must be {wanted}, got "):
+def test_values_of_another_type(kind: str, name: str, value: Any, expected_type: str) -> None:
+    with pytest.raises(RecipeError, match=rf"^finetune\.{kind}\.{name} must be {expected_type}, got "):
         upstream_args.validate_value(kind, f"finetune.{kind}.{name}", value)
 
 

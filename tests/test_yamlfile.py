@@ -33,9 +33,9 @@ from hftl.errors import RecipeError
     ],
 )
 def test_scalars(text: str, value: Any) -> None:
-    found = parse_yaml(text, "here")
-    assert found == value
-    assert type(found) is type(value)
+    result = parse_yaml(text, "here")
+    assert result == value
+    assert type(result) is type(value)
 
 
 @pytest.mark.parametrize(
