@@ -64,7 +64,9 @@ def test_values_of_the_right_type(kind: str, name: str, value: Any, result: Any)
     ],
 )
 def test_values_of_another_type(kind: str, name: str, value: Any, expected_type: str) -> None:
-    with pytest.raises(RecipeError, match=rf"^finetune\.{kind}\.{name} must be {expected_type}, got "):
+    with pytest.raises(
+        RecipeError, match=rf"^finetune\.{kind}\.{name} must be {expected_type}, got "
+    ):
         upstream_args.validate_value(kind, f"finetune.{kind}.{name}", value)
 
 

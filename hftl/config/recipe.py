@@ -170,8 +170,7 @@ def _split_entry(entry: str | dict[str, dict[str, Any] | None]) -> tuple[str, di
         return entry, {}
     if len(entry) != 1:
         raise RecipeError(
-            "an entry of measure.arms is a name or one name with its changes, "
-            f"got {list(entry)}",
+            f"an entry of measure.arms is a name or one name with its changes, got {list(entry)}",
             "Write {name: {key: value}}",
         )
     name, changes = next(iter(entry.items()))
