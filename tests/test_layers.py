@@ -26,7 +26,7 @@ ORDER = [
     "retain.reference", "retain.build", "retain.kl", "retain.pretraining_kl", "retain.weights",
     "retain.fisher",
     "train.checkpoint", "train.frozen_eval", "train.callbacks", "train.loss", "train.objective",
-    "train.step", "train.samplers", "train.replay_batches", "train.optimizer", "train.arguments",
+    "train.samplers", "train.optimizer", "train.arguments",
     "train.trainer",
     "adapt.encoder_io", "adapt.mlm", "adapt.masked_patches", "adapt.mae", "adapt.guard",
     "adapt.adaptation",

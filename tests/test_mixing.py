@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hftl.data.text_inputs import WordInputs
 from hftl.retain.kl import KLToOriginal
-from hftl.train.replay_batches import IndexedCollator, IndexedDataset
+from hftl.train.samplers import IndexedCollator, IndexedDataset
 
 ROWS = [[1, 3, 4], [1, 2]]
 """Where the words of two texts begin: the first word of the first has two pieces."""

@@ -1,4 +1,4 @@
-"""One adaptation: the objective's head warmed, then the encoder trained under its guard."""
+"""Adapt an encoder: train a new head of the objective, then the encoder under its guard."""
 
 import math
 import tempfile
@@ -20,23 +20,23 @@ from hftl.runtime.hardware import get_dtype_name, is_sharded
 from hftl.train.arguments import EVAL_BATCH_SIZE, build_training_arguments
 from hftl.train.callbacks import replace_progress_callbacks, time_forward, time_step
 from hftl.train.checkpoint import BestWeightsCallback
-from hftl.train.step import select_model_inputs
+from hftl.train.loss import select_model_inputs
 from hftl.train.trainer import TransferTrainer
 
 MAX_EVALUATIONS = 10
-"""Looks at loss and guard in one adaptation."""
+"""Evaluations of loss and guard in one adaptation."""
 TRAIN_BATCH_SIZE = 32
 HEAD_LEARNING_RATE = 1e-3
 HEAD_MAX_STEPS = 2000
 HEAD_EVAL_STEPS = 40
-"""Steps between two looks at a head that is warmed."""
+"""Steps between evaluations of a new head."""
 HEAD_MIN_IMPROVEMENT = 0.005
 """A head has levelled off when its loss falls by less than this share, twice."""
 
 
 @dataclass(frozen=True)
 class AdaptationTask:
-    """What an adaptation trains on: corpus, and what is held out of it.
+    """Hold the rows of an adaptation: corpus, and rows held out of it.
 
     `general` is other text or other pictures, where there are any; `collate` makes batches of all.
     """
@@ -50,7 +50,7 @@ class AdaptationTask:
 def train_new_head(
     model: Any, fresh: tuple[str, ...], task: AdaptationTask, stage: Adapt, seed: int, device: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """Trains what the source lacks of the objective's head until its held-out loss levels off.
+    """Train the head's weights that the source lacks until its held-out loss levels off.
 
     The encoder is frozen: gradients of an untrained head would only distort it (Kumar et al. 2022,
     arXiv:2202.10054).
@@ -78,11 +78,11 @@ def train_new_head(
         "warmup_steps": 10,
         "metric_for_best_model": "eval_loss",
     }
-    kept = {k: v for k, v in stage.training.items() if k in ("bf16", "fp16")}
+    precision = {k: v for k, v in stage.training.items() if k in ("bf16", "fp16")}
     best = BestWeightsCallback("eval_loss", False, 2, HEAD_MIN_IMPROVEMENT)
     with tempfile.TemporaryDirectory() as folder:
         args = _build_arguments(
-            kept | {"per_device_train_batch_size": batch}, defaults, folder, seed, device
+            precision | {"per_device_train_batch_size": batch}, defaults, folder, seed, device
         )
         trainer = _build_trainer(model, args, task, best, {"eval_dataset": task.held_out})
         trainer.train()
@@ -102,14 +102,14 @@ def adapt_encoder(
     device: str,
     folder: Path,
 ) -> dict[str, Any]:
-    """Trains what trains, under the guard; takes up the newest checkpoint that stands.
+    """Train the trainable weights under the guard; resume from the newest complete checkpoint.
 
     Args:
         model: the objective, its head warmed and its trainable parameters chosen.
         task: the corpus.
         stage: the recipe's section.
-        rule: what may be kept.
-        measure: the guard's value of the model as it is; None where the rule needs none.
+        rule: decides which weights are allowed.
+        measure: returns the guard's value of the current model; None where the rule needs none.
         seed: of the order, the masks and the dropout.
         device: where it trains.
         folder: for checkpoints.
@@ -141,7 +141,7 @@ def adapt_encoder(
     args.eval_on_start = last is None
     # The Trainer deletes an old checkpoint before the new one is complete.
     args.save_total_limit = max(2, args.save_total_limit or 2)
-    # What is measured first must stand when the target's loss comes.
+    # The guard reads the general loss when the target's comes: evaluate it first.
     held = {"general": task.general} if task.general is not None else {}
     trainer = _build_trainer(
         model, args, task, safe, {"eval_dataset": {**held, "target": task.held_out}}
@@ -165,7 +165,7 @@ def adapt_encoder(
 
 
 def count_steps(training: dict[str, Any], rows: int) -> int:
-    """How many steps a training on so many rows will have."""
+    """Return the number of optimizer steps of a training on so many rows."""
     if training.get("max_steps", 0) > 0:
         return training["max_steps"]
     batch = (
@@ -176,7 +176,7 @@ def count_steps(training: dict[str, Any], rows: int) -> int:
 
 
 def _run_training(trainer: TransferTrainer, safe: GuardedCheckpoint, last: Path | None) -> None:
-    """Trains from the start, or goes on from the last checkpoint unless that was the end."""
+    """Train from the start, or from the last checkpoint unless training had ended there."""
     if last is None:
         trainer.train()
         return
@@ -227,11 +227,8 @@ def _build_trainer(
 
 
 def _remove_autocast(trainer: TransferTrainer, model: nn.Module) -> None:
-    """accelerate leaves its autocast around forward; what is measured later is in fp32."""
+    """Remove the autocast that accelerate leaves around forward: measures are in fp32."""
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-
-
-# Estimate how long an adaptation trains, from a few timed steps of it.
 
 
 def estimate_adaptation_seconds(
@@ -263,5 +260,5 @@ def estimate_adaptation_seconds(
 
 
 def _collate_first_rows(task: AdaptationTask, rows: Any, size: int) -> dict[str, Any]:
-    """The first rows as the objective takes them."""
+    """Return the first rows as a batch of the objective."""
     return select_model_inputs(task.collate([rows[i] for i in range(min(size, len(rows)))]))

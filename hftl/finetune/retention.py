@@ -37,7 +37,7 @@ from hftl.retain.kl import DEFAULT_TAU
 from hftl.retain.reference import HeadQuality, measure_head_quality
 from hftl.retain.weights import check_low_rank, check_unchanged_base
 from hftl.runtime import distributed
-from hftl.train.replay_batches import build_ignored_labels
+from hftl.train.samplers import build_ignored_labels
 
 FisherResult = tuple[dict[str, Tensor], dict[str, Any]]
 LOGIT_KIND_OF_TASK = {"classification": "classes", "multi-label": "labels", "regression": "target"}

@@ -1,4 +1,4 @@
-"""TrainingArguments: what the recipe says, and what hftl decides."""
+"""Build TrainingArguments from a recipe, and refuse before training what would fail in it."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def build_training_arguments(
     section: str, training: dict[str, Any], defaults: dict[str, Any], folder: str, seed: int,
     device: str,
 ) -> TrainingArguments:  # fmt: skip
-    """TrainingArguments of a recipe's `training`.
+    """Return TrainingArguments of a recipe's `training`.
 
     Args:
         section: where it stands in the recipe: `finetune` or `adapt`.

@@ -1,4 +1,7 @@
-"""Time a forward pass or a training step on one batch, in the precision of training."""
+"""Show a training's progress, call regularizers after a step, and time steps.
+
+Steps are timed on one batch, in the precision of training, to estimate the time of a run.
+"""
 
 import time
 from collections.abc import Callable
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from hftl.retain.build import Retention
 from hftl.runtime.hardware import choose_precision
 from hftl.runtime.progress import BarUpdate, open_bar
 from hftl.train.frozen_eval import list_training_modes
@@ -88,11 +92,8 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-# Show a training on the terminal: epoch, loss, step and evaluation.
-
-
 class ProgressBarCallback(TrainerCallback):
-    """One bar over the optimizer's steps, and one over the batches of each evaluation."""
+    """Show one bar over the optimizer's steps, and one over the batches of each evaluation."""
 
     def __init__(self) -> None:
         self._training, self._evaluation = ExitStack(), ExitStack()
@@ -144,3 +145,22 @@ def replace_progress_callbacks(trainer: Trainer) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressBarCallback())
+
+
+class RetentionCallback(TrainerCallback):
+    """Let regularizers change the weights after the optimizer's step."""
+
+    def __init__(self, retention: Retention) -> None:
+        self.retention = retention
+
+    def on_optimizer_step(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        """Pass model and optimizer to the regularizers."""
+        self.retention.after_step(model, optimizer)

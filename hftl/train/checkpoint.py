@@ -1,4 +1,4 @@
-"""The best weights on validation, kept in memory and put back when training ends."""
+"""Keep the best weights in memory, save what trains, and check what FSDP can do."""
 
 import math
 import os
@@ -18,9 +18,9 @@ from hftl.runtime.distributed import broadcast_from_main
 
 
 class BestWeightsCallback(TrainerCallback):
-    """Keeps the trainable weights of the best evaluation, and stops when none comes.
+    """Hold the trainable weights of the best evaluation, and stop when none improves.
 
-    Of sharded weights every process keeps its own shard.
+    Every process holds its own shard of sharded weights.
 
     Args:
         metric: a key of the evaluation's metrics, such as `eval_loss`.
@@ -46,7 +46,7 @@ class BestWeightsCallback(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **_: Any
     ) -> None:
-        """Compares, and copies the weights where they are the best so far."""
+        """Copy the weights if the evaluation is the best so far; stop when patience ends."""
         # Rank 0's number decides for all: the last bit may differ between machines.
         value = broadcast_from_main(lambda: float(metrics[self.metric]))
         if value != value:
@@ -66,16 +66,16 @@ class BestWeightsCallback(TrainerCallback):
             control.should_training_stop = True
 
     def restore(self, model: nn.Module) -> None:
-        """Puts the best weights back; without an evaluation the last ones stay."""
+        """Restore the best weights; without an evaluation the last ones stay."""
         for name, parameter in iterate_trainable(model):
             if name in self.weights:
                 to_local_shard(parameter).copy_(self.weights[name])
 
 
 def gather_trainable_state(model: nn.Module, accelerator: Any) -> dict[str, Tensor]:
-    """Copies of the trainable tensors, whole and on the CPU, under plain, DDP and FSDP alike.
+    """Return copies of the trainable tensors, unsharded, on the CPU. Collective.
 
-    Every process must come here, and every process gets them.
+    It works without DDP, with it, and under FSDP; every process gets all tensors.
     """
     return {
         name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
@@ -86,7 +86,7 @@ def gather_trainable_state(model: nn.Module, accelerator: Any) -> dict[str, Tens
 
 
 def iterate_trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors, without gradient, of the parameters that train, sharded if FSDP's."""
+    """Yield name and detached tensor of each trainable parameter, sharded under FSDP."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # FSDP leaves the last layers whole after a forward pass, as copies of the shards.
@@ -97,7 +97,7 @@ def iterate_trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def to_local_shard(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, sharing its memory, or the tensor itself."""
+    """Return this process's part of a sharded tensor, sharing its memory, or the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -113,30 +113,27 @@ def collect_full_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_trainable(model: nn.Module, folder: Path) -> None:
-    """Write what trains of a model that is none of transformers' or peft's classes."""
+    """Write the trainable weights of a model that is not of transformers or peft."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in iterate_trainable(model)}
     save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def load_trainable(model: nn.Module, folder: Path) -> None:
-    """Puts back what `save_trainable` has written."""
+    """Load what `save_trainable` has written."""
     stored = load_file(folder / SAFE_WEIGHTS_NAME)
     for name, tensor in iterate_trainable(model):
         tensor.copy_(stored[name])
 
 
-# How FSDP cuts a model.
-
-
 def check_fsdp_available(is_sharded: bool, args: TrainingArguments) -> None:
-    """Refuses a launch that asks for FSDP where there is none.
+    """Refuse a launch that asks for FSDP where the device has none.
 
     Raises:
         RecipeError: naming the device.
     """
-    asked = args.world_size > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if asked and not is_sharded:
+    is_requested = args.world_size > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if is_requested and not is_sharded:
         raise RecipeError(
             f"the launcher asks for FSDP, and accelerate has none on {args.device}",
             "Launch with recipes/accelerate/multi_gpu.yaml, or on GPUs",
@@ -144,7 +141,7 @@ def check_fsdp_available(is_sharded: bool, args: TrainingArguments) -> None:
 
 
 def check_unsharded(cut: bool) -> None:
-    """Refuses terms on weights that FSDP cuts.
+    """Refuse regularizers of sharded weights.
 
     Raises:
         RecipeError: if it does.
@@ -157,7 +154,7 @@ def check_unsharded(cut: bool) -> None:
 
 
 def set_fsdp_blocks(plugin: Any, model: nn.Module) -> None:
-    """Makes each block a unit of FSDP, unless the launcher's configuration names the classes.
+    """Make each block a unit of FSDP, unless the launcher's configuration names the classes.
 
     transformers' own list holds the embeddings too, inside which accelerate then shards the word
     embeddings once more, and fails.

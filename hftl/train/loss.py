@@ -1,23 +1,33 @@
-"""The task's loss as a sum over counted elements, and how many those are."""
+"""Compute the task's loss of a batch as a sum, and count the elements it is divided by.
 
+A step's loss is the sum over its micro-batches and processes, divided once by the number of labels
+of the whole step: 8 x 1 and 2 x 4 rows then give the same gradients.
+"""
+
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor
+from transformers.trainer_pt_utils import find_batch_size
+
+from hftl.errors import NumericError, RecipeError
+from hftl.retain.reference import BATCH_METADATA
 
 IGNORE_INDEX = -100
-"""The class id that says there is no label; among float targets that is NaN."""
+"""The class id of an element without a label; among float targets it is NaN."""
 MANY_CLASSES = 1024
-"""Classes from which on a loss in fp32 beside the logits would be felt in memory."""
+"""Number of classes from which cross-entropy is computed in chunks, to save memory."""
 ROWS_PER_CHUNK = 64
-"""Rows of which the loss is taken at a time there."""
+"""Rows of a chunk of cross-entropy."""
 
 
 def compute_summed_loss(
     logits: Tensor, labels: Tensor, smoothing: float = 0.0, problem: str | None = None
 ) -> Tensor:
-    """Return the loss over all counted elements, summed, in fp32.
+    """Return the loss summed over all labelled elements, in fp32.
 
     Integer labels: cross-entropy. Float (batch,) or (batch, patches, values): squared error. Float
     (batch, classes): binary cross-entropy, each class for itself, unless `problem` is `regression`.
@@ -75,10 +85,10 @@ def compute_replay_loss(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy in fp32, summed, of some rows at a time.
+    """Compute summed cross-entropy in fp32, some rows at a time.
 
-    Keeps the gradient, softmax minus one-hot, in the logits' dtype instead of their logarithms in
-    fp32: over a vocabulary those are the largest tensors of a step.
+    It keeps the gradient, softmax minus one-hot, in the logits' dtype instead of their logarithms
+    in fp32: over a vocabulary those are the largest tensors of a step.
     """
 
     @staticmethod
@@ -87,9 +97,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(logits) if logits.requires_grad else None
         for start in range(0, len(logits), ROWS_PER_CHUNK):
             piece = slice(start, start + ROWS_PER_CHUNK)
-            told, counts = labels[piece], labels[piece] != IGNORE_INDEX
+            classes, counts = labels[piece], labels[piece] != IGNORE_INDEX
             logs = logits[piece].float().log_softmax(-1)
-            column = told.where(counts, 0).unsqueeze(1)
+            column = classes.where(counts, 0).unsqueeze(1)
             loss -= logs.gather(1, column).squeeze(1).where(counts, 0.0).sum()
             if gradient is not None:
                 share = logs.exp_()
@@ -105,19 +115,158 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def count_labels(labels: Tensor) -> Tensor:
-    """How many elements the loss counts: a scalar int64 on the labels' device."""
-    there = ~labels.isnan() if labels.is_floating_point() else labels != IGNORE_INDEX
-    return there.sum()
+    """Return the number of labelled elements: a scalar int64 on the labels' device."""
+    return _is_labelled(labels).sum()
 
 
 def has_labels(labels: Tensor) -> Tensor:
-    """Which rows hold anything that counts: (batch,) bool."""
-    there = ~labels.isnan() if labels.is_floating_point() else labels != IGNORE_INDEX
-    return there.reshape(len(labels), -1).any(1)
+    """Return whether each row has a labelled element: (batch,) bool."""
+    return _is_labelled(labels).reshape(len(labels), -1).any(1)
+
+
+def _is_labelled(labels: Tensor) -> Tensor:
+    return ~labels.isnan() if labels.is_floating_point() else labels != IGNORE_INDEX
 
 
 def ignore_rows(labels: Tensor, rows: slice | Tensor = slice(None)) -> Tensor:
-    """A copy of the labels of which these rows count for nothing."""
-    empty = labels.clone()
-    empty[rows] = torch.nan if labels.is_floating_point() else IGNORE_INDEX
-    return empty
+    """Return a copy of the labels in which these rows have none."""
+    ignored = labels.clone()
+    ignored[rows] = torch.nan if labels.is_floating_point() else IGNORE_INDEX
+    return ignored
+
+
+def labels_fit_logits(logits: Tensor, labels: Tensor, problem: str | None) -> bool:
+    """Return whether the loss has a label for every element of the logits."""
+    if problem in ("regression", "multi_label_classification") or labels.is_floating_point():
+        return logits.numel() == labels.numel()
+    return logits.numel() == labels.numel() * logits.shape[-1]
+
+
+def select_model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a batch that the model's forward takes."""
+    return {key: value for key, value in batch.items() if key not in ("labels", *BATCH_METADATA)}
+
+
+def drop_metadata(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch with its labels, without what only regularizers read."""
+    return {key: value for key, value in batch.items() if key not in BATCH_METADATA}
+
+
+def compute_task_loss(
+    outputs: Any, logits: Tensor, batch: dict[str, Any], share: float, smoothing: float,
+    problem: str | None,
+) -> Tensor:  # fmt: skip
+    """Return the task's loss of a batch, summed, a labelled general row counting for `share`.
+
+    Args:
+        outputs: of the model; `slots`, if any, are the flat indices of labels the logits are for.
+        logits: of the outputs.
+        batch: with `labels`, and `general` (batch,) bool where general rows are among them.
+        share: see `compute_replay_loss`.
+        smoothing: see `compute_summed_loss`.
+        problem: see `compute_summed_loss`.
+
+    Raises:
+        RecipeError: if labels and logits do not fit each other.
+    """
+    labels, slots = batch["labels"], getattr(outputs, "slots", None)
+    labels = labels if slots is None else labels.reshape(-1)[slots]
+    if not labels_fit_logits(logits, labels, problem):
+        raise RecipeError(
+            f"logits of shape {list(logits.shape)} do not fit {labels.dtype} labels of shape "
+            f"{list(labels.shape)}",
+            "Give a class a row or a word as an integer, or floats of the logits' shape",
+        )
+    if "general" in batch:
+        return compute_replay_loss(logits, labels, batch["general"], share, smoothing, problem)
+    return compute_summed_loss(logits, labels, smoothing, problem)
+
+
+def prepend_loss(outputs: Any, loss: Tensor) -> Any:
+    """Return outputs as the Trainer's evaluation reads them: of a tuple the loss comes first."""
+    if isinstance(outputs, Tensor):
+        return loss, outputs
+    is_plain = isinstance(outputs, tuple) and not hasattr(outputs, "logits")
+    return (loss, *outputs) if is_plain else outputs
+
+
+def find_labelled_rows(batch: dict[str, Any]) -> Tensor:
+    """Return which rows of a batch hold anything that counts: (batch,) bool.
+
+    Without `labels`, as in question answering, these are all.
+    """
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.dim():
+        return has_labels(labels)
+    return torch.ones(find_batch_size(batch) or 1, dtype=torch.bool)
+
+
+def sum_penalty(outputs: Any, labels: Tensor) -> Tensor | float:
+    """Return the sum of `outputs.penalty` (batch,) over rows with labels; 0 without a penalty."""
+    penalty = getattr(outputs, "penalty", None)
+    return 0.0 if penalty is None else penalty.float().where(has_labels(labels), 0.0).sum()
+
+
+def find_target_rows(batch: dict[str, Any]) -> Tensor:
+    """Return which rows of a batch are the target's and hold what counts: (batch,) bool."""
+    counts = find_labelled_rows(batch)
+    return counts & ~batch["general"] if "general" in batch else counts
+
+
+def count_step_items(batches: list[dict[str, Any]], device: torch.device) -> Tensor:
+    """Return (2,) int64: the the target's labelled elements in a step's batches, and its rows.
+
+    Without `labels` rows are counted alone.
+    """
+    items = [torch.zeros(2, dtype=torch.int64, device=device)]
+    for batch in batches:
+        labels, rows = batch.get("labels"), find_target_rows(batch).sum().to(device)
+        if not isinstance(labels, Tensor):
+            items.append(torch.stack([rows, rows]))
+            continue
+        own = ignore_rows(labels, batch["general"]) if "general" in batch else labels
+        items.append(torch.stack([count_labels(own).to(device), rows]))
+    return torch.stack(items).sum(0)
+
+
+def blank_filler(batches: list[dict[str, Any]], has_filler: bool) -> list[dict[str, Any]]:
+    """Return a step's batches for counting: the last one, if it only fills up, without labels."""
+    labels = batches[-1].get("labels")
+    if not has_filler or not isinstance(labels, Tensor):
+        return batches
+    return [*batches[:-1], {**batches[-1], "labels": torch.full_like(labels, IGNORE_INDEX)}]
+
+
+def check_general_ratio(ratio: float) -> None:
+    """Refuse a ratio that the loss cannot be divided by.
+
+    Args:
+        ratio: general rows for each row of the target.
+
+    Raises:
+        RecipeError: naming the argument.
+    """
+    if not ratio > 0:
+        raise RecipeError(
+            f"general_ratio={ratio} must be above 0", "Raise it, or leave general_dataset out"
+        )
+
+
+def check_finite_loss(total: float, step: int) -> None:
+    """Raise if a step's loss is NaN or infinite.
+
+    Raises:
+        NumericError: naming the step.
+    """
+    if not math.isfinite(total):
+        raise NumericError(
+            f"the loss is {total} at step {step}", "Lower the learning rate, or look at the data"
+        )
+
+
+def count_real_rows(rows: int, accelerator: Accelerator) -> int:
+    """Return how many rows of an evaluated batch are no padding of the last batches of ranks."""
+    state = accelerator.gradient_state
+    if not state.end_of_dataloader or state.remainder <= 0:
+        return rows
+    return min(rows, max(0, state.remainder - accelerator.process_index * rows))

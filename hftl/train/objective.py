@@ -1,14 +1,16 @@
-"""Who computes the loss of a training: the model itself, or hftl where it is the same loss."""
+"""Plan who computes the loss of a training: the model, or hftl where both losses are equal."""
 
 import inspect
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers.utils.generic import can_return_loss, find_labels
@@ -16,7 +18,7 @@ from transformers.utils.generic import can_return_loss, find_labels
 from hftl.errors import RecipeError
 from hftl.retain.reference import eval_mode
 from hftl.train.hf_compat import has_replaced_loss, unwrap_forward
-from hftl.train.loss import compute_summed_loss, count_labels, has_labels
+from hftl.train.loss import compute_summed_loss, count_labels, has_labels, labels_fit_logits
 
 KNOWN_HEADS = (
     "ForSequenceClassification", "ForImageClassification", "ForTokenClassification", "ForMaskedLM",
@@ -34,19 +36,19 @@ class LossPlan:
     """Say how the loss of a batch is computed.
 
     Args:
-        asks_model: the model computes the loss; otherwise hftl does, from the logits.
+        uses_model_loss: the model computes the loss; otherwise hftl does, from the logits.
         counts_items: the model divides a sum by `num_items_in_batch`; otherwise its loss is taken
             for a mean over the rows of its batch.
         problem: transformers' `problem_type`, where hftl computes the loss and the model has one.
     """
 
-    asks_model: bool
+    uses_model_loss: bool
     counts_items: bool = False
     problem: str | None = None
 
     def read_labels(self, labels: Tensor) -> Tensor:
         """Return the labels as the loss reads them: targets of a regression are floats."""
-        is_target = self.problem == "regression" and not self.asks_model
+        is_target = self.problem == "regression" and not self.uses_model_loss
         return labels.float() if is_target and not labels.is_floating_point() else labels
 
 
@@ -74,11 +76,16 @@ def has_known_head(model: nn.Module) -> bool:
     return has_stock_loss(model) and owner.endswith(KNOWN_HEADS)
 
 
+def has_known_loss(model: nn.Module) -> bool:
+    """Return whether hftl computes the loss, or may compute it."""
+    return not can_compute_loss(model) or has_known_head(model)
+
+
 def plan_loss(
     model: nn.Module,
     batch: dict[str, Any],
     accepts_count: bool,
-    any_process: Callable[[bool], bool],
+    accelerator: Accelerator,
 ) -> LossPlan:
     """Return how to compute the loss of a training, from one of its batches.
 
@@ -90,15 +97,20 @@ def plan_loss(
         model: not wrapped for many processes.
         batch: what the model takes, and the labels; on the model's device.
         accepts_count: whether the model's forward accepts `num_items_in_batch`.
-        any_process: returns whether a value is true on any process.
+        accelerator: of the training.
     """
+
+    def is_true_anywhere(value: bool) -> bool:
+        flag = torch.tensor([int(value)], device=accelerator.device)
+        return bool(accelerator.gather(flag).any())  # pyright: ignore[reportAttributeAccessIssue]
+
     if not can_compute_loss(model):
         return LossPlan(False, problem=_find_problem_type(model, read_config=True))
     if has_known_head(model) and isinstance(batch.get("labels"), Tensor):
-        if not any_process(_loss_differs(model, batch)):
+        if not is_true_anywhere(_loss_differs(model, batch)):
             return LossPlan(False, problem=_find_problem_type(model))
     can_count = accepts_count and isinstance(batch.get("labels"), Tensor)
-    counts = can_count and not any_process(_ignores_item_count(model, batch))
+    counts = can_count and not is_true_anywhere(_ignores_item_count(model, batch))
     return LossPlan(True, counts_items=counts)
 
 
@@ -150,9 +162,36 @@ def check_smoothing_targets(model: nn.Module, labels: Any, objective: LossPlan) 
         raise _build_smoothing_error("the rows have no `labels`")
     if labels.is_floating_point() or objective.problem == "regression":
         raise _build_smoothing_error("the labels are numbers, not classes")
-    if objective.asks_model and not has_stock_loss(model):
+    if objective.uses_model_loss and not has_stock_loss(model):
         name = type(unwrap_adapter(model)).__name__
         raise _build_smoothing_error(f"{name} computes its own loss, which smoothing would replace")
+
+
+def check_mixes_rows(model: nn.Module, plan: LossPlan) -> None:
+    """Refuse general rows in the batches of a model that computes the loss of a batch by itself.
+
+    Raises:
+        RecipeError: naming the model.
+    """
+    if plan.uses_model_loss:
+        raise RecipeError(
+            f"general_dataset mixes rows into every batch, and {type(model).__name__} computes "
+            "the loss of a batch by itself",
+            "Leave general_dataset out, or use a stock class of transformers",
+        )
+
+
+def check_scalar_loss(model: nn.Module, loss: Tensor) -> None:
+    """Refuse a loss of more than one number.
+
+    Raises:
+        RecipeError: naming the model and the shape.
+    """
+    if loss.numel() != 1:
+        raise RecipeError(
+            f"{type(model).__name__} returns a loss of shape {list(loss.shape)}",
+            "Return one number from its forward where labels are given, as the first output",
+        )
 
 
 def _build_smoothing_error(reason: str) -> RecipeError:
@@ -189,6 +228,13 @@ def find_logits(outputs: Any, model: nn.Module) -> Tensor:
     )
 
 
+def name_logits(outputs: Any, model: nn.Module) -> Any:
+    """Return outputs that have `logits` as an attribute."""
+    if hasattr(outputs, "logits"):
+        return outputs
+    return SimpleNamespace(logits=find_logits(outputs, model))
+
+
 def _loss_differs(model: nn.Module, batch: dict[str, Any]) -> bool:
     """Return whether the model's own loss on a batch is another than hftl's."""
     labels = batch["labels"]
@@ -218,15 +264,8 @@ def _loss_differs(model: nn.Module, batch: dict[str, Any]) -> bool:
     return not torch.allclose(own.float(), same.float(), rtol=tolerance, atol=tolerance)
 
 
-def labels_fit_logits(logits: Tensor, labels: Tensor, problem: str | None) -> bool:
-    """Return whether there is a label for every element that the loss compares."""
-    if problem in ("regression", "multi_label_classification") or labels.is_floating_point():
-        return logits.numel() == labels.numel()
-    return logits.numel() == labels.numel() * logits.shape[-1]
-
-
 def _ignores_item_count(model: nn.Module, batch: dict[str, Any]) -> bool:
-    """Return whether the loss stays as it is, however many items it is told to divide by."""
+    """Return whether the loss stays as it is, whatever `num_items_in_batch` is."""
     count = torch.tensor(1, device=batch["labels"].device)
     losses = [
         _find_loss(_forward_in_eval(model, {**batch, "num_items_in_batch": factor * count}))

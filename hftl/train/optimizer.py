@@ -1,4 +1,4 @@
-"""A learning rate for every part of a model, and which weights decay.
+"""Set a learning rate for every part of a model, and which weights decay.
 
 Discriminative rates (Howard & Ruder 2018, arXiv:1801.06146, section 3.2), as a decay by layer
 (Clark et al. 2020, arXiv:2003.10555, appendix A): for L blocks, rate d^(L + 1 - l) with l = 0 for
@@ -26,14 +26,14 @@ NO_DECAY_NAMES = (
 """Parts of names whose weights do not decay, whatever their shape: `bias` is also in the names of
 relative positions' tables, `logit_scale` is Swin v2's temperature of attention."""
 RATE_PARTS = ("embeddings", "blocks", "head")
-"""What rates are given to by name."""
+"""Parts of a model that a rate can be set for by name."""
 SELF_GROUPING_SETTINGS = {"params", "model", "optimizer_dict"}
 """Settings of optimizers that choose their parameters themselves, as GaLore does."""
 
 
 @dataclass(frozen=True)
 class LayerLearningRates:
-    """What differs from one learning rate for all.
+    """Hold the learning rates of parts of a model, where they differ from one rate for all.
 
     Args:
         decay: each block's rate is that of the one above it times this.
@@ -48,7 +48,7 @@ class LayerLearningRates:
     head: float | None = None
 
     def rate(self, base: float, depth: int, blocks: int) -> float:
-        """The learning rate at a depth: 0 the embeddings, `blocks` + 1 the head.
+        """Return the learning rate at a depth: 0 the embeddings, `blocks` + 1 the head.
 
         Raises:
             RecipeError: if there are more rates than blocks.
@@ -63,7 +63,7 @@ class LayerLearningRates:
 
 
 def check_block_rates(section: str, rates: Sequence[float] | None, blocks: int) -> None:
-    """Refuses more rates than there are blocks.
+    """Refuse more rates than there are blocks.
 
     Args:
         section: where they are given: `finetune.lr` in a recipe.
@@ -106,7 +106,7 @@ def build_layer_rates(
 
 
 def compute_depths(model: nn.Module) -> tuple[dict[str, int], int]:
-    """The depth of every parameter by its name, and how many blocks there are.
+    """Return the depth of every parameter by its name, and the number of blocks.
 
     A tied parameter has its first name only. What stands in a stage behind its blocks (Swin's
     merging of patches) is as deep as the last of them; what all blocks read (DeBERTa's relative
@@ -118,27 +118,27 @@ def compute_depths(model: nn.Module) -> tuple[dict[str, int], int]:
     architecture = get_model_architecture(model)
     encoder = get_encoder(model, architecture)
     paths = list_block_paths(encoder, architecture)
-    found = {id(p): len(paths) + 1 for p in model.parameters()}
-    found |= {id(p): 0 for p in encoder.parameters()}
+    depth_of = {id(p): len(paths) + 1 for p in model.parameters()}
+    depth_of |= {id(p): 0 for p in encoder.parameters()}
     for outer, depth in _find_stages(paths):
-        found |= {id(p): depth for p in get_submodule(encoder, outer).parameters()}
+        depth_of |= {id(p): depth for p in get_submodule(encoder, outer).parameters()}
     for depth, path in enumerate(paths, 1):
-        found |= {id(p): depth for p in get_submodule(encoder, path).parameters()}
+        depth_of |= {id(p): depth for p in get_submodule(encoder, path).parameters()}
     for name, parameter in encoder.named_parameters():
         if has_prefix(name, (*architecture.final_parts, *_list_pooler(architecture))):
-            found[id(parameter)] = len(paths) + 1
-    return {name: found[id(p)] for name, p in model.named_parameters()}, len(paths)
+            depth_of[id(parameter)] = len(paths) + 1
+    return {name: depth_of[id(p)] for name, p in model.named_parameters()}, len(paths)
 
 
 def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay is for it: not for vectors, tokens and positions."""
+    """Return whether a weight decays: not vectors, tokens and positions."""
     return parameter.ndim > 1 and not any(part in name for part in NO_DECAY_NAMES)
 
 
 def build_parameter_groups(
     model: nn.Module, base: float, weight_decay: float, rates: LayerLearningRates
 ) -> list[dict[str, Any]]:
-    """The optimizer's groups: every parameter that trains is in one of them, and in no other.
+    """Return the optimizer's groups; every trainable parameter is in exactly one of them.
 
     Args:
         model: not wrapped for many processes.
@@ -150,10 +150,10 @@ def build_parameter_groups(
         {params, lr, weight_decay, depth} each, from the embeddings to the head.
     """
     depth_of, blocks = compute_depths(model)
-    found: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
+    members: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            found[depth_of[name], has_weight_decay(name, parameter)].append(parameter)
+            members[depth_of[name], has_weight_decay(name, parameter)].append(parameter)
     return [
         {
             "params": parameters,
@@ -161,14 +161,14 @@ def build_parameter_groups(
             "weight_decay": weight_decay if decayed else 0.0,
             "depth": depth,
         }
-        for (depth, decayed), parameters in sorted(found.items())
+        for (depth, decayed), parameters in sorted(members.items())
     ]
 
 
 def build_optimizer(
     kind: Any, settings: dict[str, Any], chosen: list[dict[str, Any]]
 ) -> torch.optim.Optimizer:
-    """The optimizer that TrainingArguments ask for, over these groups.
+    """Build the optimizer of TrainingArguments over these groups.
 
     Args:
         kind: its class.
@@ -191,7 +191,7 @@ def build_optimizer(
 def summarize_learning_rates(
     model: nn.Module, base: float, rates: LayerLearningRates
 ) -> list[dict[str, Any]]:
-    """The learning rate of each part of what trains, from the bottom up.
+    """Return the learning rate of each trainable part, from the bottom up.
 
     Returns:
         {part, parameters, decayed, rate} each: of its `parameters` weight decay is for `decayed`.
@@ -210,14 +210,14 @@ def summarize_learning_rates(
 
 
 def _find_stages(paths: list[str]) -> list[tuple[str, int]]:
-    """The stages that hold lists of blocks, and the depth of the last block in each."""
-    found: dict[str, int] = {}
+    """Return the stages that hold lists of blocks, and the depth of the last block in each."""
+    stages: dict[str, int] = {}
     for depth, path in enumerate(paths, 1):
         outer = path.rsplit(".", 2)[0]
         # Of one list of blocks the outer path is its owner, which holds more than a stage.
         if outer.rsplit(".", 1)[-1].isdigit():
-            found[outer] = depth
-    return list(found.items())
+            stages[outer] = depth
+    return list(stages.items())
 
 
 def _list_pooler(architecture: ArchitectureSpec) -> tuple[str, ...]:
