@@ -13,9 +13,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from hftl.adapt.encoder_io import MaskedOutput, merge_encoder_state, set_trainable
-from hftl.adapt.mlm import POSITIONWISE_TYPES, MaskedLM, load_mlm
+from hftl.adapt.mlm import MaskedLM, load_mlm
 from hftl.config.section import Source
 from hftl.errors import RecipeError
+from hftl.models.architectures import ARCHITECTURES as SPECS
 from hftl.models.encoders import hide_padding
 from hftl.models.source import SourceModel, find_source
 
@@ -85,7 +86,9 @@ def test_chosen_logits_and_gradients_are_the_full_head_s(
     assert max((expected[name] - got[name]).abs().max() for name in expected) < 1e-6
 
 
-@pytest.mark.parametrize("kind", POSITIONWISE_TYPES)
+@pytest.mark.parametrize(
+    "kind", [name for name, spec in SPECS.items() if spec.token_mixer is not None]
+)
 def test_last_feed_forward_sees_the_chosen_places_only(tiny_model: Tiny, kind: str) -> None:
     model, _ = load_mlm(source_of(tiny_model(kind)), seed=0)
     seen: list[tuple[int, ...]] = []

@@ -1,4 +1,4 @@
-"""What both objectives share: what a model gives, what of it trains, and its encoder's weights."""
+"""Set what trains of an adapted encoder, merge its adapter, and write it as a checkpoint."""
 
 from collections.abc import Iterable
 from copy import deepcopy
@@ -31,7 +31,7 @@ FIELDS_BEYOND_LORA = ("modules_to_save", "trainable_token_indices", "target_para
 
 @dataclass
 class MaskedOutput(ModelOutput):
-    """What a model says of the hidden places.
+    """Hold a model's predictions of masked tokens or patches.
 
     Args:
         logits: (places, vocabulary), or (batch, masked patches, values of a patch).
@@ -45,7 +45,7 @@ class MaskedOutput(ModelOutput):
 
 
 class MaskedModel(Protocol):
-    """A `MaskedLM` or `MaskedAutoencoder`, as far as this module looks at one.
+    """Describe what `MaskedLM` and `MaskedAutoencoder` have in common.
 
     `fixed` are paths in the encoder that never train.
     """
@@ -54,14 +54,18 @@ class MaskedModel(Protocol):
     fixed: tuple[str, ...]
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
-        """All parameters outside the encoder, by name."""
+        """Return all parameters outside the encoder, by name."""
         ...
 
 
 def set_trainable(
-    model: MaskedModel, architecture: ArchitectureSpec, method: str, blocks: int, lora: dict[str, Any]
+    model: MaskedModel,
+    architecture: ArchitectureSpec,
+    method: str,
+    blocks: int,
+    lora: dict[str, Any],
 ) -> None:
-    """Sets what trains: the head always, and of the encoder what the method says.
+    """Set what trains: the head always, and of the encoder what the method says.
 
     Args:
         model: not yet wrapped for LoRA.
@@ -93,7 +97,7 @@ def set_trainable(
 
 
 def merge_encoder_state(model: MaskedModel | LoadedModel) -> dict[str, Tensor]:
-    """The encoder's tensors under the names that `AutoModel` has, with the adapter merged in.
+    """Return the encoder's tensors by their names in `AutoModel`, with the adapter merged in.
 
     The merged ones are computed on copies; the others are the live tensors, detached. Parts that
     the objective's encoder is built without, as BERT's pooler, are not among them.
@@ -106,16 +110,16 @@ def merge_encoder_state(model: MaskedModel | LoadedModel) -> dict[str, Tensor]:
         name: module for name, module in encoder.named_modules() if hasattr(module, "lora_A")
     }
     inside = tuple(wrapped)
-    found = {name: t for name, t in encoder.state_dict().items() if not has_prefix(name, inside)}
+    state = {name: t for name, t in encoder.state_dict().items() if not has_prefix(name, inside)}
     for name, layer in wrapped.items():
         copied = deepcopy(layer)
         copied.merge()
-        found |= {f"{name}.{key}": t for key, t in copied.base_layer.state_dict().items()}
-    return found
+        state |= {f"{name}.{key}": t for key, t in copied.base_layer.state_dict().items()}
+    return state
 
 
 def write_encoder(source: SourceModel, state: dict[str, Tensor], folder: Path) -> None:
-    """Saves the source's checkpoint with an adapted encoder, as `AutoModel` loads it.
+    """Save the source's checkpoint with an adapted encoder, as `AutoModel` loads it.
 
     Args:
         source: the checkpoint that was adapted. What it lacks, as BERT's pooler after masked-LM
@@ -128,14 +132,14 @@ def write_encoder(source: SourceModel, state: dict[str, Tensor], folder: Path) -
     _, strange = model.load_state_dict(state, strict=False)
     if strange:
         raise HftlError(f"the adapted encoder has a weight {strange[0]!r}", "Report this")
-    kept = {name: t for name, t in model.state_dict().items() if name not in missing}
-    model.save_pretrained(folder, state_dict=kept)
+    loaded = {name: t for name, t in model.state_dict().items() if name not in missing}
+    model.save_pretrained(folder, state_dict=loaded)
 
 
 def check_encoder_complete(
     source: SourceModel, missing: Iterable[str], fixed: tuple[str, ...]
 ) -> None:
-    """Refuses a checkpoint that lacks weights of the encoder.
+    """Refuse a checkpoint that lacks weights of the encoder.
 
     Args:
         source: the checkpoint.
@@ -154,7 +158,7 @@ def check_encoder_complete(
 
 
 def load_head(model: MaskedModel, file: Path) -> None:
-    """Fills the head from a safetensors file of its tensors, all of them and no others.
+    """Load the head from a safetensors file of its tensors, all of them and no others.
 
     Raises:
         RecipeError: if they are another head's.
@@ -173,14 +177,16 @@ def load_head(model: MaskedModel, file: Path) -> None:
 def _select_top_blocks(
     encoder: nn.Module, architecture: ArchitectureSpec, blocks: int
 ) -> list[nn.Module]:
-    """The top blocks and the final norm."""
-    found = get_blocks(encoder, architecture)
-    check_block_count("adapt", blocks, len(found), count_layers(encoder.config))
-    return [*found[-blocks:], *(get_submodule(encoder, path) for path in architecture.final_parts)]
+    """Return the top blocks and the final norm."""
+    layers = get_blocks(encoder, architecture)
+    check_block_count("adapt", blocks, len(layers), count_layers(encoder.config))
+    return [*layers[-blocks:], *(get_submodule(encoder, path) for path in architecture.final_parts)]
 
 
-def _apply_lora(encoder: nn.Module, architecture: ArchitectureSpec, lora: dict[str, Any]) -> nn.Module:
-    """The encoder under an adapter on the linear layers of every block."""
+def _apply_lora(
+    encoder: nn.Module, architecture: ArchitectureSpec, lora: dict[str, Any]
+) -> nn.Module:
+    """Return the encoder with an adapter on the linear layers of every block."""
     for key in FIELDS_BEYOND_LORA:
         if lora.get(key) not in (None, "none"):
             raise RecipeError(

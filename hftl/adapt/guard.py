@@ -1,4 +1,4 @@
-"""The guard: which weights of an adaptation may be kept, and when it stops.
+"""Guard an adaptation: choose the weights that may be used, and when training stops.
 
 Adaptation lowers its own loss long after it has begun to destroy what the source model knew, so
 the loss alone must not choose. Every evaluation is held against the start, the original weights
@@ -26,7 +26,7 @@ EVALUATIONS_FILE = "seen.json"
 
 @dataclass(frozen=True)
 class GuardEvaluation:
-    """One evaluation.
+    """Describe one evaluation.
 
     `step` 0 is the start. `target` and `general` are held-out losses, `guard` is better when
     greater; each None where it is not measured.
@@ -40,7 +40,7 @@ class GuardEvaluation:
 
 @dataclass(frozen=True)
 class GuardRule:
-    """What makes weights worth keeping.
+    """Decide which weights are allowed.
 
     Args:
         guard: probe, general, neighbours or off; of `general` the guard is minus the general loss.
@@ -58,23 +58,22 @@ class GuardRule:
     origin: float | None = None
 
     def allows(self, seen: GuardEvaluation, start: GuardEvaluation) -> bool:
-        """Whether the guard holds and the target loss is below its start."""
+        """Return whether the guard holds and the target loss is below its start."""
         lower = seen.target < start.target
         if self.guard == "off":
             return lower
         return lower and _get_guard(seen) >= self._least(start)
 
     def select_best(self, history: list[GuardEvaluation]) -> GuardEvaluation:
-        """The evaluation to keep, the first of equals; the start where no other is allowed."""
+        """Return the best evaluation, the first of equals; the start where no other is allowed."""
         start = history[0]
         allowed = [seen for seen in history[1:] if self.allows(seen, start)]
         if not self.by_guard or self.guard == "off":
             return min([start, *allowed], key=lambda seen: seen.target)
-        found = max([start, *allowed], key=lambda seen: (_get_guard(seen), -seen.target))
-        return found
+        return max([start, *allowed], key=lambda seen: (_get_guard(seen), -seen.target))
 
     def explain(self, history: list[GuardEvaluation]) -> str:
-        """Why the start was kept, in words."""
+        """Return why no evaluation after the start is allowed, for the record."""
         start, later = history[0], history[1:]
         if all(seen.target >= start.target for seen in later):
             return "the held-out loss never fell below its start"
@@ -87,7 +86,7 @@ class GuardRule:
         )
 
     def _least(self, start: GuardEvaluation) -> float:
-        """The least guard that is allowed."""
+        """Return the least guard that is allowed."""
         origin = _get_guard(start) if self.origin is None else self.origin
         return origin - self.tolerance * (abs(origin) if self.relative else 1.0)
 
@@ -99,12 +98,12 @@ def _get_guard(seen: GuardEvaluation) -> float:
 
 
 class GuardedCheckpoint(TrainerCallback):
-    """Keeps the trainable weights of the best allowed evaluation; stops when none comes.
+    """Hold the trainable weights of the best allowed evaluation; stop when none improves.
 
-    The first evaluation is the start. What is kept goes along with every checkpoint.
+    The first evaluation is the start. Every checkpoint holds these weights too.
 
     Args:
-        rule: what may be kept.
+        rule: decides which weights are allowed.
         measure: the guard's value now; None where it is the general loss, or off.
         patience: evaluations that are not the best so far before training stops; None: never.
     """
@@ -121,24 +120,24 @@ class GuardedCheckpoint(TrainerCallback):
 
     @property
     def best(self) -> GuardEvaluation:
-        """The evaluation whose weights are kept."""
+        """Return the evaluation whose weights are held."""
         return self.rule.select_best(self.history)
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether patience has come to its end."""
+        """Return whether patience is used up."""
         waited = len(self.history) - 1 - self.history.index(self.best)
         return self.patience is not None and waited >= self.patience
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The last weights are looked at as well."""
+        """Evaluate at the last step too."""
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **_: Any
     ) -> None:
-        """Looks at what was measured; the general loss comes before the target's."""
+        """Judge an evaluation; the general loss comes before the target's."""
         if "eval_general_loss" in metrics:
             self._general = broadcast_from_main(lambda: float(metrics["eval_general_loss"]))
             return
@@ -163,7 +162,7 @@ class GuardedCheckpoint(TrainerCallback):
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Adds what is kept to the checkpoint; `seen.json`, the last file, makes it complete."""
+        """Write the held weights beside the checkpoint; `seen.json`, written last, completes it."""
         gather_values(None)  # Every process has written its random state.
         if not is_main():
             return
@@ -175,15 +174,14 @@ class GuardedCheckpoint(TrainerCallback):
         write_text(folder / EVALUATIONS_FILE, json.dumps([asdict(seen) for seen in self.history]))
 
     def resume(self, folder: Path) -> None:
-        """Takes up what a checkpoint has kept."""
-        told = json.loads((folder / EVALUATIONS_FILE).read_text(encoding="utf-8"))
-        self.history = [GuardEvaluation(**seen) for seen in told]
+        """Load the held weights and the evaluations of a checkpoint."""
+        rows = json.loads((folder / EVALUATIONS_FILE).read_text(encoding="utf-8"))
+        self.history = [GuardEvaluation(**row) for row in rows]
         if (folder / BEST_WEIGHTS_FILE).exists():
             self._weights = load_file(folder / BEST_WEIGHTS_FILE)
 
     def restore(self, model: nn.Module) -> bool:
-        """Puts the kept weights back; False where the start is kept, whose weights are the
-        source's."""
+        """Restore the held weights; return False if the start, the source's weights, is best."""
         if self.best.step == 0:
             return False
         for name, parameter in iterate_trainable(model):
@@ -192,6 +190,6 @@ class GuardedCheckpoint(TrainerCallback):
 
 
 def find_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / EVALUATIONS_FILE).exists()]
-    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    """Return the newest checkpoint that is complete; None if there is none."""
+    complete = [path for path in folder.glob("checkpoint-*") if (path / EVALUATIONS_FILE).exists()]
+    return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)

@@ -29,7 +29,7 @@ TEACHER_BATCH_SIZE = 64
 
 
 class PixelHead(nn.Module):
-    """SimMIM's decoder: a norm and one linear layer; its mask token stands for hidden patches."""
+    """Predict pixels by a norm and a linear layer; its mask token replaces hidden patches (SimMIM)."""
 
     def __init__(self, width: int, values: int, std: float) -> None:
         super().__init__()
@@ -38,12 +38,12 @@ class PixelHead(nn.Module):
         self.pred = nn.Linear(width, values)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(batch, masked, width) to (batch, masked, values)."""
+        """Map (batch, masked, width) to (batch, masked, values)."""
         return self.pred(self.norm(hidden))
 
 
 class MaskedAutoencoder(nn.Module):
-    """An encoder that is shown part of a picture, and a decoder that says the rest.
+    """Encode the visible patches of an image, and predict the masked ones.
 
     A hook on the encoder's embeddings drops the hidden patches after positions were added. Under a
     `PixelHead` it puts the mask token in their places instead, before positions are added.
@@ -76,12 +76,12 @@ class MaskedAutoencoder(nn.Module):
     def forward(
         self, pixel_values: Tensor, noise: Tensor, teacher: Tensor | None = None, **arguments: Any
     ) -> MaskedOutput:
-        """What stands in the masked patches, in the order of `chosen`'s masked ids.
+        """Predict the masked patches, in the order of the masked ids of `split_by_noise`.
 
         Args:
             pixel_values: (batch, 3, side, side) float32.
             noise: (batch, patches) float32, which chooses.
-            teacher: (batch, width), `compute_teacher_features` of the original; asks for the penalty.
+            teacher: (batch, width), `compute_teacher_features` of the original; adds the penalty.
             arguments: what else the encoder takes.
 
         Returns:
@@ -89,14 +89,14 @@ class MaskedAutoencoder(nn.Module):
             squared difference between teacher and the encoder's mean patch token of the whole
             picture, after GFM (Mendieta et al. 2023, arXiv:2302.04476, section 3.2).
         """
-        kept, masked, restore = split_by_noise(noise, self.ratio)
+        visible, masked, restore = split_by_noise(noise, self.ratio)
         if isinstance(self.decoder, PixelHead):
             hidden = self._encoded(pixel_values, masked, noise.shape[1], arguments)
             logits = self.decoder(gather_tokens(hidden[:, -noise.shape[1] :], masked))
         else:
-            hidden = self._encoded(pixel_values, kept, noise.shape[1], arguments)
+            hidden = self._encoded(pixel_values, visible, noise.shape[1], arguments)
             # Of the tokens before the patches the decoder knows the first alone.
-            shown = torch.cat([hidden[:, :1], hidden[:, -kept.shape[1] :]], dim=1)
+            shown = torch.cat([hidden[:, :1], hidden[:, -visible.shape[1] :]], dim=1)
             logits = gather_tokens(self.decoder(shown, restore).logits, masked)
         penalty = None
         if teacher is not None:
@@ -105,16 +105,16 @@ class MaskedAutoencoder(nn.Module):
         return MaskedOutput(logits=logits, penalty=penalty)
 
     def features(self, pixel_values: Tensor, patches: int, **arguments: Any) -> Tensor:
-        """The mean patch token of whole pictures: (batch, width)."""
+        """Return the mean patch token of unmasked images: (batch, width)."""
         return self._encoded(pixel_values, None, patches, arguments)[:, -patches:].mean(1)
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
-        """The decoder's parameters that are learnt; the mask token is one of them."""
+        """Return the decoder's trainable parameters, the mask token among them."""
         named = self.decoder.named_parameters(prefix="decoder")
         return {name: p for name, p in named if not name.endswith("decoder_pos_embed")}
 
     def head_state(self) -> dict[str, Tensor]:
-        """The same as plain tensors."""
+        """Return the same as plain tensors."""
         return {name: p.detach() for name, p in self.head_parameters().items()}
 
     def _encoded(
@@ -144,7 +144,7 @@ def load_mae(
     source: SourceModel, side: int, ratio: float, decoder: dict[str, int], seed: int,
     head: Path | None = None, origin: SourceModel | None = None,
 ) -> tuple[MaskedAutoencoder, tuple[str, ...]]:  # fmt: skip
-    """The source with a decoder, in fp32.
+    """Return the source with a decoder, in fp32.
 
     Args:
         source: the checkpoint.
@@ -179,7 +179,7 @@ def load_mae(
 def compute_teacher_features(
     model: MaskedAutoencoder, canvases: Sequence[Any], inputs: ImageInputs
 ) -> Tensor:
-    """What the encoder as it is now says of whole pictures, in eval mode and without gradient.
+    """Return the current encoder's features of unmasked images, in eval mode, without gradient.
 
     Args:
         model: left in eval mode.
@@ -191,19 +191,19 @@ def compute_teacher_features(
     """
     model.eval()
     device = next(model.parameters()).device
-    found = []
+    features = []
     with torch.no_grad():
         for start in range(0, len(canvases), TEACHER_BATCH_SIZE):
             part = range(start, min(start + TEACHER_BATCH_SIZE, len(canvases)))
             batch = inputs.collate([{"pixel_values": canvases[i]} for i in part])
             pixels = batch.pop("pixel_values").to(device)
             patches = count_patches(pixels.shape[-1], inputs.patch_size)
-            found.append(model.features(pixels, patches, **batch).float().cpu())
-    return torch.cat(found)
+            features.append(model.features(pixels, patches, **batch).float().cpu())
+    return torch.cat(features)
 
 
 def check_mae_architecture(source: SourceModel) -> None:
-    """Refuses an architecture that masked images are not made for.
+    """Refuse an architecture that masked-image training does not support.
 
     Raises:
         RecipeError: with the reason.
@@ -224,7 +224,7 @@ def check_mae_architecture(source: SourceModel) -> None:
 
 
 def _list_untrained_parts(source: SourceModel) -> tuple[str, ...]:
-    """What no prediction depends on; and ViTMAE's positions, which are sines and cosines."""
+    """Return the parts that no prediction depends on, and ViTMAE's sine and cosine positions."""
     positions = ("embeddings.position_embeddings",) if source.architecture == "vit_mae" else ()
     return (*source.architecture_spec.unused_parts, "embeddings.mask_token", "pooler", *positions)
 
@@ -241,23 +241,23 @@ def _load_encoder(source: SourceModel) -> Any:
 
 
 def _load_decoder(
-    source: SourceModel, patches: int, asked: dict[str, int]
+    source: SourceModel, patches: int, settings: dict[str, int]
 ) -> tuple[ViTMAEDecoder | PixelHead, bool]:
-    """The decoder, and whether its weights are new."""
+    """Return the decoder, and whether its weights are new."""
     config = source.config
     if source.architecture_spec.masked_images == "cover":
         values = get_patch_size(config) ** 2 * config.num_channels
         return PixelHead(config.hidden_size, values, config.initializer_range), True
     own = _load_source_decoder(source)
     if own is None:
-        return _build_decoder(_build_decoder_config(source, asked), patches), True
-    found = _build_decoder(own.config, patches)
-    _copy_decoder(own.decoder, found)
-    return found, False
+        return _build_decoder(_build_decoder_config(source, settings), patches), True
+    decoder = _build_decoder(own.config, patches)
+    _copy_decoder(own.decoder, decoder)
+    return decoder, False
 
 
 def _load_source_decoder(source: SourceModel) -> Any:
-    """The checkpoint's model with its decoder, where it has one."""
+    """Return the checkpoint's model with its decoder, where it has one."""
     if source.architecture != "vit_mae":
         return None
     config = ViTMAEConfig.from_pretrained(source.folder)
@@ -283,17 +283,17 @@ def _build_decoder_config(source: SourceModel, decoder: dict[str, int]) -> Any:
 
 
 def _build_decoder(config: Any, patches: int) -> ViTMAEDecoder:
-    """A new decoder with positions for this many patches, its layers drawn as in MAE's code."""
-    found = ViTMAEDecoder(config, patches)
-    for module in found.modules():
+    """Return a new decoder for this many patches, initialised as in MAE's code."""
+    decoder = ViTMAEDecoder(config, patches)
+    for module in decoder.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    return found
+    return decoder
 
 
 def _copy_decoder(own: ViTMAEDecoder, into: ViTMAEDecoder) -> None:
-    """All that is learnt, and the positions where the pictures have the checkpoint's size."""
+    """Copy the trained weights, and the positions where images have the checkpoint's size."""
     state = own.state_dict()
     if state["decoder_pos_embed"].shape != into.decoder_pos_embed.shape:
         state["decoder_pos_embed"] = into.decoder_pos_embed

@@ -27,38 +27,38 @@ PATCH_EPSILON = 1e-6
 
 
 def count_patches(side: int, patch: int) -> int:
-    """How many whole patches a square picture has.
+    """Return the number of whole patches of a square image.
 
     Raises:
-        RecipeError: if there are fewer than two, so that none can be told from the others.
+        RecipeError: if there are fewer than two, so that none can be predicted from the others.
     """
-    found = (side // patch) ** 2
-    if found < 2:
+    patches = (side // patch) ** 2
+    if patches < 2:
         raise RecipeError(
-            f"data.image_size={side} holds {found or 'not even one'} patch of {patch} pixels",
+            f"data.image_size={side} holds {patches or 'not even one'} patch of {patch} pixels",
             f"Use at least {2 * patch}",
         )
-    return found
+    return patches
 
 
 def count_visible(patches: int, ratio: float) -> int:
-    """How many patches stay visible, `int(patches * (1 - ratio))` as in ViTMAE.
+    """Return how many patches stay visible, `int(patches * (1 - ratio))` as in ViTMAE.
 
     Raises:
         RecipeError: if that is none or all of them.
     """
-    found = int(patches * (1 - ratio)) if 0 < ratio < 1 else 0
-    if not 0 < found < patches:
+    count = int(patches * (1 - ratio)) if 0 < ratio < 1 else 0
+    if not 0 < count < patches:
         raise RecipeError(
             f"adapt.mask_ratio={ratio} of {patches} patches leaves none "
-            f"{'masked' if ratio <= 0 or found else 'visible'}",
+            f"{'masked' if ratio <= 0 or count else 'visible'}",
             "Use a share between 0 and 1, such as 0.75, or larger pictures",
         )
-    return found
+    return count
 
 
 def patchify(pixels: Tensor, patch: int) -> Tensor:
-    """(batch, 3, height, width) as (batch, patches, patch * patch * 3), row by row of patches.
+    """Reshape (batch, 3, height, width) to (batch, patches, patch * patch * 3), row by row.
 
     Pixels on the right and at the bottom that fill no patch are left out, as the encoder does.
     """
@@ -70,14 +70,14 @@ def patchify(pixels: Tensor, patch: int) -> Tensor:
 
 
 def split_by_noise(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The patches that stay and those that are hidden, by the order of their noise.
+    """Split patches into visible and masked ones, by the order of their noise.
 
     Args:
         noise: (batch, patches); the lowest stay. Equal ones go by their place, on every device.
         ratio: the share that is hidden.
 
     Returns:
-        Kept ids (batch, kept), masked ids (batch, masked), and for each patch its place among
+        Visible ids (batch, visible), masked ids (batch, masked), and for each patch its place among
         both, one after the other (batch, patches); all int64.
 
     Raises:
@@ -89,19 +89,19 @@ def split_by_noise(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
-    """(batch, tokens, width) at ids (batch, picked): (batch, picked, width)."""
+    """Gather (batch, tokens, width) at ids (batch, picked): (batch, picked, width)."""
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 def find_uniform_patches(canvases: Tensor, patch: int) -> Tensor:
-    """Which patches of uint8 (batch, 3, height, width) are near-constant: bool (batch, patches)."""
+    """Return whether patches of uint8 (batch, 3, height, width) are near-constant: (batch, patches)."""
     return patchify(canvases.float(), patch).std(-1) < UNIFORM_DEVIATION
 
 
 def build_pixel_targets(
     pixels: Tensor, patch: int, masked: Tensor, norm: bool, even: Tensor | None = None
 ) -> Tensor:
-    """What the model should say of the masked patches.
+    """Return the target pixels of the masked patches.
 
     Args:
         pixels: (batch, 3, height, width) float32, as the encoder sees them.
@@ -113,18 +113,18 @@ def build_pixel_targets(
     Returns:
         (batch, masked, patch * patch * 3) float32, NaN in what is left out.
     """
-    found = gather_tokens(patchify(pixels, patch), masked)
+    values = gather_tokens(patchify(pixels, patch), masked)
     if not norm:
-        return found
-    spread = (found.var(-1, keepdim=True) + PATCH_EPSILON).sqrt()
-    found = (found - found.mean(-1, keepdim=True)) / spread
+        return values
+    spread = (values.var(-1, keepdim=True) + PATCH_EPSILON).sqrt()
+    values = (values - values.mean(-1, keepdim=True)) / spread
     if even is None:
-        return found
-    return found.masked_fill(even.gather(1, masked).unsqueeze(-1), torch.nan)
+        return values
+    return values.masked_fill(even.gather(1, masked).unsqueeze(-1), torch.nan)
 
 
 class MaskedImageDataset(Dataset):
-    """Pictures, each with the noise that chooses its patches.
+    """Hold images, each with the noise that chooses its masked patches.
 
     Args:
         canvases: (3, side, side) uint8 each.
@@ -159,7 +159,7 @@ class MaskedImageDataset(Dataset):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose noise and augmentation come next."""
+        """Set the epoch whose noise and augmentation come next."""
         self._epoch = 0 if self.fixed else epoch
 
     def __len__(self) -> int:
@@ -177,7 +177,7 @@ class MaskedImageDataset(Dataset):
 
 
 def draw_patch_noise(patches: int, seed: int, epoch: int, key: bytes) -> Tensor:
-    """(patches,) float32, uniform in 0..1: a function of its arguments alone."""
+    """Return (patches,) float32, uniform in 0..1, a function of its arguments alone."""
     digest = hashlib.blake2b(f"mask {seed} {epoch} ".encode() + key, digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest))
     return torch.rand(patches, generator=generator)
@@ -186,7 +186,7 @@ def draw_patch_noise(patches: int, seed: int, epoch: int, key: bytes) -> Tensor:
 def collate_masked_images(
     rows: list[dict[str, Any]], inputs: ImageInputs, ratio: float, norm: bool
 ) -> dict[str, Any]:
-    """A batch for `MaskedAutoencoder`, with its targets as labels.
+    """Return a batch for `MaskedAutoencoder`, with its targets as labels.
 
     Args:
         rows: of `MaskedImageDataset`.

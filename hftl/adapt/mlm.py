@@ -27,7 +27,7 @@ time, and on CPUs kept, so that time and memory grow."""
 
 
 class MaskedLM(nn.Module):
-    """A stock masked-LM model that answers at chosen places only.
+    """Predict tokens at chosen positions only, with a stock masked-LM model.
 
     A hook keeps the hidden states of the chosen places, so that the model's own head, which looks
     at each place for itself, sees no others. In some architectures it stands before the last
@@ -49,7 +49,7 @@ class MaskedLM(nn.Module):
     def forward(
         self, input_ids: Tensor, flat: Tensor, slots: Tensor, attention_mask: Tensor | None = None
     ) -> MaskedOutput:
-        """Logits (places, vocabulary) at the chosen places.
+        """Return logits (places, vocabulary) at the chosen places.
 
         Args:
             input_ids: (batch, length) int64.
@@ -60,14 +60,14 @@ class MaskedLM(nn.Module):
         mask = {"attention_mask": attention_mask} if self._takes_mask else {}
         self._flat = nn.functional.pad(flat, (0, -len(flat) % POSITION_MULTIPLE))
         try:
-            found = self.stock(input_ids=input_ids, **mask)
+            outputs = self.stock(input_ids=input_ids, **mask)
         finally:
             self._flat = None
-        return MaskedOutput(logits=found.logits.squeeze(0)[: len(flat)], slots=slots)
+        return MaskedOutput(logits=outputs.logits.squeeze(0)[: len(flat)], slots=slots)
 
     @property
     def encoder(self) -> Any:
-        """The encoder, wrapped for LoRA or not; it may be replaced by an adapter over itself."""
+        """Return the encoder, wrapped for LoRA or not; set it to put an adapter over it."""
         return self.stock.base_model
 
     @encoder.setter
@@ -83,16 +83,16 @@ class MaskedLM(nn.Module):
             super().__setattr__(name, value)
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
-        """All parameters outside the encoder by the stock model's names; a tied one is inside."""
+        """Return all parameters outside the encoder by stock names; a tied one is inside."""
         inside = {id(parameter) for parameter in self.encoder.parameters()}
         return {name: p for name, p in self.stock.named_parameters() if id(p) not in inside}
 
     def head_state(self) -> dict[str, Tensor]:
-        """The same as plain tensors."""
+        """Return the same as plain tensors."""
         return {name: p.detach() for name, p in self.head_parameters().items()}
 
     def _listen(self) -> None:
-        """Puts the hook on what stands last before the places are for themselves."""
+        """Register the hook after the last module that mixes tokens."""
         if self._hook is not None:
             self._hook.remove()
         where: Any = self.encoder
@@ -102,7 +102,7 @@ class MaskedLM(nn.Module):
         self._hook = where.register_forward_hook(self._choose)
 
     def _choose(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """(batch, length, width) to (1, places, width), inside what the module gives."""
+        """Select (1, places, width) of (batch, length, width) in a module's output."""
         if self._flat is None:
             return output
         hidden = output[0].flatten(0, 1).index_select(0, self._flat).unsqueeze(0)
@@ -115,7 +115,7 @@ class MaskedLM(nn.Module):
 def load_mlm(
     source: SourceModel, seed: int, head: Path | None = None
 ) -> tuple[MaskedLM, tuple[str, ...]]:
-    """The source with its masked-LM head, in fp32.
+    """Return the source with its masked-LM head, in fp32.
 
     Args:
         source: the checkpoint.
@@ -145,7 +145,7 @@ def load_mlm(
 
 
 def load_trained_mlm(source: SourceModel) -> MaskedLM | None:
-    """The source with its trained masked-LM head; None where the checkpoint has none."""
+    """Return the source with its trained masked-LM head; None where the checkpoint has none."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
     kind: Any = MODEL_FOR_MASKED_LM_MAPPING.get(type(source.config), None)
@@ -161,19 +161,19 @@ def load_trained_mlm(source: SourceModel) -> MaskedLM | None:
 
 
 def _init_new_head(model: MaskedLM, missing: set[str]) -> tuple[str, ...]:
-    """The names of the head's new parameters, their biases at zero."""
+    """Zero the biases of the head's new parameters, and return all their names."""
     named = model.stock.named_parameters(remove_duplicate=False)
     new = {id(parameter) for name, parameter in named if name in missing}
-    found = {name: p for name, p in model.head_parameters().items() if id(p) in new}
-    for name, parameter in found.items():
+    parameters = {name: p for name, p in model.head_parameters().items() if id(p) in new}
+    for name, parameter in parameters.items():
         if name.endswith("bias"):
             # transformers leaves those of FNet and data2vec as the memory happened to be.
             nn.init.zeros_(parameter)
-    return tuple(found)
+    return tuple(parameters)
 
 
 def find_mlm_class(source: SourceModel) -> Any:
-    """The stock masked-LM class of the source's architecture.
+    """Return the stock masked-LM class of the source's architecture.
 
     Raises:
         RecipeError: if there is none.
@@ -185,17 +185,17 @@ def find_mlm_class(source: SourceModel) -> Any:
             f"adapt.objective=mlm: {source.architecture} reads images; mlm needs text",
             "Use adapt.objective=mae",
         )
-    found = MODEL_FOR_MASKED_LM_MAPPING.get(type(source.config), None)
-    if found is None:
+    mlm_class = MODEL_FOR_MASKED_LM_MAPPING.get(type(source.config), None)
+    if mlm_class is None:
         raise RecipeError(
             f"adapt.objective=mlm: transformers has no masked-LM class of {source.architecture}",
             "Leave adapt out, or use another source.model",
         )
-    return found
+    return mlm_class
 
 
 def _tie_decoder(stock: Any, missing: set[str], source: SourceModel) -> set[str]:
-    """Ties a missing decoder to the input embeddings; the names that are thereby there."""
+    """Tie a missing decoder to the input embeddings; return the names that this provides."""
     decoder, words = stock.get_output_embeddings(), stock.get_input_embeddings().weight
     name = next(f"{path}.weight" for path, m in stock.named_modules() if m is decoder)
     # Where the head has no decoder of its own (new DeBERTa), another layer is called its output.
