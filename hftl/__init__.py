@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hftl.config.recipe import Recipe
     from hftl.errors import HftlError
-    from hftl.finetune.strategies import prepare
+    from hftl.finetune.trainable import prepare
     from hftl.inference.predict import load
     from hftl.measure.record import Record
     from hftl.pipeline.pipeline import run
@@ -42,7 +42,7 @@ HOMES = {
     "Record": "hftl.measure.record",
     "TransferTrainer": "hftl.train.trainer",
     "load": "hftl.inference.predict",
-    "prepare": "hftl.finetune.strategies",
+    "prepare": "hftl.finetune.trainable",
     "run": "hftl.pipeline.pipeline",
 }
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, BertForMaskedLM, ResNetConfig
 
 from hftl.errors import RecipeError
-from hftl.finetune.strategies import prepare
+from hftl.finetune.trainable import prepare
 from hftl.models import architectures
 from hftl.models.architectures import (
     ARCHITECTURES,

@@ -18,7 +18,7 @@ from hftl.errors import RecipeError
 from hftl.finetune import gradual as module
 from hftl.finetune.arm import train_arm
 from hftl.finetune.gradual import GradualCheckpoint, split_phases
-from hftl.finetune.strategies import prepare
+from hftl.finetune.trainable import prepare
 from hftl.pipeline.pipeline import run
 from hftl.runtime import run_folder
 from hftl.train.checkpoint import BestWeightsCallback

@@ -11,6 +11,7 @@ import pytest
 
 ORDER = [
     "errors", "train.hf_compat",
+    "finetune.strategies",  # a table without imports, which the recipe's schema is made from
     "config.errors", "config.overrides", "config.secrets", "config.upstream_args",
     "config.section", "config.data", "config.adapt", "config.finetune",
     "config.retain", "config.measure", "config.publish", "config.validation", "config.recipe",
@@ -30,7 +31,7 @@ ORDER = [
     "train.trainer",
     "adapt.encoder_io", "adapt.mlm", "adapt.masked_patches", "adapt.mae", "adapt.guard",
     "adapt.adaptation",
-    "finetune.strategies", "finetune.context", "finetune.targets", "finetune.pretraining_heads",
+    "finetune.trainable", "finetune.context", "finetune.targets", "finetune.pretraining_heads",
     "finetune.retention", "finetune.estimate", "finetune.gradual", "finetune.arm_files",
     "finetune.arm", "finetune.baselines", "finetune.guard_metrics",
     "measure.gain", "measure.error_analysis", "measure.forgetting",

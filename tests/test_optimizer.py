@@ -18,7 +18,7 @@ from hftl.config.recipe import Recipe
 from hftl.config.section import Source
 from hftl.errors import RecipeError
 from hftl.finetune.arm import train_arm
-from hftl.finetune.strategies import prepare
+from hftl.finetune.trainable import prepare
 from hftl.models.architectures import ARCHITECTURES
 from hftl.models.heads import build_model
 from hftl.models.source import find_source

@@ -31,7 +31,7 @@ from hftl.finetune.pretraining_heads import (
     find_source_classes,
     measure_pretraining_heads,
 )
-from hftl.finetune.strategies import prepare
+from hftl.finetune.trainable import prepare
 from hftl.measure.forgetting import ForgettingSpec, measure_forgetting
 from hftl.models.heads import LoadedModel
 

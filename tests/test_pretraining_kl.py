@@ -29,7 +29,7 @@ from hftl.config.section import Source
 from hftl.data.masking import build_masking_spec
 from hftl.errors import RecipeError
 from hftl.finetune.pretraining_heads import check_pretraining_head
-from hftl.finetune.strategies import prepare
+from hftl.finetune.trainable import prepare
 from hftl.models.heads import build_model, get_encoder, get_model_architecture
 from hftl.models.source import find_source, load_tokenizer
 from hftl.retain.pretraining_kl import (

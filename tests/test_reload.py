@@ -18,7 +18,7 @@ from hftl.card.sections import render_plain_snippet
 from hftl.config.recipe import Recipe
 from hftl.finetune.arm import collect_trained_tensors, train_arm
 from hftl.finetune.context import ExperimentContext
-from hftl.finetune.strategies import prepare
+from hftl.finetune.trainable import prepare
 from hftl.models import lora as adapters
 from hftl.models.features import predict_logits
 from hftl.models.heads import LoadedModel
@@ -195,7 +195,7 @@ def test_a_fresh_pooler_left_out_is_noticed(
     """What stock peft does with a masked-LM checkpoint: the new pooler is not saved."""
     add_lora = adapters.add_lora
     monkeypatch.setattr(
-        "hftl.finetune.strategies.add_lora",
+        "hftl.finetune.trainable.add_lora",
         lambda model, architecture, lora, fresh: add_lora(
             model, architecture, lora, [name for name in fresh if "pooler" not in name]
         ),

@@ -12,7 +12,7 @@ from torch import nn
 
 from hftl.config.section import Source
 from hftl.errors import RecipeError
-from hftl.finetune.strategies import count_trainable_parameters, prepare
+from hftl.finetune.trainable import count_trainable_parameters, prepare
 from hftl.models.encoders import (
     get_blocks,
     get_task_class,

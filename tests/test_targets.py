@@ -262,7 +262,7 @@ def test_a_run_far_from_zero_is_published_in_the_label_s_unit(
 def test_wrapped_head_has_the_same_unit(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from hftl.finetune.strategies import prepare
+    from hftl.finetune.trainable import prepare
 
     recipe = recipe_of(tiny_model(), tmp_path, 10.0, 2000.0, {"pooling": "native"})
     bench = bench_of(recipe)

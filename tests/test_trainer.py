@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from hftl.adapt.encoder_io import MaskedOutput
 from hftl.config.section import Source
 from hftl.errors import NumericError
-from hftl.finetune.strategies import prepare
+from hftl.finetune.trainable import prepare
 from hftl.models.heads import build_model
 from hftl.models.source import find_source
 from hftl.train.checkpoint import BestWeightsCallback

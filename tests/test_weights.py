@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hftl.adapt.encoder_io import merge_encoder_state
 from hftl.config.section import Source
 from hftl.errors import RecipeError
-from hftl.finetune.strategies import prepare
+from hftl.finetune.trainable import prepare
 from hftl.models.heads import build_model, get_encoder, get_model_architecture
 from hftl.models.source import find_source
 from hftl.retain.fisher import EWC

@@ -33,7 +33,7 @@ from hftl.adapt import adaptation as stage_module
 from hftl.config.finetune import Gradual
 from hftl.errors import DataError, NumericError, RecipeError
 from hftl.finetune.gradual import GradualCheckpoint, fit_gradual
-from hftl.finetune.strategies import prepare
+from hftl.finetune.trainable import prepare
 from hftl.models.heads import PooledModel
 from hftl.retain.fisher import EWC, compute_fisher
 from hftl.retain.kl import KLToOriginal

@@ -47,6 +47,7 @@ from hftl.card.wording import (
     input_kind,
     is_pooled,
 )
+from hftl.finetune.strategies import PROBE_ARM
 from hftl.measure.metrics import describe_metric
 from hftl.measure.record import Gain, LadderRow, Record
 from hftl.measure.verdict import format_gain, is_better, is_worse
@@ -57,11 +58,6 @@ OUTCOME_PHRASES = {
     "negative": "Negative transfer, this model is worse than its baseline",
     "undetermined": "Whether transfer helped is not settled",
 }
-STRATEGY_PHRASES = {
-    "lora": "A LoRA adapter of", "head": "A linear head on the frozen",
-    "partial": "The top blocks fine-tuned of", "full": "A full fine-tuning of",
-    "gradual": "A gradual fine-tuning of",
-}  # fmt: skip
 MAX_LABELS = 12
 """Labels that are named."""
 
@@ -148,13 +144,13 @@ def format_gain_sentence(record: Record) -> str:
 
 def _format_head_sentence(record: Record) -> str:
     """Say that the model is not better than `head`; nothing where it is, or `head` did not run."""
-    row = next((row for row in record.ladder if row.arm == "head"), None)
+    row = next((row for row in record.ladder if row.arm == PROBE_ARM), None)
     over = row and row.gain_of_own
     if row is None or over is None or is_better(over):
         return ""
     words = "Worse than" if is_worse(over) else "Not better than"
     return (
-        f"{words} {describe_arm('head', record)}: {record.metric} {record.own_row.test:.3f} "
+        f"{words} {describe_arm(PROBE_ARM, record)}: {record.metric} {record.own_row.test:.3f} "
         f"against {row.test:.3f}, a difference of {format_gain(over)} "
         f"({_format_gain_certainty(over)}). "
     )
@@ -205,7 +201,7 @@ def _build_plain_snippet(record: Record, place: str) -> str:
         base = "../publish-base"
     return render_plain_snippet(
         place, base, revision, record.recipe.finetune.pooling, max(1, len(record.data.labels)),
-        record.own_arm == "lora", input_kind(record), example_input(record).strip("()"),
+        record.recipe.finetune.spec.publishes_adapter, input_kind(record), example_input(record).strip("()"),
         bool(record.forward and record.forward.get("interpolate_pos_encoding")),
         record.source.architecture or "",
     )  # fmt: skip
@@ -214,7 +210,8 @@ def _build_plain_snippet(record: Record, place: str) -> str:
 def _build_pipeline_snippet(record: Record, place: str) -> str | None:
     base, _ = find_public_base(record)
     return render_pipeline_snippet(
-        place, base, record.recipe.finetune.pooling, record.own_arm == "lora", input_kind(record),
+        place, base, record.recipe.finetune.pooling,
+        record.recipe.finetune.spec.publishes_adapter, input_kind(record),
         example_input(record).strip("()"),
     )  # fmt: skip
 
@@ -239,7 +236,7 @@ def _format_purpose(record: Record) -> str:
     link = f"[{source.name}](https://huggingface.co/{source.name})"
     if source.published_as != source.name or not is_hub_id(source.name):
         link = escape_markup(source.name)
-    start = f"{STRATEGY_PHRASES[str(record.own_arm)]} {link} that"
+    start = f"{record.recipe.finetune.spec.model_words} {link} that"
     kind = input_kind(record)
     if not labels:
         return f"{start} predicts a number from {'pictures' if kind == 'image' else 'text'}."

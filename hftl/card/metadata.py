@@ -26,29 +26,29 @@ LICENSE_KEYS = ("license", "license_name", "license_link")
 
 def build_metadata(record: Record) -> ModelCardData:
     """Return the metadata of a model with a task, its scores and its gain among them."""
-    own = str(record.own_arm)
+    is_adapter = record.recipe.finetune.spec.publishes_adapter
     return ModelCardData(
         library_name=_library_name(record),
         pipeline_tag="feature-extraction" if is_pooled(record) else find_pipeline_tag(record),
         tags=[
             "hftl",
             "transfer-learning",
-            own,
+            str(record.own_arm),
             *(["domain-adaptation"] if record.adapt else []),
-            *build_adapter_tags(record, own == "lora"),
+            *build_adapter_tags(record, is_adapter),
         ],
         metrics=[_metric_id(str(record.metric))],
         model_name=format_title(record),
         eval_results=_build_eval_results(record),
         widget=_build_widget(record),
         co2_eq_emissions=_build_emissions(record),
-        **build_origin(record, own == "lora"),
+        **build_origin(record, is_adapter),
     )
 
 
 def _library_name(record: Record) -> str:
     """Return what loads the model with its head; transformers has no class for a pooled one."""
-    if record.own_arm == "lora":
+    if record.recipe.finetune.spec.publishes_adapter:
         return "peft"
     return "hftl" if is_pooled(record) else "transformers"
 

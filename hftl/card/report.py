@@ -18,6 +18,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from hftl.card.wording import to_one_line
+from hftl.finetune.strategies import PROBE_ARM
 from hftl.measure.error_analysis import ClassScore, ErrorAnalysis, Mistake
 from hftl.measure.record import Example, Record, WidgetExample, WidgetScore
 from hftl.measure.verdict import is_better
@@ -65,7 +66,7 @@ def _choose_color(record: Record) -> str:
     gain = record.transfer_gain
     if gain is None:
         return DEFAULT_COLOR
-    head = [row.gain_of_own for row in record.ladder if row.arm == "head"]
+    head = [row.gain_of_own for row in record.ladder if row.arm == PROBE_ARM]
     level = any(over is not None and not is_better(over) for over in head)
     if level and gain.outcome == "positive":
         return DEFAULT_COLOR

@@ -48,7 +48,7 @@ def _format_baseline_choice(record: Record) -> str:
 
 def _format_validation_choices(record: Record) -> str:
     """Return what validation decided, with its verb."""
-    choices = [] if record.recipe.finetune.strategy == "head" else ["the best epoch"]
+    choices = [] if record.recipe.finetune.spec.is_solved else ["the best epoch"]
     if any(stage.guard.kind == "probe" for stage in record.stages):
         choices.append("the adaptation's weights")
     choices.append("the published seed")
@@ -164,14 +164,14 @@ def format_training_sentence(record: Record) -> str:
     """Return how the model was trained."""
     finetune, seeds = record.recipe.finetune, len(record.recipe.measure.seeds)
     clauses = [f"Strategy `{finetune.strategy}`, pooling `{finetune.pooling}`"]
-    if finetune.strategy == "head":
+    if finetune.spec.is_solved:
         clauses.append("solved on features of the frozen encoder, its penalty by cross-validation")
     else:
         start = "the linear probe" if finetune.head_init == "probe" else "random weights"
         clauses.append(f"the head started from {start}")
         rate, epochs = (finetune.training[k] for k in ("learning_rate", "num_train_epochs"))
         length = _format_epochs(epochs)
-        if finetune.strategy == "gradual":
+        if finetune.spec.schedule == "phases":
             length = f"{_format_epochs(finetune.gradual.epochs)} a phase"
         clauses.append(f"learning rate {rate:g}, {length}, the best on validation kept")
         if finetune.layer_decay:

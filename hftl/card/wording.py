@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from hftl.finetune.strategies import STRATEGIES
 from hftl.measure.record import (
     AdaptStage,
     Figure,
@@ -85,17 +86,7 @@ def _spell_invisible(character: str) -> str:
 # Arms, inputs and certainty.
 
 
-CLASSICAL_PHRASES = {
-    "text": "TF-IDF with a linear model",
-    "words": "the words' spelling with a linear model",
-    "image": "downsampled pixels with a linear model",
-}
-ARM_PHRASES = {
-    "scratch": "the same architecture trained from scratch",
-    "head": "the frozen encoder with a linear head",
-    "majority": "always the most frequent answer",
-    "source": "the same without adaptation",
-}
+SOURCE_ARM_PHRASE = "the same without adaptation"
 TASK_PHRASES = {"text": "sorts text into", "words": "tags words as", "image": "sorts pictures into"}
 
 
@@ -106,8 +97,12 @@ def input_kind(record: Record) -> str:
 
 def describe_arm(arm: str, record: Record) -> str:
     """Return an arm's name, and what it is where that is known."""
-    phrases = ARM_PHRASES | {"classical": CLASSICAL_PHRASES[input_kind(record)]}
-    return f"{arm} ({phrases[arm]})" if arm in phrases else escape_markup(arm)
+    words = STRATEGIES[arm].arm_words if arm in STRATEGIES else ""
+    if not isinstance(words, str):
+        words = words[input_kind(record)]
+    if arm == "source":
+        words = SOURCE_ARM_PHRASE
+    return f"{arm} ({words})" if words else escape_markup(arm)
 
 
 def is_pooled(record: Record) -> bool:

@@ -1,12 +1,18 @@
 """Define the section `finetune` of a recipe: the strategy and its training."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from hftl.config.section import Section
 from hftl.config.upstream_args import validate_lora_args, validate_training_args
 from hftl.errors import RecipeError
+from hftl.finetune.strategies import FINETUNE_STRATEGIES, STRATEGIES, StrategySpec
+
+if TYPE_CHECKING:
+    Strategy = str
+else:
+    Strategy = Literal[FINETUNE_STRATEGIES]
 
 DEFAULT_TRAINING = {"learning_rate": 5.0e-4, "num_train_epochs": 5}
 DEFAULT_LORA = {"r": 8, "lora_alpha": 16}
@@ -36,7 +42,7 @@ class Gradual(Section):
 class Finetune(Section):
     """Describe the strategy and its training. `training` is transformers', `lora` is peft's."""
 
-    strategy: Literal["head", "partial", "gradual", "lora", "full"] = "lora"
+    strategy: Strategy = "lora"
     pooling: Literal["native", "mean", "cls"] = "native"
     head_init: Literal["probe", "random"] = "probe"
     blocks: int = Field(default=2, ge=1)
@@ -50,13 +56,18 @@ class Finetune(Section):
     training: dict[str, Any] = DEFAULT_TRAINING
 
     @property
+    def spec(self) -> StrategySpec:
+        """Return the facts about the strategy."""
+        return STRATEGIES[self.strategy]
+
+    @property
     def learning_rates(self) -> dict[str, Any] | None:
         """Return `lr` as `TransferTrainer` takes it."""
         return None if self.lr is None else self.lr.model_dump()
 
     @model_validator(mode="after")
     def _check_phase_length(self) -> Self:
-        if self.strategy == "gradual" and self.training.get("max_steps", -1) > 0:
+        if self.spec.schedule == "phases" and self.training.get("max_steps", -1) > 0:
             raise RecipeError(
                 "finetune.training.max_steps is of one training, and gradual unfreezing is several",
                 "Use finetune.gradual.epochs",

@@ -6,8 +6,6 @@ from pydantic import Field, field_validator
 
 from hftl.config.section import Section
 
-STRATEGIES = ("head", "partial", "gradual", "lora", "full")
-BASELINES = ("scratch", "classical", "majority")
 UNBUILT_ARMS = {
     "zero_shot": "the zero-shot baseline",
 }

@@ -18,13 +18,14 @@ from hftl.config.adapt import DEFAULT_ADAPT_RATES, Adapt, Stages
 from hftl.config.data import Data
 from hftl.config.errors import build_recipe_error, suggest_closest
 from hftl.config.finetune import Finetune
-from hftl.config.measure import BASELINES, STRATEGIES, UNBUILT_ARMS, Measure
+from hftl.config.measure import UNBUILT_ARMS, Measure
 from hftl.config.overrides import apply_overrides, flatten, read_yaml, set_key
 from hftl.config.publish import Publish
 from hftl.config.retain import Retain
 from hftl.config.section import Section, Source
 from hftl.config.validation import check_corpus_is_read, check_own_arm, check_sections
 from hftl.errors import RecipeError
+from hftl.finetune.strategies import BASELINES, FINETUNE_STRATEGIES, STRATEGIES, StrategySpec
 
 DEFAULT_METRICS = {
     "regression": "pearson", "multi-label": "micro_f1", "token-classification": "f1",
@@ -43,6 +44,11 @@ class Arm:
     stages: tuple[Adapt, ...] = ()
     """The adaptations that come before it."""
     retain: Retain | None = None
+
+    @property
+    def spec(self) -> StrategySpec:
+        """Return the facts about the arm's strategy or baseline."""
+        return STRATEGIES[self.strategy]
 
 
 class Recipe(Section):
@@ -159,8 +165,9 @@ def _plan_arms(recipe: Recipe) -> list[Arm]:
         if any(other.name == name for other in arms):
             raise RecipeError(f"measure.arms has two arms named {name!r}", "Give one another name")
         arms.append(arm)
-        if arm.strategy == "scratch" and ("classical", {}) not in entries:
-            arms.append(Arm("classical", "classical", recipe.finetune))
+        brought = arm.spec.brings
+        if brought is not None and (brought, {}) not in entries:
+            arms.append(Arm(brought, brought, recipe.finetune))
     return arms
 
 
@@ -182,7 +189,7 @@ def _build_arm(recipe: Recipe, name: str, changes: dict[str, Any]) -> Arm:
     _check_arm_name(recipe, name, changes)
     place = f"measure.arms.{name}"
     tree = _apply_changes(recipe, {"adapt": None} if name == "source" else changes, place)
-    if name in STRATEGIES:
+    if name in FINETUNE_STRATEGIES:
         if "finetune.strategy" in flatten(changes):
             raise RecipeError(
                 f"{place}: the name {name!r} is its strategy already", "Give the arm another name"
@@ -195,7 +202,8 @@ def _build_arm(recipe: Recipe, name: str, changes: dict[str, Any]) -> Arm:
     if name in BASELINES:
         return Arm(name, name, changed.finetune)
     strategy, stages = changed.finetune.strategy, tuple(changed.stages)
-    retain = None if strategy == "head" else changed.retain
+    # A solved head trains nothing that could be kept near the original.
+    retain = None if STRATEGIES[strategy].is_solved else changed.retain
     return Arm(name, strategy, changed.finetune, stages, retain)
 
 
@@ -208,17 +216,18 @@ def _check_arm_name(recipe: Recipe, name: str, changes: dict[str, Any]) -> None:
         raise RecipeError(
             f"measure.arms: {name!r} cannot name a folder", "Use letters, digits, _ and -"
         )
-    if name in (*BASELINES, "source") and changes and name != "scratch":
+    takes_changes = name in STRATEGIES and not STRATEGIES[name].is_solved
+    if name in (*BASELINES, "source") and changes and not takes_changes:
         raise RecipeError(f"the arm {name!r} takes no changes", "Remove them")
     if name == "source" and not recipe.stages:
         raise RecipeError(
             "the arm 'source' goes without adaptation, and so does the recipe", "Remove the arm"
         )
-    if name not in (*STRATEGIES, *BASELINES, "source") and not changes:
+    known = [*FINETUNE_STRATEGIES, *BASELINES]
+    if name not in (*known, "source") and not changes:
         raise RecipeError(
-            f"unknown arm {name!r} in measure.arms"
-            + suggest_closest(name, [*STRATEGIES, *BASELINES]),
-            f"Known: {', '.join([*STRATEGIES, *BASELINES, 'source'])}",
+            f"unknown arm {name!r} in measure.arms" + suggest_closest(name, known),
+            f"Known: {', '.join([*known, 'source'])}",
         )
 
 

@@ -48,22 +48,23 @@ def check_corpus_is_read(data: Data, stages: Sequence[Adapt]) -> None:
 
 
 def check_own_arm(finetune: Finetune, retain: Retain | None) -> None:
-    """Refuse settings of training where the own arm is `head`, which is solved.
+    """Refuse settings of training where the own arm is solved, as `head` is.
 
     Raises:
         RecipeError: naming the key.
     """
-    if finetune.strategy != "head":
+    if not finetune.spec.is_solved:
         return
     if retain is not None:
         raise RecipeError(
-            "retain keeps what trains near the original, and the strategy head trains "
-            "nothing of the encoder",
+            f"retain keeps what trains near the original, and the strategy {finetune.strategy} "
+            "trains nothing of the encoder",
             "Leave retain out, or choose another finetune.strategy",
         )
     if finetune.layer_decay or finetune.lr:
         raise RecipeError(
-            "layer_decay and lr are learning rates, and the strategy head is solved",
+            "layer_decay and lr are learning rates, and the strategy "
+            f"{finetune.strategy} is solved",
             "Leave them out, or choose another finetune.strategy",
         )
 

@@ -3,7 +3,7 @@
 What the inputs say is vectorised in the way that is usual for them; the solver is the probe's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,13 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from hftl.analysis.probe import fit_linear
 from hftl.config.finetune import Finetune
 from hftl.config.measure import Search
+from hftl.config.recipe import Arm
 from hftl.data.image_inputs import compute_pixel_features
 from hftl.data.rows import Row
 from hftl.errors import NumericError
-from hftl.finetune.arm import train_model
+from hftl.finetune.arm import solve_head, train_model
 from hftl.finetune.context import MEASURED_SPLITS, ArmOutput, ExperimentContext
-from hftl.finetune.strategies import prepare
+from hftl.finetune.trainable import prepare
 from hftl.measure.metrics import METRICS, SELECTION_METRICS, compute_all_metrics
 from hftl.runtime.progress import show_activity
 
@@ -116,6 +117,19 @@ def _word_shape(word: str) -> str:
 
 def _encode_terms(terms: Any) -> torch.Tensor:
     return torch.frombuffer(bytearray("\n".join(terms).encode()), dtype=torch.uint8)
+
+
+SOLVERS: dict[str, Callable[[ExperimentContext, Finetune, int], ArmOutput]] = {
+    "majority": lambda context, finetune, seed: solve_majority(context, seed),
+    "classical": lambda context, finetune, seed: solve_classical(context, seed),
+    "head": solve_head,
+}
+"""How the solved strategies and baselines are solved, by name."""
+
+
+def solve_arm(context: ExperimentContext, arm: Arm, seed: int) -> ArmOutput:
+    """Solve an arm whose strategy has the schedule `solved`."""
+    return SOLVERS[arm.strategy](context, arm.finetune, seed)
 
 
 # What transfer must beat: the same architecture from scratch, and the majority.

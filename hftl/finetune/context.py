@@ -33,7 +33,7 @@ from hftl.data.text_inputs import (
     build_word_tokenizer,
 )
 from hftl.errors import RecipeError
-from hftl.finetune.strategies import prepare
+from hftl.finetune.trainable import prepare
 from hftl.models.architectures import (
     count_layers,
     get_architecture,
@@ -78,8 +78,6 @@ class ArmOutput:
 
 MEASURED_SPLITS = ("validation", "test")
 """The splits that arms are measured on."""
-BY_STEPS = ("partial", "gradual", "lora", "full")
-"""The strategies that train from the source by an optimizer's steps."""
 
 
 @dataclass
@@ -142,13 +140,13 @@ class ExperimentContext:
 
         With them `learning_rates` by the name of the arm, where its parts have their own.
         """
-        trained = [arm.finetune for arm in arms if arm.strategy in ("partial", "gradual", "full")]
+        trained = [arm.finetune for arm in arms if arm.spec.trains_encoder_weights]
         found = check_inputs(self.source, self.inputs, self.prepared, asked_length, trained)
         rates = {
             arm.name: self._learning_rates(arm.finetune, chosen)
             for arm in arms
             for chosen in [build_layer_rates(arm.finetune.layer_decay, arm.finetune.learning_rates)]
-            if chosen is not None and arm.strategy in BY_STEPS
+            if chosen is not None and arm.spec.changes_encoder
         }
         return found | ({"learning_rates": rates} if rates else {})
 
@@ -293,10 +291,10 @@ def build_context(recipe: Recipe, source: SourceModel, prepared: PreparedData) -
     """
     for arm in recipe.arms:
         rates = arm.finetune.lr
-        if arm.strategy == "partial" or rates is not None:
+        if arm.spec.trains == "top_blocks" or rates is not None:
             present = count_blocks(source.config)
             check_block_rates("finetune.lr", rates and rates.blocks, present)
-        if arm.strategy == "partial":
+        if arm.spec.trains == "top_blocks":
             check_block_count("finetune", arm.finetune.blocks, present, count_layers(source.config))
     if prepared.modality == "image":
         inputs = build_image_inputs(recipe.data, source, prepared.facts.hub_revisions)

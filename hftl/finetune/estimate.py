@@ -8,10 +8,10 @@ from hftl.config.finetune import Finetune
 from hftl.config.recipe import Arm, Recipe
 from hftl.config.retain import Replay, Retain
 from hftl.finetune import retention
-from hftl.finetune.context import BY_STEPS, MEASURED_SPLITS, ExperimentContext
+from hftl.finetune.context import MEASURED_SPLITS, ExperimentContext
 from hftl.finetune.pretraining_heads import select_compared_rows
 from hftl.finetune.retention import has_auto_weight
-from hftl.finetune.strategies import prepare
+from hftl.finetune.trainable import unfreeze
 from hftl.models.architectures import TOKEN_CLASSIFICATION
 from hftl.models.encoders import count_blocks
 from hftl.models.features import BATCH_TOKENS, batch_by_length
@@ -64,7 +64,7 @@ def estimate_seconds(
     seconds = (train + measured) * costs.predict
     seen: set[str] = set()
     for arm in jobs:
-        if arm.strategy not in (*BY_STEPS, "scratch"):
+        if arm.spec.is_solved:
             continue
         epochs, step = _count_epochs(bench, arm, recipe), costs.step[arm.name]
         seconds_a_row = step + _estimate_retention_per_row(bench, arm.retain, step, costs.evaluate)
@@ -72,9 +72,9 @@ def estimate_seconds(
         own += measured * costs.predict + _estimate_retention_setup(
             bench, arm.retain, train, validation, costs, step
         )
-        own += embedded * costs.predict if arm.strategy != "scratch" else 0
+        own += embedded * costs.predict if arm.spec.changes_encoder else 0
         seconds += own
-        if arm.name not in seen and arm.strategy == "scratch":
+        if arm.name not in seen and arm.spec.schedule == "rate_search":
             rates = len(recipe.measure.scratch.learning_rates)
             tried = epochs * SEARCHED * (train * step + validation * costs.evaluate)
             seconds += rates * (tried + measured * costs.predict)
@@ -88,11 +88,11 @@ def estimate_seconds(
 
 def measure_costs(bench: ExperimentContext, jobs: list[Arm]) -> RowCosts:
     """Time a forward pass and the training step of every arm; no collective is called."""
-    first = next((arm for arm in jobs if arm.strategy in (*BY_STEPS, "scratch")), None)
+    first = next((arm for arm in jobs if not arm.spec.is_solved), None)
     finetune = (first or jobs[0]).finetune
     steps: dict[str, float] = {}
     for arm in jobs:
-        if arm.strategy in (*BY_STEPS, "scratch") and arm.name not in steps:
+        if not arm.spec.is_solved and arm.name not in steps:
             steps[arm.name] = _measure_step_seconds(bench, arm)
     evaluate = 0.0 if first is None else _measure_forward_seconds(bench, finetune)
     return RowCosts(_measure_predict_seconds(bench, finetune.pooling), evaluate, steps)
@@ -100,13 +100,11 @@ def measure_costs(bench: ExperimentContext, jobs: list[Arm]) -> RowCosts:
 
 def _measure_step_seconds(bench: ExperimentContext, arm: Arm) -> float:
     """Seconds a row of a training step; the step of gradual unfreezing is taken as half trained."""
-    finetune = arm.finetune
-    if arm.strategy == "gradual":
-        half = max(1, count_blocks(bench.source.config) // 2)
-        finetune = finetune.model_copy(update={"strategy": "partial", "blocks": half})
-    built = bench.build_model(finetune.pooling, 0, scratch=arm.strategy == "scratch")
-    strategy = "full" if arm.strategy == "scratch" else finetune.strategy
-    model = prepare(built.model, strategy, finetune.blocks, finetune.lora, built.fresh)
+    finetune, trains, blocks = arm.finetune, arm.spec.trains, arm.finetune.blocks
+    if arm.spec.schedule == "phases":
+        trains, blocks = "top_blocks", max(1, count_blocks(bench.source.config) // 2)
+    built = bench.build_model(finetune.pooling, 0, scratch=arm.spec.is_baseline)
+    model = unfreeze(built.model, trains, blocks, finetune.lora, built.fresh)
     batch, rows = _collate_batch(bench, finetune)
     return time_step(model.to(bench.device), batch, finetune.training, bench.device) / rows
 
@@ -127,10 +125,10 @@ def _collate_batch(bench: ExperimentContext, finetune: Finetune) -> tuple[dict[s
 
 def _count_epochs(bench: ExperimentContext, arm: Arm, recipe: Recipe) -> float:
     """Count how often a training sees its rows, at most."""
-    if arm.strategy == "gradual":
+    if arm.spec.schedule == "phases":
         phased = arm.finetune.gradual
         return phased.epochs * (count_blocks(bench.source.config) + 1) + phased.final_epochs
-    factor = recipe.measure.scratch.epochs_factor if arm.strategy == "scratch" else 1
+    factor = recipe.measure.scratch.epochs_factor if arm.spec.schedule == "rate_search" else 1
     return factor * float(arm.finetune.training["num_train_epochs"])
 
 

@@ -1,97 +1,141 @@
-"""The strategies: which parameters train. `prepare` works on any supported transformers model."""
+"""Describe each strategy and baseline once: what trains, what it reads, costs and is called.
 
-from collections.abc import Sequence
-from typing import Any
+The recipe, the cache keys, the time estimate, the order of the arms, the gain and the card ask
+`STRATEGIES`. A new strategy is an entry here and, where it trains parameters that no other one
+trains, a branch in `finetune/trainable.py`. Nothing is imported: the recipe's schema is made from
+this table, and a push reads it without torch.
+"""
 
-from torch import nn
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
-from hftl.config.finetune import DEFAULT_LORA
-from hftl.errors import RecipeError
-from hftl.models.architectures import ArchitectureSpec, count_layers
-from hftl.models.encoders import check_block_count, get_blocks, get_submodule, has_prefix
-from hftl.models.heads import (
-    PooledModel,
-    get_encoder,
-    get_last_linear,
-    get_model_architecture,
-    list_unused_parts,
-)
-from hftl.models.lora import add_lora
+Trains = Literal["nothing", "head", "top_blocks", "adapters", "everything"]
+Schedule = Literal["solved", "epochs", "phases", "rate_search"]
+
+NOT_TRAINED = "it is solved, not trained by steps"
+NO_ENCODER = "it has no encoder"
+FROM_RANDOM = "it starts from random weights, at one learning rate of its own"
 
 
-def prepare(
-    model: nn.Module,
-    strategy: str = "lora",
-    blocks: int = 2,
-    lora: dict[str, Any] | None = None,
-    fresh: Sequence[str] | None = None,
-) -> nn.Module:
-    """Sets what trains and returns the model, wrapped where the strategy is `lora`.
+@dataclass(frozen=True)
+class StrategySpec:
+    """Describe one strategy, or one baseline that it is measured against.
 
-    Args:
-        model: a stock sequence, token or image classification model of a supported architecture,
-            or a `PooledModel`.
-        strategy: `head` (the last linear layer), `partial` (the top `blocks`, what follows them,
-            and the head), `lora` (adapters in every block, and the head), or `full` (all that an
-            output depends on); `gradual` is `full`, of which `gradual.split_phases` train in turn.
-        blocks: how many top blocks train under `partial`.
-        lora: fields of `peft.LoraConfig`.
-        fresh: modules that the checkpoint did not have (`output_loading_info`'s missing keys),
-            which must train and be saved. None: head and pooler are taken as such, which is safe.
-
-    Raises:
-        RecipeError: for an unsupported architecture or class, an unknown strategy, or too many
-            blocks.
+    Attributes:
+        name: in recipes, and of the arm.
+        trains: the parameters that train, see `finetune/trainable.py`.
+        schedule: `solved` in closed form by one process; by steps for `training.num_train_epochs`
+            (`epochs`), phase after phase (`phases`), or for a longer budget after trying several
+            learning rates (`rate_search`). The time estimate follows it.
+        is_baseline: stands beside the transfer and does not start from the source's weights.
+        measures_gain: a baseline that the transfer gain is taken over.
+        brings: another baseline that runs wherever this one does.
+        own_keys: recipe keys that no other strategy reads.
+        ignored_keys: further recipe keys that a change of does not matter to, and why.
+        model_words: the card's first words about a published model of it.
+        arm_words: what the card says of such an arm beside its name, by the kind of the inputs
+            (text, words, image) where it differs.
     """
-    architecture = get_model_architecture(model)
-    encoder = get_encoder(model, architecture)
-    if fresh is None:
-        fresh = _list_untrained_modules(model, architecture)
-    everything = strategy in ("full", "gradual")
-    model.requires_grad_(everything)
-    if strategy == "lora":
-        model = add_lora(model, architecture, DEFAULT_LORA | (lora or {}), fresh)
-    elif strategy == "head":
-        get_last_linear(model, architecture).requires_grad_(True)
-    elif strategy == "partial":
-        _unfreeze_top(model, architecture, blocks, fresh)
-    elif not everything:
-        raise RecipeError(
-            f"unknown strategy {strategy!r}", "Use head, partial, gradual, lora or full"
-        )
-    unused = list_unused_parts(model, architecture)
-    for name, parameter in encoder.named_parameters():
-        if has_prefix(name, unused):
-            parameter.requires_grad = False
-    return model
+
+    name: str
+    trains: Trains
+    schedule: Schedule
+    is_baseline: bool = False
+    measures_gain: bool = False
+    brings: str | None = None
+    own_keys: tuple[str, ...] = ()
+    ignored_keys: Mapping[str, str] = field(default_factory=dict)
+    model_words: str = ""
+    arm_words: str | Mapping[str, str] = ""
+
+    @property
+    def is_solved(self) -> bool:
+        """Return True where one process solves the arm and nothing trains by steps."""
+        return self.schedule == "solved"
+
+    @property
+    def starts_from_source(self) -> bool:
+        """Return True where the encoder is the source's, so that it can forget."""
+        return not self.is_baseline
+
+    @property
+    def changes_encoder(self) -> bool:
+        """Return True where training moves the source's encoder, directly or by adapters."""
+        return not self.is_baseline and not self.is_solved
+
+    @property
+    def trains_encoder_weights(self) -> bool:
+        """Return True where the source's own weights move, so that a high rate destroys them."""
+        return self.changes_encoder and self.trains != "adapters"
+
+    @property
+    def publishes_adapter(self) -> bool:
+        """Return True where what is published is a PEFT adapter and not a whole model."""
+        return self.trains == "adapters"
 
 
-def count_trainable_parameters(model: nn.Module) -> int:
-    """How many numbers the optimizer changes."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _unfreeze_top(
-    model: nn.Module, architecture: ArchitectureSpec, blocks: int, fresh: Sequence[str]
-) -> None:
-    encoder: Any = get_encoder(model, architecture)
-    found = get_blocks(encoder, architecture)
-    check_block_count("finetune", blocks, len(found), count_layers(encoder.config))
-    for block in found[-blocks:]:
-        block.requires_grad_(True)
-    for path in architecture.final_parts:
-        get_submodule(encoder, path).requires_grad_(True)
-    if isinstance(model, PooledModel):
-        model.head.requires_grad_(True)
-        return
-    if architecture.pooler and getattr(encoder, architecture.pooler, None) is not None:
-        get_submodule(encoder, architecture.pooler).requires_grad_(True)
-    for name in [*architecture.head.parts, *fresh]:
-        get_submodule(model, name).requires_grad_(True)
-
-
-def _list_untrained_modules(model: nn.Module, architecture: ArchitectureSpec) -> list[str]:
-    if isinstance(model, PooledModel) or not architecture.pooler:
-        return []
-    pooler = getattr(get_encoder(model, architecture), architecture.pooler, None)
-    return [] if pooler is None else [f"{architecture.encoder}.{architecture.pooler}"]
+TRAINING_KEYS = (
+    "finetune.head_init", "finetune.patience", "finetune.layer_decay", "finetune.lr",
+)  # fmt: skip
+_SPECS = (
+    # Quick arms first: a run reports them in this order.
+    StrategySpec(
+        "majority", "nothing", "solved", is_baseline=True,
+        ignored_keys={
+            "finetune": NO_ENCODER, "data.max_length": NO_ENCODER, "data.image_size": NO_ENCODER,
+            "data.augment": NOT_TRAINED,
+        },
+        arm_words="always the most frequent answer",
+    ),
+    StrategySpec(
+        "classical", "nothing", "solved", is_baseline=True, measures_gain=True,
+        ignored_keys={
+            "finetune": NO_ENCODER, "data.max_length": NO_ENCODER, "data.augment": NOT_TRAINED,
+        },
+        arm_words={
+            "text": "TF-IDF with a linear model",
+            "words": "the words' spelling with a linear model",
+            "image": "downsampled pixels with a linear model",
+        },
+    ),
+    StrategySpec(
+        "head", "head", "solved",
+        ignored_keys=dict.fromkeys(
+            (*TRAINING_KEYS, "finetune.training", "data.augment"), NOT_TRAINED
+        ),
+        model_words="A linear head on the frozen",
+        arm_words="the frozen encoder with a linear head",
+    ),
+    StrategySpec(
+        "lora", "adapters", "epochs", own_keys=("finetune.lora",),
+        model_words="A LoRA adapter of",
+    ),
+    StrategySpec(
+        "partial", "top_blocks", "epochs", own_keys=("finetune.blocks",),
+        model_words="The top blocks fine-tuned of",
+    ),
+    StrategySpec(
+        "gradual", "everything", "phases", own_keys=("finetune.gradual",),
+        ignored_keys={
+            "finetune.training.num_train_epochs": "each phase lasts finetune.gradual.epochs"
+        },
+        model_words="A gradual fine-tuning of",
+    ),
+    StrategySpec("full", "everything", "epochs", model_words="A full fine-tuning of"),
+    StrategySpec(
+        "scratch", "everything", "rate_search", is_baseline=True, measures_gain=True,
+        brings="classical", own_keys=("measure.scratch",),
+        ignored_keys=dict.fromkeys(TRAINING_KEYS, FROM_RANDOM),
+        arm_words="the same architecture trained from scratch",
+    ),
+)  # fmt: skip
+STRATEGIES = {spec.name: spec for spec in _SPECS}
+"""Every strategy and baseline by name, the quickest first."""
+FINETUNE_STRATEGIES = tuple(name for name, spec in STRATEGIES.items() if not spec.is_baseline)
+"""The values of `finetune.strategy`."""
+BASELINES = tuple(name for name, spec in STRATEGIES.items() if spec.is_baseline)
+PROBE_ARM = "head"
+"""The arm that is the linear probe: the verdict and the card compare with it."""
+GAIN_BASELINES = tuple(name for name, spec in STRATEGIES.items() if spec.measures_gain)
+"""The baselines that a transfer gain is measured over."""

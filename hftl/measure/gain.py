@@ -12,6 +12,7 @@ from hftl.data.prepare import PreparedData
 from hftl.data.rows import Row
 from hftl.finetune.arm_files import ArmResult, read_arm
 from hftl.finetune.context import MEASURED_SPLITS
+from hftl.finetune.strategies import GAIN_BASELINES
 from hftl.measure.metrics import METRICS, Metric, accuracy, compute_metrics, exact_match
 from hftl.measure.record import (
     AdaptStage,
@@ -42,8 +43,6 @@ MARGIN = 0.01
 
 For an error in the label's own unit it is a hundredth of the other arm's error.
 """
-BASELINES = ("scratch", "classical")
-"""The arms that a transfer gain is measured over."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def compute_transfer_gain(metric: Metric, test: SplitPredictions, own: str) -> B
     over both are, so that false alarms are no more frequent than those of one interval.
     """
     gains = {
-        arm: compute_gain(metric, test, own, arm) for arm in BASELINES if arm in test.predictions
+        arm: compute_gain(metric, test, own, arm) for arm in GAIN_BASELINES if arm in test.predictions
     }
     return select_lesser_gain(gains) if gains else None
 

@@ -132,7 +132,7 @@ def check_adaptations(recipe: Recipe, source: SourceModel) -> None:
     """
     for arm in recipe.arms:
         joined = [stage for stage in arm.stages if stage.method == "lora"]
-        if joined and arm.strategy == "lora":
+        if joined and arm.spec.publishes_adapter:
             check_concatenable(arm.finetune.lora, "finetune.lora", last=True)
     for stage in recipe.all_stages:
         check_objective(stage, source)

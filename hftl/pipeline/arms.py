@@ -14,10 +14,10 @@ from hftl.data.prepare import PreparedFacts
 from hftl.errors import RunFolderError
 from hftl.finetune import arm as training
 from hftl.finetune import arm_files, baselines
-from hftl.finetune.baselines import solve_classical
-from hftl.finetune.context import BY_STEPS, ArmOutput, ExperimentContext
+from hftl.finetune.context import ArmOutput, ExperimentContext
 from hftl.finetune.estimate import estimate_seconds
 from hftl.finetune.gradual import GradualCheckpoint
+from hftl.finetune.strategies import STRATEGIES
 from hftl.measure.record import ScratchSearch
 from hftl.models.lora import build_lora_config
 from hftl.pipeline.cache_keys import SEMANTICS, build_arm_key, select_recipe_values
@@ -28,11 +28,6 @@ from hftl.runtime.hardware import count_devices, get_dtype_name, measure_energy
 from hftl.runtime.progress import show_activity
 from hftl.train.arguments import build_training_arguments as common_arguments
 
-ORDER = ("majority", "classical", "head", "lora", "partial", "gradual", "full",
-         "scratch")  # fmt: skip
-"""Quick arms first."""
-SOLVED = ("majority", "classical", "head")
-"""The arms that one process solves while the others wait."""
 Job = tuple[Arm, int, dict[str, Any]]
 """An arm, a seed, and what its folder will tell of where it comes from."""
 ArmContexts = dict[str, ExperimentContext]
@@ -72,10 +67,10 @@ def validate_upstream_arguments(recipe: Recipe, device: str) -> None:
         RecipeError: naming the section, if transformers or peft refuses it.
     """
     for arm in recipe.arms:
-        if arm.strategy in (*BY_STEPS, "scratch"):
+        if not arm.spec.is_solved:
             task = str(recipe.data.task)
             training.build_finetune_arguments(arm.finetune.training, task, "unused", 0, device)
-        if arm.strategy == "lora":
+        if arm.spec.publishes_adapter:
             build_lora_config(arm.finetune.lora, "finetune.lora")
     for stage in recipe.all_stages:
         common_arguments("adapt", stage.training, {}, "unused", 0, device)
@@ -108,7 +103,7 @@ def _remove_finished_checkpoints(this: Run, jobs: list[Job]) -> None:
 def _run_job(this: Run, bench: ExperimentContext, job: Job, count: str) -> None:
     """Trains on all processes, or solves on the main one, and keeps the outcome."""
     arm, seed, _ = job
-    if arm.strategy in SOLVED:
+    if arm.spec.is_solved:
         distributed.broadcast_from_main(
             lambda: _commit_arm(this, bench, job, _run_arm(this, bench, arm, seed), count)
         )
@@ -135,7 +130,7 @@ def _list_missing_jobs(this: Run, benches: ArmContexts) -> list[Job]:
     """Every arm and seed that does not stand, with what it reads."""
     return [
         (arm, seed, reads)
-        for arm in sorted(this.arms, key=lambda arm: ORDER.index(arm.strategy))
+        for arm in sorted(this.arms, key=lambda arm: list(STRATEGIES).index(arm.strategy))
         for reads in [_build_arm_reads(this.recipe, benches[arm.name], arm)]
         for seed in this.recipe.measure.seeds
         if not _is_arm_finished(this, this.arm_folder(arm.name, seed), reads)
@@ -206,17 +201,13 @@ def _is_arm_finished(this: Run, folder: Path, reads: dict[str, Any]) -> bool:
 
 
 def _run_arm(this: Run, bench: ExperimentContext, arm: Arm, seed: int) -> ArmOutput:
-    match arm.strategy:
-        case "majority":
-            return baselines.solve_majority(bench, seed)
-        case "classical":
-            return solve_classical(bench, seed)
-        case "head":
-            return training.solve_head(bench, arm.finetune, seed)
-        case "scratch":
-            rate = _search_scratch_rate(this, bench, arm)
-            search = this.recipe.measure.scratch
-            return baselines.train_scratch(bench, arm.finetune, search, rate, seed)
+    if arm.spec.is_solved:
+        return baselines.solve_arm(bench, arm, seed)
+    if arm.spec.schedule == "rate_search":
+        rate = _search_scratch_rate(this, bench, arm)
+        return baselines.train_scratch(
+            bench, arm.finetune, this.recipe.measure.scratch, rate, seed
+        )
     reads = _build_arm_reads(this.recipe, bench, arm)
     kept = prepare_retention(
         bench, arm, seed, this.recipe.measure.seeds, this.folder, reads, this.say

@@ -14,6 +14,7 @@ from hftl.data.labels import recognize_tag_scheme
 from hftl.errors import RunFolderError
 from hftl.finetune import arm_files
 from hftl.finetune.context import MEASURED_SPLITS, ExperimentContext
+from hftl.finetune.strategies import PROBE_ARM
 from hftl.measure.error_analysis import compute_class_gains
 from hftl.measure.gain import (
     average_metrics,
@@ -159,7 +160,7 @@ def build_record(
         check=CheckFacts.model_validate(context.run_preflight(recipe.data.max_length, arms)),
         forward=context.inputs.arguments if isinstance(context.inputs, ImageInputs) else None,
         adapt=build_adaptation_section(
-            stages, arm_contexts[own.name], over.get("source"), own.strategy
+            stages, arm_contexts[own.name], over.get("source"), own.spec.publishes_adapter
         ),
         metric=metric.name,
         own_arm=own.name,
@@ -171,7 +172,7 @@ def build_record(
         classes=classes,
         forgetting=build_forgetting_section(run, context, folders),
         reload_difference=difference,
-        verdict=decide_verdict(gain, over.get("head"), difference, over.get("source")),
+        verdict=decide_verdict(gain, over.get(PROBE_ARM), difference, over.get("source")),
         published_seed=seed,
         environment=describe_environment(
             context.device, get_dtype_name(recipe.finetune.training),
@@ -192,7 +193,7 @@ def build_adaptation_section(
     stages: list[FinishedStage],
     own: ExperimentContext | None,
     over_source: Gain | None,
-    strategy: str,
+    is_adapter: bool,
 ) -> AdaptSection | None:
     """Return the record of the recipe's adaptations; None without any.
 
@@ -200,14 +201,14 @@ def build_adaptation_section(
         stages: the adaptations, one after the other.
         own: what the own arm worked with.
         over_source: the own arm's gain over `source`.
-        strategy: the own arm's; an adapter needs an adapted base of its own, a whole model none.
+        is_adapter: an adapter needs an adapted base of its own, a whole model none.
     """
     if not stages:
         return None
     facts = [summarize_adaptation(stage.facts) for stage in stages]
     context = own or stages[-1].context
     base = None
-    if context.base_is_adapted and strategy == "lora":
+    if context.base_is_adapted and is_adapter:
         base = AdaptedBase(weights_sha256=hash_source_weights(context.public_base))
     return AdaptSection(
         stages=facts,
@@ -234,7 +235,7 @@ def _package_best_seed(
         with run_folder.commit_stage(folder, reads) as aside:
             (aside / "model").mkdir()
             export_model(bench, model, own.finetune, aside / "model")
-            if own.strategy == "lora" and bench.base_is_adapted:
+            if own.spec.publishes_adapter and bench.base_is_adapted:
                 export_base(bench, aside / "base")
             sample = write_reload_sample(bench, arm_files.read_logits(arm_folder, "test"), aside)
             with show_activity("reloading in a fresh process"):
@@ -291,7 +292,7 @@ def _list_classes(context: ExperimentContext) -> list[str]:
 
 def _read_search(run: Run) -> ScratchSearch | None:
     """Return the search of scratch's learning rate; None where scratch did not run."""
-    if not any(arm.strategy == "scratch" for arm in run.arms):
+    if not any(arm.spec.schedule == "rate_search" for arm in run.arms):
         return None
     path = run.folder / "phases" / "search" / "search.json"
     return ScratchSearch.model_validate_json(path.read_text("utf-8"))

@@ -61,7 +61,7 @@ def _build_adaptation_record(
     run: Run, context: ExperimentContext, stages: list[FinishedStage]
 ) -> Record:
     recipe = run.recipe
-    section = build_adaptation_section(stages, None, None, "full")
+    section = build_adaptation_section(stages, None, None, is_adapter=False)
     assert section is not None
     data = context.prepared.facts.to_record() | {"name": Path(recipe.data.train.path).name}
     return Record(

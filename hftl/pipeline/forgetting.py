@@ -20,9 +20,6 @@ from hftl.pipeline.arms import Run
 from hftl.retain.kl import DEFAULT_TAU
 from hftl.runtime import run_folder
 
-COMPARED_STRATEGIES = ("head", "partial", "gradual", "lora", "full")
-"""The strategies whose encoder comes from the source."""
-
 
 def build_forgetting_section(
     run: Run, context: ExperimentContext, folders: dict[str, list[Path]]
@@ -34,7 +31,7 @@ def build_forgetting_section(
         context: of the source as it is.
         folders: of each arm, one a seed.
     """
-    arms = {arm.name: arm for arm in run.arms if arm.strategy in COMPARED_STRATEGIES}
+    arms = {arm.name: arm for arm in run.arms if not arm.spec.is_baseline}
     stored = {name: [read_embeddings(folder) for folder in folders[name]] for name in arms}
     # A head on the source as it is leaves the encoder unchanged and stores nothing; other arms
     # without embeddings come from a version that stored none.
@@ -86,7 +83,7 @@ def _find_backward_control(context: ExperimentContext, before: Features) -> str 
 
 
 def _keeps_source_encoder(arm: Arm) -> bool:
-    return arm.strategy == "head" and not arm.stages
+    return not arm.spec.changes_encoder and not arm.stages
 
 
 def _find_arm_without_retention(arm: Arm, others: list[Arm]) -> str | None:

@@ -101,7 +101,7 @@ def check_push_access(recipe: Recipe, say: Say) -> None:
 def _adapts_its_base(recipe: Recipe) -> bool:
     """Whether the adapter would go on a base that the run makes."""
     whole = any(stage.method != "lora" for stage in recipe.stages)
-    return whole and recipe.finetune.strategy == "lora"
+    return whole and recipe.finetune.spec.publishes_adapter
 
 
 def validate_push(run: Path, asked: PushOptions) -> PushPreview:

@@ -13,8 +13,8 @@ from hftl.adapt.encoder_io import set_trainable
 from hftl.config.recipe import Arm, Recipe
 from hftl.data.text_inputs import EncodedRow, TextInputs
 from hftl.errors import DataError, HftlError, RecipeError, format_error_line, is_out_of_memory
-from hftl.finetune.context import BY_STEPS, ExperimentContext
-from hftl.finetune.strategies import prepare
+from hftl.finetune.context import ExperimentContext
+from hftl.finetune.trainable import prepare
 from hftl.models.heads import LoadedModel, get_encoder
 from hftl.pipeline.objectives import build_objective
 from hftl.publish import reload_check
@@ -38,10 +38,10 @@ def check_models(recipe: Recipe, bench: ExperimentContext) -> None:
     """
     seen: set[str] = set()
     for arm in recipe.arms:
-        if arm.strategy not in (*BY_STEPS, "head"):
+        if arm.spec.is_baseline:
             continue
         finetune = arm.finetune
-        lora = finetune.lora if arm.strategy == "lora" else None
+        lora = finetune.lora if arm.spec.publishes_adapter else None
         key = json.dumps([finetune.pooling, lora], sort_keys=True)
         if key not in seen:
             seen.add(key)
@@ -73,9 +73,9 @@ def _check_arm_model(bench: ExperimentContext, arm: Arm) -> None:
             "Give a source whose config, weights and tokenizer or processor belong together",
         ) from error
     _check_row_independence(bench, logits, alone)
-    if arm.strategy == "lora":
+    if arm.spec.publishes_adapter:
         finetune = arm.finetune
-        model = prepare(built.model, "lora", finetune.blocks, finetune.lora, built.fresh)
+        model = prepare(built.model, arm.strategy, finetune.blocks, finetune.lora, built.fresh)
         if set(finetune.lora) - set(LORA_KEYS_SAVED_ALIKE):
             _check_saving(
                 bench, LoadedModel(model, built.architecture, built.pooling, built.fresh), arm

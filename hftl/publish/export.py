@@ -19,7 +19,7 @@ from hftl.data.image_inputs import ImageInputs
 from hftl.errors import RunFolderError
 from hftl.finetune.arm import init_head_from_probe
 from hftl.finetune.context import ExperimentContext
-from hftl.finetune.strategies import prepare
+from hftl.finetune.trainable import prepare
 from hftl.models.architectures import ArchitectureSpec
 from hftl.models.encoders import get_encoder_class
 from hftl.models.heads import (
@@ -52,7 +52,7 @@ def rebuild_model(
         RunFolderError: if the weights are not those of this model.
     """
     built = bench.build_model(finetune.pooling, seed)
-    if finetune.strategy != "head" and finetune.head_init == "probe":
+    if not finetune.spec.is_solved and finetune.head_init == "probe":
         # peft keeps the head it wraps; it must be the one that training started from.
         init_head_from_probe(bench, built, finetune.pooling, seed)
     model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
@@ -81,7 +81,7 @@ def export_model(
     source = bench.source
     task = bench.prepared.task
     labels = build_label_settings(bench.prepared.names, bench.num_outputs, task)
-    if finetune.strategy == "lora":
+    if finetune.spec.publishes_adapter:
         export_adapter(bench, model, folder)
         # What the adapter is put on: for a stock class with its labels, so that it can be named.
         known = (

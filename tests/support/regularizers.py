@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from hftl.config.section import Source
-from hftl.finetune.strategies import prepare
+from hftl.finetune.trainable import prepare
 from hftl.models.heads import build_model, get_last_linear, get_model_architecture
 from hftl.models.source import find_source
 from hftl.retain.build import Step
