@@ -11,6 +11,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from hftl.config.section import Section
 from hftl.errors import RecipeError
+from hftl.finetune.strategies import STRATEGIES
 
 FORM_PHRASES = {
     "relational": "how similar rows are to others",
@@ -185,7 +186,7 @@ class L2SP(RegularizerSection):
 
     def check_arm(self, strategy: str, task: str) -> None:
         """Refuse the decoupled step where the base does not train."""
-        if strategy == "lora" and self.decoupled:
+        if STRATEGIES[strategy].publishes_adapter and self.decoupled:
             raise RecipeError(
                 "retain.l2sp.decoupled moves weights, and under LoRA the base does not move",
                 "Set it to false",
