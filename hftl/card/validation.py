@@ -1,4 +1,4 @@
-"""Our own checks of a model card, of anyone's: what the hub would refuse, and what misleads."""
+"""Check a model card, of anyone's: what the hub would refuse, and what misleads."""
 
 import math
 import re
@@ -35,7 +35,7 @@ LOCAL_PATH = re.compile(
 
 
 def validate_card(text: str) -> list[str]:
-    """What is wrong with a card, a sentence each with what to do; empty where it is sound.
+    """Return what is wrong with a card, a sentence each with what to do; empty where it is sound.
 
     Args:
         text: the whole README.md.
@@ -53,34 +53,34 @@ def validate_card(text: str) -> list[str]:
         _check_tags,
         _check_model_index,
     )
-    found = [problem for check in checks for problem in check(front)]
-    return found + _check_text(text)
+    findings = [problem for check in checks for problem in check(front)]
+    return findings + _check_text(text)
 
 
 def validate_own_card(text: str, measured: bool = True) -> list[str]:
-    """The same of a card that hftl wrote, which must also hold results and no key of others.
+    """Return the same of a card that hftl wrote, which must also hold results and no other key.
 
     Args:
         text: the whole README.md.
         measured: whether the record has scores; an encoder without a task has none.
     """
-    found = validate_card(text)
+    findings = validate_card(text)
     front, _ = _parse_metadata(text)
     if front is None:
-        return found
+        return findings
     strange = sorted(set(front) - HFTL_KEYS)
     if strange:
-        found.append(
+        findings.append(
             f"The metadata have the key {_shorten_value(strange[0])}, which hftl does not write; write the "
             "card anew with `hftl card RUN`"
         )
-    if measured and not found and not _parse_results(front):
-        found.append("model-index is empty; write the card anew with `hftl card RUN`")
-    return found
+    if measured and not findings and not _parse_results(front):
+        findings.append("model-index is empty; write the card anew with `hftl card RUN`")
+    return findings
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether the hub may have something of that name; a path on a machine is none."""
+    """Return whether the hub may have something of that name; a path on a machine is none."""
     try:
         validate_repo_id(text)
     except HFValidationError:
@@ -89,7 +89,7 @@ def is_hub_id(text: str) -> bool:
 
 
 def _parse_metadata(text: str) -> tuple[dict[str, Any] | None, str]:
-    """The metadata; or None and why there are none."""
+    """Return the metadata; or None and why there are none."""
     block = REGEX_YAML_BLOCK.search(text)
     if block is None:
         return None, "The card has no metadata; begin it with a YAML block between two lines of ---"
@@ -104,17 +104,17 @@ def _parse_metadata(text: str) -> tuple[dict[str, Any] | None, str]:
 
 
 def _check_base(front: dict[str, Any]) -> list[str]:
-    found = _check_hub_ids(front, "base_model", "a model")
+    findings = _check_hub_ids(front, "base_model", "a model")
     relation = front.get("base_model_relation")
     if relation is not None and relation not in BASE_MODEL_RELATIONS:
         known = ", ".join(BASE_MODEL_RELATIONS)
-        found.append(f"base_model_relation is {_shorten_value(relation)}; write one of {known}")
+        findings.append(f"base_model_relation is {_shorten_value(relation)}; write one of {known}")
     if front.get("base_model") is None:
         if front.get("library_name") == "peft":
-            found.append("base_model is missing; name the hub id that the adapter goes on")
+            findings.append("base_model is missing; name the hub id that the adapter goes on")
         elif relation is not None:
-            found.append("base_model_relation stands without base_model; name the base")
-    return found
+            findings.append("base_model_relation stands without base_model; name the base")
+    return findings
 
 
 def _check_datasets(front: dict[str, Any]) -> list[str]:
@@ -122,7 +122,7 @@ def _check_datasets(front: dict[str, Any]) -> list[str]:
 
 
 def _check_hub_ids(front: dict[str, Any], key: str, what: str) -> list[str]:
-    """Whether every value under a key is a hub id."""
+    """Check that every value under a key is a hub id."""
     return [
         f"{key} is {_shorten_value(value)}, which is no hub id; name {what} on the hub"
         for value in _as_list(front.get(key))
@@ -131,16 +131,16 @@ def _check_hub_ids(front: dict[str, Any], key: str, what: str) -> list[str]:
 
 
 def _check_license(front: dict[str, Any]) -> list[str]:
-    found = []
+    findings = []
     for value in _as_list(front.get("license")):
         if value not in LICENSES:
-            found.append(
+            findings.append(
                 f"license is {_shorten_value(value)}, which the hub does not know; write an identifier "
                 "such as apache-2.0, or other with license_name"
             )
         elif value == "other" and not front.get("license_name"):
-            found.append("license is other and has no name; set license_name and license_link")
-    return found
+            findings.append("license is other and has no name; set license_name and license_link")
+    return findings
 
 
 def _check_pipeline_tag(front: dict[str, Any]) -> list[str]:
@@ -151,35 +151,35 @@ def _check_pipeline_tag(front: dict[str, Any]) -> list[str]:
 
 
 def _check_language(front: dict[str, Any]) -> list[str]:
-    found = []
+    findings = []
     for value in _as_list(front.get("language")):
         if isinstance(value, bool):
-            found.append('language is read as true or false; quote it, as in "no"')
+            findings.append('language is read as true or false; quote it, as in "no"')
         elif not isinstance(value, str) or not (
             LANGUAGE_CODE.fullmatch(value) or REGIONAL_LANGUAGE_CODE.fullmatch(value)
         ):
-            found.append(
+            findings.append(
                 f"language is {_shorten_value(value)}; write an ISO 639 code such as en or de"
             )
-    return found
+    return findings
 
 
 def _check_library(front: dict[str, Any]) -> list[str]:
     name = front.get("library_name")
     if isinstance(name, str) and re.fullmatch(r"[\w.-]+", name):
         return []
-    told = "missing" if name is None else _shorten_value(name)
-    return [f"library_name is {told}; write peft for an adapter, transformers for a model"]
+    shown = "missing" if name is None else _shorten_value(name)
+    return [f"library_name is {shown}; write peft for an adapter, transformers for a model"]
 
 
 def _check_tags(front: dict[str, Any]) -> list[str]:
-    found = []
+    findings = []
     for tag in _as_list(front.get("tags")):
         if not isinstance(tag, str):
-            found.append(f"The tag {_shorten_value(tag)} is no text; quote it")
+            findings.append(f"The tag {_shorten_value(tag)} is no text; quote it")
         elif tag.startswith("base_model:") and not _is_base_tag(tag):
-            found.append(f"The tag {_shorten_value(tag)} names no hub id; remove it")
-    return found
+            findings.append(f"The tag {_shorten_value(tag)} names no hub id; remove it")
+    return findings
 
 
 def _is_base_tag(tag: str) -> bool:
@@ -199,29 +199,29 @@ def _check_model_index(front: dict[str, Any]) -> list[str]:
 
 
 def _parse_results(front: dict[str, Any]) -> list[EvalResult]:
-    """The results of the metadata, as the hub reads them."""
+    """Return the results of the metadata, as the hub reads them."""
     index = front.get("model-index")
     return [] if index is None else model_index_to_eval_results(index)[1]
 
 
 def _check_text(text: str) -> list[str]:
-    found = []
+    findings = []
     if PLACEHOLDER.search(text):
-        found.append('It says "More information needed"; leave out what is not known')
+        findings.append('It says "More information needed"; leave out what is not known')
     home = LOCAL_PATH.search(text)
     if home:
-        found.append(f"It names a place on a machine: {_shorten_value(home[0])}; remove it")
-    return found
+        findings.append(f"It names a place on a machine: {_shorten_value(home[0])}; remove it")
+    return findings
 
 
 def _as_list(value: Any) -> list[Any]:
-    """One value or several as a list; none where there is none."""
+    """Return one value or several as a list; empty where there is none."""
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
 
 
 def _shorten_value(value: Any) -> str:
-    """A value as it may stand in a message: one line, not long, nothing a terminal obeys."""
-    told = repr(value[:200] if isinstance(value, str) else value)
-    return told if len(told) <= 80 else f"{told[:77]}..."
+    """Return a value for a message: one line, not long, without control characters."""
+    shown = repr(value[:200] if isinstance(value, str) else value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

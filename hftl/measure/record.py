@@ -581,10 +581,10 @@ class Record(RecordPart):
         """
         if not isinstance(tree, dict):
             raise RunFolderError(f"{where} is no mapping in JSON", fix)
-        found = tree.get("schema_version")
-        if found != SCHEMA_VERSION:
+        schema_version = tree.get("schema_version")
+        if schema_version != SCHEMA_VERSION:
             raise RunFolderError(
-                f"{where}: schema_version is {found!r}, this version of hftl reads "
+                f"{where}: schema_version is {schema_version!r}, this version of hftl reads "
                 f"{SCHEMA_VERSION}", fix,
             )  # fmt: skip
         try:

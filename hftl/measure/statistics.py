@@ -1,4 +1,4 @@
-"""Intervals, p-values and verdicts for a transfer gain measured over several seeds.
+"""Estimate intervals, p-values and outcomes for a transfer gain measured over several seeds.
 
 A transfer gain is the mean over seeds of (own arm's metric - baseline's metric) on the same test
 items. Two things make it uncertain: which seeds were run and which items were drawn. The functions
@@ -21,7 +21,7 @@ MIN_SEEDS_FOR_P = 6
 
 @dataclass(frozen=True)
 class MeanError:
-    """The standard error of a mean and the degrees of freedom of its t distribution."""
+    """Hold the standard error of a mean and the degrees of freedom of its t distribution."""
 
     value: float
     degrees_of_freedom: float
@@ -48,7 +48,7 @@ class MeanError:
 def jackknife(
     score: Callable[[np.ndarray], float], units: np.ndarray, blocks: int = MAX_BLOCKS
 ) -> np.ndarray:
-    """Delete-one-block pseudo-values of a statistic, ready to be averaged with equal weights.
+    """Return delete-one-block pseudo-values of a statistic, ready to be averaged with equal weights.
 
     Delete-m_j jackknife: with n rows, g blocks of m_j rows, T = score(all) and T_j = score(without
     block j),
@@ -127,7 +127,7 @@ def effective_count(sizes: np.ndarray) -> float:
 
 
 def compute_mean_squares(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean squares (seeds, units, error) of a two-way table with one value a cell.
+    """Return the mean squares (seeds, units, error) of a two-way table with one value a cell.
 
     Args:
         values: (seeds, units) float64, at least 2 x 2.
@@ -299,7 +299,7 @@ def rule_of_three_p_value(value: float, units: float) -> float:
 
 
 def classify_gain(interval: tuple[float, float] | None, margin: float) -> GainOutcome:
-    """Verdict on a gain from its interval and the smallest gain that matters.
+    """Return the verdict on a gain from its interval and the smallest gain that matters.
 
     Args:
         interval: (low, high) as from `mean_interval`, or None.
@@ -329,7 +329,7 @@ def classify_gain(interval: tuple[float, float] | None, margin: float) -> GainOu
 def select_within_one_standard_error(
     scores: Sequence[float], errors: Sequence[float], costs: Sequence[float]
 ) -> int:
-    """The position of the least cost among the scores within one standard error of the best.
+    """Return the position of the least cost among the scores within one standard error of the best.
 
     The rule of Breiman et al. 1984 (CART, section 3.4.3). Of equal costs the better score wins, of
     equal scores the first.
@@ -342,16 +342,16 @@ def select_within_one_standard_error(
     Raises:
         ValueError: there are none, or their numbers differ, or one is not finite.
     """
-    told = _as_finite_array(
+    values = _as_finite_array(
         "scores, errors and costs", [list(scores), list(errors), list(costs)], 2
     )
-    best = int(np.argmax(told[0]))
-    near = np.flatnonzero(told[0] >= told[0, best] - told[1, best])
-    return int(min(near, key=lambda i: (told[2, i], -told[0, i], i)))
+    best = int(np.argmax(values[0]))
+    near = np.flatnonzero(values[0] >= values[0, best] - values[1, best])
+    return int(min(near, key=lambda i: (values[2, i], -values[0, i], i)))
 
 
 def relative_error_reduction(own: float, baseline: float, best: float = 1.0) -> float | None:
-    """Share of the baseline's error that the own arm removes: 1 - |best - own| / |best - baseline|.
+    """Return the share of the baseline's error that the own arm removes: 1 - |best - own| / |best - baseline|.
 
     Args:
         own: own arm's metric.
@@ -368,7 +368,7 @@ def relative_error_reduction(own: float, baseline: float, best: float = 1.0) -> 
 
 
 def _as_finite_array(name: str, values: object, dimensions: int) -> np.ndarray:
-    """`values` as a float64 array of the wanted dimensions.
+    """Return `values` as a float64 array of that many dimensions.
 
     Raises:
         ValueError: wrong dimensions, or the first value that is not finite and its place.
