@@ -17,7 +17,7 @@ from planting import (
 from tiny import is_image, tiny_config, tiny_processor, tiny_tokenizer
 
 from hftl.doctor import load_check, load_once
-from hftl.doctor.checks import Examination
+from hftl.doctor.adapter_folder import Examination
 
 MADE: dict[str, Path] = {}
 """What is made once: pytest takes a fixture that several files import for several."""

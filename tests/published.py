@@ -14,10 +14,10 @@ from localhub import ROOT, LocalHub
 
 BASE = "org/tiny"
 """What the tiny model is called at the hub."""
-PATIENCE = {
+SHORT_WAITS = {
     "RETRY_SECONDS": 3.0, "TIMEOUT_SECONDS": 1.0, "FIRST_WAIT": 0.01, "MAX_WAIT": 0.05
 }  # fmt: skip
-"""Of the pushes of tests, in seconds."""
+"""The limits of `http_retry` in tests, in seconds."""
 
 
 def small_recipe(folder: Path, model: Path, changes: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +62,8 @@ SERVE = f"""
 import contextlib, io, json, sys
 from hftl import cli, cli_errors
 from hftl.publish import http_retry
-for name, seconds in {PATIENCE!r}.items():
+for name, seconds in {SHORT_WAITS!r}.items():
+    assert hasattr(http_retry, name), name
     setattr(http_retry, name, seconds)
 real = sys.stdout
 for line in sys.stdin:

@@ -59,13 +59,13 @@ import json, sys
 from pathlib import Path
 import numpy, torch, peft, transformers, huggingface_hub
 from hftl.doctor import load_check, load_once
-from hftl.doctor.checks import examine
-from hftl.doctor.report import told
+from hftl.doctor.checks import examine_adapter
+from hftl.doctor.report import format_report
 
 sound, *hostile = sys.argv[1:]
-# The loads stand under the watch too.
-load_check.loads = lambda clean, base, name: [
-    numpy.array(load_once.output(clean, base, name, seed)) for seed in load_check.SEEDS
+# The hook must see the loads too.
+load_check.load_in_processes = lambda clean, base, name: [
+    numpy.array(load_once.compute_output(clean, base, name, seed)) for seed in load_check.SEEDS
 ]
 BAD = ("socket.connect", "subprocess.Popen", "os.system", "os.exec", "pickle.find_class")
 seen = {"import": [], "open": [], "bad": []}
@@ -76,12 +76,12 @@ def watch(event, args):
     elif event in BAD:
         seen["bad"].append(event)
 
-examine(sound)
+examine_adapter(sound)
 sys.addaudithook(watch)
-found = [examine(folder) for folder in hostile]
+found = [examine_adapter(folder) for folder in hostile]
 print(json.dumps(seen | {
     "kinds": [sorted({one.kind for one in each.defects}) for each in found],
-    "told": [told(each, 200) for each in found],
+    "reports": [format_report(each, 200) for each in found],
     "unexamined": [each.unexamined for each in found],
 }))
 """

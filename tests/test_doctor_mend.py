@@ -23,10 +23,11 @@ from planting import (
 from safetensors.torch import load_file
 
 from hftl.config.section import Source
-from hftl.doctor.checks import Examination, examine_adapter
+from hftl.doctor.adapter_folder import Examination
+from hftl.doctor.checks import examine_adapter
 from hftl.doctor.fix import fix_adapter, get_backup_folder
+from hftl.doctor.renamed_modules import find_new_name, find_renamed_keys
 from hftl.doctor.report import run_doctor
-from hftl.doctor.shape_check import find_new_name, find_renamed_keys
 from hftl.errors import RecipeError
 from hftl.models.source import find_source, hash_source_weights
 

@@ -10,7 +10,7 @@ import pytest
 from hftl.config.section import Source
 from hftl.errors import RunFolderError
 from hftl.inference import find_model
-from hftl.inference.find_model import PublishedMetadata
+from hftl.publish.published_metadata import PublishedMetadata, read_json_mapping
 
 PACKAGED = "package:somewhere/model"
 
@@ -42,7 +42,7 @@ def test_an_installed_source_is_the_base_unless_that_was_adapted(
     named = {"base_model_name_or_path": "me/base", "revision": "abc"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(named), encoding="utf-8")
     sought = asked(monkeypatch, tmp_path)
-    monkeypatch.setattr(find_model.paths, "is_local", lambda place: True)
+    monkeypatch.setattr("hftl.runtime.paths.is_local", lambda place: True)
     notes = PublishedMetadata.model_validate({"source": {"model": PACKAGED}, "adapt": adapt})
     find_model.find_base_folder(tmp_path, notes, None)
     assert [source for source, _ in sought] == [expected]
@@ -61,6 +61,7 @@ def test_a_pinned_base_is_the_hubs_even_where_a_folder_has_its_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}", encoding="utf-8")
     named = {"base_model_name_or_path": name, "revision": revision}
     (tmp_path / "adapter_config.json").write_text(json.dumps(named), encoding="utf-8")
     sought = asked(monkeypatch, tmp_path)
@@ -98,4 +99,4 @@ def test_a_run_finds_its_pinned_base_where_its_recipes_path_leads_nowhere(
 def test_a_file_that_is_no_mapping_is_no_bug(text: str, tmp_path: Path) -> None:
     (tmp_path / "hftl.json").write_text(text, encoding="latin-1")
     with pytest.raises(RunFolderError, match="hftl.json is no mapping"):
-        find_model.read_json_mapping(tmp_path / "hftl.json")
+        read_json_mapping(tmp_path / "hftl.json")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hftl.errors import RunFolderError
-from hftl.inference.find_model import PublishedMetadata
+from hftl.publish.published_metadata import PublishedMetadata
 
 
 def read(tree: Any, folder: Path) -> PublishedMetadata:

@@ -17,7 +17,8 @@ from tiny import is_image, save_tiny, tiny_tokenizer
 from tokenizers import AddedToken
 
 import hftl
-from hftl.doctor.checks import Examination, examine_adapter
+from hftl.doctor.adapter_folder import Examination
+from hftl.doctor.checks import examine_adapter
 from hftl.doctor.report import run_doctor
 from hftl.errors import HftlError, RecipeError
 from hftl.inference.compare import compare_models

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hftl.publish.repo_state import complete_repo_id, find_missing_permission
+from hftl.publish.checks import Account, complete_repo_id, find_missing_permission
 
 
 def token(role: str = "write", **fine: Any) -> dict[str, Any]:
@@ -44,11 +44,11 @@ CASES: list[tuple[dict[str, Any], str, bool, str | None]] = [
 def test_what_a_token_lacks(
     who: dict[str, Any], repo_id: str, request_: bool, missing: str | None
 ) -> None:
-    found = find_missing_permission(who, repo_id, request_)
+    found = find_missing_permission(Account.model_validate(who), repo_id, request_)
     assert (found is None) == (missing is None)
     assert (missing or "") in (found or "")
 
 
 def test_a_name_without_an_owner_is_ours() -> None:
-    assert complete_repo_id(token(), "model") == "me/model"
-    assert complete_repo_id(token(), "lab/model") == "lab/model"
+    assert complete_repo_id(Account.model_validate(token()), "model") == "me/model"
+    assert complete_repo_id(Account.model_validate(token()), "lab/model") == "lab/model"

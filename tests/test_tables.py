@@ -34,9 +34,9 @@ class Fake:
         return [row if isinstance(row, str) else " ".join(row) for row in inputs]
 
     def predict_encoded(self, encoded: list[str]) -> list[dict[str, Any]]:
-        return [self._told(text) for text in encoded]
+        return [self._predict(text) for text in encoded]
 
-    def _told(self, text: str) -> dict[str, Any]:
+    def _predict(self, text: str) -> dict[str, Any]:
         if not self.names:
             return {"label": float(len(text))}
         chances = [0.25, 0.75] if "good" in text else [0.75, 0.25]

@@ -1,12 +1,25 @@
-"""What the doctor finds."""
+"""Read the folder that is examined: its files by name, its JSON, the headers of its weights.
+
+Nothing of it is run or unpickled, and no file outside it is opened.
+"""
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hftl.errors import HubError, RecipeError, format_error_line
+from hftl.models.source import SourceModel
+from hftl.publish.published_metadata import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    HEAD_WEIGHTS,
+    MODEL_CONFIG,
+    RECORD_FILE,
+    AdapterConfig,
+)
 from hftl.runtime import paths
 
 DEFECT, WARNING = "defect", "warning"
@@ -14,7 +27,7 @@ DEFECT, WARNING = "defect", "warning"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """Describe one thing that is wrong.
 
     `kind` is one of: fresh, base, base-shape, base-weights, stale-names, names, unsafe, corrupt,
     config, rank, nan, untrained, tokenizer, labels, reload, card, record. A `defect` makes the
@@ -29,102 +42,141 @@ class Finding:
 
 
 def defect(kind: str, what: str, where: str, fix: str) -> Finding:
-    """A finding that an adapter must not have."""
+    """Build a finding that an adapter must not have."""
     return Finding(kind, DEFECT, what, where, fix)
 
 
 def warning(kind: str, what: str, where: str, fix: str) -> Finding:
-    """A finding that an adapter is better without."""
+    """Build a finding that an adapter is better without."""
     return Finding(kind, WARNING, what, where, fix)
 
 
 def format_names(names: list[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
+    """Return the first names, and how many more there are."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
-# The folder under examination: its files by name, its JSON, the headers of its weights.
-#
-# Nothing of it is run or unpickled, and no file outside it is opened.
-
-
-ADAPTER_CONFIG, MODEL_CONFIG, RECORD_FILE = "adapter_config.json", "config.json", "hftl.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json")
-"""Vocabularies, which say nothing of what is examined here."""
+"""Large JSON files that are not settings."""
 MAX_FILE_BYTES = 20_000_000
-"""Of a settings file; what is larger is none."""
+"""A larger settings file or card is not read."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
 """Files that run code when they are loaded; numpy's may hold a pickle."""
 FETCHED_PATTERNS = ["*.json", "*.txt", "*.model", "*.safetensors", "README.md"]
-"""What is fetched of a hub's folder."""
+"""Files of a hub's repository that are fetched."""
 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """An adapter or a whole model.
-
-    `names` are all of its files, by their paths in it, those of a hub that were not fetched
-    included; `jsons` its settings files by name; `shapes` the shape of every tensor.
-    """
+    """Hold what was read of an adapter or a whole model."""
 
     place: str
-    folder: Path
+    """As the user called it."""
+    path: Path
     run: Path | None
+    """The run folder whose publish folder it is."""
     is_remote: bool
     files: list[str]
-    json_files: dict[str, Any]
+    """All files by their paths in the folder, with those of a hub that were not fetched."""
+    json_files: dict[str, dict[str, Any]]
     shapes: dict[str, tuple[int, ...]]
+    """Of every tensor, by its name."""
     unlisted_reason: str | None = None
-    """The files that the hub did not list, and why."""
+    """Why files of the hub are not listed."""
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it goes on a base."""
+        """Return whether it goes on a base."""
         return ADAPTER_CONFIG in self.files
 
     @property
-    def adapter_config(self) -> dict[str, Any]:
-        """Of adapter_config.json; empty where it is not readable."""
-        return self.json_files.get(ADAPTER_CONFIG, {})
+    def adapter_config(self) -> AdapterConfig:
+        """Return the settings of adapter_config.json; none where it is not readable."""
+        return AdapterConfig(self.json_files.get(ADAPTER_CONFIG, {}))
 
     @property
     def model_config(self) -> dict[str, Any]:
-        """Of config.json."""
+        """Return the content of config.json; empty where it is not readable."""
         return self.json_files.get(MODEL_CONFIG, {})
 
     @property
-    def record(self) -> dict[str, Any]:
-        """What hftl has recorded."""
-        return self.json_files.get(RECORD_FILE, {})
-
-    def get_record_section(self, section: str) -> dict[str, Any]:
-        """A section of what hftl has recorded; empty where there is none, or it is none."""
-        told = self.record.get(section)
-        return told if isinstance(told, dict) else {}
+    def labels(self) -> list[str]:
+        """Return the names of the labels that hftl has recorded, in their order."""
+        labels = self._get_record_section("data").get("labels")
+        return list(map(str, labels)) if isinstance(labels, list) else []
 
     @property
-    def labels(self) -> list[str]:
-        """The labels' names that hftl has recorded, in their order."""
-        told = self.get_record_section("data").get("labels")
-        return list(map(str, told)) if isinstance(told, list) else []
+    def recorded_source(self) -> str:
+        """Return the source model that hftl has recorded, or an empty text."""
+        return str(self._get_record_section("source").get("model", ""))
+
+    @property
+    def has_adapted_base(self) -> bool:
+        """Return whether hftl has recorded that adaptation changed the base."""
+        return bool(self._get_record_section("adapt").get("base"))
+
+    @property
+    def base_sha256(self) -> str | None:
+        """Return the hash of the weights that it was trained on, where hftl has recorded it."""
+        adapted = self._get_record_section("adapt").get("base")
+        base = adapted if isinstance(adapted, dict) else self._get_record_section("source")
+        return base.get("weights_sha256")
 
     @property
     def has_own_head(self) -> bool:
-        """Whether a head of hftl's stands beside the encoder."""
-        return "head.safetensors" in self.files
+        """Return whether a head of hftl's lies beside the encoder."""
+        return HEAD_WEIGHTS in self.files
 
     @property
     def weight_files(self) -> list[str]:
-        """The safetensors that its model is loaded from."""
-        known = (ADAPTER_WEIGHTS,) if self.is_adapter else ("model",)
-        heads = ("head.safetensors",) if self.has_own_head else ()
-        return [n for n in self.files if n.startswith(known + heads) and _is_weights(n)]
+        """Return the safetensors that its model is loaded from."""
+        starts = (ADAPTER_WEIGHTS,) if self.is_adapter else ("model",)
+        starts += (HEAD_WEIGHTS,) if self.has_own_head else ()
+        return [n for n in self.files if n.startswith(starts) and _is_weights(n)]
+
+    def _get_record_section(self, name: str) -> dict[str, Any]:
+        """Return a section of hftl.json; empty where it is missing or of another type."""
+        section = self.json_files.get(RECORD_FILE, {}).get(name)
+        return section if isinstance(section, dict) else {}
+
+
+@dataclass
+class Examination:
+    """Collect findings, and what could not be examined.
+
+    `source` is the base, or the whole model itself, where it may be loaded; `model_class` and
+    `config` are those that it is loaded with. A check that finds them sets them for those below.
+    """
+
+    folder: AdapterFolder
+    given_base: str | None = None
+    findings: list[Finding] = field(default_factory=list)
+    unexamined: list[str] = field(default_factory=list)
+    source: SourceModel | None = None
+    model_class: Any = None
+    config: Any = None
+    hub_failed: bool = False
+    misfits: list[Finding] = field(default_factory=list)
+    """Findings on tensors that do not fit the base, which forbid a load."""
+    base_loads: bool = True
+
+    @property
+    def defects(self) -> list[Finding]:
+        """Return the findings that an adapter must not have."""
+        return [finding for finding in self.findings if finding.severity == DEFECT]
+
+    @property
+    def exit_code(self) -> int:
+        """Return 0 if sound, 4 for defects, 5 if only the hub did not give the base."""
+        return 4 if self.defects else 5 if self.hub_failed else 0
+
+
+Check = Callable[[Examination], Iterable[Finding]]
 
 
 def open_adapter_folder(place: str | Path) -> tuple[AdapterFolder, list[Finding]]:
-    """Finds the folder, and reads what may be read of it.
+    """Find the folder, and read what may be read of it.
 
     Args:
         place: a folder, a run folder, or a hub id.
@@ -151,15 +203,15 @@ def open_adapter_folder(place: str | Path) -> tuple[AdapterFolder, list[Finding]
             f"{place} holds no adapter_config.json and no config.json",
             f"Give {folder / inside[0].rsplit('/', 1)[0]}" if inside else "Give an adapter",
         )
-    jsons, broken = _read_jsons(folder, names)
-    patient = AdapterFolder(str(place), folder, run, path is None, names, jsons, {}, unlisted)
-    shapes, damaged = _read_shapes(patient)
-    patient.shapes.update(shapes)
-    return patient, [*outside, *broken, *damaged]
+    json_files, broken = _read_json_files(folder, names)
+    opened = AdapterFolder(str(place), folder, run, path is None, names, json_files, {}, unlisted)
+    shapes, damaged = _read_shapes(opened)
+    opened.shapes.update(shapes)
+    return opened, [*outside, *broken, *damaged]
 
 
 def _list_files(folder: Path) -> tuple[list[str], list[Finding]]:
-    """All files; a link that leads out of the folder is left out and told."""
+    """Return all files, and a finding for each link that leads out of the folder."""
     if not folder.is_dir():
         raise RecipeError(f"there is no folder {folder}", "Give an adapter's folder or hub id")
     names: list[str] = []
@@ -180,9 +232,9 @@ def _list_files(folder: Path) -> tuple[list[str], list[Finding]]:
 
 
 def _fetch_repo(repo_id: str) -> tuple[Path, list[str], str | None]:
-    """The hub's snapshot without its pickles, the names of all its files, and why they are not all.
+    """Return the hub's snapshot without its pickles, all file names, and why some are missing.
 
-    A copy in the cache is examined where the hub is away, which then lists nothing.
+    Where the hub is away, a copy in the cache is examined, and no other file is listed.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -221,55 +273,56 @@ def _fetch_snapshot(repo_id: str) -> Path:
             raise error from error.__cause__
 
 
-def _read_jsons(folder: Path, names: list[str]) -> tuple[dict[str, Any], list[Finding]]:
-    found: dict[str, Any] = {}
+def _read_json_files(
+    folder: Path, names: list[str]
+) -> tuple[dict[str, dict[str, Any]], list[Finding]]:
+    """Return the mappings of the settings files by name, and findings on unreadable ones."""
+    json_files: dict[str, dict[str, Any]] = {}
     broken: list[Finding] = []
     for name in names:
         if "/" in name or not name.endswith(".json") or name in VOCABULARY_FILES:
             continue
-        why = _read_json(folder / name, found)
-        if why:
-            kind = "config" if name in (ADAPTER_CONFIG, MODEL_CONFIG) else "corrupt"
-            broken.append(defect(kind, why, name, "Save it again, or fetch it again"))
-    return found, broken
+        content = _read_json(folder / name)
+        if isinstance(content, dict):
+            json_files[name] = content
+            continue
+        kind = "config" if name in (ADAPTER_CONFIG, MODEL_CONFIG) else "corrupt"
+        broken.append(defect(kind, content, name, "Save it again, or fetch it again"))
+    return json_files, broken
 
 
-def _read_json(path: Path, found: dict[str, Any]) -> str | None:
-    """Puts a file's mapping into `found`; returns why not, if so."""
+def _read_json(path: Path) -> dict[str, Any] | str:
+    """Return a file's mapping, or why there is none."""
     if path.stat().st_size > MAX_FILE_BYTES:
         return f"is larger than {MAX_FILE_BYTES:,} bytes"
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         return f"is no JSON: {format_error_line(error)}"
-    if not isinstance(told, dict):
-        return f"is a {type(told).__name__}, expected a mapping"
-    found[path.name] = told
-    return None
+    if not isinstance(content, dict):
+        return f"is a {type(content).__name__}, expected a mapping"
+    return content
 
 
-def _read_shapes(patient: AdapterFolder) -> tuple[dict[str, tuple[int, ...]], list[Finding]]:
-    """Shapes by tensor name, from the headers alone."""
+def _read_shapes(opened: AdapterFolder) -> tuple[dict[str, tuple[int, ...]], list[Finding]]:
+    """Return the shapes of all tensors, from the headers alone, and findings on damaged files."""
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
     damaged: list[Finding] = []
-    files = patient.weight_files
-    if not any(name != "head.safetensors" for name in files):
-        wanted = ADAPTER_WEIGHTS if patient.is_adapter else "model.safetensors"
-        damaged.append(defect(
-            "corrupt", "there are no weights in safetensors", wanted, "Save them as safetensors"
-        ))  # fmt: skip
-    for name in files:
+    if not any(name != HEAD_WEIGHTS for name in opened.weight_files):
+        name = ADAPTER_WEIGHTS if opened.is_adapter else "model.safetensors"
+        what = "there are no weights in safetensors"
+        damaged.append(defect("corrupt", what, name, "Save them as safetensors"))
+    for name in opened.weight_files:
         try:
-            with safe_open(patient.folder / name, "pt") as file:
-                if name != "head.safetensors":
+            with safe_open(opened.path / name, "pt") as file:
+                if name != HEAD_WEIGHTS:
                     shapes |= {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            damaged.append(defect(
-                "corrupt", f"does not open: {format_error_line(error)}", name,
-                "Save or fetch it again; it is cut short or damaged",
-            ))  # fmt: skip
+            what = f"does not open: {format_error_line(error)}"
+            fix = "Save or fetch it again; it is cut short or damaged"
+            damaged.append(defect("corrupt", what, name, fix))
     return shapes, damaged
 
 

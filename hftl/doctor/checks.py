@@ -1,65 +1,52 @@
-"""`hftl doctor`: everything that can be told of an adapter without trusting it."""
+"""Examine an adapter or a whole model without trusting it: the list of checks of `hftl doctor`.
 
-from dataclasses import dataclass, field
+A check takes the examination and yields findings. To add one, write a function and its line in
+`CHECKS`; order matters only where a check reads what an earlier one has set.
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from hftl.doctor.adapter_folder import (
-    DEFECT,
-    MODEL_CONFIG,
-    AdapterFolder,
+    Check,
+    Examination,
     Finding,
     defect,
     open_adapter_folder,
+    warning,
 )
-from hftl.doctor.base import check_base_name, find_base
-from hftl.doctor.companion_files import check_card, check_companion_files
+from hftl.doctor.adapter_tensors import PEFT_TYPES, adjust_config, check_fit, find_model_class
+from hftl.doctor.companion_files import (
+    check_card,
+    check_input_files,
+    check_labels,
+    check_vocabulary,
+)
 from hftl.doctor.file_checks import (
+    check_adapter_settings,
+    check_file_types,
     check_finite_weights,
     check_scaling,
+    check_settings,
+    check_shard_index,
     check_trained,
-    check_unsafe_files,
+    find_foreign_code_key,
 )
-from hftl.doctor.load_check import (
-    check_reload,
-    check_uninitialized_weights,
-    find_load_obstacle,
-    read_whole_model,
+from hftl.doctor.load_check import check_reload, check_uninitialized_weights, read_whole_model
+from hftl.errors import HftlError, HubError, RecipeError, RunFolderError
+from hftl.models.source import SourceModel, find_source, hash_source_weights
+from hftl.publish.published_metadata import (
+    ADAPTER_CONFIG,
+    MODEL_CONFIG,
+    RECORD_FILE,
+    BaseReference,
+    resolve_base,
 )
-from hftl.doctor.shape_check import adjust_config, check_fit, count_outputs, find_model_class
-from hftl.errors import RecipeError, RunFolderError
-from hftl.models.source import SourceModel
 from hftl.runtime import run_folder
-
-BLOCKING_KINDS = ("corrupt", "config", "rank", "nan")
-"""After one of these there is nothing to learn from a load; nor where the tensors do not fit."""
-
-
-@dataclass
-class Examination:
-    """What was found, and what could not be looked at; `source` is the base, if it was at hand."""
-
-    folder: AdapterFolder
-    findings: list[Finding] = field(default_factory=list)
-    unexamined: list[str] = field(default_factory=list)
-    source: SourceModel | None = None
-    model_class: Any = None
-    config: Any = None
-    hub_failed: bool = False
-
-    @property
-    def defects(self) -> list[Finding]:
-        """The findings that an adapter must not have."""
-        return [found for found in self.findings if found.severity == DEFECT]
-
-    @property
-    def exit_code(self) -> int:
-        """0 sound, 4 defects, 5 nothing was found but the hub did not give the base."""
-        return 4 if self.defects else 5 if self.hub_failed else 0
 
 
 def examine_adapter(place: str | Path, base: str | None = None) -> Examination:
-    """Examines an adapter or a whole model; nothing of it is run, and no pickle is opened.
+    """Examine an adapter or a whole model; nothing of it is run, and no pickle is opened.
 
     Args:
         place: a folder, a run folder, or a hub id.
@@ -69,106 +56,195 @@ def examine_adapter(place: str | Path, base: str | None = None) -> Examination:
         RecipeError: if there is neither an adapter nor a model, or no base where `base` says.
         HubError: if a hub id cannot be had.
     """
-    patient, broken = open_adapter_folder(place)
-    found = Examination(patient, broken)
-    found.unexamined += [patient.unlisted_reason] if patient.unlisted_reason else []
-    found.findings += [
-        *check_unsafe_files(patient),
-        *check_scaling(patient),
-        *check_finite_weights(patient),
-    ]
-    found.findings += check_trained(patient)
-    if patient.run is not None and (patient.run / "record.json").exists():
-        found.findings += _check_record(patient.run)
-    if patient.is_adapter:
-        _check_adapter_base(found, base)
-    else:
-        _check_whole_model(found)
-    if found.source is not None:
-        _check_on_base(found, found.source)
-    outputs = None
-    if found.source is not None:
-        outputs = count_outputs(patient, found.source, found.model_class)
-    embeddings = getattr(found.config, "vocab_size", None)
-    found.findings += [
-        *check_companion_files(patient, found.source, found.model_class, outputs, embeddings),
-        *check_card(patient),
-    ]
-    return found
+    folder, findings = open_adapter_folder(place)
+    examination = Examination(folder, base, findings)
+    examination.unexamined += [folder.unlisted_reason] if folder.unlisted_reason else []
+    for check in CHECKS:
+        examination.findings += list(check(examination))
+    return examination
 
 
-def _check_record(run: Path) -> list[Finding]:
-    """Whether the record that a run's card rests on is the one that was written."""
+def check_record(examination: Examination) -> Iterator[Finding]:
+    """Report a record, on which a run's card rests, that is not the one that was written."""
+    run = examination.folder.run
+    if run is None or not (run / "record.json").exists():
+        return
     try:
         run_folder.check_finished_files(run, "record.json")
     except RunFolderError as error:
-        return [defect("record", error.what, "record.json", error.fix)]
+        yield defect("record", error.what, "record.json", error.fix)
+
+
+def check_base_name(examination: Examination) -> Iterator[Finding]:
+    """Report a base that the adapter does not name, or not so that others find the same one."""
+    folder = examination.folder
+    adapter = folder.adapter_config
+    if not adapter.settings:
+        return
+    fix = "Name its hub id: --base ID --fix"
+    if adapter.base_name is None:
+        what = "the base is not named, so nobody can load it"
+        yield defect("base", what, ADAPTER_CONFIG, fix)
+    elif adapter.find_local_base(follow_paths=not folder.is_remote) is not None:
+        what = f"the base is a folder of this machine, which nobody else has: {adapter.base_name}"
+        yield warning("base", what, ADAPTER_CONFIG, fix)
+    elif adapter.base_hub_id is None:
+        what = f"the base is a path of another machine: {adapter.base_name}"
+        yield defect("base", what, ADAPTER_CONFIG, fix)
+    elif adapter.revision is None:
+        what = f"{adapter.base_hub_id} is not pinned: it may change under the adapter"
+        yield warning("base", what, ADAPTER_CONFIG, "Set revision to the commit it was trained on")
+
+
+def find_adapter_base(examination: Examination) -> Iterator[Finding]:
+    """Set `source` to the adapter's base where that is safe to load; report a wrong one.
+
+    Raises:
+        HftlError: if what the user gave as the base is not there or no model.
+    """
+    folder, given = examination.folder, examination.given_base
+    if not folder.is_adapter:
+        return
+    if not folder.adapter_config.settings:
+        examination.unexamined.append("the base: adapter_config.json does not open")
+        return
+    reference = resolve_base(
+        folder.path, folder.adapter_config, folder.recorded_source, folder.has_adapted_base,
+        given, follow_paths=not folder.is_remote,
+    )  # fmt: skip
+    why = "its base is not at hand; give it with --base MODEL"
+    if reference is not None:
+        try:
+            examination.source = find_source(reference.source, reference.on_hub)
+            why = _find_unsafe_reason(examination.source)
+        except HftlError as error:
+            if given:
+                raise
+            why = error.what.removeprefix("source.model: ")
+            if _is_unknown_id(error):
+                why = f"the hub has no {reference.source.model}"
+                yield _build_unknown_base_defect(reference)
+            else:
+                examination.hub_failed = isinstance(error, HubError)
+    if why is not None:
+        examination.source = None
+        examination.unexamined.append(
+            f"fresh modules, shapes, names and reload, which need the base: {why}"
+        )
+
+
+def find_whole_model(examination: Examination) -> Iterator[Finding]:
+    """Set `source` to a whole model itself, where that is safe to load."""
+    folder = examination.folder
+    if folder.is_adapter:
+        return
+    unsafe = [one.where for one in examination.findings if one.kind == "unsafe"]
+    is_quantized = folder.model_config.get("quantization_config")
+    if any(where.endswith(".json") for where in unsafe) or is_quantized:
+        why = "what its settings ask for is not loaded"
+    elif MODEL_CONFIG not in folder.json_files:
+        why = f"{MODEL_CONFIG} does not open"
+    else:
+        try:
+            model = read_whole_model(folder)
+        except RecipeError as error:
+            why = error.what
+        else:
+            if isinstance(model, SourceModel):
+                examination.source = model
+                return
+            yield model
+            why = f"{MODEL_CONFIG} is of no model"
+    examination.unexamined.append(f"fresh modules and reload: {why}")
+
+
+def check_base_weights(examination: Examination) -> Iterator[Finding]:
+    """Report a base with another name or other weights than the adapter was trained on."""
+    folder, source, given = examination.folder, examination.source, examination.given_base
+    if source is None or not folder.is_adapter:
+        return
+    hub_id = folder.adapter_config.base_hub_id
+    if given and not source.is_local and hub_id not in (None, source.public_id):
+        what = f"it names {hub_id}, and was examined on {given}"
+        fix = "Find out which of them it was trained on"
+        yield warning("base", what, ADAPTER_CONFIG, fix)
+    if folder.base_sha256 and hash_source_weights(source) != folder.base_sha256:
+        what = f"{source.name} has other weights than it was trained on"
+        fix = "Give the right base with --base, or pin the revision it was trained on"
+        yield defect("base-weights", what, RECORD_FILE, fix)
+
+
+def find_class_and_config(examination: Examination) -> list[Finding]:
+    """Set the class and the config with which the model may be loaded on its base."""
+    folder, source = examination.folder, examination.source
+    if source is None:
+        return []
+    examination.model_class = find_model_class(folder, source)
+    peft_type = folder.adapter_config.settings.get("peft_type")
+    why = None
+    if folder.is_adapter and peft_type not in PEFT_TYPES:
+        why = f"adapters of type {peft_type} are not loaded"
+    if examination.model_class is None:
+        why = "it does not say which class of transformers it was made of"
+    if not folder.shapes:
+        why = "its weights do not open"
+    if why is None:
+        examination.config = adjust_config(folder, source, examination.model_class)
+    else:
+        examination.unexamined.append(f"fresh modules, shapes, names and reload: {why}")
     return []
 
 
-def _check_adapter_base(found: Examination, base: str | None) -> None:
-    if not found.folder.adapter_config:
-        found.unexamined.append("the base: adapter_config.json does not open")
-        return
-    found.findings += check_base_name(found.folder)
-    sought, wrong = find_base(found.folder, base)
-    found.findings += wrong
-    found.source, found.hub_failed = sought.source, sought.hub_failed
-    if sought.source is None:
-        found.unexamined.append(
-            f"fresh modules, shapes, names and reload, which need the base: {sought.reason}"
-        )
+def _is_unknown_id(error: HftlError) -> bool:
+    """Return whether the hub does not know an id: the adapter's fault, unlike a hub that is away."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    cause = error.__cause__
+    unknown = isinstance(cause, (RepositoryNotFoundError, RevisionNotFoundError))
+    return unknown and not isinstance(cause, GatedRepoError)
 
 
-def _check_whole_model(found: Examination) -> None:
-    settings = [one.where for one in found.findings if one.kind == "unsafe"]
-    if any(where.endswith(".json") for where in settings) or found.folder.model_config.get(
-        "quantization_config"
-    ):
-        found.unexamined.append("fresh modules and reload: what its settings ask for is not loaded")
-        return
-    if MODEL_CONFIG not in found.folder.json_files:
-        found.unexamined.append(f"fresh modules and reload: {MODEL_CONFIG} does not open")
-        return
-    try:
-        own = read_whole_model(found.folder)
-    except RecipeError as error:
-        found.unexamined.append(f"fresh modules and reload: {error.what}")
-        return
-    if isinstance(own, Finding):
-        found.findings.append(own)
-        found.unexamined.append(f"fresh modules and reload: {MODEL_CONFIG} is of no model")
-    else:
-        found.source = own
+def _build_unknown_base_defect(reference: BaseReference) -> Finding:
+    what = f"the hub has no {reference.source.model} of that revision"
+    return defect("base", what, ADAPTER_CONFIG, "Name the right one")
 
 
-def _check_on_base(found: Examination, source: SourceModel) -> None:
-    """What only the base can tell: the fit, fresh modules, and whether a load is repeatable."""
-    patient = found.folder
-    found.model_class = find_model_class(patient, source)
-    why = find_load_obstacle(patient)
-    if found.model_class is None:
-        why = "it does not say which class of transformers it was made of"
-    if not patient.shapes:
-        why = "its weights do not open"
-    if why:
-        found.unexamined.append(f"fresh modules, shapes, names and reload: {why}")
-        return
-    found.config = adjust_config(patient, source, found.model_class)
-    misfits = check_fit(patient, found.model_class, found.config) if patient.is_adapter else []
-    found.findings += misfits
-    spoilt = [one.kind for one in found.defects if one.kind in BLOCKING_KINDS or one in misfits]
-    try:
-        found.findings += check_uninitialized_weights(
-            patient, source, found.model_class, found.config
-        )
-    except RecipeError as error:
-        spoilt.append("base")
-        found.unexamined.append(f"fresh modules: {error.what}")
-        if not patient.is_adapter:
-            why = error.what.removeprefix("source.model: ")
-            found.findings.append(defect("config", why, MODEL_CONFIG, "Save it again"))
-    if spoilt:
-        found.unexamined.append(f"reload: not tried after a finding of {spoilt[0]}")
-    else:
-        found.findings += check_reload(patient, source, found.model_class, found.config)
+def _find_unsafe_reason(source: SourceModel) -> str | None:
+    """Return why it would not be safe to load a base; None where it is."""
+    config = source.config.to_dict()
+    key = find_foreign_code_key(config)
+    if config.get("quantization_config"):
+        return f"the base {source.name} is quantised"
+    if key is not None:
+        return f"the base {source.name} brings code of its own ({key}), which is not run"
+    if not list(Path(source.folder).glob("model*.safetensors")):
+        return f"the base {source.name} has no weights in safetensors; pickles are not opened"
+    return None
+
+
+CHECKS: tuple[Check, ...] = (
+    check_file_types,
+    check_settings,
+    check_adapter_settings,
+    check_shard_index,
+    check_scaling,
+    check_finite_weights,
+    check_trained,
+    check_record,
+    check_base_name,
+    find_adapter_base,
+    find_whole_model,
+    check_base_weights,
+    find_class_and_config,
+    check_fit,
+    check_uninitialized_weights,
+    check_reload,
+    check_input_files,
+    check_vocabulary,
+    check_labels,
+    check_card,
+)

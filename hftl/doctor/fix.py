@@ -1,13 +1,19 @@
-"""`hftl doctor --fix`: what can be put right without guessing and without removing anything."""
+"""Fix an adapter's folder where that needs no guess and removes nothing (`hftl doctor --fix`)."""
 
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from hftl.doctor.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
-from hftl.doctor.base import get_expected_hash, read_base_name
-from hftl.doctor.checks import Examination
+from hftl.doctor.adapter_folder import Examination
+from hftl.doctor.adapter_tensors import (
+    PEFT_ERRORS,
+    compare_shapes,
+    count_outputs,
+    find_named_keys,
+    list_expected_tensors,
+    list_modules,
+)
 from hftl.doctor.companion_files import (
     CARD_FILE,
     EXTRA_TOKENIZER_FILES,
@@ -16,101 +22,100 @@ from hftl.doctor.companion_files import (
     read_base_labels,
     reads_images,
 )
-from hftl.doctor.shape_check import (
-    PEFT_ERRORS,
-    compare_shapes,
-    count_outputs,
-    find_named_keys,
+from hftl.doctor.renamed_modules import (
     find_renamed_keys,
-    list_expected_tensors,
-    list_modules,
     list_targets,
     rename_patterns,
     shorten_targets,
 )
 from hftl.errors import RecipeError, format_error_line
+from hftl.publish.published_metadata import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
 from hftl.runtime import run_folder
 from hftl.runtime.fingerprints import to_json
 
 
-def fix_adapter(found: Examination, base: str | None) -> list[str]:
-    """Mends the folder; a copy of every file that changes is kept beside it.
+def fix_adapter(examination: Examination, base: str | None) -> list[str]:
+    """Fix the folder; a copy of every file that changes is saved beside it.
 
     Args:
-        found: what the examination says.
+        examination: of the folder as it is.
         base: the `--base` of the command line.
 
     Returns:
-        A line for each change; none where nothing can be mended.
+        A line for each change; none where nothing can be fixed.
 
     Raises:
         RecipeError: for a folder that is not the user's own to change.
     """
-    patient = found.folder
-    if patient.is_remote:
+    folder = examination.folder
+    if folder.is_remote:
         raise RecipeError(
-            f"--fix changes a folder, and {patient.place} is on a hub",
-            f"Fetch it: hf download {patient.place} --local-dir FOLDER",
+            f"--fix changes a folder, and {folder.place} is on a hub",
+            f"Fetch it: hf download {folder.place} --local-dir FOLDER",
         )
-    if patient.run is not None:
+    if folder.run is not None:
         raise RecipeError(
-            f"--fix does not change {patient.folder}: its run writes it",
+            f"--fix does not change {folder.path}: its run writes it",
             "Correct the recipe and run again",
         )
-    if not patient.is_adapter or not patient.adapter_config:
+    if not folder.is_adapter or not folder.adapter_config.settings:
         return []
-    kinds = {one.kind for one in found.findings}
+    kinds = {one.kind for one in examination.findings}
     lines: list[str] = []
     if "stale-names" in kinds:
-        lines += _rename_modules(found)
+        lines += _rename_modules(examination)
     if "names" in kinds:
-        lines += _remove_adapter_name(found)
+        lines += _remove_adapter_name(examination)
     if "base" in kinds and not kinds & {"base-shape", "base-weights"}:
-        lines += _write_base_name(found, base)
+        lines += _write_base_name(examination, base)
     if "tokenizer" in kinds:
-        lines += _copy_input_files(found)
+        lines += _copy_input_files(examination)
     if "labels" in kinds:
-        lines += _write_labels(found)
+        lines += _write_labels(examination)
     return lines
 
 
-def _rename_modules(found: Examination) -> list[str]:
-    """New names for targets and tensors, if peft then expects exactly these tensors."""
-    patient = found.folder
-    names = find_renamed_keys(patient.shapes, list_modules(found.model_class, found.config))
-    shapes = {names.get(key, key): shape for key, shape in patient.shapes.items()}
-    settings = _find_renamed_settings(found, shapes)
+def _rename_modules(examination: Examination) -> list[str]:
+    """Rename targets and tensors, if peft then expects exactly these tensors."""
+    folder = examination.folder
+    names = find_renamed_keys(
+        folder.shapes, list_modules(examination.model_class, examination.config)
+    )
+    shapes = {names.get(key, key): shape for key, shape in folder.shapes.items()}
+    settings = _find_renamed_settings(examination, shapes)
     if settings is None:
         return []
-    changed = _read_settings(found, ADAPTER_CONFIG) | settings
+    changed = _read_settings(examination, ADAPTER_CONFIG) | settings
     lines = [f"target_modules: {', '.join(settings['target_modules'])}"]
-    _write_settings(found, ADAPTER_CONFIG, changed)
-    patient.json_files[ADAPTER_CONFIG] = changed
+    _write_settings(examination, ADAPTER_CONFIG, changed)
+    folder.json_files[ADAPTER_CONFIG] = changed
     if names:
-        lines.append(_rename_tensors(found, names))
+        lines.append(_rename_tensors(examination, names))
     return lines
 
 
-def _remove_adapter_name(found: Examination) -> list[str]:
+def _remove_adapter_name(examination: Examination) -> list[str]:
     """Rename tensors that hold the adapter's name as peft writes them, if they then all fit."""
-    patient = found.folder
+    folder = examination.folder
     try:
-        expected = list_expected_tensors(found.model_class, found.config, patient.adapter_config)
+        expected = list_expected_tensors(
+            examination.model_class, examination.config, folder.adapter_config.settings
+        )
     except PEFT_ERRORS:
         return []
-    names = find_named_keys(patient.shapes, expected)
-    shapes = {names.get(key, key): shape for key, shape in patient.shapes.items()}
-    return [] if compare_shapes(shapes, expected) else [_rename_tensors(found, names)]
+    names = find_named_keys(folder.shapes, expected)
+    shapes = {names.get(key, key): shape for key, shape in folder.shapes.items()}
+    return [] if compare_shapes(shapes, expected) else [_rename_tensors(examination, names)]
 
 
-def _rename_tensors(found: Examination, names: dict[str, str]) -> str:
+def _rename_tensors(examination: Examination, names: dict[str, str]) -> str:
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
-    path = found.folder.folder / ADAPTER_WEIGHTS
+    path = examination.folder.path / ADAPTER_WEIGHTS
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    _back_up_file(found, ADAPTER_WEIGHTS)
+    _back_up_file(examination, ADAPTER_WEIGHTS)
     aside = path.with_name(f".tmp-{path.name}")
     tensors = {names.get(key, key): tensor for key, tensor in load_file(path).items()}
     save_file(tensors, aside, metadata=metadata)
@@ -119,20 +124,22 @@ def _rename_tensors(found: Examination, names: dict[str, str]) -> str:
 
 
 def _find_renamed_settings(
-    found: Examination, shapes: dict[str, tuple[int, ...]]
+    examination: Examination, shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, Any] | None:
-    """target_modules that wrap exactly the layers which the file has tensors for."""
-    told = found.folder.adapter_config
+    """Return target_modules that wrap exactly the layers that the file has tensors for."""
+    old = examination.folder.adapter_config.settings
     paths = list_targets(shapes)
     patterns = {
-        name: rename_patterns(told[name], paths)
+        name: rename_patterns(old[name], paths)
         for name in ("rank_pattern", "alpha_pattern")
-        if isinstance(told.get(name), dict)
+        if isinstance(old.get(name), dict)
     }
     for targets in (shorten_targets(paths), paths):
         settings = {"target_modules": targets} | patterns
         try:
-            expected = list_expected_tensors(found.model_class, found.config, told | settings)
+            expected = list_expected_tensors(
+                examination.model_class, examination.config, old | settings
+            )
         except PEFT_ERRORS:
             continue
         if not compare_shapes(shapes, expected):
@@ -140,73 +147,73 @@ def _find_renamed_settings(
     return None
 
 
-def _write_base_name(found: Examination, given: str | None) -> list[str]:
-    """The hub id that the user gave; or the commit, where the weights are known to be the same."""
-    source = found.source
+def _write_base_name(examination: Examination, given: str | None) -> list[str]:
+    """Write the hub id that the user gave; or the commit, where the weights are recorded."""
+    source = examination.source
     if source is None or source.is_local or source.revision is None:
         return []
-    hub_id, revision = read_base_name(found.folder)
-    proven = get_expected_hash(found.folder) is not None
-    if not (given and hub_id is None) and not (revision is None and proven):
+    adapter = examination.folder.adapter_config
+    # A recorded hash was compared with this base by the examination.
+    is_proven = examination.folder.base_sha256 is not None
+    if not (given and adapter.base_hub_id is None) and not (adapter.revision is None and is_proven):
         return []
     pinned = {"base_model_name_or_path": source.name, "revision": source.revision}
-    changed = _read_settings(found, ADAPTER_CONFIG) | pinned
-    _write_settings(found, ADAPTER_CONFIG, changed)
-    found.folder.json_files[ADAPTER_CONFIG] = changed
+    changed = _read_settings(examination, ADAPTER_CONFIG) | pinned
+    _write_settings(examination, ADAPTER_CONFIG, changed)
+    examination.folder.json_files[ADAPTER_CONFIG] = changed
     lines = [f"base: {source.name} at {source.revision}"]
-    if CARD_FILE in found.folder.files and given:
-        lines += _write_base_on_card(found, source.name)
+    if CARD_FILE in examination.folder.files and given:
+        lines += _write_base_on_card(examination, source.name)
     return lines
 
 
-def _write_base_on_card(found: Examination, base: str) -> list[str]:
+def _write_base_on_card(examination: Examination, base: str) -> list[str]:
     from huggingface_hub import ModelCard
 
-    path = found.folder.folder / CARD_FILE
+    path = examination.folder.path / CARD_FILE
     try:
         card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
     except (ValueError, TypeError) as error:
         return [f"{CARD_FILE} was left alone: {format_error_line(error)}"]
     card.data.base_model = base  # pyright: ignore
-    _back_up_file(found, CARD_FILE)
+    _back_up_file(examination, CARD_FILE)
     run_folder.write_text(path, str(card))
     return [f"base_model: {base} in {CARD_FILE}"]
 
 
-def _copy_input_files(found: Examination) -> list[str]:
-    """The base's tokenizer or processor, file by file."""
-    if found.source is None:
+def _copy_input_files(examination: Examination) -> list[str]:
+    """Copy the files of the base's tokenizer or processor that are missing."""
+    if examination.source is None:
         return []
-    images = reads_images(found.folder, found.source)
-    wanted = PROCESSOR_FILES if images else (*TOKENIZER_FILES, *EXTRA_TOKENIZER_FILES)
+    images = reads_images(examination.folder, examination.source)
+    names = PROCESSOR_FILES if images else (*TOKENIZER_FILES, *EXTRA_TOKENIZER_FILES)
     lines = []
-    for name in wanted:
-        path, target = found.source.folder / name, found.folder.folder / name
+    for name in names:
+        path, target = examination.source.folder / name, examination.folder.path / name
         if path.exists() and not target.exists():
             shutil.copyfile(path, target)
             lines.append(f"{name} taken from the base")
     return lines
 
 
-def _write_labels(found: Examination) -> list[str]:
-    """Names from the record, or from the base where it has as many as the head has outputs."""
-    if found.source is None or found.model_class is None:
+def _write_labels(examination: Examination) -> list[str]:
+    """Write the recorded label names, or those of a base with as many as the head has outputs."""
+    if examination.source is None or examination.model_class is None:
         return []
-    count = count_outputs(found.folder, found.source, found.model_class)
-    names = found.folder.labels or read_base_labels(found.source)
+    count = count_outputs(examination.folder, examination.source, examination.model_class)
+    names = examination.folder.labels or read_base_labels(examination.source)
     if not names or len(names) != count:
         return []
     labels = {
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
     }
-    known = found.source.config.to_dict() | {"architectures": [found.model_class.__name__]}
-    old = (
-        _read_settings(found, MODEL_CONFIG)
-        if MODEL_CONFIG in found.folder.files
-        else _drop_local_names(known)
-    )
-    _write_settings(found, MODEL_CONFIG, old | labels)
+    known = examination.source.config.to_dict() | {
+        "architectures": [examination.model_class.__name__]
+    }
+    is_there = MODEL_CONFIG in examination.folder.files
+    old = _read_settings(examination, MODEL_CONFIG) if is_there else _drop_local_names(known)
+    _write_settings(examination, MODEL_CONFIG, old | labels)
     return [f"labels written to {MODEL_CONFIG}: {', '.join(names)}"]
 
 
@@ -214,24 +221,25 @@ def _drop_local_names(settings: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if k not in ("_name_or_path", "name_or_path")}
 
 
-def _read_settings(found: Examination, name: str) -> dict[str, Any]:
-    return json.loads((found.folder.folder / name).read_text(encoding="utf-8"))
+def _read_settings(examination: Examination, name: str) -> dict[str, Any]:
+    return json.loads((examination.folder.path / name).read_text(encoding="utf-8"))
 
 
-def _write_settings(found: Examination, name: str, told: dict[str, Any]) -> None:
-    _back_up_file(found, name)
-    run_folder.write_text(found.folder.folder / name, to_json(told))
+def _write_settings(examination: Examination, name: str, settings: dict[str, Any]) -> None:
+    _back_up_file(examination, name)
+    run_folder.write_text(examination.folder.path / name, to_json(settings))
 
 
-def _back_up_file(found: Examination, name: str) -> None:
-    """A copy of a file as it was before the first change."""
-    path, kept = found.folder.folder / name, get_backup_folder(found.folder.folder) / name
-    if path.exists() and not kept.exists():
-        kept.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, kept)
+def _back_up_file(examination: Examination, name: str) -> None:
+    """Copy a file as it is before its first change."""
+    path = examination.folder.path / name
+    copy = get_backup_folder(examination.folder.path) / name
+    if path.exists() and not copy.exists():
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def get_backup_folder(folder: Path) -> Path:
-    """Where the files that were changed are kept, beside the folder."""
+    """Return the folder, beside the fixed one, that holds the files as they were before."""
     whole = folder.resolve()
     return whole.with_name(f"{whole.name}.before-fix")

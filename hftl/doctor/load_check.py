@@ -1,6 +1,7 @@
-"""Two fresh processes load the adapter with different random seeds: they must say the same.
+"""Load the adapter in two fresh processes with different random seeds, and compare their outputs.
 
-They get a folder of their own with what loading needs and nothing else of the patient's.
+What no file holds is drawn at random, so it shows as a difference. The processes get a folder with
+what loading needs and nothing else of the examined one.
 """
 
 import json
@@ -16,61 +17,76 @@ import numpy as np
 from safetensors import SafetensorError
 
 from hftl.doctor.adapter_folder import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    MODEL_CONFIG,
-    RECORD_FILE,
     AdapterFolder,
+    Examination,
     Finding,
     defect,
     format_names,
     warning,
 )
-from hftl.doctor.shape_check import IGNORED_SETTINGS, PEFT_ERRORS, PEFT_TYPES, PREFIX
+from hftl.doctor.adapter_tensors import IGNORED_SETTINGS, PEFT_ERRORS
+from hftl.doctor.renamed_modules import PREFIX
 from hftl.errors import RecipeError, format_error_line
+from hftl.models.architectures import get_architecture
 from hftl.models.encoders import build_on_meta, has_prefix
 from hftl.models.heads import load_class
 from hftl.models.source import SourceModel, find_config_fault, find_size_fault, read_tensor_shapes
 from hftl.publish.checks import measure_reload_difference
+from hftl.publish.published_metadata import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MODEL_CONFIG,
+    RECORD_FILE,
+)
 
 SEEDS = (20_010_101, 20_020_202)
 LOAD_TOLERANCE = 1e-5
-"""The largest difference, relative to the largest output where that is above 1."""
+"""Largest difference, relative to the largest output where that is above 1."""
 LOAD_TIMEOUT_SECONDS = 600
-"""Seconds for one load."""
 
 
-def check_reload(
-    patient: AdapterFolder, source: SourceModel, kind: Any, config: Any
-) -> list[Finding]:
-    """Compares two loads, and the run's sample with what it gave in training.
+BLOCKING_KINDS = ("corrupt", "config", "rank", "nan")
+"""After a finding of one of these a load would tell nothing more."""
 
-    Returns:
-        A finding for each that differs, or for a load that failed.
-    """
+
+def check_reload(examination: Examination) -> list[Finding]:
+    """Compare two loads, and the run's sample with its outputs in training."""
+    folder, source, config = examination.folder, examination.source, examination.config
+    if source is None or config is None:
+        return []
+    obstacles = [
+        one.kind
+        for one in examination.defects
+        if one.kind in BLOCKING_KINDS or one in examination.misfits
+    ]
+    obstacles += [] if examination.base_loads else ["base"]
+    if obstacles:
+        examination.unexamined.append(f"reload: not tried after a finding of {obstacles[0]}")
+        return []
+    name = examination.model_class.__name__
     with tempfile.TemporaryDirectory() as place:
         clean = Path(place)
-        config = type(config).from_dict(config.to_dict() | {"architectures": [kind.__name__]})
+        config = type(config).from_dict(config.to_dict() | {"architectures": [name]})
         config.save_pretrained(clean)
-        if patient.is_adapter:
-            _copy_adapter(patient, clean)
+        if folder.is_adapter:
+            _copy_adapter(folder, clean)
         try:
-            first, second = load_in_processes(clean, source.folder, kind.__name__)
+            first, second = load_in_processes(clean, source.folder, name)
         except LoadFailedError as error:
-            return [defect("reload", f"it does not load: {error}", patient.place,
-                           "Correct what stands above; else save it again")]  # fmt: skip
-    return [*_compare_outputs(first, second, patient.place), *_check_sample(patient, source)]
+            fix = "Correct what stands above; else save it again"
+            return [defect("reload", f"it does not load: {error}", folder.place, fix)]
+    return [*_compare_outputs(first, second, folder.place), *_check_sample(folder, source)]
 
 
 class LoadFailedError(Exception):
-    """A fresh process could not load it; the message is the last line it wrote."""
+    """A fresh process failed to load it; the message is the last line that it wrote."""
 
 
 def load_in_processes(clean: Path, base: Path, name: str) -> list[np.ndarray]:
-    """The outputs of fresh processes, one a seed, side by side.
+    """Return the outputs of fresh processes, one a seed, which run side by side.
 
     Raises:
-        LoadFailed: if one of them ends with an error, or not at all.
+        LoadFailedError: if one of them ends with an error, or not at all.
     """
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     for name_ in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTHONPATH"):
@@ -101,10 +117,11 @@ def _read_output(process: "subprocess.Popen[str]") -> np.ndarray:
     return np.array(json.loads(out.strip().splitlines()[-1])["output"])
 
 
-def _copy_adapter(patient: AdapterFolder, clean: Path) -> None:
-    kept = {k: v for k, v in patient.adapter_config.items() if k not in IGNORED_SETTINGS}
-    (clean / ADAPTER_CONFIG).write_text(json.dumps(kept), encoding="utf-8")
-    shutil.copyfile(patient.folder / ADAPTER_WEIGHTS, clean / ADAPTER_WEIGHTS)
+def _copy_adapter(folder: AdapterFolder, clean: Path) -> None:
+    settings = folder.adapter_config.settings
+    safe = {key: value for key, value in settings.items() if key not in IGNORED_SETTINGS}
+    (clean / ADAPTER_CONFIG).write_text(json.dumps(safe), encoding="utf-8")
+    shutil.copyfile(folder.path / ADAPTER_WEIGHTS, clean / ADAPTER_WEIGHTS)
 
 
 def _compare_outputs(first: np.ndarray, second: np.ndarray, place: str) -> list[Finding]:
@@ -119,105 +136,90 @@ def _compare_outputs(first: np.ndarray, second: np.ndarray, place: str) -> list[
     )]  # fmt: skip
 
 
-def _check_sample(patient: AdapterFolder, source: SourceModel) -> list[Finding]:
-    """The run's own rows and what the trained model said of them."""
-    sample = None if patient.run is None else patient.run / "phases" / "package" / "sample.json"
-    if sample is None or not sample.exists() or MODEL_CONFIG not in patient.files:
+def _check_sample(folder: AdapterFolder, source: SourceModel) -> list[Finding]:
+    """Compare the outputs for rows of the run with those of the trained model."""
+    sample = None if folder.run is None else folder.run / "phases" / "package" / "sample.json"
+    if sample is None or not sample.exists() or MODEL_CONFIG not in folder.files:
         return []
-    difference = measure_reload_difference(patient.folder, source.folder, sample, "cpu")
+    difference = measure_reload_difference(folder.path, source.folder, sample, "cpu")
     if difference <= LOAD_TOLERANCE:
         return []
-    return [
-        defect(
-            "reload",
-            f"its logits differ by {difference:.2g} from those of the trained model",
-            RECORD_FILE,
-            "Run the same `hftl run` again",
-        )
+    what = f"its logits differ by {difference:.2g} from those of the trained model"
+    return [defect("reload", what, RECORD_FILE, "Run the same `hftl run` again")]
+
+
+def check_uninitialized_weights(examination: Examination) -> list[Finding]:
+    """Report modules that neither the base nor the adapter holds: every load draws them anew."""
+    folder, source, config = examination.folder, examination.source, examination.config
+    if source is None or config is None:
+        return []
+    try:
+        missing = _list_missing_weights(source, examination.model_class, config)
+    except RecipeError as error:
+        examination.base_loads = False
+        examination.unexamined.append(f"fresh modules: {error.what}")
+        why = error.what.removeprefix("source.model: ")
+        return [] if folder.is_adapter else [defect("config", why, MODEL_CONFIG, "Save it again")]
+    saved = {key.removeprefix(PREFIX) for key in folder.shapes} if folder.is_adapter else set()
+    architecture = source.architecture_spec
+    encoder = f"{architecture.encoder}."
+    names = [
+        name
+        for name in sorted({key.rsplit(".", 1)[0] for key in missing - saved})
+        if not has_prefix(name.removeprefix(encoder), architecture.unused_parts)
     ]
+    poolers = [
+        n for n in names if _is_unused_pooler(n, examination.model_class, architecture.pooler)
+    ]
+    names = [name for name in names if name not in poolers]
+    findings = []
+    if names:
+        place, where = "weights", "model.safetensors"
+        if folder.is_adapter:
+            place, where = "base", ADAPTER_CONFIG
+        what = (
+            f"{format_names(names)}: not in the {place}, and not saved: drawn at random on every "
+            "load"
+        )
+        fix = "Train and save it: name it in modules_to_save, then train again"
+        findings.append(defect("fresh", what, where, fix))
+    if poolers and not folder.has_own_head:
+        what = f"{poolers[0]} is drawn at random: pooler_output means nothing"
+        findings.append(warning("fresh", what, ADAPTER_WEIGHTS, "Use last_hidden_state"))
+    return findings
 
 
-def find_load_obstacle(patient: AdapterFolder) -> str | None:
-    """Why an adapter is not loaded, if so."""
-    kind = patient.adapter_config.get("peft_type")
-    if patient.is_adapter and kind not in PEFT_TYPES:
-        return f"adapters of type {kind} are not loaded"
-    return None
-
-
-# Modules that the base has no weights for: every load draws them anew unless they are saved.
-
-
-WHERE_READ = ("logits", "last_hidden_state")
-
-
-def check_uninitialized_weights(
-    patient: AdapterFolder, source: SourceModel, kind: Any, config: Any
-) -> list[Finding]:
-    """Compares what the loader reports as missing with what the adapter saves.
+def _list_missing_weights(source: SourceModel, model_class: Any, config: Any) -> set[str]:
+    """Return the tensors of the class that the base does not hold.
 
     Raises:
         RecipeError: if the base does not load.
     """
     try:
-        _check_size(source, kind, config)
-        _, missing = load_class(source, kind, config, {})
+        _check_size(source, model_class, config)
+        return set(load_class(source, model_class, config, {})[1])
+    except RecipeError:
+        raise
     except (*PEFT_ERRORS, SafetensorError) as error:
-        if isinstance(error, RecipeError):
-            raise
         what = f"{source.name} does not load: {format_error_line(error)}"
         raise RecipeError(what, "Correct its config.json") from error
-    saved = {key.removeprefix(PREFIX) for key in patient.shapes} if patient.is_adapter else set()
-    lost = sorted({key.rsplit(".", 1)[0] for key in missing - saved})
-    architecture = source.architecture_spec
-    encoder = f"{architecture.encoder}."
-    lost = [
-        name for name in lost if not has_prefix(name.removeprefix(encoder), architecture.unused_parts)
-    ]
-    beside = [name for name in lost if _is_unused_pooler(name, kind, architecture.pooler)]
-    found = []
-    if set(lost) - set(beside):
-        names = [name for name in lost if name not in beside]
-        where = ADAPTER_CONFIG if patient.is_adapter else "model.safetensors"
-        found.append(
-            defect(
-                "fresh",
-                f"{format_names(names)}: not in the {'base' if patient.is_adapter else 'weights'}, "
-                "and not saved: drawn at random on every load",
-                where,
-                "Train and save it: name it in modules_to_save, then train again",
-            )
-        )
-    if beside and not patient.has_own_head:
-        found.append(
-            warning(
-                "fresh",
-                f"{beside[0]} is drawn at random: pooler_output means nothing",
-                ADAPTER_WEIGHTS,
-                "Use last_hidden_state",
-            )
-        )
-    return found
 
 
 def _check_size(source: SourceModel, kind: Any, config: Any) -> None:
-    """Refuses to fill a model that its file says nothing of: it may be larger than the memory."""
+    """Refuse to build a model far larger than its file: it may not fit into memory."""
     why = find_size_fault(build_on_meta(kind, config), read_tensor_shapes(source.folder))
     if why is not None:
         raise RecipeError(f"{source.name} does not load: {why}", "Correct its config.json")
 
 
 def _is_unused_pooler(name: str, kind: Any, pooler: str | None) -> bool:
-    """The pooler of a bare encoder: its hidden states do not depend on it."""
+    """Return whether a module is the pooler of a bare encoder, which its hidden states ignore."""
     bare = not kind.__name__.endswith("Classification")
     return bare and pooler is not None and has_prefix(name, (pooler,))
 
 
-# A whole model as its own base.
-
-
-def read_whole_model(patient: AdapterFolder) -> SourceModel | Finding:
-    """The model, or why nobody can load it: its config.json is of none.
+def read_whole_model(folder: AdapterFolder) -> SourceModel | Finding:
+    """Return a whole model as its own base, or a finding on why nobody can load it.
 
     Raises:
         RecipeError: if its config is of an architecture that hftl does not know.
@@ -225,22 +227,20 @@ def read_whole_model(patient: AdapterFolder) -> SourceModel | Finding:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    from hftl.models.architectures import get_architecture
-
-    kind = patient.model_config.get("model_type")
-    if not isinstance(kind, str):
-        # transformers would go by the folder's name.
-        return _build_config_defect(f"its model_type is {kind!r}, expected a name")
-    why = find_config_fault(patient.model_config)
-    if why is not None:
-        return _build_config_defect(why)
-    folder = Path(patient.folder)
+    model_type = folder.model_config.get("model_type")
+    if not isinstance(model_type, str):
+        # transformers would guess the type from the folder's name.
+        return _build_config_defect(f"its model_type is {model_type!r}, expected a name")
+    fault = find_config_fault(folder.model_config)
+    if fault is not None:
+        return _build_config_defect(fault)
     try:
-        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config: Any = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
     except (*PEFT_ERRORS, OSError, StrictDataclassError) as error:
         return _build_config_defect(format_error_line(error))
     get_architecture(config)
-    return SourceModel(str(folder), folder, None, None, True, config, config.model_type)
+    path = folder.path
+    return SourceModel(str(path), path, None, None, True, config, config.model_type)
 
 
 def _build_config_defect(why: str) -> Finding:

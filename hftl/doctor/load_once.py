@@ -1,4 +1,4 @@
-"""Loads an adapter or model once, with one random seed, and says what it makes of a fixed input.
+"""Load an adapter or model once, with one random seed, and print its output for a fixed input.
 
 As a script it runs in a fresh process, without hftl:
 
@@ -23,7 +23,7 @@ TOKEN_STEP = 7919
 
 
 def compute_output(folder: Path, base: Path, name: str, seed: int) -> list[float]:
-    """Logits, or the hidden states of a model without any, of the fixed input, in one row."""
+    """Return the logits of the fixed input, or a headless model's hidden states, flattened."""
     torch.manual_seed(seed)
     config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model = getattr(transformers, name).from_pretrained(
@@ -34,13 +34,13 @@ def compute_output(folder: Path, base: Path, name: str, seed: int) -> list[float
         model = PeftModel.from_pretrained(model, str(folder))
     inputs = build_fixed_input(model.get_base_model() if isinstance(model, PeftModel) else model)
     with torch.inference_mode():
-        found = model.eval()(**inputs)
-    values = getattr(found, "logits", None)
-    return (found.last_hidden_state if values is None else values).flatten().tolist()
+        outputs = model.eval()(**inputs)
+    logits = getattr(outputs, "logits", None)
+    return (outputs.last_hidden_state if logits is None else logits).flatten().tolist()
 
 
 def build_fixed_input(model: Any) -> dict[str, torch.Tensor]:
-    """Two rows of token ids, or two pictures."""
+    """Return two rows of token ids, (2, 8) int64, or two images."""
     config = model.config
     if model.main_input_name == "input_ids":
         ids = (

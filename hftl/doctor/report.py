@@ -1,65 +1,65 @@
-"""What the doctor says on the terminal."""
+"""Print an examination: a table of the findings, what was not examined, one last line."""
 
 from collections.abc import Callable
 from typing import Any
 
-from hftl.doctor.adapter_folder import DEFECT, Finding
-from hftl.doctor.checks import Examination, examine_adapter
+from hftl.doctor.adapter_folder import DEFECT, Examination, Finding
+from hftl.doctor.checks import examine_adapter
 from hftl.doctor.fix import fix_adapter, get_backup_folder
 
 
 def run_doctor(place: str, base: str | None, fix: bool, say: Callable[[str], None]) -> int:
-    """Examines, mends where asked, examines again, and says it all.
+    """Examine a folder, fix it and examine it again where asked, and print the report.
 
     Returns:
         The exit code: 0 sound, 4 defects, 5 the hub did not give the base.
 
     Raises:
-        RecipeError: see `examine` and `mend`.
-        HubError: see `examine`.
+        RecipeError: see `examine_adapter` and `fix_adapter`.
+        HubError: see `examine_adapter`.
     """
-    found = examine_adapter(place, base)
+    examination = examine_adapter(place, base)
     if fix:
-        lines = fix_adapter(found, base)
+        lines = fix_adapter(examination, base)
         for line in lines:
             say(f"fixed: {strip_control_characters(line)}")
         if lines:
-            kept = get_backup_folder(found.folder.folder)
-            say(f"as it was before: {kept}" if kept.exists() else "nothing else was changed")
-            found = examine_adapter(place, base)
+            backup = get_backup_folder(examination.folder.path)
+            say(f"as it was before: {backup}" if backup.exists() else "nothing else was changed")
+            examination = examine_adapter(place, base)
         else:
             say("nothing here can be fixed without you")
-    say(format_report(found))
-    return found.exit_code
+    say(format_report(examination))
+    return examination.exit_code
 
 
-def format_report(found: Examination, width: int | None = None) -> str:
-    """A table of the findings, what was not examined, and one line at the end.
+def format_report(examination: Examination, width: int | None = None) -> str:
+    """Return a table of the findings, what was not examined, and the summary.
 
     Args:
-        found: the examination.
-        width: of the terminal, in characters; None takes what it is.
+        examination: the examination.
+        width: of the terminal, in characters; None measures it.
     """
-    lines = [_format_table(found.findings, width)] if found.findings else []
-    lines += [f"not examined: {strip_control_characters(what)}" for what in found.unexamined]
-    return "\n".join([*lines, format_summary(found)])
+    lines = [_format_table(examination.findings, width)] if examination.findings else []
+    lines += [f"not examined: {strip_control_characters(what)}" for what in examination.unexamined]
+    return "\n".join([*lines, format_summary(examination)])
 
 
-def format_summary(found: Examination) -> str:
-    """`sound`, or how many defects and warnings there are."""
-    defects = len(found.defects)
-    warnings = len(found.findings) - defects
+def format_summary(examination: Examination) -> str:
+    """Return a line that says `sound`, or how many defects and warnings there are."""
+    defects = len(examination.defects)
+    warnings = len(examination.findings) - defects
     counts = [f"{n} {word}{'s' * (n > 1)}" for n, word in
               ((defects, "defect"), (warnings, "warning")) if n]  # fmt: skip
-    part = " in what was examined" if found.unexamined else ""
-    place = strip_control_characters(found.folder.place)
+    part = " in what was examined" if examination.unexamined else ""
+    place = strip_control_characters(examination.folder.place)
     if defects:
         return f"{place}: {' and '.join(counts)}"
     return f"{place}: sound{part}{f', with {counts[0]}' if counts else ''}"
 
 
 def strip_control_characters(text: str) -> str:
-    """Text of a stranger without the characters that steer a terminal."""
+    """Return a stranger's text without the characters that control a terminal."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 

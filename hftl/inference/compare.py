@@ -1,6 +1,7 @@
-"""The labelled table or folder that models are compared on, read as the first was trained.
+"""Score several runs or adapters on the same labelled items, each base loaded once.
 
-There is no recipe to change, so what is wrong with it is told in other words than a run's.
+The items are the test items of a run, or a table or folder that is read as the first model's
+training table was. There is no recipe to change, so messages name no key of one.
 """
 
 import csv
@@ -27,10 +28,8 @@ from hftl.data.rows import BadRows, InputSpec, Row
 from hftl.data.tables import READERS, SPLIT_NAMES, guess_format
 from hftl.errors import DataError, RecipeError
 from hftl.inference.find_model import (
-    PublishedMetadata,
     check_trained_head,
     find_published_folder,
-    read_json_mapping,
     wrap_loading_errors,
 )
 from hftl.inference.predict import Predictor, load_predictors
@@ -39,28 +38,31 @@ from hftl.measure import metrics
 from hftl.measure.gain import ComparedModel, assign_units, compare_pair, score_with_interval
 from hftl.measure.verdict import format_gain
 from hftl.models.features import predict_logits
+from hftl.publish.published_metadata import RECORD_FILE, PublishedMetadata, read_json_mapping
 from hftl.runtime import paths
 from hftl.runtime.run_folder import write_text
 
 TABLE_SUFFIXES = ".csv, .tsv, .jsonl, .parquet"
 FOLDER_FORMATS = {"text": "textfolder", "image": "imagefolder"}
+OUTPUT_SUFFIXES = (".csv", ".png")
 
 
 @dataclass(frozen=True)
 class LabelledItems:
-    """What the models are scored on; `data` is where pictures are found again."""
+    """Hold the items that the models are scored on."""
 
     rows: list[Row]
     data: Data
+    """Says where the files of images are."""
 
 
 def read_labelled_items(path: Path, predictor: Predictor, folder: Path) -> LabelledItems:
-    """A table's rows, read as the model's own recipe reads its columns.
+    """Read a table's rows as the model's own recipe reads its columns.
 
     Args:
         path: a table, or a folder with one folder a class.
         predictor: the model.
-        folder: where it lies.
+        folder: the model's.
 
     Raises:
         DataError: if it is not there, or a row cannot be used.
@@ -68,13 +70,13 @@ def read_labelled_items(path: Path, predictor: Predictor, folder: Path) -> Label
     """
     if not path.exists():
         raise DataError(f"{path} does not exist", "Check the path")
-    noted = PublishedMetadata.read(folder).recipe.data
-    columns = noted.train.model_dump()
+    published = PublishedMetadata.read(folder).recipe.data
+    columns = published.train.model_dump()
     with wrap_loading_errors(folder):
         data = Data(
             task=predictor.task,  # pyright: ignore[reportArgumentType]
             train=Table(path=str(path), **columns),
-            max_pixels=noted.max_pixels,
+            max_pixels=published.max_pixels,
         )
     table = data.train
     if path.is_dir():
@@ -90,7 +92,7 @@ def read_labelled_items(path: Path, predictor: Predictor, folder: Path) -> Label
 
 
 def _check_folder(path: Path, modality: str) -> None:
-    """Refuses a folder of the other kind, or one that is no folder of classes."""
+    """Refuse a folder of the other modality, or one that is no folder of classes."""
     fix = f"Give a folder with one folder of {modality}s a class, or a table"
     classes = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
     if not classes:
@@ -101,8 +103,8 @@ def _check_folder(path: Path, modality: str) -> None:
         raise DataError(f"{path} is no folder of labelled {modality}s", fix)
 
 
-def _check_columns(path: Path, wanted: list[str]) -> None:
-    """Refuses a table that lacks what the first model was trained with."""
+def _check_columns(path: Path, required: list[str]) -> None:
+    """Refuse a table without the columns that the first model was trained with."""
     name = path.suffix.lower()
     if name not in TABLE_SUFFIXES.split(", ") and name not in (".json", ".ndjson"):
         raise DataError(
@@ -110,25 +112,19 @@ def _check_columns(path: Path, wanted: list[str]) -> None:
         )
     first = next(iter(READERS[guess_format(path)](path)), None)
     has = [] if first is None else list(map(str, first.values))
-    for column in wanted:
+    for column in required:
         if first is not None and column not in has:
             raise DataError(
-                f"{path.name}: no column {column!r}{suggest_closest(column, has).rstrip('?')}; it has "
-                f"{', '.join(has)}",
-                f"The first model was trained with {', '.join(map(repr, wanted))}: name them so",
+                f"{path.name}: no column {column!r}{suggest_closest(column, has).rstrip('?')}; "
+                f"it has {', '.join(has)}",
+                f"The first model was trained with {', '.join(map(repr, required))}: name them so",
             )
-
-
-# `hftl compare`: several runs or adapters on the same items, their bases loaded once.
-
-
-OUTPUT_SUFFIXES = (".csv", ".png")
 
 
 def compare_models(
     models: Sequence[str], data: Path | None, output: Path | None, base: str | None = None
 ) -> str:
-    """Scores every model on the same items, and each against the first.
+    """Score every model on the same items, and each against the first.
 
     Args:
         models: runs, published folders or hub ids.
@@ -148,7 +144,7 @@ def compare_models(
     check_output(output, OUTPUT_SUFFIXES, [".png"])
     folders = [_find_model_folder(model) for model in models]
     shared, unknown = (None, []) if data else _read_shared_items(models, folders)
-    found: dict[int, np.ndarray] = {}
+    predictions: dict[int, np.ndarray] = {}
     first: Predictor | None = None
     items: LabelledItems | None = None
     scheme: TagScheme | None = None
@@ -161,13 +157,13 @@ def compare_models(
             _check_labels(items, predictor)
             scheme = _find_tag_scheme(models[number], folders[number], predictor)
         _check_comparable(models[number], predictor, first)
-        found[number] = _predict_items(predictor, items, first.class_names, scheme)
+        predictions[number] = _predict_items(predictor, items, first.class_names, scheme)
     assert first is not None and items is not None
     labels = answers.encode_for_metrics(
         [row.label for row in items.rows], first.task, first.class_names, scheme
     )
     rows = _score_models(
-        models, folders, labels, found, _find_metric(folders[0], first.task), items
+        models, folders, labels, predictions, _find_metric(folders[0], first.task), items
     )
     if output is not None:
         _write_comparison(rows, output)
@@ -188,20 +184,16 @@ def _find_model_folder(model: str) -> Path:
 def _read_shared_items(
     models: Sequence[str], folders: Sequence[Path]
 ) -> tuple[LabelledItems, list[str]]:
-    """Return the test items of the runs among the models, and the models whose data are unknown.
+    """Return the test items of the runs among the models, and the models of unknown data.
 
-    A model that was fetched or copied is scored on them too: hftl's own tell the data and splits
-    they were made with, and those of others may have been trained on them.
+    A model that was fetched or copied is scored on them too: hftl records the data and splits that
+    it trained on, and other models may have been trained on these very items.
 
     Raises:
         RecipeError: if none is a run, or one was split otherwise.
     """
-    places_ = [paths.resolve_local_path(model, "the model") for model in models]
-    runs = {
-        model: path
-        for model, path in zip(models, places_, strict=True)
-        if path is not None and (path / "recipe.yaml").exists()
-    }
+    local = {model: paths.resolve_local_path(model, "the model") for model in models}
+    runs = {m: path for m, path in local.items() if path and (path / "recipe.yaml").exists()}
     if not runs:
         raise RecipeError(
             f"{' and '.join(dict.fromkeys(models))}: there are no test items to score them on, "
@@ -212,7 +204,7 @@ def _read_shared_items(
     expected = _read_fingerprint(run / "record.json")
     unknown: list[str] = []
     for model, folder in zip(models, folders, strict=True):
-        record = runs[model] / "record.json" if model in runs else folder / "hftl.json"
+        record = runs[model] / "record.json" if model in runs else folder / RECORD_FILE
         fingerprint = _read_fingerprint(record)
         if fingerprint is None:
             unknown.append(model)
@@ -231,23 +223,23 @@ def _read_fingerprint(record: Path) -> str | None:
 
 
 def _normalise_predictor(model: str, predictor: Predictor) -> Predictor:
-    """Return the model with its classes named as those of a table, whoever has published it.
+    """Return the model with its classes spelled as those of a table are.
 
     Raises:
-        RecipeError: if two of its classes are one so named.
+        RecipeError: if two of its classes then have one name.
     """
     names = list(map(normalize_name, predictor.class_names))
     if len(set(names)) < len(names):
-        double = next(name for name in names if names.count(name) > 1)
+        repeated = next(name for name in names if names.count(name) > 1)
         raise RecipeError(
-            f"{model} has several classes that differ from {double!r} only in spelling",
+            f"{model} has several classes that differ from {repeated!r} only in spelling",
             "Train it on labels of one spelling",
         )
     return replace(predictor, class_names=names)
 
 
 def _normalise_row(row: Row) -> Row:
-    """Return the row of a table or of an older run with its labels named alike."""
+    """Return the row of a table or of an older run with its labels spelled alike."""
     if isinstance(row.label, float):
         return row
     if isinstance(row.label, tuple):
@@ -257,19 +249,18 @@ def _normalise_row(row: Row) -> Row:
 
 def _check_labels(items: LabelledItems, predictor: Predictor) -> None:
     for row in items.rows:
-        strange = set(answers.get_label_names(row.label, predictor.task)) - set(
-            predictor.class_names
-        )
-        if strange:
+        names = answers.get_label_names(row.label, predictor.task)
+        unknown = set(names) - set(predictor.class_names)
+        if unknown:
             raise DataError(
-                f"{row.where}: the label {min(strange)!r} is none of the model's: "
+                f"{row.where}: the label {min(unknown)!r} is none of the model's: "
                 f"{', '.join(predictor.class_names)}",
                 "Correct the label, or give other models",
             )
 
 
 def _check_comparable(model: str, predictor: Predictor, first: Predictor) -> None:
-    """Refuses what answers another question than the first; the order of labels may differ."""
+    """Refuse a model of another task or other labels than the first; their order may differ."""
     facts = [(one.task, one.modality, len(one.columns)) for one in (predictor, first)]
     if facts[0] != facts[1]:
         words = [f"{task} of {kind}s" for task, kind, _ in facts]
@@ -285,49 +276,49 @@ def _check_comparable(model: str, predictor: Predictor, first: Predictor) -> Non
 
 
 def _find_tag_scheme(model: str, folder: Path, predictor: Predictor) -> TagScheme | None:
-    """Return the scheme that a model's folder notes, or that its tags show; None without tags.
+    """Return the scheme that hftl.json records or the tags show; None for other tasks.
 
     Raises:
-        DataError: if the tags are of no scheme.
+        DataError: if the tags follow no scheme.
     """
     if predictor.task != "token-classification":
         return None
-    noted = PublishedMetadata.read(folder).tag_scheme
-    return noted or recognize_tag_scheme(tuple(predictor.class_names), f"{model}: ")
+    recorded = PublishedMetadata.read(folder).tag_scheme
+    return recorded or recognize_tag_scheme(tuple(predictor.class_names), f"{model}: ")
 
 
 def _predict_items(
     predictor: Predictor, items: LabelledItems, names: list[str], scheme: TagScheme | None
 ) -> np.ndarray:
-    """What metrics compare, in the order of `names`, whatever order the model has them in."""
+    """Return predictions for the metrics, encoded in the order of `names`, not the model's own."""
     inputs = predictor.inputs
     if isinstance(inputs, ImageInputs):
         inputs = inputs.with_data(items.data)
     rows = items.rows
     tokens = predictor.task == "token-classification"
     words = [len(row.content) if tokens else 1 for row in rows]
-    found = predict_logits(predictor.model, inputs.encode(rows), inputs, predictor.device)
-    labels, _ = answers.decode_logits(found, predictor.task, predictor.class_names, words)
+    logits = predict_logits(predictor.model, inputs.encode(rows), inputs, predictor.device)
+    labels, _ = answers.decode_logits(logits, predictor.task, predictor.class_names, words)
     return answers.encode_for_metrics(labels, predictor.task, names, scheme)
 
 
 def _find_metric(folder: Path, task: str) -> metrics.Metric:
-    """The first model's own metric, where it has recorded one."""
+    """Return the first model's recorded metric, or the task's."""
     name = PublishedMetadata.read(folder).metric or metrics.SELECTION_METRICS[task]
     return metrics.find_metric(name, task)
 
 
 def _score_models(
     models: Sequence[str], folders: Sequence[Path], labels: np.ndarray,
-    found: dict[int, np.ndarray], metric: metrics.Metric, items: LabelledItems,
+    predictions: dict[int, np.ndarray], metric: metrics.Metric, items: LabelledItems,
 ) -> list[ComparedModel]:  # fmt: skip
     units = assign_units(items.rows)
     return [
         ComparedModel(
             model=model,
             metric=metric.name,
-            score=score_with_interval(metric, labels, found[number], units),
-            against_first=compare_pair(metric, labels, found[number], found[0], units)
+            score=score_with_interval(metric, labels, predictions[number], units),
+            against_first=compare_pair(metric, labels, predictions[number], predictions[0], units)
             if number
             else None,
             parameters=count_parameters(folders[number]),
@@ -337,7 +328,7 @@ def _score_models(
 
 
 def count_parameters(folder: Path) -> int:
-    """Numbers in the folder's weights: the adapter and its head, or the whole model."""
+    """Count the parameters in a folder: of the adapter and its head, or of the whole model."""
     from safetensors import safe_open
 
     count = 0

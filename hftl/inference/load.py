@@ -1,7 +1,9 @@
-"""The config of a published model, also where only peft saved it, and where its inputs' files are.
+"""Load a published model, and refuse one that its files do not fill exactly.
 
-A folder that peft alone has written holds no config.json: the class follows from its settings and
-the base, the number of outputs and of tokens from the tensors that were saved.
+transformers and peft draw what a file lacks, or holds in another shape, at random, and ignore what
+they do not know: the predictions of such a model mean nothing. A folder that peft alone has written
+holds no config.json: the class follows from its settings and the base, the number of outputs and of
+tokens from the tensors that were saved.
 """
 
 import logging
@@ -12,24 +14,29 @@ from pathlib import Path
 from typing import Any
 
 from hftl.config.section import Source
-from hftl.doctor.adapter_folder import ADAPTER_WEIGHTS, open_adapter_folder
-from hftl.doctor.companion_files import NUMBERED_LABEL, PROCESSOR_FILES, TOKENIZER_FILES
-from hftl.doctor.shape_check import (
-    PREFIX,
+from hftl.doctor.adapter_folder import open_adapter_folder
+from hftl.doctor.adapter_tensors import (
     adjust_config,
     compare_shapes,
     find_model_class,
-    get_module_path,
     is_adapter_key,
     list_adapter_tensors,
 )
+from hftl.doctor.companion_files import NUMBERED_LABEL, PROCESSOR_FILES, TOKENIZER_FILES
+from hftl.doctor.renamed_modules import PREFIX, get_module_path
 from hftl.errors import RecipeError, RunFolderError
-from hftl.inference.find_model import read_json_mapping, wrap_loading_errors
+from hftl.inference.find_model import wrap_loading_errors
 from hftl.models.architectures import TOKEN_CLASSIFICATION, ArchitectureSpec, get_architecture
 from hftl.models.encoders import get_stock_encoder, has_prefix
 from hftl.models.heads import get_placeholder_name
 from hftl.models.source import find_source
 from hftl.publish import reload_check
+from hftl.publish.published_metadata import (
+    ADAPTER_WEIGHTS,
+    HEAD_WEIGHTS,
+    MODEL_CONFIG,
+    AdapterConfig,
+)
 from hftl.runtime import paths
 
 
@@ -47,24 +54,25 @@ def read_model_config(folder: Path, base: Path | None) -> Any:
     from transformers import AutoConfig
 
     with wrap_loading_errors(folder):
-        if base is None or (folder / "config.json").exists():
+        if base is None or (folder / MODEL_CONFIG).exists():
             return AutoConfig.from_pretrained(folder)
         return _infer_peft_config(folder, base)
 
 
 def _infer_peft_config(folder: Path, base: Path) -> Any:
-    patient, _ = open_adapter_folder(folder)
+    """Build the config of an adapter that peft alone has written, from its tensors and its base."""
+    adapter, _ = open_adapter_folder(folder)
     source = find_source(Source(model=str(base)))
-    kind = find_model_class(patient, source)
-    if kind is None or not kind.__name__.endswith("Classification"):
-        task = patient.adapter_config.get("task_type")
+    model_class = find_model_class(adapter, source)
+    if model_class is None or not model_class.__name__.endswith("Classification"):
+        task = adapter.adapter_config.task_type
         made_for = f"is an adapter for {task}" if task else "does not say which class it is for"
         raise RecipeError(
             f"{paths.get_display_name(folder)} {made_for}, and has no trained head to predict with",
             "Give an adapter of a model that classifies sequences, tokens or images",
         )
-    config = adjust_config(patient, source, kind)
-    config.architectures = [kind.__name__]
+    config = adjust_config(adapter, source, model_class)
+    config.architectures = [model_class.__name__]
     names = [str(name) for name in config.id2label.values()]
     if len(names) > 1 and all(map(NUMBERED_LABEL.fullmatch, names)):
         logging.getLogger("hftl").warning(
@@ -81,27 +89,20 @@ def find_inputs_folder(folder: Path, base: Path | None, images: bool) -> Path:
     return folder if has_own or base is None else base
 
 
-# Load a published model; refuse one that its files do not fill exactly.
-#
-# transformers and peft draw what a file lacks, or holds in another shape, at random, and pass over
-# what they do not know. The answers of such a model mean nothing.
-
-
 UNUSED_PARTS = ("pooler", "mask_token")
 """Parts of an encoder that a task's class may leave out of a checkpoint."""
 
 
 @dataclass(frozen=True)
 class IncompleteBase:
-    """A base and the tensors that an adapter must bring for it, with what is wrong with each.
-
-    `folder` is where the weights lie; `whole` that they are the published model's own.
-    """
+    """Hold a base, and the tensors that an adapter must bring for it."""
 
     model: Any
     folder: Path
+    """Of the weights."""
     is_whole_model: bool
     missing: dict[str, str]
+    """What is wrong with each of these tensors, by its name."""
 
 
 def load_published(
@@ -132,21 +133,20 @@ def load_incomplete_base(folder: Path, base: Path, config: Any = None) -> Incomp
     """
     with wrap_loading_errors(base if base != folder else folder):
         loaded = reload_check.load_base(folder, base, config)
-    whole = base == folder
+    is_whole_model = base == folder
     architecture = _get_architecture(loaded.model)
-    pooled = (folder / "head.safetensors").exists()
-    strange = sorted(_list_unexpected(loaded, architecture, whole))
-    if pooled:
-        # By it stock classes refuse the file; the model's head is in a file of its own.
-        strange = [key for key in strange if key != get_placeholder_name(architecture)]
-    if strange:
-        raise _build_misfit_error(
-            base, whole, strange, f"holds {strange[0]}, which config.json has no place for"
-        )
-    lacking = dict(_list_missing(loaded, architecture, pooled))
-    if whole:
-        _refuse_missing(base, whole, lacking)
-    return IncompleteBase(loaded.model, base, whole, lacking)
+    has_own_head = (folder / HEAD_WEIGHTS).exists()
+    unexpected = sorted(_list_unexpected(loaded, architecture, is_whole_model))
+    if has_own_head:
+        # The empty tensor that makes stock classes refuse the encoder of such a model.
+        unexpected = [key for key in unexpected if key != get_placeholder_name(architecture)]
+    if unexpected:
+        what = f"holds {unexpected[0]}, which config.json has no place for"
+        raise _build_misfit_error(base, is_whole_model, unexpected, what)
+    missing = dict(_list_missing(loaded, architecture, has_own_head))
+    if is_whole_model:
+        _refuse_missing(base, is_whole_model, missing)
+    return IncompleteBase(loaded.model, base, is_whole_model, missing)
 
 
 def add_adapter(base: IncompleteBase, model: Any, folder: Path, name: str) -> Any:
@@ -163,12 +163,11 @@ def add_adapter(base: IncompleteBase, model: Any, folder: Path, name: str) -> An
     """
     from peft import PeftModel
 
-    called = paths.get_display_name(folder)
+    name_of_folder = paths.get_display_name(folder)
     shapes = _read_adapter_shapes(folder)
-    brought = {key.removeprefix(PREFIX) for key in shapes}
-    _refuse_missing(
-        base.folder, False, {k: v for k, v in base.missing.items() if k not in brought}, called
-    )
+    saved = {key.removeprefix(PREFIX) for key in shapes}
+    missing = {key: what for key, what in base.missing.items() if key not in saved}
+    _refuse_missing(base.folder, False, missing, name_of_folder)
     with wrap_loading_errors(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of what is refused below
         if isinstance(model, PeftModel):
@@ -182,19 +181,17 @@ def add_adapter(base: IncompleteBase, model: Any, folder: Path, name: str) -> An
     if findings:
         first = findings[0]
         raise RunFolderError(
-            f"{called} does not load: {first.where}: {first.what}",
-            f"{first.fix}; or look closer: hftl doctor {called}",
+            f"{name_of_folder} does not load: {first.where}: {first.what}",
+            f"{first.fix}; or look closer: hftl doctor {name_of_folder}",
         )
     return model
 
 
 def brings_own_tensors(folder: Path) -> bool:
-    """Say whether an adapter overwrites tensors of its base, such as resized embeddings."""
-    settings = read_json_mapping(folder / "adapter_config.json")
-    saved = tuple(f".{name}" for name in settings.get("modules_to_save") or [])
-    modules = [
-        get_module_path(key) for key in _read_adapter_shapes(folder) if not is_adapter_key(key)
-    ]
+    """Return whether an adapter overwrites tensors of its base, such as resized embeddings."""
+    saved = tuple(f".{name}" for name in AdapterConfig.read(folder).modules_to_save)
+    keys = [key for key in _read_adapter_shapes(folder) if not is_adapter_key(key)]
+    modules = map(get_module_path, keys)
     return any(not f".{module}".endswith(saved) for module in modules)
 
 
@@ -217,17 +214,17 @@ def add_head(folder: Path, model: Any) -> reload_check.PublishedModel:
 
 
 def _get_architecture(model: Any) -> ArchitectureSpec:
-    tokens = type(model).__name__.endswith("ForTokenClassification")
+    is_tagger = type(model).__name__.endswith("ForTokenClassification")
     architecture = get_architecture(model.config)
-    return architecture.for_task(TOKEN_CLASSIFICATION) if tokens else architecture
+    return architecture.for_task(TOKEN_CLASSIFICATION) if is_tagger else architecture
 
 
 def _list_missing(
-    loaded: reload_check.LoadedBase, architecture: ArchitectureSpec, pooled: bool
+    loaded: reload_check.LoadedBase, architecture: ArchitectureSpec, has_own_head: bool
 ) -> Iterator[tuple[str, str]]:
     """Yield the tensors drawn at random that outputs depend on, and why."""
     unused = architecture.unused_parts
-    if pooled and architecture.pooler is not None:
+    if has_own_head and architecture.pooler is not None:
         unused = (*unused, architecture.pooler)
     for key in sorted(loaded.missing | loaded.mismatched.keys()):
         if has_prefix(key.removeprefix(f"{architecture.encoder}."), unused):
@@ -238,7 +235,7 @@ def _list_missing(
 
 
 def _list_unexpected(
-    loaded: reload_check.LoadedBase, architecture: ArchitectureSpec, whole: bool
+    loaded: reload_check.LoadedBase, architecture: ArchitectureSpec, is_whole_model: bool
 ) -> Iterator[str]:
     """Yield tensors of the file that should have a place: of a base, those of the encoder."""
     encoder = get_stock_encoder(loaded.model, architecture)
@@ -248,30 +245,32 @@ def _list_unexpected(
         inside = key.removeprefix(f"{architecture.encoder}.")
         of_encoder = inside != key or inside.split(".")[0] in parts
         names = set(inside.split("."))
-        if not names & (buffers | set(UNUSED_PARTS)) and (whole or of_encoder):
+        if not names & (buffers | set(UNUSED_PARTS)) and (is_whole_model or of_encoder):
             yield key
 
 
 def _refuse_missing(
-    folder: Path, whole: bool, lacking: dict[str, str], adapter: str | None = None
+    folder: Path, is_whole_model: bool, missing: dict[str, str], adapter: str | None = None
 ) -> None:
-    if lacking:
-        what = next(iter(lacking.values()))
+    if missing:
+        what = next(iter(missing.values()))
         if adapter is not None:
             what += f", and the adapter {adapter} does not bring it"
-        raise _build_misfit_error(folder, whole, list(lacking), what)
+        raise _build_misfit_error(folder, is_whole_model, list(missing), what)
 
 
-def _build_misfit_error(folder: Path, whole: bool, keys: list[str], what: str) -> RunFolderError:
-    called = paths.get_display_name(folder)
+def _build_misfit_error(
+    folder: Path, is_whole_model: bool, keys: list[str], what: str
+) -> RunFolderError:
+    name = paths.get_display_name(folder)
     more = f" ({len(keys)} tensors in all)" if len(keys) > 1 else ""
-    if whole:
+    if is_whole_model:
         return RunFolderError(
-            f"{called} does not load: its file {what}{more}",
+            f"{name} does not load: its file {what}{more}",
             "Save weights and config.json again from the trained model",
         )
     return RunFolderError(
-        f"the base {called} {what}{more}: such a model answers at random",
+        f"the base {name} {what}{more}: such a model answers at random",
         "Give the base that the adapter was trained on, --base MODEL, or save the adapter again",
     )
 
@@ -284,13 +283,13 @@ def _read_adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """
     from safetensors import safe_open
 
-    path, called = folder / ADAPTER_WEIGHTS, paths.get_display_name(folder)
+    path, name = folder / ADAPTER_WEIGHTS, paths.get_display_name(folder)
     if not path.exists():
         pickle = (folder / "adapter_model.bin").exists()
         raise RunFolderError(
-            f"{called} does not load: it has no {ADAPTER_WEIGHTS}"
+            f"{name} does not load: it has no {ADAPTER_WEIGHTS}"
             + ("; adapter_model.bin is a pickle, which is not opened" if pickle else ""),
-            f"Save the adapter as safetensors; or look closer: hftl doctor {called}",
+            f"Save the adapter as safetensors; or look closer: hftl doctor {name}",
         )
     with wrap_loading_errors(folder), safe_open(path, "pt") as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118

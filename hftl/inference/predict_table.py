@@ -1,4 +1,4 @@
-"""The file that a command shall write, looked at before its work and not after."""
+"""Predict the rows of a table, and check before any work that an output file can be written."""
 
 import csv
 import errno
@@ -21,12 +21,12 @@ from hftl.runtime.run_folder import write_text
 
 
 def check_output(output: Path | None, suffixes: Sequence[str], beside: Sequence[str] = ()) -> None:
-    """Sees that a file can be written.
+    """Check that a file can be written.
 
     Args:
         output: the file; None is the screen.
-        suffixes: those that it may have.
-        beside: suffixes of further files of its name that are written too.
+        suffixes: the allowed ones.
+        beside: suffixes of further files of the same name that are written too.
 
     Raises:
         RecipeError: if it cannot.
@@ -48,7 +48,7 @@ def _check_writable(path: Path) -> None:
     if path.exists() and not os.access(path, os.W_OK):
         why = "may not be written"
     try:
-        # Rights alone do not tell: the system may refuse what they allow.
+        # Permissions are not enough: the system may still refuse, as on a read-only disk.
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         why = f"cannot be written: {error.strerror}"
@@ -56,24 +56,21 @@ def _check_writable(path: Path) -> None:
         raise RecipeError(f"--output {path} {why}", "Choose another file")
 
 
-# `hftl predict` on a table: the input's rows, and what the model says of each.
-
-
 OUTPUT_SUFFIXES = (".csv", ".jsonl", ".parquet")
 LINE_SEPARATORS = "\x85\u2028\u2029"
-"""Characters that JSON leaves as they are, though `str.splitlines` ends a line at them."""
+"""Characters that JSON leaves unescaped, though `str.splitlines` ends a line at them."""
 
 
 def predict_table(
     model: str, data: Path, output: Path | None, base: str | None = None
 ) -> str | None:
-    """Predicts every row of a table.
+    """Predict every row of a table.
 
-    A column of the input that has the name of one of ours is kept as `input.<name>`.
+    A column of the input with the name of an output column becomes `input.<name>`.
 
     Args:
         model: a run, a published folder, or a hub id.
-        data: csv, jsonl, parquet, txt, or a folder of texts or pictures.
+        data: csv, jsonl, parquet, txt, or a folder of texts or images.
         output: a .csv, .jsonl or .parquet file; None returns CSV text.
         base: the adapter's base, where it is not the one it names.
 
@@ -88,15 +85,15 @@ def predict_table(
     if not data.exists():
         raise DataError(f"{data} does not exist", "Check the path")
     predictor = load(model, base)
-    (raws, columns) = _read_rows(data, predictor)
+    raws, columns = _read_rows(data, predictor)
     folder = data if data.is_dir() else data.parent
     encoded = predictor.encode(
         (_read_input(raw, predictor) for raw in raws), [raw.where for raw in raws], folder
     )
-    found = [_flatten_prediction(told) for told in predictor.predict_encoded(encoded)]
+    predictions = map(_flatten_prediction, predictor.predict_encoded(encoded))
     merged = [
-        _merge_columns(columns | _drop_image_bytes(raw), told)
-        for raw, told in zip(raws, found, strict=True)
+        _merge_columns(columns | _drop_image_bytes(raw), prediction)
+        for raw, prediction in zip(raws, predictions, strict=True)
     ]
     try:
         return _write_table(merged, output)
@@ -109,7 +106,7 @@ def predict_table(
 
 
 def _read_rows(data: Path, predictor: Predictor) -> tuple[list[RawRow], dict[str, Any]]:
-    """The input's rows, and all their columns, the predictor's among them.
+    """Read the input's rows, and all their columns, the predictor's among them.
 
     Raises:
         DataError: if there is no row, or no column that the model reads.
@@ -121,33 +118,33 @@ def _read_rows(data: Path, predictor: Predictor) -> tuple[list[RawRow], dict[str
         rows = list(READERS[file_format](data))
     if not rows:
         raise DataError(f"{data.name} has no rows", "Check the file")
-    wanted = predictor.columns
-    if data.is_dir() or (file_format == "txt" and len(wanted) == 1):
-        # What stands in a text file or a folder has no column name of its own.
+    required = predictor.columns
+    if data.is_dir() or (file_format == "txt" and len(required) == 1):
+        # The content of a text file or a folder has no column name of its own.
         own = next(column for column in ("image", "text") if column in rows[0].values)
         if data.is_dir() and own != predictor.modality:
             raise DataError(
                 f"{data.name} holds {own}s, but the model reads {predictor.modality}s",
                 "Give another folder",
             )
-        rows = [replace(raw, values={wanted[0]: raw.values[own]}) for raw in rows]
+        rows = [replace(raw, values={required[0]: raw.values[own]}) for raw in rows]
     columns = dict.fromkeys(key for raw in rows for key in raw.values)
-    for column in wanted:
+    for column in required:
         if column not in columns:
             has = list(map(str, columns))
             raise DataError(
-                f"{data.name}: no column {column!r}{suggest_closest(column, has).rstrip('?')}; it has "
-                f"{', '.join(has)}",
+                f"{data.name}: no column {column!r}{suggest_closest(column, has).rstrip('?')}; "
+                f"it has {', '.join(has)}",
                 f"Name the {predictor.modality} column {column!r}",
             )
     return rows, columns
 
 
 def _read_input(raw: RawRow, predictor: Predictor) -> Any:
-    """What the predictor takes of a row.
+    """Return the predictor's input in a row.
 
     Raises:
-        DataError: naming the row, if it cannot be read.
+        DataError: naming the row, if it has none that can be read.
     """
     values: list[Any] = [raw.values.get(column) for column in predictor.columns]
     fault = raw.fault
@@ -162,7 +159,7 @@ def _read_input(raw: RawRow, predictor: Predictor) -> Any:
 
 
 def _drop_image_bytes(raw: RawRow) -> dict[str, Any]:
-    """The row's values as a table can hold them: the bytes of a picture are not repeated."""
+    """Return the row's values without the bytes of images, which are not repeated."""
     return {
         key: None if isinstance(value, bytes) else value.get("path") if _is_image(value) else value
         for key, value in raw.values.items()
@@ -173,28 +170,28 @@ def _is_image(value: Any) -> bool:
     return isinstance(value, dict) and "bytes" in value
 
 
-def _flatten_prediction(told: dict[str, Any]) -> dict[str, Any]:
-    """label, score and one column a class; for a target, label alone.
+def _flatten_prediction(prediction: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns label, score and one a class; for a target, label alone.
 
     A class that is itself called `label` or `score` gets the column `class.<name>`.
     """
-    ours = {key: value for key, value in told.items() if key != "scores"}
-    classes = told.get("scores", {})
+    ours = {key: value for key, value in prediction.items() if key != "scores"}
+    classes = prediction.get("scores", {})
     return ours | {f"class.{k}" if k in ours else k: value for k, value in classes.items()}
 
 
-def _merge_columns(values: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
-    kept = {f"input.{key}" if key in told else key: value for key, value in values.items()}
-    return kept | told
+def _merge_columns(values: dict[str, Any], prediction: dict[str, Any]) -> dict[str, Any]:
+    inputs = {f"input.{key}" if key in prediction else key: value for key, value in values.items()}
+    return inputs | prediction
 
 
 def _format_cell(value: Any) -> Any:
-    """A value as one cell of a CSV table: lists as JSON."""
+    """Return a value as one cell of a CSV table: lists as JSON."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
 
 
 def _format_json_line(row: dict[str, Any]) -> str:
-    """Return a row as one line for every reader, those too that end a line at U+2028."""
+    """Return a row as one line, also for readers that end a line at U+2028."""
     line = json.dumps(row, ensure_ascii=False)
     for separator in LINE_SEPARATORS:
         line = line.replace(separator, f"\\u{ord(separator):04x}")
@@ -215,7 +212,7 @@ def _write_table(rows: list[dict[str, Any]], output: Path | None) -> str | None:
     else:
         buffer = io.StringIO(newline="")
         writer = csv.writer(buffer, lineterminator="\n")
-        # Python's writer quotes no carriage return, and every reader ends a row at it.
+        # csv.writer does not quote a carriage return, and every reader ends a row at it.
         writer.writerow([normalize_newlines(name) for name in rows[0]])
         writer.writerows([_format_cell(row[name]) for name in rows[0]] for row in rows)
         text = buffer.getvalue()

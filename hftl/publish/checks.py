@@ -1,19 +1,35 @@
-"""What must hold before anything leaves the machine."""
+"""Check what must hold before a push: files, card and reload proof here, rights and base at the hub.
+
+A check of one file is a function that returns the problem and what to do about it, and a line in
+`FILE_CHECKS`.
+"""
 
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
 
 from hftl.card.validation import validate_card
-from hftl.errors import HftlError, RunFolderError
-from hftl.measure.record import PUBLISHED_FILE, Record
+from hftl.errors import HftlError, HubError, RecipeError, RunFolderError
+from hftl.measure.record import Record, SourceFacts
 from hftl.measure.verdict import RELOAD_TOLERANCE
+from hftl.models.source import hash_checkpoint
+from hftl.publish.http_retry import HubResponseError, wrap_hub_errors
+from hftl.publish.published_metadata import ADAPTER_CONFIG, RECORD_FILE
 from hftl.publish.sanitize import find_leak
-from hftl.runtime import run_folder
+from hftl.runtime import paths, run_folder
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 ALLOWED_FILES = {
     "README.md", "hftl.json", "every_eval_ever.json", "config.json", "adapter_config.json",
@@ -28,7 +44,7 @@ PLOT_FILES = re.compile(r"assets/[\w-]+\.png")
 
 
 def is_publishable(name: str) -> bool:
-    """Whether a file of this path is one that hftl publishes."""
+    """Return whether a file of this path is one that hftl publishes."""
     return bool(
         name in ALLOWED_FILES
         or SHARD_FILES.fullmatch(name)
@@ -38,9 +54,9 @@ def is_publishable(name: str) -> bool:
 
 
 def measure_reload_difference(folder: Path, base: Path, sample: Path, device: str) -> float:
-    """Largest difference of logits after a fresh process loads the folder without hftl.
+    """Return the largest difference of logits after a fresh process loads the folder without hftl.
 
-    Relative to the largest logit where that is above 1: fp32 cannot promise more.
+    It is relative to the largest logit where that is above 1, as fp32 cannot promise more.
 
     Raises:
         HftlError: if the fresh process fails; that is a bug.
@@ -49,59 +65,75 @@ def measure_reload_difference(folder: Path, base: Path, sample: Path, device: st
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTHONPATH"):
         environment.pop(name, None)
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-P", str(script), str(folder), str(base), str(sample), device],
         capture_output=True,
         text=True,
         env=environment,
         check=False,
     )
-    if found.returncode != 0:
+    if process.returncode != 0:
         raise HftlError(
-            f"the publish folder does not load in a fresh process: {found.stderr.strip()[-800:]}",
+            f"the publish folder does not load in a fresh process: {process.stderr.strip()[-800:]}",
             "Report this with log.txt",
         )
-    told = json.loads(found.stdout.strip().splitlines()[-1])
-    if told["hftl_imported"]:
+    comparison = json.loads(process.stdout.strip().splitlines()[-1])
+    if comparison["hftl_imported"]:
         raise HftlError("the fresh process imported hftl", "Report this with log.txt")
-    return told["difference"] / max(1.0, told["largest"])
+    return comparison["difference"] / max(1.0, comparison["largest"])
+
+
+Problem = tuple[str, str]
+FileCheck = Callable[[Path, str, frozenset[str]], Problem | None]
+
+
+def check_link(path: Path, name: str, words: frozenset[str]) -> Problem | None:
+    """Refuse a link: the file that it leads to would be pushed."""
+    return ("is a link, and what it leads to would go", "Remove it") if path.is_symlink() else None
+
+
+def check_name(path: Path, name: str, words: frozenset[str]) -> Problem | None:
+    """Refuse a file that is not on the allow-list."""
+    if is_publishable(name):
+        return None
+    return "is not among the files that may be published", "Remove it"
+
+
+def check_leak(path: Path, name: str, words: frozenset[str]) -> Problem | None:
+    """Refuse a file with a secret, a local path, or a name of the user or the machine."""
+    leak = find_leak(path, name, words)
+    fix = "Give source.model as a hub id or package:, data paths relative, and no secrets"
+    return None if leak is None else (f"names {leak}", fix)
+
+
+FILE_CHECKS: tuple[FileCheck, ...] = (check_link, check_name, check_leak)
 
 
 def check_files(folder: Path, words: frozenset[str] = frozenset()) -> list[str]:
-    """The files that would be pushed, by their path in the folder.
+    """Return the files that would be pushed, by their path in the folder.
 
     Args:
         folder: a publish folder.
-        words: names that may stand in them, see `leaks.leak`.
+        words: names that the files may contain, see `sanitize.find_leak`.
 
     Raises:
-        RunFolderError: if one is a link, not on the allow-list, or tells of machine or user.
+        RunFolderError: naming the first file that may not leave the machine, and why.
     """
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     for name in files:
-        if (folder / name).is_symlink():
-            raise RunFolderError(
-                f"{folder / name} is a link, and what it leads to would go", "Remove it"
-            )
-        if not is_publishable(name):
-            raise RunFolderError(
-                f"{folder / name} is not among the files that may be published", "Remove it"
-            )
-        found = find_leak(folder / name, name, words)
-        if found is not None:
-            raise RunFolderError(
-                f"{folder / name} names {found}",
-                "Give source.model as a hub id or package:, data paths relative, and no secrets",
-            )
+        for check in FILE_CHECKS:
+            problem = check(folder / name, name, words)
+            if problem is not None:
+                raise RunFolderError(f"{folder / name} {problem[0]}", problem[1])
     return files
 
 
 def check_card(text: str, run: Path) -> None:
-    """Looks at a card as the hub will.
+    """Check a card as the hub will.
 
     Args:
         text: the whole README.md.
-        run: the run that it is of.
+        run: the run whose card it is.
 
     Raises:
         RunFolderError: naming the first problem.
@@ -115,12 +147,12 @@ def check_card(text: str, run: Path) -> None:
 
 
 def check_reload_proof(run: Path, record: Record) -> None:
-    """Looks for the proof that the published weights reload, and whether they are the proved ones.
+    """Check that the published weights were proved to reload, and are those that were proved.
 
-    An encoder without a task has none: it has no logits to compare.
+    An encoder without a task has no proof, as it has no logits to compare.
 
     Raises:
-        RunFolderError: if there is no proof, it failed, or the files are others.
+        RunFolderError: if there is no proof, it failed, or the files are other ones.
     """
     if not record.arms:
         return
@@ -143,46 +175,265 @@ def check_reload_proof(run: Path, record: Record) -> None:
                 raise RunFolderError(f"{here} is not the file whose reload was proved", again)
 
 
-# What a push would send.
-
-
 @dataclass(frozen=True)
 class PushPreview:
-    """The files with their sizes in bytes, the verdict, and what they load on, if it is known.
-
-    `base_files` are those of a base that the run itself has adapted, which goes first.
-    """
+    """Describe what a push would send: files with their sizes in bytes, and the verdict."""
 
     files: list[tuple[str, int]]
     base_files: list[tuple[str, int]]
+    """Of a base that the run has adapted, which is pushed first."""
     decision: str
     reasons: list[str]
     base: str | None
+    """What the files load on; None where nobody else can have it."""
 
 
 def preview_push(run: Path, words: frozenset[str] = frozenset()) -> PushPreview:
-    """Looks at a finished run's publish folder as a push would.
+    """Check a finished run's publish folder as a push would.
 
     Args:
         run: the run folder.
-        words: names that may stand in the files, see `leaks.leak`.
+        words: names that the files may contain, see `sanitize.find_leak`.
 
     Raises:
         RunFolderError: if there is no publish folder, or a file may not leave the machine.
     """
     folder = run / "publish"
-    if not (folder / PUBLISHED_FILE).exists():
+    if not (folder / RECORD_FILE).exists():
         raise RunFolderError(f"{run} has no publish folder", "Finish it with `hftl run`")
     base = run / "publish-base"
     files = _list_sizes(folder, words)
     base_files = _list_sizes(base, words) if base.exists() else []
-    record = Record.read_file(folder / PUBLISHED_FILE)
+    record = Record.read_file(folder / RECORD_FILE)
     verdict = record.verdict
-    named = base.name if base_files else record.source.published_as
-    if not (folder / "adapter_config.json").exists():
-        named = "the model itself"
-    return PushPreview(files, base_files, verdict.decision, verdict.reasons, named)
+    base_name = base.name if base_files else record.source.published_as
+    if not (folder / ADAPTER_CONFIG).exists():
+        base_name = "the model itself"
+    return PushPreview(files, base_files, verdict.decision, verdict.reasons, base_name)
 
 
 def _list_sizes(folder: Path, words: frozenset[str]) -> list[tuple[str, int]]:
     return [(name, (folder / name).stat().st_size) for name in check_files(folder, words)]
+
+
+class _HubAnswer(BaseModel):
+    """Describe a part of the hub's answer; keys that are not listed are ignored."""
+
+    model_config = ConfigDict(alias_generator=to_camel, frozen=True)
+
+
+class Organization(_HubAnswer):
+    """Describe an organisation, and the role that the user has in it."""
+
+    name: str
+    role_in_org: str | None = None
+
+
+class Entity(_HubAnswer):
+    """Name the owner or the repository that a scope is of."""
+
+    name: str | None = None
+
+
+class Scope(_HubAnswer):
+    """Describe what a fine-grained token may do there."""
+
+    entity: Entity | None = None
+    permissions: list[str] | None = None
+
+
+class FineGrained(_HubAnswer):
+    """Describe what a fine-grained token may do everywhere, and in its scopes."""
+
+    global_: list[str] | None = Field(default=None, alias="global")
+    scoped: list[Scope] | None = None
+
+
+class Token(_HubAnswer):
+    """Describe an access token; a hub of one's own may say nothing of it."""
+
+    role: str = "write"
+    fine_grained: FineGrained | None = None
+
+
+class Authentication(_HubAnswer):
+    """Hold the token."""
+
+    access_token: Token | None = None
+
+
+class Account(_HubAnswer):
+    """Describe the user of our token, as the hub's whoami answers."""
+
+    name: str
+    orgs: list[Organization] = []
+    auth: Authentication | None = None
+
+    @property
+    def token(self) -> Token:
+        """Return the token; one that may write where the hub says nothing of it."""
+        return (self.auth and self.auth.access_token) or Token()
+
+
+READ_ONLY_ROLES = ("read", "no_access")
+"""Roles in an organisation that may not write."""
+
+
+class TokenPermissionError(HubError):
+    """There is no token, or it may not do what was asked for."""
+
+
+def read_account() -> Account:
+    """Return the user of our token, which comes from the environment or `hf auth login`.
+
+    Raises:
+        HubError: if there is no token, or the hub does not know it.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    if get_token() is None:
+        raise TokenPermissionError(
+            "pushing needs a token, and there is none",
+            "Log in with `hf auth login`, or set HF_TOKEN",
+        )
+    with wrap_hub_errors("asking the hub who we are"):
+        return Account.model_validate(HfApi().whoami())
+
+
+def complete_repo_id(account: Account, repo_id: str) -> str:
+    """Return `owner/name`; a name without an owner is the user's own."""
+    return repo_id if "/" in repo_id else f"{account.name}/{repo_id}"
+
+
+def check_write_permission(account: Account, repo_id: str, pull_request: bool = False) -> None:
+    """Refuse a push that the token may not do.
+
+    Args:
+        account: from `read_account`.
+        repo_id: `owner/name`.
+        pull_request: whether a pull request is to be opened, which needs less.
+
+    Raises:
+        TokenPermissionError: saying what the token lacks.
+    """
+    missing = find_missing_permission(account, repo_id, pull_request)
+    if missing is not None:
+        raise TokenPermissionError(
+            f"{repo_id}: {missing}",
+            "Use a token that may write there: https://huggingface.co/settings/tokens",
+        )
+
+
+def find_missing_permission(account: Account, repo_id: str, pull_request: bool) -> str | None:
+    """Return what the token lacks; None where the hub's answer shows no lack.
+
+    Args:
+        account: from `read_account`.
+        repo_id: `owner/name`.
+        pull_request: whether a pull request is to be opened.
+    """
+    owner = repo_id.split("/")[0]
+    token = account.token
+    if token.role == "read":
+        return f"the token of {account.name} is read-only"
+    if token.role == "fineGrained":
+        return _find_missing_scope(token.fine_grained or FineGrained(), repo_id, pull_request)
+    if pull_request or owner == account.name:
+        return None
+    roles = {org.name: org.role_in_org for org in account.orgs}
+    if owner not in roles:
+        return f"{account.name} is not {owner}, and no member of an organisation of that name"
+    if roles[owner] in READ_ONLY_ROLES:
+        return f"{account.name} may only read in the organisation {owner}"
+    return None
+
+
+def _find_missing_scope(token: FineGrained, repo_id: str, pull_request: bool) -> str | None:
+    """Return what a fine-grained token lacks for a repository or its owner."""
+    sufficient = {"repo.write"} | ({"discussion.write"} if pull_request else set())
+    if pull_request and sufficient & set(token.global_ or []):
+        return None
+    for scope in token.scoped or []:
+        name = scope.entity.name if scope.entity else None
+        is_for_repo = name in (repo_id, repo_id.split("/")[0])
+        if is_for_repo and sufficient & set(scope.permissions or []):
+            return None
+    return f"the fine-grained token lacks {' or '.join(sorted(sufficient))}"
+
+
+WEIGHT_FILES = "model*.safetensors"
+
+
+def resolve_public_base(source: SourceFacts) -> tuple[str, str]:
+    """Return the base's public id and its commit, after checking both at the hub.
+
+    Args:
+        source: the record's section.
+
+    Raises:
+        RecipeError: if the source model has no public id.
+        HubError: if it is not public, the commit is unknown, or its weights differ.
+    """
+    base = source.published_as
+    if base is None:
+        raise RecipeError(
+            "the source model has no public id, so nobody could load the adapter",
+            "Set source.published_as and run again",
+        )
+    info = _read_public_info(base, source.revision)
+    hub_hashes = {
+        file.rfilename: file.lfs.sha256
+        for file in info.siblings or []
+        if file.lfs is not None and fnmatch(file.rfilename, WEIGHT_FILES)
+    }
+    # A source that was fetched from that commit needs no comparison.
+    if source.model != base and hub_hashes != _hash_local_weights(source):
+        _compare_tensors(base, str(info.sha), source.weights_sha256)
+    return base, str(info.sha)
+
+
+def _read_public_info(base: str, revision: str | None) -> "ModelInfo":
+    """Return what the hub says of the base to somebody without a token."""
+    from huggingface_hub import HfApi
+
+    at = base if revision is None else f"{base} at {revision}"
+    try:
+        with wrap_hub_errors(f"reading the base {at}"):
+            return HfApi().model_info(base, revision=revision, files_metadata=True, token=False)
+    except HubResponseError as error:
+        if error.status not in (401, 403, 404):
+            raise
+        raise HubError(
+            f"the base {at} is not public on the hub, so nobody could load the adapter",
+            "Correct source.published_as and source.revision, or publish the base first",
+        ) from error
+
+
+def _hash_local_weights(source: SourceFacts) -> dict[str, str]:
+    """Return the hashes of the weight files that were trained on; none where they are gone."""
+    folder = paths.resolve_local_path(source.model, "source.model")
+    files = [] if folder is None else folder.glob(WEIGHT_FILES)
+    return {path.name: run_folder.hash_file(path) for path in files}
+
+
+def _compare_tensors(base: str, revision: str, expected: str) -> None:
+    """Fetch the hub's weights and compare the tensors, which differing files may share.
+
+    Raises:
+        HubError: if the tensors differ.
+    """
+    from huggingface_hub import snapshot_download
+
+    with wrap_hub_errors(f"fetching the weights of the base {base}"):
+        folder = snapshot_download(
+            base,
+            revision=revision,
+            allow_patterns=[WEIGHT_FILES, "pytorch_model*.bin"],
+            token=False,
+        )
+    if hash_checkpoint(Path(folder)) != expected:
+        raise HubError(
+            f"the base {base} at {revision[:8]} has other weights on the hub than the adapter was "
+            "trained on",
+            "Correct source.published_as and source.revision",
+        )

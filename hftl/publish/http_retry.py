@@ -1,8 +1,8 @@
-"""Requests to a hub that fails at times: repeated, but not for ever, and never where it may harm.
+"""Repeat requests to a hub that fails at times, within a limit and only where that is safe.
 
-What may pass by itself (no answer, a broken one, 408, 429, 5xx) is asked again, after
-`Retry-After` where the hub gives it, else after twice the last wait. A commit whose fate is not
-known is not sent again: whoever sent it must first look whether it landed.
+A failure that may pass by itself (no response, a broken one, 408, 429, 5xx) is retried after the
+`Retry-After` of the hub, else after twice the last wait. A commit whose outcome is unknown is not
+sent again: its sender must first look whether it landed.
 """
 
 import itertools
@@ -23,17 +23,18 @@ from hftl.runtime.paths import (
 )
 
 RETRY_SECONDS = 120.0
-"""Seconds that may be lost to failed requests and to waiting, in one push."""
+"""Seconds that one push may lose to failed requests and to waiting."""
 TIMEOUT_SECONDS = 30.0
 """Seconds without a byte until a request has failed."""
 FIRST_WAIT = 1.0
 MAX_WAIT = 16.0
+MAX_CONNECTION_ATTEMPTS = 3
 REFUSAL_STATUSES = (408, 429)
-"""Those of them that say for sure that nothing was done."""
+"""Transient statuses which say for sure that the hub did nothing."""
 
 
 class UnknownOutcomeError(HubError):
-    """A commit was sent, and it is not known whether it landed."""
+    """A commit was sent, and it is unknown whether it landed."""
 
 
 class UnreachableError(HubError):
@@ -41,7 +42,7 @@ class UnreachableError(HubError):
 
 
 class HubResponseError(HubError):
-    """The hub has refused, with this status."""
+    """The hub refused with this status."""
 
     def __init__(self, what: str, fix: str, status: int) -> None:
         super().__init__(what, fix)
@@ -50,118 +51,137 @@ class HubResponseError(HubError):
 
 @contextmanager
 def retry_requests(seconds: float | None = None) -> Iterator[None]:
-    """Within it every request of `huggingface_hub` is made with patience.
+    """Make every request of `huggingface_hub` within the block a retried one.
+
+    Afterwards the library makes plain clients again; the transport of a client factory that the
+    caller has set is lost, as the library has no public way to read a factory back.
 
     Args:
-        seconds: how much time may be lost; `RETRY_SECONDS` where it is not given.
+        seconds: the time that may be lost; None takes `RETRY_SECONDS`.
 
     Raises:
-        HubError: from within, when that time is over or an answer allows no other try.
+        HubError: from within, when the time is over or a response forbids another attempt.
     """
     from huggingface_hub.utils import (
-        close_session,
         disable_progress_bars,
         get_session,
         logging,
+        set_client_factory,
     )
 
-    # Its warnings of each retry would stand beside the one line of ours.
+    # The library's warnings of each retry would stand beside our own single line.
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         disable_progress_bars()
-    close_session()
-    client: Any = get_session()
-    client.timeout = TIMEOUT_SECONDS
     left = RETRY_SECONDS if seconds is None else seconds
-    client.send = _RetryingSender(client.send, left).send
-    # Xet makes its requests by itself, and would go on for minutes.
+    # Xet makes its own requests and would go on for minutes.
     os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_DURATION", f"{max(1, round(left / 2))}s")
+    library: Any = get_http_library()
+    plain: Any = get_session()
+    # The hooks carry the library's offline mode and request ids.
+    options = {"event_hooks": plain.event_hooks, "follow_redirects": plain.follow_redirects}
+    retry = Retry(library, left)
+
+    class RetryingClient(library.Client):
+        """Hold the connection pool; every request goes through `retry`."""
+
+        def send(self, request: Any, **how: Any) -> Any:
+            return retry.send(super().send, request, **how)
+
+    set_client_factory(lambda: RetryingClient(timeout=TIMEOUT_SECONDS, **options))
     try:
         yield
     finally:
-        close_session()
+        set_client_factory(lambda: library.Client(timeout=plain.timeout, **options))
 
 
-class _RetryingSender:
-    """Sends requests in the place of a client's own `send`."""
+class Retry:
+    """Send requests until one succeeds or the time for failures is spent.
 
-    def __init__(self, send: Callable[..., Any], left: float) -> None:
-        self.really = send
+    Args:
+        library: httpx or httpx2, whichever `huggingface_hub` uses.
+        left: seconds that may be lost to failures, over all requests.
+    """
+
+    def __init__(self, library: Any, left: float) -> None:
+        self.library = library
         self.left = left
 
-    def send(self, request: Any, **how: Any) -> Any:
-        """The answer to a request, asked again where that may help."""
-        commits = request.method == "POST" and "/commit/" in request.url.path
-        repeatable = _is_repeatable(request)
+    def send(self, send_once: Callable[..., Any], request: Any, **how: Any) -> Any:
+        """Return the response to a request, which is repeated where that is safe.
+
+        Raises:
+            UnknownOutcomeError: for a commit that may have landed.
+            HubError: when the time is spent.
+        """
+        is_commit = request.method == "POST" and "/commit/" in request.url.path
         wait = FIRST_WAIT
         for attempt in itertools.count(1):
             began = time.monotonic()
-            answer, trouble, error = self._once(request, how)
+            response, trouble, error = self._try_once(send_once, request, how)
             if not trouble:
-                return answer
-            refused = answer is not None and answer.status_code in REFUSAL_STATUSES
-            if commits and not refused:
+                return response
+            refused = response is not None and response.status_code in REFUSAL_STATUSES
+            if is_commit and not refused:
                 self.left -= time.monotonic() - began
                 raise UnknownOutcomeError(trouble) from error
-            if not repeatable:
-                # The library, which can rewind the file, asks again.
+            if not self._is_repeatable(request):
+                # The body was a file. `huggingface_hub` can rewind it, and asks again.
                 self._spend(time.monotonic() - began, trouble, error, attempt)
                 if error is None:
-                    return answer
-                # A ConnectError would make it throw this client away.
-                raise get_http_library().ReadError(trouble) from error
-            asked = _read_retry_after(answer)
-            pause = wait if asked is None else asked
+                    return response
+                raise self.library.ReadError(trouble) from error
+            retry_after = _read_retry_after(response)
+            pause = wait if retry_after is None else retry_after
             self._spend(time.monotonic() - began + pause, trouble, error, attempt)
             time.sleep(pause)
             wait = min(2 * wait, MAX_WAIT)
 
-    def _once(self, request: Any, how: dict[str, Any]) -> tuple[Any, str, Exception | None]:
-        """One try: the answer, and what is wrong with it or came in its place."""
+    def _try_once(
+        self, send_once: Callable[..., Any], request: Any, how: dict[str, Any]
+    ) -> tuple[Any, str, Exception | None]:
+        """Return the response, what is wrong with it, and the error that came in its place."""
         try:
-            answer = self.really(request, **how)
-        except get_http_library().TransportError as error:
-            trouble = (
-                f"the hub gave no answer to {_describe_request(request)}: {type(error).__name__}"
-            )
-            return None, trouble, error
-        if answer.status_code in TRANSIENT_STATUSES:
-            return (
-                answer,
-                f"the hub answered {answer.status_code} to {_describe_request(request)}",
-                None,
-            )
-        told = answer.headers.get("Content-Type", "")
-        if answer.is_success and told.startswith("application/json") and request.method != "HEAD":
+            response = send_once(request, **how)
+        except self.library.TransportError as error:
+            trouble = f"the hub gave no answer to {_describe_request(request)}"
+            return None, f"{trouble}: {type(error).__name__}", error
+        if response.status_code in TRANSIENT_STATUSES:
+            trouble = f"the hub answered {response.status_code} to {_describe_request(request)}"
+            return response, trouble, None
+        content_type = response.headers.get("Content-Type", "")
+        is_json = content_type.startswith("application/json") and request.method != "HEAD"
+        if response.is_success and is_json:
             try:
-                answer.json()
+                response.json()
             except ValueError as error:
-                return answer, f"the hub's answer to {_describe_request(request)} is broken", error
-        return answer, "", None
+                trouble = f"the hub's answer to {_describe_request(request)} is broken"
+                return response, trouble, error
+        return response, "", None
 
     def _spend(self, seconds: float, trouble: str, error: Exception | None, attempt: int) -> None:
-        """Takes from the time there is; a hub that cannot be reached at all gets three tries."""
+        """Subtract from the time left; an unreachable hub gets three attempts at most."""
         self.left -= seconds
-        if isinstance(error, get_http_library().ConnectError) and attempt >= 3:
+        no_connection = isinstance(error, self.library.ConnectError)
+        if no_connection and attempt >= MAX_CONNECTION_ATTEMPTS:
             raise UnreachableError(
                 "the hub cannot be reached", "Check the network and HF_ENDPOINT"
             ) from error
         if self.left <= 0:
             raise HubError(f"{trouble}, and did so for too long", "Try again later") from error
 
+    def _is_repeatable(self, request: Any) -> bool:
+        """Return whether the body can be sent once more; a file that was read cannot."""
+        try:
+            request.content  # noqa: B018 (raises where it was not read)
+        except self.library.RequestNotRead:
+            return False
+        return True
 
-def _is_repeatable(request: Any) -> bool:
-    """Whether the body is at hand to be sent once more; a file that was read is not."""
-    try:
-        request.content  # noqa: B018 (raises where it was not read)
-    except get_http_library().RequestNotRead:
-        return False
-    return True
 
-
-def _read_retry_after(answer: Any) -> float | None:
-    told = answer.headers.get("Retry-After", "") if answer is not None else ""
-    return float(told) if told.isascii() and told.isdigit() else None
+def _read_retry_after(response: Any) -> float | None:
+    header = response.headers.get("Retry-After", "") if response is not None else ""
+    return float(header) if header.isascii() and header.isdigit() else None
 
 
 def _describe_request(request: Any) -> str:
@@ -169,14 +189,14 @@ def _describe_request(request: Any) -> str:
 
 
 @contextmanager
-def wrap_hub_errors(what: str) -> Iterator[None]:
-    """Turns what the library raises into one line of ours.
+def wrap_hub_errors(action: str) -> Iterator[None]:
+    """Turn the errors of `huggingface_hub` into one line of ours.
 
     Args:
-        what: what is being done, for instance "reading org/name".
+        action: what is being done, for instance "reading org/name".
 
     Raises:
-        HubError: with the hub's own words, where it has said any.
+        HubError: with the hub's own words, where it gave any.
     """
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -184,31 +204,30 @@ def wrap_hub_errors(what: str) -> Iterator[None]:
         yield
     except OfflineModeIsEnabled as error:
         raise UnreachableError(
-            f"{what}: HF_HUB_OFFLINE=1 keeps from the hub", "Unset it"
+            f"{action}: HF_HUB_OFFLINE=1 keeps from the hub", "Unset it"
         ) from error
     except HfHubHTTPError as error:
-        raise _build_response_error(what, error) from error
+        raise _build_response_error(action, error) from error
     except get_http_library().TransportError as error:
-        raise HubError(
-            f"{what}: no answer from the hub",
-            _choose_fix(error, "Check the network and HF_ENDPOINT"),
-        ) from error
+        fix = _choose_fix(error, "Check the network and HF_ENDPOINT")
+        raise HubError(f"{action}: no answer from the hub", fix) from error
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        # What uploads files wraps the cause; what reads an answer trips over its shape.
+        # Uploads raise RuntimeError from the cause; a response of another shape than the library
+        # expects raises KeyError, TypeError or ValueError.
         cause = error.__cause__
         if isinstance(cause, HubError):
             raise cause from error
         if isinstance(cause, HfHubHTTPError):
-            raise _build_response_error(what, cause) from error
+            raise _build_response_error(action, cause) from error
         fix = _choose_fix(error, "Try again, or look at the hub's status")
-        raise HubError(f"{what}: {format_error_line(cause or error)}", fix) from error
+        raise HubError(f"{action}: {format_error_line(cause or error)}", fix) from error
 
 
-def _build_response_error(what: str, error: Any) -> HubResponseError:
+def _build_response_error(action: str, error: Any) -> HubResponseError:
     status = error.response.status_code
-    said = " ".join((error.server_message or "").split())
+    message = " ".join((error.server_message or "").split())
     return HubResponseError(
-        f"{what}: the hub answered {status}{': ' + said if said else ''}",
+        f"{action}: the hub answered {status}{': ' + message if message else ''}",
         _choose_fix(error, advise_on_status(status)),
         status,
     )

@@ -1,38 +1,35 @@
-"""The push of one folder: one commit on what stands, so that a reader never sees a half.
+"""Push a folder as one commit, so that every commit holds weights, config and card of one run."""
 
-A reader of the repository at any commit gets weights, config and card of one and the same run.
-"""
-
-import hashlib
 import json
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hftl.errors import HubError
 from hftl.publish import http_retry
 from hftl.publish.checks import is_publishable
 from hftl.publish.http_retry import HubResponseError, UnknownOutcomeError, wrap_hub_errors
-from hftl.publish.repo_state import (
-    RepoStateError,
-    check_replaceable,
-    check_visibility,
-    list_foreign_files,
-)
+from hftl.publish.published_metadata import RECORD_FILE
 from hftl.runtime.paths import get_http_status
+from hftl.runtime.run_folder import hash_file
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
+CARD_FILE = "README.md"
+"""The one published file that the hub's own page may have created."""
 MAX_ATTEMPTS = 3
-"""How often a commit is sent that did not land."""
+"""How often a commit is sent that does not land."""
 CONFLICT = 409
 HEAD_MOVED_STATUSES = (CONFLICT, 412)
-"""The hub's answers to a commit on what no longer is the head."""
+"""The hub's responses to a commit whose parent is no longer the head."""
 
 
 @dataclass(frozen=True)
 class PushTarget:
-    """Where a push goes: a full id, whether it shall be public, whether as a pull request."""
+    """Describe where a push goes: the full id, the visibility, whether as a pull request."""
 
     repo_id: str
     public: bool = False
@@ -41,93 +38,148 @@ class PushTarget:
 
 @dataclass(frozen=True)
 class PushResult:
-    """What stands after a push: the commit, whether it is new, and where it can be seen.
-
-    `replaces` are the files of somebody else's model that a pull request would replace.
-    """
+    """Describe what a push left at the hub: the commit, whether it is new, and its page."""
 
     commit: str
     is_new: bool
     url: str
     private: bool = True
     replaces: tuple[str, ...] = ()
+    """Files of somebody else's model that a pull request would replace."""
 
 
-FileDigests = dict[str, tuple[str, str]]
-"""For every file its sha256 and its git hash."""
+MAX_GIT_BYTES = 50_000_000
+"""The hub stores larger files in LFS, where their sha256 counts."""
+FileDigests = dict[str, tuple[str, ...]]
+"""The sha256 and the git hash of every file; of a large one the sha256 alone."""
+
+
+class RepoStateError(HubError):
+    """What the repository holds forbids the push as it was asked for; a retry cannot help."""
 
 
 def push_folder(folder: Path, target: PushTarget, message: str) -> PushResult:
-    """Pushes a publish folder; where the same stands already, makes no commit.
+    """Push a publish folder; make no commit where the hub holds the same already.
 
     Args:
-        folder: exactly what shall stand; gates have been passed.
-        target: where.
+        folder: exactly the files to publish; all checks have passed.
+        target: where it goes.
         message: the commit's.
 
     Raises:
-        HubError: if it could not be pushed; then the old state stands, or what the error says.
+        HubError: if the push failed; the hub then holds its old state, or what the error says.
     """
-    wanted = compute_digests(folder)
-    validate_card_on_hub((folder / "README.md").read_text(encoding="utf-8"))
-    found = inspect_target(target)
-    info = found or _create_repo(target)
+    digests = compute_digests(folder)
+    validate_card_on_hub((folder / CARD_FILE).read_text(encoding="utf-8"))
+    before = inspect_target(target)
+    info = before or _create_repo(target)
     try:
-        pushed = _commit_files(folder, target, wanted, message)
-        _verify_commit(target.repo_id, pushed.commit, wanted)
+        result = _commit_files(folder, target, digests, message)
+        _verify_commit(target.repo_id, result.commit, digests)
     except RepoStateError:
         raise
     except HubError as error:
-        if found is None and info.private:
+        if before is None and info.private:
             what = f"{error.what}; {target.repo_id} was made and is private"
             raise HubError(what, error.fix) from error
         raise
     private = bool(info.private)
     if target.public and private and not target.pull_request:
         private = _make_public(target.repo_id)
-    return replace(pushed, private=private)
+    return replace(result, private=private)
 
 
-def inspect_target(target: PushTarget) -> Any:
-    """What the hub says of the repository; None where there is none that we may see.
+def inspect_target(target: PushTarget) -> "ModelInfo | None":
+    """Return what the hub says of the repository; None where there is none that we may see.
 
     Raises:
-        HubError: if a pull request is asked for, and there is none to open it on.
-        StandsError: if what it holds is not ours to replace, or all would see what they should not.
+        HubError: if a pull request is asked for, and there is no repository to open it on.
+        RepoStateError: if the repository holds somebody else's model, or is public unasked.
     """
-    found = _find_repo(target.repo_id)
-    if found is None:
+    info = _find_repo(target.repo_id)
+    if info is None:
         if target.pull_request:
             raise HubError(
                 f"there is no {target.repo_id} to open a pull request on", "Push without --pr"
             )
         return None
-    _check_push_allowed(target, found, _list_hashes(target.repo_id, str(found.sha)))
-    return found
+    _check_push_allowed(target, info, _list_hashes(target.repo_id, str(info.sha)))
+    return info
 
 
 def compute_digests(folder: Path) -> FileDigests:
-    """What the hub will call each file of a folder."""
+    """Return the digests under which the hub may list each file of a folder."""
     return {
-        path.relative_to(folder).as_posix(): _hash_file(path)
+        path.relative_to(folder).as_posix(): _compute_file_digests(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
 
 
-def holds_files(found: dict[str, str], wanted: FileDigests) -> bool:
-    """Whether a commit holds these files, and of those that hftl publishes no others.
+def _compute_file_digests(path: Path) -> tuple[str, ...]:
+    from huggingface_hub.utils.sha import git_hash
+
+    is_small = path.stat().st_size <= MAX_GIT_BYTES
+    return (hash_file(path), *([git_hash(path.read_bytes())] if is_small else []))
+
+
+def holds_files(hashes: dict[str, str], digests: FileDigests) -> bool:
+    """Return whether a commit holds these files, and no other file that hftl publishes.
 
     Args:
-        found: for every file at the hub its sha256 if it is a large one, else its git hash.
-        wanted: the files that shall stand.
+        hashes: of every file at the hub its sha256 if it is in LFS, else its git hash.
+        digests: of the files to publish.
     """
-    ours = {name for name in found if is_publishable(name)}
-    return ours <= wanted.keys() and all(found.get(n) in both for n, both in wanted.items())
+    published = {name for name in hashes if is_publishable(name)}
+    return published <= digests.keys() and all(
+        hashes.get(name) in both for name, both in digests.items()
+    )
+
+
+def list_foreign_files(files: Collection[str]) -> list[str]:
+    """Return the files that a push would replace or delete, where hftl has pushed none of them."""
+    if RECORD_FILE in files:
+        return []
+    return sorted(name for name in files if is_publishable(name) and name != CARD_FILE)
+
+
+def check_replaceable(repo_id: str, files: Collection[str]) -> None:
+    """Refuse to push over a model that hftl did not publish.
+
+    Args:
+        repo_id: where the push goes.
+        files: those of its last commit.
+
+    Raises:
+        RepoStateError: naming the files.
+    """
+    foreign = list_foreign_files(files)
+    if foreign:
+        raise RepoStateError(
+            f"{repo_id} holds a model that hftl did not publish: {', '.join(foreign)}",
+            "Nothing was pushed. Give another --repo-id, or remove it there first",
+        )
+
+
+def check_visibility(repo_id: str, files: Collection[str]) -> None:
+    """Refuse a private push to a public repository, unless hftl has pushed there before.
+
+    Args:
+        repo_id: where the push goes, which is public already.
+        files: those of its last commit.
+
+    Raises:
+        RepoStateError: if hftl has not pushed there.
+    """
+    if RECORD_FILE not in files:
+        raise RepoStateError(
+            f"{repo_id} is public already, and the push was asked for as a private one",
+            "Nothing was pushed. To let all see it: --public, or publish.private: false",
+        )
 
 
 def validate_card_on_hub(text: str) -> None:
-    """Ask the hub whether it takes a card; nothing is written there.
+    """Ask the hub whether it accepts a card; nothing is written there.
 
     Raises:
         HubError: if it does not.
@@ -144,8 +196,8 @@ def validate_card_on_hub(text: str) -> None:
             ) from error
 
 
-def _find_repo(repo_id: str) -> Any:
-    """What the hub says of a repository; None where there is none that we may see."""
+def _find_repo(repo_id: str) -> "ModelInfo | None":
+    """Return what the hub says of a repository; None where there is none that we may see."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     with wrap_hub_errors(f"reading {repo_id}"):
@@ -155,26 +207,26 @@ def _find_repo(repo_id: str) -> Any:
             return None
 
 
-def _create_repo(target: PushTarget) -> Any:
-    """Make a repository, private; one that is there by now is taken, and looked at later.
+def _create_repo(target: PushTarget) -> "ModelInfo":
+    """Create a private repository; one that exists by now is used, and inspected later.
 
-    An unanswered request may have made it, or somebody else.
+    An unanswered request may have created it, or somebody else.
 
     Raises:
-        HubError: if the hub makes it public nevertheless, and all would see what they should not.
+        RepoStateError: if the hub makes it public although it should be private.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
-    made = True
+    is_new = True
     with wrap_hub_errors(f"making {target.repo_id}"):
         try:
             _create_api().create_repo(target.repo_id, private=True)
         except HfHubHTTPError as error:
             if get_http_status(error) != CONFLICT:
                 raise
-            made = False
+            is_new = False
         info = _create_api().model_info(target.repo_id)
-    if made and not (info.private or target.public):
+    if is_new and not (info.private or target.public):
         raise RepoStateError(
             f"the hub was asked for a private {target.repo_id} and made it public",
             "Nothing was pushed. Make it private there, or let all see it with --public",
@@ -188,8 +240,8 @@ def _make_public(repo_id: str) -> bool:
     return False
 
 
-def _check_push_allowed(target: PushTarget, info: Any, files: Collection[str]) -> None:
-    """Sees whether what stands lets the push in; a pull request replaces nothing by itself."""
+def _check_push_allowed(target: PushTarget, info: "ModelInfo", files: Collection[str]) -> None:
+    """Refuse a push that the repository's content forbids; a pull request replaces nothing."""
     if not target.pull_request:
         check_replaceable(target.repo_id, files)
     if not (info.private or target.public):
@@ -197,77 +249,83 @@ def _check_push_allowed(target: PushTarget, info: Any, files: Collection[str]) -
 
 
 def _commit_files(
-    folder: Path, target: PushTarget, wanted: FileDigests, message: str
+    folder: Path, target: PushTarget, digests: FileDigests, message: str
 ) -> PushResult:
-    """The commit that holds the files, which may stand already."""
-    sent_on: str | None = None
-    lost: HubError | None = None
+    """Return the commit that holds the files, which may exist already.
+
+    A commit is sent again only where the last one did not land and nobody else has committed.
+    """
+    parent: str | None = None
+    failure: HubError | None = None
     for attempt in range(MAX_ATTEMPTS + 1):
         info = _read_repo(target.repo_id)
         head = str(info.sha)
         files = _list_hashes(target.repo_id, head)
-        landed = head if holds_files(files, wanted) else _find_open_request(target, wanted)
+        landed = head if holds_files(files, digests) else _find_open_request(target, digests)
         if landed is not None:
-            return PushResult(landed, lost is not None, _format_commit_url(target.repo_id, landed))
+            url = _format_commit_url(target.repo_id, landed)
+            return PushResult(landed, failure is not None, url)
         if attempt == MAX_ATTEMPTS:
             break
-        if isinstance(lost, HubResponseError) or sent_on not in (None, head):
-            raise _build_moved_error(target.repo_id) from lost
-        sent_on = head
+        if isinstance(failure, HubResponseError) or parent not in (None, head):
+            raise _build_moved_error(target.repo_id) from failure
+        parent = head
         _check_push_allowed(target, info, files)
-        stale = sorted(name for name in files if is_publishable(name) and name not in wanted)
+        stale = sorted(name for name in files if is_publishable(name) and name not in digests)
         try:
-            sent = _send_commit(target, message, head, _build_operations(folder, wanted, stale))
+            operations = _build_operations(folder, digests, stale)
+            sent = _send_commit(target, message, head, operations)
             return replace(sent, replaces=tuple(list_foreign_files(files)))
         except UnknownOutcomeError as error:
-            lost = error
+            failure = error
             time.sleep(http_retry.FIRST_WAIT * 2**attempt)
         except HubResponseError as error:
             if error.status not in HEAD_MOVED_STATUSES:
                 raise
-            lost = error
-    assert lost is not None
-    raise HubError(f"{lost.what}, and the commit did not land", "Try again later") from lost
+            failure = error
+    assert failure is not None
+    what = f"{failure.what}, and the commit did not land"
+    raise HubError(what, "Try again later") from failure
 
 
-def _build_operations(folder: Path, wanted: FileDigests, stale: list[str]) -> list[Any]:
-    """The files, and the deletion of what an older push has left over."""
+def _build_operations(folder: Path, names: Collection[str], stale: list[str]) -> list[Any]:
+    """Return the addition of the files, and the deletion of stale ones of an older push."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    adds = [CommitOperationAdd(name, str(folder / name)) for name in wanted]
+    adds = [CommitOperationAdd(name, str(folder / name)) for name in names]
     return [*adds, *map(CommitOperationDelete, stale)]
 
 
 def _send_commit(target: PushTarget, message: str, head: str, operations: list[Any]) -> PushResult:
-    """Sends the commit once."""
+    """Send the commit once."""
     with wrap_hub_errors(f"committing to {target.repo_id}"):
-        told = _create_api().create_commit(
+        commit = _create_api().create_commit(
             target.repo_id,
             operations,
             commit_message=message,
             parent_commit=head,
             create_pr=target.pull_request,
         )
-        return PushResult(told.oid, True, told.pr_url or told.commit_url)
+        return PushResult(commit.oid, True, commit.pr_url or commit.commit_url)
 
 
-def _find_open_request(target: PushTarget, wanted: FileDigests) -> str | None:
-    """The head of an open pull request that holds the files, where one is asked for."""
+def _find_open_request(target: PushTarget, digests: FileDigests) -> str | None:
+    """Return the head of a pull request that holds the files, where one is asked for."""
     if not target.pull_request:
         return None
     with wrap_hub_errors(f"reading the pull requests of {target.repo_id}"):
         refs = _create_api().list_repo_refs(target.repo_id, include_pull_requests=True)
         heads = [ref.target_commit for ref in refs.pull_requests or []]
-    return next((h for h in heads if holds_files(_list_hashes(target.repo_id, h), wanted)), None)
+    return next((h for h in heads if holds_files(_list_hashes(target.repo_id, h), digests)), None)
 
 
-def _read_repo(repo_id: str) -> Any:
+def _read_repo(repo_id: str) -> "ModelInfo":
     with wrap_hub_errors(f"reading {repo_id}"):
         return _create_api().model_info(repo_id)
 
 
 def _list_hashes(repo_id: str, commit: str) -> dict[str, str]:
-    """Every file of a commit: the sha256 of a large one, the git hash of another."""
+    """Return the sha256 of every file of a commit in LFS, and the git hash of every other."""
     with wrap_hub_errors(f"reading {repo_id} at {commit[:8]}"):
         tree = _create_api().list_repo_tree(repo_id, recursive=True, revision=commit)
         return {
@@ -277,20 +335,20 @@ def _list_hashes(repo_id: str, commit: str) -> dict[str, str]:
         }
 
 
-def _verify_commit(repo_id: str, commit: str, wanted: FileDigests) -> None:
-    """Compares what the hub has with what was sent."""
-    if not holds_files(_list_hashes(repo_id, commit), wanted):
+def _verify_commit(repo_id: str, commit: str, digests: FileDigests) -> None:
+    """Compare what the hub holds with what was sent."""
+    if not holds_files(_list_hashes(repo_id, commit), digests):
         raise HubError(
             f"{repo_id} at {commit[:8]} does not hold what was sent", "Look at it, and push again"
         )
 
 
-def _format_card_errors(told: str) -> str:
-    """What the hub says of a card, in words."""
+def _format_card_errors(answer: str) -> str:
+    """Return the messages in the hub's answer on a card; an answer of another shape as it is."""
     try:
-        return "; ".join(error["message"] for error in json.loads(told)["errors"])
+        return "; ".join(error["message"] for error in json.loads(answer)["errors"])
     except (ValueError, KeyError, TypeError):
-        return told
+        return answer
 
 
 def _build_moved_error(repo_id: str) -> HubError:
@@ -308,13 +366,3 @@ def _create_api() -> Any:
     from huggingface_hub import HfApi
 
     return HfApi()
-
-
-def _hash_file(path: Path) -> tuple[str, str]:
-    """sha256 and git's hash of a file, which is read once."""
-    plain, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            plain.update(piece)
-            git.update(piece)
-    return plain.hexdigest(), git.hexdigest()

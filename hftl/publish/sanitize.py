@@ -1,12 +1,10 @@
-"""What a file would tell of this machine and its user, were it published."""
+"""Find what a published file would reveal of this machine and its user, and remove it from records."""
 
 import getpass
 import json
 import os
 import platform
 import re
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +19,35 @@ LOCAL_PATH = re.compile(
 VOCABULARY_FILES = re.compile(
     r"tokenizer\.json|vocab\.(json|txt)|merges\.txt|added_tokens\.json|.*\.model"
 )
-"""Files that hold the words of a language, /home/ and names among them."""
+"""Files that hold the words of a language, among them /home/ and names."""
 GENERIC_NAMES = frozenset(
     """
     admin administrator codespace docker ec2-user host jovyan local localhost nobody root runner
     ubuntu user users vagrant vscode worker
     """.split()
 )
-"""Names of users and hosts that tell nothing."""
+"""Names of users and hosts that reveal nothing."""
 MAX_IGNORED_LENGTH = 3
+"""Shorter names would be found everywhere."""
 
 
 def find_leak(path: Path, name: str, words: frozenset[str]) -> str | None:
-    """The first secret, local path or name of user or host in a file; None where there is none.
+    """Return the first secret, local path or name of user or host in a file; None without any.
 
-    Of weights the header is read, of pictures their texts.
+    Of weights the header is read, of images their texts.
 
     Args:
         path: the file.
-        name: what it is called in the folder.
-        words: names that may stand there although they are the user's, a hub account's for one.
+        name: its path in the folder.
+        words: the user's names that it may contain, such as that of the hub account.
 
     Raises:
         RunFolderError: if weights are no safetensors.
     """
     text = _read_text(path)
-    found = secrets.find_secret(text)
-    if found is not None:
-        return f"a secret: {found}"
+    secret = secrets.find_secret(text)
+    if secret is not None:
+        return f"a secret: {secret}"
     vocabulary = VOCABULARY_FILES.fullmatch(name)
     local = None if vocabulary else LOCAL_PATH.search(text)
     if local:
@@ -66,64 +65,61 @@ def find_leak(path: Path, name: str, words: frozenset[str]) -> str | None:
 
 
 def _list_personal_names() -> dict[str, set[str]]:
-    """The names of user and host, the host's also without its domain."""
+    """Return the names of user and host, the host's also without its domain."""
     user = {os.environ.get(key, "") for key in ("USER", "LOGNAME", "USERNAME")}
     try:
         user.add(getpass.getuser())
     except (OSError, KeyError, ImportError):
-        # A process without a name in the user database has none to tell.
+        # In a container the user id may have no name.
         pass
     user.add(Path.home().name)
     host = platform.node()
-    found = {"the user's name": user, "this machine's name": {host, host.partition(".")[0]}}
+    names = {"the user's name": user, "this machine's name": {host, host.partition(".")[0]}}
     return {
-        what: {n for n in known if len(n) > MAX_IGNORED_LENGTH} for what, known in found.items()
+        what: {n for n in known if len(n) > MAX_IGNORED_LENGTH} for what, known in names.items()
     }
 
 
 def _read_text(path: Path) -> str:
-    """What a file says in words."""
-    content = path.read_bytes() if path.suffix != ".safetensors" else _read_safetensors_header(path)
+    """Return the text in a file."""
+    if path.suffix == ".safetensors":
+        return _read_safetensors_header(path)
     if path.suffix == ".png":
-        content = _read_png_text(content)
-    return content.decode("utf-8", errors="replace")
+        return _read_png_text(path)
+    return path.read_bytes().decode("utf-8", errors="replace")
 
 
-def _read_safetensors_header(path: Path) -> bytes:
-    """A safetensors file begins with the length of its header, 8 bytes, then comes that, JSON."""
+def _read_safetensors_header(path: Path) -> str:
+    """Return metadata and tensor names as JSON.
+
+    Raises:
+        RunFolderError: if the file is no safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-    except (struct.error, ValueError, OverflowError, MemoryError) as error:
+        with safe_open(path, "pt") as file:
+            header = {"metadata": file.metadata(), "tensors": sorted(file.keys())}
+    except (SafetensorError, OSError) as error:
         raise RunFolderError(f"{path} is no safetensors file", "Delete it and run again") from error
-    return json.dumps(header, ensure_ascii=False).encode()
+    return json.dumps(header, ensure_ascii=False)
 
 
-def _read_png_text(png: bytes) -> bytes:
-    """The text chunks of a PNG, the packed ones unpacked."""
-    found, at = b"", 8
-    while at + 8 <= len(png):
-        (length,) = struct.unpack(">I", png[at : at + 4])
-        kind, data = png[at + 4 : at + 8], png[at + 8 : at + 8 + length]
-        if kind in (b"tEXt", b"iTXt", b"eXIf"):
-            found += data + b"\n"
-        if kind in (b"zTXt", b"iTXt"):
-            found += _unpacked(data)
-        at += length + 12
-    return found
+def _read_png_text(path: Path) -> str:
+    """Return the texts of a PNG, unpacked; of a damaged one all bytes."""
+    from PIL import Image
 
-
-def _unpacked(data: bytes) -> bytes:
-    """What follows the first zlib header in a chunk."""
-    start = data.find(b"\x78")
     try:
-        return zlib.decompress(data[start:]) if start >= 0 else b""
-    except zlib.error:
-        return b""
+        with Image.open(path) as image:
+            image.load()  # texts may follow the pixels
+            texts = [*image.info.items(), *dict(image.getexif()).items()]
+    except (OSError, SyntaxError, ValueError):
+        return path.read_bytes().decode("utf-8", errors="replace")
+    return "\n".join(f"{key}: {_decode_text(value)}" for key, value in texts)
 
 
-# The record as it may leave this machine.
+def _decode_text(value: Any) -> str:
+    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def sanitize_record(record: Record) -> Record:
@@ -143,12 +139,12 @@ def sanitize_record(record: Record) -> Record:
 
 
 def strip_parents(place: str) -> str:
-    """A package as it is, a path by its last name."""
+    """Return a package as it is, a path by its last part."""
     return place if place.startswith(PACKAGE_PREFIX) else Path(place).expanduser().resolve().name
 
 
 def _strip_paths(value: Any) -> Any:
-    """Nested values in which every string that is a path has become its last name."""
+    """Return nested values in which every string that is a path is replaced by its last part."""
     if isinstance(value, dict):
         return {key: _strip_paths(item) for key, item in value.items()}
     if isinstance(value, list):

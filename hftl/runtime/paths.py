@@ -175,7 +175,9 @@ def get_http_library() -> Any:
     """Return the library that `huggingface_hub` makes its requests with: httpx, or httpx2."""
     from huggingface_hub.utils import get_session
 
-    return sys.modules[type(get_session()).__module__.partition(".")[0]]
+    # The client may be a subclass, see publish/http_retry.py.
+    client = next(kind for kind in type(get_session()).__mro__ if kind.__name__ == "Client")
+    return sys.modules[client.__module__.partition(".")[0]]
 
 
 @contextmanager

@@ -1,0 +1,297 @@
+"""Read what a published folder says of itself, and resolve the base that its adapter goes on.
+
+`hftl.json` is validated once, as it is read; a folder that plain peft wrote has none, and gets the
+defaults. `adapter_config.json` may be anybody's, so a value of an unexpected type reads as None.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hftl.config.data import Data, Task
+from hftl.config.recipe import Recipe
+from hftl.config.section import Source
+from hftl.data.labels import TagScheme
+from hftl.errors import RunFolderError
+from hftl.runtime import paths
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MODEL_CONFIG = "config.json"
+RECORD_FILE = "hftl.json"
+HEAD_WEIGHTS = "head.safetensors"
+
+
+def read_json_mapping(path: Path) -> dict[str, Any]:
+    """Read the mapping in a JSON file; an empty one where there is no file.
+
+    Raises:
+        RunFolderError: if the file holds no mapping.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _build_json_error(path) from error
+    if not isinstance(content, dict):
+        raise _build_json_error(path)
+    return content
+
+
+def _build_json_error(path: Path) -> RunFolderError:
+    name = paths.get_display_name(path.parent)
+    return RunFolderError(
+        f"{name}: {path.name} is no mapping in JSON", f"Look closer: hftl doctor {name}"
+    )
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Hold the settings of adapter_config.json, all of them as they stand in `settings`."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the settings of a folder; a folder of a whole model has none.
+
+        Raises:
+            RunFolderError: if the file holds no mapping.
+        """
+        return cls(read_json_mapping(folder / ADAPTER_CONFIG))
+
+    def _get_text(self, key: str) -> str | None:
+        value = self.settings.get(key)
+        return value if isinstance(value, str) and value else None
+
+    @property
+    def base_name(self) -> str | None:
+        """The hub id or path of the base."""
+        return self._get_text("base_model_name_or_path")
+
+    @property
+    def base_hub_id(self) -> str | None:
+        """The base's name where it reads as a hub id."""
+        name = self.base_name
+        return name if name and paths.is_hub_id(name) else None
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of the base."""
+        return self._get_text("revision")
+
+    @property
+    def task_type(self) -> str | None:
+        """peft's name of the task, such as SEQ_CLS."""
+        return self._get_text("task_type")
+
+    @property
+    def model_class(self) -> str | None:
+        """The class of transformers that peft notes where there is no task type."""
+        mapping = self.settings.get("auto_mapping")
+        name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+        return name if isinstance(name, str) else None
+
+    @property
+    def modules_to_save(self) -> list[str]:
+        """The modules that are saved whole beside the adapter."""
+        names = self.settings.get("modules_to_save")
+        return list(map(str, names)) if isinstance(names, list) else []
+
+    def find_local_base(self, follow_paths: bool = True) -> Path | None:
+        """Return the folder of this machine that is named as the base; None where there is none.
+
+        Only a hub has commits, so a pinned hub id is never a folder here. A path counts where it is
+        the folder of a model: no other file that a stranger may name is opened.
+        """
+        name = self.base_name
+        is_pinned = self.base_hub_id is not None and self.revision is not None
+        if not follow_paths or name is None or is_pinned or name.startswith(paths.PACKAGE_PREFIX):
+            return None
+        folder = paths.resolve_local_path(name, ADAPTER_CONFIG)
+        return folder if folder is not None and (folder / MODEL_CONFIG).is_file() else None
+
+
+TextColumns = str | Annotated[list[str], Field(min_length=1, max_length=2)]
+LabelColumns = str | Annotated[list[str], Field(min_length=2)]
+
+
+class PublishedPart(BaseModel):
+    """Describe a part of the file; keys that are not listed are ignored."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+
+class PublishedColumns(PublishedPart):
+    """Describe the columns of the training table."""
+
+    text: TextColumns = "text"
+    image: str = "image"
+    label: LabelColumns = "label"
+
+
+class PublishedInputs(PublishedPart):
+    """Describe how the model takes its inputs."""
+
+    train: PublishedColumns = PublishedColumns()
+    max_length: int = Field(default=Data.model_fields["max_length"].default, ge=2)
+    max_pixels: int = Field(default=Data.model_fields["max_pixels"].default, ge=1)
+
+
+class PublishedRecipe(PublishedPart):
+    """Hold what is read of the recipe."""
+
+    data: PublishedInputs = PublishedInputs()
+
+
+class PublishedTags(PublishedPart):
+    """Describe how tags mark entities, see `TagScheme`."""
+
+    name: str
+    outside: str | None
+    standard: dict[str, str]
+
+
+class PublishedData(PublishedPart):
+    """Describe what the outputs mean."""
+
+    task: Task
+    labels: list[str] | None = None
+    tag_scheme: PublishedTags | None = None
+    label_type: Literal["text", "integer", "boolean"] = "text"
+
+
+class PublishedBase(PublishedPart):
+    """Describe the model that an adapter goes on."""
+
+    model: str = ""
+    weights_sha256: str | None = None
+
+
+class PublishedAdaptation(PublishedPart):
+    """Describe an adaptation; `base` where it changed the base itself."""
+
+    base: PublishedBase | None = None
+
+
+class PublishedMetadata(PublishedPart):
+    """Hold all that is read of hftl.json; a folder without the file has the defaults."""
+
+    data: PublishedData | None = None
+    recipe: PublishedRecipe = PublishedRecipe()
+    source: PublishedBase = PublishedBase()
+    adapt: PublishedAdaptation | None = None
+    metric: str | None = None
+
+    @property
+    def tag_scheme(self) -> TagScheme | None:
+        """Return the scheme of the tags; None where there is none or the file does not say it."""
+        tags = self.data and self.data.tag_scheme
+        names = set(self.data.labels or []) if self.data else set()
+        # A scheme with more or fewer tags than the model is of another model.
+        if tags is None or set(tags.standard) != names:
+            return None
+        return TagScheme(tags.name, tags.outside, tags.standard)
+
+    @property
+    def adapted_base(self) -> PublishedBase | None:
+        """Return the adapted base; None where the adapter goes on the source itself."""
+        return self.adapt.base if self.adapt is not None else None
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read hftl.json of a published folder.
+
+        Raises:
+            RunFolderError: naming the key that makes no sense.
+        """
+        tree = read_json_mapping(folder / RECORD_FILE)
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            name, (key, value) = paths.get_display_name(folder), _find_faulty_key(tree, error)
+            raise RunFolderError(
+                f"{name} does not load: {RECORD_FILE} says {repr(value)[:40]} for {key}",
+                f"Look closer: hftl doctor {name}",
+            ) from error
+
+
+def _find_faulty_key(tree: Any, error: ValidationError) -> tuple[str, Any]:
+    """Return the dotted key of the first error, as deep as the file has it, and its value."""
+    keys: list[str] = []
+    for key in map(str, error.errors()[0]["loc"]):
+        if not isinstance(tree, dict) or key not in tree:
+            break
+        tree = tree[key]
+        keys.append(key)
+    return ".".join(keys), tree
+
+
+@dataclass(frozen=True)
+class BaseReference:
+    """Say where an adapter's base is.
+
+    `on_hub` is True where the source is a hub id even if a folder here has that name.
+    """
+
+    source: Source
+    on_hub: bool = False
+
+
+def resolve_base(
+    folder: Path, adapter: AdapterConfig, recorded: str, is_adapted: bool, base: str | None = None,
+    follow_paths: bool = True,
+) -> BaseReference | None:  # fmt: skip
+    """Return where the base of an adapter is; None where nothing says it.
+
+    The first of these that applies: what the user says, the base that the adapter's own run has
+    adapted, the source in that run's recipe, an installed package, what the adapter names.
+
+    Args:
+        folder: the adapter's.
+        adapter: its settings.
+        recorded: the source model that hftl.json names, or an empty text.
+        is_adapted: whether training changed the source before the adapter was put on it.
+        base: what the user says it is.
+        follow_paths: False ignores a path that the adapter names, as whoever wrote it may have
+            meant any file of this machine.
+    """
+    if base is not None:
+        return BaseReference(Source(model=base))
+    if is_adapted:
+        if (folder.parent / "publish-base").exists():
+            return BaseReference(Source(model=str(folder.parent / "publish-base")))
+    else:
+        own = _read_recipe_source(folder)
+        # A relative path holds only where the run was made, a pinned base everywhere.
+        if own is not None and (paths.is_local(own.model) or adapter.revision is None):
+            return BaseReference(own)
+        if _is_installed_package(recorded):
+            return BaseReference(Source(model=recorded))
+    return _resolve_named_base(adapter, follow_paths)
+
+
+def _resolve_named_base(adapter: AdapterConfig, follow_paths: bool) -> BaseReference | None:
+    """Return the base that adapter_config.json names."""
+    folder = adapter.find_local_base(follow_paths)
+    if folder is not None:
+        return BaseReference(Source(model=str(folder)))
+    if adapter.base_hub_id is None:
+        return None
+    return BaseReference(Source(model=adapter.base_hub_id, revision=adapter.revision), on_hub=True)
+
+
+def _is_installed_package(place: str) -> bool:
+    """Return whether a place is inside an installed package, and not reached from it by `..`."""
+    inside = place.removeprefix(paths.PACKAGE_PREFIX)
+    return place != inside and not paths.leaves_folder(inside) and paths.is_local(place)
+
+
+def _read_recipe_source(folder: Path) -> Source | None:
+    """Read the source in the recipe of the run that the folder is the publish folder of."""
+    file = folder.parent / "recipe.yaml"
+    return Recipe.load(file).source if folder.name == "publish" and file.exists() else None
