@@ -164,7 +164,7 @@ def as_run(folder: Path, model: Path, task: str, data: dict[str, Any], pooling: 
     prepare.write_prepared_data(bench.prepared, rows, "")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
     facts = {"task": task, "labels": bench.prepared.names,
-             "fingerprint": bench.prepared.facts["fingerprint"]}  # fmt: skip
+             "fingerprint": bench.prepared.facts.fingerprint}  # fmt: skip
     record = {"data": facts, "metric": "f1", "recipe": recipe.to_dict(), "source": {}}
     (folder / "record.json").write_text(to_json(record))
     (folder / "publish" / "hftl.json").write_text(to_json(record))
@@ -303,7 +303,7 @@ def test_nothing_differs_is_not_certain() -> None:
     wilson = scipy.stats.binomtest(60, 60).proportion_ci(method="wilson")
     assert found.value == 1 and found.ci95 == pytest.approx(wilson)
     same = compare_pair(metric, labels, labels, labels, units)
-    assert same == {"value": 0.0, "ci95": [-0.05, 0.05]}
+    assert (same.value, same.ci95) == (0.0, (-0.05, 0.05))
     assert score_with_interval(metric, labels, labels, np.zeros(60, dtype=int)).ci95 is None
 
 

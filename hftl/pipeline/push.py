@@ -220,7 +220,7 @@ def push_finished_run(run: Path, options: PushOptions, say: Say) -> None:
 def check_push_on_hub(run: Path, options: PushOptions, say: Say) -> None:
     """Ask the hub all that a push asks before it writes, and write nothing.
 
-    Without a repository, a token or a way to the hub, print what was not options.
+    Without a repository, a token or a way to the hub, print what was not asked.
 
     Raises:
         HubError: where the push would be refused: rights, state of the repository, base, card.
@@ -236,7 +236,7 @@ def check_push_on_hub(run: Path, options: PushOptions, say: Say) -> None:
     ]
     why = next(filter(None, missing), None)
     if name is None or why is not None:
-        say(f"not options of the hub, as {why}: rights, the repository, the base, the card")
+        say(f"not asked of the hub, as {why}: rights, the repository, the base, the card")
         return
     public = options.public or not record.recipe.publish.private
     with retry_requests():
