@@ -11,7 +11,6 @@ from hftl import console
 from hftl.card.sections import describe_scratch_search
 from hftl.config.recipe import Arm, Recipe
 from hftl.data.prepare import PreparedFacts
-from hftl.errors import RunFolderError
 from hftl.finetune import arm as training
 from hftl.finetune import arm_files, baselines
 from hftl.finetune.context import ArmOutput, ExperimentContext
@@ -20,7 +19,7 @@ from hftl.finetune.gradual import GradualCheckpoint
 from hftl.finetune.strategies import STRATEGIES
 from hftl.measure.record import ScratchSearch
 from hftl.models.lora import build_lora_config
-from hftl.pipeline.cache_keys import SEMANTICS, build_arm_key, select_recipe_values
+from hftl.pipeline.cache_keys import build_arm_inputs, is_arm_finished
 from hftl.pipeline.retention import prepare_retention
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.fingerprints import to_json
@@ -131,9 +130,9 @@ def _list_missing_jobs(this: Run, benches: ArmContexts) -> list[Job]:
     return [
         (arm, seed, reads)
         for arm in sorted(this.arms, key=lambda arm: list(STRATEGIES).index(arm.strategy))
-        for reads in [_build_arm_reads(this.recipe, benches[arm.name], arm)]
+        for reads in [build_arm_inputs(this.recipe, benches[arm.name], arm)]
         for seed in this.recipe.measure.seeds
-        if not _is_arm_finished(this, this.arm_folder(arm.name, seed), reads)
+        if not is_arm_finished(this.folder, this.arm_folder(arm.name, seed), reads)
     ]
 
 
@@ -144,7 +143,7 @@ def announce_run(this: Run, bench: ExperimentContext) -> None:
         for arm in this.arms
         for seed in this.recipe.measure.seeds
         for read in [run_folder.read_stage_inputs(this.arm_folder(arm.name, seed))]
-        if read is None or read["recipe"] != _build_recipe_reads(this.recipe, bench, arm)
+        if read is None or read["recipe"] != build_arm_inputs(this.recipe, bench, arm)["recipe"]
     ]
     if not this.arms:
         this.say(console.format_header(build_adaptation_header(this.recipe, bench)))
@@ -155,51 +154,6 @@ def announce_run(this: Run, bench: ExperimentContext) -> None:
         this.say(f"  warning: {warning}")
 
 
-def _build_arm_reads(recipe: Recipe, bench: ExperimentContext, arm: Arm) -> dict[str, Any]:
-    """What an arm's folder tells of where it comes from."""
-    read = _build_recipe_reads(recipe, bench, arm)
-    general = None
-    if bench.general is not None and any(key.startswith("data.general.") for key in read):
-        general = bench.general.facts.fingerprint
-    return {
-        "recipe": read,
-        "asked": select_recipe_values(recipe, read),
-        "semantics": SEMANTICS,
-        "weights": bench.weights_hash,
-        "data": bench.prepared.facts.fingerprint,
-        **({"general": general} if general else {}),
-    }
-
-
-def _build_recipe_reads(recipe: Recipe, bench: ExperimentContext, arm: Arm) -> dict[str, Any]:
-    read = build_arm_key(recipe, arm)
-    if bench.prepared.modality == "image":
-        read.pop("data.max_length", None)
-    return read
-
-
-def _is_arm_finished(this: Run, folder: Path, reads: dict[str, Any]) -> bool:
-    """Whether an arm is finished and what the recipe asks.
-
-    Raises:
-        RunFolderError: if it was made from another source model or other data, or by an hftl that
-            trained otherwise.
-    """
-    found = run_folder.read_stage_inputs(folder)
-    if found is None or found["recipe"] != reads["recipe"]:
-        return False
-    for key, what in (
-        ("weights", "another source model"), ("data", "other data"),
-        ("general", "other general data"), ("semantics", "an older hftl, which trained otherwise"),
-    ):  # fmt: skip
-        if found.get(key) != reads.get(key):
-            raise RunFolderError(
-                f"{this.folder} was made with {what}: {folder.name} does not fit",
-                "Put it back, choose another --output, or start over with --restart",
-            )
-    return True
-
-
 def _run_arm(this: Run, bench: ExperimentContext, arm: Arm, seed: int) -> ArmOutput:
     if arm.spec.is_solved:
         return baselines.solve_arm(bench, arm, seed)
@@ -208,7 +162,7 @@ def _run_arm(this: Run, bench: ExperimentContext, arm: Arm, seed: int) -> ArmOut
         return baselines.train_scratch(
             bench, arm.finetune, this.recipe.measure.scratch, rate, seed
         )
-    reads = _build_arm_reads(this.recipe, bench, arm)
+    reads = build_arm_inputs(this.recipe, bench, arm)
     kept = prepare_retention(
         bench, arm, seed, this.recipe.measure.seeds, this.folder, reads, this.say
     )
@@ -221,7 +175,7 @@ def _run_arm(this: Run, bench: ExperimentContext, arm: Arm, seed: int) -> ArmOut
 def _search_scratch_rate(this: Run, bench: ExperimentContext, arm: Arm) -> float:
     """The learning rate of scratch, searched once on the first seed."""
     folder = this.folder / "phases" / "search"
-    reads = _build_arm_reads(this.recipe, bench, arm)
+    reads = build_arm_inputs(this.recipe, bench, arm)
     stands = distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(folder) or {})
     if stands | {"asked": reads["asked"]} != reads:
         found = baselines.search_rate(

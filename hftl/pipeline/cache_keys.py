@@ -1,10 +1,13 @@
-"""Which recipe keys a finished part of a run has read, and what follows when one changes.
+"""Build the cache keys of a run's parts and say what follows when a recipe key changes.
 
-A changed key outside `measure` and `publish` that a finished part has read is refused; an arm
-that `measure` defines anew is run again.
+A part's key is the whole recipe, flattened, minus the keys that `CacheRules` names with a reason,
+so that a new recipe key counts everywhere until somebody says where it does not. A changed key
+outside `measure` and `publish` that a finished part has read is refused; an arm that `measure`
+defines anew runs again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,96 +16,184 @@ from hftl.config.adapt import Adapt
 from hftl.config.recipe import Arm, Recipe
 from hftl.config.retain import Retain
 from hftl.errors import RunFolderError
+from hftl.finetune.context import ExperimentContext
+from hftl.finetune.strategies import STRATEGIES
 from hftl.runtime import run_folder
 
-SEMANTICS = 2
-"""Raised when the same recipe and data train, draw or choose otherwise than before, so that arms
-of both are never averaged: 2 standardises targets, draws them by their inputs alone, keeps the
-least error and pads on the right."""
+SEMANTICS = 3
+"""Raised when the same recipe and data train, draw or choose otherwise than before, or when the
+keys of arms change, so that arms of two versions are never averaged. 2 standardises targets, draws
+them by their inputs alone, keeps the least error and pads on the right; 3 reads whole sections."""
 
-PATHS = ("path", "format", "split", "revision", "name")
-"""Where a table lies is not what it says: data count by content."""
-NOT_SPLIT = ("data.max_length", "data.image_size", "data.augment")
-CORPORA = ("data.unlabeled", "data.general")
-"""What adaptation reads; the data phase does not."""
-TRAINED = ("head_init", "patience", "training")
-COMPARED = ("partial", "gradual", "lora", "full")
-"""The strategies whose encoder is compared with the source's, on general data where there are."""
+ENCODING_KEYS = ("data.max_length", "data.image_size", "data.augment")
+"""Read by what trains and not by the data phase, whose rows are not encoded yet."""
+ROWS_COUNT = "the fingerprint of the rows counts beside the recipe"
+PLACE_KEYS = {
+    f"data.{table}.{key}": "data count by content, wherever they are"
+    for table in ("train", "validation", "test", "unlabeled", "general")
+    for key in ("path", "format", "split", "revision", "name")
+}
+
+
+@dataclass(frozen=True)
+class CacheRules:
+    """Name the recipe keys that a part of a run does not read; it reads all others.
+
+    Attributes:
+        unread: the reason by key, or by the start of keys; the longest start decides.
+        read: keys that are read although a shorter start of theirs is unread.
+    """
+
+    unread: Mapping[str, str]
+    read: tuple[str, ...] = ()
+
+    def explain(self, key: str) -> str | None:
+        """Return why a change of the key does not matter to the part; None where it does."""
+        starts = [s for s in (*self.unread, *self.read) if key == s or key.startswith(f"{s}.")]
+        return self.unread.get(max(starts, key=len, default=""))
+
+    def select(self, flat: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the flattened recipe without the unread keys."""
+        return {key: value for key, value in flat.items() if self.explain(key) is None}
+
+
+DATA_RULES = CacheRules({
+    "source": "the kind of inputs that it reads counts beside the recipe",
+    **dict.fromkeys(("adapt", "finetune", "retain", "measure", "publish"), "it comes after the data"),
+    **dict.fromkeys(ENCODING_KEYS, "rows are encoded by what trains"),
+    "data.unlabeled": "adaptation reads it",
+    "data.general": "general rows are a part of their own",
+    **PLACE_KEYS,
+})  # fmt: skip
+GENERAL_RULES = CacheRules(
+    {
+        "source": "the image processor counts beside the recipe",
+        **dict.fromkeys(("adapt", "finetune", "retain", "measure", "publish"), "it comes later"),
+        "data": ROWS_COUNT,
+        **PLACE_KEYS,
+    },
+    read=("data.general", "data.group", "data.seed", "data.bad_rows"),
+)
+ADAPT_RULES = CacheRules(
+    {
+        "source": "the hash of its weights counts beside the recipe",
+        **dict.fromkeys(("finetune", "retain", "measure", "publish"), "it comes after adaptation"),
+        "data": "the fingerprints of rows and corpora count beside the recipe",
+    },
+    # A probe guards on the features that fine-tuning pools, fitted on rows that shots draw.
+    read=(*ENCODING_KEYS, "data.seed", "data.shots", "finetune.pooling"),
+)
+
+
+def get_arm_rules(arm: Arm) -> CacheRules:
+    """Return what an arm does not read: keys of other strategies, of data that are rows by now."""
+    others = [spec for spec in STRATEGIES.values() if spec is not arm.spec]
+    unread = {
+        "source": "the hash of its weights counts beside the recipe",
+        "data": ROWS_COUNT,
+        "measure": "it says which arms run, and measures what they have predicted",
+        "publish": "publishing comes after every arm",
+        **{key: f"{spec.name} alone reads it" for spec in others for key in spec.own_keys},
+        **PLACE_KEYS,
+    }
+    if not arm.spec.changes_encoder and not arm.stages:
+        unread["data.general"] = "its encoder is the source's, or none, and forgets nothing"
+    return CacheRules(
+        unread | dict(arm.spec.ignored_keys),
+        (*ENCODING_KEYS, "data.shots", "data.general", *arm.spec.own_keys),
+    )
 
 
 def build_data_key(recipe: Recipe) -> dict[str, Any]:
-    """What the data phase reads."""
-    flat = overrides.flatten(recipe.to_dict()["data"], "data")
-    return {
-        key: value
-        for key, value in flat.items()
-        if key not in NOT_SPLIT
-        and key.rsplit(".", 1)[-1] not in PATHS
-        and not key.startswith(CORPORA)
-    }
-
-
-def build_arm_key(recipe: Recipe, arm: Arm) -> dict[str, Any]:
-    """What an arm reads besides the data: its own section, as far as its strategy uses it."""
-    section = arm.finetune.model_dump(mode="json")
-    used = {
-        "head": ("pooling",),
-        "partial": ("pooling", "blocks", *TRAINED),
-        "lora": ("pooling", "lora", *TRAINED),
-        "gradual": ("pooling", "gradual", *TRAINED),
-        "full": ("pooling", *TRAINED),
-        "scratch": ("pooling", "training"),
-    }.get(arm.strategy, ())
-    if arm.name != arm.strategy:
-        used = (*used, "strategy")
-    if "patience" in used:
-        used = (*used, *(key for key in ("layer_decay", "lr") if section[key] is not None))
-    reads = overrides.flatten({key: section[key] for key in used}, "finetune") if used else {}
-    if arm.strategy == "gradual":
-        # Each phase has its own number of epochs.
-        reads.pop("finetune.training.num_train_epochs", None)
-    reads |= flatten_stages(arm.stages)
-    if arm.retain is not None:
-        reads |= flatten_retain(arm.retain)
-    reads["data.shots"] = recipe.data.shots
-    if used:
-        reads["data.max_length"] = recipe.data.max_length
-    # Texts know neither, and their runs say nothing of them.
-    if recipe.data.image_size is not None and arm.strategy != "majority":
-        reads["data.image_size"] = recipe.data.image_size
-    if recipe.data.augment != "none" and "training" in used:
-        reads["data.augment"] = recipe.data.augment
-    if arm.strategy in COMPARED or (arm.strategy == "head" and arm.stages):
-        reads |= build_general_key(recipe)
-    if arm.strategy == "scratch":
-        reads |= overrides.flatten(recipe.measure.scratch.model_dump(), "measure.scratch")
-    return reads
+    """Return the recipe keys, with their values, that the data phase reads."""
+    return DATA_RULES.select(flatten_recipe(recipe))
 
 
 def build_general_key(recipe: Recipe) -> dict[str, Any]:
-    """What is read of general data to measure forgetting; content counts for itself."""
-    if recipe.data.general is None:
-        return {}
-    flat = overrides.flatten(recipe.data.general.model_dump(mode="json"), "data.general")
-    return {key: value for key, value in flat.items() if key.rsplit(".", 1)[-1] not in PATHS}
+    """Return the recipe keys, with their values, that the general rows depend on."""
+    return GENERAL_RULES.select(flatten_recipe(recipe))
 
 
 def build_adapt_key(recipe: Recipe, stages: Sequence[Adapt], number: int) -> dict[str, Any]:
-    """What the adaptation of this number, counted from 1, reads: those before it and itself."""
-    flat = _flatten_recipe(recipe)
-    data = ("data.max_length", "data.image_size", "data.augment", "data.seed", "finetune.pooling",
-            "data.shots")  # fmt: skip
-    return flatten_stages(stages[:number]) | {key: flat[key] for key in data}
+    """Return the recipe keys, with their values, that one adaptation reads.
+
+    Args:
+        recipe: data and pooling.
+        stages: the adaptations of an arm, one after the other.
+        number: of this one, from 1; it reads those before it, too.
+    """
+    return ADAPT_RULES.select(_flatten_sections(recipe) | flatten_stages(stages[:number]))
+
+
+def build_arm_key(recipe: Recipe, arm: Arm) -> dict[str, Any]:
+    """Return the recipe keys, with their values, that an arm reads; the same for every seed.
+
+    The search of scratch's learning rate and the choice of a KL weight depend on the same keys.
+    """
+    flat = _flatten_sections(recipe)
+    flat = {key: value for key, value in flat.items() if not key.startswith("finetune.")}
+    flat |= overrides.flatten(arm.finetune.model_dump(mode="json"), "finetune")
+    flat |= flatten_stages(arm.stages)
+    if arm.retain is not None:
+        flat |= flatten_retain(arm.retain)
+    return get_arm_rules(arm).select(flat)
+
+
+def build_arm_inputs(recipe: Recipe, context: ExperimentContext, arm: Arm) -> dict[str, Any]:
+    """Return all that an arm depends on: recipe keys, version, weights and rows."""
+    key = build_arm_key(recipe, arm)
+    if context.prepared.modality == "image":
+        # Images have no tokens.
+        key.pop("data.max_length", None)
+    inputs = {
+        "recipe": key,
+        "asked": select_recipe_values(recipe, key),
+        "semantics": SEMANTICS,
+        "weights": context.weights_hash,
+        "data": context.prepared.facts.fingerprint,
+    }
+    if context.general is not None and any(name.startswith("data.general.") for name in key):
+        inputs["general"] = context.general.facts.fingerprint
+    return inputs
+
+
+def is_arm_finished(run: Path, folder: Path, inputs: dict[str, Any]) -> bool:
+    """Return True if an arm is finished and was made from these inputs.
+
+    Raises:
+        RunFolderError: if it was made from another source model or other data, or by a version
+            that trained otherwise.
+    """
+    finished = run_folder.read_stage_inputs(folder)
+    if finished is None or finished["recipe"] != inputs["recipe"]:
+        return False
+    for key, what in (
+        ("weights", "another source model"), ("data", "other data"),
+        ("general", "other general data"), ("semantics", OLDER),
+    ):  # fmt: skip
+        if finished.get(key) != inputs.get(key):
+            raise _build_misfit_error(run, folder, what)
+    return True
+
+
+OLDER = "an older hftl, which trained otherwise"
+
+
+def _build_misfit_error(run: Path, folder: Path, what: str) -> RunFolderError:
+    return RunFolderError(
+        f"{run} was made with {what}: {folder.name} does not fit",
+        "Put it back, choose another --output, or start over with --restart",
+    )
 
 
 def select_recipe_values(recipe: Recipe, reads: dict[str, Any]) -> dict[str, Any]:
-    """What the recipe itself says of the keys that an arm reads."""
-    flat = _flatten_recipe(recipe)
+    """Return what the recipe itself says of the keys that an arm reads."""
+    flat = flatten_recipe(recipe)
     return {key: flat.get(key) for key in reads}
 
 
 def flatten_stages(stages: Sequence[Adapt]) -> dict[str, Any]:
-    """The adaptations as `adapt.key`, or `adapt.0.key` where there are several."""
+    """Return the adaptations as `adapt.key`, or `adapt.0.key` where there are several."""
     dumped = [stage.model_dump(mode="json") for stage in stages]
     if not dumped:
         return {}
@@ -112,7 +203,7 @@ def flatten_stages(stages: Sequence[Adapt]) -> dict[str, Any]:
 
 
 def flatten_retain(retain: Retain) -> dict[str, Any]:
-    """What keeps an arm near the original as `retain.key`, or `retain.kl.0.key` of several."""
+    """Return what keeps an arm near the original as `retain.key`, or `retain.kl.0.key` of several."""
     tree = {
         key: dict(enumerate(value)) if isinstance(value, list) and key == "kl" else value
         for key, value in retain.model_dump(mode="json").items()
@@ -125,69 +216,78 @@ def flatten_retain(retain: Retain) -> dict[str, Any]:
 
 
 def describe_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`key: old -> new` for every key that differs."""
+    """Return `key: old -> new` for every key that differs."""
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return [f"{key}: {_format_value(old, key)} -> {_format_value(new, key)}" for key in keys]
 
 
-def refuse_changed(recipe: Recipe, run: Path, wanted: list[Arm]) -> None:
-    """Compares the recipe with the one the finished parts were made under.
+def refuse_changed(recipe: Recipe, run: Path, arms: Sequence[Arm]) -> None:
+    """Compare the recipe with the one that the finished parts were made under.
 
     Raises:
-        RunFolderError: naming each key that a finished part has read and that changed.
+        RunFolderError: naming each key that a finished part has read and that changed, or an arm
+            that an older version trained.
     """
-    found: set[str] = set()
+    changes: set[str] = set()
     for number in range(1, len(recipe.stages) + 1):
-        read = run_folder.read_stage_inputs(run / "phases" / f"adapt-{number}")
-        if read is not None:
-            found |= set(
-                describe_changes(read["recipe"], build_adapt_key(recipe, recipe.stages, number))
+        inputs = run_folder.read_stage_inputs(run / "phases" / f"adapt-{number}")
+        if inputs is not None:
+            changes |= set(
+                describe_changes(inputs["recipe"], build_adapt_key(recipe, recipe.stages, number))
             )
     data = run_folder.read_stage_inputs(run / "phases" / "data")
     if data is not None:
-        found |= set(describe_changes(data["recipe"], build_data_key(recipe)))
-    for arm in wanted:
+        changes |= set(describe_changes(data["recipe"], build_data_key(recipe)))
+    for arm in arms:
         for folder in sorted((run / "arms").glob(f"{arm.name}-seed[0-9]*")):
-            read = run_folder.read_stage_inputs(folder)
-            if read is not None:
-                found |= _describe_arm_changes(read, recipe, arm)
-    if found:
+            inputs = run_folder.read_stage_inputs(folder)
+            if inputs is not None:
+                if inputs.get("semantics") != SEMANTICS:
+                    raise _build_misfit_error(run, folder, OLDER)
+                changes |= _describe_arm_changes(inputs, recipe, arm)
+    if changes:
         raise RunFolderError(
-            f"{run} was made with another recipe: {'; '.join(sorted(found))}",
+            f"{run} was made with another recipe: {'; '.join(sorted(changes))}",
             "Put it back, choose another --output, or start over with --restart",
         )
 
 
-def _describe_arm_changes(read: dict[str, Any], recipe: Recipe, arm: Arm) -> set[str]:
-    """What a finished arm has read and the recipe now says otherwise.
+def _describe_arm_changes(inputs: dict[str, Any], recipe: Recipe, arm: Arm) -> set[str]:
+    """Return the changes that a finished arm has read and that the recipe itself has made.
 
-    Adaptations that were added after those it had are none of it: the arm is run again.
+    Where the recipe says what it said then, `measure` has changed the arm, which runs again; so it
+    does where adaptations were added after those that it had.
     """
-    now, wanted, then = _flatten_recipe(recipe), build_arm_key(recipe, arm), read["recipe"]
-    if "data.max_length" not in then:
-        wanted.pop("data.max_length", None)
-    adapted = {key: value for key, value in then.items() if key.startswith("adapt.")}
-    before, after = sum(key.endswith(".objective") for key in adapted), len(arm.stages)
-    added = 0 < before < after and adapted == flatten_stages(arm.stages[:before])
-    found = set()
-    for line in describe_changes(then, wanted):
+    before, now = inputs["recipe"], build_arm_key(recipe, arm)
+    if "data.max_length" not in before:
+        now.pop("data.max_length", None)
+    then, flat = inputs["asked"], flatten_recipe(recipe)
+    adapted = {key: value for key, value in before.items() if key.startswith("adapt.")}
+    old, new = sum(key.endswith(".objective") for key in adapted), len(arm.stages)
+    is_extended = 0 < old < new and adapted == flatten_stages(arm.stages[:old])
+    changes = set()
+    for line in describe_changes(before, now):
         key = line.split(":", 1)[0]
-        # Where the recipe itself says what it said then, `measure` has changed the arm.
-        if key.startswith("measure.") or read["asked"].get(key) == now.get(key):
+        if key.startswith("measure.") or then.get(key) == flat.get(key):
             continue
-        if not key.startswith("adapt.") or before == after:
-            found.add(line)
-        elif not added:
-            found.add(f"adapt: {before} -> {after} adaptations")
-    return found
+        if not key.startswith("adapt.") or old == new:
+            changes.add(line)
+        elif not is_extended:
+            changes.add(f"adapt: {old} -> {new} adaptations")
+    return changes
 
 
-def _flatten_recipe(recipe: Recipe) -> dict[str, Any]:
+def _flatten_sections(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe by dotted keys, without `adapt` and `retain`, which arms have their own."""
     tree = recipe.to_dict()
-    tree.pop("adapt")
-    tree.pop("retain")
-    kept = {} if recipe.retain is None else flatten_retain(recipe.retain)
-    return overrides.flatten(tree) | flatten_stages(recipe.stages) | kept
+    del tree["adapt"], tree["retain"]
+    return overrides.flatten(tree)
+
+
+def flatten_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Return the whole recipe by dotted keys."""
+    retain = {} if recipe.retain is None else flatten_retain(recipe.retain)
+    return _flatten_sections(recipe) | flatten_stages(recipe.stages) | retain
 
 
 def _format_value(values: dict[str, Any], key: str) -> str:

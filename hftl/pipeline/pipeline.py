@@ -248,9 +248,6 @@ def _load_general_rows(this: Run, bench: ExperimentContext) -> GeneralData | Non
             "recipe": build_general_key(recipe),
             "content": data_stage.hash_data_files(data, bench.prepared.modality, ("general",)),
             "data": bench.prepared.facts.fingerprint,
-            "group": data.group,
-            "seed": data.seed,
-            "bad_rows": data.bad_rows,
             "processor": inputs and fingerprint(inputs.processor.to_dict()),
         }
         if run_folder.read_stage_inputs(folder) != reads:
