@@ -225,6 +225,12 @@ def test_baseline_has_the_lesser_gain_on_test(test: SplitPredictions, baseline: 
     assert found == BaselineGain(**dict(least), baseline=baseline, baselines=found.baselines)
 
 
+def test_of_equal_gains_that_over_scratch_is_named() -> None:
+    test = predicted(lora=1.0, scratch=1.0, classical=1.0)
+    gain = compute_transfer_gain(ACCURACY, test, "lora")
+    assert gain is not None and gain.baseline == "scratch" and len(gain.baselines) == 2
+
+
 def test_baseline_of_an_error_is_the_one_with_less() -> None:
     test = numbers(lora=0.1, scratch=2.0, classical=0.5)
     found = compute_transfer_gain(RMSE, test, "lora")

@@ -137,5 +137,5 @@ FINETUNE_STRATEGIES = tuple(name for name, spec in STRATEGIES.items() if not spe
 BASELINES = tuple(name for name, spec in STRATEGIES.items() if spec.is_baseline)
 PROBE_ARM = "head"
 """The arm that is the linear probe: the verdict and the card compare with it."""
-GAIN_BASELINES = tuple(name for name, spec in STRATEGIES.items() if spec.measures_gain)
-"""The baselines that a transfer gain is measured over."""
+GAIN_BASELINES = tuple(spec.name for spec in reversed(_SPECS) if spec.measures_gain)
+"""The baselines that a transfer gain is measured over; of equal gains the first is named."""
