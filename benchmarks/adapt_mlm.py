@@ -290,7 +290,8 @@ def compare(shape: Shape, pairs: int) -> dict[str, Any]:
     return {
         "shape": asdict(shape),
         "loss_difference": float(apart),
-        "speed": summarize_ratios([p["hftl"]["tokens_per_second"] / p["trainer"]["tokens_per_second"]
+        "speed": summarize_ratios([
+            p["hftl"]["tokens_per_second"] / p["trainer"]["tokens_per_second"]
                          for p in measured]),
         "kept": summarize_ratios([p["hftl"]["above"] / p["trainer"]["above"] for p in measured]),
         "live": live["hftl"]["above"] / live["trainer"]["above"],

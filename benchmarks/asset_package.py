@@ -38,7 +38,7 @@ class AssetError(Exception):
 
 
 def list_hashes(folder: Path) -> str:
-    """Return one line a file, sorted by path, in the format of `sha256sum`; without the manifest."""
+    """Return one line a file, sorted by path, as `sha256sum` writes it; without the manifest."""
     files = (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     names = sorted(path.relative_to(folder).as_posix() for path in files)
     return "".join(f"{hash_path(folder / name)}  {name}\n" for name in names)

@@ -1,4 +1,4 @@
-"""Measure how often intervals, p-values and verdicts are right, in simulations whose truth is known.
+"""Measure how often intervals, p-values and verdicts are right, in simulations of known truth.
 
     python benchmarks/calibration.py              # minutes on one core
     python benchmarks/calibration.py p_values     # one part; the others stay as they were

@@ -27,7 +27,11 @@ def make_facts(history: list[dict[str, Any]], step: int, objective: str = "mlm")
 
 
 def test_figures_of_masked_words() -> None:
-    history = [evaluation(0, 4.0, 2.0, 0.75), evaluation(10, 3.0, 2.5, 0.875), evaluation(20, 5.0, 9.0, 0.1)]
+    history = [
+        evaluation(0, 4.0, 2.0, 0.75),
+        evaluation(10, 3.0, 2.5, 0.875),
+        evaluation(20, 5.0, 9.0, 0.1),
+    ]
     found = summarize_adaptation(make_facts(history, 10))
     assert found["loss"] == {
         "before": 4.0, "after": 3.0, "fall": 0.25,
@@ -49,7 +53,9 @@ def test_figures_of_masked_pictures_have_no_perplexity() -> None:
 
 
 def test_where_the_original_is_kept_after_is_before() -> None:
-    found = summarize_adaptation(make_facts([evaluation(0, 4.0, 2.0, 0.75), evaluation(10, 3.0, 2.5, 0.1)], 0))
+    found = summarize_adaptation(
+        make_facts([evaluation(0, 4.0, 2.0, 0.75), evaluation(10, 3.0, 2.5, 0.1)], 0)
+    )
     assert found["loss"]["before"] == found["loss"]["after"] and found["loss"]["fall"] == 0
     assert found["general"]["fall"] == 0
     assert found["guard"]["before"] == found["guard"]["after"] == 0.75
@@ -68,7 +74,9 @@ def test_a_perplexity_beyond_floats_is_none() -> None:
 
 
 def stage(kept: str, why: str | None = None) -> AdaptStage:
-    facts = make_facts([evaluation(0, 4.0, None, 0.5), evaluation(1, 3.0, None, 0.5)], int(kept == "adapted"))
+    facts = make_facts(
+        [evaluation(0, 4.0, None, 0.5), evaluation(1, 3.0, None, 0.5)], int(kept == "adapted")
+    )
     return summarize_adaptation(facts | {"why": why})
 
 

@@ -242,7 +242,8 @@ def test_an_unsupported_architecture_is_refused(
 RESNET = ArchitectureSpec(
     "resnet", "encoder.stages.*.layers",
     ("layer.0.convolution", "layer.1.convolution", "layer.2.convolution"), "image",
-    optional_targets=("shortcut.convolution",), head=HeadSpec(last_linear="classifier.1", dropout=None),
+    optional_targets=("shortcut.convolution",),
+    head=HeadSpec(last_linear="classifier.1", dropout=None),
     token_head=None, image_sizes="any",
 )  # fmt: skip
 

@@ -54,7 +54,9 @@ def test_the_hub_reads_the_results() -> None:
 ])  # fmt: skip
 def test_every_eval_ever_takes_the_results(case: str, task: str) -> None:
     record = measured(case, task)
-    evaluation = json.loads(build_benchmark_files(Record.parse(record), "1790000000")[EVERY_EVAL_EVER_FILE])
+    evaluation = json.loads(
+        build_benchmark_files(Record.parse(record), "1790000000")[EVERY_EVAL_EVER_FILE]
+    )
     assert evaluation.keys() == REQUIRED.keys()
     assert all(isinstance(evaluation[key], kind) for key, kind in REQUIRED.items())
     assert evaluation["evaluation_id"].endswith("/1790000000")

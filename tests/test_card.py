@@ -259,7 +259,9 @@ def test_gain_is_the_first_bold_line_whatever_it_is(case: str, task: str) -> Non
     _, body = front_matter(render(record))
     headline = next(line for line in body.splitlines() if line.startswith("**"))
     assert body.index(headline) < body.index("Verdict") < body.index("|")
-    assert headline == f"**{format_gain_sentence(Record.parse(record))}**" and WORDS[case] in headline
+    assert (
+        headline == f"**{format_gain_sentence(Record.parse(record))}**" and WORDS[case] in headline
+    )
     assert all(word not in body for word in set(WORDS.values()) - {WORDS[case], "No baseline"})
     if record["transfer_gain"] is not None:
         assert format_gain(BaselineGain(**record["transfer_gain"])) in headline
@@ -334,7 +336,9 @@ def test_facts_of_the_data_are_told() -> None:
         "## What to know before use\n\n- 9% of the texts are cut.\n",
     ):  # fmt: skip
         assert told in card
-    assert "What to know" not in render(make_record()) and "bad rows were" not in render(make_record())
+    assert "What to know" not in render(make_record()) and "bad rows were" not in render(
+        make_record()
+    )
 
 
 @pytest.mark.parametrize(("own", "epochs"), [("lora", True), ("head", False)])
@@ -524,7 +528,9 @@ def test_sentence_of_forgetting() -> None:
     )
     worse = format_forgetting_sentence(Record.parse(add_forgetting(make_record(), gone=-0.5)))
     assert worse.endswith("3 seeds), 50% more than head.")
-    alone = format_forgetting_sentence(Record.parse(add_forgetting(make_record("one seed"), None, None)))
+    alone = format_forgetting_sentence(
+        Record.parse(add_forgetting(make_record("one seed"), None, None))
+    )
     assert alone.endswith("+0.090 forgotten (no interval).")
 
 
@@ -532,7 +538,12 @@ def test_sentence_of_forgetting() -> None:
 def test_table_of_forgetting_compares_only_where_there_is_something(against: Any) -> None:
     record = add_forgetting(make_record())
     record["forgetting"]["arms"][0]["against"] = against
-    assert build_forgetting_rows(Record.parse(record))[0] == ["arm", "original", "after", "forgotten"]
+    assert build_forgetting_rows(Record.parse(record))[0] == [
+        "arm",
+        "original",
+        "after",
+        "forgotten",
+    ]
     assert {len(row) for row in build_forgetting_rows(Record.parse(record))} == {4}
 
 

@@ -220,7 +220,9 @@ def test_patterns_are_of_one_layer_each(tmp_path: Path) -> None:
     adapted = PeftModel.from_pretrained(Nested(), tmp_path)
     again = extract_factors(adapted)
     assert {path: len(factors.a) for path, factors in again.items()} == ranks
-    assert all(torch.equal(x, y) for p in factors for x, y in zip(again[p], factors[p], strict=True))
+    assert all(
+        torch.equal(x, y) for p in factors for x, y in zip(again[p], factors[p], strict=True)
+    )
 
 
 def test_a_module_that_is_saved_whole_is_no_longer_adapted(
@@ -332,7 +334,9 @@ def test_factors_survive_their_file(tmp_path: Path, tiny_model: Callable[..., Pa
     save_factors(factors, tmp_path / "f.safetensors")
     again = load_factors(tmp_path / "f.safetensors")
     assert sorted(again) == sorted(factors)
-    assert all(torch.equal(x, y) for p in factors for x, y in zip(again[p], factors[p], strict=True))
+    assert all(
+        torch.equal(x, y) for p in factors for x, y in zip(again[p], factors[p], strict=True)
+    )
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def brute_force(
 
 
 def held_out_texts(texts: list[str], tokenizer: Any, cut: BlockSpec, folder: Path) -> set[str]:
-    """Return the documents that are held out: those whose blocks are, were every document one block."""
+    """Return the documents held out: those whose blocks are, were every document one block."""
     folder.mkdir()
     write_blocks(
         texts, tokenizer, BlockSpec(10**6, False, cut.held_out, cut.seed), keep_all, folder

@@ -203,7 +203,9 @@ def test_payload_is_inert_in_the_report(payload: str, tmp_path: Path) -> None:
         (tmp_path / "assets").mkdir(exist_ok=True)
         (tmp_path / "assets" / f"{name}.png").write_bytes(b"\x89PNG")
     mistakes = [Mistake((payload,) * 3, payload, payload, 0.9, payload, word) for word in (None, 1)]
-    errors = ErrorAnalysis([ClassScore(payload, 0.5, 0.5, 0.5, 4)] * 2, np.eye(2, dtype=int), mistakes, 2, 4)
+    errors = ErrorAnalysis(
+        [ClassScore(payload, 0.5, 0.5, 0.5, 4)] * 2, np.eye(2, dtype=int), mistakes, 2, 4
+    )
     report = render_page(record, tmp_path, errors)
     report.encode("utf-8")
     counts = check_page(report, {"html", "head", "meta", "title", "style", "body", "div", "mark"})

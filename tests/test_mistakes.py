@@ -127,8 +127,12 @@ def test_pictures_of_examples_are_written_beside_the_card(tmp_path: Path) -> Non
     scores = [[0.9, 0.1]] * 4
     found = stored(tmp_path, "classification", ["n", "p"], ["p"] * 4, ["n"] * 4, scores)
     pixels = np.full((3, 40, 40), 7, dtype=np.uint8)
-    examples = build_examples(found.mistakes, {text: pixels for text in TEXTS}.__getitem__, tmp_path)
-    assert [example.picture for example in examples] == [f"assets/mistake-{i:02d}.png" for i in (1, 2, 3, 4)]
+    examples = build_examples(
+        found.mistakes, {text: pixels for text in TEXTS}.__getitem__, tmp_path
+    )
+    assert [example.picture for example in examples] == [
+        f"assets/mistake-{i:02d}.png" for i in (1, 2, 3, 4)
+    ]
     assert all((tmp_path / str(e.picture)).stat().st_size < 5000 for e in examples)
     assert build_examples(found.mistakes, None, tmp_path)[0].texts == ["a"]
 

@@ -67,7 +67,10 @@ def test_without_words_it_is_the_labelled_tokens_and_where_there_are_none_all() 
         {"attention_mask": mask, "labels": torch.full((4,), -100)},
     ]
     batch = IndexedCollator(collate, 1)([{**row, "row": i} for i, row in enumerate(rows)])
-    assert batch["labelled_tokens"].tolist() == [[False, True, False, False], [True, True, True, False]]
+    assert batch["labelled_tokens"].tolist() == [
+        [False, True, False, False],
+        [True, True, True, False],
+    ]
     classes = IndexedCollator(collate, 1)([{"labels": torch.tensor(1), "row": 0}])
     assert "labelled_tokens" not in classes
 

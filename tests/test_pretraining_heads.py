@@ -131,7 +131,10 @@ def test_source_classes_are_predicted_by_its_own_head(
     tmp_path: Path, classifier: Path, pooling: str, strategy: str
 ) -> None:
     context = build_context_with_general(build_tree(tmp_path, classifier))
-    assert find_source_classes(context.source, context.general) == ("tone", ["positive", "negative"])
+    assert find_source_classes(context.source, context.general) == (
+        "tone",
+        ["positive", "negative"],
+    )
     trained = build_perturbed(context, pooling, strategy)
     values = measure_pretraining_heads(context, trained)
     assert set(values) == {"backward"} and (values["backward"][:, 1] == 1).all()
@@ -194,7 +197,9 @@ def test_masked_image_loss_equals_vit_mae_s(
     headless = tmp_path / "headless"
     stock.vit.save_pretrained(headless)
     tiny_processor(headless)
-    bare = build_context_with_general(tree | {"source": {"model": str(headless)}}, InputSpec("image", 8))
+    bare = build_context_with_general(
+        tree | {"source": {"model": str(headless)}}, InputSpec("image", 8)
+    )
     assert measure_pretraining_heads(bare, bare.build_model("native", 0)) == {}
 
 
@@ -242,7 +247,8 @@ def test_run_reports_heads_in_record_and_card(
             for s in (0, 1)]  # fmt: skip
     expected = [np.average(seed[:, 0], weights=seed[:, 1]) for seed in stored]
     assert (
-        figure["per_seed"] == pytest.approx(expected) and len(stored[0]) == record["forgetting"]["rows"]
+        figure["per_seed"] == pytest.approx(expected)
+        and len(stored[0]) == record["forgetting"]["rows"]
     )
     assert frozen["figures"][head]["change"] == 0
     others = {"mlm_loss", "mae_loss", "backward"} - {head}

@@ -272,7 +272,8 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_importing_processes_does_not_import_torch() -> None:
     code = (
-        "import sys, hftl.runtime.distributed as p; p.broadcast_from_main(int); p.close_process_group(); "
+        "import sys, hftl.runtime.distributed as p; "
+        "p.broadcast_from_main(int); p.close_process_group(); "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

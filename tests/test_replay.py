@@ -58,7 +58,9 @@ class General(Rows):
         self.ids = self.ids.flip(1)
 
 
-def build_replay_trainer(folder: Path, model: Any, general: Any, weight: float, **settings: Any) -> Any:
+def build_replay_trainer(
+    folder: Path, model: Any, general: Any, weight: float, **settings: Any
+) -> Any:
     more = {"general_dataset": general, "general_ratio": 0.5, "general_weight": weight}
     return build_trainer(model, folder, [], more, **settings)
 
@@ -101,7 +103,9 @@ def test_step_is_the_sum_of_two_means_however_it_is_cut(bert: Path, tmp_path: Pa
 
 
 def test_ratio_is_exact_and_every_general_row_is_used(bert: Path, tmp_path: Path) -> None:
-    trainer = build_replay_trainer(tmp_path, build_probed_model(bert, "lora"), General(9), 1.0, num_train_epochs=3)
+    trainer = build_replay_trainer(
+        tmp_path, build_probed_model(bert, "lora"), General(9), 1.0, num_train_epochs=3
+    )
     numbers: list[int] = []
     plain = trainer.compute_loss
 
@@ -196,9 +200,7 @@ def test_refuses_replay_without_labels(
     assert re.search(message, f"{caught.value.what}. {caught.value.fix}")
 
 
-def test_refuses_and_names_labels_that_the_task_lacks(
-    tree: dict[str, Any], tmp_path: Path
-) -> None:
+def test_refuses_and_names_labels_that_the_task_lacks(tree: dict[str, Any], tmp_path: Path) -> None:
     recipe = Recipe.parse(deepcopy(tree))
     bench = bench_of(recipe)
     general = load_general(recipe.data, bench.prepared, InputSpec())

@@ -20,7 +20,7 @@ COMMIT = "a" * 40
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path], list[Any]]:
-    """Make `org/tiny` a hub id whose snapshot is a copy of a folder; return the requested revisions."""
+    """Make `org/tiny` a hub id, a copy of a folder; return the requested revisions."""
 
     def serve(folder: Path) -> list[Any]:
         revisions: list[Any] = []

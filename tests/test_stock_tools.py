@@ -27,7 +27,7 @@ CANNOT = (RuntimeError, ValueError, OSError, KeyError)
 
 
 def folder_of(model: Path, folder: Path, pooling: str, strategy: str, base: bool = True) -> Path:
-    """Return a published folder whose adapter names its base as a local folder; without a config.json of
+    """Return a published folder whose adapter names a local base folder; without a config.json of
     its own transformers reads the base's, as it does for every adapter on a hub."""
     bench, recipe = opened(model, folder, pooling, strategy)
     published(bench, recipe, folder)

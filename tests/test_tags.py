@@ -205,9 +205,9 @@ def test_scores_of_entities_are_those_of_seqeval(seed: int) -> None:
     rows = compute_entity_scores(*pair, types)
     for row in rows:
         oracle = expected[row.label]
-        assert [getattr(row, key) for key in ("precision", "recall", "f1", "rows")] == pytest.approx(
-            [oracle[key] for key in ("precision", "recall", "f1-score", "support")]
-        )
+        assert [
+            getattr(row, key) for key in ("precision", "recall", "f1", "rows")
+        ] == pytest.approx([oracle[key] for key in ("precision", "recall", "f1-score", "support")])
     both = {"own": np.stack([pair[1]]), "other": np.stack([pair[0]])}
     gains = compute_class_gains(
         SplitPredictions(pair[0], np.arange(60), both), "own", "other", types

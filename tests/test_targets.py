@@ -107,9 +107,7 @@ ARMS: dict[str, tuple[Callable[[ExperimentContext, Recipe], Any], dict[str, Any]
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_unit_changes_no_arm(
-    arm: str, tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_unit_changes_no_arm(arm: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     run, finetune = ARMS[arm]
     same_scores(run, tiny_model(), tmp_path, finetune)
 
@@ -164,9 +162,7 @@ def test_unit_changes_no_regularizer(
     same_scores(run, tiny_model(), tmp_path, {"strategy": strategy, "pooling": "native"})
 
 
-def test_unit_changes_no_given_reference(
-    tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_unit_changes_no_given_reference(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     """As the source before adaptation."""
 
     def run(bench: ExperimentContext, recipe: Recipe) -> Any:
@@ -176,14 +172,14 @@ def test_unit_changes_no_given_reference(
         scale = compute_target_scale(bench, 0)
         assert scale is not None and scale.sd**2 == pytest.approx(variance)
         terms = [KLToOriginal(10.0, "probe", solved=True)]
-        return train_arm(
-            bench, recipe.finetune, 0, RegularizerSetup(terms, built.model)
-        )
+        return train_arm(bench, recipe.finetune, 0, RegularizerSetup(terms, built.model))
 
     same_scores(run, tiny_model(), tmp_path, {"strategy": "full"})
 
 
-def test_interpolation_at_zero_is_the_solved_head(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_interpolation_at_zero_is_the_solved_head(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     """It is the model that training starts from, in the label's unit."""
     recipe = recipe_of(tiny_model(), tmp_path, 10.0, 2000.0, {"strategy": "full"})
     bench = bench_of(recipe)
@@ -259,9 +255,7 @@ def test_a_run_far_from_zero_is_published_in_the_label_s_unit(
     assert min(row["eval_rmse"] for row in own["training"]["history"] if "eval_rmse" in row) > 1
 
 
-def test_wrapped_head_has_the_same_unit(
-    tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_wrapped_head_has_the_same_unit(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     from hftl.finetune.trainable import prepare
 
     recipe = recipe_of(tiny_model(), tmp_path, 10.0, 2000.0, {"pooling": "native"})
@@ -291,9 +285,7 @@ def test_wrapped_head_has_the_same_unit(
         ([1e-40 * i for i in range(9)], r"which float32 cannot hold"),
     ],
 )
-def test_refuses_targets_that_float32_cannot_represent(
-    targets: list[float], message: str
-) -> None:
+def test_refuses_targets_that_float32_cannot_represent(targets: list[float], message: str) -> None:
     rows = [Row((str(i),), target, None, i, "x") for i, target in enumerate(targets)]
     with pytest.raises(DataError, match=message):
         check_targets(rows)

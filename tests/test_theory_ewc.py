@@ -45,7 +45,7 @@ def draw_tasks(draw: np.random.Generator) -> tuple[Task, Task]:
 
 
 def compute_exact(task: Task) -> np.ndarray:
-    """Return the mean over rows of the expected squared gradient of log p(y | x), of a unit Gaussian."""
+    """Return the mean over rows of the expected squared gradient of a Gaussian log p(y | x)."""
     return (task.inputs**2).mean(0)
 
 

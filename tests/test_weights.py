@@ -236,7 +236,10 @@ def test_ewc_weighs_each_weight(bert: Path) -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "name"),
-    [("full", "embeddings.word_embeddings.weight"), ("lora", "encoder.layer.0.output.dense.weight")],
+    [
+        ("full", "embeddings.word_embeddings.weight"),
+        ("lora", "encoder.layer.0.output.dense.weight"),
+    ],
 )  # fmt: skip
 def test_refuses_the_fisher_of_another_source(bert: Path, strategy: str, name: str) -> None:
     model = build_probed_model(bert, strategy)

@@ -29,7 +29,7 @@ TEACHER_BATCH_SIZE = 64
 
 
 class PixelHead(nn.Module):
-    """Predict pixels by a norm and a linear layer; its mask token replaces hidden patches (SimMIM)."""
+    """Predict pixels by a norm and a linear layer; a mask token is put for hidden patches."""
 
     def __init__(self, width: int, values: int, std: float) -> None:
         super().__init__()

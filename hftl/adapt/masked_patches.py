@@ -94,7 +94,7 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
 
 
 def find_uniform_patches(canvases: Tensor, patch: int) -> Tensor:
-    """Return whether patches of uint8 (batch, 3, height, width) are near-constant: (batch, patches)."""
+    """Return which patches of uint8 (batch, 3, height, width) hardly vary: (batch, patches)."""
     return patchify(canvases.float(), patch).std(-1) < UNIFORM_DEVIATION
 
 

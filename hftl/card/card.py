@@ -201,7 +201,8 @@ def _build_plain_snippet(record: Record, place: str) -> str:
         base = "../publish-base"
     return render_plain_snippet(
         place, base, revision, record.recipe.finetune.pooling, max(1, len(record.data.labels)),
-        record.recipe.finetune.spec.publishes_adapter, input_kind(record), example_input(record).strip("()"),
+        record.recipe.finetune.spec.publishes_adapter, input_kind(record),
+        example_input(record).strip("()"),
         bool(record.forward and record.forward.get("interpolate_pos_encoding")),
         record.source.architecture or "",
     )  # fmt: skip

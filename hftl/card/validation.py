@@ -71,7 +71,8 @@ def validate_own_card(text: str, measured: bool = True) -> list[str]:
     strange = sorted(set(front) - HFTL_KEYS)
     if strange:
         findings.append(
-            f"The metadata have the key {_shorten_value(strange[0])}, which hftl does not write; write the "
+            f"The metadata have the key {_shorten_value(strange[0])}, "
+            f"which hftl does not write; write the "
             "card anew with `hftl card RUN`"
         )
     if measured and not findings and not _parse_results(front):
@@ -135,7 +136,8 @@ def _check_license(front: dict[str, Any]) -> list[str]:
     for value in _as_list(front.get("license")):
         if value not in LICENSES:
             findings.append(
-                f"license is {_shorten_value(value)}, which the hub does not know; write an identifier "
+                f"license is {_shorten_value(value)}, which the hub does not know; "
+                "write an identifier "
                 "such as apache-2.0, or other with license_name"
             )
         elif value == "other" and not front.get("license_name"):
@@ -191,7 +193,8 @@ def _check_model_index(front: dict[str, Any]) -> list[str]:
         values = [result.metric_value for result in _parse_results(front)]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return [
-            f"model-index does not parse: {_shorten_value(str(error))}; see hf.co/docs/hub/model-cards"
+            f"model-index does not parse: {_shorten_value(str(error))}; "
+            "see hf.co/docs/hub/model-cards"
         ]
     if any(isinstance(value, float) and not math.isfinite(value) for value in values):
         return ["model-index has a value that is no number; leave the metric out"]

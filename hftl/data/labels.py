@@ -64,7 +64,7 @@ class TagScheme:
 
 
 def get_entity_type(tag: str) -> str:
-    """Return the entity type of a tag in seqeval's form: `PER` of `B-PER`, `_` of `B`, none of `O`."""
+    """Return the type of a tag in seqeval's form: `PER` of `B-PER`, `_` of `B`, None of `O`."""
     return "" if tag == "O" else tag[2:] or "_"
 
 

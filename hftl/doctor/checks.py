@@ -196,7 +196,7 @@ def find_class_and_config(examination: Examination) -> list[Finding]:
 
 
 def _is_unknown_id(error: HftlError) -> bool:
-    """Return whether the hub does not know an id: the adapter's fault, unlike a hub that is away."""
+    """Return whether the hub does not know an id, which is the adapter's fault, not the hub's."""
     from huggingface_hub.errors import (
         GatedRepoError,
         RepositoryNotFoundError,

@@ -187,7 +187,9 @@ def train_model(
         if reference is not None:
             scale.standardize_head(reference)
         # Weights in another unit are not what a stopped training goes on from.
-        state = state and replace(state, cache_key=state.cache_key | {"target_scale": asdict(scale)})
+        state = state and replace(
+            state, cache_key=state.cache_key | {"target_scale": asdict(scale)}
+        )
     start = (
         {name: tensor.clone() for name, tensor in iterate_trainable(built.model)}
         if kept.alphas

@@ -330,7 +330,9 @@ def build_text_inputs(data: Data, source: SourceModel) -> TextInputs:
     return kind(tokenizer, longest)
 
 
-def build_image_inputs(data: Data, source: SourceModel, revisions: dict[str, str | None]) -> ImageInputs:
+def build_image_inputs(
+    data: Data, source: SourceModel, revisions: dict[str, str | None]
+) -> ImageInputs:
     """Images for a source that reads images.
 
     Raises:

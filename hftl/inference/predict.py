@@ -289,7 +289,8 @@ def _load_processor(auto_class: Any, folder: Path, **options: Any) -> Any:
         return auto_class.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(
-            f"{paths.get_display_name(folder)} has no usable {auto_class.__name__.removeprefix('Auto')}: "
+            f"{paths.get_display_name(folder)} has no usable "
+            f"{auto_class.__name__.removeprefix('Auto')}: "
             f"{format_error_line(error)}",
             "Give a folder that hftl published, or save it beside the model",
         ) from error

@@ -86,7 +86,9 @@ def compute_transfer_gain(metric: Metric, test: SplitPredictions, own: str) -> B
     over both are, so that false alarms are no more frequent than those of one interval.
     """
     gains = {
-        arm: compute_gain(metric, test, own, arm) for arm in GAIN_BASELINES if arm in test.predictions
+        arm: compute_gain(metric, test, own, arm)
+        for arm in GAIN_BASELINES
+        if arm in test.predictions
     }
     return select_lesser_gain(gains) if gains else None
 

@@ -48,7 +48,7 @@ class MeanError:
 def jackknife(
     score: Callable[[np.ndarray], float], units: np.ndarray, blocks: int = MAX_BLOCKS
 ) -> np.ndarray:
-    """Return delete-one-block pseudo-values of a statistic, ready to be averaged with equal weights.
+    """Return delete-one-block pseudo-values of a statistic, to be averaged with equal weights.
 
     Delete-m_j jackknife: with n rows, g blocks of m_j rows, T = score(all) and T_j = score(without
     block j),
@@ -212,7 +212,7 @@ def estimate_mean_error(
 def mean_interval(
     values: np.ndarray, level: float = 0.95, sizes: np.ndarray | None = None
 ) -> tuple[float, float] | None:
-    """Return the interval of `estimate_mean_error` around the mean of `values`; None where that is None.
+    """Return the interval of `estimate_mean_error` around the mean; None where that is None.
 
     Raises:
         ValueError: see `estimate_mean_error`, or `level` is outside (0, 1).
@@ -252,7 +252,7 @@ def _unit_degrees_of_freedom(units: int, sizes: np.ndarray | None) -> float:
 
 
 def item_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float] | None:
-    """Return the interval of `estimate_item_error` around the mean of `values`; None under two units.
+    """Return the interval of `estimate_item_error` around the mean; None under two units.
 
     Raises:
         ValueError: see `estimate_item_error`, or `level` is outside (0, 1).
@@ -293,7 +293,7 @@ def rule_of_three_half_width(units: float, value: float = 0.0) -> float:
 
 
 def rule_of_three_p_value(value: float, units: float) -> float:
-    """Return the p-value that goes with `rule_of_three_half_width`: .05 where its interval just reaches 0."""
+    """Return the p-value of `rule_of_three_half_width`: .05 where its interval just reaches 0."""
     reach = abs(value) / rule_of_three_half_width(units, value)
     return float(0.05 ** (reach * (1 - 1e-12)))  # above .05 where the bound is exactly 0
 
@@ -351,7 +351,7 @@ def select_within_one_standard_error(
 
 
 def relative_error_reduction(own: float, baseline: float, best: float = 1.0) -> float | None:
-    """Return the share of the baseline's error that the own arm removes: 1 - |best - own| / |best - baseline|.
+    """Return the share of the baseline's error removed: 1 - |best - own| / |best - baseline|.
 
     Args:
         own: own arm's metric.

@@ -243,7 +243,8 @@ def load_processor(source: SourceModel) -> Any:
         )
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(
-            f"source.model: {source.name} has no usable image processor: {format_error_line(error)}",
+            f"source.model: {source.name} has no usable image processor: "
+            f"{format_error_line(error)}",
             "Save the processor beside the model",
         ) from error
 

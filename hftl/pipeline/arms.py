@@ -211,7 +211,8 @@ def build_header(
         f"test {splits['test']} ({_describe_dropped_rows(facts)})",
         "labels": labels or "a number",
         "arms": f"{', '.join(names)} x seeds {recipe.measure.seeds}: {jobs} to run",
-        "time": f"about {console.format_duration(seconds)}{' beside adaptation' if recipe.stages else ''}",
+        "time": f"about {console.format_duration(seconds)}"
+        + (" beside adaptation" if recipe.stages else ""),
     }
 
 

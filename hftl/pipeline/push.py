@@ -1,4 +1,4 @@
-"""Push a finished run: check it and the hub, push the adapted base if there is one, then the model."""
+"""Push a finished run: check it and the hub, push an adapted base if any, then the model."""
 
 import re
 import shlex
@@ -322,7 +322,8 @@ def _check_folder(folder: Path, record: Record, options: PushOptions) -> None:
 def _list_shown_names(record: Record, options: PushOptions) -> frozenset[str]:
     """Return the names that the user has chosen to show: of repositories and of labels."""
     shown = [
-        options.repo_id, record.recipe.publish.repo_id, record.published and record.published.repo_id,
+        options.repo_id, record.recipe.publish.repo_id,
+        record.published and record.published.repo_id,
         record.source.published_as, *record.data.labels,
     ]  # fmt: skip
     return frozenset(word for text in shown if text for word in re.split(r"[^\w-]+", str(text)))

@@ -1,4 +1,4 @@
-"""Check what must hold before a push: files, card and reload proof here, rights and base at the hub.
+"""Check what a push needs: files, card and reload proof here, rights and base at the hub.
 
 A check of one file is a function that returns the problem and what to do about it, and a line in
 `FILE_CHECKS`.

@@ -1,6 +1,7 @@
 """A published folder, loaded as a stranger would: with plain peft and transformers.
 
-`hftl predict` uses `load_folder`. As a script it runs in a fresh process, without hftl, and compares:
+`hftl predict` uses `load_folder`. As a script it runs in a fresh process, without
+hftl, and compares:
 
     python reload_check.py FOLDER BASE SAMPLE DEVICE  ->  {"difference": ..., "largest": ...}
 

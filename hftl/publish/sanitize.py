@@ -1,4 +1,4 @@
-"""Find what a published file would reveal of this machine and its user, and remove it from records."""
+"""Find what a published file would reveal of this machine and its user, and remove it."""
 
 import getpass
 import json

@@ -187,7 +187,7 @@ def _check_adapter(model: nn.Module) -> None:
 
 
 def iterate_encoder_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the encoder's trained parameters without an adapter's, by their names in `AutoModel`."""
+    """Yield the encoder's trained parameters, an adapter's apart, by their names in `AutoModel`."""
     encoder = get_encoder(model, get_model_architecture(model))
     for name, parameter in encoder.named_parameters():
         if parameter.requires_grad and ".lora_" not in name:
@@ -234,5 +234,5 @@ def compute_update_norm(layer: Any) -> Tensor:
 
 
 def _is_linear(layer: Any) -> bool:
-    """Return False for embeddings and convolutions, which peft adapts by factors of other shapes."""
+    """Return False for embeddings and convolutions, whose factors in peft have other shapes."""
     return isinstance(layer.get_base_layer(), nn.Linear)
