@@ -59,7 +59,9 @@ class CacheRules:
 
 DATA_RULES = CacheRules({
     "source": "the kind of inputs that it reads counts beside the recipe",
-    **dict.fromkeys(("adapt", "finetune", "retain", "measure", "publish"), "it comes after the data"),
+    **dict.fromkeys(
+        ("adapt", "finetune", "retain", "measure", "publish"), "it comes after the data"
+    ),
     **dict.fromkeys(ENCODING_KEYS, "rows are encoded by what trains"),
     "data.unlabeled": "adaptation reads it",
     "data.general": "general rows are a part of their own",
@@ -203,7 +205,7 @@ def flatten_stages(stages: Sequence[Adapt]) -> dict[str, Any]:
 
 
 def flatten_retain(retain: Retain) -> dict[str, Any]:
-    """Return what keeps an arm near the original as `retain.key`, or `retain.kl.0.key` of several."""
+    """Return the section of an arm as `retain.key`, or `retain.kl.0.key` of several terms."""
     tree = {
         key: dict(enumerate(value)) if isinstance(value, list) and key == "kl" else value
         for key, value in retain.model_dump(mode="json").items()
