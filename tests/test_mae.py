@@ -70,7 +70,7 @@ def canvases(rows: int, side: int = IMAGE_SIZE) -> np.ndarray:
 
 def inputs_of(source: SourceModel, side: int = IMAGE_SIZE) -> ImageInputs:
     more = {"interpolate_pos_encoding": True} if side != IMAGE_SIZE and (
-        source.architecture_spec.interpolate_pos_encoding) else {}  # fmt: skip
+        source.architecture_spec.image_sizes == "argument") else {}  # fmt: skip
     return ImageInputs(
         Data.model_construct(), resize_processor(load_processor(source), side), more, PATCH
     )
@@ -444,8 +444,8 @@ def test_a_new_decoder_is_a_function_of_the_seed(tiny_model: Tiny) -> None:
     ("kind", "says"),
     [
         ("swin", "swin shifts windows over the full grid"),
-        ("swinv2", "swinv2 is no architecture that mae knows"),
-        ("siglip", "siglip is no architecture that mae knows.*vit_mae, vit, deit, dinov2"),
+        ("swinv2", "swinv2 shifts windows over the full grid"),
+        ("siglip", "siglip is no architecture that mae knows.*vit_mae, vit, deit, beit, dinov2"),
         ("bert", "bert reads text; mae needs images"),
     ],
 )
