@@ -154,7 +154,7 @@ def test_csv_on_the_screen_holds_no_carriage_return(reader: Reader, tmp_path: Pa
 
 def test_python_callers_get_the_same_answer_for_each_ending() -> None:
     rows = [
-        predict.Predictor._row(_pair(), "input 1", given)
+        predict.Predictor._build_row(_pair(), "input 1", given)
         for given in (["a\r\nb", "c\rd"], ["a\nb", "c\nd"])
     ]
     assert rows[0] == rows[1]

@@ -359,8 +359,14 @@ def test_results_for_leaderboards_go_along_and_stay_the_same(
     record = told(run, "record.json")
     benchmark = {"dataset": "org/reviews", "task_id": "default"}
     record["recipe"]["publish"] |= {"benchmark": benchmark, "examples": True}
+    # A benchmark is a dataset of the hub, and the test set of the run.
+    record["data"]["hub_revisions"]["test"] = "0" * 40
+    record["recipe"]["data"]["test"] = record["recipe"]["data"]["train"] | {
+        "path": "org/reviews", "format": "hub",
+    }  # fmt: skip
     run_folder.rewrite_finished_files(run, {"record.json": to_json(record)})
-    assert push("card", run)[0] == 0
+    code, _, problem = push("card", run)
+    assert code == 0, problem
     names = [".eval_results/hftl-org-reviews.yaml", "every_eval_ever.json"]
     code, out, _ = push("publish", run, "--repo-id", ME, "--dry-run")
     assert code == 0 and all(name in out for name in names)

@@ -132,7 +132,7 @@ def changed(hub: LocalHub, push: Pusher, run: Path, tmp_path: Path) -> Path:
     assert push("publish", run, "--repo-id", ME)[0] == 0
     later = tmp_path / "later"
     shutil.copytree(run, later)
-    record = Record.read(later)
+    record = Record.read(later).to_dict()
     record["ladder"][0]["test"] = 0.123
     run_folder.rewrite_finished_files(later, {"record.json": to_json(record)})
     return later

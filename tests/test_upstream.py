@@ -60,7 +60,7 @@ def test_values_of_the_right_type(kind: str, name: str, value: Any, result: Any)
         ("lora", "r", "eight", "int"),
         ("lora", "lora_dropout", "much", "float"),
         ("lora", "peft_version", 3, "str or null"),
-        ("lora", "layers_to_transform", "all", "list or int or null"),
+        ("lora", "layers_to_transform", "all", "int or list or null"),
     ],
 )
 def test_values_of_another_type(kind: str, name: str, value: Any, expected_type: str) -> None:

@@ -7,7 +7,6 @@ are checked here, so that a misspelt key is answered at once. The real `Training
 
 import copy
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -80,9 +79,9 @@ class Recipe(Section):
         """Return the adaptations of the recipe, then those of its arms."""
         return [*self.stages, *(stage for arm in self.arms for stage in arm.stages)]
 
-    @cached_property
+    @property
     def arms(self) -> list[Arm]:
-        """Plan the arms, once: the recipe's own first, none without a task.
+        """Plan the arms: the recipe's own first, none without a task.
 
         Raises:
             RecipeError: see `_plan_arms`.

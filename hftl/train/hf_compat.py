@@ -136,6 +136,13 @@ class TrainerHooks(Trainer):
         """Return the sampler of training rows; None where there is none."""
         return super()._get_train_sampler(dataset)
 
+    def count_labels(self, batches: Any, device: Any) -> Any:
+        """Count the labels that a loss is divided by, in training and in evaluation."""
+        return super()._get_num_items_in_batch(batches, device)
+
+    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
+        return self.count_labels(batch_samples, device)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         self.save_weights(output_dir, state_dict)
 

@@ -350,6 +350,16 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
             output.metrics[name] = loss / max(1.0, items)
         return output
 
+    def count_labels(self, batches: Any, device: Any) -> Any:
+        """Return transformers' count where the model divides by it; None where hftl counts.
+
+        transformers counts in evaluation too, over all processes, and would scale the loss by it.
+        """
+        plan = self._get_loss_plan(batches[0]) if batches else None
+        if plan is None or not plan.uses_model_loss or not plan.counts_items:
+            return None
+        return super().count_labels(batches, device)
+
     def save_weights(self, output_dir: str | None, state_dict: Any) -> None:
         """Save as transformers does; a checkpoint of hftl's own modules holds what trains."""
         model = self.accelerator.unwrap_model(self.model)
