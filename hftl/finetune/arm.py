@@ -1,4 +1,4 @@
-"""Weights between the original and what was trained, of which the best on validation is kept.
+"""Train or solve one arm for one seed, and interpolate its weights with the original ones.
 
 theta(alpha) = (1 - alpha) theta0 + alpha theta1 (WiSE-FT, Wortsman et al. 2022, arXiv:2109.01903,
 equation 1). Under LoRA the effective weight is W0 + alpha s B A, so B alone is scaled.
@@ -52,7 +52,7 @@ def select_alpha(
     model: nn.Module, start: dict[str, Tensor], alphas: Sequence[float],
     score: Callable[[], tuple[float, float]],
 ) -> dict[str, Any]:  # fmt: skip
-    """Puts the model at the best place between its start and where it is.
+    """Set the model to the best interpolation between its start and its trained weights.
 
     That is the smallest alpha within one standard error of the best score, since the nearer the
     original the less is forgotten. It costs an evaluation for each alpha.
@@ -87,7 +87,7 @@ def select_alpha(
 def set_interpolated_weights(
     model: nn.Module, start: dict[str, Tensor], end: dict[str, Tensor], alpha: float
 ) -> None:
-    """Sets what trains to a share of the way; 0 and 1 are the ends exactly.
+    """Set the trainable parameters between start and end; 0 and 1 are the ends exactly.
 
     Args:
         model: with the parameters of both.
@@ -109,48 +109,49 @@ def set_interpolated_weights(
 # One arm x seed: trained, or solved, and its predictions and weights.
 
 
-def solve_head(bench: ExperimentContext, finetune: Finetune, seed: int) -> ArmOutput:
-    """The strategy `head`: the probe, put into the model's last layer."""
+def solve_head(context: ExperimentContext, finetune: Finetune, seed: int) -> ArmOutput:
+    """Solve the strategy `head`: the probe, copied into the model's last layer."""
     started = time.perf_counter()
-    probe = bench.solve_probe(finetune.pooling, seed)
-    found = {
+    probe = context.solve_probe(finetune.pooling, seed)
+    logits = {
         split: probe.logits(
-            bench.extract_features(finetune.pooling, seed, bench.prepared.rows[split])
+            context.extract_features(finetune.pooling, seed, context.prepared.rows[split])
         )
         for split in MEASURED_SPLITS
     }
-    built = bench.build_model(finetune.pooling, seed)
+    built = context.build_model(finetune.pooling, seed)
     built.model.requires_grad_(False)
-    init_head_from_probe(bench, built, finetune.pooling, seed)
+    init_head_from_probe(context, built, finetune.pooling, seed)
     built.last_linear.requires_grad_(True)
     return ArmOutput(
-        found,
+        logits,
         collect_trained_tensors(built),
         count_trainable_parameters(built.model),
         {"penalty": probe.penalty},
         {"train_seconds": time.perf_counter() - started},
         # Of an encoder that is the source as it is there is nothing to compare.
-        embed_compared_rows(bench, built) if bench.base else {},
+        embed_compared_rows(context, built) if context.base else {},
     )
 
 
 def train_arm(
-    bench: ExperimentContext, finetune: Finetune, seed: int,
-    kept: RegularizerSetup = RegularizerSetup(), state: GradualCheckpoint | None = None,  # noqa: B008 (immutable)
+    context: ExperimentContext, finetune: Finetune, seed: int,
+    regularizers: RegularizerSetup = RegularizerSetup(),  # noqa: B008 (immutable)
+    state: GradualCheckpoint | None = None,
 ) -> ArmOutput:  # fmt: skip
-    """The strategies that train from the source, from the probe's head or a random one.
+    """Train a strategy that starts from the source, with the probe's head or a random one.
 
     Args:
-        bench: what all arms share.
+        context: what all arms share.
         finetune: the recipe's section.
         seed: of shots, order and initialisation.
-        kept: what keeps it near its original.
+        regularizers: what keeps it near its original.
         state: where gradual unfreezing keeps how far it has come.
     """
-    built = bench.build_model(finetune.pooling, seed)
+    built = context.build_model(finetune.pooling, seed)
     if finetune.head_init == "probe":
         init_head_from_probe(
-            bench, built, finetune.pooling, seed, compute_target_scale(bench, seed)
+            context, built, finetune.pooling, seed, compute_target_scale(context, seed)
         )
     set_seed(seed)
     model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
@@ -158,32 +159,32 @@ def train_arm(
     rates = {"layer_decay": finetune.layer_decay, "rates": finetune.learning_rates}
     gradual = finetune.gradual if finetune.spec.schedule == "phases" else None
     return train_model(
-        bench, built, finetune.training, finetune.patience, seed, kept,
+        context, built, finetune.training, finetune.patience, seed, regularizers,
         gradual=gradual, state=state, rates=rates,
     )  # fmt: skip
 
 
 def train_model(
-    bench: ExperimentContext,
+    context: ExperimentContext,
     built: LoadedModel,
     training: dict[str, Any],
     patience: int | None,
     seed: int,
-    kept: RegularizerSetup = RegularizerSetup(),  # noqa: B008 (immutable)
+    regularizers: RegularizerSetup = RegularizerSetup(),  # noqa: B008 (immutable)
     compared: bool = True,
     gradual: Gradual | None = None,
     state: GradualCheckpoint | None = None,
     rates: dict[str, Any] | None = None,
 ) -> ArmOutput:
-    """Trains a prepared model, keeps its best evaluation on validation, and predicts in fp32.
+    """Train a prepared model, keep its best evaluation on validation, and predict in fp32.
 
     What is `compared` with the source leaves its embeddings. The head is one of standardised
     targets, and is left in the label's unit.
     """
     started = time.perf_counter()
-    scale = compute_target_scale(bench, seed)
+    scale = compute_target_scale(context, seed)
     if scale is not None:
-        reference = kept.reference
+        reference = regularizers.reference
         if reference is not None:
             scale.standardize_head(reference)
         # Weights in another unit are not what a stopped training goes on from.
@@ -192,17 +193,19 @@ def train_model(
         )
     start = (
         {name: tensor.clone() for name, tensor in iterate_trainable(built.model)}
-        if kept.alphas
+        if regularizers.alphas
         else {}
     )
     # FSDP cuts the model into pieces; what it learns is put into this whole one.
     whole = deepcopy(built.model) if is_sharded() else built.model
     with tempfile.TemporaryDirectory() as scratch_folder:
         args = build_finetune_arguments(
-            training, bench.prepared.task, scratch_folder, seed, bench.device
+            training, context.prepared.task, scratch_folder, seed, context.device
         )
         best = build_keep_best(args, patience)
-        make = partial(_build_trainer, bench, built, best, seed, kept, scale, **(rates or {}))
+        make = partial(
+            _build_trainer, context, built, best, seed, regularizers, scale, **(rates or {})
+        )
         if gradual is None:
             trainer = make(args)
             _run_training(trainer.train)
@@ -228,47 +231,51 @@ def train_model(
         "best_epoch": best.epoch,
         "history": _clean_history(history),
         **({} if scale is None else {"target_scale": asdict(scale)}),
-        **kept.facts,
+        **regularizers.facts,
     }
-    if kept.alphas:
-        score = lambda: _score_validation(bench, built, scale)  # noqa: E731
-        facts["interpolation"] = select_alpha(built.model, start, kept.alphas, score)
-    if kept.measure_forgetting is not None:
-        facts["forgotten"] = kept.measure_forgetting(built)
-    return _predict_splits(bench, built, scale, facts, time.perf_counter() - started, compared)
+    if regularizers.alphas:
+        score = lambda: _score_validation(context, built, scale)  # noqa: E731
+        facts["interpolation"] = select_alpha(built.model, start, regularizers.alphas, score)
+    if regularizers.measure_forgetting is not None:
+        facts["forgotten"] = regularizers.measure_forgetting(built)
+    return _predict_splits(context, built, scale, facts, time.perf_counter() - started, compared)
 
 
 def _build_trainer(
-    bench: ExperimentContext,
+    context: ExperimentContext,
     built: LoadedModel,
     best: BestWeightsCallback,
     seed: int,
-    kept: RegularizerSetup,
+    regularizers: RegularizerSetup,
     scale: TargetScale | None,
     args: TrainingArguments,
     /,
     **more: Any,
 ) -> TransferTrainer:
-    """The trainer of an arm; `more` goes before what would be its arguments."""
-    held = _sort_by_length(bench, bench.prepared.rows["validation"])
+    """Build the trainer of an arm; `more` overrides its arguments."""
+    held = _sort_by_length(context, context.prepared.rows["validation"])
     standardise = None if scale is None else scale.standardize
 
-    def metrics_of(told: Any) -> dict[str, float]:
-        found = told.predictions if scale is None else scale.restore(np.asarray(told.predictions))
-        return _compute_metrics(bench, held, found, told.label_ids)
+    def metrics_of(evaluation: Any) -> dict[str, float]:
+        outputs = (
+            evaluation.predictions
+            if scale is None
+            else scale.restore(np.asarray(evaluation.predictions))
+        )
+        return _compute_metrics(context, held, outputs, evaluation.label_ids)
 
     given: dict[str, Any] = {
         "model": built.model,
         "args": args,
         # The phases of gradual unfreezing count epochs from 0, and see other crops.
-        "train_dataset": bench.build_dataset(
-            bench.select_train_rows(seed), args.data_seed, standardise
+        "train_dataset": context.build_dataset(
+            context.select_train_rows(seed), args.data_seed, standardise
         ),
-        "eval_dataset": bench.build_dataset(held, None, standardise),
-        "data_collator": bench.inputs.collate,
+        "eval_dataset": context.build_dataset(held, None, standardise),
+        "data_collator": context.inputs.collate,
         "compute_metrics": metrics_of,
         "callbacks": [best],
-        **kept.build_trainer_arguments(),
+        **regularizers.build_trainer_arguments(),
     }
     trainer = TransferTrainer(**(given | more))
     replace_progress_callbacks(trainer)
@@ -285,56 +292,56 @@ def _run_training(training: Callable[[], Any]) -> Any:
 
 
 def _score_validation(
-    bench: ExperimentContext, built: LoadedModel, scale: TargetScale | None
+    context: ExperimentContext, built: LoadedModel, scale: TargetScale | None
 ) -> tuple[float, float]:
-    """The score on validation and its standard error of the model as it is."""
-    rows = bench.encode_rows(bench.prepared.rows["validation"])
-    built.model.to(bench.device)
-    found = predict_logits(built.model, rows, bench.inputs, bench.device)
+    """Return the model's score on validation and its standard error."""
+    rows = context.encode_rows(context.prepared.rows["validation"])
+    built.model.to(context.device)
+    outputs = predict_logits(built.model, rows, context.inputs, context.device)
     if scale is not None:
-        found = scale.restore(found)
-    return distributed.broadcast_from_main(lambda: score_validation(bench, found))
+        outputs = scale.restore(outputs)
+    return distributed.broadcast_from_main(lambda: score_validation(context, outputs))
 
 
-def _load_trained_weights(model: nn.Module, learnt: dict[str, Tensor]) -> nn.Module:
-    """The model with every parameter that trains set to what was learnt."""
+def _load_trained_weights(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """Return the model with every trainable parameter set to its trained value."""
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if trains != set(learnt):
-        raise RuntimeError(f"learnt and trainable differ: {sorted(trains ^ set(learnt))[0]}")
-    model.load_state_dict(learnt, strict=False)
+    if trains != set(tensors):
+        raise RuntimeError(f"trained and trainable differ: {sorted(trains ^ set(tensors))[0]}")
+    model.load_state_dict(tensors, strict=False)
     return model
 
 
 def _predict_splits(
-    bench: ExperimentContext, built: LoadedModel, scale: TargetScale | None, facts: dict[str, Any],
-    train_seconds: float, compared: bool,
+    context: ExperimentContext, built: LoadedModel, scale: TargetScale | None,
+    facts: dict[str, Any], train_seconds: float, compared: bool,
 ) -> ArmOutput:  # fmt: skip
-    """The outcome of a trained model: what it predicts on all measured rows, and what it learnt.
+    """Return the output of a trained model: its predictions on all measured rows, and its weights.
 
     Its head is left in the label's unit.
     """
     started = time.perf_counter()
-    built.model.to(bench.device)
-    found = {}
+    built.model.to(context.device)
+    logits = {}
     for split in MEASURED_SPLITS:
-        encoded = bench.encode_rows(bench.prepared.rows[split])
-        outputs = predict_logits(built.model, encoded, bench.inputs, bench.device)
+        encoded = context.encode_rows(context.prepared.rows[split])
+        outputs = predict_logits(built.model, encoded, context.inputs, context.device)
         # Far from 0 float32 would round what the model says.
-        found[split] = outputs if scale is None else scale.restore(outputs)
+        logits[split] = outputs if scale is None else scale.restore(outputs)
     if scale is not None:
         scale.restore_head(built.model)
-    embeddings = embed_compared_rows(bench, built) if compared else {}
+    embeddings = embed_compared_rows(context, built) if compared else {}
     timings = {
         "train_seconds": train_seconds, "predict_seconds": time.perf_counter() - started,
     }  # fmt: skip
     count = count_trainable_parameters(built.model)
-    return ArmOutput(found, collect_trained_tensors(built), count, facts, timings, embeddings)
+    return ArmOutput(logits, collect_trained_tensors(built), count, facts, timings, embeddings)
 
 
 def build_finetune_arguments(
     training: dict[str, Any], task: str, folder: str, seed: int, device: str
 ) -> TrainingArguments:
-    """TrainingArguments of `finetune.training`.
+    """Build the TrainingArguments of `finetune.training`.
 
     Raises:
         RecipeError: if transformers refuses the values, or nothing measures the chosen metric.
@@ -366,14 +373,14 @@ def build_finetune_arguments(
 
 
 def build_keep_best(args: TrainingArguments, patience: int | None) -> BestWeightsCallback:
-    """The callback for the metric that TrainingArguments names; by default the loss."""
+    """Build the callback for the metric that TrainingArguments names; by default the loss."""
     name = str(args.metric_for_best_model)
     key = name if name.startswith("eval_") else f"eval_{name}"
     return BestWeightsCallback(key, bool(args.greater_is_better), patience)
 
 
 def init_head_from_probe(
-    bench: ExperimentContext,
+    context: ExperimentContext,
     built: LoadedModel,
     pooling: str,
     seed: int,
@@ -384,7 +391,7 @@ def init_head_from_probe(
     With a scale the head is one of standardised targets, rounded to float32 once: another unit of
     the targets starts from the same weights.
     """
-    probe = bench.solve_probe(pooling, seed)
+    probe = context.solve_probe(pooling, seed)
     weight, bias = probe.exact
     if scale is not None:
         weight, bias = weight / scale.sd, (bias - scale.mean) / scale.sd
@@ -394,7 +401,7 @@ def init_head_from_probe(
 
 
 def collect_trained_tensors(built: LoadedModel) -> dict[str, Tensor]:
-    """All that the source model does not have: trained tensors, and fresh ones even if frozen."""
+    """Return all that the source model lacks: trained tensors, and new ones even if frozen."""
     tensors = {
         name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in built.model.named_parameters()
@@ -404,39 +411,42 @@ def collect_trained_tensors(built: LoadedModel) -> dict[str, Tensor]:
 
 
 def _compute_metrics(
-    bench: ExperimentContext, rows: list[Row], found: Any, labels: Any
+    context: ExperimentContext, rows: list[Row], outputs: Any, labels: Any
 ) -> dict[str, float]:
-    """The task's metrics of what the Trainer gathered; words cut off are not among its labels."""
-    found, labels = np.asarray(found), np.asarray(labels)
-    if not np.isfinite(found).all():
+    """Compute the task's metrics of what the Trainer gathered; truncated words have no labels
+    there."""
+    outputs, labels = np.asarray(outputs), np.asarray(labels)
+    if not np.isfinite(outputs).all():
         raise NumericError("the outputs on validation are not finite", "Lower the learning rate")
-    if bench.prepared.task == "token-classification":
+    if context.prepared.task == "token-classification":
         counted = labels != -100
-        whole = np.full((sum(bench.prepared.count_words(rows)), found.shape[-1]), np.nan)
-        whole[_mask_untruncated_words(bench, rows)] = found[counted]
-        found = whole
+        whole = np.full((sum(context.prepared.count_words(rows)), outputs.shape[-1]), np.nan)
+        whole[_mask_untruncated_words(context, rows)] = outputs[counted]
+        outputs = whole
     return compute_all_metrics(
-        bench.prepared.task,
-        bench.prepared.encode_for_metrics(rows),
-        bench.decode_logits(rows, found),
+        context.prepared.task,
+        context.prepared.encode_for_metrics(rows),
+        context.decode_logits(rows, outputs),
     )
 
 
-def _mask_untruncated_words(bench: ExperimentContext, rows: list[Row]) -> np.ndarray:
-    """Which words, row after row, were not cut off."""
-    return np.concatenate([np.asarray(row["words"]) >= 0 for row in bench.encode_rows(rows)])
+def _mask_untruncated_words(context: ExperimentContext, rows: list[Row]) -> np.ndarray:
+    """Return True for each word, row after row, that was not truncated."""
+    return np.concatenate([np.asarray(row["words"]) >= 0 for row in context.encode_rows(rows)])
 
 
-def _sort_by_length(bench: ExperimentContext, rows: list[Row]) -> list[Row]:
-    """Rows of like length side by side, so that little is padded in evaluation."""
-    lengths = [bench.inputs.length(encoded) for encoded in bench.encode_rows(rows)]
+def _sort_by_length(context: ExperimentContext, rows: list[Row]) -> list[Row]:
+    """Sort the rows by length, so that evaluation pads little."""
+    lengths = [context.inputs.length(encoded) for encoded in context.encode_rows(rows)]
     return [row for _, row in sorted(zip(lengths, rows, strict=True), key=lambda pair: pair[0])]
 
 
 def _clean_history(log: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Losses and validation metrics by epoch, without what differs from run to run."""
-    kept = ("epoch", "loss", "eval_loss", "phase")
-    rows = [{k: v for k, v in entry.items() if k in kept or k.startswith("eval_")} for entry in log]
+    """Return losses and validation metrics by epoch, without what differs from run to run."""
+    reported = ("epoch", "loss", "eval_loss", "phase")
+    rows = [
+        {k: v for k, v in entry.items() if k in reported or k.startswith("eval_")} for entry in log
+    ]
     timed = ("runtime", "per_second")
     rows = [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in rows]
     place = {"epoch", "phase"}

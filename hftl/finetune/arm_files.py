@@ -1,4 +1,4 @@
-"""An arm's folder: its weights, metrics and predictions, as files."""
+"""Write and read an arm's folder: its weights, metrics and predictions."""
 
 import json
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ PREDICTIONS = "predictions.parquet"
 
 @dataclass(frozen=True)
 class ArmResult:
-    """What an arm's folder tells: metrics.json, and labels and predictions a split."""
+    """Hold the contents of an arm's folder: metrics.json, and labels and predictions by split."""
 
     metrics_file: dict[str, Any]
     labels: dict[str, np.ndarray]
@@ -34,22 +34,22 @@ class ArmResult:
 def write_arm(
     folder: Path, prepared: PreparedData, outcome: ArmOutput, arm: str, strategy: str, seed: int
 ) -> None:
-    """Writes weights, metrics.json, predictions.parquet and the logits they come from."""
+    """Write weights, metrics.json, predictions.parquet and the logits that they come from."""
     columns: dict[str, list[Any]] = {k: [] for k in ("split", "row", "label", "prediction")}
     columns["scores"] = []
     metrics = {}
     task, names = prepared.task, prepared.names
     for split in MEASURED_SPLITS:
         rows = prepared.rows[split]
-        found, scores = answers.decode_logits(
+        values, scores = answers.decode_logits(
             outcome.logits[split], task, names, prepared.count_words(rows)
         )
-        predictions = answers.encode_for_metrics(found, task, names)
+        predictions = answers.encode_for_metrics(values, task, names)
         metrics[split] = compute_all_metrics(task, prepared.encode_for_metrics(rows), predictions)
         columns["split"] += [split] * len(rows)
         columns["row"] += [row.index for row in rows]
         columns["label"] += [row.label for row in rows]
-        columns["prediction"] += found
+        columns["prediction"] += values
         columns["scores"] += scores
     pq.write_table(pa.table(columns), folder / PREDICTIONS)
     save_file(outcome.weights, folder / WEIGHTS)
@@ -60,7 +60,7 @@ def write_arm(
     save_file({k: v.contiguous() for k, v in logits.items()}, folder / "logits.safetensors")
     if outcome.embeddings:
         write_embeddings(folder, outcome.embeddings)
-    told = {
+    metrics_file = {
         "arm": arm,
         "seed": seed,
         "strategy": strategy,
@@ -69,38 +69,38 @@ def write_arm(
         "training": outcome.facts,
         "timings": outcome.timings,
     }
-    (folder / "metrics.json").write_text(to_json(told), encoding="utf-8")
+    (folder / "metrics.json").write_text(to_json(metrics_file), encoding="utf-8")
 
 
 def read_arm(folder: Path, prepared: PreparedData) -> ArmResult:
-    """What `write_arm` stored, labels and predictions as metrics compare them."""
-    told = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    """Read what `write_arm` wrote, labels and predictions as metrics compare them."""
+    metrics_file = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     table = pq.read_table(folder / PREDICTIONS, columns=["split", "label", "prediction"])
     split_of = np.array(table["split"].to_pylist())
     values = {}
     for column in ("label", "prediction"):
-        found = [tuple(v) if isinstance(v, list) else v for v in table[column].to_pylist()]
-        values[column] = answers.encode_for_metrics(found, prepared.task, prepared.names)
+        cells = [tuple(v) if isinstance(v, list) else v for v in table[column].to_pylist()]
+        values[column] = answers.encode_for_metrics(cells, prepared.task, prepared.names)
     return ArmResult(
-        told,
+        metrics_file,
         {split: values["label"][split_of == split] for split in MEASURED_SPLITS},
         {split: values["prediction"][split_of == split] for split in MEASURED_SPLITS},
     )
 
 
 def read_logits(folder: Path, split: str) -> np.ndarray:
-    """float32 as in `Outcome`."""
+    """Read the logits of a split, float32, as in `ArmOutput`."""
     return load_file(folder / "logits.safetensors")[split].numpy()
 
 
 def write_embeddings(folder: Path, embeddings: dict[str, np.ndarray]) -> None:
-    """Writes arrays of `embed`."""
-    tensors = {name: torch.from_numpy(found) for name, found in embeddings.items()}
+    """Write the embeddings of an arm, by name of the rows."""
+    tensors = {name: torch.from_numpy(array) for name, array in embeddings.items()}
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / EMBEDDINGS)
 
 
 def read_embeddings(folder: Path) -> dict[str, np.ndarray]:
-    """What `write_embeddings` wrote; none where nothing was."""
+    """Read what `write_embeddings` wrote; nothing where there is no such file."""
     if not (folder / EMBEDDINGS).exists():
         return {}
     return {name: tensor.numpy() for name, tensor in load_file(folder / EMBEDDINGS).items()}

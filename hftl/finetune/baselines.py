@@ -1,4 +1,4 @@
-"""The classical model beside every transfer: a linear one on TF-IDF, pixels, or words' spelling.
+"""Solve and train the baselines: classical, majority, and the same architecture from scratch.
 
 What the inputs say is vectorised in the way that is usual for them; the solver is the probe's.
 """
@@ -29,20 +29,20 @@ ALPHAS = np.logspace(-3, 3, 7)
 PIXEL_BATCH = 256
 
 
-def solve_classical(bench: ExperimentContext, seed: int) -> ArmOutput:
-    """The classical model of this seed's training rows."""
-    rows = bench.select_train_rows(seed)
-    parts = [rows, *(bench.prepared.rows[split] for split in MEASURED_SPLITS)]
-    (train, *measured), vocabulary = _vectorize(bench, parts)
+def solve_classical(context: ExperimentContext, seed: int) -> ArmOutput:
+    """Solve the classical model on this seed's training rows."""
+    rows = context.select_train_rows(seed)
+    parts = [rows, *(context.prepared.rows[split] for split in MEASURED_SPLITS)]
+    (train, *measured), vocabulary = _vectorize(context, parts)
     weight, bias, penalty = fit_linear(
         train,
-        bench.prepared.encode_targets(rows),
-        bench.num_outputs,
-        bench.group_outputs(rows),
+        context.prepared.encode_targets(rows),
+        context.num_outputs,
+        context.group_outputs(rows),
         CS,
         ALPHAS,
     )
-    found = {
+    logits = {
         s: np.asarray(x @ weight.T) + bias for s, x in zip(MEASURED_SPLITS, measured, strict=True)
     }
     tensors = {
@@ -50,33 +50,33 @@ def solve_classical(bench: ExperimentContext, seed: int) -> ArmOutput:
         "bias": torch.from_numpy(bias.astype(np.float32)),
         **vocabulary,
     }
-    return ArmOutput(found, tensors, weight.size + bias.size, {"penalty": penalty})
+    return ArmOutput(logits, tensors, weight.size + bias.size, {"penalty": penalty})
 
 
 def _vectorize(
-    bench: ExperimentContext, parts: Sequence[list[Row]]
+    context: ExperimentContext, parts: Sequence[list[Row]]
 ) -> tuple[list[Any], dict[str, torch.Tensor]]:
-    """A matrix a part, the first of which decides the vocabulary, and that vocabulary."""
-    if bench.prepared.modality == "image":
-        return [_extract_pixels(bench, rows) for rows in parts], {}
-    if bench.prepared.task == "token-classification":
+    """Return a matrix for each part, the first of which sets the vocabulary, and the vocabulary."""
+    if context.prepared.modality == "image":
+        return [_extract_pixels(context, rows) for rows in parts], {}
+    if context.prepared.task == "token-classification":
         return _vectorize_words(parts)
     return _vectorize_texts(parts)
 
 
-def _extract_pixels(bench: ExperimentContext, rows: list[Row]) -> np.ndarray:
-    """Downsampled pixels, a few pictures at a time."""
+def _extract_pixels(context: ExperimentContext, rows: list[Row]) -> np.ndarray:
+    """Return downsampled pixels, computed a few images at a time."""
     parts = [rows[start : start + PIXEL_BATCH] for start in range(0, len(rows), PIXEL_BATCH)]
     return np.concatenate(
         [
-            compute_pixel_features(torch.from_numpy(bench.stack_canvases(part))).numpy()
+            compute_pixel_features(torch.from_numpy(context.stack_canvases(part))).numpy()
             for part in parts
         ]
     )
 
 
 def _vectorize_texts(parts: Sequence[list[Row]]) -> tuple[list[Any], dict[str, torch.Tensor]]:
-    """TF-IDF of words and word pairs."""
+    """Return the TF-IDF of words and word pairs."""
     vectorizer = TfidfVectorizer(
         ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]"
     )
@@ -88,12 +88,12 @@ def _vectorize_texts(parts: Sequence[list[Row]]) -> tuple[list[Any], dict[str, t
 
 
 def _vectorize_words(parts: Sequence[list[Row]]) -> tuple[list[Any], dict[str, torch.Tensor]]:
-    """The word, its ends, its shape, and the words beside it, for every word."""
+    """Return for every word its spelling, its ends, its shape, and the words beside it."""
     vectorizer = DictVectorizer()
-    told = [[word for row in rows for word in _describe_words(row.content)] for rows in parts]
-    vectorizer.fit(told[0])
+    described = [[word for row in rows for word in _describe_words(row.content)] for rows in parts]
+    vectorizer.fit(described[0])
     terms = _encode_terms(vectorizer.get_feature_names_out())
-    return [vectorizer.transform(words) for words in told], {"terms_utf8": terms}
+    return [vectorizer.transform(words) for words in described], {"terms_utf8": terms}
 
 
 def _describe_words(words: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ def _describe_words(words: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def _word_shape(word: str) -> str:
-    """`Main-42` as `Xx-9`: runs of one kind of character are one letter."""
+    """Return `Main-42` as `Xx-9`: a run of one kind of character is one letter."""
     kinds = ["9" if c.isdigit() else "X" if c.isupper() else "x" if c.isalpha() else c
              for c in word]  # fmt: skip
     return "".join(c for i, c in enumerate(kinds) if i == 0 or kinds[i - 1] != c)
@@ -146,7 +146,7 @@ WARMUP_SHARE = 0.1
 
 
 def search_rate(
-    bench: ExperimentContext, finetune: Finetune, search: Search, seed: int
+    context: ExperimentContext, finetune: Finetune, search: Search, seed: int
 ) -> dict[str, Any]:
     """Try each rate once and choose by validation, as epochs are chosen.
 
@@ -166,13 +166,13 @@ def search_rate(
     count = len(search.learning_rates)
     for number, rate in enumerate(search.learning_rates, 1):
         title = f"scratch: rate {rate:g} ({number} of {count})"
-        tried.append(_try_rate(bench, finetune, search, rate, seed, title))
-    best = _select_rate(bench.prepared.task, tried)
+        tried.append(_try_rate(context, finetune, search, rate, seed, title))
+    best = _select_rate(context.prepared.task, tried)
     while len(beyond) < MAX_EXTRA_RATES and (rate := propose_rate(tried, best)) is not None:
         title = f"scratch: rate {rate:g} (beyond those given: {best:g} was the best, at their edge)"
-        tried.append(_try_rate(bench, finetune, search, rate, seed, title))
+        tried.append(_try_rate(context, finetune, search, rate, seed, title))
         beyond.append(rate)
-        best = _select_rate(bench.prepared.task, tried)
+        best = _select_rate(context.prepared.task, tried)
     edge = propose_rate(tried, best) is not None
     return {"learning_rate": best, "at_edge": edge, "beyond": beyond, "tried": tried}
 
@@ -188,23 +188,28 @@ def propose_rate(tried: list[dict[str, Any]], best: float) -> float | None:
 
 
 def _try_rate(
-    bench: ExperimentContext, finetune: Finetune, search: Search, rate: float, seed: int, title: str
+    context: ExperimentContext,
+    finetune: Finetune,
+    search: Search,
+    rate: float,
+    seed: int,
+    title: str,
 ) -> dict[str, Any]:
-    """One rate's metrics on validation; None where it diverged: the others may still do."""
-    task, rows = bench.prepared.task, bench.prepared.rows["validation"]
+    """Return one rate's metrics on validation; None where it diverged: others may not."""
+    task, rows = context.prepared.task, context.prepared.rows["validation"]
     training = _scale_budget(finetune.training, rate, search.epochs_factor * SEARCH_SHARE)
     try:
         with show_activity(title):
-            outcome = _train_from_scratch(bench, finetune, training, seed)
+            outcome = _train_from_scratch(context, finetune, training, seed)
     except NumericError as error:
         return {"learning_rate": rate, "metrics": None, "diverged": error.what}
-    predictions = bench.decode_logits(rows, outcome.logits["validation"])
-    metrics = compute_all_metrics(task, bench.prepared.encode_for_metrics(rows), predictions)
+    predictions = context.decode_logits(rows, outcome.logits["validation"])
+    metrics = compute_all_metrics(task, context.prepared.encode_for_metrics(rows), predictions)
     return {"learning_rate": rate, "metrics": metrics}
 
 
 def _select_rate(task: str, tried: list[dict[str, Any]]) -> float:
-    """The rate that is best on validation; of equals the first tried."""
+    """Return the rate that is best on validation; of equals the first tried."""
     score = SELECTION_METRICS[task]
     sign = METRICS[task][score].sign
     sound = [row for row in tried if row["metrics"]]
@@ -214,29 +219,29 @@ def _select_rate(task: str, tried: list[dict[str, Any]]) -> float:
 
 
 def train_scratch(
-    bench: ExperimentContext, finetune: Finetune, search: Search, rate: float, seed: int
+    context: ExperimentContext, finetune: Finetune, search: Search, rate: float, seed: int
 ) -> ArmOutput:
-    """The source's architecture from its own initialisation, at the rate found."""
+    """Train the source's architecture from its own initialisation, at the searched rate."""
     training = _scale_budget(finetune.training, rate, search.epochs_factor)
-    return _train_from_scratch(bench, finetune, training, seed)
+    return _train_from_scratch(context, finetune, training, seed)
 
 
-def solve_majority(bench: ExperimentContext, seed: int) -> ArmOutput:
-    """The most frequent answer of train, or the mean of its targets, for every row or word."""
-    targets = bench.prepared.encode_targets(bench.select_train_rows(seed))
-    if bench.prepared.task == "regression":
+def solve_majority(context: ExperimentContext, seed: int) -> ArmOutput:
+    """Predict train's most frequent label, or mean target, for every row or word."""
+    targets = context.prepared.encode_targets(context.select_train_rows(seed))
+    if context.prepared.task == "regression":
         constant = np.array([targets.mean()])
-    elif bench.prepared.task == "multi-label":
+    elif context.prepared.task == "multi-label":
         share = np.clip(targets.mean(0), 1e-6, 1 - 1e-6)
         constant = np.log(share / (1 - share))
     else:
-        constant = np.log(np.maximum(np.bincount(targets, minlength=bench.num_outputs), 1e-12))
+        constant = np.log(np.maximum(np.bincount(targets, minlength=context.num_outputs), 1e-12))
     sizes = {
-        split: sum(bench.prepared.count_words(bench.prepared.rows[split]))
+        split: sum(context.prepared.count_words(context.prepared.rows[split]))
         for split in MEASURED_SPLITS
     }
-    found = {split: np.tile(constant, (size, 1)) for split, size in sizes.items()}
-    return ArmOutput(found, {"constant": torch.from_numpy(constant)}, 0)
+    logits = {split: np.tile(constant, (size, 1)) for split, size in sizes.items()}
+    return ArmOutput(logits, {"constant": torch.from_numpy(constant)}, 0)
 
 
 def _scale_budget(training: dict[str, Any], rate: float, factor: float) -> dict[str, Any]:
@@ -248,8 +253,8 @@ def _scale_budget(training: dict[str, Any], rate: float, factor: float) -> dict[
 
 
 def _train_from_scratch(
-    bench: ExperimentContext, finetune: Finetune, training: dict[str, Any], seed: int
+    context: ExperimentContext, finetune: Finetune, training: dict[str, Any], seed: int
 ) -> ArmOutput:
-    built = bench.build_model(finetune.pooling, seed, scratch=True)
+    built = context.build_model(finetune.pooling, seed, scratch=True)
     prepare(built.model, "full")
-    return train_model(bench, built, training, None, seed, compared=False)
+    return train_model(context, built, training, None, seed, compared=False)

@@ -1,4 +1,4 @@
-"""What an arm leaves behind."""
+"""Hold what the arms of a run share: source, inputs, rows, their encodings and frozen features."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -58,7 +58,7 @@ from hftl.train.optimizer import (
 
 @dataclass
 class ArmOutput:
-    """Predictions, weights and facts of one arm and seed.
+    """Hold the predictions, weights and facts of one arm and seed.
 
     `logits` are (rows, outputs) for each split, for tokens (words, outputs), NaN where a word was
     cut off; `weights` the tensors that training changed or drew; `facts` tells how training went;
@@ -82,7 +82,7 @@ MEASURED_SPLITS = ("validation", "test")
 
 @dataclass
 class ExperimentContext:
-    """Shared by the arms of one run; everything in it is computed once.
+    """Hold what the arms of one run share; everything in it is computed once.
 
     `source` is what the arms start from, after any adaptation, and `weights` the hash of its
     weights; `inputs` is how its encoder takes rows, and `augment` whether training pictures vary.
@@ -113,14 +113,14 @@ class ExperimentContext:
 
     @property
     def public_base(self) -> SourceModel:
-        """The model that a published adapter is put on."""
+        """Return the model that a published adapter applies to."""
         return self.base or self.source
 
     def with_encoder(
         self, source: SourceModel, weights: str, base: SourceModel | None,
         loras: tuple[Path, ...], mlm_head: Path | None = None,
     ) -> "ExperimentContext":  # fmt: skip
-        """The same rows and encodings under another encoder, see `ExperimentContext`.
+        """Return a context of the same rows and encodings under another encoder.
 
         Args:
             source: the adapted encoder.
@@ -136,31 +136,31 @@ class ExperimentContext:
         )  # fmt: skip
 
     def run_preflight(self, asked_length: int, arms: list[Arm]) -> dict[str, Any]:
-        """The preflight's facts and warnings, for the arms that train from the source.
+        """Return the preflight's facts and warnings, for the arms that train from the source.
 
         With them `learning_rates` by the name of the arm, where its parts have their own.
         """
         trained = [arm.finetune for arm in arms if arm.spec.trains_encoder_weights]
-        found = check_inputs(self.source, self.inputs, self.prepared, asked_length, trained)
+        facts = check_inputs(self.source, self.inputs, self.prepared, asked_length, trained)
         rates = {
             arm.name: self._learning_rates(arm.finetune, chosen)
             for arm in arms
             for chosen in [build_layer_rates(arm.finetune.layer_decay, arm.finetune.learning_rates)]
             if chosen is not None and arm.spec.changes_encoder
         }
-        return found | ({"learning_rates": rates} if rates else {})
+        return facts | ({"learning_rates": rates} if rates else {})
 
     @property
     def num_outputs(self) -> int:
-        """Classes, or 1 for a target."""
+        """Return the number of classes, or 1 for a target."""
         return max(1, len(self.prepared.names))
 
     def select_train_rows(self, seed: int) -> list[Row]:
-        """What an arm of this seed learns from."""
+        """Return the rows that an arm of this seed trains on."""
         return self.prepared.draw_train_rows(self.shots, seed)
 
     def encode_rows(self, rows: list[Row]) -> list[EncodedRow]:
-        """What the encoder takes, each row encoded once in the run."""
+        """Return the rows as the encoder takes them, each encoded once in the run."""
         keys = [hash_row(row) for row in rows]
         new = {k: r for k, r in zip(keys, rows, strict=True) if k not in self._encoded}
         self._encoded.update(zip(new, self.inputs.encode(list(new.values())), strict=True))
@@ -170,7 +170,7 @@ class ExperimentContext:
         self, rows: list[Row], seed: int | None = None,
         standardise: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> EncodedDataset:  # fmt: skip
-        """The rows as a dataset; with a seed they are for training, and may vary.
+        """Return the rows as a dataset; with a seed it is for training, and may be augmented.
 
         Args:
             rows: what they hold.
@@ -192,19 +192,20 @@ class ExperimentContext:
         return EncodedDataset(self.encode_rows(rows), labels, keys, change)
 
     def stack_canvases(self, rows: list[Row]) -> np.ndarray:
-        """(rows, 3, height, width) uint8 pictures as the encoder sees them."""
+        """Return the images as the encoder sees them, (rows, 3, height, width) uint8."""
         return np.stack([row["pixel_values"] for row in self.encode_rows(rows)])
 
     def decode_logits(self, rows: list[Row], logits: np.ndarray) -> np.ndarray:
-        """The answers that logits give, in the form that metrics compare."""
+        """Return the predictions that logits stand for, in the form that metrics compare."""
         prepared = self.prepared
-        found, _ = answers.decode_logits(
+        values, _ = answers.decode_logits(
             logits, prepared.task, prepared.names, prepared.count_words(rows)
         )
-        return answers.encode_for_metrics(found, prepared.task, prepared.names)
+        return answers.encode_for_metrics(values, prepared.task, prepared.names)
 
     def group_outputs(self, rows: list[Row]) -> np.ndarray | None:
-        """A name an output, equal where outputs belong together: of one group, or one row."""
+        """Return a group name for each output, equal within a group or a row of words; None
+        without."""
         words = self.prepared.count_words(rows)
         if rows[0].group is not None:
             return np.repeat([str(row.group) for row in rows], words)
@@ -213,14 +214,14 @@ class ExperimentContext:
         return None
 
     def build_model(self, pooling: str, seed: int, scratch: bool = False) -> LoadedModel:
-        """A new model with an untrained head."""
+        """Return a new model with an untrained head."""
         prepared = self.prepared
         return build_model(
             self.source, prepared.task, pooling, self.num_outputs, prepared.names, seed, scratch
         )
 
     def extract_features(self, pooling: str, seed: int, rows: list[Row]) -> np.ndarray:
-        """(outputs of the rows, width): what the head's last layer sees before any training.
+        """Return the inputs of the head's last layer before training, (outputs of the rows, width).
 
         Where weights below the last layer are new they differ by seed, and so do the features.
         """
@@ -267,7 +268,7 @@ class ExperimentContext:
 
 
 def build_input_spec(source: SourceModel, task: str) -> InputSpec:
-    """What the source's encoder reads.
+    """Return the kind of inputs that the source's encoder reads.
 
     Raises:
         RecipeError: if the task is about words and the source reads images.
@@ -283,7 +284,7 @@ def build_input_spec(source: SourceModel, task: str) -> InputSpec:
 
 
 def build_context(recipe: Recipe, source: SourceModel, prepared: PreparedData) -> ExperimentContext:
-    """The workbench of a recipe.
+    """Build the context of a recipe from its source and rows.
 
     Raises:
         RecipeError: if the recipe asks for more blocks, or rates of blocks, than there are, for a
@@ -307,7 +308,7 @@ def build_context(recipe: Recipe, source: SourceModel, prepared: PreparedData) -
 
 
 def build_text_inputs(data: Data, source: SourceModel) -> TextInputs:
-    """Texts for a source that reads text.
+    """Build the encoding of texts for a source that reads text.
 
     Raises:
         RecipeError: for keys that are about images, or a length that holds no token of a text.
@@ -333,7 +334,7 @@ def build_text_inputs(data: Data, source: SourceModel) -> TextInputs:
 def build_image_inputs(
     data: Data, source: SourceModel, revisions: dict[str, str | None]
 ) -> ImageInputs:
-    """Images for a source that reads images.
+    """Build the encoding of images for a source that reads images.
 
     Raises:
         RecipeError: if the size is no multiple of the patch, the encoder takes one size only, or
@@ -362,7 +363,7 @@ def build_image_inputs(
 
 
 def pin_revisions(data: Data, revisions: dict[str, str | None]) -> Data:
-    """The data section with every hub table at the commit that its rows were read from."""
+    """Return the data section with every hub table at the commit that its rows were read from."""
     tables = {
         name: getattr(data, name).model_copy(update={"revision": commit})
         for name, commit in revisions.items()

@@ -29,7 +29,7 @@ FINISH_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class RowCosts:
-    """Seconds that one row costs on this machine.
+    """Hold the seconds that one row costs on this machine.
 
     Attributes:
         predict: a forward pass as final predictions are made, in fp32, rows of like length
@@ -44,33 +44,35 @@ class RowCosts:
 
 
 def estimate_seconds(
-    bench: ExperimentContext, jobs: list[Arm], recipe: Recipe, costs: RowCosts | None = None
+    context: ExperimentContext, jobs: list[Arm], recipe: Recipe, costs: RowCosts | None = None
 ) -> float:
     """Estimate the seconds that arms take, one entry of `jobs` for each arm and seed.
 
     Trainings count as if none stopped early. The rows of a pass are shared among the processes.
 
     Args:
-        bench: the source and the rows.
+        context: the source and the rows.
         jobs: what is to run.
         recipe: it says how often each row is seen.
         costs: seconds a row; None: measured here, in a few seconds.
     """
-    costs = costs or measure_costs(bench, jobs)
-    train = len(bench.select_train_rows(recipe.measure.seeds[0]))
-    validation = len(bench.prepared.rows["validation"])
-    measured = sum(len(bench.prepared.rows[split]) for split in MEASURED_SPLITS)
-    embedded = sum(map(len, select_compared_rows(bench).values()))
+    costs = costs or measure_costs(context, jobs)
+    train = len(context.select_train_rows(recipe.measure.seeds[0]))
+    validation = len(context.prepared.rows["validation"])
+    measured = sum(len(context.prepared.rows[split]) for split in MEASURED_SPLITS)
+    embedded = sum(map(len, select_compared_rows(context).values()))
     seconds = (train + measured) * costs.predict
     seen: set[str] = set()
     for arm in jobs:
         if arm.spec.is_solved:
             continue
-        epochs, step = _count_epochs(bench, arm, recipe), costs.step[arm.name]
-        seconds_a_row = step + _estimate_retention_per_row(bench, arm.retain, step, costs.evaluate)
+        epochs, step = _count_epochs(context, arm, recipe), costs.step[arm.name]
+        seconds_a_row = step + _estimate_retention_per_row(
+            context, arm.retain, step, costs.evaluate
+        )
         own = epochs * (train * seconds_a_row + validation * costs.evaluate)
         own += measured * costs.predict + _estimate_retention_setup(
-            bench, arm.retain, train, validation, costs, step
+            context, arm.retain, train, validation, costs, step
         )
         own += embedded * costs.predict if arm.spec.changes_encoder else 0
         seconds += own
@@ -80,107 +82,107 @@ def estimate_seconds(
             seconds += rates * (tried + measured * costs.predict)
         if arm.name not in seen and has_auto_weight(arm.retain):
             seconds += len(retention.WEIGHT_GRID) * (
-                own + _count_forgetting_rows(bench) * costs.predict
+                own + _count_forgetting_rows(context) * costs.predict
             )
         seen.add(arm.name)
     return seconds / distributed.get_world_size() + FINISH_SECONDS
 
 
-def measure_costs(bench: ExperimentContext, jobs: list[Arm]) -> RowCosts:
+def measure_costs(context: ExperimentContext, jobs: list[Arm]) -> RowCosts:
     """Time a forward pass and the training step of every arm; no collective is called."""
     first = next((arm for arm in jobs if not arm.spec.is_solved), None)
     finetune = (first or jobs[0]).finetune
     steps: dict[str, float] = {}
     for arm in jobs:
         if not arm.spec.is_solved and arm.name not in steps:
-            steps[arm.name] = _measure_step_seconds(bench, arm)
-    evaluate = 0.0 if first is None else _measure_forward_seconds(bench, finetune)
-    return RowCosts(_measure_predict_seconds(bench, finetune.pooling), evaluate, steps)
+            steps[arm.name] = _measure_step_seconds(context, arm)
+    evaluate = 0.0 if first is None else _measure_forward_seconds(context, finetune)
+    return RowCosts(_measure_predict_seconds(context, finetune.pooling), evaluate, steps)
 
 
-def _measure_step_seconds(bench: ExperimentContext, arm: Arm) -> float:
-    """Seconds a row of a training step; the step of gradual unfreezing is taken as half trained."""
+def _measure_step_seconds(context: ExperimentContext, arm: Arm) -> float:
+    """Time a training step, in seconds a row; that of gradual unfreezing trains half the blocks."""
     finetune, trains, blocks = arm.finetune, arm.spec.trains, arm.finetune.blocks
     if arm.spec.schedule == "phases":
-        trains, blocks = "top_blocks", max(1, count_blocks(bench.source.config) // 2)
-    built = bench.build_model(finetune.pooling, 0, scratch=arm.spec.is_baseline)
+        trains, blocks = "top_blocks", max(1, count_blocks(context.source.config) // 2)
+    built = context.build_model(finetune.pooling, 0, scratch=arm.spec.is_baseline)
     model = unfreeze(built.model, trains, blocks, finetune.lora, built.fresh)
-    batch, rows = _collate_batch(bench, finetune)
-    return time_step(model.to(bench.device), batch, finetune.training, bench.device) / rows
+    batch, rows = _collate_batch(context, finetune)
+    return time_step(model.to(context.device), batch, finetune.training, context.device) / rows
 
 
-def _measure_forward_seconds(bench: ExperimentContext, finetune: Finetune) -> float:
-    """Seconds a row of a forward pass in the precision of training."""
-    model = bench.build_model(finetune.pooling, 0).model.to(bench.device)
-    batch, rows = _collate_batch(bench, finetune)
-    return time_forward(model, batch, finetune.training, bench.device) / rows
+def _measure_forward_seconds(context: ExperimentContext, finetune: Finetune) -> float:
+    """Time a forward pass in the precision of training, in seconds a row."""
+    model = context.build_model(finetune.pooling, 0).model.to(context.device)
+    batch, rows = _collate_batch(context, finetune)
+    return time_forward(model, batch, finetune.training, context.device) / rows
 
 
-def _collate_batch(bench: ExperimentContext, finetune: Finetune) -> tuple[dict[str, Any], int]:
-    """A batch of training rows, and its number of rows."""
+def _collate_batch(context: ExperimentContext, finetune: Finetune) -> tuple[dict[str, Any], int]:
+    """Return a batch of training rows, and its number of rows."""
     size = int(finetune.training.get("per_device_train_batch_size", TRAINER_BATCH))
-    rows = bench.prepared.rows["train"][:size]
-    return bench.inputs.collate([dict(row) for row in bench.encode_rows(rows)]), len(rows)
+    rows = context.prepared.rows["train"][:size]
+    return context.inputs.collate([dict(row) for row in context.encode_rows(rows)]), len(rows)
 
 
-def _count_epochs(bench: ExperimentContext, arm: Arm, recipe: Recipe) -> float:
+def _count_epochs(context: ExperimentContext, arm: Arm, recipe: Recipe) -> float:
     """Count how often a training sees its rows, at most."""
     if arm.spec.schedule == "phases":
         phased = arm.finetune.gradual
-        return phased.epochs * (count_blocks(bench.source.config) + 1) + phased.final_epochs
+        return phased.epochs * (count_blocks(context.source.config) + 1) + phased.final_epochs
     factor = recipe.measure.scratch.epochs_factor if arm.spec.schedule == "rate_search" else 1
     return factor * float(arm.finetune.training["num_train_epochs"])
 
 
 def _estimate_retention_per_row(
-    bench: ExperimentContext, retain: Retain | None, step: float, forward: float
+    context: ExperimentContext, retain: Retain | None, step: float, forward: float
 ) -> float:
-    """Seconds that retention adds in training, for each row of the target."""
+    """Return the seconds that retention adds to training, for each row of the target."""
     if retain is None:
         return 0.0
     general = (retain.replay or Replay()).ratio if retain.mixes_general else 0.0
     extra_steps = sum(section.count_extra_steps(general) for section in retain.regularizers)
-    reference = 0.0 if _is_cached(bench, retain) else (1.0 + general) * forward
+    reference = 0.0 if _is_cached(context, retain) else (1.0 + general) * forward
     return (general + extra_steps) * step + reference
 
 
 def _estimate_retention_setup(
-    bench: ExperimentContext, retain: Retain | None, train: int, validation: int, costs: RowCosts,
+    context: ExperimentContext, retain: Retain | None, train: int, validation: int, costs: RowCosts,
     step: float,
 ) -> float:  # fmt: skip
-    """Seconds that retention adds to a training once."""
+    """Return the seconds that retention adds to a training once."""
     if retain is None:
         return 0.0
-    general = len(bench.general.train_rows) if bench.general is not None else 0
+    general = len(context.general.train_rows) if context.general is not None else 0
     reads_outputs = any(section.reads_outputs for section in retain.regularizers)
     rows = train + (general if retain.mixes_general else 0) if reads_outputs else 0
     gradients = step * sum(section.setup_rows for section in retain.regularizers)
     return (rows + validation * len(retain.interpolate or ())) * costs.predict + gradients
 
 
-def _is_cached(bench: ExperimentContext, retain: Retain) -> bool:
+def _is_cached(context: ExperimentContext, retain: Retain) -> bool:
     """Return True if the original's outputs are not computed at every step."""
     sections = [section for section in retain.regularizers if section.reads_outputs]
     reads_head = any(section.reads_task_head for section in sections)
-    varies = bench.augment or (bench.prepared.task == TOKEN_CLASSIFICATION and reads_head)
+    varies = context.augment or (context.prepared.task == TOKEN_CLASSIFICATION and reads_head)
     return not (sections and varies)
 
 
-def _count_forgetting_rows(bench: ExperimentContext) -> int:
-    """The rows that tell what was forgotten where a weight is chosen."""
-    general = bench.general
-    rows = bench.prepared.rows["validation"] if general is None else general.train_rows
+def _count_forgetting_rows(context: ExperimentContext) -> int:
+    """Count the rows on which forgetting is measured where a KL weight is chosen."""
+    general = context.general
+    rows = context.prepared.rows["validation"] if general is None else general.train_rows
     return min(retention.MAX_SELECTION_ROWS, len(rows))
 
 
-def _measure_predict_seconds(bench: ExperimentContext, pooling: str) -> float:
-    """Seconds a row of a forward pass in fp32, rows of like length together."""
-    rows = bench.prepared.rows["test"][:TIMED_ROWS]
-    model = bench.build_model(pooling, 0).model.to(bench.device)
-    encoded = bench.encode_rows(rows)
-    lengths = [bench.inputs.length(row) for row in encoded]
+def _measure_predict_seconds(context: ExperimentContext, pooling: str) -> float:
+    """Time a forward pass in fp32 over rows of like length, in seconds a row."""
+    rows = context.prepared.rows["test"][:TIMED_ROWS]
+    model = context.build_model(pooling, 0).model.to(context.device)
+    encoded = context.encode_rows(rows)
+    lengths = [context.inputs.length(row) for row in encoded]
     seconds = 0.0
     for numbers in batch_by_length(lengths, BATCH_TOKENS):
-        batch = bench.inputs.collate([dict(encoded[i]) for i in numbers])
-        seconds += time_forward(model, batch, None, bench.device)
+        batch = context.inputs.collate([dict(encoded[i]) for i in numbers])
+        seconds += time_forward(model, batch, None, context.device)
     return seconds / len(rows)

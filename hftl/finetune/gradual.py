@@ -1,4 +1,4 @@
-"""Gradual unfreezing: the head, then block after block from the top, while validation improves.
+"""Unfreeze gradually: the head, then block after block from the top, while validation improves.
 
 Howard & Ruder 2018, arXiv:1801.06146, section 3.3. One optimizer holds all parameters from the
 start; what is frozen has no gradient, so that nothing moves it.
@@ -33,7 +33,7 @@ STATE_FILE, WEIGHTS_FILE, BEST_FILE, OPTIMIZER_FILE = (
 
 
 def split_phases(model: nn.Module) -> list[set[str]]:
-    """The names of the parameters that train in each phase, of those that train at all.
+    """Return the names of the parameters that train in each phase, of those that train at all.
 
     First the head and what stands with it after the blocks, then one block more each time, and with
     the lowest block the embeddings.
@@ -46,7 +46,7 @@ def split_phases(model: nn.Module) -> list[set[str]]:
 
 @dataclass(frozen=True)
 class GradualCheckpoint:
-    """Where a training keeps how far it has come, and what it depends on."""
+    """Describe where the progress of a training is saved, and what the training depends on."""
 
     folder: Path
     cache_key: dict[str, Any]
@@ -54,7 +54,7 @@ class GradualCheckpoint:
 
 @dataclass(frozen=True)
 class GradualProgress:
-    """How far gradual unfreezing has come: what a stopped training goes on from."""
+    """Hold the progress of gradual unfreezing, from which a stopped training continues."""
 
     phase: int = 0
     stopped: bool = False
@@ -72,7 +72,7 @@ def fit_gradual(
     gradual: Gradual,
     state: GradualCheckpoint | None,
 ) -> tuple[TransferTrainer, list[dict[str, Any]]]:
-    """Trains phase by phase and leaves the best weights of all phases in the model.
+    """Train phase by phase and leave the best weights of all phases in the model.
 
     A phase that is no better than the best before it is the last in which anything is unfrozen. The
     phase of `gradual.final_epochs`, if any, starts from the best weights.
@@ -126,7 +126,7 @@ def fit_gradual(
 
 
 def _next_phase(done: GradualProgress, unfreezing: int, gradual: Gradual) -> int | None:
-    """The number of the phase to come, the final one's being `unfreezing`; None at the end."""
+    """Return the number of the next phase; the final one is `unfreezing`, and None is the end."""
     if done.phase < unfreezing and not done.stopped:
         return done.phase
     return unfreezing if gradual.final_epochs and done.phase <= unfreezing else None
@@ -139,7 +139,7 @@ def _train_phase(
     best: BestWeightsCallback,
     done: GradualProgress,
 ) -> GradualProgress:
-    """Trains one phase, at the end of which there is an evaluation."""
+    """Train one phase, which ends with an evaluation."""
     before, passed = best.best, done.epochs
     best.evaluations_without_gain = 0
     trainer.train()
@@ -159,14 +159,14 @@ def _train_phase(
 
 
 def _set_parameters(everything: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    """Sets all parameters."""
+    """Set all parameters to the given values."""
     with torch.no_grad():
         for name, parameter in everything.items():
             parameter.copy_(values[name])
 
 
 def _scale_learning_rates(optimizer: Any, share: float) -> None:
-    """Lowers every learning rate of what comes next."""
+    """Multiply every learning rate of the next phase by a share."""
     for group in optimizer.param_groups:
         group["initial_lr"] = share * group.get("initial_lr", group["lr"])
         group["lr"] = group["initial_lr"]
@@ -179,10 +179,10 @@ def _save_progress(
     optimizer: Any,
     done: GradualProgress,
 ) -> None:
-    """Writes the state after a phase in the place of the one before."""
+    """Write the state after a phase, replacing that of the phase before."""
     if state is None:
         return
-    told = {
+    progress = {
         "phase": done.phase, "stopped": done.stopped, "epochs": done.epochs,
         "history": done.history, "best": best.best, "epoch": best.epoch,
     }  # fmt: skip
@@ -192,7 +192,7 @@ def _save_progress(
             save_file(_to_cpu(everything), aside / WEIGHTS_FILE)
             save_file(_to_cpu(best.weights), aside / BEST_FILE)
             torch.save(optimizer.state_dict(), aside / OPTIMIZER_FILE)
-            run_folder.write_text(aside / STATE_FILE, to_json(told))
+            run_folder.write_text(aside / STATE_FILE, to_json(progress))
 
     distributed.broadcast_from_main(write)
 
@@ -200,7 +200,7 @@ def _save_progress(
 def _restore_progress(
     state: GradualCheckpoint | None, model: nn.Module, best: BestWeightsCallback, optimizer: Any
 ) -> GradualProgress:
-    """Puts back the state that stands, if there is one of this training."""
+    """Restore the saved state if there is one of this training."""
     if (
         state is None
         or distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(state.folder))
@@ -208,15 +208,17 @@ def _restore_progress(
     ):
         return GradualProgress()
     folder = state.folder
-    told = json.loads((folder / STATE_FILE).read_text("utf-8"))
+    progress = json.loads((folder / STATE_FILE).read_text("utf-8"))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in load_file(folder / WEIGHTS_FILE).items():
             parameters[name].copy_(tensor)
-    best.best, best.epoch = told["best"], told["epoch"]
+    best.best, best.epoch = progress["best"], progress["epoch"]
     best.weights = load_file(folder / BEST_FILE)
     optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, weights_only=True))
-    return GradualProgress(told["phase"], told["stopped"], told["epochs"], tuple(told["history"]))
+    return GradualProgress(
+        progress["phase"], progress["stopped"], progress["epochs"], tuple(progress["history"])
+    )
 
 
 def _to_cpu(tensors: Any) -> dict[str, Tensor]:

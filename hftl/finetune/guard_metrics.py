@@ -1,4 +1,4 @@
-"""What guards an adaptation: the encoder as it is now, seen by a probe or by its neighbours."""
+"""Measure an encoder while it adapts, by a probe or by its nearest neighbours, for the guard."""
 
 from collections.abc import Callable
 
@@ -25,23 +25,23 @@ PROBE_TRAIN_ROWS = 5000
 
 
 def build_probe_score(
-    bench: ExperimentContext, pooling: str, seed: int, state: ReadWeights
+    context: ExperimentContext, pooling: str, seed: int, state: ReadWeights
 ) -> Callable[[], float]:
-    """The score on validation of a probe fitted on the encoder as it is now; more is better.
+    """Return a function that scores a probe, fitted on the current encoder, on validation.
 
     Every process must call it.
 
     Args:
-        bench: rows, and the encoder's architecture.
+        context: rows, and the encoder's architecture.
         pooling: as in fine-tuning, which starts from such a probe.
         seed: whose training rows the probe is fitted on.
         state: the weights now.
     """
-    prepared = bench.prepared
-    built = bench.build_model(pooling, seed)
-    built.model.to(bench.device)
+    prepared = context.prepared
+    built = context.build_model(pooling, seed)
+    built.model.to(context.device)
     train, held = (
-        bench.select_train_rows(seed)[:PROBE_TRAIN_ROWS],
+        context.select_train_rows(seed)[:PROBE_TRAIN_ROWS],
         prepared.rows["validation"][:PROBE_EVAL_ROWS],
     )
     name = SELECTION_METRICS[prepared.task]
@@ -49,19 +49,22 @@ def build_probe_score(
 
     def measure() -> float:
         _load_encoder_weights(built, state())
-        found = [
+        features = [
             np.concatenate(compute_frozen_features(
-                built.model, built.last_linear, bench.encode_rows(rows), bench.inputs, bench.device
+                built.model, built.last_linear, context.encode_rows(rows), context.inputs,
+                context.device,
             ))
             for rows in (train, held)
         ]  # fmt: skip
 
         def score() -> float:
             targets = prepared.encode_targets(train)
-            probe = fit_probe(found[0], targets, bench.num_outputs, bench.group_outputs(train))
-            told = bench.decode_logits(held, probe.logits(found[1]))
+            probe = fit_probe(
+                features[0], targets, context.num_outputs, context.group_outputs(train)
+            )
+            predictions = context.decode_logits(held, probe.logits(features[1]))
             assert metric is not None
-            return metric.sign * metric.score(prepared.encode_for_metrics(held), told)
+            return metric.sign * metric.score(prepared.encode_for_metrics(held), predictions)
 
         return distributed.broadcast_from_main(score)
 
@@ -69,26 +72,27 @@ def build_probe_score(
 
 
 def build_neighbour_agreement(
-    bench: ExperimentContext, encoded: list[EncodedRow], seed: int, state: ReadWeights
+    context: ExperimentContext, encoded: list[EncodedRow], seed: int, state: ReadWeights
 ) -> Callable[[], float]:
-    """The share of each row's nearest neighbours that are those under the original encoder.
+    """Return a function that computes the share of nearest neighbours that are still the
+    original's.
 
     Every process must call it, and must make it.
 
     Args:
-        bench: the encoder's architecture.
+        context: the encoder's architecture.
         encoded: rows as the encoder takes them.
         seed: of weights above the encoder that the checkpoint lacks.
         state: the weights now.
     """
-    pooling = "mean" if bench.prepared.modality == "text" else "native"
-    built = build_model(bench.source, "regression", pooling, 1, [], seed)
-    built.model.to(bench.device)
+    pooling = "mean" if context.prepared.modality == "text" else "native"
+    built = build_model(context.source, "regression", pooling, 1, [], seed)
+    built.model.to(context.device)
 
     def features() -> np.ndarray:
         return np.concatenate(
             compute_frozen_features(
-                built.model, built.last_linear, encoded, bench.inputs, bench.device
+                built.model, built.last_linear, encoded, context.inputs, context.device
             )
         )
 
@@ -103,7 +107,7 @@ def build_neighbour_agreement(
 
 
 def _load_encoder_weights(built: LoadedModel, state: dict[str, Tensor]) -> None:
-    """Puts an encoder's weights below a head."""
+    """Load an encoder's weights below a head."""
     mine = built.encoder.state_dict()
     beside = (built.architecture.pooler or "pooler", *built.architecture.unused_parts)
     lost = [name for name in mine if name not in state and not has_prefix(name, beside)]

@@ -1,4 +1,4 @@
-"""The adapt phase: every adaptation that an arm asks for, each made once and kept as a folder."""
+"""Run the adapt phase: every adaptation that an arm needs, each made once in a folder."""
 
 import json
 import shutil
@@ -43,88 +43,90 @@ MIN_STEPS = 10
 
 @dataclass(frozen=True)
 class FinishedStage:
-    """One adaptation that stands: what comes after it starts from `bench`."""
+    """Hold one finished adaptation; the next one starts from `context`."""
 
     context: ExperimentContext
     facts: dict[str, Any]
     folder: Path
 
 
-def run_adaptations(this: Run, bench: ExperimentContext) -> tuple[ArmContexts, list[FinishedStage]]:
-    """Makes every adaptation that is missing.
+def run_adaptations(
+    run: Run, context: ExperimentContext
+) -> tuple[ArmContexts, list[FinishedStage]]:
+    """Run every adaptation that is missing.
 
     Returns:
         What each arm works with, and the steps of the recipe's own adaptation.
     """
     known: dict[str, FinishedStage] = {}
-    own = _run_stages(this, bench, this.recipe.stages, "adapt", known)
-    benches = {}
-    for arm in this.arms:
-        steps = _run_stages(this, bench, list(arm.stages), f"adapt-{arm.name}", known)
-        benches[arm.name] = steps[-1].context if steps else bench
-    return benches, own
+    own = _run_stages(run, context, run.recipe.stages, "adapt", known)
+    arm_contexts = {}
+    for arm in run.arms:
+        steps = _run_stages(run, context, list(arm.stages), f"adapt-{arm.name}", known)
+        arm_contexts[arm.name] = steps[-1].context if steps else context
+    return arm_contexts, own
 
 
 def _run_stages(
-    this: Run,
-    bench: ExperimentContext,
+    run: Run,
+    context: ExperimentContext,
     stages: list[Adapt],
     name: str,
     known: dict[str, FinishedStage],
 ) -> list[FinishedStage]:
-    """One adaptation after the other; those that another arm has made already are taken."""
+    """Run adaptations one after the other; those that another arm shares run once."""
     steps: list[FinishedStage] = []
     for number in range(1, len(stages) + 1):
         key = json.dumps([s.model_dump(mode="json") for s in stages[:number]], sort_keys=True)
         if key not in known:
-            folder = this.folder / "phases" / f"{name}-{number}"
-            known[key] = _run_stage(this, bench, steps, stages, folder)
+            folder = run.folder / "phases" / f"{name}-{number}"
+            known[key] = _run_stage(run, context, steps, stages, folder)
         steps.append(known[key])
     return steps
 
 
 def _run_stage(
-    this: Run,
-    bench: ExperimentContext,
+    run: Run,
+    context: ExperimentContext,
     before: list[FinishedStage],
     stages: list[Adapt],
     folder: Path,
 ) -> FinishedStage:
-    """One adaptation, made where it does not stand."""
+    """Run one adaptation, or read it where it is finished."""
     number = len(before) + 1
     stage = stages[number - 1]
-    here = before[-1].context if before else bench
-    corpus = build_corpus(this, here, stage)
+    here = before[-1].context if before else context
+    corpus = build_corpus(run, here, stage)
     reads = {
-        "recipe": build_adapt_key(this.recipe, stages, number),
+        "recipe": build_adapt_key(run.recipe, stages, number),
         "weights": here.weights_hash,
         "corpus": corpus.fingerprint,
-        "data": bench.prepared.facts.fingerprint,
+        "data": context.prepared.facts.fingerprint,
     }
-    if not distributed.broadcast_from_main(lambda: _is_stage_finished(this, folder, reads)):
+    if not distributed.broadcast_from_main(lambda: _is_stage_finished(run, folder, reads)):
         with show_activity(f"adapt {stage.objective} {stage.method} [{number}/{len(stages)}]"):
-            _adapt_stage(this, bench, before, stage, corpus, folder, reads)
+            _adapt_stage(run, context, before, stage, corpus, folder, reads)
     else:
-        work = this.folder / "checkpoints" / folder.name
+        work = run.folder / "checkpoints" / folder.name
         distributed.broadcast_from_main(lambda: shutil.rmtree(work, ignore_errors=True))
-    told = json.loads((folder / "told.json").read_text("utf-8"))
-    this.say(console.format_adaptation(summarize_adaptation(told)))
-    if told["kept"] == "original":
-        return FinishedStage(here, told, folder)
+    facts = json.loads((folder / "told.json").read_text("utf-8"))
+    run.say(console.format_adaptation(summarize_adaptation(facts)))
+    if facts["kept"] == "original":
+        return FinishedStage(here, facts, folder)
     source = replace(
         here.source, folder=folder / "encoder", architecture=here.source.model_type,
         public_id=None, revision=None,
     )  # fmt: skip
-    weights = told["weights_sha256"]
+    weights = facts["weights_sha256"]
     head = folder / HEAD_FILE if stage.objective == "mlm" else None
     base, loras = None, ()
     if stage.method == "lora":
         base, loras = here.public_base, (*here.lora_factors, folder / "lora.safetensors")
-    return FinishedStage(here.with_encoder(source, weights, base, loras, head), told, folder)
+    return FinishedStage(here.with_encoder(source, weights, base, loras, head), facts, folder)
 
 
 def check_adaptations(recipe: Recipe, source: SourceModel) -> None:
-    """Refuses what no adaptation of this source can do, before a row is read.
+    """Refuse what no adaptation of this source can do, before a row is read.
 
     Raises:
         RecipeError: for an objective that the architecture has not, too many blocks, or an adapter
@@ -144,21 +146,21 @@ def check_adaptations(recipe: Recipe, source: SourceModel) -> None:
             )
 
 
-def warn_of_few_steps(recipe: Recipe, bench: ExperimentContext) -> list[str]:
-    """Of adaptations that will have hardly any steps, as far as it is known before they are made:
-    of train's own inputs, and where the steps are given."""
-    found: list[str] = []
+def warn_of_few_steps(recipe: Recipe, context: ExperimentContext) -> list[str]:
+    """Return warnings of adaptations with hardly any steps, as far as their number is known before:
+    for train's own inputs, and where the steps are given."""
+    warnings: list[str] = []
     for stage in recipe.all_stages:
-        rows = estimate_rows(recipe.data, bench, stage)
+        rows = estimate_rows(recipe.data, context, stage)
         if rows is not None or stage.training.get("max_steps", 0) > 0:
-            found += _describe_few_steps(
+            warnings += _describe_few_steps(
                 stage, training.count_steps(stage.training, rows or 0), "about "
             )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(warnings))
 
 
 def _describe_few_steps(stage: Adapt, steps: int, about: str = "") -> list[str]:
-    """What there is to say of so many steps."""
+    """Return a warning where the steps are too few."""
     if steps >= MIN_STEPS:
         return []
     return [
@@ -168,26 +170,26 @@ def _describe_few_steps(stage: Adapt, steps: int, about: str = "") -> list[str]:
     ]
 
 
-def _is_stage_finished(this: Run, folder: Path, reads: dict[str, Any]) -> bool:
-    """Whether an adaptation is finished and what is asked.
+def _is_stage_finished(run: Run, folder: Path, reads: dict[str, Any]) -> bool:
+    """Return True if an adaptation is finished and was made from these inputs.
 
     Raises:
         RunFolderError: if it was made from another source model, corpus or data.
     """
-    found = run_folder.read_stage_inputs(folder)
-    if found is None or found["recipe"] != reads["recipe"]:
+    finished = run_folder.read_stage_inputs(folder)
+    if finished is None or finished["recipe"] != reads["recipe"]:
         return False
-    if found != reads:
-        what = next(key for key in reads if found.get(key) != reads[key])
+    if finished != reads:
+        what = next(key for key in reads if finished.get(key) != reads[key])
         raise RunFolderError(
-            f"{this.folder} was made with another {what}: {folder.name} does not fit",
+            f"{run.folder} was made with another {what}: {folder.name} does not fit",
             "Put it back, choose another --output, or start over with --restart",
         )
     return True
 
 
 def _adapt_stage(
-    this: Run,
+    run: Run,
     plain: ExperimentContext,
     before: list[FinishedStage],
     stage: Adapt,
@@ -195,10 +197,10 @@ def _adapt_stage(
     folder: Path,
     reads: dict[str, Any],
 ) -> None:
-    """Warms the head, adapts, and keeps what the guard allows.
+    """Train a new head, adapt, and write what the guard allows.
 
     Args:
-        this: the run.
+        run: the run in progress.
         plain: the source as it is, which the guard compares with.
         before: the adaptations that this one goes on from.
         stage: the recipe's section.
@@ -206,29 +208,29 @@ def _adapt_stage(
         folder: where it is kept.
         reads: what it depends on.
     """
-    seed = this.recipe.data.seed
-    bench = before[-1].context if before else plain
-    work = this.folder / "checkpoints" / folder.name
-    head = _prepare_head(this, plain, before, stage, corpus, work, reads)
-    model, _ = build_objective(bench, plain, stage, seed, head / HEAD_FILE)
-    set_trainable(model, bench.source.architecture_spec, stage.method, stage.blocks, stage.lora)
-    model.to(bench.device)
-    rule = build_guard_rule(this.recipe, stage, before[0].facts if before else None)
-    task = build_adaptation_task(bench, plain, stage, corpus, seed)
+    seed = run.recipe.data.seed
+    context = before[-1].context if before else plain
+    work = run.folder / "checkpoints" / folder.name
+    head = _prepare_head(run, plain, before, stage, corpus, work, reads)
+    model, _ = build_objective(context, plain, stage, seed, head / HEAD_FILE)
+    set_trainable(model, context.source.architecture_spec, stage.method, stage.blocks, stage.lora)
+    model.to(context.device)
+    rule = build_guard_rule(run.recipe, stage, before[0].facts if before else None)
+    task = build_adaptation_task(context, plain, stage, corpus, seed)
     steps = training.count_steps(stage.training, len(task.train))  # pyright: ignore
     for warning in _describe_few_steps(stage, steps):
-        this.say(f"  warning: {warning}")
+        run.say(f"  warning: {warning}")
     seconds = distributed.broadcast_from_main(
-        lambda: estimate_adaptation_seconds(model, task, stage, bench.device)
+        lambda: estimate_adaptation_seconds(model, task, stage, context.device)
     )
-    this.say(f"  adapt {stage.objective} {stage.method}: {len(task.train):,} "  # pyright: ignore
+    run.say(f"  adapt {stage.objective} {stage.method}: {len(task.train):,} "  # pyright: ignore
              f"{'blocks' if stage.objective == 'mlm' else 'pictures'}, {steps} steps, "
              f"about {console.format_duration(seconds)}")  # fmt: skip
-    found = training.adapt_encoder(
-        model, task, stage, rule, build_guard_metric(this.recipe, plain, rule, corpus, model), seed,
-        bench.device, work / "steps",
+    result = training.adapt_encoder(
+        model, task, stage, rule, build_guard_metric(run.recipe, plain, rule, corpus, model), seed,
+        context.device, work / "steps",
     )  # fmt: skip
-    told = {
+    facts = {
         "objective": stage.objective,
         "method": stage.method,
         "guard": rule.guard,
@@ -237,16 +239,16 @@ def _adapt_stage(
         "transductive": stage.transductive,
         "corpus": corpus.facts,
         "warmed": json.loads((head / "told.json").read_text("utf-8")),
-        **found,
+        **result,
     }
     distributed.broadcast_from_main(
-        lambda: _commit_stage(bench, stage, model, told, head, folder, reads)
+        lambda: _commit_stage(context, stage, model, facts, head, folder, reads)
     )
     distributed.broadcast_from_main(lambda: shutil.rmtree(work))
 
 
 def _prepare_head(
-    this: Run,
+    run: Run,
     plain: ExperimentContext,
     before: list[FinishedStage],
     stage: Adapt,
@@ -254,7 +256,7 @@ def _prepare_head(
     work: Path,
     reads: dict[str, Any],
 ) -> Path:
-    """The folder of the objective's head: the source's own, or one that was warmed on the corpus,
+    """Return the folder of the objective's head: the source's own, or one trained on the corpus,
     from where an earlier adaptation has left it."""
     head = work / "head"
     # Checkpoints of another number of processes are of other steps.
@@ -269,59 +271,59 @@ def _prepare_head(
 
     if distributed.broadcast_from_main(stands):
         return head
-    seed = this.recipe.data.seed
-    bench = before[-1].context if before else plain
+    seed = run.recipe.data.seed
+    context = before[-1].context if before else plain
     _, lacking = build_objective(plain, plain, stage, seed, None)
     last = _find_previous_head(before[-1].folder if before else None, stage)
-    model, _ = build_objective(bench, plain, stage, seed, last)
-    told: dict[str, Any] = {"steps": 0, "loss": None}
+    model, _ = build_objective(context, plain, stage, seed, last)
+    facts: dict[str, Any] = {"steps": 0, "loss": None}
     if lacking:
         # The encoder stands still, so that no teacher has to hold it.
         task = build_adaptation_task(
-            bench, plain, stage.model_copy(update={"distill": 0.0}), corpus, seed
+            context, plain, stage.model_copy(update={"distill": 0.0}), corpus, seed
         )
-        model.to(bench.device)
+        model.to(context.device)
         with show_activity("the objective's new head"):
-            told = training.train_new_head(model, lacking, task, stage, seed, bench.device)
+            facts = training.train_new_head(model, lacking, task, stage, seed, context.device)
 
     def keep() -> None:
         with run_folder.commit_stage(head, reads) as aside:
             save_file(_to_cpu(model.head_state()), aside / HEAD_FILE)
-            run_folder.write_text(aside / "told.json", to_json(told))
+            run_folder.write_text(aside / "told.json", to_json(facts))
 
     distributed.broadcast_from_main(keep)
     return head
 
 
 def _find_previous_head(before: Path | None, stage: Adapt) -> Path | None:
-    """The head of the adaptation before, where it had the same objective."""
+    """Return the head of the adaptation before, where it had the same objective."""
     if before is None:
         return None
-    told = json.loads((before / "told.json").read_text("utf-8"))
-    return before / HEAD_FILE if told["objective"] == stage.objective else None
+    facts = json.loads((before / "told.json").read_text("utf-8"))
+    return before / HEAD_FILE if facts["objective"] == stage.objective else None
 
 
 def _commit_stage(
-    bench: ExperimentContext,
+    context: ExperimentContext,
     stage: Adapt,
     model: Any,
-    told: dict[str, Any],
+    facts: dict[str, Any],
     head: Path,
     folder: Path,
     reads: dict[str, Any],
 ) -> None:
-    """Writes what the adaptation leaves: its figures, its head, and the encoder if it changed."""
+    """Write what the adaptation leaves: its figures, its head, and the encoder if it changed."""
     with run_folder.commit_stage(folder, reads) as aside:
-        if told["kept"] == "adapted":
-            write_encoder(bench.source, merge_encoder_state(model), aside / "encoder")
-            changed_source = replace(bench.source, folder=aside / "encoder")
-            told["weights_sha256"] = hash_source_weights(changed_source)
+        if facts["kept"] == "adapted":
+            write_encoder(context.source, merge_encoder_state(model), aside / "encoder")
+            changed_source = replace(context.source, folder=aside / "encoder")
+            facts["weights_sha256"] = hash_source_weights(changed_source)
             save_file(_to_cpu(model.head_state()), aside / HEAD_FILE)
             if stage.method == "lora":
                 save_factors(extract_factors(model.encoder), aside / "lora.safetensors")
         else:
             shutil.copy(head / HEAD_FILE, aside / HEAD_FILE)
-        run_folder.write_text(aside / "told.json", to_json(told))
+        run_folder.write_text(aside / "told.json", to_json(facts))
 
 
 def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The arms phase: every arm and seed that is missing, quick ones first."""
+"""Run the arms phase: every arm and seed that is missing, the quick ones first."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ ArmContexts = dict[str, ExperimentContext]
 
 @dataclass(frozen=True)
 class Run:
-    """One run in progress: the recipe, its folder, and where to say what happens."""
+    """Hold one run in progress: the recipe, its folder, and the function that reports progress."""
 
     recipe: Recipe
     folder: Path
@@ -47,11 +47,11 @@ class Run:
         return self.recipe.arms
 
     def arm_folder(self, name: str, seed: int) -> Path:
-        """Where an arm's files stand."""
+        """Return the folder of an arm's files."""
         return self.folder / "arms" / f"{name}-seed{seed}"
 
     def checkpoints(self, name: str, seed: int) -> Path:
-        """Where an arm that is not finished keeps how far it has come."""
+        """Return the folder of an unfinished arm's checkpoints."""
         return self.folder / "checkpoints" / f"{name}-seed{seed}"
 
 
@@ -77,135 +77,135 @@ def validate_upstream_arguments(recipe: Recipe, device: str) -> None:
             build_lora_config(stage.lora, "adapt.lora")
 
 
-def run_arms(this: Run, benches: ArmContexts) -> None:
-    """Runs every arm and seed that is missing, quick ones first."""
-    jobs = distributed.broadcast_from_main(lambda: _list_missing_jobs(this, benches))
-    distributed.broadcast_from_main(lambda: _remove_finished_checkpoints(this, jobs))
-    total = len(this.arms) * len(this.recipe.measure.seeds)
+def run_arms(run: Run, arm_contexts: ArmContexts) -> None:
+    """Run every arm and seed that is missing, the quick ones first."""
+    jobs = distributed.broadcast_from_main(lambda: _list_missing_jobs(run, arm_contexts))
+    distributed.broadcast_from_main(lambda: _remove_finished_checkpoints(run, jobs))
+    total = len(run.arms) * len(run.recipe.measure.seeds)
     if jobs and len(jobs) < total:
-        this.say(f"  {total - len(jobs)} of {total} arms x seeds stand already")
+        run.say(f"  {total - len(jobs)} of {total} arms x seeds stand already")
     for done, job in enumerate(jobs, total - len(jobs) + 1):
         arm, seed, _ = job
         with show_activity(f"[{done}/{total}] {arm.name} seed {seed}"):
-            _run_job(this, benches[arm.name], job, f"{done}/{total}")
+            _run_job(run, arm_contexts[arm.name], job, f"{done}/{total}")
 
 
-def _remove_finished_checkpoints(this: Run, jobs: list[Job]) -> None:
-    """Removes how far arms have come that stand by now."""
+def _remove_finished_checkpoints(run: Run, jobs: list[Job]) -> None:
+    """Remove the checkpoints of arms that are finished."""
     missing = [(arm.name, seed) for arm, seed, _ in jobs]
-    for arm in this.arms:
-        for seed in this.recipe.measure.seeds:
+    for arm in run.arms:
+        for seed in run.recipe.measure.seeds:
             if (arm.name, seed) not in missing:
-                shutil.rmtree(this.checkpoints(arm.name, seed), ignore_errors=True)
+                shutil.rmtree(run.checkpoints(arm.name, seed), ignore_errors=True)
 
 
-def _run_job(this: Run, bench: ExperimentContext, job: Job, count: str) -> None:
-    """Trains on all processes, or solves on the main one, and keeps the outcome."""
+def _run_job(run: Run, context: ExperimentContext, job: Job, count: str) -> None:
+    """Train on all processes, or solve on the main one, and write the arm's folder."""
     arm, seed, _ = job
     if arm.spec.is_solved:
         distributed.broadcast_from_main(
-            lambda: _commit_arm(this, bench, job, _run_arm(this, bench, arm, seed), count)
+            lambda: _commit_arm(run, context, job, _run_arm(run, context, arm, seed), count)
         )
         return
     with measure_energy() as energy:
-        outcome = _run_arm(this, bench, arm, seed)
+        outcome = _run_arm(run, context, arm, seed)
     outcome.timings |= energy
-    distributed.broadcast_from_main(lambda: _commit_arm(this, bench, job, outcome, count))
+    distributed.broadcast_from_main(lambda: _commit_arm(run, context, job, outcome, count))
 
 
 def _commit_arm(
-    this: Run, bench: ExperimentContext, job: Job, outcome: ArmOutput, count: str
+    run: Run, context: ExperimentContext, job: Job, outcome: ArmOutput, count: str
 ) -> None:
     arm, seed, reads = job
-    folder = this.arm_folder(arm.name, seed)
+    folder = run.arm_folder(arm.name, seed)
     with run_folder.commit_stage(folder, reads) as aside:
-        arm_files.write_arm(aside, bench.prepared, outcome, arm.name, arm.strategy, seed)
-    shutil.rmtree(this.checkpoints(arm.name, seed), ignore_errors=True)
-    told = arm_files.read_arm(folder, bench.prepared).metrics_file
-    this.say(console.format_arm_line(told, this.recipe.measure.metric, count))
+        arm_files.write_arm(aside, context.prepared, outcome, arm.name, arm.strategy, seed)
+    shutil.rmtree(run.checkpoints(arm.name, seed), ignore_errors=True)
+    metrics_file = arm_files.read_arm(folder, context.prepared).metrics_file
+    run.say(console.format_arm_line(metrics_file, run.recipe.measure.metric, count))
 
 
-def _list_missing_jobs(this: Run, benches: ArmContexts) -> list[Job]:
-    """Every arm and seed that does not stand, with what it reads."""
+def _list_missing_jobs(run: Run, arm_contexts: ArmContexts) -> list[Job]:
+    """Return every arm and seed that is not finished, with all that it depends on."""
     return [
         (arm, seed, reads)
-        for arm in sorted(this.arms, key=lambda arm: list(STRATEGIES).index(arm.strategy))
-        for reads in [build_arm_inputs(this.recipe, benches[arm.name], arm)]
-        for seed in this.recipe.measure.seeds
-        if not is_arm_finished(this.folder, this.arm_folder(arm.name, seed), reads)
+        for arm in sorted(run.arms, key=lambda arm: list(STRATEGIES).index(arm.strategy))
+        for reads in [build_arm_inputs(run.recipe, arm_contexts[arm.name], arm)]
+        for seed in run.recipe.measure.seeds
+        if not is_arm_finished(run.folder, run.arm_folder(arm.name, seed), reads)
     ]
 
 
-def announce_run(this: Run, bench: ExperimentContext) -> None:
-    """The header and the preflight's warnings, where anything is left to run."""
-    wanted = [
+def announce_run(run: Run, context: ExperimentContext) -> None:
+    """Report the header and the preflight's warnings, where anything is left to run."""
+    missing = [
         arm
-        for arm in this.arms
-        for seed in this.recipe.measure.seeds
-        for read in [run_folder.read_stage_inputs(this.arm_folder(arm.name, seed))]
-        if read is None or read["recipe"] != build_arm_inputs(this.recipe, bench, arm)["recipe"]
+        for arm in run.arms
+        for seed in run.recipe.measure.seeds
+        for read in [run_folder.read_stage_inputs(run.arm_folder(arm.name, seed))]
+        if read is None or read["recipe"] != build_arm_inputs(run.recipe, context, arm)["recipe"]
     ]
-    if not this.arms:
-        this.say(console.format_header(build_adaptation_header(this.recipe, bench)))
-    if not wanted:
+    if not run.arms:
+        run.say(console.format_header(build_adaptation_header(run.recipe, context)))
+    if not missing:
         return
-    this.say(console.format_header(build_header(this.recipe, bench, wanted, len(wanted))))
-    for warning in bench.run_preflight(this.recipe.data.max_length, this.arms)["warnings"]:
-        this.say(f"  warning: {warning}")
+    run.say(console.format_header(build_header(run.recipe, context, missing, len(missing))))
+    for warning in context.run_preflight(run.recipe.data.max_length, run.arms)["warnings"]:
+        run.say(f"  warning: {warning}")
 
 
-def _run_arm(this: Run, bench: ExperimentContext, arm: Arm, seed: int) -> ArmOutput:
+def _run_arm(run: Run, context: ExperimentContext, arm: Arm, seed: int) -> ArmOutput:
     if arm.spec.is_solved:
-        return baselines.solve_arm(bench, arm, seed)
+        return baselines.solve_arm(context, arm, seed)
     if arm.spec.schedule == "rate_search":
-        rate = _search_scratch_rate(this, bench, arm)
+        rate = _search_scratch_rate(run, context, arm)
         return baselines.train_scratch(
-            bench, arm.finetune, this.recipe.measure.scratch, rate, seed
+            context, arm.finetune, run.recipe.measure.scratch, rate, seed
         )
-    reads = build_arm_inputs(this.recipe, bench, arm)
-    kept = prepare_retention(
-        bench, arm, seed, this.recipe.measure.seeds, this.folder, reads, this.say
+    reads = build_arm_inputs(run.recipe, context, arm)
+    regularizers = prepare_retention(
+        context, arm, seed, run.recipe.measure.seeds, run.folder, reads, run.say
     )
     state = GradualCheckpoint(
-        this.checkpoints(arm.name, seed), reads | {"processes": distributed.get_world_size()}
+        run.checkpoints(arm.name, seed), reads | {"processes": distributed.get_world_size()}
     )
-    return training.train_arm(bench, arm.finetune, seed, kept, state)
+    return training.train_arm(context, arm.finetune, seed, regularizers, state)
 
 
-def _search_scratch_rate(this: Run, bench: ExperimentContext, arm: Arm) -> float:
-    """The learning rate of scratch, searched once on the first seed."""
-    folder = this.folder / "phases" / "search"
-    reads = build_arm_inputs(this.recipe, bench, arm)
+def _search_scratch_rate(run: Run, context: ExperimentContext, arm: Arm) -> float:
+    """Return the learning rate of scratch, searched once on the first seed."""
+    folder = run.folder / "phases" / "search"
+    reads = build_arm_inputs(run.recipe, context, arm)
     stands = distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(folder) or {})
     if stands | {"asked": reads["asked"]} != reads:
-        found = baselines.search_rate(
-            bench, arm.finetune, this.recipe.measure.scratch, this.recipe.measure.seeds[0]
+        search = baselines.search_rate(
+            context, arm.finetune, run.recipe.measure.scratch, run.recipe.measure.seeds[0]
         )
 
         def keep() -> None:
             with run_folder.commit_stage(folder, reads) as aside:
-                run_folder.write_text(aside / "search.json", to_json(found))
+                run_folder.write_text(aside / "search.json", to_json(search))
 
         distributed.broadcast_from_main(keep)
-        this.say(f"  scratch: {describe_scratch_search(ScratchSearch.model_validate(found))}")
+        run.say(f"  scratch: {describe_scratch_search(ScratchSearch.model_validate(search))}")
     return json.loads((folder / "search.json").read_text("utf-8"))["learning_rate"]
 
 
 def build_header(
-    recipe: Recipe, bench: ExperimentContext, wanted: list[Arm], jobs: int
+    recipe: Recipe, context: ExperimentContext, arms: list[Arm], jobs: int
 ) -> dict[str, str]:
-    """What a run is about to do, by name: source, device, rows, labels, arms and time."""
-    facts = bench.prepared.facts
+    """Return what a run is about to do, by name: source, device, rows, labels, arms and time."""
+    facts = context.prepared.facts
     splits = facts.splits
-    train = len(bench.select_train_rows(recipe.measure.seeds[0]))
+    train = len(context.select_train_rows(recipe.measure.seeds[0]))
     labels = ", ".join(facts.labels[:8]) + (", ..." if len(facts.labels) > 8 else "")
     if facts.tag_scheme:
         labels += f" ({facts.tag_scheme.name} tags)"
-    names = list(dict.fromkeys(arm.name for arm in wanted))
-    seconds = estimate_seconds(bench, wanted, recipe)
+    names = list(dict.fromkeys(arm.name for arm in arms))
+    seconds = estimate_seconds(context, arms, recipe)
     return {
-        "source": f"{recipe.source.model} ({bench.source.architecture})",
-        "device": _describe_device(bench.device, get_dtype_name(recipe.finetune.training)),
+        "source": f"{recipe.source.model} ({context.source.architecture})",
+        "device": _describe_device(context.device, get_dtype_name(recipe.finetune.training)),
         **({"adapt": _describe_stages(recipe)} if recipe.stages else {}),
         "rows": f"train {train} of {splits['train']}, validation {splits['validation']}, "
         f"test {splits['test']} ({_describe_dropped_rows(facts)})",
@@ -224,17 +224,17 @@ def _describe_dropped_rows(facts: PreparedFacts) -> str:
     return words
 
 
-def build_adaptation_header(recipe: Recipe, bench: ExperimentContext) -> dict[str, str]:
-    """The same for a recipe that adapts only."""
+def build_adaptation_header(recipe: Recipe, context: ExperimentContext) -> dict[str, str]:
+    """Return the header of a recipe that only adapts."""
     return {
-        "source": f"{recipe.source.model} ({bench.source.architecture})",
-        "device": _describe_device(bench.device, get_dtype_name(recipe.stages[-1].training)),
+        "source": f"{recipe.source.model} ({context.source.architecture})",
+        "device": _describe_device(context.device, get_dtype_name(recipe.stages[-1].training)),
         "adapt": _describe_stages(recipe),
     }
 
 
 def _describe_stages(recipe: Recipe) -> str:
-    """The adaptations, one after the other."""
+    """Return the adaptations in words, one after the other."""
     words = []
     for stage in recipe.stages:
         own = stage.corpus == "task" or recipe.data.unlabeled is None
@@ -245,7 +245,7 @@ def _describe_stages(recipe: Recipe) -> str:
 
 
 def _describe_device(device: str, dtype: str) -> str:
-    """The device and how many work, or how to put all of them to work."""
+    """Return the device and the number of processes, or how to use all devices."""
     count, visible = distributed.get_world_size(), count_devices()
     if count > 1:
         return f"{device}, {dtype}, {count} processes"

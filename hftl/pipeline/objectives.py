@@ -1,4 +1,4 @@
-"""An adaptation made ready: the objective's model, its corpus with things hidden, its guard."""
+"""Build an adaptation: the objective's model, its masked corpus and its guard."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,7 @@ NEIGHBOURS = 10
 
 
 def check_objective(stage: Adapt, source: SourceModel) -> None:
-    """Refuses an objective that the source has not.
+    """Refuse an objective that the source does not support.
 
     Raises:
         RecipeError: naming the architecture, or what the tokenizer lacks or has too much.
@@ -54,23 +54,23 @@ def check_objective(stage: Adapt, source: SourceModel) -> None:
 
 
 def build_objective(
-    bench: ExperimentContext, plain: ExperimentContext, stage: Adapt, seed: int, head: Path | None
+    context: ExperimentContext, plain: ExperimentContext, stage: Adapt, seed: int, head: Path | None
 ) -> tuple[Any, tuple[str, ...]]:
-    """The model of an objective, and the names of what must be warmed of its head.
+    """Build the model of an objective; return it and the names of its untrained head's modules.
 
     Args:
-        bench: the source, or what an earlier adaptation has made of it.
+        context: the source, or what an earlier adaptation has made of it.
         plain: the source as it is, whose decoder it is.
         stage: the recipe's section.
         seed: of what the source lacks.
         head: a file of the head's weights, where it was trained before.
     """
     if stage.objective == "mlm":
-        return load_mlm(bench.source, seed, head)
-    assert isinstance(bench.inputs, ImageInputs)
-    side = get_image_size(bench.inputs.processor)
+        return load_mlm(context.source, seed, head)
+    assert isinstance(context.inputs, ImageInputs)
+    side = get_image_size(context.inputs.processor)
     model, fresh = load_mae(
-        bench.source, side, stage.mask_ratio, stage.decoder.model_dump(), seed, head,
+        context.source, side, stage.mask_ratio, stage.decoder.model_dump(), seed, head,
         plain.source,
     )  # fmt: skip
     model.distill = stage.distill
@@ -78,7 +78,7 @@ def build_objective(
 
 
 def build_guard_rule(recipe: Recipe, stage: Adapt, first: dict[str, Any] | None) -> GuardRule:
-    """The guard: as asked, else the strongest that the recipe's data allow."""
+    """Return the guard that the recipe names, else the strongest that its data allow."""
     guard = stage.guard
     if guard is None:
         guard = "neighbours" if recipe.data.task is None else "probe"
@@ -93,18 +93,20 @@ def build_guard_rule(recipe: Recipe, stage: Adapt, first: dict[str, Any] | None)
 
 
 def build_guard_metric(
-    recipe: Recipe, bench: ExperimentContext, rule: GuardRule, corpus: Corpus, model: Any
+    recipe: Recipe, context: ExperimentContext, rule: GuardRule, corpus: Corpus, model: Any
 ) -> Callable[[], float] | None:
-    """What the guard calls at every look."""
+    """Return the function that the guard calls at every evaluation; None where it needs none."""
     finetune = recipe.finetune
     if rule.guard == "probe":
         seed = recipe.data.seed
-        return build_probe_score(bench, finetune.pooling, seed, lambda: merge_encoder_state(model))
+        return build_probe_score(
+            context, finetune.pooling, seed, lambda: merge_encoder_state(model)
+        )
     if rule.guard != "neighbours":
         return None
     rows = corpus.general if corpus.general is not None else corpus.held_out
-    if isinstance(bench.inputs, ImageInputs):
-        encoded = [{"pixel_values": picture} for picture in load_canvases(bench, rows)]
+    if isinstance(context.inputs, ImageInputs):
+        encoded = [{"pixel_values": picture} for picture in load_canvases(context, rows)]
     else:
         ids = [rows[i][0].tolist() for i in _spread_indices(len(rows), GENERAL_SAMPLE)]
         encoded = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]
@@ -115,24 +117,24 @@ def build_guard_metric(
             "Give data.general, a larger adapt.held_out, or another guard",
         )
     return build_neighbour_agreement(
-        bench, encoded, recipe.data.seed, lambda: merge_encoder_state(model)
+        context, encoded, recipe.data.seed, lambda: merge_encoder_state(model)
     )
 
 
 def build_adaptation_task(
-    bench: ExperimentContext, plain: ExperimentContext, stage: Adapt, corpus: Corpus, seed: int
+    context: ExperimentContext, plain: ExperimentContext, stage: Adapt, corpus: Corpus, seed: int
 ) -> training.AdaptationTask:
-    """The corpus as the objective takes it: hidden anew in every epoch, in evaluation always the
-    same."""
+    """Return the masked corpus of an objective: masked anew in every epoch, in evaluation always
+    alike."""
     if stage.objective == "mlm":
-        return _build_text_task(bench, stage, corpus, seed)
-    return _build_image_task(bench, plain, stage, corpus, seed)
+        return _build_text_task(context, stage, corpus, seed)
+    return _build_image_task(context, plain, stage, corpus, seed)
 
 
 def _build_text_task(
-    bench: ExperimentContext, stage: Adapt, corpus: Corpus, seed: int
+    context: ExperimentContext, stage: Adapt, corpus: Corpus, seed: int
 ) -> training.AdaptationTask:
-    tokenizer: Any = bench.inputs.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer: Any = context.inputs.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
     masks = masking.build_masking_spec(tokenizer, stage.mask_ratio, stage.whole_words)
 
     def hidden(blocks: Any, fixed: bool) -> masking.MaskedBlocks:
@@ -150,23 +152,25 @@ def _build_text_task(
 
 
 def _build_image_task(
-    bench: ExperimentContext, plain: ExperimentContext, stage: Adapt, corpus: Corpus, seed: int
+    context: ExperimentContext, plain: ExperimentContext, stage: Adapt, corpus: Corpus, seed: int
 ) -> training.AdaptationTask:
-    inputs = bench.inputs
+    inputs = context.inputs
     assert isinstance(inputs, ImageInputs)
-    found = load_canvases(bench, corpus.train)
+    canvases_of_train = load_canvases(context, corpus.train)
     teacher = None
     if stage.distill:
         original, _ = build_objective(plain, plain, stage, seed, None)
-        teacher = compute_teacher_features(original.to(bench.device), found, inputs).numpy()
+        teacher = compute_teacher_features(
+            original.to(context.device), canvases_of_train, inputs
+        ).numpy()
     change = None
-    if bench.augment:
+    if context.augment:
         change = lambda row, epoch, key: canvases.augment_image(row, seed, epoch, key)  # noqa: E731
 
     def hidden(names: list[str], fixed: bool, **more: Any) -> MaskedImageDataset:
         keys = [name.encode() for name in names]
         return MaskedImageDataset(
-            load_canvases(bench, names), keys, inputs.patch_size, seed, fixed=fixed, **more
+            load_canvases(context, names), keys, inputs.patch_size, seed, fixed=fixed, **more
         )
 
     return training.AdaptationTask(
@@ -178,5 +182,5 @@ def _build_image_task(
 
 
 def _spread_indices(rows: int, count: int) -> list[int]:
-    """Numbers of `count` rows, evenly spread."""
+    """Return `count` row indices, evenly spread."""
     return np.unique(np.linspace(0, rows - 1, min(rows, count)).round().astype(int)).tolist()

@@ -1,4 +1,4 @@
-"""A run, phase by phase: each reads files, writes files, and is skipped where they stand."""
+"""Run a recipe phase by phase: each reads and writes files, and is skipped where it is finished."""
 
 import os
 import shutil
@@ -62,7 +62,7 @@ def run(
     say: Callable[[str], None] = lambda line: None,
     progress: bool = False,
 ) -> Record | None:
-    """Runs a recipe, or what is missing of it.
+    """Run a recipe, or what is missing of it.
 
     Args:
         recipe: a recipe or the path of one.
@@ -88,30 +88,30 @@ def run(
         output = recipe.default_output()
     folder = Path(output)
     silence_libraries()
-    this = Run(recipe, folder, say if distributed.is_main() else _discard_line)
+    started = Run(recipe, folder, say if distributed.is_main() else _discard_line)
     with ExitStack() as stack:
         stack.enter_context(show_progress(progress))
         distributed.broadcast_from_main(lambda: _open_run_folder(folder, stack))
-        return _run_phases(this, until, restart)
+        return _run_phases(started, until, restart)
 
 
 def _open_run_folder(folder: Path, stack: ExitStack) -> None:
-    """Makes and locks the run folder; what an earlier failure left there is over."""
+    """Create and lock the run folder, and remove the error of an earlier run."""
     run_folder.create_run_folder(folder)
     stack.enter_context(run_folder.lock_run(folder))
     (folder / "error.json").unlink(missing_ok=True)
 
 
-def _run_phases(this: Run, until: str, restart: bool) -> Record | None:
-    """All phases up to `until`; the main process writes, all of them train."""
-    recipe, folder = this.recipe, this.folder
+def _run_phases(run: Run, until: str, restart: bool) -> Record | None:
+    """Run all phases up to `until`; the main process writes, all of them train."""
+    recipe, folder = run.recipe, run.folder
 
     def begin() -> None:
         if restart:
             _clear_run_folder(folder)
-        refuse_changed(recipe, folder, this.arms)
+        refuse_changed(recipe, folder, run.arms)
         if until == "publish":
-            check_push_access(recipe, this.say)
+            check_push_access(recipe, run.say)
 
     distributed.broadcast_from_main(begin)
     metric = distributed.run_main_first(lambda: _find_recipe_metric(recipe))
@@ -120,39 +120,39 @@ def _run_phases(this: Run, until: str, restart: bool) -> Record | None:
     distributed.run_main_first(lambda: validate_upstream_arguments(recipe, get_device()))
     distributed.run_main_first(lambda: check_recipe_retention(recipe, source))
     with show_activity("data"):
-        bench = distributed.run_main_first(lambda: _load_data(this, source))
+        context = distributed.run_main_first(lambda: _load_data(run, source))
     if until != "adapt":
-        bench.general = distributed.run_main_first(lambda: _load_general_rows(this, bench))
-        distributed.run_main_first(lambda: check_replay_labels(recipe, bench))
+        context.general = distributed.run_main_first(lambda: _load_general_rows(run, context))
+        distributed.run_main_first(lambda: check_replay_labels(recipe, context))
     if metric is not None:
-        measured = bench.prepared.encode_for_metrics(bench.prepared.rows["validation"])
+        measured = context.prepared.encode_for_metrics(context.prepared.rows["validation"])
         # A metric that cannot take these labels should say so before anything trains.
         metric.score(measured, measured)
     distributed.broadcast_from_main(
         lambda: run_folder.write_text(folder / "recipe.yaml", _dump_recipe(recipe))
     )
-    distributed.broadcast_from_main(lambda: check_models(recipe, bench))
-    distributed.broadcast_from_main(lambda: announce_run(this, bench))
-    benches, steps = run_adaptations(this, bench)
+    distributed.broadcast_from_main(lambda: check_models(recipe, context))
+    distributed.broadcast_from_main(lambda: announce_run(run, context))
+    arm_contexts, steps = run_adaptations(run, context)
     if until == "adapt":
         return None
-    run_arms(this, benches)
+    run_arms(run, arm_contexts)
     if until == "finetune":
         return None
     publish = until == "publish"
     if metric is None:
-        distributed.broadcast_from_main(lambda: evaluate_adaptation(this, bench, steps, publish))
+        distributed.broadcast_from_main(lambda: evaluate_adaptation(run, context, steps, publish))
     else:
         distributed.broadcast_from_main(
-            lambda: evaluate_run(this, bench, benches, steps, metric, publish)
+            lambda: evaluate_run(run, context, arm_contexts, steps, metric, publish)
         )
     if publish and recipe.publish.repo_id is not None:
-        distributed.broadcast_from_main(lambda: push_finished_run(folder, PushOptions(), this.say))
+        distributed.broadcast_from_main(lambda: push_finished_run(folder, PushOptions(), run.say))
     return Record.read(folder)
 
 
 def _find_recipe_metric(recipe: Recipe) -> Metric | None:
-    """What gains are measured in; None without a task."""
+    """Return the metric that gains are measured in; None without a task."""
     task = recipe.data.task
     return None if task is None else find_metric(recipe.measure.metric, task)
 
@@ -167,24 +167,24 @@ def check_recipe(recipe: Recipe) -> tuple[dict[str, Any], CheckFacts]:
     check_recipe_retention(recipe, source)
     reading = build_input_spec(source, str(recipe.data.task))
     prepared = data_stage.prepare_data(recipe.data, reading)
-    bench = build_context(recipe, source, prepared)
-    wanted = recipe.arms
-    if not wanted:
-        warnings = warn_of_few_steps(recipe, bench)
-        return build_adaptation_header(recipe, bench), CheckFacts(warnings=warnings)
+    context = build_context(recipe, source, prepared)
+    arms = recipe.arms
+    if not arms:
+        warnings = warn_of_few_steps(recipe, context)
+        return build_adaptation_header(recipe, context), CheckFacts(warnings=warnings)
     if reads_general_labels(recipe):
         data = pin_revisions(recipe.data, prepared.facts.hub_revisions)
-        bench.general = load_general(data, prepared, reading)
-        check_replay_labels(recipe, bench)
-    check_models(recipe, bench)
-    found = bench.run_preflight(recipe.data.max_length, wanted)
-    found["warnings"] += warn_of_few_steps(recipe, bench)
-    jobs = [arm for arm in wanted for _ in recipe.measure.seeds]
-    return build_header(recipe, bench, jobs, len(jobs)), CheckFacts.model_validate(found)
+        context.general = load_general(data, prepared, reading)
+        check_replay_labels(recipe, context)
+    check_models(recipe, context)
+    facts = context.run_preflight(recipe.data.max_length, arms)
+    facts["warnings"] += warn_of_few_steps(recipe, context)
+    jobs = [arm for arm in arms for _ in recipe.measure.seeds]
+    return build_header(recipe, context, jobs, len(jobs)), CheckFacts.model_validate(facts)
 
 
 def silence_libraries() -> None:
-    """Keeps the libraries' own bars and notices off the terminal."""
+    """Keep the libraries' own progress bars and notices off the terminal."""
     import datasets
     import huggingface_hub
     import transformers
@@ -197,11 +197,11 @@ def silence_libraries() -> None:
 
 
 def _discard_line(line: str) -> None:
-    """What the other processes say."""
+    """Discard a line of a process other than the main one."""
 
 
 def _clear_run_folder(folder: Path) -> None:
-    """Removes what a run has written; the recipe stays, it marks the folder as a run's."""
+    """Remove what a run has written; the recipe stays, since it marks the folder as a run's."""
     for name in run_folder.RUN_FILES:
         path = folder / name
         if path.is_dir():
@@ -210,10 +210,10 @@ def _clear_run_folder(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _load_data(this: Run, source: SourceModel) -> ExperimentContext:
-    """The data phase, and what all arms share."""
-    recipe = this.recipe
-    folder = this.folder / "phases" / "data"
+def _load_data(run: Run, source: SourceModel) -> ExperimentContext:
+    """Run the data phase and build the context of all arms."""
+    recipe = run.recipe
+    folder = run.folder / "phases" / "data"
     reading = build_input_spec(source, str(recipe.data.task))
     reads = {"recipe": build_data_key(recipe), "reading": asdict(reading)}
     stands = run_folder.read_stage_inputs(folder) == reads
@@ -222,56 +222,56 @@ def _load_data(this: Run, source: SourceModel) -> ExperimentContext:
     digest = data_stage.hash_data_files(recipe.data, reading.modality) if main else None
     if stands and digest in (None, data_stage.read_stored_digest(folder)):
         prepared = data_stage.read_prepared_data(folder)
-        bench = build_context(recipe, source, prepared)
+        context = build_context(recipe, source, prepared)
     else:
         prepared = data_stage.prepare_data(recipe.data, reading)
         if stands:
-            _check_same_data(data_stage.read_prepared_data(folder), prepared, this.folder)
-        bench = build_context(recipe, source, prepared)
+            _check_same_data(data_stage.read_prepared_data(folder), prepared, run.folder)
+        context = build_context(recipe, source, prepared)
         with run_folder.commit_stage(folder, reads) as aside:
             data_stage.write_prepared_data(prepared, aside, str(digest))
-    if isinstance(bench.inputs, ImageInputs):
-        _cache_pixels(this, bench, bench.inputs)
-    return bench
+    if isinstance(context.inputs, ImageInputs):
+        _cache_pixels(run, context, context.inputs)
+    return context
 
 
-def _load_general_rows(this: Run, bench: ExperimentContext) -> GeneralData | None:
-    """The rows of general data; None where the recipe names none or no arm could forget."""
-    recipe = this.recipe
-    if recipe.data.general is None or not this.arms:
+def _load_general_rows(run: Run, context: ExperimentContext) -> GeneralData | None:
+    """Return the general rows; None where the recipe names none or no arm could forget."""
+    recipe = run.recipe
+    if recipe.data.general is None or not run.arms:
         return None
-    folder = this.folder / "phases" / "general-rows"
-    inputs = bench.inputs if isinstance(bench.inputs, ImageInputs) else None
+    folder = run.folder / "phases" / "general-rows"
+    inputs = context.inputs if isinstance(context.inputs, ImageInputs) else None
     if distributed.is_main():
-        data = pin_revisions(recipe.data, bench.prepared.facts.hub_revisions)
+        data = pin_revisions(recipe.data, context.prepared.facts.hub_revisions)
         reads = {
             "recipe": build_general_key(recipe),
-            "content": data_stage.hash_data_files(data, bench.prepared.modality, ("general",)),
-            "data": bench.prepared.facts.fingerprint,
+            "content": data_stage.hash_data_files(data, context.prepared.modality, ("general",)),
+            "data": context.prepared.facts.fingerprint,
             "processor": inputs and fingerprint(inputs.processor.to_dict()),
         }
         if run_folder.read_stage_inputs(folder) != reads:
-            reading = build_input_spec(bench.source, bench.prepared.task)
-            found = load_general(data, bench.prepared, reading)
+            reading = build_input_spec(context.source, context.prepared.task)
+            general = load_general(data, context.prepared, reading)
             with run_folder.commit_stage(folder, reads) as aside:
                 if inputs:
                     image_inputs.write_image_cache(
-                        inputs, [*found.train_rows, *found.eval_rows], aside
+                        inputs, [*general.train_rows, *general.eval_rows], aside
                     )
                     inputs.load_cache(aside)
-                write_general(drop_near_rows(found, build_leak_test(bench)), aside)
+                write_general(drop_near_rows(general, build_leak_test(context)), aside)
     if inputs:
         inputs.load_cache(folder)
     return read_general(folder)
 
 
-def _cache_pixels(this: Run, bench: ExperimentContext, inputs: ImageInputs) -> None:
-    """Every picture that an arm will see, resized and cropped once for all arms and processes."""
-    rows = [row for seed in this.recipe.measure.seeds for row in bench.select_train_rows(seed)]
-    rows += [row for split in MEASURED_SPLITS for row in bench.prepared.rows[split]]
+def _cache_pixels(run: Run, context: ExperimentContext, inputs: ImageInputs) -> None:
+    """Resize and crop every image that an arm will see, once for all arms and processes."""
+    rows = [row for seed in run.recipe.measure.seeds for row in context.select_train_rows(seed)]
+    rows += [row for split in MEASURED_SPLITS for row in context.prepared.rows[split]]
     if not rows:
         return
-    folder = this.folder / "phases" / "pixels"
+    folder = run.folder / "phases" / "pixels"
     reads = image_inputs.fingerprint_image_cache(inputs, rows)
     if run_folder.read_stage_inputs(folder) != reads:
         with run_folder.commit_stage(folder, reads) as aside:

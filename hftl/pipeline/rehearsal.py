@@ -1,4 +1,4 @@
-"""A rehearsal of a run before it trains: a forward pass, and where names were given a reload."""
+"""Check a run's models before it trains: a forward pass, and for unusual adapters a reload."""
 
 import json
 import tempfile
@@ -28,7 +28,7 @@ LOGIT_TOLERANCE = 1e-4
 """How far a text's outputs may lie from those that it has alone; float32 leaves about 1e-6."""
 
 
-def check_models(recipe: Recipe, bench: ExperimentContext) -> None:
+def check_models(recipe: Recipe, context: ExperimentContext) -> None:
     """Run each kind of model of a recipe once, on the CPU, on two rows of train.
 
     Raises:
@@ -45,72 +45,72 @@ def check_models(recipe: Recipe, bench: ExperimentContext) -> None:
         key = json.dumps([finetune.pooling, lora], sort_keys=True)
         if key not in seen:
             seen.add(key)
-            _check_arm_model(bench, arm)
+            _check_arm_model(context, arm)
     for stage in recipe.stages:
         if stage.method.startswith("lora"):
-            model, _ = build_objective(bench, bench, stage, recipe.data.seed, None)
+            model, _ = build_objective(context, context, stage, recipe.data.seed, None)
             set_trainable(
-                model, bench.source.architecture_spec, stage.method, stage.blocks, stage.lora
+                model, context.source.architecture_spec, stage.method, stage.blocks, stage.lora
             )
 
 
-def _check_arm_model(bench: ExperimentContext, arm: Arm) -> None:
-    built = bench.build_model(arm.finetune.pooling, 0)
-    rows = _select_two_rows(bench)
-    if isinstance(bench.inputs, TextInputs):
-        check_tokens(bench, built)
-        _check_segments(bench, rows)
+def _check_arm_model(context: ExperimentContext, arm: Arm) -> None:
+    built = context.build_model(arm.finetune.pooling, 0)
+    rows = _select_two_rows(context)
+    if isinstance(context.inputs, TextInputs):
+        check_tokens(context, built)
+        _check_segments(context, rows)
     try:
-        logits = _compute_logits(built.model, bench, rows)
-        alone = _compute_logits(built.model, bench, rows[:1])
+        logits = _compute_logits(built.model, context, rows)
+        alone = _compute_logits(built.model, context, rows[:1])
     except (RuntimeError, IndexError) as error:
         # What torch raises on shapes and indices that do not fit; too little memory is no such.
         if is_out_of_memory(error):
             raise
         raise RecipeError(
-            f"source.model: {bench.source.name} cannot read these inputs: "
+            f"source.model: {context.source.name} cannot read these inputs: "
             f"{format_error_line(error)}",
             "Give a source whose config, weights and tokenizer or processor belong together",
         ) from error
-    _check_row_independence(bench, logits, alone)
+    _check_row_independence(context, logits, alone)
     if arm.spec.publishes_adapter:
         finetune = arm.finetune
         model = prepare(built.model, arm.strategy, finetune.blocks, finetune.lora, built.fresh)
         if set(finetune.lora) - set(LORA_KEYS_SAVED_ALIKE):
             _check_saving(
-                bench, LoadedModel(model, built.architecture, built.pooling, built.fresh), arm
+                context, LoadedModel(model, built.architecture, built.pooling, built.fresh), arm
             )
 
 
-def _select_two_rows(bench: ExperimentContext) -> list[EncodedRow]:
+def _select_two_rows(context: ExperimentContext) -> list[EncodedRow]:
     """Return the shortest and the longest of the training rows, pictures in their order."""
-    rows = bench.prepared.rows["train"]
-    if not isinstance(bench.inputs, TextInputs):
-        return bench.encode_rows(rows[:2])
-    ordered = sorted(bench.encode_rows(rows[:SAMPLED_ROWS]), key=bench.inputs.length)
+    rows = context.prepared.rows["train"]
+    if not isinstance(context.inputs, TextInputs):
+        return context.encode_rows(rows[:2])
+    ordered = sorted(context.encode_rows(rows[:SAMPLED_ROWS]), key=context.inputs.length)
     return [ordered[0], ordered[-1]]
 
 
-def _compute_logits(model: nn.Module, bench: ExperimentContext, rows: list[EncodedRow]) -> Tensor:
+def _compute_logits(model: nn.Module, context: ExperimentContext, rows: list[EncodedRow]) -> Tensor:
     """Return the logits, those of words by the rows' words."""
     model.eval()
     with torch.no_grad():
-        logits = model(**bench.inputs.collate([dict(row) for row in rows])).logits
-    return torch.cat(bench.inputs.split_outputs(logits, rows)).nan_to_num()
+        logits = model(**context.inputs.collate([dict(row) for row in rows])).logits
+    return torch.cat(context.inputs.split_outputs(logits, rows)).nan_to_num()
 
 
-def _check_row_independence(bench: ExperimentContext, logits: Tensor, alone: Tensor) -> None:
+def _check_row_independence(context: ExperimentContext, logits: Tensor, alone: Tensor) -> None:
     """Refuse a model by which a row's outputs depend on the rows beside it."""
     difference = float((logits[: len(alone)] - alone).abs().max())
     if difference > LOGIT_TOLERANCE * max(1.0, float(alone.abs().max())):
         raise RecipeError(
-            f"source.model: under {bench.source.name} the outputs of a row depend on the rows "
+            f"source.model: under {context.source.name} the outputs of a row depend on the rows "
             f"beside it in the batch, by {difference:.2g}",
             "Use another source model",
         )
 
 
-def check_tokens(bench: ExperimentContext, built: LoadedModel) -> None:
+def check_tokens(context: ExperimentContext, built: LoadedModel) -> None:
     """Refuse rows with a token that the model does not embed.
 
     A tokenizer may have more tokens than the model: then all rows are read, for only a few may
@@ -119,13 +119,13 @@ def check_tokens(bench: ExperimentContext, built: LoadedModel) -> None:
     Raises:
         DataError: naming the first such row.
     """
-    tokenizer: Any = bench.inputs.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer: Any = context.inputs.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
     encoder: Any = get_encoder(built.model, built.architecture)
     embedded = encoder.get_input_embeddings().num_embeddings
     if max(tokenizer.get_vocab().values()) < embedded:
         return
-    for rows in bench.prepared.rows.values():
-        for row, encoded in zip(rows, bench.encode_rows(rows), strict=True):
+    for rows in context.prepared.rows.values():
+        for row, encoded in zip(rows, context.encode_rows(rows), strict=True):
             largest = max(encoded["input_ids"])
             if largest >= embedded:
                 token = tokenizer.convert_ids_to_tokens(largest)
@@ -137,38 +137,38 @@ def check_tokens(bench: ExperimentContext, built: LoadedModel) -> None:
                 )
 
 
-def _check_segments(bench: ExperimentContext, rows: list[EncodedRow]) -> None:
+def _check_segments(context: ExperimentContext, rows: list[EncodedRow]) -> None:
     """Refuse numbers of segments that the model does not embed; they are those of pairs."""
-    segments = getattr(bench.source.config, "type_vocab_size", None)
+    segments = getattr(context.source.config, "type_vocab_size", None)
     numbers = [max(row["token_type_ids"]) for row in rows if "token_type_ids" in row]
     if segments and numbers and max(numbers) >= segments:
         raise RecipeError(
-            f"source.model: the tokenizer of {bench.source.name} numbers the texts of a pair up to "
-            f"{max(numbers)}, and the model embeds {segments} segment(s)",
+            f"source.model: the tokenizer of {context.source.name} numbers the texts of a pair up "
+            f"to {max(numbers)}, and the model embeds {segments} segment(s)",
             "Remove token_type_ids from model_input_names in its tokenizer_config.json, or give "
             "one text column",
         )
 
 
-def _check_saving(bench: ExperimentContext, built: LoadedModel, arm: Arm) -> None:
+def _check_saving(context: ExperimentContext, built: LoadedModel, arm: Arm) -> None:
     """Save and reload an adapter with other weights than it starts from, and compare its logits.
 
     Raises:
         RecipeError: if they differ, or it does not save.
     """
-    rows = _select_two_rows(bench)
+    rows = _select_two_rows(context)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in built.model.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
-    expected = _compute_logits(built.model, bench, rows).numpy()
+    expected = _compute_logits(built.model, context, rows).numpy()
     fix = "Name only modules of blocks, head or pooler, or train everything (full)"
     with tempfile.TemporaryDirectory() as folder:
         try:
-            export_model(bench, built.model, arm.finetune, Path(folder))
-            again = reload_check.load_folder(Path(folder), bench.public_base.folder)
-            reloaded = _compute_logits(again, bench, rows).numpy()
+            export_model(context, built.model, arm.finetune, Path(folder))
+            again = reload_check.load_folder(Path(folder), context.public_base.folder)
+            reloaded = _compute_logits(again, context, rows).numpy()
         except HftlError:
             raise
         except (ValueError, KeyError, RuntimeError) as error:
