@@ -1,4 +1,4 @@
-"""The model's part of the publish folder: a plain peft or transformers folder, and its head."""
+"""Write the model's part of the publish folder: a plain peft or transformers folder and a head."""
 
 import json
 import math
@@ -46,7 +46,7 @@ SAMPLE_ROWS = 32
 def rebuild_model(
     bench: ExperimentContext, finetune: Finetune, seed: int, weights: Path
 ) -> nn.Module:
-    """The model of an arm, from the source and what the arm learnt.
+    """Rebuild the model of an arm from the source and the tensors that the arm trained.
 
     Raises:
         RunFolderError: if the weights are not those of this model.
@@ -56,17 +56,17 @@ def rebuild_model(
         # peft keeps the head it wraps; it must be the one that training started from.
         init_head_from_probe(bench, built, finetune.pooling, seed)
     model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
-    learnt = load_file(weights)
+    trained = load_file(weights)
     parameters = dict(model.named_parameters())
-    strange = sorted(set(learnt) - set(parameters))
-    lost = [n for n, p in parameters.items() if p.requires_grad and n not in learnt]
-    if strange or lost:
+    unexpected = sorted(set(trained) - set(parameters))
+    missing = [n for n, p in parameters.items() if p.requires_grad and n not in trained]
+    if unexpected or missing:
         raise RunFolderError(
-            f"{weights} does not fit the model: {(strange or lost)[0]}",
+            f"{weights} does not fit the model: {(unexpected or missing)[0]}",
             "Delete the arm's folder and run again",
         )
     with torch.no_grad():
-        for name, tensor in learnt.items():
+        for name, tensor in trained.items():
             parameters[name].copy_(tensor)
     return model.eval()
 
@@ -74,7 +74,7 @@ def rebuild_model(
 def export_model(
     bench: ExperimentContext, model: nn.Module, finetune: Finetune, folder: Path
 ) -> None:
-    """Writes weights, config with labels, tokenizer, and the head where pooling is not native.
+    """Write weights, config with labels, tokenizer, and the head where pooling is not native.
 
     The adapter names the public base and its revision, never a path.
     """
@@ -108,7 +108,7 @@ def export_model(
 
 
 def export_adapter(bench: ExperimentContext, model: nn.Module, folder: Path) -> None:
-    """Writes the adapter; where adaptation was by LoRA too, both as one on the base of the first.
+    """Write the adapter; where adaptation was by LoRA too, concatenate both on the first's base.
 
     It names the public base and its revision, never a path.
     """
@@ -141,12 +141,12 @@ def export_adapter(bench: ExperimentContext, model: nn.Module, folder: Path) -> 
 
 
 def _build_state_dict(model: nn.Module, architecture: ArchitectureSpec) -> dict[str, Tensor]:
-    """Return the tensors of a whole model; of a `PooledModel` those of its encoder, which
-    `AutoModel` reads, and an empty one where the stock task class has its last layer.
+    """Return the tensors of a whole model; of a `PooledModel` those of its encoder.
 
-    No stock class pools as hftl does. Without that tensor it would load the encoder, draw a head at
-    random and answer with the real labels, after a warning; an empty one, of no layer's shape,
-    makes it refuse. `AutoModel` passes over it.
+    The latter get an empty tensor where the stock task class has its last layer. No stock class
+    pools as hftl does. Without that tensor it would load the encoder, draw a head at random and
+    predict the real labels, after a warning; an empty one, of no layer's shape, makes it refuse.
+    `AutoModel` ignores it.
     """
     if not isinstance(model, PooledModel):
         return model.state_dict()
@@ -172,9 +172,9 @@ def _anchor_targets(weights: Path, encoder: nn.Module) -> dict[str, Any]:
 
 
 def export_encoder(bench: ExperimentContext, folder: Path) -> None:
-    """An adapted encoder without a task: an adapter on its base, or the whole encoder.
+    """Write an adapted encoder without a task: an adapter on its base, or the whole encoder.
 
-    Where the original weights were kept, there are none to write.
+    Where adaptation was rejected, the weights are the source's and none are written.
     """
     base = bench.public_base
     if bench.lora_factors and not bench.base_is_adapted:
@@ -194,7 +194,7 @@ def export_encoder(bench: ExperimentContext, folder: Path) -> None:
 
 
 def export_base(bench: ExperimentContext, folder: Path) -> None:
-    """The adapted base that an adapter goes on, as a plain folder of transformers."""
+    """Write the adapted base that an adapter goes on, as a plain folder of transformers."""
     shutil.copytree(bench.public_base.folder, folder)
     bench.inputs.save(folder)
     for path in folder.glob("*config.json"):
@@ -202,32 +202,33 @@ def export_base(bench: ExperimentContext, folder: Path) -> None:
 
 
 def write_reload_sample(bench: ExperimentContext, logits: np.ndarray, folder: Path) -> Path:
-    """Test rows as a user has them, and the logits the arm gave, for the proof of the reload.
+    """Write test rows as a user has them, and the arm's logits, for the proof of the reload.
 
-    Pictures are copied whole, the smallest of the test's. Words that were cut off have no logits
-    and are left out of the comparison.
+    Images are copied whole, the smallest of the test's. Words that were cut off have no logits and
+    are left out of the comparison.
     """
     prepared = bench.prepared
     rows = prepared.rows["test"]
     parts = np.split(logits.astype(np.float64), np.cumsum(prepared.count_words(rows))[:-1])
     chosen = sorted(range(len(rows)), key=lambda i: math.prod(rows[i].size or (1,)))[:SAMPLE_ROWS]
-    found = np.concatenate([parts[i] for i in chosen])
-    told: dict[str, Any] = {"logits": found[np.isfinite(found).all(1)].tolist()}
+    rows_logits = np.concatenate([parts[i] for i in chosen])
+    finite = rows_logits[np.isfinite(rows_logits).all(1)]
+    sample: dict[str, Any] = {"logits": finite.tolist()}
     if isinstance(bench.inputs, ImageInputs):
-        told |= {"arguments": bench.inputs.arguments, "images": []}
+        sample |= {"arguments": bench.inputs.arguments, "images": []}
         for number, image in enumerate(bench.inputs.decode_images([rows[i] for i in chosen])):
             image.save(folder / f"sample{number}.png")
-            told["images"].append(f"sample{number}.png")
+            sample["images"].append(f"sample{number}.png")
     else:
         key = "words" if prepared.task == "token-classification" else "texts"
-        told |= {key: [rows[i].content for i in chosen], "max_length": bench.inputs.max_length}
+        sample |= {key: [rows[i].content for i in chosen], "max_length": bench.inputs.max_length}
     path = folder / "sample.json"
-    path.write_text(to_json(told), encoding="utf-8")
+    path.write_text(to_json(sample), encoding="utf-8")
     return path
 
 
 def _drop_local_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without the places on this machine that transformers writes into them."""
+    """Return settings without the local paths that transformers writes into them."""
     return {k: v for k, v in settings.items() if k not in ("_name_or_path", "name_or_path")}
 
 

@@ -70,35 +70,35 @@ class AdapterConfig:
 
     @property
     def base_name(self) -> str | None:
-        """The hub id or path of the base."""
+        """Return the hub id or path of the base."""
         return self._get_text("base_model_name_or_path")
 
     @property
     def base_hub_id(self) -> str | None:
-        """The base's name where it reads as a hub id."""
+        """Return the base's name where it reads as a hub id."""
         name = self.base_name
         return name if name and paths.is_hub_id(name) else None
 
     @property
     def revision(self) -> str | None:
-        """The commit of the base."""
+        """Return the commit of the base."""
         return self._get_text("revision")
 
     @property
     def task_type(self) -> str | None:
-        """peft's name of the task, such as SEQ_CLS."""
+        """Return peft's name of the task, such as SEQ_CLS."""
         return self._get_text("task_type")
 
     @property
     def model_class(self) -> str | None:
-        """The class of transformers that peft notes where there is no task type."""
+        """Return the class of transformers, which peft writes where there is no task type."""
         mapping = self.settings.get("auto_mapping")
         name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
         return name if isinstance(name, str) else None
 
     @property
     def modules_to_save(self) -> list[str]:
-        """The modules that are saved whole beside the adapter."""
+        """Return the modules that are saved whole beside the adapter."""
         names = self.settings.get("modules_to_save")
         return list(map(str, names)) if isinstance(names, list) else []
 

@@ -1,4 +1,4 @@
-"""A published folder, loaded as a stranger would: with plain peft and transformers.
+"""Load a published folder as a stranger would, with plain peft and transformers.
 
 `hftl predict` uses `load_folder`. As a script it runs in a fresh process, without
 hftl, and compares:
@@ -40,7 +40,7 @@ AUTO_CLASSES = {
 
 
 class PublishedModel(nn.Module):
-    """A model whose forward gives logits; `head` is set where pooling is not native."""
+    """Hold a model whose forward gives logits; `head` is set where pooling is not native."""
 
     def __init__(self, model: nn.Module, head: nn.Linear | None, pooling: str) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class PublishedModel(nn.Module):
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """A model before any adapter, and how its file differs from it, as transformers reports.
+    """Hold a model before any adapter, and how its file differs from it, as transformers reports.
 
     `missing` and `mismatched` are drawn at random, `mismatched` with the shapes of file and model;
     `unexpected` tensors of the file were passed over.
@@ -78,7 +78,7 @@ class LoadedBase:
 
 
 def load_folder(folder: Path, base: Path | None) -> PublishedModel:
-    """The model of a published folder, in eval mode and fp32.
+    """Load the model of a published folder, in eval mode and fp32.
 
     Args:
         folder: holds an adapter or a whole model, its config, and perhaps head.safetensors.
@@ -91,7 +91,7 @@ def load_folder(folder: Path, base: Path | None) -> PublishedModel:
 
 
 def load_base(folder: Path, base: Path, config: Any = None) -> LoadedBase:
-    """Loads what an adapter goes on, or the whole model where `base` is the folder itself.
+    """Load what an adapter goes on, or the whole model where `base` is the folder itself.
 
     Args:
         folder: of the adapter or model.
@@ -117,7 +117,7 @@ def load_base(folder: Path, base: Path, config: Any = None) -> LoadedBase:
 
 
 def attach_head(folder: Path, model: nn.Module) -> PublishedModel:
-    """The model under the folder's own head, where it has one, in eval mode."""
+    """Return the model under the folder's own head, where it has one, in eval mode."""
     head, pooling = _load_head(folder / "head.safetensors")
     return PublishedModel(model, head, pooling).eval()
 
@@ -149,12 +149,13 @@ def _load_head(path: Path) -> tuple[nn.Linear | None, str]:
 def build_sample_batches(
     folder: Path, sample: Path, alone: bool
 ) -> list[tuple[dict[str, Any], Tensor | None]]:
-    """Return what the model takes for the sample, batch by batch, and for words the mask of the
-    tokens whose outputs they have.
+    """Return the model's inputs for the sample, batch by batch.
+
+    For words each batch has the mask of the tokens whose outputs count, the first of each word.
 
     Args:
         folder: the published one.
-        sample: the file that `write_sample` wrote.
+        sample: the file that `write_reload_sample` wrote.
         alone: each text in a batch of its own, as `transformers.pipeline` runs it, or all in one.
     """
     content = json.loads(sample.read_text(encoding="utf-8"))
