@@ -107,6 +107,14 @@ def test_a_damaged_record_is_refused_by_its_key(
     assert "hftl run" in raised.value.fix
 
 
+def test_an_older_run_is_to_be_made_anew(tmp_path: Path) -> None:
+    older = to_json(TREE | {"schema_version": 1})
+    (tmp_path / "record.json").write_text(older, encoding="utf-8")
+    with pytest.raises(RunFolderError) as raised:
+        Record.read(tmp_path)
+    assert "--restart" in raised.value.fix, "the same command alone refuses an older run"
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 10_000])
 def test_a_file_that_is_no_mapping_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text(text, encoding="utf-8")

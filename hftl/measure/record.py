@@ -583,10 +583,13 @@ class Record(RecordPart):
             raise RunFolderError(f"{where} is no mapping in JSON", fix)
         schema_version = tree.get("schema_version")
         if schema_version != SCHEMA_VERSION:
+            # Running again would not mend it: parts of another version are never continued.
             raise RunFolderError(
                 f"{where}: schema_version is {schema_version!r}, this version of hftl reads "
-                f"{SCHEMA_VERSION}", fix,
-            )  # fmt: skip
+                f"{SCHEMA_VERSION}",
+                "Use the version of hftl that made the run, or make it anew with "
+                "`hftl run --restart`",
+            )
         try:
             record = cls.model_validate(tree)
         except ValidationError as error:
@@ -598,7 +601,7 @@ class Record(RecordPart):
 
     @property
     def own_row(self) -> LadderRow:
-        """The ladder's row of the own arm."""
+        """Return the ladder's row of the own arm."""
         return next(row for row in self.ladder if row.arm == self.own_arm)
 
     @property
