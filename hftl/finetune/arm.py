@@ -184,46 +184,31 @@ def train_model(
     started = time.perf_counter()
     scale = compute_target_scale(context, seed)
     if scale is not None:
-        reference = regularizers.reference
-        if reference is not None:
-            scale.standardize_head(reference)
+        if regularizers.reference is not None:
+            scale.standardize_head(regularizers.reference)
         # Weights in another unit are not what a stopped training goes on from.
         state = state and replace(
             state, cache_key=state.cache_key | {"target_scale": asdict(scale)}
         )
-    start = (
-        {name: tensor.clone() for name, tensor in iterate_trainable(built.model)}
-        if regularizers.alphas
-        else {}
-    )
+    trained = iterate_trainable(built.model) if regularizers.alphas else ()
+    start = {name: tensor.clone() for name, tensor in trained}
     # FSDP cuts the model into pieces; what it learns is put into this whole one.
     whole = deepcopy(built.model) if is_sharded() else built.model
     with tempfile.TemporaryDirectory() as scratch_folder:
-        args = build_finetune_arguments(
-            training, context.prepared.task, scratch_folder, seed, context.device
-        )
+        task, rates = context.prepared.task, rates or {}
+        args = build_finetune_arguments(training, task, scratch_folder, seed, context.device)
         best = build_keep_best(args, patience)
-        make = partial(
-            _build_trainer, context, built, best, seed, regularizers, scale, **(rates or {})
-        )
+        make = partial(_build_trainer, context, built, best, seed, regularizers, scale, **rates)
         if gradual is None:
-            trainer = make(args)
-            _run_training(trainer.train)
+            trainer = _fit_at_once(built.model, make(args), best)
             history, epochs = trainer.state.log_history, trainer.state.epoch
-            # accelerate leaves its autocast around forward; predictions are made in fp32.
-            trainer.accelerator.unwrap_model(built.model, keep_fp32_wrapper=False)
-            best.restore(built.model)
         else:
             phased = partial(fit_gradual, built.model, make, args, best, gradual, state)
             trainer, history = _run_training(phased)
             epochs = history[-1]["epoch"]
     if whole is not built.model:
-        built = replace(
-            built,
-            model=_load_trained_weights(
-                whole, gather_trainable_state(built.model, trainer.accelerator)
-            ),
-        )
+        weights = gather_trainable_state(built.model, trainer.accelerator)
+        built = replace(built, model=_load_trained_weights(whole, weights))
     facts = {
         "learning_rate": args.learning_rate,
         "precision": get_dtype_name(training),
@@ -239,6 +224,17 @@ def train_model(
     if regularizers.measure_forgetting is not None:
         facts["forgotten"] = regularizers.measure_forgetting(built)
     return _predict_splits(context, built, scale, facts, time.perf_counter() - started, compared)
+
+
+def _fit_at_once(
+    model: nn.Module, trainer: TransferTrainer, best: BestWeightsCallback
+) -> TransferTrainer:
+    """Train all that is open from start to end, and restore the best evaluation's weights."""
+    _run_training(trainer.train)
+    # accelerate leaves its autocast around forward; predictions are made in fp32.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    best.restore(model)
+    return trainer
 
 
 def _build_trainer(
