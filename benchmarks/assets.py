@@ -41,6 +41,8 @@ from asset_vit import build_vit
 
 
 class Asset(NamedTuple):
+    """Describe an asset and the package that it is built from."""
+
     about: str
     package: str
     build: Callable[[Path, Path], None]  # build(downloaded package, product)

@@ -15,9 +15,14 @@ class IntervalEstimate(Protocol):
     """Describe a difference with its 95 % interval: a gain, what was forgotten, a change."""
 
     @property
-    def value(self) -> float: ...
+    def value(self) -> float:
+        """Return the difference."""
+        ...
+
     @property
-    def ci95(self) -> Interval | None: ...
+    def ci95(self) -> Interval | None:
+        """Return its interval; None where there is none."""
+        ...
 
 
 @dataclass(frozen=True)

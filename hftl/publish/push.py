@@ -55,7 +55,7 @@ FileDigests = dict[str, tuple[str, ...]]
 
 
 class RepoStateError(HubError):
-    """What the repository holds forbids the push as it was asked for; a retry cannot help."""
+    """Forbid a push by what the repository holds; a retry cannot help."""
 
 
 def push_folder(folder: Path, target: PushTarget, message: str) -> PushResult:

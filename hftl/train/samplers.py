@@ -272,6 +272,7 @@ class IndexedCollator:
         self.target = target
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return a batch with the number of each row."""
         numbers = torch.tensor([row["row"] for row in rows])
         plain = [{key: value for key, value in row.items() if key != "row"} for row in rows]
         batch = dict(self.collate(plain))
