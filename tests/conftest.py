@@ -11,8 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Beside another process of tests a second thread only stands in its way.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Beside another process of tests a second thread only stands in its way. Workers of pytest-xdist
+# inherit what their parent has set, so that it is 1 for all.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import yaml
