@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tiny import IMAGE_SIZE, save_tiny
+from support.tiny import IMAGE_SIZE, save_tiny
 from torch import Tensor, nn
 
 from hftl.adapt.adaptation import AdaptationTask, adapt_encoder

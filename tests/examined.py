@@ -14,7 +14,7 @@ from planting import (
     snapshot,
     wrapped,
 )  # fmt: skip
-from tiny import is_image, tiny_config, tiny_processor, tiny_tokenizer
+from support.tiny import is_image, tiny_config, tiny_processor, tiny_tokenizer
 
 from hftl.doctor import load_check, load_once
 from hftl.doctor.adapter_folder import Examination

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_processor, tiny_tokenizer
+from support.tiny import tiny_processor, tiny_tokenizer
 
 from hftl.config.section import Source
 from hftl.models.source import find_source

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import IMAGE_SIZE, TEXT, is_image, tiny_config
+from support.tiny import IMAGE_SIZE, TEXT, is_image, tiny_config
 from torch import nn
 from transformers import AutoConfig, AutoModel, BertForMaskedLM, ResNetConfig
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_config
+from support.tiny import tiny_config
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from hftl.config.data import Data, Table

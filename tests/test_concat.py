@@ -16,7 +16,7 @@ from peft import (
     get_peft_model,
 )
 from safetensors import safe_open
-from tiny import is_image, tiny_config
+from support.tiny import is_image, tiny_config
 from torch import nn
 from transformers import (
     AutoModel,

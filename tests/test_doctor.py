@@ -19,7 +19,7 @@ from planting import (
     wrapped,
 )  # fmt: skip
 from safetensors.torch import load_file, save_file
-from tiny import tiny_tokenizer
+from support.tiny import tiny_tokenizer
 
 from hftl.doctor.adapter_folder import Finding
 from hftl.doctor.checks import examine_adapter

@@ -10,8 +10,8 @@ import torch
 from conftest import sentences, write_csv
 from planting import drop, reconfigure, retensor, rewrite
 from safetensors.torch import load_file, save_file
+from support.tiny import save_tiny, tiny_config
 from test_reload import opened, published, section
-from tiny import save_tiny, tiny_config
 
 import hftl
 from hftl.errors import HftlError

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from conftest import pictures, sentences, write_csv
 from safetensors.numpy import load_file
-from tiny import save_tiny
+from support.tiny import save_tiny
 
 import hftl
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_config
+from support.tiny import tiny_config
 from transformers import AutoModelForSequenceClassification
 
 from hftl import prepare

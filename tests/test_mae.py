@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_config
 from ddp import two_steps
 from safetensors.torch import load_file, save_file
-from tiny import IMAGE_SIZE, tiny_processor
+from support.tiny import IMAGE_SIZE, tiny_processor
 from transformers import AutoModel, ViTMAEForPreTraining
 
 from hftl.adapt.encoder_io import merge_encoder_state, set_trainable

@@ -10,8 +10,8 @@ import torch
 import yaml
 from conftest import bench_of
 from support.regularizers import build_probed_model, build_trainer
+from support.tiny import FIELDS, is_image
 from test_trainer import weights
-from tiny import FIELDS, is_image
 
 from hftl.cli import check
 from hftl.config.recipe import Recipe

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import sentences, write_csv
-from tiny import FIELDS, is_image, tiny_config
+from support.tiny import FIELDS, is_image, tiny_config
 from transformers import AutoTokenizer, pipeline
 
 from hftl import load, run

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import bench_of, sentences, write_csv
 from planting import rewrite, save, wrapped
-from tiny import save_tiny, tiny_tokenizer
+from support.tiny import save_tiny, tiny_tokenizer
 
 import hftl
 from hftl.config.recipe import Recipe

@@ -13,7 +13,7 @@ import torch
 from conftest import pictures, sentences, write_csv
 from examined import in_this_process
 from planting import drop, reconfigure, retensor
-from tiny import is_image, save_tiny, tiny_tokenizer
+from support.tiny import is_image, save_tiny, tiny_tokenizer
 from tokenizers import AddedToken
 
 import hftl

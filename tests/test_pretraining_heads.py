@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import bench_of, pictures, sentences, write_csv
 from safetensors.numpy import load_file
-from tiny import tiny_config, tiny_processor, tiny_tokenizer
+from support.tiny import tiny_config, tiny_processor, tiny_tokenizer
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,

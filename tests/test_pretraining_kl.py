@@ -18,8 +18,8 @@ from support.regularizers import (
     run_first_step,
     stack_rows,
 )
+from support.tiny import tiny_processor
 from test_trainer import Rows
-from tiny import tiny_processor
 from torch import Tensor, nn
 from transformers import CLIPModel
 

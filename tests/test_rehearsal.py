@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import pictures, sentences, write_csv
-from tiny import save_tiny, tiny_config
+from support.tiny import save_tiny, tiny_config
 from transformers import AutoModel, AutoTokenizer
 
 from hftl import Recipe, run

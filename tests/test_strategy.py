@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny import IMAGE_SIZE, is_image
+from support.tiny import IMAGE_SIZE, is_image
 from torch import nn
 
 from hftl.config.section import Source

@@ -1,9 +1,9 @@
 """Describe each supported architecture: where its blocks, its head and its other parts lie.
 
 To add an architecture, add its entry to `TEXT_ENCODERS` or `IMAGE_ENCODERS` and a tiny config to
-`tests/tiny.py`: the tests compare every entry with its model's forward and backward pass. An entry
-needs a stock class whose last linear layer reads one vector a row (EuroBERT's reads one a token)
-and whose outputs do not depend on padding (YOSO's do).
+`tests/support/tiny.py`: the tests compare every entry with its model's forward and backward pass.
+An entry needs a stock class whose last linear layer reads one vector a row (EuroBERT's reads one a
+token) and whose outputs do not depend on padding (YOSO's do).
 """
 
 from collections.abc import Callable

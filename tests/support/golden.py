@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent.parent
 sys.path.insert(0, str(TESTS))
 
 from conftest import pictures, sentences, write_csv  # noqa: E402
-from tiny import save_tiny  # noqa: E402
+from support.tiny import save_tiny  # noqa: E402
 
 DEMO = "demo"
 VARYING = ("environment", "timings")
