@@ -3,6 +3,8 @@
 A message says what was expected, what came and where; `fix` says what to do about it.
 """
 
+import difflib
+
 
 class HftlError(Exception):
     """Report a failure that hftl foresees; the base of all its errors.
@@ -101,3 +103,9 @@ def format_error_line(error: BaseException | str) -> str:
     while count < len(lines) and lines[count - 1].endswith(":"):
         count += 1
     return " ".join(lines[:count]).rstrip(" :") or type(error).__name__
+
+
+def suggest_closest(name: str, options: list[str], prefix: str = "") -> str:
+    """Return `; did you mean 'x'?` where an option is close, else an empty text."""
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f"; did you mean '{prefix}{close[0]}'?" if close else ""

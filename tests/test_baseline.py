@@ -16,8 +16,9 @@ from hftl.card.sections import describe_scratch_search
 from hftl.config.measure import Search
 from hftl.config.recipe import Recipe
 from hftl.finetune import arm_files, baselines
+from hftl.finetune.arm_files import ArmOutput
 from hftl.finetune.baselines import solve_classical
-from hftl.finetune.context import ArmOutput, ExperimentContext
+from hftl.finetune.context import ExperimentContext
 from hftl.measure.record import ScratchSearch
 
 TRAINING = {"learning_rate": 1e-3, "num_train_epochs": 4}

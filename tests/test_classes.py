@@ -67,7 +67,11 @@ def test_gains_of_classes_are_means_over_seeds() -> None:
 def test_mean_metrics_are_over_the_seeds_of_the_arm() -> None:
     entries = [
         ArmEntry(
-            arm=arm, seed=0, strategy="full", trainable_parameters=1, training=TrainingFacts(),
+            arm=arm,
+            seed=0,
+            strategy="full",
+            trainable_parameters=1,
+            training=TrainingFacts(),
             metrics=SplitMetrics(validation={}, test={"accuracy": value, "f1": value / 2}),
         )
         for arm, value in (("a", 0.5), ("a", 0.7), ("b", 0.1))

@@ -13,8 +13,8 @@ from PIL import Image
 
 from hftl.config.recipe import Recipe
 from hftl.errors import DataError
-from hftl.pipeline.arms import Run
 from hftl.pipeline.corpora import GENERAL_SAMPLE, Corpus, build_corpus
+from hftl.pipeline.run import Run
 from hftl.runtime import run_folder
 
 Tiny = Callable[..., Path]

@@ -19,8 +19,8 @@ from hftl.data.rows import InputSpec, Row
 from hftl.errors import DataError
 from hftl.models.source import find_source
 from hftl.pipeline import pipeline
-from hftl.pipeline.arms import Run
 from hftl.pipeline.corpora import build_leak_test
+from hftl.pipeline.run import Run
 
 HEADER = ["text", "document", "tone"]
 

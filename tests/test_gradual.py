@@ -185,16 +185,12 @@ def test_with_layer_rates_every_part_keeps_its_own(
 def test_what_was_stopped_goes_on_to_the_same_weights(
     bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stopped: int, retained: bool
 ) -> None:
-    from hftl.finetune.retention import RegularizerSetup
+    from hftl.finetune.context import RegularizerSetup
     from hftl.retain.kl import KLToOriginal
     from hftl.retain.weights import L2SP
 
     def kept() -> Any:
-        return (
-            RegularizerSetup([KLToOriginal(0.5), L2SP(0.1)])
-            if retained
-            else RegularizerSetup()
-        )
+        return RegularizerSetup([KLToOriginal(0.5), L2SP(0.1)]) if retained else RegularizerSetup()
 
     always_better(monkeypatch)
     whole = train_arm(bench, settings(), 0, kept())

@@ -17,8 +17,8 @@ from hftl.config.recipe import Recipe
 from hftl.config.section import Source
 from hftl.errors import RecipeError
 from hftl.finetune.arm import select_alpha, set_interpolated_weights, solve_head, train_arm
-from hftl.finetune.context import ExperimentContext
-from hftl.finetune.retention import RegularizerSetup, check_retention
+from hftl.finetune.context import ExperimentContext, RegularizerSetup
+from hftl.finetune.retention import check_retention
 from hftl.finetune.trainable import prepare
 from hftl.models.source import find_source
 from hftl.retain.weights import compute_update, iterate_lora_layers

@@ -24,16 +24,17 @@ ORDER = [
     "models.architectures", "models.encoders", "models.source",
     "models.heads", "models.lora", "models.lora_concat", "models.features",
     "analysis.probe", "analysis.neighbours", "analysis.drift", "analysis.check",
-    "retain.reference", "retain.build", "retain.kl", "retain.pretraining_kl", "retain.weights",
+    "retain.build", "retain.reference", "retain.kl", "retain.pretraining_kl", "retain.weights",
     "retain.fisher",
     "train.checkpoint", "train.frozen_eval", "train.callbacks", "train.loss", "train.objective",
     "train.samplers", "train.optimizer", "train.arguments",
     "train.trainer",
     "adapt.encoder_io", "adapt.mlm", "adapt.masked_patches", "adapt.mae", "adapt.guard",
     "adapt.adaptation",
-    "finetune.trainable", "finetune.context", "finetune.targets", "finetune.pretraining_heads",
-    "finetune.retention", "finetune.estimate", "finetune.gradual", "finetune.arm_files",
-    "finetune.arm", "finetune.baselines", "finetune.guard_metrics",
+    "finetune.arm_files", "finetune.trainable", "finetune.context",
+    "finetune.targets", "finetune.pretraining_heads",
+    "finetune.retention", "finetune.estimate", "finetune.gradual", "finetune.guard_metrics",
+    "finetune.arm", "finetune.baselines",
     "measure.gain", "measure.error_analysis", "measure.forgetting",
     "card.wording", "card.validation", "card.metadata", "card.sections", "card.card", "card.plots",
     "card.report",
@@ -46,6 +47,7 @@ ORDER = [
     "inference.find_model", "inference.load", "inference.predict", "inference.predict_table",
     "inference.compare",
     "init",
+    "pipeline.run",
     "pipeline.cache_keys", "pipeline.retention", "pipeline.arms", "pipeline.corpora",
     "pipeline.objectives", "pipeline.rehearsal", "pipeline.adaptation", "pipeline.forgetting",
     "pipeline.finalize_record", "pipeline.evaluate", "pipeline.evaluate_adaptation",
@@ -58,7 +60,7 @@ MODULES = {
     for path in ROOT.rglob("*.py")
     if path.name != "__init__.py"
 }
-LONGEST_CHAIN = 23
+LONGEST_CHAIN = 15
 
 
 def imported_modules(path: Path) -> Iterator[str]:

@@ -191,8 +191,7 @@ def test_reference_may_be_the_source_before_adaptation(
     record = run(Recipe.parse(tree), tmp_path / "run")
     assert record is not None
     cosine = {
-        entry["arm"]: entry["figures"]["cosine"]["after"]
-        for entry in record["forgetting"]["arms"]
+        entry["arm"]: entry["figures"]["cosine"]["after"] for entry in record["forgetting"]["arms"]
     }
     assert cosine["full"] > cosine["start"], "nearer to the source than from where it started"
 

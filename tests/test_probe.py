@@ -43,9 +43,7 @@ def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(-np.mean(chances[np.arange(len(labels)), labels]))
 
 
-def reference_logits(
-    x: np.ndarray, y: np.ndarray, penalty: float, rows: np.ndarray
-) -> np.ndarray:
+def reference_logits(x: np.ndarray, y: np.ndarray, penalty: float, rows: np.ndarray) -> np.ndarray:
     """Return the logits of scikit-learn's own solver, two columns for a binary problem."""
     if y.dtype == np.float64:
         return Ridge(alpha=penalty).fit(x, y).predict(rows)[:, None]

@@ -1,6 +1,5 @@
 """What a run prints."""
 
-
 import pytest
 from support.records import make_gain, make_record
 

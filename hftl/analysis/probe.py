@@ -64,9 +64,7 @@ def fit_probe(
     known = np.isfinite(features).all(1)
     features, labels = features[known], labels[known]
     mean, scale = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
-    scale[scale < MIN_RELATIVE_STD * np.maximum(1, np.abs(mean))] = (
-        np.inf
-    )  # its weight becomes 0
+    scale[scale < MIN_RELATIVE_STD * np.maximum(1, np.abs(mean))] = np.inf  # its weight becomes 0
     standard = (features - mean) / scale
     grouped = None if groups is None else groups[known]
     weight, bias, penalty = fit_linear(standard, labels, outputs, grouped, cs, ALPHA_GRID)

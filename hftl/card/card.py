@@ -8,13 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
 
-from hftl.card.metadata import (
-    build_adapter_tags,
-    build_metadata,
-    build_origin,
-    find_public_base,
-    format_title,
-)
+from hftl.card.metadata import build_adapter_tags, build_metadata, build_origin, format_title
 from hftl.card.sections import (
     build_example_rows,
     format_base_sentence,
@@ -37,6 +31,7 @@ from hftl.card.wording import (
     escape_markup,
     escape_pipes,
     example_input,
+    find_public_base,
     format_adaptation_lines,
     format_adaptation_sentence,
     format_code,

@@ -10,8 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
-from hftl.card.validation import is_hub_id
-from hftl.card.wording import find_pipeline_tag, is_pooled, slugify, to_one_line
+from hftl.card.wording import find_pipeline_tag, find_public_base, is_pooled, slugify, to_one_line
 from hftl.config.data import Table
 from hftl.config.publish import Benchmark
 from hftl.measure.metrics import describe_metric
@@ -80,17 +79,6 @@ def build_adapter_tags(record: Record, adapter: bool) -> list[str]:
     """Return the tag that peft writes and inference providers match an adapter's base by."""
     base, _ = find_public_base(record)
     return [f"base_model:adapter:{base}"] if adapter and base else []
-
-
-def find_public_base(record: Record) -> tuple[str | None, str | None]:
-    """Return the public id and the commit of the base that the published model comes from.
-
-    Where the run has adapted a base of its own, that is the base, once it is published.
-    """
-    base = (record.adapt and record.adapt.base) or record.source
-    if not base.published_as or not is_hub_id(base.published_as):
-        return None, None
-    return base.published_as, base.revision
 
 
 def list_hub_datasets(record: Record) -> list[str]:

@@ -3,10 +3,10 @@ load it with the plain libraries."""
 
 import json
 
-from hftl.card.metadata import find_public_base
 from hftl.card.validation import is_hub_id
 from hftl.card.wording import (
     describe_arm,
+    find_public_base,
     format_code,
     has_forgetting,
     input_kind,

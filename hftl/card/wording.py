@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from hftl.card.validation import is_hub_id
 from hftl.finetune.strategies import STRATEGIES
 from hftl.measure.record import (
     AdaptStage,
@@ -364,3 +365,14 @@ def _build_figure_row(words: str, figure: Figure) -> list[str]:
         words += f" (rows paired by chance: up to {figure.floor:.3f})"
     change = format_gain(Estimate(figure.change, figure.ci95))
     return [words, f"{figure.before:.3f}", f"{figure.after:.3f}", change]
+
+
+def find_public_base(record: Record) -> tuple[str | None, str | None]:
+    """Return the public id and the commit of the base that the published model comes from.
+
+    Where the run has adapted a base of its own, that is the base, once it is published.
+    """
+    base = (record.adapt and record.adapt.base) or record.source
+    if not base.published_as or not is_hub_id(base.published_as):
+        return None, None
+    return base.published_as, base.revision

@@ -1,12 +1,11 @@
 """Turn pydantic's findings into one line: the key, the closest match, what to do."""
 
-import difflib
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from hftl.errors import RecipeError
+from hftl.errors import RecipeError, suggest_closest
 
 UNION_TAGS = ("Fraction", "Table", "one", "several")
 """Parts of a location that name a choice of pydantic's, not a key of the recipe."""
@@ -78,9 +77,3 @@ def _find_model(annotation: Any) -> Any:
 def _is_model(annotation: Any) -> bool:
     """Return whether an annotation is a section itself."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def suggest_closest(name: str, options: list[str], prefix: str = "") -> str:
-    """Return `; did you mean 'x'?` where an option is close, else an empty text."""
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    return f"; did you mean '{prefix}{close[0]}'?" if close else ""

@@ -5,8 +5,8 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from hftl.config.errors import suggest_closest
 from hftl.config.section import Section
+from hftl.errors import suggest_closest
 
 LICENSES = tuple(
     """

@@ -18,8 +18,7 @@ from typing import Any, Optional, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from hftl.config.errors import suggest_closest
-from hftl.errors import RecipeError
+from hftl.errors import RecipeError, suggest_closest
 
 UPSTREAM_CLASSES = {
     "training": [("transformers", "training_args.py", "TrainingArguments")],

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hftl.config.data import Data, Table
-from hftl.config.errors import suggest_closest
 from hftl.data.images import inspect_images, warn_of_narrow_images
 from hftl.data.normalization import find_fraction, normalize_name
 from hftl.data.rows import (
@@ -19,7 +18,7 @@ from hftl.data.rows import (
     has_invalid_utf8,
 )
 from hftl.data.tables import get_table_folder, read_table
-from hftl.errors import DataError
+from hftl.errors import DataError, suggest_closest
 
 TRUE_VALUES = (1, True, 1.0, "1")
 FALSE_VALUES = (0, False, 0.0, "0")

@@ -12,6 +12,8 @@ from hftl.data.labels import get_label_names
 from hftl.data.rows import Row
 from hftl.errors import DataError
 
+MEASURED_SPLITS = ("validation", "test")
+"""The splits that arms are measured on."""
 TASKS_WITHOUT_CLASS_SHOTS = ("regression", "token-classification")
 """The tasks whose shots count all rows, not the rows of a class."""
 TARGET_BINS = 10

@@ -21,11 +21,13 @@ from transformers import TrainingArguments, set_seed
 
 from hftl.config.finetune import Finetune, Gradual
 from hftl.data.rows import Row
+from hftl.data.splits import MEASURED_SPLITS
 from hftl.errors import NumericError, RecipeError, format_error_line
-from hftl.finetune.context import MEASURED_SPLITS, ArmOutput, ExperimentContext
+from hftl.finetune.arm_files import ArmOutput
+from hftl.finetune.context import ExperimentContext, RegularizerSetup
 from hftl.finetune.gradual import GradualCheckpoint, fit_gradual
+from hftl.finetune.guard_metrics import score_validation
 from hftl.finetune.pretraining_heads import embed_compared_rows
-from hftl.finetune.retention import RegularizerSetup, score_validation
 from hftl.finetune.targets import TargetScale, compute_target_scale
 from hftl.finetune.trainable import count_trainable_parameters, prepare
 from hftl.measure.metrics import METRICS, SELECTION_METRICS, compute_all_metrics

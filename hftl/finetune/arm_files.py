@@ -1,7 +1,7 @@
 """Write and read an arm's folder: its weights, metrics and predictions."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from hftl.data import labels as answers
 from hftl.data.prepare import PreparedData
-from hftl.finetune.context import MEASURED_SPLITS, ArmOutput
+from hftl.data.splits import MEASURED_SPLITS
 from hftl.measure.metrics import compute_all_metrics
 from hftl.runtime.fingerprints import to_json
 
 WEIGHTS = "weights.safetensors"
 EMBEDDINGS = "embeddings.safetensors"
 PREDICTIONS = "predictions.parquet"
+
+
+@dataclass
+class ArmOutput:
+    """Hold the predictions, weights and facts of one arm and seed.
+
+    `logits` are (rows, outputs) for each split, for tokens (words, outputs), NaN where a word was
+    cut off; `weights` the tensors that training changed or drew; `facts` tells how training went;
+    `embeddings` are those of `embed`, none where the encoder is not trained from the source.
+    """
+
+    logits: dict[str, np.ndarray]
+    weights: dict[str, Tensor]
+    trainable_parameters: int
+    facts: dict[str, Any] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    embeddings: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,11 @@ from hftl.config.measure import Search
 from hftl.config.recipe import Arm
 from hftl.data.image_inputs import compute_pixel_features
 from hftl.data.rows import Row
+from hftl.data.splits import MEASURED_SPLITS
 from hftl.errors import NumericError
 from hftl.finetune.arm import solve_head, train_model
-from hftl.finetune.context import MEASURED_SPLITS, ArmOutput, ExperimentContext
+from hftl.finetune.arm_files import ArmOutput
+from hftl.finetune.context import ExperimentContext
 from hftl.finetune.trainable import prepare
 from hftl.measure.metrics import METRICS, SELECTION_METRICS, compute_all_metrics
 from hftl.runtime.progress import show_activity

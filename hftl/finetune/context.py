@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import nn
 
 from hftl.analysis.check import check_inputs
 from hftl.analysis.probe import Probe, fit_probe
 from hftl.config.data import Data
 from hftl.config.finetune import Finetune
 from hftl.config.recipe import Arm, Recipe
+from hftl.config.retain import Replay
 from hftl.data import labels as answers
 from hftl.data.general import GeneralData
 from hftl.data.image_inputs import (
@@ -46,6 +47,7 @@ from hftl.models.encoders import check_block_count, count_blocks
 from hftl.models.features import FeatureCache, compute_frozen_features
 from hftl.models.heads import LoadedModel, build_model
 from hftl.models.source import SourceModel, hash_source_weights, load_processor, load_tokenizer
+from hftl.retain.build import Regularizer
 from hftl.runtime import distributed
 from hftl.runtime.hardware import get_device
 from hftl.train.optimizer import (
@@ -56,28 +58,37 @@ from hftl.train.optimizer import (
 )
 
 
-@dataclass
-class ArmOutput:
-    """Hold the predictions, weights and facts of one arm and seed.
+@dataclass(frozen=True)
+class RegularizerSetup:
+    """Hold what keeps one training near its original.
 
-    `logits` are (rows, outputs) for each split, for tokens (words, outputs), NaN where a word was
-    cut off; `weights` the tensors that training changed or drew; `facts` tells how training went;
-    `embeddings` are those of `embed`, none where the encoder is not trained from the source.
+    Args:
+        regularizers: terms of the loss.
+        reference: the original, where it is not what the training starts from.
+        general: rows that are mixed into every step, or None.
+        replay: in which ratio, and how much their labels count.
+        alphas: shares of the way from the original to the trained weights that are tried.
+        measure_forgetting: called on the trained model; the record holds its value as `forgotten`.
+        facts: for the record.
     """
 
-    logits: dict[str, np.ndarray]
-    weights: dict[str, Tensor]
-    trainable_parameters: int
+    regularizers: list[Regularizer[Any]] = field(default_factory=list)
+    reference: nn.Module | None = None
+    general: EncodedDataset | None = None
+    replay: Replay = Replay()  # noqa: RUF009 (immutable)
+    alphas: tuple[float, ...] = ()
+    measure_forgetting: Callable[[LoadedModel], float] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-    timings: dict[str, float] = field(default_factory=dict)
-    embeddings: dict[str, np.ndarray] = field(default_factory=dict)
 
-
-# What all arms of a run share: source, inputs, rows, their encoding and frozen features.
-
-
-MEASURED_SPLITS = ("validation", "test")
-"""The splits that arms are measured on."""
+    def build_trainer_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `TransferTrainer`."""
+        return {
+            "retain": self.regularizers,
+            "reference": self.reference,
+            "general_dataset": self.general,
+            "general_ratio": self.replay.ratio,
+            "general_weight": self.replay.weight,
+        }
 
 
 @dataclass

@@ -7,8 +7,9 @@ from typing import Any
 from hftl.config.finetune import Finetune
 from hftl.config.recipe import Arm, Recipe
 from hftl.config.retain import Replay, Retain
+from hftl.data.splits import MEASURED_SPLITS
 from hftl.finetune import retention
-from hftl.finetune.context import MEASURED_SPLITS, ExperimentContext
+from hftl.finetune.context import ExperimentContext
 from hftl.finetune.pretraining_heads import select_compared_rows
 from hftl.finetune.retention import has_auto_weight
 from hftl.finetune.trainable import unfreeze

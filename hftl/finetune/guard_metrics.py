@@ -1,4 +1,4 @@
-"""Measure an encoder while it adapts, by a probe or by its nearest neighbours, for the guard."""
+"""Score models while they train: validation for choices, a probe or neighbours for the guard."""
 
 from collections.abc import Callable
 
@@ -11,6 +11,7 @@ from hftl.data.text_inputs import EncodedRow
 from hftl.errors import HftlError
 from hftl.finetune.context import ExperimentContext
 from hftl.measure.metrics import METRICS, SELECTION_METRICS
+from hftl.measure.statistics import jackknife
 from hftl.models.encoders import has_prefix
 from hftl.models.features import compute_frozen_features
 from hftl.models.heads import LoadedModel, build_model
@@ -114,3 +115,28 @@ def _load_encoder_weights(built: LoadedModel, state: dict[str, Tensor]) -> None:
     if lost:
         raise HftlError(f"the adapted encoder has no weight {lost[0]!r}", "Report this")
     built.encoder.load_state_dict({k: v for k, v in state.items() if k in mine}, strict=False)
+
+
+def score_validation(context: ExperimentContext, logits: np.ndarray) -> tuple[float, float]:
+    """Return the score on validation that arms are chosen by, and its standard error.
+
+    More is better. Rows of one group are left out together.
+
+    Args:
+        context: the rows.
+        logits: of the validation rows.
+    """
+    rows, task = context.prepared.rows["validation"], context.prepared.task
+    metric = METRICS[task][SELECTION_METRICS[task]]
+    labels = context.prepared.encode_for_metrics(rows)
+    predictions = context.decode_logits(rows, logits)
+    groups = [str(i) if row.group is None else row.group for i, row in enumerate(rows)]
+    units = np.unique(groups, return_inverse=True)[1].astype(np.int64)
+
+    def score(index: np.ndarray) -> float:
+        return metric.sign * metric.score(labels[index], predictions[index])
+
+    if len(np.unique(units)) < 2:
+        return score(np.arange(len(rows))), 0.0
+    values = jackknife(score, units)
+    return score(np.arange(len(rows))), float(values.std(ddof=1) / len(values) ** 0.5)

@@ -5,7 +5,7 @@ forgetting at an equal score.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from hftl.data.labels import encode_targets
 from hftl.data.splits import hash_row
 from hftl.data.text_inputs import EncodedDataset
 from hftl.errors import RecipeError
-from hftl.finetune.context import ExperimentContext
+from hftl.finetune.context import ExperimentContext, RegularizerSetup
 from hftl.finetune.pretraining_heads import (
     check_pretraining_head,
     embed_rows,
@@ -28,11 +28,10 @@ from hftl.finetune.pretraining_heads import (
     load_zero_shot_head,
 )
 from hftl.finetune.targets import compute_target_scale
-from hftl.measure.metrics import METRICS, SELECTION_METRICS
-from hftl.measure.statistics import jackknife, select_within_one_standard_error
+from hftl.measure.statistics import select_within_one_standard_error
 from hftl.models.heads import LoadedModel
 from hftl.models.source import SourceModel
-from hftl.retain.build import Regularizer, build_regularizers
+from hftl.retain.build import build_regularizers
 from hftl.retain.kl import DEFAULT_TAU
 from hftl.retain.reference import HeadQuality, measure_head_quality
 from hftl.retain.weights import check_low_rank, check_unchanged_base
@@ -45,39 +44,6 @@ LOGIT_KIND_OF_TASK = {"classification": "classes", "multi-label": "labels", "reg
 WEIGHT_GRID = (0.03, 0.1, 0.3, 1.0)
 MAX_SELECTION_ROWS = 1000
 """Rows whose neighbours measure forgetting where a weight is chosen, at most."""
-
-
-@dataclass(frozen=True)
-class RegularizerSetup:
-    """Hold what keeps one training near its original.
-
-    Args:
-        regularizers: terms of the loss.
-        reference: the original, where it is not what the training starts from.
-        general: rows that are mixed into every step, or None.
-        replay: in which ratio, and how much their labels count.
-        alphas: shares of the way from the original to the trained weights that are tried.
-        measure_forgetting: called on the trained model; the record holds its value as `forgotten`.
-        facts: for the record.
-    """
-
-    regularizers: list[Regularizer[Any]] = field(default_factory=list)
-    reference: nn.Module | None = None
-    general: EncodedDataset | None = None
-    replay: Replay = Replay()  # noqa: RUF009 (immutable)
-    alphas: tuple[float, ...] = ()
-    measure_forgetting: Callable[[LoadedModel], float] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def build_trainer_arguments(self) -> dict[str, Any]:
-        """Return the arguments of `TransferTrainer`."""
-        return {
-            "retain": self.regularizers,
-            "reference": self.reference,
-            "general_dataset": self.general,
-            "general_ratio": self.replay.ratio,
-            "general_weight": self.replay.weight,
-        }
 
 
 @dataclass(frozen=True)
@@ -282,31 +248,6 @@ def select_kl_weight(try_weight: Callable[[float], tuple[float, float, float]]) 
     }
 
 
-def score_validation(context: ExperimentContext, logits: np.ndarray) -> tuple[float, float]:
-    """Return the score on validation that arms are chosen by, and its standard error.
-
-    More is better. Rows of one group are left out together.
-
-    Args:
-        context: the rows.
-        logits: of the validation rows.
-    """
-    rows, task = context.prepared.rows["validation"], context.prepared.task
-    metric = METRICS[task][SELECTION_METRICS[task]]
-    labels = context.prepared.encode_for_metrics(rows)
-    predictions = context.decode_logits(rows, logits)
-    groups = [str(i) if row.group is None else row.group for i, row in enumerate(rows)]
-    units = np.unique(groups, return_inverse=True)[1].astype(np.int64)
-
-    def score(index: np.ndarray) -> float:
-        return metric.sign * metric.score(labels[index], predictions[index])
-
-    if len(np.unique(units)) < 2:
-        return score(np.arange(len(rows))), 0.0
-    values = jackknife(score, units)
-    return score(np.arange(len(rows))), float(values.std(ddof=1) / len(values) ** 0.5)
-
-
 def measure_lost_neighbours(
     context: ExperimentContext, original: np.ndarray, trained: LoadedModel
 ) -> float:
@@ -318,9 +259,7 @@ def measure_lost_neighbours(
         trained: the model.
     """
     embeddings = embed_selection_rows(context, trained)
-    return distributed.broadcast_from_main(
-        lambda: 1 - mean_shared_neighbours(original, embeddings)
-    )
+    return distributed.broadcast_from_main(lambda: 1 - mean_shared_neighbours(original, embeddings))
 
 
 def embed_selection_rows(context: ExperimentContext, loaded: LoadedModel) -> np.ndarray:

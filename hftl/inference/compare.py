@@ -14,7 +14,6 @@ import numpy as np
 
 from hftl.card.plots import plot_comparison
 from hftl.config.data import Data, Table
-from hftl.config.errors import suggest_closest
 from hftl.config.recipe import Recipe
 from hftl.console import format_table
 from hftl.data import labels as answers
@@ -26,7 +25,7 @@ from hftl.data.load import load_rows
 from hftl.data.normalization import normalize_name
 from hftl.data.rows import BadRows, InputSpec, Row
 from hftl.data.tables import READERS, SPLIT_NAMES, guess_format
-from hftl.errors import DataError, RecipeError
+from hftl.errors import DataError, RecipeError, suggest_closest
 from hftl.inference.find_model import (
     check_trained_head,
     find_published_folder,

@@ -11,11 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hftl.config.errors import suggest_closest
 from hftl.data.load import find_text_fault
 from hftl.data.rows import RawRow, has_invalid_utf8, normalize_newlines
 from hftl.data.tables import READERS, guess_format, read_image_files
-from hftl.errors import DataError, RecipeError
+from hftl.errors import DataError, RecipeError, suggest_closest
 from hftl.inference.predict import Predictor, load
 from hftl.runtime.run_folder import write_text
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from hftl.data.prepare import PreparedData
 from hftl.data.rows import Row
+from hftl.data.splits import MEASURED_SPLITS
 from hftl.finetune.arm_files import ArmResult, read_arm
-from hftl.finetune.context import MEASURED_SPLITS
 from hftl.finetune.strategies import GAIN_BASELINES
 from hftl.measure.metrics import METRICS, Metric, accuracy, compute_metrics, exact_match
 from hftl.measure.record import (

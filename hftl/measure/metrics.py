@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from hftl.config.errors import suggest_closest
-from hftl.errors import HubError, NumericError, RecipeError, format_error_line
+from hftl.errors import HubError, NumericError, RecipeError, format_error_line, suggest_closest
 
 ScoreFunction = Callable[[np.ndarray, np.ndarray], float]
 

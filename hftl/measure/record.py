@@ -14,9 +14,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_serializer
 
-from hftl.config.errors import suggest_closest
 from hftl.config.recipe import Recipe
-from hftl.errors import HftlError, RunFolderError
+from hftl.errors import HftlError, RunFolderError, suggest_closest
 from hftl.runtime.fingerprints import fingerprint, to_json
 
 SCHEMA_VERSION = 2

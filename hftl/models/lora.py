@@ -11,8 +11,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 
-from hftl.config.errors import suggest_closest
-from hftl.errors import RecipeError, format_error_line
+from hftl.errors import RecipeError, format_error_line, suggest_closest
 from hftl.models.architectures import ArchitectureSpec
 from hftl.models.encoders import (
     get_stock_encoder,

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from hftl.models.architectures import count_layers
 from hftl.models.encoders import check_block_count, count_blocks
 from hftl.models.lora_concat import check_concatenable, extract_factors, save_factors
 from hftl.models.source import SourceModel, hash_source_weights
-from hftl.pipeline.arms import ArmContexts, Run
 from hftl.pipeline.cache_keys import build_adapt_key
 from hftl.pipeline.corpora import Corpus, build_corpus, estimate_rows
 from hftl.pipeline.objectives import (
@@ -32,6 +31,7 @@ from hftl.pipeline.objectives import (
     build_objective,
     check_objective,
 )
+from hftl.pipeline.run import ArmContexts, FinishedStage, Run
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.fingerprints import to_json
 from hftl.runtime.progress import show_activity
@@ -39,15 +39,6 @@ from hftl.runtime.progress import show_activity
 HEAD_FILE = "head.safetensors"
 MIN_STEPS = 10
 """Steps below which an adaptation hardly moves the encoder."""
-
-
-@dataclass(frozen=True)
-class FinishedStage:
-    """Hold one finished adaptation; the next one starts from `context`."""
-
-    context: ExperimentContext
-    facts: dict[str, Any]
-    folder: Path
 
 
 def run_adaptations(

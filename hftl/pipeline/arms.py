@@ -2,9 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hftl import console
@@ -13,7 +10,8 @@ from hftl.config.recipe import Arm, Recipe
 from hftl.data.prepare import PreparedFacts
 from hftl.finetune import arm as training
 from hftl.finetune import arm_files, baselines
-from hftl.finetune.context import ArmOutput, ExperimentContext
+from hftl.finetune.arm_files import ArmOutput
+from hftl.finetune.context import ExperimentContext
 from hftl.finetune.estimate import estimate_seconds
 from hftl.finetune.gradual import GradualCheckpoint
 from hftl.finetune.strategies import STRATEGIES
@@ -21,6 +19,7 @@ from hftl.measure.record import ScratchSearch
 from hftl.models.lora import build_lora_config
 from hftl.pipeline.cache_keys import build_arm_inputs, is_arm_finished
 from hftl.pipeline.retention import prepare_retention
+from hftl.pipeline.run import ArmContexts, Run
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.fingerprints import to_json
 from hftl.runtime.hardware import count_devices, get_dtype_name, measure_energy
@@ -29,30 +28,6 @@ from hftl.train.arguments import build_training_arguments as common_arguments
 
 Job = tuple[Arm, int, dict[str, Any]]
 """An arm, a seed, and what its folder will tell of where it comes from."""
-ArmContexts = dict[str, ExperimentContext]
-"""What each arm works with, by its name: the source as it is, or adapted."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """Hold one run in progress: the recipe, its folder, and the function that reports progress."""
-
-    recipe: Recipe
-    folder: Path
-    say: Callable[[str], None]
-
-    @property
-    def arms(self) -> list[Arm]:
-        """Return the recipe's arms, its own first."""
-        return self.recipe.arms
-
-    def arm_folder(self, name: str, seed: int) -> Path:
-        """Return the folder of an arm's files."""
-        return self.folder / "arms" / f"{name}-seed{seed}"
-
-    def checkpoints(self, name: str, seed: int) -> Path:
-        """Return the folder of an unfinished arm's checkpoints."""
-        return self.folder / "checkpoints" / f"{name}-seed{seed}"
 
 
 def validate_upstream_arguments(recipe: Recipe, device: str) -> None:

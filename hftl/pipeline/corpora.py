@@ -17,16 +17,11 @@ from hftl.data.duplicates import NearImageIndex, NearTextIndex
 from hftl.data.image_inputs import ImageInputs
 from hftl.data.load import load_images
 from hftl.data.rows import BadRows, Row
-from hftl.data.splits import hash_text
+from hftl.data.splits import MEASURED_SPLITS, hash_text
 from hftl.errors import DataError
-from hftl.finetune.context import (
-    MEASURED_SPLITS,
-    ExperimentContext,
-    build_input_spec,
-    pin_revisions,
-)
+from hftl.finetune.context import ExperimentContext, build_input_spec, pin_revisions
 from hftl.models.architectures import TOKEN_CLASSIFICATION
-from hftl.pipeline.arms import Run
+from hftl.pipeline.run import Run
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.fingerprints import fingerprint, to_json
 

@@ -1,9 +1,7 @@
 """Evaluate finished arms: record, verdict, card and publish folder."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from hftl import console
 from hftl.card.card import format_gain_sentence
@@ -11,9 +9,10 @@ from hftl.card.wording import format_adaptation_sentence, has_forgetting
 from hftl.config.recipe import Arm, Recipe
 from hftl.data.image_inputs import ImageInputs
 from hftl.data.labels import recognize_tag_scheme
+from hftl.data.splits import MEASURED_SPLITS
 from hftl.errors import RunFolderError
 from hftl.finetune import arm_files
-from hftl.finetune.context import MEASURED_SPLITS, ExperimentContext
+from hftl.finetune.context import ExperimentContext
 from hftl.finetune.strategies import PROBE_ARM
 from hftl.measure.error_analysis import compute_class_gains
 from hftl.measure.gain import (
@@ -21,38 +20,33 @@ from hftl.measure.gain import (
     build_ladder,
     collect_predictions,
     compute_transfer_gain,
-    describe_adaptation_outcome,
     find_best_seed,
-    select_lesser_gain,
-    summarize_adaptation,
 )
 from hftl.measure.metrics import Metric
 from hftl.measure.record import (
     SCHEMA_VERSION,
-    AdaptedBase,
-    AdaptSection,
     CheckFacts,
     DataFacts,
-    Gain,
     LabelsRead,
     Record,
     ScratchSearch,
-    SourceFacts,
     describe_environment,
 )
 from hftl.measure.verdict import decide_verdict
-from hftl.models.source import hash_source_weights
-from hftl.pipeline.adaptation import FinishedStage
-from hftl.pipeline.arms import ArmContexts, Run
-from hftl.pipeline.finalize_record import write_publish_folder
+from hftl.pipeline.finalize_record import (
+    build_adaptation_section,
+    build_source_section,
+    update_record,
+    write_publish_folder,
+)
 from hftl.pipeline.forgetting import build_forgetting_section
+from hftl.pipeline.run import ArmContexts, FinishedStage, Run
 from hftl.publish.checks import measure_reload_difference
 from hftl.publish.export import export_base, export_model, rebuild_model, write_reload_sample
 from hftl.publish.sanitize import strip_parents
 from hftl.runtime import hardware, run_folder
-from hftl.runtime.fingerprints import fingerprint, to_json
+from hftl.runtime.fingerprints import to_json
 from hftl.runtime.hardware import get_dtype_name
-from hftl.runtime.paths import PACKAGE_PREFIX
 from hftl.runtime.progress import show_activity
 
 
@@ -94,37 +88,6 @@ def evaluate_run(
     )  # fmt: skip
     run.say(_format_summary(record, publish))
     return record
-
-
-def update_record(
-    run: Path, inputs: dict[str, Any], publish: bool, build: Callable[[], Record],
-    write_published: Callable[[Record], None],
-) -> Record:  # fmt: skip
-    """Return the record, made anew where what it comes from has changed or a file of it is lost.
-
-    Args:
-        run: the run folder.
-        inputs: what the record comes from.
-        publish: whether to write the publish folder.
-        build: makes the record.
-        write_published: writes the publish folder of a record.
-    """
-    finished = run / run_folder.REPORT_STAGE
-    # A publish folder of an earlier call must not fall behind the record.
-    publish = publish or (run / "publish").exists()
-    stamp = fingerprint(
-        {"inputs": fingerprint(inputs), "publish": publish, "schema_version": SCHEMA_VERSION}
-    )
-    before = run_folder.read_stage_inputs(finished) or {}
-    if before.get("inputs") != stamp or not run_folder.is_intact(run):
-        with show_activity("measuring"):
-            record = build()
-        if publish:
-            with show_activity("card and report"):
-                write_published(record)
-        run_folder.write_text(run / "record.json", record.to_json())
-        run_folder.write_finished_files(run, stamp)
-    return Record.read(run)
 
 
 def build_record(
@@ -189,35 +152,6 @@ def _estimate_energy(recipe: Recipe, timings: dict[str, dict[str, float]]) -> di
     return spent | hardware.compute_emissions(spent, stated and stated.grams_per_kwh)
 
 
-def build_adaptation_section(
-    stages: list[FinishedStage],
-    own: ExperimentContext | None,
-    over_source: Gain | None,
-    is_adapter: bool,
-) -> AdaptSection | None:
-    """Return the record of the recipe's adaptations; None without any.
-
-    Args:
-        stages: the adaptations, one after the other.
-        own: what the own arm worked with.
-        over_source: the own arm's gain over `source`.
-        is_adapter: an adapter needs an adapted base of its own, a whole model none.
-    """
-    if not stages:
-        return None
-    facts = [summarize_adaptation(stage.facts) for stage in stages]
-    context = own or stages[-1].context
-    base = None
-    if context.base_is_adapted and is_adapter:
-        base = AdaptedBase(weights_sha256=hash_source_weights(context.public_base))
-    return AdaptSection(
-        stages=facts,
-        gain=None if over_source is None else select_lesser_gain({"source": over_source}),
-        outcome=describe_adaptation_outcome(facts, over_source),
-        base=base,
-    )
-
-
 def _package_best_seed(
     run: Path, bench: ExperimentContext, own: Arm, seed: int, arm_folder: Path
 ) -> float:
@@ -244,20 +178,6 @@ def _package_best_seed(
                 )
             run_folder.write_text(aside / "reload.json", to_json({"difference": difference}))
     return json.loads((folder / "reload.json").read_text("utf-8"))["difference"]
-
-
-def build_source_section(context: ExperimentContext) -> SourceFacts:
-    """Return the record of the source model."""
-    source = context.source
-    return SourceFacts(
-        model=source.name,
-        name=source.public_id or strip_parents(source.name),
-        local=source.is_local and not source.name.startswith(PACKAGE_PREFIX),
-        published_as=source.public_id,
-        revision=source.revision,
-        architecture=source.architecture,
-        weights_sha256=context.weights_hash,
-    )
 
 
 def _build_data_section(recipe: Recipe, context: ExperimentContext) -> DataFacts:

@@ -18,10 +18,13 @@ from hftl.measure.record import (
     describe_environment,
 )
 from hftl.measure.verdict import decide_adaptation_verdict
-from hftl.pipeline.adaptation import FinishedStage
-from hftl.pipeline.arms import Run
-from hftl.pipeline.evaluate import build_adaptation_section, build_source_section, update_record
-from hftl.pipeline.finalize_record import replace_folder
+from hftl.pipeline.finalize_record import (
+    build_adaptation_section,
+    build_source_section,
+    replace_folder,
+    update_record,
+)
+from hftl.pipeline.run import FinishedStage, Run
 from hftl.publish.export import export_encoder
 from hftl.publish.sanitize import sanitize_record
 from hftl.runtime import run_folder

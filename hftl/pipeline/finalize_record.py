@@ -3,7 +3,9 @@
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hftl.card.card import render_adaptation_card, render_card
 from hftl.card.metadata import EVERY_EVAL_EVER_FILE, build_benchmark_files
@@ -11,10 +13,106 @@ from hftl.card.plots import plot_frontier, plot_ladder
 from hftl.card.report import ImageLookup, build_examples, build_widget_examples, render_report
 from hftl.card.wording import has_forgetting
 from hftl.data import image_inputs, prepare
+from hftl.finetune.context import ExperimentContext
 from hftl.measure.error_analysis import ErrorAnalysis, analyze_errors, collect_sample_outputs
-from hftl.measure.record import PUBLISHED_FILE, RECORD_FILE, Forced, Published, Record
-from hftl.publish.sanitize import sanitize_record
+from hftl.measure.gain import (
+    describe_adaptation_outcome,
+    select_lesser_gain,
+    summarize_adaptation,
+)
+from hftl.measure.record import (
+    PUBLISHED_FILE,
+    RECORD_FILE,
+    SCHEMA_VERSION,
+    AdaptedBase,
+    AdaptSection,
+    Forced,
+    Gain,
+    Published,
+    Record,
+    SourceFacts,
+)
+from hftl.models.source import hash_source_weights
+from hftl.pipeline.run import FinishedStage
+from hftl.publish.sanitize import sanitize_record, strip_parents
 from hftl.runtime import run_folder
+from hftl.runtime.fingerprints import fingerprint
+from hftl.runtime.paths import PACKAGE_PREFIX
+from hftl.runtime.progress import show_activity
+
+
+def update_record(
+    run: Path, inputs: dict[str, Any], publish: bool, build: Callable[[], Record],
+    write_published: Callable[[Record], None],
+) -> Record:  # fmt: skip
+    """Return the record, made anew where what it comes from has changed or a file of it is lost.
+
+    Args:
+        run: the run folder.
+        inputs: what the record comes from.
+        publish: whether to write the publish folder.
+        build: makes the record.
+        write_published: writes the publish folder of a record.
+    """
+    finished = run / run_folder.REPORT_STAGE
+    # A publish folder of an earlier call must not fall behind the record.
+    publish = publish or (run / "publish").exists()
+    stamp = fingerprint(
+        {"inputs": fingerprint(inputs), "publish": publish, "schema_version": SCHEMA_VERSION}
+    )
+    before = run_folder.read_stage_inputs(finished) or {}
+    if before.get("inputs") != stamp or not run_folder.is_intact(run):
+        with show_activity("measuring"):
+            record = build()
+        if publish:
+            with show_activity("card and report"):
+                write_published(record)
+        run_folder.write_text(run / "record.json", record.to_json())
+        run_folder.write_finished_files(run, stamp)
+    return Record.read(run)
+
+
+def build_adaptation_section(
+    stages: list[FinishedStage],
+    own: ExperimentContext | None,
+    over_source: Gain | None,
+    is_adapter: bool,
+) -> AdaptSection | None:
+    """Return the record of the recipe's adaptations; None without any.
+
+    Args:
+        stages: the adaptations, one after the other.
+        own: what the own arm worked with.
+        over_source: the own arm's gain over `source`.
+        is_adapter: an adapter needs an adapted base of its own, a whole model none.
+    """
+    if not stages:
+        return None
+    facts = [summarize_adaptation(stage.facts) for stage in stages]
+    context = own or stages[-1].context
+    base = None
+    if context.base_is_adapted and is_adapter:
+        base = AdaptedBase(weights_sha256=hash_source_weights(context.public_base))
+    return AdaptSection(
+        stages=facts,
+        gain=None if over_source is None else select_lesser_gain({"source": over_source}),
+        outcome=describe_adaptation_outcome(facts, over_source),
+        base=base,
+    )
+
+
+def build_source_section(context: ExperimentContext) -> SourceFacts:
+    """Return the record of the source model."""
+    source = context.source
+    return SourceFacts(
+        model=source.name,
+        name=source.public_id or strip_parents(source.name),
+        local=source.is_local and not source.name.startswith(PACKAGE_PREFIX),
+        published_as=source.public_id,
+        revision=source.revision,
+        architecture=source.architecture,
+        weights_sha256=context.weights_hash,
+    )
 
 
 def write_publish_folder(run: Path, record: Record) -> None:

@@ -16,7 +16,7 @@ from hftl.measure.forgetting import (
     measure_forgetting,
 )
 from hftl.measure.record import Control, ForgettingSection, GeneralFacts
-from hftl.pipeline.arms import Run
+from hftl.pipeline.run import Run
 from hftl.retain.kl import DEFAULT_TAU
 from hftl.runtime import run_folder
 
@@ -46,9 +46,7 @@ def build_forgetting_section(
     plain = {arm.name: _find_arm_without_retention(arm, compared) for arm in compared}
     spec, general = _build_spec(context), context.general
     rows = {part: len(selected) for part, selected in select_compared_rows(context).items()}
-    headline, entries = build_forgetting_arms(
-        measure_forgetting(before, after, spec), spec, plain
-    )
+    headline, entries = build_forgetting_arms(measure_forgetting(before, after, spec), spec, plain)
     return ForgettingSection(
         rows=rows.get("general", 0),
         new_rows=rows["new"],

@@ -14,20 +14,14 @@ from hftl.data import prepare as data_stage
 from hftl.data.general import GeneralData, drop_near_rows, load_general, read_general, write_general
 from hftl.data.image_inputs import ImageInputs
 from hftl.data.prepare import PreparedData
+from hftl.data.splits import MEASURED_SPLITS
 from hftl.errors import RecipeError, RunFolderError
-from hftl.finetune.context import (
-    MEASURED_SPLITS,
-    ExperimentContext,
-    build_context,
-    build_input_spec,
-    pin_revisions,
-)
+from hftl.finetune.context import ExperimentContext, build_context, build_input_spec, pin_revisions
 from hftl.measure.metrics import Metric, find_metric
 from hftl.measure.record import CheckFacts, Record
 from hftl.models.source import SourceModel, find_source
 from hftl.pipeline.adaptation import check_adaptations, run_adaptations, warn_of_few_steps
 from hftl.pipeline.arms import (
-    Run,
     announce_run,
     build_adaptation_header,
     build_header,
@@ -45,6 +39,7 @@ from hftl.pipeline.retention import (
     check_replay_labels,
     reads_general_labels,
 )
+from hftl.pipeline.run import Run
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.fingerprints import fingerprint
 from hftl.runtime.hardware import get_device

@@ -14,11 +14,11 @@ from hftl.config.retain import EWC, Retain
 from hftl.data.general import check_general_labels
 from hftl.errors import RecipeError
 from hftl.finetune.arm import init_head_from_probe, train_arm
-from hftl.finetune.context import ExperimentContext
+from hftl.finetune.context import ExperimentContext, RegularizerSetup
+from hftl.finetune.guard_metrics import score_validation
 from hftl.finetune.retention import (
     LOGIT_KIND_OF_TASK,
     FisherResult,
-    RegularizerSetup,
     build_general_dataset,
     build_setup,
     check_retention,
@@ -26,7 +26,6 @@ from hftl.finetune.retention import (
     has_auto_weight,
     measure_lost_neighbours,
     measure_probe_quality,
-    score_validation,
     select_kl_weight,
     set_kl_weight,
 )

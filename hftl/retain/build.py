@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from hftl.config.errors import build_recipe_error
 from hftl.config.retain import EWC, RegularizerSection, Retain
 from hftl.errors import RecipeError
-from hftl.retain.reference import Batch, TrainingRows
 
+Batch = dict[str, Any]
+BATCH_METADATA = ("row", "general", "labelled_tokens")
+"""Keys of a batch that regularizers read and the model does not take: the rows' numbers, whether
+each is general data, and the tokens that carry a word's label."""
 Config = TypeVar("Config", bound=RegularizerSection)
 
 
@@ -49,6 +52,25 @@ class RegularizerContext(Protocol):
     def load_fisher(self, config: EWC) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the Fisher information by parameter name, and what the record says of it."""
         ...
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """Describe all rows of a training, for the original to run on.
+
+    Args:
+        target: number of rows of the target; general rows have the numbers from there on.
+        total: number of all rows.
+        batches: row numbers, rows of similar length together.
+        collate: makes a batch of some row numbers, `labels` included.
+        repeats: True if a row is the same in every epoch.
+    """
+
+    target: int
+    total: int
+    batches: list[list[int]]
+    collate: Callable[[list[int]], Batch]
+    repeats: bool
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from hftl.config.retain import KL
 from hftl.data.masking import MaskingSpec, mask_tokens
 from hftl.errors import RecipeError
 from hftl.models.heads import PooledModel, get_encoder, get_model_architecture
-from hftl.retain.build import RegularizerContext, Step, TrainingStart
+from hftl.retain.build import BATCH_METADATA, RegularizerContext, Step, TrainingStart
 from hftl.retain.kl import RowKL
-from hftl.retain.reference import BATCH_METADATA, eval_mode
+from hftl.retain.reference import eval_mode
 
 PROMPT_TEMPLATE = "a photo of a {}."
 

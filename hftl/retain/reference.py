@@ -24,13 +24,9 @@ from hftl.models.heads import (
     pool_tokens,
     unwrap_adapter,
 )
+from hftl.retain.build import BATCH_METADATA, Batch, TrainingRows
 from hftl.runtime import distributed
 
-Batch = dict[str, Any]
-
-BATCH_METADATA = ("row", "general", "labelled_tokens")
-"""Keys of a batch that regularizers read and the model does not take: the rows' numbers, whether
-each is general data, and the tokens that carry a word's label."""
 OUTPUT_TOLERANCE = 1e-3
 """The largest difference, relative to the largest output, between an untrained model and its
 reference. Compared in fp32: bf16 alone rounds by more."""
@@ -212,25 +208,6 @@ def _trains_base_weights(model: PeftModel) -> bool:
 def _relative_difference(current: Tensor, original: Tensor) -> float:
     """Return the largest difference, over the original's largest value where that is above 1."""
     return float((current - original).abs().max() / original.abs().max().clamp(min=1.0))
-
-
-@dataclass(frozen=True)
-class TrainingRows:
-    """Describe all rows of a training, for the original to run on.
-
-    Args:
-        target: number of rows of the target; general rows have the numbers from there on.
-        total: number of all rows.
-        batches: row numbers, rows of similar length together.
-        collate: makes a batch of some row numbers, `labels` included.
-        repeats: True if a row is the same in every epoch.
-    """
-
-    target: int
-    total: int
-    batches: list[list[int]]
-    collate: Callable[[list[int]], Batch]
-    repeats: bool
 
 
 class OriginalOutputs:

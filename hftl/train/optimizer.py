@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hftl.config.errors import suggest_closest
-from hftl.errors import RecipeError
+from hftl.errors import RecipeError, suggest_closest
 from hftl.models.architectures import ArchitectureSpec
 from hftl.models.encoders import get_submodule, has_prefix, list_block_paths
 from hftl.models.heads import get_encoder, get_model_architecture

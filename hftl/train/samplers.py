@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import seed_worker
 
 from hftl.models.features import batch_by_length
-from hftl.retain.reference import BATCH_METADATA, TrainingRows
+from hftl.retain.build import BATCH_METADATA, TrainingRows
 from hftl.train import hf_compat
 from hftl.train.loss import IGNORE_INDEX
 

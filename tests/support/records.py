@@ -181,9 +181,7 @@ def _make_ladder(
     return sorted(rows, key=lambda row: -sign * row["test"])
 
 
-def _make_arms(
-    ladder: list[dict[str, Any]], metric: str, seeds: list[int]
-) -> list[dict[str, Any]]:
+def _make_arms(ladder: list[dict[str, Any]], metric: str, seeds: list[int]) -> list[dict[str, Any]]:
     spread = [0.0] if len(seeds) == 1 else [-0.0112, 0.0, 0.0112]
     return [
         {"arm": row["arm"], "seed": seed, "strategy": row["arm"],

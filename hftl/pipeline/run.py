@@ -1,0 +1,43 @@
+"""Hold a run in progress, and what its stages hand to each other."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hftl.config.recipe import Arm, Recipe
+from hftl.finetune.context import ExperimentContext
+
+ArmContexts = dict[str, ExperimentContext]
+"""What each arm works with, by its name: the source as it is, or adapted."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Hold one run in progress: the recipe, its folder, and the function that reports progress."""
+
+    recipe: Recipe
+    folder: Path
+    say: Callable[[str], None]
+
+    @property
+    def arms(self) -> list[Arm]:
+        """Return the recipe's arms, its own first."""
+        return self.recipe.arms
+
+    def arm_folder(self, name: str, seed: int) -> Path:
+        """Return the folder of an arm's files."""
+        return self.folder / "arms" / f"{name}-seed{seed}"
+
+    def checkpoints(self, name: str, seed: int) -> Path:
+        """Return the folder of an unfinished arm's checkpoints."""
+        return self.folder / "checkpoints" / f"{name}-seed{seed}"
+
+
+@dataclass(frozen=True)
+class FinishedStage:
+    """Hold one finished adaptation; the next one starts from `context`."""
+
+    context: ExperimentContext
+    facts: dict[str, Any]
+    folder: Path
