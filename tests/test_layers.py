@@ -36,7 +36,7 @@ ORDER = [
     "finetune.retention", "finetune.estimate", "finetune.gradual", "finetune.guard_metrics",
     "finetune.arm", "finetune.baselines",
     "measure.gain", "measure.error_analysis", "measure.forgetting",
-    "card.wording", "card.validation", "card.metadata", "card.sections", "card.card", "card.plots",
+    "card.validation", "card.wording", "card.metadata", "card.sections", "card.card", "card.plots",
     "card.report",
     "publish.sanitize", "publish.http_retry", "publish.published_metadata", "publish.checks",
     "publish.push", "publish.reload_check", "publish.export",
