@@ -19,7 +19,7 @@ from hftl.card.wording import format_adaptation_sentence, has_forgetting
 from hftl.measure.record import Record
 from hftl.measure.verdict import format_gain
 from hftl.publish.sanitize import sanitize_record
-from hftl.runtime.fingerprints import to_json
+from hftl.runtime.run_folder import to_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -21,7 +21,7 @@ from hftl import __version__, cli_errors
 from hftl.config.recipe import Recipe
 from hftl.errors import DataWarning, HftlError, RecipeError
 from hftl.runtime import distributed
-from hftl.runtime.fingerprints import to_json
+from hftl.runtime.run_folder import to_json
 
 if TYPE_CHECKING:
     from hftl.publish.checks import PushPreview

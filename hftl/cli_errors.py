@@ -15,7 +15,7 @@ import typer
 from hftl.config import secrets
 from hftl.errors import LockedError, LostProcessError, RecipeError, ResourceError, is_out_of_memory
 from hftl.runtime import distributed
-from hftl.runtime.fingerprints import to_json
+from hftl.runtime.run_folder import to_json
 
 REPORT_WAIT_SECONDS = 5.0
 """Seconds within which processes that fail together have all failed."""

@@ -13,14 +13,14 @@ from hftl.adapt.adaptation import AdaptationTask, adapt_encoder
 from hftl.adapt.encoder_io import set_trainable
 from hftl.adapt.guard import GuardRule
 from hftl.adapt.mae import load_mae
-from hftl.adapt.masked_patches import MaskedImageDataset
-from hftl.adapt.masked_patches import collate_masked_images as collate_pictures
 from hftl.adapt.mlm import load_mlm
 from hftl.config.adapt import Adapt
 from hftl.config.data import Data
 from hftl.config.section import Source
 from hftl.data import masking
 from hftl.data.image_inputs import ImageInputs, resize_processor
+from hftl.data.masking import MaskedImageDataset
+from hftl.data.masking import collate_masked_images as collate_pictures
 from hftl.models.source import find_source, load_processor
 from hftl.train.checkpoint import iterate_trainable
 

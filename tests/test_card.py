@@ -26,7 +26,7 @@ from hftl.measure.record import BaselineGain, Gain, Record
 from hftl.measure.verdict import decide_verdict, format_gain
 from hftl.pipeline.evaluate import _format_summary
 from hftl.publish.sanitize import sanitize_record
-from hftl.runtime.fingerprints import to_json
+from hftl.runtime.run_folder import to_json
 
 WORDS = {
     "positive": "Transfer helped",

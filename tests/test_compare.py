@@ -27,7 +27,7 @@ from hftl.measure.gain import compare_pair, score_with_interval
 from hftl.measure.metrics import METRICS
 from hftl.measure.statistics import item_interval
 from hftl.runtime import run_folder
-from hftl.runtime.fingerprints import to_json
+from hftl.runtime.run_folder import to_json
 
 NAMES = ["negative", "positive"]
 ADAPTERS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,8 @@ import pytest
 
 from hftl.config.data import Data, Table
 from hftl.data import corpus as module
-from hftl.data.corpus import batch_documents, read_documents
+from hftl.data.corpus import batch_documents
+from hftl.data.load import read_documents
 from hftl.data.rows import BadRows
 from hftl.errors import DataError
 

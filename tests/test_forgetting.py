@@ -26,7 +26,7 @@ from hftl.measure.forgetting import (
 )
 from hftl.measure.record import Forgotten, Headline, Record
 from hftl.pipeline import forgetting
-from hftl.runtime.fingerprints import to_json
+from hftl.runtime.run_folder import to_json
 
 ROWS, WIDTH = 80, 6
 

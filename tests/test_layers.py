@@ -12,10 +12,10 @@ import pytest
 ORDER = [
     "errors", "train.hf_compat",
     "finetune.strategies",  # a table without imports, which the recipe's schema is made from
-    "config.errors", "config.overrides", "config.secrets", "config.upstream_args",
-    "config.section", "config.data", "config.adapt", "config.finetune",
+    "config.section", "config.overrides", "config.secrets", "config.upstream_args",
+    "config.data", "config.adapt", "config.finetune",
     "config.retain", "config.measure", "config.publish", "config.validation", "config.recipe",
-    "runtime.distributed", "runtime.hardware", "runtime.fingerprints", "runtime.run_folder",
+    "runtime.distributed", "runtime.hardware", "runtime.run_folder",
     "runtime.paths", "runtime.progress",
     "measure.metrics", "measure.record", "measure.statistics", "measure.verdict",
     "data.rows", "data.normalization", "data.csv_reader", "data.tables", "data.duplicates",
@@ -29,7 +29,7 @@ ORDER = [
     "train.checkpoint", "train.frozen_eval", "train.callbacks", "train.loss", "train.objective",
     "train.samplers", "train.optimizer", "train.arguments",
     "train.trainer",
-    "adapt.encoder_io", "adapt.mlm", "adapt.masked_patches", "adapt.mae", "adapt.guard",
+    "adapt.encoder_io", "adapt.mlm", "adapt.mae", "adapt.guard",
     "adapt.adaptation",
     "finetune.arm_files", "finetune.trainable", "finetune.context",
     "finetune.targets", "finetune.pretraining_heads",

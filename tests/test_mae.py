@@ -16,7 +16,10 @@ from transformers import AutoModel, ViTMAEForPreTraining
 
 from hftl.adapt.encoder_io import merge_encoder_state, set_trainable
 from hftl.adapt.mae import MaskedAutoencoder, compute_teacher_features, load_mae
-from hftl.adapt.masked_patches import (
+from hftl.config.data import Data
+from hftl.config.section import Source
+from hftl.data.image_inputs import ImageInputs, augment_image, resize_processor
+from hftl.data.masking import (
     UNIFORM_DEVIATION,
     MaskedImageDataset,
     build_pixel_targets,
@@ -29,9 +32,6 @@ from hftl.adapt.masked_patches import (
     patchify,
     split_by_noise,
 )
-from hftl.config.data import Data
-from hftl.config.section import Source
-from hftl.data.image_inputs import ImageInputs, augment_image, resize_processor
 from hftl.errors import RecipeError
 from hftl.models.source import SourceModel, find_source, load_processor
 

@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hftl.config.data import Data
-from hftl.data.corpus import read_documents
-from hftl.data.load import load_rows
+from hftl.data.load import load_rows, read_documents
 from hftl.data.rows import BadRows, InputSpec
 from hftl.data.tables import READERS, guess_format, read_text_files
 from hftl.errors import DataError

@@ -20,10 +20,9 @@ from transformers import (
 )
 
 import hftl
-from hftl.adapt.masked_patches import draw_patch_noise
 from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
-from hftl.data.masking import build_masking_spec, mask_tokens
+from hftl.data.masking import build_masking_spec, draw_patch_noise, mask_tokens
 from hftl.data.rows import InputSpec
 from hftl.data.splits import hash_row
 from hftl.finetune.pretraining_heads import (

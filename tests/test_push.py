@@ -75,7 +75,7 @@ def test_the_same_again_makes_no_commit_and_a_change_makes_one(
 def change(run: Path) -> None:
     """Other figures in the record, as a run with other settings would have, and no second plot."""
     from hftl.runtime import run_folder
-    from hftl.runtime.fingerprints import to_json
+    from hftl.runtime.run_folder import to_json
 
     record = told(run, "record.json")
     record["ladder"][0]["test"] = 0.123
@@ -323,7 +323,7 @@ def test_a_license_is_asked_for_and_wins_over_the_recipe(
         return yaml.safe_load((run / "publish" / "README.md").read_text().split("---")[1])
 
     from hftl.runtime import run_folder
-    from hftl.runtime.fingerprints import to_json
+    from hftl.runtime.run_folder import to_json
 
     record = told(run, "record.json")
     record["recipe"]["publish"]["license"] = None
@@ -354,7 +354,7 @@ def test_results_for_leaderboards_go_along_and_stay_the_same(
     hub: LocalHub, push: Pusher, run: Path
 ) -> None:
     from hftl.runtime import run_folder
-    from hftl.runtime.fingerprints import to_json
+    from hftl.runtime.run_folder import to_json
 
     record = told(run, "record.json")
     benchmark = {"dataset": "org/reviews", "task_id": "default"}

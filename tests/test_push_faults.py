@@ -16,7 +16,7 @@ from pushed import ME, hub, local, made, push, run, says
 
 from hftl.measure.record import Record
 from hftl.runtime import run_folder
-from hftl.runtime.fingerprints import to_json
+from hftl.runtime.run_folder import to_json
 
 __all__ = ["hub", "made", "push", "run"]
 

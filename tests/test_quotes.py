@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from hftl.config.data import Data
-from hftl.data.corpus import read_documents
-from hftl.data.load import load_rows
+from hftl.data.load import load_rows, read_documents
 from hftl.data.rows import BadRows, InputSpec
 from hftl.data.tables import READERS
 from hftl.errors import DataError, DataWarning

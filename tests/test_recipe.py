@@ -10,7 +10,7 @@ import pytest
 from hftl.config.overrides import apply_overrides, flatten
 from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError
-from hftl.runtime.fingerprints import to_json
+from hftl.runtime.run_folder import to_json
 
 SMALLEST: dict[str, Any] = {"source": {"model": "org/model"}, "data": {"train": {"path": "a.csv"}}}
 FROM_CONTRACT = {

@@ -11,7 +11,7 @@ from support.records import add_forgetting, make_record
 
 from hftl.errors import RunFolderError
 from hftl.measure.record import Record, describe_environment
-from hftl.runtime.fingerprints import fingerprint, to_json
+from hftl.runtime.run_folder import fingerprint, to_json
 
 TREE = add_forgetting(make_record())
 

@@ -15,8 +15,8 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEDecoder
 
 from hftl.adapt.encoder_io import MaskedOutput, check_encoder_complete, load_head
-from hftl.adapt.masked_patches import count_patches, count_visible, gather_tokens, split_by_noise
 from hftl.data.image_inputs import ImageInputs
+from hftl.data.masking import count_patches, count_visible, gather_tokens, split_by_noise
 from hftl.errors import RecipeError
 from hftl.models.architectures import ARCHITECTURES, get_patch_size
 from hftl.models.encoders import get_encoder_class, get_submodule

@@ -15,7 +15,7 @@ from hftl.config.data import Table
 from hftl.config.publish import Benchmark
 from hftl.measure.metrics import describe_metric
 from hftl.measure.record import Record
-from hftl.runtime.fingerprints import to_json
+from hftl.runtime.run_folder import to_json
 
 TABLE_SUFFIX = re.compile(r"\.(csv|tsv|jsonl?|ndjson|parquet|txt)$")
 GENERIC_NAMES = ("data", "dataset", "train", "images", "rows")

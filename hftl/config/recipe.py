@@ -15,13 +15,12 @@ from pydantic import PrivateAttr, ValidationError, model_validator
 from hftl.config import secrets
 from hftl.config.adapt import DEFAULT_ADAPT_RATES, Adapt, Stages
 from hftl.config.data import Data
-from hftl.config.errors import build_recipe_error
 from hftl.config.finetune import Finetune
 from hftl.config.measure import UNBUILT_ARMS, Measure
 from hftl.config.overrides import apply_overrides, flatten, read_yaml, set_key
 from hftl.config.publish import Publish
 from hftl.config.retain import Retain
-from hftl.config.section import Section, Source
+from hftl.config.section import Section, Source, build_recipe_error
 from hftl.config.validation import check_corpus_is_read, check_own_arm, check_sections
 from hftl.errors import RecipeError, suggest_closest
 from hftl.finetune.strategies import BASELINES, FINETUNE_STRATEGIES, STRATEGIES, StrategySpec

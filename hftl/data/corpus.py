@@ -7,7 +7,6 @@ and the second pass copies the others into one stream for each split. `TokenBloc
 
 import hashlib
 import json
-import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,20 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from hftl.config.data import Data, Table
-from hftl.data.load import check_columns, find_text_fault
-from hftl.data.rows import BadRows
-from hftl.data.tables import read_table
 from hftl.errors import DataError, RecipeError
 from hftl.runtime.progress import open_bar
 
-SURROGATES = re.compile("[\ud800-\udfff]")
-"""What bytes that are not UTF-8 are read as."""
-CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufffd]")
-"""Control characters but for tab, line feed, form feed and carriage return; and the replacement
-for bytes that could not be decoded."""
-MAX_CONTROL_SHARE = 0.1
-"""A larger share of such characters is not text."""
 BATCH_TEXTS, BATCH_CHARACTERS = 1000, 1_000_000
 """Pieces that are tokenized at once; a longer document is split."""
 CHUNK_TOKENS = 1 << 22
@@ -42,59 +30,6 @@ CONTINUES_WORD, STARTS_WORD, SEPARATOR = 0, 1, 2
 DROPPED = -1
 GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15
 """2^64 over the golden ratio: its multiples spread evenly, so few seeds hold out the same texts."""
-
-
-def read_documents(data: Data, part: str, bad: BadRows) -> Iterator[str]:
-    """Stream the texts of one table; labels are not read.
-
-    Two text columns give two documents a row, a list of words is joined by spaces, and a folder
-    given for `unlabeled` or `general` holds one document a file, at any depth.
-
-    Args:
-        data: the recipe's section.
-        part: `unlabeled`, `general` or `train`, which is a table.
-        bad: what to do with a row that is empty, not text, or binary.
-
-    Raises:
-        DataError: if the file or a column is missing, or no document is left.
-    """
-    table: Table = getattr(data, part)
-    name, raws = read_table(table, part, "text")
-    has_documents, bad_before = False, bad.count
-    for raw in check_columns(name, raws, table.text_columns, part):
-        # Blank lines separate the texts of a file, and are not documents.
-        if raw.fault is None and all(raw.values[column] == "" for column in table.text_columns):
-            continue
-        faults = (find_document_fault(column, raw.values[column]) for column in table.text_columns)
-        fault = raw.fault or next(filter(None, faults), None)
-        if fault:
-            bad.reject(raw.where, fault)
-            continue
-        has_documents = True
-        yield from (_join_words(raw.values[column]) for column in table.text_columns)
-    if not has_documents:
-        kind = "usable documents" if bad.count > bad_before else "documents"
-        raise DataError(f"data.{part}: {name} has no {kind}", "Check the file")
-
-
-def find_document_fault(column: str, value: Any) -> str | None:
-    """Return why a cell is neither a text nor a list of words, if so."""
-    is_words = isinstance(value, (list, tuple))
-    fault = find_text_fault(column, value, "token-classification" if is_words else "")
-    if fault:
-        return fault
-    text = _join_words(value)
-    if text.isascii() and text.isprintable():
-        return None
-    if SURROGATES.search(text):
-        return "not valid UTF-8"
-    if "\0" in text or len(CONTROL_CHARACTERS.findall(text)) > MAX_CONTROL_SHARE * len(text):
-        return f"{column} is binary, not text"
-    return None
-
-
-def _join_words(value: str | list[str]) -> str:
-    return value if isinstance(value, str) else " ".join(value)
 
 
 def batch_documents(texts: Iterable[str]) -> Iterator[list[tuple[int | None, str]]]:

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from hftl.config.data import Data, GeneralTable
-from hftl.data.corpus import find_document_fault
 from hftl.data.images import warn_of_narrow_images
-from hftl.data.load import check_columns, find_label_fault, inspect_rows
+from hftl.data.load import check_columns, find_document_fault, find_label_fault, inspect_rows
 from hftl.data.normalization import normalize_content, normalize_name
 from hftl.data.prepare import SPLITS, PreparedData
 from hftl.data.rows import (
@@ -27,7 +26,7 @@ from hftl.data.rows import (
 from hftl.data.splits import hash_row, hash_text
 from hftl.data.tables import read_table
 from hftl.errors import DataError
-from hftl.runtime.fingerprints import fingerprint, to_json
+from hftl.runtime.run_folder import fingerprint, to_json
 
 MAX_TRAIN_ROWS = 2000
 MIN_EVAL_ROWS = 11

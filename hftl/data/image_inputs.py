@@ -26,8 +26,8 @@ from hftl.data.rows import Row
 from hftl.data.tables import get_table_folder, read_table
 from hftl.data.text_inputs import EncodedRow, TextInputs, add_labels
 from hftl.errors import DataError, RecipeError
-from hftl.runtime.fingerprints import fingerprint
 from hftl.runtime.progress import open_bar
+from hftl.runtime.run_folder import fingerprint
 
 CROP_AREA = (0.7, 1.0)
 """The share of the image that a random crop covers, least and most."""

@@ -1,6 +1,7 @@
 """Load the rows of a table: check every cell, name every bad row by file and line."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,13 @@ from hftl.errors import DataError, suggest_closest
 
 TRUE_VALUES = (1, True, 1.0, "1")
 FALSE_VALUES = (0, False, 0.0, "0")
+SURROGATES = re.compile("[\ud800-\udfff]")
+"""What bytes that are not UTF-8 are read as."""
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufffd]")
+"""Control characters but for tab, line feed, form feed and carriage return; and the replacement
+for bytes that could not be decoded."""
+MAX_CONTROL_SHARE = 0.1
+"""A larger share of such characters is not text."""
 
 
 def load_rows(data: Data, part: str, bad: BadRows, spec: InputSpec) -> list[Row]:
@@ -119,6 +127,39 @@ def load_images(data: Data, part: str, bad: BadRows, spec: InputSpec) -> list[Ro
     return rows
 
 
+def read_documents(data: Data, part: str, bad: BadRows) -> Iterator[str]:
+    """Stream the texts of one table; labels are not read.
+
+    Two text columns give two documents a row, a list of words is joined by spaces, and a folder
+    given for `unlabeled` or `general` holds one document a file, at any depth.
+
+    Args:
+        data: the recipe's section.
+        part: `unlabeled`, `general` or `train`, which is a table.
+        bad: what to do with a row that is empty, not text, or binary.
+
+    Raises:
+        DataError: if the file or a column is missing, or no document is left.
+    """
+    table: Table = getattr(data, part)
+    name, raws = read_table(table, part, "text")
+    has_documents, bad_before = False, bad.count
+    for raw in check_columns(name, raws, table.text_columns, part):
+        # Blank lines separate the texts of a file, and are not documents.
+        if raw.fault is None and all(raw.values[column] == "" for column in table.text_columns):
+            continue
+        faults = (find_document_fault(column, raw.values[column]) for column in table.text_columns)
+        fault = raw.fault or next(filter(None, faults), None)
+        if fault:
+            bad.reject(raw.where, fault)
+            continue
+        has_documents = True
+        yield from (_join_words(raw.values[column]) for column in table.text_columns)
+    if not has_documents:
+        kind = "usable documents" if bad.count > bad_before else "documents"
+        raise DataError(f"data.{part}: {name} has no {kind}", "Check the file")
+
+
 def check_columns(
     name: str, raws: Iterator[RawRow], columns: Sequence[str], part: str
 ) -> Iterator[RawRow]:
@@ -200,6 +241,26 @@ def _find_words_fault(column: str, value: Any) -> str | None:
         return f"{column} is an empty list"
     bad = [word for word in value if not (isinstance(word, str) and word.strip())]
     return f"{column} holds {bad[0]!r}, which is no word" if bad else None
+
+
+def find_document_fault(column: str, value: Any) -> str | None:
+    """Return why a cell is neither a text nor a list of words, if so."""
+    is_words = isinstance(value, (list, tuple))
+    fault = find_text_fault(column, value, "token-classification" if is_words else "")
+    if fault:
+        return fault
+    text = _join_words(value)
+    if text.isascii() and text.isprintable():
+        return None
+    if SURROGATES.search(text):
+        return "not valid UTF-8"
+    if "\0" in text or len(CONTROL_CHARACTERS.findall(text)) > MAX_CONTROL_SHARE * len(text):
+        return f"{column} is binary, not text"
+    return None
+
+
+def _join_words(value: str | list[str]) -> str:
+    return value if isinstance(value, str) else " ".join(value)
 
 
 def find_label_fault(

@@ -33,7 +33,7 @@ from hftl.data.splits import (
 from hftl.data.tables import get_table_folder, read_table, resolve_revisions
 from hftl.errors import DataError
 from hftl.runtime import paths
-from hftl.runtime.fingerprints import fingerprint, to_json
+from hftl.runtime.run_folder import fingerprint, to_json
 
 SPLITS = ("train", "validation", "test")
 UNTYPED_SUFFIXES = (".csv", ".tsv")

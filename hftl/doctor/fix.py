@@ -31,7 +31,7 @@ from hftl.doctor.renamed_modules import (
 from hftl.errors import RecipeError, format_error_line
 from hftl.publish.published_metadata import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
 from hftl.runtime import run_folder
-from hftl.runtime.fingerprints import to_json
+from hftl.runtime.run_folder import to_json
 
 
 def fix_adapter(examination: Examination, base: str | None) -> list[str]:

@@ -16,7 +16,7 @@ from hftl.data import labels as answers
 from hftl.data.prepare import PreparedData
 from hftl.data.splits import MEASURED_SPLITS
 from hftl.measure.metrics import compute_all_metrics
-from hftl.runtime.fingerprints import to_json
+from hftl.runtime.run_folder import to_json
 
 WEIGHTS = "weights.safetensors"
 EMBEDDINGS = "embeddings.safetensors"

@@ -19,8 +19,8 @@ from transformers import TrainingArguments
 from hftl.config.finetune import Gradual
 from hftl.errors import RecipeError
 from hftl.runtime import distributed, run_folder
-from hftl.runtime.fingerprints import to_json
 from hftl.runtime.hardware import is_sharded
+from hftl.runtime.run_folder import to_json
 from hftl.train.checkpoint import BestWeightsCallback
 from hftl.train.optimizer import compute_depths
 from hftl.train.trainer import TransferTrainer

@@ -16,16 +16,17 @@ from transformers import ViTMAEConfig
 
 from hftl.adapt.encoder_io import merge_encoder_state
 from hftl.adapt.mae import load_mae
-from hftl.adapt.masked_patches import MaskedImageDataset, collate_masked_images
 from hftl.adapt.mlm import MaskedLM, load_mlm, load_trained_mlm
 from hftl.config.adapt import Decoder
 from hftl.config.retain import KL
 from hftl.data.general import GeneralData
 from hftl.data.image_inputs import ImageInputs, get_image_size
 from hftl.data.masking import (
+    MaskedImageDataset,
     MaskingSpec,
     build_masking_spec,
     collate_masked_blocks,
+    collate_masked_images,
     mask_tokens,
 )
 from hftl.data.normalization import normalize_name

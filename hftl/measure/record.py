@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from hftl.config.recipe import Recipe
 from hftl.errors import HftlError, RunFolderError, suggest_closest
-from hftl.runtime.fingerprints import fingerprint, to_json
+from hftl.runtime.run_folder import fingerprint, to_json
 
 SCHEMA_VERSION = 2
 UNHASHED_KEYS = ("environment", "timings")

@@ -33,8 +33,8 @@ from hftl.pipeline.objectives import (
 )
 from hftl.pipeline.run import ArmContexts, FinishedStage, Run
 from hftl.runtime import distributed, run_folder
-from hftl.runtime.fingerprints import to_json
 from hftl.runtime.progress import show_activity
+from hftl.runtime.run_folder import to_json
 
 HEAD_FILE = "head.safetensors"
 MIN_STEPS = 10

@@ -21,9 +21,9 @@ from hftl.pipeline.cache_keys import build_arm_inputs, is_arm_finished
 from hftl.pipeline.retention import prepare_retention
 from hftl.pipeline.run import ArmContexts, Run
 from hftl.runtime import distributed, run_folder
-from hftl.runtime.fingerprints import to_json
 from hftl.runtime.hardware import count_devices, get_dtype_name, measure_energy
 from hftl.runtime.progress import show_activity
+from hftl.runtime.run_folder import to_json
 from hftl.train.arguments import build_training_arguments as common_arguments
 
 Job = tuple[Arm, int, dict[str, Any]]

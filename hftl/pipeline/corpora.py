@@ -11,11 +11,11 @@ import numpy as np
 from hftl.config.adapt import Adapt
 from hftl.config.data import Data
 from hftl.data import image_inputs, prepare
-from hftl.data.corpus import BlockSpec, TokenBlocks, read_documents
+from hftl.data.corpus import BlockSpec, TokenBlocks
 from hftl.data.corpus import write_blocks as write_text
 from hftl.data.duplicates import NearImageIndex, NearTextIndex
 from hftl.data.image_inputs import ImageInputs
-from hftl.data.load import load_images
+from hftl.data.load import load_images, read_documents
 from hftl.data.rows import BadRows, Row
 from hftl.data.splits import MEASURED_SPLITS, hash_text
 from hftl.errors import DataError
@@ -23,7 +23,7 @@ from hftl.finetune.context import ExperimentContext, build_input_spec, pin_revis
 from hftl.models.architectures import TOKEN_CLASSIFICATION
 from hftl.pipeline.run import Run
 from hftl.runtime import distributed, run_folder
-from hftl.runtime.fingerprints import fingerprint, to_json
+from hftl.runtime.run_folder import fingerprint, to_json
 
 GENERAL_SAMPLE = 1000
 """Documents or pictures of general data that are looked at."""

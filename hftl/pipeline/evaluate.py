@@ -45,9 +45,9 @@ from hftl.publish.checks import measure_reload_difference
 from hftl.publish.export import export_base, export_model, rebuild_model, write_reload_sample
 from hftl.publish.sanitize import strip_parents
 from hftl.runtime import hardware, run_folder
-from hftl.runtime.fingerprints import to_json
 from hftl.runtime.hardware import get_dtype_name
 from hftl.runtime.progress import show_activity
+from hftl.runtime.run_folder import to_json
 
 
 def evaluate_run(

@@ -36,9 +36,9 @@ from hftl.models.source import hash_source_weights
 from hftl.pipeline.run import FinishedStage
 from hftl.publish.sanitize import sanitize_record, strip_parents
 from hftl.runtime import run_folder
-from hftl.runtime.fingerprints import fingerprint
 from hftl.runtime.paths import PACKAGE_PREFIX
 from hftl.runtime.progress import show_activity
+from hftl.runtime.run_folder import fingerprint
 
 
 def update_record(

@@ -11,14 +11,14 @@ from hftl.adapt import adaptation as training
 from hftl.adapt.encoder_io import merge_encoder_state
 from hftl.adapt.guard import GuardRule
 from hftl.adapt.mae import check_mae_architecture, compute_teacher_features, load_mae
-from hftl.adapt.masked_patches import MaskedImageDataset
-from hftl.adapt.masked_patches import collate_masked_images as collate_pictures
 from hftl.adapt.mlm import find_mlm_class, load_mlm
 from hftl.config.adapt import DEFAULT_TOLERANCES, Adapt
 from hftl.config.recipe import Recipe
 from hftl.data import image_inputs as canvases
 from hftl.data import masking
 from hftl.data.image_inputs import ImageInputs, get_image_size
+from hftl.data.masking import MaskedImageDataset
+from hftl.data.masking import collate_masked_images as collate_pictures
 from hftl.errors import DataError, RecipeError
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.guard_metrics import build_neighbour_agreement, build_probe_score

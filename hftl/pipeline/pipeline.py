@@ -41,9 +41,9 @@ from hftl.pipeline.retention import (
 )
 from hftl.pipeline.run import Run
 from hftl.runtime import distributed, run_folder
-from hftl.runtime.fingerprints import fingerprint
 from hftl.runtime.hardware import get_device
 from hftl.runtime.progress import show_activity, show_progress
+from hftl.runtime.run_folder import fingerprint
 
 PHASES = ("adapt", "finetune", "measure", "publish")
 

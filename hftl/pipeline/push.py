@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from hftl.card.metadata import find_license
 from hftl.config import secrets
-from hftl.config.errors import build_recipe_error
 from hftl.config.publish import Publish
 from hftl.config.recipe import Recipe
+from hftl.config.section import build_recipe_error
 from hftl.errors import HoldError, HubError, RecipeError, RunFolderError
 from hftl.measure.record import Record
 from hftl.pipeline.finalize_record import (

@@ -36,8 +36,8 @@ from hftl.pipeline.cache_keys import SEMANTICS
 from hftl.retain.fisher import compute_fisher, describe_fisher, load_fisher, save_fisher
 from hftl.retain.reference import move_batch
 from hftl.runtime import distributed, run_folder
-from hftl.runtime.fingerprints import fingerprint, to_json
 from hftl.runtime.progress import show_activity
+from hftl.runtime.run_folder import fingerprint, to_json
 
 FISHER_FILE = "fisher.safetensors"
 

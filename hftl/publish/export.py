@@ -37,7 +37,7 @@ from hftl.models.lora_concat import (
     load_factors,
     write_adapter,
 )
-from hftl.runtime.fingerprints import to_json
+from hftl.runtime.run_folder import to_json
 
 SAMPLE_ROWS = 32
 """Test rows whose logits prove the reload."""

@@ -14,8 +14,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from hftl.config.errors import build_recipe_error
 from hftl.config.retain import EWC, RegularizerSection, Retain
+from hftl.config.section import build_recipe_error
 from hftl.errors import RecipeError
 
 Batch = dict[str, Any]

@@ -1,12 +1,14 @@
 """Own the run folder: one process holds it, and every stage in it is complete or absent.
 
 A stage is written to a temporary folder, hashed into MANIFEST.json and renamed. The manifest also
-holds the recipe keys that the stage depends on, so that a changed key is noticed.
+holds the recipe keys that the stage depends on, so that a changed key is noticed. JSON is written
+in one canonical form, so that equal values have equal hashes.
 """
 
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,7 +20,6 @@ from filelock import FileLock, Timeout
 
 from hftl.errors import LockedError, RecipeError, RunFolderError
 from hftl.runtime import distributed
-from hftl.runtime.fingerprints import to_json
 
 MANIFEST = "MANIFEST.json"
 REPORT_STAGE = Path("phases") / "report"
@@ -267,3 +268,25 @@ def _sync_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def to_json(tree: Any) -> str:
+    """Return sorted, indented JSON; a number that is not finite becomes null."""
+    return json.dumps(
+        _replace_nonfinite(tree), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False
+    ) + "\n"  # fmt: skip
+
+
+def fingerprint(tree: Any) -> str:
+    """Return the sha256 (hex) of the canonical JSON of `tree`."""
+    return hashlib.sha256(to_json(tree).encode()).hexdigest()
+
+
+def _replace_nonfinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _replace_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_replace_nonfinite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
