@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.regularizers import build_probed_model
 from support.tiny import IMAGE_SIZE
-from test_trainer import Rows
+from support.training import Rows, build_probed_model
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev
 

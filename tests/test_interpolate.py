@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import bench_of
-from support.regularizers import build_probed_model, perturb
-from test_trainer import Rows, model_of
+from support.training import Rows, build_classifier, build_probed_model, perturb
 from torch import Tensor, nn
 
 from hftl.config.finetune import Finetune
@@ -76,7 +75,7 @@ LORA = {
 def test_under_lora_it_is_the_merged_weights_that_lie_between(
     bert: Path, name: str, pooling: str
 ) -> None:
-    model: Any = prepare(model_of(bert, "full", pooling), "lora", lora=LORA[name], fresh=[])
+    model: Any = prepare(build_classifier(bert, "full", pooling), "lora", lora=LORA[name], fresh=[])
     start, first = learnt(model), logits(model)
     end = learnt(perturb(model, 0.2))
     last = logits(model)

@@ -1,4 +1,4 @@
-"""Whose loss is learnt: the model's own, or the same one counted over the whole step."""
+"""Check which loss is trained: the model's own, or the same one counted over the whole step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_trainer import model_of, trainer_of
+from support.training import assert_same_parameters, build_classifier, build_trainer
 from torch import nn
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -24,19 +24,19 @@ from transformers.utils import ModelOutput
 from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError
 from hftl.pipeline.pipeline import check_recipe, run
-from hftl.train.checkpoint import iterate_trainable
 from hftl.train.trainer import TransferTrainer
+
+KINDS = (Trainer, TransferTrainer)
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 @dataclass
-class Answer(ModelOutput):
-    """What a user's own model returns."""
-
+class WeightedOutput(ModelOutput):
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
 
 
-class Weighted(nn.Module):
+class WeightedModel(nn.Module):
     """A user's own classifier, whose loss weighs its classes."""
 
     def __init__(self, form: str = "output") -> None:
@@ -51,130 +51,116 @@ class Weighted(nn.Module):
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels, weight)
         if self.form == "tuple":
             return (logits,) if loss is None else (loss, logits)
-        return {"loss": loss, "logits": logits} if self.form == "dict" else Answer(loss, logits)
+        if self.form == "dict":
+            return {"loss": loss, "logits": logits}
+        return WeightedOutput(loss, logits)
 
 
-def points(rows: int = 8) -> list[dict[str, Any]]:
+def make_points(rows: int = 8) -> list[dict[str, Any]]:
     draw = torch.Generator().manual_seed(3)
     return [{"x": torch.randn(3, generator=draw), "labels": i % 2} for i in range(rows)]
 
 
-def moved(kind: type[Trainer], model: nn.Module, rows: Any, folder: Path, **more: Any) -> Any:
-    """The model's weights after one step of plain descent over all rows."""
-    args = TrainingArguments(
-        str(folder), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
-        **{"max_steps": 1, "per_device_train_batch_size": len(rows), "optim": "sgd",
-           "learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 1e9} | more,
-    )  # fmt: skip
-    kind(model=model, args=args, train_dataset=rows).train()  # pyright: ignore
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+def make_token_rows(**labels: Callable[[int], Any]) -> list[dict[str, Any]]:
+    """Return four rows of tokens, with labels by the row's number."""
+    return [
+        {"input_ids": [2, 5 + i, 7, 3]} | {key: make(i) for key, make in labels.items()}
+        for i in range(4)
+    ]
+
+
+def take_step(kind: Any, model: nn.Module, rows: Any, folder: Path, **more: Any) -> nn.Module:
+    """Return the model after one step of plain descent over all rows."""
+    settings = {"max_steps": 1, "per_device_train_batch_size": len(rows), "max_grad_norm": 1e9,
+                "learning_rate": 0.05}  # fmt: skip
+    build_trainer(model, folder, kind=kind, data=rows, **settings | more).train()
+    return model
 
 
 @pytest.mark.parametrize("form", ["output", "dict", "tuple"])
-def test_a_loss_of_the_models_own_is_asked(form: str, tmp_path: Path) -> None:
-    ours = moved(TransferTrainer, Weighted(form), points(), tmp_path)
-    assert torch.allclose(ours, moved(Trainer, Weighted(form), points(), tmp_path), atol=1e-6)
-    plain = [{"x": row["x"], "labels": row["labels"]} for row in points()]
-    cut = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    assert ours.isfinite().all() and len(moved(TransferTrainer, Weighted(), plain, tmp_path, **cut))
+def test_models_own_loss_is_trained(form: str, tmp_path: Path) -> None:
+    models = [take_step(kind, WeightedModel(form), make_points(), tmp_path) for kind in KINDS]
+    assert_same_parameters(*models, atol=1e-6)
 
 
-@pytest.mark.parametrize("outputs", [1, 3])
-@pytest.mark.parametrize("integers", [False, True])
-def test_targets_are_learnt_by_squares(
-    outputs: int, integers: bool, tiny_model: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("outputs", "integers"), [(1, True), pytest.param(1, False, marks=pytest.mark.slow), (3, False)]
+)
+def test_regression_targets_are_trained_by_squares(
+    outputs: int, integers: bool, bert: Path, tmp_path: Path
 ) -> None:
-    """Not as yes or no for each output, which (batch, k) floats were taken for."""
-    folder = tiny_model("bert")
+    """Several numbers a row are no yes or no for each output, which is the stock reading."""
 
-    def model() -> Any:
+    def label(i: int) -> Any:
+        value = i if integers else i + 0.5
+        return value if outputs == 1 else [value, -value, 2 * value]
+
+    rows = make_token_rows(labels=label)
+    typed = [row | {"labels": torch.tensor(row["labels"]).float()} for row in rows]
+    models = []
+    for kind, data in zip(KINDS, (typed, rows), strict=True):
         torch.manual_seed(0)
-        return AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=outputs, problem_type="regression"
-        ).eval()  # fmt: skip
-
-    rows = []
-    for i in range(4):
-        label: Any = i if integers else i + 0.5
-        row = {"input_ids": [2, 5 + i, 7, 3], "attention_mask": [1] * 4}
-        rows.append(row | {"labels": label if outputs == 1 else [label, -label, 2 * label]})
-    found = []
-    for kind in (Trainer, TransferTrainer):
-        instance = model()
-        for module in instance.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        typed = [row | {"labels": torch.tensor(row["labels"]).float()} for row in rows]
-        given = typed if kind is Trainer else rows
-        found.append(moved(kind, instance, given, tmp_path, learning_rate=0.05))
-    assert torch.allclose(*found, atol=1e-5)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            bert, num_labels=outputs, problem_type="regression", **NO_DROPOUT
+        )
+        models.append(take_step(kind, model, data, tmp_path))
+    assert_same_parameters(*models, atol=1e-5)
 
 
-def test_a_causal_model_learns_the_next_token(tmp_path: Path) -> None:
-    config = LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                         num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)  # fmt: skip
-    rows = [{"input_ids": [3 + i, 5, 7, 9], "labels": [3 + i, 5, 7, 9]} for i in range(4)]
-    found = []
-    for kind in (Trainer, TransferTrainer):
-        torch.manual_seed(0)
-        found.append(moved(kind, LlamaForCausalLM(config), rows, tmp_path, learning_rate=0.1))
-    assert torch.allclose(*found, atol=1e-6)
-
-
-def test_question_answering_trains_as_with_the_trainer(
-    tiny_model: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize("task", ["causal", "question answering"])
+def test_losses_of_other_tasks_are_the_stock_trainers(
+    task: str, bert: Path, tmp_path: Path
 ) -> None:
-    rows = [{"input_ids": [2, 5 + i, 7, 3], "start_positions": 1, "end_positions": 2}
-            for i in range(4)]  # fmt: skip
-    found, folder = [], tiny_model("bert")
-    for kind in (Trainer, TransferTrainer):
+    models = []
+    for kind in KINDS:
         torch.manual_seed(0)
-        model = AutoModelForQuestionAnswering.from_pretrained(folder)
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        found.append(moved(kind, model, rows, tmp_path, learning_rate=0.05))
-    assert torch.allclose(*found, atol=1e-5)
+        if task == "causal":
+            rows = [row | {"labels": row["input_ids"]} for row in make_token_rows()]
+            model: Any = LlamaForCausalLM(LlamaConfig(
+                vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                num_attention_heads=2, num_key_value_heads=2, pad_token_id=0,
+            ))  # fmt: skip
+        else:
+            rows = make_token_rows(start_positions=lambda _: 1, end_positions=lambda _: 2)
+            model = AutoModelForQuestionAnswering.from_pretrained(bert, **NO_DROPOUT)
+        models.append(take_step(kind, model, rows, tmp_path))
+    assert_same_parameters(*models, atol=1e-5)
 
 
-def test_a_model_that_returns_tuples_trains_and_is_evaluated(
-    tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
-    rows = [{"input_ids": [2, 5 + i, 7, 3], "labels": i % 2} for i in range(4)]
-    found, folder = [], tiny_model("bert")
+def test_model_that_returns_tuples_trains_and_is_evaluated(bert: Path, tmp_path: Path) -> None:
+    rows, models, losses = make_token_rows(labels=lambda i: i % 2), [], []
     for as_mapping in (True, False):
         torch.manual_seed(0)
         model = AutoModelForSequenceClassification.from_pretrained(
-            folder, return_dict=as_mapping, hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )  # fmt: skip
-        weights = moved(TransferTrainer, model, rows, tmp_path)
-        found.append((weights, trainer_of(model, tmp_path).evaluate(rows)["eval_loss"]))
-    (mapped, loss), (tupled, same) = found
-    assert torch.equal(mapped, tupled) and loss == pytest.approx(same)
+            bert, return_dict=as_mapping, **NO_DROPOUT
+        )
+        models.append(take_step(TransferTrainer, model, rows, tmp_path))
+        losses.append(build_trainer(model, tmp_path).evaluate(rows)["eval_loss"])
+    assert_same_parameters(*models)
+    assert losses[0] == pytest.approx(losses[1])
 
 
-def test_training_on_no_rows_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_model("bert"))
-    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
-    with pytest.raises(RecipeError, match="train_dataset holds no rows"):
-        TransferTrainer(model=model, args=args, train_dataset=[]).train()  # pyright: ignore
-
-
-def test_the_callers_arguments_stay_as_they_are(tmp_path: Path) -> None:
-    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1,
-                             label_smoothing_factor=0.1)  # fmt: skip
+def test_model_made_by_model_init_trains_and_arguments_stay(tmp_path: Path) -> None:
+    args = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", max_steps=1,
+        label_smoothing_factor=0.1,
+    )  # fmt: skip
     before = args.to_dict()
-    TransferTrainer(model=nn.Linear(3, 2), args=args)
+    trainer: Any = TransferTrainer(model_init=WeightedModel, args=args, train_dataset=make_points())
     assert args.to_dict() == before
+    trainer.args.label_smoothing_factor = 0.0
+    trainer.train()
 
 
-def test_what_a_plain_module_is_saved_with(tmp_path: Path) -> None:
-    """All of it: frozen weights and buffers too, and the arguments."""
+def test_training_on_no_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="train_dataset holds no rows"):
+        take_step(TransferTrainer, WeightedModel(), [], tmp_path, per_device_train_batch_size=1)
+
+
+def test_plain_module_is_saved_with_all_weights_buffers_and_arguments(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     model[0].requires_grad_(False)
-    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    TransferTrainer(model=model, args=args).save_model(str(tmp_path / "out"))
+    build_trainer(model, tmp_path).save_model(str(tmp_path / "out"))
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert saved.keys() == model.state_dict().keys()
     assert (tmp_path / "out" / "training_args.bin").exists()
@@ -184,42 +170,49 @@ def test_what_a_plain_module_is_saved_with(tmp_path: Path) -> None:
 def test_gradient_checkpointing_recomputes_under_lora(
     kind: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    passes, weights = [], []
+    passes, models = [], []
     for recompute in (False, True):
-        model = model_of(tiny_model(kind), "lora")
-        calls = [0]
+        models.append(model := build_classifier(tiny_model(kind), "lora"))
+        calls: list[Any] = []
         block = next(m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
         inside = next(m for m in block.modules() if isinstance(m, nn.Linear))
-        inside.register_forward_hook(lambda *_, calls=calls: calls.__setitem__(0, calls[0] + 1))
-        trainer_of(model, tmp_path, activation_checkpointing=recompute, max_steps=2).train()
-        passes.append(calls[0])
-        weights.append(torch.cat([p.detach().flatten() for _, p in iterate_trainable(model)]))
+        inside.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        build_trainer(model, tmp_path, activation_checkpointing=recompute, max_steps=2).train()
+        passes.append(len(calls))
     # Two steps, and once more each where the backward pass recomputes.
     assert passes[1] - passes[0] == 2
-    assert torch.equal(*weights)
+    assert_same_parameters(*models)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_in_half_precision_are_refused(
-    dtype: torch.dtype, tiny_model: Callable[..., Path], tmp_path: Path
+def test_trainable_weights_in_half_precision_are_refused(
+    dtype: torch.dtype, bert: Path, tmp_path: Path
 ) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_model("bert"), dtype=dtype)
+    model = AutoModelForSequenceClassification.from_pretrained(bert, dtype=dtype)
     with pytest.raises(RecipeError, match="trains and is b?float16: most of its updates"):
-        trainer_of(model, tmp_path)
+        build_trainer(model, tmp_path)
     model.requires_grad_(False)
     model.classifier.float().requires_grad_(True)
-    trainer_of(model, tmp_path)
+    build_trainer(model, tmp_path)
 
 
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
-def test_smoothing_of_what_is_no_class_is_refused(
-    problem: str, tiny_model: Callable[..., Path], tmp_path: Path
+def test_smoothing_without_classes_is_refused_by_the_trainer(
+    problem: str, bert: Path, tmp_path: Path
 ) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(
-        tiny_model("bert"), num_labels=2, problem_type=problem
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(bert, problem_type=problem)
     with pytest.raises(RecipeError, match="label_smoothing_factor spreads the weight of a class"):
-        trainer_of(model, tmp_path, label_smoothing_factor=0.1)
+        build_trainer(model, tmp_path, label_smoothing_factor=0.1)
+
+
+@pytest.mark.parametrize("task", ["multi-label", "regression"])
+def test_smoothing_without_classes_is_refused_in_a_recipe(
+    recipe_tree: dict[str, Any], task: str
+) -> None:
+    recipe_tree["data"]["task"] = task
+    recipe_tree["finetune"]["training"]["label_smoothing_factor"] = 0.1
+    with pytest.raises(RecipeError, match=f"label_smoothing_factor=0.1 .* data.task={task}"):
+        Recipe.parse(recipe_tree)
 
 
 @pytest.mark.parametrize(
@@ -248,26 +241,8 @@ def test_settings_that_cannot_be_honoured_are_refused_by_check_and_run(
             call(Recipe.parse(recipe_tree))
 
 
-def test_a_schedule_with_its_settings_is_taken(recipe_tree: dict[str, Any], tmp_path: Path) -> None:
+def test_schedule_with_its_settings_is_accepted(recipe_tree: dict[str, Any]) -> None:
     recipe_tree["finetune"]["training"] |= {
         "lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 4},
     }  # fmt: skip
-    recipe_tree["measure"] |= {"arms": [], "seeds": [0]}
-    run(Recipe.parse(recipe_tree), tmp_path / "run", until="finetune")
-
-
-@pytest.mark.parametrize("task", ["multi-label", "regression"])
-def test_smoothing_without_classes_is_refused_in_a_recipe(
-    recipe_tree: dict[str, Any], task: str
-) -> None:
-    recipe_tree["data"]["task"] = task
-    recipe_tree["finetune"]["training"]["label_smoothing_factor"] = 0.1
-    with pytest.raises(RecipeError, match=f"label_smoothing_factor=0.1 .* data.task={task}"):
-        Recipe.parse(recipe_tree)
-
-
-def test_a_model_made_by_model_init_trains(tmp_path: Path) -> None:
-    args = TrainingArguments(
-        str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", max_steps=1
-    )
-    TransferTrainer(model_init=Weighted, args=args, train_dataset=points()).train()  # pyright: ignore
+    check_recipe(Recipe.parse(recipe_tree))

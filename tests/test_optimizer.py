@@ -9,9 +9,8 @@ import pytest
 import torch
 import yaml
 from conftest import bench_of
-from support.regularizers import build_probed_model, build_trainer
 from support.tiny import FIELDS, is_image
-from test_trainer import weights
+from support.training import build_probed_model, build_trainer, copy_parameters
 
 from hftl.cli import check
 from hftl.config.recipe import Recipe
@@ -203,16 +202,16 @@ def test_the_trainer_takes_steps_of_each_parts_size(
     tiny_model: Callable[..., Path], tmp_path: Path, strategy: str
 ) -> None:
     model = build_probed_model(tiny_model("bert"), strategy)
-    before = weights(model)
+    before = copy_parameters(model)
     more = {"layer_decay": 0.5, "rates": {"head": 0.0}}
     trainer = build_trainer(model, tmp_path, [], more, max_steps=1, learning_rate=0.04)
     trainer.train()
     gradients = {}
     again = build_probed_model(tiny_model("bert"), strategy)
     plain = build_trainer(again, tmp_path, [], {}, max_steps=1, learning_rate=1.0)
-    start = weights(again)
+    start = copy_parameters(again)
     plain.train()
-    gradients = {name: start[name] - value for name, value in weights(again).items()}
+    gradients = {name: start[name] - value for name, value in copy_parameters(again).items()}
     depth_of, _ = compute_depths(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -11,10 +11,12 @@ from conftest import sentences, write_csv
 
 from hftl.config.recipe import Recipe
 from hftl.config.retain import KL, Retain
-from hftl.errors import RecipeError
-from hftl.finetune import retention as module
+from hftl.errors import HftlError, RecipeError
+from hftl.finetune import retention
 from hftl.finetune.retention import WEIGHT_GRID, has_auto_weight, select_kl_weight, set_kl_weight
 from hftl.pipeline.pipeline import check_recipe, run
+
+slow = pytest.mark.slow
 
 
 @pytest.fixture
@@ -26,51 +28,45 @@ def tree(recipe_tree: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
         "shots": 12, "general": {"path": str(general), "label": "document"},
     }  # fmt: skip
     recipe_tree["finetune"]["strategy"] = "full"
-    recipe_tree["measure"] |= {"arms": [{"plain": {"retain": None}}], "seeds": [0, 1]}
+    recipe_tree["measure"] |= {"arms": [{"plain": {"retain": None}}], "seeds": [0]}
     return recipe_tree
 
 
-RETAIN = {
-    "relational": {"kl": {"weight": 0.3}},
-    "two": {
+RETAIN: dict[str, dict[str, Any]] = {
+    "two terms": {
         "kl": [{"weight": 0.3, "inputs": "general"}, {"on": "probe", "weight": 0.5}],
         "replay": {"ratio": 0.3},
     },
-    "both": {"kl": {"on": "features", "inputs": "both"}},
+    "both inputs": {"kl": {"on": "features", "inputs": "both"}},
     "weights": {"l2sp": {"weight": 0.1, "head": 0.01}, "ewc": {"weight": 0.1, "samples": 8}},
     "exact": {"ewc": {"weight": 0.1, "samples": 8, "fisher": "exact"}},
-    "between": {"interpolate": [0.0, 0.5, 1.0]},
-}  # fmt: skip
-
-
-QUICK = [("two", "lora"), ("weights", "full"), ("between", "lora")]
+    "interpolated": {"interpolate": [0.0, 0.5, 1.0]},
+}
 
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
     [
-        pytest.param(name, strategy, marks=() if (name, strategy) in QUICK else pytest.mark.slow)
-        for name in RETAIN
-        for strategy in ("full", "lora")
+        ("two terms", "lora"),
+        ("weights", "full"),
+        pytest.param("both inputs", "lora", marks=slow),
+        pytest.param("exact", "full", marks=slow),
+        pytest.param("interpolated", "lora", marks=slow),
     ],
 )
-def test_a_run_with_retention(
+def test_run_reports_retention_in_record_and_card(
     tree: dict[str, Any], tmp_path: Path, name: str, strategy: str
 ) -> None:
     tree["finetune"]["strategy"] = strategy
-    tree["measure"]["seeds"] = [0]
     tree["retain"] = RETAIN[name]
     record = run(Recipe.parse(tree), tmp_path / "run")
-    assert record is not None
-    tree = record.to_dict()
-    assert tree["reload_difference"] <= 1e-5
-    arms = {arm["arm"]: arm for arm in tree["arms"]}
+    assert record is not None and record["reload_difference"] <= 1e-5
+    arms = {arm["arm"]: arm for arm in record["arms"]}
     assert set(arms) == {strategy, "plain"}
-    assert [entry["arm"] for entry in tree["forgetting"]["arms"]][0] == strategy
-    own = tree["forgetting"]["arms"][0]
-    assert own["against"]["arm"] == "plain"
+    own = record["forgetting"]["arms"][0]
+    assert own["arm"] == strategy and own["against"]["arm"] == "plain"
     card = (tmp_path / "run/publish/README.md").read_text(encoding="utf-8")
-    if name == "between":
+    if name == "interpolated":
         interpolation = arms[strategy]["training"]["interpolation"]
         assert interpolation["alpha"] in (0.0, 0.5, 1.0) and len(interpolation["tried"]) == 3
         assert "interpolated with the original" in card
@@ -83,38 +79,37 @@ def test_a_run_with_retention(
         assert fisher["draws"] == (2 if kind == "features" else None) and fisher["scale"] > 0
         assert f"the {kind} Fisher information of 8 general rows" in card
         assert len(list((tmp_path / "run/phases").glob("fisher-*/fisher.safetensors"))) == 1
+    if name == "two terms":
+        assert_second_run_trains_nothing(tree, tmp_path / "run")
 
 
-def test_second_run_trains_nothing_and_refuses_a_changed_term(
-    tree: dict[str, Any], tmp_path: Path
-) -> None:
-    tree["retain"] = {"kl": {"weight": 0.3}}
-    run(Recipe.parse(tree), tmp_path / "run")
-    metrics = tmp_path / "run/arms/full-seed0/metrics.json"
+def assert_second_run_trains_nothing(tree: dict[str, Any], folder: Path) -> None:
+    """Check that the same recipe reuses its arm, and that a changed term is refused."""
+    metrics = folder / "arms/lora-seed0/metrics.json"
     before = metrics.stat().st_mtime_ns
-    run(Recipe.parse(tree), tmp_path / "run")
+    run(Recipe.parse(tree), folder)
     assert metrics.stat().st_mtime_ns == before
-    tree["retain"]["kl"]["weight"] = 0.5
-    with pytest.raises(Exception, match=r"retain\.kl\.weight: 0\.3 -> 0\.5"):
-        run(Recipe.parse(tree), tmp_path / "run")
+    tree["retain"]["replay"]["ratio"] = 0.5
+    with pytest.raises(HftlError, match=r"retain\.replay\.ratio: 0\.3 -> 0\.5"):
+        run(Recipe.parse(tree), folder)
 
 
-def test_weight_is_chosen_once_and_reported(
+def test_weight_is_chosen_once_for_all_seeds(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "WEIGHT_GRID", (0.1, 1.0))
+    monkeypatch.setattr(retention, "WEIGHT_GRID", (0.1, 1.0))
     tree["retain"] = {"kl": {"weight": "auto", "inputs": "general"}}
+    tree["measure"] |= {"arms": [], "seeds": [0, 1]}
     lines: list[str] = []
     record = run(Recipe.parse(tree), tmp_path / "run", say=lines.append)
     assert record is not None
-    chosen = json.loads((tmp_path / "run/phases/weight-full/weight.json").read_text("utf-8"))
-    assert [tried["weight"] for tried in chosen["tried"]] == [0.1, 1.0]
-    assert all(0 <= tried["forgotten"] <= 1 and tried["error"] >= 0 for tried in chosen["tried"])
-    own = [arm for arm in record["arms"] if arm["arm"] == "full"]
-    assert [arm["training"]["kl_weight"] for arm in own] == [chosen, chosen]
+    choice = json.loads((tmp_path / "run/phases/weight-full/weight.json").read_text("utf-8"))
+    assert [tried["weight"] for tried in choice["tried"]] == [0.1, 1.0]
+    assert all(0 <= tried["forgotten"] <= 1 and tried["error"] >= 0 for tried in choice["tried"])
+    assert [arm["training"]["kl_weight"] for arm in record["arms"]] == [choice, choice]
     assert any("forgets least within one standard error" in line for line in lines)
     card = (tmp_path / "run/publish/README.md").read_text(encoding="utf-8")
-    assert f"weight {chosen['weight']:g}" in card
+    assert f"weight {choice['weight']:g}" in card
 
 
 @pytest.mark.parametrize(
@@ -134,11 +129,20 @@ def test_weight_is_chosen_within_one_standard_error(
     assert [tried["forgotten"] for tried in choice["tried"]] == list(forgotten)
 
 
-@pytest.mark.parametrize("task", ["classification", "token-classification"])
+def test_only_auto_weights_are_set() -> None:
+    retain = Retain(kl=[KL(weight="auto"), KL(weight=0.7)])
+    assert has_auto_weight(retain) and not has_auto_weight(None)
+    filled = set_kl_weight(retain, 0.3)
+    assert [kl.weight for kl in filled.kl_terms] == [0.3, 0.7] and not has_auto_weight(filled)
+
+
+@pytest.mark.parametrize(
+    "task", ["classification", pytest.param("token-classification", marks=slow)]
+)
 def test_weak_probe_is_reported_and_stops_no_run(
     tree: dict[str, Any], tmp_path: Path, task: str
 ) -> None:
-    """No features predict random labels: the probe is solved, and knows only their frequencies."""
+    """Solve a probe of random labels, which knows only their frequencies."""
     draw = random.Random(0)
     tags = ("negative", "positive")
     if task == "classification":
@@ -152,28 +156,14 @@ def test_weak_probe_is_reported_and_stops_no_run(
         tree["data"] = {"task": task, "train": {"path": str(path)}, "max_length": 16}
         tree["finetune"]["pooling"] = "native"
         tree["measure"]["metric"] = "f1"
-    tree["measure"] |= {"arms": [], "seeds": [0]}
+    tree["measure"]["arms"] = []
     tree["retain"] = {"kl": {"on": "probe"}}
-    output: list[str] = []
-    record = run(Recipe.parse(tree), tmp_path / "run", until="measure", say=output.append)
+    lines = []
+    record = run(Recipe.parse(tree), tmp_path / "run", until="measure", say=lines.append)
     assert record is not None
     quality = record["arms"][0]["training"]["head_opinion"]
     assert quality["weak"] and quality["loss"] >= 0.95 * quality["shares"] > 0
-    assert any("hardly predicts the labels" in line and "full seed 0" in line for line in output)
-
-
-def test_refuses_an_untrained_head_before_anything_trains(tree: dict[str, Any]) -> None:
-    tree["retain"] = {"kl": {"on": "probe"}}
-    tree["measure"]["arms"] = [{"raw": {"finetune.head_init": "random"}}]
-    with pytest.raises(RecipeError, match=r"measure\.arms\.raw.*nobody has trained it"):
-        Recipe.parse(tree)
-
-
-def test_only_auto_weights_are_set() -> None:
-    retain = Retain(kl=[KL(weight="auto"), KL(weight=0.7)])
-    assert has_auto_weight(retain) and not has_auto_weight(None)
-    filled = set_kl_weight(retain, 0.3)
-    assert [kl.weight for kl in filled.kl_terms] == [0.3, 0.7] and not has_auto_weight(filled)
+    assert any("hardly predicts the labels" in line and "full seed 0" in line for line in lines)
 
 
 def test_reference_may_be_the_source_before_adaptation(
@@ -184,16 +174,22 @@ def test_reference_may_be_the_source_before_adaptation(
         "objective": "mlm", "guard": "off",
         "training": {"num_train_epochs": 1, "learning_rate": 1e-2, "bf16": False},
     }  # fmt: skip
-    tree["measure"] = {"seeds": [0], "arms": [{"start": {"retain.reference": "start"}}]}
+    tree["measure"]["arms"] = [{"start": {"retain.reference": "start"}}]
     tree["retain"] = {
         "reference": "source", "kl": [{"weight": 20.0, "on": "features"}, {"on": "mlm"}],
     }  # fmt: skip
-    record = run(Recipe.parse(tree), tmp_path / "run")
+    record = run(Recipe.parse(tree), tmp_path / "run", until="measure")
     assert record is not None
-    cosine = {
-        entry["arm"]: entry["figures"]["cosine"]["after"] for entry in record["forgetting"]["arms"]
-    }
+    arms = record["forgetting"]["arms"]
+    cosine = {entry["arm"]: entry["figures"]["cosine"]["after"] for entry in arms}
     assert cosine["full"] > cosine["start"], "nearer to the source than from where it started"
+
+
+def test_refuses_an_untrained_head_before_anything_trains(tree: dict[str, Any]) -> None:
+    tree["retain"] = {"kl": {"on": "probe"}}
+    tree["measure"]["arms"] = [{"raw": {"finetune.head_init": "random"}}]
+    with pytest.raises(RecipeError, match=r"measure\.arms\.raw.*nobody has trained it"):
+        Recipe.parse(tree)
 
 
 def test_error_names_the_arm_that_inherits_the_section(tree: dict[str, Any]) -> None:

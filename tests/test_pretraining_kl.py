@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_config, tiny_tokenizer
-from support.regularizers import (
+from support.tiny import tiny_processor
+from support.training import (
+    Rows,
     assert_same_step,
     build_probed_model,
     build_trainer,
@@ -18,8 +20,6 @@ from support.regularizers import (
     run_first_step,
     stack_rows,
 )
-from support.tiny import tiny_processor
-from test_trainer import Rows
 from torch import Tensor, nn
 from transformers import CLIPModel
 

@@ -11,8 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import bench_of, sentences, write_csv
-from support.regularizers import UnlabelledRows, build_probed_model, build_trainer, run_first_step
-from test_trainer import Rows, weights
+from support.training import (
+    Rows,
+    UnlabelledRows,
+    build_probed_model,
+    build_trainer,
+    copy_parameters,
+    run_first_step,
+)
 from torch import Tensor
 
 from hftl.config.recipe import Recipe
@@ -127,7 +133,7 @@ def test_weight_zero_is_replay_without_labels(bert: Path, tmp_path: Path) -> Non
     for general, weight in ((General(7), 0.0), (UnlabelledRows(7), 1.0), (General(7), 1.0)):
         model = build_probed_model(bert, "full")
         build_replay_trainer(tmp_path, model, general, weight).train()
-        states.append(weights(model))
+        states.append(copy_parameters(model))
     zero, unlabelled, full = states
     assert all(torch.equal(value, unlabelled[name]) for name, value in zero.items())
     assert any(not torch.equal(value, unlabelled[name]) for name, value in full.items())

@@ -9,23 +9,23 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from support.regularizers import (
+from support.training import (
+    assert_same_parameters,
     assert_same_step,
     build_probed_model,
     build_trainer,
+    copy_parameters,
+    load_classifier,
     perturb,
     run_first_step,
     stack_rows,
 )
-from test_trainer import weights
 from torch import Tensor, nn
 
 from hftl.adapt.encoder_io import merge_encoder_state
-from hftl.config.section import Source
 from hftl.errors import RecipeError
 from hftl.finetune.trainable import prepare
-from hftl.models.heads import build_model, get_encoder, get_model_architecture
-from hftl.models.source import find_source
+from hftl.models.heads import get_encoder, get_model_architecture
 from hftl.retain.fisher import EWC
 from hftl.retain.weights import (
     L2SP,
@@ -37,11 +37,6 @@ from hftl.retain.weights import (
     iterate_encoder_parameters,
     iterate_lora_layers,
 )
-
-
-@pytest.fixture
-def bert(tiny_model: Callable[..., Path]) -> Path:
-    return tiny_model("bert")
 
 
 def get_inner_encoder(model: Any) -> Any:
@@ -65,8 +60,7 @@ def record_start(model: nn.Module, *penalties: WeightPenalty[Any]) -> None:
         assert penalty.compute_penalty(model) == 0
 
 
-@pytest.mark.parametrize("strategy", ["full", "partial"])
-@pytest.mark.parametrize("pooling", ["mean", "native"])
+@pytest.mark.parametrize(("pooling", "strategy"), [("mean", "full"), ("native", "partial")])
 def test_l2sp_is_the_squared_distance(bert: Path, strategy: str, pooling: str) -> None:
     model = build_probed_model(bert, strategy, pooling)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -89,11 +83,9 @@ def test_l2sp_is_the_squared_distance(bert: Path, strategy: str, pooling: str) -
         torch.testing.assert_close(gradient, (factor * shift).detach())
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("pooling", ["mean", "native"])
+@pytest.mark.parametrize(("pooling", "rslora"), [("mean", True), ("native", False)])
 def test_merged_weights_count_under_lora(bert: Path, pooling: str, rslora: bool) -> None:
-    source = find_source(Source(model=str(bert)))
-    loaded = build_model(source, "classification", pooling, 3, ["a", "b", "c"], seed=0)
+    loaded = load_classifier(bert, pooling)
     plain = {k: v.clone() for k, v in loaded.encoder.state_dict().items()}
     lora = {"r": 4, "lora_alpha": 12, "use_rslora": rslora}
     model = prepare(loaded.model, "lora", lora=lora, fresh=loaded.fresh)
@@ -144,8 +136,7 @@ def test_modules_saved_by_an_adapter_count_as_the_encoder_s(bert: Path) -> None:
 def test_lora_of_embeddings_and_convolutions_counts(
     name: str, target: str, tiny_model: Callable[..., Path]
 ) -> None:
-    source = find_source(Source(model=str(tiny_model(name))))
-    loaded = build_model(source, "classification", "native", 3, ["a", "b", "c"], seed=0)
+    loaded = load_classifier(tiny_model(name))
     model = prepare(loaded.model, "lora", lora={"target_modules": [target]}, fresh=loaded.fresh)
     ((path, layer),) = iterate_lora_layers(model)
     before = layer.get_base_layer().weight.detach().clone()
@@ -180,20 +171,18 @@ def test_mixed_precision_changes_no_penalty(bert: Path, strategy: str) -> None:
         assert value.dtype == torch.float32 and torch.equal(value, expected)
 
 
-@pytest.mark.parametrize("strategy", ["full", "lora"])
-def test_resumed_training_has_the_first_start(bert: Path, tmp_path: Path, strategy: str) -> None:
+def test_resumed_training_has_the_first_start(bert: Path, tmp_path: Path) -> None:
     def build() -> Any:
-        model = build_probed_model(bert, strategy)
+        model = build_probed_model(bert, "lora")
         return build_trainer(
-            model, tmp_path, [L2SP(0.5), EWC(0.5, build_even_fisher(model))], {},
+            model, tmp_path, [L2SP(0.5), EWC(0.5, build_even_fisher(model))],
             num_train_epochs=2, learning_rate=0.05, save_strategy="epoch",
         )  # fmt: skip
 
     whole, resumed = build(), build()
     whole.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    for name, value in weights(whole.model).items():
-        assert torch.equal(value, weights(resumed.model)[name]), name
+    assert_same_parameters(resumed.model, whole.model)
 
 
 def test_decoupled_step_follows_the_schedule(bert: Path, tmp_path: Path) -> None:
@@ -208,7 +197,7 @@ def test_decoupled_step_follows_the_schedule(bert: Path, tmp_path: Path) -> None
             steps.append((before, copy_encoder_parameters(model)))
 
     build_trainer(
-        model, tmp_path, [Watched(0.5, decoupled=True)], {}, learning_rate=0.1,
+        model, tmp_path, [Watched(0.5, decoupled=True)], learning_rate=0.1,
         lr_scheduler_type="linear",
     ).train()  # fmt: skip
     assert len(steps) == 3
@@ -253,8 +242,8 @@ def test_decoupled_step_is_outside_the_optimizer(bert: Path) -> None:
     model = build_probed_model(bert, "full")
     penalty = L2SP(0.5, decoupled=True)
     penalty.record_start(model)
-    before = weights(model)
-    now = weights(perturb(model, 0.05))
+    before = copy_parameters(model)
+    now = copy_parameters(perturb(model, 0.05))
     assert penalty.compute_penalty(model) == 0
     inside = {id(p) for _, p in iterate_encoder_parameters(model)}
     groups = [
@@ -271,7 +260,7 @@ def test_decoupled_step_is_outside_the_optimizer(bert: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "strategy"),
-    [("l2sp", "full"), ("l2sp", "lora"), ("decoupled", "full"), ("ewc", "full"), ("ewc", "lora")],
+    [("l2sp", "lora"), ("decoupled", "full"), ("ewc", "full")],
 )
 def test_training_with_a_penalty_stays_nearer(
     bert: Path, tmp_path: Path, kind: str, strategy: str
@@ -285,21 +274,18 @@ def test_training_with_a_penalty_stays_nearer(
         else:
             penalty = L2SP(weight, decoupled=kind == "decoupled")
         build_trainer(
-            model, tmp_path, [penalty], {}, optim="adamw_torch", learning_rate=0.03,
-            num_train_epochs=4,
+            model, tmp_path, [penalty], optim="adamw_torch", learning_rate=0.03,
+            num_train_epochs=3,
         ).train()  # fmt: skip
         distances.append(float(distance.compute_penalty(model).detach()))
     assert distances[1] < 0.8 * distances[0]
 
 
-@pytest.mark.parametrize("strategy", ["full", "lora"])
-def test_penalty_counts_once_a_step_however_it_is_cut(
-    bert: Path, tmp_path: Path, strategy: str
-) -> None:
+def test_penalty_counts_once_a_step_however_it_is_cut(bert: Path, tmp_path: Path) -> None:
     steps = []
     for batch, accumulated in ((8, 1), (2, 4)):
         trainer = build_trainer(
-            build_probed_model(bert, strategy), tmp_path, [L2SP(0.4, head=0.3)], {},
+            build_probed_model(bert, "full"), tmp_path, [L2SP(0.4, head=0.3)],
             per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated,
         )  # fmt: skip
         steps.append(run_first_step(trainer))
@@ -340,14 +326,16 @@ def test_accepts_an_adapter_that_starts_at_zero(bert: Path, init: Any) -> None:
     model = build_probed_model(bert, "full")
     plain = deepcopy(model).eval()
     adapted = prepare(model, "lora", lora={"r": 4, **lora}).eval()
-    batch = {key: value for key, value in stack_rows(4).items() if key != "labels"}
+    batch = stack_rows(4, labels=False)
     torch.testing.assert_close(adapted(**batch).logits, plain(**batch).logits, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", [lambda: L2SP(-1.0), lambda: L2SP(0, -1.0), lambda: EWC(-1.0, {})])
-def test_refuses_a_negative_weight(kind: Callable[[], Any]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "arguments"), [(L2SP, (-1.0,)), (L2SP, (0, -1.0)), (EWC, (-1.0, {}))]
+)
+def test_refuses_a_negative_weight(kind: Any, arguments: Any) -> None:
     with pytest.raises(RecipeError, match="greater than or equal to 0"):
-        kind()
+        kind(*arguments)
 
 
 @pytest.mark.parametrize("kind", ["l2sp", "ewc"])
