@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from hftl.data.duplicates import CopyCounts, count_near_images, drop_duplicates
+from hftl.data.duplicates import count_near_images, drop_duplicates
+from hftl.data.facts import CopyCounts
 from hftl.data.rows import Row
 
 
@@ -100,7 +101,9 @@ def test_contradictory_inputs_are_counted_apart_from_copies() -> None:
     rows = [row(f"t{i}", label, 2 * i) for i in range(70) for label in "ab"]
     rows += [row(f"u{i}", "a") for i in range(50)] + [row("u0", "a", 1)]
     counts = drop_duplicates({"train": rows})[1]
-    assert counts == CopyCounts(1, 140, 70, 120, 0)
+    assert counts == CopyCounts(
+        duplicates=1, conflicting=140, contradictory_inputs=70, distinct_inputs=120, leaked=0
+    )
 
 
 def test_near_pictures_are_counted_where_they_measure() -> None:

@@ -17,7 +17,7 @@ ORDER = [
     "config.retain", "config.measure", "config.publish", "config.validation", "config.recipe",
     "runtime.distributed", "runtime.hardware", "runtime.run_folder",
     "runtime.paths", "runtime.progress",
-    "measure.metrics", "measure.record", "measure.statistics", "measure.verdict",
+    "data.facts", "measure.metrics", "measure.record", "measure.statistics", "measure.verdict",
     "data.rows", "data.normalization", "data.csv_reader", "data.tables", "data.duplicates",
     "data.images", "data.load", "data.labels", "data.splits", "data.prepare", "data.text_inputs",
     "data.image_inputs", "data.corpus", "data.masking", "data.general",

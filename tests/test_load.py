@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from hftl.config.data import Data
+from hftl.data.facts import BadRow
 from hftl.data.load import load_rows
 from hftl.data.normalization import normalize_name
-from hftl.data.rows import BadRow, BadRows, InputSpec, Row
+from hftl.data.rows import BadRows, InputSpec, Row
 from hftl.errors import DataError, HftlError, HubError, RecipeError
 
 GOOD = [("a fine film", "pos"), ('dull, "very" dull', "neg"), ("two\nlines", "pos")]
@@ -162,7 +163,7 @@ def test_a_bad_target(tmp_path: Path, target: str, why: str) -> None:
         rows_of(path, "regression")
     bad = BadRows(skip=True)
     assert [row.label for row in rows_of(path, "regression", bad=bad)] == [1.0, 2.0]
-    assert bad.dropped == [BadRow("a.csv line 3", why)]
+    assert bad.dropped == [BadRow(where="a.csv line 3", why=why)]
 
 
 def test_a_row_without_its_group(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import hftl
 from hftl.analysis.check import check_inputs
 from hftl.config.data import Data
 from hftl.config.recipe import Recipe
+from hftl.data.facts import PreparedFacts
 from hftl.data.load import find_label_fault
 from hftl.data.normalization import (
     find_doubtful_names,
@@ -26,7 +27,7 @@ from hftl.data.normalization import (
     normalize_name,
     normalize_text,
 )
-from hftl.data.prepare import PreparedFacts, prepare_data
+from hftl.data.prepare import prepare_data
 from hftl.errors import DataError
 from hftl.inference.compare import compare_models
 from hftl.pipeline.pipeline import check_recipe, run
@@ -180,7 +181,7 @@ def test_data_prepared_before_contradictions_were_counted_are_checked(
     recipe = Recipe.parse(recipe_tree)
     bench = bench_of(recipe)
     newer = ("contradictory_inputs", "distinct_inputs", "near_pictures", "label_type")
-    facts = bench.prepared.facts.to_record()
+    facts = bench.prepared.facts.to_dict()
     older = PreparedFacts.model_validate({key: facts[key] for key in facts if key not in newer})
     older = replace(bench.prepared, facts=older)
     assert check_inputs(bench.source, bench.inputs, older, 16, [recipe.finetune])["warnings"]

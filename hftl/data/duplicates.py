@@ -7,7 +7,6 @@ decode to the same pixels. The same content twice is one item; with two labels i
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from datasketch import MinHash, MinHashLSH
 from imagehash import phash
 from PIL import Image
 
+from hftl.data.facts import CopyCounts
 from hftl.data.normalization import normalize_content, normalize_text
 from hftl.data.rows import Label, Row
 
@@ -38,25 +38,6 @@ MAX_FLAT_DEVIATION = 2.0
 """Standard deviation of grey levels of 255 below which an image is flat: its hash is rounding."""
 
 Shingles = set[tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class CopyCounts:
-    """Count what was dropped.
-
-    Attributes:
-        duplicates: copies of a row that stays.
-        conflicting: rows of inputs that have differing labels.
-        contradictory_inputs: the inputs that these rows repeat, each counted once.
-        distinct_inputs: all inputs, each counted once.
-        leaked: copies in another table than the row that stays.
-    """
-
-    duplicates: int = 0
-    conflicting: int = 0
-    contradictory_inputs: int = 0
-    distinct_inputs: int = 0
-    leaked: int = 0
 
 
 def drop_duplicates(splits: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], CopyCounts]:
@@ -83,7 +64,13 @@ def drop_duplicates(splits: dict[str, list[Row]]) -> tuple[dict[str, list[Row]],
         remaining[first].append(
             min(candidates, key=lambda row: (row.group or "", row.content, row.index))
         )
-    return remaining, CopyCounts(duplicates, conflicting, contradictory, len(copies), leaked)
+    return remaining, CopyCounts(
+        duplicates=duplicates,
+        conflicting=conflicting,
+        contradictory_inputs=contradictory,
+        distinct_inputs=len(copies),
+        leaked=leaked,
+    )
 
 
 def _round_target(label: Label) -> Label:

@@ -3,13 +3,13 @@
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from hftl.config.data import Data, GeneralTable
+from hftl.data.facts import GeneralFacts
 from hftl.data.images import warn_of_narrow_images
 from hftl.data.load import check_columns, find_document_fault, find_label_fault, inspect_rows
 from hftl.data.normalization import normalize_content, normalize_name
@@ -38,25 +38,6 @@ HALVES = ("used", "measured")
 
 
 @dataclass(frozen=True)
-class GeneralCounts:
-    """Count the rows of general data by what became of them, for the record.
-
-    `known` counts rows that are inputs of the run itself, `near` near copies of its validation and
-    test; `documents` is the column that says which rows belong together. `fingerprint` identifies
-    the rows.
-    """
-
-    rows_read: int
-    bad_rows: int
-    duplicates: int
-    conflicting: int
-    known: int
-    documents: str | None
-    fingerprint: str
-    near: int = 0
-
-
-@dataclass(frozen=True)
 class GeneralData:
     """Hold general data without the run's own inputs; no document is in both halves.
 
@@ -69,7 +50,7 @@ class GeneralData:
     eval_rows: list[Row]
     controls: tuple[str, ...]
     classes: tuple[str, ...]
-    facts: GeneralCounts
+    facts: GeneralFacts
 
     def get_control_values(self, control: str) -> np.ndarray:
         """Return the values of a control in the evaluation rows, (rows,) strings."""
@@ -120,12 +101,13 @@ def load_general(data: Data, prepared: PreparedData, spec: InputSpec) -> General
             "may be used",
             "Give other general data",
         )
-    facts = GeneralCounts(
+    facts = GeneralFacts(
         rows_read=len(loaded) + bad.count,
         bad_rows=bad.count,
         duplicates=len(loaded) - conflicting - len(distinct),
         conflicting=conflicting,
         known=len(distinct) - len(rows),
+        near=0,
         documents=documents,
         fingerprint=_fingerprint_halves(train_rows, eval_rows),
     )
@@ -279,11 +261,11 @@ def drop_near_rows(general: GeneralData, is_near: Callable[[Row], bool]) -> Gene
         is_near: whether a row is a near copy.
     """
     train_rows = [row for row in general.train_rows if not is_near(row)]
-    facts = replace(
-        general.facts,
-        near=len(general.train_rows) - len(train_rows),
-        fingerprint=_fingerprint_halves(train_rows, general.eval_rows),
-    )
+    changed = {
+        "near": len(general.train_rows) - len(train_rows),
+        "fingerprint": _fingerprint_halves(train_rows, general.eval_rows),
+    }
+    facts = general.facts.model_copy(update=changed)
     return replace(general, train_rows=train_rows, facts=facts)
 
 
@@ -310,10 +292,10 @@ def check_general_labels(general: GeneralData, control: str, names: list[str]) -
 def write_general(general: GeneralData, folder: Path) -> None:
     """Store rows and facts."""
     write_rows(dict(zip(HALVES, (general.train_rows, general.eval_rows), strict=True)), folder)
-    tree: dict[str, Any] = {
+    tree = {
         "controls": general.controls,
         "classes": general.classes,
-        "facts": asdict(general.facts),
+        "facts": general.facts.to_dict(),
     }
     (folder / "facts.json").write_text(to_json(tree), encoding="utf-8")
 
@@ -324,5 +306,5 @@ def read_general(folder: Path) -> GeneralData:
     halves = read_rows(folder, HALVES)
     return GeneralData(
         halves["used"], halves["measured"], tuple(tree["controls"]), tuple(tree["classes"]),
-        GeneralCounts(**tree["facts"]),
+        GeneralFacts.model_validate(tree["facts"]),
     )  # fmt: skip

@@ -12,7 +12,6 @@ import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -33,6 +32,7 @@ from PIL import (
 )
 
 from hftl.data.duplicates import compute_perceptual_hash
+from hftl.data.facts import NarrowCount
 from hftl.data.rows import ImageInfo, Levels, RawRow
 from hftl.errors import DataError, DataWarning
 from hftl.runtime.progress import open_bar
@@ -234,21 +234,6 @@ def _shorten_error(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:80]
 
 
-@dataclass(frozen=True, slots=True)
-class NarrowCount:
-    """Count images of a narrow range, of how many, and hold their least and greatest level.
-
-    12 bits in a 16-bit file are 0 to 15 of 255, which no encoder has seen and which loses most of
-    the content. The levels are those of the 8 bits that the encoder gets, so that every depth
-    counts alike: grey, colour and floats.
-    """
-
-    count: int
-    pictures: int
-    low: int
-    high: int
-
-
 def read_levels(image: Image.Image) -> Levels:
     """Return the darkest and the brightest value of an image in RGB."""
     values = np.asarray(image)
@@ -266,7 +251,7 @@ def count_narrow_images(levels: Iterable[Levels | None]) -> NarrowCount | None:
     if not narrow:
         return None
     lows, highs = zip(*narrow, strict=True)
-    return NarrowCount(len(narrow), len(known), min(lows), max(highs))
+    return NarrowCount(count=len(narrow), pictures=len(known), low=min(lows), high=max(highs))
 
 
 def describe_narrow_images(narrow: NarrowCount) -> str:

@@ -7,13 +7,13 @@ tuple of tags. Tags may follow any scheme (BIO, BIOES, BILOU, IO and the like).
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from scipy.special import expit, softmax
 
+from hftl.data.facts import TagScheme
 from hftl.data.rows import Label, Row
 from hftl.errors import DataError
 
@@ -38,34 +38,6 @@ MULTI_LABEL_THRESHOLD = 0.5
 
 TagParts = tuple[str, str, bool]
 """A marker, an entity type, and whether it is written in the usual form, upper case and a dash."""
-
-
-@dataclass(frozen=True)
-class TagScheme:
-    """Describe how the tags of a task mark entities.
-
-    `name` is one of `SCHEME_MARKERS`, or IO, where a run of words with one tag is one entity.
-    `outside` is the tag of words that belong to no entity, None where there is none. `standard`
-    maps each tag to the form that seqeval reads, `B-PER` or `O`.
-    """
-
-    name: str
-    outside: str | None
-    standard: Mapping[str, str]
-
-    def standardize(self, tags: Sequence[str]) -> tuple[str, ...]:
-        """Return a row's tags in the form that seqeval reads."""
-        return tuple(self.standard[tag] for tag in tags)
-
-    @property
-    def types(self) -> list[str]:
-        """Return the types of entities, sorted."""
-        return sorted({get_entity_type(tag) for tag in self.standard.values()} - {""})
-
-
-def get_entity_type(tag: str) -> str:
-    """Return the type of a tag in seqeval's form: `PER` of `B-PER`, `_` of `B`, None of `O`."""
-    return "" if tag == "O" else tag[2:] or "_"
 
 
 def find_outside_tag(names: Sequence[str]) -> str | None:
@@ -99,13 +71,15 @@ def recognize_tag_scheme(names: tuple[str, ...], where: str = "") -> TagScheme:
             marked = {
                 tag: f"{SEQEVAL_MARKERS[marker]}-{kind}" for tag, (marker, kind, _) in parts.items()
             }
-            return TagScheme(scheme, outside, standard | marked)
+            return TagScheme(name=scheme, outside=outside, standard=standard | marked)
         if _has_marked_type(parts):
             _refuse_mixed_markers(parts, tags, where)
     if {"B", "I"} <= set(tags) <= set(SEQEVAL_MARKERS):
         # One type of entity, without a name.
-        return TagScheme("BIO", outside, standard | {tag: SEQEVAL_MARKERS[tag] for tag in tags})
-    return TagScheme("IO", outside, standard | {tag: f"I-{tag}" for tag in tags})
+        forms = {tag: SEQEVAL_MARKERS[tag] for tag in tags}
+        return TagScheme(name="BIO", outside=outside, standard=standard | forms)
+    forms = {tag: f"I-{tag}" for tag in tags}
+    return TagScheme(name="IO", outside=outside, standard=standard | forms)
 
 
 def _split_prefix(tag: str) -> TagParts | None:

@@ -9,21 +9,20 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
 
 from hftl.config.data import Data, Fraction, Table
 from hftl.data import labels
-from hftl.data.duplicates import CopyCounts, count_near_images, drop_duplicates
-from hftl.data.images import NarrowCount, count_narrow_images
-from hftl.data.labels import TagScheme, check_targets, get_label_names, recognize_tag_scheme
+from hftl.data.duplicates import count_near_images, drop_duplicates
+from hftl.data.facts import CopyCounts, LabelType, Modality, PreparedFacts
+from hftl.data.images import count_narrow_images
+from hftl.data.labels import check_targets, get_label_names, recognize_tag_scheme
 from hftl.data.load import load_rows
 from hftl.data.normalization import is_integer_name
-from hftl.data.rows import BadRow, BadRows, InputSpec, Row, read_rows, write_rows
+from hftl.data.rows import BadRows, InputSpec, Row, read_rows, write_rows
 from hftl.data.splits import (
     TASKS_WITHOUT_CLASS_SHOTS,
     draw_shots,
@@ -40,37 +39,6 @@ UNTYPED_SUFFIXES = (".csv", ".tsv")
 """Suffixes of tables whose cells have no type: what looks like an integer is one."""
 
 
-class PreparedFacts(BaseModel, frozen=True):
-    """Describe the prepared data, as the record's section `data` holds it.
-
-    The fields with a default are missing from run folders of older versions.
-    """
-
-    task: str | None
-    modality: str
-    rows_read: int
-    bad_rows: int
-    bad_rows_listed: list[BadRow]
-    duplicates: int
-    conflicting: int
-    contradictory_inputs: int = 0
-    distinct_inputs: int = 0
-    leaked: int
-    near_pictures: int = 0
-    narrow_pictures: NarrowCount | None = None
-    splits: dict[str, int]
-    labels: list[str]
-    label_type: str = "text"
-    label_counts: dict[str, dict[str, int]] | None
-    fingerprint: str
-    hub_revisions: dict[str, str | None]
-    tag_scheme: TagScheme | None = None
-
-    def to_record(self) -> dict[str, Any]:
-        """Return the record's keys; `tag_scheme` is one for token-classification only."""
-        return self.model_dump(exclude={"tag_scheme"} if self.tag_scheme is None else None)
-
-
 @dataclass(frozen=True)
 class PreparedData:
     """Hold the rows of each split, in an order of their own content.
@@ -80,7 +48,7 @@ class PreparedData:
     """
 
     task: str
-    modality: str
+    modality: Modality
     names: list[str]
     rows: dict[str, list[Row]]
     facts: PreparedFacts
@@ -133,14 +101,13 @@ def prepare_data(data: Data, spec: InputSpec = InputSpec()) -> PreparedData:  # 
     rows = {split: sorted(members, key=hash_row) for split, members in rows.items()}
     names = _list_class_names(rows, task)
     _check_label_columns(data.train, names)
-    is_tokens = task == "token-classification"
     facts = PreparedFacts(
         task=task,
         modality=spec.modality,
         rows_read=sum(map(len, loaded.values())) + bad.count,
         bad_rows=bad.count,
         bad_rows_listed=bad.dropped,
-        **asdict(counts),
+        **dict(counts),
         near_pictures=count_near_images(rows),
         narrow_pictures=narrow,
         splits={split: len(members) for split, members in rows.items()},
@@ -149,18 +116,22 @@ def prepare_data(data: Data, spec: InputSpec = InputSpec()) -> PreparedData:  # 
         label_counts=_count_labels(rows, task),
         fingerprint=fingerprint({s: [_identify_row(r) for r in rows[s]] for s in SPLITS}),
         hub_revisions=resolve_revisions(data),
-        tag_scheme=recognize_tag_scheme(tuple(names), "data.train.label: ") if is_tokens else None,
     )
+    if task == "token-classification":
+        scheme = recognize_tag_scheme(tuple(names), "data.train.label: ")
+        facts = facts.model_copy(update={"tag_scheme": scheme})
     draw_shots(rows["train"], data.shots, task, data.seed)
     return PreparedData(task, spec.modality, names, rows, facts)
 
 
 def _prepare_without_task(data: Data, spec: InputSpec) -> PreparedData:
     """Return the data of a recipe that only adapts: no labelled row."""
+    counts = CopyCounts(duplicates=0, conflicting=0, leaked=0)
     facts = PreparedFacts(
         task=None, modality=spec.modality, rows_read=0, bad_rows=0, bad_rows_listed=[],
-        **asdict(CopyCounts()), splits=dict.fromkeys(SPLITS, 0), labels=[], label_counts=None,
-        fingerprint=fingerprint({}), hub_revisions=resolve_revisions(data),
+        **dict(counts), near_pictures=0, narrow_pictures=None, splits=dict.fromkeys(SPLITS, 0),
+        labels=[], label_type="text", label_counts=None, fingerprint=fingerprint({}),
+        hub_revisions=resolve_revisions(data),
     )  # fmt: skip
     return PreparedData("", spec.modality, [], {split: [] for split in SPLITS}, facts)
 
@@ -168,7 +139,7 @@ def _prepare_without_task(data: Data, spec: InputSpec) -> PreparedData:
 def write_prepared_data(prepared: PreparedData, folder: Path, digest: str) -> None:
     """Store rows and facts, with the `hash_data_files` that they were read under."""
     write_rows({split: prepared.rows[split] for split in SPLITS}, folder)
-    tree = {"facts": prepared.facts.to_record(), "files": digest}
+    tree = {"facts": prepared.facts.to_dict(), "files": digest}
     (folder / "facts.json").write_text(to_json(tree), encoding="utf-8")
 
 
@@ -333,7 +304,7 @@ def _identify_row(row: Row) -> str:
     return hash_row(row).hex() + target
 
 
-def _find_label_type(data: Data, spec: InputSpec, names: list[str]) -> str:
+def _find_label_type(data: Data, spec: InputSpec, names: list[str]) -> LabelType:
     """Return integer, boolean or text: the type that the class names have in train's table."""
     column = data.train.label
     if isinstance(column, list) or not names:

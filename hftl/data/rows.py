@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from hftl.data.facts import BadRow, Modality
 from hftl.errors import DataError
 
 MAX_LISTED_ROWS = 10_000
@@ -78,16 +79,8 @@ class ImageInfo:
 class InputSpec:
     """Describe what the encoder reads: `text` or `image`, and the side of a patch in pixels."""
 
-    modality: str = "text"
+    modality: Modality = "text"
     patch_size: int = 1
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """Name a row that was dropped, and why."""
-
-    where: str
-    why: str
 
 
 @dataclass
@@ -112,7 +105,7 @@ class BadRows:
             raise DataError(f"{where}: {why}", self.fix)
         self.count += 1
         if self.count <= MAX_LISTED_ROWS:
-            self.dropped.append(BadRow(where, why))
+            self.dropped.append(BadRow(where=where, why=why))
 
 
 def normalize_newlines(value: Any) -> Any:

@@ -18,9 +18,10 @@ from hftl.config.recipe import Recipe
 from hftl.console import format_table
 from hftl.data import labels as answers
 from hftl.data import prepare
+from hftl.data.facts import TagScheme
 from hftl.data.image_inputs import ImageInputs
 from hftl.data.images import warn_of_narrow_images
-from hftl.data.labels import TagScheme, recognize_tag_scheme
+from hftl.data.labels import recognize_tag_scheme
 from hftl.data.load import load_rows
 from hftl.data.normalization import normalize_name
 from hftl.data.rows import BadRows, InputSpec, Row
@@ -37,7 +38,7 @@ from hftl.measure import metrics
 from hftl.measure.gain import ComparedModel, assign_units, compare_pair, score_with_interval
 from hftl.measure.verdict import format_gain
 from hftl.models.features import predict_logits
-from hftl.publish.published_metadata import RECORD_FILE, PublishedMetadata, read_json_mapping
+from hftl.publish.published_metadata import PublishedMetadata
 from hftl.runtime import paths
 from hftl.runtime.run_folder import write_text
 
@@ -200,11 +201,10 @@ def _read_shared_items(
             "Give a table: --data TABLE",
         )
     first, run = next(iter(runs.items()))
-    expected = _read_fingerprint(run / "record.json")
+    expected = _read_fingerprint(folders[list(models).index(first)])
     unknown: list[str] = []
     for model, folder in zip(models, folders, strict=True):
-        record = runs[model] / "record.json" if model in runs else folder / RECORD_FILE
-        fingerprint = _read_fingerprint(record)
+        fingerprint = _read_fingerprint(folder)
         if fingerprint is None:
             unknown.append(model)
         elif fingerprint != expected:
@@ -215,10 +215,10 @@ def _read_shared_items(
     return LabelledItems(prepared.rows["test"], Recipe.load(run / "recipe.yaml").data), unknown
 
 
-def _read_fingerprint(record: Path) -> str | None:
-    """Return the hash of the data and splits in a record; None where it has none."""
-    data = read_json_mapping(record).get("data")
-    return data.get("fingerprint") if isinstance(data, dict) else None
+def _read_fingerprint(folder: Path) -> str | None:
+    """Return the hash of the data and splits that a published model names; None without one."""
+    data = PublishedMetadata.read(folder).data
+    return data.fingerprint if data is not None else None
 
 
 def _normalise_predictor(model: str, predictor: Predictor) -> Predictor:

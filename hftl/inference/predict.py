@@ -12,6 +12,7 @@ from torch import nn
 
 from hftl.config.data import Data, Table
 from hftl.config.upstream_args import BASE_PRESERVING_INITS
+from hftl.data.facts import Modality
 from hftl.data.image_inputs import ImageInputs, get_image_size, resize_and_crop
 from hftl.data.images import (
     ImageDecodeError,
@@ -75,7 +76,7 @@ class Predictor:
     """The type that the classes had in the training table."""
 
     @property
-    def modality(self) -> str:
+    def modality(self) -> Modality:
         """Return `text` or `image`."""
         return "image" if isinstance(self.inputs, ImageInputs) else "text"
 

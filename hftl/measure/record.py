@@ -12,9 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_serializer
+from pydantic import Field, PrivateAttr, ValidationError, field_serializer
 
 from hftl.config.recipe import Recipe
+from hftl.data.facts import DataFacts, GeneralFacts, OpenPart, RecordPart
 from hftl.errors import HftlError, RunFolderError, suggest_closest
 from hftl.runtime.run_folder import fingerprint, to_json
 
@@ -28,25 +29,6 @@ Number = int | float
 """A number of another phase's file, which keeps its JSON form: 3 stays 3."""
 Interval = tuple[float, float]
 GainOutcome = Literal["positive", "equivalent", "negative", "undetermined"]
-
-
-class RecordPart(BaseModel):
-    """Hold one mapping of the record; `part["key"]` is the plain value, as it stands in JSON."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain nested mappings of what was set."""
-        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
-
-    def __getitem__(self, key: str) -> Any:
-        return self.to_dict()[key]
-
-
-class OpenPart(RecordPart):
-    """Hold a mapping that a phase folder of an earlier version may have fewer or other keys of."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
 
 
 # Scores and gains.
@@ -115,65 +97,7 @@ class Verdict(RecordPart):
     reasons: list[str]
 
 
-# Data, source and preflight.
-
-
-class TagSchemeFacts(RecordPart):
-    """Describe how tags mark entities."""
-
-    name: str
-    outside: str | None
-    standard: dict[str, str]
-
-
-class NarrowFacts(RecordPart):
-    """Count images of a narrow range of levels."""
-
-    count: int
-    pictures: int
-    low: int
-    high: int
-
-
-class LabelsRead(RecordPart):
-    """Count the labels that were read: of train by one seed, and in all."""
-
-    train_per_seed: int
-    total: int
-
-
-class BadRow(RecordPart):
-    """Name one row that was skipped, and why."""
-
-    where: str
-    why: str
-
-
-class DataFacts(OpenPart):
-    """Describe the rows that were read, dropped and split."""
-
-    task: str | None
-    modality: Literal["text", "image"]
-    name: str
-    rows_read: int
-    bad_rows: int
-    bad_rows_listed: list[BadRow] = Field(default_factory=list[BadRow])
-    """Absent from a published record: what a bad row says is the user's own."""
-    duplicates: int
-    conflicting: int
-    leaked: int
-    contradictory_inputs: int | None = None
-    distinct_inputs: int | None = None
-    near_pictures: int | None = None
-    narrow_pictures: NarrowFacts | None = None
-    splits: dict[str, int]
-    labels: list[str]
-    label_type: Literal["text", "integer", "boolean"] = "text"
-    label_counts: dict[str, dict[str, int]] | None
-    labels_read: LabelsRead | None = None
-    tag_scheme: TagSchemeFacts | None = None
-    fingerprint: str
-    hub_revisions: dict[str, str | None]
+# Source and preflight.
 
 
 class SourceFacts(RecordPart):
@@ -426,17 +350,6 @@ class Control(RecordPart):
     name: str
     values: int
     classes: bool
-
-
-class GeneralFacts(OpenPart):
-    """Describe the general data."""
-
-    rows_read: int
-    known: int
-    """Copies of the run's own inputs, which were left out."""
-    near: int | None = None
-    documents: str | None
-    """The column whose rows count as one unit."""
 
 
 class ForgettingSection(RecordPart):

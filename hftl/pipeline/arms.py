@@ -7,7 +7,7 @@ from typing import Any
 from hftl import console
 from hftl.card.sections import describe_scratch_search
 from hftl.config.recipe import Arm, Recipe
-from hftl.data.prepare import PreparedFacts
+from hftl.data.facts import PreparedFacts
 from hftl.finetune import arm as training
 from hftl.finetune import arm_files, baselines
 from hftl.finetune.arm_files import ArmOutput

@@ -7,6 +7,7 @@ from hftl import console
 from hftl.card.card import format_gain_sentence
 from hftl.card.wording import format_adaptation_sentence, has_forgetting
 from hftl.config.recipe import Arm, Recipe
+from hftl.data.facts import DataFacts, LabelsRead
 from hftl.data.image_inputs import ImageInputs
 from hftl.data.labels import recognize_tag_scheme
 from hftl.data.splits import MEASURED_SPLITS
@@ -26,8 +27,6 @@ from hftl.measure.metrics import Metric
 from hftl.measure.record import (
     SCHEMA_VERSION,
     CheckFacts,
-    DataFacts,
-    LabelsRead,
     Record,
     ScratchSearch,
     describe_environment,
@@ -191,7 +190,7 @@ def _build_data_section(recipe: Recipe, context: ExperimentContext) -> DataFacts
     count_words = context.prepared.count_words
     path = recipe.data.train.path
     return DataFacts.model_validate(
-        facts.to_record()
+        facts.to_dict()
         | {
             "name": path if "train" in facts.hub_revisions else strip_parents(path),
             "labels_read": LabelsRead(

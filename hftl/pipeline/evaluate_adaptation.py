@@ -6,6 +6,7 @@ from pathlib import Path
 from hftl.card.card import render_adaptation_card
 from hftl.card.report import render_report
 from hftl.card.wording import format_adaptation_sentence
+from hftl.data.facts import DataFacts
 from hftl.data.image_inputs import ImageInputs
 from hftl.finetune.context import ExperimentContext
 from hftl.measure.record import (
@@ -13,7 +14,6 @@ from hftl.measure.record import (
     RECORD_FILE,
     SCHEMA_VERSION,
     CheckFacts,
-    DataFacts,
     Record,
     describe_environment,
 )
@@ -66,7 +66,7 @@ def _build_adaptation_record(
     recipe = run.recipe
     section = build_adaptation_section(stages, None, None, is_adapter=False)
     assert section is not None
-    data = context.prepared.facts.to_record() | {"name": Path(recipe.data.train.path).name}
+    data = context.prepared.facts.to_dict() | {"name": Path(recipe.data.train.path).name}
     return Record(
         schema_version=SCHEMA_VERSION,
         recipe=recipe,

@@ -1,6 +1,5 @@
 """Measure what each arm has forgotten, against the source's embeddings, computed once a run."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from hftl.measure.forgetting import (
     build_forgetting_arms,
     measure_forgetting,
 )
-from hftl.measure.record import Control, ForgettingSection, GeneralFacts
+from hftl.measure.record import Control, ForgettingSection
 from hftl.pipeline.run import Run
 from hftl.retain.kl import DEFAULT_TAU
 from hftl.runtime import run_folder
@@ -51,7 +50,7 @@ def build_forgetting_section(
         rows=rows.get("general", 0),
         new_rows=rows["new"],
         documents=None if general is None else general.facts.documents,
-        general=None if general is None else GeneralFacts.model_validate(asdict(general.facts)),
+        general=None if general is None else general.facts,
         controls=[
             Control(name=name, values=len(set(labels)), classes=name in spec.classes)
             for name, labels in spec.controls.items()
