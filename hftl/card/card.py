@@ -1,16 +1,15 @@
 """Render the card: the record as a page. It formats and never computes; same record, same bytes."""
 
 import json
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
 
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
 
 from hftl.card.metadata import build_adapter_tags, build_metadata, build_origin, format_title
 from hftl.card.sections import (
-    build_example_rows,
     format_base_sentence,
     format_data_lines,
     format_data_sentence,
@@ -27,7 +26,6 @@ from hftl.card.wording import (
     build_figure_rows,
     build_forgetting_rows,
     describe_arm,
-    describe_headline,
     escape_markup,
     escape_pipes,
     example_input,
@@ -44,7 +42,7 @@ from hftl.card.wording import (
 )
 from hftl.finetune.strategies import PROBE_ARM
 from hftl.measure.metrics import describe_metric
-from hftl.measure.record import Gain, LadderRow, Record
+from hftl.measure.record import Forced, Gain, LadderRow, Record, Verdict
 from hftl.measure.verdict import format_gain, is_better, is_worse
 
 OUTCOME_PHRASES = {
@@ -55,6 +53,79 @@ OUTCOME_PHRASES = {
 }
 MAX_LABELS = 12
 """Labels that are named."""
+MAX_EXAMPLE_CHARACTERS = 200
+
+
+@dataclass(frozen=True)
+class LadderCells:
+    """Hold the cells of one arm in the table of arms."""
+
+    name: str
+    test: str
+    sd: str
+    gain: str
+    parameters: str
+
+
+@dataclass(frozen=True)
+class ForgettingPart:
+    """Hold the card's part on forgetting; a table's first row is its header."""
+
+    sentence: str
+    tables: list[list[list[str]]]
+    lines: list[str]
+
+
+@dataclass(frozen=True)
+class CardPage:
+    """Hold what template.md names, in words."""
+
+    title: str
+    purpose: str
+    gain_sentence: str
+    verdict: Verdict
+    forced: Forced | None
+    adaptation: str | None
+    adaptation_lines: list[str]
+    forgetting: ForgettingPart | None
+    metric: str | None
+    metric_words: str
+    rows: list[LadderCells]
+    other_metrics: str
+    place: str
+    hftl_place: str
+    """As source code."""
+    example: str
+    plain_snippet: str
+    pipeline_snippet: str | None
+    pooling: str | None
+    """None where the stock class pools."""
+    data_sentence: str
+    data_lines: list[str]
+    warnings: list[str]
+    limits: list[str]
+    training_sentence: str
+    base_sentence: str
+    recipe: str
+    environment: list[tuple[str, str]]
+    version: str
+    examples: list[list[str]]
+
+
+@dataclass(frozen=True)
+class AdaptationPage:
+    """Hold what adapted.md names, in words."""
+
+    name: str
+    sentence: str
+    alone: bool
+    """False for a run with a task: its verdict is on what is fine-tuned from this encoder."""
+    verdict: Verdict
+    forced: Forced | None
+    lines: list[str]
+    snippet: str
+    recipe: str
+    version: str
 
 
 def render_card(record: Record, place: str = ".") -> str:
@@ -90,25 +161,25 @@ def render_adaptation_card(record: Record, place: str = ".") -> str:
         tags=["hftl", "domain-adaptation", *build_adapter_tags(plain, adapter)],
         **build_origin(plain, adapter),
     )
-    page = {
-        "name": escape_markup(record.source.name),
-        "sentence": format_adaptation_sentence(record),
-        # Of a run with a task, it is the verdict on what is fine-tuned from this encoder.
-        "alone": record.own_arm is None,
-        "verdict": record.verdict,
-        "forced": record.forced,
-        "lines": format_adaptation_lines(record),
-        "snippet": render_encoder_snippet(
+    page = AdaptationPage(
+        name=escape_markup(record.source.name),
+        sentence=format_adaptation_sentence(record),
+        alone=record.own_arm is None,
+        verdict=record.verdict,
+        forced=record.forced,
+        lines=format_adaptation_lines(record),
+        snippet=render_encoder_snippet(
             place, *find_public_base(plain), record.source.architecture, adapter, adapted
         ),
-        "recipe": format_yaml_block(record["recipe"]),
-        "version": record.environment.packages["hftl"],
-    }
+        recipe=format_yaml_block(record["recipe"]),
+        version=record.environment.packages["hftl"],
+    )
     return _render_page("adapted.md", page, metadata)
 
 
-def _render_page(template: str, page: dict[str, Any], metadata: ModelCardData) -> str:
-    return f"---\n{metadata.to_yaml().strip()}\n---\n\n{_load_template(template).render(**page)}"
+def _render_page(template: str, page: CardPage | AdaptationPage, metadata: ModelCardData) -> str:
+    text = _load_template(template).render(vars(page))
+    return f"---\n{metadata.to_yaml().strip()}\n---\n\n{text}"
 
 
 @cache
@@ -156,38 +227,37 @@ def _format_gain_certainty(gain: Gain) -> str:
     return f"95 % interval, {seeds}" if gain.ci95 else f"{seeds}, no interval"
 
 
-def _build_page(record: Record, place: str) -> dict[str, Any]:
-    """Return the values that the template names."""
-    return {
-        "title": format_title(record),
-        "purpose": _format_purpose(record),
-        "gain_sentence": format_gain_sentence(record),
-        "verdict": record.verdict,
-        "forced": record.forced,
-        "adaptation": record.adapt and format_adaptation_sentence(record),
-        "adaptation_lines": format_adaptation_lines(record) if record.adapt else [],
-        "forgetting": _build_forgetting_section(record) if has_forgetting(record) else None,
-        "metric": record.metric,
-        "metric_words": describe_metric(str(record.metric)).label,
-        "rows": [_build_ladder_row(row, record) for row in record.ladder],
-        "other_metrics": _format_other_metrics(record),
-        "place": place,
-        "hftl_place": json.dumps(place),
-        "example": example_input(record),
-        "plain_snippet": _build_plain_snippet(record, place),
-        "pipeline_snippet": _build_pipeline_snippet(record, place),
-        "pooling": record.recipe.finetune.pooling if is_pooled(record) else None,
-        "data_sentence": format_data_sentence(record),
-        "data_lines": format_data_lines(record),
-        "warnings": [w[:1].upper() + w[1:] + "." for w in record.check.warnings],
-        "limits": format_limits(record),
-        "training_sentence": format_training_sentence(record),
-        "base_sentence": format_base_sentence(record),
-        "recipe": format_yaml_block(record["recipe"]),
-        "environment": format_environment(record.environment),
-        "version": record.environment.packages["hftl"],
-        "examples": build_example_rows(record),
-    }
+def _build_page(record: Record, place: str) -> CardPage:
+    return CardPage(
+        title=format_title(record),
+        purpose=_format_purpose(record),
+        gain_sentence=format_gain_sentence(record),
+        verdict=record.verdict,
+        forced=record.forced,
+        adaptation=record.adapt and format_adaptation_sentence(record),
+        adaptation_lines=format_adaptation_lines(record) if record.adapt else [],
+        forgetting=_build_forgetting_part(record) if has_forgetting(record) else None,
+        metric=record.metric,
+        metric_words=describe_metric(str(record.metric)).label,
+        rows=[_build_ladder_row(row, record) for row in record.ladder],
+        other_metrics=_format_other_metrics(record),
+        place=place,
+        hftl_place=json.dumps(place),
+        example=example_input(record),
+        plain_snippet=_build_plain_snippet(record, place),
+        pipeline_snippet=_build_pipeline_snippet(record, place),
+        pooling=record.recipe.finetune.pooling if is_pooled(record) else None,
+        data_sentence=format_data_sentence(record),
+        data_lines=format_data_lines(record),
+        warnings=[w[:1].upper() + w[1:] + "." for w in record.check.warnings],
+        limits=format_limits(record),
+        training_sentence=format_training_sentence(record),
+        base_sentence=format_base_sentence(record),
+        recipe=format_yaml_block(record["recipe"]),
+        environment=format_environment(record.environment),
+        version=record.environment.packages["hftl"],
+        examples=_build_example_rows(record),
+    )
 
 
 def _build_plain_snippet(record: Record, place: str) -> str:
@@ -218,13 +288,12 @@ def _format_other_metrics(record: Record) -> str:
     return ", ".join(f"{n} {value:.3f}" for n, value in scores.items() if n != record.metric)
 
 
-def _build_forgetting_section(record: Record) -> dict[str, Any]:
-    return {
-        "sentence": format_forgetting_sentence(record),
-        "words": describe_headline(record),
-        "tables": [build_forgetting_rows(record), build_figure_rows(record)],
-        "lines": format_forgetting_lines(record),
-    }
+def _build_forgetting_part(record: Record) -> ForgettingPart:
+    return ForgettingPart(
+        sentence=format_forgetting_sentence(record),
+        tables=[build_forgetting_rows(record), build_figure_rows(record)],
+        lines=format_forgetting_lines(record),
+    )
 
 
 def _format_purpose(record: Record) -> str:
@@ -244,13 +313,34 @@ def _format_purpose(record: Record) -> str:
     return f"{start} {TASK_PHRASES[kind]} {shown}{more}{end}."
 
 
-def _build_ladder_row(row: LadderRow, record: Record) -> dict[str, str]:
+def _build_ladder_row(row: LadderRow, record: Record) -> LadderCells:
     own = row.arm == record.own_arm
     parameters = next(e.trainable_parameters for e in record.arms if e.arm == row.arm)
-    return {
-        "name": f"**{row.arm}** (this model)" if own else describe_arm(row.arm, record),
-        "test": f"**{row.test:.3f}**" if own else f"{row.test:.3f}",
-        "sd": "" if row.sd is None else f"{row.sd:.3f}",
-        "gain": "" if row.gain_of_own is None else format_gain(row.gain_of_own),
-        "parameters": f"{parameters:,}",
-    }
+    return LadderCells(
+        name=f"**{row.arm}** (this model)" if own else describe_arm(row.arm, record),
+        test=f"**{row.test:.3f}**" if own else f"{row.test:.3f}",
+        sd="" if row.sd is None else f"{row.sd:.3f}",
+        gain="" if row.gain_of_own is None else format_gain(row.gain_of_own),
+        parameters=f"{parameters:,}",
+    )
+
+
+def _build_example_rows(record: Record) -> list[list[str]]:
+    """Return the table of mistakes, a header first; empty where none may go out."""
+    if not record.examples:
+        return []
+    target = record.data.task == "regression"
+    rows = [["input", "true", "said", "off by" if target else "probability"]]
+    for example in record.examples:
+        if example.picture is not None:
+            shown = f"![]({example.picture})"
+        elif example.words is not None:
+            parts = [format_code(p, MAX_EXAMPLE_CHARACTERS) if p else "" for p in example.words]
+            shown = f"{parts[0]} **{parts[1]}** {parts[2]}"
+        else:
+            texts = example.texts or []
+            shown = " / ".join(format_code(text, MAX_EXAMPLE_CHARACTERS) for text in texts)
+        rows.append(
+            [shown, format_code(example.true), format_code(example.said), f"{example.surety:.3f}"]
+        )
+    return rows

@@ -5,7 +5,7 @@ Also writes results in the formats of leaderboards: the hub's `.eval_results` an
 
 import math
 import re
-from typing import Any
+from typing import Literal, NotRequired, TypedDict
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
@@ -20,7 +20,41 @@ from hftl.runtime.run_folder import to_json
 TABLE_SUFFIX = re.compile(r"\.(csv|tsv|jsonl?|ndjson|parquet|txt)$")
 GENERIC_NAMES = ("data", "dataset", "train", "images", "rows")
 """Last names of paths that say nothing; the one before does."""
-LICENSE_KEYS = ("license", "license_name", "license_link")
+
+
+class License(TypedDict):
+    """Hold the license in the keys of the metadata."""
+
+    license: str | None
+    license_name: str | None
+    license_link: str | None
+
+
+class Origin(License):
+    """Hold what a model comes from, in the keys of the metadata."""
+
+    base_model: str | None
+    base_model_relation: Literal["adapter", "finetune"] | None
+    base_model_revision: str | None
+    datasets: list[str] | None
+    language: str | list[str] | None
+
+
+class _EvalDataset(TypedDict):
+    task_type: str
+    dataset_type: str
+    dataset_name: str
+    dataset_config: str | None
+    dataset_revision: str | None
+    dataset_split: str
+
+
+class _Emissions(TypedDict):
+    emissions: float
+    source: str
+    training_type: str
+    geographical_location: str | None
+    hardware_used: str
 
 
 def build_metadata(record: Record) -> ModelCardData:
@@ -52,27 +86,31 @@ def _library_name(record: Record) -> str:
     return "hftl" if is_pooled(record) else "transformers"
 
 
-def build_origin(record: Record, adapter: bool) -> dict[str, Any]:
+def build_origin(record: Record, adapter: bool) -> Origin:
     """Return base, datasets, language and license, as far as they are known."""
     base, revision = find_public_base(record)
-    known: dict[str, Any] = {
+    relation: Literal["adapter", "finetune"] = "adapter" if adapter else "finetune"
+    return {
         "base_model": base,
-        "base_model_relation": base and ("adapter" if adapter else "finetune"),
-        "base_model_revision": base and revision,
+        "base_model_relation": relation if base else None,
+        "base_model_revision": revision if base else None,
         "datasets": list_hub_datasets(record) or None,
         "language": record.recipe.publish.language,
+        **find_license(record),
     }
-    return known | find_license(record)
 
 
-def find_license(record: Record) -> dict[str, str | None]:
+def find_license(record: Record) -> License:
     """Return the license's keys: what the push was given wins over the recipe."""
     publish = record.recipe.publish
-    stated = {key: getattr(publish, key) for key in LICENSE_KEYS}
     pushed = record.published and record.published.license
-    if pushed is None or pushed == publish.license:
-        return stated
-    return dict.fromkeys(LICENSE_KEYS) | {"license": pushed}
+    if pushed is not None and pushed != publish.license:
+        return {"license": pushed, "license_name": None, "license_link": None}
+    return {
+        "license": publish.license,
+        "license_name": publish.license_name,
+        "license_link": publish.license_link,
+    }
 
 
 def build_adapter_tags(record: Record, adapter: bool) -> list[str]:
@@ -120,7 +158,7 @@ def _build_eval_results(record: Record) -> list[EvalResult]:
     return results
 
 
-def _describe_eval_dataset(record: Record) -> dict[str, Any]:
+def _describe_eval_dataset(record: Record) -> _EvalDataset:
     """Return the dataset as the hub wants it; a local one by its own name."""
     data = record.data
     name = "test" if "test" in data.hub_revisions else "train"
@@ -137,15 +175,15 @@ def _describe_eval_dataset(record: Record) -> dict[str, Any]:
     }
 
 
-def _build_widget(record: Record) -> list[dict[str, Any]] | None:
+def _build_widget(record: Record) -> list[dict[str, object]] | None:
     """Return the examples with outputs; none where the hub's task is one of features."""
     if is_pooled(record) or not record.widget:
         return None
     return [example.to_dict() for example in record.widget]
 
 
-def _build_emissions(record: Record) -> dict[str, Any] | None:
-    """Return the emissions in grams, as the hub reads them; None where they are not known."""
+def _build_emissions(record: Record) -> _Emissions | None:
+    """Return the emissions; None where they are not known."""
     grams, stated = record.environment.co2_grams, record.recipe.publish.emissions
     if grams is None or stated is None:
         return None
@@ -173,6 +211,51 @@ EVERY_EVAL_EVER_VERSION = "0.3.0"
 """Its schema holds intervals; the hub's format has no key for one."""
 
 
+# The keys of Every Eval Ever's schema.
+
+
+class _SourceData(TypedDict):
+    dataset_name: str
+    source_type: str
+    hf_repo: str
+    hf_split: str
+    samples_number: int
+
+
+class _MetricConfig(TypedDict):
+    metric_id: str
+    metric_name: str
+    lower_is_better: bool
+    score_type: str
+    min_score: float | str
+    max_score: float | str
+
+
+class _Interval(TypedDict):
+    lower: float
+    upper: float
+    confidence_level: float
+    method: str
+
+
+class _Uncertainty(TypedDict):
+    confidence_interval: _Interval
+    num_samples: int
+
+
+class _Score(TypedDict):
+    score: float
+    details: dict[str, str]
+    uncertainty: NotRequired[_Uncertainty]
+
+
+class _Result(TypedDict):
+    evaluation_name: str
+    source_data: _SourceData
+    metric_config: _MetricConfig
+    score_details: _Score
+
+
 def build_benchmark_files(record: Record, timestamp: str) -> dict[str, str]:
     """Return the files by their paths in the publish folder; none without a benchmark.
 
@@ -184,8 +267,8 @@ def build_benchmark_files(record: Record, timestamp: str) -> dict[str, str]:
     if benchmark is None:
         return {}
     name = re.sub(r"[^\w.-]+", "-", benchmark.dataset)
-    entries = _build_hub_results(record, benchmark)
-    results = to_json(_build_every_eval_ever(record, benchmark, timestamp))
+    entries = eval_result_entries_to_yaml([_build_hub_result(record, benchmark)])
+    results = _format_every_eval_ever(record, benchmark, timestamp)
     return {
         f"{EVAL_RESULTS_FOLDER}/hftl-{name}.yaml": yaml.safe_dump(
             entries, sort_keys=False, allow_unicode=True
@@ -194,19 +277,18 @@ def build_benchmark_files(record: Record, timestamp: str) -> dict[str, str]:
     }
 
 
-def _build_hub_results(record: Record, benchmark: Benchmark) -> list[dict[str, Any]]:
+def _build_hub_result(record: Record, benchmark: Benchmark) -> EvalResultEntry:
     seeds = len(record.recipe.measure.seeds)
-    entry = EvalResultEntry(
+    return EvalResultEntry(
         dataset_id=benchmark.dataset,
         task_id=benchmark.task_id,
         value=round(record.own_row.test, 4),
         dataset_revision=record.data.hub_revisions.get("test"),
         notes=f"test {record.metric}, mean over {seeds} seeds",
     )
-    return eval_result_entries_to_yaml([entry])
 
 
-def _build_every_eval_ever(record: Record, benchmark: Benchmark, timestamp: str) -> dict[str, Any]:
+def _format_every_eval_ever(record: Record, benchmark: Benchmark, timestamp: str) -> str:
     name = format_title(record)
     model = record.published.repo_id if record.published else name
     results = [_build_score_result(record, benchmark)]
@@ -216,7 +298,7 @@ def _build_every_eval_ever(record: Record, benchmark: Benchmark, timestamp: str)
     if record.source.published_as:
         details["base_model"] = record.source.published_as
     owner = model.split("/")[0] if "/" in model else "unknown"
-    return {
+    return to_json({
         "schema_version": EVERY_EVAL_EVER_VERSION,
         "evaluation_id": f"{benchmark.dataset}/{model}/{timestamp}",
         "retrieved_timestamp": timestamp,
@@ -227,10 +309,10 @@ def _build_every_eval_ever(record: Record, benchmark: Benchmark, timestamp: str)
         "eval_library": {"name": "hftl", "version": record.environment.packages["hftl"]},
         "model_info": {"name": name, "id": model, "additional_details": details},
         "evaluation_results": results,
-    }  # fmt: skip
+    })  # fmt: skip
 
 
-def _build_score_result(record: Record, benchmark: Benchmark) -> dict[str, Any]:
+def _build_score_result(record: Record, benchmark: Benchmark) -> _Result:
     """Return the mean over seeds; its spread over seeds goes to the details."""
     row = record.own_row
     metric = describe_metric(str(record.metric))
@@ -256,11 +338,11 @@ def _format_bound(bound: float) -> float | str:
     return "Infinity" if bound > 0 else "-Infinity"
 
 
-def _build_gain_result(record: Record, benchmark: Benchmark) -> dict[str, Any]:
+def _build_gain_result(record: Record, benchmark: Benchmark) -> _Result:
     """Return the transfer gain with its interval."""
     gain = record.transfer_gain
     assert gain is not None
-    score: dict[str, Any] = {
+    score: _Score = {
         "score": gain.value,
         "details": {"baseline": gain.baseline, "outcome": gain.outcome},
     }
@@ -284,7 +366,7 @@ def _build_gain_result(record: Record, benchmark: Benchmark) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _build_source_data(record: Record, benchmark: Benchmark) -> dict[str, Any]:
+def _build_source_data(record: Record, benchmark: Benchmark) -> _SourceData:
     return {
         "dataset_name": benchmark.dataset.rsplit("/", 1)[-1],
         "source_type": "hf_dataset",

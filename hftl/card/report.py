@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined, Template
@@ -54,7 +53,7 @@ def render_report(
     """
     body = card.split("\n---\n", 1)[1]
     title = next(line[2:] for line in body.splitlines() if line.startswith("# "))
-    section = {} if errors is None else _build_errors_section(errors, record, picture)
+    section = {} if errors is None else vars(_build_errors_section(errors, record, picture))
     return _load_template().render(
         title=title, page=Markup(_render_html(body, folder)), errors=errors,
         color=_choose_color(record), **section,
@@ -100,38 +99,8 @@ def _mark_details(body: str) -> str:
     return re.sub(r"(?m)^</details>$", "\x03", body)
 
 
-def _build_errors_section(
-    errors: ErrorAnalysis, record: Record, picture: ImageLookup | None
-) -> dict[str, Any]:
-    """Return the values that the template names."""
-    target = not errors.classes
-    noun = "words" if record.data.task == "token-classification" else "rows"
-    answers = "answers" if record.data.task == "multi-label" else noun
-    share = f"{errors.wrong:,} of {errors.answers:,} {answers} are wrong."
-    shown = len(errors.mistakes)
-    return {
-        "seed": record.published_seed,
-        "summary": f"its {shown} largest errors stand below." if target else share,
-        "note": "The card shows the mistakes too, as the recipe lets examples out."
-        if record.examples
-        else "This part is in the report only, and stays on this machine.",
-        "tables": _build_score_tables(errors, noun),
-        "confused": _build_confusion_rows(errors),
-        "heading": f"The {shown} largest errors" if target else f"Its {shown} surest mistakes",
-        "confidence": "off by" if target else "probability",
-        "mistakes": [_build_mistake_row(mistake, picture) for mistake in errors.mistakes],
-    }
-
-
-def _build_score_tables(
-    errors: ErrorAnalysis, noun: str
-) -> list[tuple[str, str, str, list[ClassScore]]]:
-    """Return the tables of scores: heading, what a row is of, what it counts, and the rows."""
-    tables = [
-        ("Entity by entity", "entity", "entities", errors.entities),
-        ("Class by class", "class", noun, errors.classes),
-    ]
-    return [table for table in tables if table[-1]]
+_ScoreTable = tuple[str, str, str, list[ClassScore]]
+"""A heading, what a row is of, what it counts, and the rows."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +109,62 @@ class _ConfusionRow:
 
     label: str
     cells: list[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class _MistakeRow:
+    """Hold a mistake as it is shown: an image, a word in its context, or a text."""
+
+    mistake: Mistake
+    picture: str | None = None
+    before: str = ""
+    word: str | None = None
+    after: str = ""
+
+
+@dataclass(frozen=True)
+class _ErrorsSection:
+    """Hold what report.html names of the errors, in words."""
+
+    seed: int | None
+    summary: str
+    note: str
+    tables: list[_ScoreTable]
+    confused: list[_ConfusionRow]
+    heading: str
+    confidence: str
+    mistakes: list[_MistakeRow]
+
+
+def _build_errors_section(
+    errors: ErrorAnalysis, record: Record, picture: ImageLookup | None
+) -> _ErrorsSection:
+    target = not errors.classes
+    noun = "words" if record.data.task == "token-classification" else "rows"
+    answers = "answers" if record.data.task == "multi-label" else noun
+    share = f"{errors.wrong:,} of {errors.answers:,} {answers} are wrong."
+    shown = len(errors.mistakes)
+    return _ErrorsSection(
+        seed=record.published_seed,
+        summary=f"its {shown} largest errors stand below." if target else share,
+        note="The card shows the mistakes too, as the recipe lets examples out."
+        if record.examples
+        else "This part is in the report only, and stays on this machine.",
+        tables=_build_score_tables(errors, noun),
+        confused=_build_confusion_rows(errors),
+        heading=f"The {shown} largest errors" if target else f"Its {shown} surest mistakes",
+        confidence="off by" if target else "probability",
+        mistakes=[_build_mistake_row(mistake, picture) for mistake in errors.mistakes],
+    )
+
+
+def _build_score_tables(errors: ErrorAnalysis, noun: str) -> list[_ScoreTable]:
+    """Return the tables of scores that have rows."""
+    tables = [
+        ("Entity by entity", "entity", "entities", errors.entities),
+        ("Class by class", "class", noun, errors.classes),
+    ]
+    return [table for table in tables if table[-1]]
 
 
 def _build_confusion_rows(errors: ErrorAnalysis) -> list[_ConfusionRow]:
@@ -163,17 +188,6 @@ def _build_confusion_rows(errors: ErrorAnalysis) -> list[_ConfusionRow]:
 def _cell_color(share: float, right: bool) -> str:
     color = "31,111,235" if right else "207,34,46"
     return f"rgba({color},{0.7 * share:.3f})"
-
-
-@dataclass(frozen=True)
-class _MistakeRow:
-    """Hold a mistake as it is shown: an image, a word in its context, or a text."""
-
-    mistake: Mistake
-    picture: str | None = None
-    before: str = ""
-    word: str | None = None
-    after: str = ""
 
 
 def _build_mistake_row(mistake: Mistake, picture: ImageLookup | None) -> _MistakeRow:
@@ -212,14 +226,15 @@ def build_examples(
 def _build_example(
     mistake: Mistake, picture: ImageLookup | None, folder: Path, name: str
 ) -> Example:
-    shown: dict[str, Any] = {"texts": list(mistake.content)}
+    example = Example(true=mistake.label, said=mistake.prediction, surety=mistake.confidence)
+    shown: dict[str, object] = {"texts": list(mistake.content)}
     if picture is not None:
         (folder / "assets").mkdir(exist_ok=True)
         (folder / name).write_bytes(make_thumbnail(picture(mistake.content[0])))
         shown = {"picture": name}
     elif mistake.word is not None:
         shown = {"words": split_context(mistake.content, mistake.word)}
-    return Example(true=mistake.label, said=mistake.prediction, surety=mistake.confidence, **shown)
+    return example.model_copy(update=shown)
 
 
 def build_widget_examples(

@@ -17,7 +17,6 @@ from hftl.measure.verdict import format_gain
 
 MAX_WORSE_CLASSES = 5
 """Classes that are named where the baseline is better."""
-MAX_EXAMPLE_CHARACTERS = 200
 
 
 def format_data_sentence(record: Record) -> str:
@@ -197,27 +196,6 @@ def format_environment(facts: Environment) -> list[tuple[str, str]]:
     if facts.co2_grams is not None:
         lines.append(("emissions", f"{facts.co2_grams:.3g} g of CO2 equivalents"))
     return lines + list(facts.packages.items())
-
-
-def build_example_rows(record: Record) -> list[list[str]]:
-    """Return the table of mistakes, a header first; empty where none may go out."""
-    if not record.examples:
-        return []
-    target = record.data.task == "regression"
-    rows = [["input", "true", "said", "off by" if target else "probability"]]
-    for example in record.examples:
-        if example.picture is not None:
-            shown = f"![]({example.picture})"
-        elif example.words is not None:
-            parts = [format_code(p, MAX_EXAMPLE_CHARACTERS) if p else "" for p in example.words]
-            shown = f"{parts[0]} **{parts[1]}** {parts[2]}"
-        else:
-            texts = example.texts or []
-            shown = " / ".join(format_code(text, MAX_EXAMPLE_CHARACTERS) for text in texts)
-        rows.append(
-            [shown, format_code(example.true), format_code(example.said), f"{example.surety:.3f}"]
-        )
-    return rows
 
 
 # Code that loads a published folder with the plain libraries.

@@ -10,6 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
+from pydantic import BaseModel, ConfigDict, Field
 
 from hftl.config.publish import (
     BASE_MODEL_RELATIONS,
@@ -32,6 +33,23 @@ LOCAL_PATH = re.compile(
     r"(?<![\w.:/])(?:/home/|/Users/|/root/|/tmp/)[\w.-]+|\b[A-Za-z]:\\Users\\[\w.-]+"
 )
 """A place on somebody's machine; other paths may well stand in a card's code."""
+
+
+class FrontMatter(BaseModel):
+    """Hold the metadata of anybody's card: a value is of any type until it is checked."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    base_model: object = None
+    base_model_relation: object = None
+    datasets: object = None
+    license: object = None
+    license_name: object = None
+    pipeline_tag: object = None
+    language: object = None
+    library_name: object = None
+    tags: object = None
+    results: Any = Field(default=None, alias="model-index")
 
 
 def validate_card(text: str) -> list[str]:
@@ -68,7 +86,7 @@ def validate_own_card(text: str, measured: bool = True) -> list[str]:
     front, _ = _parse_metadata(text)
     if front is None:
         return findings
-    strange = sorted(set(front) - HFTL_KEYS)
+    strange = sorted((front.model_extra or {}).keys() - HFTL_KEYS)
     if strange:
         findings.append(
             f"The metadata have the key {_shorten_value(strange[0])}, "
@@ -89,72 +107,74 @@ def is_hub_id(text: str) -> bool:
     return True
 
 
-def _parse_metadata(text: str) -> tuple[dict[str, Any] | None, str]:
+def _parse_metadata(text: str) -> tuple[FrontMatter | None, str]:
     """Return the metadata; or None and why there are none."""
     block = REGEX_YAML_BLOCK.search(text)
     if block is None:
         return None, "The card has no metadata; begin it with a YAML block between two lines of ---"
     try:
         front = yaml.safe_load(block[2])
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2020-13-45
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # `safe_load` raises ValueError for a date such as 2020-13-45, RecursionError where values
+        # are nested too deep.
         first = format_error_line(error)
         return None, f"The metadata are not YAML: {_shorten_value(first)}; quote values with : or #"
     if not isinstance(front, dict) or not all(isinstance(key, str) for key in front):
         return None, "The metadata are no mapping of words; write one `key: value` a line"
-    return front, ""
+    return FrontMatter.model_validate(front), ""
 
 
-def _check_base(front: dict[str, Any]) -> list[str]:
-    findings = _check_hub_ids(front, "base_model", "a model")
-    relation = front.get("base_model_relation")
+def _check_base(front: FrontMatter) -> list[str]:
+    findings = _check_hub_ids(front.base_model, "base_model", "a model")
+    relation = front.base_model_relation
     if relation is not None and relation not in BASE_MODEL_RELATIONS:
         known = ", ".join(BASE_MODEL_RELATIONS)
         findings.append(f"base_model_relation is {_shorten_value(relation)}; write one of {known}")
-    if front.get("base_model") is None:
-        if front.get("library_name") == "peft":
+    if front.base_model is None:
+        if front.library_name == "peft":
             findings.append("base_model is missing; name the hub id that the adapter goes on")
         elif relation is not None:
             findings.append("base_model_relation stands without base_model; name the base")
     return findings
 
 
-def _check_datasets(front: dict[str, Any]) -> list[str]:
-    return _check_hub_ids(front, "datasets", "a dataset")
+def _check_datasets(front: FrontMatter) -> list[str]:
+    return _check_hub_ids(front.datasets, "datasets", "a dataset")
 
 
-def _check_hub_ids(front: dict[str, Any], key: str, what: str) -> list[str]:
-    """Check that every value under a key is a hub id."""
+def _check_hub_ids(values: object, key: str, what: str) -> list[str]:
+    """Check that a value, or each of several, is a hub id."""
     return [
         f"{key} is {_shorten_value(value)}, which is no hub id; name {what} on the hub"
-        for value in _as_list(front.get(key))
+        for value in _as_list(values)
         if not (isinstance(value, str) and is_hub_id(value))
     ]
 
 
-def _check_license(front: dict[str, Any]) -> list[str]:
+def _check_license(front: FrontMatter) -> list[str]:
     findings = []
-    for value in _as_list(front.get("license")):
+    for value in _as_list(front.license):
         if value not in LICENSES:
             findings.append(
                 f"license is {_shorten_value(value)}, which the hub does not know; "
                 "write an identifier "
                 "such as apache-2.0, or other with license_name"
             )
-        elif value == "other" and not front.get("license_name"):
+        elif value == "other" and not front.license_name:
             findings.append("license is other and has no name; set license_name and license_link")
     return findings
 
 
-def _check_pipeline_tag(front: dict[str, Any]) -> list[str]:
-    tag = front.get("pipeline_tag")
+def _check_pipeline_tag(front: FrontMatter) -> list[str]:
+    tag = front.pipeline_tag
     if tag is None or tag in PIPELINE_TAGS:
         return []
     return [f"pipeline_tag is {_shorten_value(tag)}, which is no task of the hub; see hf.co/tasks"]
 
 
-def _check_language(front: dict[str, Any]) -> list[str]:
+def _check_language(front: FrontMatter) -> list[str]:
     findings = []
-    for value in _as_list(front.get("language")):
+    for value in _as_list(front.language):
         if isinstance(value, bool):
             findings.append('language is read as true or false; quote it, as in "no"')
         elif not isinstance(value, str) or not (
@@ -166,17 +186,17 @@ def _check_language(front: dict[str, Any]) -> list[str]:
     return findings
 
 
-def _check_library(front: dict[str, Any]) -> list[str]:
-    name = front.get("library_name")
+def _check_library(front: FrontMatter) -> list[str]:
+    name = front.library_name
     if isinstance(name, str) and re.fullmatch(r"[\w.-]+", name):
         return []
     shown = "missing" if name is None else _shorten_value(name)
     return [f"library_name is {shown}; write peft for an adapter, transformers for a model"]
 
 
-def _check_tags(front: dict[str, Any]) -> list[str]:
+def _check_tags(front: FrontMatter) -> list[str]:
     findings = []
-    for tag in _as_list(front.get("tags")):
+    for tag in _as_list(front.tags):
         if not isinstance(tag, str):
             findings.append(f"The tag {_shorten_value(tag)} is no text; quote it")
         elif tag.startswith("base_model:") and not _is_base_tag(tag):
@@ -185,13 +205,15 @@ def _check_tags(front: dict[str, Any]) -> list[str]:
 
 
 def _is_base_tag(tag: str) -> bool:
-    return not _check_hub_ids({"tag": tag.rsplit(":", 1)[-1]}, "tag", "")
+    return not _check_hub_ids(tag.rsplit(":", 1)[-1], "tag", "")
 
 
-def _check_model_index(front: dict[str, Any]) -> list[str]:
+def _check_model_index(front: FrontMatter) -> list[str]:
     try:
         values = [result.metric_value for result in _parse_results(front)]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
+        # The hub's parser checks no types: KeyError where a key is missing, TypeError and
+        # AttributeError where a list or mapping is of another type, ValueError from `EvalResult`.
         return [
             f"model-index does not parse: {_shorten_value(str(error))}; "
             "see hf.co/docs/hub/model-cards"
@@ -201,10 +223,9 @@ def _check_model_index(front: dict[str, Any]) -> list[str]:
     return []
 
 
-def _parse_results(front: dict[str, Any]) -> list[EvalResult]:
+def _parse_results(front: FrontMatter) -> list[EvalResult]:
     """Return the results of the metadata, as the hub reads them."""
-    index = front.get("model-index")
-    return [] if index is None else model_index_to_eval_results(index)[1]
+    return [] if front.results is None else model_index_to_eval_results(front.results)[1]
 
 
 def _check_text(text: str) -> list[str]:
@@ -217,14 +238,14 @@ def _check_text(text: str) -> list[str]:
     return findings
 
 
-def _as_list(value: Any) -> list[Any]:
+def _as_list(value: object) -> list[object]:
     """Return one value or several as a list; empty where there is none."""
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
 
 
-def _shorten_value(value: Any) -> str:
+def _shorten_value(value: object) -> str:
     """Return a value for a message: one line, not long, without control characters."""
     shown = repr(value[:200] if isinstance(value, str) else value)
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
