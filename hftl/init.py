@@ -1,8 +1,9 @@
 """Write a commented recipe for a table or folder, guessing what its columns are: `hftl init`."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -124,7 +125,7 @@ def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, li
     return path, guess.notes
 
 
-def guess_columns(name: str, rows: list[dict[str, Any]]) -> ColumnGuess:
+def guess_columns(name: str, rows: Sequence[Mapping[str, object]]) -> ColumnGuess:
     """Guess text, label, task and group from the columns' names and values.
 
     Raises:
@@ -150,7 +151,7 @@ def guess_columns(name: str, rows: list[dict[str, Any]]) -> ColumnGuess:
     return ColumnGuess(kind, inputs, label, task, group, notes)
 
 
-def _describe_label(task: str, values: list[Any]) -> str:
+def _describe_label(task: str, values: list[object]) -> str:
     if task == "regression":
         return "a number"
     if task == "token-classification":
@@ -160,7 +161,7 @@ def _describe_label(task: str, values: list[Any]) -> str:
     return f"{_count_distinct(values)} classes"
 
 
-def _is_image(value: Any) -> bool:
+def _is_image(value: object) -> bool:
     """Return whether a value is an image: a file, bytes, or the path of one."""
     if isinstance(value, dict):
         return "bytes" in value
@@ -169,17 +170,19 @@ def _is_image(value: Any) -> bool:
     )
 
 
-def _find_word_lists(columns: dict[str, list[Any]], label: str) -> str | None:
+def _find_word_lists(columns: dict[str, list[object]], label: str) -> str | None:
     """Return a column of lists as long as the label's lists; None without one."""
-    lengths = [len(value) for value in columns[label]]
-    return next(
-        (c for c, values in columns.items() if c != label and values
-         and all(isinstance(v, list) for v in values) and [len(v) for v in values] == lengths),
-        None,
-    )  # fmt: skip
+    lengths = _measure_lists(columns[label])
+    others = ((c, values) for c, values in columns.items() if c != label and values)
+    return next((c for c, values in others if _measure_lists(values) == lengths), None)
 
 
-def _guess_label(name: str, columns: dict[str, list[Any]]) -> tuple[str, str]:
+def _measure_lists(values: list[object]) -> list[int]:
+    """Return the length of each list; -1 of what is none."""
+    return [len(value) if isinstance(value, list) else -1 for value in values]
+
+
+def _guess_label(name: str, columns: dict[str, list[object]]) -> tuple[str, str]:
     """Return label and task: a column by name, of lists, else with the fewest values."""
     named = [c for name in LABEL_NAMES for c in columns if c.lower() == name and columns[c]]
     lists = [
@@ -194,14 +197,14 @@ def _guess_label(name: str, columns: dict[str, list[Any]]) -> tuple[str, str]:
         ),
         key=lambda c: _count_distinct(columns[c]),
     )
-    numbers = [c for c in columns if columns[c] and all(map(_is_number, columns[c]))]
+    numbers = [c for c in columns if columns[c] and _are_numbers(columns[c])]
     for column in [*named, *lists, *few, *numbers]:
         values = columns[column]
         if column in lists:
             return column, "multi-label"
         many = _count_distinct(values) > MAX_CLASSES
-        fractional = any(_is_number(v) and not float(v).is_integer() for v in values)
-        if all(map(_is_number, values)) and (many or fractional):
+        fractional = any(n is not None and not n.is_integer() for n in map(_parse_number, values))
+        if _are_numbers(values) and (many or fractional):
             return column, "regression"
         return column, "classification"
     raise DataError(
@@ -210,13 +213,13 @@ def _guess_label(name: str, columns: dict[str, list[Any]]) -> tuple[str, str]:
     )
 
 
-def _guess_text_columns(name: str, columns: dict[str, list[Any]], label: str) -> list[str]:
+def _guess_text_columns(name: str, columns: dict[str, list[object]], label: str) -> list[str]:
     """Return a pair such as sentence1 and sentence2, a column by name, else the longest."""
     lengths = {
         c: sum(map(len, map(str, values))) / len(values)
         for c, values in columns.items()
         if c != label and values and all(isinstance(v, str) for v in values)
-        and not all(map(_is_number, values))
+        and not _are_numbers(values)
     }  # fmt: skip
     if not lengths:
         raise DataError(
@@ -256,17 +259,25 @@ def _format_yaml(value: str | list[str]) -> str:
     return line.removesuffix("...\n").strip()
 
 
-def _count_distinct(values: list[Any]) -> int:
+def _count_distinct(values: list[object]) -> int:
     return len({str(value) for value in values})
 
 
-def _halve_count(values: list[Any]) -> int:
+def _halve_count(values: list[object]) -> int:
     return max(2, len(values) // 2)
 
 
-def _is_number(value: Any) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return not isinstance(value, bool)
+def _parse_number(value: object) -> float | None:
+    """Return a number, or that which a text spells as CSV tables do; None for anything else."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
+        return float(value)
+    return None
+
+
+def _are_numbers(values: list[object]) -> bool:
+    return all(_parse_number(value) is not None for value in values)

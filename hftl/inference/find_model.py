@@ -16,8 +16,8 @@ from hftl.publish.published_metadata import (
     MODEL_CONFIG,
     RECORD_FILE,
     AdapterConfig,
+    ModelConfig,
     PublishedMetadata,
-    read_json_mapping,
     resolve_base,
 )
 from hftl.runtime import paths, run_folder
@@ -97,8 +97,7 @@ def check_trained_head(folder: Path, name: str | Path) -> None:
         # An adapter that saves no head may go on the trained one of its base.
         trained = bool(adapter.modules_to_save) or str(adapter.model_class).endswith(suffixes)
     else:
-        classes = read_json_mapping(folder / MODEL_CONFIG).get("architectures") or []
-        trained = any(str(name).endswith(suffixes) for name in classes)
+        trained = any(name.endswith(suffixes) for name in ModelConfig.read(folder).class_names)
     if not trained and not (folder / HEAD_WEIGHTS).exists():
         raise RecipeError(
             f"{name} has no trained head to predict with",

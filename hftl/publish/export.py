@@ -5,7 +5,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -37,10 +37,25 @@ from hftl.models.lora_concat import (
     load_factors,
     write_adapter,
 )
+from hftl.publish.published_metadata import drop_local_names
 from hftl.runtime.run_folder import to_json
 
 SAMPLE_ROWS = 32
 """Test rows whose logits prove the reload."""
+
+
+class ReloadSample(TypedDict, total=False):
+    """Hold the rows whose logits prove the reload, as `reload_check` reads them from a file.
+
+    They are `texts`, `words`, or the names of `images` beside the file.
+    """
+
+    logits: list[list[float]]
+    texts: list[tuple[str, ...]]
+    words: list[tuple[str, ...]]
+    max_length: int
+    images: list[str]
+    arguments: dict[str, bool]
 
 
 def rebuild_model(
@@ -104,7 +119,7 @@ def export_model(
         )
     bench.inputs.save(folder)
     for path in folder.glob("*config.json"):
-        _rewrite_json(path, _drop_local_names)
+        _rewrite_json(path, drop_local_names)
 
 
 def export_adapter(bench: ExperimentContext, model: nn.Module, folder: Path) -> None:
@@ -116,7 +131,9 @@ def export_adapter(bench: ExperimentContext, model: nn.Module, folder: Path) -> 
     adapter = get_peft_model_inside(model)
     adapter.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)
-    named = {"base_model_name_or_path": base.public_id, "revision": base.revision}
+    named: dict[str, str | None] = {
+        "base_model_name_or_path": base.public_id, "revision": base.revision
+    }  # fmt: skip
     if bench.lora_factors:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         pooled = isinstance(model, PooledModel)
@@ -134,9 +151,14 @@ def export_adapter(bench: ExperimentContext, model: nn.Module, folder: Path) -> 
             None if pooled else type(unwrap_adapter(model)),
         )
     if isinstance(model, PooledModel):
-        named |= _anchor_targets(folder / "adapter_model.safetensors", unwrap_adapter(adapter))
+        # An adapter for `AutoModel` fits no stock task class: there the same layers lie below the
+        # encoder's name, which a list of names would match by the ends of the paths.
+        pattern = _build_target_pattern(
+            folder / "adapter_model.safetensors", unwrap_adapter(adapter)
+        )
+        named |= {"target_modules": pattern, "layers_to_transform": None, "layers_pattern": None}
     _rewrite_json(
-        folder / "adapter_config.json", lambda settings: _sort_name_lists(settings | named)
+        folder / "adapter_config.json", lambda settings: _sort_name_lists({**settings, **named})
     )
 
 
@@ -153,22 +175,12 @@ def _build_state_dict(model: nn.Module, architecture: ArchitectureSpec) -> dict[
     return model.encoder.state_dict() | {get_placeholder_name(architecture): torch.empty(0)}
 
 
-def _anchor_targets(weights: Path, encoder: nn.Module) -> dict[str, Any]:
-    """Return the fields of `peft.LoraConfig` that name the adapted layers by their whole paths.
-
-    An adapter for `AutoModel` fits no stock task class: there the same layers lie below the
-    encoder's name, which a list of `target_modules` would match by the ends of the paths.
-    """
+def _build_target_pattern(weights: Path, encoder: nn.Module) -> str:
+    """Return the pattern that matches the adapted layers by their whole paths, and no other."""
     with safe_open(weights, "pt") as file:
         keys = [key for key in file.keys() if ".lora_A." in key]  # noqa: SIM118
     paths = {key.removeprefix(PEFT_PREFIX).split(".lora_A.")[0] for key in keys}
-    return {
-        "target_modules": build_path_pattern(
-            sorted(paths), [n for n, _ in encoder.named_modules()]
-        ),
-        "layers_to_transform": None,
-        "layers_pattern": None,
-    }
+    return build_path_pattern(sorted(paths), [n for n, _ in encoder.named_modules()])
 
 
 def export_encoder(bench: ExperimentContext, folder: Path) -> None:
@@ -190,7 +202,7 @@ def export_encoder(bench: ExperimentContext, folder: Path) -> None:
         bench.source.config.save_pretrained(folder)
     bench.inputs.save(folder)
     for path in folder.glob("*config.json"):
-        _rewrite_json(path, _drop_local_names)
+        _rewrite_json(path, drop_local_names)
 
 
 def export_base(bench: ExperimentContext, folder: Path) -> None:
@@ -198,7 +210,7 @@ def export_base(bench: ExperimentContext, folder: Path) -> None:
     shutil.copytree(bench.public_base.folder, folder)
     bench.inputs.save(folder)
     for path in folder.glob("*config.json"):
-        _rewrite_json(path, _drop_local_names)
+        _rewrite_json(path, drop_local_names)
 
 
 def write_reload_sample(bench: ExperimentContext, logits: np.ndarray, folder: Path) -> Path:
@@ -213,31 +225,31 @@ def write_reload_sample(bench: ExperimentContext, logits: np.ndarray, folder: Pa
     chosen = sorted(range(len(rows)), key=lambda i: math.prod(rows[i].size or (1,)))[:SAMPLE_ROWS]
     rows_logits = np.concatenate([parts[i] for i in chosen])
     finite = rows_logits[np.isfinite(rows_logits).all(1)]
-    sample: dict[str, Any] = {"logits": finite.tolist()}
+    sample: ReloadSample = {"logits": finite.tolist()}
     if isinstance(bench.inputs, ImageInputs):
-        sample |= {"arguments": bench.inputs.arguments, "images": []}
+        sample["arguments"] = bench.inputs.arguments
+        sample["images"] = []
         for number, image in enumerate(bench.inputs.decode_images([rows[i] for i in chosen])):
             image.save(folder / f"sample{number}.png")
             sample["images"].append(f"sample{number}.png")
     else:
-        key = "words" if prepared.task == "token-classification" else "texts"
-        sample |= {key: [rows[i].content for i in chosen], "max_length": bench.inputs.max_length}
+        contents = [rows[i].content for i in chosen]
+        sample["words" if prepared.task == "token-classification" else "texts"] = contents
+        sample["max_length"] = bench.inputs.max_length
     path = folder / "sample.json"
     path.write_text(to_json(sample), encoding="utf-8")
     return path
 
 
-def _drop_local_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings without the local paths that transformers writes into them."""
-    return {k: v for k, v in settings.items() if k not in ("_name_or_path", "name_or_path")}
-
-
-def _sort_name_lists(settings: dict[str, Any]) -> dict[str, Any]:
+def _sort_name_lists(settings: dict[str, object]) -> dict[str, object]:
     """Sort the names that peft holds as sets, whose order changes from process to process."""
     names = ("target_modules", "exclude_modules")
-    return settings | {k: sorted(settings[k]) for k in names if isinstance(settings.get(k), list)}
+    lists = {k: v for k in names if isinstance(v := settings.get(k), list)}
+    return {**settings, **{name: sorted(values) for name, values in lists.items()}}
 
 
-def _rewrite_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def _rewrite_json(
+    path: Path, change: Callable[[dict[str, object]], dict[str, object]]
+) -> None:
     settings = change(json.loads(path.read_text(encoding="utf-8")))
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

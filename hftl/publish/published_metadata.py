@@ -1,31 +1,34 @@
 """Read what a published folder says of itself, and resolve the base that its adapter goes on.
 
 `hftl.json` is validated once, as it is read; a folder that plain peft wrote has none, and gets the
-defaults. `adapter_config.json` may be anybody's, so a value of an unexpected type reads as None.
+defaults. `adapter_config.json` and `config.json` may be anybody's.
 """
 
-import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hftl.config.data import Data, Task
 from hftl.config.recipe import Recipe
 from hftl.config.section import Source
-from hftl.data.labels import TagScheme
+from hftl.data.facts import LabelType, TagScheme
 from hftl.errors import RunFolderError
 from hftl.runtime import paths
+from hftl.runtime.run_folder import UnreadableJsonError, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_CONFIG = "config.json"
 RECORD_FILE = "hftl.json"
 HEAD_WEIGHTS = "head.safetensors"
+LABEL_ID = re.compile(r"[0-9]{1,18}")
+"""Python refuses to read a longer number."""
 
 
-def read_json_mapping(path: Path) -> dict[str, Any]:
+def read_json_mapping(path: Path) -> dict[str, object]:
     """Read the mapping in a JSON file; an empty one where there is no file.
 
     Raises:
@@ -34,8 +37,8 @@ def read_json_mapping(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except (OSError, UnreadableJsonError) as error:
         raise _build_json_error(path) from error
     if not isinstance(content, dict):
         raise _build_json_error(path)
@@ -49,29 +52,72 @@ def _build_json_error(path: Path) -> RunFolderError:
     )
 
 
-@dataclass(frozen=True)
-class AdapterConfig:
-    """Hold the settings of adapter_config.json, all of them as they stand in `settings`."""
+def drop_local_names(settings: dict[str, object]) -> dict[str, object]:
+    """Return settings without the local paths that transformers writes into them."""
+    return {k: v for k, v in settings.items() if k not in ("_name_or_path", "name_or_path")}
 
-    settings: dict[str, Any] = field(default_factory=dict)
+
+@dataclass(frozen=True)
+class SettingsFile:
+    """Hold a mapping in JSON of anybody's; a value of an unexpected type reads as missing."""
+
+    FILE: ClassVar[str]
+    settings: dict[str, object] = field(default_factory=dict)
+    """All of them, as they stand in the file."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read the settings of a folder; a folder of a whole model has none.
+        """Read the settings of a folder; none where there is no such file.
 
         Raises:
             RunFolderError: if the file holds no mapping.
         """
-        return cls(read_json_mapping(folder / ADAPTER_CONFIG))
+        return cls(read_json_mapping(folder / cls.FILE))
 
-    def _get_text(self, key: str) -> str | None:
+    def get_text(self, key: str) -> str | None:
+        """Return a text that is not empty."""
         value = self.settings.get(key)
         return value if isinstance(value, str) and value else None
+
+    def get_names(self, key: str) -> list[str]:
+        """Return a list of names; empty where it is missing."""
+        names = self.settings.get(key)
+        return list(map(str, names)) if isinstance(names, list) else []
+
+    def get_mapping(self, key: str) -> dict[str, object]:
+        """Return a mapping inside; empty where it is missing."""
+        value = self.settings.get(key)
+        return value if isinstance(value, dict) else {}
+
+
+class ModelConfig(SettingsFile):
+    """Hold the settings of config.json."""
+
+    FILE = MODEL_CONFIG
+
+    @property
+    def class_names(self) -> list[str]:
+        """Return the classes of transformers that it was made of, mostly one."""
+        return self.get_names("architectures")
+
+    @property
+    def label_names(self) -> list[str]:
+        """Return the label names in the order of their ids; empty where it has none."""
+        names = self.get_mapping("id2label")
+        if not all(LABEL_ID.fullmatch(str(key)) for key in names):
+            return []
+        return [str(names[key]) for key in sorted(names, key=lambda key: int(str(key)))]
+
+
+class AdapterConfig(SettingsFile):
+    """Hold the settings of adapter_config.json."""
+
+    FILE = ADAPTER_CONFIG
 
     @property
     def base_name(self) -> str | None:
         """Return the hub id or path of the base."""
-        return self._get_text("base_model_name_or_path")
+        return self.get_text("base_model_name_or_path")
 
     @property
     def base_hub_id(self) -> str | None:
@@ -82,25 +128,23 @@ class AdapterConfig:
     @property
     def revision(self) -> str | None:
         """Return the commit of the base."""
-        return self._get_text("revision")
+        return self.get_text("revision")
 
     @property
     def task_type(self) -> str | None:
         """Return peft's name of the task, such as SEQ_CLS."""
-        return self._get_text("task_type")
+        return self.get_text("task_type")
 
     @property
     def model_class(self) -> str | None:
         """Return the class of transformers, which peft writes where there is no task type."""
-        mapping = self.settings.get("auto_mapping")
-        name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+        name = self.get_mapping("auto_mapping").get("base_model_class")
         return name if isinstance(name, str) else None
 
     @property
     def modules_to_save(self) -> list[str]:
         """Return the modules that are saved whole beside the adapter."""
-        names = self.settings.get("modules_to_save")
-        return list(map(str, names)) if isinstance(names, list) else []
+        return self.get_names("modules_to_save")
 
     def find_local_base(self, follow_paths: bool = True) -> Path | None:
         """Return the folder of this machine that is named as the base; None where there is none.
@@ -148,12 +192,10 @@ class PublishedRecipe(PublishedPart):
     data: PublishedInputs = PublishedInputs()
 
 
-class PublishedTags(PublishedPart):
-    """Describe how tags mark entities, see `TagScheme`."""
+class PublishedTags(TagScheme):
+    """Describe how tags mark entities; a file of another version may say more of them."""
 
-    name: str
-    outside: str | None
-    standard: dict[str, str]
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
 
 class PublishedData(PublishedPart):
@@ -162,7 +204,9 @@ class PublishedData(PublishedPart):
     task: Task
     labels: list[str] | None = None
     tag_scheme: PublishedTags | None = None
-    label_type: Literal["text", "integer", "boolean"] = "text"
+    label_type: LabelType = "text"
+    fingerprint: str | None = None
+    """The hash of data and splits."""
 
 
 class PublishedBase(PublishedPart):
@@ -195,7 +239,7 @@ class PublishedMetadata(PublishedPart):
         # A scheme with more or fewer tags than the model is of another model.
         if tags is None or set(tags.standard) != names:
             return None
-        return TagScheme(tags.name, tags.outside, tags.standard)
+        return tags
 
     @property
     def adapted_base(self) -> PublishedBase | None:
@@ -220,7 +264,7 @@ class PublishedMetadata(PublishedPart):
             ) from error
 
 
-def _find_faulty_key(tree: Any, error: ValidationError) -> tuple[str, Any]:
+def _find_faulty_key(tree: object, error: ValidationError) -> tuple[str, object]:
     """Return the dotted key of the first error, as deep as the file has it, and its value."""
     keys: list[str] = []
     for key in map(str, error.errors()[0]["loc"]):

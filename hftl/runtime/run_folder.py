@@ -282,6 +282,23 @@ def fingerprint(tree: Any) -> str:
     return hashlib.sha256(to_json(tree).encode()).hexdigest()
 
 
+class UnreadableJsonError(ValueError):
+    """Report that a file holds no JSON; the message says why."""
+
+
+def read_json(path: Path) -> object:
+    """Read a JSON file, which may be anybody's.
+
+    Raises:
+        OSError: if it does not open.
+        UnreadableJsonError: if it is not UTF-8, no JSON, or nested too deep.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UnreadableJsonError(str(error)) from error
+
+
 def _replace_nonfinite(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _replace_nonfinite(item) for key, item in value.items()}
