@@ -1,4 +1,4 @@
-"""The time that a run is said to take: forward passes counted, against those that it makes."""
+"""Check the estimated time of a run: forward passes counted, against those that it makes."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -11,7 +11,7 @@ from adaptations import model_of, stage_of, task_of
 from conftest import bench_of, sentences, write_csv
 from transformers import BertModel
 
-from hftl.adapt.adaptation import estimate_adaptation_seconds as adaptation_seconds
+from hftl.adapt.adaptation import estimate_adaptation_seconds
 from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
 from hftl.data.rows import InputSpec
@@ -25,9 +25,8 @@ STEP = 4.0
 
 @pytest.fixture
 def tree(recipe_tree: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """One arm and seed of a masked-language BERT, and general data."""
-    rows = [(text, label) for text, label in sentences(120, seed=9)]
-    general = write_csv(tmp_path / "general.csv", ["text", "label"], rows)
+    """One arm and seed, and general data."""
+    general = write_csv(tmp_path / "general.csv", ["text", "label"], sentences(120, seed=9))
     recipe_tree["data"]["general"] = {"path": str(general)}
     recipe_tree["finetune"]["strategy"] = "full"
     recipe_tree["measure"] |= {"arms": [], "seeds": [0]}
@@ -44,34 +43,33 @@ RETAIN: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", list(RETAIN))
-def test_the_passes_of_a_run_within_a_factor_of_two(
+def test_estimate_is_within_a_factor_of_two_of_the_passes_of_a_run(
     tree: dict[str, Any], tmp_path: Path, tiny_model: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch, name: str,
 ) -> None:  # fmt: skip
     tree["source"]["model"] = str(tiny_model("bert", True))
     tree["retain"] = RETAIN[name]
     monkeypatch.setattr(retention, "WEIGHT_GRID", (0.1, 1.0))
-    made = [0.0]
-    plain = BertModel.forward
+    passes = [0.0]
+    forward = BertModel.forward
 
-    @wraps(plain)
-    def counted(self: Any, input_ids: Any = None, **more: Any) -> Any:
+    @wraps(forward)
+    def count_rows(self: Any, input_ids: Any = None, **more: Any) -> Any:
         # The backward pass and the optimizer go with a pass that has a gradient.
-        made[0] += len(input_ids) * (STEP if torch.is_grad_enabled() else 1)
-        return plain(self, input_ids=input_ids, **more)
+        passes[0] += len(input_ids) * (STEP if torch.is_grad_enabled() else 1)
+        return forward(self, input_ids=input_ids, **more)
 
     recipe = Recipe.parse(tree)
-    bench = bench_of(recipe)
-    bench.general = load_general(recipe.data, bench.prepared, InputSpec())
+    context = bench_of(recipe)
+    context.general = load_general(recipe.data, context.prepared, InputSpec())
     costs = RowCosts(1.0, 1.0, {arm.name: STEP for arm in recipe.arms})
-    passes = estimate_seconds(bench, recipe.arms, recipe, costs) - FINISH_SECONDS
-    # Nothing of the header's own is counted.
-    monkeypatch.setattr(BertModel, "forward", counted)
+    estimate = estimate_seconds(context, recipe.arms, recipe, costs) - FINISH_SECONDS
+    monkeypatch.setattr(BertModel, "forward", count_rows)
     run(recipe, tmp_path / "run", until="finetune")
-    assert 0.5 * passes < made[0] < 2 * passes
+    assert 0.5 * estimate < passes[0] < 2 * estimate
 
 
-def test_every_seed_is_counted_before_a_run_too(
+def test_every_seed_is_counted_before_a_run(
     tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts: list[int] = []
@@ -84,7 +82,7 @@ def test_every_seed_is_counted_before_a_run_too(
     assert counts == [3] and facts["arms"].endswith("3 to run")
 
 
-def test_every_training_arm_is_timed_and_scratch_searches_too(tree: dict[str, Any]) -> None:
+def test_every_training_arm_is_timed(tree: dict[str, Any]) -> None:
     tree["measure"]["arms"] = ["scratch", "head", {"lora": {}}, {"partial": {"finetune.blocks": 1}}]
     recipe = Recipe.parse(tree)
     costs = measure_costs(bench_of(recipe), recipe.arms)
@@ -94,10 +92,10 @@ def test_every_training_arm_is_timed_and_scratch_searches_too(tree: dict[str, An
 
 def test_processes_share_the_rows(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe.parse(tree)
-    bench, costs = bench_of(recipe), RowCosts(1.0, 1.0, {"full": STEP})
-    alone = estimate_seconds(bench, recipe.arms, recipe, costs)
+    context, costs = bench_of(recipe), RowCosts(1.0, 1.0, {"full": STEP})
+    alone = estimate_seconds(context, recipe.arms, recipe, costs)
     monkeypatch.setattr("hftl.runtime.distributed.get_world_size", lambda: 2)
-    shared = estimate_seconds(bench, recipe.arms, recipe, costs)
+    shared = estimate_seconds(context, recipe.arms, recipe, costs)
     assert shared - FINISH_SECONDS == pytest.approx((alone - FINISH_SECONDS) / 2)
 
 
@@ -105,5 +103,5 @@ def test_timing_an_adaptation_moves_no_weight(tiny_model: Callable[..., Path]) -
     source = tiny_model("bert", True)
     model, task = model_of("mlm", source), task_of("mlm", source)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert adaptation_seconds(model, task, stage_of("mlm"), "cpu") > 0
+    assert estimate_adaptation_seconds(model, task, stage_of("mlm"), "cpu") > 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

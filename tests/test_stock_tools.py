@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import sentences, write_csv
 from peft import PeftModel
-from test_padding import KINDS
+from support.tiny import TEXT_MODELS
 from test_reload import opened, published
 from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
 
@@ -39,7 +39,7 @@ def folder_of(model: Path, folder: Path, pooling: str, strategy: str, base: bool
     return made
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TEXT_MODELS)
 def test_a_stock_class_refuses_a_pooled_model_and_its_encoder_loads(
     kind: str, tiny_model: Tiny, tmp_path: Path
 ) -> None:
@@ -55,7 +55,7 @@ def test_a_stock_class_refuses_a_pooled_model_and_its_encoder_loads(
         assert name.startswith("pooler") or torch.equal(tensor, ours.model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TEXT_MODELS)
 @pytest.mark.parametrize("on_hub", [True, False])
 def test_a_stock_class_refuses_a_pooled_adapter_and_auto_model_takes_it(
     kind: str, on_hub: bool, tiny_model: Tiny, tmp_path: Path

@@ -116,6 +116,9 @@ def is_image(model_type: str) -> bool:
     return "image_size" in fields or "vision_config" in fields
 
 
+TEXT_MODELS = [name for name in FIELDS if not is_image(name)]
+
+
 def save_tiny(model_type: str, folder: Path, masked: bool = False) -> Path:
     """Save a random checkpoint with its tokenizer or processor; ViTMAE's is always masked.
 
@@ -141,13 +144,10 @@ def save_tiny(model_type: str, folder: Path, masked: bool = False) -> Path:
         auto = AutoModelForMaskedImageModeling if images else AutoModelForMaskedLM
     torch.manual_seed(0)
     config = tiny_config(model_type)
-    model = (
-        auto.from_config(config)
-        if (model_type, masked) != ("beit", True)
-        else (
-            BeitForMaskedImageModeling(config)  # no Auto class has it
-        )
-    )
+    if (model_type, masked) == ("beit", True):
+        model: Any = BeitForMaskedImageModeling(config)  # no Auto class has it
+    else:
+        model = auto.from_config(config)
     model.save_pretrained(folder)
     if images:
         tiny_processor(folder)
