@@ -22,28 +22,22 @@ from hftl.models.encoders import (
 )
 from hftl.models.heads import LoadedModel, PooledModel, build_model, list_unused_parts
 from hftl.models.lora import list_lora_layers
-from hftl.models.source import SourceModel, find_source
+from hftl.models.source import find_source
 from hftl.train.frozen_eval import list_training_modes
 
+Tiny = Callable[..., Path]
 LINEARS_A_BLOCK = 6
 STRATEGIES = ["head", "partial", "lora", "full"]
 NAMES = ["a", "b", "c"]
 TOKENS = "token-classification"
-
-
 TEXT = [
     "bert", "roberta", "distilbert", "albert", "deberta-v2", "modernbert", "megatron-bert",
     "nomic_bert", "big_bird",
 ]  # fmt: skip
 IMAGES = ["vit", "vit_mae", "beit", "dinov2", "swin", "swinv2", "clip", "siglip"]
-CASES = [
-    *(("classification", name) for name in TEXT + IMAGES),
-    *((TOKENS, name) for name in ("bert", "albert", "modernbert", "roberta")),
-]
-MASKED = ["bert", "albert", "modernbert", "beit", "swin", "vit", "megatron-bert", "deberta-v2"]
 
 
-def built(
+def build(
     folder: Path, pooling: str = "native", task: str = "classification", seed: int = 0,
     scratch: bool = False,
 ) -> LoadedModel:  # fmt: skip
@@ -51,7 +45,7 @@ def built(
     return build_model(source, task, pooling, 3, NAMES, seed, scratch)
 
 
-def batch(name: str) -> dict[str, torch.Tensor]:
+def make_batch(name: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     if is_image(name):
         return {"pixel_values": torch.rand(4, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)}
@@ -59,11 +53,11 @@ def batch(name: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def training(model: nn.Module) -> set[str]:
+def list_trainable(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def plain(name: str) -> str:
+def strip_peft(name: str) -> str:
     """Return a parameter's name without what peft inserts."""
     for added in ("base_model.model.", "modules_to_save.default.", "base_layer."):
         name = name.replace(added, "")
@@ -93,20 +87,30 @@ def list_intended(loaded: LoadedModel, strategy: str, blocks: int) -> set[str]:
     return select(names, [*head, *(f"{prefix}.{part}" for part in inside)]) - select(names, unused)
 
 
-def check(loaded: LoadedModel, strategy: str, name: str) -> nn.Module:
-    """Prepare a model, compare what trains with the intention, step twice, and see what moved."""
+def train_two_steps(model: nn.Module, name: str) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(2):
+        for module, live in list_training_modes(model):
+            module.training = live
+        optimizer.zero_grad()
+        model(**make_batch(name)).logits.square().sum().backward()
+        optimizer.step()
+
+
+def prepare_and_train(loaded: LoadedModel, strategy: str, name: str) -> Any:
+    """Return a model after two steps; check what is set to train, and what moved."""
     blocks = get_blocks(loaded.encoder, loaded.architecture)
     count = min(2, len(blocks))
     intended = list_intended(loaded, strategy, count)
     layers = sum(len(list_weight_layers(block)) for block in blocks)
     model = prepare(loaded.model, strategy, blocks=count, fresh=loaded.fresh)
-    trains = training(model)
-    assert {plain(n) for n in trains if "lora_" not in n} == intended
+    trains = list_trainable(model)
+    assert {strip_peft(n) for n in trains if "lora_" not in n} == intended
     adapters = {n for n in trains if "lora_" in n}
     assert len(adapters) == (2 * layers if strategy == "lora" else 0)
     assert len(list_lora_layers(model)) == len(adapters) // 2
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    two_steps(model, name)
+    train_two_steps(model, name)
     for n, parameter in model.named_parameters():
         assert parameter.requires_grad == (parameter.grad is not None), f"{n} in no output's graph"
         if not parameter.requires_grad:
@@ -115,56 +119,50 @@ def check(loaded: LoadedModel, strategy: str, name: str) -> nn.Module:
     return model
 
 
-def two_steps(model: nn.Module, name: str) -> None:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    for _ in range(2):
-        for module, live in list_training_modes(model):
-            module.training = live
-        optimizer.zero_grad()
-        model(**batch(name)).logits.square().sum().backward()
-        optimizer.step()
-
-
-def reload(model: Any, strategy: str, source: SourceModel, task: str, folder: Path) -> Any:
-    """Save a trained model and load it by the libraries' own means."""
+def assert_reloads(
+    model: Any, source_folder: Path, strategy: str, task: str, name: str, folder: Path
+) -> None:
+    """Check that the libraries' own means load a saved model to the same logits."""
+    logits = model.eval()(**make_batch(name)).logits
     model.save_pretrained(folder)
-    kind = get_task_class(source.config, task)
+    source = find_source(Source(model=str(source_folder)))
+    kind: Any = get_task_class(source.config, task)
     torch.manual_seed(5)
-    if strategy != "lora":
-        return kind.from_pretrained(folder).eval()
-    source.config.num_labels = 3
-    base = kind.from_pretrained(source.folder, config=source.config)
-    return PeftModel.from_pretrained(base, folder).eval()
+    if strategy == "lora":
+        source.config.num_labels = 3
+        base = kind.from_pretrained(source.folder, config=source.config)
+        again: Any = PeftModel.from_pretrained(base, folder)
+    else:
+        again = kind.from_pretrained(folder)
+    torch.testing.assert_close(again.eval()(**make_batch(name)).logits, logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("task", "name"), CASES, ids=[f"{n}-{task[:5]}" for task, n in CASES])
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [(name, "classification") for name in TEXT + IMAGES]
+    + [(name, TOKENS) for name in ("bert", "albert", "modernbert", "roberta")],
+)
 def test_stock_class_trains_what_is_intended_and_reloads(
-    task: str, name: str, strategy: str, tiny_model: Callable[..., Path], tmp_path: Path
+    name: str, task: str, strategy: str, tiny_model: Tiny, tmp_path: Path
 ) -> None:
-    loaded = built(tiny_model(name), task=task)
-    model: Any = check(loaded, strategy, name)
-    logits = model.eval()(**batch(name)).logits
-    source = find_source(Source(model=str(tiny_model(name))))
-    again = reload(model, strategy, source, task, tmp_path)
-    torch.testing.assert_close(again(**batch(name)).logits, logits, atol=1e-5, rtol=0)
+    model = prepare_and_train(build(tiny_model(name), task=task), strategy, name)
+    assert_reloads(model, tiny_model(name), strategy, task, name, tmp_path)
 
 
 @pytest.mark.parametrize("strategy", ["partial", "lora"])
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", ["bert", "modernbert", "beit", "swin", "megatron-bert"])
 def test_what_masked_pretraining_lacks_trains_and_is_saved(
-    name: str, strategy: str, tiny_model: Callable[..., Path], tmp_path: Path
+    name: str, strategy: str, tiny_model: Tiny, tmp_path: Path
 ) -> None:
-    loaded = built(tiny_model(name, True))
+    folder = tiny_model(name, True)
+    loaded = build(folder)
     spec = loaded.architecture
     inside = [path for path in loaded.fresh if not has_prefix(path, spec.head.parts)]
     assert all(has_prefix(path, (f"{spec.encoder}.{spec.pooler}",)) for path in inside)
     assert bool(inside) == (spec.pooler is not None)
-    model: Any = check(loaded, strategy, name)
-    logits = model.eval()(**batch(name)).logits
-    source = find_source(Source(model=str(tiny_model(name, True))))
-    again = reload(model, strategy, source, "classification", tmp_path)
-    torch.testing.assert_close(again(**batch(name)).logits, logits, atol=1e-5, rtol=0)
+    model = prepare_and_train(loaded, strategy, name)
+    assert_reloads(model, folder, strategy, "classification", name, tmp_path)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -173,34 +171,35 @@ def test_what_masked_pretraining_lacks_trains_and_is_saved(
     [(name, "mean") for name in TEXT] + [(name, "cls") for name in ("bert", "modernbert")],
 )
 def test_pooled_model_trains_what_is_intended(
-    name: str, pooling: str, strategy: str, tiny_model: Callable[..., Path]
+    name: str, pooling: str, strategy: str, tiny_model: Tiny
 ) -> None:
-    loaded = built(tiny_model(name), pooling)
+    loaded = build(tiny_model(name), pooling)
     assert isinstance(loaded.model, PooledModel) and loaded.fresh == ()
-    model = check(loaded, strategy, name)
-    assert model(**batch(name)).logits.shape == (4, 3)
+    model = prepare_and_train(loaded, strategy, name)
+    assert model(**make_batch(name)).logits.shape == (4, 3)
 
 
 @pytest.mark.parametrize("name", TEXT + IMAGES)
-def test_scratch_shares_no_weight_with_the_source(
-    name: str, tiny_model: Callable[..., Path]
-) -> None:
-    loaded = dict(built(tiny_model(name), seed=7).model.named_parameters())
-    drawn = dict(built(tiny_model(name), seed=8, scratch=True).model.named_parameters())
+def test_scratch_shares_no_weight_with_the_source(name: str, tiny_model: Tiny) -> None:
+    loaded = dict(build(tiny_model(name), seed=7).model.named_parameters())
+    drawn = dict(build(tiny_model(name), seed=8, scratch=True).model.named_parameters())
     assert loaded.keys() == drawn.keys()
     same = [n for n, p in drawn.items() if p.ndim > 1 and p.std() > 0 and torch.equal(p, loaded[n])]
     assert not same
 
 
-@pytest.mark.parametrize("task", ["classification", "multi-label", "regression", TOKENS])
-def test_the_config_says_what_the_outputs_mean(task: str, tiny_model: Callable[..., Path]) -> None:
-    source = find_source(Source(model=str(tiny_model())))
+@pytest.mark.parametrize(
+    ("task", "problem"),
+    [
+        ("multi-label", "multi_label_classification"), ("regression", "regression"),
+        ("classification", "single_label_classification"), (TOKENS, None),
+    ],
+)  # fmt: skip
+def test_config_describes_the_outputs(task: str, problem: str | None, bert: Path) -> None:
+    source = find_source(Source(model=str(bert)))
     names = [] if task == "regression" else NAMES
     config: Any = build_model(source, task, "native", len(names) or 1, names, seed=0).model.config
-    kinds = {"multi-label": "multi_label_classification", "regression": "regression",
-             "classification": "single_label_classification", TOKENS: None}  # fmt: skip
-    assert config.problem_type == kinds[task]
-    assert config.num_labels == (len(names) or 1)
+    assert config.problem_type == problem and config.num_labels == (len(names) or 1)
     if names:
         assert config.id2label == {0: "a", 1: "b", 2: "c"}
 
@@ -213,82 +212,62 @@ def test_the_config_says_what_the_outputs_mean(task: str, tiny_model: Callable[.
         ("vit", "native", TOKENS, "vit has no class for token-classification"),
     ],
 )
-def test_tasks_that_do_not_fit_are_refused(
-    name: str, pooling: str, task: str, message: str, tiny_model: Callable[..., Path]
+def test_refuses_tasks_that_do_not_fit(
+    name: str, pooling: str, task: str, message: str, tiny_model: Tiny
 ) -> None:
     with pytest.raises(RecipeError, match=message):
-        built(tiny_model(name), pooling, task)
+        build(tiny_model(name), pooling, task)
 
 
-def test_shared_layers_are_one_block(tiny_model: Callable[..., Path]) -> None:
-    with pytest.raises(RecipeError, match="has 1 block, which its 3 layers share. Use at most 1"):
-        prepare(built(tiny_model("albert")).model, "partial", blocks=2)
-
-
-@pytest.mark.parametrize("name", ["swin", "clip"])
-def test_chosen_layers_are_counted_in_nested_lists(
-    name: str, tiny_model: Callable[..., Path]
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("albert", {"strategy": "partial", "blocks": 2}, "has 1 block, which its 3 layers share"),
+        ("bert", {"strategy": "partial", "blocks": 4}, "blocks=4, but the source model has 3"),
+        ("bert", {"strategy": "sideways"}, "unknown strategy 'sideways'"),
+    ],
+)
+def test_refuses_what_the_model_lacks(
+    name: str, arguments: dict[str, Any], message: str, tiny_model: Tiny
 ) -> None:
-    """Swin's stages hold one and two blocks, and peft takes `layers` for stages."""
-    model = prepare(built(tiny_model(name)).model, "lora", lora={"layers_to_transform": [1]})
-    assert len(list_lora_layers(model)) == {"swin": 2, "clip": 1}[name] * LINEARS_A_BLOCK
+    with pytest.raises(RecipeError, match=message):
+        prepare(build(tiny_model(name)).model, **arguments)
 
 
-def test_head_dropout_is_live_in_token_classes(tiny_model: Callable[..., Path]) -> None:
-    model = prepare(built(tiny_model("roberta"), task=TOKENS).model, "head")
+@pytest.mark.parametrize(
+    ("name", "lora", "layers"),
+    [
+        ("bert", {"use_dora": True}, 3 * LINEARS_A_BLOCK),
+        ("bert", {"use_rslora": True}, 3 * LINEARS_A_BLOCK),
+        ("bert", {"bias": "lora_only"}, 3 * LINEARS_A_BLOCK),
+        # Swin's stages hold one and two blocks, and peft takes `layers` for stages.
+        ("swin", {"layers_to_transform": [1]}, 2 * LINEARS_A_BLOCK),
+        ("clip", {"layers_to_transform": [1]}, LINEARS_A_BLOCK),
+    ],
+)
+def test_lora_adapts_the_chosen_layers_and_leaves_the_output(
+    name: str, lora: dict[str, Any], layers: int, tiny_model: Tiny
+) -> None:
+    model: Any = build(tiny_model(name)).model.eval()
+    before = model(**make_batch(name)).logits
+    adapted: Any = prepare(model, "lora", lora=lora).eval()
+    assert len(list_lora_layers(adapted)) == layers
+    torch.testing.assert_close(adapted(**make_batch(name)).logits, before)
+
+
+def test_head_dropout_is_live_in_token_classes(tiny_model: Tiny) -> None:
+    model = prepare(build(tiny_model("roberta"), task=TOKENS).model, "head")
     live = {module for module, trains in list_training_modes(model) if trains}
     assert model.get_submodule("dropout") in live
     assert model.get_submodule("roberta.embeddings.dropout") not in live
 
 
-def test_without_loading_info_the_pooler_is_taken_as_fresh(
-    tiny_model: Callable[..., Path],
-) -> None:
-    model = prepare(built(tiny_model()).model, "lora")
-    assert any("pooler" in name for name in training(model))
+def test_pooler_trains_where_nothing_says_that_it_was_loaded(bert: Path) -> None:
+    model = prepare(build(bert).model, "lora")
+    assert any("pooler" in name for name in list_trainable(model))
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"use_dora": True}, 3 * LINEARS_A_BLOCK),
-        ({"use_rslora": True}, 3 * LINEARS_A_BLOCK),
-        ({"target_modules": ["query", "value"]}, 6),
-        ({"target_modules": "all-linear"}, 3 * LINEARS_A_BLOCK),
-        ({"layers_to_transform": [2]}, LINEARS_A_BLOCK),
-        ({"bias": "lora_only"}, 3 * LINEARS_A_BLOCK),
-    ],
-)
-def test_lora_options(settings: dict, expected: int, tiny_model: Callable[..., Path]) -> None:
-    model = prepare(built(tiny_model(), "mean").model, "lora", lora=settings)
-    assert len(list_lora_layers(model)) == expected
-
-
-def test_lora_start_leaves_the_output_unchanged(tiny_model: Callable[..., Path]) -> None:
-    inputs = {"input_ids": torch.tensor([[2, 7, 9, 3]]), "attention_mask": torch.ones(1, 4)}
-    model = built(tiny_model(), "mean").model.eval()
-    before = model(**inputs).logits
-    after = prepare(model, "lora").eval()(**inputs).logits
-    assert torch.equal(before, after)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"strategy": "partial", "blocks": 4}, "blocks=4, but the source model has 3"),
-        ({"strategy": "sideways"}, "unknown strategy 'sideways'"),
-        (
-            {"strategy": "lora", "lora": {"target_modules": ["nothing"]}},
-            "no module matches .nothing.",
-        ),
-    ],
-)
-def test_refusals(arguments: dict, message: str, tiny_model: Callable[..., Path]) -> None:
-    with pytest.raises(RecipeError, match=message):
-        prepare(built(tiny_model()).model, **arguments)
-
-
-def test_trainable_parameters_counts_numbers() -> None:
+def test_trainable_parameters_are_counted_as_numbers() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     model[0].requires_grad_(False)
     assert count_trainable_parameters(model) == 4 * 2 + 2

@@ -1,6 +1,5 @@
 """Check that frozen features do not depend on batches, and are computed once a row."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from hftl.config.section import Source
 from hftl.data.image_inputs import ImageInputs
 from hftl.data.rows import Row
 from hftl.data.text_inputs import TextInputs
-from hftl.models import features as cache
+from hftl.models import features
 from hftl.models.features import FeatureCache, compute_frozen_features, predict_logits
 from hftl.models.heads import build_model, pool_tokens
 from hftl.models.source import find_source, load_tokenizer
@@ -23,31 +22,21 @@ TEXTS = [("good film",), ("a dull plot with a story",), ("the scene was bright a
 
 
 @pytest.mark.parametrize("pooling", ["native", "mean", "cls"])
-def test_features_do_not_depend_on_the_batch(
-    pooling: str, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+def test_features_are_the_last_layers_inputs_whatever_the_batch(
+    pooling: str, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = find_source(Source(model=str(tiny_model())))
+    source = find_source(Source(model=str(bert)))
     inputs = TextInputs(load_tokenizer(source), 16)
     built = build_model(source, "classification", pooling, 2, ["a", "b"], seed=0)
     rows = inputs.encode([Row(text, "", None, 0, "") for text in TEXTS])
-    together = compute_frozen_features(built.model, built.last_linear, rows, inputs, "cpu")
-    monkeypatch.setattr(cache, "BATCH_TOKENS", 1)
-    alone = compute_frozen_features(built.model, built.last_linear, rows, inputs, "cpu")
-    np.testing.assert_allclose(np.concatenate(together), np.concatenate(alone), atol=1e-6)
-
-
-@pytest.mark.parametrize("pooling", ["native", "mean", "cls"])
-def test_last_linear_of_the_features_is_the_model(
-    pooling: str, tiny_model: Callable[..., Path]
-) -> None:
-    source = find_source(Source(model=str(tiny_model())))
-    inputs = TextInputs(load_tokenizer(source), 16)
-    built = build_model(source, "classification", pooling, 2, ["a", "b"], seed=0)
-    rows = inputs.encode([Row(text, "", None, 0, "") for text in TEXTS])
-    features = compute_frozen_features(built.model, built.last_linear, rows, inputs, "cpu")
+    arguments = (built.model, built.last_linear, rows, inputs, "cpu")
+    together = np.concatenate(compute_frozen_features(*arguments))
     with torch.no_grad():
-        by_hand = built.last_linear(torch.from_numpy(np.concatenate(features))).numpy()
-    np.testing.assert_allclose(predict_logits(built.model, rows, inputs, "cpu"), by_hand, atol=1e-6)
+        logits = built.last_linear(torch.from_numpy(together)).numpy()
+    np.testing.assert_allclose(predict_logits(built.model, rows, inputs, "cpu"), logits, atol=1e-6)
+    monkeypatch.setattr(features, "BATCH_TOKENS", 1)
+    alone = np.concatenate(compute_frozen_features(*arguments))
+    np.testing.assert_allclose(together, alone, atol=1e-6)
 
 
 def test_mean_pooling_counts_real_tokens_only() -> None:
@@ -65,20 +54,20 @@ def test_each_row_is_computed_once() -> None:
         return [np.array([[float(len(row.content[0]))]]) for row in rows]
 
     rows = [Row((text,), "a", None, i, "") for i, text in enumerate(["x", "xx", "xxx"])]
-    features = FeatureCache(compute)
-    assert features.get(rows[:2]).tolist() == [[1.0], [2.0]]
-    assert features.get(rows).tolist() == [[1.0], [2.0], [3.0]]
-    assert features.get([rows[2], rows[0]]).tolist() == [[3.0], [1.0]]
+    cache = FeatureCache(compute)
+    assert cache.get(rows[:2]).tolist() == [[1.0], [2.0]]
+    assert cache.get(rows).tolist() == [[1.0], [2.0], [3.0]]
+    assert cache.get([rows[2], rows[0]]).tolist() == [[3.0], [1.0]]
     assert batch_sizes == [2, 1]
 
 
-def test_what_a_model_keeps_of_a_forward_pass_may_train_later() -> None:
-    # BEiT keeps the numbers of its positions by the grid's size, for all models of the process.
+def test_model_may_train_after_a_forward_pass_of_another() -> None:
+    """BEiT caches the positions of a grid's size for all models of the process."""
     config = tiny_config("beit", image_size=48, num_labels=2)
     processor = ViTImageProcessorPil(size={"height": 48, "width": 48})
     inputs = ImageInputs(Data(train=Table(path="none")), processor, {}, config.patch_size)
-    pictures = np.random.default_rng(0).integers(0, 255, (2, 3, 48, 48), dtype=np.uint8)
-    rows = [{"pixel_values": picture} for picture in pictures]
+    images = np.random.default_rng(0).integers(0, 255, (2, 3, 48, 48), dtype=np.uint8)
+    rows = [{"pixel_values": image} for image in images]
     predict_logits(AutoModelForImageClassification.from_config(config), rows, inputs, "cpu")
     model = AutoModelForImageClassification.from_config(config)
     model(**inputs.collate(rows)).logits.sum().backward()
