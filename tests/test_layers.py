@@ -41,7 +41,7 @@ ORDER = [
     "publish.sanitize", "publish.http_retry", "publish.published_metadata", "publish.checks",
     "publish.push", "publish.reload_check", "publish.export",
     "doctor.adapter_folder", "doctor.renamed_modules", "doctor.adapter_tensors",
-    "doctor.file_checks", "doctor.companion_files", "doctor.load_once", "doctor.load_check",
+    "doctor.file_checks", "doctor.load_once", "doctor.load_check",
     "doctor.checks", "doctor.fix", "doctor.report",
     "console",
     "inference.find_model", "inference.load", "inference.predict", "inference.predict_table",

@@ -3,7 +3,6 @@
 Nothing of it is run or unpickled, and no file outside it is opened.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -19,8 +18,11 @@ from hftl.publish.published_metadata import (
     MODEL_CONFIG,
     RECORD_FILE,
     AdapterConfig,
+    ModelConfig,
+    SettingsFile,
 )
 from hftl.runtime import paths
+from hftl.runtime.run_folder import UnreadableJsonError, read_json
 
 DEFECT, WARNING = "defect", "warning"
 
@@ -79,7 +81,7 @@ class AdapterFolder:
     is_remote: bool
     files: list[str]
     """All files by their paths in the folder, with those of a hub that were not fetched."""
-    json_files: dict[str, dict[str, Any]]
+    json_files: dict[str, dict[str, object]]
     shapes: dict[str, tuple[int, ...]]
     """Of every tensor, by its name."""
     unlisted_reason: str | None = None
@@ -96,32 +98,32 @@ class AdapterFolder:
         return AdapterConfig(self.json_files.get(ADAPTER_CONFIG, {}))
 
     @property
-    def model_config(self) -> dict[str, Any]:
-        """Return the content of config.json; empty where it is not readable."""
-        return self.json_files.get(MODEL_CONFIG, {})
+    def model_config(self) -> ModelConfig:
+        """Return the settings of config.json; none where it is not readable."""
+        return ModelConfig(self.json_files.get(MODEL_CONFIG, {}))
 
     @property
     def labels(self) -> list[str]:
         """Return the names of the labels that hftl has recorded, in their order."""
-        labels = self._get_record_section("data").get("labels")
-        return list(map(str, labels)) if isinstance(labels, list) else []
+        return self._get_record_section("data").get_names("labels")
 
     @property
     def recorded_source(self) -> str:
         """Return the source model that hftl has recorded, or an empty text."""
-        return str(self._get_record_section("source").get("model", ""))
+        return str(self._get_record_section("source").settings.get("model", ""))
 
     @property
     def has_adapted_base(self) -> bool:
         """Return whether hftl has recorded that adaptation changed the base."""
-        return bool(self._get_record_section("adapt").get("base"))
+        return bool(self._get_record_section("adapt").settings.get("base"))
 
     @property
     def base_sha256(self) -> str | None:
         """Return the hash of the weights that it was trained on, where hftl has recorded it."""
-        adapted = self._get_record_section("adapt").get("base")
-        base = adapted if isinstance(adapted, dict) else self._get_record_section("source")
-        return base.get("weights_sha256")
+        adapted = self._get_record_section("adapt").settings.get("base")
+        source = self._get_record_section("source").settings
+        digest = (adapted if isinstance(adapted, dict) else source).get("weights_sha256")
+        return None if digest is None else str(digest)
 
     @property
     def has_own_head(self) -> bool:
@@ -135,10 +137,10 @@ class AdapterFolder:
         starts += (HEAD_WEIGHTS,) if self.has_own_head else ()
         return [n for n in self.files if n.startswith(starts) and _is_weights(n)]
 
-    def _get_record_section(self, name: str) -> dict[str, Any]:
-        """Return a section of hftl.json; empty where it is missing or of another type."""
-        section = self.json_files.get(RECORD_FILE, {}).get(name)
-        return section if isinstance(section, dict) else {}
+    def _get_record_section(self, name: str) -> SettingsFile:
+        """Return a section of hftl.json, which may be damaged."""
+        record = SettingsFile(self.json_files.get(RECORD_FILE, {}))
+        return SettingsFile(record.get_mapping(name))
 
 
 @dataclass
@@ -275,14 +277,14 @@ def _fetch_snapshot(repo_id: str) -> Path:
 
 def _read_json_files(
     folder: Path, names: list[str]
-) -> tuple[dict[str, dict[str, Any]], list[Finding]]:
+) -> tuple[dict[str, dict[str, object]], list[Finding]]:
     """Return the mappings of the settings files by name, and findings on unreadable ones."""
-    json_files: dict[str, dict[str, Any]] = {}
+    json_files: dict[str, dict[str, object]] = {}
     broken: list[Finding] = []
     for name in names:
         if "/" in name or not name.endswith(".json") or name in VOCABULARY_FILES:
             continue
-        content = _read_json(folder / name)
+        content = _read_mapping(folder / name)
         if isinstance(content, dict):
             json_files[name] = content
             continue
@@ -291,13 +293,13 @@ def _read_json_files(
     return json_files, broken
 
 
-def _read_json(path: Path) -> dict[str, Any] | str:
+def _read_mapping(path: Path) -> dict[str, object] | str:
     """Return a file's mapping, or why there is none."""
     if path.stat().st_size > MAX_FILE_BYTES:
         return f"is larger than {MAX_FILE_BYTES:,} bytes"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = read_json(path)
+    except UnreadableJsonError as error:
         return f"is no JSON: {format_error_line(error)}"
     if not isinstance(content, dict):
         return f"is a {type(content).__name__}, expected a mapping"

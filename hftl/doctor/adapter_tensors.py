@@ -6,6 +6,8 @@ another depth in silence.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import Any
@@ -26,10 +28,10 @@ from hftl.doctor.renamed_modules import (
     has_old_names,
     list_targets,
 )
-from hftl.errors import format_error_line
+from hftl.errors import HftlError, format_error_line
 from hftl.models.architectures import TOKEN_CLASSIFICATION
 from hftl.models.encoders import build_on_meta, get_encoder_class, get_task_class
-from hftl.models.source import SourceModel
+from hftl.models.source import BUILD_ERRORS, SourceModel
 from hftl.publish.published_metadata import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 PEFT_TYPES = ("LORA", "IA3", "LN_TUNING", "VERA", "LOHA", "LOKR", "OFT", "BOFT")
@@ -45,8 +47,25 @@ NAMED_KEY = re.compile(
 )
 """Match an adapter's name in the name of a tensor, as in `lora_A.default.weight`."""
 WRAPPED_KEY = re.compile(r"\.(modules_to_save|original_module)\.")
-PEFT_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError, re.error)
-"""Errors of peft and transformers on settings that do not fit a model."""
+
+
+class UnfitModelError(Exception):
+    """Report settings that fit no model; the message is the library's own."""
+
+
+@contextmanager
+def translate_build_errors() -> Iterator[None]:
+    """Turn what transformers and peft raise on settings that fit no model into one error.
+
+    Raises:
+        UnfitModelError: from the library's error.
+    """
+    try:
+        yield
+    except HftlError:
+        raise
+    except BUILD_ERRORS as error:
+        raise UnfitModelError(str(error) or type(error).__name__) from error
 
 
 def find_model_class(folder: AdapterFolder, source: SourceModel) -> Any:
@@ -63,8 +82,8 @@ def find_model_class(folder: AdapterFolder, source: SourceModel) -> Any:
         return get_task_class(source.config, TASKS_BY_TYPE[adapter.task_type])
     if adapter.task_type == "FEATURE_EXTRACTION":
         return get_encoder_class(source.config)
-    names = folder.model_config.get("architectures") or [None]
-    model_class = _find_transformers_class(names[0])
+    names = folder.model_config.class_names
+    model_class = _find_transformers_class(names[0] if names else None)
     if model_class is None and not adapter.settings.get("task_type"):
         return get_task_class(source.config, "classification")
     return model_class
@@ -91,9 +110,10 @@ def count_saved_embeddings(folder: AdapterFolder, model_class: Any, config: Any)
     if not folder.is_adapter or model_class is None or not hasattr(config, "vocab_size"):
         return None
     try:
-        model = build_on_meta(model_class, config)
-        table = model.get_input_embeddings()
-    except (*PEFT_ERRORS, NotImplementedError):
+        with translate_build_errors():
+            model = build_on_meta(model_class, config)
+            table = model.get_input_embeddings()
+    except UnfitModelError:
         return None
     path = next((name for name, module in model.named_modules() if module is table), None)
     shape = folder.shapes.get(f"{PREFIX}{path}.weight")
@@ -112,15 +132,12 @@ def count_outputs(folder: AdapterFolder, source: SourceModel, model_class: Any) 
     return shape[0] if shape else None
 
 
-def build_peft_config(settings: dict[str, Any]) -> Any:
-    """Build peft's config of these settings, without those that import anything.
-
-    Raises:
-        ValueError: or another of `PEFT_ERRORS`, if peft refuses them.
-    """
+def build_peft_config(settings: dict[str, object]) -> Any:
+    """Build peft's config of these settings, without those that import anything."""
+    from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[settings["peft_type"]]
+    kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(str(settings["peft_type"]))]
     known = {field.name for field in fields(kind)} - set(IGNORED_SETTINGS)
     return kind(**{key: value for key, value in settings.items() if key in known})
 
@@ -137,19 +154,20 @@ class ExpectedTensors:
     own: dict[str, tuple[int, ...]]
 
 
-def list_expected_tensors(kind: Any, config: Any, settings: dict[str, Any]) -> ExpectedTensors:
+def list_expected_tensors(kind: Any, config: Any, settings: dict[str, object]) -> ExpectedTensors:
     """Wrap a model without weights as the settings say, and list what peft would load into it.
 
     Raises:
-        ValueError: or another of `PEFT_ERRORS`, if peft cannot wrap the model so.
+        UnfitModelError: if peft cannot wrap the model so.
     """
     from peft import get_peft_model
 
-    adapter = build_peft_config(settings)
-    if hasattr(adapter, "init_lora_weights"):
-        # A decomposition of the base's weights needs their values; shapes do not.
-        adapter.init_lora_weights = False
-    with torch.device("meta"):
+    with translate_build_errors():
+        adapter = build_peft_config(settings)
+        if hasattr(adapter, "init_lora_weights"):
+            # A decomposition of the base's weights needs their values; shapes do not.
+            adapter.init_lora_weights = False
+    with translate_build_errors(), torch.device("meta"):
         model: Any = get_peft_model(build_on_meta(kind, config), adapter, low_cpu_mem_usage=True)
         return list_adapter_tensors(model, "default")
 
@@ -168,8 +186,13 @@ def list_adapter_tensors(model: Any, name: str) -> ExpectedTensors:
 
 
 def list_modules(kind: Any, config: Any) -> list[str]:
-    """Return the paths of the class's modules."""
-    return [name for name, _ in build_on_meta(kind, config).named_modules()]
+    """Return the paths of the class's modules.
+
+    Raises:
+        UnfitModelError: if the class cannot be built of this config.
+    """
+    with translate_build_errors():
+        return [name for name, _ in build_on_meta(kind, config).named_modules()]
 
 
 def check_fit(examination: Examination) -> list[Finding]:
@@ -184,7 +207,7 @@ def check_fit(examination: Examination) -> list[Finding]:
 def _find_misfits(folder: AdapterFolder, model_class: Any, config: Any) -> list[Finding]:
     try:
         modules = list_modules(model_class, config)
-    except PEFT_ERRORS:
+    except UnfitModelError:
         what = f"it was made of {model_class.__name__}, which cannot be built of this base's config"
         return [defect("base-shape", what, ADAPTER_CONFIG, "Give the base that it was trained on")]
     old = find_renamed_keys(folder.shapes, modules)
@@ -193,7 +216,7 @@ def _find_misfits(folder: AdapterFolder, model_class: Any, config: Any) -> list[
         return [_build_old_names_defect(what, ADAPTER_WEIGHTS)]
     try:
         expected = list_expected_tensors(model_class, config, folder.adapter_config.settings)
-    except PEFT_ERRORS as error:
+    except UnfitModelError as error:
         return [_build_refusal_defect(folder, error, modules)]
     return compare_shapes(folder.shapes, expected)
 
@@ -316,12 +339,15 @@ def _build_unplaced_defect(
     )
 
 
-def _build_refusal_defect(folder: AdapterFolder, error: Exception, modules: list[str]) -> Finding:
+def _build_refusal_defect(
+    folder: AdapterFolder, error: UnfitModelError, modules: list[str]
+) -> Finding:
     """Say why peft cannot wrap the base: old names, or a base of another architecture."""
     from peft.utils.error import PeftError
 
     targets = folder.adapter_config.settings.get("target_modules")
-    unmatched = isinstance(error, PeftError) or "not found in the base model" in str(error)
+    unmatched = isinstance(error.__cause__, PeftError)
+    unmatched = unmatched or "not found in the base model" in str(error)
     if unmatched and has_old_names(targets) and set(list_targets(folder.shapes)) <= set(modules):
         return _build_old_names_defect(
             "target_modules match nothing: they are names of transformers 4", ADAPTER_CONFIG

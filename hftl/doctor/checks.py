@@ -16,20 +16,18 @@ from hftl.doctor.adapter_folder import (
     warning,
 )
 from hftl.doctor.adapter_tensors import PEFT_TYPES, adjust_config, check_fit, find_model_class
-from hftl.doctor.companion_files import (
-    check_card,
-    check_input_files,
-    check_labels,
-    check_vocabulary,
-)
 from hftl.doctor.file_checks import (
     check_adapter_settings,
+    check_card,
     check_file_types,
     check_finite_weights,
+    check_input_files,
+    check_labels,
     check_scaling,
     check_settings,
     check_shard_index,
     check_trained,
+    check_vocabulary,
     find_foreign_code_key,
 )
 from hftl.doctor.load_check import check_reload, check_uninitialized_weights, read_whole_model
@@ -139,7 +137,7 @@ def find_whole_model(examination: Examination) -> Iterator[Finding]:
     if folder.is_adapter:
         return
     unsafe = [one.where for one in examination.findings if one.kind == "unsafe"]
-    is_quantized = folder.model_config.get("quantization_config")
+    is_quantized = folder.model_config.settings.get("quantization_config")
     if any(where.endswith(".json") for where in unsafe) or is_quantized:
         why = "what its settings ask for is not loaded"
     elif MODEL_CONFIG not in folder.json_files:

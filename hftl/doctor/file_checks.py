@@ -1,23 +1,40 @@
-"""Examine files and settings for what could run code, and weights for values that cannot be.
+"""Examine files for what could run code, for values that cannot be, and for what is missing.
 
-Nothing here needs the base.
+Only the checks of tokenizer, processor and labels look at the base, where it is at hand.
 """
 
 import math
+import re
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
+import yaml
+
+from hftl.card.validation import validate_card
 from hftl.doctor.adapter_folder import (
+    MAX_FILE_BYTES,
     PICKLE_SUFFIXES,
+    AdapterFolder,
     Examination,
     Finding,
     defect,
     format_names,
     warning,
 )
+from hftl.doctor.adapter_tensors import count_outputs
 from hftl.doctor.renamed_modules import get_module_path
-from hftl.publish.published_metadata import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECORD_FILE
+from hftl.errors import format_error_line
+from hftl.models.source import SourceModel
+from hftl.publish.published_metadata import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MODEL_CONFIG,
+    RECORD_FILE,
+    ModelConfig,
+    SettingsFile,
+)
 from hftl.runtime.paths import leaves_folder
+from hftl.runtime.run_folder import UnreadableJsonError, read_json
 
 CODE_SUFFIXES = (".py", ".pyc", ".so", ".dll", ".dylib", ".sh", ".exe", ".ipynb")
 CODE_KEYS = ("auto_map", "_attn_implementation_internal", "custom_pipelines")
@@ -29,7 +46,7 @@ HARMLESS_VALUES = {"megatron_core": "megatron.core"}
 """Values that peft itself writes."""
 
 
-def find_foreign_code_key(settings: dict[str, Any]) -> str | None:
+def find_foreign_code_key(settings: dict[str, object]) -> str | None:
     """Return the first key of a model's config that brings code along; None if there is none."""
     return next((key for key, value in _walk_items(settings) if _brings_code(key, value)), None)
 
@@ -71,8 +88,7 @@ def check_settings(examination: Examination) -> Iterator[Finding]:
 def check_adapter_settings(examination: Examination) -> Iterator[Finding]:
     """Report settings of peft that import a module or read a file."""
     settings = examination.folder.adapter_config.settings
-    mapping = settings.get("auto_mapping")
-    library = mapping.get("parent_library") if isinstance(mapping, dict) else None
+    library = examination.folder.adapter_config.get_mapping("auto_mapping").get("parent_library")
     if library is not None and str(library).split(".")[0] not in TRUSTED_LIBRARIES:
         what = f"auto_mapping imports {library!r}"
         fix = "Set auto_mapping to null, or to a class of transformers"
@@ -90,15 +106,15 @@ def check_adapter_settings(examination: Examination) -> Iterator[Finding]:
 def check_shard_index(examination: Examination) -> Iterator[Finding]:
     """Report an index of weights that names a file outside the folder."""
     for name, index in examination.folder.json_files.items():
-        shards = index.get("weight_map") if name.endswith(".index.json") else None
-        files = set(map(str, shards.values())) if isinstance(shards, dict) else set()
+        shards = SettingsFile(index).get_mapping("weight_map")
+        files = set(map(str, shards.values())) if name.endswith(".index.json") else set()
         outside = sorted(file for file in files if "/" in file or "\\" in file)
         if outside:
             what = f"it names a file outside the folder: {outside[0]}"
             yield defect("unsafe", what, name, "Save the weights again")
 
 
-def _walk_items(value: Any) -> Iterator[tuple[str, Any]]:
+def _walk_items(value: object) -> Iterator[tuple[str, object]]:
     """Yield every key with its value, however deep."""
     stack = [value]
     while stack:
@@ -110,14 +126,14 @@ def _walk_items(value: Any) -> Iterator[tuple[str, Any]]:
             stack.extend(item)
 
 
-def _brings_code(key: str, value: Any) -> bool:
+def _brings_code(key: str, value: object) -> bool:
     if key in CODE_KEYS or (key == "trust_remote_code" and value):
         return value not in (None, {}, "")
     # transformers fetches an attention kernel of that hub id.
     return key in ("_attn_implementation", "attn_implementation") and "/" in str(value)
 
 
-def _list_template_names(templates: Any) -> list[str]:
+def _list_template_names(templates: object) -> list[str]:
     if isinstance(templates, dict):
         return list(map(str, templates))
     if isinstance(templates, list):
@@ -153,9 +169,10 @@ def _build_rank_defect(what: str) -> Finding:
     return defect("rank", what, ADAPTER_CONFIG, "Write what it was trained with")
 
 
-def _is_finite_number(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+def _is_finite_number(value: object) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return math.isfinite(value)
 
 
 def check_finite_weights(examination: Examination) -> Iterator[Finding]:
@@ -191,3 +208,155 @@ def check_trained(examination: Examination) -> Iterator[Finding]:
     what = f"all {len(keys)} lora_B are zero: the adapter changes nothing"
     fix = "Save it after training, with its parameters in the optimizer"
     yield defect("untrained", what, ADAPTER_WEIGHTS, fix)
+
+
+# What should lie beside the weights.
+
+
+CARD_FILE = "README.md"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+)
+EXTRA_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                    "merges.txt")  # fmt: skip
+FAST_TOKENIZER_FILE = "tokenizer.json"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+NUMBERED_LABEL = re.compile(r"LABEL_\d+")
+"""The name that transformers gives to a class without one."""
+IMAGE_CLASS_SUFFIXES = ("ForImageClassification", "ForPreTraining", "ForMaskedImageModeling")
+
+
+def read_base_labels(source: SourceModel) -> list[str]:
+    """Return the label names of a base; empty where they are only numbered."""
+    names = ModelConfig(source.config.to_dict()).label_names
+    return [] if any(map(NUMBERED_LABEL.fullmatch, names)) else names
+
+
+def reads_images(folder: AdapterFolder, source: SourceModel | None) -> bool:
+    """Return whether the model reads images, by its base, or else by its class's name."""
+    if source is not None:
+        return source.architecture_spec.modality == "image"
+    names = [folder.adapter_config.model_class, *folder.model_config.class_names]
+    return any(str(name).endswith(IMAGE_CLASS_SUFFIXES) for name in names)
+
+
+def check_input_files(examination: Examination) -> Iterator[Finding]:
+    """Report a missing tokenizer or image processor."""
+    folder, source = examination.folder, examination.source
+    images = reads_images(folder, source)
+    names = PROCESSOR_FILES if images else TOKENIZER_FILES
+    if any(name in folder.files for name in names):
+        return
+    what = f"there is no {'image processor' if images else 'tokenizer'}"
+    if source is None:
+        yield warning("tokenizer", what, names[0], "Save the base's beside it")
+    elif any((source.folder / name).exists() for name in names):
+        yield warning("tokenizer", f"{what}; the base has one", names[0], "Take the base's: --fix")
+    else:
+        fix = "Save the one it was trained with beside it"
+        yield defect("tokenizer", f"{what}, nor has the base one", names[0], fix)
+
+
+def check_vocabulary(examination: Examination) -> Iterator[Finding]:
+    """Compare the largest token id of the tokenizer with the rows of the embedding."""
+    folder = examination.folder
+    embeddings = getattr(examination.config, "vocab_size", None)
+    if embeddings is None or FAST_TOKENIZER_FILE not in folder.files:
+        return
+    if reads_images(folder, examination.source):
+        return
+    token, number = find_largest_token(folder.path / FAST_TOKENIZER_FILE)
+    if number >= embeddings:
+        what = f"it gives {token!r} the id {number}, and the model has {embeddings} embeddings"
+        fix = "Save the adapter with save_embedding_layers=True, or take the base's tokenizer"
+        yield defect("tokenizer", what, FAST_TOKENIZER_FILE, fix)
+
+
+def find_largest_token(path: Path) -> tuple[str, int]:
+    """Return the token of the largest id in a tokenizer.json; an id of -1 without any."""
+    largest = ("", -1)
+    try:
+        content = read_json(path)
+    except (OSError, UnreadableJsonError):
+        return largest
+    tree = SettingsFile(content if isinstance(content, dict) else {})
+    pairs: list[tuple[object, object]] = []
+    pairs += SettingsFile(tree.get_mapping("model")).get_mapping("vocab").items()
+    added = tree.settings.get("added_tokens")
+    for one in added if isinstance(added, list) else []:
+        if isinstance(one, dict):
+            pairs.append((one.get("content"), one.get("id")))
+    for token, number in pairs:
+        if isinstance(number, int) and number > largest[1]:
+            largest = (str(token), number)
+    return largest
+
+
+def check_labels(examination: Examination) -> Iterator[Finding]:
+    """Report label names that are missing, too many or few, or in another order than recorded."""
+    folder, source = examination.folder, examination.source
+    model_class = examination.model_class
+    has_task = folder.adapter_config.task_type in ("SEQ_CLS", "TOKEN_CLS") or folder.has_own_head
+    if not has_task and not (
+        model_class is not None and model_class.__name__.endswith("Classification")
+    ):
+        return
+    outputs = None if source is None else count_outputs(folder, source, model_class)
+    names = folder.model_config.label_names
+    if not names and source is not None and len(read_base_labels(source)) == outputs:
+        names = read_base_labels(source)
+    if folder.model_config.get_text("problem_type") == "regression" or outputs == 1:
+        return
+    recorded = folder.labels
+    if outputs is not None and names and len(names) != outputs:
+        what = f"{len(names)} labels are named, and the head has {outputs} outputs"
+        yield defect("labels", what, MODEL_CONFIG, "Correct id2label")
+    elif recorded and names and names != recorded:
+        what = f"id2label says {format_names(names)}, and the record {format_names(recorded)}"
+        yield defect("labels", what, MODEL_CONFIG, "Write the order it was trained with")
+    elif not names or any(map(NUMBERED_LABEL.fullmatch, names)):
+        why = f"they are {format_names(names)}" if names else "there is no label map"
+        what = f"nobody can tell what the outputs mean: {why}"
+        fix = "Write id2label and label2id into config.json"
+        if recorded:
+            yield defect("labels", what, MODEL_CONFIG, f"{fix}: --fix")
+        else:
+            yield warning("labels", what, MODEL_CONFIG, fix)
+
+
+def check_card(examination: Examination) -> Iterator[Finding]:
+    """Report what the card lacks or has wrong; one that the hub cannot read is a defect."""
+    from huggingface_hub import ModelCard
+
+    folder = examination.folder
+    if CARD_FILE not in folder.files:
+        fix = "Write one: what it is, on what base"
+        yield warning("card", "there is no card", CARD_FILE, fix)
+        return
+    path = folder.path / CARD_FILE
+    if path.stat().st_size > MAX_FILE_BYTES:
+        what = f"it is larger than {MAX_FILE_BYTES:,} bytes"
+        yield defect("card", what, CARD_FILE, "Write a shorter one")
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        bases = ModelCard(text).data.to_dict().get("base_model")
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError, RecursionError) as error:
+        # ModelCard checks no types: a front matter of another shape breaks inside it with TypeError
+        # or AttributeError. ValueError is its own; yaml raises the others, see `validate_card`.
+        what = f"the hub cannot read it: {format_error_line(error)}"
+        yield defect("card", what, CARD_FILE, "Correct the block between the two lines of ---")
+        return
+    name = folder.adapter_config.base_hub_id
+    bases = [bases] if isinstance(bases, str) else bases
+    if isinstance(bases, list) and bases and name not in (None, *bases):
+        what = f"the card names the base {bases[0]}, and {ADAPTER_CONFIG} {name}"
+        fix = "Name the same base in both: the one it was trained on"
+        yield warning("base", what, CARD_FILE, fix)
+    for problem in validate_card(text):
+        what, _, fix = problem.partition("; ")
+        yield warning("card", what, CARD_FILE, fix[:1].upper() + fix[1:])

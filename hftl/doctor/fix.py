@@ -2,19 +2,19 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hftl.doctor.adapter_folder import Examination
 from hftl.doctor.adapter_tensors import (
-    PEFT_ERRORS,
+    UnfitModelError,
     compare_shapes,
     count_outputs,
     find_named_keys,
     list_expected_tensors,
     list_modules,
 )
-from hftl.doctor.companion_files import (
+from hftl.doctor.file_checks import (
     CARD_FILE,
     EXTRA_TOKENIZER_FILES,
     PROCESSOR_FILES,
@@ -29,7 +29,12 @@ from hftl.doctor.renamed_modules import (
     shorten_targets,
 )
 from hftl.errors import RecipeError, format_error_line
-from hftl.publish.published_metadata import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
+from hftl.publish.published_metadata import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MODEL_CONFIG,
+    drop_local_names,
+)
 from hftl.runtime import run_folder
 from hftl.runtime.run_folder import to_json
 
@@ -82,11 +87,11 @@ def _rename_modules(examination: Examination) -> list[str]:
         folder.shapes, list_modules(examination.model_class, examination.config)
     )
     shapes = {names.get(key, key): shape for key, shape in folder.shapes.items()}
-    settings = _find_renamed_settings(examination, shapes)
-    if settings is None:
+    targets = _find_renamed_targets(examination, shapes)
+    if targets is None:
         return []
-    changed = _read_settings(examination, ADAPTER_CONFIG) | settings
-    lines = [f"target_modules: {', '.join(settings['target_modules'])}"]
+    changed = _read_settings(examination, ADAPTER_CONFIG) | targets.to_settings()
+    lines = [f"target_modules: {', '.join(targets.modules)}"]
     _write_settings(examination, ADAPTER_CONFIG, changed)
     folder.json_files[ADAPTER_CONFIG] = changed
     if names:
@@ -101,7 +106,7 @@ def _remove_adapter_name(examination: Examination) -> list[str]:
         expected = list_expected_tensors(
             examination.model_class, examination.config, folder.adapter_config.settings
         )
-    except PEFT_ERRORS:
+    except UnfitModelError:
         return []
     names = find_named_keys(folder.shapes, expected)
     shapes = {names.get(key, key): shape for key, shape in folder.shapes.items()}
@@ -123,27 +128,39 @@ def _rename_tensors(examination: Examination, names: dict[str, str]) -> str:
     return f"{len(names)} tensors renamed in {ADAPTER_WEIGHTS}"
 
 
-def _find_renamed_settings(
+@dataclass(frozen=True)
+class _RenamedTargets:
+    """Hold the target modules under their new names, and the patterns by name of the setting."""
+
+    modules: list[str]
+    patterns: dict[str, dict[str, object]]
+
+    def to_settings(self) -> dict[str, object]:
+        return {"target_modules": self.modules, **self.patterns}
+
+
+def _find_renamed_targets(
     examination: Examination, shapes: dict[str, tuple[int, ...]]
-) -> dict[str, Any] | None:
-    """Return target_modules that wrap exactly the layers that the file has tensors for."""
-    old = examination.folder.adapter_config.settings
+) -> _RenamedTargets | None:
+    """Return targets that wrap exactly the layers that the file has tensors for."""
+    old = examination.folder.adapter_config
     paths = list_targets(shapes)
     patterns = {
-        name: rename_patterns(old[name], paths)
+        name: rename_patterns(old.get_mapping(name), paths)
         for name in ("rank_pattern", "alpha_pattern")
-        if isinstance(old.get(name), dict)
+        if isinstance(old.settings.get(name), dict)
     }
-    for targets in (shorten_targets(paths), paths):
-        settings = {"target_modules": targets} | patterns
+    for modules in (shorten_targets(paths), paths):
+        targets = _RenamedTargets(modules, patterns)
+        settings = old.settings | targets.to_settings()
         try:
             expected = list_expected_tensors(
-                examination.model_class, examination.config, old | settings
+                examination.model_class, examination.config, settings
             )
-        except PEFT_ERRORS:
+        except UnfitModelError:
             continue
         if not compare_shapes(shapes, expected):
-            return settings
+            return targets
     return None
 
 
@@ -157,7 +174,9 @@ def _write_base_name(examination: Examination, given: str | None) -> list[str]:
     is_proven = examination.folder.base_sha256 is not None
     if not (given and adapter.base_hub_id is None) and not (adapter.revision is None and is_proven):
         return []
-    pinned = {"base_model_name_or_path": source.name, "revision": source.revision}
+    pinned: dict[str, object] = {
+        "base_model_name_or_path": source.name, "revision": source.revision
+    }  # fmt: skip
     changed = _read_settings(examination, ADAPTER_CONFIG) | pinned
     _write_settings(examination, ADAPTER_CONFIG, changed)
     examination.folder.json_files[ADAPTER_CONFIG] = changed
@@ -204,7 +223,7 @@ def _write_labels(examination: Examination) -> list[str]:
     names = examination.folder.labels or read_base_labels(examination.source)
     if not names or len(names) != count:
         return []
-    labels = {
+    labels: dict[str, object] = {
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
     }
@@ -212,20 +231,16 @@ def _write_labels(examination: Examination) -> list[str]:
         "architectures": [examination.model_class.__name__]
     }
     is_there = MODEL_CONFIG in examination.folder.files
-    old = _read_settings(examination, MODEL_CONFIG) if is_there else _drop_local_names(known)
+    old = _read_settings(examination, MODEL_CONFIG) if is_there else drop_local_names(known)
     _write_settings(examination, MODEL_CONFIG, old | labels)
     return [f"labels written to {MODEL_CONFIG}: {', '.join(names)}"]
 
 
-def _drop_local_names(settings: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in settings.items() if k not in ("_name_or_path", "name_or_path")}
-
-
-def _read_settings(examination: Examination, name: str) -> dict[str, Any]:
+def _read_settings(examination: Examination, name: str) -> dict[str, object]:
     return json.loads((examination.folder.path / name).read_text(encoding="utf-8"))
 
 
-def _write_settings(examination: Examination, name: str, settings: dict[str, Any]) -> None:
+def _write_settings(examination: Examination, name: str, settings: dict[str, object]) -> None:
     _back_up_file(examination, name)
     run_folder.write_text(examination.folder.path / name, to_json(settings))
 

@@ -24,7 +24,7 @@ from hftl.doctor.adapter_folder import (
     format_names,
     warning,
 )
-from hftl.doctor.adapter_tensors import IGNORED_SETTINGS, PEFT_ERRORS
+from hftl.doctor.adapter_tensors import IGNORED_SETTINGS, UnfitModelError, translate_build_errors
 from hftl.doctor.renamed_modules import PREFIX
 from hftl.errors import RecipeError, format_error_line
 from hftl.models.architectures import get_architecture
@@ -196,11 +196,10 @@ def _list_missing_weights(source: SourceModel, model_class: Any, config: Any) ->
         RecipeError: if the base does not load.
     """
     try:
-        _check_size(source, model_class, config)
-        return set(load_class(source, model_class, config, {})[1])
-    except RecipeError:
-        raise
-    except (*PEFT_ERRORS, SafetensorError) as error:
+        with translate_build_errors():
+            _check_size(source, model_class, config)
+            return set(load_class(source, model_class, config, {})[1])
+    except (UnfitModelError, SafetensorError) as error:
         what = f"{source.name} does not load: {format_error_line(error)}"
         raise RecipeError(what, "Correct its config.json") from error
 
@@ -227,16 +226,18 @@ def read_whole_model(folder: AdapterFolder) -> SourceModel | Finding:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    model_type = folder.model_config.get("model_type")
+    model_type = folder.model_config.settings.get("model_type")
     if not isinstance(model_type, str):
         # transformers would guess the type from the folder's name.
         return _build_config_defect(f"its model_type is {model_type!r}, expected a name")
-    fault = find_config_fault(folder.model_config)
+    fault = find_config_fault(folder.model_config.settings)
     if fault is not None:
         return _build_config_defect(fault)
     try:
-        config: Any = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
-    except (*PEFT_ERRORS, OSError, StrictDataclassError) as error:
+        with translate_build_errors():
+            config: Any = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+    except (UnfitModelError, OSError, StrictDataclassError) as error:
+        # OSError where the file does not open, StrictDataclassError for a value of another type.
         return _build_config_defect(format_error_line(error))
     get_architecture(config)
     path = folder.path

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
-from typing import Any
 
 PREFIX = "base_model.model."
 PARAMETER_MARK = re.compile(
@@ -66,9 +65,9 @@ def find_renamed_keys(keys: Iterable[str], modules: Iterable[str]) -> dict[str, 
     return renamed
 
 
-def has_old_names(targets: Any) -> bool:
+def has_old_names(targets: object) -> bool:
     """Return whether target modules are named as the ViT family's were."""
-    names = [targets] if isinstance(targets, str) else list(targets or [])
+    names = targets if isinstance(targets, list) else [targets]
     return any(old in str(name) for name in names for old in OLD_NAMES)
 
 
@@ -82,7 +81,9 @@ def shorten_targets(paths: Iterable[str]) -> list[str]:
     return sorted({path.rsplit(".", 1)[-1] for path in paths})
 
 
-def rename_patterns(patterns: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+def rename_patterns(
+    patterns: Mapping[str, object], paths: Iterable[str]
+) -> dict[str, object]:
     """Rename the keys of rank_pattern or alpha_pattern so that they match adapted layers."""
     known = list(paths)
     return {

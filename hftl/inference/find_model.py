@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 
-from safetensors import SafetensorError
-
-from hftl.errors import HftlError, RecipeError, RunFolderError
-from hftl.models.source import describe_load_error, find_source, hash_source_weights
+from hftl.errors import HftlError, RecipeError, RunFolderError, is_out_of_memory
+from hftl.models.source import (
+    LOADING_ERRORS,
+    describe_load_error,
+    find_source,
+    hash_source_weights,
+)
 from hftl.publish import reload_check
 from hftl.publish.published_metadata import (
     ADAPTER_CONFIG,
@@ -21,19 +23,6 @@ from hftl.publish.published_metadata import (
     resolve_base,
 )
 from hftl.runtime import paths, run_folder
-
-LOADING_ERRORS = (
-    SafetensorError,
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    RuntimeError,
-    EOFError,
-    UnpicklingError,
-)
-"""What transformers, peft and safetensors raise on files that are cut short or fit no model."""
 
 
 @contextmanager
@@ -48,7 +37,7 @@ def wrap_loading_errors(folder: Path) -> Iterator[None]:
     except HftlError:
         raise
     except LOADING_ERRORS as error:
-        if type(error).__name__ == "OutOfMemoryError":
+        if is_out_of_memory(error):
             raise
         name = paths.get_display_name(folder)
         raise RunFolderError(

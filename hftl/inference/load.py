@@ -22,7 +22,7 @@ from hftl.doctor.adapter_tensors import (
     is_adapter_key,
     list_adapter_tensors,
 )
-from hftl.doctor.companion_files import NUMBERED_LABEL, PROCESSOR_FILES, TOKENIZER_FILES
+from hftl.doctor.file_checks import NUMBERED_LABEL, PROCESSOR_FILES, TOKENIZER_FILES
 from hftl.doctor.renamed_modules import PREFIX, get_module_path
 from hftl.errors import RecipeError, RunFolderError
 from hftl.inference.find_model import wrap_loading_errors

@@ -25,7 +25,7 @@ from hftl.data.labels import decode_logits
 from hftl.data.load import find_text_fault
 from hftl.data.rows import Levels, Row, normalize_newlines
 from hftl.data.text_inputs import EncodedRow, TextInputs, WordInputs
-from hftl.doctor.companion_files import NUMBERED_LABEL
+from hftl.doctor.file_checks import NUMBERED_LABEL
 from hftl.errors import DataError, RecipeError, format_error_line
 from hftl.finetune.context import build_position_arguments
 from hftl.inference.find_model import (

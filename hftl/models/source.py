@@ -13,6 +13,8 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from safetensors import SafetensorError
+
 from hftl.config.section import Source
 from hftl.errors import RecipeError, format_error_line
 from hftl.models.architectures import READ_AS, ArchitectureSpec, get_architecture
@@ -179,6 +181,24 @@ def find_source(source: Source, on_hub: bool = False) -> SourceModel:
             break
     public_id = source.published_as or source.model
     return SourceModel(source.model, folder, commit, public_id, False, config, kind)
+
+
+# Loading meets files of anybody's: the libraries check little, and each call fails in its own way.
+BUILD_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, re.error)
+"""What transformers and peft raise on settings that fit no model.
+
+A class of transformers: AttributeError for a key that config.json lacks, TypeError for a value of
+another type, KeyError for an unknown activation, ValueError for sizes that do not divide,
+RuntimeError for sizes that torch refuses. A tokenizer: AttributeError. peft: ValueError for targets
+that match nothing, KeyError for an unknown peft_type, IndexError for layers that the model lacks,
+re.error for a pattern.
+"""
+LOADING_ERRORS = (*BUILD_ERRORS, SafetensorError, OSError, EOFError, UnpicklingError)
+"""The same, and what reading the weights raises.
+
+`safe_open`: SafetensorError for a file that is cut short. `from_pretrained`: OSError for one that
+is missing or no JSON. `torch.load`: EOFError, UnpicklingError and RuntimeError for a pickle.
+"""
 
 
 def describe_load_error(error: Exception) -> str:
