@@ -11,6 +11,7 @@ from hftl.config.recipe import DEFAULT_METRICS
 from hftl.data.splits import TASKS_WITHOUT_CLASS_SHOTS
 from hftl.data.tables import IMAGE_SUFFIXES, READERS, guess_format
 from hftl.errors import DataError, RecipeError
+from hftl.finetune.strategies import FINETUNE_STRATEGIES
 from hftl.runtime import paths, run_folder
 
 MAX_SAMPLE_ROWS = 2000
@@ -52,7 +53,7 @@ data:
   {size}
 
 finetune:
-  strategy: lora               # head | partial | gradual | lora | full
+  strategy: lora               # {strategies}
   pooling: {pooling:<13}       # {pooling_note}
   lora: {{r: 8, lora_alpha: 16}}
   training:                    # transformers.TrainingArguments
@@ -247,7 +248,7 @@ def _fill_template(guess: ColumnGuess, data: Path, source: str, path: Path) -> s
         group=f"group: {_format_yaml(guess.group)}" if guess.group
         else "# group: document_id         # rows of one group never straddle splits",
         unit="in all" if in_all else "a class", lacks=guess.kind,
-        size=SIZE_LINES[guess.kind],
+        size=SIZE_LINES[guess.kind], strategies=" | ".join(FINETUNE_STRATEGIES),
         pooling="mean" if pooled else "native", pooling_note=POOLING_NOTES[guess.kind],
         metric=DEFAULT_METRICS.get(guess.task, "accuracy"),
     )  # fmt: skip

@@ -29,7 +29,7 @@ from hftl.finetune.gradual import GradualCheckpoint, fit_gradual
 from hftl.finetune.guard_metrics import score_validation
 from hftl.finetune.pretraining_heads import embed_compared_rows
 from hftl.finetune.targets import TargetScale, compute_target_scale
-from hftl.finetune.trainable import count_trainable_parameters, prepare
+from hftl.finetune.trainable import count_trainable_parameters, unfreeze
 from hftl.measure.metrics import METRICS, SELECTION_METRICS, compute_all_metrics
 from hftl.measure.statistics import select_within_one_standard_error
 from hftl.models.features import predict_logits
@@ -156,7 +156,7 @@ def train_arm(
             context, built, finetune.pooling, seed, compute_target_scale(context, seed)
         )
     set_seed(seed)
-    model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
+    model = unfreeze(built.model, finetune, built.fresh)
     built = LoadedModel(model, built.architecture, built.pooling, built.fresh)
     rates = {"layer_decay": finetune.layer_decay, "rates": finetune.learning_rates}
     gradual = finetune.gradual if finetune.spec.schedule == "phases" else None

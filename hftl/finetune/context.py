@@ -34,7 +34,7 @@ from hftl.data.text_inputs import (
     build_word_tokenizer,
 )
 from hftl.errors import RecipeError
-from hftl.finetune.trainable import prepare
+from hftl.finetune.trainable import unfreeze
 from hftl.models.architectures import (
     count_layers,
     get_architecture,
@@ -259,7 +259,7 @@ class ExperimentContext:
         self, finetune: Finetune, rates: LayerLearningRates
     ) -> list[dict[str, Any]]:
         built = self.build_model(finetune.pooling, 0)
-        model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
+        model = unfreeze(built.model, finetune, built.fresh)
         return summarize_learning_rates(model, finetune.training["learning_rate"], rates)
 
     def _fitted(self, pooling: str, seed: int) -> Probe:
@@ -302,11 +302,11 @@ def build_context(recipe: Recipe, source: SourceModel, prepared: PreparedData) -
             size that does not fit the source's patches, or for what the source's modality has not.
     """
     for arm in recipe.arms:
-        rates = arm.finetune.lr
-        if arm.spec.trains == "top_blocks" or rates is not None:
+        rates, counts_blocks = arm.finetune.lr, "finetune.blocks" in arm.spec.own_keys
+        if counts_blocks or rates is not None:
             present = count_blocks(source.config)
             check_block_rates("finetune.lr", rates and rates.blocks, present)
-        if arm.spec.trains == "top_blocks":
+        if counts_blocks:
             check_block_count("finetune", arm.finetune.blocks, present, count_layers(source.config))
     if prepared.modality == "image":
         inputs = build_image_inputs(recipe.data, source, prepared.facts.hub_revisions)

@@ -12,6 +12,7 @@ from hftl.finetune import retention
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.pretraining_heads import select_compared_rows
 from hftl.finetune.retention import has_auto_weight
+from hftl.finetune.strategies import STRATEGIES
 from hftl.finetune.trainable import unfreeze
 from hftl.models.architectures import TOKEN_CLASSIFICATION
 from hftl.models.encoders import count_blocks
@@ -103,11 +104,12 @@ def measure_costs(context: ExperimentContext, jobs: list[Arm]) -> RowCosts:
 
 def _measure_step_seconds(context: ExperimentContext, arm: Arm) -> float:
     """Time a training step, in seconds a row; that of gradual unfreezing trains half the blocks."""
-    finetune, trains, blocks = arm.finetune, arm.spec.trains, arm.finetune.blocks
-    if arm.spec.schedule == "phases":
-        trains, blocks = "top_blocks", max(1, count_blocks(context.source.config) // 2)
+    finetune, spec = arm.finetune, arm.spec
+    if spec.schedule == "phases":
+        half = max(1, count_blocks(context.source.config) // 2)
+        finetune, spec = finetune.model_copy(update={"blocks": half}), STRATEGIES["partial"]
     built = context.build_model(finetune.pooling, 0, scratch=arm.spec.is_baseline)
-    model = unfreeze(built.model, trains, blocks, finetune.lora, built.fresh)
+    model = unfreeze(built.model, finetune, built.fresh, spec)
     batch, rows = _collate_batch(context, finetune)
     return time_step(model.to(context.device), batch, finetune.training, context.device) / rows
 

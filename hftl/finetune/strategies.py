@@ -1,21 +1,70 @@
 """Describe each strategy and baseline once: what trains, what it reads, costs and is called.
 
 The recipe, the cache keys, the time estimate, the order of the arms, the gain and the card ask
-`STRATEGIES`. A new strategy is an entry here and, where it trains parameters that no other one
-trains, a branch in `finetune/trainable.py`. Nothing is imported: the recipe's schema is made from
-this table, and a push reads it without torch.
+`STRATEGIES`. A new strategy is an entry here and, where what trains is new, a function that selects
+it; a recipe key of its own is a field of `Finetune` in `config/finetune.py` and named in
+`own_keys`. Nothing is imported: the recipe's schema is made from this table, and a push reads it
+without torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-Trains = Literal["nothing", "head", "top_blocks", "adapters", "everything"]
+if TYPE_CHECKING:
+    from torch import nn
+
 Schedule = Literal["solved", "epochs", "phases", "rate_search"]
 
 NOT_TRAINED = "it is solved, not trained by steps"
 NO_ENCODER = "it has no encoder"
 FROM_RANDOM = "it starts from random weights, at one learning rate of its own"
+
+
+class ModelParts(Protocol):
+    """Provide the parts of a model, from which a strategy selects what trains."""
+
+    @property
+    def model(self) -> "nn.Module":
+        """Return the whole model."""
+        ...
+
+    @property
+    def last_linear(self) -> "nn.Linear":
+        """Return the head's last layer."""
+        ...
+
+    def list_top(self, blocks: int) -> "list[nn.Module]":
+        """Return the top blocks and all that follows them; of 0 blocks what follows the last."""
+        ...
+
+
+Selection = Callable[[ModelParts, Any], "Iterable[nn.Module | nn.Parameter]"]
+"""Return the modules and parameters that train, of the parts and the recipe's section `finetune`.
+"""
+
+
+def select_nothing(parts: ModelParts, finetune: Any) -> "list[nn.Module]":
+    """Select no part: nothing trains, or adapters alone."""
+    del parts, finetune
+    return []
+
+
+def select_last_linear(parts: ModelParts, finetune: Any) -> "list[nn.Module]":
+    """Select the head's last layer."""
+    del finetune
+    return [parts.last_linear]
+
+
+def select_top_blocks(parts: ModelParts, finetune: Any) -> "list[nn.Module]":
+    """Select the top `finetune.blocks`, and what follows them."""
+    return parts.list_top(finetune.blocks)
+
+
+def select_everything(parts: ModelParts, finetune: Any) -> "list[nn.Module]":
+    """Select the whole model."""
+    del finetune
+    return [parts.model]
 
 
 @dataclass(frozen=True)
@@ -24,10 +73,12 @@ class StrategySpec:
 
     Attributes:
         name: in recipes, and of the arm.
-        trains: the parameters that train, see `finetune/trainable.py`.
         schedule: `solved` in closed form by one process; by steps for `training.num_train_epochs`
             (`epochs`), phase after phase (`phases`), or for a longer budget after trying several
             learning rates (`rate_search`). The time estimate follows it.
+        trains: selects the parameters that train.
+        publishes_adapter: LoRA in every block trains, and what is published is a PEFT adapter and
+            not a whole model.
         is_baseline: stands beside the transfer and does not start from the source's weights.
         measures_gain: a baseline that the transfer gain is taken over.
         brings: another baseline that runs wherever this one does.
@@ -39,8 +90,9 @@ class StrategySpec:
     """
 
     name: str
-    trains: Trains
     schedule: Schedule
+    trains: Selection = select_nothing
+    publishes_adapter: bool = False
     is_baseline: bool = False
     measures_gain: bool = False
     brings: str | None = None
@@ -67,12 +119,7 @@ class StrategySpec:
     @property
     def trains_encoder_weights(self) -> bool:
         """Return True where the source's own weights move, so that a high rate destroys them."""
-        return self.changes_encoder and self.trains != "adapters"
-
-    @property
-    def publishes_adapter(self) -> bool:
-        """Return True where what is published is a PEFT adapter and not a whole model."""
-        return self.trains == "adapters"
+        return self.changes_encoder and not self.publishes_adapter
 
 
 TRAINING_KEYS = (
@@ -81,7 +128,7 @@ TRAINING_KEYS = (
 _SPECS = (
     # Quick arms first: a run reports them in this order.
     StrategySpec(
-        "majority", "nothing", "solved", is_baseline=True,
+        "majority", "solved", is_baseline=True,
         ignored_keys={
             "finetune": NO_ENCODER, "data.max_length": NO_ENCODER, "data.image_size": NO_ENCODER,
             "data.augment": NOT_TRAINED,
@@ -89,7 +136,7 @@ _SPECS = (
         arm_words="always the most frequent answer",
     ),
     StrategySpec(
-        "classical", "nothing", "solved", is_baseline=True, measures_gain=True,
+        "classical", "solved", is_baseline=True, measures_gain=True,
         ignored_keys={
             "finetune": NO_ENCODER, "data.max_length": NO_ENCODER, "data.augment": NOT_TRAINED,
         },
@@ -100,7 +147,7 @@ _SPECS = (
         },
     ),
     StrategySpec(
-        "head", "head", "solved",
+        "head", "solved", select_last_linear,
         ignored_keys=dict.fromkeys(
             (*TRAINING_KEYS, "finetune.training", "data.augment"), NOT_TRAINED
         ),
@@ -108,23 +155,23 @@ _SPECS = (
         arm_words="the frozen encoder with a linear head",
     ),
     StrategySpec(
-        "lora", "adapters", "epochs", own_keys=("finetune.lora",),
+        "lora", "epochs", publishes_adapter=True, own_keys=("finetune.lora",),
         model_words="A LoRA adapter of",
     ),
     StrategySpec(
-        "partial", "top_blocks", "epochs", own_keys=("finetune.blocks",),
+        "partial", "epochs", select_top_blocks, own_keys=("finetune.blocks",),
         model_words="The top blocks fine-tuned of",
     ),
     StrategySpec(
-        "gradual", "everything", "phases", own_keys=("finetune.gradual",),
+        "gradual", "phases", select_everything, own_keys=("finetune.gradual",),
         ignored_keys={
             "finetune.training.num_train_epochs": "each phase lasts finetune.gradual.epochs"
         },
         model_words="A gradual fine-tuning of",
     ),
-    StrategySpec("full", "everything", "epochs", model_words="A full fine-tuning of"),
+    StrategySpec("full", "epochs", select_everything, model_words="A full fine-tuning of"),
     StrategySpec(
-        "scratch", "everything", "rate_search", is_baseline=True, measures_gain=True,
+        "scratch", "rate_search", select_everything, is_baseline=True, measures_gain=True,
         brings="classical", own_keys=("measure.scratch",),
         ignored_keys=dict.fromkeys(TRAINING_KEYS, FROM_RANDOM),
         arm_words="the same architecture trained from scratch",

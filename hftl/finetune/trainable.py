@@ -1,13 +1,16 @@
 """Set which parameters of a model train, for the strategies of `finetune/strategies.py`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
-from hftl.config.finetune import DEFAULT_LORA
+from hftl.config.finetune import DEFAULT_LORA, Finetune
+from hftl.config.section import build_recipe_error
 from hftl.errors import RecipeError
-from hftl.finetune.strategies import FINETUNE_STRATEGIES, STRATEGIES, Trains
+from hftl.finetune.strategies import FINETUNE_STRATEGIES, StrategySpec
 from hftl.models.architectures import ArchitectureSpec, count_layers
 from hftl.models.encoders import check_block_count, get_blocks, get_submodule, has_prefix
 from hftl.models.heads import (
@@ -26,6 +29,7 @@ def prepare(
     blocks: int = 2,
     lora: dict[str, Any] | None = None,
     fresh: Sequence[str] | None = None,
+    **keys: Any,
 ) -> nn.Module:
     """Set which parameters train under a strategy and return the model, wrapped for `lora`.
 
@@ -39,38 +43,48 @@ def prepare(
         lora: fields of `peft.LoraConfig`.
         fresh: modules that the checkpoint lacks (`output_loading_info`'s missing keys), which must
             train and be saved. None: head and pooler are taken as such, which is safe.
+        keys: further keys of a recipe's section `finetune`.
 
     Raises:
-        RecipeError: for an unsupported architecture or class, an unknown strategy, or too many
-            blocks.
+        RecipeError: for an unsupported architecture or class, an unknown strategy or key, or too
+            many blocks.
     """
     if strategy not in FINETUNE_STRATEGIES:
         raise RecipeError(
             f"unknown strategy {strategy!r}",
             f"Use {', '.join(FINETUNE_STRATEGIES[:-1])} or {FINETUNE_STRATEGIES[-1]}",
         )
-    return unfreeze(model, STRATEGIES[strategy].trains, blocks, lora, fresh)
+    try:
+        finetune = Finetune.model_validate({"strategy": strategy, "blocks": blocks} | keys)
+    except ValidationError as error:
+        raise build_recipe_error(error, "prepare", Finetune) from error
+    # A recipe's adapter must fit a public base; one of a user's own script is peft's to check.
+    settings = DEFAULT_LORA | (lora or {})
+    return unfreeze(model, finetune.model_copy(update={"lora": settings}), fresh)
 
 
 def unfreeze(
-    model: nn.Module, trains: Trains, blocks: int = 2, lora: dict[str, Any] | None = None,
-    fresh: Sequence[str] | None = None,
+    model: nn.Module, finetune: Finetune, fresh: Sequence[str] | None = None,
+    spec: StrategySpec | None = None,
 ) -> nn.Module:  # fmt: skip
-    """Let one kind of parameters train, freeze the others, and return the model; see `prepare`."""
+    """Let what a strategy selects train, freeze the rest, and return the model; see `prepare`.
+
+    Args:
+        model: the model.
+        finetune: the recipe's section.
+        fresh: modules that the checkpoint lacks.
+        spec: the strategy; None: that of the section.
+    """
+    spec = spec or finetune.spec
     architecture = get_model_architecture(model)
     encoder = get_encoder(model, architecture)
     if fresh is None:
         fresh = _list_untrained_modules(model, architecture)
-    model.requires_grad_(trains == "everything")
-    match trains:
-        case "adapters":
-            model = add_lora(model, architecture, DEFAULT_LORA | (lora or {}), fresh)
-        case "head":
-            get_last_linear(model, architecture).requires_grad_(True)
-        case "top_blocks":
-            _unfreeze_top(model, architecture, blocks, fresh)
-        case "everything" | "nothing":
-            pass
+    model.requires_grad_(False)
+    for part in spec.trains(_ModelParts(model, architecture, fresh), finetune):
+        part.requires_grad_(True)
+    if spec.publishes_adapter:
+        model = add_lora(model, architecture, finetune.lora, fresh)
     unused = list_unused_parts(model, architecture)
     for name, parameter in encoder.named_parameters():
         if has_prefix(name, unused):
@@ -83,24 +97,34 @@ def count_trainable_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _unfreeze_top(
-    model: nn.Module, architecture: ArchitectureSpec, blocks: int, fresh: Sequence[str]
-) -> None:
-    """Unfreeze the top blocks and all that follows them: final norms, pooler, head."""
-    encoder: Any = get_encoder(model, architecture)
-    encoder_blocks = get_blocks(encoder, architecture)
-    check_block_count("finetune", blocks, len(encoder_blocks), count_layers(encoder.config))
-    for block in encoder_blocks[-blocks:]:
-        block.requires_grad_(True)
-    for path in architecture.final_parts:
-        get_submodule(encoder, path).requires_grad_(True)
-    if isinstance(model, PooledModel):
-        model.head.requires_grad_(True)
-        return
-    if architecture.pooler and getattr(encoder, architecture.pooler, None) is not None:
-        get_submodule(encoder, architecture.pooler).requires_grad_(True)
-    for name in [*architecture.head.parts, *fresh]:
-        get_submodule(model, name).requires_grad_(True)
+@dataclass(frozen=True)
+class _ModelParts:
+    """Find the parts of a model; see `ModelParts` in `finetune/strategies.py`."""
+
+    model: nn.Module
+    architecture: ArchitectureSpec
+    fresh: Sequence[str]
+
+    @property
+    def last_linear(self) -> nn.Linear:
+        """Return the head's last layer."""
+        return get_last_linear(self.model, self.architecture)
+
+    def list_top(self, blocks: int) -> list[nn.Module]:
+        """Return the top blocks and all that follows them: final norms, pooler, head."""
+        model, architecture = self.model, self.architecture
+        encoder: Any = get_encoder(model, architecture)
+        encoder_blocks = get_blocks(encoder, architecture)
+        if blocks:
+            layers = count_layers(encoder.config)
+            check_block_count("finetune", blocks, len(encoder_blocks), layers)
+        top = encoder_blocks[len(encoder_blocks) - blocks :]
+        top += [get_submodule(encoder, path) for path in architecture.final_parts]
+        if isinstance(model, PooledModel):
+            return [*top, model.head]
+        if architecture.pooler and getattr(encoder, architecture.pooler, None) is not None:
+            top.append(get_submodule(encoder, architecture.pooler))
+        return top + [get_submodule(model, n) for n in (*architecture.head.parts, *self.fresh)]
 
 
 def _list_untrained_modules(model: nn.Module, architecture: ArchitectureSpec) -> list[str]:

@@ -14,7 +14,7 @@ from hftl.config.recipe import Arm, Recipe
 from hftl.data.text_inputs import EncodedRow, TextInputs
 from hftl.errors import DataError, HftlError, RecipeError, format_error_line, is_out_of_memory
 from hftl.finetune.context import ExperimentContext
-from hftl.finetune.trainable import prepare
+from hftl.finetune.trainable import unfreeze
 from hftl.models.heads import LoadedModel, get_encoder
 from hftl.pipeline.objectives import build_objective
 from hftl.publish import reload_check
@@ -75,7 +75,7 @@ def _check_arm_model(context: ExperimentContext, arm: Arm) -> None:
     _check_row_independence(context, logits, alone)
     if arm.spec.publishes_adapter:
         finetune = arm.finetune
-        model = prepare(built.model, arm.strategy, finetune.blocks, finetune.lora, built.fresh)
+        model = unfreeze(built.model, finetune, built.fresh)
         if set(finetune.lora) - set(LORA_KEYS_SAVED_ALIKE):
             _check_saving(
                 context, LoadedModel(model, built.architecture, built.pooling, built.fresh), arm

@@ -19,7 +19,7 @@ from hftl.data.image_inputs import ImageInputs
 from hftl.errors import RunFolderError
 from hftl.finetune.arm import init_head_from_probe
 from hftl.finetune.context import ExperimentContext
-from hftl.finetune.trainable import prepare
+from hftl.finetune.trainable import unfreeze
 from hftl.models.architectures import ArchitectureSpec
 from hftl.models.encoders import get_encoder_class
 from hftl.models.heads import (
@@ -70,7 +70,7 @@ def rebuild_model(
     if not finetune.spec.is_solved and finetune.head_init == "probe":
         # peft keeps the head it wraps; it must be the one that training started from.
         init_head_from_probe(bench, built, finetune.pooling, seed)
-    model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
+    model = unfreeze(built.model, finetune, built.fresh)
     trained = load_file(weights)
     parameters = dict(model.named_parameters())
     unexpected = sorted(set(trained) - set(parameters))
