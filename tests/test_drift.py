@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from hftl.analysis import drift
@@ -21,26 +22,8 @@ from hftl.analysis.drift import (
 ROWS, WIDTH = 60, 8
 
 
-def features(seed: int, rows: int = ROWS, width: int = WIDTH) -> np.ndarray:
+def draw_features(seed: int, rows: int = ROWS, width: int = WIDTH) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float32)
-
-
-def mean_kl(before: np.ndarray, after: np.ndarray, tau: float = 0.05) -> float:
-    return jackknife_relational_kl(before, after, tau, np.arange(ROWS) // 10).value
-
-
-def predict(
-    fitted: np.ndarray,
-    tested: np.ndarray,
-    labels: np.ndarray,
-    units: np.ndarray,
-    penalty: float = 0.1,
-) -> float:
-    """Return the accuracy of probes fitted on one set of features, on another."""
-    one_block = np.zeros(ROWS, np.int64)
-    return (
-        JackknifeProbes.fit(fitted, labels, units, penalty, one_block).score(tested, labels).value
-    )
 
 
 def rotate(features: np.ndarray) -> np.ndarray:
@@ -48,41 +31,39 @@ def rotate(features: np.ndarray) -> np.ndarray:
     return (features @ turn).astype(np.float32)
 
 
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = a.astype(float), b.astype(float)
-    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
+def compute_mean_kl(before: np.ndarray, after: np.ndarray, tau: float = 0.05) -> float:
+    return jackknife_relational_kl(before, after, tau, np.arange(ROWS) // 10).value
 
 
-@pytest.mark.parametrize("chunk", [7, 512])
-@pytest.mark.parametrize("tau", [0.05, 0.7])
+@pytest.mark.parametrize(("tau", "chunk"), [(0.05, 7), (0.7, 512)])
 def test_relational_kl_is_a_double_loop(
     tau: float, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drift, "CHUNK_ROWS", chunk)
-    before, after = features(0), features(0) + 0.5 * features(1)
+    before, after = draw_features(0), draw_features(0) + 0.5 * draw_features(1)
     expected = []
     for i in range(ROWS):
         shares = []
         for side in (before, after):
-            raw = {j: math.exp(cosine(side[i], side[j]) / tau) for j in range(ROWS) if j != i}
+            unit = side.astype(float) / np.linalg.norm(side.astype(float), axis=1, keepdims=True)
+            raw = {j: math.exp(unit[i] @ unit[j] / tau) for j in range(ROWS) if j != i}
             shares.append({j: value / sum(raw.values()) for j, value in raw.items()})
         old, new = shares
         expected.append(sum(p * math.log(p / new[j]) for j, p in old.items()))
-    assert mean_kl(before, after, tau) == pytest.approx(np.mean(expected), rel=1e-6)
-    assert mean_kl(after, before, tau) != pytest.approx(np.mean(expected), rel=0.01)
+    assert compute_mean_kl(before, after, tau) == pytest.approx(np.mean(expected), rel=1e-6)
+    assert compute_mean_kl(after, before, tau) != pytest.approx(np.mean(expected), rel=0.01)
 
 
 def test_cka_is_the_ratio_of_unbiased_independence_criteria() -> None:
-    """Each is the mean over all ordered quadruples of different rows of Song et al.'s kernel."""
-    before = features(0)[:9]
-    after = before[:, :5] + features(1, width=5)[:9]
+    """Average Song et al.'s kernel over all ordered quadruples of different rows."""
+    before = draw_features(0)[:9]
+    after = before[:, :5] + draw_features(1, width=5)[:9]
 
     def hsic(k: np.ndarray, other: np.ndarray) -> float:
-        terms = [
+        return float(np.mean([
             k[i, j] * (other[i, j] + other[q, r] - 2 * other[i, q])
             for i, j, q, r in itertools.permutations(range(9), 4)
-        ]
-        return float(np.mean(terms))
+        ]))  # fmt: skip
 
     k, other = (side.astype(float) @ side.astype(float).T for side in (before, after))
     expected = hsic(k, other) / math.sqrt(hsic(k, k) * hsic(other, other))
@@ -100,76 +81,71 @@ def test_cka_of_unrelated_features_is_about_zero_and_under_its_floor() -> None:
     assert compute_cka(pairs[0][0], near) > 3 * compute_cka_floor(pairs[0][0], near)
 
 
-def test_cka_of_turned_scaled_and_constant_features() -> None:
-    before = features(0)
-    assert compute_cka(before + 5, 3 * before) == pytest.approx(1, abs=1e-6)
-    assert compute_cka(before, np.ones_like(before)) == 0
-
-
-def test_nothing_moved() -> None:
-    before = features(0)
-    assert mean_kl(before, before) == 0
+def test_features_that_stay_or_turn() -> None:
+    """Let a rotation change only what is tied to the axes."""
+    before = draw_features(0)
+    assert compute_mean_kl(before, before) == 0
     assert compute_cka(before, before) == pytest.approx(1, abs=1e-12)
     np.testing.assert_allclose(compute_cosines(before, before), 1, atol=1e-12)
     np.testing.assert_allclose(compute_cosines(before, -2 * before), -1, atol=1e-12)
-
-
-def test_a_rotation_changes_only_what_is_tied_to_the_axes() -> None:
-    before = features(0)
-    after = rotate(before)
-    assert mean_kl(before, after) < 1e-5
-    assert compute_cka(before, after) == pytest.approx(1, abs=1e-6)
-    assert compute_cosines(before, after).mean() < 0.5
+    assert compute_cka(before + 5, 3 * before) == pytest.approx(1, abs=1e-6)
+    assert compute_cka(before, np.ones_like(before)) == 0
+    turned = rotate(before)
+    assert compute_mean_kl(before, turned) < 1e-5
+    assert compute_cka(before, turned) == pytest.approx(1, abs=1e-6)
+    assert compute_cosines(before, turned).mean() < 0.5
 
 
 def test_more_noise_is_more_drift() -> None:
-    before = features(0)
-    sides = [before + scale * features(1) for scale in (0.1, 0.3, 1)]
-    kl = [mean_kl(before, side) for side in sides]
+    before = draw_features(0)
+    sides = [before + scale * draw_features(1) for scale in (0.1, 0.3, 1)]
+    kl = [compute_mean_kl(before, side) for side in sides]
     assert kl == sorted(kl) and kl[0] > 0
     same = [compute_cka(before, side) for side in sides]
     assert same == sorted(same, reverse=True)
 
 
-def classes() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def measure_accuracy(
+    train: np.ndarray, test: np.ndarray, labels: np.ndarray, units: np.ndarray, penalty: float = 0.1
+) -> float:
+    """Return the accuracy of probes fitted on one set of features, on another."""
+    one_block = np.zeros(ROWS, np.int64)
+    return JackknifeProbes.fit(train, labels, units, penalty, one_block).score(test, labels).value
+
+
+def draw_classes() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return features of three classes, the class ids, and units of four rows."""
     labels = np.arange(ROWS) % 3
     centres = 1.5 * np.random.default_rng(3).normal(size=(3, WIDTH))
-    return (features(0) + centres[labels]).astype(np.float32), labels, np.arange(ROWS) // 4
+    return (draw_features(0) + centres[labels]).astype(np.float32), labels, np.arange(ROWS) // 4
 
 
 def test_fixed_and_refitted_probes_are_those_of_scikit_learn() -> None:
-    before, labels, units = classes()
-    after = (before + features(2)).astype(np.float32)
-    expected = {"before": np.zeros(ROWS), "fixed": np.zeros(ROWS), "refitted": np.zeros(ROWS)}
-    for train, test in GroupKFold(5).split(before, labels, units):
-        for fitted, tested, name in (
-            (before, before, "before"), (before, after, "fixed"), (after, after, "refitted"),
-        ):  # fmt: skip
-            scaler = StandardScaler().fit(fitted[train].astype(float))
+    before, labels, units = draw_classes()
+    after = (before + draw_features(2)).astype(np.float32)
+    scores = []
+    for fitted, tested in ((before, before), (before, after), (after, after)):
+        right = np.zeros(ROWS)
+        for train, test in GroupKFold(5).split(before, labels, units):
             solver = LogisticRegression(C=0.1, max_iter=1000, tol=1e-6)
-            solver.fit(scaler.transform(fitted[train]), labels[train])
-            predictions = solver.predict(scaler.transform(tested[test]))
-            expected[name][test] = predictions == labels[test]
-    own = predict(before, before, labels, units)
-    fixed = predict(before, after, labels, units)
-    assert own == expected["before"].mean()
-    assert fixed == expected["fixed"].mean()
-    assert predict(after, after, labels, units) == expected["refitted"].mean()
-    assert 0.4 < fixed < own <= 1
+            probe = make_pipeline(StandardScaler(), solver)
+            probe.fit(fitted[train].astype(float), labels[train])
+            right[test] = probe.predict(tested[test]) == labels[test]
+        scores.append(measure_accuracy(fitted, tested, labels, units))
+        assert scores[-1] == right.mean()
+    assert 0.4 < scores[1] < scores[0] <= 1
 
 
-def test_a_rotation_fools_the_fixed_probe_alone() -> None:
-    before, labels, units = classes()
-    after = rotate(before)
-    own = predict(before, before, labels, units)
-    assert abs(predict(after, after, labels, units) - own) < 0.05
-    assert predict(before, after, labels, units) < own - 0.2
+def test_rotation_misleads_the_fixed_probe_alone() -> None:
+    before, labels, units = draw_classes()
+    turned, own = rotate(before), measure_accuracy(before, before, labels, units)
+    assert abs(measure_accuracy(turned, turned, labels, units) - own) < 0.05
+    assert measure_accuracy(before, turned, labels, units) < own - 0.2
 
 
 def test_rows_of_one_unit_share_a_fold() -> None:
-    """A unit's rows are copies under a class of its own: only a leak could tell them."""
+    """Copy a row under a class that is drawn for its unit: only a leak could predict it."""
     units = np.repeat(np.arange(12), 5)
-    before = np.repeat(features(0, 12), 5, axis=0)
+    before = np.repeat(draw_features(0, 12), 5, axis=0)
     labels = np.repeat(np.random.default_rng(5).integers(0, 2, 12), 5)
-    assert predict(before, before, labels, units, 1.0) < 0.9
+    assert measure_accuracy(before, before, labels, units, 1.0) < 0.9

@@ -61,23 +61,29 @@ def record_start(model: nn.Module, *penalties: WeightPenalty[Any]) -> None:
 
 
 @pytest.mark.parametrize(("pooling", "strategy"), [("mean", "full"), ("native", "partial")])
-def test_l2sp_is_the_squared_distance(bert: Path, strategy: str, pooling: str) -> None:
+def test_penalty_is_the_weighted_squared_distance(bert: Path, strategy: str, pooling: str) -> None:
     model = build_probed_model(bert, strategy, pooling)
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    before, start = copy_parameters(model), copy_encoder_parameters(model)
+    fisher = {name: torch.rand_like(p) for name, p in start.items()}
+    ewc = EWC(0.6, fisher)
+    record_start(model, ewc)
     penalty, head = L2SP(0.3, head=0.2), ("head.", "classifier.")
     penalty.record_start(model)
-    head_norm = sum(p.square().sum() for n, p in before.items() if n.startswith(head))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    head_norm = sum(p.square().sum() for n, p in trained.items() if n.startswith(head))
     torch.testing.assert_close(penalty.compute_penalty(model), 0.1 * head_norm)
     perturb(model, 0.05)
-    current = {name: p for name, p in model.named_parameters() if p.requires_grad}
     expected = sum(
         0.1 * p.square().sum() if n.startswith(head) else 0.15 * (p - before[n]).square().sum()
-        for n, p in current.items()
+        for n, p in trained.items()
     )
+    now = iterate_encoder_parameters(model)
+    weighted = 0.3 * sum((fisher[n] * (p - start[n]).square()).sum() for n, p in now)
+    torch.testing.assert_close(ewc.compute_penalty(model), weighted)
     value = penalty.compute_penalty(model)
     torch.testing.assert_close(value, expected)
-    gradients = torch.autograd.grad(value, list(current.values()))
-    for (name, parameter), gradient in zip(current.items(), gradients, strict=True):
+    gradients = torch.autograd.grad(value, list(trained.values()))
+    for (name, parameter), gradient in zip(trained.items(), gradients, strict=True):
         shift = parameter if name.startswith(head) else parameter - before[name]
         factor = 0.2 if name.startswith(head) else 0.3
         torch.testing.assert_close(gradient, (factor * shift).detach())
@@ -109,8 +115,8 @@ def test_merged_weights_count_under_lora(bert: Path, pooling: str, rslora: bool)
     assert all(p.grad is not None for n, p in model.named_parameters() if ".lora_" in n)
 
 
-def test_modules_saved_by_an_adapter_count_as_the_encoder_s(bert: Path) -> None:
-    """A layer of the original is drawn to where it was, and only the head to zero."""
+def test_modules_saved_by_an_adapter_count_as_the_encoders(bert: Path) -> None:
+    """Draw a layer of the original to where it was, and only the head to zero."""
     model = build_probed_model(bert, "full", "native")
     lora = {"modules_to_save": ["LayerNorm"], "target_modules": ["query"]}
     model = prepare(model, "lora", lora=lora, fresh=[])
@@ -206,21 +212,6 @@ def test_decoupled_step_follows_the_schedule(bert: Path, tmp_path: Path) -> None
         for name, value in before.items():
             expected = value - rate * 0.5 * (value - start[name])
             torch.testing.assert_close(after[name], expected)
-
-
-def test_ewc_weighs_each_weight(bert: Path) -> None:
-    model = build_probed_model(bert, "full")
-    torch.manual_seed(0)
-    before = copy_encoder_parameters(model)
-    fisher = {name: torch.rand_like(p) for name, p in before.items()}
-    even = EWC(0.6, {name: torch.ones_like(p) for name, p in before.items()})
-    ewc, l2sp = EWC(0.6, fisher), L2SP(0.6)
-    record_start(model, ewc, even, l2sp)
-    perturb(model, 0.05)
-    now = iterate_encoder_parameters(model)
-    expected = 0.3 * sum((fisher[n] * (p - before[n]).square()).sum() for n, p in now)
-    torch.testing.assert_close(ewc.compute_penalty(model), expected)
-    torch.testing.assert_close(even.compute_penalty(model), l2sp.compute_penalty(model))
 
 
 @pytest.mark.parametrize(
