@@ -1,6 +1,7 @@
-"""Check that names in a LoRA section that match no module are refused, wherever it is given."""
+"""Check that names in a LoRA section that match no module are refused, wherever given."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -54,33 +55,34 @@ RIGHT: list[tuple[dict[str, Any], int]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return AutoModelForSequenceClassification.from_config(tiny_config("bert"))
+
+
 @pytest.mark.parametrize(("lora", "message"), WRONG, ids=lambda part: str(part)[:40])
-def test_a_name_that_matches_nothing_is_refused(lora: dict[str, Any], message: str) -> None:
-    model = AutoModelForSequenceClassification.from_config(tiny_config("bert"))
+def test_refuses_a_name_that_matches_nothing(
+    lora: dict[str, Any], message: str, model: Any
+) -> None:
     with pytest.raises(RecipeError) as caught:
-        prepare(model, "lora", lora=lora)
+        prepare(deepcopy(model), "lora", lora=lora)
     assert message in str(caught.value) and "finetune.lora" in str(caught.value)
 
 
 @pytest.mark.parametrize(("lora", "layers"), RIGHT, ids=lambda part: str(part)[:40])
-def test_names_that_match_are_taken(lora: dict[str, Any], layers: int) -> None:
-    model = AutoModelForSequenceClassification.from_config(tiny_config("bert"))
-    assert len(list_lora_layers(prepare(model, "lora", lora=lora))) == layers
+def test_names_that_match_choose_layers(lora: dict[str, Any], layers: int, model: Any) -> None:
+    assert len(list_lora_layers(prepare(deepcopy(model), "lora", lora=lora))) == layers
 
 
-def test_the_same_under_adapt(tiny_model: Callable[..., Path]) -> None:
-    source = find_source(Source(model=str(tiny_model("bert", True))))
-    model, _ = load_mlm(source, seed=0)
-    with pytest.raises(RecipeError, match="adapt.lora.target_modules: no module matches 'valeu'"):
-        set_trainable(
-            model, source.architecture_spec, "lora", 0, {"r": 2, "target_modules": ["valeu"]}
-        )
-
-
-@pytest.mark.parametrize("key", ["r", "lora_alpha"])
-def test_a_scale_of_nothing_is_refused_where_the_recipe_is_read(
-    key: str, recipe_tree: dict[str, Any]
+def test_refuses_the_same_in_other_sections(
+    tiny_model: Callable[..., Path], recipe_tree: dict[str, Any]
 ) -> None:
-    recipe_tree["finetune"]["lora"] = {key: 0}
-    with pytest.raises(RecipeError, match=f"finetune.lora.{key} must be a number above 0"):
-        Recipe.parse(recipe_tree)
+    source = find_source(Source(model=str(tiny_model("bert", True))))
+    masked_lm, _ = load_mlm(source, seed=0)
+    lora = {"r": 2, "target_modules": ["valeu"]}
+    with pytest.raises(RecipeError, match="adapt.lora.target_modules: no module matches 'valeu'"):
+        set_trainable(masked_lm, source.architecture_spec, "lora", 0, lora)
+    for key in ("r", "lora_alpha"):
+        recipe_tree["finetune"]["lora"] = {key: 0}
+        with pytest.raises(RecipeError, match=f"finetune.lora.{key} must be a number above 0"):
+            Recipe.parse(recipe_tree)

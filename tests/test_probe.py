@@ -4,7 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import log_loss
 from sklearn.model_selection import KFold, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
@@ -14,7 +16,7 @@ from hftl.analysis.probe import ALPHA_GRID, C_GRID, Probe, fit_probe
 ROWS, WIDTH = 60, 4
 
 
-def problem(outputs: int, seed: int = 0, rows: int = ROWS) -> tuple[np.ndarray, np.ndarray]:
+def draw_problem(outputs: int, seed: int = 0, rows: int = ROWS) -> tuple[np.ndarray, np.ndarray]:
     """Return noisy features of very different scales, and labels that depend on them."""
     rng = np.random.default_rng(seed)
     plain = rng.normal(size=(rows, WIDTH))
@@ -32,18 +34,14 @@ def fit(features: np.ndarray, labels: np.ndarray, groups: list[Any] | None = Non
     return fit_probe(features, labels, outputs, np.array(groups) if groups else None)
 
 
-def margins(logits: np.ndarray) -> np.ndarray:
+def center(logits: np.ndarray) -> np.ndarray:
     """Return logits without each row's mean, which the softmax ignores; one output as it is."""
     return logits - logits.mean(1, keepdims=True) if logits.shape[1] > 1 else logits
 
 
-def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
-    shifted = logits - logits.max(1, keepdims=True)
-    chances = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    return float(-np.mean(chances[np.arange(len(labels)), labels]))
-
-
-def reference_logits(x: np.ndarray, y: np.ndarray, penalty: float, rows: np.ndarray) -> np.ndarray:
+def compute_reference_logits(
+    x: np.ndarray, y: np.ndarray, penalty: float, rows: np.ndarray
+) -> np.ndarray:
     """Return the logits of scikit-learn's own solver, two columns for a binary problem."""
     if y.dtype == np.float64:
         return Ridge(alpha=penalty).fit(x, y).predict(rows)[:, None]
@@ -53,39 +51,36 @@ def reference_logits(x: np.ndarray, y: np.ndarray, penalty: float, rows: np.ndar
 
 
 @pytest.mark.parametrize("outputs", [1, 2, 3])
-def test_equals_sklearn_at_the_chosen_penalty(outputs: int) -> None:
-    features, labels = problem(outputs)
+def test_probe_is_scikit_learns_at_the_best_penalty_of_the_grid(outputs: int) -> None:
+    features, labels = draw_problem(outputs, seed=1)
     probe = fit(features, labels)
     standard = StandardScaler().fit_transform(features.astype(np.float64))
-    expected = reference_logits(standard, labels, probe.penalty, standard)
+    expected = compute_reference_logits(standard, labels, probe.penalty, standard)
     assert probe.weight.shape == (outputs, WIDTH) and probe.bias.shape == (outputs,)
     assert probe.weight.dtype == probe.bias.dtype == np.float32
     np.testing.assert_allclose(
-        margins(probe.logits(features)), margins(expected), atol=1e-3 * np.abs(expected).max()
+        center(probe.logits(features)), center(expected), atol=1e-3 * np.abs(expected).max()
     )
-
-
-@pytest.mark.parametrize("outputs", [1, 2, 3])
-def test_penalty_is_the_best_of_the_grid_in_cross_validation(outputs: int) -> None:
-    features, labels = problem(outputs, seed=1)
-    standard = StandardScaler().fit_transform(features.astype(np.float64))
-    splitter = KFold(5) if outputs == 1 else StratifiedKFold(5)
+    grid, splitter = (ALPHA_GRID, KFold(5)) if outputs == 1 else (C_GRID, StratifiedKFold(5))
     losses = []
-    for penalty in ALPHA_GRID if outputs == 1 else C_GRID:
+    for penalty in grid:
         folds = []
-        for train, held in splitter.split(standard, labels):
-            held_logits = reference_logits(standard[train], labels[train], penalty, standard[held])
-            error = np.mean((held_logits[:, 0] - labels[held]) ** 2) if outputs == 1 else None
-            folds.append(log_loss(held_logits, labels[held]) if error is None else error)
+        for train, test in splitter.split(standard, labels):
+            logits = compute_reference_logits(
+                standard[train], labels[train], penalty, standard[test]
+            )
+            if outputs == 1:
+                folds.append(np.mean((logits[:, 0] - labels[test]) ** 2))
+            else:
+                folds.append(log_loss(labels[test], softmax(logits, axis=1)))
         losses.append(np.mean(folds))
-    grid = ALPHA_GRID if outputs == 1 else C_GRID
-    assert fit(features, labels).penalty == pytest.approx(grid[int(np.argmin(losses))])
+    assert probe.penalty == pytest.approx(grid[int(np.argmin(losses))])
 
 
 @pytest.mark.parametrize("constant", [0.0, 1000.1])
 @pytest.mark.parametrize("outputs", [1, 2, 3])
 def test_feature_that_does_not_vary_changes_nothing(outputs: int, constant: float) -> None:
-    features, labels = problem(outputs)
+    features, labels = draw_problem(outputs)
     more = np.concatenate([features, np.full((ROWS, 1), constant, np.float32)], axis=1)
     without, probe = fit(features, labels), fit(more, labels)
     assert probe.penalty == without.penalty
@@ -94,7 +89,7 @@ def test_feature_that_does_not_vary_changes_nothing(outputs: int, constant: floa
 
 
 def test_rounding_noise_on_a_large_constant_is_no_feature() -> None:
-    features, labels = problem(2)
+    features, labels = draw_problem(2)
     noise = np.nextafter(np.float32(1000), np.where(labels > 0, 2000, 0).astype(np.float32))
     more = np.concatenate([features, noise[:, None]], axis=1)
     np.testing.assert_allclose(
@@ -103,41 +98,36 @@ def test_rounding_noise_on_a_large_constant_is_no_feature() -> None:
 
 
 @pytest.mark.parametrize("outputs", [1, 2, 3])
-def test_unit_of_the_features_does_not_matter(outputs: int) -> None:
-    features, labels = problem(outputs, seed=2)
+def test_fit_is_deterministic_and_the_unit_of_features_does_not_matter(outputs: int) -> None:
+    features, labels = draw_problem(outputs, seed=2)
     other = (features * np.array([1e-2, 3, 1e2, 0.5]) + 2).astype(np.float32)
-    first, second = fit(features, labels), fit(other, labels)
+    first, again, second = fit(features, labels), fit(features, labels), fit(other, labels)
+    assert first.weight.tobytes() == again.weight.tobytes()
+    assert first.bias.tobytes() == again.bias.tobytes()
     assert first.penalty == second.penalty
     scale = np.abs(first.logits(features)).max()
     np.testing.assert_allclose(second.logits(other), first.logits(features), atol=5e-3 * scale)
-
-
-@pytest.mark.parametrize("outputs", [1, 3])
-def test_same_input_gives_the_same_bytes(outputs: int) -> None:
-    first, second = (fit(*problem(outputs)) for _ in range(2))
-    assert first.weight.tobytes() == second.weight.tobytes()
-    assert first.bias.tobytes() == second.bias.tobytes() and first.penalty == second.penalty
 
 
 @pytest.mark.parametrize(("outputs", "solver"), [(3, "LogisticRegressionCV"), (1, "GridSearchCV")])
 def test_folds_never_split_a_group(
     outputs: int, solver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    features, labels = problem(outputs)
+    features, labels = draw_problem(outputs)
     groups = np.array([f"g{i}" for i in np.random.default_rng(0).integers(20, size=ROWS)])
-    seen: list[Any] = []
-    real = getattr(module, solver)
+    folds: list[Any] = []
+    solve = getattr(module, solver)
 
     def spy(*args: Any, cv: list[Any], **kwargs: Any) -> Any:
-        seen.extend(cv)
-        return real(*args, cv=cv, **kwargs)
+        folds.extend(cv)
+        return solve(*args, cv=cv, **kwargs)
 
     monkeypatch.setattr(module, solver, spy)
     fit(features, labels, groups.tolist())
-    assert len(seen) == 5
-    assert sorted(i for _, held in seen for i in held) == list(range(ROWS))
-    for train, held in seen:
-        assert not set(groups[train]) & set(groups[held])
+    assert len(folds) == 5
+    assert sorted(i for _, test in folds for i in test) == list(range(ROWS))
+    for train, test in folds:
+        assert not set(groups[train]) & set(groups[test])
 
 
 @pytest.mark.parametrize("groups", [None, ["a"] * 3])
@@ -150,7 +140,7 @@ def test_one_row_a_class_takes_the_middle_of_the_grid(groups: list[str] | None) 
 
 @pytest.mark.parametrize("outputs", [2, 3])
 def test_class_that_only_one_group_has(outputs: int) -> None:
-    features, labels = problem(outputs)
+    features, labels = draw_problem(outputs)
     groups = ["rare" if label == 0 else f"g{i % 7}" for i, label in enumerate(labels)]
     probe = fit(features, labels, groups)
     assert probe.weight.shape == (outputs, WIDTH) and np.isfinite(probe.weight).all()
@@ -160,6 +150,6 @@ def test_class_that_only_one_group_has(outputs: int) -> None:
 @pytest.mark.parametrize("groups", [None, ["one"] * 4])
 def test_target_without_a_second_unit_is_its_mean(groups: list[str] | None) -> None:
     rows = 1 if groups is None else 4
-    features, labels = problem(1, rows=rows)
+    features, labels = draw_problem(1, rows=rows)
     probe = fit(features, labels, groups)
     np.testing.assert_allclose(probe.logits(features)[:, 0], labels.mean(), rtol=1e-6)
