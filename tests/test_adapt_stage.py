@@ -1,4 +1,4 @@
-"""One adaptation: warmed, guarded, and the same however often it was stopped."""
+"""Run one adaptation: guarded, its head warmed, and the same however often it was stopped."""
 
 import json
 import os
@@ -10,228 +10,232 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from adaptations import KINDS, OPEN, adapted, model_of, stage_of, task_of, weights
 from safetensors.torch import load_file
+from support.adaptations import (
+    ARCHITECTURES,
+    OPEN_GUARD,
+    Outcome,
+    adapt,
+    build_stage,
+    build_task,
+    copy_trainable,
+    load_cold,
+    load_objective,
+)
 
-from hftl.adapt import adaptation as training
+from hftl.adapt import adaptation
 from hftl.adapt.encoder_io import merge_encoder_state
 from hftl.adapt.guard import GuardedCheckpoint, GuardRule, find_complete_checkpoint
-from hftl.adapt.mae import load_mae
-from hftl.adapt.mlm import load_mlm
-from hftl.config.section import Source
 from hftl.errors import NumericError
-from hftl.models.source import find_source
 from hftl.train.checkpoint import BestWeightsCallback
 from hftl.train.trainer import TransferTrainer
 
 Tiny = Callable[..., Path]
-Outcome = tuple[dict[str, Any], dict[str, torch.Tensor]]
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 
 
 class Adaptation:
-    """One recipe's adaptation, as often as it takes."""
+    """Run one recipe's adaptation, as often as it takes."""
 
     def __init__(
-        self, objective: str, method: str, source: Path, folder: Path, rule: GuardRule = OPEN,
-        general: bool = False, **more: Any,
+        self, objective: str, method: str, source: Path, folder: Path,
+        rule: GuardRule = OPEN_GUARD, general: bool = False, **more: Any,
     ) -> None:  # fmt: skip
         self.objective, self.method, self.source, self.folder = objective, method, source, folder
         self.rule, self.general = rule, general
-        self.stage = stage_of(objective, method, **more)
+        self.stage = build_stage(objective, method, **more)
 
-    def __call__(self, folder: str = "run", measure: Any = None) -> Outcome:
+    def __call__(self, measure: Any = None, folder: Path | None = None) -> Outcome:
         torch.manual_seed(torch.seed())  # What was drawn before must not matter.
-        model = model_of(self.objective, self.source, self.method, 0.1, LORA)
-        task = task_of(self.objective, self.source, general=self.general)
-        return adapted(model, task, self.stage, self.folder / folder, self.rule, measure)
+        model = load_objective(self.objective, self.source, self.method, 0.1, LORA)
+        task = build_task(self.objective, self.source, self.general)
+        return adapt(model, task, self.stage, folder or self.folder, self.rule, measure)
 
+    def stop_at(self, step: int) -> None:
+        """Stop it as Ctrl-C does in the middle of a step."""
+        train_batch = TransferTrainer.training_step
 
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """As Ctrl-C in the middle of a step."""
-    plain = TransferTrainer.training_step
+        def stop(trainer: TransferTrainer, *args: Any) -> torch.Tensor:
+            if trainer.state.global_step == step:
+                raise KeyboardInterrupt
+            return train_batch(trainer, *args)
 
-    def stopped(self: TransferTrainer, *args: Any) -> torch.Tensor:
-        if self.state.global_step == step:
-            raise KeyboardInterrupt
-        return plain(self, *args)
+        self.interrupt(TransferTrainer, "training_step", stop)
 
-    monkeypatch.setattr(TransferTrainer, "training_step", stopped)
-    return monkeypatch
+    def interrupt(self, owner: Any, name: str, interrupting: Any) -> None:
+        """Run it until the replaced function interrupts it."""
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(owner, name, interrupting)
+            self()
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_model: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """Full adaptation of the tiny BERT, never stopped."""
-    return Adaptation("mlm", "full", tiny_model(), tmp_path_factory.mktemp("whole"))()
+def whole(
+    tiny_model: Tiny, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Outcome]:
+    """`whole(objective, method)`: the outcome of an adaptation that was never stopped."""
+    outcomes: dict[tuple[str, str], Outcome] = {}
+
+    def run(objective: str = "mlm", method: str = "full") -> Outcome:
+        if (objective, method) not in outcomes:
+            folder = tmp_path_factory.mktemp("whole")
+            source = tiny_model(ARCHITECTURES[objective])
+            outcomes[objective, method] = Adaptation(
+                objective, method, source, folder, general=True
+            )()
+        return outcomes[objective, method]
+
+    return run
+
+
+@pytest.fixture
+def run(tiny_model: Tiny, tmp_path: Path) -> Adaptation:
+    """A full adaptation of the tiny BERT."""
+    return Adaptation("mlm", "full", tiny_model(), tmp_path, general=True)
 
 
 def assert_same(one: Outcome, other: Outcome) -> None:
-    """The same story and, bit for bit, the same weights."""
+    """Compare facts and, bit for bit, weights."""
     assert one[0] == other[0]
     assert one[1].keys() == other[1].keys()
     for name, tensor in one[1].items():
         assert torch.equal(tensor, other[1][name]), name
 
 
+# Stops
+
+
 @pytest.mark.parametrize(
-    ("objective", "method"),
-    [("mlm", "full"), ("mae", "full"), ("mlm", "lora"),
-     pytest.param("mae", "lora", marks=pytest.mark.slow)],
+    ("objective", "method", "stops"),
+    [
+        ("mlm", "lora", [10]), ("mae", "full", [10]),
+        # Before any checkpoint, from one checkpoint to the next, and at an epoch's end.
+        ("mlm", "full", [3, 7, 13]),
+        pytest.param("mae", "lora", [10], marks=pytest.mark.slow),
+    ],
 )  # fmt: skip
-def test_stopped_in_mid_epoch_it_ends_as_if_never_stopped(
-    objective: str, method: str, tiny_model: Tiny, tmp_path: Path
+def test_resume_reaches_the_same_weights(
+    objective: str, method: str, stops: list[int], whole: Any, tiny_model: Tiny, tmp_path: Path
 ) -> None:
-    run = Adaptation(objective, method, tiny_model(KINDS[objective]), tmp_path, general=True)
-    whole = run("whole")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(10, patch)
-        run("parts")
-    assert find_complete_checkpoint(tmp_path / "parts") == tmp_path / "parts" / "checkpoint-8"
-    assert_same(run("parts"), whole)
-    told = whole[0]
-    assert told["kept"] == "adapted" and told["steps"] == 18
-    assert [seen["step"] for seen in told["history"]] == [0, 3, 6, 9, 12, 15, 18]
-    assert all(seen["general"] is not None for seen in told["history"])
+    source = tiny_model(ARCHITECTURES[objective])
+    run = Adaptation(objective, method, source, tmp_path, general=True)
+    for step in stops:
+        run.stop_at(step)
+    if stops == [10]:
+        assert find_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
+    expected = whole(objective, method)
+    assert_same(run(), expected)
+    facts = expected[0]
+    assert facts["kept"] == "adapted" and facts["steps"] == 18
+    assert [evaluation["step"] for evaluation in facts["history"]] == [0, 3, 6, 9, 12, 15, 18]
+    assert all(evaluation["general"] is not None for evaluation in facts["history"])
+    # No more than two checkpoints stay, and each holds what trains and nothing else.
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-16", "checkpoint-18"]
+    folder = tmp_path / "checkpoint-18"
+    assert {"model.safetensors", "optimizer.pt", "kept.safetensors", "seen.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+    for name in ("model.safetensors", "kept.safetensors"):
+        assert load_file(folder / name).keys() == expected[1].keys()
+    if method == "lora":
+        assert any("lora_A" in name for name in expected[1])
+        assert not any("base_layer" in n or "embeddings" in n for n in expected[1])
 
 
-def test_dropout_and_masks_make_the_training_depend_on_its_random_state(
-    whole: Outcome, tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_resume_without_the_random_state_reaches_other_weights(
+    run: Adaptation, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without which the test above could not fail."""
-    run = Adaptation("mlm", "full", tiny_model(), tmp_path)
+    """Without dropout and masks that depend on it, the test above could not fail."""
     monkeypatch.setattr(TransferTrainer, "_load_rng_state", lambda *_: None)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(10, patch)
-        run("parts")
-    found = run("parts")
-    assert any(not torch.equal(tensor, whole[1][name]) for name, tensor in found[1].items())
-
-
-def test_stopped_anywhere_and_more_than_once(
-    whole: Outcome, tiny_model: Tiny, tmp_path: Path
-) -> None:
-    """Before any checkpoint, from one checkpoint to the next, and at an epoch's end."""
-    run = Adaptation("mlm", "full", tiny_model(), tmp_path)
-    for stop in (3, 5, 7, 13):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            stop_at(stop, patch)
-            run("parts")
-    assert_same(run("parts"), whole)
+    run.stop_at(10)
+    _, weights = run()
+    assert any(not torch.equal(tensor, whole()[1][name]) for name, tensor in weights.items())
 
 
 @pytest.mark.parametrize("more", [{"max_steps": 8}, {"patience": 1, "learning_rate": 3.0}])
-def test_what_had_ended_takes_no_further_step(
-    more: dict[str, Any], tiny_model: Tiny, tmp_path: Path
+def test_finished_adaptation_takes_no_further_step(
+    more: dict[str, Any], tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the last step is not an epoch's end, and where patience ended it."""
     run = Adaptation("mlm", "full", tiny_model(), tmp_path, eval_steps=4, **more)
     first = run()
     assert first[0]["steps"] == more.get("max_steps", 4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TransferTrainer, "training_step", lambda *_: pytest.fail("it trains again"))
-        again = run()
+    monkeypatch.setattr(TransferTrainer, "training_step", lambda *_: pytest.fail("it trains"))
+    again = run()
     assert again[0] == first[0]
     if first[0]["kept"] == "adapted":
         assert_same(again, first)
 
 
-def kill_in_save(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a kill when transformers has written its files of the checkpoint, and we none."""
-    plain, calls = GuardedCheckpoint.on_save, iter(range(1, 100))
-
-    def killed(self: GuardedCheckpoint, *args: Any, **kwargs: Any) -> None:
-        if next(calls) == number:
-            raise KeyboardInterrupt
-        plain(self, *args, **kwargs)
-
-    monkeypatch.setattr(GuardedCheckpoint, "on_save", killed)
-
-
 @pytest.mark.parametrize("limit", [{}, {"save_total_limit": 1}])
-def test_a_checkpoint_that_was_not_finished_is_ignored(
-    limit: dict[str, Any], whole: Outcome, tiny_model: Tiny, tmp_path: Path
+def test_unfinished_checkpoint_is_ignored(
+    limit: dict[str, Any], whole: Any, tiny_model: Tiny, tmp_path: Path
 ) -> None:
-    """And the one before it is still there, whatever limit the recipe gives."""
-    run = Adaptation("mlm", "full", tiny_model(), tmp_path, **limit)
-    folder = tmp_path / "parts"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        kill_in_save(3, patch)
-        run("parts")
-    broken = folder / "checkpoint-12"
+    """The one before it is still there, whatever limit the recipe sets."""
+    run = Adaptation("mlm", "full", tiny_model(), tmp_path, general=True, **limit)
+    save, calls = GuardedCheckpoint.on_save, iter(range(1, 100))
+
+    def interrupt_third(self: GuardedCheckpoint, *args: Any, **kwargs: Any) -> None:
+        """Stop when transformers has written its files of the checkpoint, and hftl none."""
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        save(self, *args, **kwargs)
+
+    run.interrupt(GuardedCheckpoint, "on_save", interrupt_third)
+    broken = tmp_path / "checkpoint-12"
     assert (broken / "model.safetensors").exists()
-    assert find_complete_checkpoint(folder) == folder / "checkpoint-8"
+    assert find_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
+    if limit:
+        return
     for name in ("model.safetensors", "optimizer.pt"):
         os.truncate(broken / name, 100)
     (broken / "rng_state.pth").unlink()
-    assert_same(run("parts"), whole)
+    assert_same(run(), whole())
 
 
-def test_a_checkpoint_is_complete_with_the_last_byte_of_its_last_file(
-    whole: Outcome, tiny_model: Tiny, tmp_path: Path
+def test_checkpoint_is_complete_with_the_last_byte_of_its_last_file(
+    run: Adaptation, whole: Any, tmp_path: Path
 ) -> None:
-    run = Adaptation("mlm", "full", tiny_model(), tmp_path)
-    folder = tmp_path / "parts"
-
-    def killed(*_: Any) -> None:
+    def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "fsync", killed)
-        run("parts")
-    assert (folder / "checkpoint-4" / "kept.safetensors").exists()
-    assert find_complete_checkpoint(folder) is None
-    assert_same(run("parts"), whole)
+    run.interrupt(os, "fsync", interrupt)
+    assert (tmp_path / "checkpoint-4" / "kept.safetensors").exists()
+    assert find_complete_checkpoint(tmp_path) is None
+    assert_same(run(), whole())
 
 
-def test_no_more_than_two_checkpoints_lie_there(tiny_model: Tiny, tmp_path: Path) -> None:
-    Adaptation("mlm", "full", tiny_model(), tmp_path)()
-    found = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert found == ["checkpoint-16", "checkpoint-18"]
-    files = {path.name for path in (tmp_path / "run" / "checkpoint-18").iterdir()}
-    assert {"model.safetensors", "optimizer.pt", "kept.safetensors", "seen.json"} <= files
-
-
-def test_a_checkpoint_holds_what_trains_and_nothing_else(tiny_model: Tiny, tmp_path: Path) -> None:
-    run = Adaptation("mlm", "lora", tiny_model(), tmp_path)
-    _, left = run()
-    folder = tmp_path / "run" / "checkpoint-18"
-    for name in ("model.safetensors", "kept.safetensors"):
-        assert load_file(folder / name).keys() == left.keys()
-    assert any("lora_A" in name for name in left)
-    assert not any("base_layer" in name or "embeddings" in name for name in left)
+# The guard
 
 
 @pytest.mark.parametrize("objective", ["mlm", "mae"])
-def test_the_kept_weights_are_those_of_the_best_evaluation(
+def test_weights_of_the_best_evaluation_are_restored(
     objective: str, tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here by a guard that is best at step 6; what is told of them can be measured again."""
-    seen: dict[int, dict[str, torch.Tensor]] = {}
-    plain = GuardedCheckpoint.on_evaluate
+    """Here by a guard that is best at step 6; its recorded loss can be measured again."""
+    weights: dict[int, dict[str, torch.Tensor]] = {}
+    evaluate = GuardedCheckpoint.on_evaluate
 
-    def watched(self: GuardedCheckpoint, args: Any, state: Any, control: Any, **more: Any) -> None:
-        seen[state.global_step] = weights(more["model"])
-        plain(self, args, state, control, **more)
+    def watch(self: GuardedCheckpoint, args: Any, state: Any, control: Any, **more: Any) -> None:
+        weights[state.global_step] = copy_trainable(more["model"])
+        evaluate(self, args, state, control, **more)
 
-    monkeypatch.setattr(GuardedCheckpoint, "on_evaluate", watched)
-    run = Adaptation(
-        objective, "full", tiny_model(KINDS[objective]), tmp_path, replace(OPEN, by_guard=True)
-    )
-    told, left = run(measure=iter([0, 1, 5, 2, 3, 1, 1]).__next__)
-    best = told["history"][2]
-    assert told["step"] == best["step"] == 6
-    assert all(torch.equal(tensor, seen[best["step"]][name]) for name, tensor in left.items())
-    model = model_of(objective, run.source)
-    model.load_state_dict(left, strict=False)
-    task = task_of(objective, run.source)
-    assert held_out_loss(model, task) == pytest.approx(best["target"], abs=1e-5)
-    start = model_of(objective, run.source)
-    assert held_out_loss(start, task) == pytest.approx(told["history"][0]["target"], abs=1e-5)
+    monkeypatch.setattr(GuardedCheckpoint, "on_evaluate", watch)
+    source, rule = tiny_model(ARCHITECTURES[objective]), replace(OPEN_GUARD, by_guard=True)
+    run = Adaptation(objective, "full", source, tmp_path, rule, num_train_epochs=2)
+    facts, restored = run(iter([0, 1, 5, 2, 3]).__next__)
+    best = facts["history"][2]
+    assert facts["step"] == best["step"] == 6
+    assert all(torch.equal(tensor, weights[6][name]) for name, tensor in restored.items())
+    model, task = load_objective(objective, source), build_task(objective, source)
+    start = compute_held_out_loss(model, task)
+    assert start == pytest.approx(facts["history"][0]["target"], abs=1e-5)
+    model.load_state_dict(restored, strict=False)
+    assert compute_held_out_loss(model, task) == pytest.approx(best["target"], abs=1e-5)
 
 
-def held_out_loss(model: Any, task: Any) -> float:
-    """The mean over all that is hidden, row by row."""
+def compute_held_out_loss(model: Any, task: Any) -> float:
+    """Return the mean over all that is hidden, row by row."""
     model.eval()
     total, count = 0.0, 0
     with torch.no_grad():
@@ -243,117 +247,120 @@ def held_out_loss(model: Any, task: Any) -> float:
                 total += float((logits - labels).square().sum())
                 count += labels.numel()
             else:
-                asked = labels[labels >= 0]
-                total += float(F.cross_entropy(logits, asked, reduction="sum"))
-                count += len(asked)
+                hidden = labels[labels >= 0]
+                total += float(F.cross_entropy(logits, hidden, reduction="sum"))
+                count += len(hidden)
     return total / count
 
 
-def test_a_guard_that_nothing_passes_keeps_the_original(tiny_model: Tiny, tmp_path: Path) -> None:
+def test_original_stays_where_nothing_passes_the_guard(tiny_model: Tiny, tmp_path: Path) -> None:
     """The guard is minus the length of the weights, which grows."""
     run = Adaptation("mlm", "full", tiny_model(), tmp_path, GuardRule("probe", 0.0), patience=2)
-    told, _ = run()
-    assert told["kept"] == "original" and told["step"] == 0
-    assert told["steps"] == 6, "two looks of three steps, none of them better"
-    assert told["history"][1]["target"] < told["history"][0]["target"]
-    assert told["why"].startswith("the guard (probe) was below")
-    assert not (tmp_path / "run" / "checkpoint-4" / "kept.safetensors").exists()
-    assert len(json.loads((tmp_path / "run" / "checkpoint-4" / "seen.json").read_text())) == 2
+    facts, _ = run()
+    assert facts["kept"] == "original" and facts["step"] == 0
+    assert facts["steps"] == 6, "two evaluations of three steps, none of them better"
+    assert facts["history"][1]["target"] < facts["history"][0]["target"]
+    assert facts["why"].startswith("the guard (probe) was below")
+    assert not (tmp_path / "checkpoint-4" / "kept.safetensors").exists()
+    assert len(json.loads((tmp_path / "checkpoint-4" / "seen.json").read_text())) == 2
 
 
-def test_the_general_loss_guards(tiny_model: Tiny, tmp_path: Path) -> None:
+def test_general_loss_guards(tiny_model: Tiny, tmp_path: Path) -> None:
     source = tiny_model()
-    model, task = model_of("mlm", source), task_of("mlm", source, general=True)
-    told = training.adapt_encoder(
-        model, task, stage_of("mlm"), GuardRule("general", 0.1), None, 3, "cpu", tmp_path
-    )
-    assert all(seen["guard"] == -seen["general"] for seen in told["history"])
-    general = training.AdaptationTask(task.train, task.general, None, task.collate)  # pyright: ignore
-    start = model_of("mlm", source)
-    assert told["history"][0]["general"] == pytest.approx(held_out_loss(start, general), abs=1e-5)
+    model, task = load_objective("mlm", source), build_task("mlm", source, general=True)
+    facts = adaptation.adapt_encoder(
+        model, task, build_stage("mlm", max_steps=3), GuardRule("general", 0.1), None, 3, "cpu",
+        tmp_path,
+    )  # fmt: skip
+    assert all(seen["guard"] == -seen["general"] for seen in facts["history"])
+    general = replace(task, held_out=task.general)  # pyright: ignore
+    start = compute_held_out_loss(load_objective("mlm", source), general)
+    assert facts["history"][0]["general"] == pytest.approx(start, abs=1e-5)
 
 
-def test_a_loss_that_breaks_stops(tiny_model: Tiny, tmp_path: Path) -> None:
-    model = model_of("mlm", tiny_model())
+def test_nan_loss_stops(tiny_model: Tiny, tmp_path: Path) -> None:
+    model = load_objective("mlm", tiny_model())
     with torch.no_grad():
         model.stock.cls.predictions.bias.fill_(torch.nan)
     with pytest.raises(NumericError, match="the held-out loss is NaN at step 0"):
-        adapted(model, task_of("mlm", tiny_model()), stage_of("mlm"), tmp_path)
+        adapt(model, build_task("mlm", tiny_model()), build_stage("mlm"), tmp_path)
 
 
-# Warming
+# Training a new head
 
 
-def cold(objective: str, folder: Path) -> tuple[Any, tuple[str, ...]]:
-    source = find_source(Source(model=str(folder)))
-    if objective == "mlm":
-        return load_mlm(source, seed=0)
-    return load_mae(source, 32, 0.5, {"width": 16, "depth": 1, "heads": 2}, seed=0)
-
-
-def test_a_small_corpus_is_warmed_as_patiently_as_a_large_one(tiny_model: Tiny) -> None:
-    """An epoch of one step is no reason to look at every step and find little gained by it."""
-    folder = tiny_model(KINDS["mlm"])
-    model, fresh = cold("mlm", folder)
-    told = training.train_new_head(model, fresh, task_of("mlm", folder), stage_of("mlm"), 0, "cpu")
-    assert told["steps"] >= 3 * training.HEAD_EVAL_STEPS and told["loss"][1] < told["loss"][0]
+def test_new_head_of_a_small_corpus_is_trained_as_patiently(
+    tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An epoch of one step is no reason to evaluate every step and see little gained by it."""
+    monkeypatch.setattr(adaptation, "HEAD_EVAL_STEPS", 8)
+    folder = tiny_model("bert")
+    model, fresh = load_cold("mlm", folder)
+    facts = adaptation.train_new_head(
+        model, fresh, build_task("mlm", folder), build_stage("mlm"), 0, "cpu"
+    )
+    assert facts["steps"] >= 3 * 8 and facts["loss"][1] < facts["loss"][0]
 
 
 @pytest.mark.parametrize("objective", ["mlm", "mae"])
-def test_warming_trains_the_fresh_head_alone_until_it_levels_off(
+def test_new_head_alone_trains_until_it_levels_off(
     objective: str, tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses: list[float] = []
-    plain = BestWeightsCallback.on_evaluate
+    evaluate = BestWeightsCallback.on_evaluate
 
-    def watched(self: BestWeightsCallback, *args: Any, **more: Any) -> None:
+    def watch(self: BestWeightsCallback, *args: Any, **more: Any) -> None:
         losses.append(more["metrics"]["eval_loss"])
-        plain(self, *args, **more)
+        evaluate(self, *args, **more)
 
-    monkeypatch.setattr(BestWeightsCallback, "on_evaluate", watched)
-    monkeypatch.setattr(training, "HEAD_LEARNING_RATE", 2e-2)
-    monkeypatch.setattr(training, "HEAD_EVAL_STEPS", 6)
-    folder = tiny_model(KINDS[objective])
-    model, fresh = cold(objective, folder)
-    task = task_of(objective, folder)
+    monkeypatch.setattr(BestWeightsCallback, "on_evaluate", watch)
+    monkeypatch.setattr(adaptation, "HEAD_LEARNING_RATE", 2e-2)
+    monkeypatch.setattr(adaptation, "HEAD_EVAL_STEPS", 6)
+    folder = tiny_model(ARCHITECTURES[objective])
+    model, fresh = load_cold(objective, folder)
+    task = build_task(objective, folder)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     encoder = {name: t.clone() for name, t in merge_encoder_state(model).items()}
-    start = held_out_loss(model, task)
-    told = training.train_new_head(model, fresh, task, stage_of(objective), 0, "cpu")
+    start = compute_held_out_loss(model, task)
+    facts = adaptation.train_new_head(model, fresh, task, build_stage(objective), 0, "cpu")
     for name, tensor in merge_encoder_state(model).items():
         assert torch.equal(tensor, encoder[name]), name
-    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     places = {id(model.head_parameters()[name]) for name in fresh}
-    assert moved == {n for n, p in model.named_parameters() if id(p) in places}
+    assert find_moved(model, before) == {n for n, p in model.named_parameters() if id(p) in places}
 
-    assert told["loss"] == [losses[0], min(losses)] and min(losses) < losses[0] < start
-    assert held_out_loss(model, task) == pytest.approx(told["loss"][1], abs=1e-5)
-    assert told["steps"] == training.HEAD_EVAL_STEPS * len(losses) < training.HEAD_MAX_STEPS
-    assert level(losses) and not any(level(losses[:end]) for end in range(1, len(losses)))
+    assert facts["loss"] == [losses[0], min(losses)] and min(losses) < losses[0] < start
+    assert compute_held_out_loss(model, task) == pytest.approx(facts["loss"][1], abs=1e-5)
+    assert facts["steps"] == adaptation.HEAD_EVAL_STEPS * len(losses) < adaptation.HEAD_MAX_STEPS
+    assert is_level(losses)
+    assert not any(is_level(losses[:end]) for end in range(1, len(losses)))
 
 
-def level(losses: list[float]) -> bool:
-    """Whether neither of the last two is half a percent below the best before it."""
+def find_moved(model: Any, before: dict[str, torch.Tensor]) -> set[str]:
+    return {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+
+
+def is_level(losses: list[float]) -> bool:
+    """Return whether neither of the last two is half a percent below the best before it."""
     return len(losses) > 2 and all(
-        losses[i] >= min(losses[:i]) * (1 - training.HEAD_MIN_IMPROVEMENT) for i in (-2, -1)
+        losses[i] >= min(losses[:i]) * (1 - adaptation.HEAD_MIN_IMPROVEMENT) for i in (-2, -1)
     )
 
 
-def test_a_head_that_is_not_fresh_stays(tiny_model: Tiny) -> None:
+def test_head_of_the_checkpoint_stays(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here one bias alone is missing."""
-    model, _ = cold("mlm", tiny_model())
+    monkeypatch.setattr(adaptation, "HEAD_MAX_STEPS", 6)
+    model, _ = load_cold("mlm", tiny_model())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    fresh = ("cls.predictions.bias",)
-    training.train_new_head(model, fresh, task_of("mlm", tiny_model()), stage_of("mlm"), 0, "cpu")
-    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved == {"stock.cls.predictions.bias"}
+    fresh, task = ("cls.predictions.bias",), build_task("mlm", tiny_model())
+    adaptation.train_new_head(model, fresh, task, build_stage("mlm"), 0, "cpu")
+    assert find_moved(model, before) == {"stock.cls.predictions.bias"}
 
 
-def test_a_warm_up_of_less_than_a_step_is_none(tiny_model: Tiny, tmp_path: Path) -> None:
+def test_warm_up_of_less_than_a_step_is_none(tiny_model: Tiny, tmp_path: Path) -> None:
     """transformers rounds it up, and the first step of a warm-up has rate 0."""
-    model = model_of("mlm", tiny_model(), "full", 0.0, LORA)
-    before = weights(model)
-    stage = stage_of("mlm", max_steps=1, warmup_steps=0.06, eval_steps=1, save_steps=1)
-    told, after = adapted(model, task_of("mlm", tiny_model()), stage, tmp_path)
-    assert told["steps"] == 1
+    model = load_objective("mlm", tiny_model(), "full", 0.0, LORA)
+    before = copy_trainable(model)
+    stage = build_stage("mlm", max_steps=1, warmup_steps=0.06, eval_steps=1, save_steps=1)
+    facts, after = adapt(model, build_task("mlm", tiny_model()), stage, tmp_path)
+    assert facts["steps"] == 1
     assert any(not torch.equal(value, before[name]) for name, value in after.items())

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from adaptations import model_of, stage_of, task_of
 from conftest import bench_of, sentences, write_csv
+from support.adaptations import build_stage, build_task, load_objective
 from transformers import BertModel
 
 from hftl.adapt.adaptation import estimate_adaptation_seconds
@@ -101,7 +101,7 @@ def test_processes_share_the_rows(tree: dict[str, Any], monkeypatch: pytest.Monk
 
 def test_timing_an_adaptation_moves_no_weight(tiny_model: Callable[..., Path]) -> None:
     source = tiny_model("bert", True)
-    model, task = model_of("mlm", source), task_of("mlm", source)
+    model, task = load_objective("mlm", source), build_task("mlm", source)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert estimate_adaptation_seconds(model, task, stage_of("mlm"), "cpu") > 0
+    assert estimate_adaptation_seconds(model, task, build_stage("mlm"), "cpu") > 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

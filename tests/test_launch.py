@@ -1,4 +1,4 @@
-"""A whole run on two processes: the same as on one, written once, and loud when one is lost."""
+"""Run recipes on two processes: the same as on one, written once, and loud when one is lost."""
 
 import json
 import os
@@ -19,13 +19,16 @@ from support.tiny import save_tiny
 
 import hftl
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+LAUNCH = [
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+    "-m", "hftl",
+]  # fmt: skip
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
-def still(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`still(architecture)`: a tiny checkpoint without dropout."""
+def deterministic_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`deterministic_model(architecture)`: a tiny checkpoint without dropout."""
 
     def make(name: str) -> Path:
         folder = save_tiny(name, tmp_path_factory.mktemp(name))
@@ -37,126 +40,125 @@ def still(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-def recipe(path: Path, model: Path, data: dict[str, Any], batch: int, **more: Any) -> Path:
-    training = {"num_train_epochs": 2, "learning_rate": 1e-3, "bf16": False,
+def write_recipe(path: Path, model: Path, data: dict[str, Any], batch: int, **more: Any) -> Path:
+    training = {"num_train_epochs": 1, "learning_rate": 1e-3, "bf16": False,
                 "per_device_train_batch_size": batch}  # fmt: skip
     tree = {
         "source": {"model": str(model)},
         "data": data,
-        "finetune": {"strategy": "lora", "head_init": "random", "training": training} | more,
-        "measure": {"seeds": [0], "arms": ["scratch", "head", "full", "partial"],
+        "finetune": {"strategy": "lora", "head_init": "random", "training": training},
+        "measure": {"seeds": [0], "arms": ["scratch", "head", "full"],
                     "scratch": {"learning_rates": [1e-3, 3e-3], "epochs_factor": 1}},
+        **more,
     }  # fmt: skip
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return path
 
 
-def launched(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def launch(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*LAUNCH, "-m", "hftl", *words], cwd=folder, env=ENVIRONMENT, capture_output=True,
-        text=True, check=False, timeout=300,
+        [*LAUNCH, *words], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True,
+        check=False, timeout=300,
     )  # fmt: skip
+
+
+def load_pair(folder: Path, arm: str, file: str) -> list[dict[str, np.ndarray]]:
+    return [load_file(folder / run / "arms" / arm / file) for run in ("one", "two")]
 
 
 @pytest.mark.parametrize("kind", ["text", pytest.param("image", marks=pytest.mark.slow)])
 def test_two_processes_give_what_one_gives(
-    kind: str, table: Path, still: Callable[[str], Path], tmp_path: Path
+    kind: str, deterministic_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    model = still("bert" if kind == "text" else "vit")
-    train = table if kind == "text" else pictures(tmp_path / "pictures", 25)
-    data = {"train": {"path": str(train)}, "max_length": 16, "augment": "none"}
-    if kind == "image":
-        data |= {"augment": "light", "image_size": 24}
-    general = (
-        write_csv(tmp_path / "general.csv", ["text", "label"], sentences(90, 7))
-        if kind == "text"
-        else pictures(tmp_path / "general", 45)
+    data: dict[str, Any]
+    if kind == "text":
+        train = write_csv(tmp_path / "train.csv", ["text", "label"], sentences(90))
+        general = write_csv(tmp_path / "general.csv", ["text", "label"], sentences(80, 7))
+        data, model = {"max_length": 16}, deterministic_model("bert")
+    else:
+        train, general = pictures(tmp_path / "train", 25), pictures(tmp_path / "general", 45)
+        data, model = {"augment": "light", "image_size": 24}, deterministic_model("vit")
+    data |= {"train": {"path": str(train)}, "general": {"path": str(general), "label": "label"}}
+    hftl.run(write_recipe(tmp_path / "one.yaml", model, data, 16), tmp_path / "one")
+    two = write_recipe(tmp_path / "two.yaml", model, data, 8)
+    ended = launch(["run", str(two), "--output", "two"], tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "2 processes" in ended.stdout and ended.stdout.count("lora seed 0") == 1
+    one_arms, arms = (
+        sorted(path.name for path in (tmp_path / run / "arms").iterdir()) for run in ("one", "two")
     )
-    data["general"] = {"path": str(general), "label": "label"}
-    one = recipe(tmp_path / "one.yaml", model, data, 16)
-    two = recipe(tmp_path / "two.yaml", model, data, 8)
-    hftl.run(one, tmp_path / "one")
-    both = launched(["run", str(two), "--output", "two"], tmp_path)
-    assert both.returncode == 0, both.stderr
-    assert "2 processes" in both.stdout and both.stdout.count("lora seed 0") == 1
-    arms = sorted(path.name for path in (tmp_path / "one" / "arms").iterdir())
-    assert arms == sorted(path.name for path in (tmp_path / "two" / "arms").iterdir())
-    assert len(arms) == 6
+    assert one_arms == arms and len(arms) == 5
     for arm in arms:
-        mine, theirs = (
-            load_file(tmp_path / run / "arms" / arm / "logits.safetensors")
-            for run in ("one", "two")
-        )
+        one, other = load_pair(tmp_path, arm, "logits.safetensors")
         for split in ("validation", "test"):
-            np.testing.assert_allclose(theirs[split], mine[split], atol=1e-4, err_msg=arm)
-        kept = [tmp_path / run / "arms" / arm / "embeddings.safetensors" for run in ("one", "two")]
-        assert [path.exists() for path in kept] == [arm.startswith(("lora", "full", "part"))] * 2
-        if kept[0].exists():
-            mine, theirs = map(load_file, kept)
-            for part in ("general", "new"):
-                np.testing.assert_allclose(theirs[part], mine[part], atol=1e-4, err_msg=arm)
+            np.testing.assert_allclose(other[split], one[split], atol=1e-4, err_msg=arm)
+    for arm in ("lora-seed0", "full-seed0"):
+        one, other = load_pair(tmp_path, arm, "embeddings.safetensors")
+        for part in ("general", "new"):
+            np.testing.assert_allclose(other[part], one[part], atol=1e-4, err_msg=arm)
     assert not (tmp_path / "two" / "error.json").exists()
     records = [json.loads((tmp_path / r / "record.json").read_text()) for r in ("one", "two")]
     assert records[0]["data"]["fingerprint"] == records[1]["data"]["fingerprint"]
-    told = [record["forgetting"]["arms"][0]["forgotten"]["value"] for record in records]
-    assert told[0] == pytest.approx(told[1], abs=0.05)
+    forgotten = [r["forgetting"]["arms"][0]["forgotten"]["value"] for r in records]
+    assert forgotten[0] == pytest.approx(forgotten[1], abs=0.05)
 
 
 @pytest.mark.slow  # tests/test_processes.py adapts on two processes without the command line
 def test_adaptation_on_two_processes_is_that_on_one(
-    table: Path, still: Callable[[str], Path], tmp_path: Path
+    table: Path, deterministic_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     data = {"train": {"path": str(table)}, "general": {"path": str(table)}, "max_length": 12}
-    found = {}
+    facts = []
     for name, batch in (("one", 16), ("two", 8)):
-        path = recipe(tmp_path / f"{name}.yaml", still("bert"), data, batch)
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         training = {"num_train_epochs": 2, "bf16": False, "per_device_train_batch_size": batch}
-        tree["adapt"] = {"objective": "mlm", "guard": "neighbours", "tolerance": 1, "pack": False,
-                         "held_out": 0.2, "training": training}  # fmt: skip
-        path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-        if name == "two":
-            done = launched(["adapt", str(path), "--output", name], tmp_path)
-            assert done.returncode == 0, done.stderr
-            assert done.stdout.count("adapt mlm full, ") == 1
-        else:
+        adapt = {"objective": "mlm", "guard": "neighbours", "tolerance": 1, "pack": False,
+                 "held_out": 0.2, "training": training}  # fmt: skip
+        model = deterministic_model("bert")
+        path = write_recipe(tmp_path / f"{name}.yaml", model, data, batch, adapt=adapt)
+        if name == "one":
             hftl.run(path, tmp_path / name, until="adapt")
+        else:
+            ended = launch(["adapt", str(path), "--output", name], tmp_path)
+            assert ended.returncode == 0, ended.stderr
+            assert ended.stdout.count("adapt mlm full, ") == 1
         phase = tmp_path / name / "phases" / "adapt-1"
-        found[name] = json.loads((phase / "told.json").read_text())
-        assert (phase / "head.safetensors").exists() and not (
-            tmp_path / name / "checkpoints" / "adapt-1"
-        ).exists()
-    one, two = found.values()
+        facts.append(json.loads((phase / "told.json").read_text()))
+        assert (phase / "head.safetensors").exists()
+        assert not (tmp_path / name / "checkpoints" / "adapt-1").exists()
+    one, two = facts
     assert one["steps"] == two["steps"] > 0 and one["kept"] == two["kept"]
-    for mine, theirs in zip(one["history"], two["history"], strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-3)
+    for evaluation, other in zip(one["history"], two["history"], strict=True):
+        assert evaluation == pytest.approx(other, abs=1e-3)
 
 
-def test_an_error_is_told_once_and_kept(
-    table: Path, still: Callable[[str], Path], tmp_path: Path
+@pytest.mark.slow  # tests/test_processes.py: rank 0 alone reports; test_cli_errors.py: how
+def test_error_is_printed_once_and_stored(
+    table: Path, deterministic_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     data = {"train": {"path": str(table)}, "shots": 1000}
-    path = recipe(tmp_path / "r.yaml", still("bert"), data, 8)
-    found = launched(["run", str(path), "--output", "run"], tmp_path)
-    assert found.returncode != 0
-    assert found.stderr.count("hftl: error:") == 1 and "shots=1000" in found.stderr
-    told = json.loads((tmp_path / "run" / "error.json").read_text())
-    assert told["exit_code"] == 3 and told["process"] == 0
+    path = write_recipe(tmp_path / "r.yaml", deterministic_model("bert"), data, 8)
+    ended = launch(["run", str(path), "--output", "run"], tmp_path)
+    assert ended.returncode != 0
+    assert ended.stderr.count("hftl: error:") == 1 and "shots=1000" in ended.stderr
+    error = json.loads((tmp_path / "run" / "error.json").read_text())
+    assert error["exit_code"] == 3 and error["process"] == 0
 
 
-def test_a_lost_process_is_told(table: Path, still: Callable[[str], Path], tmp_path: Path) -> None:
+def test_lost_process_is_reported(
+    table: Path, deterministic_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     data = {"train": {"path": str(table)}, "max_length": 16}
-    path = recipe(tmp_path / "r.yaml", still("bert"), data, 2)
+    path = write_recipe(tmp_path / "r.yaml", deterministic_model("bert"), data, 2)
     words = ["run", str(path), "finetune.training.num_train_epochs=500", "--output", "run"]
     process = subprocess.Popen(
-        [*LAUNCH, "-m", "hftl", *words], cwd=tmp_path, env=ENVIRONMENT, text=True,
+        [*LAUNCH, *words], cwd=tmp_path, env=ENVIRONMENT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run" / "arms").glob("head-seed0")):
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
-    time.sleep(3)
+        time.sleep(0.1)
+    time.sleep(1)  # into the training of the next arm
     main = int((tmp_path / "run" / ".lock").read_text().split()[-1])
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     (other,) = [int(pid) for pid in children if int(pid) != main]
@@ -164,5 +166,5 @@ def test_a_lost_process_is_told(table: Path, still: Callable[[str], Path], tmp_p
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert (tmp_path / "run" / "error.json").exists(), errors[-3000:]
-    told = json.loads((tmp_path / "run" / "error.json").read_text())
-    assert told["exit_code"] == 8 and "process 1" in told["message"], errors[-1500:]
+    error = json.loads((tmp_path / "run" / "error.json").read_text())
+    assert error["exit_code"] == 8 and "process 1" in error["message"], errors[-1500:]

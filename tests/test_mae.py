@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
-from ddp import two_steps
 from safetensors.torch import load_file, save_file
+from support.ddp import run_two_backward_passes
 from support.tiny import IMAGE_SIZE, tiny_processor
 from transformers import AutoModel, ViTMAEForPreTraining
 
@@ -483,4 +483,4 @@ def test_ddp_finds_every_parameter_used(tiny_model: Tiny, kind: str) -> None:
         found = wrapped(pixels, noise, teacher=torch.zeros(3, 16))
         return found.logits.sum() + found.penalty.sum()
 
-    two_steps(model, loss)
+    run_two_backward_passes(model, loss)

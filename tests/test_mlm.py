@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import convert_to_fp32
-from ddp import two_steps
 from safetensors.torch import load_file, save_file
+from support.ddp import run_two_backward_passes
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForMaskedLM
 
@@ -304,4 +304,4 @@ def test_outputs_survive_accelerate_and_ddp(tiny_model: Tiny) -> None:
         assert isinstance(found, MaskedOutput)
         return found.logits.sum()
 
-    two_steps(model, loss)
+    run_two_backward_passes(model, loss)

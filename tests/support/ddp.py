@@ -1,4 +1,4 @@
-"""Training under DistributedDataParallel in this one process."""
+"""Train under DistributedDataParallel in this one process."""
 
 import gc
 from collections.abc import Callable
@@ -9,23 +9,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-def two_steps(model: nn.Module, loss: Callable[[Any], Tensor]) -> None:
-    """Two backward passes; a parameter without a gradient stops the second.
-
-    Args:
-        model: what trains.
-        loss: of the wrapped model.
-    """
+def run_two_backward_passes(model: nn.Module, loss: Callable[[Any], Tensor]) -> None:
+    """Compute the loss twice; DDP refuses the second after a parameter without gradient."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        _two_steps(model, loss)
+        _run_passes(DistributedDataParallel(model), loss)
     finally:
         # What outlives the group is the last to hold its threads, and may wait for them for ever.
         gc.collect()
         dist.destroy_process_group()
 
 
-def _two_steps(model: nn.Module, loss: Callable[[Any], Tensor]) -> None:
-    wrapped = DistributedDataParallel(model)
+def _run_passes(wrapped: nn.Module, loss: Callable[[Any], Tensor]) -> None:
     for _ in range(2):
         loss(wrapped).backward()
