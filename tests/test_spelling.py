@@ -184,7 +184,7 @@ def test_data_prepared_before_contradictions_were_counted_are_checked(
     facts = bench.prepared.facts.to_dict()
     older = PreparedFacts.model_validate({key: facts[key] for key in facts if key not in newer})
     older = replace(bench.prepared, facts=older)
-    assert check_inputs(bench.source, bench.inputs, older, 16, [recipe.finetune])["warnings"]
+    assert check_inputs(recipe, recipe.arms, bench.source, bench.inputs, older)["warnings"]
 
 
 def test_models_are_compared_whatever_the_spelling_of_their_classes(

@@ -1,9 +1,15 @@
-"""Warn of doubtful inputs and settings before anything trains."""
+"""Warn of doubtful inputs and settings before anything trains: the list of checks of `hftl check`.
+
+A check takes the planned run and yields warnings, each a sentence with what to do. To add one,
+write a function and its line in `CHECKS`, in the order in which warnings are shown.
+"""
 
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from hftl.config.finetune import Finetune
+from hftl.config.recipe import Arm, Recipe
 from hftl.data.image_inputs import ImageInputs
 from hftl.data.images import describe_narrow_images
 from hftl.data.normalization import find_doubtful_names
@@ -24,114 +30,158 @@ MAX_LEARNING_RATE = 2e-4
 """Above this, full and partial fine-tuning of a pretrained encoder mostly diverges."""
 
 
+@dataclass(frozen=True)
+class PlannedRun:
+    """Hold what is known of a run before anything trains.
+
+    `sizes` are the figures of the training rows' texts or images, see `summarize` of their inputs.
+    """
+
+    recipe: Recipe
+    arms: Sequence[Arm]
+    source: SourceModel
+    prepared: PreparedData
+    sizes: dict[str, float]
+
+
+Check = Callable[[PlannedRun], Iterator[str]]
+
+
 def check_inputs(
+    recipe: Recipe,
+    arms: Sequence[Arm],
     source: SourceModel,
     inputs: TextInputs | ImageInputs,
     prepared: PreparedData,
-    max_length: int,
-    arms: list[Finetune],
 ) -> dict[str, Any]:
     """Return facts about the inputs, and `warnings`, each a sentence with what to do."""
     sizes = inputs.summarize(prepared.rows["train"][:SAMPLED_ROWS])
-    if prepared.modality == "image":
-        warnings = _list_image_warnings(sizes)
-    else:
-        warnings = _list_length_warnings(sizes, max_length, get_max_tokens(source.config))
-    warnings += [*_list_label_warnings(prepared), *_list_learning_rate_warnings(arms)]
-    if source.public_id is None:
-        warnings.append(
+    run = PlannedRun(recipe, arms, source, prepared, sizes)
+    warnings = [warning for check in CHECKS for warning in check(run)]
+    # Several arms may give the same warning.
+    return {**sizes, "warnings": list(dict.fromkeys(warnings))}
+
+
+def check_image_sizes(run: PlannedRun) -> Iterator[str]:
+    """Warn of pictures that are enlarged, cropped or squeezed."""
+    if run.prepared.modality != "image":
+        return
+    sizes = run.sizes
+    if sizes["enlarged"] > MAX_ENLARGED:
+        yield (
+            f"{sizes['enlarged']:.0%} of the pictures are smaller than {sizes['image_size']:.0f} "
+            "pixels and are enlarged; a smaller data.image_size would be faster"
+        )
+    if sizes["elongated"] > MAX_ELONGATED:
+        yield (
+            f"{sizes['elongated']:.0%} of the pictures are more than twice as long as wide; the "
+            "source's processor crops or squeezes them"
+        )
+
+
+def check_lengths(run: PlannedRun) -> Iterator[str]:
+    """Warn of texts that are cut, and of tokens that the tokenizer does not know."""
+    if run.prepared.modality == "image":
+        return
+    sizes, max_length = run.sizes, run.recipe.data.max_length
+    limit = get_max_tokens(run.source.config)
+    if max_length > limit:
+        yield (
+            f"data.max_length={max_length} is above the source model's positions; texts are cut at "
+            f"{limit} tokens"
+        )
+    if sizes["truncated"] > MAX_TRUNCATED:
+        yield (
+            f"{sizes['truncated']:.0%} of the texts are longer than data.max_length="
+            f"{max_length} tokens and are cut; the source takes up to {limit}"
+        )
+    if sizes["unknown_tokens"] > MAX_UNKNOWN:
+        yield (
+            f"{sizes['unknown_tokens']:.1%} of the tokens are unknown to the tokenizer; does it "
+            "fit the language and the casing?"
+        )
+
+
+def check_test_rows(run: PlannedRun) -> Iterator[str]:
+    """Warn of too few test rows for a narrow interval."""
+    rows = len(run.prepared.rows["test"])
+    if rows < MIN_TEST_ROWS:
+        yield f"{rows} test rows give a wide interval; a few hundred are better"
+
+
+def check_labels(run: PlannedRun) -> Iterator[str]:
+    """Warn of labels that look like other spellings of one, and of a rare class."""
+    counts = run.prepared.facts.label_counts or {}
+    total = Counter[str]()
+    for of_split in counts.values():
+        total.update(of_split)
+    yield from find_doubtful_names(total)
+    train = counts.get("train", {})
+    if run.prepared.task == "classification" and max(train.values()) > MAX_IMBALANCE * min(
+        train.values()
+    ):
+        rare = min(train, key=lambda name: train[name])
+        yield (
+            f"the class {rare!r} has {train[rare]} of {sum(train.values())} training rows; "
+            "accuracy hides it, consider measure.metric=f1"
+        )
+
+
+def check_learning_rates(run: PlannedRun) -> Iterator[str]:
+    """Warn of learning rates that destroy the source's weights."""
+    for arm in run.arms:
+        rate = arm.finetune.training["learning_rate"]
+        if arm.spec.trains_encoder_weights and rate > MAX_LEARNING_RATE:
+            yield (
+                f"learning rate {rate:g} is high for {arm.strategy} fine-tuning; 1e-5 to 1e-4 is "
+                "usual"
+            )
+
+
+def check_public_id(run: PlannedRun) -> Iterator[str]:
+    """Warn of a source that strangers could not load an adapter on."""
+    if run.source.public_id is None:
+        yield (
             "the source model has no public id, so the adapter could not be pushed; set "
             "source.published_as"
         )
-    facts = prepared.facts
+
+
+def check_dropped_rows(run: PlannedRun) -> Iterator[str]:
+    """Warn of rows that are in two splits, have differing labels, or could not be read."""
+    facts = run.prepared.facts
     if facts.leaked:
-        warnings.append(
+        yield (
             f"{facts.leaked} inputs of train are also in validation or test; they were "
             "dropped from train"
         )
     # A run folder may hold data that an older version prepared without these counts.
     if facts.contradictory_inputs:
         share = facts.contradictory_inputs / facts.distinct_inputs
-        warnings.append(
+        yield (
             f"{facts.contradictory_inputs} of {facts.distinct_inputs} distinct inputs "
             f"({share:.0%}) have differing labels and are dropped ({facts.conflicting} rows): "
             "what is measured is the others, which may be the easier ones; correct "
-            f"the labels{suggest_multi_label(prepared.task)}"
+            f"the labels{suggest_multi_label(run.prepared.task)}"
         )
     if facts.near_pictures:
-        warnings.append(
+        yield (
             f"{facts.near_pictures} pictures of validation and test are near copies "
             "(re-encoded or resized) of one in another split; name what they share in data.group, "
             "or remove them"
         )
     if facts.narrow_pictures:
-        warnings.append(describe_narrow_images(facts.narrow_pictures))
+        yield describe_narrow_images(facts.narrow_pictures)
     if facts.bad_rows:
-        warnings.append(f"{facts.bad_rows} bad rows were skipped; the record lists them")
-    # Several arms may give the same warning.
-    return {**sizes, "warnings": list(dict.fromkeys(warnings))}
+        yield f"{facts.bad_rows} bad rows were skipped; the record lists them"
 
 
-def _list_image_warnings(facts: dict[str, float]) -> list[str]:
-    warnings = []
-    if facts["enlarged"] > MAX_ENLARGED:
-        warnings.append(
-            f"{facts['enlarged']:.0%} of the pictures are smaller than {facts['image_size']:.0f} "
-            "pixels and are enlarged; a smaller data.image_size would be faster"
-        )
-    if facts["elongated"] > MAX_ELONGATED:
-        warnings.append(
-            f"{facts['elongated']:.0%} of the pictures are more than twice as long as wide; the "
-            "source's processor crops or squeezes them"
-        )
-    return warnings
-
-
-def _list_length_warnings(lengths: dict[str, float], max_length: int, limit: int) -> list[str]:
-    warnings = []
-    if max_length > limit:
-        warnings.append(
-            f"data.max_length={max_length} is above the source model's positions; texts are cut at "
-            f"{limit} tokens"
-        )
-    if lengths["truncated"] > MAX_TRUNCATED:
-        warnings.append(
-            f"{lengths['truncated']:.0%} of the texts are longer than data.max_length="
-            f"{max_length} tokens and are cut; the source takes up to {limit}"
-        )
-    if lengths["unknown_tokens"] > MAX_UNKNOWN:
-        warnings.append(
-            f"{lengths['unknown_tokens']:.1%} of the tokens are unknown to the tokenizer; does it "
-            "fit the language and the casing?"
-        )
-    return warnings
-
-
-def _list_label_warnings(prepared: PreparedData) -> list[str]:
-    warnings = []
-    test = prepared.rows["test"]
-    if len(test) < MIN_TEST_ROWS:
-        warnings.append(f"{len(test)} test rows give a wide interval; a few hundred are better")
-    counts = (prepared.facts.label_counts or {}).get("train", {})
-    every = Counter[str]()
-    for of_split in (prepared.facts.label_counts or {}).values():
-        every.update(of_split)
-    warnings += find_doubtful_names(every)
-    if prepared.task == "classification" and max(counts.values()) > MAX_IMBALANCE * min(
-        counts.values()
-    ):
-        rare = min(counts, key=lambda name: counts[name])
-        warnings.append(
-            f"the class {rare!r} has {counts[rare]} of {sum(counts.values())} training rows; "
-            "accuracy hides it, consider measure.metric=f1"
-        )
-    return warnings
-
-
-def _list_learning_rate_warnings(arms: list[Finetune]) -> list[str]:
-    return [
-        f"learning rate {arm.training['learning_rate']:g} is high for {arm.strategy} fine-tuning; "
-        "1e-5 to 1e-4 is usual"
-        for arm in arms
-        if arm.training["learning_rate"] > MAX_LEARNING_RATE
-    ]
+CHECKS: tuple[Check, ...] = (
+    check_image_sizes,
+    check_lengths,
+    check_test_rows,
+    check_labels,
+    check_learning_rates,
+    check_public_id,
+    check_dropped_rows,
+)

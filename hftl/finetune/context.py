@@ -1,6 +1,6 @@
 """Hold what the arms of a run share: source, inputs, rows, their encodings and frozen features."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -146,13 +146,12 @@ class ExperimentContext:
             mlm_head=mlm_head, _features={}, _probes={},
         )  # fmt: skip
 
-    def run_preflight(self, asked_length: int, arms: list[Arm]) -> dict[str, Any]:
-        """Return the preflight's facts and warnings, for the arms that train from the source.
+    def run_preflight(self, recipe: Recipe, arms: Sequence[Arm]) -> dict[str, Any]:
+        """Return the preflight's facts and warnings.
 
         With them `learning_rates` by the name of the arm, where its parts have their own.
         """
-        trained = [arm.finetune for arm in arms if arm.spec.trains_encoder_weights]
-        facts = check_inputs(self.source, self.inputs, self.prepared, asked_length, trained)
+        facts = check_inputs(recipe, arms, self.source, self.inputs, self.prepared)
         rates = {
             arm.name: self._learning_rates(arm.finetune, chosen)
             for arm in arms

@@ -125,7 +125,7 @@ def announce_run(run: Run, context: ExperimentContext) -> None:
     if not missing:
         return
     run.say(console.format_header(build_header(run.recipe, context, missing, len(missing))))
-    for warning in context.run_preflight(run.recipe.data.max_length, run.arms)["warnings"]:
+    for warning in context.run_preflight(run.recipe, run.arms)["warnings"]:
         run.say(f"  warning: {warning}")
 
 

@@ -119,7 +119,7 @@ def build_record(
         recipe=recipe,
         source=build_source_section(context),
         data=_build_data_section(recipe, context),
-        check=CheckFacts.model_validate(context.run_preflight(recipe.data.max_length, arms)),
+        check=CheckFacts.model_validate(context.run_preflight(recipe, arms)),
         forward=context.inputs.arguments if isinstance(context.inputs, ImageInputs) else None,
         adapt=build_adaptation_section(
             stages, arm_contexts[own.name], over.get("source"), own.spec.publishes_adapter

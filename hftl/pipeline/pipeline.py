@@ -172,7 +172,7 @@ def check_recipe(recipe: Recipe) -> tuple[dict[str, Any], CheckFacts]:
         context.general = load_general(data, prepared, reading)
         check_replay_labels(recipe, context)
     check_models(recipe, context)
-    facts = context.run_preflight(recipe.data.max_length, arms)
+    facts = context.run_preflight(recipe, arms)
     facts["warnings"] += warn_of_few_steps(recipe, context)
     jobs = [arm for arm in arms for _ in recipe.measure.seeds]
     return build_header(recipe, context, jobs, len(jobs)), CheckFacts.model_validate(facts)
