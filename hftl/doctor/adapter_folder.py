@@ -31,8 +31,7 @@ DEFECT, WARNING = "defect", "warning"
 class Finding:
     """Describe one thing that is wrong.
 
-    `kind` is one of: fresh, base, base-shape, base-weights, stale-names, names, unsafe, corrupt,
-    config, rank, nan, untrained, tokenizer, labels, reload, card, record. A `defect` makes the
+    `kind` is a word for the reader of the table, such as fresh, base or nan. A `defect` makes the
     adapter wrong, unsafe or useless to others; a `warning` does not.
     """
 

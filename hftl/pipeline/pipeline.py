@@ -152,24 +152,32 @@ def _find_recipe_metric(recipe: Recipe) -> Metric | None:
     return None if task is None else find_metric(recipe.measure.metric, task)
 
 
-def check_recipe(recipe: Recipe) -> tuple[dict[str, Any], CheckFacts]:
-    """Return the header's facts and those of the preflight; trains and writes nothing."""
+def open_recipe(recipe: Recipe) -> ExperimentContext:
+    """Read a recipe's source and data; trains and writes nothing.
+
+    Raises:
+        HftlError: for whatever can be refused before a model runs.
+    """
     _find_recipe_metric(recipe)
     silence_libraries()
     source = find_source(recipe.source)
     check_adaptations(recipe, source)
     validate_upstream_arguments(recipe, get_device())
     check_recipe_retention(recipe, source)
-    reading = build_input_spec(source, str(recipe.data.task))
-    prepared = data_stage.prepare_data(recipe.data, reading)
-    context = build_context(recipe, source, prepared)
-    arms = recipe.arms
+    spec = build_input_spec(source, str(recipe.data.task))
+    return build_context(recipe, source, data_stage.prepare_data(recipe.data, spec))
+
+
+def check_recipe(recipe: Recipe) -> tuple[dict[str, Any], CheckFacts]:
+    """Return the header's facts and those of the preflight; trains and writes nothing."""
+    context, arms = open_recipe(recipe), recipe.arms
     if not arms:
         warnings = warn_of_few_steps(recipe, context)
         return build_adaptation_header(recipe, context), CheckFacts(warnings=warnings)
     if reads_general_labels(recipe):
-        data = pin_revisions(recipe.data, prepared.facts.hub_revisions)
-        context.general = load_general(data, prepared, reading)
+        data = pin_revisions(recipe.data, context.prepared.facts.hub_revisions)
+        spec = build_input_spec(context.source, context.prepared.task)
+        context.general = load_general(data, context.prepared, spec)
         check_replay_labels(recipe, context)
     check_models(recipe, context)
     facts = context.run_preflight(recipe, arms)
