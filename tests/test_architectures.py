@@ -70,14 +70,13 @@ def make_batch(name: str, side: int = IMAGE_SIZE) -> dict[str, torch.Tensor]:
     if is_image(name):
         return {"pixel_values": torch.rand(2, 3, side, side)}
     ids = torch.tensor([[2, 7, 9, 3]])
-    if accepts_attention_mask(get_encoder_class(tiny_config(name))):
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {"input_ids": ids}
+    masked = accepts_attention_mask(get_encoder_class(tiny_config(name)))
+    return {"input_ids": ids} | ({"attention_mask": torch.ones_like(ids)} if masked else {})
 
 
 @every_case
 def test_entry_is_what_runs(name: str, changes: dict[str, Any], task: str) -> None:
-    """Order of calls and missing gradients name the same parts as the entry."""
+    """Compare the entry with the order of calls and with missing gradients."""
     model = build_stock(name, changes, task).train()
     spec = get_architecture(model.config).for_task(task)
     assert get_model_architecture(model) == spec
@@ -88,11 +87,8 @@ def test_entry_is_what_runs(name: str, changes: dict[str, Any], task: str) -> No
     calls: list[str] = []
     shapes: list[tuple[int, ...]] = []
     for path, module in model.named_modules():
-        if (
-            path in paths
-            or isinstance(module, nn.Dropout)
-            or list(module.parameters(recurse=False))
-        ):
+        owns = isinstance(module, nn.Dropout) or list(module.parameters(recurse=False))
+        if path in paths or owns:
             module.register_forward_hook(lambda *_, path=path: calls.append(path))
     last = get_last_linear(model, spec)
     last.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
@@ -167,13 +163,10 @@ def test_blocks_and_layers_are_counted(
 def test_the_longest_text_fits_and_a_longer_one_does_not(name: str) -> None:
     config = tiny_config(name, pad_token_id=1)
     model = AutoModel.from_config(config).eval()
-    for length, fits in ((get_max_tokens(config), True), (get_max_tokens(config) + 1, False)):
-        ids = torch.full((1, length), 7)
-        if fits:
-            model(input_ids=ids, attention_mask=torch.ones_like(ids))
-        else:
-            with pytest.raises((IndexError, RuntimeError)):
-                model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    ids = torch.full((1, get_max_tokens(config) + 1), 7)
+    model(input_ids=ids[:, 1:], attention_mask=torch.ones_like(ids[:, 1:]))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
 @pytest.mark.parametrize(
@@ -182,11 +175,6 @@ def test_the_longest_text_fits_and_a_longer_one_does_not(name: str) -> None:
 def test_sizes_of_images_and_patches(name: str, patch: int) -> None:
     config = tiny_config(name)
     assert (get_native_image_size(config), get_patch_size(config)) == (IMAGE_SIZE, patch)
-
-
-def test_oblong_images_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"\(32, 64\) pixels, expected squares"):
-        get_native_image_size(tiny_config("vit", image_size=[32, 64]))
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(ARCHITECTURES) if is_image(name)])
@@ -200,26 +188,22 @@ def test_larger_images_run_as_the_entry_says(name: str) -> None:
     assert logits.shape == (2, 2)
 
 
-def test_images_have_no_tokens() -> None:
-    with pytest.raises(RecipeError, match="vit has no class for token-classification"):
-        get_architecture(tiny_config("vit")).for_task(TOKEN_CLASSIFICATION)
-
-
-def test_other_layers_in_a_block_are_refused() -> None:
+def test_refuses_other_layers_in_a_block_and_other_classes() -> None:
     model = build_stock("bert", {})
-    spec = get_architecture(model.config)
-    model.bert.encoder.layer[1].gate = nn.Linear(2, 2)
+    spec, layer = get_architecture(model.config), model.bert.encoder.layer[1]
+    layer.gate = nn.Linear(2, 2)
     with pytest.raises(RecipeError, match="a block has a linear layer 'gate'"):
         get_blocks(model.bert, spec)
-    del model.bert.encoder.layer[1].gate
-    model.bert.encoder.layer[1].intermediate = nn.Identity()
+    del layer.gate
+    layer.intermediate = nn.Identity()
     with pytest.raises(RecipeError, match="no linear layer 'intermediate.dense'"):
         get_blocks(model.bert, spec)
-
-
-def test_other_classes_of_the_architecture_are_refused() -> None:
     with pytest.raises(RecipeError, match="BertForMaskedLM is no sequence, token or image"):
-        get_model_architecture(BertForMaskedLM(tiny_config("bert")))
+        get_model_architecture(BertForMaskedLM(model.config))
+    with pytest.raises(RecipeError, match="vit has no class for token-classification"):
+        get_architecture(tiny_config("vit")).for_task(TOKEN_CLASSIFICATION)
+    with pytest.raises(RecipeError, match=r"\(32, 64\) pixels, expected squares"):
+        get_native_image_size(tiny_config("vit", image_size=[32, 64]))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +214,7 @@ def test_other_classes_of_the_architecture_are_refused() -> None:
         ("bert", {**TEXT, "is_decoder": True}, "its config makes it a decoder"),
     ],
 )
-def test_an_unsupported_architecture_is_refused(
+def test_refuses_an_unsupported_architecture(
     name: str, fields: dict[str, Any], reason: str
 ) -> None:
     config = AutoConfig.for_model(name, **fields)
@@ -252,7 +236,7 @@ RESNET = ArchitectureSpec(
 def test_a_convolutional_network_fits_an_entry(
     strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stages of unequal blocks, no patches, no linear layers: one entry, no other code."""
+    """Support stages of unequal blocks, no patches and no linear layers by one entry."""
     monkeypatch.setitem(architectures.ARCHITECTURES, "resnet", RESNET)
     config = ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[2, 1])
     assert (count_blocks(config), count_layers(config)) == (3, 3)
@@ -269,12 +253,9 @@ def test_a_convolutional_network_fits_an_entry(
         module.training = trains_now
     statistics = get_statistics(model)
     assert model(pixel_values=torch.rand(2, 3, 40, 40)).logits.shape == (2, 2)
-    moved = {
-        name for name, value in get_statistics(model).items() if not value.equal(statistics[name])
-    }
-    assert {name for name in moved if "embedder" in name} == (
-        {name for name in statistics if "embedder" in name} if strategy == "full" else set()
-    )
+    moved = {n for n, value in get_statistics(model).items() if not value.equal(statistics[n])}
+    embedder = {name for name in statistics if "embedder" in name}
+    assert moved & embedder == (embedder if strategy == "full" else set())
     assert bool(moved) == (strategy in ("partial", "full"))
 
 

@@ -71,23 +71,23 @@ def test_processes_share_every_batch_of_the_order_evenly(
 @pytest.mark.parametrize(
     "workers", [{}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}]
 )
-def test_dataset_is_given_the_epoch(workers: dict[str, Any], bert: Path, tmp_path: Path) -> None:
-    labels: list[int] = []
+def test_each_epoch_sees_every_row_once_in_another_order(
+    workers: dict[str, Any], bert: Path, tmp_path: Path
+) -> None:
+    epochs: list[int] = []
+    ids: list[list[int]] = []
     model = build_classifier(bert, "head")
     trainer = build_trainer(model, tmp_path, data=EpochRows(), num_train_epochs=3, **workers)
-    watch_batches(trainer, lambda batch: labels.extend(batch["labels"].tolist()))
-    trainer.train()
-    assert labels == [0] * 24 + [1] * 24 + [2] * 24
 
+    def watch(batch: dict[str, torch.Tensor]) -> None:
+        epochs.extend(batch["labels"].tolist())
+        ids.extend(batch["input_ids"].tolist())
 
-def test_each_epoch_sees_every_row_once_in_another_order(bert: Path, tmp_path: Path) -> None:
-    batches: list[list[list[int]]] = []
-    trainer = build_trainer(build_classifier(bert, "head"), tmp_path, num_train_epochs=2)
-    watch_batches(trainer, lambda batch: batches.append(batch["input_ids"].tolist()))
+    watch_batches(trainer, watch)
     trainer.train()
-    epochs = [sum(batches[:3], []), sum(batches[3:], [])]
-    assert all(sorted(epoch) == sorted(Rows().ids.tolist()) for epoch in epochs)
-    assert epochs[0] != epochs[1]
+    assert epochs == [0] * 24 + [1] * 24 + [2] * 24, "the dataset is given the epoch"
+    assert all(sorted(ids[k : k + 24]) == sorted(Rows().ids.tolist()) for k in (0, 24, 48))
+    assert ids[:24] != ids[24:48] != ids[48:]
 
 
 # Steps
@@ -341,7 +341,7 @@ def test_slots_and_penalty_make_the_step_of_a_loop_however_it_is_cut(
     """Compare steps of 8, 8 and 6 rows: the loss, and the gradient by plain descent."""
     trainer = build_masked_trainer(
         tmp_path, penalty, per_device_train_batch_size=cut[0], gradient_accumulation_steps=cut[1],
-        learning_rate=0.5,
+        learning_rate=0.5, per_device_eval_batch_size=5, prediction_loss_only=True,
     )  # fmt: skip
     trainer.train()
     model, data = MaskedModel(penalty), MaskedRows()
@@ -356,14 +356,10 @@ def test_slots_and_penalty_make_the_step_of_a_loop_however_it_is_cut(
     logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert logged == pytest.approx(losses, abs=1e-6)
     assert_same_parameters(trainer.model, model, atol=1e-6)
-
-
-def test_evaluation_leaves_the_penalty_out(tmp_path: Path) -> None:
-    settings = {"per_device_eval_batch_size": 5, "prediction_loss_only": True}
-    data, free = MaskedRows(), MaskedModel(0.0)
-    loss = build_masked_trainer(tmp_path, 0.5, **settings).evaluate(data)["eval_loss"]
-    expected = compute_masked_loss(free, data, list(range(len(data))))
-    assert loss == pytest.approx(expected.item(), abs=1e-6)
+    trainer.model.penalty = 0.5  # An evaluation leaves it out.
+    model.penalty = 0.0
+    expected = compute_masked_loss(model, data, list(range(len(data)))).item()
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_plain_module_is_saved_whole_and_resumed(tmp_path: Path) -> None:
