@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import bench_of, sentences, write_csv
 from scipy.special import softmax
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -32,16 +31,6 @@ def build_context(model: Path, folder: Path, rows: list[Any], **data: Any) -> Ex
     return bench_of(Recipe.parse({
         "source": {"model": str(model)}, "data": {"train": {"path": str(table)}} | data,
     }))  # fmt: skip
-
-
-def test_scratch_has_the_architecture_and_none_of_the_weights(context: ExperimentContext) -> None:
-    source = dict(context.build_model("mean", 0).model.named_parameters())
-    scratch = dict(context.build_model("mean", 0, scratch=True).model.named_parameters())
-    assert {n: p.shape for n, p in source.items()} == {n: p.shape for n, p in scratch.items()}
-    drawn = [n for n, p in source.items() if p.std() > 0 and not n.startswith("head.")]
-    assert drawn and not [n for n in drawn if torch.equal(source[n], scratch[n])]
-    other = dict(context.build_model("mean", 1, scratch=True).model.named_parameters())
-    assert not torch.equal(scratch[drawn[0]], other[drawn[0]])
 
 
 def test_scratch_trains_longer_and_each_rate_of_the_search_for_a_third(

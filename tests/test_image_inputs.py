@@ -193,16 +193,6 @@ def test_crops_keep_to_their_area_ratio_and_mirroring() -> None:
     assert min(corners) < 1 and max(corners) > 30
 
 
-def test_resize_of_a_crop_is_that_of_pillow() -> None:
-    image = make_pixels(64)
-    resized = torch.nn.functional.interpolate(
-        image[None, :, 5:50, 3:61], (64, 64), mode="bilinear", antialias=True
-    )[0]
-    crop = Image.fromarray(image[:, 5:50, 3:61].permute(1, 2, 0).numpy())
-    pillow = np.asarray(crop.resize((64, 64), Image.Resampling.BILINEAR)).astype(int)
-    assert np.abs(resized.permute(1, 2, 0).numpy().astype(int) - pillow).max() <= 1
-
-
 def test_augmented_dataset_depends_on_seed_and_epoch(folder: Path, tiny_model: Tiny) -> None:
     context = bench_of(make_recipe(folder, tiny_model("vit"), augment="light"))
     rows = context.prepared.rows["train"]

@@ -82,20 +82,6 @@ def test_merged_weights_lie_between_under_lora(
     torch.testing.assert_close(compute_logits(model), first, atol=1e-6, rtol=0)
 
 
-def test_model_of_merged_weights_has_the_same_logits(bert: Path) -> None:
-    """Write theta(alpha) for every weight of a model without an adapter."""
-    plain, model = build_probed_model(bert, "full"), build_probed_model(bert, "lora")
-    start = copy_trainable(model)
-    end = copy_trainable(perturb(model, 0.2))
-    with torch.no_grad():
-        for path, layer in iterate_lora_layers(model):
-            plain.encoder.get_parameter(f"{path}.weight").add_(0.35 * compute_update(layer))
-        for key in ("head.weight", "head.bias"):
-            plain.get_parameter(key).copy_(torch.lerp(start[key], end[key], 0.35))
-    set_interpolated_weights(model, start, end, 0.35)
-    torch.testing.assert_close(compute_logits(model), compute_logits(plain), atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize(
     ("error", "alphas", "chosen"),
     [

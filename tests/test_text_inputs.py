@@ -228,9 +228,3 @@ def test_run_from_a_left_padding_source_publishes_outputs_of_each_text_alone(
         rows = stock(TEXTS, batch_size=3)
         scores = [{one["label"]: one["score"] for one in row}["positive"] for row in rows]
         np.testing.assert_allclose(scores, alone, atol=1e-5)
-
-
-def test_encoder_without_a_mask_keeps_its_name(tiny_model: Tiny) -> None:
-    source = find_source(Source(model=str(tiny_model("fnet"))))
-    built = build_model(source, "classification", "cls", 2, ["a", "b"], 0)
-    assert type(built.encoder).__name__ == "FNetModel"
