@@ -25,7 +25,7 @@ STEP = 4.0
 
 @pytest.fixture
 def tree(recipe_tree: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """One arm and seed, and general data."""
+    """Return a recipe of one arm and seed, and general data."""
     general = write_csv(tmp_path / "general.csv", ["text", "label"], sentences(120, seed=9))
     recipe_tree["data"]["general"] = {"path": str(general)}
     recipe_tree["finetune"]["strategy"] = "full"

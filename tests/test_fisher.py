@@ -34,7 +34,7 @@ def get_unlabelled_row(number: int) -> dict[str, Any]:
 
 @pytest.fixture
 def model(bert: Path) -> Any:
-    """A probed tiny BERT with dropout, in train mode, which must make no difference."""
+    """Build a probed tiny BERT with dropout, in train mode, which must make no difference."""
     return build_probed_model(bert, "full", dropout=0.3).train()
 
 

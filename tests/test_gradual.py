@@ -125,7 +125,7 @@ def record_phases(patch: pytest.MonkeyPatch) -> list[Phase]:
 
 @pytest.fixture(scope="module")
 def phases(context: Any) -> list[Phase]:
-    """Four phases that unfreeze and a final one, with layer-wise rates."""
+    """Record four phases that unfreeze and a final one, with layer-wise rates."""
     with pytest.MonkeyPatch.context() as patch:
         set_scores(patch, RISING)
         recorded = record_phases(patch)

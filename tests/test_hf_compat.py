@@ -109,7 +109,7 @@ def test_no_other_module_uses_a_private_member_of_a_library() -> None:
 
 
 def test_no_class_overrides_a_private_member_of_its_base_in_a_library() -> None:
-    """Also not by accident: an attribute of the same name would change how the base works."""
+    """Forbid accidents too: an attribute of the same name changes how the base works."""
     overridden = []
     for path, tree in TREES.items():
         classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]

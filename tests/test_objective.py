@@ -37,7 +37,7 @@ class WeightedOutput(ModelOutput):
 
 
 class WeightedModel(nn.Module):
-    """A user's own classifier, whose loss weighs its classes."""
+    """Weigh classes in the loss, as a user's own classifier may."""
 
     def __init__(self, form: str = "output") -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def test_models_own_loss_is_trained(form: str, tmp_path: Path) -> None:
 def test_regression_targets_are_trained_by_squares(
     outputs: int, integers: bool, bert: Path, tmp_path: Path
 ) -> None:
-    """Several numbers a row are no yes or no for each output, which is the stock reading."""
+    """Read several numbers a row as targets, and not as a yes or no for each output."""
 
     def label(i: int) -> Any:
         value = i if integers else i + 0.5

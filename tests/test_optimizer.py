@@ -201,7 +201,7 @@ def test_trainer_takes_steps_of_each_parts_size(bert: Path, tmp_path: Path, stra
             torch.testing.assert_close(parameter.detach(), expected, atol=1e-6, rtol=1e-4)
 
 
-def test_optimizer_with_groups_of_its_own_is_refused(bert: Path) -> None:
+def test_optimizer_that_groups_parameters_itself_is_refused(bert: Path) -> None:
     model = build_classifier(bert, "full", "mean")
     groups = build_parameter_groups(model, 0.01, 0.1, LayerLearningRates(decay=0.5))
     optimizer = build_optimizer(torch.optim.AdamW, {"lr": 1.0, "betas": (0.8, 0.9)}, groups)

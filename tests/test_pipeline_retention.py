@@ -21,7 +21,7 @@ slow = pytest.mark.slow
 
 @pytest.fixture
 def tree(recipe_tree: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """A small recipe with general data: other sentences, a document every four rows."""
+    """Return a small recipe with general data: a document every four rows."""
     rows = [(text, label, str(i // 4)) for i, (text, label) in enumerate(sentences(80, seed=9))]
     general = write_csv(tmp_path / "general.csv", ["text", "label", "document"], rows)
     recipe_tree["data"] |= {

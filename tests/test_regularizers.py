@@ -185,7 +185,7 @@ def test_reference_restores_every_mode(bert: Path, strategy: str) -> None:
 
 
 def test_reference_is_copied_where_more_trains_than_the_adapter(bert: Path) -> None:
-    """A head outside the adapter would otherwise change the reference."""
+    """Train a head outside the adapter, which would otherwise change the reference."""
     plain: Any = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
     model: Any = get_peft_model(plain, LoraConfig(r=2, target_modules=["query", "value"]))
     head = model.base_model.model.classifier.weight.requires_grad_(True)

@@ -107,7 +107,7 @@ def test_weight_zero_is_replay_without_labels(bert: Path, tmp_path: Path) -> Non
 
 @pytest.fixture
 def tree(recipe_tree: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """A small recipe with general data that have the task's labels, and documents."""
+    """Return a small recipe with general data that have the task's labels, and documents."""
     rows = [(text, label, str(i // 4)) for i, (text, label) in enumerate(sentences(80, seed=9))]
     general = write_csv(tmp_path / "general.csv", ["text", "label", "document"], rows)
     recipe_tree["data"] |= {

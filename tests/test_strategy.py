@@ -152,7 +152,7 @@ def test_stock_class_trains_what_is_intended_and_reloads(
 
 @pytest.mark.parametrize("strategy", ["partial", "lora"])
 @pytest.mark.parametrize("name", ["bert", "modernbert", "beit", "swin", "megatron-bert"])
-def test_what_masked_pretraining_lacks_trains_and_is_saved(
+def test_weights_that_masked_pretraining_lacks_train_and_are_saved(
     name: str, strategy: str, tiny_model: Tiny, tmp_path: Path
 ) -> None:
     folder = tiny_model(name, True)

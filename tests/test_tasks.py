@@ -79,7 +79,7 @@ def make_recipe(
 
 @pytest.fixture(scope="module")
 def runs(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Record]]:
-    """A run of each task; the tags are spelt with the entity first."""
+    """Run each task; the tags are spelt with the entity first."""
     folder, results = tmp_path_factory.mktemp("runs"), {}
     for task, rows in ((MOODS, make_moods(100)), (TAGS, make_tagged(120, "FILM-B", "FILM-I"))):
         path = write_rows(folder / f"{task}.jsonl", rows)

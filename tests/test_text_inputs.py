@@ -46,7 +46,7 @@ def make_rows(contents: Any) -> list[Row]:
 
 @pytest.fixture(params=["right", "left"])
 def inputs(request: pytest.FixtureRequest, bert: Path) -> WordInputs:
-    """Inputs of five tokens, padded on either side."""
+    """Return inputs of five tokens, padded on either side."""
     tokenizer = AutoTokenizer.from_pretrained(bert)
     tokenizer.padding_side = request.param
     return WordInputs(tokenizer, 5)
