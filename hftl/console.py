@@ -15,7 +15,7 @@ from hftl.measure.record import (
 from hftl.measure.verdict import format_gain
 
 
-def format_check(header: dict[str, Any], facts: CheckFacts, has_task: bool) -> str:
+def format_check(header: dict[str, str], facts: CheckFacts, has_task: bool) -> str:
     """Return what `hftl check` prints: the header, the inputs, learning rates and warnings."""
     lines = [format_header(header)]
     if has_task:
@@ -25,7 +25,7 @@ def format_check(header: dict[str, Any], facts: CheckFacts, has_task: bool) -> s
     return "\n".join([*lines, "ready, with the warnings above" if facts.warnings else "ready"])
 
 
-def format_header(facts: dict[str, Any]) -> str:
+def format_header(facts: dict[str, str]) -> str:
     """Return two columns of facts, for the start of a run."""
     width = max(map(len, facts))
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in facts.items())

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from PIL.Image import Image
 from torch import nn
@@ -60,6 +60,23 @@ Input = str | Sequence[str] | Path | bytes | Image
 """A text, a pair of texts, the words of one, or an image: a path, its bytes, or itself."""
 
 
+ClassName = str | int | bool
+"""A class in the type that it had in the training table."""
+
+
+class Prediction(TypedDict):
+    """Hold what is predicted of one input.
+
+    `label` is a class, for multi-label the list of those that hold, for words a tag each, or a
+    number. `score` is the probability of the class, for words of each tag, None for a word beyond
+    the model's length; multi-label has none. `scores` are those of all classes, of whole inputs.
+    """
+
+    label: ClassName | list[ClassName] | float
+    score: NotRequired[float | list[float | None]]
+    scores: NotRequired[dict[str, float]]
+
+
 @dataclass(frozen=True)
 class Predictor:
     """Hold a loaded model, which predicts."""
@@ -80,14 +97,8 @@ class Predictor:
         """Return `text` or `image`."""
         return "image" if isinstance(self.inputs, ImageInputs) else "text"
 
-    def predict(self, inputs: Iterable[Input]) -> list[dict[str, Any]]:
+    def predict(self, inputs: Iterable[Input]) -> list[Prediction]:
         """Predict each input.
-
-        Returns:
-            A mapping for each: `label`, of the type it had in training; for classes also `score`
-            and `scores` by class name; for multi-label `label` is a list and there is no `score`;
-            for words `label` and `score` are lists, the score None for a word beyond the model's
-            length.
 
         Raises:
             DataError: for an input that is no text, not so many texts, no words, or no image.
@@ -119,7 +130,7 @@ class Predictor:
         words = [len(row.content) if tokens else 1 for row in rows]
         return list(zip(self.inputs.encode(rows), words, strict=True))
 
-    def predict_encoded(self, encoded: list[tuple[EncodedRow, int]]) -> list[dict[str, Any]]:
+    def predict_encoded(self, encoded: list[tuple[EncodedRow, int]]) -> list[Prediction]:
         """Predict what `encode` returned; the predictions have the form that `predict` says."""
         if not encoded:
             return []
@@ -147,7 +158,7 @@ class Predictor:
             raise DataError(f"{place} is {value!r}, expected {expected}", "Correct it")
         return Row(content, "", None, 0, place)
 
-    def _format_prediction(self, label: Any, scores: list[Any]) -> dict[str, Any]:
+    def _format_prediction(self, label: Any, scores: list[Any]) -> Prediction:
         if self.task == "regression":
             return {"label": label}
         if self.task == "token-classification":
@@ -157,7 +168,7 @@ class Predictor:
             return {"label": [self._convert_name(name) for name in label], "scores": by_name}
         return {"label": self._convert_name(label), "score": by_name[label], "scores": by_name}
 
-    def _convert_name(self, name: str) -> str | int | bool:
+    def _convert_name(self, name: str) -> ClassName:
         """Return a class name in the type that the training table had."""
         if self.label_type == "integer":
             return int(name)
@@ -363,6 +374,6 @@ def _build_adapter_key(folder: Path, number: int) -> str:
         or bool(settings and brings_own_tensors(folder))
     )
     shared = ("peft_type", "task_type", "trainable_token_indices")
-    key: dict[str, Any] = {name: settings.get(name) for name in shared}
+    key: dict[str, object] = {name: settings.get(name) for name in shared}
     key["modules_to_save"] = sorted(adapter.modules_to_save)
     return json.dumps(key | {"alone": number if alone else None}, sort_keys=True)

@@ -15,7 +15,7 @@ from hftl.data.load import find_text_fault
 from hftl.data.rows import RawRow, has_invalid_utf8, normalize_newlines
 from hftl.data.tables import READERS, guess_format, read_image_files
 from hftl.errors import DataError, RecipeError, suggest_closest
-from hftl.inference.predict import Predictor, load
+from hftl.inference.predict import Prediction, Predictor, load
 from hftl.runtime.run_folder import write_text
 
 
@@ -91,7 +91,7 @@ def predict_table(
     )
     predictions = map(_flatten_prediction, predictor.predict_encoded(encoded))
     merged = [
-        _merge_columns(columns | _drop_image_bytes(raw), prediction)
+        _merge_columns({**columns, **_drop_image_bytes(raw)}, prediction)
         for raw, prediction in zip(raws, predictions, strict=True)
     ]
     try:
@@ -104,7 +104,7 @@ def predict_table(
         ) from error
 
 
-def _read_rows(data: Path, predictor: Predictor) -> tuple[list[RawRow], dict[str, Any]]:
+def _read_rows(data: Path, predictor: Predictor) -> tuple[list[RawRow], dict[str, None]]:
     """Read the input's rows, and all their columns, the predictor's among them.
 
     Raises:
@@ -157,39 +157,38 @@ def _read_input(raw: RawRow, predictor: Predictor) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def _drop_image_bytes(raw: RawRow) -> dict[str, Any]:
+def _drop_image_bytes(raw: RawRow) -> dict[str, object]:
     """Return the row's values without the bytes of images, which are not repeated."""
-    return {
-        key: None if isinstance(value, bytes) else value.get("path") if _is_image(value) else value
-        for key, value in raw.values.items()
-    }
+    return {key: _drop_bytes(value) for key, value in raw.values.items()}
 
 
-def _is_image(value: Any) -> bool:
-    return isinstance(value, dict) and "bytes" in value
+def _drop_bytes(value: object) -> object:
+    if isinstance(value, dict) and "bytes" in value:
+        return value.get("path")
+    return None if isinstance(value, bytes) else value
 
 
-def _flatten_prediction(prediction: dict[str, Any]) -> dict[str, Any]:
+def _flatten_prediction(prediction: Prediction) -> dict[str, object]:
     """Return the columns label, score and one a class; for a target, label alone.
 
     A class that is itself called `label` or `score` gets the column `class.<name>`.
     """
-    ours = {key: value for key, value in prediction.items() if key != "scores"}
+    ours: dict[str, object] = {k: value for k, value in prediction.items() if k != "scores"}
     classes = prediction.get("scores", {})
-    return ours | {f"class.{k}" if k in ours else k: value for k, value in classes.items()}
+    return {**ours, **{f"class.{k}" if k in ours else k: p for k, p in classes.items()}}
 
 
-def _merge_columns(values: dict[str, Any], prediction: dict[str, Any]) -> dict[str, Any]:
+def _merge_columns(values: dict[str, object], prediction: dict[str, object]) -> dict[str, object]:
     inputs = {f"input.{key}" if key in prediction else key: value for key, value in values.items()}
     return inputs | prediction
 
 
-def _format_cell(value: Any) -> Any:
+def _format_cell(value: object) -> object:
     """Return a value as one cell of a CSV table: lists as JSON."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
 
 
-def _format_json_line(row: dict[str, Any]) -> str:
+def _format_json_line(row: dict[str, object]) -> str:
     """Return a row as one line, also for readers that end a line at U+2028."""
     line = json.dumps(row, ensure_ascii=False)
     for separator in LINE_SEPARATORS:
@@ -197,7 +196,7 @@ def _format_json_line(row: dict[str, Any]) -> str:
     return line + "\n"
 
 
-def _write_table(rows: list[dict[str, Any]], output: Path | None) -> str | None:
+def _write_table(rows: list[dict[str, object]], output: Path | None) -> str | None:
     if output is not None and output.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq

@@ -452,10 +452,10 @@ class Record(RecordPart):
     examples: list[Example] | None = None
     widget: list[WidgetExample] | None = None
     _folder: Path | None = PrivateAttr(default=None)
-    _recipe_json: dict[str, Any] | None = PrivateAttr(default=None)
+    _recipe_json: dict[str, object] | None = PrivateAttr(default=None)
 
     @field_serializer("recipe")
-    def _dump_recipe(self, recipe: Recipe) -> dict[str, Any]:
+    def _dump_recipe(self, recipe: Recipe) -> dict[str, object]:
         # The recipe as it was read: parsed and dumped again, 5 epochs would become 5.0.
         return self._recipe_json or recipe.to_dict()
 
@@ -484,7 +484,7 @@ class Record(RecordPart):
         return cls.parse(tree, str(path), fix)
 
     @classmethod
-    def parse(cls, tree: Any, where: str = "record", fix: str = "Run `hftl run` again") -> Self:
+    def parse(cls, tree: object, where: str = "record", fix: str = "Run `hftl run` again") -> Self:
         """Build a record from plain JSON.
 
         Raises:
@@ -552,11 +552,11 @@ class Record(RecordPart):
         return fingerprint({k: v for k, v in self.to_dict().items() if k not in UNHASHED_KEYS})
 
 
-def _describe_fault(tree: Any, error: ValidationError) -> str:
+def _describe_fault(tree: object, error: ValidationError) -> str:
     """Return the first finding in the words of the file: the dotted key and what is wrong."""
     first = error.errors(include_url=False)[0]
     keys: list[str] = []
-    value = tree
+    value: Any = tree
     for part in first["loc"]:
         # Between the keys pydantic names the members of a union, which the file does not hold.
         if _has_key(value, part):
@@ -575,7 +575,7 @@ def _describe_fault(tree: Any, error: ValidationError) -> str:
     return f"{key} is {repr(value)[:40]}, expected {expected}"
 
 
-def _has_key(value: Any, part: str | int) -> bool:
+def _has_key(value: object, part: str | int) -> bool:
     if isinstance(value, dict):
         return part in value
     return isinstance(value, list) and isinstance(part, int) and part < len(value)

@@ -3,9 +3,8 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from hftl.card.card import render_adaptation_card, render_card
 from hftl.card.metadata import EVERY_EVAL_EVER_FILE, build_benchmark_files
@@ -42,7 +41,7 @@ from hftl.runtime.run_folder import fingerprint
 
 
 def update_record(
-    run: Path, inputs: dict[str, Any], publish: bool, build: Callable[[], Record],
+    run: Path, inputs: Mapping[str, object], publish: bool, build: Callable[[], Record],
     write_published: Callable[[Record], None],
 ) -> Record:  # fmt: skip
     """Return the record, made anew where what it comes from has changed or a file of it is lost.

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from hftl.config.recipe import Recipe
 from hftl.data import image_inputs
@@ -168,7 +167,7 @@ def open_recipe(recipe: Recipe) -> ExperimentContext:
     return build_context(recipe, source, data_stage.prepare_data(recipe.data, spec))
 
 
-def check_recipe(recipe: Recipe) -> tuple[dict[str, Any], CheckFacts]:
+def check_recipe(recipe: Recipe) -> tuple[dict[str, str], CheckFacts]:
     """Return the header's facts and those of the preflight; trains and writes nothing."""
     context, arms = open_recipe(recipe), recipe.arms
     if not arms:

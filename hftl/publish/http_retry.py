@@ -118,7 +118,7 @@ class Retry:
         wait = FIRST_WAIT
         for attempt in itertools.count(1):
             began = time.monotonic()
-            response, trouble, error = self._try_once(send_once, request, how)
+            response, trouble, error = self._try_once(lambda: send_once(request, **how), request)
             if not trouble:
                 return response
             refused = response is not None and response.status_code in REFUSAL_STATUSES
@@ -138,11 +138,11 @@ class Retry:
             wait = min(2 * wait, MAX_WAIT)
 
     def _try_once(
-        self, send_once: Callable[..., Any], request: Any, how: dict[str, Any]
+        self, send_once: Callable[[], Any], request: Any
     ) -> tuple[Any, str, Exception | None]:
         """Return the response, what is wrong with it, and the error that came in its place."""
         try:
-            response = send_once(request, **how)
+            response = send_once()
         except self.library.TransportError as error:
             trouble = f"the hub gave no answer to {_describe_request(request)}"
             return None, f"{trouble}: {type(error).__name__}", error

@@ -146,12 +146,16 @@ def _load_head(path: Path) -> tuple[nn.Linear | None, str]:
     return head, pooling
 
 
+Batch = tuple[dict[str, Tensor | bool], Tensor | None]
+"""What the model takes, and for words the mask of the tokens whose outputs count."""
+
+
 def build_sample_batches(
     folder: Path, sample: Path, alone: bool
-) -> list[tuple[dict[str, Any], Tensor | None]]:
+) -> list[Batch]:
     """Return the model's inputs for the sample, batch by batch.
 
-    For words each batch has the mask of the tokens whose outputs count, the first of each word.
+    Of a word the first token counts.
 
     Args:
         folder: the published one.
@@ -186,7 +190,7 @@ def build_sample_batches(
 
 
 def compute_sample_logits(
-    model: nn.Module, batches: list[tuple[dict[str, Any], Tensor | None]], device: str
+    model: nn.Module, batches: list[Batch], device: str
 ) -> Tensor:
     """Return the logits of a sample, (outputs of the rows, outputs) float32."""
     parts = []
