@@ -2,19 +2,26 @@
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import TrainerState, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hftl.adapt.guard import GuardedCheckpoint, GuardRule, find_complete_checkpoint
+from hftl.adapt.guard import (
+    AdaptationResult,
+    GuardedCheckpoint,
+    GuardRule,
+    HeadTraining,
+    find_complete_checkpoint,
+)
 from hftl.config.adapt import Adapt
 from hftl.errors import RecipeError
+from hftl.measure.record import AdaptEvaluation
 from hftl.runtime import distributed
 from hftl.runtime.hardware import get_dtype_name, is_sharded
 from hftl.train.arguments import EVAL_BATCH_SIZE, build_training_arguments
@@ -44,12 +51,12 @@ class AdaptationTask:
     train: Dataset[Any]
     held_out: Dataset[Any]
     general: Dataset[Any] | None
-    collate: Callable[[list[Any]], dict[str, Any]]
+    collate: Callable[[list[Any]], dict[str, Tensor]]
 
 
 def train_new_head(
     model: Any, fresh: tuple[str, ...], task: AdaptationTask, stage: Adapt, seed: int, device: str,
-) -> dict[str, Any]:  # fmt: skip
+) -> HeadTraining:  # fmt: skip
     """Train the head's weights that the source lacks until its held-out loss levels off.
 
     The encoder is frozen: gradients of an untrained head would only distort it (Kumar et al. 2022,
@@ -62,9 +69,6 @@ def train_new_head(
         stage: the recipe's section.
         seed: of the order and the masks.
         device: where it trains.
-
-    Returns:
-        `steps`, and `loss`: held out, first and best.
     """
     model.requires_grad_(False)
     for name, parameter in model.head_parameters().items():
@@ -84,12 +88,13 @@ def train_new_head(
         args = _build_arguments(
             precision | {"per_device_train_batch_size": batch}, defaults, folder, seed, device
         )
-        trainer = _build_trainer(model, args, task, best, {"eval_dataset": task.held_out})
+        trainer = _build_trainer(model, args, task, best, task.held_out)
         trainer.train()
     _remove_autocast(trainer, model)
     best.restore(model)
+    assert best.best is not None
     losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
-    return {"steps": trainer.state.global_step, "loss": [losses[0], best.best]}
+    return HeadTraining(steps=trainer.state.global_step, loss=(losses[0], best.best))
 
 
 def adapt_encoder(
@@ -101,7 +106,7 @@ def adapt_encoder(
     seed: int,
     device: str,
     folder: Path,
-) -> dict[str, Any]:
+) -> AdaptationResult:
     """Train the trainable weights under the guard; resume from the newest complete checkpoint.
 
     Args:
@@ -114,21 +119,45 @@ def adapt_encoder(
         device: where it trains.
         folder: for checkpoints.
 
-    Returns:
-        `kept`, adapted or original, `why` where it is the original, `step` and `history`, losses in
-        nats per hidden token or per pixel of a hidden patch; and how it was trained.
-
     Raises:
         NumericError: when a loss is not finite.
     """
     safe = GuardedCheckpoint(rule, measure, stage.patience)
-    steps = count_steps(stage.training, len(task.train))  # pyright: ignore[reportArgumentType]
-    looks = max(1, math.ceil(steps / MAX_EVALUATIONS))
+    args = _build_guarded_arguments(stage, len(task.train), folder, seed, device)  # pyright: ignore
+    last = distributed.broadcast_from_main(lambda: find_complete_checkpoint(folder))
+    # The first evaluation is the start, which what was stopped has behind it.
+    args.eval_on_start = last is None
+    # The guard reads the general loss when the target's comes: evaluate it first.
+    held = {"general": task.general} if task.general is not None else {}
+    trainer = _build_trainer(model, args, task, safe, {**held, "target": task.held_out})
+    set_seed(seed)
+    _run_training(trainer, safe, last)
+    _remove_autocast(trainer, model)
+    adapted = safe.restore(model)
+    return AdaptationResult(
+        kept="adapted" if adapted else "original",
+        why=None if adapted else rule.explain(safe.history),
+        step=safe.best.step,
+        steps=trainer.state.global_step,
+        epochs=trainer.state.epoch,
+        history=[AdaptEvaluation(**vars(evaluation)) for evaluation in safe.history],
+        learning_rate=args.learning_rate,
+        precision=get_dtype_name(stage.training),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )
+
+
+def _build_guarded_arguments(
+    stage: Adapt, rows: int, folder: Path, seed: int, device: str
+) -> TrainingArguments:
+    """Return the arguments of a training that is evaluated and saved `MAX_EVALUATIONS` times."""
+    steps = count_steps(stage, rows)
+    interval = max(1, math.ceil(steps / MAX_EVALUATIONS))
     defaults = {
         "per_device_train_batch_size": TRAIN_BATCH_SIZE,
-        "eval_steps": looks,
+        "eval_steps": interval,
         "save_strategy": "steps",
-        "save_steps": looks,
+        "save_steps": interval,
         "save_total_limit": 2,
     }
     args = _build_arguments(stage.training, defaults, str(folder), seed, device)
@@ -136,36 +165,14 @@ def adapt_encoder(
         # transformers rounds up, and the first step of a warm-up has rate 0: the only one, or one
         # of a few.
         args.warmup_steps = 0
-    last = distributed.broadcast_from_main(lambda: find_complete_checkpoint(folder))
-    # The first evaluation is the start, which what was stopped has behind it.
-    args.eval_on_start = last is None
     # The Trainer deletes an old checkpoint before the new one is complete.
     args.save_total_limit = max(2, args.save_total_limit or 2)
-    # The guard reads the general loss when the target's comes: evaluate it first.
-    held = {"general": task.general} if task.general is not None else {}
-    trainer = _build_trainer(
-        model, args, task, safe, {"eval_dataset": {**held, "target": task.held_out}}
-    )
-    set_seed(seed)
-    _run_training(trainer, safe, last)
-    _remove_autocast(trainer, model)
-    adapted = safe.restore(model)
-    history = [vars(seen) for seen in safe.history]
-    return {
-        "kept": "adapted" if adapted else "original",
-        "why": None if adapted else rule.explain(safe.history),
-        "step": safe.best.step,
-        "steps": trainer.state.global_step,
-        "epochs": trainer.state.epoch,
-        "history": history,
-        "learning_rate": args.learning_rate,
-        "precision": get_dtype_name(stage.training),
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
+    return args
 
 
-def count_steps(training: dict[str, Any], rows: int) -> int:
-    """Return the number of optimizer steps of a training on so many rows."""
+def count_steps(stage: Adapt, rows: int) -> int:
+    """Return the number of optimizer steps of an adaptation on so many rows."""
+    training = stage.training
     if training.get("max_steps", 0) > 0:
         return training["max_steps"]
     batch = (
@@ -190,7 +197,8 @@ def _run_training(trainer: TransferTrainer, safe: GuardedCheckpoint, last: Path 
 
 
 def _build_arguments(
-    training: dict[str, Any], defaults: dict[str, Any], folder: str, seed: int, device: str,
+    training: Mapping[str, object], defaults: Mapping[str, object], folder: str, seed: int,
+    device: str,
 ) -> TrainingArguments:  # fmt: skip
     if is_sharded():
         raise RecipeError(
@@ -204,23 +212,23 @@ def _build_arguments(
         "logging_steps": 50,
         "prediction_loss_only": True,
     }
-    return build_training_arguments("adapt", training, common | defaults, folder, seed, device)
+    return build_training_arguments("adapt", training, {**common, **defaults}, folder, seed, device)
 
 
 def _build_trainer(
     model: nn.Module,
     args: TrainingArguments,
     task: AdaptationTask,
-    callback: Any,
-    more: dict[str, Any],
+    callback: TrainerCallback,
+    held_out: Dataset[Any] | dict[str, Dataset[Any]],
 ) -> TransferTrainer:
     trainer = TransferTrainer(
         model=model,
         args=args,
         train_dataset=task.train,
+        eval_dataset=held_out,
         data_collator=task.collate,
         callbacks=[callback],
-        **more,
     )
     replace_progress_callbacks(trainer)
     return trainer
@@ -246,7 +254,7 @@ def estimate_adaptation_seconds(
     """
     rows: Any = task.train
     size = int(stage.training.get("per_device_train_batch_size", TRAIN_BATCH_SIZE))
-    steps = count_steps(stage.training, len(rows))
+    steps = count_steps(stage, len(rows))
     micro = steps * int(stage.training.get("gradient_accumulation_steps", 1))
     step = time_step(model, _collate_first_rows(task, rows, size), stage.training, device)
     looks = 0.0
@@ -259,6 +267,6 @@ def estimate_adaptation_seconds(
     return micro * step + min(steps, MAX_EVALUATIONS + 1) * looks / distributed.get_world_size()
 
 
-def _collate_first_rows(task: AdaptationTask, rows: Any, size: int) -> dict[str, Any]:
+def _collate_first_rows(task: AdaptationTask, rows: Any, size: int) -> dict[str, Tensor]:
     """Return the first rows as a batch of the objective."""
     return select_model_inputs(task.collate([rows[i] for i in range(min(size, len(rows)))]))

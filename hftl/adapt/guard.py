@@ -6,22 +6,34 @@ under a warmed head; those that fail the guard are out, and the original stays w
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hftl.errors import NumericError
+from hftl.measure.record import (
+    AdaptEvaluation,
+    AdaptStage,
+    CorpusFacts,
+    GuardFigures,
+    LossChange,
+    Number,
+    OpenPart,
+)
 from hftl.runtime.distributed import broadcast_from_main, gather_values, is_main
 from hftl.runtime.run_folder import write_text
 from hftl.train.checkpoint import iterate_trainable
 
 BEST_WEIGHTS_FILE = "kept.safetensors"
 EVALUATIONS_FILE = "seen.json"
+MAX_EXPONENT = 700.0
+"""Above this loss exp leaves the range of floats."""
 
 
 @dataclass(frozen=True)
@@ -193,3 +205,72 @@ def find_complete_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint that is complete; None if there is none."""
     complete = [path for path in folder.glob("checkpoint-*") if (path / EVALUATIONS_FILE).exists()]
     return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+class HeadTraining(OpenPart):
+    """Describe the training of a new head; `loss` is held out, first and best."""
+
+    steps: int
+    loss: tuple[float, float] | None
+
+
+class AdaptationResult(OpenPart):
+    """Describe a training under its guard, and the evaluation whose weights were taken."""
+
+    kept: Literal["adapted", "original"]
+    why: str | None
+    """The reason where the original weights were taken."""
+    step: int
+    steps: int
+    epochs: Number | None
+    history: list[AdaptEvaluation]
+    """The first is the start. Losses are in nats per hidden token or per pixel of a hidden
+    patch."""
+    learning_rate: Number
+    precision: str
+    trainable_parameters: int
+
+
+class AdaptationFacts(AdaptationResult):
+    """Describe a finished adaptation: how it was made, from what, and its result."""
+
+    objective: Literal["mlm", "mae"]
+    method: Literal["full", "lora", "lora+blocks"]
+    guard: str
+    tolerance: Number
+    relative: bool = False
+    transductive: bool
+    corpus: CorpusFacts
+    warmed: HeadTraining
+    weights_sha256: str | None = None
+    """Of the adapted encoder."""
+
+
+def summarize_adaptation(facts: AdaptationFacts) -> AdaptStage:
+    """Return the record of one adaptation, from the evaluations that it was judged by."""
+    start = facts.history[0]
+    end = next(evaluation for evaluation in facts.history if evaluation.step == facts.step)
+    words = facts.objective == "mlm"
+    general = None
+    if start.general is not None and end.general is not None:
+        general = _compare_losses(start.general, end.general, words)
+    guard = GuardFigures(
+        kind=facts.guard, tolerance=facts.tolerance, before=start.guard, after=end.guard
+    )
+    changes = {
+        "loss": _compare_losses(start.target, end.target, words), "general": general,
+        "guard": guard,
+    }  # fmt: skip
+    return AdaptStage.model_validate(facts.to_dict() | changes)
+
+
+def _compare_losses(before: float, after: float, words: bool) -> LossChange:
+    fall = 1 - after / before
+    if not words:
+        return LossChange(before=before, after=after, fall=fall)
+    perplexity = (_perplexity(before), _perplexity(after))
+    return LossChange(before=before, after=after, fall=fall, perplexity=perplexity)
+
+
+def _perplexity(loss: float) -> float | None:
+    return math.exp(loss) if loss < MAX_EXPONENT else None

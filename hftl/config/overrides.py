@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import JsonValue
 
 from hftl.errors import RecipeError, format_error_line
 
@@ -134,11 +135,11 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
     node[last] = value
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Any, prefix: str = "") -> dict[str, JsonValue]:
     """Return nested mappings as `{dotted.key: value}`; an empty mapping is a value."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
-    flat: dict[str, Any] = {}
+    flat: dict[str, JsonValue] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat

@@ -190,7 +190,7 @@ def train_model(
             scale.standardize_head(regularizers.reference)
         # Weights in another unit are not what a stopped training goes on from.
         state = state and replace(
-            state, cache_key=state.cache_key | {"target_scale": asdict(scale)}
+            state, cache_key={**state.cache_key, "target_scale": asdict(scale)}
         )
     trained = iterate_trainable(built.model) if regularizers.alphas else ()
     start = {name: tensor.clone() for name, tensor in trained}

@@ -5,7 +5,7 @@ start; what is frozen has no gradient, so that nothing moves it.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,7 @@ class GradualCheckpoint:
     """Describe where the progress of a training is saved, and what the training depends on."""
 
     folder: Path
-    cache_key: dict[str, Any]
+    cache_key: Mapping[str, object]
 
 
 @dataclass(frozen=True)

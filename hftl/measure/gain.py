@@ -1,10 +1,8 @@
 """Compute gains: one arm minus another on the same test items, over seeds, with its interval."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,7 +19,6 @@ from hftl.measure.record import (
     Gain,
     Interval,
     LadderRow,
-    LossChange,
 )
 from hftl.measure.statistics import (
     MIN_SEEDS_FOR_P,
@@ -320,35 +317,7 @@ def average_metrics(entries: list[ArmEntry], arm: str) -> dict[str, float]:
     return {name: float(np.mean([by_name[name] for by_name in scores])) for name in scores[0]}
 
 
-# Adaptation: its losses before and after, and what it was worth to the task.
-
-
-MAX_EXPONENT = 700.0
-"""Above this loss exp leaves the range of floats."""
-
-
-def summarize_adaptation(facts: dict[str, Any]) -> AdaptStage:
-    """Return the record of one adaptation, from the evaluations that it was judged by.
-
-    Args:
-        facts: `history`, a list of {step, target, general, guard} whose first is the start, the
-            `step` whose weights were taken over, and how it was made, which the record repeats.
-    """
-    history = facts["history"]
-    start = history[0]
-    end = next(evaluation for evaluation in history if evaluation["step"] == facts["step"])
-    words = facts["objective"] == "mlm"
-    changes = {
-        "loss": _compare_losses(start["target"], end["target"], words),
-        "general": None
-        if start["general"] is None
-        else _compare_losses(start["general"], end["general"], words),
-        "guard": {
-            "kind": facts["guard"], "tolerance": facts["tolerance"], "before": start["guard"],
-            "after": end["guard"],
-        },
-    }  # fmt: skip
-    return AdaptStage.model_validate(facts | changes)
+# Adaptation: what it was worth to the task.
 
 
 def describe_adaptation_outcome(stages: list[AdaptStage], gain: Gain | None) -> str:
@@ -370,15 +339,3 @@ def describe_adaptation_outcome(stages: list[AdaptStage], gain: Gain | None) -> 
         "negative": "Adaptation did harm: without it the model is better",
         "undetermined": "Adaptation did not beat no adaptation beyond noise",
     }[gain.outcome]
-
-
-def _compare_losses(before: float, after: float, words: bool) -> LossChange:
-    fall = 1 - after / before
-    if not words:
-        return LossChange(before=before, after=after, fall=fall)
-    perplexity = (_perplexity(before), _perplexity(after))
-    return LossChange(before=before, after=after, fall=fall, perplexity=perplexity)
-
-
-def _perplexity(loss: float) -> float | None:
-    return math.exp(loss) if loss < MAX_EXPONENT else None

@@ -13,11 +13,11 @@ from hftl import console
 from hftl.adapt import adaptation as training
 from hftl.adapt.adaptation import estimate_adaptation_seconds
 from hftl.adapt.encoder_io import merge_encoder_state, set_trainable, write_encoder
+from hftl.adapt.guard import AdaptationFacts, HeadTraining, summarize_adaptation
 from hftl.config.adapt import Adapt
 from hftl.config.recipe import Recipe
 from hftl.errors import RunFolderError
 from hftl.finetune.context import ExperimentContext
-from hftl.measure.gain import summarize_adaptation
 from hftl.models.architectures import count_layers
 from hftl.models.encoders import check_block_count, count_blocks
 from hftl.models.lora_concat import check_concatenable, extract_factors, save_factors
@@ -34,9 +34,9 @@ from hftl.pipeline.objectives import (
 from hftl.pipeline.run import ArmContexts, FinishedStage, Run
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.progress import show_activity
-from hftl.runtime.run_folder import to_json
+from hftl.runtime.run_folder import StageInputs, to_json
 
-HEAD_FILE = "head.safetensors"
+HEAD_FILE, FACTS_FILE = "head.safetensors", "told.json"
 MIN_STEPS = 10
 """Steps below which an adaptation hardly moves the encoder."""
 
@@ -88,7 +88,7 @@ def _run_stage(
     stage = stages[number - 1]
     here = before[-1].context if before else context
     corpus = build_corpus(run, here, stage)
-    reads = {
+    reads: StageInputs = {
         "recipe": build_adapt_key(run.recipe, stages, number),
         "weights": here.weights_hash,
         "corpus": corpus.fingerprint,
@@ -100,20 +100,21 @@ def _run_stage(
     else:
         work = run.folder / "checkpoints" / folder.name
         distributed.broadcast_from_main(lambda: shutil.rmtree(work, ignore_errors=True))
-    facts = json.loads((folder / "told.json").read_text("utf-8"))
+    facts = AdaptationFacts.model_validate(_read_json(folder / FACTS_FILE))
     run.say(console.format_adaptation(summarize_adaptation(facts)))
-    if facts["kept"] == "original":
+    if facts.weights_sha256 is None:
         return FinishedStage(here, facts, folder)
     source = replace(
         here.source, folder=folder / "encoder", architecture=here.source.model_type,
         public_id=None, revision=None,
     )  # fmt: skip
-    weights = facts["weights_sha256"]
     head = folder / HEAD_FILE if stage.objective == "mlm" else None
     base, loras = None, ()
     if stage.method == "lora":
         base, loras = here.public_base, (*here.lora_factors, folder / "lora.safetensors")
-    return FinishedStage(here.with_encoder(source, weights, base, loras, head), facts, folder)
+    return FinishedStage(
+        here.with_encoder(source, facts.weights_sha256, base, loras, head), facts, folder
+    )
 
 
 def check_adaptations(recipe: Recipe, source: SourceModel) -> None:
@@ -144,9 +145,7 @@ def warn_of_few_steps(recipe: Recipe, context: ExperimentContext) -> list[str]:
     for stage in recipe.all_stages:
         rows = estimate_rows(recipe.data, context, stage)
         if rows is not None or stage.training.get("max_steps", 0) > 0:
-            warnings += _describe_few_steps(
-                stage, training.count_steps(stage.training, rows or 0), "about "
-            )
+            warnings += _describe_few_steps(stage, training.count_steps(stage, rows or 0), "about ")
     return list(dict.fromkeys(warnings))
 
 
@@ -161,17 +160,17 @@ def _describe_few_steps(stage: Adapt, steps: int, about: str = "") -> list[str]:
     ]
 
 
-def _is_stage_finished(run: Run, folder: Path, reads: dict[str, Any]) -> bool:
+def _is_stage_finished(run: Run, folder: Path, reads: StageInputs) -> bool:
     """Return True if an adaptation is finished and was made from these inputs.
 
     Raises:
         RunFolderError: if it was made from another source model, corpus or data.
     """
     finished = run_folder.read_stage_inputs(folder)
-    if finished is None or finished["recipe"] != reads["recipe"]:
+    if finished is None or finished.get("recipe") != reads.get("recipe"):
         return False
     if finished != reads:
-        what = next(key for key in reads if finished.get(key) != reads[key])
+        what = next(key for key in reads if finished.get(key) != reads.get(key))
         raise RunFolderError(
             f"{run.folder} was made with another {what}: {folder.name} does not fit",
             "Put it back, choose another --output, or start over with --restart",
@@ -186,7 +185,7 @@ def _adapt_stage(
     stage: Adapt,
     corpus: Corpus,
     folder: Path,
-    reads: dict[str, Any],
+    reads: StageInputs,
 ) -> None:
     """Train a new head, adapt, and write what the guard allows.
 
@@ -208,7 +207,7 @@ def _adapt_stage(
     model.to(context.device)
     rule = build_guard_rule(run.recipe, stage, before[0].facts if before else None)
     task = build_adaptation_task(context, plain, stage, corpus, seed)
-    steps = training.count_steps(stage.training, len(task.train))  # pyright: ignore
+    steps = training.count_steps(stage, len(task.train))  # pyright: ignore
     for warning in _describe_few_steps(stage, steps):
         run.say(f"  warning: {warning}")
     seconds = distributed.broadcast_from_main(
@@ -221,17 +220,17 @@ def _adapt_stage(
         model, task, stage, rule, build_guard_metric(run.recipe, plain, rule, corpus, model), seed,
         context.device, work / "steps",
     )  # fmt: skip
-    facts = {
-        "objective": stage.objective,
-        "method": stage.method,
-        "guard": rule.guard,
-        "tolerance": rule.tolerance,
-        "relative": rule.relative,
-        "transductive": stage.transductive,
-        "corpus": corpus.facts,
-        "warmed": json.loads((head / "told.json").read_text("utf-8")),
-        **result,
-    }
+    facts = AdaptationFacts(
+        objective=stage.objective,
+        method=stage.method,
+        guard=rule.guard,
+        tolerance=rule.tolerance,
+        relative=rule.relative,
+        transductive=stage.transductive,
+        corpus=corpus.facts,
+        warmed=HeadTraining.model_validate(_read_json(head / FACTS_FILE)),
+        **vars(result),
+    )
     distributed.broadcast_from_main(
         lambda: _commit_stage(context, stage, model, facts, head, folder, reads)
     )
@@ -245,13 +244,13 @@ def _prepare_head(
     stage: Adapt,
     corpus: Corpus,
     work: Path,
-    reads: dict[str, Any],
+    reads: StageInputs,
 ) -> Path:
     """Return the folder of the objective's head: the source's own, or one trained on the corpus,
     from where an earlier adaptation has left it."""
     head = work / "head"
     # Checkpoints of another number of processes are of other steps.
-    reads = reads | {"processes": distributed.get_world_size()}
+    reads = {**reads, "processes": distributed.get_world_size()}
 
     def stands() -> bool:
         if run_folder.read_stage_inputs(head) == reads:
@@ -267,7 +266,7 @@ def _prepare_head(
     _, lacking = build_objective(plain, plain, stage, seed, None)
     last = _find_previous_head(before[-1].folder if before else None, stage)
     model, _ = build_objective(context, plain, stage, seed, last)
-    facts: dict[str, Any] = {"steps": 0, "loss": None}
+    facts = HeadTraining(steps=0, loss=None)
     if lacking:
         # The encoder stands still, so that no teacher has to hold it.
         task = build_adaptation_task(
@@ -280,7 +279,7 @@ def _prepare_head(
     def keep() -> None:
         with run_folder.commit_stage(head, reads) as aside:
             save_file(_to_cpu(model.head_state()), aside / HEAD_FILE)
-            run_folder.write_text(aside / "told.json", to_json(facts))
+            run_folder.write_text(aside / FACTS_FILE, to_json(facts.to_dict()))
 
     distributed.broadcast_from_main(keep)
     return head
@@ -290,31 +289,35 @@ def _find_previous_head(before: Path | None, stage: Adapt) -> Path | None:
     """Return the head of the adaptation before, where it had the same objective."""
     if before is None:
         return None
-    facts = json.loads((before / "told.json").read_text("utf-8"))
-    return before / HEAD_FILE if facts["objective"] == stage.objective else None
+    facts = AdaptationFacts.model_validate(_read_json(before / FACTS_FILE))
+    return before / HEAD_FILE if facts.objective == stage.objective else None
+
+
+def _read_json(path: Path) -> object:
+    return json.loads(path.read_text("utf-8"))
 
 
 def _commit_stage(
     context: ExperimentContext,
     stage: Adapt,
     model: Any,
-    facts: dict[str, Any],
+    facts: AdaptationFacts,
     head: Path,
     folder: Path,
-    reads: dict[str, Any],
+    reads: StageInputs,
 ) -> None:
     """Write what the adaptation leaves: its figures, its head, and the encoder if it changed."""
     with run_folder.commit_stage(folder, reads) as aside:
-        if facts["kept"] == "adapted":
+        if facts.kept == "adapted":
             write_encoder(context.source, merge_encoder_state(model), aside / "encoder")
             changed_source = replace(context.source, folder=aside / "encoder")
-            facts["weights_sha256"] = hash_source_weights(changed_source)
+            facts = facts.model_copy(update={"weights_sha256": hash_source_weights(changed_source)})
             save_file(_to_cpu(model.head_state()), aside / HEAD_FILE)
             if stage.method == "lora":
                 save_factors(extract_factors(model.encoder), aside / "lora.safetensors")
         else:
             shutil.copy(head / HEAD_FILE, aside / HEAD_FILE)
-        run_folder.write_text(aside / "told.json", to_json(facts))
+        run_folder.write_text(aside / FACTS_FILE, to_json(facts.to_dict()))
 
 
 def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from typing import Any
+from dataclasses import dataclass
 
 from hftl import console
 from hftl.card.sections import describe_scratch_search
@@ -23,11 +23,17 @@ from hftl.pipeline.run import ArmContexts, Run
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.hardware import count_devices, get_dtype_name, measure_energy
 from hftl.runtime.progress import show_activity
-from hftl.runtime.run_folder import to_json
+from hftl.runtime.run_folder import StageInputs, to_json
 from hftl.train.arguments import build_training_arguments as common_arguments
 
-Job = tuple[Arm, int, dict[str, Any]]
-"""An arm, a seed, and what its folder will tell of where it comes from."""
+
+@dataclass(frozen=True)
+class Job:
+    """Name one arm and seed to run, and what its folder will depend on."""
+
+    arm: Arm
+    seed: int
+    reads: StageInputs
 
 
 def validate_upstream_arguments(recipe: Recipe, device: str) -> None:
@@ -60,14 +66,13 @@ def run_arms(run: Run, arm_contexts: ArmContexts) -> None:
     if jobs and len(jobs) < total:
         run.say(f"  {total - len(jobs)} of {total} arms x seeds stand already")
     for done, job in enumerate(jobs, total - len(jobs) + 1):
-        arm, seed, _ = job
-        with show_activity(f"[{done}/{total}] {arm.name} seed {seed}"):
-            _run_job(run, arm_contexts[arm.name], job, f"{done}/{total}")
+        with show_activity(f"[{done}/{total}] {job.arm.name} seed {job.seed}"):
+            _run_job(run, arm_contexts[job.arm.name], job, f"{done}/{total}")
 
 
 def _remove_finished_checkpoints(run: Run, jobs: list[Job]) -> None:
     """Remove the checkpoints of arms that are finished."""
-    missing = [(arm.name, seed) for arm, seed, _ in jobs]
+    missing = [(job.arm.name, job.seed) for job in jobs]
     for arm in run.arms:
         for seed in run.recipe.measure.seeds:
             if (arm.name, seed) not in missing:
@@ -76,14 +81,13 @@ def _remove_finished_checkpoints(run: Run, jobs: list[Job]) -> None:
 
 def _run_job(run: Run, context: ExperimentContext, job: Job, count: str) -> None:
     """Train on all processes, or solve on the main one, and write the arm's folder."""
-    arm, seed, _ = job
-    if arm.spec.is_solved:
+    if job.arm.spec.is_solved:
         distributed.broadcast_from_main(
-            lambda: _commit_arm(run, context, job, _run_arm(run, context, arm, seed), count)
+            lambda: _commit_arm(run, context, job, _run_arm(run, context, job), count)
         )
         return
     with measure_energy() as energy:
-        outcome = _run_arm(run, context, arm, seed)
+        outcome = _run_arm(run, context, job)
     outcome.timings |= energy
     distributed.broadcast_from_main(lambda: _commit_arm(run, context, job, outcome, count))
 
@@ -91,9 +95,9 @@ def _run_job(run: Run, context: ExperimentContext, job: Job, count: str) -> None
 def _commit_arm(
     run: Run, context: ExperimentContext, job: Job, outcome: ArmOutput, count: str
 ) -> None:
-    arm, seed, reads = job
+    arm, seed = job.arm, job.seed
     folder = run.arm_folder(arm.name, seed)
-    with run_folder.commit_stage(folder, reads) as aside:
+    with run_folder.commit_stage(folder, job.reads) as aside:
         arm_files.write_arm(aside, context.prepared, outcome, arm.name, arm.strategy, seed)
     shutil.rmtree(run.checkpoints(arm.name, seed), ignore_errors=True)
     metrics_file = arm_files.read_arm(folder, context.prepared).metrics_file
@@ -103,7 +107,7 @@ def _commit_arm(
 def _list_missing_jobs(run: Run, arm_contexts: ArmContexts) -> list[Job]:
     """Return every arm and seed that is not finished, with all that it depends on."""
     return [
-        (arm, seed, reads)
+        Job(arm, seed, reads)
         for arm in sorted(run.arms, key=lambda arm: list(STRATEGIES).index(arm.strategy))
         for reads in [build_arm_inputs(run.recipe, arm_contexts[arm.name], arm)]
         for seed in run.recipe.measure.seeds
@@ -118,7 +122,8 @@ def announce_run(run: Run, context: ExperimentContext) -> None:
         for arm in run.arms
         for seed in run.recipe.measure.seeds
         for read in [run_folder.read_stage_inputs(run.arm_folder(arm.name, seed))]
-        if read is None or read["recipe"] != build_arm_inputs(run.recipe, context, arm)["recipe"]
+        if read is None
+        or read.get("recipe") != build_arm_inputs(run.recipe, context, arm).get("recipe")
     ]
     if not run.arms:
         run.say(console.format_header(build_adaptation_header(run.recipe, context)))
@@ -129,36 +134,35 @@ def announce_run(run: Run, context: ExperimentContext) -> None:
         run.say(f"  warning: {warning}")
 
 
-def _run_arm(run: Run, context: ExperimentContext, arm: Arm, seed: int) -> ArmOutput:
+def _run_arm(run: Run, context: ExperimentContext, job: Job) -> ArmOutput:
+    arm, seed = job.arm, job.seed
     if arm.spec.is_solved:
         return baselines.solve_arm(context, arm, seed)
     if arm.spec.schedule == "rate_search":
-        rate = _search_scratch_rate(run, context, arm)
+        rate = _search_scratch_rate(run, context, job)
         return baselines.train_scratch(
             context, arm.finetune, run.recipe.measure.scratch, rate, seed
         )
-    reads = build_arm_inputs(run.recipe, context, arm)
     regularizers = prepare_retention(
-        context, arm, seed, run.recipe.measure.seeds, run.folder, reads, run.say
+        context, arm, seed, run.recipe.measure.seeds, run.folder, job.reads, run.say
     )
     state = GradualCheckpoint(
-        run.checkpoints(arm.name, seed), reads | {"processes": distributed.get_world_size()}
+        run.checkpoints(arm.name, seed), {**job.reads, "processes": distributed.get_world_size()}
     )
     return training.train_arm(context, arm.finetune, seed, regularizers, state)
 
 
-def _search_scratch_rate(run: Run, context: ExperimentContext, arm: Arm) -> float:
+def _search_scratch_rate(run: Run, context: ExperimentContext, job: Job) -> float:
     """Return the learning rate of scratch, searched once on the first seed."""
     folder = run.folder / "phases" / "search"
-    reads = build_arm_inputs(run.recipe, context, arm)
     stands = distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(folder) or {})
-    if stands | {"asked": reads["asked"]} != reads:
+    if {**stands, "asked": job.reads.get("asked")} != job.reads:
         search = baselines.search_rate(
-            context, arm.finetune, run.recipe.measure.scratch, run.recipe.measure.seeds[0]
+            context, job.arm.finetune, run.recipe.measure.scratch, run.recipe.measure.seeds[0]
         )
 
         def keep() -> None:
-            with run_folder.commit_stage(folder, reads) as aside:
+            with run_folder.commit_stage(folder, job.reads) as aside:
                 run_folder.write_text(aside / "search.json", to_json(search))
 
         distributed.broadcast_from_main(keep)

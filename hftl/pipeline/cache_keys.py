@@ -9,7 +9,8 @@ defines anew runs again.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import JsonValue
 
 from hftl.config import overrides
 from hftl.config.adapt import Adapt
@@ -19,6 +20,7 @@ from hftl.errors import RunFolderError
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.strategies import STRATEGIES
 from hftl.runtime import run_folder
+from hftl.runtime.run_folder import StageInputs
 
 SEMANTICS = 3
 """Raised when the same recipe and data train, draw or choose otherwise than before, or when the
@@ -52,7 +54,7 @@ class CacheRules:
         starts = [s for s in (*self.unread, *self.read) if key == s or key.startswith(f"{s}.")]
         return self.unread.get(max(starts, key=len, default=""))
 
-    def select(self, flat: Mapping[str, Any]) -> dict[str, Any]:
+    def select(self, flat: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
         """Return the flattened recipe without the unread keys."""
         return {key: value for key, value in flat.items() if self.explain(key) is None}
 
@@ -106,17 +108,17 @@ def get_arm_rules(arm: Arm) -> CacheRules:
     )
 
 
-def build_data_key(recipe: Recipe) -> dict[str, Any]:
+def build_data_key(recipe: Recipe) -> dict[str, JsonValue]:
     """Return the recipe keys, with their values, that the data phase reads."""
     return DATA_RULES.select(flatten_recipe(recipe))
 
 
-def build_general_key(recipe: Recipe) -> dict[str, Any]:
+def build_general_key(recipe: Recipe) -> dict[str, JsonValue]:
     """Return the recipe keys, with their values, that the general rows depend on."""
     return GENERAL_RULES.select(flatten_recipe(recipe))
 
 
-def build_adapt_key(recipe: Recipe, stages: Sequence[Adapt], number: int) -> dict[str, Any]:
+def build_adapt_key(recipe: Recipe, stages: Sequence[Adapt], number: int) -> dict[str, JsonValue]:
     """Return the recipe keys, with their values, that one adaptation reads.
 
     Args:
@@ -127,7 +129,7 @@ def build_adapt_key(recipe: Recipe, stages: Sequence[Adapt], number: int) -> dic
     return ADAPT_RULES.select(_flatten_sections(recipe) | flatten_stages(stages[:number]))
 
 
-def build_arm_key(recipe: Recipe, arm: Arm) -> dict[str, Any]:
+def build_arm_key(recipe: Recipe, arm: Arm) -> dict[str, JsonValue]:
     """Return the recipe keys, with their values, that an arm reads; the same for every seed.
 
     The search of scratch's learning rate and the choice of a KL weight depend on the same keys.
@@ -141,13 +143,13 @@ def build_arm_key(recipe: Recipe, arm: Arm) -> dict[str, Any]:
     return get_arm_rules(arm).select(flat)
 
 
-def build_arm_inputs(recipe: Recipe, context: ExperimentContext, arm: Arm) -> dict[str, Any]:
+def build_arm_inputs(recipe: Recipe, context: ExperimentContext, arm: Arm) -> StageInputs:
     """Return all that an arm depends on: recipe keys, version, weights and rows."""
     key = build_arm_key(recipe, arm)
     if context.prepared.modality == "image":
         # Images have no tokens.
         key.pop("data.max_length", None)
-    inputs = {
+    inputs: StageInputs = {
         "recipe": key,
         "asked": select_recipe_values(recipe, key),
         "semantics": SEMANTICS,
@@ -159,7 +161,7 @@ def build_arm_inputs(recipe: Recipe, context: ExperimentContext, arm: Arm) -> di
     return inputs
 
 
-def is_arm_finished(run: Path, folder: Path, inputs: dict[str, Any]) -> bool:
+def is_arm_finished(run: Path, folder: Path, inputs: StageInputs) -> bool:
     """Return True if an arm is finished and was made from these inputs.
 
     Raises:
@@ -167,7 +169,7 @@ def is_arm_finished(run: Path, folder: Path, inputs: dict[str, Any]) -> bool:
             that trained otherwise.
     """
     finished = run_folder.read_stage_inputs(folder)
-    if finished is None or finished["recipe"] != inputs["recipe"]:
+    if finished is None or finished.get("recipe") != inputs.get("recipe"):
         return False
     for key, what in (
         ("weights", "another source model"), ("data", "other data"),
@@ -188,13 +190,13 @@ def _build_misfit_error(run: Path, folder: Path, what: str) -> RunFolderError:
     )
 
 
-def select_recipe_values(recipe: Recipe, reads: dict[str, Any]) -> dict[str, Any]:
+def select_recipe_values(recipe: Recipe, reads: dict[str, JsonValue]) -> dict[str, JsonValue]:
     """Return what the recipe itself says of the keys that an arm reads."""
     flat = flatten_recipe(recipe)
     return {key: flat.get(key) for key in reads}
 
 
-def flatten_stages(stages: Sequence[Adapt]) -> dict[str, Any]:
+def flatten_stages(stages: Sequence[Adapt]) -> dict[str, JsonValue]:
     """Return the adaptations as `adapt.key`, or `adapt.0.key` where there are several."""
     dumped = [stage.model_dump(mode="json") for stage in stages]
     if not dumped:
@@ -204,7 +206,7 @@ def flatten_stages(stages: Sequence[Adapt]) -> dict[str, Any]:
     return overrides.flatten({str(i): stage for i, stage in enumerate(dumped)}, "adapt")
 
 
-def flatten_retain(retain: Retain) -> dict[str, Any]:
+def flatten_retain(retain: Retain) -> dict[str, JsonValue]:
     """Return the section of an arm as `retain.key`, or `retain.kl.0.key` of several terms."""
     tree = {
         key: dict(enumerate(value)) if isinstance(value, list) and key == "kl" else value
@@ -217,7 +219,7 @@ def flatten_retain(retain: Retain) -> dict[str, Any]:
     return overrides.flatten(tree, "retain")
 
 
-def describe_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def describe_changes(old: dict[str, JsonValue], new: dict[str, JsonValue]) -> list[str]:
     """Return `key: old -> new` for every key that differs."""
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return [f"{key}: {_format_value(old, key)} -> {_format_value(new, key)}" for key in keys]
@@ -235,11 +237,13 @@ def refuse_changed(recipe: Recipe, run: Path, arms: Sequence[Arm]) -> None:
         inputs = run_folder.read_stage_inputs(run / "phases" / f"adapt-{number}")
         if inputs is not None:
             changes |= set(
-                describe_changes(inputs["recipe"], build_adapt_key(recipe, recipe.stages, number))
+                describe_changes(
+                    inputs.get("recipe", {}), build_adapt_key(recipe, recipe.stages, number)
+                )
             )
     data = run_folder.read_stage_inputs(run / "phases" / "data")
     if data is not None:
-        changes |= set(describe_changes(data["recipe"], build_data_key(recipe)))
+        changes |= set(describe_changes(data.get("recipe", {}), build_data_key(recipe)))
     for arm in arms:
         for folder in sorted((run / "arms").glob(f"{arm.name}-seed[0-9]*")):
             inputs = run_folder.read_stage_inputs(folder)
@@ -254,16 +258,16 @@ def refuse_changed(recipe: Recipe, run: Path, arms: Sequence[Arm]) -> None:
         )
 
 
-def _describe_arm_changes(inputs: dict[str, Any], recipe: Recipe, arm: Arm) -> set[str]:
+def _describe_arm_changes(inputs: StageInputs, recipe: Recipe, arm: Arm) -> set[str]:
     """Return the changes that a finished arm has read and that the recipe itself has made.
 
     Where the recipe says what it said then, `measure` has changed the arm, which runs again; so it
     does where adaptations were added after those that it had.
     """
-    before, now = inputs["recipe"], build_arm_key(recipe, arm)
+    before, now = inputs.get("recipe", {}), build_arm_key(recipe, arm)
     if "data.max_length" not in before:
         now.pop("data.max_length", None)
-    then, flat = inputs["asked"], flatten_recipe(recipe)
+    then, flat = inputs.get("asked", {}), flatten_recipe(recipe)
     adapted = {key: value for key, value in before.items() if key.startswith("adapt.")}
     old, new = sum(key.endswith(".objective") for key in adapted), len(arm.stages)
     is_extended = 0 < old < new and adapted == flatten_stages(arm.stages[:old])
@@ -279,18 +283,18 @@ def _describe_arm_changes(inputs: dict[str, Any], recipe: Recipe, arm: Arm) -> s
     return changes
 
 
-def _flatten_sections(recipe: Recipe) -> dict[str, Any]:
+def _flatten_sections(recipe: Recipe) -> dict[str, JsonValue]:
     """Return the recipe by dotted keys, without `adapt` and `retain`, which arms have their own."""
     tree = recipe.to_dict()
     del tree["adapt"], tree["retain"]
     return overrides.flatten(tree)
 
 
-def flatten_recipe(recipe: Recipe) -> dict[str, Any]:
+def flatten_recipe(recipe: Recipe) -> dict[str, JsonValue]:
     """Return the whole recipe by dotted keys."""
     retain = {} if recipe.retain is None else flatten_retain(recipe.retain)
     return _flatten_sections(recipe) | flatten_stages(recipe.stages) | retain
 
 
-def _format_value(values: dict[str, Any], key: str) -> str:
+def _format_value(values: dict[str, JsonValue], key: str) -> str:
     return str(values[key]) if key in values else "unset"

@@ -1,12 +1,13 @@
 """Build the corpora of adaptation, each once: read, without validation and test rows, on disk."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import AliasChoices, BaseModel, Field
 
 from hftl.config.adapt import Adapt
 from hftl.config.data import Data
@@ -20,6 +21,7 @@ from hftl.data.rows import BadRows, Row
 from hftl.data.splits import MEASURED_SPLITS, hash_text
 from hftl.errors import DataError
 from hftl.finetune.context import ExperimentContext, build_input_spec, pin_revisions
+from hftl.measure.record import CorpusFacts
 from hftl.models.architectures import TOKEN_CLASSIFICATION
 from hftl.pipeline.run import Run
 from hftl.runtime import distributed, run_folder
@@ -31,6 +33,28 @@ HELD_OUT_ALL = 1 - 1e-9
 """The share of them that is held out: nothing is learnt from them."""
 
 
+class StoredCorpus(BaseModel, frozen=True):
+    """Describe a corpus in its folder; the counts of blocks and tokens are None for images."""
+
+    origin: str = Field(validation_alias=AliasChoices("from", "origin"), serialization_alias="from")
+    transductive: bool
+    documents: int
+    held_out_documents: int
+    duplicates: int
+    leaked: int
+    bad_rows: int
+    fingerprint: str
+    blocks: int | None = None
+    held_out_blocks: int | None = None
+    tokens: int | None = None
+    held_out_tokens: int | None = None
+    empty: int | None = None
+
+    def to_dict(self) -> dict[str, str | int]:
+        """Return the counts that are known, as the record holds them."""
+        return self.model_dump(by_alias=True, exclude_none=True)
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Hold the rows that an adaptation trains on: blocks of text, or the hashes of images.
@@ -39,7 +63,7 @@ class Corpus:
     `fingerprint` tells all of them from others.
     """
 
-    facts: dict[str, Any]
+    facts: CorpusFacts
     fingerprint: str
     train: Any
     held_out: Any
@@ -57,10 +81,9 @@ def build_corpus(run: Run, context: ExperimentContext, stage: Adapt) -> Corpus:
     general = None
     if run.recipe.data.general is not None:
         general = _build_corpus_folder(run, context, stage, "general", "general")
-    facts = _read_facts(made)
-    stamp = fingerprint(
-        [_read_facts(folder)["fingerprint"] for folder in (made, general) if folder]
-    )
+    stored = [_read_stored(folder) for folder in (made, general) if folder]
+    facts = CorpusFacts.model_validate(stored[0].to_dict())
+    stamp = fingerprint([corpus.fingerprint for corpus in stored])
     if context.prepared.modality == "text":
         return Corpus(
             facts, stamp, TokenBlocks(made, "train"), TokenBlocks(made, "held_out"),
@@ -98,9 +121,8 @@ def _build_corpus_folder(
         if run_folder.read_stage_inputs(folder) is None:
             maker = _write_texts if context.prepared.modality == "text" else _write_images
             with run_folder.commit_stage(folder, reads) as aside:
-                facts = maker(run, context, stage, part, aside)
-                facts_file = {"from": part, "transductive": stage.transductive, **facts}
-                run_folder.write_text(aside / "facts.json", to_json(facts_file))
+                stored = maker(run, context, stage, part, aside)
+                run_folder.write_text(aside / "facts.json", to_json(stored.to_dict()))
         return folder.name
 
     return run.folder / "phases" / distributed.broadcast_from_main(make)
@@ -111,13 +133,13 @@ def _pin_data(run: Run, context: ExperimentContext) -> Data:
     return pin_revisions(run.recipe.data, context.prepared.facts.hub_revisions)
 
 
-def _read_facts(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "facts.json").read_text("utf-8"))
+def _read_stored(folder: Path) -> StoredCorpus:
+    return StoredCorpus.model_validate(json.loads((folder / "facts.json").read_text("utf-8")))
 
 
 def _build_corpus_key(
     run: Run, context: ExperimentContext, stage: Adapt, part: str
-) -> dict[str, Any]:
+) -> Mapping[str, object]:
     """Return what a corpus depends on: content, never paths."""
     data = _pin_data(run, context)
     rows = part == "train" and data.task is not None
@@ -136,7 +158,7 @@ def _build_corpus_key(
 
 def _build_encoding_key(
     run: Run, context: ExperimentContext, stage: Adapt, general: bool
-) -> dict[str, Any]:
+) -> Mapping[str, object]:
     """Return what the encoding of a corpus depends on."""
     if isinstance(context.inputs, ImageInputs):
         seen = fingerprint(context.inputs.processor.to_dict())
@@ -157,7 +179,7 @@ def _build_block_spec(
 
 def _write_texts(
     run: Run, context: ExperimentContext, stage: Adapt, part: str, folder: Path
-) -> dict[str, Any]:
+) -> StoredCorpus:
     """Write the tokens of a text corpus, without texts of validation and test."""
     data, rows = _pin_data(run, context), context.prepared.rows
     bad = BadRows(skip=data.bad_rows == "skip")
@@ -178,8 +200,10 @@ def _write_texts(
     if stage.transductive or general:
         drop = lambda text: False  # noqa: E731
     cut = _build_block_spec(run, context, stage, general)
-    facts = write_text(texts, context.inputs.tokenizer, cut, drop, folder)  # pyright: ignore
-    return {**asdict(facts), "bad_rows": bad.count}
+    counts = write_text(texts, context.inputs.tokenizer, cut, drop, folder)  # pyright: ignore
+    return StoredCorpus(
+        origin=part, transductive=stage.transductive, bad_rows=bad.count, **asdict(counts)
+    )
 
 
 def build_leak_test(context: ExperimentContext) -> Callable[[Row], bool]:
@@ -225,7 +249,7 @@ def _sample_texts(texts: Iterable[str], seed: int) -> list[str]:
 
 def _write_images(
     run: Run, context: ExperimentContext, stage: Adapt, part: str, folder: Path
-) -> dict[str, Any]:
+) -> StoredCorpus:
     """Write the pixels of an image corpus, without images of validation and test."""
     data, prepared = _pin_data(run, context), context.prepared
     inputs = context.inputs
@@ -259,14 +283,16 @@ def _write_images(
         )
     splits = {"held_out": distinct_names[:held], "train": distinct_names[held:]}
     run_folder.write_text(folder / "kept.json", json.dumps(splits))
-    return {
-        "documents": len(splits["train"]),
-        "held_out_documents": held,
-        "duplicates": len(rows) - len(distinct),
-        "leaked": len(names) - len(distinct_names),
-        "bad_rows": bad.count,
-        "fingerprint": fingerprint(sorted(distinct_names)),
-    }
+    return StoredCorpus(
+        origin=part,
+        transductive=stage.transductive,
+        documents=len(splits["train"]),
+        held_out_documents=held,
+        duplicates=len(rows) - len(distinct),
+        leaked=len(names) - len(distinct_names),
+        bad_rows=bad.count,
+        fingerprint=fingerprint(sorted(distinct_names)),
+    )
 
 
 def load_canvases(context: ExperimentContext, names: list[str]) -> list[np.ndarray]:

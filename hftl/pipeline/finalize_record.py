@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from hftl.adapt.guard import summarize_adaptation
 from hftl.card.card import render_adaptation_card, render_card
 from hftl.card.metadata import EVERY_EVAL_EVER_FILE, build_benchmark_files
 from hftl.card.plots import plot_frontier, plot_ladder
@@ -17,7 +18,6 @@ from hftl.measure.error_analysis import ErrorAnalysis, analyze_errors, collect_s
 from hftl.measure.gain import (
     describe_adaptation_outcome,
     select_lesser_gain,
-    summarize_adaptation,
 )
 from hftl.measure.record import (
     PUBLISHED_FILE,

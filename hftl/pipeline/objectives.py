@@ -9,7 +9,7 @@ from torch.utils.data import Subset
 
 from hftl.adapt import adaptation as training
 from hftl.adapt.encoder_io import merge_encoder_state
-from hftl.adapt.guard import GuardRule
+from hftl.adapt.guard import AdaptationFacts, GuardRule
 from hftl.adapt.mae import check_mae_architecture, compute_teacher_features, load_mae
 from hftl.adapt.mlm import find_mlm_class, load_mlm
 from hftl.config.adapt import DEFAULT_TOLERANCES, Adapt
@@ -77,16 +77,16 @@ def build_objective(
     return model, fresh
 
 
-def build_guard_rule(recipe: Recipe, stage: Adapt, first: dict[str, Any] | None) -> GuardRule:
+def build_guard_rule(recipe: Recipe, stage: Adapt, first: AdaptationFacts | None) -> GuardRule:
     """Return the guard that the recipe names, else the strongest that its data allow."""
     guard = stage.guard
     if guard is None:
         guard = "neighbours" if recipe.data.task is None else "probe"
     tolerance = DEFAULT_TOLERANCES[guard] if stage.tolerance is None else stage.tolerance
     probed, masked = guard == "probe", stage.objective == "mae"
-    same = first is not None and first["guard"] == guard and guard != "off"
+    same = first is not None and first.guard == guard and guard != "off"
     return GuardRule(
-        guard, tolerance, origin=first["history"][0]["guard"] if first and same else None,
+        guard, tolerance, origin=first.history[0].guard if first and same else None,
         by_guard=masked and probed,
         relative=probed and recipe.data.task == "regression" or masked and guard == "general",
     )  # fmt: skip

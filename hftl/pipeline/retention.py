@@ -4,10 +4,9 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hftl.config.recipe import Arm, Recipe
 from hftl.config.retain import EWC, Retain
@@ -30,21 +29,22 @@ from hftl.finetune.retention import (
     set_kl_weight,
 )
 from hftl.finetune.targets import compute_target_scale
+from hftl.measure.record import ChosenKLWeight
 from hftl.models.heads import LoadedModel
 from hftl.models.source import SourceModel
 from hftl.pipeline.cache_keys import SEMANTICS
 from hftl.retain.fisher import compute_fisher, describe_fisher, load_fisher, save_fisher
-from hftl.retain.reference import move_batch
+from hftl.retain.reference import HeadQuality, move_batch
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.progress import show_activity
-from hftl.runtime.run_folder import fingerprint, to_json
+from hftl.runtime.run_folder import StageInputs, fingerprint, to_json
 
 FISHER_FILE = "fisher.safetensors"
 
 
 def prepare_retention(
     context: ExperimentContext, arm: Arm, seed: int, seeds: list[int], folder: Path,
-    reads: dict[str, Any], say: Callable[[str], None],
+    reads: StageInputs, say: Callable[[str], None],
 ) -> RegularizerSetup:  # fmt: skip
     """Return what keeps one training of an arm near its original. Collective.
 
@@ -54,16 +54,20 @@ def prepare_retention(
         seed: of this training.
         seeds: of all; a weight that is to be chosen is chosen on the first.
         folder: of the run.
-        reads: the arm's cache key, which the choice depends on.
+        reads: what the arm depends on, and so does the choice.
         say: receives a line about a choice.
     """
     retain = arm.retain
     if retain is None:
         return RegularizerSetup()
-    facts = _describe_probe(context, arm, seed, say)
+    facts: dict[str, object] = {}
+    quality = _measure_probe(context, arm, seed, say)
+    if quality is not None:
+        facts["head_opinion"] = asdict(quality) | {"weak": quality.is_weak}
     if has_auto_weight(retain):
-        facts["kl_weight"] = _choose_kl_weight(context, arm, seeds[0], folder, reads, say)
-        retain = set_kl_weight(retain, facts["kl_weight"]["weight"])
+        choice = _choose_kl_weight(context, arm, seeds[0], folder, reads, say)
+        facts["kl_weight"] = choice.to_dict()
+        retain = set_kl_weight(retain, choice.weight)
     setup = _build_setup(context, arm, retain, seed, folder)
     return replace(setup, facts=setup.facts | facts)
 
@@ -101,21 +105,19 @@ def check_replay_labels(recipe: Recipe, context: ExperimentContext) -> None:
         check_general_labels(context.general, context.label_column, context.prepared.names)
 
 
-def _describe_probe(
+def _measure_probe(
     context: ExperimentContext, arm: Arm, seed: int, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Return the record's facts on the head that KL compares, and warn of a weak one."""
+) -> HeadQuality | None:
+    """Return the quality of the head that KL compares, and warn of a weak one. Collective."""
     assert arm.retain is not None
     quality = measure_probe_quality(context, arm.retain, arm.finetune, seed)
-    if quality is None:
-        return {}
-    if quality.is_weak:
+    if quality is not None and quality.is_weak:
         say(
             f"  warning: {arm.name} seed {seed}: kl.on=probe compares a head that hardly predicts "
             f"the labels (loss {quality.loss:.3f} on train, {quality.shares:.3f} by label "
             "frequencies alone); consider retain.kl.on=relational"
         )
-    return {"head_opinion": asdict(quality) | {"weak": quality.is_weak}}
+    return quality
 
 
 def _build_setup(
@@ -138,9 +140,9 @@ def _build_start_model(context: ExperimentContext, arm: Arm, seed: int) -> Loade
 
 
 def _choose_kl_weight(
-    context: ExperimentContext, arm: Arm, seed: int, folder: Path, reads: dict[str, Any],
+    context: ExperimentContext, arm: Arm, seed: int, folder: Path, reads: StageInputs,
     say: Callable[[str], None],
-) -> dict[str, Any]:  # fmt: skip
+) -> ChosenKLWeight:  # fmt: skip
     """Return the weight of KL and what was tried, chosen once for all seeds of an arm."""
     retain, stage = arm.retain, folder / "phases" / f"weight-{arm.name}"
     assert retain is not None
@@ -167,10 +169,10 @@ def _choose_kl_weight(
 
         distributed.broadcast_from_main(commit)
         say(f"  {arm.name}: KL weight {choice['weight']:g} forgets least within one standard error")
-    return json.loads((stage / "weight.json").read_text("utf-8"))
+    return ChosenKLWeight.model_validate(json.loads((stage / "weight.json").read_text("utf-8")))
 
 
-def _share_inputs(stage: Path) -> Any:
+def _share_inputs(stage: Path) -> StageInputs | None:
     return distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(stage))
 
 
@@ -211,7 +213,7 @@ def _prepare_fisher(
 
 def _compute_fisher(
     context: ExperimentContext, arm: Arm, config: EWC, seed: int, rows: int
-) -> tuple[dict[str, torch.Tensor], float]:
+) -> tuple[dict[str, Tensor], float]:
     """Return the information of the start model on general rows, and its scale."""
     loaded = _build_start_model(context, arm, seed)
     scale = compute_target_scale(context, seed)
@@ -222,7 +224,7 @@ def _compute_fisher(
     # The empirical information alone reads labels.
     dataset = build_general_dataset(context, config.fisher == "empirical")
 
-    def get_batch(number: int) -> dict[str, Any]:
+    def get_batch(number: int) -> dict[str, Tensor]:
         batch = context.inputs.collate([dict(dataset[number])])
         return move_batch(batch, torch.device(context.device))
 

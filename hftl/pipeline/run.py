@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from hftl.adapt.guard import AdaptationFacts
 from hftl.config.recipe import Arm, Recipe
 from hftl.finetune.context import ExperimentContext
 
@@ -39,5 +39,5 @@ class FinishedStage:
     """Hold one finished adaptation; the next one starts from `context`."""
 
     context: ExperimentContext
-    facts: dict[str, Any]
+    facts: AdaptationFacts
     folder: Path

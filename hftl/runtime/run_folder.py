@@ -11,12 +11,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, JsonValue
 
 from hftl.errors import LockedError, RecipeError, RunFolderError
 from hftl.runtime import distributed
@@ -29,6 +30,33 @@ RUN_FILES = (
     "report.html", "error.json", "log.txt", ".lock",
 )  # fmt: skip
 """Every name that a run folder may hold."""
+
+
+class StageInputs(TypedDict, total=False):
+    """Hold what a stage depends on, as its manifest stores it; each stage has some of these keys.
+
+    Stages that are only compared as a whole store keys of their own.
+    """
+
+    recipe: dict[str, JsonValue]
+    """The dotted recipe keys that the stage has read, with their values."""
+    asked: dict[str, JsonValue]
+    """What the recipe itself says of these keys; an arm of `measure` may differ."""
+    semantics: int
+    weights: str
+    data: str
+    general: str
+    corpus: str
+    processes: int
+    """Processes that share a step, where checkpoints of another number are of no use."""
+    inputs: str | None
+
+
+class Manifest(BaseModel, frozen=True):
+    """List the files of a complete stage with their sha256, and what it depends on."""
+
+    files: dict[str, str]
+    reads: dict[str, JsonValue]
 
 
 def create_run_folder(run: Path) -> None:
@@ -85,12 +113,12 @@ def lock_run(run: Path) -> Iterator[None]:
 
 
 @contextmanager
-def commit_stage(folder: Path, reads: dict[str, Any]) -> Iterator[Path]:
+def commit_stage(folder: Path, reads: Mapping[str, object]) -> Iterator[Path]:
     """Yield a folder to write into; on success hash its files and rename it to `folder`.
 
     Args:
         folder: of the stage, replaced as a whole.
-        reads: the dotted recipe keys, and values, that the stage depends on.
+        reads: what the stage depends on, see `StageInputs`.
 
     Raises:
         RunFolderError: on another process than the main one, which alone writes.
@@ -106,7 +134,8 @@ def commit_stage(folder: Path, reads: dict[str, Any]) -> Iterator[Path]:
         shutil.rmtree(aside)
     aside.mkdir()
     yield aside
-    write_text(aside / MANIFEST, to_json({"files": _hash_files(aside), "reads": reads}))
+    manifest = Manifest.model_construct(files=_hash_files(aside), reads=reads)
+    write_text(aside / MANIFEST, to_json(vars(manifest)))
     if folder.exists():
         old = folder.parent / f".tmp-old-{folder.name}"
         folder.rename(old)
@@ -117,7 +146,7 @@ def commit_stage(folder: Path, reads: dict[str, Any]) -> Iterator[Path]:
     _sync_to_disk(folder.parent)
 
 
-def read_stage_inputs(folder: Path) -> dict[str, Any] | None:
+def read_stage_inputs(folder: Path) -> StageInputs | None:
     """Return what a complete stage depended on, after checking its files; None where it is absent.
 
     Raises:
@@ -126,16 +155,16 @@ def read_stage_inputs(folder: Path) -> dict[str, Any] | None:
     if not folder.exists():
         return None
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        expected, read = dict(manifest["files"]), manifest["reads"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        stored = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = Manifest.model_validate(stored)
+    except (OSError, ValueError) as error:
         raise _make_damage_error(folder, MANIFEST, "missing or unreadable") from error
-    for name, digest in expected.items():
+    for name, digest in manifest.files.items():
         if not (folder / name).is_file():
             raise _make_damage_error(folder, name, "missing")
         if hash_file(folder / name) != digest:
             raise _make_damage_error(folder, name, "not what was written")
-    return read
+    return cast(StageInputs, manifest.reads)
 
 
 def check_finished_files(run: Path, only: str | None = None) -> None:
@@ -198,7 +227,9 @@ def rewrite_finished_files(run: Path, texts: dict[str, str]) -> None:
     write_finished_files(run)
 
 
-def _write_file_list(run: Path, files: dict[str, Any], inputs: str | None = None) -> None:
+def _write_file_list(
+    run: Path, files: Mapping[str, str | list[str]], inputs: str | None = None
+) -> None:
     done = run / REPORT_STAGE
     if inputs is None:
         inputs = (read_stage_inputs(done) or {}).get("inputs")
@@ -206,7 +237,7 @@ def _write_file_list(run: Path, files: dict[str, Any], inputs: str | None = None
         write_text(aside / "files.json", to_json(files))
 
 
-def _read_file_list(run: Path) -> dict[str, Any]:
+def _read_file_list(run: Path) -> dict[str, str | list[str]]:
     """Return the hash of each finished file by path, or two of one that was being rewritten."""
     stored = run / REPORT_STAGE / "files.json"
     return json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
