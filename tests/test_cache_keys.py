@@ -96,6 +96,10 @@ OTHER_VALUES: dict[str, Any] = {
 """Of keys whose type does not say what another value could be."""
 
 
+MADE = Recipe.parse(WHOLE)
+FLAT = flatten_recipe(MADE)
+
+
 def change_value(key: str, value: Any) -> Any:
     """Return another value of a recipe key."""
     if key in OTHER_VALUES:
@@ -113,22 +117,20 @@ def change_value(key: str, value: Any) -> Any:
             return f"{value or 'x'}2"
 
 
-def list_rules(made: Recipe) -> dict[str, CacheRules]:
-    arms = {f"arm {arm.name}": get_arm_rules(arm) for arm in made.arms}
-    return {"data": DATA_RULES, "general": GENERAL_RULES, "adapt": ADAPT_RULES, **arms}
+RULES: dict[str, CacheRules] = {
+    "data": DATA_RULES, "general": GENERAL_RULES, "adapt": ADAPT_RULES,
+    **{f"arm {arm.name}": get_arm_rules(arm) for arm in MADE.arms},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("key", flatten_recipe(Recipe.parse(WHOLE)))
+@pytest.mark.parametrize("key", FLAT)
 def test_each_key_is_read_or_named_as_irrelevant_with_a_reason(key: str) -> None:
     """A changed key changes the cache key of every part that does not name it as irrelevant."""
-    made = Recipe.parse(WHOLE)
-    flat = flatten_recipe(made)
-    other = flat | {key: change_value(key, flat[key])}
-    rules = list_rules(made)
-    reasons = {part: rule.explain(key) for part, rule in rules.items()}
-    for part, rule in rules.items():
-        changes = describe_changes(rule.select(flat), rule.select(other))
-        line = f"{key}: {flat[key]} -> {other[key]}"
+    other = FLAT | {key: change_value(key, FLAT[key])}
+    reasons = {part: rule.explain(key) for part, rule in RULES.items()}
+    for part, rule in RULES.items():
+        changes = describe_changes(rule.select(FLAT), rule.select(other))
+        line = f"{key}: {FLAT[key]} -> {other[key]}"
         assert changes == ([line] if reasons[part] is None else []), part
         assert reasons[part] != "", f"{part} ignores {key} without a reason"
     section, _, name = key.partition(".")
@@ -139,30 +141,29 @@ def test_each_key_is_read_or_named_as_irrelevant_with_a_reason(key: str) -> None
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which every part of WHOLE is finished."""
-    folder, made = tmp_path_factory.mktemp("run"), Recipe.parse(WHOLE)
-    parts = {"data": build_data_key(made), "adapt-1": build_adapt_key(made, made.stages, 1)}
+    """Make a folder in which every part of WHOLE is finished."""
+    folder = tmp_path_factory.mktemp("run")
+    parts = {"data": build_data_key(MADE), "adapt-1": build_adapt_key(MADE, MADE.stages, 1)}
     for name, key in parts.items():
         with run_folder.commit_stage(folder / "phases" / name, {"recipe": key}):
             pass
-    for arm in made.arms:
-        commit_arm(folder / "arms" / f"{arm.name}-seed0", made, arm)
+    for arm in MADE.arms:
+        commit_arm(folder / "arms" / f"{arm.name}-seed0", MADE, arm)
     return folder
 
 
-@pytest.mark.parametrize("key", flatten_recipe(Recipe.parse(WHOLE)))
+@pytest.mark.parametrize("key", FLAT)
 def test_each_changed_key_is_refused_or_runs_again_or_changes_nothing(
     whole_run: Path, key: str
 ) -> None:
-    made = Recipe.parse(WHOLE)
-    value = change_value(key, flatten_recipe(made)[key])
+    value = change_value(key, FLAT[key])
     try:
         other = Recipe.parse(apply_overrides(deepcopy(WHOLE), [f"{key}={json.dumps(value)}"]))
     except RecipeError:
         # The recipe itself is refused, so that no run goes on under it.
         return
-    readers = [part for part, rule in list_rules(made).items() if rule.explain(key) is None]
-    if key.startswith("measure.") or not set(readers) - {"general"}:
+    readers = {part for part, rule in RULES.items() if rule.explain(key) is None}
+    if key.startswith("measure.") or not readers - {"general"}:
         refuse_changed(other, whole_run, other.arms)
         return
     with pytest.raises(RunFolderError, match=f"{re.escape(key)}: .* -> "):
@@ -173,20 +174,18 @@ def test_the_keys_of_the_schema_are_all_tried() -> None:
     """A section that WHOLE leaves out would hide its keys from the test above."""
     schema = Recipe.model_json_schema()
     names = {name for part in [schema, *schema["$defs"].values()] for name in part["properties"]}
-    tried = {part for key in flatten_recipe(Recipe.parse(WHOLE)) for part in key.split(".")}
+    tried = {part for key in FLAT for part in key.split(".")}
     tried |= {name for value in OTHER_VALUES.values() if isinstance(value, dict) for name in value}
     assert names <= tried, f"give {sorted(names - tried)} in WHOLE"
 
 
 def test_the_keys_are_selected_by_the_rules() -> None:
-    made = Recipe.parse(WHOLE)
-    flat = flatten_recipe(made)
-    assert build_data_key(made) == DATA_RULES.select(flat)
-    assert build_general_key(made) == GENERAL_RULES.select(flat)
-    assert build_adapt_key(made, made.stages, 1) == ADAPT_RULES.select(
-        {key: value for key, value in flat.items() if not key.startswith("retain.")}
+    assert build_data_key(MADE) == DATA_RULES.select(FLAT)
+    assert build_general_key(MADE) == GENERAL_RULES.select(FLAT)
+    assert build_adapt_key(MADE, MADE.stages, 1) == ADAPT_RULES.select(
+        {key: value for key, value in FLAT.items() if not key.startswith("retain.")}
     )
-    assert build_arm_key(made, made.arms[0]) == get_arm_rules(made.arms[0]).select(flat)
+    assert build_arm_key(MADE, MADE.arms[0]) == get_arm_rules(MADE.arms[0]).select(FLAT)
 
 
 @pytest.mark.parametrize(
@@ -205,33 +204,27 @@ def test_the_keys_are_selected_by_the_rules() -> None:
         "source.published_as=org/model",
     ],
 )
-def test_what_may_change(run: Path, assignment: str) -> None:
+def test_a_key_that_no_finished_part_has_read_may_change(run: Path, assignment: str) -> None:
     made = recipe(assignment)
     refuse_changed(made, run, made.arms)
 
 
 @pytest.mark.parametrize(
-    ("assignment", "told"),
+    ("assignment", "change"),
     [
         ("finetune.lora.r=16", "finetune.lora.r: 8 -> 16"),
         ("finetune.lora.lora_dropout=0.1", "finetune.lora.lora_dropout: unset -> 0.1"),
-        ("finetune.training.num_train_epochs=9", "finetune.training.num_train_epochs: 5 -> 9"),
-        ("finetune.training.learning_rate=1e-4", "training.learning_rate: 0.0005 -> 0.0001"),
-        ("finetune.pooling=mean", "finetune.pooling: native -> mean"),
-        ("finetune.head_init=random", "finetune.head_init: probe -> random"),
-        ("data.seed=1", "data.seed: 0 -> 1"),
         ("data.shots=4", "data.shots: None -> 4"),
         ("data.test={fraction: 0.3}", "data.test.fraction: 0.2 -> 0.3"),
-        ("data.train.text=review", "data.train.text: text -> review"),
-        ("data.max_length=64", "data.max_length: 128 -> 64"),
-        ("data.group=who", "data.group: None -> who"),
     ],
-)  # fmt: skip
-def test_what_a_finished_part_has_read_may_not(run: Path, assignment: str, told: str) -> None:
+)
+def test_a_key_that_a_finished_part_has_read_may_not_change(
+    run: Path, assignment: str, change: str
+) -> None:
     made = recipe(assignment)
     with pytest.raises(RunFolderError) as caught:
         refuse_changed(made, run, made.arms)
-    assert told in str(caught.value)
+    assert change in str(caught.value)
     assert "--restart" in caught.value.fix
     assert caught.value.exit_code == 4
 
@@ -243,7 +236,7 @@ def test_all_changes_are_named_once(run: Path) -> None:
     assert str(caught.value).count("->") == 2
 
 
-def test_what_no_wanted_arm_has_read_may_change(run: Path) -> None:
+def test_a_key_that_no_planned_arm_reads_may_change(run: Path) -> None:
     made = recipe("finetune.strategy=head", "finetune.lora.r=4", "measure.arms=[]")
     refuse_changed(made, run, made.arms)
 
@@ -260,23 +253,18 @@ def test_a_damaged_part_is_not_passed_over(run: Path) -> None:
         refuse_changed(made, run, made.arms)
 
 
-def test_the_data_read_neither_the_path_nor_the_length_in_tokens() -> None:
-    read = build_data_key(recipe())
-    assert not {"data.train.path", "data.train.format", "data.max_length"} & read.keys()
-    assert {"data.train.text", "data.train.label", "data.seed", "data.shots"} <= read.keys()
-
-
-def test_an_arm_reads_what_its_strategy_uses() -> None:
-    found = {arm.name: build_arm_key(recipe(), arm) for arm in recipe().arms}
-    assert set(found["head"]) == {
+def test_an_arm_reads_the_keys_that_its_strategy_uses() -> None:
+    keys = {arm.name: build_arm_key(recipe(), arm) for arm in recipe().arms}
+    assert set(keys["head"]) == {
         "finetune.strategy", "finetune.pooling", "data.max_length", "data.image_size",
         "data.shots",
     }  # fmt: skip
-    assert "finetune.lora.r" in found["lora"]
-    assert "finetune.lora.r" not in found["full"]
-    assert found["full"]["finetune.training.learning_rate"] == 5e-5
-    assert found["classical"] == {"data.shots": None, "data.image_size": None}
-    assert found["scratch"]["measure.scratch.epochs_factor"] == 3
+    assert "finetune.lora.r" in keys["lora"] and "finetune.lora.r" not in keys["full"]
+    assert keys["full"]["finetune.training.learning_rate"] == 5e-5
+    assert keys["classical"] == {"data.shots": None, "data.image_size": None}
+    assert keys["scratch"]["measure.scratch.epochs_factor"] == 3
+    data = build_data_key(recipe())
+    assert not {"data.train.path", "data.train.format", "data.max_length"} & data.keys()
 
 
 def test_gradual_unfreezing_counts_its_own_epochs(tmp_path: Path) -> None:
@@ -308,7 +296,9 @@ def test_the_strategy_counts_where_the_name_does_not_say_it() -> None:
         ({}, {"b": 0, "a": []}, ["a: unset -> []", "b: unset -> 0"]),
     ],
 )
-def test_changed(old: dict[str, Any], new: dict[str, Any], lines: list[str]) -> None:
+def test_changes_are_described_line_by_line(
+    old: dict[str, Any], new: dict[str, Any], lines: list[str]
+) -> None:
     assert describe_changes(old, new) == lines
 
 

@@ -1,4 +1,4 @@
-"""What was forgotten: the figures of given features, and whole runs that measure it."""
+"""Measure forgetting: the figures of given features, and whole runs that record them."""
 
 import copy
 import json
@@ -9,14 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import pictures, sentences, write_csv
+from PIL import Image
 from safetensors.numpy import load_file
+from transformers import AutoModel, AutoTokenizer
 
 import hftl
 from hftl import console
 from hftl.analysis.drift import compute_cka, jackknife_relational_kl
 from hftl.analysis.neighbours import mean_shared_neighbours, rank_neighbours
 from hftl.config.recipe import Recipe
+from hftl.data.general import read_general
 from hftl.errors import RunFolderError
 from hftl.measure.forgetting import (
     ForgettingSpec,
@@ -44,14 +48,14 @@ def mean_hits(side: np.ndarray, labels: np.ndarray) -> float:
 
 
 def sides(scale: float, seed: int) -> dict[str, np.ndarray]:
-    """Features of both parts, so far from where they were."""
+    """Return features of both parts, moved by noise of this scale."""
     return {
         "general": features(0) + np.float32(scale) * features(seed),
         "new": features(1, 30) + np.float32(scale) * features(seed + 50, 30),
     }
 
 
-ASKED = ForgettingSpec(
+SPEC = ForgettingSpec(
     {"document": np.array([f"d{i // 4}" for i in range(ROWS)]),
      "tone": np.array(["a", "b"] * (ROWS // 2))},
     ("tone",), np.arange(ROWS) // 4, 0.05,
@@ -61,13 +65,13 @@ ARMS = {"own": [sides(0.3, 2), sides(0.3, 3)], "plain": [sides(1, 4), sides(1, 5
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    """The figures of both arms."""
-    return measure_forgetting(BEFORE, ARMS, ASKED)
+def measured() -> dict[str, Any]:
+    """Measure both arms."""
+    return measure_forgetting(BEFORE, ARMS, SPEC)
 
 
-def test_every_figure_is_its_formula_over_the_seeds(found: dict[str, Any]) -> None:
-    for arm, told in found.items():
+def test_every_figure_is_its_formula_over_the_seeds(measured: dict[str, Any]) -> None:
+    for arm, figures in measured.items():
         after = [side["general"] for side in ARMS[arm]]
         old = BEFORE["general"]
         expected = {
@@ -76,46 +80,44 @@ def test_every_figure_is_its_formula_over_the_seeds(found: dict[str, Any]) -> No
             "kl": [mean_kl(old, side) for side in after],
             "new_kl": [mean_kl(BEFORE["new"], s["new"]) for s in ARMS[arm]],
         }
-        same = [mean_hits(side, ASKED.controls["document"]) for side in after]
-        for figure, values in [*((told[n], v) for n, v in expected.items()),
-                               (told["controls"]["document"]["same"], same)]:  # fmt: skip
+        same = [mean_hits(side, SPEC.controls["document"]) for side in after]
+        for figure, values in [*((figures[n], v) for n, v in expected.items()),
+                               (figures["controls"]["document"]["same"], same)]:  # fmt: skip
             assert figure["per_seed"] == pytest.approx(values, abs=1e-12)
             assert figure["after"] == pytest.approx(np.mean(values), abs=1e-12)
             assert figure["change"] == pytest.approx(figure["after"] - figure["before"], abs=1e-12)
-        assert told["neighbours"]["before"] == told["cka"]["before"] == 1
-        assert told["kl"]["before"] == told["new_kl"]["before"] == 0
-        assert told["controls"]["document"]["probe_fixed"] is None
-        assert told["controls"]["tone"]["probe_refitted"]["after"] > 0.2
+        assert figures["neighbours"]["before"] == figures["cka"]["before"] == 1
+        assert figures["kl"]["before"] == figures["new_kl"]["before"] == 0
+        assert figures["controls"]["document"]["probe_fixed"] is None
+        assert figures["controls"]["tone"]["probe_refitted"]["after"] > 0.2
 
 
-def test_the_interval_holds_the_change_and_needs_seeds(found: dict[str, Any]) -> None:
-    for told in found.values():
+def test_the_interval_holds_the_change_and_needs_seeds(measured: dict[str, Any]) -> None:
+    for figures in measured.values():
         for name in ("neighbours", "cosine", "kl", "new_kl", "cka"):
-            low, high = told[name]["ci95"]
-            assert low < told[name]["change"] < high
-            assert (low + high) / 2 == pytest.approx(told[name]["change"], abs=1e-9)
-        assert told["cka"]["floor"] < 0.5 < told["cka"]["after"]
-    one = measure_forgetting(BEFORE, {"own": ARMS["own"][:1]}, ASKED)["own"]
+            low, high = figures[name]["ci95"]
+            assert low < figures[name]["change"] < high
+            assert (low + high) / 2 == pytest.approx(figures[name]["change"], abs=1e-9)
+        assert figures["cka"]["floor"] < 0.5 < figures["cka"]["after"]
+    one = measure_forgetting(BEFORE, {"own": ARMS["own"][:1]}, SPEC)["own"]
     assert one["kl"]["ci95"] is None and one["kl"]["after"] > 0
 
 
 def test_documents_are_the_units_of_the_interval() -> None:
     """Rows of one document that move together say little more than one of them."""
     after = [sides(0, 2), sides(0, 3)]
-    for told in after:
-        told["general"][::8] = told["general"][1::8] = told["general"][2::8] = -features(7)[::8]
-    alone = ForgettingSpec({}, (), np.arange(ROWS), 0.05)
-    together = ForgettingSpec({}, (), np.arange(ROWS) // 8, 0.05)
+    for side in after:
+        side["general"][::8] = side["general"][1::8] = side["general"][2::8] = -features(7)[::8]
     widths = []
-    for asked in (alone, together):
-        low, high = measure_forgetting(BEFORE, {"own": after}, asked)["own"]["cosine"]["ci95"]
-        widths.append(high - low)
+    for units in (np.arange(ROWS), np.arange(ROWS) // 8):
+        figures = measure_forgetting(BEFORE, {"own": after}, ForgettingSpec({}, (), units, 0.05))
+        widths.append(np.ptp(figures["own"]["cosine"]["ci95"]))
     assert widths[0] != widths[1] and min(widths) > 0
 
 
 def test_an_arm_that_did_not_move_has_forgotten_nothing() -> None:
-    figures = measure_forgetting(BEFORE, {"own": [BEFORE, BEFORE]}, ASKED)
-    _, (arm,) = build_forgetting_arms(figures, ASKED, {})
+    figures = measure_forgetting(BEFORE, {"own": [BEFORE, BEFORE]}, SPEC)
+    _, (arm,) = build_forgetting_arms(figures, SPEC, {})
     assert arm["forgotten"] == {"value": 0, "ci95": [0, 0], "per_seed": [0, 0]}
     for figure in ("neighbours", "kl", "new_kl"):
         assert arm["figures"][figure]["change"] == 0
@@ -125,14 +127,14 @@ def test_an_arm_that_did_not_move_has_forgotten_nothing() -> None:
         assert all(figure is None or figure["change"] == 0 for figure in control.values())
 
 
-def test_the_headline_is_the_first_control_and_neighbours_without(found: dict[str, Any]) -> None:
-    headline, arms = build_forgetting_arms(found, ASKED, {"own": "plain", "plain": None})
+def test_the_headline_is_the_first_control_and_neighbours_without(measured: dict[str, Any]) -> None:
+    headline, arms = build_forgetting_arms(measured, SPEC, {"own": "plain", "plain": None})
     assert headline == Headline(figure="same", control="document")
     for arm in arms:
         figure = arm["figures"]["controls"]["document"]["same"]
         assert arm["forgotten"]["value"] == pytest.approx(-figure["change"])
         assert arm["forgotten"]["ci95"] == [-figure["ci95"][1], -figure["ci95"][0]]
-    bare = ForgettingSpec({}, (), ASKED.units, 0.05)
+    bare = ForgettingSpec({}, (), SPEC.units, 0.05)
     figures = measure_forgetting(BEFORE, ARMS, bare)
     headline, arms = build_forgetting_arms(figures, bare, {"own": "plain"})
     assert headline == Headline(figure="neighbours", control=None)
@@ -158,8 +160,8 @@ def test_the_share_that_is_gone_is_of_more_than_noise(
     own: float, other: float, interval: list[float] | None, share: float | None
 ) -> None:
     plain = Forgotten(value=other, ci95=interval and (interval[0], interval[1]), per_seed=[])
-    found = forgetting_reduction(Forgotten(value=own, ci95=None, per_seed=[]), plain)
-    assert found == (None if share is None else pytest.approx(share))
+    reduction = forgetting_reduction(Forgotten(value=own, ci95=None, per_seed=[]), plain)
+    assert reduction == (None if share is None else pytest.approx(share))
 
 
 def test_without_general_data_only_new_inputs_are_compared() -> None:
@@ -178,7 +180,7 @@ def tree_of(folder: Path, model: Path, **general: Any) -> dict[str, Any]:
     table = write_csv(folder / "reviews.csv", ["text", "label"], sentences(160))
     rows = [(text, f"d{i // 6}", tone) for i, (text, tone) in enumerate(sentences(240, 7))]
     path = write_csv(folder / "general.csv", ["text", "document", "tone"], rows)
-    training = {"num_train_epochs": 2, "learning_rate": 5e-3, "bf16": False}
+    training = {"num_train_epochs": 1, "learning_rate": 5e-3, "bf16": False}
     return {
         "source": {"model": str(model)},
         "data": {"train": {"path": str(table)}, "max_length": 16,
@@ -199,20 +201,20 @@ def finished(
     return folder / "run", tree
 
 
-def test_the_record_follows_from_the_embeddings_kept(finished: tuple[Path, Any]) -> None:
+def test_the_record_follows_from_the_stored_embeddings(finished: tuple[Path, Any]) -> None:
     run, _ = finished
-    told = Record.read(run)["forgetting"]
+    record = Record.read(run)["forgetting"]
     before = load_file(run / "phases" / "original" / "embeddings.safetensors")
     after = [load_file(run / "arms" / f"full-seed{s}" / "embeddings.safetensors") for s in (0, 1)]
-    assert before["general"].shape == (told["rows"], 16) and told["rows"] == 120
-    assert before["new"].shape == (told["new_rows"], 16) and told["new_rows"] == 32
-    own, head = told["arms"]
+    assert before["general"].shape == (record["rows"], 16) and record["rows"] == 120
+    assert before["new"].shape == (record["new_rows"], 16) and record["new_rows"] == 32
+    own, head = record["arms"]
     assert (own["arm"], head["arm"]) == ("full", "head")
     assert own["figures"]["neighbours"]["per_seed"] == pytest.approx(
         [mean_shared_neighbours(before["general"], side["general"]) for side in after]
     )
     assert own["figures"]["new_kl"]["after"] > 0 and head["forgotten"]["value"] == 0
-    assert told["documents"] == "document" and told["controls"] == [
+    assert record["documents"] == "document" and record["controls"] == [
         {"name": "document", "values": 20, "classes": False},
         {"name": "tone", "values": 2, "classes": True},
     ]
@@ -220,25 +222,20 @@ def test_the_record_follows_from_the_embeddings_kept(finished: tuple[Path, Any])
 
 
 def test_embeddings_are_those_of_the_published_model(finished: tuple[Path, Any]) -> None:
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
     run, _ = finished
     seed = Record.read(run)["published_seed"]
     model = AutoModel.from_pretrained(run / "publish").eval()
     tokenizer = AutoTokenizer.from_pretrained(run / "publish")
-    kept = load_file(run / "arms" / f"full-seed{seed}" / "embeddings.safetensors")["general"]
-    from hftl.data.general import read_general
-
+    stored = load_file(run / "arms" / f"full-seed{seed}" / "embeddings.safetensors")["general"]
     rows = read_general(run / "phases" / "general-rows").eval_rows
     for number in (0, 7, 119):
         batch = tokenizer(rows[number].content[0], return_tensors="pt")
         with torch.inference_mode():
             hidden = model(**batch).last_hidden_state
-        np.testing.assert_allclose(kept[number], hidden[0].mean(0).numpy(), atol=1e-5)
+        np.testing.assert_allclose(stored[number], hidden[0].mean(0).numpy(), atol=1e-5)
 
 
-def test_the_card_and_the_terminal_tell_it(finished: tuple[Path, Any]) -> None:
+def test_the_card_the_report_and_the_terminal_show_it(finished: tuple[Path, Any]) -> None:
     run, _ = finished
     record = Record.read(run)
     own = record["forgetting"]["arms"][0]
@@ -283,7 +280,7 @@ def test_another_seed_is_compared_with_the_same_original(
     run, tree = finished
     shutil.copytree(run, tmp_path / "run")
     tree = copy.deepcopy(tree)
-    tree["measure"]["seeds"] = [0, 1, 2]
+    tree["measure"] = {"seeds": [0, 1, 2], "arms": []}
     record = hftl.run(Recipe.parse(tree), tmp_path / "run", until="measure")
     assert record is not None
     own, before = (r["forgetting"]["arms"][0] for r in (record, Record.read(run)))
@@ -292,7 +289,7 @@ def test_another_seed_is_compared_with_the_same_original(
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"label": "tone"}, r"data.general.label: \['document', 'tone'\] -> tone"),
         ({"rows": 60}, "data.general.rows: 1000 -> 60"),
@@ -300,12 +297,12 @@ def test_another_seed_is_compared_with_the_same_original(
     ],
 )
 def test_changed_general_data_are_refused(
-    finished: tuple[Path, Any], change: dict[str, Any] | None, told: str
+    finished: tuple[Path, Any], change: dict[str, Any] | None, message: str
 ) -> None:
     run, tree = finished
     tree = copy.deepcopy(tree)
     tree["data"]["general"] = change and tree["data"]["general"] | change
-    with pytest.raises(RunFolderError, match=told):
+    with pytest.raises(RunFolderError, match=message):
         hftl.run(Recipe.parse(tree), run)
 
 
@@ -328,9 +325,9 @@ def test_without_general_data_the_card_says_so(
     tree["measure"] = {"seeds": [0], "arms": []}
     record = hftl.run(Recipe.parse(tree), tmp_path / "run")
     assert record is not None
-    told = record["forgetting"]
-    assert told["rows"] == 0 and told["headline"] is None and told["controls"] == []
-    assert told["arms"][0]["figures"]["new_kl"]["after"] > 0
+    figures = record["forgetting"]
+    assert figures["rows"] == 0 and figures["headline"] is None and figures["controls"] == []
+    assert figures["arms"][0]["figures"]["new_kl"]["after"] > 0
     card = (tmp_path / "run" / "publish" / "README.md").read_text("utf-8")
     assert "Forgetting of what the source model knew was not measured" in card
     assert "What it forgot" not in card
@@ -369,12 +366,10 @@ def test_an_adapted_head_is_compared_with_the_source_before(
     assert source["arm"] == "source" and source["figures"]["kl"]["after"] == 0
 
 
-def test_pictures(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_pictures_are_measured_too(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     train, general = pictures(tmp_path / "train", 24), tmp_path / "general"
     shutil.copytree(train, general)
     draw = np.random.default_rng(5)
-    from PIL import Image
-
     for label in ("light", "dark"):
         for number in range(30):
             noise = draw.integers(0, 255, (36, 40, 3)).astype("uint8")
@@ -383,17 +378,17 @@ def test_pictures(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
         "source": {"model": str(tiny_model("dinov2"))},
         "data": {"train": {"path": str(train)},
                  "general": {"path": str(general), "label": "label"}},
-        "finetune": {"training": {"num_train_epochs": 2, "learning_rate": 5e-3, "bf16": False}},
+        "finetune": {"training": {"num_train_epochs": 1, "learning_rate": 5e-3, "bf16": False}},
         "measure": {"seeds": [0], "arms": []},
     }  # fmt: skip
     run = tmp_path / "run"
     record = hftl.run(Recipe.parse(tree), run, until="measure")
     assert record is not None
-    told = record["forgetting"]
-    assert told["general"]["known"] > 0 and told["rows"] == 30 and told["tau"] == 0.07
-    (own,) = told["arms"]
+    measured = record["forgetting"]
+    assert measured["general"]["known"] > 0 and measured["rows"] == 30 and measured["tau"] == 0.07
+    (own,) = measured["arms"]
     assert own["figures"]["controls"]["label"]["probe_fixed"]["before"] > 0.2
     assert own["figures"]["kl"]["after"] > 0 and own["figures"]["neighbours"]["after"] < 1
-    kept = load_file(run / "arms" / "lora-seed0" / "embeddings.safetensors")
-    assert kept["general"].shape[0] == 30 and kept["new"].shape[0] == told["new_rows"]
-    assert json.loads(to_json(told)) == told
+    stored = load_file(run / "arms" / "lora-seed0" / "embeddings.safetensors")
+    assert stored["general"].shape[0] == 30 and stored["new"].shape[0] == measured["new_rows"]
+    assert json.loads(to_json(measured)) == measured

@@ -58,20 +58,20 @@ def tags(rows: int = 80, seeds: int = 3, **rates: float) -> SplitPredictions:
     known = np.array(["O", "B-X", "B-Y"])
     ids = rng.integers(3, size=(rows, 4))
 
-    def told(found: np.ndarray) -> np.ndarray:
-        cells = np.empty(found.shape[:-1], object)
+    def to_cells(codes: np.ndarray) -> np.ndarray:
+        cells = np.empty(codes.shape[:-1], object)
         for place in np.ndindex(cells.shape):
-            cells[place] = tuple(map(str, known[found[place]]))
+            cells[place] = tuple(map(str, known[codes[place]]))
         return cells
 
     arms = {
-        arm: told(np.where(rng.random((seeds, rows, 4)) < rate, ids, (ids + 1) % 3))
+        arm: to_cells(np.where(rng.random((seeds, rows, 4)) < rate, ids, (ids + 1) % 3))
         for arm, rate in rates.items()
     }
-    return SplitPredictions(told(ids), np.arange(rows), arms)
+    return SplitPredictions(to_cells(ids), np.arange(rows), arms)
 
 
-def told_of(metric: Metric) -> SplitPredictions:
+def predict_for(metric: Metric) -> SplitPredictions:
     if metric in REGRESSION:
         return numbers(lora=0.5, scratch=1.0)
     if metric in METRICS["multi-label"].values():
@@ -82,40 +82,39 @@ def told_of(metric: Metric) -> SplitPredictions:
 
 
 @pytest.mark.parametrize("metric", ALL, ids=lambda m: m.name)
-def test_value_is_the_mean_difference_and_positive_is_better(metric: Metric) -> None:
-    told = told_of(metric)
+def test_the_gain_is_the_mean_difference_in_the_middle_of_its_interval(metric: Metric) -> None:
+    test = predict_for(metric)
     differences = [
-        metric.score(told.labels, own) - metric.score(told.labels, other)
-        for own, other in zip(told.predictions["lora"], told.predictions["scratch"], strict=True)
+        metric.score(test.labels, own) - metric.score(test.labels, other)
+        for own, other in zip(test.predictions["lora"], test.predictions["scratch"], strict=True)
     ]
-    found = compute_gain(metric, told, "lora", "scratch")
-    assert found["value"] == pytest.approx(metric.sign * np.mean(differences))
-    assert found["value"] > 0 and found["metric"] == metric.name and found["seeds"] == 3
-    assert compute_gain(metric, told, "scratch", "lora")["value"] == pytest.approx(-found["value"])
+    gain = compute_gain(metric, test, "lora", "scratch")
+    assert gain["value"] == pytest.approx(metric.sign * np.mean(differences))
+    assert gain["value"] > 0 and gain["metric"] == metric.name and gain["seeds"] == 3
+    low, high = gain["ci95"]
+    assert low < gain["value"] < high and (low + high) / 2 == pytest.approx(gain["value"])
 
 
-@pytest.mark.parametrize("metric", ALL, ids=lambda m: m.name)
-def test_interval_is_centred_on_the_value(metric: Metric) -> None:
-    found = compute_gain(metric, told_of(metric), "lora", "scratch")
-    low, high = found["ci95"]
-    assert low < found["value"] < high
-    assert (low + high) / 2 == pytest.approx(found["value"])
+def test_the_gain_of_the_other_arm_is_its_negative() -> None:
+    test = predict_for(ACCURACY)
+    value = compute_gain(ACCURACY, test, "lora", "scratch")["value"]
+    assert compute_gain(ACCURACY, test, "scratch", "lora")["value"] == pytest.approx(-value)
 
 
 @pytest.mark.parametrize("rows", [2, 80, 400])
 def test_interval_is_that_of_the_raw_differences(rows: int) -> None:
-    told = predicted(rows, lora=0.8, scratch=0.6)
-    right = {arm: (found == told.labels).astype(float) for arm, found in told.predictions.items()}
+    test = predicted(rows, lora=0.8, scratch=0.6)
+    right = {arm: (said == test.labels).astype(float) for arm, said in test.predictions.items()}
     expected = mean_interval(right["lora"] - right["scratch"])
-    assert compute_gain(ACCURACY, told, "lora", "scratch")["ci95"] == pytest.approx(expected)
+    assert compute_gain(ACCURACY, test, "lora", "scratch")["ci95"] == pytest.approx(expected)
 
 
 def test_rows_of_a_group_count_as_one_unit() -> None:
     """Ten copies of forty rows know what forty rows know."""
     one = predicted(40, seeds=1, lora=0.8, scratch=0.6)
-    thrice = {arm: np.repeat(found, 3, axis=0) for arm, found in one.predictions.items()}
+    thrice = {arm: np.repeat(said, 3, axis=0) for arm, said in one.predictions.items()}
     few = SplitPredictions(one.labels, one.units, thrice)
-    copies = {arm: np.repeat(found, 10, axis=1) for arm, found in few.predictions.items()}
+    copies = {arm: np.repeat(said, 10, axis=1) for arm, said in few.predictions.items()}
     labels = np.repeat(few.labels, 10)
     alone = SplitPredictions(labels, np.arange(400), copies)
     grouped = SplitPredictions(labels, np.repeat(np.arange(40), 10), copies)
@@ -128,16 +127,16 @@ def test_rows_of_a_group_count_as_one_unit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "seeds"),
+    ("test", "seeds"),
     [(predicted(seeds=1, lora=1.0, scratch=0.1), 1),
      (SplitPredictions(np.zeros(9, int), np.zeros(9, int), {"lora": np.zeros((3, 9), int),
                                                      "scratch": np.ones((3, 9), int)}), 3)],
     ids=["one seed", "one group"],
 )  # fmt: skip
-def test_nothing_to_compare_gives_no_interval(told: SplitPredictions, seeds: int) -> None:
-    found = compute_gain(ACCURACY, told, "lora", "scratch")
-    assert found["ci95"] is None and found["outcome"] == "undetermined"
-    assert found["seeds"] == seeds and found["value"] > 0.5
+def test_nothing_to_compare_gives_no_interval(test: SplitPredictions, seeds: int) -> None:
+    gain = compute_gain(ACCURACY, test, "lora", "scratch")
+    assert gain["ci95"] is None and gain["outcome"] == "undetermined"
+    assert gain["seeds"] == seeds and gain["value"] > 0.5
 
 
 @pytest.mark.parametrize(
@@ -145,8 +144,8 @@ def test_nothing_to_compare_gives_no_interval(told: SplitPredictions, seeds: int
     [(0.9, 0.4, "positive"), (0.4, 0.9, "negative"), (0.62, 0.6, "undetermined")],
 )
 def test_outcome(own: float, other: float, outcome: str) -> None:
-    told = predicted(100, lora=own, scratch=other)
-    assert compute_gain(ACCURACY, told, "lora", "scratch")["outcome"] == outcome
+    test = predicted(100, lora=own, scratch=other)
+    assert compute_gain(ACCURACY, test, "lora", "scratch")["outcome"] == outcome
 
 
 @pytest.mark.parametrize("seeds", [2, 5, 6, 8])
@@ -154,13 +153,13 @@ def test_p_value_is_given_from_six_seeds_and_agrees_with_the_interval(seeds: int
     """Rates that are close, so that some intervals reach past 0 and some do not."""
     outcomes = set()
     for number in range(40):
-        told = predicted(60, seeds, seed=number, lora=0.76, scratch=0.66)
-        found = compute_gain(ACCURACY, told, "lora", "scratch")
+        test = predicted(60, seeds, seed=number, lora=0.76, scratch=0.66)
+        gain = compute_gain(ACCURACY, test, "lora", "scratch")
         if seeds < 6:
-            assert found["p_value"] is None
+            assert gain["p_value"] is None
             continue
-        low, high = found["ci95"]
-        assert (found["p_value"] <= 0.05) == (low > 0 or high < 0)
+        low, high = gain["ci95"]
+        assert (gain["p_value"] <= 0.05) == (low > 0 or high < 0)
         outcomes.add(low > 0)
     assert seeds < 6 or outcomes == {True, False}
 
@@ -170,22 +169,22 @@ def test_p_value_sees_the_items_and_not_the_seeds_alone() -> None:
     labels = np.zeros(50, int)
     other = np.tile(labels, (8, 1))
     other[:, 7] = 1
-    told = SplitPredictions(labels, np.arange(50), {"own": np.tile(labels, (8, 1)), "other": other})
-    found = compute_gain(ACCURACY, told, "own", "other")
-    assert found["value"] == pytest.approx(0.02) and found["p_value"] > 0.2
+    test = SplitPredictions(labels, np.arange(50), {"own": np.tile(labels, (8, 1)), "other": other})
+    gain = compute_gain(ACCURACY, test, "own", "other")
+    assert gain["value"] == pytest.approx(0.02) and gain["p_value"] > 0.2
 
 
 @pytest.mark.parametrize(("rows", "sure"), [(3, False), (6, False), (20, True)])
 def test_p_value_where_every_item_differs(rows: int, sure: bool) -> None:
     """Without any spread the rule of three bounds both."""
     arms = {"own": np.zeros((8, rows), int), "other": np.ones((8, rows), int)}
-    found = compute_gain(
+    gain = compute_gain(
         ACCURACY, SplitPredictions(np.zeros(rows, int), np.arange(rows), arms), "own", "other"
     )
-    assert (found["p_value"] <= 0.05) == (found["ci95"][0] > 0)
-    assert (found["p_value"] < 0.01) == sure
+    assert (gain["p_value"] <= 0.05) == (gain["ci95"][0] > 0)
+    assert (gain["p_value"] < 0.01) == sure
     if rows == 3:
-        assert found["p_value"] == pytest.approx(2 * 0.5**3, abs=0.05), "as a sign test says"
+        assert gain["p_value"] == pytest.approx(2 * 0.5**3, abs=0.05), "as a sign test says"
     same = arms | {"other": arms["own"]}
     equal = compute_gain(
         ACCURACY, SplitPredictions(np.zeros(rows, int), np.arange(rows), same), "own", "other"
@@ -194,17 +193,17 @@ def test_p_value_where_every_item_differs(rows: int, sure: bool) -> None:
 
 
 def test_relative_error_reduction_is_that_of_the_means() -> None:
-    told = predicted(lora=0.8, scratch=0.6)
-    own, other = (compute_mean_score(ACCURACY, told, arm) for arm in ("lora", "scratch"))
-    found = compute_gain(ACCURACY, told, "lora", "scratch")["relative_error_reduction"]
-    assert found == pytest.approx(1 - (1 - own) / (1 - other))
+    test = predicted(lora=0.8, scratch=0.6)
+    own, other = (compute_mean_score(ACCURACY, test, arm) for arm in ("lora", "scratch"))
+    gain = compute_gain(ACCURACY, test, "lora", "scratch")["relative_error_reduction"]
+    assert gain == pytest.approx(1 - (1 - own) / (1 - other))
 
 
 def test_relative_error_reduction_of_an_error() -> None:
-    told = numbers(lora=0.5, scratch=1.0)
-    own, other = (compute_mean_score(RMSE, told, arm) for arm in ("lora", "scratch"))
-    found = compute_gain(RMSE, told, "lora", "scratch")["relative_error_reduction"]
-    assert found == pytest.approx(1 - own / other) and 0 < found < 1
+    test = numbers(lora=0.5, scratch=1.0)
+    own, other = (compute_mean_score(RMSE, test, arm) for arm in ("lora", "scratch"))
+    gain = compute_gain(RMSE, test, "lora", "scratch")["relative_error_reduction"]
+    assert gain == pytest.approx(1 - own / other) and 0 < gain < 1
 
 
 @pytest.mark.parametrize(
@@ -215,14 +214,14 @@ def test_relative_error_reduction_of_an_error() -> None:
     ids=["scratch", "classical", "behind both"],
 )  # fmt: skip
 def test_baseline_has_the_lesser_gain_on_test(test: SplitPredictions, baseline: str) -> None:
-    found = compute_transfer_gain(ACCURACY, test, "lora")
-    assert found is not None and found["baseline"] == baseline
-    assert found.baselines == {
+    gain = compute_transfer_gain(ACCURACY, test, "lora")
+    assert gain is not None and gain["baseline"] == baseline
+    assert gain.baselines == {
         arm: compute_gain(ACCURACY, test, "lora", arm) for arm in ("scratch", "classical")
     }
-    least = found.baselines[baseline]
-    assert least.value == min(gain.value for gain in found.baselines.values())
-    assert found == BaselineGain(**dict(least), baseline=baseline, baselines=found.baselines)
+    least = gain.baselines[baseline]
+    assert least.value == min(other.value for other in gain.baselines.values())
+    assert gain == BaselineGain(**dict(least), baseline=baseline, baselines=gain.baselines)
 
 
 def test_of_equal_gains_that_over_scratch_is_named() -> None:
@@ -233,24 +232,24 @@ def test_of_equal_gains_that_over_scratch_is_named() -> None:
 
 def test_baseline_of_an_error_is_the_one_with_less() -> None:
     test = numbers(lora=0.1, scratch=2.0, classical=0.5)
-    found = compute_transfer_gain(RMSE, test, "lora")
-    assert found is not None and found["baseline"] == "classical"
-    assert found["value"] == pytest.approx(found["baselines"]["classical"]["value"]) and (
-        found["value"] < found["baselines"]["scratch"]["value"]
+    gain = compute_transfer_gain(RMSE, test, "lora")
+    assert gain is not None and gain["baseline"] == "classical"
+    assert gain["value"] == pytest.approx(gain["baselines"]["classical"]["value"]) and (
+        gain["value"] < gain["baselines"]["scratch"]["value"]
     )
 
 
 @pytest.mark.parametrize("present", ["scratch", "classical"])
 def test_one_baseline_is_the_baseline(present: str) -> None:
-    told = predicted(lora=0.8, head=0.9, majority=0.3, **{present: 0.5})
-    found = compute_transfer_gain(ACCURACY, told, "lora")
-    assert found is not None and found["baseline"] == present
-    assert list(found["baselines"]) == [present]
+    test = predicted(lora=0.8, head=0.9, majority=0.3, **{present: 0.5})
+    gain = compute_transfer_gain(ACCURACY, test, "lora")
+    assert gain is not None and gain["baseline"] == present
+    assert list(gain["baselines"]) == [present]
 
 
 def test_without_a_baseline_there_is_no_gain() -> None:
-    told = predicted(lora=0.8, head=0.5, majority=0.3)
-    assert compute_transfer_gain(ACCURACY, told, "lora") is None
+    test = predicted(lora=0.8, head=0.5, majority=0.3)
+    assert compute_transfer_gain(ACCURACY, test, "lora") is None
 
 
 def test_positive_only_where_the_gains_over_both_baselines_are() -> None:
@@ -274,21 +273,21 @@ def test_positive_only_where_the_gains_over_both_baselines_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "told"),
+    ("metric", "test"),
     [(ACCURACY, predicted(head=0.7, lora=0.9, scratch=0.4, classical=0.55)),
      (RMSE, numbers(head=0.7, lora=0.3, scratch=2.0, classical=1.2))],
     ids=["accuracy", "rmse"],
 )  # fmt: skip
-def test_ladder_has_the_best_on_test_first(metric: Metric, told: SplitPredictions) -> None:
-    rows = build_ladder(metric, told, told, "lora")
+def test_ladder_has_the_best_on_test_first(metric: Metric, test: SplitPredictions) -> None:
+    rows = build_ladder(metric, test, test, "lora")
     assert [row["arm"] for row in rows] == ["lora", "head", "classical", "scratch"]
     assert rows[0]["gain_of_own"] is None
     for row in rows:
-        scores = [metric.score(told.labels, p) for p in told.predictions[row["arm"]]]
+        scores = [metric.score(test.labels, p) for p in test.predictions[row["arm"]]]
         assert row["test"] == pytest.approx(np.mean(scores))
         assert row["sd"] == pytest.approx(np.std(scores, ddof=1))
     for row in rows[1:]:
-        assert row.gain_of_own == compute_gain(metric, told, "lora", row["arm"])
+        assert row.gain_of_own == compute_gain(metric, test, "lora", row["arm"])
 
 
 def test_ladder_tells_validation_apart_from_test() -> None:
@@ -297,8 +296,8 @@ def test_ladder_tells_validation_apart_from_test() -> None:
 
 
 def test_ladder_of_one_seed_has_no_spread() -> None:
-    told = predicted(seeds=1, lora=0.8, scratch=0.5)
-    assert [row["sd"] for row in build_ladder(ACCURACY, told, told, "lora")] == [None, None]
+    test = predicted(seeds=1, lora=0.8, scratch=0.5)
+    assert [row["sd"] for row in build_ladder(ACCURACY, test, test, "lora")] == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -307,10 +306,10 @@ def test_ladder_of_one_seed_has_no_spread() -> None:
 def test_best_seed_is_the_first_of_equals(wrong: list[int], best: int) -> None:
     labels = np.zeros(5, int)
     predictions = np.array([[1] * n + [0] * (5 - n) for n in wrong])
-    told = SplitPredictions(labels, np.arange(5), {"lora": predictions})
-    assert find_best_seed(ACCURACY, told, "lora") == best
+    test = SplitPredictions(labels, np.arange(5), {"lora": predictions})
+    assert find_best_seed(ACCURACY, test, "lora") == best
     as_numbers = SplitPredictions(
-        labels.astype(float), told.units, {"lora": predictions.astype(float)}
+        labels.astype(float), test.units, {"lora": predictions.astype(float)}
     )
     assert find_best_seed(RMSE, as_numbers, "lora") == best
 
@@ -320,22 +319,22 @@ def test_margin_of_an_error_is_a_share_of_it() -> None:
     generator = np.random.default_rng(0)
     labels = generator.normal(size=200) * 0.01
     noise = generator.normal(size=(2, 200))
-    told = SplitPredictions(
+    test = SplitPredictions(
         labels, np.arange(200), {"own": labels + 0.002 * noise, "other": labels + 0.004 * noise}
     )
-    found = compute_gain(METRICS["regression"]["rmse"], told, "own", "other")
-    assert abs(found["value"]) < MARGIN and found["outcome"] == "positive"
+    gain = compute_gain(METRICS["regression"]["rmse"], test, "own", "other")
+    assert abs(gain["value"]) < MARGIN and gain["outcome"] == "positive"
 
 
 def test_arms_that_never_differ_are_not_known_to_be_equal() -> None:
     """48 of 48 right in both arms still allows some percent of difference."""
     for rows, expected in ((48, "undetermined"), (2000, "equivalent")):
         labels = np.arange(rows) % 2
-        told = SplitPredictions(
+        test = SplitPredictions(
             labels,
             np.arange(rows),
             {"own": np.stack([labels] * 3), "other": np.stack([labels] * 3)},
         )
-        found = compute_gain(METRICS["classification"]["accuracy"], told, "own", "other")
-        assert found["ci95"] == pytest.approx([-3 / rows, 3 / rows])
-        assert found["outcome"] == expected
+        gain = compute_gain(METRICS["classification"]["accuracy"], test, "own", "other")
+        assert gain["ci95"] == pytest.approx([-3 / rows, 3 / rows])
+        assert gain["outcome"] == expected

@@ -1,5 +1,6 @@
 """A whole run on tiny models: what it writes, what it skips, what it refuses."""
 
+import copy
 import json
 import os
 import shutil
@@ -7,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from conftest import sentences, write_csv
 from safetensors import safe_open
 
 import hftl
+from hftl import cli
+from hftl.config.overrides import apply_overrides
 from hftl.config.recipe import Recipe
 from hftl.data import prepare
 from hftl.errors import RunFolderError
@@ -26,19 +30,21 @@ from hftl.measure.error_analysis import analyze_errors
 from hftl.measure.metrics import METRICS
 from hftl.measure.record import Record
 from hftl.pipeline.finalize_record import write_publish_folder
+from hftl.pipeline.push import PushOptions, validate_push
+from hftl.runtime import run_folder
+
+Run = tuple[Path, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]
-) -> tuple[Path, dict[str, Any]]:
-    """One finished run of every strategy; tests copy it before they change anything."""
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]) -> Run:
+    """Finish one run of every strategy; tests copy it before they change anything."""
     folder = tmp_path_factory.mktemp("finished")
     table = write_csv(folder / "reviews.csv", ["text", "label"], sentences(160))
     tree: dict[str, Any] = {
         "source": {"model": str(tiny_model())},
-        "data": {"train": {"path": str(table)}, "max_length": 16, "shots": 20},
-        "finetune": {"training": {"num_train_epochs": 2, "learning_rate": 5e-3, "bf16": False}},
+        "data": {"train": {"path": str(table)}, "max_length": 16, "shots": 16},
+        "finetune": {"training": {"num_train_epochs": 1, "learning_rate": 5e-3, "bf16": False}},
         "measure": {
             "seeds": [0, 1],
             "arms": ["scratch", "head", "majority", "partial",
@@ -47,16 +53,16 @@ def finished(
             "scratch": {"learning_rates": [1e-3, 3e-3], "epochs_factor": 1},
         },
     }  # fmt: skip
-    hftl.run(Recipe.parse(json.loads(json.dumps(tree))), folder / "run")
+    hftl.run(Recipe.parse(copy.deepcopy(tree)), folder / "run")
     return folder / "run", tree
 
 
 @pytest.fixture
-def again(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    """A copy of the finished run, in another place."""
+def again(finished: Run, tmp_path: Path) -> Run:
+    """Copy the finished run to another place."""
     run, tree = finished
     shutil.copytree(run, tmp_path / "run")
-    return tmp_path / "run", json.loads(json.dumps(tree))
+    return tmp_path / "run", copy.deepcopy(tree)
 
 
 def state(run: Path) -> dict[str, tuple[int, bytes]]:
@@ -64,26 +70,40 @@ def state(run: Path) -> dict[str, tuple[int, bytes]]:
     return {str(p.relative_to(run)): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
 
 
-def test_every_number_of_the_record_follows_from_the_predictions(
-    finished: tuple[Path, dict[str, Any]],
-) -> None:
+def changed_parts(before: dict[str, Any], run: Path) -> set[str]:
+    """Return the arms and phases one of whose files was written again."""
+    after = state(run)
+    return {"/".join(name.split("/")[:2]) for name in before
+            if name[:4] in ("arms", "phas") and after.get(name) != before[name]}  # fmt: skip
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_every_number_of_the_record_follows_from_the_predictions(finished: Run) -> None:
     run, _ = finished
     record = Record.read(run)
     by_arm: dict[str, list[float]] = {}
+    items: set[tuple[Any, ...]] = set()
     for entry in record["arms"]:
         folder = run / "arms" / f"{entry['arm']}-seed{entry['seed']}"
         table = pq.read_table(folder / "predictions.parquet").to_pylist()
+        items.add(tuple((row["split"], row["row"], row["label"]) for row in table))
         for split in ("validation", "test"):
             rows = [row for row in table if row["split"] == split]
-            labels = np.array([row["label"] == "positive" for row in rows], dtype=int)
-            told = np.array([row["prediction"] == "positive" for row in rows], dtype=int)
-            for name, metric in METRICS["classification"].items():
-                assert entry["metrics"][split][name] == metric.score(labels, told)
-            assert all(
-                row["prediction"] == record["data"]["labels"][int(np.argmax(row["scores"]))]
-                for row in rows
+            labels, predictions = (
+                np.array([row[column] == "positive" for row in rows], dtype=int)
+                for column in ("label", "prediction")
             )
+            for name, metric in METRICS["classification"].items():
+                assert entry["metrics"][split][name] == metric.score(labels, predictions)
+            for row in rows:
+                assert row["prediction"] == record["data"]["labels"][int(np.argmax(row["scores"]))]
         by_arm.setdefault(entry["arm"], []).append(entry["metrics"]["test"]["accuracy"])
+    assert len(items) == 1, "all arms predict the same rows"
     gain = record.transfer_gain
     assert gain["value"] == pytest.approx(
         np.mean(by_arm["lora"]) - np.mean(by_arm[gain["baseline"]]), abs=1e-12
@@ -93,9 +113,9 @@ def test_every_number_of_the_record_follows_from_the_predictions(
         assert row["sd"] == pytest.approx(np.std(by_arm[row["arm"]], ddof=1), abs=1e-12)
 
 
-def test_run_folder_holds_what_the_contract_says(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_the_run_folder_holds_what_the_contract_says(finished: Run) -> None:
     run, _ = finished
-    arms = {"lora", "scratch", "classical", "head", "majority", "partial", "full_low"}
+    arms = ("lora", "scratch", "classical", "head", "majority", "partial", "full_low")
     assert {p.name for p in (run / "arms").iterdir()} == {
         f"{arm}-seed{seed}" for arm in arms for seed in (0, 1)
     }
@@ -109,85 +129,58 @@ def test_run_folder_holds_what_the_contract_says(finished: tuple[Path, dict[str,
     record = Record.read(run)
     assert set(record.to_dict()) >= {"schema_version", "recipe", "source", "data", "check", "adapt",
         "arms", "transfer_gain", "forgetting", "verdict", "environment", "timings"}  # fmt: skip
-    gain = record.to_dict()["transfer_gain"]
-    assert set(gain) == {"metric", "value", "ci95", "baseline", "baselines",
-        "seeds", "p_value", "relative_error_reduction", "outcome"}  # fmt: skip
+    assert set(record.to_dict()["transfer_gain"]) == {"metric", "value", "ci95", "baseline",
+        "baselines", "seeds", "p_value", "relative_error_reduction", "outcome"}  # fmt: skip
     assert record["reload_difference"] <= 1e-5
     config = json.loads((run / "publish" / "config.json").read_text())
     assert config["id2label"] == {"0": "negative", "1": "positive"}
 
 
-def test_examples_stay_on_the_machine_unless_the_recipe_lets_them_out(
-    again: tuple[Path, dict[str, Any]],
-) -> None:
+def test_examples_stay_on_the_machine_unless_the_recipe_publishes_them(again: Run) -> None:
     run, _ = again
     record = Record.read(run).to_dict()
     arm = run / "arms" / f"lora-seed{record['published_seed']}"
     mistakes = analyze_errors(prepare.read_prepared_data(run / "phases" / "data"), arm).mistakes
     assert mistakes, "the test needs a model that is wrong somewhere"
+    texts = [mistake.content[0] for mistake in mistakes]
 
-    def told() -> str:
+    def read_published() -> str:
         files = [p for p in (run / "publish").rglob("*") if p.suffix in (".md", ".json")]
         return "".join(p.read_text("utf-8") for p in files)
 
-    texts = [mistake.content[0] for mistake in mistakes]
-    assert not [text for text in texts if text in told()]
+    assert not [text for text in texts if text in read_published()]
     assert all(text in (run / "report.html").read_text("utf-8") for text in texts)
     record["recipe"]["publish"]["examples"] = True
     write_publish_folder(run, Record.parse(record))
-    assert all(text in told() for text in texts)
+    assert all(text in read_published() for text in texts)
 
 
-def test_all_arms_predict_the_same_rows(finished: tuple[Path, dict[str, Any]]) -> None:
-    run, _ = finished
-    rows = {
-        folder.name: pq.read_table(
-            folder / "predictions.parquet", columns=["split", "row", "label"]
-        )
-        for folder in (run / "arms").iterdir()
-    }
-    first = next(iter(rows.values()))
-    assert all(table.equals(first) for table in rows.values())
-
-
-def test_the_same_command_again_changes_nothing(again: tuple[Path, dict[str, Any]]) -> None:
+def test_the_same_command_again_changes_nothing(again: Run) -> None:
     run, tree = again
     before = state(run)
     hftl.run(Recipe.parse(tree), run)
     assert state(run) == before
 
 
-def test_two_identical_runs_have_one_hash(
-    finished: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    run, tree = finished
-    other = hftl.run(Recipe.parse(json.loads(json.dumps(tree))), tmp_path / "other")
-    assert other is not None and other.hash == Record.read(run).hash
-
-
-def test_another_seed_runs_alone(again: tuple[Path, dict[str, Any]]) -> None:
+def test_another_seed_runs_alone(again: Run) -> None:
     run, tree = again
     before = state(run)
-    tree["measure"]["seeds"] = [0, 1, 2]
-    record = hftl.run(Recipe.parse(tree), run)
-    after = state(run)
+    tree["measure"] |= {"seeds": [0, 1, 2], "arms": ["classical", "head"]}
+    record = hftl.run(Recipe.parse(tree), run, until="measure")
     assert record is not None and record.transfer_gain["seeds"] == 3
-    kept = [name for name in before if name.startswith(("arms/", "phases/data", "phases/search"))]
-    assert all(after[name] == before[name] for name in kept)
-    assert {f"arms/{arm}-seed2/metrics.json" for arm in ("lora", "head", "scratch")} <= set(after)
+    assert not [part for part in changed_parts(before, run) if not part.startswith("phases/report")]
+    assert {p.name for p in (run / "arms").glob("*-seed2")} == {
+        "lora-seed2", "classical-seed2", "head-seed2",
+    }  # fmt: skip
 
 
-def test_rows_in_another_order_are_the_same_data(
-    again: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_rows_in_another_order_are_the_same_data(again: Run, tmp_path: Path) -> None:
     run, tree = again
     before = state(run)
     rows = sentences(160)[::-1]
     tree["data"]["train"]["path"] = str(write_csv(tmp_path / "r.csv", ["text", "label"], rows))
-    tree["measure"]["seeds"] = [0]
-    hftl.run(Recipe.parse(tree), run)
-    after = state(run)
-    assert all(after[name] == before[name] for name in before if name.startswith("arms/"))
+    hftl.run(Recipe.parse(tree), run, until="finetune")
+    assert not [part for part in changed_parts(before, run) if part.startswith("arms/")]
 
 
 @pytest.mark.parametrize(
@@ -200,145 +193,108 @@ def test_rows_in_another_order_are_the_same_data(
         ("finetune.pooling=mean", "finetune.pooling: native -> mean"),
     ],
 )
-def test_a_changed_key_that_was_read_is_refused(
-    again: tuple[Path, dict[str, Any]], change: str, message: str
-) -> None:
-    from hftl.config.overrides import apply_overrides
-
-    run, tree = again
+def test_a_changed_key_that_was_read_is_refused(finished: Run, change: str, message: str) -> None:
+    run, tree = finished
     before = state(run)
     with pytest.raises(RunFolderError, match=message):
-        hftl.run(Recipe.parse(apply_overrides(tree, [change])), run)
+        hftl.run(Recipe.parse(apply_overrides(copy.deepcopy(tree), [change])), run)
     assert state(run) == before
 
 
-def test_other_data_are_refused(again: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    run, tree = again
-    rows = [*sentences(160)[:-1], ("a sentence that was not there", "positive")]
-    tree["data"]["train"]["path"] = str(write_csv(tmp_path / "r.csv", ["text", "label"], rows))
-    with pytest.raises(RunFolderError, match="made with other data"):
-        hftl.run(Recipe.parse(tree), run)
-
-
-def test_another_source_model_is_refused(
-    again: tuple[Path, dict[str, Any]], tiny_model: Callable[..., Path]
+def test_other_data_and_another_source_model_are_refused(
+    again: Run, tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
     run, tree = again
-    tree["source"]["model"] = str(tiny_model("distilbert"))
-    with pytest.raises(RunFolderError, match="another source model"):
-        hftl.run(Recipe.parse(tree), run)
+    rows = [*sentences(160)[:-1], ("a sentence that was not there", "positive")]
+    table = write_csv(tmp_path / "r.csv", ["text", "label"], rows)
+    changes = {
+        f"data.train.path={table}": "made with other data",
+        f"source.model={tiny_model('distilbert')}": "another source model",
+        "data.seed=1": "made with other data",
+    }
+    for change, message in changes.items():
+        if change == "data.seed=1":  # Without the data phase the arms still know their rows.
+            shutil.rmtree(run / "phases" / "data")
+        with pytest.raises(RunFolderError, match=message):
+            hftl.run(Recipe.parse(apply_overrides(copy.deepcopy(tree), [change])), run)
 
 
-def test_measure_may_change(again: tuple[Path, dict[str, Any]]) -> None:
+def test_measure_may_change_and_the_published_card_follows(again: Run) -> None:
     run, tree = again
     before = state(run)
     tree["measure"]["metric"] = "f1"
-    record = hftl.run(Recipe.parse(tree), run)
+    record = hftl.run(Recipe.parse(tree), run, until="measure")
     assert record is not None and record.transfer_gain["metric"] == "f1"
-    after = state(run)
-    assert all(after[name] == before[name] for name in before if name.startswith("arms/"))
+    assert not [part for part in changed_parts(before, run) if part.startswith("arms/")]
+    published = json.loads((run / "publish" / "hftl.json").read_text(encoding="utf-8"))
+    assert published["metric"] == Record.read(run)["metric"] == "f1"
 
 
-def test_an_arm_that_measure_defines_anew_runs_again(again: tuple[Path, dict[str, Any]]) -> None:
+def test_an_arm_that_measure_defines_anew_runs_again(again: Run) -> None:
     run, tree = again
     before = state(run)
-    tree["measure"]["arms"][-1]["full_low"]["finetune.training.learning_rate"] = 2e-3
-    hftl.run(Recipe.parse(tree), run)
-    after = state(run)
-    changed = {name.split("/")[1] for name in before
-               if name.startswith("arms/") and after[name] != before[name]}  # fmt: skip
-    assert changed == {"full_low-seed0", "full_low-seed1"}
+    change = {"finetune.strategy": "full", "finetune.training.learning_rate": 2e-3}
+    tree["measure"] |= {"seeds": [0], "arms": ["head", {"full_low": change}]}
+    hftl.run(Recipe.parse(tree), run, until="finetune")
+    changed = {part for part in changed_parts(before, run) if part.startswith("arms/")}
+    assert changed == {"arms/full_low-seed0"}
 
 
-def test_a_damaged_arm_is_named(again: tuple[Path, dict[str, Any]]) -> None:
+def test_a_damaged_arm_is_named(again: Run) -> None:
     run, tree = again
-    path = run / "arms" / "lora-seed0" / "weights.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    damage(run / "arms" / "lora-seed0" / "weights.safetensors")
     with pytest.raises(RunFolderError, match="lora-seed0/weights.safetensors is not what was"):
         hftl.run(Recipe.parse(tree), run)
 
 
-def test_a_lost_publish_folder_is_built_again(again: tuple[Path, dict[str, Any]]) -> None:
+def test_a_lost_or_edited_publish_folder_is_built_again(again: Run) -> None:
     run, tree = again
-    before = state(run / "publish")
-    shutil.rmtree(run / "publish")
-    hftl.run(Recipe.parse(tree), run)
-    after = state(run / "publish")
-    assert {k: v[1] for k, v in after.items()} == {k: v[1] for k, v in before.items()}
+    before = {name: content for name, (_, content) in state(run / "publish").items()}
+    config = run / "publish" / "config.json"
+    for lose in (lambda: shutil.rmtree(run / "publish"), lambda: config.write_bytes(b"{}\n")):
+        lose()
+        hftl.run(Recipe.parse(tree), run)
+        assert {k: content for k, (_, content) in state(run / "publish").items()} == before
 
 
-def test_restart_starts_over(again: tuple[Path, dict[str, Any]]) -> None:
+def test_restart_starts_over_and_leaves_files_of_others(again: Run) -> None:
     run, tree = again
+    (run / "predicted.csv").write_text("a user's")
     tree["finetune"] = {"strategy": "head"}
     tree["measure"] = {"seeds": [0], "arms": ["head", "majority"]}
+    absent = apply_overrides(copy.deepcopy(tree), ["data.train.path=absent.csv"])
+    with pytest.raises(hftl.HftlError, match="does not exist"):
+        hftl.run(Recipe.parse(absent), run, restart=True)
+    assert not (run / "arms").exists()
     record = hftl.run(Recipe.parse(tree), run, restart=True)
     assert record is not None and record.transfer_gain is None
     assert record.verdict["decision"] == "hold"
     assert {p.name for p in (run / "arms").iterdir()} == {"head-seed0", "majority-seed0"}
+    assert (run / "predicted.csv").read_text() == "a user's"
 
 
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_folder_with_other_things_is_not_touched(
     restart: bool, recipe_tree: dict[str, Any], tmp_path: Path
 ) -> None:
-    mine = tmp_path / "mine"
-    (mine / "publish").mkdir(parents=True)
-    (mine / "publish" / "book.md").write_text("mine too")
-    (mine / "thesis.txt").write_text("years of work")
-    before = state(tmp_path / "mine")
+    folder = tmp_path / "mine"
+    (folder / "publish").mkdir(parents=True)
+    (folder / "publish" / "book.md").write_text("mine too")
+    (folder / "thesis.txt").write_text("years of work")
+    before = state(folder)
     with pytest.raises(hftl.HftlError, match=r"no run folder: it holds 'thesis\.txt'"):
-        hftl.run(Recipe.parse(recipe_tree), mine, restart=restart)
-    assert state(mine) == before and not (mine / ".lock").exists()
+        hftl.run(Recipe.parse(recipe_tree), folder, restart=restart)
+    assert state(folder) == before and not (folder / ".lock").exists()
 
 
-def test_restart_leaves_what_is_not_the_runs_own(again: tuple[Path, dict[str, Any]]) -> None:
-    run, tree = again
-    (run / "predicted.csv").write_text("kept")
-    tree["data"]["train"]["path"] += ".gone"
-    with pytest.raises(hftl.HftlError, match="does not exist"):
-        hftl.run(Recipe.parse(tree), run, restart=True)
-    assert (run / "predicted.csv").exists() and not (run / "arms").exists()
-    tree["data"]["train"]["path"] = tree["data"]["train"]["path"].removesuffix(".gone")
-    assert hftl.run(Recipe.parse(tree), run) is not None
-
-
-def test_arms_of_other_splits_are_refused_where_the_data_phase_was_lost(
-    again: tuple[Path, dict[str, Any]],
-) -> None:
-    run, tree = again
-    shutil.rmtree(run / "phases" / "data")
-    tree["data"]["seed"] = 1
-    with pytest.raises(RunFolderError, match="made with other data"):
-        hftl.run(Recipe.parse(tree), run)
-
-
-def test_a_key_changed_by_a_detour_is_still_refused(again: tuple[Path, dict[str, Any]]) -> None:
+def test_a_key_changed_by_a_detour_is_still_refused(again: Run) -> None:
     run, tree = again
     tree["finetune"] |= {"strategy": "head", "lora": {"r": 4}}
     tree["measure"]["arms"] = ["classical"]
-    hftl.run(Recipe.parse(tree), run)
+    hftl.run(Recipe.parse(tree), run, until="finetune")
     tree["finetune"]["strategy"] = "lora"
     with pytest.raises(RunFolderError, match="finetune.lora.r: 8 -> 4"):
         hftl.run(Recipe.parse(tree), run)
-
-
-def test_publish_does_not_fall_behind_the_record(again: tuple[Path, dict[str, Any]]) -> None:
-    run, tree = again
-    tree["measure"]["metric"] = "f1"
-    hftl.run(Recipe.parse(tree), run, until="measure")
-    told = json.loads((run / "publish" / "hftl.json").read_text(encoding="utf-8"))
-    assert told["metric"] == Record.read(run)["metric"] == "f1"
-
-
-def test_an_edited_publish_folder_is_built_again(again: tuple[Path, dict[str, Any]]) -> None:
-    run, tree = again
-    config = run / "publish" / "config.json"
-    before = config.read_bytes()
-    config.write_bytes(before + b"\n")
-    hftl.run(Recipe.parse(tree), run)
-    assert config.read_bytes() == before
 
 
 def test_an_unknown_phase_is_refused(recipe_tree: dict[str, Any], tmp_path: Path) -> None:
@@ -369,95 +325,117 @@ def test_finetune_and_measure_stop_where_they_say(
         assert head.metadata() == {"pooling": "mean"}
 
 
-@pytest.mark.parametrize("strategy", ["lora", "full"])
+def run_to_the_end(tree: dict[str, Any], table: Path, output: Path) -> Record:
+    tree["data"]["train"]["path"] = str(table)
+    tree["finetune"]["training"]["num_train_epochs"] = 1
+    tree["measure"] |= {"seeds": [0], "arms": ["classical"]}
+    record = hftl.run(Recipe.parse(tree), output)
+    assert record is not None
+    return record
+
+
+@pytest.mark.parametrize("strategy", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_regression_runs_to_the_end(
     strategy: str, recipe_tree: dict[str, Any], tmp_path: Path
 ) -> None:
     rows = [(text, 1.5 if label == "positive" else -0.5) for text, label in sentences(120)]
-    table = write_csv(tmp_path / "v.csv", ["text", "label"], rows)
-    recipe_tree["data"] |= {"task": "regression", "train": {"path": str(table)}, "shots": 40}
+    recipe_tree["data"] |= {"task": "regression", "shots": 40}
     recipe_tree["finetune"]["strategy"] = strategy
-    record = hftl.run(Recipe.parse(recipe_tree), tmp_path / "run")
-    assert record is not None and record.transfer_gain["metric"] == "pearson"
-    found = hftl.load(tmp_path / "run").predict(["a good great film"])
-    assert set(found[0]) == {"label"} and isinstance(found[0]["label"], float)
+    table = write_csv(tmp_path / "v.csv", ["text", "label"], rows)
+    record = run_to_the_end(recipe_tree, table, tmp_path / "run")
+    assert record.transfer_gain["metric"] == "pearson"
+    (row,) = hftl.load(tmp_path / "run").predict(["a good great film"])
+    assert set(row) == {"label"} and isinstance(row["label"], float)
 
 
 def test_sentence_pairs_run_to_the_end(recipe_tree: dict[str, Any], tmp_path: Path) -> None:
     first, second = sentences(80, 1), sentences(80, 2)
-    rows = [
-        (a, b, "same" if x == y else "other")
-        for (a, x), (b, y) in zip(first, second[1:] + second[:1], strict=True)
-    ]
+    rows = [(a, b, "same" if x == y else "other")
+            for (a, x), (b, y) in zip(first, second[1:] + second[:1], strict=True)]  # fmt: skip
     rows += [(a, b, "same") for (a, _), (b, _) in zip(first[:40], second[:40], strict=True)]
     table = write_csv(tmp_path / "p.csv", ["premise", "hypothesis", "label"], rows)
-    recipe_tree["data"]["train"] = {"path": str(table), "text": ["premise", "hypothesis"]}
-    recipe_tree["measure"]["seeds"] = [0]
-    hftl.run(Recipe.parse(recipe_tree), tmp_path / "run")
-    found = hftl.load(tmp_path / "run").predict([("a good film", "a bad film")])
-    assert found[0]["label"] in ("same", "other")
+    recipe_tree["data"]["train"]["text"] = ["premise", "hypothesis"]
+    run_to_the_end(recipe_tree, table, tmp_path / "run")
+    (row,) = hftl.load(tmp_path / "run").predict([("a good film", "a bad film")])
+    assert row["label"] in ("same", "other")
 
 
-def test_load_predicts_what_the_run_measured(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_load_predicts_what_the_run_measured(finished: Run) -> None:
     run, tree = finished
-    record = Record.read(run)
-    folder = run / "arms" / f"lora-seed{record['published_seed']}"
-    told = [row for row in pq.read_table(folder / "predictions.parquet").to_pylist()
-            if row["split"] == "test"]  # fmt: skip
-    texts = [sentences(160)[row["row"]][0] for row in told]
-    found = hftl.load(run).predict(texts)
-    assert [row["label"] for row in found] == [row["prediction"] for row in told]
-    for row, stored in zip(found, told, strict=True):
-        np.testing.assert_allclose(list(row["scores"].values()), stored["scores"], atol=1e-5)
+    folder = run / "arms" / f"lora-seed{Record.read(run)['published_seed']}"
+    stored = [row for row in pq.read_table(folder / "predictions.parquet").to_pylist()
+              if row["split"] == "test"]  # fmt: skip
+    texts = [sentences(160)[row["row"]][0] for row in stored]
+    rows = hftl.load(run).predict(texts)
+    assert [row["label"] for row in rows] == [row["prediction"] for row in stored]
+    for row, expected in zip(rows, stored, strict=True):
+        np.testing.assert_allclose(list(row["scores"].values()), expected["scores"], atol=1e-5)
     elsewhere = hftl.load(run / "publish", base=tree["source"]["model"]).predict(texts[:3])
-    assert [row["label"] for row in elsewhere] == [row["label"] for row in found[:3]]
-    assert elsewhere[0]["scores"] == pytest.approx(found[0]["scores"], abs=1e-6)
+    assert [row["label"] for row in elsewhere] == [row["label"] for row in rows[:3]]
+    assert elsewhere[0]["scores"] == pytest.approx(rows[0]["scores"], abs=1e-6)
 
 
-def test_another_base_is_refused_on_loading(
-    finished: tuple[Path, dict[str, Any]], tiny_model: Callable[..., Path]
-) -> None:
+def test_another_base_is_refused_on_loading(finished: Run, tiny_model: Callable[..., Path]) -> None:
     with pytest.raises(RunFolderError, match="other weights than this adapter was trained on"):
         hftl.load(finished[0] / "publish", base=tiny_model("bert", True))
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
-)
-def test_a_killed_run_loses_at_most_the_arm_in_work(
-    number: int, code: int, recipe_tree: dict[str, Any], tmp_path: Path
+def assert_goes_on(run: Path, recipe: Path, straight: Path) -> None:
+    """Check that only what is missing runs, and gives the hash of the run in one go."""
+    done = {p: p.stat().st_mtime_ns for p in run.glob("arms/*") if not p.name.startswith(".")}
+    assert 0 < len(done) < len(list(straight.glob("arms/*")))
+    record = hftl.run(Recipe.load(recipe), run)
+    assert not list(run.rglob(".tmp-*"))
+    assert [p.name for p, when in done.items() if p.stat().st_mtime_ns != when] == []
+    assert record is not None and record.hash == Record.read(straight).hash
+
+
+def test_a_stopped_run_loses_at_most_the_arm_in_work_and_ends_with_the_same_hash(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe_tree["measure"]["arms"] = ["classical", "head", "majority"]
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(recipe_tree), encoding="utf-8")
-    command = [sys.executable, "-m", "hftl", "run", str(path), "--output", str(tmp_path / "run")]
+    """Two identical runs have one hash, even where one was interrupted."""
+    straight, tree = finished
+    path, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    commit_stage = run_folder.commit_stage
+
+    @contextmanager
+    def stop_in_an_arm(folder: Path, reads: dict[str, Any]) -> Iterator[Path]:
+        with commit_stage(folder, reads) as aside:
+            yield aside
+            if folder.name == "head-seed1":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(sys, "argv", ["hftl", "run", str(path), "--output", str(run)])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(run_folder, "commit_stage", stop_in_an_arm)
+        cli.main()
+    assert stop.value.code == 143
+    assert_goes_on(run, path, straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_a_killed_process_loses_at_most_the_arm_in_work(
+    number: int, code: int, finished: Run, tmp_path: Path
+) -> None:
+    straight, tree = finished
+    path, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    command = [sys.executable, "-m", "hftl", "run", str(path), "--output", str(run)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    arms = tmp_path / "run" / "arms"
     deadline = time.monotonic() + 90
-    while not (arms / "classical-seed0" / "MANIFEST.json").exists():
+    while not (run / "arms" / "lora-seed0" / "MANIFEST.json").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process.pid, number)
     assert process.wait(60) == code
-    done = {p.name: p.stat().st_mtime_ns for p in arms.iterdir() if not p.name.startswith(".")}
-    record = hftl.run(Recipe.load(path), tmp_path / "run")
-    assert record is not None
-    assert not list((tmp_path / "run").rglob(".tmp-*"))
-    for name, when in done.items():
-        assert (arms / name).stat().st_mtime_ns == when, f"{name} was run again"
-    other = hftl.run(Recipe.load(path), tmp_path / "straight")
-    assert other is not None and other.hash == record.hash
+    assert_goes_on(run, path, straight)
 
 
-def test_changed_weights_are_neither_used_nor_listed(again: tuple[Path, dict[str, Any]]) -> None:
-    from hftl.pipeline.push import PushOptions, validate_push
-
+def test_changed_weights_are_neither_used_nor_listed(again: Run) -> None:
     run, _ = again
-    path = run / "publish" / "adapter_model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    damage(run / "publish" / "adapter_model.safetensors")
     for use in (hftl.load, lambda run: validate_push(run, PushOptions())):
         with pytest.raises(RunFolderError, match=r"adapter_model\.safetensors is not what was"):
             use(run)

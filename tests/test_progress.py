@@ -15,27 +15,9 @@ from hftl.runtime import progress
 from hftl.runtime.progress import open_bar, show_activity, show_progress, track
 
 
-def titles_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Record every title that is ever drawn."""
-    seen: list[str] = []
-    plain_add, plain_update = progress.Progress.add_task, progress.Progress.update
-
-    def add(self: Any, description: str, **settings: Any) -> Any:
-        seen.append(description)
-        return plain_add(self, description, **settings)
-
-    def update(self: Any, task: Any, **settings: Any) -> None:
-        seen.append(settings.get("description") or "")
-        plain_update(self, task, **settings)
-
-    monkeypatch.setattr(progress.Progress, "add_task", add)
-    monkeypatch.setattr(progress.Progress, "update", update)
-    return seen
-
-
 @contextmanager
 def terminal() -> Iterator[io.StringIO]:
-    """A display on a terminal of its own."""
+    """Show progress on a terminal whose text is yielded."""
     text = io.StringIO()
     with show_progress(True, Console(file=text, force_terminal=True, width=120)):
         yield text
@@ -51,7 +33,7 @@ def test_a_bar_shows_title_and_count() -> None:
     assert "epoch 1.0/2, loss 0.500" in text.getvalue() and "7/10" in text.getvalue()
 
 
-def test_what_a_failure_left_open_is_removed() -> None:
+def test_a_bar_that_a_failure_left_open_is_removed() -> None:
     with terminal():
         with pytest.raises(ValueError), show_activity("scratch"):
             bar = open_bar("training", 3)
@@ -64,22 +46,33 @@ def test_what_a_failure_left_open_is_removed() -> None:
 def test_nothing_is_drawn_where_nobody_looks(capfd: pytest.CaptureFixture[str]) -> None:
     with show_progress(False), show_activity("lora"):
         assert list(track([1], "features")) == [1]
+        assert not progress.print_line("nobody draws")
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_run_names_arm_seed_epoch_loss_and_every_pass(
     recipe_tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = titles_of(monkeypatch)
+    titles: list[str] = []
+    for method in ("add_task", "update"):
+        plain = getattr(progress.Progress, method)
+
+        def draw(self: Any, *args: Any, plain: Any = plain, **settings: Any) -> Any:
+            titles.append(str(settings.get("description") or args[0]))
+            return plain(self, *args, **settings)
+
+        monkeypatch.setattr(progress.Progress, method, draw)
+    recipe_tree["finetune"]["training"]["num_train_epochs"] = 1
+    recipe_tree["data"]["shots"] = 16
     recipe_tree["measure"] |= {"arms": ["head", "scratch"], "seeds": [3]}
     run(Recipe.parse(recipe_tree), tmp_path / "run", until="finetune", progress=True)
     for title in ("lora seed 3", "scratch seed 3", "scratch: rate", "features", "predictions",
                   "evaluation", ", loss "):  # fmt: skip
-        assert any(title in shown for shown in seen), title
+        assert any(title in shown for shown in titles), title
 
 
 def test_a_line_goes_above_the_bars() -> None:
-    assert not progress.print_line("nobody draws")
+    line = "[1/2] head seed 0  " + "x" * 150
     with terminal() as text, show_activity("lora seed 0"):
-        assert progress.print_line("[1/2] head seed 0  " + "x" * 150)
-    assert "[1/2] head seed 0  " + "x" * 150 in text.getvalue()
+        assert progress.print_line(line)
+    assert line in text.getvalue()
