@@ -1,4 +1,4 @@
-"""`hftl init`: what it guesses from data, and that the recipe it writes is one."""
+"""Write recipes from data: the guesses of `hftl init`, and that the recipe parses."""
 
 import json
 from pathlib import Path
@@ -27,37 +27,36 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return write_csv(path, list(rows[0]), [list(row.values()) for row in rows])
 
 
-@pytest.mark.parametrize(
-    ("rows", "texts", "label", "task", "group"),
-    [
-        (columns(text=TEXTS, label=LABELS), ["text"], "label", "classification", None),
-        (columns(label=LABELS, review=TEXTS, id=list(range(40))), ["review"], "label",
-         "classification", None),
-        (columns(essay=TEXTS, mood=LABELS), ["essay"], "mood", "classification", None),
-        (columns(text=TEXTS, valence=SCORES), ["text"], "valence", "regression", None),
-        (columns(text=TEXTS, label=SCORES), ["text"], "label", "regression", None),
-        (columns(text=TEXTS, label=list(range(60))[:40]), ["text"], "label", "classification",
-         None),
-        (columns(text=TEXTS, label=[i % 5 for i in range(40)]), ["text"], "label",
-         "classification", None),
-        (columns(text=TEXTS, label=[i % 2 == 0 for i in range(40)]), ["text"], "label",
-         "classification", None),
-        (columns(sentence1=TEXTS, sentence2=TEXTS[::-1], label=LABELS),
-         ["sentence1", "sentence2"], "label", "classification", None),
-        (columns(premise=TEXTS, hypothesis=TEXTS[::-1], label=LABELS), ["premise", "hypothesis"],
-         "label", "classification", None),
-        (columns(text=TEXTS, user=LABELS), ["text"], "user", "classification", None),
-        (columns(text=TEXTS, label=LABELS, document_id=[f"d{i // 4}" for i in range(40)]),
-         ["text"], "label", "classification", "document_id"),
-    ],
-    ids=["plain", "id column", "unnamed", "regression", "regression by name", "few numbers",
-         "stars", "booleans", "pair", "premise", "label named as a group", "group"],
-)  # fmt: skip
+CLASSES = "classification"
+GUESSES: dict[str, tuple[list[dict[str, Any]], list[str], str, str, str | None]] = {
+    "plain": (columns(text=TEXTS, label=LABELS), ["text"], "label", CLASSES, None),
+    "id column": (columns(label=LABELS, review=TEXTS, id=list(range(40))), ["review"], "label",
+                  CLASSES, None),
+    "unnamed": (columns(essay=TEXTS, mood=LABELS), ["essay"], "mood", CLASSES, None),
+    "regression": (columns(text=TEXTS, valence=SCORES), ["text"], "valence", "regression", None),
+    "regression by name": (columns(text=TEXTS, label=SCORES), ["text"], "label", "regression",
+                           None),
+    "few numbers": (columns(text=TEXTS, label=list(range(40))), ["text"], "label", CLASSES, None),
+    "stars": (columns(text=TEXTS, label=[i % 5 for i in range(40)]), ["text"], "label", CLASSES,
+              None),
+    "booleans": (columns(text=TEXTS, label=[i % 2 == 0 for i in range(40)]), ["text"], "label",
+                 CLASSES, None),
+    "pair": (columns(sentence1=TEXTS, sentence2=TEXTS[::-1], label=LABELS),
+             ["sentence1", "sentence2"], "label", CLASSES, None),
+    "premise": (columns(premise=TEXTS, hypothesis=TEXTS[::-1], label=LABELS),
+                ["premise", "hypothesis"], "label", CLASSES, None),
+    "label named as a group": (columns(text=TEXTS, user=LABELS), ["text"], "user", CLASSES, None),
+    "group": (columns(text=TEXTS, label=LABELS, document_id=[f"d{i // 4}" for i in range(40)]),
+              ["text"], "label", CLASSES, "document_id"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GUESSES)
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_recipe_loads_and_says_what_was_guessed(
-    rows: list[dict[str, Any]], texts: list[str], label: str, task: str, group: str | None,
-    suffix: str, tmp_path: Path,
-) -> None:  # fmt: skip
+def test_the_recipe_loads_and_the_notes_name_the_guesses(
+    case: str, suffix: str, tmp_path: Path
+) -> None:
+    rows, texts, label, task, group = GUESSES[case]
     data = write(tmp_path / f"reviews{suffix}", rows)
     path, notes = write_recipe(data, "org/MiniLM", tmp_path / "new" / "r.yaml")
     recipe = Recipe.load(path)
@@ -66,9 +65,9 @@ def test_recipe_loads_and_says_what_was_guessed(
     assert (recipe.data.task, recipe.data.group) == (task, group)
     assert recipe.measure.metric == ("pearson" if task == "regression" else "accuracy")
     assert recipe.finetune.pooling == "mean"
-    told = "\n".join(notes)
-    assert " and ".join(texts) in told and f"label: {label}" in told and task in told
-    assert (f"group: {group}" in told) == (group is not None)
+    text = "\n".join(notes)
+    assert " and ".join(texts) in text and f"label: {label}" in text and task in text
+    assert (f"group: {group}" in text) == (group is not None)
     assert path.read_text("utf-8").count("# guessed") == 3
 
 
@@ -92,21 +91,19 @@ def test_folder_of_texts_is_read_whole(tmp_path: Path) -> None:
     assert "label: label (2 classes), so the task is classification" in notes
 
 
-@pytest.mark.parametrize("name", ["yes", "1", "a: b", "# note", "it's", '"quoted"', "[x, y]", "ä"])
-def test_any_column_name_survives_yaml(name: str, tmp_path: Path) -> None:
-    other = f"{name} label"
-    group = columns(**{name: TEXTS, other: LABELS})
-    path, _ = write_recipe(write(tmp_path / "a.csv", group), "org/model", tmp_path / "r.yaml")
-    train = Recipe.load(path).data.train
-    assert (train.text, train.label) == (name, other)
-
-
-@pytest.mark.parametrize("first", ["a, b1", "no1"])
-def test_any_pair_of_column_names_survives_yaml(first: str, tmp_path: Path) -> None:
-    second = f"{first[:-1]}2"
-    data = write(tmp_path / "a.csv", columns(**{first: TEXTS, second: TEXTS, "label": LABELS}))
+@pytest.mark.parametrize(
+    ("names", "other"),
+    [
+        *(([name], f"{name} label")
+          for name in ("yes", "1", "a: b", "# note", "it's", '"quoted"', "[x, y]", "ä")),
+        (["a, b1", "a, b2"], "label"), (["no1", "no2"], "label"),
+    ],
+)  # fmt: skip
+def test_any_column_name_survives_yaml(names: list[str], other: str, tmp_path: Path) -> None:
+    data = write(tmp_path / "a.csv", columns(**dict.fromkeys(names, TEXTS), **{other: LABELS}))
     path, _ = write_recipe(data, "org/model", tmp_path / "r.yaml")
-    assert Recipe.load(path).data.train.text_columns == [first, second]
+    train = Recipe.load(path).data.train
+    assert (train.text_columns, train.label) == (names, other)
 
 
 @pytest.mark.parametrize("name", ["my reviews: all #1.csv", "{braces}.csv"])
@@ -121,11 +118,11 @@ def test_any_path_survives_yaml(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "message"),
     [("./nowhere", "holds no model"), ("package:no_such/model", "is not installed")],
 )
-def test_a_source_that_is_not_there(source: str, told: str, table: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=rf"--source: .*{told}"):
+def test_a_source_that_is_not_there(source: str, message: str, table: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=rf"--source: .*{message}"):
         write_recipe(table, source, tmp_path / "r.yaml")
     assert not (tmp_path / "r.yaml").exists()
 
@@ -148,7 +145,7 @@ def test_a_recipe_is_never_overwritten(table: Path, tmp_path: Path) -> None:
     ],
     ids=["no label", "empty label", "no text", "label only"],
 )
-def test_what_no_column_can_be_is_said(rows: list[dict[str, Any]], why: str) -> None:
+def test_columns_that_cannot_be_guessed_are_refused(rows: list[dict[str, Any]], why: str) -> None:
     with pytest.raises(DataError, match=why):
         guess_columns("t.csv", rows)
 
@@ -189,7 +186,7 @@ def test_a_folder_of_pictures(tmp_path: Path) -> None:
     ],
     ids=["words", "lists", "paths of pictures"],
 )  # fmt: skip
-def test_lists_and_pictures_are_told_by_their_values(
+def test_lists_and_pictures_are_recognized_by_their_values(
     rows: list[dict[str, Any]], task: str, inputs: str, label: str, metric: str, tmp_path: Path
 ) -> None:
     path, notes = write_recipe(write(tmp_path / "d.jsonl", rows), "org/m", tmp_path / "r.yaml")

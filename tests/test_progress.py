@@ -62,8 +62,6 @@ def test_a_run_names_arm_seed_epoch_loss_and_every_pass(
             return plain(self, *args, **settings)
 
         monkeypatch.setattr(progress.Progress, method, draw)
-    recipe_tree["finetune"]["training"]["num_train_epochs"] = 1
-    recipe_tree["data"]["shots"] = 16
     recipe_tree["measure"] |= {"arms": ["head", "scratch"], "seeds": [3]}
     run(Recipe.parse(recipe_tree), tmp_path / "run", until="finetune", progress=True)
     for title in ("lora seed 3", "scratch seed 3", "scratch: rate", "features", "predictions",

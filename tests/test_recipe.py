@@ -1,4 +1,4 @@
-"""The recipe: its defaults, what it refuses and how it says so, and the arms it asks for."""
+"""Parse recipes: the defaults, the messages of what is refused, and the arms that are planned."""
 
 import json
 import re
@@ -48,16 +48,16 @@ def recipe(*overrides: str, **sections: Any) -> Recipe:
     return Recipe.parse(apply_overrides(tree, list(overrides)), "my.yaml")
 
 
-def refused(message: str, *overrides: str, **sections: Any) -> None:
+def assert_refused(message: str, *overrides: str, **sections: Any) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
         recipe(*overrides, **sections)
     assert caught.value.fix
     assert str(caught.value).startswith("my.yaml: ")
 
 
-@pytest.mark.parametrize(("key", "value"), flatten(FROM_CONTRACT).items())
-def test_defaults(key: str, value: Any) -> None:
-    assert flatten(recipe().to_dict())[key] == value
+def test_the_defaults_are_those_of_the_contract() -> None:
+    defaults, contract = flatten(recipe().to_dict()), flatten(FROM_CONTRACT)
+    assert {key: defaults[key] for key in contract} == contract
 
 
 def test_the_metric_follows_the_task() -> None:
@@ -82,24 +82,19 @@ def test_null_sections_are_absent_sections() -> None:
 
 
 @pytest.mark.parametrize("rate", ["1e-4", "1.0e-4", "0.0001"])
-def test_a_rate_without_a_point_is_a_number(rate: str, tmp_path: Path) -> None:
+def test_a_file_has_short_tables_rates_without_a_point_and_overrides(
+    rate: str, tmp_path: Path
+) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(
         "source: {model: org/model}\ndata: {train: a.csv}\n"
         f"finetune: {{training: {{learning_rate: {rate}}}}}\n",
         encoding="utf-8",
     )
-    loaded = Recipe.load(path)
-    assert loaded.finetune.training["learning_rate"] == 1e-4
-    assert loaded.data.train.path == "a.csv"
-
-
-def test_overrides_reach_a_file_with_short_tables(tmp_path: Path) -> None:
-    path = tmp_path / "a.yaml"
-    path.write_text("source: {model: org/model}\ndata: {train: a.csv}\n", encoding="utf-8")
     loaded = Recipe.load(path, ["data.train.text=[a, b]", "data.test=b.csv", "data.shots=3"])
+    assert loaded.finetune.training["learning_rate"] == 1e-4
+    assert (loaded.data.train.path, loaded.data.shots) == ("a.csv", 3)
     assert loaded.data.train.text_columns == ["a", "b"]
-    assert loaded.data.shots == 3
     assert loaded.data.test.model_dump()["path"] == "b.csv"
 
 
@@ -116,16 +111,13 @@ def test_other_tables_take_their_columns_from_train() -> None:
 @pytest.mark.parametrize(
     ("sections", "key"),
     [
-        ({"source": None}, "source"),
-        ({"source": {}}, "source.model"),
-        ({"data": None}, "data"),
-        ({"data": {}}, "data.train"),
-        ({"data": {"train": {}}}, "data.train.path"),
+        ({"source": None}, "source"), ({"source": {}}, "source.model"), ({"data": None}, "data"),
+        ({"data": {}}, "data.train"), ({"data": {"train": {}}}, "data.train.path"),
         ({"data": {"train": None}}, "data.train"),
     ],
-)
-def test_what_is_required(sections: dict[str, Any], key: str) -> None:
-    refused(rf"'{re.escape(key)}'(:| is missing)", **sections)
+)  # fmt: skip
+def test_a_missing_key_is_named(sections: dict[str, Any], key: str) -> None:
+    assert_refused(rf"'{re.escape(key)}'(:| is missing)", **sections)
 
 
 MISSPELT = [
@@ -148,8 +140,12 @@ MISSPELT = [
 
 
 @pytest.mark.parametrize(("assignment", "wrong", "right"), MISSPELT)
-def test_a_misspelt_key_is_told_its_closest_match(assignment: str, wrong: str, right: str) -> None:
-    refused(f"unknown key '{re.escape(wrong)}'; did you mean '{re.escape(right)}'\\?", assignment)
+def test_a_misspelt_key_is_named_with_its_closest_match(
+    assignment: str, wrong: str, right: str
+) -> None:
+    assert_refused(
+        f"unknown key '{re.escape(wrong)}'; did you mean '{re.escape(right)}'\\?", assignment
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,41 +181,13 @@ def test_a_misspelt_key_is_told_its_closest_match(assignment: str, wrong: str, r
     ],
 )  # fmt: skip
 def test_arms_that_are_refused(entry: Any, message: str) -> None:
-    refused(message, measure={"arms": ["head", entry]})
-
-
-@pytest.mark.parametrize(
-    ("assignment", "message"),
-    [
-        ("publish.license=Apache-2.0", "no license 'Apache-2.0'; did you mean 'apache-2.0'"),
-        ("publish.license=other", "license_name belongs to license: other, and is needed there"),
-        ("publish.license_name=ours", "license_name belongs to license: other"),
-        ("publish.license_link=javascript:x", r"publish\.license_link"),
-        ("publish.language=english", "'english' is no ISO 639 code"),
-        ("publish.language=[en, EN]", "'EN' is no ISO 639 code"),
-        ("publish.examples=maybe", r"publish\.examples"),
-    ],
-)  # fmt: skip
-def test_what_the_card_would_get_wrong_is_refused(assignment: str, message: str) -> None:
-    refused(message, assignment)
+    assert_refused(message, measure={"arms": ["head", entry]})
 
 
 @pytest.mark.parametrize("language", ["no", "de", ["en", "multilingual"]])
 def test_languages_and_licenses_of_the_hub_are_taken(language: Any) -> None:
     result = recipe(publish={"language": language, "license": "cc-by-4.0"}).publish
     assert result.language == language and result.license == "cc-by-4.0"
-
-
-@pytest.mark.parametrize(
-    ("assignment", "message"),
-    [
-        ("data.unlabeled=a.txt", "data.unlabeled is read by adapt, which is null"),
-        ("data.task=null", "adapts only, and adapt is null"),
-        ("adapt=[{objective: mae}, {objective: mae, decoder: {depth: 1}}]", "decoders of two"),
-    ],
-)
-def test_what_is_not_built_is_refused_never_ignored(assignment: str, message: str) -> None:
-    refused(message, assignment)
 
 
 @pytest.mark.parametrize(
@@ -234,17 +202,24 @@ def test_what_is_not_built_is_refused_never_ignored(assignment: str, message: st
 )  # fmt: skip
 def test_keys_that_belong_to_hftl(assignment: str) -> None:
     key = assignment.partition("=")[0].replace(".", r"\.")
-    refused(rf"finetune\.{key} belongs to hftl", f"finetune.{assignment}")
-
-
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "loftq", "eva", "corda"])
-def test_lora_starts_that_change_the_base(start: str) -> None:
-    refused("changes the base's own weights", f"finetune.lora.init_lora_weights={start}")
+    assert_refused(rf"finetune\.{key} belongs to hftl", f"finetune.{assignment}")
 
 
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
+        *((f"finetune.lora.init_lora_weights={start}", "changes the base's own weights")
+          for start in ("pissa", "pissa_niter_4", "olora", "loftq", "eva", "corda")),
+        ("publish.license=Apache-2.0", "no license 'Apache-2.0'; did you mean 'apache-2.0'"),
+        ("publish.license=other", "license_name belongs to license: other, and is needed there"),
+        ("publish.license_name=ours", "license_name belongs to license: other"),
+        ("publish.license_link=javascript:x", r"publish\.license_link"),
+        ("publish.language=english", "'english' is no ISO 639 code"),
+        ("publish.language=[en, EN]", "'EN' is no ISO 639 code"),
+        ("publish.examples=maybe", r"publish\.examples"),
+        ("data.unlabeled=a.txt", "data.unlabeled is read by adapt, which is null"),
+        ("data.task=null", "adapts only, and adapt is null"),
+        ("adapt=[{objective: mae}, {objective: mae, decoder: {depth: 1}}]", "decoders of two"),
         ("finetune.training.learning_rate=high", r"learning_rate must be float, got 'high'"),
         ("finetune.training.learning_rate=0", r"learning_rate must be a number above 0"),
         ("finetune.training.learning_rate=-1", r"learning_rate must be a number above 0"),
@@ -281,38 +256,34 @@ def test_lora_starts_that_change_the_base(start: str) -> None:
         ("measure.scratch.learning_rates=[high]", r"'measure\.scratch\.learning_rates\.0'"),
         ("measure.scratch.epochs_factor=0", r"'measure\.scratch\.epochs_factor'.* got 0"),
     ],
-)
+)  # fmt: skip
 def test_values_that_are_refused(assignment: str, message: str) -> None:
-    refused(message, assignment)
+    assert_refused(message, assignment)
 
 
 def test_two_arms_of_one_name_are_refused() -> None:
     full = {"full": {"finetune.training.learning_rate": 5e-5}}
-    refused("two arms named 'full'", measure={"arms": ["full", full]})
-    refused("two arms named 'lora'", measure={"arms": [{"lora": {"finetune.lora.r": 4}}]})
-
-
-def test_the_own_arm_comes_first_and_scratch_brings_classical() -> None:
-    assert [(arm.name, arm.strategy) for arm in recipe().arms] == [
-        ("lora", "lora"), ("scratch", "scratch"), ("classical", "classical"), ("head", "head"),
-    ]  # fmt: skip
+    assert_refused("two arms named 'full'", measure={"arms": ["full", full]})
+    assert_refused("two arms named 'lora'", measure={"arms": [{"lora": {"finetune.lora.r": 4}}]})
 
 
 @pytest.mark.parametrize(
     ("listed", "names"),
     [
-        ([], ["lora"]),
-        (["lora", "head"], ["lora", "head"]),
-        (["head", "majority"], ["lora", "head", "majority"]),
-        (["scratch", "classical"], ["lora", "scratch", "classical"]),
-        (["classical", "scratch"], ["lora", "classical", "scratch"]),
-        ([{"classical": None}, "scratch"], ["lora", "classical", "scratch"]),
-        (["scratch", {"classical": None}], ["lora", "scratch", "classical"]),
-        ([{"scratch": {"finetune.pooling": "cls"}}], ["lora", "scratch", "classical"]),
+        (["scratch", "head"], "lora scratch classical head"), ([], "lora"),
+        (["lora", "head"], "lora head"), (["head", "majority"], "lora head majority"),
+        (["scratch", "classical"], "lora scratch classical"),
+        (["classical", "scratch"], "lora classical scratch"),
+        ([{"classical": None}, "scratch"], "lora classical scratch"),
+        (["scratch", {"classical": None}], "lora scratch classical"),
+        ([{"scratch": {"finetune.pooling": "cls"}}], "lora scratch classical"),
     ],
-)
-def test_which_arms_run(listed: list[Any], names: list[str]) -> None:
-    assert [arm.name for arm in recipe(measure={"arms": listed}).arms] == names
+)  # fmt: skip
+def test_the_own_arm_comes_first_and_scratch_brings_classical(
+    listed: list[Any], names: str
+) -> None:
+    arms = recipe(measure={"arms": listed}).arms
+    assert [(arm.name, arm.strategy) for arm in arms] == [(name, name) for name in names.split()]
 
 
 def test_an_arm_starts_as_the_recipe_and_takes_its_changes() -> None:
@@ -363,7 +334,7 @@ def test_the_json_schema_names_every_section() -> None:
 def test_retention_that_makes_no_sense_is_refused(
     retain: str, more: list[str], message: str
 ) -> None:
-    refused(message, f"retain={retain}", *more)
+    assert_refused(message, f"retain={retain}", *more)
 
 
 def test_kl_is_one_or_several_and_an_arm_may_have_its_own() -> None:

@@ -1,259 +1,329 @@
-"""`hftl predict` on tables, with a predictor that needs no model."""
+"""Read tables: line endings do not reach the texts, and a quote left open is refused."""
 
 import csv
 import io
 import json
-from collections.abc import Iterable
+import random
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from torch import nn
 
-from hftl.data.rows import Row
-from hftl.errors import DataError, RecipeError
+from hftl.config.data import Data
+from hftl.data.load import load_rows, read_documents
+from hftl.data.rows import BadRows, InputSpec
+from hftl.data.tables import READERS, guess_format, read_text_files
+from hftl.errors import DataError, DataWarning
 from hftl.inference import predict, predict_table
-from hftl.inference.predict import Predictor
+from hftl.init import guess_columns, write_recipe
+
+ENDINGS = {"LF": "\n", "CRLF": "\r\n", "CR": "\r"}
+TEXTS = ["one line", "two\nlines, quoted", "ends with a break\n", "a\n\nparagraph"]
+LABELS = ["pos", "neg", "pos", "neg"]
+WORDS = "the film was slow but its end is fine and nobody left before that".split()
 
 
-class Fake:
-    """Says `good` of texts that hold the word."""
-
-    modality = "text"
-    task = "classification"
-
-    def __init__(self, *columns: str, names: tuple[str, ...] = ("bad", "good")) -> None:
-        self.columns = list(columns)
-        self.names = names
-
-    def encode(self, inputs: Iterable[Any], places: list[str], folder: Path) -> list[str]:
-        return [row if isinstance(row, str) else " ".join(row) for row in inputs]
-
-    def predict_encoded(self, encoded: list[str]) -> list[dict[str, Any]]:
-        return [self._predict(text) for text in encoded]
-
-    def _predict(self, text: str) -> dict[str, Any]:
-        if not self.names:
-            return {"label": float(len(text))}
-        chances = [0.25, 0.75] if "good" in text else [0.75, 0.25]
-        scores = dict(zip(self.names, chances, strict=True))
-        label = max(scores, key=lambda name: scores[name])
-        return {"label": label, "score": scores[label], "scores": scores}
+def parse_data(**parts: Any) -> Data:
+    """Return the data section of a classification whose parts are paths or mappings."""
+    tables = {k: {"path": str(v)} if isinstance(v, Path) else v for k, v in parts.items()}
+    return Data.model_validate({"task": "classification", **tables})
 
 
-@pytest.fixture(autouse=True)
-def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, Fake("text"))
+def load_train(path: Path) -> list[Any]:
+    return load_rows(parse_data(train=path), "train", BadRows(), InputSpec())
 
 
-def use(monkeypatch: pytest.MonkeyPatch, predictor: Fake) -> None:
-    monkeypatch.setattr(predict_table, "load", lambda model, base: predictor)
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    return [raw.values for raw in READERS["csv"](path) if raw.fault is None]
 
 
-def put(path: Path, content: str | bytes) -> Path:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
+def write_with_endings(folder: Path, kind: str, end: str) -> Path:
+    """Write TEXTS and LABELS, every line break as `end`."""
+    path = folder / f"data.{kind}"
+    rows = list(zip([text.replace("\n", end) for text in TEXTS], LABELS, strict=True))
+    match kind:
+        case "csv":
+            lines = ["text,label", *(f'"{text}",{label}' for text, label in rows), ""]
+            path.write_bytes(end.join(lines).encode())
+        case "jsonl":
+            lines = [json.dumps({"text": text, "label": label}) + end for text, label in rows]
+            path.write_bytes("".join(lines).encode())
+        case "parquet":
+            pq.write_table(pa.table({"text": [text for text, _ in rows], "label": LABELS}), path)
+        case _:
+            for number, (text, label) in enumerate(rows):
+                (path / label).mkdir(parents=True, exist_ok=True)
+                (path / label / f"{number}.txt").write_bytes(text.encode())
     return path
 
 
-def told(data: Path, output: Path | None = None) -> list[dict[str, Any]]:
-    """The predicted rows, read back from CSV."""
-    text = predict_table.predict_table("run", data, output)
-    if output is not None:
-        assert text is None
-        text = output.read_text("utf-8")
-    return list(csv.DictReader(io.StringIO(text)))
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "folder"])
+@pytest.mark.parametrize("end", ENDINGS)
+def test_every_format_gives_texts_with_line_feeds(kind: str, end: str, tmp_path: Path) -> None:
+    rows = load_train(write_with_endings(tmp_path, kind, ENDINGS[end]))
+    assert sorted(row.content[0] for row in rows) == sorted(TEXTS)
+    assert {row.label for row in rows} == {"pos", "neg"}
 
 
-ROWS = 'id,text\n7,a good film\n8,"dull, long"\n'
+@pytest.mark.parametrize("end", ENDINGS)
+@pytest.mark.parametrize("part", ["unlabeled", "general"])
+def test_a_corpus_does_not_depend_on_line_endings(end: str, part: str, tmp_path: Path) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_bytes("one\ntwo words\n\nthree".replace("\n", ENDINGS[end]).encode())
+    data = parse_data(task=None, **{"train": path, part: path})
+    assert list(read_documents(data, part, BadRows())) == ["one", "two words", "three"]
 
 
-def test_rows_come_back_with_label_score_and_a_column_a_class(tmp_path: Path) -> None:
-    assert told(put(tmp_path / "in.csv", ROWS)) == [
-        {"id": "7", "text": "a good film", "label": "good", "score": "0.75", "bad": "0.25",
-         "good": "0.75"},
-        {"id": "8", "text": "dull, long", "label": "bad", "score": "0.75", "bad": "0.75",
-         "good": "0.25"},
-    ]  # fmt: skip
+def test_mixed_endings_in_one_file_are_all_line_feeds(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\nthree\rfour\r\n")
+    lines = [raw.values["text"] for raw in READERS["txt"](tmp_path / "a.txt")]
+    assert lines == ["one", "two", "three", "four"]
+    assert [raw.values["text"] for raw in read_text_files(tmp_path)] == ["one\ntwo\nthree\nfour\n"]
 
 
-def test_a_target_has_a_label_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, Fake("text", names=()))
-    found = told(put(tmp_path / "in.csv", ROWS))
-    assert found[0] == {"id": "7", "text": "a good film", "label": "11.0"}
+def test_words_of_a_list_and_other_separators(tmp_path: Path) -> None:
+    words = ["one\r\n", "t\rwo", "next\x85line", "line\u2028break"]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"tokens": words, "text": words[3]}, ensure_ascii=False), "utf-8")
+    (raw,) = READERS["jsonl"](path)
+    # U+0085 and U+2028 end no line of a file: they are characters of the text.
+    assert raw.values == {"tokens": ["one\n", "t\nwo", *words[2:]], "text": words[3]}
+
+
+class Reader:
+    """Predict one label for all texts, which it stores."""
+
+    modality = "text"
+    task = "classification"
+    columns = ("text",)
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def encode(self, inputs: Iterable[Any], places: list[str], folder: Path) -> list[str]:
+        self.texts = list(inputs)
+        return self.texts
+
+    def predict_encoded(self, encoded: list[str]) -> list[dict[str, Any]]:
+        return [{"label": "pos", "score": 1.0, "scores": {"pos": 1.0}} for _ in encoded]
+
+
+@pytest.fixture
+def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
+    reader = Reader()
+    monkeypatch.setattr(predict_table, "load", lambda model, base: reader)
+    return reader
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_every_output_holds_the_same_rows(suffix: str, tmp_path: Path) -> None:
-    output = tmp_path / f"out{suffix}"
-    data = put(tmp_path / "in.csv", ROWS)
-    assert predict_table.predict_table("run", data, output) is None
-    if suffix == ".csv":
-        found = list(csv.DictReader(io.StringIO(output.read_text("utf-8"))))
-    elif suffix == ".jsonl":
-        found = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
-    else:
-        found = pq.read_table(output).to_pylist()
-    plain = [{key: str(value) for key, value in row.items()} for row in found]
-    assert plain == told(data)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["in.csv", output.name])
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet", ".txt"])
-def test_every_input_is_read(suffix: str, tmp_path: Path) -> None:
-    data = tmp_path / f"in{suffix}"
-    texts = ["a good film", "dull"]
-    match suffix:
-        case ".csv" | ".tsv":
-            put(data, "text\n" + "\n".join(texts) + "\n")
-        case ".jsonl":
-            put(data, "".join(json.dumps({"text": text}) + "\n" for text in texts))
-        case ".parquet":
-            pq.write_table(pa.table({"text": texts}), data)
-        case ".txt":
-            put(data, "\n".join(texts) + "\n")
-    assert [(row["text"], row["label"]) for row in told(data)] == [
-        ("a good film", "good"), ("dull", "bad")
-    ]  # fmt: skip
-
-
-def test_lines_of_a_text_file_are_the_text_column(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("end", ENDINGS)
+def test_a_predicted_table_reads_back_with_the_same_rows(
+    suffix: str, end: str, reader: Reader, tmp_path: Path
 ) -> None:
-    use(monkeypatch, Fake("sentence"))
-    rows = told(put(tmp_path / "in.txt", "a good film\ndull\n"))
-    assert [(row["sentence"], row["label"]) for row in rows] == [
-        ("a good film", "good"), ("dull", "bad")
-    ]  # fmt: skip
-
-
-def test_a_pair_is_read_from_two_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, Fake("a", "b"))
-    data = put(tmp_path / "in.csv", "b,a\ngood,x\nx,x\n")
-    assert [row["label"] for row in told(data)] == ["good", "bad"]
-
-
-def test_columns_of_ours_are_kept_under_another_name(tmp_path: Path) -> None:
-    data = put(tmp_path / "in.csv", "text,label,good,score\na good film,mine,yes,9\n")
-    assert told(data) == [
-        {"text": "a good film", "input.label": "mine", "input.good": "yes", "input.score": "9",
-         "label": "good", "score": "0.75", "bad": "0.25", "good": "0.75"}
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_keys_that_only_later_rows_have_are_kept(suffix: str, tmp_path: Path) -> None:
-    data = put(tmp_path / "in.jsonl", '{"text": "good"}\n{"text": "dull", "note": "late"}\n')
+    odd = ["ends in a break\n", "\nbegins with one", 'says "no"\n', "a,b\nc", "u\u2028v\x85w", '"']
+    texts = [text.replace("\n", ENDINGS[end]) for text in [*TEXTS, *odd]]
+    pq.write_table(pa.table({"text": texts, "note": texts}), tmp_path / "in.parquet")
     output = tmp_path / f"out{suffix}"
-    predict_table.predict_table("run", data, output)
-    if suffix == ".parquet":
-        notes = pq.read_table(output)["note"].to_pylist()
-    elif suffix == ".jsonl":
-        notes = [json.loads(line)["note"] for line in output.read_text("utf-8").splitlines()]
-    else:
-        notes = [row["note"] or None for row in told(data)]
-    assert notes == [None, "late"]
+    predict_table.predict_table("run", tmp_path / "in.parquet", output)
+    assert reader.texts == [*TEXTS, *odd]
+    back = list(READERS[guess_format(output)](output))
+    for column in ("text", "note"):
+        assert [raw.values[column] for raw in back] == [*TEXTS, *odd]
+    assert not any(raw.fault for raw in back)
 
 
-def test_missing_column_names_the_closest(tmp_path: Path) -> None:
-    data = put(tmp_path / "in.csv", "id,texts\n1,x\n")
-    with pytest.raises(DataError, match=r"in.csv: no column 'text'; did you mean 'texts'; it has"):
-        told(data)
+def test_a_line_of_json_is_one_line_for_every_reader(reader: Reader, tmp_path: Path) -> None:
+    texts = ["a\x85b", "c\u2028d", "e\u2029f"]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "in.parquet")
+    predict_table.predict_table("run", tmp_path / "in.parquet", tmp_path / "out.jsonl")
+    lines = (tmp_path / "out.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["text"] for line in lines] == texts
+
+
+def test_csv_on_the_screen_holds_no_carriage_return(reader: Reader, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"te\rxt": ["a"], "text": ["b\r"]}), tmp_path / "in.parquet")
+    text = predict_table.predict_table("run", tmp_path / "in.parquet", None)
+    assert text is not None and "\r" not in text
+    assert len(list(csv.reader(io.StringIO(text)))) == 2
+
+
+def test_python_callers_get_the_same_answer_for_each_ending() -> None:
+    pair: Any = SimpleNamespace(task="classification", columns=("a", "b"))
+    rows = [
+        predict.Predictor._build_row(pair, "input 1", texts)
+        for texts in (["a\r\nb", "c\rd"], ["a\nb", "c\nd"])
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_a_lone_carriage_return_outside_quotes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"text,label\nfine\rfilm,pos\ndull,neg\n")
+    with pytest.raises(DataError, match="a.csv line 2: 1 fields where the header has 2"):
+        load_train(path)
+
+
+def sentence(seed: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=7)) + f" {seed}"
+
+
+def label(seed: int) -> str:
+    return "pos" if seed % 2 else "neg"
+
+
+LAYOUTS: dict[str, tuple[str, Callable[[int, str], str]]] = {
+    "text, label": ("text,label", lambda n, text: f"{text},{label(n)}"),
+    "label, text": ("label,text", lambda n, text: f"{label(n)},{text}"),
+    "text, class id": ("text,label", lambda n, text: f"{text},{n % 3}"),
+    "text, target": ("text,y", lambda n, text: f"{text},{n * 0.37:.2f}"),
+    "number, text": ("id,text", lambda n, text: f"{n},{text}"),
+    "key, text, label": ("id,text,label", lambda n, text: f"r-{n},{text},{label(n)}"),
+}
+
+
+def write_quoted(
+    path: Path, layout: str = "text, label", opens: int | None = None, closes: int = 0
+) -> Path:
+    """Write a table whose text of row `opens` begins with a quote, and of `closes` ends so."""
+    header, line = LAYOUTS[layout]
+    texts = [sentence(n) for n in range(120)]
+    if opens is not None:
+        texts[opens] = '"' + texts[opens]
+        texts[closes] = texts[closes] + ' 6"'
+    path.write_text("\n".join([header, *(line(n, text) for n, text in enumerate(texts)), ""]))
+    return path
+
+
+@pytest.mark.parametrize("closes", [11, 12, 25])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_unclosed_quote_is_refused_with_both_lines(
+    layout: str, closes: int, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="a.csv line 12: a quote opens.* another row at line 13"):
+        read_csv(write_quoted(tmp_path / "a.csv", layout, 10, closes))
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "why"),
+    ("end", "rows", "message"),
     [
-        ("in.csv", "text,id\nfine,1\n ,2\n", "in.csv line 3: text is empty"),
-        ("in.csv", "text,id\nfine,1\nx\n", "in.csv line 3: 1 fields where the header has 2"),
-        ("in.csv", 'id,text\n1,good\n2,"bad\n3,fine\n4,12"\n', "in.csv line 3: .* at line 4"),
-        ("in.csv", b"text,id\nfine,1\nJos\xe9,2\n", "in.csv line 3: not valid UTF-8"),
-        ("in.csv", b"text,id\nfine,1\nfine,\xe9\n", "in.csv line 3: not valid UTF-8"),
-        ("in.jsonl", '{"text": "a"}\n{"text": null}\n', "in.jsonl line 2: text is empty, not text"),
-        ("in.jsonl", '{"text": "a"}\n\n{"text": 3}\n', "in.jsonl line 3: text is int, not text"),
-        ("in.txt", "one\n\nthree\n", "in.txt line 2: text is empty"),
-        ("in.csv", "text,id\n", "in.csv has no rows"),
-        ("in.xlsx", "x", "in.xlsx: the suffix '.xlsx' says no format"),
+        # Commas in the text after the quote do not hide it.
+        ("\n", ["one,pos", "two,neg", "three,pos", '"slow, long, dull,pos', 'at 6",neg'],
+         "line 5: .* at line 6"),
+        *((end, ["good,pos", '"bad film,neg', "fine,pos", '12",neg', ""], "line 3: .* at line 4")
+          for end in ENDINGS.values()),
+        ("\n", ["good,pos", '"oops,pos', "last,neg", ""],
+         "line 4: not valid CSV.*begins at line 3"),
+    ],
+)  # fmt: skip
+def test_a_table_of_few_rows_is_enough(
+    end: str, rows: list[str], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.csv").write_bytes(end.join(["text,label", *rows]).encode())
+    with pytest.raises(DataError, match=message):
+        read_csv(tmp_path / "a.csv")
+
+
+def test_rows_joined_into_a_row_of_too_many_cells_are_not_skipped_as_one(tmp_path: Path) -> None:
+    rows = [f"{sentence(n)},{label(n)}" for n in range(20)]
+    rows[3], rows[9] = '"' + rows[3], 'a 6",neg,more'
+    (tmp_path / "a.csv").write_text("\n".join(["text,label", *rows]))
+    data = parse_data(train=tmp_path / "a.csv", bad_rows="skip")
+    with pytest.raises(DataError, match="line 5: .* at line 6"):
+        load_rows(data, "train", BadRows(skip=True), InputSpec())
+
+
+PROSE = [
+    "Dear John,\nI am fine, thanks.\nBye",
+    "Hello, world\nGreat stuff",
+    "Roses are red,\nviolets are blue,\n\nthe end",
+    "It costs 10,000\nand 4,5 stars,\nor 3,000 dollars",
+    "one, two, three\nfour, five\nsix",
+    'She said "no, neg"\nand left, pos or not',
+    "- a list\n- of things, pos\n- and more",
+    "ends with a break\n",
+    "a\n\nparagraph, with a comma\r\nand a carriage return",
+]
+
+
+@pytest.mark.parametrize("every", [1, 7])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cells_of_several_lines_are_read(layout: str, every: int, tmp_path: Path) -> None:
+    header, line = LAYOUTS[layout]
+    texts = [PROSE[n % len(PROSE)] if n % every == 0 else sentence(n) for n in range(90)]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header.split(","))
+        writer.writerows([text if c == "T" else c for c in line(n, "T").split(",")]
+                         for n, text in enumerate(texts))  # fmt: skip
+    rows = read_csv(tmp_path / "a.csv")
+    assert [row["text"] for row in rows] == [text.replace("\r\n", "\n") for text in texts]
+
+
+def test_one_column_of_documents_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text\n"one, two\nthree"\nfour\n"five\n\nsix, seven"\n')
+    texts = [row["text"] for row in read_csv(tmp_path / "a.csv")]
+    assert texts == ["one, two\nthree", "four", "five\n\nsix, seven"]
+
+
+def test_in_a_tsv_a_quote_is_text(tmp_path: Path) -> None:
+    texts = ["plain", '"never closed', '12" and 6"', '"closed"', '""', '""two""', '"a" and "b"',
+             'a "b" c', "fine"]  # fmt: skip
+    lines = ["text\tlabel", *(f"{text}\t{label(n)}" for n, text in enumerate(texts))]
+    (tmp_path / "a.tsv").write_text("\n".join(lines))
+    assert [row["text"] for row in read_csv(tmp_path / "a.tsv")] == texts
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ('"one\ntwo"', "in a .tsv a quote is text"),
+        ('"She said ""no"" twice"', "quoted as in a .csv; in a .tsv a quote is text"),
+        ('"""no"" she said"', "quoted as in a .csv; in a .tsv a quote is text"),
     ],
 )
-def test_bad_row_is_named(name: str, content: str | bytes, why: str, tmp_path: Path) -> None:
-    output = tmp_path / "out.csv"
-    with pytest.raises(DataError, match=why):
-        told(put(tmp_path / name, content), output)
-    assert not output.exists()
+def test_a_tsv_quoted_as_a_csv_is_named(text: str, fault: str, tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text(f"text\tlabel\n{text}\tpos\n")
+    first = next(iter(READERS["csv"](tmp_path / "a.tsv")))
+    assert first.fault is not None and fault in first.fault
 
 
-def test_missing_table(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="none.csv does not exist"):
-        told(tmp_path / "none.csv")
+def test_every_table_of_a_recipe_is_checked_for_open_quotes(tmp_path: Path) -> None:
+    good = write_quoted(tmp_path / "good.csv")
+    bad = write_quoted(tmp_path / "bad.csv", opens=10, closes=25)
+    for part in ("train", "test", "validation", "unlabeled", "general"):
+        data = parse_data(**({"train": good} | {part: bad}))
+        with pytest.raises(DataError, match="bad.csv line 12"):
+            if part in ("unlabeled", "general"):
+                list(read_documents(data, part, BadRows()))
+            else:
+                load_rows(data, part, BadRows(), InputSpec())
 
 
-@pytest.mark.parametrize("name", ["out.xlsx", "out", "out.txt"])
-def test_unknown_output_suffix_is_refused_before_anything_loads(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(predict_table, "load", lambda *given: pytest.fail("loaded"))
-    with pytest.raises(RecipeError, match=r"unknown suffix .*Use \.csv, \.jsonl, \.parquet"):
-        told(put(tmp_path / "in.csv", ROWS), tmp_path / name)
+def test_a_recipe_is_not_guessed_from_joined_rows(tmp_path: Path) -> None:
+    bad = write_quoted(tmp_path / "bad.csv", opens=10, closes=25)
+    with pytest.raises(DataError, match="bad.csv line 12"):
+        write_recipe(bad, "org/name", tmp_path / "a.yaml")
+    assert not (tmp_path / "a.yaml").exists()
+    assert guess_columns("a.csv", read_csv(write_quoted(tmp_path / "a.csv"))).label == "label"
 
 
-def test_output_in_no_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="there is no folder .*none"):
-        told(put(tmp_path / "in.csv", ROWS), tmp_path / "none" / "out.csv")
+def test_two_columns_of_free_text_in_several_lines_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    rows = [(f"{sentence(n)}, then\n{sentence(n + 500)}, so", f"{sentence(n + 900)}, and\nmore")
+            for n in range(60)]  # fmt: skip
+    with open(path, "w", newline="") as handle:
+        csv.writer(handle).writerows([("first", "second"), *rows])
+    with pytest.warns(DataWarning, match="line 2: one row holds 3 lines") as issued:
+        faults = [raw.fault for raw in READERS["csv"](path)]
+    assert faults == [None] * 60 and len(issued) == 1
 
 
-def predictor(monkeypatch: pytest.MonkeyPatch, names: list[str], texts: list[str]) -> Predictor:
-    """A predictor whose logits are the lengths of the texts, then ones."""
-
-    def outputs(model: Any, encoded: list[Row], inputs: Any, device: str) -> np.ndarray:
-        return np.array([[len(row.content[0])] + [1.0] * (len(names) - 1) for row in encoded])
-
-    monkeypatch.setattr(predict, "predict_logits", outputs)
-    task = "classification" if names else "regression"
-    inputs: Any = SimpleNamespace(encode=lambda rows: rows)
-    return Predictor(nn.Identity(), inputs, task, names, texts, "cpu")
-
-
-def test_predict_tells_label_score_and_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = predictor(monkeypatch, ["long", "short"], ["text"]).predict(["four", ("x",)])
-    first, even = found
-    assert first["label"] == "long" and first["score"] == first["scores"]["long"]
-    assert first["score"] == pytest.approx(1 / (1 + np.exp(-3))) and list(first["scores"]) == [
-        "long", "short"
-    ]  # fmt: skip
-    assert even["scores"] == pytest.approx({"long": 0.5, "short": 0.5})
-
-
-def test_predict_tells_a_target_as_a_label(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert predictor(monkeypatch, [], ["text"]).predict(["four"]) == [{"label": 4.0}]
-    assert predictor(monkeypatch, [], ["text"]).predict([]) == []
-
-
-@pytest.mark.parametrize(
-    ("texts", "inputs"),
-    [(["text"], ["fine", " "]), (["text"], ["fine", ("a", "b")]), (["a", "b"], [("a", "b"), "a"]),
-     (["text"], ["fine", 3]), (["a", "b"], [("a", "b"), ("a", "")])],
-    ids=["blank", "two for one", "one for two", "number", "half a pair"],
-)  # fmt: skip
-def test_predict_names_the_input_it_cannot_take(
-    texts: list[str], inputs: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(DataError, match=rf"input 2 is .*expected {len(texts)} text"):
-        predictor(monkeypatch, ["x", "y"], texts).predict(inputs)
-
-
-def test_a_class_called_label_keeps_its_own_column() -> None:
-    told = {"label": "label", "score": 0.9, "scores": {"label": 0.9, "other": 0.1}}
-    assert predict_table._flatten_prediction(told) == {
-        "label": "label", "score": 0.9, "class.label": 0.9, "other": 0.1,
-    }  # fmt: skip
-
-
-def test_the_input_is_never_overwritten(tmp_path: Path) -> None:
-    data = tmp_path / "new.csv"
-    data.write_text("text\nx\n")
-    with pytest.raises(RecipeError, match="is the input itself"):
-        predict_table.predict_table("model", data, data)
+def test_a_quote_open_in_a_single_column_is_warned_of(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('text\ngood\n"bad film\nfine\n12"\n')
+    with pytest.warns(DataWarning, match="a.csv line 3: one row holds 3 lines"):
+        assert len(list(READERS["csv"](path))) == 2

@@ -1,4 +1,4 @@
-"""Schemes of tags: what each is read as, against seqeval's strict mode and by brute force."""
+"""Recognize schemes of tags, against seqeval's strict mode and by brute force."""
 
 import itertools
 import random
@@ -23,11 +23,11 @@ WRITERS: dict[str, Any] = {
     "IOBES": lambda n, before: ["S"] if n == 1 else ["B"] + ["I"] * (n - 2) + ["E"],
     "BILOU": lambda n, before: ["U"] if n == 1 else ["B"] + ["I"] * (n - 2) + ["L"],
 }
-"""The markers of an entity of n words; `before`: whether one of its type is right before it."""
+"""Markers of an entity of n words; `before` is true where one of its type is right before it."""
 
 
 def spans_drawn(draw: random.Random, length: int) -> list[tuple[str, int, int]]:
-    """Entities, some beside each other, in a row of this length."""
+    """Draw entities, some beside each other, in a row of this length."""
     spans, word = [], 0
     while word < length:
         size = min(draw.randint(1, 3), length - word)
@@ -38,7 +38,7 @@ def spans_drawn(draw: random.Random, length: int) -> list[tuple[str, int, int]]:
 
 
 def written(spans: list[tuple[str, int, int]], length: int, scheme: str) -> list[str]:
-    """The tags of a row in a scheme."""
+    """Return the tags of a row in a scheme."""
     tags, before = ["O"] * length, ("", 0, -2)
     for span in spans:
         kind, first, last = span
@@ -50,7 +50,7 @@ def written(spans: list[tuple[str, int, int]], length: int, scheme: str) -> list
 
 
 def drawn_rows(scheme: str, seed: int, rows: int = 60) -> tuple[list[list[str]], list[list[str]]]:
-    """Well-formed labels and predictions, a third of whose rows are right."""
+    """Draw well-formed labels and predictions, a third of whose rows are right."""
     draw = random.Random(seed)
     labels, predictions = [], []
     for _ in range(rows):
@@ -62,12 +62,17 @@ def drawn_rows(scheme: str, seed: int, rows: int = 60) -> tuple[list[list[str]],
     return labels, predictions
 
 
-def scored(labels: Any, predictions: Any, names: list[str]) -> dict[str, float]:
-    """Every metric of tags in this scheme."""
-    pair = [
+def encode(labels: Any, predictions: Any, names: list[str]) -> list[Any]:
+    """Return labels and predictions as the metrics take them."""
+    return [
         encode_for_metrics([tuple(row) for row in rows], TASK, names)
         for rows in (labels, predictions)
     ]
+
+
+def score(labels: Any, predictions: Any, names: list[str]) -> dict[str, float]:
+    """Return every metric of tags in this scheme."""
+    pair = encode(labels, predictions, names)
     return {name: metric.score(*pair) for name, metric in METRICS[TASK].items()}
 
 
@@ -98,7 +103,7 @@ def test_entities_are_those_of_seqeval_in_strict_mode(
     spell = SPELT[spelling]
     labels, predictions = ([[spell(t) for t in row] for row in rows]
                            for rows in (labels, predictions))  # fmt: skip
-    scores = scored(labels, predictions, names_in(labels, predictions))
+    scores = score(labels, predictions, names_in(labels, predictions))
     assert [scores[name] for name in ("f1", "precision", "recall")] == pytest.approx(expected)
 
 
@@ -123,7 +128,7 @@ def test_bare_names_are_runs_of_one_tag(seed: int, outside: str) -> None:
         return actual
 
     held, guessed = runs(labels), runs(predictions)
-    actual = scored(labels, predictions, kinds)
+    actual = score(labels, predictions, kinds)
     assert recognize_tag_scheme(tuple(kinds)).name == "IO"
     assert actual["precision"] == pytest.approx(len(held & guessed) / len(guessed))
     assert actual["recall"] == pytest.approx(len(held & guessed) / len(held))
@@ -133,55 +138,45 @@ def test_bare_names_are_runs_of_one_tag(seed: int, outside: str) -> None:
 
 
 def test_a_type_that_begins_with_o_is_no_outside() -> None:
-    """A model that finds no ORG had f1 1.0."""
+    """A model that misses every ORG had f1 1.0."""
     labels, predictions = [["ORG", "O", "PER"]], [["O", "O", "PER"]]
-    assert scored(labels, predictions, ["O", "ORG", "PER"])["recall"] == 0.5
+    assert score(labels, predictions, ["O", "ORG", "PER"])["recall"] == 0.5
 
 
 @pytest.mark.parametrize(
     ("names", "scheme", "outside"),
     [
-        (["O", "B-X", "I-X"], "BIO", "O"),
-        (["O", "I-X", "I-Y"], "BIO", "O"),
-        (["O", "I-X", "E-X"], "IOE", "O"),
-        (["O", "B-X", "I-X", "E-X", "S-X"], "BIOES", "O"),
-        (["O", "S-X"], "BIOES", "O"),
-        (["O", "B-X", "I-X", "L-X", "U-X"], "BILOU", "O"),
-        (["O", "B-X", "M-X", "E-X", "S-X"], "BMES", "O"),
-        (["O", "B-X", "M-X", "E-X", "W-X"], "BMEWO", "O"),
-        (["o", "X-B", "X-I"], "BIO", "o"),
-        (["O", "B", "I"], "BIO", "O"),
-        (["B_X", "I_X", "O"], "BIO", "O"),
-        (["ORG", "PER", "O"], "IO", "O"),
-        (["NOUN", "VERB", "ADJ"], "IO", None),
-        (["B-cell", "T-cell", "DNA", "O"], "IO", "O"),
-        (["E-mail", "S-Bahn", "O"], "IO", "O"),
-        (["B_DATE", "E_TIME", "O"], "IO", "O"),
-        (["A", "B", "C", "D", "E", "O"], "IO", "O"),
+        ("O B-X I-X", "BIO", "O"), ("O I-X I-Y", "BIO", "O"), ("O I-X E-X", "IOE", "O"),
+        ("O B-X I-X E-X S-X", "BIOES", "O"), ("O S-X", "BIOES", "O"),
+        ("O B-X I-X L-X U-X", "BILOU", "O"), ("O B-X M-X E-X S-X", "BMES", "O"),
+        ("O B-X M-X E-X W-X", "BMEWO", "O"), ("o X-B X-I", "BIO", "o"), ("O B I", "BIO", "O"),
+        ("B_X I_X O", "BIO", "O"), ("ORG PER O", "IO", "O"), ("NOUN VERB ADJ", "IO", None),
+        ("B-cell T-cell DNA O", "IO", "O"), ("E-mail S-Bahn O", "IO", "O"),
+        ("B_DATE E_TIME O", "IO", "O"), ("A B C D E O", "IO", "O"),
     ],
-)
-def test_recognises(names: list[str], scheme: str, outside: str | None) -> None:
-    for order in (names, names[::-1]):
-        scheme_ = recognize_tag_scheme(tuple(order))
-        assert (scheme_.name, scheme_.outside) == (scheme, outside)
-    assert all(extract_entities((scheme_.standard[name],)) for name in names if name != outside)
+)  # fmt: skip
+def test_a_scheme_is_recognized(names: str, scheme: str, outside: str | None) -> None:
+    for order in (names.split(), names.split()[::-1]):
+        recognized = recognize_tag_scheme(tuple(order))
+        assert (recognized.name, recognized.outside) == (scheme, outside)
+        tags = [name for name in order if name != outside]
+        assert all(extract_entities((recognized.standard[tag],)) for tag in tags)
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["0", "1", "2"], r"tags are ids \(0, 1, 2\).*Write the tags' names"),
-        (["-100", "3", "B-PER"], r"tags are ids \(-100, 3\)"),
-        (["0", "ORG", "PER"], r"tags are ids \(0\)"),
-        (["LABEL_0", "LABEL_1"], r"tags are ids \(LABEL_0, LABEL_1\)"),
-        (["B-PER", "I-PER", "ORG", "O"], r"marker \(B-PER\), and others have none \(ORG\)"),
-        (["B-PER", "I-PER", "ORG-B", "ORG-I", "O"], r"marker \(B-PER\), .* none \(ORG-B\)"),
-        (["B-X", "I-X", "E-X", "L-X", "O"], r"markers B, E, I, L, which no one scheme has"),
+        ("0 1 2", r"tags are ids \(0, 1, 2\).*Write the tags' names"),
+        ("-100 3 B-PER", r"tags are ids \(-100, 3\)"), ("0 ORG PER", r"tags are ids \(0\)"),
+        ("LABEL_0 LABEL_1", r"tags are ids \(LABEL_0, LABEL_1\)"),
+        ("B-PER I-PER ORG O", r"marker \(B-PER\), and others have none \(ORG\)"),
+        ("B-PER I-PER ORG-B ORG-I O", r"marker \(B-PER\), .* none \(ORG-B\)"),
+        ("B-X I-X E-X L-X O", r"markers B, E, I, L, which no one scheme has"),
     ],
-)
-def test_refuses(names: list[str], message: str) -> None:
+)  # fmt: skip
+def test_tags_of_no_scheme_are_refused(names: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        recognize_tag_scheme(tuple(names))
+        recognize_tag_scheme(tuple(names.split()))
 
 
 def test_a_word_that_was_cut_off_is_outside_however_that_is_written() -> None:
@@ -194,10 +189,7 @@ def test_a_word_that_was_cut_off_is_outside_however_that_is_written() -> None:
 def test_scores_of_entities_are_those_of_seqeval(seed: int) -> None:
     labels, predictions = drawn_rows("BILOU", seed)
     names = names_in(labels, predictions)
-    pair = [
-        encode_for_metrics([tuple(row) for row in rows], TASK, names)
-        for rows in (labels, predictions)
-    ]
+    pair = encode(labels, predictions, names)
     types = recognize_tag_scheme(tuple(names)).types
     expected = seq.classification_report(
         labels, predictions, mode="strict", scheme=schemes.BILOU, output_dict=True, zero_division=0

@@ -1,4 +1,4 @@
-"""Publish or hold: every outcome x head x reload, and what the reasons say."""
+"""Decide to publish or to hold: every outcome x head x reload, and the reasons given."""
 
 import itertools
 from typing import Any

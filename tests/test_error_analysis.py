@@ -1,4 +1,4 @@
-"""What a model gets wrong, from the files of an arm, and how the report shows it."""
+"""Analyze errors from the files of an arm, and show them in the report."""
 
 import io
 from pathlib import Path
@@ -31,7 +31,7 @@ def stored(
     folder: Path, task: str, names: list[str], labels: list[Label], said: list[Any],
     scores: list[Any], contents: list[tuple[str, ...]] | None = None,
 ) -> ErrorAnalysis:  # fmt: skip
-    """The errors of predictions on test, with others on validation that must not count."""
+    """Analyze predictions on test, stored with others on validation that must not count."""
     contents = contents or [(text,) for text in TEXTS]
     rows = [
         Row(content, label, None, i, f"t.csv line {i + 2}")
@@ -48,14 +48,15 @@ def stored(
 
 def test_errors_of_classes(tmp_path: Path) -> None:
     scores = [[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.95, 0.05]]
-    found = stored(
+    errors = stored(
         tmp_path, "classification", ["n", "p"], ["n", "p", "n", "p"], ["n", "n", "p", "n"], scores
     )
-    assert found.wrong == 3 and found.answers == 4 and found.confusion is not None
+    assert errors.wrong == 3 and errors.answers == 4 and errors.confusion is not None
     expected = confusion_matrix(["n", "p", "n", "p"], ["n", "n", "p", "n"])
-    np.testing.assert_array_equal(found.confusion, expected)
-    told = [(m.content, m.label, m.prediction, m.confidence, m.location) for m in found.mistakes]
-    assert told == [
+    np.testing.assert_array_equal(errors.confusion, expected)
+    assert [
+        (m.content, m.label, m.prediction, m.confidence, m.location) for m in errors.mistakes
+    ] == [
         (("d",), "p", "n", 0.95, "t.csv line 5"),
         (("c",), "n", "p", 0.8, "t.csv line 4"),
         (("b",), "p", "n", 0.7, "t.csv line 3"),
@@ -63,48 +64,48 @@ def test_errors_of_classes(tmp_path: Path) -> None:
 
 
 def test_errors_of_words_name_the_word_and_leave_out_what_was_cut(tmp_path: Path) -> None:
-    found = stored(
+    errors = stored(
         tmp_path, "token-classification", ["O", "X"],
         [("O", "X", "X"), ("X",)], [("X", "X", "O"), ("O",)],
         [[[0.4, 0.6], [0.1, 0.9], None], [[0.7, 0.3]]], [("the", "big", "end"), ("one",)],
     )  # fmt: skip
-    assert found.wrong == 3 and found.answers == 4
+    assert errors.wrong == 3 and errors.answers == 4
     assert [
-        (m.content[m.word or 0], m.label, m.prediction, m.confidence) for m in found.mistakes
+        (m.content[m.word or 0], m.label, m.prediction, m.confidence) for m in errors.mistakes
     ] == [("one", "X", "O", 0.7), ("the", "O", "X", 0.6)]
 
 
 def test_large_targets_keep_their_digits(tmp_path: Path) -> None:
-    found = stored(
+    errors = stored(
         tmp_path, "regression", [], [1234567.0, 2.5], [1234501.0, 2.5], [[1234501.0], [2.5]],
         [("a",), ("b",)],
     )  # fmt: skip
-    assert (found.mistakes[0].label, found.mistakes[0].prediction) == ("1234567", "1234501")
+    assert (errors.mistakes[0].label, errors.mistakes[0].prediction) == ("1234567", "1234501")
 
 
 def test_errors_of_names_are_names_said_or_missed(tmp_path: Path) -> None:
-    found = stored(
+    errors = stored(
         tmp_path, "multi-label", ["x", "y"], [("x",), ("x", "y")], [("x", "y"), ("y",)],
         [[0.9, 0.6], [0.1, 0.8]], [("a",), ("b",)],
     )  # fmt: skip
-    assert [(m.label, m.prediction, round(m.confidence, 6)) for m in found.mistakes] == [
+    assert [(m.label, m.prediction, round(m.confidence, 6)) for m in errors.mistakes] == [
         ("x", "not x", 0.9), ("not y", "y", 0.6)
     ]  # fmt: skip
-    assert found.confusion is None and [row.rows for row in found.classes] == [2, 1]
+    assert errors.confusion is None and [row.rows for row in errors.classes] == [2, 1]
 
 
 def test_errors_of_targets_are_the_furthest_off(tmp_path: Path) -> None:
-    found = stored(
+    errors = stored(
         tmp_path, "regression", [], [1.0, 2.0, 3.0], [1.5, 0.0, 3.25], [[1.5], [0.0], [3.25]],
         [("a",), ("b",), ("c",)],
     )  # fmt: skip
-    assert [(m.label, m.prediction, m.confidence) for m in found.mistakes] == [
+    assert [(m.label, m.prediction, m.confidence) for m in errors.mistakes] == [
         ("2", "0", 2.0), ("1", "1.5", 0.5), ("3", "3.25", 0.25)
     ]  # fmt: skip
-    assert found.classes == []
+    assert errors.classes == []
 
 
-def test_most_sure_keeps_the_order_of_equals_and_no_more_than_asked() -> None:
+def test_the_surest_come_in_the_order_of_equals_and_at_most_20() -> None:
     assert rank_by_confidence(np.array([0.5, 0.9, 0.5, 0.9]), 3) == [1, 3, 0]
     assert rank_by_confidence(np.array([])) == [] and len(rank_by_confidence(np.ones(50))) == 20
 
@@ -125,16 +126,16 @@ def test_thumbnail_is_small_and_the_same_picture() -> None:
 
 def test_pictures_of_examples_are_written_beside_the_card(tmp_path: Path) -> None:
     scores = [[0.9, 0.1]] * 4
-    found = stored(tmp_path, "classification", ["n", "p"], ["p"] * 4, ["n"] * 4, scores)
+    errors = stored(tmp_path, "classification", ["n", "p"], ["p"] * 4, ["n"] * 4, scores)
     pixels = np.full((3, 40, 40), 7, dtype=np.uint8)
     examples = build_examples(
-        found.mistakes, {text: pixels for text in TEXTS}.__getitem__, tmp_path
+        errors.mistakes, {text: pixels for text in TEXTS}.__getitem__, tmp_path
     )
     assert [example.picture for example in examples] == [
         f"assets/mistake-{i:02d}.png" for i in (1, 2, 3, 4)
     ]
     assert all((tmp_path / str(e.picture)).stat().st_size < 5000 for e in examples)
-    assert build_examples(found.mistakes, None, tmp_path)[0].texts == ["a"]
+    assert build_examples(errors.mistakes, None, tmp_path)[0].texts == ["a"]
 
 
 def test_report_shows_errors_and_the_card_does_not(tmp_path: Path) -> None:
@@ -150,8 +151,8 @@ def test_report_shows_errors_and_the_card_does_not(tmp_path: Path) -> None:
     card = render(record)
     report = render_page(record, tmp_path, errors)
     assert "a secret text" not in card and report.count("a secret text") == 3
-    for told in ("3 of 4 rows are wrong", "Its 3 surest mistakes", "seed 2", "0.950", "line 5"):
-        assert told in report
+    for words in ("3 of 4 rows are wrong", "Its 3 surest mistakes", "seed 2", "0.950", "line 5"):
+        assert words in report
     assert "What is taken for what" in report
     assert "stays on this machine" in report
     pixels = np.zeros((3, 32, 32), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""YAML as users write it: numbers with exponents, doubled keys, overrides at every depth."""
+"""Read YAML as users write it: numbers with exponents, doubled keys, overrides at any depth."""
 
 from pathlib import Path
 from typing import Any
@@ -12,26 +12,13 @@ from hftl.errors import RecipeError
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("1e-4", 1e-4),
-        ("5E+3", 5000.0),
-        ("-2.5e-3", -2.5e-3),
-        (".5e1", 5.0),
-        ("1.e2", 100.0),
-        ("5.0e-4", 5e-4),
-        ("3", 3),
-        ("'1e-4'", "1e-4"),
-        ("e-4", "e-4"),
-        ("1e", "1e"),
-        ("bert-1e-4", "bert-1e-4"),
-        ("", None),
-        ("[1e-4, 3e-4]", [1e-4, 3e-4]),
-        ("true", True),
-        ("False", False),
-        ("on", "on"),
-        ("no", "no"),
+        ("1e-4", 1e-4), ("5E+3", 5000.0), ("-2.5e-3", -2.5e-3), (".5e1", 5.0), ("1.e2", 100.0),
+        ("5.0e-4", 5e-4), ("3", 3), ("'1e-4'", "1e-4"), ("e-4", "e-4"), ("1e", "1e"),
+        ("bert-1e-4", "bert-1e-4"), ("", None), ("[1e-4, 3e-4]", [1e-4, 3e-4]), ("true", True),
+        ("False", False), ("on", "on"), ("no", "no"),
         ("{on: probe, y: 1}", {"on": "probe", "y": 1}),
     ],
-)
+)  # fmt: skip
 def test_scalars(text: str, value: Any) -> None:
     result = parse_yaml(text, "here")
     assert result == value
@@ -59,6 +46,7 @@ def test_what_is_not_yaml_is_named_by_line(text: str, message: str) -> None:
     ("content", "message"),
     [
         (None, "does not exist"),
+        (b"folder", "cannot be read"),
         (b"a: \xe9\n", "cannot be read"),
         (b"- a\n- b\n", "must be a mapping of sections, got list"),
         (b"", "must be a mapping of sections, got NoneType"),
@@ -66,15 +54,12 @@ def test_what_is_not_yaml_is_named_by_line(text: str, message: str) -> None:
 )
 def test_files_that_are_no_recipe(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "mine.yaml"
-    if content is not None:
+    if content == b"folder":
+        path.mkdir()
+    elif content is not None:
         path.write_bytes(content)
     with pytest.raises(RecipeError, match=rf"mine\.yaml {message}"):
         read_yaml(path)
-
-
-def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="cannot be read"):
-        read_yaml(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every part of a run folder is complete or absent, and one process holds it."""
+"""Write and lock run folders: every stage is complete or absent, and one process holds it."""
 
 import json
 import subprocess
@@ -30,10 +30,13 @@ def files(folder: Path) -> dict[str, bytes]:
             for p in sorted(folder.rglob("*")) if p.is_file()}  # fmt: skip
 
 
-def test_a_part_stands_with_its_hashes_and_what_it_read(part: Path) -> None:
+def test_a_stage_stands_with_its_hashes_and_inputs(part: Path) -> None:
     assert sorted(files(part)) == ["MANIFEST.json", "a.txt", "sub/b.txt"]
     assert run_folder.read_stage_inputs(part) == READS
     assert [p.name for p in part.parent.iterdir()] == ["lora-seed0"]
+    manifest = json.loads((part / run_folder.MANIFEST).read_text(encoding="utf-8"))
+    assert sorted(manifest) == ["files", "reads"]
+    assert all(len(digest) == 64 for digest in manifest["files"].values())
 
 
 def test_nothing_stands_before_the_end(tmp_path: Path) -> None:
@@ -44,27 +47,18 @@ def test_nothing_stands_before_the_end(tmp_path: Path) -> None:
     assert (tmp_path / "data" / "a.txt").exists()
 
 
-def test_a_body_that_raises_leaves_nothing(tmp_path: Path) -> None:
-    with (
-        pytest.raises(KeyboardInterrupt),
-        run_folder.commit_stage(tmp_path / "data", READS) as aside,
-    ):
-        (aside / "a.txt").write_text("half", encoding="utf-8")
-        raise KeyboardInterrupt
+def test_a_body_that_raises_leaves_the_folder_as_it_was(part: Path, tmp_path: Path) -> None:
+    before = files(part)
+    for folder, error in ((part, OSError), (tmp_path / "data", KeyboardInterrupt)):
+        with pytest.raises(error), run_folder.commit_stage(folder, {}) as aside:
+            (aside / "a.txt").write_text("half", encoding="utf-8")
+            raise error
+    assert files(part) == before and run_folder.read_stage_inputs(part) == READS
     assert not (tmp_path / "data").exists()
     assert run_folder.read_stage_inputs(tmp_path / "data") is None
 
 
-def test_a_body_that_raises_leaves_what_stood(part: Path) -> None:
-    before = files(part)
-    with pytest.raises(OSError, match="full"), run_folder.commit_stage(part, {}) as aside:
-        (aside / "a.txt").write_text("half", encoding="utf-8")
-        raise OSError("full")
-    assert files(part) == before
-    assert run_folder.read_stage_inputs(part) == READS
-
-
-def test_a_part_is_replaced_as_a_whole(part: Path) -> None:
+def test_a_stage_is_replaced_as_a_whole(part: Path) -> None:
     old = run_folder.hash_stage(part)
     with run_folder.commit_stage(part, {"recipe": {}}) as aside:
         (aside / "c.txt").write_text("third", encoding="utf-8")
@@ -75,7 +69,7 @@ def test_a_part_is_replaced_as_a_whole(part: Path) -> None:
     assert [p.name for p in part.parent.iterdir()] == ["lora-seed0"]
 
 
-def test_what_a_killed_attempt_left_is_not_taken_over(part: Path) -> None:
+def test_leftovers_of_a_killed_attempt_are_not_taken_over(part: Path) -> None:
     left = part.parent / ".tmp-lora-seed0"
     left.mkdir()
     (left / "old.txt").write_text("old", encoding="utf-8")
@@ -184,9 +178,3 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(RecipeError, match="cannot be written.*Choose another --output"):
             run_folder.create_run_folder(folder)
-
-
-def test_the_manifest_is_readable_json(part: Path) -> None:
-    report = json.loads((part / run_folder.MANIFEST).read_text(encoding="utf-8"))
-    assert sorted(report) == ["files", "reads"]
-    assert all(len(digest) == 64 for digest in report["files"].values())

@@ -1,0 +1,240 @@
+"""Predict tables with a predictor that needs no model."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from torch import nn
+
+from hftl.data.rows import Row
+from hftl.errors import DataError, RecipeError
+from hftl.inference import predict, predict_table
+from hftl.inference.predict import Predictor
+
+
+class Fake:
+    """Say `good` of texts that hold the word, or the length as a target without class names."""
+
+    modality = "text"
+    task = "classification"
+
+    def __init__(self, *columns: str, names: tuple[str, ...] = ("bad", "good")) -> None:
+        self.columns = list(columns)
+        self.names = names
+
+    def encode(self, inputs: Iterable[Any], places: list[str], folder: Path) -> list[str]:
+        return [row if isinstance(row, str) else " ".join(row) for row in inputs]
+
+    def predict_encoded(self, encoded: list[str]) -> list[dict[str, Any]]:
+        return [self._predict(text) for text in encoded]
+
+    def _predict(self, text: str) -> dict[str, Any]:
+        if not self.names:
+            return {"label": float(len(text))}
+        chances = [0.25, 0.75] if "good" in text else [0.75, 0.25]
+        scores = dict(zip(self.names, chances, strict=True))
+        label = max(scores, key=lambda name: scores[name])
+        return {"label": label, "score": scores[label], "scores": scores}
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, Fake("text"))
+
+
+def use(monkeypatch: pytest.MonkeyPatch, predictor: Fake) -> None:
+    monkeypatch.setattr(predict_table, "load", lambda model, base: predictor)
+
+
+def put(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def read_back(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a table."""
+    match path.suffix:
+        case ".csv":
+            return list(csv.DictReader(io.StringIO(path.read_text("utf-8"))))
+        case ".jsonl":
+            return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        case _:
+            return pq.read_table(path).to_pylist()
+
+
+def predict_rows(data: Path, output: Path | None = None) -> list[dict[str, Any]]:
+    """Return the predicted rows, from the printed CSV or the output."""
+    text = predict_table.predict_table("run", data, output)
+    assert (text is None) == (output is not None)
+    return read_back(output) if output else list(csv.DictReader(io.StringIO(text)))
+
+
+ROWS = 'id,text\n7,a good film\n8,"dull, long"\n'
+PREDICTED = [("a good film", "good"), ("dull", "bad")]
+
+
+def test_rows_come_back_with_label_score_and_a_column_a_class(tmp_path: Path) -> None:
+    assert predict_rows(put(tmp_path / "in.csv", ROWS)) == [
+        {"id": "7", "text": "a good film", "label": "good", "score": "0.75", "bad": "0.25",
+         "good": "0.75"},
+        {"id": "8", "text": "dull, long", "label": "bad", "score": "0.75", "bad": "0.75",
+         "good": "0.25"},
+    ]  # fmt: skip
+
+
+def test_a_target_has_a_label_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, Fake("text", names=()))
+    row, _ = predict_rows(put(tmp_path / "in.csv", ROWS))
+    assert row == {"id": "7", "text": "a good film", "label": "11.0"}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_every_output_holds_the_same_rows(suffix: str, tmp_path: Path) -> None:
+    data, output = put(tmp_path / "in.csv", ROWS), tmp_path / f"out{suffix}"
+    rows = predict_rows(data, output)
+    plain = [{key: str(value) for key, value in row.items()} for row in rows]
+    assert plain == predict_rows(data)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["in.csv", output.name])
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet", ".txt"])
+def test_every_input_is_read(suffix: str, tmp_path: Path) -> None:
+    data, texts = tmp_path / f"in{suffix}", [text for text, _ in PREDICTED]
+    match suffix:
+        case ".jsonl":
+            put(data, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+        case ".parquet":
+            pq.write_table(pa.table({"text": texts}), data)
+        case _:
+            put(data, "\n".join([*(["text"] if suffix != ".txt" else []), *texts, ""]))
+    assert [(row["text"], row["label"]) for row in predict_rows(data)] == PREDICTED
+
+
+def test_lines_of_a_text_file_are_the_text_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, Fake("sentence"))
+    rows = predict_rows(put(tmp_path / "in.txt", "a good film\ndull\n"))
+    assert [(row["sentence"], row["label"]) for row in rows] == PREDICTED
+
+
+def test_a_pair_is_read_from_two_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, Fake("a", "b"))
+    data = put(tmp_path / "in.csv", "b,a\ngood,x\nx,x\n")
+    assert [row["label"] for row in predict_rows(data)] == ["good", "bad"]
+
+
+def test_input_columns_named_as_ours_come_back_under_another_name(tmp_path: Path) -> None:
+    data = put(tmp_path / "in.csv", "text,label,good,score\na good film,mine,yes,9\n")
+    assert predict_rows(data) == [
+        {"text": "a good film", "input.label": "mine", "input.good": "yes", "input.score": "9",
+         "label": "good", "score": "0.75", "bad": "0.25", "good": "0.75"}
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_keys_that_only_later_rows_have_come_back(suffix: str, tmp_path: Path) -> None:
+    data = put(tmp_path / "in.jsonl", '{"text": "good"}\n{"text": "dull", "note": "late"}\n')
+    rows = predict_rows(data, tmp_path / f"out{suffix}")
+    assert [row["note"] or None for row in rows] == [None, "late"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("in.csv", "id,texts\n1,x\n", "in.csv: no column 'text'; did you mean 'texts'; it has"),
+        ("in.csv", "text,id\nfine,1\n ,2\n", "in.csv line 3: text is empty"),
+        ("in.csv", "text,id\nfine,1\nx\n", "in.csv line 3: 1 fields where the header has 2"),
+        ("in.csv", 'id,text\n1,good\n2,"bad\n3,fine\n4,12"\n', "in.csv line 3: .* at line 4"),
+        ("in.csv", b"text,id\nfine,1\nJos\xe9,2\n", "in.csv line 3: not valid UTF-8"),
+        ("in.csv", b"text,id\nfine,1\nfine,\xe9\n", "in.csv line 3: not valid UTF-8"),
+        ("in.jsonl", '{"text": "a"}\n{"text": null}\n', "in.jsonl line 2: text is empty, not text"),
+        ("in.jsonl", '{"text": "a"}\n\n{"text": 3}\n', "in.jsonl line 3: text is int, not text"),
+        ("in.txt", "one\n\nthree\n", "in.txt line 2: text is empty"),
+        ("in.csv", "text,id\n", "in.csv has no rows"),
+        ("in.xlsx", "x", "in.xlsx: the suffix '.xlsx' says no format"),
+        ("none.csv", None, "none.csv does not exist"),
+    ],
+)
+def test_a_bad_table_or_row_is_named(
+    name: str, content: str | bytes | None, why: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        put(tmp_path / name, content)
+    with pytest.raises(DataError, match=why):
+        predict_rows(tmp_path / name, tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "why"),
+    [
+        ("out.xlsx", r"unknown suffix .*Use \.csv, \.jsonl, \.parquet"),
+        ("out", "unknown suffix"), ("out.txt", "unknown suffix"),
+        ("none/out.csv", "there is no folder .*none"), ("in.csv", "is the input itself"),
+    ],
+)  # fmt: skip
+def test_an_output_is_refused_before_anything_loads(
+    output: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict_table, "load", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(RecipeError, match=why):
+        predict_rows(put(tmp_path / "in.csv", ROWS), tmp_path / output)
+    assert (tmp_path / "in.csv").read_text() == ROWS
+
+
+def build_predictor(
+    monkeypatch: pytest.MonkeyPatch, names: list[str], texts: list[str]
+) -> Predictor:
+    """Return a predictor whose logits are the lengths of the texts, then ones."""
+
+    def predict_lengths(model: Any, encoded: list[Row], inputs: Any, device: str) -> np.ndarray:
+        return np.array([[len(row.content[0])] + [1.0] * (len(names) - 1) for row in encoded])
+
+    monkeypatch.setattr(predict, "predict_logits", predict_lengths)
+    task = "classification" if names else "regression"
+    inputs: Any = SimpleNamespace(encode=lambda rows: rows)
+    return Predictor(nn.Identity(), inputs, task, names, texts, "cpu")
+
+
+def test_predict_returns_label_score_and_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = build_predictor(monkeypatch, ["long", "short"], ["text"])
+    first, even = predictor.predict(["four", ("x",)])
+    assert first["label"] == "long" and first["score"] == first["scores"]["long"]
+    assert first["score"] == pytest.approx(1 / (1 + np.exp(-3)))
+    assert list(first["scores"]) == ["long", "short"]
+    assert even["scores"] == pytest.approx({"long": 0.5, "short": 0.5})
+
+
+def test_predict_returns_a_target_as_a_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build_predictor(monkeypatch, [], ["text"]).predict(["four"]) == [{"label": 4.0}]
+    assert build_predictor(monkeypatch, [], ["text"]).predict([]) == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "inputs"),
+    [(["text"], ["fine", " "]), (["text"], ["fine", ("a", "b")]), (["a", "b"], [("a", "b"), "a"]),
+     (["text"], ["fine", 3]), (["a", "b"], [("a", "b"), ("a", "")])],
+    ids=["blank", "two for one", "one for two", "number", "half a pair"],
+)  # fmt: skip
+def test_predict_names_the_input_it_cannot_take(
+    texts: list[str], inputs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError, match=rf"input 2 is .*expected {len(texts)} text"):
+        build_predictor(monkeypatch, ["x", "y"], texts).predict(inputs)
+
+
+def test_a_class_called_label_has_a_column_with_a_prefix() -> None:
+    scores = {"label": 0.9, "other": 0.1}
+    prediction = {"label": "label", "score": 0.9, "scores": scores}
+    assert predict_table._flatten_prediction(prediction) == {
+        "label": "label", "score": 0.9, "class.label": 0.9, "other": 0.1,
+    }  # fmt: skip
