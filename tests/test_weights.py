@@ -228,6 +228,23 @@ def test_resumed_training_has_the_first_start(bert: Path, tmp_path: Path) -> Non
     assert_same_parameters(resumed.model, whole.model)
 
 
+def test_decoupled_step_follows_the_schedule(bert: Path, tmp_path: Path) -> None:
+    model, pairs = build_probed_model(bert, "full"), []
+    start = copy_encoder_parameters(model)
+
+    class RecordedL2SP(L2SP):
+        def after_step(self, model: nn.Module, optimizer: Any) -> None:
+            before = copy_encoder_parameters(model)
+            super().after_step(model, optimizer)
+            pairs.append((before, copy_encoder_parameters(model)))
+
+    settings = {"learning_rate": 0.1, "lr_scheduler_type": "linear"}
+    build_trainer(model, tmp_path, [RecordedL2SP(0.5, decoupled=True)], **settings).train()
+    for rate, (before, after) in zip((0.1, 0.2 / 3, 0.1 / 3), pairs, strict=True):
+        for name, value in before.items():
+            torch.testing.assert_close(after[name], value - rate * 0.5 * (value - start[name]))
+
+
 def test_decoupled_step_is_outside_the_optimizer(bert: Path) -> None:
     model = build_probed_model(bert, "full")
     penalty = L2SP(0.5, decoupled=True)
