@@ -184,31 +184,26 @@ def test_gradient_checkpointing_recomputes_under_lora(
     assert_same_parameters(*models)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_trainable_weights_in_half_precision_are_refused(
-    dtype: torch.dtype, bert: Path, tmp_path: Path
-) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(bert, dtype=dtype)
-    with pytest.raises(RecipeError, match="trains and is b?float16: most of its updates"):
+def test_trainable_weights_in_half_precision_are_refused(bert: Path, tmp_path: Path) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        model = AutoModelForSequenceClassification.from_pretrained(bert, dtype=dtype)
+        with pytest.raises(RecipeError, match="trains and is b?float16: most of its updates"):
+            build_trainer(model, tmp_path)
+        model.requires_grad_(False)
+        model.classifier.float().requires_grad_(True)
         build_trainer(model, tmp_path)
-    model.requires_grad_(False)
-    model.classifier.float().requires_grad_(True)
-    build_trainer(model, tmp_path)
 
 
-@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
-def test_smoothing_without_classes_is_refused_by_the_trainer(
-    problem: str, bert: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("task", "problem"),
+    [("multi-label", "multi_label_classification"), ("regression", "regression")],
+)
+def test_smoothing_without_classes_is_refused_by_trainer_and_recipe(
+    recipe_tree: dict[str, Any], task: str, problem: str, bert: Path, tmp_path: Path
 ) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(bert, problem_type=problem)
     with pytest.raises(RecipeError, match="label_smoothing_factor spreads the weight of a class"):
         build_trainer(model, tmp_path, label_smoothing_factor=0.1)
-
-
-@pytest.mark.parametrize("task", ["multi-label", "regression"])
-def test_smoothing_without_classes_is_refused_in_a_recipe(
-    recipe_tree: dict[str, Any], task: str
-) -> None:
     recipe_tree["data"]["task"] = task
     recipe_tree["finetune"]["training"]["label_smoothing_factor"] = 0.1
     with pytest.raises(RecipeError, match=f"label_smoothing_factor=0.1 .* data.task={task}"):

@@ -39,21 +39,13 @@ from hftl.train.optimizer import (
 
 HEAD = r"^(classifier|pre_classifier|pooler|head|score)\."
 BLOCK = r"(?:^|\.)(?:encoder\.layer|transformer\.layer|layers|encoder\.layers)\.(\d+)\."
-TOP = {
-    "vit": r"vit\.layernorm", "deit": r"deit\.layernorm", "beit": r"beit\.pooler",
-    "data2vec-vision": r"data2vec_vision\.pooler", "dinov2": r"dinov2\.layernorm",
-    "dinov2_with_registers": r"dinov2_with_registers\.layernorm", "swin": r"swin\.layernorm",
-    "modernbert": r"model\.final_norm", "siglip": r"vision_model\.post_layernorm",
-    "swinv2": r"swinv2\.layernorm", "megatron-bert": r"bert\.(encoder\.ln|pooler)",
-    "vit_mae": r"vit\.layernorm", "vit_msn": r"vit\.layernorm", "esmc": r"esmc\.norm",
-    "esm": r"esm\.encoder\.emb_layer_norm_after", "ijepa": r"ijepa\.layernorm",
-    "roberta-prelayernorm": r"roberta_prelayernorm\.LayerNorm", "ultrabert": r"model\.norm",
-    "xlm-roberta-xl": r"roberta\.encoder\.LayerNorm",
-    **dict.fromkeys(
-        ("bert", "albert", "nomic_bert", "big_bird", "ernie", "fnet", "gte", "mobilebert",
-         "rembert", "roc_bert"), r"\w+\.pooler"),
-}  # fmt: skip
+TOP = re.compile(
+    r"\w+\.(encoder\.)?(pooler|layernorm|LayerNorm|final_norm|norm|post_layernorm|ln|"
+    r"emb_layer_norm_after)\."
+)
 """What the encoder holds after its blocks."""
+OTHER_NORM = ("deberta", "deberta-v2", "clip", "metaclip_2")
+"""Their norm of that name is of relative positions, or read by no image's output."""
 UNDECAYED = {
     "bert": "embeddings.position_embeddings.weight",
     "roberta": "embeddings.position_embeddings.weight",
@@ -80,7 +72,8 @@ UNDECAYED = {
 
 def expect_depth(model_type: str, name: str, blocks: int) -> int:
     """Return the depth that a parameter's name means."""
-    if re.search(HEAD, name) or re.match(TOP.get(model_type, "$"), name):
+    top = TOP.match(name) and model_type not in OTHER_NORM
+    if re.search(HEAD, name) or top:
         return blocks + 1
     if model_type == "albert":
         return 1 if "albert_layers" in name else 0

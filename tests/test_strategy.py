@@ -238,9 +238,7 @@ def test_refuses_what_the_model_lacks(
 @pytest.mark.parametrize(
     ("name", "lora", "layers"),
     [
-        ("bert", {"use_dora": True}, 3 * LINEARS_A_BLOCK),
-        ("bert", {"use_rslora": True}, 3 * LINEARS_A_BLOCK),
-        ("bert", {"bias": "lora_only"}, 3 * LINEARS_A_BLOCK),
+        ("bert", {"use_dora": True, "bias": "lora_only"}, 3 * LINEARS_A_BLOCK),
         # Swin's stages hold one and two blocks, and peft takes `layers` for stages.
         ("swin", {"layers_to_transform": [1]}, 2 * LINEARS_A_BLOCK),
         ("clip", {"layers_to_transform": [1]}, LINEARS_A_BLOCK),

@@ -154,14 +154,8 @@ def build_trainer(
 ) -> Any:
     """Return a trainer: three steps of plain descent over `Rows`, unless settings say otherwise.
 
-    Args:
-        model: what is trained.
-        folder: of its output.
-        regularizers: a list, or one; none are given to another class than `TransferTrainer`.
-        more: other arguments of the trainer.
-        kind: its class.
-        data: the rows.
-        **settings: training arguments.
+    Regularizers are given to a `TransferTrainer` alone; `more` are other arguments of the trainer,
+    and settings those of TrainingArguments.
     """
     defaults = {
         "output_dir": str(folder), "use_cpu": True, "report_to": "none", "save_strategy": "no",
