@@ -70,7 +70,7 @@ def make_recipe(
         "source": {"model": str(model), "published_as": "org/tiny"},
         "data": {"task": task, "train": {"path": str(path)}, "max_length": length},
         "finetune": {"strategy": "head", "training": training} | (finetune or {}),
-        "measure": {"seeds": [0, 1], "arms": ["classical", "majority"]} | (measure or {}),
+        "measure": {"seeds": [0, 1], "arms": []} | (measure or {}),
     })  # fmt: skip
 
 
@@ -83,7 +83,10 @@ def runs(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tupl
     folder, results = tmp_path_factory.mktemp("runs"), {}
     for task, rows in ((MOODS, make_moods(100)), (TAGS, make_tagged(120, "FILM-B", "FILM-I"))):
         path = write_rows(folder / f"{task}.jsonl", rows)
-        record = pipeline.run(make_recipe(bert, path, task), folder / task)
+        own, other = ("head", "full") if task == MOODS else ("full", "head")
+        measure = {"arms": [other, "classical", "majority"]}
+        recipe = make_recipe(bert, path, task, {"strategy": own}, measure)
+        record = pipeline.run(recipe, folder / task)
         assert record is not None
         results[task] = folder / task, record
     return results
@@ -164,7 +167,7 @@ def test_f1_is_of_entities_however_tags_are_spelt(runs: dict[str, tuple[Path, Re
     assert record["data"]["tag_scheme"]["name"] == "BIO"
     assert [row["label"] for row in record["classes"]["rows"]] == ["FILM"]
     assert "read from BIO tags" in (folder / "publish" / "README.md").read_text()
-    published = scores["head", record["published_seed"]]
+    published = scores["full", record["published_seed"]]
     assert f" {published:.3f} [" in compare_models([str(folder)], None, None)
 
 
@@ -172,7 +175,7 @@ def test_words_that_are_cut_count_as_missed(bert: Path, tmp_path: Path) -> None:
     rows = [{"text": [*"the a plot of it is and".split(), str(i), "film"],
              "label": ["O", "O", "B-FILM", *["O"] * 5, "B-FILM"]} for i in range(40)]  # fmt: skip
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    recipe = make_recipe(bert, path, TAGS, measure={"seeds": [0], "arms": []}, length=8)
+    recipe = make_recipe(bert, path, TAGS, measure={"seeds": [0]}, length=8)
     record = pipeline.run(recipe, tmp_path / "run", until="measure")
     assert record is not None
     assert any("are cut" in warning for warning in record["check"]["warnings"])
