@@ -1,10 +1,22 @@
-"""Exact duplicates: one copy stays, with two labels none, and the measuring table wins."""
+"""Find exact duplicates and near copies: one copy stays, with two labels none."""
 
 import itertools
+import random
+import unicodedata
+from collections.abc import Callable
 
+import numpy as np
 import pytest
+from imagehash import phash
+from PIL import Image
 
-from hftl.data.duplicates import count_near_images, drop_duplicates
+from hftl.data.duplicates import (
+    NearImageIndex,
+    NearTextIndex,
+    build_shingles,
+    count_near_images,
+    drop_duplicates,
+)
 from hftl.data.facts import CopyCounts
 from hftl.data.rows import Row
 
@@ -17,27 +29,35 @@ def totals(counts: CopyCounts) -> tuple[int, int, int]:
     return counts.duplicates, counts.conflicting, counts.leaked
 
 
-def test_one_of_several_copies_stays() -> None:
-    remaining, counts = drop_duplicates({"train": [row("x"), row("y"), row("x", index=2)]})
-    assert remaining == {"train": [row("x"), row("y")]}
-    assert totals(counts) == (1, 0, 0)
+# Exact copies
 
 
-def test_copies_with_differing_labels_all_go() -> None:
-    rows = [row("x"), row("y"), row("x", "b", 2), row("x", "a", 3)]
+@pytest.mark.parametrize(
+    ("tables", "remaining", "expected"),
+    [
+        ({"train": [row("x"), row("y"), row("x", index=2)]},
+         {"train": [row("x"), row("y")]}, (1, 0, 0)),
+        # With differing labels none stays, across tables too, and for regression.
+        ({"train": [row("x"), row("y"), row("x", "b", 2), row("x", "a", 3)]},
+         {"train": [row("y")]}, (0, 3, 0)),
+        ({"train": [row("x"), row("y")], "test": [row("x", "b")]},
+         {"train": [row("y")], "test": []}, (0, 2, 0)),
+        ({"train": [row("x", 1.0), row("x", 1.5), row("y", 2.0)]},
+         {"train": [row("y", 2.0)]}, (0, 2, 0)),
+    ],
+)  # fmt: skip
+def test_one_copy_stays_and_with_two_labels_none(
+    tables: dict[str, list[Row]], remaining: dict[str, list[Row]], expected: tuple[int, ...]
+) -> None:
+    rows, counts = drop_duplicates(tables)
+    assert rows == remaining and totals(counts) == expected
+
+
+def test_the_same_words_in_another_column_are_no_copy() -> None:
+    contents = [("a", "b"), ("b", "a"), ("a b",), ("a c",)]
+    rows = [Row(content, "x", None, i, "") for i, content in enumerate(contents)]
     remaining, counts = drop_duplicates({"train": rows})
-    assert remaining == {"train": [row("y")]}
-    assert totals(counts) == (0, 3, 0)
-
-
-def test_the_same_words_in_another_place_are_no_copy() -> None:
-    rows = [
-        Row(("a", "b"), "x", None, 0, ""), Row(("b", "a"), "x", None, 1, ""),
-        Row(("a b",), "x", None, 2, ""), Row(("a c",), "x", None, 3, ""),
-    ]  # fmt: skip
-    remaining, counts = drop_duplicates({"train": rows})
-    assert remaining["train"] == rows
-    assert counts.duplicates == 0
+    assert remaining["train"] == rows and counts.duplicates == 0
 
 
 @pytest.mark.parametrize(
@@ -56,18 +76,6 @@ def test_a_copy_in_several_tables_stays_where_it_measures(
     remaining, counts = drop_duplicates(parts)
     assert [part for part, rows in remaining.items() if row("x") in rows] == [stays]
     assert totals(counts) == (len(tables) - 1, 0, len(tables) - 1)
-
-
-def test_conflicts_reach_across_tables() -> None:
-    remaining, counts = drop_duplicates({"train": [row("x"), row("y")], "test": [row("x", "b")]})
-    assert remaining == {"train": [row("y")], "test": []}
-    assert totals(counts) == (0, 2, 0)
-
-
-def test_targets_conflict_too() -> None:
-    remaining, counts = drop_duplicates({"train": [row("x", 1.0), row("x", 1.5), row("y", 2.0)]})
-    assert remaining["train"] == [row("y", 2.0)]
-    assert counts.conflicting == 2
 
 
 def test_which_copy_stays_does_not_depend_on_the_order() -> None:
@@ -106,14 +114,159 @@ def test_contradictory_inputs_are_counted_apart_from_copies() -> None:
     )
 
 
-def test_near_pictures_are_counted_where_they_measure() -> None:
-    def picture(code: int | None, name: str) -> Row:
+def test_near_images_are_counted_where_they_measure() -> None:
+    def image(code: int | None, name: str) -> Row:
         return Row((name,), "x", None, 0, "", perceptual_hash=code)
 
-    train = [picture(0b1111, "a"), picture(1 << 63, "b"), picture(None, "flat")]
+    train = [image(0b1111, "a"), image(1 << 63, "b"), image(None, "flat")]
     five = (1 << 63) | 0b111110000
-    test = [picture(0, "four bits off"), picture(five, "five"), picture(None, "c")]
-    rows = {"train": train, "validation": [picture(0b1111, "d")], "test": test}
+    test = [image(0, "four bits off"), image(five, "five"), image(None, "c")]
+    rows = {"train": train, "validation": [image(0b1111, "d")], "test": test}
     assert count_near_images(rows) == 2
-    assert count_near_images(rows | {"train": [picture(None, "flat")]}) == 1
+    assert count_near_images(rows | {"train": [image(None, "flat")]}) == 1
     assert count_near_images(rows | {"train": [], "validation": []}) == 0
+
+
+# Near texts
+
+
+def prose(words: int, draw: random.Random) -> str:
+    return " ".join(draw.choices([f"word{i}" for i in range(400)], k=words))
+
+
+def shingles(text: str) -> set[str]:
+    words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
+    return {"|".join(words[i : i + 3]) for i in range(len(words) - 2)} or {"|".join(words)}
+
+
+def similarity(a: set[str], b: set[str]) -> float:
+    """Return Jaccard's index, by its definition."""
+    return len(a & b) / len(a | b)
+
+
+def edit(text: str, share: float, draw: random.Random) -> str:
+    """Replace a stretch of the words: neighbouring edits share their shingles."""
+    words = text.split()
+    count = max(1, int(share * len(words)))
+    start = draw.randrange(len(words) - count)
+    words[start : start + count] = [f"new{draw.randrange(10**6)}" for _ in range(count)]
+    return " ".join(words)
+
+
+def test_near_texts_equal_those_of_brute_force() -> None:
+    draw = random.Random(0)
+    measured = [prose(draw.randint(20, 200), draw) for _ in range(60)]
+    corpus = [edit(text, draw.uniform(0, 0.2), draw) for text in measured for _ in range(5)]
+    corpus += [prose(60, draw) for _ in range(50)]
+    near, sets = NearTextIndex(measured), [shingles(text) for text in measured]
+    own = [shingles(text) for text in corpus]
+    best = [max(similarity(a, b) for b in sets) for a in own]
+    # A text is near too where it quotes four fifths of a measured text.
+    quotes = [any(len(a & b) >= 0.8 * len(b) for b in sets) for a in own]
+    expected = [score >= 0.8 or quote for score, quote in zip(best, quotes, strict=True)]
+    is_near = [text in near for text in corpus]
+    assert 100 < sum(expected) < 300 and sum(0.8 <= score < 0.85 for score in best) > 10
+    assert not any(n and not e for n, e in zip(is_near, expected, strict=True))
+    assert sum(n and e for n, e in zip(is_near, expected, strict=True)) >= 0.99 * sum(expected)
+
+
+def test_the_threshold_decides() -> None:
+    text = prose(100, random.Random(1))
+    copy = " ".join([*text.split()[:90], *(f"other{i}" for i in range(10))])
+    assert 0.7 < similarity(shingles(text), shingles(copy)) < 0.85
+    assert copy in NearTextIndex([text], threshold=0.7)
+    assert copy not in NearTextIndex([text], threshold=0.9)
+
+
+def test_case_and_signs_do_not_matter_and_words_do() -> None:
+    near = NearTextIndex(["The film, it was GOOD!", "Fine.", "don't", "!!!", "naïve café au lait"])
+    for text in ("the film it was good", "FINE", "Don’t", " !!! ", "Naïve -- café: au lait"):
+        assert text in near
+    for text in ("the film it was bad", "fine film", "film", "?!", "", "naive cafe au lait"):
+        assert text not in near
+    assert "a text of words" not in NearTextIndex([]) and "" not in NearTextIndex([])
+
+
+@pytest.mark.parametrize(
+    "rewrite",
+    [
+        lambda text: unicodedata.normalize("NFD", text), str.upper,
+        lambda text: text.replace("\u00e9", "\u00e9\u200b"),
+        lambda text: text.replace("an", "a\u00adn").replace("re", "r\u00ade"),
+        lambda text: text.replace(" ", "\u00a0\r\n"),
+    ],
+)  # fmt: skip
+def test_a_copy_of_another_spelling_is_near(rewrite: Callable[[str], str]) -> None:
+    text = "le caf\u00e9 tr\u00e8s anim\u00e9 de la for\u00eat ferm\u00e9 avant la re-lecture"
+    assert rewrite(text) != text and rewrite(text) in NearTextIndex([text])
+
+
+def test_a_long_quotation_is_near_and_a_phrase_is_not() -> None:
+    draw = random.Random(2)
+    short, long = prose(12, draw), prose(300, draw)
+    near = NearTextIndex([short])
+    assert f"{long} {short} {long}" in near and short in near and long not in near
+    half = " ".join(short.split()[:6])
+    assert f"{long} {half} {long}" not in near
+    phrase = prose(5, draw)
+    assert f"{long} {phrase} {long}" not in NearTextIndex([phrase])
+    # Every shingle of it is measured, in several texts: it passes the union but is near to none.
+    texts = [prose(7, draw) for _ in range(4)]
+    assert " ".join(texts) not in NearTextIndex(texts)
+
+
+def test_short_texts_have_one_shingle() -> None:
+    assert build_shingles("one two") == {("one", "two")} and build_shingles(" ") == {("",)}
+    assert build_shingles("a b c a b c") == {("a", "b", "c"), ("b", "c", "a"), ("c", "a", "b")}
+
+
+# Near images
+
+
+def canvas(seed: int, side: int = 64) -> np.ndarray:
+    """Return a smooth random image."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
+    return np.asarray(image).transpose(2, 0, 1).copy()
+
+
+def distort(pixels: np.ndarray, seed: int) -> np.ndarray:
+    """Add noise, brighten a little, and send it through a smaller size."""
+    noise = np.random.default_rng(seed).normal(4, 4, pixels.shape)
+    noisy = np.clip(pixels + noise, 0, 255).astype(np.uint8)
+    image = Image.fromarray(noisy.transpose(1, 2, 0)).resize((48, 48)).resize((64, 64))
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def test_near_images_equal_those_of_imagehash() -> None:
+    measured = [canvas(seed) for seed in range(40)]
+    corpus = [distort(pixels, 100 + i) for i, pixels in enumerate(measured)]
+    corpus += [canvas(seed) for seed in range(1000, 1040)]
+    old, new = (
+        [phash(Image.fromarray(pixels.transpose(1, 2, 0))) for pixels in side]
+        for side in (measured, corpus)
+    )
+    nearest = [min(a - b for a in old) for b in new]  # pyright: ignore
+    for distance in (0, 4, 10):
+        near = NearImageIndex(measured, distance)
+        assert [p in near for p in corpus] == [least <= distance for least in nearest]
+    near = NearImageIndex(measured)
+    assert all(pixels in near for pixels in measured)
+    assert sum(pixels in near for pixels in corpus[:40]) >= 38
+    assert sum(pixels in near for pixels in corpus[40:]) == 0
+
+
+@pytest.mark.parametrize("shade", [0, 128, 255])
+def test_a_flat_image_is_near_its_own_copy_alone(shade: int) -> None:
+    flat = np.full((3, 64, 64), shade, dtype=np.uint8)
+    speck = flat.copy()
+    speck[:, 10, 10] ^= 3
+    near = NearImageIndex([flat, canvas(0)])
+    assert flat.copy() in near and speck not in near
+    assert canvas(0) in near and canvas(1) not in near
+    assert np.full((3, 64, 64), 60, dtype=np.uint8) not in near
+    assert flat not in NearImageIndex([canvas(0)]) and flat not in NearImageIndex([])
+    # One mark is enough for a hash.
+    marked = flat.copy()
+    marked[:, 20:40, 30:36] = 200 if shade < 100 else 20
+    assert marked in NearImageIndex([marked]) and marked not in near

@@ -52,7 +52,7 @@ def order(side: np.ndarray) -> np.ndarray:
     ],
     ids=["shared", "same", "kl", "cka"],
 )  # fmt: skip
-def test_a_block_leaves_queries_and_references(
+def test_leaving_out_a_block_leaves_out_queries_and_references(
     estimate: JackknifeEstimate, figure: Callable[[np.ndarray], float]
 ) -> None:
     assert estimate.value == pytest.approx(figure(np.arange(ROWS)))
@@ -74,7 +74,7 @@ def test_probes_are_fitted_without_the_block() -> None:
     assert spoilt.score(BEFORE, labels)[0] < whole
 
 
-def test_effects_are_what_taking_out_a_block_does_through_the_rows_that_stay() -> None:
+def test_effects_are_those_on_the_remaining_rows() -> None:
     estimate = jackknife_neighbour_hits(order(AFTER), UNITS, BLOCKS)
     right = list_hits(np.arange(ROWS))
     assert isinstance(estimate.effects, np.ndarray) and not estimate.effects.diagonal().any()
@@ -96,8 +96,8 @@ def sides(general: np.ndarray) -> dict[str, np.ndarray]:
     return {"general": general, "new": general[:1]}
 
 
-def test_what_did_not_change_is_bounded_by_the_documents() -> None:
-    """The encoder has changed, and no row's answer: 20 documents rule out no less than 3 / 20."""
+def test_interval_without_any_change_is_bounded_by_the_documents() -> None:
+    """The encoder changed, and no row's neighbour: 20 documents rule out no less than 3 / 20."""
     before = sides(BEFORE[:80])
     units = np.arange(80) // 4
     spec = ForgettingSpec({"document": units.astype(str)}, (), units, 0.05)
@@ -119,12 +119,12 @@ def test_one_document_or_very_few_rows_give_no_interval() -> None:
         assert figures["neighbours"]["ci95"] is None and figures["neighbours"]["after"] < 1
 
 
-def test_intervals_cover_as_often_as_said() -> None:
-    """40 documents of one to three rows, 3 seeds that forget unequally."""
+def test_intervals_cover_as_often_as_stated() -> None:
+    """Draw 40 documents of one to three rows, and 3 seeds that forget unequally."""
     rng = np.random.default_rng(0)
     units = np.repeat(np.arange(40), 1 + np.arange(40) % 3)
     rows: dict[str, list[tuple[float, float, float]]] = {}
-    for _ in range(120):
+    for _ in range(60):
         old = rng.normal(size=(40, 16))[units] + 0.7 * rng.normal(size=(len(units), 16))
         after = []
         for _ in range(3):
