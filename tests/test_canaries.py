@@ -1,4 +1,4 @@
-"""Secrets and names planted wherever they might slip through: none leaves, none is kept."""
+"""Plant secrets and names wherever they might slip through: none leaves, none is stored."""
 
 import base64
 import json
@@ -21,91 +21,92 @@ SECRETS = {
     "HF_HUB_TOKEN": f"hf_{LETTERS}", "WANDB_API_KEY": f"wandb{LETTERS[::-1]}",
     "AWS_SECRET_ACCESS_KEY": f"aws/{LETTERS}+x", "DB_PASSWORD": f"päss {LETTERS[:9]}",
 }  # fmt: skip
-USER = "zebulonquist"
-HOST = "canarybox77"
-IN_URL = "hunterpass99"
+USER, HOST, PASSWORD = "zebulonquist", "canarybox77", "hunterpass99"
+TOKENS = [*SECRETS.values(), "hf_me_write", PASSWORD]
 
 
 @pytest.fixture(scope="module")
 def planted(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]
 ) -> Iterator[tuple[Path, dict[str, str]]]:
-    """A run made with canaries in environment, home, paths of model and data, and git remote."""
+    """A run with canaries in environment, home, paths of model and data, and git remote."""
     home = tmp_path_factory.mktemp("planted") / "home" / USER
     (home / "secret-project").mkdir(parents=True)
     shutil.copytree(tiny_model(), home / "models" / "tiny")
-    told = SECRETS | {"HOME": str(home), "USER": USER, "LOGNAME": USER, "HOSTNAME": HOST}
+    environment = SECRETS | {"HOME": str(home), "USER": USER, "LOGNAME": USER, "HOSTNAME": HOST}
     subprocess.run(["git", "init", "-q"], cwd=home, check=True)
-    remote = f"https://{USER}:{IN_URL}@host.example/{USER}/project"
+    remote = f"https://{USER}:{PASSWORD}@host.example/{USER}/project"
     subprocess.run(["git", "remote", "add", "origin", remote], cwd=home, check=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        for name, value in told.items():
+        for name, value in environment.items():
             patch.setenv(name, value)
-        run = finished_run(home / "secret-project", home / "models" / "tiny", patch, {"measure.arms": []})
-        yield run, told
+        changes = {"measure.arms": []}
+        model = home / "models" / "tiny"
+        yield finished_run(home / "secret-project", model, patch, changes), environment
 
 
 @pytest.fixture(scope="module")
 def push(
     planted: tuple[Path, dict[str, str]], hub: LocalHub, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pusher]:
-    with pusher(hub.environment(tmp_path_factory.mktemp("cache")) | planted[1]) as found:
-        yield found
+    environment = hub.environment(tmp_path_factory.mktemp("cache")) | planted[1]
+    with pusher(environment) as push:
+        yield push
 
 
-def spelt(text: str) -> set[bytes]:
-    """A text as it is, in JSON, in a URL, in base64 at every place, and in UTF-16."""
+def spellings(text: str) -> set[bytes]:
+    """Return a text as it is, in JSON, in a URL, in base64 at every place, and in UTF-16."""
     forms = {text.encode(), json.dumps(text)[1:-1].encode(), quote(text, safe="").encode(),
              text.encode("utf-16-le")}  # fmt: skip
     for shift in range(3):
-        told = base64.b64encode(b"x" * shift + text.encode())
-        forms.add(told[4:-4] if shift else told[:-4])
+        coded = base64.b64encode(b"x" * shift + text.encode())
+        forms.add(coded[4:-4] if shift else coded[:-4])
     return forms
 
 
-def holds(content: bytes, texts: list[str]) -> list[str]:
-    return [text for text in texts if any(form in content for form in spelt(text))]
+def find_texts(content: bytes, texts: list[str]) -> list[str]:
+    return [text for text in texts if any(form in content for form in spellings(text))]
 
 
-def on_the_wire(asked: dict[str, Any]) -> bytes:
-    """All of a request but its Authorization, with what is packed in it unpacked."""
-    body = base64.b64decode(asked["body"])
-    found = f"{asked['path']} {unquote(asked['path'])} {json.dumps(asked['headers'])}".encode()
-    if "/commit/" in asked["path"]:
+def assert_clean(folder: Path, texts: list[str]) -> None:
+    for path in folder.rglob("*"):
+        assert path.is_dir() or find_texts(path.read_bytes(), texts) == [], path
+
+
+def unpack_request(request: dict[str, Any]) -> bytes:
+    """Return all of a request but its Authorization, with what is packed in it unpacked."""
+    body, path = base64.b64decode(request["body"]), request["path"]
+    content = f"{path} {unquote(path)} {json.dumps(request['headers'])}".encode()
+    if "/commit/" in path:
         for line in body.splitlines():
-            value = json.loads(line)["value"]
-            found += base64.b64decode(value.get("content", ""))
-    return found + body
+            content += base64.b64decode(json.loads(line)["value"].get("content", ""))
+    return content + body
 
 
-def test_no_canary_leaves_and_no_secret_is_kept(
+def test_push_sends_no_canary_and_stores_no_secret(
     planted: tuple[Path, dict[str, str]], hub: LocalHub, push: Pusher
 ) -> None:
-    run, told = planted
+    run, environment = planted
     hub.control(restore=True, faults=[])
     code, out, err = push("publish", run, "--repo-id", ME, "--public")
     assert (code, err) == (0, "")
-    tokens = [*SECRETS.values(), "hf_me_write", IN_URL]
-    private = [*tokens, USER, told["HOME"], "secret-project"]
+    private = [*TOKENS, USER, environment["HOME"], "secret-project"]
     assert len(hub.log) > 15
-    for asked in hub.log:
-        assert holds(on_the_wire(asked), private) == [], asked["path"]
-    for path in (run / "publish").rglob("*"):
-        assert path.is_dir() or holds(path.read_bytes(), private) == [], path
-    for path in run.rglob("*"):
-        assert path.is_dir() or holds(path.read_bytes(), tokens) == [], path
-    assert holds(out.encode(), tokens) == []
+    for request in hub.log:
+        assert find_texts(unpack_request(request), private) == [], request["path"]
+    assert_clean(run / "publish", private)
+    assert_clean(run, TOKENS)
+    assert find_texts(out.encode(), TOKENS) == []
 
 
-@pytest.mark.parametrize("secret", [*SECRETS.values(), f"https://me:{IN_URL}@host.example/x"])
-def test_a_secret_in_the_arguments_is_told_nowhere(
+@pytest.mark.parametrize("secret", [*SECRETS.values(), f"https://me:{PASSWORD}@host.example/x"])
+def test_secret_in_the_arguments_is_never_repeated(
     secret: str, planted: tuple[Path, dict[str, str]], hub: LocalHub, push: Pusher, tmp_path: Path
 ) -> None:
     hub.control(restore=True, faults=[])
-    run, recipe = planted[0], planted[0] / "recipe.yaml"
-    output = tmp_path / "out"
-    said = [
+    run, recipe, output = planted[0], planted[0] / "recipe.yaml", tmp_path / "out"
+    results = [
         push("publish", run, "--repo-id", ME, "--force", f"because {secret}"),
         push("publish", run, "--repo-id", secret),
         push("publish", run, secret),
@@ -114,16 +115,15 @@ def test_a_secret_in_the_arguments_is_told_nowhere(
         push("run", recipe, f"finetune.training.hub_token={secret}", "--output", output),
         push("run", recipe, f"'{secret}", "--output", output),
     ]
-    assert [code for code, _, _ in said] == [2] * 7, said
-    hidden = IN_URL if IN_URL in secret else secret
-    for _, out, err in said:
+    assert [code for code, _, _ in results] == [2] * 7, results
+    hidden = PASSWORD if PASSWORD in secret else secret
+    for _, out, err in results:
         assert len(err.splitlines()) == 1 and hidden not in out + err, err
     assert not output.exists() and hub.log == []
-    for path in run.rglob("*"):
-        assert path.is_dir() or holds(path.read_bytes(), [hidden]) == [], path
+    assert_clean(run, [hidden])
 
 
-def test_a_failure_tells_no_secret_on_the_screen_or_in_the_log(
+def test_failure_prints_and_logs_no_secret(
     planted: tuple[Path, dict[str, str]], hub: LocalHub, push: Pusher
 ) -> None:
     run = planted[0]
@@ -131,5 +131,4 @@ def test_a_failure_tells_no_secret_on_the_screen_or_in_the_log(
     code, out, err = push("--debug", "publish", run, "--repo-id", ME)
     assert code == 5 and "Traceback" in err
     log = (run / "log.txt").read_bytes() + (run / "error.json").read_bytes()
-    tokens = [*SECRETS.values(), "hf_me_write", IN_URL]
-    assert holds((out + err).encode() + log, tokens) == []
+    assert find_texts((out + err).encode() + log, TOKENS) == []

@@ -1,4 +1,4 @@
-"""The guard's rule against a plain loop, and the callback that keeps what the rule says."""
+"""Compare the guard's rule with a plain loop, and let its checkpoint restore what the rule says."""
 
 import itertools
 import random
@@ -16,22 +16,17 @@ from hftl.adapt.guard import GuardedCheckpoint, GuardEvaluation, GuardRule, find
 from hftl.errors import NumericError
 
 GUARDS = ("probe", "general", "neighbours", "off")
+RULES = [GuardRule(*kind) for kind in itertools.product(GUARDS, (0.0, 0.125), (False, True))]
+OFF = GuardRule("off", 0.0)
 
 
-def rules() -> list[GuardRule]:
-    kinds = itertools.product(GUARDS, (0.0, 0.125), (False, True))
-    return [GuardRule(guard, tolerance, by_guard) for guard, tolerance, by_guard in kinds]
-
-
-def history_of(draw: random.Random) -> list[GuardEvaluation]:
-    """Few values, so that ties and the edge of the tolerance are common; exact in binary."""
+def draw_history(draw: random.Random) -> list[GuardEvaluation]:
+    """Return evaluations of few values, exact in binary, so that ties and edges are common."""
     pairs = [(draw.randint(0, 3) / 2, draw.randint(0, 4) / 16) for _ in range(draw.randint(1, 6))]
-    return [
-        GuardEvaluation(step, target, None, guard) for step, (target, guard) in enumerate(pairs)
-    ]
+    return [GuardEvaluation(i, target, None, guard) for i, (target, guard) in enumerate(pairs)]
 
 
-def best_by_hand(rule: GuardRule, history: list[GuardEvaluation]) -> GuardEvaluation:
+def select_by_loop(rule: GuardRule, history: list[GuardEvaluation]) -> GuardEvaluation:
     start, best = history[0], history[0]
     for seen in history[1:]:
         assert seen.guard is not None and best.guard is not None and start.guard is not None
@@ -47,50 +42,47 @@ def best_by_hand(rule: GuardRule, history: list[GuardEvaluation]) -> GuardEvalua
     return best
 
 
-@pytest.mark.parametrize("rule", rules(), ids=str)
-def test_the_kept_evaluation_is_that_of_a_plain_loop(rule: GuardRule) -> None:
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_best_evaluation_is_that_of_a_plain_loop(rule: GuardRule) -> None:
     draw = random.Random(0)
-    kept = set()
-    for _ in range(400):
-        history = history_of(draw)
+    steps = set()
+    for _ in range(200):
+        history = draw_history(draw)
         best = rule.select_best(history)
-        assert best is best_by_hand(rule, history)
-        kept.add(best.step)
-    assert kept >= {0, 1, 2, 3}
+        assert best is select_by_loop(rule, history)
+        steps.add(best.step)
+    assert steps >= {0, 1, 2, 3}
 
 
-def test_a_later_stage_is_held_to_the_source() -> None:
+def test_tolerance_is_of_the_start_or_of_the_source_and_absolute_or_a_share() -> None:
     start, seen = GuardEvaluation(0, 2.0, None, 0.8), GuardEvaluation(1, 1.0, None, 0.795)
     assert GuardRule("probe", 0.01).allows(seen, start)
     assert not GuardRule("probe", 0.01, origin=0.81).allows(seen, start)
     assert GuardRule("probe", 0.02, origin=0.81).allows(seen, start)
-
-
-def test_a_relative_tolerance_is_a_share_of_the_start() -> None:
     start, seen = GuardEvaluation(0, 2.0, None, -50.0), GuardEvaluation(1, 1.0, None, -50.4)
     assert GuardRule("probe", 0.01, relative=True).allows(seen, start)
     assert not GuardRule("probe", 0.01).allows(seen, start)
     assert not GuardRule("probe", 0.005, relative=True).allows(seen, start)
 
 
-@pytest.mark.parametrize("rule", rules(), ids=str)
-def test_why_the_start_is_kept_is_true(rule: GuardRule) -> None:
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_explanation_of_an_undone_adaptation_is_true(rule: GuardRule) -> None:
     draw, reasons = random.Random(1), set()
-    for _ in range(400):
-        history = history_of(draw)
+    for _ in range(200):
+        history = draw_history(draw)
         if len(history) < 2 or rule.select_best(history).step:
             continue
         start, later = history[0], history[1:]
         fallen = [seen for seen in later if seen.target < start.target]
         why = rule.explain(history)
-        found = re.fullmatch(
+        match = re.fullmatch(
             r"the guard \((\w+)\) was below (\S+) wherever the held-out loss had fallen; "
             r"its best there was (\S+)", why,
         )  # fmt: skip
         if why == "the held-out loss never fell below its start":
             assert not fallen
-        elif found:
-            guard, least, best = found.groups()
+        elif match:
+            guard, least, best = match.groups()
             assert guard == rule.guard and start.guard is not None
             assert float(least) == pytest.approx(start.guard - rule.tolerance, rel=1e-3)
             measured = [seen.guard for seen in fallen if seen.guard is not None]
@@ -99,163 +91,149 @@ def test_why_the_start_is_kept_is_true(rule: GuardRule) -> None:
         else:
             assert why == f"the guard ({rule.guard}) was never better than at the start"
             assert rule.by_guard and max(s.guard or 0 for s in fallen) < (start.guard or 0)
-        reasons.add(why.split("(")[0] + str(bool(found)))
+        reasons.add(why.split("(")[0] + str(bool(match)))
     allowed = rule.tolerance > 0 and rule.by_guard
     assert len(reasons) == (1 if rule.guard == "off" else 2 + allowed)
 
 
-def test_the_edge_of_the_tolerance_is_inside_and_an_equal_loss_is_not_lower() -> None:
+def test_edge_of_the_tolerance_is_inside_and_an_equal_loss_is_not_lower() -> None:
     start = GuardEvaluation(0, 2.0, None, 0.5)
     for rule in (GuardRule("probe", 0.25), GuardRule("neighbours", 0.25)):
         assert rule.allows(GuardEvaluation(1, 1.0, None, 0.25), start)
         assert not rule.allows(GuardEvaluation(1, 1.0, None, 0.2499), start)
         assert not rule.allows(GuardEvaluation(1, 2.0, None, 0.9), start)
-    assert GuardRule("off", 0.0).allows(GuardEvaluation(1, 1.0), GuardEvaluation(0, 2.0))
-
-
-def test_a_guard_that_was_not_measured_is_an_error() -> None:
+    assert OFF.allows(GuardEvaluation(1, 1.0), GuardEvaluation(0, 2.0))
     with pytest.raises(ValueError, match="nothing guarded the evaluation at step 1"):
-        GuardRule("probe", 0.1).allows(GuardEvaluation(1, 1.0), GuardEvaluation(0, 2.0, None, 0.5))
+        GuardRule("probe", 0.1).allows(GuardEvaluation(1, 1.0), start)
 
 
-# The callback
+# The checkpoint
 
 
 class Course:
-    """Evaluations in the order of a training, one a step; the weight is the step's number."""
+    """Evaluate in the order of a training, once a step; the weight is the step's number."""
 
     def __init__(self, rule: GuardRule, patience: int | None = None) -> None:
         self.model = nn.Linear(1, 1)
         self.model.bias.requires_grad = False
         self.guard = 0.0
         measure = (lambda: self.guard) if rule.guard in ("probe", "neighbours") else None
-        self.keep = GuardedCheckpoint(rule, measure, patience)
+        self.checkpoint = GuardedCheckpoint(rule, measure, patience)
         self.control = SimpleNamespace(should_training_stop=False, should_evaluate=False)
         self.state = SimpleNamespace(global_step=0, max_steps=100)
 
-    def see(self, step: int, target: float, guard: float = 0.0, general: Any = None) -> bool:
-        """One evaluation; whether training stops."""
+    def evaluate(self, step: int, target: float, guard: float = 0.0, general: Any = None) -> bool:
+        """Return whether training stops after this evaluation."""
         self.state.global_step, self.guard = step, guard
         nn.init.constant_(self.model.weight, step)
         for name, value in (("general", general), ("target", target)):
             if value is not None:
                 metrics = {f"eval_{name}_loss": value}
-                self.keep.on_evaluate(None, self.state, self.control, self.model, metrics)
+                self.checkpoint.on_evaluate(None, self.state, self.control, self.model, metrics)
         return self.control.should_training_stop
 
     def save(self, folder: Path) -> Path:
-        """A checkpoint of this step."""
+        """Write a checkpoint of this step."""
         made = folder / f"checkpoint-{self.state.global_step}"
         made.mkdir(parents=True)
-        self.keep.on_save(SimpleNamespace(output_dir=str(folder)), self.state, self.control)
+        self.checkpoint.on_save(SimpleNamespace(output_dir=str(folder)), self.state, self.control)
         return made
 
 
-def test_restored_weights_are_those_of_the_kept_evaluation() -> None:
+def test_weights_of_the_best_evaluation_are_restored() -> None:
     course = Course(GuardRule("probe", 0.125))
     for step, (target, guard) in enumerate([(3, 0.5), (2, 0.5), (1.5, 0.375), (1, 0.25)]):
-        course.see(step, target, guard)
+        course.evaluate(step, target, guard)
     nn.init.constant_(course.model.bias, 7)
-    assert course.keep.best.step == 2 and course.keep.restore(course.model)
+    assert course.checkpoint.best.step == 2 and course.checkpoint.restore(course.model)
     assert course.model.weight.item() == 2 and course.model.bias.item() == 7
 
 
-def test_where_the_start_is_kept_nothing_is_restored() -> None:
+def test_nothing_is_restored_where_the_start_is_best() -> None:
     course = Course(GuardRule("probe", 0.0))
-    course.see(0, 3.0, 0.5)
-    course.see(1, 2.0, 0.4)
-    assert not course.keep.restore(course.model) and course.model.weight.item() == 1
-    assert course.keep.best == course.keep.history[0]
+    course.evaluate(0, 3.0, 0.5)
+    course.evaluate(1, 2.0, 0.4)
+    assert not course.checkpoint.restore(course.model) and course.model.weight.item() == 1
+    assert course.checkpoint.best == course.checkpoint.history[0]
 
 
-def test_the_general_loss_comes_first_and_is_the_guard_turned_round() -> None:
+def test_general_loss_guards_with_its_sign_turned_or_is_recorded_beside_another_guard() -> None:
     course = Course(GuardRule("general", 0.125))
-    course.see(0, 3.0, general=1.0)
-    course.see(1, 2.0, general=1.125)
-    course.see(2, 1.0, general=1.25)
-    assert [(s.general, s.guard) for s in course.keep.history] == [
-        (1.0, -1.0), (1.125, -1.125), (1.25, -1.25)
-    ]  # fmt: skip
-    assert course.keep.best.step == 1
-
-
-def test_a_general_loss_beside_another_guard_is_only_told() -> None:
+    for step, general in enumerate((1.0, 1.125, 1.25)):
+        course.evaluate(step, 3.0 - step, general=general)
+    history = [(seen.general, seen.guard) for seen in course.checkpoint.history]
+    assert history == [(1.0, -1.0), (1.125, -1.125), (1.25, -1.25)]
+    assert course.checkpoint.best.step == 1
     course = Course(GuardRule("neighbours", 0.5))
-    course.see(0, 3.0, 1.0, general=1.0)
-    course.see(1, 2.0, 0.75, general=9.0)
-    assert (
-        course.keep.history[1] == GuardEvaluation(1, 2.0, 9.0, 0.75) and course.keep.best.step == 1
+    course.evaluate(0, 3.0, 1.0, general=1.0)
+    course.evaluate(1, 2.0, 0.75, general=9.0)
+    assert course.checkpoint.history[1] == GuardEvaluation(1, 2.0, 9.0, 0.75)
+    assert course.checkpoint.best.step == 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "patience", "evaluations", "stop"),
+    [
+        (OFF, 2, [(3.0, 0), (4.0, 0), (2.0, 0), (2.0, 0), (2.5, 0)], 4),
+        # From the start, where the guard never holds.
+        (GuardRule("probe", 0.0), 2, [(3.0, 0.5), (2.0, 0.4), (1.0, 0.3)], 2),
+        (OFF, None, [(1.0, 0)] + [(2.0, 0)] * 49, None),
+    ],
+)  # fmt: skip
+def test_patience_counts_from_the_best(
+    rule: GuardRule, patience: int | None, evaluations: list[Any], stop: int | None
+) -> None:
+    course = Course(rule, patience)
+    stops = [course.evaluate(step, *values) for step, values in enumerate(evaluations)]
+    assert [step for step, stopped in enumerate(stops) if stopped] == (
+        [] if stop is None else [stop]
     )
+    assert course.checkpoint.is_exhausted == (stop is not None)
 
 
-def test_patience_counts_from_the_best() -> None:
-    course = Course(GuardRule("off", 0.0), patience=2)
-    assert not course.see(0, 3.0)
-    assert not course.see(1, 4.0)
-    assert not course.see(2, 2.0)
-    assert not course.see(3, 2.0)
-    assert course.see(4, 2.5) and course.keep.is_exhausted
-    assert course.keep.best.step == 2
-
-
-def test_patience_counts_from_the_start_where_the_guard_never_holds() -> None:
-    course = Course(GuardRule("probe", 0.0), patience=2)
-    course.see(0, 3.0, 0.5)
-    assert not course.see(1, 2.0, 0.4)
-    assert course.see(2, 1.0, 0.3)
-
-
-def test_without_patience_it_never_stops() -> None:
-    course = Course(GuardRule("off", 0.0))
-    course.see(0, 1.0)
-    assert not any(course.see(step, 2.0) for step in range(1, 50))
-
-
-def test_the_same_step_is_looked_at_once_and_the_last_one_always() -> None:
-    course = Course(GuardRule("off", 0.0))
-    course.see(0, 3.0)
-    course.see(5, 2.0)
-    course.see(5, 1.0)
-    assert [seen.target for seen in course.keep.history] == [3.0, 2.0]
+def test_a_step_is_evaluated_once_and_the_last_one_always() -> None:
+    course = Course(OFF)
+    for step, target in ((0, 3.0), (5, 2.0), (5, 1.0)):
+        course.evaluate(step, target)
+    assert [seen.target for seen in course.checkpoint.history] == [3.0, 2.0]
     for step, last in ((99, False), (100, True)):
         course.state.global_step = step
-        course.keep.on_step_end(None, course.state, course.control)
+        course.checkpoint.on_step_end(None, course.state, course.control)
         assert course.control.should_evaluate == last
 
 
-@pytest.mark.parametrize("broken", [{"target": float("nan")}, {"guard": float("nan")},
-    {"general": float("nan")}])  # fmt: skip
-def test_a_number_that_is_none_stops(broken: dict[str, float]) -> None:
+@pytest.mark.parametrize("broken", ["target", "guard", "general"])
+def test_nan_stops(broken: str) -> None:
     course = Course(GuardRule("probe", 0.0))
-    course.see(0, 3.0, 0.5, general=1.0)
+    course.evaluate(0, 3.0, 0.5, general=1.0)
     with pytest.raises(NumericError, match="the held-out loss is NaN at step 1"):
-        course.see(1, **({"target": 2.0, "guard": 0.5, "general": 1.0} | broken))
-    assert len(course.keep.history) == 1
+        course.evaluate(1, **{"target": 2.0, "guard": 0.5, "general": 1.0, broken: float("nan")})
+    assert len(course.checkpoint.history) == 1
 
 
-def test_a_checkpoint_takes_along_what_is_kept(tmp_path: Path) -> None:
+def test_checkpoint_stores_history_and_best_weights(tmp_path: Path) -> None:
     course = Course(GuardRule("probe", 0.125), patience=2)
-    course.see(0, 3.0, 0.5)
+    course.evaluate(0, 3.0, 0.5)
     empty = course.save(tmp_path)
-    course.see(1, 2.0, 0.5)
-    course.see(2, 1.0, 0.25)
+    course.evaluate(1, 2.0, 0.5)
+    course.evaluate(2, 1.0, 0.25)
     folder = course.save(tmp_path)
     assert not (empty / "kept.safetensors").exists()
     assert torch.equal(load_file(folder / "kept.safetensors")["weight"], torch.ones(1, 1))
     other = Course(GuardRule("probe", 0.125), patience=2)
-    other.keep.resume(folder)
-    assert other.keep.history == course.keep.history
-    assert other.see(3, 1.0, 0.25), "the look before the stop counts"
-    assert other.keep.restore(other.model) and other.model.weight.item() == 1
+    other.checkpoint.resume(folder)
+    assert other.checkpoint.history == course.checkpoint.history
+    assert other.evaluate(3, 1.0, 0.25), "the evaluation before the stop counts"
+    assert other.checkpoint.restore(other.model) and other.model.weight.item() == 1
     fresh = Course(GuardRule("probe", 0.125))
-    fresh.keep.resume(empty)
-    assert not fresh.keep.restore(fresh.model)
+    fresh.checkpoint.resume(empty)
+    assert not fresh.checkpoint.restore(fresh.model)
 
 
-def test_the_newest_complete_checkpoint_is_taken(tmp_path: Path) -> None:
+def test_newest_complete_checkpoint_is_used(tmp_path: Path) -> None:
     assert find_complete_checkpoint(tmp_path) is None
-    course = Course(GuardRule("off", 0.0))
-    course.see(0, 3.0)
+    course = Course(OFF)
+    course.evaluate(0, 3.0)
     for step in (9, 10, 100):
         course.state.global_step = step
         made = course.save(tmp_path)

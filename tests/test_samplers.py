@@ -1,4 +1,4 @@
-"""Rows with their numbers in a batch, and which tokens of them words are told by."""
+"""Number rows in a batch, and mark the tokens of them that words are predicted by."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from hftl.data.text_inputs import WordInputs
 from hftl.retain.kl import KLToOriginal
 from hftl.train.samplers import IndexedCollator, IndexedDataset
 
-ROWS = [[1, 3, 4], [1, 2]]
+WORD_STARTS = [[1, 3, 4], [1, 2]]
 """Where the words of two texts begin: the first word of the first has two pieces."""
 
 
 class Padding:
-    """A tokenizer that only pads."""
+    """Pad as a tokenizer, and do nothing else."""
 
     model_input_names = ("input_ids", "attention_mask")
 
@@ -29,35 +29,33 @@ class Padding:
     ) -> dict[str, Tensor]:  # fmt: skip
         side = padding_side or self.padding_side
         longest = max(len(row["input_ids"]) for row in rows)
-        found: dict[str, list[list[int]]] = {name: [] for name in self.model_input_names}
-        for row in rows:
-            for name in found:
-                more = [0] * (longest - len(row[name]))
-                padded = more + row[name] if side == "left" else row[name] + more
-                found[name].append(padded)
-        return {name: torch.tensor(value) for name, value in found.items()}
+
+        def pad(values: list[int]) -> list[int]:
+            more = [0] * (longest - len(values))
+            return more + values if side == "left" else values + more
+
+        return {n: torch.tensor([pad(row[n]) for row in rows]) for n in self.model_input_names}
 
 
-def encoded(words: list[int], labelled: bool) -> dict[str, Any]:
-    """A text of [CLS], its words and [SEP]."""
+def encode(words: list[int], labelled: bool) -> dict[str, Any]:
+    """Return a text of [CLS], its words and [SEP]."""
     ids = list(range(10, 10 + max(words) + 2))
     row = {"input_ids": ids, "attention_mask": [1] * len(ids), "words": [*words, -1]}
     return {**row, "labels": np.zeros(len(words) + 1, np.int64)} if labelled else row
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_words_are_told_by_their_first_pieces_in_general_rows_too(side: str) -> None:
-    rows = IndexedDataset([encoded(ROWS[0], True)], [encoded(ROWS[1], False)])
+def test_words_are_predicted_by_their_first_pieces_in_general_rows_too(side: str) -> None:
+    rows = IndexedDataset([encode(WORD_STARTS[0], True)], [encode(WORD_STARTS[1], False)])
     collate = IndexedCollator(WordInputs(Padding(side), 16).collate, len(rows))
     batch = collate([rows[0], rows[1]])
-    places = [told.nonzero().flatten().tolist() for told in batch["labelled_tokens"]]
     # Rows are padded on the right, whatever the tokenizer says.
-    assert places == [[1, 3, 4], [1, 2]]
+    assert [row.nonzero().flatten().tolist() for row in batch["labelled_tokens"]] == WORD_STARTS
     assert batch["general"].tolist() == [False, True]
-    assert (batch["labels"][1] == -100).all(), "general rows are told, and not learnt from"
+    assert (batch["labels"][1] == -100).all(), "general rows have no labels to learn"
 
 
-def test_without_words_it_is_the_labelled_tokens_and_where_there_are_none_all() -> None:
+def test_without_words_labelled_tokens_count_and_without_labels_all() -> None:
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
@@ -68,22 +66,17 @@ def test_without_words_it_is_the_labelled_tokens_and_where_there_are_none_all() 
     ]
     batch = IndexedCollator(collate, 1)([{**row, "row": i} for i, row in enumerate(rows)])
     assert batch["labelled_tokens"].tolist() == [
-        [False, True, False, False],
-        [True, True, True, False],
-    ]
+        [False, True, False, False], [True, True, True, False],
+    ]  # fmt: skip
     classes = IndexedCollator(collate, 1)([{"labels": torch.tensor(1), "row": 0}])
     assert "labelled_tokens" not in classes
 
 
-def test_the_kl_of_words_is_taken_nowhere_else() -> None:
+def test_kl_of_words_is_of_their_tokens_alone() -> None:
     torch.manual_seed(0)
     original = torch.randn(1, 6, 3)
-    told = torch.tensor([[False, True, False, True, True, False]])
-    now = torch.where(told.unsqueeze(-1), original, torch.randn(1, 6, 3))
+    tokens = torch.tensor([[False, True, False, True, True, False]])
+    now = torch.where(tokens.unsqueeze(-1), original, torch.randn(1, 6, 3))
     term = KLToOriginal(on="probe")
-
-    def value(logits: Tensor) -> float:
-        return term.compute_word_kl(original, logits, told).item()
-
-    assert value(now) == pytest.approx(0.0, abs=1e-6)
-    assert value(torch.randn(1, 6, 3)) > 0.1
+    assert term.compute_word_kl(original, now, tokens).item() == pytest.approx(0.0, abs=1e-6)
+    assert term.compute_word_kl(original, torch.randn(1, 6, 3), tokens).item() > 0.1
