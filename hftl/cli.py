@@ -24,7 +24,7 @@ from hftl.runtime import distributed
 from hftl.runtime.run_folder import to_json
 
 if TYPE_CHECKING:
-    from hftl.publish.checks import PushPreview
+    from hftl.pipeline.push import PushPreview
 
 app = typer.Typer(
     name="hftl",

@@ -10,7 +10,8 @@ from safetensors.torch import save
 from support.records import make_record
 
 from hftl.errors import RunFolderError
-from hftl.publish.checks import check_files, preview_push
+from hftl.pipeline.push import preview_push
+from hftl.publish.checks import check_files
 
 WEIGHTS = save({"weight": torch.ones(2)}, metadata={"format": "pt"}).decode("latin-1")
 FILES = {

@@ -27,6 +27,22 @@ class JackknifeEstimate(NamedTuple):
     effects: np.ndarray | float = 0.0
 
 
+def compute_double_counted_variance(effects: np.ndarray) -> float:
+    """Return the variance that a jackknife counts twice: what a pair of blocks have in common
+    beyond what each of them has (Efron & Stein 1981, Annals of Statistics 9:586-596).
+
+    A row's answer that hangs on another document is luck of the pair, and is seen when either is
+    taken out. What differs from seed to seed is counted with the seeds, so it is left out here.
+
+    Args:
+        effects: (seeds, blocks, blocks), see `JackknifeEstimate`; (seeds,) where they were not
+            computed.
+    """
+    seeds = len(effects)
+    common = seeds * effects.mean(0) ** 2 - (effects**2).mean(0)
+    return max(0.0, float(np.sum(common)) / (seeds - 1))
+
+
 def normalize_rows(features: np.ndarray) -> np.ndarray:
     """Return the rows scaled to length 1, float64; a row of zeros stays one.
 

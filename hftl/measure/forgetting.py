@@ -18,6 +18,7 @@ from hftl.analysis.drift import (
 )
 from hftl.analysis.neighbours import (
     JackknifeEstimate,
+    compute_double_counted_variance,
     count_needed_neighbours,
     jackknife_neighbour_hits,
     jackknife_shared_neighbours,
@@ -364,25 +365,9 @@ def _estimate_from_blocks(
         # known, and the seeds' luck is that of the figures.
         values += (by_seed - values.mean(1))[:, None]
         effects = np.stack([estimate.effects - before.effects for estimate in after])
-        twice = _double_counted_variance(effects)
+        twice = compute_double_counted_variance(effects)
         interval = _estimate_interval(values, float(by_seed.mean()), units, blocks, moved, twice)
     return _build_figure(before.value, [estimate.value for estimate in after], interval)
-
-
-def _double_counted_variance(effects: np.ndarray) -> float:
-    """Return the variance that a jackknife counts twice: what a pair of blocks have in common
-    beyond what each of them has (Efron & Stein 1981, Annals of Statistics 9:586-596).
-
-    A row's answer that hangs on another document is luck of the pair, and is seen when either is
-    taken out. What differs from seed to seed is counted with the seeds, so it is left out here.
-
-    Args:
-        effects: (seeds, blocks, blocks), see `JackknifeEstimate`; (seeds,) where they were not
-            computed.
-    """
-    seeds = len(effects)
-    common = seeds * effects.mean(0) ** 2 - (effects**2).mean(0)
-    return max(0.0, float(np.sum(common)) / (seeds - 1))
 
 
 def _estimate_interval(

@@ -23,19 +23,17 @@ from hftl.pipeline.finalize_record import (
     render_base_files,
 )
 from hftl.publish.checks import (
-    PushPreview,
     TokenPermissionError,
     check_card,
     check_files,
     check_reload_proof,
     check_write_permission,
     complete_repo_id,
-    preview_push,
     read_account,
     resolve_public_base,
 )
 from hftl.publish.http_retry import HubResponseError, retry_requests
-from hftl.publish.published_metadata import ADAPTER_CONFIG
+from hftl.publish.published_metadata import ADAPTER_CONFIG, RECORD_FILE
 from hftl.publish.push import (
     PushResult,
     PushTarget,
@@ -104,6 +102,47 @@ def _adapts_its_base(recipe: Recipe) -> bool:
     """Return whether the adapter would go on a base that the run itself adapts."""
     changes_base = any(stage.method != "lora" for stage in recipe.stages)
     return changes_base and recipe.finetune.spec.publishes_adapter
+
+
+@dataclass(frozen=True)
+class PushPreview:
+    """Describe what a push would send: files with their sizes in bytes, and the verdict."""
+
+    files: list[tuple[str, int]]
+    base_files: list[tuple[str, int]]
+    """Of a base that the run has adapted, which is pushed first."""
+    decision: str
+    reasons: list[str]
+    base: str | None
+    """What the files load on; None where nobody else can have it."""
+
+
+def preview_push(run: Path, words: frozenset[str] = frozenset()) -> PushPreview:
+    """Check a finished run's publish folder as a push would.
+
+    Args:
+        run: the run folder.
+        words: names that the files may contain, see `sanitize.find_leak`.
+
+    Raises:
+        RunFolderError: if there is no publish folder, or a file may not leave the machine.
+    """
+    folder = run / "publish"
+    if not (folder / RECORD_FILE).exists():
+        raise RunFolderError(f"{run} has no publish folder", "Finish it with `hftl run`")
+    base = run / "publish-base"
+    files = _list_sizes(folder, words)
+    base_files = _list_sizes(base, words) if base.exists() else []
+    record = Record.read_file(folder / RECORD_FILE)
+    verdict = record.verdict
+    base_name = base.name if base_files else record.source.published_as
+    if not (folder / ADAPTER_CONFIG).exists():
+        base_name = "the model itself"
+    return PushPreview(files, base_files, verdict.decision, verdict.reasons, base_name)
+
+
+def _list_sizes(folder: Path, words: frozenset[str]) -> list[tuple[str, int]]:
+    return [(name, (folder / name).stat().st_size) for name in check_files(folder, words)]
 
 
 def validate_push(run: Path, options: PushOptions) -> PushPreview:

@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +23,6 @@ from hftl.measure.record import Record, SourceFacts
 from hftl.measure.verdict import RELOAD_TOLERANCE
 from hftl.models.source import hash_checkpoint
 from hftl.publish.http_retry import HubResponseError, wrap_hub_errors
-from hftl.publish.published_metadata import ADAPTER_CONFIG, RECORD_FILE
 from hftl.publish.sanitize import find_leak
 from hftl.runtime import paths, run_folder
 
@@ -173,47 +171,6 @@ def check_reload_proof(run: Path, record: Record) -> None:
             here = folder / proved.name
             if not here.exists() or run_folder.hash_file(here) != run_folder.hash_file(proved):
                 raise RunFolderError(f"{here} is not the file whose reload was proved", again)
-
-
-@dataclass(frozen=True)
-class PushPreview:
-    """Describe what a push would send: files with their sizes in bytes, and the verdict."""
-
-    files: list[tuple[str, int]]
-    base_files: list[tuple[str, int]]
-    """Of a base that the run has adapted, which is pushed first."""
-    decision: str
-    reasons: list[str]
-    base: str | None
-    """What the files load on; None where nobody else can have it."""
-
-
-def preview_push(run: Path, words: frozenset[str] = frozenset()) -> PushPreview:
-    """Check a finished run's publish folder as a push would.
-
-    Args:
-        run: the run folder.
-        words: names that the files may contain, see `sanitize.find_leak`.
-
-    Raises:
-        RunFolderError: if there is no publish folder, or a file may not leave the machine.
-    """
-    folder = run / "publish"
-    if not (folder / RECORD_FILE).exists():
-        raise RunFolderError(f"{run} has no publish folder", "Finish it with `hftl run`")
-    base = run / "publish-base"
-    files = _list_sizes(folder, words)
-    base_files = _list_sizes(base, words) if base.exists() else []
-    record = Record.read_file(folder / RECORD_FILE)
-    verdict = record.verdict
-    base_name = base.name if base_files else record.source.published_as
-    if not (folder / ADAPTER_CONFIG).exists():
-        base_name = "the model itself"
-    return PushPreview(files, base_files, verdict.decision, verdict.reasons, base_name)
-
-
-def _list_sizes(folder: Path, words: frozenset[str]) -> list[tuple[str, int]]:
-    return [(name, (folder / name).stat().st_size) for name in check_files(folder, words)]
 
 
 class _HubAnswer(BaseModel):
