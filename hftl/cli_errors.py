@@ -13,7 +13,14 @@ from typing import Any
 import typer
 
 from hftl.config import secrets
-from hftl.errors import LockedError, LostProcessError, RecipeError, ResourceError, is_out_of_memory
+from hftl.errors import (
+    LockedError,
+    LostProcessError,
+    RecipeError,
+    ResourceError,
+    is_disk_full,
+    is_out_of_memory,
+)
 from hftl.runtime import distributed
 from hftl.runtime.run_folder import to_json
 
@@ -61,10 +68,9 @@ def report_unexpected_error(error: Exception, debug: bool) -> int:
     if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
         usage = str(error.format_message()).rstrip(".")  # pyright: ignore
         return report_failure(2, error, f"{usage}. See hftl --help", debug)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        resource_error = ResourceError(
-            f"the disk is full: {error.filename or ''}", "Free some space"
-        )
+    if is_disk_full(error):
+        name = getattr(error, "filename", None) or ""
+        resource_error = ResourceError(f"the disk is full: {name}", "Free some space")
         return report_failure(7, error, str(resource_error), debug)
     file_error = _convert_file_error(error)
     if file_error is not None:

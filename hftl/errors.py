@@ -4,6 +4,7 @@ A message says what was expected, what came and where; `fix` says what to do abo
 """
 
 import difflib
+import errno
 
 
 class HftlError(Exception):
@@ -33,6 +34,11 @@ class DataError(HftlError, ValueError):
     """Refuse data that cannot be used as they are."""
 
     exit_code = 3
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether the system refused to write for lack of space."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

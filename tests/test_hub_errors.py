@@ -1,5 +1,6 @@
 """What is said of a hub that fails or refuses, by unit and by commands against a hub of our own."""
 
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,8 @@ from published import Pusher, pusher
 from pushed import ME, hub, made, push, run, says
 
 from hftl.errors import format_error_line
-from hftl.runtime.paths import TRANSIENT_STATUSES, advise_on_status
+from hftl.publish.http_retry import wrap_hub_errors
+from hftl.runtime.paths import TRANSIENT_STATUSES, advise_on_status, translate_hub_errors
 
 __all__ = ["hub", "made", "push", "run"]
 
@@ -38,6 +40,12 @@ def test_only_what_passes_by_itself_is_to_be_tried_again() -> None:
     assert again >= set(TRANSIENT_STATUSES) - {501}
     assert not again & {400, 401, 402, 403, 404, 405, 409, 410, 413, 422, 501, 507}
     assert "HF_ENDPOINT" in advise_on_status(501)
+
+
+def test_a_full_disk_is_no_failure_of_the_hub() -> None:
+    for translate in (translate_hub_errors("a/b", "model"), wrap_hub_errors("reading a/b")):
+        with pytest.raises(OSError, match="No space"), translate:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("step", ["/commit/", "repos/create", "GET /api/models/me/model$"])

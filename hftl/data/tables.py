@@ -232,14 +232,13 @@ def load_hub_rows(table: Table, part: str) -> Iterator[RawRow]:
         HubError: if the dataset is unknown, gated, or the Hub cannot be reached.
     """
     import datasets
-    from datasets.exceptions import DatasetNotFoundError
 
     split = table.split or (part if part in ("train", "validation", "test") else "train")
     commit = resolve_revision(table.path, table.revision)
     key = f"data.{part}: "
     try:
         dataset: Any = datasets.load_dataset(table.path, table.name, split=split, revision=commit)
-    except (DatasetNotFoundError, OSError, paths.get_http_library().TransportError) as error:
+    except (OSError, paths.get_http_library().TransportError) as error:
         raise paths.make_hub_load_error(error, table.path, "dataset", key) from error
     except ValueError as error:
         message = format_error_line(error)

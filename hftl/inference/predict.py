@@ -300,6 +300,8 @@ def _load_processor(auto_class: Any, folder: Path, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError) as error:
+        # OSError for a file that is missing or no JSON, ValueError for an unknown class,
+        # ImportError for a class that needs a package which is not installed.
         raise RecipeError(
             f"{paths.get_display_name(folder)} has no usable "
             f"{auto_class.__name__.removeprefix('Auto')}: "

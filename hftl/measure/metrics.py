@@ -306,7 +306,7 @@ def _load_evaluate_metric(name: str) -> Metric:
         )
     try:
         module = evaluate.load(name.removeprefix("evaluate:"))
-    except (OSError, ConnectionError) as error:
+    except OSError as error:
         raise HubError(
             f"measure.metric: the metric {name} cannot be fetched: {format_error_line(error)}",
             "Check its id and the network, or use a built-in metric",

@@ -6,7 +6,6 @@ was set is written. Two identical runs differ in `environment` and `timings` alo
 record's hash leaves out.
 """
 
-import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ from pydantic import Field, PrivateAttr, ValidationError, field_serializer
 from hftl.config.recipe import Recipe
 from hftl.data.facts import DataFacts, GeneralFacts, OpenPart, RecordPart
 from hftl.errors import HftlError, RunFolderError, suggest_closest
-from hftl.runtime.run_folder import fingerprint, to_json
+from hftl.runtime.run_folder import UnreadableJsonError, fingerprint, read_json, to_json
 
 SCHEMA_VERSION = 2
 UNHASHED_KEYS = ("environment", "timings")
@@ -478,8 +477,8 @@ class Record(RecordPart):
             RunFolderError: naming the file, and the key where one is wrong.
         """
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            tree = read_json(path)
+        except (OSError, UnreadableJsonError) as error:
             raise RunFolderError(f"{path} does not read", fix) from error
         return cls.parse(tree, str(path), fix)
 

@@ -228,6 +228,8 @@ def wrap_with_lora(
     try:
         adapted = get_peft_model(model, config)
     except (ValueError, TypeError, IndexError, NotImplementedError) as error:
+        # peft: ValueError for names that match nothing, TypeError for a value of another type,
+        # IndexError for token indices beyond the vocabulary, NotImplementedError for a `bias`.
         raise RecipeError(
             f"{place}: peft refuses it: {format_error_line(error)}", "Correct the section"
         ) from error

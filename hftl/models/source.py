@@ -4,7 +4,6 @@ A config that names absurd sizes is refused before a model of it is built.
 """
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from hftl.errors import RecipeError, format_error_line
 from hftl.models.architectures import READ_AS, ArchitectureSpec, get_architecture
 from hftl.models.encoders import accepts_attention_mask, get_encoder_class
 from hftl.runtime import paths
+from hftl.runtime.run_folder import UnreadableJsonError, read_json
 
 MAX_REPEATS = 1000
 """Layers, groups or experts of a config, at most; the deepest encoders have some hundred."""
@@ -32,7 +32,7 @@ MAX_SIZE_RATIO, SIZE_SLACK = 2, 50_000_000
 """A model may hold so many times the numbers of its file, and so many more for a new head."""
 
 
-def find_config_fault(config: Any) -> str | None:
+def find_config_fault(config: object) -> str | None:
     """Return what is wrong with the first key of a config that is larger than any model's.
 
     Args:
@@ -48,8 +48,8 @@ def find_config_fault(config: Any) -> str | None:
 def find_folder_fault(folder: Path) -> str | None:
     """Return `find_config_fault` of a folder's config.json; None where it cannot be read."""
     try:
-        return find_config_fault(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
+        return find_config_fault(read_json(folder / "config.json"))
+    except (OSError, UnreadableJsonError):
         return None
 
 
@@ -82,7 +82,7 @@ def read_tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _iterate_counts(config: Any) -> Iterator[tuple[str, int]]:
+def _iterate_counts(config: object) -> Iterator[tuple[str, int]]:
     """Yield every count at any depth; of a list, such as blocks by stage, the sum."""
     nodes = [config]
     while nodes:
@@ -262,6 +262,8 @@ def load_processor(source: SourceModel) -> Any:
             source.folder, backend="pil", trust_remote_code=False
         )
     except (OSError, ValueError, ImportError) as error:
+        # OSError for a file that is missing or no JSON, ValueError for an unknown class,
+        # ImportError for a class that needs a package which is not installed.
         raise RecipeError(
             f"source.model: {source.name} has no usable image processor: "
             f"{format_error_line(error)}",

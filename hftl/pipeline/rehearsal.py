@@ -172,6 +172,8 @@ def _check_saving(context: ExperimentContext, built: LoadedModel, arm: Arm) -> N
         except HftlError:
             raise
         except (ValueError, KeyError, RuntimeError) as error:
+            # peft: KeyError for a module that was not saved; ValueError and RuntimeError for names
+            # and shapes that the base does not have.
             raise RecipeError(
                 f"finetune.lora of the arm {arm.name!r} cannot be saved and loaded again: "
                 f"{format_error_line(error)}",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hftl.errors import HubError, format_error_line
+from hftl.errors import HubError, format_error_line, is_disk_full
 from hftl.runtime.paths import (
     TRANSIENT_STATUSES,
     XET_ADVICE,
@@ -212,8 +212,10 @@ def wrap_hub_errors(action: str) -> Iterator[None]:
         fix = _choose_fix(error, "Check the network and HF_ENDPOINT")
         raise HubError(f"{action}: no answer from the hub", fix) from error
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        # Uploads raise RuntimeError from the cause; a response of another shape than the library
-        # expects raises KeyError, TypeError or ValueError.
+        if is_disk_full(error):
+            raise
+        # Uploads raise RuntimeError from the cause, downloads OSError where one is cut short; a
+        # response of another shape raises KeyError, TypeError or ValueError.
         cause = error.__cause__
         if isinstance(cause, HubError):
             raise cause from error

@@ -1,11 +1,12 @@
 """Push a folder as one commit, so that every commit holds weights, config and card of one run."""
 
-import json
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
 
 from hftl.errors import HubError
 from hftl.publish import http_retry
@@ -343,12 +344,25 @@ def _verify_commit(repo_id: str, commit: str, digests: FileDigests) -> None:
         )
 
 
+class _CardError(BaseModel):
+    """Hold one finding of the hub."""
+
+    message: str
+
+
+class _CardAnswer(BaseModel):
+    """Hold the hub's answer on a card that it refuses."""
+
+    errors: list[_CardError]
+
+
 def _format_card_errors(answer: str) -> str:
     """Return the messages in the hub's answer on a card; an answer of another shape as it is."""
     try:
-        return "; ".join(error["message"] for error in json.loads(answer)["errors"])
-    except (ValueError, KeyError, TypeError):
+        errors = _CardAnswer.model_validate_json(answer).errors
+    except ValidationError:
         return answer
+    return "; ".join(error.message for error in errors)
 
 
 def _build_moved_error(repo_id: str) -> HubError:

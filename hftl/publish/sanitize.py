@@ -70,7 +70,8 @@ def _list_personal_names() -> dict[str, set[str]]:
     try:
         user.add(getpass.getuser())
     except (OSError, KeyError, ImportError):
-        # In a container the user id may have no name.
+        # In a container the user id may have no name: KeyError, from Python 3.13 on OSError.
+        # Windows has no module to ask: ImportError.
         pass
     user.add(Path.home().name)
     host = platform.node()
@@ -114,6 +115,8 @@ def _read_png_text(path: Path) -> str:
             image.load()  # texts may follow the pixels
             texts = [*image.info.items(), *dict(image.getexif()).items()]
     except (OSError, SyntaxError, ValueError):
+        # Pillow: OSError for a file that is cut short, SyntaxError for a damaged chunk, ValueError
+        # for a text that unpacks to too much.
         return path.read_bytes().decode("utf-8", errors="replace")
     return "\n".join(f"{key}: {_decode_text(value)}" for key, value in texts)
 

@@ -207,5 +207,7 @@ def _make_picklable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
     except (pickle.PickleError, TypeError, AttributeError):
+        # `dumps`: PickleError or AttributeError for a class that cannot be imported, TypeError for
+        # a value such as a lock. `loads`: TypeError for an `__init__` of other arguments.
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

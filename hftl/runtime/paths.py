@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hftl.errors import HubError, RecipeError, format_error_line
+from hftl.errors import HubError, RecipeError, format_error_line, is_disk_full
 
 HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 TABLE_PATTERN = re.compile(r".*\.(csv|tsv|jsonl?|ndjson|parquet|txt)", re.IGNORECASE)
@@ -190,6 +190,10 @@ def translate_hub_errors(place: str, kind: str, key: str = "") -> Iterator[None]
     try:
         yield
     except (OSError, ValueError, get_http_library().TransportError) as error:
+        # OSError: a refusal, no copy in the cache, or a download that is cut short. ValueError:
+        # what cannot be an id, or a response that is no JSON.
+        if is_disk_full(error):
+            raise
         raise make_hub_load_error(error, place, kind, key) from error
 
 

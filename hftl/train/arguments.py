@@ -51,6 +51,7 @@ def build_training_arguments(
     try:
         args = TrainingArguments(**(common | defaults | training | decided))
     except (ValueError, TypeError, ImportError) as error:
+        # ImportError where an argument needs a package that is not installed.
         raise RecipeError(
             f"{section}.training: transformers refuses it: {format_error_line(error)}",
             "Correct the section",
