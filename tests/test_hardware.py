@@ -1,9 +1,9 @@
 """Check the energy of trainings, by a stand-in for codecarbon or by itself where installed."""
 
-import importlib
 import sys
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,32 +13,30 @@ from hftl.measure.record import describe_environment
 from hftl.runtime import distributed
 from hftl.runtime.hardware import measure_energy, sum_energy
 
-STAND_IN = """
-from types import SimpleNamespace
 
+class Tracker:
+    """Stand in for codecarbon's tracker."""
 
-class OfflineEmissionsTracker:
     running = 0
 
-    def __init__(self, **arguments):
+    def __init__(self, **arguments: Any) -> None:
         assert arguments["save_to_file"] is False
 
-    def start(self):
-        OfflineEmissionsTracker.running += 1
+    def start(self) -> None:
+        Tracker.running += 1
 
-    def stop(self):
-        OfflineEmissionsTracker.running -= 1
+    def stop(self) -> None:
+        Tracker.running -= 1
         self.final_emissions_data = SimpleNamespace(energy_consumed=0.25)
-"""
 
 
 @pytest.fixture
-def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    (tmp_path / "codecarbon.py").write_text(STAND_IN)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "codecarbon", raising=False)
-    yield importlib.import_module("codecarbon").OfflineEmissionsTracker
-    sys.modules.pop("codecarbon")
+def tracker(monkeypatch: pytest.MonkeyPatch) -> type[Tracker]:
+    codecarbon: Any = ModuleType("codecarbon")
+    codecarbon.OfflineEmissionsTracker = Tracker
+    codecarbon.__spec__ = ModuleSpec("codecarbon", None)
+    monkeypatch.setitem(sys.modules, "codecarbon", codecarbon)
+    return Tracker
 
 
 def test_energy_is_codecarbons_estimate(tracker: Any) -> None:
