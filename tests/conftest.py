@@ -18,9 +18,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import yaml
-from fresh import Fresh
+from support.fresh_process import FreshProcess
 from support.tiny import BAD, FILLER, GOOD, SPECIAL, save_tiny, tiny_config, tiny_tokenizer
 
+pytest_plugins = ["support.publishing", "support.examination"]
 __all__ = ["BAD", "FILLER", "GOOD", "SPECIAL", "tiny_config", "tiny_tokenizer"]
 
 
@@ -57,9 +58,9 @@ def _freeze_imported_objects() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _fast_reload() -> Iterator[None]:
-    """The gate's reload in a process that need not import the libraries anew, see `Fresh`."""
-    fresh = Fresh()
+def fast_reload() -> Iterator[None]:
+    """Reload published folders in forks of a process that has imported the libraries already."""
+    fresh = FreshProcess()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hftl.publish.checks.subprocess", SimpleNamespace(run=fresh.run))
         yield

@@ -10,11 +10,8 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 import pytest
-from localhub import LocalHub
-from published import Pusher, finished_run, pusher
-from pushed import ME, hub
-
-__all__ = ["hub"]
+from support.local_hub import LocalHub
+from support.publishing import ME, Pusher, finish_run, open_pusher
 
 LETTERS = "Qx7Rk2Vw9Tz4Lm6Np8Bc3Df5Gh1Js0YaUe"
 SECRETS = {
@@ -43,7 +40,7 @@ def planted(
             patch.setenv(name, value)
         changes = {"measure.arms": []}
         model = home / "models" / "tiny"
-        yield finished_run(home / "secret-project", model, patch, changes), environment
+        yield finish_run(home / "secret-project", model, changes), environment
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +48,7 @@ def push(
     planted: tuple[Path, dict[str, str]], hub: LocalHub, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pusher]:
     environment = hub.environment(tmp_path_factory.mktemp("cache")) | planted[1]
-    with pusher(environment) as push:
+    with open_pusher(environment) as push:
         yield push
 
 
@@ -88,7 +85,7 @@ def test_push_sends_no_canary_and_stores_no_secret(
     planted: tuple[Path, dict[str, str]], hub: LocalHub, push: Pusher
 ) -> None:
     run, environment = planted
-    hub.control(restore=True, faults=[])
+    hub.control(restore="base", faults=[])
     code, out, err = push("publish", run, "--repo-id", ME, "--public")
     assert (code, err) == (0, "")
     private = [*TOKENS, USER, environment["HOME"], "secret-project"]
@@ -104,7 +101,7 @@ def test_push_sends_no_canary_and_stores_no_secret(
 def test_secret_in_the_arguments_is_never_repeated(
     secret: str, planted: tuple[Path, dict[str, str]], hub: LocalHub, push: Pusher, tmp_path: Path
 ) -> None:
-    hub.control(restore=True, faults=[])
+    hub.control(restore="base", faults=[])
     run, recipe, output = planted[0], planted[0] / "recipe.yaml", tmp_path / "out"
     results = [
         push("publish", run, "--repo-id", ME, "--force", f"because {secret}"),
@@ -127,7 +124,7 @@ def test_failure_prints_and_logs_no_secret(
     planted: tuple[Path, dict[str, str]], hub: LocalHub, push: Pusher
 ) -> None:
     run = planted[0]
-    hub.control(restore=True, faults=[{"kind": "403", "path": "/commit/"}])
+    hub.control(restore="base", faults=[{"kind": "403", "path": "/commit/"}])
     code, out, err = push("--debug", "publish", run, "--repo-id", ME)
     assert code == 5 and "Traceback" in err
     log = (run / "log.txt").read_bytes() + (run / "error.json").read_bytes()

@@ -13,7 +13,7 @@ import pytest
 import scipy.stats
 import yaml
 from conftest import pictures, sentences, tiny_tokenizer, write_csv
-from planting import rewrite, save, wrapped
+from support.planted_defects import rewrite, save, wrapped
 from test_reload import opened, published
 
 import hftl

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from planting import rewrite
+from support.planted_defects import rewrite
 from test_compare import NAMES, adapters
 
 import hftl

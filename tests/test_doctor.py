@@ -5,20 +5,19 @@ from pathlib import Path
 
 import pytest
 from conftest import sentences
-from examined import adapters, copied, hub, in_this_process, kinds
-from planting import (
+from safetensors.torch import load_file, save_file
+from support.examination import kinds
+from support.planted_defects import (
     COMMIT,
     NAMES,
     PLANTED,
     SOUND,
-    pooler_drawn_anew_by_every_load,
     reconfigure,
     rewrite,
     save,
     snapshot,
     wrapped,
 )  # fmt: skip
-from safetensors.torch import load_file, save_file
 from support.tiny import tiny_tokenizer
 
 from hftl.doctor.adapter_folder import Finding
@@ -26,7 +25,7 @@ from hftl.doctor.checks import examine_adapter
 from hftl.doctor.report import _format_table, format_report
 from hftl.errors import HubError, RecipeError
 
-__all__ = ["adapters", "hub", "in_this_process"]
+pytestmark = pytest.mark.usefixtures("loads_in_this_process")
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -38,11 +37,11 @@ def test_a_sound_adapter_has_no_defect(name: str, adapters: dict[str, Path]) -> 
     assert kinds(found, defects=False) <= {"card"}
 
 
-def test_what_the_trainer_trained_is_sound(hub: Path, tmp_path: Path) -> None:
+def test_what_the_trainer_trained_is_sound(hub_cache: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-    adapted = wrapped(snapshot(hub, "bert"), "bert", SOUND["bert"][1])
-    tokenizer = AutoTokenizer.from_pretrained(snapshot(hub, "bert"))
+    adapted = wrapped(snapshot(hub_cache, "bert"), "bert", SOUND["bert"][1])
+    tokenizer = AutoTokenizer.from_pretrained(snapshot(hub_cache, "bert"))
     rows = [
         {**tokenizer(text, padding="max_length", max_length=12), "labels": int(label == "positive")}
         for text, label in sentences(16)
@@ -60,10 +59,10 @@ def test_what_the_trainer_trained_is_sound(hub: Path, tmp_path: Path) -> None:
     assert kinds(examine_adapter(tmp_path / "saved")) == {"unsafe"}
 
 
-def test_what_hftl_publishes_is_sound(hub: Path, tmp_path: Path) -> None:
+def test_what_hftl_publishes_is_sound(hub_cache: Path, tmp_path: Path) -> None:
     from test_reload import opened, published
 
-    bench, recipe = opened(snapshot(hub, "bert-mlm"), tmp_path, "mean", "lora")
+    bench, recipe = opened(snapshot(hub_cache, "bert-mlm"), tmp_path, "mean", "lora")
     published(bench, recipe, tmp_path)
     publish = tmp_path / "publish"
     rewrite(publish / "adapter_config.json", base_model_name_or_path="tiny/bert-mlm",
@@ -77,12 +76,12 @@ def test_what_hftl_publishes_is_sound(hub: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def planted(
-    request: pytest.FixtureRequest, adapters: dict[str, Path], hub: Path, tmp_path: Path
+    request: pytest.FixtureRequest, adapters: dict[str, Path], hub_cache: Path, tmp_path: Path
 ) -> tuple[Path, str]:
     adapter, kind, how = PLANTED[request.param]
     folder = tmp_path / "adapter"
     shutil.copytree(adapters[adapter], folder)
-    how(folder, hub)
+    how(folder, hub_cache)
     return folder, kind
 
 
@@ -115,8 +114,10 @@ def test_every_kind_is_planted_for_text_and_images() -> None:
     assert len(PLANTED) >= 20
 
 
-def test_a_whole_model(hub: Path, tmp_path: Path) -> None:
-    model = wrapped(snapshot(hub, "bert-mlm"), "bert-mlm", SOUND["bert"][1]).merge_and_unload()
+def test_a_whole_model(hub_cache: Path, tmp_path: Path) -> None:
+    model = wrapped(
+        snapshot(hub_cache, "bert-mlm"), "bert-mlm", SOUND["bert"][1]
+    ).merge_and_unload()
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer(tmp_path / "model")
     assert not examine_adapter(tmp_path / "model").defects
@@ -138,11 +139,11 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
         examine_adapter("somebody/unknown-adapter")
 
 
-def test_other_kinds_of_adapter_are_examined_too(hub: Path, tmp_path: Path) -> None:
+def test_other_kinds_of_adapter_are_examined_too(hub_cache: Path, tmp_path: Path) -> None:
     from peft import IA3Config, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(snapshot(hub, "bert"))
+    model = AutoModelForSequenceClassification.from_pretrained(snapshot(hub_cache, "bert"))
     model.name_or_path = "tiny/bert"
     model.config.update({"id2label": dict(enumerate(NAMES))})
     settings = IA3Config(task_type="SEQ_CLS", target_modules=["key"], feedforward_modules=[],
@@ -152,20 +153,3 @@ def test_other_kinds_of_adapter_are_examined_too(hub: Path, tmp_path: Path) -> N
     assert not found.defects and not found.unexamined
     reconfigure(adapter, peft_type="PROMPT_TUNING")
     assert "PROMPT_TUNING" in examine_adapter(adapter).unexamined[0]
-
-
-@pytest.mark.slow
-@pytest.mark.fresh_processes
-def test_two_fresh_processes_tell_random_weights(adapters: dict[str, Path], tmp_path: Path) -> None:
-    folder = copied(adapters, "bert-mlm", tmp_path)
-    pooler_drawn_anew_by_every_load(folder, tmp_path)
-    assert kinds(examine_adapter(folder)) == {"fresh", "reload"}
-
-
-@pytest.mark.slow
-@pytest.mark.fresh_processes
-@pytest.mark.parametrize("name", ["bert-mlm", "vit"])
-def test_two_fresh_processes_say_the_same_of_a_sound_adapter(
-    name: str, adapters: dict[str, Path]
-) -> None:
-    assert not examine_adapter(adapters[name]).defects

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from examined import adapters, copied, hub, in_this_process, kinds
-from planting import (
+from support.examination import copied, kinds
+from support.planted_defects import (
     reconfigure,
     rewrite,
     snapshot,
@@ -18,7 +18,7 @@ from hftl.errors import RecipeError
 from hftl.models.source import find_source, hash_source_weights
 from hftl.runtime import run_folder
 
-__all__ = ["adapters", "hub", "in_this_process"]
+pytestmark = pytest.mark.usefixtures("loads_in_this_process")
 
 
 def test_an_unpinned_base_is_a_warning(adapters: dict[str, Path], tmp_path: Path) -> None:
@@ -58,11 +58,13 @@ def test_a_base_that_the_hub_does_not_know_is_a_defect(
 
 
 def test_a_base_given_is_compared_with_the_one_named(
-    adapters: dict[str, Path], hub: Path, tmp_path: Path
+    adapters: dict[str, Path], hub_cache: Path, tmp_path: Path
 ) -> None:
-    found = examine_adapter(adapters["bert"], str(snapshot(hub, "bert")))
+    found = examine_adapter(adapters["bert"], str(snapshot(hub_cache, "bert")))
     assert not found.defects and not found.unexamined
-    assert kinds(examine_adapter(adapters["bert"], str(snapshot(hub, "bert-4")))) == {"base-shape"}
+    assert kinds(examine_adapter(adapters["bert"], str(snapshot(hub_cache, "bert-4")))) == {
+        "base-shape"
+    }
     other = examine_adapter(adapters["bert"], "tiny/bert-2")
     assert "base" in kinds(other, defects=False)
     with pytest.raises(RecipeError):
@@ -70,18 +72,18 @@ def test_a_base_given_is_compared_with_the_one_named(
 
 
 def test_the_hash_of_the_right_base_is_no_finding(
-    adapters: dict[str, Path], hub: Path, tmp_path: Path
+    adapters: dict[str, Path], hub_cache: Path, tmp_path: Path
 ) -> None:
     folder = copied(adapters, "bert", tmp_path)
-    right = hash_source_weights(find_source(Source(model=str(snapshot(hub, "bert")))))
+    right = hash_source_weights(find_source(Source(model=str(snapshot(hub_cache, "bert")))))
     rewrite(folder / "hftl.json", source={"weights_sha256": right})
     assert not examine_adapter(folder).defects
 
 
 def test_a_folder_here_is_not_taken_for_the_base_that_the_adapter_names(
-    adapters: dict[str, Path], hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adapters: dict[str, Path], hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoy = Path(shutil.copytree(snapshot(hub, "vit"), tmp_path / "tiny" / "bert"))
+    decoy = Path(shutil.copytree(snapshot(hub_cache, "vit"), tmp_path / "tiny" / "bert"))
     monkeypatch.chdir(tmp_path)
     found = examine_adapter(adapters["bert"])
     assert found.source is not None and not found.source.is_local and not found.defects
@@ -90,7 +92,7 @@ def test_a_folder_here_is_not_taken_for_the_base_that_the_adapter_names(
 
 
 def test_a_run_examined_from_elsewhere_has_its_pinned_base(
-    adapters: dict[str, Path], hub: Path, tmp_path: Path
+    adapters: dict[str, Path], hub_cache: Path, tmp_path: Path
 ) -> None:
     recipe = "source: {model: models/bert}\ndata: {train: {path: a.csv}}\n"
     (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
@@ -101,7 +103,7 @@ def test_a_run_examined_from_elsewhere_has_its_pinned_base(
 
 
 def test_a_runs_record_that_was_edited_is_a_defect(
-    adapters: dict[str, Path], hub: Path, tmp_path: Path
+    adapters: dict[str, Path], hub_cache: Path, tmp_path: Path
 ) -> None:
     recipe = "source: {model: models/bert}\ndata: {train: {path: a.csv}}\n"
     (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
@@ -115,9 +117,9 @@ def test_a_runs_record_that_was_edited_is_a_defect(
 
 
 def test_a_base_of_pickles_is_not_opened(
-    adapters: dict[str, Path], hub: Path, tmp_path: Path
+    adapters: dict[str, Path], hub_cache: Path, tmp_path: Path
 ) -> None:
-    base = Path(shutil.copytree(snapshot(hub, "bert"), tmp_path / "base"))
+    base = Path(shutil.copytree(snapshot(hub_cache, "bert"), tmp_path / "base"))
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
     found = examine_adapter(adapters["bert"], str(base))
     assert "pickles are not opened" in found.unexamined[0]

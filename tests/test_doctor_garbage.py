@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pushed import made
 
 from hftl.doctor import load_check
 from hftl.doctor.checks import examine_adapter
@@ -16,7 +15,6 @@ from hftl.doctor.report import format_report
 from hftl.errors import RecipeError
 from hftl.models.source import find_config_fault
 
-__all__ = ["made"]
 BERT_AS_VIT = {
     "base_model_class": "ViTForImageClassification",
     "parent_library": "transformers.models.vit.modeling_vit",
@@ -24,10 +22,10 @@ BERT_AS_VIT = {
 
 
 @pytest.fixture
-def adapter(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def adapter(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that hftl has published, record and card included."""
     monkeypatch.setattr(load_check, "load_in_processes", lambda *given: [np.zeros(2)] * 2)
-    shutil.copytree(made / "publish", tmp_path / "adapter")
+    shutil.copytree(finished / "publish", tmp_path / "adapter")
     return tmp_path / "adapter"
 
 

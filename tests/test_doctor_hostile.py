@@ -8,23 +8,18 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from examined import adapters, copied, hub, in_this_process
-from planting import (
-    reconfigure,
-    rewrite,
-)  # fmt: skip
+from support.examination import copied, kinds
+from support.planted_defects import pooler_drawn_anew_by_every_load, reconfigure, rewrite
 
 from hftl import cli
 from hftl.doctor.checks import examine_adapter
 from hftl.doctor.report import format_report
 
-__all__ = ["adapters", "hub", "in_this_process"]
-
 ROOT = Path(__file__).parent.parent
 
 
 def test_a_strangers_text_does_not_steer_the_terminal(
-    adapters: dict[str, Path], tmp_path: Path
+    adapters: dict[str, Path], tmp_path: Path, loads_in_this_process: None
 ) -> None:
     folder = copied(adapters, "bert", tmp_path)
     reconfigure(folder, base_model_name_or_path="/x/\x1b[2J[red]\u202e\nsound")
@@ -35,7 +30,7 @@ def test_a_strangers_text_does_not_steer_the_terminal(
 
 def test_exit_codes_on_the_command_line(
     adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], loads_in_this_process: None,
 ) -> None:  # fmt: skip
     folder = copied(adapters, "bert", tmp_path)
 
@@ -108,7 +103,7 @@ def make_hostile(folder: Path, secret: Path, mark: Path, base: str) -> None:
 
 
 def test_a_hostile_adapter_runs_and_reads_nothing(
-    adapters: dict[str, Path], hub: Path, tmp_path: Path
+    adapters: dict[str, Path], hub_cache: Path, tmp_path: Path
 ) -> None:
     secret, mark = tmp_path / "secret.env", tmp_path / "mark"
     secret.write_text("TOKEN=1")
@@ -122,7 +117,8 @@ def test_a_hostile_adapter_runs_and_reads_nothing(
     done = subprocess.run(
         [sys.executable, str(tmp_path / "doctor.py"), str(adapters["bert"]), *map(str, folders)],
         capture_output=True, text=True, cwd=folders[0], check=False,
-        env=os.environ | {"HF_HUB_CACHE": str(hub), "HF_HOME": str(hub), "PYTHONPATH": str(ROOT)},
+        env=os.environ | dict.fromkeys(("HF_HUB_CACHE", "HF_HOME"), str(hub_cache))
+        | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     seen = json.loads(done.stdout.splitlines()[-1])
@@ -137,3 +133,18 @@ def test_a_hostile_adapter_runs_and_reads_nothing(
     known = (sys.prefix, sys.base_prefix, ROOT, tempfile.gettempdir(), "/proc", "/sys", "/dev")
     assert not [path for path in opened if not any(path.is_relative_to(place) for place in known)]
     assert not [path for path in opened if path.is_relative_to(tmp_path) and path not in ours]
+
+
+@pytest.mark.slow
+def test_two_fresh_processes_tell_random_weights(adapters: dict[str, Path], tmp_path: Path) -> None:
+    folder = copied(adapters, "bert-mlm", tmp_path)
+    pooler_drawn_anew_by_every_load(folder, tmp_path)
+    assert kinds(examine_adapter(folder)) == {"fresh", "reload"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert-mlm", "vit"])
+def test_two_fresh_processes_say_the_same_of_a_sound_adapter(
+    name: str, adapters: dict[str, Path]
+) -> None:
+    assert not examine_adapter(adapters[name]).defects

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from examined import adapters, copied, hub, in_this_process, kinds
-from planting import (
+from safetensors.torch import load_file
+from support.examination import copied, kinds
+from support.planted_defects import (
     COMMIT,
     NAMES,
     SOUND,
@@ -20,7 +21,6 @@ from planting import (
     snapshot,
     wrapped,
 )  # fmt: skip
-from safetensors.torch import load_file
 
 from hftl.config.section import Source
 from hftl.doctor.adapter_folder import Examination
@@ -31,7 +31,7 @@ from hftl.doctor.report import run_doctor
 from hftl.errors import RecipeError
 from hftl.models.source import find_source, hash_source_weights
 
-__all__ = ["adapters", "hub", "in_this_process"]
+pytestmark = pytest.mark.usefixtures("loads_in_this_process")
 
 
 def mended(folder: Path, base: str | None = None) -> tuple[list[str], Examination]:
@@ -64,9 +64,9 @@ def test_old_names_are_renamed_and_the_model_says_the_same(
     assert sorted(targets[0]) == sorted(targets[1])
 
 
-def test_patterns_are_renamed_too(hub: Path, tmp_path: Path) -> None:
+def test_patterns_are_renamed_too(hub_cache: Path, tmp_path: Path) -> None:
     settings = SOUND["vit"][1] | {"rank_pattern": {"layers.1.attention.q_proj": 2}}
-    folder = save(wrapped(snapshot(hub, "vit"), "vit", settings), tmp_path / "adapter")
+    folder = save(wrapped(snapshot(hub_cache, "vit"), "vit", settings), tmp_path / "adapter")
     assert not examine_adapter(folder).defects
     as_in_transformers_4(folder, "vit", "encoder.layer")
     reconfigure(folder, rank_pattern={"encoder.layer.1.attention.attention.query": 2})
@@ -95,11 +95,13 @@ def test_a_base_that_does_not_fit_is_not_written(adapters: dict[str, Path], tmp_
     assert mended(folder, "tiny/bert-2")[0] == []
 
 
-def test_only_a_proven_base_is_pinned(adapters: dict[str, Path], hub: Path, tmp_path: Path) -> None:
+def test_only_a_proven_base_is_pinned(
+    adapters: dict[str, Path], hub_cache: Path, tmp_path: Path
+) -> None:
     folder = copied(adapters, "bert", tmp_path)
     reconfigure(folder, revision=None)
     assert mended(folder)[0] == []
-    right = hash_source_weights(find_source(Source(model=str(snapshot(hub, "bert")))))
+    right = hash_source_weights(find_source(Source(model=str(snapshot(hub_cache, "bert")))))
     rewrite(folder / "hftl.json", source={"weights_sha256": right})
     lines, found = mended(folder)
     assert COMMIT in lines[0] and "base" not in kinds(found, defects=False)
@@ -131,11 +133,11 @@ def test_pickles_are_left_where_they_are(adapters: dict[str, Path], tmp_path: Pa
 
 
 def test_a_hubs_copy_and_a_runs_folder_are_not_changed(
-    adapters: dict[str, Path], hub: Path, tmp_path: Path
+    adapters: dict[str, Path], hub_cache: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(adapters["bert"], run / "publish")
-    source = {"model": str(snapshot(hub, "bert"))}
+    source = {"model": str(snapshot(hub_cache, "bert"))}
     (run / "recipe.yaml").write_text(
         json.dumps({"source": source, "data": {"train": {"path": "x.csv"}}})
     )
@@ -144,7 +146,7 @@ def test_a_hubs_copy_and_a_runs_folder_are_not_changed(
     assert examine_adapter(run / "publish").folder.run == run
     with pytest.raises(RecipeError, match="its run writes it"):
         fix_adapter(found, None)
-    into_cache(hub, "adapter", adapters["bert"])
+    into_cache(hub_cache, "adapter", adapters["bert"])
     found = examine_adapter("tiny/adapter")
     assert not found.defects
     with pytest.raises(RecipeError, match="on a hub"):

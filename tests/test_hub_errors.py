@@ -1,21 +1,17 @@
-"""What is said of a hub that fails or refuses, by unit and by commands against a hub of our own."""
+"""Check the messages about a hub that fails or refuses."""
 
 import errno
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import sentences, write_csv
-from localhub import LocalHub
-from published import Pusher, pusher
-from pushed import ME, hub, made, push, run, says
+from support.local_hub import LocalHub
+from support.publishing import ME, Pusher, assert_fails
 
 from hftl.errors import format_error_line
 from hftl.publish.http_retry import wrap_hub_errors
 from hftl.runtime.paths import TRANSIENT_STATUSES, advise_on_status, translate_hub_errors
-
-__all__ = ["hub", "made", "push", "run"]
 
 
 @pytest.mark.parametrize(
@@ -31,11 +27,11 @@ __all__ = ["hub", "made", "push", "run"]
         ("", "ValueError"),
     ],
 )  # fmt: skip
-def test_a_reason_is_not_cut_off_at_its_colon(text: str, line: str) -> None:
+def test_error_line_is_not_cut_at_a_colon(text: str, line: str) -> None:
     assert format_error_line(ValueError(text)) == line
 
 
-def test_only_what_passes_by_itself_is_to_be_tried_again() -> None:
+def test_only_transient_statuses_advise_to_try_again() -> None:
     again = {status for status in range(400, 512) if advise_on_status(status) == "Try again later"}
     assert again >= set(TRANSIENT_STATUSES) - {501}
     assert not again & {400, 401, 402, 403, 404, 405, 409, 410, 413, 422, 501, 507}
@@ -48,15 +44,19 @@ def test_a_full_disk_is_no_failure_of_the_hub() -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("step", ["/commit/", "repos/create", "GET /api/models/me/model$"])
-@pytest.mark.parametrize("kind", ["501", "400"])
-def test_what_a_hub_does_not_offer_is_not_to_be_tried_again(
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [("501", "/commit/"), ("400", "repos/create"), ("501", "GET /api/models/me/model$")],
+)
+def test_refused_request_of_a_push_does_not_advise_to_try_again(
     kind: str, step: str, hub: LocalHub, push: Pusher, run: Path
 ) -> None:
     hub.control(faults=[{"kind": kind, "path": step}])
-    found = push("publish", run, "--repo-id", ME)
-    says(found, 5, f"the hub answered {kind}: fault {kind}", "HF_ENDPOINT" if kind == "501" else "")
-    assert "again later" not in found[2]
+    result = push("publish", run, "--repo-id", ME)
+    assert_fails(
+        result, 5, f"the hub answered {kind}: fault {kind}", "HF_ENDPOINT" if kind == "501" else ""
+    )
+    assert "again later" not in result[2]
 
 
 @pytest.mark.parametrize(
@@ -71,70 +71,46 @@ def test_what_a_hub_does_not_offer_is_not_to_be_tried_again(
         ("drop", "the hub cannot be reached: Server disconnected", "a bug in hftl"),
     ],
 )
-def test_why_a_hub_gives_no_model(
+def test_reason_why_a_hub_gives_no_model(
     kind: str, words: str, never: str, hub: LocalHub, push: Pusher, tmp_path: Path
 ) -> None:
     table = write_csv(tmp_path / "new.csv", ["text", "label"], sentences(8))
     commands = [("doctor",), ("compare", "--data", table), ("predict", table)]
     # The client itself repeats what may pass, which takes its time.
     for command, *more in commands if kind in ("501", "400", "403") else commands[:1]:
-        hub.control(restore=True, faults=[{"kind": kind, "path": "me/none"}])
-        found = push(command, "me/none", *more)
-        says(found, 5, words)
-        assert never not in found[2]
+        hub.control(restore="base", faults=[{"kind": kind, "path": "me/none"}])
+        result = push(command, "me/none", *more)
+        assert_fails(result, 5, words)
+        assert never not in result[2]
 
 
-def test_a_repository_that_a_hub_makes_public_is_told_once(
+def test_repository_that_the_hub_makes_public_is_an_error(
     hub: LocalHub, push: Pusher, run: Path
 ) -> None:
-    """It was `public already`, and `was made and is private`, in one sentence."""
     hub.control(shows=True)
     try:
-        found = push("publish", run, "--repo-id", ME)
+        result = push("publish", run, "--repo-id", ME)
     finally:
         hub.control(shows=False)
-    says(found, 5, "asked for a private me/model and made it public. Nothing was pushed")
-    assert "is private" not in found[2] and "already" not in found[2]
+    assert_fails(result, 5, "asked for a private me/model and made it public. Nothing was pushed")
+    assert "is private" not in result[2] and "already" not in result[2]
     assert len(hub.state["repos"][ME]["commits"]) == 1
 
 
-def test_a_public_repository_that_was_not_seen_at_first_is_not_called_private(
+def test_public_repository_that_was_not_seen_at_first_is_not_called_private(
     hub: LocalHub, push: Pusher, run: Path
 ) -> None:
     hub.put(ME, {"README.md": b"mine"})
     before = hub.state
     hub.control(faults=[{"kind": "unseen", "path": "GET /api/models/me/model$", "times": 1}])
-    found = push("publish", run, "--repo-id", ME)
-    says(found, 5, "me/model is public already", "--public")
-    assert "is private" not in found[2] and hub.state == before
+    result = push("publish", run, "--repo-id", ME)
+    assert_fails(result, 5, "me/model is public already", "--public")
+    assert "is private" not in result[2] and hub.state == before
 
 
-@pytest.fixture
-def with_xet(hub: LocalHub, tmp_path: Path) -> Iterator[Pusher]:
-    pytest.importorskip("hf_xet")
-    environment = hub.environment(tmp_path / "home")
-    del environment["HF_HUB_DISABLE_XET"]
-    with pusher(environment) as found:
-        yield found
-
-
-@pytest.mark.parametrize("kind", ["501", "403"])
-def test_a_push_that_fails_by_xet_says_how_to_do_without(
-    kind: str, hub: LocalHub, with_xet: Pusher, push: Pusher, run: Path
-) -> None:
-    hub.control(faults=[{"kind": kind, "path": "xet-write-token"}])
-    says(with_xet("publish", run, "--repo-id", ME), 5, "HF_HUB_DISABLE_XET=1")
-    # Where something else fails, it is no matter of Xet.
-    hub.control(restore=True, faults=[{"kind": "501", "path": "repos/create"}])
-    assert "XET" not in with_xet("publish", run, "--repo-id", ME)[2]
-    hub.control(restore=True, faults=[])
-    assert push("publish", run, "--repo-id", ME)[0] == 0, "the advice is true"
-
-
-def test_a_download_that_fails_by_xet_says_how_to_do_without(
+def test_failed_download_by_xet_says_how_to_do_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The client's own function raises, as where the storage of a hub is out of reach."""
     from huggingface_hub import constants, file_download
 
     from hftl.runtime.paths import make_hub_load_error
@@ -156,7 +132,7 @@ def test_a_download_that_fails_by_xet_says_how_to_do_without(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("away", ["drop", "501"])
-def test_the_doctor_examines_a_copy_in_the_cache_where_the_hub_is_away(
+def test_doctor_examines_a_cached_copy_where_the_hub_is_away(
     away: str, hub: LocalHub, push: Pusher, run: Path
 ) -> None:
     assert push("publish", run, "--repo-id", ME)[0] == 0
@@ -169,18 +145,19 @@ def test_the_doctor_examines_a_copy_in_the_cache_where_the_hub_is_away(
     assert "sound in what was examined" in out
 
 
-def test_a_run_and_its_copy_at_the_hub_are_compared_on_the_runs_test(
+def test_run_and_its_copy_at_the_hub_are_compared_on_the_runs_test_items(
     hub: LocalHub, push: Pusher, run: Path
 ) -> None:
-    """The command asked for a table, though the run has the test items of both."""
     assert push("publish", run, "--repo-id", ME)[0] == 0
     for models in ((run, ME), (ME, run)):
         code, out, err = push("compare", *models)
         assert (code, err) == (0, "") and "20 items" in out and "warning" not in out
-    says(push("compare", ME, ME), 2, "me/model", "none is a run on this machine", "--data TABLE")
+    assert_fails(
+        push("compare", ME, ME), 2, "me/model", "none is a run on this machine", "--data TABLE"
+    )
 
 
-def test_a_model_without_a_record_is_compared_with_a_warning(
+def test_model_without_a_record_is_compared_with_a_warning(
     hub: LocalHub, push: Pusher, run: Path
 ) -> None:
     files = {p.name: p.read_bytes() for p in (run / "publish").iterdir() if p.is_file()}
@@ -191,4 +168,4 @@ def test_a_model_without_a_record_is_compared_with_a_warning(
     other = json.loads(record)
     other["data"]["fingerprint"] = "0" * 64
     hub.put("me/other", files | {"hftl.json": json.dumps(other).encode()}, private=True)
-    says(push("compare", run, "me/other"), 2, "me/other has other data or splits")
+    assert_fails(push("compare", run, "me/other"), 2, "me/other has other data or splits")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import sentences, write_csv
-from planting import drop, reconfigure, retensor, rewrite
 from safetensors.torch import load_file, save_file
+from support.planted_defects import drop, reconfigure, retensor, rewrite
 from support.tiny import save_tiny, tiny_config
 from test_reload import opened, published, section
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import bench_of, sentences, write_csv
-from planting import rewrite, save, wrapped
+from support.planted_defects import rewrite, save, wrapped
 from support.tiny import save_tiny, tiny_tokenizer
 
 import hftl

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import pictures, sentences, write_csv
-from examined import in_this_process
-from planting import drop, reconfigure, retensor
+from support.planted_defects import drop, reconfigure, retensor
 from support.tiny import is_image, save_tiny, tiny_tokenizer
 from tokenizers import AddedToken
 
@@ -24,7 +23,7 @@ from hftl.errors import HftlError, RecipeError
 from hftl.inference.compare import compare_models
 from hftl.inference.predict_table import predict_table
 
-__all__ = ["in_this_process"]
+pytestmark = pytest.mark.usefixtures("loads_in_this_process")
 
 SEQUENCE = {"task_type": "SEQ_CLS"}
 IMAGE = {"modules_to_save": ["classifier"]}

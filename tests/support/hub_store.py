@@ -22,9 +22,9 @@ class Blob:
     content: bytes | None = None
 
     def listed(self, path: str) -> dict[str, Any]:
-        told: dict[str, Any] = {"type": "file", "path": path, "size": self.size, "oid": self.oid}
+        entry: dict[str, Any] = {"type": "file", "path": path, "size": self.size, "oid": self.oid}
         lfs = {"oid": self.sha256, "size": self.size, "pointerSize": 134}
-        return told | ({"lfs": lfs} if self.lfs else {})
+        return entry | ({"lfs": lfs} if self.lfs else {})
 
 
 def git_oid(content: bytes) -> str:

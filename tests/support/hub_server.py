@@ -1,6 +1,6 @@
 """A small hub on this machine: what `huggingface_hub` asks of a model hub, with git-like commits.
 
-By hand: `python -m tests.hubserver --port 8000`, then in another shell
+By hand: `python -m tests.support.hub_server --port 8000`, then in another shell
 `HF_ENDPOINT=http://127.0.0.1:8000 HF_TOKEN=hf_me_write hftl publish RUN --repo-id me/name`, with
 `HF_HUB_DISABLE_XET=1` if it is to be read again: what came by Xet is not handed out. An adapter's
 base must stand there first: `hf upload me/base FOLDER .`, and `source.published_as: me/base`.
@@ -16,8 +16,8 @@ import time
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hubfaults import Answer, Door, Handler, Refused, Server, as_json
-from tests.hubstore import LARGE, LFS, Blob, Commit, Repo, large, regular
+from tests.support.hub_faults import Answer, Door, Handler, Refused, Server, as_json
+from tests.support.hub_store import LARGE, LFS, Blob, Commit, Repo, large, regular
 
 TOKENS: dict[str, dict[str, Any]] = {
     "hf_me_write": {"name": "me", "role": "write"},
@@ -70,15 +70,15 @@ class Hub(Door):
             raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return sha, repo.commits[sha]
 
-    # -- what is asked
+    # -- requests
 
     def answer(self, method: str, url: str, headers: Any, body: bytes) -> Answer:
         parts = urlsplit(url)
-        query = {key: found[0] for key, found in parse_qs(parts.query).items()}
+        query = {key: values[0] for key, values in parse_qs(parts.query).items()}
         for verbs, pattern, called in ROUTES:
             match = re.fullmatch(pattern, parts.path)
             if match and method in verbs.split():
-                named = {key: unquote(found or "") for key, found in match.groupdict().items()}
+                named = {key: unquote(value or "") for key, value in match.groupdict().items()}
                 who = None if parts.path.startswith("/lfs/") else self.who(headers)
                 return called(self, who, named, query, body)
         raise Refused(404, f"no such page: {method} {parts.path}")
@@ -99,19 +99,19 @@ class Hub(Door):
         return as_json({"type": "user", "name": who["name"], "orgs": orgs, "auth": auth})
 
     def create(self, who: Any, at: dict[str, str], query: Any, body: bytes) -> Answer:
-        asked = json.loads(body)
-        owner = asked.get("organization") or (who or {}).get("name", "")
-        repo_id = f"{owner}/{asked['name']}"
+        request = json.loads(body)
+        owner = request.get("organization") or (who or {}).get("name", "")
+        repo_id = f"{owner}/{request['name']}"
         self.may_write(who, repo_id)
         url = {"url": f"{self.endpoint}/{repo_id}"}
         if repo_id in self.store.repos:
             return as_json(url | {"error": "You already created this model repo"}, 409)
-        self.store.create(repo_id, asked.get("visibility") == "private" and not self.shows)
+        self.store.create(repo_id, request.get("visibility") == "private" and not self.shows)
         return as_json(url)
 
     def delete(self, who: Any, at: dict[str, str], query: Any, body: bytes) -> Answer:
-        asked = json.loads(body)
-        repo_id = f"{asked.get('organization') or (who or {}).get('name')}/{asked['name']}"
+        request = json.loads(body)
+        repo_id = f"{request.get('organization') or (who or {}).get('name')}/{request['name']}"
         self.may_write(who, repo_id)
         self.repo(repo_id, who)
         del self.store.repos[repo_id]
@@ -120,26 +120,26 @@ class Hub(Door):
     def settings(self, who: Any, at: dict[str, str], query: Any, body: bytes) -> Answer:
         repo = self.repo(at["id"], who)
         self.may_write(who, at["id"])
-        asked = json.loads(body)
-        repo.private = asked.get("visibility", "private") == "private"
+        request = json.loads(body)
+        repo.private = request.get("visibility", "private") == "private"
         return as_json({"private": repo.private})
 
     def validate(self, who: Any, at: dict[str, str], query: Any, body: bytes) -> Answer:
         errors = card_errors(json.loads(body)["content"])
-        told = {"errors": [{"message": message} for message in errors], "warnings": []}
-        return as_json(told, 400 if errors else 200)
+        answer = {"errors": [{"message": message} for message in errors], "warnings": []}
+        return as_json(answer, 400 if errors else 200)
 
     def info(self, who: Any, at: dict[str, str], query: Any, body: bytes) -> Answer:
         repo = self.repo(at["id"], who)
         sha, commit = self.commit_of(repo, at.get("rev") or "main")
         siblings = []
         for path, blob in commit.files.items():
-            told: dict[str, Any] = {"rfilename": path}
+            sibling: dict[str, Any] = {"rfilename": path}
             if query.get("blobs"):
-                told |= {"size": blob.size, "blobId": blob.oid}
+                sibling |= {"size": blob.size, "blobId": blob.oid}
                 lfs = {"sha256": blob.sha256, "size": blob.size, "pointerSize": 134}
-                told |= {"lfs": lfs} if blob.lfs else {}
-            siblings.append(told)
+                sibling |= {"lfs": lfs} if blob.lfs else {}
+            siblings.append(sibling)
         return as_json({"_id": at["id"], "id": at["id"], "modelId": at["id"], "sha": sha,
                         "private": repo.private, "gated": "auto" if repo.gated else False,
                         "tags": [], "siblings": siblings})  # fmt: skip
@@ -147,50 +147,50 @@ class Hub(Door):
     def tree(self, who: Any, at: dict[str, str], query: Any, body: bytes) -> Answer:
         sha, commit = self.commit_of(self.repo(at["id"], who), at["rev"])
         inside = at["path"].strip("/")
-        found = [blob.listed(path) for path, blob in sorted(commit.files.items())
+        listed = [blob.listed(path) for path, blob in sorted(commit.files.items())
                  if not inside or path.startswith(f"{inside}/")]  # fmt: skip
-        if inside and not found:
+        if inside and not listed:
             raise Refused(404, f"{inside} does not exist", "EntryNotFound", sha)
-        return as_json(found)
+        return as_json(listed)
 
     def refs(self, who: Any, at: dict[str, str], query: Any, body: bytes) -> Answer:
         repo = self.repo(at["id"], who)
-        told: dict[str, Any] = {"branches": [], "tags": [], "converts": [], "pullRequests": []}
+        answer: dict[str, Any] = {"branches": [], "tags": [], "converts": [], "pullRequests": []}
         for name, sha in repo.refs.items():
             is_request = name.startswith("refs/pr/")
             ref = name if is_request else f"refs/heads/{name}"
-            told["pullRequests" if is_request else "branches"].append(
+            answer["pullRequests" if is_request else "branches"].append(
                 {"name": name, "ref": ref, "targetCommit": sha}
             )
-        return as_json(told)
+        return as_json(answer)
 
     def preupload(self, who: Any, at: dict[str, str], query: Any, body: bytes) -> Answer:
         repo = self.repo(at["id"], who)
         if not query.get("create_pr"):
             self.may_write(who, at["id"])
         _, commit = self.commit_of(repo, at["rev"])
-        told = []
+        answer = []
         for file in json.loads(body)["files"]:
             lfs = LFS.fullmatch(file["path"]) or file["size"] > LARGE
             stands = commit.files.get(file["path"])
             oid = stands and (stands.sha256 if stands.lfs else stands.oid)
-            told.append({"path": file["path"], "uploadMode": "lfs" if lfs else "regular",
+            answer.append({"path": file["path"], "uploadMode": "lfs" if lfs else "regular",
                          "shouldIgnore": False, **({"oid": oid} if oid else {})})  # fmt: skip
-        return as_json({"files": told})
+        return as_json({"files": answer})
 
     def batch(self, who: Any, at: dict[str, str], query: Any, body: bytes) -> Answer:
         self.repo(at["id"], who)
-        asked = json.loads(body)
+        request = json.loads(body)
         if who is None or who["role"] == "read":
             raise Refused(403, "You need write access to upload")
-        told = []
-        for item in asked["objects"]:
+        answer = []
+        for item in request["objects"]:
             oid, size = item["oid"], item["size"]
             hrefs = {"upload": {"href": f"{self.endpoint}/lfs/{oid}", "header": {}},
                      "verify": {"href": f"{self.endpoint}/lfs-verify/{oid}"}}  # fmt: skip
             there = oid in self.store.objects
-            told.append({"oid": oid, "size": size, **({} if there else {"actions": hrefs})})
-        return as_json({"transfer": "basic", "objects": told})
+            answer.append({"oid": oid, "size": size, **({} if there else {"actions": hrefs})})
+        return as_json({"transfer": "basic", "objects": answer})
 
     def upload(self, who: Any, at: dict[str, str], query: Any, body: bytes) -> Answer:
         if hashlib.sha256(body).hexdigest() != at["oid"]:
@@ -209,8 +209,8 @@ class Hub(Door):
             self.may_write(who, at["id"])
         self.store.by_xet.add(at["id"])
         url, until = f"local://{self.xet}", int(time.time()) + 3600
-        told = {"accessToken": "xet", "exp": until, "casUrl": url}
-        return as_json(told, **{"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "xet",
+        answer = {"accessToken": "xet", "exp": until, "casUrl": url}
+        return as_json(answer, **{"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "xet",
                                 "X-Xet-Token-Expiration": str(until)})  # fmt: skip
 
     def commit(self, who: Any, at: dict[str, str], query: Any, body: bytes) -> Answer:
@@ -229,11 +229,11 @@ class Hub(Door):
         number = 1 + sum(ref.startswith("refs/pr/") for ref in repo.refs)
         ref = f"refs/pr/{number}" if request else "main"
         sha = repo.commit(ref, head, files, header["value"]["summary"])
-        told = {"success": True, "commitOid": sha,
+        answer = {"success": True, "commitOid": sha,
                 "commitUrl": f"{self.endpoint}/{at['id']}/commit/{sha}"}  # fmt: skip
         if request:
-            told["pullRequestUrl"] = f"{self.endpoint}/{at['id']}/discussions/{number}"
-        return as_json(told)
+            answer["pullRequestUrl"] = f"{self.endpoint}/{at['id']}/discussions/{number}"
+        return as_json(answer)
 
     def _apply(self, repo_id: str, files: dict[str, Blob], key: str, value: dict[str, Any]) -> None:
         path = value["path"]
@@ -273,15 +273,15 @@ def card_errors(text: str) -> list[str]:
 
     match = re.match(r"^\s*---[\r\n]+([\S\s]*?)[\r\n]+---([\r\n]|$)", text)
     try:
-        told = yaml.safe_load(match[1]) if match else {}
+        front = yaml.safe_load(match[1]) if match else {}
     except yaml.YAMLError as error:
         return [f"not YAML: {str(error).splitlines()[0]}"]
     errors = []
-    bases = told.get("base_model") or []
+    bases = front.get("base_model") or []
     for base in [bases] if isinstance(bases, str) else bases:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", base):
             errors.append(f'"base_model" with value "{base}" is not valid')
-    for model in told.get("model-index") or []:
+    for model in front.get("model-index") or []:
         for result in model.get("results", []):
             if not {"task", "dataset", "metrics"} <= result.keys():
                 errors.append('"model-index[0].results" lacks a key')

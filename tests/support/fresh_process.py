@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Fresh:
+class FreshProcess:
     """Stands in for `subprocess.run([python, "-P", script, ...], ...)`."""
 
     def __init__(self) -> None:
@@ -80,8 +80,8 @@ def serve() -> None:
                     place, *words = json.loads(line)
                     os._exit(child(place, words, out, err))
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            told = [path.read_text(encoding="utf-8", errors="replace") for path in places]
-        answers.write(json.dumps([code, *told]) + "\n")
+            outputs = [path.read_text(encoding="utf-8", errors="replace") for path in places]
+        answers.write(json.dumps([code, *outputs]) + "\n")
         answers.flush()
 
 

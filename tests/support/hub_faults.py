@@ -1,4 +1,4 @@
-"""The wire of the small hub: requests, faults that a test asks for, and what it may look at.
+"""Speak HTTP for the small hub: requests, faults that a test sets, and what it may look at.
 
 Paths that begin with /_ are the tests': /_control sets faults, makes repositories and keeps or
 brings back a state; /_state tells all commits; /_log tells all requests without Authorization.
@@ -13,7 +13,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from tests.hubstore import Repo, Store
+from tests.support.hub_store import Repo, Store
 
 
 class Refused(Exception):
@@ -39,7 +39,7 @@ class Door:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.store = Store()
-        self.kept = Store()
+        self.kept_states: dict[str, Store] = {}
         self.log: list[dict[str, Any]] = []
         self.broken: list[str] = []
         self.faults: list[dict[str, Any]] = []
@@ -50,30 +50,30 @@ class Door:
         """What the hub says to a request."""
         raise NotImplementedError
 
-    def control(self, asked: dict[str, Any]) -> Answer:
-        told: dict[str, Any] = {}
-        if asked.get("restore"):
-            self.store = copy.deepcopy(self.kept)
-        if "put" in asked:
-            put = asked["put"]
+    def control(self, request: dict[str, Any]) -> Answer:
+        answer: dict[str, Any] = {}
+        if request.get("restore"):
+            self.store = copy.deepcopy(self.kept_states[request["restore"]])
+        if "put" in request:
+            put = request["put"]
             files = {k: base64.b64decode(v) for k, v in put["files"].items()}
-            told["sha"] = self.store.put(put["repo_id"], files, put.get("private", False))
-        if "gated" in asked:
-            self.store.repos[asked["gated"]].gated = True
-        if "shows" in asked:
-            self.shows = asked["shows"]
-        if "hide" in asked:
-            self.store.repos[asked["hide"]].private = True
-        if "drop" in asked:
-            del self.store.repos[asked["drop"]]
-        if asked.get("keep"):
-            self.kept = copy.deepcopy(self.store)
-        if "faults" in asked:
-            self.log, self.broken, self.faults = [], [], asked["faults"]
-        return as_json(told)
+            answer["sha"] = self.store.put(put["repo_id"], files, put.get("private", False))
+        if "gated" in request:
+            self.store.repos[request["gated"]].gated = True
+        if "shows" in request:
+            self.shows = request["shows"]
+        if "hide" in request:
+            self.store.repos[request["hide"]].private = True
+        if "drop" in request:
+            del self.store.repos[request["drop"]]
+        if request.get("keep"):
+            self.kept_states[request["keep"]] = copy.deepcopy(self.store)
+        if "faults" in request:
+            self.log, self.broken, self.faults = [], [], request["faults"]
+        return as_json(answer)
 
     def state(self) -> Answer:
-        def told(repo: Repo) -> dict[str, Any]:
+        def describe(repo: Repo) -> dict[str, Any]:
             commits = {
                 sha: {"parent": c.parent, "title": c.title,
                       "files": {path: blob.sha256 for path, blob in c.files.items()}}
@@ -81,7 +81,7 @@ class Door:
             }  # fmt: skip
             return {"private": repo.private, "refs": repo.refs, "commits": commits}
 
-        repos = {repo_id: told(repo) for repo_id, repo in self.store.repos.items()}
+        repos = {repo_id: describe(repo) for repo_id, repo in self.store.repos.items()}
         return as_json({"repos": repos, "broken": self.broken})
 
     def fault(self, number: int, method: str, path: str) -> dict[str, Any] | None:
@@ -127,8 +127,8 @@ class Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             number = len(self.hub.log)
             fault = self.hub.fault(number, self.command, self.path)
-            kept = {k: v for k, v in self.headers.items() if k.lower() != "authorization"}
-            self.hub.log.append({"method": self.command, "path": self.path, "headers": kept,
+            headers = {k: v for k, v in self.headers.items() if k.lower() != "authorization"}
+            self.hub.log.append({"method": self.command, "path": self.path, "headers": headers,
                                  "body": base64.b64encode(body).decode()})  # fmt: skip
         self._meet(fault, body)
 
@@ -173,12 +173,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
-            found = b""
+            body = b""
             while size := int(self.rfile.readline().split(b";")[0], 16):
-                found += self.rfile.read(size)
+                body += self.rfile.read(size)
                 self.rfile.readline()
             self.rfile.readline()
-            return found
+            return body
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def _write(self, answer: Answer, cut: bool = False) -> None:
