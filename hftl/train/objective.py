@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.utils.generic import can_return_loss, find_labels
 
 from hftl.errors import RecipeError
@@ -315,4 +316,6 @@ def _reads_problem_type(model: nn.Module) -> bool:
 
 def is_hftl_module(model: nn.Module) -> bool:
     """Return whether the model is one of hftl's own, whose loss is the trainer's business."""
-    return type(model).__module__.partition(".")[0] == __name__.partition(".")[0]
+    # FSDP replaces the class of a module by a subclass that it defines itself.
+    kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    return kind.__module__.partition(".")[0] == __name__.partition(".")[0]
