@@ -27,7 +27,7 @@ from transformers import AutoModelForSequenceClassification
 from hftl.config.retain import EWC, KL, RegularizerSection
 from hftl.config.retain import L2SP as L2SPSection
 from hftl.errors import RecipeError
-from hftl.retain.build import Step
+from hftl.retain.build import Step, TrainingStart
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.reference import EmbeddingHook, Reference, eval_mode
 from hftl.retain.weights import L2SP
@@ -283,6 +283,28 @@ def test_refuses_what_is_no_regularizer_or_ratio(bert: Path, tmp_path: Path) -> 
     more = {"general_dataset": GeneralRows(), "general_ratio": 0.0}
     with pytest.raises(RecipeError, match="general_ratio=0.0 must be above 0"):
         build_trainer(model, tmp_path, [build_term("general")], more)
+
+
+class HeadDecay:
+    """Penalize the head's weights, as a user's own script may: no class of hftl."""
+
+    def prepare(self, start: TrainingStart) -> None:
+        self.has_rows = start.rows.total == len(Rows())
+
+    def loss(self, step: Step) -> torch.Tensor:
+        parts = [p.square().sum() for p in step.model.head.parameters()]
+        return 0.1 * torch.stack(parts).sum() * step.share
+
+
+def test_takes_a_users_own_term(bert: Path, tmp_path: Path) -> None:
+    own, plain = HeadDecay(), build_trainer(build_probed_model(bert, "full"), tmp_path)
+    steps = [
+        run_first_step(build_trainer(build_probed_model(bert, "full"), tmp_path, term))
+        for term in (own, L2SP(0.0, head=0.2))
+    ]
+    assert own.has_rows
+    assert_same_step(*steps)
+    assert steps[0][0] > run_first_step(plain)[0] + 1e-3
 
 
 @pytest.mark.parametrize(

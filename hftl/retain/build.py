@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from pydantic import ValidationError
@@ -91,7 +91,7 @@ class TrainingStart:
     model: nn.Module
     reference: nn.Module | None
     rows: TrainingRows
-    regularizers: Sequence["Regularizer[Any]"]
+    regularizers: Sequence["LossTerm"]
     device: torch.device
     autocast: Callable[[], Any]
     seed: int
@@ -141,6 +141,19 @@ class Step:
     def share(self) -> Tensor:
         """Return the batch's share of the step, by which a penalty on weights counts."""
         return self.counts.sum() / self.target_rows.clamp(min=1)
+
+
+@runtime_checkable
+class LossTerm(Protocol):
+    """Add a term to the loss of a training: any object with these two methods does."""
+
+    def prepare(self, start: TrainingStart) -> None:
+        """Read what it needs of the original, before anything trains. Collective."""
+        ...
+
+    def loss(self, step: Step) -> Tensor:
+        """Return what a batch adds to the loss of its step, a float32 scalar with its weight."""
+        ...
 
 
 class Regularizer(ABC, Generic[Config]):
@@ -222,22 +235,24 @@ class Retention:
         ratio: rows of general data for each row of the target.
 
     Raises:
-        RecipeError: for anything that is not a regularizer.
+        RecipeError: for anything that is no `LossTerm`.
     """
 
     def __init__(
-        self, regularizers: "Regularizer[Any] | Sequence[Regularizer[Any]]",
+        self, regularizers: LossTerm | Sequence[LossTerm],
         reference: nn.Module | None, ratio: float,
     ) -> None:  # fmt: skip
         if not isinstance(regularizers, Sequence):
             regularizers = [regularizers]
         for regularizer in regularizers:
-            if not isinstance(regularizer, Regularizer):
+            if isinstance(regularizer, type) or not isinstance(regularizer, LossTerm):
                 raise RecipeError(
                     f"retain holds {regularizer!r}, expected regularizers",
-                    "Use KLToOriginal, L2SP and EWC",
+                    "Use KLToOriginal, L2SP and EWC, or an object with prepare and loss",
                 )
-        self.regularizers = [r for r in regularizers if r.config.is_active]
+        self.regularizers = [
+            r for r in regularizers if not isinstance(r, Regularizer) or r.config.is_active
+        ]
         self.ratio = ratio
         self._reference = reference
         self._is_prepared = False
@@ -261,4 +276,5 @@ class Retention:
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Let regularizers change the weights after the optimizer's step."""
         for regularizer in self.regularizers:
-            regularizer.after_step(model, optimizer)
+            if isinstance(regularizer, Regularizer):
+                regularizer.after_step(model, optimizer)

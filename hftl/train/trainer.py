@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import EvalLoopOutput
 
 from hftl.errors import RecipeError
-from hftl.retain.build import Regularizer, Retention, Step
+from hftl.retain.build import LossTerm, Retention, Step
 from hftl.runtime.distributed import gather_values
 from hftl.train import checkpoint, hf_compat, objective, optimizer, samplers
 from hftl.train import loss as losses
@@ -36,8 +36,8 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
     not finite stops.
 
     Args:
-        retain: regularizers toward the original: `KLToOriginal`, `L2SP`, `EWC`. The original is
-            the model as it is handed over.
+        retain: regularizers toward the original: `KLToOriginal`, `L2SP`, `EWC`, or your own
+            `LossTerm`. The original is the model as it is handed over.
         reference: another original, for KL.
         general_dataset: rows of what the original was good at, mixed into every step: for
             regularizers, and where they have labels of the task, for its loss (replay).
@@ -55,7 +55,7 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         model: Any = None,
         args: TrainingArguments | None = None,
         *more: Any,
-        retain: Regularizer[Any] | Sequence[Regularizer[Any]] | Retention = (),
+        retain: LossTerm | Sequence[LossTerm] | Retention = (),
         reference: nn.Module | None = None,
         general_dataset: Any | None = None,
         general_ratio: float = 0.5,
