@@ -1,18 +1,11 @@
 """Format the lines and tables that a command prints."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from hftl.card.wording import build_forgetting_rows, describe_headline
-from hftl.measure.record import (
-    AdaptStage,
-    CheckFacts,
-    GuardFigures,
-    LearningRate,
-    LossChange,
-    Record,
-)
+from hftl.measure.record import AdaptStage, GuardFigures, LossChange, Record
 from hftl.measure.verdict import format_gain
+from hftl.train.facts import ArmFile, CheckFacts, LearningRate
 
 
 def format_check(header: dict[str, str], facts: CheckFacts, has_task: bool) -> str:
@@ -76,12 +69,12 @@ def _format_change(figures: LossChange | GuardFigures) -> str:
     return f"{figures.before:.3f} -> {figures.after:.3f}"
 
 
-def format_arm_line(arm: dict[str, Any], metric: str, count: str) -> str:
+def format_arm_line(arm: ArmFile, metric: str, count: str) -> str:
     """Return one line about a finished arm and seed; `count` is its number, as `2/9`."""
-    test = arm["metrics"]["test"].get(metric)
+    test = arm.metrics.test.get(metric)
     score = "" if test is None else f"  test {metric} {test:.3f}"
-    seconds = sum(spent for name, spent in arm["timings"].items() if name.endswith("seconds"))
-    name = f"{arm['arm']} seed {arm['seed']}"
+    seconds = sum(spent for name, spent in arm.timings.items() if name.endswith("seconds"))
+    name = f"{arm.arm} seed {arm.seed}"
     return f"  [{count}] {name:<22}{score}  {seconds:.0f} s"
 
 

@@ -35,7 +35,7 @@ from hftl.models.encoders import (
 )
 from hftl.models.heads import get_last_linear, get_model_architecture
 from hftl.models.lora import list_lora_layers
-from hftl.train.frozen_eval import list_training_modes
+from hftl.train.checkpoint import list_training_modes
 
 CLASSIFICATION = "classification"
 VARIANTS: list[tuple[str, dict[str, Any]]] = [

@@ -18,7 +18,7 @@ from hftl.finetune import arm_files, baselines
 from hftl.finetune.arm_files import ArmOutput
 from hftl.finetune.baselines import solve_classical, solve_majority
 from hftl.finetune.context import ExperimentContext
-from hftl.measure.record import ScratchSearch
+from hftl.train.facts import TriedRate
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +39,10 @@ def test_scratch_trains_longer_and_each_rate_of_the_search_for_a_third(
     trainings: list[dict[str, Any]] = []
 
     def train_model(
-        context: Any, built: Any, training: dict[str, Any], patience: Any, *_: Any, compared: bool
+        context: Any, built: Any, finetune: Finetune, *_: Any, compared: bool
     ) -> ArmOutput:
-        trainings.append(training)
-        assert patience is None, "scratch starts slowly: it must not be stopped early"
+        trainings.append(training := finetune.training)
+        assert finetune.patience is None, "scratch starts slowly: it must not be stopped early"
         assert not compared, "it does not come from the source: it has nothing to forget"
         assert all(p.requires_grad for p in built.model.parameters())
         rows = context.prepared.rows
@@ -80,12 +80,12 @@ def test_search_goes_a_few_rates_beyond_its_edge(
 ) -> None:  # fmt: skip
     """Let accuracy fall with the distance from the best rate, or every rate above 5e-3 diverge."""
 
-    def try_rate(context: Any, section: Any, search: Any, rate: float, *_: Any) -> dict[str, Any]:
+    def try_rate(context: Any, section: Any, search: Any, rate: float, *_: Any) -> TriedRate:
         if isinstance(best, str):
             metrics = None if rate > 5e-3 else {"accuracy": rate}
         else:
             metrics = {"accuracy": 1 / (1 + abs(np.log(rate / best)))}
-        return {"learning_rate": rate, "metrics": metrics}
+        return TriedRate(learning_rate=rate, metrics=metrics)
 
     monkeypatch.setattr(baselines, "_try_rate", try_rate)
     section: Any = None
@@ -95,7 +95,7 @@ def test_search_goes_a_few_rates_beyond_its_edge(
     assert result["at_edge"] is at_edge
     tried = [row["learning_rate"] for row in result["tried"]]
     assert tried == pytest.approx(rates + beyond, rel=1e-4)
-    words = describe_scratch_search(ScratchSearch.model_validate(result))
+    words = describe_scratch_search(result)
     assert ("at the edge of those tried" in words) is at_edge
     assert all(f"{rate:g}" in words for rate in result["beyond"])
 
@@ -137,5 +137,5 @@ def test_classical_weights_of_many_classes_can_be_saved(bert: Path, tmp_path: Pa
     rows = [(f"{text} {word}", word) for text, _ in sentences(30) for word in words]
     context = build_context(bert, tmp_path, rows)
     arm_files.write_arm(tmp_path, context.prepared, solve_classical(context, 0), "c", "c", 0)
-    metrics = arm_files.read_arm(tmp_path, context.prepared).metrics_file["metrics"]
-    assert metrics["test"]["accuracy"] > 0.9
+    metrics = arm_files.read_arm(tmp_path, context.prepared).metrics_file.metrics
+    assert metrics.test["accuracy"] > 0.9

@@ -11,7 +11,7 @@ from hftl.measure.error_analysis import (
     encode_one_hot,
 )
 from hftl.measure.gain import SplitPredictions, average_metrics
-from hftl.measure.record import ArmEntry, SplitMetrics, TrainingFacts
+from hftl.train.facts import ArmEntry, SplitMetrics, TrainingFacts
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -180,7 +180,7 @@ def test_mean_is_one_and_files_round_trip(model: Any, tmp_path: Path) -> None:
     save_fisher(fisher, tmp_path / "fisher.safetensors", {"kind": "features", "scale": scale})
     loaded, metadata = load_fisher(tmp_path / "fisher.safetensors")
     assert metadata == {"kind": "features", "scale": str(scale)}
-    assert describe_fisher(metadata | {"rows": "6"}) == {
+    assert describe_fisher(metadata | {"rows": "6"}).to_dict() == {
         "kind": "features", "rows": 6, "draws": 2, "scale": scale, "mean": 1.0,
     }  # fmt: skip
     assert loaded.keys() == fisher.keys()

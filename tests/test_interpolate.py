@@ -14,8 +14,10 @@ from hftl.config.finetune import Finetune
 from hftl.config.recipe import Recipe
 from hftl.config.section import Source
 from hftl.errors import RecipeError
-from hftl.finetune.arm import select_alpha, set_interpolated_weights, solve_head, train_arm
-from hftl.finetune.retention import RegularizerSetup, check_retention
+from hftl.finetune.arm import solve_head, train_arm
+from hftl.finetune.context import RegularizerSetup
+from hftl.finetune.interpolate import select_alpha, set_interpolated_weights
+from hftl.finetune.retention import check_retention
 from hftl.finetune.trainable import prepare
 from hftl.models.source import find_source
 from hftl.retain.weights import compute_update, iterate_lora_layers

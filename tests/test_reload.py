@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from hftl.card.sections import render_plain_snippet
 from hftl.config.recipe import Recipe
-from hftl.finetune.arm import collect_trained_tensors, train_arm
+from hftl.finetune.arm import train_arm
+from hftl.finetune.arm_files import collect_trained_tensors
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.trainable import prepare
 from hftl.models import lora as adapters

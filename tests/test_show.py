@@ -5,6 +5,7 @@ from support.records import make_gain, make_record
 
 from hftl import console
 from hftl.measure.record import Record
+from hftl.train.facts import ArmFile, SplitMetrics, TrainingFacts
 
 
 def test_header_is_two_columns() -> None:
@@ -17,8 +18,11 @@ def test_header_is_two_columns() -> None:
     ids=["built in", "not computed yet"],
 )
 def test_arm_line(metrics: dict[str, float], score: str) -> None:
-    report = {"arm": "lora", "seed": 1, "metrics": {"test": metrics},
-            "timings": {"train_seconds": 3.0, "predict_seconds": 1.2, "energy_kwh": 7}}  # fmt: skip
+    report = ArmFile(
+        arm="lora", seed=1, strategy="lora", metrics=SplitMetrics(validation={}, test=metrics),
+        trainable_parameters=1, training=TrainingFacts(),
+        timings={"train_seconds": 3.0, "predict_seconds": 1.2, "energy_kwh": 7},
+    )  # fmt: skip
     expected = f"  [2/9] lora seed 1           {score}  4 s"
     assert console.format_arm_line(report, "accuracy", "2/9") == expected
 

@@ -23,7 +23,7 @@ from hftl.models.encoders import (
 from hftl.models.heads import LoadedModel, PooledModel, build_model, list_unused_parts
 from hftl.models.lora import list_lora_layers
 from hftl.models.source import find_source
-from hftl.train.frozen_eval import list_training_modes
+from hftl.train.checkpoint import list_training_modes
 
 Tiny = Callable[..., Path]
 LINEARS_A_BLOCK = 6

@@ -20,7 +20,6 @@ from hftl.data.rows import Row
 from hftl.errors import DataError, RecipeError
 from hftl.finetune.arm import (
     RegularizerSetup,
-    build_finetune_arguments,
     init_head_from_probe,
     solve_head,
     train_arm,
@@ -28,12 +27,12 @@ from hftl.finetune.arm import (
 from hftl.finetune.baselines import solve_classical, train_scratch
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.retention import build_setup
-from hftl.finetune.targets import compute_target_scale
 from hftl.finetune.trainable import prepare
 from hftl.measure.metrics import compute_all_metrics
 from hftl.models.heads import get_last_linear_copies
 from hftl.pipeline import pipeline
 from hftl.retain.kl import KLToOriginal
+from hftl.train.arguments import build_finetune_arguments
 
 FACTOR, SHIFT = 1000.0, 100_000.0
 """Another unit of the targets, far from 0."""
@@ -153,7 +152,7 @@ def test_wrapped_head_and_interpolation_at_zero_have_the_labels_unit(make_recipe
     copies = get_last_linear_copies(model, built.architecture)
     before = [copy.bias.item() for copy in copies]
     assert len(copies) == 2 and before[0] == before[1] != 0
-    scale = compute_target_scale(context, 0)
+    scale = context.compute_target_scale(0)
     assert scale is not None
     scale.standardize_head(model)
     standardized = (before[0] - scale.mean) / scale.sd

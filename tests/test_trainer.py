@@ -27,8 +27,7 @@ from transformers import Trainer
 from hftl.adapt.encoder_io import MaskedOutput
 from hftl.errors import NumericError
 from hftl.finetune.trainable import prepare
-from hftl.train.checkpoint import BestWeightsCallback
-from hftl.train.frozen_eval import list_training_modes
+from hftl.train.checkpoint import BestWeightsCallback, list_training_modes
 from hftl.train.samplers import RankBatchSampler, SeededSampler
 from hftl.train.trainer import TransferTrainer
 

@@ -7,7 +7,6 @@ write a function and its line in `CHECKS`, in the order in which warnings are sh
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from hftl.config.recipe import Arm, Recipe
 from hftl.data.image_inputs import ImageInputs
@@ -17,6 +16,7 @@ from hftl.data.prepare import PreparedData, suggest_multi_label
 from hftl.data.text_inputs import TextInputs
 from hftl.models.architectures import get_max_tokens
 from hftl.models.source import SourceModel
+from hftl.train.facts import CheckFacts
 
 SAMPLED_ROWS = 2000
 """Training rows that lengths are measured on, at most."""
@@ -53,13 +53,13 @@ def check_inputs(
     source: SourceModel,
     inputs: TextInputs | ImageInputs,
     prepared: PreparedData,
-) -> dict[str, Any]:
+) -> CheckFacts:
     """Return facts about the inputs, and `warnings`, each a sentence with what to do."""
     sizes = inputs.summarize(prepared.rows["train"][:SAMPLED_ROWS])
     run = PlannedRun(recipe, arms, source, prepared, sizes)
     warnings = [warning for check in CHECKS for warning in check(run)]
     # Several arms may give the same warning.
-    return {**sizes, "warnings": list(dict.fromkeys(warnings))}
+    return CheckFacts.model_validate({**sizes, "warnings": list(dict.fromkeys(warnings))})
 
 
 def check_image_sizes(run: PlannedRun) -> Iterator[str]:

@@ -156,11 +156,11 @@ def _choose_c(x: Any, y: np.ndarray, groups: np.ndarray | None, cs: np.ndarray) 
         # A fold of groups may lack a class, and the weakest penalty may need more steps: the
         # choice does not depend on either.
         warnings.simplefilter("ignore")
-        settings: dict[str, Any] = {
-            "Cs": cs, "cv": splits, "scoring": "neg_log_loss",
-            "max_iter": MAX_STEPS, "l1_ratios": (0.0,), "use_legacy_attributes": False,
-        }  # fmt: skip
-        search: Any = LogisticRegressionCV(**settings).fit(x, y)
+        solver: Any = LogisticRegressionCV  # Its types name the defaults alone.
+        search: Any = solver(
+            Cs=cs, cv=splits, scoring="neg_log_loss", max_iter=MAX_STEPS, l1_ratios=(0.0,),
+            use_legacy_attributes=False,
+        ).fit(x, y)  # fmt: skip
     return float(np.ravel(search.C_)[0])
 
 

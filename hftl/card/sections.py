@@ -12,8 +12,9 @@ from hftl.card.wording import (
     input_kind,
 )
 from hftl.data.splits import TASKS_WITHOUT_CLASS_SHOTS
-from hftl.measure.record import ClassGains, Environment, Record, ScratchSearch
+from hftl.measure.record import ClassGains, Environment, Record
 from hftl.measure.verdict import format_gain
+from hftl.train.facts import ScratchSearch
 
 MAX_WORSE_CLASSES = 5
 """Classes that are named where the baseline is better."""

@@ -1,14 +1,9 @@
-"""Train or solve one arm for one seed, and interpolate its weights with the original ones.
-
-theta(alpha) = (1 - alpha) theta0 + alpha theta1 (WiSE-FT, Wortsman et al. 2022, arXiv:2109.01903,
-equation 1). Under LoRA the effective weight is W0 + alpha s B A, so B alone is scaled.
-"""
+"""Train or solve one arm for one seed."""
 
 import math
-import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
@@ -19,96 +14,32 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
-from hftl.config.finetune import Finetune, Gradual
+from hftl.config.finetune import Finetune
 from hftl.data.rows import Row
 from hftl.data.splits import MEASURED_SPLITS
 from hftl.errors import NumericError, RecipeError, format_error_line
-from hftl.finetune.arm_files import ArmOutput
+from hftl.finetune.arm_files import ArmOutput, collect_trained_tensors
 from hftl.finetune.context import ExperimentContext, RegularizerSetup
 from hftl.finetune.gradual import GradualCheckpoint, fit_gradual
 from hftl.finetune.guard_metrics import score_validation
+from hftl.finetune.interpolate import select_alpha
 from hftl.finetune.pretraining_heads import embed_compared_rows
-from hftl.finetune.targets import TargetScale, compute_target_scale
 from hftl.finetune.trainable import count_trainable_parameters, unfreeze
-from hftl.measure.metrics import METRICS, SELECTION_METRICS, compute_all_metrics
-from hftl.measure.statistics import select_within_one_standard_error
+from hftl.measure.metrics import compute_all_metrics
 from hftl.models.features import predict_logits
-from hftl.models.heads import LoadedModel
+from hftl.models.heads import LoadedModel, TargetScale
+from hftl.retain.build import Retention
 from hftl.runtime import distributed
 from hftl.runtime.hardware import get_dtype_name, is_sharded
-from hftl.train.arguments import build_training_arguments as common_arguments
+from hftl.train.arguments import build_finetune_arguments
 from hftl.train.callbacks import replace_progress_callbacks
 from hftl.train.checkpoint import (
     BestWeightsCallback,
     gather_trainable_state,
     iterate_trainable,
-    to_local_shard,
 )
+from hftl.train.facts import TargetScaleFacts, TrainingFacts
 from hftl.train.trainer import TransferTrainer
-
-LORA_FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])\.")
-"""How peft names the factors of an update."""
-
-
-def select_alpha(
-    model: nn.Module, start: dict[str, Tensor], alphas: Sequence[float],
-    score: Callable[[], tuple[float, float]],
-) -> dict[str, Any]:  # fmt: skip
-    """Set the model to the best interpolation between its start and its trained weights.
-
-    That is the smallest alpha within one standard error of the best score, since the nearer the
-    original the less is forgotten. It costs an evaluation for each alpha.
-
-    Args:
-        model: trained; what trains must have the same head at both ends.
-        start: the trained parameters at the start, by name.
-        alphas: shares of the way, 0 the original.
-        score: of the model as it is: the score on validation, more is better, and its standard
-            error.
-
-    Returns:
-        `alpha`, the one kept, and what was `tried`: {alpha, score, error} each.
-    """
-    end = {name: tensor.clone() for name, tensor in iterate_trainable(model)}
-    seen = []
-    for alpha in alphas:
-        set_interpolated_weights(model, start, end, alpha)
-        seen.append(score())
-    scores, errors = zip(*seen, strict=True)
-    chosen = select_within_one_standard_error(scores, errors, alphas)
-    set_interpolated_weights(model, start, end, alphas[chosen])
-    return {
-        "alpha": alphas[chosen],
-        "tried": [
-            {"alpha": alpha, "score": value, "error": error}
-            for alpha, (value, error) in zip(alphas, seen, strict=True)
-        ],
-    }
-
-
-def set_interpolated_weights(
-    model: nn.Module, start: dict[str, Tensor], end: dict[str, Tensor], alpha: float
-) -> None:
-    """Set the trainable parameters between start and end; 0 and 1 are the ends exactly.
-
-    Args:
-        model: with the parameters of both.
-        start: by name.
-        end: by name.
-        alpha: the share.
-    """
-    with torch.no_grad():
-        for name, parameter in iterate_trainable(model):
-            here, factor = to_local_shard(parameter), LORA_FACTOR.search(name)
-            if factor is not None:
-                here.copy_(end[name] if factor[1] == "A" else alpha * end[name])
-            elif alpha in (0, 1):
-                here.copy_((start, end)[int(alpha)][name])
-            else:
-                here.copy_(torch.lerp(start[name].to(here), end[name].to(here), alpha))
-
-
-# One arm x seed: trained, or solved, and its predictions and weights.
 
 
 def solve_head(context: ExperimentContext, finetune: Finetune, seed: int) -> ArmOutput:
@@ -129,7 +60,7 @@ def solve_head(context: ExperimentContext, finetune: Finetune, seed: int) -> Arm
         logits,
         collect_trained_tensors(built),
         count_trainable_parameters(built.model),
-        {"penalty": probe.penalty},
+        TrainingFacts(penalty=probe.penalty),
         {"train_seconds": time.perf_counter() - started},
         # Of an encoder that is the source as it is there is nothing to compare.
         embed_compared_rows(context, built) if context.base else {},
@@ -153,38 +84,26 @@ def train_arm(
     built = context.build_model(finetune.pooling, seed)
     if finetune.head_init == "probe":
         init_head_from_probe(
-            context, built, finetune.pooling, seed, compute_target_scale(context, seed)
+            context, built, finetune.pooling, seed, context.compute_target_scale(seed)
         )
     set_seed(seed)
     model = unfreeze(built.model, finetune, built.fresh)
     built = LoadedModel(model, built.architecture, built.pooling, built.fresh)
-    rates = {"layer_decay": finetune.layer_decay, "rates": finetune.learning_rates}
-    gradual = finetune.gradual if finetune.spec.schedule == "phases" else None
-    return train_model(
-        context, built, finetune.training, finetune.patience, seed, regularizers,
-        gradual=gradual, state=state, rates=rates,
-    )  # fmt: skip
+    return train_model(context, built, finetune, seed, regularizers, state=state)
 
 
 def train_model(
-    context: ExperimentContext,
-    built: LoadedModel,
-    training: dict[str, Any],
-    patience: int | None,
-    seed: int,
+    context: ExperimentContext, built: LoadedModel, finetune: Finetune, seed: int,
     regularizers: RegularizerSetup = RegularizerSetup(),  # noqa: B008 (immutable)
-    compared: bool = True,
-    gradual: Gradual | None = None,
-    state: GradualCheckpoint | None = None,
-    rates: dict[str, Any] | None = None,
-) -> ArmOutput:
+    compared: bool = True, state: GradualCheckpoint | None = None,
+) -> ArmOutput:  # fmt: skip
     """Train a prepared model, keep its best evaluation on validation, and predict in fp32.
 
     What is `compared` with the source leaves its embeddings. The head is one of standardised
     targets, and is left in the label's unit.
     """
     started = time.perf_counter()
-    scale = compute_target_scale(context, seed)
+    scale = context.compute_target_scale(seed)
     if scale is not None:
         if regularizers.reference is not None:
             scale.standardize_head(regularizers.reference)
@@ -197,34 +116,36 @@ def train_model(
     # FSDP cuts the model into pieces; what it learns is put into this whole one.
     whole = deepcopy(built.model) if is_sharded() else built.model
     with tempfile.TemporaryDirectory() as scratch_folder:
-        task, rates = context.prepared.task, rates or {}
-        args = build_finetune_arguments(training, task, scratch_folder, seed, context.device)
-        best = build_keep_best(args, patience)
-        make = partial(_build_trainer, context, built, best, seed, regularizers, scale, **rates)
-        if gradual is None:
-            trainer = _fit_at_once(built.model, make(args), best)
-            history, epochs = trainer.state.log_history, trainer.state.epoch
-        else:
-            phased = partial(fit_gradual, built.model, make, args, best, gradual, state)
+        args = build_finetune_arguments(
+            finetune.training, context.prepared.task, scratch_folder, seed, context.device
+        )
+        best = build_keep_best(args, finetune.patience)
+        make = partial(_build_trainer, context, built, best, finetune, seed, regularizers, scale)
+        if finetune.spec.schedule == "phases":
+            phased = partial(fit_gradual, built.model, make, args, best, finetune.gradual, state)
             trainer, history = _run_training(phased)
             epochs = history[-1]["epoch"]
+        else:
+            trainer = _fit_at_once(built.model, make(args), best)
+            history, epochs = trainer.state.log_history, trainer.state.epoch
     if whole is not built.model:
         weights = gather_trainable_state(built.model, trainer.accelerator)
         built = replace(built, model=_load_trained_weights(whole, weights))
-    facts = {
-        "learning_rate": args.learning_rate,
-        "precision": get_dtype_name(training),
-        "epochs": epochs,
-        "best_epoch": best.epoch,
-        "history": _clean_history(history),
-        **({} if scale is None else {"target_scale": asdict(scale)}),
-        **regularizers.facts,
-    }
+    facts = TrainingFacts(
+        learning_rate=args.learning_rate,
+        precision=get_dtype_name(finetune.training),
+        epochs=epochs,
+        best_epoch=best.epoch,
+        history=_clean_history(history),
+    ).merge(regularizers.facts)
+    if scale is not None:
+        facts = facts.merge(TrainingFacts(target_scale=TargetScaleFacts(**asdict(scale))))
     if regularizers.alphas:
         score = lambda: _score_validation(context, built, scale)  # noqa: E731
-        facts["interpolation"] = select_alpha(built.model, start, regularizers.alphas, score)
+        chosen = select_alpha(built.model, start, regularizers.alphas, score)
+        facts = facts.merge(TrainingFacts(interpolation=chosen))
     if regularizers.measure_forgetting is not None:
-        facts["forgotten"] = regularizers.measure_forgetting(built)
+        facts = facts.merge(TrainingFacts(forgotten=regularizers.measure_forgetting(built)))
     return _predict_splits(context, built, scale, facts, time.perf_counter() - started, compared)
 
 
@@ -240,17 +161,11 @@ def _fit_at_once(
 
 
 def _build_trainer(
-    context: ExperimentContext,
-    built: LoadedModel,
-    best: BestWeightsCallback,
-    seed: int,
-    regularizers: RegularizerSetup,
-    scale: TargetScale | None,
-    args: TrainingArguments,
-    /,
-    **more: Any,
-) -> TransferTrainer:
-    """Build the trainer of an arm; `more` overrides its arguments."""
+    context: ExperimentContext, built: LoadedModel, best: BestWeightsCallback, finetune: Finetune,
+    seed: int, regularizers: RegularizerSetup, scale: TargetScale | None, args: TrainingArguments,
+    /, optimizers: Any = (None, None), retain: Retention | None = None,
+) -> TransferTrainer:  # fmt: skip
+    """Build the trainer of an arm; the phases of one share `optimizers` and `retain`."""
     held = _sort_by_length(context, context.prepared.rows["validation"])
     standardise = None if scale is None else scale.standardize
 
@@ -262,20 +177,23 @@ def _build_trainer(
         )
         return _compute_metrics(context, held, outputs, evaluation.label_ids)
 
-    given: dict[str, Any] = {
-        "model": built.model,
-        "args": args,
-        # The phases of gradual unfreezing count epochs from 0, and see other crops.
-        "train_dataset": context.build_dataset(
-            context.select_train_rows(seed), args.data_seed, standardise
-        ),
-        "eval_dataset": context.build_dataset(held, None, standardise),
-        "data_collator": context.inputs.collate,
-        "compute_metrics": metrics_of,
-        "callbacks": [best],
-        **regularizers.build_trainer_arguments(),
-    }
-    trainer = TransferTrainer(**(given | more))
+    # The phases of gradual unfreezing count epochs from 0, and see other crops.
+    rows = context.build_dataset(context.select_train_rows(seed), args.data_seed, standardise)
+    trainer = TransferTrainer(
+        built.model,
+        args,
+        train_dataset=rows,
+        eval_dataset=context.build_dataset(held, None, standardise),
+        data_collator=context.inputs.collate,
+        compute_metrics=metrics_of,
+        callbacks=[best],
+        optimizers=optimizers,
+        retain=regularizers.build_retention() if retain is None else retain,
+        general_dataset=regularizers.general,
+        general_weight=regularizers.replay.weight,
+        layer_decay=finetune.layer_decay,
+        rates=finetune.learning_rates,
+    )
     replace_progress_callbacks(trainer)
     return trainer
 
@@ -302,8 +220,8 @@ def _score_validation(
 
 
 def _load_trained_weights(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """Return the model with every trainable parameter set to its trained value."""
-    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """Return the model with all that trains set to its trained value."""
+    trains = {name for name, _ in iterate_trainable(model)}
     if trains != set(tensors):
         raise RuntimeError(f"trained and trainable differ: {sorted(trains ^ set(tensors))[0]}")
     model.load_state_dict(tensors, strict=False)
@@ -312,7 +230,7 @@ def _load_trained_weights(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Mo
 
 def _predict_splits(
     context: ExperimentContext, built: LoadedModel, scale: TargetScale | None,
-    facts: dict[str, Any], train_seconds: float, compared: bool,
+    facts: TrainingFacts, train_seconds: float, compared: bool,
 ) -> ArmOutput:  # fmt: skip
     """Return the output of a trained model: its predictions on all measured rows, and its weights.
 
@@ -334,40 +252,6 @@ def _predict_splits(
     }  # fmt: skip
     count = count_trainable_parameters(built.model)
     return ArmOutput(logits, collect_trained_tensors(built), count, facts, timings, embeddings)
-
-
-def build_finetune_arguments(
-    training: dict[str, Any], task: str, folder: str, seed: int, device: str
-) -> TrainingArguments:
-    """Build the TrainingArguments of `finetune.training`.
-
-    Raises:
-        RecipeError: if transformers refuses the values, or nothing measures the chosen metric.
-    """
-    defaults = {
-        "eval_strategy": "epoch",
-        "logging_strategy": "epoch",
-        "save_strategy": "no",
-        "metric_for_best_model": SELECTION_METRICS[task],
-    }
-    args = common_arguments("finetune", training, defaults, folder, seed, device)
-    measured = ["loss", *METRICS[task]]
-    if str(args.metric_for_best_model).removeprefix("eval_") not in measured:
-        raise RecipeError(
-            f"finetune.training.metric_for_best_model={args.metric_for_best_model} is not measured",
-            f"Use one of {', '.join(measured)}",
-        )
-    name = str(args.metric_for_best_model).removeprefix("eval_")
-    # transformers takes all but a loss for a score: of an error it would keep the worst.
-    args.greater_is_better = name != "loss" and METRICS[task][name].sign > 0
-    if training.get("greater_is_better", args.greater_is_better) != args.greater_is_better:
-        better = "more" if args.greater_is_better else "less"
-        raise RecipeError(
-            f"finetune.training.greater_is_better={training['greater_is_better']}: of {name} "
-            f"{better} is better",
-            "Leave it out",
-        )
-    return args
 
 
 def build_keep_best(args: TrainingArguments, patience: int | None) -> BestWeightsCallback:
@@ -396,16 +280,6 @@ def init_head_from_probe(
     with torch.no_grad():
         built.last_linear.weight.copy_(torch.from_numpy(weight))
         built.last_linear.bias.copy_(torch.from_numpy(bias))
-
-
-def collect_trained_tensors(built: LoadedModel) -> dict[str, Tensor]:
-    """Return all that the source model lacks: trained tensors, and new ones even if frozen."""
-    tensors = {
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in built.model.named_parameters()
-        if tensor.requires_grad or any(f"{module}." in name for module in built.fresh)
-    }
-    return tensors
 
 
 def _compute_metrics(
@@ -439,7 +313,7 @@ def _sort_by_length(context: ExperimentContext, rows: list[Row]) -> list[Row]:
     return [row for _, row in sorted(zip(lengths, rows, strict=True), key=lambda pair: pair[0])]
 
 
-def _clean_history(log: list[dict[str, Any]]) -> list[dict[str, float]]:
+def _clean_history(log: list[dict[str, float]]) -> list[dict[str, float]]:
     """Return losses and validation metrics by epoch, without what differs from run to run."""
     reported = ("epoch", "loss", "eval_loss", "phase")
     rows = [

@@ -1,6 +1,5 @@
-"""Write and read an arm's folder: its weights, metrics and predictions."""
+"""Hold what an arm leaves, and write and read its folder: weights, metrics and predictions."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from hftl.data import labels as answers
 from hftl.data.prepare import PreparedData
 from hftl.data.splits import MEASURED_SPLITS
+from hftl.errors import RunFolderError
 from hftl.measure.metrics import compute_all_metrics
+from hftl.models.heads import LoadedModel
 from hftl.runtime.run_folder import to_json
+from hftl.train.checkpoint import iterate_trainable
+from hftl.train.facts import ArmFile, SplitMetrics, TrainingFacts
 
+METRICS_FILE = "metrics.json"
 WEIGHTS = "weights.safetensors"
 EMBEDDINGS = "embeddings.safetensors"
 PREDICTIONS = "predictions.parquet"
@@ -35,16 +39,46 @@ class ArmOutput:
     logits: dict[str, np.ndarray]
     weights: dict[str, Tensor]
     trainable_parameters: int
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: TrainingFacts = field(default_factory=TrainingFacts)
     timings: dict[str, float] = field(default_factory=dict)
     embeddings: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def collect_trained_tensors(built: LoadedModel) -> dict[str, Tensor]:
+    """Return all that the source model lacks: trained tensors, and new ones even if frozen."""
+    tensors = dict(iterate_trainable(built.model))
+    tensors |= {
+        name: tensor.detach()
+        for name, tensor in built.model.named_parameters()
+        if any(f"{module}." in name for module in built.fresh)
+    }
+    return {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def load_trained_tensors(model: nn.Module, weights: Path) -> None:
+    """Load what `collect_trained_tensors` returned into a model that is prepared in the same way.
+
+    Raises:
+        RunFolderError: if the weights are not those of this model.
+    """
+    trained, trains = load_file(weights), dict(iterate_trainable(model))
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()} | trains
+    unexpected = sorted(set(trained) - set(tensors))
+    missing = [name for name in trains if name not in trained]
+    if unexpected or missing:
+        raise RunFolderError(
+            f"{weights} does not fit the model: {(unexpected or missing)[0]}",
+            "Delete the arm's folder and run again",
+        )
+    for name, tensor in trained.items():
+        tensors[name].copy_(tensor)
 
 
 @dataclass(frozen=True)
 class ArmResult:
     """Hold the contents of an arm's folder: metrics.json, and labels and predictions by split."""
 
-    metrics_file: dict[str, Any]
+    metrics_file: ArmFile
     labels: dict[str, np.ndarray]
     predictions: dict[str, np.ndarray]
 
@@ -55,7 +89,7 @@ def write_arm(
     """Write weights, metrics.json, predictions.parquet and the logits that they come from."""
     columns: dict[str, list[Any]] = {k: [] for k in ("split", "row", "label", "prediction")}
     columns["scores"] = []
-    metrics = {}
+    metrics: dict[str, dict[str, float]] = {}
     task, names = prepared.task, prepared.names
     for split in MEASURED_SPLITS:
         rows = prepared.rows[split]
@@ -78,21 +112,20 @@ def write_arm(
     save_file({k: v.contiguous() for k, v in logits.items()}, folder / "logits.safetensors")
     if outcome.embeddings:
         write_embeddings(folder, outcome.embeddings)
-    metrics_file = {
-        "arm": arm,
-        "seed": seed,
-        "strategy": strategy,
-        "metrics": metrics,
-        "trainable_parameters": outcome.trainable_parameters,
-        "training": outcome.facts,
-        "timings": outcome.timings,
-    }
-    (folder / "metrics.json").write_text(to_json(metrics_file), encoding="utf-8")
+    metrics_file = ArmFile(
+        arm=arm,
+        seed=seed,
+        strategy=strategy,
+        metrics=SplitMetrics(**metrics),
+        trainable_parameters=outcome.trainable_parameters,
+        training=outcome.facts,
+        timings=outcome.timings,
+    )
+    (folder / METRICS_FILE).write_text(to_json(metrics_file.to_dict()), encoding="utf-8")
 
 
 def read_arm(folder: Path, prepared: PreparedData) -> ArmResult:
     """Read what `write_arm` wrote, labels and predictions as metrics compare them."""
-    metrics_file = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     table = pq.read_table(folder / PREDICTIONS, columns=["split", "label", "prediction"])
     split_of = np.array(table["split"].to_pylist())
     values = {}
@@ -100,10 +133,15 @@ def read_arm(folder: Path, prepared: PreparedData) -> ArmResult:
         cells = [tuple(v) if isinstance(v, list) else v for v in table[column].to_pylist()]
         values[column] = answers.encode_for_metrics(cells, prepared.task, prepared.names)
     return ArmResult(
-        metrics_file,
+        read_metrics_file(folder),
         {split: values["label"][split_of == split] for split in MEASURED_SPLITS},
         {split: values["prediction"][split_of == split] for split in MEASURED_SPLITS},
     )
+
+
+def read_metrics_file(folder: Path) -> ArmFile:
+    """Read the metrics.json that `write_arm` wrote."""
+    return ArmFile.model_validate_json((folder / METRICS_FILE).read_text(encoding="utf-8"))
 
 
 def read_logits(folder: Path, split: str) -> np.ndarray:

@@ -22,9 +22,10 @@ from hftl.errors import NumericError
 from hftl.finetune.arm import solve_head, train_model
 from hftl.finetune.arm_files import ArmOutput
 from hftl.finetune.context import ExperimentContext
-from hftl.finetune.trainable import prepare
+from hftl.finetune.trainable import unfreeze
 from hftl.measure.metrics import METRICS, SELECTION_METRICS, compute_all_metrics
 from hftl.runtime.progress import show_activity
+from hftl.train.facts import ScratchSearch, TrainingFacts, TriedRate
 
 CS = np.logspace(-2, 4, 7)
 ALPHAS = np.logspace(-3, 3, 7)
@@ -52,7 +53,7 @@ def solve_classical(context: ExperimentContext, seed: int) -> ArmOutput:
         "bias": torch.from_numpy(bias.astype(np.float32)),
         **vocabulary,
     }
-    return ArmOutput(logits, tensors, weight.size + bias.size, {"penalty": penalty})
+    return ArmOutput(logits, tensors, weight.size + bias.size, TrainingFacts(penalty=penalty))
 
 
 def _vectorize(
@@ -98,7 +99,7 @@ def _vectorize_words(parts: Sequence[list[Row]]) -> tuple[list[Any], dict[str, t
     return [vectorizer.transform(words) for words in described], {"terms_utf8": terms}
 
 
-def _describe_words(words: tuple[str, ...]) -> list[dict[str, Any]]:
+def _describe_words(words: tuple[str, ...]) -> list[dict[str, str | bool]]:
     lower = ["<s>", *(word.lower() for word in words), "</s>"]
     return [
         {
@@ -149,21 +150,16 @@ WARMUP_SHARE = 0.1
 
 def search_rate(
     context: ExperimentContext, finetune: Finetune, search: Search, seed: int
-) -> dict[str, Any]:
+) -> ScratchSearch:
     """Try each rate once and choose by validation, as epochs are chosen.
 
     Where the best is the lowest or highest, the best may lie beyond: the search goes on by the
     grid's own ratio, at most `MAX_EXTRA_RATES` times, each at the cost of one more rate.
 
-    Returns:
-        `learning_rate`, the chosen one, `at_edge`, whether it is still the lowest or highest tried,
-        `beyond`, the rates tried past those given, and `tried`: each rate with its validation
-        metrics, None where it diverged.
-
     Raises:
         NumericError: if every rate diverges.
     """
-    tried: list[dict[str, Any]] = []
+    tried: list[TriedRate] = []
     beyond: list[float] = []
     count = len(search.learning_rates)
     for number, rate in enumerate(search.learning_rates, 1):
@@ -176,13 +172,13 @@ def search_rate(
         beyond.append(rate)
         best = _select_rate(context.prepared.task, tried)
     edge = propose_rate(tried, best) is not None
-    return {"learning_rate": best, "at_edge": edge, "beyond": beyond, "tried": tried}
+    return ScratchSearch(learning_rate=best, at_edge=edge, beyond=beyond, tried=tried)
 
 
-def propose_rate(tried: list[dict[str, Any]], best: float) -> float | None:
+def propose_rate(tried: list[TriedRate], best: float) -> float | None:
     """Return the rate one step beyond the best where that is the lowest or highest tried; else
     None, as with one rate."""
-    rates = sorted({row["learning_rate"] for row in tried})
+    rates = sorted({row.learning_rate for row in tried})
     if len(rates) < 2 or best not in (rates[0], rates[-1]):
         return None
     edge, inner = (rates[0], rates[1]) if best == rates[0] else (rates[-1], rates[-2])
@@ -190,42 +186,38 @@ def propose_rate(tried: list[dict[str, Any]], best: float) -> float | None:
 
 
 def _try_rate(
-    context: ExperimentContext,
-    finetune: Finetune,
-    search: Search,
-    rate: float,
-    seed: int,
+    context: ExperimentContext, finetune: Finetune, search: Search, rate: float, seed: int,
     title: str,
-) -> dict[str, Any]:
+) -> TriedRate:  # fmt: skip
     """Return one rate's metrics on validation; None where it diverged: others may not."""
     task, rows = context.prepared.task, context.prepared.rows["validation"]
-    training = _scale_budget(finetune.training, rate, search.epochs_factor * SEARCH_SHARE)
+    shorter = _scale_budget(finetune, rate, search.epochs_factor * SEARCH_SHARE)
     try:
         with show_activity(title):
-            outcome = _train_from_scratch(context, finetune, training, seed)
+            outcome = _train_from_scratch(context, shorter, seed)
     except NumericError as error:
-        return {"learning_rate": rate, "metrics": None, "diverged": error.what}
+        return TriedRate(learning_rate=rate, metrics=None, diverged=error.what)
     predictions = context.decode_logits(rows, outcome.logits["validation"])
     metrics = compute_all_metrics(task, context.prepared.encode_for_metrics(rows), predictions)
-    return {"learning_rate": rate, "metrics": metrics}
+    return TriedRate(learning_rate=rate, metrics=metrics)
 
 
-def _select_rate(task: str, tried: list[dict[str, Any]]) -> float:
+def _select_rate(task: str, tried: list[TriedRate]) -> float:
     """Return the rate that is best on validation; of equals the first tried."""
     score = SELECTION_METRICS[task]
     sign = METRICS[task][score].sign
-    sound = [row for row in tried if row["metrics"]]
-    if not sound:
+    scores = {row.learning_rate: sign * row.metrics[score] for row in tried if row.metrics}
+    if not scores:
         raise NumericError("scratch diverged at every rate", "Lower measure.scratch.learning_rates")
-    return max(sound, key=lambda row: sign * row["metrics"][score])["learning_rate"]
+    return max(scores, key=lambda rate: scores[rate])
 
 
 def train_scratch(
     context: ExperimentContext, finetune: Finetune, search: Search, rate: float, seed: int
 ) -> ArmOutput:
     """Train the source's architecture from its own initialisation, at the searched rate."""
-    training = _scale_budget(finetune.training, rate, search.epochs_factor)
-    return _train_from_scratch(context, finetune, training, seed)
+    longer = _scale_budget(finetune, rate, search.epochs_factor)
+    return _train_from_scratch(context, longer, seed)
 
 
 def solve_majority(context: ExperimentContext, seed: int) -> ArmOutput:
@@ -246,17 +238,18 @@ def solve_majority(context: ExperimentContext, seed: int) -> ArmOutput:
     return ArmOutput(logits, {"constant": torch.from_numpy(constant)}, 0)
 
 
-def _scale_budget(training: dict[str, Any], rate: float, factor: float) -> dict[str, Any]:
-    longer = {"warmup_steps": WARMUP_SHARE} | training | {"learning_rate": rate}
-    longer["num_train_epochs"] = float(training["num_train_epochs"]) * factor
+def _scale_budget(finetune: Finetune, rate: float, factor: float) -> Finetune:
+    """Return scratch's own training: everything at one rate, and never stopped early."""
+    training = finetune.training
+    scaled = {"warmup_steps": WARMUP_SHARE, **training, "learning_rate": rate}
+    scaled["num_train_epochs"] = float(training["num_train_epochs"]) * factor
     if training.get("max_steps", 0) > 0:
-        longer["max_steps"] = max(1, round(training["max_steps"] * factor))
-    return longer
+        scaled["max_steps"] = max(1, round(training["max_steps"] * factor))
+    unset = dict.fromkeys(("patience", "layer_decay", "lr"))
+    return finetune.model_copy(update={"strategy": "full", "training": scaled, **unset})
 
 
-def _train_from_scratch(
-    context: ExperimentContext, finetune: Finetune, training: dict[str, Any], seed: int
-) -> ArmOutput:
+def _train_from_scratch(context: ExperimentContext, finetune: Finetune, seed: int) -> ArmOutput:
     built = context.build_model(finetune.pooling, seed, scratch=True)
-    prepare(built.model, "full")
-    return train_model(context, built, training, None, seed, compared=False)
+    unfreeze(built.model, finetune)
+    return train_model(context, built, finetune, seed, compared=False)

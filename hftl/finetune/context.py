@@ -45,11 +45,12 @@ from hftl.models.architectures import (
 )
 from hftl.models.encoders import check_block_count, count_blocks
 from hftl.models.features import FeatureCache, compute_frozen_features
-from hftl.models.heads import LoadedModel, build_model
+from hftl.models.heads import LoadedModel, TargetScale, build_model
 from hftl.models.source import SourceModel, hash_source_weights, load_processor, load_tokenizer
-from hftl.retain.build import Regularizer
+from hftl.retain.build import Regularizer, Retention
 from hftl.runtime import distributed
 from hftl.runtime.hardware import get_device
+from hftl.train.facts import CheckFacts, LearningRate, TrainingFacts
 from hftl.train.optimizer import (
     LayerLearningRates,
     build_layer_rates,
@@ -78,17 +79,11 @@ class RegularizerSetup:
     replay: Replay = Replay()  # noqa: RUF009 (immutable)
     alphas: tuple[float, ...] = ()
     measure_forgetting: Callable[[LoadedModel], float] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: TrainingFacts = field(default_factory=TrainingFacts)
 
-    def build_trainer_arguments(self) -> dict[str, Any]:
-        """Return the arguments of `TransferTrainer`."""
-        return {
-            "retain": self.regularizers,
-            "reference": self.reference,
-            "general_dataset": self.general,
-            "general_ratio": self.replay.ratio,
-            "general_weight": self.replay.weight,
-        }
+    def build_retention(self) -> Retention:
+        """Return the regularizers as `TransferTrainer` prepares and calls them."""
+        return Retention(self.regularizers, self.reference, self.replay.ratio)
 
 
 @dataclass
@@ -146,7 +141,7 @@ class ExperimentContext:
             mlm_head=mlm_head, _features={}, _probes={},
         )  # fmt: skip
 
-    def run_preflight(self, recipe: Recipe, arms: Sequence[Arm]) -> dict[str, Any]:
+    def run_preflight(self, recipe: Recipe, arms: Sequence[Arm]) -> CheckFacts:
         """Return the preflight's facts and warnings.
 
         With them `learning_rates` by the name of the arm, where its parts have their own.
@@ -158,7 +153,7 @@ class ExperimentContext:
             for chosen in [build_layer_rates(arm.finetune.layer_decay, arm.finetune.learning_rates)]
             if chosen is not None and arm.spec.changes_encoder
         }
-        return facts | ({"learning_rates": rates} if rates else {})
+        return facts.model_copy(update={"learning_rates": rates}) if rates else facts
 
     @property
     def num_outputs(self) -> int:
@@ -168,6 +163,12 @@ class ExperimentContext:
     def select_train_rows(self, seed: int) -> list[Row]:
         """Return the rows that an arm of this seed trains on."""
         return self.prepared.draw_train_rows(self.shots, seed)
+
+    def compute_target_scale(self, seed: int) -> TargetScale | None:
+        """Return the scale of the targets that an arm of this seed trains on; None for classes."""
+        if self.prepared.task != "regression":
+            return None
+        return TargetScale.measure(self.prepared.encode_targets(self.select_train_rows(seed)))
 
     def encode_rows(self, rows: list[Row]) -> list[EncodedRow]:
         """Return the rows as the encoder takes them, each encoded once in the run."""
@@ -254,9 +255,7 @@ class ExperimentContext:
         """
         return distributed.broadcast_from_main(lambda: self._fitted(pooling, seed))
 
-    def _learning_rates(
-        self, finetune: Finetune, rates: LayerLearningRates
-    ) -> list[dict[str, Any]]:
+    def _learning_rates(self, finetune: Finetune, rates: LayerLearningRates) -> list[LearningRate]:
         built = self.build_model(finetune.pooling, 0)
         model = unfreeze(built.model, finetune, built.fresh)
         return summarize_learning_rates(model, finetune.training["learning_rate"], rates)
@@ -392,7 +391,7 @@ def _check_native_size(source: SourceModel, side: int) -> None:
         )
 
 
-def build_position_arguments(config: Any, side: int) -> dict[str, Any]:
+def build_position_arguments(config: Any, side: int) -> dict[str, bool]:
     """Return the arguments of forward for images of another size than in pre-training."""
     if get_architecture(config).image_sizes != "argument" or side == get_native_image_size(config):
         return {}

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from hftl.config.finetune import Finetune
 from hftl.config.recipe import Arm, Recipe
@@ -17,6 +16,7 @@ from hftl.finetune.trainable import unfreeze
 from hftl.models.architectures import TOKEN_CLASSIFICATION
 from hftl.models.encoders import count_blocks
 from hftl.models.features import BATCH_TOKENS, batch_by_length
+from hftl.retain.build import Batch
 from hftl.runtime import distributed
 from hftl.train.callbacks import time_forward, time_step
 
@@ -121,7 +121,7 @@ def _measure_forward_seconds(context: ExperimentContext, finetune: Finetune) -> 
     return time_forward(model, batch, finetune.training, context.device) / rows
 
 
-def _collate_batch(context: ExperimentContext, finetune: Finetune) -> tuple[dict[str, Any], int]:
+def _collate_batch(context: ExperimentContext, finetune: Finetune) -> tuple[Batch, int]:
     """Return a batch of training rows, and its number of rows."""
     size = int(finetune.training.get("per_device_train_batch_size", TRAINER_BATCH))
     rows = context.prepared.rows["train"][:size]

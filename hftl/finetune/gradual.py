@@ -7,7 +7,7 @@ start; what is frozen has no gradient, so that nothing moves it.
 import json
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from hftl.errors import RecipeError
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.hardware import is_sharded
 from hftl.runtime.run_folder import to_json
-from hftl.train.checkpoint import BestWeightsCallback
+from hftl.train.checkpoint import BestWeightsCallback, iterate_trainable
 from hftl.train.optimizer import compute_depths
 from hftl.train.trainer import TransferTrainer
 
@@ -61,7 +61,11 @@ class GradualProgress:
     """Whether a phase was no better, so that nothing more is unfrozen."""
     epochs: float = 0.0
     """Of all phases."""
-    history: tuple[dict[str, Any], ...] = ()
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: float | None = None
+    """The best value of all evaluations."""
+    epoch: float | None = None
+    """That of the best evaluation."""
 
 
 def fit_gradual(
@@ -71,7 +75,7 @@ def fit_gradual(
     best: BestWeightsCallback,
     gradual: Gradual,
     state: GradualCheckpoint | None,
-) -> tuple[TransferTrainer, list[dict[str, Any]]]:
+) -> tuple[TransferTrainer, list[dict[str, float]]]:
     """Train phase by phase and leave the best weights of all phases in the model.
 
     A phase that is no better than the best before it is the last in which anything is unfrozen. The
@@ -99,7 +103,8 @@ def fit_gradual(
             "Launch with recipes/accelerate/multi_gpu.yaml, or use another finetune.strategy",
         )
     everything = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    start = {name: p.detach().cpu().clone() for name, p in everything.items()}
+    tensors = dict(iterate_trainable(model))
+    start = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
     parts = split_phases(model)
     # The original is asked, and the optimizer made, while everything requires a gradient.
     first = trainer = make(args)
@@ -109,7 +114,7 @@ def fit_gradual(
     while (number := _next_phase(done, len(parts), gradual)) is not None:
         last = number == len(parts)
         if last:
-            _set_parameters(everything, start | best.weights)
+            _set_tensors(tensors, start | best.weights)
             _scale_learning_rates(optimizer, gradual.final_rate)
         for name, parameter in everything.items():
             parameter.requires_grad = last or name in parts[number]
@@ -118,11 +123,11 @@ def fit_gradual(
         its.seed = its.data_seed = args.seed * PHASE_SEEDS + number
         trainer = make(its, optimizers=(optimizer, None), retain=first.retention)
         done = _train_phase(trainer, model, number, best, done)
-        _save_progress(state, everything, best, optimizer, done)
+        _save_progress(state, tensors, best, optimizer, done)
     for parameter in everything.values():
         parameter.requires_grad = True
-    _set_parameters(everything, start | best.weights)
-    return trainer, list(done.history)
+    _set_tensors(tensors, start | best.weights)
+    return trainer, done.history
 
 
 def _next_phase(done: GradualProgress, unfreezing: int, gradual: Gradual) -> int | None:
@@ -155,14 +160,16 @@ def _train_phase(
         for row in trainer.state.log_history
     ]
     epochs = passed + float(trainer.state.epoch or 0)
-    return GradualProgress(number + 1, done.stopped or not gained, epochs, (*done.history, *rows))
+    return GradualProgress(
+        number + 1, done.stopped or not gained, epochs, [*done.history, *rows], best.best,
+        best.epoch,
+    )  # fmt: skip
 
 
-def _set_parameters(everything: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    """Set all parameters to the given values."""
-    with torch.no_grad():
-        for name, parameter in everything.items():
-            parameter.copy_(values[name])
+def _set_tensors(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Set all that trains to the given values."""
+    for name, tensor in tensors.items():
+        tensor.copy_(values[name])
 
 
 def _scale_learning_rates(optimizer: Any, share: float) -> None:
@@ -173,26 +180,19 @@ def _scale_learning_rates(optimizer: Any, share: float) -> None:
 
 
 def _save_progress(
-    state: GradualCheckpoint | None,
-    everything: dict[str, nn.Parameter],
-    best: BestWeightsCallback,
-    optimizer: Any,
-    done: GradualProgress,
-) -> None:
+    state: GradualCheckpoint | None, tensors: dict[str, Tensor], best: BestWeightsCallback,
+    optimizer: Any, done: GradualProgress,
+) -> None:  # fmt: skip
     """Write the state after a phase, replacing that of the phase before."""
     if state is None:
         return
-    progress = {
-        "phase": done.phase, "stopped": done.stopped, "epochs": done.epochs,
-        "history": done.history, "best": best.best, "epoch": best.epoch,
-    }  # fmt: skip
 
     def write() -> None:
-        with run_folder.commit_stage(state.folder, state.cache_key) as aside:
-            save_file(_to_cpu(everything), aside / WEIGHTS_FILE)
+        with run_folder.commit_stage(state.folder, dict(state.cache_key)) as aside:
+            save_file(_to_cpu(tensors), aside / WEIGHTS_FILE)
             save_file(_to_cpu(best.weights), aside / BEST_FILE)
             torch.save(optimizer.state_dict(), aside / OPTIMIZER_FILE)
-            run_folder.write_text(aside / STATE_FILE, to_json(progress))
+            run_folder.write_text(aside / STATE_FILE, to_json(asdict(done)))
 
     distributed.broadcast_from_main(write)
 
@@ -208,18 +208,13 @@ def _restore_progress(
     ):
         return GradualProgress()
     folder = state.folder
-    progress = json.loads((folder / STATE_FILE).read_text("utf-8"))
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in load_file(folder / WEIGHTS_FILE).items():
-            parameters[name].copy_(tensor)
-    best.best, best.epoch = progress["best"], progress["epoch"]
+    progress = GradualProgress(**json.loads((folder / STATE_FILE).read_text("utf-8")))
+    _set_tensors(dict(iterate_trainable(model)), load_file(folder / WEIGHTS_FILE))
+    best.best, best.epoch = progress.best, progress.epoch
     best.weights = load_file(folder / BEST_FILE)
     optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, weights_only=True))
-    return GradualProgress(
-        progress["phase"], progress["stopped"], progress["epochs"], tuple(progress["history"])
-    )
+    return progress
 
 
-def _to_cpu(tensors: Any) -> dict[str, Tensor]:
-    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.cpu().contiguous() for name, t in tensors.items()}

@@ -32,7 +32,7 @@ from hftl.data.masking import (
 from hftl.data.normalization import normalize_name
 from hftl.data.rows import Row
 from hftl.data.splits import hash_row
-from hftl.data.text_inputs import TextInputs
+from hftl.data.text_inputs import EncodedRow, TextInputs
 from hftl.errors import HftlError, RecipeError
 from hftl.finetune.context import ExperimentContext
 from hftl.models.encoders import get_stock_encoder, get_task_class, has_prefix
@@ -216,7 +216,7 @@ def _score_masked_tokens(
         masked, positions = mask_tokens(ids, np.zeros_like(ids), masking, draw)
         rows.append({"input_ids": masked, "positions": positions, "labels": ids[positions]})
 
-    def sum_losses(chosen: list[dict[str, Any]]) -> Tensor:
+    def sum_losses(chosen: list[dict[str, np.ndarray]]) -> Tensor:
         batch = collate_masked_blocks(chosen, tokenizer.pad_token_id)
         batch = {key: value.to(context.device) for key, value in batch.items()}
         labels = batch.pop("labels").reshape(-1)[batch["slots"]]
@@ -259,7 +259,7 @@ def _score_masked_patches(
     keys = [hash_row(row) for row in general.eval_rows]
     rows = MaskedImageDataset(images, keys, inputs.patch_size, MASK_SEED, fixed=True)
 
-    def sum_losses(chosen: list[dict[str, Any]]) -> Tensor:
+    def sum_losses(chosen: list[EncodedRow]) -> Tensor:
         batch = collate_masked_images(chosen, inputs, ratio, config.norm_pix_loss)
         batch = {k: v.to(context.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         pixels = batch.pop("labels").flatten(1)

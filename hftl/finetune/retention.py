@@ -27,7 +27,6 @@ from hftl.finetune.pretraining_heads import (
     load_masked_lm,
     load_zero_shot_head,
 )
-from hftl.finetune.targets import compute_target_scale
 from hftl.measure.statistics import select_within_one_standard_error
 from hftl.models.heads import LoadedModel
 from hftl.models.source import SourceModel
@@ -36,9 +35,10 @@ from hftl.retain.kl import DEFAULT_TAU
 from hftl.retain.reference import HeadQuality, measure_head_quality
 from hftl.retain.weights import check_low_rank, check_unchanged_base
 from hftl.runtime import distributed
+from hftl.train.facts import ChosenKLWeight, FisherFacts, TrainingFacts, TriedKLWeight
 from hftl.train.samplers import build_ignored_labels
 
-FisherResult = tuple[dict[str, Tensor], dict[str, Any]]
+FisherResult = tuple[dict[str, Tensor], FisherFacts]
 LOGIT_KIND_OF_TASK = {"classification": "classes", "multi-label": "labels", "regression": "target"}
 """See `compute_fisher` and `measure_head_quality`; words have classes."""
 WEIGHT_GRID = (0.03, 0.1, 0.3, 1.0)
@@ -70,7 +70,7 @@ class ArmRegularizerContext:
 
     def measure_target_variance(self) -> float:
         """Return the variance of standardized targets around the probe; 1 for classes."""
-        scale = compute_target_scale(self.experiment, self.seed)
+        scale = self.experiment.compute_target_scale(self.seed)
         if scale is None:
             return 1.0
         variance = distributed.broadcast_from_main(self._measure_residual_variance)
@@ -116,8 +116,6 @@ def build_setup(
     """
     if retain is None:
         return RegularizerSetup()
-    if retain is None:
-        return RegularizerSetup()
     before = context.original if retain.reference == "source" else None
     regularizers = build_regularizers(
         retain, ArmRegularizerContext(context, before, finetune.pooling, seed, compute_fisher)
@@ -126,9 +124,9 @@ def build_setup(
     replay, general = retain.replay or Replay(), None
     if retain.mixes_general:
         general = build_general_dataset(context, replay.labelled)
-    facts: dict[str, Any] = {"general_rows": 0 if general is None else len(general)}
+    facts = TrainingFacts(general_rows=0 if general is None else len(general))
     for regularizer in regularizers:
-        facts |= regularizer.facts
+        facts = facts.merge(regularizer.facts)
     return RegularizerSetup(
         regularizers, reference, general, replay, tuple(retain.interpolate or ()), facts=facts
     )
@@ -226,26 +224,23 @@ def set_kl_weight(retain: Retain, weight: float) -> Retain:
     return retain.model_copy(update={"kl": terms})
 
 
-def select_kl_weight(try_weight: Callable[[float], tuple[float, float, float]]) -> dict[str, Any]:
+def select_kl_weight(try_weight: Callable[[float], tuple[float, float, float]]) -> ChosenKLWeight:
     """Try the grid, and select the least forgetting within one standard error of the best score.
 
     Args:
         try_weight: returns the score on validation, more is better, its standard error, and how
             much was forgotten.
-
-    Returns:
-        `weight`, and what was `tried`: {weight, score, error, forgotten} each.
     """
     results = [try_weight(weight) for weight in WEIGHT_GRID]
     columns = [list(column) for column in zip(*results, strict=True)]
     selected = select_within_one_standard_error(*columns)
-    return {
-        "weight": WEIGHT_GRID[selected],
-        "tried": [
-            {"weight": weight, "score": score, "error": error, "forgotten": forgotten}
+    return ChosenKLWeight(
+        weight=WEIGHT_GRID[selected],
+        tried=[
+            TriedKLWeight(weight=weight, score=score, error=error, forgotten=forgotten)
             for weight, (score, error, forgotten) in zip(WEIGHT_GRID, results, strict=True)
         ],
-    }
+    )
 
 
 def measure_lost_neighbours(

@@ -1,6 +1,6 @@
 """Set which parameters of a model train, for the strategies of `finetune/strategies.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ def prepare(
     model: nn.Module,
     strategy: str = "lora",
     blocks: int = 2,
-    lora: dict[str, Any] | None = None,
+    lora: Mapping[str, object] | None = None,
     fresh: Sequence[str] | None = None,
     **keys: Any,
 ) -> nn.Module:
@@ -59,7 +59,7 @@ def prepare(
     except ValidationError as error:
         raise build_recipe_error(error, "prepare", Finetune) from error
     # A recipe's adapter must fit a public base; one of a user's own script is peft's to check.
-    settings = DEFAULT_LORA | (lora or {})
+    settings = {**DEFAULT_LORA, **(lora or {})}
     return unfreeze(model, finetune.model_copy(update={"lora": settings}), fresh)
 
 

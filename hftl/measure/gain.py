@@ -12,14 +12,7 @@ from hftl.data.splits import MEASURED_SPLITS
 from hftl.finetune.arm_files import ArmResult, read_arm
 from hftl.finetune.strategies import GAIN_BASELINES
 from hftl.measure.metrics import METRICS, Metric, accuracy, compute_metrics, exact_match
-from hftl.measure.record import (
-    AdaptStage,
-    ArmEntry,
-    BaselineGain,
-    Gain,
-    Interval,
-    LadderRow,
-)
+from hftl.measure.record import AdaptStage, BaselineGain, Gain, Interval, LadderRow
 from hftl.measure.statistics import (
     MIN_SEEDS_FOR_P,
     assign_blocks,
@@ -34,6 +27,7 @@ from hftl.measure.statistics import (
     wilson_interval,
 )
 from hftl.measure.verdict import Estimate
+from hftl.train.facts import ArmEntry, SplitMetrics
 
 MARGIN = 0.01
 """Gains within a point either way count as none: the interval inside it is `equivalent`.
@@ -305,9 +299,14 @@ def _build_arm_entry(result: ArmResult, prepared: PreparedData, metric: Metric) 
         split: compute_metrics(every, result.labels[split], result.predictions[split])
         for split in MEASURED_SPLITS
     }
-    keys = ("arm", "seed", "strategy", "trainable_parameters", "training")
-    return ArmEntry.model_validate(
-        {key: result.metrics_file[key] for key in keys} | {"metrics": metrics}
+    file = result.metrics_file
+    return ArmEntry(
+        arm=file.arm,
+        seed=file.seed,
+        strategy=file.strategy,
+        metrics=SplitMetrics(**metrics),
+        trainable_parameters=file.trainable_parameters,
+        training=file.training,
     )
 
 

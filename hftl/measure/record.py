@@ -17,6 +17,7 @@ from hftl.config.recipe import Recipe
 from hftl.data.facts import DataFacts, GeneralFacts, OpenPart, RecordPart
 from hftl.errors import HftlError, RunFolderError, suggest_closest
 from hftl.runtime.run_folder import UnreadableJsonError, fingerprint, read_json, to_json
+from hftl.train.facts import ArmEntry, CheckFacts, Number, ScratchSearch
 
 SCHEMA_VERSION = 2
 UNHASHED_KEYS = ("environment", "timings")
@@ -24,8 +25,6 @@ PACKAGES = ("hftl", "torch", "transformers", "peft", "accelerate", "datasets", "
 RECORD_FILE = "record.json"
 PUBLISHED_FILE = "hftl.json"
 
-Number = int | float
-"""A number of another phase's file, which keeps its JSON form: 3 stays 3."""
 Interval = tuple[float, float]
 GainOutcome = Literal["positive", "equivalent", "negative", "undetermined"]
 
@@ -66,13 +65,6 @@ class LadderRow(RecordPart):
     gain_of_own: Gain | None
 
 
-class SplitMetrics(RecordPart):
-    """Hold every metric of one arm and seed, by name."""
-
-    validation: dict[str, float]
-    test: dict[str, float]
-
-
 class ClassGain(RecordPart):
     """Compare the F1 of one class under the own arm and its baseline, means over seeds."""
 
@@ -109,33 +101,6 @@ class SourceFacts(RecordPart):
     revision: str | None
     architecture: str | None
     weights_sha256: str
-
-
-class LearningRate(RecordPart):
-    """Describe the learning rate of one part of an arm's model."""
-
-    part: str
-    parameters: int
-    decayed: int
-    """Parameters that weight decay applies to."""
-    rate: float
-
-
-class CheckFacts(RecordPart):
-    """Describe the inputs that the preflight saw, and its warnings."""
-
-    warnings: list[str]
-    median_tokens: Number | None = None
-    truncated: float | None = None
-    """Share of texts that are cut."""
-    unknown_tokens: float | None = None
-    median_side: float | None = None
-    """Of images, in pixels."""
-    image_size: Number | None = None
-    enlarged: float | None = None
-    elongated: float | None = None
-    learning_rates: dict[str, list[LearningRate]] | None = None
-    """By the name of an arm whose parts have their own."""
 
 
 # Adaptation.
@@ -219,60 +184,6 @@ class AdaptSection(RecordPart):
     """The own arm's gain over `source`, the same without adaptation."""
     outcome: str
     base: AdaptedBase | None
-
-
-# Training.
-
-
-class ChosenKLWeight(OpenPart):
-    """Hold the weight of KL that was chosen, once for all seeds."""
-
-    weight: float
-
-
-class FisherFacts(OpenPart):
-    """Describe the Fisher information that EWC weighs by."""
-
-    kind: str
-    rows: int
-
-
-class InterpolationFacts(OpenPart):
-    """Hold the share of the way from the original to the trained weights."""
-
-    alpha: float
-
-
-class TrainingFacts(OpenPart):
-    """Describe the training of one arm and seed; each strategy sets the keys that apply to it."""
-
-    learning_rate: float | None = None
-    precision: str | None = None
-    epochs: Number | None = None
-    best_epoch: Number | None = None
-    kl_weight: ChosenKLWeight | None = None
-    fisher: FisherFacts | None = None
-    interpolation: InterpolationFacts | None = None
-
-
-class ArmEntry(RecordPart):
-    """Describe one arm and seed."""
-
-    arm: str
-    seed: int
-    strategy: str
-    metrics: SplitMetrics
-    trainable_parameters: int
-    training: TrainingFacts
-
-
-class ScratchSearch(OpenPart):
-    """Describe the search of the learning rate from scratch."""
-
-    learning_rate: float
-    beyond: list[float] = Field(default_factory=list[float])
-    """Rates that were tried past those of the recipe."""
-    at_edge: bool = False
 
 
 # Forgetting.

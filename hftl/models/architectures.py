@@ -65,7 +65,7 @@ class ArchitectureSpec:
         token_mixer: path in the last block of its layer that mixes positions, where all that
             comes after it sees one position at a time: masked-LM runs that at masked positions
             alone.
-        adjust: returns the fields that settings of a config change.
+        adjust: returns the spec of a config whose settings change it.
     """
 
     encoder: str
@@ -85,7 +85,7 @@ class ArchitectureSpec:
     image_sizes: Literal["fixed", "argument", "any"] = "fixed"
     masked_images: Literal["drop", "cover"] | None = None
     token_mixer: str | None = None
-    adjust: Callable[[Any], dict[str, Any]] | None = None
+    adjust: Callable[["ArchitectureSpec", Any], "ArchitectureSpec"] | None = None
 
     def for_task(self, task: str) -> "ArchitectureSpec":
         """Return the spec of the task's stock class.
@@ -133,34 +133,35 @@ ROTARY = ArchitectureSpec(
 )  # fmt: skip
 
 
-def _adjust_deberta(config: Any) -> dict[str, Any]:
+def _adjust_deberta(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
     """Add the projections of relative positions that attention reads."""
     names = {"c2p": "attention.self.pos_proj", "p2c": "attention.self.pos_q_proj"}
     read = config.pos_att_type or () if config.relative_attention else ()
     positions = [names[kind] for kind in names if kind in read]
-    return {"lora_targets": (*DEBERTA_LINEARS, *positions)}
+    return replace(spec, lora_targets=(*DEBERTA_LINEARS, *positions))
 
 
-def _adjust_deberta_v2(config: Any) -> dict[str, Any]:
+def _adjust_deberta_v2(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
     """Add the projections of relative positions, where the content's are not shared with them."""
     if not config.relative_attention or getattr(config, "share_att_key", False):
-        return {}
+        return spec
     positions = ("attention.self.pos_key_proj", "attention.self.pos_query_proj")
-    return {"lora_targets": (*DEBERTA_V2_LINEARS, *positions)}
+    return replace(spec, lora_targets=(*DEBERTA_V2_LINEARS, *positions))
 
 
-def _adjust_esm(config: Any) -> dict[str, Any]:
+def _adjust_esm(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
     """Count positions from 0 where they are rotary."""
-    return {"has_padding_offset": config.position_embedding_type == "absolute"}
+    return replace(spec, has_padding_offset=config.position_embedding_type == "absolute")
 
 
-def _adjust_roc_bert(config: Any) -> dict[str, Any]:
+def _adjust_roc_bert(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
     """Name the embeddings of shape and pronunciation that the config switches off."""
     used = {
         "embeddings.pronunciation_embed": config.concat_input and config.enable_pronunciation,
         "embeddings.shape_embed": config.concat_input and config.enable_shape,
     }
-    return {"unused_parts": tuple(part for part, is_used in used.items() if not is_used)}
+    unused = tuple(part for part, is_used in used.items() if not is_used)
+    return replace(spec, unused_parts=unused)
 
 
 TEXT_ENCODERS = {
@@ -265,20 +266,19 @@ CLIP = replace(
 )  # fmt: skip
 
 
-def _adjust_beit(config: Any) -> dict[str, Any]:
+def _adjust_beit(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
     """Name the norm that stands for the pooler, and the mask token."""
-    fields: dict[str, Any] = {}
     if not config.use_mean_pooling:
-        fields |= {"pooler": None, "final_parts": ("layernorm",)}
+        spec = replace(spec, pooler=None, final_parts=("layernorm",))
     if config.use_mask_token:
-        fields["unused_parts"] = ("embeddings.mask_token",)
-    return fields
+        spec = replace(spec, unused_parts=("embeddings.mask_token",))
+    return spec
 
 
-def _adjust_dinov2(config: Any) -> dict[str, Any]:
+def _adjust_dinov2(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
     """Name the gated layers of the largest models."""
     gated = (*VIT_LINEARS[:4], "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-    return {"lora_targets": gated} if config.use_swiglu_ffn else {}
+    return replace(spec, lora_targets=gated) if config.use_swiglu_ffn else spec
 
 
 BEIT = replace(
@@ -338,7 +338,7 @@ def get_architecture(config: Any) -> ArchitectureSpec:
             f"Use one of {', '.join(sorted([*ARCHITECTURES, *READ_AS]))}, or add an entry to "
             "hftl/models/architectures.py",
         )
-    return spec if spec.adjust is None else replace(spec, **spec.adjust(config))
+    return spec if spec.adjust is None else spec.adjust(spec, config)
 
 
 # Sizes that a config names.

@@ -3,12 +3,13 @@
 The stock class is the one that `AutoModelFor{Sequence,Token,Image}Classification` builds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
@@ -32,6 +33,8 @@ from hftl.models.encoders import (
 )
 from hftl.models.source import SourceModel, describe_load_error
 
+CONSTANT_TARGET_SPREAD = 1e-3
+"""The spread of targets that do not vary, as a share of their size: outputs stay near them."""
 HEAD_STD = 0.02
 """Standard deviation of the last layer's initial weights, where the config has none (SigLIP)."""
 
@@ -209,7 +212,16 @@ def build_model(
     return built
 
 
-def build_label_settings(names: Sequence[str], outputs: int, task: str) -> dict[str, Any]:
+class LabelSettings(TypedDict, total=False):
+    """Hold the entries of a config that name a model's outputs."""
+
+    num_labels: int
+    id2label: dict[int, str]
+    label2id: dict[str, int]
+    problem_type: str | None
+
+
+def build_label_settings(names: Sequence[str], outputs: int, task: str) -> LabelSettings:
     """Return the config entries that name the outputs."""
     if not names:
         return {"num_labels": outputs, "problem_type": "regression"}
@@ -241,7 +253,7 @@ def _get_model_class(
 
 
 def load_class(
-    source: SourceModel, kind: Any, config: Any, extra: dict[str, Any]
+    source: SourceModel, kind: Any, config: Any, extra: Mapping[str, object]
 ) -> tuple[Any, set[str]]:
     """Load a class of transformers from the checkpoint, in fp32.
 
@@ -301,6 +313,48 @@ def _list_fresh_modules(
             )
         modules.add(key.rsplit(".", 1)[0])
     return tuple(sorted(modules))
+
+
+@dataclass(frozen=True)
+class TargetScale:
+    """Hold mean and standard deviation of regression targets, which are standardized in training.
+
+    A loss in the label's unit moves an optimizer by the size of the unit: the bias of prices would
+    take as many steps as the prices are large.
+    """
+
+    mean: float
+    sd: float
+
+    @classmethod
+    def measure(cls, targets: np.ndarray) -> "TargetScale":
+        """Return the scale of targets, float64 in the label's unit."""
+        mean, sd = float(targets.mean()), float(targets.std())
+        return cls(mean, sd or abs(mean) * CONSTANT_TARGET_SPREAD or 1.0)
+
+    def standardize(self, targets: np.ndarray) -> np.ndarray:
+        """Return targets, float64 in the label's unit, in standard deviations from the mean."""
+        return (targets - self.mean) / self.sd
+
+    def restore(self, outputs: np.ndarray) -> np.ndarray:
+        """Return standardized outputs in the label's unit, float64."""
+        return outputs.astype(np.float64) * self.sd + self.mean
+
+    def standardize_head(self, model: nn.Module) -> None:
+        """Fold the scale out of the head, so that the model returns standardized outputs."""
+        self._rescale_head(model, 1 / self.sd, -self.mean / self.sd)
+
+    def restore_head(self, model: nn.Module) -> None:
+        """Fold the scale into the head, so that the model returns outputs in the label's unit."""
+        self._rescale_head(model, self.sd, self.mean)
+
+    def _rescale_head(self, model: nn.Module, factor: float, shift: float) -> None:
+        with torch.no_grad():
+            # The head under an adapter is the original's, and has the same unit.
+            for layer in get_last_linear_copies(model, get_model_architecture(model)):
+                weight, bias = layer.weight.cpu().double(), layer.bias.cpu().double()
+                layer.weight.copy_(weight * factor)
+                layer.bias.copy_(bias * factor + shift)
 
 
 def get_placeholder_name(architecture: ArchitectureSpec) -> str:

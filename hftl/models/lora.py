@@ -5,7 +5,7 @@ peft ignores most names that match nothing, so a misspelt one would silently tra
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -29,7 +29,7 @@ MAX_LISTED_NAMES = 12
 """At most so many names are listed in a message."""
 
 
-def check_module_names(model: nn.Module, settings: dict[str, Any], place: str) -> None:
+def check_module_names(model: nn.Module, settings: Mapping[str, object], place: str) -> None:
     """Refuse names that match nothing in a model, before peft wraps it.
 
     Args:
@@ -44,20 +44,20 @@ def check_module_names(model: nn.Module, settings: dict[str, Any], place: str) -
     modules = [name for name, _ in model.named_modules() if name]
     for field in ("target_modules", "exclude_modules", "modules_to_save"):
         names = settings.get(field)
-        if isinstance(names, str) and names != ALL_LINEAR:
+        if not isinstance(names, str):
+            _check_suffixes(f"{place}.{field}", _list_values(names), modules)
+        elif names != ALL_LINEAR:
             if not any(_match_pattern(names, path, f"{place}.{field}") for path in modules):
                 raise _build_no_match_error(f"{place}.{field}", names, modules)
-        elif names and names != ALL_LINEAR:
-            _check_suffixes(f"{place}.{field}", names, modules)
     for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in settings.get(field) or {}:
+        for pattern in _list_values(settings.get(field)):
             _match_pattern(pattern, "", f"{place}.{field}")
     parameters = [name for name, _ in model.named_parameters()]
-    names_of_parameters = settings.get("target_parameters") or ()
-    _check_suffixes(f"{place}.target_parameters", names_of_parameters, parameters)
+    named = _list_values(settings.get("target_parameters"))
+    _check_suffixes(f"{place}.target_parameters", named, parameters)
 
 
-def check_wrapped_names(layers: Sequence[str], settings: dict[str, Any], place: str) -> None:
+def check_wrapped_names(layers: Sequence[str], settings: Mapping[str, object], place: str) -> None:
     """Refuse names that match modules, but none that peft has wrapped.
 
     Args:
@@ -69,8 +69,8 @@ def check_wrapped_names(layers: Sequence[str], settings: dict[str, Any], place: 
         RecipeError: naming the first one.
     """
     targets = settings.get("target_modules")
-    if targets and not isinstance(targets, str):
-        for name in targets:
+    if not isinstance(targets, str):
+        for name in _list_values(targets):
             if not any(_has_suffix(path, name) for path in layers):
                 raise RecipeError(
                     f"{place}.target_modules: {name!r} gets no adapter: it is excluded, saved "
@@ -78,14 +78,14 @@ def check_wrapped_names(layers: Sequence[str], settings: dict[str, Any], place: 
                     "Remove it, or correct the other key",
                 )
     for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in settings.get(field) or {}:
+        for pattern in _list_values(settings.get(field)):
             # The expression that peft.utils.get_pattern_key matches.
             regex = rf"(.*\.)?({pattern})"
             if not any(_match_pattern(regex, path, f"{place}.{field}") for path in layers):
                 raise _build_no_match_error(f"{place}.{field}", pattern, layers)
     indices = settings.get("layers_to_transform")
     present = {int(n) for path in layers for n in re.findall(r"(?<=\.)\d+(?=\.)", path)}
-    for index in [indices] if isinstance(indices, int) else indices or ():
+    for index in [indices] if isinstance(indices, int) else _list_values(indices):
         if index not in present:
             raise RecipeError(
                 f"{place}.layers_to_transform: no adapted layer lies in block {index}",
@@ -93,7 +93,7 @@ def check_wrapped_names(layers: Sequence[str], settings: dict[str, Any], place: 
             )
 
 
-def check_lora_values(settings: dict[str, Any], place: str) -> None:
+def check_lora_values(settings: Mapping[str, object], place: str) -> None:
     """Refuse a string where peft expects a list, and ranks and scales of 0.
 
     Raises:
@@ -105,10 +105,17 @@ def check_lora_values(settings: dict[str, Any], place: str) -> None:
             raise RecipeError(f"{place}.{field} must be a list, got {name!r}", f"Write [{name}]")
     numbers = {name: settings[name] for name in ("r", "lora_alpha") if name in settings}
     for field in ("rank_pattern", "alpha_pattern"):
-        numbers |= {f"{field}.{key}": value for key, value in (settings.get(field) or {}).items()}
+        pattern = settings.get(field)
+        if isinstance(pattern, Mapping):
+            numbers |= {f"{field}.{key}": value for key, value in pattern.items()}
     for name, value in numbers.items():
-        if not value > 0:
+        if not (isinstance(value, int | float) and value > 0):
             raise RecipeError(f"{place}.{name} must be above 0, got {value!r}", "Correct the value")
+
+
+def _list_values(value: object) -> list[Any]:
+    """Return the values of a field that holds several, the keys of a mapping; none if unset."""
+    return list(value) if isinstance(value, Iterable) else []
 
 
 def _check_suffixes(place: str, names: Iterable[str], paths: Sequence[str]) -> None:
@@ -149,8 +156,9 @@ BLOCK_PATH = re.compile(r"(.*?\.)(\d+)\.(.+)")
 
 
 def add_lora(
-    model: nn.Module, architecture: ArchitectureSpec, lora: dict[str, Any], fresh: Sequence[str]
-) -> nn.Module:
+    model: nn.Module, architecture: ArchitectureSpec, lora: Mapping[str, object],
+    fresh: Sequence[str],
+) -> nn.Module:  # fmt: skip
     """Wrap the layers of every block with LoRA; head and fresh modules train and are saved whole.
 
     Args:
@@ -166,7 +174,7 @@ def add_lora(
     pooled = isinstance(model, PooledModel)
     inner: Any = model.encoder if pooled else model
     check_lora_values(lora, "finetune.lora")
-    saved = set(settings.pop("modules_to_save", None) or [])
+    saved = set(_list_values(settings.pop("modules_to_save", None)))
     if not pooled:
         saved |= {
             _get_saved_name(name, architecture) for name in [*architecture.head.parts, *fresh]
@@ -182,7 +190,7 @@ def add_lora(
     return model
 
 
-def build_lora_config(settings: dict[str, Any], place: str) -> LoraConfig:
+def build_lora_config(settings: Mapping[str, object], place: str) -> LoraConfig:
     """Construct `peft.LoraConfig`, which checks its fields against one another.
 
     Args:
@@ -193,7 +201,7 @@ def build_lora_config(settings: dict[str, Any], place: str) -> LoraConfig:
         RecipeError: if peft refuses them.
     """
     try:
-        return LoraConfig(**settings)
+        return LoraConfig(**settings)  # pyright: ignore[reportArgumentType]
     except (ValueError, TypeError) as error:
         raise RecipeError(
             f"{place}: peft refuses it: {format_error_line(error)}", "Correct the section"
@@ -201,7 +209,7 @@ def build_lora_config(settings: dict[str, Any], place: str) -> LoraConfig:
 
 
 def wrap_with_lora(
-    model: Any, architecture: ArchitectureSpec, settings: dict[str, Any], section: str
+    model: Any, architecture: ArchitectureSpec, settings: Mapping[str, object], section: str
 ) -> Any:
     """Wrap a model with an adapter, by default on every layer of every block and nowhere else.
 
@@ -237,7 +245,7 @@ def wrap_with_lora(
     checked = fields | ({"target_modules": None} if all_layers else {})
     check_wrapped_names(list_lora_layers(adapted.get_base_model()), checked, place)
     if all_layers and not settings.get("exclude_modules") and not settings.get("layers_pattern"):
-        _check_layer_count(adapted, architecture, fields, section)
+        _check_layer_count(adapted, architecture, config, section)
     return adapted
 
 
@@ -321,12 +329,12 @@ def _list_namesakes(
 
 
 def _check_layer_count(
-    adapted: Any, architecture: ArchitectureSpec, fields: dict[str, Any], section: str
+    adapted: Any, architecture: ArchitectureSpec, config: LoraConfig, section: str
 ) -> None:
     """Refuse an adapter that does not cover the blocks' layers, which would train less."""
     encoder = get_stock_encoder(adapted.base_model.model, architecture)
     paths = list_block_paths(encoder, architecture)
-    chosen = fields.get("layers_to_transform")
+    chosen = config.layers_to_transform
     if chosen is not None:
         indices = [chosen] if isinstance(chosen, int) else chosen
         # Of nested lists peft takes the outer index.

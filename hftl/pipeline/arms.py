@@ -1,6 +1,5 @@
 """Run the arms phase: every arm and seed that is missing, the quick ones first."""
 
-import json
 import shutil
 from dataclasses import dataclass
 
@@ -15,7 +14,6 @@ from hftl.finetune.context import ExperimentContext
 from hftl.finetune.estimate import estimate_seconds
 from hftl.finetune.gradual import GradualCheckpoint
 from hftl.finetune.strategies import STRATEGIES
-from hftl.measure.record import ScratchSearch
 from hftl.models.lora import build_lora_config
 from hftl.pipeline.cache_keys import build_arm_inputs, is_arm_finished
 from hftl.pipeline.retention import prepare_retention
@@ -24,7 +22,7 @@ from hftl.runtime import distributed, run_folder
 from hftl.runtime.hardware import count_devices, get_dtype_name, measure_energy
 from hftl.runtime.progress import show_activity
 from hftl.runtime.run_folder import StageInputs, to_json
-from hftl.train.arguments import build_training_arguments as common_arguments
+from hftl.train.arguments import build_finetune_arguments, build_training_arguments
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,11 @@ def validate_upstream_arguments(recipe: Recipe, device: str) -> None:
     for arm in recipe.arms:
         if not arm.spec.is_solved:
             task = str(recipe.data.task)
-            training.build_finetune_arguments(arm.finetune.training, task, "unused", 0, device)
+            build_finetune_arguments(arm.finetune.training, task, "unused", 0, device)
         if arm.spec.publishes_adapter:
             build_lora_config(arm.finetune.lora, "finetune.lora")
     for stage in recipe.all_stages:
-        common_arguments("adapt", stage.training, {}, "unused", 0, device)
+        build_training_arguments("adapt", stage.training, {}, "unused", 0, device)
         if stage.method != "full":
             build_lora_config(stage.lora, "adapt.lora")
 
@@ -100,7 +98,7 @@ def _commit_arm(
     with run_folder.commit_stage(folder, job.reads) as aside:
         arm_files.write_arm(aside, context.prepared, outcome, arm.name, arm.strategy, seed)
     shutil.rmtree(run.checkpoints(arm.name, seed), ignore_errors=True)
-    metrics_file = arm_files.read_arm(folder, context.prepared).metrics_file
+    metrics_file = arm_files.read_metrics_file(folder)
     run.say(console.format_arm_line(metrics_file, run.recipe.measure.metric, count))
 
 
@@ -130,7 +128,7 @@ def announce_run(run: Run, context: ExperimentContext) -> None:
     if not missing:
         return
     run.say(console.format_header(build_header(run.recipe, context, missing, len(missing))))
-    for warning in context.run_preflight(run.recipe, run.arms)["warnings"]:
+    for warning in context.run_preflight(run.recipe, run.arms).warnings:
         run.say(f"  warning: {warning}")
 
 
@@ -163,11 +161,11 @@ def _search_scratch_rate(run: Run, context: ExperimentContext, job: Job) -> floa
 
         def keep() -> None:
             with run_folder.commit_stage(folder, job.reads) as aside:
-                run_folder.write_text(aside / "search.json", to_json(search))
+                run_folder.write_text(aside / "search.json", to_json(search.to_dict()))
 
         distributed.broadcast_from_main(keep)
-        run.say(f"  scratch: {describe_scratch_search(ScratchSearch.model_validate(search))}")
-    return json.loads((folder / "search.json").read_text("utf-8"))["learning_rate"]
+        run.say(f"  scratch: {describe_scratch_search(search)}")
+    return run.read_scratch_search().learning_rate
 
 
 def build_header(

@@ -24,13 +24,7 @@ from hftl.measure.gain import (
     find_best_seed,
 )
 from hftl.measure.metrics import Metric
-from hftl.measure.record import (
-    SCHEMA_VERSION,
-    CheckFacts,
-    Record,
-    ScratchSearch,
-    describe_environment,
-)
+from hftl.measure.record import SCHEMA_VERSION, Record, describe_environment
 from hftl.measure.verdict import decide_verdict
 from hftl.pipeline.finalize_record import (
     build_adaptation_section,
@@ -47,6 +41,7 @@ from hftl.runtime import hardware, run_folder
 from hftl.runtime.hardware import get_dtype_name
 from hftl.runtime.progress import show_activity
 from hftl.runtime.run_folder import to_json
+from hftl.train.facts import ScratchSearch
 
 
 def evaluate_run(
@@ -110,7 +105,11 @@ def build_record(
     gain = compute_transfer_gain(metric, test, own.name)
     ladder = build_ladder(metric, splits["validation"], test, own.name)
     over = {row.arm: row.gain_of_own for row in ladder}
-    timings = {path.name: _read_timings(path) for seeds in folders.values() for path in seeds}
+    timings = {
+        path.name: arm_files.read_metrics_file(path).timings
+        for seeds in folders.values()
+        for path in seeds
+    }
     classes = compute_class_gains(
         test, own.name, gain.baseline if gain else None, _list_classes(context)
     )
@@ -119,7 +118,7 @@ def build_record(
         recipe=recipe,
         source=build_source_section(context),
         data=_build_data_section(recipe, context),
-        check=CheckFacts.model_validate(context.run_preflight(recipe, arms)),
+        check=context.run_preflight(recipe, arms),
         forward=context.inputs.arguments if isinstance(context.inputs, ImageInputs) else None,
         adapt=build_adaptation_section(
             stages, arm_contexts[own.name], over.get("source"), own.spec.publishes_adapter
@@ -213,12 +212,7 @@ def _read_search(run: Run) -> ScratchSearch | None:
     """Return the search of scratch's learning rate; None where scratch did not run."""
     if not any(arm.spec.schedule == "rate_search" for arm in run.arms):
         return None
-    path = run.folder / "phases" / "search" / "search.json"
-    return ScratchSearch.model_validate_json(path.read_text("utf-8"))
-
-
-def _read_timings(folder: Path) -> dict[str, float]:
-    return json.loads((folder / "metrics.json").read_text("utf-8"))["timings"]
+    return run.read_scratch_search()
 
 
 def _format_summary(record: Record, publish: bool) -> str:

@@ -13,7 +13,6 @@ from hftl.measure.record import (
     PUBLISHED_FILE,
     RECORD_FILE,
     SCHEMA_VERSION,
-    CheckFacts,
     Record,
     describe_environment,
 )
@@ -29,6 +28,7 @@ from hftl.publish.export import export_encoder
 from hftl.publish.sanitize import sanitize_record
 from hftl.runtime import run_folder
 from hftl.runtime.hardware import get_dtype_name
+from hftl.train.facts import CheckFacts
 
 
 def evaluate_adaptation(

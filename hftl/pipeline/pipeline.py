@@ -17,7 +17,7 @@ from hftl.data.splits import MEASURED_SPLITS
 from hftl.errors import RecipeError, RunFolderError
 from hftl.finetune.context import ExperimentContext, build_context, build_input_spec, pin_revisions
 from hftl.measure.metrics import Metric, find_metric
-from hftl.measure.record import CheckFacts, Record
+from hftl.measure.record import Record
 from hftl.models.source import SourceModel, find_source
 from hftl.pipeline.adaptation import check_adaptations, run_adaptations, warn_of_few_steps
 from hftl.pipeline.arms import (
@@ -43,6 +43,7 @@ from hftl.runtime import distributed, run_folder
 from hftl.runtime.hardware import get_device
 from hftl.runtime.progress import show_activity, show_progress
 from hftl.runtime.run_folder import fingerprint
+from hftl.train.facts import CheckFacts
 
 PHASES = ("adapt", "finetune", "measure", "publish")
 
@@ -180,9 +181,10 @@ def check_recipe(recipe: Recipe) -> tuple[dict[str, str], CheckFacts]:
         check_replay_labels(recipe, context)
     check_models(recipe, context)
     facts = context.run_preflight(recipe, arms)
-    facts["warnings"] += warn_of_few_steps(recipe, context)
+    warnings = [*facts.warnings, *warn_of_few_steps(recipe, context)]
     jobs = [arm for arm in arms for _ in recipe.measure.seeds]
-    return build_header(recipe, context, jobs, len(jobs)), CheckFacts.model_validate(facts)
+    facts = facts.model_copy(update={"warnings": warnings})
+    return build_header(recipe, context, jobs, len(jobs)), facts
 
 
 def silence_libraries() -> None:

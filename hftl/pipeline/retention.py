@@ -1,8 +1,7 @@
 """Prepare what keeps an arm near its original; what is computed once for many arms is a stage."""
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,16 +27,16 @@ from hftl.finetune.retention import (
     select_kl_weight,
     set_kl_weight,
 )
-from hftl.finetune.targets import compute_target_scale
-from hftl.measure.record import ChosenKLWeight
 from hftl.models.heads import LoadedModel
 from hftl.models.source import SourceModel
 from hftl.pipeline.cache_keys import SEMANTICS
+from hftl.retain.build import Batch
 from hftl.retain.fisher import compute_fisher, describe_fisher, load_fisher, save_fisher
 from hftl.retain.reference import HeadQuality, move_batch
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.progress import show_activity
 from hftl.runtime.run_folder import StageInputs, fingerprint, to_json
+from hftl.train.facts import ChosenKLWeight, HeadFacts, TrainingFacts
 
 FISHER_FILE = "fisher.safetensors"
 
@@ -60,16 +59,17 @@ def prepare_retention(
     retain = arm.retain
     if retain is None:
         return RegularizerSetup()
-    facts: dict[str, object] = {}
+    facts = TrainingFacts()
     quality = _measure_probe(context, arm, seed, say)
     if quality is not None:
-        facts["head_opinion"] = asdict(quality) | {"weak": quality.is_weak}
+        opinion = HeadFacts(loss=quality.loss, shares=quality.shares, weak=quality.is_weak)
+        facts = TrainingFacts(head_opinion=opinion)
     if has_auto_weight(retain):
-        choice = _choose_kl_weight(context, arm, seeds[0], folder, reads, say)
-        facts["kl_weight"] = choice.to_dict()
-        retain = set_kl_weight(retain, choice.weight)
+        chosen = _choose_kl_weight(context, arm, seeds[0], folder, reads, say)
+        facts = facts.merge(TrainingFacts(kl_weight=chosen))
+        retain = set_kl_weight(retain, chosen.weight)
     setup = _build_setup(context, arm, retain, seed, folder)
-    return replace(setup, facts=setup.facts | facts)
+    return replace(setup, facts=setup.facts.merge(facts))
 
 
 def check_recipe_retention(recipe: Recipe, source: SourceModel) -> None:
@@ -158,18 +158,19 @@ def _choose_kl_weight(
         with show_activity(f"KL weight {weight:g}"):
             output = train_arm(context, arm.finetune, seed, setup)
         score, error = score_validation(context, output.logits["validation"])
-        return score, error, output.facts["forgotten"]
+        assert output.facts.forgotten is not None
+        return score, error, output.facts.forgotten
 
     if _share_inputs(stage) != reads:
         choice = select_kl_weight(try_weight)
 
         def commit() -> None:
             with run_folder.commit_stage(stage, reads) as aside:
-                run_folder.write_text(aside / "weight.json", to_json(choice))
+                run_folder.write_text(aside / "weight.json", to_json(choice.to_dict()))
 
         distributed.broadcast_from_main(commit)
-        say(f"  {arm.name}: KL weight {choice['weight']:g} forgets least within one standard error")
-    return ChosenKLWeight.model_validate(json.loads((stage / "weight.json").read_text("utf-8")))
+        say(f"  {arm.name}: KL weight {choice.weight:g} forgets least within one standard error")
+    return ChosenKLWeight.model_validate_json((stage / "weight.json").read_text("utf-8"))
 
 
 def _share_inputs(stage: Path) -> StageInputs | None:
@@ -216,7 +217,7 @@ def _compute_fisher(
 ) -> tuple[dict[str, Tensor], float]:
     """Return the information of the start model on general rows, and its scale."""
     loaded = _build_start_model(context, arm, seed)
-    scale = compute_target_scale(context, seed)
+    scale = context.compute_target_scale(seed)
     if scale is not None:
         # The Gaussian of variance 1 is around a standardized target.
         scale.standardize_head(loaded.model)
@@ -224,7 +225,7 @@ def _compute_fisher(
     # The empirical information alone reads labels.
     dataset = build_general_dataset(context, config.fisher == "empirical")
 
-    def get_batch(number: int) -> dict[str, Tensor]:
+    def get_batch(number: int) -> Batch:
         batch = context.inputs.collate([dict(dataset[number])])
         return move_batch(batch, torch.device(context.device))
 

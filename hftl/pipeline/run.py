@@ -7,6 +7,7 @@ from pathlib import Path
 from hftl.adapt.guard import AdaptationFacts
 from hftl.config.recipe import Arm, Recipe
 from hftl.finetune.context import ExperimentContext
+from hftl.train.facts import ScratchSearch
 
 ArmContexts = dict[str, ExperimentContext]
 """What each arm works with, by its name: the source as it is, or adapted."""
@@ -32,6 +33,11 @@ class Run:
     def checkpoints(self, name: str, seed: int) -> Path:
         """Return the folder of an unfinished arm's checkpoints."""
         return self.folder / "checkpoints" / f"{name}-seed{seed}"
+
+    def read_scratch_search(self) -> ScratchSearch:
+        """Return the finished search of scratch's learning rate."""
+        path = self.folder / "phases" / "search" / "search.json"
+        return ScratchSearch.model_validate_json(path.read_text("utf-8"))
 
 
 @dataclass(frozen=True)

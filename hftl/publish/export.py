@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from peft import TaskType
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hftl.config.finetune import Finetune
 from hftl.data.image_inputs import ImageInputs
-from hftl.errors import RunFolderError
 from hftl.finetune.arm import init_head_from_probe
+from hftl.finetune.arm_files import load_trained_tensors
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.trainable import unfreeze
 from hftl.models.architectures import ArchitectureSpec
@@ -71,18 +71,7 @@ def rebuild_model(
         # peft keeps the head it wraps; it must be the one that training started from.
         init_head_from_probe(bench, built, finetune.pooling, seed)
     model = unfreeze(built.model, finetune, built.fresh)
-    trained = load_file(weights)
-    parameters = dict(model.named_parameters())
-    unexpected = sorted(set(trained) - set(parameters))
-    missing = [n for n, p in parameters.items() if p.requires_grad and n not in trained]
-    if unexpected or missing:
-        raise RunFolderError(
-            f"{weights} does not fit the model: {(unexpected or missing)[0]}",
-            "Delete the arm's folder and run again",
-        )
-    with torch.no_grad():
-        for name, tensor in trained.items():
-            parameters[name].copy_(tensor)
+    load_trained_tensors(model, weights)
     return model.eval()
 
 
@@ -248,8 +237,6 @@ def _sort_name_lists(settings: dict[str, object]) -> dict[str, object]:
     return {**settings, **{name: sorted(values) for name, values in lists.items()}}
 
 
-def _rewrite_json(
-    path: Path, change: Callable[[dict[str, object]], dict[str, object]]
-) -> None:
+def _rewrite_json(path: Path, change: Callable[[dict[str, object]], dict[str, object]]) -> None:
     settings = change(json.loads(path.read_text(encoding="utf-8")))
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

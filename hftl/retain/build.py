@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from hftl.config.retain import EWC, RegularizerSection, Retain
 from hftl.config.section import build_recipe_error
 from hftl.errors import RecipeError
+from hftl.train.facts import FisherFacts, TrainingFacts
 
-Batch = dict[str, Any]
+Batch = dict[str, Tensor]
+"""What a model's forward takes, and `labels`; switches that are no tensors pass through."""
 BATCH_METADATA = ("row", "general", "labelled_tokens")
 """Keys of a batch that regularizers read and the model does not take: the rows' numbers, whether
 each is general data, and the tokens that carry a word's label."""
@@ -49,7 +51,7 @@ class RegularizerContext(Protocol):
         """Return CLIP's classifier of the task's class names."""
         ...
 
-    def load_fisher(self, config: EWC) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def load_fisher(self, config: EWC) -> tuple[dict[str, Tensor], FisherFacts]:
         """Return the Fisher information by parameter name, and what the record says of it."""
         ...
 
@@ -190,9 +192,9 @@ class Regularizer(ABC, Generic[Config]):
         return float(self.config.weight)
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> TrainingFacts:
         """Return what the record says of it, beside the recipe."""
-        return {}
+        return TrainingFacts()
 
     @abstractmethod
     def prepare(self, start: TrainingStart) -> None:

@@ -5,7 +5,7 @@ differ in the y that they average over (van de Ven 2025, arXiv:2502.11756, secti
 a batch's mean gradient is not one of them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from hftl.retain.weights import (
     iterate_lora_layers,
 )
 from hftl.runtime import distributed
+from hftl.train.facts import FisherFacts, TrainingFacts
 
 FISHER_KINDS = ("features", "exact", "sampled", "empirical")
 LOGIT_KINDS = ("classes", "labels", "target")
@@ -53,18 +54,18 @@ class EWC(WeightPenalty[EWCSection]):
     def __init__(self, weight: float, fisher: dict[str, Tensor]) -> None:
         super().__init__(weight)
         self._fisher = dict(fisher)
-        self._facts: dict[str, Any] = {}
+        self._facts = TrainingFacts()
 
     @classmethod
     def from_config(cls, config: EWCSection, context: RegularizerContext) -> Self:
         """Build the term of a recipe, with the information at the original."""
         fisher, facts = context.load_fisher(config)
         regularizer = cls(config.weight, fisher)
-        regularizer._facts = {"fisher": facts}
+        regularizer._facts = TrainingFacts(fisher=facts)
         return regularizer
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> TrainingFacts:
         """Return where the information comes from; see `describe_fisher`."""
         return self._facts
 
@@ -162,7 +163,7 @@ def compute_fisher(
     return _normalize_fisher(sums, rows)
 
 
-def save_fisher(fisher: dict[str, Tensor], path: Path, metadata: dict[str, Any]) -> None:
+def save_fisher(fisher: dict[str, Tensor], path: Path, metadata: Mapping[str, object]) -> None:
     """Write a safetensors file; the metadata hold kind, rows and scale."""
     save_file(
         {name: tensor.cpu().contiguous() for name, tensor in fisher.items()}, path,
@@ -177,21 +178,15 @@ def load_fisher(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return load_file(path), metadata
 
 
-def describe_fisher(metadata: dict[str, str]) -> dict[str, Any]:
-    """Return the record's facts on an information, from the metadata of its file.
-
-    Returns:
-        `kind` and `rows`; `draws`, how many labels, or directions of features, were drawn for
-        each row, None where none was drawn; `scale`, the mean over all parameters that it was
-        divided by, and `mean`, the mean that is left.
-    """
-    return {
-        "kind": metadata["kind"],
-        "rows": int(metadata["rows"]),
-        "draws": {"features": FEATURE_DRAWS, "sampled": 1}.get(metadata["kind"]),
-        "scale": float(metadata["scale"]),
-        "mean": 1.0,
-    }
+def describe_fisher(metadata: dict[str, str]) -> FisherFacts:
+    """Return the record's facts on an information, from the metadata of its file."""
+    return FisherFacts(
+        kind=metadata["kind"],
+        rows=int(metadata["rows"]),
+        draws={"features": FEATURE_DRAWS, "sampled": 1}.get(metadata["kind"]),
+        scale=float(metadata["scale"]),
+        mean=1.0,
+    )
 
 
 @contextmanager

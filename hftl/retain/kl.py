@@ -100,7 +100,7 @@ class KLToOriginal(RowKL):
     @classmethod
     def from_config(cls, config: KL, context: RegularizerContext) -> Self:
         """Build the term of a recipe; the probe that starts the head is solved."""
-        keys: dict[str, Any] = config.model_dump() | {"tau": config.tau or context.get_tau()}
+        keys = config.model_copy(update={"tau": config.tau or context.get_tau()}).model_dump()
         variance = context.measure_target_variance() if config.on == "probe" else 1.0
         return cls(variance=variance, solved=True, **keys)
 

@@ -5,7 +5,7 @@ whole inside the encoder counts as the encoder's own. All of it is computed in f
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -118,7 +118,7 @@ class L2SP(WeightPenalty[L2SPSection]):
                     parameter.sub_(step * (parameter - self._start[name]))
 
 
-def check_unchanged_base(lora: dict[str, Any], section: str) -> None:
+def check_unchanged_base(lora: Mapping[str, object], section: str) -> None:
     """Refuse LoRA under which the base, with the adapter off, is not the original.
 
     PiSSA, OLoRA, CorDA and LoftQ change the base's weights; `false` and null start from a random
@@ -146,7 +146,7 @@ def check_unchanged_base(lora: dict[str, Any], section: str) -> None:
         )
 
 
-def check_low_rank(lora: dict[str, Any], section: str) -> None:
+def check_low_rank(lora: Mapping[str, object], section: str) -> None:
     """Refuse LoRA whose update of a weight is not s B A, such as DoRA's.
 
     Args:

@@ -4,7 +4,7 @@ Energy is estimated by codecarbon where it is installed.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -85,14 +85,14 @@ def is_sharded() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
-def choose_precision(training: dict[str, Any]) -> dict[str, bool]:
+def choose_precision(training: Mapping[str, object]) -> dict[str, bool]:
     """Return `bf16` and `fp16` for TrainingArguments: the recipe's, else bf16 where it is fast."""
     if training.get("bf16") is not None or training.get("fp16"):
         return {"bf16": bool(training.get("bf16")), "fp16": bool(training.get("fp16"))}
     return {"bf16": has_fast_bf16(get_device()), "fp16": False}
 
 
-def get_dtype_name(training: dict[str, Any]) -> str:
+def get_dtype_name(training: Mapping[str, object]) -> str:
     """Return bf16, fp16 or fp32: what training multiplies in. Predictions are always fp32."""
     chosen = choose_precision(training)
     return "bf16" if chosen["bf16"] else "fp16" if chosen["fp16"] else "fp32"

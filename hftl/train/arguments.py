@@ -1,5 +1,6 @@
 """Build TrainingArguments from a recipe, and refuse before training what would fail in it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.training_args import OptimizerNames
 
 from hftl.errors import RecipeError, format_error_line
+from hftl.measure.metrics import METRICS, SELECTION_METRICS
 from hftl.runtime.hardware import choose_precision
 from hftl.train.hf_compat import use_one_device
 
@@ -16,8 +18,8 @@ EVAL_BATCH_SIZE = 64
 
 
 def build_training_arguments(
-    section: str, training: dict[str, Any], defaults: dict[str, Any], folder: str, seed: int,
-    device: str,
+    section: str, training: Mapping[str, object], defaults: Mapping[str, object], folder: str,
+    seed: int, device: str,
 ) -> TrainingArguments:  # fmt: skip
     """Return TrainingArguments of a recipe's `training`.
 
@@ -49,7 +51,8 @@ def build_training_arguments(
         "ddp_find_unused_parameters": False,
     }
     try:
-        args = TrainingArguments(**(common | defaults | training | decided))
+        fields: Any = {**common, **defaults, **training, **decided}
+        args = TrainingArguments(**fields)
     except (ValueError, TypeError, ImportError) as error:
         # ImportError where an argument needs a package that is not installed.
         raise RecipeError(
@@ -61,6 +64,40 @@ def build_training_arguments(
     _check_reporting(section, args)
     _check_scheduler(section, args)
     _check_optimizer(section, args)
+    return args
+
+
+def build_finetune_arguments(
+    training: Mapping[str, object], task: str, folder: str, seed: int, device: str
+) -> TrainingArguments:
+    """Build the TrainingArguments of `finetune.training`.
+
+    Raises:
+        RecipeError: if transformers refuses the values, or nothing measures the chosen metric.
+    """
+    defaults = {
+        "eval_strategy": "epoch",
+        "logging_strategy": "epoch",
+        "save_strategy": "no",
+        "metric_for_best_model": SELECTION_METRICS[task],
+    }
+    args = build_training_arguments("finetune", training, defaults, folder, seed, device)
+    measured = ["loss", *METRICS[task]]
+    if str(args.metric_for_best_model).removeprefix("eval_") not in measured:
+        raise RecipeError(
+            f"finetune.training.metric_for_best_model={args.metric_for_best_model} is not measured",
+            f"Use one of {', '.join(measured)}",
+        )
+    name = str(args.metric_for_best_model).removeprefix("eval_")
+    # transformers takes all but a loss for a score: of an error it would keep the worst.
+    args.greater_is_better = name != "loss" and METRICS[task][name].sign > 0
+    if training.get("greater_is_better", args.greater_is_better) != args.greater_is_better:
+        better = "more" if args.greater_is_better else "less"
+        raise RecipeError(
+            f"finetune.training.greater_is_better={training['greater_is_better']}: of {name} "
+            f"{better} is better",
+            "Leave it out",
+        )
     return args
 
 

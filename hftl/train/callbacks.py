@@ -4,26 +4,25 @@ Steps are timed on one batch, in the precision of training, to estimate the time
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from hftl.retain.build import Retention
+from hftl.retain.build import Batch, Retention
+from hftl.retain.reference import move_batch
 from hftl.runtime.hardware import choose_precision
 from hftl.runtime.progress import BarUpdate, open_bar
-from hftl.train.frozen_eval import list_training_modes
+from hftl.train.checkpoint import list_training_modes
 
 TIMED_CALLS = 2
 """Calls that are timed, after one that is not."""
 
 
-def time_step(
-    model: nn.Module, batch: dict[str, Any], training: dict[str, Any], device: str
-) -> float:
+def time_step(model: nn.Module, batch: Batch, training: Mapping[str, object], device: str) -> float:
     """Return the seconds of one training step: forward, backward and optimizer, weights unmoved.
 
     Args:
@@ -37,7 +36,7 @@ def time_step(
         module.training = live
     # At rate 0 the step costs what any step costs, and changes nothing.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    inputs = _move_to_device(batch, device)
+    inputs = move_batch(batch, torch.device(device))
 
     def step() -> None:
         with _autocast(training, device):
@@ -50,11 +49,11 @@ def time_step(
 
 
 def time_forward(
-    model: nn.Module, batch: dict[str, Any], training: dict[str, Any] | None, device: str
+    model: nn.Module, batch: Batch, training: Mapping[str, object] | None, device: str
 ) -> float:
     """Return the seconds of one forward pass in eval mode; without `training` in fp32."""
     model.eval()
-    inputs = _move_to_device(batch, device)
+    inputs = move_batch(batch, torch.device(device))
 
     def forward() -> None:
         with torch.no_grad(), _autocast(training or {"bf16": False}, device):
@@ -63,11 +62,7 @@ def time_forward(
     return _measure_seconds(forward, device)
 
 
-def _move_to_device(batch: dict[str, Any], device: str) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def _autocast(training: dict[str, Any], device: str) -> AbstractContextManager[Any]:
+def _autocast(training: Mapping[str, object], device: str) -> AbstractContextManager[Any]:
     chosen = choose_precision(training)
     dtype = torch.float16 if chosen["fp16"] else torch.bfloat16
     return torch.autocast(device, dtype, enabled=any(chosen.values()))

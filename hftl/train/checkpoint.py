@@ -1,5 +1,6 @@
-"""Keep the best weights in memory, save what trains, and check what FSDP can do."""
+"""Tell what trains, keep its best values in memory, save it, and check what FSDP can do."""
 
+import inspect
 import math
 import os
 from collections.abc import Iterator
@@ -11,14 +12,91 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hftl.errors import NumericError, RecipeError
+from hftl.models.heads import get_model_architecture
 from hftl.runtime.distributed import broadcast_from_main
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def list_training_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """Return each module and whether it runs in train mode: only if all its parameters train.
+
+    A module without parameters follows its parent; LoRA's own dropout, and the one directly
+    before the head, are live. So is a layer whose activations are to be recomputed, for itself:
+    transformers does so in train mode only.
+
+    Raises:
+        RecipeError: for such a layer that is partly frozen and draws dropout in its own forward.
+    """
+    try:
+        head_dropout = get_model_architecture(model).head.dropout
+    except RecipeError:  # A user's own model: its head is where its parameters train.
+        head_dropout = None
+    modes: list[tuple[nn.Module, bool]] = []
+
+    def visit(module: nn.Module, path: str, parent: bool) -> None:
+        trains = [parameter.requires_grad for parameter in module.parameters()]
+        always = "lora_dropout" in path or path.removeprefix("base_model.model.") == head_dropout
+        live = all(trains) if trains else parent or always
+        modes.append((module, live or _needs_recompute(module, any(trains))))
+        for name, child in module.named_children():
+            visit(child, f"{path}.{name}" if path else name, live)
+
+    visit(model, "", False)
+    return modes
+
+
+def _needs_recompute(module: nn.Module, trains: bool) -> bool:
+    """Return whether a partly frozen layer must look as in training, to be recomputed."""
+    if not (isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing):
+        return False
+    forward = inspect.unwrap(type(module).forward)
+    if trains and "self.training" in inspect.getsource(forward):
+        raise RecipeError(
+            f"gradient checkpointing would let the frozen part of {type(module).__name__} draw "
+            "dropout",
+            "Leave it out, or train everything",
+        )
+    return trains
+
+
+def iterate_trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and detached tensor of all that training changes, sharded under FSDP.
+
+    These are the trainable parameters, and the statistics of the BatchNorm modules that train.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # FSDP leaves the last layers whole after a forward pass, as copies of the shards.
+            module.reshard()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter.detach()
+    yield from iterate_running_statistics(model)
+
+
+def iterate_running_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and tensor of the means and variances that BatchNorm moves in training.
+
+    In eval mode, as frozen modules run, they stay as they are.
+    """
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, BATCH_NORMS)}
+    if not norms:
+        return
+    live = {id(module) for module, trains in list_training_modes(model) if trains}
+    for path, norm in norms.items():
+        for name in ("running_mean", "running_var"):
+            statistic = getattr(norm, name)
+            if statistic is not None and id(norm) in live:
+                yield f"{path}.{name}" if path else name, statistic
 
 
 class BestWeightsCallback(TrainerCallback):
-    """Hold the trainable weights of the best evaluation, and stop when none improves.
+    """Hold what trains as it was at the best evaluation, and stop when none improves.
 
     Every process holds its own shard of sharded weights.
 
@@ -83,17 +161,6 @@ def gather_trainable_state(model: nn.Module, accelerator: Any) -> dict[str, Tens
         .contiguous()
         for name, tensor in iterate_trainable(accelerator.unwrap_model(model))
     }
-
-
-def iterate_trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and detached tensor of each trainable parameter, sharded under FSDP."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # FSDP leaves the last layers whole after a forward pass, as copies of the shards.
-            module.reshard()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            yield name, parameter.detach()
 
 
 def to_local_shard(tensor: Tensor) -> Tensor:

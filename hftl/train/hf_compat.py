@@ -9,7 +9,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import Trainer, TrainingArguments
 else:
     Trainer = object  # Importing the Trainer takes seconds; its mixin needs it for types alone.
@@ -62,7 +62,7 @@ def unwrap_forward(model: "nn.Module") -> Any:
     return inspect.unwrap(getattr(forward, "__func__", forward))
 
 
-def move_inputs(trainer: "Trainer", inputs: dict[str, Any]) -> dict[str, Any]:
+def move_inputs(trainer: "Trainer", inputs: "dict[str, Tensor]") -> "dict[str, Tensor]":
     """Return a batch on the Trainer's device.
 
     Missing: a public form of `_prepare_inputs`.

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.trainer_pt_utils import find_batch_size
 
 from hftl.errors import NumericError, RecipeError
-from hftl.retain.build import BATCH_METADATA
+from hftl.retain.build import BATCH_METADATA, Batch
 
 IGNORE_INDEX = -100
 """The class id of an element without a label; among float targets it is NaN."""
@@ -142,18 +142,18 @@ def labels_fit_logits(logits: Tensor, labels: Tensor, problem: str | None) -> bo
     return logits.numel() == labels.numel() * logits.shape[-1]
 
 
-def select_model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+def select_model_inputs(batch: Batch) -> Batch:
     """Return the part of a batch that the model's forward takes."""
     return {key: value for key, value in batch.items() if key not in ("labels", *BATCH_METADATA)}
 
 
-def drop_metadata(batch: dict[str, Any]) -> dict[str, Any]:
+def drop_metadata(batch: Batch) -> Batch:
     """Return a batch with its labels, without what only regularizers read."""
     return {key: value for key, value in batch.items() if key not in BATCH_METADATA}
 
 
 def compute_task_loss(
-    outputs: Any, logits: Tensor, batch: dict[str, Any], share: float, smoothing: float,
+    outputs: Any, logits: Tensor, batch: Batch, share: float, smoothing: float,
     problem: str | None,
 ) -> Tensor:  # fmt: skip
     """Return the task's loss of a batch, summed, a labelled general row counting for `share`.
@@ -190,7 +190,7 @@ def prepend_loss(outputs: Any, loss: Tensor) -> Any:
     return (loss, *outputs) if is_plain else outputs
 
 
-def find_labelled_rows(batch: dict[str, Any]) -> Tensor:
+def find_labelled_rows(batch: Batch) -> Tensor:
     """Return which rows of a batch hold anything that counts: (batch,) bool.
 
     Without `labels`, as in question answering, these are all.
@@ -207,13 +207,13 @@ def sum_penalty(outputs: Any, labels: Tensor) -> Tensor | float:
     return 0.0 if penalty is None else penalty.float().where(has_labels(labels), 0.0).sum()
 
 
-def find_target_rows(batch: dict[str, Any]) -> Tensor:
+def find_target_rows(batch: Batch) -> Tensor:
     """Return which rows of a batch are the target's and hold what counts: (batch,) bool."""
     counts = find_labelled_rows(batch)
     return counts & ~batch["general"] if "general" in batch else counts
 
 
-def count_step_items(batches: list[dict[str, Any]], device: torch.device) -> Tensor:
+def count_step_items(batches: list[Batch], device: torch.device) -> Tensor:
     """Return (2,) int64: the the target's labelled elements in a step's batches, and its rows.
 
     Without `labels` rows are counted alone.
@@ -229,7 +229,7 @@ def count_step_items(batches: list[dict[str, Any]], device: torch.device) -> Ten
     return torch.stack(items).sum(0)
 
 
-def blank_filler(batches: list[dict[str, Any]], has_filler: bool) -> list[dict[str, Any]]:
+def blank_filler(batches: list[Batch], has_filler: bool) -> list[Batch]:
     """Return a step's batches for counting: the last one, if it only fills up, without labels."""
     labels = batches[-1].get("labels")
     if not has_filler or not isinstance(labels, Tensor):

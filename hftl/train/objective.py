@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.utils.generic import can_return_loss, find_labels
 
 from hftl.errors import RecipeError
+from hftl.models.heads import unwrap_adapter
+from hftl.retain.build import Batch
 from hftl.retain.reference import eval_mode
 from hftl.train.hf_compat import has_replaced_loss, unwrap_forward
 from hftl.train.loss import compute_summed_loss, count_labels, has_labels, labels_fit_logits
@@ -84,7 +85,7 @@ def has_known_loss(model: nn.Module) -> bool:
 
 def plan_loss(
     model: nn.Module,
-    batch: dict[str, Any],
+    batch: Batch,
     accepts_count: bool,
     accelerator: Accelerator,
 ) -> LossPlan:
@@ -168,6 +169,19 @@ def check_smoothing_targets(model: nn.Module, labels: Any, objective: LossPlan) 
         raise _build_smoothing_error(f"{name} computes its own loss, which smoothing would replace")
 
 
+def check_has_labels(batch: Batch, plan: LossPlan) -> None:
+    """Refuse a batch without labels where hftl computes the loss.
+
+    Raises:
+        RecipeError: naming what the rows hold.
+    """
+    if not plan.uses_model_loss and not isinstance(batch.get("labels"), Tensor):
+        raise RecipeError(
+            f"the rows hold {', '.join(map(str, batch))}, and no labels",
+            "Name their labels `labels`",
+        )
+
+
 def check_mixes_rows(model: nn.Module, plan: LossPlan) -> None:
     """Refuse general rows in the batches of a model that computes the loss of a batch by itself.
 
@@ -202,11 +216,6 @@ def _build_smoothing_error(reason: str) -> RecipeError:
     )
 
 
-def unwrap_adapter(model: nn.Module) -> nn.Module:
-    """Return the model under a peft adapter, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def find_logits(outputs: Any, model: nn.Module) -> Tensor:
     """Return the logits of a model's outputs: a ModelOutput, a mapping, a tuple or a tensor.
 
@@ -236,7 +245,7 @@ def name_logits(outputs: Any, model: nn.Module) -> Any:
     return SimpleNamespace(logits=find_logits(outputs, model))
 
 
-def _loss_differs(model: nn.Module, batch: dict[str, Any]) -> bool:
+def _loss_differs(model: nn.Module, batch: Batch) -> bool:
     """Return whether the model's own loss on a batch is another than hftl's."""
     labels = batch["labels"]
     rows = has_labels(labels)
@@ -265,7 +274,7 @@ def _loss_differs(model: nn.Module, batch: dict[str, Any]) -> bool:
     return not torch.allclose(own.float(), same.float(), rtol=tolerance, atol=tolerance)
 
 
-def _ignores_item_count(model: nn.Module, batch: dict[str, Any]) -> bool:
+def _ignores_item_count(model: nn.Module, batch: Batch) -> bool:
     """Return whether the loss stays as it is, whatever `num_items_in_batch` is."""
     count = torch.tensor(1, device=batch["labels"].device)
     losses = [
@@ -283,7 +292,7 @@ def _find_loss(outputs: Any) -> Any:
     return outputs[0] if isinstance(outputs, tuple) and outputs else None
 
 
-def _forward_in_eval(model: nn.Module, batch: dict[str, Any]) -> Any:
+def _forward_in_eval(model: nn.Module, batch: Batch) -> Any:
     """Return the outputs on a batch in eval mode, without a trace in any random state."""
     with torch.no_grad(), eval_mode(model), _preserve_random_state():
         return model(**batch)

@@ -8,7 +8,7 @@ the embeddings, i + 1 for block i, and L + 1 for all that stands after the block
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from hftl.errors import RecipeError, suggest_closest
 from hftl.models.architectures import ArchitectureSpec
 from hftl.models.encoders import get_submodule, has_prefix, list_block_paths
 from hftl.models.heads import get_encoder, get_model_architecture
+from hftl.train.facts import LearningRate
 
 NO_DECAY_NAMES = (
     "bias", "position_embedding", "rel_embeddings", "cls_token", "mask_token", "register_tokens",
@@ -134,19 +135,27 @@ def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not any(part in name for part in NO_DECAY_NAMES)
 
 
+class ParameterGroup(TypedDict):
+    """Hold one group of an optimizer, and the depth of its parameters."""
+
+    params: list[nn.Parameter]
+    lr: float
+    weight_decay: float
+    depth: int
+
+
 def build_parameter_groups(
     model: nn.Module, base: float, weight_decay: float, rates: LayerLearningRates
-) -> list[dict[str, Any]]:
-    """Return the optimizer's groups; every trainable parameter is in exactly one of them.
+) -> list[ParameterGroup]:
+    """Return the optimizer's groups, from the embeddings to the head.
+
+    Every trainable parameter is in exactly one of them.
 
     Args:
         model: not wrapped for many processes.
         base: the learning rate that `rates` starts from.
         weight_decay: of what decays.
         rates: what differs.
-
-    Returns:
-        {params, lr, weight_decay, depth} each, from the embeddings to the head.
     """
     depth_of, blocks = compute_depths(model)
     members: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
@@ -165,14 +174,14 @@ def build_parameter_groups(
 
 
 def build_optimizer(
-    kind: Any, settings: dict[str, Any], chosen: list[dict[str, Any]]
+    kind: Any, settings: Mapping[str, object], groups: list[ParameterGroup]
 ) -> torch.optim.Optimizer:
     """Build the optimizer of TrainingArguments over these groups.
 
     Args:
         kind: its class.
         settings: its arguments.
-        chosen: see `build_parameter_groups`.
+        groups: see `build_parameter_groups`.
 
     Raises:
         RecipeError: if it groups parameters in its own way.
@@ -184,28 +193,30 @@ def build_optimizer(
             "layer_decay and lr need groups of theirs",
             "Leave them out, or use adamw_torch",
         )
-    return kind(chosen, **settings)
+    return kind(groups, **settings)  # pyright: ignore[reportArgumentType]
 
 
 def summarize_learning_rates(
     model: nn.Module, base: float, rates: LayerLearningRates
-) -> list[dict[str, Any]]:
-    """Return the learning rate of each trainable part, from the bottom up.
-
-    Returns:
-        {part, parameters, decayed, rate} each: of its `parameters` weight decay is for `decayed`.
-    """
+) -> list[LearningRate]:
+    """Return the learning rate of each trainable part, from the bottom up."""
     _, blocks = compute_depths(model)
-    rows: dict[int, dict[str, Any]] = {}
+    by_depth: dict[int, list[ParameterGroup]] = defaultdict(list)
     for group in build_parameter_groups(model, base, 1.0, rates):
-        depth = group["depth"]
-        part = "embeddings" if depth == 0 else "head" if depth > blocks else f"block {depth}"
-        empty = {"part": part, "parameters": 0, "decayed": 0, "rate": group["lr"]}
-        row = rows.setdefault(depth, empty)
-        size = sum(parameter.numel() for parameter in group["params"])
-        row["parameters"] += size
-        row["decayed"] += size if group["weight_decay"] else 0
-    return list(rows.values())
+        by_depth[group["depth"]].append(group)
+    return [
+        LearningRate(
+            part="embeddings" if depth == 0 else "head" if depth > blocks else f"block {depth}",
+            parameters=sum(map(_count_parameters, groups)),
+            decayed=sum(_count_parameters(group) for group in groups if group["weight_decay"]),
+            rate=groups[0]["lr"],
+        )
+        for depth, groups in by_depth.items()
+    ]
+
+
+def _count_parameters(group: ParameterGroup) -> int:
+    return sum(parameter.numel() for parameter in group["params"])
 
 
 def _find_stages(paths: list[str]) -> list[tuple[str, int]]:

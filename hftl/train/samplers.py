@@ -19,10 +19,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import seed_worker
 
+from hftl.data.text_inputs import EncodedRow
+from hftl.errors import RecipeError
 from hftl.models.features import batch_by_length
-from hftl.retain.build import BATCH_METADATA, TrainingRows
+from hftl.retain.build import Batch, TrainingRows
 from hftl.train import hf_compat
-from hftl.train.loss import IGNORE_INDEX
+from hftl.train.loss import IGNORE_INDEX, drop_metadata
 
 BATCH_TOKENS = 4096
 BATCH_ROWS = 32
@@ -49,6 +51,17 @@ class SeededSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         yield from torch.randperm(self.rows, generator=generator).tolist()
+
+
+def build_seeded_sampler(rows: Any, args: TrainingArguments) -> SeededSampler:
+    """Return the order of a training's rows, by the seed of its data.
+
+    Raises:
+        RecipeError: if there are no rows.
+    """
+    if not len(rows):
+        raise RecipeError("train_dataset holds no rows", "Give it some, or skip train()")
+    return SeededSampler(len(rows), args.seed if args.data_seed is None else args.data_seed)
 
 
 class RankBatchSampler(Sampler[list[int]]):
@@ -170,33 +183,29 @@ def build_batch_sampler(
 
 
 def build_dataloader(
-    dataset: Any, collate: Callable[[list[Any]], dict[str, Any]], batches: RankBatchSampler,
+    dataset: Any, collate: Callable[[list[EncodedRow]], Batch], batches: RankBatchSampler,
     args: TrainingArguments, accelerator: Accelerator,
 ) -> Any:  # fmt: skip
     """Return a loader of these batches that puts them on the device, without cutting them again."""
+    workers = args.dataloader_num_workers
+    # All but rows, sampler and collator is set as transformers sets it.
     loader = DataLoader(
-        dataset, batch_sampler=batches, collate_fn=collate, **build_loader_settings(args, dataset)
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=args.dataloader_pin_memory,
+        # A worker that lives on keeps the dataset of the first epoch.
+        persistent_workers=args.dataloader_persistent_workers and not hasattr(dataset, "set_epoch"),
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        in_order=args.dataloader_in_order,
+        worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
     )
     return prepare_data_loader(
         loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True,
         non_blocking=accelerator.non_blocking,
     )  # fmt: skip
-
-
-def build_loader_settings(args: TrainingArguments, dataset: Any) -> dict[str, Any]:
-    """Return DataLoader's arguments but rows, sampler and collator, as transformers sets them."""
-    workers = args.dataloader_num_workers
-    return {
-        "num_workers": workers,
-        "pin_memory": args.dataloader_pin_memory,
-        # A worker that lives on keeps the dataset of the first epoch.
-        "persistent_workers": args.dataloader_persistent_workers
-        and not hasattr(dataset, "set_epoch"),
-        "multiprocessing_context": args.dataloader_multiprocessing_context,
-        "prefetch_factor": args.dataloader_prefetch_factor,
-        "in_order": args.dataloader_in_order,
-        "worker_init_fn": partial(seed_worker, num_workers=workers, rank=args.process_index),
-    }
 
 
 class IndexedDataset(Dataset):
@@ -227,7 +236,7 @@ class IndexedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.target)
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> EncodedRow:
         behind = number - len(self.target)
         if behind < 0:
             return {**self.target[number], "row": number}
@@ -238,7 +247,7 @@ class IndexedDataset(Dataset):
         return {**row, "row": number}
 
 
-def build_ignored_labels(like: dict[str, Any], row: dict[str, Any]) -> Any:
+def build_ignored_labels(like: EncodedRow, row: EncodedRow) -> np.ndarray | Tensor:
     """Return labels that the loss ignores, of the shape of another row's labels.
 
     Args:
@@ -267,11 +276,11 @@ class IndexedCollator:
         target: rows of the target.
     """
 
-    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], target: int) -> None:
+    def __init__(self, collate: Callable[[list[EncodedRow]], Batch], target: int) -> None:
         self.collate = collate
         self.target = target
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: list[EncodedRow]) -> Batch:
         """Return a batch with the number of each row."""
         numbers = torch.tensor([row["row"] for row in rows])
         plain = [{key: value for key, value in row.items() if key != "row"} for row in rows]
@@ -283,7 +292,7 @@ class IndexedCollator:
         return {**batch, "row": numbers, "general": numbers >= self.target}
 
 
-def find_word_tokens(rows: list[dict[str, Any]], labels: Tensor, mask: Tensor) -> Tensor:
+def find_word_tokens(rows: list[EncodedRow], labels: Tensor, mask: Tensor) -> Tensor:
     """Return the first tokens of words, labelled or not: (batch, length) bool.
 
     Args:
@@ -324,7 +333,7 @@ def build_training_data(trainer: Trainer, general: Any, is_indexed: bool) -> tup
     return rows, IndexedCollator(collate, len(rows))
 
 
-def is_deterministic(rows: IndexedDataset, collate: Callable[[list[Any]], dict[str, Any]]) -> bool:
+def is_deterministic(rows: IndexedDataset, collate: Callable[[list[EncodedRow]], Batch]) -> bool:
     """Return whether rows are the same each time they are read, and in every epoch.
 
     It reads a few of them twice, in the first epoch and the second, and leaves the first.
@@ -352,9 +361,8 @@ def build_training_rows(rows: IndexedDataset, collate: IndexedCollator) -> Train
         numbers = list(range(rows.total_rows))
         batches = [numbers[i : i + BATCH_ROWS] for i in range(0, rows.total_rows, BATCH_ROWS)]
 
-    def batch(numbers: list[int]) -> dict[str, Any]:
-        columns = collate([rows[n] for n in numbers])
-        return {key: value for key, value in columns.items() if key not in BATCH_METADATA}
+    def batch(numbers: list[int]) -> Batch:
+        return drop_metadata(collate([rows[n] for n in numbers]))
 
     return TrainingRows(
         len(rows), rows.total_rows, batches, batch, is_deterministic(rows, collate.collate)

@@ -17,12 +17,12 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import EvalLoopOutput
 
 from hftl.errors import RecipeError
-from hftl.retain.build import LossTerm, Retention, Step
+from hftl.retain.build import Batch, LossTerm, Retention, Step
 from hftl.runtime.distributed import gather_values
 from hftl.train import checkpoint, hf_compat, objective, optimizer, samplers
 from hftl.train import loss as losses
 from hftl.train.callbacks import RetentionCallback
-from hftl.train.frozen_eval import list_training_modes
+from hftl.train.checkpoint import list_training_modes
 from hftl.train.objective import LossPlan
 
 
@@ -198,12 +198,9 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         return batches, self._rows if count is None else count
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """Return the task's loss, summed over the batch and divided by the items of the whole step.
 
         Without a count, as in evaluation, it is divided by the items of the batch. Outputs may have
@@ -236,7 +233,7 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         return loss, outputs if plan.uses_model_loss else losses.prepend_loss(outputs, loss)
 
     def _compute_logits_loss(
-        self, model: nn.Module, inputs: dict[str, Any], count: Any, plan: LossPlan,
+        self, model: nn.Module, inputs: Batch, count: Any, plan: LossPlan,
         smoothing: float,
     ) -> tuple[Tensor, Any]:  # fmt: skip
         """Return the loss that hftl computes, and the outputs; see `compute_loss`."""
@@ -256,7 +253,7 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         return loss + penalty * processes, outputs
 
     def _compute_model_loss(
-        self, model: nn.Module, inputs: dict[str, Any], count: Any, plan: LossPlan
+        self, model: nn.Module, inputs: Batch, count: Any, plan: LossPlan
     ) -> tuple[Tensor, Any]:
         """Return the loss that the model computes, or compute_loss_func, and the outputs.
 
@@ -274,27 +271,20 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
             share = rows / self._rows.to(loss.device).clamp(min=1) * self.accelerator.num_processes
         return torch.where(rows > 0, loss * share, torch.zeros_like(loss)), outputs
 
-    def _target_rows(self, inputs: dict[str, Any]) -> Tensor:
+    def _target_rows(self, inputs: Batch) -> Tensor:
         """Return which rows of a batch count in training: (batch,) bool; none of a filler."""
         rows = losses.find_target_rows(inputs)
         is_filler = self._has_filler and self.accelerator.sync_gradients
         return torch.zeros_like(rows) if is_filler else rows
 
-    def _get_loss_plan(self, inputs: dict[str, Any]) -> LossPlan:
-        """Return how to compute the loss; the first batch of a training or evaluation decides.
-
-        Collective on that first batch.
-        """
+    def _get_loss_plan(self, inputs: Batch) -> LossPlan:
+        """Return how to compute the loss; the first batch decides, on which it is collective."""
         if self._loss_plan is None:
             self._loss_plan = self._build_loss_plan(inputs)
-        if not self._loss_plan.uses_model_loss and not isinstance(inputs.get("labels"), Tensor):
-            raise RecipeError(
-                f"the rows hold {', '.join(map(str, inputs))}, and no labels",
-                "Name their labels `labels`",
-            )
+        objective.check_has_labels(inputs, self._loss_plan)
         return self._loss_plan
 
-    def _build_loss_plan(self, inputs: dict[str, Any]) -> LossPlan:
+    def _build_loss_plan(self, inputs: Batch) -> LossPlan:
         model = self.accelerator.unwrap_model(self.model)
         batch = losses.drop_metadata(hf_compat.move_inputs(self, inputs))
         if self.compute_loss_func is not None:
@@ -310,7 +300,7 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
             objective.check_mixes_rows(model, plan)
         return plan
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Batch, *args: Any) -> Tensor:
         """Run a micro-batch; raise before the optimizer's step if the loss is not finite."""
         loss = super().training_step(model, inputs, *args)
         self._step_loss = self._step_loss + loss
@@ -322,7 +312,7 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         return loss
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+        self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any, Any]:
         """Predict a batch; rows that only fill up the last batch count for nothing.
 
@@ -343,10 +333,10 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         """Evaluate; the loss is the mean over all labelled elements, not over batches."""
         self._evaluated = []
         output = super().evaluation_loop(*args, **kwargs)
-        name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
         if self._evaluated and output.metrics is not None:
             sums = torch.stack(self._evaluated).cpu().double().sum(0).tolist()
             loss, items = (sum(column) for column in zip(*gather_values(sums), strict=True))
+            name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
             output.metrics[name] = loss / max(1.0, items)
         return output
 
@@ -393,10 +383,7 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         rows = self.train_dataset if dataset is None else dataset
         if self.args.train_sampling_strategy != "random" or not hasattr(rows, "__len__"):
             return super().build_train_sampler(dataset)
-        if not len(rows):  # pyright: ignore[reportArgumentType]
-            raise RecipeError("train_dataset holds no rows", "Give it some, or skip train()")
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return samplers.SeededSampler(len(rows), seed)  # pyright: ignore[reportArgumentType]
+        return samplers.build_seeded_sampler(rows, self.args)
 
     @property
     def _numbers_rows(self) -> bool:

@@ -1,0 +1,168 @@
+"""Describe trainings: the parts of the record that say what was checked, tried and trained.
+
+The stage that trains builds the part, its file stores it, and the record embeds it as it is.
+"""
+
+from typing import Self
+
+from pydantic import Field
+
+from hftl.data.facts import OpenPart, RecordPart
+
+Number = int | float
+"""A number of another phase's file, which keeps its JSON form: 3 stays 3."""
+
+
+class SplitMetrics(RecordPart):
+    """Hold every metric of one arm and seed, by name."""
+
+    validation: dict[str, float]
+    test: dict[str, float]
+
+
+class LearningRate(RecordPart):
+    """Describe the learning rate of one part of an arm's model."""
+
+    part: str
+    parameters: int
+    decayed: int
+    """Parameters that weight decay applies to."""
+    rate: float
+
+
+class CheckFacts(RecordPart):
+    """Describe the inputs that the preflight saw, and its warnings."""
+
+    warnings: list[str]
+    median_tokens: Number | None = None
+    truncated: float | None = None
+    """Share of texts that are cut."""
+    unknown_tokens: float | None = None
+    median_side: float | None = None
+    """Of images, in pixels."""
+    image_size: Number | None = None
+    enlarged: float | None = None
+    elongated: float | None = None
+    learning_rates: dict[str, list[LearningRate]] | None = None
+    """By the name of an arm whose parts have their own."""
+
+
+class TriedKLWeight(RecordPart):
+    """Hold the outcome of one weight: the score on validation, its error, what was forgotten."""
+
+    weight: float
+    score: float
+    error: float
+    forgotten: float
+
+
+class ChosenKLWeight(OpenPart):
+    """Hold the weight of KL that was chosen, once for all seeds."""
+
+    weight: float
+    tried: list[TriedKLWeight] = Field(default_factory=list[TriedKLWeight])
+
+
+class FisherFacts(OpenPart):
+    """Describe the Fisher information that EWC weighs by."""
+
+    kind: str
+    rows: int
+    draws: int | None = None
+    """Labels, or directions of features, that were drawn for each row; null where none was."""
+    scale: float | None = None
+    """The mean over all parameters that the information was divided by."""
+    mean: float | None = None
+    """The mean that is left."""
+
+
+class TriedAlpha(RecordPart):
+    """Hold the score on validation of one share of the way, and its standard error."""
+
+    alpha: float
+    score: float
+    error: float
+
+
+class InterpolationFacts(OpenPart):
+    """Hold the share of the way from the original to the trained weights."""
+
+    alpha: float
+    tried: list[TriedAlpha] = Field(default_factory=list[TriedAlpha])
+
+
+class HeadFacts(RecordPart):
+    """Compare the loss of the head that KL reads with that of the label frequencies alone."""
+
+    loss: float
+    shares: float
+    weak: bool
+
+
+class TargetScaleFacts(RecordPart):
+    """Hold mean and standard deviation of the targets that an arm trained on."""
+
+    mean: float
+    sd: float
+
+
+class TrainingFacts(OpenPart):
+    """Describe the training of one arm and seed; each strategy sets the keys that apply to it."""
+
+    penalty: float | None = None
+    """Of a solved arm: the strength of its regularization."""
+    learning_rate: float | None = None
+    precision: str | None = None
+    epochs: Number | None = None
+    best_epoch: Number | None = None
+    kl_weight: ChosenKLWeight | None = None
+    fisher: FisherFacts | None = None
+    interpolation: InterpolationFacts | None = None
+    target_scale: TargetScaleFacts | None = None
+    general_rows: int | None = None
+    """Rows of general data that were mixed into the steps."""
+    head_opinion: HeadFacts | None = None
+    forgotten: float | None = None
+    """Where a weight of KL is tried: the share of nearest neighbours that was lost."""
+    history: list[dict[str, Number]] | None = None
+    """Losses and validation metrics by epoch."""
+
+    def merge(self, other: Self) -> Self:
+        """Return the facts with those that another holds."""
+        return self.model_copy(update={k: getattr(other, k) for k in other.model_fields_set})
+
+
+class ArmEntry(RecordPart):
+    """Describe one arm and seed."""
+
+    arm: str
+    seed: int
+    strategy: str
+    metrics: SplitMetrics
+    trainable_parameters: int
+    training: TrainingFacts
+
+
+class ArmFile(ArmEntry):
+    """Hold the metrics.json of an arm's folder."""
+
+    timings: dict[str, float]
+
+
+class TriedRate(RecordPart):
+    """Hold the metrics on validation of one learning rate; null where it diverged."""
+
+    learning_rate: float
+    metrics: dict[str, float] | None
+    diverged: str | None = None
+
+
+class ScratchSearch(OpenPart):
+    """Describe the search of the learning rate from scratch."""
+
+    learning_rate: float
+    beyond: list[float] = Field(default_factory=list[float])
+    """Rates that were tried past those of the recipe."""
+    at_edge: bool = False
+    """Whether the best is still the lowest or highest tried."""
+    tried: list[TriedRate] = Field(default_factory=list[TriedRate])
