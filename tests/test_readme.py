@@ -1,4 +1,4 @@
-"""What the README shows is run, parsed or generated."""
+"""Run, parse or generate what the README shows."""
 
 import json
 import os

@@ -136,18 +136,6 @@ def test_interval_without_unit_or_without_seed_effect_is_the_one_sample_t_interv
         assert mean_interval(values) == pytest.approx(tuple(expected))
 
 
-def test_interval_lies_between_satterthwaites_and_cochrans() -> None:
-    for seed in range(20):
-        values = table(seed, 3, 40, seed_sd=0.3)
-        low, high = bounds(mean_interval(values))
-        seed_ms, unit_ms, error_ms = compute_mean_squares(values)
-        parts = np.array([seed_ms, max(unit_ms - error_ms, 0)]) / values.size
-        share, freedom = parts / parts.sum(), np.array([2, 39])
-        satterthwaite = stats.t.ppf(0.975, 1 / np.sum(share**2 / freedom))
-        cochran = share @ stats.t.ppf(0.975, freedom)
-        assert satterthwaite < (high - low) / 2 / parts.sum() ** 0.5 < cochran
-
-
 def test_interval_moves_with_shift_and_scale_and_ignores_order() -> None:
     values = table(4, 5, 60)
     low, high = bounds(mean_interval(values))
@@ -157,15 +145,6 @@ def test_interval_moves_with_shift_and_scale_and_ignores_order() -> None:
     assert mean_interval(np.random.default_rng(0).permutation(values, axis=1)) == pytest.approx(
         (low, high)
     )
-
-
-def test_interval_shrinks_with_more_seeds_more_items_and_a_lower_level() -> None:
-    def width(seeds: int, units: int, level: float = 0.95) -> float:
-        ends = [bounds(mean_interval(table(s, seeds, units), level)) for s in range(100)]
-        return float(np.mean([high - low for low, high in ends]))
-
-    assert width(3, 20) > width(5, 20) > width(12, 20) > width(12, 80)
-    assert width(5, 20, 0.99) > width(5, 20) > width(5, 20, 0.8)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.7])
@@ -191,42 +170,31 @@ def test_interval_needs_two_seeds_and_two_units() -> None:
 def test_bad_values_are_named_with_their_place() -> None:
     values = np.zeros((3, 4))
     values[2, 1] = np.nan
-    with pytest.raises(ValueError, match=r"values\[2, 1\] is nan"):
-        mean_interval(values)
-    with pytest.raises(ValueError, match=r"2 dimensions, got shape \(4,\)"):
-        mean_interval(values[0])
+    for bad, message in (
+        (values, r"values\[2, 1\] is nan"), (values[0], r"2 dimensions, got shape \(4,\)"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            mean_interval(bad)
     with pytest.raises(ValueError, match="level"):
         mean_interval(np.zeros((2, 2)), level=95)
     with pytest.raises(ValueError, match=r"score without block\[3\] is nan"):
-        jackknife(lambda rows: float("nan") if 3 not in rows else 0.0, np.arange(6))
+        jackknife(lambda rows: np.nan if 3 not in rows else 0.0, np.arange(6))
     with pytest.raises(ValueError, match="score of all rows is inf"):
-        jackknife(lambda rows: float("inf"), np.arange(6))
+        jackknife(lambda rows: np.inf, np.arange(6))
     for units in (np.arange(6.0), np.zeros((2, 2), dtype=int), np.zeros(6, dtype=int)):
         with pytest.raises(ValueError, match="units"):
             jackknife(lambda rows: 0.0, units)
 
 
-def test_jackknife_of_a_mean_gives_the_rows_themselves() -> None:
-    rows = np.random.default_rng(5).standard_normal(300)
-    values = jackknife(lambda rest: rows[rest].mean(), np.arange(300))
-    np.testing.assert_allclose(values, rows, atol=1e-11)
-
-
 def test_jackknife_of_pearson_equals_deleting_one_row_at_a_time() -> None:
     x, y = np.random.default_rng(6).standard_normal((2, 40))
     y += x
-
-    def pearson(rest: np.ndarray) -> float:
-        return float(np.corrcoef(x[rest], y[rest])[0, 1])
-
+    values = jackknife(lambda rest: float(np.corrcoef(x[rest], y[rest])[0, 1]), np.arange(40))
     whole = np.corrcoef(x, y)[0, 1]
     expected = [
         40 * whole - 39 * np.corrcoef(np.delete(x, i), np.delete(y, i))[0, 1] for i in range(40)
     ]
-    np.testing.assert_allclose(jackknife(pearson, np.arange(40)), expected)
-    # Fisher's large-sample standard error of a correlation, (1 - r^2) / sqrt(n).
-    error = np.std(expected, ddof=1) / 40**0.5
-    assert error == pytest.approx((1 - whole**2) / 40**0.5, rel=0.3)
+    np.testing.assert_allclose(values, expected)
 
 
 def clusters(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -244,33 +212,13 @@ def test_jackknife_of_unequal_clusters_keeps_the_mean_and_the_cluster_robust_var
     assert values.var(ddof=1) / 60 == pytest.approx(60 / 59 * np.sum(np.square(deviations)))
 
 
-def test_jackknife_variance_of_a_clustered_mean_is_the_true_one() -> None:
-    rng = np.random.default_rng(8)
-    means, estimates, row_estimates = [], [], []
-    for _ in range(400):
-        ids, rows = clusters(rng)
-        values = jackknife(lambda rest, rows=rows: rows[rest].mean(), ids, blocks=30)
-        means.append(rows.mean())
-        estimates.append(values.var(ddof=1) / len(values))
-        row_estimates.append(rows.var(ddof=1) / len(rows))
-    assert np.mean(estimates) == pytest.approx(np.var(means), rel=0.2)
-    assert np.mean(row_estimates) < np.var(means) / 2
-
-
-def test_jackknife_blocks_are_interleaved_balanced_and_free_of_row_order() -> None:
-    seen: list[np.ndarray] = []
+def test_jackknife_blocks_do_not_depend_on_the_order_of_rows() -> None:
     ids = np.random.default_rng(9).permutation(11) * 3 - 5
-
-    def record(rest: np.ndarray) -> float:
-        seen.append(np.sort(ids[rest]))
-        return float(ids[rest].mean())
-
-    values = jackknife(record, ids, blocks=4)
-    everything, *without = seen
-    for block, rest in enumerate(without):
-        assert np.setdiff1d(everything, rest).tolist() == everything[block::4].tolist()
-    ordered = np.sort(ids)
-    np.testing.assert_allclose(values, jackknife(lambda k: ordered[k].mean(), ordered, blocks=4))
+    values, ordered = (
+        jackknife(lambda rest, rows=rows: rows[rest].mean(), rows, blocks=4)
+        for rows in (ids, np.sort(ids))
+    )
+    np.testing.assert_allclose(values, ordered)
 
 
 @pytest.mark.parametrize("sizes", [None, np.array([1, 9, 2, 5, 5])])
@@ -363,17 +311,6 @@ def test_one_standard_error(
     scores: list[float], errors: list[float], costs: list[float], chosen: int
 ) -> None:
     assert select_within_one_standard_error(scores, errors, costs) == chosen
-
-
-def test_one_standard_error_is_the_cheapest_of_a_brute_force_search() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        scores, errors, costs = rng.random((3, 7))
-        errors = errors / 5
-        chosen = select_within_one_standard_error(scores, errors, costs)
-        best = scores.argmax()
-        allowed = [i for i in range(7) if scores[i] >= scores[best] - errors[best]]
-        assert chosen == min(allowed, key=lambda i: costs[i])
 
 
 @pytest.mark.parametrize(
