@@ -1,4 +1,4 @@
-"""Names and texts of many spellings: one class, one item, or a clear word about it."""
+"""Normalize names and texts of many spellings: one class, one item, or a clear warning."""
 
 import json
 import random
@@ -79,13 +79,6 @@ def test_numbers_with_fractions_are_no_classes() -> None:
     assert find_fraction(["nan", "none"]) is None
 
 
-@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-def test_fractions_are_refused_whatever_the_table(tmp_path: Path, suffix: str) -> None:
-    path = write_table(tmp_path / f"prices.{suffix}", [(f"t {i}", str(i / 8)) for i in range(88)])
-    with pytest.raises(DataError, match=r"line \d+: prices.* numbers with fractions.*0\.125"):
-        prepare_data(Data.model_validate({"train": {"path": str(path)}}))
-
-
 def test_doubtful_names_are_named() -> None:
     counts = {"Good": 9, "good": 2, "bad": 5, "NaN": 3, "lone": 1}
     case, missing, lone = find_doubtful_names(counts)
@@ -108,13 +101,18 @@ def test_names_that_a_reader_takes_for_one_are_named(names: list[str], words: st
     assert words in warning
 
 
-@pytest.mark.parametrize("task", ["classification", "multi-label"])
-def test_a_missing_value_among_numbers_hides_no_fractions(tmp_path: Path, task: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("a.csv", "classification"), ("a.jsonl", "classification"), ("a.jsonl", "multi-label")],
+)
+def test_fractions_are_refused_whatever_the_table_and_beside_missing_values(
+    tmp_path: Path, name: str, task: str
+) -> None:
     labels: list[Any] = ["nan", *(str(i / 8) for i in range(39))] * 2
     if task == "multi-label":
         labels = [[label] for label in labels]
-    path = write_table(tmp_path / "a.jsonl", [(f"text {i}", y) for i, y in enumerate(labels)])
-    with pytest.raises(DataError, match=r"line 3: a.jsonl has numbers with fractions.*0\.125"):
+    path = write_table(tmp_path / name, [(f"text {i}", y) for i, y in enumerate(labels)])
+    with pytest.raises(DataError, match=r"line \d: a\..* has numbers with fractions.*0\.125"):
         prepare_data(Data.model_validate({"task": task, "train": {"path": str(path)}}))
 
 
@@ -123,9 +121,8 @@ def test_copies_that_differ_in_spelling_do_not_straddle(tmp_path: Path) -> None:
     coin = random.Random(0)
     rows = [(text, coin.choice(["heads", "tails"])) for text, _ in sentences(80)]
     both = [*rows, *((text.upper() + " ", label) for text, label in rows)]
-    prepared = prepare_data(
-        Data.model_validate({"train": {"path": str(write_csv(tmp_path / "a.csv", HEADER, both))}})
-    )
+    path = write_csv(tmp_path / "a.csv", HEADER, both)
+    prepared = prepare_data(Data.model_validate({"train": {"path": str(path)}}))
     texts = [normalize_text(row.content[0]) for part in prepared.rows.values() for row in part]
     assert len(texts) == len(set(texts)) == 80
     assert prepared.facts.duplicates == 80
