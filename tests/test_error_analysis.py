@@ -46,23 +46,6 @@ def stored(
     return analyze_errors(prepared, folder)
 
 
-def test_errors_of_classes(tmp_path: Path) -> None:
-    scores = [[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.95, 0.05]]
-    errors = stored(
-        tmp_path, "classification", ["n", "p"], ["n", "p", "n", "p"], ["n", "n", "p", "n"], scores
-    )
-    assert errors.wrong == 3 and errors.answers == 4 and errors.confusion is not None
-    expected = confusion_matrix(["n", "p", "n", "p"], ["n", "n", "p", "n"])
-    np.testing.assert_array_equal(errors.confusion, expected)
-    assert [
-        (m.content, m.label, m.prediction, m.confidence, m.location) for m in errors.mistakes
-    ] == [
-        (("d",), "p", "n", 0.95, "t.csv line 5"),
-        (("c",), "n", "p", 0.8, "t.csv line 4"),
-        (("b",), "p", "n", 0.7, "t.csv line 3"),
-    ]
-
-
 def test_errors_of_words_name_the_word_and_leave_out_what_was_cut(tmp_path: Path) -> None:
     errors = stored(
         tmp_path, "token-classification", ["O", "X"],
@@ -73,14 +56,6 @@ def test_errors_of_words_name_the_word_and_leave_out_what_was_cut(tmp_path: Path
     assert [
         (m.content[m.word or 0], m.label, m.prediction, m.confidence) for m in errors.mistakes
     ] == [("one", "X", "O", 0.7), ("the", "O", "X", 0.6)]
-
-
-def test_large_targets_keep_their_digits(tmp_path: Path) -> None:
-    errors = stored(
-        tmp_path, "regression", [], [1234567.0, 2.5], [1234501.0, 2.5], [[1234501.0], [2.5]],
-        [("a",), ("b",)],
-    )  # fmt: skip
-    assert (errors.mistakes[0].label, errors.mistakes[0].prediction) == ("1234567", "1234501")
 
 
 def test_errors_of_names_are_names_said_or_missed(tmp_path: Path) -> None:
@@ -94,15 +69,35 @@ def test_errors_of_names_are_names_said_or_missed(tmp_path: Path) -> None:
     assert errors.confusion is None and [row.rows for row in errors.classes] == [2, 1]
 
 
-def test_errors_of_targets_are_the_furthest_off(tmp_path: Path) -> None:
+def test_errors_of_targets_are_the_furthest_off_with_all_digits(tmp_path: Path) -> None:
     errors = stored(
-        tmp_path, "regression", [], [1.0, 2.0, 3.0], [1.5, 0.0, 3.25], [[1.5], [0.0], [3.25]],
-        [("a",), ("b",), ("c",)],
+        tmp_path, "regression", [], [1234567.0, 2.0, 3.0], [1234501.0, 0.0, 3.25],
+        [[1234501.0], [0.0], [3.25]], [("a",), ("b",), ("c",)],
     )  # fmt: skip
     assert [(m.label, m.prediction, m.confidence) for m in errors.mistakes] == [
-        ("2", "0", 2.0), ("1", "1.5", 0.5), ("3", "3.25", 0.25)
+        ("1234567", "1234501", 66.0), ("2", "0", 2.0), ("3", "3.25", 0.25)
     ]  # fmt: skip
     assert errors.classes == []
+
+
+def stored_classes(folder: Path, contents: list[tuple[str, ...]] | None = None) -> ErrorAnalysis:
+    labels, predictions = ["negative", "positive"] * 2, ["negative"] * 2 + ["positive", "negative"]
+    scores = [[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.95, 0.05]]
+    names = ["negative", "positive"]
+    return stored(folder, "classification", names, labels, predictions, scores, contents)  # pyright: ignore
+
+
+def test_errors_of_classes_come_with_the_surest_first(tmp_path: Path) -> None:
+    errors = stored_classes(tmp_path)
+    assert errors.wrong == 3 and errors.answers == 4 and errors.confusion is not None
+    np.testing.assert_array_equal(errors.confusion, confusion_matrix(list("npnp"), list("nnpn")))
+    assert [
+        (m.content, m.label, m.prediction, m.confidence, m.location) for m in errors.mistakes
+    ] == [
+        (("d",), "positive", "negative", 0.95, "t.csv line 5"),
+        (("c",), "negative", "positive", 0.8, "t.csv line 4"),
+        (("b",), "positive", "negative", 0.7, "t.csv line 3"),
+    ]
 
 
 def test_the_surest_come_in_the_order_of_equals_and_at_most_20() -> None:
@@ -141,13 +136,7 @@ def test_pictures_of_examples_are_written_beside_the_card(tmp_path: Path) -> Non
 def test_report_shows_errors_and_the_card_does_not(tmp_path: Path) -> None:
     record = make_record()
     plot_ladder(Record.parse(record), tmp_path / "assets" / "ladder.png")
-    scores = [[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.95, 0.05]]
-    secret = [(f"a secret text {i}",) for i in range(4)]
-    errors = stored(
-        tmp_path, "classification", ["negative", "positive"],
-        ["negative", "positive", "negative", "positive"],
-        ["negative", "negative", "positive", "negative"], scores, secret,
-    )  # fmt: skip
+    errors = stored_classes(tmp_path, [(f"a secret text {i}",) for i in range(4)])
     card = render(record)
     report = render_page(record, tmp_path, errors)
     assert "a secret text" not in card and report.count("a secret text") == 3

@@ -256,36 +256,35 @@ def test_the_card_the_report_and_the_terminal_show_it(finished: tuple[Path, Any]
     assert lines[1].split() == ["arm", "original", "after", "forgotten"] and len(lines) == 5
 
 
-def test_again_nothing_is_computed(
-    finished: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def again(finished: tuple[Path, Any], tmp_path: Path) -> tuple[Path, Any]:
+    """Copy the finished run and its recipe."""
     run, tree = finished
     shutil.copytree(run, tmp_path / "run")
+    return tmp_path / "run", copy.deepcopy(tree)
 
-    def never(*args: Any) -> Any:
-        raise AssertionError("computed again")
 
-    monkeypatch.setattr(forgetting, "embed_source", never)
-    monkeypatch.setattr("hftl.finetune.arm.embed_compared_rows", never)
-    monkeypatch.setattr("hftl.pipeline.pipeline.load_general", never)
+def test_the_same_command_again_computes_nothing(
+    again: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, tree = again
+    for name in ("hftl.pipeline.forgetting.embed_source", "hftl.finetune.arm.embed_compared_rows",
+                 "hftl.pipeline.pipeline.load_general"):  # fmt: skip
+        monkeypatch.setattr(name, lambda *_: pytest.fail("computed again"))
     before = Record.read(run).hash
-    shutil.rmtree(tmp_path / "run" / "phases" / "report")
-    again = hftl.run(Recipe.parse(copy.deepcopy(tree)), tmp_path / "run")
-    assert again is not None and again.hash == before
+    shutil.rmtree(run / "phases" / "report")
+    record = hftl.run(Recipe.parse(tree), run)
+    assert record is not None and record.hash == before
 
 
-def test_another_seed_is_compared_with_the_same_original(
-    finished: tuple[Path, Any], tmp_path: Path
-) -> None:
-    run, tree = finished
-    shutil.copytree(run, tmp_path / "run")
-    tree = copy.deepcopy(tree)
+def test_another_seed_is_compared_with_the_same_original(again: tuple[Path, Any]) -> None:
+    run, tree = again
+    before = Record.read(run)["forgetting"]["arms"][0]["forgotten"]["per_seed"]
     tree["measure"] = {"seeds": [0, 1, 2], "arms": []}
-    record = hftl.run(Recipe.parse(tree), tmp_path / "run", until="measure")
+    record = hftl.run(Recipe.parse(tree), run, until="measure")
     assert record is not None
-    own, before = (r["forgetting"]["arms"][0] for r in (record, Record.read(run)))
-    assert own["forgotten"]["per_seed"][:2] == before["forgotten"]["per_seed"]
-    assert len(own["forgotten"]["per_seed"]) == 3
+    per_seed = record["forgetting"]["arms"][0]["forgotten"]["per_seed"]
+    assert per_seed[:2] == before and len(per_seed) == 3
 
 
 @pytest.mark.parametrize(
@@ -306,15 +305,13 @@ def test_changed_general_data_are_refused(
         hftl.run(Recipe.parse(tree), run)
 
 
-def test_other_rows_of_general_data_are_refused(finished: tuple[Path, Any], tmp_path: Path) -> None:
-    run, tree = finished
-    shutil.copytree(run, tmp_path / "run")
-    tree = copy.deepcopy(tree)
+def test_other_rows_of_general_data_are_refused(again: tuple[Path, Any], tmp_path: Path) -> None:
+    run, tree = again
     rows = [(text, f"e{i // 6}", tone) for i, (text, tone) in enumerate(sentences(240, 8))]
     path = write_csv(tmp_path / "other.csv", ["text", "document", "tone"], rows)
     tree["data"]["general"]["path"] = str(path)
     with pytest.raises(RunFolderError, match="made with other general data"):
-        hftl.run(Recipe.parse(tree), tmp_path / "run")
+        hftl.run(Recipe.parse(tree), run)
 
 
 def test_without_general_data_the_card_says_so(

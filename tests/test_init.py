@@ -71,26 +71,6 @@ def test_the_recipe_loads_and_the_notes_name_the_guesses(
     assert path.read_text("utf-8").count("# guessed") == 3
 
 
-def test_default_path_stands_beside_you(
-    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    path, _ = write_recipe(table, "bert-base-uncased", None)
-    assert path == Path("reviews.yaml")
-    assert Recipe.load(path).finetune.pooling == "native"
-
-
-def test_folder_of_texts_is_read_whole(tmp_path: Path) -> None:
-    for text, label in sentences(20):
-        (tmp_path / "news" / label).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "news" / label / f"{text[:12]}.txt").write_text(text)
-    path, notes = write_recipe(tmp_path / "news", "org/model", tmp_path / "r.yaml")
-    recipe = Recipe.load(path)
-    assert recipe.data.train.path == str(tmp_path / "news")
-    assert (recipe.data.train.text, recipe.data.train.label) == ("text", "label")
-    assert "label: label (2 classes), so the task is classification" in notes
-
-
 @pytest.mark.parametrize(
     ("names", "other"),
     [
@@ -127,10 +107,15 @@ def test_a_source_that_is_not_there(source: str, message: str, table: Path, tmp_
     assert not (tmp_path / "r.yaml").exists()
 
 
-def test_a_recipe_is_never_overwritten(table: Path, tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
+def test_a_recipe_lies_beside_you_and_is_never_overwritten(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, _ = write_recipe(table, "bert-base-uncased", None)
+    assert path == Path("reviews.yaml")
+    assert Recipe.load(path).finetune.pooling == "native"
     path.write_text("mine")
-    with pytest.raises(RecipeError, match=r"mine\.yaml exists already.*--output"):
+    with pytest.raises(RecipeError, match=r"reviews\.yaml exists already.*--output"):
         write_recipe(table, "org/model", path)
     assert path.read_text() == "mine"
 
@@ -138,15 +123,15 @@ def test_a_recipe_is_never_overwritten(table: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "why"),
     [
-        (columns(text=TEXTS, note=TEXTS[::-1]), "t.csv: no column looks like a label; it has text"),
-        (columns(text=TEXTS, label=[""] * 40), "t.csv: no column looks like a label"),
-        (columns(label=LABELS, weight=SCORES), "t.csv: no column looks like text; it has label"),
-        (columns(label=LABELS), "t.csv: no column looks like text"),
+        (columns(text=TEXTS, note=TEXTS[::-1]), "no column looks like a label; it has text"),
+        (columns(text=TEXTS, label=[""] * 40), "no column looks like a label"),
+        (columns(label=LABELS, weight=SCORES), "no column looks like text; it has label"),
+        (columns(label=LABELS), "no column looks like text"),
     ],
     ids=["no label", "empty label", "no text", "label only"],
 )
 def test_columns_that_cannot_be_guessed_are_refused(rows: list[dict[str, Any]], why: str) -> None:
-    with pytest.raises(DataError, match=why):
+    with pytest.raises(DataError, match=f"t.csv: {why}"):
         guess_columns("t.csv", rows)
 
 
@@ -163,14 +148,18 @@ def test_data_that_cannot_be_read(name: str, content: str | None, why: str, tmp_
     assert not (tmp_path / "r.yaml").exists()
 
 
-def test_a_folder_of_pictures(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "pictures", 3)
-    path, notes = write_recipe(folder, "org/vit", tmp_path / "p.yaml")
-    recipe = Recipe.load(path)
-    assert recipe.data.train.image == "image" and recipe.data.train.label == "label"
-    assert recipe.finetune.pooling == "native"
-    assert "image_size" in path.read_text() and "max_length" not in path.read_text()
-    assert notes[0].startswith("image: image") and "2 classes" in notes[1]
+def test_a_folder_of_texts_or_pictures_has_its_classes_as_folders(tmp_path: Path) -> None:
+    for text, label in sentences(20):
+        (tmp_path / "news" / label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "news" / label / f"{text[:12]}.txt").write_text(text)
+    images = pictures(tmp_path / "images", 3)
+    for folder, column, absent in ((tmp_path / "news", "text", "image_size"),
+                                   (images, "image", "max_length")):  # fmt: skip
+        path, notes = write_recipe(folder, "org/model", tmp_path / f"{column}.yaml")
+        train = Recipe.load(path).data.train
+        assert (train.path, getattr(train, column), train.label) == (str(folder), column, "label")
+        assert absent not in path.read_text() and notes[0].startswith(f"{column}: {column}")
+        assert "label: label (2 classes), so the task is classification" in notes
 
 
 @pytest.mark.parametrize(

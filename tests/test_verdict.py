@@ -68,6 +68,7 @@ def test_publishes_only_when_all_three_hold(gain: str, over_head: str, reload: f
         assert (SAYS[gain] in reasons) == against[0]
         assert ("linear head is better" in reasons) == against[1]
         assert ("the reload is not the same" in reasons) == against[2]
+        assert f"difference {reload:.1e}" in reasons or not against[2]
     else:
         assert SAYS["positive"] in reasons and "reload proved" in reasons
         behind = over_head in ("behind", "one seed behind")
@@ -100,13 +101,6 @@ def test_a_gain_over_one_baseline_alone_is_within_noise() -> None:
         "over classical is beyond noise, but +0.200 [-0.100, +0.500] over scratch is not"
         in verdict.reasons[0]
     )
-
-
-@pytest.mark.parametrize("decision_gain", ["positive", "negative"])
-def test_reasons_give_the_figures(decision_gain: str) -> None:
-    verdict = decide_verdict(full(decision_gain), head(HEADS["ahead"]), 0.25)
-    assert any("-0.050 [-0.090, -0.010] accuracy against head" in r for r in verdict.reasons)
-    assert any("difference 2.5e-01" in r for r in verdict.reasons)
 
 
 @pytest.mark.parametrize(
