@@ -1,7 +1,6 @@
-"""The `adapt` section of a recipe: its defaults, its arms, and every refusal in one clear line."""
+"""Read the `adapt` section of a recipe: its defaults, its arms, and its refusals in one line."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,24 +15,25 @@ from hftl.pipeline.cache_keys import build_adapt_key, flatten_stages
 from hftl.pipeline.objectives import build_guard_rule
 
 BARE: dict[str, Any] = {"source": {"model": "org/model"}, "data": {"train": {"path": "a.csv"}}}
+MLM = "adapt={objective: mlm}"
 
 
-def recipe(*overrides: str, **sections: Any) -> Recipe:
+def parse(*overrides: str, **sections: Any) -> Recipe:
     return Recipe.parse(apply_overrides(copy.deepcopy(BARE | sections), list(overrides)), "a.yaml")
 
 
-def refused(message: str, *overrides: str, **sections: Any) -> None:
-    with pytest.raises(RecipeError, match=message) as found:
-        recipe(*overrides, **sections)
-    assert str(found.value).startswith("a.yaml") and "\n" not in str(found.value)
+def assert_refused(message: str, *overrides: str, **sections: Any) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        parse(*overrides, **sections)
+    assert str(caught.value).startswith("a.yaml") and "\n" not in str(caught.value)
 
 
-def by_name(made: Recipe) -> dict[str, Arm]:
-    return {arm.name: arm for arm in made.arms}
+def arms_of(recipe: Recipe) -> dict[str, Arm]:
+    return {arm.name: arm for arm in recipe.arms}
 
 
-def test_every_default_is_spelt_out() -> None:
-    assert recipe("adapt={objective: mlm}").to_dict()["adapt"] == {
+def test_every_default_is_written_out() -> None:
+    assert parse(MLM).to_dict()["adapt"] == {
         "objective": "mlm", "corpus": None, "method": "full", "mask_ratio": 0.15,
         "whole_words": True, "pack": True, "norm_pix_loss": True,
         "decoder": {"width": 192, "depth": 2}, "distill": 0.0,
@@ -42,11 +42,13 @@ def test_every_default_is_spelt_out() -> None:
         "training": {"num_train_epochs": 10, "warmup_steps": 0.06, "weight_decay": 0.01,
                      "learning_rate": 1e-4},
     }  # fmt: skip
+    nulls = "adapt={objective: mae, mask_ratio: null, guard: null, decoder: null, lora: null}"
+    assert parse(nulls).adapt == parse("adapt={objective: mae}").adapt
 
 
 @pytest.mark.parametrize(("objective", "method"), DEFAULT_ADAPT_RATES)
-def test_the_rate_follows_objective_and_method(objective: str, method: str) -> None:
-    (stage,) = recipe(f"adapt={{objective: {objective}, method: {method}}}").stages
+def test_rate_follows_objective_and_method(objective: str, method: str) -> None:
+    (stage,) = parse(f"adapt={{objective: {objective}, method: {method}}}").stages
     assert stage.training["learning_rate"] == DEFAULT_ADAPT_RATES[objective, method]
     assert stage.mask_ratio == {"mlm": 0.15, "mae": 0.75}[objective]
 
@@ -59,14 +61,14 @@ def test_the_rate_follows_objective_and_method(objective: str, method: str) -> N
         ("mlm", "probe", "regression", True),
     ],
 )  # fmt: skip
-def test_a_tolerance_is_a_share_where_the_unit_says_nothing(
+def test_tolerance_is_a_share_where_the_unit_has_no_scale(
     objective: str, guard: str, task: str, relative: bool
 ) -> None:
     """A tenth of an error of pixels that starts at 0.05 would allow everything."""
-    made = recipe(
+    recipe = parse(
         f"adapt={{objective: {objective}, guard: {guard}}}", "data.general=g", f"data.task={task}"
     )
-    rule = build_guard_rule(made, made.stages[0], None)
+    rule = build_guard_rule(recipe, recipe.stages[0], None)
     assert rule.relative == relative and rule.tolerance == DEFAULT_TOLERANCES[guard]
     start = GuardEvaluation(0, 1.0, 0.05, -0.05)
     if (objective, guard) == ("mae", "general"):
@@ -74,135 +76,93 @@ def test_a_tolerance_is_a_share_where_the_unit_says_nothing(
         assert not rule.allows(GuardEvaluation(1, 0.9, 0.0551, -0.0551), start)
 
 
-def test_what_is_given_stands_beside_the_defaults() -> None:
-    (stage,) = recipe(
-        "adapt={objective: mlm, mask_ratio: 0.3, lora: {r: 4}, training: {max_steps: 7}}"
+def test_values_and_overrides_stand_beside_the_defaults() -> None:
+    (stage,) = parse(
+        "adapt={objective: mlm, mask_ratio: 0.3, lora: {r: 4}, training: {max_steps: 7}}",
+        "adapt.training.weight_decay=0.5",
     ).stages
     assert stage.mask_ratio == 0.3 and stage.lora == {"r": 4, "lora_alpha": 32}
     assert stage.training["max_steps"] == 7 and stage.training["learning_rate"] == 1e-4
+    assert stage.training["weight_decay"] == 0.5
+    unlabeled = parse(MLM, "data.unlabeled=a.txt", "data.train.text=t").to_dict()["data"][
+        "unlabeled"
+    ]
+    assert (unlabeled["path"], unlabeled["text"]) == ("a.txt", "t")
 
 
-def test_null_is_the_default_where_it_has_no_meaning_of_its_own() -> None:
-    nulls = "adapt={objective: mae, mask_ratio: null, guard: null, decoder: null, lora: null}"
-    assert recipe(nulls).adapt == recipe("adapt={objective: mae}").adapt
-
-
-def test_a_recipe_written_out_is_the_same_recipe() -> None:
-    made = recipe(
+def test_recipe_written_out_is_the_same_recipe() -> None:
+    recipe = parse(
         "adapt=[{objective: mlm}, {objective: mlm, method: lora, corpus: task}]",
         "data.unlabeled=a.txt", "data.general=b.txt",
         "measure.arms=[source, {tapt: {adapt: [{objective: mlm, guard: off}]}}]",
     )  # fmt: skip
-    assert Recipe.parse(yaml.safe_load(yaml.safe_dump(made.to_dict()))) == made
-    assert [stage.method for stage in made.stages] == ["full", "lora"]
+    assert Recipe.parse(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
+    assert [stage.method for stage in recipe.stages] == ["full", "lora"]
 
 
-def test_short_tables_are_tables() -> None:
-    made = recipe("adapt={objective: mlm}", "data.unlabeled=a.txt", "data.train.text=t")
-    assert made.to_dict()["data"]["unlabeled"]["path"] == "a.txt"
-    assert made.to_dict()["data"]["unlabeled"]["text"] == "t"
-
-
-def test_overrides_reach_keys_that_the_recipe_does_not_spell_out(tmp_path: Path) -> None:
-    path = tmp_path / "a.yaml"
-    path.write_text(yaml.safe_dump(BARE | {"adapt": {"objective": "mlm"}}), encoding="utf-8")
-    made = Recipe.load(path, ["adapt.training.learning_rate=1e-4", "adapt.lora.r=2"])
-    assert made.stages[0].training["learning_rate"] == 1e-4
-    assert made.stages[0].lora["r"] == 2
-
-
-REFUSED: dict[str, tuple[list[str], str]] = {
-    "no objective": (["adapt={method: lora}"], r"'adapt\.objective' is missing"),
-    "no objective, several": (["adapt=[{}]"], r"'adapt\.0\.objective' is missing"),
-    "unknown objective": (["adapt={objective: clm}"], r"'adapt\.objective': .*'clm'"),
-    "unknown method": (["adapt={objective: mlm, method: ia3}"], r"'adapt\.method': .*'ia3'"),
-    "no stage": (["adapt=[]"], r"'adapt': .*at least 1"),
-    "no section": (["adapt=mlm"], r"'adapt': .*'mlm'"),
-    "unknown key": (
-        ["adapt={objective: mlm, mask_ration: 0.2}"],
-        r"unknown key 'adapt\.mask_ration'; did you mean 'adapt\.mask_ratio'\?",
-    ),
+REFUSED: dict[str, tuple[str, str]] = {
+    "no objective": ("adapt={method: lora}", r"'adapt\.objective' is missing"),
+    "no objective, several": ("adapt=[{}]", r"'adapt\.0\.objective' is missing"),
+    "unknown objective": ("adapt={objective: clm}", r"'adapt\.objective': .*'clm'"),
+    "no stage": ("adapt=[]", r"'adapt': .*at least 1"),
+    "no section": ("adapt=mlm", r"'adapt': .*'mlm'"),
     "unknown key in a list": (
-        ["adapt=[{objective: mlm}, {objective: mlm, gaurd: off}]"],
+        "adapt=[{objective: mlm}, {objective: mlm, gaurd: off}]",
         r"unknown key 'adapt\.1\.gaurd'; did you mean 'adapt\.1\.guard'\?",
     ),
-    "unknown decoder key": (
-        ["adapt={objective: mae, decoder: {widht: 8}}"],
-        r"unknown key 'adapt\.decoder\.widht'; did you mean 'adapt\.decoder\.width'\?",
-    ),
-    "unknown training key": (
-        ["adapt={objective: mlm, training: {lerning_rate: 1}}"],
-        r"unknown key 'adapt\.training\.lerning_rate'; "
-        r"did you mean 'adapt\.training\.learning_rate'\?",
-    ),
-    "unknown lora key": (
-        ["adapt={objective: mlm, lora: {lora_alfa: 1}}"],
-        r"unknown key 'adapt\.lora\.lora_alfa'; did you mean 'adapt\.lora\.lora_alpha'\?",
-    ),
-    "mask nothing": (["adapt={objective: mlm, mask_ratio: 0}"], r"'adapt\.mask_ratio': .*than 0"),
-    "mask all": (["adapt={objective: mae, mask_ratio: 1}"], r"'adapt\.mask_ratio': .*than 1"),
-    "hold out nothing": (["adapt={objective: mlm, held_out: 0}"], r"'adapt\.held_out': .*than 0"),
-    "hold out all": (["adapt={objective: mlm, held_out: 1}"], r"'adapt\.held_out': .*than 1"),
-    "no patience": (["adapt={objective: mlm, patience: 0}"], r"'adapt\.patience'"),
-    "negative tolerance": (["adapt={objective: mlm, tolerance: -1}"], r"'adapt\.tolerance'"),
-    "not finite": (["adapt={objective: mlm, tolerance: .nan}"], r"'adapt\.tolerance'"),
-    "no block": (["adapt={objective: mlm, blocks: 0}"], r"'adapt\.blocks'"),
-    "unlabeled corpus": (
-        ["adapt={objective: mlm, corpus: unlabeled}"],
-        r"adapt\.corpus=unlabeled, but data\.unlabeled is null",
-    ),
-    "general guard": (
-        ["adapt={objective: mlm, guard: general}"],
-        r"adapt\.guard=general, but data\.general is null",
-    ),
-    "probe without a task": (
-        ["adapt={objective: mlm, guard: probe}", "data.task=null"],
-        r"adapt\.guard=probe needs labels, and data\.task is null",
-    ),
-    "no task, nothing to do": (["data.task=null"], r"data\.task=null adapts only"),
     "unlabeled, no adapt": (
-        ["data.unlabeled=a.txt"], r"data\.unlabeled is read by adapt, which is null",
+        "data.unlabeled=a.txt", r"data\.unlabeled is read by adapt, which is null",
     ),
-    "the output": (
-        ["adapt={objective: mlm, training: {output_dir: x}}"],
-        r"adapt\.training\.output_dir belongs to hftl",
-    ),
-    "the seed": (
-        ["adapt={objective: mlm, training: {seed: 1}}"], r"adapt\.training\.seed belongs to hftl",
-    ),
-    "the hub": (
-        ["adapt={objective: mlm, training: {hub_model_id: x}}"],
-        r"adapt\.training\.hub_model_id belongs to hftl",
-    ),
-    "not built": (
-        ["adapt={objective: mlm, training: {gradient_checkpointing: true}}"],
-        r"adapt\.training\.gradient_checkpointing is not built yet",
-    ),
-    "a rate of words": (
-        ["adapt={objective: mlm, training: {learning_rate: high}}"],
-        r"adapt\.training\.learning_rate must be .*'high'",
-    ),
-    "a rate of nothing": (
-        ["adapt={objective: mlm, training: {learning_rate: 0}}"],
-        r"adapt\.training\.learning_rate must be a number above 0",
-    ),
-    "no training section": (["adapt={objective: mlm, training: [1]}"], r"must be a mapping"),
-    "an owned lora key": (
-        ["adapt={objective: mlm, lora: {task_type: SEQ_CLS}}"],
-        r"adapt\.lora\.task_type belongs to hftl",
-    ),
-    "a start that changes the base": (
-        ["adapt={objective: mlm, lora: {init_lora_weights: pissa}}"],
-        r"adapt\.lora\.init_lora_weights=pissa changes the base's own weights",
-    ),
-    "no rank": (["adapt={objective: mlm, lora: {r: 0}}"], r"adapt\.lora\.r must be a number above"),
+    "no task, nothing to do": ("data.task=null", r"data\.task=null adapts only"),
 }  # fmt: skip
+REFUSED_OF_MLM: list[tuple[str, str]] = [
+    ("method: ia3", r"'adapt\.method': .*'ia3'"),
+    ("mask_ration: 0.2", r"unknown key 'adapt\.mask_ration'; did you mean 'adapt\.mask_ratio'\?"),
+    ("decoder: {widht: 8}",
+     r"unknown key 'adapt\.decoder\.widht'; did you mean 'adapt\.decoder\.width'\?"),
+    ("training: {lerning_rate: 1}",
+     r"unknown key 'adapt\.training\.lerning_rate'; did you mean 'adapt\.training\.learning_rate'"),
+    ("lora: {lora_alfa: 1}",
+     r"unknown key 'adapt\.lora\.lora_alfa'; did you mean 'adapt\.lora\.lora_alpha'\?"),
+    ("mask_ratio: 0", r"'adapt\.mask_ratio': .*than 0"),
+    ("mask_ratio: 1", r"'adapt\.mask_ratio': .*than 1"),
+    ("held_out: 0", r"'adapt\.held_out': .*than 0"),
+    ("held_out: 1", r"'adapt\.held_out': .*than 1"),
+    ("patience: 0", r"'adapt\.patience'"),
+    ("tolerance: -1", r"'adapt\.tolerance'"),
+    ("tolerance: .nan", r"'adapt\.tolerance'"),
+    ("blocks: 0", r"'adapt\.blocks'"),
+    ("corpus: unlabeled", r"adapt\.corpus=unlabeled, but data\.unlabeled is null"),
+    ("guard: general", r"adapt\.guard=general, but data\.general is null"),
+    ("training: {output_dir: x}", r"adapt\.training\.output_dir belongs to hftl"),
+    ("training: {seed: 1}", r"adapt\.training\.seed belongs to hftl"),
+    ("training: {hub_model_id: x}", r"adapt\.training\.hub_model_id belongs to hftl"),
+    ("training: {gradient_checkpointing: true}",
+     r"adapt\.training\.gradient_checkpointing is not built yet"),
+    ("training: {learning_rate: high}", r"adapt\.training\.learning_rate must be .*'high'"),
+    ("training: {learning_rate: 0}", r"adapt\.training\.learning_rate must be a number above 0"),
+    ("training: [1]", r"must be a mapping"),
+    ("lora: {task_type: SEQ_CLS}", r"adapt\.lora\.task_type belongs to hftl"),
+    ("lora: {init_lora_weights: pissa}",
+     r"adapt\.lora\.init_lora_weights=pissa changes the base's own weights"),
+    ("lora: {r: 0}", r"adapt\.lora\.r must be a number above"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_one_line_names_the_key(case: str) -> None:
-    overrides, message = REFUSED[case]
-    refused(message, *overrides)
+def test_refusal_names_the_key(case: str) -> None:
+    override, message = REFUSED[case]
+    assert_refused(message, override)
+
+
+@pytest.mark.parametrize(("key", "message"), REFUSED_OF_MLM)
+def test_refusal_names_the_key_of_a_stage(key: str, message: str) -> None:
+    assert_refused(message, f"adapt={{objective: mlm, {key}}}")
+
+
+def test_probe_without_a_task_is_refused() -> None:
+    message = r"adapt\.guard=probe needs labels, and data\.task is null"
+    assert_refused(message, "adapt={objective: mlm, guard: probe}", "data.task=null")
 
 
 @pytest.mark.parametrize(
@@ -217,65 +177,57 @@ def test_one_line_names_the_key(case: str) -> None:
          r"measure\.arms\.general: adapt\.guard=general, but data\.general is null"),
     ],
 )  # fmt: skip
-def test_arms_that_are_refused(entry: Any, message: str) -> None:
-    refused(message, "adapt={objective: mlm}", measure={"arms": [entry]})
+def test_refusal_names_the_arm(entry: Any, message: str) -> None:
+    assert_refused(message, MLM, measure={"arms": [entry]})
 
 
-def test_the_arm_source_needs_an_adaptation_to_go_without() -> None:
-    refused("the arm 'source' goes without adaptation, and so does the recipe",
-            measure={"arms": ["source"]})  # fmt: skip
+# Arms
 
 
-@pytest.mark.parametrize("asked", [[], ["source"], ["scratch", "head", "majority"]])
-def test_source_runs_beside_an_adapted_recipe(asked: list[str]) -> None:
-    found = by_name(recipe("adapt={objective: mlm}", measure={"arms": asked}))
-    assert next(iter(found)) == "lora" and len(found["lora"].stages) == 1
-    assert found["source"].strategy == "lora" and found["source"].stages == ()
-    assert found["source"].finetune == found["lora"].finetune
+@pytest.mark.parametrize("arms", [[], ["source"], ["scratch", "head", "majority"]])
+def test_source_runs_beside_an_adapted_recipe(arms: list[str]) -> None:
+    by_name = arms_of(parse(MLM, measure={"arms": arms}))
+    assert next(iter(by_name)) == "lora" and len(by_name["lora"].stages) == 1
+    assert by_name["source"].strategy == "lora" and by_name["source"].stages == ()
+    assert by_name["source"].finetune == by_name["lora"].finetune
 
 
-def test_without_an_adaptation_there_is_no_source() -> None:
-    assert "source" not in by_name(recipe())
+def test_arms_without_an_adaptation_or_a_task() -> None:
+    assert "source" not in arms_of(parse())
+    assert parse("data.task=null", MLM).arms == []
+    assert_refused(
+        "the arm 'source' goes without adaptation, and so does the recipe",
+        measure={"arms": ["source"]},
+    )
 
 
 def test_baselines_are_not_adapted_and_strategies_are() -> None:
-    made = recipe("adapt={objective: mlm}", "measure.arms=[scratch, head, majority, full]")
-    stages = {name: len(arm.stages) for name, arm in by_name(made).items()}
-    assert stages == {
+    recipe = parse(MLM, "measure.arms=[scratch, head, majority, full]")
+    assert {name: len(arm.stages) for name, arm in arms_of(recipe).items()} == {
         "lora": 1, "source": 0, "scratch": 0, "classical": 0, "head": 1, "majority": 0, "full": 1,
     }  # fmt: skip
 
 
-def test_an_arm_may_change_the_adaptation_or_leave_it_out() -> None:
-    made = recipe(
-        "adapt={objective: mlm}",
-        "measure.arms=[{off: {adapt.guard: off}}, {plain: {adapt: null, finetune.lora.r: 2}}]",
-    )
-    found = by_name(made)
-    assert found["off"].stages[0].guard == "off" and found["lora"].stages[0].guard is None
-    assert found["plain"].stages == () and found["plain"].finetune.lora["r"] == 2
-
-
-def test_an_arm_may_have_another_number_of_adaptations() -> None:
+def test_arm_may_change_the_adaptation_or_leave_it_out() -> None:
+    arms = "measure.arms=[{off: {adapt.guard: off}}, {plain: {adapt: null, finetune.lora.r: 2}}]"
+    by_name = arms_of(parse(MLM, arms))
+    assert by_name["off"].stages[0].guard == "off" and by_name["lora"].stages[0].guard is None
+    assert by_name["plain"].stages == () and by_name["plain"].finetune.lora["r"] == 2
     once = "measure.arms=[{once: {adapt: [{objective: mlm, guard: off}]}}]"
-    found = by_name(recipe("adapt=[{objective: mlm}, {objective: mlm}]", once))
-    assert [stage.guard for stage in found["lora"].stages] == [None, None]
-    assert [stage.guard for stage in found["once"].stages] == ["off"]
+    by_name = arms_of(parse("adapt=[{objective: mlm}, {objective: mlm}]", once))
+    assert [stage.guard for stage in by_name["lora"].stages] == [None, None]
+    assert [stage.guard for stage in by_name["once"].stages] == ["off"]
 
 
-def test_without_a_task_there_are_no_arms() -> None:
-    assert recipe("data.task=null", "adapt={objective: mlm}").arms == []
+# Cache keys
 
 
-def test_a_list_of_one_is_the_section_itself() -> None:
-    one, listed = recipe("adapt={objective: mlm}"), recipe("adapt=[{objective: mlm}]")
+def test_key_of_an_adaptation_holds_itself_and_those_before_it() -> None:
+    one, listed = parse(MLM), parse("adapt=[{objective: mlm}]")
     assert one.stages == listed.stages
     assert build_adapt_key(one, one.stages, 1) == build_adapt_key(listed, listed.stages, 1)
-
-
-def test_what_an_adaptation_reads_is_itself_and_those_before_it() -> None:
-    made = recipe("adapt=[{objective: mlm}, {objective: mlm, method: lora}]")
-    first, second = (build_adapt_key(made, made.stages, number) for number in (1, 2))
+    recipe = parse("adapt=[{objective: mlm}, {objective: mlm, method: lora}]")
+    first, second = (build_adapt_key(recipe, recipe.stages, number) for number in (1, 2))
     assert first["adapt.method"] == "full"
     assert (second["adapt.0.method"], second["adapt.1.method"]) == ("full", "lora")
     assert first["data.seed"] == 0 and not [key for key in first if key.startswith("adapt.1")]
