@@ -1,4 +1,4 @@
-"""The benchmarks of adaptation on tiny shapes: that they compare like with like, not how fast."""
+"""Run the benchmarks of adaptation on tiny shapes: they compare like with like."""
 
 import importlib
 import json
@@ -33,25 +33,25 @@ def shape(mlm: Any) -> Any:
 
 
 @pytest.fixture
-def here(mlm: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Runs in this process what would have one of its own; what was run, and how."""
-    ran: list[Any] = []
+def calls(mlm: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Run tasks in this process, not in fresh ones, and list them with their settings."""
+    calls: list[Any] = []
 
-    def run_alone(task: Any, *given: Any, **settings: str) -> Any:
-        ran.append((task.__name__, given[0], bool(settings)))
-        return task(*given)
+    def run_alone(task: Any, *arguments: Any, **settings: str) -> Any:
+        calls.append((task.__name__, arguments[0], bool(settings)))
+        return task(*arguments)
 
     monkeypatch.setattr(mlm, "run_alone", run_alone)
-    return ran
+    return calls
 
 
 def test_both_contenders_train_alike_and_are_measured_in_turn(
-    mlm: Any, shape: Any, here: list[Any]
+    mlm: Any, shape: Any, calls: list[Any]
 ) -> None:
     result = mlm.compare(shape, 2)
     assert result["loss_difference"] < 1e-5
-    assert here[:2] == [("compute_losses", "hftl", False), ("compute_losses", "trainer", False)]
-    order = [(who, settings) for task, who, settings in here if task == "measure"]
+    assert calls[:2] == [("compute_losses", "hftl", False), ("compute_losses", "trainer", False)]
+    order = [(who, settings) for task, who, settings in calls if task == "measure"]
     assert order == [
         ("hftl", False), ("trainer", False), ("trainer", False), ("hftl", False),
         ("hftl", True), ("trainer", True),
@@ -66,7 +66,7 @@ def test_both_contenders_train_alike_and_are_measured_in_turn(
 
 
 def test_nothing_is_timed_where_the_losses_differ(
-    mlm: Any, shape: Any, here: list[Any], monkeypatch: pytest.MonkeyPatch
+    mlm: Any, shape: Any, calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = mlm.build_stock_collator
 
@@ -77,7 +77,7 @@ def test_nothing_is_timed_where_the_losses_differ(
     monkeypatch.setattr(mlm, "build_stock_collator", shifted)
     with pytest.raises(SystemExit, match="do not train alike"):
         mlm.compare(shape, 1)
-    assert {task for task, *_ in here} == {"compute_losses"}
+    assert {task for task, *_ in calls} == {"compute_losses"}
 
 
 def test_the_peer_s_batches_hold_the_same_tokens_and_labels(

@@ -148,8 +148,7 @@ def test_joined_adapters_equal_the_stages_in_turn(
     assert ranks == {5, 8}
 
 
-@pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize(("first", "second"), [(False, True), (True, False)])
 def test_ranks_alphas_and_scales_at_either_stage(
     first: bool, second: bool, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -268,7 +267,7 @@ def test_an_adapter_of_features_without_a_head(
 
 
 def test_the_folder_is_as_peft_writes_it(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """One stage alone, written by both: the same names, and settings that differ by scale only."""
+    """Write one stage by both: the same names, and settings that differ by scale only."""
     model = auto_of("vit").from_pretrained(tiny_model("vit"), num_labels=3)
     adapted = stage(
         model, 0, r=4, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["classifier"]
@@ -305,7 +304,7 @@ def test_the_folder_is_as_peft_writes_it(tiny_model: Callable[..., Path], tmp_pa
     assert (logits(reloaded.eval(), inputs) - logits(adapted, inputs)).abs().max() < 1e-6
 
 
-def test_joining_is_the_sum_of_the_updates() -> None:
+def test_joined_adapter_is_the_sum_of_the_updates() -> None:
     torch.manual_seed(0)
     draw = [LoraFactors(torch.randn(r, 6), torch.randn(5, r)) for r in (2, 3, 1)]
     joint = concat_factors([{"x": draw[0]}, {"x": draw[1], "y": draw[2]}])
@@ -340,7 +339,7 @@ def test_factors_survive_their_file(tmp_path: Path, tiny_model: Callable[..., Pa
 
 
 @pytest.mark.parametrize(
-    "given",
+    "settings",
     [
         {"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}, {"lora_bias": True},
         {"modules_to_save": ["pooler"]}, {"init_lora_weights": "pissa"},
@@ -353,15 +352,15 @@ def test_factors_survive_their_file(tmp_path: Path, tiny_model: Callable[..., Pa
     ],
     ids=str,
 )  # fmt: skip
-def test_what_is_not_b_a_is_refused(given: dict[str, Any]) -> None:
-    name, value = next(iter(given.items()))
+def test_adapters_other_than_b_a_are_refused(settings: dict[str, Any]) -> None:
+    name, value = next(iter(settings.items()))
     with pytest.raises(RecipeError) as raised:
-        check_concatenable({"r": 8, **given}, "adapt.lora")
+        check_concatenable({"r": 8, **settings}, "adapt.lora")
     shown = "true" if value is True else value
     assert f"adapt.lora.{name}={shown} cannot be joined" in str(raised.value)
 
 
-def test_what_is_b_a_is_not_refused() -> None:
+def test_adapters_of_b_a_are_not_refused() -> None:
     check_concatenable(
         {
             "r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "use_rslora": True, "bias": "none",
@@ -374,7 +373,7 @@ def test_what_is_b_a_is_not_refused() -> None:
     check_concatenable({"modules_to_save": ["classifier"]}, "finetune.lora", last=True)
 
 
-def test_adapters_of_another_kind_are_refused(tiny_model: Callable[..., Path]) -> None:
+def test_trained_adapters_of_another_kind_are_refused(tiny_model: Callable[..., Path]) -> None:
     def fresh() -> Any:
         return AutoModel.from_pretrained(tiny_model())
 

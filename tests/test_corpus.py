@@ -1,4 +1,4 @@
-"""The corpus: blocks against a brute-force cut, held-out documents, copies, and what is refused."""
+"""Compare the blocks of a corpus with a plain loop; hold out documents, drop copies."""
 
 import pickle
 import random
@@ -25,8 +25,8 @@ def keep_all(text: str) -> bool:
     return False
 
 
-def trained(kind: str) -> Any:
-    """A fast tokenizer of one of three kinds, with words of several tokens."""
+def train_tokenizer(kind: str) -> Any:
+    """Train a fast tokenizer of one of three kinds, with words of several tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -61,23 +61,23 @@ def trained(kind: str) -> Any:
 
 @pytest.fixture(scope="module")
 def tokenizer_of() -> Callable[[str], Any]:
-    made = {kind: trained(kind) for kind in KINDS}
+    made = {kind: train_tokenizer(kind) for kind in KINDS}
     return lambda kind: made[kind]
 
 
-def cut_of(**changes: Any) -> BlockSpec:
+def build_spec(**changes: Any) -> BlockSpec:
     return BlockSpec(**{"length": 16, "pack": True, "held_out": 0.2, "seed": 0} | changes)
 
 
-def blocks_of(folder: Path) -> list[list[tuple[list[int], list[int]]]]:
+def read_blocks(folder: Path) -> list[list[tuple[list[int], list[int]]]]:
     sides = [TokenBlocks(folder, part) for part in ("train", "held_out")]
     return [[(ids.tolist(), words.tolist()) for ids, words in side] for side in sides]
 
 
-def brute_force(
+def cut_by_loop(
     texts: list[str], tokenizer: Any, cut: BlockSpec
 ) -> list[tuple[list[int], list[int]]]:
-    """The blocks of documents, token by token."""
+    """Cut documents into blocks token by token."""
     before, after, payload = [tokenizer.cls_token_id], [tokenizer.sep_token_id], cut.length - 2
     streams: list[list[tuple[int, Any]]] = [[]]
     for number, text in enumerate(texts):
@@ -112,25 +112,25 @@ def held_out_texts(texts: list[str], tokenizer: Any, cut: BlockSpec, folder: Pat
         texts, tokenizer, BlockSpec(10**6, False, cut.held_out, cut.seed), keep_all, folder
     )
     ids = {tuple(tokenizer(text)["input_ids"]): text for text in texts}
-    return {ids[tuple(block_ids)] for block_ids, _ in blocks_of(folder)[1]}
+    return {ids[tuple(block_ids)] for block_ids, _ in read_blocks(folder)[1]}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pack", [True, False])
-def test_blocks_are_those_of_a_brute_force_cut(
+def test_blocks_are_those_of_a_plain_loop(
     tmp_path: Path, tokenizer_of: Callable[[str], Any], kind: str, pack: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(corpus, "CHUNK_TOKENS", 23)
     monkeypatch.setattr(corpus, "BATCH_TEXTS", 7)
-    tokenizer, cut = tokenizer_of(kind), cut_of(pack=pack)
+    tokenizer, cut = tokenizer_of(kind), build_spec(pack=pack)
     (tmp_path / "out").mkdir()
     facts = write_blocks(iter(LONG), tokenizer, cut, keep_all, tmp_path / "out")
     held_out = held_out_texts(LONG, tokenizer, cut, tmp_path / "each")
     assert 0 < len(held_out) < len(LONG) == len(set(LONG))
     sides = [[t for t in LONG if t not in held_out], [t for t in LONG if t in held_out]]
-    expected = [brute_force(side, tokenizer, cut) for side in sides]
-    assert blocks_of(tmp_path / "out") == expected
+    expected = [cut_by_loop(side, tokenizer, cut) for side in sides]
+    assert read_blocks(tmp_path / "out") == expected
     tokens = [sum(len(tokenizer.tokenize(text)) for text in side) for side in sides]
     assert asdict(facts) | {"fingerprint": ""} == {
         "documents": len(sides[0]), "tokens": tokens[0], "blocks": len(expected[0]),
@@ -146,7 +146,7 @@ def test_words_are_those_between_spaces(
     tmp_path: Path, tokenizer_of: Callable[[str], Any], kind: str
 ) -> None:
     tokenizer = tokenizer_of(kind)
-    write_blocks(TEXTS, tokenizer, cut_of(length=512, pack=False), keep_all, tmp_path)
+    write_blocks(TEXTS, tokenizer, build_spec(length=512, pack=False), keep_all, tmp_path)
     several = 0
     for ids, words in TokenBlocks(tmp_path, "train"):
         assert ids.dtype == words.dtype == np.int64
@@ -157,15 +157,15 @@ def test_words_are_those_between_spaces(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_document_longer_than_a_batch_is_tokenised_the_same(
+def test_document_longer_than_a_batch_is_tokenised_the_same(
     tmp_path: Path, tokenizer_of: Callable[[str], Any], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer, cut = tokenizer_of(kind), cut_of(pack=False)
+    tokenizer, cut = tokenizer_of(kind), build_spec(pack=False)
     for name, characters in (("whole", 10**6), ("cut", 40)):
         monkeypatch.setattr(corpus, "BATCH_CHARACTERS", characters)
         (tmp_path / name).mkdir()
         write_blocks(LONG, tokenizer, cut, keep_all, tmp_path / name)
-    assert blocks_of(tmp_path / "whole") == blocks_of(tmp_path / "cut")
+    assert read_blocks(tmp_path / "whole") == read_blocks(tmp_path / "cut")
 
 
 def test_memory_does_not_grow_with_the_corpus(
@@ -174,28 +174,30 @@ def test_memory_does_not_grow_with_the_corpus(
     monkeypatch.setattr(corpus, "CHUNK_TOKENS", 4096)
     monkeypatch.setattr(corpus, "BATCH_TEXTS", 10)
     peaks = []
-    for count in (100, 1000):
+    for count in (50, 500):
         folder = tmp_path / str(count)
         folder.mkdir()
         tracemalloc.start()
         texts = (f"{number} " + " ".join(LONG[:20]) for number in range(count))
-        facts = write_blocks(texts, tokenizer_of("wordpiece"), cut_of(length=128), keep_all, folder)
+        facts = write_blocks(
+            texts, tokenizer_of("wordpiece"), build_spec(length=128), keep_all, folder
+        )
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     stored = 3 * (facts.tokens + facts.held_out_tokens)
     assert peaks[1] - peaks[0] < stored / 50
 
 
-def test_what_is_held_out_depends_on_texts_and_seed_alone(
+def test_held_out_documents_depend_on_texts_and_seed_alone(
     tmp_path: Path, tokenizer_of: Callable[[str], Any]
 ) -> None:
-    tokenizer, cut = tokenizer_of("wordpiece"), cut_of(held_out=0.3)
+    tokenizer, cut = tokenizer_of("wordpiece"), build_spec(held_out=0.3)
     first = held_out_texts(LONG, tokenizer, cut, tmp_path / "a")
     shuffled = random.Random(0).sample(LONG, len(LONG))
     assert held_out_texts(shuffled, tokenizer, cut, tmp_path / "b") == first
     assert held_out_texts(LONG[:25], tokenizer, cut, tmp_path / "c") == first & set(LONG[:25])
     others = [
-        held_out_texts(LONG, tokenizer, cut_of(held_out=0.3, seed=seed), tmp_path / f"{seed}")
+        held_out_texts(LONG, tokenizer, build_spec(held_out=0.3, seed=seed), tmp_path / f"{seed}")
         for seed in range(1, 11)
     ]
     assert all(other != first for other in others)
@@ -206,12 +208,12 @@ def test_what_is_held_out_depends_on_texts_and_seed_alone(
 def test_each_side_has_a_document(
     tmp_path: Path, tokenizer_of: Callable[[str], Any], share: float
 ) -> None:
-    cut = cut_of(held_out=share, pack=False)
+    cut = build_spec(held_out=share, pack=False)
     facts = write_blocks(TEXTS[:9], tokenizer_of("bytes"), cut, keep_all, tmp_path)
     assert sorted((facts.documents, facts.held_out_documents)) == [1, 8]
 
 
-def test_copies_and_leaked_documents_are_not_learnt_from(
+def test_copies_and_leaked_documents_are_dropped(
     tmp_path: Path, tokenizer_of: Callable[[str], Any]
 ) -> None:
     tokenizer = tokenizer_of("wordpiece")
@@ -220,23 +222,23 @@ def test_copies_and_leaked_documents_are_not_learnt_from(
     folders = [tmp_path / name for name in "abc"]
     for folder in folders:
         folder.mkdir()
-    facts = write_blocks(texts, tokenizer, cut_of(), leaked.__contains__, folders[0])
+    facts = write_blocks(texts, tokenizer, build_spec(), leaked.__contains__, folders[0])
     assert (facts.duplicates, facts.leaked, facts.empty) == (11, 5, 1)
-    clean = write_blocks(LONG[5:], tokenizer, cut_of(), keep_all, folders[1])
-    assert blocks_of(folders[0]) == blocks_of(folders[1])
+    clean = write_blocks(LONG[5:], tokenizer, build_spec(), keep_all, folders[1])
+    assert read_blocks(folders[0]) == read_blocks(folders[1])
     assert facts.fingerprint == clean.fingerprint
-    backwards = write_blocks(LONG[:4:-1], tokenizer, cut_of(), keep_all, folders[2])
+    backwards = write_blocks(LONG[:4:-1], tokenizer, build_spec(), keep_all, folders[2])
     assert backwards.fingerprint == clean.fingerprint
 
 
-def test_the_fingerprint_tells_corpora_apart(
+def test_fingerprints_of_different_corpora_differ(
     tmp_path: Path, tokenizer_of: Callable[[str], Any]
 ) -> None:
     fingerprints = set()
     for number, texts in enumerate((LONG, LONG[1:], [LONG[0] + " .", *LONG[1:]])):
         (tmp_path / str(number)).mkdir()
         facts = write_blocks(
-            texts, tokenizer_of("bytes"), cut_of(), keep_all, tmp_path / str(number)
+            texts, tokenizer_of("bytes"), build_spec(), keep_all, tmp_path / str(number)
         )
         fingerprints.add(facts.fingerprint)
     assert len(fingerprints) == 3
@@ -248,8 +250,8 @@ def test_a_large_vocabulary_is_stored_in_full(
     tokenizer = pickle.loads(pickle.dumps(tokenizer_of("wordpiece")))
     tokenizer.add_tokens([f"token{number}" for number in range(1 << 16)])
     texts = [f"the token{65535 - number} of it" for number in range(30)]
-    write_blocks(texts, tokenizer, cut_of(pack=False), keep_all, tmp_path)
-    stored = {tuple(ids) for side in blocks_of(tmp_path) for ids, _ in side}
+    write_blocks(texts, tokenizer, build_spec(pack=False), keep_all, tmp_path)
+    stored = {tuple(ids) for side in read_blocks(tmp_path) for ids, _ in side}
     assert stored == {tuple(tokenizer(text)["input_ids"]) for text in texts}
     assert max(map(max, stored)) > 1 << 16
 
@@ -257,7 +259,7 @@ def test_a_large_vocabulary_is_stored_in_full(
 def test_blocks_travel_to_a_worker_as_a_path(
     tmp_path: Path, tokenizer_of: Callable[[str], Any]
 ) -> None:
-    write_blocks(LONG, tokenizer_of("wordpiece"), cut_of(), keep_all, tmp_path)
+    write_blocks(LONG, tokenizer_of("wordpiece"), build_spec(), keep_all, tmp_path)
     blocks = TokenBlocks(tmp_path, "train")
     sent = pickle.dumps(blocks)
     assert len(sent) < 500
@@ -282,12 +284,12 @@ def test_a_corpus_that_is_too_small_is_refused(
     changes: dict[str, Any], drop: Callable[[str], bool], message: str,
 ) -> None:  # fmt: skip
     with pytest.raises(DataError, match=message):
-        write_blocks(texts, tokenizer_of("wordpiece"), cut_of(**changes), drop, tmp_path)
+        write_blocks(texts, tokenizer_of("wordpiece"), build_spec(**changes), drop, tmp_path)
 
 
 def test_a_block_needs_room_for_text(tmp_path: Path, tokenizer_of: Callable[[str], Any]) -> None:
     with pytest.raises(RecipeError, match="data.max_length=2 leaves no room"):
-        write_blocks(LONG, tokenizer_of("bytes"), cut_of(length=2), keep_all, tmp_path)
+        write_blocks(LONG, tokenizer_of("bytes"), build_spec(length=2), keep_all, tmp_path)
 
 
 def test_a_tokenizer_in_python_is_refused(tmp_path: Path) -> None:
@@ -295,4 +297,4 @@ def test_a_tokenizer_in_python_is_refused(tmp_path: Path) -> None:
         is_fast = False
 
     with pytest.raises(RecipeError, match="not a fast one"):
-        write_blocks(LONG, Slow(), cut_of(), keep_all, tmp_path)
+        write_blocks(LONG, Slow(), build_spec(), keep_all, tmp_path)

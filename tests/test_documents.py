@@ -1,4 +1,4 @@
-"""Documents: every format, what is refused, and pieces of very long ones."""
+"""Read documents of every format, refuse bad ones, and cut very long ones into pieces."""
 
 import json
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def stream(path: Path, part: str, bad: BadRows, **table: Any) -> Iterator[str]:
     return read_documents(data, part, bad)
 
 
-def written(folder: Path, name: str, content: str | bytes) -> Path:
+def write(folder: Path, name: str, content: str | bytes) -> Path:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -39,36 +39,33 @@ def written(folder: Path, name: str, content: str | bytes) -> Path:
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("part", ["unlabeled", "general", "train"])
 def test_a_table_gives_its_texts_and_needs_no_label(tmp_path: Path, name: str, part: str) -> None:
-    path = written(tmp_path, name, FILES[name])
+    path = write(tmp_path, name, FILES[name])
     assert read(path, part) == ["a fine film", "two\nlines"]
 
 
-def test_a_pair_of_columns_gives_two_documents(tmp_path: Path) -> None:
-    path = written(tmp_path, "a.csv", "a,b\none,two\nthree,four\n")
+def test_columns_are_documents_and_words_are_joined(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "a,b\none,two\nthree,four\n")
     assert read(path, text=["a", "b"]) == ["one", "two", "three", "four"]
-
-
-def test_words_are_joined_by_spaces(tmp_path: Path) -> None:
-    path = written(tmp_path, "a.jsonl", '{"text": ["Paris", "is", "big"]}\n')
+    path = write(tmp_path, "a.jsonl", '{"text": ["Paris", "is", "big"]}\n')
     assert read(path, "train") == ["Paris is big"]
 
 
 def test_a_folder_is_read_flat(tmp_path: Path) -> None:
     for name, content in (("b/c/2.txt", "second"), ("b/1.md", "first"), ("3", "third")):
-        written(tmp_path / "texts", name, content)
-    written(tmp_path / "texts", ".hidden/4.txt", "hidden")
-    written(tmp_path / "texts", "b/.5.txt", "hidden")
+        write(tmp_path / "texts", name, content)
+    write(tmp_path / "texts", ".hidden/4.txt", "hidden")
+    write(tmp_path / "texts", "b/.5.txt", "hidden")
     assert sorted(read(tmp_path / "texts")) == ["first", "second", "third"]
     assert read(tmp_path / "texts", "general", format="textfolder") == read(tmp_path / "texts")
-    written(tmp_path / "texts", "b/bad", b"\xff\xfa\x00")
+    write(tmp_path / "texts", "b/bad", b"\xff\xfa\x00")
     with pytest.raises(DataError, match="^b/bad: not valid UTF-8"):
         read(tmp_path / "texts")
 
 
 def test_train_as_a_folder_has_classes(tmp_path: Path) -> None:
-    written(tmp_path / "texts", "pos/1.txt", "good")
-    written(tmp_path / "texts", "neg/1.txt", "bad")
-    written(tmp_path / "texts", "readme.txt", "of no class")
+    write(tmp_path / "texts", "pos/1.txt", "good")
+    write(tmp_path / "texts", "neg/1.txt", "bad")
+    write(tmp_path / "texts", "readme.txt", "of no class")
     assert sorted(read(tmp_path / "texts", "train")) == ["bad", "good"]
 
 
@@ -89,7 +86,7 @@ def test_train_as_a_folder_has_classes(tmp_path: Path) -> None:
 )
 def test_a_bad_cell_is_named_or_counted(tmp_path: Path, content: Any, why: str) -> None:
     rows = ["a fine film", content, "another one"]
-    path = written(tmp_path, "a.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in rows))
+    path = write(tmp_path, "a.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in rows))
     with pytest.raises(DataError, match=f"^a.jsonl line 2: {why}.*bad_rows=skip"):
         read(path)
     bad = BadRows(skip=True)
@@ -98,35 +95,31 @@ def test_a_bad_cell_is_named_or_counted(tmp_path: Path, content: Any, why: str) 
 
 
 def test_ordinary_text_is_no_junk(tmp_path: Path) -> None:
-    texts = [
-        "tab\t,\tand\r\nlines\n\n\f",
-        "Straße, 東京, 🙂 e\u0301",
-        "a stray \ufffd in a long text",
-    ]
-    path = written(tmp_path, "a.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts))
+    texts = ["tab\t,\tand\r\nlines\n\n\f", "Straße, 東京, 🙂 e\u0301", "a stray \ufffd in a text"]
+    path = write(tmp_path, "a.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts))
     assert read(path) == [text.replace("\r\n", "\n") for text in texts]
 
 
-def test_bytes_that_are_no_text_are_refused_by_line(tmp_path: Path) -> None:
-    path = written(tmp_path, "a.txt", b"fine\n\x80\x90 not utf-8\n")
+def test_bytes_that_are_not_text_are_refused_by_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.txt", b"fine\n\x80\x90 not utf-8\n")
     with pytest.raises(DataError, match="^a.txt line 2: not valid UTF-8"):
         read(path)
     assert read(path, skip=True) == ["fine"]
 
 
 def test_a_missing_column_names_the_key_to_set(tmp_path: Path) -> None:
-    path = written(tmp_path, "a.csv", "texts,label\na,b\n")
+    path = write(tmp_path, "a.csv", "texts,label\na,b\n")
     with pytest.raises(DataError, match=r"a.csv: no column 'text'.*data.general: {text:") as caught:
         read(path, "general")
     assert "it has texts, label" in str(caught.value)
 
 
 def test_no_documents_are_an_error(tmp_path: Path) -> None:
-    path = written(tmp_path, "a.txt", "")
+    path = write(tmp_path, "a.txt", "")
     with pytest.raises(DataError, match="^data.unlabeled: a.txt has no documents"):
         read(path)
     with pytest.raises(DataError, match="a.txt has no usable documents"):
-        read(written(tmp_path, "a.txt", "\n \n"), skip=True)
+        read(write(tmp_path, "a.txt", "\n \n"), skip=True)
     (tmp_path / "nothing").mkdir()
     with pytest.raises(DataError, match="nothing has no documents"):
         read(tmp_path / "nothing")
@@ -135,22 +128,22 @@ def test_no_documents_are_an_error(tmp_path: Path) -> None:
 
 
 def test_documents_are_streamed(tmp_path: Path) -> None:
-    path = written(tmp_path, "a.txt", "one\ntwo\n\x00\n")
+    path = write(tmp_path, "a.txt", "one\ntwo\n\x00\n")
     texts = stream(path, "unlabeled", BadRows())
     assert [next(texts), next(texts)] == ["one", "two"]
     with pytest.raises(DataError, match="line 3"):
         next(texts)
 
 
-def test_batches_are_bounded_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batchesare_bounded_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BATCH_TEXTS", 3)
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 20)
     texts = ["a", "", "word " * 30, "x" * 50, "b", "c", "d", "e", "word\n" * 7]
-    batches_ = list(batch_documents(texts))
-    assert all(1 <= len(batch) <= 3 for batch in batches_)
-    assert all(sum(len(piece) for _, piece in batch) <= 20 for batch in batches_)
+    batches = list(batch_documents(texts))
+    assert all(1 <= len(batch) <= 3 for batch in batches)
+    assert all(sum(len(piece) for _, piece in batch) <= 20 for batch in batches)
     joined: list[str] = []
-    for content, piece in (item for batch in batches_ for item in batch):
+    for content, piece in (item for batch in batches for item in batch):
         if content is None:
             assert piece[0] in " \nx"
             joined[-1] += piece
@@ -160,7 +153,7 @@ def test_batches_are_bounded_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert list(batch_documents([])) == []
 
 
-def test_a_document_is_known_by_its_text() -> None:
+def test_equal_documents_have_one_hash() -> None:
     (first,) = batch_documents(["one", "two", "one"])
     contents = [content for content, _ in first]
     assert contents[0] == contents[2] != contents[1]

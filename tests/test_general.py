@@ -1,4 +1,4 @@
-"""General data as rows: what is dropped, which documents belong to which half, and controls."""
+"""Load general data: drop copies, split documents into two halves, and read controls."""
 
 import random
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import pictures, sentences, write_csv
+from conftest import bench_of, pictures, sentences, write_csv
 from PIL import Image
 
 from hftl.config.data import Data
@@ -25,11 +25,11 @@ from hftl.pipeline.run import Run
 HEADER = ["text", "document", "tone"]
 
 
-def rows_of(rows: int, each: int = 6) -> list[tuple[str, str, str]]:
+def draw_rows(rows: int, each: int = 6) -> list[tuple[str, str, str]]:
     return [(text, f"d{i // each}", tone) for i, (text, tone) in enumerate(sentences(rows, 7))]
 
 
-def loaded(
+def load(
     path: Path, rows: list[Any], header: list[str] = HEADER, /, **more: Any
 ) -> tuple[GeneralData, PreparedData]:
     """General data of these rows beside the 160 sentences of the run."""
@@ -57,7 +57,7 @@ def describe_halves(general: GeneralData) -> dict[str, list[tuple[Any, ...]]]:
 
 
 def test_no_document_straddles_and_halves_are_alike(tmp_path: Path) -> None:
-    general, _ = loaded(tmp_path, rows_of(240), label="document")
+    general, _ = load(tmp_path, draw_rows(240), label="document")
     used, measured = (
         {row.group for row in half} for half in (general.train_rows, general.eval_rows)
     )
@@ -69,46 +69,44 @@ def test_no_document_straddles_and_halves_are_alike(tmp_path: Path) -> None:
         row.group for row in general.eval_rows
     ]
     for name in set(general.get_control_values("document")):
-        assert (
-            len(set(general.get_document_ids()[general.get_control_values("document") == name]))
-            == 1
-        )
+        is_named = general.get_control_values("document") == name
+        assert len(set(general.get_document_ids()[is_named])) == 1
     assert len(set(general.get_document_ids())) == len(measured)
 
 
 def test_order_of_rows_does_not_matter_and_the_seed_does(tmp_path: Path) -> None:
-    rows = rows_of(240)
-    first, _ = loaded(tmp_path, rows, label=["document", "tone"])
+    rows = draw_rows(240)
+    first, _ = load(tmp_path, rows, label=["document", "tone"])
     random.Random(1).shuffle(rows)
-    again, _ = loaded(tmp_path, rows, label=["document", "tone"])
+    again, _ = load(tmp_path, rows, label=["document", "tone"])
     assert describe_halves(first) == describe_halves(again)
     assert first.facts == again.facts
-    other, _ = loaded(tmp_path, rows, label=["document", "tone"], seed=1)
+    other, _ = load(tmp_path, rows, label=["document", "tone"], seed=1)
     assert set(texts(other.eval_rows)) != set(texts(first.eval_rows))
     assert other.facts.fingerprint != first.facts.fingerprint
 
 
-def test_few_values_are_classes_and_part_nothing(tmp_path: Path) -> None:
-    general, _ = loaded(tmp_path, rows_of(240), label=["tone", "document"])
+def test_few_values_are_classes_and_separate_no_documents(tmp_path: Path) -> None:
+    general, _ = load(tmp_path, draw_rows(240), label=["tone", "document"])
     assert general.classes == ("tone",) and general.facts.documents == "document"
     assert set(general.get_control_values("tone")) == {"negative", "positive"}
-    alone, _ = loaded(tmp_path, rows_of(240), label="tone")
+    alone, _ = load(tmp_path, draw_rows(240), label="tone")
     assert alone.facts.documents is None and all(row.group is None for row in alone.train_rows)
     assert len(set(alone.get_document_ids())) == len(alone.eval_rows) == 120
 
 
-def test_the_group_of_the_run_parts_documents_where_the_table_has_it(tmp_path: Path) -> None:
-    named, _ = loaded(tmp_path, rows_of(240), group="document")
+def test_group_of_the_run_separates_documents_where_the_table_has_it(tmp_path: Path) -> None:
+    named, _ = load(tmp_path, draw_rows(240), group="document")
     assert named.facts.documents == "document" and named.controls == ()
     assert {r.group for r in named.train_rows}.isdisjoint(r.group for r in named.eval_rows)
-    other, _ = loaded(tmp_path, rows_of(240), group="author")
+    other, _ = load(tmp_path, draw_rows(240), group="author")
     assert other.facts.documents is None
 
 
 def test_copies_of_each_other_and_of_the_run_are_dropped(tmp_path: Path) -> None:
     own = [(text, "d1", "tone") for text, _ in sentences(160)[:30]]
-    rows = rows_of(240)
-    general, prepared = loaded(tmp_path, [*rows, *own, *rows[:9]], label="document")
+    rows = draw_rows(240)
+    general, prepared = load(tmp_path, [*rows, *own, *rows[:9]], label="document")
     known = {t for split in prepared.rows.values() for t in texts(split)}
     remaining = texts(general.train_rows) + texts(general.eval_rows)
     overlap = len({row[0] for row in rows} & known)
@@ -116,17 +114,16 @@ def test_copies_of_each_other_and_of_the_run_are_dropped(tmp_path: Path) -> None
     assert general.facts.duplicates >= 9 and general.facts.known == 30
 
 
-def test_two_labels_of_the_task_are_none(tmp_path: Path) -> None:
-    """As in train; other controls may differ, as the documents that a text stands in."""
-    rows = [(text, document, tone) for text, document, tone in rows_of(240)]
+def test_rows_with_two_labels_of_the_task_are_dropped(tmp_path: Path) -> None:
+    rows = [(text, document, tone) for text, document, tone in draw_rows(240)]
     twice = [(text, "d0", "positive" if tone == "negative" else "negative")
              for text, _, tone in rows[:3]]  # fmt: skip
     header = ["text", "document", "label"]
-    general, _ = loaded(tmp_path, [*rows, *twice], header, label=["document", "label"])
+    general, _ = load(tmp_path, [*rows, *twice], header, label=["document", "label"])
     remaining = texts(general.train_rows) + texts(general.eval_rows)
     assert not {text for text, _, _ in twice} & set(remaining)
     assert general.facts.conflicting == 6
-    other, _ = loaded(tmp_path, [*rows, *twice], HEADER, label=["document", "tone"])
+    other, _ = load(tmp_path, [*rows, *twice], HEADER, label=["document", "tone"])
     assert other.facts.conflicting == 0 and other.facts.duplicates >= 3
 
 
@@ -134,7 +131,6 @@ def test_two_labels_of_the_task_are_none(tmp_path: Path) -> None:
 def test_near_copies_of_what_measures_are_not_used(
     recipe_tree: dict[str, Any], tmp_path: Path, tiny_model: Callable[..., Path], modality: str
 ) -> None:
-    """They differ, so that no search for copies finds them, and would bring their labels along."""
     if modality == "text":
         near = [(f"{text}!", tone) for text, tone in sentences(160)]
         path = write_csv(tmp_path / "g.csv", ["text", "label"], [*near, *sentences(80, seed=9)])
@@ -150,56 +146,56 @@ def test_near_copies_of_what_measures_are_not_used(
     recipe = Recipe.parse(recipe_tree)
     this = Run(recipe, tmp_path / "run", print)
     (tmp_path / "run").mkdir()
-    bench = pipeline._load_data(this, find_source(recipe.source))
-    general = pipeline._load_general_rows(this, bench)
+    context = pipeline._load_data(this, find_source(recipe.source))
+    general = pipeline._load_general_rows(this, context)
     assert general is not None
-    is_near = build_leak_test(bench)
+    is_near = build_leak_test(context)
     assert not any(map(is_near, general.train_rows)) and any(map(is_near, general.eval_rows))
     assert general.facts.near > 5 and len(general.train_rows) > 5
 
 
-def test_at_most_so_many_rows_in_whole_documents(
+def test_rows_are_limited_in_whole_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_TRAIN_ROWS", 31)
-    general, _ = loaded(tmp_path, rows_of(240), label="document", rows=50)
+    general, _ = load(tmp_path, draw_rows(240), label="document", rows=50)
     assert len(general.eval_rows) == 48 and len(general.train_rows) == 30
-    whole, _ = loaded(tmp_path, rows_of(240), label="document")
+    whole, _ = load(tmp_path, draw_rows(240), label="document")
     assert set(texts(general.eval_rows)) < set(texts(whole.eval_rows))
 
 
-def test_what_is_stored_is_read_again(tmp_path: Path) -> None:
+def test_stored_general_data_are_read_again(tmp_path: Path) -> None:
     for label in (None, ["document", "tone"]):
-        general, _ = loaded(tmp_path, rows_of(240), label=label)
+        general, _ = load(tmp_path, draw_rows(240), label=label)
         write_general(general, tmp_path)
         again = read_general(tmp_path)
         assert again == general
 
 
-def test_blank_lines_part_texts_and_bad_rows_are_named(tmp_path: Path) -> None:
+def test_blank_lines_separate_texts_and_bad_rows_are_named(tmp_path: Path) -> None:
     rows = [[text] for text, _ in sentences(60, 7)]
-    general, _ = loaded(tmp_path, [*rows[:30], [""], *rows[30:]], ["text"])
+    general, _ = load(tmp_path, [*rows[:30], [""], *rows[30:]], ["text"])
     assert general.facts.rows_read == 60
-    broken = [*rows_of(60), ("a text", "", "")]
+    broken = [*draw_rows(60), ("a text", "", "")]
     with pytest.raises(DataError, match=r"general.csv line 62: the label is empty"):
-        loaded(tmp_path, broken, label="document")
-    skipped, _ = loaded(tmp_path, broken, label="document", bad_rows="skip")
+        load(tmp_path, broken, label="document")
+    skipped, _ = load(tmp_path, broken, label="document", bad_rows="skip")
     assert skipped.facts.bad_rows == 1 and skipped.facts.rows_read == 61
 
 
-def test_what_cannot_measure_is_refused(tmp_path: Path) -> None:
+def test_data_that_cannot_measure_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no column 'topic'.*it has text, document, tone") as why:
-        loaded(tmp_path, rows_of(60), label="topic")
+        load(tmp_path, draw_rows(60), label="topic")
     assert "data.general" in str(why.value.fix)
     with pytest.raises(DataError, match="10 rows to measure forgetting on, of 20 read"):
-        loaded(tmp_path, rows_of(20))
+        load(tmp_path, draw_rows(20))
     with pytest.raises(DataError, match="0 rows to measure"):
-        loaded(tmp_path, [(text, "a", "b") for text, _ in sentences(160)])
+        load(tmp_path, [(text, "a", "b") for text, _ in sentences(160)])
     with pytest.raises(DataError, match="'tone' has one value only, 'same'"):
-        loaded(tmp_path, [(t, d, "same") for t, d, _ in rows_of(60)], label="tone")
+        load(tmp_path, [(t, d, "same") for t, d, _ in draw_rows(60)], label="tone")
 
 
-def test_words_are_taken_where_words_are_tagged(tmp_path: Path) -> None:
+def test_texts_are_split_into_words_where_words_are_tagged(tmp_path: Path) -> None:
     words = [[" ".join(text.split())] for text, _ in sentences(60, 7)]
     run = write_csv(tmp_path / "run.csv", ["text", "label"], sentences(160))
     general = write_csv(tmp_path / "general.csv", ["text"], words)
@@ -245,12 +241,10 @@ def test_the_label_of_train_is_no_control(recipe_tree: dict[str, Any]) -> None:
 def test_general_rows_are_encoded_as_others(
     recipe_tree: dict[str, Any], tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
-    from conftest import bench_of
-
-    general, _ = loaded(tmp_path, rows_of(60))
-    bench = bench_of(Recipe.parse(recipe_tree))
-    bench.general = general
-    encoded = bench.encode_rows(general.train_rows)
+    general, _ = load(tmp_path, draw_rows(60))
+    context = bench_of(Recipe.parse(recipe_tree))
+    context.general = general
+    encoded = context.encode_rows(general.train_rows)
     assert len(encoded) == len(general.train_rows) and all(row["input_ids"] for row in encoded)
-    assert bench.with_encoder(bench.source, "w", None, ()).general is general
+    assert context.with_encoder(context.source, "w", None, ()).general is general
     assert np.all([len(row["input_ids"]) <= 16 for row in encoded])

@@ -1,4 +1,4 @@
-"""Pictures that use little of the range from black to white are told, whatever their depth."""
+"""Warn of images that use little of the range from black to white, whatever their depth."""
 
 import io
 import struct
@@ -75,7 +75,7 @@ KINDS: dict[str, Callable[[np.ndarray], bytes]] = {
     ("low", "high", "narrow"),
     [(0.01, 1 / 16, True), (0.5, 0.55, True), (0, 1 / 300, True), (0, 1, False), (0.4, 0.6, False)],
 )
-def test_a_narrow_range_is_seen_at_every_depth(
+def test_narrow_range_is_seen_at_every_depth(
     low: float, high: float, narrow: bool, kind: str
 ) -> None:
     image = decode_image(KINDS[kind](scene(low, high)), None, 10_000)
@@ -89,7 +89,7 @@ def test_a_flat_colour_is_not_narrow() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder of 12-bit pictures in 16-bit files: 3 to 12 of 255 as the model gets them."""
+    """A folder of 12-bit images in 16-bit files: 3 to 12 of 255 as the model gets them."""
     for label, (low, high) in {"dark": (780, 1500), "light": (1600, 3080)}.items():
         (tmp_path / "deep" / label).mkdir(parents=True)
         for number in range(12):
@@ -124,7 +124,7 @@ def test_check_run_predict_and_compare_warn(
         compare_models([str(tmp_path / "run")], folder, None)
 
 
-def test_pictures_without_labels_are_told(folder: Path) -> None:
+def test_images_without_labels_are_checked_too(folder: Path) -> None:
     full = folder.parent / "full"
     for label in ("dark", "light"):
         (full / label).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""KL on heads of the source: masked language, and CLIP's classes by their names."""
+"""Compute KL on heads of the source: masked language, and CLIP's classes by their names."""
 
 import shutil
 from collections.abc import Callable
@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config, tiny_tokenizer
-from support.tiny import tiny_processor
+from support.tiny import tiny_config, tiny_processor, tiny_tokenizer
 from support.training import (
     Rows,
     assert_same_step,
@@ -70,7 +69,7 @@ def bert(tiny_model: Callable[..., Path]) -> Path:
 
 @pytest.mark.parametrize("strategy", ["lora", "full"])
 def test_original_may_be_another_model(bert: Path, strategy: str) -> None:
-    """After adaptation the reference may be the source, which is not the model without adapter."""
+    """Take the source after an adaptation: it is not the model without its adapter."""
     start = build_probed_model(bert, "full")
     perturb(get_encoder(start, get_model_architecture(start)), 0.05)
     model, distances = prepare(start, strategy), {}
@@ -82,8 +81,7 @@ def test_original_may_be_another_model(bert: Path, strategy: str) -> None:
     assert (distances[False] < 1e-6) == (strategy == "lora")
 
 
-@pytest.mark.parametrize("strategy", ["lora", "full"])
-@pytest.mark.parametrize("pooling", ["native", "mean"])
+@pytest.mark.parametrize(("strategy", "pooling"), [("lora", "native"), ("full", "mean")])
 def test_masked_kl_is_zero_at_the_original(bert: Path, strategy: str, pooling: str) -> None:
     model, term = build_probed_model(bert, strategy, pooling).eval(), build_masked_kl(bert)
     term.attach(model)
@@ -124,7 +122,7 @@ def test_masked_kl_is_that_of_two_stock_models(bert: Path) -> None:
     torch.testing.assert_close(alone[0], values[2], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("left", "right"), [(0, 6), (6, 0), (2, 1)])
+@pytest.mark.parametrize(("left", "right"), [(0, 6), (2, 1)])
 def test_masks_do_not_depend_on_padding(bert: Path, left: int, right: int) -> None:
     term, numbers = build_masked_kl(bert), list(range(200))
     torch.manual_seed(0)
@@ -159,14 +157,11 @@ def collate_ragged(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: torch.stack([row[key] for row in padded]) for key in rows[0]}
 
 
-@pytest.mark.parametrize("strategy", ["lora", "full"])
-def test_step_of_ragged_rows_may_be_cut_into_batches(
-    bert: Path, tmp_path: Path, strategy: str
-) -> None:
+def test_step_of_ragged_rows_may_be_cut_into_batches(bert: Path, tmp_path: Path) -> None:
     steps = []
     for batch, accumulated in ((8, 1), (2, 4)):
         trainer = build_trainer(
-            build_probed_model(bert, strategy), tmp_path, [build_masked_kl(bert, 10.0)], {},
+            build_probed_model(bert, "lora"), tmp_path, [build_masked_kl(bert, 10.0)], {},
             per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated,
         )  # fmt: skip
         trainer.train_dataset, trainer.data_collator = RaggedRows(), collate_ragged
@@ -175,12 +170,12 @@ def test_step_of_ragged_rows_may_be_cut_into_batches(
     assert_same_step(*steps, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["lora", "full"])
+@pytest.mark.parametrize("strategy", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_training_with_masked_kl_stays_nearer(bert: Path, tmp_path: Path, strategy: str) -> None:
     distances = []
     for weight in (0.0, 3000.0):
         model = build_probed_model(bert, strategy)
-        settings = {"num_train_epochs": 8, "learning_rate": 0.1, "optim": "adamw_torch"}
+        settings = {"num_train_epochs": 6, "learning_rate": 0.1, "optim": "adamw_torch"}
         build_trainer(model, tmp_path, [build_masked_kl(bert, weight)], {}, **settings).train()
         distance = build_masked_kl(bert)
         distance.attach(model.eval())
@@ -190,7 +185,7 @@ def test_training_with_masked_kl_stays_nearer(bert: Path, tmp_path: Path, strate
     assert distances[1] < 0.7 * distances[0]
 
 
-def test_refuses_a_head_that_the_source_lacks(tiny_model: Callable[..., Path]) -> None:
+def test_head_that_the_source_lacks_is_refused(tiny_model: Callable[..., Path]) -> None:
     source = find_source(Source(model=str(tiny_model("bert"))))
     with pytest.raises(RecipeError, match="has no trained masked-language head"):
         check_pretraining_head(KL(on="mlm"), source, has_head=False, task="classification")
@@ -203,7 +198,7 @@ def test_refuses_a_head_that_the_source_lacks(tiny_model: Callable[..., Path]) -
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random CLIP with both halves, a tokenizer and a processor."""
+    """Save a random CLIP with both halves, a tokenizer and a processor."""
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
     CLIPModel(tiny_config("clip")).save_pretrained(folder)
@@ -212,8 +207,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_refuses_a_clip_without_its_tokenizer(clip_folder: Path, tmp_path: Path) -> None:
-    """With images nothing else reads the tokenizer, so that training was the first to miss it."""
+def test_clip_without_its_tokenizer_is_refused(clip_folder: Path, tmp_path: Path) -> None:
     kl = KL(on="zero_shot")
     source = find_source(Source(model=str(clip_folder)))
     check_pretraining_head(kl, source, False, "classification")
@@ -246,7 +240,7 @@ def test_zero_shot_head_is_that_of_clip(clip_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["lora", "full"])
-def test_zero_shot_kl(clip_folder: Path, strategy: str) -> None:
+def test_zero_shot_kl_is_that_of_two_clip_towers(clip_folder: Path, strategy: str) -> None:
     source, clip, head = load_clip(clip_folder)
     loaded = build_model(source, "classification", "native", 3, NAMES, seed=0)
     model = prepare(loaded.model, strategy, fresh=loaded.fresh).eval()

@@ -1,4 +1,4 @@
-"""What a source model cannot do is refused by `check` and before a run trains, in one line."""
+"""Refuse what a source model cannot do in `check` and before a run trains, in one line."""
 
 import json
 import shutil
@@ -18,8 +18,8 @@ from hftl.pipeline.pipeline import check_recipe
 Tiny = Callable[..., Path]
 
 
-def refused(tree: dict[str, Any], folder: Path) -> HftlError:
-    """The refusal of `check`, which `run` gives too before anything trains."""
+def refuse(tree: dict[str, Any], folder: Path) -> HftlError:
+    """Return the refusal of `check`, which `run` gives too before anything trains."""
     errors = []
     for start in (check_recipe, lambda recipe: run(recipe, folder / "run")):
         with pytest.raises(HftlError) as caught:
@@ -31,7 +31,7 @@ def refused(tree: dict[str, Any], folder: Path) -> HftlError:
     return errors[0]
 
 
-def tree_of(model: Path, table: Path, **sections: Any) -> dict[str, Any]:
+def build_tree(model: Path, table: Path, **sections: Any) -> dict[str, Any]:
     data = {"train": {"path": str(table)}, "max_length": 16} | sections.pop("data", {})
     training = {"num_train_epochs": 1, "bf16": False}
     finetune = {"training": training} | sections.pop("finetune", {})
@@ -40,46 +40,46 @@ def tree_of(model: Path, table: Path, **sections: Any) -> dict[str, Any]:
             "measure": measure, **sections}  # fmt: skip
 
 
+def copy_with_token(source: Path, folder: Path) -> Path:
+    """Copy a model, with a token in its tokenizer that it does not embed."""
+    shutil.copytree(source, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["kryptonite"])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("place", ["first", "last"])
-def test_a_token_that_the_model_does_not_embed(
+def test_token_that_the_model_does_not_embed_is_refused(
     place: str, tiny_model: Tiny, tmp_path: Path
 ) -> None:
-    model = Path(shutil.copytree(tiny_model(), tmp_path / "model"))
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.add_tokens(["kryptonite"])
-    tokenizer.save_pretrained(model)
+    model = copy_with_token(tiny_model(), tmp_path / "model")
     rows = sentences(60)
     number = 0 if place == "first" else len(rows) - 1
     rows[number] = (f"kryptonite {rows[number][0]}", rows[number][1])
-    error = refused(
-        tree_of(model, write_csv(tmp_path / "t.csv", ["text", "label"], rows)), tmp_path
+    error = refuse(
+        build_tree(model, write_csv(tmp_path / "t.csv", ["text", "label"], rows)), tmp_path
     )
     assert isinstance(error, DataError)
     assert "'kryptonite'" in str(error) and f"line {number + 2}" in str(error), error
 
 
-def test_a_longer_tokenizer_whose_tokens_no_row_holds_is_taken(
+def test_longer_tokenizer_is_accepted_where_no_row_holds_its_tokens(
     tiny_model: Tiny, tmp_path: Path, table: Path
 ) -> None:
-    model = Path(shutil.copytree(tiny_model(), tmp_path / "model"))
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.add_tokens(["kryptonite"])
-    tokenizer.save_pretrained(model)
-    check_recipe(Recipe.parse(tree_of(model, table)))
+    model = copy_with_token(tiny_model(), tmp_path / "model")
+    check_recipe(Recipe.parse(build_tree(model, table)))
 
 
 def test_adaptation_draws_from_all_tokens_and_refuses_such_a_tokenizer(
     tiny_model: Tiny, tmp_path: Path, table: Path
 ) -> None:
-    model = Path(shutil.copytree(tiny_model("bert", True), tmp_path / "model"))
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.add_tokens(["kryptonite"])
-    tokenizer.save_pretrained(model)
-    error = refused(tree_of(model, table, adapt={"objective": "mlm"}), tmp_path)
+    model = copy_with_token(tiny_model("bert", True), tmp_path / "model")
+    error = refuse(build_tree(model, table, adapt={"objective": "mlm"}), tmp_path)
     assert isinstance(error, RecipeError) and "42 tokens" in str(error)
 
 
-def test_segments_that_the_model_does_not_embed(tmp_path: Path) -> None:
+def test_segments_that_the_model_does_not_embed_are_refused(tmp_path: Path) -> None:
     model = save_tiny("bert", tmp_path / "model")
     AutoModel.from_config(tiny_config("bert", type_vocab_size=1)).save_pretrained(model)
     file = model / "tokenizer_config.json"
@@ -88,27 +88,28 @@ def test_segments_that_the_model_does_not_embed(tmp_path: Path) -> None:
     rows = [(text, text[::-1], label) for text, label in sentences(60)]
     table = write_csv(tmp_path / "t.csv", ["a", "b", "label"], rows)
     data = {"train": {"path": str(table), "text": ["a", "b"]}}
-    error = refused(tree_of(model, table, data=data), tmp_path)
+    error = refuse(build_tree(model, table, data=data), tmp_path)
     assert isinstance(error, RecipeError) and "1 segment" in str(error)
 
 
 @pytest.mark.parametrize("adapt", [None, {"objective": "mae"}])
-def test_a_source_of_one_channel(adapt: dict[str, Any] | None, tmp_path: Path) -> None:
+def test_source_of_one_channel_is_refused(adapt: dict[str, Any] | None, tmp_path: Path) -> None:
     model = save_tiny("vit", tmp_path / "model")
     AutoModel.from_config(tiny_config("vit", num_channels=1)).save_pretrained(model)
     folder = pictures(tmp_path / "pictures", 20)
-    tree = tree_of(model, folder, adapt=adapt, data={"max_length": 128})
-    error = refused(tree, tmp_path)
+    tree = build_tree(model, folder, adapt=adapt, data={"max_length": 128})
+    error = refuse(tree, tmp_path)
     assert isinstance(error, RecipeError) and "1 channel" in str(error)
 
 
 @pytest.mark.parametrize("pooling", ["native", "mean"])
-def test_modules_that_are_trained_and_not_reloaded(
+def test_saved_modules_survive_or_are_refused(
     pooling: str, tiny_model: Tiny, tmp_path: Path, table: Path
 ) -> None:
-    """Either the adapter survives saving, or it is refused before it trains."""
     finetune = {"strategy": "lora", "pooling": pooling, "lora": {"modules_to_save": ["embeddings"]}}
-    tree = tree_of(tiny_model(), table, finetune=finetune | {"training": {"num_train_epochs": 1}})
+    tree = build_tree(
+        tiny_model(), table, finetune=finetune | {"training": {"num_train_epochs": 1}}
+    )
     try:
         check_recipe(Recipe.parse(tree))
     except RecipeError as error:
@@ -118,7 +119,7 @@ def test_modules_that_are_trained_and_not_reloaded(
 
 
 @pytest.mark.parametrize("where", ["finetune", "arm", "adapt"])
-def test_a_name_that_matches_no_module(
+def test_name_that_matches_no_module_is_refused(
     where: str, tiny_model: Tiny, tmp_path: Path, table: Path
 ) -> None:
     lora = {"target_modules": ["query", "valeu"]}
@@ -127,11 +128,11 @@ def test_a_name_that_matches_no_module(
         "arm": {"measure": {"arms": [{"other": {"finetune.lora.target_modules": ["valeu"]}}]}},
         "adapt": {"adapt": {"objective": "mlm", "method": "lora", "lora": lora}},
     }[where]
-    error = refused(tree_of(tiny_model("bert", True), table, **more), tmp_path)
+    error = refuse(build_tree(tiny_model("bert", True), table, **more), tmp_path)
     assert isinstance(error, RecipeError) and "did you mean 'value'" in str(error)
 
 
-def test_memory_of_the_cpu_that_ran_out_is_told_as_memory() -> None:
+def test_out_of_memory_on_the_cpu_is_recognised() -> None:
     ran_out = RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")
     assert is_out_of_memory(ran_out) and is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -222,7 +222,7 @@ def descend(model: Any, loss: Callable[[Tensor], Tensor], steps: int, rate: floa
 
 @pytest.fixture(scope="module", params=[0, 1])
 def runs(request: pytest.FixtureRequest) -> list[Run]:
-    """Of one network: five labellings, trained for a while, for longer, and under penalties."""
+    """Fine-tune one network on five labellings: for a while, for longer, and under penalties."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     parity = Parity(request.param)

@@ -64,7 +64,7 @@ def fine_tune(new: Task, start: np.ndarray, information: np.ndarray, weight: flo
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, np.ndarray]:
-    """The error on both tasks together at the best weight, (seeds,), beyond the least possible."""
+    """Return the error on both tasks at the best weight, (seeds,), beyond the least possible."""
     results: dict[str, list[float]] = {k: [] for k in ("none", "joint", "exact", "batched", "even")}
     for seed in range(SEEDS):
         draw = np.random.default_rng(seed)
