@@ -1,15 +1,30 @@
 """Compare every architecture's entry with what its stock class does, forward and backward."""
 
 import inspect
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from support.tiny import IMAGE_SIZE, TEXT, is_image, tiny_config
+from conftest import bench_of, pictures
+from safetensors.torch import save_file
+from support.tiny import IMAGE_SIZE, TEXT, is_image, tiny_config, tiny_processor
 from torch import nn
-from transformers import AutoConfig, AutoModel, BertForMaskedLM, ResNetConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    BertForMaskedLM,
+    ResNetConfig,
+)
 
-from hftl.errors import RecipeError
+from hftl.config.finetune import Finetune
+from hftl.config.recipe import Recipe
+from hftl.errors import RecipeError, RunFolderError
+from hftl.finetune.arm import train_arm
+from hftl.finetune.context import ExperimentContext
 from hftl.finetune.trainable import prepare
 from hftl.models import architectures
 from hftl.models.architectures import (
@@ -33,9 +48,11 @@ from hftl.models.encoders import (
     has_prefix,
     list_block_paths,
 )
+from hftl.models.features import predict_logits
 from hftl.models.heads import get_last_linear, get_model_architecture
 from hftl.models.lora import list_lora_layers
-from hftl.train.checkpoint import list_training_modes
+from hftl.publish.export import export_model, rebuild_model
+from hftl.train.checkpoint import BestWeightsCallback, list_training_modes
 
 CLASSIFICATION = "classification"
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -262,3 +279,66 @@ def test_a_convolutional_network_fits_an_entry(
 def get_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return copies of BatchNorm's running means and variances."""
     return {name: b.clone() for name, b in model.named_buffers() if ".running_" in name}
+
+
+@pytest.mark.parametrize("strategy", ["lora", "partial", "gradual", "full"])
+def test_running_statistics_are_stored_where_they_move(
+    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured is what an arm's folder and the published model hold."""
+    monkeypatch.setitem(architectures.ARCHITECTURES, "resnet", RESNET)
+    context, finetune = build_resnet_arm(tmp_path, strategy)
+    output = train_arm(context, finetune, 0)
+    stored = {name for name in output.weights if ".running_" in name}
+    assert bool(stored) == (strategy != "lora")
+    assert any("embedder" in name for name in stored) == (strategy in ("gradual", "full"))
+    save_file(output.weights, tmp_path / "weights.safetensors")
+    model: Any = rebuild_model(context, finetune, 0, tmp_path / "weights.safetensors")
+    rows = context.encode_rows(context.prepared.rows["test"])
+    expected = output.logits["test"]
+    rebuilt = predict_logits(model, rows, context.inputs, "cpu")
+    np.testing.assert_allclose(rebuilt, expected, atol=1e-4)
+    if strategy == "lora":
+        return
+    export_model(context, model, finetune, tmp_path / "publish")
+    plain = AutoModelForImageClassification.from_pretrained(tmp_path / "publish")
+    reloaded = predict_logits(plain, rows, context.inputs, "cpu")
+    np.testing.assert_allclose(reloaded, expected, atol=1e-4)
+    source = context.build_model("native", 0).model.state_dict()
+    model.load_state_dict({name: source[name] for name in stored}, strict=False)
+    reset = predict_logits(model, rows, context.inputs, "cpu")
+    # Here the head alone was best: what a later phase moved is put back.
+    assert (np.abs(reset - expected).max() > 1e-2) == (strategy != "gradual")
+    weights = {name: t for name, t in output.weights.items() if ".running_" not in name}
+    save_file(weights, tmp_path / "weights.safetensors")
+    with pytest.raises(RunFolderError, match="running_mean"):
+        rebuild_model(context, finetune, 0, tmp_path / "weights.safetensors")
+
+
+def build_resnet_arm(folder: Path, strategy: str) -> tuple[ExperimentContext, Finetune]:
+    """Save a tiny random ResNet and pictures, and return what its arm is trained from."""
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[2, 1])
+    AutoModel.from_config(config).save_pretrained(folder / "resnet")
+    tiny_processor(folder / "resnet")
+    training = {"num_train_epochs": 2, "learning_rate": 1e-2, "bf16": False}
+    recipe = Recipe.parse({
+        "source": {"model": str(folder / "resnet")},
+        "data": {"train": {"path": str(pictures(folder / "pictures", 20))}},
+        "finetune": {"strategy": strategy, "blocks": 1, "training": training, "lora": {"r": 2}},
+    })  # fmt: skip
+    return bench_of(recipe), recipe.finetune
+
+
+def test_running_statistics_of_the_best_evaluation_are_restored() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    model[2].weight.requires_grad_(False)
+    best = BestWeightsCallback("eval_loss", greater=False, patience=None)
+    statistics = get_statistics(model)
+    best.on_evaluate(None, SimpleNamespace(epoch=1), None, model=model, metrics={"eval_loss": 1.0})
+    assert best.weights.keys() & statistics.keys() == {"1.running_mean", "1.running_var"}
+    model.train()(torch.rand(2, 3, 8, 8))
+    assert not model[1].running_mean.equal(statistics["1.running_mean"])
+    best.restore(model)
+    for name in ("1.running_mean", "1.running_var"):
+        torch.testing.assert_close(get_statistics(model)[name], statistics[name])
