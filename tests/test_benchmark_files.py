@@ -21,12 +21,9 @@ from hftl.publish.checks import check_files, is_publishable
 from hftl.runtime.hardware import compute_emissions
 
 BENCHMARK = {"dataset": "org/reviews", "task_id": "default"}
-TEXT = (str,)
-NUMBER = (int, float)
-REQUIRED: dict[str, tuple[type, ...]] = {
-    "schema_version": TEXT, "evaluation_id": TEXT, "retrieved_timestamp": TEXT,
-    "source_metadata": (dict,), "model_info": (dict,), "eval_library": (dict,),
-    "evaluation_results": (list,),
+REQUIRED: dict[str, type] = {
+    "schema_version": str, "evaluation_id": str, "retrieved_timestamp": str,
+    "source_metadata": dict, "model_info": dict, "eval_library": dict, "evaluation_results": list,
 }  # fmt: skip
 """The keys that Every Eval Ever 0.3.0 requires, and all that hftl writes of its top level."""
 
@@ -48,25 +45,23 @@ def test_the_hub_reads_the_results() -> None:
     assert entry.dataset_revision == "b" * 40 and entry.notes == "test accuracy, mean over 3 seeds"
 
 
-@pytest.mark.parametrize(("case", "task"), [
-    ("positive", "classification"), ("one seed", "classification"), ("no baseline",
-    "classification"), ("negative", "regression"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("case", "task"),
+    [(case, "classification") for case in ("positive", "one seed", "no baseline")]
+    + [("negative", "regression")],
+)
 def test_every_eval_ever_takes_the_results(case: str, task: str) -> None:
     record = measured(case, task)
-    evaluation = json.loads(
-        build_benchmark_files(Record.parse(record), "1790000000")[EVERY_EVAL_EVER_FILE]
-    )
-    assert evaluation.keys() == REQUIRED.keys()
-    assert all(isinstance(evaluation[key], kind) for key, kind in REQUIRED.items())
+    files = build_benchmark_files(Record.parse(record), "1790000000")
+    evaluation = json.loads(files[EVERY_EVAL_EVER_FILE])
+    assert {key: type(value) for key, value in evaluation.items()} == REQUIRED
     assert evaluation["evaluation_id"].endswith("/1790000000")
-    source = evaluation["source_metadata"]
-    assert source["source_type"] == "evaluation_run"
-    assert source["evaluator_relationship"] == "first_party" and source["source_organization_name"]
+    source, model = evaluation["source_metadata"], evaluation["model_info"]
+    assert source["source_type"] == "evaluation_run" and source["source_organization_name"]
+    assert source["evaluator_relationship"] == "first_party"
     assert evaluation["eval_library"].keys() >= {"name", "version"}
-    details = evaluation["model_info"]["additional_details"]
-    assert evaluation["model_info"]["id"] == "me/model"
-    assert all(isinstance(value, str) for value in details.values())
+    details = model["additional_details"]
+    assert model["id"] == "me/model" and all(isinstance(value, str) for value in details.values())
     assert details["deployment_type"] == "self_deployed"
     assert details["model_availability"] == "open_weights"
     results = evaluation["evaluation_results"]
@@ -74,12 +69,10 @@ def test_every_eval_ever_takes_the_results(case: str, task: str) -> None:
     for result in results:
         assert result.keys() >= {"evaluation_name", "source_data", "metric_config", "score_details"}
         assert result["source_data"]["source_type"] == "hf_dataset"
-        metric = result["metric_config"]
+        metric, score = result["metric_config"], result["score_details"]
         assert isinstance(metric["lower_is_better"], bool)
-        for bound in ("min_score", "max_score"):
-            assert isinstance(metric[bound], NUMBER) or metric[bound] in ("Infinity", "-Infinity")
-        score = result["score_details"]
-        assert isinstance(score["score"], NUMBER)
+        for number in (metric["min_score"], metric["max_score"], score["score"]):
+            assert isinstance(number, int | float) or number in ("Infinity", "-Infinity")
         assert all(isinstance(value, str) for value in score["details"].values())
     assert results[0]["metric_config"]["lower_is_better"] == (task == "regression")
     gain = record["transfer_gain"]
@@ -89,15 +82,12 @@ def test_every_eval_ever_takes_the_results(case: str, task: str) -> None:
         assert interval["confidence_level"] == 0.95
 
 
-def test_without_a_benchmark_there_are_no_such_files() -> None:
-    assert build_benchmark_files(Record.parse(make_record()), "1") == {}
-
-
 def test_the_files_pass_the_gates_and_those_of_others_are_left_alone(tmp_path: Path) -> None:
     for name, text in build_benchmark_files(Record.parse(measured()), "1790000000").items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
     assert check_files(tmp_path) == [".eval_results/hftl-org-reviews.yaml", EVERY_EVAL_EVER_FILE]
+    assert build_benchmark_files(Record.parse(make_record()), "1") == {}, "without a benchmark"
     # A push deletes what it may publish and does not; a community's results are none of it.
     assert not is_publishable(".eval_results/org-reviews.yaml")
 

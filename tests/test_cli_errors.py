@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import sentences
 
-from hftl import cli, cli_errors
+from hftl import __version__, cli, cli_errors
 from hftl.runtime import run_folder
 
 HEADER = ["text", "label"]
@@ -240,26 +240,14 @@ def test_a_run_folder_that_is_not_there(hftl: Hftl, output: Path, command: str) 
     assert_nothing_half_written(output)
 
 
-def test_no_arguments_show_the_help(hftl: Hftl) -> None:
+def test_help_schema_version_and_traceback(hftl: Hftl, recipe_file: Path) -> None:
     outcome = hftl()
     assert (outcome.code, outcome.err) == (0, "")
-    assert outcome.out.startswith("Usage: ")
-    assert "  publish  " in outcome.out
-
-
-def test_the_schema_and_the_version(hftl: Hftl) -> None:
-    from hftl import __version__
-
-    outcome = hftl("schema")
-    assert outcome.code == 0
-    assert json.loads(outcome.out)["required"] == ["source", "data"]
+    assert outcome.out.startswith("Usage: ") and "  publish  " in outcome.out
+    assert json.loads(hftl("schema").out)["required"] == ["source", "data"]
     assert hftl("--version").out == f"{__version__}\n"
-
-
-def test_debug_shows_the_traceback(hftl: Hftl, recipe_file: Path) -> None:
     outcome = hftl("check", recipe_file, "data.shots=none", "--debug")
-    assert outcome.code == 2
-    assert outcome.err.startswith("hftl: error: ")
+    assert outcome.code == 2 and outcome.err.startswith("hftl: error: ")
     assert "Traceback" in outcome.err
 
 

@@ -106,15 +106,14 @@ def test_interval_is_that_of_the_raw_differences(rows: int) -> None:
 def test_rows_of_a_group_count_as_one_unit() -> None:
     """Ten copies of forty rows know what forty rows know."""
     one = predicted(40, seeds=1, lora=0.8, scratch=0.6)
-    thrice = {arm: np.repeat(said, 3, axis=0) for arm, said in one.predictions.items()}
-    few = SplitPredictions(one.labels, one.units, thrice)
-    copies = {arm: np.repeat(said, 10, axis=1) for arm, said in few.predictions.items()}
-    labels = np.repeat(few.labels, 10)
-    alone = SplitPredictions(labels, np.arange(400), copies)
-    grouped = SplitPredictions(labels, np.repeat(np.arange(40), 10), copies)
+    few = {arm: np.repeat(said, 3, axis=0) for arm, said in one.predictions.items()}
+    many = {arm: np.repeat(said, 10, axis=1) for arm, said in few.items()}
+    labels, units = np.repeat(one.labels, 10), np.repeat(one.units, 10)
     single, naive, fair = (
-        compute_gain(ACCURACY, t, "lora", "scratch") for t in (few, alone, grouped)
-    )
+        compute_gain(ACCURACY, SplitPredictions(*test), "lora", "scratch")
+        for test in ((one.labels, one.units, few), (labels, np.arange(400), many),
+                     (labels, units, many))
+    )  # fmt: skip
     assert fair["value"] == naive["value"] == pytest.approx(single["value"])
     assert fair["ci95"] == pytest.approx(single["ci95"])
     assert np.ptp(fair["ci95"]) > 2 * np.ptp(naive["ci95"])
@@ -275,25 +274,19 @@ def test_best_seed_is_the_first_of_equals(wrong: list[int], best: int) -> None:
 
 def test_margin_of_an_error_is_a_share_of_it() -> None:
     """An rmse of 0.002 against 0.004 is half the error, however small the label's unit."""
-    generator = np.random.default_rng(0)
-    labels = generator.normal(size=200) * 0.01
-    noise = generator.normal(size=(2, 200))
-    test = SplitPredictions(
-        labels, np.arange(200), {"own": labels + 0.002 * noise, "other": labels + 0.004 * noise}
-    )
-    gain = compute_gain(METRICS["regression"]["rmse"], test, "own", "other")
+    draw = np.random.default_rng(0)
+    labels, noise = draw.normal(size=200) * 0.01, draw.normal(size=(2, 200))
+    arms = {"own": labels + 0.002 * noise, "other": labels + 0.004 * noise}
+    gain = compute_gain(RMSE, SplitPredictions(labels, np.arange(200), arms), "own", "other")
     assert abs(gain["value"]) < MARGIN and gain["outcome"] == "positive"
 
 
-def test_arms_that_never_differ_are_not_known_to_be_equal() -> None:
+@pytest.mark.parametrize(("rows", "outcome"), [(48, "undetermined"), (2000, "equivalent")])
+def test_arms_that_never_differ_are_not_known_to_be_equal(rows: int, outcome: str) -> None:
     """48 of 48 right in both arms still allows some percent of difference."""
-    for rows, expected in ((48, "undetermined"), (2000, "equivalent")):
-        labels = np.arange(rows) % 2
-        test = SplitPredictions(
-            labels,
-            np.arange(rows),
-            {"own": np.stack([labels] * 3), "other": np.stack([labels] * 3)},
-        )
-        gain = compute_gain(METRICS["classification"]["accuracy"], test, "own", "other")
-        assert gain["ci95"] == pytest.approx([-3 / rows, 3 / rows])
-        assert gain["outcome"] == expected
+    labels = np.arange(rows) % 2
+    right = np.tile(labels, (3, 1))
+    test = SplitPredictions(labels, np.arange(rows), {"own": right, "other": right})
+    gain = compute_gain(ACCURACY, test, "own", "other")
+    assert gain["ci95"] == pytest.approx([-3 / rows, 3 / rows])
+    assert gain["outcome"] == outcome

@@ -183,21 +183,14 @@ def test_rows_in_another_order_are_the_same_data(again: Run, tmp_path: Path) -> 
     assert not [part for part in changed_parts(before, run) if part.startswith("arms/")]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("finetune.lora.r=16", "finetune.lora.r: 8 -> 16"),
-        ("finetune.training.learning_rate=0.1", "finetune.training.learning_rate: 0.005 -> 0.1"),
-        ("data.seed=1", "data.seed: 0 -> 1"),
-        ("data.max_length=12", "data.max_length: 16 -> 12"),
-        ("finetune.pooling=mean", "finetune.pooling: native -> mean"),
-    ],
-)
-def test_a_changed_key_that_was_read_is_refused(finished: Run, change: str, message: str) -> None:
+def test_a_changed_key_that_was_read_is_refused(finished: Run) -> None:
     run, tree = finished
     before = state(run)
-    with pytest.raises(RunFolderError, match=message):
-        hftl.run(Recipe.parse(apply_overrides(copy.deepcopy(tree), [change])), run)
+    changes = ["finetune.lora.r=16", "data.seed=1", "data.max_length=12"]
+    with pytest.raises(RunFolderError) as refusal:
+        hftl.run(Recipe.parse(apply_overrides(copy.deepcopy(tree), changes)), run)
+    for line in ("finetune.lora.r: 8 -> 16", "data.seed: 0 -> 1", "data.max_length: 16 -> 12"):
+        assert line in str(refusal.value)
     assert state(run) == before
 
 
