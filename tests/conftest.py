@@ -77,7 +77,7 @@ def _signals() -> Iterator[None]:
 
 @pytest.fixture
 def own_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gate's reload as users have it, in a process started for it alone."""
+    """Reload as users do, in a process started for it alone."""
     monkeypatch.setattr("hftl.publish.checks.subprocess", subprocess)
 
 
@@ -133,7 +133,7 @@ def recipe_file(recipe_tree: dict[str, Any], tmp_path: Path) -> Path:
 
 
 def bench_of(recipe: Any) -> Any:
-    """The workbench that a run of the recipe would have."""
+    """Build the context that a run of the recipe would have."""
     from hftl.data.prepare import prepare_data
     from hftl.finetune.context import build_context, build_input_spec
     from hftl.models.source import find_source

@@ -1,4 +1,4 @@
-"""Bad input at the command line: one line on stderr, the right exit code, nothing half written."""
+"""Check bad input at the command line: one line on stderr, the exit code, nothing half written."""
 
 import json
 import subprocess

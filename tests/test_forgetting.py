@@ -194,7 +194,7 @@ def tree_of(folder: Path, model: Path, **general: Any) -> dict[str, Any]:
 def finished(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]
 ) -> tuple[Path, dict[str, Any]]:
-    """A run with general data that has two controls."""
+    """Finish a run with general data that has two controls."""
     folder = tmp_path_factory.mktemp("forgetting")
     tree = tree_of(folder, tiny_model(), label=["document", "tone"])
     hftl.run(Recipe.parse(copy.deepcopy(tree)), folder / "run")

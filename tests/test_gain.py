@@ -1,4 +1,4 @@
-"""The gain is the plain mean difference; its interval, baseline and order are what they claim."""
+"""Compute gains: plain mean differences, with interval, p-value, baseline and order."""
 
 import numpy as np
 import pytest
@@ -22,8 +22,11 @@ ALL = [metric for known in METRICS.values() for metric in known.values()]
 REGRESSION = list(METRICS["regression"].values())
 
 
+TAGS = np.array(["O", "B-X", "B-Y"])
+
+
 def predicted(rows: int = 80, seeds: int = 3, seed: int = 0, **rates: float) -> SplitPredictions:
-    """Arms that are right on a row with the given probability."""
+    """Draw arms that are right on a row with the given probability."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(3, size=rows)
     arms = {}
@@ -34,51 +37,37 @@ def predicted(rows: int = 80, seeds: int = 3, seed: int = 0, **rates: float) -> 
 
 
 def numbers(rows: int = 80, seeds: int = 3, seed: int = 0, **noise: float) -> SplitPredictions:
-    """Arms that miss a target by the given spread."""
+    """Draw arms that miss a target by the given spread."""
     rng = np.random.default_rng(seed)
     labels = rng.normal(size=rows)
     arms = {a: labels + rng.normal(0, spread, (seeds, rows)) for a, spread in noise.items()}
     return SplitPredictions(labels, np.arange(rows), arms)
 
 
-def names(rows: int = 80, seeds: int = 3, **rates: float) -> SplitPredictions:
-    """Arms that are right on a name of several with the given probability."""
-    rng = np.random.default_rng(0)
-    labels = rng.integers(2, size=(rows, 3))
-    arms = {
-        arm: np.where(rng.random((seeds, rows, 3)) < rate, labels, 1 - labels)
-        for arm, rate in rates.items()
-    }
-    return SplitPredictions(labels, np.arange(rows), arms)
-
-
-def tags(rows: int = 80, seeds: int = 3, **rates: float) -> SplitPredictions:
-    """Arms that are right on a word with the given probability."""
-    rng = np.random.default_rng(0)
-    known = np.array(["O", "B-X", "B-Y"])
-    ids = rng.integers(3, size=(rows, 4))
-
-    def to_cells(codes: np.ndarray) -> np.ndarray:
-        cells = np.empty(codes.shape[:-1], object)
-        for place in np.ndindex(cells.shape):
-            cells[place] = tuple(map(str, known[codes[place]]))
-        return cells
-
-    arms = {
-        arm: to_cells(np.where(rng.random((seeds, rows, 4)) < rate, ids, (ids + 1) % 3))
-        for arm, rate in rates.items()
-    }
-    return SplitPredictions(to_cells(ids), np.arange(rows), arms)
+def to_tags(codes: np.ndarray) -> np.ndarray:
+    """Return the rows of class ids as tuples of tags."""
+    cells = np.empty(codes.shape[:-1], object)
+    for place in np.ndindex(cells.shape):
+        cells[place] = tuple(map(str, TAGS[codes[place]]))
+    return cells
 
 
 def predict_for(metric: Metric) -> SplitPredictions:
+    """Draw predictions of the metric's task, of which lora's are better than scratch's."""
     if metric in REGRESSION:
         return numbers(lora=0.5, scratch=1.0)
-    if metric in METRICS["multi-label"].values():
-        return names(lora=0.9, scratch=0.6)
-    if metric in METRICS["token-classification"].values():
-        return tags(lora=0.9, scratch=0.6)
-    return predicted(lora=0.8, scratch=0.6)
+    if metric in METRICS["classification"].values():
+        return predicted(lora=0.8, scratch=0.6)
+    rng = np.random.default_rng(0)
+    classes = 2 if metric in METRICS["multi-label"].values() else 3
+    labels = rng.integers(classes, size=(80, 3))
+    arms = {
+        arm: np.where(rng.random((3, 80, 3)) < rate, labels, (labels + 1) % classes)
+        for arm, rate in (("lora", 0.9), ("scratch", 0.6))
+    }
+    if classes == 3:
+        labels, arms = to_tags(labels), {arm: to_tags(said) for arm, said in arms.items()}
+    return SplitPredictions(labels, np.arange(80), arms)
 
 
 @pytest.mark.parametrize("metric", ALL, ids=lambda m: m.name)

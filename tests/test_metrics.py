@@ -44,7 +44,7 @@ TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 
 
 def rk_correlation(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """Gorodkin's R_K, the correlation of the one-hot rows, by brute force."""
+    """Compute Gorodkin's R_K, the correlation of the one-hot rows, by brute force."""
     classes = np.union1d(labels, predictions)
     x = (labels[:, None] == classes).astype(float)
     y = (predictions[:, None] == classes).astype(float)

@@ -1,4 +1,4 @@
-"""A whole run on tiny models: what it writes, what it skips, what it refuses."""
+"""Run the whole pipeline on tiny models: what it writes, what it skips, what it refuses."""
 
 import copy
 import json

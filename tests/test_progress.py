@@ -1,4 +1,4 @@
-"""Progress on a terminal: what runs, how far it is; nothing where nobody looks."""
+"""Show progress on a terminal: what runs, how far it is; nothing where nobody looks."""
 
 import io
 from collections.abc import Iterator

@@ -15,8 +15,8 @@ READS = {"recipe": {"finetune.lora.r": 8}, "weights": None}
 
 
 @pytest.fixture
-def part(tmp_path: Path) -> Path:
-    """A complete part of two files."""
+def stage(tmp_path: Path) -> Path:
+    """Commit a stage of two files."""
     folder = tmp_path / "arms" / "lora-seed0"
     with run_folder.commit_stage(folder, READS) as aside:
         (aside / "sub").mkdir()
@@ -30,11 +30,11 @@ def files(folder: Path) -> dict[str, bytes]:
             for p in sorted(folder.rglob("*")) if p.is_file()}  # fmt: skip
 
 
-def test_a_stage_stands_with_its_hashes_and_inputs(part: Path) -> None:
-    assert sorted(files(part)) == ["MANIFEST.json", "a.txt", "sub/b.txt"]
-    assert run_folder.read_stage_inputs(part) == READS
-    assert [p.name for p in part.parent.iterdir()] == ["lora-seed0"]
-    manifest = json.loads((part / run_folder.MANIFEST).read_text(encoding="utf-8"))
+def test_a_stage_stands_with_its_hashes_and_inputs(stage: Path) -> None:
+    assert sorted(files(stage)) == ["MANIFEST.json", "a.txt", "sub/b.txt"]
+    assert run_folder.read_stage_inputs(stage) == READS
+    assert [p.name for p in stage.parent.iterdir()] == ["lora-seed0"]
+    manifest = json.loads((stage / run_folder.MANIFEST).read_text(encoding="utf-8"))
     assert sorted(manifest) == ["files", "reads"]
     assert all(len(digest) == 64 for digest in manifest["files"].values())
 
@@ -47,43 +47,43 @@ def test_nothing_stands_before_the_end(tmp_path: Path) -> None:
     assert (tmp_path / "data" / "a.txt").exists()
 
 
-def test_a_body_that_raises_leaves_the_folder_as_it_was(part: Path, tmp_path: Path) -> None:
-    before = files(part)
-    for folder, error in ((part, OSError), (tmp_path / "data", KeyboardInterrupt)):
+def test_a_body_that_raises_leaves_the_folder_as_it_was(stage: Path, tmp_path: Path) -> None:
+    before = files(stage)
+    for folder, error in ((stage, OSError), (tmp_path / "data", KeyboardInterrupt)):
         with pytest.raises(error), run_folder.commit_stage(folder, {}) as aside:
             (aside / "a.txt").write_text("half", encoding="utf-8")
             raise error
-    assert files(part) == before and run_folder.read_stage_inputs(part) == READS
+    assert files(stage) == before and run_folder.read_stage_inputs(stage) == READS
     assert not (tmp_path / "data").exists()
     assert run_folder.read_stage_inputs(tmp_path / "data") is None
 
 
-def test_a_stage_is_replaced_as_a_whole(part: Path) -> None:
-    old = run_folder.hash_stage(part)
-    with run_folder.commit_stage(part, {"recipe": {}}) as aside:
+def test_a_stage_is_replaced_as_a_whole(stage: Path) -> None:
+    old = run_folder.hash_stage(stage)
+    with run_folder.commit_stage(stage, {"recipe": {}}) as aside:
         (aside / "c.txt").write_text("third", encoding="utf-8")
-        assert (part / "a.txt").read_text(encoding="utf-8") == "first"
-    assert sorted(files(part)) == ["MANIFEST.json", "c.txt"]
-    assert run_folder.read_stage_inputs(part) == {"recipe": {}}
-    assert run_folder.hash_stage(part) != old
-    assert [p.name for p in part.parent.iterdir()] == ["lora-seed0"]
+        assert (stage / "a.txt").read_text(encoding="utf-8") == "first"
+    assert sorted(files(stage)) == ["MANIFEST.json", "c.txt"]
+    assert run_folder.read_stage_inputs(stage) == {"recipe": {}}
+    assert run_folder.hash_stage(stage) != old
+    assert [p.name for p in stage.parent.iterdir()] == ["lora-seed0"]
 
 
-def test_leftovers_of_a_killed_attempt_are_not_taken_over(part: Path) -> None:
-    left = part.parent / ".tmp-lora-seed0"
+def test_leftovers_of_a_killed_attempt_are_not_taken_over(stage: Path) -> None:
+    left = stage.parent / ".tmp-lora-seed0"
     left.mkdir()
     (left / "old.txt").write_text("old", encoding="utf-8")
-    with run_folder.commit_stage(part, READS) as aside:
+    with run_folder.commit_stage(stage, READS) as aside:
         (aside / "new.txt").write_text("new", encoding="utf-8")
-    assert sorted(files(part)) == ["MANIFEST.json", "new.txt"]
+    assert sorted(files(stage)) == ["MANIFEST.json", "new.txt"]
 
 
-def test_the_digest_is_that_of_the_content(part: Path, tmp_path: Path) -> None:
+def test_the_digest_is_that_of_the_content(stage: Path, tmp_path: Path) -> None:
     with run_folder.commit_stage(tmp_path / "again", READS) as aside:
         (aside / "sub").mkdir()
         (aside / "sub" / "b.txt").write_text("second", encoding="utf-8")
         (aside / "a.txt").write_text("first", encoding="utf-8")
-    assert run_folder.hash_stage(tmp_path / "again") == run_folder.hash_stage(part)
+    assert run_folder.hash_stage(tmp_path / "again") == run_folder.hash_stage(stage)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "sub/b.txt"])
@@ -91,21 +91,21 @@ def test_the_digest_is_that_of_the_content(part: Path, tmp_path: Path) -> None:
     ("content", "message"), [(None, "is missing"), (b"fIrst", "is not what was written")]
 )
 def test_a_file_that_is_missing_or_changed_is_named(
-    part: Path, name: str, content: bytes | None, message: str
+    stage: Path, name: str, content: bytes | None, message: str
 ) -> None:
-    (part / name).unlink() if content is None else (part / name).write_bytes(content)
+    (stage / name).unlink() if content is None else (stage / name).write_bytes(content)
     with pytest.raises(RunFolderError, match=f"{name} {message}") as caught:
-        run_folder.read_stage_inputs(part)
-    assert str(part) in caught.value.fix
+        run_folder.read_stage_inputs(stage)
+    assert str(stage) in caught.value.fix
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"null", b"{}", b'{"files": {}}',
                                      b'{"files": 3, "reads": {}}', b"\xff"])  # fmt: skip
-def test_a_manifest_that_is_missing_or_damaged_is_named(part: Path, content: bytes | None) -> None:
-    path = part / run_folder.MANIFEST
+def test_a_manifest_that_is_missing_or_damaged_is_named(stage: Path, content: bytes | None) -> None:
+    path = stage / run_folder.MANIFEST
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(RunFolderError, match=r"MANIFEST\.json is missing or unreadable"):
-        run_folder.read_stage_inputs(part)
+        run_folder.read_stage_inputs(stage)
 
 
 HOLD = """
@@ -120,7 +120,7 @@ with run_folder.lock_run(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Any:
-    """Another process that holds the run folder until its input ends."""
+    """Start another process that holds the run folder until its input ends."""
     run_folder.create_run_folder(tmp_path)
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], text=True,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:  # fmt: skip
@@ -150,9 +150,9 @@ def test_a_killed_holder_holds_nothing(tmp_path: Path, holder: Any) -> None:
         pass
 
 
-def test_leftovers_go_and_the_rest_stays(part: Path, tmp_path: Path) -> None:
+def test_leftovers_go_and_the_rest_stays(stage: Path, tmp_path: Path) -> None:
     run_folder.create_run_folder(tmp_path)
-    before = files(part)
+    before = files(stage)
     for name in (".tmp-publish", "arms/.tmp-head-seed1", "arms/.tmp-old-lora-seed0"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_text("x", encoding="utf-8")
@@ -160,7 +160,7 @@ def test_leftovers_go_and_the_rest_stays(part: Path, tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text("{}", encoding="utf-8")
     with run_folder.lock_run(tmp_path):
         assert not list(tmp_path.rglob(".tmp-*"))
-    assert files(part) == before
+    assert files(stage) == before
     assert (tmp_path / "record.json").exists()
 
 
