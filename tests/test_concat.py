@@ -36,6 +36,8 @@ from hftl.models.lora_concat import (
     write_adapter,
 )
 
+Tiny = Callable[..., Path]
+
 QUERY = {
     "bert": ["query", "value"], "roberta": ["query", "value"], "distilbert": ["q_lin", "v_lin"],
     "vit": ["q_proj", "v_proj"], "dinov2": ["q_proj", "v_proj"],
@@ -136,7 +138,7 @@ def differences(
 
 @pytest.mark.parametrize("model_type", list(QUERY))
 def test_joined_adapters_equal_the_stages_in_turn(
-    model_type: str, tiny_model: Callable[..., Path], tmp_path: Path
+    model_type: str, tiny_model: Tiny, tmp_path: Path
 ) -> None:
     original = tiny_model(model_type)
     everywhere = linears(AutoModel.from_pretrained(original), "layer")
@@ -150,7 +152,7 @@ def test_joined_adapters_equal_the_stages_in_turn(
 
 @pytest.mark.parametrize(("first", "second"), [(False, True), (True, False)])
 def test_ranks_alphas_and_scales_at_either_stage(
-    first: bool, second: bool, tiny_model: Callable[..., Path], tmp_path: Path
+    first: bool, second: bool, tiny_model: Tiny, tmp_path: Path
 ) -> None:
     adapt = {
         "r": 4, "lora_alpha": 6, "use_rslora": first, "target_modules": ["query", "dense"],
@@ -171,7 +173,7 @@ def test_ranks_alphas_and_scales_at_either_stage(
         assert layer.r["default"] == rank and layer.scaling["default"] == 1
 
 
-def test_three_stages(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_three_stages(tiny_model: Tiny, tmp_path: Path) -> None:
     adapt = [
         {"r": 2, "lora_alpha": 5, "target_modules": ["query"]},
         {"r": 3, "lora_alpha": 4, "use_rslora": True, "target_modules": ["query", "value"]},
@@ -225,7 +227,7 @@ def test_patterns_are_of_one_layer_each(tmp_path: Path) -> None:
 
 
 def test_a_module_that_is_saved_whole_is_no_longer_adapted(
-    tiny_model: Callable[..., Path], tmp_path: Path
+    tiny_model: Tiny, tmp_path: Path
 ) -> None:
     adapt = {"r": 2, "lora_alpha": 4, "target_modules": ["query", "pooler.dense"]}
     task = {"r": 2, "lora_alpha": 4, "target_modules": ["value"]}
@@ -239,9 +241,7 @@ def test_a_module_that_is_saved_whole_is_no_longer_adapted(
     assert names == ["base_model.model.bert.pooler.dense." + part for part in ("bias", "weight")]
 
 
-def test_an_adapter_of_features_without_a_head(
-    tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_an_adapter_of_features_without_a_head(tiny_model: Tiny, tmp_path: Path) -> None:
     before = adapted_in_turn(
         tiny_model(), tmp_path / "merged",
         [{"r": 3, "lora_alpha": 5, "target_modules": ["query", "dense"]}],
@@ -266,7 +266,7 @@ def test_an_adapter_of_features_without_a_head(
         assert all(".lora_" in name for name in held.keys())  # noqa: SIM118
 
 
-def test_the_folder_is_as_peft_writes_it(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_folder_is_as_peft_writes_it(tiny_model: Tiny, tmp_path: Path) -> None:
     """Write one stage by both: the same names, and settings that differ by scale only."""
     model = auto_of("vit").from_pretrained(tiny_model("vit"), num_labels=3)
     adapted = stage(
@@ -314,7 +314,7 @@ def test_joined_adapter_is_the_sum_of_the_updates() -> None:
     assert (joint["x"].b @ joint["x"].a - expected).abs().max() < 1e-5
 
 
-def test_merging_equals_pefts_own(tiny_model: Callable[..., Path]) -> None:
+def test_merging_equals_pefts_own(tiny_model: Tiny) -> None:
     adapted = stage(
         AutoModel.from_pretrained(tiny_model()), 0, r=3, lora_alpha=5, use_rslora=True,
         target_modules=["query", "dense"],
@@ -326,7 +326,7 @@ def test_merging_equals_pefts_own(tiny_model: Callable[..., Path]) -> None:
         assert (tensor - theirs[name]).abs().max() < 1e-6
 
 
-def test_factors_survive_their_file(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+def test_factors_survive_their_file(tmp_path: Path, tiny_model: Tiny) -> None:
     adapted = stage(AutoModel.from_pretrained(tiny_model()), 0, r=3, target_modules=["query"])
     factors = extract_factors(adapted)
     assert "encoder.layer.0.attention.self.query" in factors
@@ -373,7 +373,7 @@ def test_adapters_of_b_a_are_not_refused() -> None:
     check_concatenable({"modules_to_save": ["classifier"]}, "finetune.lora", last=True)
 
 
-def test_trained_adapters_of_another_kind_are_refused(tiny_model: Callable[..., Path]) -> None:
+def test_trained_adapters_of_another_kind_are_refused(tiny_model: Tiny) -> None:
     def fresh() -> Any:
         return AutoModel.from_pretrained(tiny_model())
 

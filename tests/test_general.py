@@ -22,6 +22,8 @@ from hftl.pipeline import pipeline
 from hftl.pipeline.corpora import build_leak_test
 from hftl.pipeline.run import Run
 
+Tiny = Callable[..., Path]
+
 HEADER = ["text", "document", "tone"]
 
 
@@ -129,7 +131,7 @@ def test_rows_with_two_labels_of_the_task_are_dropped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("modality", ["text", "image"])
 def test_near_copies_of_what_measures_are_not_used(
-    recipe_tree: dict[str, Any], tmp_path: Path, tiny_model: Callable[..., Path], modality: str
+    recipe_tree: dict[str, Any], tmp_path: Path, tiny_model: Tiny, modality: str
 ) -> None:
     if modality == "text":
         near = [(f"{text}!", tone) for text, tone in sentences(160)]
@@ -239,7 +241,7 @@ def test_the_label_of_train_is_no_control(recipe_tree: dict[str, Any]) -> None:
 
 
 def test_general_rows_are_encoded_as_others(
-    recipe_tree: dict[str, Any], tmp_path: Path, tiny_model: Callable[..., Path]
+    recipe_tree: dict[str, Any], tmp_path: Path, tiny_model: Tiny
 ) -> None:
     general, _ = load(tmp_path, draw_rows(60))
     context = bench_of(Recipe.parse(recipe_tree))

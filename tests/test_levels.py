@@ -26,6 +26,8 @@ from hftl.inference.compare import compare_models
 from hftl.inference.predict_table import predict_table
 from hftl.pipeline import pipeline
 
+Tiny = Callable[..., Path]
+
 SIDE = 24
 
 
@@ -101,9 +103,7 @@ def folder(tmp_path: Path) -> Path:
 WARNING = "24 of 24 pictures use less than 10% .* within 3 to 12 of 255"
 
 
-def test_check_run_predict_and_compare_warn(
-    folder: Path, tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_check_run_predict_and_compare_warn(folder: Path, tiny_model: Tiny, tmp_path: Path) -> None:
     tree = {
         "source": {"model": str(tiny_model("vit"))}, "data": {"train": {"path": str(folder)}},
         "finetune": {"strategy": "head"}, "measure": {"seeds": [0], "arms": ["majority"]},

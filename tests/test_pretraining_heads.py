@@ -34,6 +34,8 @@ from hftl.finetune.trainable import prepare
 from hftl.measure.forgetting import ForgettingSpec, measure_forgetting
 from hftl.models.heads import LoadedModel
 
+Tiny = Callable[..., Path]
+
 
 def build_tree(folder: Path, model: Path) -> dict[str, Any]:
     table = write_csv(folder / "reviews.csv", ["text", "label"], sentences(60))
@@ -80,7 +82,7 @@ def merge_encoder(trained: LoadedModel) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("pooling", "strategy"), [("native", "full"), ("mean", "lora")])
 def test_masked_language_loss_equals_the_stock_model_s(
-    tmp_path: Path, tiny_model: Callable[..., Path], pooling: str, strategy: str
+    tmp_path: Path, tiny_model: Tiny, pooling: str, strategy: str
 ) -> None:
     folder = tiny_model("bert", True)
     context = build_context_with_general(build_tree(tmp_path, folder))
@@ -146,9 +148,7 @@ def test_source_classes_are_predicted_by_its_own_head(
     assert 0 < sum(right) < len(right)
 
 
-def test_missing_heads_are_not_measured(
-    tmp_path: Path, tiny_model: Callable[..., Path], classifier: Path
-) -> None:
+def test_missing_heads_are_not_measured(tmp_path: Path, tiny_model: Tiny, classifier: Path) -> None:
     tree = build_tree(tmp_path, tiny_model("bert"))
     context = build_context_with_general(tree)
     assert measure_pretraining_heads(context, context.build_model("mean", 0)) == {}
@@ -166,7 +166,7 @@ def test_missing_heads_are_not_measured(
 
 @pytest.mark.parametrize("strategy", ["full", "lora"])
 def test_masked_image_loss_equals_vit_mae_s(
-    tmp_path: Path, tiny_model: Callable[..., Path], strategy: str
+    tmp_path: Path, tiny_model: Tiny, strategy: str
 ) -> None:
     folder = tiny_model("vit_mae")
     train, general = pictures(tmp_path / "train", 12), tmp_path / "general"
@@ -229,7 +229,7 @@ def test_figures_are_means_over_all_masked_elements() -> None:
 
 @pytest.mark.parametrize("head", ["mlm_loss", pytest.param("backward", marks=pytest.mark.slow)])
 def test_run_reports_heads_in_record_and_card(
-    tmp_path: Path, tiny_model: Callable[..., Path], classifier: Path, head: str
+    tmp_path: Path, tiny_model: Tiny, classifier: Path, head: str
 ) -> None:
     model = tiny_model("bert", True) if head == "mlm_loss" else classifier
     tree = build_tree(tmp_path, model)

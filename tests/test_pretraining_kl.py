@@ -39,6 +39,8 @@ from hftl.retain.pretraining_kl import (
 )
 from hftl.retain.reference import eval_mode
 
+Tiny = Callable[..., Path]
+
 ALL = torch.ones(6, dtype=torch.bool)
 
 
@@ -63,7 +65,7 @@ def build_batch() -> dict[str, Any]:
 
 
 @pytest.fixture
-def bert(tiny_model: Callable[..., Path]) -> Path:
+def bert(tiny_model: Tiny) -> Path:
     return tiny_model("bert", True)
 
 
@@ -185,7 +187,7 @@ def test_training_with_masked_kl_stays_nearer(bert: Path, tmp_path: Path, strate
     assert distances[1] < 0.7 * distances[0]
 
 
-def test_head_that_the_source_lacks_is_refused(tiny_model: Callable[..., Path]) -> None:
+def test_head_that_the_source_lacks_is_refused(tiny_model: Tiny) -> None:
     source = find_source(Source(model=str(tiny_model("bert"))))
     with pytest.raises(RecipeError, match="has no trained masked-language head"):
         check_pretraining_head(KL(on="mlm"), source, has_head=False, task="classification")
