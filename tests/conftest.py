@@ -21,7 +21,6 @@ import yaml
 from support.fresh_process import FreshProcess
 from support.tiny import BAD, FILLER, GOOD, SPECIAL, save_tiny, tiny_config, tiny_tokenizer
 
-pytest_plugins = ["support.publishing", "support.examination"]
 __all__ = ["BAD", "FILLER", "GOOD", "SPECIAL", "tiny_config", "tiny_tokenizer"]
 
 
@@ -44,6 +43,17 @@ def write_csv(path: Path, header: list[str], rows: list[Any]) -> Path:
         writer.writerow(header)
         writer.writerows(rows)
     return path
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the fixtures of publishing and of the doctor.
+
+    The parent of pytest-xdist's workers runs no tests: there the imports of torch would only delay
+    the start of its workers.
+    """
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        for name in ("support.publishing", "support.examination"):
+            config.pluginmanager.import_plugin(name)
 
 
 @pytest.fixture(scope="module", autouse=True)
