@@ -126,11 +126,11 @@ RULES: dict[str, CacheRules] = {
 @pytest.mark.parametrize("key", FLAT)
 def test_each_key_is_read_or_named_as_irrelevant_with_a_reason(key: str) -> None:
     """A changed key changes the cache key of every part that does not name it as irrelevant."""
-    other = FLAT | {key: change_value(key, FLAT[key])}
+    before, after = {key: FLAT[key]}, {key: change_value(key, FLAT[key])}
     reasons = {part: rule.explain(key) for part, rule in RULES.items()}
     for part, rule in RULES.items():
-        changes = describe_changes(rule.select(FLAT), rule.select(other))
-        line = f"{key}: {FLAT[key]} -> {other[key]}"
+        changes = describe_changes(rule.select(before), rule.select(after))
+        line = f"{key}: {before[key]} -> {after[key]}"
         assert changes == ([line] if reasons[part] is None else []), part
         assert reasons[part] != "", f"{part} ignores {key} without a reason"
     section, _, name = key.partition(".")

@@ -15,6 +15,7 @@ import pytest
 from torch import nn
 
 from hftl.data.rows import Row
+from hftl.data.tables import READERS, guess_format
 from hftl.errors import DataError, RecipeError
 from hftl.inference import predict, predict_table
 from hftl.inference.predict import Predictor
@@ -29,9 +30,11 @@ class Fake:
     def __init__(self, *columns: str, names: tuple[str, ...] = ("bad", "good")) -> None:
         self.columns = list(columns)
         self.names = names
+        self.texts: list[str] = []
 
     def encode(self, inputs: Iterable[Any], places: list[str], folder: Path) -> list[str]:
-        return [row if isinstance(row, str) else " ".join(row) for row in inputs]
+        self.texts = [row if isinstance(row, str) else " ".join(row) for row in inputs]
+        return self.texts
 
     def predict_encoded(self, encoded: list[str]) -> list[dict[str, Any]]:
         return [self._predict(text) for text in encoded]
@@ -46,12 +49,13 @@ class Fake:
 
 
 @pytest.fixture(autouse=True)
-def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, Fake("text"))
+def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
+    return use(monkeypatch, Fake("text"))
 
 
-def use(monkeypatch: pytest.MonkeyPatch, predictor: Fake) -> None:
+def use(monkeypatch: pytest.MonkeyPatch, predictor: Fake) -> Fake:
     monkeypatch.setattr(predict_table, "load", lambda model, base: predictor)
+    return predictor
 
 
 def put(path: Path, content: str | bytes) -> Path:
@@ -238,3 +242,39 @@ def test_a_class_called_label_has_a_column_with_a_prefix() -> None:
     assert predict_table._flatten_prediction(prediction) == {
         "label": "label", "score": 0.9, "class.label": 0.9, "other": 0.1,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
+def test_a_predicted_table_reads_back_with_line_feeds(
+    suffix: str, end: str, fake: Fake, tmp_path: Path
+) -> None:
+    texts = ["one line", "two\nlines, quoted", "a\n\nparagraph", "ends in a break\n", "\nbegins so",
+             'says "no"\n', "a,b\nc", "u\u2028v\x85w", '"']  # fmt: skip
+    ended = [text.replace("\n", end) for text in texts]
+    pq.write_table(pa.table({"text": ended, "note": ended}), tmp_path / "in.parquet")
+    output = tmp_path / f"out{suffix}"
+    predict_table.predict_table("run", tmp_path / "in.parquet", output)
+    assert fake.texts == texts
+    back = list(READERS[guess_format(output)](output))
+    for column in ("text", "note"):
+        assert [raw.values[column] for raw in back] == texts
+    assert not any(raw.fault for raw in back)
+    if suffix == ".jsonl":
+        assert len(output.read_text("utf-8").splitlines()) == len(texts)
+
+
+def test_csv_on_the_screen_holds_no_carriage_return(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"te\rxt": ["a"], "text": ["b\r"]}), tmp_path / "in.parquet")
+    text = predict_table.predict_table("run", tmp_path / "in.parquet", None)
+    assert text is not None and "\r" not in text
+    assert len(list(csv.reader(io.StringIO(text)))) == 2
+
+
+def test_python_callers_get_the_same_answer_for_each_ending() -> None:
+    pair: Any = SimpleNamespace(task="classification", columns=("a", "b"))
+    first, second = (
+        predict.Predictor._build_row(pair, "input 1", texts)
+        for texts in (["a\r\nb", "c\rd"], ["a\nb", "c\nd"])
+    )
+    assert first == second

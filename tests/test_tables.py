@@ -1,12 +1,10 @@
 """Read tables: line endings do not reach the texts, and a quote left open is refused."""
 
 import csv
-import io
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -16,9 +14,8 @@ import pytest
 from hftl.config.data import Data
 from hftl.data.load import load_rows, read_documents
 from hftl.data.rows import BadRows, InputSpec
-from hftl.data.tables import READERS, guess_format, read_text_files
+from hftl.data.tables import READERS, read_text_files
 from hftl.errors import DataError, DataWarning
-from hftl.inference import predict, predict_table
 from hftl.init import guess_columns, write_recipe
 
 ENDINGS = {"LF": "\n", "CRLF": "\r\n", "CR": "\r"}
@@ -92,72 +89,6 @@ def test_words_of_a_list_and_other_separators(tmp_path: Path) -> None:
     (raw,) = READERS["jsonl"](path)
     # U+0085 and U+2028 end no line of a file: they are characters of the text.
     assert raw.values == {"tokens": ["one\n", "t\nwo", *words[2:]], "text": words[3]}
-
-
-class Reader:
-    """Predict one label for all texts, which it stores."""
-
-    modality = "text"
-    task = "classification"
-    columns = ("text",)
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def encode(self, inputs: Iterable[Any], places: list[str], folder: Path) -> list[str]:
-        self.texts = list(inputs)
-        return self.texts
-
-    def predict_encoded(self, encoded: list[str]) -> list[dict[str, Any]]:
-        return [{"label": "pos", "score": 1.0, "scores": {"pos": 1.0}} for _ in encoded]
-
-
-@pytest.fixture
-def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
-    reader = Reader()
-    monkeypatch.setattr(predict_table, "load", lambda model, base: reader)
-    return reader
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-@pytest.mark.parametrize("end", ENDINGS)
-def test_a_predicted_table_reads_back_with_the_same_rows(
-    suffix: str, end: str, reader: Reader, tmp_path: Path
-) -> None:
-    odd = ["ends in a break\n", "\nbegins with one", 'says "no"\n', "a,b\nc", "u\u2028v\x85w", '"']
-    texts = [text.replace("\n", ENDINGS[end]) for text in [*TEXTS, *odd]]
-    pq.write_table(pa.table({"text": texts, "note": texts}), tmp_path / "in.parquet")
-    output = tmp_path / f"out{suffix}"
-    predict_table.predict_table("run", tmp_path / "in.parquet", output)
-    assert reader.texts == [*TEXTS, *odd]
-    back = list(READERS[guess_format(output)](output))
-    for column in ("text", "note"):
-        assert [raw.values[column] for raw in back] == [*TEXTS, *odd]
-    assert not any(raw.fault for raw in back)
-
-
-def test_a_line_of_json_is_one_line_for_every_reader(reader: Reader, tmp_path: Path) -> None:
-    texts = ["a\x85b", "c\u2028d", "e\u2029f"]
-    pq.write_table(pa.table({"text": texts}), tmp_path / "in.parquet")
-    predict_table.predict_table("run", tmp_path / "in.parquet", tmp_path / "out.jsonl")
-    lines = (tmp_path / "out.jsonl").read_text("utf-8").splitlines()
-    assert [json.loads(line)["text"] for line in lines] == texts
-
-
-def test_csv_on_the_screen_holds_no_carriage_return(reader: Reader, tmp_path: Path) -> None:
-    pq.write_table(pa.table({"te\rxt": ["a"], "text": ["b\r"]}), tmp_path / "in.parquet")
-    text = predict_table.predict_table("run", tmp_path / "in.parquet", None)
-    assert text is not None and "\r" not in text
-    assert len(list(csv.reader(io.StringIO(text)))) == 2
-
-
-def test_python_callers_get_the_same_answer_for_each_ending() -> None:
-    pair: Any = SimpleNamespace(task="classification", columns=("a", "b"))
-    rows = [
-        predict.Predictor._build_row(pair, "input 1", texts)
-        for texts in (["a\r\nb", "c\rd"], ["a\nb", "c\nd"])
-    ]
-    assert rows[0] == rows[1]
 
 
 def test_a_lone_carriage_return_outside_quotes_is_refused(tmp_path: Path) -> None:
