@@ -139,7 +139,7 @@ BAD_RECIPE = {
         ["measure.arms.full", "'finetune.training.learning_rate'"],
     ),
     "a rate as word": ("finetune.training.learning_rate=high", ["learning_rate", "'high'"]),
-    "a hub repository": ("publish.repo_id=a/b/c", ["publish.repo_id", "owner/name"]),
+    "a repository's id": ("publish.repo_id=a/b/c", ["publish.repo_id", "owner/name"]),
     "a token": (f"data.train.path=/tmp/{TOKEN}/a.csv", ["data.train.path", "holds a secret"]),
     "a head that is not there": ("retain={kl: {on: mlm}}", ["on=mlm", "no trained"]),
     "no value": ("data.shots", ["not key=value"]),
@@ -148,6 +148,8 @@ BAD_RECIPE = {
     "model folder": ("source.model=./none", ["source.model", "./none", "does not exist"]),
     "package": ("source.model=package:no_such/model", ["'no_such' is not installed"]),
     "data's package": ("data.train.path=package:no_such/a.csv", ["'no_such' is not installed"]),
+    "a hub's model": ("source.model=no-such-org/no-such", ["source", "no-such-org/no-such"]),
+    "a hub's table": ("data.train.path=no-such-org/no-such", ["data", "no-such-org/no-such"]),
 }  # fmt: skip
 
 
@@ -157,7 +159,8 @@ def test_bad_recipe(hftl: Hftl, recipe_file: Path, output: Path, case: str, comm
     assignment, words = BAD_RECIPE[case]
     overrides = assignment.split() if case == "blocks" else [assignment]
     place = ["--output", output] if command == "run" else []
-    hftl(command, recipe_file, *overrides, *place).assert_error(2, *words)
+    code = 5 if case.startswith("a hub's") else 2  # there is no network
+    hftl(command, recipe_file, *overrides, *place).assert_error(code, *words)
     assert_nothing_half_written(output)
 
 
@@ -166,19 +169,6 @@ def test_a_recipe_that_is_missing_or_no_yaml(hftl: Hftl, tmp_path: Path) -> None
     (tmp_path / "here" / "bad.yaml").write_text("a: [1\n", encoding="utf-8")
     hftl("run", "bad.yaml").assert_error(2, "bad.yaml line", "not valid YAML")
     assert not (tmp_path / "here" / "runs").exists()
-
-
-@pytest.mark.parametrize("command", ["run", "check"])
-@pytest.mark.parametrize(
-    "assignment", ["source.model=no-such-org/no-such", "data.train.path=no-such-org/no-such"]
-)
-def test_a_hub_id_without_network(
-    hftl: Hftl, recipe_file: Path, output: Path, assignment: str, command: str
-) -> None:
-    place = ["--output", output] if command == "run" else []
-    outcome = hftl(command, recipe_file, assignment, *place)
-    outcome.assert_error(5, assignment.split(".")[0], "no-such-org/no-such")
-    assert_nothing_half_written(output)
 
 
 def test_folders_that_hold_no_model_we_can_use(
@@ -195,26 +185,24 @@ def test_folders_that_hold_no_model_we_can_use(
     assert_nothing_half_written(output)
 
 
-def test_an_output_that_cannot_be_written(hftl: Hftl, recipe_file: Path, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_used(
+    hftl: Hftl, recipe_file: Path, output: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     for place in ("file", "file/run"):
         outcome = hftl("run", recipe_file, "--output", tmp_path / place)
         outcome.assert_error(2, "cannot be written", "--output")
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
-
-
-def test_an_output_that_holds_something_else(hftl: Hftl, recipe_file: Path, output: Path) -> None:
-    output.mkdir()
+    for command in ("card", "publish"):
+        hftl(command, output).assert_error(2, "there is no run folder", "hftl run")
+        assert_nothing_half_written(output)
+    run_folder.create_run_folder(output)
+    with run_folder.lock_run(output):
+        hftl("run", recipe_file, "--output", output).assert_error(4, "in use by process")
     (output / "thesis.tex").write_text("mine", encoding="utf-8")
     hftl("run", recipe_file, "--output", output).assert_error(2, "no run folder", "thesis.tex")
     hftl("run", recipe_file, "--output", output, "--restart").assert_error(2, "thesis.tex")
     assert (output / "thesis.tex").exists()
-
-
-def test_a_run_folder_that_is_locked(hftl: Hftl, recipe_file: Path, output: Path) -> None:
-    run_folder.create_run_folder(output)
-    with run_folder.lock_run(output):
-        hftl("run", recipe_file, "--output", output).assert_error(4, "in use by process")
 
 
 @pytest.mark.parametrize(
@@ -232,12 +220,6 @@ def test_wrong_arguments_are_named_and_end_with_one_stop(
     outcome = hftl(*words.split())
     outcome.assert_error(2, named)
     assert ".. See" not in outcome.err
-
-
-@pytest.mark.parametrize("command", ["card", "publish"])
-def test_a_run_folder_that_is_not_there(hftl: Hftl, output: Path, command: str) -> None:
-    hftl(command, output).assert_error(2, "there is no run folder", "hftl run")
-    assert_nothing_half_written(output)
 
 
 def test_help_schema_version_and_traceback(hftl: Hftl, recipe_file: Path) -> None:

@@ -93,7 +93,7 @@ def test_doubtful_names_are_named() -> None:
     [
         (["ca\u200dr", "car"], r"'car' and 'ca\u200dr' differ only in case or in characters"),
         (["\u2764", "\u2764\ufe0f"], "cannot be seen"), (["01", "1"], "'01' and '1' are the same"),
-        (["0", "-0"], "same number"), (["1", "+1"], "same number"), (["1", "1."], "same number"),
+        *((pair, "same number") for pair in (["0", "-0"], ["1", "+1"], ["1", "1."])),
     ],
 )  # fmt: skip
 def test_names_that_a_reader_takes_for_one_are_named(names: list[str], words: str) -> None:
