@@ -14,7 +14,7 @@ import scipy.stats
 import yaml
 from conftest import pictures, sentences, tiny_tokenizer, write_csv
 from support.planted_defects import rewrite, save, wrapped
-from test_reload import opened, published
+from support.published_model import open_context, publish_model
 
 import hftl
 from hftl import cli
@@ -157,8 +157,8 @@ def test_parameters_are_those_of_the_folder(adapters: dict[str, Path]) -> None:
 def as_run(folder: Path, model: Path, task: str, data: dict[str, Any], pooling: str) -> Path:
     """A run as `hftl run` leaves it, with nothing trained."""
     folder.mkdir(parents=True)
-    bench, recipe = opened(model, folder, pooling, "lora", data)
-    published(bench, recipe, folder)
+    bench, recipe = open_context(model, folder, pooling, "lora", data)
+    publish_model(bench, recipe, folder)
     rows = folder / "phases" / "data"
     rows.mkdir(parents=True)
     prepare.write_prepared_data(bench.prepared, rows, "")

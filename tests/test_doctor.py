@@ -60,10 +60,10 @@ def test_what_the_trainer_trained_is_sound(hub_cache: Path, tmp_path: Path) -> N
 
 
 def test_what_hftl_publishes_is_sound(hub_cache: Path, tmp_path: Path) -> None:
-    from test_reload import opened, published
+    from support.published_model import open_context, publish_model
 
-    bench, recipe = opened(snapshot(hub_cache, "bert-mlm"), tmp_path, "mean", "lora")
-    published(bench, recipe, tmp_path)
+    bench, recipe = open_context(snapshot(hub_cache, "bert-mlm"), tmp_path, "mean", "lora")
+    publish_model(bench, recipe, tmp_path)
     publish = tmp_path / "publish"
     rewrite(publish / "adapter_config.json", base_model_name_or_path="tiny/bert-mlm",
             revision=COMMIT)  # fmt: skip

@@ -10,8 +10,8 @@ import torch
 from conftest import sentences, write_csv
 from safetensors.torch import load_file, save_file
 from support.planted_defects import drop, reconfigure, retensor, rewrite
+from support.published_model import open_context, publish_model, write_data
 from support.tiny import save_tiny, tiny_config
-from test_reload import opened, published, section
 
 import hftl
 from hftl.errors import HftlError
@@ -35,8 +35,10 @@ def made(
     for name, (model_type, pooling, strategy) in KINDS.items():
         folder = place / name
         folder.mkdir()
-        data = section(model_type, "classification", folder)
-        published(*opened(tiny_model(model_type), folder, pooling, strategy, data), folder)
+        data = write_data(model_type, "classification", folder)
+        publish_model(
+            *open_context(tiny_model(model_type), folder, pooling, strategy, data), folder
+        )
         if strategy == "lora":
             base = str(tiny_model(model_type))
             reconfigure(folder / "publish", base_model_name_or_path=base, revision=None)

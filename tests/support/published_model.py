@@ -1,0 +1,100 @@
+"""Publish tiny models without training them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from support.tiny import is_image
+
+from hftl.config.recipe import Recipe
+from hftl.finetune.arm_files import collect_trained_tensors
+from hftl.finetune.context import ExperimentContext
+from hftl.finetune.trainable import prepare
+from hftl.models.features import predict_logits
+from hftl.models.heads import LoadedModel
+from hftl.publish.export import export_model, rebuild_model, write_reload_sample
+
+TOKENS = "token-classification"
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_data(model_type: str, task: str, folder: Path) -> dict[str, Any]:
+    """Write texts, tagged words or images of two classes, and return a recipe's data section.
+
+    Task "interpolated" is a classification of images of another size than the model's own.
+    """
+    from conftest import pictures, sentences
+
+    if is_image(model_type):
+        train: dict[str, Any] = {"path": str(pictures(folder / "pictures", 14))}
+        if task in ("multi-label", "regression"):
+            cell = {"multi-label": lambda n: ["a", "b"][: n % 3], "regression": float}[task]
+            files = sorted((folder / "pictures").rglob("*.png"))
+            rows = [{"image": str(file), "label": cell(n)} for n, file in enumerate(files)]
+            train = {"path": str(write_jsonl(folder / "t.jsonl", rows))}
+        size = 48 if task == "interpolated" else None
+        task = "classification" if task == "interpolated" else task
+        return {"task": task, "train": train, "image_size": size}
+    if task == TOKENS:
+        rows = [{"text": text.split(), "label": [w[:1] for w in text.split()]}
+                for text, _ in sentences(60)]  # fmt: skip
+    else:
+        several = task == "multi-label"
+        rows = [{"text": text, "label": [label] if several else label}
+                for text, label in sentences(60)]  # fmt: skip
+    path = write_jsonl(folder / "t.jsonl", rows)
+    return {"task": task, "train": {"path": str(path)}, "max_length": 16}
+
+
+def open_context(
+    model: Path, folder: Path, pooling: str, strategy: str, data: dict[str, Any] | None = None
+) -> tuple[ExperimentContext, Recipe]:
+    """Return the context and recipe of a tiny model; by default the data are classes of texts."""
+    from conftest import bench_of
+
+    folder.mkdir(exist_ok=True)
+    blocks = 1 if "albert" in model.name else 2
+    finetune = {"pooling": pooling, "strategy": strategy, "blocks": blocks, "head_init": "random"}
+    tree = {
+        "source": {"model": str(model)},
+        "data": data or write_data("bert", "classification", folder),
+        "finetune": finetune,
+    }
+    recipe = Recipe.parse(tree)
+    return bench_of(recipe), recipe
+
+
+def publish_model(context: ExperimentContext, recipe: Recipe, folder: Path) -> Path:
+    """Move every trainable weight as training would, and publish the model.
+
+    Returns:
+        The sample of inputs and logits, beside the folder `publish`.
+    """
+    finetune = recipe.finetune
+    built = context.build_model(finetune.pooling, seed=0)
+    model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
+    generator = torch.Generator().manual_seed(1)
+    # The tiny encoders have small features; one layer alone must move far to be seen.
+    scale = 30.0 if finetune.strategy == "head" else 0.3
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
+    trained = LoadedModel(model, built.architecture, finetune.pooling, built.fresh)
+    rows = context.encode_rows(context.prepared.rows["test"])
+    expected = predict_logits(model, rows, context.inputs, "cpu")
+    spread = np.ptp(expected, axis=0).max()
+    assert spread > 1e-3, "the logits must differ for the comparison to mean anything"
+    save_file(collect_trained_tensors(trained), folder / "weights.safetensors")
+    rebuilt = rebuild_model(context, finetune, 0, folder / "weights.safetensors")
+    (folder / "publish").mkdir()
+    export_model(context, rebuilt, finetune, folder / "publish")
+    return write_reload_sample(context, expected, folder)
