@@ -1,4 +1,4 @@
-"""The card of records made by hand: what it says, and that nothing breaks it."""
+"""Render the card and report of records made by hand."""
 
 import copy
 import re
@@ -74,7 +74,7 @@ def front_matter(card: str) -> tuple[dict[str, Any], str]:
 
 
 def table_rows(body: str) -> list[list[str]]:
-    """The cells of the card's table, its header first."""
+    """Return the cells of the card's table, its header first."""
     lines = [line for line in body.splitlines() if line.startswith("|")]
     return [[c.strip() for c in line.strip("|").split("|")] for line in lines if "---" not in line]
 
@@ -113,7 +113,7 @@ def test_metadata_of_a_native_model_promise_the_task(own: str) -> None:
 
 
 @pytest.mark.parametrize(("case", "task", "own"), EVERY)
-def test_our_own_checks_find_nothing(case: str, task: str, own: str) -> None:
+def test_rendered_card_passes_its_own_validation(case: str, task: str, own: str) -> None:
     assert validate_own_card(render(make_record(case, task, own))) == []
 
 
@@ -121,7 +121,7 @@ def test_our_own_checks_find_nothing(case: str, task: str, own: str) -> None:
     ([-0.021, 0.011], "Not better than head"), ([-0.02, -0.001], "Worse than head"),
     ([0.001, 0.02], None),
 ])  # fmt: skip
-def test_a_model_that_is_not_better_than_head_says_so_in_its_first_sentence(
+def test_first_sentence_says_that_a_model_is_not_better_than_head(
     ci95: list[float], words: str | None, tmp_path: Path
 ) -> None:
     record = make_record()
@@ -143,7 +143,7 @@ def test_a_model_that_is_not_better_than_head_says_so_in_its_first_sentence(
     assert sentence in _format_summary(read_back(record, tmp_path), True)
 
 
-def test_a_name_with_a_bar_is_shown_as_it_is() -> None:
+def test_name_with_a_bar_starts_no_table_cell() -> None:
     record = make_record(labels=["pos|neg", "other"])
     record["examples"] = [{"true": "pos|neg", "said": "other", "surety": 0.9, "texts": ["a | b"]}]
     html = MarkdownIt("commonmark").enable("table").render(front_matter(render(record))[1])
@@ -152,7 +152,7 @@ def test_a_name_with_a_bar_is_shown_as_it_is() -> None:
     assert row.count("<td>") == 3, "the bar begins no cell"
 
 
-def test_metadata_tell_what_is_known() -> None:
+def test_metadata_hold_the_known_facts() -> None:
     record = make_record(hub_revisions={"train": "a" * 40, "test": "b" * 40, "general": "c" * 40})
     tables = record["recipe"]["data"]
     tables["train"] |= {"path": "org/reviews", "name": "en"}
@@ -174,7 +174,7 @@ def test_metadata_tell_what_is_known() -> None:
     assert "means over seeds: f1 0.712." in body and validate_own_card(card) == []
 
 
-def test_unknown_is_left_out() -> None:
+def test_unknown_facts_are_left_out() -> None:
     front, body = front_matter(render(make_record()))
     assert not {"license", "language", "datasets", "base_model_revision"} & set(front)
     assert "means over seeds" not in body and "None" not in body and "unknown" not in body.lower()
@@ -193,8 +193,8 @@ def test_adapter_on_an_adapted_base_names_that_base_once_it_is_published() -> No
 def test_reason_of_a_forced_push_stands_above_the_verdict() -> None:
     record = make_record("negative") | {"forced": {"reason": "the team compares it"}}
     body = front_matter(render(record))[1]
-    told = "> **Published although the verdict is hold:** the team compares it"
-    assert body.index("Negative transfer") < body.index(told) < body.index("Verdict:")
+    words = "> **Published although the verdict is hold:** the team compares it"
+    assert body.index("Negative transfer") < body.index(words) < body.index("Verdict:")
     assert "Published although" not in render(make_record("negative"))
 
 
@@ -240,21 +240,21 @@ def test_model_index_comes_back_with_the_gain(case: str) -> None:
     record = make_record(case)
     front, _ = front_matter(render(record))
     name, results = model_index_to_eval_results(front["model-index"])
-    found = {result.metric_type: result for result in results}
+    result = {result.metric_type: result for result in results}
     assert name == "tiny-MiniLM-reviews-lora"
-    assert found["accuracy"].metric_value == 0.7254 and found["accuracy"].dataset_split == "test"
+    assert result["accuracy"].metric_value == 0.7254 and result["accuracy"].dataset_split == "test"
     gain = record["transfer_gain"]
-    assert ("transfer_gain" in found) == (gain is not None)
+    assert ("transfer_gain" in result) == (gain is not None)
     if gain is not None:
-        told = found["transfer_gain"]
-        assert told.metric_value == gain["value"]
-        kept = {key: gain[key] for key in ("metric", "baseline", "seeds", "ci95", "outcome")}
-        assert told.metric_args == {key: value for key, value in kept.items() if value is not None}
+        keys = ("metric", "baseline", "seeds", "ci95", "outcome")
+        arguments = {key: gain[key] for key in keys if gain[key] is not None}
+        assert result["transfer_gain"].metric_value == gain["value"]
+        assert result["transfer_gain"].metric_args == arguments
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("task", ["classification", "regression"])
-def test_gain_is_the_first_bold_line_whatever_it_is(case: str, task: str) -> None:
+def test_gain_is_the_first_bold_line(case: str, task: str) -> None:
     record = make_record(case, task)
     _, body = front_matter(render(record))
     headline = next(line for line in body.splitlines() if line.startswith("**"))
@@ -278,7 +278,7 @@ def test_sentence_gives_both_scores() -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_verdict_and_every_reason_are_told(case: str) -> None:
+def test_card_gives_the_verdict_and_every_reason(case: str) -> None:
     record = make_record(case)
     card = render(record)
     assert f"Verdict: **{record['verdict']['decision']}**" in card
@@ -310,7 +310,7 @@ def test_table_gives_each_arm_its_own_figures() -> None:
                        "+0.105 [+0.071, +0.139]", "18,412"]  # fmt: skip
 
 
-def test_error_is_said_to_be_better_when_less() -> None:
+def test_lower_error_is_called_better() -> None:
     assert "test rmse, less is better |" in render(make_record(task="regression"))
     assert "less is better" not in render(make_record())
 
@@ -324,33 +324,33 @@ def test_arms_that_are_ahead_stand_among_the_limits(case: str, behind: bool) -> 
     assert "The weights are those of seed 2, the best on validation" in limits
 
 
-def test_facts_of_the_data_are_told() -> None:
+def test_card_describes_the_data() -> None:
     record = make_record(bad_rows=7, leaked=5)
     record["check"]["warnings"] = ["9% of the texts are cut"]
     record["recipe"]["data"]["group"] = "author"
     card = render(record)
-    for told in (
+    for words in (
         "400 labelled rows a seed (200 a class", "400 validation rows", "797 test rows", "2,083",
         "4,000 rows were read", "12 duplicates", "3 rows were dropped", "7 bad rows",
         "5 of these stood", "rows of one group never stand in two splits",
         "## What to know before use\n\n- 9% of the texts are cut.\n",
     ):  # fmt: skip
-        assert told in card
+        assert words in card
     assert "What to know" not in render(make_record()) and "bad rows were" not in render(
         make_record()
     )
 
 
 @pytest.mark.parametrize(("own", "epochs"), [("lora", True), ("head", False)])
-def test_a_solved_head_has_no_epochs(own: str, epochs: bool) -> None:
+def test_solved_head_has_no_epochs(own: str, epochs: bool) -> None:
     card = render(make_record(own=own))
     assert ("best epoch" in card) == epochs and ("learning rate 0.0005, 5 epochs" in card) == epochs
     assert ("its penalty by cross-validation" in card) != epochs
 
 
-def test_without_a_baseline_none_was_chosen() -> None:
-    told = "the best epoch and the published seed were chosen on"
-    assert told in render(make_record("no baseline")).replace("\n", " ")
+def test_card_without_a_baseline_says_what_was_chosen_on_validation() -> None:
+    words = "the best epoch and the published seed were chosen on"
+    assert words in render(make_record("no baseline")).replace("\n", " ")
 
 
 @pytest.mark.parametrize(
@@ -382,7 +382,7 @@ def test_recipe_in_the_card_is_the_recipe() -> None:
 
 
 def shape(card: str) -> list[tuple[str, str]]:
-    """The card's blocks and tables, without their words."""
+    """Return the card's blocks and tables, without their words."""
     tokens = MarkdownIt("commonmark").enable("table").parse(front_matter(card)[1])
     return [(token.type, token.tag) for token in tokens]
 
@@ -499,7 +499,7 @@ def test_report_is_one_file_with_picture_and_table(case: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("case", ["positive", "one seed"])
 @pytest.mark.parametrize("control", ["document", None])
-def test_what_was_forgotten_has_a_section(case: str, control: str | None) -> None:
+def test_forgetting_has_a_section(case: str, control: str | None) -> None:
     record = add_forgetting(make_record(case), control)
     card = render(record)
     part = card.split("## What it forgot\n\n")[1].split("\n## ")[0]
@@ -515,9 +515,9 @@ def test_what_was_forgotten_has_a_section(case: str, control: str | None) -> Non
     printed = re.findall(r"[-+]?\d\.\d{3}", "".join(tables))
     assert len(printed) > 20 and set(printed) <= shown
     assert ("document by a probe of the original" in tables[1]) == (control is not None)
-    for told in ("670 rows of `nyt.csv` (3,901 were read)", "one `document` count as one unit",
+    for words in ("670 rows of `nyt.csv` (3,901 were read)", "one `document` count as one unit",
                  "2 copies of the run's own inputs"):  # fmt: skip
-        assert told in part
+        assert words in part
 
 
 def test_sentence_of_forgetting() -> None:
@@ -575,17 +575,15 @@ def test_frontier_shows_every_arm_and_is_the_same_every_time(
     assert len(seeds) == 2 and "left is better" in drawn[0].axes[0].get_xlabel()
 
 
-@pytest.mark.parametrize(("epochs", "told"), [(1.0, "1 epoch, "), (0.5, "0.5 epochs, ")])
-def test_one_epoch_is_told_as_one(epochs: float, told: str) -> None:
+@pytest.mark.parametrize(("epochs", "words"), [(1.0, "1 epoch, "), (0.5, "0.5 epochs, ")])
+def test_number_of_epochs_is_written_out(epochs: float, words: str) -> None:
     record = make_record()
     record["recipe"]["finetune"]["training"]["num_train_epochs"] = epochs
-    assert told in render(record)
+    assert words in render(record)
 
 
 @pytest.mark.parametrize(("case", "pushed"), [("positive", True), ("negative", False)])
-def test_a_push_is_proposed_only_where_it_would_be_done(
-    case: str, pushed: bool, tmp_path: Path
-) -> None:
+def test_summary_proposes_a_push_only_for_publish(case: str, pushed: bool, tmp_path: Path) -> None:
     summary = _format_summary(read_back(make_record(case), tmp_path), True)
     assert f"  hftl predict {tmp_path} INPUT" in summary
     assert (f"  hftl publish {tmp_path} --dry-run" in summary) == pushed

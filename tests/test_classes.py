@@ -1,4 +1,4 @@
-"""Scores class by class, against scikit-learn."""
+"""Compute scores class by class as scikit-learn does."""
 
 import numpy as np
 import pytest

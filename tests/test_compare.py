@@ -1,4 +1,4 @@
-"""Several models on the same items: as each by itself, every base loaded once."""
+"""Compare several models on the same items, each base loaded once."""
 
 import csv
 import json
@@ -42,19 +42,19 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 def adapters(
     tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """Adapters on one BERT, and one whose labels stand in another order."""
+    """Return adapters on one BERT, and one whose labels are in another order."""
     place = tmp_path_factory.mktemp("adapters")
     base = tiny_model("bert")
-    found = {}
+    result = {}
     for number, (name, settings) in enumerate(ADAPTERS.items()):
         model = wrapped(base, "bert", {"task_type": "SEQ_CLS", **settings}, seed=number)
-        found[name] = save(model, place / name)
-        name_labels(found[name], NAMES)
-        rewrite(found[name] / "adapter_config.json", base_model_name_or_path=str(base),
+        result[name] = save(model, place / name)
+        name_labels(result[name], NAMES)
+        rewrite(result[name] / "adapter_config.json", base_model_name_or_path=str(base),
                 revision=None)  # fmt: skip
-    found["turned"] = Path(shutil.copytree(found["two"], place / "turned"))
-    name_labels(found["turned"], NAMES[::-1])
-    return found
+    result["turned"] = Path(shutil.copytree(result["two"], place / "turned"))
+    name_labels(result["turned"], NAMES[::-1])
+    return result
 
 
 def name_labels(folder: Path, names: list[str]) -> None:
@@ -63,19 +63,19 @@ def name_labels(folder: Path, names: list[str]) -> None:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The folders that a model of transformers was loaded from."""
+def loaded_from(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """List the folders that transformers loads models from."""
     from transformers import PreTrainedModel
 
-    found: list[str] = []
+    result: list[str] = []
     load = PreTrainedModel.from_pretrained.__func__
 
     def counted(kind: Any, place: Any, *args: Any, **more: Any) -> Any:
-        found.append(str(place))
+        result.append(str(place))
         return load(kind, place, *args, **more)
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(counted))
-    return found
+    return result
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -83,26 +83,29 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def test_each_predicts_as_it_does_alone_and_the_base_is_loaded_once(
-    adapters: dict[str, Path], told: list[str], tiny_model: Callable[..., Path]
+    adapters: dict[str, Path], loaded_from: list[str], tiny_model: Callable[..., Path]
 ) -> None:
     folders = list(adapters.values())
     texts = [text for text, _ in sentences(12)]
     alone = [hftl.load(folder).predict(texts) for folder in folders]
-    assert len(told) == len(folders)
-    told.clear()
+    assert len(loaded_from) == len(folders)
+    loaded_from.clear()
     together = {number: model.predict(texts) for number, model in load_predictors(folders)}
-    assert told == [str(tiny_model("bert"))]
+    assert loaded_from == [str(tiny_model("bert"))]
     assert sorted(together) == list(range(len(folders)))
     for number, expected in enumerate(alone):
         for mine, right in zip(together[number], expected, strict=True):
             assert mine["label"] == right["label"]
             assert mine["scores"] == pytest.approx(right["scores"], abs=1e-6)
-    spread = {tuple(round(row["scores"]["positive"], 4) for row in found) for found in alone}
+    spread = {tuple(round(row["scores"]["positive"], 4) for row in result) for result in alone}
     assert len(spread) == len(folders), "the adapters must differ for this to mean anything"
 
 
 def test_another_base_is_loaded_too(
-    adapters: dict[str, Path], told: list[str], tiny_model: Callable[..., Path], tmp_path: Path
+    adapters: dict[str, Path],
+    loaded_from: list[str],
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     whole = tmp_path / "whole"
     model = wrapped(tiny_model("bert"), "bert", {"task_type": "SEQ_CLS",
@@ -112,13 +115,13 @@ def test_another_base_is_loaded_too(
     name_labels(whole, NAMES)
     other = Path(shutil.copytree(adapters["pooler"], tmp_path / "other"))
     rewrite(other / "adapter_config.json", base_model_name_or_path=str(tiny_model("bert", True)))
-    told.clear()
+    loaded_from.clear()
     folders = [adapters["two"], other, whole, adapters["more"]]
     assert sorted(number for number, _ in load_predictors(folders)) == [0, 1, 2, 3]
-    assert len(told) == 3
+    assert len(loaded_from) == 3
 
 
-def test_the_table_holds_what_predict_and_the_metric_say(
+def test_table_holds_the_scores_of_predict(
     adapters: dict[str, Path], table: Path, tmp_path: Path
 ) -> None:
     models = [str(adapters[name]) for name in ("two", "turned", "pooler", "more")]
@@ -139,8 +142,8 @@ def test_the_table_holds_what_predict_and_the_metric_say(
             apart = hits - first
             assert float(line["difference"]) == pytest.approx(apart.mean())
             interval = scipy.stats.t.interval(0.95, 159, apart.mean(), apart.std(ddof=1) / 160**0.5)
-            found = [float(line["difference_low"]), float(line["difference_high"])]
-            assert found == pytest.approx(interval)
+            result = [float(line["difference_low"]), float(line["difference_high"])]
+            assert result == pytest.approx(interval)
     # Labels in another order are the other answer, not another name of the same.
     assert float(lines[0]["value"]) + float(lines[1]["value"]) == pytest.approx(1)
     assert int(lines[0]["parameters"]) == 3 * 2 * 2 * 4 * 16 + 2 * 17
@@ -155,7 +158,7 @@ def test_parameters_are_those_of_the_folder(adapters: dict[str, Path]) -> None:
 
 
 def as_run(folder: Path, model: Path, task: str, data: dict[str, Any], pooling: str) -> Path:
-    """A run as `hftl run` leaves it, with nothing trained."""
+    """Write a run folder without training."""
     folder.mkdir(parents=True)
     bench, recipe = open_context(model, folder, pooling, "lora", data)
     publish_model(bench, recipe, folder)
@@ -173,24 +176,24 @@ def as_run(folder: Path, model: Path, task: str, data: dict[str, Any], pooling: 
 
 
 def test_runs_of_the_same_data_are_scored_on_their_test_items(
-    table: Path, tiny_model: Callable[..., Path], told: list[str], tmp_path: Path
+    table: Path, tiny_model: Callable[..., Path], loaded_from: list[str], tmp_path: Path
 ) -> None:
     data = {"train": {"path": str(table)}, "max_length": 16}
     poolings = ("mean", "cls", "native")
     runs = [as_run(tmp_path / p, tiny_model(), "classification", data, p) for p in poolings]
-    told.clear()
+    loaded_from.clear()
     compare_models([str(run) for run in runs], None, tmp_path / "c.csv")
     # The encoder alone, and the stock class around it.
-    assert len(told) == 2
+    assert len(loaded_from) == 2
     lines = rows_of(tmp_path / "c.csv")
     rows = prepare.read_prepared_data(runs[0] / "phases" / "data").rows["test"]
     labels = np.array([int(row.label == "positive") for row in rows])
     for run, line in zip(runs, lines, strict=True):
         answers = hftl.load(run).predict([row.content[0] for row in rows])
-        found = np.array([int(row["label"] == "positive") for row in answers])
+        result = np.array([int(row["label"] == "positive") for row in answers])
         assert line["metric"] == "f1"
         assert float(line["value"]) == pytest.approx(
-            METRICS["classification"]["f1"].score(labels, found)
+            METRICS["classification"]["f1"].score(labels, result)
         )
 
 
@@ -202,9 +205,9 @@ def test_runs_of_pictures(tiny_model: Callable[..., Path], tmp_path: Path) -> No
     assert "28 items" in by_itself
     answers = hftl.load(run).predict(sorted(folder.rglob("*.png")))
     truth = [path.parent.name for path in sorted(folder.rglob("*.png"))]
-    labels, found = (np.array([int(name == "light") for name in names])
+    labels, result = (np.array([int(name == "light") for name in names])
                      for names in (truth, [row["label"] for row in answers]))  # fmt: skip
-    expected = METRICS["classification"]["f1"].score(labels, found)
+    expected = METRICS["classification"]["f1"].score(labels, result)
     assert [float(line["value"]) for line in rows_of(tmp_path / "c.csv")] == pytest.approx(
         [expected] * 2
     )
@@ -212,7 +215,7 @@ def test_runs_of_pictures(tiny_model: Callable[..., Path], tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_real_run_scores_as_its_record_says(recipe_tree: dict[str, Any], tmp_path: Path) -> None:
+def test_trained_run_scores_as_in_its_record(recipe_tree: dict[str, Any], tmp_path: Path) -> None:
     recipe_tree["measure"] |= {"seeds": [0], "arms": ["head"]}
     runs = []
     for r in (2, 8):
@@ -226,7 +229,7 @@ def test_a_real_run_scores_as_its_record_says(recipe_tree: dict[str, Any], tmp_p
         assert float(line["value"]) == pytest.approx(own["metrics"]["test"][line["metric"]])
 
 
-def test_what_cannot_be_compared_is_refused(
+def test_incomparable_models_are_refused(
     adapters: dict[str, Path], table: Path, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     two = str(adapters["two"])
@@ -280,7 +283,7 @@ def test_exit_codes(
 # --- figures -----------------------------------------------------------------------------------
 
 
-def test_the_item_interval_is_students() -> None:
+def test_item_interval_is_students_t() -> None:
     draw = np.random.default_rng(0)
     for size in (2, 3, 50):
         values = draw.normal(3, 2, size)
@@ -296,12 +299,12 @@ def test_the_item_interval_is_students() -> None:
         item_interval(np.zeros(3), 1)
 
 
-def test_nothing_differs_is_not_certain() -> None:
+def test_equal_predictions_keep_an_interval() -> None:
     metric = METRICS["classification"]["accuracy"]
     labels, units = np.arange(60) % 2, np.arange(60)
-    found = score_with_interval(metric, labels, labels, units)
+    result = score_with_interval(metric, labels, labels, units)
     wilson = scipy.stats.binomtest(60, 60).proportion_ci(method="wilson")
-    assert found.value == 1 and found.ci95 == pytest.approx(wilson)
+    assert result.value == 1 and result.ci95 == pytest.approx(wilson)
     same = compare_pair(metric, labels, labels, labels, units)
     assert (same.value, same.ci95) == (0.0, (-0.05, 0.05))
     assert score_with_interval(metric, labels, labels, np.zeros(60, dtype=int)).ci95 is None
@@ -309,14 +312,14 @@ def test_nothing_differs_is_not_certain() -> None:
 
 @pytest.mark.parametrize(("rows", "right"), [(100, 0.97), (100, 0.9), (400, 0.97), (60, 0.5)])
 def test_the_interval_of_an_accuracy_covers_it(rows: int, right: float) -> None:
-    """The t interval covers .84 at .97 of 100 rows."""
+    # The t interval covers .84 at .97 of 100 rows.
     metric, labels = METRICS["classification"]["accuracy"], np.zeros(rows, int)
     covered = 0.0
     for hits in range(rows + 1):
-        found = score_with_interval(
+        result = score_with_interval(
             metric, labels, (np.arange(rows) >= hits).astype(int), np.arange(rows)
         )
-        low, high = found.ci95
+        low, high = result.ci95
         assert 0 <= low <= high <= 1
         covered += scipy.stats.binom.pmf(hits, rows, right) * (low <= right <= high)
     assert 0.93 <= covered <= 0.985
@@ -324,7 +327,7 @@ def test_the_interval_of_an_accuracy_covers_it(rows: int, right: float) -> None:
 
 @pytest.mark.parametrize("right", [0.5, 0.93])
 def test_the_interval_of_an_accuracy_over_groups_covers_it(right: float) -> None:
-    """40 groups of 1 to 9 rows that are right together, a fifth of the time."""
+    # 40 groups of 1 to 9 rows that are right together, a fifth of the time.
     draw = np.random.default_rng(0)
     units = np.repeat(np.arange(40), 1 + np.arange(40) % 9)
     metric, labels = METRICS["classification"]["accuracy"], np.zeros(len(units), int)
@@ -342,11 +345,11 @@ def test_the_interval_of_another_share_stays_between_0_and_1() -> None:
     labels = draw.integers(3, size=80)
     predictions = np.where(draw.random(80) < 0.97, labels, (labels + 1) % 3)
     for name in ("f1", "balanced_accuracy"):
-        found = score_with_interval(
+        result = score_with_interval(
             METRICS["classification"][name], labels, predictions, np.arange(80)
         )
-        low, high = found.ci95
-        assert 0.85 < low < found.value < high < 1
+        low, high = result.ci95
+        assert 0.85 < low < result.value < high < 1
 
 
 def test_differences_are_positive_where_the_model_is_better() -> None:
@@ -354,14 +357,14 @@ def test_differences_are_positive_where_the_model_is_better() -> None:
     labels = draw.normal(size=80)
     near, far = labels + 0.1, labels + draw.normal(size=80)
     rmse = METRICS["regression"]["rmse"]
-    found = compare_pair(rmse, labels, near, far, np.arange(80))
-    assert found.value > 0 and found.ci95[0] > 0
+    result = compare_pair(rmse, labels, near, far, np.arange(80))
+    assert result.value > 0 and result.ci95[0] > 0
     turned = compare_pair(rmse, labels, far, near, np.arange(80))
-    assert turned.value == -found.value
-    assert turned.ci95 == pytest.approx([-found.ci95[1], -found.ci95[0]])
+    assert turned.value == -result.value
+    assert turned.ci95 == pytest.approx([-result.ci95[1], -result.ci95[0]])
 
 
-def test_rows_of_one_group_count_together() -> None:
+def test_rows_of_one_group_count_as_one_unit() -> None:
     metric = METRICS["classification"]["accuracy"]
     labels = np.zeros(40, dtype=int)
     predictions = np.repeat(np.arange(4) % 2, 10)

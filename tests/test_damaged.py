@@ -1,4 +1,4 @@
-"""Published folders that were damaged on their way: `predict` and `compare` say so in one line."""
+"""Report a damaged published folder in one line of `predict` and `compare`."""
 
 import shutil
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def config_of_nothing(folder: Path) -> None:
 
 
 def labels_in_another_order(folder: Path) -> None:
-    """The record says otherwise than config.json, whichever is right."""
+    # The record and config.json disagree, whichever is right.
     rewrite(folder / "hftl.json", data={"labels": NAMES[::-1], "task": "classification"})
 
 
@@ -63,7 +63,6 @@ def tokenizer_of_nothing(folder: Path) -> None:
 
 
 def record_without_labels(folder: Path) -> None:
-    """And a config that does not name them either."""
     rewrite(folder / "hftl.json", data={"labels": None, "task": "classification"})
     rewrite(folder / "config.json", id2label={str(n): f"LABEL_{n}" for n in range(len(NAMES))})
 
@@ -76,7 +75,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_folder_is_pointed_to_the_doctor(
+def test_damaged_folder_is_refused_with_advice_to_run_the_doctor(
     damage: Callable[[Path], None], adapters: dict[str, Path], table: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(adapters["two"], tmp_path / "damaged"))
@@ -88,7 +87,7 @@ def test_a_damaged_folder_is_pointed_to_the_doctor(
             compare_models(list(map(str, models)), table, None)
 
 
-def test_weights_of_a_base_that_do_not_open(tmp_path: Path) -> None:
+def test_unreadable_weights_of_a_base_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(RecipeError, match=r"model\.safetensors does not open"):
         hash_checkpoint(tmp_path)

@@ -1,4 +1,4 @@
-"""Every planted defect is found under its kind, and sound adapters have none."""
+"""Find every planted defect under its kind, and none in sound adapters."""
 
 import shutil
 from pathlib import Path
@@ -29,15 +29,15 @@ pytestmark = pytest.mark.usefixtures("loads_in_this_process")
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_a_sound_adapter_has_no_defect(name: str, adapters: dict[str, Path]) -> None:
-    found = examine_adapter(adapters[name])
-    assert not found.defects, found.defects
-    assert not found.unexamined
-    assert found.exit_code == 0
-    assert kinds(found, defects=False) <= {"card"}
+def test_sound_adapter_has_no_defect(name: str, adapters: dict[str, Path]) -> None:
+    examination = examine_adapter(adapters[name])
+    assert not examination.defects, examination.defects
+    assert not examination.unexamined
+    assert examination.exit_code == 0
+    assert kinds(examination, defects=False) <= {"card"}
 
 
-def test_what_the_trainer_trained_is_sound(hub_cache: Path, tmp_path: Path) -> None:
+def test_adapter_trained_by_the_trainer_is_sound(hub_cache: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, Trainer, TrainingArguments
 
     adapted = wrapped(snapshot(hub_cache, "bert"), "bert", SOUND["bert"][1])
@@ -59,7 +59,7 @@ def test_what_the_trainer_trained_is_sound(hub_cache: Path, tmp_path: Path) -> N
     assert kinds(examine_adapter(tmp_path / "saved")) == {"unsafe"}
 
 
-def test_what_hftl_publishes_is_sound(hub_cache: Path, tmp_path: Path) -> None:
+def test_folder_published_by_hftl_is_sound(hub_cache: Path, tmp_path: Path) -> None:
     from support.published_model import open_context, publish_model
 
     bench, recipe = open_context(snapshot(hub_cache, "bert-mlm"), tmp_path, "mean", "lora")
@@ -69,9 +69,9 @@ def test_what_hftl_publishes_is_sound(hub_cache: Path, tmp_path: Path) -> None:
             revision=COMMIT)  # fmt: skip
     source = {"model": "tiny/bert-mlm", "weights_sha256": bench.weights_hash}
     rewrite(publish / "hftl.json", source=source, data={"labels": ["negative", "positive"]})
-    found = examine_adapter(publish)
-    assert not found.defects, found.defects
-    assert not found.unexamined
+    examination = examine_adapter(publish)
+    assert not examination.defects, examination.defects
+    assert not examination.unexamined
 
 
 @pytest.fixture
@@ -86,20 +86,20 @@ def planted(
 
 
 @pytest.mark.parametrize("planted", PLANTED, indirect=True)
-def test_a_planted_defect_is_found(planted: tuple[Path, str]) -> None:
+def test_planted_defect_is_reported(planted: tuple[Path, str]) -> None:
     folder, kind = planted
-    found = examine_adapter(folder)
-    assert kind in kinds(found), (found.findings, found.unexamined)
-    assert found.exit_code == 4
-    one = next(one for one in found.defects if one.kind == kind)
+    examination = examine_adapter(folder)
+    assert kind in kinds(examination), (examination.findings, examination.unexamined)
+    assert examination.exit_code == 4
+    one = next(one for one in examination.defects if one.kind == kind)
     assert one.what and one.where and one.fix
-    assert one.kind in format_report(found, 120)
+    assert one.kind in format_report(examination, 120)
 
 
 def test_an_id_is_never_cut_on_a_narrow_screen() -> None:
     name = "an-organisation-with-a-name/a-model-with-a-long-name"
-    found = [Finding("base", "warning", f"{name} is not pinned", "adapter_config.json", "Set it")]
-    text = _format_table(found, 60)
+    finding = Finding("base", "warning", f"{name} is not pinned", "adapter_config.json", "Set it")
+    text = _format_table([finding], 60)
     assert "…" not in text
     first = "".join(line[2:30].strip() for line in text.splitlines()[2:])
     assert name in first.replace(" ", "")
@@ -114,7 +114,7 @@ def test_every_kind_is_planted_for_text_and_images() -> None:
     assert len(PLANTED) >= 20
 
 
-def test_a_whole_model(hub_cache: Path, tmp_path: Path) -> None:
+def test_whole_model_is_examined(hub_cache: Path, tmp_path: Path) -> None:
     model = wrapped(
         snapshot(hub_cache, "bert-mlm"), "bert-mlm", SOUND["bert"][1]
     ).merge_and_unload()
@@ -126,11 +126,11 @@ def test_a_whole_model(hub_cache: Path, tmp_path: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
     assert kinds(examine_adapter(tmp_path / "model")) == {"fresh", "reload"}
     rewrite(tmp_path / "model" / "config.json", auto_map={"AutoModel": "m.M"})
-    found = examine_adapter(tmp_path / "model")
-    assert kinds(found) == {"unsafe"} and found.unexamined
+    examination = examine_adapter(tmp_path / "model")
+    assert kinds(examination) == {"unsafe"} and examination.unexamined
 
 
-def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
+def test_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"no adapter_config\.json"):
         examine_adapter(tmp_path)
     with pytest.raises(RecipeError, match="no folder"):
@@ -149,7 +149,7 @@ def test_other_kinds_of_adapter_are_examined_too(hub_cache: Path, tmp_path: Path
     settings = IA3Config(task_type="SEQ_CLS", target_modules=["key"], feedforward_modules=[],
                          revision=COMMIT)  # fmt: skip
     adapter = save(get_peft_model(model, settings), tmp_path / "adapter")
-    found = examine_adapter(adapter)
-    assert not found.defects and not found.unexamined
+    examination = examine_adapter(adapter)
+    assert not examination.defects and not examination.unexamined
     reconfigure(adapter, peft_type="PROMPT_TUNING")
     assert "PROMPT_TUNING" in examine_adapter(adapter).unexamined[0]

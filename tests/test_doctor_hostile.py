@@ -1,4 +1,4 @@
-"""What the doctor says of a stranger's adapter, and what it never does for it."""
+"""Examine a hostile adapter without running or reading what it names."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from hftl.doctor.report import format_report
 ROOT = Path(__file__).parent.parent
 
 
-def test_a_strangers_text_does_not_steer_the_terminal(
+def test_text_of_an_adapter_does_not_control_the_terminal(
     adapters: dict[str, Path], tmp_path: Path, loads_in_this_process: None
 ) -> None:
     folder = copied(adapters, "bert", tmp_path)
@@ -83,7 +83,7 @@ print(json.dumps(seen | {
 
 
 def make_hostile(folder: Path, secret: Path, mark: Path, base: str) -> None:
-    """Everything that a loader may be made to run or to read."""
+    """Write everything that a loader may be made to run or to read."""
     code = f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n"
     for name in ("evil_library.py", "modeling_evil.py", "tiny_setup.py"):
         (folder / name).write_text(code)
@@ -123,8 +123,8 @@ def test_a_hostile_adapter_runs_and_reads_nothing(
     assert done.returncode == 0, done.stderr[-2000:]
     seen = json.loads(done.stdout.splitlines()[-1])
     assert not mark.exists() and not seen["bad"]
-    assert all("unsafe" in found for found in seen["kinds"])
-    assert [bool(found) for found in seen["unexamined"]] == [False, True, True]
+    assert all("unsafe" in examination for examination in seen["kinds"])
+    assert [bool(examination) for examination in seen["unexamined"]] == [False, True, True]
     assert not [name for name in seen["import"] if "evil" in name or name == "tiny_setup"]
     opened = {Path(name).resolve() for name in seen["open"] if not name.isdigit()}
     assert secret.resolve() not in opened
@@ -136,7 +136,9 @@ def test_a_hostile_adapter_runs_and_reads_nothing(
 
 
 @pytest.mark.slow
-def test_two_fresh_processes_tell_random_weights(adapters: dict[str, Path], tmp_path: Path) -> None:
+def test_two_fresh_processes_detect_random_weights(
+    adapters: dict[str, Path], tmp_path: Path
+) -> None:
     folder = copied(adapters, "bert-mlm", tmp_path)
     pooler_drawn_anew_by_every_load(folder, tmp_path)
     assert kinds(examine_adapter(folder)) == {"fresh", "reload"}
@@ -144,7 +146,5 @@ def test_two_fresh_processes_tell_random_weights(adapters: dict[str, Path], tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert-mlm", "vit"])
-def test_two_fresh_processes_say_the_same_of_a_sound_adapter(
-    name: str, adapters: dict[str, Path]
-) -> None:
+def test_two_fresh_processes_agree_on_a_sound_adapter(name: str, adapters: dict[str, Path]) -> None:
     assert not examine_adapter(adapters[name]).defects

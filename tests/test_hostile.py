@@ -1,4 +1,4 @@
-"""Hostile strings in every place that a card shows: each stays text, and the card still parses."""
+"""Put hostile strings in every place that a card shows: each stays text, and the card parses."""
 
 import copy
 import html
@@ -56,7 +56,7 @@ TAGS = {
 
 
 def record_with(payload: str, place: str) -> dict[str, Any]:
-    """A record of an opted-in, forced card that has the payload in one of its places."""
+    """Return a record of an opted-in, forced card that has the payload in one of its places."""
     record = copy.deepcopy(BASE)
     record |= {"forced": {"reason": "for comparison"}, "classes": None}
     record["check"]["warnings"] = ["the class 'x' is rare"]
@@ -104,8 +104,8 @@ def _words(record: dict[str, Any], payload: str) -> None:
     record["environment"]["device"] = payload
 
 
-class Seen(HTMLParser):
-    """Elements with their attributes, and the text outside of code."""
+class PageParser(HTMLParser):
+    """Collect elements with their attributes, and the text outside of code."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -133,8 +133,8 @@ class Seen(HTMLParser):
 
 
 def check_page(page: str, more: set[str] = frozenset()) -> Counter[str]:  # pyright: ignore
-    """Whether only our own elements, links and pictures stand in a page; their counts."""
-    seen = Seen(page)
+    """Check that a page holds only our own elements, links and pictures; return their counts."""
+    seen = PageParser(page)
     for tag, attributes in seen.elements:
         assert tag in TAGS | more, f"<{tag}>"
         assert not any(name.startswith("on") for name in attributes), attributes

@@ -1,4 +1,4 @@
-"""Every format read the same way, and every bad row named by file and line."""
+"""Read every format the same way, and name every bad row by file and line."""
 
 import json
 from pathlib import Path
@@ -83,7 +83,7 @@ def test_tabs_and_a_byte_order_mark(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_format_that_is_said_wins_over_the_suffix(tmp_path: Path) -> None:
+def test_format_of_the_recipe_wins_over_the_suffix(tmp_path: Path) -> None:
     path = written(tmp_path, "a.data", "text,label\nx,a\n")
     assert rows_of(path, format="csv")[0].content == ("x",)
     with pytest.raises(DataError, match=r"a\.data: the suffix '\.data' says no format"):
@@ -136,7 +136,7 @@ BAD = [
 
 @pytest.mark.parametrize(("name", "content", "where", "why"), [b[1:] for b in BAD],
                          ids=[b[0] for b in BAD])  # fmt: skip
-def test_a_bad_row_is_refused_or_dropped_and_listed(
+def test_bad_row_is_refused_or_dropped_and_listed(
     tmp_path: Path, name: str, content: str | bytes, where: str, why: str
 ) -> None:
     path = written(tmp_path, name, content)
@@ -157,7 +157,7 @@ def test_a_bad_row_is_refused_or_dropped_and_listed(
         ("high", "the target 'high' is not a number"),
     ],
 )
-def test_a_bad_target(tmp_path: Path, target: str, why: str) -> None:
+def test_bad_target_is_refused_or_dropped_and_listed(tmp_path: Path, target: str, why: str) -> None:
     path = written(tmp_path, "a.csv", f"text,label\nx,1\ny,{target}\nz,2\n")
     with pytest.raises(DataError, match=f"^a.csv line 3: {why}"):
         rows_of(path, "regression")
@@ -166,7 +166,7 @@ def test_a_bad_target(tmp_path: Path, target: str, why: str) -> None:
     assert bad.dropped == [BadRow(where="a.csv line 3", why=why)]
 
 
-def test_a_row_without_its_group(tmp_path: Path) -> None:
+def test_row_without_its_group_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", "text,label,who\nx,a,1\ny,b,\n")
     with pytest.raises(DataError, match="a.csv line 3: who is empty"):
         rows_of(path, group="who")
@@ -249,7 +249,7 @@ def test_labels_of_mixed_types(tmp_path: Path, labels: tuple[str, str], skip: bo
         ("package:no_such_package/a.csv", RecipeError),
     ],
 )
-def test_what_is_not_there(
+def test_missing_data_are_named(
     path: str, error: type[HftlError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

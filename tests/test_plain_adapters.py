@@ -1,4 +1,4 @@
-"""Adapters made with plain peft, which writes no config.json: doctor, predict and compare."""
+"""Examine, predict with and compare adapters of plain peft, which writes no config.json."""
 
 import json
 import logging
@@ -68,7 +68,7 @@ def save_causal(folder: Path) -> Path:
 
 
 def make(name: str, base: Path, folder: Path) -> Any:
-    """Saves an adapter as peft does, the base named by its path, and returns the model."""
+    """Save an adapter as peft does, the base named by its path, and return the model."""
     import transformers
     from peft import get_peft_config, get_peft_model
 
@@ -107,16 +107,16 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def adapters(
     bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, Any]]:
-    """Each folder, and the model that was saved in it."""
+    """Return each folder, and the model that was saved in it."""
     place = tmp_path_factory.mktemp("adapters")
-    found = {name: (place / name, make(name, bases[MADE[name][0]], place / name)) for name in MADE}
+    saved = {name: (place / name, make(name, bases[MADE[name][0]], place / name)) for name in MADE}
     reconfigure(place / "away", base_model_name_or_path="somebody/unknown-base")
-    assert not any((folder / "config.json").exists() for folder, _ in found.values())
-    return found
+    assert not any((folder / "config.json").exists() for folder, _ in saved.values())
+    return saved
 
 
-def lines(found: Examination, severity: str) -> set[tuple[str, str]]:
-    return {(one.kind, one.what) for one in found.findings if one.severity == severity}
+def lines(examination: Examination, severity: str) -> set[tuple[str, str]]:
+    return {(one.kind, one.what) for one in examination.findings if one.severity == severity}
 
 
 def inputs_of(name: str) -> list[Any]:
@@ -126,21 +126,17 @@ def inputs_of(name: str) -> list[Any]:
     return [text.split() for text in texts] if name == "tokens" else texts
 
 
-def test_there_are_at_least_fourteen() -> None:
-    assert len(MADE) >= 14
-
-
 @pytest.mark.parametrize("name", GOOD)
-def test_a_good_one_has_no_defect(name: str, adapters: dict[str, tuple[Path, Any]]) -> None:
-    found = examine_adapter(adapters[name][0])
-    assert not lines(found, "defect") and not found.unexamined
-    assert found.exit_code == 0
-    kinds = {kind for kind, _ in lines(found, "warning")}
+def test_good_adapter_has_no_defect(name: str, adapters: dict[str, tuple[Path, Any]]) -> None:
+    examination = examine_adapter(adapters[name][0])
+    assert not lines(examination, "defect") and not examination.unexamined
+    assert examination.exit_code == 0
+    kinds = {kind for kind, _ in lines(examination, "warning")}
     assert kinds <= {"base", "labels", "tokenizer", "card", "fresh"}
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_predict_reads_it_as_peft_does(
+def test_predictions_are_those_of_peft(
     name: str, adapters: dict[str, tuple[Path, Any]], bases: dict[str, Path], tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -172,7 +168,7 @@ def softmax(row: np.ndarray) -> np.ndarray:
 
 
 def logits_of(model: Any, base: Path, folder: Path, given: list[Any], images: bool) -> np.ndarray:
-    """What the model that was saved says, by transformers alone."""
+    """Return the logits of the saved model by transformers alone."""
     from PIL import Image
     from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -192,28 +188,27 @@ def logits_of(model: Any, base: Path, folder: Path, given: list[Any], images: bo
         ])  # fmt: skip
 
 
-def test_an_adapter_for_something_else_is_named_so(adapters: dict[str, tuple[Path, Any]]) -> None:
+def test_adapter_of_another_task_is_refused(adapters: dict[str, tuple[Path, Any]]) -> None:
     with pytest.raises(RecipeError, match="CAUSAL_LM|no trained head"):
         hftl.load(adapters["causal"][0])
     assert not lines(examine_adapter(adapters["causal"][0]), "defect")
 
 
-def test_a_base_that_is_not_there_is_given(
+def test_missing_base_can_be_given(
     adapters: dict[str, tuple[Path, Any]], bases: dict[str, Path]
 ) -> None:
     folder = adapters["away"][0]
-    found = examine_adapter(folder)
-    assert not found.defects and found.exit_code == 5
+    examination = examine_adapter(folder)
+    assert not examination.defects and examination.exit_code == 5
     with pytest.raises(HftlError, match="somebody/unknown-base"):
         hftl.load(folder)
     assert not examine_adapter(folder, str(bases["bert"])).defects
     assert hftl.load(folder, bases["bert"]).predict(["a fine film"])
 
 
-def test_what_the_doctor_advises_ends(
+def test_fixed_adapter_predicts_without_further_advice(
     adapters: dict[str, tuple[Path, Any]], bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The base here, its tokenizer taken by --fix: nothing else is asked for, and it predicts."""
     folder = Path(shutil.copytree(adapters["bert"][0], tmp_path / "bert"))
     assert run_doctor(str(folder), None, True, lambda line: None) == 0
     assert (folder / "tokenizer.json").exists()
@@ -221,7 +216,7 @@ def test_what_the_doctor_advises_ends(
     assert predict_table(str(folder), table, None)
 
 
-def test_compare_scores_them_on_one_base(
+def test_compare_scores_several_on_one_base(
     adapters: dict[str, tuple[Path, Any]], bases: dict[str, Path], tmp_path: Path
 ) -> None:
     rows = [(text, f"LABEL_{n % 3}") for n, (text, _) in enumerate(sentences(12))]
@@ -278,20 +273,20 @@ ANSWERS = ("untrained", "tokenizer")
 
 
 @pytest.mark.parametrize(("name", "kind", "said", "damage"), DAMAGED)
-def test_a_damaged_one_is_named_and_refused(
+def test_damage_is_named_and_refused(
     name: str, kind: str, said: str, damage: Callable[[Path], None],
     adapters: dict[str, tuple[Path, Any]], tmp_path: Path,
 ) -> None:  # fmt: skip
     folder = Path(shutil.copytree(adapters[name][0], tmp_path / name))
     damage(folder)
-    found = [one for one in examine_adapter(folder).defects if one.kind == kind]
-    assert found and any(said in f"{one.what} {one.where} {one.fix}" for one in found)
+    defects = [one for one in examine_adapter(folder).defects if one.kind == kind]
+    assert any(said in f"{one.what} {one.where} {one.fix}" for one in defects)
     if kind not in ANSWERS:
         with pytest.raises(HftlError):
             hftl.load(folder)
 
 
-def test_names_with_the_adapters_own_are_mended(
+def test_tensor_names_that_hold_the_adapters_name_are_fixed(
     adapters: dict[str, tuple[Path, Any]], tmp_path: Path
 ) -> None:
     for name in ("roberta", "dora"):
@@ -306,12 +301,13 @@ def test_names_with_the_adapters_own_are_mended(
         assert hftl.load(folder).predict(["a fine film"]) == before
 
 
-def test_a_card_of_another_base_is_a_warning(
+def test_card_of_another_base_is_a_warning(
     adapters: dict[str, tuple[Path, Any]], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(adapters["bert"][0], tmp_path / "bert"))
     write_card(folder)
     reconfigure(folder, base_model_name_or_path="org/base")
-    found = examine_adapter(folder)
-    assert not found.defects
-    assert any("org/other" in what for kind, what in lines(found, "warning") if kind == "base")
+    examination = examine_adapter(folder)
+    assert not examination.defects
+    warnings = lines(examination, "warning")
+    assert any(kind == "base" and "org/other" in what for kind, what in warnings)

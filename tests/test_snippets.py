@@ -1,4 +1,4 @@
-"""The card's code for the plain libraries is Python, and names what it loads."""
+"""Render the card's code for plain libraries."""
 
 import itertools
 

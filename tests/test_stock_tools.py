@@ -126,7 +126,7 @@ def test_pipeline_snippet_of_the_card_gives_labels_and_scores(
 def test_folder_of_an_older_version_still_loads(
     pooling: str, tiny_model: Tiny, tmp_path: Path
 ) -> None:
-    """One without the empty tensor, and with the layers as a list."""
+    # It has no empty tensor, and its layers as a list.
     base = tiny_model("bert")
     bench, recipe = open_context(base, tmp_path, pooling, "lora")
     sample = publish_model(bench, recipe, tmp_path)

@@ -1,4 +1,4 @@
-"""Adapters made with plain peft, a hub's cache of their bases, and defects to plant in them."""
+"""Save adapters of plain peft, fill a hub's cache with their bases, and plant defects in them."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def snapshot(hub: Path, name: str) -> Path:
 
 
 def wrapped(base: Path, name: str, settings: dict[str, Any], seed: int = 3) -> Any:
-    """A stock class with two labels under a LoRA adapter that is not zero."""
+    """Return a stock class with two labels under a LoRA adapter that is not zero."""
     import transformers
     from peft import LoraConfig, get_peft_model
 
@@ -79,7 +79,7 @@ def wrapped(base: Path, name: str, settings: dict[str, Any], seed: int = 3) -> A
 
 
 def save(adapted: Any, folder: Path) -> Path:
-    """As people do: the adapter, the config with the labels, the tokenizer or processor."""
+    """Save the adapter, the config with the labels, and the tokenizer or processor."""
     adapted.save_pretrained(folder)
     adapted.get_base_model().config.save_pretrained(folder)
     images = adapted.get_base_model().main_input_name == "pixel_values"
@@ -88,7 +88,7 @@ def save(adapted: Any, folder: Path) -> Path:
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    """Changes keys of a JSON file; None removes one."""
+    """Change keys of a JSON file; an ellipsis removes one."""
     settings = json.loads(path.read_text()) if path.exists() else {}
     settings |= changes
     path.write_text(json.dumps({k: v for k, v in settings.items() if v is not ...}))
@@ -97,7 +97,7 @@ def rewrite(path: Path, **changes: Any) -> None:
 def retensor(
     folder: Path, change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor] | None]
 ) -> None:
-    """Changes, renames or drops tensors of the adapter."""
+    """Change, rename or drop tensors of the adapter."""
     path = folder / "adapter_model.safetensors"
     tensors = [change(key, tensor) for key, tensor in load_file(path).items()]
     save_file({pair[0]: pair[1].contiguous() for pair in tensors if pair}, path, {"format": "pt"})
@@ -111,11 +111,11 @@ Planting = Callable[[Path, Path], None]
 
 
 def plant(adapter: str, kind: str) -> Callable[[Planting], Planting]:
-    def keep(function: Planting) -> Planting:
+    def register(function: Planting) -> Planting:
         PLANTED[function.__name__] = (adapter, kind, function)
         return function
 
-    return keep
+    return register
 
 
 def drop(folder: Path, word: str) -> None:

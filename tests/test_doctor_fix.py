@@ -1,4 +1,4 @@
-"""What the doctor mends, and what it leaves alone."""
+"""Fix what the doctor can prove, and leave the rest alone."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def mended(folder: Path, base: str | None = None) -> tuple[list[str], Examinatio
     ("adapter", "model", "lists"),
     [("vit", "vit", "encoder.layer"), ("dinov2", "dinov2", "layers"), ("vit-mae", "vit", "layers")],
 )
-def test_old_names_are_renamed_and_the_model_says_the_same(
+def test_old_names_are_renamed_and_the_weights_stay(
     adapter: str, model: str, lists: str, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = copied(adapters, adapter, tmp_path)
@@ -53,8 +53,8 @@ def test_old_names_are_renamed_and_the_model_says_the_same(
         as_in_transformers_4(folder, model, lists)
     before = (folder / "adapter_config.json").read_bytes()
     assert "stale-names" in kinds(examine_adapter(folder))
-    lines, found = mended(folder)
-    assert lines and not found.defects
+    lines, examination = mended(folder)
+    assert lines and not examination.defects
     right, ours = (load_file(f / "adapter_model.safetensors") for f in (adapters[adapter], folder))
     assert right.keys() == ours.keys()
     assert all(torch.equal(right[key], ours[key]) for key in right)
@@ -70,11 +70,11 @@ def test_patterns_are_renamed_too(hub_cache: Path, tmp_path: Path) -> None:
     assert not examine_adapter(folder).defects
     as_in_transformers_4(folder, "vit", "encoder.layer")
     reconfigure(folder, rank_pattern={"encoder.layer.1.attention.attention.query": 2})
-    _, found = mended(folder)
-    assert not found.defects
+    _, examination = mended(folder)
+    assert not examination.defects
 
 
-def test_the_base_told_by_its_hub_id_is_named_and_pinned(
+def test_base_given_by_its_hub_id_is_named_and_pinned(
     adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = copied(adapters, "bert", tmp_path)
@@ -82,14 +82,14 @@ def test_the_base_told_by_its_hub_id_is_named_and_pinned(
     (folder / "README.md").write_text(
         "---\nbase_model: /home/x/bert\nlibrary_name: peft\n---\nIt\n"
     )
-    lines, found = mended(folder, "tiny/bert")
-    assert len(lines) == 2 and not found.defects
-    told_now = json.loads((folder / "adapter_config.json").read_text())
-    assert told_now["base_model_name_or_path"] == "tiny/bert" and told_now["revision"] == COMMIT
+    lines, examination = mended(folder, "tiny/bert")
+    assert len(lines) == 2 and not examination.defects
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "tiny/bert" and settings["revision"] == COMMIT
     assert "base_model: tiny/bert" in (folder / "README.md").read_text()
 
 
-def test_a_base_that_does_not_fit_is_not_written(adapters: dict[str, Path], tmp_path: Path) -> None:
+def test_unfitting_base_is_not_written(adapters: dict[str, Path], tmp_path: Path) -> None:
     folder = copied(adapters, "bert", tmp_path)
     base_is_a_local_path(folder, tmp_path)
     assert mended(folder, "tiny/bert-2")[0] == []
@@ -103,8 +103,8 @@ def test_only_a_proven_base_is_pinned(
     assert mended(folder)[0] == []
     right = hash_source_weights(find_source(Source(model=str(snapshot(hub_cache, "bert")))))
     rewrite(folder / "hftl.json", source={"weights_sha256": right})
-    lines, found = mended(folder)
-    assert COMMIT in lines[0] and "base" not in kinds(found, defects=False)
+    lines, examination = mended(folder)
+    assert COMMIT in lines[0] and "base" not in kinds(examination, defects=False)
 
 
 def test_labels_and_inputs_are_taken_from_record_and_base(
@@ -116,8 +116,8 @@ def test_labels_and_inputs_are_taken_from_record_and_base(
     assert not any("labels" in line for line in mended(folder)[0])
     assert (folder / "preprocessor_config.json").exists()
     rewrite(folder / "hftl.json", data={"labels": NAMES})
-    lines, found = mended(folder)
-    assert lines and not found.defects
+    lines, examination = mended(folder)
+    assert lines and not examination.defects
     config = json.loads((folder / "config.json").read_text())
     assert config["id2label"] == {"0": "bad", "1": "good"}
     assert config["architectures"] == ["ViTForImageClassification"]
@@ -132,7 +132,7 @@ def test_pickles_are_left_where_they_are(adapters: dict[str, Path], tmp_path: Pa
     assert "nothing here can be fixed without you" in said
 
 
-def test_a_hubs_copy_and_a_runs_folder_are_not_changed(
+def test_copy_of_the_hub_and_folder_of_a_run_are_not_changed(
     adapters: dict[str, Path], hub_cache: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -141,19 +141,19 @@ def test_a_hubs_copy_and_a_runs_folder_are_not_changed(
     (run / "recipe.yaml").write_text(
         json.dumps({"source": source, "data": {"train": {"path": "x.csv"}}})
     )
-    found = examine_adapter(run)
-    assert not found.defects and found.folder.run == run
+    examination = examine_adapter(run)
+    assert not examination.defects and examination.folder.run == run
     assert examine_adapter(run / "publish").folder.run == run
     with pytest.raises(RecipeError, match="its run writes it"):
-        fix_adapter(found, None)
+        fix_adapter(examination, None)
     into_cache(hub_cache, "adapter", adapters["bert"])
-    found = examine_adapter("tiny/adapter")
-    assert not found.defects
+    examination = examine_adapter("tiny/adapter")
+    assert not examination.defects
     with pytest.raises(RecipeError, match="on a hub"):
-        fix_adapter(found, None)
+        fix_adapter(examination, None)
 
 
-def test_modern_names() -> None:
+def test_old_module_names_have_new_ones() -> None:
     modules = ["vit.layers.0.attention.q_proj", "dinov2.encoder.layer.3.attention.o_proj",
                "swin.encoder.layers.0.blocks.1.attention.v_proj", "vit.layers.0.mlp.fc1",
                "vit.layers.0.mlp.fc2", "bert.encoder.layer.0.attention.self.query"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Every picture is read faithfully or refused with a reason."""
+"""Decode every image faithfully, or refuse it with a reason."""
 
 import io
 import struct
@@ -26,7 +26,7 @@ def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def scene(mode: str = "RGB") -> Image.Image:
-    """A smooth picture, 60 wide and 40 high, that survives JPEG, all four corners different."""
+    """Return a smooth picture, 60 wide and 40 high, with four different corners."""
     rows, columns = np.mgrid[0:40, 0:60]
     colours = np.stack([columns * 4, rows * 6, 255 - columns * 2 - rows * 3], axis=-1)
     return Image.fromarray(colours.astype(np.uint8)).convert(mode)
@@ -49,12 +49,12 @@ def png(width: int, height: int, bits: int, colour: int, rows: bytes, *more: byt
 
 
 def giant(side: int = 12990) -> bytes:
-    """A few bytes whose header claims 168 million pixels."""
+    """Return a few bytes whose header claims 168 million pixels."""
     return png(side, side, 8, 2, b"")
 
 
 def gif_beyond_its_screen(width: int, height: int) -> bytes:
-    """A GIF of a 1 x 1 screen whose only frame is larger."""
+    """Return a GIF of a 1 x 1 screen whose only frame is larger."""
     screen = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
     return screen + b"," + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02D\x01\0;"
 
@@ -89,9 +89,7 @@ def gif_beyond_its_screen(width: int, height: int) -> bytes:
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_what_cannot_be_read_is_refused_with_its_reason(
-    value: Any, why: str, tmp_path: Path
-) -> None:
+def test_unreadable_image_is_refused_with_its_reason(value: Any, why: str, tmp_path: Path) -> None:
     with pytest.raises(ImageDecodeError, match=why):
         decode_image(value, tmp_path, MOST)
 
@@ -119,7 +117,7 @@ def test_giants_are_refused_by_the_header_in_every_thread_without_a_warning() ->
     assert len(giant()) < 100
 
 
-def test_a_limit_above_pillows_own_is_kept_to() -> None:
+def test_limit_above_that_of_pillow_holds() -> None:
     with pytest.raises(ImageDecodeError, match="truncated"):
         decode_image(giant(), None, 200_000_000)
 
@@ -224,7 +222,7 @@ def test_transparency_shows_white_in_every_mode() -> None:
          [[255] * 3, [4, 5, 6]]),
     ],
 )  # fmt: skip
-def test_the_transparent_colour_of_a_png_is_found_at_every_depth(
+def test_transparent_colour_of_a_png_is_read_at_every_depth(
     bits: int, colour: int, row: bytes, key: tuple[int, ...], expected: list[list[int]]
 ) -> None:
     named = chunk(b"tRNS", b"".join(struct.pack(">H", part) for part in key))
@@ -276,7 +274,7 @@ def test_only_a_picture_below_a_patch_on_both_sides_is_too_small() -> None:
     assert {size: is_too_small(Image.new("RGB", size), 14) for size in sizes} == sizes
 
 
-def test_random_damage_is_read_or_refused_and_nothing_else() -> None:
+def test_random_damage_is_read_or_refused() -> None:
     draw = np.random.default_rng(0)
     counts = {"read": 0, "refused": 0}
     with warnings.catch_warnings():
@@ -298,7 +296,7 @@ def test_random_damage_is_read_or_refused_and_nothing_else() -> None:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Two classes, a file that is no image, hidden files, and a link that leads nowhere."""
+    """Write two classes, a file that is no image, hidden files, and a link that leads nowhere."""
     root = tmp_path / "pictures"
     for name in ("cat/b.png", "cat/deep/a.png", "dog/c.jpg"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -350,7 +348,7 @@ def test_a_folder_without_folders_is_no_imagefolder(tmp_path: Path) -> None:
         list(read_imagefolder(tmp_path))
 
 
-def test_a_folder_is_told_by_what_most_files_are_named(pictures: Path, tmp_path: Path) -> None:
+def test_most_suffixes_decide_whether_a_folder_holds_images(pictures: Path, tmp_path: Path) -> None:
     assert has_mostly_images(pictures)
     texts = tmp_path / "texts" / "news"
     texts.mkdir(parents=True)

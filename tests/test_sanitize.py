@@ -1,4 +1,4 @@
-"""Secrets and names of machine and user: found where they would leave, masked in what is told."""
+"""Detect secrets and names of machine and user in files to publish, and mask them in messages."""
 
 import struct
 import zlib
@@ -19,9 +19,12 @@ CANARY = "canary-5f8Zq1/+ä"
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJ"
 
 
-@pytest.fixture(autouse=True)
-def ann(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A user and a machine with telling names, and a token."""
+pytestmark = pytest.mark.usefixtures("named_user")
+
+
+@pytest.fixture
+def named_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Set distinct names of user and machine, and a token."""
     monkeypatch.setenv("HOME", "/home/annabel")
     for name in ("USER", "LOGNAME", "USERNAME"):
         monkeypatch.setenv(name, "annabel")
@@ -39,7 +42,7 @@ def ann(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "-----BEGIN OPENSSH PRIVATE KEY-----", "git+ssh://git:x-oauth@host/repo",
     ],
 )  # fmt: skip
-def test_what_reads_as_a_secret_is_found_and_masked(text: str) -> None:
+def test_text_like_a_secret_is_detected_and_masked(text: str) -> None:
     assert secrets.find_secret(f"before {text} after") == "what reads as a token or password"
     shown = secrets.mask_secrets(f"before {text} after")
     assert "***" in shown and shown.startswith("before ") and shown.endswith(" after")
@@ -54,17 +57,17 @@ def test_what_reads_as_a_secret_is_found_and_masked(text: str) -> None:
         "https://host/a:b/c@d",
     ],
 )  # fmt: skip
-def test_what_reads_like_one_and_is_none_passes(text: str) -> None:
+def test_similar_text_passes(text: str) -> None:
     assert secrets.find_secret(text) is None and secrets.mask_secrets(text) == text
 
 
 @pytest.mark.parametrize("form", [CANARY, "canary-5f8Zq1%2F%2B%C3%A4", "canary-5f8Zq1/+\\u00e4"])
-def test_the_environments_secrets_are_found_in_every_spelling(form: str) -> None:
+def test_secret_of_the_environment_is_detected_in_every_spelling(form: str) -> None:
     assert secrets.find_secret(f'"{form}"') == "the environment's SOME_API_KEY"
     assert secrets.mask_secrets(f'"{form}"') == '"***"'
 
 
-def test_the_token_of_a_login_is_found() -> None:
+def test_token_of_a_login_is_detected() -> None:
     assert secrets.find_secret("x token-from-login y") == "the hub's token"
 
 
@@ -73,17 +76,17 @@ def test_the_token_of_a_login_is_found() -> None:
     [("MAX_TOKENS", "4096409640"), ("TOKENIZERS_PARALLELISM", "sometimes"), ("X_TOKEN", "short"),
      ("HF_TOKEN_FILE", "/home/x/token"), ("PATH_OF_ALL", "something long")],
 )  # fmt: skip
-def test_settings_are_no_secrets(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_are_not_secrets(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     assert value not in secrets.list_secrets().values()
 
 
 @pytest.mark.parametrize("value", [f"data/hf_{LETTERS}/a.csv", f"https://me:{CANARY}@host/a.csv"])
-def test_a_recipe_with_a_secret_is_refused_without_telling_it(value: str) -> None:
+def test_recipe_with_a_secret_is_refused_without_repeating_it(value: str) -> None:
     tree = {"source": {"model": "org/m"}, "data": {"train": {"path": value}}}
-    with pytest.raises(RecipeError, match=r"data\.train\.path holds a secret") as told:
+    with pytest.raises(RecipeError, match=r"data\.train\.path holds a secret") as caught:
         Recipe.parse(tree)
-    assert value not in str(told.value) and CANARY not in str(told.value)
+    assert value not in str(caught.value) and CANARY not in str(caught.value)
 
 
 TEXTS = {
@@ -106,7 +109,7 @@ SAID = {
 
 @pytest.mark.parametrize("case", TEXTS)
 @pytest.mark.parametrize("name", ["README.md", "hftl.json", "config.json"])
-def test_what_tells_of_the_user_is_found_in_texts(case: str, name: str, tmp_path: Path) -> None:
+def test_names_of_the_user_are_detected_in_texts(case: str, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(TEXTS[case], encoding="utf-8")
     assert (find_leak(tmp_path / name, name, frozenset()) or "").startswith(SAID[case])
 
@@ -140,11 +143,11 @@ def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("international", [False, True])
 def test_the_texts_of_a_picture_are_read(packed: bool, international: bool, tmp_path: Path) -> None:
-    told = PngImagePlugin.PngInfo()
-    add = told.add_itxt if international else told.add_text
+    info = PngImagePlugin.PngInfo()
+    add = info.add_itxt if international else info.add_text
     add("Author", "by annabel", zip=packed)
     path = tmp_path / "ladder.png"
-    Image.new("RGB", (4, 4)).save(path, pnginfo=told)
+    Image.new("RGB", (4, 4)).save(path, pnginfo=info)
     assert find_leak(path, "assets/ladder.png", frozenset()) == "the user's name: annabel"
     Image.new("RGB", (4, 4)).save(path)
     assert find_leak(path, "assets/ladder.png", frozenset()) is None
@@ -170,9 +173,7 @@ def test_words_that_hold_the_name_pass(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["root", "ubuntu", "user", "al"])
-def test_names_that_tell_nothing_pass(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_common_names_pass(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("USER", "LOGNAME", "USERNAME"):
         monkeypatch.setenv(key, name)
     (tmp_path / "README.md").write_text(f"the {name} of all", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Our own checks of anyone's card: each defect is named with what to do, a sound card has none."""
+"""Validate cards: each defect is named with what to do, a sound card has none."""
 
 from typing import Any
 
@@ -64,14 +64,14 @@ def test_sound_card_has_no_problem(changed: dict[str, Any]) -> None:
     assert validate_card(card(changed)) == []
 
 
-@pytest.mark.parametrize(("changed", "told"), DEFECTS)
-def test_each_defect_is_the_one_problem(changed: dict[str, Any], told: str) -> None:
-    found = validate_card(card(changed))
-    assert len(found) == 1 and told in found[0] and "; " in found[0]
+@pytest.mark.parametrize(("changed", "words"), DEFECTS)
+def test_each_defect_is_the_one_problem(changed: dict[str, Any], words: str) -> None:
+    problems = validate_card(card(changed))
+    assert len(problems) == 1 and words in problems[0] and "; " in problems[0]
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "words"),
     [("", "no metadata"), ("# Title\n", "no metadata"), ("---\nx: [\n---\n", "not YAML"),
      ("---\nx: a: b\n---\n", "not YAML"), ("---\nx: !!python/name:os.system\n---\n", "not YAML"),
      ("---\nx: 2020-13-45\n---\n", "not YAML"), ("---\nx: \0\n---\n", "not YAML"),
@@ -79,18 +79,18 @@ def test_each_defect_is_the_one_problem(changed: dict[str, Any], told: str) -> N
      (card(body="[More Information Needed]"), "More information needed"),
      (card(body="trained from /home/ann/run"), "place on a machine: '/home/ann'")],
 )  # fmt: skip
-def test_text_that_cannot_be_a_card(text: str, told: str) -> None:
-    found = validate_card(text)
-    assert len(found) == 1 and told in found[0]
+def test_text_that_cannot_be_a_card(text: str, words: str) -> None:
+    problems = validate_card(text)
+    assert len(problems) == 1 and words in problems[0]
 
 
 def test_links_and_plain_paths_are_no_place_on_a_machine() -> None:
     assert validate_card(card(body="https://x.org/home/ann and `cd ~/.cache`, /etc/hosts")) == []
 
 
-def test_message_holds_nothing_a_terminal_obeys() -> None:
-    (found,) = validate_card(card({"pipeline_tag": "\x1b[31mred\n" + "x" * 10_000}))
-    assert "\x1b" not in found and "\n" not in found and len(found) < 200
+def test_message_holds_no_control_characters() -> None:
+    (problems,) = validate_card(card({"pipeline_tag": "\x1b[31mred\n" + "x" * 10_000}))
+    assert "\x1b" not in problems and "\n" not in problems and len(problems) < 200
 
 
 def test_own_card_has_results_and_no_other_key() -> None:

@@ -1,4 +1,4 @@
-"""Folder, file, package or Hub id: told apart without network and without importing."""
+"""Tell folder, file, package and Hub id apart, without network and without importing."""
 
 from pathlib import Path
 
@@ -7,15 +7,17 @@ import pytest
 from hftl.errors import RecipeError
 from hftl.runtime.paths import get_display_name, make_hub_load_error, resolve_local_path
 
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package that cannot be imported, but holds a model."""
+    """Write a package that cannot be imported, but holds a model."""
     folder = tmp_path / "site" / "shipped_model"
     (folder / "model").mkdir(parents=True)
     (folder / "__init__.py").write_text("raise ImportError('imported')", encoding="utf-8")
@@ -31,18 +33,18 @@ def test_hub_ids(place: str) -> None:
 @pytest.mark.parametrize(
     "place", ["models/a/b", "./bert", "../bert", "/none/bert", "my model", "org/", "-org/m", "~/x"]
 )
-def test_what_can_be_no_hub_id_is_a_path(place: str) -> None:
+def test_impossible_hub_id_is_a_path(place: str) -> None:
     result = resolve_local_path(place, "source.model")
     assert result is not None
     assert not result.exists()
 
 
 @pytest.mark.parametrize("place", ["reviews.csv", "data/reviews.jsonl", "a.PARQUET", "a/b.tsv"])
-def test_a_missing_table_is_no_hub_id(place: str) -> None:
+def test_missing_table_is_no_hub_id(place: str) -> None:
     assert resolve_local_path(place, "data.train.path") == Path(place)
 
 
-def test_what_exists_is_no_hub_id(tmp_path: Path) -> None:
+def test_existing_path_is_no_hub_id(tmp_path: Path) -> None:
     (tmp_path / "org" / "model").mkdir(parents=True)
     assert resolve_local_path("org/model", "source.model") == Path("org/model")
 
@@ -53,18 +55,18 @@ def test_the_home_folder_is_filled_in(tmp_path: Path, monkeypatch: pytest.Monkey
     assert resolve_local_path("~no-such-user/model", "source.model") == Path("~no-such-user/model")
 
 
-def test_a_package_is_found_without_being_imported(package: Path) -> None:
+def test_package_is_located_without_an_import(package: Path) -> None:
     assert resolve_local_path("package:shipped_model/model", "source.model") == package / "model"
     assert resolve_local_path("package:shipped_model", "source.model") == package
 
 
 @pytest.mark.parametrize("place", ["package:no_such_model/model", "package:", "package:no-word/a"])
-def test_a_package_that_is_not_installed(place: str) -> None:
+def test_missing_package_is_refused(place: str) -> None:
     with pytest.raises(RecipeError, match=r"^source\.model: the package .* is not installed"):
         resolve_local_path(place, "source.model")
 
 
-def test_a_package_without_the_path(package: Path) -> None:
+def test_missing_path_in_a_package_is_refused(package: Path) -> None:
     with pytest.raises(RecipeError, match=r"source\.model: the package 'shipped_model' has no 'x'"):
         resolve_local_path("package:shipped_model/x", "source.model")
 
@@ -99,7 +101,7 @@ class _Answer:
          "Check the path or id, the network, and `hf auth login` for a gated one"),
     ],
 )  # fmt: skip
-def test_why_a_hub_gave_nothing(
+def test_hub_error_says_why_and_what_to_do(
     status: int, offline: bool, report: str, fix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)

@@ -1,4 +1,4 @@
-"""Labels to targets, logits to answers, and back: for every task the same meaning."""
+"""Encode labels as targets, and decode logits to labels, for every task."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ LABELS = {
 
 
 def sure(task: str) -> np.ndarray:
-    """Logits that are sure of the labels."""
+    """Return logits that are sure of the labels."""
     targets_ = encode_targets(LABELS[task], task, NAMES)
     if task == "regression":
         return targets_[:, None]
@@ -28,7 +28,7 @@ def words(task: str) -> list[int]:
 
 
 @pytest.mark.parametrize("task", LABELS)
-def test_sure_logits_tell_the_labels(task: str) -> None:
+def test_sure_logits_decode_to_the_labels(task: str) -> None:
     labels, scores = decode_logits(sure(task), task, NAMES, words(task))
     assert labels == LABELS[task]
     assert len(scores) == len(labels)
@@ -62,7 +62,7 @@ def test_scores_are_probabilities() -> None:
 
 
 @pytest.mark.parametrize(("names", "outside"), [(["B-X", "I-X", "O"], "O"), (["x", "y", "z"], "x")])
-def test_a_word_that_was_cut_off_is_outside(names: list[str], outside: str) -> None:
+def test_word_that_was_cut_off_is_outside(names: list[str], outside: str) -> None:
     logits = np.array([[0, 9, 0], [np.nan] * 3, [9, 0, 0]], dtype=np.float32)
     labels, scores = decode_logits(logits, "token-classification", names, [2, 1])
     assert labels == [(names[1], outside), (names[0],)]

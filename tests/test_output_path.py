@@ -1,4 +1,4 @@
-"""A file that cannot be written is told of before the work, and in one line."""
+"""Refuse an output that cannot be written before the work, in one line."""
 
 import errno
 import os
@@ -13,13 +13,13 @@ from hftl.inference.predict_table import predict_table
 
 
 def unwritable(folder: Path) -> list[Path]:
-    """A folder, a file whose plot would be one, and a place that the system writes by itself."""
+    """Return a folder, a file whose plot would be one, and a place that only the system writes."""
     (folder / "a.csv").mkdir()
     (folder / "b.png").mkdir()
     return [folder / "a.csv", folder / "b.csv", Path("/proc/c.csv")]
 
 
-def test_an_output_that_cannot_be_written_is_told_before_any_model_is_sought(
+def test_unwritable_output_is_refused_before_any_model_is_loaded(
     tmp_path: Path,
 ) -> None:
     for output in unwritable(tmp_path):
@@ -30,14 +30,14 @@ def test_an_output_that_cannot_be_written_is_told_before_any_model_is_sought(
             predict_table("nowhere/at all", tmp_path / "none.csv", output)
 
 
-def test_nothing_is_left_of_looking(tmp_path: Path) -> None:
+def test_refused_command_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="nowhere"):
         compare_models(["nowhere/at all"], None, tmp_path / "c.csv")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT])
-def test_what_the_system_forbids_is_no_bug(
+def test_error_of_the_system_is_no_bug(
     code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = str(tmp_path / "gone" / "x.csv")
@@ -46,7 +46,7 @@ def test_what_the_system_forbids_is_no_bug(
     assert f"hftl: error: {path}: {os.strerror(code)}." in said and said.count("\n") == 1
 
 
-def test_a_file_that_only_hftl_misses_is_a_bug(tmp_path: Path) -> None:
+def test_missing_file_of_hftl_is_a_bug(tmp_path: Path) -> None:
     assert (
         cli_errors.report_unexpected_error(
             OSError(errno.ENOENT, "gone", str(tmp_path / "x.json")), False

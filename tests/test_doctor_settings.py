@@ -1,4 +1,4 @@
-"""Settings that make no sense are findings or set aside; the doctor itself breaks on none."""
+"""Examine adapters with absurd settings without failing."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ BERT_AS_VIT = {
 
 @pytest.fixture
 def adapter(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that hftl has published, record and card included."""
+    """Return a published folder with record and card."""
     monkeypatch.setattr(load_check, "load_in_processes", lambda *given: [np.zeros(2)] * 2)
     shutil.copytree(finished / "publish", tmp_path / "adapter")
     return tmp_path / "adapter"
@@ -40,7 +40,7 @@ def change(path: Path, **settings: Any) -> None:
         {"adapt": {"base": "x"}}, {"source": []}, {"source": {"model": ["package:x"]}},
     ],
 )  # fmt: skip
-def test_a_record_of_another_shape(
+def test_record_of_another_shape_is_examined(
     record: dict[str, Any], adapter: Path, tiny_model: Callable[..., Path]
 ) -> None:
     change(adapter / "hftl.json", **record)
@@ -52,12 +52,12 @@ def test_a_record_of_another_shape(
     [({"task_type": ["x"], "auto_mapping": None}, None),
      ({"auto_mapping": BERT_AS_VIT}, "base-shape")],
 )  # fmt: skip
-def test_a_task_or_class_that_is_none_of_the_base(
+def test_task_or_class_of_another_base_is_a_defect(
     settings: dict[str, Any], kind: str | None, adapter: Path, tiny_model: Callable[..., Path]
 ) -> None:
     change(adapter / "adapter_config.json", **settings)
-    found = examine_adapter(adapter, str(tiny_model()))
-    assert kind is None or kind in {one.kind for one in found.defects}
+    examination = examine_adapter(adapter, str(tiny_model()))
+    assert kind is None or kind in {one.kind for one in examination.defects}
 
 
 def test_labels_numbered_by_no_decimal(adapter: Path, tiny_model: Callable[..., Path]) -> None:
@@ -65,7 +65,7 @@ def test_labels_numbered_by_no_decimal(adapter: Path, tiny_model: Callable[..., 
     assert "labels" in {one.kind for one in examine_adapter(adapter, str(tiny_model())).defects}
 
 
-def test_a_card_deeper_than_can_be_read(adapter: Path, tiny_model: Callable[..., Path]) -> None:
+def test_unreadable_card_is_a_defect(adapter: Path, tiny_model: Callable[..., Path]) -> None:
     (adapter / "README.md").write_text(f"---\n{'[' * 3000}\n---\n")
     assert "card" in {one.kind for one in examine_adapter(adapter, str(tiny_model())).defects}
 
@@ -79,15 +79,15 @@ UNLOADABLE: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", UNLOADABLE)
-def test_a_whole_model_whose_config_is_of_no_model_is_not_sound(
+def test_whole_model_with_an_absurd_config_is_not_sound(
     settings: dict[str, Any], tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
     # transformers goes by a folder's name where the config names no model.
     shutil.copytree(tiny_model(), tmp_path / "bert")
     change(tmp_path / "bert" / "config.json", **settings)
-    found = examine_adapter(tmp_path / "bert")
-    assert "config" in {one.kind for one in found.defects} and found.exit_code == 4
-    assert any(what.startswith("fresh modules") for what in found.unexamined)
+    examination = examine_adapter(tmp_path / "bert")
+    assert "config" in {one.kind for one in examination.defects} and examination.exit_code == 4
+    assert any(what.startswith("fresh modules") for what in examination.unexamined)
 
 
 def test_an_architecture_that_hftl_does_not_know_is_no_defect(
@@ -97,11 +97,11 @@ def test_an_architecture_that_hftl_does_not_know_is_no_defect(
 
     shutil.copytree(tiny_model(), tmp_path / "model")
     GPT2Config(n_layer=1, n_embd=16, n_head=2).save_pretrained(tmp_path / "model")
-    found = examine_adapter(tmp_path / "model")
-    assert found.exit_code == 0 and "'gpt2' is not supported" in found.unexamined[0]
+    examination = examine_adapter(tmp_path / "model")
+    assert examination.exit_code == 0 and "'gpt2' is not supported" in examination.unexamined[0]
 
 
-def test_a_base_of_an_impossible_depth_is_not_built(
+def test_base_of_an_impossible_size_is_not_built(
     adapter: Path, tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
     base = Path(shutil.copytree(tiny_model(), tmp_path / "base"))
@@ -110,8 +110,8 @@ def test_a_base_of_an_impossible_depth_is_not_built(
         examine_adapter(adapter, str(base))
     change(adapter / "adapter_config.json", base_model_name_or_path=str(base))
     change(base / "config.json", num_hidden_layers=3, vocab_size=1_000_000_000_000)
-    found = examine_adapter(adapter, str(base))
-    assert any("its weights hold" in what for what in found.unexamined)
+    examination = examine_adapter(adapter, str(base))
+    assert any("its weights hold" in what for what in examination.unexamined)
 
 
 MANY = 10**9

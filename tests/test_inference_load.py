@@ -1,5 +1,7 @@
-"""A published model whose files do not fill it exactly is refused by predict and compare."""
+"""Refuse published models and bases that are incomplete or hold pickles."""
 
+import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import sentences, write_csv
+from conftest import bench_of, sentences, write_csv
 from safetensors.torch import load_file, save_file
-from support.planted_defects import drop, reconfigure, retensor, rewrite
+from support.planted_defects import drop, reconfigure, retensor, rewrite, save, wrapped
 from support.published_model import open_context, publish_model, write_data
-from support.tiny import save_tiny, tiny_config
+from support.tiny import save_tiny, tiny_config, tiny_tokenizer
 
 import hftl
+from hftl.config.recipe import Recipe
+from hftl.doctor.checks import examine_adapter
 from hftl.errors import HftlError
 from hftl.inference.compare import compare_models
 from hftl.inference.predict_table import predict_table
@@ -30,7 +34,7 @@ Damage = Callable[[Path], object]
 def made(
     tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """A published folder of each kind, on a base that lies here."""
+    """Return a published folder of each kind, on a local base."""
     place = tmp_path_factory.mktemp("made")
     for name, (model_type, pooling, strategy) in KINDS.items():
         folder = place / name
@@ -48,7 +52,7 @@ def made(
 def change(
     folder: Path, edit: Callable[[str, torch.Tensor], tuple[str, torch.Tensor] | None]
 ) -> None:
-    """Changes the tensors of a whole model."""
+    """Change the tensors of a whole model."""
     path = folder / "model.safetensors"
     before = load_file(path)
     pairs = [edit(key, tensor) for key, tensor in before.items()]
@@ -75,8 +79,8 @@ def added(key: str) -> Damage:
 def head(**tensors: torch.Tensor | None) -> Damage:
     def edit(folder: Path) -> None:
         path = folder / "head.safetensors"
-        kept = {k: v for k, v in (load_file(path) | tensors).items() if v is not None}
-        save_file(kept, path, {"pooling": "mean"})
+        rest = {k: v for k, v in (load_file(path) | tensors).items() if v is not None}
+        save_file(rest, path, {"pooling": "mean"})
 
     return edit
 
@@ -87,7 +91,7 @@ def extra_tensor(folder: Path, key: str) -> None:
 
 
 def with_dora(folder: Path) -> None:
-    """Tensors of DoRA whose `use_dora` was lost."""
+    """Add tensors of DoRA, without `use_dora`."""
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     magnitudes = {
@@ -134,7 +138,7 @@ DAMAGED: list[tuple[str, str, Damage]] = [
 
 
 def refused(folder: Path, base: Path | None = None) -> str:
-    """The message of predict and compare, which must both refuse."""
+    """Return the message of predict and compare, which must both refuse."""
     said = []
     table = write_csv(folder.parent / "rows.csv", ["text", "label"], sentences(4))
     for use in (
@@ -150,12 +154,12 @@ def refused(folder: Path, base: Path | None = None) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sound_folder_loads(kind: str, made: dict[str, Path]) -> None:
+def test_sound_folder_loads(kind: str, made: dict[str, Path]) -> None:
     hftl.load(made[kind])
 
 
 @pytest.mark.parametrize(("kind", "named", "damage"), DAMAGED)
-def test_what_is_missing_strange_or_of_another_shape_is_refused(
+def test_missing_unknown_or_misshapen_tensor_is_refused(
     kind: str, named: str, damage: Damage, made: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(made[kind], tmp_path / "publish"))
@@ -176,7 +180,7 @@ def test_what_is_missing_strange_or_of_another_shape_is_refused(
         ("pooled-lora", "bert", {"num_hidden_layers": 4}, "layer.3"),
     ],
 )
-def test_a_base_that_does_not_fit_is_refused(
+def test_unfitting_base_is_refused(
     kind: str, model_type: str, more: dict[str, Any], named: str, made: dict[str, Path],
     tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -186,3 +190,76 @@ def test_a_base_that_does_not_fit_is_refused(
     AutoModel.from_config(tiny_config(model_type, **more)).save_pretrained(base)
     folder = Path(shutil.copytree(made[kind], tmp_path / "publish"))
     assert named in refused(folder, base)
+
+
+LORA = {"task_type": "SEQ_CLS", "target_modules": ["query"]}
+
+
+class Hostile:
+    """Make a file when unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.mark}",)
+
+
+def as_checkpoint(path: Path, mark: Path) -> None:
+    torch.save({"x": Hostile(mark)}, path)
+
+
+def as_pickle(path: Path, mark: Path) -> None:
+    path.write_bytes(pickle.dumps(Hostile(mark)))
+
+
+def as_noise(path: Path, mark: Path) -> None:
+    path.write_bytes(b"no pickle at all")
+
+
+def as_nothing(path: Path, mark: Path) -> None:
+    path.write_bytes(b"")
+
+
+FORMS = [as_checkpoint, as_pickle, as_noise, as_nothing]
+
+
+@pytest.mark.parametrize("write", FORMS)
+def test_pickle_in_a_published_folder_is_refused(
+    write: Callable[..., None], tmp_path: Path
+) -> None:
+    base, mark = save_tiny("bert", tmp_path / "base"), tmp_path / "mark"
+    table = write_csv(tmp_path / "rows.csv", ["text", "label"], sentences(4))
+    adapter = save(wrapped(base, "bert", LORA), tmp_path / "adapter")
+    rewrite(adapter / "adapter_config.json", base_model_name_or_path=str(base), revision=None)
+    whole = tmp_path / "whole"
+    wrapped(base, "bert", LORA).merge_and_unload().save_pretrained(whole)
+    tiny_tokenizer(whole)
+    for folder, kind in ((adapter, "adapter_model"), (whole, "pytorch_model")):
+        write(folder / "training_args.bin", mark)
+        hftl.load(folder)  # which is passed over
+        (folder / f"{kind.replace('pytorch_', '')}.safetensors").unlink()
+        write(folder / f"{kind}.bin", mark)
+        for use in (lambda: hftl.load(folder), lambda: compare_models([str(folder)], table, None)):  # noqa: B023
+            with pytest.raises(HftlError, match=r"pickle.* hftl doctor") as caught:
+                use()
+            assert caught.value.exit_code == 4
+        assert "unsafe" in {one.kind for one in examine_adapter(folder).defects}
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("write", FORMS)
+def test_pickle_as_source_or_base_is_refused(write: Callable[..., None], tmp_path: Path) -> None:
+    base, mark = save_tiny("bert", tmp_path / "base"), tmp_path / "mark"
+    adapter = save(wrapped(base, "bert", LORA), tmp_path / "adapter")
+    (base / "model.safetensors").unlink()
+    write(base / "pytorch_model.bin", mark)
+    table = write_csv(tmp_path / "rows.csv", ["text", "label"], sentences(40))
+    recipe = Recipe.parse({"source": {"model": str(base)}, "data": {"train": {"path": str(table)}}})
+    with pytest.raises(HftlError, match="pickle") as caught:
+        bench_of(recipe).build_model("native", 0)
+    assert caught.value.exit_code == 2
+    with pytest.raises(HftlError, match="pickle"):
+        hftl.load(adapter, base)
+    assert "pickles are not opened" in examine_adapter(adapter, str(base)).unexamined[0]
+    assert not mark.exists()

@@ -1,4 +1,4 @@
-"""What is wrong with the data of `hftl compare` is told without words of a recipe."""
+"""Explain wrong data of `hftl compare` without words of a recipe."""
 
 import re
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def a_folder_of_pictures(folder: Path) -> Path:
 
 
 def a_run(folder: Path) -> Path:
-    """A run's folder holds folders, none of them a class."""
+    # A run's folder holds folders, none of them a class.
     (folder / "d" / "publish").mkdir(parents=True)
     (folder / "d" / "publish" / "model.safetensors").write_bytes(b"\xff\x00")
     (folder / "d" / "recipe.yaml").write_text("{}")
@@ -81,16 +81,16 @@ WRONG: dict[Callable[..., Path], str] = {
 
 
 @pytest.mark.parametrize("make", WRONG)
-def test_no_advice_is_of_a_recipe(
+def test_advice_names_no_recipe_key(
     make: Callable[..., Path], adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     predictor = hftl.load(adapters["two"])
-    with pytest.raises(DataError, match=WRONG[make]) as told:
+    with pytest.raises(DataError, match=WRONG[make]) as caught:
         read_labelled_items(make(tmp_path), predictor, adapters["two"])
-    assert not re.search(r"\bdata\.\w|source\.model|format", str(told.value)), str(told.value)
+    assert not re.search(r"\bdata\.\w|source\.model|format", str(caught.value)), str(caught.value)
 
 
-def test_a_folder_of_classes_is_scored(adapters: dict[str, Path], tmp_path: Path) -> None:
+def test_folder_of_classes_is_scored(adapters: dict[str, Path], tmp_path: Path) -> None:
     for name in ("negative", "positive"):
         (tmp_path / "d" / name).mkdir(parents=True)
         (tmp_path / "d" / name / "one.txt").write_text("a film")

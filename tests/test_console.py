@@ -1,4 +1,4 @@
-"""What a run prints."""
+"""Format the lines that a run prints."""
 
 import pytest
 from support.records import make_gain, make_record

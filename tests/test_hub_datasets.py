@@ -1,4 +1,4 @@
-"""Hub datasets, with a stand-in for the hub: class ids become names, pictures stay encoded."""
+"""Load hub datasets: class ids become names, images stay encoded."""
 
 import io
 from pathlib import Path
@@ -15,7 +15,7 @@ from hftl.data.tables import load_hub_rows
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, dataset: datasets.Dataset) -> list[dict[str, Any]]:
-    """Answers `load_dataset` with the dataset; returns what was asked."""
+    """Let `load_dataset` return the dataset; return the list of its calls."""
     requests: list[dict[str, Any]] = []
 
     def answer(path: str, name: str | None, **more: Any) -> datasets.Dataset:
