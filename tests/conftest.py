@@ -8,7 +8,6 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -67,14 +66,19 @@ def _freeze_imported_objects() -> None:
     gc.freeze()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def fast_reload() -> Iterator[None]:
-    """Reload published folders in forks of a process that has imported the libraries already."""
-    fresh = FreshProcess()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hftl.publish.checks.subprocess", SimpleNamespace(run=fresh.run))
+@pytest.fixture(scope="session")
+def reload_server() -> Iterator[FreshProcess]:
+    """Start, when first needed, a process that has imported the libraries of the reload check."""
+    server = FreshProcess()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def fast_reload(reload_server: FreshProcess) -> Iterator[None]:
+    """Reload published folders in forks of the server, which saves seconds of imports each."""
+    with reload_server.in_use():
         yield
-    fresh.close()
 
 
 @pytest.fixture(autouse=True)

@@ -37,6 +37,8 @@ from hftl.pipeline.adaptation import warn_of_few_steps
 from hftl.pipeline.pipeline import check_recipe
 from hftl.publish.checks import check_files
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 TINY = {"num_train_epochs": 2, "learning_rate": 3e-3, "bf16": False}
 FINETUNE = TINY | {"num_train_epochs": 1, "per_device_train_batch_size": 32}
 ADAPT: dict[str, Any] = {"objective": "mlm", "guard": "off", "training": TINY}

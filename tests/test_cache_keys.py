@@ -30,6 +30,8 @@ from hftl.pipeline.cache_keys import (
 )
 from hftl.runtime import run_folder
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 PLACES = ("path", "format", "split", "revision", "name")
 FULL = {"full": {"finetune.training.learning_rate": 5e-5}}
 

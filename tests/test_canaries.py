@@ -13,6 +13,8 @@ import pytest
 from support.local_hub import LocalHub
 from support.publishing import ME, Pusher, finish_run, open_pusher
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 LETTERS = "Qx7Rk2Vw9Tz4Lm6Np8Bc3Df5Gh1Js0YaUe"
 SECRETS = {
     "HF_HUB_TOKEN": f"hf_{LETTERS}", "WANDB_API_KEY": f"wandb{LETTERS[::-1]}",

@@ -15,6 +15,8 @@ from conftest import sentences
 from hftl import __version__, cli, cli_errors
 from hftl.runtime import run_folder
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 HEADER = ["text", "label"]
 TOKEN = "hf_" + "abcdefghij" * 3
 ROWS = sentences(60)

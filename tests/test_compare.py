@@ -29,6 +29,8 @@ from hftl.measure.statistics import item_interval
 from hftl.runtime import run_folder
 from hftl.runtime.run_folder import to_json
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 NAMES = ["negative", "positive"]
 ADAPTERS: dict[str, dict[str, Any]] = {
     "two": {"target_modules": ["query", "value"]},

@@ -32,6 +32,8 @@ from hftl.measure.record import Forgotten, Headline, Record
 from hftl.pipeline import forgetting
 from hftl.runtime.run_folder import to_json
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 ROWS, WIDTH = 80, 6
 
 

@@ -27,6 +27,8 @@ from hftl.train.checkpoint import BestWeightsCallback
 from hftl.train.optimizer import compute_depths
 from hftl.train.trainer import TransferTrainer
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 RISING = [i / 100 for i in range(100)]
 """Scores of evaluations that always improve."""
 

@@ -19,6 +19,8 @@ from support.tiny import save_tiny
 
 import hftl
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 LAUNCH = [
     sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
     "-m", "hftl",

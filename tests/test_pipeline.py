@@ -33,6 +33,8 @@ from hftl.pipeline.finalize_record import write_publish_folder
 from hftl.pipeline.push import PushOptions, validate_push
 from hftl.runtime import run_folder
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 Run = tuple[Path, dict[str, Any]]
 
 

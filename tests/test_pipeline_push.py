@@ -27,6 +27,8 @@ from hftl.config.recipe import Recipe
 from hftl.errors import HoldError, HubError
 from hftl.pipeline.cache_keys import refuse_changed
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 PEFT = """
 def load_models(repo):
     from huggingface_hub import hf_hub_download

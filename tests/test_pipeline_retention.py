@@ -16,6 +16,8 @@ from hftl.finetune import retention
 from hftl.finetune.retention import WEIGHT_GRID, has_auto_weight, select_kl_weight, set_kl_weight
 from hftl.pipeline.pipeline import check_recipe, run
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 slow = pytest.mark.slow
 
 

@@ -34,6 +34,8 @@ from hftl.finetune.trainable import prepare
 from hftl.measure.forgetting import ForgettingSpec, measure_forgetting
 from hftl.models.heads import LoadedModel
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 Tiny = Callable[..., Path]
 
 

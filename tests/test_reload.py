@@ -22,6 +22,8 @@ from hftl.publish import checks
 from hftl.publish.checks import measure_reload_difference
 from hftl.publish.export import rebuild_model
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 STRATEGIES = ("head", "partial", "lora", "full")
 TEXTS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "albert", "electra", "mpnet",
          "deberta-v2", "modernbert", "nomic_bert")  # fmt: skip

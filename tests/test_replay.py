@@ -30,6 +30,8 @@ from hftl.pipeline.cache_keys import flatten_retain
 from hftl.pipeline.pipeline import check_recipe, run
 from hftl.train.loss import compute_replay_loss, compute_summed_loss
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 
 @pytest.mark.parametrize("kind", ["classes", "labels", "target"])
 def test_general_row_counts_by_its_share(kind: str) -> None:

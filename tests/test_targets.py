@@ -34,6 +34,8 @@ from hftl.pipeline import pipeline
 from hftl.retain.kl import KLToOriginal
 from hftl.train.arguments import build_finetune_arguments
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 FACTOR, SHIFT = 1000.0, 100_000.0
 """Another unit of the targets, far from 0."""
 slow = pytest.mark.slow

@@ -23,6 +23,8 @@ from hftl.measure.record import Record
 from hftl.models.features import predict_logits
 from hftl.pipeline import pipeline
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 MOODS, TAGS = "multi-label", "token-classification"
 
 

@@ -1,4 +1,4 @@
-"""Fresh processes that have the plain libraries imported already, and never hftl.
+"""Start fresh processes that have the plain libraries imported already, and never hftl.
 
 As a program it reads a line of JSON, `[folder, script, arguments...]`, forks, runs the script in
 that folder in the child and answers `[exit code, stdout, stderr]`. The gate's proof of a reload
@@ -13,18 +13,21 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
 class FreshProcess:
-    """Stands in for `subprocess.run([python, "-P", script, ...], ...)`."""
+    """Stand in for `subprocess.run([python, "-P", script, ...], ...)`."""
 
     def __init__(self) -> None:
         self._server: subprocess.Popen[str] | None = None
 
     def run(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        """What the script's process gave, as `subprocess.run` tells it."""
+        """Return what the script's process gave, as `subprocess.run` does."""
         assert command[:2] == [sys.executable, "-P"], command
         if self._server is None:
             self._server = subprocess.Popen(
@@ -37,15 +40,27 @@ class FreshProcess:
         code, out, err = json.loads(self._server.stdout.readline())
         return subprocess.CompletedProcess(command, code, out, err)
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Let the check of publishing reload folders by `run`."""
+        from hftl.publish import checks
+
+        before = checks.subprocess
+        checks.subprocess = SimpleNamespace(run=self.run)  # pyright: ignore
+        try:
+            yield
+        finally:
+            checks.subprocess = before
+
     def close(self) -> None:
-        """Ends the server, if one was needed."""
+        """End the server, if one was needed."""
         if self._server is not None and self._server.stdin:
             self._server.stdin.close()
             self._server.wait()
 
 
 def child(folder: str, words: list[str], out: Any, err: Any) -> int:
-    """Runs a script as `python -P` would; stdout and stderr go to the files."""
+    """Run a script as `python -P` would; stdout and stderr go to the files."""
     os.dup2(out.fileno(), 1)
     os.dup2(err.fileno(), 2)
     os.chdir(folder)
@@ -64,7 +79,7 @@ def child(folder: str, words: list[str], out: Any, err: Any) -> int:
 
 
 def serve() -> None:
-    """Answers until stdin is closed."""
+    """Answer until stdin is closed."""
     import peft
     import transformers
 

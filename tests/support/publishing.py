@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fresh_process import FreshProcess
 from support.local_hub import ROOT, LocalHub, start_hub
 
 from hftl.runtime.run_folder import hash_file
@@ -182,10 +183,12 @@ def hub(tiny_model: Callable[..., Path]) -> Iterator[LocalHub]:
 
 @pytest.fixture(scope="session")
 def finished(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path], fast_reload: None
-) -> Path:
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path],
+    reload_server: FreshProcess,
+) -> Path:  # fmt: skip
     """Return a finished run of a LoRA adapter with a native head, which tests only read."""
-    return finish_run(tmp_path_factory.mktemp("finished"), tiny_model())
+    with reload_server.in_use():
+        return finish_run(tmp_path_factory.mktemp("finished"), tiny_model())
 
 
 @pytest.fixture(scope="session")
