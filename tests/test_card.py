@@ -20,7 +20,6 @@ from hftl.card.validation import validate_own_card
 from hftl.card.wording import (
     build_forgetting_rows,
     format_forgetting_sentence,
-    to_one_line,
 )
 from hftl.measure.record import BaselineGain, Gain, Record
 from hftl.measure.verdict import decide_verdict, format_gain
@@ -59,7 +58,6 @@ def test_the_card_says_where_scratchs_rate_was_at_the_edge(
 CASES = list(GAINS)
 KINDS = [("classification", "lora"), ("regression", "full"), ("classification", "head")]
 EVERY = [(case, *kind) for case in CASES for kind in KINDS]
-HOSTILE = ["a|b", "`tick", "two\nlines", "| x |\n|---|", "```\n# no", "<b>bold</b>", "---\nx: y"]
 
 
 def read_back(tree: dict[str, Any], folder: Path) -> Record:
@@ -99,6 +97,7 @@ def test_front_matter_is_read_by_yaml_and_by_the_hub(case: str, task: str, own: 
     assert front["pipeline_tag"] == "feature-extraction"
     tags = {"base_model:adapter:org/tiny-MiniLM"} if own == "lora" else set()
     assert set(front["tags"]) == {"hftl", "transfer-learning", own} | tags
+    assert validate_own_card(card) == []
 
 
 @pytest.mark.parametrize("own", ["lora", "full"])
@@ -110,11 +109,6 @@ def test_metadata_of_a_native_model_promise_the_task(own: str) -> None:
     assert front["pipeline_tag"] == "text-classification"
     assert ("AutoConfig, AutoTokenizer, pipeline" in body) == (own == "lora")
     assert "do not load it" not in body
-
-
-@pytest.mark.parametrize(("case", "task", "own"), EVERY)
-def test_rendered_card_passes_its_own_validation(case: str, task: str, own: str) -> None:
-    assert validate_own_card(render(make_record(case, task, own))) == []
 
 
 @pytest.mark.parametrize(("ci95", "words"), [
@@ -141,15 +135,6 @@ def test_first_sentence_says_that_a_model_is_not_better_than_head(
     bold = next(line for line in render(record).splitlines() if line.startswith("**"))
     assert bold == f"**{sentence}**"
     assert sentence in _format_summary(read_back(record, tmp_path), True)
-
-
-def test_name_with_a_bar_starts_no_table_cell() -> None:
-    record = make_record(labels=["pos|neg", "other"])
-    record["examples"] = [{"true": "pos|neg", "said": "other", "surety": 0.9, "texts": ["a | b"]}]
-    html = MarkdownIt("commonmark").enable("table").render(front_matter(render(record))[1])
-    assert html.count("<code>pos|neg</code>") == 2 and "<code>a | b</code>" in html
-    row = html[html.index("<code>a | b</code>") :].split("</tr>")[0]
-    assert row.count("<td>") == 3, "the bar begins no cell"
 
 
 def test_metadata_hold_the_known_facts() -> None:
@@ -387,28 +372,15 @@ def shape(card: str) -> list[tuple[str, str]]:
     return [(token.type, token.tag) for token in tokens]
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_no_name_breaks_the_page(name: str) -> None:
-    plain = make_record(labels=["x", "y"])
-    plain["check"]["warnings"] = ["the class 'x' is rare"]
-    hostile = make_record(labels=[name, f"{name}2"], name=name, text=name)
-    hostile["check"]["warnings"] = [f"the class {name!r} is rare"]
-    card = render(hostile)
-    assert shape(card) == shape(render(plain))
-    front, _ = front_matter(card)
-    _, results = model_index_to_eval_results(front["model-index"])
-    assert {result.dataset_name for result in results} == {to_one_line(name)}
-    assert ModelCard(card).data.to_dict() == front
-
-
 @pytest.mark.parametrize("case", ["positive", "no baseline"])
 def test_same_record_gives_the_same_bytes(case: str, tmp_path: Path) -> None:
     first, second = make_record(case), copy.deepcopy(make_record(case))
     assert render(first) == render(second)
     for name, record in (("a", first), ("b", second)):
         plot_ladder(Record.parse(record), tmp_path / name / "ladder.png")
-    pictures = [(tmp_path / name / "ladder.png").read_bytes() for name in "ab"]
-    assert pictures[0] == pictures[1] and pictures[0].startswith(b"\x89PNG")
+    plot_ladder(Record.parse(make_record("negative")), tmp_path / "c" / "ladder.png")
+    images = [(tmp_path / name / "ladder.png").read_bytes() for name in "abc"]
+    assert images[0] == images[1] != images[2] and images[0].startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("task", "better"), [("classification", "right"), ("regression", "left")])
@@ -448,12 +420,6 @@ def test_no_tick_is_better_than_a_perfect_prediction(
     assert best in ticks
     assert all(tick <= 1 for tick in ticks) if best else all(tick >= 0 for tick in ticks)
     assert axes.get_xlim()[0] < best < axes.get_xlim()[1]
-
-
-def test_another_record_gives_another_picture(tmp_path: Path) -> None:
-    for case in ("positive", "negative"):
-        plot_ladder(Record.parse(make_record(case)), tmp_path / f"{case}.png")
-    assert (tmp_path / "positive.png").read_bytes() != (tmp_path / "negative.png").read_bytes()
 
 
 def test_published_record_names_no_local_path(tmp_path: Path) -> None:
@@ -547,11 +513,9 @@ def test_table_of_forgetting_compares_only_where_there_is_something(against: Any
     assert {len(row) for row in build_forgetting_rows(Record.parse(record))} == {4}
 
 
-@pytest.mark.parametrize("name", [*HOSTILE, "$x$ \\frac"])
-def test_no_control_breaks_the_page_or_the_picture(name: str, tmp_path: Path) -> None:
-    record = add_forgetting(make_record(), name)
-    assert shape(render(record)) == shape(render(add_forgetting(make_record())))
-    plot_frontier(Record.parse(record), tmp_path / "frontier.png")
+@pytest.mark.parametrize("name", ["two\nlines", "$x$ \\frac"])
+def test_no_control_breaks_the_picture(name: str, tmp_path: Path) -> None:
+    plot_frontier(Record.parse(add_forgetting(make_record(), name)), tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 

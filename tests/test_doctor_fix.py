@@ -13,8 +13,8 @@ from support.planted_defects import (
     NAMES,
     SOUND,
     as_in_transformers_4,
-    base_is_a_local_path,
     into_cache,
+    plant,
     reconfigure,
     rewrite,
     save,
@@ -78,7 +78,7 @@ def test_base_given_by_its_hub_id_is_named_and_pinned(
     adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = copied(adapters, "bert", tmp_path)
-    base_is_a_local_path(folder, tmp_path)
+    plant("base is a local path", folder)
     (folder / "README.md").write_text(
         "---\nbase_model: /home/x/bert\nlibrary_name: peft\n---\nIt\n"
     )
@@ -91,7 +91,7 @@ def test_base_given_by_its_hub_id_is_named_and_pinned(
 
 def test_unfitting_base_is_not_written(adapters: dict[str, Path], tmp_path: Path) -> None:
     folder = copied(adapters, "bert", tmp_path)
-    base_is_a_local_path(folder, tmp_path)
+    plant("base is a local path", folder)
     assert mended(folder, "tiny/bert-2")[0] == []
 
 

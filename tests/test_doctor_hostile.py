@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.examination import copied, kinds
-from support.planted_defects import pooler_drawn_anew_by_every_load, reconfigure, rewrite
+from support.planted_defects import plant, reconfigure, rewrite
 
 from hftl import cli
 from hftl.doctor.checks import examine_adapter
@@ -140,7 +140,7 @@ def test_two_fresh_processes_detect_random_weights(
     adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = copied(adapters, "bert-mlm", tmp_path)
-    pooler_drawn_anew_by_every_load(folder, tmp_path)
+    plant("pooler drawn anew by every load", folder)
     assert kinds(examine_adapter(folder)) == {"fresh", "reload"}
 
 

@@ -103,91 +103,12 @@ def retensor(
     save_file({pair[0]: pair[1].contiguous() for pair in tensors if pair}, path, {"format": "pt"})
 
 
-PLANTED: dict[str, tuple[str, str, Callable[[Path, Path], None]]] = {}
-"""By name: the sound adapter it is planted in, the kind, and how."""
-
-
-Planting = Callable[[Path, Path], None]
-
-
-def plant(adapter: str, kind: str) -> Callable[[Planting], Planting]:
-    def register(function: Planting) -> Planting:
-        PLANTED[function.__name__] = (adapter, kind, function)
-        return function
-
-    return register
-
-
 def drop(folder: Path, word: str) -> None:
     retensor(folder, lambda key, tensor: None if word in key else (key, tensor))
 
 
 def reconfigure(folder: Path, **changes: Any) -> None:
     rewrite(folder / "adapter_config.json", **changes)
-
-
-@plant("bert-mlm", "fresh")
-def pooler_neither_trained_nor_saved(folder: Path, hub: Path) -> None:
-    reconfigure(folder, modules_to_save=["classifier"])
-    drop(folder, "pooler")
-
-
-@plant("bert-mlm", "reload")
-def pooler_drawn_anew_by_every_load(folder: Path, hub: Path) -> None:
-    reconfigure(folder, modules_to_save=["classifier"])
-    drop(folder, "pooler")
-
-
-@plant("vit", "fresh")
-def head_of_images_not_saved(folder: Path, hub: Path) -> None:
-    reconfigure(folder, modules_to_save=None)
-    drop(folder, "classifier")
-
-
-@plant("distilbert", "fresh")
-def pre_classifier_lost(folder: Path, hub: Path) -> None:
-    reconfigure(folder, modules_to_save=["classifier"])
-    drop(folder, "pre_classifier")
-
-
-@plant("bert", "fresh")
-def head_named_but_not_in_the_file(folder: Path, hub: Path) -> None:
-    drop(folder, "classifier")
-
-
-@plant("bert", "base")
-def base_is_a_local_path(folder: Path, hub: Path) -> None:
-    reconfigure(folder, base_model_name_or_path="/home/somebody/out/bert")
-
-
-@plant("vit", "base")
-def base_not_named(folder: Path, hub: Path) -> None:
-    reconfigure(folder, base_model_name_or_path=None)
-
-
-@plant("bert", "base-shape")
-def base_with_fewer_layers(folder: Path, hub: Path) -> None:
-    reconfigure(folder, base_model_name_or_path="tiny/bert-2")
-
-
-@plant("bert", "base-shape")
-def base_with_more_layers(folder: Path, hub: Path) -> None:
-    reconfigure(folder, base_model_name_or_path="tiny/bert-4")
-
-
-@plant("vit", "base-shape")
-def base_of_another_width(folder: Path, hub: Path) -> None:
-    reconfigure(folder, base_model_name_or_path="tiny/vit-wide")
-
-
-@plant("bert", "base-shape")
-def base_of_another_family(folder: Path, hub: Path) -> None:
-    reconfigure(folder, base_model_name_or_path="tiny/distilbert")
-
-
-@plant("bert", "base-weights")
-def base_with_other_weights(folder: Path, hub: Path) -> None:
-    rewrite(folder / "hftl.json", source={"weights_sha256": "0" * 64})
 
 
 def as_in_transformers_4(folder: Path, model: str, lists: str) -> None:
@@ -207,179 +128,136 @@ def as_in_transformers_4(folder: Path, model: str, lists: str) -> None:
     reconfigure(folder, target_modules=[words[target] for target in targets])
 
 
-@plant("vit", "stale-names")
-def vit_of_transformers_4(folder: Path, hub: Path) -> None:
-    as_in_transformers_4(folder, "vit", "encoder.layer")
+def drop_and_forget(folder: Path, name: str, modules_to_save: list[str] | None) -> None:
+    reconfigure(folder, modules_to_save=modules_to_save)
+    drop(folder, name)
 
 
-@plant("vit", "stale-names")
-def vit_with_old_targets_only(folder: Path, hub: Path) -> None:
-    reconfigure(folder, target_modules=["query", "value"])
+def reconfigure_tokenizer(folder: Path, **changes: Any) -> None:
+    rewrite(folder / "tokenizer_config.json", **changes)
 
 
-@plant("vit", "unsafe")
-def pickled_weights(folder: Path, hub: Path) -> None:
-    (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
-
-
-@plant("bert", "unsafe")
-def pickled_arguments(folder: Path, hub: Path) -> None:
-    (folder / "training_args.bin").write_bytes(b"\x80\x04.")
-
-
-@plant("bert", "unsafe")
-def pickle_of_a_checkpoint(folder: Path, hub: Path) -> None:
-    (folder / "checkpoint-2").mkdir()
-    (folder / "checkpoint-2" / "optimizer.pt").write_bytes(b"\x80\x04.")
-
-
-@plant("vit", "unsafe")
-def program_code(folder: Path, hub: Path) -> None:
-    (folder / "modeling_vit.py").write_text("raise SystemExit(99)\n")
-
-
-@plant("vit", "unsafe")
-def auto_map_in_the_config(folder: Path, hub: Path) -> None:
-    rewrite(folder / "config.json", auto_map={"AutoModel": "modeling_vit.Model"})
-
-
-@plant("bert", "unsafe")
-def auto_map_in_the_tokenizer(folder: Path, hub: Path) -> None:
-    rewrite(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["t.T", None]})
-
-
-@plant("vit", "unsafe")
-def foreign_parent_library(folder: Path, hub: Path) -> None:
-    reconfigure(folder, auto_mapping={"base_model_class": "ViTForImageClassification",
-                                  "parent_library": "evil_library"})  # fmt: skip
-
-
-@plant("bert", "unsafe")
-def megatron(folder: Path, hub: Path) -> None:
-    reconfigure(folder, megatron_config={"x": 1}, megatron_core="evil_library")
-
-
-@plant("bert", "unsafe")
-def remote_code_asked_for(folder: Path, hub: Path) -> None:
-    reconfigure(folder, tokenizer_kwargs={"trust_remote_code": True})
-
-
-@plant("bert", "unsafe")
-def vocabulary_outside(folder: Path, hub: Path) -> None:
-    rewrite(folder / "tokenizer_config.json", vocab_file="../../.env")
-
-
-@plant("bert", "unsafe")
-def chat_template_outside(folder: Path, hub: Path) -> None:
-    rewrite(folder / "tokenizer_config.json", chat_template=[{"name": "../x", "template": ""}])
-
-
-@plant("vit", "unsafe")
-def attention_kernel_of_the_hub(folder: Path, hub: Path) -> None:
-    rewrite(folder / "config.json", _attn_implementation="somebody/kernel")
-
-
-@plant("vit", "unsafe")
-def link_out_of_the_folder(folder: Path, hub: Path) -> None:
-    (folder / "notes.txt").symlink_to(hub / "models--tiny--vit" / "refs" / "main")
-
-
-@plant("bert", "labels")
-def labels_lost_that_are_recorded(folder: Path, hub: Path) -> None:
-    rewrite(folder / "config.json", id2label={"0": "LABEL_0", "1": "LABEL_1"})
-    rewrite(folder / "hftl.json", data={"labels": NAMES})
-
-
-@plant("bert", "untrained")
-def adapter_of_zeros(folder: Path, hub: Path) -> None:
-    retensor(folder, lambda key, t: (key, t.zero_() if "lora_B" in key else t))
-
-
-@plant("bert", "names")
-def names_with_the_adapters_own(folder: Path, hub: Path) -> None:
-    retensor(folder, lambda key, t: (key.replace("lora_A.", "lora_A.default."), t))
-
-
-@plant("bert-dora", "config")
-def dora_lost(folder: Path, hub: Path) -> None:
-    reconfigure(folder, use_dora=False)
-
-
-@plant("bert", "config")
-def dora_never_trained(folder: Path, hub: Path) -> None:
-    reconfigure(folder, use_dora=True)
-
-
-@plant("bert", "tokenizer")
-def tokenizer_beyond_the_embedding(folder: Path, hub: Path) -> None:
+def add_token_beyond_the_embedding(folder: Path) -> None:
     tree = json.loads((folder / "tokenizer.json").read_text())
     tree["added_tokens"].append(tree["added_tokens"][0] | {"id": 55, "content": "[NEW]"})
     (folder / "tokenizer.json").write_text(json.dumps(tree))
 
 
-@plant("bert", "labels")
-def labels_in_another_order(folder: Path, hub: Path) -> None:
-    rewrite(folder / "hftl.json", data={"labels": NAMES[::-1]})
+def lose_recorded_labels(folder: Path) -> None:
+    rewrite(folder / "config.json", id2label={"0": "LABEL_0", "1": "LABEL_1"})
+    rewrite(folder / "hftl.json", data={"labels": NAMES})
 
 
-@plant("bert", "labels")
-def more_labels_than_outputs(folder: Path, hub: Path) -> None:
-    rewrite(folder / "config.json", id2label={"0": "a", "1": "b", "2": "c"})
-
-
-@plant("bert", "corrupt")
-def weights_cut_short(folder: Path, hub: Path) -> None:
+def cut_weights_short(folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-64])
 
 
-@plant("vit", "corrupt")
-def weights_missing(folder: Path, hub: Path) -> None:
-    (folder / "adapter_model.safetensors").unlink()
+def save_checkpoint_of_pickles(folder: Path) -> None:
+    (folder / "checkpoint-2").mkdir()
+    (folder / "checkpoint-2" / "optimizer.pt").write_bytes(b"\x80\x04.")
 
 
-@plant("bert", "config")
-def config_is_no_json(folder: Path, hub: Path) -> None:
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA",')
+def link_out_of_the_folder(folder: Path) -> None:
+    target = folder.parent / "outside.txt"
+    target.write_text("outside")
+    (folder / "notes.txt").symlink_to(target)
 
 
-@plant("vit", "config")
-def config_is_a_list(folder: Path, hub: Path) -> None:
-    (folder / "adapter_config.json").write_text("[1]")
+def remove_and_name_a_bare_base(folder: Path, file: str, base: str) -> None:
+    (folder / file).unlink()
+    reconfigure(folder, base_model_name_or_path=base)
 
 
-@plant("vit", "nan")
-def weights_not_a_number(folder: Path, hub: Path) -> None:
-    retensor(folder, lambda key, t: (key, t.fill_(float("nan")) if "lora_B" in key else t))
+def name_base(base: str | None) -> Callable[[Path], None]:
+    return lambda folder: reconfigure(folder, base_model_name_or_path=base)
 
 
-@plant("bert", "rank")
-def rank_not_that_of_the_tensors(folder: Path, hub: Path) -> None:
-    reconfigure(folder, r=8)
+def settings(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: reconfigure(folder, **changes)
 
 
-@plant("vit", "rank")
-def alpha_of_nothing(folder: Path, hub: Path) -> None:
-    reconfigure(folder, lora_alpha=0)
+def write(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content)
 
 
-@plant("bert-dora", "rank")
-def rank_pattern_lost(folder: Path, hub: Path) -> None:
-    reconfigure(folder, rank_pattern={})
+def lora_b(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    return lambda f: retensor(f, lambda key, t: (key, change(t) if "lora_B" in key else t))
 
 
-@plant("bert", "card")
-def card_that_is_no_yaml(folder: Path, hub: Path) -> None:
-    (folder / "README.md").write_text("---\nbase_model: [a\n---\n# It\n")
+PICKLE = b"\x80\x04."
+AUTO_MAPPING = {
+    "base_model_class": "ViTForImageClassification", "parent_library": "evil_library",
+}  # fmt: skip
+PLANTED: dict[str, tuple[str, str, Callable[[Path], object]]] = {
+    "pooler neither trained nor saved": (
+        "bert-mlm", "fresh", lambda f: drop_and_forget(f, "pooler", ["classifier"])),
+    "pooler drawn anew by every load": (
+        "bert-mlm", "reload", lambda f: drop_and_forget(f, "pooler", ["classifier"])),
+    "head of images not saved": (
+        "vit", "fresh", lambda f: drop_and_forget(f, "classifier", None)),
+    "pre_classifier lost": (
+        "distilbert", "fresh", lambda f: drop_and_forget(f, "pre_classifier", ["classifier"])),
+    "head named but not in the file": ("bert", "fresh", lambda f: drop(f, "classifier")),
+    "base is a local path": ("bert", "base", name_base("/home/somebody/out/bert")),
+    "base not named": ("vit", "base", name_base(None)),
+    "base with fewer layers": ("bert", "base-shape", name_base("tiny/bert-2")),
+    "base with more layers": ("bert", "base-shape", name_base("tiny/bert-4")),
+    "base of another width": ("vit", "base-shape", name_base("tiny/vit-wide")),
+    "base of another family": ("bert", "base-shape", name_base("tiny/distilbert")),
+    "base with other weights": ("bert", "base-weights", lambda f: rewrite(
+        f / "hftl.json", source={"weights_sha256": "0" * 64})),
+    "vit of transformers 4": (
+        "vit", "stale-names", lambda f: as_in_transformers_4(f, "vit", "encoder.layer")),
+    "old targets only": ("vit", "stale-names", settings(target_modules=["query", "value"])),
+    "pickled weights": ("vit", "unsafe", write("adapter_model.bin", PICKLE)),
+    "pickled arguments": ("bert", "unsafe", write("training_args.bin", PICKLE)),
+    "pickle of a checkpoint": ("bert", "unsafe", save_checkpoint_of_pickles),
+    "program code": ("vit", "unsafe", write("modeling_vit.py", b"raise SystemExit(99)\n")),
+    "auto_map in the config": ("vit", "unsafe", lambda f: rewrite(
+        f / "config.json", auto_map={"AutoModel": "modeling_vit.Model"})),
+    "auto_map in the tokenizer": ("bert", "unsafe", lambda f: reconfigure_tokenizer(
+        f, auto_map={"AutoTokenizer": ["t.T", None]})),
+    "foreign parent library": ("vit", "unsafe", settings(auto_mapping=AUTO_MAPPING)),
+    "megatron": ("bert", "unsafe", settings(megatron_config={"x": 1}, megatron_core="evil")),
+    "remote code": ("bert", "unsafe", settings(tokenizer_kwargs={"trust_remote_code": True})),
+    "vocabulary outside": (
+        "bert", "unsafe", lambda f: reconfigure_tokenizer(f, vocab_file="../../.env")),
+    "chat template outside": ("bert", "unsafe", lambda f: reconfigure_tokenizer(
+        f, chat_template=[{"name": "../x", "template": ""}])),
+    "attention kernel of the hub": ("vit", "unsafe", lambda f: rewrite(
+        f / "config.json", _attn_implementation="somebody/kernel")),
+    "link out of the folder": ("vit", "unsafe", link_out_of_the_folder),
+    "recorded labels lost": ("bert", "labels", lose_recorded_labels),
+    "labels in another order": ("bert", "labels", lambda f: rewrite(
+        f / "hftl.json", data={"labels": NAMES[::-1]})),
+    "more labels than outputs": ("bert", "labels", lambda f: rewrite(
+        f / "config.json", id2label={"0": "a", "1": "b", "2": "c"})),
+    "adapter of zeros": ("bert", "untrained", lora_b(torch.zeros_like)),
+    "adapter's name in the keys": ("bert", "names", lambda f: retensor(
+        f, lambda key, t: (key.replace("lora_A.", "lora_A.default."), t))),
+    "dora lost": ("bert-dora", "config", settings(use_dora=False)),
+    "dora never trained": ("bert", "config", settings(use_dora=True)),
+    "config is no JSON": ("bert", "config", write("adapter_config.json", b'{"peft_type": "LORA",')),
+    "config is a list": ("vit", "config", write("adapter_config.json", b"[1]")),
+    "weights cut short": ("bert", "corrupt", cut_weights_short),
+    "weights missing": (
+        "vit", "corrupt", lambda f: (f / "adapter_model.safetensors").unlink()),
+    "weights not a number": ("vit", "nan", lora_b(lambda t: t.fill_(float("nan")))),
+    "rank not that of the tensors": ("bert", "rank", settings(r=8)),
+    "alpha of zero": ("vit", "rank", settings(lora_alpha=0)),
+    "rank pattern lost": ("bert-dora", "rank", settings(rank_pattern={})),
+    "card that is no YAML": (
+        "bert", "card", write("README.md", b"---\nbase_model: [a\n---\n# It\n")),
+    "token beyond the embedding": ("bert", "tokenizer", add_token_beyond_the_embedding),
+    "no tokenizer anywhere": ("roberta", "tokenizer", lambda f: remove_and_name_a_bare_base(
+        f, "tokenizer.json", "tiny/roberta-bare")),
+    "no processor anywhere": ("vit", "tokenizer", lambda f: remove_and_name_a_bare_base(
+        f, "preprocessor_config.json", "tiny/vit-bare")),
+}  # fmt: skip
+"""By name: the sound adapter that it is planted in, the kind of the finding, and the change."""
 
 
-@plant("roberta", "tokenizer")
-def no_tokenizer_anywhere(folder: Path, hub: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-    reconfigure(folder, base_model_name_or_path="tiny/roberta-bare")
-
-
-@plant("vit", "tokenizer")
-def no_processor_anywhere(folder: Path, hub: Path) -> None:
-    (folder / "preprocessor_config.json").unlink()
-    reconfigure(folder, base_model_name_or_path="tiny/vit-bare")
+def plant(name: str, folder: Path) -> None:
+    """Plant a defect in a copy of its adapter."""
+    PLANTED[name][2](folder)
