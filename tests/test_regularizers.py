@@ -31,6 +31,7 @@ from hftl.retain.build import Step, TrainingStart
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.reference import EmbeddingHook, Reference, eval_mode
 from hftl.retain.weights import L2SP
+from hftl.train.facts import TrainingFacts
 
 TERMS: dict[str, dict[str, Any]] = {
     "probe": {"on": "probe", "temperature": 2.0},
@@ -314,4 +315,5 @@ def test_takes_a_users_own_term(bert: Path, tmp_path: Path) -> None:
 def test_every_section_names_its_class(section: RegularizerSection) -> None:
     module, _, name = section.implementation.partition(":")
     assert getattr(import_module(module), name).section is type(section)
-    assert section.describe({}).endswith(f"{section.weight:g}") or isinstance(section, KL)
+    clause = section.describe(TrainingFacts())
+    assert clause.endswith(f"{section.weight:g}") or isinstance(section, KL)

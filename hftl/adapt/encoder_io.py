@@ -1,12 +1,13 @@
 """Set what trains of an adapted encoder, merge its adapter, and write it as a checkpoint."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from peft import TaskType
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
@@ -63,7 +64,7 @@ def set_trainable(
     architecture: ArchitectureSpec,
     method: str,
     blocks: int,
-    lora: dict[str, Any],
+    lora: Mapping[str, object],
 ) -> None:
     """Set what trains: the head always, and of the encoder what the method says.
 
@@ -106,8 +107,8 @@ def merge_encoder_state(model: MaskedModel | LoadedModel) -> dict[str, Tensor]:
         W + s B A for a layer that carries LoRA (Hu et al. 2021, arXiv:2106.09685, section 4.1).
     """
     encoder: nn.Module = unwrap_adapter(model.encoder)
-    wrapped: dict[str, Any] = {
-        name: module for name, module in encoder.named_modules() if hasattr(module, "lora_A")
+    wrapped = {
+        name: module for name, module in encoder.named_modules() if isinstance(module, LoraLayer)
     }
     inside = tuple(wrapped)
     state = {name: t for name, t in encoder.state_dict().items() if not has_prefix(name, inside)}
@@ -184,7 +185,7 @@ def _select_top_blocks(
 
 
 def _apply_lora(
-    encoder: nn.Module, architecture: ArchitectureSpec, lora: dict[str, Any]
+    encoder: nn.Module, architecture: ArchitectureSpec, lora: Mapping[str, object]
 ) -> nn.Module:
     """Return the encoder with an adapter on the linear layers of every block."""
     for key in FIELDS_BEYOND_LORA:

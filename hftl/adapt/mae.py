@@ -4,7 +4,7 @@ MAE (He et al. 2022, arXiv:2111.06377); for BEiT SimMIM (Xie et al. 2022, arXiv:
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ class MaskedAutoencoder(nn.Module):
         return {name: p.detach() for name, p in self.head_parameters().items()}
 
     def _encoded(
-        self, pixels: Tensor, ids: Tensor | None, patches: int, arguments: dict[str, Any]
+        self, pixels: Tensor, ids: Tensor | None, patches: int, arguments: Mapping[str, object]
     ) -> Tensor:
         self._ids, self._patches = ids, patches
         try:

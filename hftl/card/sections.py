@@ -178,7 +178,7 @@ def format_training_sentence(record: Record) -> str:
             decay = f"{finetune.layer_decay:g}"
             clauses.append(f"each block's rate {decay} of that of the one above")
         if record.recipe.retain is not None:
-            training = [entry.training.to_dict() for entry in record.own_entries]
+            training = [entry.training for entry in record.own_entries]
             clauses += record.recipe.retain.describe(training)
     return f"{'; '.join(clauses)}; {seeds} seed{'s' if seeds > 1 else ''}."
 

@@ -68,7 +68,7 @@ class Adapt(Section):
         objective, method = str(tree.get("objective")), str(tree.get("method", "full"))
         rate = DEFAULT_ADAPT_RATES.get((objective, method), 1.0e-4)
         training = validate_training_args("adapt", tree.get("training") or {})
-        values: dict[str, Any] = {
+        values: dict[str, object] = {
             "mask_ratio": 0.75 if objective == "mae" else 0.15,
             **{key: value for key, value in tree.items() if value is not None},
         }
@@ -76,7 +76,7 @@ class Adapt(Section):
 
     @field_validator("lora", mode="before")
     @classmethod
-    def _validate_lora(cls, lora: Any) -> dict[str, Any]:
+    def _validate_lora(cls, lora: Any) -> dict[str, object]:
         return DEFAULT_ADAPT_LORA | validate_lora_args("adapt", lora)
 
 

@@ -61,7 +61,7 @@ class Finetune(Section):
         return STRATEGIES[self.strategy]
 
     @property
-    def learning_rates(self) -> dict[str, Any] | None:
+    def learning_rates(self) -> dict[str, float | list[float] | None] | None:
         """Return `lr` as `TransferTrainer` takes it."""
         return None if self.lr is None else self.lr.model_dump()
 
@@ -76,10 +76,10 @@ class Finetune(Section):
 
     @field_validator("training", mode="before")
     @classmethod
-    def _validate_training(cls, training: Any) -> dict[str, Any]:
+    def _validate_training(cls, training: Any) -> dict[str, object]:
         return DEFAULT_TRAINING | validate_training_args("finetune", training)
 
     @field_validator("lora", mode="before")
     @classmethod
-    def _validate_lora(cls, lora: Any) -> dict[str, Any]:
+    def _validate_lora(cls, lora: Any) -> dict[str, object]:
         return DEFAULT_LORA | validate_lora_args("finetune", lora)

@@ -1,6 +1,6 @@
 """Define the section `measure` of a recipe: the arms, the seeds and the metric."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, field_validator
 
@@ -25,7 +25,7 @@ class Measure(Section):
     """A built-in metric or `evaluate:<id>`; where none is given, pearson for regression,
     micro_f1 for multi-label, f1 of entities for token-classification."""
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0, 1, 2], min_length=1)
-    arms: list[str | dict[str, dict[str, Any] | None]] = ["scratch", "head"]
+    arms: list[str | dict[str, dict[str, object] | None]] = ["scratch", "head"]
     scratch: Search = Search()
 
     @field_validator("seeds")

@@ -69,7 +69,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise RecipeError(f"{where}{line}: not valid YAML: {problem}", "Correct it") from error
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, object]:
     """Return the mapping in a YAML file.
 
     Raises:
@@ -90,7 +90,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def apply_overrides(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+def apply_overrides(tree: dict[str, object], assignments: list[str]) -> dict[str, object]:
     """Set each `dotted.key=value` in `tree` and return it; values are YAML.
 
     Raises:
@@ -106,7 +106,7 @@ def apply_overrides(tree: dict[str, Any], assignments: list[str]) -> dict[str, A
     return tree
 
 
-def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
+def set_key(tree: dict[str, object] | dict[str, JsonValue], dotted: str, value: object) -> None:
     """Set `a.b.c` in nested mappings, creating missing or null ones; `a.0.b` in a list.
 
     Raises:

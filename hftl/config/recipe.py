@@ -6,11 +6,12 @@ are checked here, so that a misspelt key is answered at once. The real `Training
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from pydantic import PrivateAttr, ValidationError, model_validator
+from pydantic import JsonValue, PrivateAttr, ValidationError, model_validator
 
 from hftl.config import secrets
 from hftl.config.adapt import DEFAULT_ADAPT_RATES, Adapt, Stages
@@ -100,7 +101,7 @@ class Recipe(Section):
         return recipe
 
     @classmethod
-    def parse(cls, tree: dict[str, Any], where: str = "recipe") -> "Recipe":
+    def parse(cls, tree: Mapping[str, object], where: str = "recipe") -> "Recipe":
         """Build a recipe from nested mappings, and plan its arms.
 
         Raises:
@@ -133,7 +134,7 @@ class Recipe(Section):
             raise RecipeError("a recipe made in Python has no file name", "Give output=")
         return Path("runs") / f"{self._path.resolve().parent.name}-{self._path.stem}"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, JsonValue]:
         """Return the recipe as nested mappings of JSON values, with every default."""
         return self.model_dump(mode="json")
 
@@ -169,7 +170,9 @@ def _plan_arms(recipe: Recipe) -> list[Arm]:
     return arms
 
 
-def _split_entry(entry: str | dict[str, dict[str, Any] | None]) -> tuple[str, dict[str, Any]]:
+def _split_entry(
+    entry: str | dict[str, dict[str, object] | None],
+) -> tuple[str, dict[str, object]]:
     """Return the name and the changes of an entry of `measure.arms`."""
     if isinstance(entry, str):
         return entry, {}
@@ -182,7 +185,7 @@ def _split_entry(entry: str | dict[str, dict[str, Any] | None]) -> tuple[str, di
     return name, changes or {}
 
 
-def _build_arm(recipe: Recipe, name: str, changes: dict[str, Any]) -> Arm:
+def _build_arm(recipe: Recipe, name: str, changes: dict[str, object]) -> Arm:
     """Return an arm: the recipe with its changes, validated as a recipe again."""
     _check_arm_name(recipe, name, changes)
     place = f"measure.arms.{name}"
@@ -192,7 +195,7 @@ def _build_arm(recipe: Recipe, name: str, changes: dict[str, Any]) -> Arm:
             raise RecipeError(
                 f"{place}: the name {name!r} is its strategy already", "Give the arm another name"
             )
-        tree["finetune"]["strategy"] = name
+        set_key(tree, "finetune.strategy", name)
     try:
         changed = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -205,7 +208,7 @@ def _build_arm(recipe: Recipe, name: str, changes: dict[str, Any]) -> Arm:
     return Arm(name, strategy, changed.finetune, stages, retain)
 
 
-def _check_arm_name(recipe: Recipe, name: str, changes: dict[str, Any]) -> None:
+def _check_arm_name(recipe: Recipe, name: str, changes: Mapping[str, object]) -> None:
     """Refuse a name that is no folder's, or that says neither strategy nor baseline."""
     if name in UNBUILT_ARMS:
         what = UNBUILT_ARMS[name]
@@ -229,16 +232,17 @@ def _check_arm_name(recipe: Recipe, name: str, changes: dict[str, Any]) -> None:
         )
 
 
-def _apply_changes(recipe: Recipe, changes: dict[str, Any], place: str) -> dict[str, Any]:
+def _apply_changes(recipe: Recipe, changes: dict[str, object], place: str) -> dict[str, JsonValue]:
     """Return the recipe as a tree in which the changes of an arm are made."""
     tree = recipe.to_dict()
     for section, kinds in (("adapt", (dict, list)), ("retain", dict)):
         if isinstance(changes.get(section), kinds):
             # A whole section replaces the recipe's; it is not merged with it key by key.
             changes = dict(changes)
-            tree[section] = changes.pop(section)
-    if "adapt.method" in changes and isinstance(tree["adapt"], dict):
-        _drop_default_rate(tree["adapt"], changes)
+            set_key(tree, section, changes.pop(section))
+    adapt = tree["adapt"]
+    if "adapt.method" in changes and isinstance(adapt, dict):
+        _drop_default_rate(adapt, changes)
     for key, value in flatten(changes).items() if changes else ():
         section = key.split(".")[0]
         if section not in ARM_SECTIONS:
@@ -251,15 +255,16 @@ def _apply_changes(recipe: Recipe, changes: dict[str, Any], place: str) -> dict[
     return tree
 
 
-def _drop_default_rate(adapt: dict[str, Any], changes: dict[str, Any]) -> None:
+def _drop_default_rate(adapt: dict[str, JsonValue], changes: Mapping[str, object]) -> None:
     """Drop a learning rate that is the default of the recipe's method: another has another."""
-    usual = DEFAULT_ADAPT_RATES[adapt["objective"], adapt["method"]]
+    usual = DEFAULT_ADAPT_RATES[str(adapt["objective"]), str(adapt["method"])]
     training = adapt["training"]
+    assert isinstance(training, dict)
     if "adapt.training.learning_rate" not in changes and training["learning_rate"] == usual:
         del training["learning_rate"]
 
 
-def _refuse_secrets(tree: dict[str, Any]) -> None:
+def _refuse_secrets(tree: Mapping[str, object]) -> None:
     """Refuse tokens and passwords, which the record would keep and a card would show."""
     for key, value in flatten(tree).items():
         secret = secrets.find_secret(str(value)) if isinstance(value, (str, list)) else None
@@ -270,12 +275,12 @@ def _refuse_secrets(tree: dict[str, Any]) -> None:
             )
 
 
-def _expand_shorthand(tree: dict[str, Any]) -> dict[str, Any]:
+def _expand_shorthand(given: Mapping[str, object]) -> dict[str, object]:
     """Return a copy with `train: a.csv` as `train: {path: a.csv}`, and the task's metric.
 
     The default metric is accuracy except where a task has none worth its name.
     """
-    tree = copy.deepcopy(tree)
+    tree = copy.deepcopy(dict(given))
     data = tree.get("data")
     if isinstance(data, dict):
         for part in ("train", "validation", "test", "unlabeled", "general"):

@@ -4,8 +4,8 @@ Each regularizer is one section here and one class, named by `implementation`. T
 that is known before anything is loaded: its keys, its limits, its cost and its words on the card.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
@@ -25,6 +25,47 @@ INPUT_PHRASES = {
     "general": "general rows",
     "both": "the task's rows and general ones",
 }
+
+
+class ChosenWeight(Protocol):
+    """Hold the weight of KL that was chosen for all seeds."""
+
+    weight: float
+
+
+class FisherSource(Protocol):
+    """Describe what the Fisher information was taken of: its kind, and how many general rows."""
+
+    kind: str
+    rows: int
+
+
+class ChosenShare(Protocol):
+    """Hold the share of the way from the original to the trained weights."""
+
+    alpha: float
+
+
+class TrainingFacts(Protocol):
+    """Describe the record's facts on the training of one seed, as far as `retain` reads them.
+
+    The record's own class comes later in the layers.
+    """
+
+    @property
+    def kl_weight(self) -> ChosenWeight | None:
+        """Return the choice where `weight` is auto."""
+        ...
+
+    @property
+    def fisher(self) -> FisherSource | None:
+        """Return EWC's information; None in records of older versions."""
+        ...
+
+    @property
+    def interpolation(self) -> ChosenShare | None:
+        """Return the choice among the shares of `interpolate`."""
+        ...
 
 
 class RegularizerSection(Section):
@@ -68,7 +109,7 @@ class RegularizerSection(Section):
     def check_arm(self, strategy: str, task: str) -> None:
         """Raise a RecipeError if it cannot regularize such an arm."""
 
-    def describe(self, training: Mapping[str, Any]) -> str:
+    def describe(self, training: TrainingFacts) -> str:
         """Return its clause on the card.
 
         Args:
@@ -153,9 +194,12 @@ class KL(RegularizerSection):
         rows = {"target": 1.0, "general": general_ratio, "both": 1.0 + general_ratio}
         return rows[self.inputs] if self.is_active and self.on_pretraining_head else 0.0
 
-    def describe(self, training: Mapping[str, Any]) -> str:
+    def describe(self, training: TrainingFacts) -> str:
         """Return its clause on the card; a chosen weight is the same for all seeds."""
-        weight = training["kl_weight"]["weight"] if self.weight == "auto" else self.weight
+        weight = self.weight
+        if weight == "auto":
+            assert training.kl_weight is not None
+            weight = training.kl_weight.weight
         direction = "" if self.direction == "forward" else "reverse "
         return (
             f"{direction}KL of {FORM_PHRASES[self.on]} on {INPUT_PHRASES[self.inputs]}, weight "
@@ -192,7 +236,7 @@ class L2SP(RegularizerSection):
                 "Set it to false",
             )
 
-    def describe(self, training: Mapping[str, Any]) -> str:
+    def describe(self, training: TrainingFacts) -> str:
         """Return its clause on the card."""
         return f"the distance of the weights (L2-SP), weight {self.weight:g}"
 
@@ -236,14 +280,12 @@ class EWC(RegularizerSection):
                 "Use features",
             )
 
-    def describe(self, training: Mapping[str, Any]) -> str:
+    def describe(self, training: TrainingFacts) -> str:
         """Return its clause on the card; records of older versions lack the information's kind."""
-        fisher = training.get("fisher")
+        fisher = training.fisher
         information = "the Fisher information of general rows"
         if fisher is not None:
-            information = (
-                f"the {fisher['kind']} Fisher information of {fisher['rows']:,} general rows"
-            )
+            information = f"the {fisher.kind} Fisher information of {fisher.rows:,} general rows"
         return f"EWC by {information}, weight {self.weight:g}"
 
 
@@ -330,7 +372,7 @@ class Retain(Section):
         by_section = any(section.needs_plain_lora for section in self.regularizers)
         return by_section or self.interpolate is not None
 
-    def describe(self, training: list[dict[str, Any]]) -> list[str]:
+    def describe(self, training: Sequence[TrainingFacts]) -> list[str]:
         """Return the card's clauses.
 
         Args:
@@ -341,6 +383,7 @@ class Retain(Section):
             clauses.append(self.replay.describe())
         parts = [f"kept near the original by {' and '.join(clauses)}"] if clauses else []
         if self.interpolate:
-            shares = ", ".join(f"{facts['interpolation']['alpha']:g}" for facts in training)
+            chosen = [facts.interpolation for facts in training]
+            shares = ", ".join(f"{share.alpha:g}" for share in chosen if share is not None)
             parts.append(f"interpolated with the original, {shares} of the way")
         return parts

@@ -29,7 +29,7 @@ UPSTREAM_CLASSES = {
     ],
 }
 UPSTREAM_NAMES = {"training": "transformers.TrainingArguments", "lora": "peft.LoraConfig"}
-ANNOTATION_NAMES: dict[str, Any] = {"Any": Any, "Optional": Optional, "Union": Union}
+ANNOTATION_NAMES: dict[str, object] = {"Any": Any, "Optional": Optional, "Union": Union}
 COMMON_ALIASES = {
     "lr": "learning_rate", "batch_size": "per_device_train_batch_size",
     "batch": "per_device_train_batch_size", "rank": "r",
@@ -78,7 +78,7 @@ ZERO_UPDATE_INITS = (True, "gaussian", "orthogonal")
 """Values that also start from an update of zero."""
 
 
-def validate_training_args(section: str, values: Any) -> dict[str, Any]:
+def validate_training_args(section: str, values: Any) -> dict[str, object]:
     """Return `values` as fields of transformers.TrainingArguments, each of the field's type.
 
     Args:
@@ -110,7 +110,7 @@ def validate_training_args(section: str, values: Any) -> dict[str, Any]:
     return values
 
 
-def validate_lora_args(section: str, values: Any) -> dict[str, Any]:
+def validate_lora_args(section: str, values: Any) -> dict[str, object]:
     """Return `values` as fields of peft.LoraConfig, each of the field's type.
 
     Raises:
@@ -139,7 +139,7 @@ def validate_lora_args(section: str, values: Any) -> dict[str, Any]:
     return values
 
 
-def _validate_values(section: str, kind: str, values: Any) -> dict[str, Any]:
+def _validate_values(section: str, kind: str, values: Any) -> dict[str, object]:
     """Return `values` with every key known upstream and every value of the field's type."""
     if not isinstance(values, dict):
         raise ValueError(f"must be a mapping, got {values!r}")
@@ -173,7 +173,7 @@ def validate_value(kind: str, key: str, value: Any) -> Any:
     Raises:
         RecipeError: if it is of another type.
     """
-    expected = read_fields(kind)[key.rsplit(".", 1)[-1]]
+    expected: Any = read_fields(kind)[key.rsplit(".", 1)[-1]]
     try:
         return TypeAdapter(expected).validate_python(value)
     except ValidationError as error:
@@ -183,7 +183,7 @@ def validate_value(kind: str, key: str, value: Any) -> Any:
 
 
 @cache
-def read_fields(kind: str) -> dict[str, Any]:
+def read_fields(kind: str) -> dict[str, object]:
     """Return names and types of the fields of `training` or `lora`; Any for types not built in.
 
     Raises:
@@ -218,7 +218,7 @@ def _evaluate_annotation(node: ast.expr) -> Any:
         return Any
 
 
-def _describe_type(expected: Any) -> str:
+def _describe_type(expected: object) -> str:
     """Return a type in words: `str or null`."""
     return " or ".join(_list_type_names(expected))
 

@@ -20,6 +20,7 @@ from hftl.data.rows import (
     InputSpec,
     RawRow,
     Row,
+    list_words,
     read_rows,
     write_rows,
 )
@@ -131,7 +132,9 @@ def _read_general_rows(
             bad.reject(raw.where, str(fault))
             continue
         label = tuple(normalize_name(raw.values[column]) for column in table.label_columns)
-        group = str(raw.values[data.group]) if data.group in raw.values else None
+        group = None
+        if data.group is not None and data.group in raw.values:
+            group = str(raw.values[data.group])
         if isinstance(image, ImageInfo):
             yield Row(
                 (image.content,), label, group, raw.index, raw.where, "general", image.size,
@@ -153,7 +156,7 @@ def _find_general_fault(
     ]
     if spec.modality == "text":
         faults += [find_document_fault(column, raw.values[column]) for column in table.text_columns]
-    if group in raw.values and raw.values[group] in (None, ""):
+    if group is not None and group in raw.values and raw.values[group] in (None, ""):
         faults.append(f"{group} is empty")
     return next(filter(None, faults), None)
 
@@ -162,8 +165,8 @@ def _extract_general_texts(raw: RawRow, table: GeneralTable, task: str) -> tuple
     """Return the row's texts, or for tokens its words."""
     texts = [raw.values[column] for column in table.text_columns if column in raw.values]
     if task == "token-classification":
-        return tuple(texts[0].split() if isinstance(texts[0], str) else texts[0])
-    return tuple(text if isinstance(text, str) else " ".join(text) for text in texts)
+        return tuple(texts[0].split() if isinstance(texts[0], str) else list_words(texts[0]))
+    return tuple(text if isinstance(text, str) else " ".join(list_words(text)) for text in texts)
 
 
 def _drop_copies(rows: list[Row], label: int | None) -> tuple[list[Row], int]:

@@ -24,7 +24,7 @@ from hftl.data import images
 from hftl.data.images import hash_pixels
 from hftl.data.rows import Row
 from hftl.data.tables import get_table_folder, read_table
-from hftl.data.text_inputs import EncodedRow, TextInputs, add_labels
+from hftl.data.text_inputs import EncodedRow, EncodedValue, TextInputs, add_labels
 from hftl.errors import DataError, RecipeError
 from hftl.runtime.progress import open_bar
 from hftl.runtime.run_folder import fingerprint
@@ -57,7 +57,7 @@ class ImageInputs:
 
     data: Data
     processor: Any
-    arguments: dict[str, Any]
+    arguments: dict[str, bool]
     patch_size: int
     _canvases: dict[str, np.ndarray] = field(default_factory=dict)
     _normalize: Callable[[Tensor], Tensor] = field(init=False)
@@ -90,10 +90,15 @@ class ImageInputs:
         """Return the patches of an image, the cost of its forward pass."""
         return (get_image_size(self.processor) // self.patch_size) ** 2
 
-    def collate(self, rows: list[EncodedRow]) -> dict[str, Any]:
-        """Return normalized float32 pixels (batch, 3, height, width); labels as in `TextInputs`."""
-        pixels = torch.stack([pixels_to_tensor(row["pixel_values"]) for row in rows])
-        return add_labels({"pixel_values": self._normalize(pixels), **self.arguments}, rows)
+    def collate(self, rows: list[EncodedRow]) -> dict[str, Tensor]:
+        """Return normalized float32 pixels (batch, 3, height, width); labels as in `TextInputs`.
+
+        The arguments of forward that are switches, not tensors, are among them.
+        """
+        pixels = torch.stack([to_tensor(row["pixel_values"]) for row in rows])
+        batch = add_labels({"pixel_values": self._normalize(pixels)}, rows)
+        batch.update(self.arguments)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return batch
 
     def split_outputs(self, values: Tensor, rows: list[EncodedRow]) -> list[Tensor]:
         """Return the values (batch, width) row by row, each (1, width)."""
@@ -291,7 +296,7 @@ def _describe_processor(processor: Any) -> str:
 
 def augment_image(encoded: EncodedRow, seed: int, epoch: int, key: bytes) -> EncodedRow:
     """Return the encoded row with a random crop of its image, see `random_crop_and_flip`."""
-    pixels = pixels_to_tensor(encoded["pixel_values"])
+    pixels = to_tensor(encoded["pixel_values"])
     return encoded | {"pixel_values": random_crop_and_flip(pixels, seed, epoch, key)}
 
 
@@ -326,9 +331,9 @@ def random_crop_and_flip(pixels: Tensor, seed: int, epoch: int, key: bytes) -> T
     return resized.flip(-1) if draw[4] < 0.5 else resized
 
 
-def pixels_to_tensor(pixels: np.ndarray | Tensor) -> Tensor:
-    """Return the pixels as a tensor; a copy of those of the cache, which is read only."""
-    return pixels if isinstance(pixels, Tensor) else torch.from_numpy(np.array(pixels))
+def to_tensor(value: EncodedValue) -> Tensor:
+    """Return a row's value as a tensor; a copy of pixels of the cache, which is read only."""
+    return value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
 
 
 def compute_pixel_features(canvases: Tensor, side: int = BASELINE_IMAGE_SIZE) -> Tensor:
@@ -345,7 +350,7 @@ def compute_pixel_features(canvases: Tensor, side: int = BASELINE_IMAGE_SIZE) ->
     return torch.cat(parts).flatten(1) / 255
 
 
-def fingerprint_image_cache(inputs: ImageInputs, rows: Iterable[Row]) -> dict[str, Any]:
+def fingerprint_image_cache(inputs: ImageInputs, rows: Iterable[Row]) -> dict[str, str]:
     """Return what a cache depends on: the images, and how they are resized and cropped."""
     return {
         "pictures": fingerprint(sorted({row.content[0] for row in rows})),

@@ -17,6 +17,7 @@ from hftl.data.rows import (
     RawRow,
     Row,
     has_invalid_utf8,
+    list_words,
 )
 from hftl.data.tables import get_table_folder, read_table
 from hftl.errors import DataError, suggest_closest
@@ -78,9 +79,9 @@ def _build_row(raw: RawRow, image: ImageInfo | None, data: Data, part: str) -> R
             image.perceptual_hash, image.levels,
         )  # fmt: skip
     if data.task == "token-classification":
-        content = tuple(raw.values[table.text_columns[0]])
+        content = tuple(list_words(raw.values[table.text_columns[0]]))
     else:
-        content = tuple(raw.values[column] for column in table.text_columns)
+        content = tuple(str(raw.values[column]) for column in table.text_columns)
     return Row(content, label, group, raw.index, raw.where, part)
 
 
@@ -220,7 +221,9 @@ def _find_row_fault(raw: RawRow, table: Table, data: Data, spec: InputSpec) -> s
             return fault
     if group and raw.values[group] in (None, ""):
         return f"{group} is empty"
-    words = raw.values[table.text_columns[0]] if task == "token-classification" else None
+    words = None
+    if task == "token-classification":
+        words = list_words(raw.values[table.text_columns[0]])
     return find_label_fault(raw.values, table.label, task, words)
 
 
@@ -259,8 +262,8 @@ def find_document_fault(column: str, value: Any) -> str | None:
     return None
 
 
-def _join_words(value: str | list[str]) -> str:
-    return value if isinstance(value, str) else " ".join(value)
+def _join_words(value: object) -> str:
+    return value if isinstance(value, str) else " ".join(list_words(value))
 
 
 def find_label_fault(

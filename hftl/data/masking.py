@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hftl.data.corpus import TokenBlocks
-from hftl.data.image_inputs import ImageInputs, pixels_to_tensor
-from hftl.data.text_inputs import Augmentation
+from hftl.data.image_inputs import ImageInputs, to_tensor
+from hftl.data.text_inputs import Augmentation, EncodedRow
 from hftl.errors import RecipeError
 
 MASK_SHARE, UNCHANGED_SHARE = 0.8, 0.1
@@ -339,9 +339,9 @@ class MaskedImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.canvases)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> EncodedRow:
         key = self.keys[index]
-        row: dict[str, Any] = {"pixel_values": self.canvases[index]}
+        row: EncodedRow = {"pixel_values": self.canvases[index]}
         if self.change is not None:
             row = self.change(row, self._epoch, key)
         row["noise"] = draw_patch_noise(self.patches, self.seed, self._epoch, key)
@@ -358,8 +358,8 @@ def draw_patch_noise(patches: int, seed: int, epoch: int, key: bytes) -> Tensor:
 
 
 def collate_masked_images(
-    rows: list[dict[str, Any]], inputs: ImageInputs, ratio: float, norm: bool
-) -> dict[str, Any]:
+    rows: list[EncodedRow], inputs: ImageInputs, ratio: float, norm: bool
+) -> dict[str, Tensor]:
     """Return a batch for `MaskedAutoencoder`, with its targets as labels.
 
     Args:
@@ -372,11 +372,11 @@ def collate_masked_images(
         float32 pixels (batch, 3, side, side), noise (batch, patches), the encoder's arguments,
         teacher (batch, width) where there is one, labels (batch, masked, patch * patch * 3).
     """
-    canvases = torch.stack([pixels_to_tensor(row["pixel_values"]) for row in rows])
+    canvases = torch.stack([to_tensor(row["pixel_values"]) for row in rows])
     batch = inputs.collate([{"pixel_values": canvas} for canvas in canvases])
     for name in ("noise", "teacher"):
         if name in rows[0]:
-            batch[name] = torch.stack([row[name] for row in rows])
+            batch[name] = torch.stack([to_tensor(row[name]) for row in rows])
     _, masked, _ = split_by_noise(batch["noise"], ratio)
     even = find_uniform_patches(canvases, inputs.patch_size) if norm else None
     batch["labels"] = build_pixel_targets(

@@ -29,7 +29,7 @@ class RawRow:
     `where` names the file and line for messages; `fault` says why the row cannot be read, if so.
     """
 
-    values: dict[str, Any]
+    values: Mapping[str, object]
     index: int
     where: str
     fault: str | None = None
@@ -117,6 +117,12 @@ def normalize_newlines(value: Any) -> Any:
         texts = [normalize_newlines(item) for item in value]
         return texts if isinstance(value, list) else tuple(texts)
     return value
+
+
+def list_words(cell: object) -> list[str]:
+    """Return a cell that is known to hold a list of words, as its words."""
+    assert isinstance(cell, (list, tuple))
+    return [str(word) for word in cell]
 
 
 def open_text(path: Path) -> TextIO:

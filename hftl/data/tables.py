@@ -50,7 +50,7 @@ def read_jsonl(path: Path) -> Iterator[RawRow]:
         raise DataError(f"{early[0].where}: {early[0].fault}", "Write one object a line")
 
 
-def _parse_json_object(line: str) -> tuple[dict[str, Any], str | None]:
+def _parse_json_object(line: str) -> tuple[dict[str, object], str | None]:
     """Return the object that a line holds, or an empty one and why there is none."""
     try:
         values = json.loads(line)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 from hftl.data.rows import Row
 from hftl.train.hf_compat import set_backend_tokenizer
 
-EncodedRow = dict[str, Any]
+EncodedValue = list[int] | np.ndarray | Tensor
+EncodedRow = dict[str, EncodedValue]
 """The inputs of one row by the names of the model's arguments, and its `labels` in training."""
 Augmentation = Callable[[EncodedRow, int, bytes], EncodedRow]
 """A function of an encoded row, the epoch and the row's key."""
@@ -120,7 +121,8 @@ class WordInputs(TextInputs):
         for number, row in enumerate(rows):
             positions = np.asarray(row["words"])
             is_present = positions >= 0
-            labels[number, positions[is_present]] = torch.from_numpy(row["labels"][is_present])
+            own = np.asarray(row["labels"])
+            labels[number, positions[is_present]] = torch.from_numpy(own[is_present])
         batch["labels"] = labels
         return batch
 
@@ -149,7 +151,7 @@ def _list_columns(rows: list[Row]) -> list[list[str]]:
     return [list(column) for column in zip(*(row.content for row in rows), strict=True)]
 
 
-def add_labels(batch: dict[str, Any], rows: list[EncodedRow]) -> dict[str, Any]:
+def add_labels(batch: dict[str, Tensor], rows: list[EncodedRow]) -> dict[str, Tensor]:
     """Return the batch with its rows' labels stacked, if they have any."""
     if "labels" in rows[0]:
         batch["labels"] = torch.from_numpy(np.stack([row["labels"] for row in rows]))
@@ -185,7 +187,14 @@ def _lacks_prefix_space(tokenizer: Any) -> bool:
     return any(not step["add_prefix_space"] for step in steps)
 
 
-def _find_byte_level_steps(state: Any) -> list[dict[str, Any]]:
+class _ByteLevelStep(TypedDict):
+    """Hold the entries of a pre-tokenizer's step that are read and set here."""
+
+    type: str
+    add_prefix_space: bool
+
+
+def _find_byte_level_steps(state: Any) -> list[_ByteLevelStep]:
     """Return the byte-level steps of a pre-tokenizer's state."""
     if not state:
         return []
@@ -230,7 +239,7 @@ class EncodedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.encoded)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> EncodedRow:
         row = self.encoded[index]
         if self.augment is not None:
             row = self.augment(row, self._epoch, self.keys[index])

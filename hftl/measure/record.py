@@ -367,7 +367,7 @@ class Record(RecordPart):
     @field_serializer("recipe")
     def _dump_recipe(self, recipe: Recipe) -> dict[str, object]:
         # The recipe as it was read: parsed and dumped again, 5 epochs would become 5.0.
-        return self._recipe_json or recipe.to_dict()
+        return self._recipe_json or {**recipe.to_dict()}
 
     @classmethod
     def read(cls, folder: Path) -> Self:

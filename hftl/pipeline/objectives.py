@@ -19,6 +19,7 @@ from hftl.data import masking
 from hftl.data.image_inputs import ImageInputs, get_image_size
 from hftl.data.masking import MaskedImageDataset
 from hftl.data.masking import collate_masked_images as collate_pictures
+from hftl.data.text_inputs import EncodedRow
 from hftl.errors import DataError, RecipeError
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.guard_metrics import build_neighbour_agreement, build_probe_score
@@ -106,7 +107,9 @@ def build_guard_metric(
         return None
     rows = corpus.general if corpus.general is not None else corpus.held_out
     if isinstance(context.inputs, ImageInputs):
-        encoded = [{"pixel_values": picture} for picture in load_canvases(context, rows)]
+        encoded: list[EncodedRow] = [
+            {"pixel_values": picture} for picture in load_canvases(context, rows)
+        ]
     else:
         ids = [rows[i][0].tolist() for i in _spread_indices(len(rows), GENERAL_SAMPLE)]
         encoded = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]

@@ -239,12 +239,12 @@ class IndexedDataset(Dataset):
     def __getitem__(self, number: int) -> EncodedRow:
         behind = number - len(self.target)
         if behind < 0:
-            return {**self.target[number], "row": number}
+            return {**self.target[number], "row": number}  # pyright: ignore[reportReturnType]
         assert self.general is not None
         row = dict(self.general[behind])
         if "labels" not in row and "label" not in row:
             row["labels"] = build_ignored_labels(self.target[0], row)
-        return {**row, "row": number}
+        return {**row, "row": number}  # pyright: ignore[reportReturnType]
 
 
 def build_ignored_labels(like: EncodedRow, row: EncodedRow) -> np.ndarray | Tensor:
