@@ -103,8 +103,8 @@ def fit_gradual(
             "Launch with recipes/accelerate/multi_gpu.yaml, or use another finetune.strategy",
         )
     everything = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    tensors = dict(iterate_trainable(model))
-    start = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+    names = [name for name, _ in iterate_trainable(model)]
+    start = {name: t.cpu().clone() for name, t in _get_tensors(model, names).items()}
     parts = split_phases(model)
     # The original is asked, and the optimizer made, while everything requires a gradient.
     first = trainer = make(args)
@@ -114,7 +114,7 @@ def fit_gradual(
     while (number := _next_phase(done, len(parts), gradual)) is not None:
         last = number == len(parts)
         if last:
-            _set_tensors(tensors, start | best.weights)
+            _set_tensors(_get_tensors(model, names), start | best.weights)
             _scale_learning_rates(optimizer, gradual.final_rate)
         for name, parameter in everything.items():
             parameter.requires_grad = last or name in parts[number]
@@ -123,10 +123,10 @@ def fit_gradual(
         its.seed = its.data_seed = args.seed * PHASE_SEEDS + number
         trainer = make(its, optimizers=(optimizer, None), retain=first.retention)
         done = _train_phase(trainer, model, number, best, done)
-        _save_progress(state, tensors, best, optimizer, done)
+        _save_progress(state, _get_tensors(model, names), best, optimizer, done)
     for parameter in everything.values():
         parameter.requires_grad = True
-    _set_tensors(tensors, start | best.weights)
+    _set_tensors(_get_tensors(model, names), start | best.weights)
     return trainer, done.history
 
 
@@ -164,6 +164,15 @@ def _train_phase(
         number + 1, done.stopped or not gained, epochs, [*done.history, *rows], best.best,
         best.epoch,
     )  # fmt: skip
+
+
+def _get_tensors(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """Return the named parameters and statistics, detached.
+
+    Not to be held from phase to phase: under DDP the parameters get other memory.
+    """
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: tensors[name].detach() for name in names}
 
 
 def _set_tensors(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
