@@ -38,7 +38,7 @@ def refuse(hftl: Hftl, tmp_path: Path) -> Refuse:
 
 @pytest.fixture
 def image_recipe(tmp_path: Path, tiny_model: Tiny) -> Path:
-    """A recipe of 20 images and the tiny ViT."""
+    """Write a recipe of 20 images and the tiny ViT."""
     tree = {
         "source": {"model": str(tiny_model("vit"))},
         "data": {"train": {"path": str(pictures(tmp_path / "pics", 10))}},

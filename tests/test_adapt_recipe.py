@@ -64,7 +64,7 @@ def test_rate_follows_objective_and_method(objective: str, method: str) -> None:
 def test_tolerance_is_a_share_where_the_unit_has_no_scale(
     objective: str, guard: str, task: str, relative: bool
 ) -> None:
-    """A tenth of an error of pixels that starts at 0.05 would allow everything."""
+    """Take a share of an error of pixels, of which a tenth is more than it starts at."""
     recipe = parse(
         f"adapt={{objective: {objective}, guard: {guard}}}", "data.general=g", f"data.task={task}"
     )

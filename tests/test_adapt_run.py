@@ -124,14 +124,14 @@ def adapted_base(tmp_path_factory: pytest.TempPathFactory, tiny_model: Tiny) -> 
 
 @pytest.fixture
 def moved(finished: Finished, tmp_path: Path) -> Finished:
-    """A copy of the finished run, in another place."""
+    """Copy the finished run to another place."""
     shutil.copytree(finished[0], tmp_path / "moved")
     return tmp_path / "moved", json.loads(json.dumps(finished[1]))
 
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The facts of each adaptation that this test trains."""
+    """List the facts of each adaptation that the test trains."""
     facts: list[dict[str, Any]] = []
     adapt = adaptation.adapt_encoder
 
@@ -272,7 +272,7 @@ def test_changed_key_is_refused(
 def test_second_adaptation_starts_from_the_first(
     moved: Finished, trained: list[dict[str, Any]]
 ) -> None:
-    """It and what follows from it run, nothing else."""
+    """Run it and what follows from it, nothing else."""
     run, tree = moved
     files = ("phases/adapt-1/told.json", "arms/source-seed0/metrics.json",
              "arms/classical-seed1/metrics.json")  # fmt: skip
@@ -411,7 +411,7 @@ def test_images_are_adapted_and_published(
 
 
 def test_harmful_adaptation_is_undone(texts: Path, tiny_model: Tiny, tmp_path: Path) -> None:
-    """Its loss falls, and the neighbours with it; the own arm then is `source` bit for bit."""
+    """Lose neighbours while the loss falls: the own arm then is `source` bit for bit."""
     rows = [[" ".join(["music"] * n + ["was"] * m)] for n in range(1, 8) for m in range(1, 8)]
     harmful = ADAPT | {
         "guard": "neighbours", "tolerance": 0, "held_out": 0.3, "pack": False,

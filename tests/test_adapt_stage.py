@@ -90,7 +90,7 @@ def whole(
 
 @pytest.fixture
 def run(tiny_model: Tiny, tmp_path: Path) -> Adaptation:
-    """A full adaptation of the tiny BERT."""
+    """Prepare a full adaptation of the tiny BERT."""
     return Adaptation("mlm", "full", tiny_model(), tmp_path, general=True)
 
 
@@ -145,7 +145,7 @@ def test_resume_reaches_the_same_weights(
 def test_resume_without_the_random_state_reaches_other_weights(
     run: Adaptation, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without dropout and masks that depend on it, the test above could not fail."""
+    """Show that dropout and masks depend on it: else the test above could not fail."""
     monkeypatch.setattr(TransferTrainer, "_load_rng_state", lambda *_: None)
     run.stop_at(10)
     _, weights = run()
@@ -156,7 +156,7 @@ def test_resume_without_the_random_state_reaches_other_weights(
 def test_finished_adaptation_takes_no_further_step(
     more: dict[str, Any], tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the last step is not an epoch's end, and where patience ended it."""
+    """End it at a step that is not an epoch's end, or by patience."""
     run = Adaptation("mlm", "full", tiny_model(), tmp_path, eval_steps=4, **more)
     first = run()
     assert first[0]["steps"] == more.get("max_steps", 4)
@@ -171,7 +171,7 @@ def test_finished_adaptation_takes_no_further_step(
 def test_unfinished_checkpoint_is_ignored(
     limit: dict[str, Any], whole: Any, tiny_model: Tiny, tmp_path: Path
 ) -> None:
-    """The one before it is still there, whatever limit the recipe sets."""
+    """Find the one before it still there, whatever limit the recipe sets."""
     run = Adaptation("mlm", "full", tiny_model(), tmp_path, general=True, **limit)
     save, calls = GuardedCheckpoint.on_save, iter(range(1, 100))
 
@@ -212,7 +212,7 @@ def test_checkpoint_is_complete_with_the_last_byte_of_its_last_file(
 def test_weights_of_the_best_evaluation_are_restored(
     objective: str, tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here by a guard that is best at step 6; its recorded loss can be measured again."""
+    """Use a guard that is best at step 6, and measure the recorded loss again."""
     weights: dict[int, dict[str, torch.Tensor]] = {}
     evaluate = GuardedCheckpoint.on_evaluate
 
@@ -254,7 +254,7 @@ def compute_held_out_loss(model: Any, task: Any) -> float:
 
 
 def test_original_stays_where_nothing_passes_the_guard(tiny_model: Tiny, tmp_path: Path) -> None:
-    """The guard is minus the length of the weights, which grows."""
+    """Guard by minus the length of the weights, which grows."""
     run = Adaptation("mlm", "full", tiny_model(), tmp_path, GuardRule("probe", 0.0), patience=2)
     facts, _ = run()
     assert facts["kept"] == "original" and facts["step"] == 0
@@ -292,7 +292,7 @@ def test_nan_loss_stops(tiny_model: Tiny, tmp_path: Path) -> None:
 def test_new_head_of_a_small_corpus_is_trained_as_patiently(
     tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An epoch of one step is no reason to evaluate every step and see little gained by it."""
+    """Evaluate as rarely where an epoch has one step: a step gains little."""
     monkeypatch.setattr(adaptation, "HEAD_EVAL_STEPS", 8)
     folder = tiny_model("bert")
     model, fresh = load_cold("mlm", folder)
@@ -347,7 +347,7 @@ def is_level(losses: list[float]) -> bool:
 
 
 def test_head_of_the_checkpoint_stays(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here one bias alone is missing."""
+    """Train the one bias that is missing, and nothing else."""
     monkeypatch.setattr(adaptation, "HEAD_MAX_STEPS", 6)
     model, _ = load_cold("mlm", tiny_model())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

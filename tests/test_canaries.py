@@ -28,7 +28,7 @@ TOKENS = [*SECRETS.values(), "hf_me_write", PASSWORD]
 def planted(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]
 ) -> Iterator[tuple[Path, dict[str, str]]]:
-    """A run with canaries in environment, home, paths of model and data, and git remote."""
+    """Plant canaries in environment, home, paths of model and data, and git remote."""
     home = tmp_path_factory.mktemp("planted") / "home" / USER
     (home / "secret-project").mkdir(parents=True)
     shutil.copytree(tiny_model(), home / "models" / "tiny")

@@ -91,7 +91,7 @@ def test_a_flat_colour_is_not_narrow() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder of 12-bit images in 16-bit files: 3 to 12 of 255 as the model gets them."""
+    """Write 12-bit images in 16-bit files: 3 to 12 of 255 as the model gets them."""
     for label, (low, high) in {"dark": (780, 1500), "light": (1600, 3080)}.items():
         (tmp_path / "deep" / label).mkdir(parents=True)
         for number in range(12):

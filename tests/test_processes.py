@@ -72,7 +72,7 @@ def ranks(launched: Any) -> list[Results]:
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """The same trainings in this one process."""
+    """Run the same trainings in this one process."""
     assert get_world_size() == 1
     folder = tmp_path_factory.mktemp("one")
     results: Results = {name: train_case(name, folder) for name in CASES}
