@@ -285,7 +285,7 @@ def get_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
 def test_running_statistics_are_stored_where_they_move(
     strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was measured is what an arm's folder and the published model hold."""
+    """An arm's folder and the published model hold the statistics that were measured."""
     monkeypatch.setitem(architectures.ARCHITECTURES, "resnet", RESNET)
     context, finetune = build_resnet_arm(tmp_path, strategy)
     output = train_arm(context, finetune, 0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("hftl", "benchmarks")
+FOLDERS = ("hftl", "benchmarks", "tests")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 PRIVATE_WORDS = {"told", "found", "kept", "asked", "wanted", "looked", "learnt"}
 """Words that name no thing of the field: `found` was bound 844 times, with as many meanings."""

@@ -44,10 +44,10 @@ class Door:
         self.broken: list[str] = []
         self.faults: list[dict[str, Any]] = []
         self.shows = False
-        """Whether a repository is public, whatever was asked for."""
+        """Return whether a repository is public, whatever the request says."""
 
     def answer(self, method: str, url: str, headers: Any, body: bytes) -> Answer:
-        """What the hub says to a request."""
+        """Answer a request as the hub does."""
         raise NotImplementedError
 
     def control(self, request: dict[str, Any]) -> Answer:

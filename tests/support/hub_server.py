@@ -268,7 +268,7 @@ class Hub(Door):
 
 
 def card_errors(text: str) -> list[str]:
-    """What the hub finds wrong with a card's front matter."""
+    """List the faults of a card's front matter, as the hub does."""
     import yaml
 
     match = re.match(r"^\s*---[\r\n]+([\S\s]*?)[\r\n]+---([\r\n]|$)", text)

@@ -1,4 +1,4 @@
-"""What the small hub holds: repositories with git-like commits, and large files."""
+"""Store the small hub's repositories with git-like commits, and its large files."""
 
 import hashlib
 import re
@@ -8,7 +8,7 @@ from typing import Any
 LFS = re.compile(r".*\.(safetensors|bin|pt|png)")
 LARGE = 10_000_000
 FIRST = {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
-"""What a new repository holds."""
+"""The files of a new repository."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Blob:
 
 
 def git_oid(content: bytes) -> str:
-    """What git calls a blob of this content."""
+    """Return the name that git gives a blob of this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
