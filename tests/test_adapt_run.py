@@ -96,7 +96,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("p") / "pics", 15)
+    return pictures(tmp_path_factory.mktemp("p") / "pics", 20)
 
 
 @pytest.fixture(scope="module")
