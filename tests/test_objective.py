@@ -83,9 +83,7 @@ def test_models_own_loss_is_trained(form: str, tmp_path: Path) -> None:
     assert_same_parameters(*models, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("outputs", "integers"), [(1, True), pytest.param(1, False, marks=pytest.mark.slow), (3, False)]
-)
+@pytest.mark.parametrize(("outputs", "integers"), [(1, True), (3, False)])
 def test_regression_targets_are_trained_by_squares(
     outputs: int, integers: bool, bert: Path, tmp_path: Path
 ) -> None:
