@@ -29,6 +29,7 @@ from hftl.finetune.context import ExperimentContext, build_context, build_input_
 from hftl.finetune.retention import build_setup
 from hftl.models.source import find_source
 from hftl.pipeline import pipeline
+from hftl.train.facts import FisherFacts
 
 RESULT = Path(__file__).parent / "results" / "kl_time.json"
 RECIPE: dict[str, Any] = {
@@ -77,7 +78,7 @@ def time_training(recipe: hftl.Recipe, bench: ExperimentContext, way: str) -> tu
         RETAIN_VARIANTS[way],
         recipe.finetune,
         0,
-        lambda _: ({}, {}),
+        lambda _: ({}, FisherFacts(kind="none", rows=0)),
         lambda before: before.build_model("mean", 0).model,
     )
     train_arm(bench, recipe.finetune, 0, setup)
