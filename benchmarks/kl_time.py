@@ -25,8 +25,8 @@ from hftl.config.retain import KL, Replay, Retain
 from hftl.data.general import load_general
 from hftl.data.prepare import prepare_data
 from hftl.finetune.arm import train_arm
-from hftl.finetune.context import ExperimentContext, build_context, build_input_spec
-from hftl.finetune.retention import build_setup
+from hftl.finetune.context import ExperimentContext, build_context, infer_input_spec
+from hftl.finetune.regularizer_setup import build_setup
 from hftl.models.source import find_source
 from hftl.pipeline import pipeline
 from hftl.train.facts import FisherFacts
@@ -63,7 +63,7 @@ def open_context() -> tuple[hftl.Recipe, ExperimentContext]:
     """Return the recipe and its context, with the general rows read."""
     recipe = hftl.Recipe.parse(RECIPE, "benchmarks/kl_time.py")
     source = find_source(recipe.source)
-    reading = build_input_spec(source, "classification")
+    reading = infer_input_spec(source, "classification")
     prepared = prepare_data(recipe.data, reading)
     bench = build_context(recipe, source, prepared)
     bench.general = load_general(recipe.data, prepared, reading)

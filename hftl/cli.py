@@ -172,7 +172,7 @@ def card(run: RunFolder) -> None:
     from hftl.pipeline import evaluate_adaptation
     from hftl.pipeline.evaluate import rewrite_card
 
-    if evaluate_adaptation.is_adaptation_run(run):
+    if evaluate_adaptation.is_adaptation_only_run(run):
         evaluate_adaptation.rewrite_adaptation_card(run)
     else:
         rewrite_card(run)

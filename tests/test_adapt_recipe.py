@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hftl.adapt.guard import GuardEvaluation
+from hftl.adapt.guard import AdaptationEvaluation
 from hftl.config.adapt import DEFAULT_ADAPT_RATES, DEFAULT_TOLERANCES
 from hftl.config.overrides import apply_overrides
 from hftl.config.recipe import Arm, Recipe
@@ -70,10 +70,10 @@ def test_tolerance_is_a_share_where_the_unit_has_no_scale(
     )
     rule = build_guard_rule(recipe, recipe.stages[0], None)
     assert rule.relative == relative and rule.tolerance == DEFAULT_TOLERANCES[guard]
-    start = GuardEvaluation(0, 1.0, 0.05, -0.05)
+    start = AdaptationEvaluation(0, 1.0, 0.05, -0.05)
     if (objective, guard) == ("mae", "general"):
-        assert rule.allows(GuardEvaluation(1, 0.9, 0.0549, -0.0549), start)
-        assert not rule.allows(GuardEvaluation(1, 0.9, 0.0551, -0.0551), start)
+        assert rule.allows(AdaptationEvaluation(1, 0.9, 0.0549, -0.0549), start)
+        assert not rule.allows(AdaptationEvaluation(1, 0.9, 0.0551, -0.0551), start)
 
 
 def test_values_and_overrides_stand_beside_the_defaults() -> None:

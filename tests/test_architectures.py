@@ -33,7 +33,7 @@ from hftl.models.architectures import (
     ArchitectureSpec,
     HeadSpec,
     count_layers,
-    get_architecture,
+    get_config_spec,
     get_max_tokens,
     get_native_image_size,
     get_patch_size,
@@ -49,8 +49,8 @@ from hftl.models.encoders import (
     list_block_paths,
 )
 from hftl.models.features import predict_logits
-from hftl.models.heads import get_last_linear, get_model_architecture
-from hftl.models.lora import list_lora_layers
+from hftl.models.heads import get_last_linear, get_model_spec
+from hftl.models.lora import list_adapted_layers
 from hftl.publish.export import export_model, rebuild_model
 from hftl.train.checkpoint import BestWeightsCallback, list_training_modes
 
@@ -95,8 +95,8 @@ def make_batch(name: str, side: int = IMAGE_SIZE) -> dict[str, torch.Tensor]:
 def test_entry_is_what_runs(name: str, changes: dict[str, Any], task: str) -> None:
     """Compare the entry with the order of calls and with missing gradients."""
     model = build_stock(name, changes, task).train()
-    spec = get_architecture(model.config).for_task(task)
-    assert get_model_architecture(model) == spec
+    spec = get_config_spec(model.config).for_task(task)
+    assert get_model_spec(model) == spec
     encoder = get_stock_encoder(model, spec)
     assert encoder is not model
     paths = [f"{spec.encoder}.{path}" for path in list_block_paths(encoder, spec)]
@@ -144,7 +144,7 @@ def test_entry_is_what_runs(name: str, changes: dict[str, Any], task: str) -> No
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_encoder_alone(name: str) -> None:
     config = tiny_config(name)
-    spec = get_architecture(config)
+    spec = get_config_spec(config)
     kind = get_encoder_class(config)
     takes = inspect.signature(kind.__init__).parameters
     assert spec.add_pooling_layer == ("add_pooling_layer" in takes and not is_image(name))
@@ -197,7 +197,7 @@ def test_sizes_of_images_and_patches(name: str, patch: int) -> None:
 @pytest.mark.parametrize("name", [name for name in sorted(ARCHITECTURES) if is_image(name)])
 def test_larger_images_run_as_the_entry_says(name: str) -> None:
     model = build_stock(name, {}).eval()
-    sizes = get_architecture(model.config).image_sizes
+    sizes = get_config_spec(model.config).image_sizes
     assert sizes != "fixed"
     arguments = {"interpolate_pos_encoding": True} if sizes == "argument" else {}
     with torch.no_grad():
@@ -207,7 +207,7 @@ def test_larger_images_run_as_the_entry_says(name: str) -> None:
 
 def test_refuses_other_layers_in_a_block_and_other_classes() -> None:
     model = build_stock("bert", {})
-    spec, layer = get_architecture(model.config), model.bert.encoder.layer[1]
+    spec, layer = get_config_spec(model.config), model.bert.encoder.layer[1]
     layer.gate = nn.Linear(2, 2)
     with pytest.raises(RecipeError, match="a block has a linear layer 'gate'"):
         get_blocks(model.bert, spec)
@@ -216,9 +216,9 @@ def test_refuses_other_layers_in_a_block_and_other_classes() -> None:
     with pytest.raises(RecipeError, match="no linear layer 'intermediate.dense'"):
         get_blocks(model.bert, spec)
     with pytest.raises(RecipeError, match="BertForMaskedLM is no sequence, token or image"):
-        get_model_architecture(BertForMaskedLM(model.config))
+        get_model_spec(BertForMaskedLM(model.config))
     with pytest.raises(RecipeError, match="vit has no class for token-classification"):
-        get_architecture(tiny_config("vit")).for_task(TOKEN_CLASSIFICATION)
+        get_config_spec(tiny_config("vit")).for_task(TOKEN_CLASSIFICATION)
     with pytest.raises(RecipeError, match=r"\(32, 64\) pixels, expected squares"):
         get_native_image_size(tiny_config("vit", image_size=[32, 64]))
 
@@ -237,7 +237,7 @@ def test_refuses_an_unsupported_architecture(
     config = AutoConfig.for_model(name, **fields)
     advice = "Use one of albert, .*vit_mae.*, or add an entry to hftl/models/architectures.py"
     with pytest.raises(RecipeError, match=f"'{name}' is not supported: {reason}.*{advice}"):
-        get_architecture(config)
+        get_config_spec(config)
 
 
 RESNET = ArchitectureSpec(
@@ -262,7 +262,7 @@ def test_a_convolutional_network_fits_an_entry(
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     top = "resnet.encoder.stages.1.layers.0."
     if strategy == "lora":
-        assert len(list_lora_layers(model)) == 3 * 3 + 2
+        assert len(list_adapted_layers(model)) == 3 * 3 + 2
     elif strategy == "partial":
         assert any(name.startswith(top) for name in trains)
         assert not any(name.startswith("resnet.embedder") for name in trains)

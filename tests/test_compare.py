@@ -21,8 +21,8 @@ from hftl import cli
 from hftl.config.recipe import Recipe
 from hftl.data import prepare
 from hftl.errors import DataError, RecipeError
-from hftl.inference.compare import compare_models, count_parameters
-from hftl.inference.predict import load_predictors
+from hftl.inference.compare import compare_models, count_saved_parameters
+from hftl.inference.predict import iterate_predictors
 from hftl.measure.gain import compare_pair, score_with_interval
 from hftl.measure.metrics import METRICS
 from hftl.measure.statistics import item_interval
@@ -92,7 +92,7 @@ def test_each_predicts_as_it_does_alone_and_the_base_is_loaded_once(
     alone = [hftl.load(folder).predict(texts) for folder in folders]
     assert len(loaded_from) == len(folders)
     loaded_from.clear()
-    together = {number: model.predict(texts) for number, model in load_predictors(folders)}
+    together = {number: model.predict(texts) for number, model in iterate_predictors(folders)}
     assert loaded_from == [str(tiny_model("bert"))]
     assert sorted(together) == list(range(len(folders)))
     for number, expected in enumerate(alone):
@@ -119,7 +119,7 @@ def test_another_base_is_loaded_too(
     rewrite(other / "adapter_config.json", base_model_name_or_path=str(tiny_model("bert", True)))
     loaded_from.clear()
     folders = [adapters["two"], other, whole, adapters["more"]]
-    assert sorted(number for number, _ in load_predictors(folders)) == [0, 1, 2, 3]
+    assert sorted(number for number, _ in iterate_predictors(folders)) == [0, 1, 2, 3]
     assert len(loaded_from) == 3
 
 
@@ -153,7 +153,7 @@ def test_table_holds_the_scores_of_predict(
 
 
 def test_parameters_are_those_of_the_folder(adapters: dict[str, Path]) -> None:
-    assert count_parameters(adapters["pooler"]) == 3 * 2 * 4 * 16 + 16 * 17 + 2 * 17
+    assert count_saved_parameters(adapters["pooler"]) == 3 * 2 * 4 * 16 + 16 * 17 + 2 * 17
 
 
 # --- runs --------------------------------------------------------------------------------------

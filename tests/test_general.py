@@ -19,7 +19,7 @@ from hftl.data.rows import InputSpec, Row
 from hftl.errors import DataError
 from hftl.models.source import find_source
 from hftl.pipeline import pipeline
-from hftl.pipeline.corpora import build_leak_test
+from hftl.pipeline.corpora import build_leak_filter
 from hftl.pipeline.run import Run
 
 Tiny = Callable[..., Path]
@@ -151,7 +151,7 @@ def test_near_copies_of_what_measures_are_not_used(
     context = pipeline._load_data(this, find_source(recipe.source))
     general = pipeline._load_general_rows(this, context)
     assert general is not None
-    is_near = build_leak_test(context)
+    is_near = build_leak_filter(context)
     assert not any(map(is_near, general.train_rows)) and any(map(is_near, general.eval_rows))
     assert general.facts.near > 5 and len(general.train_rows) > 5
 

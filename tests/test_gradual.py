@@ -17,7 +17,7 @@ from hftl.errors import RecipeError
 from hftl.finetune import gradual
 from hftl.finetune.arm import train_arm
 from hftl.finetune.gradual import GradualCheckpoint, split_phases
-from hftl.finetune.retention import RegularizerSetup
+from hftl.finetune.regularizer_setup import RegularizerSetup
 from hftl.finetune.trainable import prepare
 from hftl.pipeline.pipeline import run
 from hftl.retain.kl import KLToOriginal

@@ -12,7 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from hftl.adapt.guard import GuardedCheckpoint, GuardEvaluation, GuardRule, find_complete_checkpoint
+from hftl.adapt.guard import (
+    AdaptationEvaluation,
+    GuardedCheckpoint,
+    GuardRule,
+    find_complete_checkpoint,
+)
 from hftl.errors import NumericError
 
 GUARDS = ("probe", "general", "neighbours", "off")
@@ -20,13 +25,13 @@ RULES = [GuardRule(*kind) for kind in itertools.product(GUARDS, (0.0, 0.125), (F
 OFF = GuardRule("off", 0.0)
 
 
-def draw_history(draw: random.Random) -> list[GuardEvaluation]:
+def draw_history(draw: random.Random) -> list[AdaptationEvaluation]:
     """Return evaluations of few values, exact in binary, so that ties and edges are common."""
     pairs = [(draw.randint(0, 3) / 2, draw.randint(0, 4) / 16) for _ in range(draw.randint(1, 6))]
-    return [GuardEvaluation(i, target, None, guard) for i, (target, guard) in enumerate(pairs)]
+    return [AdaptationEvaluation(i, target, None, guard) for i, (target, guard) in enumerate(pairs)]
 
 
-def select_by_loop(rule: GuardRule, history: list[GuardEvaluation]) -> GuardEvaluation:
+def select_by_loop(rule: GuardRule, history: list[AdaptationEvaluation]) -> AdaptationEvaluation:
     start, best = history[0], history[0]
     for seen in history[1:]:
         assert seen.guard is not None and best.guard is not None and start.guard is not None
@@ -55,11 +60,14 @@ def test_best_evaluation_is_that_of_a_plain_loop(rule: GuardRule) -> None:
 
 
 def test_tolerance_is_of_the_start_or_of_the_source_and_absolute_or_a_share() -> None:
-    start, seen = GuardEvaluation(0, 2.0, None, 0.8), GuardEvaluation(1, 1.0, None, 0.795)
+    start, seen = AdaptationEvaluation(0, 2.0, None, 0.8), AdaptationEvaluation(1, 1.0, None, 0.795)
     assert GuardRule("probe", 0.01).allows(seen, start)
     assert not GuardRule("probe", 0.01, origin=0.81).allows(seen, start)
     assert GuardRule("probe", 0.02, origin=0.81).allows(seen, start)
-    start, seen = GuardEvaluation(0, 2.0, None, -50.0), GuardEvaluation(1, 1.0, None, -50.4)
+    start, seen = (
+        AdaptationEvaluation(0, 2.0, None, -50.0),
+        AdaptationEvaluation(1, 1.0, None, -50.4),
+    )
     assert GuardRule("probe", 0.01, relative=True).allows(seen, start)
     assert not GuardRule("probe", 0.01).allows(seen, start)
     assert not GuardRule("probe", 0.005, relative=True).allows(seen, start)
@@ -97,14 +105,14 @@ def test_explanation_of_an_undone_adaptation_is_true(rule: GuardRule) -> None:
 
 
 def test_edge_of_the_tolerance_is_inside_and_an_equal_loss_is_not_lower() -> None:
-    start = GuardEvaluation(0, 2.0, None, 0.5)
+    start = AdaptationEvaluation(0, 2.0, None, 0.5)
     for rule in (GuardRule("probe", 0.25), GuardRule("neighbours", 0.25)):
-        assert rule.allows(GuardEvaluation(1, 1.0, None, 0.25), start)
-        assert not rule.allows(GuardEvaluation(1, 1.0, None, 0.2499), start)
-        assert not rule.allows(GuardEvaluation(1, 2.0, None, 0.9), start)
-    assert OFF.allows(GuardEvaluation(1, 1.0), GuardEvaluation(0, 2.0))
+        assert rule.allows(AdaptationEvaluation(1, 1.0, None, 0.25), start)
+        assert not rule.allows(AdaptationEvaluation(1, 1.0, None, 0.2499), start)
+        assert not rule.allows(AdaptationEvaluation(1, 2.0, None, 0.9), start)
+    assert OFF.allows(AdaptationEvaluation(1, 1.0), AdaptationEvaluation(0, 2.0))
     with pytest.raises(ValueError, match="nothing guarded the evaluation at step 1"):
-        GuardRule("probe", 0.1).allows(GuardEvaluation(1, 1.0), start)
+        GuardRule("probe", 0.1).allows(AdaptationEvaluation(1, 1.0), start)
 
 
 # The checkpoint
@@ -167,7 +175,7 @@ def test_general_loss_guards_with_its_sign_turned_or_is_recorded_beside_another_
     course = Course(GuardRule("neighbours", 0.5))
     course.evaluate(0, 3.0, 1.0, general=1.0)
     course.evaluate(1, 2.0, 0.75, general=9.0)
-    assert course.checkpoint.history[1] == GuardEvaluation(1, 2.0, 9.0, 0.75)
+    assert course.checkpoint.history[1] == AdaptationEvaluation(1, 2.0, 9.0, 0.75)
     assert course.checkpoint.best.step == 1
 
 

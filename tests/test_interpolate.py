@@ -17,7 +17,7 @@ from hftl.errors import RecipeError
 from hftl.finetune.arm import solve_head, train_arm
 from hftl.finetune.context import RegularizerSetup
 from hftl.finetune.interpolate import select_alpha, set_interpolated_weights
-from hftl.finetune.retention import check_retention
+from hftl.finetune.regularizer_setup import check_retention
 from hftl.finetune.trainable import prepare
 from hftl.models.source import find_source
 from hftl.retain.weights import compute_update, iterate_lora_layers

@@ -15,7 +15,7 @@ from hftl.adapt.mlm import load_mlm
 from hftl.config.recipe import Recipe
 from hftl.config.section import Source
 from hftl.errors import RecipeError
-from hftl.models.lora import list_lora_layers
+from hftl.models.lora import list_adapted_layers
 from hftl.models.source import find_source
 
 WRONG = [
@@ -71,7 +71,7 @@ def test_refuses_a_name_that_matches_nothing(
 
 @pytest.mark.parametrize(("lora", "layers"), RIGHT, ids=lambda part: str(part)[:40])
 def test_names_that_match_choose_layers(lora: dict[str, Any], layers: int, model: Any) -> None:
-    assert len(list_lora_layers(prepare(deepcopy(model), "lora", lora=lora))) == layers
+    assert len(list_adapted_layers(prepare(deepcopy(model), "lora", lora=lora))) == layers
 
 
 def test_refuses_the_same_in_other_sections(

@@ -32,7 +32,7 @@ from hftl.data.masking import (
     split_by_noise,
 )
 from hftl.errors import RecipeError
-from hftl.models.source import SourceModel, find_source, load_processor
+from hftl.models.source import SourceModel, find_source, load_image_processor
 
 SUPPORTED = ("vit", "vit_mae", "deit", "dinov2", "dinov2_with_registers", "beit")
 PREFIX = {"deit": 2, "dinov2_with_registers": 5}
@@ -74,7 +74,7 @@ def build_inputs(source: SourceModel, side: int = IMAGE_SIZE) -> ImageInputs:
     more = {"interpolate_pos_encoding": True} if side != IMAGE_SIZE and (
         source.architecture_spec.image_sizes == "argument") else {}  # fmt: skip
     return ImageInputs(
-        Data.model_construct(), resize_processor(load_processor(source), side), more, PATCH
+        Data.model_construct(), resize_processor(load_image_processor(source), side), more, PATCH
     )
 
 

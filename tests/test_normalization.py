@@ -16,7 +16,7 @@ from conftest import bench_of, sentences, write_csv
 from PIL import Image
 
 import hftl
-from hftl.analysis.check import check_inputs
+from hftl.analysis.check import run_preflight_checks
 from hftl.config.data import Data
 from hftl.config.recipe import Recipe
 from hftl.data.facts import PreparedFacts
@@ -177,7 +177,7 @@ def test_data_prepared_before_contradictions_were_counted_are_checked(
     facts = bench.prepared.facts.to_dict()
     older = PreparedFacts.model_validate({key: facts[key] for key in facts if key not in newer})
     older = replace(bench.prepared, facts=older)
-    assert check_inputs(recipe, recipe.arms, bench.source, bench.inputs, older)["warnings"]
+    assert run_preflight_checks(recipe, recipe.arms, bench.source, bench.inputs, older)["warnings"]
 
 
 def test_models_are_compared_whatever_the_spelling_of_their_classes(

@@ -29,7 +29,7 @@ from hftl.data.masking import build_masking_spec
 from hftl.errors import RecipeError
 from hftl.finetune.pretraining_heads import check_pretraining_head
 from hftl.finetune.trainable import prepare
-from hftl.models.heads import build_model, get_encoder, get_model_architecture
+from hftl.models.heads import build_model, get_encoder, get_model_spec
 from hftl.models.source import find_source, load_tokenizer
 from hftl.retain.pretraining_kl import (
     MaskedTokenKL,
@@ -73,7 +73,7 @@ def bert(tiny_model: Tiny) -> Path:
 def test_original_may_be_another_model(bert: Path, strategy: str) -> None:
     """Take the source after an adaptation: it is not the model without its adapter."""
     start = build_probed_model(bert, "full")
-    perturb(get_encoder(start, get_model_architecture(start)), 0.05)
+    perturb(get_encoder(start, get_model_spec(start)), 0.05)
     model, distances = prepare(start, strategy), {}
     for is_other in (False, True):
         term = build_masked_kl(bert, is_other=is_other)

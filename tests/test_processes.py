@@ -26,7 +26,7 @@ from support.two_processes import (
     get_kind,
     to_bytes,
     train_case,
-    unfreeze,
+    unfreeze_gradually,
 )
 
 from hftl.finetune.gradual import split_phases
@@ -78,7 +78,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Results:
     results: Results = {name: train_case(name, folder) for name in CASES}
     results |= {names: adapt_case(*names, folder) for names in ADAPTATIONS}
     results["information"] = compute_information()
-    results["unfrozen"] = unfreeze(folder, None, dropout=0.0)
+    results["unfrozen"] = unfreeze_gradually(folder, None, dropout=0.0)
     return results
 
 

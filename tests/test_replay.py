@@ -25,7 +25,7 @@ from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
 from hftl.data.rows import InputSpec
 from hftl.errors import DataError, HftlError, RecipeError
-from hftl.finetune.retention import build_general_dataset
+from hftl.finetune.regularizer_setup import build_general_dataset
 from hftl.pipeline.cache_keys import flatten_retain
 from hftl.pipeline.pipeline import check_recipe, run
 from hftl.train.loss import compute_replay_loss, compute_summed_loss

@@ -19,7 +19,7 @@ from hftl.models.source import (
     SourceModel,
     find_source,
     hash_source_weights,
-    load_processor,
+    load_image_processor,
     load_tokenizer,
 )
 
@@ -131,7 +131,7 @@ def test_processor_comes_with_the_hub_id_and_needs_no_torchvision(
     name: str, hub: Any, tiny_model: Tiny
 ) -> None:
     hub(tiny_model(name))
-    processor = load_processor(find_source(Source(model="org/tiny")))
+    processor = load_image_processor(find_source(Source(model="org/tiny")))
     image = np.zeros((20, 30, 3), dtype=np.uint8)
     pixels = processor(images=image, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 32, 32)
@@ -142,7 +142,7 @@ def test_source_without_processor_or_tokenizer_says_so(tiny_model: Tiny, tmp_pat
         (tmp_path / name).mkdir()
         shutil.copy(tiny_model(name) / "config.json", tmp_path / name)
     with pytest.raises(RecipeError, match="no usable image processor"):
-        load_processor(find_folder(tmp_path / "vit"))
+        load_image_processor(find_folder(tmp_path / "vit"))
     with pytest.raises(RecipeError, match="no usable tokenizer"):
         load_tokenizer(find_folder(tmp_path / "bert"))
 

@@ -21,7 +21,7 @@ from hftl.models.encoders import (
     list_weight_layers,
 )
 from hftl.models.heads import LoadedModel, PooledModel, build_model, list_unused_parts
-from hftl.models.lora import list_lora_layers
+from hftl.models.lora import list_adapted_layers
 from hftl.models.source import find_source
 from hftl.train.checkpoint import list_training_modes
 
@@ -108,7 +108,7 @@ def prepare_and_train(loaded: LoadedModel, strategy: str, name: str) -> Any:
     assert {strip_peft(n) for n in trains if "lora_" not in n} == intended
     adapters = {n for n in trains if "lora_" in n}
     assert len(adapters) == (2 * layers if strategy == "lora" else 0)
-    assert len(list_lora_layers(model)) == len(adapters) // 2
+    assert len(list_adapted_layers(model)) == len(adapters) // 2
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     train_two_steps(model, name)
     for n, parameter in model.named_parameters():
@@ -250,7 +250,7 @@ def test_lora_adapts_the_chosen_layers_and_leaves_the_output(
     model: Any = build(tiny_model(name)).model.eval()
     before = model(**make_batch(name)).logits
     adapted: Any = prepare(model, "lora", lora=lora).eval()
-    assert len(list_lora_layers(adapted)) == layers
+    assert len(list_adapted_layers(adapted)) == layers
     torch.testing.assert_close(adapted(**make_batch(name)).logits, before)
 
 

@@ -26,7 +26,7 @@ from hftl.finetune.arm import (
 )
 from hftl.finetune.baselines import solve_classical, train_scratch
 from hftl.finetune.context import ExperimentContext
-from hftl.finetune.retention import build_setup
+from hftl.finetune.regularizer_setup import build_setup
 from hftl.finetune.trainable import prepare
 from hftl.measure.metrics import compute_all_metrics
 from hftl.models.heads import get_last_linear_copies

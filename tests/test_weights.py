@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from hftl.adapt.encoder_io import merge_encoder_state
 from hftl.errors import RecipeError
 from hftl.finetune.trainable import prepare
-from hftl.models.heads import get_encoder, get_model_architecture
+from hftl.models.heads import get_encoder, get_model_spec
 from hftl.retain.fisher import EWC
 from hftl.retain.weights import (
     L2SP,
@@ -43,7 +43,7 @@ HEAD = ("head.", "classifier.")
 
 def get_inner_encoder(model: Any) -> Any:
     """Return the encoder inside, its layers wrapped."""
-    return get_encoder(model, get_model_architecture(model))
+    return get_encoder(model, get_model_spec(model))
 
 
 def copy_encoder_parameters(model: nn.Module) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ HEAD_MIN_IMPROVEMENT = 0.005
 
 
 @dataclass(frozen=True)
-class AdaptationTask:
+class AdaptationData:
     """Hold the rows of an adaptation: corpus, and rows held out of it.
 
     `general` is other text or other pictures, where there are any; `collate` makes batches of all.
@@ -55,7 +55,7 @@ class AdaptationTask:
 
 
 def train_new_head(
-    model: Any, fresh: tuple[str, ...], task: AdaptationTask, stage: Adapt, seed: int, device: str,
+    model: Any, fresh: tuple[str, ...], task: AdaptationData, stage: Adapt, seed: int, device: str,
 ) -> HeadTraining:  # fmt: skip
     """Train the head's weights that the source lacks until its held-out loss levels off.
 
@@ -99,7 +99,7 @@ def train_new_head(
 
 def adapt_encoder(
     model: nn.Module,
-    task: AdaptationTask,
+    task: AdaptationData,
     stage: Adapt,
     rule: GuardRule,
     measure: Callable[[], float] | None,
@@ -218,7 +218,7 @@ def _build_arguments(
 def _build_trainer(
     model: nn.Module,
     args: TrainingArguments,
-    task: AdaptationTask,
+    task: AdaptationData,
     callback: TrainerCallback,
     held_out: Dataset[Any] | dict[str, Dataset[Any]],
 ) -> TransferTrainer:
@@ -240,7 +240,7 @@ def _remove_autocast(trainer: TransferTrainer, model: nn.Module) -> None:
 
 
 def estimate_adaptation_seconds(
-    model: nn.Module, task: AdaptationTask, stage: Adapt, device: str
+    model: nn.Module, task: AdaptationData, stage: Adapt, device: str
 ) -> float:
     """Estimate the seconds of all steps and looks at held-out losses, as if none stopped early.
 
@@ -267,6 +267,6 @@ def estimate_adaptation_seconds(
     return micro * step + min(steps, MAX_EVALUATIONS + 1) * looks / distributed.get_world_size()
 
 
-def _collate_first_rows(task: AdaptationTask, rows: Any, size: int) -> dict[str, Tensor]:
+def _collate_first_rows(task: AdaptationData, rows: Any, size: int) -> dict[str, Tensor]:
     """Return the first rows as a batch of the objective."""
     return select_model_inputs(task.collate([rows[i] for i in range(min(size, len(rows)))]))

@@ -37,7 +37,7 @@ MAX_EXPONENT = 700.0
 
 
 @dataclass(frozen=True)
-class GuardEvaluation:
+class AdaptationEvaluation:
     """Describe one evaluation.
 
     `step` 0 is the start. `target` and `general` are held-out losses, `guard` is better when
@@ -69,14 +69,14 @@ class GuardRule:
     relative: bool = False
     origin: float | None = None
 
-    def allows(self, seen: GuardEvaluation, start: GuardEvaluation) -> bool:
+    def allows(self, seen: AdaptationEvaluation, start: AdaptationEvaluation) -> bool:
         """Return whether the guard holds and the target loss is below its start."""
         lower = seen.target < start.target
         if self.guard == "off":
             return lower
         return lower and _get_guard(seen) >= self._least(start)
 
-    def select_best(self, history: list[GuardEvaluation]) -> GuardEvaluation:
+    def select_best(self, history: list[AdaptationEvaluation]) -> AdaptationEvaluation:
         """Return the best evaluation, the first of equals; the start where no other is allowed."""
         start = history[0]
         allowed = [seen for seen in history[1:] if self.allows(seen, start)]
@@ -84,7 +84,7 @@ class GuardRule:
             return min([start, *allowed], key=lambda seen: seen.target)
         return max([start, *allowed], key=lambda seen: (_get_guard(seen), -seen.target))
 
-    def explain(self, history: list[GuardEvaluation]) -> str:
+    def explain(self, history: list[AdaptationEvaluation]) -> str:
         """Return why no evaluation after the start is allowed, for the record."""
         start, later = history[0], history[1:]
         if all(seen.target >= start.target for seen in later):
@@ -97,13 +97,13 @@ class GuardRule:
             f"loss had fallen; its best there was {highest:.4g}"
         )
 
-    def _least(self, start: GuardEvaluation) -> float:
+    def _least(self, start: AdaptationEvaluation) -> float:
         """Return the least guard that is allowed."""
         origin = _get_guard(start) if self.origin is None else self.origin
         return origin - self.tolerance * (abs(origin) if self.relative else 1.0)
 
 
-def _get_guard(seen: GuardEvaluation) -> float:
+def _get_guard(seen: AdaptationEvaluation) -> float:
     if seen.guard is None:
         raise ValueError(f"nothing guarded the evaluation at step {seen.step}")
     return seen.guard
@@ -126,12 +126,12 @@ class GuardedCheckpoint(TrainerCallback):
         self.rule = rule
         self.measure = measure
         self.patience = patience
-        self.history: list[GuardEvaluation] = []
+        self.history: list[AdaptationEvaluation] = []
         self._general: float | None = None
         self._weights: dict[str, Tensor] = {}
 
     @property
-    def best(self) -> GuardEvaluation:
+    def best(self) -> AdaptationEvaluation:
         """Return the evaluation whose weights are held."""
         return self.rule.select_best(self.history)
 
@@ -160,7 +160,7 @@ class GuardedCheckpoint(TrainerCallback):
         guard = self.measure() if self.measure else None
         if self.rule.guard == "general" and self._general is not None:
             guard = -self._general
-        now = GuardEvaluation(state.global_step, target, self._general, guard)
+        now = AdaptationEvaluation(state.global_step, target, self._general, guard)
         if any(value != value for value in (target, self._general, guard) if value is not None):
             raise NumericError(
                 f"the held-out loss is NaN at step {now.step}", "Lower adapt.training.learning_rate"
@@ -188,7 +188,7 @@ class GuardedCheckpoint(TrainerCallback):
     def resume(self, folder: Path) -> None:
         """Load the held weights and the evaluations of a checkpoint."""
         rows = json.loads((folder / EVALUATIONS_FILE).read_text(encoding="utf-8"))
-        self.history = [GuardEvaluation(**row) for row in rows]
+        self.history = [AdaptationEvaluation(**row) for row in rows]
         if (folder / BEST_WEIGHTS_FILE).exists():
             self._weights = load_file(folder / BEST_WEIGHTS_FILE)
 

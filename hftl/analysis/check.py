@@ -31,7 +31,7 @@ MAX_LEARNING_RATE = 2e-4
 
 
 @dataclass(frozen=True)
-class PlannedRun:
+class PreflightContext:
     """Hold what is known of a run before anything trains.
 
     `sizes` are the figures of the training rows' texts or images, see `summarize` of their inputs.
@@ -44,10 +44,10 @@ class PlannedRun:
     sizes: dict[str, float]
 
 
-Check = Callable[[PlannedRun], Iterator[str]]
+Check = Callable[[PreflightContext], Iterator[str]]
 
 
-def check_inputs(
+def run_preflight_checks(
     recipe: Recipe,
     arms: Sequence[Arm],
     source: SourceModel,
@@ -56,13 +56,13 @@ def check_inputs(
 ) -> CheckFacts:
     """Return facts about the inputs, and `warnings`, each a sentence with what to do."""
     sizes = inputs.summarize(prepared.rows["train"][:SAMPLED_ROWS])
-    run = PlannedRun(recipe, arms, source, prepared, sizes)
+    run = PreflightContext(recipe, arms, source, prepared, sizes)
     warnings = [warning for check in CHECKS for warning in check(run)]
     # Several arms may give the same warning.
     return CheckFacts.model_validate({**sizes, "warnings": list(dict.fromkeys(warnings))})
 
 
-def check_image_sizes(run: PlannedRun) -> Iterator[str]:
+def check_image_sizes(run: PreflightContext) -> Iterator[str]:
     """Warn of pictures that are enlarged, cropped or squeezed."""
     if run.prepared.modality != "image":
         return
@@ -79,7 +79,7 @@ def check_image_sizes(run: PlannedRun) -> Iterator[str]:
         )
 
 
-def check_lengths(run: PlannedRun) -> Iterator[str]:
+def check_lengths(run: PreflightContext) -> Iterator[str]:
     """Warn of texts that are cut, and of tokens that the tokenizer does not know."""
     if run.prepared.modality == "image":
         return
@@ -102,14 +102,14 @@ def check_lengths(run: PlannedRun) -> Iterator[str]:
         )
 
 
-def check_test_rows(run: PlannedRun) -> Iterator[str]:
+def check_test_rows(run: PreflightContext) -> Iterator[str]:
     """Warn of too few test rows for a narrow interval."""
     rows = len(run.prepared.rows["test"])
     if rows < MIN_TEST_ROWS:
         yield f"{rows} test rows give a wide interval; a few hundred are better"
 
 
-def check_labels(run: PlannedRun) -> Iterator[str]:
+def check_labels(run: PreflightContext) -> Iterator[str]:
     """Warn of labels that look like other spellings of one, and of a rare class."""
     counts = run.prepared.facts.label_counts or {}
     total = Counter[str]()
@@ -127,7 +127,7 @@ def check_labels(run: PlannedRun) -> Iterator[str]:
         )
 
 
-def check_learning_rates(run: PlannedRun) -> Iterator[str]:
+def check_learning_rates(run: PreflightContext) -> Iterator[str]:
     """Warn of learning rates that destroy the source's weights."""
     for arm in run.arms:
         rate = arm.finetune.training["learning_rate"]
@@ -138,7 +138,7 @@ def check_learning_rates(run: PlannedRun) -> Iterator[str]:
             )
 
 
-def check_public_id(run: PlannedRun) -> Iterator[str]:
+def check_public_id(run: PreflightContext) -> Iterator[str]:
     """Warn of a source that strangers could not load an adapter on."""
     if run.source.public_id is None:
         yield (
@@ -147,7 +147,7 @@ def check_public_id(run: PlannedRun) -> Iterator[str]:
         )
 
 
-def check_dropped_rows(run: PlannedRun) -> Iterator[str]:
+def check_dropped_rows(run: PreflightContext) -> Iterator[str]:
     """Warn of rows that are in two splits, have differing labels, or could not be read."""
     facts = run.prepared.facts
     if facts.leaked:

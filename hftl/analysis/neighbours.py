@@ -27,7 +27,7 @@ class JackknifeEstimate(NamedTuple):
     effects: np.ndarray | float = 0.0
 
 
-def compute_double_counted_variance(effects: np.ndarray) -> float:
+def compute_jackknife_interaction_variance(effects: np.ndarray) -> float:
     """Return the variance that a jackknife counts twice: what a pair of blocks have in common
     beyond what each of them has (Efron & Stein 1981, Annals of Statistics 9:586-596).
 

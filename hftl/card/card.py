@@ -57,7 +57,7 @@ MAX_EXAMPLE_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
-class LadderCells:
+class ArmTableRow:
     """Hold the cells of one arm in the table of arms."""
 
     name: str
@@ -90,7 +90,7 @@ class CardPage:
     forgetting: ForgettingPart | None
     metric: str | None
     metric_words: str
-    rows: list[LadderCells]
+    rows: list[ArmTableRow]
     other_metrics: str
     place: str
     hftl_place: str
@@ -266,7 +266,7 @@ def _build_plain_snippet(record: Record, place: str) -> str:
         base = "../publish-base"
     return render_plain_snippet(
         place, base, revision, record.recipe.finetune.pooling, max(1, len(record.data.labels)),
-        record.recipe.finetune.spec.publishes_adapter, input_kind(record),
+        record.recipe.finetune.spec.trains_adapter, input_kind(record),
         example_input(record).strip("()"),
         bool(record.forward and record.forward.get("interpolate_pos_encoding")),
         record.source.architecture or "",
@@ -277,7 +277,7 @@ def _build_pipeline_snippet(record: Record, place: str) -> str | None:
     base, _ = find_public_base(record)
     return render_pipeline_snippet(
         place, base, record.recipe.finetune.pooling,
-        record.recipe.finetune.spec.publishes_adapter, input_kind(record),
+        record.recipe.finetune.spec.trains_adapter, input_kind(record),
         example_input(record).strip("()"),
     )  # fmt: skip
 
@@ -313,10 +313,10 @@ def _format_purpose(record: Record) -> str:
     return f"{start} {TASK_PHRASES[kind]} {shown}{more}{end}."
 
 
-def _build_ladder_row(row: LadderRow, record: Record) -> LadderCells:
+def _build_ladder_row(row: LadderRow, record: Record) -> ArmTableRow:
     own = row.arm == record.own_arm
     parameters = next(e.trainable_parameters for e in record.arms if e.arm == row.arm)
-    return LadderCells(
+    return ArmTableRow(
         name=f"**{row.arm}** (this model)" if own else describe_arm(row.arm, record),
         test=f"**{row.test:.3f}**" if own else f"{row.test:.3f}",
         sd="" if row.sd is None else f"{row.sd:.3f}",

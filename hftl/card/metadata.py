@@ -59,7 +59,7 @@ class _Emissions(TypedDict):
 
 def build_metadata(record: Record) -> ModelCardData:
     """Return the metadata of a model with a task, its scores and its gain among them."""
-    is_adapter = record.recipe.finetune.spec.publishes_adapter
+    is_adapter = record.recipe.finetune.spec.trains_adapter
     return ModelCardData(
         library_name=_library_name(record),
         pipeline_tag="feature-extraction" if is_pooled(record) else find_pipeline_tag(record),
@@ -81,7 +81,7 @@ def build_metadata(record: Record) -> ModelCardData:
 
 def _library_name(record: Record) -> str:
     """Return what loads the model with its head; transformers has no class for a pooled one."""
-    if record.recipe.finetune.spec.publishes_adapter:
+    if record.recipe.finetune.spec.trains_adapter:
         return "peft"
     return "hftl" if is_pooled(record) else "transformers"
 

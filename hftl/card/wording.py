@@ -130,7 +130,7 @@ def example_input(record: Record) -> str:
     }[input_kind(record)]
 
 
-def format_certainty(ci95: Interval | None, seeds: int) -> str:
+def format_interval_basis(ci95: Interval | None, seeds: int) -> str:
     """Return what an interval rests on: `95 % interval, 3 seeds`."""
     return f"95 % interval, {seeds} seeds" if ci95 else "no interval"
 
@@ -162,7 +162,8 @@ def format_adaptation_sentence(record: Record) -> str:
     test = {row.arm: row.test for row in record.ladder}
     return (
         f"{adapt.outcome}: {gain.metric} {record.own_row.test:.3f} against {test['source']:.3f} "
-        f"without it, a gain of {format_gain(gain)} ({format_certainty(gain.ci95, gain.seeds)})."
+        f"without it, a gain of {format_gain(gain)} "
+        f"({format_interval_basis(gain.ci95, gain.seeds)})."
     )
 
 
@@ -284,7 +285,7 @@ def format_forgetting_sentence(record: Record) -> str:
     text = (
         f"{words[:1].upper()}{words[1:]}: a share of {figure.before:.3f} under the original, "
         f"{figure.after:.3f} under this model, {format_gain(forgotten)} forgotten "
-        f"({format_certainty(forgotten.ci95, len(forgotten.per_seed))})"
+        f"({format_interval_basis(forgotten.ci95, len(forgotten.per_seed))})"
     )
     if reduction := _format_reduction(own.against):
         text += f", {reduction}"

@@ -22,7 +22,7 @@ from hftl.config.overrides import apply_overrides, flatten, read_yaml, set_key
 from hftl.config.publish import Publish
 from hftl.config.retain import Retain
 from hftl.config.section import Section, Source, build_recipe_error
-from hftl.config.validation import check_corpus_is_read, check_own_arm, check_sections
+from hftl.config.validation import check_corpus_is_read, check_sections, check_solved_strategy
 from hftl.errors import RecipeError, suggest_closest
 from hftl.finetune.strategies import BASELINES, FINETUNE_STRATEGIES, STRATEGIES, StrategySpec
 
@@ -150,7 +150,7 @@ def _plan_arms(recipe: Recipe) -> list[Arm]:
     """
     if recipe.data.task is None:
         return []
-    check_own_arm(recipe.finetune, recipe.retain)
+    check_solved_strategy(recipe.finetune, recipe.retain)
     strategy = recipe.finetune.strategy
     own = Arm(strategy, strategy, recipe.finetune, tuple(recipe.stages), recipe.retain)
     arms = [own]

@@ -230,7 +230,7 @@ class L2SP(RegularizerSection):
 
     def check_arm(self, strategy: str, task: str) -> None:
         """Refuse the decoupled step where the base does not train."""
-        if STRATEGIES[strategy].publishes_adapter and self.decoupled:
+        if STRATEGIES[strategy].trains_adapter and self.decoupled:
             raise RecipeError(
                 "retain.l2sp.decoupled moves weights, and under LoRA the base does not move",
                 "Set it to false",

@@ -47,7 +47,7 @@ def check_corpus_is_read(data: Data, stages: Sequence[Adapt]) -> None:
         raise RecipeError("data.unlabeled is read by adapt, which is null", "Remove one of them")
 
 
-def check_own_arm(finetune: Finetune, retain: Retain | None) -> None:
+def check_solved_strategy(finetune: Finetune, retain: Retain | None) -> None:
     """Refuse settings of training where the own arm is solved, as `head` is.
 
     Raises:

@@ -117,7 +117,7 @@ class PreparedFacts(CopyCounts):
     """Set for token-classification only."""
 
 
-class LabelsRead(RecordPart):
+class LabelCounts(RecordPart):
     """Count the labels that were read: of train by one seed, and in all."""
 
     train_per_seed: int
@@ -130,7 +130,7 @@ class DataFacts(PreparedFacts):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str
-    labels_read: LabelsRead | None = None
+    labels_read: LabelCounts | None = None
 
 
 class GeneralFacts(OpenPart):

@@ -49,7 +49,7 @@ NAMED_KEY = re.compile(
 WRAPPED_KEY = re.compile(r"\.(modules_to_save|original_module)\.")
 
 
-class UnfitModelError(Exception):
+class ModelBuildError(Exception):
     """Report settings that fit no model; the message is the library's own."""
 
 
@@ -58,14 +58,14 @@ def translate_build_errors() -> Iterator[None]:
     """Turn what transformers and peft raise on settings that fit no model into one error.
 
     Raises:
-        UnfitModelError: from the library's error.
+        ModelBuildError: from the library's error.
     """
     try:
         yield
     except HftlError:
         raise
     except BUILD_ERRORS as error:
-        raise UnfitModelError(str(error) or type(error).__name__) from error
+        raise ModelBuildError(str(error) or type(error).__name__) from error
 
 
 def find_model_class(folder: AdapterFolder, source: SourceModel) -> Any:
@@ -113,7 +113,7 @@ def count_saved_embeddings(folder: AdapterFolder, model_class: Any, config: Any)
         with translate_build_errors():
             model = build_on_meta(model_class, config)
             table = model.get_input_embeddings()
-    except UnfitModelError:
+    except ModelBuildError:
         return None
     path = next((name for name, module in model.named_modules() if module is table), None)
     shape = folder.shapes.get(f"{PREFIX}{path}.weight")
@@ -158,7 +158,7 @@ def list_expected_tensors(kind: Any, config: Any, settings: dict[str, object]) -
     """Wrap a model without weights as the settings say, and list what peft would load into it.
 
     Raises:
-        UnfitModelError: if peft cannot wrap the model so.
+        ModelBuildError: if peft cannot wrap the model so.
     """
     from peft import get_peft_model
 
@@ -189,7 +189,7 @@ def list_modules(kind: Any, config: Any) -> list[str]:
     """Return the paths of the class's modules.
 
     Raises:
-        UnfitModelError: if the class cannot be built of this config.
+        ModelBuildError: if the class cannot be built of this config.
     """
     with translate_build_errors():
         return [name for name, _ in build_on_meta(kind, config).named_modules()]
@@ -207,7 +207,7 @@ def check_fit(examination: Examination) -> list[Finding]:
 def _find_misfits(folder: AdapterFolder, model_class: Any, config: Any) -> list[Finding]:
     try:
         modules = list_modules(model_class, config)
-    except UnfitModelError:
+    except ModelBuildError:
         what = f"it was made of {model_class.__name__}, which cannot be built of this base's config"
         return [defect("base-shape", what, ADAPTER_CONFIG, "Give the base that it was trained on")]
     old = find_renamed_keys(folder.shapes, modules)
@@ -216,7 +216,7 @@ def _find_misfits(folder: AdapterFolder, model_class: Any, config: Any) -> list[
         return [_build_old_names_defect(what, ADAPTER_WEIGHTS)]
     try:
         expected = list_expected_tensors(model_class, config, folder.adapter_config.settings)
-    except UnfitModelError as error:
+    except ModelBuildError as error:
         return [_build_refusal_defect(folder, error, modules)]
     return compare_shapes(folder.shapes, expected)
 
@@ -227,7 +227,7 @@ def compare_shapes(shapes: dict[str, tuple[int, ...]], expected: ExpectedTensors
     Returns:
         A finding for each kind of tensor that is missing, left over, or of another shape.
     """
-    named = find_named_keys(shapes, expected)
+    named = map_adapter_keys(shapes, expected)
     if named:
         what = (
             f"{len(named)} tensors carry the adapter's own name, as peft neither writes nor always "
@@ -275,7 +275,7 @@ def _build_rank_defect(
     return defect("rank", what, key, "Correct r and rank_pattern")
 
 
-def find_named_keys(
+def map_adapter_keys(
     shapes: dict[str, tuple[int, ...]], expected: ExpectedTensors
 ) -> dict[str, str]:
     """Return the names that peft writes for tensors whose names hold that of the adapter."""
@@ -340,7 +340,7 @@ def _build_unplaced_defect(
 
 
 def _build_refusal_defect(
-    folder: AdapterFolder, error: UnfitModelError, modules: list[str]
+    folder: AdapterFolder, error: ModelBuildError, modules: list[str]
 ) -> Finding:
     """Say why peft cannot wrap the base: old names, or a base of another architecture."""
     from peft.utils.error import PeftError

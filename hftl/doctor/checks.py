@@ -62,7 +62,7 @@ def examine_adapter(place: str | Path, base: str | None = None) -> Examination:
     return examination
 
 
-def check_record(examination: Examination) -> Iterator[Finding]:
+def check_record_unchanged(examination: Examination) -> Iterator[Finding]:
     """Report a record, on which a run's card rests, that is not the one that was written."""
     run = examination.folder.run
     if run is None or not (run / "record.json").exists():
@@ -232,7 +232,7 @@ CHECKS: tuple[Check, ...] = (
     check_scaling,
     check_finite_weights,
     check_trained,
-    check_record,
+    check_record_unchanged,
     check_base_name,
     find_adapter_base,
     find_whole_model,

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from hftl.doctor.adapter_folder import Examination
 from hftl.doctor.adapter_tensors import (
-    UnfitModelError,
+    ModelBuildError,
     compare_shapes,
     count_outputs,
-    find_named_keys,
     list_expected_tensors,
     list_modules,
+    map_adapter_keys,
 )
 from hftl.doctor.file_checks import (
     CARD_FILE,
@@ -106,9 +106,9 @@ def _remove_adapter_name(examination: Examination) -> list[str]:
         expected = list_expected_tensors(
             examination.model_class, examination.config, folder.adapter_config.settings
         )
-    except UnfitModelError:
+    except ModelBuildError:
         return []
-    names = find_named_keys(folder.shapes, expected)
+    names = map_adapter_keys(folder.shapes, expected)
     shapes = {names.get(key, key): shape for key, shape in folder.shapes.items()}
     return [] if compare_shapes(shapes, expected) else [_rename_tensors(examination, names)]
 
@@ -154,10 +154,8 @@ def _find_renamed_targets(
         targets = _RenamedTargets(modules, patterns)
         settings = old.settings | targets.to_settings()
         try:
-            expected = list_expected_tensors(
-                examination.model_class, examination.config, settings
-            )
-        except UnfitModelError:
+            expected = list_expected_tensors(examination.model_class, examination.config, settings)
+        except ModelBuildError:
             continue
         if not compare_shapes(shapes, expected):
             return targets

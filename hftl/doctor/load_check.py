@@ -24,10 +24,10 @@ from hftl.doctor.adapter_folder import (
     format_names,
     warning,
 )
-from hftl.doctor.adapter_tensors import IGNORED_SETTINGS, UnfitModelError, translate_build_errors
+from hftl.doctor.adapter_tensors import IGNORED_SETTINGS, ModelBuildError, translate_build_errors
 from hftl.doctor.renamed_modules import PREFIX
 from hftl.errors import RecipeError, format_error_line
-from hftl.models.architectures import get_architecture
+from hftl.models.architectures import get_config_spec
 from hftl.models.encoders import build_on_meta, has_prefix
 from hftl.models.heads import load_class
 from hftl.models.source import SourceModel, find_config_fault, find_size_fault, read_tensor_shapes
@@ -71,7 +71,7 @@ def check_reload(examination: Examination) -> list[Finding]:
         if folder.is_adapter:
             _copy_adapter(folder, clean)
         try:
-            first, second = load_in_processes(clean, source.folder, name)
+            first, second = predict_in_fresh_processes(clean, source.folder, name)
         except LoadFailedError as error:
             fix = "Correct what stands above; else save it again"
             return [defect("reload", f"it does not load: {error}", folder.place, fix)]
@@ -82,7 +82,7 @@ class LoadFailedError(Exception):
     """A fresh process failed to load it; the message is the last line that it wrote."""
 
 
-def load_in_processes(clean: Path, base: Path, name: str) -> list[np.ndarray]:
+def predict_in_fresh_processes(clean: Path, base: Path, name: str) -> list[np.ndarray]:
     """Return the outputs of fresh processes, one a seed, which run side by side.
 
     Raises:
@@ -199,7 +199,7 @@ def _list_missing_weights(source: SourceModel, model_class: Any, config: Any) ->
         with translate_build_errors():
             _check_size(source, model_class, config)
             return set(load_class(source, model_class, config, {})[1])
-    except (UnfitModelError, SafetensorError) as error:
+    except (ModelBuildError, SafetensorError) as error:
         what = f"{source.name} does not load: {format_error_line(error)}"
         raise RecipeError(what, "Correct its config.json") from error
 
@@ -236,10 +236,10 @@ def read_whole_model(folder: AdapterFolder) -> SourceModel | Finding:
     try:
         with translate_build_errors():
             config: Any = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
-    except (UnfitModelError, OSError, StrictDataclassError) as error:
+    except (ModelBuildError, OSError, StrictDataclassError) as error:
         # OSError where the file does not open, StrictDataclassError for a value of another type.
         return _build_config_defect(format_error_line(error))
-    get_architecture(config)
+    get_config_spec(config)
     path = folder.path
     return SourceModel(str(path), path, None, None, True, config, config.model_type)
 

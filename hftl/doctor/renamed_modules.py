@@ -81,9 +81,7 @@ def shorten_targets(paths: Iterable[str]) -> list[str]:
     return sorted({path.rsplit(".", 1)[-1] for path in paths})
 
 
-def rename_patterns(
-    patterns: Mapping[str, object], paths: Iterable[str]
-) -> dict[str, object]:
+def rename_patterns(patterns: Mapping[str, object], paths: Iterable[str]) -> dict[str, object]:
     """Rename the keys of rank_pattern or alpha_pattern so that they match adapted layers."""
     known = list(paths)
     return {

@@ -24,11 +24,11 @@ from hftl.finetune.gradual import GradualCheckpoint, fit_gradual
 from hftl.finetune.guard_metrics import score_validation
 from hftl.finetune.interpolate import select_alpha
 from hftl.finetune.pretraining_heads import embed_compared_rows
-from hftl.finetune.trainable import count_trainable_parameters, unfreeze
+from hftl.finetune.trainable import apply_strategy, count_trainable_parameters
 from hftl.measure.metrics import compute_all_metrics
 from hftl.models.features import predict_logits
 from hftl.models.heads import LoadedModel, TargetScale
-from hftl.retain.build import Retention
+from hftl.retain.build import RegularizerSet
 from hftl.runtime import distributed
 from hftl.runtime.hardware import get_dtype_name, is_sharded
 from hftl.train.arguments import build_finetune_arguments
@@ -87,7 +87,7 @@ def train_arm(
             context, built, finetune.pooling, seed, context.compute_target_scale(seed)
         )
     set_seed(seed)
-    model = unfreeze(built.model, finetune, built.fresh)
+    model = apply_strategy(built.model, finetune, built.fresh)
     built = LoadedModel(model, built.architecture, built.pooling, built.fresh)
     return train_model(context, built, finetune, seed, regularizers, state=state)
 
@@ -163,7 +163,7 @@ def _fit_at_once(
 def _build_trainer(
     context: ExperimentContext, built: LoadedModel, best: BestWeightsCallback, finetune: Finetune,
     seed: int, regularizers: RegularizerSetup, scale: TargetScale | None, args: TrainingArguments,
-    /, optimizers: Any = (None, None), retain: Retention | None = None,
+    /, optimizers: Any = (None, None), retain: RegularizerSet | None = None,
 ) -> TransferTrainer:  # fmt: skip
     """Build the trainer of an arm; the phases of one share `optimizers` and `retain`."""
     held = _sort_by_length(context, context.prepared.rows["validation"])

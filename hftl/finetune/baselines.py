@@ -22,7 +22,7 @@ from hftl.errors import NumericError
 from hftl.finetune.arm import solve_head, train_model
 from hftl.finetune.arm_files import ArmOutput
 from hftl.finetune.context import ExperimentContext
-from hftl.finetune.trainable import unfreeze
+from hftl.finetune.trainable import apply_strategy
 from hftl.measure.metrics import METRICS, SELECTION_METRICS, compute_all_metrics
 from hftl.runtime.progress import show_activity
 from hftl.train.facts import ScratchSearch, TrainingFacts, TriedRate
@@ -251,5 +251,5 @@ def _scale_budget(finetune: Finetune, rate: float, factor: float) -> Finetune:
 
 def _train_from_scratch(context: ExperimentContext, finetune: Finetune, seed: int) -> ArmOutput:
     built = context.build_model(finetune.pooling, seed, scratch=True)
-    unfreeze(built.model, finetune)
+    apply_strategy(built.model, finetune)
     return train_model(context, built, finetune, seed, compared=False)

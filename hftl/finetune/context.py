@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from hftl.analysis.check import check_inputs
+from hftl.analysis.check import run_preflight_checks
 from hftl.analysis.probe import Probe, fit_probe
 from hftl.config.data import Data
 from hftl.config.finetune import Finetune
@@ -34,10 +34,10 @@ from hftl.data.text_inputs import (
     build_word_tokenizer,
 )
 from hftl.errors import RecipeError
-from hftl.finetune.trainable import unfreeze
+from hftl.finetune.trainable import apply_strategy
 from hftl.models.architectures import (
     count_layers,
-    get_architecture,
+    get_config_spec,
     get_encoder_config,
     get_max_tokens,
     get_native_image_size,
@@ -46,8 +46,13 @@ from hftl.models.architectures import (
 from hftl.models.encoders import check_block_count, count_blocks
 from hftl.models.features import FeatureCache, compute_frozen_features
 from hftl.models.heads import LoadedModel, TargetScale, build_model
-from hftl.models.source import SourceModel, hash_source_weights, load_processor, load_tokenizer
-from hftl.retain.build import Regularizer, Retention
+from hftl.models.source import (
+    SourceModel,
+    hash_source_weights,
+    load_image_processor,
+    load_tokenizer,
+)
+from hftl.retain.build import Regularizer, RegularizerSet
 from hftl.runtime import distributed
 from hftl.runtime.hardware import get_device
 from hftl.train.facts import CheckFacts, LearningRate, TrainingFacts
@@ -81,21 +86,21 @@ class RegularizerSetup:
     measure_forgetting: Callable[[LoadedModel], float] | None = None
     facts: TrainingFacts = field(default_factory=TrainingFacts)
 
-    def build_retention(self) -> Retention:
+    def build_retention(self) -> RegularizerSet:
         """Return the regularizers as `TransferTrainer` prepares and calls them."""
-        return Retention(self.regularizers, self.reference, self.replay.ratio)
+        return RegularizerSet(self.regularizers, self.reference, self.replay.ratio)
 
 
 @dataclass
 class ExperimentContext:
     """Hold what the arms of one run share; everything in it is computed once.
 
-    `source` is what the arms start from, after any adaptation, and `weights` the hash of its
+    `source` is what the arms start from, after any adaptation, and `weights_hash` the hash of its
     weights; `inputs` is how its encoder takes rows, and `augment` whether training pictures vary.
-    Where adaptation came between, `base` is what a published adapter is put on, `base_is_ours`
-    says that adaptation made it, `loras` are the factors that turn it into `source`, and `original`
-    is the workbench before it; `mlm_head` is the masked-language head that it has trained.
-    `general` are the rows of general data, None where the recipe names none; `label` is the column
+    Where adaptation came between, `base` is what a published adapter is put on, `base_is_adapted`
+    says that adaptation made it, `lora_factors` are those that turn it into `source`, and
+    `original` is the context before it; `mlm_head` is the masked-language head that it has trained.
+    `general` are the rows of general data, None where the recipe names none; `label_column` is that
     of train's labels, by which theirs are known.
     """
 
@@ -146,7 +151,7 @@ class ExperimentContext:
 
         With them `learning_rates` by the name of the arm, where its parts have their own.
         """
-        facts = check_inputs(recipe, arms, self.source, self.inputs, self.prepared)
+        facts = run_preflight_checks(recipe, arms, self.source, self.inputs, self.prepared)
         rates = {
             arm.name: self._learning_rates(arm.finetune, chosen)
             for arm in arms
@@ -257,7 +262,7 @@ class ExperimentContext:
 
     def _learning_rates(self, finetune: Finetune, rates: LayerLearningRates) -> list[LearningRate]:
         built = self.build_model(finetune.pooling, 0)
-        model = unfreeze(built.model, finetune, built.fresh)
+        model = apply_strategy(built.model, finetune, built.fresh)
         return summarize_learning_rates(model, finetune.training["learning_rate"], rates)
 
     def _fitted(self, pooling: str, seed: int) -> Probe:
@@ -273,10 +278,10 @@ class ExperimentContext:
         return self._probes[pooling, seed]
 
 
-# From source model and rows to the workbench: how the encoder takes these rows.
+# From source model and rows to the context: how the encoder takes these rows.
 
 
-def build_input_spec(source: SourceModel, task: str) -> InputSpec:
+def infer_input_spec(source: SourceModel, task: str) -> InputSpec:
     """Return the kind of inputs that the source's encoder reads.
 
     Raises:
@@ -357,7 +362,7 @@ def build_image_inputs(
             "Use a source model of 3 channels",
         )
     patch = get_patch_size(source.config)
-    processor = resize_processor(load_processor(source), data.image_size)
+    processor = resize_processor(load_image_processor(source), data.image_size)
     side = get_image_size(processor)
     if side % patch:
         below = side // patch * patch
@@ -393,6 +398,6 @@ def _check_native_size(source: SourceModel, side: int) -> None:
 
 def build_position_arguments(config: Any, side: int) -> dict[str, bool]:
     """Return the arguments of forward for images of another size than in pre-training."""
-    if get_architecture(config).image_sizes != "argument" or side == get_native_image_size(config):
+    if get_config_spec(config).image_sizes != "argument" or side == get_native_image_size(config):
         return {}
     return {"interpolate_pos_encoding": True}

@@ -7,12 +7,12 @@ from hftl.config.finetune import Finetune
 from hftl.config.recipe import Arm, Recipe
 from hftl.config.retain import Replay, Retain
 from hftl.data.splits import MEASURED_SPLITS
-from hftl.finetune import retention
+from hftl.finetune import regularizer_setup
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.pretraining_heads import select_compared_rows
-from hftl.finetune.retention import has_auto_weight
+from hftl.finetune.regularizer_setup import has_auto_weight
 from hftl.finetune.strategies import STRATEGIES
-from hftl.finetune.trainable import unfreeze
+from hftl.finetune.trainable import apply_strategy
 from hftl.models.architectures import TOKEN_CLASSIFICATION
 from hftl.models.encoders import count_blocks
 from hftl.models.features import BATCH_TOKENS, batch_by_length
@@ -83,7 +83,7 @@ def estimate_seconds(
             tried = epochs * SEARCHED * (train * step + validation * costs.evaluate)
             seconds += rates * (tried + measured * costs.predict)
         if arm.name not in seen and has_auto_weight(arm.retain):
-            seconds += len(retention.WEIGHT_GRID) * (
+            seconds += len(regularizer_setup.WEIGHT_GRID) * (
                 own + _count_forgetting_rows(context) * costs.predict
             )
         seen.add(arm.name)
@@ -109,7 +109,7 @@ def _measure_step_seconds(context: ExperimentContext, arm: Arm) -> float:
         half = max(1, count_blocks(context.source.config) // 2)
         finetune, spec = finetune.model_copy(update={"blocks": half}), STRATEGIES["partial"]
     built = context.build_model(finetune.pooling, 0, scratch=arm.spec.is_baseline)
-    model = unfreeze(built.model, finetune, built.fresh, spec)
+    model = apply_strategy(built.model, finetune, built.fresh, spec)
     batch, rows = _collate_batch(context, finetune)
     return time_step(model.to(context.device), batch, finetune.training, context.device) / rows
 
@@ -175,7 +175,7 @@ def _count_forgetting_rows(context: ExperimentContext) -> int:
     """Count the rows on which forgetting is measured where a KL weight is chosen."""
     general = context.general
     rows = context.prepared.rows["validation"] if general is None else general.train_rows
-    return min(retention.MAX_SELECTION_ROWS, len(rows))
+    return min(regularizer_setup.MAX_SELECTION_ROWS, len(rows))
 
 
 def _measure_predict_seconds(context: ExperimentContext, pooling: str) -> float:

@@ -77,7 +77,7 @@ class StrategySpec:
             (`epochs`), phase after phase (`phases`), or for a longer budget after trying several
             learning rates (`rate_search`). The time estimate follows it.
         trains: selects the parameters that train.
-        publishes_adapter: LoRA in every block trains, and what is published is a PEFT adapter and
+        trains_adapter: LoRA in every block trains, and what is published is a PEFT adapter and
             not a whole model.
         is_baseline: stands beside the transfer and does not start from the source's weights.
         measures_gain: a baseline that the transfer gain is taken over.
@@ -92,7 +92,7 @@ class StrategySpec:
     name: str
     schedule: Schedule
     trains: Selection = select_nothing
-    publishes_adapter: bool = False
+    trains_adapter: bool = False
     is_baseline: bool = False
     measures_gain: bool = False
     brings: str | None = None
@@ -119,7 +119,7 @@ class StrategySpec:
     @property
     def trains_encoder_weights(self) -> bool:
         """Return True where the source's own weights move, so that a high rate destroys them."""
-        return self.changes_encoder and not self.publishes_adapter
+        return self.changes_encoder and not self.trains_adapter
 
 
 TRAINING_KEYS = (
@@ -155,7 +155,7 @@ _SPECS = (
         arm_words="the frozen encoder with a linear head",
     ),
     StrategySpec(
-        "lora", "epochs", publishes_adapter=True, own_keys=("finetune.lora",),
+        "lora", "epochs", trains_adapter=True, own_keys=("finetune.lora",),
         model_words="A LoRA adapter of",
     ),
     StrategySpec(

@@ -17,7 +17,7 @@ from hftl.models.heads import (
     PooledModel,
     get_encoder,
     get_last_linear,
-    get_model_architecture,
+    get_model_spec,
     list_unused_parts,
 )
 from hftl.models.lora import add_lora
@@ -60,10 +60,10 @@ def prepare(
         raise build_recipe_error(error, "prepare", Finetune) from error
     # A recipe's adapter must fit a public base; one of a user's own script is peft's to check.
     settings = {**DEFAULT_LORA, **(lora or {})}
-    return unfreeze(model, finetune.model_copy(update={"lora": settings}), fresh)
+    return apply_strategy(model, finetune.model_copy(update={"lora": settings}), fresh)
 
 
-def unfreeze(
+def apply_strategy(
     model: nn.Module, finetune: Finetune, fresh: Sequence[str] | None = None,
     spec: StrategySpec | None = None,
 ) -> nn.Module:  # fmt: skip
@@ -76,14 +76,14 @@ def unfreeze(
         spec: the strategy; None: that of the section.
     """
     spec = spec or finetune.spec
-    architecture = get_model_architecture(model)
+    architecture = get_model_spec(model)
     encoder = get_encoder(model, architecture)
     if fresh is None:
         fresh = _list_untrained_modules(model, architecture)
     model.requires_grad_(False)
     for part in spec.trains(_ModelParts(model, architecture, fresh), finetune):
         part.requires_grad_(True)
-    if spec.publishes_adapter:
+    if spec.trains_adapter:
         model = add_lora(model, architecture, finetune.lora, fresh)
     unused = list_unused_parts(model, architecture)
     for name, parameter in encoder.named_parameters():

@@ -32,7 +32,7 @@ from hftl.inference.find_model import (
     find_published_folder,
     wrap_loading_errors,
 )
-from hftl.inference.predict import Predictor, load_predictors
+from hftl.inference.predict import Predictor, iterate_predictors
 from hftl.inference.predict_table import check_output
 from hftl.measure import metrics
 from hftl.measure.gain import ComparedModel, assign_units, compare_pair, score_with_interval
@@ -148,7 +148,7 @@ def compare_models(
     first: Predictor | None = None
     items: LabelledItems | None = None
     scheme: TagScheme | None = None
-    for number, predictor in load_predictors(folders, base):
+    for number, predictor in iterate_predictors(folders, base):
         predictor = _normalise_predictor(models[number], predictor)
         if first is None or items is None:
             first = predictor
@@ -320,13 +320,13 @@ def _score_models(
             against_first=compare_pair(metric, labels, predictions[number], predictions[0], units)
             if number
             else None,
-            parameters=count_parameters(folders[number]),
+            parameters=count_saved_parameters(folders[number]),
         )
         for number, model in enumerate(models)
     ]
 
 
-def count_parameters(folder: Path) -> int:
+def count_saved_parameters(folder: Path) -> int:
     """Count the parameters in a folder: of the adapter and its head, or of the whole model."""
     from safetensors import safe_open
 

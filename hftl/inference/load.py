@@ -26,7 +26,7 @@ from hftl.doctor.file_checks import NUMBERED_LABEL, PROCESSOR_FILES, TOKENIZER_F
 from hftl.doctor.renamed_modules import PREFIX, get_module_path
 from hftl.errors import RecipeError, RunFolderError
 from hftl.inference.find_model import wrap_loading_errors
-from hftl.models.architectures import TOKEN_CLASSIFICATION, ArchitectureSpec, get_architecture
+from hftl.models.architectures import TOKEN_CLASSIFICATION, ArchitectureSpec, get_config_spec
 from hftl.models.encoders import get_stock_encoder, has_prefix
 from hftl.models.heads import get_placeholder_name
 from hftl.models.source import find_source
@@ -187,7 +187,7 @@ def add_adapter(base: IncompleteBase, model: Any, folder: Path, name: str) -> An
     return model
 
 
-def brings_own_tensors(folder: Path) -> bool:
+def overwrites_base_tensors(folder: Path) -> bool:
     """Return whether an adapter overwrites tensors of its base, such as resized embeddings."""
     saved = tuple(f".{name}" for name in AdapterConfig.read(folder).modules_to_save)
     keys = [key for key in _read_adapter_shapes(folder) if not is_adapter_key(key)]
@@ -215,7 +215,7 @@ def add_head(folder: Path, model: Any) -> reload_check.PublishedModel:
 
 def _get_architecture(model: Any) -> ArchitectureSpec:
     is_tagger = type(model).__name__.endswith("ForTokenClassification")
-    architecture = get_architecture(model.config)
+    architecture = get_config_spec(model.config)
     return architecture.for_task(TOKEN_CLASSIFICATION) if is_tagger else architecture
 
 

@@ -37,13 +37,13 @@ from hftl.inference.find_model import (
 from hftl.inference.load import (
     add_adapter,
     add_head,
-    brings_own_tensors,
     find_inputs_folder,
     load_incomplete_base,
     load_published,
+    overwrites_base_tensors,
     read_model_config,
 )
-from hftl.models.architectures import get_architecture, get_max_tokens, get_patch_size
+from hftl.models.architectures import get_config_spec, get_max_tokens, get_patch_size
 from hftl.models.encoders import hide_padding
 from hftl.models.features import predict_logits
 from hftl.publish.published_metadata import (
@@ -231,7 +231,7 @@ def build_predictor(folder: Path, base: Path | None, config: Any, model: nn.Modu
     with wrap_loading_errors(folder):
         task = _infer_task(metadata, config)
         names = [] if task == "regression" else _read_class_names(metadata, config)
-        images = get_architecture(config).modality == "image"
+        images = get_config_spec(config).modality == "image"
         files = find_inputs_folder(folder, base, images)
         inputs, columns = _build_inputs(files, config, task, metadata.recipe.data)
     hide_padding(model)
@@ -276,7 +276,7 @@ def _build_inputs(
     """Build what encodes the model's inputs, and name the columns of a table that hold them."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    if get_architecture(config).modality == "image":
+    if get_config_spec(config).modality == "image":
         processor: Any = _load_processor(AutoImageProcessor, folder, backend="pil")
         data = Data(train=Table(path="."), max_pixels=published.max_pixels)
         side = get_image_size(processor)
@@ -310,7 +310,7 @@ def _load_processor(auto_class: Any, folder: Path, **options: Any) -> Any:
         ) from error
 
 
-def load_predictors(
+def iterate_predictors(
     folders: Sequence[Path], base: str | None = None
 ) -> Iterator[tuple[int, Predictor]]:
     """Yield the number and predictor of each model, usable until the next is taken.
@@ -373,7 +373,7 @@ def _build_adapter_key(folder: Path, number: int) -> str:
     alone = (
         settings.get("bias", "none") != "none"
         or settings.get("init_lora_weights", True) not in BASE_PRESERVING_INITS
-        or bool(settings and brings_own_tensors(folder))
+        or bool(settings and overwrites_base_tensors(folder))
     )
     shared = ("peft_type", "task_type", "trainable_token_indices")
     key: dict[str, object] = {name: settings.get(name) for name in shared}

@@ -18,7 +18,7 @@ from hftl.analysis.drift import (
 )
 from hftl.analysis.neighbours import (
     JackknifeEstimate,
-    compute_double_counted_variance,
+    compute_jackknife_interaction_variance,
     count_needed_neighbours,
     jackknife_neighbour_hits,
     jackknife_shared_neighbours,
@@ -365,7 +365,7 @@ def _estimate_from_blocks(
         # known, and the seeds' luck is that of the figures.
         values += (by_seed - values.mean(1))[:, None]
         effects = np.stack([estimate.effects - before.effects for estimate in after])
-        twice = compute_double_counted_variance(effects)
+        twice = compute_jackknife_interaction_variance(effects)
         interval = _estimate_interval(values, float(by_seed.mean()), units, blocks, moved, twice)
     return _build_figure(before.value, [estimate.value for estimate in after], interval)
 

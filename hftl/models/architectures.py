@@ -324,7 +324,7 @@ READ_AS = {"vit_mae": "vit"}
 """Architectures without a classification class, and the one whose encoder is the same."""
 
 
-def get_architecture(config: Any) -> ArchitectureSpec:
+def get_config_spec(config: Any) -> ArchitectureSpec:
     """Return the spec of a config's classification class.
 
     Raises:
@@ -367,13 +367,13 @@ def count_layers(config: Any) -> int:
 
 def get_max_tokens(config: Any) -> int:
     """Return the longest text that the architecture's positions can hold, in tokens."""
-    offset = config.pad_token_id + 1 if get_architecture(config).has_padding_offset else 0
+    offset = config.pad_token_id + 1 if get_config_spec(config).has_padding_offset else 0
     return config.max_position_embeddings - offset
 
 
 def get_patch_size(config: Any) -> int:
     """Return the side of an image patch in pixels; 1 where the encoder has no patches."""
-    key = get_architecture(config).patch_size
+    key = get_config_spec(config).patch_size
     return 1 if key is None else _get_square_side(getattr(get_encoder_config(config), key))
 
 

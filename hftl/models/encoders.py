@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hftl.errors import RecipeError
-from hftl.models.architectures import TOKEN_CLASSIFICATION, ArchitectureSpec, get_architecture
+from hftl.models.architectures import TOKEN_CLASSIFICATION, ArchitectureSpec, get_config_spec
 
 VERSION_FIX = "Use a transformers version in hftl's range"
 
@@ -132,7 +132,7 @@ def count_blocks(config: Any) -> int:
     Raises:
         RecipeError: if the architecture is not supported.
     """
-    architecture = get_architecture(config)
+    architecture = get_config_spec(config)
     model = build_on_meta(get_task_class(config, "classification"), config)
     return len(get_blocks(get_stock_encoder(model, architecture), architecture))
 

@@ -20,7 +20,7 @@ from hftl.errors import RecipeError
 from hftl.models.architectures import (
     TOKEN_CLASSIFICATION,
     ArchitectureSpec,
-    get_architecture,
+    get_config_spec,
     get_encoder_config,
 )
 from hftl.models.encoders import (
@@ -137,7 +137,7 @@ def get_last_linear_copies(model: nn.Module, architecture: ArchitectureSpec) -> 
     return copies
 
 
-def get_model_architecture(model: nn.Module) -> ArchitectureSpec:
+def get_model_spec(model: nn.Module) -> ArchitectureSpec:
     """Return the spec of a `PooledModel`, a stock task class or an adapter over either.
 
     Raises:
@@ -147,11 +147,11 @@ def get_model_architecture(model: nn.Module) -> ArchitectureSpec:
     config = getattr(inner, "config", None)
     if config is not None:
         if isinstance(model, PooledModel):
-            return get_architecture(config)
+            return get_config_spec(config)
         for task in ("classification", TOKEN_CLASSIFICATION):
             stock = get_task_class(config, task)
             if stock is not None and isinstance(inner, stock):
-                return get_architecture(config).for_task(task)
+                return get_config_spec(config).for_task(task)
     raise RecipeError(
         f"{type(inner).__name__} is no sequence, token or image classification model of "
         "transformers",
@@ -351,7 +351,7 @@ class TargetScale:
     def _rescale_head(self, model: nn.Module, factor: float, shift: float) -> None:
         with torch.no_grad():
             # The head under an adapter is the original's, and has the same unit.
-            for layer in get_last_linear_copies(model, get_model_architecture(model)):
+            for layer in get_last_linear_copies(model, get_model_spec(model)):
                 weight, bias = layer.weight.cpu().double(), layer.bias.cpu().double()
                 layer.weight.copy_(weight * factor)
                 layer.bias.copy_(bias * factor + shift)

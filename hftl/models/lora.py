@@ -243,13 +243,13 @@ def wrap_with_lora(
         ) from error
     # Only the user's own targets: a subset of the blocks may lack some of the default ones.
     checked = fields | ({"target_modules": None} if all_layers else {})
-    check_wrapped_names(list_lora_layers(adapted.get_base_model()), checked, place)
+    check_wrapped_names(list_adapted_layers(adapted.get_base_model()), checked, place)
     if all_layers and not settings.get("exclude_modules") and not settings.get("layers_pattern"):
         _check_layer_count(adapted, architecture, config, section)
     return adapted
 
 
-def list_lora_layers(model: nn.Module) -> list[str]:
+def list_adapted_layers(model: nn.Module) -> list[str]:
     """Return the paths of the layers that carry a LoRA adapter."""
     return [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
 
@@ -341,7 +341,7 @@ def _check_layer_count(
         paths = [p for p in paths if int(next(filter(str.isdigit, p.split(".")))) in indices]
     layers = [list_weight_layers(get_submodule(encoder, path)) for path in paths]
     expected = sum(len(names - set(architecture.skipped_layers)) for names in layers)
-    wrapped = len(list_lora_layers(adapted))
+    wrapped = len(list_adapted_layers(adapted))
     if wrapped != expected:
         raise RecipeError(
             f"LoRA wrapped {wrapped} layers, expected {expected}",

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from hftl.config.section import Source
 from hftl.errors import RecipeError, format_error_line
-from hftl.models.architectures import READ_AS, ArchitectureSpec, get_architecture
+from hftl.models.architectures import READ_AS, ArchitectureSpec, get_config_spec
 from hftl.models.encoders import accepts_attention_mask, get_encoder_class
 from hftl.runtime import paths
 from hftl.runtime.run_folder import UnreadableJsonError, read_json
@@ -133,7 +133,7 @@ class SourceModel:
     @property
     def architecture_spec(self) -> ArchitectureSpec:
         """Return the spec of the architecture that the checkpoint is read as."""
-        return get_architecture(self.config)
+        return get_config_spec(self.config)
 
 
 def find_source(source: Source, on_hub: bool = False) -> SourceModel:
@@ -169,7 +169,7 @@ def find_source(source: Source, on_hub: bool = False) -> SourceModel:
         ) from error
     kind = config.model_type
     config = _read_as_encoder(config)
-    get_architecture(config)
+    get_config_spec(config)
     if path is not None:
         return SourceModel(
             source.model, path, source.revision, source.published_as, True, config, kind
@@ -249,7 +249,7 @@ def load_tokenizer(source: SourceModel) -> Any:
     return tokenizer
 
 
-def load_processor(source: SourceModel) -> Any:
+def load_image_processor(source: SourceModel) -> Any:
     """Return the source's own image processor, the one that needs no torchvision.
 
     Raises:

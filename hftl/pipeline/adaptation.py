@@ -23,7 +23,7 @@ from hftl.models.encoders import check_block_count, count_blocks
 from hftl.models.lora_concat import check_concatenable, extract_factors, save_factors
 from hftl.models.source import SourceModel, hash_source_weights
 from hftl.pipeline.cache_keys import build_adapt_key
-from hftl.pipeline.corpora import Corpus, build_corpus, estimate_rows
+from hftl.pipeline.corpora import Corpus, build_corpus, estimate_corpus_rows
 from hftl.pipeline.objectives import (
     build_adaptation_task,
     build_guard_metric,
@@ -126,7 +126,7 @@ def check_adaptations(recipe: Recipe, source: SourceModel) -> None:
     """
     for arm in recipe.arms:
         joined = [stage for stage in arm.stages if stage.method == "lora"]
-        if joined and arm.spec.publishes_adapter:
+        if joined and arm.spec.trains_adapter:
             check_concatenable(arm.finetune.lora, "finetune.lora", last=True)
     for stage in recipe.all_stages:
         check_objective(stage, source)
@@ -143,7 +143,7 @@ def warn_of_few_steps(recipe: Recipe, context: ExperimentContext) -> list[str]:
     for train's own inputs, and where the steps are given."""
     warnings: list[str] = []
     for stage in recipe.all_stages:
-        rows = estimate_rows(recipe.data, context, stage)
+        rows = estimate_corpus_rows(recipe.data, context, stage)
         if rows is not None or stage.training.get("max_steps", 0) > 0:
             warnings += _describe_few_steps(stage, training.count_steps(stage, rows or 0), "about ")
     return list(dict.fromkeys(warnings))

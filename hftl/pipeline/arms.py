@@ -16,7 +16,7 @@ from hftl.finetune.gradual import GradualCheckpoint
 from hftl.finetune.strategies import STRATEGIES
 from hftl.models.lora import build_lora_config
 from hftl.pipeline.cache_keys import build_arm_inputs, is_arm_finished
-from hftl.pipeline.retention import prepare_retention
+from hftl.pipeline.regularizer_stages import prepare_retention
 from hftl.pipeline.run import ArmContexts, Run
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.hardware import count_devices, get_dtype_name, measure_energy
@@ -48,7 +48,7 @@ def validate_upstream_arguments(recipe: Recipe, device: str) -> None:
         if not arm.spec.is_solved:
             task = str(recipe.data.task)
             build_finetune_arguments(arm.finetune.training, task, "unused", 0, device)
-        if arm.spec.publishes_adapter:
+        if arm.spec.trains_adapter:
             build_lora_config(arm.finetune.lora, "finetune.lora")
     for stage in recipe.all_stages:
         build_training_arguments("adapt", stage.training, {}, "unused", 0, device)

@@ -20,7 +20,7 @@ from hftl.data.load import load_images, read_documents
 from hftl.data.rows import BadRows, Row
 from hftl.data.splits import MEASURED_SPLITS, hash_text
 from hftl.errors import DataError
-from hftl.finetune.context import ExperimentContext, build_input_spec, pin_revisions
+from hftl.finetune.context import ExperimentContext, infer_input_spec, pin_revisions
 from hftl.measure.record import CorpusFacts
 from hftl.models.architectures import TOKEN_CLASSIFICATION
 from hftl.pipeline.run import Run
@@ -206,7 +206,7 @@ def _write_texts(
     )
 
 
-def build_leak_test(context: ExperimentContext) -> Callable[[Row], bool]:
+def build_leak_filter(context: ExperimentContext) -> Callable[[Row], bool]:
     """Return a predicate: True for a row that is, nearly or exactly, one of validation or test."""
     task, inputs = context.prepared.task, context.inputs
     rows = [row for split in MEASURED_SPLITS for row in context.prepared.rows[split]]
@@ -217,7 +217,7 @@ def build_leak_test(context: ExperimentContext) -> Callable[[Row], bool]:
     return lambda row: any(text in texts for text in _iterate_texts(task, [row]))
 
 
-def estimate_rows(data: Data, context: ExperimentContext, stage: Adapt) -> int | None:
+def estimate_corpus_rows(data: Data, context: ExperimentContext, stage: Adapt) -> int | None:
     """Estimate how many blocks or images of train's own inputs will train; None for another corpus,
     which is not read yet."""
     if data.task is None or stage.corpus != "task" and data.unlabeled is not None:
@@ -259,7 +259,7 @@ def _write_images(
         splits = ("train", *MEASURED_SPLITS) if stage.transductive else ("train",)
         rows = [row for split in splits for row in prepared.rows[split]]
     else:
-        reading = build_input_spec(context.source, str(data.task))
+        reading = infer_input_spec(context.source, str(data.task))
         rows = load_images(data, part, bad, reading)
     distinct = {row.content[0]: row for row in rows}
     key = {name: hash_text(f"{data.seed} {name}") for name in distinct}

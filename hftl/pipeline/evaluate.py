@@ -7,7 +7,7 @@ from hftl import console
 from hftl.card.card import format_gain_sentence
 from hftl.card.wording import format_adaptation_sentence, has_forgetting
 from hftl.config.recipe import Arm, Recipe
-from hftl.data.facts import DataFacts, LabelsRead
+from hftl.data.facts import DataFacts, LabelCounts
 from hftl.data.image_inputs import ImageInputs
 from hftl.data.labels import recognize_tag_scheme
 from hftl.data.splits import MEASURED_SPLITS
@@ -121,7 +121,7 @@ def build_record(
         check=context.run_preflight(recipe, arms),
         forward=context.inputs.arguments if isinstance(context.inputs, ImageInputs) else None,
         adapt=build_adaptation_section(
-            stages, arm_contexts[own.name], over.get("source"), own.spec.publishes_adapter
+            stages, arm_contexts[own.name], over.get("source"), own.spec.trains_adapter
         ),
         metric=metric.name,
         own_arm=own.name,
@@ -151,28 +151,28 @@ def _estimate_energy(recipe: Recipe, timings: dict[str, dict[str, float]]) -> di
 
 
 def _package_best_seed(
-    run: Path, bench: ExperimentContext, own: Arm, seed: int, arm_folder: Path
+    run: Path, context: ExperimentContext, own: Arm, seed: int, arm_folder: Path
 ) -> float:
     """Export the best seed's model as it will be published; return the largest difference of
     logits after a reload in a fresh process."""
     folder = run / "phases" / "package"
     reads = {
         "arm": run_folder.hash_stage(arm_folder),
-        "base": str(bench.public_base.public_id),
-        "revision": bench.public_base.revision,
-        "loras": [run_folder.hash_file(path) for path in bench.lora_factors],
+        "base": str(context.public_base.public_id),
+        "revision": context.public_base.revision,
+        "loras": [run_folder.hash_file(path) for path in context.lora_factors],
     }
     if run_folder.read_stage_inputs(folder) != reads:
-        model = rebuild_model(bench, own.finetune, seed, arm_folder / arm_files.WEIGHTS)
+        model = rebuild_model(context, own.finetune, seed, arm_folder / arm_files.WEIGHTS)
         with run_folder.commit_stage(folder, reads) as aside:
             (aside / "model").mkdir()
-            export_model(bench, model, own.finetune, aside / "model")
-            if own.spec.publishes_adapter and bench.base_is_adapted:
-                export_base(bench, aside / "base")
-            sample = write_reload_sample(bench, arm_files.read_logits(arm_folder, "test"), aside)
+            export_model(context, model, own.finetune, aside / "model")
+            if own.spec.trains_adapter and context.base_is_adapted:
+                export_base(context, aside / "base")
+            sample = write_reload_sample(context, arm_files.read_logits(arm_folder, "test"), aside)
             with show_activity("reloading in a fresh process"):
                 difference = measure_reload_difference(
-                    aside / "model", bench.public_base.folder, sample, bench.device
+                    aside / "model", context.public_base.folder, sample, context.device
                 )
             run_folder.write_text(aside / "reload.json", to_json({"difference": difference}))
     return json.loads((folder / "reload.json").read_text("utf-8"))["difference"]
@@ -192,7 +192,7 @@ def _build_data_section(recipe: Recipe, context: ExperimentContext) -> DataFacts
         facts.to_dict()
         | {
             "name": path if "train" in facts.hub_revisions else strip_parents(path),
-            "labels_read": LabelsRead(
+            "labels_read": LabelCounts(
                 train_per_seed=sum(count_words(draws[0])),
                 total=sum(count_words([*train.values(), *measured])),
             ),

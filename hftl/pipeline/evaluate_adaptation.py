@@ -89,7 +89,7 @@ def _build_adaptation_record(
     )
 
 
-def is_adaptation_run(run: Path) -> bool:
+def is_adaptation_only_run(run: Path) -> bool:
     """Return whether a run has a record, and no arm in it."""
     return (run / RECORD_FILE).exists() and not Record.read(run).arms
 

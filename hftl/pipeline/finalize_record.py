@@ -243,7 +243,7 @@ def render_amended_files(run: Path, record: Record, base: tuple[str, str] | None
     return texts
 
 
-def render_base_files(record: Record, base_id: str) -> dict[str, str]:
+def render_adapted_base_files(record: Record, base_id: str) -> dict[str, str]:
     """Return the same files of the adapted base."""
     published = sanitize_record(record)
     return {

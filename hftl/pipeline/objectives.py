@@ -126,7 +126,7 @@ def build_guard_metric(
 
 def build_adaptation_task(
     context: ExperimentContext, plain: ExperimentContext, stage: Adapt, corpus: Corpus, seed: int
-) -> training.AdaptationTask:
+) -> training.AdaptationData:
     """Return the masked corpus of an objective: masked anew in every epoch, in evaluation always
     alike."""
     if stage.objective == "mlm":
@@ -136,7 +136,7 @@ def build_adaptation_task(
 
 def _build_text_task(
     context: ExperimentContext, stage: Adapt, corpus: Corpus, seed: int
-) -> training.AdaptationTask:
+) -> training.AdaptationData:
     tokenizer: Any = context.inputs.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
     masks = masking.build_masking_spec(tokenizer, stage.mask_ratio, stage.whole_words)
 
@@ -146,7 +146,7 @@ def _build_text_task(
     def held(blocks: Any) -> Subset[Any]:
         return Subset(hidden(blocks, True), _spread_indices(len(blocks), HELD_OUT_ROWS))
 
-    return training.AdaptationTask(
+    return training.AdaptationData(
         hidden(corpus.train, False),
         held(corpus.held_out),
         None if corpus.general is None else held(corpus.general),
@@ -156,7 +156,7 @@ def _build_text_task(
 
 def _build_image_task(
     context: ExperimentContext, plain: ExperimentContext, stage: Adapt, corpus: Corpus, seed: int
-) -> training.AdaptationTask:
+) -> training.AdaptationData:
     inputs = context.inputs
     assert isinstance(inputs, ImageInputs)
     canvases_of_train = load_canvases(context, corpus.train)
@@ -176,7 +176,7 @@ def _build_image_task(
             load_canvases(context, names), keys, inputs.patch_size, seed, fixed=fixed, **more
         )
 
-    return training.AdaptationTask(
+    return training.AdaptationData(
         hidden(corpus.train, False, change=change, teacher=teacher),
         hidden(corpus.held_out[:HELD_OUT_ROWS], True),
         None if corpus.general is None else hidden(corpus.general[:HELD_OUT_ROWS], True),

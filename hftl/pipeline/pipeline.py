@@ -15,7 +15,7 @@ from hftl.data.image_inputs import ImageInputs
 from hftl.data.prepare import PreparedData
 from hftl.data.splits import MEASURED_SPLITS
 from hftl.errors import RecipeError, RunFolderError
-from hftl.finetune.context import ExperimentContext, build_context, build_input_spec, pin_revisions
+from hftl.finetune.context import ExperimentContext, build_context, infer_input_spec, pin_revisions
 from hftl.measure.metrics import Metric, find_metric
 from hftl.measure.record import Record
 from hftl.models.source import SourceModel, find_source
@@ -28,12 +28,12 @@ from hftl.pipeline.arms import (
     validate_upstream_arguments,
 )
 from hftl.pipeline.cache_keys import build_data_key, build_general_key, refuse_changed
-from hftl.pipeline.corpora import build_leak_test
+from hftl.pipeline.corpora import build_leak_filter
 from hftl.pipeline.evaluate import evaluate_run
 from hftl.pipeline.evaluate_adaptation import evaluate_adaptation
+from hftl.pipeline.model_checks import check_models
 from hftl.pipeline.push import PushOptions, check_push_access, push_finished_run
-from hftl.pipeline.rehearsal import check_models
-from hftl.pipeline.retention import (
+from hftl.pipeline.regularizer_stages import (
     check_recipe_retention,
     check_replay_labels,
     reads_general_labels,
@@ -164,7 +164,7 @@ def open_recipe(recipe: Recipe) -> ExperimentContext:
     check_adaptations(recipe, source)
     validate_upstream_arguments(recipe, get_device())
     check_recipe_retention(recipe, source)
-    spec = build_input_spec(source, str(recipe.data.task))
+    spec = infer_input_spec(source, str(recipe.data.task))
     return build_context(recipe, source, data_stage.prepare_data(recipe.data, spec))
 
 
@@ -176,7 +176,7 @@ def check_recipe(recipe: Recipe) -> tuple[dict[str, str], CheckFacts]:
         return build_adaptation_header(recipe, context), CheckFacts(warnings=warnings)
     if reads_general_labels(recipe):
         data = pin_revisions(recipe.data, context.prepared.facts.hub_revisions)
-        spec = build_input_spec(context.source, context.prepared.task)
+        spec = infer_input_spec(context.source, context.prepared.task)
         context.general = load_general(data, context.prepared, spec)
         check_replay_labels(recipe, context)
     check_models(recipe, context)
@@ -218,7 +218,7 @@ def _load_data(run: Run, source: SourceModel) -> ExperimentContext:
     """Run the data phase and build the context of all arms."""
     recipe = run.recipe
     folder = run.folder / "phases" / "data"
-    reading = build_input_spec(source, str(recipe.data.task))
+    reading = infer_input_spec(source, str(recipe.data.task))
     reads = {"recipe": build_data_key(recipe), "reading": asdict(reading)}
     stands = run_folder.read_stage_inputs(folder) == reads
     # The other processes take what the main one has found.
@@ -255,7 +255,7 @@ def _load_general_rows(run: Run, context: ExperimentContext) -> GeneralData | No
             "processor": inputs and fingerprint(inputs.processor.to_dict()),
         }
         if run_folder.read_stage_inputs(folder) != reads:
-            reading = build_input_spec(context.source, context.prepared.task)
+            reading = infer_input_spec(context.source, context.prepared.task)
             general = load_general(data, context.prepared, reading)
             with run_folder.commit_stage(folder, reads) as aside:
                 if inputs:
@@ -263,7 +263,7 @@ def _load_general_rows(run: Run, context: ExperimentContext) -> GeneralData | No
                         inputs, [*general.train_rows, *general.eval_rows], aside
                     )
                     inputs.load_cache(aside)
-                write_general(drop_near_rows(general, build_leak_test(context)), aside)
+                write_general(drop_near_rows(general, build_leak_filter(context)), aside)
     if inputs:
         inputs.load_cache(folder)
     return read_general(folder)

@@ -18,15 +18,15 @@ from hftl.errors import HoldError, HubError, RecipeError, RunFolderError
 from hftl.measure.record import Record
 from hftl.pipeline.finalize_record import (
     amend_record,
+    render_adapted_base_files,
     render_amended_files,
     render_amended_report,
-    render_base_files,
 )
 from hftl.publish.checks import (
     TokenPermissionError,
     check_card,
     check_files,
-    check_reload_proof,
+    check_reload_recorded,
     check_write_permission,
     complete_repo_id,
     read_account,
@@ -101,7 +101,7 @@ def check_push_access(recipe: Recipe, say: Say) -> None:
 def _adapts_its_base(recipe: Recipe) -> bool:
     """Return whether the adapter would go on a base that the run itself adapts."""
     changes_base = any(stage.method != "lora" for stage in recipe.stages)
-    return changes_base and recipe.finetune.spec.publishes_adapter
+    return changes_base and recipe.finetune.spec.trains_adapter
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def validate_push(run: Path, options: PushOptions) -> PushPreview:
     run_folder.check_finished_files(run)
     record = Record.read(run)
     preview = preview_push(run, _list_shown_names(record, options))
-    check_reload_proof(run, record)
+    check_reload_recorded(run, record)
     for text in _render_cards(run, record, options):
         check_card(text, run)
     return preview
@@ -325,7 +325,7 @@ def _push_folders(run: Path, options: PushOptions, name: str, say: Say) -> tuple
         # A model that is refused must leave no base behind.
         inspect_target(target)
         amended = amend_record(record, repo_id, forced, None, options.license)
-        run_folder.rewrite_finished_files(run, render_base_files(amended, base_id))
+        run_folder.rewrite_finished_files(run, render_adapted_base_files(amended, base_id))
         _check_folder(run / "publish-base", amended, options)
         pushed = push_folder(run / "publish-base", PushTarget(base_id, public), BASE_MESSAGE)
         _print_push(pushed, base_id, say)
@@ -348,7 +348,9 @@ def _render_cards(run: Path, record: Record, options: PushOptions) -> list[str]:
     cards = [render_amended_files(run, amended, base)["publish/README.md"]]
     if (run / "publish-base").exists():
         alone = amend_record(record, PLACEHOLDER_BASE[0], options.force, None, options.license)
-        cards.append(render_base_files(alone, PLACEHOLDER_BASE[0])["publish-base/README.md"])
+        cards.append(
+            render_adapted_base_files(alone, PLACEHOLDER_BASE[0])["publish-base/README.md"]
+        )
     return cards
 
 

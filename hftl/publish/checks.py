@@ -144,7 +144,7 @@ def check_card(text: str, run: Path) -> None:
         )
 
 
-def check_reload_proof(run: Path, record: Record) -> None:
+def check_reload_recorded(run: Path, record: Record) -> None:
     """Check that the published weights were proved to reload, and are those that were proved.
 
     An encoder without a task has no proof, as it has no logits to compare.

@@ -19,7 +19,7 @@ from hftl.data.image_inputs import ImageInputs
 from hftl.finetune.arm import init_head_from_probe
 from hftl.finetune.arm_files import load_trained_tensors
 from hftl.finetune.context import ExperimentContext
-from hftl.finetune.trainable import unfreeze
+from hftl.finetune.trainable import apply_strategy
 from hftl.models.architectures import ArchitectureSpec
 from hftl.models.encoders import get_encoder_class
 from hftl.models.heads import (
@@ -59,34 +59,34 @@ class ReloadSample(TypedDict, total=False):
 
 
 def rebuild_model(
-    bench: ExperimentContext, finetune: Finetune, seed: int, weights: Path
+    context: ExperimentContext, finetune: Finetune, seed: int, weights: Path
 ) -> nn.Module:
     """Rebuild the model of an arm from the source and the tensors that the arm trained.
 
     Raises:
         RunFolderError: if the weights are not those of this model.
     """
-    built = bench.build_model(finetune.pooling, seed)
+    built = context.build_model(finetune.pooling, seed)
     if not finetune.spec.is_solved and finetune.head_init == "probe":
         # peft keeps the head it wraps; it must be the one that training started from.
-        init_head_from_probe(bench, built, finetune.pooling, seed)
-    model = unfreeze(built.model, finetune, built.fresh)
+        init_head_from_probe(context, built, finetune.pooling, seed)
+    model = apply_strategy(built.model, finetune, built.fresh)
     load_trained_tensors(model, weights)
     return model.eval()
 
 
 def export_model(
-    bench: ExperimentContext, model: nn.Module, finetune: Finetune, folder: Path
+    context: ExperimentContext, model: nn.Module, finetune: Finetune, folder: Path
 ) -> None:
     """Write weights, config with labels, tokenizer, and the head where pooling is not native.
 
     The adapter names the public base and its revision, never a path.
     """
-    source = bench.source
-    task = bench.prepared.task
-    labels = build_label_settings(bench.prepared.names, bench.num_outputs, task)
-    if finetune.spec.publishes_adapter:
-        export_adapter(bench, model, folder)
+    source = context.source
+    task = context.prepared.task
+    labels = build_label_settings(context.prepared.names, context.num_outputs, task)
+    if finetune.spec.trains_adapter:
+        export_adapter(context, model, folder)
         # What the adapter is put on: for a stock class with its labels, so that it can be named.
         known = (
             {}
@@ -106,28 +106,28 @@ def export_model(
             folder / "head.safetensors",
             metadata={"pooling": finetune.pooling},
         )
-    bench.inputs.save(folder)
+    context.inputs.save(folder)
     for path in folder.glob("*config.json"):
         _rewrite_json(path, drop_local_names)
 
 
-def export_adapter(bench: ExperimentContext, model: nn.Module, folder: Path) -> None:
+def export_adapter(context: ExperimentContext, model: nn.Module, folder: Path) -> None:
     """Write the adapter; where adaptation was by LoRA too, concatenate both on the first's base.
 
     It names the public base and its revision, never a path.
     """
-    base = bench.public_base
+    base = context.public_base
     adapter = get_peft_model_inside(model)
     adapter.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)
     named: dict[str, str | None] = {
         "base_model_name_or_path": base.public_id, "revision": base.revision
     }  # fmt: skip
-    if bench.lora_factors:
+    if context.lora_factors:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         pooled = isinstance(model, PooledModel)
-        prefix = "" if pooled else f"{bench.source.architecture_spec.encoder}."
-        stages = [*map(load_factors, bench.lora_factors), extract_factors(adapter, prefix)]
+        prefix = "" if pooled else f"{context.source.architecture_spec.encoder}."
+        stages = [*map(load_factors, context.lora_factors), extract_factors(adapter, prefix)]
         write_adapter(
             folder,
             concat_factors(stages),
@@ -172,59 +172,59 @@ def _build_target_pattern(weights: Path, encoder: nn.Module) -> str:
     return build_path_pattern(sorted(paths), [n for n, _ in encoder.named_modules()])
 
 
-def export_encoder(bench: ExperimentContext, folder: Path) -> None:
+def export_encoder(context: ExperimentContext, folder: Path) -> None:
     """Write an adapted encoder without a task: an adapter on its base, or the whole encoder.
 
     Where adaptation was rejected, the weights are the source's and none are written.
     """
-    base = bench.public_base
-    if bench.lora_factors and not bench.base_is_adapted:
-        factors = concat_factors([load_factors(file) for file in bench.lora_factors])
-        text = bench.prepared.modality == "text"
+    base = context.public_base
+    if context.lora_factors and not context.base_is_adapted:
+        factors = concat_factors([load_factors(file) for file in context.lora_factors])
+        text = context.prepared.modality == "text"
         write_adapter(
             folder, factors, "", {}, TaskType.FEATURE_EXTRACTION if text else None, None,
-            base.public_id, base.revision, get_encoder_class(bench.source.config),
+            base.public_id, base.revision, get_encoder_class(context.source.config),
         )  # fmt: skip
-    elif bench.base is not None:
-        shutil.copytree(bench.source.folder, folder, dirs_exist_ok=True)
+    elif context.base is not None:
+        shutil.copytree(context.source.folder, folder, dirs_exist_ok=True)
     if not (folder / "config.json").exists():
-        bench.source.config.save_pretrained(folder)
-    bench.inputs.save(folder)
+        context.source.config.save_pretrained(folder)
+    context.inputs.save(folder)
     for path in folder.glob("*config.json"):
         _rewrite_json(path, drop_local_names)
 
 
-def export_base(bench: ExperimentContext, folder: Path) -> None:
+def export_base(context: ExperimentContext, folder: Path) -> None:
     """Write the adapted base that an adapter goes on, as a plain folder of transformers."""
-    shutil.copytree(bench.public_base.folder, folder)
-    bench.inputs.save(folder)
+    shutil.copytree(context.public_base.folder, folder)
+    context.inputs.save(folder)
     for path in folder.glob("*config.json"):
         _rewrite_json(path, drop_local_names)
 
 
-def write_reload_sample(bench: ExperimentContext, logits: np.ndarray, folder: Path) -> Path:
+def write_reload_sample(context: ExperimentContext, logits: np.ndarray, folder: Path) -> Path:
     """Write test rows as a user has them, and the arm's logits, for the proof of the reload.
 
     Images are copied whole, the smallest of the test's. Words that were cut off have no logits and
     are left out of the comparison.
     """
-    prepared = bench.prepared
+    prepared = context.prepared
     rows = prepared.rows["test"]
     parts = np.split(logits.astype(np.float64), np.cumsum(prepared.count_words(rows))[:-1])
     chosen = sorted(range(len(rows)), key=lambda i: math.prod(rows[i].size or (1,)))[:SAMPLE_ROWS]
     rows_logits = np.concatenate([parts[i] for i in chosen])
     finite = rows_logits[np.isfinite(rows_logits).all(1)]
     sample: ReloadSample = {"logits": finite.tolist()}
-    if isinstance(bench.inputs, ImageInputs):
-        sample["arguments"] = bench.inputs.arguments
+    if isinstance(context.inputs, ImageInputs):
+        sample["arguments"] = context.inputs.arguments
         sample["images"] = []
-        for number, image in enumerate(bench.inputs.decode_images([rows[i] for i in chosen])):
+        for number, image in enumerate(context.inputs.decode_images([rows[i] for i in chosen])):
             image.save(folder / f"sample{number}.png")
             sample["images"].append(f"sample{number}.png")
     else:
         contents = [rows[i].content for i in chosen]
         sample["words" if prepared.task == "token-classification" else "texts"] = contents
-        sample["max_length"] = bench.inputs.max_length
+        sample["max_length"] = context.inputs.max_length
     path = folder / "sample.json"
     path.write_text(to_json(sample), encoding="utf-8")
     return path

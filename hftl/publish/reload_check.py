@@ -150,9 +150,7 @@ Batch = tuple[dict[str, Tensor | bool], Tensor | None]
 """What the model takes, and for words the mask of the tokens whose outputs count."""
 
 
-def build_sample_batches(
-    folder: Path, sample: Path, alone: bool
-) -> list[Batch]:
+def build_sample_batches(folder: Path, sample: Path, alone: bool) -> list[Batch]:
     """Return the model's inputs for the sample, batch by batch.
 
     Of a word the first token counts.
@@ -189,9 +187,7 @@ def build_sample_batches(
     return words
 
 
-def compute_sample_logits(
-    model: nn.Module, batches: list[Batch], device: str
-) -> Tensor:
+def compute_sample_logits(model: nn.Module, batches: list[Batch], device: str) -> Tensor:
     """Return the logits of a sample, (outputs of the rows, outputs) float32."""
     parts = []
     for inputs, first in batches:

@@ -228,7 +228,7 @@ def build_regularizers(retain: Retain, context: RegularizerContext) -> list[Regu
     return regularizers
 
 
-class Retention:
+class RegularizerSet:
     """Hold the regularizers of one training, prepared once.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hftl.config.retain import KL
 from hftl.data.masking import MaskingSpec, mask_tokens
 from hftl.errors import RecipeError
-from hftl.models.heads import PooledModel, get_encoder, get_model_architecture
+from hftl.models.heads import PooledModel, get_encoder, get_model_spec
 from hftl.retain.build import BATCH_METADATA, RegularizerContext, Step, TrainingStart
 from hftl.retain.kl import RowKL
 from hftl.retain.reference import eval_mode
@@ -108,7 +108,7 @@ class ZeroShotKL(PretrainingHeadKL):
         Raises:
             RecipeError: if the model has none of CLIP's.
         """
-        self._tower = get_encoder(model, get_model_architecture(model))
+        self._tower = get_encoder(model, get_model_spec(model))
         if self._tower.config.model_type != "clip_vision_model":
             raise RecipeError(
                 f"kl.on=zero_shot: {self._tower.config.model_type} cannot classify by class names",
@@ -171,7 +171,7 @@ class MaskedTokenKL(PretrainingHeadKL):
         Raises:
             RecipeError: if the two encoders have different architectures.
         """
-        encoder: Any = get_encoder(model, get_model_architecture(model))
+        encoder: Any = get_encoder(model, get_model_spec(model))
         if encoder.config.model_type != self._original.encoder.config.model_type:
             raise RecipeError(
                 f"kl.on=mlm: the head is of {self._original.encoder.config.model_type}, the model "

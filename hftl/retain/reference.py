@@ -20,7 +20,7 @@ from hftl.errors import RecipeError
 from hftl.models.heads import (
     PooledModel,
     get_encoder,
-    get_model_architecture,
+    get_model_spec,
     pool_tokens,
     unwrap_adapter,
 )
@@ -63,7 +63,7 @@ class EmbeddingHook:
 
     def __init__(self, model: nn.Module) -> None:
         self._embedding: Any = None
-        architecture = get_model_architecture(model)
+        architecture = get_model_spec(model)
         self._is_text = architecture.modality == "text" and not isinstance(model, PooledModel)
         if self._is_text:
             module = get_encoder(model, architecture)

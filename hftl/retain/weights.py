@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hftl.config.retain import L2SP as L2SPSection
 from hftl.config.upstream_args import ZERO_UPDATE_INITS
 from hftl.errors import RecipeError
-from hftl.models.heads import get_encoder, get_model_architecture
+from hftl.models.heads import get_encoder, get_model_spec
 from hftl.models.lora_concat import EXACT_FIELDS
 from hftl.retain.build import Config, Regularizer, Step, TrainingStart
 
@@ -188,7 +188,7 @@ def _check_adapter(model: nn.Module) -> None:
 
 def iterate_encoder_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the encoder's trained parameters, an adapter's apart, by their names in `AutoModel`."""
-    encoder = get_encoder(model, get_model_architecture(model))
+    encoder = get_encoder(model, get_model_spec(model))
     for name, parameter in encoder.named_parameters():
         if parameter.requires_grad and ".lora_" not in name:
             yield PEFT_WRAPPING.sub("", name), parameter
@@ -204,7 +204,7 @@ def iterate_head_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def iterate_lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the encoder's layers that carry LoRA, by their names in `AutoModel`."""
-    encoder = get_encoder(model, get_model_architecture(model))
+    encoder = get_encoder(model, get_model_spec(model))
     for name, module in encoder.named_modules():
         if hasattr(module, "lora_A"):
             yield name, module

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hftl.errors import NumericError, RecipeError
-from hftl.models.heads import get_model_architecture
+from hftl.models.heads import get_model_spec
 from hftl.runtime.distributed import broadcast_from_main
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -33,7 +33,7 @@ def list_training_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
         RecipeError: for such a layer that is partly frozen and draws dropout in its own forward.
     """
     try:
-        head_dropout = get_model_architecture(model).head.dropout
+        head_dropout = get_model_spec(model).head.dropout
     except RecipeError:  # A user's own model: its head is where its parameters train.
         head_dropout = None
     modes: list[tuple[nn.Module, bool]] = []

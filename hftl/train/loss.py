@@ -147,7 +147,7 @@ def select_model_inputs(batch: Batch) -> Batch:
     return {key: value for key, value in batch.items() if key not in ("labels", *BATCH_METADATA)}
 
 
-def drop_metadata(batch: Batch) -> Batch:
+def drop_retention_keys(batch: Batch) -> Batch:
     """Return a batch with its labels, without what only regularizers read."""
     return {key: value for key, value in batch.items() if key not in BATCH_METADATA}
 
@@ -214,7 +214,7 @@ def find_target_rows(batch: Batch) -> Tensor:
 
 
 def count_step_items(batches: list[Batch], device: torch.device) -> Tensor:
-    """Return (2,) int64: the the target's labelled elements in a step's batches, and its rows.
+    """Return (2,) int64: the target's labelled elements in a step's batches, and its rows.
 
     Without `labels` rows are counted alone.
     """

@@ -16,7 +16,7 @@ from torch import nn
 from hftl.errors import RecipeError, suggest_closest
 from hftl.models.architectures import ArchitectureSpec
 from hftl.models.encoders import get_submodule, has_prefix, list_block_paths
-from hftl.models.heads import get_encoder, get_model_architecture
+from hftl.models.heads import get_encoder, get_model_spec
 from hftl.train.facts import LearningRate
 
 NO_DECAY_NAMES = (
@@ -115,7 +115,7 @@ def compute_depths(model: nn.Module) -> tuple[dict[str, int], int]:
     Raises:
         RecipeError: if the architecture is not supported.
     """
-    architecture = get_model_architecture(model)
+    architecture = get_model_spec(model)
     encoder = get_encoder(model, architecture)
     paths = list_block_paths(encoder, architecture)
     depth_of = {id(p): len(paths) + 1 for p in model.parameters()}

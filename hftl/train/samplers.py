@@ -24,7 +24,7 @@ from hftl.errors import RecipeError
 from hftl.models.features import batch_by_length
 from hftl.retain.build import Batch, TrainingRows
 from hftl.train import hf_compat
-from hftl.train.loss import IGNORE_INDEX, drop_metadata
+from hftl.train.loss import IGNORE_INDEX, drop_retention_keys
 
 BATCH_TOKENS = 4096
 BATCH_ROWS = 32
@@ -362,7 +362,7 @@ def build_training_rows(rows: IndexedDataset, collate: IndexedCollator) -> Train
         batches = [numbers[i : i + BATCH_ROWS] for i in range(0, rows.total_rows, BATCH_ROWS)]
 
     def batch(numbers: list[int]) -> Batch:
-        return drop_metadata(collate([rows[n] for n in numbers]))
+        return drop_retention_keys(collate([rows[n] for n in numbers]))
 
     return TrainingRows(
         len(rows), rows.total_rows, batches, batch, is_deterministic(rows, collate.collate)

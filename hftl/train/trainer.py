@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import EvalLoopOutput
 
 from hftl.errors import RecipeError
-from hftl.retain.build import Batch, LossTerm, Retention, Step
+from hftl.retain.build import Batch, LossTerm, RegularizerSet, Step
 from hftl.runtime.distributed import gather_values
 from hftl.train import checkpoint, hf_compat, objective, optimizer, samplers
 from hftl.train import loss as losses
@@ -55,7 +55,7 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         model: Any = None,
         args: TrainingArguments | None = None,
         *more: Any,
-        retain: LossTerm | Sequence[LossTerm] | Retention = (),
+        retain: LossTerm | Sequence[LossTerm] | RegularizerSet = (),
         reference: nn.Module | None = None,
         general_dataset: Any | None = None,
         general_ratio: float = 0.5,
@@ -76,9 +76,9 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
             objective.check_label_smoothing(self._own_model, self.compute_loss_func is not None)
             self.args.label_smoothing_factor = smoothing
             self.label_smoother = LabelSmoother(epsilon=smoothing)
-        self.retention = (
-            retain if isinstance(retain, Retention) else Retention(retain, reference, general_ratio)
-        )
+        if not isinstance(retain, RegularizerSet):
+            retain = RegularizerSet(retain, reference, general_ratio)
+        self.retention = retain
         losses.check_general_ratio(general_ratio)
         self._rates = optimizer.build_layer_rates(layer_decay, rates)
         self._general = general_dataset
@@ -222,8 +222,9 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         if num_items_in_batch is not None and "row" in inputs:
             current = Step(
                 self.accelerator.unwrap_model(model), inputs,
-                objective.name_logits(outputs, self._own_model), self._target_rows(inputs),
-                self._rows, self.retention.ratio, int(self.state.epoch or 0),
+                objective.name_logits(outputs, self._own_model),
+                counts=self._find_counted_rows(inputs), target_rows=self._rows,
+                ratio=self.retention.ratio, epoch=int(self.state.epoch or 0),
             )  # fmt: skip
             terms = [regularizer.loss(current) for regularizer in self.retention.regularizers]
             # The gradients of processes are averaged, and the counts are those of all.
@@ -259,19 +260,19 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
 
         A mean over the rows of a batch counts for as many rows of the step as the batch holds.
         """
-        batch = losses.drop_metadata(inputs)
+        batch = losses.drop_retention_keys(inputs)
         items = count if plan.counts_items else None
         loss, outputs = super().compute_loss(model, batch, True, items)
         objective.check_scalar_loss(self._own_model, loss)
         if count is None:
             return loss, outputs
-        rows = self._target_rows(inputs).sum().to(loss.device)
+        rows = self._find_counted_rows(inputs).sum().to(loss.device)
         share = 1.0
         if not plan.counts_items:
             share = rows / self._rows.to(loss.device).clamp(min=1) * self.accelerator.num_processes
         return torch.where(rows > 0, loss * share, torch.zeros_like(loss)), outputs
 
-    def _target_rows(self, inputs: Batch) -> Tensor:
+    def _find_counted_rows(self, inputs: Batch) -> Tensor:
         """Return which rows of a batch count in training: (batch,) bool; none of a filler."""
         rows = losses.find_target_rows(inputs)
         is_filler = self._has_filler and self.accelerator.sync_gradients
@@ -286,7 +287,7 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
 
     def _build_loss_plan(self, inputs: Batch) -> LossPlan:
         model = self.accelerator.unwrap_model(self.model)
-        batch = losses.drop_metadata(hf_compat.move_inputs(self, inputs))
+        batch = losses.drop_retention_keys(hf_compat.move_inputs(self, inputs))
         if self.compute_loss_func is not None:
             plan = LossPlan(True, counts_items=isinstance(batch.get("labels"), Tensor))
         elif self.args.parallelism_config is not None:

@@ -8,7 +8,7 @@ import numpy as np
 from support.tiny import IMAGE_SIZE, save_tiny
 from torch import Tensor, nn
 
-from hftl.adapt.adaptation import AdaptationTask, adapt_encoder
+from hftl.adapt.adaptation import AdaptationData, adapt_encoder
 from hftl.adapt.encoder_io import set_trainable
 from hftl.adapt.guard import GuardRule
 from hftl.adapt.mae import load_mae
@@ -19,7 +19,7 @@ from hftl.config.section import Source
 from hftl.data import masking
 from hftl.data.image_inputs import ImageInputs, resize_processor
 from hftl.data.masking import MaskedImageDataset, collate_masked_images
-from hftl.models.source import find_source, load_processor
+from hftl.models.source import find_source, load_image_processor
 from hftl.train.checkpoint import iterate_trainable
 
 ARCHITECTURES = {"mlm": "bert", "mae": "dinov2"}
@@ -71,7 +71,7 @@ def load_cold(objective: str, folder: Path) -> tuple[Any, tuple[str, ...]]:
     return load_mae(source, IMAGE_SIZE, 0.5, DECODER, seed=0)
 
 
-def build_task(objective: str, folder: Path, general: bool = False) -> AdaptationTask:
+def build_task(objective: str, folder: Path, general: bool = False) -> AdaptationData:
     """Return the data of an adaptation: `ROWS` to train on, `HELD_OUT`, and general rows."""
     sides = [(ROWS, 0, False), (HELD_OUT, 1, True), (GENERAL, 2, True)]
     if objective == "mlm":
@@ -79,11 +79,11 @@ def build_task(objective: str, folder: Path, general: bool = False) -> Adaptatio
             masking.MaskedBlocks(Blocks(rows, seed), MASKING, 0, 0, fixed)  # pyright: ignore
             for rows, seed, fixed in sides
         ]
-        return AdaptationTask(
+        return AdaptationData(
             parts[0], parts[1], parts[2] if general else None,
             lambda rows: masking.collate_masked_blocks(rows, 0),
         )  # fmt: skip
-    processor = load_processor(find_source(Source(model=str(folder))))
+    processor = load_image_processor(find_source(Source(model=str(folder))))
     inputs = ImageInputs(Data.model_construct(), resize_processor(processor, IMAGE_SIZE), {}, PATCH)
     parts = []
     for rows, seed, fixed in sides:
@@ -91,7 +91,7 @@ def build_task(objective: str, folder: Path, general: bool = False) -> Adaptatio
         pixels = np.random.default_rng(seed).integers(120, 255, size).astype(np.uint8)
         keys = [f"{seed} {i}".encode() for i in range(rows)]
         parts.append(MaskedImageDataset(list(pixels), keys, PATCH, 0, fixed=fixed))
-    return AdaptationTask(
+    return AdaptationData(
         parts[0], parts[1], parts[2] if general else None,
         lambda rows: collate_masked_images(rows, inputs, 0.5, False),
     )  # fmt: skip
@@ -122,7 +122,7 @@ def measure_length(model: nn.Module) -> Callable[[], float]:
 
 
 def adapt(
-    model: Any, task: AdaptationTask, stage: Adapt, folder: Path, rule: GuardRule = OPEN_GUARD,
+    model: Any, task: AdaptationData, stage: Adapt, folder: Path, rule: GuardRule = OPEN_GUARD,
     measure: Callable[[], float] | None = None,
 ) -> Outcome:  # fmt: skip
     """Return the facts of an adaptation, and the weights that it left."""

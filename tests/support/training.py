@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from hftl.config.section import Source
 from hftl.finetune.trainable import prepare
-from hftl.models.heads import LoadedModel, build_model, get_last_linear, get_model_architecture
+from hftl.models.heads import LoadedModel, build_model, get_last_linear, get_model_spec
 from hftl.models.source import find_source
 from hftl.retain.build import Step
 from hftl.retain.reference import eval_mode
@@ -111,7 +111,7 @@ def _set_dropout(model: nn.Module, dropout: float) -> nn.Module:
 
 def solve_head(model: nn.Module) -> nn.Module:
     """Return the model with its last layer solved on the rows' own labels, as a probe would."""
-    layer = get_last_linear(model, get_model_architecture(model))
+    layer = get_last_linear(model, get_model_spec(model))
     inputs: list[torch.Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     batch = stack_rows(24)

@@ -355,7 +355,9 @@ class Improving(BestWeightsCallback):
         super().on_evaluate(*args, metrics={self.metric: (self.best or 0) + 1}, **more)
 
 
-def unfreeze(folder: Path, state: Path | None, dropout: float, stop: int = 9) -> dict[str, Any]:
+def unfreeze_gradually(
+    folder: Path, state: Path | None, dropout: float, stop: int = 9
+) -> dict[str, Any]:
     """Return what gradual unfreezing changed in each phase, and what it left.
 
     Args:
@@ -410,11 +412,11 @@ def unfreeze(folder: Path, state: Path | None, dropout: float, stop: int = 9) ->
 
 def count_resumed_phases(folder: Path) -> int:
     """Return how many phases follow a stop in the third, or -1 where the end then differs."""
-    whole, state = unfreeze(folder, None, dropout=0.1), folder / "gradual-stopped"
+    whole, state = unfreeze_gradually(folder, None, dropout=0.1), folder / "gradual-stopped"
     try:
-        unfreeze(folder, state, dropout=0.1, stop=2)
+        unfreeze_gradually(folder, state, dropout=0.1, stop=2)
     except KeyboardInterrupt:
-        again = unfreeze(folder, state, dropout=0.1)
+        again = unfreeze_gradually(folder, state, dropout=0.1)
     same = [torch.equal(tensor, again["state"][n]) for n, tensor in whole["state"].items()]
     return len(again["changed"]) if all(same) else -1
 
@@ -471,7 +473,7 @@ def main(folder: Path) -> None:
     results |= {names: adapt_case(*names, folder) for names in ADAPTATIONS}
     results["information"] = compute_information()
     results["resumed"] = resumes_adaptation(folder)
-    results["unfrozen"] = unfreeze(folder, folder / "gradual", dropout=0.0)
+    results["unfrozen"] = unfreeze_gradually(folder, folder / "gradual", dropout=0.0)
     results["resumed phases"] = count_resumed_phases(folder)
     results["broken"] = train_to_error(folder, BrokenTrainer)
     results["shared"] = broadcast_from_main(lambda: {"by": broadcast_from_main(get_rank)})

@@ -142,7 +142,7 @@ def check_retention(arm: Arm, source: SourceModel, task: str) -> None:
     retain = arm.retain
     if retain is None:
         return
-    if arm.spec.publishes_adapter:
+    if arm.spec.trains_adapter:
         check_unchanged_base(arm.finetune.lora, "finetune.lora")
         if retain.needs_plain_lora:
             check_low_rank(arm.finetune.lora, "finetune.lora")

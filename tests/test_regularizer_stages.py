@@ -12,8 +12,13 @@ from conftest import sentences, write_csv
 from hftl.config.recipe import Recipe
 from hftl.config.retain import KL, Retain
 from hftl.errors import HftlError, RecipeError
-from hftl.finetune import retention
-from hftl.finetune.retention import WEIGHT_GRID, has_auto_weight, select_kl_weight, set_kl_weight
+from hftl.finetune import regularizer_setup
+from hftl.finetune.regularizer_setup import (
+    WEIGHT_GRID,
+    has_auto_weight,
+    select_kl_weight,
+    set_kl_weight,
+)
 from hftl.pipeline.pipeline import check_recipe, run
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
@@ -94,7 +99,7 @@ def assert_second_run_trains_nothing(tree: dict[str, Any], folder: Path) -> None
 def test_weight_is_chosen_once_for_all_seeds(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retention, "WEIGHT_GRID", (0.1, 1.0))
+    monkeypatch.setattr(regularizer_setup, "WEIGHT_GRID", (0.1, 1.0))
     tree["retain"] = {"kl": {"weight": "auto", "inputs": "general"}}
     tree["measure"] |= {"arms": [], "seeds": [0, 1]}
     lines: list[str] = []

@@ -14,7 +14,7 @@ from hftl.errors import RecipeError
 from hftl.finetune.arm import init_head_from_probe, train_arm
 from hftl.finetune.context import ExperimentContext, RegularizerSetup
 from hftl.finetune.guard_metrics import score_validation
-from hftl.finetune.retention import (
+from hftl.finetune.regularizer_setup import (
     LOGIT_KIND_OF_TASK,
     FisherResult,
     build_general_dataset,

@@ -14,7 +14,7 @@ from hftl.config.recipe import Arm, Recipe
 from hftl.data.text_inputs import EncodedRow, TextInputs
 from hftl.errors import DataError, HftlError, RecipeError, format_error_line, is_out_of_memory
 from hftl.finetune.context import ExperimentContext
-from hftl.finetune.trainable import unfreeze
+from hftl.finetune.trainable import apply_strategy
 from hftl.models.heads import LoadedModel, get_encoder
 from hftl.pipeline.objectives import build_objective
 from hftl.publish import reload_check
@@ -41,7 +41,7 @@ def check_models(recipe: Recipe, context: ExperimentContext) -> None:
         if arm.spec.is_baseline:
             continue
         finetune = arm.finetune
-        lora = finetune.lora if arm.spec.publishes_adapter else None
+        lora = finetune.lora if arm.spec.trains_adapter else None
         key = json.dumps([finetune.pooling, lora], sort_keys=True)
         if key not in seen:
             seen.add(key)
@@ -73,9 +73,9 @@ def _check_arm_model(context: ExperimentContext, arm: Arm) -> None:
             "Give a source whose config, weights and tokenizer or processor belong together",
         ) from error
     _check_row_independence(context, logits, alone)
-    if arm.spec.publishes_adapter:
+    if arm.spec.trains_adapter:
         finetune = arm.finetune
-        model = unfreeze(built.model, finetune, built.fresh)
+        model = apply_strategy(built.model, finetune, built.fresh)
         if set(finetune.lora) - set(LORA_KEYS_SAVED_ALIKE):
             _check_saving(
                 context, LoadedModel(model, built.architecture, built.pooling, built.fresh), arm
