@@ -31,7 +31,7 @@ def refuse(hftl: Hftl, tmp_path: Path) -> Refuse:
         recipe: Path, code: int, words: list[str], *overrides: str, command: str = "adapt"
     ) -> None:
         place = ["--output", tmp_path / "out"] if command == "adapt" else []
-        hftl(command, recipe, *overrides, *place).is_error(code, *words)
+        hftl(command, recipe, *overrides, *place).assert_error(code, *words)
 
     return run
 
