@@ -10,6 +10,8 @@ import pytest
 
 from hftl.errors import RecipeError, RunFolderError
 from hftl.runtime import run_folder
+from hftl.runtime.run_folder import read_part
+from hftl.train.facts import ScratchSearch
 
 READS = {"recipe": {"finetune.lora.r": 8}, "weights": None}
 
@@ -112,6 +114,8 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from hftl.runtime import run_folder
+from hftl.runtime.run_folder import read_part
+from hftl.train.facts import ScratchSearch
 with run_folder.lock_run(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -178,3 +182,18 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(RecipeError, match="cannot be written.*Choose another --output"):
             run_folder.create_run_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [('{"learning_rate": null}', "'learning_rate': input should"), ("{", "''"), (None, "missing")],
+)
+def test_a_part_that_is_not_what_was_written_is_named(
+    text: str | None, says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "search.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RunFolderError, match=says) as raised:
+        read_part(path, ScratchSearch)
+    assert str(path) in raised.value.what and "Remove" in raised.value.fix

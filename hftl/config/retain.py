@@ -46,7 +46,7 @@ class ChosenShare(Protocol):
     alpha: float
 
 
-class TrainingFacts(Protocol):
+class DescribedTraining(Protocol):
     """Describe the record's facts on the training of one seed, as far as `retain` reads them.
 
     The record's own class comes later in the layers.
@@ -109,7 +109,7 @@ class RegularizerSection(Section):
     def check_arm(self, strategy: str, task: str) -> None:
         """Raise a RecipeError if it cannot regularize such an arm."""
 
-    def describe(self, training: TrainingFacts) -> str:
+    def describe(self, training: DescribedTraining) -> str:
         """Return its clause on the card.
 
         Args:
@@ -194,7 +194,7 @@ class KL(RegularizerSection):
         rows = {"target": 1.0, "general": general_ratio, "both": 1.0 + general_ratio}
         return rows[self.inputs] if self.is_active and self.on_pretraining_head else 0.0
 
-    def describe(self, training: TrainingFacts) -> str:
+    def describe(self, training: DescribedTraining) -> str:
         """Return its clause on the card; a chosen weight is the same for all seeds."""
         weight = self.weight
         if weight == "auto":
@@ -236,7 +236,7 @@ class L2SP(RegularizerSection):
                 "Set it to false",
             )
 
-    def describe(self, training: TrainingFacts) -> str:
+    def describe(self, training: DescribedTraining) -> str:
         """Return its clause on the card."""
         return f"the distance of the weights (L2-SP), weight {self.weight:g}"
 
@@ -280,7 +280,7 @@ class EWC(RegularizerSection):
                 "Use features",
             )
 
-    def describe(self, training: TrainingFacts) -> str:
+    def describe(self, training: DescribedTraining) -> str:
         """Return its clause on the card; records of older versions lack the information's kind."""
         fisher = training.fisher
         information = "the Fisher information of general rows"
@@ -372,7 +372,7 @@ class Retain(Section):
         by_section = any(section.needs_plain_lora for section in self.regularizers)
         return by_section or self.interpolate is not None
 
-    def describe(self, training: Sequence[TrainingFacts]) -> list[str]:
+    def describe(self, training: Sequence[DescribedTraining]) -> list[str]:
         """Return the card's clauses.
 
         Args:

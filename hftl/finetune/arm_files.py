@@ -17,7 +17,7 @@ from hftl.data.splits import MEASURED_SPLITS
 from hftl.errors import RunFolderError
 from hftl.measure.metrics import compute_all_metrics
 from hftl.models.heads import LoadedModel
-from hftl.runtime.run_folder import to_json
+from hftl.runtime.run_folder import read_part, to_json
 from hftl.train.checkpoint import iterate_trainable
 from hftl.train.facts import ArmFile, SplitMetrics, TrainingFacts
 
@@ -141,7 +141,7 @@ def read_arm(folder: Path, prepared: PreparedData) -> ArmResult:
 
 def read_metrics_file(folder: Path) -> ArmFile:
     """Read the metrics.json that `write_arm` wrote."""
-    return ArmFile.model_validate_json((folder / METRICS_FILE).read_text(encoding="utf-8"))
+    return read_part(folder / METRICS_FILE, ArmFile)
 
 
 def read_logits(folder: Path, split: str) -> np.ndarray:

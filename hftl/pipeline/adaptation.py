@@ -100,7 +100,7 @@ def _run_stage(
     else:
         work = run.folder / "checkpoints" / folder.name
         distributed.broadcast_from_main(lambda: shutil.rmtree(work, ignore_errors=True))
-    facts = AdaptationFacts.model_validate(_read_json(folder / FACTS_FILE))
+    facts = run_folder.read_part(folder / FACTS_FILE, AdaptationFacts)
     run.say(console.format_adaptation(summarize_adaptation(facts)))
     if facts.weights_sha256 is None:
         return FinishedStage(here, facts, folder)
@@ -228,7 +228,7 @@ def _adapt_stage(
         relative=rule.relative,
         transductive=stage.transductive,
         corpus=corpus.facts,
-        warmed=HeadTraining.model_validate(_read_json(head / FACTS_FILE)),
+        warmed=run_folder.read_part(head / FACTS_FILE, HeadTraining),
         **vars(result),
     )
     distributed.broadcast_from_main(
@@ -289,12 +289,8 @@ def _find_previous_head(before: Path | None, stage: Adapt) -> Path | None:
     """Return the head of the adaptation before, where it had the same objective."""
     if before is None:
         return None
-    facts = AdaptationFacts.model_validate(_read_json(before / FACTS_FILE))
+    facts = run_folder.read_part(before / FACTS_FILE, AdaptationFacts)
     return before / HEAD_FILE if facts.objective == stage.objective else None
-
-
-def _read_json(path: Path) -> object:
-    return json.loads(path.read_text("utf-8"))
 
 
 def _commit_stage(

@@ -134,7 +134,7 @@ def _pin_data(run: Run, context: ExperimentContext) -> Data:
 
 
 def _read_stored(folder: Path) -> StoredCorpus:
-    return StoredCorpus.model_validate(json.loads((folder / "facts.json").read_text("utf-8")))
+    return run_folder.read_part(folder / "facts.json", StoredCorpus)
 
 
 def _build_corpus_key(

@@ -170,7 +170,7 @@ def _choose_kl_weight(
 
         distributed.broadcast_from_main(commit)
         say(f"  {arm.name}: KL weight {choice.weight:g} forgets least within one standard error")
-    return ChosenKLWeight.model_validate_json((stage / "weight.json").read_text("utf-8"))
+    return run_folder.read_part(stage / "weight.json", ChosenKLWeight)
 
 
 def _share_inputs(stage: Path) -> StageInputs | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from hftl.adapt.guard import AdaptationFacts
 from hftl.config.recipe import Arm, Recipe
 from hftl.finetune.context import ExperimentContext
+from hftl.runtime.run_folder import read_part
 from hftl.train.facts import ScratchSearch
 
 ArmContexts = dict[str, ExperimentContext]
@@ -37,7 +38,7 @@ class Run:
     def read_scratch_search(self) -> ScratchSearch:
         """Return the finished search of scratch's learning rate."""
         path = self.folder / "phases" / "search" / "search.json"
-        return ScratchSearch.model_validate_json(path.read_text("utf-8"))
+        return read_part(path, ScratchSearch)
 
 
 @dataclass(frozen=True)

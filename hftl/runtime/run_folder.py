@@ -14,10 +14,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, JsonValue
+from pydantic import BaseModel, JsonValue, ValidationError
 
 from hftl.errors import LockedError, RecipeError, RunFolderError
 from hftl.runtime import distributed
@@ -30,6 +30,9 @@ RUN_FILES = (
     "report.html", "error.json", "log.txt", ".lock",
 )  # fmt: skip
 """Every name that a run folder may hold."""
+
+
+Part = TypeVar("Part", bound=BaseModel)
 
 
 class StageInputs(TypedDict, total=False):
@@ -328,6 +331,23 @@ def read_json(path: Path) -> object:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UnreadableJsonError(str(error)) from error
+
+
+def read_part(path: Path, model: type[Part]) -> Part:
+    """Read a JSON file of a stage through the model that it was written from.
+
+    Raises:
+        RunFolderError: naming the key, if the file is not what such a model holds.
+    """
+    try:
+        return model.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError) as error:
+        finding = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
+        key = ".".join(map(str, finding["loc"])) if finding else ""
+        what = f"'{key}': {finding['msg'].lower()}" if finding else "missing or unreadable"
+        raise RunFolderError(
+            f"{path}: {what}", f"Remove {path.parent} and run the same command again"
+        ) from error
 
 
 def _replace_nonfinite(value: Any) -> Any:
