@@ -1,5 +1,6 @@
 """Check the baselines: fair to scratch, right for the classical model, exact for the majority."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from hftl.card.sections import describe_scratch_search
 from hftl.config.finetune import Finetune
 from hftl.config.measure import Search
 from hftl.config.recipe import Recipe
-from hftl.finetune import arm_files, baselines
+from hftl.finetune import arm_files, baselines, pretraining_heads
 from hftl.finetune.arm_files import ArmOutput
 from hftl.finetune.baselines import solve_classical, solve_majority
 from hftl.finetune.context import ExperimentContext
+from hftl.models.features import predict_with_features
 from hftl.train.facts import TriedRate
 
 
@@ -37,11 +39,14 @@ def test_scratch_trains_longer_and_each_rate_of_the_search_for_a_third(
     context: ExperimentContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainings: list[dict[str, Any]] = []
+    predicted: list[tuple[str, ...]] = []
 
     def train_model(
-        context: Any, built: Any, finetune: Finetune, *_: Any, compared: bool
-    ) -> ArmOutput:
+        context: Any, built: Any, finetune: Finetune, *_: Any, compared: bool,
+        splits: Sequence[str],
+    ) -> ArmOutput:  # fmt: skip
         trainings.append(training := finetune.training)
+        predicted.append(tuple(splits))
         assert finetune.patience is None, "scratch starts slowly: it must not be stopped early"
         assert not compared, "it does not come from the source: it has nothing to forget"
         assert all(p.requires_grad for p in built.model.parameters())
@@ -58,7 +63,9 @@ def test_scratch_trains_longer_and_each_rate_of_the_search_for_a_third(
     result = baselines.search_rate(context, section, search, 0)
     assert result["learning_rate"] == 3e-3 and len(result["tried"]) == 3
     assert [t["num_train_epochs"] for t in trainings] == pytest.approx([4, 4, 4])
+    assert predicted == [("validation",)] * 3, "a rate is chosen on validation alone"
     baselines.train_scratch(context, section, search, result["learning_rate"], 0)
+    assert predicted[3] == ("validation", "test")
     assert trainings[-1]["num_train_epochs"] == 12 and trainings[-1]["learning_rate"] == 3e-3
 
 
@@ -139,3 +146,26 @@ def test_classical_weights_of_many_classes_can_be_saved(bert: Path, tmp_path: Pa
     arm_files.write_arm(tmp_path, context.prepared, solve_classical(context, 0), "c", "c", 0)
     metrics = arm_files.read_arm(tmp_path, context.prepared).metrics_file.metrics
     assert metrics.test["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize(("pooling", "passes"), [("mean", 0), ("cls", 1), ("native", 1)])
+def test_test_rows_are_embedded_by_the_pass_that_predicts_them(
+    pooling: str, passes: int, context: ExperimentContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under another pooling the head reads something else than the mean over tokens."""
+    built = context.build_model(pooling, 0)
+    encoded = context.encode_rows(context.prepared.rows["test"])
+    arguments = (built.model, built.last_linear, encoded, context.inputs, "cpu")
+    _, features = predict_with_features(*arguments)
+    expected = pretraining_heads.embed_compared_rows(context, built)["new"]
+    calls: list[int] = []
+    compute = pretraining_heads.compute_frozen_features
+
+    def count(*args: Any) -> list[np.ndarray]:
+        calls.append(1)
+        return compute(*args)
+
+    monkeypatch.setattr(pretraining_heads, "compute_frozen_features", count)
+    embeddings = pretraining_heads.embed_compared_rows(context, built, features)
+    np.testing.assert_allclose(embeddings["new"], expected, atol=1e-6)
+    assert len(calls) == passes

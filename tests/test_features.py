@@ -14,7 +14,12 @@ from hftl.data.image_inputs import ImageInputs
 from hftl.data.rows import Row
 from hftl.data.text_inputs import TextInputs
 from hftl.models import features
-from hftl.models.features import FeatureCache, compute_frozen_features, predict_logits
+from hftl.models.features import (
+    FeatureCache,
+    compute_frozen_features,
+    predict_logits,
+    predict_with_features,
+)
 from hftl.models.heads import build_model, pool_tokens
 from hftl.models.source import find_source, load_tokenizer
 
@@ -33,7 +38,12 @@ def test_features_are_the_last_layers_inputs_whatever_the_batch(
     together = np.concatenate(compute_frozen_features(*arguments))
     with torch.no_grad():
         logits = built.last_linear(torch.from_numpy(together)).numpy()
-    np.testing.assert_allclose(predict_logits(built.model, rows, inputs, "cpu"), logits, atol=1e-6)
+    predicted = predict_logits(built.model, rows, inputs, "cpu")
+    np.testing.assert_allclose(predicted, logits, atol=1e-6)
+    for value, expected in zip(
+        predict_with_features(*arguments), (predicted, together), strict=True
+    ):
+        assert np.array_equal(value, expected), "one pass gives what two give"
     monkeypatch.setattr(features, "BATCH_TOKENS", 1)
     alone = np.concatenate(compute_frozen_features(*arguments))
     np.testing.assert_allclose(together, alone, atol=1e-6)

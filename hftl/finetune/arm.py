@@ -3,7 +3,7 @@
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
@@ -26,7 +26,7 @@ from hftl.finetune.interpolate import select_alpha
 from hftl.finetune.pretraining_heads import embed_compared_rows
 from hftl.finetune.trainable import apply_strategy, count_trainable_parameters
 from hftl.measure.metrics import compute_all_metrics
-from hftl.models.features import predict_logits
+from hftl.models.features import predict_logits, predict_with_features
 from hftl.models.heads import LoadedModel, TargetScale
 from hftl.retain.build import RegularizerSet
 from hftl.runtime import distributed
@@ -96,11 +96,12 @@ def train_model(
     context: ExperimentContext, built: LoadedModel, finetune: Finetune, seed: int,
     regularizers: RegularizerSetup = RegularizerSetup(),  # noqa: B008 (immutable)
     compared: bool = True, state: GradualCheckpoint | None = None,
+    splits: Sequence[str] = MEASURED_SPLITS,
 ) -> ArmOutput:  # fmt: skip
     """Train a prepared model, keep its best evaluation on validation, and predict in fp32.
 
     What is `compared` with the source leaves its embeddings. The head is one of standardised
-    targets, and is left in the label's unit.
+    targets, and is left in the label's unit. `splits` are those that are predicted.
     """
     started = time.perf_counter()
     scale = context.compute_target_scale(seed)
@@ -146,7 +147,8 @@ def train_model(
         facts = facts.merge(TrainingFacts(interpolation=chosen))
     if regularizers.measure_forgetting is not None:
         facts = facts.merge(TrainingFacts(forgotten=regularizers.measure_forgetting(built)))
-    return _predict_splits(context, built, scale, facts, time.perf_counter() - started, compared)
+    seconds = time.perf_counter() - started
+    return _predict_splits(context, built, scale, facts, seconds, compared, splits)
 
 
 def _fit_at_once(
@@ -230,23 +232,28 @@ def _load_trained_weights(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Mo
 
 def _predict_splits(
     context: ExperimentContext, built: LoadedModel, scale: TargetScale | None,
-    facts: TrainingFacts, train_seconds: float, compared: bool,
+    facts: TrainingFacts, train_seconds: float, compared: bool, splits: Sequence[str],
 ) -> ArmOutput:  # fmt: skip
-    """Return the output of a trained model: its predictions on all measured rows, and its weights.
+    """Return the output of a trained model: its predictions on the rows of splits, and its weights.
 
     Its head is left in the label's unit.
     """
     started = time.perf_counter()
     built.model.to(context.device)
-    logits = {}
-    for split in MEASURED_SPLITS:
+    logits, features = {}, None
+    for split in splits:
         encoded = context.encode_rows(context.prepared.rows[split])
-        outputs = predict_logits(built.model, encoded, context.inputs, context.device)
+        if compared and split == "test":
+            outputs, features = predict_with_features(
+                built.model, built.last_linear, encoded, context.inputs, context.device
+            )
+        else:
+            outputs = predict_logits(built.model, encoded, context.inputs, context.device)
         # Far from 0 float32 would round what the model says.
         logits[split] = outputs if scale is None else scale.restore(outputs)
     if scale is not None:
         scale.restore_head(built.model)
-    embeddings = embed_compared_rows(context, built) if compared else {}
+    embeddings = embed_compared_rows(context, built, features) if compared else {}
     timings = {
         "train_seconds": train_seconds, "predict_seconds": time.perf_counter() - started,
     }  # fmt: skip

@@ -194,7 +194,7 @@ def _try_rate(
     shorter = _scale_budget(finetune, rate, search.epochs_factor * SEARCH_SHARE)
     try:
         with show_activity(title):
-            outcome = _train_from_scratch(context, shorter, seed)
+            outcome = _train_from_scratch(context, shorter, seed, ("validation",))
     except NumericError as error:
         return TriedRate(learning_rate=rate, metrics=None, diverged=error.what)
     predictions = context.decode_logits(rows, outcome.logits["validation"])
@@ -249,7 +249,10 @@ def _scale_budget(finetune: Finetune, rate: float, factor: float) -> Finetune:
     return finetune.model_copy(update={"strategy": "full", "training": scaled, **unset})
 
 
-def _train_from_scratch(context: ExperimentContext, finetune: Finetune, seed: int) -> ArmOutput:
+def _train_from_scratch(
+    context: ExperimentContext, finetune: Finetune, seed: int,
+    splits: Sequence[str] = MEASURED_SPLITS,
+) -> ArmOutput:  # fmt: skip
     built = context.build_model(finetune.pooling, seed, scratch=True)
     apply_strategy(built.model, finetune)
-    return train_model(context, built, finetune, seed, compared=False)
+    return train_model(context, built, finetune, seed, compared=False, splits=splits)

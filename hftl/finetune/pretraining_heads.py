@@ -312,14 +312,34 @@ def select_compared_rows(context: ExperimentContext) -> dict[str, list[Row]]:
     return rows | {"new": context.prepared.rows["test"][:MAX_NEW_ROWS]}
 
 
-def embed_compared_rows(context: ExperimentContext, loaded: LoadedModel) -> dict[str, np.ndarray]:
+def embed_compared_rows(
+    context: ExperimentContext, loaded: LoadedModel, test_features: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """Return embeddings of `select_compared_rows`, and the values of `measure_pretraining_heads`.
 
     Each is (rows, width) float32. Collective: every process must call it.
+
+    Args:
+        context: the rows.
+        loaded: the model.
+        test_features: the inputs of the last linear layer for all rows of test, where they are
+            known; they are not computed again if they are what `embed_rows` returns.
     """
     compared = select_compared_rows(context)
-    embeddings = {part: embed_rows(context, loaded, rows) for part, rows in compared.items()}
+    embeddings: dict[str, np.ndarray] = {}
+    if test_features is not None and _embeds_by_features(context, loaded):
+        embeddings["new"] = test_features[: len(compared["new"])]
+    for part, rows in compared.items():
+        if part not in embeddings:
+            embeddings[part] = embed_rows(context, loaded, rows)
     return embeddings | measure_pretraining_heads(context, loaded)
+
+
+def _embeds_by_features(context: ExperimentContext, loaded: LoadedModel) -> bool:
+    """Return whether `embed_rows` returns the input of the last linear layer."""
+    if context.prepared.modality == "image":
+        return True
+    return loaded.pooling == "mean" and type(context.inputs) is TextInputs
 
 
 def embed_rows(context: ExperimentContext, loaded: LoadedModel, rows: list[Row]) -> np.ndarray:

@@ -43,12 +43,35 @@ def compute_frozen_features(
 
 
 def predict_logits(
-    model: nn.Module, encoded: list[EncodedRow], inputs: TextInputs | ImageInputs, device: str
-) -> np.ndarray:
+    model: nn.Module, encoded: list[EncodedRow], inputs: TextInputs | ImageInputs, device: str,
+) -> np.ndarray:  # fmt: skip
     """Return logits (outputs of all rows, classes) float32, in eval mode and fp32. Collective."""
     return np.concatenate(
         _run_batches(model, encoded, inputs, device, lambda output: output.logits, "predictions")
     )
+
+
+def predict_with_features(
+    model: nn.Module, last_linear: nn.Linear, encoded: list[EncodedRow],
+    inputs: TextInputs | ImageInputs, device: str,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Return `predict_logits` and the input of `last_linear`, from one pass. Collective.
+
+    Returns:
+        (outputs of all rows, classes) and (outputs of all rows, width), float32.
+    """
+    caught: list[Tensor] = []
+    hook = last_linear.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+
+    def read(output: Any) -> Tensor:
+        return torch.cat([caught.pop().float(), output.logits.float()], -1)
+
+    try:
+        values = np.concatenate(_run_batches(model, encoded, inputs, device, read, "predictions"))
+    finally:
+        hook.remove()
+    width = last_linear.in_features
+    return np.ascontiguousarray(values[:, width:]), np.ascontiguousarray(values[:, :width])
 
 
 def _run_batches(
