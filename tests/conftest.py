@@ -158,6 +158,15 @@ def bench_of(recipe: Any) -> Any:
     )
 
 
+def make_image_recipe(folder: Path, model: Path, **data: Any) -> Any:
+    """Return a recipe of a folder of pictures and an image model."""
+    from hftl.config.recipe import Recipe
+
+    return Recipe.parse(
+        {"source": {"model": str(model)}, "data": {"train": {"path": str(folder)}, **data}}
+    )
+
+
 def pictures(folder: Path, each: int) -> Path:
     """Save a folder of noisy images, `light` and `dark`, all different."""
     import numpy as np

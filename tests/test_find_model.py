@@ -145,7 +145,7 @@ def test_pinned_base_comes_from_the_hub_even_where_a_folder_has_its_name(
 
 
 @pytest.mark.parametrize(
-    ("stands", "revision", "expected"),
+    ("is_there", "revision", "expected"),
     [
         (True, "abc", Source(model="models/base")),
         (False, "abc", Source(model="me/base", revision="abc")),
@@ -153,13 +153,13 @@ def test_pinned_base_comes_from_the_hub_even_where_a_folder_has_its_name(
     ],
 )
 def test_run_uses_its_pinned_base_where_the_path_of_its_recipe_is_missing(
-    stands: bool, revision: str | None, expected: Source, tmp_path: Path,
+    is_there: bool, revision: str | None, expected: Source, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     publish = tmp_path / "run" / "publish"
     publish.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    if stands:
+    if is_there:
         (tmp_path / "models" / "base").mkdir(parents=True)
     recipe = "source: {model: models/base}\ndata: {train: {path: a.csv}}\n"
     (tmp_path / "run" / "recipe.yaml").write_text(recipe, encoding="utf-8")

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import bench_of, pictures
+from conftest import bench_of, make_image_recipe, pictures
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from hftl.config.recipe import Recipe
 from hftl.data.image_inputs import (
     CROP_AREA,
     MAX_ASPECT_RATIO,
@@ -37,12 +36,6 @@ IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.2
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return pictures(tmp_path / "pictures", 12)
-
-
-def make_recipe(folder: Path, model: Path, **data: Any) -> Recipe:
-    return Recipe.parse(
-        {"source": {"model": str(model)}, "data": {"train": {"path": str(folder)}, **data}}
-    )
 
 
 def make_image(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -194,7 +187,7 @@ def test_crops_keep_to_their_area_ratio_and_mirroring() -> None:
 
 
 def test_augmented_dataset_depends_on_seed_and_epoch(folder: Path, tiny_model: Tiny) -> None:
-    context = bench_of(make_recipe(folder, tiny_model("vit"), augment="light"))
+    context = bench_of(make_image_recipe(folder, tiny_model("vit"), augment="light"))
     rows = context.prepared.rows["train"]
     training, plain = context.build_dataset(rows, 0), context.build_dataset(rows)
 
@@ -229,12 +222,12 @@ def test_refuses_a_size_that_does_not_fit_the_patches(
     size: int, near: str, folder: Path, tiny_model: Tiny
 ) -> None:
     with pytest.raises(RecipeError, match=f"no multiple .* patch of 8 pixels. Use {near}"):
-        bench_of(make_recipe(folder, tiny_model("vit"), image_size=size))
+        bench_of(make_image_recipe(folder, tiny_model("vit"), image_size=size))
 
 
 def test_positions_are_interpolated_where_the_size_differs(folder: Path, tiny_model: Tiny) -> None:
-    same = bench_of(make_recipe(folder, tiny_model("vit")))
-    other = bench_of(make_recipe(folder, tiny_model("vit"), image_size=24))
+    same = bench_of(make_image_recipe(folder, tiny_model("vit")))
+    other = bench_of(make_image_recipe(folder, tiny_model("vit"), image_size=24))
     assert same.inputs.arguments == {}
     assert other.inputs.arguments == {"interpolate_pos_encoding": True}
     assert other.inputs.length({}) == 9
@@ -251,7 +244,7 @@ def test_positions_are_interpolated_where_the_size_differs(folder: Path, tiny_mo
 
 def test_cache_replaces_the_files(folder: Path, tiny_model: Tiny, tmp_path: Path) -> None:
     context, again = (
-        bench_of(make_recipe(folder, tiny_model("vit"), image_size=24)) for _ in range(2)
+        bench_of(make_image_recipe(folder, tiny_model("vit"), image_size=24)) for _ in range(2)
     )
     rows = [row for split in context.prepared.rows.values() for row in split]
     write_image_cache(context.inputs, rows, tmp_path)

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import bench_of, pictures
+from conftest import bench_of, make_image_recipe, pictures
 from PIL import Image
 
 import hftl
@@ -28,12 +28,6 @@ Tiny = Callable[..., Path]
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return pictures(tmp_path / "pictures", 12)
-
-
-def make_recipe(folder: Path, model: Path, **data: Any) -> Recipe:
-    return Recipe.parse(
-        {"source": {"model": str(model)}, "data": {"train": {"path": str(folder)}, **data}}
-    )
 
 
 def read_rows(path: Path, bad: BadRows | None = None) -> list[Any]:
@@ -98,7 +92,7 @@ def test_image_that_changes_is_noticed(folder: Path, tiny_model: Tiny) -> None:
     data = Data.model_validate({"train": {"path": str(table)}})
     before = hash_data_files(data, "image")
     assert hash_data_files(data, "image") == before
-    context = bench_of(make_recipe(folder, tiny_model("vit")))
+    context = bench_of(make_image_recipe(folder, tiny_model("vit")))
     rows = [row for split in context.prepared.rows.values() for row in split]
     shutil.copy(folder / "dark" / "1.png", folder / "dark" / "0.png")
     assert hash_data_files(data, "image") != before
@@ -113,13 +107,13 @@ def test_refuses_images_for_texts_and_texts_for_images(
     folder: Path, tiny_model: Tiny, table: Path
 ) -> None:
     with pytest.raises(DataError, match=r"imagefolder, but source\.model reads texts"):
-        bench_of(make_recipe(folder, tiny_model("bert")))
+        bench_of(make_image_recipe(folder, tiny_model("bert")))
     with pytest.raises(DataError, match=r"no column 'image'"):
-        bench_of(make_recipe(table, tiny_model("vit")))
+        bench_of(make_image_recipe(table, tiny_model("vit")))
     with pytest.raises(RecipeError, match=r"data\.image_size is about images"):
-        bench_of(make_recipe(table, tiny_model("bert"), image_size=32))
+        bench_of(make_image_recipe(table, tiny_model("bert"), image_size=32))
     with pytest.raises(RecipeError, match="needs a source that reads text"):
-        bench_of(make_recipe(folder, tiny_model("vit"), task="token-classification"))
+        bench_of(make_image_recipe(folder, tiny_model("vit"), task="token-classification"))
 
 
 def test_refuses_folders_that_hold_no_classes(
@@ -141,7 +135,7 @@ def test_refuses_folders_that_hold_no_classes(
         (table, r"two different labels.* \(24 rows\)"),
     ):
         with pytest.raises(DataError, match=message):
-            bench_of(make_recipe(path, vit))
+            bench_of(make_image_recipe(path, vit))
 
 
 # Runs

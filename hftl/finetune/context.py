@@ -16,12 +16,7 @@ from hftl.config.recipe import Arm, Recipe
 from hftl.config.retain import Replay
 from hftl.data import labels as answers
 from hftl.data.general import GeneralData
-from hftl.data.image_inputs import (
-    ImageInputs,
-    augment_image,
-    get_image_size,
-    resize_processor,
-)
+from hftl.data.image_inputs import ImageInputs, augment_image, get_image_size, resize_processor
 from hftl.data.prepare import PreparedData
 from hftl.data.rows import InputSpec, Row
 from hftl.data.splits import hash_row

@@ -153,8 +153,8 @@ def _run_arm(run: Run, context: ExperimentContext, job: Job) -> ArmOutput:
 def _search_scratch_rate(run: Run, context: ExperimentContext, job: Job) -> float:
     """Return the learning rate of scratch, searched once on the first seed."""
     folder = run.folder / "phases" / "search"
-    stands = distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(folder) or {})
-    if {**stands, "asked": job.reads.get("asked")} != job.reads:
+    stored = distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(folder) or {})
+    if {**stored, "asked": job.reads.get("asked")} != job.reads:
         search = baselines.search_rate(
             context, job.arm.finetune, run.recipe.measure.scratch, run.recipe.measure.seeds[0]
         )
