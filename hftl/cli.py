@@ -170,7 +170,7 @@ def predict(
 def card(run: RunFolder) -> None:
     """Write card and report again from a run's record."""
     from hftl.pipeline import evaluate_adaptation
-    from hftl.pipeline.evaluate import rewrite_card
+    from hftl.pipeline.publish_folder import rewrite_card
 
     if evaluate_adaptation.is_adaptation_only_run(run):
         evaluate_adaptation.rewrite_adaptation_card(run)

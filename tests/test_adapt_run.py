@@ -64,7 +64,7 @@ def _quick() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hftl.adapt.adaptation.HEAD_MAX_STEPS", 3)
-        patch.setattr("hftl.pipeline.finalize_record.plot_ladder", touch)
+        patch.setattr("hftl.pipeline.publish_folder.plot_ladder", touch)
         yield
 
 

@@ -144,7 +144,7 @@ def test_classical_weights_of_many_classes_can_be_saved(bert: Path, tmp_path: Pa
     rows = [(f"{text} {word}", word) for text, _ in sentences(30) for word in words]
     context = build_context(bert, tmp_path, rows)
     arm_files.write_arm(tmp_path, context.prepared, solve_classical(context, 0), "c", "c", 0)
-    metrics = arm_files.read_arm(tmp_path, context.prepared).metrics_file.metrics
+    metrics = arm_files.read_metrics_file(tmp_path).metrics
     assert metrics.test["accuracy"] > 0.9
 
 

@@ -1,5 +1,7 @@
 """Compute scores class by class as scikit-learn does."""
 
+import math
+
 import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
@@ -77,3 +79,7 @@ def test_mean_metrics_are_over_the_seeds_of_the_arm() -> None:
         for arm, value in (("a", 0.5), ("a", 0.7), ("b", 0.1))
     ]
     assert average_metrics(entries, "a") == pytest.approx({"accuracy": 0.6, "f1": 0.3})
+    undefined = SplitMetrics(validation={}, test={"accuracy": 0.9, "f1": math.nan})
+    entries.append(entries[0].model_copy(update={"metrics": undefined}))
+    means = average_metrics(entries, "a")
+    assert means["accuracy"] == pytest.approx(0.7) and means["f1"] is None

@@ -8,13 +8,14 @@ from hftl.measure.gain import (
     SplitPredictions,
     build_ladder,
     compute_gain,
-    compute_mean_score,
     compute_transfer_gain,
     find_best_seed,
+    score_seeds,
 )
 from hftl.measure.metrics import METRICS, Metric, find_metric
 from hftl.measure.record import BaselineGain
 from hftl.measure.statistics import mean_interval
+from hftl.train.facts import ArmEntry, SplitMetrics, TrainingFacts
 
 ACCURACY = find_metric("accuracy", "classification")
 RMSE = find_metric("rmse", "regression")
@@ -42,6 +43,25 @@ def numbers(rows: int = 80, seeds: int = 3, seed: int = 0, **noise: float) -> Sp
     labels = rng.normal(size=rows)
     arms = {a: labels + rng.normal(0, spread, (seeds, rows)) for a, spread in noise.items()}
     return SplitPredictions(labels, np.arange(rows), arms)
+
+
+def score_arms(metric: Metric, split: SplitPredictions) -> list[ArmEntry]:
+    """Return the entry of every arm and seed, validation being the same rows as test."""
+    entries = []
+    for arm, seeds in split.predictions.items():
+        for seed, predictions in enumerate(seeds):
+            scores = {metric.name: metric.score(split.labels, predictions)}
+            entries.append(
+                ArmEntry(
+                    arm=arm,
+                    seed=seed,
+                    strategy="full",
+                    metrics=SplitMetrics(validation=scores, test=scores),
+                    trainable_parameters=1,
+                    training=TrainingFacts(),
+                )
+            )
+    return entries
 
 
 def to_tags(codes: np.ndarray) -> np.ndarray:
@@ -173,7 +193,7 @@ def test_p_value_where_every_item_differs(rows: int, sure: bool) -> None:
 def test_relative_error_reduction_is_that_of_the_means(
     metric: Metric, test: SplitPredictions
 ) -> None:
-    own, other = (compute_mean_score(metric, test, arm) for arm in ("lora", "scratch"))
+    own, other = (score_seeds(metric, test, arm).mean() for arm in ("lora", "scratch"))
     if metric is ACCURACY:
         own, other = 1 - own, 1 - other
     gain = compute_gain(metric, test, "lora", "scratch")
@@ -236,7 +256,7 @@ def test_positive_only_where_the_gains_over_both_baselines_are() -> None:
     ids=["accuracy", "rmse"],
 )  # fmt: skip
 def test_ladder_has_the_best_on_test_first(metric: Metric, test: SplitPredictions) -> None:
-    rows = build_ladder(metric, test, test, "lora")
+    rows = build_ladder(metric, score_arms(metric, test), test, "lora")
     assert [row["arm"] for row in rows] == ["lora", "head", "classical", "scratch"]
     assert rows[0]["gain_of_own"] is None
     for row in rows:
@@ -254,11 +274,11 @@ def test_best_seed_is_the_first_of_equals(wrong: list[int], best: int) -> None:
     labels = np.zeros(5, int)
     predictions = np.array([[1] * n + [0] * (5 - n) for n in wrong])
     test = SplitPredictions(labels, np.arange(5), {"lora": predictions})
-    assert find_best_seed(ACCURACY, test, "lora") == best
+    assert find_best_seed(ACCURACY, score_arms(ACCURACY, test), "lora") == best
     as_numbers = SplitPredictions(
         labels.astype(float), test.units, {"lora": predictions.astype(float)}
     )
-    assert find_best_seed(RMSE, as_numbers, "lora") == best
+    assert find_best_seed(RMSE, score_arms(RMSE, as_numbers), "lora") == best
 
 
 def test_margin_of_an_error_is_a_share_of_it() -> None:

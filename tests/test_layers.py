@@ -51,8 +51,8 @@ ORDER = [
     "pipeline.run",
     "pipeline.cache_keys", "pipeline.regularizer_stages", "pipeline.arms", "pipeline.corpora",
     "pipeline.objectives", "pipeline.model_checks", "pipeline.adaptation", "pipeline.forgetting",
-    "pipeline.finalize_record", "pipeline.evaluate", "pipeline.evaluate_adaptation",
-    "pipeline.push", "pipeline.pipeline",
+    "pipeline.record_sections", "pipeline.publish_folder", "pipeline.evaluate",
+    "pipeline.evaluate_adaptation", "pipeline.amend", "pipeline.push", "pipeline.pipeline",
     "cli_errors", "cli", "__main__",
 ]  # fmt: skip
 ROOT = Path(__file__).parent.parent / "hftl"

@@ -181,6 +181,16 @@ def fake_evaluate(monkeypatch: pytest.MonkeyPatch, result: Any) -> None:
     monkeypatch.setattr("evaluate.load", load)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_metric_of_evaluate_that_is_undefined_is_an_error(
+    value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_evaluate(monkeypatch, {"pearsonr": value})
+    metric = find_metric("evaluate:pearsonr", "regression")
+    with pytest.raises(NumericError, match=rf"evaluate:pearsonr is {value} for 3 rows.*from 2\.0"):
+        metric.score(np.arange(3.0), np.full(3, 2.0))
+
+
 def test_metric_of_evaluate_gives_its_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_evaluate(monkeypatch, {"wer": 0.25, "per_class": [0.1, 0.4]})
     metric = find_metric("evaluate:wer", "classification")

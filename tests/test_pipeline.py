@@ -29,7 +29,7 @@ from hftl.errors import RunFolderError
 from hftl.measure.error_analysis import analyze_errors
 from hftl.measure.metrics import METRICS
 from hftl.measure.record import Record
-from hftl.pipeline.finalize_record import write_publish_folder
+from hftl.pipeline.publish_folder import write_publish_folder
 from hftl.pipeline.push import PushOptions, validate_push
 from hftl.runtime import run_folder
 

@@ -284,8 +284,11 @@ def _build_pipeline_snippet(record: Record, place: str) -> str | None:
 
 def _format_other_metrics(record: Record) -> str:
     """Return the own arm's other scores on test, means over seeds."""
-    scores = record.test_metrics or {}
-    return ", ".join(f"{n} {value:.3f}" for n, value in scores.items() if n != record.metric)
+    return ", ".join(
+        f"{name} {'-' if score is None else f'{score:.3f}'}"
+        for name, score in (record.test_metrics or {}).items()
+        if name != record.metric
+    )
 
 
 def _build_forgetting_part(record: Record) -> ForgettingPart:

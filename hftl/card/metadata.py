@@ -3,8 +3,11 @@
 Also writes results in the formats of leaderboards: the hub's `.eval_results` and Every Eval Ever.
 """
 
+import json
 import math
 import re
+import time
+from pathlib import Path
 from typing import Literal, NotRequired, TypedDict
 
 import yaml
@@ -145,6 +148,7 @@ def _build_eval_results(record: Record) -> list[EvalResult]:
         EvalResult(metric_type=_metric_id(name), metric_value=round(value, 4),
                    metric_name=f"test {name}, mean over seeds", **common)
         for name, value in scores.items()
+        if value is not None
     ]  # fmt: skip
     gain = record.transfer_gain
     if gain is not None:
@@ -254,6 +258,14 @@ class _Result(TypedDict):
     source_data: _SourceData
     metric_config: _MetricConfig
     score_details: _Score
+
+
+def find_first_timestamp(folder: Path) -> str:
+    """Return when a folder got its benchmark files, in seconds since 1970: before, or now."""
+    path = folder / EVERY_EVAL_EVER_FILE
+    if not path.exists():
+        return str(int(time.time()))
+    return json.loads(path.read_text(encoding="utf-8"))["retrieved_timestamp"]
 
 
 def build_benchmark_files(record: Record, timestamp: str) -> dict[str, str]:

@@ -149,7 +149,7 @@ def _hide_impossible_ticks(axes: Any, metric: MetricSpec) -> None:
 def _collect_scores(record: Record, arm: str) -> list[float]:
     """Return an arm's test scores, one a seed."""
     metric = str(record.metric)
-    return [entry.metrics.test[metric] for entry in record.arms if entry.arm == arm]
+    return [entry.get_score("test", metric) for entry in record.arms if entry.arm == arm]
 
 
 def _format_row_gain(row: LadderRow) -> str:

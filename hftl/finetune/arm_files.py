@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hftl.data import labels as answers
+from hftl.data.labels import decode_logits, encode_for_metrics
 from hftl.data.prepare import PreparedData
 from hftl.data.splits import MEASURED_SPLITS
 from hftl.errors import RunFolderError
@@ -74,15 +74,6 @@ def load_trained_tensors(model: nn.Module, weights: Path) -> None:
         tensors[name].copy_(tensor)
 
 
-@dataclass(frozen=True)
-class ArmResult:
-    """Hold the contents of an arm's folder: metrics.json, and labels and predictions by split."""
-
-    metrics_file: ArmFile
-    labels: dict[str, np.ndarray]
-    predictions: dict[str, np.ndarray]
-
-
 def write_arm(
     folder: Path, prepared: PreparedData, outcome: ArmOutput, arm: str, strategy: str, seed: int
 ) -> None:
@@ -93,10 +84,10 @@ def write_arm(
     task, names = prepared.task, prepared.names
     for split in MEASURED_SPLITS:
         rows = prepared.rows[split]
-        values, scores = answers.decode_logits(
+        values, scores = decode_logits(
             outcome.logits[split], task, names, prepared.count_words(rows)
         )
-        predictions = answers.encode_for_metrics(values, task, names)
+        predictions = encode_for_metrics(values, task, names)
         metrics[split] = compute_all_metrics(task, prepared.encode_for_metrics(rows), predictions)
         columns["split"] += [split] * len(rows)
         columns["row"] += [row.index for row in rows]
@@ -124,19 +115,13 @@ def write_arm(
     (folder / METRICS_FILE).write_text(to_json(metrics_file.to_dict()), encoding="utf-8")
 
 
-def read_arm(folder: Path, prepared: PreparedData) -> ArmResult:
-    """Read what `write_arm` wrote, labels and predictions as metrics compare them."""
-    table = pq.read_table(folder / PREDICTIONS, columns=["split", "label", "prediction"])
-    split_of = np.array(table["split"].to_pylist())
-    values = {}
-    for column in ("label", "prediction"):
-        cells = [tuple(v) if isinstance(v, list) else v for v in table[column].to_pylist()]
-        values[column] = answers.encode_for_metrics(cells, prepared.task, prepared.names)
-    return ArmResult(
-        read_metrics_file(folder),
-        {split: values["label"][split_of == split] for split in MEASURED_SPLITS},
-        {split: values["prediction"][split_of == split] for split in MEASURED_SPLITS},
-    )
+def read_predictions(folder: Path, prepared: PreparedData) -> dict[str, np.ndarray]:
+    """Read the predictions that `write_arm` wrote by split, in the form that metrics compare."""
+    table = pq.read_table(folder / PREDICTIONS, columns=["split", "prediction"])
+    splits = np.array(table["split"].to_pylist())
+    labels = [tuple(v) if isinstance(v, list) else v for v in table["prediction"].to_pylist()]
+    predictions = encode_for_metrics(labels, prepared.task, prepared.names)
+    return {split: predictions[splits == split] for split in MEASURED_SPLITS}
 
 
 def read_metrics_file(folder: Path) -> ArmFile:

@@ -206,7 +206,11 @@ def _select_rate(task: str, tried: list[TriedRate]) -> float:
     """Return the rate that is best on validation; of equals the first tried."""
     score = SELECTION_METRICS[task]
     sign = METRICS[task][score].sign
-    scores = {row.learning_rate: sign * row.metrics[score] for row in tried if row.metrics}
+    scores = {
+        row.learning_rate: sign * value
+        for row in tried
+        if row.metrics and (value := row.metrics[score]) is not None
+    }
     if not scores:
         raise NumericError("scratch diverged at every rate", "Lower measure.scratch.learning_rates")
     return max(scores, key=lambda rate: scores[rate])

@@ -1,6 +1,6 @@
 """Compute gains: one arm minus another on the same test items, over seeds, with its interval."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,8 @@ import numpy as np
 from hftl.data.prepare import PreparedData
 from hftl.data.rows import Row
 from hftl.data.splits import MEASURED_SPLITS
-from hftl.finetune.arm_files import ArmResult, read_arm
+from hftl.errors import NumericError
+from hftl.finetune.arm_files import read_metrics_file, read_predictions
 from hftl.finetune.strategies import GAIN_BASELINES
 from hftl.measure.metrics import METRICS, Metric, accuracy, compute_metrics, exact_match
 from hftl.measure.record import AdaptStage, BaselineGain, Gain, Interval, LadderRow
@@ -27,7 +28,7 @@ from hftl.measure.statistics import (
     wilson_interval,
 )
 from hftl.measure.verdict import Estimate
-from hftl.train.facts import ArmEntry, SplitMetrics
+from hftl.train.facts import ArmEntry, ArmFile, Score, SplitMetrics
 
 MARGIN = 0.01
 """Gains within a point either way count as none: the interval inside it is `equivalent`.
@@ -51,19 +52,19 @@ class SplitPredictions:
 
 def compute_gain(metric: Metric, test: SplitPredictions, own: str, other: str) -> Gain:
     """Return how much better `own` is than `other`, in the metric's unit; positive is better."""
-    pairs = list(zip(test.predictions[own], test.predictions[other], strict=True))
-    deltas = np.array([_score_difference(metric, test.labels, a, b) for a, b in pairs])
+    own_scores, other_scores = (score_seeds(metric, test, arm) for arm in (own, other))
+    deltas = metric.sign * (own_scores - other_scores)
     value = float(deltas.mean())
-    interval, p_value = _estimate_interval(metric, test, pairs, value)
-    scores = [compute_mean_score(metric, test, arm) for arm in (own, other)]
-    margin = MARGIN if metric.best else MARGIN * abs(scores[1])
+    interval, p_value = _estimate_interval(metric, test, own, other, value)
+    means = float(own_scores.mean()), float(other_scores.mean())
+    margin = MARGIN if metric.best else MARGIN * abs(means[1])
     return Gain(
         metric=metric.name,
         value=value,
         ci95=interval,
         seeds=len(deltas),
         p_value=p_value if len(deltas) >= MIN_SEEDS_FOR_P else None,
-        relative_error_reduction=relative_error_reduction(scores[0], scores[1], metric.best),
+        relative_error_reduction=relative_error_reduction(*means, metric.best),
         outcome=classify_gain(interval, margin),
     )
 
@@ -98,28 +99,38 @@ def select_lesser_gain(gains: Mapping[str, Gain]) -> BaselineGain:
     return BaselineGain.model_validate(facts | {"baseline": baseline, "baselines": dict(gains)})
 
 
-def compute_mean_score(metric: Metric, split: SplitPredictions, arm: str) -> float:
-    """Return the metric of an arm, averaged over seeds."""
-    return float(np.mean([metric.score(split.labels, p) for p in split.predictions[arm]]))
+def score_seeds(metric: Metric, split: SplitPredictions, arm: str) -> np.ndarray:
+    """Return the metric of an arm, (seeds,) float64."""
+    return np.array([metric.score(split.labels, p) for p in split.predictions[arm]])
 
 
-def find_best_seed(metric: Metric, validation: SplitPredictions, own: str) -> int:
-    """Return the position of the seed that is best on validation; of equals the first."""
-    scores = [metric.sign * metric.score(validation.labels, p) for p in validation.predictions[own]]
-    return int(np.argmax(scores))
+def find_best_seed(metric: Metric, entries: Sequence[ArmEntry], own: str) -> int:
+    """Return the seed of the arm that is best on validation; of equals the first."""
+    own_entries = [entry for entry in entries if entry.arm == own]
+    scores = [metric.sign * entry.get_score("validation", metric.name) for entry in own_entries]
+    return own_entries[int(np.argmax(scores))].seed
 
 
 def build_ladder(
-    metric: Metric, validation: SplitPredictions, test: SplitPredictions, own: str
+    metric: Metric, entries: Sequence[ArmEntry], test: SplitPredictions, own: str
 ) -> list[LadderRow]:
-    """Return a row an arm, best on test first: its mean, spread, and what `own` gains over it."""
+    """Return a row an arm, best on test first: its mean, spread, and what `own` gains over it.
+
+    Args:
+        metric: the recipe's.
+        entries: every arm and seed, with its scores.
+        test: what the gains are computed from.
+        own: the recipe's own arm.
+    """
     rows: list[LadderRow] = []
-    for arm, predictions in test.predictions.items():
-        scores = np.array([metric.score(test.labels, p) for p in predictions])
+    for arm in test.predictions:
+        of_arm = [entry for entry in entries if entry.arm == arm]
+        validation = [entry.get_score("validation", metric.name) for entry in of_arm]
+        scores = np.array([entry.get_score("test", metric.name) for entry in of_arm])
         rows.append(
             LadderRow(
                 arm=arm,
-                validation=compute_mean_score(metric, validation, arm),
+                validation=float(np.mean(validation)),
                 test=float(scores.mean()),
                 sd=float(scores.std(ddof=1)) if len(scores) > 1 else None,
                 gain_of_own=None if arm == own else compute_gain(metric, test, own, arm),
@@ -133,10 +144,11 @@ def _score_difference(metric: Metric, labels: np.ndarray, a: np.ndarray, b: np.n
 
 
 def _estimate_interval(
-    metric: Metric, test: SplitPredictions, pairs: list[tuple[np.ndarray, np.ndarray]], value: float
+    metric: Metric, test: SplitPredictions, own: str, other: str, value: float
 ) -> tuple[Interval | None, float | None]:
     """Return the variance-components interval and p-value of the jackknife values, centred on the
     gain itself; None with one seed or one unit."""
+    pairs = list(zip(test.predictions[own], test.predictions[other], strict=True))
     if len(pairs) < 2 or len(np.unique(test.units)) < 2:
         return None, None
     values = np.stack(
@@ -255,33 +267,49 @@ def _estimate_over_items(
 # The arms' files side by side: every figure of the record is computed from them.
 
 
-def collect_predictions(
+def read_arms(
     folders: Mapping[str, list[Path]], prepared: PreparedData, metric: Metric
-) -> tuple[dict[str, SplitPredictions], list[ArmEntry]]:
-    """Return the predictions of all arms by split, and the record's `arms`.
+) -> tuple[SplitPredictions, list[ArmFile]]:
+    """Return what all arms predicted on test, and metrics.json of every arm and seed.
+
+    The scores are those that an arm computed itself. Those that it lacks are computed here: of
+    `evaluate:<id>`, of which arms know nothing, and of a built-in metric that is younger than it.
 
     Args:
         folders: for each arm its folders, one a seed, seeds in one order for all.
         prepared: the rows that were predicted.
-        metric: the metric of the recipe, which the arms need not have computed.
+        metric: the metric of the recipe.
     """
-    results = {
-        arm: [read_arm(folder, prepared) for folder in seeds] for arm, seeds in folders.items()
-    }
-    splits: dict[str, SplitPredictions] = {}
-    for split in MEASURED_SPLITS:
-        rows = prepared.rows[split]
-        predictions = {
-            arm: np.stack([result.predictions[split] for result in seeds])
-            for arm, seeds in results.items()
-        }
-        splits[split] = SplitPredictions(
-            prepared.encode_for_metrics(rows), assign_units(rows), predictions
-        )
-    entries = [
-        _build_arm_entry(result, prepared, metric) for seeds in results.values() for result in seeds
-    ]
-    return splits, entries
+    built_in = list(METRICS[prepared.task].values())
+    metrics = built_in if metric in built_in else [*built_in, metric]
+    labels = {split: prepared.encode_for_metrics(prepared.rows[split]) for split in MEASURED_SPLITS}
+    test: dict[str, np.ndarray] = {}
+    files: list[ArmFile] = []
+    for arm, seeds in folders.items():
+        predictions = [read_predictions(folder, prepared) for folder in seeds]
+        files += [
+            _complete_scores(read_metrics_file(folder), metrics, labels, by_split)
+            for folder, by_split in zip(seeds, predictions, strict=True)
+        ]
+        test[arm] = np.stack([by_split["test"] for by_split in predictions])
+    rows = prepared.rows["test"]
+    return SplitPredictions(labels["test"], assign_units(rows), test), files
+
+
+def _complete_scores(
+    file: ArmFile, metrics: list[Metric],
+    labels: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray],
+) -> ArmFile:  # fmt: skip
+    """Return metrics.json with every one of the metrics."""
+    scores = file.metrics.model_dump()
+    for split, known in scores.items():
+        missing = [metric for metric in metrics if metric.name not in known]
+        try:
+            known |= compute_metrics(missing, labels[split], predictions[split])
+        except NumericError as error:
+            where = f"{file.arm} seed {file.seed} on {split}"
+            raise NumericError(f"{where}: {error.what}", error.fix) from error
+    return file.model_copy(update={"metrics": SplitMetrics.model_validate(scores)})
 
 
 def assign_units(rows: list[Row]) -> np.ndarray:
@@ -292,28 +320,14 @@ def assign_units(rows: list[Row]) -> np.ndarray:
     return ids.astype(np.int64)
 
 
-def _build_arm_entry(result: ArmResult, prepared: PreparedData, metric: Metric) -> ArmEntry:
-    built_in = list(METRICS[prepared.task].values())
-    every = built_in if metric in built_in else [*built_in, metric]
-    metrics = {
-        split: compute_metrics(every, result.labels[split], result.predictions[split])
-        for split in MEASURED_SPLITS
-    }
-    file = result.metrics_file
-    return ArmEntry(
-        arm=file.arm,
-        seed=file.seed,
-        strategy=file.strategy,
-        metrics=SplitMetrics(**metrics),
-        trainable_parameters=file.trainable_parameters,
-        training=file.training,
-    )
-
-
-def average_metrics(entries: list[ArmEntry], arm: str) -> dict[str, float]:
-    """Return every metric of an arm on test, averaged over its seeds."""
+def average_metrics(entries: Sequence[ArmEntry], arm: str) -> dict[str, Score]:
+    """Return every metric of an arm on test, averaged over its seeds; None where one has none."""
     scores = [entry.metrics.test for entry in entries if entry.arm == arm]
-    return {name: float(np.mean([by_name[name] for by_name in scores])) for name in scores[0]}
+    means: dict[str, Score] = {}
+    for name in scores[0]:
+        values = [value for by_name in scores if (value := by_name[name]) is not None]
+        means[name] = float(np.mean(values)) if len(values) == len(scores) else None
+    return means
 
 
 # Adaptation: what it was worth to the task.

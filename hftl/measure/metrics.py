@@ -326,6 +326,13 @@ def _load_evaluate_metric(name: str) -> Metric:
                 f"measure.metric: {name} gives {sorted(results)}, not one number",
                 "Choose a metric that gives one",
             )
-        return float(values[0])
+        value = float(values[0])
+        if not math.isfinite(value):
+            raise NumericError(
+                f"measure.metric: {name} is {value} for {len(labels)} rows whose predictions "
+                f"range from {np.min(predictions)} to {np.max(predictions)}",
+                "Use a built-in metric",
+            )
+        return value
 
     return Metric(**vars(spec), score=score)

@@ -17,7 +17,7 @@ from hftl.config.recipe import Recipe
 from hftl.data.facts import DataFacts, GeneralFacts, OpenPart, RecordPart
 from hftl.errors import HftlError, RunFolderError, suggest_closest
 from hftl.runtime.run_folder import UnreadableJsonError, fingerprint, read_json, to_json
-from hftl.train.facts import ArmEntry, CheckFacts, Number, ScratchSearch
+from hftl.train.facts import ArmEntry, CheckFacts, Number, Score, ScratchSearch
 
 SCHEMA_VERSION = 2
 UNHASHED_KEYS = ("environment", "timings")
@@ -348,7 +348,7 @@ class Record(RecordPart):
     scratch_search: ScratchSearch | None = None
     ladder: list[LadderRow]
     transfer_gain: BaselineGain | None
-    test_metrics: dict[str, float] | None = None
+    test_metrics: dict[str, Score] | None = None
     """Every metric of the own arm on test, means over seeds."""
     classes: ClassGains | None = None
     forgetting: ForgettingSection | None

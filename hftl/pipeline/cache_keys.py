@@ -19,8 +19,9 @@ from hftl.config.retain import Retain
 from hftl.errors import RunFolderError
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.strategies import STRATEGIES
+from hftl.measure.record import SCHEMA_VERSION
 from hftl.runtime import run_folder
-from hftl.runtime.run_folder import StageInputs
+from hftl.runtime.run_folder import StageInputs, fingerprint
 
 SEMANTICS = 3
 """Raised when the same recipe and data train, draw or choose otherwise than before, or when the
@@ -141,6 +142,18 @@ def build_arm_key(recipe: Recipe, arm: Arm) -> dict[str, JsonValue]:
     if arm.retain is not None:
         flat |= flatten_retain(arm.retain)
     return get_arm_rules(arm).select(flat)
+
+
+def build_record_key(recipe: Recipe, stages: Mapping[str, JsonValue], publish: bool) -> str:
+    """Return the hash of all that the files of a finished run come from.
+
+    Args:
+        recipe: the whole of it.
+        stages: the hashes of the finished stages, by name.
+        publish: whether there is a publish folder, too.
+    """
+    inputs = fingerprint({"recipe": recipe.to_dict(), **stages})
+    return fingerprint({"inputs": inputs, "publish": publish, "schema_version": SCHEMA_VERSION})
 
 
 def build_arm_inputs(recipe: Recipe, context: ExperimentContext, arm: Arm) -> StageInputs:

@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from hftl.card.card import render_adaptation_card
 from hftl.card.report import render_report
 from hftl.card.wording import format_adaptation_sentence
@@ -17,17 +19,15 @@ from hftl.measure.record import (
     describe_environment,
 )
 from hftl.measure.verdict import decide_adaptation_verdict
-from hftl.pipeline.finalize_record import (
-    build_adaptation_section,
-    build_source_section,
-    replace_folder,
-    update_record,
-)
+from hftl.pipeline.cache_keys import build_record_key
+from hftl.pipeline.publish_folder import replace_folder
+from hftl.pipeline.record_sections import build_adaptation_section, build_source_section
 from hftl.pipeline.run import FinishedStage, Run
 from hftl.publish.export import export_encoder
 from hftl.publish.sanitize import sanitize_record
 from hftl.runtime import run_folder
 from hftl.runtime.hardware import get_dtype_name
+from hftl.runtime.progress import show_activity
 from hftl.train.facts import CheckFacts
 
 
@@ -42,21 +42,25 @@ def evaluate_adaptation(
         stages: the adaptations.
         publish: whether to write card, report and publish folder too.
     """
-    inputs = {
-        "recipe": run.recipe.to_dict(),
-        "adapt": [run_folder.hash_stage(stage.folder) for stage in stages],
-    }
-    last = stages[-1].context
-    record = update_record(
-        run.folder, inputs, publish,
-        lambda: _build_adaptation_record(run, context, stages),
-        lambda record: _write_publish_folder(run.folder, last, record),
-    )  # fmt: skip
+    folder = run.folder
+    # A publish folder of an earlier call must not fall behind the record.
+    has_card = publish or (folder / "publish").exists()
+    hashes: list[JsonValue] = [run_folder.hash_stage(stage.folder) for stage in stages]
+    key = build_record_key(run.recipe, {"adapt": hashes}, has_card)
+    if not run_folder.is_finished(folder, key):
+        with show_activity("measuring"):
+            record = _build_adaptation_record(run, context, stages)
+        if has_card:
+            with show_activity("card and report"):
+                _write_publish_folder(folder, stages[-1].context, record)
+        run_folder.write_text(folder / RECORD_FILE, record.to_json())
+        run_folder.write_finished_files(folder, key)
+    record = Record.read(folder)
     lines = ["", format_adaptation_sentence(record), f"verdict: {record.verdict.decision}"]
     lines += [f"  {reason}" for reason in record.verdict.reasons]
-    lines += ["", f"record   {run.folder}/{RECORD_FILE}"]
+    lines += ["", f"record   {folder}/{RECORD_FILE}"]
     if publish:
-        lines += [f"card     {run.folder}/publish/README.md"]
+        lines += [f"card     {folder}/publish/README.md"]
     run.say("\n".join(lines))
 
 

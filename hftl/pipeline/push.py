@@ -16,12 +16,12 @@ from hftl.config.recipe import Recipe
 from hftl.config.section import build_recipe_error
 from hftl.errors import HoldError, HubError, RecipeError, RunFolderError
 from hftl.measure.record import Record
-from hftl.pipeline.finalize_record import (
+from hftl.pipeline.amend import (
     amend_record,
     render_adapted_base_files,
     render_amended_files,
-    render_amended_report,
 )
+from hftl.pipeline.publish_folder import render_amended_report
 from hftl.publish.checks import (
     TokenPermissionError,
     check_card,

@@ -196,8 +196,16 @@ def check_finished_files(run: Path, only: str | None = None) -> None:
         raise RunFolderError(f"{min(foreign)} was not written by the run", "Remove it")
 
 
-def is_intact(run: Path) -> bool:
-    """Return whether a finished run's files are those that were written, and no others."""
+def is_finished(run: Path, inputs: str) -> bool:
+    """Return whether a run was finished from these inputs, and its files are those written then.
+
+    Args:
+        run: the run folder.
+        inputs: the hash that `write_finished_files` was given.
+    """
+    stored = read_stage_inputs(run / REPORT_STAGE)
+    if stored is None or stored.get("inputs") != inputs:
+        return False
     return _read_file_list(run) == _hash_finished_files(run)
 
 

@@ -3,21 +3,32 @@
 The stage that trains builds the part, its file stores it, and the record embeds it as it is.
 """
 
-from typing import Self
+import math
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from hftl.data.facts import OpenPart, RecordPart
+from hftl.errors import NumericError
 
 Number = int | float
 """A number of another phase's file, which keeps its JSON form: 3 stays 3."""
 
 
+def _drop_nonfinite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Score = Annotated[float | None, BeforeValidator(_drop_nonfinite)]
+"""The value of a metric; null where it is not finite, as JSON holds no such number."""
+
+
 class SplitMetrics(RecordPart):
     """Hold every metric of one arm and seed, by name."""
 
-    validation: dict[str, float]
-    test: dict[str, float]
+    validation: Mapping[str, Score]
+    test: Mapping[str, Score]
 
 
 class LearningRate(RecordPart):
@@ -142,18 +153,36 @@ class ArmEntry(RecordPart):
     trainable_parameters: int
     training: TrainingFacts
 
+    def get_score(self, split: Literal["validation", "test"], metric: str) -> float:
+        """Return a metric that figures are computed from.
+
+        Raises:
+            NumericError: if it is not finite.
+        """
+        score = (self.metrics.test if split == "test" else self.metrics.validation)[metric]
+        if score is None:
+            raise NumericError(
+                f"{self.arm} seed {self.seed}: {metric} on {split} is not finite",
+                "Set measure.metric to another one and run again; no arm is trained anew",
+            )
+        return score
+
 
 class ArmFile(ArmEntry):
     """Hold the metrics.json of an arm's folder."""
 
     timings: dict[str, float]
 
+    def drop_timings(self) -> ArmEntry:
+        """Return the entry of the record, which has the timings of all arms in one place."""
+        return ArmEntry(**{name: getattr(self, name) for name in ArmEntry.model_fields})
+
 
 class TriedRate(RecordPart):
     """Hold the metrics on validation of one learning rate; null where it diverged."""
 
     learning_rate: float
-    metrics: dict[str, float] | None
+    metrics: Mapping[str, Score] | None
     diverged: str | None = None
 
 
