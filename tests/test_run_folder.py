@@ -10,7 +10,7 @@ import pytest
 
 from hftl.errors import RecipeError, RunFolderError
 from hftl.runtime import run_folder
-from hftl.runtime.run_folder import read_part
+from hftl.runtime.run_folder import StageInputs, has_equal, read_part
 from hftl.train.facts import ScratchSearch
 
 READS = {"recipe": {"finetune.lora.r": 8}, "weights": None}
@@ -58,6 +58,14 @@ def test_a_body_that_raises_leaves_the_folder_as_it_was(stage: Path, tmp_path: P
     assert files(stage) == before and run_folder.read_stage_inputs(stage) == READS
     assert not (tmp_path / "data").exists()
     assert run_folder.read_stage_inputs(tmp_path / "data") is None
+
+
+def test_inputs_that_both_lack_are_not_equal() -> None:
+    first = StageInputs(recipe={"finetune.lora.r": 8}, data="a")
+    assert has_equal(first, StageInputs(recipe={"finetune.lora.r": 8}), "recipe")
+    assert not has_equal(first, StageInputs(recipe={"finetune.lora.r": 9}), "recipe")
+    assert not has_equal(first, StageInputs(data="a"), "recipe")
+    assert not has_equal(StageInputs(), StageInputs(), "recipe")
 
 
 def test_a_stage_is_replaced_as_a_whole(stage: Path) -> None:
@@ -114,7 +122,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from hftl.runtime import run_folder
-from hftl.runtime.run_folder import read_part
+from hftl.runtime.run_folder import StageInputs, has_equal, read_part
 from hftl.train.facts import ScratchSearch
 with run_folder.lock_run(Path(sys.argv[1])):
     print("held", flush=True)

@@ -34,7 +34,7 @@ from hftl.pipeline.objectives import (
 from hftl.pipeline.run import ArmContexts, FinishedStage, Run
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.progress import show_activity
-from hftl.runtime.run_folder import StageInputs, to_json
+from hftl.runtime.run_folder import StageInputs, has_equal, to_json
 
 HEAD_FILE, FACTS_FILE = "head.safetensors", "told.json"
 MIN_STEPS = 10
@@ -167,7 +167,7 @@ def _is_stage_finished(run: Run, folder: Path, reads: StageInputs) -> bool:
         RunFolderError: if it was made from another source model, corpus or data.
     """
     finished = run_folder.read_stage_inputs(folder)
-    if finished is None or finished.get("recipe") != reads.get("recipe"):
+    if finished is None or not has_equal(finished, reads, "recipe"):
         return False
     if finished != reads:
         what = next(key for key in reads if finished.get(key) != reads.get(key))

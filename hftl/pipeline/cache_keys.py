@@ -21,7 +21,7 @@ from hftl.finetune.context import ExperimentContext
 from hftl.finetune.strategies import STRATEGIES
 from hftl.measure.record import SCHEMA_VERSION
 from hftl.runtime import run_folder
-from hftl.runtime.run_folder import StageInputs, fingerprint
+from hftl.runtime.run_folder import StageInputs, fingerprint, has_equal
 
 SEMANTICS = 3
 """Raised when the same recipe and data train, draw or choose otherwise than before, or when the
@@ -182,13 +182,15 @@ def is_arm_finished(run: Path, folder: Path, inputs: StageInputs) -> bool:
             that trained otherwise.
     """
     finished = run_folder.read_stage_inputs(folder)
-    if finished is None or finished.get("recipe") != inputs.get("recipe"):
+    if finished is None or not has_equal(finished, inputs, "recipe"):
         return False
     for key, what in (
         ("weights", "another source model"), ("data", "other data"),
         ("general", "other general data"), ("semantics", OLDER),
     ):  # fmt: skip
-        if finished.get(key) != inputs.get(key):
+        # Only an arm that could forget depends on general data.
+        is_unread = key == "general" and key not in finished and key not in inputs
+        if not is_unread and not has_equal(finished, inputs, key):
             raise _build_misfit_error(run, folder, what)
     return True
 

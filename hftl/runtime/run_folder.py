@@ -170,6 +170,11 @@ def read_stage_inputs(folder: Path) -> StageInputs | None:
     return cast(StageInputs, manifest.reads)
 
 
+def has_equal(finished: StageInputs, inputs: StageInputs, key: str) -> bool:
+    """Return whether both hold the key, with the same value; a key that both lack is not equal."""
+    return key in finished and key in inputs and finished.get(key) == inputs.get(key)
+
+
 def check_finished_files(run: Path, only: str | None = None) -> None:
     """Compare a finished run's record, report and publish folder with what was written.
 
