@@ -15,6 +15,7 @@ import yaml
 from conftest import pictures, sentences, tiny_tokenizer, write_csv
 from support.planted_defects import rewrite, save, wrapped
 from support.published_model import open_context, publish_model
+from support.records import make_record
 
 import hftl
 from hftl import cli
@@ -171,7 +172,9 @@ def as_run(folder: Path, model: Path, task: str, data: dict[str, Any], pooling: 
     facts = {"task": task, "labels": bench.prepared.names,
              "fingerprint": bench.prepared.facts.fingerprint}  # fmt: skip
     record = {"data": facts, "metric": "f1", "recipe": recipe.to_dict(), "source": {}}
-    (folder / "record.json").write_text(to_json(record))
+    whole = make_record(task=task)
+    whole |= {"data": whole["data"] | facts, "recipe": recipe.to_dict()}
+    (folder / "record.json").write_text(to_json(whole))
     (folder / "publish" / "hftl.json").write_text(to_json(record))
     run_folder.write_finished_files(folder)
     return folder

@@ -137,7 +137,7 @@ def test_arm_at_0_is_the_probe_and_at_1_the_trained_one(
     labels = context.prepared.encode_for_metrics(rows)
     tried = {row["alpha"]: row for row in both.facts["interpolation"]["tried"]}
     for alpha, arm in ((0.0, first), (1.0, last)):
-        right = context.decode_logits(rows, arm.logits["validation"]) == labels
+        right = context.prepared.decode_for_metrics(rows, arm.logits["validation"]) == labels
         assert tried[alpha]["score"] == pytest.approx(right.mean())
         assert tried[alpha]["error"] == pytest.approx(right.std(ddof=1) / len(right) ** 0.5)
     chosen = first if both.facts["interpolation"]["alpha"] == 0 else last

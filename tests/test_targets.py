@@ -78,7 +78,7 @@ Run = Callable[[ExperimentContext, Recipe], Any]
 def measure_scores(run: Run, recipe: Recipe) -> dict[str, float]:
     context = bench_of(recipe)
     rows = context.prepared.rows["test"]
-    predictions = context.decode_logits(rows, run(context, recipe).logits["test"])
+    predictions = context.prepared.decode_for_metrics(rows, run(context, recipe).logits["test"])
     return compute_all_metrics("regression", context.prepared.encode_for_metrics(rows), predictions)
 
 

@@ -15,11 +15,17 @@ from pathlib import Path
 import numpy as np
 
 from hftl.config.data import Data, Fraction, Table
-from hftl.data import labels
 from hftl.data.duplicates import count_near_images, drop_duplicates
 from hftl.data.facts import CopyCounts, LabelType, Modality, PreparedFacts
 from hftl.data.images import count_narrow_images
-from hftl.data.labels import check_targets, get_label_names, recognize_tag_scheme
+from hftl.data.labels import (
+    check_targets,
+    decode_logits,
+    encode_for_metrics,
+    encode_targets,
+    get_label_names,
+    recognize_tag_scheme,
+)
 from hftl.data.load import load_rows
 from hftl.data.normalization import is_integer_name
 from hftl.data.rows import BadRows, InputSpec, Row, read_rows, write_rows
@@ -55,11 +61,16 @@ class PreparedData:
 
     def encode_targets(self, rows: list[Row]) -> np.ndarray:
         """Return the training targets of rows, see `labels.encode_targets`."""
-        return labels.encode_targets([row.label for row in rows], self.task, self.names)
+        return encode_targets([row.label for row in rows], self.task, self.names)
 
     def encode_for_metrics(self, rows: list[Row]) -> np.ndarray:
-        """Return the labels of rows for metrics, see `labels.encode_for_metrics`."""
-        return labels.encode_for_metrics([row.label for row in rows], self.task, self.names)
+        """Return the labels of rows in the form that metrics compare."""
+        return encode_for_metrics([row.label for row in rows], self.task, self.names)
+
+    def decode_for_metrics(self, rows: list[Row], logits: np.ndarray) -> np.ndarray:
+        """Return the predictions that logits of rows stand for, in the same form."""
+        labels, _ = decode_logits(logits, self.task, self.names, self.count_words(rows))
+        return encode_for_metrics(labels, self.task, self.names)
 
     def count_words(self, rows: list[Row]) -> list[int]:
         """Return how many outputs each row has: its words for tokens, else one."""

@@ -197,7 +197,7 @@ def _try_rate(
             outcome = _train_from_scratch(context, shorter, seed, ("validation",))
     except NumericError as error:
         return TriedRate(learning_rate=rate, metrics=None, diverged=error.what)
-    predictions = context.decode_logits(rows, outcome.logits["validation"])
+    predictions = context.prepared.decode_for_metrics(rows, outcome.logits["validation"])
     metrics = compute_all_metrics(task, context.prepared.encode_for_metrics(rows), predictions)
     return TriedRate(learning_rate=rate, metrics=metrics)
 

@@ -14,7 +14,6 @@ from hftl.config.data import Data
 from hftl.config.finetune import Finetune
 from hftl.config.recipe import Arm, Recipe
 from hftl.config.retain import Replay
-from hftl.data import labels as answers
 from hftl.data.general import GeneralData
 from hftl.data.image_inputs import ImageInputs, augment_image, get_image_size, resize_processor
 from hftl.data.prepare import PreparedData
@@ -207,12 +206,8 @@ class ExperimentContext:
         return np.stack([row["pixel_values"] for row in self.encode_rows(rows)])
 
     def decode_logits(self, rows: list[Row], logits: np.ndarray) -> np.ndarray:
-        """Return the predictions that logits stand for, in the form that metrics compare."""
-        prepared = self.prepared
-        values, _ = answers.decode_logits(
-            logits, prepared.task, prepared.names, prepared.count_words(rows)
-        )
-        return answers.encode_for_metrics(values, prepared.task, prepared.names)
+        """Return the predictions of rows, see `PreparedData.decode_for_metrics`."""
+        return self.prepared.decode_for_metrics(rows, logits)
 
     def group_outputs(self, rows: list[Row]) -> np.ndarray | None:
         """Return a group name for each output, equal within a group or a row of words; None

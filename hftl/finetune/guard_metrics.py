@@ -63,7 +63,7 @@ def build_probe_score(
             probe = fit_probe(
                 features[0], targets, context.num_outputs, context.group_outputs(train)
             )
-            predictions = context.decode_logits(held, probe.logits(features[1]))
+            predictions = context.prepared.decode_for_metrics(held, probe.logits(features[1]))
             assert metric is not None
             return metric.sign * metric.score(prepared.encode_for_metrics(held), predictions)
 
@@ -129,7 +129,7 @@ def score_validation(context: ExperimentContext, logits: np.ndarray) -> tuple[fl
     rows, task = context.prepared.rows["validation"], context.prepared.task
     metric = METRICS[task][SELECTION_METRICS[task]]
     labels = context.prepared.encode_for_metrics(rows)
-    predictions = context.decode_logits(rows, logits)
+    predictions = context.prepared.decode_for_metrics(rows, logits)
     groups = [str(i) if row.group is None else row.group for i, row in enumerate(rows)]
     units = np.unique(groups, return_inverse=True)[1].astype(np.int64)
 

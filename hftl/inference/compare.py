@@ -16,12 +16,16 @@ from hftl.card.plots import plot_comparison
 from hftl.config.data import Data, Table
 from hftl.config.recipe import Recipe
 from hftl.console import format_table
-from hftl.data import labels as answers
 from hftl.data import prepare
 from hftl.data.facts import TagScheme
 from hftl.data.image_inputs import ImageInputs
 from hftl.data.images import warn_of_narrow_images
-from hftl.data.labels import recognize_tag_scheme
+from hftl.data.labels import (
+    decode_logits,
+    encode_for_metrics,
+    get_label_names,
+    recognize_tag_scheme,
+)
 from hftl.data.load import load_rows
 from hftl.data.normalization import normalize_name
 from hftl.data.rows import BadRows, InputSpec, Row
@@ -34,8 +38,9 @@ from hftl.inference.find_model import (
 )
 from hftl.inference.predict import Predictor, iterate_predictors
 from hftl.inference.predict_table import check_output
-from hftl.measure import metrics
 from hftl.measure.gain import ComparedModel, assign_units, compare_pair, score_with_interval
+from hftl.measure.metrics import SELECTION_METRICS, Metric, find_metric
+from hftl.measure.record import Record
 from hftl.measure.verdict import format_gain
 from hftl.models.features import predict_logits
 from hftl.publish.published_metadata import PublishedMetadata
@@ -159,7 +164,7 @@ def compare_models(
         _check_comparable(models[number], predictor, first)
         predictions[number] = _predict_items(predictor, items, first.class_names, scheme)
     assert first is not None and items is not None
-    labels = answers.encode_for_metrics(
+    labels = encode_for_metrics(
         [row.label for row in items.rows], first.task, first.class_names, scheme
     )
     rows = _score_models(
@@ -201,10 +206,14 @@ def _read_shared_items(
             "Give a table: --data TABLE",
         )
     first, run = next(iter(runs.items()))
-    expected = _read_fingerprint(folders[list(models).index(first)])
+    expected = Record.read(run).data.fingerprint
     unknown: list[str] = []
     for model, folder in zip(models, folders, strict=True):
-        fingerprint = _read_fingerprint(folder)
+        fingerprint = (
+            Record.read(runs[model]).data.fingerprint
+            if model in runs
+            else _read_fingerprint(folder)
+        )
         if fingerprint is None:
             unknown.append(model)
         elif fingerprint != expected:
@@ -248,7 +257,7 @@ def _normalise_row(row: Row) -> Row:
 
 def _check_labels(items: LabelledItems, predictor: Predictor) -> None:
     for row in items.rows:
-        names = answers.get_label_names(row.label, predictor.task)
+        names = get_label_names(row.label, predictor.task)
         unknown = set(names) - set(predictor.class_names)
         if unknown:
             raise DataError(
@@ -297,19 +306,19 @@ def _predict_items(
     tokens = predictor.task == "token-classification"
     words = [len(row.content) if tokens else 1 for row in rows]
     logits = predict_logits(predictor.model, inputs.encode(rows), inputs, predictor.device)
-    labels, _ = answers.decode_logits(logits, predictor.task, predictor.class_names, words)
-    return answers.encode_for_metrics(labels, predictor.task, names, scheme)
+    labels, _ = decode_logits(logits, predictor.task, predictor.class_names, words)
+    return encode_for_metrics(labels, predictor.task, names, scheme)
 
 
-def _find_metric(folder: Path, task: str) -> metrics.Metric:
+def _find_metric(folder: Path, task: str) -> Metric:
     """Return the first model's recorded metric, or the task's."""
-    name = PublishedMetadata.read(folder).metric or metrics.SELECTION_METRICS[task]
-    return metrics.find_metric(name, task)
+    name = PublishedMetadata.read(folder).metric or SELECTION_METRICS[task]
+    return find_metric(name, task)
 
 
 def _score_models(
     models: Sequence[str], folders: Sequence[Path], labels: np.ndarray,
-    predictions: dict[int, np.ndarray], metric: metrics.Metric, items: LabelledItems,
+    predictions: dict[int, np.ndarray], metric: Metric, items: LabelledItems,
 ) -> list[ComparedModel]:  # fmt: skip
     units = assign_units(items.rows)
     return [
