@@ -27,11 +27,9 @@ from hftl.finetune.arm import train_arm
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.trainable import prepare
 from hftl.models import architectures
+from hftl.models.architecture_spec import TOKEN_CLASSIFICATION, ArchitectureSpec, HeadSpec
 from hftl.models.architectures import (
     ARCHITECTURES,
-    TOKEN_CLASSIFICATION,
-    ArchitectureSpec,
-    HeadSpec,
     count_layers,
     get_config_spec,
     get_max_tokens,
@@ -235,7 +233,7 @@ def test_refuses_an_unsupported_architecture(
     name: str, fields: dict[str, Any], reason: str
 ) -> None:
     config = AutoConfig.for_model(name, **fields)
-    advice = "Use one of albert, .*vit_mae.*, or add an entry to hftl/models/architectures.py"
+    advice = "Use one of albert, .*vit_mae.*, or add an entry to hftl/models/"
     with pytest.raises(RecipeError, match=f"'{name}' is not supported: {reason}.*{advice}"):
         get_config_spec(config)
 

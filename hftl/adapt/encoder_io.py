@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from hftl.errors import HftlError, RecipeError
-from hftl.models.architectures import ArchitectureSpec, count_layers
+from hftl.models.architecture_spec import ArchitectureSpec
+from hftl.models.architectures import count_layers
 from hftl.models.encoders import (
     check_block_count,
     get_blocks,

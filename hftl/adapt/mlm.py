@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hftl.adapt.encoder_io import MaskedOutput, check_encoder_complete, load_head
 from hftl.errors import RecipeError
-from hftl.models.architectures import ArchitectureSpec
+from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.encoders import get_blocks
 from hftl.models.heads import (
     load_class,

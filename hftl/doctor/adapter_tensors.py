@@ -29,7 +29,7 @@ from hftl.doctor.renamed_modules import (
     list_targets,
 )
 from hftl.errors import HftlError, format_error_line
-from hftl.models.architectures import TOKEN_CLASSIFICATION
+from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
 from hftl.models.encoders import build_on_meta, get_encoder_class, get_task_class
 from hftl.models.source import BUILD_ERRORS, SourceModel
 from hftl.publish.published_metadata import ADAPTER_CONFIG, ADAPTER_WEIGHTS

@@ -13,7 +13,7 @@ from hftl.finetune.pretraining_heads import select_compared_rows
 from hftl.finetune.regularizer_setup import has_auto_weight
 from hftl.finetune.strategies import STRATEGIES
 from hftl.finetune.trainable import apply_strategy
-from hftl.models.architectures import TOKEN_CLASSIFICATION
+from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
 from hftl.models.encoders import count_blocks
 from hftl.models.features import BATCH_TOKENS, batch_by_length
 from hftl.retain.build import Batch

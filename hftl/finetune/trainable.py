@@ -11,7 +11,8 @@ from hftl.config.finetune import DEFAULT_LORA, Finetune
 from hftl.config.section import build_recipe_error
 from hftl.errors import RecipeError
 from hftl.finetune.strategies import FINETUNE_STRATEGIES, StrategySpec
-from hftl.models.architectures import ArchitectureSpec, count_layers
+from hftl.models.architecture_spec import ArchitectureSpec
+from hftl.models.architectures import count_layers
 from hftl.models.encoders import check_block_count, get_blocks, get_submodule, has_prefix
 from hftl.models.heads import (
     PooledModel,

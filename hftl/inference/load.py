@@ -26,7 +26,8 @@ from hftl.doctor.file_checks import NUMBERED_LABEL, PROCESSOR_FILES, TOKENIZER_F
 from hftl.doctor.renamed_modules import PREFIX, get_module_path
 from hftl.errors import RecipeError, RunFolderError
 from hftl.inference.find_model import wrap_loading_errors
-from hftl.models.architectures import TOKEN_CLASSIFICATION, ArchitectureSpec, get_config_spec
+from hftl.models.architecture_spec import TOKEN_CLASSIFICATION, ArchitectureSpec
+from hftl.models.architectures import get_config_spec
 from hftl.models.encoders import get_stock_encoder, has_prefix
 from hftl.models.heads import get_placeholder_name
 from hftl.models.source import find_source

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hftl.errors import RecipeError
-from hftl.models.architectures import TOKEN_CLASSIFICATION, ArchitectureSpec, get_config_spec
+from hftl.models.architecture_spec import TOKEN_CLASSIFICATION, ArchitectureSpec
+from hftl.models.architectures import get_config_spec
 
 VERSION_FIX = "Use a transformers version in hftl's range"
 

@@ -17,12 +17,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hftl.errors import RecipeError
-from hftl.models.architectures import (
-    TOKEN_CLASSIFICATION,
-    ArchitectureSpec,
-    get_config_spec,
-    get_encoder_config,
-)
+from hftl.models.architecture_spec import TOKEN_CLASSIFICATION, ArchitectureSpec
+from hftl.models.architectures import get_config_spec, get_encoder_config
 from hftl.models.encoders import (
     get_blocks,
     get_encoder_class,

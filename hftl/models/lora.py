@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 
 from hftl.errors import RecipeError, format_error_line, suggest_closest
-from hftl.models.architectures import ArchitectureSpec
+from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.encoders import (
     get_stock_encoder,
     get_submodule,

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 
 from hftl.config.section import Source
 from hftl.errors import RecipeError, format_error_line
-from hftl.models.architectures import READ_AS, ArchitectureSpec, get_config_spec
+from hftl.models.architecture_spec import ArchitectureSpec
+from hftl.models.architectures import READ_AS, get_config_spec
 from hftl.models.encoders import accepts_attention_mask, get_encoder_class
 from hftl.runtime import paths
 from hftl.runtime.run_folder import UnreadableJsonError, read_json

@@ -22,7 +22,7 @@ from hftl.data.splits import MEASURED_SPLITS, hash_text
 from hftl.errors import DataError
 from hftl.finetune.context import ExperimentContext, infer_input_spec, pin_revisions
 from hftl.measure.record import CorpusFacts
-from hftl.models.architectures import TOKEN_CLASSIFICATION
+from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
 from hftl.pipeline.run import Run
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.run_folder import fingerprint, to_json

@@ -20,7 +20,7 @@ from hftl.finetune.arm import init_head_from_probe
 from hftl.finetune.arm_files import load_trained_tensors
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.trainable import apply_strategy
-from hftl.models.architectures import ArchitectureSpec
+from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.encoders import get_encoder_class
 from hftl.models.heads import (
     PooledModel,

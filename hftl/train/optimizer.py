@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hftl.errors import RecipeError, suggest_closest
-from hftl.models.architectures import ArchitectureSpec
+from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.encoders import get_submodule, has_prefix, list_block_paths
 from hftl.models.heads import get_encoder, get_model_spec
 from hftl.train.facts import LearningRate

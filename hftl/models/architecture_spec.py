@@ -1,0 +1,101 @@
+"""Describe where the blocks, the head and the other parts of an architecture lie."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from hftl.errors import RecipeError
+
+TOKEN_CLASSIFICATION = "token-classification"
+BERT_LINEARS = (
+    "attention.self.query", "attention.self.key", "attention.self.value",
+    "attention.output.dense", "intermediate.dense", "output.dense",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """Describe the head of one stock class.
+
+    Args:
+        parts: modules after the encoder, new for every task.
+        last_linear: path of the last layer, which the probe initialises.
+        dropout: path of the dropout directly before it, where there is one.
+    """
+
+    parts: tuple[str, ...] = ("classifier",)
+    last_linear: str = "classifier"
+    dropout: str | None = "dropout"
+
+
+@dataclass(frozen=True)
+class ArchitectureSpec:
+    """Describe the named parts of one architecture.
+
+    Paths inside the encoder are relative to it, so they hold for `AutoModel` and for the stock
+    task class alike. Blocks are whatever is unfrozen one after the other: transformer layers, or
+    the residual blocks of a convolutional network's stages.
+
+    Args:
+        encoder: the encoder's attribute in the stock classification class.
+        blocks: path in the encoder of the list of blocks, a `ModuleList` or `Sequential`, or
+            several paths, bottom to top; `*` stands for every index of an outer list, as of
+            stages.
+        lora_targets: suffixes of the linear and convolutional layers that every block holds and
+            LoRA wraps.
+        modality: what the encoder reads.
+        optional_targets: suffixes of layers that LoRA wraps and only some blocks hold, as the
+            shortcut of the first residual block of a stage.
+        skipped_layers: paths in a block of layers that LoRA leaves alone, as depthwise
+            convolutions.
+        pooler: path of the pooler in the encoder, where `AutoModel` or the stock class has one.
+        final_parts: parts of the encoder after the blocks, on the way to the head; not the pooler.
+        unused_parts: parts of the encoder that no output of the stock class depends on.
+        head: the head of the sequence or image classification class.
+        token_head: the head of the token classification class, where there is one.
+        add_pooling_layer: `AutoModel` takes that argument.
+        has_padding_offset: positions count from the padding id on, so that fewer are left.
+        patch_size: the config's key for the side of an image patch; None: sides of any length.
+        image_sizes: the encoder takes images of the config's size only (`fixed`), of any size
+            with the argument `interpolate_pos_encoding` (`argument`), or of any size (`any`).
+        masked_images: how masked-image pre-training hides patches: it drops them where blocks
+            take any number of tokens (MAE), or covers them with a mask token (SimMIM).
+        token_mixer: path in the last block of its layer that mixes positions, where all that
+            comes after it sees one position at a time: masked-LM runs that at masked positions
+            alone.
+        adjust: returns the spec of a config whose settings change it.
+    """
+
+    encoder: str
+    blocks: str | tuple[str, ...]
+    lora_targets: tuple[str, ...]
+    modality: Literal["text", "image"] = "text"
+    optional_targets: tuple[str, ...] = ()
+    skipped_layers: tuple[str, ...] = ()
+    pooler: str | None = None
+    final_parts: tuple[str, ...] = ()
+    unused_parts: tuple[str, ...] = ()
+    head: HeadSpec = HeadSpec()
+    token_head: HeadSpec | None = HeadSpec()
+    add_pooling_layer: bool = False
+    has_padding_offset: bool = False
+    patch_size: str | None = None
+    image_sizes: Literal["fixed", "argument", "any"] = "fixed"
+    masked_images: Literal["drop", "cover"] | None = None
+    token_mixer: str | None = None
+    adjust: Callable[["ArchitectureSpec", Any], "ArchitectureSpec"] | None = None
+
+    def for_task(self, task: str) -> "ArchitectureSpec":
+        """Return the spec of the task's stock class.
+
+        Raises:
+            RecipeError: if there is no such class.
+        """
+        if task != TOKEN_CLASSIFICATION:
+            return self
+        if self.token_head is None:
+            raise RecipeError(
+                f"data.task: {self.encoder} has no class for {TOKEN_CLASSIFICATION}",
+                "Use another source.model or another data.task",
+            )
+        return replace(self, pooler=None, head=self.token_head)

@@ -1,0 +1,80 @@
+"""List the supported architectures that read images."""
+
+from dataclasses import replace
+from typing import Any
+
+from hftl.models.architecture_spec import BERT_LINEARS, ArchitectureSpec, HeadSpec
+
+VIT_LINEARS = (
+    "attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj",
+    "mlp.fc1", "mlp.fc2",
+)  # fmt: skip
+CLIP_LINEARS = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
+    "mlp.fc1", "mlp.fc2",
+)  # fmt: skip
+
+VIT = ArchitectureSpec(
+    "vit", "layers", VIT_LINEARS, "image", final_parts=("layernorm",),
+    head=HeadSpec(dropout=None), token_head=None, patch_size="patch_size",
+    image_sizes="argument", masked_images="drop",
+)  # fmt: skip
+UNMASKED_VIT = replace(VIT, masked_images=None)
+CLIP = replace(
+    UNMASKED_VIT, encoder="vision_model", blocks="encoder.layers", lora_targets=CLIP_LINEARS,
+    final_parts=(), unused_parts=("post_layernorm",),
+)  # fmt: skip
+
+
+def _adjust_beit(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
+    """Name the norm that stands for the pooler, and the mask token."""
+    if not config.use_mean_pooling:
+        spec = replace(spec, pooler=None, final_parts=("layernorm",))
+    if config.use_mask_token:
+        spec = replace(spec, unused_parts=("embeddings.mask_token",))
+    return spec
+
+
+def _adjust_dinov2(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
+    """Name the gated layers of the largest models."""
+    gated = (*VIT_LINEARS[:4], "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    return replace(spec, lora_targets=gated) if config.use_swiglu_ffn else spec
+
+
+BEIT = replace(
+    VIT, encoder="beit", pooler="pooler", final_parts=(), masked_images="cover", adjust=_adjust_beit
+)  # fmt: skip
+DINOV2 = replace(
+    VIT, encoder="dinov2", blocks="encoder.layer", unused_parts=("embeddings.mask_token",),
+    image_sizes="any", adjust=_adjust_dinov2,
+)  # fmt: skip
+SWIN = replace(UNMASKED_VIT, encoder="swin", blocks="encoder.layers.*.blocks")
+
+IMAGE_ENCODERS = {
+    "vit": VIT,
+    "deit": replace(VIT, encoder="deit"),
+    "vit_msn": UNMASKED_VIT,
+    "ijepa": replace(UNMASKED_VIT, encoder="ijepa"),
+    "beit": BEIT,
+    "data2vec-vision": replace(
+        BEIT, encoder="data2vec_vision", blocks="encoder.layer", masked_images=None,
+        lora_targets=(
+            "attention.attention.query", "attention.attention.key", "attention.attention.value",
+            *BERT_LINEARS[3:],
+        ),
+    ),
+    "dinov2": DINOV2,
+    "dinov2_with_registers": replace(DINOV2, encoder="dinov2_with_registers"),
+    "swin": SWIN,
+    "swinv2": replace(
+        SWIN, encoder="swinv2",
+        lora_targets=(
+            *BERT_LINEARS[:3], "attention.self.continuous_position_bias_mlp.0",
+            "attention.self.continuous_position_bias_mlp.2", *BERT_LINEARS[3:],
+        ),
+    ),
+    "donut-swin": replace(SWIN, encoder="donut", lora_targets=BERT_LINEARS, final_parts=()),
+    "clip": CLIP,
+    "metaclip_2": CLIP,
+    "siglip": replace(CLIP, final_parts=("post_layernorm",), unused_parts=("head",)),
+}  # fmt: skip

@@ -1,0 +1,140 @@
+"""List the supported architectures that read text."""
+
+from dataclasses import replace
+from typing import Any
+
+from hftl.models.architecture_spec import BERT_LINEARS, ArchitectureSpec, HeadSpec
+
+SWIGLU_LINEARS = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+DEBERTA_LINEARS = (
+    "attention.self.in_proj", "attention.output.dense", "intermediate.dense", "output.dense",
+)  # fmt: skip
+DEBERTA_V2_LINEARS = (
+    "attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj",
+    *BERT_LINEARS[3:],
+)  # fmt: skip
+DENSE_HEAD = HeadSpec(last_linear="classifier.out_proj", dropout="classifier.dropout")
+
+POST_NORM = ArchitectureSpec("bert", "encoder.layer", BERT_LINEARS)
+"""BERT's encoder without its pooler."""
+POOLED = replace(POST_NORM, pooler="pooler", add_pooling_layer=True)
+BERT = replace(POOLED, token_mixer="attention")
+ROBERTA = replace(BERT, encoder="roberta", head=DENSE_HEAD, has_padding_offset=True)
+PRE_NORM_ROBERTA = replace(ROBERTA, token_mixer=None)
+ROTARY = ArchitectureSpec(
+    "model", "layers", SWIGLU_LINEARS, pooler="pooler", add_pooling_layer=True
+)  # fmt: skip
+
+
+def _adjust_deberta(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
+    """Add the projections of relative positions that attention reads."""
+    names = {"c2p": "attention.self.pos_proj", "p2c": "attention.self.pos_q_proj"}
+    read = config.pos_att_type or () if config.relative_attention else ()
+    positions = [names[kind] for kind in names if kind in read]
+    return replace(spec, lora_targets=(*DEBERTA_LINEARS, *positions))
+
+
+def _adjust_deberta_v2(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
+    """Add the projections of relative positions, where the content's are not shared with them."""
+    if not config.relative_attention or getattr(config, "share_att_key", False):
+        return spec
+    positions = ("attention.self.pos_key_proj", "attention.self.pos_query_proj")
+    return replace(spec, lora_targets=(*DEBERTA_V2_LINEARS, *positions))
+
+
+def _adjust_esm(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
+    """Count positions from 0 where they are rotary."""
+    return replace(spec, has_padding_offset=config.position_embedding_type == "absolute")
+
+
+def _adjust_roc_bert(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
+    """Name the embeddings of shape and pronunciation that the config switches off."""
+    used = {
+        "embeddings.pronunciation_embed": config.concat_input and config.enable_pronunciation,
+        "embeddings.shape_embed": config.concat_input and config.enable_shape,
+    }
+    unused = tuple(part for part, is_used in used.items() if not is_used)
+    return replace(spec, unused_parts=unused)
+
+
+TEXT_ENCODERS = {
+    "bert": BERT,
+    "ernie": replace(POOLED, encoder="ernie"),
+    "rembert": replace(POOLED, encoder="rembert"),
+    "roc_bert": replace(POOLED, encoder="roc_bert", adjust=_adjust_roc_bert),
+    "megatron-bert": replace(POOLED, final_parts=("encoder.ln",)),
+    "fnet": replace(POOLED, encoder="fnet", lora_targets=("intermediate.dense", "output.dense")),
+    "big_bird": replace(POOLED, unused_parts=("pooler",), head=DENSE_HEAD),
+    "mobilebert": replace(
+        POOLED, encoder="mobilebert",
+        lora_targets=(
+            "bottleneck.input.dense", "bottleneck.attention.dense", *BERT_LINEARS[:4],
+            *(f"ffn.{i}.{part}.dense" for i in range(3) for part in ("intermediate", "output")),
+            "intermediate.dense", "output.dense", "output.bottleneck.dense",
+        ),
+    ),
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "camembert": ROBERTA,
+    "data2vec-text": replace(PRE_NORM_ROBERTA, encoder="data2vec_text"),
+    "xlm-roberta-xl": replace(PRE_NORM_ROBERTA, final_parts=("encoder.LayerNorm",)),
+    "roberta-prelayernorm": replace(
+        PRE_NORM_ROBERTA, encoder="roberta_prelayernorm", final_parts=("LayerNorm",)
+    ),
+    "jina_embeddings_v3": ArchitectureSpec(
+        "roberta", "layers", (*SWIGLU_LINEARS[:4], "mlp.fc1", "mlp.fc2"), pooler="pooler",
+        head=DENSE_HEAD, add_pooling_layer=True,
+    ),
+    "electra": replace(POST_NORM, encoder="electra", head=DENSE_HEAD, token_mixer="attention"),
+    "roformer": replace(
+        POST_NORM, encoder="roformer", unused_parts=("encoder.embed_positions",), head=DENSE_HEAD
+    ),
+    "mpnet": ArchitectureSpec(
+        "mpnet", "encoder.layer",
+        ("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o",
+         "intermediate.dense", "output.dense"),
+        pooler="pooler", head=DENSE_HEAD, add_pooling_layer=True, has_padding_offset=True,
+    ),
+    "distilbert": ArchitectureSpec(
+        "distilbert", "transformer.layer",
+        ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin",
+         "ffn.lin1", "ffn.lin2"),
+        head=HeadSpec(("pre_classifier", "classifier")),
+    ),
+    "albert": ArchitectureSpec(
+        "albert", "encoder.albert_layer_groups.*.albert_layers",
+        ("attention.query", "attention.key", "attention.value", "attention.dense",
+         "ffn", "ffn_output"),
+        pooler="pooler", add_pooling_layer=True,
+    ),
+    "deberta": ArchitectureSpec(
+        "deberta", "encoder.layer", DEBERTA_LINEARS, head=HeadSpec(("pooler", "classifier")),
+        adjust=_adjust_deberta,
+    ),
+    "deberta-v2": ArchitectureSpec(
+        "deberta", "encoder.layer", DEBERTA_V2_LINEARS,
+        head=HeadSpec(("pooler", "classifier")), adjust=_adjust_deberta_v2,
+    ),
+    "modernbert": ArchitectureSpec(
+        "model", "layers", ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"),
+        final_parts=("final_norm",), head=HeadSpec(("head", "classifier"), dropout="drop"),
+        token_head=HeadSpec(("head", "classifier"), dropout="drop"),
+    ),
+    "nomic_bert": replace(ROTARY, encoder="nomic_bert"),
+    "gte": replace(ROTARY, encoder="gte"),
+    "ultrabert": ArchitectureSpec(
+        "model", "layers", SWIGLU_LINEARS, final_parts=("norm",), head=HeadSpec(dropout="drop"),
+        token_head=HeadSpec(dropout="drop"),
+    ),
+    "esm": replace(
+        PRE_NORM_ROBERTA, encoder="esm", final_parts=("encoder.emb_layer_norm_after",),
+        unused_parts=("contact_head",), adjust=_adjust_esm,
+    ),
+    "esmc": ArchitectureSpec(
+        "esmc", "layers", SWIGLU_LINEARS, final_parts=("norm",), head=DENSE_HEAD,
+        token_head=HeadSpec(("score",), "score"),
+    ),
+}  # fmt: skip
