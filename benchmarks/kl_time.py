@@ -17,6 +17,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,9 @@ from hftl.data.general import load_general
 from hftl.data.prepare import prepare_data
 from hftl.finetune.arm import train_arm
 from hftl.finetune.context import ExperimentContext, build_context, infer_input_spec
-from hftl.finetune.regularizer_setup import build_setup
 from hftl.models.source import find_source
 from hftl.pipeline import pipeline
-from hftl.train.facts import FisherFacts
+from hftl.pipeline.retention import build_retention
 
 RESULT = Path(__file__).parent / "results" / "kl_time.json"
 RECIPE: dict[str, Any] = {
@@ -73,15 +73,9 @@ def open_context() -> tuple[hftl.Recipe, ExperimentContext]:
 def time_training(recipe: hftl.Recipe, bench: ExperimentContext, way: str) -> tuple[float, float]:
     """Return the clock and processor seconds of one training, its reference included."""
     clock, processor = time.perf_counter(), time.process_time()
-    setup = build_setup(
-        bench,
-        RETAIN_VARIANTS[way],
-        recipe.finetune,
-        0,
-        lambda _: ({}, FisherFacts(kind="none", rows=0)),
-        lambda before: before.build_model("mean", 0).model,
-    )
-    train_arm(bench, recipe.finetune, 0, setup)
+    arm = replace(recipe.arms[0], retain=RETAIN_VARIANTS[way])
+    retention = build_retention(bench, arm, 0, Path("unused: no Fisher information is read"))
+    train_arm(bench, recipe.finetune, 0, retention)
     return time.perf_counter() - clock, time.process_time() - processor
 
 

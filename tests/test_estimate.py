@@ -15,8 +15,8 @@ from hftl.adapt.adaptation import estimate_adaptation_seconds
 from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
 from hftl.data.rows import InputSpec
-from hftl.finetune import regularizer_setup
-from hftl.finetune.estimate import FINISH_SECONDS, RowCosts, estimate_seconds, measure_costs
+from hftl.pipeline import kl_weight
+from hftl.pipeline.estimate import FINISH_SECONDS, RowCosts, estimate_seconds, measure_costs
 from hftl.pipeline.pipeline import check_recipe, run
 
 STEP = 4.0
@@ -49,7 +49,7 @@ def test_estimate_is_within_a_factor_of_two_of_the_passes_of_a_run(
 ) -> None:  # fmt: skip
     tree["source"]["model"] = str(tiny_model("bert", True))
     tree["retain"] = RETAIN[name]
-    monkeypatch.setattr(regularizer_setup, "WEIGHT_GRID", (0.1, 1.0))
+    monkeypatch.setattr(kl_weight, "WEIGHT_GRID", (0.1, 1.0))
     passes = [0.0]
     forward = BertModel.forward
 
@@ -74,7 +74,7 @@ def test_every_seed_is_counted_before_a_run(
 ) -> None:
     counts: list[int] = []
     monkeypatch.setattr(
-        "hftl.pipeline.arms.estimate_seconds",
+        "hftl.pipeline.estimate.estimate_seconds",
         lambda _, jobs, recipe: counts.append(len(jobs)) or 1.0,
     )
     tree["measure"]["seeds"] = [0, 1, 2]

@@ -18,7 +18,7 @@ from hftl.models.heads import build_model
 from hftl.models.source import find_source
 from hftl.retain import fisher as module
 from hftl.retain.fisher import compute_fisher, describe_fisher, load_fisher, save_fisher
-from hftl.retain.reference import EmbeddingHook
+from hftl.retain.original import EmbeddingHook
 
 ROWS = 6
 Squares = dict[str, Tensor]

@@ -17,10 +17,10 @@ from hftl.errors import RecipeError
 from hftl.finetune import gradual
 from hftl.finetune.arm import train_arm
 from hftl.finetune.gradual import GradualCheckpoint, split_phases
-from hftl.finetune.regularizer_setup import RegularizerSetup
 from hftl.finetune.trainable import prepare
 from hftl.pipeline.pipeline import run
 from hftl.retain.kl import KLToOriginal
+from hftl.retain.regularizer import Retention
 from hftl.retain.weights import L2SP
 from hftl.runtime import run_folder
 from hftl.train.checkpoint import BestWeightsCallback
@@ -227,8 +227,8 @@ def test_stopped_training_continues_to_the_same_weights(
     context: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stopped: int
 ) -> None:
     def train(state: GradualCheckpoint | None) -> Any:
-        regularizers = RegularizerSetup([KLToOriginal(0.5), L2SP(0.1)])
-        return train_arm(context, make_section(), 0, regularizers, state)
+        retention = Retention([KLToOriginal(0.5), L2SP(0.1)])
+        return train_arm(context, make_section(), 0, retention, state)
 
     with monkeypatch.context() as patch:
         set_scores(patch, RISING)

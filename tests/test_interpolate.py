@@ -15,11 +15,11 @@ from hftl.config.recipe import Recipe
 from hftl.config.section import Source
 from hftl.errors import RecipeError
 from hftl.finetune.arm import solve_head, train_arm
-from hftl.finetune.context import RegularizerSetup
 from hftl.finetune.interpolate import select_alpha, set_interpolated_weights
-from hftl.finetune.regularizer_setup import check_retention
 from hftl.finetune.trainable import prepare
 from hftl.models.source import find_source
+from hftl.pipeline.retention import check_retention
+from hftl.retain.regularizer import Retention
 from hftl.retain.weights import compute_update, iterate_lora_layers
 from hftl.train.checkpoint import iterate_trainable
 
@@ -125,7 +125,7 @@ def test_arm_at_0_is_the_probe_and_at_1_the_trained_one(
         {"strategy": strategy, "pooling": "mean", "training": training}
     )
     plain, first, last, both = (
-        train_arm(context, section, 0, RegularizerSetup(alphas=alphas))
+        train_arm(context, section, 0, Retention(alphas=alphas))
         for alphas in ((), (0.0,), (1.0,), (0.0, 1.0))
     )
     probe = solve_head(context, section, 0)

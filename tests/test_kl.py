@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 
 from hftl.errors import RecipeError
-from hftl.retain.build import Step
 from hftl.retain.kl import KLToOriginal, compute_feature_kl, compute_row_kl
-from hftl.retain.reference import check_head_quality
+from hftl.retain.original import check_head_quality
+from hftl.retain.regularizer import Step
 
 ROWS, WIDTH, OUTPUTS = 6, 5, 4
 

@@ -31,13 +31,13 @@ from hftl.finetune.pretraining_heads import check_pretraining_head
 from hftl.finetune.trainable import prepare
 from hftl.models.heads import build_model, get_encoder, get_model_spec
 from hftl.models.source import find_source, load_tokenizer
+from hftl.retain.original import eval_mode
 from hftl.retain.pretraining_kl import (
     MaskedTokenKL,
     PretrainingHeadKL,
     ZeroShotKL,
     build_zero_shot_head,
 )
-from hftl.retain.reference import eval_mode
 
 Tiny = Callable[..., Path]
 

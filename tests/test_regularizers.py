@@ -27,9 +27,9 @@ from transformers import AutoModelForSequenceClassification
 from hftl.config.retain import EWC, KL, RegularizerSection
 from hftl.config.retain import L2SP as L2SPSection
 from hftl.errors import RecipeError
-from hftl.retain.build import Step, TrainingStart
 from hftl.retain.kl import KLToOriginal
-from hftl.retain.reference import EmbeddingHook, Reference, eval_mode
+from hftl.retain.original import EmbeddingHook, Original, eval_mode
+from hftl.retain.regularizer import Step, TrainingStart
 from hftl.retain.weights import L2SP
 from hftl.train.facts import TrainingFacts
 
@@ -92,7 +92,7 @@ def test_cached_outputs_equal_computed_ones(
         terms = [build_term(name, cached=cached)]
         trainer = build_trainer(models[-1], tmp_path, terms, num_train_epochs=2)
         trainer.train()
-        assert (get_original(trainer).reference is None) == cached
+        assert (get_original(trainer).original is None) == cached
     assert_same_parameters(*models, atol=1e-5, rtol=1e-4)
 
 
@@ -121,7 +121,7 @@ def test_rows_that_vary_are_not_cached(bert: Path, tmp_path: Path) -> None:
         trainer.train()
     trainer = build_trainer(model, tmp_path, [KLToOriginal()], data=VaryingRows(), max_steps=1)
     trainer.train()
-    assert get_original(trainer).reference is not None
+    assert get_original(trainer).original is not None
 
 
 def test_weight_zero_equals_no_term_bit_for_bit(bert: Path, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_reference_with_adapter_off_is_the_probed_model(
     bert: Path, tmp_path: Path, pooling: str, cached: bool
 ) -> None:
     model = build_probed_model(bert, "lora", pooling)
-    before, reference = read_outputs(model), Reference(model, None, needs_copy=False)
+    before, reference = read_outputs(model), Original(model, None, needs_copy=False)
     build_trainer(model, tmp_path, [KLToOriginal(cached=cached)], learning_rate=0.1).train()
     current, original = read_outputs(model), reference(stack_rows(8))
     assert not torch.allclose(current.logits, before.logits, atol=1e-2)
@@ -176,7 +176,7 @@ def test_reference_restores_every_mode(bert: Path, strategy: str) -> None:
     model = build_probed_model(bert, strategy, dropout=0.5).train()
     next(iter(model.modules())).training = False
     modes = [module.training for module in model.modules()]
-    reference, batch = Reference(model, None, needs_copy=True), stack_rows(8)
+    reference, batch = Original(model, None, needs_copy=True), stack_rows(8)
     first, second = reference(batch), reference(batch)
     assert torch.equal(first.logits, second.logits), "no dropout in the reference"
     assert [module.training for module in model.modules()] == modes
@@ -191,7 +191,7 @@ def test_reference_is_copied_where_more_trains_than_the_adapter(bert: Path) -> N
     model: Any = get_peft_model(plain, LoraConfig(r=2, target_modules=["query", "value"]))
     head = model.base_model.model.classifier.weight.requires_grad_(True)
     batch = stack_rows(1, labels=False)
-    reference = Reference(model, None, needs_copy=True)
+    reference = Original(model, None, needs_copy=True)
     before = reference(batch).logits
     with torch.no_grad():
         head.add_(1.0)

@@ -25,7 +25,6 @@ from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
 from hftl.data.rows import InputSpec
 from hftl.errors import DataError, HftlError, RecipeError
-from hftl.finetune.regularizer_setup import build_general_dataset
 from hftl.pipeline.cache_keys import flatten_retain
 from hftl.pipeline.pipeline import check_recipe, run
 from hftl.train.loss import compute_replay_loss, compute_summed_loss
@@ -125,12 +124,12 @@ def test_general_rows_hold_the_tasks_classes(tree: dict[str, Any]) -> None:
     recipe = Recipe.parse(tree)
     context = bench_of(recipe)
     context.general = load_general(recipe.data, context.prepared, InputSpec())
-    examples = build_general_dataset(context, labelled=True)
+    examples = context.build_general_dataset(labelled=True)
     truth, names = dict(sentences(80, seed=9)), context.prepared.names
     labels = [names[int(examples[i]["labels"])] for i in range(len(examples))]
     assert labels == [truth[row.content[0]] for row in context.general.train_rows]
     assert set(labels) == set(names)
-    bare = build_general_dataset(context)
+    bare = context.build_general_dataset()
     assert {int(np.asarray(bare[i]["labels"])) for i in range(len(bare))} == {-100}
 
 

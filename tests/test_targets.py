@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,16 @@ from hftl.config.retain import Retain
 from hftl.data.labels import check_targets
 from hftl.data.rows import Row
 from hftl.errors import DataError, RecipeError
-from hftl.finetune.arm import (
-    RegularizerSetup,
-    init_head_from_probe,
-    solve_head,
-    train_arm,
-)
+from hftl.finetune.arm import solve_head, train_arm
 from hftl.finetune.baselines import solve_classical, train_scratch
 from hftl.finetune.context import ExperimentContext
-from hftl.finetune.regularizer_setup import build_setup
 from hftl.finetune.trainable import prepare
 from hftl.measure.metrics import compute_all_metrics
 from hftl.models.heads import get_last_linear_copies
 from hftl.pipeline import pipeline
+from hftl.pipeline.retention import build_retention
 from hftl.retain.kl import KLToOriginal
+from hftl.retain.regularizer import Retention
 from hftl.train.arguments import build_finetune_arguments
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
@@ -126,17 +123,18 @@ def test_unit_changes_no_arm(arm: str, make_recipe: Any) -> None:
     ],
     ids=["kl", "l2sp", "interpolated", "given reference"],
 )
-def test_unit_changes_no_regularizer(retain: Any, strategy: str, make_recipe: Any) -> None:
+def test_unit_changes_no_regularizer(
+    retain: Any, strategy: str, make_recipe: Any, tmp_path: Path
+) -> None:
     def run(context: ExperimentContext, recipe: Recipe) -> Any:
-        unused: Any = None
         if retain is None:  # The reference is a model, as of the source before adaptation.
-            built = context.build_model("native", 0)
-            init_head_from_probe(context, built, "native", 0)
-            setup = RegularizerSetup([KLToOriginal(10.0, "probe", solved=True)], built.model)
+            built = context.build_probed_model("native", 0)
+            retention = Retention([KLToOriginal(10.0, "probe", solved=True)], built.model)
         else:
             section = Retain.model_validate(retain)
-            setup = build_setup(context, section, recipe.finetune, 0, unused, unused)
-        return train_arm(context, recipe.finetune, 0, setup)
+            arm = replace(recipe.arms[0], retain=section)
+            retention = build_retention(context, arm, 0, tmp_path)
+        return train_arm(context, recipe.finetune, 0, retention)
 
     assert_same_scores(run, make_recipe, {"strategy": strategy, "pooling": "native"})
 
@@ -144,12 +142,11 @@ def test_unit_changes_no_regularizer(retain: Any, strategy: str, make_recipe: An
 def test_wrapped_head_and_interpolation_at_zero_have_the_labels_unit(make_recipe: Any) -> None:
     recipe = make_recipe(10.0, 2000.0, {"strategy": "full", "pooling": "native"})
     context = bench_of(recipe)
-    results = train_arm(context, recipe.finetune, 0, RegularizerSetup(alphas=(0.0,)))
+    results = train_arm(context, recipe.finetune, 0, Retention(alphas=(0.0,)))
     solved = solve_head(context, recipe.finetune, 0)
     np.testing.assert_allclose(results.logits["test"], solved.logits["test"], atol=5e-3)
     assert results.facts["target_scale"]["mean"] == pytest.approx(2000, abs=10)
-    built = context.build_model("native", 0)
-    init_head_from_probe(context, built, "native", 0)
+    built = context.build_probed_model("native", 0)
     model = prepare(built.model, "lora", fresh=built.fresh)
     copies = get_last_linear_copies(model, built.architecture)
     before = [copy.bias.item() for copy in copies]

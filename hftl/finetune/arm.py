@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
@@ -19,7 +18,7 @@ from hftl.data.rows import Row
 from hftl.data.splits import MEASURED_SPLITS
 from hftl.errors import NumericError, RecipeError, format_error_line
 from hftl.finetune.arm_files import ArmOutput, collect_trained_tensors
-from hftl.finetune.context import ExperimentContext, RegularizerSetup
+from hftl.finetune.context import ExperimentContext
 from hftl.finetune.gradual import GradualCheckpoint, fit_gradual
 from hftl.finetune.guard_metrics import score_validation
 from hftl.finetune.interpolate import select_alpha
@@ -28,7 +27,7 @@ from hftl.finetune.trainable import apply_strategy, count_trainable_parameters
 from hftl.measure.metrics import compute_all_metrics
 from hftl.models.features import predict_logits, predict_with_features
 from hftl.models.heads import LoadedModel, TargetScale
-from hftl.retain.build import RegularizerSet
+from hftl.retain.regularizer import Retention
 from hftl.runtime import distributed
 from hftl.runtime.hardware import get_dtype_name, is_sharded
 from hftl.train.arguments import build_finetune_arguments
@@ -52,9 +51,8 @@ def solve_head(context: ExperimentContext, finetune: Finetune, seed: int) -> Arm
         )
         for split in MEASURED_SPLITS
     }
-    built = context.build_model(finetune.pooling, seed)
+    built = context.build_probed_model(finetune.pooling, seed)
     built.model.requires_grad_(False)
-    init_head_from_probe(context, built, finetune.pooling, seed)
     built.last_linear.requires_grad_(True)
     return ArmOutput(
         logits,
@@ -69,8 +67,9 @@ def solve_head(context: ExperimentContext, finetune: Finetune, seed: int) -> Arm
 
 def train_arm(
     context: ExperimentContext, finetune: Finetune, seed: int,
-    regularizers: RegularizerSetup = RegularizerSetup(),  # noqa: B008 (immutable)
-    state: GradualCheckpoint | None = None,
+    retention: Retention | None = None, state: GradualCheckpoint | None = None,
+    compared: bool = True, splits: Sequence[str] = MEASURED_SPLITS,
+    measure_forgetting: Callable[[LoadedModel], float] | None = None,
 ) -> ArmOutput:  # fmt: skip
     """Train a strategy that starts from the source, with the probe's head or a random one.
 
@@ -78,41 +77,48 @@ def train_arm(
         context: what all arms share.
         finetune: the recipe's section.
         seed: of shots, order and initialisation.
-        regularizers: what keeps it near its original.
+        retention: what keeps it near its original; of this training alone.
         state: where gradual unfreezing keeps how far it has come.
+        compared: see `train_model`.
+        splits: see `train_model`.
+        measure_forgetting: see `train_model`.
     """
-    built = context.build_model(finetune.pooling, seed)
     if finetune.head_init == "probe":
-        init_head_from_probe(
-            context, built, finetune.pooling, seed, context.compute_target_scale(seed)
-        )
+        scale = context.compute_target_scale(seed)
+        built = context.build_probed_model(finetune.pooling, seed, scale)
+    else:
+        built = context.build_model(finetune.pooling, seed)
     set_seed(seed)
     model = apply_strategy(built.model, finetune, built.fresh)
     built = LoadedModel(model, built.architecture, built.pooling, built.fresh)
-    return train_model(context, built, finetune, seed, regularizers, state=state)
+    return train_model(
+        context, built, finetune, seed, retention, compared, state, splits, measure_forgetting
+    )
 
 
 def train_model(
     context: ExperimentContext, built: LoadedModel, finetune: Finetune, seed: int,
-    regularizers: RegularizerSetup = RegularizerSetup(),  # noqa: B008 (immutable)
-    compared: bool = True, state: GradualCheckpoint | None = None,
-    splits: Sequence[str] = MEASURED_SPLITS,
+    retention: Retention | None = None, compared: bool = True,
+    state: GradualCheckpoint | None = None, splits: Sequence[str] = MEASURED_SPLITS,
+    measure_forgetting: Callable[[LoadedModel], float] | None = None,
 ) -> ArmOutput:  # fmt: skip
     """Train a prepared model, keep its best evaluation on validation, and predict in fp32.
 
     What is `compared` with the source leaves its embeddings. The head is one of standardised
     targets, and is left in the label's unit. `splits` are those that are predicted.
+    `measure_forgetting` is called on the trained model; its value is the fact `forgotten`.
     """
     started = time.perf_counter()
+    retention = Retention() if retention is None else retention
     scale = context.compute_target_scale(seed)
     if scale is not None:
-        if regularizers.reference is not None:
-            scale.standardize_head(regularizers.reference)
+        if retention.reference is not None:
+            scale.standardize_head(retention.reference)
         # Weights in another unit are not what a stopped training goes on from.
         state = state and replace(
             state, cache_key={**state.cache_key, "target_scale": asdict(scale)}
         )
-    trained = iterate_trainable(built.model) if regularizers.alphas else ()
+    trained = iterate_trainable(built.model) if retention.alphas else ()
     start = {name: tensor.clone() for name, tensor in trained}
     # FSDP cuts the model into pieces; what it learns is put into this whole one.
     whole = deepcopy(built.model) if is_sharded() else built.model
@@ -121,7 +127,7 @@ def train_model(
             finetune.training, context.prepared.task, scratch_folder, seed, context.device
         )
         best = build_keep_best(args, finetune.patience)
-        make = partial(_build_trainer, context, built, best, finetune, seed, regularizers, scale)
+        make = partial(_build_trainer, context, built, best, finetune, seed, retention, scale)
         if finetune.spec.schedule == "phases":
             phased = partial(fit_gradual, built.model, make, args, best, finetune.gradual, state)
             trainer, history = _run_training(phased)
@@ -138,15 +144,15 @@ def train_model(
         epochs=epochs,
         best_epoch=best.epoch,
         history=_clean_history(history),
-    ).merge(regularizers.facts)
+    ).merge(retention.facts)
     if scale is not None:
         facts = facts.merge(TrainingFacts(target_scale=TargetScaleFacts(**asdict(scale))))
-    if regularizers.alphas:
+    if retention.alphas:
         score = lambda: _score_validation(context, built, scale)  # noqa: E731
-        chosen = select_alpha(built.model, start, regularizers.alphas, score)
+        chosen = select_alpha(built.model, start, retention.alphas, score)
         facts = facts.merge(TrainingFacts(interpolation=chosen))
-    if regularizers.measure_forgetting is not None:
-        facts = facts.merge(TrainingFacts(forgotten=regularizers.measure_forgetting(built)))
+    if measure_forgetting is not None:
+        facts = facts.merge(TrainingFacts(forgotten=measure_forgetting(built)))
     seconds = time.perf_counter() - started
     return _predict_splits(context, built, scale, facts, seconds, compared, splits)
 
@@ -164,10 +170,10 @@ def _fit_at_once(
 
 def _build_trainer(
     context: ExperimentContext, built: LoadedModel, best: BestWeightsCallback, finetune: Finetune,
-    seed: int, regularizers: RegularizerSetup, scale: TargetScale | None, args: TrainingArguments,
-    /, optimizers: Any = (None, None), retain: RegularizerSet | None = None,
+    seed: int, retention: Retention, scale: TargetScale | None, args: TrainingArguments,
+    /, optimizers: Any = (None, None),
 ) -> TransferTrainer:  # fmt: skip
-    """Build the trainer of an arm; the phases of one share `optimizers` and `retain`."""
+    """Build the trainer of an arm; the phases of one share `optimizers`."""
     held = _sort_by_length(context, context.prepared.rows["validation"])
     standardise = None if scale is None else scale.standardize
 
@@ -190,9 +196,7 @@ def _build_trainer(
         compute_metrics=metrics_of,
         callbacks=[best],
         optimizers=optimizers,
-        retain=regularizers.build_retention() if retain is None else retain,
-        general_dataset=regularizers.general,
-        general_weight=regularizers.replay.weight,
+        retain=retention,
         layer_decay=finetune.layer_decay,
         rates=finetune.learning_rates,
     )
@@ -266,27 +270,6 @@ def build_keep_best(args: TrainingArguments, patience: int | None) -> BestWeight
     name = str(args.metric_for_best_model)
     key = name if name.startswith("eval_") else f"eval_{name}"
     return BestWeightsCallback(key, bool(args.greater_is_better), patience)
-
-
-def init_head_from_probe(
-    context: ExperimentContext,
-    built: LoadedModel,
-    pooling: str,
-    seed: int,
-    scale: TargetScale | None = None,
-) -> None:
-    """Start the head from the probe (LP-FT; Kumar et al. 2022, arXiv:2202.10054).
-
-    With a scale the head is one of standardised targets, rounded to float32 once: another unit of
-    the targets starts from the same weights.
-    """
-    probe = context.solve_probe(pooling, seed)
-    weight, bias = probe.exact
-    if scale is not None:
-        weight, bias = weight / scale.sd, (bias - scale.mean) / scale.sd
-    with torch.no_grad():
-        built.last_linear.weight.copy_(torch.from_numpy(weight))
-        built.last_linear.bias.copy_(torch.from_numpy(bias))
 
 
 def _compute_metrics(

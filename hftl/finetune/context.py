@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
 
 from hftl.analysis.check import run_preflight_checks
 from hftl.analysis.probe import Probe, fit_probe
 from hftl.config.data import Data
 from hftl.config.finetune import Finetune
 from hftl.config.recipe import Arm, Recipe
-from hftl.config.retain import Replay
 from hftl.data.general import GeneralData
 from hftl.data.image_inputs import ImageInputs, augment_image, get_image_size, resize_processor
+from hftl.data.labels import encode_targets
 from hftl.data.prepare import PreparedData
 from hftl.data.rows import InputSpec, Row
 from hftl.data.splits import hash_row
@@ -46,43 +46,16 @@ from hftl.models.source import (
     load_image_processor,
     load_tokenizer,
 )
-from hftl.retain.build import Regularizer, RegularizerSet
 from hftl.runtime import distributed
 from hftl.runtime.hardware import get_device
-from hftl.train.facts import CheckFacts, LearningRate, TrainingFacts
+from hftl.train.facts import CheckFacts, LearningRate
 from hftl.train.optimizer import (
     LayerLearningRates,
     build_layer_rates,
     check_block_rates,
     summarize_learning_rates,
 )
-
-
-@dataclass(frozen=True)
-class RegularizerSetup:
-    """Hold what keeps one training near its original.
-
-    Args:
-        regularizers: terms of the loss.
-        reference: the original, where it is not what the training starts from.
-        general: rows that are mixed into every step, or None.
-        replay: in which ratio, and how much their labels count.
-        alphas: shares of the way from the original to the trained weights that are tried.
-        measure_forgetting: called on the trained model; the record holds its value as `forgotten`.
-        facts: for the record.
-    """
-
-    regularizers: list[Regularizer[Any]] = field(default_factory=list)
-    reference: nn.Module | None = None
-    general: EncodedDataset | None = None
-    replay: Replay = Replay()  # noqa: RUF009 (immutable)
-    alphas: tuple[float, ...] = ()
-    measure_forgetting: Callable[[LoadedModel], float] | None = None
-    facts: TrainingFacts = field(default_factory=TrainingFacts)
-
-    def build_retention(self) -> RegularizerSet:
-        """Return the regularizers as `TransferTrainer` prepares and calls them."""
-        return RegularizerSet(self.regularizers, self.reference, self.replay.ratio)
+from hftl.train.samplers import build_ignored_labels
 
 
 @dataclass
@@ -201,6 +174,19 @@ class ExperimentContext:
             change = lambda row, epoch, key: augment_image(row, seed, epoch, key)  # noqa: E731
         return EncodedDataset(self.encode_rows(rows), labels, keys, change)
 
+    def build_general_dataset(self, labelled: bool = False) -> EncodedDataset:
+        """Return the general rows that training may read; their labels count only if `labelled`."""
+        assert self.general is not None
+        rows, prepared = self.general.train_rows, self.prepared
+        encoded = self.encode_rows(rows)
+        if labelled:
+            values = self.general.get_control_labels(self.label_column)
+            labels = list(encode_targets(values, prepared.task, prepared.names))
+        else:
+            target_row = self.build_dataset(prepared.rows["train"][:1])[0]
+            labels = [build_ignored_labels(target_row, dict(row)) for row in encoded]
+        return EncodedDataset(encoded, labels, [hash_row(row) for row in rows], None)
+
     def stack_canvases(self, rows: list[Row]) -> np.ndarray:
         """Return the images as the encoder sees them, (rows, 3, height, width) uint8."""
         return np.stack([row["pixel_values"] for row in self.encode_rows(rows)])
@@ -225,6 +211,23 @@ class ExperimentContext:
         return build_model(
             self.source, prepared.task, pooling, self.num_outputs, prepared.names, seed, scratch
         )
+
+    def build_probed_model(
+        self, pooling: str, seed: int, scale: TargetScale | None = None
+    ) -> LoadedModel:
+        """Return a new model whose head is the probe (LP-FT; Kumar et al. 2022, arXiv:2202.10054).
+
+        With a scale the head is one of standardised targets, rounded to float32 once: another unit
+        of the targets starts from the same weights. Collective.
+        """
+        built = self.build_model(pooling, seed)
+        weight, bias = self.solve_probe(pooling, seed).exact
+        if scale is not None:
+            weight, bias = weight / scale.sd, (bias - scale.mean) / scale.sd
+        with torch.no_grad():
+            built.last_linear.weight.copy_(torch.from_numpy(weight))
+            built.last_linear.bias.copy_(torch.from_numpy(bias))
+        return built
 
     def extract_features(self, pooling: str, seed: int, rows: list[Row]) -> np.ndarray:
         """Return the inputs of the head's last layer before training, (outputs of the rows, width).

@@ -106,7 +106,7 @@ def fit_gradual(
     names = [name for name, _ in iterate_trainable(model)]
     start = {name: t.cpu().clone() for name, t in _get_tensors(model, names).items()}
     parts = split_phases(model)
-    # The original is asked, and the optimizer made, while everything requires a gradient.
+    # The original's outputs are read, and the optimizer made, while everything requires a gradient.
     first = trainer = make(args)
     first.prepare_regularizers()
     optimizer = first.create_optimizer()
@@ -121,7 +121,7 @@ def fit_gradual(
         its = copy(args)
         its.num_train_epochs = gradual.final_epochs if last else gradual.epochs
         its.seed = its.data_seed = args.seed * PHASE_SEEDS + number
-        trainer = make(its, optimizers=(optimizer, None), retain=first.retention)
+        trainer = make(its, optimizers=(optimizer, None))
         done = _train_phase(trainer, model, number, best, done)
         _save_progress(state, _get_tensors(model, names), best, optimizer, done)
     for parameter in everything.values():

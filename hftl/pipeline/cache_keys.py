@@ -21,12 +21,7 @@ from hftl.finetune.context import ExperimentContext
 from hftl.finetune.strategies import STRATEGIES
 from hftl.measure.record import SCHEMA_VERSION
 from hftl.runtime import run_folder
-from hftl.runtime.run_folder import StageInputs, fingerprint, has_equal
-
-SEMANTICS = 3
-"""Raised when the same recipe and data train, draw or choose otherwise than before, or when the
-keys of arms change, so that arms of two versions are never averaged. 2 standardises targets, draws
-them by their inputs alone, keeps the least error and pads on the right; 3 reads whole sections."""
+from hftl.runtime.run_folder import SEMANTICS, StageInputs, fingerprint, has_equal
 
 ENCODING_KEYS = ("data.max_length", "data.image_size", "data.augment")
 """Read by what trains and not by the data phase, whose rows are not encoded yet."""

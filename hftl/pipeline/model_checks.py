@@ -1,4 +1,4 @@
-"""Check a run's models before it trains: a forward pass, and for unusual adapters a reload."""
+"""Check settings and models before a run trains: constructed, run once, and some reloaded."""
 
 import json
 import tempfile
@@ -16,9 +16,11 @@ from hftl.errors import DataError, HftlError, RecipeError, format_error_line, is
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.trainable import apply_strategy
 from hftl.models.heads import LoadedModel, get_encoder
+from hftl.models.lora import build_lora_config
 from hftl.pipeline.objectives import build_objective
 from hftl.publish import reload_check
 from hftl.publish.export import export_model
+from hftl.train.arguments import build_finetune_arguments, build_training_arguments
 
 SAMPLED_ROWS = 2000
 """Training rows among which the shortest and the longest are sought."""
@@ -26,6 +28,28 @@ LORA_KEYS_SAVED_ALIKE = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_
 """Fields of `peft.LoraConfig` that change nothing in what is saved."""
 LOGIT_TOLERANCE = 1e-4
 """How far a text's outputs may lie from those that it has alone; float32 leaves about 1e-6."""
+
+
+def validate_upstream_arguments(recipe: Recipe, device: str) -> None:
+    """Construct the `TrainingArguments` and `LoraConfig` of every arm and adaptation.
+
+    Args:
+        recipe: its arms and adaptations.
+        device: cuda, mps or cpu.
+
+    Raises:
+        RecipeError: naming the section, if transformers or peft refuses it.
+    """
+    for arm in recipe.arms:
+        if not arm.spec.is_solved:
+            task = str(recipe.data.task)
+            build_finetune_arguments(arm.finetune.training, task, "unused", 0, device)
+        if arm.spec.trains_adapter:
+            build_lora_config(arm.finetune.lora, "finetune.lora")
+    for stage in recipe.all_stages:
+        build_training_arguments("adapt", stage.training, {}, "unused", 0, device)
+        if stage.method != "full":
+            build_lora_config(stage.lora, "adapt.lora")
 
 
 def check_models(recipe: Recipe, context: ExperimentContext) -> None:

@@ -20,20 +20,15 @@ from hftl.measure.metrics import Metric, find_metric
 from hftl.measure.record import Record
 from hftl.models.source import SourceModel, find_source
 from hftl.pipeline.adaptation import check_adaptations, run_adaptations, warn_of_few_steps
-from hftl.pipeline.arms import (
-    announce_run,
-    build_adaptation_header,
-    build_header,
-    run_arms,
-    validate_upstream_arguments,
-)
+from hftl.pipeline.arms import run_arms
 from hftl.pipeline.cache_keys import build_data_key, build_general_key, refuse_changed
 from hftl.pipeline.corpora import build_leak_filter
+from hftl.pipeline.estimate import announce_run, build_adaptation_header, build_header
 from hftl.pipeline.evaluate import evaluate_run
 from hftl.pipeline.evaluate_adaptation import evaluate_adaptation
-from hftl.pipeline.model_checks import check_models
+from hftl.pipeline.model_checks import check_models, validate_upstream_arguments
 from hftl.pipeline.push import PushOptions, check_push_access, push_finished_run
-from hftl.pipeline.regularizer_stages import (
+from hftl.pipeline.retention import (
     check_recipe_retention,
     check_replay_labels,
     reads_general_labels,

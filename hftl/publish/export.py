@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from hftl.config.finetune import Finetune
 from hftl.data.image_inputs import ImageInputs
-from hftl.finetune.arm import init_head_from_probe
 from hftl.finetune.arm_files import load_trained_tensors
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.trainable import apply_strategy
@@ -66,10 +65,11 @@ def rebuild_model(
     Raises:
         RunFolderError: if the weights are not those of this model.
     """
-    built = context.build_model(finetune.pooling, seed)
     if not finetune.spec.is_solved and finetune.head_init == "probe":
         # peft keeps the head it wraps; it must be the one that training started from.
-        init_head_from_probe(context, built, finetune.pooling, seed)
+        built = context.build_probed_model(finetune.pooling, seed)
+    else:
+        built = context.build_model(finetune.pooling, seed)
     model = apply_strategy(built.model, finetune, built.fresh)
     load_trained_tensors(model, weights)
     return model.eval()

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from hftl.config.retain import EWC as EWCSection
 from hftl.errors import NumericError, RecipeError
-from hftl.retain.build import Batch, RegularizerContext
-from hftl.retain.reference import EmbeddingHook, ModelOutputs, eval_mode
+from hftl.retain.original import EmbeddingHook, ModelOutputs, eval_mode
+from hftl.retain.regularizer import Batch, RegularizerContext
 from hftl.retain.weights import (
     WeightPenalty,
     compute_shift,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hftl.config.retain import KL
 from hftl.errors import RecipeError
-from hftl.retain.build import Regularizer, RegularizerContext, Step, TrainingStart
-from hftl.retain.reference import ModelOutputs, OriginalOutputs
+from hftl.retain.original import ModelOutputs, OriginalOutputs
+from hftl.retain.regularizer import Regularizer, RegularizerContext, Step, TrainingStart
 
 DEFAULT_TAU = {"text": 0.05, "image": 0.07}
 """The temperature of cosines that sentence encoders (Reimers & Gurevych 2019) and self-distilled
@@ -100,7 +100,7 @@ class KLToOriginal(RowKL):
     @classmethod
     def from_config(cls, config: KL, context: RegularizerContext) -> Self:
         """Build the term of a recipe; the probe that starts the head is solved."""
-        keys = config.model_copy(update={"tau": config.tau or context.get_tau()}).model_dump()
+        keys = config.model_copy(update={"tau": config.tau or context.tau}).model_dump()
         variance = context.measure_target_variance() if config.on == "probe" else 1.0
         return cls(variance=variance, solved=True, **keys)
 

@@ -15,9 +15,9 @@ from hftl.config.retain import KL
 from hftl.data.masking import MaskingSpec, mask_tokens
 from hftl.errors import RecipeError
 from hftl.models.heads import PooledModel, get_encoder, get_model_spec
-from hftl.retain.build import BATCH_METADATA, RegularizerContext, Step, TrainingStart
 from hftl.retain.kl import RowKL
-from hftl.retain.reference import eval_mode
+from hftl.retain.original import eval_mode
+from hftl.retain.regularizer import BATCH_METADATA, RegularizerContext, Step, TrainingStart
 
 PROMPT_TEMPLATE = "a photo of a {}."
 
@@ -162,8 +162,8 @@ class MaskedTokenKL(PretrainingHeadKL):
     @classmethod
     def from_config(cls, config: KL, context: RegularizerContext) -> Self:
         """Build the term of a recipe on the source's own head."""
-        masked_lm, masking, is_other = context.load_masked_lm()
-        return cls(config, masked_lm, masking, context.seed, is_other)
+        masked_lm, masking = context.load_masked_lm()
+        return cls(config, masked_lm, masking, context.seed, not context.original_is_start)
 
     def attach(self, model: nn.Module) -> None:
         """Put the head on the encoder that trains; with an adapter that is the original's too.

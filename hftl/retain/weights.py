@@ -18,7 +18,7 @@ from hftl.config.upstream_args import ZERO_UPDATE_INITS
 from hftl.errors import RecipeError
 from hftl.models.heads import get_encoder, get_model_spec
 from hftl.models.lora_concat import EXACT_FIELDS
-from hftl.retain.build import Config, Regularizer, Step, TrainingStart
+from hftl.retain.regularizer import Config, Regularizer, Step, TrainingStart
 
 LOW_RANK_FIELDS = (*EXACT_FIELDS, "init_lora_weights", "bias", "modules_to_save")
 """Fields under any value of which a wrapped layer's update is s B A; `check_unchanged_base` reads

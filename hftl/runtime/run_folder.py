@@ -30,6 +30,10 @@ RUN_FILES = (
     "report.html", "error.json", "log.txt", ".lock",
 )  # fmt: skip
 """Every name that a run folder may hold."""
+SEMANTICS = 3
+"""Raised when the same recipe and data train, draw or choose otherwise than before, or when the
+keys of arms change, so that arms of two versions are never averaged. 2 standardises targets, draws
+them by their inputs alone, keeps the least error and pads on the right; 3 reads whole sections."""
 
 
 Part = TypeVar("Part", bound=BaseModel)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from hftl.retain.build import Batch, RegularizerSet
-from hftl.retain.reference import move_batch
+from hftl.retain.original import move_batch
+from hftl.retain.regularizer import Batch, Retention
 from hftl.runtime.hardware import choose_precision
 from hftl.runtime.progress import BarUpdate, open_bar
 from hftl.train.checkpoint import list_training_modes
@@ -145,7 +145,7 @@ def replace_progress_callbacks(trainer: Trainer) -> None:
 class RetentionCallback(TrainerCallback):
     """Let regularizers change the weights after the optimizer's step."""
 
-    def __init__(self, retention: RegularizerSet) -> None:
+    def __init__(self, retention: Retention) -> None:
         self.retention = retention
 
     def on_optimizer_step(

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.trainer_pt_utils import find_batch_size
 
 from hftl.errors import NumericError, RecipeError
-from hftl.retain.build import BATCH_METADATA, Batch
+from hftl.retain.regularizer import BATCH_METADATA, Batch
 
 IGNORE_INDEX = -100
 """The class id of an element without a label; among float targets it is NaN."""

@@ -17,8 +17,8 @@ from transformers.utils.generic import can_return_loss, find_labels
 
 from hftl.errors import RecipeError
 from hftl.models.heads import unwrap_adapter
-from hftl.retain.build import Batch
-from hftl.retain.reference import eval_mode
+from hftl.retain.original import eval_mode
+from hftl.retain.regularizer import Batch
 from hftl.train.hf_compat import has_replaced_loss, unwrap_forward
 from hftl.train.loss import compute_summed_loss, count_labels, has_labels, labels_fit_logits
 

@@ -22,7 +22,7 @@ from transformers.trainer_utils import seed_worker
 from hftl.data.text_inputs import EncodedRow
 from hftl.errors import RecipeError
 from hftl.models.features import batch_by_length
-from hftl.retain.build import Batch, TrainingRows
+from hftl.retain.regularizer import Batch, TrainingRows
 from hftl.train import hf_compat
 from hftl.train.loss import IGNORE_INDEX, drop_retention_keys
 

@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import EvalLoopOutput
 
 from hftl.errors import RecipeError
-from hftl.retain.build import Batch, LossTerm, RegularizerSet, Step
+from hftl.retain.regularizer import Batch, LossTerm, Retention, Step
 from hftl.runtime.distributed import gather_values
 from hftl.train import checkpoint, hf_compat, objective, optimizer, samplers
 from hftl.train import loss as losses
@@ -37,7 +37,8 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
 
     Args:
         retain: regularizers toward the original: `KLToOriginal`, `L2SP`, `EWC`, or your own
-            `LossTerm`. The original is the model as it is handed over.
+            `LossTerm`; or a `Retention`, which holds the next four arguments, too. The original is
+            the model as it is handed over.
         reference: another original, for KL.
         general_dataset: rows of what the original was good at, mixed into every step: for
             regularizers, and where they have labels of the task, for its loss (replay).
@@ -55,7 +56,7 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         model: Any = None,
         args: TrainingArguments | None = None,
         *more: Any,
-        retain: LossTerm | Sequence[LossTerm] | RegularizerSet = (),
+        retain: LossTerm | Sequence[LossTerm] | Retention = (),
         reference: nn.Module | None = None,
         general_dataset: Any | None = None,
         general_ratio: float = 0.5,
@@ -76,13 +77,14 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
             objective.check_label_smoothing(self._own_model, self.compute_loss_func is not None)
             self.args.label_smoothing_factor = smoothing
             self.label_smoother = LabelSmoother(epsilon=smoothing)
-        if not isinstance(retain, RegularizerSet):
-            retain = RegularizerSet(retain, reference, general_ratio)
+        if not isinstance(retain, Retention):
+            terms = retain if isinstance(retain, Sequence) else [retain]
+            retain = Retention(terms, reference, general_dataset, general_ratio, general_weight)
         self.retention = retain
-        losses.check_general_ratio(general_ratio)
+        losses.check_general_ratio(retain.ratio)
         self._rates = optimizer.build_layer_rates(layer_decay, rates)
-        self._general = general_dataset
-        self._general_share = general_weight / self.retention.ratio
+        self._general = retain.general
+        self._general_share = retain.general_weight / retain.ratio
         if self.retention.regularizers:
             self.add_callback(RetentionCallback(self.retention))
         checkpoint.check_unsharded(self._numbers_rows and self.is_fsdp_enabled)

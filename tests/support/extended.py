@@ -20,7 +20,8 @@ import hftl
 from hftl.cli import app
 from hftl.config.recipe import Recipe
 from hftl.finetune.strategies import STRATEGIES
-from hftl.retain.build import Step, build_regularizers
+from hftl.pipeline.retention import build_regularizers
+from hftl.retain.regularizer import Step
 
 
 def write_recipe(folder: Path) -> Path:

@@ -15,8 +15,8 @@ from hftl.config.section import Source
 from hftl.finetune.trainable import prepare
 from hftl.models.heads import LoadedModel, build_model, get_last_linear, get_model_spec
 from hftl.models.source import find_source
-from hftl.retain.build import Step
-from hftl.retain.reference import eval_mode
+from hftl.retain.original import eval_mode
+from hftl.retain.regularizer import Step
 from hftl.train.trainer import TransferTrainer
 
 

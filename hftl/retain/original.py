@@ -1,7 +1,8 @@
 """Run the original on the rows of a training: its outputs, cached or batch by batch.
 
-The original is the same weights with the adapter off, a frozen copy, or another model that the
-caller gives. Its outputs are taken in eval mode, without gradient, in fp32.
+The original is the model that KL compares to: the weights that training starts from, with the
+adapter off or as a frozen copy, unless the caller gives another model, the `reference`, in its
+place. Its outputs are taken in eval mode, without gradient, in fp32.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -24,14 +25,19 @@ from hftl.models.heads import (
     pool_tokens,
     unwrap_adapter,
 )
-from hftl.retain.build import BATCH_METADATA, Batch, TrainingRows
+from hftl.retain.regularizer import BATCH_METADATA, Batch, TrainingRows
 from hftl.runtime import distributed
 
 OUTPUT_TOLERANCE = 1e-3
 """The largest difference, relative to the largest output, between an untrained model and its
-reference. Compared in fp32: bf16 alone rounds by more."""
+original. Compared in fp32: bf16 alone rounds by more."""
 WEAK_HEAD_RATIO = 0.95
 """A head is weak if its loss is above this share of the loss of the label frequencies alone."""
+LOGIT_KIND_OF_TASK = {
+    "classification": "classes", "token-classification": "classes", "multi-label": "labels",
+    "regression": "target",
+}  # fmt: skip
+"""See `compute_fisher` and `measure_head_quality`; each word has classes."""
 SPREAD_ROWS = 256
 """Rows of the target that the spread of the original's embeddings is measured on, at most."""
 
@@ -126,23 +132,23 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class Reference:
+class Original:
     """Run the original on a batch, without gradient and without dropout.
 
     Args:
         model: the model to be trained; its present weights are the original.
-        given: another original, for instance the source before adaptation; it is frozen.
-        needs_copy: True if the reference is still used after training has begun. With an adapter
+        reference: the original, if it is another, as the source before adaptation; it is frozen.
+        needs_copy: True if the original is still used after training has begun. With an adapter
             no copy is made where only the adapter trains.
     """
 
-    def __init__(self, model: nn.Module, given: nn.Module | None, needs_copy: bool) -> None:
+    def __init__(self, model: nn.Module, reference: nn.Module | None, needs_copy: bool) -> None:
         self._head: nn.Module | None = None
         self._adapter: PeftModel | None = None
-        self._is_given = given is not None
+        self._is_another = reference is not None
         adapter = model.encoder if isinstance(model, PooledModel) else model
-        if given is not None:
-            self.model = given.requires_grad_(False).to(next(model.parameters()).device)
+        if reference is not None:
+            self.model = reference.requires_grad_(False).to(next(model.parameters()).device)
         elif isinstance(adapter, PeftModel) and not (needs_copy and _trains_base_weights(adapter)):
             self.model, self._adapter = model, adapter
             if isinstance(model, PooledModel):
@@ -169,12 +175,12 @@ class Reference:
         return outputs
 
     def check(self, model: nn.Module, batch: Batch) -> None:
-        """Refuse a reference whose outputs differ from those of the model before training.
+        """Refuse an original whose outputs differ from those of the model before training.
 
         Raises:
             RecipeError: naming the outputs, as where an adapter has changed the base weights.
         """
-        if self._is_given or self.model is model and self._adapter is None:
+        if self._is_another or self.model is model and self._adapter is None:
             return
         hook = EmbeddingHook(model)
         inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -218,20 +224,20 @@ class OriginalOutputs:
 
     Args:
         model: the model to be trained, not wrapped, at its starting weights.
-        given: another original, or None.
+        reference: the original, if it is another model, or None.
         rows: all rows of the training.
         anchors: numbers of the rows whose embeddings `get_embeddings` must return.
-        cache: True to compute all outputs now; the reference is then released.
+        cache: True to compute all outputs now; the original is then released.
         reads_logits: True if logits are compared, which cannot be cached for words.
         device: of the model.
         autocast: returns the context of the training's precision.
 
     Raises:
-        RecipeError: if the model differs from its reference.
+        RecipeError: if the model differs from its original.
     """
 
     def __init__(
-        self, model: nn.Module, given: nn.Module | None, rows: TrainingRows,
+        self, model: nn.Module, reference: nn.Module | None, rows: TrainingRows,
         anchors: Iterable[int], cache: bool, reads_logits: bool, device: torch.device,
         autocast: Callable[[], Any],
     ) -> None:  # fmt: skip
@@ -240,8 +246,8 @@ class OriginalOutputs:
         self.logit_kind = find_logit_kind(first["labels"])
         # Logits of words are ragged, and too many to keep.
         cache = cache and not (reads_logits and self.logit_kind == "words")
-        self.reference: Reference | None = Reference(model, given, needs_copy=not cache)
-        self.reference.check(model, first)
+        self.original: Original | None = Original(model, reference, needs_copy=not cache)
+        self.original.check(model, first)
         spread_rows = range(min(rows.target, SPREAD_ROWS))
         needed = set(range(rows.total)) if cache else {*spread_rows, *anchors}
         self._numbers = sorted(needed)
@@ -251,8 +257,8 @@ class OriginalOutputs:
         self._hook = EmbeddingHook(model)
         self._is_cached = cache
         if cache:
-            self.reference.close()
-            self.reference = None
+            self.original.close()
+            self.original = None
 
     def get_embeddings(self, numbers: Iterable[int]) -> Tensor:
         """Return the original's embeddings of anchors, by row numbers, (rows, width)."""
@@ -274,23 +280,23 @@ class OriginalOutputs:
         current = self._hook.read_outputs(outputs, batch.get("attention_mask"))
         if self._is_cached:
             return self._known.select(batch["row"]), current
-        assert self.reference is not None
+        assert self.original is not None
         inputs = {key: value for key, value in batch.items() if key not in BATCH_METADATA}
         with self._autocast():
-            return self.reference(inputs), current
+            return self.original(inputs), current
 
     def _compute_rows(self, needed: set[int]) -> tuple[ModelOutputs, Tensor]:
         """Return the original's outputs and the labels of rows, ordered by number.
 
         Batches are distributed over the processes, and the results gathered.
         """
-        assert self.reference is not None
+        assert self.original is not None
         computed: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         batches = [[n for n in batch if n in needed] for batch in self._rows.batches]
         for numbers in distributed.shard_items([batch for batch in batches if batch]):
             batch = move_batch(self._rows.collate(numbers), self._device)
             with self._autocast():
-                outputs = self.reference(batch)
+                outputs = self.original(batch)
             # The logits of words are as ragged as the rows, and nothing reads them from here.
             logits = outputs.logits if outputs.logits.dim() == 2 else outputs.logits[:, 0]
             columns = (outputs.embedding.cpu(), logits.cpu(), batch["labels"].cpu())

@@ -7,19 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import sentences, write_csv
+from conftest import bench_of, sentences, write_csv
 
 from hftl.config.recipe import Recipe
 from hftl.config.retain import KL, Retain
+from hftl.data.general import load_general
+from hftl.data.rows import InputSpec, Row
+from hftl.data.splits import hash_row
 from hftl.errors import HftlError, RecipeError
-from hftl.finetune import regularizer_setup
-from hftl.finetune.regularizer_setup import (
+from hftl.finetune.context import ExperimentContext
+from hftl.pipeline import kl_weight
+from hftl.pipeline.kl_weight import (
     WEIGHT_GRID,
+    choose_kl_weight,
     has_auto_weight,
     select_kl_weight,
     set_kl_weight,
 )
 from hftl.pipeline.pipeline import check_recipe, run
+from hftl.pipeline.run import Run
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
 
@@ -99,7 +105,7 @@ def assert_second_run_trains_nothing(tree: dict[str, Any], folder: Path) -> None
 def test_weight_is_chosen_once_for_all_seeds(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(regularizer_setup, "WEIGHT_GRID", (0.1, 1.0))
+    monkeypatch.setattr(kl_weight, "WEIGHT_GRID", (0.1, 1.0))
     tree["retain"] = {"kl": {"weight": "auto", "inputs": "general"}}
     tree["measure"] |= {"arms": [], "seeds": [0, 1]}
     lines: list[str] = []
@@ -112,6 +118,28 @@ def test_weight_is_chosen_once_for_all_seeds(
     assert any("forgets least within one standard error" in line for line in lines)
     card = (tmp_path / "run/publish/README.md").read_text(encoding="utf-8")
     assert f"weight {choice['weight']:g}" in card
+
+
+def test_choice_of_a_weight_reads_no_test_row(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kl_weight, "WEIGHT_GRID", (0.1,))
+    tree["retain"] = {"kl": {"weight": "auto", "inputs": "general"}}
+    recipe = Recipe.parse(tree)
+    context, arm = bench_of(recipe), recipe.arms[0]
+    context.general = load_general(recipe.data, context.prepared, InputSpec())
+    encoded: set[bytes] = set()
+    encode = ExperimentContext.encode_rows
+
+    def watch_rows(self: ExperimentContext, rows: list[Row]) -> Any:
+        encoded.update(map(hash_row, rows))
+        return encode(self, rows)
+
+    monkeypatch.setattr(ExperimentContext, "encode_rows", watch_rows)
+    choose_kl_weight(Run(recipe, tmp_path, lambda line: None), context, arm, {})
+    splits = {name: set(map(hash_row, rows)) for name, rows in context.prepared.rows.items()}
+    assert splits["validation"] <= encoded
+    assert not splits["test"] & encoded, "test rows may not take part in a choice"
 
 
 @pytest.mark.parametrize(

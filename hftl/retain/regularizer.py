@@ -1,59 +1,59 @@
-"""Build the regularizers of a recipe, and hold what the trainer shares with them.
+"""Define a regularizer, what it reads of a training, and all that keeps one training near.
 
 A regularizer is a section of the recipe in `config/retain.py`, which names its class, and that
 class: `prepare` is called once before training, `loss` for every batch, and the trainer sums.
+`pipeline/retention.py` builds them from a recipe.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from hftl.config.retain import EWC, RegularizerSection, Retain
+from hftl.config.retain import EWC, RegularizerSection
 from hftl.config.section import build_recipe_error
 from hftl.errors import RecipeError
 from hftl.train.facts import FisherFacts, TrainingFacts
 
-Batch = dict[str, Tensor]
-"""What a model's forward takes, and `labels`; switches that are no tensors pass through."""
+Batch = dict[str, Any]
+"""What a model's forward takes, and `labels`: tensors, and switches such as the bool
+`interpolate_pos_encoding`."""
 BATCH_METADATA = ("row", "general", "labelled_tokens")
 """Keys of a batch that regularizers read and the model does not take: the rows' numbers, whether
 each is general data, and the tokens that carry a word's label."""
 Config = TypeVar("Config", bound=RegularizerSection)
+FisherResult = tuple[dict[str, Tensor], FisherFacts]
+"""The Fisher information by parameter name, and what the record says of it."""
 
 
-class RegularizerContext(Protocol):
-    """Provide what regularizers read beside their section of a recipe."""
+@dataclass(frozen=True)
+class RegularizerContext:
+    """Hold what a regularizer may read beside its section of a recipe.
 
-    @property
-    def seed(self) -> int:
-        """Return the arm's seed."""
-        ...
+    What costs time is a function, which the regularizers that read it call.
 
-    def get_tau(self) -> float:
-        """Return the temperature of cosines for this kind of input."""
-        ...
+    Args:
+        seed: of the training.
+        tau: temperature of cosines for this kind of input.
+        original_is_start: True if the original is the model that training starts from.
+        measure_target_variance: returns the variance of regression targets around the original's
+            probe; 1 for classes.
+        load_masked_lm: returns the original's masked-LM model and its masking.
+        load_zero_shot_head: returns CLIP's classifier of the task's class names.
+        load_fisher: returns the Fisher information by parameter name, and its facts.
+    """
 
-    def measure_target_variance(self) -> float:
-        """Return the variance of regression targets around the probe; 1 for classes."""
-        ...
-
-    def load_masked_lm(self) -> tuple[Any, Any, bool]:
-        """Return the original's masked-LM model, its masking, and True if it is not the start."""
-        ...
-
-    def load_zero_shot_head(self) -> Any:
-        """Return CLIP's classifier of the task's class names."""
-        ...
-
-    def load_fisher(self, config: EWC) -> tuple[dict[str, Tensor], FisherFacts]:
-        """Return the Fisher information by parameter name, and what the record says of it."""
-        ...
+    seed: int
+    tau: float
+    original_is_start: bool
+    measure_target_variance: Callable[[], float]
+    load_masked_lm: Callable[[], tuple[Any, Any]]
+    load_zero_shot_head: Callable[[], Any]
+    load_fisher: Callable[[EWC], FisherResult]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class TrainingStart:
 
     Args:
         model: not wrapped, at its starting weights.
-        reference: the original, where it is not that model.
+        reference: the original, where the caller gives one; None: that model is.
         rows: all rows of the training.
         regularizers: all of this training.
         device: of the model.
@@ -212,52 +212,44 @@ class Regularizer(ABC, Generic[Config]):
         """Change the weights after the optimizer's step; nothing by default."""
 
 
-def build_regularizers(retain: Retain, context: RegularizerContext) -> list[Regularizer[Any]]:
-    """Return the regularizers of a recipe's section in its order, without those that add nothing.
+@dataclass
+class Retention:
+    """Hold what keeps one training near its original: what the trainer receives.
+
+    The trainer prepares it once; phases of one training share it.
 
     Args:
-        retain: the section; every weight is a number.
-        context: what regularizers read beside it.
-    """
-    regularizers = []
-    for section in retain.regularizers:
-        if section.is_active:
-            module, _, name = section.implementation.partition(":")
-            kind: type[Regularizer[Any]] = getattr(import_module(module), name)
-            regularizers.append(kind.from_config(section, context))
-    return regularizers
-
-
-class RegularizerSet:
-    """Hold the regularizers of one training, prepared once.
-
-    Args:
-        regularizers: what is added to the loss; those that add nothing are left out.
+        regularizers: terms of the loss; those that add nothing are left out.
         reference: the original, where it is not what the training starts from.
-        ratio: rows of general data for each row of the target.
+        general: rows that are mixed into every step, or None.
+        ratio: general rows for each row of the target.
+        general_weight: of the mean loss over labelled general rows, beside the target's mean.
+        alphas: shares of the way from the original to the trained weights that are tried.
+        facts: for the record.
 
     Raises:
         RecipeError: for anything that is no `LossTerm`.
     """
 
-    def __init__(
-        self, regularizers: LossTerm | Sequence[LossTerm],
-        reference: nn.Module | None, ratio: float,
-    ) -> None:  # fmt: skip
-        if not isinstance(regularizers, Sequence):
-            regularizers = [regularizers]
-        for regularizer in regularizers:
+    regularizers: Sequence[LossTerm] = ()
+    reference: nn.Module | None = None
+    general: Any | None = None
+    ratio: float = 0.5
+    general_weight: float = 1.0
+    alphas: tuple[float, ...] = ()
+    facts: TrainingFacts = field(default_factory=TrainingFacts)
+    _is_prepared: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        for regularizer in self.regularizers:
             if isinstance(regularizer, type) or not isinstance(regularizer, LossTerm):
                 raise RecipeError(
                     f"retain holds {regularizer!r}, expected regularizers",
                     "Use KLToOriginal, L2SP and EWC, or an object with prepare and loss",
                 )
         self.regularizers = [
-            r for r in regularizers if not isinstance(r, Regularizer) or r.config.is_active
+            r for r in self.regularizers if not isinstance(r, Regularizer) or r.config.is_active
         ]
-        self.ratio = ratio
-        self._reference = reference
-        self._is_prepared = False
 
     def prepare(
         self, model: nn.Module, rows: TrainingRows, device: torch.device,
@@ -268,12 +260,12 @@ class RegularizerSet:
             return
         self._is_prepared = True
         start = TrainingStart(
-            model, self._reference, rows, self.regularizers, device, autocast, seed
+            model, self.reference, rows, self.regularizers, device, autocast, seed
         )
         for regularizer in self.regularizers:
             regularizer.prepare(start)
         # A reference that every output was read from need not stay in memory.
-        self._reference = None
+        self.reference = None
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Let regularizers change the weights after the optimizer's step."""

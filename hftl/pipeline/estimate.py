@@ -1,23 +1,28 @@
-"""Estimate how long a run takes, from a few timed steps of what it does."""
+"""Say what a run is about to do, and estimate how long it takes from a few timed steps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hftl import console
 from hftl.config.finetune import Finetune
 from hftl.config.recipe import Arm, Recipe
 from hftl.config.retain import Replay, Retain
+from hftl.data.facts import PreparedFacts
 from hftl.data.splits import MEASURED_SPLITS
-from hftl.finetune import regularizer_setup
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.pretraining_heads import select_compared_rows
-from hftl.finetune.regularizer_setup import has_auto_weight
 from hftl.finetune.strategies import STRATEGIES
 from hftl.finetune.trainable import apply_strategy
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
 from hftl.models.encoders import count_blocks
 from hftl.models.features import BATCH_TOKENS, batch_by_length
-from hftl.retain.build import Batch
-from hftl.runtime import distributed
+from hftl.pipeline import kl_weight
+from hftl.pipeline.cache_keys import build_arm_inputs
+from hftl.pipeline.kl_weight import has_auto_weight, list_selection_rows
+from hftl.pipeline.run import Run
+from hftl.retain.regularizer import Batch
+from hftl.runtime import distributed, run_folder
+from hftl.runtime.hardware import count_devices, get_dtype_name
 from hftl.train.callbacks import time_forward, time_step
 
 TIMED_ROWS = 128
@@ -73,19 +78,17 @@ def estimate_seconds(
             context, arm.retain, step, costs.evaluate
         )
         own = epochs * (train * seconds_a_row + validation * costs.evaluate)
-        own += measured * costs.predict + _estimate_retention_setup(
-            context, arm.retain, train, validation, costs, step
-        )
-        own += embedded * costs.predict if arm.spec.changes_encoder else 0
-        seconds += own
+        own += _estimate_retention_setup(context, arm.retain, train, validation, costs, step)
+        seconds += own + measured * costs.predict
+        seconds += embedded * costs.predict if arm.spec.changes_encoder else 0
+        # What is tried to choose a rate or a weight is predicted on validation alone.
         if arm.name not in seen and arm.spec.schedule == "rate_search":
             rates = len(recipe.measure.scratch.learning_rates)
             tried = epochs * SEARCHED * (train * step + validation * costs.evaluate)
-            seconds += rates * (tried + measured * costs.predict)
+            seconds += rates * (tried + validation * costs.predict)
         if arm.name not in seen and has_auto_weight(arm.retain):
-            seconds += len(regularizer_setup.WEIGHT_GRID) * (
-                own + _count_forgetting_rows(context) * costs.predict
-            )
+            rows = validation + len(list_selection_rows(context))
+            seconds += len(kl_weight.WEIGHT_GRID) * (own + rows * costs.predict)
         seen.add(arm.name)
     return seconds / distributed.get_world_size() + FINISH_SECONDS
 
@@ -171,13 +174,6 @@ def _is_cached(context: ExperimentContext, retain: Retain) -> bool:
     return not (sections and varies)
 
 
-def _count_forgetting_rows(context: ExperimentContext) -> int:
-    """Count the rows on which forgetting is measured where a KL weight is chosen."""
-    general = context.general
-    rows = context.prepared.rows["validation"] if general is None else general.train_rows
-    return min(regularizer_setup.MAX_SELECTION_ROWS, len(rows))
-
-
 def _measure_predict_seconds(context: ExperimentContext, pooling: str) -> float:
     """Time a forward pass in fp32 over rows of like length, in seconds a row."""
     rows = context.prepared.rows["test"][:TIMED_ROWS]
@@ -189,3 +185,89 @@ def _measure_predict_seconds(context: ExperimentContext, pooling: str) -> float:
         batch = context.inputs.collate([dict(encoded[i]) for i in numbers])
         seconds += time_forward(model, batch, None, context.device)
     return seconds / len(rows)
+
+
+# The header, with the estimated time.
+
+
+def announce_run(run: Run, context: ExperimentContext) -> None:
+    """Report the header and the preflight's warnings, where anything is left to run."""
+    missing = [
+        arm
+        for arm in run.arms
+        for seed in run.recipe.measure.seeds
+        for read in [run_folder.read_stage_inputs(run.arm_folder(arm.name, seed))]
+        if read is None
+        or read.get("recipe") != build_arm_inputs(run.recipe, context, arm).get("recipe")
+    ]
+    if not run.arms:
+        run.say(console.format_header(build_adaptation_header(run.recipe, context)))
+    if not missing:
+        return
+    run.say(console.format_header(build_header(run.recipe, context, missing, len(missing))))
+    for warning in context.run_preflight(run.recipe, run.arms).warnings:
+        run.say(f"  warning: {warning}")
+
+
+def build_header(
+    recipe: Recipe, context: ExperimentContext, arms: list[Arm], jobs: int
+) -> dict[str, str]:
+    """Return what a run is about to do, by name: source, device, rows, labels, arms and time."""
+    facts = context.prepared.facts
+    splits = facts.splits
+    train = len(context.select_train_rows(recipe.measure.seeds[0]))
+    labels = ", ".join(facts.labels[:8]) + (", ..." if len(facts.labels) > 8 else "")
+    if facts.tag_scheme:
+        labels += f" ({facts.tag_scheme.name} tags)"
+    names = list(dict.fromkeys(arm.name for arm in arms))
+    seconds = estimate_seconds(context, arms, recipe)
+    return {
+        "source": f"{recipe.source.model} ({context.source.architecture})",
+        "device": _describe_device(context.device, get_dtype_name(recipe.finetune.training)),
+        **({"adapt": _describe_stages(recipe)} if recipe.stages else {}),
+        "rows": f"train {train} of {splits['train']}, validation {splits['validation']}, "
+        f"test {splits['test']} ({_describe_dropped_rows(facts)})",
+        "labels": labels or "a number",
+        "arms": f"{', '.join(names)} x seeds {recipe.measure.seeds}: {jobs} to run",
+        "time": f"about {console.format_duration(seconds)}"
+        + (" beside adaptation" if recipe.stages else ""),
+    }
+
+
+def _describe_dropped_rows(facts: PreparedFacts) -> str:
+    """Say what happened to the other rows that were read."""
+    words = f"{facts.bad_rows} bad, {facts.duplicates} duplicate rows dropped"
+    if facts.conflicting:
+        words += f", {facts.conflicting} rows with contradictory labels dropped"
+    return words
+
+
+def build_adaptation_header(recipe: Recipe, context: ExperimentContext) -> dict[str, str]:
+    """Return the header of a recipe that only adapts."""
+    return {
+        "source": f"{recipe.source.model} ({context.source.architecture})",
+        "device": _describe_device(context.device, get_dtype_name(recipe.stages[-1].training)),
+        "adapt": _describe_stages(recipe),
+    }
+
+
+def _describe_stages(recipe: Recipe) -> str:
+    """Return the adaptations in words, one after the other."""
+    words = []
+    for stage in recipe.stages:
+        own = stage.corpus == "task" or recipe.data.unlabeled is None
+        where = "train's own inputs" if own else "data.unlabeled"
+        epochs = stage.training["num_train_epochs"]
+        words.append(f"{stage.objective} {stage.method} on {where}, {epochs:g} epochs")
+    return "; then ".join(words)
+
+
+def _describe_device(device: str, dtype: str) -> str:
+    """Return the device and the number of processes, or how to use all devices."""
+    count, visible = distributed.get_world_size(), count_devices()
+    if count > 1:
+        return f"{device}, {dtype}, {count} processes"
+    if visible > 1:
+        launch = f"accelerate launch --num_processes {visible} -m hftl run RECIPE"
+        return f"{device}, {dtype}, one of {visible}; to use all: {launch}"
+    return f"{device}, {dtype}"
