@@ -10,7 +10,7 @@ before anything trains.
 import ast
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -70,6 +70,9 @@ UNSUPPORTED_LORA_ARGS = (
     "eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_config",
 )  # fmt: skip
 
+LORA_LIST_ARGS = ("modules_to_save", "target_parameters")
+"""Fields that peft iterates over: a string would be read letter by letter."""
+
 BASE_CHANGING_INITS = ("pissa", "olora", "eva", "corda", "loftq", "lora_ga")
 """Beginnings of the values of `init_lora_weights` that change the base, or need data to start."""
 BASE_PRESERVING_INITS = (True, False, "gaussian", "orthogonal")
@@ -124,6 +127,7 @@ def validate_lora_args(section: str, values: Any) -> dict[str, object]:
             raise RecipeError(f"{key} belongs to hftl", "Remove it")
         if name in UNSUPPORTED_LORA_ARGS and value:
             raise RecipeError(f"{key} does not fit an encoder's adapter here", "Remove it")
+    check_lora_values(values, f"{section}.lora")
     init = values.get("init_lora_weights")
     if section == "adapt" and init is False:
         raise RecipeError(
@@ -137,6 +141,29 @@ def validate_lora_args(section: str, values: Any) -> dict[str, object]:
             "Use true, gaussian or orthogonal",
         )
     return values
+
+
+def check_lora_values(settings: Mapping[str, object], place: str) -> None:
+    """Refuse a string where peft expects a list, and ranks and scales of 0.
+
+    Of a recipe `validate_lora_args` calls it, of a user's own script `prepare`; what is left to
+    check of a model are the names of its modules.
+
+    Raises:
+        RecipeError: naming the field.
+    """
+    for field in LORA_LIST_ARGS:
+        if isinstance(settings.get(field), str):
+            name = settings[field]
+            raise RecipeError(f"{place}.{field} must be a list, got {name!r}", f"Write [{name}]")
+    numbers = {name: settings[name] for name in ("r", "lora_alpha") if name in settings}
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = settings.get(field)
+        if isinstance(pattern, Mapping):
+            numbers |= {f"{field}.{key}": value for key, value in pattern.items()}
+    for name, value in numbers.items():
+        if not (isinstance(value, int | float) and value > 0):
+            raise RecipeError(f"{place}.{name} must be above 0, got {value!r}", "Correct the value")
 
 
 def _validate_values(section: str, kind: str, values: Any) -> dict[str, object]:

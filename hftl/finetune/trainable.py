@@ -9,6 +9,7 @@ from torch import nn
 
 from hftl.config.finetune import DEFAULT_LORA, Finetune
 from hftl.config.section import build_recipe_error
+from hftl.config.upstream_args import check_lora_values
 from hftl.errors import RecipeError
 from hftl.finetune.strategies import FINETUNE_STRATEGIES, StrategySpec
 from hftl.models.architecture_spec import ArchitectureSpec
@@ -37,18 +38,17 @@ def prepare(
     Args:
         model: a stock sequence, token or image classification model of a supported architecture,
             or a `PooledModel`.
-        strategy: `head` (the last linear layer), `partial` (the top `blocks`, what follows them,
-            and the head), `lora` (adapters in every block, and the head), or `full` (all that an
-            output depends on); `gradual` is `full`, which `gradual.split_phases` divides.
-        blocks: the number of top blocks that train under `partial`.
+        strategy: a name of `FINETUNE_STRATEGIES`, of which `hftl/finetune/strategies.py` says what
+            trains.
+        blocks: the number of top blocks, for a strategy that trains some of them.
         lora: fields of `peft.LoraConfig`.
         fresh: modules that the checkpoint lacks (`output_loading_info`'s missing keys), which must
             train and be saved. None: head and pooler are taken as such, which is safe.
         keys: further keys of a recipe's section `finetune`.
 
     Raises:
-        RecipeError: for an unsupported architecture or class, an unknown strategy or key, or too
-            many blocks.
+        RecipeError: for an unsupported architecture or class, an unknown strategy or key, a value
+            or a name of `lora`, or too many blocks.
     """
     if strategy not in FINETUNE_STRATEGIES:
         raise RecipeError(
@@ -59,8 +59,9 @@ def prepare(
         finetune = Finetune.model_validate({"strategy": strategy, "blocks": blocks} | keys)
     except ValidationError as error:
         raise build_recipe_error(error, "prepare", Finetune) from error
-    # A recipe's adapter must fit a public base; one of a user's own script is peft's to check.
+    # Unlike a recipe's, the adapter of a user's own script need not fit a public base.
     settings = {**DEFAULT_LORA, **(lora or {})}
+    check_lora_values(settings, "finetune.lora")
     return apply_strategy(model, finetune.model_copy(update={"lora": settings}), fresh)
 
 

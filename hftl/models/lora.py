@@ -23,8 +23,6 @@ from hftl.models.encoders import (
 from hftl.models.heads import PooledModel
 
 ALL_LINEAR = "all-linear"
-LIST_FIELDS = ("modules_to_save", "target_parameters")
-"""Fields that peft iterates over: a string would be read letter by letter."""
 MAX_LISTED_NAMES = 12
 """At most so many names are listed in a message."""
 
@@ -40,7 +38,6 @@ def check_module_names(model: nn.Module, settings: Mapping[str, object], place: 
     Raises:
         RecipeError: naming the first one and the closest existing name.
     """
-    check_lora_values(settings, place)
     modules = [name for name, _ in model.named_modules() if name]
     for field in ("target_modules", "exclude_modules", "modules_to_save"):
         names = settings.get(field)
@@ -91,26 +88,6 @@ def check_wrapped_names(layers: Sequence[str], settings: Mapping[str, object], p
                 f"{place}.layers_to_transform: no adapted layer lies in block {index}",
                 "Count the source model's blocks from 0",
             )
-
-
-def check_lora_values(settings: Mapping[str, object], place: str) -> None:
-    """Refuse a string where peft expects a list, and ranks and scales of 0.
-
-    Raises:
-        RecipeError: naming the field.
-    """
-    for field in LIST_FIELDS:
-        if isinstance(settings.get(field), str):
-            name = settings[field]
-            raise RecipeError(f"{place}.{field} must be a list, got {name!r}", f"Write [{name}]")
-    numbers = {name: settings[name] for name in ("r", "lora_alpha") if name in settings}
-    for field in ("rank_pattern", "alpha_pattern"):
-        pattern = settings.get(field)
-        if isinstance(pattern, Mapping):
-            numbers |= {f"{field}.{key}": value for key, value in pattern.items()}
-    for name, value in numbers.items():
-        if not (isinstance(value, int | float) and value > 0):
-            raise RecipeError(f"{place}.{name} must be above 0, got {value!r}", "Correct the value")
 
 
 def _list_values(value: object) -> list[Any]:
@@ -164,7 +141,8 @@ def add_lora(
     Args:
         model: a `PooledModel`, whose encoder is wrapped, or a stock task class.
         architecture: the model's.
-        lora: fields of `peft.LoraConfig`; `target_modules` defaults to every layer of the blocks.
+        lora: fields of `peft.LoraConfig`, see `check_lora_values`; `target_modules` defaults to
+            every layer of the blocks.
         fresh: modules whose weights the checkpoint lacks.
 
     Raises:
@@ -173,7 +151,6 @@ def add_lora(
     settings = dict(lora)
     pooled = isinstance(model, PooledModel)
     inner: Any = model.encoder if pooled else model
-    check_lora_values(lora, "finetune.lora")
     saved = set(_list_values(settings.pop("modules_to_save", None)))
     if not pooled:
         saved |= {
