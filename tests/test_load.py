@@ -131,6 +131,14 @@ BAD = [
      '{"text":"z","label":"b"}\n', "a.jsonl line 2", "the label is a list"),
     ("surrogate", "a.jsonl", '{"text":"x","label":"a"}\n{"text":"\\ud83d","label":"b"}\n'
      '{"text":"z","label":"b"}\n', "a.jsonl line 2", "not valid UTF-8"),
+    ("surrogate inside", "a.jsonl", '{"text":"x","label":"a"}\n'
+     '{"text":"y","label":"b","more":{"k":["\\ud83d"]}}\n{"text":"z","label":"b"}\n',
+     "a.jsonl line 2", "not valid UTF-8"),
+    ("deep", "a.jsonl", f'{{"text":"x","label":"a"}}\n{"[" * 100_000}\n'
+     '{"text":"z","label":"b"}\n', "a.jsonl line 2", "its JSON is nested too deep"),
+    ("deep inside", "a.jsonl", '{"text":"x","label":"a"}\n{"text":"y","label":"b","more":'
+     f'{"[" * 900}{"]" * 900}}}\n{{"text":"z","label":"b"}}\n',
+     "a.jsonl line 2", "its JSON is nested too deep"),
 ]  # fmt: skip
 
 
@@ -166,6 +174,31 @@ def test_bad_target_is_refused_or_dropped_and_listed(tmp_path: Path, target: str
     assert bad.dropped == [BadRow(where="a.csv line 3", why=why)]
 
 
+def test_target_too_large_for_a_float_is_a_bad_row(tmp_path: Path) -> None:
+    lines = [f'{{"text": "t{n}", "label": {label}}}\n' for n, label in enumerate(["1", "9" * 401])]
+    bad = BadRows(skip=True)
+    rows = rows_of(written(tmp_path, "a.jsonl", "".join(lines)), "regression", bad=bad)
+    assert [row.label for row in rows] == [1.0]
+    assert bad.dropped == [BadRow(where="a.jsonl line 2", why="the target is too large")]
+
+
+def test_half_a_character_in_a_list_of_words_or_names_is_a_bad_row(tmp_path: Path) -> None:
+    cells = ['["a\\ud83d"], "label": ["O"]', '["a"], "label": ["O"]', '["a"], "label": ["\\ud83d"]']
+    path = written(tmp_path, "a.jsonl", "".join(f'{{"text": {cell}}}\n' for cell in cells))
+    bad = BadRows(skip=True)
+    assert len(rows_of(path, "token-classification", bad=bad)) == 1
+    assert {(row.where, row.why) for row in bad.dropped} == {
+        ("a.jsonl line 1", "not valid UTF-8"), ("a.jsonl line 3", "not valid UTF-8")
+    }  # fmt: skip
+
+
+def test_file_name_that_is_not_utf8_names_its_row_in_utf8(tmp_path: Path) -> None:
+    folder = as_textfolder(tmp_path)
+    written(folder / "neg", "caf\udce9.txt", b"sound")
+    (row,) = [row for row in rows_of(folder) if row.content == ("sound",)]
+    assert row.where == r"neg/caf\udce9.txt"
+
+
 def test_row_without_its_group_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", "text,label,who\nx,a,1\ny,b,\n")
     with pytest.raises(DataError, match="a.csv line 3: who is empty"):
@@ -196,6 +229,7 @@ UNREADABLE = [
     ("a.jsonl", '"x"\n', "a.jsonl line 1: not a JSON object"),
     ("a.parquet", "text,label\nx,a\n", "a.parquet: not valid Parquet"),
     ("a.parquet", "", "a.parquet: not valid Parquet"),
+    ("a.jsonl", "[" * 100_000, "a.jsonl line 1: its JSON is nested too deep"),
     ("a.txt", "x\n", "a.txt: no column 'label'; it has text"),
     ("a.xlsx", "x", "a.xlsx: the suffix '.xlsx' says no format"),
 ]
@@ -209,6 +243,16 @@ def test_files_that_cannot_be_used(
         written(tmp_path, name, content)
     with pytest.raises(DataError, match=message):
         rows_of(tmp_path / name)
+
+
+def test_parquet_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table([["x"], ["a"], ["b"]], names=["text", "label", "label"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="a.parquet: two columns are named 'label'"):
+        rows_of(tmp_path / "a.parquet")
 
 
 def test_skip_does_not_turn_an_unusable_file_into_nothing(tmp_path: Path) -> None:

@@ -24,8 +24,6 @@ from hftl.errors import DataError, suggest_closest
 
 TRUE_VALUES = (1, True, 1.0, "1")
 FALSE_VALUES = (0, False, 0.0, "0")
-SURROGATES = re.compile("[\ud800-\udfff]")
-"""What bytes that are not UTF-8 are read as."""
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufffd]")
 """Control characters but for tab, line feed, form feed and carriage return; and the replacement
 for bytes that could not be decoded."""
@@ -210,7 +208,7 @@ def _find_row_fault(raw: RawRow, table: Table, data: Data, spec: InputSpec) -> s
     task, group = str(data.task), data.group
     if raw.fault:
         return raw.fault
-    if any(isinstance(value, str) and has_invalid_utf8(value) for value in raw.values.values()):
+    if any(map(has_invalid_utf8, raw.values.values())):
         return "not valid UTF-8"
     if spec.modality == "text":
         faults = (
@@ -255,7 +253,7 @@ def find_document_fault(column: str, value: Any) -> str | None:
     text = _join_words(value)
     if text.isascii() and text.isprintable():
         return None
-    if SURROGATES.search(text):
+    if has_invalid_utf8(text):
         return "not valid UTF-8"
     if "\0" in text or len(CONTROL_CHARACTERS.findall(text)) > MAX_CONTROL_SHARE * len(text):
         return f"{column} is binary, not text"
@@ -317,6 +315,8 @@ def _find_target_fault(value: Any) -> str | None:
         number = float(value)
     except (TypeError, ValueError):
         return f"the target {value!r} is not a number"
+    except OverflowError:
+        return "the target is too large"
     return None if math.isfinite(number) else f"the target is {number}"
 
 

@@ -4,7 +4,8 @@ Text files are opened here too, for a `RawRow` relies on how: bytes that are not
 surrogates, so that the row which holds them can be named.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,6 +16,8 @@ from hftl.errors import DataError
 MAX_LISTED_ROWS = 10_000
 """Bad rows that are listed, at most; all are counted."""
 ROWS_FILE = "rows.parquet"
+SURROGATES = re.compile("[\ud800-\udfff]")
+"""What bytes that are not UTF-8 are read as, and what half a character of UTF-16 is."""
 
 Label = str | float | tuple[str, ...]
 """A class name, a regression target, the sorted names that hold, or a tag for each word."""
@@ -39,6 +42,9 @@ class RawRow:
         # a row at one that is not quoted: the same text must not depend on who saved it.
         values = {name: normalize_newlines(value) for name, value in self.values.items()}
         object.__setattr__(self, "values", values)
+        # The name of a file may be no UTF-8, and what names its row is stored and printed.
+        where = self.where.encode("utf-8", "backslashreplace").decode()
+        object.__setattr__(self, "where", where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +144,21 @@ def open_text(path: Path) -> TextIO:
     return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def has_invalid_utf8(text: str) -> bool:
-    """Return whether a text holds bytes that were not UTF-8, or half a character of UTF-16."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
+def has_invalid_utf8(cell: object) -> bool:
+    """Return whether a text in a cell holds bytes that were not UTF-8, or half a character."""
+    return any(isinstance(leaf, str) and SURROGATES.search(leaf) for leaf in iterate_leaves(cell))
+
+
+def iterate_leaves(cell: object) -> Iterator[object]:
+    """Yield what a cell holds at any depth, the keys of objects too."""
+    if isinstance(cell, dict):
+        yield from cell
+        cell = list(cell.values())
+    if isinstance(cell, (list, tuple)):
+        for item in cell:
+            yield from iterate_leaves(item)
+    else:
+        yield cell
 
 
 def write_rows(splits: Mapping[str, list[Row]], folder: Path) -> None:

@@ -26,6 +26,8 @@ IMAGE_SUFFIXES = frozenset(
     ".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .avif .ppm .pgm .pbm .pnm".split()
 )
 """Suffixes of image files; used only to guess what a folder holds."""
+MAX_DEPTH = 100
+"""Levels of a JSON line, at most: Python gives up where functions call themselves 1000 times."""
 SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval")
 
 
@@ -56,9 +58,22 @@ def _parse_json_object(line: str) -> tuple[dict[str, object], str | None]:
         values = json.loads(line)
     except ValueError as error:
         return {}, f"not a JSON object a line ({error})"
+    except RecursionError:
+        return {}, "its JSON is nested too deep"
     if not isinstance(values, dict):
         return {}, f"not a JSON object but a {type(values).__name__}"
-    return values, None
+    return ({}, "its JSON is nested too deep") if _is_too_deep(values) else (values, None)
+
+
+def _is_too_deep(value: dict[str, object]) -> bool:
+    """Return whether a value is nested deeper than functions that call themselves may go."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        values = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [item for items in values for item in items if isinstance(item, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def read_parquet(path: Path) -> Iterator[RawRow]:
@@ -70,6 +85,10 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
         file = pyarrow.parquet.ParquetFile(path)
     except ArrowInvalid as error:
         raise DataError(f"{path.name}: not valid Parquet: {error}", "Write it again") from error
+    names = file.schema_arrow.names
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{path.name}: two columns are named {twice!r}", "Rename one")
     index = 0
     for batch in file.iter_batches(4096):
         for values in batch.to_pylist():

@@ -23,7 +23,7 @@ from hftl.data.images import (
 )
 from hftl.data.labels import decode_logits
 from hftl.data.load import find_text_fault
-from hftl.data.rows import Levels, Row, normalize_newlines
+from hftl.data.rows import Levels, Row, has_invalid_utf8, normalize_newlines
 from hftl.data.text_inputs import EncodedRow, TextInputs, WordInputs
 from hftl.doctor.file_checks import NUMBERED_LABEL
 from hftl.errors import DataError, RecipeError, format_error_line
@@ -141,6 +141,8 @@ class Predictor:
 
     def _build_row(self, place: str, value: Any) -> Row:
         value = normalize_newlines(value)
+        if has_invalid_utf8(value):
+            raise DataError(f"{place} is not valid UTF-8: {value!r}", "Correct it")
         if self.task == "token-classification":
             why = find_text_fault("it", value, self.task)
             content = () if why else tuple(value)
