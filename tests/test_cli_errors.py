@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import yaml
 from conftest import sentences
+from test_predict_table import Fake
 
 from hftl import __version__, cli, cli_errors
+from hftl.inference import predict_table
 from hftl.runtime import run_folder
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
@@ -96,6 +98,13 @@ BAD_DATA: dict[str, tuple[str, str | bytes | None, list[str], list[str]]] = {
     ),
     "bad csv": ("a.csv", as_csv(ROWS) + '"open,positive\n', [], ["a.csv line", "not valid CSV"]),
     "bad json": ("a.jsonl", lines(ROWS) + "{\n", [], ["a.jsonl line 61", "JSON"]),
+    "deep json": (
+        "a.jsonl", lines(ROWS) + "[" * 100_000, [], ["a.jsonl line 61", "nested too deep"],
+    ),
+    "huge target": (
+        "a.jsonl", lines([*((t, 0.5) for t, _ in ROWS), ("x", 10**400)]),
+        ["data.task=regression"], ["a.jsonl line 61", "too large"],
+    ),
     "unknown suffix": ("a.xlsx", "x", [], ["a.xlsx", "'.xlsx'"]),
     "split empty": ("a.csv", as_csv(ROWS[:2]), [], ["test is left with no rows"]),
 }  # fmt: skip
@@ -222,6 +231,29 @@ def test_wrong_arguments_are_named_and_end_with_one_stop(
     outcome = hftl(*words.split())
     outcome.assert_error(2, named)
     assert ".. See" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        ('"x": {"k": "\\ud800"}', 3, ["in.jsonl line 2", "not valid UTF-8"]),
+        (f'"x": {"[" * 100_000}', 3, ["in.jsonl line 2", "nested too deep"]),
+        ('"x": "2"', 0, ["warning: column 'x'", "text is written"]),
+        ('"x": 100000000000000000000000', 0, ["warning: column 'x'", "text is written"]),
+    ],
+    ids=["surrogate", "deep", "mixed", "large"],
+)
+def test_predict_refuses_a_row_or_writes_every_column(
+    hftl: Hftl, more: str, code: int, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict_table, "load", lambda model, base: Fake("text"))
+    Path("in.jsonl").write_text(f'{{"text": "a", "x": 1}}\n{{"text": "b", {more}}}\n', "utf-8")
+    outcome = hftl("predict", "run", "in.jsonl", "--output", "out.parquet")
+    if code:
+        outcome.assert_error(code, *words)
+    assert outcome.code == code and len(outcome.err.splitlines()) == 1
+    assert all(word in outcome.err for word in words)
+    assert Path("out.parquet").exists() == (code == 0) and not list(Path().glob(".tmp-*"))
 
 
 def test_help_schema_version_and_traceback(hftl: Hftl, recipe_file: Path) -> None:

@@ -236,6 +236,12 @@ def test_predict_names_the_input_it_cannot_take(
         build_predictor(monkeypatch, ["x", "y"], texts).predict(inputs)
 
 
+@pytest.mark.parametrize("value", ["a\ud800", ("a", "\ud800")])
+def test_predict_refuses_half_a_character(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="input 1 is not valid UTF-8: .*ud800"):
+        build_predictor(monkeypatch, ["x", "y"], ["a"]).predict([value])
+
+
 def test_a_class_called_label_has_a_column_with_a_prefix() -> None:
     scores = {"label": 0.9, "other": 0.1}
     prediction = {"label": "label", "score": 0.9, "scores": scores}

@@ -1,9 +1,6 @@
 """Predict the rows of a table, and check before any work that an output file can be written."""
 
-import csv
 import errno
-import io
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -12,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from hftl.data.load import find_text_fault
-from hftl.data.rows import RawRow, has_invalid_utf8, normalize_newlines
+from hftl.data.rows import RawRow, has_invalid_utf8
 from hftl.data.tables import READERS, guess_format, read_image_files
 from hftl.errors import DataError, RecipeError, suggest_closest
+from hftl.inference.output_table import (
+    OUTPUT_SUFFIXES,
+    fit_columns,
+    name_columns,
+    read_column_types,
+    write_table,
+)
 from hftl.inference.predict import Prediction, Predictor, load
-from hftl.runtime.run_folder import write_text
 
 
 def check_output(output: Path | None, suffixes: Sequence[str], beside: Sequence[str] = ()) -> None:
@@ -55,17 +58,13 @@ def _check_writable(path: Path) -> None:
         raise RecipeError(f"--output {path} {why}", "Choose another file")
 
 
-OUTPUT_SUFFIXES = (".csv", ".jsonl", ".parquet")
-LINE_SEPARATORS = "\x85\u2028\u2029"
-"""Characters that JSON leaves unescaped, though `str.splitlines` ends a line at them."""
-
-
 def predict_table(
     model: str, data: Path, output: Path | None, base: str | None = None
 ) -> str | None:
     """Predict every row of a table.
 
-    A column of the input with the name of an output column becomes `input.<name>`.
+    A column of the input with the name of an output column becomes `input.<name>`. Cells that the
+    output's format has no form for are changed as `fit_columns` says.
 
     Args:
         model: a run, a published folder, or a hub id.
@@ -89,13 +88,15 @@ def predict_table(
     encoded = predictor.encode(
         (_read_input(raw, predictor) for raw in raws), [raw.where for raw in raws], folder
     )
-    predictions = map(_flatten_prediction, predictor.predict_encoded(encoded))
-    merged = [
-        _merge_columns({**columns, **_drop_image_bytes(raw)}, prediction)
-        for raw, prediction in zip(raws, predictions, strict=True)
-    ]
+    suffix = ".csv" if output is None else output.suffix
+    cells = {column: _list_cells(raws, column) for column in columns}
+    inputs = fit_columns(cells, suffix, read_column_types(data))
+    predictions = list(map(_flatten_prediction, predictor.predict_encoded(encoded)))
+    predicted = {name: [row[name] for row in predictions] for name in predictions[0]}
+    names = name_columns(inputs, predicted, "input.")
+    merged = {names[name]: column for name, column in inputs.items()}
     try:
-        return _write_table(merged, output)
+        return write_table(merged | fit_columns(predicted, suffix, {}), output)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
@@ -128,6 +129,9 @@ def _read_rows(data: Path, predictor: Predictor) -> tuple[list[RawRow], dict[str
             )
         rows = [replace(raw, values={required[0]: raw.values[own]}) for raw in rows]
     columns = dict.fromkeys(key for raw in rows for key in raw.values)
+    for column in columns:
+        if has_invalid_utf8(column):
+            raise DataError(f"{data.name}: the column {column!r} is not valid UTF-8", "Rename it")
     for column in required:
         if column not in columns:
             has = list(map(str, columns))
@@ -147,7 +151,7 @@ def _read_input(raw: RawRow, predictor: Predictor) -> Any:
     """
     values: list[Any] = [raw.values.get(column) for column in predictor.columns]
     fault = raw.fault
-    if any(isinstance(value, str) and has_invalid_utf8(value) for value in raw.values.values()):
+    if any(map(has_invalid_utf8, raw.values.values())):
         fault = "not valid UTF-8"
     if not fault and predictor.modality == "text":
         faults = (find_text_fault(c, raw.values.get(c), predictor.task) for c in predictor.columns)
@@ -157,14 +161,18 @@ def _read_input(raw: RawRow, predictor: Predictor) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def _drop_image_bytes(raw: RawRow) -> dict[str, object]:
-    """Return the row's values without the bytes of images, which are not repeated."""
-    return {key: _drop_bytes(value) for key, value in raw.values.items()}
+def _list_cells(rows: Sequence[RawRow], column: str) -> list[object]:
+    """Return a column's cells without the bytes of images, which are not repeated."""
+    return [_drop_bytes(raw.values.get(column)) for raw in rows]
 
 
 def _drop_bytes(value: object) -> object:
-    if isinstance(value, dict) and "bytes" in value:
-        return value.get("path")
+    if isinstance(value, dict):
+        is_image = isinstance(value.get("bytes"), bytes) or value.keys() == {"bytes", "path"}
+        return value.get("path") if is_image else {k: _drop_bytes(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = map(_drop_bytes, value)
+        return list(items) if isinstance(value, list) else tuple(items)
     return None if isinstance(value, bytes) else value
 
 
@@ -175,46 +183,5 @@ def _flatten_prediction(prediction: Prediction) -> dict[str, object]:
     """
     ours: dict[str, object] = {k: value for k, value in prediction.items() if k != "scores"}
     classes = prediction.get("scores", {})
-    return {**ours, **{f"class.{k}" if k in ours else k: p for k, p in classes.items()}}
-
-
-def _merge_columns(values: dict[str, object], prediction: dict[str, object]) -> dict[str, object]:
-    inputs = {f"input.{key}" if key in prediction else key: value for key, value in values.items()}
-    return inputs | prediction
-
-
-def _format_cell(value: object) -> object:
-    """Return a value as one cell of a CSV table: lists as JSON."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
-
-
-def _format_json_line(row: dict[str, object]) -> str:
-    """Return a row as one line, also for readers that end a line at U+2028."""
-    line = json.dumps(row, ensure_ascii=False)
-    for separator in LINE_SEPARATORS:
-        line = line.replace(separator, f"\\u{ord(separator):04x}")
-    return line + "\n"
-
-
-def _write_table(rows: list[dict[str, object]], output: Path | None) -> str | None:
-    if output is not None and output.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        aside = output.with_name(f".tmp-{output.name}")
-        pq.write_table(pa.Table.from_pylist(rows), aside)
-        aside.rename(output)
-        return None
-    if output is not None and output.suffix == ".jsonl":
-        text = "".join(_format_json_line(row) for row in rows)
-    else:
-        buffer = io.StringIO(newline="")
-        writer = csv.writer(buffer, lineterminator="\n")
-        # csv.writer does not quote a carriage return, and every reader ends a row at it.
-        writer.writerow([normalize_newlines(name) for name in rows[0]])
-        writer.writerows([_format_cell(row[name]) for name in rows[0]] for row in rows)
-        text = buffer.getvalue()
-    if output is None:
-        return text
-    write_text(output, text)
-    return None
+    names = name_columns(classes, ours, "class.")
+    return {**ours, **{names[name]: share for name, share in classes.items()}}

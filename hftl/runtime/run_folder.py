@@ -284,14 +284,22 @@ def hash_stage(folder: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all; leave one alone that holds the same text."""
-    if path.exists() and path.read_bytes() == text.encode("utf-8"):
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; leave one alone that holds the same bytes."""
+    if path.exists() and path.read_bytes() == content:
         return
     aside = path.parent / f".tmp-{path.name}"
-    with open(aside, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    aside.rename(path)
+    try:
+        with open(aside, "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _make_damage_error(part: Path, name: str, how: str) -> RunFolderError:
