@@ -16,12 +16,14 @@ from hftl.pipeline.cache_keys import (
     ADAPT_RULES,
     DATA_RULES,
     GENERAL_RULES,
+    ORIGINAL_RULES,
     SEMANTICS,
     CacheRules,
     build_adapt_key,
     build_arm_key,
     build_data_key,
     build_general_key,
+    build_original_key,
     describe_changes,
     flatten_recipe,
     get_arm_rules,
@@ -121,6 +123,7 @@ def change_value(key: str, value: Any) -> Any:
 
 RULES: dict[str, CacheRules] = {
     "data": DATA_RULES, "general": GENERAL_RULES, "adapt": ADAPT_RULES,
+    "original": ORIGINAL_RULES,
     **{f"arm {arm.name}": get_arm_rules(arm) for arm in MADE.arms},
 }  # fmt: skip
 
@@ -136,7 +139,8 @@ def test_each_key_is_read_or_named_as_irrelevant_with_a_reason(key: str) -> None
         assert changes == ([line] if reasons[part] is None else []), part
         assert reasons[part] != "", f"{part} ignores {key} without a reason"
     section, _, name = key.partition(".")
-    by_hash = section == "source" or name.rpartition(".")[2] in PLACES or "data.unlabeled" in key
+    by_hash = section == "source" or name.rpartition(".")[2] in PLACES
+    by_hash |= key == "data.unlabeled.label"
     if section not in ("measure", "publish") and not by_hash:
         assert None in reasons.values(), f"no part reads {key}"
 
@@ -147,7 +151,8 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     parts = {"data": build_data_key(MADE), "adapt-1": build_adapt_key(MADE, MADE.stages, 1)}
     for name, key in parts.items():
-        with run_folder.commit_stage(folder / "phases" / name, {"recipe": key}):
+        inputs = {"recipe": key, "semantics": SEMANTICS}
+        with run_folder.commit_stage(folder / "phases" / name, inputs):
             pass
     for arm in MADE.arms:
         commit_arm(folder / "arms" / f"{arm.name}-seed0", MADE, arm)
@@ -165,7 +170,7 @@ def test_each_changed_key_is_refused_or_runs_again_or_changes_nothing(
         # The recipe itself is refused, so that no run goes on under it.
         return
     readers = {part for part, rule in RULES.items() if rule.explain(key) is None}
-    if key.startswith("measure.") or not readers - {"general"}:
+    if key.startswith("measure.") or not readers - {"general", "original"}:
         refuse_changed(other, whole_run, other.arms)
         return
     with pytest.raises(RunFolderError, match=f"{re.escape(key)}: .* -> "):
@@ -184,6 +189,7 @@ def test_the_keys_of_the_schema_are_all_tried() -> None:
 def test_the_keys_are_selected_by_the_rules() -> None:
     assert build_data_key(MADE) == DATA_RULES.select(FLAT)
     assert build_general_key(MADE) == GENERAL_RULES.select(FLAT)
+    assert build_original_key(MADE) == ORIGINAL_RULES.select(FLAT)
     assert build_adapt_key(MADE, MADE.stages, 1) == ADAPT_RULES.select(
         {key: value for key, value in FLAT.items() if not key.startswith("retain.")}
     )
@@ -229,6 +235,20 @@ def test_a_key_that_no_planned_arm_reads_may_change(run: Path, tmp_path: Path) -
     made = recipe("finetune.strategy=head", "finetune.lora.r=4", "measure.arms=[]")
     refuse_changed(made, run, made.arms)
     refuse_changed(recipe("data.seed=1"), tmp_path / "new", made.arms)
+
+
+def test_an_arm_may_be_named_as_the_folder_of_another(run: Path) -> None:
+    made = recipe("measure.arms=[{lora-seed1: {finetune.lora.r: 2}}]")
+    commit_arm(run / "arms" / "lora-seed1-seed0", made, made.arms[1])
+    refuse_changed(made, run, made.arms)
+
+
+def test_an_adaptation_of_an_older_version_is_refused(tmp_path: Path) -> None:
+    inputs = {"recipe": build_adapt_key(MADE, MADE.stages, 1), "semantics": SEMANTICS - 1}
+    with run_folder.commit_stage(tmp_path / "phases" / "adapt-1", inputs):
+        pass
+    with pytest.raises(RunFolderError, match="an older hftl, which trained otherwise: adapt-1"):
+        refuse_changed(MADE, tmp_path, [])
 
 
 def test_a_damaged_part_is_not_passed_over(run: Path) -> None:

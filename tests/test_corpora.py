@@ -80,6 +80,22 @@ def test_transductive_corpus_includes_validation_and_test(
     assert corpus.facts["transductive"] is True
 
 
+@pytest.mark.parametrize("part", ["unlabeled", "general"])
+@pytest.mark.parametrize("change", [{"text": "body"}, {"format": "txt"}])
+def test_another_column_or_format_is_another_corpus(
+    part: str, change: dict[str, str], table: Path, tiny_model: Tiny, tmp_path: Path
+) -> None:
+    """The bytes of the file are the same."""
+    rows = [[text, other] for [text], (other, _) in zip(OTHER_TEXTS, sentences(31, 3), strict=True)]
+    path = str(write_csv(tmp_path / "c.csv", ["text", "body"], rows))
+    tree = build_tree(tiny_model(), table, {"objective": "mlm"}, **{part: {"path": path}})
+    first, _ = build(tree, tmp_path / "run")
+    same, _ = build(tree, tmp_path / "run")
+    tree["data"][part] |= change
+    other, _ = build(tree, tmp_path / "run")
+    assert first.fingerprint == same.fingerprint != other.fingerprint
+
+
 @pytest.mark.parametrize("transductive", [False, True])
 def test_copies_and_near_copies_of_the_test_are_counted_and_left_out(
     transductive: bool, tiny_model: Tiny, tmp_path: Path

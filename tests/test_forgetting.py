@@ -4,13 +4,14 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import pictures, sentences, write_csv
+from conftest import bench_of, pictures, sentences, write_csv
 from PIL import Image
 from safetensors.numpy import load_file
 from transformers import AutoModel, AutoTokenizer
@@ -19,6 +20,7 @@ import hftl
 from hftl import console
 from hftl.analysis.drift import compute_cka, jackknife_relational_kl
 from hftl.analysis.neighbours import mean_shared_neighbours, rank_neighbours
+from hftl.config.overrides import apply_overrides
 from hftl.config.recipe import Recipe
 from hftl.data.general import read_general
 from hftl.errors import RunFolderError
@@ -30,6 +32,7 @@ from hftl.measure.forgetting import (
 )
 from hftl.measure.record import Forgotten, Headline, Record
 from hftl.pipeline import forgetting
+from hftl.pipeline.run import Run
 from hftl.runtime.run_folder import to_json
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
@@ -316,6 +319,56 @@ def test_other_rows_of_general_data_are_refused(again: tuple[Path, Any], tmp_pat
         hftl.run(Recipe.parse(tree), run)
 
 
+@pytest.mark.parametrize(
+    "change",
+    ["data.max_length=6", "data.seed=1", "data.general.label=tone", "data.general.rows=60",
+     "data.task=regression", "tokenizer", "config"],
+)  # fmt: skip
+def test_the_source_is_embedded_again_where_its_embeddings_would_differ(
+    change: str, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An arm that read 6 tokens was compared with the source on 16."""
+    calls: list[int] = []
+
+    def embed(context: Any, seed: int) -> dict[str, np.ndarray]:
+        calls.append(seed)
+        return {"new": np.zeros((2, 3), np.float32)}
+
+    monkeypatch.setattr(forgetting, "embed_source", embed)
+    made = Recipe.parse(tree_of(tmp_path, tiny_model(), label=["document", "tone"]))
+    context = bench_of(made)
+    for moved in ("here", "there"):
+        forgetting._load_source_embeddings(Run(made, tmp_path, print), context)
+        made.data.general.__dict__["path"] = moved
+    assert len(calls) == 1, "where data are does not matter"
+    if change == "tokenizer":
+        context = replace(context, preprocessing_hash="other")
+    elif change == "config":
+        context = replace(context, config_hash="other")
+    else:
+        made = Recipe.parse(apply_overrides(made.to_dict(), [change]))
+    forgetting._load_source_embeddings(Run(made, tmp_path, print), context)
+    assert len(calls) == 2
+
+
+def test_the_record_follows_general_data_that_no_arm_reads(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A head forgets nothing, so that it does not run again, but its rows are counted."""
+    tree = tree_of(tmp_path, tiny_model())
+    tree["finetune"]["strategy"], tree["measure"] = "head", {"seeds": [0], "arms": []}
+    path, rows = tmp_path / "general.csv", [240]
+    for change in (None, "shorter", "txt"):
+        if change == "shorter":
+            path.write_text("\n".join(path.read_text().splitlines()[:101]) + "\n")
+        elif change == "txt":
+            tree["data"]["general"]["format"] = "txt"
+        record = hftl.run(Recipe.parse(copy.deepcopy(tree)), tmp_path / "run", until="measure")
+        assert record is not None and record.forgetting.general is not None
+        rows.append(record.forgetting.general.rows_read)
+    assert rows == [240, 240, 100, 101]
+
+
 def test_without_general_data_the_card_says_so(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -338,13 +391,14 @@ def test_retention_is_compared_with_the_same_arm_without() -> None:
         "source": {"model": "m"}, "data": {"train": {"path": "a.csv"}},
         "retain": {"l2sp": {"weight": 0.1}},
         "measure": {"arms": [{"full_bare": {"finetune.strategy": "full", "retain": None}},
-                             {"bare": {"retain": None}}]},
+                             {"slow": {"retain": None, "finetune.training.learning_rate": 1e-7}},
+                             {"bare": {"retain": None, "finetune.blocks": 3}}]},
     })  # fmt: skip
-    own, other, bare = made.arms
+    own, other, slow, bare = made.arms
     assert own.retain is not None and bare.retain is None
-    assert forgetting._find_arm_without_retention(own, [own, other, bare]) == "bare"
-    assert forgetting._find_arm_without_retention(own, [own, other]) is None
-    assert forgetting._find_arm_without_retention(bare, [own, bare]) is None
+    assert forgetting._find_arm_without_retention(made, own, made.arms) == "bare"
+    assert forgetting._find_arm_without_retention(made, own, [own, other, slow]) is None
+    assert forgetting._find_arm_without_retention(made, bare, [own, bare]) is None
 
 
 @pytest.mark.slow

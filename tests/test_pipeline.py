@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import sentences, write_csv
+from conftest import pictures, sentences, write_csv
 from safetensors import safe_open
 
 import hftl
@@ -212,6 +212,43 @@ def test_other_data_and_another_source_model_are_refused(
             shutil.rmtree(run / "phases" / "data")
         with pytest.raises(RunFolderError, match=message):
             hftl.run(Recipe.parse(apply_overrides(copy.deepcopy(tree), [change])), run)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("config.json", "hidden_act", "relu", "made with another config.json"),
+        ("tokenizer.json", "normalizer", None, "made with another tokenizer or image processor"),
+    ],
+)
+def test_an_edited_file_of_the_source_is_refused(
+    again: Run, name: str, key: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    """Weights say nothing of the activation between them, or of which tokens they read."""
+    run, tree = again
+    model = Path(shutil.copytree(tree["source"]["model"], tmp_path / "model"))
+    tree["source"]["model"] = str(model)
+    hftl.run(Recipe.parse(copy.deepcopy(tree)), run, until="finetune")
+    content = json.loads((model / name).read_text("utf-8"))
+    (model / name).write_text(json.dumps(content | {key: value}), "utf-8")
+    with pytest.raises(RunFolderError, match=message):
+        hftl.run(Recipe.parse(copy.deepcopy(tree)), run)
+
+
+def test_an_edited_image_processor_is_refused(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model("vit"), tmp_path / "vit"))
+    made = Recipe.parse({
+        "source": {"model": str(model)},
+        "data": {"train": {"path": str(pictures(tmp_path / "pics", 10))}},
+        "finetune": {"strategy": "head"}, "measure": {"seeds": [0], "arms": []},
+    })  # fmt: skip
+    hftl.run(made, tmp_path / "run", until="finetune")
+    path = model / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"image_mean": [0, 0, 0]}))
+    with pytest.raises(RunFolderError, match="another tokenizer or image processor"):
+        hftl.run(made, tmp_path / "run", until="finetune")
 
 
 def test_measure_may_change_and_the_published_card_follows(again: Run) -> None:

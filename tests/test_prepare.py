@@ -185,6 +185,8 @@ def test_the_digest_knows_bytes_and_not_where_they_lie(table: Path, tmp_path: Pa
     first = hash_data_files(data(table))
     assert hash_data_files(data(copy)) == first
     assert hash_data_files(data(copy, test={"path": str(table)})) != first
+    for key, value in (("format", "txt"), ("text", "label"), ("image", "label"), ("label", "text")):
+        assert hash_data_files(data(copy, train={"path": str(copy), key: value})) != first
     copy.write_bytes(copy.read_bytes().replace(b"good", b"goof", 1))
     assert hash_data_files(data(copy)) != first
 

@@ -1,5 +1,6 @@
 """Check how the source model is found, pinned, read and hashed."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from hftl.models.heads import LoadedModel, build_model
 from hftl.models.source import (
     SourceModel,
     find_source,
+    hash_source_config,
     hash_source_weights,
     load_image_processor,
     load_tokenizer,
@@ -170,3 +172,18 @@ def test_checkpoint_may_lack_only_what_no_output_depends_on(
             build(source)
     else:
         assert build(source).fresh == ("classifier",)
+
+
+def test_the_hash_of_a_config_knows_its_content_and_not_its_names(
+    tiny_model: Tiny, tmp_path: Path
+) -> None:
+    first = hash_source_config(find_folder(tiny_model("clip")))
+    folder = Path(shutil.copytree(tiny_model("clip"), tmp_path / "moved"))
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config |= {"transformers_version": "4.0", "_name_or_path": "/elsewhere"}
+    config["vision_config"]["_name_or_path"] = "/elsewhere"
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    assert hash_source_config(find_folder(folder)) == first
+    config["vision_config"]["hidden_act"] = "relu"
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    assert hash_source_config(find_folder(folder)) != first

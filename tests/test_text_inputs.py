@@ -223,3 +223,23 @@ def test_run_from_a_left_padding_source_publishes_outputs_of_each_text_alone(
     rows = stock(TEXTS, batch_size=2)
     scores = [{one["label"]: one["score"] for one in row}["positive"] for row in rows]
     np.testing.assert_allclose(scores, alone, atol=1e-5)
+
+
+def test_the_hash_of_preprocessing_knows_rules_and_no_calls(
+    tiny_model: Tiny, tmp_path: Path
+) -> None:
+    inputs = TextInputs(load_tokenizer(find_source(Source(model=str(tiny_model())))), 8)
+    first = inputs.hash_preprocessing()
+    inputs.encode(make_rows([(text,) for text in TEXTS]))
+    assert inputs.hash_preprocessing() == first
+    folder = Path(shutil.copytree(tiny_model(), tmp_path / "moved"))
+    for name, key, value in (
+        ("tokenizer.json", "normalizer", None),
+        ("tokenizer_config.json", "model_input_names", ["input_ids", "token_type_ids"]),
+    ):
+        before = (folder / name).read_text("utf-8")
+        tree = json.loads(before) | {key: value}
+        (folder / name).write_text(json.dumps(tree), "utf-8")
+        other = TextInputs(load_tokenizer(find_source(Source(model=str(folder)))), 8)
+        assert other.hash_preprocessing() != first, name
+        (folder / name).write_text(before, "utf-8")

@@ -78,6 +78,10 @@ class ImageInputs:
             self._canvases[row.content[0]] = canvas
         return [{"pixel_values": self._canvases[row.content[0]]} for row in rows]
 
+    def hash_preprocessing(self) -> str:
+        """Return the hash of the processor that makes pixels of an image."""
+        return fingerprint(self.processor.to_dict())
+
     def with_data(self, data: Data) -> "ImageInputs":
         """Return the same inputs for images of other tables, without a cache."""
         return ImageInputs(data, self.processor, self.arguments, self.patch_size)
@@ -354,7 +358,7 @@ def fingerprint_image_cache(inputs: ImageInputs, rows: Iterable[Row]) -> dict[st
     """Return what a cache depends on: the images, and how they are resized and cropped."""
     return {
         "pictures": fingerprint(sorted({row.content[0] for row in rows})),
-        "processor": fingerprint(inputs.processor.to_dict()),
+        "processor": inputs.hash_preprocessing(),
     }
 
 

@@ -168,7 +168,10 @@ def read_stored_digest(folder: Path) -> str:
 
 
 def hash_data_files(data: Data, modality: str = "text", parts: Sequence[str] = SPLITS) -> str:
-    """Return a hash of the bytes of every local file of these tables; Hub ids count by name."""
+    """Return a hash of these tables: how each is read, and the bytes of every local file of it.
+
+    A table of the Hub counts by its id, a local one wherever it is.
+    """
     digest = hashlib.sha256()
     for part in parts:
         table = getattr(data, part)
@@ -178,6 +181,7 @@ def hash_data_files(data: Data, modality: str = "text", parts: Sequence[str] = S
         if path is None or not path.exists():
             digest.update(f"{part} {table.model_dump_json()}".encode())
             continue
+        digest.update(f"{part} {table.model_dump_json(exclude={'path'})}".encode())
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
         if path.is_file() and modality == "image":
             files += _find_named_images(table, part)

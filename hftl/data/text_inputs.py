@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hftl.data.rows import Row
+from hftl.runtime.run_folder import fingerprint
 from hftl.train.hf_compat import set_backend_tokenizer
 
 EncodedValue = list[int] | np.ndarray | Tensor
@@ -53,6 +54,15 @@ class TextInputs:
     def split_outputs(self, values: Tensor, rows: list[EncodedRow]) -> list[Tensor]:
         """Return the values (batch, width) row by row, each (1, width)."""
         return list(values.split(1))
+
+    def hash_preprocessing(self) -> str:
+        """Return the hash of all that makes token ids of a text, but for their number."""
+        state = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        # Every call of the tokenizer leaves its own truncation and padding here.
+        rules = {key: state[key] for key in state.keys() - {"truncation", "padding"}}
+        special = {key: str(token) for key, token in self.tokenizer.special_tokens_map.items()}
+        names = list(self.tokenizer.model_input_names)
+        return fingerprint({"rules": rules, "special": special, "inputs": names})
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer."""

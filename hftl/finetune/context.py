@@ -42,6 +42,7 @@ from hftl.models.features import FeatureCache, compute_frozen_features
 from hftl.models.heads import LoadedModel, TargetScale, build_model
 from hftl.models.source import (
     SourceModel,
+    hash_source_config,
     hash_source_weights,
     load_image_processor,
     load_tokenizer,
@@ -63,7 +64,8 @@ class ExperimentContext:
     """Hold what the arms of one run share; everything in it is computed once.
 
     `source` is what the arms start from, after any adaptation, and `weights_hash` the hash of its
-    weights; `inputs` is how its encoder takes rows, and `augment` whether training pictures vary.
+    weights; `config_hash` and `preprocessing_hash` are those of the recipe's source and stay.
+    `inputs` is how the encoder takes rows, and `augment` whether training pictures vary.
     Where adaptation came between, `base` is what a published adapter is put on, `base_is_adapted`
     says that adaptation made it, `lora_factors` are those that turn it into `source`, and
     `original` is the context before it; `mlm_head` is the masked-language head that it has trained.
@@ -73,6 +75,8 @@ class ExperimentContext:
 
     source: SourceModel
     weights_hash: str
+    config_hash: str
+    preprocessing_hash: str
     inputs: TextInputs | ImageInputs
     prepared: PreparedData
     shots: int | None
@@ -309,7 +313,8 @@ def build_context(recipe: Recipe, source: SourceModel, prepared: PreparedData) -
     else:
         inputs = build_text_inputs(recipe.data, source)
     return ExperimentContext(
-        source, hash_source_weights(source), inputs, prepared, recipe.data.shots, get_device(),
+        source, hash_source_weights(source), hash_source_config(source),
+        inputs.hash_preprocessing(), inputs, prepared, recipe.data.shots, get_device(),
         augment=recipe.data.augment == "light", label_column=str(recipe.data.train.label),
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.architectures import READ_AS, get_config_spec
 from hftl.models.encoders import accepts_attention_mask, get_encoder_class
 from hftl.runtime import paths
-from hftl.runtime.run_folder import UnreadableJsonError, read_json
+from hftl.runtime.run_folder import UnreadableJsonError, fingerprint, read_json
 
 MAX_REPEATS = 1000
 """Layers, groups or experts of a config, at most; the deepest encoders have some hundred."""
@@ -282,6 +282,27 @@ def _read_as_encoder(config: Any) -> Any:
     known = AutoConfig.for_model(model_type).to_dict().keys() - {"model_type", "architectures"}
     fields = {key: value for key, value in config.to_dict().items() if key in known}
     return AutoConfig.for_model(model_type, **fields)
+
+
+UNHASHED_CONFIG_KEYS = ("_name_or_path", "name_or_path", "transformers_version")
+"""Keys of config.json that say where a checkpoint was and what wrote it, not how it computes."""
+
+
+def hash_source_config(source: SourceModel) -> str:
+    """Return the hash of a source model's config.json, but for names, paths and versions.
+
+    The file counts, and not the parsed config, to which every version of transformers adds keys.
+    """
+    return fingerprint(_drop_unhashed_keys(read_json(source.folder / "config.json")))
+
+
+def _drop_unhashed_keys(node: object) -> object:
+    """Return a config, and those in it, without `UNHASHED_CONFIG_KEYS`."""
+    if isinstance(node, list):
+        return [_drop_unhashed_keys(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {k: _drop_unhashed_keys(v) for k, v in node.items() if k not in UNHASHED_CONFIG_KEYS}
 
 
 def hash_source_weights(source: SourceModel) -> str:

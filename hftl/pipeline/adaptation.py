@@ -16,13 +16,12 @@ from hftl.adapt.encoder_io import merge_encoder_state, set_trainable, write_enco
 from hftl.adapt.guard import AdaptationFacts, HeadTraining, summarize_adaptation
 from hftl.config.adapt import Adapt
 from hftl.config.recipe import Recipe
-from hftl.errors import RunFolderError
 from hftl.finetune.context import ExperimentContext
 from hftl.models.architectures import count_layers
 from hftl.models.encoders import check_block_count, count_blocks
 from hftl.models.lora_concat import check_concatenable, extract_factors, save_factors
 from hftl.models.source import SourceModel, hash_source_weights
-from hftl.pipeline.cache_keys import build_adapt_key
+from hftl.pipeline.cache_keys import build_adapt_key, build_context_inputs, is_stage_finished
 from hftl.pipeline.corpora import Corpus, build_corpus, estimate_corpus_rows
 from hftl.pipeline.objectives import (
     build_adaptation_task,
@@ -34,7 +33,7 @@ from hftl.pipeline.objectives import (
 from hftl.pipeline.run import ArmContexts, FinishedStage, Run
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.progress import show_activity
-from hftl.runtime.run_folder import StageInputs, has_equal, to_json
+from hftl.runtime.run_folder import StageInputs, to_json
 
 HEAD_FILE, FACTS_FILE = "head.safetensors", "told.json"
 MIN_STEPS = 10
@@ -90,11 +89,10 @@ def _run_stage(
     corpus = build_corpus(run, here, stage)
     reads: StageInputs = {
         "recipe": build_adapt_key(run.recipe, stages, number),
-        "weights": here.weights_hash,
         "corpus": corpus.fingerprint,
-        "data": context.prepared.facts.fingerprint,
+        **build_context_inputs(here),
     }
-    if not distributed.broadcast_from_main(lambda: _is_stage_finished(run, folder, reads)):
+    if not distributed.broadcast_from_main(lambda: is_stage_finished(run.folder, folder, reads)):
         with show_activity(f"adapt {stage.objective} {stage.method} [{number}/{len(stages)}]"):
             _adapt_stage(run, context, before, stage, corpus, folder, reads)
     else:
@@ -158,24 +156,6 @@ def _describe_few_steps(stage: Adapt, steps: int, about: str = "") -> list[str]:
         "learn a domain; give a larger corpus, more adapt.training.num_train_epochs, or a smaller "
         "per_device_train_batch_size"
     ]
-
-
-def _is_stage_finished(run: Run, folder: Path, reads: StageInputs) -> bool:
-    """Return True if an adaptation is finished and was made from these inputs.
-
-    Raises:
-        RunFolderError: if it was made from another source model, corpus or data.
-    """
-    finished = run_folder.read_stage_inputs(folder)
-    if finished is None or not has_equal(finished, reads, "recipe"):
-        return False
-    if finished != reads:
-        what = next(key for key in reads if finished.get(key) != reads.get(key))
-        raise RunFolderError(
-            f"{run.folder} was made with another {what}: {folder.name} does not fit",
-            "Put it back, choose another --output, or start over with --restart",
-        )
-    return True
 
 
 def _adapt_stage(

@@ -12,7 +12,7 @@ from hftl.finetune.arm_files import ArmOutput
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.gradual import GradualCheckpoint
 from hftl.finetune.strategies import STRATEGIES
-from hftl.pipeline.cache_keys import build_arm_inputs, is_arm_finished
+from hftl.pipeline.cache_keys import build_arm_inputs, is_stage_finished
 from hftl.pipeline.kl_weight import choose_kl_weight, has_auto_weight, set_kl_weight
 from hftl.pipeline.retention import build_retention, warn_of_weak_probe
 from hftl.pipeline.run import ArmContexts, Run
@@ -85,7 +85,7 @@ def _list_missing_jobs(run: Run, arm_contexts: ArmContexts) -> list[Job]:
         for arm in sorted(run.arms, key=lambda arm: list(STRATEGIES).index(arm.strategy))
         for reads in [build_arm_inputs(run.recipe, arm_contexts[arm.name], arm)]
         for seed in run.recipe.measure.seeds
-        if not is_arm_finished(run.folder, run.arm_folder(arm.name, seed), reads)
+        if not is_stage_finished(run.folder, run.arm_folder(arm.name, seed), reads)
     ]
 
 

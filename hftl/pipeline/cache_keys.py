@@ -81,7 +81,21 @@ ADAPT_RULES = CacheRules(
         "data": "the fingerprints of rows and corpora count beside the recipe",
     },
     # A probe guards on the features that fine-tuning pools, fitted on rows that shots draw.
-    read=(*ENCODING_KEYS, "data.seed", "data.shots", "finetune.pooling"),
+    read=(
+        *ENCODING_KEYS, "data.seed", "data.shots", "finetune.pooling", "data.unlabeled.text",
+        "data.unlabeled.image", "data.general.text", "data.general.image",
+    ),
+)  # fmt: skip
+ORIGINAL_RULES = CacheRules(
+    {
+        "source": "the hashes of its weights, config and preprocessing count beside the recipe",
+        **dict.fromkeys(
+            ("adapt", "finetune", "retain", "measure", "publish"), "the source is as it is"
+        ),
+        "data": ROWS_COUNT,
+        **PLACE_KEYS,
+    },
+    read=("data.task", "data.max_length", "data.image_size", "data.seed", "data.general"),
 )
 
 
@@ -112,6 +126,11 @@ def build_data_key(recipe: Recipe) -> dict[str, JsonValue]:
 def build_general_key(recipe: Recipe) -> dict[str, JsonValue]:
     """Return the recipe keys, with their values, that the general rows depend on."""
     return GENERAL_RULES.select(flatten_recipe(recipe))
+
+
+def build_original_key(recipe: Recipe) -> dict[str, JsonValue]:
+    """Return the recipe keys, with their values, that the source's embeddings depend on."""
+    return ORIGINAL_RULES.select(flatten_recipe(recipe))
 
 
 def build_adapt_key(recipe: Recipe, stages: Sequence[Adapt], number: int) -> dict[str, JsonValue]:
@@ -152,7 +171,7 @@ def build_record_key(recipe: Recipe, stages: Mapping[str, JsonValue], publish: b
 
 
 def build_arm_inputs(recipe: Recipe, context: ExperimentContext, arm: Arm) -> StageInputs:
-    """Return all that an arm depends on: recipe keys, version, weights and rows."""
+    """Return all that an arm depends on: recipe keys, version, source model and rows."""
     key = build_arm_key(recipe, arm)
     if context.prepared.modality == "image":
         # Images have no tokens.
@@ -160,37 +179,53 @@ def build_arm_inputs(recipe: Recipe, context: ExperimentContext, arm: Arm) -> St
     inputs: StageInputs = {
         "recipe": key,
         "asked": select_recipe_values(recipe, key),
-        "semantics": SEMANTICS,
-        "weights": context.weights_hash,
-        "data": context.prepared.facts.fingerprint,
+        **build_context_inputs(context),
     }
     if context.general is not None and any(name.startswith("data.general.") for name in key):
         inputs["general"] = context.general.facts.fingerprint
     return inputs
 
 
-def is_arm_finished(run: Path, folder: Path, inputs: StageInputs) -> bool:
-    """Return True if an arm is finished and was made from these inputs.
+def build_context_inputs(context: ExperimentContext) -> StageInputs:
+    """Return what all that trains depends on beside the recipe: version, source model and rows."""
+    return {
+        "semantics": SEMANTICS,
+        "weights": context.weights_hash,
+        "config": context.config_hash,
+        "preprocessing": context.preprocessing_hash,
+        "data": context.prepared.facts.fingerprint,
+    }
+
+
+def is_stage_finished(run: Path, folder: Path, inputs: StageInputs) -> bool:
+    """Return True if an arm or adaptation is finished and was made from these inputs.
 
     Raises:
-        RunFolderError: if it was made from another source model or other data, or by a version
-            that trained otherwise.
+        RunFolderError: if it was made from another source model, corpus or other data, or by a
+            version that trained otherwise.
     """
     finished = run_folder.read_stage_inputs(folder)
     if finished is None or not has_equal(finished, inputs, "recipe"):
         return False
-    for key, what in (
-        ("weights", "another source model"), ("data", "other data"),
-        ("general", "other general data"), ("semantics", OLDER),
-    ):  # fmt: skip
-        # Only an arm that could forget depends on general data.
-        is_unread = key == "general" and key not in finished and key not in inputs
-        if not is_unread and not has_equal(finished, inputs, key):
+    for key, what in MISFITS.items():
+        # Only an arm that could forget depends on general data, and only an adaptation on a corpus.
+        is_read = key not in ("general", "corpus") or key in finished or key in inputs
+        if is_read and not has_equal(finished, inputs, key):
             raise _build_misfit_error(run, folder, what)
     return True
 
 
 OLDER = "an older hftl, which trained otherwise"
+MISFITS = {
+    "semantics": OLDER,
+    "weights": "another source model",
+    "config": "another config.json of the source model",
+    "preprocessing": "another tokenizer or image processor of the source model",
+    "data": "other data",
+    "general": "other general data",
+    "corpus": "another corpus",
+}
+"""What a stage was made with, by the key of its inputs that differs; the first one is named."""
 
 
 def _build_misfit_error(run: Path, folder: Path, what: str) -> RunFolderError:
@@ -244,7 +279,8 @@ def refuse_changed(recipe: Recipe, run: Path, arms: Sequence[Arm]) -> None:
     """
     changes: set[str] = set()
     for number in range(1, len(recipe.stages) + 1):
-        inputs = run_folder.read_stage_inputs(run / "phases" / f"adapt-{number}")
+        folder = run / "phases" / f"adapt-{number}"
+        inputs = _read_current_inputs(run, folder)
         if inputs is not None:
             changes |= set(
                 describe_changes(
@@ -256,16 +292,29 @@ def refuse_changed(recipe: Recipe, run: Path, arms: Sequence[Arm]) -> None:
         changes |= set(describe_changes(data.get("recipe", {}), build_data_key(recipe)))
     for arm in arms:
         for folder in sorted((run / "arms").glob(f"{arm.name}-seed[0-9]*")):
-            inputs = run_folder.read_stage_inputs(folder)
+            if not folder.name.removeprefix(f"{arm.name}-seed").isdigit():
+                # Of an arm whose own name goes on with -seed and a number.
+                continue
+            inputs = _read_current_inputs(run, folder)
             if inputs is not None:
-                if inputs.get("semantics") != SEMANTICS:
-                    raise _build_misfit_error(run, folder, OLDER)
                 changes |= _describe_arm_changes(inputs, recipe, arm)
     if changes:
         raise RunFolderError(
             f"{run} was made with another recipe: {'; '.join(sorted(changes))}",
             "Put it back, choose another --output, or start over with --restart",
         )
+
+
+def _read_current_inputs(run: Path, folder: Path) -> StageInputs | None:
+    """Return what an arm or adaptation depended on; None where it is absent.
+
+    Raises:
+        RunFolderError: if an older version trained it.
+    """
+    inputs = run_folder.read_stage_inputs(folder)
+    if inputs is not None and inputs.get("semantics") != SEMANTICS:
+        raise _build_misfit_error(run, folder, OLDER)
+    return inputs
 
 
 def _describe_arm_changes(inputs: StageInputs, recipe: Recipe, arm: Arm) -> set[str]:

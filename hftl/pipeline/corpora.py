@@ -161,11 +161,11 @@ def _build_encoding_key(
 ) -> Mapping[str, object]:
     """Return what the encoding of a corpus depends on."""
     if isinstance(context.inputs, ImageInputs):
-        seen = fingerprint(context.inputs.processor.to_dict())
         held = None if general else stage.held_out
-        return {"processor": seen, "held_out": held, "seed": run.recipe.data.seed}
-    tokenizer = fingerprint(json.loads(context.inputs.tokenizer.backend_tokenizer.to_str()))
-    return {"tokenizer": tokenizer, "cut": asdict(_build_block_spec(run, context, stage, general))}
+        processor = context.preprocessing_hash
+        return {"processor": processor, "held_out": held, "seed": run.recipe.data.seed}
+    spec = _build_block_spec(run, context, stage, general)
+    return {"tokenizer": context.preprocessing_hash, "cut": asdict(spec)}
 
 
 def _build_block_spec(

@@ -94,13 +94,15 @@ def _list_arm_folders(run: Run) -> dict[str, list[Path]]:
 
 def _hash_stages(run: Run, stages: list[FinishedStage]) -> dict[str, JsonValue]:
     """Return the hashes of all that the record comes from."""
+    phases, general = run.folder / "phases", run.recipe.data.general
     return {
         "arms": {
             name: [run_folder.hash_stage(folder) for folder in folders]
             for name, folders in _list_arm_folders(run).items()
         },
         "adapt": [run_folder.hash_stage(stage.folder) for stage in stages],
-        "data": run_folder.hash_stage(run.folder / "phases" / "data"),
+        "data": run_folder.hash_stage(phases / "data"),
+        "general": None if general is None else run_folder.hash_stage(phases / "general-rows"),
     }
 
 

@@ -45,8 +45,11 @@ def evaluate_adaptation(
     folder = run.folder
     # A publish folder of an earlier call must not fall behind the record.
     has_card = publish or (folder / "publish").exists()
-    hashes: list[JsonValue] = [run_folder.hash_stage(stage.folder) for stage in stages]
-    key = build_record_key(run.recipe, {"adapt": hashes}, has_card)
+    hashes: dict[str, JsonValue] = {
+        "adapt": [run_folder.hash_stage(stage.folder) for stage in stages],
+        "data": run_folder.hash_stage(folder / "phases" / "data"),
+    }
+    key = build_record_key(run.recipe, hashes, has_card)
     if not run_folder.is_finished(folder, key):
         with show_activity("measuring"):
             record = _build_adaptation_record(run, context, stages)

@@ -37,11 +37,15 @@ def prepare_fisher(
     reads = {
         "semantics": SEMANTICS,
         "weights": context.weights_hash,
+        "config": context.config_hash,
+        "preprocessing": context.preprocessing_hash,
         "general": general.facts.fingerprint,
         "kind": config.fisher,
         "rows": len(rows),
-        # The head depends on the seed; features need none.
-        "head": None if config.fisher == "features" else [arm.finetune.pooling, seed],
+        # The head is the probe of the seed's rows; features need none.
+        "head": None
+        if config.fisher == "features"
+        else [arm.finetune.pooling, seed, context.shots, context.prepared.facts.fingerprint],
         "pooling": arm.finetune.pooling,
         "max_length": getattr(context.inputs, "max_length", None),
     }

@@ -1,10 +1,11 @@
 """Measure what each arm has forgotten, against the source's embeddings, computed once a run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from hftl.config.recipe import Arm
+from hftl.config.recipe import Arm, Recipe
 from hftl.finetune.arm_files import read_embeddings, write_embeddings
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.pretraining_heads import embed_source, find_source_classes, select_compared_rows
@@ -15,6 +16,7 @@ from hftl.measure.forgetting import (
     measure_forgetting,
 )
 from hftl.measure.record import Control, ForgettingSection
+from hftl.pipeline.cache_keys import build_arm_key, build_context_inputs, build_original_key
 from hftl.pipeline.run import Run
 from hftl.retain.kl import DEFAULT_TAU
 from hftl.runtime import run_folder
@@ -42,7 +44,7 @@ def build_forgetting_section(
         name: [seed or before for seed in embeddings] for name, embeddings in stored.items()
     }
     compared = [arms[name] for name in stored]
-    plain = {arm.name: _find_arm_without_retention(arm, compared) for arm in compared}
+    plain = {arm.name: _find_arm_without_retention(run.recipe, arm, compared) for arm in compared}
     spec, general = _build_spec(context), context.general
     rows = {part: len(selected) for part, selected in select_compared_rows(context).items()}
     headline, entries = build_forgetting_arms(measure_forgetting(before, after, spec), spec, plain)
@@ -83,20 +85,20 @@ def _keeps_source_encoder(arm: Arm) -> bool:
     return not arm.spec.changes_encoder and not arm.stages
 
 
-def _find_arm_without_retention(arm: Arm, others: list[Arm]) -> str | None:
-    """Return the name of the same arm without retention."""
+def _find_arm_without_retention(recipe: Recipe, arm: Arm, others: list[Arm]) -> str | None:
+    """Return the name of the arm that reads the same in all but retention."""
     if arm.retain is None:
         return None
-    plain = (arm.strategy, arm.stages, None)
-    return next((o.name for o in others if (o.strategy, o.stages, o.retain) == plain), None)
+    plain = build_arm_key(recipe, replace(arm, retain=None))
+    return next((other.name for other in others if build_arm_key(recipe, other) == plain), None)
 
 
 def _load_source_embeddings(run: Run, context: ExperimentContext) -> dict[str, np.ndarray]:
-    """Return the source's embeddings; computed if no stage of this data and weights has them."""
+    """Return the source's embeddings; computed if no stage of these inputs has them."""
     stage = run.folder / "phases" / "original"
     reads = {
-        "weights": context.weights_hash,
-        "data": context.prepared.facts.fingerprint,
+        "recipe": build_original_key(run.recipe),
+        **build_context_inputs(context),
         "general": None if context.general is None else context.general.facts.fingerprint,
     }
     if run_folder.read_stage_inputs(stage) != reads:

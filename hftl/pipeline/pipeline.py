@@ -37,7 +37,6 @@ from hftl.pipeline.run import Run
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.hardware import get_device
 from hftl.runtime.progress import show_activity, show_progress
-from hftl.runtime.run_folder import fingerprint
 from hftl.train.facts import CheckFacts
 
 PHASES = ("adapt", "finetune", "measure", "publish")
@@ -247,7 +246,7 @@ def _load_general_rows(run: Run, context: ExperimentContext) -> GeneralData | No
             "recipe": build_general_key(recipe),
             "content": data_stage.hash_data_files(data, context.prepared.modality, ("general",)),
             "data": context.prepared.facts.fingerprint,
-            "processor": inputs and fingerprint(inputs.processor.to_dict()),
+            "processor": inputs and context.preprocessing_hash,
         }
         if run_folder.read_stage_inputs(folder) != reads:
             reading = infer_input_spec(context.source, context.prepared.task)

@@ -30,10 +30,11 @@ RUN_FILES = (
     "report.html", "error.json", "log.txt", ".lock",
 )  # fmt: skip
 """Every name that a run folder may hold."""
-SEMANTICS = 3
+SEMANTICS = 4
 """Raised when the same recipe and data train, draw or choose otherwise than before, or when the
 keys of arms change, so that arms of two versions are never averaged. 2 standardises targets, draws
-them by their inputs alone, keeps the least error and pads on the right; 3 reads whole sections."""
+them by their inputs alone, keeps the least error and pads on the right; 3 reads whole sections; 4
+counts the source's config and preprocessing, and the columns of corpora."""
 
 
 Part = TypeVar("Part", bound=BaseModel)
@@ -51,6 +52,8 @@ class StageInputs(TypedDict, total=False):
     """What the recipe itself says of these keys; an arm of `measure` may differ."""
     semantics: int
     weights: str
+    config: str
+    preprocessing: str
     data: str
     general: str
     corpus: str
