@@ -56,7 +56,8 @@ ORDER = [
     "pipeline.estimate", "pipeline.arms", "pipeline.corpora",
     "pipeline.objectives", "pipeline.model_checks", "pipeline.adaptation", "pipeline.forgetting",
     "pipeline.record_sections", "pipeline.publish_folder", "pipeline.evaluate",
-    "pipeline.evaluate_adaptation", "pipeline.amend", "pipeline.push", "pipeline.pipeline",
+    "pipeline.evaluate_adaptation", "pipeline.amend", "pipeline.push", "pipeline.dry_run",
+    "pipeline.pipeline",
     "cli_errors", "cli", "__main__",
 ]  # fmt: skip
 ROOT = Path(__file__).parent.parent / "hftl"
