@@ -23,7 +23,7 @@ ORDER = [
     "data.images", "data.load", "data.labels", "data.splits", "data.prepare", "data.text_inputs",
     "data.image_inputs", "data.corpus", "data.masking", "data.general",
     "models.architecture_spec", "models.text_architectures", "models.image_architectures",
-    "models.architectures", "models.encoders", "models.source",
+    "models.architectures", "models.packing", "models.encoders", "models.source",
     "models.heads", "models.lora", "models.lora_concat", "models.features",
     "models.layer_features",
     "analysis.probe", "analysis.neighbours", "analysis.drift", "analysis.check",
