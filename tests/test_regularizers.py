@@ -309,6 +309,42 @@ def test_takes_a_users_own_term(bert: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("returned", "kind"),
+    [
+        (None, "None"), ("0.1", "'0.1'"), (True, "True"), ([0.1], r"\[0.1\]"),
+        (torch.ones(8), r"a tensor of shape \[8\]"), (torch.ones(1), r"a tensor of shape \[1\]"),
+    ],
+    ids=["None", "text", "bool", "list", "vector", "one element"],
+)  # fmt: skip
+def test_names_a_users_term_that_returns_no_number(
+    returned: Any, kind: str, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HeadDecay, "loss", lambda self, step: returned)
+    trainer = build_trainer(build_probed_model(bert, "head"), tmp_path, [L2SP(), HeadDecay()])
+    with pytest.raises(RecipeError, match=f"HeadDecay.loss returned {kind}, expected a scalar"):
+        trainer.train()
+
+
+def test_takes_a_number_and_no_term_at_all(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HeadDecay, "loss", lambda self, step: 0.25)
+    losses = [
+        run_first_step(build_trainer(build_probed_model(bert, "head"), tmp_path, terms))[0]
+        for terms in (None, [], HeadDecay())
+    ]
+    assert losses[0] == losses[1] == pytest.approx(losses[2] - 0.25)
+
+
+@pytest.mark.parametrize("kind", [KLToOriginal, L2SP])
+def test_refuses_a_key_that_is_given_twice(kind: Any) -> None:
+    with pytest.raises(
+        RecipeError, match=f"{kind.__name__}: weight is given twice, as 0.3 and 0.5. Give it once"
+    ):
+        kind(0.3, weight=0.5)
+
+
+@pytest.mark.parametrize(
     "section",
     [*(KL(on=on) for on in get_args(KL.model_fields["on"].annotation)), L2SPSection(), EWC()],
 )

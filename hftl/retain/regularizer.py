@@ -171,14 +171,20 @@ class Regularizer(ABC, Generic[Config]):
     config: Config
 
     def __init__(self, *values: Any, **keys: Any) -> None:
-        names = list(self.section.model_fields)
+        names, own_name = list(self.section.model_fields), type(self).__name__
         if len(values) > len(names):
-            raise TypeError(f"{type(self).__name__} takes {', '.join(names)}, got {values}")
-        keys = {**dict(zip(names, values, strict=False)), **keys}
+            raise TypeError(f"{own_name} takes {', '.join(names)}, got {values}")
+        by_name = dict(zip(names, values, strict=False))
+        for name in by_name.keys() & keys:
+            raise RecipeError(
+                f"{own_name}: {name} is given twice, as {by_name[name]!r} and {keys[name]!r}",
+                "Give it once",
+            )
+        keys = by_name | keys
         try:
             self.config = self.section.model_validate(keys)  # pyright: ignore
         except ValidationError as error:
-            raise build_recipe_error(error, type(self).__name__, self.section) from None
+            raise build_recipe_error(error, own_name, self.section) from None
 
     @classmethod
     def from_config(cls, config: Config, context: RegularizerContext) -> Self:
@@ -267,8 +273,32 @@ class Retention:
         # A reference that every output was read from need not stay in memory.
         self.reference = None
 
+    def compute_loss(self, step: Step) -> Tensor | float:
+        """Return what all regularizers add to the loss of a step, for one batch.
+
+        Raises:
+            RecipeError: naming a user's term that returns anything but a number.
+        """
+        return sum(_check_scalar(term, term.loss(step)) for term in self.regularizers)
+
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Let regularizers change the weights after the optimizer's step."""
         for regularizer in self.regularizers:
             if isinstance(regularizer, Regularizer):
                 regularizer.after_step(model, optimizer)
+
+
+def _check_scalar(term: LossTerm, loss: Any) -> Any:
+    """Return what a term adds to the loss, if it is one number.
+
+    Raises:
+        RecipeError: naming the class of the term, if it is not.
+    """
+    is_number = isinstance(loss, (int, float)) and not isinstance(loss, bool)
+    if is_number or (isinstance(loss, Tensor) and loss.dim() == 0):
+        return loss
+    kind = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+    raise RecipeError(
+        f"{type(term).__name__}.loss returned {kind}, expected a scalar tensor",
+        "Return one number, such as a mean over the batch's rows times step.share",
+    )

@@ -56,7 +56,7 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         model: Any = None,
         args: TrainingArguments | None = None,
         *more: Any,
-        retain: LossTerm | Sequence[LossTerm] | Retention = (),
+        retain: LossTerm | Sequence[LossTerm] | Retention | None = None,
         reference: nn.Module | None = None,
         general_dataset: Any | None = None,
         general_ratio: float = 0.5,
@@ -78,7 +78,7 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
             self.args.label_smoothing_factor = smoothing
             self.label_smoother = LabelSmoother(epsilon=smoothing)
         if not isinstance(retain, Retention):
-            terms = retain if isinstance(retain, Sequence) else [retain]
+            terms = retain if isinstance(retain, Sequence) else [] if retain is None else [retain]
             retain = Retention(terms, reference, general_dataset, general_ratio, general_weight)
         self.retention = retain
         losses.check_general_ratio(retain.ratio)
@@ -228,9 +228,8 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
                 counts=self._find_counted_rows(inputs), target_rows=self._rows,
                 ratio=self.retention.ratio, epoch=int(self.state.epoch or 0),
             )  # fmt: skip
-            terms = [regularizer.loss(current) for regularizer in self.retention.regularizers]
             # The gradients of processes are averaged, and the counts are those of all.
-            loss = loss + self.accelerator.num_processes * sum(terms)
+            loss = loss + self.accelerator.num_processes * self.retention.compute_loss(current)
         if not return_outputs:
             return loss
         return loss, outputs if plan.uses_model_loss else losses.prepend_loss(outputs, loss)
