@@ -225,6 +225,7 @@ def test_refuses_tasks_that_do_not_fit(
         ("albert", {"strategy": "partial", "blocks": 2}, "has 1 block, which its 3 layers share"),
         ("bert", {"strategy": "partial", "blocks": 4}, "blocks=4, but the source model has 3"),
         ("bert", {"strategy": "sideways"}, "unknown strategy 'sideways'"),
+        ("bert", {"lora": ["r"]}, r"prepare: lora is \['r'\], expected a mapping of fields"),
         ("bert", {"strategy": "partial", "blokcs": 1}, "unknown key 'blokcs'; did you mean"),
     ],
 )

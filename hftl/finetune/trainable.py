@@ -59,6 +59,11 @@ def prepare(
         finetune = Finetune.model_validate({"strategy": strategy, "blocks": blocks} | keys)
     except ValidationError as error:
         raise build_recipe_error(error, "prepare", Finetune) from error
+    if not isinstance(lora, Mapping | None):
+        raise RecipeError(
+            f"prepare: lora is {lora!r}, expected a mapping of fields of peft.LoraConfig",
+            "Write lora={'r': 8}",
+        )
     # Unlike a recipe's, the adapter of a user's own script need not fit a public base.
     settings = {**DEFAULT_LORA, **(lora or {})}
     check_lora_values(settings, "finetune.lora")

@@ -156,7 +156,7 @@ class Predictor:
         if why:
             expected = f"{len(self.columns)} text(s), not empty"
             if self.task == "token-classification":
-                expected = "a list of words"
+                expected = "a list of words, none of them empty"
             raise DataError(f"{place} is {value!r}, expected {expected}", "Correct it")
         return Row(content, "", None, 0, place)
 
