@@ -1,5 +1,6 @@
 """Write a commented recipe for a table or folder, guessing what its columns are: `hftl init`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -32,8 +33,6 @@ LABEL_NAMES = (
 TEXT_NAMES = ("text", "sentence", "review", "content", "body", "document", "comment", "message")
 WORD_LIST_NAMES = ("tokens", "words")
 GROUP_NAMES = ("group", "document_id", "author", "user", "user_id", "patient", "session")
-
-NO_GUESS_ADVICE = "Write the recipe by hand: data.train names the columns; keys: hftl schema"
 
 TEMPLATE = """# Fine-tunes {source} on {data}, and measures what the transfer was worth.
 # Every key and its default: hftl schema.   Look before you run: hftl check {recipe}
@@ -212,7 +211,7 @@ def _guess_label(name: str, columns: dict[str, list[object]]) -> tuple[str, str]
         return column, "classification"
     raise DataError(
         f"{name}: no column looks like a label; it has {', '.join(columns)}",
-        NO_GUESS_ADVICE,
+        "Write the recipe by hand, see recipes/README.md",
     )
 
 
@@ -227,7 +226,7 @@ def _guess_text_columns(name: str, columns: dict[str, list[object]], label: str)
     if not lengths:
         raise DataError(
             f"{name}: no column looks like text; it has {', '.join(columns)}",
-            NO_GUESS_ADVICE,
+            "Write the recipe by hand, see recipes/README.md",
         )
     for column in lengths:
         second = f"{column[:-1]}2"
@@ -278,7 +277,10 @@ def _parse_number(value: object) -> float | None:
         except ValueError:
             return None
     if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf
     return None
 
 

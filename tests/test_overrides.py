@@ -35,6 +35,7 @@ def test_scalars(text: str, value: Any) -> None:
         ("a: !!python/object:os.system x", r"r\.yaml line 1: not valid YAML"),
         ("a: 2020-13-45", r"r\.yaml.*: not valid YAML: month"),
         ("a: \x00", r"r\.yaml.*: not valid YAML"),
+        ("[" * 5000, r"r\.yaml: not valid YAML: maximum recursion depth"),
     ],
 )
 def test_what_is_not_yaml_is_named_by_line(text: str, message: str) -> None:

@@ -110,7 +110,8 @@ def test_a_file_that_is_missing_or_changed_is_named(
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"null", b"{}", b'{"files": {}}',
-                                     b'{"files": 3, "reads": {}}', b"\xff"])  # fmt: skip
+                                     b'{"files": 3, "reads": {}}', b"\xff", b"[" * 100_000],
+                         ids=range(10))  # fmt: skip
 def test_a_manifest_that_is_missing_or_damaged_is_named(stage: Path, content: bytes | None) -> None:
     path = stage / run_folder.MANIFEST
     path.unlink() if content is None else path.write_bytes(content)

@@ -149,6 +149,29 @@ def test_source_without_processor_or_tokenizer_says_so(tiny_model: Tiny, tmp_pat
         load_tokenizer(find_folder(tmp_path / "bert"))
 
 
+DAMAGED = {"deep": "[" * 100_000, "list": "[]", "text": '"x"'}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize(
+    ("name", "file", "message"),
+    [
+        ("bert", "config.json", "is no model: "), ("vit", "config.json", "is no model: "),
+        ("bert", "tokenizer.json", "has no usable tokenizer: "),
+        ("bert", "tokenizer_config.json", "has no usable tokenizer: "),
+        ("vit", "preprocessor_config.json", "has no usable image processor: "),
+    ],
+)  # fmt: skip
+def test_source_whose_json_is_no_mapping_is_refused(
+    name: str, file: str, message: str, damage: str, tiny_model: Tiny, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model(name), tmp_path / "model"))
+    (folder / file).write_text(DAMAGED[damage], encoding="utf-8")
+    with pytest.raises(RecipeError, match=f"source.model: .* {message}"):
+        load_inputs = load_tokenizer if name == "bert" else load_image_processor
+        load_inputs(find_folder(folder))
+
+
 @pytest.mark.parametrize(
     ("name", "lost", "needed"),
     [

@@ -13,7 +13,7 @@ from typing import Any
 
 from hftl.config.data import Data, GeneralTable, Table
 from hftl.data.csv_reader import read_csv
-from hftl.data.rows import RawRow, open_text
+from hftl.data.rows import RawRow, has_invalid_utf8, open_text
 from hftl.errors import DataError, HubError, format_error_line
 from hftl.runtime import paths
 
@@ -62,6 +62,8 @@ def _parse_json_object(line: str) -> tuple[dict[str, object], str | None]:
         return {}, "its JSON is nested too deep"
     if not isinstance(values, dict):
         return {}, f"not a JSON object but a {type(values).__name__}"
+    if any(map(has_invalid_utf8, values)):
+        return {}, "a key that is not valid UTF-8"
     return ({}, "its JSON is nested too deep") if _is_too_deep(values) else (values, None)
 
 

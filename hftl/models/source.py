@@ -163,7 +163,7 @@ def find_source(source: Source, on_hub: bool = False) -> SourceModel:
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, *BUILD_ERRORS) as error:
         raise RecipeError(
             f"source.model: {source.model} is no model: {format_error_line(error)}",
             "Give one with config.json and model.safetensors",
@@ -190,9 +190,10 @@ BUILD_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError
 
 A class of transformers: AttributeError for a key that config.json lacks, TypeError for a value of
 another type, KeyError for an unknown activation, ValueError for sizes that do not divide,
-RuntimeError for sizes that torch refuses. A tokenizer: AttributeError. peft: ValueError for targets
-that match nothing, KeyError for an unknown peft_type, IndexError for layers that the model lacks,
-re.error for a pattern.
+RuntimeError for sizes that torch refuses. A config, tokenizer or processor: TypeError and
+AttributeError where its JSON is no mapping, RecursionError where it is nested too deep. peft:
+ValueError for targets that match nothing, KeyError for an unknown peft_type, IndexError for layers
+that the model lacks, re.error for a pattern.
 """
 LOADING_ERRORS = (*BUILD_ERRORS, SafetensorError, OSError, EOFError, UnpicklingError)
 """The same, and what reading the weights raises.
@@ -226,7 +227,7 @@ def load_tokenizer(source: SourceModel) -> Any:
     fix = "Save the tokenizer beside the model"
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, *BUILD_ERRORS) as error:
         raise RecipeError(
             f"source.model: {source.name} has no usable tokenizer: {format_error_line(error)}",
             fix,
@@ -262,9 +263,9 @@ def load_image_processor(source: SourceModel) -> Any:
         return AutoImageProcessor.from_pretrained(
             source.folder, backend="pil", trust_remote_code=False
         )
-    except (OSError, ValueError, ImportError) as error:
-        # OSError for a file that is missing or no JSON, ValueError for an unknown class,
-        # ImportError for a class that needs a package which is not installed.
+    except (OSError, ImportError, *BUILD_ERRORS) as error:
+        # OSError for a file that is missing or no JSON, ImportError for a class that needs a
+        # package which is not installed.
         raise RecipeError(
             f"source.model: {source.name} has no usable image processor: "
             f"{format_error_line(error)}",

@@ -26,8 +26,8 @@ MANIFEST = "MANIFEST.json"
 REPORT_STAGE = Path("phases") / "report"
 """The stage that lists the files of a finished run."""
 RUN_FILES = (
-    "phases", "arms", "analysis", "publish", "publish-base", "checkpoints", "recipe.yaml",
-    "record.json", "report.html", "error.json", "log.txt", ".lock",
+    "phases", "arms", "publish", "publish-base", "checkpoints", "recipe.yaml", "record.json",
+    "report.html", "error.json", "log.txt", ".lock",
 )  # fmt: skip
 """Every name that a run folder may hold."""
 SEMANTICS = 4
@@ -165,8 +165,7 @@ def read_stage_inputs(folder: Path) -> StageInputs | None:
     if not folder.exists():
         return None
     try:
-        stored = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        manifest = Manifest.model_validate(stored)
+        manifest = Manifest.model_validate(read_json(folder / MANIFEST))
     except (OSError, ValueError) as error:
         raise _make_damage_error(folder, MANIFEST, "missing or unreadable") from error
     for name, digest in manifest.files.items():
