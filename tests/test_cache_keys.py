@@ -78,7 +78,8 @@ WHOLE: dict[str, Any] = {
         "kl": {"weight": 0.3}, "l2sp": {"weight": 0.1}, "ewc": {"weight": 1.0},
         "replay": {"ratio": 0.5, "labelled": True, "weight": 0.5}, "interpolate": [0.5, 1.0],
     },
-    "measure": {"arms": ["scratch", "head", "majority", "partial", "gradual", "full"]},
+    "measure": {"arms": ["scratch", "head", "majority", "partial", "gradual", "full",
+                         "zero_shot"]},
 }  # fmt: skip
 """A recipe in which every section is given, so that every key of the schema has a value."""
 OTHER_VALUES: dict[str, Any] = {

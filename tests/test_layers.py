@@ -35,6 +35,7 @@ ORDER = [
     "adapt.adaptation",
     "finetune.arm_files", "finetune.trainable", "finetune.context",
     "finetune.pretraining_heads",
+    "finetune.zero_shot",
     "finetune.gradual", "finetune.guard_metrics",
     "finetune.interpolate", "finetune.arm", "finetune.baselines",
     "measure.gain", "measure.error_analysis", "measure.forgetting",

@@ -26,7 +26,7 @@ FROM_CONTRACT = {
         "test": {"fraction": 0.2},
         "unlabeled": None, "general": None, "group": None, "shots": None, "seed": 0,
         "bad_rows": "refuse", "max_length": 128, "image_size": None, "augment": "none",
-        "max_pixels": 40_000_000,
+        "max_pixels": 40_000_000, "label_names": None,
     },
     "adapt": None,
     "finetune": {
@@ -169,7 +169,6 @@ def test_a_misspelt_key_is_named_with_its_closest_match(assignment: str) -> None
         ({"replay": {"retain": {"replay": {}}}}, "but data.general is null"),
         ({"head": {"finetune.blocks": 1}}, "two arms named 'head'"),
         ({"lora": {"finetune.lora.r": 4}}, "two arms named 'lora'"),
-        ("zero_shot", "zero-shot baseline is not built yet"),
         ("source", "goes without adaptation, and so does the recipe"),
         ({"full": 3}, r"'measure\.arms"),
         (3, r"'measure\.arms"),

@@ -308,12 +308,18 @@ def _format_purpose(record: Record) -> str:
     kind = input_kind(record)
     if not labels:
         return f"{start} predicts a number from {'pictures' if kind == 'image' else 'text'}."
-    shown = ", ".join(format_code(label) for label in labels[:MAX_LABELS])
+    shown = ", ".join(_format_label(label, record) for label in labels[:MAX_LABELS])
     more = f" and {len(labels) - MAX_LABELS} more" if len(labels) > MAX_LABELS else ""
     end = ", several at once" if record.data.task == "multi-label" else ""
     if any(stage.kept == "adapted" for stage in record.stages):
         end += ", after adaptation to its domain"
     return f"{start} {TASK_PHRASES[kind]} {shown}{more}{end}."
+
+
+def _format_label(label: str, record: Record) -> str:
+    """Return a label as code, and the words for it where the recipe gives some."""
+    words = (record.recipe.data.label_names or {}).get(label)
+    return format_code(label) + (f" ({escape_markup(words)})" if words else "")
 
 
 def _build_ladder_row(row: LadderRow, record: Record) -> ArmTableRow:

@@ -18,6 +18,13 @@ from hftl.train.facts import ScratchSearch
 
 MAX_WORSE_CLASSES = 5
 """Classes that are named where the baseline is better."""
+MAX_PROMPTED_CLASSES, MAX_PROMPTS = 5, 2
+"""Classes whose texts are shown, and texts of each."""
+HEAD_STARTS = {
+    "probe": "the linear probe", "random": "random weights",
+    "zero_shot": "the source's embeddings of words for the classes",
+}  # fmt: skip
+"""By `finetune.head_init`."""
 
 
 def format_data_sentence(record: Record) -> str:
@@ -26,12 +33,14 @@ def format_data_sentence(record: Record) -> str:
     read = data.labels_read
     assert read is not None
     noun = "words" if input_kind(record) == "words" else "rows"
-    trained = f"{read.train_per_seed:,} labelled {noun} a seed"
-    if shots:
+    trained = f"trained on {read.train_per_seed:,} labelled {noun} a seed"
+    if not record.recipe.finetune.spec.reads_labels:
+        trained = "no label was used to make it"
+    elif shots:
         unit = "in all" if data.task in TASKS_WITHOUT_CLASS_SHOTS else "a class"
         trained += f" ({shots} {'rows ' if noun == 'words' else ''}{unit}, drawn by the seed)"
     return (
-        f"{format_code(data.name)}: trained on {trained}; {_format_validation_choices(record)} "
+        f"{format_code(data.name)}: {trained}; {_format_validation_choices(record)} "
         f"chosen on {data.splits['validation']:,} validation rows, and every figure above is on "
         f"{data.splits['test']:,} test rows that nothing was chosen by"
         f"{_format_baseline_choice(record)}. {read.total:,} labels were read in all."
@@ -164,11 +173,12 @@ def format_training_sentence(record: Record) -> str:
     """Return how the model was trained."""
     finetune, seeds = record.recipe.finetune, len(record.recipe.measure.seeds)
     clauses = [f"Strategy `{finetune.strategy}`, pooling `{finetune.pooling}`"]
-    if finetune.spec.is_solved:
+    if not finetune.spec.reads_labels:
+        clauses.append(f"nothing was trained: {_format_prompts(record)}")
+    elif finetune.spec.is_solved:
         clauses.append("solved on features of the frozen encoder, its penalty by cross-validation")
     else:
-        start = "the linear probe" if finetune.head_init == "probe" else "random weights"
-        clauses.append(f"the head started from {start}")
+        clauses.append(f"the head started from {HEAD_STARTS[finetune.head_init]}")
         rate, epochs = (finetune.training[k] for k in ("learning_rate", "num_train_epochs"))
         length = _format_epochs(epochs)
         if finetune.spec.schedule == "phases":
@@ -181,6 +191,21 @@ def format_training_sentence(record: Record) -> str:
             training = [entry.training for entry in record.own_entries]
             clauses += record.recipe.retain.describe(training)
     return f"{'; '.join(clauses)}; {seeds} seed{'s' if seeds > 1 else ''}."
+
+
+def _format_prompts(record: Record) -> str:
+    """Return the texts that stand for the first classes, as code."""
+    prompts = record.own_entries[0].training.prompts or {}
+    shown = [
+        f"{format_code(label)} is {', '.join(map(format_code, texts[:MAX_PROMPTS]))}"
+        for label, texts in list(prompts.items())[:MAX_PROMPTED_CLASSES]
+    ]
+    more = len(prompts) - len(shown)
+    return (
+        "an input is compared with texts, "
+        + ", ".join(shown)
+        + (f" and those of {more} more classes" if more > 0 else "")
+    )
 
 
 def _format_epochs(number: float) -> str:

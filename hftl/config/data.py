@@ -1,10 +1,11 @@
 """Define the section `data` of a recipe: the tables, the task and the splits."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from hftl.config.section import Section
+from hftl.config.section import Section, name_by_label
 
 Task = Literal["classification", "multi-label", "regression", "token-classification"]
 
@@ -100,6 +101,9 @@ class Data(Section):
     image_size: int | None = Field(default=None, ge=1, le=4096)
     augment: Literal["none", "light"] = "none"
     max_pixels: int = Field(default=40_000_000, ge=1)
+    label_names: Annotated[Mapping[str, str], BeforeValidator(name_by_label)] | None = None
+    """Words for labels, as {0: negative, 1: positive}. Zero-shot classification reads them and the
+    card shows them; the labels stay as the table has them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -135,7 +139,14 @@ class Data(Section):
         total = sum(p.fraction for p in (self.validation, self.test) if isinstance(p, Fraction))
         if total >= 1:
             raise ValueError(f"the fractions of validation and test add up to {total:g}")
+        if self.label_names and self.task in (None, "regression"):
+            raise ValueError(f"label_names are words for classes, and task={self.task} has none")
         return self
+
+    def get_label_words(self, label: str) -> str:
+        """Return the words for a label: its entry of `label_names`, else the label itself, with
+        spaces for underscores."""
+        return (self.label_names or {}).get(label) or label.replace("_", " ").strip()
 
     @property
     def has_labelled_general(self) -> bool:

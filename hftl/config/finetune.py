@@ -1,10 +1,11 @@
 """Define the section `finetune` of a recipe: the strategy and its training."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from hftl.config.section import Section
+from hftl.config.section import Section, name_by_label
 from hftl.config.upstream_args import validate_lora_args, validate_training_args
 from hftl.errors import RecipeError
 from hftl.finetune.strategies import FINETUNE_STRATEGIES, STRATEGIES, StrategySpec
@@ -39,12 +40,66 @@ class Gradual(Section):
     """Factor on the learning rate in that phase."""
 
 
+class ZeroShot(Section):
+    """Set the texts that stand for the classes in zero-shot classification.
+
+    A class is its descriptions, or every template with its words (`data.label_names`, or the
+    label). Several texts of a class are an ensemble.
+    """
+
+    templates: list[str] | None = Field(default=None, min_length=1)
+    """Texts with {} for a class's words. null: `a photo of a {}.` for pictures, `This example is
+    {}.` for a source with an entailment head, the words alone for other sources of texts."""
+    descriptions: Annotated[Mapping[str, str | list[str]], BeforeValidator(name_by_label)] = {}
+    """By label: a whole text, or a list of them, instead of the templates."""
+    temperature: float = Field(default=0.05, gt=0)
+    """Divides the cosines of texts; a pair of image and text encoder has learned its own."""
+
+    @field_validator("templates")
+    @classmethod
+    def _check_templates(cls, templates: list[str] | None) -> list[str] | None:
+        for template in templates or ():
+            if template.count("{}") != 1:
+                raise RecipeError(
+                    f"finetune.zero_shot.templates: {template!r} has {template.count('{}')} places "
+                    "{} for a class's words, expected one",
+                    "Write it as 'a photo of a {}.'",
+                )
+        return templates
+
+    @field_validator("descriptions")
+    @classmethod
+    def _check_descriptions(
+        cls, descriptions: Mapping[str, str | list[str]]
+    ) -> Mapping[str, str | list[str]]:
+        for label, texts in descriptions.items():
+            listed = [texts] if isinstance(texts, str) else texts
+            if not listed or not all(text.strip() for text in listed):
+                raise RecipeError(
+                    f"finetune.zero_shot.descriptions: the text of {label!r} is empty", "Write it"
+                )
+        return descriptions
+
+    def list_prompts(self, label: str, words: str, template: str) -> list[str]:
+        """Return the texts that stand for a class.
+
+        Args:
+            label: the class.
+            words: for it.
+            template: where the recipe gives none.
+        """
+        described = self.descriptions.get(label)
+        if described is not None:
+            return [described] if isinstance(described, str) else list(described)
+        return [text.replace("{}", words) for text in self.templates or [template]]
+
+
 class Finetune(Section):
     """Describe the strategy and its training. `training` is transformers', `lora` is peft's."""
 
     strategy: Strategy = "lora"
     pooling: Literal["native", "mean", "cls"] = "native"
-    head_init: Literal["probe", "random"] = "probe"
+    head_init: Literal["probe", "random", "zero_shot"] = "probe"
     blocks: int = Field(default=2, ge=1)
     patience: int | None = Field(default=None, ge=1)
     """Evaluations without improvement on validation before training stops; null: never."""
@@ -52,6 +107,7 @@ class Finetune(Section):
     """Each block's learning rate is that of the one above it times this; null: one rate for all."""
     lr: Rates | None = None
     gradual: Gradual = Gradual()
+    zero_shot: ZeroShot = ZeroShot()
     lora: dict[str, Any] = DEFAULT_LORA
     training: dict[str, Any] = DEFAULT_TRAINING
 

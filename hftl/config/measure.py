@@ -6,10 +6,6 @@ from pydantic import Field, field_validator
 
 from hftl.config.section import Section
 
-UNBUILT_ARMS = {
-    "zero_shot": "the zero-shot baseline",
-}
-
 
 class Search(Section):
     """Set the learning rates that `scratch` is searched over, and its longer budget."""

@@ -17,14 +17,20 @@ from hftl.config import secrets
 from hftl.config.adapt import DEFAULT_ADAPT_RATES, Adapt, Stages
 from hftl.config.data import Data
 from hftl.config.finetune import Finetune
-from hftl.config.measure import UNBUILT_ARMS, Measure
+from hftl.config.measure import Measure
 from hftl.config.overrides import apply_overrides, flatten, read_yaml, set_key
 from hftl.config.publish import Publish
 from hftl.config.retain import Retain
 from hftl.config.section import Section, Source, build_recipe_error
 from hftl.config.validation import check_corpus_is_read, check_sections, check_solved_strategy
 from hftl.errors import RecipeError, suggest_closest
-from hftl.finetune.strategies import BASELINES, FINETUNE_STRATEGIES, STRATEGIES, StrategySpec
+from hftl.finetune.strategies import (
+    BASELINES,
+    FINETUNE_STRATEGIES,
+    STRATEGIES,
+    ZERO_SHOT_ARM,
+    StrategySpec,
+)
 
 DEFAULT_METRICS = {
     "regression": "pearson", "multi-label": "micro_f1", "token-classification": "f1",
@@ -48,6 +54,18 @@ class Arm:
     def spec(self) -> StrategySpec:
         """Return the facts about the arm's strategy or baseline."""
         return STRATEGIES[self.strategy]
+
+    @property
+    def starts_zero_shot(self) -> bool:
+        """Return True where training starts from the zero-shot head."""
+        return self.finetune.head_init == ZERO_SHOT_ARM and self.spec.changes_encoder
+
+    @property
+    def reads_class_words(self) -> bool:
+        """Return True where the arm depends on the words for classes."""
+        terms = () if self.retain is None else self.retain.kl_terms
+        in_loss = any(term.on == ZERO_SHOT_ARM for term in terms)
+        return self.strategy == ZERO_SHOT_ARM or self.starts_zero_shot or in_loss
 
 
 class Recipe(Section):
@@ -210,9 +228,6 @@ def _build_arm(recipe: Recipe, name: str, changes: dict[str, object]) -> Arm:
 
 def _check_arm_name(recipe: Recipe, name: str, changes: Mapping[str, object]) -> None:
     """Refuse a name that is no folder's, or that says neither strategy nor baseline."""
-    if name in UNBUILT_ARMS:
-        what = UNBUILT_ARMS[name]
-        raise RecipeError(f"measure.arms: {what} is not built yet", "Remove the arm")
     if not name.replace("_", "").replace("-", "").isalnum() or not name.isascii():
         raise RecipeError(
             f"measure.arms: {name!r} cannot name a folder", "Use letters, digits, _ and -"

@@ -20,6 +20,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def name_by_label(value: Any) -> Any:
+    """Return a mapping with its keys as labels: YAML reads `0: bad` as a number's."""
+    return {str(key): entry for key, entry in value.items()} if isinstance(value, dict) else value
+
+
 class Source(Section):
     """Name the pretrained model that everything starts from."""
 

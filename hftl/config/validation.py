@@ -12,6 +12,7 @@ from hftl.config.finetune import Finetune
 from hftl.config.publish import Publish
 from hftl.config.retain import Retain
 from hftl.errors import RecipeError
+from hftl.finetune.strategies import ZERO_SHOT_ARM
 
 
 def check_sections(
@@ -25,6 +26,7 @@ def check_sections(
     """
     _check_pooling(data, finetune)
     _check_label_smoothing(data, finetune)
+    _check_zero_shot(data, finetune)
     _check_something_to_do(data, stages)
     for stage in stages:
         _check_adaptation(stage, data)
@@ -90,6 +92,26 @@ def _check_label_smoothing(data: Data, finetune: Finetune) -> None:
         )
 
 
+def _check_zero_shot(data: Data, finetune: Finetune) -> None:
+    """Refuse zero-shot classification where an input has not exactly one class."""
+    is_arm = finetune.strategy == ZERO_SHOT_ARM
+    if not is_arm and finetune.head_init != ZERO_SHOT_ARM:
+        return
+    fix = "Remove the arm zero_shot" if is_arm else "Set finetune.head_init=probe"
+    if data.task != "classification":
+        raise RecipeError(
+            "zero-shot classification compares each input with words for classes and names the "
+            f"nearest, and data.task={data.task} asks for something else",
+            fix,
+        )
+    if len(data.train.text_columns) > 1:
+        raise RecipeError(
+            "zero-shot classification compares one text with words for classes, and "
+            "data.train.text names two columns",
+            fix,
+        )
+
+
 def _check_something_to_do(data: Data, stages: Sequence[Adapt]) -> None:
     """Refuse a recipe without task and adaptation, and measured splits without a task."""
     if data.task is not None:
@@ -144,6 +166,14 @@ def _check_retain_data(retain: Retain, data: Data) -> None:
 
 def _check_retain_head(retain: Retain, finetune: Finetune) -> None:
     """Refuse terms that compare with the original's head where it starts at random."""
+    if finetune.head_init == ZERO_SHOT_ARM:
+        if any(section.reads_task_head for section in retain.regularizers):
+            raise RecipeError(
+                "retain.kl.on=probe is KL to the probe, and finetune.head_init=zero_shot starts "
+                "from another head",
+                "Set finetune.head_init=probe, or use retain.kl.on=relational",
+            )
+        return
     if finetune.head_init != "random":
         return
     if retain.interpolate is not None:

@@ -6,7 +6,7 @@ tuple of tags. Tags may follow any scheme (BIO, BIOES, BILOU, IO and the like).
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +15,7 @@ from scipy.special import expit, softmax
 
 from hftl.data.facts import TagScheme
 from hftl.data.rows import Label, Row
-from hftl.errors import DataError
+from hftl.errors import DataError, RecipeError, suggest_closest
 
 SCHEME_MARKERS = {
     "BIO": "BI", "IOE": "IE", "BIOES": "BIES", "BILOU": "BILU", "BMES": "BMES", "BMEWO": "BMEW",
@@ -143,6 +143,25 @@ def _refuse_mixed_markers(parts: Mapping[str, TagParts], tags: Sequence[str], wh
         f"{where}{fault}",
         f"Write all tags in one scheme: {', '.join(SCHEME_MARKERS)}, or names without markers",
     )
+
+
+def check_label_keys(given: Iterable[str], names: Sequence[str], key: str) -> None:
+    """Refuse words for a label that no row has.
+
+    Args:
+        given: the labels that words are given for.
+        names: the task's classes.
+        key: of the recipe, for the message.
+
+    Raises:
+        RecipeError: naming the first such label.
+    """
+    for label in given:
+        if label not in names:
+            raise RecipeError(
+                f"{key}: no row has the label {label!r}" + suggest_closest(label, list(names)),
+                f"The labels are {', '.join(names)}",
+            )
 
 
 def get_label_names(label: Label, task: str) -> tuple[str, ...]:

@@ -24,6 +24,13 @@ from hftl.finetune.guard_metrics import score_validation
 from hftl.finetune.interpolate import select_alpha
 from hftl.finetune.pretraining_heads import embed_compared_rows
 from hftl.finetune.trainable import apply_strategy, count_trainable_parameters
+from hftl.finetune.zero_shot import (
+    build_start_model,
+    build_zero_shot_model,
+    compute_entailment,
+    find_entailment_output,
+    list_prompts,
+)
 from hftl.measure.metrics import compute_all_metrics
 from hftl.models.features import predict_logits, predict_with_features
 from hftl.models.heads import LoadedModel, TargetScale
@@ -52,17 +59,41 @@ def solve_head(context: ExperimentContext, finetune: Finetune, seed: int) -> Arm
         for split in MEASURED_SPLITS
     }
     built = context.build_probed_model(finetune.pooling, seed)
+    output = _collect_head(context, built, logits, TrainingFacts(penalty=probe.penalty), started)
+    output.trainable_parameters = count_trainable_parameters(built.model)
+    return output
+
+
+def solve_zero_shot(context: ExperimentContext, finetune: Finetune, seed: int) -> ArmOutput:
+    """Solve the strategy `zero_shot`: no label and no training row is read."""
+    started = time.perf_counter()
+    prompts = list_prompts(context, finetune)
+    facts = TrainingFacts(prompts=prompts)
+    if find_entailment_output(context.source) is not None:
+        logits = compute_entailment(context, prompts)
+        return ArmOutput(logits, {}, 0, facts, {"train_seconds": time.perf_counter() - started})
+    built = build_zero_shot_model(context, finetune, seed)
+    weight, bias = (tensor.detach().numpy() for tensor in built.last_linear.parameters())
+    rows = context.prepared.rows
+    logits = {
+        split: context.extract_features(built.pooling, seed, rows[split]) @ weight.T + bias
+        for split in MEASURED_SPLITS
+    }
+    return _collect_head(context, built, logits, facts, started)
+
+
+def _collect_head(
+    context: ExperimentContext, built: LoadedModel, logits: dict[str, np.ndarray],
+    facts: TrainingFacts, started: float,
+) -> ArmOutput:  # fmt: skip
+    """Return the output of an arm whose head was solved, and whose encoder was not changed."""
     built.model.requires_grad_(False)
     built.last_linear.requires_grad_(True)
-    return ArmOutput(
-        logits,
-        collect_trained_tensors(built),
-        count_trainable_parameters(built.model),
-        TrainingFacts(penalty=probe.penalty),
-        {"train_seconds": time.perf_counter() - started},
-        # Of an encoder that is the source as it is there is nothing to compare.
-        embed_compared_rows(context, built) if context.base else {},
-    )
+    tensors = collect_trained_tensors(built)
+    timings = {"train_seconds": time.perf_counter() - started}
+    # Of an encoder that is the source as it is there is nothing to compare.
+    embeddings = embed_compared_rows(context, built) if context.base else {}
+    return ArmOutput(logits, tensors, 0, facts, timings, embeddings)
 
 
 def train_arm(
@@ -71,7 +102,7 @@ def train_arm(
     compared: bool = True, splits: Sequence[str] = MEASURED_SPLITS,
     measure_forgetting: Callable[[LoadedModel], float] | None = None,
 ) -> ArmOutput:  # fmt: skip
-    """Train a strategy that starts from the source, with the probe's head or a random one.
+    """Train a strategy that starts from the source, its head as `finetune.head_init` says.
 
     Args:
         context: what all arms share.
@@ -83,11 +114,7 @@ def train_arm(
         splits: see `train_model`.
         measure_forgetting: see `train_model`.
     """
-    if finetune.head_init == "probe":
-        scale = context.compute_target_scale(seed)
-        built = context.build_probed_model(finetune.pooling, seed, scale)
-    else:
-        built = context.build_model(finetune.pooling, seed)
+    built = build_start_model(context, finetune, seed, context.compute_target_scale(seed))
     set_seed(seed)
     model = apply_strategy(built.model, finetune, built.fresh)
     built = LoadedModel(model, built.architecture, built.pooling, built.fresh)

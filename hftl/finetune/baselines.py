@@ -19,7 +19,7 @@ from hftl.data.image_inputs import compute_pixel_features
 from hftl.data.rows import Row
 from hftl.data.splits import MEASURED_SPLITS
 from hftl.errors import NumericError
-from hftl.finetune.arm import solve_head, train_model
+from hftl.finetune.arm import solve_head, solve_zero_shot, train_model
 from hftl.finetune.arm_files import ArmOutput
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.trainable import apply_strategy
@@ -126,6 +126,7 @@ SOLVERS: dict[str, Callable[[ExperimentContext, Finetune, int], ArmOutput]] = {
     "majority": lambda context, finetune, seed: solve_majority(context, seed),
     "classical": lambda context, finetune, seed: solve_classical(context, seed),
     "head": solve_head,
+    "zero_shot": solve_zero_shot,
 }
 """How the solved strategies and baselines are solved, by name."""
 

@@ -1,6 +1,6 @@
 """Hold what the arms of a run share: source, inputs, rows, their encodings and frozen features."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from hftl.config.finetune import Finetune
 from hftl.config.recipe import Arm, Recipe
 from hftl.data.general import GeneralData
 from hftl.data.image_inputs import ImageInputs, augment_image, get_image_size, resize_processor
-from hftl.data.labels import encode_targets
+from hftl.data.labels import check_label_keys, encode_targets
 from hftl.data.prepare import PreparedData
 from hftl.data.rows import InputSpec, Row
 from hftl.data.splits import hash_row
@@ -70,7 +70,8 @@ class ExperimentContext:
     says that adaptation made it, `lora_factors` are those that turn it into `source`, and
     `original` is the context before it; `mlm_head` is the masked-language head that it has trained.
     `general` are the rows of general data, None where the recipe names none; `label_column` is that
-    of train's labels, by which theirs are known.
+    of train's labels, by which theirs are known; `label_words` are the words for each class, and
+    `entailment` what a source with an entailment head said of the rows, by prompts and split.
     """
 
     source: SourceModel
@@ -89,6 +90,8 @@ class ExperimentContext:
     mlm_head: Path | None = None
     general: GeneralData | None = None
     label_column: str = "label"
+    label_words: Mapping[str, str] = field(default_factory=dict)
+    entailment: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     _encoded: dict[bytes, EncodedRow] = field(default_factory=dict)
     _features: dict[tuple[str, int | None], FeatureCache] = field(default_factory=dict)
     _probes: dict[tuple[str, int], Probe] = field(default_factory=dict)
@@ -312,10 +315,12 @@ def build_context(recipe: Recipe, source: SourceModel, prepared: PreparedData) -
         inputs = build_image_inputs(recipe.data, source, prepared.facts.hub_revisions)
     else:
         inputs = build_text_inputs(recipe.data, source)
+    check_label_keys(recipe.data.label_names or (), prepared.names, "data.label_names")
     return ExperimentContext(
         source, hash_source_weights(source), hash_source_config(source),
         inputs.hash_preprocessing(), inputs, prepared, recipe.data.shots, get_device(),
         augment=recipe.data.augment == "light", label_column=str(recipe.data.train.label),
+        label_words={name: recipe.data.get_label_words(name) for name in prepared.names},
     )  # fmt: skip
 
 

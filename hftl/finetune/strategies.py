@@ -18,6 +18,7 @@ Schedule = Literal["solved", "epochs", "phases", "rate_search"]
 
 NOT_TRAINED = "it is solved, not trained by steps"
 NO_ENCODER = "it has no encoder"
+NO_LABELS = "it reads no label of train"
 FROM_RANDOM = "it starts from random weights, at one learning rate of its own"
 
 
@@ -81,6 +82,7 @@ class StrategySpec:
             not a whole model.
         is_baseline: stands beside the transfer and does not start from the source's weights.
         measures_gain: a baseline that the transfer gain is taken over.
+        reads_labels: the labels of train decide what it predicts.
         brings: another baseline that runs wherever this one does.
         own_keys: recipe keys that no other strategy reads.
         ignored_keys: further recipe keys that a change of does not matter to, and why.
@@ -95,6 +97,7 @@ class StrategySpec:
     trains_adapter: bool = False
     is_baseline: bool = False
     measures_gain: bool = False
+    reads_labels: bool = True
     brings: str | None = None
     own_keys: tuple[str, ...] = ()
     ignored_keys: Mapping[str, str] = field(default_factory=dict)
@@ -155,6 +158,16 @@ _SPECS = (
         arm_words="the frozen encoder with a linear head",
     ),
     StrategySpec(
+        "zero_shot", "solved", select_last_linear, reads_labels=False,
+        own_keys=("finetune.zero_shot",),
+        ignored_keys={
+            **dict.fromkeys((*TRAINING_KEYS, "finetune.training", "data.augment"), NOT_TRAINED),
+            "data.shots": NO_LABELS,
+        },
+        model_words="A zero-shot classifier, made of words for its classes, on the frozen",
+        arm_words="words for the classes, without any label",
+    ),
+    StrategySpec(
         "lora", "epochs", trains_adapter=True, own_keys=("finetune.lora",),
         model_words="A LoRA adapter of",
     ),
@@ -184,5 +197,8 @@ FINETUNE_STRATEGIES = tuple(name for name, spec in STRATEGIES.items() if not spe
 BASELINES = tuple(name for name, spec in STRATEGIES.items() if spec.is_baseline)
 PROBE_ARM = "head"
 """The arm that is the linear probe: the verdict and the card compare with it."""
+ZERO_SHOT_ARM = "zero_shot"
+"""The arm without labels; also the name of its head, for `finetune.head_init` and `retain.kl.on`.
+"""
 GAIN_BASELINES = tuple(spec.name for spec in reversed(_SPECS) if spec.measures_gain)
 """The baselines that a transfer gain is measured over; of equal gains the first is named."""

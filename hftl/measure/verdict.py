@@ -38,9 +38,10 @@ def decide_verdict(
     over_head: Gain | None,
     reload_difference: float,
     over_source: Gain | None = None,
+    over_zero_shot: Gain | None = None,
 ) -> Verdict:
-    """Publish only when the gain is beyond noise, neither `head` nor the recipe without adaptation
-    is better beyond noise, and the reload is proved.
+    """Publish only when the gain is beyond noise, neither `head`, `zero_shot` nor the recipe
+    without adaptation is better beyond noise, and the reload is proved.
 
     A model that is not better than `head` says so first, whatever the decision: the gain over a
     baseline that was not pretrained does not show that training the encoder was worth it.
@@ -51,13 +52,17 @@ def decide_verdict(
         reload_difference: largest difference of logits after a reload in a fresh process,
             relative to the largest logit where that is above 1.
         over_source: the own arm's gain over the same without adaptation, where it is adapted.
+        over_zero_shot: the own arm's gain over `zero_shot`, where that ran beside it.
 
     Returns:
         The verdict; on publish the reasons say what speaks for it.
     """
     head_holds, head_reason = _judge_head(over_head)
     ahead = over_head is None or is_better(over_head)
-    checks = [_judge_gain(gain), _judge_adaptation(over_source), _judge_reload(reload_difference)]
+    checks = [
+        _judge_gain(gain), _judge_zero_shot(over_zero_shot), _judge_adaptation(over_source),
+        _judge_reload(reload_difference),
+    ]  # fmt: skip
     checks.insert(1 if ahead else 0, (head_holds, head_reason))
     against = [reason for holds, reason in checks if not holds]
     if not against:
@@ -129,6 +134,13 @@ def _judge_head(over_head: Gain | None) -> Judgement:
     if not is_better(over_head):
         return True, f"not better than head, the frozen encoder with a linear head: {text}"
     return True, f"better than head: {text}"
+
+
+def _judge_zero_shot(over_zero_shot: Gain | None) -> Judgement:
+    if over_zero_shot is None or not is_worse(over_zero_shot):
+        return True, ""
+    text = f"{format_gain(over_zero_shot)} {over_zero_shot.metric}"
+    return False, f"words for the classes are better without any label: {text} against zero_shot"
 
 
 def _judge_adaptation(over_source: Gain | None) -> Judgement:

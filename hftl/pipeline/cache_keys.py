@@ -63,6 +63,7 @@ DATA_RULES = CacheRules({
     **dict.fromkeys(ENCODING_KEYS, "rows are encoded by what trains"),
     "data.unlabeled": "adaptation reads it",
     "data.general": "general rows are a part of their own",
+    "data.label_names": "they are words beside the labels, which stay",
     **PLACE_KEYS,
 })  # fmt: skip
 GENERAL_RULES = CacheRules(
@@ -112,10 +113,11 @@ def get_arm_rules(arm: Arm) -> CacheRules:
     }
     if not arm.spec.changes_encoder and not arm.stages:
         unread["data.general"] = "its encoder is the source's, or none, and forgets nothing"
-    return CacheRules(
-        unread | dict(arm.spec.ignored_keys),
-        (*ENCODING_KEYS, "data.shots", "data.general", *arm.spec.own_keys),
-    )
+    read = (*ENCODING_KEYS, "data.shots", "data.general", *arm.spec.own_keys)
+    if arm.reads_class_words:
+        unread.pop("finetune.zero_shot", None)
+        read = (*read, "finetune.zero_shot", "data.label_names")
+    return CacheRules(unread | dict(arm.spec.ignored_keys), read)
 
 
 def build_data_key(recipe: Recipe) -> dict[str, JsonValue]:

@@ -14,7 +14,7 @@ from hftl.data.image_inputs import ImageInputs
 from hftl.data.labels import recognize_tag_scheme
 from hftl.finetune.arm_files import WEIGHTS, read_logits
 from hftl.finetune.context import ExperimentContext
-from hftl.finetune.strategies import PROBE_ARM
+from hftl.finetune.strategies import PROBE_ARM, ZERO_SHOT_ARM
 from hftl.measure.error_analysis import compute_class_gains
 from hftl.measure.gain import (
     SplitPredictions,
@@ -128,7 +128,9 @@ def build_record(
     gain = compute_transfer_gain(metric, test, own.name)
     ladder = build_ladder(metric, arm_files, test, own.name)
     over = {row.arm: row.gain_of_own for row in ladder}
-    verdict = decide_verdict(gain, over.get(PROBE_ARM), reload_difference, over.get("source"))
+    verdict = decide_verdict(
+        gain, over.get(PROBE_ARM), reload_difference, over.get("source"), over.get(ZERO_SHOT_ARM)
+    )
     baseline = gain.baseline if gain else None
     timings = {run.arm_folder(file.arm, file.seed).name: file.timings for file in arm_files}
     return Record(

@@ -16,6 +16,7 @@ from hftl.finetune.arm import train_arm
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.guard_metrics import score_validation
 from hftl.finetune.pretraining_heads import embed_rows
+from hftl.finetune.zero_shot import build_start_model
 from hftl.measure.statistics import select_within_one_standard_error
 from hftl.models.heads import LoadedModel
 from hftl.pipeline.retention import build_retention
@@ -73,7 +74,7 @@ def _try_weights(context: ExperimentContext, arm: Arm, seed: int, folder: Path) 
     """Train the arm with each weight, and predict validation alone: the test chooses nothing."""
     retain, rows = arm.retain, list_selection_rows(context)
     assert retain is not None
-    start = context.build_probed_model(arm.finetune.pooling, seed)
+    start = build_start_model(context, arm.finetune, seed)
     before = embed_rows(context, start, rows)
 
     def measure_lost_neighbours(trained: LoadedModel) -> float:

@@ -15,6 +15,7 @@ from hftl.data.text_inputs import EncodedRow, TextInputs
 from hftl.errors import DataError, HftlError, RecipeError, format_error_line, is_out_of_memory
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.trainable import apply_strategy
+from hftl.finetune.zero_shot import check_zero_shot
 from hftl.models.heads import LoadedModel, get_encoder
 from hftl.models.lora import build_lora_config
 from hftl.pipeline.objectives import build_objective
@@ -57,9 +58,10 @@ def check_models(recipe: Recipe, context: ExperimentContext) -> None:
 
     Raises:
         RecipeError: if the source model cannot read these inputs, an arm's LoRA names no module, or
-            what it trains does not survive saving.
+            what it trains does not survive saving; or zero-shot classification has no words.
         DataError: if a row holds a token that the source model does not embed.
     """
+    check_zero_shot(recipe, context)
     seen: set[str] = set()
     for arm in recipe.arms:
         if arm.spec.is_baseline:

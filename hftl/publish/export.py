@@ -19,6 +19,7 @@ from hftl.data.image_inputs import ImageInputs
 from hftl.finetune.arm_files import load_trained_tensors
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.trainable import apply_strategy
+from hftl.finetune.zero_shot import build_start_model
 from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.encoders import get_encoder_class
 from hftl.models.heads import (
@@ -65,11 +66,11 @@ def rebuild_model(
     Raises:
         RunFolderError: if the weights are not those of this model.
     """
-    if not finetune.spec.is_solved and finetune.head_init == "probe":
-        # peft keeps the head it wraps; it must be the one that training started from.
-        built = context.build_probed_model(finetune.pooling, seed)
-    else:
+    if finetune.spec.is_solved:
         built = context.build_model(finetune.pooling, seed)
+    else:
+        # peft keeps the head it wraps; it must be the one that training started from.
+        built = build_start_model(context, finetune, seed)
     model = apply_strategy(built.model, finetune, built.fresh)
     load_trained_tensors(model, weights)
     return model.eval()

@@ -122,6 +122,8 @@ class TrainingFacts(OpenPart):
 
     penalty: float | None = None
     """Of a solved arm: the strength of its regularization."""
+    prompts: Mapping[str, list[str]] | None = None
+    """Of zero-shot classification: the texts that stand for each class, by label."""
     learning_rate: float | None = None
     precision: str | None = None
     epochs: Number | None = None

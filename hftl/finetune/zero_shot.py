@@ -1,0 +1,228 @@
+"""Classify without labels: compare each input with words for the classes, as the source can.
+
+A source with an entailment head is asked whether a text entails a hypothesis of each class (Yin et
+al. 2019, arXiv:1909.00161). Other encoders of texts compare embeddings: a class is the direction of
+its prompts' embeddings, and a linear head holds all of them.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+
+import numpy as np
+import torch
+
+from hftl.config.finetune import Finetune
+from hftl.config.recipe import Arm, Recipe
+from hftl.data.labels import NUMERIC_TAG, check_label_keys
+from hftl.data.rows import Row
+from hftl.data.splits import MEASURED_SPLITS
+from hftl.errors import RecipeError
+from hftl.finetune.context import ExperimentContext
+from hftl.finetune.strategies import ZERO_SHOT_ARM
+from hftl.models.encoders import get_task_class
+from hftl.models.features import predict_logits
+from hftl.models.heads import LoadedModel, TargetScale, load_class
+from hftl.models.source import SourceModel
+from hftl.runtime.run_folder import fingerprint
+
+ENTAILMENT_TEMPLATE = "This example is {}."
+"""That of transformers' zero-shot pipeline."""
+WORDS_TEMPLATE = "{}"
+"""Sentence encoders compare texts of any form, so that the words stand alone."""
+Prompts = dict[str, list[str]]
+"""The texts that stand for each class, by label."""
+
+
+def build_start_model(
+    context: ExperimentContext, finetune: Finetune, seed: int, scale: TargetScale | None = None
+) -> LoadedModel:
+    """Return the model that a training starts from, its head as `head_init` says. Collective.
+
+    Args:
+        context: what all arms share.
+        finetune: the recipe's section.
+        seed: of the training rows that the probe reads, and of weights that are drawn.
+        scale: of targets, where the head is one of standardized targets.
+    """
+    if finetune.head_init == "probe":
+        return context.build_probed_model(finetune.pooling, seed, scale)
+    if finetune.head_init == ZERO_SHOT_ARM:
+        return build_zero_shot_model(context, finetune, seed)
+    return context.build_model(finetune.pooling, seed)
+
+
+def build_zero_shot_model(context: ExperimentContext, finetune: Finetune, seed: int) -> LoadedModel:
+    """Return a new model whose head compares embeddings with those of the classes. Collective."""
+    built = context.build_model(get_embedding_pooling(finetune), seed)
+    weight = _embed_classes(context, finetune, built.pooling, seed)
+    with torch.no_grad():
+        built.last_linear.weight.copy_(torch.from_numpy(weight))
+        built.last_linear.bias.zero_()
+    return built
+
+
+def get_embedding_pooling(finetune: Finetune) -> str:
+    """Return how tokens become an embedding: as the recipe pools, else their mean."""
+    return "mean" if finetune.pooling == "native" else finetune.pooling
+
+
+def list_prompts(context: ExperimentContext, finetune: Finetune) -> Prompts:
+    """Return the texts that stand for each class of the task."""
+    reads_entailment = find_entailment_output(context.source) is not None
+    template = ENTAILMENT_TEMPLATE if reads_entailment else WORDS_TEMPLATE
+    return {
+        label: finetune.zero_shot.list_prompts(label, words, template)
+        for label, words in context.label_words.items()
+    }
+
+
+def _embed_classes(
+    context: ExperimentContext, finetune: Finetune, pooling: str, seed: int
+) -> np.ndarray:
+    """Return the weights of the zero-shot head, (classes, width) float32.
+
+    The embeddings of a class's prompts are averaged once each has length 1, and so is the mean
+    (Radford et al. 2021, arXiv:2103.00020, section 3.1.4). Logits are then cosines divided by the
+    temperature, but for a text's own length relative to the prompts' mean: the head stays linear
+    in the pooled tokens, and a text's nearest class is that of the cosines.
+    """
+    prompts = list_prompts(context, finetune)
+    texts = [text for texts in prompts.values() for text in texts]
+    rows = [Row((text,), "", None, i, "finetune.zero_shot") for i, text in enumerate(texts)]
+    embeddings = context.extract_features(pooling, seed, rows)
+    lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    counts = [len(texts) for texts in prompts.values()]
+    parts = np.split(embeddings / lengths, np.cumsum(counts)[:-1])
+    means = np.stack([part.mean(0) for part in parts])
+    directions = means / np.linalg.norm(means, axis=1, keepdims=True)
+    return directions / (finetune.zero_shot.temperature * lengths.mean())
+
+
+def find_entailment_output(source: SourceModel) -> int | None:
+    """Return the number of the output that says a text entails another; None where none does."""
+    names: Mapping[int, str] = source.config.id2label or {}
+    return next((i for i, name in names.items() if str(name).lower().startswith("entail")), None)
+
+
+def compute_entailment(context: ExperimentContext, prompts: Prompts) -> dict[str, np.ndarray]:
+    """Return by split how strongly each row entails each class, (rows, classes).
+
+    The logits of a class's hypotheses are averaged. Nothing depends on the seed, and it costs a
+    pass for each row and hypothesis: all seeds share one.
+    """
+    key = fingerprint(prompts)
+    if key not in context.entailment:
+        context.entailment[key] = {
+            split: np.stack([
+                np.mean([_measure_entailment(context, split, text) for text in texts], axis=0)
+                for texts in prompts.values()
+            ], axis=1)
+            for split in MEASURED_SPLITS
+        }  # fmt: skip
+    return context.entailment[key]
+
+
+def _measure_entailment(context: ExperimentContext, split: str, hypothesis: str) -> np.ndarray:
+    """Return the entailment logit of every row of a split, (rows,)."""
+    model = _load_entailment_model(context.source).to(context.device)
+    rows = [
+        Row((*row.content, hypothesis), "", None, row.index, row.where)
+        for row in context.prepared.rows[split]
+    ]
+    logits = predict_logits(model, context.inputs.encode(rows), context.inputs, context.device)
+    return logits[:, find_entailment_output(context.source)]
+
+
+def _load_entailment_model(source: SourceModel) -> torch.nn.Module:
+    """Return the source with its own classifier.
+
+    Raises:
+        RecipeError: if the checkpoint lacks weights of it.
+    """
+    kind = get_task_class(source.config, "classification")
+    model, missing = load_class(source, kind, deepcopy(source.config), {})
+    if missing:
+        raise RecipeError(
+            f"source.model: the config of {source.name} names a class 'entailment', and its "
+            f"weights lack {min(missing)}",
+            "Give the whole checkpoint, with its classifier",
+        )
+    return model
+
+
+# Before anything trains.
+
+
+def check_zero_shot(recipe: Recipe, context: ExperimentContext) -> None:
+    """Refuse arms that the source cannot classify for without labels, or classes without words.
+
+    Raises:
+        RecipeError: naming the arm's key, and what to do.
+    """
+    for number, arm in enumerate(recipe.arms):
+        if not arm.reads_class_words:
+            continue
+        try:
+            _check_arm(arm, context, is_own=number == 0)
+        except RecipeError as error:
+            if number == 0:
+                raise
+            raise RecipeError(f"measure.arms.{arm.name}: {error.what}", error.fix) from None
+
+
+def _check_arm(arm: Arm, context: ExperimentContext, is_own: bool) -> None:
+    descriptions = arm.finetune.zero_shot.descriptions
+    check_label_keys(descriptions, context.prepared.names, "finetune.zero_shot.descriptions")
+    _check_class_words(arm, context)
+    is_arm = arm.strategy == ZERO_SHOT_ARM
+    if not is_arm and not arm.starts_zero_shot:
+        return
+    if context.prepared.modality == "image":
+        raise RecipeError(
+            f"zero-shot classification of pictures needs an encoder of texts beside that of "
+            f"pictures, and {context.source.name} ({context.source.architecture}) has none",
+            "Use a CLIP, SigLIP or MetaCLIP source, or leave zero_shot out",
+        )
+    needs_head = arm.starts_zero_shot or is_own
+    if find_entailment_output(context.source) is not None:
+        _check_entailment(arm, context, needs_head)
+    elif needs_head and arm.finetune.pooling == "native":
+        raise RecipeError(
+            "a zero-shot head compares pooled tokens with words for classes, and "
+            "finetune.pooling=native has layers between them",
+            "Set finetune.pooling=mean, or cls where the source was trained to compare that token",
+        )
+
+
+def _check_class_words(arm: Arm, context: ExperimentContext) -> None:
+    """Refuse classes whose only words are a number."""
+    descriptions = arm.finetune.zero_shot.descriptions
+    numbers = [
+        label
+        for label, words in context.label_words.items()
+        if label not in descriptions and NUMERIC_TAG.fullmatch(words.replace(" ", "_"))
+    ]
+    if numbers:
+        example = ", ".join(f"{label}: ..." for label in numbers[:3])
+        raise RecipeError(
+            "zero-shot classification compares inputs with words for the classes, and the labels "
+            f"are numbers without words: {', '.join(numbers[:3])}",
+            f"Say what they mean: data.label_names: {{{example}}}",
+        )
+
+
+def _check_entailment(arm: Arm, context: ExperimentContext, needs_head: bool) -> None:
+    """Refuse entailment where a head is needed, or where adaptation changes what is under it."""
+    if needs_head:
+        raise RecipeError(
+            f"{context.source.name} classifies by entailment, which reads a text once for each "
+            "class and is no head that could be trained or published",
+            "Measure it beside another strategy: measure.arms: [zero_shot]",
+        )
+    if arm.stages:
+        raise RecipeError(
+            f"{context.source.name} classifies by entailment, and adapt changes its encoder and "
+            "not the entailment head above it",
+            "Write the arm as {zero_shot: {adapt: null}}",
+        )
+    _load_entailment_model(context.source)
