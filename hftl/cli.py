@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -22,9 +22,6 @@ from hftl.config.recipe import Recipe
 from hftl.errors import DataWarning, HftlError, RecipeError
 from hftl.runtime import distributed
 from hftl.runtime.run_folder import to_json
-
-if TYPE_CHECKING:
-    from hftl.pipeline.push import PushPreview
 
 app = typer.Typer(
     name="hftl",
@@ -151,11 +148,13 @@ def init(
 @app.command()
 def predict(
     model: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER")],
-    data: Annotated[Path, typer.Argument(metavar="INPUT", help="csv, jsonl, parquet or txt")],
+    data: Annotated[
+        str, typer.Argument(metavar="INPUT", help="csv, jsonl, parquet, txt or a text")
+    ],
     output: Annotated[Path | None, typer.Option(help="a file; default: CSV on the screen")] = None,
     base: Annotated[str | None, typer.Option(help="the adapter's base, if elsewhere")] = None,
 ) -> None:
-    """Predict a table's rows: label, score, a column a class."""
+    """Predict a table's rows, or one text: label, score, a column a class."""
     with _working():
         from hftl.inference.predict_table import predict_table
 
@@ -194,15 +193,12 @@ def publish(
     ] = None,
 ) -> None:
     """Push a finished run to a model hub, in one commit."""
+    from hftl.pipeline import dry_run as preview
     from hftl.pipeline import push
 
     options = push.PushOptions(repo_id, public, request, force, license)
     if dry_run:
-        listing = push.validate_push(run, options)
-        _print_listing(listing)
-        push.check_verdict(listing, options)
-        push.warn_missing_license(run, options, say)
-        push.check_push_on_hub(run, options, say)
+        preview.dry_run_push(run, options, say)
     else:
         cli_errors.CURRENT_COMMAND.run = run
         push.publish_run(run, options, say)
@@ -277,17 +273,6 @@ def show_warning(message: Warning | str, category: type[Warning], *_: Any) -> No
             if print_line(line):
                 return
         typer.echo(line, err=True)
-
-
-def _print_listing(preview: "PushPreview") -> None:
-    """Print the files of a push with their sizes in bytes, and the verdict."""
-    if preview.base_files:
-        say("first the adapted base, whose commit the adapter then names:")
-    for name, size in preview.base_files:
-        say(f"  {size:>12,}  publish-base/{name}")
-    for name, size in preview.files:
-        say(f"  {size:>12,}  {name}")
-    say(f"verdict: {preview.decision}")
 
 
 def say(line: str) -> None:

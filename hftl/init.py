@@ -34,6 +34,8 @@ TEXT_NAMES = ("text", "sentence", "review", "content", "body", "document", "comm
 WORD_LIST_NAMES = ("tokens", "words")
 GROUP_NAMES = ("group", "document_id", "author", "user", "user_id", "patient", "session")
 
+NO_GUESS_ADVICE = "Write the recipe by hand: data.train names the columns; keys: hftl schema"
+
 TEMPLATE = """# Fine-tunes {source} on {data}, and measures what the transfer was worth.
 # Every key and its default: hftl schema.   Look before you run: hftl check {recipe}
 source:
@@ -211,7 +213,7 @@ def _guess_label(name: str, columns: dict[str, list[object]]) -> tuple[str, str]
         return column, "classification"
     raise DataError(
         f"{name}: no column looks like a label; it has {', '.join(columns)}",
-        "Write the recipe by hand, see recipes/README.md",
+        NO_GUESS_ADVICE,
     )
 
 
@@ -226,7 +228,7 @@ def _guess_text_columns(name: str, columns: dict[str, list[object]], label: str)
     if not lengths:
         raise DataError(
             f"{name}: no column looks like text; it has {', '.join(columns)}",
-            "Write the recipe by hand, see recipes/README.md",
+            NO_GUESS_ADVICE,
         )
     for column in lengths:
         second = f"{column[:-1]}2"

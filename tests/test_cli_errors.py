@@ -207,6 +207,9 @@ def test_an_output_that_cannot_be_used(
     for command in ("card", "publish"):
         hftl(command, output).assert_error(2, "there is no run folder", "hftl run")
         assert_nothing_half_written(output)
+    for words in (("predict", "gone", "a.csv"), ("doctor", "gone")):
+        (tmp_path / "here" / "a.csv").write_text(as_csv(ROWS), encoding="utf-8")
+        hftl(*words).assert_error(2, "there is no folder gone", "hub id owner/name")
     run_folder.create_run_folder(output)
     with run_folder.lock_run(output):
         hftl("run", recipe_file, "--output", output).assert_error(4, "in use by process")

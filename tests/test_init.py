@@ -133,14 +133,19 @@ def test_a_recipe_lies_beside_you_and_is_never_overwritten(
     ids=["no label", "empty label", "no text", "label only"],
 )
 def test_columns_that_cannot_be_guessed_are_refused(rows: list[dict[str, Any]], why: str) -> None:
-    with pytest.raises(DataError, match=f"t.csv: {why}"):
+    with pytest.raises(DataError, match=f"t.csv: {why}.*hftl schema"):
         guess_columns("t.csv", rows)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [("none.csv", None, "none.csv does not exist"), ("rows.csv", "text,label\n", "has no rows"),
-     ("empty.csv", "", "is empty"), ("notes.docx", "x", "suffix '.docx' says no format")],
+     ("empty.csv", "", "is empty"),
+     ("semi.csv", "sentence;stars\na, b;1\n",
+      r"semi.csv: its columns are separated by ';', not by commas\. Save it as .csv with commas"),
+     ("tabs.csv", "sentence\tstars\tid\n", r"separated by tabs, not by commas\. Rename it to tabs"),
+     ("pipe.tsv", "sentence|stars\n", r"separated by '\|', not by tabs"),
+     ("notes.docx", "x", "suffix '.docx' says no format")],
 )  # fmt: skip
 def test_data_that_cannot_be_read(name: str, content: str | None, why: str, tmp_path: Path) -> None:
     if content is not None:

@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 
 from hftl.errors import RecipeError
-from hftl.runtime.paths import get_display_name, make_hub_load_error, resolve_local_path
+from hftl.runtime.paths import (
+    get_display_name,
+    get_http_library,
+    make_hub_load_error,
+    resolve_local_path,
+    resolve_published_path,
+)
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
@@ -87,6 +93,25 @@ def test_a_copy_in_the_hubs_cache_goes_by_its_id(folder: str, expected: str) -> 
 class _Answer:
     def __init__(self, status_code: int) -> None:
         self.status_code = status_code
+
+
+def test_a_published_model_has_an_owner_or_is_a_folder(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "me" / "here").mkdir(parents=True)
+    assert resolve_published_path("me/gone", "the model") is None
+    for place in ("me/here", "gone", "runs/me/gone", "me/gone/", "./gone"):
+        assert resolve_published_path(place, "the model") == Path(place)
+
+
+def test_a_missing_folder_is_named_before_a_hub_that_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    away = get_http_library().ConnectError("no route")
+    error = make_hub_load_error(away, "runs/gone", "model")
+    assert error.what.startswith("no file or folder 'runs/gone' here; it may be a hub id, but")
+    assert error.fix == "Check the path; for a hub id the network and HF_ENDPOINT"
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_keys_that_only_later_rows_have_come_back(suffix: str, tmp_path: Path) -
         ("in.txt", "one\n\nthree\n", "in.txt line 2: text is empty"),
         ("in.csv", "text,id\n", "in.csv has no rows"),
         ("in.xlsx", "x", "in.xlsx: the suffix '.xlsx' says no format"),
-        ("none.csv", None, "none.csv does not exist"),
+        ("none.csv", None, r"none.csv does not exist\. Check the path; a text itself is more than"),
     ],
 )
 def test_a_bad_table_or_row_is_named(
@@ -176,6 +176,50 @@ def test_a_bad_table_or_row_is_named(
     with pytest.raises(DataError, match=why):
         predict_rows(tmp_path / name, tmp_path / "out.csv")
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_text_itself_is_a_table_of_one_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, Fake("sentence"))
+    text = predict_table.predict_table("run", "A good, clever film.", None)
+    assert text is not None
+    assert text.splitlines()[1:] == ['"A good, clever film.",good,0.75,0.25,0.75']
+    predict_table.predict_table("run", "dull, dull", tmp_path / "out.jsonl")
+    assert [row["label"] for row in read_back(tmp_path / "out.jsonl")] == ["bad"]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("A warm film", True), ("A warm film.", True), ("one/two three", True), ("word", False),
+        ("new.csv", False), ("my new.csv", False), ("my new.xlsx", False), ("my data/new", False),
+        ("", False), ("x " * 5000, True),
+    ],
+)  # fmt: skip
+def test_only_what_can_be_no_file_is_a_text(
+    data: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my data" / "new").mkdir(parents=True)
+    assert predict_table.is_literal_text(data) == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "modality", "columns", "reads"),
+    [
+        ("classification", "text", ["a", "b"], "a and b"),
+        ("classification", "image", ["image"], "pictures"),
+        ("token-classification", "text", ["words"], "lists of words"),
+    ],
+)
+def test_a_text_for_a_model_that_reads_something_else_is_refused(
+    task: str, modality: str, columns: list[str], reads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = use(monkeypatch, Fake(*columns))
+    other.task, other.modality = task, modality
+    with pytest.raises(DataError, match=f"no file or folder 'a film', .* {reads}. Give a table"):
+        predict_table.predict_table("run", "a film", None)
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,24 @@ def test_dry_run_is_refused_as_the_push_would_be(hub: LocalHub, push: Pusher, ru
     assert ME not in hub.state["repos"]
 
 
+def test_dry_run_lists_all_that_is_in_the_way_and_exits_as_the_push_would(
+    hub: LocalHub, push: Pusher, run: Path
+) -> None:
+    for name in ("record.json", "publish/hftl.json"):
+        record = read(run, name)
+        record["verdict"] = {"decision": "hold", "reasons": ["because"]}
+        record["source"]["published_as"] = None
+        run_folder.rewrite_finished_files(run, {name: to_json(record)})
+    words = ("publish", run, "--repo-id", "other/model", "--public")
+    code, out, err = push(*words, "--dry-run")
+    assert code == 9 == push(*words)[0] and "the verdict is hold: because" in err
+    assert "to: other/model, public" in out
+    ways = [line for line in out.splitlines() if line.startswith("also in the way: ")]
+    assert len(ways) == 2
+    assert "no public id" in ways[0] and "source.published_as" in ways[0]
+    assert "me is not other" in ways[1]
+
+
 def test_dry_run_names_what_it_could_not_check(hub: LocalHub, push: Pusher, run: Path) -> None:
     for words, how, why in (
         ((), {}, "no repository is named"),

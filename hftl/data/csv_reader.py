@@ -20,6 +20,8 @@ from hftl.errors import DataError, DataWarning
 
 QUOTED_CELL = re.compile(r'"(?=.*"".)(?:[^"]|"")*"', re.DOTALL)
 """A cell that a writer of CSV has quoted, and hardly anyone else: it holds doubled quotes alone."""
+OTHER_SEPARATOR = re.compile(r"[^;\t|]+([;\t|])[^;\t|]+(\1[^;\t|]+)*")
+"""A header of one cell that another separator would cut into columns."""
 TSV_RULE = "in a .tsv a quote is text and every line a row"
 PROFILED_ROWS = 5000
 """Rows from which a column's profile is taken."""
@@ -73,10 +75,20 @@ def _read_header(path: Path, reader: Any) -> list[str]:
         raise DataError(f"{path.name} is empty", "Give it a header line and rows")
     if has_invalid_utf8("".join(header)):
         raise DataError(f"{path.name} line 1: not valid UTF-8", "Save it as UTF-8")
+    other = OTHER_SEPARATOR.fullmatch(header[0])
+    if len(header) == 1 and other is not None:
+        raise _build_separator_error(path, other[1])
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise DataError(f"{path.name}: two columns are named {twice!r}", "Rename one")
     return header
+
+
+def _build_separator_error(path: Path, separator: str) -> DataError:
+    is_tab, expected = separator == "\t", "tabs" if path.suffix.lower() == ".tsv" else "commas"
+    fix = f"Rename it to {path.stem}.tsv" if is_tab else "Save it as .csv with commas, or as .jsonl"
+    shown = "tabs" if is_tab else repr(separator)
+    return DataError(f"{path.name}: its columns are separated by {shown}, not by {expected}", fix)
 
 
 def _find_cell_fault(path: Path, header: list[str], cells: list[str], line: int) -> str | None:

@@ -186,7 +186,7 @@ def open_adapter_folder(place: str | Path) -> tuple[AdapterFolder, list[Finding]
         RecipeError: if it holds neither an adapter nor a model.
         HubError: if a hub id cannot be had.
     """
-    path = paths.resolve_local_path(str(place), "the adapter to examine")
+    path = paths.resolve_published_path(str(place), "the adapter to examine")
     run = unlisted = None
     if path is None:
         folder, names, unlisted = _fetch_repo(str(place))
@@ -214,7 +214,9 @@ def open_adapter_folder(place: str | Path) -> tuple[AdapterFolder, list[Finding]
 def _list_files(folder: Path) -> tuple[list[str], list[Finding]]:
     """Return all files, and a finding for each link that leads out of the folder."""
     if not folder.is_dir():
-        raise RecipeError(f"there is no folder {folder}", "Give an adapter's folder or hub id")
+        raise RecipeError(
+            f"there is no folder {folder}", "Give an adapter's folder, or a hub id owner/name"
+        )
     names: list[str] = []
     outside: list[Finding] = []
     home = folder.resolve()

@@ -197,7 +197,7 @@ def _read_shared_items(
     Raises:
         RecipeError: if none is a run, or one was split otherwise.
     """
-    local = {model: paths.resolve_local_path(model, "the model") for model in models}
+    local = {model: paths.resolve_published_path(model, "the model") for model in models}
     runs = {m: path for m, path in local.items() if path and (path / "recipe.yaml").exists()}
     if not runs:
         raise RecipeError(

@@ -54,12 +54,14 @@ def find_published_folder(path: str | Path) -> Path:
         RunFolderError: if a run is not finished, or was changed since.
         HubError: if a hub id cannot be had.
     """
-    folder = paths.resolve_local_path(str(path), "the model to load")
+    folder = paths.resolve_published_path(str(path), "the model to load")
     if folder is None:
         return _download_model(str(path))
     folder = folder.resolve()
     if not folder.is_dir():
-        raise RecipeError(f"there is no folder {path}", "Give a run or a published folder")
+        raise RecipeError(
+            f"there is no folder {path}", "Give a run, a published folder, or a hub id owner/name"
+        )
     if (folder / "recipe.yaml").exists():
         if not (folder / "publish" / RECORD_FILE).exists():
             raise RunFolderError(f"{path} is not finished", "Run the same command again")

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -58,17 +59,28 @@ def _check_writable(path: Path) -> None:
         raise RecipeError(f"--output {path} {why}", "Choose another file")
 
 
+FILE_SUFFIX = re.compile(r"\.[a-z]\w{1,7}$", re.IGNORECASE)
+"""The ending of a file's name, as opposed to the full stop at the end of a text."""
+
+
+def is_literal_text(data: str) -> bool:
+    """Return whether an input is a text itself: no path, no file's name, and more than one word."""
+    words = data.split()
+    return len(words) > 1 and not os.path.exists(data) and not FILE_SUFFIX.search(words[-1])
+
+
 def predict_table(
-    model: str, data: Path, output: Path | None, base: str | None = None
+    model: str, data: str | Path, output: Path | None, base: str | None = None
 ) -> str | None:
-    """Predict every row of a table.
+    """Predict every row of a table, or a text that is given in its place.
 
     A column of the input with the name of an output column becomes `input.<name>`. Cells that the
     output's format has no form for are changed as `fit_columns` says.
 
     Args:
         model: a run, a published folder, or a hub id.
-        data: csv, jsonl, parquet, txt, or a folder of texts or images.
+        data: csv, jsonl, parquet, txt, or a folder of texts or images; or a text, see
+            `is_literal_text`.
         output: a .csv, .jsonl or .parquet file; None returns CSV text.
         base: the adapter's base, where it is not the one it names.
 
@@ -78,19 +90,22 @@ def predict_table(
             be loaded.
     """
     check_output(output, OUTPUT_SUFFIXES)
-    if output is not None and output.resolve() == data.resolve():
-        raise RecipeError(f"--output {output} is the input itself", "Choose another file")
-    if not data.exists():
-        raise DataError(f"{data} does not exist", "Check the path")
-    predictor = load(model, base)
-    raws, columns = _read_rows(data, predictor)
-    folder = data if data.is_dir() else data.parent
+    if is_literal_text(str(data)):
+        predictor = load(model, base)
+        raws, columns = _build_text_row(str(data), predictor)
+        folder, types = None, {}
+    else:
+        data = Path(data)
+        _check_input(data, output)
+        predictor = load(model, base)
+        raws, columns = _read_rows(data, predictor)
+        folder, types = data if data.is_dir() else data.parent, read_column_types(data)
     encoded = predictor.encode(
         (_read_input(raw, predictor) for raw in raws), [raw.where for raw in raws], folder
     )
     suffix = ".csv" if output is None else output.suffix
     cells = {column: _list_cells(raws, column) for column in columns}
-    inputs = fit_columns(cells, suffix, read_column_types(data))
+    inputs = fit_columns(cells, suffix, types)
     predictions = list(map(_flatten_prediction, predictor.predict_encoded(encoded)))
     predicted = {name: [row[name] for row in predictions] for name in predictions[0]}
     names = name_columns(inputs, predicted, "input.")
@@ -103,6 +118,35 @@ def predict_table(
         raise RecipeError(
             f"--output {output} cannot be written: {error.strerror}", "Choose another file"
         ) from error
+
+
+def _check_input(data: Path, output: Path | None) -> None:
+    """Refuse an input that is not there, or that the output would overwrite."""
+    if output is not None and output.resolve() == data.resolve():
+        raise RecipeError(f"--output {output} is the input itself", "Choose another file")
+    if not data.exists():
+        raise DataError(
+            f"{data} does not exist",
+            "Check the path; a text itself is more than one word, in quotes, or a line of a .txt",
+        )
+
+
+def _build_text_row(text: str, predictor: Predictor) -> tuple[list[RawRow], dict[str, None]]:
+    """Return a text as the only row of a table, and its column.
+
+    Raises:
+        DataError: if the model reads anything but one text.
+    """
+    reads = "pictures" if predictor.modality == "image" else " and ".join(predictor.columns)
+    if predictor.task == "token-classification":
+        reads = "lists of words"
+    elif predictor.modality == "text" and len(predictor.columns) == 1:
+        row = RawRow({predictor.columns[0]: text}, 0, "the text")
+        return [row], dict.fromkeys(predictor.columns)
+    raise DataError(
+        f"there is no file or folder {text!r}, and the model reads no single text but {reads}",
+        "Give a table or a folder",
+    )
 
 
 def _read_rows(data: Path, predictor: Predictor) -> tuple[list[RawRow], dict[str, None]]:

@@ -55,6 +55,8 @@ class ArchitectureSpec:
         token_head: the head of the token classification class, where there is one.
         add_pooling_layer: `AutoModel` takes that argument.
         has_padding_offset: positions count from the padding id on, so that fewer are left.
+        packs: tokens meet in attention alone, by transformers' attention interface, and positions
+            are an argument: a batch may run as one row without padding, at the same outputs.
         patch_size: the config's key for the side of an image patch; None: sides of any length.
         image_sizes: the encoder takes images of the config's size only (`fixed`), of any size
             with the argument `interpolate_pos_encoding` (`argument`), or of any size (`any`).
@@ -79,6 +81,7 @@ class ArchitectureSpec:
     token_head: HeadSpec | None = HeadSpec()
     add_pooling_layer: bool = False
     has_padding_offset: bool = False
+    packs: bool = False
     patch_size: str | None = None
     image_sizes: Literal["fixed", "argument", "any"] = "fixed"
     masked_images: Literal["drop", "cover"] | None = None

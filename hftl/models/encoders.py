@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hftl.errors import RecipeError
+from hftl.models import packing
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION, ArchitectureSpec
-from hftl.models.architectures import get_config_spec
+from hftl.models.architectures import ARCHITECTURES, get_config_spec
 
 VERSION_FIX = "Use a transformers version in hftl's range"
 
@@ -160,7 +161,7 @@ def check_block_count(section: str, requested: int, present: int, passed: int) -
         )
 
 
-# Encoders without an attention mask, which read padding as text.
+# Padding of texts.
 
 
 def accepts_attention_mask(encoder: Any) -> bool:
@@ -173,29 +174,37 @@ def accepts_attention_mask(encoder: Any) -> bool:
 
 
 def hide_padding(model: nn.Module) -> None:
-    """Make every text encoder without an attention mask run each row without its padding.
+    """Make text encoders run without padding: those that would read it, and those that can pack.
 
-    FNet (Lee-Thorp et al. 2022, arXiv:2105.03824) mixes all positions of a row, so that a text's
-    output would depend on the padding that its batch needs. The encoder then runs the rows of one
-    length at a time, cut to that length. Its class keeps its name, which transformers writes into
-    config.json.
+    FNet (Lee-Thorp et al. 2022, arXiv:2105.03824) has no attention mask and mixes all positions of
+    a row, so that a text's output would depend on the padding that its batch needs. It then runs
+    the rows of one length at a time, cut to that length. Others compute padding for nothing; see
+    `packing`. A class keeps its name, which transformers writes into config.json.
     """
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and _ignores_padding_mask(module):
-            kind = type(module)
-            module.__class__ = type(
-                kind.__name__, (_RunsByLength, kind), {"__module__": kind.__module__}
-            )
+        if isinstance(module, PreTrainedModel) and _is_unchanged_text_encoder(module):
+            spec = ARCHITECTURES.get(module.config.model_type)
+            if not accepts_attention_mask(module):
+                _mix_in(module, _RunsByLength)
+            elif (
+                spec is not None and spec.packs and not getattr(module.config, "is_decoder", False)
+            ):
+                module.set_attn_implementation(packing.NAME)
+                _mix_in(module, packing.PackedEncoder)
+                vars(module)["has_padding_offset"] = spec.has_padding_offset
 
 
-def _ignores_padding_mask(model: Any) -> bool:
-    """Return whether a module is a text encoder without a mask that is not yet changed."""
+def _is_unchanged_text_encoder(model: Any) -> bool:
     return (
         model.base_model is model
         and model.main_input_name == "input_ids"
-        and not accepts_attention_mask(model)
-        and not isinstance(model, _RunsByLength)
+        and not isinstance(model, (_RunsByLength, packing.PackedEncoder))
     )
+
+
+def _mix_in(module: Any, forward: type) -> None:
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (forward, kind), {"__module__": kind.__module__})
 
 
 class _RunsByLength:

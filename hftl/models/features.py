@@ -37,7 +37,7 @@ def compute_frozen_features(
     caught: list[Tensor] = []
     hook = last_linear.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     try:
-        return _run_batches(model, encoded, inputs, device, lambda _: caught.pop(), "features")
+        return run_batches(model, encoded, inputs, device, lambda _: caught.pop(), "features")
     finally:
         hook.remove()
 
@@ -47,7 +47,7 @@ def predict_logits(
 ) -> np.ndarray:  # fmt: skip
     """Return logits (outputs of all rows, classes) float32, in eval mode and fp32. Collective."""
     return np.concatenate(
-        _run_batches(model, encoded, inputs, device, lambda output: output.logits, "predictions")
+        run_batches(model, encoded, inputs, device, lambda output: output.logits, "predictions")
     )
 
 
@@ -67,14 +67,14 @@ def predict_with_features(
         return torch.cat([caught.pop().float(), output.logits.float()], -1)
 
     try:
-        values = np.concatenate(_run_batches(model, encoded, inputs, device, read, "predictions"))
+        values = np.concatenate(run_batches(model, encoded, inputs, device, read, "predictions"))
     finally:
         hook.remove()
     width = last_linear.in_features
     return np.ascontiguousarray(values[:, width:]), np.ascontiguousarray(values[:, :width])
 
 
-def _run_batches(
+def run_batches(
     model: nn.Module, encoded: list[EncodedRow], inputs: TextInputs | ImageInputs, device: str,
     read: Callable[[Any], Tensor], title: str,
 ) -> list[np.ndarray]:  # fmt: skip

@@ -21,11 +21,11 @@ DENSE_HEAD = HeadSpec(last_linear="classifier.out_proj", dropout="classifier.dro
 POST_NORM = ArchitectureSpec("bert", "encoder.layer", BERT_LINEARS)
 """BERT's encoder without its pooler."""
 POOLED = replace(POST_NORM, pooler="pooler", add_pooling_layer=True)
-BERT = replace(POOLED, token_mixer="attention")
+BERT = replace(POOLED, token_mixer="attention", packs=True)
 ROBERTA = replace(BERT, encoder="roberta", head=DENSE_HEAD, has_padding_offset=True)
 PRE_NORM_ROBERTA = replace(ROBERTA, token_mixer=None)
 ROTARY = ArchitectureSpec(
-    "model", "layers", SWIGLU_LINEARS, pooler="pooler", add_pooling_layer=True
+    "model", "layers", SWIGLU_LINEARS, pooler="pooler", add_pooling_layer=True, packs=True
 )  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def _adjust_roc_bert(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
 
 TEXT_ENCODERS = {
     "bert": BERT,
-    "ernie": replace(POOLED, encoder="ernie"),
+    "ernie": replace(POOLED, encoder="ernie", packs=True),
     "rembert": replace(POOLED, encoder="rembert"),
     "roc_bert": replace(POOLED, encoder="roc_bert", adjust=_adjust_roc_bert),
     "megatron-bert": replace(POOLED, final_parts=("encoder.ln",)),
@@ -86,9 +86,11 @@ TEXT_ENCODERS = {
     ),
     "jina_embeddings_v3": ArchitectureSpec(
         "roberta", "layers", (*SWIGLU_LINEARS[:4], "mlp.fc1", "mlp.fc2"), pooler="pooler",
-        head=DENSE_HEAD, add_pooling_layer=True,
+        head=DENSE_HEAD, add_pooling_layer=True, packs=True,
     ),
-    "electra": replace(POST_NORM, encoder="electra", head=DENSE_HEAD, token_mixer="attention"),
+    "electra": replace(
+        POST_NORM, encoder="electra", head=DENSE_HEAD, token_mixer="attention", packs=True
+    ),
     "roformer": replace(
         POST_NORM, encoder="roformer", unused_parts=("encoder.embed_positions",), head=DENSE_HEAD
     ),
@@ -102,7 +104,7 @@ TEXT_ENCODERS = {
         "distilbert", "transformer.layer",
         ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin",
          "ffn.lin1", "ffn.lin2"),
-        head=HeadSpec(("pre_classifier", "classifier")),
+        head=HeadSpec(("pre_classifier", "classifier")), packs=True,
     ),
     "albert": ArchitectureSpec(
         "albert", "encoder.albert_layer_groups.*.albert_layers",
@@ -130,7 +132,7 @@ TEXT_ENCODERS = {
         token_head=HeadSpec(dropout="drop"),
     ),
     "esm": replace(
-        PRE_NORM_ROBERTA, encoder="esm", final_parts=("encoder.emb_layer_norm_after",),
+        PRE_NORM_ROBERTA, encoder="esm", packs=False, final_parts=("encoder.emb_layer_norm_after",),
         unused_parts=("contact_head",), adjust=_adjust_esm,
     ),
     "esmc": ArchitectureSpec(

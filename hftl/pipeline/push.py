@@ -5,7 +5,6 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -14,7 +13,7 @@ from hftl.config import secrets
 from hftl.config.publish import Publish
 from hftl.config.recipe import Recipe
 from hftl.config.section import build_recipe_error
-from hftl.errors import HoldError, HubError, RecipeError, RunFolderError
+from hftl.errors import HftlError, HoldError, HubError, RecipeError, RunFolderError
 from hftl.measure.record import Record
 from hftl.pipeline.amend import (
     amend_record,
@@ -40,12 +39,8 @@ from hftl.publish.push import (
     RepoStateError,
     inspect_target,
     push_folder,
-    validate_card_on_hub,
 )
 from hftl.runtime import run_folder
-
-if TYPE_CHECKING:
-    from huggingface_hub import ModelInfo
 
 MESSAGE = "Publish a model with the evidence of what its transfer was worth"
 BASE_MESSAGE = "Publish the adapted base of an adapter"
@@ -146,7 +141,7 @@ def _list_sizes(folder: Path, words: frozenset[str]) -> list[tuple[str, int]]:
 
 
 def validate_push(run: Path, options: PushOptions) -> PushPreview:
-    """Return what would be pushed, after every check but that of the verdict.
+    """Return what would be pushed, after every check but those of `list_blockers`.
 
     Raises:
         RecipeError: if there is no base that others can have.
@@ -159,7 +154,7 @@ def validate_push(run: Path, options: PushOptions) -> PushPreview:
     record = Record.read(run)
     preview = preview_push(run, _list_shown_names(record, options))
     check_reload_recorded(run, record)
-    for text in _render_cards(run, record, options):
+    for text in render_cards(run, record, options):
         check_card(text, run)
     return preview
 
@@ -198,23 +193,28 @@ def warn_missing_license(run: Path, options: PushOptions, say: Say) -> None:
         )
 
 
-def check_verdict(preview: PushPreview, options: PushOptions) -> None:
-    """Refuse to publish what nobody should rely on.
-
-    Raises:
-        HoldError: if the verdict is hold, and no reason was given to publish nevertheless.
-        RecipeError: if there is no base that others can have.
-    """
+def list_blockers(preview: PushPreview, options: PushOptions) -> list[HftlError]:
+    """Return the errors of what nobody should rely on: a held verdict that is not forced, and an
+    adapter without a base that others can have."""
+    blockers: list[HftlError] = []
     if preview.decision != "publish" and options.force is None:
-        raise HoldError(
+        hold = HoldError(
             f"the verdict is hold: {'; '.join(preview.reasons)}",
             "Nothing was pushed. To publish nevertheless, give --force and the reason",
         )
+        blockers.append(hold)
     if preview.base is None:
-        raise RecipeError(
+        no_base = RecipeError(
             "the source model has no public id, so nobody could load the adapter",
             "Set source.published_as and run again",
         )
+        blockers.append(no_base)
+    return blockers
+
+
+def is_public(record: Record, options: PushOptions) -> bool:
+    """Return whether all may see what is pushed."""
+    return options.public or not record.recipe.publish.private
 
 
 def publish_run(run: Path, options: PushOptions, say: Say) -> None:
@@ -238,7 +238,8 @@ def push_finished_run(run: Path, options: PushOptions, say: Say) -> None:
         HubError: if the hub refuses it, or fails for too long.
         RunFolderError: if something may not leave the machine.
     """
-    check_verdict(validate_push(run, options), options)
+    for blocker in list_blockers(validate_push(run, options), options):
+        raise blocker
     warn_missing_license(run, options, say)
     name = options.repo_id or Record.read(run).recipe.publish.repo_id
     if name is None:
@@ -256,58 +257,6 @@ def push_finished_run(run: Path, options: PushOptions, say: Say) -> None:
     _print_push(pushed, repo_id, say)
 
 
-def check_push_on_hub(run: Path, options: PushOptions, say: Say) -> None:
-    """Ask the hub all that a push asks before it writes, and write nothing.
-
-    Without a repository, a token or a way to the hub, print what was not asked.
-
-    Raises:
-        HubError: where the push would be refused: rights, state of the repository, base, card.
-    """
-    from huggingface_hub import constants, get_token
-
-    record = Record.read(run)
-    name = options.repo_id or record.recipe.publish.repo_id
-    missing = [
-        "no repository is named (--repo-id)" if name is None else "",
-        "HF_HUB_OFFLINE=1 keeps from the hub" if constants.HF_HUB_OFFLINE else "",
-        "there is no token (`hf auth login`, or HF_TOKEN)" if get_token() is None else "",
-    ]
-    why = next(filter(None, missing), None)
-    if name is None or why is not None:
-        say(f"not asked of the hub, as {why}: rights, the repository, the base, the card")
-        return
-    public = options.public or not record.recipe.publish.private
-    with retry_requests():
-        account = read_account()
-        repo_id = complete_repo_id(account, name)
-        check_write_permission(account, repo_id, options.pull_request)
-        targets = [PushTarget(repo_id, public, options.pull_request)]
-        if (run / "publish-base").exists():
-            check_write_permission(account, f"{repo_id}-base")
-            targets.insert(0, PushTarget(f"{repo_id}-base", public))
-        elif (run / "publish" / ADAPTER_CONFIG).exists():
-            base, commit = resolve_public_base(record.source)
-            say(f"base     {base} at {commit[:8]}, which all can see")
-        for text in _render_cards(run, record, options):
-            validate_card_on_hub(text)
-        for target in targets:
-            _print_target_state(target, inspect_target(target), say)
-
-
-def _print_target_state(target: PushTarget, info: "ModelInfo | None", say: Say) -> None:
-    """Print where a push would go, and on which commit."""
-    if info is None:
-        shown = "public after the commit" if target.public else "private"
-        say(f"hub      {target.repo_id} would be made, {shown}")
-        return
-    how = "a pull request" if target.pull_request else "one commit"
-    seen = "private" if info.private else "public"
-    say(f"hub      {target.repo_id} ({seen}) would get {how} on {str(info.sha)[:8]}")
-    if target.public and info.private and not target.pull_request:
-        say(f"  {target.repo_id} would then be made public")
-
-
 def _push_folders(run: Path, options: PushOptions, name: str, say: Say) -> tuple[PushResult, str]:
     """Push the base where the run has adapted one, then the model."""
     record = Record.read(run)
@@ -317,7 +266,7 @@ def _push_folders(run: Path, options: PushOptions, name: str, say: Say) -> tuple
     has_own_base = (run / "publish-base").exists()
     check_write_permission(account, repo_id, options.pull_request)
     forced = options.force if record.verdict.decision != "publish" else None
-    public = options.public or not record.recipe.publish.private
+    public = is_public(record, options)
     base: tuple[str, str] | None = None
     target = PushTarget(repo_id, public, options.pull_request)
     if has_own_base:
@@ -341,7 +290,7 @@ def _push_folders(run: Path, options: PushOptions, name: str, say: Say) -> tuple
     return push_folder(run / "publish", target, MESSAGE), repo_id
 
 
-def _render_cards(run: Path, record: Record, options: PushOptions) -> list[str]:
+def render_cards(run: Path, record: Record, options: PushOptions) -> list[str]:
     """Render the cards as they will be, with placeholders for ids and commit."""
     base = PLACEHOLDER_BASE if (run / "publish" / ADAPTER_CONFIG).exists() else None
     amended = amend_record(record, PLACEHOLDER_BASE[0], options.force, base, options.license)

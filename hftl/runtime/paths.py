@@ -61,6 +61,15 @@ def resolve_local_path(place: str, key: str) -> Path | None:
     return path
 
 
+def resolve_published_path(place: str, key: str) -> Path | None:
+    """Return the local path of a run or published model; None where it reads as `owner/name`.
+
+    A name alone is a folder's: every published model has an owner. See `resolve_local_path`.
+    """
+    path = resolve_local_path(place, key)
+    return Path(place) if path is None and "/" not in place else path
+
+
 def is_local(place: str) -> bool:
     """Return whether a place is on this machine: a path, or in an installed package."""
     try:
@@ -226,8 +235,8 @@ def make_hub_load_error(error: Exception, place: str, kind: str, key: str = "") 
         )
     if is_hub_failure(error):
         return HubError(
-            f"{here}, and the hub cannot be reached: {answer}",
-            "Check the path, the network and HF_ENDPOINT",
+            f"{here}; it may be a hub id, but the hub cannot be reached: {answer}",
+            "Check the path; for a hub id the network and HF_ENDPOINT",
         )
     return HubError(
         f"{here}, and the hub gives no {kind} of that id: {answer}",

@@ -26,8 +26,8 @@ MANIFEST = "MANIFEST.json"
 REPORT_STAGE = Path("phases") / "report"
 """The stage that lists the files of a finished run."""
 RUN_FILES = (
-    "phases", "arms", "publish", "publish-base", "checkpoints", "recipe.yaml", "record.json",
-    "report.html", "error.json", "log.txt", ".lock",
+    "phases", "arms", "analysis", "publish", "publish-base", "checkpoints", "recipe.yaml",
+    "record.json", "report.html", "error.json", "log.txt", ".lock",
 )  # fmt: skip
 """Every name that a run folder may hold."""
 SEMANTICS = 4

@@ -1,0 +1,167 @@
+"""Store the features of rows at every layer and pooling on the disk, each row computed once.
+
+A folder holds the features of one encoder under one encoding, addressed by their content; each
+pass adds one part after the other, which is complete or absent. Commands that read the same rows
+share them, whatever they compute.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from pydantic import JsonValue
+
+from hftl.data.image_inputs import ImageInputs
+from hftl.data.rows import Row
+from hftl.data.splits import hash_text
+from hftl.finetune.context import ExperimentContext
+from hftl.models.heads import LoadedModel
+from hftl.models.layer_features import TOKEN_POOLING, LayerSite, compute_layer_features
+from hftl.runtime.progress import open_bar
+from hftl.runtime.run_folder import commit_stage, fingerprint, read_stage_inputs, to_json
+
+PART_ROWS = 1024
+"""Rows whose features are held in memory at once, and lost if a pass is interrupted."""
+MAX_BYTES = 8 << 30
+"""Bytes that the features of all sources take; the longest unused go first."""
+LAYOUT = 1
+"""Raised when the same encoder and rows give other features, or they are stored otherwise."""
+
+
+class FeatureStore:
+    """Return features of rows at any layer; those not yet stored are computed, in one pass.
+
+    Args:
+        context: the encoder and how it takes rows.
+        root: where the features of all encoders are.
+    """
+
+    def __init__(self, context: ExperimentContext, root: Path) -> None:
+        self._context = context
+        self._root = root
+        self._reads = build_store_key(context)
+        self.folder = root / fingerprint(self._reads)[:16]
+        self._columns: dict[LayerSite, slice] = {}
+        self._parts: list[np.ndarray] = []
+        self._places: dict[bytes, tuple[int, int, int]] = {}
+        self._built: LoadedModel | None = None
+        for part in sorted(self.folder.glob("part-*")):
+            self._open_part(part)
+
+    def compute(self, rows: list[Row]) -> None:
+        """Compute the features of rows that are not stored, in one pass, a part at a time."""
+        contents = {_hash_content(row): row for row in rows}
+        pairs = [(key, row) for key, row in contents.items() if key not in self._places]
+        if not pairs:
+            return
+        with open_bar(f"features of {self._context.source.name}", len(pairs)) as advance:
+            for start in range(0, len(pairs), PART_ROWS):
+                self._write_part(pairs[start : start + PART_ROWS])
+                advance(min(len(pairs), start + PART_ROWS))
+        _evict_unused(self._root, self.folder)
+
+    @property
+    def sites(self) -> list[LayerSite]:
+        """Return every site of rows that are stored, from bottom to top."""
+        return sorted(self._columns)
+
+    @property
+    def layers(self) -> int:
+        """Return the number of the last layer."""
+        return max(site.layer for site in self._columns)
+
+    def find_site(self, pooling: str) -> LayerSite | None:
+        """Return the site that a head of this pooling reads; None where its input is not stored.
+
+        The input of a stock class whose pooler is new differs by seed.
+        """
+        if self._context.prepared.task == "token-classification":
+            return LayerSite(self.layers, TOKEN_POOLING)
+        site = LayerSite(self.layers, pooling)
+        return site if site in self._columns else None
+
+    def get(self, rows: list[Row], site: LayerSite) -> np.ndarray:
+        """Return the features at a site, (outputs of all rows, width) float32, row after row."""
+        self.compute(rows)
+        columns = self._columns[site]
+        places = [self._places[_hash_content(row)] for row in rows]
+        sizes = np.array([stop - start for _, start, stop in places])
+        ends = np.cumsum(sizes)
+        features = np.empty((int(sizes.sum()), columns.stop - columns.start), dtype=np.float32)
+        for number, part in enumerate(self._parts):
+            chosen = [i for i, place in enumerate(places) if place[0] == number]
+            if chosen:
+                source = np.concatenate([np.arange(*places[i][1:]) for i in chosen])
+                target = np.concatenate([np.arange(ends[i] - sizes[i], ends[i]) for i in chosen])
+                features[target] = part[source, columns]
+        return features
+
+    def _write_part(self, pairs: list[tuple[bytes, Row]]) -> None:
+        context = self._context
+        if self._built is None:
+            self._built = context.build_model("native", 0)
+            self._built.model.to(context.device)
+        encoded = context.encode_rows([row for _, row in pairs])
+        widths, features = compute_layer_features(
+            self._built, encoded, context.inputs, context.device
+        )
+        part = self.folder / f"part-{len(self._parts):04d}"
+        with commit_stage(part, self._reads) as aside:
+            np.save(aside / "keys.npy", np.frombuffer(b"".join(k for k, _ in pairs), np.uint8))
+            np.save(aside / "sizes.npy", np.array([len(values) for values in features]))
+            np.save(aside / "features.npy", np.concatenate(features))
+            sites = [[site.layer, site.pooling, width] for site, width in widths.items()]
+            (aside / "sites.json").write_text(to_json(sites), encoding="utf-8")
+        self._open_part(part)
+
+    def _open_part(self, part: Path) -> None:
+        read_stage_inputs(part)
+        part.parent.touch()
+        start = 0
+        for layer, pooling, width in json.loads((part / "sites.json").read_text("utf-8")):
+            self._columns[LayerSite(layer, pooling)] = slice(start, start + width)
+            start += width
+        keys = np.load(part / "keys.npy").reshape(-1, 16)
+        ends = np.cumsum(np.load(part / "sizes.npy")).tolist()
+        number = len(self._parts)
+        for key, begin, end in zip(keys, [0, *ends[:-1]], ends, strict=True):
+            self._places[key.tobytes()] = (number, begin, end)
+        self._parts.append(np.load(part / "features.npy", mmap_mode="r"))
+
+
+def build_store_key(context: ExperimentContext) -> dict[str, JsonValue]:
+    """Return all that features depend on but the rows: weights, config, encoding, precision."""
+    inputs = context.inputs
+    return {
+        "weights": context.weights_hash,
+        "config": context.config_hash,
+        "preprocessing": inputs.hash_preprocessing(),
+        "max_length": None if isinstance(inputs, ImageInputs) else inputs.max_length,
+        "words": context.prepared.task == "token-classification",
+        "precision": "float32",
+        "layout": LAYOUT,
+    }
+
+
+def _hash_content(row: Row) -> bytes:
+    """Return the address of a row, 16 bytes: its texts, words or pixels, and not its label."""
+    return hash_text("\x1f".join(row.content))
+
+
+def _evict_unused(root: Path, current: Path) -> None:
+    """Remove the features of the encoders that were used longest ago, until all fit."""
+    sizes = {folder: sum(_list_sizes(folder)) for folder in root.iterdir() if folder.is_dir()}
+    for folder in sorted(sizes, key=lambda folder: folder.stat().st_mtime):
+        if sum(sizes.values()) <= MAX_BYTES:
+            return
+        if folder != current:
+            shutil.rmtree(folder)
+            del sizes[folder]
+
+
+def _list_sizes(folder: Path) -> Iterator[int]:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            yield path.stat().st_size

@@ -1,0 +1,133 @@
+"""Compute the features of a frozen encoder after every layer and in every pooling, in one pass."""
+
+from collections import defaultdict
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hftl.data.image_inputs import ImageInputs
+from hftl.data.text_inputs import EncodedRow, TextInputs, WordInputs
+from hftl.models.encoders import accepts_attention_mask, get_blocks
+from hftl.models.features import run_batches
+from hftl.models.heads import LoadedModel, pool_tokens
+
+TOKEN_POOLING = "token"
+"""The pooling of tasks with a label a word: the state at the word's first token."""
+
+
+class LayerSite(NamedTuple):
+    """Name where features are read: after a layer, 0 for the embeddings, and how they are pooled.
+
+    The last layer is read after the encoder's final norm. Its pooling `native` is the input of the
+    last linear layer of the stock task class.
+    """
+
+    layer: int
+    pooling: str
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} {self.pooling}"
+
+
+def compute_layer_features(
+    built: LoadedModel, encoded: list[EncodedRow], inputs: TextInputs | ImageInputs, device: str
+) -> tuple[dict[LayerSite, int], list[np.ndarray]]:
+    """Return the width of every site, and the features of every row at all of them. Collective.
+
+    Args:
+        built: the stock task class of the source, as it was loaded.
+        encoded: rows as the encoder takes them.
+        inputs: collates them and splits a batch's outputs into rows.
+        device: the model's.
+
+    Returns:
+        The widths in the order of the columns, and (outputs, sum of widths) float32 for each row:
+        one output, or one a word.
+    """
+    numbers_of: dict[int, list[int]] = defaultdict(list)
+    # An encoder without a mask runs the rows of one length at a time, so its blocks see a part of
+    # a batch with several lengths.
+    one_length = isinstance(inputs, TextInputs) and not accepts_attention_mask(built.encoder)
+    for number, row in enumerate(encoded):
+        numbers_of[inputs.length(row) if one_length else 0].append(number)
+    computed: dict[int, np.ndarray] = {}
+    with _LayerTap(built, inputs) as tap:
+        for numbers in numbers_of.values():
+            rows = [encoded[number] for number in numbers]
+            values = run_batches(built.model, rows, inputs, device, tap.read, "features")
+            computed.update(zip(numbers, values, strict=True))
+    return tap.widths, [computed[number] for number in range(len(encoded))]
+
+
+class _LayerTap(ExitStack):
+    """Catch the states between the blocks of a model while it runs, and pool them."""
+
+    def __init__(self, built: LoadedModel, inputs: TextInputs | ImageInputs) -> None:
+        super().__init__()
+        self.widths: dict[LayerSite, int] = {}
+        self._inputs = inputs
+        self._states: list[Tensor] = []
+        self._last: list[Tensor] = []
+        self._head_input: list[Tensor] = []
+        self._batch: dict[str, Any] = {}
+        blocks = get_blocks(built.encoder, built.architecture)
+        self._hook(built.model.register_forward_pre_hook(self._catch_batch, with_kwargs=True))
+        self._hook(blocks[0].register_forward_pre_hook(self._catch_embeddings, with_kwargs=True))
+        for block in blocks:
+            self._hook(block.register_forward_hook(self._catch_block))
+        self._hook(built.encoder.register_forward_hook(self._catch_encoder))
+        # A pooler without weights in the checkpoint differs by seed: its output is no feature.
+        if built.features_are_shared and not isinstance(inputs, WordInputs):
+            self._hook(built.last_linear.register_forward_pre_hook(self._catch_head_input))
+
+    def _hook(self, handle: Any) -> None:
+        self.callback(handle.remove)
+
+    def _catch_batch(self, _: nn.Module, args: Any, batch: dict[str, Any]) -> None:
+        self._batch = batch
+        self._states.clear()
+
+    def _catch_embeddings(self, _: nn.Module, args: Any, more: dict[str, Any]) -> None:
+        # A block whose weights all layers share is entered once a layer.
+        if not self._states:
+            self._states.append(args[0] if args else more["hidden_states"])
+
+    def _catch_block(self, _: nn.Module, args: Any, output: Any) -> None:
+        self._states.append(output[0] if isinstance(output, tuple) else output)
+
+    def _catch_encoder(self, _: nn.Module, args: Any, output: Any) -> None:
+        self._last = [output[0]]
+
+    def _catch_head_input(self, _: nn.Module, args: Any) -> None:
+        self._head_input = [args[0]]
+
+    def read(self, output: Any) -> Tensor:
+        """Return (batch, all columns), or (batch, length, all columns) for words."""
+        columns: dict[LayerSite, Tensor] = {}
+        for layer, states in enumerate([*self._states[:-1], *self._last]):
+            for pooling, pooled in self._pool(states).items():
+                columns[LayerSite(layer, pooling)] = pooled.float()
+        if self._head_input:
+            last = LayerSite(len(self._states) - 1, "native")
+            columns[last] = self._head_input[0].float()
+        self.widths = {site: pooled.shape[-1] for site, pooled in columns.items()}
+        return torch.cat(list(columns.values()), -1)
+
+    def _pool(self, states: Tensor) -> dict[str, Tensor]:
+        """Return the states of a batch in every pooling that they allow."""
+        if isinstance(self._inputs, WordInputs):
+            return {TOKEN_POOLING: states}
+        if isinstance(self._inputs, TextInputs):
+            mask = self._batch["attention_mask"]
+            return {pooling: pool_tokens(states, mask, pooling) for pooling in ("mean", "cls")}
+        if states.ndim == 4:
+            return {"mean": states.mean((2, 3))}
+        side = self._batch["pixel_values"].shape[-1]
+        prefix = states.shape[1] - (side // self._inputs.patch_size) ** 2
+        if prefix <= 0:
+            return {"mean": states.mean(1)}
+        # The class token, then registers, then the patches.
+        return {"mean": states[:, prefix:].mean(1), "cls": states[:, 0]}

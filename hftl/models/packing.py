@@ -1,0 +1,211 @@
+"""Run text encoders without padding: the tokens of a batch in one row, apart in attention alone.
+
+Between attentions an encoder treats every token for itself, so that padding costs time and changes
+nothing. On a CPU the encoders whose `ArchitectureSpec` says `packs` run a batch as one row of all
+its tokens; only attention puts them back into rows. The batch stays as it is, and so do its
+outputs, but for rounding. Predictions, in fp32 and without gradient, run as stock classes run them:
+the proof that a model reloads compares the two. The names are those of transformers' attention
+interface: https://huggingface.co/docs/transformers/attention_interface
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "hftl_packed"
+SHORT_TEXT = 128
+"""Positions up to which attention holds all its weights, which a CPU then computes faster than its
+kernel that does not."""
+PADDING = 0.1
+"""Share of padding from which packing pays with that kernel."""
+
+
+class Packing:
+    """Hold where each token of a packed row stands in its batch.
+
+    Args:
+        mask: (batch, length) bool, True at tokens.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self.batch, self.length = mask.shape
+        self.tokens = mask.flatten().nonzero().flatten()
+        self._indices: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def pack(self, batch: Tensor) -> Tensor:
+        """Return (1, tokens) of (batch, length)."""
+        return batch.flatten()[self.tokens].unsqueeze(0)
+
+    def unpack(self, row: Tensor) -> Tensor:
+        """Return (batch, length, width), 0 at padding, of (1, tokens, width)."""
+        places = row.new_zeros(self.mask.numel(), row.shape[-1])
+        return places.index_copy(0, self.tokens, row[0]).view(*self.mask.shape, -1)
+
+    def build_indices(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return how rows of attention are gathered and put back, and what hides padding.
+
+        Returns:
+            For (batch, heads, length) the row of (tokens, heads) that stands there, at padding the
+            first; the reverse; and (batch * heads, 1, length), 0 at tokens and else -inf.
+        """
+        if heads not in self._indices:
+            device, head = self.mask.device, torch.arange(heads, device=self.mask.device)
+            numbers = torch.zeros(self.mask.numel(), dtype=torch.long, device=device)
+            numbers[self.tokens] = torch.arange(len(self.tokens), device=device)
+            gather = numbers.view(self.batch, 1, self.length) * heads + head[:, None]
+            row, place = self.tokens // self.length, self.tokens % self.length
+            scatter = (row[:, None] * heads + head) * self.length + place[:, None]
+            bias = torch.zeros(self.mask.shape, device=device).masked_fill(~self.mask, -torch.inf)
+            hidden = bias.repeat_interleave(heads, 0).unsqueeze(1)
+            self._indices[heads] = gather.flatten(), scatter.flatten(), hidden
+        return self._indices[heads]
+
+
+class _ShortAttention(torch.autograd.Function):
+    """Compute attention of packed rows in fp32, from gathered queries, keys and values."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float,
+        dropout: float,
+    ) -> Tensor:  # fmt: skip
+        """Return (1, tokens, heads, width) of three (1, heads, tokens, width)."""
+        heads, _, width = query.shape[1:]
+        gather, scatter, bias = packing.build_indices(heads)
+        with torch.autocast(query.device.type, enabled=False):
+            q, k, v = (
+                x[0].transpose(0, 1).reshape(-1, width).index_select(0, gather)
+                .view(-1, packing.length, width).float()
+                for x in (query, key, value)
+            )  # fmt: skip
+            q = q * scale
+            weights = torch.baddbmm(bias, q, k.transpose(1, 2)).softmax(-1)
+            factor = None
+            if dropout:
+                factor = torch.empty_like(weights).bernoulli_(1 - dropout).div_(1 - dropout)
+            live = weights if factor is None else weights * factor
+            output = torch.bmm(live, v).view(-1, width).index_select(0, scatter)
+        ctx.save_for_backward(q, k, v, weights, factor)
+        ctx.packing, ctx.scale, ctx.shape = packing, scale, (1, -1, heads, width)
+        return output.to(query.dtype).view(ctx.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        """Return the gradients of query, key and value."""
+        q, k, v, weights, factor = ctx.saved_tensors
+        _, _, heads, width = ctx.shape
+        _, scatter, _ = ctx.packing.build_indices(heads)
+        with torch.autocast(q.device.type, enabled=False):
+            of_output = q.new_zeros(q.numel() // width, width)
+            of_output.index_copy_(0, scatter, gradient.reshape(-1, width).float())
+            of_output = of_output.view(q.shape)
+            live = weights if factor is None else weights * factor
+            of_value = torch.bmm(live.transpose(1, 2), of_output)
+            of_weights = torch.bmm(of_output, v.transpose(1, 2))
+            if factor is not None:
+                of_weights *= factor
+            of_weights *= weights
+            of_scores = torch.addcmul(of_weights, weights, of_weights.sum(-1, True), value=-1)
+            of_query = torch.bmm(of_scores, k).mul_(ctx.scale)
+            of_key = torch.bmm(of_scores.transpose(1, 2), q)
+            gradients = (
+                x.view(-1, width).index_select(0, scatter).to(gradient.dtype)
+                .view(ctx.shape).transpose(1, 2)
+                for x in (of_query, of_key, of_value)
+            )  # fmt: skip
+            return (*gradients, None, None, None)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    packing: Packing | None = None, scaling: float | None = None, dropout: float = 0.0,
+    **more: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Return what transformers' `sdpa` does; of a packed row, each row of its batch for itself."""
+    if packing is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **more
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if packing.length <= SHORT_TEXT:
+        return _ShortAttention.apply(query, key, value, packing, scale, dropout), None
+    shape = (packing.batch, packing.length, *query.shape[1::2])
+    rows = (packing.unpack(x.transpose(1, 2).flatten(2)).view(shape) for x in (query, key, value))
+    output = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in rows), attn_mask=packing.mask[:, None, None],
+        scale=scale, dropout_p=dropout,
+    )  # fmt: skip
+    return output.transpose(1, 2).flatten(0, 1)[packing.tokens].unsqueeze(0), None
+
+
+AttentionInterface.register(NAME, _attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+class PackedEncoder:
+    """Replace the forward of such an encoder; mixed into the encoder's own class."""
+
+    config: Any
+    has_padding_offset: bool
+    reads_whole_batches = False
+    """True where a hook inside reads positions of the whole batch."""
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **more: Any
+    ) -> Any:
+        """Return the encoder's outputs, hidden states (batch, length, width) 0 at padding.
+
+        Args:
+            input_ids: (batch, length).
+            attention_mask: (batch, length), 1 at tokens.
+            more: further arguments of the encoder.
+        """
+        plain: Any = super()
+        more = {name: value for name, value in more.items() if value is not None}
+        types = more.pop("token_type_ids", None)
+        if input_ids is None or attention_mask is None or not self._packs(attention_mask, more):
+            more |= {} if types is None else {"token_type_ids": types}
+            return plain.forward(input_ids=input_ids, attention_mask=attention_mask, **more)
+        packing = Packing(attention_mask.bool())
+        types = {} if types is None else {"token_type_ids": packing.pack(types)}
+        output = plain.forward(
+            input_ids=packing.pack(input_ids), **types, **more, packing=packing,
+            position_ids=packing.pack(self._count_positions(input_ids)),
+        )  # fmt: skip
+        output.last_hidden_state = packing.unpack(output.last_hidden_state)
+        if output.get("pooler_output") is not None:
+            pooler: Any = self.pooler  # pyright: ignore[reportAttributeAccessIssue]
+            output.pooler_output = pooler(output.last_hidden_state)
+        return output
+
+    def _packs(self, mask: Tensor, more: dict[str, Any]) -> bool:
+        """Return whether a batch runs packed: in training, on a CPU, where it is faster."""
+        flags = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+        is_plain = all(more.get(name, getattr(self.config, name)) == flags[name] for name in flags)
+        return (
+            mask.device.type == "cpu"
+            and (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+            and mask.ndim == 2
+            and is_plain
+            and not self.reads_whole_batches
+            and more.keys() <= flags.keys()
+            and not torch.compiler.is_compiling()
+            and (mask.shape[1] <= SHORT_TEXT or bool(mask.float().mean() <= 1 - PADDING))
+            # Poolers and heads read the first position.
+            and bool(mask[:, 0].all())
+        )
+
+    def _count_positions(self, input_ids: Tensor) -> Tensor:
+        """Return each token's position (batch, length), as the encoder counts them itself."""
+        if self.has_padding_offset:
+            is_token = input_ids != self.config.pad_token_id
+            return is_token.cumsum(1) * is_token + self.config.pad_token_id
+        return torch.arange(input_ids.shape[1]).expand_as(input_ids)
