@@ -234,6 +234,35 @@ def compare(
         say(f"wrote {output}, plot {output.with_suffix('.png')}")
 
 
+MostRows = Annotated[int, typer.Option(min=20, help="training rows that are read, at most")]
+
+
+@app.command()
+def rank(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    source: Annotated[
+        list[str] | None, typer.Option(help="another source model; may be repeated")
+    ] = None,
+    output: Output = None,
+    rows: MostRows = 1000,
+    write: Annotated[Path | None, typer.Option(help="write the winner as a recipe")] = None,
+) -> None:
+    """Rank source models for your data before any training, with rank intervals and cost."""
+    loaded = Recipe.load(recipe, overrides)
+    if write is not None and write.exists():
+        raise RecipeError(f"{write} exists", "Choose another name for --write")
+    folder = _name_run(loaded, output)
+    with _working():
+        from hftl.pipeline import analyses
+
+        facts, text = analyses.run_rank(loaded, folder, source or [], rows)
+    say(text)
+    if write is not None:
+        analyses.write_winner(recipe, overrides or [], facts, write)
+        say(f"wrote {write}")
+
+
 @app.command()
 def schema(
     kind: Annotated[
@@ -256,6 +285,13 @@ def _working(bars: bool = True) -> Iterator[None]:
     silence_libraries()
     with show_progress(bars and _is_interactive()):
         yield
+
+
+def _name_run(recipe: Recipe, output: Path | None) -> Path:
+    """Return the run folder of a command, which an error is reported to as well."""
+    folder = output or recipe.default_output()
+    cli_errors.CURRENT_COMMAND.run = folder
+    return folder
 
 
 def _is_interactive() -> bool:

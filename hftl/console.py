@@ -1,6 +1,12 @@
 """Format the lines and tables that a command prints."""
 
+import io
 from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from hftl.card.wording import build_forgetting_rows, describe_headline
 from hftl.measure.record import AdaptStage, GuardFigures, LossChange, Record
@@ -109,6 +115,25 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     padded = [map(str.ljust, row, widths) for row in rows]
     lines = ["  " + "  ".join(cells).rstrip() for cells in padded]
     return "\n".join([lines[0], "  " + "-" * (len(lines[0]) - 2), *lines[1:]])
+
+
+def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table drawn by rich, as wide as its cells: lines are also read by scripts.
+
+    Args:
+        header: of each column.
+        rows: the cells; all but the first of a row are aligned to the right.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    screen = Console(width=1000, no_color=True, file=io.StringIO())
+    with screen.capture() as captured:
+        screen.print(table)
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    return "\n".join(line for line in lines if line)
 
 
 def format_duration(seconds: float) -> str:

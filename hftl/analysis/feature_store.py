@@ -17,6 +17,7 @@ from hftl.data.image_inputs import ImageInputs
 from hftl.data.rows import Row
 from hftl.data.splits import hash_text
 from hftl.finetune.context import ExperimentContext
+from hftl.models.encoders import build_on_meta, get_stock_encoder, get_task_class
 from hftl.models.heads import LoadedModel
 from hftl.models.layer_features import TOKEN_POOLING, LayerSite, compute_layer_features
 from hftl.runtime.progress import open_bar
@@ -50,17 +51,22 @@ class FeatureStore:
         for part in sorted(self.folder.glob("part-*")):
             self._open_part(part)
 
-    def compute(self, rows: list[Row]) -> None:
-        """Compute the features of rows that are not stored, in one pass, a part at a time."""
+    def compute(self, rows: list[Row]) -> int:
+        """Compute the features of rows that are not stored, in one pass, a part at a time.
+
+        Returns:
+            How many rows have run.
+        """
         contents = {_hash_content(row): row for row in rows}
         pairs = [(key, row) for key, row in contents.items() if key not in self._places]
         if not pairs:
-            return
+            return 0
         with open_bar(f"features of {self._context.source.name}", len(pairs)) as advance:
             for start in range(0, len(pairs), PART_ROWS):
                 self._write_part(pairs[start : start + PART_ROWS])
                 advance(min(len(pairs), start + PART_ROWS))
         _evict_unused(self._root, self.folder)
+        return len(pairs)
 
     @property
     def sites(self) -> list[LayerSite]:
@@ -71,6 +77,17 @@ class FeatureStore:
     def layers(self) -> int:
         """Return the number of the last layer."""
         return max(site.layer for site in self._columns)
+
+    def count_parameters(self) -> int:
+        """Return the parameters of the encoder, counted without its weights where none ran."""
+        if self._built is not None:
+            return sum(tensor.numel() for tensor in self._built.encoder.parameters())
+        source = self._context.source
+        model = build_on_meta(
+            get_task_class(source.config, self._context.prepared.task), source.config
+        )
+        encoder = get_stock_encoder(model, source.architecture_spec)
+        return sum(tensor.numel() for tensor in encoder.parameters())
 
     def find_site(self, pooling: str) -> LayerSite | None:
         """Return the site that a head of this pooling reads; None where its input is not stored.

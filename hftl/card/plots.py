@@ -24,7 +24,7 @@ def plot_ladder(record: Record, path: Path) -> None:
     """
     metric = describe_metric(str(record.metric))
     rows = list(reversed(record.ladder))
-    figure = _new_figure(8, 0.6 * len(rows) + 1)
+    figure = new_figure(8, 0.6 * len(rows) + 1)
     axes = figure.subplots()
     for height, row in enumerate(rows):
         scores = _collect_scores(record, row.arm)
@@ -44,7 +44,7 @@ def plot_ladder(record: Record, path: Path) -> None:
     ticks, labels = [*range(len(rows)), len(rows) - 0.4], [*map(_format_row_gain, rows)]
     gains.set_yticks(ticks, [*labels, "this model gains"])
     _strip_axes(axes, gains, len(rows))
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def plot_frontier(record: Record, path: Path) -> None:
@@ -52,7 +52,7 @@ def plot_frontier(record: Record, path: Path) -> None:
     seed; the own arm a blue star."""
     assert record.forgetting is not None
     metric = describe_metric(str(record.metric))
-    figure = _new_figure(8, 4.5)
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
     for number, entry in enumerate(record.forgetting.arms):
         name, forgotten = entry.arm, entry.forgotten
@@ -71,12 +71,12 @@ def plot_frontier(record: Record, path: Path) -> None:
     figure.legend(loc="outside right upper", frameon=False)
     axes.axvline(0, color=OTHER, linewidth=1, linestyle=":")
     better = "lower" if metric.lower_is_better else "higher"
-    axes.set_xlabel(f"forgotten: fall of {_escape_math(describe_headline(record))}, left is better")
+    axes.set_xlabel(f"forgotten: fall of {escape_math(describe_headline(record))}, left is better")
     axes.set_ylabel(f"test {metric.name}, {better} is better")
     axes.margins(x=0.15, y=0.15)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def plot_comparison(models: list[ComparedModel], path: Path) -> None:
@@ -84,7 +84,7 @@ def plot_comparison(models: list[ComparedModel], path: Path) -> None:
 
     At the right is the paired difference against the first.
     """
-    figure = _new_figure(8, 0.6 * len(models) + 1)
+    figure = new_figure(8, 0.6 * len(models) + 1)
     axes = figure.subplots()
     metric = describe_metric(models[0].metric)
     upwards = models[::-1]
@@ -97,23 +97,23 @@ def plot_comparison(models: list[ComparedModel], path: Path) -> None:
         axes.text(value, height + 0.18, f"{value:.3f}", ha="center", va="bottom")
     better = "left" if metric.lower_is_better else "right"
     axes.set_xlabel(f"{metric.name}, {better} is better: the bar is the 95 % interval over items")
-    axes.set_yticks(range(len(models)), [_escape_math(model.model) for model in upwards])
+    axes.set_yticks(range(len(models)), [escape_math(model.model) for model in upwards])
     differences = axes.secondary_yaxis("right")
     differences.set_yticks(range(len(models)), [*map(_format_difference, upwards)])
     _strip_axes(axes, differences, len(models))
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def _format_difference(model: ComparedModel) -> str:
     return "the first" if model.against_first is None else format_gain(model.against_first)
 
 
-def _escape_math(text: str) -> str:
+def escape_math(text: str) -> str:
     """Escape dollars: matplotlib takes what is between two for a formula."""
     return text.replace("$", r"\$")
 
 
-def _new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """Return an empty figure, width and height in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -134,7 +134,8 @@ def _strip_axes(axes: Any, right: Any, rows: int) -> None:
     right.spines["right"].set_visible(False)
 
 
-def _save_figure(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, without the date and the version of the library."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", metadata={"Software": None})
 

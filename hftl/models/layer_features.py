@@ -13,6 +13,7 @@ from hftl.data.text_inputs import EncodedRow, TextInputs, WordInputs
 from hftl.models.encoders import accepts_attention_mask, get_blocks
 from hftl.models.features import run_batches
 from hftl.models.heads import LoadedModel, pool_tokens
+from hftl.models.packing import Packing
 
 TOKEN_POOLING = "token"
 """The pooling of tasks with a label a word: the state at the word's first token."""
@@ -108,13 +109,20 @@ class _LayerTap(ExitStack):
         """Return (batch, all columns), or (batch, length, all columns) for words."""
         columns: dict[LayerSite, Tensor] = {}
         for layer, states in enumerate([*self._states[:-1], *self._last]):
-            for pooling, pooled in self._pool(states).items():
+            for pooling, pooled in self._pool(self._unpack(states)).items():
                 columns[LayerSite(layer, pooling)] = pooled.float()
         if self._head_input:
             last = LayerSite(len(self._states) - 1, "native")
             columns[last] = self._head_input[0].float()
         self.widths = {site: pooled.shape[-1] for site, pooled in columns.items()}
         return torch.cat(list(columns.values()), -1)
+
+    def _unpack(self, states: Tensor) -> Tensor:
+        """Return (batch, length, width) of states, which may be packed, see `packing`."""
+        mask = self._batch.get("attention_mask")
+        if mask is None or states.shape[0] == len(mask):
+            return states
+        return Packing(mask.bool()).unpack(states)
 
     def _pool(self, states: Tensor) -> dict[str, Tensor]:
         """Return the states of a batch in every pooling that they allow."""

@@ -83,6 +83,18 @@ def read_tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def read_tensor(folder: Path, name: str) -> Any:
+    """Read one tensor of a checkpoint in safetensors as float32; None where there is none."""
+    import torch
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            if name in file.keys():  # noqa: SIM118
+                return file.get_tensor(name).to(torch.float32)
+    return None
+
+
 def _iterate_counts(config: object) -> Iterator[tuple[str, int]]:
     """Yield every count at any depth; of a list, such as blocks by stage, the sum."""
     nodes = [config]

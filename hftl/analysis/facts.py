@@ -1,0 +1,84 @@
+"""Describe the results of the analyses: what is written to `RUN/analysis/<name>.json`."""
+
+from hftl.data.facts import RecordPart
+
+Interval = tuple[float, float]
+
+
+class SiteFacts(RecordPart):
+    """Name where features are read, see `LayerSite`."""
+
+    layer: int
+    pooling: str
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} {self.pooling}"
+
+
+class TransferScores(RecordPart):
+    """Hold the scores of one source's features, more is better; null where one is not defined.
+
+    `leep` and `nce` read the source's own classifier; `nleep` reads clusters instead, and so does
+    `nce` where the source has none.
+    """
+
+    logme: float
+    knn: float
+    h_score: float | None = None
+    leep: float | None = None
+    nleep: float | None = None
+    nce: float | None = None
+    transrate: float | None = None
+    transrate_by_class: float | None = None
+    gbc: float | None = None
+
+
+class RankedSource(RecordPart):
+    """Describe one source: its best site, its scores there, its rank, and what it costs."""
+
+    source: str
+    architecture: str
+    parameters: int
+    layers: int
+    best: SiteFacts
+    probe: float
+    """The metric, out of fold, at the best site."""
+    probe_ci95: Interval
+    """Over rows."""
+    rank: int
+    rank_ci95: tuple[int, int]
+    scores: TransferScores
+    pass_seconds: float
+    """0 where all features were stored already."""
+    score_seconds: float
+
+
+class FailedSource(RecordPart):
+    """Name a source that could not be read, and why."""
+
+    source: str
+    why: str
+
+
+class SourceGap(RecordPart):
+    """Compare the first two sources in the metric; positive where the first is better."""
+
+    value: float
+    ci95: Interval
+
+    @property
+    def is_clear(self) -> bool:
+        """Return whether the interval excludes 0."""
+        return self.ci95[0] > 0
+
+
+class RankAnalysis(RecordPart):
+    """Rank source models for a task before any training, the best first."""
+
+    metric: str
+    lower_is_better: bool
+    rows: int
+    sources: list[RankedSource]
+    failed: list[FailedSource]
+    first_two: SourceGap | None
+    """Null with one source."""

@@ -1,0 +1,99 @@
+"""Predict every labelled row by a probe that has not seen it, or by its neighbours."""
+
+import numpy as np
+
+from hftl.analysis.nearest import predict_left_out
+from hftl.analysis.probe import C_GRID, FOLDS, fit_probe
+from hftl.errors import DataError
+
+MIN_ROWS = 2 * FOLDS
+
+
+def assign_folds(labels: np.ndarray, groups: np.ndarray | None, folds: int = FOLDS) -> np.ndarray:
+    """Return the fold of every row, (rows,): classes in turn, and groups whole.
+
+    Raises:
+        DataError: if there are fewer rows than ten, or fewer groups than two.
+    """
+    units = len(labels) if groups is None else len(np.unique(groups))
+    if len(labels) < MIN_ROWS or units < 2:
+        unit = "rows" if groups is None or len(labels) < MIN_ROWS else "groups"
+        count = len(labels) if unit == "rows" else units
+        raise DataError(
+            f"train has {count} {unit}, fewer than {MIN_ROWS if unit == 'rows' else 2} for "
+            "cross-validation",
+            "Give more rows, raise data.shots, or lower the fractions",
+        )
+    if groups is not None:
+        _, units_of = np.unique(groups, return_inverse=True)
+        return _deal_groups(np.bincount(units_of), min(folds, units))[units_of]
+    kinds = labels if labels.dtype == np.int64 else np.zeros(len(labels), dtype=np.int64)
+    order = np.argsort(kinds, kind="stable")
+    fold = np.empty(len(labels), dtype=np.int64)
+    fold[order] = np.arange(len(labels)) % folds
+    return fold
+
+
+def _deal_groups(sizes: np.ndarray, folds: int) -> np.ndarray:
+    """Return the fold of every group: the largest first, each to the fold with the fewest rows."""
+    fold, filled = np.empty(len(sizes), dtype=np.int64), np.zeros(folds)
+    for group in np.argsort(-sizes, kind="stable"):
+        fold[group] = filled.argmin()
+        filled[fold[group]] += sizes[group]
+    return fold
+
+
+def predict_out_of_fold(
+    features: np.ndarray, targets: np.ndarray, outputs: int, groups: np.ndarray | None
+) -> np.ndarray:
+    """Return the logits of every row, (rows, outputs), each by a probe fitted on the other folds.
+
+    The penalty of classes is chosen once, on all rows. A row without features, as a word that was
+    cut off, has NaN.
+
+    Args:
+        features: (rows, width).
+        targets: as of `fit_probe`.
+        outputs: classes, or 1.
+        groups: (rows,) names; rows of one group share a fold.
+    """
+    folds = assign_folds(targets, groups)
+    cs = C_GRID
+    if outputs > 1:
+        cs = np.array([fit_probe(features, targets, outputs, groups).penalty])
+    logits = np.full((len(features), outputs), np.nan)
+    for fold in np.unique(folds):
+        train, held = folds != fold, folds == fold
+        own = None if groups is None else groups[train]
+        probe = fit_probe(features[train], targets[train], outputs, own, cs)
+        logits[held] = probe.logits(features[held])
+    return logits
+
+
+def predict_by_others(
+    features: np.ndarray, targets: np.ndarray, outputs: int, groups: np.ndarray | None
+) -> np.ndarray:
+    """Return what the nearest rows of other groups say of each, as logits (rows, outputs)."""
+    known = np.isfinite(features).all(1)
+    numbers = encode_columns(targets, outputs)
+    own = None if groups is None else groups[known]
+    predicted = np.full((len(features), outputs), np.nan)
+    predicted[known] = predict_left_out(features[known], numbers[known], own)
+    return to_logits(predicted, targets)
+
+
+def encode_columns(targets: np.ndarray, outputs: int) -> np.ndarray:
+    """Return targets as (rows, outputs) float64: a column a class, or the numbers."""
+    if targets.ndim == 2:
+        return targets.astype(np.float64)
+    if targets.dtype == np.int64:
+        return np.eye(outputs)[targets]
+    return targets[:, None]
+
+
+def to_logits(means: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return mean targets as the logits that a model would give: of shares, their log odds."""
+    if targets.ndim == 1 and targets.dtype == np.float64:
+        return means
+    shares = np.clip(means, 1e-9, 1 - 1e-9)
+    return np.log(shares) if targets.ndim == 1 else np.log(shares / (1 - shares))

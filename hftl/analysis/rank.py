@@ -1,0 +1,247 @@
+"""Rank source models for a task by their frozen features, one pass each."""
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+
+from hftl.analysis import transferability as transfer
+from hftl.analysis.facts import (
+    FailedSource,
+    Interval,
+    RankAnalysis,
+    RankedSource,
+    SiteFacts,
+    SourceGap,
+    TransferScores,
+)
+from hftl.analysis.feature_store import FeatureStore
+from hftl.analysis.out_of_fold import encode_columns, predict_by_others, predict_out_of_fold
+from hftl.analysis.rank_intervals import (
+    bootstrap_scores,
+    compute_gap_interval,
+    compute_rank_intervals,
+)
+from hftl.config.recipe import Recipe
+from hftl.config.section import Source
+from hftl.data.prepare import PreparedData, prepare_data
+from hftl.data.rows import InputSpec, Row
+from hftl.data.splits import take_stratified
+from hftl.errors import HubError, NumericError, RecipeError
+from hftl.finetune.context import ExperimentContext, build_context, infer_input_spec
+from hftl.measure.gain import assign_units
+from hftl.measure.metrics import Metric, find_metric
+from hftl.models.layer_features import LayerSite
+from hftl.models.source import find_source, read_tensor
+from hftl.runtime.progress import track
+
+MAX_SCORED = 2000
+"""Outputs that LogME and its like are computed on, at most: words are many."""
+
+
+@dataclass(frozen=True)
+class ScoredSource:
+    """Hold what is known of one source before it is ranked, and its predictions of the rows."""
+
+    name: str
+    context: ExperimentContext
+    rows: list[Row]
+    store: FeatureStore
+    site: LayerSite
+    predictions: np.ndarray
+    scores: TransferScores
+    pass_seconds: float
+    score_seconds: float
+
+
+def rank_sources(recipe: Recipe, names: Sequence[str], root: Path, most_rows: int) -> RankAnalysis:
+    """Rank sources by the cross-validated metric of their probes on training rows.
+
+    Args:
+        recipe: the task and its rows.
+        names: folders, `package:` or hub ids.
+        root: where features are stored.
+        most_rows: training rows that are read, at most.
+
+    Raises:
+        DataError: if the rows cannot be used.
+        RecipeError: if no source can be read.
+    """
+    prepared: dict[InputSpec, PreparedData] = {}
+    scored: list[ScoredSource] = []
+    failed: list[FailedSource] = []
+    metric = find_metric(recipe.measure.metric, str(recipe.data.task))
+    for name in track(list(dict.fromkeys(names)), "sources"):
+        try:
+            context = _open_source(recipe, name, prepared)
+            rows = _select_rows(context, recipe.measure.seeds[0], most_rows)
+            scored.append(_score_source(name, context, rows, root, metric))
+        except (RecipeError, HubError, NumericError) as error:
+            failed.append(FailedSource(source=name, why=error.what))
+    if not scored:
+        raise RecipeError(f"no source can be read: {failed[0].why}", "Give another --source")
+    return _rank(metric, scored, failed)
+
+
+def _open_source(
+    recipe: Recipe, name: str, prepared: dict[InputSpec, PreparedData]
+) -> ExperimentContext:
+    """Return the context of the recipe's rows under another source.
+
+    Raises:
+        RecipeError: if it is not there, hftl does not load it, or it reads other inputs than the
+            sources before it.
+        HubError: if the hub does not give it.
+    """
+    changed = recipe.model_copy(update={"source": Source(model=name)})
+    if name == recipe.source.model:
+        changed = recipe
+    source = find_source(changed.source)
+    spec = infer_input_spec(source, str(recipe.data.task))
+    others = {known.modality for known in prepared}
+    if others - {spec.modality}:
+        raise RecipeError(f"{name} reads {spec.modality}s, and the sources before it do not")
+    if spec not in prepared:
+        prepared[spec] = prepare_data(recipe.data, spec)
+    return build_context(changed, source, prepared[spec])
+
+
+def _select_rows(context: ExperimentContext, seed: int, most: int) -> list[Row]:
+    """Return the training rows of a seed, or so many of them, every class in its proportion."""
+    prepared = context.prepared
+    rows = context.select_train_rows(seed)
+    if len(rows) <= most:
+        return rows
+    return take_stratified(rows, most, prepared.task, 0, "rank")[0]
+
+
+def _score_source(
+    name: str, context: ExperimentContext, rows: list[Row], root: Path, metric: Metric
+) -> ScoredSource:
+    """Make the pass of one source, find its best site by LogME, and score it there."""
+    started = time.perf_counter()
+    store = FeatureStore(context, root)
+    passed = store.compute(rows)
+    pass_seconds = time.perf_counter() - started if passed else 0.0
+    started = time.perf_counter()
+    targets, groups = context.prepared.encode_targets(rows), context.group_outputs(rows)
+    columns = encode_columns(targets, context.num_outputs)
+    evidence = {site: _compute_evidence(store.get(rows, site), columns) for site in store.sites}
+    best = max(evidence, key=lambda site: evidence[site])
+    features = store.get(rows, best)
+    logits = predict_out_of_fold(features, targets, context.num_outputs, groups)
+    near = predict_by_others(features, targets, context.num_outputs, groups)
+    labels = context.prepared.encode_for_metrics(rows)
+    scores = TransferScores(
+        logme=evidence[best], knn=metric.score(labels, context.decode_logits(rows, near))
+    )
+    if targets.ndim == 1 and targets.dtype == np.int64:
+        scores = scores.model_copy(update=_score_classes(context, store, rows, features, targets))
+    return ScoredSource(
+        name, context, rows, store, best, context.decode_logits(rows, logits), scores, pass_seconds,
+        time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _compute_evidence(features: np.ndarray, columns: np.ndarray) -> float:
+    known = np.flatnonzero(np.isfinite(features).all(1))[:MAX_SCORED]
+    return transfer.compute_logme(features[known], columns[known])
+
+
+def _score_classes(
+    context: ExperimentContext, store: FeatureStore, rows: list[Row], features: np.ndarray,
+    targets: np.ndarray,
+) -> dict[str, float]:  # fmt: skip
+    """Return the scores that are defined for classes, by name."""
+    known = np.flatnonzero(np.isfinite(features).all(1))[:MAX_SCORED]
+    features = features[known]
+    _, labels = np.unique(targets[known], return_inverse=True)
+    with warnings.catch_warnings():
+        # A mixture that still moves a little is as good a source classifier.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        clusters = transfer.compute_cluster_probabilities(features, int(labels.max()) + 1)
+    scores = {
+        "h_score": transfer.compute_h_score(features, labels),
+        "nleep": transfer.compute_leep(clusters, labels),
+        "nce": transfer.compute_nce(clusters.argmax(1), labels),
+        "transrate": transfer.compute_transrate(features, labels),
+        "transrate_by_class": transfer.compute_transrate(features, labels, by_rows=False),
+        "gbc": transfer.compute_gbc(features, labels),
+    }
+    own = _predict_source_classes(context, store, rows)
+    if own is not None:
+        scores["leep"] = transfer.compute_leep(own[known], labels)
+        scores["nce"] = transfer.compute_nce(own[known].argmax(1), labels)
+    return scores
+
+
+def _predict_source_classes(
+    context: ExperimentContext, store: FeatureStore, rows: list[Row]
+) -> np.ndarray | None:
+    """Return the probabilities of the source's own classes; None where it has no whole head."""
+    site = store.find_site("native")
+    if site is None or context.prepared.task == "token-classification":
+        return None
+    name = context.source.architecture_spec.head.last_linear
+    weight, bias = (
+        read_tensor(context.source.folder, f"{name}.{part}") for part in ("weight", "bias")
+    )
+    if weight is None or bias is None or len(weight) < 2:
+        return None
+    return transfer.apply_head(store.get(rows, site), weight.numpy(), bias.numpy())
+
+
+def _rank(metric: Metric, scored: list[ScoredSource], failed: list[FailedSource]) -> RankAnalysis:
+    """Return the sources in the order of their probes, with intervals over the same rows."""
+    rows = scored[0].rows
+    labels = scored[0].context.prepared.encode_for_metrics(rows)
+
+    def score(number: int, picked: np.ndarray) -> float:
+        return metric.sign * metric.score(labels[picked], scored[number].predictions[picked])
+
+    every = np.arange(len(rows))
+    points = np.array([score(number, every) for number in range(len(scored))])
+    draws = bootstrap_scores(score, len(scored), assign_units(rows))
+    ranks = compute_rank_intervals(points, draws)
+    order = sorted(range(len(scored)), key=lambda number: -points[number])
+    sources = [
+        _describe_source(scored[number], place, ranks[number], metric.sign * points[number],
+                         metric.sign * draws[:, number])
+        for place, number in enumerate(order, 1)
+    ]  # fmt: skip
+    gap = None
+    if len(order) > 1:
+        first, second = order[:2]
+        gap = SourceGap(
+            value=float(points[first] - points[second]),
+            ci95=compute_gap_interval(first, second, points, draws),
+        )
+    return RankAnalysis(
+        metric=metric.name, lower_is_better=metric.lower_is_better, rows=len(rows),
+        sources=sources, failed=failed, first_two=gap,
+    )  # fmt: skip
+
+
+def _describe_source(
+    source: ScoredSource, rank: int, rank_ci95: tuple[int, int], point: float, draws: np.ndarray
+) -> RankedSource:
+    low, high = np.quantile(draws, (0.025, 0.975))
+    interval: Interval = (float(low), float(high))
+    return RankedSource(
+        source=source.name,
+        architecture=source.context.source.architecture,
+        parameters=source.store.count_parameters(),
+        layers=source.store.layers,
+        best=SiteFacts(layer=source.site.layer, pooling=source.site.pooling),
+        probe=float(point),
+        probe_ci95=interval,
+        rank=rank,
+        rank_ci95=rank_ci95,
+        scores=source.scores,
+        pass_seconds=source.pass_seconds,
+        score_seconds=source.score_seconds,
+    )

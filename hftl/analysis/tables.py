@@ -1,0 +1,65 @@
+"""Format the results of the analyses as the tables that their commands print."""
+
+from hftl.analysis.facts import Interval, RankAnalysis
+from hftl.console import format_duration, render_table
+
+SCORES = ("logme", "h_score", "leep", "nleep", "nce", "transrate", "gbc", "knn")
+
+
+def format_number(value: float | None, digits: int = 3) -> str:
+    """Return a number, or a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def format_interval(interval: Interval | None, digits: int = 3) -> str:
+    """Return `[low, high]`, or a dash where there is none."""
+    if interval is None:
+        return "-"
+    return f"[{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
+
+
+def format_rank(facts: RankAnalysis) -> str:
+    """Return the ranked sources, those that failed, and whether the first is clearly the best."""
+    header = [
+        "source", "rank", "may be", f"probe {facts.metric}", "95 % interval", "best at",
+        "parameters", "pass", "scores",
+    ]  # fmt: skip
+    rows = [
+        [
+            one.source,
+            str(one.rank),
+            "{}-{}".format(*one.rank_ci95),
+            format_number(one.probe),
+            format_interval(one.probe_ci95),
+            f"{one.best} of {one.layers}",
+            f"{one.parameters:,}",
+            format_duration(one.pass_seconds) if one.pass_seconds else "stored",
+            format_duration(one.score_seconds),
+        ]
+        for one in facts.sources
+    ]
+    scores = [
+        [one.source, *(format_number(getattr(one.scores, name)) for name in SCORES)]
+        for one in facts.sources
+    ]
+    notes = [f"  {facts.rows:,} labelled rows; more is better in every score"]
+    if facts.lower_is_better:
+        notes = [f"  {facts.rows:,} labelled rows; less is better in probe and knn"]
+    notes += [f"  not read: {one.source}: {one.why}" for one in facts.failed]
+    notes += _describe_gap(facts)
+    return "\n".join([render_table(header, rows), render_table(["", *SCORES], scores), *notes])
+
+
+def _describe_gap(facts: RankAnalysis) -> list[str]:
+    """Say whether the first two sources can be told apart."""
+    if facts.first_two is None:
+        return []
+    first, second = facts.sources[:2]
+    interval = format_interval(facts.first_two.ci95)
+    gap = f"{facts.first_two.value:.3f} {interval} in {facts.metric}"
+    if facts.first_two.is_clear:
+        return [f"  {first.source} is better than {second.source} by {gap}"]
+    line = f"  {first.source} and {second.source} cannot be told apart: {gap}"
+    if first.parameters > second.parameters:
+        line += f"; {second.source} is the smaller"
+    return [line]

@@ -1,0 +1,75 @@
+"""Run the analyses of a recipe's frozen features, and write them to its run folder."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+
+from hftl.analysis.facts import RankAnalysis
+from hftl.analysis.rank import rank_sources
+from hftl.analysis.tables import format_rank
+from hftl.card.analysis_plots import plot_rank
+from hftl.config.overrides import apply_overrides, read_yaml, set_key
+from hftl.config.recipe import Recipe
+from hftl.data.facts import RecordPart
+from hftl.errors import RecipeError
+from hftl.runtime import run_folder
+from hftl.runtime.run_folder import to_json
+
+Facts = TypeVar("Facts", bound=RecordPart)
+FEATURES = Path("phases") / "features"
+
+
+@contextmanager
+def open_run(folder: Path) -> Iterator[Path]:
+    """Create and lock a run folder; yield where the features of its rows are stored."""
+    run_folder.create_run_folder(folder)
+    with run_folder.lock_run(folder):
+        yield folder / FEATURES
+
+
+def write_analysis(
+    folder: Path, name: str, facts: Facts, plot: Callable[[Facts, Path], None]
+) -> str:
+    """Write an analysis and its plot; return a line that names the files."""
+    target = folder / "analysis"
+    target.mkdir(exist_ok=True)
+    aside = target / f".tmp-{name}.png"
+    plot(facts, aside)
+    shutil.move(aside, target / f"{name}.png")
+    run_folder.write_text(target / f"{name}.json", to_json(facts.to_dict()))
+    return f"wrote {target / name}.json, plot {name}.png"
+
+
+def run_rank(
+    recipe: Recipe, folder: Path, sources: list[str], most_rows: int
+) -> tuple[RankAnalysis, str]:
+    """Rank the recipe's source among others; return the result and what to print."""
+    if recipe.data.task is None:
+        raise RecipeError("data.task is null: sources are ranked by labels", "Give data.task")
+    with open_run(folder) as features:
+        facts = rank_sources(recipe, [recipe.source.model, *sources], features, most_rows)
+        written = write_analysis(folder, "rank", facts, plot_rank)
+    return facts, f"{format_rank(facts)}\n{written}"
+
+
+def write_winner(recipe: Path, overrides: list[str], facts: RankAnalysis, target: Path) -> None:
+    """Write the recipe again with the first source, pooled as it is best where that is its end.
+
+    Raises:
+        RecipeError: if the file is there already.
+    """
+    if target.exists():
+        raise RecipeError(f"{target} exists", "Choose another name for --write")
+    winner = facts.sources[0]
+    tree = apply_overrides(read_yaml(recipe), overrides)
+    if winner.source != Recipe.load(recipe, overrides).source.model:
+        set_key(tree, "source", {"model": winner.source})
+    if winner.best.layer == winner.layers and winner.best.pooling in ("native", "mean", "cls"):
+        set_key(tree, "finetune.pooling", winner.best.pooling)
+    changed = Recipe.parse(tree, str(target))
+    assert changed.source.model == winner.source
+    run_folder.write_text(target, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
