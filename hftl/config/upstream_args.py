@@ -58,9 +58,8 @@ UNSUPPORTED_TRAINING_ARGS = (
     "gradient_checkpointing", "activation_checkpointing", "neftune_noise_alpha", "deepspeed",
     "fsdp", "auto_find_batch_size",
 )  # fmt: skip
-POSITIVE_ARGS = (
-    "learning_rate", "num_train_epochs", "per_device_train_batch_size", "r", "lora_alpha",
-)  # fmt: skip
+POSITIVE_TRAINING_ARGS = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")
+POSITIVE_LORA_ARGS = ("r", "lora_alpha")
 RESERVED_LORA_ARGS = (
     "task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision",
     "auto_mapping", "peft_version",
@@ -92,6 +91,8 @@ def validate_training_args(section: str, values: Any) -> dict[str, object]:
         RecipeError: for an unknown key, a value of another type, or what hftl decides itself.
     """
     values = _validate_values(section, "training", values)
+    numbers = {name: values[name] for name in POSITIVE_TRAINING_ARGS if name in values}
+    _check_positive(numbers, f"{section}.training")
     for name, value in values.items():
         key = f"{section}.training.{name}"
         if name in RESERVED_ARGS or name.startswith("hub_"):
@@ -156,14 +157,12 @@ def check_lora_values(settings: Mapping[str, object], place: str) -> None:
         if isinstance(settings.get(field), str):
             name = settings[field]
             raise RecipeError(f"{place}.{field} must be a list, got {name!r}", f"Write [{name}]")
-    numbers = {name: settings[name] for name in ("r", "lora_alpha") if name in settings}
+    numbers = {name: settings[name] for name in POSITIVE_LORA_ARGS if name in settings}
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = settings.get(field)
         if isinstance(pattern, Mapping):
             numbers |= {f"{field}.{key}": value for key, value in pattern.items()}
-    for name, value in numbers.items():
-        if not (isinstance(value, int | float) and value > 0):
-            raise RecipeError(f"{place}.{name} must be above 0, got {value!r}", "Correct the value")
+    _check_positive(numbers, place)
 
 
 def _validate_values(section: str, kind: str, values: Any) -> dict[str, object]:
@@ -180,13 +179,15 @@ def _validate_values(section: str, kind: str, values: Any) -> dict[str, object]:
                 f"The names are those of {UPSTREAM_NAMES[kind]}",
             )
     values = {name: validate_value(kind, prefix + name, value) for name, value in values.items()}
-    for name in POSITIVE_ARGS:
-        value = values.get(name, 1)
-        if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-            raise RecipeError(
-                f"{prefix}{name} must be a number above 0, got {value!r}", "Correct the value"
-            )
     return values
+
+
+def _check_positive(numbers: Mapping[str, object], place: str) -> None:
+    for name, value in numbers.items():
+        if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            raise RecipeError(
+                f"{place}.{name} must be a number above 0, got {value!r}", "Correct the value"
+            )
 
 
 def validate_value(kind: str, key: str, value: Any) -> Any:

@@ -315,7 +315,7 @@ def _compute_metrics(
     return compute_all_metrics(
         context.prepared.task,
         context.prepared.encode_for_metrics(rows),
-        context.decode_logits(rows, outputs),
+        context.prepared.decode_for_metrics(rows, outputs),
     )
 
 

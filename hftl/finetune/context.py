@@ -198,10 +198,6 @@ class ExperimentContext:
         """Return the images as the encoder sees them, (rows, 3, height, width) uint8."""
         return np.stack([row["pixel_values"] for row in self.encode_rows(rows)])
 
-    def decode_logits(self, rows: list[Row], logits: np.ndarray) -> np.ndarray:
-        """Return the predictions of rows, see `PreparedData.decode_for_metrics`."""
-        return self.prepared.decode_for_metrics(rows, logits)
-
     def group_outputs(self, rows: list[Row]) -> np.ndarray | None:
         """Return a group name for each output, equal within a group or a row of words; None
         without."""
