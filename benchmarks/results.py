@@ -31,7 +31,9 @@ PAGES = (ROOT / "README.md", ROOT / "recipes" / "README.md", ROOT / "benchmarks"
 INDEX = {
     "movies-minilm-lora": "recipes/movies-minilm/lora.yaml",
     "movies-minilm-valence": "recipes/movies-minilm/valence.yaml",
+    "movies-minilm-zero-shot": "recipes/movies-minilm/zero-shot.yaml",
     "bbc-minilm-lora": "recipes/bbc-minilm/lora.yaml",
+    "bbc-minilm-zero-shot": "recipes/bbc-minilm/zero-shot.yaml",
     "clipart-dinov2-lora": "recipes/clipart-dinov2/lora.yaml",
     "fashion-dinov2-head": "recipes/fashion-dinov2/head.yaml",
     "addresses-minilm-lora": "recipes/addresses-minilm/lora.yaml",
