@@ -238,6 +238,21 @@ MostRows = Annotated[int, typer.Option(min=20, help="training rows that are read
 
 
 @app.command()
+def probe(
+    recipe: RecipePath, overrides: Overrides = None, output: Output = None, rows: MostRows = 2000
+) -> None:
+    """Probe every layer and pooling of the source, linearly and by neighbours."""
+    loaded = Recipe.load(recipe, overrides)
+    folder = _name_run(loaded, output)
+    with _working():
+        from hftl.pipeline.analyses import run_probe
+        from hftl.pipeline.pipeline import open_recipe
+
+        text = run_probe(loaded, open_recipe(loaded), folder, rows)
+    say(text)
+
+
+@app.command()
 def rank(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -41,7 +41,7 @@ ORDER = [
     "finetune.gradual", "finetune.guard_metrics",
     "finetune.interpolate", "finetune.arm", "finetune.baselines",
     "measure.gain", "measure.error_analysis", "measure.forgetting",
-    "analysis.rank",
+    "analysis.estimates", "analysis.rank", "analysis.layer_probe",
     "card.validation", "card.wording", "card.metadata", "card.sections", "card.card", "card.plots",
     "card.analysis_plots",
     "card.report",

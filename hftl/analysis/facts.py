@@ -82,3 +82,56 @@ class RankAnalysis(RecordPart):
     failed: list[FailedSource]
     first_two: SourceGap | None
     """Null with one source."""
+
+
+# Layers.
+
+
+class Estimate(RecordPart):
+    """Hold a score, the mean over seeds, with its interval over seeds and items."""
+
+    value: float
+    ci95: Interval | None
+
+
+class SiteScore(RecordPart):
+    """Score the two probes of one site on validation."""
+
+    site: SiteFacts
+    width: int
+    probe: Estimate
+    neighbours: Estimate
+
+
+class SiteGap(RecordPart):
+    """Compare the best site with the one that the recipe reads; more is better."""
+
+    value: float
+    ci95: Interval | None
+
+
+class LayerSimilarity(RecordPart):
+    """Hold the debiased CKA between all layers in one pooling."""
+
+    pooling: str
+    rows: int
+    cka: list[list[float]]
+
+
+class ProbeAnalysis(RecordPart):
+    """Probe every layer and pooling of a source model."""
+
+    source: str
+    metric: str
+    lower_is_better: bool
+    train_rows: int
+    validation_rows: int
+    seeds: int
+    """Draws of training rows; 1 where every seed trains on the same."""
+    sites: list[SiteScore]
+    best: SiteFacts
+    """The best mean on validation: of so many it looks better than it is."""
+    own: SiteFacts | None
+    """What the recipe's head reads; null where a new pooler stands before it."""
+    over_own: SiteGap | None
+    similarity: LayerSimilarity

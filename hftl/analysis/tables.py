@@ -1,6 +1,6 @@
 """Format the results of the analyses as the tables that their commands print."""
 
-from hftl.analysis.facts import Interval, RankAnalysis
+from hftl.analysis.facts import Interval, ProbeAnalysis, RankAnalysis
 from hftl.console import format_duration, render_table
 
 SCORES = ("logme", "h_score", "leep", "nleep", "nce", "transrate", "gbc", "knn")
@@ -63,3 +63,41 @@ def _describe_gap(facts: RankAnalysis) -> list[str]:
     if first.parameters > second.parameters:
         line += f"; {second.source} is the smaller"
     return [line]
+
+
+def format_probe(facts: ProbeAnalysis) -> str:
+    """Return both probes at every layer and pooling, and what the best gains over the recipe's."""
+    poolings = sorted({score.site.pooling for score in facts.sites})
+    by_site = {(score.site.layer, score.site.pooling): score for score in facts.sites}
+    header = ["layer"]
+    for pooling in poolings:
+        header += [f"{pooling}: probe", "95 % interval", "neighbours"]
+    rows = []
+    for layer in sorted({score.site.layer for score in facts.sites}):
+        row = [str(layer)]
+        for pooling in poolings:
+            score = by_site.get((layer, pooling))
+            row += ["", "", ""] if score is None else [
+                format_number(score.probe.value), format_interval(score.probe.ci95),
+                format_number(score.neighbours.value),
+            ]  # fmt: skip
+        rows.append(row)
+    notes = [
+        f"  {facts.metric} on {facts.validation_rows:,} validation rows, trained on "
+        f"{facts.train_rows:,}, {facts.seeds} draw{'s' if facts.seeds > 1 else ''}",
+        f"  best: {facts.best}{_describe_own(facts)}",
+    ]
+    return "\n".join([render_table(header, rows), *notes])
+
+
+def _describe_own(facts: ProbeAnalysis) -> str:
+    """Say how the best site compares with the one that the recipe's head reads."""
+    if facts.own is None:
+        return "; the recipe's head reads a pooler that the checkpoint lacks"
+    if facts.own == facts.best:
+        return ", which the recipe's head reads"
+    assert facts.over_own is not None
+    gap = facts.over_own
+    words = f"; {gap.value:+.3f} {format_interval(gap.ci95)} over {facts.own}, the recipe's own"
+    clear = gap.ci95 is not None and gap.ci95[0] > 0
+    return words + ("" if clear else ": not beyond noise")

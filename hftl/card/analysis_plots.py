@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from hftl.analysis.facts import RankAnalysis
-from hftl.card.plots import OTHER, OWN, escape_math, new_figure, save_figure
+from hftl.analysis.facts import ProbeAnalysis, RankAnalysis
+from hftl.card.plots import OTHER, OTHER_MARKERS, OWN, escape_math, new_figure, save_figure
 
 
 def plot_rank(facts: RankAnalysis, path: Path) -> None:
@@ -32,4 +32,36 @@ def plot_rank(facts: RankAnalysis, path: Path) -> None:
     axes.set_ylim(-0.5, len(rows) - 0.5)
     axes.margins(x=0.08)
     axes.grid(axis="x", alpha=0.3)
+    save_figure(figure, path)
+
+
+def plot_probe(facts: ProbeAnalysis, path: Path) -> None:
+    """Draw the probes by layer, a line a pooling, and the similarity of the layers beside it."""
+    figure = new_figure(10, 4)
+    axes, square = figure.subplots(1, 2, width_ratios=[3, 2])
+    poolings = sorted({score.site.pooling for score in facts.sites})
+    colors = [OWN, *(color for _, color in OTHER_MARKERS[1:])]
+    for color, pooling in zip(colors, poolings, strict=False):
+        scores = [score for score in facts.sites if score.site.pooling == pooling]
+        layers = [score.site.layer for score in scores]
+        bands = [score.probe.ci95 or (score.probe.value,) * 2 for score in scores]
+        means = [score.probe.value for score in scores]
+        axes.plot(layers, means, "o-", color=color, label=f"probe, {pooling}")
+        if len(scores) > 1:
+            axes.fill_between(layers, *zip(*bands, strict=True), color=color, alpha=0.15)
+        else:
+            axes.plot(layers * 2, bands[0], color=color)
+        near = [score.neighbours.value for score in scores]
+        axes.plot(layers, near, "x--", color=color, alpha=0.7, label=f"neighbours, {pooling}")
+    axes.set_xlabel("layer, 0 are the embeddings")
+    axes.set_ylabel(f"validation {facts.metric}, {'lower' if facts.lower_is_better else 'higher'} "
+                    "is better")  # fmt: skip
+    axes.set_xticks(range(max(score.site.layer for score in facts.sites) + 1))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    image = square.imshow(facts.similarity.cka, vmin=0, vmax=1, origin="lower", cmap="Blues")
+    square.set_title(f"CKA between layers, {facts.similarity.pooling}", fontsize=10)
+    square.set_xlabel("layer")
+    figure.colorbar(image, ax=square, shrink=0.8)
     save_figure(figure, path)

@@ -8,14 +8,17 @@ from typing import TypeVar
 
 import yaml
 
-from hftl.analysis.facts import RankAnalysis
+from hftl.analysis.facts import ProbeAnalysis, RankAnalysis
+from hftl.analysis.feature_store import FeatureStore
+from hftl.analysis.layer_probe import probe_layers
 from hftl.analysis.rank import rank_sources
-from hftl.analysis.tables import format_rank
-from hftl.card.analysis_plots import plot_rank
+from hftl.analysis.tables import format_probe, format_rank
+from hftl.card.analysis_plots import plot_probe, plot_rank
 from hftl.config.overrides import apply_overrides, read_yaml, set_key
 from hftl.config.recipe import Recipe
 from hftl.data.facts import RecordPart
 from hftl.errors import RecipeError
+from hftl.finetune.context import ExperimentContext
 from hftl.runtime import run_folder
 from hftl.runtime.run_folder import to_json
 
@@ -48,12 +51,30 @@ def run_rank(
     recipe: Recipe, folder: Path, sources: list[str], most_rows: int
 ) -> tuple[RankAnalysis, str]:
     """Rank the recipe's source among others; return the result and what to print."""
-    if recipe.data.task is None:
-        raise RecipeError("data.task is null: sources are ranked by labels", "Give data.task")
+    check_task(recipe)
     with open_run(folder) as features:
         facts = rank_sources(recipe, [recipe.source.model, *sources], features, most_rows)
         written = write_analysis(folder, "rank", facts, plot_rank)
     return facts, f"{format_rank(facts)}\n{written}"
+
+
+def check_task(recipe: Recipe) -> None:
+    """Refuse a recipe without labels.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    if recipe.data.task is None:
+        raise RecipeError("data.task is null: this analysis reads labels", "Give data.task")
+
+
+def run_probe(recipe: Recipe, context: ExperimentContext, folder: Path, most_rows: int) -> str:
+    """Probe every layer of the context's encoder; return what to print."""
+    check_task(recipe)
+    with open_run(folder) as features:
+        store = FeatureStore(context, features)
+        facts: ProbeAnalysis = probe_layers(recipe, context, store, most_rows)
+        return f"{format_probe(facts)}\n{write_analysis(folder, 'probe', facts, plot_probe)}"
 
 
 def write_winner(recipe: Path, overrides: list[str], facts: RankAnalysis, target: Path) -> None:

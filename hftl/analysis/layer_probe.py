@@ -1,0 +1,134 @@
+"""Probe every layer and pooling of a source model, linearly and by neighbours."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hftl.analysis.drift import compute_cka
+from hftl.analysis.estimates import compute_item_values, estimate_gap, estimate_score
+from hftl.analysis.facts import LayerSimilarity, ProbeAnalysis, SiteFacts, SiteGap, SiteScore
+from hftl.analysis.feature_store import FeatureStore
+from hftl.analysis.nearest import predict_by_neighbours
+from hftl.analysis.out_of_fold import encode_columns, to_logits
+from hftl.analysis.probe import fit_probe
+from hftl.config.recipe import Recipe
+from hftl.data.rows import Row
+from hftl.data.splits import take_stratified
+from hftl.finetune.context import ExperimentContext
+from hftl.measure.gain import assign_units
+from hftl.measure.metrics import Metric, find_metric
+from hftl.models.layer_features import LayerSite
+from hftl.runtime.progress import track
+
+CKA_ROWS = 500
+
+
+def probe_layers(
+    recipe: Recipe, context: ExperimentContext, store: FeatureStore, most_rows: int
+) -> ProbeAnalysis:
+    """Probe every site on validation, for every seed whose training rows differ.
+
+    Args:
+        recipe: metric, seeds and pooling.
+        context: source and rows.
+        store: the features.
+        most_rows: training rows, at most; those of validation are as many.
+    """
+    metric = find_metric(recipe.measure.metric, context.prepared.task)
+    draws = _draw_train_rows(recipe, context, most_rows)
+    held = _limit_rows(context, context.prepared.rows["validation"], most_rows, 0)
+    store.compute([row for rows in [*draws, held] for row in rows])
+    labels, units = context.prepared.encode_for_metrics(held), assign_units(held)
+    predictions = {
+        site: [_predict_site(context, store, site, rows, held) for rows in draws]
+        for site in track(store.sites, "probes")
+    }
+    scores = [
+        SiteScore(
+            site=_describe(site),
+            width=store.get(held[:1], site).shape[1],
+            probe=estimate_score(metric, labels, [linear for linear, _ in pairs], units),
+            neighbours=estimate_score(metric, labels, [near for _, near in pairs], units),
+        )
+        for site, pairs in predictions.items()
+    ]
+    best = max(scores, key=lambda score: metric.sign * score.probe.value).site
+    own = store.find_site(recipe.finetune.pooling)
+    linear = {_describe(site): [a for a, _ in pairs] for site, pairs in predictions.items()}
+    return ProbeAnalysis(
+        source=context.source.name,
+        metric=metric.name,
+        lower_is_better=metric.lower_is_better,
+        train_rows=len(draws[0]),
+        validation_rows=len(held),
+        seeds=len(draws),
+        sites=scores,
+        best=best,
+        own=own and _describe(own),
+        over_own=own and _compare(metric, labels, units, linear[best], linear[_describe(own)]),
+        similarity=_compare_layers(store, best.pooling, [*held, *draws[0]]),
+    )
+
+
+def _draw_train_rows(recipe: Recipe, context: ExperimentContext, most: int) -> list[list[Row]]:
+    """Return the training rows of each seed; once, where all seeds train on the same."""
+    draws = [
+        _limit_rows(context, context.select_train_rows(seed), most, seed)
+        for seed in recipe.measure.seeds
+    ]
+    return draws[:1] if all(rows == draws[0] for rows in draws) else draws
+
+
+def _limit_rows(context: ExperimentContext, rows: list[Row], most: int, seed: int) -> list[Row]:
+    if len(rows) <= most:
+        return rows
+    return take_stratified(rows, most, context.prepared.task, seed, "analysis")[0]
+
+
+def _predict_site(
+    context: ExperimentContext, store: FeatureStore, site: LayerSite, train: list[Row],
+    held: list[Row],
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Return what the probe and the neighbours at a site predict of the held rows."""
+    features, queries = store.get(train, site), store.get(held, site)
+    targets = context.prepared.encode_targets(train)
+    probe = fit_probe(features, targets, context.num_outputs, context.group_outputs(train))
+    known, present = np.isfinite(queries).all(1), np.isfinite(features).all(1)
+    near = np.full((len(queries), context.num_outputs), np.nan)
+    columns = encode_columns(targets, context.num_outputs)[present]
+    near[known] = predict_by_neighbours(features[present], columns, queries[known])
+    return (
+        context.decode_logits(held, probe.logits(queries)),
+        context.decode_logits(held, to_logits(near, targets)),
+    )
+
+
+def _compare(
+    metric: Metric, labels: np.ndarray, units: np.ndarray, best: Sequence[np.ndarray],
+    own: Sequence[np.ndarray],
+) -> SiteGap:  # fmt: skip
+    """Return by how much the best site is better than the own one, on the same items."""
+    values = [compute_item_values(metric, labels, side, units) for side in (best, own)]
+    means = [np.mean([metric.score(labels, one) for one in side]) for side in (best, own)]
+    interval = None
+    if values[0] is not None and values[1] is not None:
+        interval = estimate_gap(metric.sign * (values[0] - values[1]), units)
+    return SiteGap(value=float(metric.sign * (means[0] - means[1])), ci95=interval)
+
+
+def _compare_layers(store: FeatureStore, pooling: str, rows: list[Row]) -> LayerSimilarity:
+    """Return the CKA between all layers in a pooling; `native` exists at the last one alone."""
+    poolings = [site.pooling for site in store.sites if site.layer == 0]
+    pooling = pooling if pooling in poolings else poolings[0]
+    rows = rows[:CKA_ROWS]
+    layers = [store.get(rows, LayerSite(n, pooling)) for n in range(store.layers + 1)]
+    known = np.isfinite(layers[0]).all(1)
+    cka = np.eye(len(layers))
+    for i, first in enumerate(layers):
+        for j in range(i):
+            cka[i, j] = cka[j, i] = compute_cka(first[known], layers[j][known])
+    return LayerSimilarity(pooling=pooling, rows=len(rows), cka=cka.tolist())
+
+
+def _describe(site: LayerSite) -> SiteFacts:
+    return SiteFacts(layer=site.layer, pooling=site.pooling)

@@ -1,0 +1,127 @@
+"""Check the probes of every layer, and the command."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import bench_of, make_image_recipe, pictures
+from scipy.stats import norm
+from test_cli_errors import Hftl, hftl
+from test_feature_store import forwards
+
+from hftl.analysis.drift import compute_cka
+from hftl.analysis.estimates import compute_item_values, estimate_gap, estimate_score
+from hftl.analysis.facts import ProbeAnalysis
+from hftl.analysis.feature_store import FeatureStore
+from hftl.analysis.layer_probe import probe_layers
+from hftl.config.recipe import Recipe
+from hftl.measure.metrics import METRICS
+from hftl.models.layer_features import LayerSite
+
+__all__ = ["forwards", "hftl"]
+ACCURACY = METRICS["classification"]["accuracy"]
+
+
+def read(run: Path) -> ProbeAnalysis:
+    return ProbeAnalysis.model_validate_json((run / "analysis" / "probe.json").read_text())
+
+
+def test_the_probe_of_the_recipes_site_is_the_arm_head(
+    recipe_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe_tree["data"]["shots"] = 20
+    recipe = Recipe.parse(recipe_tree)
+    context = bench_of(recipe)
+    store = FeatureStore(context, tmp_path / "features")
+    facts = probe_layers(recipe, context, store, 500)
+    held = context.prepared.rows["validation"]
+    labels = context.prepared.encode_for_metrics(held)
+    scores = []
+    for seed in (0, 1):
+        logits = context.solve_probe("mean", seed).logits(
+            context.extract_features("mean", seed, held)
+        )
+        scores.append(np.mean(context.decode_logits(held, logits) == labels))
+    own = next(score for score in facts.sites if score.site == facts.own)
+    assert str(facts.own) == "layer 3 mean" and facts.seeds == 2 and facts.train_rows == 40
+    assert own.probe.value == pytest.approx(np.mean(scores))
+    assert len(facts.sites) == 4 * 2 + 1, "two poolings a layer, and the stock class's"
+    best = max(facts.sites, key=lambda score: score.probe.value)
+    assert facts.best == best.site and facts.over_own is not None
+    assert facts.over_own.value == pytest.approx(best.probe.value - own.probe.value)
+    layers = [store.get([*held, *context.select_train_rows(0)][:500], LayerSite(n, "mean"))
+              for n in range(4)]  # fmt: skip
+    if facts.similarity.pooling == "mean":
+        assert facts.similarity.cka[1][3] == pytest.approx(compute_cka(layers[1], layers[3]))
+
+
+def simulate_estimates(trials: int) -> tuple[float, float]:
+    """Return how often intervals hold the true score and the true gap, of 3 draws, 300 items."""
+    held = gaps = 0
+    for trial in range(trials):
+        rng = np.random.default_rng(trial)
+        ease = rng.normal(size=300)
+
+        def draw(mean: float) -> list[np.ndarray]:
+            luck = rng.normal(0, 0.1, 3)  # noqa: B023
+            noise = rng.normal(size=(3, 300))  # noqa: B023
+            return list((ease + noise + mean + luck[:, None] > 0).astype(int))  # noqa: B023
+
+        labels, units = np.ones(300, dtype=int), np.arange(300)
+        truth = [norm.cdf(m / np.sqrt(2.01)) for m in (1.0, 0.8)]
+        first, second = draw(1.0), draw(0.8)
+        low, high = estimate_score(ACCURACY, labels, first, units).ci95
+        held += low <= truth[0] <= high
+        values = [compute_item_values(ACCURACY, labels, side, units) for side in (first, second)]
+        low, high = estimate_gap(values[0] - values[1], units)
+        gaps += low <= truth[0] - truth[1] <= high
+    return held / trials, gaps / trials
+
+
+def test_intervals_hold_the_truth() -> None:
+    held, gaps = simulate_estimates(60)
+    assert held > 0.88 and gaps > 0.88
+
+
+@pytest.mark.slow
+def test_intervals_hold_the_truth_in_1000() -> None:
+    held, gaps = simulate_estimates(1000)
+    assert 0.93 <= held <= 0.97 and 0.93 <= gaps <= 0.975
+
+
+def test_probe_command(hftl: Hftl, recipe_file: Path, tmp_path: Path, forwards: list[int]) -> None:
+    run = tmp_path / "out"
+    outcome = hftl("probe", recipe_file, "--output", run)
+    assert outcome.code == 0, outcome.err
+    facts = read(run)
+    assert facts.seeds == 1 and all(score.probe.ci95 is not None for score in facts.sites)
+    assert "mean: probe" in outcome.out and f"best: {facts.best}" in outcome.out
+    assert (run / "analysis" / "probe.png").read_bytes()[:4] == b"\x89PNG"
+    passes = len(forwards)
+    again = hftl("probe", recipe_file, "--output", run)
+    assert again.code == 0 and len(forwards) == passes and read(run) == facts
+    hftl("rank", recipe_file, "--output", run)
+    assert len(forwards) == passes, "another question about the same rows makes no pass"
+
+
+def test_probe_of_images_words_and_targets(
+    hftl: Hftl, tmp_path: Path, tiny_model: Any, recipe_tree: dict[str, Any]
+) -> None:
+    recipe = make_image_recipe(pictures(tmp_path / "images", 20), tiny_model("swin"))
+    context = bench_of(recipe)
+    facts = probe_layers(recipe, context, FeatureStore(context, tmp_path / "f"), 500)
+    assert {score.width for score in facts.sites} == {8, 16}, "stages have widths of their own"
+    path = tmp_path / "words.jsonl"
+    words = [[("bad", "good")[i % 2], f"film{i}"] for i in range(60)]
+    lines = [json.dumps({"text": w, "label": ["AB"[i % 2], "O"]}) for i, w in enumerate(words)]
+    path.write_text("\n".join(lines))
+    recipe_tree["data"] |= {"task": "token-classification", "train": {"path": str(path)}}
+    recipe_tree["finetune"]["pooling"] = "native"
+    recipe_tree["measure"]["metric"] = "accuracy"
+    (tmp_path / "w.yaml").write_text(yaml.safe_dump(recipe_tree))
+    outcome = hftl("probe", tmp_path / "w.yaml", "--output", tmp_path / "words")
+    assert outcome.code == 0, outcome.err
+    assert read(tmp_path / "words").sites[-1].probe.value > 0.9
