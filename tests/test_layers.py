@@ -15,7 +15,7 @@ ORDER = [
     "config.section", "config.overrides", "config.secrets", "config.upstream_args",
     "config.data", "config.adapt", "config.finetune",
     "config.retain", "config.measure", "config.publish", "config.validation", "config.recipe",
-    "runtime.distributed", "runtime.hardware", "runtime.run_folder",
+    "runtime.distributed", "runtime.hardware", "runtime.run_folder", "runtime.restart",
     "runtime.paths", "runtime.progress",
     "data.facts", "analysis.facts", "train.facts", "measure.metrics", "measure.record",
     "measure.statistics", "measure.verdict",

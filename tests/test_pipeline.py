@@ -32,6 +32,7 @@ from hftl.measure.record import Record
 from hftl.pipeline.publish_folder import write_publish_folder
 from hftl.pipeline.push import PushOptions, validate_push
 from hftl.runtime import run_folder
+from hftl.runtime.restart import set_results_aside
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
 
@@ -287,15 +288,37 @@ def test_restart_starts_over_and_leaves_files_of_others(again: Run) -> None:
     (run / "predicted.csv").write_text("a user's")
     tree["finetune"] = {"strategy": "head"}
     tree["measure"] = {"seeds": [0], "arms": ["head", "majority"]}
-    absent = apply_overrides(copy.deepcopy(tree), ["data.train.path=absent.csv"])
-    with pytest.raises(hftl.HftlError, match="does not exist"):
-        hftl.run(Recipe.parse(absent), run, restart=True)
-    assert not (run / "arms").exists()
     record = hftl.run(Recipe.parse(tree), run, restart=True)
     assert record is not None and record.transfer_gain is None
     assert record.verdict["decision"] == "hold"
     assert {p.name for p in (run / "arms").iterdir()} == {"head-seed0", "majority-seed0"}
     assert (run / "predicted.csv").read_text() == "a user's"
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["data.train.path=absent.csv", "source.model=absent", "measure.metric=unknown",
+     "measure.metric=evaluate:absent/absent", "data.shots=1000", "data.general=absent.csv",
+     "finetune.lora.target_modules=[absent]"],
+)  # fmt: skip
+def test_a_restart_that_is_refused_leaves_the_finished_run(again: Run, change: str) -> None:
+    run, tree = again
+    before = state(run)
+    with pytest.raises(hftl.HftlError):
+        hftl.run(Recipe.parse(apply_overrides(tree, [change])), run, restart=True)
+    assert state(run) == before
+
+
+def test_a_restart_that_is_killed_before_training_loses_nothing(again: Run) -> None:
+    run, tree = again
+    before = state(run)
+    # Nothing is closed after a kill.
+    stopped = set_results_aside(run)
+    stopped.__enter__()
+    (run / "phases" / "data").mkdir(parents=True)
+    assert not (run / "record.json").exists()
+    hftl.run(Recipe.parse(tree), run)
+    assert state(run) == before
 
 
 @pytest.mark.parametrize("restart", [False, True])

@@ -68,6 +68,21 @@ def test_inputs_that_both_lack_are_not_equal() -> None:
     assert not has_equal(StageInputs(), StageInputs(), "recipe")
 
 
+@pytest.mark.parametrize("name", ["recipe", "asked"])
+def test_a_manifest_whose_recipe_keys_are_no_mapping_is_damaged(stage: Path, name: str) -> None:
+    path = stage / run_folder.MANIFEST
+    path.write_text(json.dumps({"files": {}, "reads": {name: [1]}}), "utf-8")
+    with pytest.raises(RunFolderError, match=r"MANIFEST\.json is missing or unreadable"):
+        run_folder.read_stage_inputs(stage)
+
+
+@pytest.mark.parametrize("name", run_folder.RUN_FOLDERS)
+def test_a_file_where_a_run_keeps_a_folder_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("a user's", "utf-8")
+    with pytest.raises(RunFolderError, match=f"{name} is a file.*Remove it"):
+        run_folder.create_run_folder(tmp_path)
+
+
 def test_a_stage_is_replaced_as_a_whole(stage: Path) -> None:
     old = run_folder.hash_stage(stage)
     with run_folder.commit_stage(stage, {"recipe": {}}) as aside:

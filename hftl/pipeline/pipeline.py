@@ -1,7 +1,6 @@
 """Run a recipe phase by phase: each reads and writes files, and is skipped where it is finished."""
 
 import os
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -37,6 +36,7 @@ from hftl.pipeline.run import Run
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.hardware import get_device
 from hftl.runtime.progress import show_activity, show_progress
+from hftl.runtime.restart import restore_results, set_results_aside
 from hftl.train.facts import CheckFacts
 
 PHASES = ("adapt", "finetune", "measure", "publish")
@@ -57,7 +57,7 @@ def run(
         recipe: a recipe or the path of one.
         output: the run folder; by default `runs/<recipe's folder>-<stem>`.
         until: the last phase: adapt, finetune, measure or publish.
-        restart: throw away what stands in the run folder first.
+        restart: throw away what stands in the run folder, once nothing is refused any more.
         say: receives each line of progress.
         progress: whether to draw progress bars.
 
@@ -85,19 +85,51 @@ def run(
 
 
 def _open_run_folder(folder: Path, stack: ExitStack) -> None:
-    """Create and lock the run folder, and remove the error of an earlier run."""
+    """Create and lock the run folder; restore what a killed restart moved, and drop old errors."""
     run_folder.create_run_folder(folder)
     stack.enter_context(run_folder.lock_run(folder))
+    restore_results(folder)
     (folder / "error.json").unlink(missing_ok=True)
 
 
 def _run_phases(run: Run, until: str, restart: bool) -> Record | None:
     """Run all phases up to `until`; the main process writes, all of them train."""
     recipe, folder = run.recipe, run.folder
+    with ExitStack() as stack:
+        if restart:
+            distributed.broadcast_from_main(lambda: stack.enter_context(set_results_aside(folder)))
+        metric, context = _prepare_run(run, until)
+    distributed.broadcast_from_main(
+        lambda: run_folder.write_text(folder / "recipe.yaml", _dump_recipe(recipe))
+    )
+    distributed.broadcast_from_main(lambda: announce_run(run, context))
+    arm_contexts, steps = run_adaptations(run, context)
+    if until == "adapt":
+        return None
+    run_arms(run, arm_contexts)
+    if until == "finetune":
+        return None
+    publish = until == "publish"
+    if metric is None:
+        distributed.broadcast_from_main(lambda: evaluate_adaptation(run, context, steps, publish))
+    else:
+        distributed.broadcast_from_main(
+            lambda: evaluate_run(run, context, arm_contexts, steps, metric, publish)
+        )
+    if publish and recipe.publish.repo_id is not None:
+        distributed.broadcast_from_main(lambda: push_finished_run(folder, PushOptions(), run.say))
+    return Record.read(folder)
+
+
+def _prepare_run(run: Run, until: str) -> tuple[Metric | None, ExperimentContext]:
+    """Check all that can be refused before anything trains, and run the data phase.
+
+    Returns:
+        The metric that gains are measured in, None without a task, and the context of all arms.
+    """
+    recipe, folder = run.recipe, run.folder
 
     def begin() -> None:
-        if restart:
-            _clear_run_folder(folder)
         refuse_changed(recipe, folder, run.arms)
         if until == "publish":
             check_push_access(recipe, run.say)
@@ -117,27 +149,8 @@ def _run_phases(run: Run, until: str, restart: bool) -> Record | None:
         measured = context.prepared.encode_for_metrics(context.prepared.rows["validation"])
         # A metric that cannot take these labels should say so before anything trains.
         metric.score(measured, measured)
-    distributed.broadcast_from_main(
-        lambda: run_folder.write_text(folder / "recipe.yaml", _dump_recipe(recipe))
-    )
     distributed.broadcast_from_main(lambda: check_models(recipe, context))
-    distributed.broadcast_from_main(lambda: announce_run(run, context))
-    arm_contexts, steps = run_adaptations(run, context)
-    if until == "adapt":
-        return None
-    run_arms(run, arm_contexts)
-    if until == "finetune":
-        return None
-    publish = until == "publish"
-    if metric is None:
-        distributed.broadcast_from_main(lambda: evaluate_adaptation(run, context, steps, publish))
-    else:
-        distributed.broadcast_from_main(
-            lambda: evaluate_run(run, context, arm_contexts, steps, metric, publish)
-        )
-    if publish and recipe.publish.repo_id is not None:
-        distributed.broadcast_from_main(lambda: push_finished_run(folder, PushOptions(), run.say))
-    return Record.read(folder)
+    return metric, context
 
 
 def _find_recipe_metric(recipe: Recipe) -> Metric | None:
@@ -196,16 +209,6 @@ def silence_libraries() -> None:
 
 def _discard_line(line: str) -> None:
     """Discard a line of a process other than the main one."""
-
-
-def _clear_run_folder(folder: Path) -> None:
-    """Remove what a run has written; the recipe stays, since it marks the folder as a run's."""
-    for name in run_folder.RUN_FILES:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif name not in (".lock", "recipe.yaml"):
-            path.unlink(missing_ok=True)
 
 
 def _load_data(run: Run, source: SourceModel) -> ExperimentContext:

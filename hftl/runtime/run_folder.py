@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar, cast
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, JsonValue, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError, field_validator
 
 from hftl.errors import LockedError, RecipeError, RunFolderError
 from hftl.runtime import distributed
@@ -25,17 +25,15 @@ from hftl.runtime import distributed
 MANIFEST = "MANIFEST.json"
 REPORT_STAGE = Path("phases") / "report"
 """The stage that lists the files of a finished run."""
-RUN_FILES = (
-    "phases", "arms", "analysis", "publish", "publish-base", "checkpoints", "recipe.yaml",
-    "record.json", "report.html", "error.json", "log.txt", ".lock",
-)  # fmt: skip
+RUN_FOLDERS = ("phases", "arms", "analysis", "publish", "publish-base", "checkpoints")
+RESULTS = (*RUN_FOLDERS, "record.json", "report.html")
+RUN_FILES = (*RESULTS, ".replaced", "recipe.yaml", "error.json", "log.txt", ".lock")
 """Every name that a run folder may hold."""
 SEMANTICS = 4
 """Raised when the same recipe and data train, draw or choose otherwise than before, or when the
 keys of arms change, so that arms of two versions are never averaged. 2 standardises targets, draws
 them by their inputs alone, keeps the least error and pads on the right; 3 reads whole sections; 4
 counts the source's config and preprocessing, and the columns of corpora."""
-
 
 Part = TypeVar("Part", bound=BaseModel)
 
@@ -68,12 +66,21 @@ class Manifest(BaseModel, frozen=True):
     files: dict[str, str]
     reads: dict[str, JsonValue]
 
+    @field_validator("reads")
+    @classmethod
+    def _check_recipe_keys(cls, reads: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        """Refuse recipe keys that are no mapping: they are compared one by one."""
+        if not all(isinstance(reads.get(name, {}), dict) for name in ("recipe", "asked")):
+            raise ValueError("recipe and asked must be mappings")
+        return reads
+
 
 def create_run_folder(run: Path) -> None:
     """Make the run folder.
 
     Raises:
         RecipeError: if it cannot be made or written to, or holds something else.
+        RunFolderError: if it holds a file where a run keeps a folder.
     """
     if run.is_dir() and not (run / "recipe.yaml").exists():
         foreign = sorted(p.name for p in run.iterdir() if p.name not in RUN_FILES)
@@ -81,6 +88,9 @@ def create_run_folder(run: Path) -> None:
             raise RecipeError(
                 f"{run} is no run folder: it holds {foreign[0]!r}", "Choose another --output"
             )
+    files = [run / name for name in RUN_FOLDERS if (run / name).is_file()]
+    if files:
+        raise RunFolderError(f"{files[0]} is a file, and a run keeps a folder there", "Remove it")
     try:
         run.mkdir(parents=True, exist_ok=True)
         probe = run / ".lock"
