@@ -76,6 +76,27 @@ def test_tolerance_is_a_share_where_the_unit_has_no_scale(
         assert not rule.allows(AdaptationEvaluation(1, 0.9, 0.0551, -0.0551), start)
 
 
+@pytest.mark.parametrize(
+    ("adapt", "changes", "rate", "ratio"),
+    [
+        (MLM, "adapt.method: lora", 5e-4, 0.15),
+        ("adapt=[{objective: mlm}]", "adapt.0.method: lora", 5e-4, 0.15),
+        ("adapt=[{objective: mlm}]", "adapt.0: {method: lora}", 5e-4, 0.15),
+        (MLM, "adapt.objective: mae", 5e-5, 0.75),
+        (MLM, "adapt.objective: mae, adapt.mask_ratio: 0.5", 5e-5, 0.5),
+        (MLM, "adapt.method: lora, adapt.training.learning_rate: 1.0e-4", 1e-4, 0.15),
+        ("adapt={objective: mlm, mask_ratio: 0.3, training: {learning_rate: 1}}",
+         "adapt.objective: mae", 1, 0.3),
+    ],
+)  # fmt: skip
+def test_an_arm_of_another_method_has_the_defaults_of_that(
+    adapt: str, changes: str, rate: float, ratio: float
+) -> None:
+    recipe = parse(adapt, f"measure.arms=[{{other: {{{changes}}}}}]")
+    (stage,) = arms_of(recipe)["other"].stages
+    assert (stage.training["learning_rate"], stage.mask_ratio) == (rate, ratio)
+
+
 def test_values_and_overrides_stand_beside_the_defaults() -> None:
     (stage,) = parse(
         "adapt={objective: mlm, mask_ratio: 0.3, lora: {r: 4}, training: {max_steps: 7}}",

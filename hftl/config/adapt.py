@@ -13,6 +13,7 @@ DEFAULT_ADAPT_RATES = {
     ("mlm", "full"): 1.0e-4, ("mlm", "lora"): 5.0e-4, ("mlm", "lora+blocks"): 3.0e-4,
     ("mae", "full"): 5.0e-5, ("mae", "lora"): 5.0e-4, ("mae", "lora+blocks"): 3.0e-4,
 }  # fmt: skip
+DEFAULT_MASK_RATIOS = {"mlm": 0.15, "mae": 0.75}
 DEFAULT_TOLERANCES = {"probe": 0.01, "general": 0.1, "neighbours": 0.5, "off": 0.0}
 """By guard: a point of the probe's metric, a tenth of a nat of the general loss (with mae a tenth
 of the loss), half of the neighbours."""
@@ -69,7 +70,7 @@ class Adapt(Section):
         rate = DEFAULT_ADAPT_RATES.get((objective, method), 1.0e-4)
         training = validate_training_args("adapt", tree.get("training") or {})
         values: dict[str, object] = {
-            "mask_ratio": 0.75 if objective == "mae" else 0.15,
+            "mask_ratio": DEFAULT_MASK_RATIOS.get(objective, 0.15),
             **{key: value for key, value in tree.items() if value is not None},
         }
         return values | {"training": DEFAULT_ADAPT_TRAINING | {"learning_rate": rate} | training}

@@ -6,7 +6,8 @@ are checked here, so that a misspelt key is answered at once. The real `Training
 """
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -14,7 +15,7 @@ from typing import Self
 from pydantic import JsonValue, PrivateAttr, ValidationError, model_validator
 
 from hftl.config import secrets
-from hftl.config.adapt import DEFAULT_ADAPT_RATES, Adapt, Stages
+from hftl.config.adapt import DEFAULT_ADAPT_RATES, DEFAULT_MASK_RATIOS, Adapt, Stages
 from hftl.config.data import Data
 from hftl.config.finetune import Finetune
 from hftl.config.measure import Measure
@@ -37,6 +38,8 @@ DEFAULT_METRICS = {
 }  # fmt: skip
 ARM_SECTIONS = ("finetune", "retain", "adapt")
 """The sections in which an arm may differ from the recipe."""
+MAX_ARM_NAME = 100
+"""Letters of an arm's name: folders are named after it, and hold 255 letters at most."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ class Recipe(Section):
         }
         try:
             _refuse_secrets(sections)
+            _refuse_nonfinite(sections)
             recipe = cls.model_validate(sections)
             check_corpus_is_read(recipe.data, recipe.stages)
             _ = recipe.arms
@@ -232,6 +236,12 @@ def _check_arm_name(recipe: Recipe, name: str, changes: Mapping[str, object]) ->
         raise RecipeError(
             f"measure.arms: {name!r} cannot name a folder", "Use letters, digits, _ and -"
         )
+    if len(name) > MAX_ARM_NAME:
+        raise RecipeError(
+            f"measure.arms: the name {name[:20]}... has {len(name)} letters, and {MAX_ARM_NAME} "
+            "are allowed",
+            "Give the arm a shorter name",
+        )
     takes_changes = name in STRATEGIES and not STRATEGIES[name].is_solved
     if name in (*BASELINES, "source") and changes and not takes_changes:
         raise RecipeError(f"the arm {name!r} takes no changes", "Remove them")
@@ -255,10 +265,11 @@ def _apply_changes(recipe: Recipe, changes: dict[str, object], place: str) -> di
             # A whole section replaces the recipe's; it is not merged with it key by key.
             changes = dict(changes)
             set_key(tree, section, changes.pop(section))
-    adapt = tree["adapt"]
-    if "adapt.method" in changes and isinstance(adapt, dict):
-        _drop_default_rate(adapt, changes)
-    for key, value in flatten(changes).items() if changes else ():
+    flat = flatten(changes) if changes else {}
+    for place_of_stage, stage in _list_stages(tree["adapt"]):
+        if {f"{place_of_stage}.objective", f"{place_of_stage}.method"} & flat.keys():
+            _drop_stage_defaults(stage)
+    for key, value in flat.items():
         section = key.split(".")[0]
         if section not in ARM_SECTIONS:
             raise RecipeError(
@@ -270,13 +281,25 @@ def _apply_changes(recipe: Recipe, changes: dict[str, object], place: str) -> di
     return tree
 
 
-def _drop_default_rate(adapt: dict[str, JsonValue], changes: Mapping[str, object]) -> None:
-    """Drop a learning rate that is the default of the recipe's method: another has another."""
-    usual = DEFAULT_ADAPT_RATES[str(adapt["objective"]), str(adapt["method"])]
-    training = adapt["training"]
-    assert isinstance(training, dict)
-    if "adapt.training.learning_rate" not in changes and training["learning_rate"] == usual:
-        del training["learning_rate"]
+def _list_stages(adapt: JsonValue) -> list[tuple[str, dict[str, JsonValue]]]:
+    """Return each adaptation of a recipe's tree with its key: `adapt`, or `adapt.0` of several."""
+    if isinstance(adapt, list):
+        named = [(f"adapt.{number}", stage) for number, stage in enumerate(adapt)]
+    else:
+        named = [("adapt", adapt)]
+    return [(key, stage) for key, stage in named if isinstance(stage, dict)]
+
+
+def _drop_stage_defaults(stage: dict[str, JsonValue]) -> None:
+    """Drop the values that are defaults of an adaptation's objective and method: others differ."""
+    objective, method = str(stage.get("objective")), str(stage.get("method", "full"))
+    training = stage.get("training")
+    if isinstance(training, dict):
+        rate = DEFAULT_ADAPT_RATES.get((objective, method))
+        if training.get("learning_rate") == rate:
+            training.pop("learning_rate", None)
+    if stage.get("mask_ratio") == DEFAULT_MASK_RATIOS.get(objective):
+        stage.pop("mask_ratio", None)
 
 
 def _refuse_secrets(tree: Mapping[str, object]) -> None:
@@ -288,6 +311,26 @@ def _refuse_secrets(tree: Mapping[str, object]) -> None:
                 f"{key} holds a secret: {secret}",
                 "Leave it out; tokens come from the environment or `hf auth login`",
             )
+
+
+def _refuse_nonfinite(tree: Mapping[str, object]) -> None:
+    """Refuse infinity and NaN, whatever section or arm holds them: JSON has no such number."""
+    for key, value in _iterate_values(tree, ""):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RecipeError(f"'{key}' must be a finite number, got {value}", "Correct the value")
+
+
+def _iterate_values(tree: object, key: str) -> Iterator[tuple[str, object]]:
+    """Yield every value in nested mappings and lists with its dotted key."""
+    items: list[tuple[object, object]] = []
+    if isinstance(tree, Mapping):
+        items = list(tree.items())
+    elif isinstance(tree, list):
+        items = list(enumerate(tree))
+    else:
+        yield key, tree
+    for name, value in items:
+        yield from _iterate_values(value, f"{key}.{name}" if key else str(name))
 
 
 def _expand_shorthand(given: Mapping[str, object]) -> dict[str, object]:
