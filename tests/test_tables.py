@@ -14,8 +14,8 @@ import pytest
 from hftl.config.data import Data
 from hftl.data.load import load_rows, read_documents
 from hftl.data.rows import BadRows, InputSpec
-from hftl.data.tables import READERS, read_text_files
-from hftl.errors import DataError, DataWarning
+from hftl.data.tables import READERS, read_table, read_text_files
+from hftl.errors import DataError, DataWarning, RecipeError
 from hftl.init import guess_columns, write_recipe
 
 ENDINGS = {"LF": "\n", "CRLF": "\r\n", "CR": "\r"}
@@ -258,3 +258,15 @@ def test_a_quote_open_in_a_single_column_is_warned_of(tmp_path: Path) -> None:
     path.write_text('text\ngood\n"bad film\nfine\n12"\n')
     with pytest.warns(DataWarning, match="a.csv line 3: one row holds 3 lines"):
         assert len(list(READERS["csv"](path))) == 2
+
+
+@pytest.mark.parametrize("key", ["name", "split", "revision"])
+@pytest.mark.parametrize("part", ["train", "test", "unlabeled", "general"])
+def test_keys_of_hub_datasets_are_refused_beside_a_local_file(
+    part: str, key: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\na fine film,pos\n", "utf-8")
+    data = parse_data(**({"train": path} | {part: {"path": str(path), key: "x"}}))
+    with pytest.raises(RecipeError, match=rf"data\.{part}\.{key} is of datasets of the Hub"):
+        read_table(getattr(data, part), part, "text")

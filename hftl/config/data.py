@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from hftl.config.section import Section, name_by_label
+from hftl.config.section import MAX_SEED, Section, name_by_label
 
 Task = Literal["classification", "multi-label", "regression", "token-classification"]
 
@@ -26,11 +26,19 @@ class Table(Section):
 
     @model_validator(mode="after")
     def _check_columns(self) -> Self:
-        if isinstance(self.text, list) and not 1 <= len(self.text) <= 2:
-            raise ValueError("text is one column or two (a sentence pair)")
+        self._check_distinct_columns()
         if isinstance(self.label, list) and len(self.label) < 2:
             raise ValueError("label is one column, or for multi-label several of 0 and 1")
         return self
+
+    def _check_distinct_columns(self) -> None:
+        """Refuse more than two text columns, and a column that is named twice."""
+        if isinstance(self.text, list) and not 1 <= len(self.text) <= 2:
+            raise ValueError("text is one column or two (a sentence pair)")
+        for key, columns in (("text", self.text_columns), ("label", self.label_columns)):
+            repeated = {column for column in columns if columns.count(column) > 1}
+            if repeated:
+                raise ValueError(f"{key} names the column {min(repeated)!r} twice")
 
     @property
     def text_columns(self) -> list[str]:
@@ -57,8 +65,7 @@ class GeneralTable(Table):
 
     @model_validator(mode="after")
     def _check_columns(self) -> Self:
-        if isinstance(self.text, list) and not 1 <= len(self.text) <= 2:
-            raise ValueError("text is one column or two (a sentence pair)")
+        self._check_distinct_columns()
         return self
 
     @property
@@ -95,7 +102,7 @@ class Data(Section):
     general: GeneralTable | None = None
     group: str | None = None
     shots: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     bad_rows: Literal["refuse", "skip"] = "refuse"
     max_length: int = Field(default=128, ge=2)
     image_size: int | None = Field(default=None, ge=1, le=4096)

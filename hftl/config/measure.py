@@ -4,13 +4,15 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from hftl.config.section import Section
+from hftl.config.section import MAX_SEED, Section
 
 
 class Search(Section):
     """Set the learning rates that `scratch` is searched over, and its longer budget."""
 
-    learning_rates: list[float] = Field(default=[1.0e-4, 3.0e-4, 1.0e-3], min_length=1)
+    learning_rates: list[Annotated[float, Field(gt=0)]] = Field(
+        default=[1.0e-4, 3.0e-4, 1.0e-3], min_length=1
+    )
     epochs_factor: float = Field(default=3, gt=0)
 
 
@@ -20,7 +22,7 @@ class Measure(Section):
     metric: str = "accuracy"
     """A built-in metric or `evaluate:<id>`; where none is given, pearson for regression,
     micro_f1 for multi-label, f1 of entities for token-classification."""
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0, 1, 2], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = Field(default=[0, 1, 2], min_length=1)
     arms: list[str | dict[str, dict[str, object] | None]] = ["scratch", "head"]
     scratch: Search = Search()
 

@@ -292,7 +292,7 @@ class EWC(RegularizerSection):
 class Replay(Section):
     """Describe general data beside the target's in every batch."""
 
-    ratio: float = Field(default=0.5, gt=0)
+    ratio: float = Field(default=0.5, gt=0, le=100)
     """Rows of general data for each row of the target."""
     labelled: bool = False
     """Whether their labels count in the loss, too: the column of data.general that is named as the

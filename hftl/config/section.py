@@ -10,6 +10,8 @@ from pydantic_core import ErrorDetails
 
 from hftl.errors import RecipeError, suggest_closest
 
+MAX_SEED = 2**32 - 1
+"""The largest seed that numpy's generators take."""
 UNION_TAGS = ("Fraction", "Table", "one", "several")
 """Parts of a location that name a choice of pydantic's, not a key of the recipe."""
 

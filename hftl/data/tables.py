@@ -14,7 +14,7 @@ from typing import Any
 from hftl.config.data import Data, GeneralTable, Table
 from hftl.data.csv_reader import read_csv
 from hftl.data.rows import RawRow, has_invalid_utf8, open_text
-from hftl.errors import DataError, HubError, format_error_line
+from hftl.errors import DataError, HubError, RecipeError, format_error_line
 from hftl.runtime import paths
 
 TABLE_NAMES = ("train", "validation", "test", "unlabeled", "general")
@@ -213,12 +213,19 @@ def read_table(table: Table, part: str, modality: str) -> tuple[str, Iterator[Ra
 
     Raises:
         DataError: if the file is missing, of an unknown format, or not of what the encoder reads.
+        RecipeError: for keys of Hub datasets beside a file or folder.
     """
     path = paths.resolve_local_path(table.path, f"data.{part}.path")
     if table.format == "hub" or (path is None and table.format is None):
         return table.path, load_hub_rows(table, part)
     if path is None or not path.exists():
         raise DataError(f"data.{part}.path: {table.path} does not exist", "Check the path")
+    for key in ("name", "split", "revision"):
+        if getattr(table, key) is not None:
+            raise RecipeError(
+                f"data.{part}.{key} is of datasets of the Hub, and {table.path} is on this machine",
+                "Remove it",
+            )
     has_controls = isinstance(table, GeneralTable) and bool(table.label_columns)
     if path.is_dir() and part in UNLABELLED_TABLES and not has_controls:
         return path.name, (read_image_files if modality == "image" else read_text_files)(path)
