@@ -44,7 +44,7 @@ def test_the_probe_of_the_recipes_site_is_the_arm_head(
         logits = context.solve_probe("mean", seed).logits(
             context.extract_features("mean", seed, held)
         )
-        scores.append(np.mean(context.decode_logits(held, logits) == labels))
+        scores.append(np.mean(context.prepared.decode_for_metrics(held, logits) == labels))
     own = next(score for score in facts.sites if score.site == facts.own)
     assert str(facts.own) == "layer 3 mean" and facts.seeds == 2 and facts.train_rows == 40
     assert own.probe.value == pytest.approx(np.mean(scores))

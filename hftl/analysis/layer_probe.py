@@ -98,8 +98,8 @@ def _predict_site(
     columns = encode_columns(targets, context.num_outputs)[present]
     near[known] = predict_by_neighbours(features[present], columns, queries[known])
     return (
-        context.decode_logits(held, probe.logits(queries)),
-        context.decode_logits(held, to_logits(near, targets)),
+        context.prepared.decode_for_metrics(held, probe.logits(queries)),
+        context.prepared.decode_for_metrics(held, to_logits(near, targets)),
     )
 
 

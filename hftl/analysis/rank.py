@@ -137,14 +137,16 @@ def _score_source(
     near = predict_by_others(features, targets, context.num_outputs, groups)
     labels = context.prepared.encode_for_metrics(rows)
     scores = TransferScores(
-        logme=evidence[best], knn=metric.score(labels, context.decode_logits(rows, near))
+        logme=evidence[best],
+        knn=metric.score(labels, context.prepared.decode_for_metrics(rows, near)),
     )
     if targets.ndim == 1 and targets.dtype == np.int64:
         scores = scores.model_copy(update=_score_classes(context, store, rows, features, targets))
+    predictions = context.prepared.decode_for_metrics(rows, logits)
+    seconds = time.perf_counter() - started
     return ScoredSource(
-        name, context, rows, store, best, context.decode_logits(rows, logits), scores, pass_seconds,
-        time.perf_counter() - started,
-    )  # fmt: skip
+        name, context, rows, store, best, predictions, scores, pass_seconds, seconds
+    )
 
 
 def _compute_evidence(features: np.ndarray, columns: np.ndarray) -> float:
