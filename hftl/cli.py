@@ -4,6 +4,7 @@ A command is one function here and one module that does its work. That module is
 the function, so that help and a misspelt key are answered before torch is imported.
 """
 
+import io
 import os
 import shlex
 import signal
@@ -160,7 +161,8 @@ def predict(
 
         text = predict_table(model, data, output, base)
     if text is not None:
-        sys.stdout.write(text)
+        # Bytes, so that a redirected table is UTF-8, as tables are read, wherever it is written.
+        typer.echo(text.encode("utf-8"), nl=False)
     else:
         say(f"wrote {output}")
 
@@ -355,6 +357,9 @@ def main() -> NoReturn:
     if debug:
         # Typer takes an option of the program only before the name of the command.
         sys.argv = [sys.argv[0], "--debug", *[a for a in sys.argv[1:] if a != "--debug"]]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the terminal has no letters for is no reason to fail after the work.
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.showwarning = show_warning
     signal.signal(signal.SIGTERM, _exit_on_signal)
     try:

@@ -1,5 +1,6 @@
 """Check bad input at the command line: one line on stderr, the exit code, nothing half written."""
 
+import io
 import json
 import subprocess
 import sys
@@ -257,6 +258,27 @@ def test_predict_refuses_a_row_or_writes_every_column(
     assert outcome.code == code and len(outcome.err.splitlines()) == 1
     assert all(word in outcome.err for word in words)
     assert Path("out.parquet").exists() == (code == 0) and not list(Path().glob(".tmp-*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "printed"),
+    [
+        ("predict run č.csv", "a good film č,x,good".encode()),
+        ("init č.csv --source org/name", rb"wrote \u010d.yaml"),
+    ],
+    ids=["table", "message"],
+)
+def test_letters_that_a_terminal_lacks_are_no_error(
+    hftl: Hftl, words: str, printed: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict_table, "load", lambda model, base: Fake("text"))
+    Path("č.csv").write_text("text,label\na good film č,x\na bad film,y\n", "utf-8")
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", screen)
+    outcome = hftl(*words.split())
+    screen.flush()
+    assert outcome.code == 0 and outcome.err == ""
+    assert printed in screen.buffer.getvalue()  # pyright: ignore
 
 
 def test_help_schema_version_and_traceback(hftl: Hftl, recipe_file: Path) -> None:
