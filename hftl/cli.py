@@ -42,6 +42,26 @@ Output = Annotated[
 Restart = Annotated[bool, typer.Option("--restart", help="throw away what the run folder holds")]
 
 
+class SourceField(StrEnum):
+    """Name the fields that source models are pretrained on."""
+
+    GENERAL = "general"
+    MEDICAL = "medical"
+    MICROSCOPY = "microscopy"
+    SATELLITE = "satellite"
+    SCIENCE = "science"
+    LAW = "law"
+    CODE = "code"
+
+
+class SourceModality(StrEnum):
+    """Name what source models read."""
+
+    TEXT = "text"
+    IMAGE = "image"
+    MULTIMODAL = "multimodal"
+
+
 class SchemaKind(StrEnum):
     """Name the files whose JSON schema is printed."""
 
@@ -278,6 +298,19 @@ def rank(
     if write is not None:
         analyses.write_winner(recipe, overrides or [], facts, write)
         say(f"wrote {write}")
+
+
+@app.command()
+def sources(
+    field: Annotated[SourceField | None, typer.Option(help="what it was pretrained on")] = None,
+    modality: Annotated[SourceModality | None, typer.Option(help="what it reads")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """List well-known source models, and whether hftl loads them."""
+    from hftl import sources as known
+
+    selected = known.select_sources(field, modality)
+    say((known.dump_sources if as_json else known.format_sources)(selected).rstrip())
 
 
 @app.command()

@@ -9,15 +9,19 @@ from pathlib import Path
 import yaml
 
 from hftl.config.recipe import DEFAULT_METRICS
+from hftl.data.normalization import normalize_name
 from hftl.data.splits import TASKS_WITHOUT_CLASS_SHOTS
 from hftl.data.tables import IMAGE_SUFFIXES, READERS, guess_format
 from hftl.errors import DataError, RecipeError
 from hftl.finetune.strategies import FINETUNE_STRATEGIES
+from hftl.models.known_sources import find_known_source, suggest_known_source
 from hftl.runtime import paths, run_folder
 
 MAX_SAMPLE_ROWS = 2000
 """Rows that a guess is made from."""
 MAX_CLASSES = 50
+MAX_NUMBERS = 4
+"""Classes that are numbers, of which the recipe shows how to name them."""
 LABEL_NAMES = (
     "label",
     "labels",
@@ -94,6 +98,8 @@ class ColumnGuess:
     task: str
     group: str | None
     notes: list[str]
+    numbers: list[str]
+    """The classes, where they are numbers that say nothing."""
 
 
 def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, list[str]]:
@@ -105,7 +111,7 @@ def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, li
     Raises:
         DataError: if the data cannot be read, or no column can be the text or the label.
         RecipeError: if the recipe exists already, or the source is a folder or package that holds
-            no model; whether a hub has it is asked by `hftl check`.
+            no model, or one that hftl does not load; whether a hub has it is asked by `hftl check`.
     """
     if not data.exists():
         raise DataError(f"{data} does not exist", "Check the path")
@@ -124,9 +130,28 @@ def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, li
     if not rows:
         raise DataError(f"{data.name} has no rows", "Check the file")
     guess = guess_columns(data.name, rows)
+    notes = [*guess.notes, *([] if model else _describe_hub_source(source))]
     path.parent.mkdir(parents=True, exist_ok=True)
     run_folder.write_text(path, _fill_template(guess, data, source, path))
-    return path, guess.notes
+    return path, notes
+
+
+def _describe_hub_source(source: str) -> list[str]:
+    """Return a note where a name is nearly that of a well-known model; the hub is not asked.
+
+    Raises:
+        RecipeError: if it is that of one which hftl does not load.
+    """
+    known = find_known_source(source)
+    if known is not None and known.obstacle is not None:
+        raise RecipeError(
+            f"--source: {source} cannot be loaded: {known.obstacle}",
+            "Choose another: hftl sources",
+        )
+    nearest = None if known else suggest_known_source(source)
+    if nearest is None:
+        return []
+    return [f"source: {source}; did you mean {nearest}? hftl sources lists well-known ones"]
 
 
 def guess_columns(name: str, rows: Sequence[Mapping[str, object]]) -> ColumnGuess:
@@ -152,7 +177,14 @@ def guess_columns(name: str, rows: Sequence[Mapping[str, object]]) -> ColumnGues
     notes.append(f"label: {label} ({_describe_label(task, columns[label])}), so the task is {task}")
     if group:
         notes.append(f"group: {group}; its rows stay in one split")
-    return ColumnGuess(kind, inputs, label, task, group, notes)
+    return ColumnGuess(kind, inputs, label, task, group, notes, _list_numbers(task, columns[label]))
+
+
+def _list_numbers(task: str, values: list[object]) -> list[str]:
+    """Return the classes in their order where all of them are numbers; else none."""
+    if task != "classification" or not _are_numbers(values):
+        return []
+    return sorted({normalize_name(value) for value in values}, key=float)
 
 
 def _describe_label(task: str, values: list[object]) -> str:
@@ -251,10 +283,19 @@ def _fill_template(guess: ColumnGuess, data: Path, source: str, path: Path) -> s
         group=f"group: {_format_yaml(guess.group)}" if guess.group
         else "# group: document_id         # rows of one group never straddle splits",
         unit="in all" if in_all else "a class", lacks=guess.kind,
-        size=SIZE_LINES[guess.kind], strategies=" | ".join(FINETUNE_STRATEGIES),
+        size=SIZE_LINES[guess.kind] + _format_names_line(guess.numbers),
+        strategies=" | ".join(FINETUNE_STRATEGIES),
         pooling="mean" if pooled else "native", pooling_note=POOLING_NOTES[guess.kind],
         metric=DEFAULT_METRICS.get(guess.task, "accuracy"),
     )  # fmt: skip
+
+
+def _format_names_line(numbers: list[str]) -> str:
+    """Return the line that asks for words for labels that are numbers; nothing for others."""
+    if not numbers:
+        return ""
+    entries = ", ".join(f'{number}: "..."' for number in numbers[:MAX_NUMBERS])
+    return f"\n  # label_names: {{{entries}}}   # words for the card, and for zero_shot"
 
 
 def _format_yaml(value: str | list[str]) -> str:
