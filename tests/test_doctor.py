@@ -22,7 +22,7 @@ from support.tiny import tiny_tokenizer
 
 from hftl.doctor.adapter_folder import Finding
 from hftl.doctor.checks import examine_adapter
-from hftl.doctor.report import _format_table, format_report
+from hftl.doctor.report import _format_findings, format_report
 from hftl.errors import HubError, RecipeError
 
 pytestmark = pytest.mark.usefixtures("loads_in_this_process")
@@ -90,10 +90,22 @@ def test_planted_defect_is_reported(name: str, adapters: dict[str, Path], tmp_pa
 def test_an_id_is_never_cut_on_a_narrow_screen() -> None:
     name = "an-organisation-with-a-name/a-model-with-a-long-name"
     finding = Finding("base", "warning", f"{name} is not pinned", "adapter_config.json", "Set it")
-    text = _format_table([finding], 60)
-    assert "…" not in text
-    first = "".join(line[2:30].strip() for line in text.splitlines()[2:])
-    assert name in first.replace(" ", "")
+    text = _format_findings([finding], 60)
+    assert "…" not in text and name in text
+    assert text.splitlines()[-2:] == ["    where: adapter_config.json", "    fix: Set it"]
+
+
+def test_a_finding_is_read_line_by_line_on_a_narrow_screen() -> None:
+    sound = Finding("card", "warning", "lacks a license", "README.md", "Add license: to its head")
+    wrong = Finding("base", "defect", "names no base " * 8, "adapter_config.json", "Set it " * 20)
+    lines = _format_findings([sound, wrong], 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith("defect, base: names no base")
+    assert [line for line in lines if line.startswith("warning")] == [
+        "warning, card: lacks a license"
+    ]
+    fixes = lines[lines.index("    where: adapter_config.json") + 1 :]
+    assert fixes[0].startswith("    fix: Set it Set it") and fixes[1].startswith("    Set it")
 
 
 def test_whole_model_is_examined(hub_cache: Path, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
-"""Print an examination: a table of the findings, what was not examined, one last line."""
+"""Print an examination: the findings, what was not examined, one last line."""
 
 from collections.abc import Callable
-from typing import Any
 
 from hftl.doctor.adapter_folder import DEFECT, Examination, Finding
 from hftl.doctor.checks import examine_adapter
 from hftl.doctor.fix import fix_adapter, get_backup_folder
+
+INDENT = 4
+"""Columns by which what belongs to a finding is indented."""
 
 
 def run_doctor(place: str, base: str | None, fix: bool, say: Callable[[str], None]) -> int:
@@ -34,13 +36,13 @@ def run_doctor(place: str, base: str | None, fix: bool, say: Callable[[str], Non
 
 
 def format_report(examination: Examination, width: int | None = None) -> str:
-    """Return a table of the findings, what was not examined, and the summary.
+    """Return the findings, what was not examined, and the summary.
 
     Args:
         examination: the examination.
         width: of the terminal, in characters; None measures it.
     """
-    lines = [_format_table(examination.findings, width)] if examination.findings else []
+    lines = [_format_findings(examination.findings, width)] if examination.findings else []
     lines += [f"not examined: {strip_control_characters(what)}" for what in examination.unexamined]
     return "\n".join([*lines, format_summary(examination)])
 
@@ -63,22 +65,19 @@ def strip_control_characters(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _format_table(findings: list[Finding], width: int | None) -> str:
-    from rich.box import SIMPLE_HEAD
+def _format_findings(findings: list[Finding], width: int | None) -> str:
+    """Return each finding, defects first, with where it is and what to do beneath it."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.padding import Padding
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, show_lines=True)
-    for title in ("finding", "where", "fix"):
-        table.add_column(title, overflow="fold")  # an id or a file's name is never cut
-    for one in sorted(findings, key=lambda one: one.severity != DEFECT):
-        style = "red" if one.severity == DEFECT else "yellow"
-        head = f"{one.severity}, {one.kind}: "
-        cells: list[Any] = [Text.assemble((head, style), strip_control_characters(one.what))]
-        cells += [Text(strip_control_characters(text)) for text in (one.where, one.fix)]
-        table.add_row(*cells)
     console = Console(width=width)
     with console.capture() as caught:
-        console.print(table)
-    return caught.get().rstrip()
+        for one in sorted(findings, key=lambda one: one.severity != DEFECT):
+            style = "red" if one.severity == DEFECT else "yellow"
+            head = f"{one.severity}, {one.kind}: "
+            console.print(Text.assemble((head, style), strip_control_characters(one.what)))
+            for name, text in (("where", one.where), ("fix", one.fix)):
+                line = f"{name}: {strip_control_characters(text)}"
+                console.print(Padding(Text(line), (0, 0, 0, INDENT)))
+    return "\n".join(line.rstrip() for line in caught.get().splitlines())
