@@ -1,5 +1,6 @@
 """Check the estimated time of a run: forward passes counted, against those that it makes."""
 
+import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -18,6 +19,7 @@ from hftl.data.rows import InputSpec
 from hftl.pipeline import kl_weight
 from hftl.pipeline.estimate import FINISH_SECONDS, RowCosts, estimate_seconds, measure_costs
 from hftl.pipeline.pipeline import check_recipe, run
+from hftl.train.callbacks import _measure_seconds
 
 STEP = 4.0
 """Forward passes that a training step is counted as."""
@@ -75,11 +77,31 @@ def test_every_seed_is_counted_before_a_run(
     counts: list[int] = []
     monkeypatch.setattr(
         "hftl.pipeline.estimate.estimate_seconds",
-        lambda _, jobs, recipe: counts.append(len(jobs)) or 1.0,
+        lambda _, jobs, recipe, costs: counts.append(len(jobs)) or 1.0,
     )
     tree["measure"]["seeds"] = [0, 1, 2]
     facts, _ = check_recipe(Recipe.parse(tree))
     assert counts == [3] and facts["arms"].endswith("3 to run")
+
+
+@pytest.mark.parametrize(("slowdown", "shown"), [(1.2, "about 10 min"), (3.0, "about 10 min (the")])
+def test_a_busy_machine_does_not_change_the_estimate(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, slowdown: float, shown: str
+) -> None:
+    costs = RowCosts(1.0, 1.0, {}, slowdown)
+    monkeypatch.setattr("hftl.pipeline.estimate.measure_costs", lambda *_: costs)
+    monkeypatch.setattr("hftl.pipeline.estimate.estimate_seconds", lambda *_: 600.0)
+    facts, _ = check_recipe(Recipe.parse(tree))
+    assert facts["time"].startswith(shown)
+    assert ("busy: 30 min" in facts["time"]) == (slowdown > 2)
+
+
+def test_waiting_for_a_core_is_not_counted_as_work() -> None:
+    passed = _measure_seconds(lambda: time.sleep(0.02), "cpu")
+    assert passed.worked < 0.01 < passed.elapsed
+    calls: list[int] = []
+    _measure_seconds(lambda: calls.append(1) or time.sleep(0.2), "cpu")
+    assert len(calls) == 3, "one that is not timed, and two"
 
 
 def test_every_training_arm_is_timed(tree: dict[str, Any]) -> None:

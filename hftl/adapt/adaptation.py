@@ -256,13 +256,14 @@ def estimate_adaptation_seconds(
     size = int(stage.training.get("per_device_train_batch_size", TRAIN_BATCH_SIZE))
     steps = count_steps(stage, len(rows))
     micro = steps * int(stage.training.get("gradient_accumulation_steps", 1))
-    step = time_step(model, _collate_first_rows(task, rows, size), stage.training, device)
+    batch = _collate_first_rows(task, rows, size)
+    step = time_step(model, batch, stage.training, device).worked
     looks = 0.0
     for held in (task.held_out, task.general):
         if held is not None:
             count = len(held)  # pyright: ignore[reportArgumentType]
             batch = _collate_first_rows(task, held, EVAL_BATCH_SIZE)
-            seconds = time_forward(model, batch, stage.training, device)
+            seconds = time_forward(model, batch, stage.training, device).worked
             looks += seconds * max(1.0, count / EVAL_BATCH_SIZE)
     return micro * step + min(steps, MAX_EVALUATIONS + 1) * looks / distributed.get_world_size()
 

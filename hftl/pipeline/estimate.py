@@ -23,13 +23,15 @@ from hftl.pipeline.run import Run
 from hftl.retain.regularizer import Batch
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.hardware import count_devices, get_dtype_name
-from hftl.train.callbacks import time_forward, time_step
+from hftl.train.callbacks import PassTime, time_forward, time_step
 
 TIMED_ROWS = 128
 """Rows that a pass is timed on, at most."""
 SEARCHED = 1 / 3
 TRAINER_BATCH = 8
 """Of TrainingArguments, where the recipe says nothing."""
+BUSY_SLOWDOWN = 1.5
+"""How much longer passes take where other programs use the cores."""
 FINISH_SECONDS = 20.0
 """Seconds from the last arm to the end: intervals, the reload in a fresh process, card, plots."""
 
@@ -43,15 +45,17 @@ class RowCosts:
             together.
         evaluate: a forward pass in the precision of training, rows as they come.
         step: a training step, by the name of the arm.
+        slowdown: how much longer all that takes now than while the machine does nothing else.
     """
 
     predict: float
     evaluate: float
     step: Mapping[str, float]
+    slowdown: float = 1.0
 
 
 def estimate_seconds(
-    context: ExperimentContext, jobs: list[Arm], recipe: Recipe, costs: RowCosts | None = None
+    context: ExperimentContext, jobs: list[Arm], recipe: Recipe, costs: RowCosts
 ) -> float:
     """Estimate the seconds that arms take, one entry of `jobs` for each arm and seed.
 
@@ -61,9 +65,8 @@ def estimate_seconds(
         context: the source and the rows.
         jobs: what is to run.
         recipe: it says how often each row is seen.
-        costs: seconds a row; None: measured here, in a few seconds.
+        costs: seconds a row, see `measure_costs`.
     """
-    costs = costs or measure_costs(context, jobs)
     train = len(context.select_train_rows(recipe.measure.seeds[0]))
     validation = len(context.prepared.rows["validation"])
     measured = sum(len(context.prepared.rows[split]) for split in MEASURED_SPLITS)
@@ -94,19 +97,28 @@ def estimate_seconds(
 
 
 def measure_costs(context: ExperimentContext, jobs: list[Arm]) -> RowCosts:
-    """Time a forward pass and the training step of every arm; no collective is called."""
+    """Time a forward pass and the training step of every arm, in a few seconds; no collective is
+    called."""
     first = next((arm for arm in jobs if not arm.spec.is_solved), None)
     finetune = (first or jobs[0]).finetune
-    steps: dict[str, float] = {}
+    steps: dict[str, PassTime] = {}
     for arm in jobs:
         if not arm.spec.is_solved and arm.name not in steps:
-            steps[arm.name] = _measure_step_seconds(context, arm)
-    evaluate = 0.0 if first is None else _measure_forward_seconds(context, finetune)
-    return RowCosts(_measure_predict_seconds(context, finetune.pooling), evaluate, steps)
+            steps[arm.name] = _time_row_step(context, arm)
+    evaluate = PassTime(0.0, 0.0) if first is None else _time_row_forward(context, finetune)
+    predict = _time_row_prediction(context, finetune.pooling)
+    timed = [predict, evaluate, *steps.values()]
+    slowdown = sum(row.elapsed for row in timed) / sum(row.worked for row in timed)
+    step_seconds = {name: row.worked for name, row in steps.items()}
+    return RowCosts(predict.worked, evaluate.worked, step_seconds, slowdown)
 
 
-def _measure_step_seconds(context: ExperimentContext, arm: Arm) -> float:
-    """Time a training step, in seconds a row; that of gradual unfreezing trains half the blocks."""
+def _divide_time(passed: PassTime, rows: int) -> PassTime:
+    return PassTime(passed.worked / rows, passed.elapsed / rows)
+
+
+def _time_row_step(context: ExperimentContext, arm: Arm) -> PassTime:
+    """Time a training step, for each row; that of gradual unfreezing trains half the blocks."""
     finetune, spec = arm.finetune, arm.spec
     if spec.schedule == "phases":
         half = max(1, count_blocks(context.source.config) // 2)
@@ -114,14 +126,15 @@ def _measure_step_seconds(context: ExperimentContext, arm: Arm) -> float:
     built = context.build_model(finetune.pooling, 0, scratch=arm.spec.is_baseline)
     model = apply_strategy(built.model, finetune, built.fresh, spec)
     batch, rows = _collate_batch(context, finetune)
-    return time_step(model.to(context.device), batch, finetune.training, context.device) / rows
+    passed = time_step(model.to(context.device), batch, finetune.training, context.device)
+    return _divide_time(passed, rows)
 
 
-def _measure_forward_seconds(context: ExperimentContext, finetune: Finetune) -> float:
-    """Time a forward pass in the precision of training, in seconds a row."""
+def _time_row_forward(context: ExperimentContext, finetune: Finetune) -> PassTime:
+    """Time a forward pass in the precision of training, for each row."""
     model = context.build_model(finetune.pooling, 0).model.to(context.device)
     batch, rows = _collate_batch(context, finetune)
-    return time_forward(model, batch, finetune.training, context.device) / rows
+    return _divide_time(time_forward(model, batch, finetune.training, context.device), rows)
 
 
 def _collate_batch(context: ExperimentContext, finetune: Finetune) -> tuple[Batch, int]:
@@ -174,17 +187,18 @@ def _is_cached(context: ExperimentContext, retain: Retain) -> bool:
     return not (sections and varies)
 
 
-def _measure_predict_seconds(context: ExperimentContext, pooling: str) -> float:
-    """Time a forward pass in fp32 over rows of like length, in seconds a row."""
+def _time_row_prediction(context: ExperimentContext, pooling: str) -> PassTime:
+    """Time a forward pass in fp32 over rows of like length, for each row."""
     rows = context.prepared.rows["test"][:TIMED_ROWS]
     model = context.build_model(pooling, 0).model.to(context.device)
     encoded = context.encode_rows(rows)
     lengths = [context.inputs.length(row) for row in encoded]
-    seconds = 0.0
+    passes: list[PassTime] = []
     for numbers in batch_by_length(lengths, BATCH_TOKENS):
         batch = context.inputs.collate([dict(encoded[i]) for i in numbers])
-        seconds += time_forward(model, batch, None, context.device)
-    return seconds / len(rows)
+        passes.append(time_forward(model, batch, None, context.device))
+    total = PassTime(sum(one.worked for one in passes), sum(one.elapsed for one in passes))
+    return _divide_time(total, len(rows))
 
 
 # The header, with the estimated time.
@@ -220,7 +234,8 @@ def build_header(
     if facts.tag_scheme:
         labels += f" ({facts.tag_scheme.name} tags)"
     names = list(dict.fromkeys(arm.name for arm in arms))
-    seconds = estimate_seconds(context, arms, recipe)
+    costs = measure_costs(context, arms)
+    seconds = estimate_seconds(context, arms, recipe, costs)
     return {
         "source": f"{recipe.source.model} ({context.source.architecture})",
         "device": _describe_device(context.device, get_dtype_name(recipe.finetune.training)),
@@ -230,8 +245,17 @@ def build_header(
         "labels": labels or "a number",
         "arms": f"{', '.join(names)} x seeds {recipe.measure.seeds}: {jobs} to run",
         "time": f"about {console.format_duration(seconds)}"
-        + (" beside adaptation" if recipe.stages else ""),
+        + (" beside adaptation" if recipe.stages else "")
+        + _describe_slowdown(seconds, costs.slowdown),
     }
+
+
+def _describe_slowdown(seconds: float, slowdown: float) -> str:
+    """Say how long it takes while the machine is as busy as it is; nothing on an idle one."""
+    if slowdown < BUSY_SLOWDOWN:
+        return ""
+    longer = console.format_duration(seconds * slowdown)
+    return f" (the machine is busy: {longer} if it stays so)"
 
 
 def _describe_dropped_rows(facts: PreparedFacts) -> str:

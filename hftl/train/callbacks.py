@@ -3,10 +3,11 @@
 Steps are timed on one batch, in the precision of training, to estimate the time of a run.
 """
 
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,12 +19,27 @@ from hftl.runtime.hardware import choose_precision
 from hftl.runtime.progress import BarUpdate, open_bar
 from hftl.train.checkpoint import list_training_modes
 
-TIMED_CALLS = 2
-"""Calls that are timed, after one that is not."""
+TIMED_CALLS = 2, 7
+"""Calls that are timed at least and, where they are quick, at most, after one that is not."""
+TIMED_SECONDS = 0.3
+"""Seconds after which no further call is timed."""
 
 
-def time_step(model: nn.Module, batch: Batch, training: Mapping[str, object], device: str) -> float:
-    """Return the seconds of one training step: forward, backward and optimizer, weights unmoved.
+class PassTime(NamedTuple):
+    """Hold the seconds of one pass of a model.
+
+    `worked` is the least that this thread computed, whatever else the machine did; `elapsed` is
+    the usual time that went by, in which the thread may have waited for a core.
+    """
+
+    worked: float
+    elapsed: float
+
+
+def time_step(
+    model: nn.Module, batch: Batch, training: Mapping[str, object], device: str
+) -> PassTime:
+    """Return the time of one training step: forward, backward and optimizer, weights unmoved.
 
     Args:
         model: on the device; what requires a gradient trains. Left with its modules in the modes
@@ -50,8 +66,8 @@ def time_step(model: nn.Module, batch: Batch, training: Mapping[str, object], de
 
 def time_forward(
     model: nn.Module, batch: Batch, training: Mapping[str, object] | None, device: str
-) -> float:
-    """Return the seconds of one forward pass in eval mode; without `training` in fp32."""
+) -> PassTime:
+    """Return the time of one forward pass in eval mode; without `training` in fp32."""
     model.eval()
     inputs = move_batch(batch, torch.device(device))
 
@@ -68,17 +84,22 @@ def _autocast(training: Mapping[str, object], device: str) -> AbstractContextMan
     return torch.autocast(device, dtype, enabled=any(chosen.values()))
 
 
-def _measure_seconds(work: Callable[[], None], device: str) -> float:
+def _measure_seconds(work: Callable[[], None], device: str) -> PassTime:
     work()
     _synchronize(device)
-    seconds = []
-    for _ in range(TIMED_CALLS):
-        started = time.perf_counter()
+    fewest, most = TIMED_CALLS
+    worked: list[float] = []
+    elapsed: list[float] = []
+    while len(elapsed) < fewest or (len(elapsed) < most and sum(elapsed) < TIMED_SECONDS):
+        started, computed = time.perf_counter(), time.thread_time()
         work()
         _synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    # The shorter one: what else the machine did in between is not the work's.
-    return min(seconds)
+        worked.append(time.thread_time() - computed)
+        elapsed.append(time.perf_counter() - started)
+    if device != "cpu":
+        # What an accelerator does is no time of this thread's.
+        return PassTime(min(elapsed), min(elapsed))
+    return PassTime(min(*worked, *elapsed), statistics.median(elapsed))
 
 
 def _synchronize(device: str) -> None:
