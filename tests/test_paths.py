@@ -6,6 +6,7 @@ import pytest
 
 from hftl.errors import RecipeError
 from hftl.runtime.paths import (
+    explain_missing_path,
     get_display_name,
     get_http_library,
     make_hub_load_error,
@@ -93,6 +94,22 @@ def test_a_copy_in_the_hubs_cache_goes_by_its_id(folder: str, expected: str) -> 
 class _Answer:
     def __init__(self, status_code: int) -> None:
         self.status_code = status_code
+
+
+@pytest.mark.parametrize(
+    ("place", "where", "fix"),
+    [
+        ("assets/movies/movies.csv", "does not exist in {}", "python benchmarks/assets.py movies"),
+        ("assets/vit-dinov2-small", "does not exist in {}", "python benchmarks/assets.py vit"),
+        ("data/movies.csv", "does not exist in {}", "Check the path"),
+        ("/data/assets/movies.csv", "does not exist", "Check the path"),
+    ],
+)
+def test_a_missing_path_names_the_folder_and_how_a_demo_is_built(
+    place: str, where: str, fix: str, tmp_path: Path
+) -> None:
+    report, advice = explain_missing_path(place)
+    assert report == where.format(tmp_path) and advice.endswith(fix)
 
 
 def test_a_published_model_has_an_owner_or_is_a_folder(

@@ -76,6 +76,8 @@ def test_demo_lines_name_what_exists() -> None:
         names = [f"assets/{name}/{name}.csv" for name in assets[2:]]
         assert [table.path for table in tables if table] == names
         assert recipe.source.model == PACKAGED or run != demo[1]
+    (quick,) = re.findall(r'`"(\S+)"`', README)
+    assert Recipe.load(ROOT / demo[1][2], [quick]).measure.seeds == [0]
 
 
 def test_ci_finds_the_test_line_which_runs_this_suite() -> None:

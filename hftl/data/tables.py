@@ -219,7 +219,8 @@ def read_table(table: Table, part: str, modality: str) -> tuple[str, Iterator[Ra
     if table.format == "hub" or (path is None and table.format is None):
         return table.path, load_hub_rows(table, part)
     if path is None or not path.exists():
-        raise DataError(f"data.{part}.path: {table.path} does not exist", "Check the path")
+        where, fix = paths.explain_missing_path(table.path)
+        raise DataError(f"data.{part}.path: {table.path} {where}", fix)
     for key in ("name", "split", "revision"):
         if getattr(table, key) is not None:
             raise RecipeError(

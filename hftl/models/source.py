@@ -164,9 +164,8 @@ def find_source(source: Source, on_hub: bool = False) -> SourceModel:
 
     path = None if on_hub else paths.resolve_local_path(source.model, "source.model")
     if path is not None and not path.exists():
-        raise RecipeError(
-            f"source.model: the folder {source.model} does not exist", "Check the path"
-        )
+        where, fix = paths.explain_missing_path(source.model)
+        raise RecipeError(f"source.model: the folder {source.model} {where}", fix)
     folder = path or _download_snapshot(source.model, source.revision, ["config.json"])
     why = find_folder_fault(folder)
     if why is not None:

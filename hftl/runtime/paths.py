@@ -17,6 +17,8 @@ from hftl.errors import HubError, RecipeError, format_error_line, is_disk_full
 HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 TABLE_PATTERN = re.compile(r".*\.(csv|tsv|jsonl?|ndjson|parquet|txt)", re.IGNORECASE)
 PACKAGE_PREFIX = "package:"
+ASSETS_FOLDER = "assets"
+"""Where benchmarks/assets.py builds the data and models of the recipes, each in its own folder."""
 TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
 """HTTP statuses after which another try may succeed."""
 STATUS_ADVICE = {
@@ -68,6 +70,16 @@ def resolve_published_path(place: str, key: str) -> Path | None:
     """
     path = resolve_local_path(place, key)
     return Path(place) if path is None and "/" not in place else path
+
+
+def explain_missing_path(place: str) -> tuple[str, str]:
+    """Return where a path was looked for, and what to do: a demo's data and models are built."""
+    path = Path(os.path.expanduser(place))
+    where = "does not exist" if path.is_absolute() else f"does not exist in {Path.cwd()}"
+    if path.parts[:1] == (ASSETS_FOLDER,) and len(path.parts) > 1:
+        name = path.parts[1].split("-")[0]
+        return where, f"In the clone of hftl: python benchmarks/assets.py {name}"
+    return where, "Check the path"
 
 
 def is_local(place: str) -> bool:
