@@ -75,13 +75,20 @@ def _format_change(figures: LossChange | GuardFigures) -> str:
     return f"{figures.before:.3f} -> {figures.after:.3f}"
 
 
-def format_arm_line(arm: ArmFile, metric: str, count: str) -> str:
-    """Return one line about a finished arm and seed; `count` is its number, as `2/9`."""
+def format_arm_line(arm: ArmFile, metric: str, count: str, seconds: float) -> str:
+    """Return one line about a finished arm and seed.
+
+    Args:
+        arm: its metrics and timings.
+        metric: whose score is shown.
+        count: its number, as `2/9`.
+        seconds: from its start to its end, with all that it was the first to need.
+    """
     test = arm.metrics.test.get(metric)
     score = "" if test is None else f"  test {metric} {test:.3f}"
-    seconds = sum(spent for name, spent in arm.timings.items() if name.endswith("seconds"))
-    name = f"{arm.arm} seed {arm.seed}"
-    return f"  [{count}] {name:<22}{score}  {seconds:.0f} s"
+    features = arm.timings.get("features_seconds", 0.0)
+    shared = f", {features:.0f} s of it for features" if features >= 1 else ""
+    return f"  [{count}] {f'{arm.arm} seed {arm.seed}':<22}{score}  {seconds:.0f} s{shared}"
 
 
 def format_ladder(record: Record) -> str:
@@ -96,7 +103,13 @@ def format_ladder(record: Record) -> str:
         )
         for row in record.ladder
     ]
-    return format_table(rows)
+    lines = [format_table(rows)]
+    own = record.own_row
+    if own.test == 1 and any(row.test == 1 and row.gain_of_own for row in record.ladder):
+        lines.append(
+            "  (no errors to compare: how far a gain is from 0 is open on so few test rows)"
+        )
+    return "\n".join(lines)
 
 
 def format_forgetting(record: Record) -> str:

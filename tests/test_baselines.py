@@ -96,15 +96,21 @@ def test_search_goes_a_few_rates_beyond_its_edge(
 
     monkeypatch.setattr(baselines, "_try_rate", try_rate)
     section: Any = None
-    result = baselines.search_rate(context, section, Search(learning_rates=rates), 0)
+    lines: list[str] = []
+    search = Search(learning_rates=rates)
+    result = baselines.search_rate(context, section, search, 0, lines.append)
+    assert len(lines) == len(rates) + len(beyond)
+    assert lines[0].startswith(f"  scratch: rate {rates[0]:.3g} (1 of {len(rates)}): validation ac")
+    assert all(line.endswith(", 0 s") for line in lines)
+    assert any(": diverged, " in line for line in lines) == isinstance(best, str)
     assert result["beyond"] == pytest.approx(beyond, rel=1e-4)
     assert result["learning_rate"] == pytest.approx(chosen, rel=1e-4)
     assert result["at_edge"] is at_edge
     tried = [row["learning_rate"] for row in result["tried"]]
     assert tried == pytest.approx(rates + beyond, rel=1e-4)
     words = describe_scratch_search(result)
-    assert ("at the edge of those tried" in words) is at_edge
-    assert all(f"{rate:g}" in words for rate in result["beyond"])
+    assert ("still at the end of the rates tried" in words) is at_edge
+    assert all(f"{rate:.3g}" in words for rate in result["beyond"])
 
 
 def test_classical_is_tfidf_and_logistic_regression(context: ExperimentContext) -> None:

@@ -44,14 +44,14 @@ WORDS = {
         ({"learning_rate": 1e-3, "tried": []}, None),
         ({"learning_rate": 1e-3, "at_edge": False, "beyond": []}, None),
         ({"learning_rate": 1e-2, "at_edge": True, "beyond": [1e-2]}, "may be better than it is"),
-        ({"learning_rate": 1e-3, "at_edge": False, "beyond": [1e-2]}, "0.01 was tried, too."),
+        ({"learning_rate": 1e-3, "at_edge": False, "beyond": [1e-2]}, "0.01 was tried as well."),
     ],
 )
 def test_the_card_says_where_scratchs_rate_was_at_the_edge(
     search: dict[str, Any] | None, said: str | None
 ) -> None:
     card = render(make_record() | {"scratch_search": search})
-    assert ("Of scratch" in card) == (said is not None)
+    assert ("For scratch" in card) == (said is not None)
     assert said is None or said in card
 
 
@@ -309,6 +309,14 @@ def test_arms_that_are_ahead_stand_among_the_limits(case: str, behind: bool) -> 
     assert "The weights are those of seed 2, the best on validation" in limits
 
 
+def test_one_seed_is_not_called_the_best_of_several() -> None:
+    record = make_record()
+    record["recipe"]["measure"]["seeds"], record["published_seed"] = [0], 0
+    card = render(record)
+    assert "Weights and figures are those of seed 0 alone; another seed may differ." in card
+    assert "the published seed" not in card and "over all seeds" not in card
+
+
 def test_card_describes_the_data() -> None:
     record = make_record(bad_rows=7, leaked=5)
     record["check"]["warnings"] = ["9% of the texts are cut"]
@@ -316,7 +324,8 @@ def test_card_describes_the_data() -> None:
     card = render(record)
     for words in (
         "400 labelled rows a seed (200 a class", "400 validation rows", "797 test rows", "2,083",
-        "4,000 rows were read", "12 duplicates", "3 rows were dropped", "7 bad rows",
+        "4,000 rows were read before train was cut to `data.shots`", "labels were used: those of",
+        "12 duplicates", "3 rows were dropped", "7 bad rows",
         "5 of these stood", "rows of one group never stand in two splits",
         "## What to know before use\n\n- 9% of the texts are cut.\n",
     ):  # fmt: skip

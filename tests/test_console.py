@@ -23,8 +23,11 @@ def test_arm_line(metrics: dict[str, float], score: str) -> None:
         trainable_parameters=1, training=TrainingFacts(),
         timings={"train_seconds": 3.0, "predict_seconds": 1.2, "energy_kwh": 7},
     )  # fmt: skip
-    expected = f"  [2/9] lora seed 1           {score}  4 s"
-    assert console.format_arm_line(report, "accuracy", "2/9") == expected
+    expected = f"  [2/9] lora seed 1           {score}  5 s"
+    assert console.format_arm_line(report, "accuracy", "2/9", 4.6) == expected
+    report = report.model_copy(update={"timings": {"features_seconds": 51.2}})
+    line = console.format_arm_line(report, "accuracy", "2/9", 52.0)
+    assert line.endswith("  52 s, 51 s of it for features")
 
 
 def test_table_aligns_and_rules() -> None:
@@ -58,3 +61,14 @@ def test_ladder_shows_every_arm_and_what_the_own_gains() -> None:
         ["head", "0.700", "-", "+0.105", "[+0.071,", "+0.139]"],
         ["scratch", "0.600", "0.020", "+0.105"],
     ]
+
+
+@pytest.mark.parametrize("errors", [False, True])
+def test_ladder_explains_a_wide_interval_between_arms_without_errors(errors: bool) -> None:
+    ladder = [
+        {"arm": "lora", "test": 1.0, "sd": 0.0, "validation": 1.0, "gain_of_own": None},
+        {"arm": "head", "test": 0.9 if errors else 1.0, "sd": 0.0, "validation": 1.0,
+         "gain_of_own": make_gain(0.0, [-0.25, 0.25])},
+    ]  # fmt: skip
+    text = console.format_ladder(Record.parse(make_record() | {"ladder": ladder}))
+    assert ("no errors to compare" in text.splitlines()[-1]) != errors

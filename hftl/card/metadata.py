@@ -65,6 +65,8 @@ def build_metadata(record: Record) -> ModelCardData:
     is_adapter = record.recipe.finetune.spec.trains_adapter
     return ModelCardData(
         library_name=_library_name(record),
+        # transformers' classification pipeline would give a pooled model an untrained head, so the
+        # hub must not offer it: without hftl only the encoder's features are had.
         pipeline_tag="feature-extraction" if is_pooled(record) else find_pipeline_tag(record),
         tags=[
             "hftl",

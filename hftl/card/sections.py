@@ -43,7 +43,8 @@ def format_data_sentence(record: Record) -> str:
         f"{format_code(data.name)}: {trained}; {_format_validation_choices(record)} "
         f"chosen on {data.splits['validation']:,} validation rows, and every figure above is on "
         f"{data.splits['test']:,} test rows that nothing was chosen by"
-        f"{_format_baseline_choice(record)}. {read.total:,} labels were read in all."
+        f"{_format_baseline_choice(record)}. In all, {read.total:,} labels were used: those of "
+        "the training rows of every seed, of validation and of test."
     )
 
 
@@ -60,16 +61,18 @@ def _format_validation_choices(record: Record) -> str:
     choices = [] if record.recipe.finetune.spec.is_solved else ["the best epoch"]
     if any(stage.guard.kind == "probe" for stage in record.stages):
         choices.append("the adaptation's weights")
-    choices.append("the published seed")
-    if len(choices) == 1:
-        return f"{choices[0]} was"
+    if len(record.recipe.measure.seeds) > 1:
+        choices.append("the published seed")
+    if len(choices) < 2:
+        return f"{choices[0] if choices else 'nothing'} was"
     return f"{', '.join(choices[:-1])} and {choices[-1]} were"
 
 
 def format_data_lines(record: Record) -> list[str]:
     """Return what happened to the rows before training, a line a fact."""
     data = record.data
-    lines = [f"{data.rows_read:,} rows were read"]
+    drawn = " before train was cut to `data.shots`" if record.recipe.data.shots else ""
+    lines = [f"{data.rows_read:,} rows were read{drawn}"]
     for count, words in (
         (data.duplicates, "duplicates were dropped (the same but for case, form and white space)"),
         (data.leaked, "of these stood in train and in another table"),
@@ -110,23 +113,32 @@ def format_limits(record: Record) -> list[str]:
     lines.append(
         "Measured on rows of the same origin as its training rows; other domains were not measured."
     )
-    lines.append(
-        f"The weights are those of seed {record.published_seed}, the best on validation; the "
-        "figures are over all seeds."
-    )
+    lines.append(_format_published_seed(record))
     if not has_forgetting(record):
         lines.append("Forgetting of what the source model knew was not measured.")
     return lines
 
 
+def _format_published_seed(record: Record) -> str:
+    """Say which seed's weights are published, and what the figures are over."""
+    seed = record.published_seed
+    if len(record.recipe.measure.seeds) == 1:
+        return f"Weights and figures are those of seed {seed} alone; another seed may differ."
+    chosen = f"The weights are those of seed {seed}, the best on validation"
+    return f"{chosen}; the figures are over all seeds."
+
+
 def describe_scratch_search(search: ScratchSearch) -> str:
     """Return in a few words how scratch's learning rate was chosen."""
-    words = f"learning rate {search.learning_rate:g} is best on validation"
+    words = f"learning rate {search.learning_rate:.3g} scored best on validation"
     if search.beyond:
-        rates = " and ".join(f"{rate:g}" for rate in search.beyond)
+        rates = " and ".join(f"{rate:.3g}" for rate in search.beyond)
         verb = "was" if len(search.beyond) == 1 else "were"
-        words += f"; as the best of those given is at their edge, {rates} {verb} tried, too"
-    return words + ("; it is at the edge of those tried" if search.at_edge else "")
+        words += (
+            "; the best of the given rates was the lowest or highest of them, so "
+            f"{rates} {verb} tried as well"
+        )
+    return words + ("; the best is still at the end of the rates tried" if search.at_edge else "")
 
 
 def _format_scratch_limits(search: ScratchSearch | None) -> list[str]:
@@ -134,7 +146,7 @@ def _format_scratch_limits(search: ScratchSearch | None) -> list[str]:
     if search is None or not (search.beyond or search.at_edge):
         return []
     unsure = ", so that scratch may be better than it is here" if search.at_edge else ""
-    return [f"Of scratch, {describe_scratch_search(search)}{unsure}."]
+    return [f"For scratch, {describe_scratch_search(search)}{unsure}."]
 
 
 def _format_worse_classes(classes: ClassGains | None) -> list[str]:

@@ -51,16 +51,16 @@ from hftl.train.trainer import TransferTrainer
 def solve_head(context: ExperimentContext, finetune: Finetune, seed: int) -> ArmOutput:
     """Solve the strategy `head`: the probe, copied into the model's last layer."""
     started = time.perf_counter()
-    probe = context.solve_probe(finetune.pooling, seed)
-    logits = {
-        split: probe.logits(
-            context.extract_features(finetune.pooling, seed, context.prepared.rows[split])
-        )
-        for split in MEASURED_SPLITS
-    }
-    built = context.build_probed_model(finetune.pooling, seed)
+    pooling, rows = finetune.pooling, context.prepared.rows
+    context.extract_features(pooling, seed, context.select_train_rows(seed))
+    features = {s: context.extract_features(pooling, seed, rows[s]) for s in MEASURED_SPLITS}
+    features_seconds = time.perf_counter() - started
+    probe = context.solve_probe(pooling, seed)
+    logits = {split: probe.logits(features[split]) for split in MEASURED_SPLITS}
+    built = context.build_probed_model(pooling, seed)
     output = _collect_head(context, built, logits, TrainingFacts(penalty=probe.penalty), started)
     output.trainable_parameters = count_trainable_parameters(built.model)
+    output.timings["features_seconds"] = features_seconds
     return output
 
 

@@ -3,6 +3,7 @@
 What the inputs say is vectorised in the way that is usual for them; the solver is the probe's.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -150,12 +151,14 @@ WARMUP_SHARE = 0.1
 
 
 def search_rate(
-    context: ExperimentContext, finetune: Finetune, search: Search, seed: int
-) -> ScratchSearch:
+    context: ExperimentContext, finetune: Finetune, search: Search, seed: int,
+    say: Callable[[str], None] = lambda line: None,
+) -> ScratchSearch:  # fmt: skip
     """Try each rate once and choose by validation, as epochs are chosen.
 
     Where the best is the lowest or highest, the best may lie beyond: the search goes on by the
-    grid's own ratio, at most `MAX_EXTRA_RATES` times, each at the cost of one more rate.
+    grid's own ratio, at most `MAX_EXTRA_RATES` times, each at the cost of one more rate. `say`
+    receives a line for each.
 
     Raises:
         NumericError: if every rate diverges.
@@ -163,13 +166,19 @@ def search_rate(
     tried: list[TriedRate] = []
     beyond: list[float] = []
     count = len(search.learning_rates)
+
+    def try_rate(rate: float, title: str) -> None:
+        started = time.perf_counter()
+        row = _try_rate(context, finetune, search, rate, seed, title)
+        tried.append(row)
+        outcome = _describe_outcome(context.prepared.task, row)
+        say(f"  {title}: {outcome}, {time.perf_counter() - started:.0f} s")
+
     for number, rate in enumerate(search.learning_rates, 1):
-        title = f"scratch: rate {rate:g} ({number} of {count})"
-        tried.append(_try_rate(context, finetune, search, rate, seed, title))
+        try_rate(rate, f"scratch: rate {rate:.3g} ({number} of {count})")
     best = _select_rate(context.prepared.task, tried)
     while len(beyond) < MAX_EXTRA_RATES and (rate := propose_rate(tried, best)) is not None:
-        title = f"scratch: rate {rate:g} (beyond those given: {best:g} was the best, at their edge)"
-        tried.append(_try_rate(context, finetune, search, rate, seed, title))
+        try_rate(rate, f"scratch: rate {rate:.3g} (added, as {best:.3g} was best, at the end)")
         beyond.append(rate)
         best = _select_rate(context.prepared.task, tried)
     edge = propose_rate(tried, best) is not None
@@ -201,6 +210,14 @@ def _try_rate(
     predictions = context.prepared.decode_for_metrics(rows, outcome.logits["validation"])
     metrics = compute_all_metrics(task, context.prepared.encode_for_metrics(rows), predictions)
     return TriedRate(learning_rate=rate, metrics=metrics)
+
+
+def _describe_outcome(task: str, row: TriedRate) -> str:
+    """Return the score that a rate is chosen by, in words."""
+    if row.metrics is None:
+        return "diverged"
+    name = SELECTION_METRICS[task]
+    return f"validation {name} {row.metrics[name]:.3f}"
 
 
 def _select_rate(task: str, tried: list[TriedRate]) -> float:

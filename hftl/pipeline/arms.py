@@ -1,6 +1,7 @@
 """Run the arms phase: every arm and seed that is missing, the quick ones first."""
 
 import shutil
+import time
 from dataclasses import dataclass, replace
 
 from hftl import console
@@ -55,19 +56,20 @@ def _remove_finished_checkpoints(run: Run, jobs: list[Job]) -> None:
 
 def _run_job(run: Run, context: ExperimentContext, job: Job, count: str) -> None:
     """Train on all processes, or solve on the main one, and write the arm's folder."""
+    started = time.perf_counter()
     if job.arm.spec.is_solved:
         distributed.broadcast_from_main(
-            lambda: _commit_arm(run, context, job, _run_arm(run, context, job), count)
+            lambda: _commit_arm(run, context, job, _run_arm(run, context, job), count, started)
         )
         return
     with measure_energy() as energy:
         outcome = _run_arm(run, context, job)
     outcome.timings |= energy
-    distributed.broadcast_from_main(lambda: _commit_arm(run, context, job, outcome, count))
+    distributed.broadcast_from_main(lambda: _commit_arm(run, context, job, outcome, count, started))
 
 
 def _commit_arm(
-    run: Run, context: ExperimentContext, job: Job, outcome: ArmOutput, count: str
+    run: Run, context: ExperimentContext, job: Job, outcome: ArmOutput, count: str, started: float
 ) -> None:
     arm, seed = job.arm, job.seed
     folder = run.arm_folder(arm.name, seed)
@@ -75,7 +77,8 @@ def _commit_arm(
         arm_files.write_arm(aside, context.prepared, outcome, arm.name, arm.strategy, seed)
     shutil.rmtree(run.checkpoints(arm.name, seed), ignore_errors=True)
     metrics_file = arm_files.read_metrics_file(folder)
-    run.say(console.format_arm_line(metrics_file, run.recipe.measure.metric, count))
+    seconds = time.perf_counter() - started
+    run.say(console.format_arm_line(metrics_file, run.recipe.measure.metric, count, seconds))
 
 
 def _list_missing_jobs(run: Run, arm_contexts: ArmContexts) -> list[Job]:
@@ -119,8 +122,9 @@ def _search_scratch_rate(run: Run, context: ExperimentContext, job: Job) -> floa
     stored = distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(folder) or {})
     if {**stored, "asked": job.reads.get("asked")} != job.reads:
         search = baselines.search_rate(
-            context, job.arm.finetune, run.recipe.measure.scratch, run.recipe.measure.seeds[0]
-        )
+            context, job.arm.finetune, run.recipe.measure.scratch, run.recipe.measure.seeds[0],
+            run.say,
+        )  # fmt: skip
 
         def keep() -> None:
             with run_folder.commit_stage(folder, job.reads) as aside:
