@@ -275,6 +275,32 @@ def probe(
 
 
 @app.command()
+def curve(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Output = None,
+    sizes: Annotated[str, typer.Option(metavar="N,N,...", help="labels a class")] = "",
+    arms: Annotated[str, typer.Option(help="arms of the recipe, or these")] = "head,classical",
+    draws: Annotated[int, typer.Option(min=2, help="draws of labels")] = 5,
+    rows: MostRows = 2000,
+) -> None:
+    """Score against labels a class, with the baselines that few labels must beat."""
+    loaded = Recipe.load(recipe, overrides)
+    folder = _name_run(loaded, output)
+    if not all(size.strip().isdecimal() for size in filter(None, sizes.split(","))):
+        raise RecipeError(f"--sizes {sizes} is no list of numbers", "Give such as 5,10,20")
+    counts = tuple(int(size) for size in filter(None, sizes.split(",")))
+    names = tuple(dict.fromkeys(name.strip() for name in arms.split(",") if name.strip()))
+    with _working():
+        from hftl.pipeline.analyses import CurveOptions, run_curve
+        from hftl.pipeline.pipeline import open_recipe
+
+        options = CurveOptions(counts, draws, names or CurveOptions().arms, rows)
+        text = run_curve(loaded, open_recipe(loaded), folder, options)
+    say(text)
+
+
+@app.command()
 def rank(
     recipe: RecipePath,
     overrides: Overrides = None,

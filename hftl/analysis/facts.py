@@ -135,3 +135,72 @@ class ProbeAnalysis(RecordPart):
     """What the recipe's head reads; null where a new pooler stands before it."""
     over_own: SiteGap | None
     similarity: LayerSimilarity
+
+
+# Few-shot curves.
+
+
+class LabelCount(RecordPart):
+    """Hold a number of labels a class, or a ratio of two; null is beyond all sizes."""
+
+    value: float | None
+    ci95: tuple[float | None, float | None]
+
+
+class CurvePoint(RecordPart):
+    """Score an arm at one number of labels."""
+
+    labels: int
+    score: Estimate
+
+
+class CurveForecast(RecordPart):
+    """Extrapolate an arm by error = a * labels^-b + c."""
+
+    a: float
+    b: float
+    c: float
+    labels: int
+    """Twice the largest size."""
+    predicted: Estimate
+    held_out: Estimate
+    """The largest size, predicted from the smaller ones."""
+    held_out_covered: bool
+    """Whether the interval of what was predicted and that of what came overlap."""
+    step: float
+    next_point: LabelCount
+    """Labels for a score that is better by `step` than at the largest size."""
+
+
+class CurveArm(RecordPart):
+    """Hold one arm's curve."""
+
+    arm: str
+    points: list[CurvePoint]
+    area: float
+    """The mean score over the logarithm of the labels."""
+    forecast: CurveForecast | None
+
+
+class LabelValue(RecordPart):
+    """Compare the labels of two arms: `ratios` says, a size, how many times as many are needed."""
+
+    arm: str
+    baseline: str
+    catches_up: LabelCount
+    ratios: list[LabelCount]
+
+
+class CurveAnalysis(RecordPart):
+    """Score arms against the number of labels, the first arm that of the frozen features."""
+
+    source: str
+    metric: str
+    lower_is_better: bool
+    per_class: bool
+    """False where labels are counted in all: targets and words."""
+    sizes: list[int]
+    draws: int
+    test_rows: int
+    arms: list[CurveArm]
+    labels: list[LabelValue]

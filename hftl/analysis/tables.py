@@ -1,6 +1,13 @@
 """Format the results of the analyses as the tables that their commands print."""
 
-from hftl.analysis.facts import Interval, ProbeAnalysis, RankAnalysis
+from hftl.analysis.facts import (
+    CurveAnalysis,
+    CurveForecast,
+    Interval,
+    LabelCount,
+    ProbeAnalysis,
+    RankAnalysis,
+)
 from hftl.console import format_duration, render_table
 
 SCORES = ("logme", "h_score", "leep", "nleep", "nce", "transrate", "gbc", "knn")
@@ -101,3 +108,67 @@ def _describe_own(facts: ProbeAnalysis) -> str:
     words = f"; {gap.value:+.3f} {format_interval(gap.ci95)} over {facts.own}, the recipe's own"
     clear = gap.ci95 is not None and gap.ci95[0] > 0
     return words + ("" if clear else ": not beyond noise")
+
+
+def format_curve(facts: CurveAnalysis) -> str:
+    """Return every arm's score a size, what labels are worth, and the forecasts."""
+    unit = "labels a class" if facts.per_class else "labels"
+    header = [unit]
+    for arm in facts.arms:
+        header += [arm.arm, "95 % interval"]
+    header += [f"{one.baseline} needs" for one in facts.labels]
+    rows = []
+    for place, size in enumerate(facts.sizes):
+        row = [str(size)]
+        for arm in facts.arms:
+            score = arm.points[place].score
+            row += [format_number(score.value), format_interval(score.ci95)]
+        row += [format_ratio(one.ratios[place], facts.sizes[-1] / size) for one in facts.labels]
+        rows.append(row)
+    notes = [
+        f"  {facts.metric} on {facts.test_rows:,} test rows, {facts.draws} nested draws, the same "
+        "for every arm"
+    ]
+    for one in facts.labels:
+        if one.catches_up.value is None:
+            notes.append(f"  {one.baseline} does not catch up with {one.arm} up to "
+                         f"{facts.sizes[-1]} {unit}")  # fmt: skip
+        else:
+            interval = format_count_interval(one.catches_up)
+            notes.append(f"  {one.baseline} catches up with {one.arm} at "
+                         f"{one.catches_up.value:.0f} {interval} {unit}")  # fmt: skip
+    notes += [_describe_forecast(arm.arm, arm.forecast, unit) for arm in facts.arms if arm.forecast]
+    return "\n".join([render_table(header, rows), *notes])
+
+
+def format_ratio(ratio: LabelCount, most: float) -> str:
+    """Return `3.1x [2.0, 5.2]` labels; `> 4.0x` where the baseline never gets there.
+
+    Args:
+        ratio: what to show.
+        most: the ratio of the largest size to this one.
+    """
+    value = f"> {most:.1f}x" if ratio.value is None else f"{ratio.value:.1f}x"
+    if ratio.ci95[0] is None:
+        return value
+    low, high = ("-" if end is None else f"{end:.1f}" for end in ratio.ci95)
+    return f"{value} [{low}, {high}]"
+
+
+def format_count_interval(count: LabelCount) -> str:
+    """Return the ends of a number of labels, a dash where one is beyond all sizes."""
+    return "[{}, {}]".format(*("-" if end is None else f"{end:.0f}" for end in count.ci95))
+
+
+def _describe_forecast(arm: str, forecast: CurveForecast, unit: str) -> str:
+    """Say what twice the labels would give, and how well the largest size was foreseen."""
+    words = (
+        f"  {arm} at {forecast.labels} {unit}: {forecast.predicted.value:.3f} "
+        f"{format_interval(forecast.predicted.ci95)} by its power law (the largest size was "
+        f"foreseen as {forecast.held_out.value:.3f})"
+    )
+    needed = forecast.next_point
+    if needed.value is None:
+        return f"{words}; a score better by {forecast.step:g} is beyond it"
+    interval = format_count_interval(needed)
+    return f"{words}; better by {forecast.step:g} at {needed.value:.0f} {interval}"

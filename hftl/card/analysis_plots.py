@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from hftl.analysis.facts import ProbeAnalysis, RankAnalysis
+import numpy as np
+
+from hftl.analysis.facts import CurveAnalysis, ProbeAnalysis, RankAnalysis
 from hftl.card.plots import OTHER, OTHER_MARKERS, OWN, escape_math, new_figure, save_figure
 
 
@@ -64,4 +66,41 @@ def plot_probe(facts: ProbeAnalysis, path: Path) -> None:
     square.set_title(f"CKA between layers, {facts.similarity.pooling}", fontsize=10)
     square.set_xlabel("layer")
     figure.colorbar(image, ax=square, shrink=0.8)
+    save_figure(figure, path)
+
+
+def plot_curve(facts: CurveAnalysis, path: Path) -> None:
+    """Draw every arm's scores over the labels with their band, and its power law to twice the
+    largest size."""
+    figure = new_figure(8, 4.5)
+    axes = figure.subplots()
+    colors = [OWN, *(color for _, color in OTHER_MARKERS)]
+    for color, arm in zip(colors, facts.arms, strict=False):
+        means = [point.score.value for point in arm.points]
+        bands = [point.score.ci95 or (point.score.value,) * 2 for point in arm.points]
+        axes.plot(facts.sizes, means, "o-", color=color, label=arm.arm)
+        axes.fill_between(facts.sizes, *zip(*bands, strict=True), color=color, alpha=0.15)
+        forecast = arm.forecast
+        if forecast is None:
+            continue
+        labels = np.geomspace(facts.sizes[-1], forecast.labels, 20)
+        errors = forecast.a * labels**-forecast.b + forecast.c
+        sign = -1 if facts.lower_is_better else 1
+        best = sign * forecast.predicted.value + errors[-1]
+        axes.plot(labels, sign * (best - errors), ":", color=color)
+        low, high = forecast.predicted.ci95 or (forecast.predicted.value,) * 2
+        axes.plot([forecast.labels] * 2, [low, high], color=color, linewidth=2, alpha=0.6)
+    axes.set_xscale("log")
+    ticks = [*facts.sizes, 2 * facts.sizes[-1]]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(
+        f"labels{' a class' if facts.per_class else ''}; dotted: the power law, and its 95 % "
+        "interval at twice the labels"
+    )
+    better = "lower" if facts.lower_is_better else "higher"
+    axes.set_ylabel(f"test {facts.metric}, {better} is better")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     save_figure(figure, path)

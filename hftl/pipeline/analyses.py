@@ -8,12 +8,13 @@ from typing import TypeVar
 
 import yaml
 
-from hftl.analysis.facts import ProbeAnalysis, RankAnalysis
+from hftl.analysis.curve import CurveOptions, compute_curve
+from hftl.analysis.facts import CurveAnalysis, ProbeAnalysis, RankAnalysis
 from hftl.analysis.feature_store import FeatureStore
 from hftl.analysis.layer_probe import probe_layers
 from hftl.analysis.rank import rank_sources
-from hftl.analysis.tables import format_probe, format_rank
-from hftl.card.analysis_plots import plot_probe, plot_rank
+from hftl.analysis.tables import format_curve, format_probe, format_rank
+from hftl.card.analysis_plots import plot_curve, plot_probe, plot_rank
 from hftl.config.overrides import apply_overrides, read_yaml, set_key
 from hftl.config.recipe import Recipe
 from hftl.data.facts import RecordPart
@@ -75,6 +76,17 @@ def run_probe(recipe: Recipe, context: ExperimentContext, folder: Path, most_row
         store = FeatureStore(context, features)
         facts: ProbeAnalysis = probe_layers(recipe, context, store, most_rows)
         return f"{format_probe(facts)}\n{write_analysis(folder, 'probe', facts, plot_probe)}"
+
+
+def run_curve(
+    recipe: Recipe, context: ExperimentContext, folder: Path, options: CurveOptions
+) -> str:
+    """Score arms against the number of labels; return what to print."""
+    check_task(recipe)
+    with open_run(folder) as features:
+        store = FeatureStore(context, features)
+        facts: CurveAnalysis = compute_curve(recipe, context, store, options)
+        return f"{format_curve(facts)}\n{write_analysis(folder, 'curve', facts, plot_curve)}"
 
 
 def write_winner(recipe: Path, overrides: list[str], facts: RankAnalysis, target: Path) -> None:

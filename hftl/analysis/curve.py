@@ -1,0 +1,301 @@
+"""Score arms against the number of labels, on nested draws that all arms share."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from hftl.analysis.curve_figures import (
+    Quantity,
+    compare_labels,
+    compute_area,
+    draw_points,
+    extrapolate,
+    find_crossing,
+)
+from hftl.analysis.estimates import compute_item_values, estimate_score
+from hftl.analysis.facts import (
+    CurveAnalysis,
+    CurveArm,
+    CurveForecast,
+    CurvePoint,
+    Estimate,
+    LabelCount,
+    LabelValue,
+)
+from hftl.analysis.feature_store import FeatureStore
+from hftl.analysis.probe import fit_probe
+from hftl.config.recipe import Arm, Recipe
+from hftl.data.rows import Row
+from hftl.data.splits import TASKS_WITHOUT_CLASS_SHOTS, draw_shots, hash_row, take_stratified
+from hftl.errors import DataError, RecipeError, suggest_closest
+from hftl.finetune.arm import train_arm
+from hftl.finetune.baselines import search_rate, solve_classical, train_scratch
+from hftl.finetune.context import ExperimentContext
+from hftl.measure.gain import assign_units
+from hftl.measure.metrics import Metric, find_metric
+from hftl.measure.statistics import assign_blocks
+from hftl.runtime.progress import open_bar
+
+DEFAULT_ARMS = ("head", "classical")
+LARGEST_DEFAULT = 320
+TOTAL_FACTOR = 4
+"""Of the default sizes, where labels are counted in all and not a class."""
+STEP = 0.01
+"""The gain that more labels are asked for: one point."""
+Predict = Callable[[ExperimentContext, int], np.ndarray]
+"""Return the logits of test under a context's training rows, of one draw."""
+
+
+class CurveOptions(NamedTuple):
+    """Hold what a curve is made of; sizes may be left to the data."""
+
+    sizes: tuple[int, ...] = ()
+    draws: int = 5
+    arms: tuple[str, ...] = DEFAULT_ARMS
+    most_rows: int = 2000
+
+
+def compute_curve(
+    recipe: Recipe, context: ExperimentContext, store: FeatureStore, options: CurveOptions
+) -> CurveAnalysis:
+    """Score every arm at every size and draw on test.
+
+    Args:
+        recipe: metric and arms.
+        context: source and rows; its own number of shots does not count.
+        store: the features.
+        options: see there; `most_rows` of train are drawn from, and as many of test are scored.
+
+    Raises:
+        DataError: if a class has fewer rows than the largest size.
+        RecipeError: if an arm is not one of the recipe, or sizes are too few.
+    """
+    metric = find_metric(recipe.measure.metric, context.prepared.task)
+    pooled = _pool_rows(context, options.most_rows)
+    sizes = _choose_sizes(pooled, options.sizes)
+    test = pooled.prepared.rows["test"]
+    labels, units = pooled.prepared.encode_for_metrics(test), assign_units(test)
+    store.compute([*pooled.prepared.rows["train"], *test])
+    predictions: dict[str, list[list[np.ndarray]]] = {}
+    total = len(options.arms) * len(sizes) * options.draws
+    with open_bar("curve", total) as advance:
+        for name in options.arms:
+            predict = _find_arm(recipe, store, name, pooled, sizes)
+            predictions[name] = []
+            for size in sizes:
+                drawn = _cut_context(pooled, size)
+                logits = [predict(drawn, seed) for seed in range(options.draws)]
+                predictions[name].append(
+                    [pooled.prepared.decode_for_metrics(test, one) for one in logits]
+                )
+                advance(sum(map(len, predictions.values())) * options.draws, f"curve: {name}")
+    return _summarize_curves(metric, context, sizes, options, predictions, labels, units)
+
+
+def _pool_rows(context: ExperimentContext, most: int) -> ExperimentContext:
+    """Return the context with so many rows of train and test at most."""
+    rows = dict(context.prepared.rows)
+    for split in ("train", "test"):
+        if len(rows[split]) > most:
+            rows[split] = take_stratified(rows[split], most, context.prepared.task, 0, "curve")[0]
+    prepared = replace(context.prepared, rows=rows)
+    return replace(context, prepared=prepared, shots=None, _probes={})
+
+
+def _choose_sizes(context: ExperimentContext, given: Sequence[int]) -> list[int]:
+    """Return the sizes in order; by default they double as far as every class has rows.
+
+    Raises:
+        DataError: if a class has fewer rows than the largest size, or too few for two sizes.
+        RecipeError: if fewer than two sizes are given.
+    """
+    rows, task = context.prepared.rows["train"], context.prepared.task
+    if given:
+        sizes = sorted(set(given))
+        if len(sizes) < 2 or sizes[0] < 1:
+            raise RecipeError(
+                f"--sizes {','.join(map(str, given))} is no curve", "Give two or more"
+            )
+        draw_shots(rows, sizes[-1], task, 0)
+        return sizes
+    factor = TOTAL_FACTOR if task in TASKS_WITHOUT_CLASS_SHOTS else 1
+    sizes = [5 * factor]
+    while sizes[-1] < LARGEST_DEFAULT * factor and _holds(rows, 2 * sizes[-1], task):
+        sizes.append(2 * sizes[-1])
+    if len(sizes) < 2:
+        raise DataError(
+            f"a class has fewer than {2 * sizes[0]} rows left for training, too few for a curve",
+            "Give more rows, or smaller --sizes",
+        )
+    return sizes
+
+
+def _holds(rows: list[Row], size: int, task: str) -> bool:
+    try:
+        draw_shots(rows, size, task, 0)
+    except DataError:
+        return False
+    return True
+
+
+def _cut_context(context: ExperimentContext, size: int) -> ExperimentContext:
+    """Return the context at a number of labels: who has few has no more for validation."""
+    prepared = context.prepared
+    held = prepared.rows["validation"]
+    count = size if prepared.task in TASKS_WITHOUT_CLASS_SHOTS else size * len(prepared.names)
+    if len(held) > count:
+        held = take_stratified(held, count, prepared.task, 0, "curve")[0]
+    rows = {**prepared.rows, "validation": sorted(held, key=hash_row)}
+    # A probe is known by its seed: that of another number of labels is another.
+    return replace(context, prepared=replace(prepared, rows=rows), shots=size, _probes={})
+
+
+def _find_arm(
+    recipe: Recipe, store: FeatureStore, name: str, pooled: ExperimentContext, sizes: list[int]
+) -> Predict:
+    """Return the function that trains an arm on a context's rows and predicts test.
+
+    Raises:
+        RecipeError: if there is no such arm, or it needs more than a context.
+    """
+    if name == "head":
+        return lambda context, seed: _solve_head(recipe, context, store, seed)
+    if name == "classical":
+        return lambda context, seed: solve_classical(context, seed).logits["test"]
+    arms = {arm.name: arm for arm in recipe.arms}
+    if name not in arms:
+        raise RecipeError(
+            f"--arms: the recipe has no arm {name!r}"
+            + suggest_closest(name, [*DEFAULT_ARMS, *arms]),
+            f"Use {', '.join(dict.fromkeys([*DEFAULT_ARMS, *arms]))}, or add it to measure.arms",
+        )
+    arm = arms[name]
+    if arm.retain is not None or arm.stages:
+        part = "adapt" if arm.stages else "retain"
+        raise RecipeError(
+            f"--arms: the arm {name!r} has {part}, which a curve does not repeat for every size",
+            f"Give the override {part}=null",
+        )
+    if arm.spec.schedule == "rate_search":
+        largest = _cut_context(pooled, sizes[-1])
+        search = recipe.measure.scratch
+        rate = search_rate(largest, arm.finetune, search, 0).learning_rate
+        return lambda context, seed: train_scratch(
+            context, arm.finetune, search, rate, seed
+        ).logits["test"]  # fmt: skip
+    return lambda context, seed: _train(context, arm, seed)
+
+
+def _train(context: ExperimentContext, arm: Arm, seed: int) -> np.ndarray:
+    return train_arm(context, arm.finetune, seed, compared=False, splits=("test",)).logits["test"]
+
+
+def _solve_head(
+    recipe: Recipe, context: ExperimentContext, store: FeatureStore, seed: int
+) -> np.ndarray:
+    """Return the logits of the probe on the features that the recipe's head reads."""
+    train, test = context.select_train_rows(seed), context.prepared.rows["test"]
+    site = store.find_site(recipe.finetune.pooling)
+    features, queries = (
+        context.extract_features(recipe.finetune.pooling, seed, rows)
+        if site is None
+        else store.get(rows, site)
+        for rows in (train, test)
+    )
+    targets = context.prepared.encode_targets(train)
+    probe = fit_probe(features, targets, context.num_outputs, context.group_outputs(train))
+    return probe.logits(queries)
+
+
+def _summarize_curves(
+    metric: Metric, context: ExperimentContext, sizes: list[int], options: CurveOptions,
+    predictions: dict[str, list[list[np.ndarray]]], labels: np.ndarray, units: np.ndarray,
+) -> CurveAnalysis:  # fmt: skip
+    """Return all figures of the curves from what was predicted."""
+    count, counts = len(sizes), np.array(sizes, dtype=np.float64)
+    scores = {
+        name: [estimate_score(metric, labels, draws, units) for draws in by_size]
+        for name, by_size in predictions.items()
+    }
+    points = metric.sign * np.array([[one.value for one in scores[name]] for name in predictions])
+    values = [
+        compute_item_values(metric, labels, draws, units)
+        for by_size in predictions.values()
+        for draws in by_size
+    ]
+    drawn = np.repeat(points.reshape(1, -1), 2, axis=0)
+    present = [value for value in values if value is not None]
+    if len(present) == len(values):
+        sizes_of = np.bincount(assign_blocks(units))
+        drawn = draw_points(metric.sign * np.stack(present), points.ravel(), sizes_of)
+    drawn = drawn.reshape(len(drawn), len(points), count)
+    arms = [
+        _describe_arm(metric, name, sizes, scores[name], points[i], drawn[:, i])
+        for i, name in enumerate(predictions)
+    ]
+    names = list(predictions)
+    values_of = [
+        _compare_arms(names[0], names[i], counts, points[[0, i]], drawn[:, [0, i]])
+        for i in range(1, len(names))
+    ]
+    return CurveAnalysis(
+        source=context.source.name, metric=metric.name, lower_is_better=metric.lower_is_better,
+        per_class=context.prepared.task not in TASKS_WITHOUT_CLASS_SHOTS, sizes=sizes,
+        draws=options.draws, test_rows=len(labels), arms=arms, labels=values_of,
+    )  # fmt: skip
+
+
+def _describe_arm(
+    metric: Metric, name: str, sizes: list[int], scores: list[Estimate], points: np.ndarray,
+    draws: np.ndarray,
+) -> CurveArm:  # fmt: skip
+    counts = np.array(sizes, dtype=np.float64)
+    return CurveArm(
+        arm=name,
+        points=[CurvePoint(labels=n, score=s) for n, s in zip(sizes, scores, strict=True)],
+        area=float(metric.sign * compute_area(counts, points)),
+        forecast=_forecast(metric, counts, points, draws, scores[-1]),
+    )
+
+
+def _compare_arms(
+    first: str, other: str, sizes: np.ndarray, points: np.ndarray, draws: np.ndarray
+) -> LabelValue:
+    """Return what the labels of two arms are worth; points (2, sizes), draws (draws, 2, sizes)."""
+    curves = sizes, points[0], points[1], draws[:, 0], draws[:, 1]
+    return LabelValue(
+        arm=first,
+        baseline=other,
+        catches_up=_count(find_crossing(*curves)),
+        ratios=[_count(ratio) for ratio in compare_labels(*curves)],
+    )
+
+
+def _forecast(
+    metric: Metric, sizes: np.ndarray, points: np.ndarray, draws: np.ndarray, last: Estimate
+) -> CurveForecast | None:
+    """Return the extrapolation of one arm in the metric's own direction."""
+    fit = extrapolate(sizes, points, draws, metric.sign * metric.best, STEP)
+    if fit is None:
+        return None
+    held = _estimate(metric, fit.held_out)
+    low, high = held.ci95 or (held.value, held.value)
+    seen = last.ci95 or (last.value, last.value)
+    return CurveForecast(
+        a=float(fit.law.a[0]), b=float(fit.law.b[0]), c=float(fit.law.c[0]),
+        labels=int(2 * sizes[-1]), predicted=_estimate(metric, fit.predicted), held_out=held,
+        held_out_covered=bool(low <= seen[1] and seen[0] <= high), step=STEP,
+        next_point=_count(fit.next_point),
+    )  # fmt: skip
+
+
+def _estimate(metric: Metric, quantity: Quantity) -> Estimate:
+    ends = sorted((metric.sign * quantity.low, metric.sign * quantity.high))
+    return Estimate(value=metric.sign * quantity.value, ci95=(ends[0], ends[1]))
+
+
+def _count(quantity: Quantity) -> LabelCount:
+    value, low, high = (one if np.isfinite(one) else None for one in quantity)
+    return LabelCount(value=value, ci95=(low, high))

@@ -1,0 +1,192 @@
+"""Compute the figures of few-shot curves: what they would be, and what labels are worth.
+
+Scores are signed, so that more is better. Of every curve there are the points, and `draws` of what
+the points might have been, from one draw for all curves: they share seeds and test items.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.isotonic import isotonic_regression
+
+from hftl.analysis.power_law import MIN_POINTS, PowerLaw, fit_power_law
+from hftl.measure.statistics import effective_count
+
+DRAWS = 1000
+
+
+class Quantity(NamedTuple):
+    """Hold a number of labels or a ratio, and its 95 % interval; inf is beyond all sizes."""
+
+    value: float
+    low: float
+    high: float
+
+
+def draw_points(
+    values: np.ndarray, points: np.ndarray, sizes: np.ndarray | None = None, draws: int = DRAWS,
+    seed: int = 0,
+) -> np.ndarray:  # fmt: skip
+    """Return what the points might have been, (draws, points), centred on the points.
+
+    Seeds and units are two random factors. The part of the seeds is a multivariate t, for their
+    covariance is known from a few alone (Searle, Casella & McCulloch 1992, Variance Components,
+    chapter 4); the resampling of three or five seeds would leave out a third or a fifth of it.
+
+    Args:
+        values: (points, seeds, units) jackknife values of all curves and sizes.
+        points: (points,).
+        sizes: (units,) rows of each, None where they are equal.
+        draws: how many.
+        seed: of the draw.
+    """
+    count, seeds, units = values.shape
+    rng = np.random.default_rng(seed)
+    of_seeds = np.atleast_2d(np.cov(values.mean(2), bias=False)) if seeds > 1 else 0.0
+    of_units = np.atleast_2d(np.cov(values.mean(1), bias=False))
+    if seeds > 1:
+        # Each of the two holds the error of single cells, which counts once.
+        cells = values - values.mean(1, keepdims=True) - values.mean(2, keepdims=True)
+        cells = (cells + values.mean((1, 2), keepdims=True)).reshape(count, -1)
+        of_units = of_units - cells @ cells.T / ((seeds - 1) * (units - 1)) / seeds
+    freedom = (units if sizes is None else effective_count(sizes)) - 1
+    drawn = _draw_t(rng, of_units / units, max(freedom, 1), draws)
+    if seeds > 1:
+        drawn += _draw_t(rng, of_seeds / seeds, seeds - 1, draws)
+    return points + drawn
+
+
+def _draw_t(
+    rng: np.random.Generator, covariance: np.ndarray, freedom: float, draws: int
+) -> np.ndarray:
+    """Return draws of a multivariate t around 0; negative variances count as none."""
+    values, vectors = np.linalg.eigh(covariance)
+    root = vectors * np.sqrt(np.maximum(values, 0.0))
+    normal = rng.normal(size=(draws, len(values))) @ root.T
+    return normal * np.sqrt(freedom / rng.chisquare(freedom, size=(draws, 1)))
+
+
+def compute_area(sizes: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Return the mean score over the logarithm of the labels, of (..., sizes)."""
+    logs = np.log(sizes)
+    return np.trapezoid(points, logs, axis=-1) / (logs[-1] - logs[0])
+
+
+def _find_needed(sizes: np.ndarray, points: np.ndarray, target: float) -> float:
+    """Return the labels at which a curve, made monotone, reaches a score; inf beyond its end."""
+    rising = isotonic_regression(points)
+    if target > rising[-1]:
+        return np.inf
+    place = int(np.argmax(rising >= target))
+    if place == 0:
+        return float(sizes[0])
+    low, high = rising[place - 1], rising[place]
+    share = (target - low) / (high - low)
+    return float(np.exp(np.log(sizes[place - 1]) * (1 - share) + np.log(sizes[place]) * share))
+
+
+def compare_labels(
+    sizes: np.ndarray, own: np.ndarray, other: np.ndarray, own_draws: np.ndarray,
+    other_draws: np.ndarray,
+) -> list[Quantity]:  # fmt: skip
+    """Return, for each size, how many times the labels the other curve needs for the same score.
+
+    The label-efficiency ratio; inf where the other curve never reaches it. Curves are interpolated
+    in the logarithm of the labels; a score below the other's first is worth its first size.
+
+    Args:
+        sizes: (sizes,) labels.
+        own: (sizes,) scores.
+        other: (sizes,) of the other curve.
+        own_draws: (draws, sizes).
+        other_draws: (draws, sizes).
+    """
+    ratios = []
+    for place, size in enumerate(sizes):
+        value = _find_needed(sizes, other, own[place]) / size
+        drawn = [
+            _find_needed(sizes, curve, target) / size
+            for curve, target in zip(other_draws, own_draws[:, place], strict=True)
+        ]
+        ratios.append(_summarize(value, np.array(drawn)))
+    return ratios
+
+
+def find_crossing(
+    sizes: np.ndarray, own: np.ndarray, other: np.ndarray, own_draws: np.ndarray,
+    other_draws: np.ndarray,
+) -> Quantity:  # fmt: skip
+    """Return the labels from which on the other curve is as good; inf where it is not at the end.
+
+    Arguments as of `compare_labels`.
+    """
+    drawn = [_find_crossing(sizes, b - a) for a, b in zip(own_draws, other_draws, strict=True)]
+    return _summarize(_find_crossing(sizes, other - own), np.array(drawn))
+
+
+def _find_crossing(sizes: np.ndarray, lead: np.ndarray) -> float:
+    """Return where a lead becomes positive for good, interpolated in the logarithm."""
+    if lead[-1] < 0:
+        return np.inf
+    behind = np.flatnonzero(lead < 0)
+    if not len(behind):
+        return float(sizes[0])
+    place = int(behind[-1])
+    share = -lead[place] / (lead[place + 1] - lead[place])
+    logs = np.log(sizes[place : place + 2])
+    return float(np.exp(logs[0] * (1 - share) + logs[1] * share))
+
+
+def _summarize(value: float, drawn: np.ndarray) -> Quantity:
+    """Return the quantity with the percentiles of its draws, of which some may be infinite."""
+    low, high = np.quantile(drawn, (0.025, 0.975), method="inverted_cdf")
+    return Quantity(float(value), float(low), float(high))
+
+
+class Extrapolation(NamedTuple):
+    """Hold the law of a curve, and what it predicts; scores are signed."""
+
+    law: PowerLaw
+    predicted: Quantity
+    """At twice the largest size."""
+    held_out: Quantity
+    """At the largest size, from the smaller ones."""
+    next_point: Quantity
+    """Labels at which the score is better by `step`."""
+
+
+def extrapolate(
+    sizes: np.ndarray, points: np.ndarray, draws: np.ndarray, best: float, step: float
+) -> Extrapolation | None:
+    """Fit a power law to the error of a curve and predict; None with too few sizes.
+
+    Args:
+        sizes: (sizes,) labels.
+        points: (sizes,) signed scores.
+        draws: (draws, sizes).
+        best: the signed score of no error.
+        step: the gain that more labels are asked for.
+    """
+    if len(sizes) < MIN_POINTS or not np.isfinite(best):
+        return None
+    weights = 1 / np.maximum(draws.var(0), 1e-8)
+    errors = np.maximum(best - np.vstack([points, draws]), 0.0)
+    law = fit_power_law(sizes, errors, weights)
+    before = fit_power_law(sizes[:-1], errors[:, :-1], weights[:-1])
+    held = best - before.predict(sizes[-1])
+    miss = abs(held[0] - points[-1])
+    ahead = best - law.predict(2 * sizes[-1])
+    needed = law.solve(law.predict(sizes[-1]) - step)
+    return Extrapolation(
+        PowerLaw(law.a[:1], law.b[:1], law.c[:1]),
+        _widen(_summarize(ahead[0], ahead[1:]), miss, best),
+        _summarize(held[0], held[1:]),
+        _summarize(needed[0], needed[1:]),
+    )
+
+
+def _widen(quantity: Quantity, miss: float, best: float) -> Quantity:
+    """Return the interval with the miss at a held-out size added to each half, as errors add."""
+    value, low, high = quantity
+    low, high = value - np.hypot(value - low, miss), value + np.hypot(high - value, miss)
+    return Quantity(value, float(low), float(min(high, best)))
