@@ -49,6 +49,7 @@ from hftl.models.encoders import (
 from hftl.models.features import predict_logits
 from hftl.models.heads import get_last_linear, get_model_spec
 from hftl.models.lora import list_adapted_layers
+from hftl.models.pooling import pool_before_head
 from hftl.publish.export import export_model, rebuild_model
 from hftl.train.checkpoint import BestWeightsCallback, list_training_modes
 
@@ -65,10 +66,16 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("roc_bert", {"concat_input": False}),
     ("esm", {"position_embedding_type": "rotary"}),
     ("albert", {"inner_group_num": 2, "num_hidden_groups": 3}),
+    ("eurobert", {"classifier_pooling": "mean"}),
+    ("modernbert-decoder", {"classifier_bias": True}),
 ]
 CASES = [
     *((name, {}, CLASSIFICATION) for name in sorted(ARCHITECTURES)),
-    *((name, {}, TOKEN_CLASSIFICATION) for name in sorted(ARCHITECTURES) if not is_image(name)),
+    *(
+        (name, {}, TOKEN_CLASSIFICATION)
+        for name in sorted(ARCHITECTURES)
+        if not is_image(name) and ARCHITECTURES[name].token_head is not None
+    ),
     *((name, changes, CLASSIFICATION) for name, changes in VARIANTS),
 ]
 ids = [f"{name}-{task[:5]}-{'-'.join(changes)}" for name, changes, task in CASES]
@@ -78,7 +85,9 @@ every_case = pytest.mark.parametrize(("name", "changes", "task"), CASES, ids=ids
 def build_stock(name: str, changes: dict[str, Any], task: str = CLASSIFICATION) -> Any:
     config = tiny_config(name, **changes)
     torch.manual_seed(0)
-    return get_task_class(config, task)(config)
+    model = get_task_class(config, task)(config)
+    pool_before_head(model)
+    return model
 
 
 def make_batch(name: str, side: int = IMAGE_SIZE) -> dict[str, torch.Tensor]:
@@ -226,7 +235,6 @@ def test_refuses_other_layers_in_a_block_and_other_classes() -> None:
     [
         ("gpt2", {"n_embd": 16, "n_layer": 2, "n_head": 2}, "hftl has no entry for it"),
         ("longformer", TEXT, "hftl has no entry for it"),
-        ("bert", {**TEXT, "is_decoder": True}, "its config makes it a decoder"),
     ],
 )
 def test_refuses_an_unsupported_architecture(
@@ -236,6 +244,11 @@ def test_refuses_an_unsupported_architecture(
     advice = "Use one of albert, .*vit_mae.*, or add an entry to hftl/models/"
     with pytest.raises(RecipeError, match=f"'{name}' is not supported: {reason}.*{advice}"):
         get_config_spec(config)
+
+
+def test_refuses_an_encoder_that_its_config_makes_a_decoder() -> None:
+    with pytest.raises(RecipeError, match="is_decoder in its config makes the encoder 'bert'"):
+        get_config_spec(tiny_config("bert", is_decoder=True))
 
 
 RESNET = ArchitectureSpec(

@@ -24,7 +24,7 @@ ORDER = [
     "data.image_inputs", "data.corpus", "data.masking", "data.general",
     "models.architecture_spec", "models.text_architectures", "models.image_architectures",
     "models.architectures", "models.known_sources",
-    "models.packing", "models.encoders", "models.source",
+    "models.packing", "models.encoders", "models.pooling", "models.source",
     "models.heads", "models.lora", "models.lora_concat", "models.features",
     "models.layer_features",
     "analysis.probe", "analysis.neighbours", "analysis.drift", "analysis.check",

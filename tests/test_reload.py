@@ -27,11 +27,16 @@ pytestmark = pytest.mark.usefixtures("fast_reload")
 STRATEGIES = ("head", "partial", "lora", "full")
 TEXTS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "albert", "electra", "mpnet",
          "deberta-v2", "modernbert", "nomic_bert")  # fmt: skip
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "starcoder2",
+            "modernbert-decoder", "eurobert")  # fmt: skip
 IMAGES = ("vit", "vit_mae", "deit", "beit", "dinov2", "dinov2_with_registers", "swin", "clip",
           "siglip")  # fmt: skip
 MASKED = ("bert", "albert", "distilbert", "electra", "modernbert", "deberta-v2", "beit", "swin")
 FAST = [
-    *((name, False, "classification", "native", "lora") for name in TEXTS + IMAGES),
+    *((name, False, "classification", "native", "lora") for name in TEXTS + DECODERS + IMAGES),
+    ("llama", True, TOKENS, "native", "lora"),
+    ("qwen3", False, "classification", "mean", "lora"),
+    ("gemma2", True, "regression", "mean", "full"),
     *((name, False, "classification", "native", s)
       for name in ("bert", "vit") for s in ("head", "partial", "full")),
     *((name, True, "classification", "native", "lora") for name in ("bert", "electra", "beit")),
@@ -44,7 +49,11 @@ FAST = [
 ]  # fmt: skip
 """Architecture, whether from masked pre-training, task, pooling, strategy."""
 ALL = [
-    *((name, False, "classification", "native", s) for name in TEXTS + IMAGES for s in STRATEGIES),
+    *(
+        (name, False, "classification", "native", s)
+        for name in TEXTS + DECODERS + IMAGES
+        for s in STRATEGIES
+    ),
     *((name, True, "classification", "native", s) for name in MASKED for s in STRATEGIES),
     *((name, False, TOKENS, "native", s) for name in TEXTS for s in ("head", "lora", "full")),
     *((name, True, "classification", "mean", "lora") for name in TEXTS if name in MASKED),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from support.tiny import IMAGE_SIZE, is_image
+from support.tiny import CAUSAL_MODELS, IMAGE_SIZE, is_image
 from torch import nn
 
 from hftl.config.section import Source
@@ -32,7 +32,7 @@ NAMES = ["a", "b", "c"]
 TOKENS = "token-classification"
 TEXT = [
     "bert", "roberta", "distilbert", "albert", "deberta-v2", "modernbert", "megatron-bert",
-    "nomic_bert", "big_bird",
+    "nomic_bert", "big_bird", "eurobert", *CAUSAL_MODELS,
 ]  # fmt: skip
 IMAGES = ["vit", "vit_mae", "beit", "dinov2", "swin", "swinv2", "clip", "siglip"]
 
@@ -141,7 +141,7 @@ def assert_reloads(
 @pytest.mark.parametrize(
     ("name", "task"),
     [(name, "classification") for name in TEXT + IMAGES]
-    + [(name, TOKENS) for name in ("bert", "albert", "modernbert", "roberta")],
+    + [(name, TOKENS) for name in ("bert", "albert", "modernbert", "roberta", "llama", "gemma2")],
 )
 def test_stock_class_trains_what_is_intended_and_reloads(
     name: str, task: str, strategy: str, tiny_model: Tiny, tmp_path: Path

@@ -48,7 +48,7 @@ class Probe:
 
 def fit_probe(
     features: np.ndarray, labels: np.ndarray, outputs: int, groups: np.ndarray | None,
-    cs: np.ndarray = C_GRID,
+    cs: np.ndarray = C_GRID, intercept: bool = True,
 ) -> Probe:  # fmt: skip
     """Fit the probe on standardised features, and fold the standardisation into its weights.
 
@@ -59,23 +59,26 @@ def fit_probe(
         outputs: classes; 1 for regression.
         groups: (rows,) names; rows of one group share a fold. None: every row for itself.
         cs: the values of C to choose from, for classes; a single one is taken as it is.
+        intercept: whether the layer has a bias; if not, features are scaled and not centred.
     """
     # Words that were cut off have no features.
     known = np.isfinite(features).all(1)
     features, labels = features[known], labels[known]
     mean, scale = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
     scale[scale < MIN_RELATIVE_STD * np.maximum(1, np.abs(mean))] = np.inf  # its weight becomes 0
-    standard = (features - mean) / scale
+    standard = (features - mean if intercept else features) / scale
     grouped = None if groups is None else groups[known]
-    weight, bias, penalty = fit_linear(standard, labels, outputs, grouped, cs, ALPHA_GRID)
+    weight, bias, penalty = fit_linear(
+        standard, labels, outputs, grouped, cs, ALPHA_GRID, intercept
+    )
     weight = weight / scale
-    bias = bias - weight @ mean
+    bias = bias - weight @ mean if intercept else np.zeros_like(bias)
     return Probe(weight.astype(np.float32), bias.astype(np.float32), penalty, (weight, bias))
 
 
 def fit_linear(
     x: Any, labels: np.ndarray, outputs: int, groups: np.ndarray | None,
-    cs: np.ndarray, alphas: np.ndarray,
+    cs: np.ndarray, alphas: np.ndarray, intercept: bool = True,
 ) -> tuple[np.ndarray, np.ndarray, float]:  # fmt: skip
     """Fit a linear model: logistic for classes, one a class for multi-label, ridge for a target.
 
@@ -85,20 +88,28 @@ def fit_linear(
         # The penalty depends on lengths alone, so the solution lies in the span of the rows: the
         # same solution, with as many unknowns as there are rows.
         left, values, right = np.linalg.svd(x, full_matrices=False)
-        weight, bias, penalty = fit_linear(left * values, labels, outputs, groups, cs, alphas)
+        weight, bias, penalty = fit_linear(
+            left * values, labels, outputs, groups, cs, alphas, intercept
+        )
         return weight @ right, bias, penalty
     if labels.ndim == 2:
-        pairs = [fit_logistic(x, column.astype(np.int64), 2, groups, cs) for column in labels.T]
+        columns = labels.T.astype(np.int64)
+        pairs = [fit_logistic(x, column, 2, groups, cs, intercept) for column in columns]
         weight = np.stack([w[1] - w[0] for w, _, _ in pairs])
         bias = np.array([b[1] - b[0] for _, b, _ in pairs])
         return weight, bias, float(np.median([penalty for _, _, penalty in pairs]))
     if outputs == 1:
-        return fit_ridge(x, labels, groups, alphas)
-    return fit_logistic(x, labels, outputs, groups, cs)
+        return fit_ridge(x, labels, groups, alphas, intercept)
+    return fit_logistic(x, labels, outputs, groups, cs, intercept)
 
 
 def fit_logistic(
-    x: Any, y: np.ndarray, outputs: int, groups: np.ndarray | None, cs: np.ndarray
+    x: Any,
+    y: np.ndarray,
+    outputs: int,
+    groups: np.ndarray | None,
+    cs: np.ndarray,
+    intercept: bool = True,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Fit multinomial logistic regression, C by cross-validated log loss.
 
@@ -108,6 +119,7 @@ def fit_logistic(
         outputs: classes; one without rows is never predicted.
         groups: (rows,) names; rows of one group share a fold. None: every row for itself.
         cs: the values of C to choose from.
+        intercept: whether to fit biases, else 0.
 
     Returns:
         Weights (outputs, width), biases (outputs,) and the chosen C.
@@ -116,8 +128,10 @@ def fit_logistic(
     if len(present) < 2:
         lone = np.zeros((1, x.shape[1])), np.zeros(1)
         return *_fill_absent_classes(*lone, present, outputs, len(y)), float(cs[len(cs) // 2])
-    chosen = _choose_c(x, y, groups, cs)
-    solver = LogisticRegression(C=chosen, max_iter=MAX_STEPS, tol=1e-6).fit(x, y)
+    chosen = _choose_c(x, y, groups, cs, intercept)
+    solver = LogisticRegression(
+        C=chosen, max_iter=MAX_STEPS, tol=1e-6, fit_intercept=intercept
+    ).fit(x, y)
     weight, bias = solver.coef_, solver.intercept_
     if len(weight) == 1:
         weight = np.concatenate([-weight / 2, weight / 2])
@@ -125,7 +139,9 @@ def fit_logistic(
     return *_fill_absent_classes(weight, bias, present, outputs, len(y)), chosen
 
 
-def _choose_c(x: Any, y: np.ndarray, groups: np.ndarray | None, cs: np.ndarray) -> float:
+def _choose_c(
+    x: Any, y: np.ndarray, groups: np.ndarray | None, cs: np.ndarray, intercept: bool
+) -> float:
     """Return the C of the least cross-validated log loss.
 
     Classes too rare to be held out are left out; where fewer than two classes remain, it is the
@@ -159,7 +175,7 @@ def _choose_c(x: Any, y: np.ndarray, groups: np.ndarray | None, cs: np.ndarray) 
         solver: Any = LogisticRegressionCV  # Its types name the defaults alone.
         search: Any = solver(
             Cs=cs, cv=splits, scoring="neg_log_loss", max_iter=MAX_STEPS, l1_ratios=(0.0,),
-            use_legacy_attributes=False,
+            use_legacy_attributes=False, fit_intercept=intercept,
         ).fit(x, y)  # fmt: skip
     return float(np.ravel(search.C_)[0])
 
@@ -177,22 +193,30 @@ def _fill_absent_classes(
 
 
 def fit_ridge(
-    x: Any, y: np.ndarray, groups: np.ndarray | None, alphas: np.ndarray
+    x: Any,
+    y: np.ndarray,
+    groups: np.ndarray | None,
+    alphas: np.ndarray,
+    intercept: bool = True,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Fit ridge regression, alpha by cross-validated squared error; shapes as `fit_logistic`.
 
-    With fewer than two rows or groups it predicts their mean.
+    With fewer than two rows or groups it predicts their mean, without an intercept 0.
     """
     units = len(y) if groups is None else len(set(groups))
     if units < 2:
-        return np.zeros((1, x.shape[1])), np.array([y.mean()]), float("inf")
+        return np.zeros((1, x.shape[1])), np.array([y.mean() * intercept]), float("inf")
     folds = min(FOLDS, units)
     splitter = KFold(folds) if groups is None else GroupKFold(folds)
     search = GridSearchCV(
-        Ridge(),
+        Ridge(fit_intercept=intercept),
         {"alpha": alphas},
         cv=list(splitter.split(x, y, groups)),
         scoring="neg_mean_squared_error",
     ).fit(x, y)
     solver: Any = search.best_estimator_
-    return solver.coef_[None], np.array([solver.intercept_]), float(search.best_params_["alpha"])
+    return (
+        solver.coef_[None],
+        np.array([float(solver.intercept_)]),
+        float(search.best_params_["alpha"]),
+    )

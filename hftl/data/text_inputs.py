@@ -178,7 +178,7 @@ def build_word_tokenizer(tokenizer: Any, folder: Path) -> Any:
         return tokenizer
     spaced: Any = type(tokenizer).from_pretrained(
         folder, add_prefix_space=True, padding_side=tokenizer.padding_side,
-        model_input_names=tokenizer.model_input_names,
+        model_input_names=tokenizer.model_input_names, pad_token=tokenizer.pad_token,
     )  # fmt: skip
     if _lacks_prefix_space(spaced):
         # A tokenizer.json without a class of its own ignores the argument.

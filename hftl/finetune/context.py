@@ -46,6 +46,7 @@ from hftl.models.source import (
     hash_source_weights,
     load_image_processor,
     load_tokenizer,
+    match_padding,
 )
 from hftl.runtime import distributed
 from hftl.runtime.hardware import get_device
@@ -143,6 +144,11 @@ class ExperimentContext:
         """Return the rows that an arm of this seed trains on."""
         return self.prepared.draw_train_rows(self.shots, seed)
 
+    def has_head_bias(self, pooling: str) -> bool:
+        """Return whether the last layer has a bias: hftl's own has, and most stock classes'."""
+        head = self.source.architecture_spec.for_task(self.prepared.task).head
+        return pooling != "native" or head.has_bias
+
     def compute_target_scale(self, seed: int) -> TargetScale | None:
         """Return the scale of the targets that an arm of this seed trains on; None for classes."""
         if self.prepared.task != "regression":
@@ -229,7 +235,8 @@ class ExperimentContext:
             weight, bias = weight / scale.sd, (bias - scale.mean) / scale.sd
         with torch.no_grad():
             built.last_linear.weight.copy_(torch.from_numpy(weight))
-            built.last_linear.bias.copy_(torch.from_numpy(bias))
+            if self.has_head_bias(pooling):
+                built.last_linear.bias.copy_(torch.from_numpy(bias))
         return built
 
     def extract_features(self, pooling: str, seed: int, rows: list[Row]) -> np.ndarray:
@@ -270,6 +277,7 @@ class ExperimentContext:
                 self.prepared.encode_targets(rows),
                 self.num_outputs,
                 self.group_outputs(rows),
+                intercept=self.has_head_bias(pooling),
             )
         return self._probes[pooling, seed]
 
@@ -311,6 +319,7 @@ def build_context(recipe: Recipe, source: SourceModel, prepared: PreparedData) -
         inputs = build_image_inputs(recipe.data, source, prepared.facts.hub_revisions)
     else:
         inputs = build_text_inputs(recipe.data, source)
+        source = match_padding(source, inputs.tokenizer)
     check_label_keys(recipe.data.label_names or (), prepared.names, "data.label_names")
     return ExperimentContext(
         source, hash_source_weights(source), hash_source_config(source),

@@ -21,11 +21,16 @@ class HeadSpec:
         parts: modules after the encoder, new for every task.
         last_linear: path of the last layer, which the probe initialises.
         dropout: path of the dropout directly before it, where there is one.
+        has_bias: the last layer has a bias; without one the probe has no intercept.
+        before_last: modules that hidden states pass between the encoder and the last layer, in
+            their order, where the stock class pools logits.
     """
 
     parts: tuple[str, ...] = ("classifier",)
     last_linear: str = "classifier"
     dropout: str | None = "dropout"
+    has_bias: bool = True
+    before_last: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,9 @@ class ArchitectureSpec:
         token_mixer: path in the last block of its layer that mixes positions, where all that
             comes after it sees one position at a time: masked-LM runs that at masked positions
             alone.
+        is_causal: every token sees only those before it, as in a decoder.
+        pooled_logits: the stock class computes logits of every token, and takes those of the last
+            token that is no padding, or their mean.
         adjust: returns the spec of a config whose settings change it.
     """
 
@@ -86,6 +94,8 @@ class ArchitectureSpec:
     image_sizes: Literal["fixed", "argument", "any"] = "fixed"
     masked_images: Literal["drop", "cover"] | None = None
     token_mixer: str | None = None
+    is_causal: bool = False
+    pooled_logits: Literal["last", "mean"] | None = None
     adjust: Callable[["ArchitectureSpec", Any], "ArchitectureSpec"] | None = None
 
     def for_task(self, task: str) -> "ArchitectureSpec":
@@ -101,4 +111,4 @@ class ArchitectureSpec:
                 f"data.task: {self.encoder} has no class for {TOKEN_CLASSIFICATION}",
                 "Use another source.model or another data.task",
             )
-        return replace(self, pooler=None, head=self.token_head)
+        return replace(self, pooler=None, head=self.token_head, pooled_logits=None)

@@ -1,10 +1,10 @@
 """Find the spec of a config's architecture, and the sizes that the config names.
 
-To add an architecture, add its entry to `TEXT_ENCODERS` in `text_architectures.py` or to
-`IMAGE_ENCODERS` in `image_architectures.py`, and a tiny config to `tests/support/tiny.py`: the
-tests compare every entry with its model's forward and backward pass. An entry needs a stock class
-whose last linear layer reads one vector a row (EuroBERT's reads one a token) and whose outputs do
-not depend on padding (YOSO's do).
+To add an architecture, add its entry to `TEXT_ENCODERS` or `DECODERS` in `text_architectures.py`,
+or to `IMAGE_ENCODERS` in `image_architectures.py`, and a tiny config to `tests/support/tiny.py`:
+the tests compare every entry with its model's forward and backward pass. An entry needs a stock
+class whose last linear layer reads one vector a row, or pools the logits of all tokens (see
+`pooled_logits`), and whose outputs do not depend on padding (YOSO's do).
 """
 
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 from hftl.errors import RecipeError
 from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.image_architectures import IMAGE_ENCODERS
-from hftl.models.text_architectures import TEXT_ENCODERS
+from hftl.models.text_architectures import DECODERS, TEXT_ENCODERS
 
-ARCHITECTURES = TEXT_ENCODERS | IMAGE_ENCODERS
+ARCHITECTURES = TEXT_ENCODERS | DECODERS | IMAGE_ENCODERS
 READ_AS = {"vit_mae": "vit"}
 """Architectures without a classification class, and the one whose encoder is the same."""
 
@@ -26,10 +26,16 @@ def get_config_spec(config: Any) -> ArchitectureSpec:
         RecipeError: if the architecture is not supported, naming those that are.
     """
     spec = ARCHITECTURES.get(config.model_type)
-    if spec is None or getattr(config, "is_decoder", False):
-        reason = "hftl has no entry for it" if spec is None else "its config makes it a decoder"
+    if spec is not None and getattr(config, "is_decoder", False) and not spec.is_causal:
         raise RecipeError(
-            f"source.model: the architecture {config.model_type!r} is not supported: {reason}",
+            f"source.model: is_decoder in its config makes the encoder {config.model_type!r} a "
+            "decoder, which its classification class is not made for",
+            "Set is_decoder to false in its config.json, or use another source.model",
+        )
+    if spec is None:
+        raise RecipeError(
+            f"source.model: the architecture {config.model_type!r} is not supported: hftl has no "
+            "entry for it",
             f"Use one of {', '.join(sorted([*ARCHITECTURES, *READ_AS]))}, or add an entry to "
             "hftl/models/{text,image}_architectures.py",
         )

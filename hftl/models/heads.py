@@ -27,6 +27,7 @@ from hftl.models.encoders import (
     has_prefix,
     hide_padding,
 )
+from hftl.models.pooling import pool_before_head
 from hftl.models.source import SourceModel, describe_load_error
 
 CONSTANT_TARGET_SPREAD = 1e-3
@@ -193,6 +194,7 @@ def build_model(
     if scratch:
         model, missing = kind(config, **extra), set()
         hide_padding(model)
+        pool_before_head(model)
     else:
         model, missing = load_class(source, kind, config, extra)
     if pooling != "native":
@@ -204,7 +206,8 @@ def build_model(
     get_blocks(built.encoder, architecture)
     std = getattr(get_encoder_config(source.config), "initializer_range", HEAD_STD)
     nn.init.normal_(built.last_linear.weight, std=std)
-    nn.init.zeros_(built.last_linear.bias)
+    if architecture.head.has_bias or pooling != "native":
+        nn.init.zeros_(built.last_linear.bias)
     return built
 
 
@@ -237,6 +240,12 @@ def build_label_settings(names: Sequence[str], outputs: int, task: str) -> Label
 def _get_model_class(
     source: SourceModel, architecture: ArchitectureSpec, task: str, pooling: str
 ) -> Any:
+    if pooling == "native" and task == "regression" and not architecture.head.has_bias:
+        raise RecipeError(
+            f"data.task=regression: the head of {source.architecture}'s classification class has "
+            "no bias, which the mean of the targets needs",
+            "Use finetune.pooling=mean",
+        )
     if pooling == "native":
         return get_task_class(source.config, task)
     if architecture.modality == "image" or task == TOKEN_CLASSIFICATION:
@@ -244,6 +253,12 @@ def _get_model_class(
         raise RecipeError(
             f"finetune.pooling={pooling} is for texts of one label, not for {what}",
             "Use finetune.pooling=native",
+        )
+    if architecture.is_causal and pooling == "cls":
+        raise RecipeError(
+            f"finetune.pooling=cls reads the first token, and in {source.architecture} that sees "
+            "no other token of the text",
+            "Use finetune.pooling=native, which reads the last token, or mean",
         )
     return get_encoder_class(source.config)
 
@@ -283,6 +298,7 @@ def load_class(
             "Give a complete checkpoint of a supported architecture, in safetensors",
         ) from error
     hide_padding(model)
+    pool_before_head(model)
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
     return model, set(info["missing_keys"]) | mismatched
 

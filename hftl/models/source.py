@@ -7,7 +7,8 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -230,6 +231,9 @@ def load_tokenizer(source: SourceModel) -> Any:
     Published with these settings, plain transformers gives a text the same outputs whatever else
     is in its batch, as hftl does (see `TextInputs`).
 
+    A decoder's without a padding token pads with the token that ends a text, as do most that have
+    one: a padding token that the model does not embed could not be read.
+
     Raises:
         RecipeError: if the checkpoint ships none, or one that cannot pad.
     """
@@ -248,6 +252,10 @@ def load_tokenizer(source: SourceModel) -> Any:
         raise RecipeError(
             f"source.model: {source.name} has no usable tokenizer: it has no vocabulary", fix
         )
+    pad_id, end_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if source.architecture_spec.is_causal and end_id is not None:
+        if pad_id is None or pad_id >= source.config.vocab_size:
+            tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise RecipeError(
             f"source.model: the tokenizer of {source.name} has no padding token",
@@ -260,6 +268,19 @@ def load_tokenizer(source: SourceModel) -> Any:
     ):
         tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
     return tokenizer
+
+
+def match_padding(source: SourceModel, tokenizer: Any) -> SourceModel:
+    """Return a source whose config names the tokenizer's padding token, if it is a decoder.
+
+    Its classes find the last token of a text by that, and refuse batches where the config has none.
+    Nothing is generated, so that no keys and values are kept.
+    """
+    if not source.architecture_spec.is_causal:
+        return source
+    config = deepcopy(source.config)
+    config.update({"pad_token_id": tokenizer.pad_token_id, "use_cache": False})
+    return replace(source, config=config)
 
 
 def load_image_processor(source: SourceModel) -> Any:

@@ -28,6 +28,13 @@ ROTARY = ArchitectureSpec(
     "model", "layers", SWIGLU_LINEARS, pooler="pooler", add_pooling_layer=True, packs=True
 )  # fmt: skip
 
+SCORE_HEAD = HeadSpec(("score",), "score", dropout=None, has_bias=False)
+DECODER = ArchitectureSpec(
+    "model", "layers", SWIGLU_LINEARS, final_parts=("norm",), head=SCORE_HEAD,
+    token_head=HeadSpec(("score",), "score"), is_causal=True, pooled_logits="last",
+)  # fmt: skip
+"""A decoder as LLaMA's: transformers' generic classes put `score` on it."""
+
 
 def _adjust_deberta(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
     """Add the projections of relative positions that attention reads."""
@@ -48,6 +55,16 @@ def _adjust_deberta_v2(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
 def _adjust_esm(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
     """Count positions from 0 where they are rotary."""
     return replace(spec, has_padding_offset=config.position_embedding_type == "absolute")
+
+
+def _adjust_modernbert_decoder(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
+    """Tell whether the classifier has a bias."""
+    return replace(spec, head=replace(spec.head, has_bias=config.classifier_bias))
+
+
+def _adjust_eurobert(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
+    """Tell where the config pools: before the head, or the logits of all tokens (`late`)."""
+    return replace(spec, pooled_logits="mean" if config.classifier_pooling == "late" else None)
 
 
 def _adjust_roc_bert(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
@@ -139,4 +156,25 @@ TEXT_ENCODERS = {
         "esmc", "layers", SWIGLU_LINEARS, final_parts=("norm",), head=DENSE_HEAD,
         token_head=HeadSpec(("score",), "score"),
     ),
+    "eurobert": ArchitectureSpec(
+        "model", "layers", SWIGLU_LINEARS, final_parts=("norm",),
+        head=HeadSpec(
+            ("dense", "classifier"), dropout=None, before_last=("dense", "activation")
+        ),
+        token_head=HeadSpec(dropout=None), adjust=_adjust_eurobert,
+    ),
 }  # fmt: skip
+DECODERS = {
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3"), DECODER
+    ),
+    "gemma3_text": replace(DECODER, token_head=None),
+    "starcoder2": replace(DECODER, lora_targets=(*SWIGLU_LINEARS[:4], "mlp.c_fc", "mlp.c_proj")),
+    "modernbert-decoder": replace(
+        DECODER,
+        lora_targets=("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.Wo", "mlp.Wi", "mlp.Wo"),
+        final_parts=("final_norm",), token_head=None, adjust=_adjust_modernbert_decoder,
+        head=HeadSpec(("head", "classifier"), dropout="drop", before_last=("head", "drop")),
+    ),
+}  # fmt: skip
+"""Decoders, which see a text from left to right; see `pooling.py` for how a text is pooled."""

@@ -47,9 +47,10 @@ def write_data(model_type: str, task: str, folder: Path) -> dict[str, Any]:
         rows = [{"text": text.split(), "label": [w[:1] for w in text.split()]}
                 for text, _ in sentences(60)]  # fmt: skip
     else:
-        several = task == "multi-label"
-        rows = [{"text": text, "label": [label] if several else label}
-                for text, label in sentences(60)]  # fmt: skip
+        cell = {
+            "multi-label": lambda label: [label], "regression": lambda label: float(label[0] == "p")
+        }.get(task, str)  # fmt: skip
+        rows = [{"text": text, "label": cell(label)} for text, label in sentences(60)]
     path = write_jsonl(folder / "t.jsonl", rows)
     return {"task": task, "train": {"path": str(path)}, "max_length": 16}
 

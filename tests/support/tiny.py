@@ -10,8 +10,11 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 IMAGE_SIZE = 32
 
 
-def tiny_tokenizer(folder: Path) -> None:
-    """Save a lower-casing WordPiece tokenizer of the test words."""
+def tiny_tokenizer(folder: Path, causal: bool = False) -> None:
+    """Save a lower-casing WordPiece tokenizer of the test words.
+
+    A decoder's, `causal`, puts nothing around a text, and has no padding token, as LLaMA's.
+    """
     from tokenizers import Tokenizer
     from tokenizers.models import WordPiece
     from tokenizers.normalizers import Lowercase
@@ -23,6 +26,12 @@ def tiny_tokenizer(folder: Path) -> None:
     core = Tokenizer(WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     core.normalizer = Lowercase()  # pyright: ignore
     core.pre_tokenizer = Whitespace()  # pyright: ignore
+    if causal:
+        PreTrainedTokenizerFast(
+            tokenizer_object=core, unk_token="[UNK]", bos_token="[CLS]", eos_token="[SEP]",
+            model_max_length=32, model_input_names=["input_ids", "attention_mask"],
+        ).save_pretrained(folder)  # fmt: skip
+        return
     core.post_processor = TemplateProcessing(  # pyright: ignore
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -40,6 +49,9 @@ TEXT = {
     "vocab_size": len(SPECIAL) + len({*GOOD, *BAD, *FILLER}), "hidden_size": 16,
     "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32,
     "max_position_embeddings": 40, "pad_token_id": 0,
+}  # fmt: skip
+CAUSAL = TEXT | {
+    "bos_token_id": 2, "eos_token_id": 3, "num_key_value_heads": 1, "head_dim": 8,
 }  # fmt: skip
 IMAGE = {
     "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32,
@@ -100,6 +112,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "metaclip_2": TOWERS, "donut-swin": WINDOWS, "vit_msn": IMAGE, "swinv2": WINDOWS,
     "ijepa": IMAGE, "data2vec-vision": IMAGE,
+    "eurobert": TEXT | {"mask_token_id": 4, "bos_token_id": 2, "eos_token_id": 3},
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "starcoder2"), CAUSAL),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), CAUSAL | {"sliding_window": 4}),
+    "modernbert-decoder": CAUSAL | {"local_attention": 8},
 }  # fmt: skip
 
 
@@ -116,6 +132,7 @@ def is_image(model_type: str) -> bool:
     return "image_size" in fields or "vision_config" in fields
 
 
+CAUSAL_MODELS = [name for name, fields in FIELDS.items() if "num_key_value_heads" in fields]
 TEXT_MODELS = [name for name in FIELDS if not is_image(name)]
 
 
@@ -125,11 +142,13 @@ def save_tiny(model_type: str, folder: Path, masked: bool = False) -> Path:
     Args:
         model_type: one of `FIELDS`.
         folder: where.
-        masked: the class of masked-language or masked-image pre-training instead of `AutoModel`.
+        masked: the class of pre-training instead of `AutoModel`: masked-language, causal-language
+            or masked-image.
     """
     import torch
     from transformers import (
         AutoModel,
+        AutoModelForCausalLM,
         AutoModelForMaskedImageModeling,
         AutoModelForMaskedLM,
         AutoModelForPreTraining,
@@ -140,6 +159,8 @@ def save_tiny(model_type: str, folder: Path, masked: bool = False) -> Path:
     auto: Any = AutoModel
     if model_type == "vit_mae":
         auto = AutoModelForPreTraining
+    elif masked and model_type in CAUSAL_MODELS:
+        auto = AutoModelForCausalLM
     elif masked:
         auto = AutoModelForMaskedImageModeling if images else AutoModelForMaskedLM
     torch.manual_seed(0)
@@ -152,7 +173,7 @@ def save_tiny(model_type: str, folder: Path, masked: bool = False) -> Path:
     if images:
         tiny_processor(folder)
     else:
-        tiny_tokenizer(folder)
+        tiny_tokenizer(folder, causal=model_type in CAUSAL_MODELS)
     return folder
 
 

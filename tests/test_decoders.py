@@ -1,0 +1,117 @@
+"""Classify with decoders: pooling on the last token, padding on either side, no bias."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.published_model import TOKENS, open_context, publish_model, write_data
+from support.tiny import CAUSAL_MODELS, tiny_config
+from transformers import AutoTokenizer
+
+from hftl.analysis.probe import fit_probe
+from hftl.errors import RecipeError
+from hftl.models.encoders import get_task_class
+from hftl.models.heads import build_model
+from hftl.models.pooling import find_last_tokens, pool_before_head
+
+Tiny = Callable[..., Path]
+POOLED = [*CAUSAL_MODELS, "eurobert"]
+
+
+def pad(rows: list[list[int]], side: str, pad_id: int) -> dict[str, torch.Tensor]:
+    """Return a batch of token ids padded on one side."""
+    longest = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        gap, ones = [pad_id] * (longest - len(row)), [1] * len(row)
+        zeros = [0] * len(gap)
+        ids.append(row + gap if side == "right" else gap + row)
+        mask.append(ones + zeros if side == "right" else zeros + ones)
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_logits_are_the_stock_class_s_under_padding_on_either_side(name: str) -> None:
+    config = tiny_config(name, num_labels=3, problem_type="single_label_classification")
+    kind = get_task_class(config, "classification")
+    torch.manual_seed(0)
+    stock = kind(config).eval()
+    pooled = kind(config).eval()
+    pooled.load_state_dict(stock.state_dict())
+    pool_before_head(pooled)
+    assert type(pooled).__name__ == kind.__name__ and isinstance(pooled, kind)
+    rows = [[7, 9, 11, 13, 15, 8], [12, 6], [5, 0, 5, 9]]
+    labels = torch.tensor([0, 2, 1])
+    with torch.no_grad():
+        expected = stock(**pad(rows, "right", 0), labels=labels)
+        alone = torch.cat([stock(**pad([row], "right", 0)).logits for row in rows])
+        for side in ("right", "left"):
+            output = pooled(**pad(rows, side, 0), labels=labels)
+            torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=0)
+            torch.testing.assert_close(output.logits, alone, atol=1e-4, rtol=0)
+            torch.testing.assert_close(output.loss, expected.loss, atol=1e-4, rtol=0)
+    assert np.ptp(expected.logits.numpy(), axis=0).max() > 1e-3
+
+
+def test_last_tokens() -> None:
+    ids = torch.tensor([[5, 6, 0, 0], [0, 0, 5, 6], [5, 0, 6, 0], [0, 0, 0, 0]])
+    assert find_last_tokens(ids, 0).tolist() == [1, 3, 2, 0]
+    assert find_last_tokens(ids[:1], None).tolist() == [3]
+    with pytest.raises(RecipeError, match="no padding token, and a batch has 4 rows"):
+        find_last_tokens(ids, None)
+
+
+def test_a_missing_padding_token_is_the_end_of_a_text(tiny_model: Tiny, tmp_path: Path) -> None:
+    """The published config and tokenizer name it, and the source's own config stays as it is."""
+    context, recipe = open_context(tiny_model("llama"), tmp_path, "native", "full")
+    assert context.inputs.tokenizer.pad_token == "[SEP]"  # pyright: ignore
+    assert context.source.config.pad_token_id == 3
+    sample = json.loads(publish_model(context, recipe, tmp_path).read_text())
+    config = json.loads((tmp_path / "publish" / "config.json").read_text())
+    assert config["pad_token_id"] == 3
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "publish")
+    assert (tokenizer.pad_token, tokenizer.padding_side) == ("[SEP]", "right")
+    kind = get_task_class(context.source.config, "classification")
+    model = kind.from_pretrained(tmp_path / "publish").eval()
+    texts = [text for (text,) in sample["texts"]]
+    for side in ("left", "right"):
+        batch = tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")
+        assert (batch["attention_mask"] == 0).any() or len(set(map(len, texts))) > 1
+        with torch.no_grad():
+            logits = model(**batch).logits
+        np.testing.assert_allclose(logits, sample["logits"], atol=1e-5)
+
+
+def test_the_probe_of_a_head_without_a_bias_has_no_intercept() -> None:
+    draw = np.random.default_rng(0)
+    features = (draw.normal(size=(90, 8)) + 0.3).astype(np.float32)
+    labels = (features @ draw.normal(size=(8, 3))).argmax(1)
+    probe = fit_probe(features, labels, 3, None, intercept=False)
+    assert not probe.bias.any() and not probe.exact[1].any()
+    np.testing.assert_allclose(probe.logits(features), features @ probe.weight.T, atol=1e-5)
+    assert (probe.logits(features).argmax(1) == labels).mean() > 0.9
+    target = features[:, 0].astype(np.float64) * 2
+    solved = fit_probe(features, target, 1, None, intercept=False)
+    assert not solved.bias.any()
+    np.testing.assert_allclose(solved.logits(features)[:, 0], target, atol=0.1)
+
+
+def test_targets_need_a_bias(tiny_model: Tiny, tmp_path: Path) -> None:
+    data = write_data("llama", "regression", tmp_path)
+    context, _ = open_context(tiny_model("llama"), tmp_path, "mean", "lora", data)
+    assert context.build_model("mean", 0).last_linear.bias is not None
+    with pytest.raises(RecipeError, match="llama's classification class has no bias.*pooling=mean"):
+        context.build_model("native", 0)
+
+
+def test_the_first_token_of_a_decoder_is_refused(tiny_model: Tiny, tmp_path: Path) -> None:
+    context, _ = open_context(tiny_model("llama"), tmp_path, "native", "lora")
+    with pytest.raises(RecipeError, match="finetune.pooling=cls reads the first token"):
+        build_model(context.source, "classification", "cls", 2, ["a", "b"], 0)
+    data = write_data("bert", TOKENS, tmp_path)
+    context, _ = open_context(tiny_model("modernbert-decoder"), tmp_path, "native", "lora", data)
+    with pytest.raises(RecipeError, match="has no class for token-classification"):
+        context.build_model("native", 0)
