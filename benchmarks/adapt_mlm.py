@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, BertConfig, Trainer, TrainerCallback
 
 from hftl.adapt.encoder_io import set_trainable
-from hftl.adapt.mlm import load_mlm
+from hftl.adapt.language_model import load_mlm
 from hftl.config.section import Source
 from hftl.data.corpus import SPECIAL_TOKENS_FILE, STARTS_WORD, TokenBlocks
 from hftl.data.masking import IGNORE_INDEX, MaskedBlocks, MaskingSpec

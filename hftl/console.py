@@ -55,7 +55,7 @@ def format_learning_rates(arm: str, rows: list[LearningRate]) -> str:
 
 def format_adaptation(stage: AdaptStage) -> str:
     """Return a line of one adaptation: its corpus, losses and guard, and which weights it left."""
-    words = stage.objective == "mlm"
+    words = stage.objective != "mae"
     parts = [f"held-out loss {_format_change(stage.loss)}"]
     if stage.loss.perplexity and None not in stage.loss.perplexity:
         before, after = stage.loss.perplexity

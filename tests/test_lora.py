@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hftl import prepare
 from hftl.adapt.encoder_io import set_trainable
-from hftl.adapt.mlm import load_mlm
+from hftl.adapt.language_model import load_mlm
 from hftl.config.recipe import Recipe
 from hftl.config.section import Source
 from hftl.errors import RecipeError

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from hftl.adapt.encoder_io import MaskedOutput, merge_encoder_state, set_trainable
-from hftl.adapt.mlm import MaskedLM, load_mlm
+from hftl.adapt.language_model import LanguageModel, load_mlm
 from hftl.config.section import Source
 from hftl.errors import RecipeError
 from hftl.models.architectures import ARCHITECTURES as SPECS
@@ -36,7 +36,7 @@ def load_source(folder: Path) -> SourceModel:
     return find_source(Source(model=str(folder)))
 
 
-def load_trainable(folder: Path, method: str, blocks: int = 0, **lora: Any) -> MaskedLM:
+def load_trainable(folder: Path, method: str, blocks: int = 0, **lora: Any) -> LanguageModel:
     """Return a model of which a method trains, its adapters moved away from zero."""
     source = load_source(folder)
     model, _ = load_mlm(source, seed=0)
@@ -57,7 +57,7 @@ def build_batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "flat": flat, "slots": torch.arange(5)}
 
 
-def compute_stock_logits(model: MaskedLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def compute_stock_logits(model: LanguageModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the stock model's logits at the chosen positions."""
     is_fnet = model.encoder.config.model_type == "fnet"
     names = ["input_ids"] if is_fnet else ["input_ids", "attention_mask"]

@@ -22,7 +22,7 @@ from support.training import (
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from hftl.adapt.mlm import load_mlm
+from hftl.adapt.language_model import load_mlm
 from hftl.config.retain import KL
 from hftl.config.section import Source
 from hftl.data.masking import build_masking_spec

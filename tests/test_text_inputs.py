@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from hftl import load, run
-from hftl.adapt.mlm import load_mlm
+from hftl.adapt.language_model import load_mlm
 from hftl.config.recipe import Recipe
 from hftl.config.section import Source
 from hftl.data.masking import collate_masked_blocks

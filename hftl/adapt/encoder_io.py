@@ -47,7 +47,7 @@ class MaskedOutput(ModelOutput):
 
 
 class MaskedModel(Protocol):
-    """Describe what `MaskedLM` and `MaskedAutoencoder` have in common.
+    """Describe what `LanguageModel` and `MaskedAutoencoder` have in common.
 
     `fixed` are paths in the encoder that never train.
     """

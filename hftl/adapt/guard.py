@@ -224,7 +224,7 @@ class AdaptationResult(OpenPart):
     steps: int
     epochs: Number | None
     history: list[AdaptEvaluation]
-    """The first is the start. Losses are in nats per hidden token or per pixel of a hidden
+    """The first is the start. Losses are in nats per predicted token or per pixel of a hidden
     patch."""
     learning_rate: Number
     precision: str
@@ -234,7 +234,7 @@ class AdaptationResult(OpenPart):
 class AdaptationFacts(AdaptationResult):
     """Describe a finished adaptation: how it was made, from what, and its result."""
 
-    objective: Literal["mlm", "mae"]
+    objective: Literal["mlm", "clm", "mae"]
     method: Literal["full", "lora", "lora+blocks"]
     guard: str
     tolerance: Number
@@ -250,7 +250,7 @@ def summarize_adaptation(facts: AdaptationFacts) -> AdaptStage:
     """Return the record of one adaptation, from the evaluations that it was judged by."""
     start = facts.history[0]
     end = next(evaluation for evaluation in facts.history if evaluation.step == facts.step)
-    words = facts.objective == "mlm"
+    words = facts.objective != "mae"
     general = None
     if start.general is not None and end.general is not None:
         general = _compare_losses(start.general, end.general, words)

@@ -138,7 +138,12 @@ def format_interval_basis(ci95: Interval | None, seeds: int) -> str:
 # Adaptation.
 
 
-OBJECTIVE_PHRASES = {"mlm": "masked language modelling", "mae": "masked image modelling"}
+OBJECTIVE_PHRASES = {
+    "mlm": "masked language modelling",
+    "clm": "causal language modelling",
+    "mae": "masked image modelling",
+}
+LOSS_UNITS = {"mlm": "a hidden token", "clm": "a token", "mae": "a pixel of a hidden patch"}
 METHOD_PHRASES = {
     "full": "every weight of the encoder",
     "lora": "LoRA adapters in every block",
@@ -195,7 +200,7 @@ def _format_stage(stage: AdaptStage) -> str:
 
 
 def _format_stage_losses(stage: AdaptStage) -> str:
-    unit = "a hidden token" if stage.objective == "mlm" else "a pixel of a hidden patch"
+    unit = LOSS_UNITS[stage.objective]
     text = f"Loss {unit} on what was held out: {_format_loss_change(stage.loss)}"
     if stage.general is not None:
         text += f"; on general data: {_format_loss_change(stage.general)}"

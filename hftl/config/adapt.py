@@ -11,9 +11,10 @@ DEFAULT_ADAPT_TRAINING = {"num_train_epochs": 10, "warmup_steps": 0.06, "weight_
 DEFAULT_ADAPT_LORA = {"r": 16, "lora_alpha": 32}
 DEFAULT_ADAPT_RATES = {
     ("mlm", "full"): 1.0e-4, ("mlm", "lora"): 5.0e-4, ("mlm", "lora+blocks"): 3.0e-4,
+    ("clm", "full"): 5.0e-5, ("clm", "lora"): 2.0e-4, ("clm", "lora+blocks"): 1.0e-4,
     ("mae", "full"): 5.0e-5, ("mae", "lora"): 5.0e-4, ("mae", "lora+blocks"): 3.0e-4,
 }  # fmt: skip
-DEFAULT_MASK_RATIOS = {"mlm": 0.15, "mae": 0.75}
+DEFAULT_MASK_RATIOS = {"mlm": 0.15, "clm": 0.15, "mae": 0.75}
 DEFAULT_TOLERANCES = {"probe": 0.01, "general": 0.1, "neighbours": 0.5, "off": 0.0}
 """By guard: a point of the probe's metric, a tenth of a nat of the general loss (with mae a tenth
 of the loss), half of the neighbours."""
@@ -29,16 +30,17 @@ class Decoder(Section):
 class Adapt(Section):
     """Describe continued pre-training on unlabelled inputs, and the guard against forgetting."""
 
-    objective: Literal["mlm", "mae"]
+    objective: Literal["mlm", "clm", "mae"]
+    """Predict masked tokens, the next token of a decoder, or masked patches."""
     corpus: Literal["task", "unlabeled"] | None = None
     """`task`: train's own inputs, before shots (TAPT); `unlabeled`: data.unlabeled (DAPT); null:
     unlabeled where it is given (Gururangan et al. 2020, arXiv:2004.10964)."""
     method: Literal["full", "lora", "lora+blocks"] = "full"
     mask_ratio: float = Field(gt=0, lt=1)
-    """Share of the words, or of the patches, that are hidden."""
+    """Share of the words, or of the patches, that are hidden; clm hides nothing."""
     whole_words: bool = True
     pack: bool = True
-    """mlm: documents side by side in blocks of data.max_length, or each by itself."""
+    """mlm, clm: documents side by side in blocks of data.max_length, or each by itself."""
     norm_pix_loss: bool = True
     decoder: Decoder = Decoder()
     distill: float = Field(default=0.0, ge=0)

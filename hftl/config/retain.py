@@ -18,6 +18,7 @@ FORM_PHRASES = {
     "probe": "the probe's classes",
     "features": "the embeddings",
     "mlm": "the masked-language head",
+    "clm": "the next token",
     "zero_shot": "the classes told by their names",
 }
 INPUT_PHRASES = {
@@ -138,7 +139,7 @@ class KL(RegularizerSection):
 
     weight: float | Literal["auto"] = 0.1
     """auto: of a short grid the one that forgets least within one standard error of the best."""
-    on: Literal["probe", "relational", "features", "mlm", "zero_shot"] = "relational"
+    on: Literal["probe", "relational", "features", "mlm", "clm", "zero_shot"] = "relational"
     temperature: float = Field(default=1.0, gt=0)
     direction: Literal["forward", "reverse"] = "forward"
     inputs: Literal["target", "general", "both"] = "target"
@@ -159,13 +160,14 @@ class KL(RegularizerSection):
         """Return the class by the head that is compared."""
         return {
             "mlm": "hftl.retain.pretraining_kl:MaskedTokenKL",
+            "clm": "hftl.retain.pretraining_kl:NextTokenKL",
             "zero_shot": "hftl.retain.pretraining_kl:ZeroShotKL",
         }.get(self.on, "hftl.retain.kl:KLToOriginal")
 
     @property
     def on_pretraining_head(self) -> bool:
         """Return True if it compares a head that the source brings along."""
-        return self.on in ("mlm", "zero_shot")
+        return self.on in ("mlm", "clm", "zero_shot")
 
     @property
     def mixes_general(self) -> bool:

@@ -77,12 +77,14 @@ class BlockSpec:
         pack: put documents side by side in a block, or each in its own blocks.
         held_out: share of the documents kept for the held-out loss.
         seed: decides which documents these are.
+        separator: token between packed documents; None: the special tokens that end a text.
     """
 
     length: int
     pack: bool
     held_out: float
     seed: int
+    separator: int | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def write_blocks(
 
     Exact copies of an earlier document are dropped. Whether a document is held out is a function
     of its text and the seed, not of the order; at least one is, and one is not. Packed documents
-    are separated by the special tokens that end a text.
+    are separated by `separator`.
 
     Args:
         texts: the documents; read once.
@@ -180,7 +182,8 @@ def write_blocks(
             f"data.max_length={spec.length} leaves no room beside the special tokens of a block",
             "Set it to 128, for instance",
         )
-    gap = special.suffix if spec.pack else []
+    gap = special.suffix if spec.separator is None else [spec.separator]
+    gap = gap if spec.pack else []
     lengths, contents, leaked = _tokenize_documents(
         texts, tokenizer, drop, gap, special.dtype, folder
     )

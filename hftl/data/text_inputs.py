@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hftl.data.rows import Row
+from hftl.errors import DataError
 from hftl.runtime.run_folder import fingerprint
 from hftl.train.hf_compat import set_backend_tokenizer
 
@@ -34,14 +35,26 @@ class TextInputs:
     max_length: int
 
     def encode(self, rows: list[Row]) -> list[EncodedRow]:
-        """Return the token ids of each row, not padded."""
+        """Return the token ids of each row, not padded.
+
+        Raises:
+            DataError: if a text has no token.
+        """
         if not rows:
             return []
-        return self._split_encoding(
+        encoded = self._split_encoding(
             self.tokenizer(
                 *_list_columns(rows), truncation=True, max_length=self.max_length, padding=False
             )
         )
+        # A decoder's tokenizer may put nothing around a text.
+        for row, inputs in zip(rows, encoded, strict=True):
+            if not inputs["input_ids"]:
+                raise DataError(
+                    f"{row.where}: the source model's tokenizer makes no token of the text",
+                    "Remove the row, or set data.bad_rows=skip for what is empty",
+                )
+        return encoded
 
     def length(self, encoded: EncodedRow) -> int:
         """Return the tokens of a row, the cost of its forward pass."""

@@ -39,7 +39,7 @@ from hftl.models.architectures import (
 )
 from hftl.models.encoders import check_block_count, count_blocks
 from hftl.models.features import FeatureCache, compute_frozen_features
-from hftl.models.heads import LoadedModel, TargetScale, build_model
+from hftl.models.heads import LoadedModel, TargetScale, build_model, has_head_bias
 from hftl.models.source import (
     SourceModel,
     hash_source_config,
@@ -69,7 +69,7 @@ class ExperimentContext:
     `inputs` is how the encoder takes rows, and `augment` whether training pictures vary.
     Where adaptation came between, `base` is what a published adapter is put on, `base_is_adapted`
     says that adaptation made it, `lora_factors` are those that turn it into `source`, and
-    `original` is the context before it; `mlm_head` is the masked-language head that it has trained.
+    `original` is the context before it; `lm_head` is the head of words that it trained.
     `general` are the rows of general data, None where the recipe names none; `label_column` is that
     of train's labels, by which theirs are known; `label_words` are the words for each class, and
     `entailment` what a source with an entailment head said of the rows, by prompts and split.
@@ -88,7 +88,7 @@ class ExperimentContext:
     base_is_adapted: bool = False
     lora_factors: tuple[Path, ...] = ()
     original: "ExperimentContext | None" = None
-    mlm_head: Path | None = None
+    lm_head: Path | None = None
     general: GeneralData | None = None
     label_column: str = "label"
     label_words: Mapping[str, str] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class ExperimentContext:
 
     def with_encoder(
         self, source: SourceModel, weights: str, base: SourceModel | None,
-        loras: tuple[Path, ...], mlm_head: Path | None = None,
+        loras: tuple[Path, ...], lm_head: Path | None = None,
     ) -> "ExperimentContext":  # fmt: skip
         """Return a context of the same rows and encodings under another encoder.
 
@@ -113,12 +113,12 @@ class ExperimentContext:
             weights: their hash.
             base: what a published adapter is put on; None: the adapted encoder itself.
             loras: the factors that turn the base into the encoder.
-            mlm_head: the masked-language head that adaptation left, if any.
+            lm_head: the language-model head that adaptation left, if any.
         """
         return replace(
             self, source=source, weights_hash=weights, base=base or source, lora_factors=loras,
             base_is_adapted=base is None or self.base_is_adapted, original=self.original or self,
-            mlm_head=mlm_head, _features={}, _probes={},
+            lm_head=lm_head, _features={}, _probes={},
         )  # fmt: skip
 
     def run_preflight(self, recipe: Recipe, arms: Sequence[Arm]) -> CheckFacts:
@@ -143,11 +143,6 @@ class ExperimentContext:
     def select_train_rows(self, seed: int) -> list[Row]:
         """Return the rows that an arm of this seed trains on."""
         return self.prepared.draw_train_rows(self.shots, seed)
-
-    def has_head_bias(self, pooling: str) -> bool:
-        """Return whether the last layer has a bias: hftl's own has, and most stock classes'."""
-        head = self.source.architecture_spec.for_task(self.prepared.task).head
-        return pooling != "native" or head.has_bias
 
     def compute_target_scale(self, seed: int) -> TargetScale | None:
         """Return the scale of the targets that an arm of this seed trains on; None for classes."""
@@ -235,7 +230,7 @@ class ExperimentContext:
             weight, bias = weight / scale.sd, (bias - scale.mean) / scale.sd
         with torch.no_grad():
             built.last_linear.weight.copy_(torch.from_numpy(weight))
-            if self.has_head_bias(pooling):
+            if built.has_head_bias:
                 built.last_linear.bias.copy_(torch.from_numpy(bias))
         return built
 
@@ -277,7 +272,7 @@ class ExperimentContext:
                 self.prepared.encode_targets(rows),
                 self.num_outputs,
                 self.group_outputs(rows),
-                intercept=self.has_head_bias(pooling),
+                intercept=has_head_bias(self.source, self.prepared.task, pooling),
             )
         return self._probes[pooling, seed]
 

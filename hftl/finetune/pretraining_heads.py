@@ -15,8 +15,15 @@ from torch import Tensor
 from transformers import ViTMAEConfig
 
 from hftl.adapt.encoder_io import merge_encoder_state
+from hftl.adapt.language_model import (
+    LanguageModel,
+    find_clm_class,
+    find_mlm_class,
+    load_clm,
+    load_mlm,
+    load_trained_mlm,
+)
 from hftl.adapt.mae import load_mae
-from hftl.adapt.mlm import MaskedLM, load_mlm, load_trained_mlm
 from hftl.config.adapt import Decoder
 from hftl.config.retain import KL
 from hftl.data.general import GeneralData
@@ -55,7 +62,7 @@ MAX_NEW_ROWS = 2000
 
 def load_masked_lm(
     original: ExperimentContext, context: ExperimentContext, seed: int
-) -> tuple[MaskedLM, MaskingSpec]:
+) -> tuple[LanguageModel, MaskingSpec]:
     """Return the original's masked-LM model with its trained head, and which tokens it masks.
 
     Args:
@@ -66,10 +73,26 @@ def load_masked_lm(
     Raises:
         RecipeError: if the head is not trained.
     """
-    masked_lm, new_weights = load_mlm(original.source, seed, original.mlm_head)
+    masked_lm, new_weights = load_mlm(original.source, seed, original.lm_head)
     if new_weights:
-        raise _build_no_head_error(original.source)
+        raise _build_no_head_error(original.source, "mlm")
     return masked_lm, _build_masking(context)
+
+
+def load_causal_lm(original: ExperimentContext, seed: int) -> LanguageModel:
+    """Return the original's causal-LM model with its trained head.
+
+    Args:
+        original: the source, adapted or not, whose head it is.
+        seed: of the model's new weights; there are none.
+
+    Raises:
+        RecipeError: if the head is not trained.
+    """
+    causal_lm, new_weights = load_clm(original.source, seed, original.lm_head)
+    if new_weights:
+        raise _build_no_head_error(original.source, "clm")
+    return causal_lm
 
 
 def load_zero_shot_head(source: SourceModel, names: list[str]) -> ZeroShotHead:
@@ -85,17 +108,19 @@ def check_pretraining_head(kl: KL, source: SourceModel, has_head: bool, task: st
     """Refuse KL on a head that the source does not have.
 
     Args:
-        kl: with `on` mlm or zero_shot.
+        kl: with `on` mlm, clm or zero_shot.
         source: the checkpoint.
-        has_head: True if adaptation trains the reference a masked-language head.
+        has_head: True if adaptation trains the reference such a head.
         task: the recipe's.
 
     Raises:
         RecipeError: naming what is missing; CLIP needs its tokenizer, too.
     """
-    if kl.on == "mlm":
-        if not has_head and load_mlm(source, 0)[1]:
-            raise _build_no_head_error(source)
+    if kl.on in ("mlm", "clm"):
+        find, load = (find_mlm_class, load_mlm) if kl.on == "mlm" else (find_clm_class, load_clm)
+        find(source, "retain.kl.on")
+        if not has_head and load(source, 0)[1]:
+            raise _build_no_head_error(source, kl.on)
         return
     if task != "classification":
         raise RecipeError(
@@ -106,10 +131,11 @@ def check_pretraining_head(kl: KL, source: SourceModel, has_head: bool, task: st
     load_tokenizer(source)
 
 
-def _build_no_head_error(source: SourceModel) -> RecipeError:
+def _build_no_head_error(source: SourceModel, objective: str) -> RecipeError:
+    head = "masked-language" if objective == "mlm" else "causal-language"
     return RecipeError(
-        f"retain.kl.on=mlm: {source.name} has no trained masked-language head",
-        "Adapt by mlm first, which trains one for retain.reference=start, or use "
+        f"retain.kl.on={objective}: {source.name} has no trained {head} head",
+        f"Adapt by {objective} first, which trains one for retain.reference=start, or use "
         "retain.kl.on=relational",
     )
 

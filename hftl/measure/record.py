@@ -149,7 +149,7 @@ class AdaptEvaluation(RecordPart):
 class AdaptStage(OpenPart):
     """Describe one adaptation: how it was made, what it did, what was taken over."""
 
-    objective: Literal["mlm", "mae"]
+    objective: Literal["mlm", "clm", "mae"]
     method: Literal["full", "lora", "lora+blocks"]
     kept: Literal["adapted", "original"]
     why: str | None

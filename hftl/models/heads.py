@@ -95,9 +95,19 @@ class LoadedModel:
         return get_last_linear(self.model, self.architecture)
 
     @property
+    def has_head_bias(self) -> bool:
+        """Return whether the last layer has a bias."""
+        return self.last_linear.bias is not None
+
+    @property
     def features_are_shared(self) -> bool:
         """Return whether the last layer's input is the same for every seed before training."""
         return all(self.architecture.head.last_linear == name for name in self.fresh)
+
+
+def has_head_bias(source: SourceModel, task: str, pooling: str) -> bool:
+    """Return whether the last layer has a bias: hftl's own has one, and most stock classes'."""
+    return pooling != "native" or source.architecture_spec.for_task(task).head.has_bias
 
 
 def unwrap_adapter(model: nn.Module) -> nn.Module:
@@ -206,7 +216,7 @@ def build_model(
     get_blocks(built.encoder, architecture)
     std = getattr(get_encoder_config(source.config), "initializer_range", HEAD_STD)
     nn.init.normal_(built.last_linear.weight, std=std)
-    if architecture.head.has_bias or pooling != "native":
+    if built.has_head_bias:
         nn.init.zeros_(built.last_linear.bias)
     return built
 

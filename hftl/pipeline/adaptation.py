@@ -106,7 +106,7 @@ def _run_stage(
         here.source, folder=folder / "encoder", architecture=here.source.model_type,
         public_id=None, revision=None,
     )  # fmt: skip
-    head = folder / HEAD_FILE if stage.objective == "mlm" else None
+    head = folder / HEAD_FILE if stage.objective != "mae" else None
     base, loras = None, ()
     if stage.method == "lora":
         base, loras = here.public_base, (*here.lora_factors, folder / "lora.safetensors")
@@ -194,7 +194,7 @@ def _adapt_stage(
         lambda: estimate_adaptation_seconds(model, task, stage, context.device)
     )
     run.say(f"  adapt {stage.objective} {stage.method}: {len(task.train):,} "  # pyright: ignore
-             f"{'blocks' if stage.objective == 'mlm' else 'pictures'}, {steps} steps, "
+             f"{'pictures' if stage.objective == 'mae' else 'blocks'}, {steps} steps, "
              f"about {console.format_duration(seconds)}")  # fmt: skip
     result = training.adapt_encoder(
         model, task, stage, rule, build_guard_metric(run.recipe, plain, rule, corpus, model), seed,

@@ -174,7 +174,10 @@ def _build_block_spec(
     length: int = context.inputs.max_length  # pyright: ignore[reportAttributeAccessIssue]
     if general:
         return BlockSpec(length, False, HELD_OUT_ALL, run.recipe.data.seed)
-    return BlockSpec(length, stage.pack, stage.held_out, run.recipe.data.seed)
+    separator = None
+    if stage.objective == "clm":
+        separator = context.inputs.tokenizer.eos_token_id  # pyright: ignore
+    return BlockSpec(length, stage.pack, stage.held_out, run.recipe.data.seed, separator)
 
 
 def _write_texts(
@@ -225,7 +228,7 @@ def estimate_corpus_rows(data: Data, context: ExperimentContext, stage: Adapt) -
     splits = ("train", *MEASURED_SPLITS) if stage.transductive else ("train",)
     rows = [row for split in splits for row in context.prepared.rows[split]]
     count = (1 - stage.held_out) * len(rows)
-    if stage.objective == "mlm" and stage.pack:
+    if stage.objective != "mae" and stage.pack:
         length: int = context.inputs.max_length  # pyright: ignore[reportAttributeAccessIssue]
         count *= context.inputs.summarize(rows[:GENERAL_SAMPLE])["median_tokens"] / length
     return max(1, round(count))

@@ -10,8 +10,8 @@ from torch.utils.data import Subset
 from hftl.adapt import adaptation as training
 from hftl.adapt.encoder_io import merge_encoder_state
 from hftl.adapt.guard import AdaptationFacts, GuardRule
+from hftl.adapt.language_model import find_clm_class, find_mlm_class, load_clm, load_mlm
 from hftl.adapt.mae import check_mae_architecture, compute_teacher_features, load_mae
-from hftl.adapt.mlm import find_mlm_class, load_mlm
 from hftl.config.adapt import DEFAULT_TOLERANCES, Adapt
 from hftl.config.recipe import Recipe
 from hftl.data import image_inputs as canvases
@@ -19,6 +19,7 @@ from hftl.data import masking
 from hftl.data.image_inputs import ImageInputs, get_image_size
 from hftl.data.masking import MaskedImageDataset
 from hftl.data.masking import collate_masked_images as collate_pictures
+from hftl.data.next_tokens import NextTokenBlocks
 from hftl.data.text_inputs import EncodedRow
 from hftl.errors import DataError, RecipeError
 from hftl.finetune.context import ExperimentContext
@@ -40,18 +41,33 @@ def check_objective(stage: Adapt, source: SourceModel) -> None:
     """
     if stage.objective == "mae":
         check_mae_architecture(source)
+    elif stage.objective == "clm":
+        find_clm_class(source)
+        tokenizer = load_tokenizer(source)
+        if tokenizer.eos_token_id is None:
+            raise RecipeError(
+                f"source.model: the tokenizer of {source.name} has no token that ends a text, and "
+                "adapt.objective=clm separates documents by it",
+                "Set eos_token in its tokenizer_config.json",
+            )
+        _check_embedded(source, tokenizer)
     else:
         find_mlm_class(source)
         tokenizer = load_tokenizer(source)
         masking.build_masking_spec(tokenizer, stage.mask_ratio, stage.whole_words)
-        tokens, embedded = max(tokenizer.get_vocab().values()) + 1, source.config.vocab_size
-        if tokens > embedded:
-            raise RecipeError(
-                f"source.model: the tokenizer of {source.name} has {tokens} tokens, and the model "
-                f"embeds {embedded}, so that adaptation may meet tokens without an embedding",
-                "Save the source model with embeddings for all tokens (resize_token_embeddings), "
-                "or with its own tokenizer",
-            )
+        _check_embedded(source, tokenizer)
+
+
+def _check_embedded(source: SourceModel, tokenizer: Any) -> None:
+    """Refuse a tokenizer with more tokens than the model embeds."""
+    tokens, embedded = max(tokenizer.get_vocab().values()) + 1, source.config.vocab_size
+    if tokens > embedded:
+        raise RecipeError(
+            f"source.model: the tokenizer of {source.name} has {tokens} tokens, and the model "
+            f"embeds {embedded}, so that adaptation may meet tokens without an embedding",
+            "Save the source model with embeddings for all tokens (resize_token_embeddings), "
+            "or with its own tokenizer",
+        )
 
 
 def build_objective(
@@ -68,6 +84,8 @@ def build_objective(
     """
     if stage.objective == "mlm":
         return load_mlm(context.source, seed, head)
+    if stage.objective == "clm":
+        return load_clm(context.source, seed, head)
     assert isinstance(context.inputs, ImageInputs)
     side = get_image_size(context.inputs.processor)
     model, fresh = load_mae(
@@ -129,7 +147,7 @@ def build_adaptation_task(
 ) -> training.AdaptationData:
     """Return the masked corpus of an objective: masked anew in every epoch, in evaluation always
     alike."""
-    if stage.objective == "mlm":
+    if stage.objective != "mae":
         return _build_text_task(context, stage, corpus, seed)
     return _build_image_task(context, plain, stage, corpus, seed)
 
@@ -138,16 +156,21 @@ def _build_text_task(
     context: ExperimentContext, stage: Adapt, corpus: Corpus, seed: int
 ) -> training.AdaptationData:
     tokenizer: Any = context.inputs.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
-    masks = masking.build_masking_spec(tokenizer, stage.mask_ratio, stage.whole_words)
-
-    def hidden(blocks: Any, fixed: bool) -> masking.MaskedBlocks:
-        return masking.MaskedBlocks(blocks, masks, seed, tokenizer.pad_token_id, fixed)
+    if stage.objective == "clm":
+        predicted: Callable[..., Any] = lambda blocks, fixed: NextTokenBlocks(  # noqa: E731
+            blocks, tokenizer.pad_token_id
+        )
+    else:
+        masks = masking.build_masking_spec(tokenizer, stage.mask_ratio, stage.whole_words)
+        predicted = lambda blocks, fixed: masking.MaskedBlocks(  # noqa: E731
+            blocks, masks, seed, tokenizer.pad_token_id, fixed
+        )
 
     def held(blocks: Any) -> Subset[Any]:
-        return Subset(hidden(blocks, True), _spread_indices(len(blocks), HELD_OUT_ROWS))
+        return Subset(predicted(blocks, True), _spread_indices(len(blocks), HELD_OUT_ROWS))
 
     return training.AdaptationData(
-        hidden(corpus.train, False),
+        predicted(corpus.train, False),
         held(corpus.held_out),
         None if corpus.general is None else held(corpus.general),
         lambda rows: masking.collate_masked_blocks(rows, tokenizer.pad_token_id),

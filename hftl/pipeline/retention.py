@@ -20,6 +20,7 @@ from hftl.errors import RecipeError
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.pretraining_heads import (
     check_pretraining_head,
+    load_causal_lm,
     load_masked_lm,
     load_zero_shot_head,
 )
@@ -55,6 +56,7 @@ def build_retention(context: ExperimentContext, arm: Arm, seed: int, folder: Pat
             original_is_start=is_start,
             measure_target_variance=lambda: _measure_target_variance(context, pooling, seed),
             load_masked_lm=lambda: load_masked_lm(original, context, seed),
+            load_causal_lm=lambda: load_causal_lm(original, seed),
             load_zero_shot_head=lambda: load_zero_shot_head(context.source, context.prepared.names),
             load_fisher=lambda ewc: prepare_fisher(context, arm, ewc, seed, folder),
         ),
@@ -194,7 +196,7 @@ def check_retention(arm: Arm, source: SourceModel, task: str) -> None:
         section.check_arm(arm.strategy, task)
     for kl in retain.kl_terms:
         if kl.on_pretraining_head:
-            is_adapted = any(stage.objective == "mlm" for stage in arm.stages)
+            is_adapted = any(stage.objective == kl.on for stage in arm.stages)
             has_head = is_adapted and retain.reference == "start"
             check_pretraining_head(kl, source, has_head, task)
     reads_general = any(section.mixes_general for section in retain.regularizers)

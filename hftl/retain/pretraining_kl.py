@@ -135,11 +135,74 @@ class ZeroShotKL(PretrainingHeadKL):
         return self.compute_softmax_kl(original, current)
 
 
-class MaskedTokenKL(PretrainingHeadKL):
-    """Penalize T^2 KL of the vocabulary's distributions, the mean over a row's masked tokens.
+class TokenKL(PretrainingHeadKL):
+    """Penalize T^2 KL of the vocabulary's distributions, the mean over chosen tokens of a row.
 
-    Both models see the same masks, a function of (seed, epoch, row); the head is the original's,
-    frozen (Jin et al. 2022, arXiv:2110.08534, section 4.2).
+    The head is the original's, frozen (Jin et al. 2022, arXiv:2110.08534, section 4.2).
+
+    Args:
+        config: the recipe's section.
+        language_model: the original with its trained head; it is frozen.
+        is_other: True if the original is not the weights that training starts from.
+    """
+
+    def __init__(self, config: KL, language_model: Any, is_other: bool = False) -> None:
+        super().__init__(config)
+        self._original = language_model.requires_grad_(False).eval()
+        self._current = language_model
+        self._is_other = is_other
+
+    @abstractmethod
+    def choose_tokens(self, step: Step, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ids that both models see, and flattened positions in them that are compared.
+
+        Args:
+            step: with the batch.
+            chosen: (batch,) bool.
+        """
+
+    def attach(self, model: nn.Module) -> None:
+        """Put the head on the encoder that trains; with an adapter that is the original's too.
+
+        Raises:
+            RecipeError: if the two encoders have different architectures.
+        """
+        encoder: Any = get_encoder(model, get_model_spec(model))
+        if encoder.config.model_type != self._original.encoder.config.model_type:
+            raise RecipeError(
+                f"kl.on={self.config.on}: the head is of "
+                f"{self._original.encoder.config.model_type}, the model of "
+                f"{encoder.config.model_type}",
+                "Give the language model of the same source",
+            )
+        self._original.to(next(model.parameters()).device)
+        adapter = model.encoder if isinstance(model, PooledModel) else model
+        if isinstance(adapter, PeftModel) and not self._is_other:
+            self._adapter = adapter
+        else:
+            self._current = deepcopy(self._original)
+        self._current.encoder = encoder
+
+    def compute_values(self, step: Step, chosen: Tensor) -> Tensor:
+        """Return the KL of the chosen rows, (chosen rows,) float32; 0 where no token is chosen."""
+        mask = step.batch["attention_mask"][chosen]
+        ids, flat = self.choose_tokens(step, chosen)
+        rows = ids.new_zeros(len(ids), dtype=torch.float32)
+        if not len(flat):
+            return rows
+        current = self._current(ids, flat, flat, mask).logits
+        with torch.no_grad(), eval_mode(self._original), self.disable_adapter():
+            original = self._original(ids, flat, flat, mask).logits
+        values = self.compute_softmax_kl(original, current)
+        row_index = flat // ids.shape[1]
+        counts = rows.index_add(0, row_index, torch.ones_like(values)).clamp(min=1)
+        return rows.index_add(0, row_index, values) / counts
+
+
+class MaskedTokenKL(TokenKL):
+    """Compare what both models predict for masked tokens.
+
+    Both see the same masks, a function of (seed, epoch, row).
 
     Args:
         config: the recipe's section.
@@ -152,12 +215,9 @@ class MaskedTokenKL(PretrainingHeadKL):
     def __init__(
         self, config: KL, masked_lm: Any, masking: MaskingSpec, seed: int, is_other: bool = False
     ) -> None:
-        super().__init__(config)
-        self._original = masked_lm.requires_grad_(False).eval()
-        self._current = masked_lm
+        super().__init__(config, masked_lm, is_other)
         self._masking = masking
         self._seed = seed
-        self._is_other = is_other
 
     @classmethod
     def from_config(cls, config: KL, context: RegularizerContext) -> Self:
@@ -165,41 +225,13 @@ class MaskedTokenKL(PretrainingHeadKL):
         masked_lm, masking = context.load_masked_lm()
         return cls(config, masked_lm, masking, context.seed, not context.original_is_start)
 
-    def attach(self, model: nn.Module) -> None:
-        """Put the head on the encoder that trains; with an adapter that is the original's too.
-
-        Raises:
-            RecipeError: if the two encoders have different architectures.
-        """
-        encoder: Any = get_encoder(model, get_model_spec(model))
-        if encoder.config.model_type != self._original.encoder.config.model_type:
-            raise RecipeError(
-                f"kl.on=mlm: the head is of {self._original.encoder.config.model_type}, the model "
-                f"of {encoder.config.model_type}",
-                "Give the masked-LM model of the same source",
-            )
-        self._original.to(next(model.parameters()).device)
-        adapter = model.encoder if isinstance(model, PooledModel) else model
-        if isinstance(adapter, PeftModel) and not self._is_other:
-            self._adapter = adapter
-        else:
-            self._current = deepcopy(self._original)
-        self._current.encoder = encoder
-
-    def compute_values(self, step: Step, chosen: Tensor) -> Tensor:
-        """Return the KL of the chosen rows, (chosen rows,) float32; 0 where nothing is masked."""
-        ids, mask = step.batch["input_ids"][chosen], step.batch["attention_mask"][chosen]
-        masked, flat = self.mask_rows(ids, mask, step.batch["row"][chosen].tolist(), step.epoch)
-        rows = ids.new_zeros(len(ids), dtype=torch.float32)
-        if not len(flat):
-            return rows
-        current = self._current(masked, flat, flat, mask).logits
-        with torch.no_grad(), eval_mode(self._original), self.disable_adapter():
-            original = self._original(masked, flat, flat, mask).logits
-        values = self.compute_softmax_kl(original, current)
-        row_index = flat // ids.shape[1]
-        counts = rows.index_add(0, row_index, torch.ones_like(values)).clamp(min=1)
-        return rows.index_add(0, row_index, values) / counts
+    def choose_tokens(self, step: Step, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return masked ids, and the positions of the masked tokens in the flattened ids."""
+        batch = step.batch
+        numbers = batch["row"][chosen].tolist()
+        return self.mask_rows(
+            batch["input_ids"][chosen], batch["attention_mask"][chosen], numbers, step.epoch
+        )
 
     def mask_rows(
         self, ids: Tensor, mask: Tensor, numbers: list[int], epoch: int
@@ -220,3 +252,19 @@ class MaskedTokenKL(PretrainingHeadKL):
             flat.append(real[positions] + i * ids.shape[1])
         joined = np.concatenate(flat) if flat else np.zeros(0, np.int64)
         return torch.from_numpy(masked).to(ids.device), torch.from_numpy(joined).to(ids.device)
+
+
+class NextTokenKL(TokenKL):
+    """Compare what both models predict after every token of a row but the last."""
+
+    @classmethod
+    def from_config(cls, config: KL, context: RegularizerContext) -> Self:
+        """Build the term of a recipe on the source's own head."""
+        return cls(config, context.load_causal_lm(), not context.original_is_start)
+
+    def choose_tokens(self, step: Step, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ids as they are, and the positions of tokens with another after them."""
+        mask = step.batch["attention_mask"][chosen] > 0
+        followed = torch.zeros_like(mask)
+        followed[:, :-1] = mask[:, :-1] & mask[:, 1:]
+        return step.batch["input_ids"][chosen], followed.flatten().nonzero().flatten()

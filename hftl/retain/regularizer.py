@@ -43,6 +43,7 @@ class RegularizerContext:
         measure_target_variance: returns the variance of regression targets around the original's
             probe; 1 for classes.
         load_masked_lm: returns the original's masked-LM model and its masking.
+        load_causal_lm: returns the original's causal-LM model.
         load_zero_shot_head: returns CLIP's classifier of the task's class names.
         load_fisher: returns the Fisher information by parameter name, and its facts.
     """
@@ -52,6 +53,7 @@ class RegularizerContext:
     original_is_start: bool
     measure_target_variance: Callable[[], float]
     load_masked_lm: Callable[[], tuple[Any, Any]]
+    load_causal_lm: Callable[[], Any]
     load_zero_shot_head: Callable[[], Any]
     load_fisher: Callable[[EWC], FisherResult]
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from hftl.adapt.adaptation import AdaptationData, adapt_encoder
 from hftl.adapt.encoder_io import set_trainable
 from hftl.adapt.guard import GuardRule
+from hftl.adapt.language_model import load_mlm
 from hftl.adapt.mae import load_mae
-from hftl.adapt.mlm import load_mlm
 from hftl.config.adapt import Adapt
 from hftl.config.data import Data
 from hftl.config.section import Source

@@ -10,11 +10,8 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 IMAGE_SIZE = 32
 
 
-def tiny_tokenizer(folder: Path, causal: bool = False) -> None:
-    """Save a lower-casing WordPiece tokenizer of the test words.
-
-    A decoder's, `causal`, puts nothing around a text, and has no padding token, as LLaMA's.
-    """
+def tiny_tokenizer(folder: Path) -> None:
+    """Save a lower-casing WordPiece tokenizer of the test words."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordPiece
     from tokenizers.normalizers import Lowercase
@@ -26,12 +23,6 @@ def tiny_tokenizer(folder: Path, causal: bool = False) -> None:
     core = Tokenizer(WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     core.normalizer = Lowercase()  # pyright: ignore
     core.pre_tokenizer = Whitespace()  # pyright: ignore
-    if causal:
-        PreTrainedTokenizerFast(
-            tokenizer_object=core, unk_token="[UNK]", bos_token="[CLS]", eos_token="[SEP]",
-            model_max_length=32, model_input_names=["input_ids", "attention_mask"],
-        ).save_pretrained(folder)  # fmt: skip
-        return
     core.post_processor = TemplateProcessing(  # pyright: ignore
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -45,13 +36,38 @@ def tiny_tokenizer(folder: Path, causal: bool = False) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
+def tiny_causal_tokenizer(folder: Path) -> None:
+    """Save a byte-level tokenizer of the test words, as decoders have: nothing around a text, and
+    no padding token."""
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(BPE())
+    core.pre_tokenizer = ByteLevel(add_prefix_space=False)  # pyright: ignore
+    core.decoder = ByteLevelDecoder()  # pyright: ignore
+    trainer = BpeTrainer(
+        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )  # pyright: ignore  # fmt: skip
+    core.train_from_iterator([" ".join(["", *GOOD, *BAD, *FILLER])], trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="[UNK]", bos_token="[CLS]", eos_token="[SEP]",
+        model_max_length=32, model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(folder)  # fmt: skip
+
+
 TEXT = {
     "vocab_size": len(SPECIAL) + len({*GOOD, *BAD, *FILLER}), "hidden_size": 16,
     "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32,
     "max_position_embeddings": 40, "pad_token_id": 0,
 }  # fmt: skip
 CAUSAL = TEXT | {
-    "bos_token_id": 2, "eos_token_id": 3, "num_key_value_heads": 1, "head_dim": 8,
+    "vocab_size": 512, "bos_token_id": 2, "eos_token_id": 3, "num_key_value_heads": 1,
+    "head_dim": 8,
 }  # fmt: skip
 IMAGE = {
     "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32,
@@ -173,7 +189,8 @@ def save_tiny(model_type: str, folder: Path, masked: bool = False) -> Path:
     if images:
         tiny_processor(folder)
     else:
-        tiny_tokenizer(folder, causal=model_type in CAUSAL_MODELS)
+        save_tokenizer = tiny_causal_tokenizer if model_type in CAUSAL_MODELS else tiny_tokenizer
+        save_tokenizer(folder)
     return folder
 
 

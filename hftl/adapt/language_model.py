@@ -1,6 +1,8 @@
-"""Masked language modelling: the stock masked-LM model, its head on the chosen places alone.
+"""Predict tokens with a stock language model, its head on the chosen places alone.
 
-Devlin et al. 2019, arXiv:1810.04805, section 3.1.
+Masked ones, with an encoder: Devlin et al. 2019, arXiv:1810.04805, section 3.1. The next one of
+every place, a decoder's own pre-training: as domain adaptation Gururangan et al. 2020,
+arXiv:2004.10964.
 """
 
 import inspect
@@ -26,8 +28,8 @@ POSITION_MULTIPLE = 32
 time, and on CPUs kept, so that time and memory grow."""
 
 
-class MaskedLM(nn.Module):
-    """Predict tokens at chosen positions only, with a stock masked-LM model.
+class LanguageModel(nn.Module):
+    """Predict tokens at chosen positions only, with a stock masked or causal language model.
 
     A hook keeps the hidden states of the chosen places, so that the model's own head, which looks
     at each place for itself, sees no others. In some architectures it stands before the last
@@ -115,7 +117,7 @@ class MaskedLM(nn.Module):
 
 def load_mlm(
     source: SourceModel, seed: int, head: Path | None = None
-) -> tuple[MaskedLM, tuple[str, ...]]:
+) -> tuple[LanguageModel, tuple[str, ...]]:
     """Return the source with its masked-LM head, in fp32.
 
     Args:
@@ -131,11 +133,18 @@ def load_mlm(
         RecipeError: if the architecture has no masked-LM class, or the checkpoint lacks weights of
             the encoder.
     """
-    kind = find_mlm_class(source)
+    return load_language_model(source, find_mlm_class(source), seed, head)
+
+
+def load_language_model(
+    source: SourceModel, kind: Any, seed: int, head: Path | None
+) -> tuple[LanguageModel, tuple[str, ...]]:
+    """Return the source under a stock class that predicts tokens; see `load_mlm`."""
     torch.manual_seed(seed)
     stock, missing = load_class(source, kind, deepcopy(source.config), {})
-    missing -= _tie_decoder(stock, missing, source)
-    model = MaskedLM(stock, source.architecture_spec)
+    if not source.architecture_spec.is_causal:
+        missing -= _tie_decoder(stock, missing, source)
+    model = LanguageModel(stock, source.architecture_spec)
     prefix = f"{stock.base_model_prefix}."
     inside = {name.removeprefix(prefix) for name in missing if name.startswith(prefix)}
     check_encoder_complete(source, inside, model.fixed)
@@ -145,7 +154,7 @@ def load_mlm(
     return model, _init_new_head(model, missing)
 
 
-def load_trained_mlm(source: SourceModel) -> MaskedLM | None:
+def load_trained_mlm(source: SourceModel) -> LanguageModel | None:
     """Return the source with its trained masked-LM head; None where the checkpoint has none."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
@@ -161,7 +170,7 @@ def load_trained_mlm(source: SourceModel) -> MaskedLM | None:
     return None if fresh else model
 
 
-def _init_new_head(model: MaskedLM, missing: set[str]) -> tuple[str, ...]:
+def _init_new_head(model: LanguageModel, missing: set[str]) -> tuple[str, ...]:
     """Zero the biases of the head's new parameters, and return all their names."""
     named = model.stock.named_parameters(remove_duplicate=False)
     new = {id(parameter) for name, parameter in named if name in missing}
@@ -173,8 +182,12 @@ def _init_new_head(model: MaskedLM, missing: set[str]) -> tuple[str, ...]:
     return tuple(parameters)
 
 
-def find_mlm_class(source: SourceModel) -> Any:
+def find_mlm_class(source: SourceModel, place: str = "adapt.objective") -> Any:
     """Return the stock masked-LM class of the source's architecture.
+
+    Args:
+        source: the checkpoint.
+        place: the recipe key that names it.
 
     Raises:
         RecipeError: if there is none.
@@ -185,6 +198,11 @@ def find_mlm_class(source: SourceModel) -> Any:
         raise RecipeError(
             f"adapt.objective=mlm: {source.architecture} reads images; mlm needs text",
             "Use adapt.objective=mae",
+        )
+    if source.architecture_spec.is_causal:
+        raise RecipeError(
+            f"{place}=mlm: {source.architecture} is a decoder, which learns the next token",
+            f"Use {place}=clm",
         )
     mlm_class = MODEL_FOR_MASKED_LM_MAPPING.get(type(source.config), None)
     if mlm_class is None:
@@ -210,3 +228,43 @@ def _tie_decoder(stock: Any, missing: set[str], source: SourceModel) -> set[str]
         )
     decoder.weight = words
     return {name}
+
+
+def load_clm(
+    source: SourceModel, seed: int, head: Path | None = None
+) -> tuple[LanguageModel, tuple[str, ...]]:
+    """Return the source with its causal-LM head, in fp32, and the names of its new parameters.
+
+    Args:
+        source: the checkpoint.
+        seed: of the head's weights that it lacks; those that are tied to the embeddings it has.
+        head: a safetensors file of `head_state`, which an earlier stage has trained.
+
+    Raises:
+        RecipeError: if the architecture is no decoder, or the checkpoint lacks weights of it.
+    """
+    return load_language_model(source, find_clm_class(source), seed, head)
+
+
+def find_clm_class(source: SourceModel, place: str = "adapt.objective") -> Any:
+    """Return the stock causal-LM class of the source's architecture.
+
+    Args:
+        source: the checkpoint.
+        place: the recipe key that names it.
+
+    Raises:
+        RecipeError: if there is none.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    architecture = source.architecture_spec
+    if not architecture.is_causal:
+        images = architecture.modality == "image"
+        what = "reads images" if images else "is an encoder, which sees every token at once"
+        other = "mae" if images else "mlm"
+        raise RecipeError(
+            f"{place}=clm: {source.architecture} {what}; clm is for decoders",
+            f"Use {place}={other}" if place.startswith("adapt") else "Use another form of KL",
+        )
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]
