@@ -27,6 +27,7 @@ ORDER = [
     "models.architectures", "models.known_sources",
     "models.packing", "models.encoders", "models.pooling", "models.source",
     "models.heads", "models.lora", "models.lora_concat", "models.features",
+    "models.pairs",
     "models.layer_features",
     "analysis.probe", "analysis.neighbours", "analysis.drift", "analysis.check",
     "analysis.nearest", "analysis.out_of_fold", "analysis.transferability",

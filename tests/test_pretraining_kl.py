@@ -30,13 +30,14 @@ from hftl.errors import RecipeError
 from hftl.finetune.pretraining_heads import check_pretraining_head
 from hftl.finetune.trainable import prepare
 from hftl.models.heads import build_model, get_encoder, get_model_spec
+from hftl.models.pairs import embed_texts, get_scale_and_bias
 from hftl.models.source import find_source, load_tokenizer
 from hftl.retain.original import eval_mode
 from hftl.retain.pretraining_kl import (
     MaskedTokenKL,
     PretrainingHeadKL,
+    ZeroShotHead,
     ZeroShotKL,
-    build_zero_shot_head,
 )
 
 Tiny = Callable[..., Path]
@@ -192,7 +193,7 @@ def test_head_that_the_source_lacks_is_refused(tiny_model: Tiny) -> None:
     with pytest.raises(RecipeError, match="has no trained masked-language head"):
         check_pretraining_head(KL(on="mlm"), source, has_head=False, task="classification")
     check_pretraining_head(KL(on="mlm"), source, has_head=True, task="classification")
-    with pytest.raises(RecipeError, match="is no CLIP model"):
+    with pytest.raises(RecipeError, match="is no pair of an image and a text encoder"):
         check_pretraining_head(KL(on="zero_shot"), source, has_head=False, task="classification")
     with pytest.raises(RecipeError, match="classifies by class names"):
         check_pretraining_head(KL(on="zero_shot"), source, has_head=False, task="regression")
@@ -225,8 +226,10 @@ NAMES = ["good_film", "bad", "plot"]
 def load_clip(folder: Path) -> tuple[Any, Any, Any]:
     """Return the source, the whole CLIP model, and the head of `NAMES`."""
     source = find_source(Source(model=str(folder)))
-    clip: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32)
-    return source, clip.eval(), build_zero_shot_head(clip, load_tokenizer(source), NAMES)
+    clip: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    prompts = [f"a photo of a {name.replace('_', ' ')}." for name in NAMES]
+    texts = embed_texts(clip, load_tokenizer(source), prompts)
+    return source, clip, ZeroShotHead(clip.visual_projection, texts, *get_scale_and_bias(clip))
 
 
 def test_zero_shot_head_is_that_of_clip(clip_folder: Path) -> None:

@@ -225,7 +225,7 @@ def test_warning_of_several_arms_is_printed_once(tree: dict[str, Any]) -> None:
     ("retain", "finetune", "message"),
     [
         ({"kl": {"on": "mlm"}}, {}, "no trained masked-language head"),
-        ({"kl": {"on": "zero_shot"}}, {}, "no CLIP model"),
+        ({"kl": {"on": "zero_shot"}}, {}, "no pair of an image"),
         ({"replay": {}}, {}, "no KL is taken on them"),
         ({"ewc": {"fisher": "empirical"}}, {}, "the task's labels in a column 'label'"),
         ({"kl": {}}, {"strategy": "lora", "lora": {"init_lora_weights": "olora"}}, "base.s own"),

@@ -67,7 +67,7 @@ def build_metadata(record: Record) -> ModelCardData:
         library_name=_library_name(record),
         # transformers' classification pipeline would give a pooled model an untrained head, so the
         # hub must not offer it: without hftl only the encoder's features are had.
-        pipeline_tag="feature-extraction" if is_pooled(record) else find_pipeline_tag(record),
+        pipeline_tag=_find_pooled_tag(record) if is_pooled(record) else find_pipeline_tag(record),
         tags=[
             "hftl",
             "transfer-learning",
@@ -82,6 +82,12 @@ def build_metadata(record: Record) -> ModelCardData:
         co2_eq_emissions=_build_emissions(record),
         **build_origin(record, is_adapter),
     )
+
+
+def _find_pooled_tag(record: Record) -> str:
+    """Return the hub's name for what transformers alone gets from a model with a pooled head."""
+    images = record.data.modality == "image"
+    return "image-feature-extraction" if images else "feature-extraction"
 
 
 def _library_name(record: Record) -> str:

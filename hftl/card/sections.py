@@ -277,6 +277,17 @@ POOLINGS = {
     "    pooled = (hidden * mask).sum(1) / mask.sum(1)",
     "cls": "pooled = hidden[:, 0]",
 }
+EMBEDDING_LINES = (
+    "embedding = model.eval()({forward}).pooler_output\n"
+    '    if "projection" in head:\n'
+    '        embedding = embedding @ head["projection"].T\n'
+    "    embedding = embedding / embedding.norm(dim=-1, keepdim=True)\n"
+    '    print(embedding @ head["weight"].T + head["bias"])'
+)
+IMAGE_HALF_CLASSES = {
+    "clip": "CLIPVisionModel", "siglip": "SiglipVisionModel", "metaclip_2": "MetaClip2VisionModel",
+}  # fmt: skip
+"""Of pairs of an image and a text encoder: the class of the image half."""
 AUTO_CLASSES = {
     "text": "AutoModelForSequenceClassification",
     "words": "AutoModelForTokenClassification",
@@ -309,7 +320,7 @@ def render_plain_snippet(
         place: the folder or hub id of the published model.
         base: the public base of an adapter; None where it has none.
         revision: the base's commit, where it is pinned.
-        pooling: native, mean or cls.
+        pooling: native, mean, cls or embedding.
         outputs: classes, or 1 for a target.
         adapter: whether the folder holds an adapter or the whole model.
         kind: what the model takes: text, words or image.
@@ -320,13 +331,16 @@ def render_plain_snippet(
     pooled = pooling != "native"
     if adapter and not pooled and kind in AUTO_PEFT_CLASSES and base and is_hub_id(base):
         return _render_auto_peft_snippet(place, outputs, kind, example)
-    auto = "AutoModel" if pooled else AUTO_CLASSES[kind]
-    if adapter:
+    auto = IMAGE_HALF_CLASSES[architecture] if pooling == "embedding" else "AutoModel"
+    auto = auto if pooled else AUTO_CLASSES[kind]
+    if adapter and not pooled:
         auto = STOCK_CLASSES.get(architecture, auto)
     reader, name, call = PREPROCESSORS[kind]
     forward = "**inputs, interpolate_pos_encoding=True" if interpolates else "**inputs"
     output = f"print(model.eval()({forward}).logits)"
-    if pooled:
+    if pooling == "embedding":
+        output = EMBEDDING_LINES.format(forward=forward)
+    elif pooled:
         output = (
             "hidden = model.eval()(**inputs).last_hidden_state\n"
             f"    {POOLINGS[pooling]}\n"

@@ -98,7 +98,8 @@ class Finetune(Section):
     """Describe the strategy and its training. `training` is transformers', `lora` is peft's."""
 
     strategy: Strategy = "lora"
-    pooling: Literal["native", "mean", "cls"] = "native"
+    pooling: Literal["native", "mean", "cls", "embedding"] = "native"
+    """embedding: what a pair of image and text encoders (CLIP) compares with texts."""
     head_init: Literal["probe", "random", "zero_shot"] = "probe"
     blocks: int = Field(default=2, ge=1)
     patience: int | None = Field(default=None, ge=1)

@@ -40,6 +40,7 @@ from hftl.models.architectures import (
 from hftl.models.encoders import check_block_count, count_blocks
 from hftl.models.features import FeatureCache, compute_frozen_features
 from hftl.models.heads import LoadedModel, TargetScale, build_model, has_head_bias
+from hftl.models.pairs import EMBEDDING, build_embedding_model
 from hftl.models.source import (
     SourceModel,
     hash_source_config,
@@ -211,6 +212,8 @@ class ExperimentContext:
 
     def build_model(self, pooling: str, seed: int, scratch: bool = False) -> LoadedModel:
         """Return a new model with an untrained head."""
+        if pooling == EMBEDDING:
+            return build_embedding_model(self.source, self.num_outputs, seed, scratch)
         prepared = self.prepared
         return build_model(
             self.source, prepared.task, pooling, self.num_outputs, prepared.names, seed, scratch

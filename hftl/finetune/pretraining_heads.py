@@ -45,8 +45,8 @@ from hftl.finetune.context import ExperimentContext
 from hftl.models.encoders import get_stock_encoder, get_task_class, has_prefix
 from hftl.models.features import batch_by_length, compute_frozen_features, predict_logits
 from hftl.models.heads import LoadedModel, PooledModel, build_model, load_class
+from hftl.models.pairs import EmbeddingModel, load_pair
 from hftl.models.source import SourceModel, load_tokenizer
-from hftl.retain.pretraining_kl import ZeroShotHead, build_zero_shot_head
 from hftl.retain.weights import PEFT_WRAPPING
 from hftl.runtime import distributed
 
@@ -95,15 +95,6 @@ def load_causal_lm(original: ExperimentContext, seed: int) -> LanguageModel:
     return causal_lm
 
 
-def load_zero_shot_head(source: SourceModel, names: list[str]) -> ZeroShotHead:
-    """Return CLIP's classifier of these class names.
-
-    Raises:
-        RecipeError: if the source is not a whole CLIP model.
-    """
-    return build_zero_shot_head(_load_clip(source), load_tokenizer(source), names)
-
-
 def check_pretraining_head(kl: KL, source: SourceModel, has_head: bool, task: str) -> None:
     """Refuse KL on a head that the source does not have.
 
@@ -114,7 +105,7 @@ def check_pretraining_head(kl: KL, source: SourceModel, has_head: bool, task: st
         task: the recipe's.
 
     Raises:
-        RecipeError: naming what is missing; CLIP needs its tokenizer, too.
+        RecipeError: naming what is missing; a pair needs its tokenizer, too.
     """
     if kl.on in ("mlm", "clm"):
         find, load = (find_mlm_class, load_mlm) if kl.on == "mlm" else (find_clm_class, load_clm)
@@ -127,7 +118,7 @@ def check_pretraining_head(kl: KL, source: SourceModel, has_head: bool, task: st
             f"retain.kl.on=zero_shot classifies by class names, and data.task is {task}",
             "Use relational or features",
         )
-    _load_clip(source)
+    load_pair(source, "retain.kl.on=zero_shot")
     load_tokenizer(source)
 
 
@@ -138,29 +129,6 @@ def _build_no_head_error(source: SourceModel, objective: str) -> RecipeError:
         f"Adapt by {objective} first, which trains one for retain.reference=start, or use "
         "retain.kl.on=relational",
     )
-
-
-def _load_clip(source: SourceModel) -> Any:
-    """Return the whole CLIP model of a checkpoint, texts and images.
-
-    Raises:
-        RecipeError: if the checkpoint is of another kind, or lacks one half.
-    """
-    from transformers import CLIPModel
-
-    error = RecipeError(
-        f"retain.kl.on=zero_shot: {source.name} is no CLIP model of texts and images",
-        "Use a CLIP source, or retain.kl.on=relational",
-    )
-    if source.model_type != "clip":
-        raise error
-    loaded: Any = CLIPModel.from_pretrained(
-        source.folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-    )
-    clip, info = loaded
-    if info["missing_keys"]:
-        raise error
-    return clip
 
 
 def measure_pretraining_heads(
@@ -364,7 +332,7 @@ def embed_compared_rows(
 def _embeds_by_features(context: ExperimentContext, loaded: LoadedModel) -> bool:
     """Return whether `embed_rows` returns the input of the last linear layer."""
     if context.prepared.modality == "image":
-        return True
+        return not isinstance(loaded.model, EmbeddingModel)
     return loaded.pooling == "mean" and type(context.inputs) is TextInputs
 
 
@@ -372,7 +340,7 @@ def embed_rows(context: ExperimentContext, loaded: LoadedModel, rows: list[Row])
     """Return a model's embeddings of rows, (rows, width) float32, in eval mode and fp32.
 
     For a text the mean of the encoder's last hidden states over its tokens, for an image the input
-    of the last linear layer. Collective: every process must call it.
+    of the last linear layer of the stock class. Collective: every process must call it.
     """
     inputs, model, last = context.inputs, loaded.model, loaded.last_linear
     if context.prepared.modality == "text":
@@ -380,6 +348,11 @@ def embed_rows(context: ExperimentContext, loaded: LoadedModel, rows: list[Row])
         inputs = TextInputs(inputs.tokenizer, inputs.max_length)  # pyright: ignore
         model = PooledModel(loaded.encoder, "mean", context.source.config.hidden_size, 1)
         last = model.head
+    elif isinstance(model, EmbeddingModel):
+        # The source's embeddings are those of the stock class, which pools the same encoder.
+        stock = build_model(context.source, "regression", "native", 1, [], 0)
+        setattr(stock.model, stock.architecture.encoder, loaded.encoder)
+        model, last = stock.model, stock.last_linear
     model.to(context.device)
     encoded = context.encode_rows(rows)
     return np.concatenate(compute_frozen_features(model, last, encoded, inputs, context.device))

@@ -128,7 +128,7 @@ class _ModelParts:
         top = encoder_blocks[len(encoder_blocks) - blocks :]
         top += [get_submodule(encoder, path) for path in architecture.final_parts]
         if isinstance(model, PooledModel):
-            return [*top, model.head]
+            return [*top, *model.head_parts]
         if architecture.pooler and getattr(encoder, architecture.pooler, None) is not None:
             top.append(get_submodule(encoder, architecture.pooler))
         return top + [get_submodule(model, n) for n in (*architecture.head.parts, *self.fresh)]

@@ -1,8 +1,9 @@
 """Classify without labels: compare each input with words for the classes, as the source can.
 
 A source with an entailment head is asked whether a text entails a hypothesis of each class (Yin et
-al. 2019, arXiv:1909.00161). Other encoders of texts compare embeddings: a class is the direction of
-its prompts' embeddings, and a linear head holds all of them.
+al. 2019, arXiv:1909.00161). Other sources compare embeddings: a class is the direction of its
+prompts' embeddings, and a linear head holds all of them. Pairs of an image and a text encoder embed
+the prompts by their text half, which the model with that head no longer needs.
 """
 
 from collections.abc import Mapping
@@ -22,9 +23,20 @@ from hftl.finetune.strategies import ZERO_SHOT_ARM
 from hftl.models.encoders import get_task_class
 from hftl.models.features import predict_logits
 from hftl.models.heads import LoadedModel, TargetScale, load_class
-from hftl.models.source import SourceModel
+from hftl.models.pairs import (
+    EMBEDDING,
+    EMBEDDING_SCALE,
+    PAIRS,
+    embed_texts,
+    get_scale_and_bias,
+    load_pair,
+)
+from hftl.models.source import SourceModel, load_tokenizer
+from hftl.retain.pretraining_kl import ZeroShotHead
 from hftl.runtime.run_folder import fingerprint
 
+PHOTO_TEMPLATE = "a photo of a {}."
+"""That of CLIP's paper, for pictures."""
 ENTAILMENT_TEMPLATE = "This example is {}."
 """That of transformers' zero-shot pipeline."""
 WORDS_TEMPLATE = "{}"
@@ -53,23 +65,33 @@ def build_start_model(
 
 def build_zero_shot_model(context: ExperimentContext, finetune: Finetune, seed: int) -> LoadedModel:
     """Return a new model whose head compares embeddings with those of the classes. Collective."""
-    built = context.build_model(get_embedding_pooling(finetune), seed)
-    weight = _embed_classes(context, finetune, built.pooling, seed)
+    built = context.build_model(get_embedding_pooling(context, finetune), seed)
+    prompts = list_prompts(context, finetune)
+    if context.prepared.modality == "image":
+        weight, bias = _embed_classes_by_pair(context, prompts)
+    else:
+        weight, bias = _embed_classes(context, prompts, built.pooling, seed), 0.0
+        weight = weight / finetune.zero_shot.temperature
     with torch.no_grad():
         built.last_linear.weight.copy_(torch.from_numpy(weight))
-        built.last_linear.bias.zero_()
+        built.last_linear.bias.fill_(bias)
     return built
 
 
-def get_embedding_pooling(finetune: Finetune) -> str:
-    """Return how tokens become an embedding: as the recipe pools, else their mean."""
+def get_embedding_pooling(context: ExperimentContext, finetune: Finetune) -> str:
+    """Return how an input becomes an embedding: a text as the recipe pools, or by the mean."""
+    if context.prepared.modality == "image":
+        return EMBEDDING
     return "mean" if finetune.pooling == "native" else finetune.pooling
 
 
 def list_prompts(context: ExperimentContext, finetune: Finetune) -> Prompts:
     """Return the texts that stand for each class of the task."""
-    reads_entailment = find_entailment_output(context.source) is not None
-    template = ENTAILMENT_TEMPLATE if reads_entailment else WORDS_TEMPLATE
+    template = WORDS_TEMPLATE
+    if context.prepared.modality == "image":
+        template = PHOTO_TEMPLATE
+    elif find_entailment_output(context.source) is not None:
+        template = ENTAILMENT_TEMPLATE
     return {
         label: finetune.zero_shot.list_prompts(label, words, template)
         for label, words in context.label_words.items()
@@ -77,29 +99,66 @@ def list_prompts(context: ExperimentContext, finetune: Finetune) -> Prompts:
 
 
 def _embed_classes(
-    context: ExperimentContext, finetune: Finetune, pooling: str, seed: int
+    context: ExperimentContext, prompts: Prompts, pooling: str, seed: int
 ) -> np.ndarray:
-    """Return the weights of the zero-shot head, (classes, width) float32.
+    """Return each class's direction over the mean length of prompts, (classes, width) float32.
 
-    The embeddings of a class's prompts are averaged once each has length 1, and so is the mean
-    (Radford et al. 2021, arXiv:2103.00020, section 3.1.4). Logits are then cosines divided by the
-    temperature, but for a text's own length relative to the prompts' mean: the head stays linear
-    in the pooled tokens, and a text's nearest class is that of the cosines.
+    Logits are then cosines, but for a text's own length relative to that mean: the head stays
+    linear in the pooled tokens, and a text's nearest class is that of the cosines.
     """
-    prompts = list_prompts(context, finetune)
     texts = [text for texts in prompts.values() for text in texts]
     rows = [Row((text,), "", None, i, "finetune.zero_shot") for i, text in enumerate(texts)]
     embeddings = context.extract_features(pooling, seed, rows)
     lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return average_directions(embeddings / lengths, prompts) / lengths.mean()
+
+
+def _embed_classes_by_pair(
+    context: ExperimentContext, prompts: Prompts
+) -> tuple[np.ndarray, float]:
+    """Return weight and bias by which the head's logits are the pair's own."""
+    pair = load_pair(context.source, "zero_shot")
+    texts = [text for texts in prompts.values() for text in texts]
+    embeddings = embed_texts(pair, load_tokenizer(context.source), texts).numpy()
+    scale, bias = get_scale_and_bias(pair)
+    return average_directions(embeddings, prompts) * (scale / EMBEDDING_SCALE), bias
+
+
+def load_zero_shot_head(context: ExperimentContext, finetune: Finetune) -> ZeroShotHead:
+    """Return the pair's own classifier of the task's classes, for KL.
+
+    Raises:
+        RecipeError: if the source is no whole pair.
+    """
+    pair, prompts = (
+        load_pair(context.source, "retain.kl.on=zero_shot"),
+        list_prompts(context, finetune),
+    )
+    texts = [text for texts in prompts.values() for text in texts]
+    embeddings = embed_texts(pair, load_tokenizer(context.source), texts).numpy()
+    projection = deepcopy(getattr(pair, "visual_projection", None)) or torch.nn.Identity()
+    directions = torch.from_numpy(average_directions(embeddings, prompts))
+    return ZeroShotHead(projection, directions, *get_scale_and_bias(pair)).requires_grad_(False)
+
+
+def average_directions(embeddings: np.ndarray, prompts: Prompts) -> np.ndarray:
+    """Return the mean embedding of each class's prompts at length 1, (classes, width) float32.
+
+    Each prompt counts with length 1, too (Radford et al. 2021, arXiv:2103.00020, section 3.1.4).
+
+    Args:
+        embeddings: (prompts of all classes in their order, width), of length 1.
+        prompts: by class.
+    """
     counts = [len(texts) for texts in prompts.values()]
-    parts = np.split(embeddings / lengths, np.cumsum(counts)[:-1])
-    means = np.stack([part.mean(0) for part in parts])
-    directions = means / np.linalg.norm(means, axis=1, keepdims=True)
-    return directions / (finetune.zero_shot.temperature * lengths.mean())
+    means = np.stack([part.mean(0) for part in np.split(embeddings, np.cumsum(counts)[:-1])])
+    return means / np.linalg.norm(means, axis=1, keepdims=True)
 
 
 def find_entailment_output(source: SourceModel) -> int | None:
     """Return the number of the output that says a text entails another; None where none does."""
+    if source.architecture_spec.modality == "image":
+        return None
     names: Mapping[int, str] = source.config.id2label or {}
     return next((i for i, name in names.items() if str(name).lower().startswith("entail")), None)
 
@@ -177,14 +236,10 @@ def _check_arm(arm: Arm, context: ExperimentContext, is_own: bool) -> None:
     is_arm = arm.strategy == ZERO_SHOT_ARM
     if not is_arm and not arm.starts_zero_shot:
         return
-    if context.prepared.modality == "image":
-        raise RecipeError(
-            f"zero-shot classification of pictures needs an encoder of texts beside that of "
-            f"pictures, and {context.source.name} ({context.source.architecture}) has none",
-            "Use a CLIP, SigLIP or MetaCLIP source, or leave zero_shot out",
-        )
     needs_head = arm.starts_zero_shot or is_own
-    if find_entailment_output(context.source) is not None:
+    if context.prepared.modality == "image":
+        _check_pair(arm, context.source, needs_head)
+    elif find_entailment_output(context.source) is not None:
         _check_entailment(arm, context, needs_head)
     elif needs_head and arm.finetune.pooling == "native":
         raise RecipeError(
@@ -209,6 +264,24 @@ def _check_class_words(arm: Arm, context: ExperimentContext) -> None:
             f"are numbers without words: {', '.join(numbers[:3])}",
             f"Say what they mean: data.label_names: {{{example}}}",
         )
+
+
+def _check_pair(arm: Arm, source: SourceModel, needs_head: bool) -> None:
+    """Refuse pictures without an encoder of texts, and a head on another pooling."""
+    if source.model_type not in PAIRS:
+        raise RecipeError(
+            "zero-shot classification of pictures needs an encoder of texts beside that of "
+            f"pictures, and {source.name} ({source.architecture}) has none",
+            "Use a CLIP, SigLIP or MetaCLIP source, or leave zero_shot out",
+        )
+    if needs_head and arm.finetune.pooling != EMBEDDING:
+        raise RecipeError(
+            "a zero-shot head compares the pair's own embedding with words for classes, and "
+            f"finetune.pooling={arm.finetune.pooling} makes another",
+            f"Set finetune.pooling={EMBEDDING}",
+        )
+    load_pair(source, "zero_shot")
+    load_tokenizer(source)
 
 
 def _check_entailment(arm: Arm, context: ExperimentContext, needs_head: bool) -> None:

@@ -205,10 +205,14 @@ def add_head(folder: Path, model: Any) -> reload_check.PublishedModel:
     with wrap_loading_errors(folder):
         published = reload_check.attach_head(folder, model)
     width = getattr(getattr(model, "config", None), "hidden_size", None)
-    if published.head is not None and width not in (None, published.head.in_features):
+    if published.head is None:
+        return published
+    projection: Any = published.projection
+    read = published.head.in_features if projection is None else projection.shape[1]
+    if width not in (None, read):
         raise RunFolderError(
             f"{paths.get_display_name(folder)} does not load: head.safetensors takes "
-            f"{published.head.in_features} features, and the model gives {width}",
+            f"{read} features, and the model gives {width}",
             "Give the folder as it was published, or the right base: --base MODEL",
         )
     return published

@@ -11,7 +11,7 @@ from typing import Any
 
 from hftl.errors import RecipeError
 from hftl.models.architecture_spec import ArchitectureSpec
-from hftl.models.image_architectures import IMAGE_ENCODERS
+from hftl.models.image_architectures import IMAGE_ENCODERS, IMAGE_HALVES
 from hftl.models.text_architectures import DECODERS, TEXT_ENCODERS
 
 ARCHITECTURES = TEXT_ENCODERS | DECODERS | IMAGE_ENCODERS
@@ -25,7 +25,7 @@ def get_config_spec(config: Any) -> ArchitectureSpec:
     Raises:
         RecipeError: if the architecture is not supported, naming those that are.
     """
-    spec = ARCHITECTURES.get(config.model_type)
+    spec = ARCHITECTURES.get(config.model_type) or IMAGE_HALVES.get(config.model_type)
     if spec is not None and getattr(config, "is_decoder", False) and not spec.is_causal:
         raise RecipeError(
             f"source.model: is_decoder in its config makes the encoder {config.model_type!r} a "

@@ -59,6 +59,11 @@ class PooledModel(nn.Module):
         self.pooling = pooling
         self.head = nn.Linear(width, outputs)
 
+    @property
+    def head_parts(self) -> list[nn.Module]:
+        """Return the modules after the encoder, in order."""
+        return [self.head]
+
     def forward(
         self,
         input_ids: Tensor,

@@ -78,3 +78,9 @@ IMAGE_ENCODERS = {
     "metaclip_2": CLIP,
     "siglip": replace(CLIP, final_parts=("post_layernorm",), unused_parts=("head",)),
 }  # fmt: skip
+IMAGE_HALVES = {
+    "clip_vision_model": replace(CLIP, final_parts=("post_layernorm",), unused_parts=()),
+    "metaclip_2_vision_model": replace(CLIP, final_parts=("post_layernorm",), unused_parts=()),
+    "siglip_vision_model": replace(CLIP, final_parts=("post_layernorm", "head"), unused_parts=()),
+}  # fmt: skip
+"""The image halves of pairs, under a head on what the pair compares with texts."""

@@ -156,7 +156,10 @@ def add_lora(
         saved |= {
             _get_saved_name(name, architecture) for name in [*architecture.head.parts, *fresh]
         }
-    task = TaskType.FEATURE_EXTRACTION if pooled else _get_task_type(inner, architecture)
+    task = _get_task_type(inner, architecture)
+    if pooled and task is not None:
+        # For images peft has none: its class for features passes the arguments of text encoders.
+        task = TaskType.FEATURE_EXTRACTION
     settings |= {"task_type": task, "modules_to_save": sorted(saved) or None}
     adapted = wrap_with_lora(inner, architecture, settings, "finetune")
     if not pooled:

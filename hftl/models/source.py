@@ -20,6 +20,7 @@ from hftl.errors import RecipeError, format_error_line
 from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.architectures import READ_AS, get_config_spec
 from hftl.models.encoders import accepts_attention_mask, get_encoder_class
+from hftl.models.image_architectures import IMAGE_HALVES
 from hftl.runtime import paths
 from hftl.runtime.run_folder import UnreadableJsonError, fingerprint, read_json
 
@@ -182,6 +183,11 @@ def find_source(source: Source, on_hub: bool = False) -> SourceModel:
         ) from error
     kind = config.model_type
     config = _read_as_encoder(config)
+    if kind in IMAGE_HALVES:
+        raise RecipeError(
+            f"source.model: {source.model} is the image half of a pair alone ({kind})",
+            "Give the whole pair, as its authors published it",
+        )
     get_config_spec(config)
     if path is not None:
         return SourceModel(

@@ -22,8 +22,8 @@ from hftl.finetune.pretraining_heads import (
     check_pretraining_head,
     load_causal_lm,
     load_masked_lm,
-    load_zero_shot_head,
 )
+from hftl.finetune.zero_shot import load_zero_shot_head
 from hftl.models.source import SourceModel
 from hftl.pipeline.fisher_stage import prepare_fisher
 from hftl.retain.kl import DEFAULT_TAU
@@ -57,7 +57,7 @@ def build_retention(context: ExperimentContext, arm: Arm, seed: int, folder: Pat
             measure_target_variance=lambda: _measure_target_variance(context, pooling, seed),
             load_masked_lm=lambda: load_masked_lm(original, context, seed),
             load_causal_lm=lambda: load_causal_lm(original, seed),
-            load_zero_shot_head=lambda: load_zero_shot_head(context.source, context.prepared.names),
+            load_zero_shot_head=lambda: load_zero_shot_head(context, arm.finetune),
             load_fisher=lambda ewc: prepare_fisher(context, arm, ewc, seed, folder),
         ),
     )

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -37,6 +37,8 @@ from hftl.models.lora_concat import (
     load_factors,
     write_adapter,
 )
+from hftl.models.pairs import EMBEDDING_SCALE, EmbeddingModel
+from hftl.models.source import SourceModel
 from hftl.publish.published_metadata import drop_local_names
 from hftl.runtime.run_folder import to_json
 
@@ -94,22 +96,40 @@ def export_model(
             if isinstance(model, PooledModel)
             else {"architectures": [type(unwrap_adapter(model)).__name__]}
         )
-        config = type(source.config).from_dict(source.config.to_dict() | labels | known)
-        config.save_pretrained(folder)
+        _write_config(source, {**labels, **known}, folder)
     else:
         whole: Any = model.encoder if isinstance(model, PooledModel) else model
         whole.config.update(labels)
         whole.save_pretrained(folder, state_dict=_build_state_dict(model, source.architecture_spec))
+    if isinstance(model, EmbeddingModel):
+        # The pair's config, for what the folder says of its inputs; the class names the half.
+        half = type(unwrap_adapter(model.encoder)).__name__
+        _write_config(source, {**labels, "architectures": [half]}, folder)
     if isinstance(model, PooledModel):
-        tensors = {"weight": model.head.weight.detach(), "bias": model.head.bias.detach()}
         save_file(
-            {k: v.cpu().contiguous() for k, v in tensors.items()},
+            {k: v.detach().cpu().contiguous() for k, v in _collect_head(model).items()},
             folder / "head.safetensors",
             metadata={"pooling": finetune.pooling},
         )
     context.inputs.save(folder)
     for path in folder.glob("*config.json"):
         _rewrite_json(path, drop_local_names)
+
+
+def _write_config(source: SourceModel, changes: Mapping[str, object], folder: Path) -> None:
+    """Write the source's config with some settings changed."""
+    type(source.config).from_dict(source.config.to_dict() | dict(changes)).save_pretrained(folder)
+
+
+def _collect_head(model: PooledModel) -> dict[str, Tensor]:
+    """Return the tensors after the encoder; what multiplies embeddings is folded into the head."""
+    weight, bias = model.head.weight, model.head.bias
+    if not isinstance(model, EmbeddingModel):
+        return {"weight": weight, "bias": bias}
+    scaled = {"weight": EMBEDDING_SCALE * weight, "bias": bias}
+    if isinstance(model.projection, nn.Linear):
+        return {**scaled, "projection": model.projection.weight}
+    return scaled
 
 
 def export_adapter(context: ExperimentContext, model: nn.Module, folder: Path) -> None:

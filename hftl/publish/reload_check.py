@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -40,19 +41,28 @@ AUTO_CLASSES = {
 
 
 class PublishedModel(nn.Module):
-    """Hold a model whose forward gives logits; `head` is set where pooling is not native."""
+    """Hold a model whose forward gives logits; `head` is set where pooling is not native.
 
-    def __init__(self, model: nn.Module, head: nn.Linear | None, pooling: str) -> None:
+    `projection`, (width of the head, width of the encoder), comes before it where there is one.
+    """
+
+    def __init__(
+        self, model: nn.Module, head: nn.Linear | None, pooling: str,
+        projection: Tensor | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
         self.head = head
         self.pooling = pooling
+        self.register_buffer("projection", projection)
 
     def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
         """Logits of shape (batch, outputs)."""
         output = self.model(**inputs)
         if self.head is None:
             return output
+        if self.pooling == "embedding":
+            return SequenceClassifierOutput(logits=self.head(self._embed(output.pooler_output)))  # pyright: ignore
         hidden = output.last_hidden_state
         if self.pooling == "cls":
             pooled = hidden[:, 0]
@@ -61,6 +71,12 @@ class PublishedModel(nn.Module):
             mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).unsqueeze(-1)
             pooled = (hidden * mask).sum(1) / mask.sum(1)
         return SequenceClassifierOutput(logits=self.head(pooled))  # pyright: ignore
+
+    def _embed(self, pooled: Tensor) -> Tensor:
+        """Return the embeddings of length 1 that a pair of encoders compares."""
+        projection: Any = self.projection
+        embedding = pooled if projection is None else pooled @ projection.T
+        return embedding / embedding.norm(dim=-1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -100,7 +116,7 @@ def load_base(folder: Path, base: Path, config: Any = None) -> LoadedBase:
     """
     pooled = (folder / "head.safetensors").exists()
     config = AutoConfig.from_pretrained(folder) if config is None else config
-    auto: Any = AutoModel if pooled else _find_auto_class(config)
+    auto: Any = _find_encoder_class(config) if pooled else _find_auto_class(config)
     # The config says which class stands on the base, and its labels.
     known = {} if pooled or base == folder else {"config": config}
     model, report = auto.from_pretrained(
@@ -118,8 +134,13 @@ def load_base(folder: Path, base: Path, config: Any = None) -> LoadedBase:
 
 def attach_head(folder: Path, model: nn.Module) -> PublishedModel:
     """Return the model under the folder's own head, where it has one, in eval mode."""
-    head, pooling = _load_head(folder / "head.safetensors")
-    return PublishedModel(model, head, pooling).eval()
+    return PublishedModel(model, *_load_head(folder / "head.safetensors")).eval()
+
+
+def _find_encoder_class(config: Any) -> Any:
+    """Return the class of the image half of a pair, which the config names; else `AutoModel`."""
+    kind = (config.architectures or [""])[0]
+    return getattr(transformers, kind) if kind.endswith("VisionModel") else AutoModel
 
 
 def _find_auto_class(config: Any) -> Any:
@@ -130,12 +151,13 @@ def _find_auto_class(config: Any) -> Any:
     )
 
 
-def _load_head(path: Path) -> tuple[nn.Linear | None, str]:
+def _load_head(path: Path) -> tuple[nn.Linear | None, str, Tensor | None]:
     if not path.exists():
-        return None, "native"
+        return None, "native", None
     with safe_open(path, "pt") as file:
         pooling = file.metadata()["pooling"]
     tensors = load_file(path)
+    projection = tensors.pop("projection", None)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     outputs, width = (*shapes.get("weight", ()), 0, 0)[:2]
     if not outputs * width or shapes != {"weight": (outputs, width), "bias": (outputs,)}:
@@ -143,7 +165,7 @@ def _load_head(path: Path) -> tuple[nn.Linear | None, str]:
         raise ValueError(f"{path.name} holds {held or 'nothing'}, expected a weight and its bias")
     head = nn.Linear(width, outputs)
     head.load_state_dict(tensors)
-    return head, pooling
+    return head, pooling, projection
 
 
 Batch = tuple[dict[str, Tensor | bool], Tensor | None]

@@ -15,11 +15,10 @@ from hftl.config.retain import KL
 from hftl.data.masking import MaskingSpec, mask_tokens
 from hftl.errors import RecipeError
 from hftl.models.heads import PooledModel, get_encoder, get_model_spec
+from hftl.models.image_architectures import IMAGE_HALVES
 from hftl.retain.kl import RowKL
 from hftl.retain.original import eval_mode
 from hftl.retain.regularizer import BATCH_METADATA, RegularizerContext, Step, TrainingStart
-
-PROMPT_TEMPLATE = "a photo of a {}."
 
 
 class ZeroShotHead(nn.Module):
@@ -28,35 +27,23 @@ class ZeroShotHead(nn.Module):
     Args:
         projection: from the image tower's pooled output to the space shared with texts.
         texts: (classes, width) of length 1.
-        scale: what cosines are multiplied by, exp of the trained logarithm.
+        scale: what cosines are multiplied by.
+        bias: what is added to them; it is the same for all classes.
     """
 
-    def __init__(self, projection: nn.Module, texts: Tensor, scale: Tensor) -> None:
+    def __init__(
+        self, projection: nn.Module, texts: Tensor, scale: float, bias: float = 0.0
+    ) -> None:
         super().__init__()
         self.projection = projection
         self.register_buffer("texts", texts)
-        self.register_buffer("scale", scale)
+        self.scale, self.bias = scale, bias
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Return (rows, classes) logits of (rows, width) pooled outputs."""
         texts: Any = self.texts
-        return self.scale * F.normalize(self.projection(pooled).float(), dim=-1) @ texts.T  # pyright: ignore
-
-
-def build_zero_shot_head(clip: Any, tokenizer: Any, names: list[str]) -> ZeroShotHead:
-    """Return the head of a `CLIPModel` for these classes; underscores of names become spaces."""
-    prompts = [PROMPT_TEMPLATE.format(name.replace("_", " ")) for name in names]
-    ids = tokenizer(
-        prompts, padding=True, padding_side="right", truncation=True, return_attention_mask=True,
-        return_tensors="pt",
-    )  # fmt: skip
-    with torch.no_grad(), eval_mode(clip):
-        pooled = clip.text_model(
-            input_ids=ids["input_ids"], attention_mask=ids["attention_mask"]
-        ).pooler_output
-        texts = F.normalize(clip.text_projection(pooled).float(), dim=-1)
-    scale = clip.logit_scale.detach().exp()
-    return ZeroShotHead(deepcopy(clip.visual_projection), texts, scale).requires_grad_(False)
+        embedding = F.normalize(self.projection(pooled).float(), dim=-1)
+        return self.scale * embedding @ texts.T + self.bias
 
 
 class PretrainingHeadKL(RowKL):
@@ -88,7 +75,7 @@ class ZeroShotKL(PretrainingHeadKL):
 
     Args:
         config: the recipe's section.
-        head: see `build_zero_shot_head`.
+        head: see `load_zero_shot_head` in `finetune/zero_shot.py`.
     """
 
     def __init__(self, config: KL, head: ZeroShotHead) -> None:
@@ -106,13 +93,13 @@ class ZeroShotKL(PretrainingHeadKL):
         """Find the image tower; without an adapter a copy of it is the original.
 
         Raises:
-            RecipeError: if the model has none of CLIP's.
+            RecipeError: if the model has none of a pair's.
         """
         self._tower = get_encoder(model, get_model_spec(model))
-        if self._tower.config.model_type != "clip_vision_model":
+        if self._tower.config.model_type not in IMAGE_HALVES:
             raise RecipeError(
                 f"kl.on=zero_shot: {self._tower.config.model_type} cannot classify by class names",
-                "Use a CLIP source, or kl.on=relational",
+                "Use a CLIP, SigLIP or MetaCLIP source, or kl.on=relational",
             )
         self._head.to(next(model.parameters()).device)
         if isinstance(model, PeftModel):
