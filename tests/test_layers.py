@@ -26,7 +26,7 @@ ORDER = [
     "models.architecture_spec", "models.text_architectures", "models.image_architectures",
     "models.architectures", "models.known_sources",
     "models.packing", "models.encoders", "models.pooling", "models.source",
-    "models.heads", "models.lora", "models.lora_concat", "models.features",
+    "models.heads", "models.lora_kernels", "models.lora", "models.lora_concat", "models.features",
     "models.pairs",
     "models.layer_features",
     "analysis.probe", "analysis.neighbours", "analysis.drift", "analysis.check",

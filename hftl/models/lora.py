@@ -21,6 +21,7 @@ from hftl.models.encoders import (
     list_weight_layers,
 )
 from hftl.models.heads import PooledModel
+from hftl.models.lora_kernels import fuse_lora
 
 ALL_LINEAR = "all-linear"
 MAX_LISTED_NAMES = 12
@@ -221,6 +222,7 @@ def wrap_with_lora(
         raise RecipeError(
             f"{place}: peft refuses it: {format_error_line(error)}", "Correct the section"
         ) from error
+    fuse_lora(adapted)
     # Only the user's own targets: a subset of the blocks may lack some of the default ones.
     checked = fields | ({"target_modules": None} if all_layers else {})
     check_wrapped_names(list_adapted_layers(adapted.get_base_model()), checked, place)

@@ -35,6 +35,14 @@ def cpu_multiplies_bf16() -> bool:
     return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
 
 
+def count_changes(tensor: "Tensor") -> int:
+    """Return how often a tensor was changed in place.
+
+    Missing: a public name of `Tensor._version`, which autograd checks saved tensors by.
+    """
+    return tensor._version
+
+
 def set_backend_tokenizer(tokenizer: Any, state: str) -> None:
     """Replace the backend of a fast tokenizer by one that is built from a serialised state.
 

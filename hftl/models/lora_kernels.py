@@ -1,0 +1,110 @@
+"""Compute LoRA layers on a CPU as one function, at peft's outputs and gradients.
+
+peft's forward runs three layers, and under autocast every one of them casts its input and its
+weight anew, also the frozen one, which never changes. Predictions, in fp32 and without gradient,
+run as peft runs them: the proof that an adapter reloads compares the two.
+"""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from hftl.train.hf_compat import count_changes
+
+
+class _LoraProduct(torch.autograd.Function):
+    """Compute x W' + b + s (x A') B', of which A and B train, in the precision of the frozen W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, down: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
+        """Return (..., out) of x (..., in), down (rank, in), up (out, rank), weight (out, in)."""
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+            low, high = down.to(weight.dtype), up.to(weight.dtype)
+            inner = rows @ low.t()
+            output = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+            output.addmm_(inner, high.t(), alpha=scale)
+        ctx.save_for_backward(rows, inner, low, high, weight)
+        ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (x.dtype, down.dtype, up.dtype)
+        return output.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        """Return the gradients of x, down and up."""
+        rows, inner, low, high, weight = ctx.saved_tensors
+        of_x = of_down = of_up = None
+        with torch.autocast(gradient.device.type, enabled=False):
+            gradient = gradient.reshape(-1, gradient.shape[-1]).to(weight.dtype)
+            of_inner = (gradient @ high).mul_(ctx.scale)
+            if ctx.needs_input_grad[0]:
+                of_x = (gradient @ weight).addmm_(of_inner, low)
+                of_x = of_x.view(ctx.shape).to(ctx.dtypes[0])
+            if ctx.needs_input_grad[1]:
+                of_down = (of_inner.t() @ rows).to(ctx.dtypes[1])
+            if ctx.needs_input_grad[2]:
+                # So and not the other way round: the product of few rows by many columns.
+                of_up = (inner.t() @ gradient).t().mul(ctx.scale).to(ctx.dtypes[2])
+        return of_x, of_down, of_up, None, None, None
+
+
+class _FusedLinear(Linear):
+    """Compute peft's dense layer by `_LoraProduct` where it is plain LoRA on a CPU."""
+
+    _frozen: tuple[Any, ...] = ()
+    """What the frozen tensors were, and what they are in the precision of the training."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the layer's output; what is not plain LoRA goes peft's own way."""
+        name = self.active_adapters[0] if self.active_adapters else ""
+        if args or kwargs or not self._is_plain(x, name):
+            return super().forward(x, *args, **kwargs)
+        weight, bias = self._cast_frozen()
+        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        return _LoraProduct.apply(x, down, up, weight, bias, self.scaling[name])
+
+    def _is_plain(self, x: Tensor, name: str) -> bool:
+        """Return whether it trains on a CPU, by one adapter without dropout, bias or variant."""
+        base, is_cast = self.base_layer, torch.is_autocast_enabled("cpu")
+        return (
+            x.device.type == "cpu"
+            and (is_cast or torch.is_grad_enabled() and x.dtype == base.weight.dtype)
+            and len(self.active_adapters) == 1
+            and name in self.lora_A
+            and not (self.disable_adapters or self.merged or self.lora_variant)
+            and not self.lora_bias[name]
+            and isinstance(self.lora_dropout[name], nn.Identity)
+            and type(base) is nn.Linear
+            and not any(parameter.requires_grad for parameter in base.parameters())
+            and not torch.compiler.is_compiling()
+        )
+
+    def _cast_frozen(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias in autocast's precision, cast again only after they changed."""
+        base: Any = self.base_layer
+        weight, bias = base.weight, base.bias
+        if not torch.is_autocast_enabled("cpu"):
+            return weight, bias
+        dtype = torch.get_autocast_dtype("cpu")
+        state = (
+            dtype,
+            *((t.data_ptr(), count_changes(t)) for t in (weight, bias) if t is not None),
+        )
+        if not self._frozen or self._frozen[0] != state:
+            cast = (None if t is None else t.detach().to(dtype) for t in (weight, bias))
+            # The weight itself is held too: no other tensor then comes to lie where it did.
+            self._frozen = (state, *cast, weight.detach())
+        return self._frozen[1], self._frozen[2]
+
+
+def fuse_lora(model: nn.Module) -> None:
+    """Let peft's dense layers compute as one function; the rest is peft's."""
+    for module in model.modules():
+        if type(module) is Linear:
+            module.__class__ = _FusedLinear
