@@ -301,6 +301,27 @@ def curve(
 
 
 @app.command()
+def distance(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    to: Annotated[
+        list[str] | None, typer.Option(help="another table, read as train's; may be repeated")
+    ] = None,
+    output: Output = None,
+    rows: MostRows = 500,
+) -> None:
+    """Measure how far train, test, unlabelled, general and other data lie from each other."""
+    loaded = Recipe.load(recipe, overrides)
+    folder = _name_run(loaded, output)
+    with _working():
+        from hftl.pipeline.analyses import run_distance
+        from hftl.pipeline.pipeline import open_recipe
+
+        text = run_distance(loaded, open_recipe(loaded), folder, to or [], rows)
+    say(text)
+
+
+@app.command()
 def rank(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -45,7 +45,7 @@ ORDER = [
     "finetune.interpolate", "finetune.arm", "finetune.baselines",
     "measure.gain", "measure.error_analysis", "measure.forgetting",
     "analysis.power_law", "analysis.curve_figures", "analysis.estimates", "analysis.rank",
-    "analysis.layer_probe", "analysis.curve",
+    "analysis.layer_probe", "analysis.curve", "analysis.distance", "analysis.domains",
     "card.validation", "card.wording", "card.metadata", "card.sections", "card.card", "card.plots",
     "card.analysis_plots",
     "card.report",

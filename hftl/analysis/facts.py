@@ -204,3 +204,47 @@ class CurveAnalysis(RecordPart):
     test_rows: int
     arms: list[CurveArm]
     labels: list[LabelValue]
+
+
+# Distances between domains.
+
+
+class DomainFacts(RecordPart):
+    """Describe one set of rows: what it is compared with itself, in halves, is the null."""
+
+    name: str
+    rows: int
+    """That are compared, of all."""
+    pieces_per_word: float | None
+    """Of texts: how many tokens the source's vocabulary needs for a word."""
+    null_a_distance: float
+    null_frechet: float
+    null_word_divergence: float | None
+
+
+class DomainPair(RecordPart):
+    """Compare two sets of as many rows; an interval is over rows."""
+
+    first: str
+    second: str
+    rows: int
+    a_distance: Estimate
+    saturated: bool
+    """The A-distance is so near 2 that it no longer tells domains apart."""
+    h_divergence: Estimate
+    mmd: Estimate
+    """The squared discrepancy."""
+    mmd_p_value: float
+    frechet: Estimate
+    """Squared, in 16 principal components, extrapolated to infinitely many rows."""
+    word_overlap: Estimate | None
+    word_divergence: Estimate | None
+
+
+class DistanceAnalysis(RecordPart):
+    """Hold the distances between all sets of rows on the source's features."""
+
+    source: str
+    site: SiteFacts
+    domains: list[DomainFacts]
+    pairs: list[DomainPair]

@@ -3,6 +3,8 @@
 from hftl.analysis.facts import (
     CurveAnalysis,
     CurveForecast,
+    DistanceAnalysis,
+    Estimate,
     Interval,
     LabelCount,
     ProbeAnalysis,
@@ -172,3 +174,58 @@ def _describe_forecast(arm: str, forecast: CurveForecast, unit: str) -> str:
         return f"{words}; a score better by {forecast.step:g} is beyond it"
     interval = format_count_interval(needed)
     return f"{words}; better by {forecast.step:g} at {needed.value:.0f} {interval}"
+
+
+def format_distance(facts: DistanceAnalysis) -> str:
+    """Return the distances of all pairs, and what each set is from itself."""
+    rows = [
+        [
+            f"{pair.first} - {pair.second}",
+            str(pair.rows),
+            format_estimate(pair.a_distance) + (" saturated" if pair.saturated else ""),
+            format_estimate(pair.h_divergence),
+            format_estimate(pair.mmd, 4),
+            f"{pair.mmd_p_value:.3f}",
+            format_estimate(pair.frechet),
+        ]
+        for pair in facts.pairs
+    ]
+    rows += [
+        [
+            f"halves of {domain.name}", str(domain.rows // 2),
+            f"{domain.null_a_distance:.3f}", "", "", "", f"{domain.null_frechet:.3f}",
+        ]
+        for domain in facts.domains
+    ]  # fmt: skip
+    tables = [
+        render_table(["", "rows", "A-distance", "H-divergence", "MMD^2", "p", "Frechet"], rows)
+    ]
+    words = [
+        [
+            f"{pair.first} - {pair.second}",
+            format_estimate(pair.word_overlap),
+            format_estimate(pair.word_divergence),
+        ]
+        for pair in facts.pairs
+        if pair.word_overlap is not None
+    ]
+    if words:
+        words += [
+            [f"halves of {domain.name}", "", format_number(domain.null_word_divergence)]
+            for domain in facts.domains
+        ]
+        tables.append(render_table(["", "words shared", "word divergence"], words))
+    notes = [f"  on {facts.site} of {facts.source}; A-distance and H-divergence are at most 2"]
+    if words:
+        pieces = [f"{d.name} {format_number(d.pieces_per_word, 2)}" for d in facts.domains]
+        notes.append(f"  tokens a word: {', '.join(pieces)}")
+    if any(pair.saturated for pair in facts.pairs):
+        notes.append("  saturated: the A-distance no longer tells these apart; compare their MMD^2")
+    return "\n".join([*tables, *notes])
+
+
+def format_estimate(estimate: Estimate | None, digits: int = 3) -> str:
+    """Return `0.123 [0.101, 0.145]`, or a dash where there is none."""
+    if estimate is None:
+        return "-"
+    return f"{estimate.value:.{digits}f} {format_interval(estimate.ci95, digits)}"

@@ -4,7 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
-from hftl.analysis.facts import CurveAnalysis, ProbeAnalysis, RankAnalysis
+from hftl.analysis.facts import (
+    CurveAnalysis,
+    DistanceAnalysis,
+    Estimate,
+    ProbeAnalysis,
+    RankAnalysis,
+)
 from hftl.card.plots import OTHER, OTHER_MARKERS, OWN, escape_math, new_figure, save_figure
 
 
@@ -103,4 +109,32 @@ def plot_curve(facts: CurveAnalysis, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def plot_distance(facts: DistanceAnalysis, path: Path) -> None:
+    """Draw every pair's A-distance, MMD^2 and Frechet distance with their intervals."""
+    pairs = facts.pairs[::-1]
+    figure = new_figure(11, 0.45 * len(pairs) + 1.4)
+    panels = figure.subplots(1, 3, sharey=True)
+    columns: list[tuple[str, list[Estimate]]] = [
+        ("proxy A-distance, at most 2", [pair.a_distance for pair in pairs]),
+        ("MMD^2", [pair.mmd for pair in pairs]),
+        ("Frechet distance, squared", [pair.frechet for pair in pairs]),
+    ]
+    for axes, (title, estimates) in zip(panels, columns, strict=True):
+        for height, estimate in enumerate(estimates):
+            color = OTHER if axes is panels[0] and pairs[height].saturated else OWN
+            low_high = estimate.ci95 or (estimate.value, estimate.value)
+            axes.plot(low_high, [height] * 2, color=color, linewidth=2)
+            axes.plot([estimate.value], [height], "o", color=color)
+        axes.axvline(0, color=OTHER, linewidth=1, linestyle=":")
+        axes.set_xlabel(title)
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.margins(x=0.08)
+    names = [escape_math(f"{pair.first} - {pair.second}") for pair in pairs]
+    panels[0].set_yticks(range(len(pairs)), names, fontsize=8)
+    panels[0].set_ylim(-0.5, len(pairs) - 0.5)
     save_figure(figure, path)

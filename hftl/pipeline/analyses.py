@@ -9,12 +9,13 @@ from typing import TypeVar
 import yaml
 
 from hftl.analysis.curve import CurveOptions, compute_curve
-from hftl.analysis.facts import CurveAnalysis, ProbeAnalysis, RankAnalysis
+from hftl.analysis.domains import compare_domains
+from hftl.analysis.facts import CurveAnalysis, DistanceAnalysis, ProbeAnalysis, RankAnalysis
 from hftl.analysis.feature_store import FeatureStore
 from hftl.analysis.layer_probe import probe_layers
 from hftl.analysis.rank import rank_sources
-from hftl.analysis.tables import format_curve, format_probe, format_rank
-from hftl.card.analysis_plots import plot_curve, plot_probe, plot_rank
+from hftl.analysis.tables import format_curve, format_distance, format_probe, format_rank
+from hftl.card.analysis_plots import plot_curve, plot_distance, plot_probe, plot_rank
 from hftl.config.overrides import apply_overrides, read_yaml, set_key
 from hftl.config.recipe import Recipe
 from hftl.data.facts import RecordPart
@@ -87,6 +88,18 @@ def run_curve(
         store = FeatureStore(context, features)
         facts: CurveAnalysis = compute_curve(recipe, context, store, options)
         return f"{format_curve(facts)}\n{write_analysis(folder, 'curve', facts, plot_curve)}"
+
+
+def run_distance(
+    recipe: Recipe, context: ExperimentContext, folder: Path, tables: list[str], most_rows: int
+) -> str:
+    """Compare the recipe's sets of rows and other tables; return what to print."""
+    check_task(recipe)
+    with open_run(folder) as features:
+        facts: DistanceAnalysis = compare_domains(recipe, context, features, tables, most_rows)
+        return (
+            f"{format_distance(facts)}\n{write_analysis(folder, 'distance', facts, plot_distance)}"
+        )
 
 
 def write_winner(recipe: Path, overrides: list[str], facts: RankAnalysis, target: Path) -> None:

@@ -1,0 +1,216 @@
+"""Check distances of domains against closed forms written anew, and on samples of known truth."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import make_image_recipe, pictures, sentences, write_csv
+from scipy.linalg import sqrtm
+from scipy.spatial.distance import jensenshannon, pdist
+from scipy.stats import kstest
+from test_cli_errors import Hftl, hftl
+from test_feature_store import forwards
+
+from hftl.analysis.distance import (
+    classify_domains,
+    compute_frechet,
+    compute_mmd,
+    compute_word_divergence,
+    compute_word_overlap,
+    extrapolate_frechet,
+)
+from hftl.analysis.domains import compare_domains
+from hftl.analysis.facts import DistanceAnalysis
+
+__all__ = ["forwards", "hftl"]
+
+
+def draw(rows: int, width: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> np.ndarray:
+    features = np.random.default_rng(seed).normal(size=(rows, width)) * scale
+    features[:, 0] += shift
+    return features
+
+
+@pytest.mark.parametrize(("rows", "width"), [(60, 5), (12, 30)])
+def test_frechet_is_the_bures_wasserstein_distance(rows: int, width: int) -> None:
+    first, second = draw(rows, width, 0), draw(rows, width, 1, 2.0, 1.5)
+    a, b = np.cov(first.T), np.cov(second.T)
+    gap = first.mean(0) - second.mean(0)
+    if rows > width:
+        expected = gap @ gap + np.trace(a + b - 2 * sqrtm(a @ b)).real
+        assert compute_frechet(first, second) == pytest.approx(expected, abs=1e-6)
+    values, vectors = np.linalg.eigh(a)
+    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
+    middle = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ b @ root), 0)).sum()
+    expected = gap @ gap + np.trace(a) + np.trace(b) - 2 * middle
+    assert compute_frechet(first, second) == pytest.approx(expected, abs=1e-6)
+    assert compute_frechet(first, first) == pytest.approx(0, abs=1e-8)
+
+
+def test_extrapolation_takes_the_bias_of_few_rows_away() -> None:
+    plain = [compute_frechet(draw(200, 40, s), draw(200, 40, 50 + s)) for s in range(6)]
+    corrected = [extrapolate_frechet(draw(200, 40, s), draw(200, 40, 50 + s)) for s in range(6)]
+    assert np.mean(plain) > 3.5
+    assert abs(np.mean([d.value for d in corrected])) < 0.5
+    shifted = extrapolate_frechet(draw(400, 10, 0), draw(400, 10, 1, shift=3.0))
+    assert shifted.low < 9.0 < shifted.high
+
+
+def estimate_mmd_by_loops(first: np.ndarray, second: np.ndarray) -> float:
+    pooled = [*first, *second]
+    distances = sorted(
+        math.dist(pooled[i], pooled[j]) for i in range(len(pooled)) for j in range(i)
+    )
+    median = float(np.median(distances))
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> float:
+        return math.exp(-(math.dist(x, y) ** 2) / (2 * median**2))
+
+    def mean_within(side: np.ndarray) -> float:
+        n = len(side)
+        pairs = [kernel(side[i], side[j]) for i in range(n) for j in range(n) if i != j]
+        return sum(pairs) / (n * (n - 1))
+
+    cross = np.mean([kernel(x, y) for x in first for y in second])
+    return mean_within(first) + mean_within(second) - 2 * float(cross)
+
+
+def test_mmd_is_the_sum_over_pairs() -> None:
+    first, second = draw(20, 3, 0), draw(20, 3, 1, 1.0)
+    expected = estimate_mmd_by_loops(first, second)
+    # The median of the squares is the square of the median but for an even number of pairs.
+    assert compute_mmd(first, second, 9).distance.value == pytest.approx(expected, rel=1e-3)
+
+
+def test_mmd_of_equal_domains_is_0_on_average_with_uniform_p_values() -> None:
+    results = [compute_mmd(draw(40, 4, s), draw(40, 4, 1000 + s), 99) for s in range(80)]
+    values = np.array([r.distance.value for r in results])
+    assert abs(values.mean()) < 3 * values.std() / 80**0.5 + 1e-4
+    assert kstest([r.p_value for r in results], "uniform").pvalue > 0.01
+    apart = compute_mmd(draw(40, 4, 0), draw(40, 4, 1, 3.0), 99)
+    assert apart.p_value == pytest.approx(0.01) and apart.distance.low > 0
+
+
+def test_a_distance_is_0_for_halves_and_2_for_disjoint_domains() -> None:
+    """On training rows it would be 2 for all: there are more columns than rows."""
+    nulls = [classify_domains(draw(150, 400, s), draw(150, 400, 99 + s)) for s in range(4)]
+    assert abs(np.mean([n.a_distance.value for n in nulls])) < 0.15
+    assert sum(n.a_distance.low <= 0 <= n.a_distance.high for n in nulls) >= 3
+    assert all(n.h_divergence.value >= n.a_distance.value for n in nulls)
+    apart = classify_domains(draw(150, 20, 0), draw(150, 20, 1, shift=8.0))
+    assert apart.a_distance.value > 1.9 and apart.h_divergence.value > 1.9
+    between = classify_domains(draw(300, 3, 0), draw(300, 3, 1, shift=2.0))
+    # The best classifier of two unit Gaussians 2 apart errs on .1587.
+    assert between.a_distance.low < 2 - 4 * 0.1587 < between.a_distance.high
+
+
+def test_a_document_in_both_folds_does_not_count() -> None:
+    """Each document has a place of its own, so its other sentence gives the domain away."""
+    places = np.repeat(np.random.default_rng(0).normal(size=(60, 30)), 5, axis=0) * 5
+    first, second = places[:150], places[150:]
+    groups = np.repeat(np.arange(60).astype(str), 5)
+    assert classify_domains(first, second).a_distance.value > 1.0
+    assert classify_domains(first, second, groups).a_distance.value < 0.9
+
+
+def test_words_by_hand() -> None:
+    first = [["a", "b"], ["a", "c"], ["d"], ["a"]] * 5
+    second = [["a", "x"], ["a", "y"], ["d"], ["z"]] * 5
+    overlap = compute_word_overlap(first, second)
+    assert overlap.value == pytest.approx(2 / 4)
+    p, q = np.array([3, 1, 1, 1, 0, 0, 0]) / 6, np.array([2, 0, 0, 1, 1, 1, 1]) / 6
+    divergence = compute_word_divergence(first, second)
+    assert divergence.value == pytest.approx(jensenshannon(p, q, base=2) ** 2, abs=1e-6)
+    assert divergence.low <= divergence.value <= divergence.high
+    assert compute_word_divergence(first, first).value == pytest.approx(0, abs=1e-9)
+
+
+def cover_distances(trials: int) -> dict[str, float]:
+    """Return how often intervals hold the truth of Gaussians with a known distance."""
+    covered: dict[str, list[bool]] = {"a": [], "mmd": [], "frechet": []}
+    big = np.concatenate([draw(1500, 5, 10**6), draw(1500, 5, 10**6 + 1, 1.0)])
+    square = float(np.median(pdist(big, "sqeuclidean")))
+    # The mean of the kernel of a normal difference of variance 2 in each direction.
+    truth = 2 * (square / (square + 2)) ** 2.5 * (1 - math.exp(-1 / (2 * (square + 2))))
+    for trial in range(trials):
+        first, second = draw(200, 5, 2 * trial), draw(200, 5, 2 * trial + 1, 1.0)
+        a = classify_domains(first, second).a_distance
+        covered["a"].append(a.low <= 2 - 4 * 0.3085 <= a.high)
+        mmd = compute_mmd(first, second, 1).distance
+        covered["mmd"].append(mmd.low <= truth <= mmd.high)
+        frechet = extrapolate_frechet(first, second)
+        covered["frechet"].append(frechet.low <= 1.0 <= frechet.high)
+    return {name: float(np.mean(hits)) for name, hits in covered.items()}
+
+
+def test_intervals_hold_the_truth() -> None:
+    covered = cover_distances(20)
+    assert min(covered.values()) >= 0.75, covered
+
+
+@pytest.mark.slow
+def test_intervals_hold_the_truth_in_300() -> None:
+    covered = cover_distances(300)
+    assert all(0.92 <= share <= 0.98 for share in covered.values()), covered
+
+
+def read(run: Path) -> DistanceAnalysis:
+    return DistanceAnalysis.model_validate_json((run / "analysis" / "distance.json").read_text())
+
+
+def test_distance_command(
+    hftl: Hftl, recipe_file: Path, tmp_path: Path, forwards: list[int]
+) -> None:
+    far = [(f"bad dull poor {i} {'sad' * (i % 7)}", "negative") for i in range(60)]
+    other = write_csv(tmp_path / "other.csv", ["text", "label"], far)
+    general = write_csv(tmp_path / "more.csv", ["text"], [[t] for t, _ in sentences(90, 5)])
+    run = tmp_path / "out"
+    words = ["distance", recipe_file, f"data.general={{path: {general}}}"]
+    words += ["data.test={fraction: 0.4}"]
+    words += ["--to", other, "--output", run]
+    outcome = hftl(*words)
+    assert outcome.code == 0, outcome.err
+    facts = read(run)
+    assert [d.name for d in facts.domains] == ["train", "test", "general", str(other)]
+    assert len(facts.pairs) == 6 and "saturated" in outcome.out
+    by_pair = {(p.first, p.second): p for p in facts.pairs}
+    assert by_pair["train", str(other)].mmd_p_value < 0.01
+    assert by_pair["train", str(other)].mmd.value > by_pair["train", "test"].mmd.value
+    same = by_pair["train", "test"].a_distance
+    assert same.ci95 is not None and same.ci95[0] < 0.6
+    assert all(d.pieces_per_word == pytest.approx(1.0, abs=0.5) for d in facts.domains)
+    assert (run / "analysis" / "distance.png").read_bytes()[:4] == b"\x89PNG"
+    passes = len(forwards)
+    assert hftl(*words).code == 0 and len(forwards) == passes
+    assert read(run) == facts
+
+    hftl(*words[:-2], "--to", "gone.csv", "--output", run).assert_error(3, "gone.csv")
+    few = write_csv(tmp_path / "few.csv", ["text", "label"], far[:5])
+    hftl(*words[:-2], "--to", few, "--output", run).assert_error(3, "few.csv has 5 rows")
+
+
+def test_copies_of_train_in_another_table_are_no_distance(
+    hftl: Hftl, recipe_file: Path, table: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "out"
+    words = ["distance", recipe_file, "data.test={fraction: 0.4}", "--to", table, "--output", run]
+    assert hftl(*words).code == 0
+    pair = next(p for p in read(run).pairs if {p.first, p.second} == {"train", str(table)})
+    assert abs(pair.a_distance.value) < 0.8 and pair.mmd_p_value > 0.05
+
+
+def test_distances_of_pictures(tmp_path: Path, tiny_model: Any) -> None:
+    from conftest import bench_of
+
+    recipe = make_image_recipe(
+        pictures(tmp_path / "a", 60), tiny_model("vit"), test={"fraction": 0.4}
+    )
+    other = pictures(tmp_path / "b" / "x", 25).parent
+    context = bench_of(recipe)
+    facts = compare_domains(recipe, context, tmp_path / "features", [str(other / "x")], 100)
+    assert [d.name for d in facts.domains][:2] == ["train", "test"]
+    assert facts.pairs[0].word_overlap is None and facts.domains[0].pieces_per_word is None
+    assert json.loads(json.dumps(facts.to_dict()))["site"]["pooling"] == "native"
