@@ -9,8 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from hftl.card.wording import build_forgetting_rows, describe_headline
+from hftl.measure.facts import MIN_JUDGED_ROWS, SliceSection
 from hftl.measure.record import AdaptStage, GuardFigures, LossChange, Record
-from hftl.measure.verdict import format_gain
+from hftl.measure.verdict import format_gain, format_slice_gain
 from hftl.train.facts import ArmFile, CheckFacts, LearningRate
 
 
@@ -109,6 +110,25 @@ def format_ladder(record: Record) -> str:
         lines.append(
             "  (no errors to compare: how far a gain is from 0 is open on so few test rows)"
         )
+    return "\n".join(lines)
+
+
+def format_slices(section: SliceSection) -> str:
+    """Return the slices that lose, a line each, under a line that counts all."""
+    losers, count = section.losers, len(section.slices)
+    names = ", ".join(column.name for column in section.columns)
+    if section.baseline is None:
+        return f"slices: {count} by {names}; no baseline was run, so no gain is known"
+    if all(part.p_value is None for part in section.slices):
+        return f"slices: {count} by {names}; without an interval none can be judged"
+    verb = "loses" if len(losers) < 2 else "lose"
+    number = f"{len(losers) or 'none'} of {count} by {names}"
+    lines = [f"slices: {number} {verb} beyond noise to {section.baseline}"]
+    lines += [
+        f"  {part.phrase}: {format_slice_gain(part)} on {part.rows:,} rows, p {part.p_value:.2g} "
+        f"after Holm{'' if part.rows >= MIN_JUDGED_ROWS else ', too few to hold the verdict'}"
+        for part in losers
+    ]
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ from hftl.card.sections import (
     render_pipeline_snippet,
     render_plain_snippet,
 )
+from hftl.card.slices import SlicesPart, build_slices_part
 from hftl.card.validation import is_hub_id
 from hftl.card.wording import (
     TASK_PHRASES,
@@ -88,6 +89,7 @@ class CardPage:
     adaptation: str | None
     adaptation_lines: list[str]
     forgetting: ForgettingPart | None
+    slices: SlicesPart | None
     metric: str | None
     metric_words: str
     rows: list[ArmTableRow]
@@ -237,6 +239,7 @@ def _build_page(record: Record, place: str) -> CardPage:
         adaptation=record.adapt and format_adaptation_sentence(record),
         adaptation_lines=format_adaptation_lines(record) if record.adapt else [],
         forgetting=_build_forgetting_part(record) if has_forgetting(record) else None,
+        slices=build_slices_part(record),
         metric=record.metric,
         metric_words=describe_metric(str(record.metric)).label,
         rows=[_build_ladder_row(row, record) for row in record.ladder],

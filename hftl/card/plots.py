@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from hftl.card.wording import describe_headline
+from hftl.card.wording import describe_headline, to_one_line
 from hftl.measure.gain import ComparedModel
 from hftl.measure.metrics import MetricSpec, describe_metric
 from hftl.measure.record import LadderRow, Record
@@ -15,6 +15,8 @@ OTHER_MARKERS = tuple(
     zip("osD^v" * 4, ("#8b949e", "#bc4c00", "#1a7f37", "#8250df") * 5, strict=True)
 )
 """Of the other arms; no two of twenty are alike."""
+WORSE = "#cf222e"
+MAX_TICK_CHARACTERS = 40
 
 
 def plot_ladder(record: Record, path: Path) -> None:
@@ -101,6 +103,32 @@ def plot_comparison(models: list[ComparedModel], path: Path) -> None:
     differences = axes.secondary_yaxis("right")
     differences.set_yticks(range(len(models)), [*map(_format_difference, upwards)])
     _strip_axes(axes, differences, len(models))
+    save_figure(figure, path)
+
+
+def plot_slices(record: Record, path: Path) -> None:
+    """Draw the gain in every slice with its interval: red where the model is worse beyond noise,
+    blue where it is better. At the right is the number of rows; dotted is the gain on all."""
+    section, gain = record.slices, record.transfer_gain
+    assert section is not None and gain is not None
+    upwards = section.slices[::-1]
+    figure = new_figure(8, 0.32 * len(upwards) + 1.2)
+    axes = figure.subplots()
+    for height, part in enumerate(upwards):
+        color = {"worse": WORSE, "better": OWN}.get(str(part.outcome), OTHER)
+        low, high = part.gain_ci95 or (part.gain, part.gain)
+        axes.plot([low, high], [height] * 2, color=color, linewidth=2)
+        axes.plot([part.gain], [height], "o", color=color, markersize=6)
+    axes.axvline(0, color=MEAN, linewidth=1)
+    axes.axvline(gain.value, color=OTHER, linewidth=1, linestyle=":")
+    axes.set_xlabel(
+        f"gain in {gain.metric} over {section.baseline}, right is better; dotted: all test rows"
+    )
+    names = [escape_math(to_one_line(part.phrase, MAX_TICK_CHARACTERS)) for part in upwards]
+    axes.set_yticks(range(len(upwards)), names)
+    counts = axes.secondary_yaxis("right")
+    counts.set_yticks(range(len(upwards)), [f"{part.rows:,} rows" for part in upwards])
+    _strip_axes(axes, counts, len(upwards))
     save_figure(figure, path)
 
 

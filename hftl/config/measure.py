@@ -25,6 +25,8 @@ class Measure(Section):
     seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = Field(default=[0, 1, 2], min_length=1)
     arms: list[str | dict[str, dict[str, object] | None]] = ["scratch", "head"]
     scratch: Search = Search()
+    slices: list[Annotated[str, Field(min_length=1)]] = []
+    """Columns of the test rows' table: score and gain are measured in each of their values too."""
 
     @field_validator("seeds")
     @classmethod
@@ -33,3 +35,11 @@ class Measure(Section):
         if repeated:
             raise ValueError(f"seed {min(repeated)} is given twice")
         return seeds
+
+    @field_validator("slices")
+    @classmethod
+    def _check_slices(cls, columns: list[str]) -> list[str]:
+        repeated = {column for column in columns if columns.count(column) > 1}
+        if repeated:
+            raise ValueError(f"the column {min(repeated)!r} is named twice")
+        return columns

@@ -23,7 +23,12 @@ from hftl.config.overrides import apply_overrides, flatten, read_yaml, set_key
 from hftl.config.publish import Publish
 from hftl.config.retain import Retain
 from hftl.config.section import Section, Source, build_recipe_error
-from hftl.config.validation import check_corpus_is_read, check_sections, check_solved_strategy
+from hftl.config.validation import (
+    check_corpus_is_read,
+    check_sections,
+    check_slices,
+    check_solved_strategy,
+)
 from hftl.errors import RecipeError, suggest_closest
 from hftl.finetune.strategies import (
     BASELINES,
@@ -86,6 +91,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_sections(self) -> Self:
         check_sections(self.data, self.stages, self.finetune, self.retain, self.publish)
+        check_slices(self.data, self.measure.slices)
         return self
 
     @property

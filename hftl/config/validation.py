@@ -49,6 +49,28 @@ def check_corpus_is_read(data: Data, stages: Sequence[Adapt]) -> None:
         raise RecipeError("data.unlabeled is read by adapt, which is null", "Remove one of them")
 
 
+def check_slices(data: Data, columns: Sequence[str]) -> None:
+    """Refuse slices where nothing is measured, and slices by the label.
+
+    Raises:
+        RecipeError: naming `measure.slices`.
+    """
+    if not columns:
+        return
+    if data.task is None:
+        raise RecipeError(
+            "measure.slices cuts test rows, and data.task=null has none",
+            "Remove it, or name a task",
+        )
+    table = data.test if isinstance(data.test, Table) else data.train
+    label = next((column for column in columns if column in table.label_columns), None)
+    if label is not None:
+        raise RecipeError(
+            f"measure.slices: {label!r} is the label, and the report compares every class already",
+            "Leave it out; slices are made by columns that say more of a row",
+        )
+
+
 def check_solved_strategy(finetune: Finetune, retain: Retain | None) -> None:
     """Refuse settings of training where the own arm is solved, as `head` is.
 

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Modality = Literal["text", "image"]
 LabelType = Literal["text", "integer", "boolean"]
+SliceKind = Literal["value", "range", "rare", "missing"]
+"""What the rows of a slice share: a value, a range of numbers, values that are each in few rows, or
+that they have none."""
 
 
 class RecordPart(BaseModel):

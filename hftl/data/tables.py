@@ -5,7 +5,7 @@ comes from. To read another format, write one such function and name it in `READ
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -203,13 +203,16 @@ def _list_files(folder: Path) -> list[Path]:
     return sorted(file for file, names in parts if not any(p.startswith(".") for p in names))
 
 
-def read_table(table: Table, part: str, modality: str) -> tuple[str, Iterator[RawRow]]:
+def read_table(
+    table: Table, part: str, modality: str, columns: Sequence[str] = ()
+) -> tuple[str, Iterator[RawRow]]:
     """Return the name of a table for messages, and its raw rows.
 
     Args:
         table: the recipe's table.
         part: the recipe's name of it.
         modality: what the encoder reads, `text` or `image`.
+        columns: whose class ids become names too, as those of labels do, in a Hub dataset.
 
     Raises:
         DataError: if the file is missing, of an unknown format, or not of what the encoder reads.
@@ -217,7 +220,7 @@ def read_table(table: Table, part: str, modality: str) -> tuple[str, Iterator[Ra
     """
     path = paths.resolve_local_path(table.path, f"data.{part}.path")
     if table.format == "hub" or (path is None and table.format is None):
-        return table.path, load_hub_rows(table, part)
+        return table.path, load_hub_rows(table, part, columns)
     if path is None or not path.exists():
         where, fix = paths.explain_missing_path(table.path)
         raise DataError(f"data.{part}.path: {table.path} {where}", fix)
@@ -250,12 +253,13 @@ def get_table_folder(table: Table, part: str) -> Path | None:
     return None if path is None else path if path.is_dir() else path.parent
 
 
-def load_hub_rows(table: Table, part: str) -> Iterator[RawRow]:
+def load_hub_rows(table: Table, part: str, columns: Sequence[str] = ()) -> Iterator[RawRow]:
     """Yield the rows of a Hub dataset; class ids become their names, images stay encoded.
 
     Args:
         table: `path` is the dataset's id, `name` its configuration.
         part: the split where the recipe names none; for tables without labels it is train.
+        columns: beside the label's, whose class ids become names.
 
     Raises:
         HubError: if the dataset is unknown, gated, or the Hub cannot be reached.
@@ -277,7 +281,9 @@ def load_hub_rows(table: Table, part: str) -> Iterator[RawRow]:
             # Images are decoded by hftl, which names the row of a damaged one.
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
     class_names = {
-        c: n for c in table.label_columns if (n := _get_class_names(dataset.features.get(c)))
+        column: names
+        for column in (*table.label_columns, *columns)
+        if (names := _get_class_names(dataset.features.get(column)))
     }
     for index, values in enumerate(dataset):
         for column, names in class_names.items():

@@ -16,6 +16,7 @@ from hftl.measure.metrics import METRICS, Metric, accuracy, compute_metrics, exa
 from hftl.measure.record import AdaptStage, BaselineGain, Gain, Interval, LadderRow
 from hftl.measure.statistics import (
     MIN_SEEDS_FOR_P,
+    MeanError,
     assign_blocks,
     classify_gain,
     effective_count,
@@ -52,21 +53,32 @@ class SplitPredictions:
 
 def compute_gain(metric: Metric, test: SplitPredictions, own: str, other: str) -> Gain:
     """Return how much better `own` is than `other`, in the metric's unit; positive is better."""
-    own_scores, other_scores = (score_seeds(metric, test, arm) for arm in (own, other))
-    deltas = metric.sign * (own_scores - other_scores)
-    value = float(deltas.mean())
-    interval, p_value = _estimate_interval(metric, test, own, other, value)
-    means = float(own_scores.mean()), float(other_scores.mean())
+    estimate, p_value = estimate_gain(metric, test, own, other)
+    means = [float(score_seeds(metric, test, arm).mean()) for arm in (own, other)]
     margin = MARGIN if metric.best else MARGIN * abs(means[1])
+    seeds = len(test.predictions[own])
     return Gain(
         metric=metric.name,
-        value=value,
-        ci95=interval,
-        seeds=len(deltas),
-        p_value=p_value if len(deltas) >= MIN_SEEDS_FOR_P else None,
-        relative_error_reduction=relative_error_reduction(*means, metric.best),
-        outcome=classify_gain(interval, margin),
+        value=estimate.value,
+        ci95=estimate.ci95,
+        seeds=seeds,
+        p_value=p_value if seeds >= MIN_SEEDS_FOR_P else None,
+        relative_error_reduction=relative_error_reduction(means[0], means[1], metric.best),
+        outcome=classify_gain(estimate.ci95, margin),
     )
+
+
+def estimate_gain(
+    metric: Metric, test: SplitPredictions, own: str, other: str
+) -> tuple[Estimate, float | None]:
+    """Return the gain with its interval, and the p-value of no gain that agrees with the interval.
+
+    Without an interval, with one seed or one unit, there is no p-value either.
+    """
+    own_scores, other_scores = (score_seeds(metric, test, arm) for arm in (own, other))
+    value = float((metric.sign * (own_scores - other_scores)).mean())
+    interval, p_value = _estimate_interval(metric, test, own, other, value)
+    return Estimate(value, interval), p_value
 
 
 def compute_transfer_gain(metric: Metric, test: SplitPredictions, own: str) -> BaselineGain | None:
@@ -201,13 +213,36 @@ def score_with_interval(
     estimate = _estimate_over_items(
         metric, lambda rows: metric.score(labels[rows], predictions[rows]), len(labels), units
     )
+    return _clip_interval(metric, estimate)
+
+
+def _clip_interval(metric: Metric, estimate: Estimate) -> Estimate:
+    """Return an estimate that is no better than a perfect prediction; the other bound is too far
+    to be reached."""
     if estimate.ci95 is None:
         return estimate
     low, high = estimate.ci95
-    # No better than a perfect prediction; the other bound is too far to be reached.
     if metric.lower_is_better:
         return Estimate(estimate.value, (max(low, metric.best), high))
     return Estimate(estimate.value, (low, min(high, metric.best)))
+
+
+def score_arm(metric: Metric, split: SplitPredictions, arm: str) -> Estimate:
+    """Return an arm's mean score over its seeds, with its interval over seeds and items."""
+    seeds = split.predictions[arm]
+    if len(seeds) == 1:
+        return score_with_interval(metric, split.labels, seeds[0], split.units)
+    value = float(score_seeds(metric, split, arm).mean())
+    _, sizes = np.unique(split.units, return_counts=True)
+    if len(sizes) < 2:
+        return Estimate(value, None)
+    values = np.stack(
+        [jackknife(lambda i, p=p: metric.score(split.labels[i], p[i]), split.units) for p in seeds]
+    )
+    error = estimate_mean_error(values, np.bincount(assign_blocks(split.units)))
+    if metric.is_proportion:
+        return _estimate_proportion(value, error, sizes)
+    return _clip_interval(metric, Estimate(value, error and error.interval(value)))
 
 
 def _score_proportion(
@@ -227,6 +262,11 @@ def _score_proportion(
         return Estimate(value, wilson_interval(value, len(units)))
     values = jackknife(lambda rows: metric.score(labels[rows], predictions[rows]), units)
     error = estimate_item_error(values, np.bincount(assign_blocks(units)))
+    return _estimate_proportion(value, error, sizes)
+
+
+def _estimate_proportion(value: float, error: MeanError | None, sizes: np.ndarray) -> Estimate:
+    """Return a share with Wilson's interval of as many rows as would have this error."""
     if error is None or error.value == 0 or not 0 < value < 1:
         return Estimate(value, wilson_interval(value, effective_count(sizes)))
     count = value * (1 - value) / error.value**2

@@ -16,6 +16,7 @@ from pydantic import Field, PrivateAttr, ValidationError, field_serializer
 from hftl.config.recipe import Recipe
 from hftl.data.facts import DataFacts, GeneralFacts, OpenPart, RecordPart
 from hftl.errors import HftlError, RunFolderError, suggest_closest
+from hftl.measure.facts import Interval, SliceSection
 from hftl.runtime.run_folder import UnreadableJsonError, fingerprint, read_json, to_json
 from hftl.train.facts import ArmEntry, CheckFacts, Number, Score, ScratchSearch
 
@@ -25,7 +26,6 @@ PACKAGES = ("hftl", "torch", "transformers", "peft", "accelerate", "datasets", "
 RECORD_FILE = "record.json"
 PUBLISHED_FILE = "hftl.json"
 
-Interval = tuple[float, float]
 GainOutcome = Literal["positive", "equivalent", "negative", "undetermined"]
 
 
@@ -351,6 +351,8 @@ class Record(RecordPart):
     test_metrics: dict[str, Score] | None = None
     """Every metric of the own arm on test, means over seeds."""
     classes: ClassGains | None = None
+    slices: SliceSection | None = None
+    """Null where `measure.slices` names no column."""
     forgetting: ForgettingSection | None
     reload_difference: float | None = None
     verdict: Verdict

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from hftl.measure.record import AdaptStage, BaselineGain, Gain, Interval, Verdict
+from hftl.measure.facts import MIN_JUDGED_ROWS, Interval, SliceScore, SliceSection
+from hftl.measure.record import AdaptStage, BaselineGain, Gain, Verdict
 
 RELOAD_TOLERANCE = 1e-5
 
@@ -39,9 +40,10 @@ def decide_verdict(
     reload_difference: float,
     over_source: Gain | None = None,
     over_zero_shot: Gain | None = None,
+    slices: SliceSection | None = None,
 ) -> Verdict:
     """Publish only when the gain is beyond noise, neither `head`, `zero_shot` nor the recipe
-    without adaptation is better beyond noise, and the reload is proved.
+    without adaptation is better beyond noise, no slice loses, and the reload is proved.
 
     A model that is not better than `head` says so first, whatever the decision: the gain over a
     baseline that was not pretrained does not show that training the encoder was worth it.
@@ -53,6 +55,7 @@ def decide_verdict(
             relative to the largest logit where that is above 1.
         over_source: the own arm's gain over the same without adaptation, where it is adapted.
         over_zero_shot: the own arm's gain over `zero_shot`, where that ran beside it.
+        slices: scores and gains of the recipe's slices, where it names some.
 
     Returns:
         The verdict; on publish the reasons say what speaks for it.
@@ -61,6 +64,7 @@ def decide_verdict(
     ahead = over_head is None or is_better(over_head)
     checks = [
         _judge_gain(gain), _judge_zero_shot(over_zero_shot), _judge_adaptation(over_source),
+        _judge_slices(slices, None if gain is None else gain.metric),
         _judge_reload(reload_difference),
     ]  # fmt: skip
     checks.insert(1 if ahead else 0, (head_holds, head_reason))
@@ -148,6 +152,23 @@ def _judge_adaptation(over_source: Gain | None) -> Judgement:
         return True, ""
     text = f"{format_gain(over_source)} {over_source.metric}"
     return False, f"adaptation did harm: {text} against source, the same without it"
+
+
+def _judge_slices(slices: SliceSection | None, metric: str | None) -> Judgement:
+    """Hold where a slice of enough rows is worse than the baseline, and name the worst."""
+    lost = [part for part in slices.losers if part.rows >= MIN_JUDGED_ROWS] if slices else []
+    if slices is None or not lost:
+        return True, ""
+    several = f"{len(lost)} slices lose" if len(lost) > 1 else "a slice loses"
+    return False, (
+        f"{several} beyond noise{', most of all' if len(lost) > 1 else ':'} {lost[0].phrase}: "
+        f"{format_slice_gain(lost[0])} {metric} over {slices.baseline} on {lost[0].rows:,} rows"
+    )
+
+
+def format_slice_gain(part: SliceScore) -> str:
+    """Return a slice's gain with its interval; `-` where no baseline ran."""
+    return "-" if part.gain is None else format_gain(Estimate(part.gain, part.gain_ci95))
 
 
 def _judge_reload(difference: float) -> Judgement:

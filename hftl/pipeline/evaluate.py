@@ -26,6 +26,7 @@ from hftl.measure.gain import (
 )
 from hftl.measure.metrics import Metric
 from hftl.measure.record import RECORD_FILE, SCHEMA_VERSION, Record, describe_environment
+from hftl.measure.slices import measure_slices
 from hftl.measure.verdict import decide_verdict
 from hftl.pipeline.cache_keys import build_record_key
 from hftl.pipeline.forgetting import build_forgetting_section
@@ -36,6 +37,7 @@ from hftl.pipeline.record_sections import (
     build_source_section,
 )
 from hftl.pipeline.run import ArmContexts, FinishedStage, Run
+from hftl.pipeline.slices import read_slices
 from hftl.publish.checks import measure_reload_difference
 from hftl.publish.export import export_base, export_model, rebuild_model, write_reload_sample
 from hftl.runtime import hardware, run_folder
@@ -128,10 +130,13 @@ def build_record(
     gain = compute_transfer_gain(metric, test, own.name)
     ladder = build_ladder(metric, arm_files, test, own.name)
     over = {row.arm: row.gain_of_own for row in ladder}
-    verdict = decide_verdict(
-        gain, over.get(PROBE_ARM), reload_difference, over.get("source"), over.get(ZERO_SHOT_ARM)
-    )
     baseline = gain.baseline if gain else None
+    columns = read_slices(recipe, context)
+    slices = measure_slices(metric, test, own.name, baseline, columns) if columns else None
+    verdict = decide_verdict(
+        gain, over.get(PROBE_ARM), reload_difference, over.get("source"), over.get(ZERO_SHOT_ARM),
+        slices,
+    )  # fmt: skip
     timings = {run.arm_folder(file.arm, file.seed).name: file.timings for file in arm_files}
     return Record(
         schema_version=SCHEMA_VERSION,
@@ -151,6 +156,7 @@ def build_record(
         transfer_gain=gain,
         test_metrics=average_metrics(arm_files, own.name),
         classes=compute_class_gains(test, own.name, baseline, _list_classes(context)),
+        slices=slices,
         forgetting=build_forgetting_section(run, context, _list_arm_folders(run)),
         reload_difference=reload_difference,
         verdict=verdict,
@@ -222,6 +228,8 @@ def _format_summary(record: Record, publish: bool) -> str:
     if has_forgetting(record):
         lines += ["", console.format_forgetting(record)]
     lines += ["", format_gain_sentence(record)]
+    if record.slices is not None:
+        lines.append(console.format_slices(record.slices))
     if record.adapt is not None:
         lines.append(format_adaptation_sentence(record))
     lines.append(f"verdict: {record.verdict.decision}")

@@ -33,6 +33,7 @@ from hftl.pipeline.retention import (
     reads_general_labels,
 )
 from hftl.pipeline.run import Run
+from hftl.pipeline.slices import check_slices
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.hardware import get_device
 from hftl.runtime.progress import show_activity, show_progress
@@ -149,6 +150,8 @@ def _prepare_run(run: Run, until: str) -> tuple[Metric | None, ExperimentContext
         measured = context.prepared.encode_for_metrics(context.prepared.rows["validation"])
         # A metric that cannot take these labels should say so before anything trains.
         metric.score(measured, measured)
+        chosen = metric
+        distributed.broadcast_from_main(lambda: check_slices(recipe, context, chosen))
     distributed.broadcast_from_main(lambda: check_models(recipe, context))
     return metric, context
 
@@ -186,6 +189,7 @@ def check_recipe(recipe: Recipe) -> tuple[dict[str, str], CheckFacts]:
         spec = infer_input_spec(context.source, context.prepared.task)
         context.general = load_general(data, context.prepared, spec)
         check_replay_labels(recipe, context)
+    check_slices(recipe, context, find_metric(recipe.measure.metric, context.prepared.task))
     check_models(recipe, context)
     facts = context.run_preflight(recipe, arms)
     warnings = [*facts.warnings, *warn_of_few_steps(recipe, context)]

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from hftl.card.card import render_adaptation_card, render_card
 from hftl.card.metadata import build_benchmark_files, find_first_timestamp
-from hftl.card.plots import plot_frontier, plot_ladder
+from hftl.card.plots import plot_frontier, plot_ladder, plot_slices
 from hftl.card.report import ImageLookup, build_examples, build_widget_examples, render_report
+from hftl.card.slices import has_gains
 from hftl.card.wording import has_forgetting
 from hftl.data.image_inputs import load_image_cache
 from hftl.data.prepare import read_prepared_data
@@ -35,6 +36,8 @@ def write_publish_folder(run: Path, record: Record) -> None:
     plot_ladder(published, aside / "assets" / "ladder.png")
     if has_forgetting(published):
         plot_frontier(published, aside / "assets" / "frontier.png")
+    if has_gains(published):
+        plot_slices(published, aside / "assets" / "slices.png")
     card = render_card(published, published.place)
     run_folder.write_text(aside / "README.md", card)
     run_folder.write_text(aside / PUBLISHED_FILE, published.to_json())

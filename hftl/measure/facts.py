@@ -1,0 +1,66 @@
+"""Describe slices: the part of the record that says where a model is better or worse."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from hftl.data.facts import RecordPart, SliceKind
+
+MIN_JUDGED_ROWS = 50
+"""Test rows from which on a slice that loses holds the verdict."""
+
+Interval = tuple[float, float]
+
+
+class SliceScore(RecordPart):
+    """Describe one slice of the test rows: the own arm's score, and its gain over the baseline."""
+
+    column: str
+    value: str
+    kind: SliceKind
+    rows: int
+    score: float
+    """The mean over seeds."""
+    score_ci95: Interval | None
+    gain: float | None
+    """Positive is better; None without a baseline."""
+    gain_ci95: Interval | None
+    """Of this slice alone. None with one seed or one group of rows."""
+    p_value: float | None
+    """Of no gain, two-sided, corrected for the number of slices by Holm's method."""
+    outcome: Literal["better", "worse", "within noise"] | None
+    """Beyond noise after the correction; None without a p-value."""
+
+    @property
+    def phrase(self) -> str:
+        """Return the slice in words: `city = Oslo`, `length > 12, <= 30`, `city is missing`."""
+        if self.kind == "missing":
+            return f"{self.column} is missing"
+        if self.kind == "rare":
+            return f"{self.column}: rare values"
+        return f"{self.column} {'= ' if self.kind == 'value' else ''}{self.value}"
+
+
+class SliceColumn(RecordPart):
+    """Describe how one column was cut."""
+
+    name: str
+    cuts: list[float] = Field(default_factory=list[float])
+    """Quantiles at which numbers were cut; empty where values are slices."""
+    pooled_values: int
+    """Values that are in one slice together, as each is in few rows."""
+
+
+class SliceSection(RecordPart):
+    """Describe every slice; those of one column share no row and have all."""
+
+    baseline: str | None
+    """The arm that gains are over, that of the transfer gain."""
+    columns: list[SliceColumn]
+    slices: list[SliceScore]
+
+    @property
+    def losers(self) -> list[SliceScore]:
+        """Return the slices that are worse than the baseline beyond noise, the worst first."""
+        worse = [part for part in self.slices if part.outcome == "worse"]
+        return sorted(worse, key=lambda part: part.gain or 0.0)
