@@ -19,13 +19,15 @@ import hftl
 from hftl.config.finetune import Finetune, ZeroShot
 from hftl.config.recipe import Recipe
 from hftl.config.section import Source
+from hftl.doctor.report import run_doctor
 from hftl.errors import RecipeError
 from hftl.finetune.arm import solve_zero_shot
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.pretraining_heads import embed_source
+from hftl.finetune.trainable import prepare
 from hftl.finetune.zero_shot import build_start_model, check_zero_shot, load_zero_shot_head
 from hftl.models.features import predict_logits
-from hftl.models.pairs import PAIRS, EmbeddingModel
+from hftl.models.pairs import PAIRS, EmbeddingModel, build_embedding_model
 from hftl.models.source import find_source
 from hftl.pipeline import pipeline
 
@@ -127,7 +129,7 @@ def test_zero_shot_logits_are_the_pairs_own(
 @pytest.mark.parametrize(
     ("name", "strategy", "more"),
     [
-        ("clip", "lora", {"retain": {"interpolate": [0, 0.5, 1], "kl": {"on": "zero_shot"}}}),
+        ("clip", "lora", {"retain": {"interpolate": [0.5, 1], "kl": {"on": "zero_shot"}}}),
         ("siglip", "full", {"measure": {"arms": ["zero_shot", "head", "scratch"],
                                         "scratch": {"learning_rates": [1e-3]}}}),
         ("metaclip_2", "partial", {"retain": {"kl": {"on": "relational"}}}),
@@ -152,6 +154,9 @@ def test_runs_are_published_without_the_text_half(
     if weights.exists():
         with safe_open(weights, "pt") as file:
             assert not [key for key in file.keys() if "text" in key]  # noqa: SIM118
+    if strategy == "lora":
+        lines: list[str] = []
+        assert run_doctor(str(publish), str(pairs[name]), False, lines.append) == 0, lines
     images = sorted((folder / "dark").iterdir())[:3]
     predicted = hftl.load(tmp_path / "run").predict([Image.open(path) for path in images])
     assert all(row["label"] in WORDS for row in predicted)
@@ -180,6 +185,46 @@ def test_head_needs_the_pairs_pooling(
     recipe = make_recipe(pairs["clip"], folder, **more)
     with pytest.raises(RecipeError, match=message):
         check_zero_shot(recipe, bench_of(recipe))
+
+
+TOP = ("encoder.encoder.layers.2.", "encoder.post_layernorm.", "projection.", "head.")
+TRAINED = {
+    "head": ("head.",), "zero_shot": ("head.",), "partial": TOP,
+    "gradual": ("encoder.", "projection.", "head."), "full": ("encoder.", "projection.", "head."),
+}  # fmt: skip
+"""The start of the names of what trains, by strategy, of three blocks the top one under partial."""
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("strategy", [*TRAINED, "lora"])
+def test_what_is_intended_trains_and_the_rest_does_not_move(
+    strategy: str, name: str, pairs: dict[str, Path]
+) -> None:
+    source = find_source(Source(model=str(pairs[name])))
+    built = build_embedding_model(source, 2, 0)
+    model = prepare(built.model, strategy, blocks=1, fresh=built.fresh)
+    starts = TRAINED.get(strategy, ())
+    if name == "siglip" and strategy == "partial":
+        starts = (*starts, "encoder.head.")
+    for path, parameter in model.named_parameters():
+        is_lora = ".lora_" in path and ".encoder.layers." in path
+        expected = is_lora or path.startswith("head.") if strategy == "lora" else (
+            path.startswith(starts)
+        )  # fmt: skip
+        assert parameter.requires_grad == expected, path
+    before = {path: tensor.detach().clone() for path, tensor in model.named_parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    for step in range(2):
+        torch.manual_seed(step)
+        logits = model(pixel_values=torch.randn(4, 3, 32, 32)).logits
+        torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 0, 1])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for path, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, before[path]), path
+    assert not torch.equal(model.head.weight, before["head.weight"])  # pyright: ignore
 
 
 def test_half_a_pair_is_refused(pairs: dict[str, Path], folder: Path, tmp_path: Path) -> None:

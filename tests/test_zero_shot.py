@@ -226,6 +226,18 @@ def test_pictures_need_a_text_half(tiny_model: Callable[..., Path], tmp_path: Pa
         check_zero_shot(recipe, bench_of(recipe))
 
 
+@pytest.mark.parametrize(
+    ("masked", "arms"), [(True, ["zero_shot"]), (True, []), (False, ["zero_shot"])]
+)
+def test_warns_of_an_encoder_that_predicts_words(
+    masked: bool, arms: list[str], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = make_recipe(tiny_model("bert", masked), tmp_path, measure={"arms": arms})
+    warnings = bench_of(recipe).run_preflight(recipe, recipe.arms).warnings
+    named = [line for line in warnings if "trained to predict words (BertForMaskedLM)" in line]
+    assert len(named) == (masked and bool(arms))
+
+
 def test_only_arms_that_read_words_depend_on_them(bert: Path, tmp_path: Path) -> None:
     recipe = make_recipe(
         bert, tmp_path, finetune={"head_init": "zero_shot"},

@@ -14,6 +14,7 @@ from hftl.data.images import describe_narrow_images
 from hftl.data.normalization import find_doubtful_names
 from hftl.data.prepare import PreparedData, suggest_multi_label
 from hftl.data.text_inputs import TextInputs
+from hftl.finetune.strategies import ZERO_SHOT_ARM
 from hftl.models.architectures import get_max_tokens
 from hftl.models.source import SourceModel
 from hftl.train.facts import CheckFacts
@@ -26,6 +27,8 @@ MAX_ENLARGED = 0.5
 MAX_ELONGATED = 0.1
 MIN_TEST_ROWS = 200
 MAX_IMBALANCE = 10
+WORD_PREDICTORS = ("ForMaskedLM", "ForPreTraining", "ForCausalLM")
+"""The ends of the names of classes that predict words."""
 MAX_LEARNING_RATE = 2e-4
 """Above this, full and partial fine-tuning of a pretrained encoder mostly diverges."""
 
@@ -138,6 +141,18 @@ def check_learning_rates(run: PreflightContext) -> Iterator[str]:
             )
 
 
+def check_zero_shot_source(run: PreflightContext) -> Iterator[str]:
+    """Warn of zero-shot classification by an encoder that was not trained to compare texts."""
+    trained_as = (run.source.config.architectures or [""])[0]
+    reads = any(arm.strategy == ZERO_SHOT_ARM or arm.starts_zero_shot for arm in run.arms)
+    if reads and run.prepared.modality == "text" and trained_as.endswith(WORD_PREDICTORS):
+        yield (
+            f"{run.source.name} was trained to predict words ({trained_as}), not to compare texts, "
+            "and zero-shot classification by it is hardly above chance; use a sentence encoder, or "
+            "a source with an entailment head"
+        )
+
+
 def check_public_id(run: PreflightContext) -> Iterator[str]:
     """Warn of a source that strangers could not load an adapter on."""
     if run.source.public_id is None:
@@ -182,6 +197,7 @@ CHECKS: tuple[Check, ...] = (
     check_test_rows,
     check_labels,
     check_learning_rates,
+    check_zero_shot_source,
     check_public_id,
     check_dropped_rows,
 )

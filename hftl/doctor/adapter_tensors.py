@@ -30,7 +30,9 @@ from hftl.doctor.renamed_modules import (
 )
 from hftl.errors import HftlError, format_error_line
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
+from hftl.models.architectures import get_encoder_config
 from hftl.models.encoders import build_on_meta, get_encoder_class, get_task_class
+from hftl.models.pairs import IMAGE_HALF_SUFFIX
 from hftl.models.source import BUILD_ERRORS, SourceModel
 from hftl.publish.published_metadata import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -73,8 +75,10 @@ def find_model_class(folder: AdapterFolder, source: SourceModel) -> Any:
 
     None where the folder does not say it, or names no class of transformers.
     """
+    names = folder.model_config.class_names
     if folder.has_own_head:
-        return get_encoder_class(source.config)
+        is_half = bool(names) and names[0].endswith(IMAGE_HALF_SUFFIX)
+        return _find_transformers_class(names[0]) if is_half else get_encoder_class(source.config)
     adapter = folder.adapter_config
     if isinstance(adapter.settings.get("auto_mapping"), dict):
         return _find_transformers_class(adapter.model_class)
@@ -82,7 +86,6 @@ def find_model_class(folder: AdapterFolder, source: SourceModel) -> Any:
         return get_task_class(source.config, TASKS_BY_TYPE[adapter.task_type])
     if adapter.task_type == "FEATURE_EXTRACTION":
         return get_encoder_class(source.config)
-    names = folder.model_config.class_names
     model_class = _find_transformers_class(names[0] if names else None)
     if model_class is None and not adapter.settings.get("task_type"):
         return get_task_class(source.config, "classification")
@@ -90,12 +93,14 @@ def find_model_class(folder: AdapterFolder, source: SourceModel) -> Any:
 
 
 def adjust_config(folder: AdapterFolder, source: SourceModel, model_class: Any) -> Any:
-    """Return the base's config with as many labels as the adapter's head has outputs.
+    """Return the base's config, or its image half's, with as many labels as the head has outputs.
 
     And with as many tokens as the adapter has embeddings, where it brings them, as peft does after
     the vocabulary was resized.
     """
     config = deepcopy(source.config)
+    if model_class is not None and model_class.__name__.endswith(IMAGE_HALF_SUFFIX):
+        config = get_encoder_config(config)
     outputs = count_outputs(folder, source, model_class)
     if outputs is not None:
         config.num_labels = outputs

@@ -21,6 +21,8 @@ from hftl.models.source import SourceModel
 
 EMBEDDING = "embedding"
 """The pooling of an `EmbeddingModel`."""
+IMAGE_HALF_SUFFIX = "VisionModel"
+"""The end of the name of the class that holds an image half, which a published config names."""
 EMBEDDING_SCALE = 100.0
 """The length of its embeddings, about what pairs multiply cosines by: a head of the usual size and
 learning rate would hardly move logits of vectors of length 1."""
