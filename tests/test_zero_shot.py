@@ -30,6 +30,7 @@ from hftl.finetune.zero_shot import (
 from hftl.models.features import predict_logits
 from hftl.pipeline import pipeline as runs
 from hftl.pipeline.cache_keys import build_arm_key
+from hftl.pipeline.estimate import RowCosts, build_header, estimate_seconds
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
 
@@ -141,6 +142,20 @@ def test_entailment_is_that_of_the_stock_pipeline(entailment_model: Path, tmp_pa
     assert np.std(expected) > 5e-3
     assert list_prompts(context, finetune)["1"] == ["This example is good."]
     assert solve_zero_shot(context, finetune, 1).logits is output.logits, "seeds share a pass"
+
+
+def test_time_and_header_count_each_hypothesis_and_name_the_labels(
+    entailment_model: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(entailment_model, tmp_path, measure={"arms": ["zero_shot"]})
+    context, costs = bench_of(recipe), RowCosts(1.0, 0.0, {"lora": 0.0})
+    own, zero_shot = recipe.arms
+    plain = estimate_seconds(context, [own], recipe, costs)
+    both = estimate_seconds(context, [own, zero_shot, zero_shot], recipe, costs)
+    measured = sum(len(context.prepared.rows[split]) for split in ("validation", "test"))
+    assert both - plain == pytest.approx(measured * 4), "two templates of two classes, once"
+    labels = build_header(recipe, context, [zero_shot], 1)["labels"]
+    assert labels == "0 (bad and dull), 1 (good)"
 
 
 def test_training_starts_from_the_zero_shot_head(context: ExperimentContext) -> None:

@@ -163,6 +163,13 @@ def find_entailment_output(source: SourceModel) -> int | None:
     return next((i for i, name in names.items() if str(name).lower().startswith("entail")), None)
 
 
+def count_hypotheses(context: ExperimentContext, arm: Arm) -> int:
+    """Count the passes that each row takes in an arm that classifies by entailment; 0 in others."""
+    if arm.strategy != ZERO_SHOT_ARM or find_entailment_output(context.source) is None:
+        return 0
+    return sum(map(len, list_prompts(context, arm.finetune).values()))
+
+
 def compute_entailment(context: ExperimentContext, prompts: Prompts) -> dict[str, np.ndarray]:
     """Return by split how strongly each row entails each class, (rows, classes).
 

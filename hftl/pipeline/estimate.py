@@ -13,6 +13,7 @@ from hftl.finetune.context import ExperimentContext
 from hftl.finetune.pretraining_heads import select_compared_rows
 from hftl.finetune.strategies import STRATEGIES
 from hftl.finetune.trainable import apply_strategy
+from hftl.finetune.zero_shot import count_hypotheses
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
 from hftl.models.encoders import count_blocks
 from hftl.models.features import BATCH_TOKENS, batch_by_length
@@ -75,6 +76,9 @@ def estimate_seconds(
     seen: set[str] = set()
     for arm in jobs:
         if arm.spec.is_solved:
+            hypotheses = 0 if arm.name in seen else count_hypotheses(context, arm)
+            seconds += measured * hypotheses * costs.predict
+            seen.add(arm.name)
             continue
         epochs, step = _count_epochs(context, arm, recipe), costs.step[arm.name]
         seconds_a_row = step + _estimate_retention_per_row(
@@ -230,7 +234,9 @@ def build_header(
     facts = context.prepared.facts
     splits = facts.splits
     train = len(context.select_train_rows(recipe.measure.seeds[0]))
-    labels = ", ".join(facts.labels[:8]) + (", ..." if len(facts.labels) > 8 else "")
+    labels = ", ".join(_format_label(recipe, label) for label in facts.labels[:8]) + (
+        ", ..." if len(facts.labels) > 8 else ""
+    )
     if facts.tag_scheme:
         labels += f" ({facts.tag_scheme.name} tags)"
     names = list(dict.fromkeys(arm.name for arm in arms))
@@ -256,6 +262,12 @@ def _describe_slowdown(seconds: float, slowdown: float) -> str:
         return ""
     longer = console.format_duration(seconds * slowdown)
     return f" (the machine is busy: {longer} if it stays so)"
+
+
+def _format_label(recipe: Recipe, label: str) -> str:
+    """Return a label, and the words for it where the recipe gives some."""
+    words = (recipe.data.label_names or {}).get(label)
+    return label if words is None else f"{label} ({words})"
 
 
 def _describe_dropped_rows(facts: PreparedFacts) -> str:
