@@ -1,6 +1,7 @@
 """Classify with decoders: pooling on the last token, padding on either side, no bias."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,15 +10,23 @@ import pytest
 import torch
 from support.published_model import TOKENS, open_context, publish_model, write_data
 from support.tiny import CAUSAL_MODELS, tiny_config
-from transformers import AutoTokenizer
+from support.training import perturb
+from transformers import AutoModel, AutoTokenizer
 
 from hftl.analysis.probe import fit_probe
+from hftl.config.section import Source
 from hftl.errors import RecipeError
+from hftl.finetune import trainable
+from hftl.finetune.trainable import prepare
 from hftl.models.encoders import get_task_class
+from hftl.models.half_weights import HalfLinear
 from hftl.models.heads import build_model
 from hftl.models.pooling import find_last_tokens, pool_before_head
+from hftl.models.source import find_source
+from hftl.publish.checks import measure_reload_difference
 
 Tiny = Callable[..., Path]
+LINEARS = 7
 POOLED = [*CAUSAL_MODELS, "eurobert"]
 
 
@@ -115,3 +124,51 @@ def test_the_first_token_of_a_decoder_is_refused(tiny_model: Tiny, tmp_path: Pat
     context, _ = open_context(tiny_model("modernbert-decoder"), tmp_path, "native", "lora", data)
     with pytest.raises(RecipeError, match="has no class for token-classification"):
         context.build_model("native", 0)
+
+
+@pytest.mark.parametrize("strategy", ["lora", "partial", "full"])
+def test_frozen_weights_of_a_bf16_checkpoint_stay_bf16_and_outputs_exact(
+    strategy: str, tiny_model: Tiny, tmp_path: Path
+) -> None:
+    """Frozen linear layers take half the memory, and neither logits nor gradients change."""
+    folder = tmp_path / "bf16"
+    shutil.copytree(tiny_model("gemma2"), folder)
+    AutoModel.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
+    source = find_source(Source(model=str(folder)))
+    batch = pad([[7, 9, 11, 13, 15, 8], [12, 6]], "right", 0)
+    results = []
+    for held in (False, True):
+        built = build_model(source, "classification", "native", 3, ["a", "b", "c"], 0)
+        with pytest.MonkeyPatch.context() as patch:
+            if not held:
+                patch.setattr(trainable, "hold_in_half", lambda model: 0)
+            model = prepare(built.model, strategy, blocks=1, fresh=built.fresh).eval()
+        if strategy == "lora":
+            perturb(model, 0.1)
+        layers = [module for module in model.modules() if isinstance(module, HalfLinear)]
+        expected = {"lora": 3, "partial": 2, "full": 0}[strategy] * LINEARS * held
+        assert len(layers) == expected
+        assert all(layer.weight.dtype == torch.bfloat16 for layer in layers)
+        trains = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        assert all(p.dtype == torch.float32 for _, p in trains)
+        logits = model(**batch).logits
+        logits.square().sum().backward()
+        results.append((logits.detach(), {n: p.grad for n, p in trains}))
+    torch.testing.assert_close(results[1][0], results[0][0], atol=0, rtol=0)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["lora", "partial"])
+def test_a_bf16_decoder_is_published_in_full_precision(
+    strategy: str, tiny_model: Tiny, tmp_path: Path, fast_reload: None
+) -> None:
+    folder = tmp_path / "bf16"
+    shutil.copytree(tiny_model("llama"), folder)
+    AutoModel.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
+    context, recipe = open_context(folder, tmp_path, "native", strategy)
+    sample = publish_model(context, recipe, tmp_path)
+    publish = tmp_path / "publish"
+    assert measure_reload_difference(publish, folder, sample, "cpu") <= 1e-5
+    if strategy == "partial":
+        assert json.loads((publish / "config.json").read_text())["dtype"] == "float32"

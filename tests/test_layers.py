@@ -27,7 +27,7 @@ ORDER = [
     "data.general",
     "models.architecture_spec", "models.text_architectures", "models.image_architectures",
     "models.architectures", "models.known_sources",
-    "models.packing", "models.encoders", "models.pooling", "models.source",
+    "models.packing", "models.encoders", "models.pooling", "models.half_weights", "models.source",
     "models.heads", "models.lora_kernels", "models.lora", "models.lora_concat", "models.features",
     "models.pairs",
     "models.layer_features",

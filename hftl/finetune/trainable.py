@@ -15,6 +15,7 @@ from hftl.finetune.strategies import FINETUNE_STRATEGIES, StrategySpec
 from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.architectures import count_layers
 from hftl.models.encoders import check_block_count, get_blocks, get_submodule, has_prefix
+from hftl.models.half_weights import hold_in_half
 from hftl.models.heads import (
     PooledModel,
     get_encoder,
@@ -23,6 +24,7 @@ from hftl.models.heads import (
     list_unused_parts,
 )
 from hftl.models.lora import add_lora
+from hftl.runtime.hardware import is_sharded
 
 
 def prepare(
@@ -96,6 +98,8 @@ def apply_strategy(
     for name, parameter in encoder.named_parameters():
         if has_prefix(name, unused):
             parameter.requires_grad = False
+    if architecture.is_causal and not is_sharded():
+        hold_in_half(encoder)
     return model
 
 

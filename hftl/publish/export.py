@@ -100,6 +100,7 @@ def export_model(
     else:
         whole: Any = model.encoder if isinstance(model, PooledModel) else model
         whole.config.update(labels)
+        whole.float()  # Plain classes compute in the precision that the file names.
         whole.save_pretrained(folder, state_dict=_build_state_dict(model, source.architecture_spec))
     if isinstance(model, EmbeddingModel):
         # The pair's config, for what the folder says of its inputs; the class names the half.
