@@ -1,6 +1,7 @@
 """Check few-shot curves: fits and intervals where the truth is known, draws, and the command."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from hftl.analysis.power_law import fit_power_law
 from hftl.analysis.probe import fit_probe
 from hftl.config.recipe import Recipe
 from hftl.finetune.baselines import solve_classical
+from hftl.pipeline.analyses import find_curve_arm
 
 __all__ = ["forwards", "hftl"]
 SIZES = np.array([5.0, 10.0, 20.0, 40.0, 80.0, 160.0])
@@ -146,7 +148,7 @@ def test_points_are_those_of_the_arms_on_nested_draws(recipe: Recipe, tmp_path: 
     context = bench_of(recipe)
     store = FeatureStore(context, tmp_path / "features")
     options = CurveOptions((4, 8), 2, ("head", "classical", "full"))
-    facts = compute_curve(recipe, context, store, options)
+    facts = compute_curve(recipe, context, store, options, partial(find_curve_arm, recipe, store))
     assert [arm.arm for arm in facts.arms] == ["head", "classical", "full"]
     test = context.prepared.rows["test"]
     labels = context.prepared.encode_for_metrics(test)

@@ -48,8 +48,8 @@ ORDER = [
     "measure.gain", "measure.slices", "measure.error_analysis", "measure.forgetting",
     "analysis.power_law", "analysis.curve_figures", "analysis.estimates", "analysis.rank",
     "analysis.layer_probe", "analysis.curve", "analysis.distance", "analysis.domains",
-    "card.validation", "card.wording", "card.slices", "card.metadata", "card.sections", "card.card",
-    "card.plots",
+    "card.validation", "card.wording", "card.slices", "card.evidence", "card.metadata",
+    "card.sections", "card.card", "card.plots",
     "card.analysis_plots",
     "card.report",
     "publish.sanitize", "publish.http_retry", "publish.published_metadata", "publish.checks",
@@ -63,7 +63,7 @@ ORDER = [
     "inference.compare",
     "sources",
     "init",
-    "pipeline.run",
+    "pipeline.run", "pipeline.analyses",
     "pipeline.cache_keys", "pipeline.fisher_stage", "pipeline.retention", "pipeline.kl_weight",
     "pipeline.estimate", "pipeline.arms", "pipeline.corpora",
     "pipeline.objectives", "pipeline.model_checks", "pipeline.adaptation", "pipeline.forgetting",
@@ -71,7 +71,6 @@ ORDER = [
     "pipeline.evaluate",
     "pipeline.evaluate_adaptation", "pipeline.amend", "pipeline.push", "pipeline.dry_run",
     "pipeline.pipeline",
-    "pipeline.analyses",
     "cli_errors", "cli", "__main__",
 ]  # fmt: skip
 ROOT = Path(__file__).parent.parent / "hftl"

@@ -25,13 +25,10 @@ from hftl.analysis.facts import (
     LabelValue,
 )
 from hftl.analysis.feature_store import FeatureStore
-from hftl.analysis.probe import fit_probe
-from hftl.config.recipe import Arm, Recipe
+from hftl.config.recipe import Recipe
 from hftl.data.rows import Row
 from hftl.data.splits import TASKS_WITHOUT_CLASS_SHOTS, draw_shots, hash_row, take_stratified
-from hftl.errors import DataError, RecipeError, suggest_closest
-from hftl.finetune.arm import train_arm
-from hftl.finetune.baselines import search_rate, solve_classical, train_scratch
+from hftl.errors import DataError, RecipeError
 from hftl.finetune.context import ExperimentContext
 from hftl.measure.gain import assign_units
 from hftl.measure.metrics import Metric, find_metric
@@ -58,8 +55,9 @@ class CurveOptions(NamedTuple):
 
 
 def compute_curve(
-    recipe: Recipe, context: ExperimentContext, store: FeatureStore, options: CurveOptions
-) -> CurveAnalysis:
+    recipe: Recipe, context: ExperimentContext, store: FeatureStore, options: CurveOptions,
+    find_arm: Callable[[str, ExperimentContext], Predict],
+) -> CurveAnalysis:  # fmt: skip
     """Score every arm at every size and draw on test.
 
     Args:
@@ -67,10 +65,11 @@ def compute_curve(
         context: source and rows; its own number of shots does not count.
         store: the features.
         options: see there; `most_rows` of train are drawn from, and as many of test are scored.
+        find_arm: returns what trains the arm of a name, given the context of the largest size.
 
     Raises:
         DataError: if a class has fewer rows than the largest size.
-        RecipeError: if an arm is not one of the recipe, or sizes are too few.
+        RecipeError: if sizes are too few, and what `find_arm` raises.
     """
     metric = find_metric(recipe.measure.metric, context.prepared.task)
     pooled = _pool_rows(context, options.most_rows)
@@ -82,7 +81,7 @@ def compute_curve(
     total = len(options.arms) * len(sizes) * options.draws
     with open_bar("curve", total) as advance:
         for name in options.arms:
-            predict = _find_arm(recipe, store, name, pooled, sizes)
+            predict = find_arm(name, _cut_context(pooled, sizes[-1]))
             predictions[name] = []
             for size in sizes:
                 drawn = _cut_context(pooled, size)
@@ -150,63 +149,6 @@ def _cut_context(context: ExperimentContext, size: int) -> ExperimentContext:
     rows = {**prepared.rows, "validation": sorted(held, key=hash_row)}
     # A probe is known by its seed: that of another number of labels is another.
     return replace(context, prepared=replace(prepared, rows=rows), shots=size, _probes={})
-
-
-def _find_arm(
-    recipe: Recipe, store: FeatureStore, name: str, pooled: ExperimentContext, sizes: list[int]
-) -> Predict:
-    """Return the function that trains an arm on a context's rows and predicts test.
-
-    Raises:
-        RecipeError: if there is no such arm, or it needs more than a context.
-    """
-    if name == "head":
-        return lambda context, seed: _solve_head(recipe, context, store, seed)
-    if name == "classical":
-        return lambda context, seed: solve_classical(context, seed).logits["test"]
-    arms = {arm.name: arm for arm in recipe.arms}
-    if name not in arms:
-        raise RecipeError(
-            f"--arms: the recipe has no arm {name!r}"
-            + suggest_closest(name, [*DEFAULT_ARMS, *arms]),
-            f"Use {', '.join(dict.fromkeys([*DEFAULT_ARMS, *arms]))}, or add it to measure.arms",
-        )
-    arm = arms[name]
-    if arm.retain is not None or arm.stages:
-        part = "adapt" if arm.stages else "retain"
-        raise RecipeError(
-            f"--arms: the arm {name!r} has {part}, which a curve does not repeat for every size",
-            f"Give the override {part}=null",
-        )
-    if arm.spec.schedule == "rate_search":
-        largest = _cut_context(pooled, sizes[-1])
-        search = recipe.measure.scratch
-        rate = search_rate(largest, arm.finetune, search, 0).learning_rate
-        return lambda context, seed: train_scratch(
-            context, arm.finetune, search, rate, seed
-        ).logits["test"]  # fmt: skip
-    return lambda context, seed: _train(context, arm, seed)
-
-
-def _train(context: ExperimentContext, arm: Arm, seed: int) -> np.ndarray:
-    return train_arm(context, arm.finetune, seed, compared=False, splits=("test",)).logits["test"]
-
-
-def _solve_head(
-    recipe: Recipe, context: ExperimentContext, store: FeatureStore, seed: int
-) -> np.ndarray:
-    """Return the logits of the probe on the features that the recipe's head reads."""
-    train, test = context.select_train_rows(seed), context.prepared.rows["test"]
-    site = store.find_site(recipe.finetune.pooling)
-    features, queries = (
-        context.extract_features(recipe.finetune.pooling, seed, rows)
-        if site is None
-        else store.get(rows, site)
-        for rows in (train, test)
-    )
-    targets = context.prepared.encode_targets(train)
-    probe = fit_probe(features, targets, context.num_outputs, context.group_outputs(train))
-    return probe.logits(queries)
 
 
 def _summarize_curves(

@@ -248,3 +248,11 @@ class DistanceAnalysis(RecordPart):
     site: SiteFacts
     domains: list[DomainFacts]
     pairs: list[DomainPair]
+
+
+class AnalysisSection(RecordPart):
+    """Hold the analyses that were made with a run; one that was not is absent."""
+
+    probe: ProbeAnalysis | None = None
+    curve: CurveAnalysis | None = None
+    distance: DistanceAnalysis | None = None

@@ -8,6 +8,7 @@ from importlib.resources import files
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
 
+from hftl.card.evidence import EvidencePart, build_evidence_parts
 from hftl.card.metadata import build_adapter_tags, build_metadata, build_origin, format_title
 from hftl.card.sections import (
     format_base_sentence,
@@ -90,6 +91,7 @@ class CardPage:
     adaptation_lines: list[str]
     forgetting: ForgettingPart | None
     slices: SlicesPart | None
+    evidence: list[EvidencePart]
     metric: str | None
     metric_words: str
     rows: list[ArmTableRow]
@@ -240,6 +242,7 @@ def _build_page(record: Record, place: str) -> CardPage:
         adaptation_lines=format_adaptation_lines(record) if record.adapt else [],
         forgetting=_build_forgetting_part(record) if has_forgetting(record) else None,
         slices=build_slices_part(record),
+        evidence=build_evidence_parts(record.analysis),
         metric=record.metric,
         metric_words=describe_metric(str(record.metric)).label,
         rows=[_build_ladder_row(row, record) for row in record.ladder],

@@ -1,6 +1,6 @@
 """Define the section `measure` of a recipe: the arms, the seeds and the metric."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -24,9 +24,20 @@ class Measure(Section):
     micro_f1 for multi-label, f1 of entities for token-classification."""
     seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = Field(default=[0, 1, 2], min_length=1)
     arms: list[str | dict[str, dict[str, object] | None]] = ["scratch", "head"]
+    analyses: list[Literal["probe", "curve", "distance"]] = []
+    """What is made of the source's frozen features, before anything trains, and shown with the
+    run; each is a command, too."""
     scratch: Search = Search()
     slices: list[Annotated[str, Field(min_length=1)]] = []
     """Columns of the test rows' table: score and gain are measured in each of their values too."""
+
+    @field_validator("analyses")
+    @classmethod
+    def _check_distinct_analyses(cls, names: list[str]) -> list[str]:
+        repeated = {name for name in names if names.count(name) > 1}
+        if repeated:
+            raise ValueError(f"{min(repeated)} is given twice")
+        return names
 
     @field_validator("seeds")
     @classmethod

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, ValidationError, field_serializer
 
+from hftl.analysis.facts import AnalysisSection
 from hftl.config.recipe import Recipe
 from hftl.data.facts import DataFacts, GeneralFacts, OpenPart, RecordPart
 from hftl.errors import HftlError, RunFolderError, suggest_closest
@@ -354,6 +355,8 @@ class Record(RecordPart):
     slices: SliceSection | None = None
     """Null where `measure.slices` names no column."""
     forgetting: ForgettingSection | None
+    analysis: AnalysisSection | None = None
+    """Of the source's frozen features, for the names in `measure.analyses`."""
     reload_difference: float | None = None
     verdict: Verdict
     published_seed: int | None = None

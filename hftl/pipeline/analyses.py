@@ -3,29 +3,40 @@
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import yaml
+from pydantic import JsonValue
 
-from hftl.analysis.curve import CurveOptions, compute_curve
+from hftl.analysis.curve import DEFAULT_ARMS, CurveOptions, Predict, compute_curve
 from hftl.analysis.domains import compare_domains
 from hftl.analysis.facts import CurveAnalysis, DistanceAnalysis, ProbeAnalysis, RankAnalysis
-from hftl.analysis.feature_store import FeatureStore
+from hftl.analysis.feature_store import FeatureStore, build_store_key
 from hftl.analysis.layer_probe import probe_layers
+from hftl.analysis.probe import fit_probe
 from hftl.analysis.rank import rank_sources
 from hftl.analysis.tables import format_curve, format_distance, format_probe, format_rank
 from hftl.card.analysis_plots import plot_curve, plot_distance, plot_probe, plot_rank
 from hftl.config.overrides import apply_overrides, read_yaml, set_key
-from hftl.config.recipe import Recipe
+from hftl.config.recipe import Arm, Recipe
 from hftl.data.facts import RecordPart
-from hftl.errors import RecipeError
+from hftl.data.prepare import hash_data_files
+from hftl.errors import RecipeError, suggest_closest
+from hftl.finetune.arm import train_arm
+from hftl.finetune.baselines import search_rate, solve_classical, train_scratch
 from hftl.finetune.context import ExperimentContext
+from hftl.pipeline.run import Run
 from hftl.runtime import run_folder
-from hftl.runtime.run_folder import to_json
+from hftl.runtime.progress import show_activity
+from hftl.runtime.run_folder import SEMANTICS, to_json
 
 Facts = TypeVar("Facts", bound=RecordPart)
 FEATURES = Path("phases") / "features"
+PROBE_ROWS, DISTANCE_ROWS = 2000, 500
+"""Rows that are read where the run makes the analysis, at most; the commands have an option."""
 
 
 @contextmanager
@@ -85,8 +96,7 @@ def run_curve(
     """Score arms against the number of labels; return what to print."""
     check_task(recipe)
     with open_run(folder) as features:
-        store = FeatureStore(context, features)
-        facts: CurveAnalysis = compute_curve(recipe, context, store, options)
+        facts = _compute_curve(recipe, context, features, options)
         return f"{format_curve(facts)}\n{write_analysis(folder, 'curve', facts, plot_curve)}"
 
 
@@ -100,6 +110,124 @@ def run_distance(
         return (
             f"{format_distance(facts)}\n{write_analysis(folder, 'distance', facts, plot_distance)}"
         )
+
+
+def _compute_curve(
+    recipe: Recipe, context: ExperimentContext, root: Path, options: CurveOptions
+) -> CurveAnalysis:
+    store = FeatureStore(context, root)
+    return compute_curve(recipe, context, store, options, partial(find_curve_arm, recipe, store))
+
+
+def find_curve_arm(
+    recipe: Recipe, store: FeatureStore, name: str, largest: ExperimentContext
+) -> Predict:
+    """Return the function that trains an arm on a context's rows and predicts test.
+
+    Raises:
+        RecipeError: if there is no such arm, or it needs more than a context.
+    """
+    if name == "head":
+        return lambda context, seed: _solve_head(recipe, context, store, seed)
+    if name == "classical":
+        return lambda context, seed: solve_classical(context, seed).logits["test"]
+    arms = {arm.name: arm for arm in recipe.arms}
+    if name not in arms:
+        raise RecipeError(
+            f"--arms: the recipe has no arm {name!r}"
+            + suggest_closest(name, [*DEFAULT_ARMS, *arms]),
+            f"Use {', '.join(dict.fromkeys([*DEFAULT_ARMS, *arms]))}, or add it to measure.arms",
+        )
+    arm = arms[name]
+    if arm.retain is not None or arm.stages:
+        part = "adapt" if arm.stages else "retain"
+        raise RecipeError(
+            f"--arms: the arm {name!r} has {part}, which a curve does not repeat for every size",
+            f"Give the override {part}=null",
+        )
+    if arm.spec.schedule == "rate_search":
+        search = recipe.measure.scratch
+        rate = search_rate(largest, arm.finetune, search, 0).learning_rate
+        return lambda context, seed: train_scratch(
+            context, arm.finetune, search, rate, seed
+        ).logits["test"]  # fmt: skip
+    return lambda context, seed: _train(context, arm, seed)
+
+
+def _train(context: ExperimentContext, arm: Arm, seed: int) -> np.ndarray:
+    return train_arm(context, arm.finetune, seed, compared=False, splits=("test",)).logits["test"]
+
+
+def _solve_head(
+    recipe: Recipe, context: ExperimentContext, store: FeatureStore, seed: int
+) -> np.ndarray:
+    """Return the logits of the probe on the features that the recipe's head reads."""
+    train, test = context.select_train_rows(seed), context.prepared.rows["test"]
+    site = store.find_site(recipe.finetune.pooling)
+    features, queries = (
+        context.extract_features(recipe.finetune.pooling, seed, rows)
+        if site is None
+        else store.get(rows, site)
+        for rows in (train, test)
+    )
+    targets = context.prepared.encode_targets(train)
+    probe = fit_probe(features, targets, context.num_outputs, context.group_outputs(train))
+    return probe.logits(queries)
+
+
+MADE_WITH_RUN: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
+    "probe": (
+        lambda recipe, context, root: probe_layers(
+            recipe, context, FeatureStore(context, root), PROBE_ROWS
+        ),
+        plot_probe,
+    ),
+    "curve": (
+        lambda recipe, context, root: _compute_curve(recipe, context, root, CurveOptions()),
+        plot_curve,
+    ),
+    "distance": (
+        lambda recipe, context, root: compare_domains(recipe, context, root, [], DISTANCE_ROWS),
+        plot_distance,
+    ),
+}
+"""What computes an analysis of `measure.analyses`, and what draws it."""
+
+
+def make_analyses(run: Run, context: ExperimentContext) -> None:
+    """Make the analyses that the recipe names and that are missing, and show them in the run."""
+    for name in run.recipe.measure.analyses:
+        check_task(run.recipe)
+        stage, reads = run.analysis_folder(name), build_analysis_key(run.recipe, context, name)
+        compute, plot = MADE_WITH_RUN[name]
+        if run_folder.read_stage_inputs(stage) != reads:
+            with show_activity(f"analysis: {name}"):
+                facts = compute(run.recipe, context, run.folder / FEATURES)
+            with run_folder.commit_stage(stage, reads) as aside:
+                plot(facts, aside / f"{name}.png")
+                (aside / f"{name}.json").write_text(to_json(facts.to_dict()), encoding="utf-8")
+        for file in (f"{name}.json", f"{name}.png"):
+            (run.folder / "analysis").mkdir(exist_ok=True)
+            run_folder.write_bytes(run.folder / "analysis" / file, (stage / file).read_bytes())
+
+
+def build_analysis_key(
+    recipe: Recipe, context: ExperimentContext, name: str
+) -> dict[str, JsonValue]:
+    """Return all that an analysis depends on."""
+    parts = [part for part in ("unlabeled", "general") if getattr(recipe.data, part) is not None]
+    return {
+        "features": build_store_key(context),
+        "rows": context.prepared.facts.fingerprint,
+        "others": hash_data_files(recipe.data, context.prepared.modality, parts)
+        if name == "distance"
+        else None,
+        "metric": recipe.measure.metric,
+        "seeds": [*recipe.measure.seeds],
+        "pooling": recipe.finetune.pooling,
+        "shots": recipe.data.shots,
+        "semantics": SEMANTICS,
+    }
 
 
 def write_winner(recipe: Path, overrides: list[str], facts: RankAnalysis, target: Path) -> None:

@@ -104,6 +104,10 @@ def _hash_stages(run: Run, stages: list[FinishedStage]) -> dict[str, JsonValue]:
         },
         "adapt": [run_folder.hash_stage(stage.folder) for stage in stages],
         "data": run_folder.hash_stage(phases / "data"),
+        "analyses": {
+            name: run_folder.hash_stage(run.analysis_folder(name))
+            for name in run.recipe.measure.analyses
+        },
         "general": None if general is None else run_folder.hash_stage(phases / "general-rows"),
     }
 
@@ -137,8 +141,9 @@ def build_record(
         gain, over.get(PROBE_ARM), reload_difference, over.get("source"), over.get(ZERO_SHOT_ARM),
         slices,
     )  # fmt: skip
+    analysis = run.read_analyses()
     timings = {run.arm_folder(file.arm, file.seed).name: file.timings for file in arm_files}
-    return Record(
+    record = Record(
         schema_version=SCHEMA_VERSION,
         recipe=recipe,
         source=build_source_section(context),
@@ -167,6 +172,7 @@ def build_record(
         ),
         timings=timings,
     )  # fmt: skip
+    return record if analysis is None else record.model_copy(update={"analysis": analysis})
 
 
 def package_model(run: Run, context: ExperimentContext, arm: Arm, seed: int) -> float:

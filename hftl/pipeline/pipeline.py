@@ -19,6 +19,7 @@ from hftl.measure.metrics import Metric, find_metric
 from hftl.measure.record import Record
 from hftl.models.source import SourceModel, find_source
 from hftl.pipeline.adaptation import check_adaptations, run_adaptations, warn_of_few_steps
+from hftl.pipeline.analyses import make_analyses
 from hftl.pipeline.arms import run_arms
 from hftl.pipeline.cache_keys import build_data_key, build_general_key, refuse_changed
 from hftl.pipeline.corpora import build_leak_filter
@@ -104,6 +105,8 @@ def _run_phases(run: Run, until: str, restart: bool) -> Record | None:
         lambda: run_folder.write_text(folder / "recipe.yaml", _dump_recipe(recipe))
     )
     distributed.broadcast_from_main(lambda: announce_run(run, context))
+    if until in ("measure", "publish"):
+        distributed.broadcast_from_main(lambda: make_analyses(run, context))
     arm_contexts, steps = run_adaptations(run, context)
     if until == "adapt":
         return None

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+from hftl.card.analysis_plots import plot_curve, plot_distance, plot_probe
 from hftl.card.card import render_adaptation_card, render_card
 from hftl.card.metadata import build_benchmark_files, find_first_timestamp
 from hftl.card.plots import plot_frontier, plot_ladder, plot_slices
@@ -38,6 +39,7 @@ def write_publish_folder(run: Path, record: Record) -> None:
         plot_frontier(published, aside / "assets" / "frontier.png")
     if has_gains(published):
         plot_slices(published, aside / "assets" / "slices.png")
+    _plot_analyses(published, aside / "assets")
     card = render_card(published, published.place)
     run_folder.write_text(aside / "README.md", card)
     run_folder.write_text(aside / PUBLISHED_FILE, published.to_json())
@@ -52,6 +54,19 @@ def write_publish_folder(run: Path, record: Record) -> None:
     elif (run / "publish-base").exists():
         shutil.rmtree(run / "publish-base")
     run_folder.write_text(run / "report.html", report)
+
+
+def _plot_analyses(published: Record, assets: Path) -> None:
+    """Draw the analyses that were made with the run."""
+    section = published.analysis
+    if section is None:
+        return
+    if section.probe is not None:
+        plot_probe(section.probe, assets / "probe.png")
+    if section.curve is not None:
+        plot_curve(section.curve, assets / "curve.png")
+    if section.distance is not None:
+        plot_distance(section.distance, assets / "distance.png")
 
 
 def _write_base_card(run: Path, published: Record) -> None:

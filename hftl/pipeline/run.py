@@ -1,10 +1,12 @@
 """Hold a run in progress, and what its stages hand to each other."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from hftl.adapt.guard import AdaptationFacts
+from hftl.analysis.facts import AnalysisSection
 from hftl.config.recipe import Arm, Recipe
 from hftl.finetune.context import ExperimentContext
 from hftl.runtime.run_folder import read_part
@@ -34,6 +36,19 @@ class Run:
     def checkpoints(self, name: str, seed: int) -> Path:
         """Return the folder of an unfinished arm's checkpoints."""
         return self.folder / "checkpoints" / f"{name}-seed{seed}"
+
+    def analysis_folder(self, name: str) -> Path:
+        """Return the folder of a finished analysis."""
+        return self.folder / "phases" / f"analysis-{name}"
+
+    def read_analyses(self) -> AnalysisSection | None:
+        """Return the analyses that the recipe names; None where it names none."""
+        names = self.recipe.measure.analyses
+        parts = {
+            name: json.loads((self.analysis_folder(name) / f"{name}.json").read_text("utf-8"))
+            for name in names
+        }
+        return AnalysisSection.model_validate(parts) if parts else None
 
     def read_scratch_search(self) -> ScratchSearch:
         """Return the finished search of scratch's learning rate."""

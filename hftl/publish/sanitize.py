@@ -134,6 +134,8 @@ def sanitize_record(record: Record) -> Record:
     tree["recipe"] = recipe = _strip_paths(tree["recipe"])
     if tree["source"]["local"]:
         recipe["source"]["model"] = tree["source"]["model"] = tree["source"]["name"]
+    for part in (tree.get("analysis") or {}).values():
+        part["source"] = tree["source"]["name"]
     for split in ("train", "validation", "test", "unlabeled", "general"):
         table = recipe["data"][split] or {}
         if "path" in table and split not in tree["data"]["hub_revisions"]:
