@@ -49,7 +49,7 @@ ORDER = [
     "analysis.power_law", "analysis.curve_figures", "analysis.estimates", "analysis.rank",
     "analysis.layer_probe", "analysis.curve", "analysis.distance", "analysis.domains",
     "card.validation", "card.wording", "card.slices", "card.evidence", "card.metadata",
-    "card.sections", "card.card", "card.plots",
+    "card.sections", "card.snippets", "card.card", "card.plots",
     "card.analysis_plots",
     "card.report",
     "publish.sanitize", "publish.http_retry", "publish.published_metadata", "publish.checks",

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from support.published_model import TOKENS, open_context, publish_model, write_data
 
-from hftl.card.sections import render_plain_snippet
+from hftl.card.snippets import render_plain_snippet
 from hftl.finetune.arm import train_arm
 from hftl.models import lora
 from hftl.models.features import predict_logits

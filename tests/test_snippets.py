@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from hftl.card.sections import render_plain_snippet
+from hftl.card.snippets import render_plain_snippet
 
 CASES = list(
     itertools.product(

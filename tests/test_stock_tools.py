@@ -16,7 +16,7 @@ from support.tiny import TEXT_MODELS
 from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
 
 from hftl import load
-from hftl.card.sections import render_pipeline_snippet
+from hftl.card.snippets import render_pipeline_snippet
 from hftl.models.lora import build_path_pattern
 from hftl.publish.checks import measure_reload_difference
 

@@ -17,11 +17,13 @@ from hftl.card.sections import (
     format_environment,
     format_limits,
     format_training_sentence,
+)
+from hftl.card.slices import SlicesPart, build_slices_part
+from hftl.card.snippets import (
     render_encoder_snippet,
     render_pipeline_snippet,
     render_plain_snippet,
 )
-from hftl.card.slices import SlicesPart, build_slices_part
 from hftl.card.validation import is_hub_id
 from hftl.card.wording import (
     TASK_PHRASES,

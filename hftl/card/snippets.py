@@ -1,0 +1,203 @@
+"""Write code that loads a published folder with the plain libraries."""
+
+import json
+
+from hftl.card.validation import is_hub_id
+
+PLAIN_TEMPLATE = """import torch
+{imports}from transformers import {auto}, {reader}
+{peft_import}
+path = {place}
+{reading}
+{load}
+{head}inputs = {inputs}
+with torch.inference_mode():
+    {output}"""
+AUTO_PEFT_TEMPLATE = """from peft import {auto}
+from transformers import {reader}
+
+path = {place}
+{reading}
+{load}
+inputs = {inputs}
+print(model.eval()(**inputs).logits)"""
+"""Where peft has a class for the task and the adapter names its own base."""
+
+PIPELINE_TEMPLATE = """from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoConfig, AutoTokenizer, pipeline
+
+path = {place}
+config = AutoConfig.from_pretrained(path)
+labels = {{name: getattr(config, name) for name in ("id2label", "label2id", "problem_type")}}
+model = AutoPeftModelForSequenceClassification.from_pretrained(
+    path, ignore_mismatched_sizes=True, **labels
+)
+tokenizer = AutoTokenizer.from_pretrained(path)
+print(pipeline("text-classification", model=model, tokenizer=tokenizer)({example}))"""
+"""`pipeline(model=path)` alone takes the labels of the base, or looks for its weights in the
+folder of the adapter."""
+
+POOLINGS = {
+    "mean": 'mask = inputs["attention_mask"].unsqueeze(-1)\n'
+    "    pooled = (hidden * mask).sum(1) / mask.sum(1)",
+    "cls": "pooled = hidden[:, 0]",
+}
+EMBEDDING_LINES = (
+    "embedding = model.eval()({forward}).pooler_output\n"
+    '    if "projection" in head:\n'
+    '        embedding = embedding @ head["projection"].T\n'
+    "    embedding = embedding / embedding.norm(dim=-1, keepdim=True)\n"
+    '    print(embedding @ head["weight"].T + head["bias"])'
+)
+IMAGE_HALF_CLASSES = {
+    "clip": "CLIPVisionModel", "siglip": "SiglipVisionModel", "metaclip_2": "MetaClip2VisionModel",
+}  # fmt: skip
+"""Of pairs of an image and a text encoder: the class of the image half."""
+AUTO_CLASSES = {
+    "text": "AutoModelForSequenceClassification",
+    "words": "AutoModelForTokenClassification",
+    "image": "AutoModelForImageClassification",
+}
+STOCK_CLASSES = {"vit_mae": "ViTForImageClassification"}
+"""Architectures that no Auto class has a classifier for, and the class that takes their weights."""
+ENCODER_CLASSES = {"vit_mae": "ViTModel"}
+"""Architectures whose `AutoModel` hides patches, and the class that shows all."""
+AUTO_PEFT_CLASSES = {
+    "text": "AutoPeftModelForSequenceClassification",
+    "words": "AutoPeftModelForTokenClassification",
+}
+PREPROCESSORS = {
+    "text": ("AutoTokenizer", "tokenizer", 'tokenizer({example}, return_tensors="pt")'),
+    "words": ("AutoTokenizer", "tokenizer",
+              'tokenizer({example}, is_split_into_words=True, return_tensors="pt")'),
+    "image": ("AutoImageProcessor", "processor",
+              'processor(Image.open({example}).convert("RGB"), return_tensors="pt")'),
+}  # fmt: skip
+
+
+def render_plain_snippet(
+    place: str, base: str | None, revision: str | None, pooling: str, outputs: int, adapter: bool,
+    kind: str, example: str, interpolates: bool = False, architecture: str = "",
+) -> str:  # fmt: skip
+    """Return code that prints the logits of one example, for words those of every token.
+
+    Args:
+        place: the folder or hub id of the published model.
+        base: the public base of an adapter; None where it has none.
+        revision: the base's commit, where it is pinned.
+        pooling: native, mean, cls or embedding.
+        outputs: classes, or 1 for a target.
+        adapter: whether the folder holds an adapter or the whole model.
+        kind: what the model takes: text, words or image.
+        example: one input, as source code.
+        interpolates: whether forward must interpolate its positions to the pictures' size.
+        architecture: what the base's checkpoint says it is.
+    """
+    pooled = pooling != "native"
+    if adapter and not pooled and kind in AUTO_PEFT_CLASSES and base and is_hub_id(base):
+        return _render_auto_peft_snippet(place, outputs, kind, example)
+    auto = IMAGE_HALF_CLASSES[architecture] if pooling == "embedding" else "AutoModel"
+    auto = auto if pooled else AUTO_CLASSES[kind]
+    if adapter and not pooled:
+        auto = STOCK_CLASSES.get(architecture, auto)
+    reader, name, call = PREPROCESSORS[kind]
+    forward = "**inputs, interpolate_pos_encoding=True" if interpolates else "**inputs"
+    output = f"print(model.eval()({forward}).logits)"
+    if pooling == "embedding":
+        output = EMBEDDING_LINES.format(forward=forward)
+    elif pooled:
+        output = (
+            "hidden = model.eval()(**inputs).last_hidden_state\n"
+            f"    {POOLINGS[pooling]}\n"
+            '    print(pooled @ head["weight"].T + head["bias"])'
+        )
+    imports = "from PIL import Image\n" if kind == "image" else ""
+    imports += "from safetensors.torch import load_file\n" if pooled else ""
+    path = json.dumps(place)
+    if pooled and is_hub_id(place):
+        # The head is a file of its own, which no library fetches.
+        imports = "from huggingface_hub import snapshot_download\n" + imports
+        path = f"snapshot_download({path})"
+    return PLAIN_TEMPLATE.format(
+        place=path, auto=auto, reader=reader, imports=imports,
+        peft_import="from peft import PeftModel\n" if adapter else "",
+        reading=f"{name} = {reader}.from_pretrained(path)",
+        load=_render_load_lines(auto, base, revision, outputs, adapter, pooled),
+        head='head = load_file(f"{path}/head.safetensors")\n' if pooled else "",
+        inputs=call.format(example=example), output=output,
+    )  # fmt: skip
+
+
+def render_pipeline_snippet(
+    place: str, base: str | None, pooling: str, adapter: bool, kind: str, example: str
+) -> str | None:
+    """Return code that runs an adapter in `transformers.pipeline` with its labels; None where the
+    stock class does not take it, or takes more than one text.
+
+    Args:
+        place: the folder or hub id of the published model.
+        base: the public base of an adapter; None where it has none.
+        pooling: native, mean or cls.
+        adapter: whether the folder holds an adapter or the whole model.
+        kind: what the model takes: text, words or image.
+        example: one input, as source code.
+    """
+    if not adapter or pooling != "native" or kind != "text" or '", "' in example:
+        return None
+    if base is None or not is_hub_id(base):
+        return None
+    return PIPELINE_TEMPLATE.format(place=json.dumps(place), example=example)
+
+
+def _render_auto_peft_snippet(place: str, outputs: int, kind: str, example: str) -> str:
+    reader, name, call = PREPROCESSORS[kind]
+    auto = AUTO_PEFT_CLASSES[kind]
+    labels = f"num_labels={outputs}, ignore_mismatched_sizes=True"
+    return AUTO_PEFT_TEMPLATE.format(
+        place=json.dumps(place), auto=auto, reader=reader,
+        reading=f"{name} = {reader}.from_pretrained(path)",
+        load=f"model = {auto}.from_pretrained(path, {labels})",
+        inputs=call.format(example=example),
+    )  # fmt: skip
+
+
+def _render_load_lines(
+    auto: str, base: str | None, revision: str | None, outputs: int, adapter: bool, pooled: bool
+) -> str:
+    if not adapter:
+        return f"model = {auto}.from_pretrained(path)"
+    labels = "" if pooled else f", num_labels={outputs}, ignore_mismatched_sizes=True"
+    pinned = f", revision={json.dumps(revision)}" if revision else ""
+    named = json.dumps(base or "the base model")
+    return (
+        f"base = {auto}.from_pretrained({named}{labels}{pinned})\n"
+        "model = PeftModel.from_pretrained(base, path)"
+    )
+
+
+def render_encoder_snippet(
+    place: str, base: str | None, revision: str | None, architecture: str | None, adapter: bool,
+    adapted: bool,
+) -> str:  # fmt: skip
+    """Return code that loads an adapted encoder.
+
+    Args:
+        place: the folder or hub id of the published encoder.
+        base: the public id of the source; None where it has none.
+        revision: the source's commit, where it is pinned.
+        architecture: what the source's checkpoint says it is.
+        adapter: whether the folder holds an adapter on the source.
+        adapted: False where every adaptation was undone, so that the folder has no weights.
+    """
+    where, named = json.dumps(place), json.dumps(base or "the base model")
+    pinned = f", revision={json.dumps(revision)}" if revision else ""
+    auto = ENCODER_CLASSES.get(architecture or "", "AutoModel")
+    if adapter:
+        return (
+            f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
+            f"base = {auto}.from_pretrained({named}{pinned})\n"
+            f"model = PeftModel.from_pretrained(base, {where})"
+        )
+    if adapted:
+        return f"from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained({where})"
+    return f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({named}{pinned})"
