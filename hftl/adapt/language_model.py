@@ -98,7 +98,8 @@ class LanguageModel(nn.Module):
         if self._hook is not None:
             self._hook.remove()
         where: Any = self.encoder
-        unwrap_adapter(where).reads_whole_batches = True
+        inner: Any = unwrap_adapter(where)
+        inner.reads_whole_batches = True
         mixer = self.architecture.token_mixer
         if mixer is not None:
             where = get_blocks(unwrap_adapter(where), self.architecture)[-1].get_submodule(mixer)
