@@ -19,7 +19,7 @@ ORDER = [
     "runtime.paths", "runtime.progress",
     "data.facts", "analysis.facts", "train.facts", "measure.metrics", "measure.facts",
     "measure.record",
-    "measure.statistics", "measure.verdict",
+    "measure.statistics", "measure.calibration", "measure.verdict",
     "data.rows", "data.normalization", "data.csv_reader", "data.tables", "data.duplicates",
     "data.images", "data.load", "data.labels", "data.splits", "data.slices", "data.prepare",
     "data.text_inputs",

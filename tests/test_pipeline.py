@@ -404,8 +404,13 @@ def test_load_predicts_what_the_run_measured(finished: Run) -> None:
     texts = [sentences(160)[row["row"]][0] for row in stored]
     rows = hftl.load(run).predict(texts)
     assert [row["label"] for row in rows] == [row["prediction"] for row in stored]
+    calibration = Record.read(run).calibration
+    assert calibration is not None
     for row, expected in zip(rows, stored, strict=True):
-        np.testing.assert_allclose(list(row["scores"].values()), expected["scores"], atol=1e-5)
+        # Logits over a temperature are probabilities to its inverse power.
+        powers = np.array(expected["scores"]) ** (1 / (calibration.temperature or 1.0))
+        calibrated = powers / powers.sum()
+        np.testing.assert_allclose(list(row["scores"].values()), calibrated, atol=1e-4)
     elsewhere = hftl.load(run / "publish", base=tree["source"]["model"]).predict(texts[:3])
     assert [row["label"] for row in elsewhere] == [row["label"] for row in rows[:3]]
     assert elsewhere[0]["scores"] == pytest.approx(rows[0]["scores"], abs=1e-6)

@@ -45,6 +45,7 @@ from hftl.card.wording import (
     is_pooled,
 )
 from hftl.finetune.strategies import PROBE_ARM
+from hftl.measure.facts import CalibrationSection, ScoreEstimate
 from hftl.measure.metrics import describe_metric
 from hftl.measure.record import Forced, Gain, LadderRow, Record, Verdict
 from hftl.measure.verdict import format_gain, is_better, is_worse
@@ -98,6 +99,7 @@ class CardPage:
     metric_words: str
     rows: list[ArmTableRow]
     other_metrics: str
+    calibration_sentence: str
     place: str
     hftl_place: str
     """As source code."""
@@ -249,6 +251,7 @@ def _build_page(record: Record, place: str) -> CardPage:
         metric_words=describe_metric(str(record.metric)).label,
         rows=[_build_ladder_row(row, record) for row in record.ladder],
         other_metrics=_format_other_metrics(record),
+        calibration_sentence=_format_calibration(record.calibration),
         place=place,
         hftl_place=json.dumps(place),
         example=example_input(record),
@@ -297,6 +300,29 @@ def _format_other_metrics(record: Record) -> str:
         for name, score in (record.test_metrics or {}).items()
         if name != record.metric
     )
+
+
+def _format_calibration(section: CalibrationSection | None) -> str:
+    """Return how far the probabilities are off, and by what they are calibrated."""
+    if section is None:
+        return ""
+    start = (
+        "The published weights' probabilities on test: expected calibration error "
+        f"{_format_score(section.before.ece)} ({section.bins} bins of equal mass), Brier score "
+        f"{_format_score(section.before.brier)}"
+    )
+    if section.after is None or section.temperature is None:
+        return f"{start}; validation gave no temperature to calibrate them by."
+    return (
+        f"{start}; with logits divided by the temperature {section.temperature:.3g}, fitted on "
+        f"validation, {_format_score(section.after.ece)} and {_format_score(section.after.brier)}. "
+        "hftl predicts with it, and the labels stay; the plain libraries do not."
+    )
+
+
+def _format_score(score: ScoreEstimate) -> str:
+    interval = "" if score.ci95 is None else " [{:.3f}, {:.3f}]".format(*score.ci95)
+    return f"{score.value:.3f}{interval}"
 
 
 def _build_forgetting_part(record: Record) -> ForgettingPart:

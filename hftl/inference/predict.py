@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+import numpy as np
 from PIL.Image import Image
 from torch import nn
 
@@ -68,8 +69,9 @@ class Prediction(TypedDict):
     """Hold what is predicted of one input.
 
     `label` is a class, for multi-label the list of those that hold, for words a tag each, or a
-    number. `score` is the probability of the class, for words of each tag, None for a word beyond
-    the model's length; multi-label has none. `scores` are those of all classes, of whole inputs.
+    number. `score` is the probability of the class, calibrated where the run gave a temperature,
+    for words of each tag, None for a word beyond the model's length; multi-label has none.
+    `scores` are those of all classes, of whole inputs.
     """
 
     label: ClassName | list[ClassName] | float
@@ -91,6 +93,8 @@ class Predictor:
     device: str
     label_type: str = "text"
     """The type that the classes had in the training table."""
+    temperature: float | None = None
+    """Divides the logits of classification, for their scores; None for nothing."""
 
     @property
     def modality(self) -> Modality:
@@ -137,6 +141,11 @@ class Predictor:
         logits = predict_logits(self.model, [row for row, _ in encoded], self.inputs, self.device)
         words = [count for _, count in encoded]
         labels, scores = decode_logits(logits, self.task, self.class_names, words)
+        if self.temperature is not None and self.task == "classification":
+            # Labels are those of the logits: rounding must not decide between two near ones.
+            _, scores = decode_logits(
+                logits.astype(np.float64) / self.temperature, self.task, self.class_names, words
+            )
         return [self._format_prediction(*pair) for pair in zip(labels, scores, strict=True)]
 
     def _build_row(self, place: str, value: Any) -> Row:
@@ -239,7 +248,10 @@ def build_predictor(folder: Path, base: Path | None, config: Any, model: nn.Modu
     hide_padding(model)
     device = get_device()
     label_type = metadata.data.label_type if metadata.data is not None else "text"
-    return Predictor(model.to(device), inputs, task, names, columns, device, label_type)
+    temperature = metadata.calibration.temperature if metadata.calibration is not None else None
+    return Predictor(
+        model.to(device), inputs, task, names, columns, device, label_type, temperature
+    )
 
 
 def _infer_task(metadata: PublishedMetadata, config: Any) -> str:

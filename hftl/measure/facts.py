@@ -1,4 +1,4 @@
-"""Describe slices: the part of the record that says where a model is better or worse."""
+"""Describe slices and calibration: where a model is better or worse, and what its scores mean."""
 
 from typing import Literal
 
@@ -64,3 +64,31 @@ class SliceSection(RecordPart):
         """Return the slices that are worse than the baseline beyond noise, the worst first."""
         worse = [part for part in self.slices if part.outcome == "worse"]
         return sorted(worse, key=lambda part: part.gain or 0.0)
+
+
+class ScoreEstimate(RecordPart):
+    """Hold a score on test and its 95 % interval over items; None with one group of rows."""
+
+    value: float
+    ci95: Interval | None
+
+
+class CalibrationScores(RecordPart):
+    """Hold how far probabilities are off: less is better."""
+
+    ece: ScoreEstimate
+    """The expected calibration error, of the predicted class."""
+    brier: ScoreEstimate
+    """The mean squared error, summed over classes."""
+
+
+class CalibrationSection(RecordPart):
+    """Describe the probabilities of the published weights on test."""
+
+    temperature: float | None
+    """Fitted on validation; `predict` divides logits by it. None where no finite one is best."""
+    bins: int
+    """Of equal mass, that the calibration error is computed in."""
+    before: CalibrationScores
+    after: CalibrationScores | None
+    """With the temperature."""

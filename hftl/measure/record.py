@@ -17,7 +17,7 @@ from hftl.analysis.facts import AnalysisSection
 from hftl.config.recipe import Recipe
 from hftl.data.facts import DataFacts, GeneralFacts, OpenPart, RecordPart
 from hftl.errors import HftlError, RunFolderError, suggest_closest
-from hftl.measure.facts import Interval, SliceSection
+from hftl.measure.facts import CalibrationSection, Interval, SliceSection
 from hftl.runtime.run_folder import UnreadableJsonError, fingerprint, read_json, to_json
 from hftl.train.facts import ArmEntry, CheckFacts, Number, Score, ScratchSearch
 
@@ -354,6 +354,8 @@ class Record(RecordPart):
     classes: ClassGains | None = None
     slices: SliceSection | None = None
     """Null where `measure.slices` names no column."""
+    calibration: CalibrationSection | None = None
+    """Null where an input has not exactly one class."""
     forgetting: ForgettingSection | None
     analysis: AnalysisSection | None = None
     """Of the source's frozen features, for the names in `measure.analyses`."""

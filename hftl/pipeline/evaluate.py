@@ -33,6 +33,7 @@ from hftl.pipeline.forgetting import build_forgetting_section
 from hftl.pipeline.publish_folder import write_publish_folder
 from hftl.pipeline.record_sections import (
     build_adaptation_section,
+    build_calibration_section,
     build_data_section,
     build_source_section,
 )
@@ -162,6 +163,7 @@ def build_record(
         test_metrics=average_metrics(arm_files, own.name),
         classes=compute_class_gains(test, own.name, baseline, _list_classes(context)),
         slices=slices,
+        calibration=build_calibration_section(context, run.arm_folder(own.name, seed)),
         forgetting=build_forgetting_section(run, context, _list_arm_folders(run)),
         reload_difference=reload_difference,
         verdict=verdict,

@@ -222,6 +222,12 @@ class PublishedAdaptation(PublishedPart):
     base: PublishedBase | None = None
 
 
+class PublishedCalibration(PublishedPart):
+    """Hold what makes probabilities of logits; None divides by nothing."""
+
+    temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+
 class PublishedMetadata(PublishedPart):
     """Hold all that is read of hftl.json; a folder without the file has the defaults."""
 
@@ -230,6 +236,7 @@ class PublishedMetadata(PublishedPart):
     source: PublishedBase = PublishedBase()
     adapt: PublishedAdaptation | None = None
     metric: str | None = None
+    calibration: PublishedCalibration | None = None
 
     @property
     def tag_scheme(self) -> TagScheme | None:

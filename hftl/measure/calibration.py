@@ -1,0 +1,115 @@
+"""Calibrate the probabilities of a classifier: a temperature, and how far they are off."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+
+from hftl.measure.facts import CalibrationScores, CalibrationSection, ScoreEstimate
+from hftl.measure.statistics import assign_blocks, estimate_item_error, jackknife
+
+TEMPERATURE_RANGE = (0.05, 20.0)
+MAX_BINS = 15
+MIN_BIN_ROWS = 10
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
+    """Return the temperature with the least negative log-likelihood (Guo et al. 2017, ICML).
+
+    None where no temperature is the best: of rows that are all right the lowest would be, and of
+    those that say nothing none or the highest.
+
+    Args:
+        logits: (rows, classes) of validation.
+        labels: (rows,) class ids.
+    """
+
+    def loss(log_temperature: float) -> float:
+        log_probabilities = log_softmax(logits / np.exp(log_temperature), axis=1)
+        return -float(log_probabilities[np.arange(len(labels)), labels].mean())
+
+    if (logits.argmax(1) == labels).all():
+        return None
+    logits = logits.astype(np.float64)
+    low, high = np.log(TEMPERATURE_RANGE)
+    result: Any = minimize_scalar(loss, bounds=(low, high), method="bounded")
+    best = float(result.x)
+    is_inside = low + 0.01 < best < high - 0.01
+    return float(np.exp(best)) if is_inside else None
+
+
+def compute_ece(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> float:
+    """Return the expected calibration error: sum over bins of rows / n |accuracy - confidence|.
+
+    Bins have equal mass: rows sorted by confidence, as many in each (Nixon et al. 2019, Measuring
+    Calibration in Deep Learning).
+
+    Args:
+        probabilities: (rows, classes).
+        labels: (rows,) class ids.
+        bins: how many.
+    """
+    confidence = probabilities.max(1)
+    gaps = (probabilities.argmax(1) == labels) - confidence
+    in_order = gaps[np.argsort(confidence, kind="stable")]
+    return float(sum(abs(part.sum()) for part in np.array_split(in_order, bins)) / len(labels))
+
+
+def compute_brier(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Return the mean squared distance between probabilities and labels, summed over classes; from
+    0 to 2 (Brier 1950, Monthly Weather Review 78:1-3)."""
+    errors = probabilities.copy()
+    errors[np.arange(len(labels)), labels] -= 1
+    return float(np.mean(np.sum(errors**2, axis=1)))
+
+
+def measure_calibration(
+    validation: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray],
+    units: np.ndarray,
+) -> CalibrationSection:  # fmt: skip
+    """Return the temperature that validation gives, and the errors on test before and after it.
+
+    Args:
+        validation: logits (rows, classes) and class ids (rows,).
+        test: the same.
+        units: (rows,) int ids of test rows that belong together.
+    """
+    temperature = fit_temperature(*validation)
+    logits, labels = test[0].astype(np.float64), test[1]
+    bins = max(1, min(MAX_BINS, len(labels) // MIN_BIN_ROWS))
+    return CalibrationSection(
+        temperature=temperature,
+        bins=bins,
+        before=_score(logits, labels, units, bins),
+        after=None if temperature is None else _score(logits / temperature, labels, units, bins),
+    )
+
+
+def _score(
+    logits: np.ndarray, labels: np.ndarray, units: np.ndarray, bins: int
+) -> CalibrationScores:
+    probabilities = softmax(logits, axis=1)
+
+    def ece(rows: np.ndarray) -> float:
+        return compute_ece(probabilities[rows], labels[rows], min(bins, len(rows)))
+
+    def brier(rows: np.ndarray) -> float:
+        return compute_brier(probabilities[rows], labels[rows])
+
+    return CalibrationScores(ece=_estimate(ece, units, 1.0), brier=_estimate(brier, units, 2.0))
+
+
+def _estimate(
+    statistic: Callable[[np.ndarray], float], units: np.ndarray, most: float
+) -> ScoreEstimate:
+    """Return a statistic of the rows with its interval over items, between 0 and `most`."""
+    value = statistic(np.arange(len(units)))
+    if len(np.unique(units)) < 2:
+        return ScoreEstimate(value=value, ci95=None)
+    error = estimate_item_error(jackknife(statistic, units), np.bincount(assign_blocks(units)))
+    if error is None:
+        return ScoreEstimate(value=value, ci95=None)
+    low, high = error.interval(value)
+    return ScoreEstimate(value=value, ci95=(max(low, 0.0), min(high, most)))
