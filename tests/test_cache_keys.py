@@ -86,7 +86,8 @@ OTHER_VALUES: dict[str, Any] = {
     "data.task": "multi-label", "data.bad_rows": "skip", "data.augment": "light",
     "data.group": "who", "data.shots": 4, "data.image_size": 64,
     "finetune.strategy": "head", "finetune.pooling": "mean", "finetune.head_init": "random",
-    "finetune.patience": 2, "finetune.layer_decay": 0.9, "finetune.lr.embeddings": 1e-5,
+    "finetune.patience": 2, "finetune.class_weight": "balanced",
+    "finetune.layer_decay": 0.9, "finetune.lr.embeddings": 1e-5,
     "finetune.lr.blocks": [1e-5],
     "measure.metric": "f1", "measure.arms": ["head"],
     "data.train.format": "csv", "data.unlabeled.format": "csv", "data.general.format": "csv",
@@ -262,12 +263,17 @@ def test_a_damaged_part_is_not_passed_over(run: Path) -> None:
 def test_an_arm_reads_the_keys_that_its_strategy_uses() -> None:
     keys = {arm.name: build_arm_key(recipe(), arm) for arm in recipe().arms}
     assert set(keys["head"]) == {
-        "finetune.strategy", "finetune.pooling", "data.max_length", "data.image_size",
-        "data.shots",
+        "finetune.strategy", "finetune.pooling", "finetune.class_weight", "data.max_length",
+        "data.image_size", "data.shots",
     }  # fmt: skip
     assert "finetune.lora.r" in keys["lora"] and "finetune.lora.r" not in keys["full"]
     assert keys["full"]["finetune.training.learning_rate"] == 5e-5
-    assert keys["classical"] == {"data.shots": None, "data.image_size": None}
+    assert keys["classical"] == {
+        "data.shots": None, "data.image_size": None, "finetune.class_weight": None,
+    }  # fmt: skip
+    assert keys["scratch"]["finetune.focal_gamma"] == 0
+    majority = recipe("measure.arms=[majority]")
+    assert "finetune.class_weight" not in build_arm_key(majority, majority.arms[1])
     assert keys["scratch"]["measure.scratch.epochs_factor"] == 3
     data = build_data_key(recipe())
     assert not {"data.train.path", "data.train.format", "data.max_length"} & data.keys()

@@ -124,9 +124,11 @@ def check_labels(run: PreflightContext) -> Iterator[str]:
         train.values()
     ):
         rare = min(train, key=lambda name: train[name])
+        is_weighted = any(arm.finetune.class_weight for arm in run.arms)
+        weights = "" if is_weighted else ", and finetune.class_weight=balanced"
         yield (
             f"the class {rare!r} has {train[rare]} of {sum(train.values())} training rows; "
-            "accuracy hides it, consider measure.metric=f1"
+            f"accuracy hides it, consider measure.metric=f1{weights}"
         )
 
 

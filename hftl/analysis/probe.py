@@ -48,7 +48,7 @@ class Probe:
 
 def fit_probe(
     features: np.ndarray, labels: np.ndarray, outputs: int, groups: np.ndarray | None,
-    cs: np.ndarray = C_GRID, intercept: bool = True,
+    cs: np.ndarray = C_GRID, intercept: bool = True, weights: np.ndarray | None = None,
 ) -> Probe:  # fmt: skip
     """Fit the probe on standardised features, and fold the standardisation into its weights.
 
@@ -60,16 +60,18 @@ def fit_probe(
         groups: (rows,) names; rows of one group share a fold. None: every row for itself.
         cs: the values of C to choose from, for classes; a single one is taken as it is.
         intercept: whether the layer has a bias; if not, features are scaled and not centred.
+        weights: of the labels, of their shape; an element of weight 0 does not count. None: all 1.
     """
     # Words that were cut off have no features.
     known = np.isfinite(features).all(1)
     features, labels = features[known], labels[known]
+    weights = None if weights is None else weights[known]
     mean, scale = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
     scale[scale < MIN_RELATIVE_STD * np.maximum(1, np.abs(mean))] = np.inf  # its weight becomes 0
     standard = (features - mean if intercept else features) / scale
     grouped = None if groups is None else groups[known]
     weight, bias, penalty = fit_linear(
-        standard, labels, outputs, grouped, cs, ALPHA_GRID, intercept
+        standard, labels, outputs, grouped, cs, ALPHA_GRID, intercept, weights
     )
     weight = weight / scale
     bias = bias - weight @ mean if intercept else np.zeros_like(bias)
@@ -78,7 +80,7 @@ def fit_probe(
 
 def fit_linear(
     x: Any, labels: np.ndarray, outputs: int, groups: np.ndarray | None,
-    cs: np.ndarray, alphas: np.ndarray, intercept: bool = True,
+    cs: np.ndarray, alphas: np.ndarray, intercept: bool = True, weights: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, float]:  # fmt: skip
     """Fit a linear model: logistic for classes, one a class for multi-label, ridge for a target.
 
@@ -89,18 +91,21 @@ def fit_linear(
         # same solution, with as many unknowns as there are rows.
         left, values, right = np.linalg.svd(x, full_matrices=False)
         weight, bias, penalty = fit_linear(
-            left * values, labels, outputs, groups, cs, alphas, intercept
+            left * values, labels, outputs, groups, cs, alphas, intercept, weights
         )
         return weight @ right, bias, penalty
     if labels.ndim == 2:
-        columns = labels.T.astype(np.int64)
-        pairs = [fit_logistic(x, column, 2, groups, cs, intercept) for column in columns]
+        own_weights = [None] * outputs if weights is None else list(weights.T)
+        pairs = [
+            fit_logistic(x, column, 2, groups, cs, intercept, own)
+            for column, own in zip(labels.T.astype(np.int64), own_weights, strict=True)
+        ]
         weight = np.stack([w[1] - w[0] for w, _, _ in pairs])
         bias = np.array([b[1] - b[0] for _, b, _ in pairs])
         return weight, bias, float(np.median([penalty for _, _, penalty in pairs]))
     if outputs == 1:
         return fit_ridge(x, labels, groups, alphas, intercept)
-    return fit_logistic(x, labels, outputs, groups, cs, intercept)
+    return fit_logistic(x, labels, outputs, groups, cs, intercept, weights)
 
 
 def fit_logistic(
@@ -110,6 +115,7 @@ def fit_logistic(
     groups: np.ndarray | None,
     cs: np.ndarray,
     intercept: bool = True,
+    weights: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Fit multinomial logistic regression, C by cross-validated log loss.
 
@@ -120,18 +126,23 @@ def fit_logistic(
         groups: (rows,) names; rows of one group share a fold. None: every row for itself.
         cs: the values of C to choose from.
         intercept: whether to fit biases, else 0.
+        weights: (rows,) of the rows' losses, in the choice of C, too; see `fit_probe`.
 
     Returns:
         Weights (outputs, width), biases (outputs,) and the chosen C.
     """
+    if weights is not None:
+        counts = weights > 0
+        x, y, weights = x[counts], y[counts], weights[counts]
+        groups = None if groups is None else groups[counts]
     present = np.unique(y)
     if len(present) < 2:
         lone = np.zeros((1, x.shape[1])), np.zeros(1)
         return *_fill_absent_classes(*lone, present, outputs, len(y)), float(cs[len(cs) // 2])
-    chosen = _choose_c(x, y, groups, cs, intercept)
+    chosen = _choose_c(x, y, groups, cs, intercept, weights)
     solver = LogisticRegression(
         C=chosen, max_iter=MAX_STEPS, tol=1e-6, fit_intercept=intercept
-    ).fit(x, y)
+    ).fit(x, y, weights)
     weight, bias = solver.coef_, solver.intercept_
     if len(weight) == 1:
         weight = np.concatenate([-weight / 2, weight / 2])
@@ -140,9 +151,10 @@ def fit_logistic(
 
 
 def _choose_c(
-    x: Any, y: np.ndarray, groups: np.ndarray | None, cs: np.ndarray, intercept: bool
-) -> float:
-    """Return the C of the least cross-validated log loss.
+    x: Any, y: np.ndarray, groups: np.ndarray | None, cs: np.ndarray, intercept: bool,
+    weights: np.ndarray | None,
+) -> float:  # fmt: skip
+    """Return the C of the least cross-validated log loss, weighted where the fit is.
 
     Classes too rare to be held out are left out; where fewer than two classes remain, it is the
     middle of the grid.
@@ -156,6 +168,7 @@ def _choose_c(
     rows = np.flatnonzero(counts[y] >= enough)[:MAX_SEARCH_ROWS]
     x, y = x[rows], y[rows]
     groups = None if groups is None else groups[rows]
+    weights = None if weights is None else weights[rows]
     smallest = int(np.bincount(y)[np.unique(y)].min())
     folds = min(FOLDS, smallest if groups is None else min(smallest, len(set(groups))))
     if folds < 2 or len(np.unique(y)) < 2:
@@ -176,7 +189,7 @@ def _choose_c(
         search: Any = solver(
             Cs=cs, cv=splits, scoring="neg_log_loss", max_iter=MAX_STEPS, l1_ratios=(0.0,),
             use_legacy_attributes=False, fit_intercept=intercept,
-        ).fit(x, y)  # fmt: skip
+        ).fit(x, y, sample_weight=weights)  # fmt: skip
     return float(np.ravel(search.C_)[0])
 
 

@@ -185,6 +185,7 @@ def format_training_sentence(record: Record) -> str:
         clauses.append(f"nothing was trained: {_format_prompts(record)}")
     elif finetune.spec.is_solved:
         clauses.append("solved on features of the frozen encoder, its penalty by cross-validation")
+        clauses += _format_class_weights(record)
     else:
         clauses.append(f"the head started from {HEAD_STARTS[finetune.head_init]}")
         rate, epochs = (finetune.training[k] for k in ("learning_rate", "num_train_epochs"))
@@ -192,6 +193,9 @@ def format_training_sentence(record: Record) -> str:
         if finetune.spec.schedule == "phases":
             length = f"{_format_epochs(finetune.gradual.epochs)} a phase"
         clauses.append(f"learning rate {rate:g}, {length}, the best on validation kept")
+        clauses += _format_class_weights(record)
+        if finetune.focal_gamma:
+            clauses.append(f"focal loss of gamma {finetune.focal_gamma:g}")
         if finetune.layer_decay:
             decay = f"{finetune.layer_decay:g}"
             clauses.append(f"each block's rate {decay} of that of the one above")
@@ -199,6 +203,24 @@ def format_training_sentence(record: Record) -> str:
             training = [entry.training for entry in record.own_entries]
             clauses += record.recipe.retain.describe(training)
     return f"{'; '.join(clauses)}; {seeds} seed{'s' if seeds > 1 else ''}."
+
+
+def _format_class_weights(record: Record) -> list[str]:
+    """Return how classes were weighted, from the lightest to the heaviest; nothing if not."""
+    facts = record.own_entries[0].training.class_weights
+    if facts is None:
+        return []
+    ordered = sorted(facts.weights, key=lambda name: facts.weights[name])
+    ends = " to ".join(
+        f"{facts.weights[name]:.3g} ({format_code(name)}, {facts.counts[name]:,} labelled)"
+        for name in (ordered[0], ordered[-1])
+    )
+    how = (
+        "against their frequency"
+        if record.recipe.finetune.class_weight == "balanced"
+        else "by hand"
+    )
+    return [f"classes were weighted {how}, from {ends}"]
 
 
 def _format_prompts(record: Record) -> str:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 else:
     Strategy = Literal[FINETUNE_STRATEGIES]
 
+ClassWeight = Literal["balanced"] | Mapping[str, float] | None
+"""How classes weigh; one that a mapping leaves out weighs 1."""
 DEFAULT_TRAINING = {"learning_rate": 5.0e-4, "num_train_epochs": 5}
 DEFAULT_LORA = {"r": 8, "lora_alpha": 16}
 
@@ -102,6 +104,12 @@ class Finetune(Section):
     """embedding: what a pair of image and text encoders (CLIP) compares with texts."""
     head_init: Literal["probe", "random", "zero_shot"] = "probe"
     blocks: int = Field(default=2, ge=1)
+    class_weight: ClassWeight = None
+    """`balanced`: n / (classes * count) of the arm's own training rows; or a weight by label. With
+    several labels a row, `balanced` weighs each label's positives and negatives so, and a mapping
+    its positives."""
+    focal_gamma: float = Field(default=0.0, ge=0)
+    """Exponent of focal loss (Lin et al. 2017, arXiv:1708.02002); 0: cross-entropy."""
     patience: int | None = Field(default=None, ge=1)
     """Evaluations without improvement on validation before training stops; null: never."""
     layer_decay: float | None = Field(default=None, gt=0, le=1)
@@ -130,6 +138,25 @@ class Finetune(Section):
                 "Use finetune.gradual.epochs",
             )
         return self
+
+    @field_validator("class_weight", mode="before")
+    @classmethod
+    def _check_class_weight(cls, value: Any) -> Any:
+        if value is None or value == "balanced":
+            return value
+        if not isinstance(value, dict) or not value:
+            raise RecipeError(
+                f"finetune.class_weight is {value!r}", "Use balanced, or {label: weight, ...}"
+            )
+        for label, weight in value.items():
+            is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if not is_number or not 0 <= weight < float("inf"):
+                raise RecipeError(
+                    f"finetune.class_weight: {label!r} weighs {weight!r}, expected a finite number "
+                    "of at least 0",
+                    "Correct it",
+                )
+        return {label: float(weight) for label, weight in name_by_label(value).items()}
 
     @field_validator("training", mode="before")
     @classmethod

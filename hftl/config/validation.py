@@ -26,6 +26,7 @@ def check_sections(
     """
     _check_pooling(data, finetune)
     _check_label_smoothing(data, finetune)
+    _check_class_weight(data, finetune)
     _check_zero_shot(data, finetune)
     _check_something_to_do(data, stages)
     for stage in stages:
@@ -85,6 +86,18 @@ def check_solved_strategy(finetune: Finetune, retain: Retain | None) -> None:
             "trains nothing of the encoder",
             "Leave retain out, or choose another finetune.strategy",
         )
+    if finetune.focal_gamma:
+        raise RecipeError(
+            "focal_gamma shapes a loss that is trained by steps, and the strategy "
+            f"{finetune.strategy} is solved",
+            "Leave it out, or choose another finetune.strategy",
+        )
+    if finetune.class_weight and not finetune.spec.reads_labels:
+        raise RecipeError(
+            f"class_weight weighs training rows, and the strategy {finetune.strategy} reads no "
+            "label of train",
+            "Leave it out, or choose another finetune.strategy",
+        )
     if finetune.layer_decay or finetune.lr:
         raise RecipeError(
             "layer_decay and lr are learning rates, and the strategy "
@@ -112,6 +125,18 @@ def _check_label_smoothing(data: Data, finetune: Finetune) -> None:
             f"and data.task={data.task} has none",
             "Remove it",
         )
+
+
+def _check_class_weight(data: Data, finetune: Finetune) -> None:
+    """Refuse class weights and focal loss where there are no classes."""
+    if data.task != "regression":
+        return
+    for key in ("class_weight", "focal_gamma"):
+        if value := getattr(finetune, key):
+            raise RecipeError(
+                f"finetune.{key}={value} weighs classes, and data.task=regression has none",
+                "Remove it",
+            )
 
 
 def _check_zero_shot(data: Data, finetune: Finetune) -> None:

@@ -55,10 +55,12 @@ def solve_head(context: ExperimentContext, finetune: Finetune, seed: int) -> Arm
     context.extract_features(pooling, seed, context.select_train_rows(seed))
     features = {s: context.extract_features(pooling, seed, rows[s]) for s in MEASURED_SPLITS}
     features_seconds = time.perf_counter() - started
-    probe = context.solve_probe(pooling, seed)
+    probe = context.solve_probe(pooling, seed, finetune.class_weight)
     logits = {split: probe.logits(features[split]) for split in MEASURED_SPLITS}
-    built = context.build_probed_model(pooling, seed)
-    output = _collect_head(context, built, logits, TrainingFacts(penalty=probe.penalty), started)
+    built = context.build_probed_model(pooling, seed, class_weight=finetune.class_weight)
+    facts = context.describe_class_weights(finetune.class_weight, seed)
+    facts = facts.merge(TrainingFacts(penalty=probe.penalty))
+    output = _collect_head(context, built, logits, facts, started)
     output.trainable_parameters = count_trainable_parameters(built.model)
     output.timings["features_seconds"] = features_seconds
     return output
@@ -172,6 +174,7 @@ def train_model(
         best_epoch=best.epoch,
         history=_clean_history(history),
     ).merge(retention.facts)
+    facts = facts.merge(context.describe_class_weights(finetune.class_weight, seed))
     if scale is not None:
         facts = facts.merge(TrainingFacts(target_scale=TargetScaleFacts(**asdict(scale))))
     if retention.alphas:
@@ -224,6 +227,8 @@ def _build_trainer(
         callbacks=[best],
         optimizers=optimizers,
         retain=retention,
+        class_weight=context.compute_class_weights(finetune.class_weight, seed),
+        focal_gamma=finetune.focal_gamma,
         layer_decay=finetune.layer_decay,
         rates=finetune.learning_rates,
     )

@@ -13,7 +13,7 @@ from sklearn.feature_extraction import DictVectorizer
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from hftl.analysis.probe import fit_linear
-from hftl.config.finetune import Finetune
+from hftl.config.finetune import ClassWeight, Finetune
 from hftl.config.measure import Search
 from hftl.config.recipe import Arm
 from hftl.data.image_inputs import compute_pixel_features
@@ -33,18 +33,23 @@ ALPHAS = np.logspace(-3, 3, 7)
 PIXEL_BATCH = 256
 
 
-def solve_classical(context: ExperimentContext, seed: int) -> ArmOutput:
-    """Solve the classical model on this seed's training rows."""
+def solve_classical(
+    context: ExperimentContext, seed: int, class_weight: ClassWeight = None
+) -> ArmOutput:
+    """Solve the classical model on this seed's training rows, weighted as the other arms are."""
     rows = context.select_train_rows(seed)
     parts = [rows, *(context.prepared.rows[split] for split in MEASURED_SPLITS)]
     (train, *measured), vocabulary = _vectorize(context, parts)
+    targets = context.prepared.encode_targets(rows)
+    weights = context.compute_class_weights(class_weight, seed)
     weight, bias, penalty = fit_linear(
         train,
-        context.prepared.encode_targets(rows),
+        targets,
         context.num_outputs,
         context.group_outputs(rows),
         CS,
         ALPHAS,
+        weights=None if weights is None else weights.weigh(targets),
     )
     logits = {
         s: np.asarray(x @ weight.T) + bias for s, x in zip(MEASURED_SPLITS, measured, strict=True)
@@ -54,7 +59,9 @@ def solve_classical(context: ExperimentContext, seed: int) -> ArmOutput:
         "bias": torch.from_numpy(bias.astype(np.float32)),
         **vocabulary,
     }
-    return ArmOutput(logits, tensors, weight.size + bias.size, TrainingFacts(penalty=penalty))
+    facts = context.describe_class_weights(class_weight, seed)
+    facts = facts.merge(TrainingFacts(penalty=penalty))
+    return ArmOutput(logits, tensors, weight.size + bias.size, facts)
 
 
 def _vectorize(
@@ -125,7 +132,9 @@ def _encode_terms(terms: Any) -> torch.Tensor:
 
 SOLVERS: dict[str, Callable[[ExperimentContext, Finetune, int], ArmOutput]] = {
     "majority": lambda context, finetune, seed: solve_majority(context, seed),
-    "classical": lambda context, finetune, seed: solve_classical(context, seed),
+    "classical": lambda context, finetune, seed: solve_classical(
+        context, seed, finetune.class_weight
+    ),
     "head": solve_head,
     "zero_shot": solve_zero_shot,
 }

@@ -11,8 +11,14 @@ import torch
 from hftl.analysis.check import run_preflight_checks
 from hftl.analysis.probe import Probe, fit_probe
 from hftl.config.data import Data
-from hftl.config.finetune import Finetune
+from hftl.config.finetune import ClassWeight, Finetune
 from hftl.config.recipe import Arm, Recipe
+from hftl.data.class_weights import (
+    ClassWeights,
+    check_class_weight,
+    compute_class_weights,
+    describe_class_weights,
+)
 from hftl.data.general import GeneralData
 from hftl.data.image_inputs import ImageInputs, augment_image, get_image_size, resize_processor
 from hftl.data.labels import check_label_keys, encode_targets
@@ -51,7 +57,8 @@ from hftl.models.source import (
 )
 from hftl.runtime import distributed
 from hftl.runtime.hardware import get_device
-from hftl.train.facts import CheckFacts, LearningRate
+from hftl.runtime.run_folder import fingerprint
+from hftl.train.facts import CheckFacts, LearningRate, TrainingFacts
 from hftl.train.optimizer import (
     LayerLearningRates,
     build_layer_rates,
@@ -96,7 +103,7 @@ class ExperimentContext:
     entailment: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     _encoded: dict[bytes, EncodedRow] = field(default_factory=dict)
     _features: dict[tuple[str, int | None], FeatureCache] = field(default_factory=dict)
-    _probes: dict[tuple[str, int], Probe] = field(default_factory=dict)
+    _probes: dict[tuple[str, int, str], Probe] = field(default_factory=dict)
 
     @property
     def public_base(self) -> SourceModel:
@@ -150,6 +157,16 @@ class ExperimentContext:
         if self.prepared.task != "regression":
             return None
         return TargetScale.measure(self.prepared.encode_targets(self.select_train_rows(seed)))
+
+    def compute_class_weights(self, class_weight: ClassWeight, seed: int) -> ClassWeights | None:
+        """Return the weights of classes for an arm of this seed; None where all weigh the same."""
+        targets = self.prepared.encode_targets(self.select_train_rows(seed))
+        return compute_class_weights(class_weight, targets, self.prepared.names)
+
+    def describe_class_weights(self, class_weight: ClassWeight, seed: int) -> TrainingFacts:
+        """Return the weights of classes as facts, none where all weigh the same."""
+        targets = self.prepared.encode_targets(self.select_train_rows(seed))
+        return describe_class_weights(class_weight, targets, self.prepared.names)
 
     def encode_rows(self, rows: list[Row]) -> list[EncodedRow]:
         """Return the rows as the encoder takes them, each encoded once in the run."""
@@ -220,15 +237,16 @@ class ExperimentContext:
         )
 
     def build_probed_model(
-        self, pooling: str, seed: int, scale: TargetScale | None = None
-    ) -> LoadedModel:
+        self, pooling: str, seed: int, scale: TargetScale | None = None,
+        class_weight: ClassWeight = None,
+    ) -> LoadedModel:  # fmt: skip
         """Return a new model whose head is the probe (LP-FT; Kumar et al. 2022, arXiv:2202.10054).
 
         With a scale the head is one of standardised targets, rounded to float32 once: another unit
         of the targets starts from the same weights. Collective.
         """
         built = self.build_model(pooling, seed)
-        weight, bias = self.solve_probe(pooling, seed).exact
+        weight, bias = self.solve_probe(pooling, seed, class_weight).exact
         if scale is not None:
             weight, bias = weight / scale.sd, (bias - scale.mean) / scale.sd
         with torch.no_grad():
@@ -254,30 +272,34 @@ class ExperimentContext:
             self._features[pooling, None if built.features_are_shared else seed] = known
         return known.get(rows)
 
-    def solve_probe(self, pooling: str, seed: int) -> Probe:
+    def solve_probe(self, pooling: str, seed: int, class_weight: ClassWeight = None) -> Probe:
         """Return the probe on this seed's training rows, solved by rank 0. Collective.
 
         Every process must call it, also where one of them has solved it before.
         """
-        return distributed.broadcast_from_main(lambda: self._fitted(pooling, seed))
+        return distributed.broadcast_from_main(lambda: self._fitted(pooling, seed, class_weight))
 
     def _learning_rates(self, finetune: Finetune, rates: LayerLearningRates) -> list[LearningRate]:
         built = self.build_model(finetune.pooling, 0)
         model = apply_strategy(built.model, finetune, built.fresh)
         return summarize_learning_rates(model, finetune.training["learning_rate"], rates)
 
-    def _fitted(self, pooling: str, seed: int) -> Probe:
-        if (pooling, seed) not in self._probes:
+    def _fitted(self, pooling: str, seed: int, class_weight: ClassWeight) -> Probe:
+        key = pooling, seed, fingerprint(class_weight)
+        if key not in self._probes:
             rows = self.select_train_rows(seed)
             features = self.extract_features(pooling, seed, rows)
-            self._probes[pooling, seed] = fit_probe(
+            targets = self.prepared.encode_targets(rows)
+            weights = compute_class_weights(class_weight, targets, self.prepared.names)
+            self._probes[key] = fit_probe(
                 features,
-                self.prepared.encode_targets(rows),
+                targets,
                 self.num_outputs,
                 self.group_outputs(rows),
                 intercept=has_head_bias(self.source, self.prepared.task, pooling),
+                weights=None if weights is None else weights.weigh(targets),
             )
-        return self._probes[pooling, seed]
+        return self._probes[key]
 
 
 # From source model and rows to the context: how the encoder takes these rows.
@@ -307,6 +329,7 @@ def build_context(recipe: Recipe, source: SourceModel, prepared: PreparedData) -
             size that does not fit the source's patches, or for what the source's modality has not.
     """
     for arm in recipe.arms:
+        check_class_weight(arm.finetune.class_weight, prepared.names, "finetune.class_weight")
         rates, counts_blocks = arm.finetune.lr, "finetune.blocks" in arm.spec.own_keys
         if counts_blocks or rates is not None:
             present = count_blocks(source.config)

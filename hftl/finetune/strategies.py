@@ -19,6 +19,7 @@ Schedule = Literal["solved", "epochs", "phases", "rate_search"]
 NOT_TRAINED = "it is solved, not trained by steps"
 NO_ENCODER = "it has no encoder"
 NO_LABELS = "it reads no label of train"
+NO_WEIGHTS = "it is the most frequent label, however much each weighs"
 FROM_RANDOM = "it starts from random weights, at one learning rate of its own"
 
 
@@ -134,7 +135,7 @@ _SPECS = (
         "majority", "solved", is_baseline=True,
         ignored_keys={
             "finetune": NO_ENCODER, "data.max_length": NO_ENCODER, "data.image_size": NO_ENCODER,
-            "data.augment": NOT_TRAINED,
+            "data.augment": NOT_TRAINED, "finetune.class_weight": NO_WEIGHTS,
         },
         arm_words="always the most frequent answer",
     ),
@@ -152,7 +153,8 @@ _SPECS = (
     StrategySpec(
         "head", "solved", select_last_linear,
         ignored_keys=dict.fromkeys(
-            (*TRAINING_KEYS, "finetune.training", "data.augment"), NOT_TRAINED
+            (*TRAINING_KEYS, "finetune.focal_gamma", "finetune.training", "data.augment"),
+            NOT_TRAINED,
         ),
         model_words="A linear head on the frozen",
         arm_words="the frozen encoder with a linear head",
@@ -161,8 +163,12 @@ _SPECS = (
         "zero_shot", "solved", select_last_linear, reads_labels=False,
         own_keys=("finetune.zero_shot",),
         ignored_keys={
-            **dict.fromkeys((*TRAINING_KEYS, "finetune.training", "data.augment"), NOT_TRAINED),
+            **dict.fromkeys(
+                (*TRAINING_KEYS, "finetune.focal_gamma", "finetune.training", "data.augment"),
+                NOT_TRAINED,
+            ),
             "data.shots": NO_LABELS,
+            "finetune.class_weight": NO_LABELS,
         },
         model_words="A zero-shot classifier, made of words for its classes, on the frozen",
         arm_words="words for the classes, without any label",

@@ -57,7 +57,8 @@ def build_start_model(
         scale: of targets, where the head is one of standardized targets.
     """
     if finetune.head_init == "probe":
-        return context.build_probed_model(finetune.pooling, seed, scale)
+        weights = finetune.class_weight
+        return context.build_probed_model(finetune.pooling, seed, scale, weights)
     if finetune.head_init == ZERO_SHOT_ARM:
         return build_zero_shot_model(context, finetune, seed)
     return context.build_model(finetune.pooling, seed)

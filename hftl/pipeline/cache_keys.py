@@ -113,7 +113,9 @@ def get_arm_rules(arm: Arm) -> CacheRules:
     }
     if not arm.spec.changes_encoder and not arm.stages:
         unread["data.general"] = "its encoder is the source's, or none, and forgets nothing"
-    read = (*ENCODING_KEYS, "data.shots", "data.general", *arm.spec.own_keys)
+    read = (
+        *ENCODING_KEYS, "data.shots", "data.general", "finetune.class_weight", *arm.spec.own_keys,
+    )  # fmt: skip
     if arm.reads_class_words:
         unread.pop("finetune.zero_shot", None)
         read = (*read, "finetune.zero_shot", "data.label_names")

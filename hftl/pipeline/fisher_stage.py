@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hftl.config.finetune import Finetune
 from hftl.config.recipe import Arm
 from hftl.config.retain import EWC
 from hftl.finetune.context import ExperimentContext
@@ -45,13 +46,14 @@ def prepare_fisher(
         # The head is the probe of the seed's rows; features need none.
         "head": None
         if config.fisher == "features"
-        else [arm.finetune.pooling, seed, context.shots, context.prepared.facts.fingerprint],
+        else [arm.finetune.pooling, seed, context.shots, context.prepared.facts.fingerprint]
+        + ([arm.finetune.class_weight] if arm.finetune.class_weight else []),
         "pooling": arm.finetune.pooling,
         "max_length": getattr(context.inputs, "max_length", None),
     }
     stage = folder / "phases" / f"fisher-{fingerprint(reads)[:8]}"
     if distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(stage)) != reads:
-        fisher, scale = _compute_fisher(context, arm.finetune.pooling, config, seed, len(rows))
+        fisher, scale = _compute_fisher(context, arm.finetune, config, seed, len(rows))
 
         def commit() -> None:
             metadata = {"kind": config.fisher, "rows": len(rows), "scale": scale}
@@ -64,10 +66,10 @@ def prepare_fisher(
 
 
 def _compute_fisher(
-    context: ExperimentContext, pooling: str, config: EWC, seed: int, rows: int
+    context: ExperimentContext, finetune: Finetune, config: EWC, seed: int, rows: int
 ) -> tuple[dict[str, Tensor], float]:
     """Return the information of the start model on general rows, and its scale."""
-    loaded = context.build_probed_model(pooling, seed)
+    loaded = context.build_probed_model(finetune.pooling, seed, class_weight=finetune.class_weight)
     scale = context.compute_target_scale(seed)
     if scale is not None:
         # The Gaussian of variance 1 is around a standardized target.

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hftl.config.finetune import Finetune
 from hftl.config.recipe import Arm, Recipe
 from hftl.config.retain import Replay, Retain
 from hftl.data.general import check_general_labels
@@ -64,15 +65,18 @@ def build_retention(context: ExperimentContext, arm: Arm, seed: int, folder: Pat
     replay = retain.replay or Replay()
     general = context.build_general_dataset(replay.labelled) if retain.mixes_general else None
     facts = TrainingFacts(general_rows=0 if general is None else len(general))
-    quality = _measure_compared_probe(original, retain, pooling, seed)
+    quality = _measure_compared_probe(original, retain, arm.finetune, seed)
     if quality is not None:
         facts = facts.merge(TrainingFacts(head_opinion=quality))
     for regularizer in regularizers:
         facts = facts.merge(regularizer.facts)
-    needs_reference = retain.kl_terms and not is_start
+    reference = None
+    if retain.kl_terms and not is_start:
+        weights = arm.finetune.class_weight
+        reference = original.build_probed_model(pooling, seed, class_weight=weights)
     return Retention(
         regularizers,
-        reference=original.build_probed_model(pooling, seed).model if needs_reference else None,
+        reference=reference.model if reference else None,
         general=general,
         ratio=replay.ratio,
         general_weight=replay.weight,
@@ -120,22 +124,23 @@ def _measure_target_variance(context: ExperimentContext, pooling: str, seed: int
 
 
 def _measure_compared_probe(
-    original: ExperimentContext, retain: Retain, pooling: str, seed: int
+    original: ExperimentContext, retain: Retain, finetune: Finetune, seed: int
 ) -> HeadFacts | None:
     """Return how well the probe that KL compares predicts; None where none is. Collective."""
     if not any(section.reads_task_head for section in retain.regularizers if section.is_active):
         return None
-    quality = distributed.broadcast_from_main(lambda: _measure_probe(original, pooling, seed))
+    quality = distributed.broadcast_from_main(lambda: _measure_probe(original, finetune, seed))
     if quality is None:
         return None
     return HeadFacts(loss=quality.loss, shares=quality.shares, weak=quality.is_weak)
 
 
-def _measure_probe(context: ExperimentContext, pooling: str, seed: int) -> HeadQuality | None:
+def _measure_probe(context: ExperimentContext, finetune: Finetune, seed: int) -> HeadQuality | None:
     """Return how well the probe predicts the rows it was fitted on; None where none has a label."""
     rows = context.select_train_rows(seed)
-    features = context.extract_features(pooling, seed, rows)
-    logits = context.solve_probe(pooling, seed).logits(features)
+    features = context.extract_features(finetune.pooling, seed, rows)
+    probe = context.solve_probe(finetune.pooling, seed, finetune.class_weight)
+    logits = probe.logits(features)
     # Words that were truncated have no logits.
     is_known = np.isfinite(logits).all(1)
     labels = torch.from_numpy(context.prepared.encode_targets(rows)[is_known])

@@ -117,6 +117,16 @@ class TargetScaleFacts(RecordPart):
     sd: float
 
 
+class ClassWeightFacts(RecordPart):
+    """Hold the weight of each class, by label, and the training rows that it was computed from."""
+
+    weights: Mapping[str, float]
+    negative: Mapping[str, float] | None = None
+    """With several labels a row: of the rows that have the label not."""
+    counts: Mapping[str, int]
+    """Labelled rows, or words, of each class."""
+
+
 class TrainingFacts(OpenPart):
     """Describe the training of one arm and seed; each strategy sets the keys that apply to it."""
 
@@ -132,6 +142,7 @@ class TrainingFacts(OpenPart):
     fisher: FisherFacts | None = None
     interpolation: InterpolationFacts | None = None
     target_scale: TargetScaleFacts | None = None
+    class_weights: ClassWeightFacts | None = None
     general_rows: int | None = None
     """Rows of general data that were mixed into the steps."""
     head_opinion: HeadFacts | None = None

@@ -15,6 +15,8 @@ from transformers.trainer_pt_utils import find_batch_size
 
 from hftl.errors import NumericError, RecipeError
 from hftl.retain.regularizer import BATCH_METADATA, Batch
+from hftl.runtime.distributed import gather_values
+from hftl.train.weighted_loss import LossWeighting
 
 IGNORE_INDEX = -100
 """The class id of an element without a label; among float targets it is NaN."""
@@ -25,8 +27,9 @@ ROWS_PER_CHUNK = 64
 
 
 def compute_summed_loss(
-    logits: Tensor, labels: Tensor, smoothing: float = 0.0, problem: str | None = None
-) -> Tensor:
+    logits: Tensor, labels: Tensor, smoothing: float = 0.0, problem: str | None = None,
+    weighting: LossWeighting | None = None,
+) -> Tensor:  # fmt: skip
     """Return the loss summed over all labelled elements, in fp32.
 
     Integer labels: cross-entropy. Float (batch,) or (batch, patches, values): squared error. Float
@@ -37,7 +40,10 @@ def compute_summed_loss(
         labels: (...) int64, -100 where there is none; or float, NaN where there is none.
         smoothing: share of each class label's weight that is spread over all classes.
         problem: transformers' `problem_type`, where the model has one.
+        weighting: of classes, by class and hardness; None: every element counts the same.
     """
+    if weighting is not None:
+        return _compute_weighted_loss(logits, labels, smoothing, weighting)
     if not labels.is_floating_point() and logits.shape[-1] >= MANY_CLASSES and not smoothing:
         flat = logits.reshape(-1, logits.shape[-1])
         return _ChunkedCrossEntropy.apply(flat, labels.reshape(-1))  # pyright: ignore
@@ -57,6 +63,19 @@ def compute_summed_loss(
     return each.where(counts, 0.0).sum()
 
 
+def _compute_weighted_loss(
+    logits: Tensor, labels: Tensor, smoothing: float, weighting: LossWeighting
+) -> Tensor:
+    """Return the weighted loss of classes, summed; see `compute_summed_loss`."""
+    is_labelled = _is_labelled(labels)
+    if labels.is_floating_point():
+        targets = labels.where(is_labelled, 0.0)
+        return weighting.sum_label_loss(logits.float(), targets, is_labelled)
+    flat = logits.float().reshape(-1, logits.shape[-1])
+    classes = labels.where(is_labelled, 0).reshape(-1)
+    return weighting.sum_class_loss(flat, classes, is_labelled.reshape(-1), smoothing)
+
+
 def is_multi_label(labels: Tensor, problem: str | None) -> bool:
     """Return whether float labels are yes or no for each class, rather than targets."""
     if problem is None:
@@ -65,10 +84,12 @@ def is_multi_label(labels: Tensor, problem: str | None) -> bool:
 
 
 def compute_replay_loss(
-    logits: Tensor, labels: Tensor, general: Tensor, share: float, smoothing: float = 0.0,
-    problem: str | None = None,
+    logits: Tensor, labels: Tensor, general: Tensor, share: Tensor | float, smoothing: float = 0.0,
+    problem: str | None = None, weighting: LossWeighting | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the target's loss, summed, and `share` of that of labelled general rows (replay).
+
+    Weights are of the target's classes alone: general rows have frequencies of their own.
 
     Args:
         logits: see `compute_summed_loss`.
@@ -77,8 +98,10 @@ def compute_replay_loss(
         share: what a general row counts for.
         smoothing: see `compute_summed_loss`.
         problem: see `compute_summed_loss`.
+        weighting: of the target's rows, see `compute_summed_loss`.
     """
-    own = compute_summed_loss(logits, ignore_rows(labels, general), smoothing, problem)
+    own_labels = ignore_rows(labels, general)
+    own = compute_summed_loss(logits, own_labels, smoothing, problem, weighting)
     return own + share * compute_summed_loss(
         logits, ignore_rows(labels, ~general), smoothing, problem
     )
@@ -119,6 +142,18 @@ def count_labels(labels: Tensor) -> Tensor:
     return _is_labelled(labels).sum()
 
 
+def sum_items(labels: Tensor, weighting: LossWeighting | None = None) -> Tensor:
+    """Return the number of labelled elements, or the sum of their weights."""
+    if weighting is None:
+        return count_labels(labels)
+    return weighting.sum_weights(labels, _is_labelled(labels))
+
+
+def replace_zero(count: Tensor) -> Tensor:
+    """Return a divisor of a loss: 1 where nothing counts, and the loss is 0 as well."""
+    return count.where(count > 0, torch.ones_like(count))
+
+
 def has_labels(labels: Tensor) -> Tensor:
     """Return whether each row has a labelled element: (batch,) bool."""
     return _is_labelled(labels).reshape(len(labels), -1).any(1)
@@ -153,8 +188,8 @@ def drop_retention_keys(batch: Batch) -> Batch:
 
 
 def compute_task_loss(
-    outputs: Any, logits: Tensor, batch: Batch, share: float, smoothing: float,
-    problem: str | None,
+    outputs: Any, logits: Tensor, batch: Batch, share: Tensor | float, smoothing: float,
+    problem: str | None, weighting: LossWeighting | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the task's loss of a batch, summed, a labelled general row counting for `share`.
 
@@ -165,6 +200,7 @@ def compute_task_loss(
         share: see `compute_replay_loss`.
         smoothing: see `compute_summed_loss`.
         problem: see `compute_summed_loss`.
+        weighting: see `compute_replay_loss`.
 
     Raises:
         RecipeError: if labels and logits do not fit each other.
@@ -178,8 +214,9 @@ def compute_task_loss(
             "Give a class a row or a word as an integer, or floats of the logits' shape",
         )
     if "general" in batch:
-        return compute_replay_loss(logits, labels, batch["general"], share, smoothing, problem)
-    return compute_summed_loss(logits, labels, smoothing, problem)
+        general = batch["general"]
+        return compute_replay_loss(logits, labels, general, share, smoothing, problem, weighting)
+    return compute_summed_loss(logits, labels, smoothing, problem, weighting)
 
 
 def prepend_loss(outputs: Any, loss: Tensor) -> Any:
@@ -229,6 +266,18 @@ def count_step_items(batches: list[Batch], device: torch.device) -> Tensor:
     return torch.stack(items).sum(0)
 
 
+def sum_step_weights(
+    batches: list[Batch], weighting: LossWeighting, device: torch.device
+) -> Tensor:
+    """Return the sum of the weights of the target's elements in a step's batches: float32."""
+    total = torch.zeros((), device=device)
+    for batch in batches:
+        labels = batch["labels"]
+        own = ignore_rows(labels, batch["general"]) if "general" in batch else labels
+        total += weighting.sum_weights(own, _is_labelled(own)).to(device)
+    return total
+
+
 def blank_filler(batches: list[Batch], has_filler: bool) -> list[Batch]:
     """Return a step's batches for counting: the last one, if it only fills up, without labels."""
     labels = batches[-1].get("labels")
@@ -262,6 +311,17 @@ def check_finite_loss(total: float, step: int) -> None:
         raise NumericError(
             f"the loss is {total} at step {step}", "Lower the learning rate, or look at the data"
         )
+
+
+def average_evaluated_loss(evaluated: list[Tensor]) -> float:
+    """Return the mean loss over all labelled elements of all processes. Collective.
+
+    Args:
+        evaluated: (2,) a batch: the summed loss, and what it is divided by.
+    """
+    sums = torch.stack(evaluated).cpu().double().sum(0).tolist()
+    loss, items = (sum(column) for column in zip(*gather_values(sums), strict=True))
+    return loss / (items or 1.0)
 
 
 def count_real_rows(rows: int, accelerator: Accelerator) -> int:

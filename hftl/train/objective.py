@@ -20,7 +20,13 @@ from hftl.models.heads import unwrap_adapter
 from hftl.retain.original import eval_mode
 from hftl.retain.regularizer import Batch
 from hftl.train.hf_compat import has_replaced_loss, unwrap_forward
-from hftl.train.loss import compute_summed_loss, count_labels, has_labels, labels_fit_logits
+from hftl.train.loss import (
+    compute_summed_loss,
+    count_labels,
+    has_labels,
+    is_multi_label,
+    labels_fit_logits,
+)
 
 KNOWN_HEADS = (
     "ForSequenceClassification", "ForImageClassification", "ForTokenClassification", "ForMaskedLM",
@@ -167,6 +173,29 @@ def check_smoothing_targets(model: nn.Module, labels: Any, objective: LossPlan) 
     if objective.uses_model_loss and not has_stock_loss(model):
         name = type(unwrap_adapter(model)).__name__
         raise _build_smoothing_error(f"{name} computes its own loss, which smoothing would replace")
+
+
+def check_weighting_targets(model: nn.Module, labels: Any, plan: LossPlan) -> None:
+    """Refuse class weights and focal loss of what has no classes, and of a model's own loss.
+
+    Raises:
+        RecipeError: naming the reason.
+    """
+    reason = None
+    if plan.uses_model_loss:
+        name = type(unwrap_adapter(model)).__name__
+        reason = f"{name}, or compute_loss_func, computes the loss of a batch by itself"
+    elif not isinstance(labels, Tensor):
+        reason = "the rows have no `labels`"
+    elif labels.is_floating_point() and not is_multi_label(labels, plan.problem):
+        reason = "the labels are numbers, not classes"
+    elif plan.problem == "regression":
+        reason = "problem_type is regression"
+    if reason is not None:
+        raise RecipeError(
+            f"class_weight and focal_gamma weigh the loss of each labelled element, and {reason}",
+            "Leave them out, or weigh in your own loss",
+        )
 
 
 def check_has_labels(batch: Batch, plan: LossPlan) -> None:

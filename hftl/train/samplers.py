@@ -53,6 +53,15 @@ class SeededSampler(Sampler[int]):
         yield from torch.randperm(self.rows, generator=generator).tolist()
 
 
+def build_unseeded_error(args: TrainingArguments) -> RecipeError:
+    """Return the refusal to number rows whose order the seed does not fix."""
+    return RecipeError(
+        "retain and general_dataset need rows in a seeded order, got "
+        f"train_sampling_strategy={args.train_sampling_strategy} or a dataset without a length",
+        "Use random sampling of a dataset with a length",
+    )
+
+
 def build_seeded_sampler(rows: Any, args: TrainingArguments) -> SeededSampler:
     """Return the order of a training's rows, by the seed of its data.
 

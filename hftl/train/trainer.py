@@ -16,14 +16,13 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import EvalLoopOutput
 
-from hftl.errors import RecipeError
 from hftl.retain.regularizer import Batch, LossTerm, Retention, Step
-from hftl.runtime.distributed import gather_values
 from hftl.train import checkpoint, hf_compat, objective, optimizer, samplers
 from hftl.train import loss as losses
 from hftl.train.callbacks import RetentionCallback
 from hftl.train.checkpoint import list_training_modes
 from hftl.train.objective import LossPlan
+from hftl.train.weight_arguments import build_weighting
 
 
 class TransferTrainer(hf_compat.TrainerHooks, Trainer):
@@ -44,6 +43,9 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
             regularizers, and where they have labels of the task, for its loss (replay).
         general_ratio: rows of general data for each row of the target.
         general_weight: of the mean loss over labelled general rows, beside the target's mean.
+        class_weight: `balanced`, by the labels of train_dataset; or a weight by label, or for each
+            class in order. The loss is the weighted mean over the whole step.
+        focal_gamma: exponent of focal loss.
         layer_decay: each block's learning rate is that of the one above it times this.
         rates: learning rates of `embeddings`, `blocks` (a list from the bottom) and `head`.
 
@@ -61,6 +63,8 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         general_dataset: Any | None = None,
         general_ratio: float = 0.5,
         general_weight: float = 1.0,
+        class_weight: Any = None,
+        focal_gamma: float = 0.0,
         layer_decay: float | None = None,
         rates: Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -83,6 +87,10 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         self.retention = retain
         losses.check_general_ratio(retain.ratio)
         self._rates = optimizer.build_layer_rates(layer_decay, rates)
+        self._weighting = build_weighting(
+            class_weight, focal_gamma, self.train_dataset, self._own_model
+        )
+        self._mean_weight: Tensor | float = 1.0
         self._general = retain.general
         self._general_share = retain.general_weight / retain.ratio
         if self.retention.regularizers:
@@ -157,12 +165,7 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         if not isinstance(order, samplers.SeededSampler):
             self._batches = None
             if self._numbers_rows:
-                raise RecipeError(
-                    "retain and general_dataset need rows in a seeded order, got "
-                    f"train_sampling_strategy={self.args.train_sampling_strategy} or a dataset "
-                    "without a length",
-                    "Use random sampling of a dataset with a length",
-                )
+                raise samplers.build_unseeded_error(self.args)
             return super().get_train_dataloader()
         self._batches = samplers.build_batch_sampler(
             order, None if self._general is None else len(self._general), self.retention.ratio,
@@ -192,12 +195,21 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         here = losses.count_step_items(batches[:-1] if self._has_filler else batches, device)
         items, self._rows = self.accelerator.gather(here).reshape(-1, 2).sum(0)  # pyright: ignore
         if not plan.uses_model_loss:
-            return batches, items
+            return batches, self._sum_step_items(batches, items, device)
         count = None
         if plan.counts_items:
             labelled = losses.blank_filler(batches, self._has_filler)
             count = hf_compat.count_items(self, labelled, device)
         return batches, self._rows if count is None else count
+
+    def _sum_step_items(self, batches: list[Any], items: Tensor, device: torch.device) -> Tensor:
+        """Return the target's labelled elements in a step, or the sum of their weights."""
+        if self._weighting is None:
+            return items
+        here = losses.sum_step_weights(batches, self._weighting, device)
+        total = self.accelerator.gather(here).sum()  # pyright: ignore
+        self._mean_weight = total / items.clamp(min=1)
+        return total
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False,
@@ -243,14 +255,17 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         labels = inputs["labels"]
         outputs = model(**losses.select_model_inputs(inputs))
         logits = objective.find_logits(outputs, self._own_model)
+        # The mean over general rows stays what it is: dividing by weights cancels.
+        share = self._general_share * self._mean_weight
         loss = losses.compute_task_loss(
-            outputs, logits, inputs, self._general_share, smoothing, plan.problem
+            outputs, logits, inputs, share, smoothing, plan.problem, self._weighting
         )
         if count is None:
-            return loss / losses.count_labels(labels).clamp(min=1), outputs
+            items = losses.sum_items(labels, self._weighting)
+            return loss / losses.replace_zero(items), outputs
         # The gradients of processes are averaged, and the counts are those of all.
         processes = self.accelerator.num_processes
-        loss = loss / torch.as_tensor(count).clamp(min=1) * processes
+        loss = loss / losses.replace_zero(torch.as_tensor(count)) * processes
         penalty = losses.sum_penalty(outputs, labels) / self._rows.clamp(min=1)
         return loss + penalty * processes, outputs
 
@@ -298,6 +313,8 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
             plan = objective.plan_loss(model, batch, accepts_count, self.accelerator)
         if self.args.label_smoothing_factor:
             objective.check_smoothing_targets(model, batch.get("labels"), plan)
+        if self._weighting is not None:
+            objective.check_weighting_targets(model, batch.get("labels"), plan)
         if self._general is not None:
             objective.check_mixes_rows(model, plan)
         return plan
@@ -326,20 +343,18 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         labels = self._get_loss_plan(inputs).read_labels(inputs["labels"])
         labels = losses.ignore_rows(labels, slice(last, None))
         prediction = super().prediction_step(model, {**inputs, "labels": labels}, *args, **kwargs)
-        loss, items = prediction[0], losses.count_labels(labels)
+        loss, items = prediction[0], losses.sum_items(labels, self._weighting)
         if loss is not None:
             self._evaluated.append(torch.stack([loss * items, items.to(loss)]))
         return prediction
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate; the loss is the mean over all labelled elements, not over batches."""
+        """Evaluate; the loss is the (weighted) mean over labelled elements, not over batches."""
         self._evaluated = []
         output = super().evaluation_loop(*args, **kwargs)
         if self._evaluated and output.metrics is not None:
-            sums = torch.stack(self._evaluated).cpu().double().sum(0).tolist()
-            loss, items = (sum(column) for column in zip(*gather_values(sums), strict=True))
             name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
-            output.metrics[name] = loss / max(1.0, items)
+            output.metrics[name] = losses.average_evaluated_loss(self._evaluated)
         return output
 
     def count_labels(self, batches: Any, device: Any) -> Any:

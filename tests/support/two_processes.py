@@ -65,6 +65,7 @@ CASES: dict[str, dict[str, Any]] = {
     "native-lora": {"rows": 17},
     "retained-lora": {"rows": 17, "retain": True},
     "retained-full": {"rows": 21, "retain": True, "accumulated": 2},
+    "weighted-full": {"rows": 21, "accumulated": 2, "class_weight": [0.3, 2.0, 5.0]},
 }
 ADAPTATIONS = [("mlm", "lora"), ("mae", "full")]
 """Objectives and methods."""
@@ -74,7 +75,8 @@ SHARDED = ["tokens-full", "pooled-lora", "native-lora"]
 def get_kind(name: str) -> str:
     """Return the kind of a case's rows."""
     kind = name.split("-")[0]
-    return {"accumulated": "text", "native": "text", "retained": "pooled"}.get(kind, kind)
+    kinds = {"accumulated": "text", "native": "text", "weighted": "text", "retained": "pooled"}
+    return kinds.get(kind, kind)
 
 
 class Rows(Dataset):
@@ -240,6 +242,7 @@ def build_trainer(
         model=build_tiny(data, strategy), args=args, train_dataset=Rows(data, case["rows"]),
         eval_dataset=Rows(data, EVAL_ROWS), data_collator=collate, compute_metrics=compute_metrics,
         callbacks=callbacks, **(build_retention(strategy) if case.get("retain") else {}),
+        class_weight=case.get("class_weight"), focal_gamma=2.0 if "class_weight" in case else 0.0,
     )  # fmt: skip
 
 
