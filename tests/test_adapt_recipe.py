@@ -50,7 +50,7 @@ def test_every_default_is_written_out() -> None:
 def test_rate_follows_objective_and_method(objective: str, method: str) -> None:
     (stage,) = parse(f"adapt={{objective: {objective}, method: {method}}}").stages
     assert stage.training["learning_rate"] == DEFAULT_ADAPT_RATES[objective, method]
-    assert stage.mask_ratio == (0.75 if objective == "mae" else 0.15)
+    assert stage.mask_ratio == {"mlm": 0.15, "mae": 0.75, "clm": None}[objective]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,14 @@ REFUSED: dict[str, tuple[str, str]] = {
     "no objective, several": ("adapt=[{}]", r"'adapt\.0\.objective' is missing"),
     "unknown objective": ("adapt={objective: dlm}", r"'adapt\.objective': .*'dlm'"),
     "no stage": ("adapt=[]", r"'adapt': .*at least 1"),
+    "mae's key with mlm": (
+        "adapt={objective: mlm, norm_pix_loss: false}",
+        r"adapt\.norm_pix_loss is read by the objective mae, and adapt\.objective is mlm",
+    ),
+    "masking with clm": (
+        "adapt={objective: clm, mask_ratio: 0.3}",
+        r"adapt\.mask_ratio is read by the objective mlm and mae, and adapt\.objective is clm",
+    ),
     "no section": ("adapt=mlm", r"'adapt': .*'mlm'"),
     "unknown key in a list": (
         "adapt=[{objective: mlm}, {objective: mlm, gaurd: off}]",

@@ -14,10 +14,12 @@ from support.training import perturb
 from transformers import AutoModel, AutoTokenizer
 
 from hftl.analysis.probe import fit_probe
+from hftl.card.snippets import render_plain_snippet
 from hftl.config.section import Source
 from hftl.errors import RecipeError
 from hftl.finetune import trainable
 from hftl.finetune.trainable import prepare
+from hftl.inference.predict import load
 from hftl.models.encoders import get_task_class
 from hftl.models.half_weights import HalfLinear
 from hftl.models.heads import build_model
@@ -92,6 +94,50 @@ def test_a_missing_padding_token_is_the_end_of_a_text(tiny_model: Tiny, tmp_path
         with torch.no_grad():
             logits = model(**batch).logits
         np.testing.assert_allclose(logits, sample["logits"], atol=1e-5)
+
+
+def publish_on_base(tiny_model: Tiny, folder: Path) -> tuple[Path, list[str], np.ndarray]:
+    """Publish an adapter of a decoder whose base names no padding token.
+
+    Returns:
+        The folder, and texts with their logits.
+    """
+    base = tiny_model("llama")
+    context, recipe = open_context(base, folder, "native", "lora")
+    sample = json.loads(publish_model(context, recipe, folder).read_text())
+    file = folder / "publish" / "adapter_config.json"
+    named = json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}
+    file.write_text(json.dumps(named))
+    return folder / "publish", [text for (text,) in sample["texts"]], np.array(sample["logits"])
+
+
+def test_the_card_s_code_runs_a_batch_on_a_base_without_a_padding_token(
+    tiny_model: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, texts, logits = publish_on_base(tiny_model, tmp_path)
+    code = render_plain_snippet(
+        str(made), "org/base", None, "native", 2, True, "text", '"Good."', architecture="llama"
+    )
+    space: dict[str, object] = {"__name__": "card"}
+    exec(compile(code, "card", "exec"), space)  # noqa: S102
+    assert "tensor" in capsys.readouterr().out
+    batch = space["tokenizer"](texts, padding=True, return_tensors="pt")  # pyright: ignore
+    assert (batch["attention_mask"] == 0).any()
+    with torch.no_grad():
+        computed = space["model"](**batch).logits  # pyright: ignore
+    np.testing.assert_allclose(computed, logits, atol=1e-5)
+
+
+def test_an_adapter_that_peft_alone_wrote_is_padded_by_the_end_of_a_text(
+    tiny_model: Tiny, tmp_path: Path
+) -> None:
+    made, texts, logits = publish_on_base(tiny_model, tmp_path)
+    for path in made.iterdir():
+        if not path.name.startswith("adapter_"):
+            path.unlink()
+    predicted = load(made, base=tiny_model("llama")).predict(texts)
+    labels = ["LABEL_0", "LABEL_1"]
+    assert [row["label"] for row in predicted] == [labels[n] for n in logits.argmax(1)]
 
 
 def test_the_probe_of_a_head_without_a_bias_has_no_intercept() -> None:

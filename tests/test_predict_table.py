@@ -194,6 +194,7 @@ def test_a_text_itself_is_a_table_of_one_row(
     [
         ("A warm film", True), ("A warm film.", True), ("one/two three", True), ("word", False),
         ("new.csv", False), ("my new.csv", False), ("my new.xlsx", False), ("my data/new", False),
+        ("my data/old reviews", False),
         ("", False), ("x " * 5000, True),
     ],
 )  # fmt: skip

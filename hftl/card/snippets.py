@@ -3,6 +3,7 @@
 import json
 
 from hftl.card.validation import is_hub_id
+from hftl.models.architectures import ARCHITECTURES
 
 PLAIN_TEMPLATE = """import torch
 {imports}from transformers import {auto}, {reader}
@@ -28,7 +29,8 @@ from transformers import AutoConfig, AutoTokenizer, pipeline
 
 path = {place}
 config = AutoConfig.from_pretrained(path)
-labels = {{name: getattr(config, name) for name in ("id2label", "label2id", "problem_type")}}
+names = ("id2label", "label2id", "problem_type", "pad_token_id")
+labels = {{name: getattr(config, name) for name in names}}
 model = AutoPeftModelForSequenceClassification.from_pretrained(
     path, ignore_mismatched_sizes=True, **labels
 )
@@ -95,7 +97,7 @@ def render_plain_snippet(
     """
     pooled = pooling != "native"
     if adapter and not pooled and kind in AUTO_PEFT_CLASSES and base and is_hub_id(base):
-        return _render_auto_peft_snippet(place, outputs, kind, example)
+        return _render_auto_peft_snippet(place, outputs, kind, example, architecture)
     auto = IMAGE_HALF_CLASSES[architecture] if pooling == "embedding" else "AutoModel"
     auto = auto if pooled else AUTO_CLASSES[kind]
     if adapter and not pooled:
@@ -122,7 +124,10 @@ def render_plain_snippet(
         place=path, auto=auto, reader=reader, imports=imports,
         peft_import="from peft import PeftModel\n" if adapter else "",
         reading=f"{name} = {reader}.from_pretrained(path)",
-        load=_render_load_lines(auto, base, revision, outputs, adapter, pooled),
+        load=_render_load_lines(
+            auto, base, revision, adapter,
+            "" if pooled else _render_config_arguments(outputs, architecture),
+        ),
         head='head = load_file(f"{path}/head.safetensors")\n' if pooled else "",
         inputs=call.format(example=example), output=output,
     )  # fmt: skip
@@ -149,28 +154,39 @@ def render_pipeline_snippet(
     return PIPELINE_TEMPLATE.format(place=json.dumps(place), example=example)
 
 
-def _render_auto_peft_snippet(place: str, outputs: int, kind: str, example: str) -> str:
+def _render_config_arguments(outputs: int, architecture: str) -> str:
+    """Return what the base's own config does not say of a classifier on it.
+
+    A decoder's class finds the last token of a text by the padding token, which its base may lack.
+    """
+    spec = ARCHITECTURES.get(architecture)
+    padding = ", pad_token_id=tokenizer.pad_token_id" if spec and spec.is_causal else ""
+    return f", num_labels={outputs}, ignore_mismatched_sizes=True{padding}"
+
+
+def _render_auto_peft_snippet(
+    place: str, outputs: int, kind: str, example: str, architecture: str
+) -> str:
     reader, name, call = PREPROCESSORS[kind]
     auto = AUTO_PEFT_CLASSES[kind]
-    labels = f"num_labels={outputs}, ignore_mismatched_sizes=True"
+    arguments = _render_config_arguments(outputs, architecture)
     return AUTO_PEFT_TEMPLATE.format(
         place=json.dumps(place), auto=auto, reader=reader,
         reading=f"{name} = {reader}.from_pretrained(path)",
-        load=f"model = {auto}.from_pretrained(path, {labels})",
+        load=f"model = {auto}.from_pretrained(path{arguments})",
         inputs=call.format(example=example),
     )  # fmt: skip
 
 
 def _render_load_lines(
-    auto: str, base: str | None, revision: str | None, outputs: int, adapter: bool, pooled: bool
+    auto: str, base: str | None, revision: str | None, adapter: bool, arguments: str
 ) -> str:
     if not adapter:
         return f"model = {auto}.from_pretrained(path)"
-    labels = "" if pooled else f", num_labels={outputs}, ignore_mismatched_sizes=True"
     pinned = f", revision={json.dumps(revision)}" if revision else ""
     named = json.dumps(base or "the base model")
     return (
-        f"base = {auto}.from_pretrained({named}{labels}{pinned})\n"
+        f"base = {auto}.from_pretrained({named}{arguments}{pinned})\n"
         "model = PeftModel.from_pretrained(base, path)"
     )
 

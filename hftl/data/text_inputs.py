@@ -52,7 +52,7 @@ class TextInputs:
             if not inputs["input_ids"]:
                 raise DataError(
                     f"{row.where}: the source model's tokenizer makes no token of the text",
-                    "Remove the row, or set data.bad_rows=skip for what is empty",
+                    "Remove the row",
                 )
         return encoded
 

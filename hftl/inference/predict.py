@@ -47,6 +47,8 @@ from hftl.inference.load import (
 from hftl.models.architectures import get_config_spec, get_max_tokens, get_patch_size
 from hftl.models.encoders import hide_padding
 from hftl.models.features import predict_logits
+from hftl.models.heads import unwrap_adapter
+from hftl.models.source import complete_padding
 from hftl.publish.published_metadata import (
     ADAPTER_CONFIG,
     HEAD_WEIGHTS,
@@ -54,6 +56,7 @@ from hftl.publish.published_metadata import (
     PublishedInputs,
     PublishedMetadata,
 )
+from hftl.publish.reload_check import PublishedModel
 from hftl.runtime import paths
 from hftl.runtime.hardware import get_device
 
@@ -225,7 +228,9 @@ def load(path: str | Path, base: str | Path | None = None) -> Predictor:
     return build_predictor(folder, base_folder, config, model)
 
 
-def build_predictor(folder: Path, base: Path | None, config: Any, model: nn.Module) -> Predictor:
+def build_predictor(
+    folder: Path, base: Path | None, config: Any, model: PublishedModel
+) -> Predictor:
     """Build a predictor of a published folder's model from what the folder says of its use.
 
     Args:
@@ -246,6 +251,9 @@ def build_predictor(folder: Path, base: Path | None, config: Any, model: nn.Modu
         files = find_inputs_folder(folder, base, images)
         inputs, columns = _build_inputs(files, config, task, metadata.recipe.data)
     hide_padding(model)
+    if isinstance(inputs, TextInputs) and get_config_spec(config).is_causal:
+        # The class finds the last token by it, and an adapter's base may name another, or none.
+        unwrap_adapter(model.model).config.pad_token_id = inputs.tokenizer.pad_token_id
     device = get_device()
     label_type = metadata.data.label_type if metadata.data is not None else "text"
     temperature = metadata.calibration.temperature if metadata.calibration is not None else None
@@ -300,6 +308,7 @@ def _build_inputs(
         return inputs, [published.train.image]
     inputs_class = WordInputs if task == "token-classification" else TextInputs
     tokenizer: Any = _load_processor(AutoTokenizer, folder)
+    complete_padding(tokenizer, config)
     text = published.train.text
     columns = [text] if isinstance(text, str) else text
     return inputs_class(tokenizer, min(published.max_length, get_max_tokens(config))), columns

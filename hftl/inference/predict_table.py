@@ -64,9 +64,13 @@ FILE_SUFFIX = re.compile(r"\.[a-z]\w{1,7}$", re.IGNORECASE)
 
 
 def is_literal_text(data: str) -> bool:
-    """Return whether an input is a text itself: no path, no file's name, and more than one word."""
-    words = data.split()
-    return len(words) > 1 and not os.path.exists(data) and not FILE_SUFFIX.search(words[-1])
+    """Return whether an input is a text itself: no path, no file's name, and more than one word.
+
+    A name in a folder that exists is a path, misspelt or not.
+    """
+    words, folder = data.split(), os.path.dirname(data)
+    is_path = os.path.exists(data) or (folder and os.path.exists(folder))
+    return len(words) > 1 and not is_path and not FILE_SUFFIX.search(words[-1])
 
 
 def predict_table(

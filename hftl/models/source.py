@@ -258,10 +258,7 @@ def load_tokenizer(source: SourceModel) -> Any:
         raise RecipeError(
             f"source.model: {source.name} has no usable tokenizer: it has no vocabulary", fix
         )
-    pad_id, end_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    if source.architecture_spec.is_causal and end_id is not None:
-        if pad_id is None or pad_id >= source.config.vocab_size:
-            tokenizer.pad_token = tokenizer.eos_token
+    complete_padding(tokenizer, source.config)
     if tokenizer.pad_token_id is None:
         raise RecipeError(
             f"source.model: the tokenizer of {source.name} has no padding token",
@@ -274,6 +271,14 @@ def load_tokenizer(source: SourceModel) -> Any:
     ):
         tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
     return tokenizer
+
+
+def complete_padding(tokenizer: Any, config: Any) -> None:
+    """Let a decoder's tokenizer without a padding token that is embedded pad by a text's end."""
+    pad_id = tokenizer.pad_token_id
+    if get_config_spec(config).is_causal and tokenizer.eos_token_id is not None:
+        if pad_id is None or pad_id >= config.vocab_size:
+            tokenizer.pad_token = tokenizer.eos_token
 
 
 def match_padding(source: SourceModel, tokenizer: Any) -> SourceModel:

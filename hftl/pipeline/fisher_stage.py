@@ -68,7 +68,11 @@ def prepare_fisher(
 def _compute_fisher(
     context: ExperimentContext, finetune: Finetune, config: EWC, seed: int, rows: int
 ) -> tuple[dict[str, Tensor], float]:
-    """Return the information of the start model on general rows, and its scale."""
+    """Return the information of the start under its probe on general rows, and its scale.
+
+    The head is the probe whatever the training's starts as: under an untrained head it would say
+    nothing of what the weights are for.
+    """
     loaded = context.build_probed_model(finetune.pooling, seed, class_weight=finetune.class_weight)
     scale = context.compute_target_scale(seed)
     if scale is not None:

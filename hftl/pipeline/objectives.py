@@ -54,7 +54,7 @@ def check_objective(stage: Adapt, source: SourceModel) -> None:
     else:
         find_mlm_class(source)
         tokenizer = load_tokenizer(source)
-        masking.build_masking_spec(tokenizer, stage.mask_ratio, stage.whole_words)
+        masking.build_masking_spec(tokenizer, stage.masked_share, stage.whole_words)
         _check_embedded(source, tokenizer)
 
 
@@ -89,7 +89,7 @@ def build_objective(
     assert isinstance(context.inputs, ImageInputs)
     side = get_image_size(context.inputs.processor)
     model, fresh = load_mae(
-        context.source, side, stage.mask_ratio, stage.decoder.model_dump(), seed, head,
+        context.source, side, stage.masked_share, stage.decoder.model_dump(), seed, head,
         plain.source,
     )  # fmt: skip
     model.distill = stage.distill
@@ -156,15 +156,13 @@ def _build_text_task(
     context: ExperimentContext, stage: Adapt, corpus: Corpus, seed: int
 ) -> training.AdaptationData:
     tokenizer: Any = context.inputs.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
-    if stage.objective == "clm":
-        predicted: Callable[..., Any] = lambda blocks, fixed: NextTokenBlocks(  # noqa: E731
-            blocks, tokenizer.pad_token_id
-        )
-    else:
-        masks = masking.build_masking_spec(tokenizer, stage.mask_ratio, stage.whole_words)
-        predicted = lambda blocks, fixed: masking.MaskedBlocks(  # noqa: E731
-            blocks, masks, seed, tokenizer.pad_token_id, fixed
-        )
+    pad_id = tokenizer.pad_token_id
+
+    def predicted(blocks: Any, fixed: bool) -> Any:
+        if stage.objective == "clm":
+            return NextTokenBlocks(blocks, pad_id)
+        masks = masking.build_masking_spec(tokenizer, stage.masked_share, stage.whole_words)
+        return masking.MaskedBlocks(blocks, masks, seed, pad_id, fixed)
 
     def held(blocks: Any) -> Subset[Any]:
         return Subset(predicted(blocks, True), _spread_indices(len(blocks), HELD_OUT_ROWS))
@@ -203,7 +201,7 @@ def _build_image_task(
         hidden(corpus.train, False, change=change, teacher=teacher),
         hidden(corpus.held_out[:HELD_OUT_ROWS], True),
         None if corpus.general is None else hidden(corpus.general[:HELD_OUT_ROWS], True),
-        lambda rows: collate_pictures(rows, inputs, stage.mask_ratio, stage.norm_pix_loss),
+        lambda rows: collate_pictures(rows, inputs, stage.masked_share, stage.norm_pix_loss),
     )
 
 
