@@ -29,11 +29,12 @@ RUN_FOLDERS = ("phases", "arms", "analysis", "publish", "publish-base", "checkpo
 RESULTS = (*RUN_FOLDERS, "record.json", "report.html")
 RUN_FILES = (*RESULTS, ".replaced", "recipe.yaml", "error.json", "log.txt", ".lock")
 """Every name that a run folder may hold."""
-SEMANTICS = 4
-"""Raised when the same recipe and data train, draw or choose otherwise than before, or when the
-keys of arms change, so that arms of two versions are never averaged. 2 standardises targets, draws
-them by their inputs alone, keeps the least error and pads on the right; 3 reads whole sections; 4
-counts the source's config and preprocessing, and the columns of corpora."""
+SEMANTICS = 5
+"""Raised when the same recipe and data train, draw, choose or score otherwise than before, or when
+the keys of arms change, so that arms of two versions are never averaged. 2 standardises targets,
+draws them by their inputs alone, keeps the least error and pads on the right; 3 reads whole
+sections; 4 counts the source's config and preprocessing, and the columns of corpora; 5 trains texts
+without padding, and LoRA as one function, on a CPU."""
 
 Part = TypeVar("Part", bound=BaseModel)
 
