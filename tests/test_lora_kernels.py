@@ -125,3 +125,13 @@ def test_predictions_are_those_of_peft_to_the_bit(fused_calls: list[int]) -> Non
         expected = model(inputs)
         fuse_lora(model)
         assert torch.equal(model(inputs), expected) and not fused_calls
+
+
+def test_an_output_may_be_changed_in_place(fused_calls: list[int]) -> None:
+    """Swin V2 adds to what its projection returns."""
+    model = build("plain")
+    fuse_lora(model)
+    inputs = torch.randn(3, 4, 6)
+    model(inputs).mul_(2.0).sum().backward()
+    assert len(fused_calls) == 2
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -23,7 +23,7 @@ class _LoraProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, down: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None,
         scale: float,
     ) -> Tensor:  # fmt: skip
-        """Return (..., out) of x (..., in), down (rank, in), up (out, rank), weight (out, in)."""
+        """Return (rows, out) of x (..., in), down (rank, in), up (out, rank), weight (out, in)."""
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
             low, high = down.to(weight.dtype), up.to(weight.dtype)
@@ -32,7 +32,7 @@ class _LoraProduct(torch.autograd.Function):
             output.addmm_(inner, high.t(), alpha=scale)
         ctx.save_for_backward(rows, inner, low, high, weight)
         ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (x.dtype, down.dtype, up.dtype)
-        return output.view(*x.shape[:-1], -1)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -41,7 +41,7 @@ class _LoraProduct(torch.autograd.Function):
         rows, inner, low, high, weight = ctx.saved_tensors
         of_x = of_down = of_up = None
         with torch.autocast(gradient.device.type, enabled=False):
-            gradient = gradient.reshape(-1, gradient.shape[-1]).to(weight.dtype)
+            gradient = gradient.to(weight.dtype)
             of_inner = (gradient @ high).mul_(ctx.scale)
             if ctx.needs_input_grad[0]:
                 of_x = (gradient @ weight).addmm_(of_inner, low)
@@ -67,7 +67,9 @@ class _FusedLinear(Linear):
             return super().forward(x, *args, **kwargs)
         weight, bias = self._cast_frozen()
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        return _LoraProduct.apply(x, down, up, weight, bias, self.scaling[name])
+        rows: Any = _LoraProduct.apply(x, down, up, weight, bias, self.scaling[name])
+        # Swin V2 changes the output in place, which autograd refuses of views made in a function.
+        return rows.view(*x.shape[:-1], -1)
 
     def _is_plain(self, x: Tensor, name: str) -> bool:
         """Return whether it trains on a CPU, by one adapter without dropout, bias or variant."""
