@@ -81,6 +81,16 @@ def test_native_features_are_those_of_the_head_where_its_pooler_is_in_the_checkp
     assert fresh.find_site("native") is None
 
 
+def test_a_decoder_is_read_at_its_last_token(tiny_model: Any, table: Path, tmp_path: Path) -> None:
+    context = make_context(tiny_model("llama"), table)
+    rows = context.prepared.rows["test"]
+    store = FeatureStore(context, tmp_path / "features")
+    store.compute(rows)
+    assert {site.pooling for site in store.sites} == {"mean", "last", "native"}
+    last = store.get(rows, LayerSite(3, "last"))
+    np.testing.assert_allclose(last, context.extract_features("native", 0, rows), atol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "poolings"), [
     ("vit", {"mean", "cls"}), ("dinov2_with_registers", {"mean", "cls"}), ("swin", {"mean"}),
 ])  # fmt: skip

@@ -132,7 +132,7 @@ class ProbeAnalysis(RecordPart):
     best: SiteFacts
     """The best mean on validation: of so many it looks better than it is."""
     own: SiteFacts | None
-    """What the recipe's head reads; null where a new pooler stands before it."""
+    """What the recipe's head reads; null where it is none of the sites, as behind a new pooler."""
     over_own: SiteGap | None
     similarity: LayerSimilarity
 

@@ -102,7 +102,7 @@ def format_probe(facts: ProbeAnalysis) -> str:
 def _describe_own(facts: ProbeAnalysis) -> str:
     """Say how the best site compares with the one that the recipe's head reads."""
     if facts.own is None:
-        return "; the recipe's head reads a pooler that the checkpoint lacks"
+        return "; the recipe's head reads none of these"
     if facts.own == facts.best:
         return ", which the recipe's head reads"
     assert facts.over_own is not None

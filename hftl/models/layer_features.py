@@ -70,6 +70,7 @@ class _LayerTap(ExitStack):
         super().__init__()
         self.widths: dict[LayerSite, int] = {}
         self._inputs = inputs
+        self._reads_last_token = built.architecture.pooled_logits == "last"
         self._states: list[Tensor] = []
         self._last: list[Tensor] = []
         self._head_input: list[Tensor] = []
@@ -130,7 +131,11 @@ class _LayerTap(ExitStack):
             return {TOKEN_POOLING: states}
         if isinstance(self._inputs, TextInputs):
             mask = self._batch["attention_mask"]
-            return {pooling: pool_tokens(states, mask, pooling) for pooling in ("mean", "cls")}
+            pooled = {"mean": pool_tokens(states, mask, "mean")}
+            if self._reads_last_token:
+                # The first token of a decoder has seen nothing; rows are padded on the right.
+                return pooled | {"last": states[torch.arange(len(states)), mask.sum(1) - 1]}
+            return pooled | {"cls": pool_tokens(states, mask, "cls")}
         if states.ndim == 4:
             return {"mean": states.mean((2, 3))}
         side = self._batch["pixel_values"].shape[-1]
