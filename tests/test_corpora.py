@@ -34,7 +34,7 @@ def build_tree(model: Path, table: Path, adapt: dict[str, Any], **data: Any) -> 
     return {
         "source": {"model": str(model)},
         "data": {"train": {"path": str(table)}, "max_length": 32} | data,
-        "adapt": {"pack": False} | adapt,
+        "adapt": ({} if adapt.get("objective") == "mae" else {"pack": False}) | adapt,
         "measure": {"arms": []},
     }
 

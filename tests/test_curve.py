@@ -27,7 +27,7 @@ from hftl.analysis.feature_store import FeatureStore
 from hftl.analysis.power_law import fit_power_law
 from hftl.analysis.probe import fit_probe
 from hftl.config.recipe import Recipe
-from hftl.finetune.baselines import solve_classical
+from hftl.finetune.baselines import solve_classical, solve_majority
 from hftl.pipeline.analyses import find_curve_arm
 
 __all__ = ["forwards", "hftl"]
@@ -176,6 +176,15 @@ def test_points_are_those_of_the_arms_on_nested_draws(recipe: Recipe, tmp_path: 
             assert point.score.value == pytest.approx(np.mean(scores[name])), (name, size)
     assert [one.baseline for one in facts.labels] == ["classical", "full"]
     assert facts.arms[0].forecast is None
+
+
+def test_a_solved_arm_is_solved_and_not_trained(recipe_tree: dict[str, Any]) -> None:
+    recipe_tree["measure"]["arms"] = ["majority"]
+    recipe = Recipe.parse(recipe_tree)
+    context = bench_of(recipe)
+    predict = find_curve_arm(recipe, FeatureStore(context, Path("unread")), "majority", context)
+    expected = solve_majority(context, 0).logits["test"]
+    assert predict(context, 0).tolist() == expected.tolist()
 
 
 def read(run: Path) -> CurveAnalysis:

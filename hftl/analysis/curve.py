@@ -100,7 +100,7 @@ def _pool_rows(context: ExperimentContext, most: int) -> ExperimentContext:
         if len(rows[split]) > most:
             rows[split] = take_stratified(rows[split], most, context.prepared.task, 0, "curve")[0]
     prepared = replace(context.prepared, rows=rows)
-    return replace(context, prepared=prepared, shots=None, _probes={})
+    return replace(context, prepared=prepared, shots=None, _probes={}, entailment={})
 
 
 def _choose_sizes(context: ExperimentContext, given: Sequence[int]) -> list[int]:
@@ -147,8 +147,9 @@ def _cut_context(context: ExperimentContext, size: int) -> ExperimentContext:
     if len(held) > count:
         held = take_stratified(held, count, prepared.task, 0, "curve")[0]
     rows = {**prepared.rows, "validation": sorted(held, key=hash_row)}
-    # A probe is known by its seed: that of another number of labels is another.
-    return replace(context, prepared=replace(prepared, rows=rows), shots=size, _probes={})
+    # A probe is known by its seed, and entailment by its prompts: those of other rows are others.
+    prepared = replace(prepared, rows=rows)
+    return replace(context, prepared=prepared, shots=size, _probes={}, entailment={})
 
 
 def _summarize_curves(

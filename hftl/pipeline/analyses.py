@@ -26,7 +26,7 @@ from hftl.data.facts import RecordPart
 from hftl.data.prepare import hash_data_files
 from hftl.errors import RecipeError, suggest_closest
 from hftl.finetune.arm import train_arm
-from hftl.finetune.baselines import search_rate, solve_classical, train_scratch
+from hftl.finetune.baselines import search_rate, solve_arm, solve_classical, train_scratch
 from hftl.finetune.context import ExperimentContext
 from hftl.pipeline.run import Run
 from hftl.runtime import run_folder
@@ -145,6 +145,8 @@ def find_curve_arm(
             f"--arms: the arm {name!r} has {part}, which a curve does not repeat for every size",
             f"Give the override {part}=null",
         )
+    if arm.spec.is_solved:
+        return lambda context, seed: solve_arm(context, arm, seed).logits["test"]
     if arm.spec.schedule == "rate_search":
         search = recipe.measure.scratch
         rate = search_rate(largest, arm.finetune, search, 0).learning_rate
