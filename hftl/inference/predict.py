@@ -253,7 +253,8 @@ def build_predictor(
     hide_padding(model)
     if isinstance(inputs, TextInputs) and get_config_spec(config).is_causal:
         # The class finds the last token by it, and an adapter's base may name another, or none.
-        unwrap_adapter(model.model).config.pad_token_id = inputs.tokenizer.pad_token_id
+        stock: Any = unwrap_adapter(model.model)
+        stock.config.pad_token_id = inputs.tokenizer.pad_token_id
     device = get_device()
     label_type = metadata.data.label_type if metadata.data is not None else "text"
     temperature = metadata.calibration.temperature if metadata.calibration is not None else None
