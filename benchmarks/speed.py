@@ -313,7 +313,8 @@ def format_table(jobs: dict[str, dict[str, Any]]) -> list[str]:
     lines = ["  job".ljust(12) + "".join(title.ljust(20) for title in PARTS.values()).rstrip()]
     lines.append("  " + "-" * (len(lines[0]) - 2))
     for name, figures in jobs.items():
-        cells = [f"{m:.2f} [{least:.2f}, {most:.2f}]" for m, least, most in map(figures.get, PARTS)]
+        ratios = [figures[part] for part in PARTS]
+        cells = [f"{m:.2f} [{least:.2f}, {most:.2f}]" for m, least, most in ratios]
         lines.append(f"  {name}".ljust(12) + "".join(cell.ljust(20) for cell in cells).rstrip())
     return lines
 
