@@ -130,11 +130,12 @@ def _read_part(recipe: Recipe, context: ExperimentContext, part: str, most: int)
 def _describe(domain: Domain, context: ExperimentContext) -> DomainFacts:
     half, words = len(domain.rows) // 2, not isinstance(context.inputs, ImageInputs)
     sides = domain.features[:half], domain.features[half : 2 * half]
+    groups = _name_groups(domain.rows[:half], domain.rows[half : 2 * half])
     return DomainFacts(
         name=domain.name,
         rows=len(domain.rows),
         pieces_per_word=_count_pieces(domain.rows, context),
-        null_a_distance=distance.classify_domains(*sides).a_distance.value,
+        null_a_distance=distance.classify_domains(*sides, groups).a_distance.value,
         null_frechet=_compute_frechet(*sides).value,
         null_word_divergence=_compute_word_null(domain.rows) if words else None,
     )
@@ -167,7 +168,7 @@ def _compare(a: Domain, b: Domain, context: ExperimentContext) -> DomainPair:
         second=b.name,
         rows=count,
         a_distance=_estimate(classified.a_distance),
-        saturated=classified.a_distance.high > SATURATED,
+        saturated=classified.a_distance.value > SATURATED,
         h_divergence=_estimate(classified.h_divergence),
         mmd=_estimate(discrepancy.distance),
         mmd_p_value=discrepancy.p_value,

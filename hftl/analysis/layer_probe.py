@@ -10,7 +10,7 @@ from hftl.analysis.facts import LayerSimilarity, ProbeAnalysis, SiteFacts, SiteG
 from hftl.analysis.feature_store import FeatureStore
 from hftl.analysis.nearest import predict_by_neighbours
 from hftl.analysis.out_of_fold import encode_columns, to_logits
-from hftl.analysis.probe import fit_probe
+from hftl.config.finetune import ClassWeight
 from hftl.config.recipe import Recipe
 from hftl.data.rows import Row
 from hftl.data.splits import take_stratified
@@ -40,7 +40,10 @@ def probe_layers(
     store.compute([row for rows in [*draws, held] for row in rows])
     labels, units = context.prepared.encode_for_metrics(held), assign_units(held)
     predictions = {
-        site: [_predict_site(context, store, site, rows, held) for rows in draws]
+        site: [
+            _predict_site(context, store, site, rows, held, recipe.finetune.class_weight)
+            for rows in draws
+        ]
         for site in track(store.sites, "probes")
     }
     scores = [
@@ -87,12 +90,12 @@ def _limit_rows(context: ExperimentContext, rows: list[Row], most: int, seed: in
 
 def _predict_site(
     context: ExperimentContext, store: FeatureStore, site: LayerSite, train: list[Row],
-    held: list[Row],
+    held: list[Row], class_weight: ClassWeight,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Return what the probe and the neighbours at a site predict of the held rows."""
     features, queries = store.get(train, site), store.get(held, site)
     targets = context.prepared.encode_targets(train)
-    probe = fit_probe(features, targets, context.num_outputs, context.group_outputs(train))
+    probe = context.fit_probe_on(features, train, site.pooling, class_weight)
     known, present = np.isfinite(queries).all(1), np.isfinite(features).all(1)
     near = np.full((len(queries), context.num_outputs), np.nan)
     columns = encode_columns(targets, context.num_outputs)[present]

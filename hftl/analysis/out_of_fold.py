@@ -44,8 +44,9 @@ def _deal_groups(sizes: np.ndarray, folds: int) -> np.ndarray:
 
 
 def predict_out_of_fold(
-    features: np.ndarray, targets: np.ndarray, outputs: int, groups: np.ndarray | None
-) -> np.ndarray:
+    features: np.ndarray, targets: np.ndarray, outputs: int, groups: np.ndarray | None,
+    intercept: bool = True,
+) -> np.ndarray:  # fmt: skip
     """Return the logits of every row, (rows, outputs), each by a probe fitted on the other folds.
 
     The penalty of classes is chosen once, on all rows. A row without features, as a word that was
@@ -56,16 +57,17 @@ def predict_out_of_fold(
         targets: as of `fit_probe`.
         outputs: classes, or 1.
         groups: (rows,) names; rows of one group share a fold.
+        intercept: whether the probe has one, see `fit_probe`.
     """
     folds = assign_folds(targets, groups)
     cs = C_GRID
     if outputs > 1:
-        cs = np.array([fit_probe(features, targets, outputs, groups).penalty])
+        cs = np.array([fit_probe(features, targets, outputs, groups, intercept=intercept).penalty])
     logits = np.full((len(features), outputs), np.nan)
     for fold in np.unique(folds):
         train, held = folds != fold, folds == fold
         own = None if groups is None else groups[train]
-        probe = fit_probe(features[train], targets[train], outputs, own, cs)
+        probe = fit_probe(features[train], targets[train], outputs, own, cs, intercept)
         logits[held] = probe.logits(features[held])
     return logits
 

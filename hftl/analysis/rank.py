@@ -26,15 +26,17 @@ from hftl.analysis.rank_intervals import (
     compute_gap_interval,
     compute_rank_intervals,
 )
+from hftl.config.finetune import Finetune
 from hftl.config.recipe import Recipe
 from hftl.config.section import Source
 from hftl.data.prepare import PreparedData, prepare_data
 from hftl.data.rows import InputSpec, Row
-from hftl.data.splits import take_stratified
-from hftl.errors import HubError, NumericError, RecipeError
+from hftl.data.splits import hash_row, take_stratified
+from hftl.errors import HftlError, HubError, NumericError, RecipeError
 from hftl.finetune.context import ExperimentContext, build_context, infer_input_spec
 from hftl.measure.gain import assign_units
 from hftl.measure.metrics import Metric, find_metric
+from hftl.models.heads import has_head_bias
 from hftl.models.layer_features import LayerSite
 from hftl.models.source import find_source, read_tensor
 from hftl.runtime.progress import track
@@ -69,21 +71,24 @@ def rank_sources(recipe: Recipe, names: Sequence[str], root: Path, most_rows: in
 
     Raises:
         DataError: if the rows cannot be used.
-        RecipeError: if no source can be read.
+        HftlError: if no source can be read, why the first one cannot.
     """
     prepared: dict[InputSpec, PreparedData] = {}
     scored: list[ScoredSource] = []
     failed: list[FailedSource] = []
+    errors: list[HftlError] = []
     metric = find_metric(recipe.measure.metric, str(recipe.data.task))
     for name in track(list(dict.fromkeys(names)), "sources"):
         try:
             context = _open_source(recipe, name, prepared)
             rows = _select_rows(context, recipe.measure.seeds[0], most_rows)
+            _check_same_rows(name, rows, scored)
             scored.append(_score_source(name, context, rows, root, metric))
         except (RecipeError, HubError, NumericError) as error:
-            failed.append(FailedSource(source=name, why=error.what))
+            errors.append(error)
+            failed.append(FailedSource(source=name, why=str(error)))
     if not scored:
-        raise RecipeError(f"no source can be read: {failed[0].why}", "Give another --source")
+        raise errors[0]
     return _rank(metric, scored, failed)
 
 
@@ -97,17 +102,34 @@ def _open_source(
             sources before it.
         HubError: if the hub does not give it.
     """
-    changed = recipe.model_copy(update={"source": Source(model=name)})
-    if name == recipe.source.model:
-        changed = recipe
+    # How the recipe trains is nothing that a source can lack here.
+    unread = {"finetune": Finetune(pooling=recipe.finetune.pooling)}
+    own = {} if name == recipe.source.model else {"source": Source(model=name)}
+    changed = recipe.model_copy(update=unread | own)
     source = find_source(changed.source)
     spec = infer_input_spec(source, str(recipe.data.task))
     others = {known.modality for known in prepared}
     if others - {spec.modality}:
-        raise RecipeError(f"{name} reads {spec.modality}s, and the sources before it do not")
+        raise RecipeError(
+            f"{name} reads {spec.modality}s, and the sources before it do not",
+            "Rank it with sources that do",
+        )
     if spec not in prepared:
         prepared[spec] = prepare_data(recipe.data, spec)
     return build_context(changed, source, prepared[spec])
+
+
+def _check_same_rows(name: str, rows: list[Row], scored: list[ScoredSource]) -> None:
+    """Refuse a source whose size of patches drops other images: scores are of the same rows.
+
+    Raises:
+        RecipeError: naming it.
+    """
+    if scored and [*map(hash_row, rows)] != [*map(hash_row, scored[0].rows)]:
+        raise RecipeError(
+            f"{name} reads other rows of the data than {scored[0].name}",
+            "Rank it by itself, or remove the rows that only one of them can read",
+        )
 
 
 def _select_rows(context: ExperimentContext, seed: int, most: int) -> list[Row]:
@@ -133,7 +155,8 @@ def _score_source(
     evidence = {site: _compute_evidence(store.get(rows, site), columns) for site in store.sites}
     best = max(evidence, key=lambda site: evidence[site])
     features = store.get(rows, best)
-    logits = predict_out_of_fold(features, targets, context.num_outputs, groups)
+    intercept = has_head_bias(context.source, context.prepared.task, best.pooling)
+    logits = predict_out_of_fold(features, targets, context.num_outputs, groups, intercept)
     near = predict_by_others(features, targets, context.num_outputs, groups)
     labels = context.prepared.encode_for_metrics(rows)
     scores = TransferScores(

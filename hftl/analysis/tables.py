@@ -94,7 +94,7 @@ def format_probe(facts: ProbeAnalysis) -> str:
     notes = [
         f"  {facts.metric} on {facts.validation_rows:,} validation rows, trained on "
         f"{facts.train_rows:,}, {facts.seeds} draw{'s' if facts.seeds > 1 else ''}",
-        f"  best: {facts.best}{_describe_own(facts)}",
+        f"  best of {len(facts.sites)}, chosen on these rows: {facts.best}{_describe_own(facts)}",
     ]
     return "\n".join([render_table(header, rows), *notes])
 

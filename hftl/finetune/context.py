@@ -289,17 +289,20 @@ class ExperimentContext:
         if key not in self._probes:
             rows = self.select_train_rows(seed)
             features = self.extract_features(pooling, seed, rows)
-            targets = self.prepared.encode_targets(rows)
-            weights = compute_class_weights(class_weight, targets, self.prepared.names)
-            self._probes[key] = fit_probe(
-                features,
-                targets,
-                self.num_outputs,
-                self.group_outputs(rows),
-                intercept=has_head_bias(self.source, self.prepared.task, pooling),
-                weights=None if weights is None else weights.weigh(targets),
-            )
+            self._probes[key] = self.fit_probe_on(features, rows, pooling, class_weight)
         return self._probes[key]
+
+    def fit_probe_on(
+        self, features: np.ndarray, rows: list[Row], pooling: str, class_weight: ClassWeight = None
+    ) -> Probe:
+        """Return the probe of a head of this pooling on features of rows, (outputs, width)."""
+        targets = self.prepared.encode_targets(rows)
+        weights = compute_class_weights(class_weight, targets, self.prepared.names)
+        return fit_probe(
+            features, targets, self.num_outputs, self.group_outputs(rows),
+            intercept=has_head_bias(self.source, self.prepared.task, pooling),
+            weights=None if weights is None else weights.weigh(targets),
+        )  # fmt: skip
 
 
 # From source model and rows to the context: how the encoder takes these rows.

@@ -16,7 +16,6 @@ from hftl.analysis.domains import compare_domains
 from hftl.analysis.facts import CurveAnalysis, DistanceAnalysis, ProbeAnalysis, RankAnalysis
 from hftl.analysis.feature_store import FeatureStore, build_store_key
 from hftl.analysis.layer_probe import probe_layers
-from hftl.analysis.probe import fit_probe
 from hftl.analysis.rank import rank_sources
 from hftl.analysis.tables import format_curve, format_distance, format_probe, format_rank
 from hftl.card.analysis_plots import plot_curve, plot_distance, plot_probe, plot_rank
@@ -172,8 +171,8 @@ def _solve_head(
         else store.get(rows, site)
         for rows in (train, test)
     )
-    targets = context.prepared.encode_targets(train)
-    probe = fit_probe(features, targets, context.num_outputs, context.group_outputs(train))
+    finetune = recipe.finetune
+    probe = context.fit_probe_on(features, train, finetune.pooling, finetune.class_weight)
     return probe.logits(queries)
 
 
