@@ -181,7 +181,7 @@ def test_rank_refuses_too_few_rows_and_no_source(
 ) -> None:
     run = ["--output", tmp_path / "out"]
     hftl("rank", recipe_file, "data.shots=4", *run).assert_error(3, "8 rows", "10")
-    hftl("rank", recipe_file, "source.model=./gone", *run).assert_error(2, "no source", "./gone")
+    hftl("rank", recipe_file, "source.model=./gone", *run).assert_error(2, "./gone does not exist")
     hftl("rank", recipe_file, "data.task=null", "adapt={objective: mlm}", *run).assert_error(
         2, "data.task"
     )
