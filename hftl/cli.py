@@ -334,8 +334,7 @@ def rank(
 ) -> None:
     """Rank source models for your data before any training, with rank intervals and cost."""
     loaded = Recipe.load(recipe, overrides)
-    if write is not None and write.exists():
-        raise RecipeError(f"{write} exists", "Choose another name for --write")
+    _refuse_existing(write)
     folder = _name_run(loaded, output)
     with _working():
         from hftl.pipeline import analyses
@@ -345,6 +344,60 @@ def rank(
     if write is not None:
         analyses.write_winner(recipe, overrides or [], facts, write)
         say(f"wrote {write}")
+
+
+@app.command()
+def sweep(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Output = None,
+    rates: Annotated[str, typer.Option(metavar="RATE,...", help="default: around yours")] = "",
+    decays: Annotated[str, typer.Option(metavar="DECAY,...", help="by block, below 1")] = "",
+    seeds: Annotated[int, typer.Option(min=2, help="fresh seeds that measure the gain")] = 3,
+    write: Annotated[Path | None, typer.Option(help="write the winner as a recipe")] = None,
+) -> None:
+    """Search learning rates by layer: which blocks want to move, and what that gains."""
+    loaded = Recipe.load(recipe, overrides)
+    _refuse_existing(write)
+    folder = _name_run(loaded, output)
+    learning_rates = _parse_numbers("--rates", rates, None)
+    factors = _parse_numbers("--decays", decays, 1.0)
+    with _working():
+        from hftl.pipeline import sweep as search
+        from hftl.pipeline.pipeline import open_recipe
+
+        options = search.SweepOptions(learning_rates, factors, seeds)
+        facts, text = search.run_sweep(loaded, open_recipe(loaded), folder, options)
+    say(text)
+    if write is not None:
+        search.write_rates(recipe, overrides or [], facts, write)
+        say(f"wrote {write}")
+
+
+def _parse_numbers(option: str, text: str, below: float | None) -> tuple[float, ...]:
+    """Return the numbers of an option, which are above 0.
+
+    Raises:
+        RecipeError: naming the option.
+    """
+    try:
+        numbers = tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        numbers = (0.0,)
+    if not all(0 < number < (below or float("inf")) for number in numbers):
+        limit = "" if below is None else f" and below {below:g}"
+        raise RecipeError(f"{option} {text}: expected numbers above 0{limit}", "Correct it")
+    return tuple(dict.fromkeys(numbers))
+
+
+def _refuse_existing(write: Path | None) -> None:
+    """Refuse to write a recipe over a file, before anything runs.
+
+    Raises:
+        RecipeError: naming it.
+    """
+    if write is not None and write.exists():
+        raise RecipeError(f"{write} exists", "Choose another name for --write")
 
 
 @app.command()
@@ -385,7 +438,16 @@ def _working(bars: bool = True) -> Iterator[None]:
 
 
 def _name_run(recipe: Recipe, output: Path | None) -> Path:
-    """Return the run folder of a command, which an error is reported to as well."""
+    """Return the run folder of a command of one process, which an error is reported to as well.
+
+    Raises:
+        RecipeError: on many processes, each of which would lock the folder and do the same.
+    """
+    if distributed.get_world_size() > 1:
+        raise RecipeError(
+            f"{sys.argv[1]} runs in one process, and {distributed.get_world_size()} were launched",
+            f"Run `hftl {sys.argv[1]}` without a launcher",
+        )
     folder = output or recipe.default_output()
     cli_errors.CURRENT_COMMAND.run = folder
     return folder

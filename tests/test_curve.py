@@ -18,10 +18,10 @@ from hftl.analysis.curve import CurveOptions, compute_curve
 from hftl.analysis.curve_figures import (
     compare_labels,
     compute_area,
-    draw_points,
     extrapolate,
     find_crossing,
 )
+from hftl.analysis.estimates import draw_points
 from hftl.analysis.facts import CurveAnalysis
 from hftl.analysis.feature_store import FeatureStore
 from hftl.analysis.power_law import fit_power_law

@@ -153,6 +153,8 @@ def test_rank_lists_what_failed_and_goes_on(
     assert by_name[str(other)].parameters == sum(t.numel() for t in encoder.parameters())
     assert (run / "analysis" / "rank.png").read_bytes()[:4] == b"\x89PNG"
     assert passes == [1, 1, 1], "one pass a source"
+    assert len({one.provenance.weights for one in facts.sources}) == 3
+    assert len({one.provenance.data for one in facts.sources}) == 1
     assert Recipe.load(tmp_path / "winner.yaml").source.model == facts.sources[0].source
 
     again = hftl(*words)
@@ -193,6 +195,10 @@ def test_plot_of_a_name_with_dollars(tmp_path: Path) -> None:
         "best": {"layer": 2, "pooling": "mean"}, "probe": 0.7, "probe_ci95": (0.6, 0.8), "rank": 1,
         "rank_ci95": (1, 1), "scores": {"logme": -1.0, "knn": 0.5}, "pass_seconds": 1.0,
         "score_seconds": 1.0,
+        "provenance": {
+            "weights": "", "config": "", "preprocessing": "", "max_length": None, "pooling": "mean",
+            "data": "", "seeds": [0],
+        },
     }  # fmt: skip
     facts = RankAnalysis.model_validate({
         "metric": "accuracy", "lower_is_better": False, "rows": 9, "sources": [source],

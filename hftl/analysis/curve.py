@@ -10,11 +10,10 @@ from hftl.analysis.curve_figures import (
     Quantity,
     compare_labels,
     compute_area,
-    draw_points,
     extrapolate,
     find_crossing,
 )
-from hftl.analysis.estimates import compute_item_values, estimate_score
+from hftl.analysis.estimates import compute_item_values, draw_points, estimate_score
 from hftl.analysis.facts import (
     CurveAnalysis,
     CurveArm,
@@ -23,8 +22,9 @@ from hftl.analysis.facts import (
     Estimate,
     LabelCount,
     LabelValue,
+    Provenance,
 )
-from hftl.analysis.feature_store import FeatureStore
+from hftl.analysis.feature_store import FeatureStore, describe_provenance
 from hftl.config.recipe import Recipe
 from hftl.data.rows import Row
 from hftl.data.splits import TASKS_WITHOUT_CLASS_SHOTS, draw_shots, hash_row, take_stratified
@@ -90,7 +90,10 @@ def compute_curve(
                     [pooled.prepared.decode_for_metrics(test, one) for one in logits]
                 )
                 advance(sum(map(len, predictions.values())) * options.draws, f"curve: {name}")
-    return _summarize_curves(metric, context, sizes, options, predictions, labels, units)
+    provenance = describe_provenance(context, recipe.finetune.pooling, range(options.draws))
+    return _summarize_curves(
+        metric, context, sizes, options, predictions, labels, units, provenance
+    )
 
 
 def _pool_rows(context: ExperimentContext, most: int) -> ExperimentContext:
@@ -155,6 +158,7 @@ def _cut_context(context: ExperimentContext, size: int) -> ExperimentContext:
 def _summarize_curves(
     metric: Metric, context: ExperimentContext, sizes: list[int], options: CurveOptions,
     predictions: dict[str, list[list[np.ndarray]]], labels: np.ndarray, units: np.ndarray,
+    provenance: Provenance,
 ) -> CurveAnalysis:  # fmt: skip
     """Return all figures of the curves from what was predicted."""
     count, counts = len(sizes), np.array(sizes, dtype=np.float64)
@@ -187,6 +191,7 @@ def _summarize_curves(
         source=context.source.name, metric=metric.name, lower_is_better=metric.lower_is_better,
         per_class=context.prepared.task not in TASKS_WITHOUT_CLASS_SHOTS, sizes=sizes,
         draws=options.draws, test_rows=len(labels), arms=arms, labels=values_of,
+        provenance=provenance,
     )  # fmt: skip
 
 

@@ -10,9 +10,6 @@ import numpy as np
 from sklearn.isotonic import isotonic_regression
 
 from hftl.analysis.power_law import MIN_POINTS, PowerLaw, fit_power_law
-from hftl.measure.statistics import effective_count
-
-DRAWS = 1000
 
 
 class Quantity(NamedTuple):
@@ -21,49 +18,6 @@ class Quantity(NamedTuple):
     value: float
     low: float
     high: float
-
-
-def draw_points(
-    values: np.ndarray, points: np.ndarray, sizes: np.ndarray | None = None, draws: int = DRAWS,
-    seed: int = 0,
-) -> np.ndarray:  # fmt: skip
-    """Return what the points might have been, (draws, points), centred on the points.
-
-    Seeds and units are two random factors. The part of the seeds is a multivariate t, for their
-    covariance is known from a few alone (Searle, Casella & McCulloch 1992, Variance Components,
-    chapter 4); the resampling of three or five seeds would leave out a third or a fifth of it.
-
-    Args:
-        values: (points, seeds, units) jackknife values of all curves and sizes.
-        points: (points,).
-        sizes: (units,) rows of each, None where they are equal.
-        draws: how many.
-        seed: of the draw.
-    """
-    count, seeds, units = values.shape
-    rng = np.random.default_rng(seed)
-    of_seeds = np.atleast_2d(np.cov(values.mean(2), bias=False)) if seeds > 1 else 0.0
-    of_units = np.atleast_2d(np.cov(values.mean(1), bias=False))
-    if seeds > 1:
-        # Each of the two holds the error of single cells, which counts once.
-        cells = values - values.mean(1, keepdims=True) - values.mean(2, keepdims=True)
-        cells = (cells + values.mean((1, 2), keepdims=True)).reshape(count, -1)
-        of_units = of_units - cells @ cells.T / ((seeds - 1) * (units - 1)) / seeds
-    freedom = (units if sizes is None else effective_count(sizes)) - 1
-    drawn = _draw_t(rng, of_units / units, max(freedom, 1), draws)
-    if seeds > 1:
-        drawn += _draw_t(rng, of_seeds / seeds, seeds - 1, draws)
-    return points + drawn
-
-
-def _draw_t(
-    rng: np.random.Generator, covariance: np.ndarray, freedom: float, draws: int
-) -> np.ndarray:
-    """Return draws of a multivariate t around 0; negative variances count as none."""
-    values, vectors = np.linalg.eigh(covariance)
-    root = vectors * np.sqrt(np.maximum(values, 0.0))
-    normal = rng.normal(size=(draws, len(values))) @ root.T
-    return normal * np.sqrt(freedom / rng.chisquare(freedom, size=(draws, 1)))
 
 
 def compute_area(sizes: np.ndarray, points: np.ndarray) -> np.ndarray:

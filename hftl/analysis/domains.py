@@ -13,7 +13,7 @@ import numpy as np
 from hftl.analysis import distance
 from hftl.analysis.distance import Distance
 from hftl.analysis.facts import DistanceAnalysis, DomainFacts, DomainPair, Estimate, SiteFacts
-from hftl.analysis.feature_store import FeatureStore
+from hftl.analysis.feature_store import FeatureStore, describe_provenance
 from hftl.analysis.transferability import reduce_width
 from hftl.config.data import Table
 from hftl.config.recipe import Recipe
@@ -83,6 +83,7 @@ def compare_domains(
         site=SiteFacts(layer=site.layer, pooling=site.pooling),
         domains=[_describe(domain, context) for domain in domains],
         pairs=pairs,
+        provenance=describe_provenance(context, recipe.finetune.pooling, []),
     )
 
 

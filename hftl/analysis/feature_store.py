@@ -7,18 +7,20 @@ share them, whatever they compute.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from pydantic import JsonValue
 
+from hftl.analysis.facts import Provenance
 from hftl.data.image_inputs import ImageInputs
 from hftl.data.rows import Row
 from hftl.data.splits import hash_text
 from hftl.finetune.context import ExperimentContext
+from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
 from hftl.models.encoders import build_on_meta, get_stock_encoder, get_task_class
-from hftl.models.heads import LoadedModel
+from hftl.models.heads import LoadedModel, build_model, has_head_bias
 from hftl.models.layer_features import TOKEN_POOLING, LayerSite, compute_layer_features
 from hftl.runtime.progress import open_bar
 from hftl.runtime.run_folder import commit_stage, fingerprint, read_stage_inputs, to_json
@@ -70,8 +72,15 @@ class FeatureStore:
 
     @property
     def sites(self) -> list[LayerSite]:
-        """Return every site of rows that are stored, from bottom to top."""
-        return sorted(self._columns)
+        """Return every site of rows that are stored and a head may read, from bottom to top."""
+        return sorted(filter(self._is_readable, self._columns))
+
+    def _is_readable(self, site: LayerSite) -> bool:
+        """Return whether a head trains there: one of targets needs a bias."""
+        context = self._context
+        return context.prepared.task != "regression" or has_head_bias(
+            context.source, "regression", site.pooling
+        )
 
     @property
     def layers(self) -> int:
@@ -97,7 +106,7 @@ class FeatureStore:
         if self._context.prepared.task == "token-classification":
             return LayerSite(self.layers, TOKEN_POOLING)
         site = LayerSite(self.layers, pooling)
-        return site if site in self._columns else None
+        return site if site in self.sites else None
 
     def get(self, rows: list[Row], site: LayerSite) -> np.ndarray:
         """Return the features at a site, (outputs of all rows, width) float32, row after row."""
@@ -115,10 +124,22 @@ class FeatureStore:
                 features[target] = part[source, columns]
         return features
 
+    def _build_model(self) -> LoadedModel:
+        """Return the stock class; of texts that of classes, whatever is asked of them.
+
+        A class of targets may be one that hftl does not train, and of the same encoder.
+        """
+        context = self._context
+        words = context.prepared.task == TOKEN_CLASSIFICATION
+        task = TOKEN_CLASSIFICATION if words else "classification"
+        return build_model(
+            context.source, task, "native", context.num_outputs, context.prepared.names, 0
+        )
+
     def _write_part(self, pairs: list[tuple[bytes, Row]]) -> None:
         context = self._context
         if self._built is None:
-            self._built = context.build_model("native", 0)
+            self._built = self._build_model()
             self._built.model.to(context.device)
         encoded = context.encode_rows([row for _, row in pairs])
         widths, features = compute_layer_features(
@@ -160,6 +181,22 @@ def build_store_key(context: ExperimentContext) -> dict[str, JsonValue]:
         "precision": "float32",
         "layout": LAYOUT,
     }
+
+
+def describe_provenance(
+    context: ExperimentContext, pooling: str, seeds: Sequence[int]
+) -> Provenance:
+    """Return what an analysis of a context's rows was computed from."""
+    inputs = context.inputs
+    return Provenance(
+        weights=context.weights_hash,
+        config=context.config_hash,
+        preprocessing=inputs.hash_preprocessing(),
+        max_length=None if isinstance(inputs, ImageInputs) else inputs.max_length,
+        pooling=pooling,
+        data=context.prepared.facts.fingerprint,
+        seeds=[*seeds],
+    )
 
 
 def _hash_content(row: Row) -> bytes:

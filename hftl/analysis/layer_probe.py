@@ -7,7 +7,7 @@ import numpy as np
 from hftl.analysis.drift import compute_cka
 from hftl.analysis.estimates import compute_item_values, estimate_gap, estimate_score
 from hftl.analysis.facts import LayerSimilarity, ProbeAnalysis, SiteFacts, SiteGap, SiteScore
-from hftl.analysis.feature_store import FeatureStore
+from hftl.analysis.feature_store import FeatureStore, describe_provenance
 from hftl.analysis.nearest import predict_by_neighbours
 from hftl.analysis.out_of_fold import encode_columns, to_logits
 from hftl.config.finetune import ClassWeight
@@ -70,6 +70,7 @@ def probe_layers(
         own=own and _describe(own),
         over_own=own and _compare(metric, labels, units, linear[best], linear[_describe(own)]),
         similarity=_compare_layers(store, best.pooling, [*held, *draws[0]]),
+        provenance=describe_provenance(context, recipe.finetune.pooling, recipe.measure.seeds),
     )
 
 

@@ -19,7 +19,7 @@ from hftl.analysis.facts import (
     SourceGap,
     TransferScores,
 )
-from hftl.analysis.feature_store import FeatureStore
+from hftl.analysis.feature_store import FeatureStore, describe_provenance
 from hftl.analysis.out_of_fold import encode_columns, predict_by_others, predict_out_of_fold
 from hftl.analysis.rank_intervals import (
     bootstrap_scores,
@@ -89,7 +89,7 @@ def rank_sources(recipe: Recipe, names: Sequence[str], root: Path, most_rows: in
             failed.append(FailedSource(source=name, why=str(error)))
     if not scored:
         raise errors[0]
-    return _rank(metric, scored, failed)
+    return _rank(metric, scored, failed, recipe.measure.seeds[:1])
 
 
 def _open_source(
@@ -220,7 +220,9 @@ def _predict_source_classes(
     return transfer.apply_head(store.get(rows, site), weight.numpy(), bias.numpy())
 
 
-def _rank(metric: Metric, scored: list[ScoredSource], failed: list[FailedSource]) -> RankAnalysis:
+def _rank(
+    metric: Metric, scored: list[ScoredSource], failed: list[FailedSource], seeds: Sequence[int]
+) -> RankAnalysis:
     """Return the sources in the order of their probes, with intervals over the same rows."""
     rows = scored[0].rows
     labels = scored[0].context.prepared.encode_for_metrics(rows)
@@ -235,7 +237,7 @@ def _rank(metric: Metric, scored: list[ScoredSource], failed: list[FailedSource]
     order = sorted(range(len(scored)), key=lambda number: -points[number])
     sources = [
         _describe_source(scored[number], place, ranks[number], metric.sign * points[number],
-                         metric.sign * draws[:, number])
+                         metric.sign * draws[:, number], seeds)
         for place, number in enumerate(order, 1)
     ]  # fmt: skip
     gap = None
@@ -252,8 +254,9 @@ def _rank(metric: Metric, scored: list[ScoredSource], failed: list[FailedSource]
 
 
 def _describe_source(
-    source: ScoredSource, rank: int, rank_ci95: tuple[int, int], point: float, draws: np.ndarray
-) -> RankedSource:
+    source: ScoredSource, rank: int, rank_ci95: tuple[int, int], point: float, draws: np.ndarray,
+    seeds: Sequence[int],
+) -> RankedSource:  # fmt: skip
     low, high = np.quantile(draws, (0.025, 0.975))
     interval: Interval = (float(low), float(high))
     return RankedSource(
@@ -269,4 +272,5 @@ def _describe_source(
         scores=source.scores,
         pass_seconds=source.pass_seconds,
         score_seconds=source.score_seconds,
+        provenance=describe_provenance(source.context, source.site.pooling, seeds),
     )

@@ -7,8 +7,11 @@ from hftl.analysis.facts import (
     Estimate,
     Interval,
     LabelCount,
+    PartEffect,
     ProbeAnalysis,
     RankAnalysis,
+    SweepAnalysis,
+    SweepTrial,
 )
 from hftl.console import format_duration, render_table
 
@@ -174,6 +177,70 @@ def _describe_forecast(arm: str, forecast: CurveForecast, unit: str) -> str:
         return f"{words}; a score better by {forecast.step:g} is beyond it"
     interval = format_count_interval(needed)
     return f"{words}; better by {forecast.step:g} at {needed.value:.0f} {interval}"
+
+
+def format_sweep(facts: SweepAnalysis) -> str:
+    """Return every setting at its rungs, every part's effect, and what the best by layer gains."""
+    shares = sorted({rung.share for trial in facts.trials for rung in trial.rungs})
+    header = ["learning rates", "mean below head", *(f"{share:.0%} of epochs" for share in shares)]
+    rows = []
+    for trial in sorted(facts.trials, key=lambda trial: _order_trial(facts, trial)):
+        scores = {rung.share: rung for rung in trial.rungs}
+        cells = [
+            "" if share not in scores
+            else "diverged" if scores[share].score is None
+            else format_number(scores[share].score)
+            for share in shares
+        ]  # fmt: skip
+        rows.append([trial.setting.name, f"{trial.mean_rate:.2g}", *cells])
+    factors = sorted({effect.factor for effect in facts.parts})
+    by_part = {(effect.part, effect.factor): effect for effect in facts.parts}
+    names = list(dict.fromkeys(effect.part for effect in facts.parts))
+    parts = [
+        [name, *(_format_effect(by_part[name, factor]) for factor in factors)] for name in names
+    ]
+    titles = ["frozen" if factor == 0 else f"rate x {factor:g}" for factor in factors]
+    tables = [render_table(header, rows), render_table(["one part changed", *titles], parts)]
+    return "\n".join([*tables, *_describe_sweep(facts)])
+
+
+def _order_trial(facts: SweepAnalysis, trial: SweepTrial) -> tuple[float, float]:
+    last = trial.rungs[-1]
+    sign = 1 if facts.lower_is_better else -1
+    return -last.share, float("inf") if last.score is None else sign * last.score
+
+
+def _format_effect(effect: PartEffect) -> str:
+    """Return a gain with its interval, marked where that excludes 0."""
+    if effect.gain is None:
+        return "diverged"
+    mark = " *" if effect.is_clear else ""
+    return f"{effect.gain:+.3f} {format_interval(effect.ci95)}{mark}"
+
+
+def _describe_sweep(facts: SweepAnalysis) -> list[str]:
+    """Say what the figures are of, what was best, and what it gains where nothing was chosen."""
+    held, gain = facts.held, facts.held.gain
+    clear = {
+        "positive": "beyond noise", "negative": "worse, beyond noise",
+        "equivalent": "none that matters", "undetermined": "not beyond noise",
+    }[held.outcome]  # fmt: skip
+    marked = "; * beyond noise, all parts at once" if any(e.is_clear for e in facts.parts) else ""
+    lines = [
+        f"  {facts.metric} on the {facts.choosing_rows:,} validation rows that choose, seed "
+        f"{facts.search_seed}, {facts.trainings} trainings of {facts.strategy}",
+        f"  parts: against {facts.single} at {facts.part_share:.0%} of the epochs{marked}",
+        f"  best: {facts.single}; by layer: {facts.layerwise}",
+        f"  by layer {format_estimate(held.layerwise)}, one rate {format_estimate(held.single)} on "
+        f"the other {held.rows:,} rows, fresh seeds {', '.join(map(str, held.seeds))}",
+        f"  gain by layer {gain.value:+.3f} {format_interval(gain.ci95)}: {clear}",
+    ]
+    rates = sorted(t.setting.learning_rate for t in facts.trials if t.setting.is_single)
+    best = facts.get_setting(facts.single).learning_rate
+    if len(rates) > 1 and best in (rates[0], rates[-1]):
+        end = "highest" if best == rates[-1] else "lowest"
+        lines.append(f"  the best one rate is the {end} tried: give --rates beyond it")
+    return lines
 
 
 def format_distance(facts: DistanceAnalysis) -> str:

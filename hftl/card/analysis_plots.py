@@ -1,6 +1,7 @@
 """Draw the plots of the analyses."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,8 +11,9 @@ from hftl.analysis.facts import (
     Estimate,
     ProbeAnalysis,
     RankAnalysis,
+    SweepAnalysis,
 )
-from hftl.card.plots import OTHER, OTHER_MARKERS, OWN, escape_math, new_figure, save_figure
+from hftl.card.plots import MEAN, OTHER, OTHER_MARKERS, OWN, escape_math, new_figure, save_figure
 
 
 def plot_rank(facts: RankAnalysis, path: Path) -> None:
@@ -138,3 +140,67 @@ def plot_distance(facts: DistanceAnalysis, path: Path) -> None:
     panels[0].set_yticks(range(len(pairs)), names, fontsize=8)
     panels[0].set_ylim(-0.5, len(pairs) - 0.5)
     save_figure(figure, path)
+
+
+def plot_sweep(facts: SweepAnalysis, path: Path) -> None:
+    """Draw which parts want to move, and every pair of rate and decay at the first rung."""
+    names = list(dict.fromkeys(effect.part for effect in facts.parts))
+    factors = sorted({effect.factor for effect in facts.parts})
+    figure = new_figure(3.5 + 1.1 * len(names), 2.4 + 0.45 * len(factors) + 2.2)
+    upper, lower = figure.subplots(2, 1, height_ratios=[len(factors) + 0.5, 3.5])
+    effects = {(effect.factor, effect.part): effect for effect in facts.parts}
+    gains = [[effects[factor, name].gain for name in names] for factor in factors]
+    marks = [["*" if effects[f, name].is_clear else "" for name in names] for f in factors]
+    rows = ["frozen" if factor == 0 else f"rate x {factor:g}" for factor in factors]
+    _draw_heat_map(figure, upper, gains, marks, rows, names, diverging=True)
+    upper.set_title(
+        f"one part's rate changed: gain of {facts.metric} over {facts.single} at "
+        f"{facts.part_share:.0%} of the epochs; * beyond noise", fontsize=9,
+    )  # fmt: skip
+    grid = {
+        (trial.setting.learning_rate, trial.setting.layer_decay or 1.0): trial
+        for trial in facts.trials
+        if trial.setting.is_single or " decay " in trial.setting.name
+    }
+    rates = sorted({rate for rate, _ in grid})
+    decays = sorted({decay for _, decay in grid}, reverse=True)
+    scores = [[grid[rate, decay].rungs[0].score for decay in decays] for rate in rates]
+    far = [["" if len(grid[r, d].rungs) < 3 else "o" for d in decays] for r in rates]
+    _draw_heat_map(
+        figure, lower, scores, far, [f"{rate:.3g}" for rate in rates],
+        ["one rate" if decay == 1 else f"decay {decay:g}" for decay in decays], diverging=False,
+        reverse=facts.lower_is_better,
+    )  # fmt: skip
+    lower.set_ylabel("learning rate", fontsize=9)
+    lower.set_title(
+        f"{facts.metric} at {facts.trials[0].rungs[0].share:.0%} of the epochs; o went on to the "
+        "whole", fontsize=9,
+    )  # fmt: skip
+    save_figure(figure, path)
+
+
+def _draw_heat_map(
+    figure: Any, axes: Any, values: list[list[float | None]], marks: list[list[str]],
+    rows: list[str], columns: list[str], diverging: bool, reverse: bool = False,
+) -> None:  # fmt: skip
+    """Draw numbers as colours, written into their cells with a mark; None is an empty cell."""
+    table = np.array([[np.nan if v is None else v for v in row] for row in values], dtype=float)
+    reach = float(np.nanmax(np.abs(table))) if np.isfinite(table).any() else 1.0
+    colours: dict[str, Any] = {"cmap": "Blues_r" if reverse else "Blues"}
+    if diverging:
+        colours = {"cmap": "RdBu", "vmin": -(reach or 1.0), "vmax": reach or 1.0}
+    image = axes.imshow(table, aspect="auto", **colours)
+    for i, j in np.ndindex(table.shape):
+        text = (
+            "diverged" if np.isnan(table[i, j]) else f"{table[i, j]:{'+' if diverging else ''}.3f}"
+        )
+        red, green, blue, _ = image.cmap(image.norm(table[i, j]))
+        dark = np.isfinite(table[i, j]) and 0.3 * red + 0.6 * green + 0.1 * blue < 0.45
+        axes.text(
+            j, i, f"{text} {marks[i][j]}".rstrip(), ha="center", va="center", fontsize=8,
+            color="white" if dark else MEAN,
+        )  # fmt: skip
+    axes.set_xticks(range(len(columns)), columns, fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.tick_params(length=0)
+    figure.colorbar(image, ax=axes, shrink=0.9)

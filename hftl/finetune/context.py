@@ -136,12 +136,20 @@ class ExperimentContext:
         """
         facts = run_preflight_checks(recipe, arms, self.source, self.inputs, self.prepared)
         rates = {
-            arm.name: self._learning_rates(arm.finetune, chosen)
+            arm.name: self.list_learning_rates(arm.finetune, chosen)
             for arm in arms
             for chosen in [build_layer_rates(arm.finetune.layer_decay, arm.finetune.learning_rates)]
             if chosen is not None and arm.spec.changes_encoder
         }
         return facts.model_copy(update={"learning_rates": rates}) if rates else facts
+
+    def list_learning_rates(
+        self, finetune: Finetune, rates: LayerLearningRates
+    ) -> list[LearningRate]:
+        """Return the learning rate of every part of the model that a strategy trains."""
+        built = self.build_model(finetune.pooling, 0)
+        model = apply_strategy(built.model, finetune, built.fresh)
+        return summarize_learning_rates(model, finetune.training["learning_rate"], rates)
 
     @property
     def num_outputs(self) -> int:
@@ -278,11 +286,6 @@ class ExperimentContext:
         Every process must call it, also where one of them has solved it before.
         """
         return distributed.broadcast_from_main(lambda: self._fitted(pooling, seed, class_weight))
-
-    def _learning_rates(self, finetune: Finetune, rates: LayerLearningRates) -> list[LearningRate]:
-        built = self.build_model(finetune.pooling, 0)
-        model = apply_strategy(built.model, finetune, built.fresh)
-        return summarize_learning_rates(model, finetune.training["learning_rate"], rates)
 
     def _fitted(self, pooling: str, seed: int, class_weight: ClassWeight) -> Probe:
         key = pooling, seed, fingerprint(class_weight)

@@ -34,6 +34,8 @@ from hftl.runtime.run_folder import SEMANTICS, to_json
 
 Facts = TypeVar("Facts", bound=RecordPart)
 FEATURES = Path("phases") / "features"
+LAYOUT = 2
+"""Raised when an analysis holds other figures, or computes them otherwise."""
 PROBE_ROWS, DISTANCE_ROWS = 2000, 500
 """Rows that are read where the run makes the analysis, at most; the commands have an option."""
 
@@ -228,6 +230,7 @@ def build_analysis_key(
         "pooling": recipe.finetune.pooling,
         "shots": recipe.data.shots,
         "semantics": SEMANTICS,
+        "layout": LAYOUT,
     }
 
 
