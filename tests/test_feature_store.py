@@ -13,6 +13,7 @@ from hftl.analysis.feature_store import FeatureStore
 from hftl.config.recipe import Recipe
 from hftl.errors import RunFolderError
 from hftl.models.layer_features import LayerSite
+from hftl.runtime import row_store
 
 
 def make_context(model: Path, table: Path, **data: Any) -> Any:
@@ -162,17 +163,17 @@ def test_a_pass_that_breaks_leaves_whole_parts_and_a_damaged_one_is_refused(
             raise KeyboardInterrupt
         save(path, values)
 
-    monkeypatch.setattr(feature_store.np, "save", fail)
+    monkeypatch.setattr(row_store.np, "save", fail)
     with pytest.raises(KeyboardInterrupt):
         FeatureStore(context, tmp_path / "features").compute(rows)
-    monkeypatch.setattr(feature_store.np, "save", save)
+    monkeypatch.setattr(row_store.np, "save", save)
     store = FeatureStore(context, tmp_path / "features")
     store.compute(rows)
     assert forwards == [16, 16, 16, 8], "the first part of the broken pass is used"
-    with open(store.folder / "part-0001" / "features.npy", "r+b") as file:
+    with open(store.folder / "part-0001" / "values.bin", "r+b") as file:
         file.seek(-4, 2)
         file.write(b"\0\0\0\0")
-    with pytest.raises(RunFolderError, match="part-0001.*features.npy is not what was written"):
+    with pytest.raises(RunFolderError, match="part-0001.*values.bin is not what was written"):
         FeatureStore(context, tmp_path / "features")
 
 
@@ -186,8 +187,8 @@ def test_features_unused_for_longest_go_when_all_take_too_much(
         store.compute(store._context.prepared.rows["test"])
         folders.append(store.folder)
         assert all(folder.exists() for folder in folders)
-    size = sum(feature_store._list_sizes(folders[0]))
-    monkeypatch.setattr(feature_store, "MAX_BYTES", 3 * size)
+    size = sum(row_store.list_sizes(folders[0]))
+    monkeypatch.setattr(row_store, "MAX_BYTES", 3 * size)
     FeatureStore(make_context(bert, table, max_length=6), root)  # used again
     last = FeatureStore(make_context(bert, table, max_length=9), root)
     last.compute(last._context.prepared.rows["test"])

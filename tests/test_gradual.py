@@ -16,8 +16,8 @@ from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError
 from hftl.finetune import gradual
 from hftl.finetune.arm import train_arm
-from hftl.finetune.gradual import GradualCheckpoint, split_phases
-from hftl.finetune.trainable import prepare
+from hftl.finetune.gradual import GradualCheckpoint
+from hftl.finetune.trainable import prepare, split_phases
 from hftl.pipeline.pipeline import run
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.regularizer import Retention

@@ -10,6 +10,7 @@ from textwrap import dedent
 import pytest
 import torch
 from transformers import (
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
@@ -31,6 +32,7 @@ PRIVATE = {
     "_is_avx512_bf16_supported": torch.cpu,
     "_is_amx_tile_supported": torch.cpu,
     "_version": torch.Tensor,
+    "_attn_implementation": PreTrainedConfig,
     "_tokenizer": PreTrainedTokenizerFast,
     "_loss_function": PreTrainedModel,
     "_original_forward": None,

@@ -29,7 +29,7 @@ from support.two_processes import (
     unfreeze_gradually,
 )
 
-from hftl.finetune.gradual import split_phases
+from hftl.finetune.trainable import split_phases
 from hftl.runtime.distributed import (
     broadcast_from_main,
     close_process_group,

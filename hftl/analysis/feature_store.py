@@ -5,9 +5,7 @@ pass adds one part after the other, which is complete or absent. Commands that r
 share them, whatever they compute.
 """
 
-import json
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +21,11 @@ from hftl.models.encoders import build_on_meta, get_stock_encoder, get_task_clas
 from hftl.models.heads import LoadedModel, build_model, has_head_bias
 from hftl.models.layer_features import TOKEN_POOLING, LayerSite, compute_layer_features
 from hftl.runtime.progress import open_bar
-from hftl.runtime.run_folder import commit_stage, fingerprint, read_stage_inputs, to_json
+from hftl.runtime.row_store import RowStore, evict_unused
 
 PART_ROWS = 1024
 """Rows whose features are held in memory at once, and lost if a pass is interrupted."""
-MAX_BYTES = 8 << 30
-"""Bytes that the features of all sources take; the longest unused go first."""
-LAYOUT = 1
+LAYOUT = 2
 """Raised when the same encoder and rows give other features, or they are stored otherwise."""
 
 
@@ -43,15 +39,15 @@ class FeatureStore:
 
     def __init__(self, context: ExperimentContext, root: Path) -> None:
         self._context = context
-        self._root = root
-        self._reads = build_store_key(context)
-        self.folder = root / fingerprint(self._reads)[:16]
+        self._store = RowStore(root, build_store_key(context))
         self._columns: dict[LayerSite, slice] = {}
-        self._parts: list[np.ndarray] = []
-        self._places: dict[bytes, tuple[int, int, int]] = {}
         self._built: LoadedModel | None = None
-        for part in sorted(self.folder.glob("part-*")):
-            self._open_part(part)
+        self._read_columns()
+
+    @property
+    def folder(self) -> Path:
+        """Return where the features of this encoder are."""
+        return self._store.folder
 
     def compute(self, rows: list[Row]) -> int:
         """Compute the features of rows that are not stored, in one pass, a part at a time.
@@ -60,14 +56,16 @@ class FeatureStore:
             How many rows have run.
         """
         contents = {_hash_content(row): row for row in rows}
-        pairs = [(key, row) for key, row in contents.items() if key not in self._places]
-        if not pairs:
+        if all(key in self._store for key in contents):
             return 0
-        with open_bar(f"features of {self._context.source.name}", len(pairs)) as advance:
-            for start in range(0, len(pairs), PART_ROWS):
-                self._write_part(pairs[start : start + PART_ROWS])
-                advance(min(len(pairs), start + PART_ROWS))
-        _evict_unused(self._root, self.folder)
+        name, store = self._context.source.name, self._store
+        with store.lock():
+            pairs = [(key, row) for key, row in contents.items() if key not in store]
+            with open_bar(f"features of {name}", len(pairs)) as advance:
+                for start in range(0, len(pairs), PART_ROWS):
+                    self._write_part(pairs[start : start + PART_ROWS])
+                    advance(min(len(pairs), start + PART_ROWS))
+        evict_unused(store.root, [store.folder])
         return len(pairs)
 
     @property
@@ -111,18 +109,7 @@ class FeatureStore:
     def get(self, rows: list[Row], site: LayerSite) -> np.ndarray:
         """Return the features at a site, (outputs of all rows, width) float32, row after row."""
         self.compute(rows)
-        columns = self._columns[site]
-        places = [self._places[_hash_content(row)] for row in rows]
-        sizes = np.array([stop - start for _, start, stop in places])
-        ends = np.cumsum(sizes)
-        features = np.empty((int(sizes.sum()), columns.stop - columns.start), dtype=np.float32)
-        for number, part in enumerate(self._parts):
-            chosen = [i for i, place in enumerate(places) if place[0] == number]
-            if chosen:
-                source = np.concatenate([np.arange(*places[i][1:]) for i in chosen])
-                target = np.concatenate([np.arange(ends[i] - sizes[i], ends[i]) for i in chosen])
-                features[target] = part[source, columns]
-        return features
+        return self._store.gather([_hash_content(row) for row in rows], self._columns[site])
 
     def _build_model(self) -> LoadedModel:
         """Return the stock class; of texts that of classes, whatever is asked of them.
@@ -145,28 +132,18 @@ class FeatureStore:
         widths, features = compute_layer_features(
             self._built, encoded, context.inputs, context.device
         )
-        part = self.folder / f"part-{len(self._parts):04d}"
-        with commit_stage(part, self._reads) as aside:
-            np.save(aside / "keys.npy", np.frombuffer(b"".join(k for k, _ in pairs), np.uint8))
-            np.save(aside / "sizes.npy", np.array([len(values) for values in features]))
-            np.save(aside / "features.npy", np.concatenate(features))
-            sites = [[site.layer, site.pooling, width] for site, width in widths.items()]
-            (aside / "sites.json").write_text(to_json(sites), encoding="utf-8")
-        self._open_part(part)
+        sites = [[site.layer, site.pooling, width] for site, width in widths.items()]
+        with self._store.write_part(sites) as add:
+            for (key, _), values in zip(pairs, features, strict=True):
+                add(key, values)
+        self._read_columns()
 
-    def _open_part(self, part: Path) -> None:
-        read_stage_inputs(part)
-        part.parent.touch()
-        start = 0
-        for layer, pooling, width in json.loads((part / "sites.json").read_text("utf-8")):
+    def _read_columns(self) -> None:
+        """Read which columns hold which site."""
+        start, sites = 0, self._store.details
+        for layer, pooling, width in sites or []:
             self._columns[LayerSite(layer, pooling)] = slice(start, start + width)
             start += width
-        keys = np.load(part / "keys.npy").reshape(-1, 16)
-        ends = np.cumsum(np.load(part / "sizes.npy")).tolist()
-        number = len(self._parts)
-        for key, begin, end in zip(keys, [0, *ends[:-1]], ends, strict=True):
-            self._places[key.tobytes()] = (number, begin, end)
-        self._parts.append(np.load(part / "features.npy", mmap_mode="r"))
 
 
 def build_store_key(context: ExperimentContext) -> dict[str, JsonValue]:
@@ -202,20 +179,3 @@ def describe_provenance(
 def _hash_content(row: Row) -> bytes:
     """Return the address of a row, 16 bytes: its texts, words or pixels, and not its label."""
     return hash_text("\x1f".join(row.content))
-
-
-def _evict_unused(root: Path, current: Path) -> None:
-    """Remove the features of the encoders that were used longest ago, until all fit."""
-    sizes = {folder: sum(_list_sizes(folder)) for folder in root.iterdir() if folder.is_dir()}
-    for folder in sorted(sizes, key=lambda folder: folder.stat().st_mtime):
-        if sum(sizes.values()) <= MAX_BYTES:
-            return
-        if folder != current:
-            shutil.rmtree(folder)
-            del sizes[folder]
-
-
-def _list_sizes(folder: Path) -> Iterator[int]:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            yield path.stat().st_size

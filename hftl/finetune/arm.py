@@ -4,9 +4,11 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from hftl.data.splits import MEASURED_SPLITS
 from hftl.errors import NumericError, RecipeError, format_error_line
 from hftl.finetune.arm_files import ArmOutput, collect_trained_tensors
 from hftl.finetune.context import ExperimentContext
+from hftl.finetune.frozen_prefix import FrozenPrefix
 from hftl.finetune.gradual import GradualCheckpoint, fit_gradual
 from hftl.finetune.guard_metrics import score_validation
 from hftl.finetune.interpolate import select_alpha
@@ -151,12 +154,20 @@ def train_model(
     start = {name: tensor.clone() for name, tensor in trained}
     # FSDP cuts the model into pieces; what it learns is put into this whole one.
     whole = deepcopy(built.model) if is_sharded() else built.model
-    with tempfile.TemporaryDirectory() as scratch_folder:
+    with ExitStack() as stack:
+        scratch_folder = stack.enter_context(tempfile.TemporaryDirectory())
         args = build_finetune_arguments(
             finetune.training, context.prepared.task, scratch_folder, seed, context.device
         )
+        prefix = FrozenPrefix(
+            context, built, finetune, args, context.feature_root or Path(scratch_folder)
+        )
+        stack.enter_context(prefix.cache.install())
+        prefix.fill(_list_rows_of_training(context, seed, retention))
         best = build_keep_best(args, finetune.patience)
-        make = partial(_build_trainer, context, built, best, finetune, seed, retention, scale)
+        make = partial(
+            _build_trainer, context, built, best, finetune, seed, retention, scale, prefix
+        )
         if finetune.spec.schedule == "phases":
             phased = partial(fit_gradual, built.model, make, args, best, finetune.gradual, state)
             trainer, history = _run_training(phased)
@@ -184,7 +195,18 @@ def train_model(
     if measure_forgetting is not None:
         facts = facts.merge(TrainingFacts(forgotten=measure_forgetting(built)))
     seconds = time.perf_counter() - started
-    return _predict_splits(context, built, scale, facts, seconds, compared, splits)
+    output = _predict_splits(context, built, scale, facts, seconds, compared, splits)
+    output.timings |= prefix.timings
+    output.note = prefix.line
+    return output
+
+
+def _list_rows_of_training(
+    context: ExperimentContext, seed: int, retention: Retention
+) -> list[Row]:
+    """Return all rows that a training reads, its evaluations included."""
+    general = context.general.train_rows if retention.general is not None else []  # pyright: ignore
+    return [*context.select_train_rows(seed), *context.prepared.rows["validation"], *general]
 
 
 def _fit_at_once(
@@ -200,10 +222,11 @@ def _fit_at_once(
 
 def _build_trainer(
     context: ExperimentContext, built: LoadedModel, best: BestWeightsCallback, finetune: Finetune,
-    seed: int, retention: Retention, scale: TargetScale | None, args: TrainingArguments,
-    /, optimizers: Any = (None, None),
+    seed: int, retention: Retention, scale: TargetScale | None, prefix: FrozenPrefix,
+    args: TrainingArguments, /, optimizers: Any = (None, None),
 ) -> TransferTrainer:  # fmt: skip
     """Build the trainer of an arm; the phases of one share `optimizers`."""
+    prefix.follow()
     held = _sort_by_length(context, context.prepared.rows["validation"])
     standardise = None if scale is None else scale.standardize
 

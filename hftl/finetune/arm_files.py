@@ -33,7 +33,8 @@ class ArmOutput:
 
     `logits` are (rows, outputs) for each split, for tokens (words, outputs), NaN where a word was
     cut off; `weights` the tensors that training changed or drew; `facts` tells how training went;
-    `embeddings` are those of `embed`, none where the encoder is not trained from the source.
+    `embeddings` are those of `embed`, none where the encoder is not trained from the source;
+    `note` is a line for the user.
     """
 
     logits: dict[str, np.ndarray]
@@ -42,6 +43,7 @@ class ArmOutput:
     facts: TrainingFacts = field(default_factory=TrainingFacts)
     timings: dict[str, float] = field(default_factory=dict)
     embeddings: dict[str, np.ndarray] = field(default_factory=dict)
+    note: str = ""
 
 
 def collect_trained_tensors(built: LoadedModel) -> dict[str, Tensor]:

@@ -81,6 +81,7 @@ class ExperimentContext:
     `general` are the rows of general data, None where the recipe names none; `label_column` is that
     of train's labels, by which theirs are known; `label_words` are the words for each class, and
     `entailment` what a source with an entailment head said of the rows, by prompts and split.
+    `feature_root` is where features and the states of frozen blocks stay, None: nowhere.
     """
 
     source: SourceModel
@@ -101,6 +102,7 @@ class ExperimentContext:
     label_column: str = "label"
     label_words: Mapping[str, str] = field(default_factory=dict)
     entailment: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    feature_root: Path | None = None
     _encoded: dict[bytes, EncodedRow] = field(default_factory=dict)
     _features: dict[tuple[str, int | None], FeatureCache] = field(default_factory=dict)
     _probes: dict[tuple[str, int, str], Probe] = field(default_factory=dict)

@@ -18,11 +18,11 @@ from transformers import TrainingArguments
 
 from hftl.config.finetune import Gradual
 from hftl.errors import RecipeError
+from hftl.finetune.trainable import split_phases
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.hardware import is_sharded
 from hftl.runtime.run_folder import to_json
 from hftl.train.checkpoint import BestWeightsCallback, iterate_trainable
-from hftl.train.optimizer import compute_depths
 from hftl.train.trainer import TransferTrainer
 
 PHASE_SEEDS = 1009
@@ -30,18 +30,6 @@ PHASE_SEEDS = 1009
 STATE_FILE, WEIGHTS_FILE, BEST_FILE, OPTIMIZER_FILE = (
     "state.json", "weights.safetensors", "best.safetensors", "optimizer.pt",
 )  # fmt: skip
-
-
-def split_phases(model: nn.Module) -> list[set[str]]:
-    """Return the names of the parameters that train in each phase, of those that train at all.
-
-    First the head and what stands with it after the blocks, then one block more each time, and with
-    the lowest block the embeddings.
-    """
-    depth_of, blocks = compute_depths(model)
-    trains = {name for name, p in model.named_parameters() if p.requires_grad}
-    lowest = [*range(blocks + 1, 1, -1), 0]
-    return [{name for name in trains if depth_of[name] >= depth} for depth in lowest]
 
 
 @dataclass(frozen=True)

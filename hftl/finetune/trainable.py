@@ -25,6 +25,7 @@ from hftl.models.heads import (
 )
 from hftl.models.lora import add_lora
 from hftl.runtime.hardware import is_sharded
+from hftl.train.optimizer import compute_depths
 
 
 def prepare(
@@ -144,3 +145,39 @@ def _list_untrained_modules(model: nn.Module, architecture: ArchitectureSpec) ->
         return []
     pooler = getattr(get_encoder(model, architecture), architecture.pooler, None)
     return [] if pooler is None else [f"{architecture.encoder}.{architecture.pooler}"]
+
+
+def split_phases(model: nn.Module) -> list[set[str]]:
+    """Return the names of the parameters that train in each phase, of those that train at all.
+
+    First the head and what stands with it after the blocks, then one block more each time, and with
+    the lowest block the embeddings.
+    """
+    depth_of, blocks = compute_depths(model)
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    lowest = [*range(blocks + 1, 1, -1), 0]
+    return [{name for name in trains if depth_of[name] >= depth} for depth in lowest]
+
+
+def count_frozen_blocks(model: nn.Module) -> int:
+    """Return how many of the lowest blocks, and all before them, train nothing."""
+    return _count_below(model, {n for n, p in model.named_parameters() if p.requires_grad})
+
+
+def list_frozen_depths(model: nn.Module, finetune: Finetune) -> list[int]:
+    """Return how many of the lowest blocks are frozen, more first; several in phases.
+
+    Args:
+        model: all that trains at any time requires a gradient.
+        finetune: the recipe's section.
+    """
+    if finetune.spec.schedule == "phases":
+        depths = {_count_below(model, part) for part in split_phases(model)}
+    else:
+        depths = {count_frozen_blocks(model)}
+    return sorted(depths - {0}, reverse=True)
+
+
+def _count_below(model: nn.Module, names: set[str]) -> int:
+    depth_of, _ = compute_depths(model)
+    return max(0, min((depth_of[name] for name in names), default=0) - 1)

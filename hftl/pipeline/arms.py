@@ -79,6 +79,8 @@ def _commit_arm(
     metrics_file = arm_files.read_metrics_file(folder)
     seconds = time.perf_counter() - started
     run.say(console.format_arm_line(metrics_file, run.recipe.measure.metric, count, seconds))
+    if outcome.note:
+        run.say(f"    {outcome.note}")
 
 
 def _list_missing_jobs(run: Run, arm_contexts: ArmContexts) -> list[Job]:

@@ -108,6 +108,7 @@ def get_arm_rules(arm: Arm) -> CacheRules:
         "data": ROWS_COUNT,
         "measure": "it says which arms run, and measures what they have predicted",
         "publish": "publishing comes after every arm",
+        "finetune.cache": "it says how frozen blocks are computed, not what they return",
         **{key: f"{spec.name} alone reads it" for spec in others for key in spec.own_keys},
         **PLACE_KEYS,
     }

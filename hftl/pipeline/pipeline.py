@@ -19,7 +19,7 @@ from hftl.measure.metrics import Metric, find_metric
 from hftl.measure.record import Record
 from hftl.models.source import SourceModel, find_source
 from hftl.pipeline.adaptation import check_adaptations, run_adaptations, warn_of_few_steps
-from hftl.pipeline.analyses import make_analyses
+from hftl.pipeline.analyses import FEATURES, make_analyses
 from hftl.pipeline.arms import run_arms
 from hftl.pipeline.cache_keys import build_data_key, build_general_key, refuse_changed
 from hftl.pipeline.corpora import build_leak_filter
@@ -146,6 +146,7 @@ def _prepare_run(run: Run, until: str) -> tuple[Metric | None, ExperimentContext
     distributed.run_main_first(lambda: check_recipe_retention(recipe, source))
     with show_activity("data"):
         context = distributed.run_main_first(lambda: _load_data(run, source))
+    context.feature_root = folder / FEATURES
     if until != "adapt":
         context.general = distributed.run_main_first(lambda: _load_general_rows(run, context))
         distributed.run_main_first(lambda: check_replay_labels(recipe, context))

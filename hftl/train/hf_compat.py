@@ -43,6 +43,14 @@ def count_changes(tensor: "Tensor") -> int:
     return tensor._version
 
 
+def get_attention_implementation(config: Any) -> str | None:
+    """Return which attention a model of the config computes by.
+
+    Missing: a getter beside `PreTrainedModel.set_attn_implementation`.
+    """
+    return config._attn_implementation
+
+
 def set_backend_tokenizer(tokenizer: Any, state: str) -> None:
     """Replace the backend of a fast tokenizer by one that is built from a serialised state.
 
