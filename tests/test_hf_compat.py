@@ -33,6 +33,9 @@ PRIVATE = {
     "_is_amx_tile_supported": torch.cpu,
     "_version": torch.Tensor,
     "_attn_implementation": PreTrainedConfig,
+    **dict.fromkeys(
+        ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+        torch.nn.Linear(1, 1)),
     "_tokenizer": PreTrainedTokenizerFast,
     "_loss_function": PreTrainedModel,
     "_original_forward": None,

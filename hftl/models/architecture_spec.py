@@ -14,6 +14,25 @@ BERT_LINEARS = (
 
 
 @dataclass(frozen=True)
+class PostNormBlock:
+    """Name the parts of a block that normalises the sums after attention and feed-forward layers.
+
+    Args:
+        linears: query, key, value, attention's output, and the feed-forward layers.
+        attention: the module that holds the heads and their dropout.
+        dropouts: of attention's output and of the feed-forward layers', where there is one.
+        norms: after attention, and after the feed-forward layers.
+        activation: the config's key for the feed-forward activation.
+    """
+
+    linears: tuple[str, ...] = BERT_LINEARS
+    attention: str = "attention.self"
+    dropouts: tuple[str | None, ...] = ("attention.output.dropout", "output.dropout")
+    norms: tuple[str, ...] = ("attention.output.LayerNorm", "output.LayerNorm")
+    activation: str = "hidden_act"
+
+
+@dataclass(frozen=True)
 class HeadSpec:
     """Describe the head of one stock class.
 
@@ -62,6 +81,7 @@ class ArchitectureSpec:
         has_padding_offset: positions count from the padding id on, so that fewer are left.
         packs: tokens meet in attention alone, by transformers' attention interface, and positions
             are an argument: a batch may run as one row without padding, at the same outputs.
+        post_norm: the parts of its blocks, where packed ones may run as one function.
         patch_size: the config's key for the side of an image patch; None: sides of any length.
         image_sizes: the encoder takes images of the config's size only (`fixed`), of any size
             with the argument `interpolate_pos_encoding` (`argument`), or of any size (`any`).
@@ -90,6 +110,7 @@ class ArchitectureSpec:
     add_pooling_layer: bool = False
     has_padding_offset: bool = False
     packs: bool = False
+    post_norm: PostNormBlock | None = None
     patch_size: str | None = None
     image_sizes: Literal["fixed", "argument", "any"] = "fixed"
     masked_images: Literal["drop", "cover"] | None = None

@@ -14,6 +14,7 @@ from hftl.errors import RecipeError
 from hftl.models import packing
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION, ArchitectureSpec
 from hftl.models.architectures import ARCHITECTURES, get_config_spec
+from hftl.models.fused_block import FusedBlock, can_fuse
 
 VERSION_FIX = "Use a transformers version in hftl's range"
 
@@ -192,6 +193,17 @@ def hide_padding(model: nn.Module) -> None:
                 module.set_attn_implementation(packing.NAME)
                 _mix_in(module, packing.PackedEncoder)
                 vars(module)["has_padding_offset"] = spec.has_padding_offset
+                _fuse_blocks(module, spec)
+
+
+def _fuse_blocks(encoder: PreTrainedModel, spec: ArchitectureSpec) -> None:
+    """Let packed rows run each block of a packed encoder as one function, where it is known."""
+    layout = spec.post_norm
+    if layout is not None:
+        for block in get_blocks(encoder, spec):
+            if can_fuse(block, layout, encoder.config):
+                _mix_in(block, FusedBlock)
+                vars(block)["layout"] = layout
 
 
 def _is_unchanged_text_encoder(model: Any) -> bool:

@@ -5,7 +5,7 @@ weight anew, also the frozen one, which never changes. Predictions, in fp32 and 
 run as peft runs them: the proof that an adapter reloads compares the two.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear
@@ -54,6 +54,35 @@ class _LoraProduct(torch.autograd.Function):
         return of_x, of_down, of_up, None, None, None
 
 
+class LinearTensors(NamedTuple):
+    """Hold the tensors of a linear layer, and of plain LoRA on it: down (rank, in), up (out, rank).
+
+    It computes x W' + b + scale (x down') up'.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    down: Tensor | None = None
+    up: Tensor | None = None
+    scale: float = 1.0
+
+
+def read_linear(module: Any) -> LinearTensors | None:
+    """Return the tensors of a linear layer; None of one that computes anything else."""
+    if type(module) is nn.Linear:
+        return LinearTensors(module.weight, module.bias)
+    if not isinstance(module, _FusedLinear) or type(module.base_layer) is not nn.Linear:
+        return None
+    base: Any = module.base_layer
+    if module.disable_adapters and not module.merged:
+        return LinearTensors(base.weight, base.bias)
+    name = module.active_adapters[0] if module.active_adapters else ""
+    if not module.is_plain_adapter(name):
+        return None
+    down, up = module.lora_A[name].weight, module.lora_B[name].weight
+    return LinearTensors(base.weight, base.bias, down, up, module.scaling[name])  # pyright: ignore
+
+
 class _FusedLinear(Linear):
     """Compute peft's dense layer by `_LoraProduct` where it is plain LoRA on a CPU."""
 
@@ -72,19 +101,26 @@ class _FusedLinear(Linear):
         return rows.view(*x.shape[:-1], -1)
 
     def _is_plain(self, x: Tensor, name: str) -> bool:
-        """Return whether it trains on a CPU, by one adapter without dropout, bias or variant."""
+        """Return whether it trains on a CPU, as plain LoRA."""
         base, is_cast = self.base_layer, torch.is_autocast_enabled("cpu")
         return (
             x.device.type == "cpu"
             and (is_cast or torch.is_grad_enabled() and x.dtype == base.weight.dtype)
-            and len(self.active_adapters) == 1
+            and self.is_plain_adapter(name)
+            and not torch.compiler.is_compiling()
+        )
+
+    def is_plain_adapter(self, name: str) -> bool:
+        """Return whether one adapter is on, on a frozen layer, without dropout, bias or variant."""
+        base = self.base_layer
+        return (
+            len(self.active_adapters) == 1
             and name in self.lora_A
             and not (self.disable_adapters or self.merged or self.lora_variant)
             and not self.lora_bias[name]
             and isinstance(self.lora_dropout[name], nn.Identity)
             and type(base) is nn.Linear
             and not any(parameter.requires_grad for parameter in base.parameters())
-            and not torch.compiler.is_compiling()
         )
 
     def _cast_frozen(self) -> tuple[Tensor, Tensor | None]:

@@ -18,6 +18,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hftl.models.packed_attention import (
+    AttentionGroups,
+    AttentionState,
+    attend,
+    differentiate_attention,
+)
+
 NAME = "hftl_packed"
 SHORT_TEXT = 128
 """Positions up to which attention holds all its weights, which a CPU then computes faster than its
@@ -37,7 +44,12 @@ class Packing:
         self.mask = mask
         self.batch, self.length = mask.shape
         self.tokens = mask.flatten().nonzero().flatten()
-        self._indices: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._groups: dict[int, AttentionGroups] = {}
+
+    @property
+    def is_short(self) -> bool:
+        """Return whether attention holds all its weights."""
+        return self.length <= SHORT_TEXT
 
     def pack(self, batch: Tensor) -> Tensor:
         """Return (1, tokens) of (batch, length)."""
@@ -48,28 +60,15 @@ class Packing:
         places = row.new_zeros(self.mask.numel(), row.shape[-1])
         return places.index_copy(0, self.tokens, row[0]).view(*self.mask.shape, -1)
 
-    def build_indices(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return how rows of attention are gathered and put back, and what hides padding.
-
-        Returns:
-            For (batch, heads, length) the row of (tokens, heads) that stands there, at padding the
-            first; the reverse; and (batch * heads, 1, length), 0 at tokens and else -inf.
-        """
-        if heads not in self._indices:
-            device, head = self.mask.device, torch.arange(heads, device=self.mask.device)
-            numbers = torch.zeros(self.mask.numel(), dtype=torch.long, device=device)
-            numbers[self.tokens] = torch.arange(len(self.tokens), device=device)
-            gather = numbers.view(self.batch, 1, self.length) * heads + head[:, None]
-            row, place = self.tokens // self.length, self.tokens % self.length
-            scatter = (row[:, None] * heads + head) * self.length + place[:, None]
-            bias = torch.zeros(self.mask.shape, device=device).masked_fill(~self.mask, -torch.inf)
-            hidden = bias.repeat_interleave(heads, 0).unsqueeze(1)
-            self._indices[heads] = gather.flatten(), scatter.flatten(), hidden
-        return self._indices[heads]
+    def group(self, heads: int) -> AttentionGroups:
+        """Return how the texts run in attention."""
+        if heads not in self._groups:
+            self._groups[heads] = AttentionGroups(self.mask.sum(1).numpy(), heads)
+        return self._groups[heads]
 
 
 class _ShortAttention(torch.autograd.Function):
-    """Compute attention of packed rows in fp32, from gathered queries, keys and values."""
+    """Compute attention of packed rows; see `packed_attention`."""
 
     @staticmethod
     def forward(
@@ -77,51 +76,25 @@ class _ShortAttention(torch.autograd.Function):
         dropout: float,
     ) -> Tensor:  # fmt: skip
         """Return (1, tokens, heads, width) of three (1, heads, tokens, width)."""
-        heads, _, width = query.shape[1:]
-        gather, scatter, bias = packing.build_indices(heads)
+        products = torch.stack([x[0].transpose(0, 1) for x in (query, key, value)], 1)
+        groups = packing.group(query.shape[1])
         with torch.autocast(query.device.type, enabled=False):
-            q, k, v = (
-                x[0].transpose(0, 1).reshape(-1, width).index_select(0, gather)
-                .view(-1, packing.length, width).float()
-                for x in (query, key, value)
-            )  # fmt: skip
-            q = q * scale
-            weights = torch.baddbmm(bias, q, k.transpose(1, 2)).softmax(-1)
-            factor = None
-            if dropout:
-                factor = torch.empty_like(weights).bernoulli_(1 - dropout).div_(1 - dropout)
-            live = weights if factor is None else weights * factor
-            output = torch.bmm(live, v).view(-1, width).index_select(0, scatter)
-        ctx.save_for_backward(q, k, v, weights, factor)
-        ctx.packing, ctx.scale, ctx.shape = packing, scale, (1, -1, heads, width)
-        return output.to(query.dtype).view(ctx.shape)
+            output, state = attend(products.flatten(1), groups, scale, dropout)
+        ctx.save_for_backward(*state.flatten())
+        ctx.groups, ctx.scale, ctx.dropout = groups, scale, dropout
+        return output.view(1, *products.shape[::2], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         """Return the gradients of query, key and value."""
-        q, k, v, weights, factor = ctx.saved_tensors
-        _, _, heads, width = ctx.shape
-        _, scatter, _ = ctx.packing.build_indices(heads)
-        with torch.autocast(q.device.type, enabled=False):
-            of_output = q.new_zeros(q.numel() // width, width)
-            of_output.index_copy_(0, scatter, gradient.reshape(-1, width).float())
-            of_output = of_output.view(q.shape)
-            live = weights if factor is None else weights * factor
-            of_value = torch.bmm(live.transpose(1, 2), of_output)
-            of_weights = torch.bmm(of_output, v.transpose(1, 2))
-            if factor is not None:
-                of_weights *= factor
-            of_weights *= weights
-            of_scores = torch.addcmul(of_weights, weights, of_weights.sum(-1, True), value=-1)
-            of_query = torch.bmm(of_scores, k).mul_(ctx.scale)
-            of_key = torch.bmm(of_scores.transpose(1, 2), q)
-            gradients = (
-                x.view(-1, width).index_select(0, scatter).to(gradient.dtype)
-                .view(ctx.shape).transpose(1, 2)
-                for x in (of_query, of_key, of_value)
-            )  # fmt: skip
-            return (*gradients, None, None, None)
+        state = AttentionState.unflatten(ctx.saved_tensors, ctx.groups)
+        with torch.autocast(gradient.device.type, enabled=False):
+            of_products = differentiate_attention(
+                state, ctx.groups, ctx.scale, ctx.dropout, gradient[0].flatten(1)
+            )
+        heads = of_products.view(len(of_products), 3, *gradient.shape[2:]).permute(1, 2, 0, 3)
+        return *heads.unsqueeze(1), None, None, None
 
 
 def _attend(
@@ -135,7 +108,7 @@ def _attend(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **more
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if packing.length <= SHORT_TEXT:
+    if packing.is_short:
         return _ShortAttention.apply(query, key, value, packing, scale, dropout), None
     shape = (packing.batch, packing.length, *query.shape[1::2])
     rows = (packing.unpack(x.transpose(1, 2).flatten(2)).view(shape) for x in (query, key, value))

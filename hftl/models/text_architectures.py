@@ -3,7 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
-from hftl.models.architecture_spec import BERT_LINEARS, ArchitectureSpec, HeadSpec
+from hftl.models.architecture_spec import (
+    BERT_LINEARS,
+    ArchitectureSpec,
+    HeadSpec,
+    PostNormBlock,
+)
 
 SWIGLU_LINEARS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -16,14 +21,18 @@ DEBERTA_V2_LINEARS = (
     "attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj",
     *BERT_LINEARS[3:],
 )  # fmt: skip
+DISTILBERT_LINEARS = (
+    "attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin",
+    "ffn.lin1", "ffn.lin2",
+)  # fmt: skip
 DENSE_HEAD = HeadSpec(last_linear="classifier.out_proj", dropout="classifier.dropout")
 
 POST_NORM = ArchitectureSpec("bert", "encoder.layer", BERT_LINEARS)
 """BERT's encoder without its pooler."""
 POOLED = replace(POST_NORM, pooler="pooler", add_pooling_layer=True)
-BERT = replace(POOLED, token_mixer="attention", packs=True)
+BERT = replace(POOLED, token_mixer="attention", packs=True, post_norm=PostNormBlock())
 ROBERTA = replace(BERT, encoder="roberta", head=DENSE_HEAD, has_padding_offset=True)
-PRE_NORM_ROBERTA = replace(ROBERTA, token_mixer=None)
+PRE_NORM_ROBERTA = replace(ROBERTA, token_mixer=None, post_norm=None)
 ROTARY = ArchitectureSpec(
     "model", "layers", SWIGLU_LINEARS, pooler="pooler", add_pooling_layer=True, packs=True
 )  # fmt: skip
@@ -79,7 +88,7 @@ def _adjust_roc_bert(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
 
 TEXT_ENCODERS = {
     "bert": BERT,
-    "ernie": replace(POOLED, encoder="ernie", packs=True),
+    "ernie": replace(POOLED, encoder="ernie", packs=True, post_norm=PostNormBlock()),
     "rembert": replace(POOLED, encoder="rembert"),
     "roc_bert": replace(POOLED, encoder="roc_bert", adjust=_adjust_roc_bert),
     "megatron-bert": replace(POOLED, final_parts=("encoder.ln",)),
@@ -106,7 +115,8 @@ TEXT_ENCODERS = {
         head=DENSE_HEAD, add_pooling_layer=True, packs=True,
     ),
     "electra": replace(
-        POST_NORM, encoder="electra", head=DENSE_HEAD, token_mixer="attention", packs=True
+        POST_NORM, encoder="electra", head=DENSE_HEAD, token_mixer="attention", packs=True,
+        post_norm=PostNormBlock(),
     ),
     "roformer": replace(
         POST_NORM, encoder="roformer", unused_parts=("encoder.embed_positions",), head=DENSE_HEAD
@@ -119,9 +129,12 @@ TEXT_ENCODERS = {
     ),
     "distilbert": ArchitectureSpec(
         "distilbert", "transformer.layer",
-        ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin",
-         "ffn.lin1", "ffn.lin2"),
+        DISTILBERT_LINEARS,
         head=HeadSpec(("pre_classifier", "classifier")), packs=True,
+        post_norm=PostNormBlock(
+            DISTILBERT_LINEARS, "attention", (None, "ffn.dropout"),
+            ("sa_layer_norm", "output_layer_norm"), "activation",
+        ),
     ),
     "albert": ArchitectureSpec(
         "albert", "encoder.albert_layer_groups.*.albert_layers",

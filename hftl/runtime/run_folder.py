@@ -29,7 +29,7 @@ RUN_FOLDERS = ("phases", "arms", "analysis", "publish", "publish-base", "checkpo
 RESULTS = (*RUN_FOLDERS, "record.json", "report.html")
 RUN_FILES = (*RESULTS, ".replaced", "recipe.yaml", "error.json", "log.txt", ".lock")
 """Every name that a run folder may hold."""
-SEMANTICS = 5
+SEMANTICS = 6
 """Raised when the same recipe and data train, draw, choose or score otherwise than before, or when
 the keys of arms change, so that arms of two versions are never averaged. 2 standardises targets,
 draws them by their inputs alone, keeps the least error and pads on the right; 3 reads whole

@@ -51,6 +51,19 @@ def get_attention_implementation(config: Any) -> str | None:
     return config._attn_implementation
 
 
+def has_hooks(module: "nn.Module") -> bool:
+    """Return whether a module has hooks, of its forward pass or the backward pass.
+
+    Missing: a public list of a module's hooks.
+    """
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def set_backend_tokenizer(tokenizer: Any, state: str) -> None:
     """Replace the backend of a fast tokenizer by one that is built from a serialised state.
 
