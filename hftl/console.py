@@ -21,7 +21,11 @@ def format_check(header: dict[str, str], facts: CheckFacts, has_task: bool) -> s
     if has_task:
         lines.append(f"  {format_input_facts(facts)}")
     lines += [format_learning_rates(*arm) for arm in (facts.learning_rates or {}).items()]
-    lines += [f"  warning: {warning}" for warning in facts.warnings]
+    lines += [f"  {facts.examined}"] if facts.examined else []
+    places = {finding.sentence: finding.where for finding in facts.findings}
+    for warning in facts.warnings:
+        lines.append(f"  warning: {warning}")
+        lines += [f"    {place}" for place in places.get(warning, [])]
     return "\n".join([*lines, "ready, with the warnings above" if facts.warnings else "ready"])
 
 

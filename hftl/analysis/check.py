@@ -1,13 +1,16 @@
 """Warn of doubtful inputs and settings before anything trains: the list of checks of `hftl check`.
 
-A check takes the planned run and yields warnings, each a sentence with what to do. To add one,
-write a function and its line in `CHECKS`, in the order in which warnings are shown.
+A check takes the planned run and yields warnings, each a sentence with what to do, or a `Finding`
+of a fault of inputs or labels. To add one, write a function and its line in `CHECKS`, in the order
+in which warnings are shown.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from hftl.analysis.fingerprints import FINGERPRINT_CHECKS
+from hftl.analysis.row_faults import ROW_CHECKS
 from hftl.config.recipe import Arm, Recipe
 from hftl.data.image_inputs import ImageInputs
 from hftl.data.images import describe_narrow_images
@@ -17,7 +20,7 @@ from hftl.data.text_inputs import TextInputs
 from hftl.finetune.strategies import ZERO_SHOT_ARM
 from hftl.models.architectures import get_max_tokens
 from hftl.models.source import SourceModel
-from hftl.train.facts import CheckFacts
+from hftl.train.facts import CheckFacts, Finding
 
 SAMPLED_ROWS = 2000
 """Training rows that lengths are measured on, at most."""
@@ -45,9 +48,10 @@ class PreflightContext:
     source: SourceModel
     prepared: PreparedData
     sizes: dict[str, float]
+    inputs: TextInputs | ImageInputs
 
 
-Check = Callable[[PreflightContext], Iterator[str]]
+Check = Callable[[PreflightContext], Iterator[str | Finding]]
 
 
 def run_preflight_checks(
@@ -59,10 +63,12 @@ def run_preflight_checks(
 ) -> CheckFacts:
     """Return facts about the inputs, and `warnings`, each a sentence with what to do."""
     sizes = inputs.summarize(prepared.rows["train"][:SAMPLED_ROWS])
-    run = PreflightContext(recipe, arms, source, prepared, sizes)
-    warnings = [warning for check in CHECKS for warning in check(run)]
-    # Several arms may give the same warning.
-    return CheckFacts.model_validate({**sizes, "warnings": list(dict.fromkeys(warnings))})
+    run = PreflightContext(recipe, arms, source, prepared, sizes, inputs)
+    results = [result for check in CHECKS for result in check(run)]
+    findings = [result for result in results if isinstance(result, Finding)]
+    warnings = [r.sentence if isinstance(r, Finding) else r for r in results]
+    facts = {**sizes, "warnings": list(dict.fromkeys(warnings))}  # Several arms may give the same.
+    return CheckFacts.model_validate(facts | ({"findings": findings} if findings else {}))
 
 
 def check_image_sizes(run: PreflightContext) -> Iterator[str]:
@@ -82,7 +88,7 @@ def check_image_sizes(run: PreflightContext) -> Iterator[str]:
         )
 
 
-def check_lengths(run: PreflightContext) -> Iterator[str]:
+def check_lengths(run: PreflightContext) -> Iterator[str | Finding]:
     """Warn of texts that are cut, and of tokens that the tokenizer does not know."""
     if run.prepared.modality == "image":
         return
@@ -94,14 +100,19 @@ def check_lengths(run: PreflightContext) -> Iterator[str]:
             f"{limit} tokens"
         )
     if sizes["truncated"] > MAX_TRUNCATED:
-        yield (
-            f"{sizes['truncated']:.0%} of the texts are longer than data.max_length="
-            f"{max_length} tokens and are cut; the source takes up to {limit}"
+        yield Finding(
+            kind="long inputs",
+            what=f"{sizes['truncated']:.0%} of the texts are longer than data.max_length="
+            f"{max_length} tokens and are cut",
+            confidence="certain",
+            fix=f"the source takes up to {limit}",
         )
     if sizes["unknown_tokens"] > MAX_UNKNOWN:
-        yield (
-            f"{sizes['unknown_tokens']:.1%} of the tokens are unknown to the tokenizer; does it "
-            "fit the language and the casing?"
+        yield Finding(
+            kind="tokenizer",
+            what=f"{sizes['unknown_tokens']:.1%} of the tokens are unknown to the tokenizer",
+            confidence="certain",
+            fix="does it fit the language and the casing?",
         )
 
 
@@ -164,13 +175,15 @@ def check_public_id(run: PreflightContext) -> Iterator[str]:
         )
 
 
-def check_dropped_rows(run: PreflightContext) -> Iterator[str]:
+def check_dropped_rows(run: PreflightContext) -> Iterator[str | Finding]:
     """Warn of rows that are in two splits, have differing labels, or could not be read."""
     facts = run.prepared.facts
     if facts.leaked:
-        yield (
-            f"{facts.leaked} inputs of train are also in validation or test; they were "
-            "dropped from train"
+        yield Finding(
+            kind="leakage",
+            what=f"{facts.leaked} inputs of train are also in validation or test",
+            confidence="certain",
+            fix="they were dropped from train",
         )
     # A run folder may hold data that an older version prepared without these counts.
     if facts.contradictory_inputs:
@@ -181,16 +194,23 @@ def check_dropped_rows(run: PreflightContext) -> Iterator[str]:
             "what is measured is the others, which may be the easier ones; correct "
             f"the labels{suggest_multi_label(run.prepared.task)}"
         )
-    if facts.near_pictures:
-        yield (
-            f"{facts.near_pictures} pictures of validation and test are near copies "
-            "(re-encoded or resized) of one in another split; name what they share in data.group, "
-            "or remove them"
-        )
     if facts.narrow_pictures:
-        yield describe_narrow_images(facts.narrow_pictures)
+        what, _, fix = describe_narrow_images(facts.narrow_pictures).partition("; ")
+        yield Finding(kind="rescale", what=what, confidence="certain", fix=fix)
     if facts.bad_rows:
         yield f"{facts.bad_rows} bad rows were skipped; the record lists them"
+
+
+def check_rows(run: PreflightContext) -> Iterator[Finding]:
+    """Warn of near copies, and of splits whose classes or their shares differ."""
+    for check in ROW_CHECKS:
+        yield from check(run.recipe, run.prepared)
+
+
+def check_fingerprints(run: PreflightContext) -> Iterator[Finding]:
+    """Warn of a tokenizer or processor that does not fit what the checkpoint declares."""
+    for check in FINGERPRINT_CHECKS:
+        yield from check(run.source, run.inputs)
 
 
 CHECKS: tuple[Check, ...] = (
@@ -202,4 +222,6 @@ CHECKS: tuple[Check, ...] = (
     check_zero_shot_source,
     check_public_id,
     check_dropped_rows,
+    check_rows,
+    check_fingerprints,
 )

@@ -97,7 +97,7 @@ def _iterate_sets(
             yield split, sorted(rows, key=hash_row)[:most], context
     for part in ("unlabeled", "general"):
         if getattr(recipe.data, part) is not None:
-            yield part, _read_part(recipe, context, part, most), context
+            yield part, read_part(recipe, context, part, most), context
     for path in dict.fromkeys(tables):
         table = recipe.data.train.model_copy(
             update={"path": path, "format": None, "split": None, "name": None, "revision": None}
@@ -106,7 +106,7 @@ def _iterate_sets(
         own = context
         if isinstance(context.inputs, ImageInputs):
             own = replace(context, inputs=context.inputs.with_data(changed.data), _encoded={})
-        yield path, _read_part(changed, own, "unlabeled", most), own
+        yield path, read_part(changed, own, "unlabeled", most), own
 
 
 def _replace_unlabeled(recipe: Recipe, table: Table) -> Recipe:
@@ -114,7 +114,7 @@ def _replace_unlabeled(recipe: Recipe, table: Table) -> Recipe:
     return recipe.model_copy(update={"data": data})
 
 
-def _read_part(recipe: Recipe, context: ExperimentContext, part: str, most: int) -> list[Row]:
+def read_part(recipe: Recipe, context: ExperimentContext, part: str, most: int) -> list[Row]:
     """Return rows without labels: of a stream of texts those with the smallest hash."""
     bad = BadRows(skip=recipe.data.bad_rows == "skip")
     if isinstance(context.inputs, ImageInputs):

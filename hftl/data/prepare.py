@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from hftl.data.labels import (
     recognize_tag_scheme,
 )
 from hftl.data.load import load_rows
+from hftl.data.near_copies import NearPair, find_near_copies
 from hftl.data.normalization import is_integer_name
 from hftl.data.rows import BadRows, InputSpec, Row, read_rows, write_rows
 from hftl.data.splits import (
@@ -58,6 +60,11 @@ class PreparedData:
     names: list[str]
     rows: dict[str, list[Row]]
     facts: PreparedFacts
+
+    @cached_property
+    def near_copies(self) -> list[NearPair]:
+        """Return the pairs of rows that are nearly the same, see `find_near_copies`."""
+        return find_near_copies(self.rows)
 
     def encode_targets(self, rows: list[Row]) -> np.ndarray:
         """Return the training targets of rows, see `labels.encode_targets`."""

@@ -63,8 +63,8 @@ class Row:
     where: str
     table: str = "train"
     size: tuple[int, int] | None = None
-    # Known only while the data are prepared, and not stored.
     perceptual_hash: int | None = field(default=None, compare=False)
+    # Known only while the data are prepared, and not stored.
     levels: Levels | None = field(default=None, compare=False)
 
 
@@ -176,6 +176,8 @@ def write_rows(splits: Mapping[str, list[Row]], folder: Path) -> None:
         "group": [row.group for _, row in pairs],
         "table": [row.table for _, row in pairs],
         "size": [row.size for _, row in pairs],
+        # Numbers of 64 bits without a sign, a type that is not inferred of Python's.
+        "perceptual_hash": pa.array([row.perceptual_hash for _, row in pairs], pa.uint64()),
     }
     pq.write_table(pa.table(columns), folder / ROWS_FILE)
 
@@ -190,6 +192,6 @@ def read_rows(folder: Path, splits: Sequence[str]) -> dict[str, list[Row]]:
         size = tuple(entry["size"]) if entry["size"] else None
         rows[entry["split"]].append(
             Row(tuple(entry["content"]), label, entry["group"], entry["row"], entry["where"],
-                entry["table"], size)
+                entry["table"], size, entry.get("perceptual_hash"))
         )  # fmt: skip
     return rows

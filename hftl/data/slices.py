@@ -86,6 +86,30 @@ def read_slice_columns(
     return [cut_column(column, cells[column]) for column in columns]
 
 
+def list_columns(table: Table, part: str, modality: Modality) -> list[str]:
+    """Return the columns of a table; none of a folder of files."""
+    path = paths.resolve_local_path(table.path, f"data.{part}.path")
+    if path is not None and path.is_dir():
+        return []
+    _, raws = read_table(table, part, modality)
+    return list(map(str, dict.fromkeys(key for raw in raws for key in raw.values)))
+
+
+def read_cells(
+    table: Table, part: str, modality: Modality, rows: Sequence[Row], columns: Sequence[str]
+) -> dict[str, list[object]]:
+    """Return the cells of rows by column, in the rows' order."""
+    positions = {row.index: position for position, row in enumerate(rows)}
+    cells: dict[str, list[object]] = {column: [None] * len(rows) for column in columns}
+    _, raws = read_table(table, part, modality, columns)
+    for raw in raws:
+        position = positions.get(raw.index)
+        if position is not None:
+            for column in columns:
+                cells[column][position] = raw.values.get(column)
+    return cells
+
+
 def _require_columns(name: str, header: list[str], columns: Sequence[str]) -> None:
     for column in columns:
         if column not in header:

@@ -26,6 +26,7 @@ from hftl.pipeline.corpora import build_leak_filter
 from hftl.pipeline.estimate import announce_run, build_adaptation_header, build_header
 from hftl.pipeline.evaluate import evaluate_run
 from hftl.pipeline.evaluate_adaptation import evaluate_adaptation
+from hftl.pipeline.faults import add_source_faults
 from hftl.pipeline.model_checks import check_models, validate_upstream_arguments
 from hftl.pipeline.push import PushOptions, check_push_access, push_finished_run
 from hftl.pipeline.retention import (
@@ -195,7 +196,7 @@ def check_recipe(recipe: Recipe) -> tuple[dict[str, str], CheckFacts]:
         check_replay_labels(recipe, context)
     check_slices(recipe, context, find_metric(recipe.measure.metric, context.prepared.task))
     check_models(recipe, context)
-    facts = context.run_preflight(recipe, arms)
+    facts = add_source_faults(recipe, context, context.run_preflight(recipe, arms))
     warnings = [*facts.warnings, *warn_of_few_steps(recipe, context)]
     jobs = [arm for arm in arms for _ in recipe.measure.seeds]
     facts = facts.model_copy(update={"warnings": warnings})

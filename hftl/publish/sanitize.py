@@ -131,6 +131,8 @@ def sanitize_record(record: Record) -> Record:
     tree = json.loads(record.to_json())
     # What a bad row says is the user's data, and stays here; the count goes along.
     tree["data"].pop("bad_rows_listed", None)
+    for finding in tree["check"].get("findings", []):
+        finding.pop("where", None)
     tree["recipe"] = recipe = _strip_paths(tree["recipe"])
     if tree["source"]["local"]:
         recipe["source"]["model"] = tree["source"]["model"] = tree["source"]["name"]

@@ -41,10 +41,66 @@ class LearningRate(RecordPart):
     rate: float
 
 
+FaultKind = Literal[
+    "normalization", "rescale", "channels", "casing", "tokenizer", "label map", "leakage",
+    "near labels", "label shift", "missing class", "groups", "long inputs", "label errors",
+]  # fmt: skip
+"""What can be wrong with a recipe's inputs or labels before anything trains."""
+
+
+class Finding(RecordPart):
+    """Describe a fault of the inputs or labels: what, where, how sure, and what to do."""
+
+    kind: FaultKind
+    what: str
+    where: list[str] = Field(default_factory=list[str])
+    """Places of the user's files, the first few; absent from a published record."""
+    confidence: Literal["certain", "likely", "possible"]
+    evidence: str = ""
+    """What the confidence rests on; empty where it was counted."""
+    cost: float | None = None
+    """Points of the probe's accuracy that the fault costs, where it was measured: .05 is five."""
+    fix: str
+
+    @property
+    def sentence(self) -> str:
+        """Return the warning in one sentence, without the places."""
+        sure = "" if self.confidence == "certain" else f"{self.confidence}: "
+        shown = f" ({sure}{self.evidence})" if self.evidence else ""
+        return f"{self.what}{shown}; {self.fix}"
+
+
+class BaselineScore(RecordPart):
+    """Hold what one baseline scores on validation, with its interval over rows."""
+
+    arm: str
+    score: float
+    ci95: tuple[float, float] | None
+
+
+class BaselineCheck(RecordPart):
+    """Compare the baselines that need no training on validation: is there anything to transfer?"""
+
+    metric: str
+    train_rows: int
+    validation_rows: int
+    scores: list[BaselineScore]
+    gain: float
+    """Of the probe over the better of majority and classical; positive is better."""
+    gain_ci95: tuple[float, float] | None
+    over: str
+
+
 class CheckFacts(RecordPart):
     """Describe the inputs that the preflight saw, and its warnings."""
 
     warnings: list[str]
+    findings: list[Finding] = Field(default_factory=list[Finding])
+    """The faults among the warnings; those that need the source's features by `hftl check` alone.
+    """
+    examined: str | None = None
+    """What the faults that need features were sought on, in words."""
+    baseline: BaselineCheck | None = None
     median_tokens: Number | None = None
     truncated: float | None = None
     """Share of texts that are cut."""

@@ -1,0 +1,152 @@
+"""Find faults that the rows show by themselves: near copies, and splits of other classes.
+
+A check takes recipe and rows and yields findings; it is one function in `ROW_CHECKS`.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from scipy.stats import chi2_contingency
+
+from hftl.config.data import Table
+from hftl.config.recipe import Recipe
+from hftl.data.near_copies import NearPair
+from hftl.data.prepare import PreparedData
+from hftl.data.splits import MEASURED_SPLITS
+from hftl.measure.statistics import effective_count
+from hftl.train.facts import Finding
+
+MAX_PLACES = 3
+"""Places that a finding names, at most."""
+LEVEL = 0.001
+MIN_SHIFT = 0.05
+"""Share of the rows that would need another label, from which on shares of classes differ."""
+
+RowCheck = Callable[[Recipe, PreparedData], Iterator[Finding]]
+
+
+def check_near_leakage(recipe: Recipe, prepared: PreparedData) -> Iterator[Finding]:
+    """Find rows that measure and are nearly the same as one of another split."""
+    pairs = [pair for pair in prepared.near_copies if pair.split != pair.other_split]
+    if not pairs:
+        return
+    rows = {id(pair.row) for pair in pairs}
+    is_image = prepared.modality == "image"
+    name, how = ("texts", "in a few words")
+    if is_image:
+        name, how = ("pictures", "re-encoded, resized or in a few strokes")
+    fix = (
+        "remove them" if recipe.data.group else "name what they share in data.group, or remove them"
+    )
+    yield Finding(
+        kind="leakage",
+        what=f"{len(rows)} {name} of validation and test are near copies of one in another split",
+        where=list_places(pairs),
+        confidence="likely",
+        evidence=f"they differ {how}",
+        fix=fix,
+    )
+
+
+def check_near_labels(recipe: Recipe, prepared: PreparedData) -> Iterator[Finding]:
+    """Find near copies inside train that have differing labels."""
+    if prepared.task not in ("classification", "multi-label"):
+        return
+    pairs = [
+        pair
+        for pair in prepared.near_copies
+        if pair.split == pair.other_split == "train" and pair.row.label != pair.other.label
+    ]
+    if pairs:
+        yield Finding(
+            kind="near labels",
+            what=f"{len(pairs)} pairs of near copies in train have differing labels",
+            where=list_places(pairs),
+            confidence="likely",
+            evidence="one of the two labels is wrong, or the difference decides it",
+            fix="look at them and correct the wrong ones",
+        )
+
+
+def list_places(pairs: list[NearPair]) -> list[str]:
+    """Return the first pairs as places of the user's files."""
+    return [f"{pair.row.where} and {pair.other.where}" for pair in pairs[:MAX_PLACES]]
+
+
+def check_missing_classes(recipe: Recipe, prepared: PreparedData) -> Iterator[Finding]:
+    """Find classes of train that validation or test lacks: no score says how they are."""
+    counts = prepared.facts.label_counts or {}
+    for split in MEASURED_SPLITS:
+        absent = [name for name in prepared.names if not counts.get(split, {}).get(name)]
+        if absent:
+            more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+            yield Finding(
+                kind="missing class",
+                what=f"{split} has no row of {', '.join(map(repr, absent[:5]))}{more}",
+                confidence="certain",
+                fix=f"give more rows of each class, or a larger data.{split}",
+            )
+
+
+def check_label_shares(recipe: Recipe, prepared: PreparedData) -> Iterator[Finding]:
+    """Find a table whose classes have other shares than train's; a fraction is stratified."""
+    if prepared.task != "classification":
+        return
+    train = count_labels(prepared, "train")
+    for split in MEASURED_SPLITS:
+        if not isinstance(getattr(recipe.data, split), Table):
+            continue
+        counts = count_labels(prepared, split)
+        shares = train / train.sum(), counts / counts.sum()
+        distance = float(np.abs(shares[0] - shares[1]).sum() / 2)
+        p_value = compare_shares(train, counts, count_units(prepared, split) / counts.sum())
+        if p_value < LEVEL and distance >= MIN_SHIFT:
+            worst = int(np.abs(shares[0] - shares[1]).argmax())
+            yield Finding(
+                kind="label shift",
+                what=f"the classes have other shares in {split} than in train: "
+                f"{prepared.names[worst]!r} {shares[1][worst]:.0%} for {shares[0][worst]:.0%}",
+                confidence="certain",
+                evidence=f"{distance:.0%} of the rows would need another label, p {p_value:.1g}",
+                fix="make sure that the model will be used so, and see hftl predict --prior",
+            )
+
+
+def count_labels(prepared: PreparedData, split: str) -> np.ndarray:
+    """Return the rows of each class, (classes,) float64."""
+    targets = prepared.encode_targets(prepared.rows[split])
+    return np.bincount(targets, minlength=len(prepared.names)).astype(np.float64)
+
+
+def count_units(prepared: PreparedData, split: str) -> float:
+    """Return how many independent rows a split is worth: those of a group share their label."""
+    groups = [row.group for row in prepared.rows[split]]
+    if groups[0] is None:
+        return float(len(groups))
+    _, sizes = np.unique(list(map(str, groups)), return_counts=True)
+    return effective_count(sizes)
+
+
+def compare_shares(first: np.ndarray, second: np.ndarray, worth: float) -> float:
+    """Return the p-value of equal shares in two counts of classes, by a test of homogeneity.
+
+    Args:
+        first: (classes,) counts.
+        second: the same.
+        worth: how many independent rows a row is worth.
+    """
+    present = first + second > 0
+    if present.sum() < 2:
+        return 1.0
+    table = np.stack([first, second])[:, present] * worth
+    result: Any = chi2_contingency(table, correction=False)
+    return float(result.pvalue)
+
+
+ROW_CHECKS: tuple[RowCheck, ...] = (
+    check_near_leakage,
+    check_near_labels,
+    check_missing_classes,
+    check_label_shares,
+)

@@ -1,0 +1,96 @@
+"""Find pairs of rows that are nearly the same, within a split and across splits."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import sparse
+
+from hftl.data.duplicates import MAX_HASH_DISTANCE, build_shingles
+from hftl.data.rows import Row
+
+MIN_SIMILARITY = 0.6
+"""Jaccard similarity of three-word shingles from which on two texts are near copies. One word of 20
+that is replaced in the middle leaves .71, one of 12 leaves .54."""
+MIN_WORDS = 6
+"""Texts of fewer words are alike by chance: `a very good film` and `a very good film indeed`."""
+MAX_SHARING = 100
+"""Texts above which a shingle is a phrase of the domain and proposes no pairs."""
+MAX_ROWS = 20_000
+"""Rows that are compared, at most: those that measure first."""
+CHUNK_ROWS = 1000
+SPLIT_ORDER = ("test", "validation", "train")
+
+
+class NearPair(NamedTuple):
+    """Hold two rows that are nearly the same, with their splits; the first one measures, if any."""
+
+    split: str
+    row: Row
+    other_split: str
+    other: Row
+
+
+def find_near_copies(rows: Mapping[str, list[Row]]) -> list[NearPair]:
+    """Return the pairs of near copies among the rows of all splits, of images by their hashes.
+
+    Args:
+        rows: by split; of more than `MAX_ROWS` the last ones of train are left out.
+    """
+    placed = [(split, row) for split in SPLIT_ORDER for row in rows[split]][:MAX_ROWS]
+    if not placed:
+        return []
+    hashes = [row.perceptual_hash for _, row in placed]
+    if any(value is not None for value in hashes):
+        pairs = _pair_hashes(hashes)
+    elif placed[0][1].size is not None:
+        return []  # Images of a folder that an older version prepared, or all of them flat.
+    else:
+        pairs = pair_texts([" ".join(row.content) for _, row in placed])
+    return [NearPair(*placed[i], *placed[j]) for i, j in pairs]
+
+
+def pair_texts(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Return the pairs of texts whose shingles have a Jaccard similarity of `MIN_SIMILARITY`.
+
+    The similarities are exact: shared shingles are counted by a product of sparse matrices.
+    """
+    shingles = [
+        build_shingles(text) if text.count(" ") >= MIN_WORDS - 1 else set() for text in texts
+    ]
+    columns: dict[tuple[str, ...], int] = {}
+    numbers = [[columns.setdefault(s, len(columns)) for s in own] for own in shingles]
+    sizes = np.array([len(own) for own in numbers])
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    flat = np.array([n for own in numbers for n in own], dtype=np.int64)
+    matrix = sparse.csr_matrix(
+        (np.ones(len(flat), np.int32), flat, ends), shape=(len(texts), max(1, len(columns)))
+    )
+    counts = np.bincount(flat, minlength=max(1, len(columns)))
+    proposing = matrix[:, (counts > 1) & (counts <= MAX_SHARING)]
+    pairs: list[tuple[int, int]] = []
+    for start in range(0, len(texts), CHUNK_ROWS):
+        shared = (proposing[start : start + CHUNK_ROWS] @ proposing.T).tocoo()
+        left, right = shared.row + start, shared.col
+        # Common phrases are not counted here, so that half of what is asked for proposes a pair.
+        union = sizes[left] + sizes[right] - shared.data
+        near = (left < right) & (shared.data >= MIN_SIMILARITY / 2 * union)
+        pairs += [
+            (i, j)
+            for i, j in zip(left[near].tolist(), right[near].tolist(), strict=True)
+            if len(shingles[i] & shingles[j]) >= MIN_SIMILARITY * len(shingles[i] | shingles[j])
+        ]
+    return pairs
+
+
+def _pair_hashes(hashes: Sequence[int | None]) -> list[tuple[int, int]]:
+    """Return the pairs of images whose hashes differ in a few bits; a flat image has none."""
+    known = np.array([i for i, value in enumerate(hashes) if value is not None])
+    values = np.array([value for value in hashes if value is not None], dtype=np.uint64)
+    pairs: list[tuple[int, int]] = []
+    for start in range(0, len(values), CHUNK_ROWS):
+        distances = np.bitwise_count(values[start : start + CHUNK_ROWS, None] ^ values)
+        left, right = np.nonzero(distances <= MAX_HASH_DISTANCE)
+        ahead = left + start < right
+        pairs += zip(known[left[ahead] + start].tolist(), known[right[ahead]].tolist(), strict=True)
+    return pairs
