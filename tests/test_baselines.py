@@ -94,7 +94,7 @@ def test_search_goes_a_few_rates_beyond_its_edge(
             metrics = {"accuracy": 1 / (1 + abs(np.log(rate / best)))}
         return TriedRate(learning_rate=rate, metrics=metrics)
 
-    monkeypatch.setattr(baselines, "_try_rate", try_rate)
+    monkeypatch.setattr(baselines, "_score_rate", try_rate)
     section: Any = None
     lines: list[str] = []
     search = Search(learning_rates=rates)

@@ -16,7 +16,7 @@ from hftl.adapt.adaptation import estimate_adaptation_seconds
 from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
 from hftl.data.rows import InputSpec
-from hftl.pipeline import kl_weight
+from hftl.pipeline import weight_grid
 from hftl.pipeline.estimate import FINISH_SECONDS, RowCosts, estimate_seconds, measure_costs
 from hftl.pipeline.pipeline import check_recipe, run
 from hftl.train.callbacks import _measure_seconds
@@ -51,7 +51,7 @@ def test_estimate_is_within_a_factor_of_two_of_the_passes_of_a_run(
 ) -> None:  # fmt: skip
     tree["source"]["model"] = str(tiny_model("bert", True))
     tree["retain"] = RETAIN[name]
-    monkeypatch.setattr(kl_weight, "WEIGHT_GRID", (0.1, 1.0))
+    monkeypatch.setattr(weight_grid, "WEIGHT_GRID", (0.1, 1.0))
     passes = [0.0]
     forward = BertModel.forward
 
@@ -78,8 +78,8 @@ def test_every_seed_is_counted_before_a_run(
 ) -> None:
     counts: list[int] = []
     monkeypatch.setattr(
-        "hftl.pipeline.estimate.estimate_seconds",
-        lambda _, jobs, recipe, costs: counts.append(len(jobs)) or 1.0,
+        "hftl.pipeline.header.estimate_placed_seconds",
+        lambda _, jobs, *rest: counts.append(len(jobs)) or 1.0,
     )
     tree["measure"]["seeds"] = [0, 1, 2]
     facts, _ = check_recipe(Recipe.parse(tree))
@@ -91,8 +91,8 @@ def test_a_busy_machine_does_not_change_the_estimate(
     tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, slowdown: float, shown: str
 ) -> None:
     costs = RowCosts(1.0, 1.0, {}, slowdown)
-    monkeypatch.setattr("hftl.pipeline.estimate.measure_costs", lambda *_: costs)
-    monkeypatch.setattr("hftl.pipeline.estimate.estimate_seconds", lambda *_: 600.0)
+    monkeypatch.setattr("hftl.pipeline.header.measure_costs", lambda *_: costs)
+    monkeypatch.setattr("hftl.pipeline.header.estimate_placed_seconds", lambda *_: 600.0)
     facts, _ = check_recipe(Recipe.parse(tree))
     assert facts["time"].startswith(shown)
     assert ("busy: 30 min" in facts["time"]) == (slowdown > 2)

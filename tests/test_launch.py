@@ -50,7 +50,8 @@ def write_recipe(path: Path, model: Path, data: dict[str, Any], batch: int, **mo
         "data": data,
         "finetune": {"strategy": "lora", "head_init": "random", "training": training},
         "measure": {"seeds": [0], "arms": ["scratch", "head", "full"],
-                    "scratch": {"learning_rates": [1e-3, 3e-3], "epochs_factor": 1}},
+                    "scratch": {"learning_rates": [1e-3, 3e-3], "epochs_factor": 1},
+                    "parallel": "data"},
         **more,
     }  # fmt: skip
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")

@@ -16,16 +16,11 @@ from hftl.data.rows import InputSpec, Row
 from hftl.data.splits import hash_row
 from hftl.errors import HftlError, RecipeError
 from hftl.finetune.context import ExperimentContext
-from hftl.pipeline import kl_weight
-from hftl.pipeline.kl_weight import (
-    WEIGHT_GRID,
-    choose_kl_weight,
-    has_auto_weight,
-    select_kl_weight,
-    set_kl_weight,
-)
+from hftl.pipeline import weight_grid
+from hftl.pipeline.kl_weight import choose_kl_weight, select_kl_weight
 from hftl.pipeline.pipeline import check_recipe, run
 from hftl.pipeline.run import Run
+from hftl.pipeline.weight_grid import WEIGHT_GRID, set_kl_weight
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
 
@@ -105,7 +100,7 @@ def assert_second_run_trains_nothing(tree: dict[str, Any], folder: Path) -> None
 def test_weight_is_chosen_once_for_all_seeds(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kl_weight, "WEIGHT_GRID", (0.1, 1.0))
+    monkeypatch.setattr(weight_grid, "WEIGHT_GRID", (0.1, 1.0))
     tree["retain"] = {"kl": {"weight": "auto", "inputs": "general"}}
     tree["measure"] |= {"arms": [], "seeds": [0, 1]}
     lines: list[str] = []
@@ -123,7 +118,7 @@ def test_weight_is_chosen_once_for_all_seeds(
 def test_choice_of_a_weight_reads_no_test_row(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kl_weight, "WEIGHT_GRID", (0.1,))
+    monkeypatch.setattr(weight_grid, "WEIGHT_GRID", (0.1,))
     tree["retain"] = {"kl": {"weight": "auto", "inputs": "general"}}
     recipe = Recipe.parse(tree)
     context, arm = bench_of(recipe), recipe.arms[0]
@@ -161,9 +156,9 @@ def test_weight_is_chosen_within_one_standard_error(
 
 def test_only_auto_weights_are_set() -> None:
     retain = Retain(kl=[KL(weight="auto"), KL(weight=0.7)])
-    assert has_auto_weight(retain) and not has_auto_weight(None)
+    assert retain.has_auto_weight
     filled = set_kl_weight(retain, 0.3)
-    assert [kl.weight for kl in filled.kl_terms] == [0.3, 0.7] and not has_auto_weight(filled)
+    assert [kl.weight for kl in filled.kl_terms] == [0.3, 0.7] and not filled.has_auto_weight
 
 
 def test_weak_probe_is_reported_and_stops_no_run(tree: dict[str, Any], tmp_path: Path) -> None:

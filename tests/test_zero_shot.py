@@ -30,7 +30,8 @@ from hftl.finetune.zero_shot import (
 from hftl.models.features import predict_logits
 from hftl.pipeline import pipeline as runs
 from hftl.pipeline.cache_keys import build_arm_key
-from hftl.pipeline.estimate import RowCosts, build_header, estimate_seconds
+from hftl.pipeline.estimate import RowCosts, estimate_seconds
+from hftl.pipeline.header import build_header
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
 
@@ -154,7 +155,7 @@ def test_time_and_header_count_each_hypothesis_and_name_the_labels(
     both = estimate_seconds(context, [own, zero_shot, zero_shot], recipe, costs)
     measured = sum(len(context.prepared.rows[split]) for split in ("validation", "test"))
     assert both - plain == pytest.approx(measured * 4), "two templates of two classes, once"
-    labels = build_header(recipe, context, [zero_shot], 1)["labels"]
+    labels = build_header(recipe, context, [(zero_shot, 0)])["labels"]
     assert labels == "0 (bad and dull), 1 (good)"
 
 

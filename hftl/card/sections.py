@@ -246,6 +246,10 @@ def format_environment(facts: Environment) -> list[tuple[str, str]]:
     """Return hardware and versions, a name and a value each."""
     names = ("device", "dtype", "platform", "python")
     lines = [(name, getattr(facts, name)) for name in names]
+    if facts.processes is not None and facts.processes > 1:
+        lines.append(("processes", str(facts.processes)))
+    if facts.threads is not None:
+        lines.append(("threads", str(facts.threads)))
     if facts.energy_kwh is not None:
         energy = f"{facts.energy_kwh:.3g} kWh for all arms and seeds, as codecarbon estimates it"
         lines.append(("energy", energy))

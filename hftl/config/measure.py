@@ -27,6 +27,9 @@ class Measure(Section):
     analyses: list[Literal["probe", "curve", "distance"]] = []
     """What is made of the source's frozen features, before anything trains, and shown with the
     run; each is a command, too."""
+    parallel: Literal["auto", "data", "arms"] = "auto"
+    """How several processes share the work: all of them train each arm on other rows (`data`), or
+    each takes arms and seeds of its own (`arms`)."""
     scratch: Search = Search()
     slices: list[Annotated[str, Field(min_length=1)]] = []
     """Columns of the test rows' table: score and gain are measured in each of their values too."""

@@ -353,6 +353,11 @@ class Retain(Section):
         return [section for section in self.regularizers if isinstance(section, KL)]
 
     @property
+    def has_auto_weight(self) -> bool:
+        """Return True if a weight of KL is still to be chosen."""
+        return any(kl.weight == "auto" for kl in self.kl_terms)
+
+    @property
     def mixes_general(self) -> bool:
         """Return True if steps hold general rows."""
         return self.replay is not None or any(s.mixes_general for s in self.regularizers)

@@ -5,6 +5,7 @@ What the inputs say is vectorised in the way that is usual for them; the solver 
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -159,39 +160,47 @@ MAX_EXTRA_RATES = 2
 WARMUP_SHARE = 0.1
 
 
+RateAttempt = Callable[[float, Callable[[], TriedRate]], TriedRate]
+"""Returns what a learning rate has come to, from an earlier attempt or by making one."""
+
+
 def search_rate(
     context: ExperimentContext, finetune: Finetune, search: Search, seed: int,
     say: Callable[[str], None] = lambda line: None,
+    attempt: RateAttempt = lambda rate, make: make(),
 ) -> ScratchSearch:  # fmt: skip
     """Try each rate once and choose by validation, as epochs are chosen.
 
     Where the best is the lowest or highest, the best may lie beyond: the search goes on by the
     grid's own ratio, at most `MAX_EXTRA_RATES` times, each at the cost of one more rate. `say`
-    receives a line for each.
+    receives a line for each that `attempt` makes.
 
     Raises:
         NumericError: if every rate diverges.
     """
     tried: list[TriedRate] = []
     beyond: list[float] = []
-    count = len(search.learning_rates)
-
-    def try_rate(rate: float, title: str) -> None:
-        started = time.perf_counter()
-        row = _try_rate(context, finetune, search, rate, seed, title)
-        tried.append(row)
-        outcome = _describe_outcome(context.prepared.task, row)
-        say(f"  {title}: {outcome}, {time.perf_counter() - started:.0f} s")
-
-    for number, rate in enumerate(search.learning_rates, 1):
-        try_rate(rate, f"scratch: rate {rate:.3g} ({number} of {count})")
+    for rate in search.learning_rates:
+        tried.append(try_given_rate(context, finetune, search, rate, seed, say, attempt))
     best = _select_rate(context.prepared.task, tried)
     while len(beyond) < MAX_EXTRA_RATES and (rate := propose_rate(tried, best)) is not None:
-        try_rate(rate, f"scratch: rate {rate:.3g} (added, as {best:.3g} was best, at the end)")
+        title = f"scratch: rate {rate:.3g} (added, as {best:.3g} was best, at the end)"
+        make = partial(_try_rate, context, finetune, search, rate, seed, title, say)
+        tried.append(attempt(rate, make))
         beyond.append(rate)
         best = _select_rate(context.prepared.task, tried)
     edge = propose_rate(tried, best) is not None
     return ScratchSearch(learning_rate=best, at_edge=edge, beyond=beyond, tried=tried)
+
+
+def try_given_rate(
+    context: ExperimentContext, finetune: Finetune, search: Search, rate: float, seed: int,
+    say: Callable[[str], None], attempt: RateAttempt,
+) -> TriedRate:  # fmt: skip
+    """Try one of the recipe's learning rates; arguments as of `search_rate`."""
+    number, count = search.learning_rates.index(rate) + 1, len(search.learning_rates)
+    title = f"scratch: rate {rate:.3g} ({number} of {count})"
+    return attempt(rate, partial(_try_rate, context, finetune, search, rate, seed, title, say))
 
 
 def propose_rate(tried: list[TriedRate], best: float) -> float | None:
@@ -206,14 +215,25 @@ def propose_rate(tried: list[TriedRate], best: float) -> float | None:
 
 def _try_rate(
     context: ExperimentContext, finetune: Finetune, search: Search, rate: float, seed: int,
-    title: str,
+    title: str, say: Callable[[str], None],
 ) -> TriedRate:  # fmt: skip
+    """Try one rate, and report its score on validation and the seconds."""
+    started = time.perf_counter()
+    with show_activity(title):
+        row = _score_rate(context, finetune, search, rate, seed)
+    outcome = _describe_outcome(context.prepared.task, row)
+    say(f"  {title}: {outcome}, {time.perf_counter() - started:.0f} s")
+    return row
+
+
+def _score_rate(
+    context: ExperimentContext, finetune: Finetune, search: Search, rate: float, seed: int
+) -> TriedRate:
     """Return one rate's metrics on validation; None where it diverged: others may not."""
     task, rows = context.prepared.task, context.prepared.rows["validation"]
     shorter = _scale_budget(finetune, rate, search.epochs_factor * SEARCH_SHARE)
     try:
-        with show_activity(title):
-            outcome = _train_from_scratch(context, shorter, seed, ("validation",))
+        outcome = _train_from_scratch(context, shorter, seed, ("validation",))
     except NumericError as error:
         return TriedRate(learning_rate=rate, metrics=None, diverged=error.what)
     predictions = context.prepared.decode_for_metrics(rows, outcome.logits["validation"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ from hftl.train.optimizer import (
     summarize_learning_rates,
 )
 from hftl.train.samplers import build_ignored_labels
+
+FrozenFeatures = dict[tuple[str, int | None], dict[bytes, np.ndarray]]
+"""Features by pooling, and seed where they differ by it, then by the content of a row."""
 
 
 @dataclass
@@ -273,14 +277,28 @@ class ExperimentContext:
         known = self._features.get((pooling, None)) or self._features.get((pooling, seed))
         if known is None:
             built = self.build_model(pooling, seed)
-            built.model.to(self.device)
-            known = FeatureCache(
-                lambda new: compute_frozen_features(
-                    built.model, built.last_linear, self.encode_rows(new), self.inputs, self.device
-                )
-            )
+            known = FeatureCache(partial(self._compute_features, built))
             self._features[pooling, None if built.features_are_shared else seed] = known
         return known.get(rows)
+
+    def dump_features(self) -> FrozenFeatures:
+        """Return all features that are known by now, for another process to take over."""
+        return {key: dict(cache.known) for key, cache in self._features.items()}
+
+    def restore_features(self, features: FrozenFeatures) -> None:
+        """Take over the features that another process has computed."""
+        for (pooling, seed), known in features.items():
+
+            def compute(rows: list[Row], pooling: str = pooling, seed: int | None = seed) -> Any:
+                return self._compute_features(self.build_model(pooling, seed or 0), rows)
+
+            self._features[pooling, seed] = FeatureCache(compute, known)
+
+    def _compute_features(self, built: LoadedModel, rows: list[Row]) -> list[np.ndarray]:
+        built.model.to(self.device)
+        return compute_frozen_features(
+            built.model, built.last_linear, self.encode_rows(rows), self.inputs, self.device
+        )
 
     def solve_probe(self, pooling: str, seed: int, class_weight: ClassWeight = None) -> Probe:
         """Return the probe on this seed's training rows, solved by rank 0. Collective.

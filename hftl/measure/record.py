@@ -288,6 +288,10 @@ class Environment(RecordPart):
     device: str
     dtype: str
     packages: dict[str, str]
+    processes: int | None = None
+    """Processes that trained the arms, together or side by side."""
+    threads: int | None = None
+    """Of each of them on a CPU: with as many threads the same command gives the same bits."""
     energy_kwh: float | None = None
     co2_grams: float | None = None
 
@@ -499,14 +503,17 @@ def _has_key(value: object, part: str | int) -> bool:
 
 
 def describe_environment(
-    device: str, dtype: str, energy: dict[str, float] | None = None
-) -> Environment:
+    device: str, dtype: str, energy: dict[str, float] | None = None, processes: int | None = None,
+    threads: int | None = None,
+) -> Environment:  # fmt: skip
     """Return versions and hardware, without host or user names.
 
     Args:
         device: where the arms were trained.
         dtype: what training multiplied in.
         energy: `energy_kwh` and `co2_grams`, as far as they are known.
+        processes: that trained the arms.
+        threads: of each of them on a CPU.
     """
     return Environment(
         python=platform.python_version(),
@@ -514,5 +521,7 @@ def describe_environment(
         device=device,
         dtype=dtype,
         packages={name: version(name) for name in PACKAGES},
+        processes=processes,
+        threads=threads,
         **(energy or {}),
     )

@@ -1,6 +1,6 @@
 """Compute the outputs of a frozen model, and the features that its last layer reads, once a row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -122,15 +122,18 @@ def batch_by_length(lengths: list[int], budget: int) -> list[list[int]]:
 class FeatureCache:
     """Cache features by the content of rows, each computed when it is first needed."""
 
-    def __init__(self, compute: Callable[[list[Row]], list[np.ndarray]]) -> None:
+    def __init__(
+        self, compute: Callable[[list[Row]], list[np.ndarray]],
+        known: Mapping[bytes, np.ndarray] | None = None,
+    ) -> None:  # fmt: skip
         self._compute = compute
-        self._known: dict[bytes, np.ndarray] = {}
+        self.known: dict[bytes, np.ndarray] = dict(known or {})
 
     def get(self, rows: list[Row]) -> np.ndarray:
         """Return (outputs of all rows, width) float32, row after row."""
         keys = [hash_row(row) for row in rows]
-        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._known}
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self.known}
         if new:
             features = self._compute(list(new.values()))
-            self._known.update(zip(new, features, strict=True))
-        return np.concatenate([self._known[key] for key in keys])
+            self.known.update(zip(new, features, strict=True))
+        return np.concatenate([self.known[key] for key in keys])

@@ -1,8 +1,11 @@
-"""Run the arms phase: every arm and seed that is missing, the quick ones first."""
+"""Run the arms phase: every arm and seed that is missing, one after the other or dealt out."""
 
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 from hftl import console
 from hftl.card.sections import describe_scratch_search
@@ -14,14 +17,21 @@ from hftl.finetune.context import ExperimentContext
 from hftl.finetune.gradual import GradualCheckpoint
 from hftl.finetune.strategies import STRATEGIES
 from hftl.pipeline.cache_keys import build_arm_inputs, is_stage_finished
-from hftl.pipeline.kl_weight import choose_kl_weight, has_auto_weight, set_kl_weight
+from hftl.pipeline.deal import deal_tasks
+from hftl.pipeline.estimate import RowCosts, estimate_trained_arms
+from hftl.pipeline.kl_weight import choose_kl_weight, is_weight_chosen
+from hftl.pipeline.placement import STEP_PASSES, choose_placement
 from hftl.pipeline.retention import build_retention, warn_of_weak_probe
 from hftl.pipeline.run import ArmContexts, Run
+from hftl.pipeline.schedule import Task, plan_tasks
+from hftl.pipeline.weight_grid import set_kl_weight
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.hardware import measure_energy
 from hftl.runtime.progress import show_activity
 from hftl.runtime.run_folder import StageInputs, to_json
-from hftl.train.facts import TrainingFacts
+from hftl.train.facts import ArmFile, TrainingFacts, TriedRate
+
+RATE_FILE = "rate.json"
 
 
 @dataclass(frozen=True)
@@ -33,16 +43,72 @@ class Job:
     reads: StageInputs
 
 
-def run_arms(run: Run, arm_contexts: ArmContexts) -> None:
-    """Run every arm and seed that is missing, the quick ones first."""
+ArmReport = Callable[[ArmFile, float, str], None]
+"""Takes a finished arm's metrics, the seconds that went by since its start, and its note."""
+
+
+def run_arms(run: Run, context: ExperimentContext, arm_contexts: ArmContexts) -> None:
+    """Run every arm and seed that is missing: the solved first, then those that train. Collective.
+
+    Args:
+        run: the run.
+        context: the source as it is, and the rows.
+        arm_contexts: what each arm works with.
+    """
     jobs = distributed.broadcast_from_main(lambda: _list_missing_jobs(run, arm_contexts))
     distributed.broadcast_from_main(lambda: _remove_finished_checkpoints(run, jobs))
     total = len(run.arms) * len(run.recipe.measure.seeds)
     if jobs and len(jobs) < total:
         run.say(f"  {total - len(jobs)} of {total} arms x seeds stand already")
-    for done, job in enumerate(jobs, total - len(jobs) + 1):
-        with show_activity(f"[{done}/{total}] {job.arm.name} seed {job.seed}"):
-            _run_job(run, arm_contexts[job.arm.name], job, f"{done}/{total}")
+    placement = distributed.broadcast_from_main(lambda: choose_placement(context, run.recipe))
+    deals = placement.mode == "arms"
+    dealt = [job for job in jobs if deals and not job.arm.spec.is_solved]
+    here = [job for job in jobs if not deals or job.arm.spec.is_solved]
+    done = total - len(jobs)
+    for number, job in enumerate(here, done + 1):
+        _run_one(run, arm_contexts[job.arm.name], job, f"{number}/{total}")
+    if dealt:
+        tasks = distributed.broadcast_from_main(
+            lambda: _plan_dealt(run, context, arm_contexts, dealt)
+        )
+        deal_tasks(run, arm_contexts, tasks, placement, done + len(here), total)
+
+
+def _run_one(run: Run, context: ExperimentContext, job: Job, count: str) -> None:
+    """Run one arm and seed on all processes, and report it."""
+
+    def report(arm: ArmFile, seconds: float, note: str) -> None:
+        run.say(console.format_arm_line(arm, run.recipe.measure.metric, count, seconds))
+        if note:
+            run.say(f"    {note}")
+
+    with show_activity(f"[{count}] {job.arm.name} seed {job.seed}"):
+        run_job(run, context, job, report)
+
+
+def _plan_dealt(
+    run: Run, context: ExperimentContext, arm_contexts: ArmContexts, jobs: Sequence[Job]
+) -> list[Task]:
+    """Plan the tasks of the jobs, and compute the frozen features that they start from."""
+    chosen = {job.arm.name for job in jobs if is_rate_chosen(run, job)}
+    chosen |= {job.arm.name for job in jobs if is_weight_chosen(run, job.arm, job.reads)}
+    for job in jobs:
+        if _starts_from_probe(job.arm):
+            own = arm_contexts[job.arm.name]
+            own.extract_features(
+                job.arm.finetune.pooling, job.seed, own.select_train_rows(job.seed)
+            )
+    arms = [job.arm for job in jobs]
+    units = RowCosts(1.0, 1.0, {arm.name: STEP_PASSES for arm in arms})
+    costs = estimate_trained_arms(context, arms, run.recipe, units)
+    return plan_tasks([(job.arm, job.seed) for job in jobs], run.recipe, costs, chosen)
+
+
+def _starts_from_probe(arm: Arm) -> bool:
+    """Return True where training reads the probe of frozen features."""
+    terms = () if arm.retain is None else arm.retain.regularizers
+    in_loss = any(term.reads_task_head for term in terms)
+    return not arm.spec.is_baseline and (arm.finetune.head_init == "probe" or in_loss)
 
 
 def _remove_finished_checkpoints(run: Run, jobs: list[Job]) -> None:
@@ -54,33 +120,42 @@ def _remove_finished_checkpoints(run: Run, jobs: list[Job]) -> None:
                 shutil.rmtree(run.checkpoints(arm.name, seed), ignore_errors=True)
 
 
-def _run_job(run: Run, context: ExperimentContext, job: Job, count: str) -> None:
-    """Train on all processes, or solve on the main one, and write the arm's folder."""
+def run_job(
+    run: Run, context: ExperimentContext, job: Job, report: ArmReport, sharers: int = 1
+) -> None:
+    """Train on all processes, or solve on the main one, and write the arm's folder. Collective.
+
+    Args:
+        run: the run.
+        context: the arm's.
+        job: the arm and the seed.
+        report: called on the main process once the arm is written.
+        sharers: see `measure_energy`.
+    """
     started = time.perf_counter()
     if job.arm.spec.is_solved:
         distributed.broadcast_from_main(
-            lambda: _commit_arm(run, context, job, _run_arm(run, context, job), count, started)
+            lambda: _commit_arm(run, context, job, _run_arm(run, context, job), report, started)
         )
         return
-    with measure_energy() as energy:
+    with measure_energy(sharers) as energy:
         outcome = _run_arm(run, context, job)
     outcome.timings |= energy
-    distributed.broadcast_from_main(lambda: _commit_arm(run, context, job, outcome, count, started))
+    distributed.broadcast_from_main(
+        lambda: _commit_arm(run, context, job, outcome, report, started)
+    )
 
 
 def _commit_arm(
-    run: Run, context: ExperimentContext, job: Job, outcome: ArmOutput, count: str, started: float
-) -> None:
+    run: Run, context: ExperimentContext, job: Job, outcome: ArmOutput, report: ArmReport,
+    started: float,
+) -> None:  # fmt: skip
     arm, seed = job.arm, job.seed
     folder = run.arm_folder(arm.name, seed)
     with run_folder.commit_stage(folder, job.reads) as aside:
         arm_files.write_arm(aside, context.prepared, outcome, arm.name, arm.strategy, seed)
     shutil.rmtree(run.checkpoints(arm.name, seed), ignore_errors=True)
-    metrics_file = arm_files.read_metrics_file(folder)
-    seconds = time.perf_counter() - started
-    run.say(console.format_arm_line(metrics_file, run.recipe.measure.metric, count, seconds))
-    if outcome.note:
-        run.say(f"    {outcome.note}")
+    report(arm_files.read_metrics_file(folder), time.perf_counter() - started, outcome.note)
 
 
 def _list_missing_jobs(run: Run, arm_contexts: ArmContexts) -> list[Job]:
@@ -99,12 +174,12 @@ def _run_arm(run: Run, context: ExperimentContext, job: Job) -> ArmOutput:
     if arm.spec.is_solved:
         return baselines.solve_arm(context, arm, seed)
     if arm.spec.schedule == "rate_search":
-        rate = _search_scratch_rate(run, context, job)
+        rate = search_scratch_rate(run, context, job)
         return baselines.train_scratch(
             context, arm.finetune, run.recipe.measure.scratch, rate, seed
         )
     facts = TrainingFacts()
-    if arm.retain is not None and has_auto_weight(arm.retain):
+    if arm.retain is not None and arm.retain.has_auto_weight:
         chosen = choose_kl_weight(run, context, arm, job.reads)
         arm = replace(arm, retain=set_kl_weight(arm.retain, chosen.weight))
         facts = TrainingFacts(kl_weight=chosen)
@@ -118,20 +193,55 @@ def _run_arm(run: Run, context: ExperimentContext, job: Job) -> ArmOutput:
     return output
 
 
-def _search_scratch_rate(run: Run, context: ExperimentContext, job: Job) -> float:
-    """Return the learning rate of scratch, searched once on the first seed."""
-    folder = run.folder / "phases" / "search"
-    stored = distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(folder) or {})
-    if {**stored, "asked": job.reads.get("asked")} != job.reads:
+def search_scratch_rate(run: Run, context: ExperimentContext, job: Job) -> float:
+    """Return the learning rate of scratch, searched once on the first seed. Collective."""
+    if not distributed.broadcast_from_main(lambda: is_rate_chosen(run, job)):
         search = baselines.search_rate(
             context, job.arm.finetune, run.recipe.measure.scratch, run.recipe.measure.seeds[0],
-            run.say,
+            run.say, partial(_try_rate_once, run, job),
         )  # fmt: skip
 
         def keep() -> None:
-            with run_folder.commit_stage(folder, job.reads) as aside:
+            with run_folder.commit_stage(_get_search_folder(run), job.reads) as aside:
                 run_folder.write_text(aside / "search.json", to_json(search.to_dict()))
+            shutil.rmtree(_get_tries_folder(run))
 
         distributed.broadcast_from_main(keep)
         run.say(f"  scratch: {describe_scratch_search(search)}")
     return run.read_scratch_search().learning_rate
+
+
+def is_rate_chosen(run: Run, job: Job) -> bool:
+    """Return True if the learning rate of scratch was searched under the same recipe."""
+    stored = run_folder.read_stage_inputs(_get_search_folder(run)) or {}
+    return {**stored, "asked": job.reads.get("asked")} == job.reads
+
+
+def try_scratch_rate(run: Run, context: ExperimentContext, job: Job, rate: float) -> None:
+    """Try one of the learning rates that the recipe gives, for the search to read. Collective."""
+    baselines.try_given_rate(
+        context, job.arm.finetune, run.recipe.measure.scratch, rate,
+        run.recipe.measure.seeds[0], run.say, partial(_try_rate_once, run, job),
+    )  # fmt: skip
+
+
+def _try_rate_once(run: Run, job: Job, rate: float, attempt: Callable[[], TriedRate]) -> TriedRate:
+    """Return what a learning rate has come to, tried where no process has done so. Collective."""
+    stage, reads = _get_tries_folder(run) / f"rate-{rate:.6g}", {**job.reads, "rate": rate}
+    if distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(stage)) != reads:
+        tried = attempt()
+
+        def keep() -> None:
+            with run_folder.commit_stage(stage, reads) as aside:
+                run_folder.write_text(aside / RATE_FILE, to_json(tried.to_dict()))
+
+        distributed.broadcast_from_main(keep)
+    return run_folder.read_part(stage / RATE_FILE, TriedRate)
+
+
+def _get_search_folder(run: Run) -> Path:
+    return run.folder / "phases" / "search"
+
+
+def _get_tries_folder(run: Run) -> Path:
+    return run.folder / "checkpoints" / "rates"

@@ -1,13 +1,14 @@
-"""Say what a run is about to do, and estimate how long it takes from a few timed steps."""
+"""Estimate how long arms take, from a few timed steps."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hftl import console
+import torch
+
 from hftl.config.finetune import Finetune
 from hftl.config.recipe import Arm, Recipe
 from hftl.config.retain import Replay, Retain
-from hftl.data.facts import PreparedFacts
 from hftl.data.splits import MEASURED_SPLITS
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.pretraining_heads import select_compared_rows
@@ -17,13 +18,11 @@ from hftl.finetune.zero_shot import count_hypotheses
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
 from hftl.models.encoders import count_blocks
 from hftl.models.features import BATCH_TOKENS, batch_by_length
-from hftl.pipeline import kl_weight
-from hftl.pipeline.cache_keys import build_arm_inputs
-from hftl.pipeline.kl_weight import has_auto_weight, list_selection_rows
-from hftl.pipeline.run import Run
+from hftl.pipeline import weight_grid
+from hftl.pipeline.schedule import ArmCost
+from hftl.pipeline.weight_grid import list_selection_rows
 from hftl.retain.regularizer import Batch
-from hftl.runtime import distributed, run_folder
-from hftl.runtime.hardware import count_devices, get_dtype_name
+from hftl.runtime import distributed
 from hftl.train.callbacks import PassTime, time_forward, time_step
 
 TIMED_ROWS = 128
@@ -31,8 +30,6 @@ TIMED_ROWS = 128
 SEARCHED = 1 / 3
 TRAINER_BATCH = 8
 """Of TrainingArguments, where the recipe says nothing."""
-BUSY_SLOWDOWN = 1.5
-"""How much longer passes take where other programs use the cores."""
 FINISH_SECONDS = 20.0
 """Seconds from the last arm to the end: intervals, the reload in a fresh process, card, plots."""
 
@@ -55,12 +52,62 @@ class RowCosts:
     slowdown: float = 1.0
 
 
+def estimate_arm(context: ExperimentContext, arm: Arm, recipe: Recipe, costs: RowCosts) -> ArmCost:
+    """Estimate the seconds of an arm, without what it shares with others.
+
+    Trainings count as if none stopped early.
+    """
+    measured = sum(len(context.prepared.rows[split]) for split in MEASURED_SPLITS)
+    if arm.spec.is_solved:
+        return ArmCost(0.0)
+    train = len(context.select_train_rows(recipe.measure.seeds[0]))
+    validation = len(context.prepared.rows["validation"])
+    embedded = sum(map(len, select_compared_rows(context).values()))
+    epochs, step = _count_epochs(context, arm, recipe), costs.step[arm.name]
+    seconds_a_row = step + _estimate_retention_per_row(context, arm.retain, step, costs.evaluate)
+    own = epochs * (train * seconds_a_row + validation * costs.evaluate)
+    own += _estimate_retention_setup(context, arm.retain, train, validation, costs, step)
+    seconds = own + measured * costs.predict
+    seconds += embedded * costs.predict if arm.spec.changes_encoder else 0
+    # What is tried to choose a rate or a weight is predicted on validation alone.
+    rate = weight = 0.0
+    if arm.spec.schedule == "rate_search":
+        tried = epochs * SEARCHED * (train * step + validation * costs.evaluate)
+        rate = tried + validation * costs.predict
+    if arm.retain is not None and arm.retain.has_auto_weight:
+        rows = validation + len(list_selection_rows(context))
+        weight = len(weight_grid.WEIGHT_GRID) * (own + rows * costs.predict)
+    return ArmCost(seconds, rate, weight)
+
+
+def estimate_trained_arms(
+    context: ExperimentContext, arms: Iterable[Arm], recipe: Recipe, costs: RowCosts
+) -> dict[str, ArmCost]:
+    """Estimate the seconds of the arms that train, by name."""
+    return {
+        arm.name: estimate_arm(context, arm, recipe, costs)
+        for arm in arms
+        if not arm.spec.is_solved
+    }
+
+
+def estimate_solved_seconds(
+    context: ExperimentContext, arms: Sequence[Arm], recipe: Recipe, costs: RowCosts
+) -> float:
+    """Estimate the seconds of frozen features, and of what the solved arms need beside them."""
+    train = len(context.select_train_rows(recipe.measure.seeds[0]))
+    measured = sum(len(context.prepared.rows[split]) for split in MEASURED_SPLITS)
+    solved = {arm.name: arm for arm in arms if arm.spec.is_solved}
+    hypotheses = sum(count_hypotheses(context, arm) for arm in solved.values())
+    return (train + measured * (1 + hypotheses)) * costs.predict
+
+
 def estimate_seconds(
     context: ExperimentContext, jobs: list[Arm], recipe: Recipe, costs: RowCosts
 ) -> float:
     """Estimate the seconds that arms take, one entry of `jobs` for each arm and seed.
 
-    Trainings count as if none stopped early. The rows of a pass are shared among the processes.
+    The rows of a pass are shared among the processes of a launcher.
 
     Args:
         context: the source and the rows.
@@ -68,41 +115,36 @@ def estimate_seconds(
         recipe: it says how often each row is seen.
         costs: seconds a row, see `measure_costs`.
     """
-    train = len(context.select_train_rows(recipe.measure.seeds[0]))
-    validation = len(context.prepared.rows["validation"])
-    measured = sum(len(context.prepared.rows[split]) for split in MEASURED_SPLITS)
-    embedded = sum(map(len, select_compared_rows(context).values()))
-    seconds = (train + measured) * costs.predict
-    seen: set[str] = set()
-    for arm in jobs:
-        if arm.spec.is_solved:
-            hypotheses = 0 if arm.name in seen else count_hypotheses(context, arm)
-            seconds += measured * hypotheses * costs.predict
-            seen.add(arm.name)
-            continue
-        epochs, step = _count_epochs(context, arm, recipe), costs.step[arm.name]
-        seconds_a_row = step + _estimate_retention_per_row(
-            context, arm.retain, step, costs.evaluate
-        )
-        own = epochs * (train * seconds_a_row + validation * costs.evaluate)
-        own += _estimate_retention_setup(context, arm.retain, train, validation, costs, step)
-        seconds += own + measured * costs.predict
-        seconds += embedded * costs.predict if arm.spec.changes_encoder else 0
-        # What is tried to choose a rate or a weight is predicted on validation alone.
-        if arm.name not in seen and arm.spec.schedule == "rate_search":
-            rates = len(recipe.measure.scratch.learning_rates)
-            tried = epochs * SEARCHED * (train * step + validation * costs.evaluate)
-            seconds += rates * (tried + validation * costs.predict)
-        if arm.name not in seen and has_auto_weight(arm.retain):
-            rows = validation + len(list_selection_rows(context))
-            seconds += len(kl_weight.WEIGHT_GRID) * (own + rows * costs.predict)
-        seen.add(arm.name)
+    seconds = estimate_solved_seconds(context, jobs, recipe, costs)
+    for name, seeds in Counter(arm.name for arm in jobs).items():
+        arm = next(arm for arm in jobs if arm.name == name)
+        cost = estimate_arm(context, arm, recipe, costs)
+        rates = len(recipe.measure.scratch.learning_rates)
+        seconds += seeds * cost.seed + rates * cost.rate + cost.weight
     return seconds / distributed.get_world_size() + FINISH_SECONDS
 
 
-def measure_costs(context: ExperimentContext, jobs: list[Arm]) -> RowCosts:
-    """Time a forward pass and the training step of every arm, in a few seconds; no collective is
-    called."""
+def measure_costs(
+    context: ExperimentContext, arms: Sequence[Arm], threads: int | None = None
+) -> RowCosts:
+    """Time a forward pass and the training step of every arm, in a few seconds.
+
+    No collective is called.
+
+    Args:
+        context: the source and the rows.
+        arms: those that are to run.
+        threads: that the arms compute with on a CPU; None: as many as here.
+    """
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads or usual)
+    try:
+        return _measure_costs(context, arms)
+    finally:
+        torch.set_num_threads(usual)
+
+
+def _measure_costs(context: ExperimentContext, jobs: Sequence[Arm]) -> RowCosts:
     first = next((arm for arm in jobs if not arm.spec.is_solved), None)
     finetune = (first or jobs[0]).finetune
     steps: dict[str, PassTime] = {}
@@ -203,107 +245,3 @@ def _time_row_prediction(context: ExperimentContext, pooling: str) -> PassTime:
         passes.append(time_forward(model, batch, None, context.device))
     total = PassTime(sum(one.worked for one in passes), sum(one.elapsed for one in passes))
     return _divide_time(total, len(rows))
-
-
-# The header, with the estimated time.
-
-
-def announce_run(run: Run, context: ExperimentContext) -> None:
-    """Report the header and the preflight's warnings, where anything is left to run."""
-    missing = [
-        arm
-        for arm in run.arms
-        for seed in run.recipe.measure.seeds
-        for read in [run_folder.read_stage_inputs(run.arm_folder(arm.name, seed))]
-        if read is None
-        or read.get("recipe") != build_arm_inputs(run.recipe, context, arm).get("recipe")
-    ]
-    if not run.arms:
-        run.say(console.format_header(build_adaptation_header(run.recipe, context)))
-    if not missing:
-        return
-    run.say(console.format_header(build_header(run.recipe, context, missing, len(missing))))
-    for warning in context.run_preflight(run.recipe, run.arms).warnings:
-        run.say(f"  warning: {warning}")
-
-
-def build_header(
-    recipe: Recipe, context: ExperimentContext, arms: list[Arm], jobs: int
-) -> dict[str, str]:
-    """Return what a run is about to do, by name: source, device, rows, labels, arms and time."""
-    facts = context.prepared.facts
-    splits = facts.splits
-    train = len(context.select_train_rows(recipe.measure.seeds[0]))
-    labels = ", ".join(_format_label(recipe, label) for label in facts.labels[:8]) + (
-        ", ..." if len(facts.labels) > 8 else ""
-    )
-    if facts.tag_scheme:
-        labels += f" ({facts.tag_scheme.name} tags)"
-    names = list(dict.fromkeys(arm.name for arm in arms))
-    costs = measure_costs(context, arms)
-    seconds = estimate_seconds(context, arms, recipe, costs)
-    return {
-        "source": f"{recipe.source.model} ({context.source.architecture})",
-        "device": _describe_device(context.device, get_dtype_name(recipe.finetune.training)),
-        **({"adapt": _describe_stages(recipe)} if recipe.stages else {}),
-        "rows": f"train {train} of {splits['train']}, validation {splits['validation']}, "
-        f"test {splits['test']} ({_describe_dropped_rows(facts)})",
-        "labels": labels or "a number",
-        "arms": f"{', '.join(names)} x seeds {recipe.measure.seeds}: {jobs} to run",
-        "time": f"about {console.format_duration(seconds)}"
-        + (" beside adaptation" if recipe.stages else "")
-        + _describe_slowdown(seconds, costs.slowdown),
-    }
-
-
-def _describe_slowdown(seconds: float, slowdown: float) -> str:
-    """Say how long it takes while the machine is as busy as it is; nothing on an idle one."""
-    if slowdown < BUSY_SLOWDOWN:
-        return ""
-    longer = console.format_duration(seconds * slowdown)
-    return f" (the machine is busy: {longer} if it stays so)"
-
-
-def _format_label(recipe: Recipe, label: str) -> str:
-    """Return a label, and the words for it where the recipe gives some."""
-    words = (recipe.data.label_names or {}).get(label)
-    return label if words is None else f"{label} ({words})"
-
-
-def _describe_dropped_rows(facts: PreparedFacts) -> str:
-    """Say what happened to the other rows that were read."""
-    words = f"{facts.bad_rows} bad, {facts.duplicates} duplicate rows dropped"
-    if facts.conflicting:
-        words += f", {facts.conflicting} rows with contradictory labels dropped"
-    return words
-
-
-def build_adaptation_header(recipe: Recipe, context: ExperimentContext) -> dict[str, str]:
-    """Return the header of a recipe that only adapts."""
-    return {
-        "source": f"{recipe.source.model} ({context.source.architecture})",
-        "device": _describe_device(context.device, get_dtype_name(recipe.stages[-1].training)),
-        "adapt": _describe_stages(recipe),
-    }
-
-
-def _describe_stages(recipe: Recipe) -> str:
-    """Return the adaptations in words, one after the other."""
-    words = []
-    for stage in recipe.stages:
-        own = stage.corpus == "task" or recipe.data.unlabeled is None
-        where = "train's own inputs" if own else "data.unlabeled"
-        epochs = stage.training["num_train_epochs"]
-        words.append(f"{stage.objective} {stage.method} on {where}, {epochs:g} epochs")
-    return "; then ".join(words)
-
-
-def _describe_device(device: str, dtype: str) -> str:
-    """Return the device and the number of processes, or how to use all devices."""
-    count, visible = distributed.get_world_size(), count_devices()
-    if count > 1:
-        return f"{device}, {dtype}, {count} processes"
-    if visible > 1:
-        launch = f"accelerate launch --num_processes {visible} -m hftl run RECIPE"
-        return f"{device}, {dtype}, one of {visible}; to use all: {launch}"
-    return f"{device}, {dtype}"

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from pydantic import JsonValue
 
 from hftl import console
@@ -25,11 +26,18 @@ from hftl.measure.gain import (
     read_arms,
 )
 from hftl.measure.metrics import Metric
-from hftl.measure.record import RECORD_FILE, SCHEMA_VERSION, Record, describe_environment
+from hftl.measure.record import (
+    RECORD_FILE,
+    SCHEMA_VERSION,
+    Environment,
+    Record,
+    describe_environment,
+)
 from hftl.measure.slices import measure_slices
 from hftl.measure.verdict import decide_verdict
 from hftl.pipeline.cache_keys import build_record_key
 from hftl.pipeline.forgetting import build_forgetting_section
+from hftl.pipeline.placement import choose_placement
 from hftl.pipeline.publish_folder import write_publish_folder
 from hftl.pipeline.record_sections import (
     build_adaptation_section,
@@ -168,10 +176,7 @@ def build_record(
         reload_difference=reload_difference,
         verdict=verdict,
         published_seed=seed,
-        environment=describe_environment(
-            context.device, get_dtype_name(recipe.finetune.training),
-            _estimate_energy(recipe, timings),
-        ),
+        environment=_describe_environment(context, recipe, timings),
         timings=timings,
     )  # fmt: skip
     return record if analysis is None else record.model_copy(update={"analysis": analysis})
@@ -206,6 +211,17 @@ def package_model(run: Run, context: ExperimentContext, arm: Arm, seed: int) -> 
                 )
             run_folder.write_text(aside / "reload.json", to_json({"difference": difference}))
     return json.loads((folder / "reload.json").read_text("utf-8"))["difference"]
+
+
+def _describe_environment(
+    context: ExperimentContext, recipe: Recipe, timings: dict[str, dict[str, float]]
+) -> Environment:
+    """Return versions and hardware, and how the arms were placed on it."""
+    placement, dtype = choose_placement(context, recipe), get_dtype_name(recipe.finetune.training)
+    threads = placement.threads or torch.get_num_threads() if context.device == "cpu" else None
+    return describe_environment(
+        context.device, dtype, _estimate_energy(recipe, timings), placement.processes, threads
+    )
 
 
 def _estimate_energy(recipe: Recipe, timings: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -52,15 +52,16 @@ def prepare_fisher(
         "max_length": getattr(context.inputs, "max_length", None),
     }
     stage = folder / "phases" / f"fisher-{fingerprint(reads)[:8]}"
-    if distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(stage)) != reads:
-        fisher, scale = _compute_fisher(context, arm.finetune, config, seed, len(rows))
+    with run_folder.lock_stage(stage):
+        if distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(stage)) != reads:
+            fisher, scale = _compute_fisher(context, arm.finetune, config, seed, len(rows))
 
-        def commit() -> None:
-            metadata = {"kind": config.fisher, "rows": len(rows), "scale": scale}
-            with run_folder.commit_stage(stage, reads) as aside:
-                save_fisher(fisher, aside / FISHER_FILE, metadata)
+            def commit() -> None:
+                metadata = {"kind": config.fisher, "rows": len(rows), "scale": scale}
+                with run_folder.commit_stage(stage, reads) as aside:
+                    save_fisher(fisher, aside / FISHER_FILE, metadata)
 
-        distributed.broadcast_from_main(commit)
+            distributed.broadcast_from_main(commit)
     fisher, metadata = load_fisher(stage / FISHER_FILE)
     return fisher, describe_fisher(metadata)
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from hftl.analysis.neighbours import mean_shared_neighbours
 from hftl.config.recipe import Arm
-from hftl.config.retain import Retain
-from hftl.data.rows import Row
 from hftl.finetune.arm import train_arm
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.guard_metrics import score_validation
@@ -19,30 +17,14 @@ from hftl.finetune.pretraining_heads import embed_rows
 from hftl.finetune.zero_shot import build_start_model
 from hftl.measure.statistics import select_within_one_standard_error
 from hftl.models.heads import LoadedModel
+from hftl.pipeline import weight_grid
 from hftl.pipeline.retention import build_retention
 from hftl.pipeline.run import Run
+from hftl.pipeline.weight_grid import list_selection_rows, set_kl_weight
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.progress import show_activity
 from hftl.runtime.run_folder import StageInputs, to_json
 from hftl.train.facts import ChosenKLWeight, TriedKLWeight
-
-WEIGHT_GRID = (0.03, 0.1, 0.3, 1.0)
-MAX_SELECTION_ROWS = 1000
-"""Rows whose neighbours measure forgetting, at most."""
-
-
-def has_auto_weight(retain: Retain | None) -> bool:
-    """Return True if a weight of KL is still to be chosen."""
-    return retain is not None and any(kl.weight == "auto" for kl in retain.kl_terms)
-
-
-def set_kl_weight(retain: Retain, weight: float) -> Retain:
-    """Return the section with a number for every weight that was to be chosen."""
-    terms = [
-        kl.model_copy(update={"weight": weight}) if kl.weight == "auto" else kl
-        for kl in retain.kl_terms
-    ]
-    return retain.model_copy(update={"kl": terms})
 
 
 def choose_kl_weight(
@@ -56,8 +38,8 @@ def choose_kl_weight(
         arm: with a weight that is to be chosen.
         reads: what the arm depends on, and so does the choice.
     """
-    stage = run.folder / "phases" / f"weight-{arm.name}"
-    if distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(stage)) != reads:
+    stage = _get_stage(run, arm)
+    if not distributed.broadcast_from_main(lambda: is_weight_chosen(run, arm, reads)):
         choice = _try_weights(context, arm, run.recipe.measure.seeds[0], run.folder)
 
         def commit() -> None:
@@ -68,6 +50,15 @@ def choose_kl_weight(
         weight = f"{choice.weight:g}"
         run.say(f"  {arm.name}: KL weight {weight} forgets least within one standard error")
     return run_folder.read_part(stage / "weight.json", ChosenKLWeight)
+
+
+def is_weight_chosen(run: Run, arm: Arm, reads: StageInputs) -> bool:
+    """Return True if the weight of KL was chosen for the arm as it is."""
+    return run_folder.read_stage_inputs(_get_stage(run, arm)) == reads
+
+
+def _get_stage(run: Run, arm: Arm) -> Path:
+    return run.folder / "phases" / f"weight-{arm.name}"
 
 
 def _try_weights(context: ExperimentContext, arm: Arm, seed: int, folder: Path) -> ChosenKLWeight:
@@ -103,24 +94,14 @@ def select_kl_weight(try_weight: Callable[[float], tuple[float, float, float]]) 
         try_weight: returns the score on validation, more is better, its standard error, and how
             much was forgotten.
     """
-    results = [try_weight(weight) for weight in WEIGHT_GRID]
+    grid = weight_grid.WEIGHT_GRID
+    results = [try_weight(weight) for weight in grid]
     columns = [list(column) for column in zip(*results, strict=True)]
     selected = select_within_one_standard_error(*columns)
     return ChosenKLWeight(
-        weight=WEIGHT_GRID[selected],
+        weight=grid[selected],
         tried=[
             TriedKLWeight(weight=weight, score=score, error=error, forgotten=forgotten)
-            for weight, (score, error, forgotten) in zip(WEIGHT_GRID, results, strict=True)
+            for weight, (score, error, forgotten) in zip(grid, results, strict=True)
         ],
     )
-
-
-def list_selection_rows(context: ExperimentContext) -> list[Row]:
-    """Return the rows by which a weight is chosen.
-
-    These are general rows that training may read, or else the validation rows: the general rows
-    that measure forgetting must choose nothing.
-    """
-    general = context.general
-    rows = context.prepared.rows["validation"] if general is None else general.train_rows
-    return rows[:MAX_SELECTION_ROWS]

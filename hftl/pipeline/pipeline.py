@@ -23,10 +23,10 @@ from hftl.pipeline.analyses import FEATURES, make_analyses
 from hftl.pipeline.arms import run_arms
 from hftl.pipeline.cache_keys import build_data_key, build_general_key, refuse_changed
 from hftl.pipeline.corpora import build_leak_filter
-from hftl.pipeline.estimate import announce_run, build_adaptation_header, build_header
 from hftl.pipeline.evaluate import evaluate_run
 from hftl.pipeline.evaluate_adaptation import evaluate_adaptation
 from hftl.pipeline.faults import add_source_faults
+from hftl.pipeline.header import announce_run, build_adaptation_header, build_header
 from hftl.pipeline.model_checks import check_models, validate_upstream_arguments
 from hftl.pipeline.push import PushOptions, check_push_access, push_finished_run
 from hftl.pipeline.retention import (
@@ -34,7 +34,7 @@ from hftl.pipeline.retention import (
     check_replay_labels,
     reads_general_labels,
 )
-from hftl.pipeline.run import Run
+from hftl.pipeline.run import ArmContexts, Run
 from hftl.pipeline.slices import check_slices
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.hardware import get_device
@@ -111,7 +111,7 @@ def _run_phases(run: Run, until: str, restart: bool) -> Record | None:
     arm_contexts, steps = run_adaptations(run, context)
     if until == "adapt":
         return None
-    run_arms(run, arm_contexts)
+    run_arms(run, context, arm_contexts)
     if until == "finetune":
         return None
     publish = until == "publish"
@@ -146,10 +146,14 @@ def _prepare_run(run: Run, until: str) -> tuple[Metric | None, ExperimentContext
     distributed.run_main_first(lambda: validate_upstream_arguments(recipe, get_device()))
     distributed.run_main_first(lambda: check_recipe_retention(recipe, source))
     with show_activity("data"):
-        context = distributed.run_main_first(lambda: _load_data(run, source))
+        # The other processes take what the main one has found.
+        is_checked = not distributed.is_main()
+        context = distributed.run_main_first(lambda: _load_data(run, source, is_checked))
     context.feature_root = folder / FEATURES
     if until != "adapt":
-        context.general = distributed.run_main_first(lambda: _load_general_rows(run, context))
+        context.general = distributed.run_main_first(
+            lambda: _load_general_rows(run, context, is_checked)
+        )
         distributed.run_main_first(lambda: check_replay_labels(recipe, context))
     if metric is not None:
         measured = context.prepared.encode_for_metrics(context.prepared.rows["validation"])
@@ -198,9 +202,23 @@ def check_recipe(recipe: Recipe) -> tuple[dict[str, str], CheckFacts]:
     check_models(recipe, context)
     facts = add_source_faults(recipe, context, context.run_preflight(recipe, arms))
     warnings = [*facts.warnings, *warn_of_few_steps(recipe, context)]
-    jobs = [arm for arm in arms for _ in recipe.measure.seeds]
+    jobs = [(arm, seed) for arm in arms for seed in recipe.measure.seeds]
     facts = facts.model_copy(update={"warnings": warnings})
-    return build_header(recipe, context, jobs, len(jobs)), facts
+    return build_header(recipe, context, jobs), facts
+
+
+def reopen_run(run: Run) -> ArmContexts:
+    """Return the context of each arm of a run whose data and adaptations are finished.
+
+    For another process than the one that finished them, which has checked them.
+    """
+    silence_libraries()
+    source = find_source(run.recipe.source)
+    context = _load_data(run, source, is_checked=True)
+    context.feature_root = run.folder / FEATURES
+    context.general = _load_general_rows(run, context, is_checked=True)
+    contexts, _ = run_adaptations(run, context)
+    return contexts
 
 
 def silence_libraries() -> None:
@@ -220,16 +238,20 @@ def _discard_line(line: str) -> None:
     """Discard a line of a process other than the main one."""
 
 
-def _load_data(run: Run, source: SourceModel) -> ExperimentContext:
-    """Run the data phase and build the context of all arms."""
+def _load_data(run: Run, source: SourceModel, is_checked: bool) -> ExperimentContext:
+    """Run the data phase and build the context of all arms.
+
+    Args:
+        run: the run.
+        source: its source model.
+        is_checked: another process has compared the stored rows with the data's files.
+    """
     recipe = run.recipe
     folder = run.folder / "phases" / "data"
     reading = infer_input_spec(source, str(recipe.data.task))
     reads = {"recipe": build_data_key(recipe), "reading": asdict(reading)}
     stands = run_folder.read_stage_inputs(folder) == reads
-    # The other processes take what the main one has found.
-    main = distributed.is_main()
-    digest = data_stage.hash_data_files(recipe.data, reading.modality) if main else None
+    digest = None if is_checked else data_stage.hash_data_files(recipe.data, reading.modality)
     if stands and digest in (None, data_stage.read_stored_digest(folder)):
         prepared = data_stage.read_prepared_data(folder)
         context = build_context(recipe, source, prepared)
@@ -245,14 +267,22 @@ def _load_data(run: Run, source: SourceModel) -> ExperimentContext:
     return context
 
 
-def _load_general_rows(run: Run, context: ExperimentContext) -> GeneralData | None:
-    """Return the general rows; None where the recipe names none or no arm could forget."""
+def _load_general_rows(
+    run: Run, context: ExperimentContext, is_checked: bool
+) -> GeneralData | None:
+    """Return the general rows; None where the recipe names none or no arm could forget.
+
+    Args:
+        run: the run.
+        context: its rows.
+        is_checked: another process has written them.
+    """
     recipe = run.recipe
     if recipe.data.general is None or not run.arms:
         return None
     folder = run.folder / "phases" / "general-rows"
     inputs = context.inputs if isinstance(context.inputs, ImageInputs) else None
-    if distributed.is_main():
+    if not is_checked:
         data = pin_revisions(recipe.data, context.prepared.facts.hub_revisions)
         reads = {
             "recipe": build_general_key(recipe),

@@ -179,7 +179,7 @@ def _compute_and_broadcast(compute: Callable[[], T]) -> T:
         if done or isinstance(error, Exception):
             # A signal is not sent on: the launcher sends it to the others as well.
             _broadcast_object(
-                (value, _make_picklable(error) if isinstance(error, Exception) else None)
+                (value, make_picklable(error) if isinstance(error, Exception) else None)
             )
 
 
@@ -202,7 +202,7 @@ def _broadcast_object(answer: tuple[Any, Any] | None) -> tuple[Any, Any]:
     return message[0]
 
 
-def _make_picklable(error: Exception) -> Exception:
+def make_picklable(error: Exception) -> Exception:
     """Return the error, or a RuntimeError with its message where it does not survive pickling."""
     try:
         pickle.loads(pickle.dumps(error))

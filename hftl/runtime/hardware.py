@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,14 @@ from hftl.train.hf_compat import cpu_multiplies_bf16
 
 
 @contextmanager
-def measure_energy() -> Iterator[dict[str, float]]:
+def measure_energy(sharers: int = 1) -> Iterator[dict[str, float]]:
     """Yield a mapping that holds `energy_kwh` of the block once it has ended.
 
     It stays empty without codecarbon and on other processes than the main one. Processor, memory
     and GPUs of the main process's machine are counted, whoever uses them. No network is used.
+
+    Args:
+        sharers: processes of this machine that train at the same time; each counts its share.
     """
     energy: dict[str, float] = {}
     if not distributed.is_main() or find_spec("codecarbon") is None:
@@ -37,7 +41,7 @@ def measure_energy() -> Iterator[dict[str, float]]:
         yield energy
     finally:
         tracker.stop()
-    energy["energy_kwh"] = float(tracker.final_emissions_data.energy_consumed)
+    energy["energy_kwh"] = float(tracker.final_emissions_data.energy_consumed) / sharers
 
 
 def compute_emissions(spent: dict[str, float], grams_per_kwh: float | None) -> dict[str, float]:
@@ -69,6 +73,32 @@ def get_device() -> str:
 def count_devices() -> int:
     """Return how many accelerators this machine shows; a process uses one."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 1
+
+
+def count_cores(respects_threads: bool = False) -> int:
+    """Return how many cores this process may use: of the system's, and of its container's share.
+
+    Args:
+        respects_threads: no more than the threads that torch would use, which users set.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    share = _read_control_group("cpu.max").split()
+    if len(share) == 2 and share[0] != "max":
+        cores = min(cores or 1, max(1, int(share[0]) // int(share[1])))
+    return max(1, min(cores or 1, torch.get_num_threads() if respects_threads else cores or 1))
+
+
+def get_memory_bytes() -> int:
+    """Return the memory of this machine, or that its container may use."""
+    limit = _read_control_group("memory.max").strip()
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(total, int(limit)) if limit.isdecimal() else total
+
+
+def _read_control_group(name: str) -> str:
+    """Return what Linux says of this process's container; nothing elsewhere."""
+    path = Path("/sys/fs/cgroup") / name
+    return path.read_text(encoding="ascii") if path.is_file() else ""
 
 
 def has_fast_bf16(device: str) -> bool:

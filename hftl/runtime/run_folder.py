@@ -29,6 +29,9 @@ RUN_FOLDERS = ("phases", "arms", "analysis", "publish", "publish-base", "checkpo
 RESULTS = (*RUN_FOLDERS, "record.json", "report.html")
 RUN_FILES = (*RESULTS, ".replaced", "recipe.yaml", "error.json", "log.txt", ".lock")
 """Every name that a run folder may hold."""
+DEAL_FOLDER = ".tmp-deal"
+"""What processes that train arms side by side share while they do; named as all that a killed run
+may leave, so that the next one removes it."""
 SEMANTICS = 6
 """Raised when the same recipe and data train, draw, choose or score otherwise than before, or when
 the keys of arms change, so that arms of two versions are never averaged. 2 standardises targets,
@@ -165,6 +168,20 @@ def commit_stage(folder: Path, reads: Mapping[str, object]) -> Iterator[Path]:
     else:
         aside.rename(folder)
     _sync_to_disk(folder.parent)
+
+
+@contextmanager
+def lock_stage(folder: Path) -> Iterator[None]:
+    """Let one process at a time make a stage that several arms read, where arms are dealt out.
+
+    Otherwise there is one process, or all of them make it together.
+    """
+    shared = folder.parent.parent / DEAL_FOLDER
+    if not shared.exists():
+        yield
+        return
+    with FileLock(shared / f"{folder.name}.lock", preserve_lock_file=True):
+        yield
 
 
 def read_stage_inputs(folder: Path) -> StageInputs | None:
