@@ -71,12 +71,12 @@ def check_same(cached: ArmOutput, plain: ArmOutput, depth: int) -> None:
 
 @pytest.mark.parametrize(("kind", "finetune", "depth"), [
     ("bert", PARTIAL, 2),
-    ("llama", LORA_TOP, 2),
     ("bert", GRADUAL, 3),
     *(
         pytest.param(kind, finetune, depth, marks=pytest.mark.slow)
         for kind, finetune, depth in [
-            ("deberta-v2", PARTIAL, 2), ("modernbert", GRADUAL, 3), ("roberta", LORA_TOP, 2),
+            ("llama", LORA_TOP, 2), ("deberta-v2", PARTIAL, 2), ("modernbert", GRADUAL, 3),
+            ("roberta", LORA_TOP, 2),
             ("bert", PARTIAL | {"pooling": "cls", "training": {"max_steps": 50}}, 2),
         ]
     ),
@@ -142,8 +142,7 @@ def test_training_evaluation_and_the_original_of_kl_read_the_same_rows(
 
 @pytest.mark.parametrize(("kind", "change", "words"), [
     ("albert", {}, "runs several times"),
-    ("bert", {"training": {"num_train_epochs": 1}}, "1 passes"),
-    ("bert", {"strategy": "full"}, ""),
+    ("bert", {"training": {"num_train_epochs": 1}}, "1 pass over"),
     ("bert", {"strategy": "lora"}, ""),
     ("bert", {"bytes": 1000}, "do not fit"),
     ("bert", {"full": True}, "the disk is full"),
@@ -162,7 +161,7 @@ def test_what_is_not_stored_trains_as_ever(
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(row_store.np, "save", fail)
-    finetune = PARTIAL | {"training": {"max_steps": 20}} | {
+    finetune = PARTIAL | {"training": {"max_steps": 24}} | {
         key: value for key, value in change.items() if key in ("training", "strategy")
     }  # fmt: skip
     more = {"augment": "light"} if "augment" in change else {}

@@ -25,6 +25,11 @@ from hftl.runtime.row_store import RowStore
 LENGTHS = (3, 30, 4, 11, 28, 12)
 RECOMPUTED = {"albert", "fnet", "megatron-bert", "rembert", "roformer"}
 """Blocks that run several times, texts without an attention mask, blocks that return attention."""
+KINDS = {
+    "bert", "roberta", "mobilebert", "deberta-v2", "modernbert", "llama", "gemma3_text", "vit",
+    "beit", "swin", "clip", *RECOMPUTED,
+}  # fmt: skip
+"""One of each kind of blocks; the other architectures are variants of these."""
 Batch = dict[str, torch.Tensor]
 
 
@@ -93,7 +98,10 @@ def check_equal(results: Any, expected: Any) -> None:
         torch.testing.assert_close(gradients[key], gradient, atol=1e-5 * scale, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in KINDS else pytest.mark.slow) for n in sorted(ARCHITECTURES)],
+)
 def test_stored_rows_give_the_outputs_and_gradients_of_a_full_pass(name: str) -> None:
     model, cache, blocks = build(name)
     batch = make_batch(name)

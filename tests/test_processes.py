@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -212,6 +213,16 @@ def test_gradual_unfreezing_changes_the_same_and_ends_the_same(
 
 def test_gradual_unfreezing_resumes_in_the_phase_of_the_stop(ranks: list[Results]) -> None:
     assert [rank["resumed phases"] for rank in ranks] == [3, 3]
+
+
+def test_processes_share_the_states_of_frozen_blocks(ranks: list[Results]) -> None:
+    for rank in ranks:
+        stored, run = rank["frozen always"], rank["frozen never"]
+        assert stored["passed over"] == [True] * 12 and run["passed over"] == [False] * 12
+        for one, other in zip(stored["history"], run["history"], strict=True):
+            assert one == pytest.approx(other, abs=1e-4)
+        np.testing.assert_allclose(stored["logits"], run["logits"], atol=1e-3)
+    assert ranks[0]["frozen always"]["history"] == ranks[1]["frozen always"]["history"]
 
 
 def test_nan_loss_on_one_rank_stops_all(ranks: list[Results]) -> None:

@@ -7,6 +7,7 @@ share them, whatever they compute.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from pydantic import JsonValue
@@ -132,7 +133,7 @@ class FeatureStore:
         widths, features = compute_layer_features(
             self._built, encoded, context.inputs, context.device
         )
-        sites = [[site.layer, site.pooling, width] for site, width in widths.items()]
+        sites: list[JsonValue] = [[*site, width] for site, width in widths.items()]
         with self._store.write_part(sites) as add:
             for (key, _), values in zip(pairs, features, strict=True):
                 add(key, values)
@@ -140,8 +141,8 @@ class FeatureStore:
 
     def _read_columns(self) -> None:
         """Read which columns hold which site."""
-        start, sites = 0, self._store.details
-        for layer, pooling, width in sites or []:
+        start, sites = 0, cast("list[tuple[int, str, int]] | None", self._store.details)
+        for layer, pooling, width in sites or ():
             self._columns[LayerSite(layer, pooling)] = slice(start, start + width)
             start += width
 

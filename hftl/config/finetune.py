@@ -115,12 +115,12 @@ class Finetune(Section):
     layer_decay: float | None = Field(default=None, gt=0, le=1)
     """Each block's learning rate is that of the one above it times this; null: one rate for all."""
     lr: Rates | None = None
+    gradual: Gradual = Gradual()
+    zero_shot: ZeroShot = ZeroShot()
     cache: Literal["auto", "always", "never"] = "auto"
     """Whether frozen blocks below those that train run once a row, and later steps read what they
     returned from the run folder; auto: where that is faster. Results are the same but for rounding.
     """
-    gradual: Gradual = Gradual()
-    zero_shot: ZeroShot = ZeroShot()
     lora: dict[str, Any] = DEFAULT_LORA
     training: dict[str, Any] = DEFAULT_TRAINING
 

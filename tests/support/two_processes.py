@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from conftest import bench_of, sentences, write_csv
 from support.adaptations import adapt, build_stage, build_task, load_objective
-from support.tiny import tiny_config
+from support.tiny import save_tiny, tiny_config
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -31,7 +32,9 @@ from transformers import (
 
 from hftl.adapt import adaptation
 from hftl.config.finetune import Gradual
+from hftl.config.recipe import Recipe
 from hftl.errors import DataError, NumericError, RecipeError
+from hftl.finetune.arm import train_arm
 from hftl.finetune.gradual import GradualCheckpoint, fit_gradual
 from hftl.finetune.trainable import prepare
 from hftl.models.heads import PooledModel
@@ -351,6 +354,38 @@ def resumes_adaptation(folder: Path) -> bool:
     return again[0] == whole[0] and all(same) and {"rng_state_0.pth", "rng_state_1.pth"} <= files
 
 
+def train_with_frozen_blocks(folder: Path, cache: str) -> dict[str, Any]:
+    """Return what training of the top block left, and how many times the lowest block has run."""
+    table = folder / "frozen.csv"
+    run_main_first(lambda: save_tiny("bert", folder / "frozen"))
+    run_main_first(lambda: write_csv(table, ["text", "label"], sentences(50)))
+    training = {"max_steps": 12, "learning_rate": 1e-3, "bf16": False}
+    recipe = Recipe.parse({
+        "source": {"model": str(folder / "frozen")},
+        "data": {"train": {"path": str(table)}, "max_length": 16},
+        "finetune": {
+            "strategy": "partial", "blocks": 1, "pooling": "mean", "cache": cache,
+            "training": training,
+        },
+    })  # fmt: skip
+    context = bench_of(recipe)
+    context.feature_root = folder / "features"
+    steps: list[bool] = []
+    forward = TransferTrainer.training_step
+
+    def count(self: Any, model: Any, *args: Any) -> Any:
+        block = self.accelerator.unwrap_model(model).encoder.encoder.layer[0]
+        handle = block.register_forward_hook(lambda *_: steps.append("forward" in vars(block)))
+        loss = forward(self, model, *args)
+        handle.remove()
+        return loss
+
+    TransferTrainer.training_step = count
+    output = train_arm(context, recipe.finetune, 0, compared=False)
+    TransferTrainer.training_step = forward
+    return {"passed over": steps, "history": output.facts.history, "logits": output.logits["test"]}
+
+
 class Improving(BestWeightsCallback):
     """Let every evaluation be better than the one before."""
 
@@ -478,6 +513,8 @@ def main(folder: Path) -> None:
     results["resumed"] = resumes_adaptation(folder)
     results["unfrozen"] = unfreeze_gradually(folder, folder / "gradual", dropout=0.0)
     results["resumed phases"] = count_resumed_phases(folder)
+    for cache in ("always", "never"):
+        results[f"frozen {cache}"] = train_with_frozen_blocks(folder, cache)
     results["broken"] = train_to_error(folder, BrokenTrainer)
     results["shared"] = broadcast_from_main(lambda: {"by": broadcast_from_main(get_rank)})
     results["gathered"] = gather_values({"rank": get_rank()})
