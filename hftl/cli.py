@@ -140,14 +140,20 @@ def measure(
 
 
 @app.command()
-def check(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Look at recipe, data and source model; trains nothing."""
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    baseline: Annotated[
+        bool, typer.Option("--baseline", help="score what trains no encoder, on validation")
+    ] = False,
+) -> None:
+    """Look at recipe, data and source model, and find faults; trains nothing."""
     loaded = Recipe.load(recipe, overrides)
     with _working():
         from hftl import console
         from hftl.pipeline.pipeline import check_recipe
 
-        header, facts = check_recipe(loaded)
+        header, facts = check_recipe(loaded, baseline)
     say(console.format_check(header, facts, has_task=loaded.data.task is not None))
 
 

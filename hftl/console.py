@@ -11,8 +11,8 @@ from rich.table import Table
 from hftl.card.wording import build_forgetting_rows, describe_headline
 from hftl.measure.facts import MIN_JUDGED_ROWS, SliceSection
 from hftl.measure.record import AdaptStage, GuardFigures, LossChange, Record
-from hftl.measure.verdict import format_gain, format_slice_gain
-from hftl.train.facts import ArmFile, CheckFacts, LearningRate
+from hftl.measure.verdict import Estimate, format_gain, format_slice_gain, is_better, is_worse
+from hftl.train.facts import ArmFile, BaselineCheck, CheckFacts, LearningRate
 
 
 def format_check(header: dict[str, str], facts: CheckFacts, has_task: bool) -> str:
@@ -21,12 +21,28 @@ def format_check(header: dict[str, str], facts: CheckFacts, has_task: bool) -> s
     if has_task:
         lines.append(f"  {format_input_facts(facts)}")
     lines += [format_learning_rates(*arm) for arm in (facts.learning_rates or {}).items()]
+    lines += [format_baselines(facts.baseline)] if facts.baseline else []
     lines += [f"  {facts.examined}"] if facts.examined else []
     places = {finding.sentence: finding.where for finding in facts.findings}
     for warning in facts.warnings:
         lines.append(f"  warning: {warning}")
         lines += [f"    {place}" for place in places.get(warning, [])]
     return "\n".join([*lines, "ready, with the warnings above" if facts.warnings else "ready"])
+
+
+def format_baselines(check: BaselineCheck) -> str:
+    """Return what the baselines score, and whether the source has anything to transfer."""
+    cells = [(f"learnt from {check.train_rows:,} rows", f"validation {check.metric}", "95 %")]
+    for row in check.scores:
+        interval = "-" if row.ci95 is None else f"[{row.ci95[0]:.3f}, {row.ci95[1]:.3f}]"
+        cells.append((row.arm, f"{row.score:.3f}", interval))
+    gain = Estimate(check.gain, check.gain_ci95)
+    answer = "the source has something to transfer" if is_better(gain) else (
+        "the source is worse than no pretraining" if is_worse(gain) else
+        "nothing says that the source has anything to transfer"
+    )  # fmt: skip
+    line = f"  head over {check.over}: {format_gain(gain)}: {answer}"
+    return f"{format_table(cells)}\n{line}"
 
 
 def format_header(facts: dict[str, str]) -> str:

@@ -75,6 +75,7 @@ ORDER = [
     "pipeline.kl_weight", "pipeline.schedule", "pipeline.estimate", "pipeline.placement",
     "pipeline.header", "pipeline.deal", "pipeline.arms", "pipeline.corpora",
     "pipeline.objectives", "pipeline.model_checks", "pipeline.faults",
+    "pipeline.baselines",
     "pipeline.adaptation", "pipeline.forgetting",
     "pipeline.record_sections", "pipeline.publish_folder", "pipeline.slices",
     "pipeline.evaluate",

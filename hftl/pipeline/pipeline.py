@@ -21,6 +21,7 @@ from hftl.models.source import SourceModel, find_source
 from hftl.pipeline.adaptation import check_adaptations, run_adaptations, warn_of_few_steps
 from hftl.pipeline.analyses import FEATURES, make_analyses
 from hftl.pipeline.arms import run_arms
+from hftl.pipeline.baselines import measure_baselines
 from hftl.pipeline.cache_keys import build_data_key, build_general_key, refuse_changed
 from hftl.pipeline.corpora import build_leak_filter
 from hftl.pipeline.evaluate import evaluate_run
@@ -187,8 +188,13 @@ def open_recipe(recipe: Recipe) -> ExperimentContext:
     return build_context(recipe, source, data_stage.prepare_data(recipe.data, spec))
 
 
-def check_recipe(recipe: Recipe) -> tuple[dict[str, str], CheckFacts]:
-    """Return the header's facts and those of the preflight; trains and writes nothing."""
+def check_recipe(recipe: Recipe, baseline: bool = False) -> tuple[dict[str, str], CheckFacts]:
+    """Return the header's facts and those of the preflight; trains and writes nothing.
+
+    Args:
+        recipe: what to check.
+        baseline: whether to score the baselines that train no encoder, too.
+    """
     context, arms = open_recipe(recipe), recipe.arms
     if not arms:
         warnings = warn_of_few_steps(recipe, context)
@@ -204,6 +210,8 @@ def check_recipe(recipe: Recipe) -> tuple[dict[str, str], CheckFacts]:
     warnings = [*facts.warnings, *warn_of_few_steps(recipe, context)]
     jobs = [(arm, seed) for arm in arms for seed in recipe.measure.seeds]
     facts = facts.model_copy(update={"warnings": warnings})
+    if baseline:
+        facts = facts.model_copy(update={"baseline": measure_baselines(recipe, context)})
     return build_header(recipe, context, jobs), facts
 
 
