@@ -180,12 +180,18 @@ def predict(
     ],
     output: Annotated[Path | None, typer.Option(help="a file; default: CSV on the screen")] = None,
     base: Annotated[str | None, typer.Option(help="the adapter's base, if elsewhere")] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(metavar="auto|FILE", help="correct for other shares of classes than before"),
+    ] = None,
 ) -> None:
     """Predict a table's rows, or one text: label, score, a column a class."""
     with _working():
         from hftl.inference.predict_table import predict_table
 
-        text = predict_table(model, data, output, base)
+        text = predict_table(
+            model, data, output, base, prior, lambda line: typer.echo(line, err=True)
+        )
     if text is not None:
         # Bytes, so that a redirected table is UTF-8, as tables are read, wherever it is written.
         typer.echo(text.encode("utf-8"), nl=False)

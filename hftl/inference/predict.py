@@ -98,6 +98,8 @@ class Predictor:
     """The type that the classes had in the training table."""
     temperature: float | None = None
     """Divides the logits of classification, for their scores; None for nothing."""
+    confusion: np.ndarray | None = None
+    """Rows of validation, (true, predicted); None where the model does not say."""
 
     @property
     def modality(self) -> Modality:
@@ -182,6 +184,11 @@ class Predictor:
             return {"label": [self._convert_name(name) for name in label], "scores": by_name}
         return {"label": self._convert_name(label), "score": by_name[label], "scores": by_name}
 
+    def format_scores(self, scores: list[float]) -> Prediction:
+        """Return the prediction of a class by its probabilities, in the order of the classes."""
+        label = self.class_names[int(np.argmax(scores))]
+        return self._format_prediction(label, scores)
+
     def _convert_name(self, name: str) -> ClassName:
         """Return a class name in the type that the training table had."""
         if self.label_type == "integer":
@@ -258,9 +265,18 @@ def build_predictor(
     device = get_device()
     label_type = metadata.data.label_type if metadata.data is not None else "text"
     temperature = metadata.calibration.temperature if metadata.calibration is not None else None
+    confusion = _read_confusion(metadata, len(names))
     return Predictor(
-        model.to(device), inputs, task, names, columns, device, label_type, temperature
+        model.to(device), inputs, task, names, columns, device, label_type, temperature, confusion
     )
+
+
+def _read_confusion(metadata: PublishedMetadata, classes: int) -> np.ndarray | None:
+    """Return the counts of validation by true and predicted class; None where there are none."""
+    if metadata.calibration is None or metadata.calibration.confusion is None:
+        return None
+    confusion = np.array(metadata.calibration.confusion)
+    return confusion if confusion.shape == (classes, classes) else None
 
 
 def _infer_task(metadata: PublishedMetadata, config: Any) -> str:

@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from hftl.inference.output_table import (
     write_table,
 )
 from hftl.inference.predict import Prediction, Predictor, load
+from hftl.inference.prior import correct_predictions
 
 
 def check_output(output: Path | None, suffixes: Sequence[str], beside: Sequence[str] = ()) -> None:
@@ -74,8 +75,9 @@ def is_literal_text(data: str) -> bool:
 
 
 def predict_table(
-    model: str, data: str | Path, output: Path | None, base: str | None = None
-) -> str | None:
+    model: str, data: str | Path, output: Path | None, base: str | None = None,
+    prior: str | None = None, say: Callable[[str], None] = lambda line: None,
+) -> str | None:  # fmt: skip
     """Predict every row of a table, or a text that is given in its place.
 
     A column of the input with the name of an output column becomes `input.<name>`. Cells that the
@@ -87,6 +89,8 @@ def predict_table(
             `is_literal_text`.
         output: a .csv, .jsonl or .parquet file; None returns CSV text.
         base: the adapter's base, where it is not the one it names.
+        prior: `auto` or a file, to correct for other shares of classes: `correct_predictions`.
+        say: receives a line on what was corrected.
 
     Raises:
         DataError: if the table is missing, lacks the text column, or holds a row without text.
@@ -110,7 +114,11 @@ def predict_table(
     suffix = ".csv" if output is None else output.suffix
     cells = {column: _list_cells(raws, column) for column in columns}
     inputs = fit_columns(cells, suffix, types)
-    predictions = list(map(_flatten_prediction, predictor.predict_encoded(encoded)))
+    results = predictor.predict_encoded(encoded)
+    if prior is not None:
+        results, note = correct_predictions(predictor, results, prior)
+        say(f"prior: {note}")
+    predictions = list(map(_flatten_prediction, results))
     predicted = {name: [row[name] for row in predictions] for name in predictions[0]}
     names = name_columns(inputs, predicted, "input.")
     merged = {names[name]: column for name, column in inputs.items()}

@@ -79,11 +79,14 @@ def measure_calibration(
     temperature = fit_temperature(*validation)
     logits, labels = test[0].astype(np.float64), test[1]
     bins = max(1, min(MAX_BINS, len(labels) // MIN_BIN_ROWS))
+    confusion = np.zeros((logits.shape[1],) * 2, dtype=np.int64)
+    np.add.at(confusion, (validation[1], validation[0].argmax(1)), 1)
     return CalibrationSection(
         temperature=temperature,
         bins=bins,
         before=_score(logits, labels, units, bins),
         after=None if temperature is None else _score(logits / temperature, labels, units, bins),
+        confusion=confusion.tolist(),
     )
 
 

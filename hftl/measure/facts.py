@@ -92,3 +92,5 @@ class CalibrationSection(RecordPart):
     before: CalibrationScores
     after: CalibrationScores | None
     """With the temperature."""
+    confusion: list[list[int]] | None = None
+    """Rows of validation by their class and by the predicted one: what shares are estimated by."""

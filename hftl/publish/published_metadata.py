@@ -226,6 +226,7 @@ class PublishedCalibration(PublishedPart):
     """Hold what makes probabilities of logits; None divides by nothing."""
 
     temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    confusion: list[list[int]] | None = None
 
 
 class PublishedMetadata(PublishedPart):

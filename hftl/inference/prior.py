@@ -1,0 +1,118 @@
+"""Correct predictions for other class shares than those the model was fitted under."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from hftl.errors import DataError, RecipeError, suggest_closest
+from hftl.inference.predict import Prediction, Predictor
+from hftl.measure.shift import (
+    MIN_SINGULAR_VALUE,
+    correct_probabilities,
+    estimate_shares,
+    measure_separability,
+)
+
+AUTO = "auto"
+MIN_ROWS = 50
+"""Inputs from which on their class shares are estimated."""
+
+
+def correct_predictions(
+    predictor: Predictor, predictions: list[Prediction], prior: str
+) -> tuple[list[Prediction], str]:
+    """Return predictions under other shares of classes, and by how much that changed them.
+
+    Args:
+        predictor: of a classifier that says what it confused on validation.
+        predictions: of all inputs.
+        prior: `auto` to estimate the shares from the predictions, or a file of JSON, a share by
+            label.
+
+    Raises:
+        RecipeError: if the model has no such counts, or the file does not give every label a share.
+        DataError: if the inputs are too few, or the classes too much confused to estimate shares.
+    """
+    if predictor.task != "classification" or predictor.confusion is None:
+        raise RecipeError(
+            "--prior: the model does not say what it confused on validation, which shares are "
+            "corrected by",
+            "Give a run or published folder of classification that this version of hftl made",
+        )
+    names, confusion = predictor.class_names, predictor.confusion.astype(np.float64)
+    source = confusion.sum(1) / confusion.sum()
+    probabilities = np.array([[p["scores"][name] for name in names] for p in predictions])  # pyright: ignore[reportTypedDictNotRequiredAccess]
+    if prior == AUTO:
+        _check_separability(confusion, len(predictions))
+        estimate = estimate_shares(confusion, probabilities)
+        shares, intervals = estimate.shares, estimate.interval
+    else:
+        shares, intervals = _read_shares(Path(prior), names), None
+    corrected = correct_probabilities(probabilities, source, shares)
+    changed = int((corrected.argmax(1) != probabilities.argmax(1)).sum())
+    moved = [
+        _format_share(name, shares[i], source[i], None if intervals is None else intervals[i])
+        for i, name in enumerate(names)
+    ]
+    note = f"shares {', '.join(moved)}; {changed} of {len(predictions)} labels changed"
+    return [predictor.format_scores(row.tolist()) for row in corrected], note
+
+
+def _format_share(name: str, share: float, before: float, interval: np.ndarray | None) -> str:
+    spread = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
+    return f"{name} {share:.3f}{spread} for {before:.3f}"
+
+
+def _check_separability(confusion: np.ndarray, rows: int) -> None:
+    """Refuse to estimate shares that the model's predictions do not determine.
+
+    Raises:
+        DataError: saying why.
+    """
+    if rows < MIN_ROWS:
+        raise DataError(
+            f"--prior auto: {rows} inputs are too few to estimate the shares of classes",
+            f"Give at least {MIN_ROWS} inputs, or a file of shares",
+        )
+    value = measure_separability(confusion) if confusion.sum(1).all() else 0.0
+    if value < MIN_SINGULAR_VALUE:
+        raise DataError(
+            "--prior auto: the model confuses classes so much that their shares cannot be "
+            f"estimated (the least singular value of its confusion matrix is {value:.2g}, below "
+            f"{MIN_SINGULAR_VALUE})",
+            "Give a file of shares",
+        )
+
+
+def _read_shares(path: Path, names: list[str]) -> np.ndarray:
+    """Return the shares of a file in the order of the classes, adding up to 1.
+
+    Raises:
+        RecipeError: naming what is wrong.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"--prior {path} does not read as JSON",
+            'Give auto, or a file such as {"a": 0.2, "b": 0.8}',
+        ) from error
+    fix = "Give every label a share, at least 0, and one above it"
+    if not isinstance(tree, Mapping) or not all(
+        isinstance(v, (int, float)) and 0 <= v < float("inf") for v in tree.values()
+    ):
+        raise RecipeError(f"--prior {path} is no mapping of labels to shares", fix)
+    for name in tree:
+        if name not in names:
+            raise RecipeError(
+                f"--prior {path}: no label {name!r}{suggest_closest(name, names)}", fix
+            )
+    missing = [name for name in names if name not in tree]
+    if missing or sum(tree.values()) <= 0:
+        raise RecipeError(
+            f"--prior {path} gives {missing[0] if missing else 'no label'!r} no share", fix
+        )
+    shares = np.array([tree[name] for name in names], dtype=np.float64)
+    return shares / shares.sum()

@@ -1,0 +1,141 @@
+"""Estimate the class shares of unlabelled inputs from what a classifier says of them.
+
+All assume label shift: other shares of classes, and the same inputs within each class.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import minimize
+
+DRAWS = 200
+"""Bootstrap draws of an interval."""
+MIN_SINGULAR_VALUE = 0.1
+"""Of the matrix of predicted by true class, columns adding up to 1. Below it shares that differ
+much look the same to the classifier."""
+TOLERANCE, MAX_STEPS = 1e-7, 5000
+
+
+@dataclass(frozen=True)
+class ShareEstimate:
+    """Hold the shares of the classes with 95 % intervals, (classes,) and (classes, 2)."""
+
+    shares: np.ndarray
+    interval: np.ndarray
+
+
+def compute_conditionals(confusion: np.ndarray) -> np.ndarray:
+    """Return P(predicted | true) of counts (true, predicted), as (predicted, true)."""
+    return (confusion / np.maximum(confusion.sum(1, keepdims=True), 1e-12)).T
+
+
+def measure_separability(confusion: np.ndarray) -> float:
+    """Return the least singular value of P(predicted | true): 1 of no error, 0 of a class that
+    predictions do not distinguish from the others."""
+    return float(np.linalg.svd(compute_conditionals(confusion), compute_uv=False)[-1])
+
+
+def estimate_bbse(confusion: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Return the shares of classes by black-box shift estimation (Lipton et al. 2018, ICML).
+
+    Args:
+        confusion: (true, predicted) counts of labelled rows.
+        predicted: (classes,) counts, or summed probabilities, of the unlabelled ones.
+    """
+    shares = np.linalg.solve(compute_conditionals(confusion), predicted / predicted.sum())
+    shares = np.clip(shares, 0, None)
+    return shares / shares.sum()
+
+
+def estimate_rlls(
+    confusion: np.ndarray, predicted: np.ndarray, strength: float = 0.01, confidence: float = 0.05
+) -> np.ndarray:
+    """Return the shares by regularized learning under label shift (Azizzadenesheli et al. 2019,
+    ICLR): the weights w of classes are 1 + theta, theta = argmin |C theta - b| + d |theta|.
+
+    Args:
+        confusion: as in `estimate_bbse`.
+        predicted: the same.
+        strength: of the penalty; d falls as 1 / sqrt(rows).
+        confidence: of the bound that d comes from.
+    """
+    rows, classes = confusion.sum(), len(confusion)
+    joint = confusion.T / rows
+    gap = predicted / predicted.sum() - joint.sum(1)
+    log = np.log(2 * classes / confidence)
+    penalty = strength * (2 * log / (3 * rows) + np.sqrt(2 * log / rows))
+
+    def loss(theta: np.ndarray) -> float:
+        return float(np.linalg.norm(joint @ theta - gap) + penalty * np.linalg.norm(theta))
+
+    start = np.linalg.lstsq(joint, gap, rcond=None)[0]
+    best = minimize(loss, start, method="Nelder-Mead", options={"xatol": 1e-8, "fatol": 1e-12})
+    shares = np.clip(1 + best.x, 0, None) * confusion.sum(1) / rows
+    return shares / shares.sum()
+
+
+def estimate_em(probabilities: np.ndarray, source_shares: np.ndarray) -> np.ndarray:
+    """Return the shares of maximum likelihood by expectation maximization (Saerens et al. 2002,
+    Neural Computation 14:21-41). The likelihood is concave: there is one maximum.
+
+    Args:
+        probabilities: (rows, classes), calibrated under the source's shares.
+        source_shares: (classes,) that they are calibrated under.
+    """
+    likelihood = probabilities / np.maximum(source_shares, 1e-12)
+    shares = source_shares.copy()
+    for _ in range(MAX_STEPS):
+        joint = likelihood * shares
+        updated = (joint / joint.sum(1, keepdims=True)).mean(0)
+        if np.abs(updated - shares).max() < TOLERANCE:
+            return updated
+        shares = updated
+    return shares
+
+
+def estimate_shares(
+    confusion: np.ndarray, probabilities: np.ndarray, seed: int = 0
+) -> ShareEstimate:
+    """Return the shares of unlabelled inputs by EM, with intervals over both samples.
+
+    The error over the unlabelled rows is that of EM in a bootstrap of them; what the labelled rows
+    leave open is that of BBSE in a bootstrap of their confusion, for EM has no error of theirs.
+
+    Args:
+        confusion: (true, predicted) counts of labelled rows.
+        probabilities: (rows, classes) of the unlabelled ones, calibrated on the labelled ones.
+        seed: of the draws.
+    """
+    source = confusion.sum(1) / confusion.sum()
+    shares = estimate_em(probabilities, source)
+    rng = np.random.default_rng(seed)
+    rows, classes = probabilities.shape
+    predicted = np.bincount(probabilities.argmax(1), minlength=classes).astype(np.float64)
+    own = _draw(lambda: estimate_em(probabilities[rng.integers(0, rows, rows)], source))
+    labelled = _draw(lambda: estimate_bbse(_resample(confusion, rng), predicted))
+    half = 1.96 * np.sqrt(own.var(0) + labelled.var(0))
+    interval = np.stack([np.clip(shares - half, 0, 1), np.clip(shares + half, 0, 1)], axis=1)
+    return ShareEstimate(shares, interval)
+
+
+def _draw(estimate: Callable[[], np.ndarray]) -> np.ndarray:
+    return np.stack([estimate() for _ in range(DRAWS)])
+
+
+def _resample(confusion: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return counts of as many rows of each class, drawn again; every cell has half a row more, so
+    that no draw is singular."""
+    counts = confusion + 0.5
+    return np.stack([
+        rng.multinomial(int(row.sum()), smooth / smooth.sum()) + 1e-3
+        for row, smooth in zip(confusion, counts, strict=True)
+    ])  # fmt: skip
+
+
+def correct_probabilities(
+    probabilities: np.ndarray, source_shares: np.ndarray, shares: np.ndarray
+) -> np.ndarray:
+    """Return probabilities under other shares of classes: by Bayes' rule, (rows, classes)."""
+    weighed = probabilities * (shares / np.maximum(source_shares, 1e-12))
+    return weighed / weighed.sum(1, keepdims=True)

@@ -1,0 +1,174 @@
+"""Estimate class shares against known ones, and correct predictions by them."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from hftl.errors import DataError, RecipeError
+from hftl.inference.predict import Predictor
+from hftl.inference.prior import correct_predictions
+from hftl.measure.shift import (
+    compute_conditionals,
+    correct_probabilities,
+    estimate_bbse,
+    estimate_em,
+    estimate_rlls,
+    estimate_shares,
+    measure_separability,
+)
+
+GAP = 2.0
+"""Standard deviations between the two classes."""
+
+
+def draw_scores(rng: np.random.Generator, rows: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return exact probabilities under equal shares, and the classes of rows drawn at `share`."""
+    labels = (rng.random(rows) < share).astype(np.int64)
+    x = rng.normal(GAP * labels, 1.0)
+    ones = norm.pdf(x, GAP) / (norm.pdf(x, GAP) + norm.pdf(x, 0.0))
+    return np.stack([1 - ones, ones], axis=1), labels
+
+
+def count_confusion(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    table = np.zeros((2, 2))
+    np.add.at(table, (labels, probabilities.argmax(1)), 1)
+    return table
+
+
+def test_bbse_and_rlls_are_exact_with_the_true_confusion() -> None:
+    rng = np.random.default_rng(0)
+    conditionals = rng.dirichlet(np.ones(4), 4) * 0.4 + 0.6 * np.eye(4)
+    shares = np.array([0.1, 0.2, 0.05, 0.65])
+    confusion = conditionals * 1e9 * np.array([0.3, 0.2, 0.4, 0.1])[:, None]
+    assert np.allclose(compute_conditionals(confusion), conditionals.T)
+    assert np.allclose(estimate_bbse(confusion, conditionals.T @ shares), shares)
+    assert np.allclose(estimate_rlls(confusion, conditionals.T @ shares), shares, atol=1e-3)
+
+
+def test_error_of_bbse_falls_as_one_over_the_root_of_rows() -> None:
+    rng = np.random.default_rng(0)
+
+    def measure(rows: int) -> float:
+        errors = []
+        for _ in range(200):
+            confusion = count_confusion(*draw_scores(rng, rows, 0.5))
+            predicted = np.bincount(draw_scores(rng, rows, 0.8)[0].argmax(1), minlength=2)
+            errors.append(estimate_bbse(confusion, predicted)[1] - 0.8)
+        return float(np.sqrt(np.mean(np.square(errors))))
+
+    assert measure(400) / measure(6400) == pytest.approx(4, rel=0.25)
+
+
+def test_em_recovers_the_multipliers_of_calibrated_probabilities_alone() -> None:
+    probabilities, _ = draw_scores(np.random.default_rng(1), 40_000, 0.9)
+    half = np.array([0.5, 0.5])
+    assert estimate_em(probabilities, half) / half == pytest.approx([0.2, 1.8], abs=0.02)
+    sharp = probabilities**3 / (probabilities**3).sum(1, keepdims=True)
+    assert abs(estimate_em(sharp, half)[0] / 0.5 - 0.2) > 0.1
+
+
+def test_interval_holds_the_share_and_no_shift_is_no_alarm() -> None:
+    rng = np.random.default_rng(2)
+    for share in (0.5, 0.75):
+        held = []
+        for trial in range(25):
+            known = draw_scores(rng, 300, 0.5)
+            estimate = estimate_shares(
+                count_confusion(*known), draw_scores(rng, 300, share)[0], trial
+            )
+            low, high = estimate.interval[1]
+            held.append(low <= share <= high)
+            assert high - low < 0.3
+        assert np.mean(held) >= 0.85
+
+
+@pytest.mark.slow
+def test_alarm_of_a_shift_that_is_none_is_rare() -> None:
+    rng = np.random.default_rng(3)
+    alarms = 0
+    for trial in range(200):
+        known = draw_scores(rng, 400, 0.5)
+        confusion = count_confusion(*known)
+        estimate = estimate_shares(confusion, draw_scores(rng, 400, 0.5)[0], trial)
+        low, high = estimate.interval[1]
+        alarms += not low <= 0.5 <= high
+    assert alarms <= 10
+
+
+def test_correction_is_that_of_bayes_and_gains_accuracy() -> None:
+    probabilities, labels = draw_scores(np.random.default_rng(4), 20_000, 0.9)
+    half, shares = np.array([0.5, 0.5]), np.array([0.1, 0.9])
+    corrected = correct_probabilities(probabilities, half, shares)
+    odds = corrected[:, 1] / corrected[:, 0]
+    assert np.allclose(odds, 9 * probabilities[:, 1] / probabilities[:, 0], rtol=1e-6)
+    plain, better = ((p.argmax(1) == labels).mean() for p in (probabilities, corrected))
+    assert better > plain + 0.03
+    assert corrected[:, 1].mean() == pytest.approx(0.9, abs=0.01)
+
+
+def make_predictor(confusion: Any) -> Predictor:
+    inputs: Any = SimpleNamespace()
+    return Predictor(
+        inputs, inputs, "classification", ["no", "yes"], ["text"], "cpu", "text", None,
+        None if confusion is None else np.array(confusion),
+    )  # fmt: skip
+
+
+def predict_rows(rows: int) -> tuple[list[Any], np.ndarray]:
+    probabilities, labels = draw_scores(np.random.default_rng(5), rows, 0.9)
+    predictor = make_predictor(None)
+    return [predictor.format_scores(row.tolist()) for row in probabilities], labels
+
+
+def test_prior_is_estimated_or_read_and_said(tmp_path: Path) -> None:
+    predictions, labels = predict_rows(800)
+    predictor = make_predictor([[168, 32], [32, 168]])
+    plain = np.mean(
+        [p["label"] == ("no", "yes")[y] for p, y in zip(predictions, labels, strict=True)]
+    )
+    path = tmp_path / "shares.json"
+    path.write_text(json.dumps({"yes": 9, "no": 1}), "utf-8")
+    for prior in ("auto", str(path)):
+        corrected, note = correct_predictions(predictor, predictions, prior)
+        pairs = zip(corrected, labels, strict=True)
+        assert np.mean([p["label"] == ("no", "yes")[y] for p, y in pairs]) > plain + 0.02
+        assert (
+            "for 0.500" in note and "labels changed" in note and ("[" in note) == (prior == "auto")
+        )
+        changed = sum(a["label"] != b["label"] for a, b in zip(corrected, predictions, strict=True))
+        assert f"{changed} of 800 labels changed" in note
+        assert Counter(p["label"] for p in corrected)["yes"] > 640
+
+
+@pytest.mark.parametrize(
+    ("confusion", "rows", "prior", "said"),
+    [
+        (None, 60, "auto", "does not say"),
+        ([[100, 100], [90, 110]], 60, "auto", "cannot be estimated"),
+        ([[200, 0], [0, 0]], 60, "auto", "cannot be estimated"),
+        ([[90, 10], [10, 90]], 20, "auto", "too few"),
+        ([[90, 10], [10, 90]], 60, {"yes": 1}, "'no' no share"),
+        ([[90, 10], [10, 90]], 60, {"yes": 1, "nay": 1}, "no label 'nay'"),
+        ([[90, 10], [10, 90]], 60, {"yes": -1, "no": 1}, "no mapping"),
+        ([[90, 10], [10, 90]], 60, "missing.json", "does not read"),
+    ],
+)
+def test_prior_that_cannot_be_used_is_refused(
+    confusion: Any, rows: int, prior: Any, said: str, tmp_path: Path
+) -> None:
+    if isinstance(prior, dict):
+        (tmp_path / "p.json").write_text(json.dumps(prior), "utf-8")
+        prior = str(tmp_path / "p.json")
+    with pytest.raises((RecipeError, DataError), match=said):
+        correct_predictions(make_predictor(confusion), predict_rows(rows)[0], prior)
+
+
+def test_least_singular_value_is_one_of_no_error_and_zero_of_a_guess() -> None:
+    assert measure_separability(np.diag([3.0, 5.0])) == pytest.approx(1)
+    assert measure_separability(np.full((3, 3), 4.0)) == pytest.approx(0, abs=1e-9)
