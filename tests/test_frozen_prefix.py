@@ -140,6 +140,24 @@ def test_training_evaluation_and_the_original_of_kl_read_the_same_rows(
     assert again.facts == first.facts, "a later run is the same to the last digit"
 
 
+def test_no_state_depends_on_the_seed_or_arm_that_is_first(
+    bert: Path, reviews: Path, tmp_path: Path
+) -> None:
+    """Rows of all seeds run in one pass: seeds in another order end with the same digits."""
+    made = make_context(bert, reviews, PARTIAL | {"training": {"max_steps": 24}}, shots=8)
+    made[0].seeds = (0, 1)
+    outputs = {
+        order: {seed: train(made, "auto", tmp_path / str(order), seed=seed) for seed in order}
+        for order in ((0, 1), (1, 0))
+    }
+    parts = [len(list((tmp_path / str(order)).rglob("part-*"))) for order in outputs]
+    assert parts == [1, 1], "the second seed computes nothing"
+    for seed in (0, 1):
+        one, other = (output[seed] for output in outputs.values())
+        assert one.timings["cached_blocks"] == 2 and one.facts == other.facts
+        assert all(torch.equal(tensor, other.weights[n]) for n, tensor in one.weights.items())
+
+
 @pytest.mark.parametrize(("kind", "change", "words"), [
     ("albert", {}, "runs several times"),
     ("bert", {"training": {"num_train_epochs": 1}}, "1 pass over"),
@@ -201,7 +219,7 @@ def test_weights_that_have_moved_are_not_read(bert: Path, reviews: Path, tmp_pat
     args = build_finetune_arguments(finetune.training, "classification", str(tmp_path), 0, "cpu")
     prefix = FrozenPrefix(context, built, finetune, args, tmp_path)
     with prefix.cache.install():
-        prefix.fill(context.prepared.rows["validation"])
+        prefix.fill([context.prepared.rows["validation"]])
         prefix.follow()
         assert prefix.cache.store is not None and prefix.cache.depth == 2
         with torch.no_grad():

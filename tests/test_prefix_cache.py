@@ -8,7 +8,6 @@ import torch
 from support.tiny import is_image, tiny_config
 from torch import nn
 
-from hftl.finetune.frozen_prefix import MemoryRows
 from hftl.models.architectures import ARCHITECTURES, get_config_spec
 from hftl.models.encoders import (
     accepts_attention_mask,
@@ -19,7 +18,13 @@ from hftl.models.encoders import (
     list_block_paths,
 )
 from hftl.models.pooling import pool_before_head
-from hftl.models.prefix_cache import PrefixCache, get_precision, name_rows, split_rows
+from hftl.models.prefix_cache import (
+    MemoryRows,
+    PrefixCache,
+    get_precision,
+    name_rows,
+    split_rows,
+)
 from hftl.runtime.row_store import RowStore
 
 LENGTHS = (3, 30, 4, 11, 28, 12)

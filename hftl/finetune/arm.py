@@ -203,10 +203,14 @@ def train_model(
 
 def _list_rows_of_training(
     context: ExperimentContext, seed: int, retention: Retention
-) -> list[Row]:
-    """Return all rows that a training reads, its evaluations included."""
-    general = context.general.train_rows if retention.general is not None else []  # pyright: ignore
-    return [*context.select_train_rows(seed), *context.prepared.rows["validation"], *general]
+) -> list[list[Row]]:
+    """Return the rows that the run's trainings read, evaluations included, and general rows."""
+    seeds = dict.fromkeys((*context.seeds, seed))
+    train = [row for number in seeds for row in context.select_train_rows(number)]
+    target = [*train, *context.prepared.rows["validation"]]
+    if retention.general is None or context.general is None:
+        return [target]
+    return [target, context.general.train_rows]
 
 
 def _fit_at_once(

@@ -85,7 +85,8 @@ class ExperimentContext:
     `general` are the rows of general data, None where the recipe names none; `label_column` is that
     of train's labels, by which theirs are known; `label_words` are the words for each class, and
     `entailment` what a source with an entailment head said of the rows, by prompts and split.
-    `feature_root` is where features and the states of frozen blocks stay, None: nowhere.
+    `feature_root` is where features and the states of frozen blocks stay, None: nowhere; `seeds`
+    are those of the run, whose rows run in one pass: no state depends on which arm is first.
     """
 
     source: SourceModel
@@ -107,6 +108,7 @@ class ExperimentContext:
     label_words: Mapping[str, str] = field(default_factory=dict)
     entailment: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     feature_root: Path | None = None
+    seeds: tuple[int, ...] = ()
     _encoded: dict[bytes, EncodedRow] = field(default_factory=dict)
     _features: dict[tuple[str, int | None], FeatureCache] = field(default_factory=dict)
     _probes: dict[tuple[str, int, str], Probe] = field(default_factory=dict)

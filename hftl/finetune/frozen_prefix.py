@@ -31,6 +31,7 @@ from hftl.models.encoders import accepts_attention_mask, has_prefix, list_block_
 from hftl.models.features import BATCH_TOKENS, batch_by_length
 from hftl.models.heads import LoadedModel
 from hftl.models.prefix_cache import (
+    MemoryRows,
     PrefixCache,
     get_precision,
     hash_tensors,
@@ -45,6 +46,8 @@ from hftl.runtime.run_folder import fingerprint
 from hftl.train.hf_compat import count_changes, get_attention_implementation
 from hftl.train.optimizer import compute_depths
 
+NamedRow = tuple[bytes, EncodedRow]
+"""A row as the encoder takes it, with the key of its content."""
 LAYOUT = 1
 """Raised when the same address gives other states, or they are stored otherwise."""
 PROBE_ROWS = {"cpu": 8, "cuda": 32, "mps": 32}
@@ -55,21 +58,6 @@ WRITE_SPEED = 3e8
 """Bytes a second that a disk is expected to write."""
 LABEL_KEYS = ("id2label", "label2id", "num_labels", "problem_type", "transformers_version")
 """Keys of a config that no block reads."""
-
-
-@dataclass(frozen=True)
-class MemoryRows:
-    """Hold the states of a few rows in memory."""
-
-    states: Mapping[bytes, np.ndarray]
-    details: str
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self.states
-
-    def gather(self, keys: Sequence[bytes]) -> np.ndarray:
-        """Return the states of rows, one behind the other."""
-        return np.concatenate([self.states[key] for key in keys])
 
 
 @dataclass(frozen=True)
@@ -127,13 +115,18 @@ class FrozenPrefix:
         is_current = store is not None and store.address == self._build_address(depth)
         self.cache.read(depth, store if is_current else None)
 
-    def fill(self, rows: list[Row]) -> None:
-        """Store the states of rows at every boundary of the training. Collective."""
+    def fill(self, groups: Sequence[list[Row]]) -> None:
+        """Store the states of rows at every boundary of the training. Collective.
+
+        Args:
+            groups: rows that run together, apart from the others: a state's last digits depend on
+                the rows of its batch.
+        """
         if not self._depths:
             return
         started = time.perf_counter()
         self.cache.read(self._depths[0], None)
-        reason = self._find_obstacle() or self._fill_stores(rows)
+        reason = self._find_obstacle() or self._fill_stores(groups)
         seconds = time.perf_counter() - started
         self.timings = {
             "cached_blocks": float(max(self._stores, default=0)), "cache_seconds": seconds,
@@ -154,10 +147,11 @@ class FrozenPrefix:
         }
         return next((reason for reason, holds in obstacles.items() if holds), "")
 
-    def _fill_stores(self, rows: list[Row]) -> str:
+    def _fill_stores(self, groups: Sequence[list[Row]]) -> str:
         """Store the states of rows where that is exact and pays; return the reason."""
         self._model.to(self._context.device)
-        named = self._name_rows(rows)
+        parts = [self._name_rows(rows) for rows in groups]
+        named = {key: row for part in parts for key, row in part.items()}
         share = max(1, len(named) // PROBE_ROWS[self._context.device])
         probe = self._probe(list(named.values())[::share])
         if probe.obstacle:
@@ -179,7 +173,13 @@ class FrozenPrefix:
             if not stores:
                 gigabytes = probe.sizes[self._depths[0]] * length / 2**30
                 return f"their {gigabytes:.1f} GB do not fit"
-            if missing and not self._write(stores, {key: named[key] for key in missing}, probe):
+            left = set(missing)
+            batches = [
+                batch
+                for part in parts
+                for batch in self._batch([(key, row) for key, row in part.items() if key in left])
+            ]
+            if missing and not self._write(stores, batches, probe):
                 return "the disk is full"
         for store in stores.values():
             store.refresh()
@@ -199,7 +199,7 @@ class FrozenPrefix:
         times = f"a row takes {ran:.2g} ms, {read:.2g} ms with them stored"
         if self._finetune.cache == "always":
             return True, f"finetune.cache is always; {times}"
-        passes = self._count_passes(rows)
+        passes = self._count_passes()
         if self._context.device == "cpu":
             plural = "" if passes == 1 else "es"
             return not missing or passes >= 2, f"{passes:g} pass{plural} over the rows; {times}"
@@ -207,14 +207,14 @@ class FrozenPrefix:
         cost = missing * (probe.run_seconds + size / WRITE_SPEED)
         return passes * rows * (probe.run_seconds - probe.read_seconds) > cost, times
 
-    def _count_passes(self, rows: int) -> float:
+    def _count_passes(self) -> float:
         """Return how often training reads a row while blocks are frozen."""
         args, finetune = self._args, self._finetune
         if finetune.spec.schedule == "phases":
             return finetune.gradual.epochs * len(self._depths)
         if args.max_steps > 0:
             step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            return args.max_steps * step / rows
+            return args.max_steps * step / len(self._context.select_train_rows(args.seed))
         return args.num_train_epochs
 
     def _count_fitting(self, probe: Probe, length: int) -> int:
@@ -227,14 +227,16 @@ class FrozenPrefix:
         """Return the rows as the encoder takes them, each once, by the keys of their content."""
         encoded = self._context.encode_rows(rows)
         named: dict[bytes, EncodedRow] = {}
-        for batch in self._batch(encoded):
-            keys = name_rows(self._collate(batch))
+        for batch in self._batch([(b"", row) for row in encoded]):
+            encodings = [row for _, row in batch]
+            keys = name_rows(self._collate(encodings))
             assert keys is not None, "the collator pads on the right"
-            named.update(zip(keys.keys, batch, strict=True))
+            named.update(zip(keys.keys, encodings, strict=True))
         return named
 
-    def _batch(self, rows: list[EncodedRow]) -> list[list[EncodedRow]]:
-        lengths = [self._context.inputs.length(row) for row in rows]
+    def _batch(self, rows: list[NamedRow]) -> list[list[NamedRow]]:
+        """Return rows in batches of similar length."""
+        lengths = [self._context.inputs.length(row) for _, row in rows]
         return [[rows[i] for i in batch] for batch in batch_by_length(lengths, BATCH_TOKENS)]
 
     def _collate(self, rows: list[EncodedRow]) -> dict[str, Any]:
@@ -299,10 +301,10 @@ class FrozenPrefix:
         return Probe("", sizes, dtype, runs[1], read)
 
     def _write(
-        self, stores: Mapping[int, RowStore], missing: Mapping[bytes, EncodedRow], probe: Probe
+        self, stores: Mapping[int, RowStore], batches: list[list[NamedRow]], probe: Probe
     ) -> bool:
-        """Store the states of missing rows; return False where the disk is full. Collective."""
-        states, is_done = self._compute_states(list(missing.items()), list(stores)), True
+        """Store the states of rows; return False where the disk is full. Collective."""
+        states, is_done = self._compute_states(batches, list(stores)), True
         if distributed.is_main():
             try:
                 with ExitStack() as stack:
@@ -322,23 +324,21 @@ class FrozenPrefix:
         return distributed.broadcast_from_main(lambda: is_done)
 
     def _compute_states(
-        self, rows: list[tuple[bytes, EncodedRow]], depths: list[int]
+        self, batches: list[list[NamedRow]], depths: list[int]
     ) -> Iterator[tuple[int, bytes, np.ndarray]]:
         """Yield boundary, key and state of rows; processes share the batches. Collective."""
-        lengths = [self._context.inputs.length(row) for _, row in rows]
-        batches = batch_by_length(lengths, BATCH_TOKENS)
         together = distributed.get_world_size()
         with open_bar("frozen blocks", len(batches)) as advance:
             for start in range(0, len(batches), together):
                 group = distributed.shard_items(batches[start : start + together])
-                computed = [self._compute_batch([rows[i] for i in b], depths) for b in group]
+                computed = [self._compute_batch(batch, depths) for batch in group]
                 for part in distributed.gather_values(computed):
                     for states in part:
                         yield from states
                 advance(min(len(batches), start + together))
 
     def _compute_batch(
-        self, rows: list[tuple[bytes, EncodedRow]], depths: list[int]
+        self, rows: list[NamedRow], depths: list[int]
     ) -> list[tuple[int, bytes, np.ndarray]]:
         batch = self._collate([row for _, row in rows])
         named = name_rows(batch)

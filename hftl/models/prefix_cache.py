@@ -36,6 +36,21 @@ class StoredRows(Protocol):
 
 
 @dataclass(frozen=True)
+class MemoryRows:
+    """Hold the states of a few rows in memory."""
+
+    states: Mapping[bytes, np.ndarray]
+    details: str
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.states
+
+    def gather(self, keys: Sequence[bytes]) -> np.ndarray:
+        """Return the states of rows, one behind the other."""
+        return np.concatenate([self.states[key] for key in keys])
+
+
+@dataclass(frozen=True)
 class RowKeys:
     """Name the rows of a batch.
 

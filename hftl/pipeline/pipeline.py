@@ -150,7 +150,7 @@ def _prepare_run(run: Run, until: str) -> tuple[Metric | None, ExperimentContext
         # The other processes take what the main one has found.
         is_checked = not distributed.is_main()
         context = distributed.run_main_first(lambda: _load_data(run, source, is_checked))
-    context.feature_root = folder / FEATURES
+    context.feature_root, context.seeds = folder / FEATURES, tuple(recipe.measure.seeds)
     if until != "adapt":
         context.general = distributed.run_main_first(
             lambda: _load_general_rows(run, context, is_checked)
@@ -223,7 +223,7 @@ def reopen_run(run: Run) -> ArmContexts:
     silence_libraries()
     source = find_source(run.recipe.source)
     context = _load_data(run, source, is_checked=True)
-    context.feature_root = run.folder / FEATURES
+    context.feature_root, context.seeds = run.folder / FEATURES, tuple(run.recipe.measure.seeds)
     context.general = _load_general_rows(run, context, is_checked=True)
     contexts, _ = run_adaptations(run, context)
     return contexts
