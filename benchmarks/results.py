@@ -82,6 +82,8 @@ def render_block(name: str) -> str:
                 "|---|---|---|---|---|---|"]  # fmt: skip
         rows += [_format_index_row(run, path) for run, path in INDEX.items()]
         return "\n".join(rows)
+    if name == "speed-short":
+        return "```\n" + "\n".join(read_result("speed")["short_table"]) + "\n```"
     tree = read_result(name)
     if "table" in tree:
         return "```\n" + "\n".join(tree["table"]) + "\n```"
