@@ -17,9 +17,16 @@ from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
 from hftl.data.rows import InputSpec
 from hftl.pipeline import weight_grid
-from hftl.pipeline.estimate import FINISH_SECONDS, RowCosts, estimate_seconds, measure_costs
+from hftl.pipeline.estimate import (
+    EVALUATE,
+    FINISH_SECONDS,
+    PREDICT,
+    RowCosts,
+    estimate_seconds,
+    measure_costs,
+)
 from hftl.pipeline.pipeline import check_recipe, run
-from hftl.train.callbacks import _measure_seconds
+from hftl.train.callbacks import PassTime, _measure_seconds
 
 STEP = 4.0
 """Forward passes that a training step is counted as."""
@@ -104,6 +111,24 @@ def test_waiting_for_a_core_is_not_counted_as_work() -> None:
     calls: list[int] = []
     _measure_seconds(lambda: calls.append(1) or time.sleep(0.2), "cpu")
     assert len(calls) == 3, "one that is not timed, and two"
+
+
+def test_the_lesser_of_two_timings_counts(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+
+    def time_passes(context: Any, arms: Any) -> dict[str, PassTime]:
+        # On a busy machine two threads wait for each other longer than one works alone.
+        threads.append(torch.get_num_threads())
+        seconds = 4.0 if threads[-1] == 2 else 1.5
+        return dict.fromkeys((PREDICT, EVALUATE, "full"), PassTime(seconds, 6.0))
+
+    monkeypatch.setattr("hftl.pipeline.estimate._time_passes", time_passes)
+    recipe, usual = Recipe.parse(tree), torch.get_num_threads()
+    costs = measure_costs(bench_of(recipe), recipe.arms, threads=2)
+    assert costs == RowCosts(1.5, 1.5, {"full": 1.5}, 4.0)
+    assert threads == [2, 1] and torch.get_num_threads() == usual
 
 
 def test_every_training_arm_is_timed(tree: dict[str, Any]) -> None:

@@ -34,6 +34,10 @@ FINISH_SECONDS = 20.0
 """Seconds from the last arm to the end: intervals, the reload in a fresh process, card, plots."""
 
 
+PREDICT, EVALUATE = "(predict)", "(evaluate)"
+"""Kinds of passes beside the arms' steps; no arm has such a name."""
+
+
 @dataclass(frozen=True)
 class RowCosts:
     """Hold the seconds that one row costs on this machine.
@@ -137,26 +141,32 @@ def measure_costs(
         threads: that the arms compute with on a CPU; None: as many as here.
     """
     usual = torch.get_num_threads()
-    torch.set_num_threads(threads or usual)
+    used = threads or usual
+    # Threads wait for each other while other programs use their cores, which counts as work; one
+    # thread alone does not. What one takes bounds what several take, and a second round a burst.
+    counts = [used, 1] if context.device == "cpu" else [used]
+    rounds: list[dict[str, PassTime]] = []
     try:
-        return _measure_costs(context, arms)
+        for count in counts:
+            torch.set_num_threads(count)
+            rounds.append(_time_passes(context, arms))
     finally:
         torch.set_num_threads(usual)
+    worked = {name: min(passes[name].worked for passes in rounds) for name in rounds[0]}
+    elapsed = sum(passed.elapsed for passed in rounds[0].values())
+    slowdown = elapsed / sum(worked.values())
+    return RowCosts(worked.pop(PREDICT), worked.pop(EVALUATE, 0.0), worked, slowdown)
 
 
-def _measure_costs(context: ExperimentContext, jobs: Sequence[Arm]) -> RowCosts:
-    first = next((arm for arm in jobs if not arm.spec.is_solved), None)
-    finetune = (first or jobs[0]).finetune
-    steps: dict[str, PassTime] = {}
-    for arm in jobs:
-        if not arm.spec.is_solved and arm.name not in steps:
-            steps[arm.name] = _time_row_step(context, arm)
-    evaluate = PassTime(0.0, 0.0) if first is None else _time_row_forward(context, finetune)
-    predict = _time_row_prediction(context, finetune.pooling)
-    timed = [predict, evaluate, *steps.values()]
-    slowdown = sum(row.elapsed for row in timed) / sum(row.worked for row in timed)
-    step_seconds = {name: row.worked for name, row in steps.items()}
-    return RowCosts(predict.worked, evaluate.worked, step_seconds, slowdown)
+def _time_passes(context: ExperimentContext, arms: Sequence[Arm]) -> dict[str, PassTime]:
+    """Time each kind of pass once: predictions, evaluations, and the steps by the arm's name."""
+    trained = {arm.name: arm for arm in arms if not arm.spec.is_solved}
+    passes = {name: _time_row_step(context, arm) for name, arm in trained.items()}
+    first = next(iter(trained.values()), None)
+    if first is not None:
+        passes[EVALUATE] = _time_row_forward(context, first.finetune)
+    passes[PREDICT] = _time_row_prediction(context, (first or arms[0]).finetune.pooling)
+    return passes
 
 
 def _divide_time(passed: PassTime, rows: int) -> PassTime:

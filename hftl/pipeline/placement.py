@@ -30,6 +30,8 @@ MIN_NOMINAL_SECONDS = 60.0
 """Trainings of less are not worth starting processes for."""
 START_SECONDS = 8.0
 """Seconds in which a process has imported torch and read the run."""
+CONTENTION = 1.15
+"""How much longer a training takes beside another one, which uses the same memory and cache."""
 LIBRARY_BYTES = 1.5e9
 WEIGHT_COPIES = 8
 """Memory of a training in copies of the weights: gradients, optimizer, activations."""
@@ -136,6 +138,8 @@ def estimate_placed_seconds(
     trained = [(arm, seed) for arm, seed in jobs if not arm.spec.is_solved]
     tasks = plan_tasks(trained, recipe, estimate_trained_arms(context, arms, recipe, costs))
     seconds = estimate_makespan(tasks, placement.processes)
+    if placement.local and placement.processes > 1 and context.device == "cpu":
+        seconds *= CONTENTION
     return (
         estimate_solved_seconds(context, arms, recipe, costs)
         + seconds
