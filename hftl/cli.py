@@ -200,6 +200,17 @@ def predict(
 
 
 @app.command()
+def verdict(run: RunFolder) -> None:
+    """Judge a run again from its record alone; exits 0 to publish and 9 to hold."""
+    from hftl.measure.record import Record
+    from hftl.measure.verdict import judge_record
+
+    judged = judge_record(Record.read(run))
+    say("\n".join([f"verdict: {judged.decision}", *(f"  {reason}" for reason in judged.reasons)]))
+    raise typer.Exit(0 if judged.decision == "publish" else 9)
+
+
+@app.command()
 def card(run: RunFolder) -> None:
     """Write card and report again from a run's record."""
     from hftl.pipeline import evaluate_adaptation

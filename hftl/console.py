@@ -10,9 +10,12 @@ from rich.table import Table
 
 from hftl.card.wording import build_forgetting_rows, describe_headline
 from hftl.measure.facts import MIN_JUDGED_ROWS, SliceSection
-from hftl.measure.record import AdaptStage, GuardFigures, LossChange, Record
+from hftl.measure.record import AdaptStage, GuardFigures, LadderRow, LossChange, Record
 from hftl.measure.verdict import Estimate, format_gain, format_slice_gain, is_better, is_worse
 from hftl.train.facts import ArmFile, BaselineCheck, CheckFacts, LearningRate
+
+UNPRETRAINED = ("scratch", "classical", "majority")
+"""Arms over which a loss is negative transfer."""
 
 
 def format_check(header: dict[str, str], facts: CheckFacts, has_task: bool) -> str:
@@ -120,7 +123,7 @@ def format_ladder(record: Record) -> str:
             row.arm,
             f"{row.test:.3f}",
             "-" if row.sd is None else f"{row.sd:.3f}",
-            "" if row.gain_of_own is None else format_gain(row.gain_of_own),
+            _format_ladder_gain(row),
         )
         for row in record.ladder
     ]
@@ -131,6 +134,15 @@ def format_ladder(record: Record) -> str:
             "  (no errors to compare: how far a gain is from 0 is open on so few test rows)"
         )
     return "\n".join(lines)
+
+
+def _format_ladder_gain(row: LadderRow) -> str:
+    """Return what the own arm gains over another; negative transfer is named as such."""
+    gain = row.gain_of_own
+    if gain is None:
+        return ""
+    negative = row.arm in UNPRETRAINED and gain.ci95 is not None and gain.ci95[1] < 0
+    return f"{format_gain(gain)}{' negative transfer' if negative else ''}"
 
 
 def format_slices(section: SliceSection) -> str:

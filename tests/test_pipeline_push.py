@@ -25,6 +25,7 @@ from support.publishing import (
 import hftl
 from hftl.config.recipe import Recipe
 from hftl.errors import HoldError, HubError
+from hftl.measure.record import Verdict
 from hftl.pipeline.cache_keys import refuse_changed
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
@@ -181,8 +182,8 @@ def test_run_without_a_network_trains_all_and_can_be_pushed_later(
 ) -> None:  # fmt: skip
     hub.control(restore="base", faults=[])
     monkeypatch.setenv("HF_TOKEN", "hf_me_write")
-    verdict = {"decision": "publish", "reasons": []}
-    monkeypatch.setattr("hftl.pipeline.evaluate.decide_verdict", lambda *arguments: verdict)
+    verdict = Verdict.model_validate({"decision": "publish", "reasons": []})
+    monkeypatch.setattr("hftl.pipeline.evaluate.judge_record", lambda record: verdict)
     recipe = Recipe.parse(build_small_recipe(tmp_path, tiny_model(), {"publish.repo_id": ME}))
     messages: list[str] = []
     output = tmp_path / "run"

@@ -1,12 +1,25 @@
 """Decide to publish or to hold: every outcome x head x reload, and the reasons given."""
 
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from support.records import make_record
+from typer.testing import CliRunner
 
-from hftl.measure.record import BaselineGain, Gain
-from hftl.measure.verdict import RELOAD_TOLERANCE, Estimate, decide_verdict, format_gain
+from hftl.measure.facts import CalibrationSection
+from hftl.measure.record import BaselineGain, Forgotten, Gain, Record
+from hftl.measure.verdict import (
+    RELOAD_TOLERANCE,
+    Estimate,
+    ForgettingBudget,
+    Leakage,
+    decide_verdict,
+    format_gain,
+    judge_record,
+)
 
 GAINS: dict[str, dict[str, Any] | None] = {
     "positive": {"value": 0.1, "ci95": [0.05, 0.15]},
@@ -110,3 +123,76 @@ def test_a_gain_over_one_baseline_alone_is_within_noise() -> None:
 )  # fmt: skip
 def test_interval_text(value: float, interval: list[float] | None, text: str) -> None:
     assert format_gain(Estimate(value, interval and (interval[0], interval[1]))) == text
+
+
+def forget(value: float, interval: tuple[float, float] | None) -> Forgotten:
+    return Forgotten(value=value, ci95=interval, per_seed=[value])
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "holds", "words"),
+    [
+        (None, True, "give data.general"),
+        (forget(0.08, (0.06, 0.1)), True, "forgotten +0.080 [+0.060, +0.100] is beyond"),
+        (forget(0.08, (0.04, 0.12)), False, "is not beyond measure.forgetting_budget=0.05"),
+        (forget(0.06, None), True, "is beyond measure.forgetting_budget=0.05"),
+    ],
+)
+def test_forgetting_beyond_its_budget_holds(
+    forgotten: Forgotten | None, holds: bool, words: str
+) -> None:
+    budget = ForgettingBudget(0.05, forgotten)
+    verdict = decide_verdict(full("positive"), None, 0.0, forgetting=budget)
+    assert (verdict.decision == "hold") == holds and words in " / ".join(verdict.reasons)
+
+
+@pytest.mark.parametrize(("rows", "holds"), [(4, False), (5, True), (60, True)])
+def test_near_copies_that_could_make_the_gain_hold(rows: int, holds: bool) -> None:
+    verdict = decide_verdict(full("positive"), None, 0.0, leakage=Leakage(rows, 100))
+    assert (verdict.decision == "hold") == holds
+    assert f"{rows} of 100 rows that measure ({rows}.0%)" in " / ".join(verdict.reasons)
+
+
+def calibrate(before: float, after: float) -> CalibrationSection:
+    def score(value: float) -> dict[str, Any]:
+        estimate = {"value": value, "ci95": (value - 0.02, value + 0.02)}
+        return {"ece": estimate, "brier": estimate}
+
+    return CalibrationSection.model_validate(
+        {"temperature": 2.0, "bins": 5, "before": score(before), "after": score(after)}
+    )
+
+
+@pytest.mark.parametrize(("after", "holds"), [(0.25, False), (0.33, False), (0.35, True)])
+def test_calibration_that_is_worse_beyond_noise_holds(after: float, holds: bool) -> None:
+    verdict = decide_verdict(full("positive"), None, 0.0, calibration=calibrate(0.3, after))
+    assert (verdict.decision == "hold") == holds
+    assert ("calibration made probabilities worse" in " / ".join(verdict.reasons)) == holds
+
+
+@pytest.mark.parametrize("case", ["positive", "negative", "undetermined", "no baseline"])
+def test_a_record_is_judged_from_its_figures_alone(case: str) -> None:
+    tree = make_record(case)
+    record = Record.parse(tree)
+    assert judge_record(record) == record.verdict
+    tree["recipe"]["measure"]["forgetting_budget"] = 0.05
+    tree["check"]["findings"] = [
+        {"kind": "leakage", "what": "a", "confidence": "likely", "fix": "b", "rows": 900}
+    ]
+    reasons = " / ".join(judge_record(Record.parse(tree)).reasons)
+    assert "give data.general" in reasons
+    assert ("900 of 1,197 rows" in reasons) == (case == "positive")
+
+
+@pytest.mark.parametrize(("case", "code"), [("positive", 0), ("negative", 9)])
+def test_verdict_is_replayed_from_the_record_and_exits_by_it(
+    case: str, code: int, tmp_path: Path
+) -> None:
+    from hftl.cli import app
+
+    tree = make_record(case)
+    tree["verdict"] = {"decision": "publish", "reasons": ["forged"]}
+    (tmp_path / "record.json").write_text(json.dumps(tree), "utf-8")
+    result = CliRunner().invoke(app, ["verdict", str(tmp_path)])
+    assert result.exit_code == code and "forged" not in result.output
+    assert ("negative transfer" in result.output) == (case == "negative")

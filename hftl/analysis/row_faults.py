@@ -43,6 +43,7 @@ def check_near_leakage(recipe: Recipe, prepared: PreparedData) -> Iterator[Findi
         kind="leakage",
         what=f"{len(rows)} {name} of validation and test are near copies of one in another split",
         where=list_places(pairs),
+        rows=len(rows),
         confidence="likely",
         evidence=f"they differ {how}",
         fix=fix,

@@ -31,6 +31,12 @@ class Measure(Section):
     """How several processes share the work: all of them train each arm on other rows (`data`), or
     each takes arms and seeds of its own (`arms`)."""
     scratch: Search = Search()
+    equivalence_margin: float | None = Field(default=None, gt=0, lt=float("inf"))
+    """The smallest gain that matters, in the metric's unit: an interval inside it is practically
+    none. null: .01, of errors without a bound 1 % of the baseline's."""
+    forgetting_budget: float | None = Field(default=None, ge=0, le=1)
+    """The most that the headline of forgetting may fall by; a fall beyond it, and beyond noise,
+    holds the verdict. null: forgetting is measured, and holds nothing."""
     slices: list[Annotated[str, Field(min_length=1)]] = []
     """Columns of the test rows' table: score and gain are measured in each of their values too."""
 

@@ -51,11 +51,18 @@ class SplitPredictions:
     predictions: Mapping[str, np.ndarray]
 
 
-def compute_gain(metric: Metric, test: SplitPredictions, own: str, other: str) -> Gain:
-    """Return how much better `own` is than `other`, in the metric's unit; positive is better."""
+def compute_gain(
+    metric: Metric, test: SplitPredictions, own: str, other: str, margin: float | None = None
+) -> Gain:
+    """Return how much better `own` is than `other`, in the metric's unit; positive is better.
+
+    `margin` is the smallest gain that matters; None: `MARGIN`, of errors without a bound that share
+    of the other's.
+    """
     estimate, p_value = estimate_gain(metric, test, own, other)
     means = [float(score_seeds(metric, test, arm).mean()) for arm in (own, other)]
-    margin = MARGIN if metric.best else MARGIN * abs(means[1])
+    if margin is None:
+        margin = MARGIN if metric.best else MARGIN * abs(means[1])
     seeds = len(test.predictions[own])
     return Gain(
         metric=metric.name,
@@ -81,7 +88,9 @@ def estimate_gain(
     return Estimate(value, interval), p_value
 
 
-def compute_transfer_gain(metric: Metric, test: SplitPredictions, own: str) -> BaselineGain | None:
+def compute_transfer_gain(
+    metric: Metric, test: SplitPredictions, own: str, margin: float | None = None
+) -> BaselineGain | None:
     """Return the gain over `scratch` or `classical`, whichever is less on test; None without.
 
     A choice on validation would favour the baseline that validation was used most for: scratch
@@ -90,7 +99,7 @@ def compute_transfer_gain(metric: Metric, test: SplitPredictions, own: str) -> B
     over both are, so that false alarms are no more frequent than those of one interval.
     """
     gains = {
-        arm: compute_gain(metric, test, own, arm)
+        arm: compute_gain(metric, test, own, arm, margin)
         for arm in GAIN_BASELINES
         if arm in test.predictions
     }
@@ -124,8 +133,9 @@ def find_best_seed(metric: Metric, entries: Sequence[ArmEntry], own: str) -> int
 
 
 def build_ladder(
-    metric: Metric, entries: Sequence[ArmEntry], test: SplitPredictions, own: str
-) -> list[LadderRow]:
+    metric: Metric, entries: Sequence[ArmEntry], test: SplitPredictions, own: str,
+    margin: float | None = None,
+) -> list[LadderRow]:  # fmt: skip
     """Return a row an arm, best on test first: its mean, spread, and what `own` gains over it.
 
     Args:
@@ -133,6 +143,7 @@ def build_ladder(
         entries: every arm and seed, with its scores.
         test: what the gains are computed from.
         own: the recipe's own arm.
+        margin: see `compute_gain`.
     """
     rows: list[LadderRow] = []
     for arm in test.predictions:
@@ -145,7 +156,7 @@ def build_ladder(
                 validation=float(np.mean(validation)),
                 test=float(scores.mean()),
                 sd=float(scores.std(ddof=1)) if len(scores) > 1 else None,
-                gain_of_own=None if arm == own else compute_gain(metric, test, own, arm),
+                gain_of_own=None if arm == own else compute_gain(metric, test, own, arm, margin),
             )
         )
     return sorted(rows, key=lambda row: -metric.sign * row.test)

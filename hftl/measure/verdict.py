@@ -3,8 +3,15 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from hftl.measure.facts import MIN_JUDGED_ROWS, Interval, SliceScore, SliceSection
-from hftl.measure.record import AdaptStage, BaselineGain, Gain, Verdict
+from hftl.finetune.strategies import PROBE_ARM, ZERO_SHOT_ARM
+from hftl.measure.facts import (
+    MIN_JUDGED_ROWS,
+    CalibrationSection,
+    Interval,
+    SliceScore,
+    SliceSection,
+)
+from hftl.measure.record import AdaptStage, BaselineGain, Forgotten, Gain, Record, Verdict
 
 RELOAD_TOLERANCE = 1e-5
 
@@ -34,6 +41,57 @@ class Estimate:
     ci95: Interval | None
 
 
+@dataclass(frozen=True)
+class ForgettingBudget:
+    """Hold the most that may be forgotten, and what was; None where nothing was measured."""
+
+    budget: float
+    forgotten: Forgotten | None
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """Count the rows of validation and test that are near copies of one in another split."""
+
+    rows: int
+    measured: int
+
+    @property
+    def share(self) -> float:
+        """Return the share of the rows that measure."""
+        return self.rows / max(1, self.measured)
+
+
+def judge_record(record: Record) -> Verdict:
+    """Return the verdict of a record, from its figures alone."""
+    if record.own_arm is None:
+        return decide_adaptation_verdict(record.stages)
+    over = {row.arm: row.gain_of_own for row in record.ladder}
+    return decide_verdict(
+        record.transfer_gain, over.get(PROBE_ARM), record.reload_difference or 0.0,
+        over.get("source"), over.get(ZERO_SHOT_ARM), record.slices, _read_budget(record),
+        record.calibration, _count_leakage(record),
+    )  # fmt: skip
+
+
+def _read_budget(record: Record) -> ForgettingBudget | None:
+    """Return the recipe's budget of forgetting, and what the own arm forgot; None without one."""
+    budget = record.recipe.measure.forgetting_budget
+    if budget is None:
+        return None
+    arms = [] if record.forgetting is None else record.forgetting.arms
+    own = next((arm.forgotten for arm in arms if arm.arm == record.own_arm), None)
+    return ForgettingBudget(budget, own)
+
+
+def _count_leakage(record: Record) -> Leakage | None:
+    counts = [f.rows for f in record.check.findings if f.kind == "leakage" and f.rows is not None]
+    if not counts:
+        return None
+    splits = record.data.splits
+    return Leakage(sum(counts), sum(splits.get(split, 0) for split in ("validation", "test")))
+
+
 def decide_verdict(
     gain: BaselineGain | None,
     over_head: Gain | None,
@@ -41,9 +99,13 @@ def decide_verdict(
     over_source: Gain | None = None,
     over_zero_shot: Gain | None = None,
     slices: SliceSection | None = None,
+    forgetting: ForgettingBudget | None = None,
+    calibration: CalibrationSection | None = None,
+    leakage: Leakage | None = None,
 ) -> Verdict:
-    """Publish only when the gain is beyond noise, neither `head`, `zero_shot` nor the recipe
-    without adaptation is better beyond noise, no slice loses, and the reload is proved.
+    """Publish only when the gain is beyond noise and beyond what leakage could make, neither
+    `head`, `zero_shot` nor the recipe without adaptation is better beyond noise, no slice loses,
+    forgetting is within its budget, calibration is not worse, and the reload is proved.
 
     A model that is not better than `head` says so first, whatever the decision: the gain over a
     baseline that was not pretrained does not show that training the encoder was worth it.
@@ -56,6 +118,9 @@ def decide_verdict(
         over_source: the own arm's gain over the same without adaptation, where it is adapted.
         over_zero_shot: the own arm's gain over `zero_shot`, where that ran beside it.
         slices: scores and gains of the recipe's slices, where it names some.
+        forgetting: what may be forgotten and was, where the recipe sets a budget.
+        calibration: of the published weights, where there are probabilities.
+        leakage: rows that measure and are near copies of others, where there are any.
 
     Returns:
         The verdict; on publish the reasons say what speaks for it.
@@ -65,7 +130,8 @@ def decide_verdict(
     checks = [
         _judge_gain(gain), _judge_zero_shot(over_zero_shot), _judge_adaptation(over_source),
         _judge_slices(slices, None if gain is None else gain.metric),
-        _judge_reload(reload_difference),
+        _judge_leakage(leakage, gain), _judge_forgetting(forgetting),
+        _judge_calibration(calibration), _judge_reload(reload_difference),
     ]  # fmt: skip
     checks.insert(1 if ahead else 0, (head_holds, head_reason))
     against = [reason for holds, reason in checks if not holds]
@@ -169,6 +235,48 @@ def _judge_slices(slices: SliceSection | None, metric: str | None) -> Judgement:
 def format_slice_gain(part: SliceScore) -> str:
     """Return a slice's gain with its interval; `-` where no baseline ran."""
     return "-" if part.gain is None else format_gain(Estimate(part.gain, part.gain_ci95))
+
+
+def _judge_leakage(leakage: Leakage | None, gain: BaselineGain | None) -> Judgement:
+    """Hold where near copies of rows could make all of the gain that is beyond noise."""
+    if leakage is None or gain is None or gain.ci95 is None or gain.outcome != "positive":
+        return True, ""
+    text = (
+        f"{leakage.rows} of {leakage.measured:,} rows that measure ({leakage.share:.1%}) are near "
+        "copies of one in another split"
+    )
+    if gain.ci95[0] > leakage.share:
+        return True, f"{text}, fewer than the gain"
+    return False, f"{text}, as many as the gain's lower bound of {gain.ci95[0]:+.3f}"
+
+
+def _judge_forgetting(forgetting: ForgettingBudget | None) -> Judgement:
+    """Hold where more is forgotten than the budget, beyond noise."""
+    if forgetting is None:
+        return True, ""
+    budget = f"measure.forgetting_budget={forgetting.budget:g}"
+    if forgetting.forgotten is None:
+        return False, f"nothing says what is forgotten, and {budget}; give data.general"
+    text = f"forgotten {format_gain(forgetting.forgotten)}"
+    least = forgetting.forgotten.value
+    if forgetting.forgotten.ci95 is not None:
+        least = forgetting.forgotten.ci95[0]
+    if least > forgetting.budget:
+        return False, f"{text} is beyond {budget}"
+    return True, f"{text} is not beyond {budget}"
+
+
+def _judge_calibration(calibration: CalibrationSection | None) -> Judgement:
+    """Hold where the temperature makes probabilities worse on test beyond noise."""
+    if calibration is None or calibration.after is None:
+        return True, ""
+    before, after = calibration.before.brier, calibration.after.brier
+    if before.ci95 is None or after.ci95 is None or after.ci95[0] <= before.ci95[1]:
+        return True, ""
+    return False, (
+        f"calibration made probabilities worse: Brier score {before.value:.3f} before and "
+        f"{after.value:.3f} after"
+    )
 
 
 def _judge_reload(difference: float) -> Judgement:

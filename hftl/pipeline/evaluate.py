@@ -15,7 +15,6 @@ from hftl.data.image_inputs import ImageInputs
 from hftl.data.labels import recognize_tag_scheme
 from hftl.finetune.arm_files import WEIGHTS, read_logits
 from hftl.finetune.context import ExperimentContext
-from hftl.finetune.strategies import PROBE_ARM, ZERO_SHOT_ARM
 from hftl.measure.error_analysis import compute_class_gains
 from hftl.measure.gain import (
     SplitPredictions,
@@ -31,10 +30,11 @@ from hftl.measure.record import (
     SCHEMA_VERSION,
     Environment,
     Record,
+    Verdict,
     describe_environment,
 )
 from hftl.measure.slices import measure_slices
-from hftl.measure.verdict import decide_verdict
+from hftl.measure.verdict import judge_record
 from hftl.pipeline.cache_keys import build_record_key
 from hftl.pipeline.forgetting import build_forgetting_section
 from hftl.pipeline.placement import choose_placement
@@ -54,6 +54,9 @@ from hftl.runtime.hardware import get_dtype_name
 from hftl.runtime.progress import show_activity
 from hftl.runtime.run_folder import to_json
 from hftl.train.facts import ArmFile, ScratchSearch
+
+PENDING = Verdict(decision="hold", reasons=["not judged yet"])
+"""The verdict of a record whose figures are complete and that is not judged."""
 
 
 def evaluate_run(
@@ -140,16 +143,12 @@ def build_record(
         reload_difference: see `package_model`.
     """
     recipe, own = run.recipe, run.arms[0]
-    gain = compute_transfer_gain(metric, test, own.name)
-    ladder = build_ladder(metric, arm_files, test, own.name)
+    gain = compute_transfer_gain(metric, test, own.name, recipe.measure.equivalence_margin)
+    ladder = build_ladder(metric, arm_files, test, own.name, recipe.measure.equivalence_margin)
     over = {row.arm: row.gain_of_own for row in ladder}
     baseline = gain.baseline if gain else None
     columns = read_slices(recipe, context)
     slices = measure_slices(metric, test, own.name, baseline, columns) if columns else None
-    verdict = decide_verdict(
-        gain, over.get(PROBE_ARM), reload_difference, over.get("source"), over.get(ZERO_SHOT_ARM),
-        slices,
-    )  # fmt: skip
     analysis = run.read_analyses()
     timings = {run.arm_folder(file.arm, file.seed).name: file.timings for file in arm_files}
     record = Record(
@@ -174,11 +173,12 @@ def build_record(
         calibration=build_calibration_section(context, run.arm_folder(own.name, seed)),
         forgetting=build_forgetting_section(run, context, _list_arm_folders(run)),
         reload_difference=reload_difference,
-        verdict=verdict,
+        verdict=PENDING,
         published_seed=seed,
         environment=_describe_environment(context, recipe, timings),
         timings=timings,
     )  # fmt: skip
+    record = record.model_copy(update={"verdict": judge_record(record)})
     return record if analysis is None else record.model_copy(update={"analysis": analysis})
 
 

@@ -50,11 +50,12 @@ def finish_run(
 ) -> Path:
     """Run a small recipe of the tiny model under `folder`, with a verdict of the test's choice."""
     import hftl
+    from hftl.measure.record import Verdict
     from hftl.pipeline import evaluate
 
-    verdict = {"decision": decision, "reasons": ["the test says so"]}
+    verdict = Verdict.model_validate({"decision": decision, "reasons": ["the test says so"]})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "decide_verdict", lambda *arguments: verdict)
+        patch.setattr(evaluate, "judge_record", lambda record: verdict)
         tree = build_small_recipe(folder, model, changes or {})
         hftl.run(hftl.Recipe.parse(tree), folder / "run")
     return folder / "run"
