@@ -370,17 +370,23 @@ class FrozenPrefix:
 
     def _hash_below(self, depth: int) -> str:
         """Return the hash of all tensors that the lowest blocks depend on."""
-        names, _ = compute_depths(self._model)
+        names, blocks = compute_depths(self._model)
         depth_of = {id(p): names[name] for name, p in self._model.named_parameters()}
-        above = tuple(self._paths[depth:])
-        tensors = [
-            *((n, p) for n, p in self._encoder.named_parameters() if depth_of[id(p)] <= depth),
-            *((n, b) for n, b in self._encoder.named_buffers() if not has_prefix(n, above)),
-        ]
+        parts: list[list[tuple[str, Tensor]]] = [[] for _ in range(blocks + 2)]
+        for name, parameter in self._encoder.named_parameters():
+            parts[depth_of[id(parameter)]].append((name, parameter))
+        inside = tuple(self._paths)
+        for name, buffer in self._encoder.named_buffers():
+            owner = next((i for i, path in enumerate(inside, 1) if has_prefix(name, (path,))), 0)
+            parts[owner].append((name, buffer))
+        return fingerprint([self._hash_part(i, parts[i]) for i in range(depth + 1)])
+
+    def _hash_part(self, number: int, tensors: list[tuple[str, Tensor]]) -> str:
+        """Return the hash of a block's tensors, computed again only after they changed."""
         state = [(tensor.data_ptr(), count_changes(tensor)) for _, tensor in tensors]
-        if depth not in self._hashes or self._hashes[depth][0] != state:
-            self._hashes[depth] = state, hash_tensors(tensors)
-        return self._hashes[depth][1]
+        if number not in self._hashes or self._hashes[number][0] != state:
+            self._hashes[number] = state, hash_tensors(tensors)
+        return self._hashes[number][1]
 
 
 def _list_missing(named: Mapping[bytes, EncodedRow], stores: Mapping[int, RowStore]) -> list[bytes]:
