@@ -10,6 +10,7 @@ from rich.table import Table
 
 from hftl.card.wording import build_forgetting_rows, describe_headline
 from hftl.measure.facts import MIN_JUDGED_ROWS, SliceSection
+from hftl.measure.metrics import describe_metric
 from hftl.measure.record import AdaptStage, GuardFigures, LadderRow, LossChange, Record
 from hftl.measure.verdict import Estimate, format_gain, format_slice_gain, is_better, is_worse
 from hftl.train.facts import ArmFile, BaselineCheck, CheckFacts, LearningRate
@@ -128,8 +129,8 @@ def format_ladder(record: Record) -> str:
         for row in record.ladder
     ]
     lines = [format_table(rows)]
-    own = record.own_row
-    if own.test == 1 and any(row.test == 1 and row.gain_of_own for row in record.ladder):
+    own, best = record.own_row, describe_metric(str(record.metric)).best
+    if own.test == best and any(row.test == best and row.gain_of_own for row in record.ladder):
         lines.append(
             "  (no errors to compare: how far a gain is from 0 is open on so few test rows)"
         )

@@ -1,6 +1,7 @@
 """Check few-shot curves: fits and intervals where the truth is known, draws, and the command."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from hftl.analysis.facts import CurveAnalysis
 from hftl.analysis.feature_store import FeatureStore
 from hftl.analysis.power_law import fit_power_law
 from hftl.analysis.probe import fit_probe
+from hftl.analysis.tables import format_curve
+from hftl.card.analysis_plots import plot_curve
+from hftl.card.evidence import describe_curve
 from hftl.config.recipe import Recipe
 from hftl.finetune.baselines import solve_classical, solve_majority
 from hftl.pipeline.analyses import find_curve_arm
@@ -75,6 +79,10 @@ def test_labels_are_compared_by_hand() -> None:
     assert crossing.value == pytest.approx(20 * 2**0.5)
     assert find_crossing(sizes, own, own, draws[0], draws[0]).value == 10
     assert compute_area(sizes, own) == pytest.approx(0.7)
+    assert not any(ratio.is_at_most for ratio in ratios) and not crossing.is_at_most
+    (first, *_) = compare_labels(sizes, other, own, draws[1], draws[0])
+    assert first.value == 1 and first.is_at_most, "its fewest labels are more than enough"
+    assert find_crossing(sizes, other, own, draws[1], draws[0]).is_at_most
     # A curve that falls once is taken as monotone.
     uneven = np.array([0.5, 0.62, 0.60])
     (first, *_) = compare_labels(sizes, own, uneven, draws[0], np.repeat(uneven[None], 3, axis=0))
@@ -176,6 +184,21 @@ def test_points_are_those_of_the_arms_on_nested_draws(recipe: Recipe, tmp_path: 
             assert point.score.value == pytest.approx(np.mean(scores[name])), (name, size)
     assert [one.baseline for one in facts.labels] == ["classical", "full"]
     assert facts.arms[0].forecast is None
+
+
+def test_rows_of_one_unit_give_no_interval(recipe: Recipe, tmp_path: Path) -> None:
+    context = bench_of(recipe)
+    rows = context.prepared.rows
+    one = {**rows, "test": [replace(row, group="a") for row in rows["test"]]}
+    context = replace(context, prepared=replace(context.prepared, rows=one))
+    store = FeatureStore(context, tmp_path / "features")
+    options = CurveOptions((3, 5, 8, 12), 2)
+    facts = compute_curve(recipe, context, store, options, partial(find_curve_arm, recipe, store))
+    forecast = facts.arms[0].forecast
+    assert forecast is not None and forecast.predicted.ci95 is None
+    assert forecast.held_out_covered is None and facts.labels[0].catches_up.ci95 is None
+    assert "foreseen as" in format_curve(facts) and describe_curve(facts)
+    plot_curve(facts, tmp_path / "curve.png")
 
 
 def test_a_solved_arm_is_solved_and_not_trained(recipe_tree: dict[str, Any]) -> None:

@@ -13,7 +13,12 @@ from test_cli_errors import Hftl, hftl
 from test_feature_store import forwards
 
 from hftl.analysis.drift import compute_cka
-from hftl.analysis.estimates import compute_item_values, estimate_gap, estimate_score
+from hftl.analysis.estimates import (
+    compute_item_values,
+    compute_simultaneous_intervals,
+    estimate_gap,
+    estimate_score,
+)
 from hftl.analysis.facts import ProbeAnalysis
 from hftl.analysis.feature_store import FeatureStore
 from hftl.analysis.layer_probe import probe_layers
@@ -90,6 +95,52 @@ def test_intervals_hold_the_truth() -> None:
 def test_intervals_hold_the_truth_in_1000() -> None:
     held, gaps = simulate_estimates(1000)
     assert 0.93 <= held <= 0.97 and 0.93 <= gaps <= 0.975
+
+
+def choose_best(trials: int, sites: int = 9, seeds: int = 3) -> tuple[float, float]:
+    """Return how often the simultaneous and the plain interval hold the true gap of the best, 0."""
+    simultaneous = plain = 0
+    for trial in range(trials):
+        rng = np.random.default_rng(trial)
+        values = rng.normal(size=(sites, seeds, 100)) + rng.normal(size=(sites, seeds, 1)) / 10
+        values += rng.normal(size=(sites, 1, 100))
+        values -= values[0]
+        points = values.mean((1, 2))
+        best = int(points.argmax())
+        low, high = compute_simultaneous_intervals(values, points)[best]
+        simultaneous += low <= 0 <= high
+        low, high = estimate_gap(values[best], np.arange(100)) or (1, -1)
+        plain += low <= 0 <= high
+    return simultaneous / trials, plain / trials
+
+
+def test_the_interval_of_the_best_counts_the_choice() -> None:
+    simultaneous, plain = choose_best(60)
+    assert simultaneous > 0.93 > plain, (simultaneous, plain)
+
+
+@pytest.mark.slow
+def test_the_interval_of_the_best_counts_the_choice_in_1000() -> None:
+    simultaneous, plain = choose_best(1000)
+    assert simultaneous >= 0.94 > plain, (simultaneous, plain)
+
+
+def test_layers_are_compared_before_with_after_training(
+    hftl: Hftl, recipe_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe_tree["finetune"] |= {"strategy": "full", "lr": {"embeddings": 0.0}}
+    recipe_tree["measure"] = {"seeds": [3], "arms": ["head", "lora"]}
+    path, run = tmp_path / "r.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(recipe_tree))
+    short = ["finetune.training.num_train_epochs=1", "--output", run]
+    assert hftl("probe", path, *short).code == 0 and read(run).trained == []
+    assert hftl("finetune", path, *short).code == 0
+    outcome = hftl("probe", path, *short)
+    assert outcome.code == 0, outcome.err
+    trained = {one.arm: one.cka for one in read(run).trained}
+    assert set(trained) == {"full", "lora"} and "before with after training" in outcome.out
+    assert trained["full"][0] == pytest.approx(1.0) and len(trained["full"]) == 4
+    assert trained["full"][3] < 0.999 and trained["lora"][3] < 1 - 1e-6
 
 
 def test_probe_command(hftl: Hftl, recipe_file: Path, tmp_path: Path, forwards: list[int]) -> None:

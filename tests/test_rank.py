@@ -178,6 +178,21 @@ def test_rank_of_targets_leaves_out_the_scores_of_classes(
     assert "h_score" not in one["scores"] and np.isfinite(one["scores"]["logme"])
 
 
+def test_a_decoder_is_ranked_for_targets_where_a_head_of_them_trains(
+    hftl: Hftl, recipe_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """The stock class has no bias for the mean of the targets, and its encoder is as good."""
+    lines = [json.dumps({"text": t, "label": float(len(t))}) for t, _ in sentences(80)]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    recipe_tree["source"]["model"] = str(save_tiny("llama", tmp_path / "llama"))
+    recipe_tree["data"] |= {"task": "regression", "train": {"path": str(tmp_path / "t.jsonl")}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe_tree))
+    outcome = hftl("rank", tmp_path / "r.yaml", "--output", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    (one,) = json.loads((tmp_path / "out" / "analysis" / "rank.json").read_text())["sources"]
+    assert one["best"]["pooling"] in ("mean", "last")
+
+
 def test_rank_refuses_too_few_rows_and_no_source(
     hftl: Hftl, recipe_file: Path, tmp_path: Path
 ) -> None:

@@ -172,19 +172,21 @@ def _summarize_curves(
         for by_size in predictions.values()
         for draws in by_size
     ]
+    # Items of one unit say nothing of their spread: then there are values without intervals.
     drawn = np.repeat(points.reshape(1, -1), 2, axis=0)
     present = [value for value in values if value is not None]
-    if len(present) == len(values):
+    has_spread = len(present) == len(values)
+    if has_spread:
         sizes_of = np.bincount(assign_blocks(units))
         drawn = draw_points(metric.sign * np.stack(present), points.ravel(), sizes_of)
     drawn = drawn.reshape(len(drawn), len(points), count)
     arms = [
-        _describe_arm(metric, name, sizes, scores[name], points[i], drawn[:, i])
+        _describe_arm(metric, name, sizes, scores[name], points[i], drawn[:, i], has_spread)
         for i, name in enumerate(predictions)
     ]
     names = list(predictions)
     values_of = [
-        _compare_arms(names[0], names[i], counts, points[[0, i]], drawn[:, [0, i]])
+        _compare_arms(names[0], names[i], counts, points[[0, i]], drawn[:, [0, i]], has_spread)
         for i in range(1, len(names))
     ]
     return CurveAnalysis(
@@ -197,53 +199,54 @@ def _summarize_curves(
 
 def _describe_arm(
     metric: Metric, name: str, sizes: list[int], scores: list[Estimate], points: np.ndarray,
-    draws: np.ndarray,
+    draws: np.ndarray, has_spread: bool,
 ) -> CurveArm:  # fmt: skip
     counts = np.array(sizes, dtype=np.float64)
     return CurveArm(
         arm=name,
         points=[CurvePoint(labels=n, score=s) for n, s in zip(sizes, scores, strict=True)],
         area=float(metric.sign * compute_area(counts, points)),
-        forecast=_forecast(metric, counts, points, draws, scores[-1]),
+        forecast=_forecast(metric, counts, points, draws, has_spread),
     )
 
 
 def _compare_arms(
-    first: str, other: str, sizes: np.ndarray, points: np.ndarray, draws: np.ndarray
-) -> LabelValue:
+    first: str, other: str, sizes: np.ndarray, points: np.ndarray, draws: np.ndarray,
+    has_spread: bool,
+) -> LabelValue:  # fmt: skip
     """Return what the labels of two arms are worth; points (2, sizes), draws (draws, 2, sizes)."""
     curves = sizes, points[0], points[1], draws[:, 0], draws[:, 1]
     return LabelValue(
         arm=first,
         baseline=other,
-        catches_up=_count(find_crossing(*curves)),
-        ratios=[_count(ratio) for ratio in compare_labels(*curves)],
+        catches_up=_count(find_crossing(*curves), has_spread),
+        ratios=[_count(ratio, has_spread) for ratio in compare_labels(*curves)],
     )
 
 
 def _forecast(
-    metric: Metric, sizes: np.ndarray, points: np.ndarray, draws: np.ndarray, last: Estimate
+    metric: Metric, sizes: np.ndarray, points: np.ndarray, draws: np.ndarray, has_spread: bool
 ) -> CurveForecast | None:
     """Return the extrapolation of one arm in the metric's own direction."""
     fit = extrapolate(sizes, points, draws, metric.sign * metric.best, STEP)
     if fit is None:
         return None
-    held = _estimate(metric, fit.held_out)
-    low, high = held.ci95 or (held.value, held.value)
-    seen = last.ci95 or (last.value, last.value)
     return CurveForecast(
         a=float(fit.law.a[0]), b=float(fit.law.b[0]), c=float(fit.law.c[0]),
-        labels=int(2 * sizes[-1]), predicted=_estimate(metric, fit.predicted), held_out=held,
-        held_out_covered=bool(low <= seen[1] and seen[0] <= high), step=STEP,
-        next_point=_count(fit.next_point),
+        labels=int(2 * sizes[-1]), predicted=_estimate(metric, fit.predicted, has_spread),
+        held_out=_estimate(metric, fit.held_out, has_spread),
+        held_out_covered=fit.held_out_covered if has_spread else None, step=STEP,
+        next_point=_count(fit.next_point, has_spread),
     )  # fmt: skip
 
 
-def _estimate(metric: Metric, quantity: Quantity) -> Estimate:
+def _estimate(metric: Metric, quantity: Quantity, has_spread: bool) -> Estimate:
     ends = sorted((metric.sign * quantity.low, metric.sign * quantity.high))
-    return Estimate(value=metric.sign * quantity.value, ci95=(ends[0], ends[1]))
+    interval = (ends[0], ends[1]) if has_spread else None
+    return Estimate(value=metric.sign * quantity.value, ci95=interval)
 
 
-def _count(quantity: Quantity) -> LabelCount:
-    value, low, high = (one if np.isfinite(one) else None for one in quantity)
-    return LabelCount(value=value, ci95=(low, high))
+def _count(quantity: Quantity, has_spread: bool) -> LabelCount:
+    value, low, high = (one if np.isfinite(one) else None for one in quantity[:3])
+    interval = (low, high) if has_spread else None
+    return LabelCount(value=value, ci95=interval, is_at_most=quantity.is_at_most)

@@ -18,6 +18,8 @@ class Quantity(NamedTuple):
     value: float
     low: float
     high: float
+    is_at_most: bool = False
+    """Known to be no more than the value, the smallest size."""
 
 
 def compute_area(sizes: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -58,11 +60,12 @@ def compare_labels(
     ratios = []
     for place, size in enumerate(sizes):
         value = _find_needed(sizes, other, own[place]) / size
+        is_enough = bool(isotonic_regression(other)[0] > own[place])
         drawn = [
             _find_needed(sizes, curve, target) / size
             for curve, target in zip(other_draws, own_draws[:, place], strict=True)
         ]
-        ratios.append(_summarize(value, np.array(drawn)))
+        ratios.append(_summarize(value, np.array(drawn))._replace(is_at_most=is_enough))
     return ratios
 
 
@@ -75,7 +78,8 @@ def find_crossing(
     Arguments as of `compare_labels`.
     """
     drawn = [_find_crossing(sizes, b - a) for a, b in zip(own_draws, other_draws, strict=True)]
-    return _summarize(_find_crossing(sizes, other - own), np.array(drawn))
+    quantity = _summarize(_find_crossing(sizes, other - own), np.array(drawn))
+    return quantity._replace(is_at_most=bool((other >= own).all()))
 
 
 def _find_crossing(sizes: np.ndarray, lead: np.ndarray) -> float:
@@ -105,6 +109,8 @@ class Extrapolation(NamedTuple):
     """At twice the largest size."""
     held_out: Quantity
     """At the largest size, from the smaller ones."""
+    held_out_covered: bool
+    """Whether the difference of that and what came is within noise."""
     next_point: Quantity
     """Labels at which the score is better by `step`."""
 
@@ -129,18 +135,20 @@ def extrapolate(
     before = fit_power_law(sizes[:-1], errors[:, :-1], weights[:-1])
     held = best - before.predict(sizes[-1])
     miss = abs(held[0] - points[-1])
+    low, high = np.quantile(held[1:] - draws[:, -1], (0.025, 0.975))
     ahead = best - law.predict(2 * sizes[-1])
     needed = law.solve(law.predict(sizes[-1]) - step)
     return Extrapolation(
         PowerLaw(law.a[:1], law.b[:1], law.c[:1]),
         _widen(_summarize(ahead[0], ahead[1:]), miss, best),
         _summarize(held[0], held[1:]),
+        bool(low <= 0 <= high),
         _summarize(needed[0], needed[1:]),
     )
 
 
 def _widen(quantity: Quantity, miss: float, best: float) -> Quantity:
     """Return the interval with the miss at a held-out size added to each half, as errors add."""
-    value, low, high = quantity
+    value, low, high, _ = quantity
     low, high = value - np.hypot(value - low, miss), value + np.hypot(high - value, miss)
     return Quantity(value, float(low), float(min(high, best)))

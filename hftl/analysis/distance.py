@@ -11,7 +11,14 @@ import numpy as np
 from scipy.special import rel_entr
 
 from hftl.analysis.out_of_fold import predict_out_of_fold
-from hftl.measure.statistics import estimate_item_error, jackknife, wilson_interval
+from hftl.measure.statistics import (
+    MeanError,
+    assign_blocks,
+    compute_pseudo_values,
+    estimate_item_error,
+    jackknife,
+    wilson_interval,
+)
 
 PERMUTATIONS = 500
 INDEPENDENT_SHARE = 2 / 3
@@ -90,29 +97,45 @@ class MeanDiscrepancy(NamedTuple):
 
 
 def compute_mmd(
-    first: np.ndarray, second: np.ndarray, permutations: int = PERMUTATIONS, seed: int = 0
-) -> MeanDiscrepancy:
+    first: np.ndarray, second: np.ndarray, permutations: int = PERMUTATIONS, seed: int = 0,
+    groups: np.ndarray | None = None,
+) -> MeanDiscrepancy:  # fmt: skip
     """Return the unbiased squared maximum mean discrepancy under a Gaussian kernel.
 
     exp(-d^2 / (2 s^2)), s the median distance of the pooled rows (Gretton et al. 2012, JMLR
-    13:723-773, lemma 6); it may be negative. The p-value permutes the rows; the interval is of the
-    normal distribution, its variance that of a U-statistic with both of its terms, since the first
-    is 0 for equal domains.
+    13:723-773, lemma 6); it may be negative. The p-value permutes the rows, or groups as wholes,
+    and pairs of one group do not count, as a row and itself do not. The interval is that of its
+    root, by a jackknife: the square is skewed.
+
+    Args:
+        first: (rows, width).
+        second: (rows, width).
+        permutations: how many.
+        seed: of them.
+        groups: see `classify_domains`.
     """
     pooled = np.concatenate([first, second]).astype(np.float64)
     count, rows = len(pooled), len(first)
     squares = np.maximum(_square_distances(pooled), 0.0)
     median = float(np.median(squares[np.triu_indices(count, 1)]))
-    kernel = np.exp(-squares / (2 * (median or 1.0)))
-    np.fill_diagonal(kernel, 0.0)
+    names = np.arange(count) if groups is None else np.unique(groups, return_inverse=True)[1]
+    counted = (names[:, None] != names).astype(np.float64)
+    kernel = counted * np.exp(-squares / (2 * (median or 1.0)))
+    own = (np.arange(count) < rows).astype(np.float64)
+    # A document with rows on both sides is two clusters, each of which stays whole.
+    sides, clusters = np.unique(np.stack([own, names]), axis=1, return_inverse=True)
     rng = np.random.default_rng(seed)
-    own = np.arange(count) < rows
-    members = np.stack([own, *(rng.permutation(own) for _ in range(permutations))]).astype(float)
-    values = _estimate_mmd(kernel, members)
+    members = np.stack([own, *(rng.permutation(sides[0])[clusters] for _ in range(permutations))])
+    values = _estimate_mmd(kernel, counted, members, 1 - members)
     p_value = float((1 + np.sum(values[1:] >= values[0])) / (1 + permutations))
-    half = 1.96 * _estimate_mmd_variance(kernel, rows) ** 0.5
-    value = float(values[0])
-    return MeanDiscrepancy(Distance(value, value - half, value + half), p_value)
+    units = _assign_units(rows, len(second), groups)
+    blocks = assign_blocks(units, BLOCKS)
+    left = blocks != np.arange(blocks.max() + 1)[:, None]
+    without = _estimate_mmd(kernel, counted, left * own, left * (1 - own))
+    sizes = np.bincount(blocks)
+    error = estimate_item_error(compute_pseudo_values(values[0], without, sizes), sizes)
+    assert error is not None
+    return MeanDiscrepancy(_take_root_interval(float(values[0]), error), p_value)
 
 
 def _square_distances(rows: np.ndarray) -> np.ndarray:
@@ -120,27 +143,47 @@ def _square_distances(rows: np.ndarray) -> np.ndarray:
     return lengths[:, None] + lengths - 2 * rows @ rows.T
 
 
-def _estimate_mmd(kernel: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """Return the estimate for each assignment of rows to the first sample, (assignments, rows)."""
-    sums = kernel.sum(1)
-    within = np.einsum("pi,pi->p", members @ kernel, members)
-    touching = members @ sums
-    m = members.sum(1)
-    n = len(kernel) - m
-    others = sums.sum() - 2 * touching + within
-    return within / (m * (m - 1)) + others / (n * (n - 1)) - 2 * (touching - within) / (m * n)
+def _estimate_mmd(
+    kernel: np.ndarray, counted: np.ndarray, first: np.ndarray, second: np.ndarray
+) -> np.ndarray:
+    """Return the estimate for each assignment of rows to the two samples.
+
+    Args:
+        kernel: (rows, rows), 0 where a pair does not count.
+        counted: (rows, rows) of 0 and 1.
+        first: (assignments, rows) of 0 and 1.
+        second: the same.
+    """
+
+    def average(side: np.ndarray, other: np.ndarray) -> np.ndarray:
+        total, pairs = (np.einsum("pi,pi->p", side @ part, other) for part in (kernel, counted))
+        return total / np.maximum(pairs, 1)
+
+    return average(first, first) + average(second, second) - 2 * average(first, second)
 
 
-def _estimate_mmd_variance(kernel: np.ndarray, rows: int) -> float:
-    """Return the variance of a U-statistic of order 2 over the pairs (x_i, y_i)."""
-    n = min(rows, len(kernel) - rows)
-    x, y = kernel[:rows][:n], kernel[rows:][:n]
-    h = x[:, :n] + y[:, rows : rows + n] - x[:, rows : rows + n] - y[:, :n]
-    off = ~np.eye(n, dtype=bool)
-    means = np.where(off, h, 0).sum(1) / (n - 1)
-    pairs = float(h[off].var())
-    single = max(float(means.var(ddof=1)) - pairs / (n - 1), 0.0)
-    return (4 * (n - 2) * single + 2 * pairs) / (n * (n - 1))
+def _take_root_interval(value: float, error: MeanError) -> Distance:
+    """Return the interval of a square by the delta method on its root, where that is above 0."""
+    low, high = error.interval(value)
+    if low <= 0:
+        return Distance(value, low, high)
+    root = value**0.5
+    ends = MeanError(error.value / (2 * root), error.degrees_of_freedom).interval(root)
+    return Distance(value, ends[0] ** 2, ends[1] ** 2)
+
+
+def _assign_units(first: int, second: int, groups: np.ndarray | None) -> np.ndarray:
+    """Return an int for every row, first's before second's: rows of a group share theirs.
+
+    Each side counts from 0, so that as many units of both are left out together.
+    """
+    if groups is None:
+        return np.concatenate([np.arange(first), np.arange(second)])
+    numbers: dict[str, int] = {}
+    for side in (groups[:first], groups[first:]):
+        new = [name for name in dict.fromkeys(side.tolist()) if name not in numbers]
+        numbers |= {name: number for number, name in enumerate(new)}
+    return np.array([numbers[name] for name in groups.tolist()])
 
 
 def compute_frechet(first: np.ndarray, second: np.ndarray) -> float:
@@ -160,61 +203,93 @@ def compute_frechet(first: np.ndarray, second: np.ndarray) -> float:
     return float(gap @ gap + traces - 2 * cross / scale)
 
 
-def extrapolate_frechet(first: np.ndarray, second: np.ndarray) -> Distance:
+def extrapolate_frechet(
+    first: np.ndarray, second: np.ndarray, groups: np.ndarray | None = None
+) -> Distance:
     """Return the Fréchet distance at infinitely many rows, with its jackknife interval.
 
     The bias falls as 1 / rows (Chong & Forsyth 2020, arXiv:1911.07023), so twice the distance of
     all rows less that of halves has none to first order; it may be negative.
     """
+    rows = len(first)
+    units = _assign_units(rows, len(second), groups)
+    # Of every block of the jackknife as many units are in each half.
+    half = (units + units // BLOCKS) % 2
+    halves = half[:rows], half[rows:]
 
-    def estimate(rows: np.ndarray) -> float:
-        x, y = first[rows], second[rows]
-        half = len(rows) // 2
-        parts = [compute_frechet(x[:half], y[:half]), compute_frechet(x[half:], y[half:])]
-        return 2 * compute_frechet(x, y) - float(np.mean(parts))
+    def estimate(left: np.ndarray, right: np.ndarray) -> float:
+        x, y = first[left], second[right]
+        whole, inverse = compute_frechet(x, y), 1 / len(x) + 1 / len(y)
+        parts, inverses = [], []
+        for number in (0, 1):
+            a, b = x[halves[0][left] == number], y[halves[1][right] == number]
+            parts.append(compute_frechet(a, b))
+            inverses.append(1 / len(a) + 1 / len(b))
+        slope = (np.mean(parts) - whole) / (np.mean(inverses) - inverse)
+        return float(whole - slope * inverse)
 
-    count = min(len(first), len(second))
-    return _jackknife_distance(estimate, count)
+    return _jackknife_distance(estimate, units, rows)
 
 
-def _jackknife_distance(estimate: Callable[[np.ndarray], float], count: int) -> Distance:
-    rows = np.arange(count)
-    values = jackknife(estimate, rows, BLOCKS)
-    error = estimate_item_error(values)
-    value = estimate(rows)
-    low, high = (value, value) if error is None else error.interval(value)
-    return Distance(value, low, high)
+def _jackknife_distance(
+    estimate: Callable[[np.ndarray, np.ndarray], float], units: np.ndarray, rows: int
+) -> Distance:
+    """Return a distance with its interval over units.
+
+    Args:
+        estimate: maps row positions of the two samples to the distance.
+        units: see `_assign_units`.
+        rows: of the first sample.
+    """
+
+    def score(positions: np.ndarray) -> float:
+        split = np.searchsorted(positions, rows)
+        return estimate(positions[:split], positions[split:] - rows)
+
+    sizes = np.bincount(assign_blocks(units, BLOCKS))
+    error = estimate_item_error(jackknife(score, units, BLOCKS), sizes)
+    assert error is not None
+    value = score(np.arange(len(units)))
+    return Distance(value, *error.interval(value))
 
 
 # Words.
 
 
-def compute_word_overlap(first: list[list[str]], second: list[list[str]]) -> Distance:
+def compute_word_overlap(
+    first: list[list[str]], second: list[list[str]], groups: np.ndarray | None = None
+) -> Distance:
     """Return the share of the frequent words of one sample that are frequent in the other.
 
     Args:
         first: the words of each text.
-        second: the same, of as many texts.
+        second: the same.
+        groups: see `classify_domains`.
     """
 
-    def estimate(rows: np.ndarray) -> float:
-        sides = [_find_frequent_words([side[i] for i in rows]) for side in (first, second)]
+    def estimate(left: np.ndarray, right: np.ndarray) -> float:
+        pairs = zip((first, second), (left, right), strict=True)
+        sides = [_find_frequent_words([side[i] for i in rows]) for side, rows in pairs]
         return len(sides[0] & sides[1]) / max(1, min(map(len, sides)))
 
-    return _clip(_jackknife_distance(estimate, min(len(first), len(second))))
+    units = _assign_units(len(first), len(second), groups)
+    return _clip(_jackknife_distance(estimate, units, len(first)))
 
 
-def compute_word_divergence(first: list[list[str]], second: list[list[str]]) -> Distance:
+def compute_word_divergence(
+    first: list[list[str]], second: list[list[str]], groups: np.ndarray | None = None
+) -> Distance:
     """Return the Jensen-Shannon divergence of the words, in bits: 0 for equal, 1 for disjoint."""
     vocabulary = {w: i for i, w in enumerate(sorted({w for t in [*first, *second] for w in t}))}
     counts = [_count_words(side, vocabulary) for side in (first, second)]
 
-    def estimate(rows: np.ndarray) -> float:
-        p, q = (_share(side[rows].sum(0)) for side in counts)
+    def estimate(left: np.ndarray, right: np.ndarray) -> float:
+        p, q = _share(counts[0][left].sum(0)), _share(counts[1][right].sum(0))
         middle = (p + q) / 2
         return float((rel_entr(p, middle).sum() + rel_entr(q, middle).sum()) / (2 * np.log(2)))
 
-    return _clip(_jackknife_distance(estimate, min(len(first), len(second))))
+    units = _assign_units(len(first), len(second), groups)
+    return _clip(_jackknife_distance(estimate, units, len(first)))
 
 
 def _find_frequent_words(texts: list[list[str]]) -> set[str]:

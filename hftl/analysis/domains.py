@@ -14,6 +14,7 @@ from hftl.analysis import distance
 from hftl.analysis.distance import Distance
 from hftl.analysis.facts import DistanceAnalysis, DomainFacts, DomainPair, Estimate, SiteFacts
 from hftl.analysis.feature_store import FeatureStore, describe_provenance
+from hftl.analysis.out_of_fold import deal_groups
 from hftl.analysis.transferability import reduce_width
 from hftl.config.data import Table
 from hftl.config.recipe import Recipe
@@ -28,6 +29,7 @@ from hftl.runtime.progress import track
 
 MIN_ROWS = 40
 """Rows of a set: its halves are compared by cross-validation, too."""
+MIN_GROUPS = 4
 SATURATED = 1.9
 FRECHET_WIDTH = 16
 """Principal components that the Frechet distance is taken in. Its bias falls as 1 / rows only where
@@ -65,26 +67,46 @@ def compare_domains(
             "data.task=token-classification has a vector a word, and distances compare rows",
             "Give the texts to a recipe with data.task=classification",
         )
-    store = FeatureStore(context, root)
-    domains, site = [], None
+    domains: list[Domain] = []
+    site, own_site = None, None
     for name, rows, own in _iterate_sets(recipe, context, tables, most_rows):
-        if len(rows) < MIN_ROWS:
-            raise DataError(
-                f"{name} has {len(rows)} rows to compare, fewer than {MIN_ROWS}", "Give more rows"
-            )
+        _check_size(name, rows)
         store = FeatureStore(own, root)
         store.compute(rows)
-        site = site or store.find_site(recipe.finetune.pooling) or LayerSite(store.layers, "mean")
+        if site is None:
+            own_site = store.find_site(recipe.finetune.pooling)
+            site = own_site or LayerSite(store.layers, "mean")
         domains.append(Domain(name, rows, store.get(rows, site)))
-    assert site is not None
+    if site is None or len(domains) < 2:
+        raise RecipeError(
+            f"{domains[0].name if domains else 'the recipe'} is the only set of rows",
+            "Give data.general, or another table by --to",
+        )
     pairs = [_compare(a, b, context) for a, b in track(list(combinations(domains, 2)), "distances")]
     return DistanceAnalysis(
         source=context.source.name,
         site=SiteFacts(layer=site.layer, pooling=site.pooling),
+        site_is_own=own_site is not None,
         domains=[_describe(domain, context) for domain in domains],
         pairs=pairs,
         provenance=describe_provenance(context, recipe.finetune.pooling, []),
     )
+
+
+def _check_size(name: str, rows: list[Row]) -> None:
+    """Refuse a set that has too few rows, or groups, to be compared in halves.
+
+    Raises:
+        DataError: naming it.
+    """
+    groups = len({number if row.group is None else row.group for number, row in enumerate(rows)})
+    if len(rows) < MIN_ROWS or groups < MIN_GROUPS:
+        count, unit, least = len(rows), "rows", MIN_ROWS
+        if len(rows) >= MIN_ROWS:
+            count, unit, least = groups, f"values of data.group in {len(rows)} rows", MIN_GROUPS
+        raise DataError(
+            f"{name} has {count} {unit} to compare, fewer than {least}", "Give more rows"
+        )
 
 
 def _iterate_sets(
@@ -92,9 +114,11 @@ def _iterate_sets(
 ) -> Iterator[tuple[str, list[Row], ExperimentContext]]:
     """Yield the name of each set, its rows in the order of their hash, and how they are read."""
     for split in ("train", "test"):
-        rows = context.prepared.rows[split]
+        rows = context.prepared.rows.get(split)
         if rows:
             yield split, sorted(rows, key=hash_row)[:most], context
+    if recipe.data.task is None:
+        yield "train", read_part(recipe, context, "train", most), context
     for part in ("unlabeled", "general"):
         if getattr(recipe.data, part) is not None:
             yield part, read_part(recipe, context, part, most), context
@@ -121,25 +145,54 @@ def read_part(recipe: Recipe, context: ExperimentContext, part: str, most: int) 
         spec = InputSpec("image", context.inputs.patch_size)
         images = {row.content: row for row in load_images(recipe.data, part, bad, spec)}
         return sorted(images.values(), key=hash_row)[:most]
+    columns = len(getattr(recipe.data, part).text_columns)
+    if columns != len(recipe.data.train.text_columns):
+        kinds = {1: "single texts", 2: "pairs of texts"}
+        raise RecipeError(
+            f"data.{part} has {kinds[columns]}, and data.train {kinds[3 - columns]}: that alone "
+            "sets their features apart",
+            f"Name as many columns in data.{part}.text",
+        )
+    documents = read_documents(recipe.data, part, bad)
+    contents = zip(*[documents] * columns, strict=True)
     # A text counts once: copies would be in train and test of the domain classifier.
-    keyed = ((hash_text(text), text) for text in read_documents(recipe.data, part, bad))
+    keyed = ((hash_text("\x1f".join(content)), content) for content in contents)
     smallest = heapq.nsmallest(2 * most, keyed)
-    texts = list(dict.fromkeys(text for _, text in smallest))[:most]
-    return [Row((text,), "", None, i, f"{part} {i}", part) for i, text in enumerate(texts)]
+    unique = list(dict.fromkeys(content for _, content in smallest))[:most]
+    return [Row(content, "", None, i, f"{part} {i}", part) for i, content in enumerate(unique)]
 
 
 def _describe(domain: Domain, context: ExperimentContext) -> DomainFacts:
-    half, words = len(domain.rows) // 2, not isinstance(context.inputs, ImageInputs)
-    sides = domain.features[:half], domain.features[half : 2 * half]
-    groups = _name_groups(domain.rows[:half], domain.rows[half : 2 * half])
+    """Describe a set, and how far its halves are from each other: the null of every distance."""
+    words, sides = not isinstance(context.inputs, ImageInputs), _halve(domain)
+    groups = _name_groups(*(side.rows for side in sides))
+    features = sides[0].features, sides[1].features
+    first, second = (_split_words(side.rows) for side in sides)
     return DomainFacts(
         name=domain.name,
         rows=len(domain.rows),
         pieces_per_word=_count_pieces(domain.rows, context),
-        null_a_distance=distance.classify_domains(*sides, groups).a_distance.value,
-        null_frechet=_compute_frechet(*sides).value,
-        null_word_divergence=_compute_word_null(domain.rows) if words else None,
+        null_a_distance=distance.classify_domains(*features, groups).a_distance.value,
+        null_frechet=_compute_frechet(*features, groups).value,
+        null_word_divergence=distance.compute_word_divergence(first, second, groups).value
+        if words
+        else None,
     )
+
+
+def _halve(domain: Domain) -> tuple[Domain, Domain]:
+    """Return two halves of a set, of as many rows and without a group in both."""
+    rows = domain.rows
+    names = [str(number) if row.group is None else row.group for number, row in enumerate(rows)]
+    _, units = np.unique(names, return_inverse=True)
+    half = deal_groups(np.bincount(units), 2)[units]
+    sides = [np.flatnonzero(half == number) for number in (0, 1)]
+    count = min(map(len, sides))
+    first, second = (
+        Domain(domain.name, [rows[i] for i in side[:count]], domain.features[side[:count]])
+        for side in sides
+    )
+    return first, second
 
 
 def _count_pieces(rows: list[Row], context: ExperimentContext) -> float | None:
@@ -158,12 +211,12 @@ def _compare(a: Domain, b: Domain, context: ExperimentContext) -> DomainPair:
     first, second = a.features[:count], b.features[:count]
     groups = _name_groups(a.rows[:count], b.rows[:count])
     classified = distance.classify_domains(first, second, groups)
-    discrepancy = distance.compute_mmd(first, second)
+    discrepancy = distance.compute_mmd(first, second, groups=groups)
     overlap = divergence = None
     if not isinstance(context.inputs, ImageInputs):
-        words = [_split_words(side.rows[:count]) for side in (a, b)]
-        overlap = _estimate(distance.compute_word_overlap(*words))
-        divergence = _estimate(distance.compute_word_divergence(*words))
+        own, other = (_split_words(side.rows[:count]) for side in (a, b))
+        overlap = _estimate(distance.compute_word_overlap(own, other, groups))
+        divergence = _estimate(distance.compute_word_divergence(own, other, groups))
     return DomainPair(
         first=a.name,
         second=b.name,
@@ -173,23 +226,16 @@ def _compare(a: Domain, b: Domain, context: ExperimentContext) -> DomainPair:
         h_divergence=_estimate(classified.h_divergence),
         mmd=_estimate(discrepancy.distance),
         mmd_p_value=discrepancy.p_value,
-        frechet=_estimate(_compute_frechet(first, second)),
+        frechet=_estimate(_compute_frechet(first, second, groups)),
         word_overlap=overlap,
         word_divergence=divergence,
     )
 
 
-def _compute_frechet(first: np.ndarray, second: np.ndarray) -> Distance:
+def _compute_frechet(first: np.ndarray, second: np.ndarray, groups: np.ndarray | None) -> Distance:
     """Return the extrapolated Frechet distance in the principal components of both sets."""
     reduced = reduce_width(np.concatenate([first, second]), FRECHET_WIDTH)
-    return distance.extrapolate_frechet(reduced[: len(first)], reduced[len(first) :])
-
-
-def _compute_word_null(rows: list[Row]) -> float:
-    """Return the word divergence of two halves: few texts of one domain have words of their own."""
-    half = len(rows) // 2
-    sides = _split_words(rows[:half]), _split_words(rows[half : 2 * half])
-    return distance.compute_word_divergence(*sides).value
+    return distance.extrapolate_frechet(reduced[: len(first)], reduced[len(first) :], groups)
 
 
 def _name_groups(first: list[Row], second: list[Row]) -> np.ndarray | None:

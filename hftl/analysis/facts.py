@@ -123,6 +123,7 @@ class SiteGap(RecordPart):
 
     value: float
     ci95: Interval | None
+    """One of those that hold for all sites at once: the best was chosen by these scores."""
 
 
 class LayerSimilarity(RecordPart):
@@ -131,6 +132,14 @@ class LayerSimilarity(RecordPart):
     pooling: str
     rows: int
     cka: list[list[float]]
+
+
+class TrainedLayers(RecordPart):
+    """Hold the debiased CKA of each layer before training with itself after it."""
+
+    arm: str
+    seed: int
+    cka: list[float]
 
 
 class ProbeAnalysis(RecordPart):
@@ -150,6 +159,8 @@ class ProbeAnalysis(RecordPart):
     """What the recipe's head reads; null where it is none of the sites, as behind a new pooler."""
     over_own: SiteGap | None
     similarity: LayerSimilarity
+    trained: list[TrainedLayers] = []
+    """Of the arms of the run that have trained the encoder, one seed each."""
     provenance: Provenance
 
 
@@ -160,7 +171,10 @@ class LabelCount(RecordPart):
     """Hold a number of labels a class, or a ratio of two; null is beyond all sizes."""
 
     value: float | None
-    ci95: tuple[float | None, float | None]
+    ci95: tuple[float | None, float | None] | None
+    """Null where the rows are of one unit."""
+    is_at_most: bool = False
+    """The smallest size is enough, and fewer may be."""
 
 
 class CurvePoint(RecordPart):
@@ -181,8 +195,8 @@ class CurveForecast(RecordPart):
     predicted: Estimate
     held_out: Estimate
     """The largest size, predicted from the smaller ones."""
-    held_out_covered: bool
-    """Whether the interval of what was predicted and that of what came overlap."""
+    held_out_covered: bool | None
+    """Whether what came there is within noise of it; null where the rows are of one unit."""
     step: float
     next_point: LabelCount
     """Labels for a score that is better by `step` than at the largest size."""
@@ -362,6 +376,8 @@ class DistanceAnalysis(RecordPart):
 
     source: str
     site: SiteFacts
+    site_is_own: bool
+    """Whether the recipe's head reads there."""
     domains: list[DomainFacts]
     pairs: list[DomainPair]
     provenance: Provenance

@@ -1,11 +1,15 @@
 """Probe every layer and pooling of a source model, linearly and by neighbours."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from hftl.analysis.drift import compute_cka
-from hftl.analysis.estimates import compute_item_values, estimate_gap, estimate_score
+from hftl.analysis.estimates import (
+    compute_item_values,
+    compute_simultaneous_intervals,
+    estimate_score,
+)
 from hftl.analysis.facts import LayerSimilarity, ProbeAnalysis, SiteFacts, SiteGap, SiteScore
 from hftl.analysis.feature_store import FeatureStore, describe_provenance
 from hftl.analysis.nearest import predict_by_neighbours
@@ -17,6 +21,7 @@ from hftl.data.splits import take_stratified
 from hftl.finetune.context import ExperimentContext
 from hftl.measure.gain import assign_units
 from hftl.measure.metrics import Metric, find_metric
+from hftl.measure.statistics import assign_blocks
 from hftl.models.layer_features import LayerSite
 from hftl.runtime.progress import track
 
@@ -36,7 +41,7 @@ def probe_layers(
     """
     metric = find_metric(recipe.measure.metric, context.prepared.task)
     draws = _draw_train_rows(recipe, context, most_rows)
-    held = _limit_rows(context, context.prepared.rows["validation"], most_rows, 0)
+    held = limit_rows(context, context.prepared.rows["validation"], most_rows, 0)
     store.compute([row for rows in [*draws, held] for row in rows])
     labels, units = context.prepared.encode_for_metrics(held), assign_units(held)
     predictions = {
@@ -68,7 +73,7 @@ def probe_layers(
         sites=scores,
         best=best,
         own=own and _describe(own),
-        over_own=own and _compare(metric, labels, units, linear[best], linear[_describe(own)]),
+        over_own=own and _compare(metric, labels, units, linear, best, _describe(own)),
         similarity=_compare_layers(store, best.pooling, [*held, *draws[0]]),
         provenance=describe_provenance(context, recipe.finetune.pooling, recipe.measure.seeds),
     )
@@ -77,13 +82,14 @@ def probe_layers(
 def _draw_train_rows(recipe: Recipe, context: ExperimentContext, most: int) -> list[list[Row]]:
     """Return the training rows of each seed; once, where all seeds train on the same."""
     draws = [
-        _limit_rows(context, context.select_train_rows(seed), most, seed)
+        limit_rows(context, context.select_train_rows(seed), most, seed)
         for seed in recipe.measure.seeds
     ]
     return draws[:1] if all(rows == draws[0] for rows in draws) else draws
 
 
-def _limit_rows(context: ExperimentContext, rows: list[Row], most: int, seed: int) -> list[Row]:
+def limit_rows(context: ExperimentContext, rows: list[Row], most: int, seed: int) -> list[Row]:
+    """Return the rows, or so many of them, every class in its proportion."""
     if len(rows) <= most:
         return rows
     return take_stratified(rows, most, context.prepared.task, seed, "analysis")[0]
@@ -108,16 +114,29 @@ def _predict_site(
 
 
 def _compare(
-    metric: Metric, labels: np.ndarray, units: np.ndarray, best: Sequence[np.ndarray],
-    own: Sequence[np.ndarray],
+    metric: Metric, labels: np.ndarray, units: np.ndarray,
+    predictions: Mapping[SiteFacts, Sequence[np.ndarray]], best: SiteFacts, own: SiteFacts,
 ) -> SiteGap:  # fmt: skip
-    """Return by how much the best site is better than the own one, on the same items."""
-    values = [compute_item_values(metric, labels, side, units) for side in (best, own)]
-    means = [np.mean([metric.score(labels, one) for one in side]) for side in (best, own)]
-    interval = None
-    if values[0] is not None and values[1] is not None:
-        interval = estimate_gap(metric.sign * (values[0] - values[1]), units)
-    return SiteGap(value=float(metric.sign * (means[0] - means[1])), ci95=interval)
+    """Return by how much the best site is better than the own one, on the same items.
+
+    The interval is one of those that hold for all sites at once, as the best was chosen by these
+    very scores.
+    """
+    sites = list(predictions)
+    means = np.array([
+        np.mean([metric.score(labels, one) for one in predictions[site]]) for site in sites
+    ])  # fmt: skip
+    gaps = metric.sign * (means - means[sites.index(own)])
+    value = float(gaps[sites.index(best)])
+    if len(np.unique(units)) < 2:
+        return SiteGap(value=value, ci95=None)
+    values = np.stack([
+        np.asarray(compute_item_values(metric, labels, predictions[site], units)) for site in sites
+    ])  # fmt: skip
+    differences = metric.sign * (values - values[sites.index(own)])
+    sizes = np.bincount(assign_blocks(units))
+    intervals = compute_simultaneous_intervals(differences, gaps, sizes)
+    return SiteGap(value=value, ci95=intervals[sites.index(best)])
 
 
 def _compare_layers(store: FeatureStore, pooling: str, rows: list[Row]) -> LayerSimilarity:

@@ -26,7 +26,7 @@ def assign_folds(labels: np.ndarray, groups: np.ndarray | None, folds: int = FOL
         )
     if groups is not None:
         _, units_of = np.unique(groups, return_inverse=True)
-        return _deal_groups(np.bincount(units_of), min(folds, units))[units_of]
+        return deal_groups(np.bincount(units_of), min(folds, units))[units_of]
     kinds = labels if labels.dtype == np.int64 else np.zeros(len(labels), dtype=np.int64)
     order = np.argsort(kinds, kind="stable")
     fold = np.empty(len(labels), dtype=np.int64)
@@ -34,7 +34,7 @@ def assign_folds(labels: np.ndarray, groups: np.ndarray | None, folds: int = FOL
     return fold
 
 
-def _deal_groups(sizes: np.ndarray, folds: int) -> np.ndarray:
+def deal_groups(sizes: np.ndarray, folds: int) -> np.ndarray:
     """Return the fold of every group: the largest first, each to the fold with the fewest rows."""
     fold, filled = np.empty(len(sizes), dtype=np.int64), np.zeros(folds)
     for group in np.argsort(-sizes, kind="stable"):

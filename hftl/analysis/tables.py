@@ -12,6 +12,7 @@ from hftl.analysis.facts import (
     RankAnalysis,
     SweepAnalysis,
     SweepTrial,
+    TrainedLayers,
 )
 from hftl.console import format_duration, render_table
 
@@ -98,8 +99,18 @@ def format_probe(facts: ProbeAnalysis) -> str:
         f"  {facts.metric} on {facts.validation_rows:,} validation rows, trained on "
         f"{facts.train_rows:,}, {facts.seeds} draw{'s' if facts.seeds > 1 else ''}",
         f"  best of {len(facts.sites)}, chosen on these rows: {facts.best}{_describe_own(facts)}",
+        *(_describe_trained(facts, one) for one in facts.trained),
     ]
     return "\n".join([render_table(header, rows), *notes])
+
+
+def _describe_trained(facts: ProbeAnalysis, one: TrainedLayers) -> str:
+    """Say how alike every layer is to itself before training."""
+    values = " ".join(f"{value:.2f}" for value in one.cka)
+    return (
+        f"  CKA of each layer ({facts.similarity.pooling}) before with after training, {one.arm} "
+        f"seed {one.seed}: {values}"
+    )
 
 
 def _describe_own(facts: ProbeAnalysis) -> str:
@@ -139,44 +150,48 @@ def format_curve(facts: CurveAnalysis) -> str:
             notes.append(f"  {one.baseline} does not catch up with {one.arm} up to "
                          f"{facts.sizes[-1]} {unit}")  # fmt: skip
         else:
-            interval = format_count_interval(one.catches_up)
             notes.append(f"  {one.baseline} catches up with {one.arm} at "
-                         f"{one.catches_up.value:.0f} {interval} {unit}")  # fmt: skip
+                         f"{format_count(one.catches_up)} {unit}")  # fmt: skip
     notes += [_describe_forecast(arm.arm, arm.forecast, unit) for arm in facts.arms if arm.forecast]
     return "\n".join([render_table(header, rows), *notes])
 
 
 def format_ratio(ratio: LabelCount, most: float) -> str:
-    """Return `3.1x [2.0, 5.2]` labels; `> 4.0x` where the baseline never gets there.
+    """Return `3.1x [2.0, 5.2]` labels; `> 4.0x` where the baseline never gets there, and `<= 0.5x`
+    where its fewest are enough.
 
     Args:
         ratio: what to show.
         most: the ratio of the largest size to this one.
     """
     value = f"> {most:.1f}x" if ratio.value is None else f"{ratio.value:.1f}x"
-    if ratio.ci95[0] is None:
+    value = f"<= {value}" if ratio.is_at_most else value
+    if ratio.ci95 is None or ratio.ci95[0] is None:
         return value
     low, high = ("-" if end is None else f"{end:.1f}" for end in ratio.ci95)
     return f"{value} [{low}, {high}]"
 
 
-def format_count_interval(count: LabelCount) -> str:
-    """Return the ends of a number of labels, a dash where one is beyond all sizes."""
-    return "[{}, {}]".format(*("-" if end is None else f"{end:.0f}" for end in count.ci95))
+def format_count(count: LabelCount) -> str:
+    """Return `40 [20, -]` labels, a dash where an end is beyond all sizes."""
+    value = f"{'<= ' if count.is_at_most else ''}{format_number(count.value, 0)}"
+    if count.ci95 is None:
+        return value
+    return f"{value} [{', '.join(format_number(end, 0) for end in count.ci95)}]"
 
 
 def _describe_forecast(arm: str, forecast: CurveForecast, unit: str) -> str:
     """Say what twice the labels would give, and how well the largest size was foreseen."""
+    outcome = {True: ", within noise", False: ", beyond noise", None: ""}[forecast.held_out_covered]
     words = (
         f"  {arm} at {forecast.labels} {unit}: {forecast.predicted.value:.3f} "
         f"{format_interval(forecast.predicted.ci95)} by its power law (the largest size was "
-        f"foreseen as {forecast.held_out.value:.3f})"
+        f"foreseen as {forecast.held_out.value:.3f}{outcome})"
     )
     needed = forecast.next_point
     if needed.value is None:
         return f"{words}; a score better by {forecast.step:g} is beyond it"
-    interval = format_count_interval(needed)
-    return f"{words}; better by {forecast.step:g} at {needed.value:.0f} {interval}"
+    return f"{words}; better by {forecast.step:g} at {format_count(needed)}"
 
 
 def format_sweep(facts: SweepAnalysis) -> str:
@@ -283,12 +298,21 @@ def format_distance(facts: DistanceAnalysis) -> str:
         ]
         tables.append(render_table(["", "words shared", "word divergence"], words))
     notes = [f"  on {facts.site} of {facts.source}; A-distance and H-divergence are at most 2"]
+    if not facts.site_is_own:
+        notes.append(f"  the recipe's head reads elsewhere: {_explain_site(facts)}")
     if words:
         pieces = [f"{d.name} {format_number(d.pieces_per_word, 2)}" for d in facts.domains]
         notes.append(f"  tokens a word: {', '.join(pieces)}")
     if any(pair.saturated for pair in facts.pairs):
         notes.append("  saturated: the A-distance no longer tells these apart; compare their MMD^2")
     return "\n".join([*tables, *notes])
+
+
+def _explain_site(facts: DistanceAnalysis) -> str:
+    """Say why the input of the recipe's head is not compared."""
+    if facts.provenance.pooling == "native":
+        return "below it are weights that the checkpoint lacks, new for every seed"
+    return f"finetune.pooling={facts.provenance.pooling} is not one of a layer's"
 
 
 def format_estimate(estimate: Estimate | None, digits: int = 3) -> str:

@@ -47,8 +47,9 @@ def plot_rank(facts: RankAnalysis, path: Path) -> None:
 
 def plot_probe(facts: ProbeAnalysis, path: Path) -> None:
     """Draw the probes by layer, a line a pooling, and the similarity of the layers beside it."""
-    figure = new_figure(10, 4)
-    axes, square = figure.subplots(1, 2, width_ratios=[3, 2])
+    panels = 3 if facts.trained else 2
+    figure = new_figure(10 if panels == 2 else 14, 4)
+    axes, square, *more = figure.subplots(1, panels, width_ratios=[3, 2, 2][:panels])
     poolings = sorted({score.site.pooling for score in facts.sites})
     colors = [OWN, *(color for _, color in OTHER_MARKERS[1:])]
     for color, pooling in zip(colors, poolings, strict=False):
@@ -74,7 +75,22 @@ def plot_probe(facts: ProbeAnalysis, path: Path) -> None:
     square.set_title(f"CKA between layers, {facts.similarity.pooling}", fontsize=10)
     square.set_xlabel("layer")
     figure.colorbar(image, ax=square, shrink=0.8)
+    if facts.trained:
+        _draw_trained(more[0], facts)
     save_figure(figure, path)
+
+
+def _draw_trained(axes: Any, facts: ProbeAnalysis) -> None:
+    """Draw how alike every layer is to itself before training, a line an arm."""
+    colors = [OWN, *(color for _, color in OTHER_MARKERS[1:])]
+    for color, one in zip(colors * 5, facts.trained, strict=False):
+        axes.plot(range(len(one.cka)), one.cka, "o-", color=color, label=f"{one.arm} {one.seed}")
+    axes.set_title(f"CKA of layers before with after, {facts.similarity.pooling}", fontsize=10)
+    axes.set_xlabel("layer")
+    axes.set_ylim(top=1.02)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def plot_curve(facts: CurveAnalysis, path: Path) -> None:

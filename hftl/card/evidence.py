@@ -69,7 +69,8 @@ def describe_curve(facts: CurveAnalysis) -> str:
         end = (
             f"does not catch up with it up to {facts.sizes[-1]} {unit}"
             if one.catches_up.value is None
-            else f"catches up with it at about {one.catches_up.value:.0f} {unit}"
+            else f"catches up with it at {'most' if one.catches_up.is_at_most else 'about'} "
+            f"{one.catches_up.value:.0f} {unit}"
         )
         sentences.append(
             f"For the score of {one.arm} with {size} {unit}, {one.baseline} needs {needs} as many; "
@@ -109,4 +110,4 @@ def _format_estimate(estimate: Estimate) -> str:
 def _format_ratio(ratio: LabelCount, most: float) -> str:
     if ratio.value is None:
         return f"more than {most:.1f} times"
-    return f"{ratio.value:.1f} times"
+    return f"{'at most ' if ratio.is_at_most else ''}{ratio.value:.1f} times"

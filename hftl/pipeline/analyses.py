@@ -15,7 +15,7 @@ from hftl.analysis.curve import DEFAULT_ARMS, CurveOptions, Predict, compute_cur
 from hftl.analysis.domains import compare_domains
 from hftl.analysis.facts import CurveAnalysis, DistanceAnalysis, ProbeAnalysis, RankAnalysis
 from hftl.analysis.feature_store import FeatureStore, build_store_key
-from hftl.analysis.layer_probe import probe_layers
+from hftl.analysis.layer_probe import CKA_ROWS, limit_rows, probe_layers
 from hftl.analysis.rank import rank_sources
 from hftl.analysis.tables import format_curve, format_distance, format_probe, format_rank
 from hftl.card.analysis_plots import plot_curve, plot_distance, plot_probe, plot_rank
@@ -28,6 +28,7 @@ from hftl.finetune.arm import train_arm
 from hftl.finetune.baselines import search_rate, solve_arm, solve_classical, train_scratch
 from hftl.finetune.context import ExperimentContext
 from hftl.pipeline.run import Run
+from hftl.pipeline.trained_layers import compare_trained_arms
 from hftl.runtime import run_folder
 from hftl.runtime.progress import show_activity
 from hftl.runtime.run_folder import SEMANTICS, to_json
@@ -88,6 +89,10 @@ def run_probe(recipe: Recipe, context: ExperimentContext, folder: Path, most_row
     with open_run(folder) as features:
         store = FeatureStore(context, features)
         facts: ProbeAnalysis = probe_layers(recipe, context, store, most_rows)
+        rows = limit_rows(context, context.prepared.rows["validation"], CKA_ROWS, 0)
+        run, pooling = Run(recipe, folder, lambda line: None), facts.similarity.pooling
+        trained = compare_trained_arms(run, context, store, rows, pooling)
+        facts = facts.model_copy(update={"trained": trained})
         return f"{format_probe(facts)}\n{write_analysis(folder, 'probe', facts, plot_probe)}"
 
 
@@ -105,7 +110,6 @@ def run_distance(
     recipe: Recipe, context: ExperimentContext, folder: Path, tables: list[str], most_rows: int
 ) -> str:
     """Compare the recipe's sets of rows and other tables; return what to print."""
-    check_task(recipe)
     with open_run(folder) as features:
         facts: DistanceAnalysis = compare_domains(recipe, context, features, tables, most_rows)
         return (
@@ -200,7 +204,8 @@ MADE_WITH_RUN: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
 def make_analyses(run: Run, context: ExperimentContext) -> None:
     """Make the analyses that the recipe names and that are missing, and show them in the run."""
     for name in run.recipe.measure.analyses:
-        check_task(run.recipe)
+        if name != "distance":
+            check_task(run.recipe)
         stage, reads = run.analysis_folder(name), build_analysis_key(run.recipe, context, name)
         compute, plot = MADE_WITH_RUN[name]
         if run_folder.read_stage_inputs(stage) != reads:
