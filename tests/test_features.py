@@ -1,6 +1,7 @@
 """Check that frozen features do not depend on batches, and are computed once a row."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ from support.tiny import tiny_config
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from hftl.config.data import Data, Table
+from hftl.config.finetune import Finetune
 from hftl.config.section import Source
 from hftl.data.image_inputs import ImageInputs
 from hftl.data.rows import Row
 from hftl.data.text_inputs import TextInputs
+from hftl.finetune.trainable import apply_strategy
 from hftl.models import features
 from hftl.models.features import (
     FeatureCache,
@@ -47,6 +50,32 @@ def test_features_are_the_last_layers_inputs_whatever_the_batch(
     monkeypatch.setattr(features, "BATCH_TOKENS", 1)
     alone = np.concatenate(compute_frozen_features(*arguments))
     np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+def test_predictions_run_packed_and_merged_at_the_outputs_of_stock_classes(
+    bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = find_source(Source(model=str(bert)))
+    inputs = TextInputs(load_tokenizer(source), 16)
+    built = build_model(source, "classification", "native", 2, ["a", "b"], seed=0)
+    model: Any = apply_strategy(built.model, Finetune(strategy="lora"), built.fresh)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    rows = inputs.encode([Row(text, "", None, 0, "") for text in TEXTS])
+    shapes: list[tuple[int, ...]] = []
+    block = model.base_model.model.bert.encoder.layer[0]
+    block.register_forward_hook(lambda module, args, output: shapes.append(args[0].shape[:2]))
+    layer, merged = block.intermediate.dense, []
+    block.register_forward_pre_hook(lambda *_: merged.append(layer.merged))
+    logits = [predict_logits(model, rows, inputs, "cpu", stock) for stock in (False, True)]
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)
+    tokens = sum(inputs.length(row) for row in rows)
+    assert shapes[0] == (1, tokens) and shapes[1][0] == 3
+    assert merged == [True, False] and not layer.merged
+    base = model.get_base_model().bert
+    assert not base.packs_predictions
 
 
 def test_mean_pooling_counts_real_tokens_only() -> None:

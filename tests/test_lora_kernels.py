@@ -1,4 +1,4 @@
-"""Compare fused LoRA layers with peft's own, forward and backward."""
+"""Compare fused and merged LoRA layers with peft's own, forward and backward."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from hftl.models import lora_kernels
-from hftl.models.lora_kernels import fuse_lora
+from hftl.models.lora_kernels import fuse_lora, merge_lora
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True},
@@ -135,3 +135,49 @@ def test_an_output_may_be_changed_in_place(fused_calls: list[int]) -> None:
     model(inputs).mul_(2.0).sum().backward()
     assert len(fused_calls) == 2
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@every_setting
+@pytest.mark.parametrize("fused", [True, False])
+def test_merged_layers_predict_alike_and_get_their_own_tensors_back(name: str, fused: bool) -> None:
+    model, inputs = build(name).eval(), torch.randn(4, 6)
+    if fused:
+        fuse_lora(model)
+    with torch.no_grad():
+        expected = model(inputs)
+    before = {path: (p.data_ptr(), p.detach().clone()) for path, p in model.named_parameters()}
+    calls: list[str] = []
+    for path, module in model.named_modules():
+        if path.endswith("lora_A.default"):
+            module.register_forward_hook(lambda *_, path=path: calls.append(path))
+    with torch.no_grad(), merge_lora(model):
+        torch.testing.assert_close(model(inputs), expected, atol=1e-6, rtol=1e-5)
+    # peft cannot merge a bias into the second layer, which has none.
+    assert len(calls) == (1 if name == "bias" else 0), "the adapter ran beside its layer"
+    for path, parameter in model.named_parameters():
+        assert parameter.data_ptr() == before[path][0]
+        assert torch.equal(parameter, before[path][1])
+    with torch.no_grad():
+        assert torch.equal(model(inputs), expected)
+
+
+def test_layers_are_whole_after_an_error_while_they_are_merged() -> None:
+    model, inputs = build("plain").eval(), torch.randn(4, 6)
+    expected = model(inputs)
+    with pytest.raises(KeyError), merge_lora(model):
+        raise KeyError
+    assert torch.equal(model(inputs), expected)
+
+
+def test_an_adapter_that_is_off_or_merged_before_is_left_alone() -> None:
+    model, inputs = build("plain").eval(), torch.randn(4, 6)
+    with model.disable_adapter():
+        expected = model(inputs)
+        with merge_lora(model):
+            assert torch.equal(model(inputs), expected)
+    model.merge_adapter()
+    expected = model(inputs)
+    with merge_lora(model):
+        assert torch.equal(model(inputs), expected)
+    assert all(m.merged for m in model.modules() if isinstance(m, Linear))
+    assert torch.equal(model(inputs), expected)

@@ -1,6 +1,10 @@
-"""Compute the outputs of a frozen model, and the features that its last layer reads, once a row."""
+"""Compute the outputs of a frozen model, and the features that its last layer reads, once a row.
 
-from collections.abc import Callable, Mapping
+Texts run without padding and LoRA runs merged, where that gives the same outputs but for rounding.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,6 +16,8 @@ from hftl.data.rows import Row
 from hftl.data.splits import hash_row
 from hftl.data.text_inputs import EncodedRow, TextInputs
 from hftl.errors import NumericError
+from hftl.models.lora_kernels import merge_lora
+from hftl.models.packing import pack_predictions
 from hftl.runtime import distributed
 from hftl.runtime.progress import track
 
@@ -37,18 +43,36 @@ def compute_frozen_features(
     caught: list[Tensor] = []
     hook = last_linear.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     try:
-        return run_batches(model, encoded, inputs, device, lambda _: caught.pop(), "features")
+        with run_fast(model):
+            return run_batches(model, encoded, inputs, device, lambda _: caught.pop(), "features")
     finally:
         hook.remove()
 
 
+@contextmanager
+def run_fast(model: nn.Module) -> Iterator[None]:
+    """Let a model compute outputs in fp32 without padding and with LoRA merged, where it can."""
+    with merge_lora(model), pack_predictions(model):
+        yield
+
+
 def predict_logits(
     model: nn.Module, encoded: list[EncodedRow], inputs: TextInputs | ImageInputs, device: str,
+    stock: bool = False,
 ) -> np.ndarray:  # fmt: skip
-    """Return logits (outputs of all rows, classes) float32, in eval mode and fp32. Collective."""
-    return np.concatenate(
-        run_batches(model, encoded, inputs, device, lambda output: output.logits, "predictions")
-    )
+    """Return logits (outputs of all rows, classes) float32, in eval mode and fp32. Collective.
+
+    Args:
+        model: run without gradient, and left in eval mode.
+        encoded: rows as the encoder takes them.
+        inputs: collates them and splits a batch's outputs into rows.
+        device: the model's.
+        stock: run the model as transformers and peft run it.
+    """
+    with nullcontext() if stock else run_fast(model):
+        return np.concatenate(
+            run_batches(model, encoded, inputs, device, lambda output: output.logits, "predictions")
+        )
 
 
 def predict_with_features(
@@ -67,10 +91,11 @@ def predict_with_features(
         return torch.cat([caught.pop().float(), output.logits.float()], -1)
 
     try:
-        values = np.concatenate(run_batches(model, encoded, inputs, device, read, "predictions"))
+        with run_fast(model):
+            parts = run_batches(model, encoded, inputs, device, read, "predictions")
     finally:
         hook.remove()
-    width = last_linear.in_features
+    values, width = np.concatenate(parts), last_linear.in_features
     return np.ascontiguousarray(values[:, width:]), np.ascontiguousarray(values[:, :width])
 
 

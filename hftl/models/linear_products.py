@@ -61,8 +61,10 @@ class LinearProducts:
         self, layers: Sequence[LinearTensors], dtype: torch.dtype, frozen: FrozenCasts | None
     ) -> None:
         self.layers = layers
-        cast = stack_layers(layers, dtype) if frozen is None else frozen.cast(layers, dtype)
-        self.weight, self.bias = cast
+        if frozen is None or layers[0].weight.dtype == dtype:
+            self.weight, self.bias = stack_layers(layers, dtype)
+        else:
+            self.weight, self.bias = frozen.cast(layers, dtype)
         self.down = self.up = None
         adapted = [layer for layer in layers if layer.down is not None]
         if adapted:

@@ -3,11 +3,13 @@
 Between attentions an encoder treats every token for itself, so that padding costs time and changes
 nothing. On a CPU the encoders whose `ArchitectureSpec` says `packs` run a batch as one row of all
 its tokens; only attention puts them back into rows. The batch stays as it is, and so do its
-outputs, but for rounding. Predictions, in fp32 and without gradient, run as stock classes run them:
-the proof that a model reloads compares the two. The names are those of transformers' attention
+outputs, but for rounding. In fp32 and without gradient a model runs as its stock class runs it,
+but inside `pack_predictions`. The names are those of transformers' attention
 interface: https://huggingface.co/docs/transformers/attention_interface
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -130,6 +132,8 @@ class PackedEncoder:
     has_padding_offset: bool
     reads_whole_batches = False
     """True where a hook inside reads positions of the whole batch."""
+    packs_predictions = False
+    """Whether batches in fp32 without gradient run packed, too."""
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **more: Any
@@ -160,12 +164,16 @@ class PackedEncoder:
         return output
 
     def _packs(self, mask: Tensor, more: dict[str, Any]) -> bool:
-        """Return whether a batch runs packed: in training, on a CPU, where it is faster."""
+        """Return whether a batch runs packed: on a CPU, where it is faster."""
         flags = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
         is_plain = all(more.get(name, getattr(self.config, name)) == flags[name] for name in flags)
         return (
             mask.device.type == "cpu"
-            and (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+            and (
+                self.packs_predictions
+                or torch.is_grad_enabled()
+                or torch.is_autocast_enabled("cpu")
+            )
             and mask.ndim == 2
             and is_plain
             and not self.reads_whole_batches
@@ -182,3 +190,16 @@ class PackedEncoder:
             is_token = input_ids != self.config.pad_token_id
             return is_token.cumsum(1) * is_token + self.config.pad_token_id
         return torch.arange(input_ids.shape[1]).expand_as(input_ids)
+
+
+@contextmanager
+def pack_predictions(model: nn.Module) -> Iterator[None]:
+    """Let the encoders of a model run packed in fp32 without gradient, too."""
+    encoders = [module for module in model.modules() if isinstance(module, PackedEncoder)]
+    try:
+        for encoder in encoders:
+            encoder.packs_predictions = True
+        yield
+    finally:
+        for encoder in encoders:
+            encoder.packs_predictions = False

@@ -4,8 +4,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from pydantic import JsonValue
+from torch import nn
 
 from hftl import console
 from hftl.card.card import format_gain_sentence
@@ -35,6 +37,7 @@ from hftl.measure.record import (
 )
 from hftl.measure.slices import measure_slices
 from hftl.measure.verdict import judge_record
+from hftl.models.features import predict_logits
 from hftl.pipeline.cache_keys import build_record_key
 from hftl.pipeline.forgetting import build_forgetting_section
 from hftl.pipeline.placement import choose_placement
@@ -48,7 +51,15 @@ from hftl.pipeline.record_sections import (
 from hftl.pipeline.run import ArmContexts, FinishedStage, Run
 from hftl.pipeline.slices import read_slices
 from hftl.publish.checks import measure_reload_difference
-from hftl.publish.export import export_base, export_model, rebuild_model, write_reload_sample
+from hftl.publish.export import (
+    export_base,
+    export_model,
+    rebuild_model,
+    select_sample_logits,
+    select_sample_rows,
+    write_reload_sample,
+)
+from hftl.publish.prediction_check import check_predictions
 from hftl.runtime import hardware, run_folder
 from hftl.runtime.hardware import get_dtype_name
 from hftl.runtime.progress import show_activity
@@ -204,7 +215,8 @@ def package_model(run: Run, context: ExperimentContext, arm: Arm, seed: int) -> 
             export_model(context, model, arm.finetune, aside / "model")
             if arm.spec.trains_adapter and context.base_is_adapted:
                 export_base(context, aside / "base")
-            sample = write_reload_sample(context, read_logits(arm_folder, "test"), aside)
+            logits = _compute_sample_logits(context, model, read_logits(arm_folder, "test"))
+            sample = write_reload_sample(context, logits, aside)
             with show_activity("reloading in a fresh process"):
                 difference = measure_reload_difference(
                     aside / "model", context.public_base.folder, sample, context.device
@@ -222,6 +234,19 @@ def _describe_environment(
     return describe_environment(
         context.device, dtype, _estimate_energy(recipe, timings), placement.processes, threads
     )
+
+
+def _compute_sample_logits(
+    context: ExperimentContext, model: nn.Module, stored: np.ndarray
+) -> np.ndarray:
+    """Return the logits of the sample's rows in stock classes; the stored ones must equal them."""
+    rows = context.encode_rows(
+        [context.prepared.rows["test"][i] for i in select_sample_rows(context)]
+    )
+    model.to(context.device)
+    logits = predict_logits(model, rows, context.inputs, context.device, stock=True)
+    check_predictions(select_sample_logits(context, stored), logits, context.prepared.task)
+    return logits
 
 
 def _estimate_energy(recipe: Recipe, timings: dict[str, dict[str, float]]) -> dict[str, float]:

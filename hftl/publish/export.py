@@ -224,18 +224,34 @@ def export_base(context: ExperimentContext, folder: Path) -> None:
         _rewrite_json(path, drop_local_names)
 
 
-def write_reload_sample(context: ExperimentContext, logits: np.ndarray, folder: Path) -> Path:
-    """Write test rows as a user has them, and the arm's logits, for the proof of the reload.
+def select_sample_rows(context: ExperimentContext) -> list[int]:
+    """Return the places of the test rows that prove the reload: of images the smallest."""
+    rows = context.prepared.rows["test"]
+    return sorted(range(len(rows)), key=lambda i: math.prod(rows[i].size or (1,)))[:SAMPLE_ROWS]
 
-    Images are copied whole, the smallest of the test's. Words that were cut off have no logits and
-    are left out of the comparison.
+
+def select_sample_logits(context: ExperimentContext, logits: np.ndarray) -> np.ndarray:
+    """Return the logits of `select_sample_rows`, of those of all test rows."""
+    counts = context.prepared.count_words(context.prepared.rows["test"])
+    parts = np.split(logits.astype(np.float64), np.cumsum(counts)[:-1])
+    return np.concatenate([parts[i] for i in select_sample_rows(context)])
+
+
+def write_reload_sample(context: ExperimentContext, logits: np.ndarray, folder: Path) -> Path:
+    """Write test rows as a user has them, and their logits, for the proof of the reload.
+
+    Images are copied whole. Words that were cut off have no logits and are left out of the
+    comparison.
+
+    Args:
+        context: of the experiment.
+        logits: of `select_sample_rows`.
+        folder: to write into.
     """
     prepared = context.prepared
     rows = prepared.rows["test"]
-    parts = np.split(logits.astype(np.float64), np.cumsum(prepared.count_words(rows))[:-1])
-    chosen = sorted(range(len(rows)), key=lambda i: math.prod(rows[i].size or (1,)))[:SAMPLE_ROWS]
-    rows_logits = np.concatenate([parts[i] for i in chosen])
-    finite = rows_logits[np.isfinite(rows_logits).all(1)]
+    chosen = select_sample_rows(context)
+    finite = logits[np.isfinite(logits).all(1)].astype(np.float64)
     sample: ReloadSample = {"logits": finite.tolist()}
     if isinstance(context.inputs, ImageInputs):
         sample["arguments"] = context.inputs.arguments
