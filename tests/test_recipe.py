@@ -26,7 +26,7 @@ FROM_CONTRACT = {
         "test": {"fraction": 0.2},
         "unlabeled": None, "general": None, "group": None, "shots": None, "seed": 0,
         "bad_rows": "refuse", "max_length": 128, "image_size": None, "augment": "none",
-        "max_pixels": 40_000_000, "label_names": None,
+        "max_pixels": 40_000_000, "prompt": None, "label_names": None,
     },
     "adapt": None,
     "finetune": {

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hftl.data.image_inputs import ImageInputs, get_image_size
+from hftl.data.image_inputs import ImageInputs
 from hftl.data.text_inputs import TextInputs
 from hftl.models.source import SourceModel
 from hftl.train.facts import Finding
@@ -57,9 +57,7 @@ UPPER_CASE = re.compile(r"[A-Z]")
 
 def read_normalization(inputs: ImageInputs) -> Normalization:
     """Return the mean and standard deviation that the processor's arithmetic amounts to."""
-    side = get_image_size(inputs.processor)
-    ends = [{"pixel_values": np.full((3, side, side), level, np.uint8)} for level in (0, 255)]
-    low, high = inputs.collate([dict(end) for end in ends])["pixel_values"][:, :, 0, 0].tolist()
+    low, high = inputs.normalize_levels().tolist()
     std = tuple(1 / (b - a) if b != a else float("inf") for a, b in zip(low, high, strict=True))
     mean = tuple(-a * s for a, s in zip(low, std, strict=True))
     return Normalization(mean, std)  # pyright: ignore[reportArgumentType]

@@ -26,6 +26,7 @@ from hftl.card.snippets import (
 )
 from hftl.card.validation import is_hub_id
 from hftl.card.wording import (
+    PICTURE_EXAMPLE,
     TASK_PHRASES,
     build_figure_rows,
     build_forgetting_rows,
@@ -275,12 +276,14 @@ def _build_plain_snippet(record: Record, place: str) -> str:
     base, revision = find_public_base(record)
     if record.adapt is not None and record.adapt.base is not None and base is None:
         base = "../publish-base"
+    given = record.forward.get("prompt") if record.forward else None
+    prompt = given if isinstance(given, str) else None
     return render_plain_snippet(
         place, base, revision, record.recipe.finetune.pooling, max(1, len(record.data.labels)),
         record.recipe.finetune.spec.trains_adapter, input_kind(record),
-        example_input(record).strip("()"),
+        PICTURE_EXAMPLE if prompt is not None else example_input(record).strip("()"),
         bool(record.forward and record.forward.get("interpolate_pos_encoding")),
-        record.source.architecture or "",
+        record.source.architecture or "", prompt,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import json
 
 from hftl.card.validation import is_hub_id
+from hftl.config.data import TEXT_PLACE
 from hftl.models.architectures import ARCHITECTURES
 
 PLAIN_TEMPLATE = """import torch
@@ -43,6 +44,7 @@ POOLINGS = {
     "mean": 'mask = inputs["attention_mask"].unsqueeze(-1)\n'
     "    pooled = (hidden * mask).sum(1) / mask.sum(1)",
     "cls": "pooled = hidden[:, 0]",
+    "last": "pooled = hidden[:, -1]  # of one row, which has no padding",
 }
 EMBEDDING_LINES = (
     "embedding = model.eval()({forward}).pooler_output\n"
@@ -76,10 +78,20 @@ PREPROCESSORS = {
               'processor(Image.open({example}).convert("RGB"), return_tensors="pt")'),
 }  # fmt: skip
 
+PROMPTED_PREPROCESSOR = (
+    "AutoProcessor",
+    'processor = AutoProcessor.from_pretrained(path, backend="pil")',
+    'processor(\n    text={text},\n    images=Image.open({example}).convert("RGB"), '
+    'return_tensors="pt",\n)',
+)
+"""Of a vision-language model."""
+TEXT_EXAMPLE = "A text of your own."
+
 
 def render_plain_snippet(
     place: str, base: str | None, revision: str | None, pooling: str, outputs: int, adapter: bool,
     kind: str, example: str, interpolates: bool = False, architecture: str = "",
+    prompt: str | None = None,
 ) -> str:  # fmt: skip
     """Return code that prints the logits of one example, for words those of every token.
 
@@ -87,13 +99,14 @@ def render_plain_snippet(
         place: the folder or hub id of the published model.
         base: the public base of an adapter; None where it has none.
         revision: the base's commit, where it is pinned.
-        pooling: native, mean, cls or embedding.
+        pooling: native, mean, cls, embedding or last.
         outputs: classes, or 1 for a target.
         adapter: whether the folder holds an adapter or the whole model.
         kind: what the model takes: text, words or image.
         example: one input, as source code.
         interpolates: whether forward must interpolate its positions to the pictures' size.
         architecture: what the base's checkpoint says it is.
+        prompt: that of a vision-language model.
     """
     pooled = pooling != "native"
     if adapter and not pooled and kind in AUTO_PEFT_CLASSES and base and is_hub_id(base):
@@ -103,6 +116,11 @@ def render_plain_snippet(
     if adapter and not pooled:
         auto = STOCK_CLASSES.get(architecture, auto)
     reader, name, call = PREPROCESSORS[kind]
+    reading = f"{name} = {reader}.from_pretrained(path)"
+    if prompt is not None:
+        reader, reading, call = PROMPTED_PREPROCESSOR
+        text = prompt.replace(TEXT_PLACE, TEXT_EXAMPLE)
+        call = call.format(text=json.dumps(text, ensure_ascii=False), example="{example}")
     forward = "**inputs, interpolate_pos_encoding=True" if interpolates else "**inputs"
     output = f"print(model.eval()({forward}).logits)"
     if pooling == "embedding":
@@ -123,7 +141,7 @@ def render_plain_snippet(
     return PLAIN_TEMPLATE.format(
         place=path, auto=auto, reader=reader, imports=imports,
         peft_import="from peft import PeftModel\n" if adapter else "",
-        reading=f"{name} = {reader}.from_pretrained(path)",
+        reading=reading,
         load=_render_load_lines(
             auto, base, revision, adapter,
             "" if pooled else _render_config_arguments(outputs, architecture),

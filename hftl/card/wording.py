@@ -118,15 +118,20 @@ def find_pipeline_tag(record: Record) -> str:
     return f"{start}-classification"
 
 
+PICTURE_EXAMPLE = '"a_picture.png"'
+
+
 def example_input(record: Record) -> str:
     """Return one input, as `predict` takes it, in source code."""
     columns = record.recipe.data.train.text
     if input_kind(record) == "text" and isinstance(columns, list) and len(columns) == 2:
         return '("A first text.", "A second text.")'
+    if record.recipe.data.reads_text_beside:
+        return f'({PICTURE_EXAMPLE}, "A text of your own.")'
     return {
         "text": '"A text of your own."',
         "words": '["Each", "word", "apart"]',
-        "image": '"a_picture.png"',
+        "image": PICTURE_EXAMPLE,
     }[input_kind(record)]
 
 

@@ -91,6 +91,11 @@ SplitSource = Annotated[
 ]
 
 
+DEFAULT_PROMPT = "What is in this picture?"
+TEXT_PLACE = "{}"
+"""Where a row's text stands in a prompt."""
+
+
 class Data(Section):
     """Describe the task, its tables and how they are split."""
 
@@ -108,6 +113,9 @@ class Data(Section):
     image_size: int | None = Field(default=None, ge=1, le=4096)
     augment: Literal["none", "light"] = "none"
     max_pixels: int = Field(default=40_000_000, ge=1)
+    prompt: str | None = Field(default=None, min_length=1)
+    """What a vision-language source is asked of each picture; `{}` is where the row's own text
+    stands, of at most `max_length` tokens. null: `DEFAULT_PROMPT`."""
     label_names: Annotated[Mapping[str, str], BeforeValidator(name_by_label)] | None = None
     """Words for labels, as {0: negative, 1: positive}. Zero-shot classification reads them and the
     card shows them; the labels stay as the table has them."""
@@ -146,6 +154,10 @@ class Data(Section):
         total = sum(p.fraction for p in (self.validation, self.test) if isinstance(p, Fraction))
         if total >= 1:
             raise ValueError(f"the fractions of validation and test add up to {total:g}")
+        if self.prompt is not None and self.prompt.count(TEXT_PLACE) > 1:
+            raise ValueError(f"prompt has several places {TEXT_PLACE} for a text, expected one")
+        if self.reads_text_beside and len(self.train.text_columns) > 1:
+            raise ValueError("prompt takes one text a row, and text names two columns")
         if self.label_names and self.task in (None, "regression"):
             raise ValueError(f"label_names are words for classes, and task={self.task} has none")
         return self
@@ -154,6 +166,11 @@ class Data(Section):
         """Return the words for a label: its entry of `label_names`, else the label itself, with
         spaces for underscores."""
         return (self.label_names or {}).get(label) or label.replace("_", " ").strip()
+
+    @property
+    def reads_text_beside(self) -> bool:
+        """Return whether a row is a picture and a text."""
+        return self.prompt is not None and TEXT_PLACE in self.prompt
 
     @property
     def has_labelled_general(self) -> bool:

@@ -100,8 +100,9 @@ class Finetune(Section):
     """Describe the strategy and its training. `training` is transformers', `lora` is peft's."""
 
     strategy: Strategy = "lora"
-    pooling: Literal["native", "mean", "cls", "embedding"] = "native"
-    """embedding: what a pair of image and text encoders (CLIP) compares with texts."""
+    pooling: Literal["native", "mean", "cls", "embedding", "last"] = "native"
+    """embedding: what a pair of image and text encoders (CLIP) compares with texts. last: the last
+    token of a vision-language source's prompt."""
     head_init: Literal["probe", "random", "zero_shot"] = "probe"
     blocks: int = Field(default=2, ge=1)
     class_weight: ClassWeight = None

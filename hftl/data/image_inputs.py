@@ -71,11 +71,7 @@ class ImageInputs:
         Raises:
             DataError: if an image that is not cached cannot be read any more.
         """
-        missing = [row for row in rows if row.content[0] not in self._canvases]
-        for row, canvas in self.map_images(
-            missing, lambda image: resize_and_crop(self.processor, image)
-        ):
-            self._canvases[row.content[0]] = canvas
+        self._fill_canvases(rows)
         return [{"pixel_values": self._canvases[row.content[0]]} for row in rows]
 
     def hash_preprocessing(self) -> str:
@@ -85,6 +81,35 @@ class ImageInputs:
     def with_data(self, data: Data) -> "ImageInputs":
         """Return the same inputs for images of other tables, without a cache."""
         return ImageInputs(data, self.processor, self.arguments, self.patch_size)
+
+    @property
+    def forward_facts(self) -> dict[str, bool | str] | None:
+        """Return what a user must give the model besides pictures."""
+        return {**self.arguments}
+
+    def normalize_levels(self) -> Tensor:
+        """Return what black and white become in each channel, (2, 3) float32."""
+        levels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
+        return self._normalize(levels.expand(2, 3, 1, 1))[:, :, 0, 0]
+
+    @property
+    def canvas_side(self) -> int:
+        """Return the side of a canvas, in pixels."""
+        return get_image_size(self.processor)
+
+    def draw_canvas(self, image: Image.Image) -> np.ndarray:
+        """Return what is cached of an image: (3, side, side) uint8."""
+        return resize_and_crop(self.processor, image)
+
+    def stack_canvases(self, rows: list[Row]) -> np.ndarray:
+        """Return the canvases of rows, (rows, 3, side, side) uint8."""
+        self._fill_canvases(rows)
+        return np.stack([self._canvases[row.content[0]] for row in rows])
+
+    def _fill_canvases(self, rows: list[Row]) -> None:
+        missing = [row for row in rows if row.content[0] not in self._canvases]
+        for row, canvas in self.map_images(missing, self.draw_canvas):
+            self._canvases[row.content[0]] = canvas
 
     def get_pixels(self, name: str) -> np.ndarray:
         """Return the cached pixels of the image of this hash: (3, height, width) uint8."""
@@ -369,15 +394,13 @@ def write_image_cache(inputs: ImageInputs, rows: list[Row], folder: Path) -> Non
         DataError: if an image cannot be read any more.
     """
     distinct = list({row.content[0]: row for row in rows}.values())
-    side = get_image_size(inputs.processor)
+    side = inputs.canvas_side
     canvases = np.lib.format.open_memmap(
         folder / PIXELS_FILE, "w+", dtype=np.uint8, shape=(len(distinct), 3, side, side)
     )
     places = {row.content[0]: number for number, row in enumerate(distinct)}
     with open_bar("pictures", len(distinct)) as advance:
-        results = inputs.map_images(
-            distinct, lambda image: resize_and_crop(inputs.processor, image)
-        )
+        results = inputs.map_images(distinct, inputs.draw_canvas)
         for number, (row, pixels) in enumerate(results, 1):
             canvases[places[row.content[0]]] = pixels
             advance(number)

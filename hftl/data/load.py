@@ -46,6 +46,8 @@ def load_rows(data: Data, part: str, bad: BadRows, spec: InputSpec) -> list[Row]
     table, task = getattr(data, part), str(data.task)
     name, raws = read_table(table, part, spec.modality)
     contents = table.text_columns if spec.modality == "text" else [table.image]
+    if spec.modality == "image" and data.reads_text_beside:
+        contents = [table.image, *table.text_columns]
     columns = [*contents, *table.label_columns, *([data.group] if data.group else [])]
     rows: list[Row] = []
     types: dict[str, str] = {}
@@ -72,8 +74,10 @@ def _build_row(raw: RawRow, image: ImageInfo | None, data: Data, part: str) -> R
     label = parse_label(raw.values, table.label, str(data.task))
     group = str(raw.values[data.group]) if data.group else None
     if image is not None:
+        beside = table.text_columns if data.reads_text_beside else []
+        content = (image.content, *(str(raw.values[column]) for column in beside))
         return Row(
-            (image.content,), label, group, raw.index, raw.where, part, image.size,
+            content, label, group, raw.index, raw.where, part, image.size,
             image.perceptual_hash, image.levels,
         )  # fmt: skip
     if data.task == "token-classification":
@@ -210,7 +214,7 @@ def _find_row_fault(raw: RawRow, table: Table, data: Data, spec: InputSpec) -> s
         return raw.fault
     if any(map(has_invalid_utf8, raw.values.values())):
         return "not valid UTF-8"
-    if spec.modality == "text":
+    if spec.modality == "text" or data.reads_text_beside:
         faults = (
             find_text_fault(column, raw.values[column], task) for column in table.text_columns
         )

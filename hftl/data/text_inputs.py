@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ class TextInputs:
 
     tokenizer: Any
     max_length: int
+    forward_facts: ClassVar[None] = None
+    """Nothing besides texts is given to the model."""
 
     def encode(self, rows: list[Row]) -> list[EncodedRow]:
         """Return the token ids of each row, not padded.

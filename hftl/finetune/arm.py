@@ -30,9 +30,9 @@ from hftl.finetune.trainable import apply_strategy, count_trainable_parameters
 from hftl.finetune.zero_shot import (
     build_start_model,
     build_zero_shot_model,
-    compute_entailment,
-    find_entailment_output,
     list_prompts,
+    score_classes,
+    scores_every_class,
 )
 from hftl.measure.metrics import compute_all_metrics
 from hftl.models.features import predict_logits, predict_with_features
@@ -74,8 +74,8 @@ def solve_zero_shot(context: ExperimentContext, finetune: Finetune, seed: int) -
     started = time.perf_counter()
     prompts = list_prompts(context, finetune)
     facts = TrainingFacts(prompts=prompts)
-    if find_entailment_output(context.source) is not None:
-        logits = compute_entailment(context, prompts)
+    if scores_every_class(context.source):
+        logits = score_classes(context, prompts)
         return ArmOutput(logits, {}, 0, facts, {"train_seconds": time.perf_counter() - started})
     built = build_zero_shot_model(context, finetune, seed)
     weight, bias = (tensor.detach().numpy() for tensor in built.last_linear.parameters())

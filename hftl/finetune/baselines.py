@@ -5,11 +5,13 @@ What the inputs say is vectorised in the way that is usual for them; the solver 
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import hstack
 from sklearn.feature_extraction import DictVectorizer
 from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -70,10 +72,20 @@ def _vectorize(
 ) -> tuple[list[Any], dict[str, torch.Tensor]]:
     """Return a matrix for each part, the first of which sets the vocabulary, and the vocabulary."""
     if context.prepared.modality == "image":
-        return [_extract_pixels(context, rows) for rows in parts], {}
+        pixels = [_extract_pixels(context, rows) for rows in parts]
+        if len(parts[0][0].content) == 1:
+            return pixels, {}
+        beside = [[_drop_picture(row) for row in rows] for rows in parts]
+        texts, vocabulary = _vectorize_texts(beside)
+        return [hstack(pair, format="csr") for pair in zip(pixels, texts, strict=True)], vocabulary
     if context.prepared.task == "token-classification":
         return _vectorize_words(parts)
     return _vectorize_texts(parts)
+
+
+def _drop_picture(row: Row) -> Row:
+    """Return the text of a row that is a picture and a text."""
+    return replace(row, content=row.content[1:])
 
 
 def _extract_pixels(context: ExperimentContext, rows: list[Row]) -> np.ndarray:

@@ -48,6 +48,7 @@ from hftl.models.encoders import check_block_count, count_blocks
 from hftl.models.features import FeatureCache, compute_frozen_features
 from hftl.models.heads import LoadedModel, TargetScale, build_model, has_head_bias
 from hftl.models.pairs import EMBEDDING, build_embedding_model
+from hftl.models.prompt_processor import build_prompted_inputs
 from hftl.models.source import (
     SourceModel,
     hash_source_config,
@@ -84,7 +85,7 @@ class ExperimentContext:
     `original` is the context before it; `lm_head` is the head of words that it trained.
     `general` are the rows of general data, None where the recipe names none; `label_column` is that
     of train's labels, by which theirs are known; `label_words` are the words for each class, and
-    `entailment` what a source with an entailment head said of the rows, by prompts and split.
+    `class_scores` what a source that scores every class said of the rows, by prompts and split.
     `feature_root` is where features and the states of frozen blocks stay, None: nowhere; `seeds`
     are those of the run, whose rows run in one pass: no state depends on which arm is first.
     """
@@ -106,7 +107,7 @@ class ExperimentContext:
     general: GeneralData | None = None
     label_column: str = "label"
     label_words: Mapping[str, str] = field(default_factory=dict)
-    entailment: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    class_scores: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     feature_root: Path | None = None
     seeds: tuple[int, ...] = ()
     _encoded: dict[bytes, EncodedRow] = field(default_factory=dict)
@@ -158,6 +159,11 @@ class ExperimentContext:
         built = self.build_model(finetune.pooling, 0)
         model = apply_strategy(built.model, finetune, built.fresh)
         return summarize_learning_rates(model, finetune.training["learning_rate"], rates)
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Return whether the source is a vision-language model."""
+        return self.source.architecture_spec.reads_prompt
 
     @property
     def num_outputs(self) -> int:
@@ -231,7 +237,8 @@ class ExperimentContext:
 
     def stack_canvases(self, rows: list[Row]) -> np.ndarray:
         """Return the images as the encoder sees them, (rows, 3, height, width) uint8."""
-        return np.stack([row["pixel_values"] for row in self.encode_rows(rows)])
+        assert isinstance(self.inputs, ImageInputs)
+        return self.inputs.stack_canvases(rows)
 
     def group_outputs(self, rows: list[Row]) -> np.ndarray | None:
         """Return a group name for each output, equal within a group or a row of words; None
@@ -364,11 +371,21 @@ def build_context(recipe: Recipe, source: SourceModel, prepared: PreparedData) -
             check_block_rates("finetune.lr", rates and rates.blocks, present)
         if counts_blocks:
             check_block_count("finetune", arm.finetune.blocks, present, count_layers(source.config))
-    if prepared.modality == "image":
+    if source.architecture_spec.reads_prompt:
+        data = pin_revisions(recipe.data, prepared.facts.hub_revisions)
+        inputs = build_prompted_inputs(data, source)
+        source = match_padding(source, inputs.tokenizer)
+    elif prepared.modality == "image":
         inputs = build_image_inputs(recipe.data, source, prepared.facts.hub_revisions)
     else:
         inputs = build_text_inputs(recipe.data, source)
         source = match_padding(source, inputs.tokenizer)
+    if recipe.data.prompt is not None and not source.architecture_spec.reads_prompt:
+        raise RecipeError(
+            f"data.prompt is for vision-language sources, and {source.name} "
+            f"({source.architecture}) is none",
+            "Remove it",
+        )
     check_label_keys(recipe.data.label_names or (), prepared.names, "data.label_names")
     return ExperimentContext(
         source, hash_source_weights(source), hash_source_config(source),

@@ -142,6 +142,7 @@ class FrozenPrefix:
             "finetune.cache is never": self._finetune.cache == "never",
             "pictures vary by data.augment": self._context.augment,
             "FSDP cuts the model": is_sharded(),
+            "pictures stand among a prompt's tokens": self._context.reads_prompt,
             "torch_compile compiles them": self._args.torch_compile,
             "the encoder takes no mask": is_text and not accepts_attention_mask(self._encoder),
         }

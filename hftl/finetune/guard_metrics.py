@@ -14,7 +14,7 @@ from hftl.measure.metrics import METRICS, SELECTION_METRICS
 from hftl.measure.statistics import jackknife
 from hftl.models.encoders import has_prefix
 from hftl.models.features import compute_frozen_features
-from hftl.models.heads import LoadedModel, build_model
+from hftl.models.heads import LoadedModel, build_model, get_source_pooling
 from hftl.runtime import distributed
 
 ReadWeights = Callable[[], dict[str, Tensor]]
@@ -86,7 +86,7 @@ def build_neighbour_agreement(
         seed: of weights above the encoder that the checkpoint lacks.
         state: the weights now.
     """
-    pooling = "mean" if context.prepared.modality == "text" else "native"
+    pooling = get_source_pooling(context.source)
     built = build_model(context.source, "regression", pooling, 1, [], seed)
     built.model.to(context.device)
 

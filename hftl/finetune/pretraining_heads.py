@@ -44,7 +44,13 @@ from hftl.errors import HftlError, RecipeError
 from hftl.finetune.context import ExperimentContext
 from hftl.models.encoders import get_stock_encoder, get_task_class, has_prefix
 from hftl.models.features import batch_by_length, compute_frozen_features, predict_logits
-from hftl.models.heads import LoadedModel, PooledModel, build_model, load_class
+from hftl.models.heads import (
+    LoadedModel,
+    PooledModel,
+    build_model,
+    get_source_pooling,
+    load_class,
+)
 from hftl.models.pairs import EmbeddingModel, load_pair
 from hftl.models.source import SourceModel, load_tokenizer
 from hftl.retain.weights import PEFT_WRAPPING
@@ -365,6 +371,6 @@ def embed_source(context: ExperimentContext, seed: int) -> dict[str, np.ndarray]
         context: of the source as it is.
         seed: of weights above the encoder that the checkpoint lacks.
     """
-    pooling = "mean" if context.prepared.modality == "text" else "native"
+    pooling = get_source_pooling(context.source)
     model = build_model(context.source, "regression", pooling, 1, [], seed)
     return embed_compared_rows(context, model)

@@ -1,9 +1,11 @@
 """Classify without labels: compare each input with words for the classes, as the source can.
 
 A source with an entailment head is asked whether a text entails a hypothesis of each class (Yin et
-al. 2019, arXiv:1909.00161). Other sources compare embeddings: a class is the direction of its
-prompts' embeddings, and a linear head holds all of them. Pairs of an image and a text encoder embed
-the prompts by their text half, which the model with that head no longer needs.
+al. 2019, arXiv:1909.00161), a vision-language source how likely each class is as the answer to its
+prompt: both are passes for each row and class, and no head. Other sources compare embeddings: a
+class is the direction of its prompts' embeddings, and a linear head holds all of them. Pairs of an
+image and a text encoder embed the prompts by their text half, which the model with that head no
+longer needs.
 """
 
 from collections.abc import Mapping
@@ -15,6 +17,7 @@ import torch
 from hftl.config.finetune import Finetune
 from hftl.config.recipe import Arm, Recipe
 from hftl.data.labels import NUMERIC_TAG, check_label_keys
+from hftl.data.prompted_inputs import PromptedInputs
 from hftl.data.rows import Row
 from hftl.data.splits import MEASURED_SPLITS
 from hftl.errors import RecipeError
@@ -23,6 +26,11 @@ from hftl.finetune.strategies import ZERO_SHOT_ARM
 from hftl.models.encoders import get_task_class
 from hftl.models.features import predict_logits
 from hftl.models.heads import LoadedModel, TargetScale, load_class
+from hftl.models.likelihood import (
+    compute_likelihoods,
+    load_language_model,
+    tokenize_answers,
+)
 from hftl.models.pairs import (
     EMBEDDING,
     EMBEDDING_SCALE,
@@ -89,7 +97,7 @@ def get_embedding_pooling(context: ExperimentContext, finetune: Finetune) -> str
 def list_prompts(context: ExperimentContext, finetune: Finetune) -> Prompts:
     """Return the texts that stand for each class of the task."""
     template = WORDS_TEMPLATE
-    if context.prepared.modality == "image":
+    if context.source.model_type in PAIRS:
         template = PHOTO_TEMPLATE
     elif find_entailment_output(context.source) is not None:
         template = ENTAILMENT_TEMPLATE
@@ -164,40 +172,66 @@ def find_entailment_output(source: SourceModel) -> int | None:
     return next((i for i, name in names.items() if str(name).lower().startswith("entail")), None)
 
 
+def scores_every_class(source: SourceModel) -> bool:
+    """Return whether zero-shot classification takes a pass for each class, and makes no head."""
+    return source.architecture_spec.reads_prompt or find_entailment_output(source) is not None
+
+
 def count_hypotheses(context: ExperimentContext, arm: Arm) -> int:
-    """Count the passes that each row takes in an arm that classifies by entailment; 0 in others."""
-    if arm.strategy != ZERO_SHOT_ARM or find_entailment_output(context.source) is None:
+    """Count the passes that each row takes in an arm that scores every class; 0 in others."""
+    if arm.strategy != ZERO_SHOT_ARM or not scores_every_class(context.source):
         return 0
     return sum(map(len, list_prompts(context, arm.finetune).values()))
 
 
-def compute_entailment(context: ExperimentContext, prompts: Prompts) -> dict[str, np.ndarray]:
-    """Return by split how strongly each row entails each class, (rows, classes).
+def score_classes(context: ExperimentContext, prompts: Prompts) -> dict[str, np.ndarray]:
+    """Return by split how strongly each row entails each class, or how likely it answers with it.
 
-    The logits of a class's hypotheses are averaged. Nothing depends on the seed, and it costs a
-    pass for each row and hypothesis: all seeds share one.
+    (rows, classes); the logits of a class's prompts are averaged. Nothing depends on the seed, and
+    it costs a pass for each row and prompt: all seeds share one.
     """
     key = fingerprint(prompts)
-    if key not in context.entailment:
-        context.entailment[key] = {
-            split: np.stack([
-                np.mean([_measure_entailment(context, split, text) for text in texts], axis=0)
-                for texts in prompts.values()
-            ], axis=1)
+    if key not in context.class_scores:
+        measure = _measure_entailment
+        if context.reads_prompt:
+            measure = _measure_likelihood
+        context.class_scores[key] = {
+            split: average_scores(measure(context, split, prompts), prompts)
             for split in MEASURED_SPLITS
-        }  # fmt: skip
-    return context.entailment[key]
+        }
+    return context.class_scores[key]
 
 
-def _measure_entailment(context: ExperimentContext, split: str, hypothesis: str) -> np.ndarray:
-    """Return the entailment logit of every row of a split, (rows,)."""
+def average_scores(scores: np.ndarray, prompts: Prompts) -> np.ndarray:
+    """Return (rows, classes) of (rows, prompts of all classes in their order)."""
+    ends = np.cumsum([len(texts) for texts in prompts.values()])
+    return np.stack([part.mean(1) for part in np.split(scores, ends[:-1], axis=1)], axis=1)
+
+
+def _measure_likelihood(context: ExperimentContext, split: str, prompts: Prompts) -> np.ndarray:
+    """Return the log-likelihood of every class's texts as answers, (rows, prompts)."""
+    inputs = context.inputs
+    assert isinstance(inputs, PromptedInputs)
+    texts = [text for texts in prompts.values() for text in texts]
+    model = load_language_model(context.source).to(context.device)
+    encoded = context.encode_rows(context.prepared.rows[split])
+    answers = tokenize_answers(inputs, texts)
+    return compute_likelihoods(model, encoded, answers, inputs, context.device)
+
+
+def _measure_entailment(context: ExperimentContext, split: str, prompts: Prompts) -> np.ndarray:
+    """Return the entailment logit of every row and hypothesis, (rows, prompts)."""
     model = _load_entailment_model(context.source).to(context.device)
-    rows = [
-        Row((*row.content, hypothesis), "", None, row.index, row.where)
-        for row in context.prepared.rows[split]
-    ]
-    logits = predict_logits(model, context.inputs.encode(rows), context.inputs, context.device)
-    return logits[:, find_entailment_output(context.source)]
+    output = find_entailment_output(context.source)
+    columns = []
+    for hypothesis in (text for texts in prompts.values() for text in texts):
+        rows = [
+            Row((*row.content, hypothesis), "", None, row.index, row.where)
+            for row in context.prepared.rows[split]
+        ]
+        encoded = context.inputs.encode(rows)
+        columns.append(predict_logits(model, encoded, context.inputs, context.device)[:, output])
+    return np.stack(columns, axis=1)
 
 
 def _load_entailment_model(source: SourceModel) -> torch.nn.Module:
@@ -245,7 +279,9 @@ def _check_arm(arm: Arm, context: ExperimentContext, is_own: bool) -> None:
     if not is_arm and not arm.starts_zero_shot:
         return
     needs_head = arm.starts_zero_shot or is_own
-    if context.prepared.modality == "image":
+    if context.reads_prompt:
+        _check_answers(arm, context, needs_head)
+    elif context.prepared.modality == "image":
         _check_pair(arm, context.source, needs_head)
     elif find_entailment_output(context.source) is not None:
         _check_entailment(arm, context, needs_head)
@@ -290,6 +326,16 @@ def _check_pair(arm: Arm, source: SourceModel, needs_head: bool) -> None:
         )
     load_pair(source, "zero_shot")
     load_tokenizer(source)
+
+
+def _check_answers(arm: Arm, context: ExperimentContext, needs_head: bool) -> None:
+    """Refuse likelihoods where a head is needed."""
+    if needs_head:
+        raise RecipeError(
+            f"{context.source.name} classifies by the likelihood of each class as an answer, which "
+            "reads a picture once for each class and is no head that could be trained or published",
+            "Measure it beside another strategy: measure.arms: [zero_shot]",
+        )
 
 
 def _check_entailment(arm: Arm, context: ExperimentContext, needs_head: bool) -> None:

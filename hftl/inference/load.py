@@ -27,7 +27,7 @@ from hftl.doctor.renamed_modules import PREFIX, get_module_path
 from hftl.errors import RecipeError, RunFolderError
 from hftl.inference.find_model import wrap_loading_errors
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION, ArchitectureSpec
-from hftl.models.architectures import get_config_spec
+from hftl.models.architectures import get_config_spec, get_encoder_config
 from hftl.models.encoders import get_stock_encoder, has_prefix
 from hftl.models.heads import get_placeholder_name
 from hftl.models.source import find_source
@@ -90,8 +90,8 @@ def find_inputs_folder(folder: Path, base: Path | None, images: bool) -> Path:
     return folder if has_own or base is None else base
 
 
-UNUSED_PARTS = ("pooler", "mask_token")
-"""Parts of an encoder that a task's class may leave out of a checkpoint."""
+UNUSED_PARTS = ("pooler", "mask_token", "lm_head")
+"""Parts of a checkpoint that a task's class may leave out."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,8 @@ def add_head(folder: Path, model: Any) -> reload_check.PublishedModel:
     """
     with wrap_loading_errors(folder):
         published = reload_check.attach_head(folder, model)
-    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    config = getattr(model, "config", None)
+    width = None if config is None else getattr(get_encoder_config(config), "hidden_size", None)
     if published.head is None:
         return published
     projection: Any = published.projection

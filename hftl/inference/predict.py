@@ -11,7 +11,7 @@ import numpy as np
 from PIL.Image import Image
 from torch import nn
 
-from hftl.config.data import Data, Table
+from hftl.config.data import TEXT_PLACE, Data, Table
 from hftl.config.upstream_args import BASE_PRESERVING_INITS
 from hftl.data.facts import Modality
 from hftl.data.image_inputs import ImageInputs, get_image_size, resize_and_crop
@@ -24,6 +24,7 @@ from hftl.data.images import (
 )
 from hftl.data.labels import decode_logits
 from hftl.data.load import find_text_fault
+from hftl.data.prompted_inputs import PromptedInputs
 from hftl.data.rows import Levels, Row, has_invalid_utf8, normalize_newlines
 from hftl.data.text_inputs import EncodedRow, TextInputs, WordInputs
 from hftl.doctor.file_checks import NUMBERED_LABEL
@@ -48,7 +49,8 @@ from hftl.models.architectures import get_config_spec, get_max_tokens, get_patch
 from hftl.models.encoders import hide_padding
 from hftl.models.features import predict_logits
 from hftl.models.heads import unwrap_adapter
-from hftl.models.source import complete_padding
+from hftl.models.prompt_processor import load_prompt_processor
+from hftl.models.source import SourceModel, complete_padding
 from hftl.publish.published_metadata import (
     ADAPTER_CONFIG,
     HEAD_WEIGHTS,
@@ -204,6 +206,9 @@ def encode_image(
     Raises:
         DataError: naming the place, if no image can be read.
     """
+    text = ""
+    if isinstance(inputs, PromptedInputs) and inputs.reads_text:
+        value, text = _split_pair(place, value)
     try:
         image = decode_image(value, folder, inputs.data.max_pixels)
         if is_too_small(image, inputs.patch_size):
@@ -211,7 +216,22 @@ def encode_image(
     except ImageDecodeError as error:
         shown = f" ({value})" if isinstance(value, (str, Path)) and str(value) != place else ""
         raise DataError(f"{place}{shown}: {error}", "Correct it") from error
+    if isinstance(inputs, PromptedInputs):
+        return inputs.encode_picture(image, text), read_levels(image)
     return {"pixel_values": resize_and_crop(inputs.processor, image)}, read_levels(image)
+
+
+def _split_pair(place: str, value: Any) -> tuple[Any, str]:
+    """Return the picture and the text of a pair.
+
+    Raises:
+        DataError: naming the place, if it is none.
+    """
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2
+    why = find_text_fault("the text", value[1], "") if is_pair else "it is no pair"
+    if why:
+        raise DataError(f"{place}: {why}, and the model reads a picture and a text", "Correct it")
+    return value[0], normalize_newlines(value[1])
 
 
 def load(path: str | Path, base: str | Path | None = None) -> Predictor:
@@ -256,7 +276,10 @@ def build_predictor(
         names = [] if task == "regression" else _read_class_names(metadata, config)
         images = get_config_spec(config).modality == "image"
         files = find_inputs_folder(folder, base, images)
-        inputs, columns = _build_inputs(files, config, task, metadata.recipe.data)
+        if get_config_spec(config).reads_prompt:
+            inputs, columns = _build_prompted_inputs(files, config, metadata)
+        else:
+            inputs, columns = _build_inputs(files, config, task, metadata.recipe.data)
     hide_padding(model)
     if isinstance(inputs, TextInputs) and get_config_spec(config).is_causal:
         # The class finds the last token by it, and an adapter's base may name another, or none.
@@ -329,6 +352,33 @@ def _build_inputs(
     text = published.train.text
     columns = [text] if isinstance(text, str) else text
     return inputs_class(tokenizer, min(published.max_length, get_max_tokens(config))), columns
+
+
+def _build_prompted_inputs(
+    folder: Path, config: Any, metadata: PublishedMetadata
+) -> tuple[PromptedInputs, list[str]]:
+    """Build what encodes pictures with the prompt that a vision-language model was trained on.
+
+    Raises:
+        RecipeError: if hftl.json does not say the prompt.
+    """
+    prompt = metadata.forward.prompt if metadata.forward is not None else None
+    if prompt is None:
+        raise RecipeError(
+            f"{paths.get_display_name(folder)} does not say the prompt that it was trained on "
+            "(hftl.json, forward.prompt)",
+            "Give a folder that hftl published",
+        )
+    published = metadata.recipe.data
+    name = paths.get_display_name(folder)
+    source = SourceModel(name, folder, None, None, True, config, config.model_type)
+    data = Data(train=Table(path="."), max_pixels=published.max_pixels)
+    inputs = PromptedInputs(
+        data, load_prompt_processor(source), {}, 1, prompt=prompt,
+        max_length=published.max_length, folder=folder,
+    )  # fmt: skip
+    text = published.train.text
+    return inputs, [published.train.image, *([str(text)] if TEXT_PLACE in prompt else [])]
 
 
 def _load_processor(auto_class: Any, folder: Path, **options: Any) -> Any:

@@ -343,8 +343,9 @@ class Record(RecordPart):
     source: SourceFacts
     data: DataFacts
     check: CheckFacts
-    forward: dict[str, bool] | None
-    """Arguments that the model's forward takes besides the inputs."""
+    forward: dict[str, bool | str] | None
+    """What the model takes besides the inputs: arguments of forward, or `prompt`, which the picture
+    and the text of a row stand in."""
     adapt: AdaptSection | None
     metric: str | None
     """The metric that gains are measured in; null without a task, as all that follows."""

@@ -11,6 +11,10 @@ BERT_LINEARS = (
     "attention.self.query", "attention.self.key", "attention.self.value",
     "attention.output.dense", "intermediate.dense", "output.dense",
 )  # fmt: skip
+SWIGLU_LINEARS = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class ArchitectureSpec:
         is_causal: every token sees only those before it, as in a decoder.
         pooled_logits: the stock class computes logits of every token, and takes those of the last
             token that is no padding, or their mean.
+        reads_prompt: the encoder is a language model that sees a picture among the tokens of a
+            prompt; blocks are the language model's, and no stock class puts a head on it.
         adjust: returns the spec of a config whose settings change it.
     """
 
@@ -117,6 +123,7 @@ class ArchitectureSpec:
     token_mixer: str | None = None
     is_causal: bool = False
     pooled_logits: Literal["last", "mean"] | None = None
+    reads_prompt: bool = False
     adjust: Callable[["ArchitectureSpec", Any], "ArchitectureSpec"] | None = None
 
     def for_task(self, task: str) -> "ArchitectureSpec":

@@ -13,8 +13,10 @@ from hftl.errors import RecipeError
 from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.image_architectures import IMAGE_ENCODERS, IMAGE_HALVES
 from hftl.models.text_architectures import DECODERS, TEXT_ENCODERS
+from hftl.models.vision_language_architectures import VISION_LANGUAGE
 
 ARCHITECTURES = TEXT_ENCODERS | DECODERS | IMAGE_ENCODERS
+"""Architectures that transformers has a classification class for."""
 READ_AS = {"vit_mae": "vit"}
 """Architectures without a classification class, and the one whose encoder is the same."""
 
@@ -25,7 +27,7 @@ def get_config_spec(config: Any) -> ArchitectureSpec:
     Raises:
         RecipeError: if the architecture is not supported, naming those that are.
     """
-    spec = ARCHITECTURES.get(config.model_type) or IMAGE_HALVES.get(config.model_type)
+    spec = (ARCHITECTURES | VISION_LANGUAGE | IMAGE_HALVES).get(config.model_type)
     if spec is not None and getattr(config, "is_decoder", False) and not spec.is_causal:
         raise RecipeError(
             f"source.model: is_decoder in its config makes the encoder {config.model_type!r} a "
@@ -36,8 +38,8 @@ def get_config_spec(config: Any) -> ArchitectureSpec:
         raise RecipeError(
             f"source.model: the architecture {config.model_type!r} is not supported: hftl has no "
             "entry for it",
-            f"Use one of {', '.join(sorted([*ARCHITECTURES, *READ_AS]))}, or add an entry to "
-            "hftl/models/{text,image}_architectures.py",
+            f"Use one of {', '.join(sorted([*ARCHITECTURES, *VISION_LANGUAGE, *READ_AS]))}, or add "
+            "an entry to hftl/models/{text,image,vision_language}_architectures.py",
         )
     return spec if spec.adjust is None else spec.adjust(spec, config)
 
@@ -46,7 +48,12 @@ def get_config_spec(config: Any) -> ArchitectureSpec:
 
 
 def get_encoder_config(config: Any) -> Any:
-    """Return the config of the encoder: the vision part of a composite config, or the config."""
+    """Return the config of the encoder: the part of a composite config whose blocks train.
+
+    That is the vision part of a pair, and the language model's of a vision-language model.
+    """
+    if config.model_type in VISION_LANGUAGE:
+        return config.get_text_config()
     return getattr(config, "vision_config", config)
 
 

@@ -136,7 +136,8 @@ def count_blocks(config: Any) -> int:
         RecipeError: if the architecture is not supported.
     """
     architecture = get_config_spec(config)
-    model = build_on_meta(get_task_class(config, "classification"), config)
+    kind = get_task_class(config, "classification") or get_encoder_class(config)
+    model = build_on_meta(kind, config)
     return len(get_blocks(get_stock_encoder(model, architecture), architecture))
 
 
@@ -185,11 +186,11 @@ def hide_padding(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and _is_unchanged_text_encoder(module):
             spec = ARCHITECTURES.get(module.config.model_type)
+            if spec is None or spec.modality != "text":
+                continue  # a part of a vision-language model
             if not accepts_attention_mask(module):
                 _mix_in(module, _RunsByLength)
-            elif (
-                spec is not None and spec.packs and not getattr(module.config, "is_decoder", False)
-            ):
+            elif spec.packs and not getattr(module.config, "is_decoder", False):
                 module.set_attn_implementation(packing.NAME)
                 _mix_in(module, packing.PackedEncoder)
                 vars(module)["has_padding_offset"] = spec.has_padding_offset

@@ -42,8 +42,12 @@ def pool_tokens(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     Args:
         hidden: (batch, length, width).
         mask: (batch, length), 0 at padding.
-        pooling: `mean` over the tokens that are no padding, or `cls`, the first token.
+        pooling: `mean` over the tokens that are no padding, `cls`, the first token, or `last`,
+            the last one that is no padding.
     """
+    if pooling == "last":
+        places = torch.arange(mask.shape[1], device=mask.device)
+        return hidden[torch.arange(len(hidden)), (places * mask).argmax(-1)]
     if pooling == "cls":
         return hidden[:, 0]
     weight = mask.unsqueeze(-1).to(hidden.dtype)
@@ -51,7 +55,7 @@ def pool_tokens(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
 
 
 class PooledModel(nn.Module):
-    """Hold an encoder, `mean` or `cls` pooling, and one linear head."""
+    """Hold an encoder, `mean`, `cls` or `last` pooling, and one linear head."""
 
     def __init__(self, encoder: nn.Module, pooling: str, width: int, outputs: int) -> None:
         super().__init__()
@@ -70,11 +74,15 @@ class PooledModel(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        **more: Tensor,
     ) -> SequenceClassifierOutput:
-        """Return logits (batch, outputs) of ids (batch, length); the trainer computes the loss."""
+        """Return logits (batch, outputs) of ids (batch, length); the trainer computes the loss.
+
+        `more` are further inputs of the encoder, as the pictures of a vision-language model.
+        """
         optional = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
         present = {name: tensor for name, tensor in optional.items() if tensor is not None}
-        hidden = self.encoder(input_ids=input_ids, **present).last_hidden_state
+        hidden = self.encoder(input_ids=input_ids, **present, **more).last_hidden_state
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         pooled = pool_tokens(hidden, mask, self.pooling)
         return SequenceClassifierOutput(logits=self.head(pooled))  # pyright: ignore
@@ -187,7 +195,7 @@ def build_model(
     Args:
         source: the checkpoint.
         task: the recipe's `data.task`.
-        pooling: native (the stock class), mean or cls.
+        pooling: native (the stock class), mean, cls or last.
         outputs: classes, or 1 for regression.
         names: the classes' names, empty for regression.
         seed: of every weight that the checkpoint lacks.
@@ -213,7 +221,8 @@ def build_model(
     else:
         model, missing = load_class(source, kind, config, extra)
     if pooling != "native":
-        model = PooledModel(model, pooling, source.config.hidden_size, outputs)
+        width = get_encoder_config(source.config).hidden_size
+        model = PooledModel(model, pooling, width, outputs)
     fresh = _list_fresh_modules(
         missing, source, architecture, list_unused_parts(model, architecture)
     )
@@ -255,6 +264,8 @@ def build_label_settings(names: Sequence[str], outputs: int, task: str) -> Label
 def _get_model_class(
     source: SourceModel, architecture: ArchitectureSpec, task: str, pooling: str
 ) -> Any:
+    if architecture.reads_prompt != (pooling == "last"):
+        raise _build_last_token_error(source, architecture, pooling)
     if pooling == "native" and task == "regression" and not architecture.head.has_bias:
         raise RecipeError(
             f"data.task=regression: the head of {source.architecture}'s classification class has "
@@ -263,7 +274,7 @@ def _get_model_class(
         )
     if pooling == "native":
         return get_task_class(source.config, task)
-    if architecture.modality == "image" or task == TOKEN_CLASSIFICATION:
+    if pooling != "last" and architecture.modality == "image" or task == TOKEN_CLASSIFICATION:
         what = "images" if architecture.modality == "image" else task
         raise RecipeError(
             f"finetune.pooling={pooling} is for texts of one label, not for {what}",
@@ -276,6 +287,30 @@ def _get_model_class(
             "Use finetune.pooling=native, which reads the last token, or mean",
         )
     return get_encoder_class(source.config)
+
+
+def _build_last_token_error(
+    source: SourceModel, architecture: ArchitectureSpec, pooling: str
+) -> RecipeError:
+    if architecture.reads_prompt:
+        return RecipeError(
+            f"finetune.pooling={pooling}: transformers has no classification class for "
+            f"{source.architecture}, and hftl's head reads the last token of a prompt",
+            "Set finetune.pooling=last",
+        )
+    return RecipeError(
+        f"finetune.pooling=last is for vision-language sources, and {source.name} "
+        f"({source.architecture}) is none",
+        "Use native, which reads the last token of a decoder, or mean",
+    )
+
+
+def get_source_pooling(source: SourceModel) -> str:
+    """Return the pooling by which embeddings of a source are compared."""
+    spec = source.architecture_spec
+    if spec.reads_prompt:
+        return "last"
+    return "mean" if spec.modality == "text" else "native"
 
 
 def load_class(

@@ -14,6 +14,7 @@ from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from hftl.models.half_weights import HalfLinear
 from hftl.train.hf_compat import count_changes
 
 
@@ -121,7 +122,7 @@ class _FusedLinear(Linear):
             and not (self.disable_adapters or self.merged or self.lora_variant)
             and not self.lora_bias[name]
             and isinstance(self.lora_dropout[name], nn.Identity)
-            and type(base) is nn.Linear
+            and type(base) in (nn.Linear, HalfLinear)
             and not any(parameter.requires_grad for parameter in base.parameters())
         )
 

@@ -277,7 +277,7 @@ def complete_padding(tokenizer: Any, config: Any) -> None:
     """Let a decoder's tokenizer without a padding token that is embedded pad by a text's end."""
     pad_id = tokenizer.pad_token_id
     if get_config_spec(config).is_causal and tokenizer.eos_token_id is not None:
-        if pad_id is None or pad_id >= config.vocab_size:
+        if pad_id is None or pad_id >= config.get_text_config().vocab_size:
             tokenizer.pad_token = tokenizer.eos_token
 
 
@@ -290,7 +290,8 @@ def match_padding(source: SourceModel, tokenizer: Any) -> SourceModel:
     if not source.architecture_spec.is_causal:
         return source
     config = deepcopy(source.config)
-    config.update({"pad_token_id": tokenizer.pad_token_id, "use_cache": False})
+    config.update({"pad_token_id": tokenizer.pad_token_id})
+    config.get_text_config().use_cache = False
     return replace(source, config=config)
 
 

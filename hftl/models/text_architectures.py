@@ -5,15 +5,12 @@ from typing import Any
 
 from hftl.models.architecture_spec import (
     BERT_LINEARS,
+    SWIGLU_LINEARS,
     ArchitectureSpec,
     HeadSpec,
     PostNormBlock,
 )
 
-SWIGLU_LINEARS = (
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-)  # fmt: skip
 DEBERTA_LINEARS = (
     "attention.self.in_proj", "attention.output.dense", "intermediate.dense", "output.dense",
 )  # fmt: skip

@@ -13,7 +13,6 @@ from hftl import console
 from hftl.card.card import format_gain_sentence
 from hftl.card.wording import format_adaptation_sentence, has_forgetting
 from hftl.config.recipe import Arm, Recipe
-from hftl.data.image_inputs import ImageInputs
 from hftl.data.labels import recognize_tag_scheme
 from hftl.finetune.arm_files import WEIGHTS, read_logits
 from hftl.finetune.context import ExperimentContext
@@ -168,7 +167,7 @@ def build_record(
         source=build_source_section(context),
         data=build_data_section(recipe, context),
         check=context.run_preflight(recipe, run.arms),
-        forward=context.inputs.arguments if isinstance(context.inputs, ImageInputs) else None,
+        forward=context.inputs.forward_facts,
         adapt=build_adaptation_section(
             stages, own_context, over.get("source"), own.spec.trains_adapter
         ),

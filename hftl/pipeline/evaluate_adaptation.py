@@ -9,7 +9,6 @@ from hftl.card.card import render_adaptation_card
 from hftl.card.report import render_report
 from hftl.card.wording import format_adaptation_sentence
 from hftl.data.facts import DataFacts
-from hftl.data.image_inputs import ImageInputs
 from hftl.finetune.context import ExperimentContext
 from hftl.measure.record import (
     PUBLISHED_FILE,
@@ -80,7 +79,7 @@ def _build_adaptation_record(
         source=build_source_section(context),
         data=DataFacts.model_validate(data),
         check=CheckFacts(warnings=[]),
-        forward=context.inputs.arguments if isinstance(context.inputs, ImageInputs) else None,
+        forward=context.inputs.forward_facts,
         adapt=section,
         metric=None,
         own_arm=None,

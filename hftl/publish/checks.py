@@ -35,6 +35,7 @@ ALLOWED_FILES = {
     "tokenizer.json", "tokenizer_config.json",
     "vocab.txt", "merges.txt", "vocab.json", "special_tokens_map.json", "added_tokens.json",
     "sentencepiece.bpe.model", "spiece.model", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "chat_template.jinja", "chat_template.json",
 }  # fmt: skip
 SHARD_FILES = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json")
 EVAL_RESULT_FILES = re.compile(r"\.eval_results/hftl-\w[\w.-]*\.yaml")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hftl.config.finetune import Finetune
 from hftl.data.image_inputs import ImageInputs
+from hftl.data.prompted_inputs import PromptedInputs
 from hftl.finetune.arm_files import load_trained_tensors
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.trainable import apply_strategy
@@ -49,7 +50,8 @@ SAMPLE_ROWS = 32
 class ReloadSample(TypedDict, total=False):
     """Hold the rows whose logits prove the reload, as `reload_check` reads them from a file.
 
-    They are `texts`, `words`, or the names of `images` beside the file.
+    They are `texts`, `words`, or the names of `images` beside the file, for a vision-language model
+    with `prompts`; `token_ids` where this machine lacks a package that the processor needs.
     """
 
     logits: list[list[float]]
@@ -58,6 +60,8 @@ class ReloadSample(TypedDict, total=False):
     max_length: int
     images: list[str]
     arguments: dict[str, bool]
+    prompts: list[str]
+    token_ids: list[list[int]]
 
 
 def rebuild_model(
@@ -259,6 +263,12 @@ def write_reload_sample(context: ExperimentContext, logits: np.ndarray, folder: 
         for number, image in enumerate(context.inputs.decode_images([rows[i] for i in chosen])):
             image.save(folder / f"sample{number}.png")
             sample["images"].append(f"sample{number}.png")
+        if isinstance(context.inputs, PromptedInputs):
+            contents = [rows[i].content for i in chosen]
+            sample["prompts"] = [context.inputs.write_prompt(*content[1:]) for content in contents]
+            if context.inputs.lacks_video_package:
+                encoded = context.encode_rows([rows[i] for i in chosen])
+                sample["token_ids"] = [list(row["input_ids"]) for row in encoded]
     else:
         contents = [rows[i].content for i in chosen]
         sample["words" if prepared.task == "token-classification" else "texts"] = contents

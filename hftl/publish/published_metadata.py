@@ -229,6 +229,12 @@ class PublishedCalibration(PublishedPart):
     confusion: list[list[int]] | None = None
 
 
+class PublishedForward(PublishedPart):
+    """Hold what the model takes besides its inputs; the prompt of a vision-language model."""
+
+    prompt: str | None = None
+
+
 class PublishedMetadata(PublishedPart):
     """Hold all that is read of hftl.json; a folder without the file has the defaults."""
 
@@ -238,6 +244,7 @@ class PublishedMetadata(PublishedPart):
     adapt: PublishedAdaptation | None = None
     metric: str | None = None
     calibration: PublishedCalibration | None = None
+    forward: PublishedForward | None = None
 
     @property
     def tag_scheme(self) -> TagScheme | None:

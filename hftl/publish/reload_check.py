@@ -6,7 +6,8 @@ hftl, and compares:
     python reload_check.py FOLDER BASE SAMPLE DEVICE  ->  {"difference": ..., "largest": ...}
 
 BASE is the folder of an adapter's base (unused where FOLDER holds the whole model); SAMPLE is a
-JSON file with `texts`, `words` or `images` (files beside it), and the `logits` expected for them.
+JSON file with `texts`, `words` or `images` (files beside it; with `prompts` for a vision-language
+model), and the `logits` expected for them.
 """
 
 import json
@@ -28,6 +29,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoProcessor,
     AutoTokenizer,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -66,6 +68,10 @@ class PublishedModel(nn.Module):
         hidden = output.last_hidden_state
         if self.pooling == "cls":
             pooled = hidden[:, 0]
+        elif self.pooling == "last":
+            mask = inputs["attention_mask"]
+            last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+            pooled = hidden[torch.arange(len(hidden)), last]
         else:
             # FNet's tokenizer gives no mask.
             mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).unsqueeze(-1)
@@ -183,6 +189,8 @@ def build_sample_batches(folder: Path, sample: Path, alone: bool) -> list[Batch]
         alone: each text in a batch of its own, as `transformers.pipeline` runs it, or all in one.
     """
     content = json.loads(sample.read_text(encoding="utf-8"))
+    if "prompts" in content:
+        return _build_prompted_batches(folder, sample, content)
     if "images" in content:
         from PIL import Image
 
@@ -207,6 +215,32 @@ def build_sample_batches(folder: Path, sample: Path, alone: bool) -> list[Batch]
         ]
         words.append((dict(inputs), torch.tensor(first)))
     return words
+
+
+def _build_prompted_batches(folder: Path, sample: Path, content: dict[str, Any]) -> list[Batch]:
+    """Return the inputs of a vision-language model, each row in a batch of its own.
+
+    Where the tokens are given, a package is missing that the processor needs for videos.
+    """
+    from PIL import Image
+
+    images = [Image.open(sample.parent / name) for name in content["images"]]
+    if "token_ids" not in content:
+        processor = AutoProcessor.from_pretrained(folder, backend="pil")
+        return [
+            (dict(processor(text=[text], images=[image], return_tensors="pt")), None)
+            for text, image in zip(content["prompts"], images, strict=True)
+        ]
+    config = AutoConfig.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    batches: list[Batch] = []
+    for row, image in zip(content["token_ids"], images, strict=True):
+        ids = torch.tensor([row])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if config.model_type.startswith("qwen"):
+            inputs["mm_token_type_ids"] = (ids == config.image_token_id).long()
+        batches.append(({**inputs, **processor([image], return_tensors="pt")}, None))
+    return batches
 
 
 def compute_sample_logits(model: nn.Module, batches: list[Batch], device: str) -> Tensor:
