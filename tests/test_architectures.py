@@ -10,14 +10,13 @@ import pytest
 import torch
 from conftest import bench_of, pictures
 from safetensors.torch import save_file
-from support.tiny import IMAGE_SIZE, TEXT, is_image, tiny_config, tiny_processor
+from support.tiny import IMAGE_SIZE, TEXT, is_image, save_tiny, tiny_config
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
     BertForMaskedLM,
-    ResNetConfig,
 )
 
 from hftl.config.finetune import Finetune
@@ -26,11 +25,10 @@ from hftl.errors import RecipeError, RunFolderError
 from hftl.finetune.arm import train_arm
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.trainable import prepare
-from hftl.models import architectures
-from hftl.models.architecture_spec import TOKEN_CLASSIFICATION, ArchitectureSpec, HeadSpec
+from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
 from hftl.models.architectures import (
     ARCHITECTURES,
-    count_layers,
+    count_shared_layers,
     get_config_spec,
     get_max_tokens,
     get_native_image_size,
@@ -54,6 +52,7 @@ from hftl.publish.export import export_model, rebuild_model
 from hftl.train.checkpoint import BestWeightsCallback, list_training_modes
 
 CLASSIFICATION = "classification"
+NAMES = sorted(ARCHITECTURES.keys() - {"timm_wrapper"})
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("dinov2", {"use_swiglu_ffn": True}),
     ("dinov2_with_registers", {"use_swiglu_ffn": True}),
@@ -70,10 +69,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("modernbert-decoder", {"classifier_bias": True}),
 ]
 CASES = [
-    *((name, {}, CLASSIFICATION) for name in sorted(ARCHITECTURES)),
+    *((name, {}, CLASSIFICATION) for name in NAMES),
     *(
         (name, {}, TOKEN_CLASSIFICATION)
-        for name in sorted(ARCHITECTURES)
+        for name in NAMES
         if not is_image(name) and ARCHITECTURES[name].token_head is not None
     ),
     *((name, changes, CLASSIFICATION) for name, changes in VARIANTS),
@@ -148,7 +147,7 @@ def test_entry_is_what_runs(name: str, changes: dict[str, Any], task: str) -> No
     assert spec.head.dropout == (calls[-2] if isinstance(before, nn.Dropout) and outside else None)
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("name", NAMES)
 def test_encoder_alone(name: str) -> None:
     config = tiny_config(name)
     spec = get_config_spec(config)
@@ -166,19 +165,21 @@ def test_encoder_alone(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "blocks", "layers"),
     [
-        ("bert", {}, 3, 3),
-        ("distilbert", {"n_layers": 5}, 5, 5),
+        ("bert", {}, 3, 0),
+        ("distilbert", {"n_layers": 5}, 5, 0),
         ("albert", {"num_hidden_layers": 7}, 1, 7),
         ("albert", {"num_hidden_layers": 6, "num_hidden_groups": 3, "inner_group_num": 2}, 6, 6),
-        ("swin", {"depths": [2, 3]}, 5, 5),
-        ("clip", {}, 3, 3),
+        ("swin", {"depths": [2, 3]}, 5, 0),
+        ("clip", {}, 3, 0),
+        ("efficientnet", {}, 2, 0),
+        ("mobilevit", {}, 5, 0),
     ],
 )
 def test_blocks_and_layers_are_counted(
     name: str, changes: dict[str, Any], blocks: int, layers: int
 ) -> None:
     config = tiny_config(name, **changes)
-    assert (count_blocks(config), count_layers(config)) == (blocks, layers)
+    assert (count_blocks(config), count_shared_layers(config)) == (blocks, layers)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_sizes_of_images_and_patches(name: str, patch: int) -> None:
     assert (get_native_image_size(config), get_patch_size(config)) == (IMAGE_SIZE, patch)
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(ARCHITECTURES) if is_image(name)])
+@pytest.mark.parametrize("name", list(filter(is_image, NAMES)))
 def test_larger_images_run_as_the_entry_says(name: str) -> None:
     model = build_stock(name, {}).eval()
     sizes = get_config_spec(model.config).image_sizes
@@ -251,23 +252,11 @@ def test_refuses_an_encoder_that_its_config_makes_a_decoder() -> None:
         get_config_spec(tiny_config("bert", is_decoder=True))
 
 
-RESNET = ArchitectureSpec(
-    "resnet", "encoder.stages.*.layers",
-    ("layer.0.convolution", "layer.1.convolution", "layer.2.convolution"), "image",
-    optional_targets=("shortcut.convolution",),
-    head=HeadSpec(last_linear="classifier.1", dropout=None),
-    token_head=None, image_sizes="any",
-)  # fmt: skip
-
-
 @pytest.mark.parametrize("strategy", ["head", "partial", "lora", "full"])
-def test_a_convolutional_network_fits_an_entry(
-    strategy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_convolutional_network_fits_an_entry(strategy: str) -> None:
     """Support stages of unequal blocks, no patches and no linear layers by one entry."""
-    monkeypatch.setitem(architectures.ARCHITECTURES, "resnet", RESNET)
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[2, 1])
-    assert (count_blocks(config), count_layers(config)) == (3, 3)
+    config = tiny_config("resnet")
+    assert (count_blocks(config), count_shared_layers(config)) == (3, 0)
     assert (get_patch_size(config), get_native_image_size(config)) == (1, None)
     model: Any = prepare(get_task_class(config, CLASSIFICATION)(config), strategy, blocks=1)
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -293,11 +282,8 @@ def get_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("strategy", ["lora", "partial", "gradual", "full"])
-def test_running_statistics_are_stored_where_they_move(
-    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_running_statistics_are_stored_where_they_move(strategy: str, tmp_path: Path) -> None:
     """An arm's folder and the published model hold the statistics that were measured."""
-    monkeypatch.setitem(architectures.ARCHITECTURES, "resnet", RESNET)
     context, finetune = build_resnet_arm(tmp_path, strategy)
     output = train_arm(context, finetune, 0)
     stored = {name for name in output.weights if ".running_" in name}
@@ -328,15 +314,13 @@ def test_running_statistics_are_stored_where_they_move(
 
 def build_resnet_arm(folder: Path, strategy: str) -> tuple[ExperimentContext, Finetune]:
     """Save a tiny random ResNet and pictures, and return what its arm is trained from."""
-    torch.manual_seed(0)
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[2, 1])
-    AutoModel.from_config(config).save_pretrained(folder / "resnet")
-    tiny_processor(folder / "resnet")
+    save_tiny("resnet", folder / "resnet")
     training = {"num_train_epochs": 2, "learning_rate": 1e-2, "bf16": False}
     recipe = Recipe.parse({
         "source": {"model": str(folder / "resnet")},
         "data": {"train": {"path": str(pictures(folder / "pictures", 20))}},
-        "finetune": {"strategy": strategy, "blocks": 1, "training": training, "lora": {"r": 2}},
+        "finetune": {"strategy": strategy, "blocks": 1, "training": training, "lora": {"r": 2},
+                     "freeze_batchnorm": False},
     })  # fmt: skip
     return bench_of(recipe), recipe.finetune
 

@@ -67,6 +67,8 @@ OFFSET = {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.
         ("Beit", {}), ("Bit", {**IMAGENET, "size": {"shortest_edge": 256}}), ("CLIP", {}),
         ("Siglip", {}), ("EfficientNet", {"rescale_offset": True, "rescale_factor": 1 / 127.5}),
         ("ViT", {"do_normalize": False}), ("ViT", {"do_rescale": False}),
+        ("ConvNext", {"size": {"shortest_edge": 224}}), ("ConvNext", {}),
+        ("MobileViT", {"size": {"shortest_edge": 288}}),
     ],
 )  # fmt: skip
 def test_canvas_and_normalizer_are_the_whole_processor(
@@ -133,11 +135,12 @@ def test_images_that_are_not_square_need_a_size(settings: dict[str, Any]) -> Non
 
 def test_refuses_processors_that_do_more_than_scale_and_shift() -> None:
     longest = build_processor("ViT", size={"shortest_edge": 224, "longest_edge": 300})
-    for processor in (longest, build_processor("ConvNext")):
-        with pytest.raises(RecipeError, match="data.image_size cannot replace"):
-            resize_processor(processor, 112)
-    with pytest.raises(RecipeError, match="MobileViT.*more to pixels than scale and shift"):
-        build_normalizer(build_processor("MobileViT"))  # swaps red and blue
+    with pytest.raises(RecipeError, match="data.image_size cannot replace"):
+        resize_processor(longest, 112)
+    swapping = build_processor("ViT")
+    swapping.normalize = lambda image, *_, **__: image[::-1]
+    with pytest.raises(RecipeError, match="ViT.*more to pixels than scale and shift"):
+        build_normalizer(swapping)
     with pytest.raises(RecipeError, match="makes uint8 .3, 224, 224. of a picture"):
         resize_and_crop(build_processor("Perceiver"), make_image(300, 260))  # crops, then resizes
 

@@ -418,8 +418,8 @@ def test_new_decoder_is_a_function_of_the_seed(tiny_model: Tiny) -> None:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("swin", "swin shifts windows over the full grid"),
-        ("swinv2", "swinv2 shifts windows over the full grid"),
+        ("swin", "swin convolves or shifts windows over the full grid"),
+        ("swinv2", "swinv2 convolves or shifts windows over the full grid"),
         ("siglip", "siglip is no architecture that mae knows.*vit_mae, vit, deit, beit, dinov2"),
         ("bert", "bert reads text; mae needs images"),
     ],

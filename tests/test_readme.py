@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from hftl.cli import app
 from hftl.config import overrides
 from hftl.config.recipe import Recipe
+from hftl.models.architectures import ARCHITECTURES, READ_AS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -182,6 +183,19 @@ def test_files_and_links_exist_and_the_readme_is_short() -> None:
     for target in [*files, *re.findall(r"\]\(([\w/.]+)\)", README)]:
         assert (ROOT / target).exists(), target
     assert len(README.splitlines()) < 300
+
+
+def test_the_list_of_sources_is_that_of_the_specs() -> None:
+    page = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"<!-- sources -->\n(.*?)<!-- end -->", page, re.DOTALL)
+    names = sorted([*ARCHITECTURES, *READ_AS])
+    kinds = {name: ARCHITECTURES[READ_AS.get(name, name)].modality for name in names}
+    lists = {
+        kind: ", ".join(f"`{name}`" for name in names if kinds[name] == kind)
+        for kind in ("text", "image")
+    }
+    expected = f"- reads text: {lists['text']}\n- reads images: {lists['image']}\n"
+    assert block and block[1] == expected, f"recipes/README.md: write\n{expected}"
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from transformers.utils.generic import ModelOutput
 
 from hftl.errors import HftlError, RecipeError
 from hftl.models.architecture_spec import ArchitectureSpec
-from hftl.models.architectures import count_layers
+from hftl.models.architectures import count_shared_layers
 from hftl.models.encoders import (
     check_block_count,
     get_blocks,
@@ -183,7 +183,7 @@ def _select_top_blocks(
 ) -> list[nn.Module]:
     """Return the top blocks and the final norm."""
     layers = get_blocks(encoder, architecture)
-    check_block_count("adapt", blocks, len(layers), count_layers(encoder.config))
+    check_block_count("adapt", blocks, len(layers), count_shared_layers(encoder.config))
     return [*layers[-blocks:], *(get_submodule(encoder, path) for path in architecture.final_parts)]
 
 

@@ -211,16 +211,22 @@ def check_mae_architecture(source: SourceModel) -> None:
     reason = None
     if source.architecture_spec.modality != "image":
         reason = "reads text; mae needs images"
-    elif source.architecture_spec.masked_images is None and "*" in source.architecture_spec.blocks:
-        reason = "shifts windows over the full grid and merges patches, so none can be left out"
+    elif source.architecture_spec.masked_images is None and _reads_full_grid(source):
+        reason = "convolves or shifts windows over the full grid, so no patch can be left out"
     elif source.architecture_spec.masked_images is None:
         reason = "is no architecture that mae knows"
     if reason is not None:
         known = ["vit_mae", *(name for name, spec in ARCHITECTURES.items() if spec.masked_images)]
         raise RecipeError(
             f"adapt.objective=mae: {source.architecture} {reason}",
-            f"Use a source of {', '.join(known)}, or leave adapt out",
+            f"Use a source of {', '.join(known)}, or leave adapt out and fine-tune it as it is",
         )
+
+
+def _reads_full_grid(source: SourceModel) -> bool:
+    """Return whether an encoder has no patches, or merges them in stages."""
+    spec = source.architecture_spec
+    return spec.patch_size is None or "*" in spec.blocks
 
 
 def _list_untrained_parts(source: SourceModel) -> tuple[str, ...]:

@@ -122,6 +122,9 @@ class Finetune(Section):
     """Whether frozen blocks below those that train run once a row, and later steps read what they
     returned from the run folder; auto: where that is faster. Results are the same but for rounding.
     """
+    freeze_batchnorm: bool | None = None
+    """Whether BatchNorm keeps the source's running statistics where it trains; null: below 1 000
+    training rows."""
     lora: dict[str, Any] = DEFAULT_LORA
     training: dict[str, Any] = DEFAULT_TRAINING
 

@@ -41,6 +41,10 @@ baseline must be the stronger one to be fair, though it takes about five times a
 """
 ARITHMETIC_SWITCHES = ("do_rescale", "do_normalize", "include_top")
 """A processor's switches of what comes after resize and crop, in transformers' names."""
+CANVAS_SWITCHES = ("do_resize", "do_center_crop", "do_flip_channel_order")
+"""Its switches of what the canvas is the result of; MobileViT reads blue, green and red."""
+STAGE_PATCH = 16
+"""Patches of encoders that begin with smaller ones and merge them are counted as of this side."""
 PIXELS_FILE, KEYS_FILE = "pixels.npy", "keys.json"
 
 
@@ -117,7 +121,8 @@ class ImageInputs:
 
     def length(self, encoded: EncodedRow) -> int:
         """Return the patches of an image, the cost of its forward pass."""
-        return (get_image_size(self.processor) // self.patch_size) ** 2
+        patch = self.patch_size if self.patch_size >= STAGE_PATCH // 2 else STAGE_PATCH
+        return max(1, get_image_size(self.processor) // patch) ** 2
 
     def collate(self, rows: list[EncodedRow]) -> dict[str, Tensor]:
         """Return normalized float32 pixels (batch, 3, height, width); labels as in `TextInputs`.
@@ -205,6 +210,8 @@ def get_image_size(processor: Any) -> int:
     sizes = dict(processor.crop_size if processor.do_center_crop else processor.size or {})
     if not (processor.do_center_crop or processor.do_resize):
         sizes = {}
+    elif _crops_by_share(processor):
+        sizes = dict.fromkeys(("height", "width"), sizes["shortest_edge"])
     height, width = sizes.get("height"), sizes.get("width")
     if height is None or height != width:
         raise RecipeError(
@@ -226,7 +233,9 @@ def resize_processor(processor: Any, image_size: int | None) -> Any:
     settings = processor.to_dict()
     if image_size is not None:
         square = {"height": image_size, "width": image_size}
-        if processor.do_center_crop:
+        if _crops_by_share(processor):
+            settings |= {"do_resize": True, "size": {"shortest_edge": image_size}}
+        elif processor.do_center_crop:
             crop = dict(processor.crop_size)
             settings["crop_size"] = square
             scale = image_size / min(crop["height"], crop["width"])
@@ -281,7 +290,7 @@ def build_normalizer(processor: Any) -> Callable[[Tensor], Tensor]:
     ramp = np.stack([np.roll(np.arange(256), 85 * channel) for channel in range(3)])
     ramp = ramp.reshape(3, 16, 16).astype(np.uint8)
     settings = processor.to_dict()
-    off = {switch: False for switch in ("do_resize", "do_center_crop") if switch in settings}
+    off = {switch: False for switch in CANVAS_SWITCHES if switch in settings}
     batch = processor(ramp, input_data_format="channels_first", return_tensors="np", **off)
     expected = np.asarray(batch["pixel_values"][0], dtype=np.float64)
     if expected.shape != ramp.shape:
@@ -302,14 +311,20 @@ def build_normalizer(processor: Any) -> Callable[[Tensor], Tensor]:
 def _read_resize_target(processor: Any) -> dict[str, int]:
     """Return the processor's own resize target, if an image size can replace it."""
     size = dict(processor.size or {})
-    is_known = set(size) in ({"height", "width"}, {"shortest_edge"})
-    if not is_known or "crop_pct" in processor.to_dict():
+    if set(size) not in ({"height", "width"}, {"shortest_edge"}):
         raise RecipeError(
             f"{_describe_processor(processor)} resizes to {size}, which data.image_size cannot "
             "replace",
             "Leave data.image_size out, or choose another source",
         )
     return size
+
+
+def _crops_by_share(processor: Any) -> bool:
+    """Return whether a processor makes squares of the shortest edge itself, as ConvNeXt's does."""
+    return "crop_pct" in processor.to_dict() and set(dict(processor.size or {})) == {
+        "shortest_edge"
+    }
 
 
 def _build_affine_error(processor: Any) -> RecipeError:

@@ -25,6 +25,7 @@ from hftl.doctor.adapter_tensors import count_outputs
 from hftl.doctor.renamed_modules import get_module_path
 from hftl.errors import format_error_line
 from hftl.models.source import SourceModel
+from hftl.models.timm_architecture import TIMM_WRAPPER
 from hftl.publish.published_metadata import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -251,6 +252,8 @@ def check_input_files(examination: Examination) -> Iterator[Finding]:
     names = PROCESSOR_FILES if images else TOKENIZER_FILES
     if any(name in folder.files for name in names):
         return
+    if folder.model_config.settings.get("model_type") == TIMM_WRAPPER:
+        return  # its preprocessing is in config.json
     what = f"there is no {'image processor' if images else 'tokenizer'}"
     if source is None:
         yield warning("tokenizer", what, names[0], "Save the base's beside it")

@@ -18,6 +18,8 @@ import transformers
 from peft import PeftModel
 
 ROWS, LENGTH = 2, 8
+ANY_SIDE = 64
+"""In pixels, of images for an encoder whose config names no side."""
 TOKEN_STEP = 7919
 """A prime, so that the ids differ."""
 
@@ -50,10 +52,11 @@ def build_fixed_input(model: Any) -> dict[str, torch.Tensor]:
         )
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inner = getattr(config, "vision_config", config)
-    size = inner.image_size
+    size = getattr(inner, "image_size", ANY_SIDE)
     sides = size if isinstance(size, (list, tuple)) else (size, size)
-    shape = (ROWS, inner.num_channels, *sides)
-    count = ROWS * inner.num_channels * sides[0] * sides[1]
+    channels = getattr(inner, "num_channels", 3)
+    shape = (ROWS, channels, *sides)
+    count = ROWS * channels * sides[0] * sides[1]
     return {"pixel_values": torch.arange(count).float().mul(0.7).sin().reshape(shape)}
 
 

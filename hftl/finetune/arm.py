@@ -45,6 +45,8 @@ from hftl.train.callbacks import replace_progress_callbacks
 from hftl.train.checkpoint import (
     BestWeightsCallback,
     gather_trainable_state,
+    has_batch_norm,
+    iterate_running_statistics,
     iterate_trainable,
 )
 from hftl.train.facts import TargetScaleFacts, TrainingFacts
@@ -119,6 +121,7 @@ def train_arm(
         splits: see `train_model`.
         measure_forgetting: see `train_model`.
     """
+    finetune = context.decide_batchnorm(finetune, seed)
     built = build_start_model(context, finetune, seed, context.compute_target_scale(seed))
     set_seed(seed)
     model = apply_strategy(built.model, finetune, built.fresh)
@@ -186,6 +189,9 @@ def train_model(
         history=_clean_history(history),
     ).merge(retention.facts)
     facts = facts.merge(context.describe_class_weights(finetune.class_weight, seed))
+    if has_batch_norm(built.model):
+        moved = any(True for _ in iterate_running_statistics(built.model))
+        facts = facts.merge(TrainingFacts(freeze_batchnorm=not moved))
     if scale is not None:
         facts = facts.merge(TrainingFacts(target_scale=TargetScaleFacts(**asdict(scale))))
     if retention.alphas:

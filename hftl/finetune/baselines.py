@@ -305,11 +305,13 @@ def _scale_budget(finetune: Finetune, rate: float, factor: float) -> Finetune:
     """Return scratch's own training: everything at one rate, and never stopped early."""
     training = finetune.training
     scaled = {"warmup_steps": WARMUP_SHARE, **training, "learning_rate": rate}
+    # The statistics of random weights are those of no data.
+    own = {"strategy": "full", "training": scaled, "freeze_batchnorm": False}
     scaled["num_train_epochs"] = float(training["num_train_epochs"]) * factor
     if training.get("max_steps", 0) > 0:
         scaled["max_steps"] = max(1, round(training["max_steps"] * factor))
     unset = dict.fromkeys(("patience", "layer_decay", "lr"))
-    return finetune.model_copy(update={"strategy": "full", "training": scaled, **unset})
+    return finetune.model_copy(update=own | unset)
 
 
 def _train_from_scratch(

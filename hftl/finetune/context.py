@@ -37,7 +37,7 @@ from hftl.data.text_inputs import (
 from hftl.errors import RecipeError
 from hftl.finetune.trainable import apply_strategy
 from hftl.models.architectures import (
-    count_layers,
+    count_shared_layers,
     get_config_spec,
     get_encoder_config,
     get_max_tokens,
@@ -71,6 +71,8 @@ from hftl.train.samplers import build_ignored_labels
 
 FrozenFeatures = dict[tuple[str, int | None], dict[bytes, np.ndarray]]
 """Features by pooling, and seed where they differ by it, then by the content of a row."""
+MIN_BATCHNORM_ROWS = 1000
+"""Training rows from which on BatchNorm's running statistics are estimated anew."""
 
 
 @dataclass
@@ -250,6 +252,13 @@ class ExperimentContext:
             return np.repeat(np.arange(len(rows)).astype(str), words)
         return None
 
+    def decide_batchnorm(self, finetune: Finetune, seed: int) -> Finetune:
+        """Return the section with `freeze_batchnorm` set, by the number of training rows."""
+        if finetune.freeze_batchnorm is not None:
+            return finetune
+        few = len(self.select_train_rows(seed)) < MIN_BATCHNORM_ROWS
+        return finetune.model_copy(update={"freeze_batchnorm": few})
+
     def build_model(self, pooling: str, seed: int, scratch: bool = False) -> LoadedModel:
         """Return a new model with an untrained head."""
         if pooling == EMBEDDING:
@@ -370,7 +379,9 @@ def build_context(recipe: Recipe, source: SourceModel, prepared: PreparedData) -
             present = count_blocks(source.config)
             check_block_rates("finetune.lr", rates and rates.blocks, present)
         if counts_blocks:
-            check_block_count("finetune", arm.finetune.blocks, present, count_layers(source.config))
+            check_block_count(
+                "finetune", arm.finetune.blocks, present, count_shared_layers(source.config)
+            )
     if source.architecture_spec.reads_prompt:
         data = pin_revisions(recipe.data, prepared.facts.hub_revisions)
         inputs = build_prompted_inputs(data, source)
@@ -436,7 +447,7 @@ def build_image_inputs(
             "Use a source model of 3 channels",
         )
     patch = get_patch_size(source.config)
-    processor = resize_processor(load_image_processor(source), data.image_size)
+    processor = resize_processor(load_image_processor(source, data.image_size), data.image_size)
     side = get_image_size(processor)
     if side % patch:
         below = side // patch * patch

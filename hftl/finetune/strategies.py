@@ -128,6 +128,7 @@ class StrategySpec:
 
 TRAINING_KEYS = (
     "finetune.head_init", "finetune.patience", "finetune.layer_decay", "finetune.lr",
+    "finetune.freeze_batchnorm",
 )  # fmt: skip
 _SPECS = (
     # Quick arms first: a run reports them in this order.

@@ -13,7 +13,7 @@ from hftl.config.upstream_args import check_lora_values
 from hftl.errors import RecipeError
 from hftl.finetune.strategies import FINETUNE_STRATEGIES, StrategySpec
 from hftl.models.architecture_spec import ArchitectureSpec
-from hftl.models.architectures import count_layers
+from hftl.models.architectures import count_shared_layers
 from hftl.models.encoders import check_block_count, get_blocks, get_submodule, has_prefix
 from hftl.models.half_weights import hold_in_half
 from hftl.models.heads import (
@@ -22,9 +22,11 @@ from hftl.models.heads import (
     get_last_linear,
     get_model_spec,
     list_unused_parts,
+    unwrap_adapter,
 )
 from hftl.models.lora import add_lora
 from hftl.runtime.hardware import is_sharded
+from hftl.train.checkpoint import hold_running_statistics
 from hftl.train.optimizer import compute_depths
 
 
@@ -95,6 +97,8 @@ def apply_strategy(
         part.requires_grad_(True)
     if spec.trains_adapter:
         model = add_lora(model, architecture, finetune.lora, fresh)
+    if finetune.freeze_batchnorm:
+        hold_running_statistics(model)
     unused = list_unused_parts(model, architecture)
     for name, parameter in encoder.named_parameters():
         if has_prefix(name, unused):
@@ -128,7 +132,8 @@ class _ModelParts:
         encoder: Any = get_encoder(model, architecture)
         encoder_blocks = get_blocks(encoder, architecture)
         if blocks:
-            layers = count_layers(encoder.config)
+            whole: Any = encoder if isinstance(model, PooledModel) else unwrap_adapter(model)
+            layers = count_shared_layers(whole.config)
             check_block_count("finetune", blocks, len(encoder_blocks), layers)
         top = encoder_blocks[len(encoder_blocks) - blocks :]
         top += [get_submodule(encoder, path) for path in architecture.final_parts]

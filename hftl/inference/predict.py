@@ -51,6 +51,8 @@ from hftl.models.features import predict_logits
 from hftl.models.heads import unwrap_adapter
 from hftl.models.prompt_processor import load_prompt_processor
 from hftl.models.source import SourceModel, complete_padding
+from hftl.models.timm_architecture import TIMM_WRAPPER
+from hftl.models.timm_processor import build_timm_processor
 from hftl.publish.published_metadata import (
     ADAPTER_CONFIG,
     HEAD_WEIGHTS,
@@ -339,7 +341,11 @@ def _build_inputs(
     from transformers import AutoImageProcessor, AutoTokenizer
 
     if get_config_spec(config).modality == "image":
-        processor: Any = _load_processor(AutoImageProcessor, folder, backend="pil")
+        processor: Any = (
+            build_timm_processor(config)
+            if config.model_type == TIMM_WRAPPER
+            else _load_processor(AutoImageProcessor, folder, backend="pil")
+        )
         data = Data(train=Table(path="."), max_pixels=published.max_pixels)
         side = get_image_size(processor)
         inputs = ImageInputs(
@@ -451,7 +457,9 @@ def _build_model_key(folder: Path, base: Path | None, config: Any) -> tuple[Any,
     has_own_head = (folder / HEAD_WEIGHTS).exists()
     if base is None or has_own_head:
         return base or folder, has_own_head
-    names = ("id2label", "label2id", "problem_type", "transformers_version", "dtype")
+    names = (
+        "id2label", "label2id", "label_names", "problem_type", "transformers_version", "dtype",
+    )  # fmt: skip
     sizes = {k: v for k, v in config.to_dict().items() if k not in names and k[0] != "_"}
     return base, has_own_head, config.num_labels, json.dumps(sizes, sort_keys=True, default=str)
 

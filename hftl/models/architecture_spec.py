@@ -4,9 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from torch import nn
+
 from hftl.errors import RecipeError
 
 TOKEN_CLASSIFICATION = "token-classification"
+WEIGHT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+"""Layers that LoRA can wrap."""
 BERT_LINEARS = (
     "attention.self.query", "attention.self.key", "attention.self.value",
     "attention.output.dense", "intermediate.dense", "output.dense",
@@ -74,8 +78,8 @@ class ArchitectureSpec:
         modality: what the encoder reads.
         optional_targets: suffixes of layers that LoRA wraps and only some blocks hold, as the
             shortcut of the first residual block of a stage.
-        skipped_layers: paths in a block of layers that LoRA leaves alone, as depthwise
-            convolutions.
+        skipped_layers: suffixes of a block's layers that LoRA leaves alone, as convolutions of
+            groups of channels.
         pooler: path of the pooler in the encoder, where `AutoModel` or the stock class has one.
         final_parts: parts of the encoder after the blocks, on the way to the head; not the pooler.
         unused_parts: parts of the encoder that no output of the stock class depends on.
@@ -100,6 +104,9 @@ class ArchitectureSpec:
         reads_prompt: the encoder is a language model that sees a picture among the tokens of a
             prompt; blocks are the language model's, and no stock class puts a head on it.
         adjust: returns the spec of a config whose settings change it.
+        blocks_are_listed: `blocks` are the paths of the blocks themselves, not of their lists.
+        initialize: draws all weights of a stock model anew, where its class does so otherwise than
+            the architecture's authors.
     """
 
     encoder: str
@@ -125,6 +132,8 @@ class ArchitectureSpec:
     pooled_logits: Literal["last", "mean"] | None = None
     reads_prompt: bool = False
     adjust: Callable[["ArchitectureSpec", Any], "ArchitectureSpec"] | None = None
+    blocks_are_listed: bool = False
+    initialize: Callable[[Any], None] | None = None
 
     def for_task(self, task: str) -> "ArchitectureSpec":
         """Return the spec of the task's stock class.

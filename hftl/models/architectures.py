@@ -13,9 +13,11 @@ from hftl.errors import RecipeError
 from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.image_architectures import IMAGE_ENCODERS, IMAGE_HALVES
 from hftl.models.text_architectures import DECODERS, TEXT_ENCODERS
+from hftl.models.timm_architecture import TIMM_WRAPPER, describe_timm, read_data_config
 from hftl.models.vision_language_architectures import VISION_LANGUAGE
 
-ARCHITECTURES = TEXT_ENCODERS | DECODERS | IMAGE_ENCODERS
+TIMM = ArchitectureSpec("timm_model", (), (), "image", adjust=describe_timm)
+ARCHITECTURES = TEXT_ENCODERS | DECODERS | IMAGE_ENCODERS | {TIMM_WRAPPER: TIMM}
 """Architectures that transformers has a classification class for."""
 READ_AS = {"vit_mae": "vit"}
 """Architectures without a classification class, and the one whose encoder is the same."""
@@ -57,20 +59,9 @@ def get_encoder_config(config: Any) -> Any:
     return getattr(config, "vision_config", config)
 
 
-def count_layers(config: Any) -> int:
-    """Return how many layers an input passes; ALBERT has fewer blocks, which its layers share.
-
-    Raises:
-        RecipeError: if the config does not say.
-    """
-    inner = get_encoder_config(config)
-    depth = getattr(inner, "depths", None) or getattr(inner, "num_hidden_layers", None)
-    if depth is None:
-        raise RecipeError(
-            f"source.model: the config of {config.model_type!r} has no number of layers",
-            "Use a transformer encoder",
-        )
-    return sum(depth) if isinstance(depth, (list, tuple)) else depth
+def count_shared_layers(config: Any) -> int:
+    """Return how many layers share the blocks, as ALBERT's do; 0 where each has its own."""
+    return config.num_hidden_layers if hasattr(config, "num_hidden_groups") else 0
 
 
 def get_max_tokens(config: Any) -> int:
@@ -91,7 +82,10 @@ def get_native_image_size(config: Any) -> int | None:
     Raises:
         RecipeError: if they are not squares.
     """
-    size = getattr(get_encoder_config(config), "image_size", None)
+    if config.model_type == TIMM_WRAPPER:
+        size: Any = read_data_config(config)["input_size"][1:]
+    else:
+        size = getattr(get_encoder_config(config), "image_size", None)
     return None if size is None else _get_square_side(size)
 
 

@@ -12,7 +12,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hftl.errors import RecipeError
 from hftl.models import packing
-from hftl.models.architecture_spec import TOKEN_CLASSIFICATION, ArchitectureSpec
+from hftl.models.architecture_spec import (
+    TOKEN_CLASSIFICATION,
+    WEIGHT_LAYERS,
+    ArchitectureSpec,
+)
 from hftl.models.architectures import ARCHITECTURES, get_config_spec
 from hftl.models.fused_block import FusedBlock, can_fuse
 
@@ -31,6 +35,8 @@ def list_block_paths(encoder: nn.Module, architecture: ArchitectureSpec) -> list
         RecipeError: if a path of the spec does not lead to a list of modules.
     """
     patterns = architecture.blocks
+    if architecture.blocks_are_listed:
+        return list(patterns)
     paths: list[str] = []
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         outer = [""]
@@ -61,9 +67,10 @@ def get_blocks(encoder: nn.Module, architecture: ArchitectureSpec) -> list[nn.Mo
     """
     blocks = [get_submodule(encoder, path) for path in list_block_paths(encoder, architecture)]
     targets = set(architecture.lora_targets)
+    optional = (*architecture.optional_targets, *architecture.skipped_layers)
     for block in blocks:
         layers = list_weight_layers(block)
-        strange = layers - targets - {*architecture.optional_targets, *architecture.skipped_layers}
+        strange = {name for name in layers - targets if not has_suffix(name, optional)}
         for name in sorted(strange | (targets - layers)):
             raise RecipeError(
                 f"a block has {'a' if name in strange else 'no'} linear layer {name!r}; it has "
@@ -80,8 +87,7 @@ def list_weight_layers(block: nn.Module) -> set[str]:
     """
     modules = dict(block.named_modules())
     wrapped = tuple(name for name, module in modules.items() if hasattr(module, "base_layer"))
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
-    plain = {name for name, module in modules.items() if isinstance(module, kinds)}
+    plain = {name for name, module in modules.items() if isinstance(module, WEIGHT_LAYERS)}
     return {*wrapped, *(name for name in plain if not has_prefix(name, wrapped))}
 
 
@@ -100,6 +106,11 @@ def get_submodule(module: nn.Module, path: str) -> nn.Module:
 def has_prefix(name: str, paths: tuple[str, ...]) -> bool:
     """Return whether a parameter or module is one of the paths or lies below one."""
     return any(name == path or name.startswith(f"{path}.") for path in paths)
+
+
+def has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
+    """Return whether the path of a module is one of the suffixes or ends with one."""
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
 
 
 def get_task_class(config: Any, task: str) -> Any:
@@ -148,7 +159,7 @@ def check_block_count(section: str, requested: int, present: int, passed: int) -
         section: of the recipe: `finetune` or `adapt`.
         requested: blocks to train.
         present: blocks that the model holds.
-        passed: layers that an input passes; more than blocks where those are shared.
+        passed: layers that share the blocks; 0 where each block is one layer.
 
     Raises:
         RecipeError: naming the numbers.

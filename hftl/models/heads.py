@@ -216,6 +216,8 @@ def build_model(
     torch.manual_seed(seed)
     if scratch:
         model, missing = kind(config, **extra), set()
+        if architecture.initialize is not None:
+            architecture.initialize(model)
         hide_padding(model)
         pool_before_head(model)
     else:

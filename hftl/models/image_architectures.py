@@ -41,6 +41,11 @@ def _adjust_dinov2(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
     return replace(spec, lora_targets=gated) if config.use_swiglu_ffn else spec
 
 
+def _adjust_pvt(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
+    """Name the norm of the last stage, which comes after the last block."""
+    return replace(spec, final_parts=(f"encoder.layers.{len(config.depths) - 1}.layer_norm",))
+
+
 BEIT = replace(
     VIT, encoder="beit", pooler="pooler", final_parts=(), masked_images="cover", adjust=_adjust_beit
 )  # fmt: skip
@@ -49,6 +54,15 @@ DINOV2 = replace(
     image_sizes="any", adjust=_adjust_dinov2,
 )  # fmt: skip
 SWIN = replace(UNMASKED_VIT, encoder="swin", blocks="encoder.layers.*.blocks")
+RESNET = ArchitectureSpec(
+    "resnet", "encoder.stages.*.layers", ("layer.0.convolution", "layer.1.convolution"), "image",
+    optional_targets=("layer.2.convolution", "shortcut.convolution"),
+    head=HeadSpec(last_linear="classifier.1", dropout=None), token_head=None, image_sizes="any",
+)  # fmt: skip
+CONVNEXT = replace(
+    RESNET, encoder="convnext", lora_targets=("pwconv1", "pwconv2"), optional_targets=(),
+    skipped_layers=("dwconv",), final_parts=("layernorm",), head=HeadSpec(dropout=None),
+)  # fmt: skip
 
 IMAGE_ENCODERS = {
     "vit": VIT,
@@ -72,6 +86,49 @@ IMAGE_ENCODERS = {
             *BERT_LINEARS[:3], "attention.self.continuous_position_bias_mlp.0",
             "attention.self.continuous_position_bias_mlp.2", *BERT_LINEARS[3:],
         ),
+    ),
+    "resnet": RESNET,
+    "regnet": replace(
+        RESNET, encoder="regnet", lora_targets=("layer.0.convolution",),
+        optional_targets=(
+            "layer.2.convolution", "layer.2.attention.0", "layer.2.attention.2",
+            "layer.3.convolution", "shortcut.convolution",
+        ),
+        skipped_layers=("layer.1.convolution",),
+    ),
+    "convnext": CONVNEXT,
+    "convnextv2": replace(CONVNEXT, encoder="convnextv2"),
+    "efficientnet": replace(
+        RESNET, encoder="efficientnet", blocks="encoder.blocks",
+        lora_targets=(
+            "squeeze_excite.reduce", "squeeze_excite.expand", "projection.project_conv",
+        ),
+        optional_targets=("expansion.expand_conv",),
+        skipped_layers=("depthwise_conv.depthwise_conv",),
+        final_parts=("encoder.top_conv", "encoder.top_bn"), head=HeadSpec(),
+    ),
+    "mobilevit": replace(
+        RESNET, encoder="mobilevit", blocks="encoder.layer", lora_targets=(),
+        optional_targets=(
+            "expand_1x1.convolution", "reduce_1x1.convolution", "conv_kxk.convolution",
+            "conv_1x1.convolution", "attention.attention.query", "attention.attention.key",
+            "attention.attention.value", *BERT_LINEARS[3:], "conv_projection.convolution",
+            "fusion.convolution",
+        ),
+        skipped_layers=("conv_3x3.convolution",), final_parts=("conv_1x1_exp",), head=HeadSpec(),
+    ),
+    "pvt_v2": ArchitectureSpec(
+        "pvt_v2", "encoder.layers.*.blocks",
+        ("attention.query", "attention.key", "attention.value", "attention.proj",
+         "mlp.dense1", "mlp.dense2"),
+        "image", optional_targets=("attention.spatial_reduction",),
+        skipped_layers=("mlp.dwconv.dwconv",), head=HeadSpec(dropout=None), token_head=None,
+        image_sizes="any", adjust=_adjust_pvt,
+    ),
+    "hiera": replace(
+        SWIN, encoder="hiera", blocks="encoder.stages.*.layers",
+        lora_targets=("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), optional_targets=("proj",),
+        pooler="pooler", final_parts=(), patch_size="patch_stride",
     ),
     "donut-swin": replace(SWIN, encoder="donut", lora_targets=BERT_LINEARS, final_parts=()),
     "clip": CLIP,

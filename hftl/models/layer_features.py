@@ -101,7 +101,8 @@ class _LayerTap(ExitStack):
         self._states.append(output[0] if isinstance(output, tuple) else output)
 
     def _catch_encoder(self, _: nn.Module, args: Any, output: Any) -> None:
-        self._last = [output[0]]
+        # A model of timm ends with its classifier, so that its last block's state is the last.
+        self._last = [self._states[-1] if isinstance(output, Tensor) else output[0]]
 
     def _catch_head_input(self, _: nn.Module, args: Any) -> None:
         self._head_input = [args[0]]
@@ -137,7 +138,8 @@ class _LayerTap(ExitStack):
                 return pooled | {"last": states[torch.arange(len(states)), mask.sum(1) - 1]}
             return pooled | {"cls": pool_tokens(states, mask, "cls")}
         if states.ndim == 4:
-            return {"mean": states.mean((2, 3))}
+            rows, columns, last = states.shape[1:]
+            return {"mean": states.mean((1, 2) if rows == columns != last else (2, 3))}
         side = self._batch["pixel_values"].shape[-1]
         prefix = states.shape[1] - (side // self._inputs.patch_size) ** 2
         if prefix <= 0:

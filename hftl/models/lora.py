@@ -12,11 +12,12 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 
 from hftl.errors import RecipeError, format_error_line, suggest_closest
-from hftl.models.architecture_spec import ArchitectureSpec
+from hftl.models.architecture_spec import WEIGHT_LAYERS, ArchitectureSpec
 from hftl.models.encoders import (
     get_stock_encoder,
     get_submodule,
     has_prefix,
+    has_suffix,
     list_block_paths,
     list_weight_layers,
 )
@@ -69,7 +70,7 @@ def check_wrapped_names(layers: Sequence[str], settings: Mapping[str, object], p
     targets = settings.get("target_modules")
     if not isinstance(targets, str):
         for name in _list_values(targets):
-            if not any(_has_suffix(path, name) for path in layers):
+            if not any(has_suffix(path, (name,)) for path in layers):
                 raise RecipeError(
                     f"{place}.target_modules: {name!r} gets no adapter: it is excluded, saved "
                     "whole, or outside layers_to_transform",
@@ -98,12 +99,8 @@ def _list_values(value: object) -> list[Any]:
 
 def _check_suffixes(place: str, names: Iterable[str], paths: Sequence[str]) -> None:
     for name in names:
-        if not any(_has_suffix(path, name) for path in paths):
+        if not any(has_suffix(path, (name,)) for path in paths):
             raise _build_no_match_error(place, name, paths)
-
-
-def _has_suffix(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
 
 
 def _match_pattern(pattern: str, path: str, place: str) -> bool:
@@ -284,6 +281,8 @@ def _get_saved_name(name: str, architecture: ArchitectureSpec) -> str:
 
     A module inside the head is saved with its whole head: peft wraps no module twice.
     """
+    if name in architecture.head.parts:
+        return name
     inside = name.removeprefix(f"{architecture.encoder}.")
     return next((head for head in architecture.head.parts if inside.startswith(f"{head}.")), inside)
 
@@ -299,14 +298,23 @@ def _get_task_type(model: nn.Module, architecture: ArchitectureSpec) -> TaskType
 def _list_namesakes(
     model: nn.Module, architecture: ArchitectureSpec, targets: Sequence[str]
 ) -> list[str]:
-    """Return layers outside the blocks that end like a target, as in SigLIP's unused head."""
+    """Return layers that end like a target and are none.
+
+    They lie outside the blocks, as in SigLIP's unused head, are skipped inside them, or are no
+    layers there, as the shortcut of a block that keeps its width.
+    """
     encoder = get_stock_encoder(model, architecture)
     prefix = "" if encoder is model else f"{architecture.encoder}."
     blocks = tuple(f"{prefix}{path}" for path in list_block_paths(encoder, architecture))
     return [
         name
-        for name, _ in model.named_modules()
-        if not has_prefix(name, blocks) and any(name.endswith(f".{target}") for target in targets)
+        for name, module in model.named_modules()
+        if has_suffix(name, tuple(targets))
+        and (
+            not has_prefix(name, blocks)
+            or has_suffix(name, architecture.skipped_layers)
+            or not isinstance(module, WEIGHT_LAYERS)
+        )
     ]
 
 
@@ -322,7 +330,8 @@ def _check_layer_count(
         # Of nested lists peft takes the outer index.
         paths = [p for p in paths if int(next(filter(str.isdigit, p.split(".")))) in indices]
     layers = [list_weight_layers(get_submodule(encoder, path)) for path in paths]
-    expected = sum(len(names - set(architecture.skipped_layers)) for names in layers)
+    skipped = architecture.skipped_layers
+    expected = sum(not has_suffix(name, skipped) for names in layers for name in names)
     wrapped = len(list_adapted_layers(adapted))
     if wrapped != expected:
         raise RecipeError(

@@ -21,6 +21,11 @@ from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.architectures import READ_AS, get_config_spec
 from hftl.models.encoders import accepts_attention_mask, get_encoder_class
 from hftl.models.image_architectures import IMAGE_HALVES
+from hftl.models.timm_architecture import (
+    TIMM_WRAPPER,
+    build_missing_timm_error,
+    drop_old_labels,
+)
 from hftl.runtime import paths
 from hftl.runtime.run_folder import UnreadableJsonError, fingerprint, read_json
 
@@ -176,6 +181,8 @@ def find_source(source: Source, on_hub: bool = False) -> SourceModel:
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except ImportError as error:  # ImageNet's label names are in timm alone
+        raise build_missing_timm_error() from error
     except (OSError, *BUILD_ERRORS) as error:
         raise RecipeError(
             f"source.model: {source.model} is no model: {format_error_line(error)}",
@@ -295,14 +302,22 @@ def match_padding(source: SourceModel, tokenizer: Any) -> SourceModel:
     return replace(source, config=config)
 
 
-def load_image_processor(source: SourceModel) -> Any:
+def load_image_processor(source: SourceModel, image_size: int | None = None) -> Any:
     """Return the source's own image processor, the one that needs no torchvision.
+
+    Args:
+        source: the checkpoint.
+        image_size: the side that timm's rule is applied to, in pixels; None: the source's own.
 
     Raises:
         RecipeError: if the checkpoint ships none.
     """
     from transformers import AutoImageProcessor
 
+    if source.model_type == TIMM_WRAPPER:
+        from hftl.models.timm_processor import build_timm_processor
+
+        return build_timm_processor(source.config, image_size)
     try:
         return AutoImageProcessor.from_pretrained(
             source.folder, backend="pil", trust_remote_code=False
@@ -321,6 +336,8 @@ def _read_as_encoder(config: Any) -> Any:
     """Return the config of the architecture that the checkpoint is read as, see `READ_AS`."""
     from transformers import AutoConfig
 
+    if config.model_type == TIMM_WRAPPER:
+        drop_old_labels(config)
     model_type = READ_AS.get(config.model_type)
     if model_type is None:
         return config

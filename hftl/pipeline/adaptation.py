@@ -17,7 +17,7 @@ from hftl.adapt.guard import AdaptationFacts, HeadTraining, summarize_adaptation
 from hftl.config.adapt import Adapt
 from hftl.config.recipe import Recipe
 from hftl.finetune.context import ExperimentContext
-from hftl.models.architectures import count_layers
+from hftl.models.architectures import count_shared_layers
 from hftl.models.encoders import check_block_count, count_blocks
 from hftl.models.lora_concat import check_concatenable, extract_factors, save_factors
 from hftl.models.source import SourceModel, hash_source_weights
@@ -132,7 +132,10 @@ def check_adaptations(recipe: Recipe, source: SourceModel) -> None:
             check_concatenable(stage.lora, "adapt.lora")
         if stage.method == "lora+blocks":
             check_block_count(
-                "adapt", stage.blocks, count_blocks(source.config), count_layers(source.config)
+                "adapt",
+                stage.blocks,
+                count_blocks(source.config),
+                count_shared_layers(source.config),
             )
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hftl.config.finetune import Finetune
-from hftl.data.image_inputs import ImageInputs
+from hftl.data.image_inputs import ImageInputs, get_image_size
 from hftl.data.prompted_inputs import PromptedInputs
 from hftl.finetune.arm_files import load_trained_tensors
 from hftl.finetune.context import ExperimentContext
@@ -39,7 +40,7 @@ from hftl.models.lora_concat import (
     write_adapter,
 )
 from hftl.models.pairs import EMBEDDING_SCALE, EmbeddingModel
-from hftl.models.source import SourceModel
+from hftl.models.timm_architecture import TIMM_WRAPPER, set_timm_image_size
 from hftl.publish.published_metadata import drop_local_names
 from hftl.runtime.run_folder import to_json
 
@@ -77,7 +78,7 @@ def rebuild_model(
     else:
         # peft keeps the head it wraps; it must be the one that training started from.
         built = build_start_model(context, finetune, seed)
-    model = apply_strategy(built.model, finetune, built.fresh)
+    model = apply_strategy(built.model, context.decide_batchnorm(finetune, seed), built.fresh)
     load_trained_tensors(model, weights)
     return model.eval()
 
@@ -100,16 +101,17 @@ def export_model(
             if isinstance(model, PooledModel)
             else {"architectures": [type(unwrap_adapter(model)).__name__]}
         )
-        _write_config(source, {**labels, **known}, folder)
+        _write_config(context, {**labels, **known}, folder)
     else:
         whole: Any = model.encoder if isinstance(model, PooledModel) else model
         whole.config.update(labels)
         whole.float()  # Plain classes compute in the precision that the file names.
+        _write_image_size(whole.config, context.inputs)
         whole.save_pretrained(folder, state_dict=_build_state_dict(model, source.architecture_spec))
     if isinstance(model, EmbeddingModel):
         # The pair's config, for what the folder says of its inputs; the class names the half.
         half = type(unwrap_adapter(model.encoder)).__name__
-        _write_config(source, {**labels, "architectures": [half]}, folder)
+        _write_config(context, {**labels, "architectures": [half]}, folder)
     if isinstance(model, PooledModel):
         save_file(
             {k: v.detach().cpu().contiguous() for k, v in _collect_head(model).items()},
@@ -121,9 +123,12 @@ def export_model(
         _rewrite_json(path, drop_local_names)
 
 
-def _write_config(source: SourceModel, changes: Mapping[str, object], folder: Path) -> None:
+def _write_config(context: ExperimentContext, changes: Mapping[str, object], folder: Path) -> None:
     """Write the source's config with some settings changed."""
-    type(source.config).from_dict(source.config.to_dict() | dict(changes)).save_pretrained(folder)
+    config = deepcopy(context.source.config)
+    config.update(dict(changes))
+    _write_image_size(config, context.inputs)
+    config.save_pretrained(folder)
 
 
 def _collect_head(model: PooledModel) -> dict[str, Tensor]:
@@ -135,6 +140,11 @@ def _collect_head(model: PooledModel) -> dict[str, Tensor]:
     if isinstance(model.projection, nn.Linear):
         return {**scaled, "projection": model.projection.weight}
     return scaled
+
+
+def _write_image_size(config: Any, inputs: Any) -> None:
+    if config.model_type == TIMM_WRAPPER:
+        set_timm_image_size(config, get_image_size(inputs.processor))
 
 
 def export_adapter(context: ExperimentContext, model: nn.Module, folder: Path) -> None:

@@ -103,6 +103,8 @@ class ModelConfig(SettingsFile):
     @property
     def label_names(self) -> list[str]:
         """Return the label names in the order of their ids; empty where it has none."""
+        if "id2label" not in self.settings:
+            return self.get_names("label_names")  # as timm writes them
         names = self.get_mapping("id2label")
         if not all(LABEL_ID.fullmatch(str(key)) for key in names):
             return []

@@ -22,12 +22,24 @@ from hftl.runtime.distributed import broadcast_from_main
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
+def hold_running_statistics(model: nn.Module) -> None:
+    """Mark every BatchNorm: it runs in eval mode from now on, also where its parameters train."""
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS):
+            module.holds_statistics = True  # pyright: ignore[reportArgumentType]
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Return whether a model holds a BatchNorm."""
+    return any(isinstance(module, BATCH_NORMS) for module in model.modules())
+
+
 def list_training_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
     """Return each module and whether it runs in train mode: only if all its parameters train.
 
     A module without parameters follows its parent; LoRA's own dropout, and the one directly
     before the head, are live. So is a layer whose activations are to be recomputed, for itself:
-    transformers does so in train mode only.
+    transformers does so in train mode only. A BatchNorm that holds its statistics is not.
 
     Raises:
         RecipeError: for such a layer that is partly frozen and draws dropout in its own forward.
@@ -42,6 +54,7 @@ def list_training_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
         trains = [parameter.requires_grad for parameter in module.parameters()]
         always = "lora_dropout" in path or path.removeprefix("base_model.model.") == head_dropout
         live = all(trains) if trains else parent or always
+        live = live and not hasattr(module, "holds_statistics")
         modes.append((module, live or _needs_recompute(module, any(trains))))
         for name, child in module.named_children():
             visit(child, f"{path}.{name}" if path else name, live)

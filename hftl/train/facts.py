@@ -201,6 +201,8 @@ class TrainingFacts(OpenPart):
     interpolation: InterpolationFacts | None = None
     target_scale: TargetScaleFacts | None = None
     class_weights: ClassWeightFacts | None = None
+    freeze_batchnorm: bool | None = None
+    """Of a model with BatchNorm: whether all of its running statistics stayed as they were."""
     general_rows: int | None = None
     """Rows of general data that were mixed into the steps."""
     head_opinion: HeadFacts | None = None

@@ -86,7 +86,11 @@ def publish_model(context: ExperimentContext, recipe: Recipe, folder: Path) -> P
     """
     finetune = recipe.finetune
     built = context.build_model(finetune.pooling, seed=0)
-    model = prepare(built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh)
+    held = context.decide_batchnorm(finetune, 0).freeze_batchnorm
+    model = prepare(
+        built.model, finetune.strategy, finetune.blocks, finetune.lora, built.fresh,
+        freeze_batchnorm=held,
+    )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     # The tiny encoders have small features; one layer alone must move far to be seen.
     scale = 30.0 if finetune.strategy == "head" else 0.3

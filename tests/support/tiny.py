@@ -77,6 +77,7 @@ WINDOWS = {
     "image_size": IMAGE_SIZE, "patch_size": 4, "embed_dim": 8, "depths": [1, 2],
     "num_heads": [2, 2], "window_size": 4,
 }  # fmt: skip
+STAGES = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 1]}
 TOWERS = {
     "vision_config": IMAGE, "projection_dim": 8,
     "text_config": {
@@ -132,6 +133,28 @@ FIELDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "starcoder2"), CAUSAL),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), CAUSAL | {"sliding_window": 4}),
     "modernbert-decoder": CAUSAL | {"local_attention": 8},
+    "resnet": STAGES, "regnet": STAGES | {"groups_width": 8},
+    "convnext": STAGES | {"num_stages": 2}, "convnextv2": STAGES | {"num_stages": 2},
+    "efficientnet": {
+        "image_size": IMAGE_SIZE, "width_coefficient": 0.25, "hidden_dim": 320,
+        "depth_coefficient": 1.0,
+        "kernel_sizes": [3, 5], "in_channels": [32, 16], "out_channels": [16, 24],
+        "strides": [1, 2], "num_block_repeats": [1, 1], "expand_ratios": [1, 6],
+    },
+    "mobilevit": {
+        "image_size": IMAGE_SIZE, "hidden_sizes": [8, 12, 16],
+        "neck_hidden_sizes": [4, 8, 8, 8, 12, 16, 32],
+    },
+    "pvt_v2": {
+        "image_size": IMAGE_SIZE, "hidden_sizes": [8, 16], "depths": [1, 2],
+        "num_attention_heads": [1, 2], "num_encoder_blocks": 2, "sr_ratios": [2, 1],
+        "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2],
+    },
+    "hiera": {
+        "image_size": [IMAGE_SIZE, IMAGE_SIZE], "embed_dim": 8, "depths": [1, 1, 2],
+        "num_heads": [1, 2, 4], "query_stride": [2, 2], "num_query_pool": 2,
+        "masked_unit_size": [4, 4], "masked_unit_attention": [True, True, False],
+    },
 }  # fmt: skip
 
 
@@ -144,8 +167,7 @@ def tiny_config(model_type: str, **more: Any) -> Any:
 
 def is_image(model_type: str) -> bool:
     """Return whether it reads images."""
-    fields = FIELDS[model_type]
-    return "image_size" in fields or "vision_config" in fields
+    return not FIELDS[model_type].keys().isdisjoint({"image_size", "vision_config", "hidden_sizes"})
 
 
 CAUSAL_MODELS = [name for name, fields in FIELDS.items() if "num_key_value_heads" in fields]
@@ -185,6 +207,8 @@ def save_tiny(model_type: str, folder: Path, masked: bool = False) -> Path:
         model: Any = BeitForMaskedImageModeling(config)  # no Auto class has it
     else:
         model = auto.from_config(config)
+    if images:
+        measure_statistics(model)
     model.save_pretrained(folder)
     if images:
         tiny_processor(folder)
@@ -192,6 +216,26 @@ def save_tiny(model_type: str, folder: Path, masked: bool = False) -> Path:
         save_tokenizer = tiny_causal_tokenizer if model_type in CAUSAL_MODELS else tiny_tokenizer
         save_tokenizer(folder)
     return folder
+
+
+def measure_statistics(model: Any, side: int = IMAGE_SIZE) -> None:
+    """Draw convolutions that keep the variance, and measure BatchNorm's statistics on grey noise.
+
+    Otherwise activations vanish before the last layer.
+    """
+    import torch
+
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    if norms:
+        for norm in norms:
+            norm.momentum = None
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(module.weight)
+        with torch.no_grad():
+            brightness = 2 * torch.rand(8, 1, 1, 1) - 1
+            model.train()(brightness + 0.2 * torch.randn(8, 3, side, side))
+        model.eval()
 
 
 def tiny_processor(folder: Path) -> None:
