@@ -46,6 +46,21 @@ TOP = re.compile(
 """What the encoder holds after its blocks."""
 OTHER_NORM = ("deberta", "deberta-v2", "clip", "metaclip_2")
 """Their norm of that name is of relative positions, or read by no image's output."""
+STAGES = {
+    **dict.fromkeys(
+        ("resnet", "regnet", "convnext", "convnextv2"),
+        {"stages.0.layers.0": 1, "stages.0.layers.1": 2, "stages.1": 3},
+    ),
+    "efficientnet": {"blocks.0": 1, "blocks.1": 2, "encoder.top_conv": 3, "encoder.top_bn": 3},
+    "hiera": {"stages.0": 1, "stages.1": 2, "stages.2.layers.0": 3, "stages.2.layers.1": 4},
+    "mobilevit": {**{f"encoder.layer.{n}": n + 1 for n in range(5)}, "conv_1x1_exp": 6},
+    "pvt_v2": {
+        "layers.0.blocks.0": 1, "layers.0.layer_norm": 1, "layers.1.patch_embedding": 2,
+        "layers.1.blocks.0": 2, "layers.1.blocks.1": 3, "layers.1.layer_norm": 4,
+    },
+}  # fmt: skip
+"""Depths of what is in no block 0, by the parts of tiny models of several stages."""
+BLOCKS = {"albert": 1, "efficientnet": 2, "hiera": 4, "mobilevit": 5}
 UNDECAYED = {
     "bert": "embeddings.position_embeddings.weight",
     "roberta": "embeddings.position_embeddings.weight",
@@ -85,6 +100,9 @@ def expect_depth(model_type: str, name: str, blocks: int) -> int:
         before = [0, 1][int(stage[1])]
         # Stages of one block and of two; merging is as deep as the last block of its stage.
         return before + 1 + (int(stage[2]) if stage[2] else [0, 1][int(stage[1])])
+    if model_type in STAGES:
+        inside = [depth for part, depth in STAGES[model_type].items() if f".{part}." in f".{name}"]
+        return inside[-1] if inside else 0
     match = re.search(BLOCK, name)
     return int(match[1]) + 1 if match else 0
 
@@ -95,7 +113,7 @@ def test_depth_of_every_parameter_is_that_of_its_name(
 ) -> None:
     folder = tiny_model(model_type)
     depths, blocks = compute_depths(build_classifier(folder, "full"))
-    assert blocks == (1 if model_type == "albert" else 3)
+    assert blocks == BLOCKS.get(model_type, 3)
     assert depths == {name: expect_depth(model_type, name, blocks) for name in depths}
     assert set(depths.values()) == set(range(blocks + 2))
     if is_image(model_type):

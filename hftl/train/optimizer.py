@@ -109,8 +109,9 @@ def compute_depths(model: nn.Module) -> tuple[dict[str, int], int]:
     """Return the depth of every parameter by its name, and the number of blocks.
 
     A tied parameter has its first name only. What stands in a stage behind its blocks (Swin's
-    merging of patches) is as deep as the last of them; what all blocks read (DeBERTa's relative
-    embeddings) as deep as the embeddings.
+    merging of patches) is as deep as the last of them, what stands before them (ConvNeXt's
+    downsampling) as the first, in the first stage as the embeddings; what all blocks read
+    (DeBERTa's relative embeddings) as deep as the embeddings.
 
     Raises:
         RecipeError: if the architecture is not supported.
@@ -120,8 +121,12 @@ def compute_depths(model: nn.Module) -> tuple[dict[str, int], int]:
     paths = list_block_paths(encoder, architecture)
     depth_of = {id(p): len(paths) + 1 for p in model.parameters()}
     depth_of |= {id(p): 0 for p in encoder.parameters()}
-    for outer, depth in _find_stages(paths):
-        depth_of |= {id(p): depth for p in get_submodule(encoder, outer).parameters()}
+    for outer, inside in _find_stages(paths).items():
+        before = inside[0] if inside[0] > 1 else 0
+        for name, parameter in get_submodule(encoder, outer).named_parameters(outer):
+            has_begun = name.startswith(f"{paths[inside[0] - 1]}.")
+            before = inside[-1] if has_begun else before
+            depth_of[id(parameter)] = before
     for depth, path in enumerate(paths, 1):
         depth_of |= {id(p): depth for p in get_submodule(encoder, path).parameters()}
     for name, parameter in encoder.named_parameters():
@@ -219,15 +224,15 @@ def _count_parameters(group: ParameterGroup) -> int:
     return sum(parameter.numel() for parameter in group["params"])
 
 
-def _find_stages(paths: list[str]) -> list[tuple[str, int]]:
-    """Return the stages that hold lists of blocks, and the depth of the last block in each."""
-    stages: dict[str, int] = {}
+def _find_stages(paths: list[str]) -> dict[str, list[int]]:
+    """Return the stages that hold lists of blocks, and the depths of the blocks in each."""
+    stages: dict[str, list[int]] = defaultdict(list)
     for depth, path in enumerate(paths, 1):
         outer = path.rsplit(".", 2)[0]
         # Of one list of blocks the outer path is its owner, which holds more than a stage.
         if outer.rsplit(".", 1)[-1].isdigit():
-            stages[outer] = depth
-    return list(stages.items())
+            stages[outer].append(depth)
+    return stages
 
 
 def _list_pooler(architecture: ArchitectureSpec) -> tuple[str, ...]:
