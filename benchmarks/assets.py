@@ -21,10 +21,12 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import NamedTuple
 
+from asset_efficientnet import build_efficientnet
 from asset_image import build_clipart, build_fashion
 from asset_package import (
     BBC,
     CLIPART,
+    EFFICIENTNET,
     FASHION,
     FOCUS,
     MANIFEST,
@@ -78,6 +80,9 @@ ASSETS = {
         "859e89cee6df12e175248206653e1b56dabe0bb1464189f137eb3d22d0ad91d5"),
     "vit": Asset("a DINOv2-small image encoder, fine-tuned for saliency", FOCUS, build_vit,
         "vit-dinov2-small", None, ("onnx", "torch", "transformers", "safetensors")),
+    "efficientnet": Asset("EfficientNet-Lite0, a convolutional image encoder", EFFICIENTNET,
+        build_efficientnet, "efficientnet-lite0", None,
+        ("timm", "torch", "torchvision", "safetensors")),
     "smollm2": Asset("SmolLM2-135M-Instruct, a decoder, from its 4-bit weights", SMOLLM2,
         build_smollm2, "smollm2", None, ("gguf", "torch", "transformers", "safetensors")),
     "fashion": Asset("60 000 + 10 000 grey 28x28 photographs of ten garments", FASHION,
@@ -152,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--into", type=Path, default=Path("assets"), help="default: assets/")
     options = parser.parse_args(arguments)
     if not options.names:
-        print(*(f"{name:9} {asset.about}" for name, asset in ASSETS.items()), sep="\n")
+        print(*(f"{name:12} {asset.about}" for name, asset in ASSETS.items()), sep="\n")
         return 2
     try:
         for name in options.names:

@@ -304,8 +304,10 @@ def test_running_statistics_are_stored_where_they_move(strategy: str, tmp_path: 
     source = context.build_model("native", 0).model.state_dict()
     model.load_state_dict({name: source[name] for name in stored}, strict=False)
     reset = predict_logits(model, rows, context.inputs, "cpu")
-    # Here the head alone was best: what a later phase moved is put back.
-    assert (np.abs(reset - expected).max() > 1e-2) == (strategy != "gradual")
+    # Where the head alone was best, what a later phase moved is put back.
+    moved = any(not output.weights[name].equal(source[name]) for name in stored)
+    assert moved or strategy == "gradual"
+    assert (np.abs(reset - expected).max() > 1e-4) == moved
     weights = {name: t for name, t in output.weights.items() if ".running_" not in name}
     save_file(weights, tmp_path / "weights.safetensors")
     with pytest.raises(RunFolderError, match="running_mean"):

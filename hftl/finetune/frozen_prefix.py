@@ -98,8 +98,8 @@ class FrozenPrefix:
         """Says whether the frozen blocks run once a row, and why; empty where none is frozen."""
         self.timings: dict[str, float] = {}
         self._context, self._finetune, self._args, self._root = context, finetune, args, root
-        self._model, self._encoder = built.model, built.encoder
-        spec = built.architecture
+        self._model, self._encoder, self._spec = built.model, built.encoder, built.architecture
+        spec = self._spec
         self._paths = list_block_paths(built.encoder, spec)
         later = (*spec.final_parts, *spec.unused_parts, *((spec.pooler,) if spec.pooler else ()))
         self.cache = PrefixCache(built.encoder, self._paths, later)
@@ -144,6 +144,7 @@ class FrozenPrefix:
             "FSDP cuts the model": is_sharded(),
             "pictures stand among a prompt's tokens": self._context.reads_prompt,
             "torch_compile compiles them": self._args.torch_compile,
+            "blocks of timm pass on more than one state": self._spec.blocks_are_listed,
             "the encoder takes no mask": is_text and not accepts_attention_mask(self._encoder),
         }
         return next((reason for reason, holds in obstacles.items() if holds), "")

@@ -8,7 +8,7 @@ to recompute activations.
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -65,6 +65,10 @@ class RowKeys:
     padded: int = 0
 
 
+class _RunEnd(Exception):  # noqa: N818
+    """End a run whose states are all recorded."""
+
+
 class PrefixCache:
     """Pass over the lowest `depth` blocks of an encoder wherever all rows of a batch are stored.
 
@@ -91,6 +95,7 @@ class PrefixCache:
         ]
         self._lengths_of_outputs: list[int] = [0] * len(paths)
         self._recorded: dict[int, Tensor] | None = None
+        self._is_whole = True
         self._rows: RowKeys | None = None
 
     @contextmanager
@@ -124,14 +129,13 @@ class PrefixCache:
         """
         self._recorded = dict.fromkeys(depths, torch.empty(0))
         self.counts = [0] * len(self._blocks)
-        if not whole:
-            self._pass_over(range(max(self._recorded), len(self._blocks)))
+        self._is_whole = whole
         try:
-            run()
+            with suppress(_RunEnd):
+                run()
             return self._recorded
         finally:
             self._recorded = None
-            self._restore()
 
     def _begin(self, encoder: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         """Look the rows of a batch up; where all are known, pass over the frozen blocks."""
@@ -182,6 +186,9 @@ class PrefixCache:
             self._lengths_of_outputs[index] = 1 + len(more) if isinstance(output, tuple) else 0
             if index + 1 in self._recorded:
                 self._recorded[index + 1] = hidden.detach()
+                # Blocks that widen cannot be passed over: the head would read too few channels.
+                if not self._is_whole and index + 1 == max(self._recorded):
+                    raise _RunEnd
         if index != self.depth - 1 or not torch.is_grad_enabled():
             return None
         upper = self._blocks[index + 1] if index + 1 < len(self._blocks) else None
