@@ -89,7 +89,12 @@ def build_tree(model: Path, folder: Path, method: str, **more: Any) -> dict[str,
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [("llama", "full"), ("llama", "lora"), ("modernbert-decoder", "lora")]
+    ("name", "method"),
+    [
+        ("llama", "full"),
+        ("llama", "lora"),
+        pytest.param("modernbert-decoder", "lora", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_adapts_and_publishes(
     name: str, method: str, tiny_model: Tiny, tmp_path: Path, fast_reload: None

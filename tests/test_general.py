@@ -148,8 +148,8 @@ def test_near_copies_of_what_measures_are_not_used(
     recipe = Recipe.parse(recipe_tree)
     this = Run(recipe, tmp_path / "run", print)
     (tmp_path / "run").mkdir()
-    context = pipeline._load_data(this, find_source(recipe.source))
-    general = pipeline._load_general_rows(this, context)
+    context = pipeline._load_data(this, find_source(recipe.source), is_checked=False)
+    general = pipeline._load_general_rows(this, context, is_checked=False)
     assert general is not None
     is_near = build_leak_filter(context)
     assert not any(map(is_near, general.train_rows)) and any(map(is_near, general.eval_rows))

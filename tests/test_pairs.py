@@ -133,7 +133,7 @@ def test_zero_shot_logits_are_the_pairs_own(
         ("siglip", "full", {"measure": {"arms": ["zero_shot", "head", "scratch"],
                                         "scratch": {"learning_rates": [1e-3]}}}),
         ("metaclip_2", "partial", {"retain": {"kl": {"on": "relational"}}}),
-        ("metaclip_2", "lora", {}),
+        pytest.param("metaclip_2", "lora", {}, marks=pytest.mark.slow),
         ("siglip", "zero_shot", {"measure": {"arms": ["majority"]}}),
     ],
 )  # fmt: skip

@@ -103,7 +103,7 @@ def _pool_rows(context: ExperimentContext, most: int) -> ExperimentContext:
         if len(rows[split]) > most:
             rows[split] = take_stratified(rows[split], most, context.prepared.task, 0, "curve")[0]
     prepared = replace(context.prepared, rows=rows)
-    return replace(context, prepared=prepared, shots=None, _probes={}, entailment={})
+    return replace(context, prepared=prepared, shots=None, _probes={}, class_scores={})
 
 
 def _choose_sizes(context: ExperimentContext, given: Sequence[int]) -> list[int]:
@@ -152,7 +152,7 @@ def _cut_context(context: ExperimentContext, size: int) -> ExperimentContext:
     rows = {**prepared.rows, "validation": sorted(held, key=hash_row)}
     # A probe is known by its seed, and entailment by its prompts: those of other rows are others.
     prepared = replace(prepared, rows=rows)
-    return replace(context, prepared=prepared, shots=size, _probes={}, entailment={})
+    return replace(context, prepared=prepared, shots=size, _probes={}, class_scores={})
 
 
 def _summarize_curves(

@@ -71,5 +71,5 @@ def _reduce(context: ExperimentContext, seed: int) -> ExperimentContext:
         "test": prepared.rows["test"][:1],
     }
     return replace(
-        context, prepared=replace(prepared, rows=rows), shots=None, entailment={}, _probes={}
+        context, prepared=replace(prepared, rows=rows), shots=None, class_scores={}, _probes={}
     )

@@ -18,6 +18,7 @@ from hftl.finetune.zero_shot import count_hypotheses
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
 from hftl.models.encoders import count_blocks
 from hftl.models.features import BATCH_TOKENS, batch_by_length
+from hftl.models.packing import pack_predictions
 from hftl.pipeline import weight_grid
 from hftl.pipeline.schedule import ArmCost
 from hftl.pipeline.weight_grid import list_selection_rows
@@ -25,7 +26,7 @@ from hftl.retain.regularizer import Batch
 from hftl.runtime import distributed
 from hftl.train.callbacks import PassTime, time_forward, time_step
 
-TIMED_ROWS = 128
+TIMED_ROWS = 32
 """Rows that a pass is timed on, at most."""
 SEARCHED = 1 / 3
 TRAINER_BATCH = 8
@@ -244,14 +245,16 @@ def _is_cached(context: ExperimentContext, retain: Retain) -> bool:
 
 
 def _time_row_prediction(context: ExperimentContext, pooling: str) -> PassTime:
-    """Time a forward pass in fp32 over rows of like length, for each row."""
-    rows = context.prepared.rows["test"][:TIMED_ROWS]
+    """Time a forward pass in fp32 over rows of like length, packed, for each row."""
+    test = context.prepared.rows["test"]
+    rows = test[:: -(-len(test) // TIMED_ROWS)]
     model = context.build_model(pooling, 0).model.to(context.device)
     encoded = context.encode_rows(rows)
     lengths = [context.inputs.length(row) for row in encoded]
     passes: list[PassTime] = []
-    for numbers in batch_by_length(lengths, BATCH_TOKENS):
-        batch = context.inputs.collate([dict(encoded[i]) for i in numbers])
-        passes.append(time_forward(model, batch, None, context.device))
+    with pack_predictions(model):
+        for numbers in batch_by_length(lengths, BATCH_TOKENS):
+            batch = context.inputs.collate([dict(encoded[i]) for i in numbers])
+            passes.append(time_forward(model, batch, None, context.device))
     total = PassTime(sum(one.worked for one in passes), sum(one.elapsed for one in passes))
     return _divide_time(total, len(rows))
