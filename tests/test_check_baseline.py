@@ -13,6 +13,8 @@ from hftl.finetune.baselines import solve_classical
 from hftl.pipeline.baselines import measure_baselines
 from hftl.pipeline.pipeline import open_recipe
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
 def test_baselines_are_scored_on_validation_alone(

@@ -34,6 +34,8 @@ from hftl.config.recipe import Recipe
 from hftl.finetune.baselines import solve_classical, solve_majority
 from hftl.pipeline.analyses import find_curve_arm
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 __all__ = ["forwards", "hftl"]
 SIZES = np.array([5.0, 10.0, 20.0, 40.0, 80.0, 160.0])
 

@@ -26,6 +26,8 @@ from hftl.analysis.distance import (
 from hftl.analysis.domains import compare_domains
 from hftl.analysis.facts import DistanceAnalysis
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 __all__ = ["forwards", "hftl"]
 
 

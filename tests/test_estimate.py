@@ -28,6 +28,8 @@ from hftl.pipeline.estimate import (
 from hftl.pipeline.pipeline import check_recipe, run
 from hftl.train.callbacks import PassTime, _measure_seconds
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 STEP = 4.0
 """Forward passes that a training step is counted as."""
 

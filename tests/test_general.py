@@ -22,6 +22,8 @@ from hftl.pipeline import pipeline
 from hftl.pipeline.corpora import build_leak_filter
 from hftl.pipeline.run import Run
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 Tiny = Callable[..., Path]
 
 HEADER = ["text", "document", "tone"]

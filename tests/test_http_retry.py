@@ -17,6 +17,8 @@ from support.publishing import ME, Pusher, assert_fails, copy_run, hash_files
 from hftl.measure.record import Record
 from hftl.runtime import run_folder
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 FAULTS: dict[str, dict[str, Any]] = {
     "401": {"kind": "401", "times": 1},
     "403": {"kind": "403", "times": 1},

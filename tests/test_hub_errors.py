@@ -13,6 +13,8 @@ from hftl.errors import format_error_line
 from hftl.publish.http_retry import wrap_hub_errors
 from hftl.runtime.paths import TRANSIENT_STATUSES, advise_on_status, translate_hub_errors
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 
 @pytest.mark.parametrize(
     ("text", "line"),

@@ -22,6 +22,8 @@ from hftl.errors import DataError, RecipeError
 from hftl.inference.predict_table import predict_table
 from hftl.pipeline import pipeline
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 Tiny = Callable[..., Path]
 
 

@@ -23,6 +23,8 @@ from hftl.retain.regularizer import Retention
 from hftl.retain.weights import compute_update, iterate_lora_layers
 from hftl.train.checkpoint import iterate_trainable
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 
 def copy_trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in iterate_trainable(model)}

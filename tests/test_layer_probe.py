@@ -26,6 +26,8 @@ from hftl.config.recipe import Recipe
 from hftl.measure.metrics import METRICS
 from hftl.models.layer_features import LayerSite
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 __all__ = ["forwards", "hftl"]
 ACCURACY = METRICS["classification"]["accuracy"]
 

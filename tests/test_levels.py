@@ -26,6 +26,8 @@ from hftl.inference.compare import compare_models
 from hftl.inference.predict_table import predict_table
 from hftl.pipeline import pipeline
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 Tiny = Callable[..., Path]
 
 SIDE = 24

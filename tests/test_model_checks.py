@@ -15,6 +15,8 @@ from hftl import Recipe, run
 from hftl.errors import DataError, HftlError, RecipeError, is_out_of_memory
 from hftl.pipeline.pipeline import check_recipe
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 Tiny = Callable[..., Path]
 
 

@@ -32,6 +32,8 @@ from hftl.errors import DataError
 from hftl.inference.compare import compare_models
 from hftl.pipeline.pipeline import check_recipe, run
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 HEADER = ["text", "label"]
 
 

@@ -19,6 +19,8 @@ from hftl.errors import DataError, DataWarning
 from hftl.inference import predict_table
 from hftl.runtime import run_folder
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 SUFFIXES = [".csv", ".jsonl", ".parquet"]
 DAY, MINUTE = datetime.date(2020, 1, 2), datetime.datetime(2020, 1, 2, 3, 4)
 

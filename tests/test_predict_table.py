@@ -20,6 +20,8 @@ from hftl.errors import DataError, RecipeError
 from hftl.inference import predict, predict_table
 from hftl.inference.predict import Predictor
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 
 class Fake:
     """Say `good` of texts that hold the word, or the length as a target without class names."""

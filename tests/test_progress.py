@@ -14,6 +14,8 @@ from hftl.pipeline.pipeline import run
 from hftl.runtime import progress
 from hftl.runtime.progress import open_bar, show_activity, show_progress, track
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 
 @contextmanager
 def terminal() -> Iterator[io.StringIO]:

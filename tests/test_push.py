@@ -16,6 +16,8 @@ from hftl.doctor.checks import examine_adapter
 from hftl.runtime import run_folder
 from hftl.runtime.run_folder import to_json
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 THEIRS = {"README.md": b"mine", "model.safetensors": b"mine", "notes.md": b"mine"}
 
 

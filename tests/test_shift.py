@@ -24,6 +24,8 @@ from hftl.measure.shift import (
     measure_separability,
 )
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 ASSETS = Path(os.environ.get("HFTL_ASSETS", Path(__file__).parent.parent / "assets"))
 GAP = 2.0
 """Standard deviations between the two classes."""

@@ -28,6 +28,8 @@ from hftl.errors import DataError, NumericError
 from hftl.pipeline import sweep as pipeline_sweep
 from hftl.train.optimizer import LayerLearningRates
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 __all__ = ["hftl"]
 
 

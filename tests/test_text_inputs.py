@@ -32,6 +32,8 @@ from hftl.models.features import compute_frozen_features, predict_logits
 from hftl.models.heads import LoadedModel, build_model
 from hftl.models.source import SourceModel, find_source, load_tokenizer, match_padding
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 Tiny = Callable[..., Path]
 TEXTS = ["good film", "the film is of a good plot and warm music with fine scene it was"]
 WORDS = [("good", "unknownword", "film"), ("dull",), ("a", "bright", "and", "warm", "story")]

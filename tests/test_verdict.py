@@ -21,6 +21,8 @@ from hftl.measure.verdict import (
     judge_record,
 )
 
+pytestmark = pytest.mark.usefixtures("fast_reload")
+
 GAINS: dict[str, dict[str, Any] | None] = {
     "positive": {"value": 0.1, "ci95": [0.05, 0.15]},
     "equivalent": {"value": 0.001, "ci95": [-0.003, 0.005]},

@@ -56,7 +56,7 @@ def import_timm() -> Any:
         RecipeError: if it is not installed.
     """
     try:
-        import timm
+        import timm  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise build_missing_timm_error() from error
     return timm
