@@ -152,7 +152,7 @@ def write_adapter(inputs: Inputs) -> None:
         modules_to_save=["classifier"], **LORA,  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
     folder = inputs.folder / "adapter"
-    get_peft_model(base, config).save_pretrained(folder)
+    get_peft_model(base, config).save_pretrained(str(folder))
     base.config.save_pretrained(str(folder))
     AutoTokenizer.from_pretrained(inputs.source).save_pretrained(folder)
 

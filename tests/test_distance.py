@@ -152,7 +152,7 @@ def cover_distances(trials: int) -> dict[str, float]:
 
 
 def test_intervals_hold_the_truth() -> None:
-    covered = cover_distances(20)
+    covered = cover_distances(10)
     assert min(covered.values()) >= 0.75, covered
 
 

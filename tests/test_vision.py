@@ -42,6 +42,7 @@ ENCODERS = {
     "hiera": ("encoder.stages.2.layers.1 pooler", 18),
 }
 """What `partial` trains of one block beside the head, and how many layers LoRA wraps."""
+FAST = ("resnet", "convnext", "efficientnet", "pvt_v2", "hiera")
 WITH_BATCH_NORM = ("resnet", "regnet", "efficientnet", "mobilevit")
 
 
@@ -88,7 +89,10 @@ def publish(context: ExperimentContext, recipe: Recipe, output: Any, folder: Pat
     return measure_reload_difference(folder / "publish", context.source.folder, sample, "cpu")
 
 
-@pytest.mark.parametrize("name", sorted(ENCODERS))
+@pytest.mark.parametrize(
+    "name",
+    [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in sorted(ENCODERS)],
+)
 def test_what_trains_moves_and_is_published(name: str, tiny_model: Tiny, tmp_path: Path) -> None:
     tops, layers = ENCODERS[name]
     for strategy in ("partial", "lora"):

@@ -86,7 +86,7 @@ def measure_calibration(
         bins=bins,
         before=_score(logits, labels, units, bins),
         after=None if temperature is None else _score(logits / temperature, labels, units, bins),
-        confusion=confusion.tolist(),
+        confusion=[[int(count) for count in row] for row in confusion],
     )
 
 

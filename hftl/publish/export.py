@@ -278,7 +278,7 @@ def write_reload_sample(context: ExperimentContext, logits: np.ndarray, folder: 
             sample["prompts"] = [context.inputs.write_prompt(*content[1:]) for content in contents]
             if context.inputs.lacks_video_package:
                 encoded = context.encode_rows([rows[i] for i in chosen])
-                sample["token_ids"] = [list(row["input_ids"]) for row in encoded]
+                sample["token_ids"] = [[int(i) for i in row["input_ids"]] for row in encoded]
     else:
         contents = [rows[i].content for i in chosen]
         sample["words" if prepared.task == "token-classification" else "texts"] = contents
