@@ -269,6 +269,7 @@ def test_changed_key_is_refused(
     assert caught.value.exit_code == 4 and not trained
 
 
+@pytest.mark.slow
 def test_second_adaptation_starts_from_the_first(
     moved: Finished, trained: list[dict[str, Any]]
 ) -> None:

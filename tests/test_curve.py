@@ -131,6 +131,7 @@ def cover_truth(trials: int) -> dict[str, float]:
     return {name: float(np.mean(hits)) for name, hits in covered.items()}
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth() -> None:
     covered = cover_truth(10)
     assert min(covered.values()) > 0.8, covered

@@ -127,6 +127,7 @@ def test_the_interval_of_the_best_counts_the_choice_in_1000() -> None:
     assert simultaneous >= 0.94 > plain, (simultaneous, plain)
 
 
+@pytest.mark.slow
 def test_layers_are_compared_before_with_after_training(
     hftl: Hftl, recipe_tree: dict[str, Any], tmp_path: Path
 ) -> None:

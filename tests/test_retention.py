@@ -176,6 +176,7 @@ def test_weak_probe_is_reported_and_stops_no_run(tree: dict[str, Any], tmp_path:
     assert any("hardly predicts the labels" in line and "full seed 0" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_reference_may_be_the_source_before_adaptation(
     tree: dict[str, Any], tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
