@@ -227,3 +227,12 @@ def test_weights_that_have_moved_are_not_read(bert: Path, reviews: Path, tmp_pat
         prefix.follow()
         assert prefix.cache.store is None and prefix.cache.depth == 2
     assert count_frozen_blocks(model) == 2
+
+
+def test_an_arm_adds_the_boundaries_that_another_has_not_stored(
+    bert: Path, reviews: Path, tmp_path: Path
+) -> None:
+    partial = make_context(bert, reviews, PARTIAL, max_length=16)
+    assert train(partial, "auto", tmp_path).timings["cached_blocks"] == 2
+    gradual = make_context(bert, reviews, GRADUAL, max_length=16)
+    check_same(train(gradual, "auto", tmp_path), train(gradual, "never"), 3)

@@ -18,12 +18,12 @@ from conftest import bench_of
 
 import hftl
 from hftl.config.recipe import Recipe
-from hftl.errors import LostProcessError, RecipeError
+from hftl.errors import LostProcessError, RecipeError, RunFolderError
 from hftl.pipeline import arm_worker, deal, placement
 from hftl.pipeline.placement import choose_placement
 from hftl.pipeline.schedule import ArmCost, Task, estimate_makespan, plan_tasks
 from hftl.runtime.claims import ClaimState, create_claims, hold_claim, read_claim
-from hftl.runtime.run_folder import DEAL_FOLDER
+from hftl.runtime.run_folder import DEAL_FOLDER, MANIFEST
 from hftl.runtime.workers import build_environment, start_workers
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
@@ -339,3 +339,18 @@ def test_killed_process_leaves_the_others_work_and_no_orphan(
     assert again.returncode == 0, errors
     assert read_arms(run) == read_arms(tmp_path / "one")
     assert not (run / DEAL_FOLDER).exists()
+
+
+def test_seeds_whose_steps_hold_other_rows_are_not_added(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    tree["measure"] |= {"seeds": [0], "arms": ["head"], "parallel": "data"}
+    hftl.run(Recipe.parse(tree), tmp_path / "run", until="finetune")
+    path = tmp_path / "run" / "arms" / "full-seed0" / MANIFEST
+    stored = json.loads(path.read_text("utf-8"))
+    assert stored["reads"]["processes"] == 1
+    stored["reads"]["processes"] = 4  # As `accelerate launch` on four devices leaves it.
+    path.write_text(json.dumps(stored), "utf-8")
+    tree["measure"]["seeds"] = [0, 1]
+    with pytest.raises(RunFolderError, match="share each step: 4 -> 1, for full seed 0"):
+        hftl.run(Recipe.parse(tree), tmp_path / "run", until="finetune")

@@ -200,7 +200,8 @@ def test_prior_is_estimated_or_read_and_said(tmp_path: Path) -> None:
     [
         (None, 60, "auto", "does not say"),
         ([[100, 100], [90, 110]], 60, "auto", "cannot be estimated"),
-        ([[200, 0], [0, 0]], 60, "auto", "cannot be estimated"),
+        ([[200, 0], [0, 0]], 60, "auto", "no row of 'yes'"),
+        ([[200, 0], [0, 0]], 60, {"yes": 1, "no": 1}, "no row of 'yes'"),
         ([[90, 10], [10, 90]], 20, "auto", "too few"),
         ([[90, 10], [10, 90]], 60, {"yes": 1}, "'no' no share"),
         ([[90, 10], [10, 90]], 60, {"yes": 1, "nay": 1}, "no label 'nay'"),

@@ -65,7 +65,7 @@ class RankedSource(RecordPart):
     pass_seconds: float
     """0 where all features were stored already."""
     score_seconds: float
-    provenance: Provenance
+    provenance: Provenance | None = None
 
 
 class FailedSource(RecordPart):
@@ -161,7 +161,7 @@ class ProbeAnalysis(RecordPart):
     similarity: LayerSimilarity
     trained: list[TrainedLayers] = []
     """Of the arms of the run that have trained the encoder, one seed each."""
-    provenance: Provenance
+    provenance: Provenance | None = None
 
 
 # Few-shot curves.
@@ -234,7 +234,7 @@ class CurveAnalysis(RecordPart):
     test_rows: int
     arms: list[CurveArm]
     labels: list[LabelValue]
-    provenance: Provenance
+    provenance: Provenance | None = None
 
 
 # Learning rates by layer.
@@ -329,7 +329,7 @@ class SweepAnalysis(RecordPart):
     winner: str
     """The better of the two where they were chosen."""
     held: HeldComparison
-    provenance: Provenance
+    provenance: Provenance | None = None
 
     def get_setting(self, name: str) -> RateSetting:
         """Return the setting of a name."""
@@ -376,11 +376,11 @@ class DistanceAnalysis(RecordPart):
 
     source: str
     site: SiteFacts
-    site_is_own: bool
+    site_is_own: bool = True
     """Whether the recipe's head reads there."""
     domains: list[DomainFacts]
     pairs: list[DomainPair]
-    provenance: Provenance
+    provenance: Provenance | None = None
 
 
 class AnalysisSection(RecordPart):

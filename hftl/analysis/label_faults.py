@@ -4,7 +4,7 @@ A check takes the examined rows and yields findings; it is one function in `LABE
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -160,6 +160,9 @@ def check_unlabeled_shares(examined: ExaminedRows) -> Iterator[Finding]:
     recipe, context = examined.recipe, examined.context
     if context.prepared.task != "classification" or recipe.data.unlabeled is None:
         return
+    unlabeled, train = recipe.data.unlabeled, recipe.data.train
+    if len(unlabeled.text_columns) != len(train.text_columns):
+        return  # Single texts beside pairs have other features, whatever their classes.
     rows = read_part(recipe, context, "unlabeled", MAX_COMPARED)
     classes = len(context.prepared.names)
     before = np.bincount(examined.logits.argmax(1), minlength=classes)
@@ -190,13 +193,14 @@ def check_groups(examined: ExaminedRows) -> Iterator[Finding]:
         split: [r for r in rows if r.table == "train"] for split, rows in prepared.rows.items()
     }
     everything = [row for rows in splits.values() for row in rows]
+    placed = [split for split, rows in splits.items() for _ in rows]
     for name, values in _list_group_columns(examined, everything):
         counts = Counter(values)
-        shared = [
-            len({split for split, rows in splits.items() for row in rows if row.index in own}) > 1
-            for own in _collect_indices(everything, values, counts)
-        ]
-        if sum(shared) < MIN_GROUPS:
+        holding: dict[str, set[str]] = defaultdict(set)
+        for place, value in zip(placed, values, strict=True):
+            holding[value].add(place)
+        shared = sum(len(some) > 1 for some in holding.values())
+        if shared < MIN_GROUPS:
             continue
         rows, own = _draw_groups(everything, values)
         hits, chance = count_group_neighbours(_extract(examined, rows), own, rows)
@@ -206,7 +210,7 @@ def check_groups(examined: ExaminedRows) -> Iterator[Finding]:
             continue
         yield Finding(
             kind="groups",
-            what=f"{sum(shared)} of the {len(counts)} groups of {name} are in several splits",
+            what=f"{shared} of the {len(counts)} groups of {name} are in several splits",
             confidence="likely",
             evidence=f"{hits / pairs:.0%} of {pairs} rows have a nearest neighbour of their own "
             f"group, by chance {chance:.1%}",
@@ -257,17 +261,6 @@ def _list_group_columns(examined: ExaminedRows, rows: list[Row]) -> Iterator[tup
             if MIN_GROUPS <= distinct <= MAX_VALUES * len(own) and "" not in own:
                 yield name, own
                 break
-
-
-def _collect_indices(
-    rows: list[Row], values: list[str], counts: Counter[str]
-) -> Iterator[set[int]]:
-    """Yield the places of the rows of each group of several rows."""
-    by_value: dict[str, set[int]] = {}
-    for row, value in zip(rows, values, strict=True):
-        if counts[value] > 1:
-            by_value.setdefault(value, set()).add(row.index)
-    yield from by_value.values()
 
 
 def _draw_groups(rows: list[Row], values: list[str]) -> tuple[list[Row], list[str]]:

@@ -32,6 +32,8 @@ def check_near_leakage(recipe: Recipe, prepared: PreparedData) -> Iterator[Findi
     if not pairs:
         return
     rows = {id(pair.row) for pair in pairs}
+    tested = {id(pair.row) for pair in pairs if pair.split == "test"}
+    tested |= {id(pair.other) for pair in pairs if pair.other_split == "test"}
     is_image = prepared.modality == "image"
     name, how = ("texts", "in a few words")
     if is_image:
@@ -43,7 +45,7 @@ def check_near_leakage(recipe: Recipe, prepared: PreparedData) -> Iterator[Findi
         kind="leakage",
         what=f"{len(rows)} {name} of validation and test are near copies of one in another split",
         where=list_places(pairs),
-        rows=len(rows),
+        rows=len(tested),
         confidence="likely",
         evidence=f"they differ {how}",
         fix=fix,

@@ -161,7 +161,7 @@ def sweep_rates(
             for one in settings
         ],
         parts=effects, part_share=SHARES[0], single=single.name, layerwise=layerwise.name,
-        winner=max((single, layerwise), key=lambda one: _rank_last(search, rungs, one)).name,
+        winner=_choose_winner(search, rungs, single, layerwise, held).name,
         provenance=describe_provenance(context, recipe.finetune.pooling, recipe.measure.seeds),
     )  # fmt: skip
 
@@ -235,6 +235,17 @@ def _find_best(
     if rungs[best.name][-1].score is None:
         raise NumericError("training diverged at every rate", "Give lower --rates")
     return best
+
+
+def _choose_winner(
+    search: _Search, rungs: dict[str, list[Rung]], single: RateSetting, layerwise: RateSetting,
+    held: HeldComparison,
+) -> RateSetting:  # fmt: skip
+    """Return the better one where they were chosen, but rates by layer not where they lose on the
+    rows that chose nothing."""
+    if held.outcome == "negative":
+        return single
+    return max((single, layerwise), key=lambda one: _rank_last(search, rungs, one))
 
 
 def _try_parts(

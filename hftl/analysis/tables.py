@@ -310,7 +310,7 @@ def format_distance(facts: DistanceAnalysis) -> str:
 
 def _explain_site(facts: DistanceAnalysis) -> str:
     """Say why the input of the recipe's head is not compared."""
-    if facts.provenance.pooling == "native":
+    if facts.provenance is None or facts.provenance.pooling == "native":
         return "below it are weights that the checkpoint lacks, new for every seed"
     return f"finetune.pooling={facts.provenance.pooling} is not one of a layer's"
 

@@ -42,7 +42,11 @@ def find_near_copies(rows: Mapping[str, list[Row]]) -> list[NearPair]:
         return []
     hashes = [row.perceptual_hash for _, row in placed]
     if any(value is not None for value in hashes):
-        pairs = _pair_hashes(hashes)
+        # A picture with other words is another row: several questions of one picture, say.
+        pairs = [
+            (i, j) for i, j in _pair_hashes(hashes)
+            if placed[i][1].content[1:] == placed[j][1].content[1:]
+        ]  # fmt: skip
     elif placed[0][1].size is not None:
         return []  # Images of a folder that an older version prepared, or all of them flat.
     else:

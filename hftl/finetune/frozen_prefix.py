@@ -306,12 +306,19 @@ class FrozenPrefix:
         self, stores: Mapping[int, RowStore], batches: list[list[NamedRow]], probe: Probe
     ) -> bool:
         """Store the states of rows; return False where the disk is full. Collective."""
-        states, is_done = self._compute_states(batches, list(stores)), True
+        # A store that another arm has filled gets no part: one without rows would be none.
+        depths = distributed.broadcast_from_main(
+            lambda: [
+                depth for depth, store in stores.items()
+                if any(key not in store for batch in batches for key, _ in batch)
+            ]
+        )  # fmt: skip
+        states, is_done = self._compute_states(batches, depths), True
         if distributed.is_main():
             try:
                 with ExitStack() as stack:
                     add = {
-                        d: stack.enter_context(s.write_part(probe.dtype)) for d, s in stores.items()
+                        d: stack.enter_context(stores[d].write_part(probe.dtype)) for d in depths
                     }
                     for depth, key, state in states:
                         if key not in stores[depth]:

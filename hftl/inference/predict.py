@@ -64,6 +64,9 @@ from hftl.publish.reload_check import PublishedModel
 from hftl.runtime import paths
 from hftl.runtime.hardware import get_device
 
+EVEN_SHARES = 0.05
+"""Total variation of validation's shares from equal ones that `data.shots` trains under."""
+
 Input = str | Sequence[str] | Path | bytes | Image
 """A text, a pair of texts, the words of one, or an image: a path, its bytes, or itself."""
 
@@ -297,11 +300,19 @@ def build_predictor(
 
 
 def _read_confusion(metadata: PublishedMetadata, classes: int) -> np.ndarray | None:
-    """Return the counts of validation by true and predicted class; None where there are none."""
+    """Return the counts of validation by true and predicted class; None where there are none.
+
+    None, too, of a model that was trained under other shares of classes than validation's: by
+    weights, or by as many rows of each class. Its probabilities are not calibrated under those.
+    """
     if metadata.calibration is None or metadata.calibration.confusion is None:
         return None
     confusion = np.array(metadata.calibration.confusion)
-    return confusion if confusion.shape == (classes, classes) else None
+    if confusion.shape != (classes, classes) or metadata.recipe.finetune.class_weight is not None:
+        return None
+    shares = confusion.sum(1) / confusion.sum()
+    is_even = np.abs(shares - 1 / classes).sum() / 2 <= EVEN_SHARES
+    return confusion if metadata.recipe.data.shots is None or is_even else None
 
 
 def _infer_task(metadata: PublishedMetadata, config: Any) -> str:

@@ -37,13 +37,20 @@ def correct_predictions(
     """
     if predictor.task != "classification" or predictor.confusion is None:
         raise RecipeError(
-            "--prior: the model does not say what it confused on validation, which shares are "
-            "corrected by",
-            "Give a run or published folder of classification that this version of hftl made",
+            "--prior: the model does not say what it confused on validation, or was trained under "
+            "other shares of classes than validation's (class_weight, data.shots)",
+            "Give a run or published folder of classification that this version of hftl made "
+            "without them",
         )
     names, confusion = predictor.class_names, predictor.confusion.astype(np.float64)
     source = confusion.sum(1) / confusion.sum()
     probabilities = np.array([[p["scores"][name] for name in names] for p in predictions])  # pyright: ignore[reportTypedDictNotRequiredAccess]
+    if not source.all():
+        absent = names[int(source.argmin())]
+        raise DataError(
+            f"--prior: validation held no row of {absent!r}, so that its share there is not known",
+            "Train again with more rows of it, or predict without --prior",
+        )
     if prior == AUTO:
         _check_separability(confusion, len(predictions))
         estimate = estimate_shares(confusion, probabilities)
@@ -76,7 +83,7 @@ def _check_separability(confusion: np.ndarray, rows: int) -> None:
             f"--prior auto: {rows} inputs are too few to estimate the shares of classes",
             f"Give at least {MIN_ROWS} inputs, or a file of shares",
         )
-    value = measure_separability(confusion) if confusion.sum(1).all() else 0.0
+    value = measure_separability(confusion)
     if value < MIN_SINGULAR_VALUE:
         raise DataError(
             "--prior auto: the model confuses classes so much that their shares cannot be "

@@ -14,6 +14,8 @@ from hftl.measure.facts import (
 from hftl.measure.record import AdaptStage, BaselineGain, Forgotten, Gain, Record, Verdict
 
 RELOAD_TOLERANCE = 1e-5
+ROW_SHARES = ("accuracy", "evaluate:accuracy")
+"""Metrics that are a share of rows, so that a share of leaked rows bounds what they gain."""
 
 Judgement = tuple[bool, str]
 """Whether it speaks for publishing, and the reason; '' where there is nothing to say."""
@@ -51,10 +53,14 @@ class ForgettingBudget:
 
 @dataclass(frozen=True)
 class Leakage:
-    """Count the rows of validation and test that are near copies of one in another split."""
+    """Count the rows of test that are near copies of one in another split.
+
+    `is_share` says whether the gain is one of shares of rows, which a count of rows compares with.
+    """
 
     rows: int
     measured: int
+    is_share: bool = True
 
     @property
     def share(self) -> float:
@@ -86,10 +92,10 @@ def _read_budget(record: Record) -> ForgettingBudget | None:
 
 def _count_leakage(record: Record) -> Leakage | None:
     counts = [f.rows for f in record.check.findings if f.kind == "leakage" and f.rows is not None]
-    if not counts:
+    if not sum(counts) or record.transfer_gain is None:
         return None
-    splits = record.data.splits
-    return Leakage(sum(counts), sum(splits.get(split, 0) for split in ("validation", "test")))
+    is_share = record.transfer_gain.metric in ROW_SHARES
+    return Leakage(sum(counts), record.data.splits.get("test", 0), is_share)
 
 
 def decide_verdict(
@@ -242,9 +248,11 @@ def _judge_leakage(leakage: Leakage | None, gain: BaselineGain | None) -> Judgem
     if leakage is None or gain is None or gain.ci95 is None or gain.outcome != "positive":
         return True, ""
     text = (
-        f"{leakage.rows} of {leakage.measured:,} rows that measure ({leakage.share:.1%}) are near "
-        "copies of one in another split"
+        f"{leakage.rows} of {leakage.measured:,} test rows ({leakage.share:.1%}) are near copies "
+        "of one in another split"
     )
+    if not leakage.is_share:
+        return True, f"{text}; how much of the gain is theirs is not known"
     if gain.ci95[0] > leakage.share:
         return True, f"{text}, fewer than the gain"
     return False, f"{text}, as many as the gain's lower bound of {gain.ci95[0]:+.3f}"

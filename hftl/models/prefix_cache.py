@@ -137,14 +137,14 @@ class PrefixCache:
         finally:
             self._recorded = None
 
-    def _begin(self, encoder: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+    def _begin(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look the rows of a batch up; where all are known, pass over the frozen blocks."""
         if self._recorded is not None or self.store is None or self._is_live():
             return
         if self.precision != get_precision(self._blocks[0]):
             return
         main: Any = encoder.main_input_name
-        rows = name_rows(given | dict(zip([str(main)], args, strict=False)))
+        rows = name_rows(kwargs | dict(zip([str(main)], args, strict=False)))
         if rows is None or len(args) > 1 or not all(key in self.store for key in rows.keys):
             return
         self.hits += 1

@@ -61,8 +61,8 @@ def _work(run_path: Path, folder: Path, number: int) -> None:
     run = Run(plan.recipe, run_path, lambda line: report(Event(kind="line", text=line)))
     warnings.showwarning = partial(_report_warning, run)
     while (task := _wait_for_task(folder, plan.tasks)) is not None:
-        with hold_claim(folder, task.name) as is_mine:
-            if is_mine:
+        with hold_claim(folder, task.name) as is_claimed:
+            if is_claimed:
                 report(Event(kind="begin", text=task.title))
                 _do_task(run, contexts, task, partial(_report_arm, folder, number), plan.sharers)
                 report(Event(kind="done", text=task.title))

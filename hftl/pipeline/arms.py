@@ -10,6 +10,7 @@ from pathlib import Path
 from hftl import console
 from hftl.card.sections import describe_scratch_search
 from hftl.config.recipe import Arm
+from hftl.errors import RunFolderError
 from hftl.finetune import arm_files, baselines
 from hftl.finetune.arm import train_arm
 from hftl.finetune.arm_files import ArmOutput
@@ -62,6 +63,8 @@ def run_arms(run: Run, context: ExperimentContext, arm_contexts: ArmContexts) ->
         run.say(f"  {total - len(jobs)} of {total} arms x seeds stand already")
     placement = distributed.broadcast_from_main(lambda: choose_placement(context, run.recipe))
     deals = placement.mode == "arms"
+    sharing = 1 if deals else distributed.get_world_size()
+    distributed.broadcast_from_main(lambda: _check_sharing(run, jobs, sharing))
     dealt = [job for job in jobs if deals and not job.arm.spec.is_solved]
     here = [job for job in jobs if not deals or job.arm.spec.is_solved]
     done = total - len(jobs)
@@ -72,6 +75,37 @@ def run_arms(run: Run, context: ExperimentContext, arm_contexts: ArmContexts) ->
             lambda: _plan_dealt(run, context, arm_contexts, dealt)
         )
         deal_tasks(run, arm_contexts, tasks, placement, done + len(here), total)
+
+
+def _check_sharing(run: Run, jobs: Sequence[Job], sharing: int) -> None:
+    """Refuse to train seeds whose steps would hold other numbers of rows than those that stand.
+
+    Args:
+        run: the run.
+        jobs: what is missing.
+        sharing: processes that would share each step.
+
+    Raises:
+        RunFolderError: naming an arm, and how many processes shared its steps.
+    """
+    if all(job.arm.spec.is_solved for job in jobs):
+        return
+    missing = {(job.arm.name, job.seed) for job in jobs}
+    stand = [
+        (arm.name, seed) for arm in run.arms if not arm.spec.is_solved
+        for seed in run.recipe.measure.seeds if (arm.name, seed) not in missing
+    ]  # fmt: skip
+    for name, seed in stand:
+        reads = run_folder.read_stage_inputs(run.arm_folder(name, seed)) or {}
+        before = reads.get("processes", sharing)
+        if before != sharing:
+            raise RunFolderError(
+                f"{run.folder}: processes that share each step: {before} -> {sharing}, for {name} "
+                f"seed {seed} and those that are missing; their steps would hold other numbers of "
+                "rows",
+                f"Launch it as before, set measure.parallel to {'arms' if before == 1 else 'data'},"
+                " or choose another --output",
+            )
 
 
 def _run_one(run: Run, context: ExperimentContext, job: Job, count: str) -> None:

@@ -20,7 +20,7 @@ from hftl.errors import RunFolderError
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.strategies import STRATEGIES
 from hftl.measure.record import SCHEMA_VERSION
-from hftl.runtime import run_folder
+from hftl.runtime import distributed, run_folder
 from hftl.runtime.run_folder import SEMANTICS, StageInputs, fingerprint, has_equal
 
 ENCODING_KEYS = ("data.max_length", "data.image_size", "data.augment")
@@ -188,6 +188,8 @@ def build_arm_inputs(recipe: Recipe, context: ExperimentContext, arm: Arm) -> St
     }
     if context.general is not None and any(name.startswith("data.general.") for name in key):
         inputs["general"] = context.general.facts.fingerprint
+    if not arm.spec.is_solved:
+        inputs["processes"] = distributed.get_world_size()
     return inputs
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from hftl.config.data import Data, Task
 from hftl.config.recipe import Recipe
@@ -183,15 +183,24 @@ class PublishedColumns(PublishedPart):
 class PublishedInputs(PublishedPart):
     """Describe how the model takes its inputs."""
 
+    shots: int | None = None
+
     train: PublishedColumns = PublishedColumns()
     max_length: int = Field(default=Data.model_fields["max_length"].default, ge=2)
     max_pixels: int = Field(default=Data.model_fields["max_pixels"].default, ge=1)
+
+
+class PublishedFinetune(PublishedPart):
+    """Hold what is read of the recipe's fine-tuning."""
+
+    class_weight: JsonValue = None
 
 
 class PublishedRecipe(PublishedPart):
     """Hold what is read of the recipe."""
 
     data: PublishedInputs = PublishedInputs()
+    finetune: PublishedFinetune = PublishedFinetune()
 
 
 class PublishedTags(TagScheme):

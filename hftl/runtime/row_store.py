@@ -8,7 +8,7 @@ them. Files are mapped into memory, so that what is read often stays in the syst
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -79,7 +79,7 @@ class RowStore:
         return self
 
     def refresh(self) -> None:
-        """Read the parts that have been written since, by whomever."""
+        """Read the parts that have been written since, by this process or another."""
         for part in sorted(self.folder.glob("part-*")):
             if part.name not in self._parts:
                 self._open_part(part)
@@ -155,8 +155,15 @@ def evict_unused(root: Path, current: Collection[Path]) -> None:
 
     A folder that another process writes stays, too; one that it reads stays readable for it.
     """
-    sizes = {folder: sum(list_sizes(folder)) for folder in root.iterdir() if folder.is_dir()}
-    for folder in sorted(sizes, key=lambda folder: folder.stat().st_mtime):
+    sizes: dict[Path, int] = {}
+    used: dict[Path, float] = {}
+    for folder in root.iterdir():
+        # Others rename parts and remove folders while this one looks.
+        with suppress(FileNotFoundError):
+            if folder.is_dir():
+                used[folder] = folder.stat().st_mtime
+                sizes[folder] = sum(list_sizes(folder))
+    for folder in sorted(sizes, key=lambda folder: used[folder]):
         if sum(sizes.values()) <= MAX_BYTES:
             return
         if folder in current:

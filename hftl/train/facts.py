@@ -59,7 +59,7 @@ class Finding(RecordPart):
     evidence: str = ""
     """What the confidence rests on; empty where it was counted."""
     rows: int | None = None
-    """Rows of validation and test that are concerned, where the verdict counts them."""
+    """Rows of test that are concerned, where the verdict counts them."""
     cost: float | None = None
     """Points of the probe's accuracy that the fault costs, where it was measured: .05 is five."""
     fix: str
