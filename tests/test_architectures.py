@@ -307,7 +307,7 @@ def test_running_statistics_are_stored_where_they_move(strategy: str, tmp_path: 
     # Where the head alone was best, what a later phase moved is put back.
     moved = any(not output.weights[name].equal(source[name]) for name in stored)
     assert moved or strategy == "gradual"
-    assert (np.abs(reset - expected).max() > 1e-4) == moved
+    assert (np.abs(reset - expected).max() > 1e-2) == moved
     weights = {name: t for name, t in output.weights.items() if ".running_" not in name}
     save_file(weights, tmp_path / "weights.safetensors")
     with pytest.raises(RunFolderError, match="running_mean"):

@@ -164,8 +164,8 @@ class WordTokenizer:
 
     all_special_tokens, pad_token_id = ["[PAD]"], 0
 
-    def __init__(self, is_cased: bool, lowers: bool) -> None:
-        words = [f"{'W' if is_cased and i % 5 == 0 else 'w'}{i}" for i in range(1199)]
+    def __init__(self, is_cased: bool, lowers: bool, letters: str = "Ww") -> None:
+        words = [f"{letters[not (is_cased and i % 5 == 0)]}{i}" for i in range(1199)]
         self._vocabulary = {word: i for i, word in enumerate(["[PAD]", *words])}
         self._lowers = lowers
 
@@ -183,6 +183,13 @@ class WordTokenizer:
 def test_casing_is_compared_with_the_vocabulary(is_cased: bool, lowers: bool) -> None:
     inputs = TextInputs(WordTokenizer(is_cased, lowers), 8)
     expected = [] if lowers != is_cased else ["casing"]
+    assert find_fingerprints("bert", inputs, pad_token_id=0, vocab_size=1200) == expected
+
+
+@pytest.mark.parametrize(("letters", "expected"), [("Яя", ["casing"]), ("字字", [])])
+def test_casing_is_that_of_the_script(letters: str, expected: list[str]) -> None:
+    """A script without upper case says nothing; of another the vocabulary says what is meant."""
+    inputs = TextInputs(WordTokenizer(True, True, letters), 8)
     assert find_fingerprints("bert", inputs, pad_token_id=0, vocab_size=1200) == expected
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support.tiny import TEXT_MODELS
+from support.training import count_applications
 from test_packing import build_batch, build_pair, collect
 from torch import Tensor, nn
 
@@ -21,15 +22,7 @@ QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the blocks that run as one function."""
-    counted: list[int] = []
-    apply = fused_block._Block.apply
-
-    def count(*args: Any) -> Any:
-        counted.append(1)
-        return apply(*args)
-
-    monkeypatch.setattr(fused_block._Block, "apply", count)
-    return counted
+    return count_applications(monkeypatch, fused_block._Block)
 
 
 def add_adapter(model: Any, targets: str, **changes: Any) -> Any:

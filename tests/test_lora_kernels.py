@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
+from support.training import count_applications
 from torch import Tensor, nn
 
 from hftl.models import lora_kernels
@@ -45,15 +46,7 @@ def run(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
 @pytest.fixture
 def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the calls of the fused product."""
-    calls: list[int] = []
-    product = lora_kernels._LoraProduct.apply
-
-    def count(*args: Any) -> Any:
-        calls.append(1)
-        return product(*args)
-
-    monkeypatch.setattr(lora_kernels._LoraProduct, "apply", count)
-    return calls
+    return count_applications(monkeypatch, lora_kernels._LoraProduct)
 
 
 @every_setting

@@ -3,6 +3,7 @@
 import errno
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,21 @@ def test_a_folder_that_is_written_stays(tmp_path: Path, monkeypatch: pytest.Monk
     assert [store.folder.exists() for store in stores] == [True, False, True]
     expected = np.concatenate([array_of(0), array_of(1)])
     np.testing.assert_array_equal(stores[1].gather([key_of(0), key_of(1)]), expected)
+
+
+def test_a_folder_that_others_remove_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("gone", "stays"):
+        (tmp_path / name / "part-0000").mkdir(parents=True)
+    sizes = row_store.list_sizes
+
+    def list_sizes(folder: Path) -> Iterator[int]:
+        if folder.name == "gone":
+            raise FileNotFoundError(folder)
+        return sizes(folder)
+
+    monkeypatch.setattr(row_store, "list_sizes", list_sizes)
+    monkeypatch.setattr(row_store, "MAX_BYTES", -1)
+    row_store.evict_unused(tmp_path, [])
+    assert not (tmp_path / "stays").exists()

@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import norm
 
 from hftl.errors import DataError, RecipeError
-from hftl.inference.predict import Predictor
+from hftl.inference.predict import Predictor, _read_confusion
 from hftl.inference.prior import correct_predictions
 from hftl.measure.shift import (
     compute_conditionals,
@@ -23,6 +23,7 @@ from hftl.measure.shift import (
     estimate_shares,
     measure_separability,
 )
+from hftl.publish.published_metadata import PublishedMetadata
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
 
@@ -222,3 +223,23 @@ def test_prior_that_cannot_be_used_is_refused(
 def test_least_singular_value_is_one_of_no_error_and_zero_of_a_guess() -> None:
     assert measure_separability(np.diag([3.0, 5.0])) == pytest.approx(1)
     assert measure_separability(np.full((3, 3), 4.0)) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "train", "is_read"),
+    [
+        ({}, [160, 40], True),
+        ({}, [100, 100], False),
+        ({"data": {"shots": 50}}, [160, 40], False),
+        ({"finetune": {"class_weight": "balanced"}}, [160, 40], False),
+    ],
+)
+def test_confusion_is_read_where_training_had_the_shares_of_validation(
+    recipe: dict[str, Any], train: list[int], is_read: bool
+) -> None:
+    counts = {"train": dict(zip(("no", "yes"), train, strict=True))}
+    metadata = PublishedMetadata.model_validate({
+        "data": {"task": "classification", "label_counts": counts}, "recipe": recipe,
+        "calibration": {"confusion": [[70, 10], [5, 15]]},
+    })  # fmt: skip
+    assert (_read_confusion(metadata, ["no", "yes"]) is not None) == is_read

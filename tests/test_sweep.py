@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
@@ -11,6 +12,7 @@ import yaml
 from conftest import bench_of, sentences, write_csv
 from test_cli_errors import Hftl, hftl
 
+from hftl.analysis import sweep as sweep_module
 from hftl.analysis.facts import PartEffect, RateSetting, SweepAnalysis
 from hftl.analysis.layer_rates import (
     apply_setting,
@@ -77,6 +79,23 @@ def test_a_part_changes_where_that_gains_more_than_its_error() -> None:
         make_effect("block 3", 0.0, -0.2),
     ]  # fmt: skip
     assert select_factors(effects) == {"block 1": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "winner"),
+    [("positive", "two"), ("equivalent", "two"), ("undetermined", "two"), ("negative", "one")],
+)
+def test_rates_by_layer_win_unless_they_lose_where_nothing_was_chosen(
+    outcome: str, winner: str
+) -> None:
+    one, two = (RateSetting(name=name, learning_rate=1.0) for name in ("one", "two"))
+    rungs: Any = {
+        name: [SimpleNamespace(share=1.0, score=score)]
+        for name, score in (("one", 0.7), ("two", 0.8))
+    }
+    search: Any = SimpleNamespace(rank=lambda score: score)
+    held: Any = SimpleNamespace(outcome=outcome)
+    assert sweep_module._choose_winner(search, rungs, one, two, held).name == winner
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from support.vision_language import save_vision_language_model
 from transformers import AutoModelForImageTextToText
 
 import hftl
+from hftl.analysis.source_faults import list_readings
 from hftl.config.recipe import Recipe
 from hftl.errors import DataError, RecipeError
 from hftl.finetune.context import ExperimentContext
@@ -266,3 +267,8 @@ def test_prompts_are_for_vision_language_sources(
     missing = {"prompt": PROMPT, "train": {"path": str(folder / "rows.jsonl"), "text": "words"}}
     with pytest.raises(DataError, match="no column 'words'"):
         bench_of(make_recipe(models["llava"], folder, data=missing))
+
+
+def test_checks_read_such_pictures_in_no_other_way(models: dict[str, Path], folder: Path) -> None:
+    context = bench_of(make_recipe(models["llava"], folder))
+    assert list_readings(context) == []

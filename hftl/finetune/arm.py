@@ -187,13 +187,10 @@ def train_model(
         epochs=epochs,
         best_epoch=best.epoch,
         history=_clean_history(history),
+        freeze_batchnorm=_holds_statistics(built.model),
+        target_scale=None if scale is None else TargetScaleFacts(**asdict(scale)),
     ).merge(retention.facts)
     facts = facts.merge(context.describe_class_weights(finetune.class_weight, seed))
-    if has_batch_norm(built.model):
-        moved = any(True for _ in iterate_running_statistics(built.model))
-        facts = facts.merge(TrainingFacts(freeze_batchnorm=not moved))
-    if scale is not None:
-        facts = facts.merge(TrainingFacts(target_scale=TargetScaleFacts(**asdict(scale))))
     if retention.alphas:
         score = lambda: _score_validation(context, built, scale)  # noqa: E731
         chosen = select_alpha(built.model, start, retention.alphas, score)
@@ -205,6 +202,11 @@ def train_model(
     output.timings |= prefix.timings
     output.note = prefix.line
     return output
+
+
+def _holds_statistics(model: nn.Module) -> bool | None:
+    """Return whether no BatchNorm has moved its running statistics; None of a model without one."""
+    return None if not has_batch_norm(model) else not any(iterate_running_statistics(model))
 
 
 def _list_rows_of_training(

@@ -64,8 +64,8 @@ from hftl.publish.reload_check import PublishedModel
 from hftl.runtime import paths
 from hftl.runtime.hardware import get_device
 
-EVEN_SHARES = 0.05
-"""Total variation of validation's shares from equal ones that `data.shots` trains under."""
+SAME_SHARES = 0.05
+"""Total variation between the shares of classes of two splits up to which they are the same."""
 
 Input = str | Sequence[str] | Path | bytes | Image
 """A text, a pair of texts, the words of one, or an image: a path, its bytes, or itself."""
@@ -293,26 +293,31 @@ def build_predictor(
     device = get_device()
     label_type = metadata.data.label_type if metadata.data is not None else "text"
     temperature = metadata.calibration.temperature if metadata.calibration is not None else None
-    confusion = _read_confusion(metadata, len(names))
+    confusion = _read_confusion(metadata, names)
     return Predictor(
         model.to(device), inputs, task, names, columns, device, label_type, temperature, confusion
     )
 
 
-def _read_confusion(metadata: PublishedMetadata, classes: int) -> np.ndarray | None:
+def _read_confusion(metadata: PublishedMetadata, names: list[str]) -> np.ndarray | None:
     """Return the counts of validation by true and predicted class; None where there are none.
 
     None, too, of a model that was trained under other shares of classes than validation's: by
-    weights, or by as many rows of each class. Its probabilities are not calibrated under those.
+    weights, by as many rows of each class, or on such a table. Its probabilities are not calibrated
+    under validation's, which a correction divides by.
     """
     if metadata.calibration is None or metadata.calibration.confusion is None:
         return None
     confusion = np.array(metadata.calibration.confusion)
-    if confusion.shape != (classes, classes) or metadata.recipe.finetune.class_weight is not None:
+    if confusion.shape != (len(names),) * 2 or metadata.recipe.finetune.class_weight is not None:
         return None
-    shares = confusion.sum(1) / confusion.sum()
-    is_even = np.abs(shares - 1 / classes).sum() / 2 <= EVEN_SHARES
-    return confusion if metadata.recipe.data.shots is None or is_even else None
+    counts = (metadata.data and metadata.data.label_counts or {}).get("train", {})
+    trained = np.array([1.0 if metadata.recipe.data.shots else counts.get(n, 0) for n in names])
+    if not trained.any():
+        return None
+    measured = confusion.sum(1)
+    distance = np.abs(trained / trained.sum() - measured / measured.sum()).sum() / 2
+    return confusion if distance <= SAME_SHARES else None
 
 
 def _infer_task(metadata: PublishedMetadata, config: Any) -> str:

@@ -96,7 +96,7 @@ def _check_sharing(run: Run, jobs: Sequence[Job], sharing: int) -> None:
         for seed in run.recipe.measure.seeds if (arm.name, seed) not in missing
     ]  # fmt: skip
     for name, seed in stand:
-        reads = run_folder.read_stage_inputs(run.arm_folder(name, seed)) or {}
+        reads = run_folder.read_manifest(run.arm_folder(name, seed)).reads
         before = reads.get("processes", sharing)
         if before != sharing:
             raise RunFolderError(

@@ -181,10 +181,9 @@ class PublishedColumns(PublishedPart):
 
 
 class PublishedInputs(PublishedPart):
-    """Describe how the model takes its inputs."""
+    """Describe how the model takes its inputs, and whether classes had as many rows in training."""
 
     shots: int | None = None
-
     train: PublishedColumns = PublishedColumns()
     max_length: int = Field(default=Data.model_fields["max_length"].default, ge=2)
     max_pixels: int = Field(default=Data.model_fields["max_pixels"].default, ge=1)
@@ -218,6 +217,7 @@ class PublishedData(PublishedPart):
     label_type: LabelType = "text"
     fingerprint: str | None = None
     """The hash of data and splits."""
+    label_counts: dict[str, dict[str, int]] | None = None
 
 
 class PublishedBase(PublishedPart):

@@ -192,16 +192,25 @@ def read_stage_inputs(folder: Path) -> StageInputs | None:
     """
     if not folder.exists():
         return None
-    try:
-        manifest = Manifest.model_validate(read_json(folder / MANIFEST))
-    except (OSError, ValueError) as error:
-        raise _make_damage_error(folder, MANIFEST, "missing or unreadable") from error
+    manifest = read_manifest(folder)
     for name, digest in manifest.files.items():
         if not (folder / name).is_file():
             raise _make_damage_error(folder, name, "missing")
         if hash_file(folder / name) != digest:
             raise _make_damage_error(folder, name, "not what was written")
     return cast(StageInputs, manifest.reads)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return what a complete stage depended on and the hashes of its files, unchecked.
+
+    Raises:
+        RunFolderError: if it cannot be read.
+    """
+    try:
+        return Manifest.model_validate(read_json(folder / MANIFEST))
+    except (OSError, ValueError) as error:
+        raise _make_damage_error(folder, MANIFEST, "missing or unreadable") from error
 
 
 def has_equal(finished: StageInputs, inputs: StageInputs, key: str) -> bool:

@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -242,3 +243,16 @@ def assert_same_parameters(
         torch.testing.assert_close(
             parameter, others[name], atol=atol, rtol=rtol, msg=lambda text, name=name: name + text
         )
+
+
+def count_applications(monkeypatch: pytest.MonkeyPatch, function: Any) -> list[int]:
+    """Return a list that grows by one whenever an autograd function is applied."""
+    calls: list[int] = []
+    apply = function.apply
+
+    def count(*args: Any) -> Any:
+        calls.append(1)
+        return apply(*args)
+
+    monkeypatch.setattr(function, "apply", count)
+    return calls
