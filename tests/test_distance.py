@@ -133,7 +133,7 @@ def test_words_by_hand() -> None:
 
 def cover_distances(trials: int) -> dict[str, float]:
     """Return how often intervals hold the truth of Gaussians with a known distance."""
-    covered: dict[str, list[bool]] = {"a": [], "mmd": [], "frechet": []}
+    covered: dict[str, list[bool]] = {"mmd": [], "frechet": []}
     big = np.concatenate([draw(1500, 5, 10**6), draw(1500, 5, 10**6 + 1, 1.0)])
     square = float(np.median(pdist(big, "sqeuclidean")))
     # The mean of the kernel of a normal difference of variance 2 in each direction.
@@ -141,9 +141,6 @@ def cover_distances(trials: int) -> dict[str, float]:
     for trial in range(trials):
         seed = 10**7 + 2 * trial
         first, second = draw(200, 5, seed), draw(200, 5, seed + 1, 1.0)
-        if trial < 300:
-            a = classify_domains(first, second).a_distance
-            covered["a"].append(a.low <= 2 - 4 * 0.3085 <= a.high)
         mmd = compute_mmd(first, second, 1).distance
         covered["mmd"].append(mmd.low <= truth <= mmd.high)
         frechet = extrapolate_frechet(first, second)
@@ -152,15 +149,33 @@ def cover_distances(trials: int) -> dict[str, float]:
 
 
 def test_intervals_hold_the_truth() -> None:
-    covered = cover_distances(10)
+    covered = cover_distances(20)
     assert min(covered.values()) >= 0.75, covered
 
 
 @pytest.mark.slow
 def test_intervals_hold_the_truth_in_1000() -> None:
     covered = cover_distances(1000)
-    assert all(0.93 <= share <= 0.97 for name, share in covered.items() if name != "a"), covered
-    assert 0.93 <= covered["a"] <= 0.985, covered
+    assert all(0.93 <= share <= 0.97 for share in covered.values()), covered
+
+
+def cover_a_distance(trials: int) -> float:
+    """Return how often the interval of the A-distance holds that of the best classifier."""
+    hits = []
+    for seed in range(10**7, 10**7 + 2 * trials, 2):
+        a = classify_domains(draw(200, 5, seed), draw(200, 5, seed + 1, 1.0)).a_distance
+        hits.append(a.low <= 2 - 4 * 0.3085 <= a.high)
+    return float(np.mean(hits))
+
+
+def test_interval_of_the_a_distance_holds_the_best_classifiers() -> None:
+    assert cover_a_distance(20) >= 0.75
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="it holds in .98 of 1000: wider than it needs to be")
+def test_interval_of_the_a_distance_is_as_narrow_as_it_may_be() -> None:
+    assert 0.93 <= cover_a_distance(300) <= 0.97
 
 
 def draw_documents(seed: int, documents: int = 30, shift: float = 0.0) -> np.ndarray:

@@ -256,7 +256,10 @@ def examine(flipped: float, scale: float) -> tuple[list[Finding], np.ndarray]:
     return list(check_label_errors(examined)), wrong
 
 
-@pytest.mark.parametrize("scale", [3.0, 4.0])
+HARD = pytest.mark.xfail(strict=True, reason="wrong labels among many hard rows are not seen")
+
+
+@pytest.mark.parametrize("scale", [pytest.param(2.5, marks=HARD), 3.0, 4.0])
 def test_wrong_labels_are_found_and_hard_rows_are_none(scale: float) -> None:
     assert examine(0.0, scale)[0] == []
     (finding,), wrong = examine(0.12, scale)

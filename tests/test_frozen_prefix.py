@@ -20,6 +20,9 @@ from hftl.retain.regularizer import Retention
 from hftl.runtime import row_store
 
 TRAINING = {"num_train_epochs": 7, "learning_rate": 3e-4, "bf16": False, "logging_steps": 10}
+DRAWN = {"head_init": "random"}
+"""A probe of a random encoder has weights so large that losses are in the tens, and rounding with
+them: changes of 1e-7 in the embeddings then move losses ten times as far as stored rows do."""
 LORA_TOP = {"strategy": "lora", "lora": {"layers_to_transform": [2]}}
 PARTIAL = {"strategy": "partial", "blocks": 1, "pooling": "mean"}
 GRADUAL = {"strategy": "gradual", "pooling": "mean", "gradual": {"epochs": 2, "final_epochs": 1}}
@@ -76,8 +79,8 @@ def check_same(cached: ArmOutput, plain: ArmOutput, depth: int) -> None:
         pytest.param(kind, finetune, depth, marks=pytest.mark.slow)
         for kind, finetune, depth in [
             ("llama", LORA_TOP, 2), ("deberta-v2", PARTIAL, 2), ("modernbert", GRADUAL, 3),
-            ("roberta", LORA_TOP, 2),
-            ("bert", PARTIAL | {"pooling": "cls", "training": {"max_steps": 50}}, 2),
+            ("roberta", LORA_TOP | DRAWN, 2),
+            ("bert", PARTIAL | DRAWN | {"pooling": "cls", "training": {"max_steps": 50}}, 2),
         ]
     ),
 ])  # fmt: skip
