@@ -22,6 +22,7 @@ from hftl.cli import app
 from hftl.config import overrides
 from hftl.config.recipe import Recipe
 from hftl.models.architectures import ARCHITECTURES, READ_AS
+from hftl.models.vision_language_architectures import VISION_LANGUAGE
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
 
@@ -196,7 +197,11 @@ def test_the_list_of_sources_is_that_of_the_specs() -> None:
         kind: ", ".join(f"`{name}`" for name in names if kinds[name] == kind)
         for kind in ("text", "image")
     }
-    expected = f"- reads text: {lists['text']}\n- reads images: {lists['image']}\n"
+    prompted = ", ".join(f"`{name}`" for name in sorted(VISION_LANGUAGE))
+    expected = (
+        f"- reads text: {lists['text']}\n- reads images: {lists['image']}\n"
+        f"- reads pictures with a prompt: {prompted}\n"
+    )
     assert block and block[1] == expected, f"recipes/README.md: write\n{expected}"
 
 
