@@ -356,12 +356,18 @@ def resumes_adaptation(folder: Path) -> bool:
 
 def train_with_frozen_blocks(folder: Path, cache: str) -> dict[str, Any]:
     """Return what training of the top block left, and how many times the lowest block has run."""
-    run_main_first(lambda: save_tiny("bert", folder / "frozen"))
-    # A table a rank: one would read what the other is writing.
-    table = write_csv(folder / f"frozen-{get_rank()}.csv", ["text", "label"], sentences(50))
+    model, table = folder / f"frozen-{cache}", folder / f"frozen-{cache}.csv"
+
+    def write_inputs() -> None:
+        # By one rank alone: the other would read what is being written again.
+        if is_main():
+            save_tiny("bert", model)
+            write_csv(table, ["text", "label"], sentences(50))
+
+    run_main_first(write_inputs)
     training = {"max_steps": 12, "learning_rate": 1e-3, "bf16": False}
     recipe = Recipe.parse({
-        "source": {"model": str(folder / "frozen")},
+        "source": {"model": str(model)},
         "data": {"train": {"path": str(table)}, "max_length": 16},
         "finetune": {
             "strategy": "partial", "blocks": 1, "pooling": "mean", "cache": cache,
