@@ -14,6 +14,7 @@ from hftl.data.splits import TASKS_WITHOUT_CLASS_SHOTS
 from hftl.data.tables import IMAGE_SUFFIXES, READERS, guess_format
 from hftl.errors import DataError, RecipeError
 from hftl.finetune.strategies import FINETUNE_STRATEGIES
+from hftl.models.image_architectures import UNHEADED_ENCODERS
 from hftl.models.known_sources import find_known_source, suggest_known_source
 from hftl.runtime import paths, run_folder
 
@@ -76,7 +77,7 @@ measure:
 
 
 POOLING_NOTES = {
-    "image": "the architecture's own; pictures know no other",
+    "image": "native | cls | mean | cls+mean, where a class token stands before the patches",
     "text": "native | mean | cls; mean suits sentence encoders",
 }
 SIZE_LINES = {
@@ -275,6 +276,8 @@ def _guess_text_columns(name: str, columns: dict[str, list[object]], label: str)
 def _fill_template(guess: ColumnGuess, data: Path, source: str, path: Path) -> str:
     in_all = guess.task in TASKS_WITHOUT_CLASS_SHOTS
     sentence_encoder = any(part in source.lower() for part in ("minilm", "sentence", "mpnet"))
+    known = find_known_source(source)
+    unheaded = known is not None and known.family in UNHEADED_ENCODERS
     pooled = sentence_encoder and guess.kind == "text" and guess.task != "token-classification"
     return TEMPLATE.format(
         source=_format_yaml(source), data=_format_yaml(str(data)), recipe=path, task=guess.task,
@@ -285,7 +288,8 @@ def _fill_template(guess: ColumnGuess, data: Path, source: str, path: Path) -> s
         unit="in all" if in_all else "a class", lacks=guess.kind,
         size=SIZE_LINES[guess.kind] + _format_names_line(guess.numbers),
         strategies=" | ".join(FINETUNE_STRATEGIES),
-        pooling="mean" if pooled else "native", pooling_note=POOLING_NOTES[guess.kind],
+        pooling="mean" if pooled else "cls" if unheaded else "native",
+        pooling_note=POOLING_NOTES[guess.kind],
         metric=DEFAULT_METRICS.get(guess.task, "accuracy"),
     )  # fmt: skip
 

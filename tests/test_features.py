@@ -23,7 +23,8 @@ from hftl.models.features import (
     predict_logits,
     predict_with_features,
 )
-from hftl.models.heads import build_model, pool_tokens
+from hftl.models.heads import build_model
+from hftl.models.pooled_model import pool_tokens
 from hftl.models.source import find_source, load_tokenizer
 
 TEXTS = [("good film",), ("a dull plot with a story",), ("the scene was bright and warm it is",)]

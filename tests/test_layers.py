@@ -31,7 +31,7 @@ ORDER = [
     "models.half_weights", "models.lora_kernels", "models.dropout", "models.packed_attention",
     "models.packing",
     "models.linear_products", "models.fused_block",
-    "models.encoders", "models.prefix_cache", "models.pooling",
+    "models.encoders", "models.prefix_cache", "models.pooling", "models.pooled_model",
     "models.timm_processor", "models.source", "models.prompt_processor",
     "models.heads", "models.lora", "models.lora_concat", "models.features",
     "models.likelihood", "models.pairs",

@@ -12,7 +12,7 @@ from hftl.models import packing
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
 from hftl.models.architectures import ARCHITECTURES, get_config_spec
 from hftl.models.encoders import get_blocks, get_stock_encoder, get_task_class, hide_padding
-from hftl.models.heads import PooledModel
+from hftl.models.pooled_model import PooledModel
 
 PACKED = sorted(name for name in TEXT_MODELS if ARCHITECTURES[name].packs)
 LENGTHS = [7, 2, 5, 1]

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from hftl.cli import app
 from hftl.config import overrides
 from hftl.config.recipe import Recipe
-from hftl.models.architectures import ARCHITECTURES, READ_AS
+from hftl.models.architectures import ARCHITECTURES, READ_AS, UNHEADED_ENCODERS
 from hftl.models.vision_language_architectures import VISION_LANGUAGE
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
@@ -191,8 +191,9 @@ def test_files_and_links_exist_and_the_readme_is_short() -> None:
 def test_the_list_of_sources_is_that_of_the_specs() -> None:
     page = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     block = re.search(r"<!-- sources -->\n(.*?)<!-- end -->", page, re.DOTALL)
-    names = sorted([*ARCHITECTURES, *READ_AS])
-    kinds = {name: ARCHITECTURES[READ_AS.get(name, name)].modality for name in names}
+    specs = ARCHITECTURES | UNHEADED_ENCODERS
+    names = sorted([*specs, *READ_AS])
+    kinds = {name: specs[READ_AS.get(name, name)].modality for name in names}
     lists = {
         kind: ", ".join(f"`{name}`" for name in names if kinds[name] == kind)
         for kind in ("text", "image")

@@ -15,9 +15,8 @@ from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError
 from hftl.init import write_recipe
 from hftl.models import known_sources
-from hftl.models.architectures import ARCHITECTURES, READ_AS
+from hftl.models.architectures import ARCHITECTURES, READ_AS, UNHEADED
 from hftl.models.known_sources import list_known_sources, suggest_known_source
-from hftl.models.vision_language_architectures import VISION_LANGUAGE
 from hftl.runtime.paths import is_hub_id
 
 SOURCES = list_known_sources()
@@ -41,7 +40,7 @@ def test_list_is_sorted_and_covers_every_field_and_modality() -> None:
 def test_what_loads_has_a_spec_and_what_does_not_says_why(
     source: known_sources.KnownSource,
 ) -> None:
-    has_spec = source.family in (*ARCHITECTURES, *VISION_LANGUAGE, *READ_AS)
+    has_spec = source.family in (*ARCHITECTURES, *UNHEADED, *READ_AS)
     assert (source.obstacle is None) == (has_spec and source.own_format is None)
     if source.obstacle is None or source.own_format is None:
         assert source.family in CONFIG_MAPPING, "an architecture of transformers"

@@ -20,8 +20,9 @@ from hftl.models.encoders import (
     list_block_paths,
     list_weight_layers,
 )
-from hftl.models.heads import LoadedModel, PooledModel, build_model, list_unused_parts
+from hftl.models.heads import LoadedModel, build_model, list_unused_parts
 from hftl.models.lora import list_adapted_layers
+from hftl.models.pooled_model import PooledModel
 from hftl.models.source import find_source
 from hftl.train.checkpoint import list_training_modes
 
@@ -207,7 +208,7 @@ def test_config_describes_the_outputs(task: str, problem: str | None, bert: Path
 @pytest.mark.parametrize(
     ("name", "pooling", "task", "message"),
     [
-        ("vit", "mean", "classification", "pooling=mean is for texts of one label, not for images"),
+        ("swin", "mean", "classification", "pooling=mean is for encoders with a class token"),
         ("bert", "cls", TOKENS, "pooling=cls is for texts of one label, not for token"),
         ("vit", "native", TOKENS, "vit has no class for token-classification"),
     ],

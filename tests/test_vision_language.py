@@ -21,8 +21,8 @@ from hftl.finetune.context import ExperimentContext
 from hftl.finetune.trainable import prepare
 from hftl.finetune.zero_shot import list_prompts, score_classes
 from hftl.models.encoders import get_blocks, has_prefix
-from hftl.models.heads import PooledModel
 from hftl.models.lora import list_adapted_layers
+from hftl.models.pooled_model import PooledModel
 from hftl.models.vision_language_architectures import VISION_LANGUAGE
 from hftl.pipeline import pipeline
 

@@ -18,8 +18,8 @@ from hftl.data.rows import Row
 from hftl.data.splits import hash_text
 from hftl.finetune.context import ExperimentContext
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
-from hftl.models.encoders import build_on_meta, get_stock_encoder, get_task_class
-from hftl.models.heads import LoadedModel, build_model, has_head_bias
+from hftl.models.encoders import build_on_meta, get_encoder_class, get_stock_encoder, get_task_class
+from hftl.models.heads import LoadedModel, build_model, get_source_pooling, has_head_bias
 from hftl.models.layer_features import TOKEN_POOLING, LayerSite, compute_layer_features
 from hftl.runtime.progress import open_bar
 from hftl.runtime.row_store import RowStore, evict_unused
@@ -91,9 +91,8 @@ class FeatureStore:
         if self._built is not None:
             return sum(tensor.numel() for tensor in self._built.encoder.parameters())
         source = self._context.source
-        model = build_on_meta(
-            get_task_class(source.config, self._context.prepared.task), source.config
-        )
+        kind = get_task_class(source.config, self._context.prepared.task)
+        model = build_on_meta(kind or get_encoder_class(source.config), source.config)
         encoder = get_stock_encoder(model, source.architecture_spec)
         return sum(tensor.numel() for tensor in encoder.parameters())
 
@@ -113,15 +112,19 @@ class FeatureStore:
         return self._store.gather([_hash_content(row) for row in rows], self._columns[site])
 
     def _build_model(self) -> LoadedModel:
-        """Return the stock class; of texts that of classes, whatever is asked of them.
+        """Return the stock class, where there is one; of texts that of classes, whatever is asked
+        of them.
 
         A class of targets may be one that hftl does not train, and of the same encoder.
         """
         context = self._context
         words = context.prepared.task == TOKEN_CLASSIFICATION
         task = TOKEN_CLASSIFICATION if words else "classification"
+        spec = context.source.architecture_spec
+        is_image = spec.modality == "image" and not spec.reads_prompt
+        pooling = get_source_pooling(context.source) if is_image else "native"
         return build_model(
-            context.source, task, "native", context.num_outputs, context.prepared.names, 0
+            context.source, task, pooling, context.num_outputs, context.prepared.names, 0
         )
 
     def _write_part(self, pairs: list[tuple[bytes, Row]]) -> None:

@@ -283,7 +283,7 @@ def _build_plain_snippet(record: Record, place: str) -> str:
         record.recipe.finetune.spec.trains_adapter, input_kind(record),
         PICTURE_EXAMPLE if prompt is not None else example_input(record).strip("()"),
         bool(record.forward and record.forward.get("interpolate_pos_encoding")),
-        record.source.architecture or "", prompt,
+        record.source.architecture or "", prompt, record.source.prefix_tokens,
     )  # fmt: skip
 
 

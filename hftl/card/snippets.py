@@ -46,6 +46,12 @@ POOLINGS = {
     "cls": "pooled = hidden[:, 0]",
     "last": "pooled = hidden[:, -1]  # of one row, which has no padding",
 }
+IMAGE_POOLINGS = {
+    "mean": "pooled = hidden[:, {prefix}:].mean(1)",
+    "cls": "pooled = hidden[:, 0]",
+    "cls+mean": "pooled = torch.cat([hidden[:, 0], hidden[:, {prefix}:].mean(1)], -1)",
+}
+"""Of pictures, after as many tokens as stand before those of the patches."""
 EMBEDDING_LINES = (
     "embedding = model.eval()({forward}).pooler_output\n"
     '    if "projection" in head:\n'
@@ -91,7 +97,7 @@ TEXT_EXAMPLE = "A text of your own."
 def render_plain_snippet(
     place: str, base: str | None, revision: str | None, pooling: str, outputs: int, adapter: bool,
     kind: str, example: str, interpolates: bool = False, architecture: str = "",
-    prompt: str | None = None,
+    prompt: str | None = None, prefix: int = 0,
 ) -> str:  # fmt: skip
     """Return code that prints the logits of one example, for words those of every token.
 
@@ -99,7 +105,7 @@ def render_plain_snippet(
         place: the folder or hub id of the published model.
         base: the public base of an adapter; None where it has none.
         revision: the base's commit, where it is pinned.
-        pooling: native, mean, cls, embedding or last.
+        pooling: native, mean, cls, cls+mean, embedding or last.
         outputs: classes, or 1 for a target.
         adapter: whether the folder holds an adapter or the whole model.
         kind: what the model takes: text, words or image.
@@ -107,12 +113,14 @@ def render_plain_snippet(
         interpolates: whether forward must interpolate its positions to the pictures' size.
         architecture: what the base's checkpoint says it is.
         prompt: that of a vision-language model.
+        prefix: tokens of a picture before those of its patches, where the head pools them.
     """
     pooled = pooling != "native"
     if adapter and not pooled and kind in AUTO_PEFT_CLASSES and base and is_hub_id(base):
         return _render_auto_peft_snippet(place, outputs, kind, example, architecture)
-    auto = IMAGE_HALF_CLASSES[architecture] if pooling == "embedding" else "AutoModel"
-    auto = auto if pooled else AUTO_CLASSES[kind]
+    auto = ENCODER_CLASSES.get(architecture, "AutoModel") if pooled else AUTO_CLASSES[kind]
+    if pooling == "embedding":
+        auto = IMAGE_HALF_CLASSES[architecture]
     if adapter and not pooled:
         auto = STOCK_CLASSES.get(architecture, auto)
     reader, name, call = PREPROCESSORS[kind]
@@ -127,8 +135,8 @@ def render_plain_snippet(
         output = EMBEDDING_LINES.format(forward=forward)
     elif pooled:
         output = (
-            "hidden = model.eval()(**inputs).last_hidden_state\n"
-            f"    {POOLINGS[pooling]}\n"
+            f"hidden = model.eval()({forward}).last_hidden_state\n"
+            f"    {(IMAGE_POOLINGS if prefix else POOLINGS)[pooling].format(prefix=prefix)}\n"
             '    print(pooled @ head["weight"].T + head["bias"])'
         )
     imports = "from PIL import Image\n" if kind == "image" else ""

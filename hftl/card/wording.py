@@ -107,7 +107,7 @@ def describe_arm(arm: str, record: Record) -> str:
 
 
 def is_pooled(record: Record) -> bool:
-    """Return whether the head is hftl's own, above `mean` or `cls` pooling; stock classes do not
+    """Return whether the head is hftl's own, above its own pooling; stock classes do not
     load it, so that without hftl only the encoder's features are had."""
     return record.recipe.finetune.pooling != "native"
 

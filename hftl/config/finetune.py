@@ -100,9 +100,10 @@ class Finetune(Section):
     """Describe the strategy and its training. `training` is transformers', `lora` is peft's."""
 
     strategy: Strategy = "lora"
-    pooling: Literal["native", "mean", "cls", "embedding", "last"] = "native"
-    """embedding: what a pair of image and text encoders (CLIP) compares with texts. last: the last
-    token of a vision-language source's prompt."""
+    pooling: Literal["native", "mean", "cls", "cls+mean", "embedding", "last"] = "native"
+    """native: the stock class's. mean: of tokens or patches. cls: the first token. cls+mean: both,
+    of pictures. embedding: what a pair of image and text encoders (CLIP) compares with texts. last:
+    the last token of a vision-language source's prompt."""
     head_init: Literal["probe", "random", "zero_shot"] = "probe"
     blocks: int = Field(default=2, ge=1)
     class_weight: ClassWeight = None

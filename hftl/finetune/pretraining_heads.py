@@ -44,14 +44,9 @@ from hftl.errors import HftlError, RecipeError
 from hftl.finetune.context import ExperimentContext
 from hftl.models.encoders import get_stock_encoder, get_task_class, has_prefix
 from hftl.models.features import batch_by_length, compute_frozen_features, predict_logits
-from hftl.models.heads import (
-    LoadedModel,
-    PooledModel,
-    build_model,
-    get_source_pooling,
-    load_class,
-)
-from hftl.models.pairs import EmbeddingModel, load_pair
+from hftl.models.heads import LoadedModel, build_model, get_source_pooling, load_class
+from hftl.models.pairs import load_pair
+from hftl.models.pooled_model import PooledModel
 from hftl.models.source import SourceModel, load_tokenizer
 from hftl.retain.weights import PEFT_WRAPPING
 from hftl.runtime import distributed
@@ -183,6 +178,8 @@ def _score_classifier(
     control, names = classes
     architecture = source.architecture_spec
     kind = get_task_class(source.config, "classification")
+    if kind is None:
+        return None
     model, missing = load_class(source, kind, deepcopy(source.config), {})
     in_encoder = [name.removeprefix(f"{architecture.encoder}.") for name in missing]
     if any(not has_prefix(name, architecture.unused_parts) for name in in_encoder):
@@ -338,7 +335,7 @@ def embed_compared_rows(
 def _embeds_by_features(context: ExperimentContext, loaded: LoadedModel) -> bool:
     """Return whether `embed_rows` returns the input of the last linear layer."""
     if context.prepared.modality == "image":
-        return not isinstance(loaded.model, EmbeddingModel)
+        return loaded.pooling == get_source_pooling(context.source)
     return loaded.pooling == "mean" and type(context.inputs) is TextInputs
 
 
@@ -346,7 +343,7 @@ def embed_rows(context: ExperimentContext, loaded: LoadedModel, rows: list[Row])
     """Return a model's embeddings of rows, (rows, width) float32, in eval mode and fp32.
 
     For a text the mean of the encoder's last hidden states over its tokens, for an image the input
-    of the last linear layer of the stock class. Collective: every process must call it.
+    of the last linear layer under `get_source_pooling`. Collective: every process must call it.
     """
     inputs, model, last = context.inputs, loaded.model, loaded.last_linear
     if context.prepared.modality == "text":
@@ -354,11 +351,14 @@ def embed_rows(context: ExperimentContext, loaded: LoadedModel, rows: list[Row])
         inputs = TextInputs(inputs.tokenizer, inputs.max_length)  # pyright: ignore
         model = PooledModel(loaded.encoder, "mean", context.source.config.hidden_size, 1)
         last = model.head
-    elif isinstance(model, EmbeddingModel):
-        # The source's embeddings are those of the stock class, which pools the same encoder.
-        stock = build_model(context.source, "regression", "native", 1, [], 0)
-        setattr(stock.model, stock.architecture.encoder, loaded.encoder)
-        model, last = stock.model, stock.last_linear
+    elif not _embeds_by_features(context, loaded):
+        # The source is pooled otherwise than this model, which has the same encoder.
+        pooled = build_model(
+            context.source, "regression", get_source_pooling(context.source), 1, [], 0
+        )
+        is_own = isinstance(pooled.model, PooledModel)
+        setattr(pooled.model, "encoder" if is_own else pooled.architecture.encoder, loaded.encoder)
+        model, last = pooled.model, pooled.last_linear
     model.to(context.device)
     encoded = context.encode_rows(rows)
     return np.concatenate(compute_frozen_features(model, last, encoded, inputs, context.device))

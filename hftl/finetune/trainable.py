@@ -17,7 +17,6 @@ from hftl.models.architectures import count_shared_layers
 from hftl.models.encoders import check_block_count, get_blocks, get_submodule, has_prefix
 from hftl.models.half_weights import hold_in_half
 from hftl.models.heads import (
-    PooledModel,
     get_encoder,
     get_last_linear,
     get_model_spec,
@@ -25,6 +24,7 @@ from hftl.models.heads import (
     unwrap_adapter,
 )
 from hftl.models.lora import add_lora
+from hftl.models.pooled_model import PooledModel
 from hftl.runtime.hardware import is_sharded
 from hftl.train.checkpoint import hold_running_statistics
 from hftl.train.optimizer import compute_depths

@@ -27,7 +27,7 @@ from hftl.doctor.renamed_modules import PREFIX, get_module_path
 from hftl.errors import RecipeError, RunFolderError
 from hftl.inference.find_model import wrap_loading_errors
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION, ArchitectureSpec
-from hftl.models.architectures import get_config_spec, get_encoder_config
+from hftl.models.architectures import get_config_spec, get_hidden_size
 from hftl.models.encoders import get_stock_encoder, has_prefix
 from hftl.models.heads import get_placeholder_name
 from hftl.models.source import find_source
@@ -204,10 +204,12 @@ def add_head(folder: Path, model: Any) -> reload_check.PublishedModel:
     """
     with wrap_loading_errors(folder):
         published = reload_check.attach_head(folder, model)
-    config = getattr(model, "config", None)
-    width = None if config is None else getattr(get_encoder_config(config), "hidden_size", None)
     if published.head is None:
         return published
+    config = getattr(model, "config", None)
+    width = None if config is None else get_hidden_size(config)
+    if width is not None:
+        width *= len(published.pooling.split("+"))
     projection: Any = published.projection
     read = published.head.in_features if projection is None else projection.shape[1]
     if width not in (None, read):
@@ -230,8 +232,8 @@ def _list_missing(
 ) -> Iterator[tuple[str, str]]:
     """Yield the tensors drawn at random that outputs depend on, and why."""
     unused = architecture.unused_parts
-    if has_own_head and architecture.pooler is not None:
-        unused = (*unused, architecture.pooler)
+    if has_own_head:
+        unused = (*unused, architecture.pooler or "pooler")
     for key in sorted(loaded.missing | loaded.mismatched.keys()):
         if has_prefix(key.removeprefix(f"{architecture.encoder}."), unused):
             continue

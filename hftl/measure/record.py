@@ -102,6 +102,8 @@ class SourceFacts(RecordPart):
     revision: str | None
     architecture: str | None
     weights_sha256: str
+    prefix_tokens: int = 0
+    """Tokens of a picture before those of its patches; 0 where the stock class alone pools it."""
 
 
 # Adaptation.

@@ -90,6 +90,8 @@ class ArchitectureSpec:
         packs: tokens meet in attention alone, by transformers' attention interface, and positions
             are an argument: a batch may run as one row without padding, at the same outputs.
         post_norm: the parts of its blocks, where packed ones may run as one function.
+        prefix_tokens: tokens of an image before those of its patches: the class token, then
+            registers. 0: the stock class alone pools it.
         patch_size: the config's key for the side of an image patch; None: sides of any length.
         image_sizes: the encoder takes images of the config's size only (`fixed`), of any size
             with the argument `interpolate_pos_encoding` (`argument`), or of any size (`any`).
@@ -124,6 +126,7 @@ class ArchitectureSpec:
     has_padding_offset: bool = False
     packs: bool = False
     post_norm: PostNormBlock | None = None
+    prefix_tokens: int = 0
     patch_size: str | None = None
     image_sizes: Literal["fixed", "argument", "any"] = "fixed"
     masked_images: Literal["drop", "cover"] | None = None

@@ -1,7 +1,8 @@
 """Find the spec of a config's architecture, and the sizes that the config names.
 
 To add an architecture, add its entry to `TEXT_ENCODERS` or `DECODERS` in `text_architectures.py`,
-or to `IMAGE_ENCODERS` in `image_architectures.py`, and a tiny config to `tests/support/tiny.py`:
+or to `IMAGE_ENCODERS` in `image_architectures.py` (without a stock class, where a class token
+stands before the patches, to `UNHEADED_ENCODERS`), and a tiny config to `tests/support/tiny.py`:
 the tests compare every entry with its model's forward and backward pass. An entry needs a stock
 class whose last linear layer reads one vector a row, or pools the logits of all tokens (see
 `pooled_logits`), and whose outputs do not depend on padding (YOSO's do).
@@ -11,7 +12,7 @@ from typing import Any
 
 from hftl.errors import RecipeError
 from hftl.models.architecture_spec import ArchitectureSpec
-from hftl.models.image_architectures import IMAGE_ENCODERS, IMAGE_HALVES
+from hftl.models.image_architectures import IMAGE_ENCODERS, IMAGE_HALVES, UNHEADED_ENCODERS
 from hftl.models.text_architectures import DECODERS, TEXT_ENCODERS
 from hftl.models.timm_architecture import TIMM_WRAPPER, describe_timm, read_data_config
 from hftl.models.vision_language_architectures import VISION_LANGUAGE
@@ -19,6 +20,8 @@ from hftl.models.vision_language_architectures import VISION_LANGUAGE
 TIMM = ArchitectureSpec("timm_model", (), (), "image", adjust=describe_timm)
 ARCHITECTURES = TEXT_ENCODERS | DECODERS | IMAGE_ENCODERS | {TIMM_WRAPPER: TIMM}
 """Architectures that transformers has a classification class for."""
+UNHEADED = UNHEADED_ENCODERS | VISION_LANGUAGE
+"""Architectures that it has none for, which hftl's own head reads."""
 READ_AS = {"vit_mae": "vit"}
 """Architectures without a classification class, and the one whose encoder is the same."""
 
@@ -29,7 +32,7 @@ def get_config_spec(config: Any) -> ArchitectureSpec:
     Raises:
         RecipeError: if the architecture is not supported, naming those that are.
     """
-    spec = (ARCHITECTURES | VISION_LANGUAGE | IMAGE_HALVES).get(config.model_type)
+    spec = (ARCHITECTURES | UNHEADED | IMAGE_HALVES).get(config.model_type)
     if spec is not None and getattr(config, "is_decoder", False) and not spec.is_causal:
         raise RecipeError(
             f"source.model: is_decoder in its config makes the encoder {config.model_type!r} a "
@@ -40,7 +43,7 @@ def get_config_spec(config: Any) -> ArchitectureSpec:
         raise RecipeError(
             f"source.model: the architecture {config.model_type!r} is not supported: hftl has no "
             "entry for it",
-            f"Use one of {', '.join(sorted([*ARCHITECTURES, *VISION_LANGUAGE, *READ_AS]))}, or add "
+            f"Use one of {', '.join(sorted([*ARCHITECTURES, *UNHEADED, *READ_AS]))}, or add "
             "an entry to hftl/models/{text,image,vision_language}_architectures.py",
         )
     return spec if spec.adjust is None else spec.adjust(spec, config)
@@ -57,6 +60,13 @@ def get_encoder_config(config: Any) -> Any:
     if config.model_type in VISION_LANGUAGE:
         return config.get_text_config()
     return getattr(config, "vision_config", config)
+
+
+def get_hidden_size(config: Any) -> int:
+    """Return the width of the encoder's last hidden states."""
+    encoder = get_encoder_config(config)
+    width = getattr(encoder, "hidden_size", None)
+    return encoder.hidden_sizes[-1] if width is None else width
 
 
 def count_shared_layers(config: Any) -> int:

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
-from transformers.modeling_outputs import SequenceClassifierOutput
+from torch import nn
 
 from hftl.errors import RecipeError
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION, ArchitectureSpec
-from hftl.models.architectures import get_config_spec, get_encoder_config
+from hftl.models.architectures import get_config_spec, get_encoder_config, get_hidden_size
 from hftl.models.encoders import (
     get_blocks,
     get_encoder_class,
@@ -27,6 +26,7 @@ from hftl.models.encoders import (
     has_prefix,
     hide_padding,
 )
+from hftl.models.pooled_model import PooledImageModel, PooledModel
 from hftl.models.pooling import pool_before_head
 from hftl.models.source import SourceModel, describe_load_error
 
@@ -34,58 +34,6 @@ CONSTANT_TARGET_SPREAD = 1e-3
 """The spread of targets that do not vary, as a share of their size: outputs stay near them."""
 HEAD_STD = 0.02
 """Standard deviation of the last layer's initial weights, where the config has none (SigLIP)."""
-
-
-def pool_tokens(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """Return one vector for each row, (batch, width).
-
-    Args:
-        hidden: (batch, length, width).
-        mask: (batch, length), 0 at padding.
-        pooling: `mean` over the tokens that are no padding, `cls`, the first token, or `last`,
-            the last one that is no padding.
-    """
-    if pooling == "last":
-        places = torch.arange(mask.shape[1], device=mask.device)
-        return hidden[torch.arange(len(hidden)), (places * mask).argmax(-1)]
-    if pooling == "cls":
-        return hidden[:, 0]
-    weight = mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
-
-
-class PooledModel(nn.Module):
-    """Hold an encoder, `mean`, `cls` or `last` pooling, and one linear head."""
-
-    def __init__(self, encoder: nn.Module, pooling: str, width: int, outputs: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.pooling = pooling
-        self.head = nn.Linear(width, outputs)
-
-    @property
-    def head_parts(self) -> list[nn.Module]:
-        """Return the modules after the encoder, in order."""
-        return [self.head]
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        **more: Tensor,
-    ) -> SequenceClassifierOutput:
-        """Return logits (batch, outputs) of ids (batch, length); the trainer computes the loss.
-
-        `more` are further inputs of the encoder, as the pictures of a vision-language model.
-        """
-        optional = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        present = {name: tensor for name, tensor in optional.items() if tensor is not None}
-        hidden = self.encoder(input_ids=input_ids, **present, **more).last_hidden_state
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        pooled = pool_tokens(hidden, mask, self.pooling)
-        return SequenceClassifierOutput(logits=self.head(pooled))  # pyright: ignore
 
 
 @dataclass(frozen=True)
@@ -195,7 +143,7 @@ def build_model(
     Args:
         source: the checkpoint.
         task: the recipe's `data.task`.
-        pooling: native (the stock class), mean, cls or last.
+        pooling: native (the stock class), mean, cls, cls+mean or last.
         outputs: classes, or 1 for regression.
         names: the classes' names, empty for regression.
         seed: of every weight that the checkpoint lacks.
@@ -223,8 +171,7 @@ def build_model(
     else:
         model, missing = load_class(source, kind, config, extra)
     if pooling != "native":
-        width = get_encoder_config(source.config).hidden_size
-        model = PooledModel(model, pooling, width, outputs)
+        model = _add_head(model, source, pooling, outputs)
     fresh = _list_fresh_modules(
         missing, source, architecture, list_unused_parts(model, architecture)
     )
@@ -235,6 +182,14 @@ def build_model(
     if built.has_head_bias:
         nn.init.zeros_(built.last_linear.bias)
     return built
+
+
+def _add_head(encoder: nn.Module, source: SourceModel, pooling: str, outputs: int) -> PooledModel:
+    """Return the encoder under hftl's own pooling and head."""
+    spec, width = source.architecture_spec, get_hidden_size(source.config)
+    if spec.prefix_tokens:
+        return PooledImageModel(encoder, pooling, width, outputs, spec.prefix_tokens)
+    return PooledModel(encoder, pooling, width, outputs)
 
 
 class LabelSettings(TypedDict, total=False):
@@ -268,19 +223,19 @@ def _get_model_class(
 ) -> Any:
     if architecture.reads_prompt != (pooling == "last"):
         raise _build_last_token_error(source, architecture, pooling)
-    if pooling == "native" and task == "regression" and not architecture.head.has_bias:
-        raise RecipeError(
-            f"data.task=regression: the head of {source.architecture}'s classification class has "
-            "no bias, which the mean of the targets needs",
-            "Use finetune.pooling=mean",
-        )
     if pooling == "native":
-        return get_task_class(source.config, task)
-    if pooling != "last" and architecture.modality == "image" or task == TOKEN_CLASSIFICATION:
-        what = "images" if architecture.modality == "image" else task
+        return _get_stock_class(source, architecture, task)
+    if task == TOKEN_CLASSIFICATION:
         raise RecipeError(
-            f"finetune.pooling={pooling} is for texts of one label, not for {what}",
+            f"finetune.pooling={pooling} is for texts of one label, not for {task}",
             "Use finetune.pooling=native",
+        )
+    if architecture.modality == "image" and not architecture.reads_prompt:
+        _check_image_pooling(source, architecture, pooling)
+    elif pooling == "cls+mean":
+        raise RecipeError(
+            "finetune.pooling=cls+mean is for pictures, and source.model reads text",
+            "Use mean, cls or native",
         )
     if architecture.is_causal and pooling == "cls":
         raise RecipeError(
@@ -289,6 +244,34 @@ def _get_model_class(
             "Use finetune.pooling=native, which reads the last token, or mean",
         )
     return get_encoder_class(source.config)
+
+
+def _get_stock_class(source: SourceModel, architecture: ArchitectureSpec, task: str) -> Any:
+    kind = get_task_class(source.config, task)
+    if kind is None:
+        raise RecipeError(
+            f"finetune.pooling=native: transformers has no classification class for "
+            f"{source.architecture}, and hftl's own head reads pooled tokens",
+            "Set finetune.pooling=cls, mean or cls+mean",
+        )
+    if task == "regression" and not architecture.head.has_bias:
+        raise RecipeError(
+            f"data.task=regression: the head of {source.architecture}'s classification class has "
+            "no bias, which the mean of the targets needs",
+            "Use finetune.pooling=mean",
+        )
+    return kind
+
+
+def _check_image_pooling(source: SourceModel, architecture: ArchitectureSpec, pooling: str) -> None:
+    """Refuse to pool tokens of an encoder without a class token, which its stock class pools."""
+    if architecture.prefix_tokens:
+        return
+    raise RecipeError(
+        f"finetune.pooling={pooling} is for encoders with a class token beside those of patches, "
+        f"and the stock class alone pools {source.architecture}",
+        "Use finetune.pooling=native",
+    )
 
 
 def _build_last_token_error(
@@ -312,7 +295,9 @@ def get_source_pooling(source: SourceModel) -> str:
     spec = source.architecture_spec
     if spec.reads_prompt:
         return "last"
-    return "mean" if spec.modality == "text" else "native"
+    if spec.modality == "text":
+        return "mean"
+    return "cls" if get_task_class(source.config, "classification") is None else "native"
 
 
 def load_class(

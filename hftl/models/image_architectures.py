@@ -16,19 +16,23 @@ CLIP_LINEARS = (
 
 VIT = ArchitectureSpec(
     "vit", "layers", VIT_LINEARS, "image", final_parts=("layernorm",),
-    head=HeadSpec(dropout=None), token_head=None, patch_size="patch_size",
-    image_sizes="argument", masked_images="drop",
+    head=HeadSpec(dropout=None), token_head=None, add_pooling_layer=True, prefix_tokens=1,
+    patch_size="patch_size", image_sizes="argument", masked_images="drop",
 )  # fmt: skip
 UNMASKED_VIT = replace(VIT, masked_images=None)
+STOCK_POOLED = replace(UNMASKED_VIT, add_pooling_layer=False, prefix_tokens=0)
+"""A ViT that its stock class alone pools."""
 CLIP = replace(
-    UNMASKED_VIT, encoder="vision_model", blocks="encoder.layers", lora_targets=CLIP_LINEARS,
+    STOCK_POOLED, encoder="vision_model", blocks="encoder.layers", lora_targets=CLIP_LINEARS,
     final_parts=(), unused_parts=("post_layernorm",),
 )  # fmt: skip
 
 
 def _adjust_beit(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
-    """Name the norm that stands for the pooler, and the mask token."""
-    if not config.use_mean_pooling:
+    """Name the norm that stands for the pooler, above the patches' mean, and the mask token."""
+    if config.use_mean_pooling:
+        spec = replace(spec, prefix_tokens=0)
+    else:
         spec = replace(spec, pooler=None, final_parts=("layernorm",))
     if config.use_mask_token:
         spec = replace(spec, unused_parts=("embeddings.mask_token",))
@@ -41,6 +45,19 @@ def _adjust_dinov2(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
     return replace(spec, lora_targets=gated) if config.use_swiglu_ffn else spec
 
 
+def _adjust_registers(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
+    """Count the registers after the class token."""
+    spec = replace(spec, prefix_tokens=1 + config.num_register_tokens)
+    return _adjust_dinov2(spec, config)
+
+
+def _adjust_dinov3(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
+    """Count the registers after the class token, and name the gated layers of the largest."""
+    spec = replace(spec, prefix_tokens=1 + config.num_register_tokens)
+    gated = (*spec.lora_targets, "mlp.gate_proj")
+    return replace(spec, lora_targets=gated) if config.use_gated_mlp else spec
+
+
 def _adjust_pvt(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
     """Name the norm of the last stage, which comes after the last block."""
     return replace(spec, final_parts=(f"encoder.layers.{len(config.depths) - 1}.layer_norm",))
@@ -51,9 +68,9 @@ BEIT = replace(
 )  # fmt: skip
 DINOV2 = replace(
     VIT, encoder="dinov2", blocks="encoder.layer", unused_parts=("embeddings.mask_token",),
-    image_sizes="any", adjust=_adjust_dinov2,
+    add_pooling_layer=False, image_sizes="any", adjust=_adjust_dinov2,
 )  # fmt: skip
-SWIN = replace(UNMASKED_VIT, encoder="swin", blocks="encoder.layers.*.blocks")
+SWIN = replace(STOCK_POOLED, encoder="swin", blocks="encoder.layers.*.blocks")
 RESNET = ArchitectureSpec(
     "resnet", "encoder.stages.*.layers", ("layer.0.convolution", "layer.1.convolution"), "image",
     optional_targets=("layer.2.convolution", "shortcut.convolution"),
@@ -66,9 +83,9 @@ CONVNEXT = replace(
 
 IMAGE_ENCODERS = {
     "vit": VIT,
-    "deit": replace(VIT, encoder="deit"),
-    "vit_msn": UNMASKED_VIT,
-    "ijepa": replace(UNMASKED_VIT, encoder="ijepa"),
+    "deit": replace(VIT, encoder="deit", prefix_tokens=2),
+    "vit_msn": replace(UNMASKED_VIT, add_pooling_layer=False),
+    "ijepa": replace(STOCK_POOLED, encoder="ijepa"),
     "beit": BEIT,
     "data2vec-vision": replace(
         BEIT, encoder="data2vec_vision", blocks="encoder.layer", masked_images=None,
@@ -78,7 +95,9 @@ IMAGE_ENCODERS = {
         ),
     ),
     "dinov2": DINOV2,
-    "dinov2_with_registers": replace(DINOV2, encoder="dinov2_with_registers"),
+    "dinov2_with_registers": replace(
+        DINOV2, encoder="dinov2_with_registers", adjust=_adjust_registers
+    ),
     "swin": SWIN,
     "swinv2": replace(
         SWIN, encoder="swinv2",
@@ -135,6 +154,19 @@ IMAGE_ENCODERS = {
     "metaclip_2": CLIP,
     "siglip": replace(CLIP, final_parts=("post_layernorm",), unused_parts=("head",)),
 }  # fmt: skip
+UNHEADED_ENCODERS = {
+    "dinov3_vit": replace(
+        DINOV2, encoder="dinov3_vit", blocks="model.layer", masked_images=None,
+        lora_targets=(*VIT_LINEARS[:4], "mlp.up_proj", "mlp.down_proj"), final_parts=("norm",),
+        adjust=_adjust_dinov3,
+    ),
+    "dinov3_convnext": replace(
+        CONVNEXT, encoder="dinov3_convnext", blocks="model.stages.*.layers",
+        lora_targets=("pointwise_conv1", "pointwise_conv2"), skipped_layers=("depthwise_conv",),
+        final_parts=("layer_norm",), prefix_tokens=1,
+    ),
+}  # fmt: skip
+"""Encoders that transformers has no classification class for; their class token comes first."""
 IMAGE_HALVES = {
     "clip_vision_model": replace(CLIP, final_parts=("post_layernorm",), unused_parts=()),
     "metaclip_2_vision_model": replace(CLIP, final_parts=("post_layernorm",), unused_parts=()),

@@ -14,8 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from hftl.models.architectures import ARCHITECTURES, READ_AS
-from hftl.models.vision_language_architectures import VISION_LANGUAGE
+from hftl.models.architectures import ARCHITECTURES, READ_AS, UNHEADED
 
 SourceField = Literal["general", "medical", "microscopy", "satellite", "science", "law", "code"]
 SourceModality = Literal["text", "image", "multimodal"]
@@ -59,7 +58,7 @@ class KnownSource(BaseModel):
         """Return why hftl does not load it; None where it does."""
         if self.own_format is not None:
             return self.own_format
-        if self.family in (*ARCHITECTURES, *VISION_LANGUAGE, *READ_AS):
+        if self.family in (*ARCHITECTURES, *UNHEADED, *READ_AS):
             return None
         return f"hftl has no entry for the architecture {self.family!r}"
 

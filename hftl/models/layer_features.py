@@ -12,8 +12,9 @@ from hftl.data.image_inputs import ImageInputs
 from hftl.data.text_inputs import EncodedRow, TextInputs, WordInputs
 from hftl.models.encoders import accepts_attention_mask, get_blocks
 from hftl.models.features import run_batches
-from hftl.models.heads import LoadedModel, pool_tokens
+from hftl.models.heads import LoadedModel
 from hftl.models.packing import Packing
+from hftl.models.pooled_model import pool_tokens
 
 TOKEN_POOLING = "token"
 """The pooling of tasks with a label a word: the state at the word's first token."""
@@ -39,7 +40,8 @@ def compute_layer_features(
     """Return the width of every site, and the features of every row at all of them. Collective.
 
     Args:
-        built: the stock task class of the source, as it was loaded.
+        built: the stock task class of the source, or its encoder under hftl's own head where it
+            has none, as it was loaded.
         encoded: rows as the encoder takes them.
         inputs: collates them and splits a batch's outputs into rows.
         device: the model's.
@@ -70,6 +72,7 @@ class _LayerTap(ExitStack):
         super().__init__()
         self.widths: dict[LayerSite, int] = {}
         self._inputs = inputs
+        self._prefix = built.architecture.prefix_tokens
         self._reads_last_token = built.architecture.pooled_logits == "last"
         self._states: list[Tensor] = []
         self._last: list[Tensor] = []
@@ -82,7 +85,8 @@ class _LayerTap(ExitStack):
             self._hook(block.register_forward_hook(self._catch_block))
         self._hook(built.encoder.register_forward_hook(self._catch_encoder))
         # A pooler without weights in the checkpoint differs by seed: its output is no feature.
-        if built.features_are_shared and not isinstance(inputs, WordInputs):
+        is_stock = built.pooling == "native" and not isinstance(inputs, WordInputs)
+        if built.features_are_shared and is_stock:
             self._hook(built.last_linear.register_forward_pre_hook(self._catch_head_input))
 
     def _hook(self, handle: Any) -> None:
@@ -141,7 +145,7 @@ class _LayerTap(ExitStack):
             rows, columns, last = states.shape[1:]
             return {"mean": states.mean((1, 2) if rows == columns != last else (2, 3))}
         side = self._batch["pixel_values"].shape[-1]
-        prefix = states.shape[1] - (side // self._inputs.patch_size) ** 2
+        prefix = self._prefix or states.shape[1] - (side // self._inputs.patch_size) ** 2
         if prefix <= 0:
             return {"mean": states.mean(1)}
         # The class token, then registers, then the patches.

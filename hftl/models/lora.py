@@ -21,8 +21,8 @@ from hftl.models.encoders import (
     list_block_paths,
     list_weight_layers,
 )
-from hftl.models.heads import PooledModel
 from hftl.models.lora_kernels import fuse_lora
+from hftl.models.pooled_model import PooledModel
 
 ALL_LINEAR = "all-linear"
 MAX_LISTED_NAMES = 12

@@ -16,7 +16,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from hftl.errors import RecipeError
 from hftl.models.architectures import get_config_spec
 from hftl.models.encoders import get_encoder_class
-from hftl.models.heads import HEAD_STD, LoadedModel, PooledModel, load_class
+from hftl.models.heads import HEAD_STD, LoadedModel, load_class
+from hftl.models.pooled_model import PooledModel
 from hftl.models.source import SourceModel
 
 EMBEDDING = "embedding"

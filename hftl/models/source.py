@@ -302,6 +302,11 @@ def match_padding(source: SourceModel, tokenizer: Any) -> SourceModel:
     return replace(source, config=config)
 
 
+TORCHVISION_ONLY = ("dinov3_vit", "dinov3_convnext")
+"""Architectures whose own processor needs torchvision. ViT's does the same by PIL, but that it
+resizes 8-bit pixels, not floats; the published folder holds ViT's."""
+
+
 def load_image_processor(source: SourceModel, image_size: int | None = None) -> Any:
     """Return the source's own image processor, the one that needs no torchvision.
 
@@ -312,16 +317,18 @@ def load_image_processor(source: SourceModel, image_size: int | None = None) -> 
     Raises:
         RecipeError: if the checkpoint ships none.
     """
-    from transformers import AutoImageProcessor
+    from transformers import AutoImageProcessor, ViTImageProcessorPil
 
     if source.model_type == TIMM_WRAPPER:
         from hftl.models.timm_processor import build_timm_processor
 
         return build_timm_processor(source.config, image_size)
+    auto: Any = AutoImageProcessor
+    more = {"backend": "pil", "trust_remote_code": False}
+    if source.model_type in TORCHVISION_ONLY:
+        auto, more = ViTImageProcessorPil, {}
     try:
-        return AutoImageProcessor.from_pretrained(
-            source.folder, backend="pil", trust_remote_code=False
-        )
+        return auto.from_pretrained(source.folder, **more)
     except (OSError, ImportError, *BUILD_ERRORS) as error:
         # OSError for a file that is missing or no JSON, ImportError for a class that needs a
         # package which is not installed.

@@ -29,6 +29,7 @@ def build_source_section(context: ExperimentContext) -> SourceFacts:
         revision=source.revision,
         architecture=source.architecture,
         weights_sha256=context.weights_hash,
+        prefix_tokens=source.architecture_spec.prefix_tokens,
     )
 
 

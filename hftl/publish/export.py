@@ -24,12 +24,7 @@ from hftl.finetune.trainable import apply_strategy
 from hftl.finetune.zero_shot import build_start_model
 from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.encoders import get_encoder_class
-from hftl.models.heads import (
-    PooledModel,
-    build_label_settings,
-    get_placeholder_name,
-    unwrap_adapter,
-)
+from hftl.models.heads import build_label_settings, get_placeholder_name, unwrap_adapter
 from hftl.models.lora import build_path_pattern, get_peft_model_inside
 from hftl.models.lora_concat import (
     PEFT_PREFIX,
@@ -40,6 +35,7 @@ from hftl.models.lora_concat import (
     write_adapter,
 )
 from hftl.models.pairs import EMBEDDING_SCALE, EmbeddingModel
+from hftl.models.pooled_model import PooledImageModel, PooledModel
 from hftl.models.timm_architecture import TIMM_WRAPPER, set_timm_image_size
 from hftl.publish.published_metadata import drop_local_names
 from hftl.runtime.run_folder import to_json
@@ -116,7 +112,7 @@ def export_model(
         save_file(
             {k: v.detach().cpu().contiguous() for k, v in _collect_head(model).items()},
             folder / "head.safetensors",
-            metadata={"pooling": finetune.pooling},
+            metadata=_describe_head(model),
         )
     context.inputs.save(folder)
     for path in folder.glob("*config.json"):
@@ -140,6 +136,14 @@ def _collect_head(model: PooledModel) -> dict[str, Tensor]:
     if isinstance(model.projection, nn.Linear):
         return {**scaled, "projection": model.projection.weight}
     return scaled
+
+
+def _describe_head(model: PooledModel) -> dict[str, str]:
+    """Return how the head's input is pooled, as the metadata of its file."""
+    described = {"pooling": model.pooling}
+    if isinstance(model, PooledImageModel):
+        described["prefix_tokens"] = str(model.prefix)
+    return described
 
 
 def _write_image_size(config: Any, inputs: Any) -> None:

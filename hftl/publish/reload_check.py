@@ -23,9 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoImageProcessor,
-    AutoModel,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -45,17 +45,19 @@ AUTO_CLASSES = {
 class PublishedModel(nn.Module):
     """Hold a model whose forward gives logits; `head` is set where pooling is not native.
 
-    `projection`, (width of the head, width of the encoder), comes before it where there is one.
+    `projection`, (width of the head, width of the encoder), comes before it where there is one;
+    `prefix` counts an image's tokens before those of its patches, where the head pools them.
     """
 
     def __init__(
         self, model: nn.Module, head: nn.Linear | None, pooling: str,
-        projection: Tensor | None = None,
+        projection: Tensor | None = None, prefix: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
         self.head = head
         self.pooling = pooling
+        self.prefix = prefix
         self.register_buffer("projection", projection)
 
     def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
@@ -66,7 +68,10 @@ class PublishedModel(nn.Module):
         if self.pooling == "embedding":
             return SequenceClassifierOutput(logits=self.head(self._embed(output.pooler_output)))  # pyright: ignore
         hidden = output.last_hidden_state
-        if self.pooling == "cls":
+        if self.prefix:
+            parts = {"cls": hidden[:, 0], "mean": hidden[:, self.prefix :].mean(1)}
+            pooled = torch.cat([parts[name] for name in self.pooling.split("+")], -1)
+        elif self.pooling == "cls":
             pooled = hidden[:, 0]
         elif self.pooling == "last":
             mask = inputs["attention_mask"]
@@ -123,8 +128,10 @@ def load_base(folder: Path, base: Path, config: Any = None) -> LoadedBase:
     pooled = (folder / "head.safetensors").exists()
     config = AutoConfig.from_pretrained(folder) if config is None else config
     auto: Any = _find_encoder_class(config) if pooled else _find_auto_class(config)
-    # The config says which class stands on the base, and its labels.
-    known = {} if pooled or base == folder else {"config": config}
+    # The config says which class stands on the base, and its labels. An encoder alone has the
+    # base's own, but where the base is of an architecture that hides patches.
+    own = pooled and (_names_image_half(config) or _has_type(base, config.model_type))
+    known = {} if base == folder or own else {"config": config}
     model, report = auto.from_pretrained(
         base, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False,
         output_loading_info=True, **known,
@@ -144,9 +151,21 @@ def attach_head(folder: Path, model: nn.Module) -> PublishedModel:
 
 
 def _find_encoder_class(config: Any) -> Any:
-    """Return the class of the image half of a pair, which the config names; else `AutoModel`."""
-    kind = (config.architectures or [""])[0]
-    return getattr(transformers, kind) if kind.endswith("VisionModel") else AutoModel
+    """Return the class of the image half of a pair, which the config names; else the encoder's.
+
+    `AutoModel` would take that of the base's config, and a ViTMAE's hides patches.
+    """
+    if _names_image_half(config):
+        return getattr(transformers, config.architectures[0])
+    return MODEL_MAPPING[type(config)]
+
+
+def _has_type(folder: Path, model_type: str) -> bool:
+    return AutoConfig.from_pretrained(folder).model_type == model_type
+
+
+def _names_image_half(config: Any) -> bool:
+    return (config.architectures or [""])[0].endswith("VisionModel")
 
 
 def _find_auto_class(config: Any) -> Any:
@@ -157,11 +176,11 @@ def _find_auto_class(config: Any) -> Any:
     )
 
 
-def _load_head(path: Path) -> tuple[nn.Linear | None, str, Tensor | None]:
+def _load_head(path: Path) -> tuple[nn.Linear | None, str, Tensor | None, int]:
     if not path.exists():
-        return None, "native", None
+        return None, "native", None, 0
     with safe_open(path, "pt") as file:
-        pooling = file.metadata()["pooling"]
+        described = file.metadata()
     tensors = load_file(path)
     projection = tensors.pop("projection", None)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -171,7 +190,7 @@ def _load_head(path: Path) -> tuple[nn.Linear | None, str, Tensor | None]:
         raise ValueError(f"{path.name} holds {held or 'nothing'}, expected a weight and its bias")
     head = nn.Linear(width, outputs)
     head.load_state_dict(tensors)
-    return head, pooling, projection
+    return head, described["pooling"], projection, int(described.get("prefix_tokens", 0))
 
 
 Batch = tuple[dict[str, Tensor | bool], Tensor | None]

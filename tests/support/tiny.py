@@ -133,6 +133,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "starcoder2"), CAUSAL),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), CAUSAL | {"sliding_window": 4}),
     "modernbert-decoder": CAUSAL | {"local_attention": 8},
+    "dinov3_vit": IMAGE | {"num_register_tokens": 2},
+    "dinov3_convnext": STAGES | {"layer_scale_init_value": 1.0},
     "resnet": STAGES, "regnet": STAGES | {"groups_width": 8},
     "convnext": STAGES | {"num_stages": 2}, "convnextv2": STAGES | {"num_stages": 2},
     "efficientnet": {

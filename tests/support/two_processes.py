@@ -37,7 +37,7 @@ from hftl.errors import DataError, NumericError, RecipeError
 from hftl.finetune.arm import train_arm
 from hftl.finetune.gradual import GradualCheckpoint, fit_gradual
 from hftl.finetune.trainable import prepare
-from hftl.models.heads import PooledModel
+from hftl.models.pooled_model import PooledModel
 from hftl.retain.fisher import EWC, compute_fisher
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.weights import L2SP, iterate_encoder_parameters, iterate_lora_layers
