@@ -513,7 +513,10 @@ def _run_until(
     cli_errors.CURRENT_COMMAND.resume_command = shlex.join(["hftl", *sys.argv[1:]])
     from hftl.pipeline import pipeline
 
-    pipeline.run(loaded, folder, until=until, restart=restart, say=say, progress=_is_interactive())
+    pipeline.run(
+        loaded, folder, until=until, restart=restart, say=say, progress=_is_interactive(),
+        report_hang=cli_errors.report_hang,
+    )  # fmt: skip
 
 
 def main() -> NoReturn:

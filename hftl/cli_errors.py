@@ -4,6 +4,8 @@ Launchers replace the codes of the processes they start, so error.json is where 
 """
 
 import errno
+import shutil
+import tempfile
 import time
 import traceback
 from dataclasses import dataclass
@@ -14,15 +16,17 @@ import typer
 
 from hftl.config import secrets
 from hftl.errors import (
+    HungProcessError,
     LockedError,
     LostProcessError,
     RecipeError,
     ResourceError,
+    format_error_line,
     is_disk_full,
     is_out_of_memory,
 )
 from hftl.runtime import distributed
-from hftl.runtime.run_folder import to_json
+from hftl.runtime.run_folder import to_json, write_text
 
 REPORT_WAIT_SECONDS = 5.0
 """Seconds within which processes that fail together have all failed."""
@@ -63,21 +67,27 @@ def report_interruption(code: int) -> int:
     return _write_failure(code, "interrupted", "stopped by a signal")
 
 
+def report_hang(error: HungProcessError) -> int:
+    """Report that a process hangs, from a thread of one that waits for it."""
+    typer.echo(f"hftl: error: {error}", err=True)
+    return _write_failure(error.exit_code, type(error).__name__, str(error))
+
+
 def report_unexpected_error(error: Exception, debug: bool) -> int:
     """Report an error that hftl did not raise: usage, disk, memory, or a bug."""
     if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
         usage = str(error.format_message()).rstrip(".")  # pyright: ignore
         return report_failure(2, error, f"{usage}. See hftl --help", debug)
     if is_disk_full(error):
-        name = getattr(error, "filename", None) or ""
-        resource_error = ResourceError(f"the disk is full: {name}", "Free some space")
-        return report_failure(7, error, str(resource_error), debug)
+        return report_failure(7, error, str(_build_disk_error(error)), debug)
     file_error = _convert_file_error(error)
     if file_error is not None:
         return report_failure(file_error.exit_code, error, str(file_error), debug)
     if is_out_of_memory(error):
         resource_error = ResourceError(
-            "memory ran out", "Lower finetune.training.per_device_train_batch_size"
+            f"memory ran out: {format_error_line(error)}",
+            "Lower data.max_length or data.image_size, or use a smaller source; what was finished "
+            "stays, and the same command goes on",
         )
         return report_failure(7, error, str(resource_error), debug)
     if distributed.get_world_size() > 1:
@@ -87,6 +97,22 @@ def report_unexpected_error(error: Exception, debug: bool) -> int:
     what = f"a bug in hftl: {type(error).__name__}: {error}".splitlines()[0]
     return report_failure(
         1, error, f"{what}. Please report it with log.txt, or run with --debug", debug
+    )
+
+
+def _build_disk_error(error: Exception) -> ResourceError:
+    """Return the error for a full disk, with the free space where the command writes."""
+    name = getattr(error, "filename", None)
+    folders = [Path(name).parent if isinstance(name, str) else CURRENT_COMMAND.run or Path.cwd()]
+    folders = dict.fromkeys([*folders, Path(tempfile.gettempdir())])
+    free = [
+        f"{shutil.disk_usage(folder).free / 2**20:.0f} MB free in {folder}"
+        for folder in folders
+        if folder.is_dir()
+    ]
+    return ResourceError(
+        f"the disk is full, or a quota: {format_error_line(error)}; {', '.join(free)}",
+        "Free some space; what was finished stays, and the same command goes on",
     )
 
 
@@ -143,7 +169,7 @@ def _write_failure(code: int, kind: str, message: str, error: BaseException | No
     if distributed.get_world_size() > 1:
         report["process"] = distributed.get_rank()
     try:
-        (folder / "error.json").write_text(to_json(report), encoding="utf-8")
+        write_text(folder / "error.json", to_json(report))
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
             log.write(f"{kind}: {message}\n")
             if error is not None:

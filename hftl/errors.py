@@ -5,6 +5,8 @@ A message says what was expected, what came and where; `fix` says what to do abo
 
 import difflib
 import errno
+import os
+import re
 
 
 class HftlError(Exception):
@@ -36,9 +38,22 @@ class DataError(HftlError, ValueError):
     exit_code = 3
 
 
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of the system where a disk, a quota or the limit of a file's size is used up."""
+DISK_FULL_MESSAGES = re.compile(
+    "|".join(
+        [*map(os.strerror, DISK_FULL_ERRNOS), "PytorchStreamWriter failed writing",
+         r"inline_container\.cc.*unexpected pos", r"\d+ requested and \d+ written"]
+    )
+)  # fmt: skip
+"""Parts of messages of safetensors, tokenizers, torch and numpy, which lose the system's number."""
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Return whether the system refused to write for lack of space."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in DISK_FULL_ERRNOS
+    return DISK_FULL_MESSAGES.search(str(error)) is not None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -86,6 +101,21 @@ class HoldError(HftlError):
     """Refuse to publish where the verdict is `hold`."""
 
     exit_code = 9
+
+
+class HungProcessError(HftlError):
+    """Report that a process of the run does nothing, and the others wait for it."""
+
+    exit_code = 8
+
+    def __init__(self, ranks: list[int], seconds: float) -> None:
+        noun = "process" if len(ranks) == 1 else "processes"
+        subject = f"{noun} {', '.join(map(str, ranks))}" if ranks else "a process"
+        super().__init__(
+            f"{subject} of the run did nothing for {seconds:g} s while the others waited",
+            "Look at the stacks in log.txt, then run the same command again; "
+            "HFTL_WATCHDOG_SECONDS sets the limit",
+        )
 
 
 class LostProcessError(HftlError):

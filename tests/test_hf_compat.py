@@ -44,7 +44,7 @@ PRIVATE = {
     **dict.fromkeys(
         ("_prepare_inputs", "_train_batch_size", "_remove_unused_columns", "_save",
          "_get_collator_with_removed_columns", "_get_num_items_in_batch", "_load_from_checkpoint",
-         "_get_train_sampler"), Trainer),
+         "_get_train_sampler", "_get_grad_norm"), Trainer),
 }  # fmt: skip
 """Every private member that hftl uses, and what has it; None: an argument, or set by accelerate."""
 

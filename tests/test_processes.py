@@ -229,6 +229,13 @@ def test_nan_loss_on_one_rank_stops_all(ranks: list[Results]) -> None:
     assert [rank["broken"].split(". ")[0] for rank in ranks] == ["the loss is nan at step 2"] * 2
 
 
+def test_memory_that_runs_out_on_one_rank_changes_no_step(ranks: list[Results]) -> None:
+    """Cut all ranks' micro-batches; the parameters are those of the same steps uncut."""
+    for case, scarce in (("text-full", "scarce"), ("accumulated-full", "scarcer")):
+        assert_equal_ranks(*(rank[scarce] for rank in ranks))
+        assert_close(ranks[0][scarce], ranks[0][case]["state"], atol=1e-5)
+
+
 def test_values_are_broadcast_sharded_and_gathered(ranks: list[Results]) -> None:
     assert [rank["shared"] for rank in ranks] == [{"by": 0}] * 2
     assert [rank["on main alone"] for rank in ranks] == [([0], [5, 6, 7])] * 2

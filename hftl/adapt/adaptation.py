@@ -144,6 +144,7 @@ def adapt_encoder(
         learning_rate=args.learning_rate,
         precision=get_dtype_name(stage.training),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        **({} if trainer.micro_batch is None else {"micro_batch": trainer.micro_batch}),
     )
 
 

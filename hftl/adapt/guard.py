@@ -161,9 +161,12 @@ class GuardedCheckpoint(TrainerCallback):
         if self.rule.guard == "general" and self._general is not None:
             guard = -self._general
         now = AdaptationEvaluation(state.global_step, target, self._general, guard)
-        if any(value != value for value in (target, self._general, guard) if value is not None):
+        values = [value for value in (target, self._general, guard) if value is not None]
+        if not all(map(math.isfinite, values)):
+            shown = "NaN" if any(map(math.isnan, values)) else "infinite"
             raise NumericError(
-                f"the held-out loss is NaN at step {now.step}", "Lower adapt.training.learning_rate"
+                f"the held-out loss is {shown} at step {now.step}",
+                "Lower adapt.training.learning_rate",
             )
         self.history.append(now)
         if self.best is now and now.step:
@@ -229,6 +232,8 @@ class AdaptationResult(OpenPart):
     learning_rate: Number
     precision: str
     trainable_parameters: int
+    micro_batch: int | None = None
+    """Rows that ran at once since memory ran out; a step held as many as before."""
 
 
 class AdaptationFacts(AdaptationResult):

@@ -1,5 +1,6 @@
 """Draw the card's plots: static PNGs, the same bytes for the same record."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from hftl.measure.gain import ComparedModel
 from hftl.measure.metrics import MetricSpec, describe_metric
 from hftl.measure.record import LadderRow, Record
 from hftl.measure.verdict import format_gain
+from hftl.runtime.run_folder import write_bytes
 
 OWN, OTHER, MEAN = "#1f6feb", "#8b949e", "#24292f"
 OWN_MARKER = "*"
@@ -164,8 +166,10 @@ def _strip_axes(axes: Any, right: Any, rows: int) -> None:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure as PNG, without the date and the version of the library."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", metadata={"Software": None})
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", metadata={"Software": None})
+    write_bytes(path, image.getvalue())
 
 
 def _hide_impossible_ticks(axes: Any, metric: MetricSpec) -> None:

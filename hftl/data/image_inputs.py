@@ -27,7 +27,7 @@ from hftl.data.tables import get_table_folder, read_table
 from hftl.data.text_inputs import EncodedRow, EncodedValue, TextInputs, add_labels
 from hftl.errors import DataError, RecipeError
 from hftl.runtime.progress import open_bar
-from hftl.runtime.run_folder import fingerprint
+from hftl.runtime.run_folder import fingerprint, reserve_space
 
 CROP_AREA = (0.7, 1.0)
 """The share of the image that a random crop covers, least and most."""
@@ -413,6 +413,7 @@ def write_image_cache(inputs: ImageInputs, rows: list[Row], folder: Path) -> Non
     canvases = np.lib.format.open_memmap(
         folder / PIXELS_FILE, "w+", dtype=np.uint8, shape=(len(distinct), 3, side, side)
     )
+    reserve_space(folder / PIXELS_FILE)
     places = {row.content[0]: number for number, row in enumerate(distinct)}
     with open_bar("pictures", len(distinct)) as advance:
         results = inputs.map_images(distinct, inputs.draw_canvas)

@@ -245,13 +245,15 @@ class EncodedDataset(Dataset):
         labels: an array a row: () int64 or float32, (classes,) float32, or (words,) int64.
         keys: what distinguishes each row from the others.
         augment: augmentation of (row, epoch, key), or None.
+        places: the file and line of each row, for messages; None: there are none.
     """
 
     def __init__(
         self, encoded: list[EncodedRow], labels: list[Any], keys: list[bytes],
-        augment: Augmentation | None,
+        augment: Augmentation | None, places: list[str] | None = None,
     ) -> None:  # fmt: skip
         self.encoded = encoded
+        self.places = places
         self.labels = labels
         self.keys = keys
         self.augment = augment

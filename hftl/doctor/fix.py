@@ -123,8 +123,11 @@ def _rename_tensors(examination: Examination, names: dict[str, str]) -> str:
     _back_up_file(examination, ADAPTER_WEIGHTS)
     aside = path.with_name(f".tmp-{path.name}")
     tensors = {names.get(key, key): tensor for key, tensor in load_file(path).items()}
-    save_file(tensors, aside, metadata=metadata)
-    aside.rename(path)
+    try:
+        save_file(tensors, aside, metadata=metadata)
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
     return f"{len(names)} tensors renamed in {ADAPTER_WEIGHTS}"
 
 

@@ -188,6 +188,7 @@ def train_model(
         best_epoch=best.epoch,
         history=_clean_history(history),
         freeze_batchnorm=_holds_statistics(built.model),
+        **({} if trainer.micro_batch is None else {"micro_batch": trainer.micro_batch}),
         target_scale=None if scale is None else TargetScaleFacts(**asdict(scale)),
     ).merge(retention.facts)
     facts = facts.merge(context.describe_class_weights(finetune.class_weight, seed))

@@ -222,7 +222,8 @@ class ExperimentContext:
         change: Augmentation | None = None
         if self.augment and seed is not None:
             change = lambda row, epoch, key: augment_image(row, seed, epoch, key)  # noqa: E731
-        return EncodedDataset(self.encode_rows(rows), labels, keys, change)
+        places = [row.where for row in rows]
+        return EncodedDataset(self.encode_rows(rows), labels, keys, change, places)
 
     def build_general_dataset(self, labelled: bool = False) -> EncodedDataset:
         """Return the general rows that training may read; their labels count only if `labelled`."""

@@ -5,7 +5,6 @@ training's precision. Seeds, arms and later runs of a folder that freeze the sam
 same files.
 """
 
-import errno
 import json
 import shutil
 import time
@@ -25,6 +24,7 @@ from transformers import TrainingArguments
 from hftl.config.finetune import Finetune
 from hftl.data.rows import Row
 from hftl.data.text_inputs import EncodedRow
+from hftl.errors import is_disk_full
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.trainable import count_frozen_blocks, list_frozen_depths
 from hftl.models.encoders import accepts_attention_mask, has_prefix, list_block_paths
@@ -324,7 +324,7 @@ class FrozenPrefix:
                         if key not in stores[depth]:
                             add[depth](key, state)
             except OSError as error:
-                if error.errno != errno.ENOSPC:
+                if not is_disk_full(error):
                     raise
                 is_done = False
         # Processes run together to the end, whatever the main one has written.

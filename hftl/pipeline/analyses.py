@@ -1,6 +1,5 @@
 """Run the analyses of a recipe's frozen features, and write them to its run folder."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -55,9 +54,7 @@ def write_analysis(
     """Write an analysis and its plot; return a line that names the files."""
     target = folder / "analysis"
     target.mkdir(exist_ok=True)
-    aside = target / f".tmp-{name}.png"
-    plot(facts, aside)
-    shutil.move(aside, target / f"{name}.png")
+    plot(facts, target / f"{name}.png")
     run_folder.write_text(target / f"{name}.json", to_json(facts.to_dict()))
     return f"wrote {target / name}.json, plot {name}.png"
 

@@ -19,7 +19,6 @@ from hftl.measure.record import (
 )
 from hftl.measure.verdict import decide_adaptation_verdict
 from hftl.pipeline.cache_keys import build_record_key
-from hftl.pipeline.publish_folder import replace_folder
 from hftl.pipeline.record_sections import build_adaptation_section, build_source_section
 from hftl.pipeline.run import FinishedStage, Run
 from hftl.publish.export import export_encoder
@@ -128,5 +127,5 @@ def _write_adaptation_card(run: Path, aside: Path, record: Record) -> None:
     run_folder.write_text(aside / "README.md", card)
     run_folder.write_text(aside / PUBLISHED_FILE, published.to_json())
     report = render_report(card, aside, published)
-    replace_folder(run, aside, "publish")
+    run_folder.replace_folder(aside, run / "publish")
     run_folder.write_text(run / "report.html", report)

@@ -13,7 +13,7 @@ from hftl.data.general import GeneralData, drop_near_rows, load_general, read_ge
 from hftl.data.image_inputs import ImageInputs
 from hftl.data.prepare import PreparedData
 from hftl.data.splits import MEASURED_SPLITS
-from hftl.errors import RecipeError, RunFolderError
+from hftl.errors import HungProcessError, RecipeError, RunFolderError
 from hftl.finetune.context import ExperimentContext, build_context, infer_input_spec, pin_revisions
 from hftl.measure.metrics import Metric, find_metric
 from hftl.measure.record import Record
@@ -41,6 +41,7 @@ from hftl.runtime import distributed, run_folder
 from hftl.runtime.hardware import get_device
 from hftl.runtime.progress import show_activity, show_progress
 from hftl.runtime.restart import restore_results, set_results_aside
+from hftl.runtime.watchdog import watch_processes
 from hftl.train.facts import CheckFacts
 
 PHASES = ("adapt", "finetune", "measure", "publish")
@@ -54,6 +55,7 @@ def run(
     restart: bool = False,
     say: Callable[[str], None] = lambda line: None,
     progress: bool = False,
+    report_hang: Callable[[HungProcessError], object] = print,
 ) -> Record | None:
     """Run a recipe, or what is missing of it.
 
@@ -64,6 +66,7 @@ def run(
         restart: throw away what stands in the run folder, once nothing is refused any more.
         say: receives each line of progress.
         progress: whether to draw progress bars.
+        report_hang: receives the error before all end where a process of several hangs.
 
     Returns:
         The record, from the phase `measure` on.
@@ -85,6 +88,7 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(show_progress(progress))
         distributed.broadcast_from_main(lambda: _open_run_folder(folder, stack))
+        stack.enter_context(watch_processes(folder, report_hang))
         return _run_phases(started, until, restart)
 
 

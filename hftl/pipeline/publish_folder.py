@@ -48,7 +48,7 @@ def write_publish_folder(run: Path, record: Record) -> None:
         (aside / name).parent.mkdir(exist_ok=True)
         run_folder.write_text(aside / name, text)
     report = render_report(card, aside, published, errors, picture)
-    replace_folder(run, aside, "publish")
+    run_folder.replace_folder(aside, run / "publish")
     if (run / "phases" / "package" / "base").exists():
         _write_base_card(run, published)
     elif (run / "publish-base").exists():
@@ -75,16 +75,7 @@ def _write_base_card(run: Path, published: Record) -> None:
     shutil.copytree(run / "phases" / "package" / "base", aside)
     run_folder.write_text(aside / "README.md", render_adaptation_card(published))
     run_folder.write_text(aside / PUBLISHED_FILE, published.to_json())
-    replace_folder(run, aside, "publish-base")
-
-
-def replace_folder(run: Path, aside: Path, name: str) -> None:
-    """Put a finished folder in the place of the one of that name."""
-    target, old = run / name, run / f".tmp-old-{name}"
-    if target.exists():
-        target.rename(old)
-    aside.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    run_folder.replace_folder(aside, run / "publish-base")
 
 
 def _load_errors(run: Path, record: Record) -> tuple[ErrorAnalysis, ImageLookup | None]:

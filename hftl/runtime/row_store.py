@@ -100,15 +100,10 @@ class RowStore:
         """
         part = self.folder / f"part-{len(self._parts):04d}"
         with commit_stage(part, self.address) as aside:
-            try:
-                with open(aside / VALUES, "wb") as file:
-                    rows = _WrittenRows(file)
-                    yield rows.add
-                rows.describe(aside, details)
-            except OSError:
-                # A disk that is full is not left full.
-                shutil.rmtree(aside)
-                raise
+            with open(aside / VALUES, "wb") as file:
+                rows = _WrittenRows(file)
+                yield rows.add
+            rows.describe(aside, details)
         self._open_part(part)
 
     def gather(self, keys: Sequence[bytes], columns: slice = slice(None)) -> np.ndarray:

@@ -5,7 +5,6 @@ holds the recipe keys that the stage depends on, so that a changed key is notice
 in one canonical form, so that equal values have equal hashes.
 """
 
-import errno
 import hashlib
 import json
 import math
@@ -19,7 +18,7 @@ from typing import Any, TypedDict, TypeVar, cast
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, JsonValue, ValidationError, field_validator
 
-from hftl.errors import LockedError, RecipeError, RunFolderError
+from hftl.errors import LockedError, RecipeError, RunFolderError, is_disk_full
 from hftl.runtime import distributed
 
 MANIFEST = "MANIFEST.json"
@@ -100,7 +99,7 @@ def create_run_folder(run: Path) -> None:
         probe = run / ".lock"
         probe.touch()
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if is_disk_full(error):
             raise
         raise RecipeError(
             f"the output folder {run} cannot be written: {error.strerror}",
@@ -157,17 +156,31 @@ def commit_stage(folder: Path, reads: Mapping[str, object]) -> Iterator[Path]:
     if aside.exists():
         shutil.rmtree(aside)
     aside.mkdir()
-    yield aside
-    manifest = Manifest.model_construct(files=_hash_files(aside), reads=reads)
-    write_text(aside / MANIFEST, to_json(vars(manifest)))
-    if folder.exists():
-        old = folder.parent / f".tmp-old-{folder.name}"
-        folder.rename(old)
-        aside.rename(folder)
-        shutil.rmtree(old)
-    else:
-        aside.rename(folder)
+    try:
+        yield aside
+        manifest = Manifest.model_construct(files=_hash_files(aside), reads=reads)
+        write_text(aside / MANIFEST, to_json(vars(manifest)))
+        replace_folder(aside, folder)
+    except Exception:
+        # A disk that is full is not left full.
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     _sync_to_disk(folder.parent)
+
+
+def replace_folder(aside: Path, folder: Path) -> None:
+    """Rename a complete folder to `folder`; the one that has the name stays where that fails."""
+    if not folder.exists():
+        aside.rename(folder)
+        return
+    old = folder.parent / f".tmp-old-{folder.name}"
+    folder.rename(old)
+    try:
+        aside.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old)
 
 
 @contextmanager
@@ -339,6 +352,19 @@ def write_bytes(path: Path, content: bytes) -> None:
         aside.rename(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def reserve_space(path: Path) -> None:
+    """Take the disk's space for a file that is written through memory.
+
+    Where the disk is full a write to a page that has no space kills the process.
+
+    Raises:
+        OSError: if the disk is full.
+    """
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as handle:
+            os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
 
 
 def _make_damage_error(part: Path, name: str, how: str) -> RunFolderError:

@@ -140,9 +140,10 @@ class BestWeightsCallback(TrainerCallback):
         """Copy the weights if the evaluation is the best so far; stop when patience ends."""
         # Rank 0's number decides for all: the last bit may differ between machines.
         value = broadcast_from_main(lambda: float(metrics[self.metric]))
-        if value != value:
+        if not math.isfinite(value):
+            shown = "NaN" if math.isnan(value) else f"{value}"
             raise NumericError(
-                f"{self.metric} is NaN after epoch {state.epoch:g}", "Lower the learning rate"
+                f"{self.metric} is {shown} after epoch {state.epoch:g}", "Lower the learning rate"
             )
         gained = math.inf if self.best is None else self.sign * (value - self.best)
         enough = gained > self.least * abs(self.best or 0.0)

@@ -203,6 +203,8 @@ class TrainingFacts(OpenPart):
     class_weights: ClassWeightFacts | None = None
     freeze_batchnorm: bool | None = None
     """Of a model with BatchNorm: whether all of its running statistics stayed as they were."""
+    micro_batch: int | None = None
+    """Rows that ran at once since memory ran out; a step held as many as before."""
     general_rows: int | None = None
     """Rows of general data that were mixed into the steps."""
     head_opinion: HeadFacts | None = None

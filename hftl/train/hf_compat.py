@@ -142,8 +142,8 @@ def count_items(trainer: "Trainer", batches: list[Any], device: Any) -> Any:
 class TrainerHooks(Trainer):
     """Give the private hooks of transformers' Trainer public names that a subclass can override.
 
-    Missing: documented hooks for what a checkpoint holds and for the sampler. To be mixed in before
-    the Trainer: `class MyTrainer(TrainerHooks, Trainer)`.
+    Missing: documented hooks for what a checkpoint holds, for the sampler and for the norm of the
+    gradients. To be mixed in before the Trainer: `class MyTrainer(TrainerHooks, Trainer)`.
     """
 
     is_saving_checkpoint = False
@@ -168,6 +168,14 @@ class TrainerHooks(Trainer):
     def count_labels(self, batches: Any, device: Any) -> Any:
         """Count the labels that a loss is divided by, in training and in evaluation."""
         return super()._get_num_items_in_batch(batches, device)
+
+    def review_gradients(self, norm: Any) -> None:
+        """Look at the norm of a step's gradients before the optimizer uses them."""
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.review_gradients(norm)
+        return norm
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
         return self.count_labels(batch_samples, device)

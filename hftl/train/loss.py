@@ -4,7 +4,6 @@ A step's loss is the sum over its micro-batches and processes, divided once by t
 of the whole step: 8 x 1 and 2 x 4 rows then give the same gradients.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers.trainer_pt_utils import find_batch_size
 
-from hftl.errors import NumericError, RecipeError
+from hftl.errors import RecipeError
 from hftl.retain.regularizer import BATCH_METADATA, Batch
 from hftl.runtime.distributed import gather_values
 from hftl.train.weighted_loss import LossWeighting
@@ -298,18 +297,6 @@ def check_general_ratio(ratio: float) -> None:
     if not ratio > 0:
         raise RecipeError(
             f"general_ratio={ratio} must be above 0", "Raise it, or leave general_dataset out"
-        )
-
-
-def check_finite_loss(total: float, step: int) -> None:
-    """Raise if a step's loss is NaN or infinite.
-
-    Raises:
-        NumericError: naming the step.
-    """
-    if not math.isfinite(total):
-        raise NumericError(
-            f"the loss is {total} at step {step}", "Lower the learning rate, or look at the data"
         )
 
 

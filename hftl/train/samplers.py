@@ -126,6 +126,21 @@ class RankBatchSampler(Sampler[list[int]]):
         return places[rows * self.rank // self.processes : rows * (self.rank + 1) // self.processes]
 
 
+def list_step_rows(batches: RankBatchSampler, epoch: float, count: int) -> list[int]:
+    """Return the numbers of the target's rows in a step, on all processes together.
+
+    Args:
+        batches: of the training.
+        epoch: where the step begins, in epochs.
+        count: micro-batches of a step.
+    """
+    number, place = divmod(round(epoch * len(batches)), len(batches))
+    order = SeededSampler(len(batches.order), batches.order.seed)
+    order.set_epoch(number)
+    rows, size = list(order), batches.global_size
+    return rows[place * size : min(place + count, len(batches)) * size]
+
+
 class ReplayBatchSampler(RankBatchSampler):
     """Append rows of general data to each process's batches, in an exact ratio.
 

@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import EvalLoopOutput
 
 from hftl.retain.regularizer import Batch, LossTerm, Retention, Step
+from hftl.runtime import watchdog
 from hftl.train import checkpoint, hf_compat, objective, optimizer, samplers
 from hftl.train import loss as losses
 from hftl.train.callbacks import RetentionCallback
 from hftl.train.checkpoint import list_training_modes
+from hftl.train.memory import MicroBatches
+from hftl.train.numbers import NumberWatch
 from hftl.train.objective import LossPlan
 from hftl.train.weight_arguments import build_weighting
 
@@ -102,7 +106,10 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         self._loss_plan: LossPlan | None = None
         self._batches: samplers.RankBatchSampler | None = None
         self._has_filler = False
-        self._step_loss: Tensor | float = 0.0
+        self._numbers = NumberWatch()
+        self._micro_batches = MicroBatches(self.accelerator, self._numbers.begin_step)
+        # After transformers' own, which says what follows a step, and before all that act on it.
+        self.callback_handler.callbacks.insert(1, self._numbers)
         self._rows = torch.tensor(1)
         self._evaluated: list[Tensor] = []
 
@@ -127,13 +134,16 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers does, with modes and loss planned anew."""
-        self._modes, self._loss_plan, self._step_loss = None, None, 0.0
+        self._modes, self._loss_plan = None, None
+        self._numbers.reset()
+        self._micro_batches = MicroBatches(self.accelerator, self._numbers.begin_step)
         # A checkpoint is loaded later: the model is still what it starts from.
         self.prepare_regularizers()
         if self.args.world_size > 1:
             # With one seed, dropout would hit the same units in every process's rows.
             torch.manual_seed(self.args.seed + self.args.process_index)
-        return super().train(*args, **kwargs)
+        with watchdog.expect_beats():
+            return super().train(*args, **kwargs)
 
     def prepare_regularizers(self) -> None:
         """Let regularizers read the original's outputs, once; `train` calls it. Collective."""
@@ -182,6 +192,7 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         That is the number of labelled elements or, of a mean that the model computes, of rows.
         """
         batches = list(islice(epoch_iterator, num_batches))
+        watchdog.beat()
         if not batches:
             return batches, None
         plan = self._get_loss_plan(batches[0])
@@ -241,7 +252,10 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
                 ratio=self.retention.ratio, epoch=int(self.state.epoch or 0),
             )  # fmt: skip
             # The gradients of processes are averaged, and the counts are those of all.
-            loss = loss + self.accelerator.num_processes * self.retention.compute_loss(current)
+            added = self.accelerator.num_processes * self.retention.compute_loss(current)
+            self._numbers.add_regularization(added)
+            loss = loss + added
+        watchdog.beat()
         if not return_outputs:
             return loss
         return loss, outputs if plan.uses_model_loss else losses.prepend_loss(outputs, loss)
@@ -320,15 +334,42 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         return plan
 
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any) -> Tensor:
-        """Run a micro-batch; raise before the optimizer's step if the loss is not finite."""
-        loss = super().training_step(model, inputs, *args)
-        self._step_loss = self._step_loss + loss
-        if self.accelerator.sync_gradients:
-            # Once a step, not a micro-batch: it waits for the device. All processes see one sum.
-            total = self.accelerator.gather(self._step_loss).mean().item()  # pyright: ignore
-            self._step_loss = 0.0
-            losses.check_finite_loss(total, self.state.global_step)
-        return loss
+        """Run a micro-batch forward and backward, in parts where memory ran out."""
+        step = super().training_step
+
+        def train(piece: Batch) -> Tensor:
+            loss = step(model, piece, *args)
+            watchdog.beat()
+            self._numbers.add_loss(loss)
+            return loss
+
+        is_last = self.accelerator.sync_gradients
+        return self._micro_batches.run(model, inputs, is_last, self.state.global_step, train)
+
+    @property
+    def micro_batch(self) -> int | None:
+        """Return the rows that run at once since memory ran out; None where it never did."""
+        return self._micro_batches.count_rows(hf_compat.get_train_batch_size(self))
+
+    def review_gradients(self, norm: Any) -> None:
+        """Stop the training if the numbers of the step are not finite. Collective.
+
+        Raises:
+            NumericError: naming the rows of the step.
+        """
+        # The scaler of fp16 skips a step whose gradients are infinite, and scales less.
+        watched = None if self.accelerator.scaler is not None else norm
+        list_rows = partial(self._list_step_rows, float(self.state.epoch or 0.0))
+        self._numbers.finish_step(self.state.global_step, watched, self.accelerator, list_rows)
+
+    def _list_step_rows(self, epoch: float) -> list[str]:
+        """Return names of the target's rows in the step that begins at a part of an epoch."""
+        if self._batches is None:
+            return ["those of a dataset without a seeded order"]
+        steps = self.args.gradient_accumulation_steps
+        numbers = samplers.list_step_rows(self._batches, epoch, steps)
+        places = getattr(self.train_dataset, "places", None)
+        return [f"row {number}" if places is None else places[number] for number in numbers]
 
     def prediction_step(
         self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any
@@ -337,6 +378,7 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
 
         Of a loss that the model computes itself, transformers' mean over batches is left.
         """
+        watchdog.beat()
         if "labels" not in inputs or self._get_loss_plan(inputs).uses_model_loss:
             return super().prediction_step(model, inputs, *args, **kwargs)
         last = losses.count_real_rows(len(inputs["labels"]), self.accelerator)

@@ -203,6 +203,30 @@ class BrokenTrainer(TransferTrainer):
         return loss * torch.nan if broken else loss
 
 
+class ScarceTrainer(RowTrainer):
+    """Let memory of rank 1 hold two rows, and run out in the forward pass."""
+
+    rows_in_memory = 2
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        is_large = self.args.process_index == 1 and len(inputs["labels"]) > self.rows_in_memory
+        return self.run_out(loss) if is_large and model.training else loss
+
+    def run_out(self, loss: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+class ScarcerTrainer(ScarceTrainer):
+    """Let memory of rank 1 hold one row, and run out in the backward pass."""
+
+    rows_in_memory = 1
+
+    def run_out(self, loss: torch.Tensor) -> torch.Tensor:
+        loss.register_hook(super().run_out)
+        return loss
+
+
 class StoppedTrainer(TransferTrainer):
     """Stop as Ctrl-C does in the middle of an epoch, with a checkpoint behind it."""
 
@@ -521,6 +545,8 @@ def main(folder: Path) -> None:
     results["resumed phases"] = count_resumed_phases(folder)
     for cache in ("always", "never"):
         results[f"frozen {cache}"] = train_with_frozen_blocks(folder, cache)
+    results["scarce"] = train_case("text-full", folder, ScarceTrainer)["state"]
+    results["scarcer"] = train_case("accumulated-full", folder, ScarcerTrainer)["state"]
     results["broken"] = train_to_error(folder, BrokenTrainer)
     results["shared"] = broadcast_from_main(lambda: {"by": broadcast_from_main(get_rank)})
     results["gathered"] = gather_values({"rank": get_rank()})
