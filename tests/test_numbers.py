@@ -105,7 +105,7 @@ def test_loss_far_above_its_start_for_long_has_diverged(
     start: float, then: float, stops: bool
 ) -> None:
     watch = NumberWatch()
-    accelerator = SimpleNamespace(device=torch.device("cpu"), gather=lambda values: values)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
 
     def step(loss: float, added: float = 0.0) -> None:
         watch.add_loss(torch.tensor(loss + added))

@@ -91,9 +91,10 @@ class NumberWatch(TrainerCallback):
             NumericError: on all processes, for this step on a CPU, or for the one before.
         """
         device = accelerator.device
-        here = torch.stack([_to_scalar(v, device) for v in (self._loss, self._added)])
-        losses = accelerator.gather(here).view(-1, 2).mean(0)
-        values = torch.cat([losses, _to_scalar(0.0 if norm is None else norm, device).view(1)])
+        here = (self._loss, self._added, 0.0 if norm is None else norm)
+        values = torch.stack([_to_scalar(value, device) for value in here])
+        if accelerator.num_processes > 1:
+            values = accelerator.gather(values).view(-1, 3).mean(0)
         self.begin_step()
         if device.type != "cuda":
             self._check(StepNumbers(step, list_rows, values.cpu(), _do_nothing))
@@ -163,7 +164,10 @@ def format_rows(names: list[str]) -> str:
 def _to_scalar(value: Tensor | float, device: torch.device) -> Tensor:
     if isinstance(value, DTensor):
         value = value.full_tensor()
-    return torch.as_tensor(value, dtype=torch.float32, device=device).detach()
+    if isinstance(value, Tensor):
+        return value.detach().to(device, torch.float32)
+    # A number that is copied to an accelerator would wait for it; one that is filled in does not.
+    return torch.full((), value, device=device)
 
 
 def _do_nothing() -> None:
