@@ -120,7 +120,7 @@ def test_the_lesser_of_two_timings_counts(
 ) -> None:
     threads: list[int] = []
 
-    def time_passes(context: Any, arms: Any) -> dict[str, PassTime]:
+    def time_passes(context: Any, arms: Any, models: Any) -> dict[str, PassTime]:
         # On a busy machine two threads wait for each other longer than one works alone.
         threads.append(torch.get_num_threads())
         seconds = 4.0 if threads[-1] == 2 else 1.5
@@ -129,8 +129,37 @@ def test_the_lesser_of_two_timings_counts(
     monkeypatch.setattr("hftl.pipeline.estimate._time_passes", time_passes)
     recipe, usual = Recipe.parse(tree), torch.get_num_threads()
     costs = measure_costs(bench_of(recipe), recipe.arms, threads=2)
-    assert costs == RowCosts(1.5, 1.5, {"full": 1.5}, 4.0)
+    assert costs == RowCosts(1.5, 1.5, {"full": 1.5}, 4.0, {"full": 0.0})
     assert threads == [2, 1] and torch.get_num_threads() == usual
+
+
+def test_one_timing_is_enough_on_a_quiet_machine(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = dict.fromkeys((PREDICT, EVALUATE, "full"), PassTime(1.0, 1.1))
+    calls: list[int] = []
+    monkeypatch.setattr("hftl.pipeline.estimate._time_passes", lambda *_: calls.append(1) or passes)
+    recipe = Recipe.parse(tree)
+    assert measure_costs(bench_of(recipe), recipe.arms).slowdown == pytest.approx(1.1)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("cache", "epochs", "stored"), [("auto", 4, True), ("never", 4, False), ("auto", 1, False)]
+)
+def test_blocks_that_run_once_a_row_are_counted_once(
+    tree: dict[str, Any], cache: str, epochs: int, stored: bool
+) -> None:
+    tree["finetune"] |= {"strategy": "partial", "blocks": 1, "cache": cache}
+    tree["finetune"]["training"]["num_train_epochs"] = epochs
+    recipe = Recipe.parse(tree)
+    context = bench_of(recipe)
+    costs = [
+        RowCosts(1.0, 1.0, {"partial": STEP}, 1.0, {"partial": frozen}) for frozen in (0.0, 0.5)
+    ]
+    running, once = (estimate_seconds(context, recipe.arms, recipe, cost) for cost in costs)
+    rows = len(context.select_train_rows(0)) + len(context.prepared.rows["validation"])
+    assert running - once == pytest.approx(0.5 * (epochs - 1) * rows if stored else 0.0)
 
 
 def test_every_training_arm_is_timed(tree: dict[str, Any]) -> None:

@@ -98,6 +98,36 @@ def test_half_precision_is_as_exact_as_padded() -> None:
     assert errors[0] < 2 * errors[1] + 1e-3
 
 
+@pytest.mark.parametrize("limit", [packing.SHORT_TEXT, 0], ids=["short", "long"])
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_a_row_longer_than_its_tokens_gives_the_same(
+    name: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half precision rounds the length up; in fp32 the same shows that nothing reads the rest."""
+    monkeypatch.setattr(packing, "SHORT_TEXT", limit)
+    plain, spares = packing.Packing, list[int]()
+
+    def build(mask: Tensor, _: bool) -> packing.Packing:
+        rows = plain(mask, rounds_up=True)
+        spares.append(rows.spare)
+        return rows
+
+    monkeypatch.setattr(packing, "Packing", build)
+    monkeypatch.setattr(packing, "SIZE_BITS", 2)
+    packed, padded = build_pair(name)
+    assert_equal(packed.eval(), padded.eval(), build_batch())
+    assert spares == [1], "15 tokens in a row of 16"
+
+
+def test_a_row_of_half_precision_has_one_of_few_lengths() -> None:
+    lengths = {packing.round_up_size(tokens) for tokens in range(1, 2049)}
+    assert all(packing.round_up_size(n) - n < max(1, n / 8) for n in range(1, 2049))
+    assert len([n for n in lengths if 1024 < n <= 2048]) == 8
+    assert packing.round_up_size(900) == 960 and packing.round_up_size(960) == 960
+    mask = torch.ones(3, 31, dtype=torch.bool)
+    assert (packing.Packing(mask).spare, packing.Packing(mask, True).spare) == (0, 3)
+
+
 def test_recomputed_blocks_give_the_same_gradients() -> None:
     packed, padded = build_pair("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     packed.gradient_checkpointing_enable({"use_reentrant": False})

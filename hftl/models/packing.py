@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,19 +34,37 @@ SHORT_TEXT = 128
 kernel that does not."""
 PADDING = 0.1
 """Share of padding from which packing pays with that kernel."""
+SIZE_BITS = 4
+"""Significant bits of the length of a packed row in half precision."""
+
+
+def round_up_size(tokens: int) -> int:
+    """Return a length of at least so many tokens, one of few: eight between powers of two.
+
+    oneDNN compiles a kernel of its own for each shape of a product in half precision. That takes
+    several times as long as the product, and every batch would have another number of tokens.
+    """
+    step = 1 << max(0, tokens.bit_length() - SIZE_BITS)
+    return -(-tokens // step) * step
 
 
 class Packing:
     """Hold where each token of a packed row stands in its batch.
 
+    A row that is longer than its tokens ends with a text of its own, which nothing reads.
+
     Args:
-        mask: (batch, length) bool, True at tokens.
+        mask: (batch, length) bool, True at tokens, the first position among them.
+        rounds_up: whether the row gets one of few lengths, see `round_up_size`.
     """
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor, rounds_up: bool = False) -> None:
         self.mask = mask
         self.batch, self.length = mask.shape
-        self.tokens = mask.flatten().nonzero().flatten()
+        tokens = mask.flatten().nonzero().flatten()
+        self.count = len(tokens)
+        self.spare = round_up_size(self.count) - self.count if rounds_up else 0
+        self.tokens = F.pad(tokens, (0, self.spare))
         self._groups: dict[int, AttentionGroups] = {}
 
     @property
@@ -60,12 +79,15 @@ class Packing:
     def unpack(self, row: Tensor) -> Tensor:
         """Return (batch, length, width), 0 at padding, of (1, tokens, width)."""
         places = row.new_zeros(self.mask.numel(), row.shape[-1])
-        return places.index_copy(0, self.tokens, row[0]).view(*self.mask.shape, -1)
+        real = self.tokens[: self.count]
+        return places.index_copy(0, real, row[0, : self.count]).view(*self.mask.shape, -1)
 
     def group(self, heads: int) -> AttentionGroups:
         """Return how the texts run in attention."""
         if heads not in self._groups:
-            self._groups[heads] = AttentionGroups(self.mask.sum(1).numpy(), heads)
+            lengths = self.mask.sum(1).numpy()
+            texts = np.append(lengths, self.spare) if self.spare else lengths
+            self._groups[heads] = AttentionGroups(texts, heads)
         return self._groups[heads]
 
 
@@ -151,7 +173,7 @@ class PackedEncoder:
         if input_ids is None or attention_mask is None or not self._packs(attention_mask, more):
             more |= {} if types is None else {"token_type_ids": types}
             return plain.forward(input_ids=input_ids, attention_mask=attention_mask, **more)
-        packing = Packing(attention_mask.bool())
+        packing = Packing(attention_mask.bool(), torch.is_autocast_enabled("cpu"))
         types = {} if types is None else {"token_type_ids": packing.pack(types)}
         output = plain.forward(
             input_ids=packing.pack(input_ids), **types, **more, packing=packing,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hftl.models.encoders import has_prefix
+from hftl.models.packing import round_up_size
 
 
 class StoredRows(Protocol):
@@ -205,8 +206,11 @@ class PrefixCache:
         stored = to_tensor(self.store.gather(rows.keys), self.store.details).to(hidden.device)
         if rows.lengths is None:
             return stored.view(len(rows.keys), -1, *stored.shape[1:])
-        if hidden.shape[0] == 1 and hidden.shape[1] == len(stored):
-            return stored.unsqueeze(0)
+        if hidden.shape[0] == 1:
+            # A packed row, which may be longer than its tokens, or the only row of a batch.
+            packed = stored.new_zeros(1, hidden.shape[1], *stored.shape[1:])
+            packed[0, : len(stored)] = stored
+            return packed
         padded = stored.new_zeros(len(rows.keys), hidden.shape[1], *stored.shape[1:])
         for row, part in enumerate(stored.split(rows.lengths)):
             padded[row, : len(part)] = part
@@ -278,8 +282,9 @@ def split_rows(rows: RowKeys, hidden: Tensor) -> list[np.ndarray] | None:
     if tuple(hidden.shape[:2]) == (len(rows.keys), rows.padded):
         pairs = zip(hidden, rows.lengths, strict=True)
         return to_arrays(part[:length] for part, length in pairs)
-    if tuple(hidden.shape[:2]) == (1, sum(rows.lengths)):
-        return to_arrays(hidden[0].split(rows.lengths))
+    tokens = sum(rows.lengths)
+    if hidden.shape[0] == 1 and tokens <= hidden.shape[1] <= round_up_size(tokens):
+        return to_arrays(hidden[0, :tokens].split(rows.lengths))
     return None
 
 

@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from hftl.config.finetune import Finetune
 from hftl.config.recipe import Arm, Recipe
@@ -13,7 +14,7 @@ from hftl.data.splits import MEASURED_SPLITS
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.pretraining_heads import select_compared_rows
 from hftl.finetune.strategies import STRATEGIES
-from hftl.finetune.trainable import apply_strategy
+from hftl.finetune.trainable import apply_strategy, count_frozen_blocks
 from hftl.finetune.zero_shot import count_hypotheses
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
 from hftl.models.encoders import count_blocks
@@ -25,6 +26,7 @@ from hftl.pipeline.weight_grid import list_selection_rows
 from hftl.retain.regularizer import Batch
 from hftl.runtime import distributed
 from hftl.train.callbacks import PassTime, time_forward, time_step
+from hftl.train.optimizer import compute_depths
 
 TIMED_ROWS = 32
 """Rows that a pass is timed on, at most."""
@@ -35,6 +37,10 @@ FINISH_SECONDS = 20.0
 """Seconds from the last arm to the end: intervals, the reload in a fresh process, card, plots."""
 
 
+STORED_EPOCHS = 2
+"""Epochs from which the outputs of frozen blocks are stored."""
+QUIET_SLOWDOWN = 1.15
+"""How much longer passes take than they work, at most, on a machine that does nothing else."""
 PREDICT, EVALUATE = "(predict)", "(evaluate)"
 """Kinds of passes beside the arms' steps; no arm has such a name."""
 
@@ -49,12 +55,14 @@ class RowCosts:
         evaluate: a forward pass in the precision of training, rows as they come.
         step: a training step, by the name of the arm.
         slowdown: how much longer all that takes now than while the machine does nothing else.
+        frozen: the share of the blocks that an arm's training never changes, by the arm's name.
     """
 
     predict: float
     evaluate: float
     step: Mapping[str, float]
     slowdown: float = 1.0
+    frozen: Mapping[str, float] = field(default_factory=dict)
 
 
 def estimate_arm(context: ExperimentContext, arm: Arm, recipe: Recipe, costs: RowCosts) -> ArmCost:
@@ -69,8 +77,11 @@ def estimate_arm(context: ExperimentContext, arm: Arm, recipe: Recipe, costs: Ro
     validation = len(context.prepared.rows["validation"])
     embedded = sum(map(len, select_compared_rows(context).values()))
     epochs, step = _count_epochs(context, arm, recipe), costs.step[arm.name]
+    # What frozen blocks return is stored in the first of several epochs.
+    once = _estimate_stored_blocks(context, arm, costs) if epochs >= STORED_EPOCHS else 0.0
     seconds_a_row = step + _estimate_retention_per_row(context, arm.retain, step, costs.evaluate)
-    own = epochs * (train * seconds_a_row + validation * costs.evaluate)
+    own = epochs * (train * (seconds_a_row - once) + validation * (costs.evaluate - once))
+    own += (train + validation) * once
     own += _estimate_retention_setup(context, arm.retain, train, validation, costs, step)
     seconds = own + measured * costs.predict
     seconds += embedded * costs.predict if arm.spec.changes_encoder else 0
@@ -143,55 +154,81 @@ def measure_costs(
     """
     usual = torch.get_num_threads()
     used = threads or usual
-    # Threads wait for each other while other programs use their cores, which counts as work; one
-    # thread alone does not. What one takes bounds what several take, and a second round a burst.
-    counts = [used, 1] if context.device == "cpu" else [used]
-    rounds: list[dict[str, PassTime]] = []
+    models = _build_models(context, arms)
     try:
-        for count in counts:
-            torch.set_num_threads(count)
-            rounds.append(_time_passes(context, arms))
+        torch.set_num_threads(used)
+        rounds = [_time_passes(context, arms, models)]
+        # Threads wait for each other while other programs use their cores, which counts as work;
+        # one thread alone does not. What one takes bounds what several take.
+        if context.device == "cpu" and _compute_slowdown(rounds[0]) > QUIET_SLOWDOWN:
+            torch.set_num_threads(1)
+            rounds.append(_time_passes(context, arms, models))
     finally:
         torch.set_num_threads(usual)
     worked = {name: min(passes[name].worked for passes in rounds) for name in rounds[0]}
     elapsed = sum(passed.elapsed for passed in rounds[0].values())
     slowdown = elapsed / sum(worked.values())
-    return RowCosts(worked.pop(PREDICT), worked.pop(EVALUATE, 0.0), worked, slowdown)
+    frozen = {name: _compute_frozen_share(model) for name, model in models.steps.items()}
+    return RowCosts(worked.pop(PREDICT), worked.pop(EVALUATE, 0.0), worked, slowdown, frozen)
 
 
-def _time_passes(context: ExperimentContext, arms: Sequence[Arm]) -> dict[str, PassTime]:
-    """Time each kind of pass once: predictions, evaluations, and the steps by the arm's name."""
+@dataclass(frozen=True)
+class _TimedModels:
+    """Hold the model of predictions and evaluations, and those of the arms' steps by their name."""
+
+    plain: nn.Module
+    steps: Mapping[str, nn.Module]
+
+
+def _build_models(context: ExperimentContext, arms: Sequence[Arm]) -> _TimedModels:
+    """Build what is timed, on the device; gradual unfreezing with half the blocks to train."""
     trained = {arm.name: arm for arm in arms if not arm.spec.is_solved}
-    passes = {name: _time_row_step(context, arm) for name, arm in trained.items()}
-    first = next(iter(trained.values()), None)
-    if first is not None:
-        passes[EVALUATE] = _time_row_forward(context, first.finetune)
-    passes[PREDICT] = _time_row_prediction(context, (first or arms[0]).finetune.pooling)
-    return passes
+    first = next(iter(trained.values()), arms[0])
+    plain = context.build_model(first.finetune.pooling, 0).model
+    steps = {name: _build_trained_model(context, arm) for name, arm in trained.items()}
+    device = context.device
+    return _TimedModels(plain.to(device), {name: m.to(device) for name, m in steps.items()})
 
 
-def _divide_time(passed: PassTime, rows: int) -> PassTime:
-    return PassTime(passed.worked / rows, passed.elapsed / rows)
-
-
-def _time_row_step(context: ExperimentContext, arm: Arm) -> PassTime:
-    """Time a training step, for each row; that of gradual unfreezing trains half the blocks."""
+def _build_trained_model(context: ExperimentContext, arm: Arm) -> nn.Module:
     finetune, spec = arm.finetune, arm.spec
     if spec.schedule == "phases":
         half = max(1, count_blocks(context.source.config) // 2)
         finetune, spec = finetune.model_copy(update={"blocks": half}), STRATEGIES["partial"]
     built = context.build_model(finetune.pooling, 0, scratch=arm.spec.is_baseline)
-    model = apply_strategy(built.model, finetune, built.fresh, spec)
-    batch, rows = _collate_batch(context, finetune)
-    passed = time_step(model.to(context.device), batch, finetune.training, context.device)
-    return _divide_time(passed, rows)
+    return apply_strategy(built.model, finetune, built.fresh, spec)
 
 
-def _time_row_forward(context: ExperimentContext, finetune: Finetune) -> PassTime:
-    """Time a forward pass in the precision of training, for each row."""
-    model = context.build_model(finetune.pooling, 0).model.to(context.device)
-    batch, rows = _collate_batch(context, finetune)
-    return _divide_time(time_forward(model, batch, finetune.training, context.device), rows)
+def _time_passes(
+    context: ExperimentContext, arms: Sequence[Arm], models: _TimedModels
+) -> dict[str, PassTime]:
+    """Time each kind of pass once: predictions, evaluations, and the steps by the arm's name."""
+    trained = {arm.name: arm.finetune for arm in arms if not arm.spec.is_solved}
+    passes: dict[str, PassTime] = {}
+    for name, finetune in trained.items():
+        batch, rows = _collate_batch(context, finetune)
+        passed = time_step(models.steps[name], batch, finetune.training, context.device)
+        passes[name] = _divide_time(passed, rows)
+    for finetune in list(trained.values())[:1]:
+        batch, rows = _collate_batch(context, finetune)
+        passed = time_forward(models.plain, batch, finetune.training, context.device)
+        passes[EVALUATE] = _divide_time(passed, rows)
+    return passes | {PREDICT: _time_row_prediction(context, models.plain)}
+
+
+def _compute_slowdown(passes: Mapping[str, PassTime]) -> float:
+    """Return how much longer passes took than they worked."""
+    worked = sum(passed.worked for passed in passes.values())
+    return sum(passed.elapsed for passed in passes.values()) / worked
+
+
+def _compute_frozen_share(model: nn.Module) -> float:
+    """Return the share of the blocks below all that trains."""
+    return count_frozen_blocks(model) / compute_depths(model)[1]
+
+
+def _divide_time(passed: PassTime, rows: int) -> PassTime:
+    return PassTime(passed.worked / rows, passed.elapsed / rows)
 
 
 def _collate_batch(context: ExperimentContext, finetune: Finetune) -> tuple[Batch, int]:
@@ -208,6 +245,13 @@ def _count_epochs(context: ExperimentContext, arm: Arm, recipe: Recipe) -> float
         return phased.epochs * (count_blocks(context.source.config) + 1) + phased.final_epochs
     factor = recipe.measure.scratch.epochs_factor if arm.spec.schedule == "rate_search" else 1
     return factor * float(arm.finetune.training["num_train_epochs"])
+
+
+def _estimate_stored_blocks(context: ExperimentContext, arm: Arm, costs: RowCosts) -> float:
+    """Return the seconds of a row in the blocks that run once a row, as they are frozen."""
+    is_stored = arm.finetune.cache != "never" and not context.augment
+    phased = arm.spec.schedule == "phases"
+    return costs.frozen.get(arm.name, 0.0) * costs.evaluate if is_stored and not phased else 0.0
 
 
 def _estimate_retention_per_row(
@@ -244,11 +288,10 @@ def _is_cached(context: ExperimentContext, retain: Retain) -> bool:
     return not (sections and varies)
 
 
-def _time_row_prediction(context: ExperimentContext, pooling: str) -> PassTime:
+def _time_row_prediction(context: ExperimentContext, model: nn.Module) -> PassTime:
     """Time a forward pass in fp32 over rows of like length, packed, for each row."""
     test = context.prepared.rows["test"]
     rows = test[:: -(-len(test) // TIMED_ROWS)]
-    model = context.build_model(pooling, 0).model.to(context.device)
     encoded = context.encode_rows(rows)
     lengths = [context.inputs.length(row) for row in encoded]
     passes: list[PassTime] = []

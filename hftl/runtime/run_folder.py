@@ -31,7 +31,7 @@ RUN_FILES = (*RESULTS, ".replaced", "recipe.yaml", "error.json", "log.txt", ".lo
 DEAL_FOLDER = ".tmp-deal"
 """What processes that train arms side by side share while they do; named as all that a killed run
 may leave, so that the next one removes it."""
-SEMANTICS = 6
+SEMANTICS = 7
 """Raised when the same recipe and data train, draw, choose or score otherwise than before, or when
 the keys of arms change, so that arms of two versions are never averaged. 2 standardises targets,
 draws them by their inputs alone, keeps the least error and pads on the right; 3 reads whole
