@@ -184,13 +184,17 @@ def predict(
         str | None,
         typer.Option(metavar="auto|FILE", help="correct for other shares of classes than before"),
     ] = None,
+    coverage: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help=".9: also sets that hold the label for 90 % of inputs"),
+    ] = None,
 ) -> None:
     """Predict a table's rows, or one text: label, score, a column a class."""
     with _working():
         from hftl.inference.predict_table import predict_table
 
         text = predict_table(
-            model, data, output, base, prior, lambda line: typer.echo(line, err=True)
+            model, data, output, base, prior, lambda line: typer.echo(line, err=True), coverage
         )
     if text is not None:
         # Bytes, so that a redirected table is UTF-8, as tables are read, wherever it is written.

@@ -132,7 +132,7 @@ def test_numbers_that_json_lacks_are_null_and_that_is_said(cell: str, tmp_path: 
 def test_half_a_character_inside_a_cell_is_a_bad_row(
     cell: str, suffix: str, tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fake, "predict_encoded", lambda _: pytest.fail("predicted"))
+    monkeypatch.setattr(fake, "predict_encoded", lambda *_: pytest.fail("predicted"))
     data = put_lines(tmp_path / "in.jsonl", ["1", cell])
     with pytest.raises(DataError, match="in.jsonl line 2: not valid UTF-8"):
         predict_rows(data, tmp_path / f"out{suffix}")

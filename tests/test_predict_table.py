@@ -38,7 +38,9 @@ class Fake:
         self.texts = [row if isinstance(row, str) else " ".join(row) for row in inputs]
         return self.texts
 
-    def predict_encoded(self, encoded: list[str]) -> list[dict[str, Any]]:
+    def predict_encoded(
+        self, encoded: list[str], coverage: float | None = None
+    ) -> list[dict[str, Any]]:
         return [self._predict(text) for text in encoded]
 
     def _predict(self, text: str) -> dict[str, Any]:

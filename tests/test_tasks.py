@@ -10,16 +10,22 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import FILLER, bench_of, write_csv
+from scipy.special import expit
 from seqeval.metrics import f1_score
+from transformers import AutoConfig
 
 import hftl
 from hftl.config.data import Data
 from hftl.config.recipe import Recipe
+from hftl.data import prepare
 from hftl.data.prepare import PreparedData, prepare_data
 from hftl.errors import DataError, NumericError, RecipeError
+from hftl.finetune.arm_files import read_logits
 from hftl.inference.compare import compare_models
 from hftl.inference.predict_table import predict_table
+from hftl.measure.label_calibration import compute_probabilities
 from hftl.measure.record import Record
+from hftl.measure.thresholds import fit_thresholds
 from hftl.models.features import predict_logits
 from hftl.pipeline import pipeline
 
@@ -136,6 +142,47 @@ def test_multi_label_predictions_are_lists(
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(rows) == 100 and set(rows[0]) == {"text", "input.label", "label", "sad", "warm"}
     assert np.mean([row["label"] == sorted(row["input.label"]) for row in rows]) > 0.8
+
+
+def test_thresholds_and_curves_of_validation_decide_what_is_predicted(
+    bert: Path, tmp_path: Path
+) -> None:
+    draw = random.Random(1)
+    rows = make_moods(260)
+    for row in rows:
+        row["label"] = [mood for mood in row["label"] if mood == "warm" or draw.random() < 0.5]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    recipe = make_recipe(bert, path, MOODS, measure={"seeds": [0], "thresholds": "f1"})
+    record = pipeline.run(recipe, tmp_path / "run")
+    assert record is not None and record.thresholds is not None and record.calibration is not None
+    prepared = prepare.read_prepared_data(tmp_path / "run" / "phases" / "data")
+    logits = {s: read_logits(tmp_path / "run" / "arms" / "head-seed0", s)
+              for s in ("validation", "test")}  # fmt: skip
+    labels = {s: prepared.encode_for_metrics(prepared.rows[s]) for s in logits}
+    thresholds = fit_thresholds(logits["validation"], labels["validation"], "f1")
+    assert list(record.thresholds.thresholds.values()) == pytest.approx(thresholds.tolist())
+    assert thresholds[0] != 0.5, "half of the sad rows do not say so"
+    config = AutoConfig.from_pretrained(tmp_path / "run" / "publish")
+    assert config.label_thresholds == record.thresholds.thresholds
+    predictions = hftl.load(tmp_path / "run").predict(
+        [row.content[0] for row in prepared.rows["test"]], 0.8
+    )
+    above = expit(logits["test"].astype(float)) > thresholds
+    assert [row["label"] for row in predictions] == [
+        [name for name, holds in zip(prepared.names, row, strict=True) if holds] for row in above
+    ]
+    curves = record.calibration.labels
+    assert curves is not None and [curve.method for curve in curves.values()] == ["platt"] * 2
+    scores = [list(row["scores"].values()) for row in predictions]
+    expected = compute_probabilities(logits["test"], list(curves.values()))
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
+    assert record.conformal is not None
+    held = np.mean([set(names) <= set(row["set"])
+                    for names, row in zip([r.label for r in prepared.rows["test"]], predictions,
+                                          strict=True)])  # fmt: skip
+    assert held == next(f.held.value for f in record.conformal.test if f.coverage == 0.8)
+    after = record.thresholds.after["micro_f1"].value
+    assert f" {after:.3f} [" in compare_models([str(tmp_path / "run")], None, None)
 
 
 def test_every_word_is_predicted_a_tag(runs: dict[str, tuple[Path, Record]]) -> None:

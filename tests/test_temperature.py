@@ -19,12 +19,14 @@ from hftl.data.prepare import read_prepared_data
 from hftl.finetune.arm_files import read_logits
 from hftl.inference import predict
 from hftl.inference.predict import Predictor
+from hftl.inference.predict_table import predict_table
 from hftl.measure.calibration import (
     compute_brier,
     compute_ece,
     fit_temperature,
     measure_calibration,
 )
+from hftl.measure.conformal import find_quantile
 from hftl.publish.published_metadata import PublishedMetadata
 
 
@@ -151,7 +153,7 @@ def test_a_run_predicts_with_the_temperature_of_its_validation(
     temperature = fit_temperature(read_logits(arm, "validation"), validation)
     assert record.calibration.temperature == temperature is not None
     predictions = hftl.load(tmp_path / "run").predict(
-        [row.content[0] for row in prepared.rows["test"]]
+        [row.content[0] for row in prepared.rows["test"]], 0.8
     )
     scores = [list(row.get("scores", {}).values()) for row in predictions]
     expected = softmax(read_logits(arm, "test") / temperature, axis=1)
@@ -160,6 +162,21 @@ def test_a_run_predicts_with_the_temperature_of_its_validation(
     assert [row["label"] for row in predictions] == stored["prediction"].to_pylist()
     raw = softmax(read_logits(arm, "test").astype(np.float64), axis=1)
     np.testing.assert_allclose(stored["scores"].to_pylist(), raw, atol=1e-6)
+    assert record.conformal is not None and record.conformal.rows == len(validation)
+    quantile = find_quantile(len(validation), record.conformal.scores, 0.8)
+    members = 1 - raw <= quantile
+    assert [row.get("set") for row in predictions] == [
+        [name for name, inside in zip(prepared.names, row, strict=True) if inside]
+        for row in members
+    ]
+    (figure,) = (f for f in record.conformal.test if f.coverage == 0.8)
+    assert figure.size == pytest.approx(members.sum(1).mean())
+    notes: list[str] = []
+    table = predict_table(
+        str(tmp_path / "run"), "the film was warm", None, say=notes.append, coverage=0.8
+    )
+    assert str(table).splitlines()[0] == "text,label,score,set,negative,positive"
+    assert notes[0].startswith("coverage: 0.8 for inputs like the 30 rows of validation")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from hftl.card.evidence import EvidencePart, build_evidence_parts
 from hftl.card.metadata import build_adapter_tags, build_metadata, build_origin, format_title
+from hftl.card.scores import format_scores
 from hftl.card.sections import (
     format_base_sentence,
     format_data_lines,
@@ -46,7 +47,6 @@ from hftl.card.wording import (
     is_pooled,
 )
 from hftl.finetune.strategies import PROBE_ARM
-from hftl.measure.facts import CalibrationSection, ScoreEstimate
 from hftl.measure.metrics import describe_metric
 from hftl.measure.record import Forced, Gain, LadderRow, Record, Verdict
 from hftl.measure.verdict import format_gain, is_better, is_worse
@@ -100,7 +100,8 @@ class CardPage:
     metric_words: str
     rows: list[ArmTableRow]
     other_metrics: str
-    calibration_sentence: str
+    scores: list[str]
+    has_abstention: bool
     place: str
     hftl_place: str
     """As source code."""
@@ -252,7 +253,8 @@ def _build_page(record: Record, place: str) -> CardPage:
         metric_words=describe_metric(str(record.metric)).label,
         rows=[_build_ladder_row(row, record) for row in record.ladder],
         other_metrics=_format_other_metrics(record),
-        calibration_sentence=_format_calibration(record.calibration),
+        scores=format_scores(record),
+        has_abstention=record.abstention is not None,
         place=place,
         hftl_place=json.dumps(place),
         example=example_input(record),
@@ -303,29 +305,6 @@ def _format_other_metrics(record: Record) -> str:
         for name, score in (record.test_metrics or {}).items()
         if name != record.metric
     )
-
-
-def _format_calibration(section: CalibrationSection | None) -> str:
-    """Return how far the probabilities are off, and by what they are calibrated."""
-    if section is None:
-        return ""
-    start = (
-        "The published weights' probabilities on test: expected calibration error "
-        f"{_format_score(section.before.ece)} ({section.bins} bins of equal mass), Brier score "
-        f"{_format_score(section.before.brier)}"
-    )
-    if section.after is None or section.temperature is None:
-        return f"{start}; validation gave no temperature to calibrate them by."
-    return (
-        f"{start}; with logits divided by the temperature {section.temperature:.3g}, fitted on "
-        f"validation, {_format_score(section.after.ece)} and {_format_score(section.after.brier)}. "
-        "hftl predicts with it, and the labels stay; the plain libraries do not."
-    )
-
-
-def _format_score(score: ScoreEstimate) -> str:
-    interval = "" if score.ci95 is None else " [{:.3f}, {:.3f}]".format(*score.ci95)
-    return f"{score.value:.3f}{interval}"
 
 
 def _build_forgetting_part(record: Record) -> ForgettingPart:

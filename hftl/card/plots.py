@@ -134,6 +134,32 @@ def plot_slices(record: Record, path: Path) -> None:
     save_figure(figure, path)
 
 
+def plot_abstention(record: Record, path: Path) -> None:
+    """Draw the accuracy of the surest test rows against their share, with its interval; dashed is
+    what scores would give that put every mistake last, dotted the accuracy of all rows."""
+    section = record.abstention
+    assert section is not None
+    points, whole = section.points, section.points[-1].accuracy.value
+    shares = [point.share for point in points]
+    figure = new_figure(8, 4)
+    axes = figure.subplots()
+    bounds = [point.accuracy.ci95 or (point.accuracy.value,) * 2 for point in points]
+    axes.fill_between(shares, *zip(*bounds, strict=True), color=OWN, alpha=0.15, linewidth=0)
+    values = [point.accuracy.value for point in points]
+    axes.plot(shares, values, "o-", color=OWN, markersize=4, label="this model, 95 % interval")
+    best = [min(1.0, whole / share) for share in shares]
+    axes.plot(shares, best, color=OTHER, linestyle="--", linewidth=1, label="every mistake last")
+    axes.axhline(whole, color=OTHER, linestyle=":", linewidth=1, label="answered at random")
+    axes.set_xlabel("share of test rows answered, the surest first")
+    axes.set_ylabel("accuracy among them")
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(top=1.005)
+    axes.legend(frameon=False, loc="lower left")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)
+
+
 def _format_difference(model: ComparedModel) -> str:
     return "the first" if model.against_first is None else format_gain(model.against_first)
 

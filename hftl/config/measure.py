@@ -40,6 +40,10 @@ class Measure(Section):
     slices: list[Annotated[str, Field(min_length=1)]] = []
     """Columns of the test rows' table: score and gain are measured in each of their values too."""
 
+    thresholds: Literal["f1", "micro_f1"] | None = None
+    """The metric that a threshold for each label is fitted for on validation, for multi-label:
+    `predict` uses them, and the arms are compared at .5 as without. null: .5."""
+
     @field_validator("analyses")
     @classmethod
     def _check_distinct_analyses(cls, names: list[str]) -> list[str]:

@@ -28,6 +28,7 @@ from hftl.config.validation import (
     check_sections,
     check_slices,
     check_solved_strategy,
+    check_thresholds,
 )
 from hftl.errors import RecipeError, suggest_closest
 from hftl.finetune.strategies import (
@@ -92,6 +93,7 @@ class Recipe(Section):
     def _check_sections(self) -> Self:
         check_sections(self.data, self.stages, self.finetune, self.retain, self.publish)
         check_slices(self.data, self.measure.slices)
+        check_thresholds(self.data, self.measure.thresholds)
         return self
 
     @property

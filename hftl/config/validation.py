@@ -72,6 +72,20 @@ def check_slices(data: Data, columns: Sequence[str]) -> None:
         )
 
 
+def check_thresholds(data: Data, metric: str | None) -> None:
+    """Refuse thresholds where an input has not several labels.
+
+    Raises:
+        RecipeError: naming `measure.thresholds`.
+    """
+    if metric is not None and data.task != "multi-label":
+        raise RecipeError(
+            f"measure.thresholds={metric} decides each label for itself, and "
+            f"data.task={data.task or 'null'} does not",
+            "Remove it, or set data.task=multi-label",
+        )
+
+
 def check_solved_strategy(finetune: Finetune, retain: Retain | None) -> None:
     """Refuse settings of training where the own arm is solved, as `head` is.
 

@@ -217,8 +217,9 @@ def encode_for_metrics(
 
 
 def decode_logits(
-    logits: np.ndarray, task: str, names: list[str], words: Sequence[int]
-) -> tuple[list[Label], list[Any]]:
+    logits: np.ndarray, task: str, names: list[str], words: Sequence[int],
+    thresholds: np.ndarray | None = None,
+) -> tuple[list[Label], list[Any]]:  # fmt: skip
     """Return the predicted labels of logits, and their scores.
 
     Args:
@@ -227,6 +228,7 @@ def decode_logits(
         task: the recipe's.
         names: the classes in the order of their ids.
         words: how many words each row has, for tokens.
+        thresholds: (classes,) above which a multi-label class is predicted; None: .5.
 
     Returns:
         A label a row; and its scores: probabilities by class, a target's value, or for tokens the
@@ -238,8 +240,8 @@ def decode_logits(
     if task == "multi-label":
         scores = expit(logits)
         labels: list[Label] = [
-            tuple(name for name, p in zip(names, row, strict=True) if p > MULTI_LABEL_THRESHOLD)
-            for row in scores
+            tuple(name for name, holds in zip(names, row, strict=True) if holds)
+            for row in scores > (MULTI_LABEL_THRESHOLD if thresholds is None else thresholds)
         ]
         return labels, scores.tolist()
     scores = softmax(logits, axis=1)

@@ -306,7 +306,9 @@ def _predict_items(
     tokens = predictor.task == "token-classification"
     words = [len(row.content) if tokens else 1 for row in rows]
     logits = predict_logits(predictor.model, inputs.encode(rows), inputs, predictor.device)
-    labels, _ = decode_logits(logits, predictor.task, predictor.class_names, words)
+    labels, _ = decode_logits(
+        logits, predictor.task, predictor.class_names, words, predictor.thresholds
+    )
     return encode_for_metrics(labels, predictor.task, names, scheme)
 
 

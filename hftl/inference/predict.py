@@ -45,6 +45,14 @@ from hftl.inference.load import (
     overwrites_base_tensors,
     read_model_config,
 )
+from hftl.inference.published_scores import (
+    find_set_quantile,
+    list_set_members,
+    read_label_curves,
+    read_thresholds,
+)
+from hftl.measure.facts import LabelCurve
+from hftl.measure.label_calibration import compute_probabilities
 from hftl.models.architectures import get_config_spec, get_max_tokens, get_patch_size
 from hftl.models.encoders import hide_padding
 from hftl.models.features import predict_logits
@@ -56,7 +64,9 @@ from hftl.models.timm_processor import build_timm_processor
 from hftl.publish.published_metadata import (
     ADAPTER_CONFIG,
     HEAD_WEIGHTS,
+    THRESHOLDS_KEY,
     AdapterConfig,
+    PublishedConformal,
     PublishedInputs,
     PublishedMetadata,
 )
@@ -81,12 +91,16 @@ class Prediction(TypedDict):
     `label` is a class, for multi-label the list of those that hold, for words a tag each, or a
     number. `score` is the probability of the class, calibrated where the run gave a temperature,
     for words of each tag, None for a word beyond the model's length; multi-label has none.
-    `scores` are those of all classes, of whole inputs.
+    `scores` are those of all classes, of whole inputs. With a coverage, `set` are the classes that
+    hold the true one, or all true ones, as often as it says, and `interval` the same of a number;
+    a set is empty where no class is likely enough.
     """
 
     label: ClassName | list[ClassName] | float
     score: NotRequired[float | list[float | None]]
     scores: NotRequired[dict[str, float]]
+    set: NotRequired[list[ClassName]]
+    interval: NotRequired[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -107,21 +121,33 @@ class Predictor:
     """Divides the logits of classification, for their scores; None for nothing."""
     confusion: np.ndarray | None = None
     """Rows of validation, (true, predicted); None where the model does not say."""
+    label_curves: list[LabelCurve] | None = None
+    """Make probabilities of multi-label logits; None for the sigmoid."""
+    thresholds: np.ndarray | None = None
+    """(classes,) of the sigmoid, above which a multi-label class is predicted; None for .5."""
+    conformal: PublishedConformal | None = None
+    """Makes prediction sets; None where the model does not say."""
 
     @property
     def modality(self) -> Modality:
         """Return `text` or `image`."""
         return "image" if isinstance(self.inputs, ImageInputs) else "text"
 
-    def predict(self, inputs: Iterable[Input]) -> list[Prediction]:
+    def predict(self, inputs: Iterable[Input], coverage: float | None = None) -> list[Prediction]:
         """Predict each input.
+
+        Args:
+            inputs: texts, pairs, lists of words, or images.
+            coverage: how often the sets of classes, or the intervals of numbers, that are then
+                predicted too hold the truth: .9 of inputs like those of validation.
 
         Raises:
             DataError: for an input that is no text, not so many texts, no words, or no image.
+            RecipeError: if there are no sets of that coverage, see `find_set_quantile`.
         """
         if isinstance(inputs, (str, bytes, Path, Image)):
             raise DataError(f"predict takes a list, got one {type(inputs).__name__}", "Write [it]")
-        return self.predict_encoded(self.encode(inputs))
+        return self.predict_encoded(self.encode(inputs), coverage)
 
     def encode(
         self, inputs: Iterable[Input], places: Sequence[str] = (), folder: Path | None = None
@@ -146,19 +172,38 @@ class Predictor:
         words = [len(row.content) if tokens else 1 for row in rows]
         return list(zip(self.inputs.encode(rows), words, strict=True))
 
-    def predict_encoded(self, encoded: list[tuple[EncodedRow, int]]) -> list[Prediction]:
-        """Predict what `encode` returned; the predictions have the form that `predict` says."""
+    def predict_encoded(
+        self, encoded: list[tuple[EncodedRow, int]], coverage: float | None = None
+    ) -> list[Prediction]:
+        """Predict what `encode` returned; arguments and predictions are as `predict` says."""
+        quantile = None
+        if coverage is not None:
+            quantile, _ = find_set_quantile(self.conformal, self.task, coverage)
         if not encoded:
             return []
         logits = predict_logits(self.model, [row for row, _ in encoded], self.inputs, self.device)
         words = [count for _, count in encoded]
-        labels, scores = decode_logits(logits, self.task, self.class_names, words)
+        labels, scores = decode_logits(logits, self.task, self.class_names, words, self.thresholds)
         if self.temperature is not None and self.task == "classification":
             # Labels are those of the logits: rounding must not decide between two near ones.
             _, scores = decode_logits(
                 logits.astype(np.float64) / self.temperature, self.task, self.class_names, words
             )
-        return [self._format_prediction(*pair) for pair in zip(labels, scores, strict=True)]
+        if self.label_curves is not None:
+            scores = compute_probabilities(logits, self.label_curves).tolist()
+        predictions = [self._format_prediction(*pair) for pair in zip(labels, scores, strict=True)]
+        if quantile is not None:
+            self._add_sets(predictions, logits, quantile)
+        return predictions
+
+    def _add_sets(self, predictions: list[Prediction], logits: np.ndarray, quantile: float) -> None:
+        if self.task == "regression":
+            for prediction, value in zip(predictions, logits[:, 0].tolist(), strict=True):
+                prediction["interval"] = value - quantile, value + quantile
+            return
+        members = list_set_members(logits, self.task, quantile)
+        for prediction, classes in zip(predictions, members, strict=True):
+            prediction["set"] = [self._convert_name(self.class_names[i]) for i in classes]
 
     def _build_row(self, place: str, value: Any) -> Row:
         value = normalize_newlines(value)
@@ -285,6 +330,8 @@ def build_predictor(
             inputs, columns = _build_prompted_inputs(files, config, metadata)
         else:
             inputs, columns = _build_inputs(files, config, task, metadata.recipe.data)
+        curves = read_label_curves(metadata, task, names)
+        thresholds = read_thresholds(config, task, names)
     hide_padding(model)
     if isinstance(inputs, TextInputs) and get_config_spec(config).is_causal:
         # The class finds the last token by it, and an adapter's base may name another, or none.
@@ -295,8 +342,9 @@ def build_predictor(
     temperature = metadata.calibration.temperature if metadata.calibration is not None else None
     confusion = _read_confusion(metadata, names)
     return Predictor(
-        model.to(device), inputs, task, names, columns, device, label_type, temperature, confusion
-    )
+        model.to(device), inputs, task, names, columns, device, label_type, temperature, confusion,
+        curves, thresholds, metadata.conformal,
+    )  # fmt: skip
 
 
 def _read_confusion(metadata: PublishedMetadata, names: list[str]) -> np.ndarray | None:
@@ -475,6 +523,7 @@ def _build_model_key(folder: Path, base: Path | None, config: Any) -> tuple[Any,
         return base or folder, has_own_head
     names = (
         "id2label", "label2id", "label_names", "problem_type", "transformers_version", "dtype",
+        THRESHOLDS_KEY,
     )  # fmt: skip
     sizes = {k: v for k, v in config.to_dict().items() if k not in names and k[0] != "_"}
     return base, has_own_head, config.num_labels, json.dumps(sizes, sort_keys=True, default=str)

@@ -22,6 +22,7 @@ from hftl.inference.output_table import (
 )
 from hftl.inference.predict import Prediction, Predictor, load
 from hftl.inference.prior import correct_predictions
+from hftl.inference.published_scores import find_set_quantile
 
 
 def check_output(output: Path | None, suffixes: Sequence[str], beside: Sequence[str] = ()) -> None:
@@ -77,6 +78,7 @@ def is_literal_text(data: str) -> bool:
 def predict_table(
     model: str, data: str | Path, output: Path | None, base: str | None = None,
     prior: str | None = None, say: Callable[[str], None] = lambda line: None,
+    coverage: float | None = None,
 ) -> str | None:  # fmt: skip
     """Predict every row of a table, or a text that is given in its place.
 
@@ -90,14 +92,21 @@ def predict_table(
         output: a .csv, .jsonl or .parquet file; None returns CSV text.
         base: the adapter's base, where it is not the one it names.
         prior: `auto` or a file, to correct for other shares of classes: `correct_predictions`.
-        say: receives a line on what was corrected.
+        say: receives a line on what was corrected, and on what a coverage rests on.
+        coverage: of the sets of classes, or intervals of numbers, that are predicted too.
 
     Raises:
         DataError: if the table is missing, lacks the text column, or holds a row without text.
-        RecipeError: if the output's suffix is unknown, its folder is missing, or the model cannot
-            be loaded.
+        RecipeError: if the output's suffix is unknown, its folder is missing, the model cannot be
+            loaded, or it has no sets of this coverage.
     """
     check_output(output, OUTPUT_SUFFIXES)
+    if coverage is not None and prior is not None:
+        raise RecipeError(
+            "--coverage: sets cover inputs with validation's shares of classes, and --prior gives "
+            "others",
+            "Give one of them",
+        )
     if is_literal_text(str(data)):
         predictor = load(model, base)
         raws, columns = _build_text_row(str(data), predictor)
@@ -108,13 +117,16 @@ def predict_table(
         predictor = load(model, base)
         raws, columns = _read_rows(data, predictor)
         folder, types = data if data.is_dir() else data.parent, read_column_types(data)
+    if coverage is not None:
+        _, basis = find_set_quantile(predictor.conformal, predictor.task, coverage)
+        say(f"coverage: {basis}")
     encoded = predictor.encode(
         (_read_input(raw, predictor) for raw in raws), [raw.where for raw in raws], folder
     )
     suffix = ".csv" if output is None else output.suffix
     cells = {column: _list_cells(raws, column) for column in columns}
     inputs = fit_columns(cells, suffix, types)
-    results = predictor.predict_encoded(encoded)
+    results = predictor.predict_encoded(encoded, coverage)
     if prior is not None:
         results, note = correct_predictions(predictor, results, prior)
         say(f"prior: {note}")
@@ -230,11 +242,16 @@ def _drop_bytes(value: object) -> object:
 
 
 def _flatten_prediction(prediction: Prediction) -> dict[str, object]:
-    """Return the columns label, score and one a class; for a target, label alone.
+    """Return the columns label, score and one a class; for a target, label alone. Sets are in the
+    column `set`, intervals in `low` and `high`.
 
     A class that is itself called `label` or `score` gets the column `class.<name>`.
     """
-    ours: dict[str, object] = {k: value for k, value in prediction.items() if k != "scores"}
+    ours: dict[str, object] = {
+        k: value for k, value in prediction.items() if k not in ("scores", "interval")
+    }
+    if "interval" in prediction:
+        ours["low"], ours["high"] = prediction["interval"]
     classes = prediction.get("scores", {})
     names = name_columns(classes, ours, "class.")
     return {**ours, **{names[name]: share for name, share in classes.items()}}

@@ -65,6 +65,11 @@ def compute_brier(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(np.sum(errors**2, axis=1)))
 
 
+def choose_bins(rows: int) -> int:
+    """Return how many bins the calibration error of so many rows is computed in."""
+    return max(1, min(MAX_BINS, rows // MIN_BIN_ROWS))
+
+
 def measure_calibration(
     validation: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray],
     units: np.ndarray,
@@ -78,7 +83,7 @@ def measure_calibration(
     """
     temperature = fit_temperature(*validation)
     logits, labels = test[0].astype(np.float64), test[1]
-    bins = max(1, min(MAX_BINS, len(labels) // MIN_BIN_ROWS))
+    bins = choose_bins(len(labels))
     confusion = np.zeros((logits.shape[1],) * 2, dtype=np.int64)
     np.add.at(confusion, (validation[1], validation[0].argmax(1)), 1)
     return CalibrationSection(
@@ -101,10 +106,12 @@ def _score(
     def brier(rows: np.ndarray) -> float:
         return compute_brier(probabilities[rows], labels[rows])
 
-    return CalibrationScores(ece=_estimate(ece, units, 1.0), brier=_estimate(brier, units, 2.0))
+    return CalibrationScores(
+        ece=estimate_over_rows(ece, units, 1.0), brier=estimate_over_rows(brier, units, 2.0)
+    )
 
 
-def _estimate(
+def estimate_over_rows(
     statistic: Callable[[np.ndarray], float], units: np.ndarray, most: float
 ) -> ScoreEstimate:
     """Return a statistic of the rows with its interval over items, between 0 and `most`."""

@@ -1,4 +1,4 @@
-"""Describe slices and calibration: where a model is better or worse, and what its scores mean."""
+"""Describe slices and scores: where a model is better or worse, and what its scores mean."""
 
 from typing import Literal
 
@@ -77,20 +77,99 @@ class CalibrationScores(RecordPart):
     """Hold how far probabilities are off: less is better."""
 
     ece: ScoreEstimate
-    """The expected calibration error, of the predicted class."""
+    """The expected calibration error, of the predicted class; multi-label: the mean over labels."""
     brier: ScoreEstimate
-    """The mean squared error, summed over classes."""
+    """The mean squared error, summed over classes; multi-label: the mean over labels."""
+
+
+class LabelCurve(RecordPart):
+    """Describe how the probability of one label comes of its logit.
+
+    By Platt's method it is sigmoid(slope * logit + intercept); isotonic, it is interpolated between
+    the points of logits and probabilities, constant beyond them; `none` leaves the sigmoid.
+    """
+
+    method: Literal["platt", "isotonic", "none"]
+    slope: float = 1.0
+    intercept: float = 0.0
+    logits: list[float] = Field(default_factory=list[float])
+    probabilities: list[float] = Field(default_factory=list[float])
 
 
 class CalibrationSection(RecordPart):
     """Describe the probabilities of the published weights on test."""
 
     temperature: float | None
-    """Fitted on validation; `predict` divides logits by it. None where no finite one is best."""
+    """Fitted on validation; `predict` divides logits by it. None where no finite one is best, and
+    for multi-label."""
+    labels: dict[str, LabelCurve] | None = None
+    """Multi-label: fitted on validation; `predict` gives these probabilities."""
     bins: int
     """Of equal mass, that the calibration error is computed in."""
     before: CalibrationScores
     after: CalibrationScores | None
-    """With the temperature."""
+    """With the temperature, or the curves of the labels; None where there is neither."""
     confusion: list[list[int]] | None = None
     """Rows of validation by their class and by the predicted one: what shares are estimated by."""
+
+
+class ThresholdSection(RecordPart):
+    """Describe the probabilities above which labels are predicted, and what they are worth.
+
+    They are fitted on validation and measured on test, of the published weights. The other figures
+    of the record are at .5, as is every arm's part in the gain.
+    """
+
+    metric: Literal["f1", "micro_f1"]
+    thresholds: dict[str, float]
+    """Of the sigmoid of each label's logit, before calibration."""
+    before: dict[str, ScoreEstimate]
+    """Every metric on test at .5."""
+    after: dict[str, ScoreEstimate]
+    """At the thresholds."""
+    gain: ScoreEstimate
+    """In `metric` on test, the interval that of the difference."""
+
+
+class CoverageFigure(RecordPart):
+    """Describe prediction sets of one nominal coverage on test."""
+
+    coverage: float
+    held: ScoreEstimate
+    """The share of rows whose set holds what is true."""
+    size: float
+    """The mean number of classes in a set, for a target the width of the interval."""
+
+
+class ConformalSection(RecordPart):
+    """Hold what prediction sets are made from, and how often they held on test."""
+
+    rows: int
+    """Of validation."""
+    groups: int | None = None
+    """That the rows come in, where the recipe names some."""
+    scores: list[float]
+    """How far each row of validation is from its label, ascending; of many rows a part, see
+    `measure.conformal`."""
+    test: list[CoverageFigure]
+
+
+class AbstentionPoint(RecordPart):
+    """Describe the surest rows of test."""
+
+    share: float
+    """Of all rows."""
+    accuracy: ScoreEstimate
+    score: float
+    """The least score among them, as `predict` gives it."""
+
+
+class AbstentionSection(RecordPart):
+    """Describe what is gained by leaving the least sure rows of test unanswered."""
+
+    points: list[AbstentionPoint]
+    """By share, ascending; the last is of all rows."""
+    aurc: ScoreEstimate
+    """The area under the risk-coverage curve: the mean error rate over all shares."""
+    best_aurc: float
+    """That of scores which put every mistake last."""

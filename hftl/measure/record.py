@@ -17,7 +17,14 @@ from hftl.analysis.facts import AnalysisSection
 from hftl.config.recipe import Recipe
 from hftl.data.facts import DataFacts, GeneralFacts, OpenPart, RecordPart
 from hftl.errors import HftlError, RunFolderError, suggest_closest
-from hftl.measure.facts import CalibrationSection, Interval, SliceSection
+from hftl.measure.facts import (
+    AbstentionSection,
+    CalibrationSection,
+    ConformalSection,
+    Interval,
+    SliceSection,
+    ThresholdSection,
+)
 from hftl.runtime.run_folder import UnreadableJsonError, fingerprint, read_json, to_json
 from hftl.train.facts import ArmEntry, CheckFacts, Number, Score, ScratchSearch
 
@@ -362,7 +369,13 @@ class Record(RecordPart):
     slices: SliceSection | None = None
     """Null where `measure.slices` names no column."""
     calibration: CalibrationSection | None = None
-    """Null where an input has not exactly one class."""
+    """Null for targets and for words."""
+    thresholds: ThresholdSection | None = None
+    """Null where `measure.thresholds` is."""
+    conformal: ConformalSection | None = None
+    """Null for words."""
+    abstention: AbstentionSection | None = None
+    """Null where an input has not exactly one class, and for fewer than 100 rows of test."""
     forgetting: ForgettingSection | None
     analysis: AnalysisSection | None = None
     """Of the source's frozen features, for the names in `measure.analyses`."""

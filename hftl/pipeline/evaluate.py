@@ -43,11 +43,11 @@ from hftl.pipeline.placement import choose_placement
 from hftl.pipeline.publish_folder import write_publish_folder
 from hftl.pipeline.record_sections import (
     build_adaptation_section,
-    build_calibration_section,
     build_data_section,
     build_source_section,
 )
 from hftl.pipeline.run import ArmContexts, FinishedStage, Run
+from hftl.pipeline.score_sections import build_score_sections, fit_published_thresholds
 from hftl.pipeline.slices import read_slices
 from hftl.publish.checks import measure_reload_difference
 from hftl.publish.export import (
@@ -159,6 +159,7 @@ def build_record(
     baseline = gain.baseline if gain else None
     columns = read_slices(recipe, context)
     slices = measure_slices(metric, test, own.name, baseline, columns) if columns else None
+    scores = build_score_sections(recipe, context, run.arm_folder(own.name, seed))
     analysis = run.read_analyses()
     timings = {run.arm_folder(file.arm, file.seed).name: file.timings for file in arm_files}
     record = Record(
@@ -180,7 +181,10 @@ def build_record(
         test_metrics=average_metrics(arm_files, own.name),
         classes=compute_class_gains(test, own.name, baseline, _list_classes(context)),
         slices=slices,
-        calibration=build_calibration_section(context, run.arm_folder(own.name, seed)),
+        calibration=scores.calibration,
+        thresholds=scores.thresholds,
+        conformal=scores.conformal,
+        abstention=scores.abstention,
         forgetting=build_forgetting_section(run, context, _list_arm_folders(run)),
         reload_difference=reload_difference,
         verdict=PENDING,
@@ -201,17 +205,19 @@ def package_model(run: Run, context: ExperimentContext, arm: Arm, seed: int) -> 
     """
     folder = run.folder / "phases" / "package"
     arm_folder = run.arm_folder(arm.name, seed)
+    thresholds = fit_published_thresholds(run.recipe, context, arm_folder)
     reads = {
         "arm": run_folder.hash_stage(arm_folder),
         "base": str(context.public_base.public_id),
         "revision": context.public_base.revision,
         "loras": [run_folder.hash_file(path) for path in context.lora_factors],
+        **({"thresholds": thresholds} if thresholds else {}),
     }
     if run_folder.read_stage_inputs(folder) != reads:
         model = rebuild_model(context, arm.finetune, seed, arm_folder / WEIGHTS)
         with run_folder.commit_stage(folder, reads) as aside:
             (aside / "model").mkdir()
-            export_model(context, model, arm.finetune, aside / "model")
+            export_model(context, model, arm.finetune, aside / "model", thresholds)
             if arm.spec.trains_adapter and context.base_is_adapted:
                 export_base(context, aside / "base")
             logits = _compute_sample_logits(context, model, read_logits(arm_folder, "test"))

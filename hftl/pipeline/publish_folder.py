@@ -7,7 +7,7 @@ from pathlib import Path
 from hftl.card.analysis_plots import plot_curve, plot_distance, plot_probe
 from hftl.card.card import render_adaptation_card, render_card
 from hftl.card.metadata import build_benchmark_files, find_first_timestamp
-from hftl.card.plots import plot_frontier, plot_ladder, plot_slices
+from hftl.card.plots import plot_abstention, plot_frontier, plot_ladder, plot_slices
 from hftl.card.report import ImageLookup, build_examples, build_widget_examples, render_report
 from hftl.card.slices import has_gains
 from hftl.card.wording import has_forgetting
@@ -39,6 +39,8 @@ def write_publish_folder(run: Path, record: Record) -> None:
         plot_frontier(published, aside / "assets" / "frontier.png")
     if has_gains(published):
         plot_slices(published, aside / "assets" / "slices.png")
+    if published.abstention is not None:
+        plot_abstention(published, aside / "assets" / "abstention.png")
     _plot_analyses(published, aside / "assets")
     card = render_card(published, published.place)
     run_folder.write_text(aside / "README.md", card)

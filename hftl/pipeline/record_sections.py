@@ -1,16 +1,11 @@
 """Build the record's sections on the source model, the data and the adaptations."""
 
-from pathlib import Path
-
 from hftl.adapt.guard import summarize_adaptation
 from hftl.config.recipe import Recipe
 from hftl.data.facts import DataFacts, LabelCounts
 from hftl.data.splits import MEASURED_SPLITS
-from hftl.finetune.arm_files import read_logits
 from hftl.finetune.context import ExperimentContext
-from hftl.measure.calibration import measure_calibration
-from hftl.measure.facts import CalibrationSection
-from hftl.measure.gain import assign_units, describe_adaptation_outcome, select_lesser_gain
+from hftl.measure.gain import describe_adaptation_outcome, select_lesser_gain
 from hftl.measure.record import AdaptedBase, AdaptSection, Gain, SourceFacts
 from hftl.models.source import hash_source_weights
 from hftl.pipeline.run import FinishedStage
@@ -53,25 +48,6 @@ def build_data_section(recipe: Recipe, context: ExperimentContext) -> DataFacts:
             ),
         }
     )
-
-
-def build_calibration_section(
-    context: ExperimentContext, folder: Path
-) -> CalibrationSection | None:
-    """Return how far the probabilities of an arm and seed are off; None but for classification.
-
-    Args:
-        context: the rows.
-        folder: the arm's, whose weights are published.
-    """
-    prepared = context.prepared
-    if prepared.task != "classification":
-        return None
-    validation, test = (
-        (read_logits(folder, split), prepared.encode_for_metrics(prepared.rows[split]))
-        for split in MEASURED_SPLITS
-    )
-    return measure_calibration(validation, test, assign_units(prepared.rows["test"]))
 
 
 def build_adaptation_section(

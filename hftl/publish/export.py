@@ -37,7 +37,7 @@ from hftl.models.lora_concat import (
 from hftl.models.pairs import EMBEDDING_SCALE, EmbeddingModel
 from hftl.models.pooled_model import PooledImageModel, PooledModel
 from hftl.models.timm_architecture import TIMM_WRAPPER, set_timm_image_size
-from hftl.publish.published_metadata import drop_local_names
+from hftl.publish.published_metadata import THRESHOLDS_KEY, drop_local_names
 from hftl.runtime.run_folder import to_json
 
 SAMPLE_ROWS = 32
@@ -80,15 +80,26 @@ def rebuild_model(
 
 
 def export_model(
-    context: ExperimentContext, model: nn.Module, finetune: Finetune, folder: Path
-) -> None:
+    context: ExperimentContext, model: nn.Module, finetune: Finetune, folder: Path,
+    thresholds: Mapping[str, float] | None = None,
+) -> None:  # fmt: skip
     """Write weights, config with labels, tokenizer, and the head where pooling is not native.
 
     The adapter names the public base and its revision, never a path.
+
+    Args:
+        context: the source and the rows.
+        model: the trained one.
+        finetune: how it was trained.
+        folder: to write.
+        thresholds: by label, for config.json; none where each label's is .5.
     """
     source = context.source
     task = context.prepared.task
-    labels = build_label_settings(context.prepared.names, context.num_outputs, task)
+    labels: dict[str, object] = {
+        **build_label_settings(context.prepared.names, context.num_outputs, task),
+        **({THRESHOLDS_KEY: dict(thresholds)} if thresholds else {}),
+    }
     if finetune.spec.trains_adapter:
         export_adapter(context, model, folder)
         # What the adapter is put on: for a stock class with its labels, so that it can be named.

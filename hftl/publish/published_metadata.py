@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from hftl.config.data import Data, Task
 from hftl.config.recipe import Recipe
 from hftl.config.section import Source
 from hftl.data.facts import LabelType, TagScheme
 from hftl.errors import RunFolderError
+from hftl.measure.facts import LabelCurve
 from hftl.runtime import paths
 from hftl.runtime.run_folder import UnreadableJsonError, read_json
 
@@ -24,6 +25,9 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_CONFIG = "config.json"
 RECORD_FILE = "hftl.json"
 HEAD_WEIGHTS = "head.safetensors"
+THRESHOLDS_KEY = "label_thresholds"
+"""In config.json, the probability above which each label of several is predicted; transformers
+ignores it."""
 LABEL_ID = re.compile(r"[0-9]{1,18}")
 """Python refuses to read a longer number."""
 
@@ -233,11 +237,32 @@ class PublishedAdaptation(PublishedPart):
     base: PublishedBase | None = None
 
 
+class PublishedCurve(LabelCurve):
+    """Describe a label's probability; a file of another version may say more of it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+    @model_validator(mode="after")
+    def _check_points(self) -> Self:
+        if self.method == "isotonic" and not 0 < len(self.logits) == len(self.probabilities):
+            raise ValueError("isotonic takes as many logits as probabilities")
+        return self
+
+
+class PublishedConformal(PublishedPart):
+    """Hold what prediction sets are made from."""
+
+    rows: int = Field(ge=1)
+    groups: int | None = None
+    scores: list[float] = Field(min_length=1)
+
+
 class PublishedCalibration(PublishedPart):
     """Hold what makes probabilities of logits; None divides by nothing."""
 
     temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     confusion: list[list[int]] | None = None
+    labels: dict[str, PublishedCurve] | None = None
 
 
 class PublishedForward(PublishedPart):
@@ -255,6 +280,7 @@ class PublishedMetadata(PublishedPart):
     adapt: PublishedAdaptation | None = None
     metric: str | None = None
     calibration: PublishedCalibration | None = None
+    conformal: PublishedConformal | None = None
     forward: PublishedForward | None = None
 
     @property

@@ -1,0 +1,49 @@
+"""Measure how often prediction sets hold the truth on test."""
+
+import numpy as np
+
+from hftl.measure.conformal import (
+    compute_distances,
+    compute_scores,
+    find_quantile,
+    select_scores,
+)
+from hftl.measure.facts import ConformalSection, CoverageFigure, ScoreEstimate
+from hftl.measure.gain import score_with_interval
+from hftl.measure.metrics import find_metric
+
+MEASURED_COVERAGES = (0.8, 0.9, 0.95)
+
+
+def measure_conformal(
+    validation: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], task: str,
+    units: np.ndarray, groups: int | None,
+) -> ConformalSection:  # fmt: skip
+    """Return the scores of validation, and how often the sets made of them hold on test.
+
+    Args:
+        validation: logits and labels, see `compute_scores`.
+        test: the same.
+        task: the recipe's.
+        units: (rows,) int ids of test rows that belong together.
+        groups: that the rows of validation come in; None where each is for itself.
+    """
+    rows, scores = len(validation[1]), select_scores(compute_scores(*validation, task))
+    test_scores = compute_scores(*test, task)
+    figures: list[CoverageFigure] = []
+    for coverage in MEASURED_COVERAGES:
+        quantile = find_quantile(rows, scores, coverage)
+        if quantile is not None:
+            holds = test_scores <= quantile
+            size = 2 * quantile
+            if task != "regression":
+                size = float((compute_distances(test[0], task) <= quantile).sum(1).mean())
+            held = _estimate_share(holds, units)
+            figures.append(CoverageFigure(coverage=coverage, held=held, size=size))
+    return ConformalSection(rows=rows, groups=groups, scores=scores, test=figures)
+
+
+def _estimate_share(holds: np.ndarray, units: np.ndarray) -> ScoreEstimate:
+    accuracy = find_metric("accuracy", "classification")
+    share = score_with_interval(accuracy, np.ones(len(holds), dtype=int), holds.astype(int), units)
+    return ScoreEstimate(value=share.value, ci95=share.ci95)
