@@ -286,10 +286,13 @@ def _build_plain_snippet(record: Record, place: str) -> str:
         PICTURE_EXAMPLE if prompt is not None else example_input(record).strip("()"),
         bool(record.forward and record.forward.get("interpolate_pos_encoding")),
         record.source.architecture or "", prompt, record.source.prefix_tokens,
+        record.recipe.source.quantization is not None,
     )  # fmt: skip
 
 
 def _build_pipeline_snippet(record: Record, place: str) -> str | None:
+    if record.recipe.source.quantization is not None:
+        return None
     base, _ = find_public_base(record)
     return render_pipeline_snippet(
         place, base, record.recipe.finetune.pooling,

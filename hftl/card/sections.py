@@ -172,8 +172,14 @@ def format_base_sentence(record: Record) -> str:
     adapted = record.adapt and record.adapt.base
     weights = (adapted or record.source).weights_sha256
     pinned = f" at commit {format_code(revision)}" if revision else ""
-    return (
+    sentence = (
         f"Base: {format_code(base)}{pinned}; the hash of its weights begins with `{weights[:16]}`."
+    )
+    if record.recipe.source.quantization is None:
+        return sentence
+    return (
+        f"{sentence} Its frozen weights were held in 4 bits (NF4, by bitsandbytes) in training and "
+        "for every figure; on the whole weights the outputs are others."
     )
 
 

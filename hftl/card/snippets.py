@@ -4,7 +4,9 @@ import json
 
 from hftl.card.validation import is_hub_id
 from hftl.config.data import TEXT_PLACE
-from hftl.models.architectures import ARCHITECTURES
+from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
+from hftl.models.architectures import ARCHITECTURES, READ_AS, UNHEADED
+from hftl.models.quantization import list_whole_modules
 
 PLAIN_TEMPLATE = """import torch
 {imports}from transformers import {auto}, {reader}
@@ -91,13 +93,19 @@ PROMPTED_PREPROCESSOR = (
     'return_tensors="pt",\n)',
 )
 """Of a vision-language model."""
+HEAD_LINE = 'head = load_file(f"{{path}}/head.safetensors"{device})\n'
+QUANTIZATION = """,
+    quantization_config=BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules={whole}
+    )"""
+"""What loads a base as it was trained on, in 4 bits."""
 TEXT_EXAMPLE = "A text of your own."
 
 
 def render_plain_snippet(
     place: str, base: str | None, revision: str | None, pooling: str, outputs: int, adapter: bool,
     kind: str, example: str, interpolates: bool = False, architecture: str = "",
-    prompt: str | None = None, prefix: int = 0,
+    prompt: str | None = None, prefix: int = 0, quantized: bool = False,
 ) -> str:  # fmt: skip
     """Return code that prints the logits of one example, for words those of every token.
 
@@ -113,10 +121,13 @@ def render_plain_snippet(
         interpolates: whether forward must interpolate its positions to the pictures' size.
         architecture: what the base's checkpoint says it is.
         prompt: that of a vision-language model.
+        quantized: whether the base's weights are held in 4 bits.
         prefix: tokens of a picture before those of its patches, where the head pools them.
     """
     pooled = pooling != "native"
-    if adapter and not pooled and kind in AUTO_PEFT_CLASSES and base and is_hub_id(base):
+    settings = _render_quantization(architecture, kind) if quantized else ""
+    shortens = kind in AUTO_PEFT_CLASSES and not quantized
+    if adapter and not pooled and shortens and base and is_hub_id(base):
         return _render_auto_peft_snippet(place, outputs, kind, example, architecture)
     auto = ENCODER_CLASSES.get(architecture, "AutoModel") if pooled else AUTO_CLASSES[kind]
     if pooling == "embedding":
@@ -147,16 +158,24 @@ def render_plain_snippet(
         imports = "from huggingface_hub import snapshot_download\n" + imports
         path = f"snapshot_download({path})"
     return PLAIN_TEMPLATE.format(
-        place=path, auto=auto, reader=reader, imports=imports,
+        place=path, auto=auto, imports=imports,
+        reader=f"{reader}, BitsAndBytesConfig" if quantized else reader,
         peft_import="from peft import PeftModel\n" if adapter else "",
         reading=reading,
         load=_render_load_lines(
             auto, base, revision, adapter,
-            "" if pooled else _render_config_arguments(outputs, architecture),
+            ("" if pooled else _render_config_arguments(outputs, architecture)) + settings,
         ),
-        head='head = load_file(f"{path}/head.safetensors")\n' if pooled else "",
-        inputs=call.format(example=example), output=output,
+        head=HEAD_LINE.format(device=', "cuda"' if quantized else "") if pooled else "",
+        inputs=call.format(example=example) + ('.to("cuda")' if quantized else ""), output=output,
     )  # fmt: skip
+
+
+def _render_quantization(architecture: str, kind: str) -> str:
+    """Return the argument by which a base is loaded in 4 bits, as it was trained on."""
+    spec = (ARCHITECTURES | UNHEADED)[READ_AS.get(architecture, architecture)]
+    spec = spec.for_task(TOKEN_CLASSIFICATION if kind == "words" else "classification")
+    return QUANTIZATION.format(whole=json.dumps(list_whole_modules(spec)))
 
 
 def render_pipeline_snippet(

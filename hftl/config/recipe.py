@@ -25,6 +25,8 @@ from hftl.config.retain import Retain
 from hftl.config.section import Section, Source, build_recipe_error
 from hftl.config.validation import (
     check_corpus_is_read,
+    check_quantized_source,
+    check_quantized_strategy,
     check_sections,
     check_slices,
     check_solved_strategy,
@@ -92,6 +94,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_sections(self) -> Self:
         check_sections(self.data, self.stages, self.finetune, self.retain, self.publish)
+        check_quantized_source(self.source, self.stages, self.finetune, self.retain)
         check_slices(self.data, self.measure.slices)
         check_thresholds(self.data, self.measure.thresholds)
         return self
@@ -181,6 +184,7 @@ def _plan_arms(recipe: Recipe) -> list[Arm]:
     if recipe.data.task is None:
         return []
     check_solved_strategy(recipe.finetune, recipe.retain)
+    check_quantized_strategy(recipe.source, recipe.finetune)
     strategy = recipe.finetune.strategy
     own = Arm(strategy, strategy, recipe.finetune, tuple(recipe.stages), recipe.retain)
     arms = [own]

@@ -3,7 +3,7 @@
 A refusal names the key, the closest match and what to do.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -33,6 +33,8 @@ class Source(Section):
     model: str
     revision: str | None = None
     published_as: str | None = None
+    quantization: Literal["4bit"] | None = None
+    """4bit: the frozen weights are held in 4 bits by bitsandbytes, under LoRA, on a CUDA GPU."""
 
 
 def build_recipe_error(error: ValidationError, where: str, model: type[BaseModel]) -> RecipeError:

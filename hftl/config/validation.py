@@ -11,6 +11,7 @@ from hftl.config.data import Data, Table
 from hftl.config.finetune import Finetune
 from hftl.config.publish import Publish
 from hftl.config.retain import Retain
+from hftl.config.section import Source
 from hftl.errors import RecipeError
 from hftl.finetune.strategies import ZERO_SHOT_ARM
 
@@ -83,6 +84,44 @@ def check_thresholds(data: Data, metric: str | None) -> None:
             f"measure.thresholds={metric} decides each label for itself, and "
             f"data.task={data.task or 'null'} does not",
             "Remove it, or set data.task=multi-label",
+        )
+
+
+def check_quantized_source(
+    source: Source, stages: Sequence[Adapt], finetune: Finetune, retain: Retain | None
+) -> None:
+    """Refuse what would train or merge weights that are held in 4 bits; also in every arm.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    if source.quantization is None:
+        return
+    quantized = f"source.quantization={source.quantization} holds weights that cannot train"
+    if finetune.spec.trains_encoder_weights:
+        raise RecipeError(
+            f"{quantized}, and finetune.strategy={finetune.strategy} trains them",
+            "Use finetune.strategy=lora, or leave source.quantization out",
+        )
+    for key, section in (("adapt", stages), ("retain", retain)):
+        if section:
+            raise RecipeError(
+                f"{quantized}, and {key} reads or changes them in fp32",
+                f"Leave {key} or source.quantization out",
+            )
+
+
+def check_quantized_strategy(source: Source, finetune: Finetune) -> None:
+    """Refuse to publish a whole model with quantized weights.
+
+    Raises:
+        RecipeError: naming the strategy.
+    """
+    if source.quantization is not None and not finetune.spec.trains_adapter:
+        raise RecipeError(
+            f"source.quantization={source.quantization} is published as an adapter on the whole "
+            f"weights, and finetune.strategy={finetune.strategy} makes none",
+            "Use finetune.strategy=lora, or leave source.quantization out",
         )
 
 

@@ -143,7 +143,8 @@ def measure_pretraining_heads(
     lacks has no entry. Collective: every process must call it.
     """
     general, source = context.general, (context.original or context).source
-    if general is None:
+    if general is None or source.quantization is not None:
+        # Each of them is loaded whole, and takes no weights of 4 bits.
         return {}
     values = {
         "mlm_loss": _score_masked_tokens(context, source, trained),

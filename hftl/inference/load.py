@@ -30,6 +30,7 @@ from hftl.models.architecture_spec import TOKEN_CLASSIFICATION, ArchitectureSpec
 from hftl.models.architectures import get_config_spec, get_hidden_size
 from hftl.models.encoders import get_stock_encoder, has_prefix
 from hftl.models.heads import get_placeholder_name
+from hftl.models.quantization import build_quantization_config, check_quantization
 from hftl.models.source import find_source
 from hftl.publish import reload_check
 from hftl.publish.published_metadata import (
@@ -37,6 +38,7 @@ from hftl.publish.published_metadata import (
     HEAD_WEIGHTS,
     MODEL_CONFIG,
     AdapterConfig,
+    PublishedMetadata,
 )
 from hftl.runtime import paths
 
@@ -133,7 +135,7 @@ def load_incomplete_base(folder: Path, base: Path, config: Any = None) -> Incomp
             model if it lacks any.
     """
     with wrap_loading_errors(base if base != folder else folder):
-        loaded = reload_check.load_base(folder, base, config)
+        loaded = reload_check.load_base(folder, base, config, _read_quantization(folder))
     is_whole_model = base == folder
     architecture = _get_architecture(loaded.model)
     has_own_head = (folder / HEAD_WEIGHTS).exists()
@@ -148,6 +150,21 @@ def load_incomplete_base(folder: Path, base: Path, config: Any = None) -> Incomp
     if is_whole_model:
         _refuse_missing(base, is_whole_model, missing)
     return IncompleteBase(loaded.model, base, is_whole_model, missing)
+
+
+def _read_quantization(folder: Path) -> Any:
+    """Return transformers' settings of a base that the adapter was trained on in 4 bits, or None.
+
+    Raises:
+        RecipeError: if they cannot be used here.
+    """
+    if PublishedMetadata.read(folder).recipe.source.quantization is None:
+        return None
+    check_quantization()
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    return build_quantization_config(get_config_spec(config))
 
 
 def add_adapter(base: IncompleteBase, model: Any, folder: Path, name: str) -> Any:

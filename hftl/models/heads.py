@@ -28,7 +28,9 @@ from hftl.models.encoders import (
 )
 from hftl.models.pooled_model import PooledImageModel, PooledModel
 from hftl.models.pooling import pool_before_head
+from hftl.models.quantization import build_quantization_config
 from hftl.models.source import SourceModel, describe_load_error
+from hftl.runtime.hardware import get_device
 
 CONSTANT_TARGET_SPREAD = 1e-3
 """The spread of targets that do not vary, as a share of their size: outputs stay near them."""
@@ -156,7 +158,7 @@ def build_model(
     architecture = source.architecture_spec.for_task(task)
     kind = _get_model_class(source, architecture, task, pooling)
     config = deepcopy(source.config)
-    extra = {}
+    extra: dict[str, Any] = {}
     if pooling == "native":
         config.update(build_label_settings(names, outputs, task))
     elif architecture.add_pooling_layer:
@@ -169,9 +171,14 @@ def build_model(
         hide_padding(model)
         pool_before_head(model)
     else:
+        if source.quantization is not None:
+            settings = build_quantization_config(architecture)
+            extra |= {"quantization_config": settings, "device_map": {"": get_device()}}
         model, missing = load_class(source, kind, config, extra)
     if pooling != "native":
         model = _add_head(model, source, pooling, outputs)
+        if source.quantization is not None:
+            model.to(get_device())
     fresh = _list_fresh_modules(
         missing, source, architecture, list_unused_parts(model, architecture)
     )

@@ -21,6 +21,7 @@ from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.architectures import READ_AS, get_config_spec
 from hftl.models.encoders import accepts_attention_mask, get_encoder_class
 from hftl.models.image_architectures import IMAGE_HALVES
+from hftl.models.quantization import check_quantization
 from hftl.models.timm_architecture import (
     TIMM_WRAPPER,
     build_missing_timm_error,
@@ -135,6 +136,7 @@ class SourceModel:
         is_local: whether `name` is a folder.
         config: of the architecture that the checkpoint is read as: ViT for ViTMAE.
         architecture: the checkpoint's own model type.
+        quantization: how its frozen weights are held, see the recipe's section.
     """
 
     name: str
@@ -144,6 +146,7 @@ class SourceModel:
     is_local: bool
     config: Any
     architecture: str
+    quantization: str | None = None
 
     @property
     def model_type(self) -> str:
@@ -169,6 +172,8 @@ def find_source(source: Source, on_hub: bool = False) -> SourceModel:
     """
     from transformers import AutoConfig
 
+    if source.quantization is not None:
+        check_quantization()
     path = None if on_hub else paths.resolve_local_path(source.model, "source.model")
     if path is not None and not path.exists():
         where, fix = paths.explain_missing_path(source.model)
@@ -198,15 +203,18 @@ def find_source(source: Source, on_hub: bool = False) -> SourceModel:
     get_config_spec(config)
     if path is not None:
         return SourceModel(
-            source.model, path, source.revision, source.published_as, True, config, kind
-        )
+            source.model, path, source.revision, source.published_as, True, config, kind,
+            source.quantization,
+        )  # fmt: skip
     commit = folder.name
     for weights in WEIGHT_PATTERNS:
         folder = _download_snapshot(source.model, commit, [*CONFIG_PATTERNS, weights])
         if list(folder.glob(weights)):
             break
     public_id = source.published_as or source.model
-    return SourceModel(source.model, folder, commit, public_id, False, config, kind)
+    return SourceModel(
+        source.model, folder, commit, public_id, False, config, kind, source.quantization
+    )
 
 
 # Loading meets files of anybody's: the libraries check little, and each call fails in its own way.
@@ -358,11 +366,13 @@ UNHASHED_CONFIG_KEYS = ("_name_or_path", "name_or_path", "transformers_version")
 
 
 def hash_source_config(source: SourceModel) -> str:
-    """Return the hash of a source model's config.json, but for names, paths and versions.
+    """Return the hash of a source model's config.json, but for names, paths and versions, and of
+    how its weights are held.
 
     The file counts, and not the parsed config, to which every version of transformers adds keys.
     """
-    return fingerprint(_drop_unhashed_keys(read_json(source.folder / "config.json")))
+    config = _drop_unhashed_keys(read_json(source.folder / "config.json"))
+    return fingerprint(config if source.quantization is None else [config, source.quantization])
 
 
 def _drop_unhashed_keys(node: object) -> object:

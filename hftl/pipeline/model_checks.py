@@ -20,7 +20,7 @@ from hftl.models.heads import LoadedModel, get_encoder
 from hftl.models.lora import build_lora_config
 from hftl.pipeline.objectives import build_objective
 from hftl.publish import reload_check
-from hftl.publish.export import export_model
+from hftl.publish.export import describe_quantization, export_model
 from hftl.train.arguments import build_finetune_arguments, build_training_arguments
 
 SAMPLED_ROWS = 2000
@@ -120,8 +120,11 @@ def _select_two_rows(context: ExperimentContext) -> list[EncodedRow]:
 def _compute_logits(model: nn.Module, context: ExperimentContext, rows: list[EncodedRow]) -> Tensor:
     """Return the logits, those of words by the rows' words."""
     model.eval()
+    device = next(model.parameters()).device  # quantized weights lie where they are computed with
+    batch = context.inputs.collate([dict(row) for row in rows])
     with torch.no_grad():
-        logits = model(**context.inputs.collate([dict(row) for row in rows])).logits
+        logits = model(**{k: v.to(device) if isinstance(v, Tensor) else v
+                          for k, v in batch.items()}).logits.cpu()  # fmt: skip
     return torch.cat(context.inputs.split_outputs(logits, rows)).nan_to_num()
 
 
@@ -193,7 +196,9 @@ def _check_saving(context: ExperimentContext, built: LoadedModel, arm: Arm) -> N
     with tempfile.TemporaryDirectory() as folder:
         try:
             export_model(context, built.model, arm.finetune, Path(folder))
-            again = reload_check.load_folder(Path(folder), context.public_base.folder)
+            again = reload_check.load_folder(
+                Path(folder), context.public_base.folder, describe_quantization(context)
+            )
             reloaded = _compute_logits(again, context, rows).numpy()
         except HftlError:
             raise

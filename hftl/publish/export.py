@@ -36,6 +36,7 @@ from hftl.models.lora_concat import (
 )
 from hftl.models.pairs import EMBEDDING_SCALE, EmbeddingModel
 from hftl.models.pooled_model import PooledImageModel, PooledModel
+from hftl.models.quantization import build_quantization_config
 from hftl.models.timm_architecture import TIMM_WRAPPER, set_timm_image_size
 from hftl.publish.published_metadata import THRESHOLDS_KEY, drop_local_names
 from hftl.runtime.run_folder import to_json
@@ -49,6 +50,7 @@ class ReloadSample(TypedDict, total=False):
 
     They are `texts`, `words`, or the names of `images` beside the file, for a vision-language model
     with `prompts`; `token_ids` where this machine lacks a package that the processor needs.
+    `quantization` are the settings of the base's weights, where they are not whole.
     """
 
     logits: list[list[float]]
@@ -59,6 +61,7 @@ class ReloadSample(TypedDict, total=False):
     arguments: dict[str, bool]
     prompts: list[str]
     token_ids: list[list[int]]
+    quantization: dict[str, Any]
 
 
 def rebuild_model(
@@ -282,6 +285,9 @@ def write_reload_sample(context: ExperimentContext, logits: np.ndarray, folder: 
     chosen = select_sample_rows(context)
     finite = logits[np.isfinite(logits).all(1)].astype(np.float64)
     sample: ReloadSample = {"logits": finite.tolist()}
+    quantization = describe_quantization(context)
+    if quantization is not None:
+        sample["quantization"] = quantization
     if isinstance(context.inputs, ImageInputs):
         sample["arguments"] = context.inputs.arguments
         sample["images"] = []
@@ -301,6 +307,15 @@ def write_reload_sample(context: ExperimentContext, logits: np.ndarray, folder: 
     path = folder / "sample.json"
     path.write_text(to_json(sample), encoding="utf-8")
     return path
+
+
+def describe_quantization(context: ExperimentContext) -> dict[str, Any] | None:
+    """Return transformers' settings by which the source's weights are quantized; None: whole."""
+    source = context.source
+    if source.quantization is None:
+        return None
+    spec = source.architecture_spec.for_task(context.prepared.task)
+    return build_quantization_config(spec).to_dict()
 
 
 def _sort_name_lists(settings: dict[str, object]) -> dict[str, object]:

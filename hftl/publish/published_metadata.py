@@ -199,9 +199,16 @@ class PublishedFinetune(PublishedPart):
     class_weight: JsonValue = None
 
 
+class PublishedSource(PublishedPart):
+    """Hold what is read of the recipe's source."""
+
+    quantization: str | None = None
+
+
 class PublishedRecipe(PublishedPart):
     """Hold what is read of the recipe."""
 
+    source: PublishedSource = PublishedSource()
     data: PublishedInputs = PublishedInputs()
     finetune: PublishedFinetune = PublishedFinetune()
 

@@ -31,6 +31,7 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -104,26 +105,32 @@ class LoadedBase:
     unexpected: frozenset[str]
 
 
-def load_folder(folder: Path, base: Path | None) -> PublishedModel:
+def load_folder(
+    folder: Path, base: Path | None, quantization: dict[str, Any] | None = None
+) -> PublishedModel:
     """Load the model of a published folder, in eval mode and fp32.
 
     Args:
         folder: holds an adapter or a whole model, its config, and perhaps head.safetensors.
         base: the folder of the base; needed by an adapter only.
+        quantization: settings by which the base's weights are quantized; None: they are whole.
     """
     if not (folder / "adapter_config.json").exists():
         return attach_head(folder, load_base(folder, folder).model)
     assert base is not None
-    return attach_head(folder, PeftModel.from_pretrained(load_base(folder, base).model, folder))
+    settings = None if quantization is None else BitsAndBytesConfig.from_dict(quantization)
+    model = load_base(folder, base, quantization=settings).model
+    return attach_head(folder, PeftModel.from_pretrained(model, folder))
 
 
-def load_base(folder: Path, base: Path, config: Any = None) -> LoadedBase:
+def load_base(folder: Path, base: Path, config: Any = None, quantization: Any = None) -> LoadedBase:
     """Load what an adapter goes on, or the whole model where `base` is the folder itself.
 
     Args:
         folder: of the adapter or model.
         base: of the weights.
         config: of the model, with its labels and class; None takes the folder's.
+        quantization: transformers' settings of it; None: the weights are whole.
     """
     pooled = (folder / "head.safetensors").exists()
     config = AutoConfig.from_pretrained(folder) if config is None else config
@@ -132,6 +139,8 @@ def load_base(folder: Path, base: Path, config: Any = None) -> LoadedBase:
     # base's own, but where the base is of an architecture that hides patches.
     own = pooled and (_names_image_half(config) or _has_type(base, config.model_type))
     known = {} if base == folder or own else {"config": config}
+    if quantization is not None:
+        known["quantization_config"] = quantization
     model, report = auto.from_pretrained(
         base, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False,
         output_loading_info=True, **known,
@@ -279,10 +288,11 @@ def main(folder: Path, base: Path, sample: Path, device: str) -> None:
     The texts run alone and all together, and the nearer one counts: a head of large weights makes
     the rounding of another shape of batch visible, and an encoder without a mask reads padding.
     """
-    expected = torch.tensor(json.loads(sample.read_text(encoding="utf-8"))["logits"])
+    content = json.loads(sample.read_text(encoding="utf-8"))
+    expected = torch.tensor(content["logits"])
     # Other weights must be drawn for whatever the folder lacks, or the lack would not show.
     torch.manual_seed(20_010_101)
-    model = load_folder(folder, base).to(device)
+    model = load_folder(folder, base, content.get("quantization")).to(device)
     differences = [
         float((compute_sample_logits(model, batches, device) - expected).abs().max())
         for batches in (build_sample_batches(folder, sample, alone) for alone in (True, False))

@@ -1,0 +1,144 @@
+"""Check sources whose frozen weights are held in 4 bits: what is refused, and a run on a CPU."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import bench_of, sentences, write_csv
+from support.tiny import save_tiny, tiny_config
+from transformers import AutoModel
+from typer.testing import CliRunner
+
+import hftl
+from hftl.card.snippets import render_plain_snippet
+from hftl.cli import app
+from hftl.config.recipe import Recipe
+from hftl.errors import RecipeError
+from hftl.finetune.trainable import apply_strategy
+from hftl.models import quantization
+from hftl.models.source import find_source
+from hftl.pipeline import pipeline
+from hftl.publish import reload_check
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return write_csv(tmp_path / "t.csv", ["text", "label"], sentences(60)) or tmp_path / "t.csv"
+
+
+def make_recipe(model: Path, table: Path, **more: Any) -> Recipe:
+    training = {"num_train_epochs": 1, "learning_rate": 1e-2, "bf16": False}
+    return Recipe.parse({
+        "source": {"model": str(model), "quantization": "4bit", "published_as": "org/base"},
+        "data": {"train": {"path": str(table)}},
+        "finetune": {"training": training} | more.pop("finetune", {}),
+        "measure": {"seeds": [0], "arms": []} | more.pop("measure", {}), **more,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cpu", "source.quantization=4bit needs a CUDA GPU, and the device here is cpu"),
+        ("cuda", "needs bitsandbytes, which is not installed. pip install 'hftl"),
+    ],
+)
+def test_what_is_missing_here_is_one_line(
+    device: str, message: str, bert: Path, table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization, "get_device", lambda: device)
+    monkeypatch.setattr(quantization, "find_spec", lambda _: None)
+    with pytest.raises(RecipeError, match=message):
+        find_source(make_recipe(bert, table).source)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"finetune": {"strategy": "full"}}, "cannot train, and finetune.strategy=full trains"),
+        ({"finetune": {"strategy": "head"}}, "published as an adapter .*strategy=head makes none"),
+        ({"measure": {"arms": [{"top": {"finetune.strategy": "partial"}}]}},
+         r"measure\.arms\.top: .*finetune.strategy=partial trains them"),
+        ({"adapt": {"objective": "mlm"}}, "and adapt reads or changes them in fp32"),
+        ({"retain": {"kl": {"on": "relational"}}}, "and retain reads or changes them in fp32"),
+    ],
+)  # fmt: skip
+def test_only_adapters_train_on_quantized_weights(
+    more: dict[str, Any], message: str, bert: Path, table: Path
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make_recipe(bert, table, **more)
+    recipe = make_recipe(bert, table, measure={"arms": ["scratch", "head"]})
+    assert [arm.name for arm in recipe.arms] == ["lora", "scratch", "classical", "head"]
+
+
+def test_schema_names_the_key_and_other_values_are_refused(bert: Path, table: Path) -> None:
+    schema = json.loads(CliRunner().invoke(app, ["schema", "recipe"]).output)
+    key = schema["$defs"]["Source"]["properties"]["quantization"]
+    assert {"const": "4bit", "type": "string"} in key["anyOf"] and key["default"] is None
+    tree = make_recipe(bert, table).to_dict() | {"source": {"model": "x", "quantization": "8bit"}}
+    with pytest.raises(RecipeError, match="'source.quantization': input should be '4bit'"):
+        Recipe.parse(tree)
+
+
+@pytest.mark.parametrize("pooling", ["native", "mean"])
+def test_card_loads_the_base_as_it_was_trained_on(pooling: str) -> None:
+    code = render_plain_snippet(
+        "publish", "org/base", "0123", pooling, 2, True, "text", '"A text."', architecture="llama",
+        quantized=True,
+    )  # fmt: skip
+    compile(code, "snippet", "exec")
+    assert 'bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["score"]' in code
+    assert (
+        "AutoTokenizer, BitsAndBytesConfig\n" in code and 'return_tensors="pt").to("cuda")' in code
+    )
+    assert (', "cuda")' in code) == (pooling == "mean")
+
+
+def reload_here(folder: Path, base: Path, sample: Path, device: str) -> float:
+    """Reload in this process, whose kernels are set."""
+    content = json.loads(sample.read_text("utf-8"))
+    model = reload_check.load_folder(folder, base, content["quantization"]).to(device)
+    batches = reload_check.build_sample_batches(folder, sample, alone=True)
+    logits = reload_check.compute_sample_logits(model, batches, device)
+    expected = torch.tensor(content["logits"])
+    return float((logits - expected).abs().max()) / max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "pooling"), [("llama", "native"), ("bert", "mean"), ("bert", "native")]
+)
+def test_run_on_quantized_weights_reloads(
+    name: str, pooling: str, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run bitsandbytes' kernels for CPUs, in the place of a GPU's."""
+    bnb = pytest.importorskip("bitsandbytes", reason="needs pip install 'hftl[quantization]'")
+    # On some CPUs evaluation packs the weights anew, so that they cannot train any more.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    monkeypatch.setattr("hftl.pipeline.evaluate.measure_reload_difference", reload_here)
+    monkeypatch.setattr("hftl.models.source.check_quantization", lambda: None)
+    monkeypatch.setattr("hftl.inference.load.check_quantization", lambda: None)
+    # The kernels take widths that 32 divides.
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+    save_tiny(name, tmp_path / name)
+    AutoModel.from_config(tiny_config(name, **sizes)).save_pretrained(tmp_path / name)
+    recipe = make_recipe(
+        tmp_path / name, table, finetune={"pooling": pooling}, measure={"arms": ["scratch", "head"]}
+    )
+    context = bench_of(recipe)
+    built = context.build_model(pooling, 0)
+    model = apply_strategy(built.model, recipe.finetune, built.fresh)
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(layers) == 3 * (7 if name == "llama" else 6)
+    assert all(layer.weight.dtype == torch.uint8 for layer in layers)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    record = pipeline.run(recipe, tmp_path / "run")
+    assert record is not None and record["reload_difference"] < 1e-5
+    card = (tmp_path / "run" / "publish" / "README.md").read_text("utf-8")
+    assert "held in 4 bits" in card and "BitsAndBytesConfig(" in card
+    config = json.loads((tmp_path / "run" / "publish" / "config.json").read_text("utf-8"))
+    assert "quantization_config" not in config
+    assert hftl.load(tmp_path / "run", tmp_path / name).predict(["a good film"])
