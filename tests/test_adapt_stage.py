@@ -1,6 +1,5 @@
 """Run one adaptation: guarded, its head warmed, and the same however often it was stopped."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,13 +24,16 @@ from support.adaptations import (
 
 from hftl.adapt import adaptation
 from hftl.adapt.encoder_io import merge_encoder_state
-from hftl.adapt.guard import GuardedCheckpoint, GuardRule, find_complete_checkpoint
+from hftl.adapt.guard import GuardedCheckpoint, GuardRule
 from hftl.errors import NumericError
+from hftl.train import step_checkpoint
 from hftl.train.checkpoint import BestWeightsCallback
+from hftl.train.step_checkpoint import CheckpointSpec, find_checkpoint
 from hftl.train.trainer import TransferTrainer
 
 Tiny = Callable[..., Path]
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
+KEY = {"of": "a test"}
 
 
 class Adaptation:
@@ -122,7 +124,7 @@ def test_resume_reaches_the_same_weights(
     for step in stops:
         run.stop_at(step)
     if stops == [10]:
-        assert find_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
+        assert find_checkpoint(tmp_path, KEY) == tmp_path / "step-8"
     expected = whole(objective, method)
     assert_same(run(), expected)
     facts = expected[0]
@@ -130,13 +132,12 @@ def test_resume_reaches_the_same_weights(
     assert [evaluation["step"] for evaluation in facts["history"]] == [0, 3, 6, 9, 12, 15, 18]
     assert all(evaluation["general"] is not None for evaluation in facts["history"])
     # No more than two checkpoints stay, and each holds what trains and nothing else.
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-16", "checkpoint-18"]
-    folder = tmp_path / "checkpoint-18"
-    assert {"model.safetensors", "optimizer.pt", "kept.safetensors", "seen.json"} <= {
-        path.name for path in folder.iterdir()
-    }
-    for name in ("model.safetensors", "kept.safetensors"):
-        assert load_file(folder / name).keys() == expected[1].keys()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-12", "step-16"]
+    folder = tmp_path / "step-16"
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+    assert load_file(folder / "weights.safetensors").keys() == expected[1].keys()
+    held = load_file(folder / "callbacks.safetensors").keys()
+    assert {name.split(".", 1)[1] for name in held} == expected[1].keys()
     if method == "lora":
         assert any("lora_A" in name for name in expected[1])
         assert not any("base_layer" in n or "embeddings" in n for n in expected[1])
@@ -146,62 +147,43 @@ def test_resume_without_the_random_state_reaches_other_weights(
     run: Adaptation, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Show that dropout and masks depend on it: else the test above could not fail."""
-    monkeypatch.setattr(TransferTrainer, "_load_rng_state", lambda *_: None)
+    monkeypatch.setattr(TransferTrainer, "load_checkpoint_random_state", lambda *_: None)
     run.stop_at(10)
     _, weights = run()
     assert any(not torch.equal(tensor, whole()[1][name]) for name, tensor in weights.items())
 
 
-@pytest.mark.parametrize("more", [{"max_steps": 8}, {"patience": 1, "learning_rate": 3.0}])
-def test_finished_adaptation_takes_no_further_step(
-    more: dict[str, Any], tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_adaptation_that_was_lost_after_its_end_ends_the_same(
+    tiny_model: Tiny, tmp_path: Path
 ) -> None:
-    """End it at a step that is not an epoch's end, or by patience."""
+    """Stop by patience, at step 8; what follows the training may be cut off as well."""
+    more = {"patience": 2, "learning_rate": 3.0}
     run = Adaptation("mlm", "full", tiny_model(), tmp_path, eval_steps=4, **more)
     first = run()
-    assert first[0]["steps"] == more.get("max_steps", 4)
-    monkeypatch.setattr(TransferTrainer, "training_step", lambda *_: pytest.fail("it trains"))
-    again = run()
-    assert again[0] == first[0]
-    if first[0]["kept"] == "adapted":
-        assert_same(again, first)
+    assert first[0]["steps"] == 8
+    assert_same(run(), first)
 
 
-@pytest.mark.parametrize("limit", [{}, {"save_total_limit": 1}])
+@pytest.mark.parametrize("place", ["state", "fsync"])
 def test_unfinished_checkpoint_is_ignored(
-    limit: dict[str, Any], whole: Any, tiny_model: Tiny, tmp_path: Path
+    place: str, run: Adaptation, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Find the one before it still there, whatever limit the recipe sets."""
-    run = Adaptation("mlm", "full", tiny_model(), tmp_path, general=True, **limit)
-    save, calls = GuardedCheckpoint.on_save, iter(range(1, 100))
+    """Find the one before it still there, and of the first one nothing before its last byte."""
+    write, calls = step_checkpoint.write_training_state, iter(range(1, 100))
 
-    def interrupt_third(self: GuardedCheckpoint, *args: Any, **kwargs: Any) -> None:
-        """Stop when transformers has written its files of the checkpoint, and hftl none."""
+    def interrupt(*args: Any) -> None:
+        if place == "fsync":
+            raise KeyboardInterrupt
+        write(*args)
         if next(calls) == 3:
             raise KeyboardInterrupt
-        save(self, *args, **kwargs)
 
-    run.interrupt(GuardedCheckpoint, "on_save", interrupt_third)
-    broken = tmp_path / "checkpoint-12"
-    assert (broken / "model.safetensors").exists()
-    assert find_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
-    if limit:
-        return
-    for name in ("model.safetensors", "optimizer.pt"):
-        os.truncate(broken / name, 100)
-    (broken / "rng_state.pth").unlink()
-    assert_same(run(), whole())
-
-
-def test_checkpoint_is_complete_with_the_last_byte_of_its_last_file(
-    run: Adaptation, whole: Any, tmp_path: Path
-) -> None:
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    run.interrupt(os, "fsync", interrupt)
-    assert (tmp_path / "checkpoint-4" / "kept.safetensors").exists()
-    assert find_complete_checkpoint(tmp_path) is None
+    if place == "fsync":
+        run.interrupt(os, "fsync", interrupt)
+    else:
+        run.interrupt(step_checkpoint, "write_training_state", interrupt)
+    expected = [] if place == "fsync" else ["step-4", "step-8"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == expected
     assert_same(run(), whole())
 
 
@@ -261,8 +243,7 @@ def test_original_stays_where_nothing_passes_the_guard(tiny_model: Tiny, tmp_pat
     assert facts["steps"] == 6, "two evaluations of three steps, none of them better"
     assert facts["history"][1]["target"] < facts["history"][0]["target"]
     assert facts["why"].startswith("the guard (probe) was below")
-    assert not (tmp_path / "checkpoint-4" / "kept.safetensors").exists()
-    assert len(json.loads((tmp_path / "checkpoint-4" / "seen.json").read_text())) == 2
+    assert not load_file(tmp_path / "step-4" / "callbacks.safetensors"), "no weights are held"
 
 
 def test_general_loss_guards(tiny_model: Tiny, tmp_path: Path) -> None:
@@ -270,7 +251,7 @@ def test_general_loss_guards(tiny_model: Tiny, tmp_path: Path) -> None:
     model, task = load_objective("mlm", source), build_task("mlm", source, general=True)
     facts = adaptation.adapt_encoder(
         model, task, build_stage("mlm", max_steps=3), GuardRule("general", 0.1), None, 3, "cpu",
-        tmp_path,
+        CheckpointSpec(tmp_path, KEY),
     )  # fmt: skip
     assert all(seen["guard"] == -seen["general"] for seen in facts["history"])
     general = replace(task, held_out=task.general)  # pyright: ignore

@@ -42,7 +42,7 @@ def test_scratch_trains_longer_and_each_rate_of_the_search_for_a_third(
     predicted: list[tuple[str, ...]] = []
 
     def train_model(
-        context: Any, built: Any, finetune: Finetune, *_: Any, compared: bool,
+        context: Any, built: Any, finetune: Finetune, *_: Any, compared: bool, checkpoints: Any,
         splits: Sequence[str],
     ) -> ArmOutput:  # fmt: skip
         trainings.append(training := finetune.training)

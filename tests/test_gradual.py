@@ -16,15 +16,14 @@ from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError
 from hftl.finetune import gradual
 from hftl.finetune.arm import train_arm
-from hftl.finetune.gradual import GradualCheckpoint
 from hftl.finetune.trainable import prepare, split_phases
 from hftl.pipeline.pipeline import run
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.regularizer import Retention
 from hftl.retain.weights import L2SP
-from hftl.runtime import run_folder
 from hftl.train.checkpoint import BestWeightsCallback
 from hftl.train.optimizer import compute_depths
+from hftl.train.step_checkpoint import CheckpointSpec, find_checkpoint
 from hftl.train.trainer import TransferTrainer
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
@@ -226,14 +225,14 @@ def test_phase_without_an_evaluation_is_judged_at_its_end(context: Any) -> None:
 def test_stopped_training_continues_to_the_same_weights(
     context: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stopped: int
 ) -> None:
-    def train(state: GradualCheckpoint | None) -> Any:
+    def train(state: CheckpointSpec | None) -> Any:
         retention = Retention([KLToOriginal(0.5), L2SP(0.1)])
         return train_arm(context, make_section(), 0, retention, state)
 
     with monkeypatch.context() as patch:
         set_scores(patch, RISING)
         whole = train(None)
-    state = GradualCheckpoint(tmp_path / "state", {"of": "a test"})
+    state = CheckpointSpec(tmp_path / "state", {"of": "a test"})
     save, saved = gradual._save_progress, []
 
     def save_and_stop(*args: Any) -> None:
@@ -246,14 +245,14 @@ def test_stopped_training_continues_to_the_same_weights(
         patch.setattr(gradual, "_save_progress", save_and_stop)
         set_scores(patch, RISING)
         train(state)
-    assert json.loads((tmp_path / "state" / "state.json").read_text())["phase"] == stopped
+    newest = tmp_path / "state" / "phases" / f"step-{stopped}"
+    assert find_checkpoint(newest.parent, state.cache_key) == newest
     set_scores(monkeypatch, RISING[stopped:])
     recorded = record_phases(monkeypatch)
     resumed = train(state)
     assert len(recorded) == 4 - stopped
     assert resumed.facts == whole.facts
     assert all(torch.equal(tensor, resumed.weights[n]) for n, tensor in whole.weights.items())
-    assert run_folder.read_stage_inputs(tmp_path / "state") == {"of": "a test"}
 
 
 def test_stopped_run_ends_with_the_same_files(
@@ -266,7 +265,7 @@ def test_stopped_run_ends_with_the_same_files(
     train = TransferTrainer.train
 
     def stop_after_a_phase(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        if (tmp_path / "parts/checkpoints/gradual-seed0/MANIFEST.json").exists():
+        if (tmp_path / "parts/checkpoints/gradual-seed0/phases/step-1").exists():
             raise KeyboardInterrupt
         return train(trainer, *args, **kwargs)
 

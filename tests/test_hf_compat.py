@@ -44,7 +44,9 @@ PRIVATE = {
     **dict.fromkeys(
         ("_prepare_inputs", "_train_batch_size", "_remove_unused_columns", "_save",
          "_get_collator_with_removed_columns", "_get_num_items_in_batch", "_load_from_checkpoint",
-         "_get_train_sampler", "_get_grad_norm"), Trainer),
+         "_get_train_sampler", "_get_grad_norm", "_load_optimizer_and_scheduler", "_load_rng_state",
+         "_maybe_log_save_evaluate"), Trainer),
+    **dict.fromkeys(("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")),
 }  # fmt: skip
 """Every private member that hftl uses, and what has it; None: an argument, or set by accelerate."""
 

@@ -234,7 +234,9 @@ def test_no_worker_outlives_the_block_or_its_parent(tmp_path: Path) -> None:
     (tmp_path / "patient.py").write_text(
         "import sys, time\n"
         "from hftl.runtime.workers import follow_parent\n"
-        "def main():\n    follow_parent()\n    print(sys.argv[1], flush=True)\n    time.sleep(60)\n"
+        "def main():\n    follow_parent()\n"
+        # In one write: another worker's must not come between the number and the line's end.
+        "    sys.stdout.write(sys.argv[1] + '\\n')\n    sys.stdout.flush()\n    time.sleep(60)\n"
     )
     output, environment = tmp_path / "out.txt", dict(os.environ)
     sys.path.append(str(tmp_path))

@@ -197,6 +197,12 @@ def test_stopped_adaptation_reaches_the_same_weights(ranks: list[Results]) -> No
     assert [rank["resumed"] for rank in ranks] == [True, True]
 
 
+def test_signal_to_one_rank_stops_both_after_a_checkpoint_that_ends_the_same(
+    ranks: list[Results],
+) -> None:
+    assert [rank["resumed training"] for rank in ranks] == [True, True]
+
+
 def test_gradual_unfreezing_changes_the_same_and_ends_the_same(
     ranks: list[Results], single: Results
 ) -> None:

@@ -3,21 +3,18 @@
 import math
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from hftl.adapt.guard import (
     AdaptationResult,
     GuardedCheckpoint,
     GuardRule,
     HeadTraining,
-    find_complete_checkpoint,
 )
 from hftl.config.adapt import Adapt
 from hftl.errors import RecipeError
@@ -28,6 +25,7 @@ from hftl.train.arguments import EVAL_BATCH_SIZE, build_training_arguments
 from hftl.train.callbacks import replace_progress_callbacks, time_forward, time_step
 from hftl.train.checkpoint import BestWeightsCallback
 from hftl.train.loss import select_model_inputs
+from hftl.train.step_checkpoint import CheckpointSpec, CheckpointWriter
 from hftl.train.trainer import TransferTrainer
 
 MAX_EVALUATIONS = 10
@@ -56,6 +54,7 @@ class AdaptationData:
 
 def train_new_head(
     model: Any, fresh: tuple[str, ...], task: AdaptationData, stage: Adapt, seed: int, device: str,
+    checkpoints: CheckpointSpec | None = None,
 ) -> HeadTraining:  # fmt: skip
     """Train the head's weights that the source lacks until its held-out loss levels off.
 
@@ -69,6 +68,7 @@ def train_new_head(
         stage: the recipe's section.
         seed: of the order and the masks.
         device: where it trains.
+        checkpoints: where they are; None: nowhere.
     """
     model.requires_grad_(False)
     for name, parameter in model.head_parameters().items():
@@ -89,6 +89,7 @@ def train_new_head(
             precision | {"per_device_train_batch_size": batch}, defaults, folder, seed, device
         )
         trainer = _build_trainer(model, args, task, best, task.held_out)
+        trainer.checkpoints = None if checkpoints is None else CheckpointWriter(checkpoints)
         trainer.train()
     _remove_autocast(trainer, model)
     best.restore(model)
@@ -105,9 +106,9 @@ def adapt_encoder(
     measure: Callable[[], float] | None,
     seed: int,
     device: str,
-    folder: Path,
+    checkpoints: CheckpointSpec,
 ) -> AdaptationResult:
-    """Train the trainable weights under the guard; resume from the newest complete checkpoint.
+    """Train the trainable weights under the guard; continue from the newest whole checkpoint.
 
     Args:
         model: the objective, its head warmed and its trainable parameters chosen.
@@ -117,21 +118,23 @@ def adapt_encoder(
         measure: returns the guard's value of the current model; None where the rule needs none.
         seed: of the order, the masks and the dropout.
         device: where it trains.
-        folder: for checkpoints.
+        checkpoints: where they are.
 
     Raises:
         NumericError: when a loss is not finite.
     """
     safe = GuardedCheckpoint(rule, measure, stage.patience)
-    args = _build_guarded_arguments(stage, len(task.train), folder, seed, device)  # pyright: ignore
-    last = distributed.broadcast_from_main(lambda: find_complete_checkpoint(folder))
+    rows: Any = task.train
+    args = _build_guarded_arguments(stage, len(rows), str(checkpoints.folder), seed, device)
+    writer = CheckpointWriter(replace(checkpoints, every=int(stage.training.get("save_steps", 0))))
     # The first evaluation is the start, which what was stopped has behind it.
-    args.eval_on_start = last is None
+    args.eval_on_start = writer.last is None
     # The guard reads the general loss when the target's comes: evaluate it first.
     held = {"general": task.general} if task.general is not None else {}
     trainer = _build_trainer(model, args, task, safe, {**held, "target": task.held_out})
+    trainer.checkpoints = writer
     set_seed(seed)
-    _run_training(trainer, safe, last)
+    trainer.train()
     _remove_autocast(trainer, model)
     adapted = safe.restore(model)
     return AdaptationResult(
@@ -149,25 +152,20 @@ def adapt_encoder(
 
 
 def _build_guarded_arguments(
-    stage: Adapt, rows: int, folder: Path, seed: int, device: str
+    stage: Adapt, rows: int, folder: str, seed: int, device: str
 ) -> TrainingArguments:
-    """Return the arguments of a training that is evaluated and saved `MAX_EVALUATIONS` times."""
+    """Return the arguments of a training that is evaluated `MAX_EVALUATIONS` times."""
     steps = count_steps(stage, rows)
     interval = max(1, math.ceil(steps / MAX_EVALUATIONS))
     defaults = {
         "per_device_train_batch_size": TRAIN_BATCH_SIZE,
         "eval_steps": interval,
-        "save_strategy": "steps",
-        "save_steps": interval,
-        "save_total_limit": 2,
     }
-    args = _build_arguments(stage.training, defaults, str(folder), seed, device)
+    args = _build_arguments(stage.training, defaults, folder, seed, device)
     if 0 < args.warmup_steps * steps < 1 and args.warmup_steps < 1:
         # transformers rounds up, and the first step of a warm-up has rate 0: the only one, or one
         # of a few.
         args.warmup_steps = 0
-    # The Trainer deletes an old checkpoint before the new one is complete.
-    args.save_total_limit = max(2, args.save_total_limit or 2)
     return args
 
 
@@ -181,20 +179,6 @@ def count_steps(stage: Adapt, rows: int) -> int:
     )
     epoch = math.ceil(math.ceil(rows / batch) / training.get("gradient_accumulation_steps", 1))
     return max(1, math.ceil(epoch * training["num_train_epochs"]))
-
-
-def _run_training(trainer: TransferTrainer, safe: GuardedCheckpoint, last: Path | None) -> None:
-    """Train from the start, or from the last checkpoint unless training had ended there."""
-    if last is None:
-        trainer.train()
-        return
-    safe.resume(last)
-    state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
-    if safe.is_exhausted or state.global_step >= state.max_steps:
-        # The Trainer would take another step before it looks whether it may.
-        trainer.state = state
-    else:
-        trainer.train(resume_from_checkpoint=str(last))
 
 
 def _build_arguments(

@@ -5,16 +5,12 @@ the loss alone must not choose. Every evaluation is held against the start, the 
 under a warmed head; those that fail the guard are out, and the original stays where none is left.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from hftl.errors import NumericError
 from hftl.measure.record import (
@@ -26,12 +22,9 @@ from hftl.measure.record import (
     Number,
     OpenPart,
 )
-from hftl.runtime.distributed import broadcast_from_main, gather_values, is_main
-from hftl.runtime.run_folder import write_text
-from hftl.train.checkpoint import iterate_trainable
+from hftl.runtime.distributed import broadcast_from_main
+from hftl.train.checkpoint import CallbackState, StatefulCallback, iterate_trainable
 
-BEST_WEIGHTS_FILE = "kept.safetensors"
-EVALUATIONS_FILE = "seen.json"
 MAX_EXPONENT = 700.0
 """Above this loss exp leaves the range of floats."""
 
@@ -109,10 +102,10 @@ def _get_guard(seen: AdaptationEvaluation) -> float:
     return seen.guard
 
 
-class GuardedCheckpoint(TrainerCallback):
+class GuardedCheckpoint(StatefulCallback):
     """Hold the trainable weights of the best allowed evaluation; stop when none improves.
 
-    The first evaluation is the start. Every checkpoint holds these weights too.
+    The first evaluation is the start.
 
     Args:
         rule: decides which weights are allowed.
@@ -176,24 +169,15 @@ class GuardedCheckpoint(TrainerCallback):
         if self.is_exhausted:
             control.should_training_stop = True
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Write the held weights beside the checkpoint; `seen.json`, written last, completes it."""
-        gather_values(None)  # Every process has written its random state.
-        if not is_main():
-            return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self._weights:
-            save_file(
-                {k: v.contiguous() for k, v in self._weights.items()}, folder / BEST_WEIGHTS_FILE
-            )
-        write_text(folder / EVALUATIONS_FILE, json.dumps([asdict(seen) for seen in self.history]))
+    def dump_state(self) -> CallbackState:
+        """Return the evaluations, and the held weights."""
+        history = [asdict(evaluation) for evaluation in self.history]
+        return {"history": history, "general": self._general}, self._weights
 
-    def resume(self, folder: Path) -> None:
-        """Load the held weights and the evaluations of a checkpoint."""
-        rows = json.loads((folder / EVALUATIONS_FILE).read_text(encoding="utf-8"))
-        self.history = [AdaptationEvaluation(**row) for row in rows]
-        if (folder / BEST_WEIGHTS_FILE).exists():
-            self._weights = load_file(folder / BEST_WEIGHTS_FILE)
+    def load_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take back what `dump_state` returned."""
+        self.history = [AdaptationEvaluation(**row) for row in values["history"]]
+        self._general, self._weights = values["general"], tensors
 
     def restore(self, model: nn.Module) -> bool:
         """Restore the held weights; return False if the start, the source's weights, is best."""
@@ -202,12 +186,6 @@ class GuardedCheckpoint(TrainerCallback):
         for name, parameter in iterate_trainable(model):
             parameter.copy_(self._weights[name])
         return True
-
-
-def find_complete_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that is complete; None if there is none."""
-    complete = [path for path in folder.glob("checkpoint-*") if (path / EVALUATIONS_FILE).exists()]
-    return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
 
 
 class HeadTraining(OpenPart):

@@ -22,7 +22,7 @@ from hftl.errors import NumericError, RecipeError, format_error_line
 from hftl.finetune.arm_files import ArmOutput, collect_trained_tensors
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.frozen_prefix import FrozenPrefix
-from hftl.finetune.gradual import GradualCheckpoint, fit_gradual
+from hftl.finetune.gradual import fit_gradual
 from hftl.finetune.guard_metrics import score_validation
 from hftl.finetune.interpolate import select_alpha
 from hftl.finetune.pretraining_heads import embed_compared_rows
@@ -50,6 +50,7 @@ from hftl.train.checkpoint import (
     iterate_trainable,
 )
 from hftl.train.facts import TargetScaleFacts, TrainingFacts
+from hftl.train.step_checkpoint import CheckpointSpec, CheckpointWriter
 from hftl.train.trainer import TransferTrainer
 
 
@@ -105,7 +106,7 @@ def _collect_head(
 
 def train_arm(
     context: ExperimentContext, finetune: Finetune, seed: int,
-    retention: Retention | None = None, state: GradualCheckpoint | None = None,
+    retention: Retention | None = None, checkpoints: CheckpointSpec | None = None,
     compared: bool = True, splits: Sequence[str] = MEASURED_SPLITS,
     measure_forgetting: Callable[[LoadedModel], float] | None = None,
 ) -> ArmOutput:  # fmt: skip
@@ -116,7 +117,7 @@ def train_arm(
         finetune: the recipe's section.
         seed: of shots, order and initialisation.
         retention: what keeps it near its original; of this training alone.
-        state: where gradual unfreezing keeps how far it has come.
+        checkpoints: where they are, from the newest of which training continues; None: nowhere.
         compared: see `train_model`.
         splits: see `train_model`.
         measure_forgetting: see `train_model`.
@@ -127,14 +128,22 @@ def train_arm(
     model = apply_strategy(built.model, finetune, built.fresh)
     built = LoadedModel(model, built.architecture, built.pooling, built.fresh)
     return train_model(
-        context, built, finetune, seed, retention, compared, state, splits, measure_forgetting
+        context,
+        built,
+        finetune,
+        seed,
+        retention,
+        compared,
+        checkpoints,
+        splits,
+        measure_forgetting,
     )
 
 
 def train_model(
     context: ExperimentContext, built: LoadedModel, finetune: Finetune, seed: int,
     retention: Retention | None = None, compared: bool = True,
-    state: GradualCheckpoint | None = None, splits: Sequence[str] = MEASURED_SPLITS,
+    checkpoints: CheckpointSpec | None = None, splits: Sequence[str] = MEASURED_SPLITS,
     measure_forgetting: Callable[[LoadedModel], float] | None = None,
 ) -> ArmOutput:  # fmt: skip
     """Train a prepared model, keep its best evaluation on validation, and predict in fp32.
@@ -149,9 +158,9 @@ def train_model(
     if scale is not None:
         if retention.reference is not None:
             scale.standardize_head(retention.reference)
-        # Weights in another unit are not what a stopped training goes on from.
-        state = state and replace(
-            state, cache_key={**state.cache_key, "target_scale": asdict(scale)}
+        # Weights in another unit are not what a stopped training continues from.
+        checkpoints = checkpoints and replace(
+            checkpoints, cache_key={**checkpoints.cache_key, "target_scale": asdict(scale)}
         )
     trained = iterate_trainable(built.model) if retention.alphas else ()
     start = {name: tensor.clone() for name, tensor in trained}
@@ -172,11 +181,13 @@ def train_model(
             _build_trainer, context, built, best, finetune, seed, retention, scale, prefix
         )
         if finetune.spec.schedule == "phases":
-            phased = partial(fit_gradual, built.model, make, args, best, finetune.gradual, state)
+            phased = partial(
+                fit_gradual, built.model, make, args, best, finetune.gradual, checkpoints
+            )
             trainer, history = _run_training(phased)
             epochs = history[-1]["epoch"]
         else:
-            trainer = _fit_at_once(built.model, make(args), best)
+            trainer = _fit_at_once(built.model, make(args), best, checkpoints)
             history, epochs = trainer.state.log_history, trainer.state.epoch
     if whole is not built.model:
         weights = gather_trainable_state(built.model, trainer.accelerator)
@@ -223,9 +234,15 @@ def _list_rows_of_training(
 
 
 def _fit_at_once(
-    model: nn.Module, trainer: TransferTrainer, best: BestWeightsCallback
-) -> TransferTrainer:
-    """Train all that is open from start to end, and restore the best evaluation's weights."""
+    model: nn.Module, trainer: TransferTrainer, best: BestWeightsCallback,
+    checkpoints: CheckpointSpec | None,
+) -> TransferTrainer:  # fmt: skip
+    """Train all that is open from start to end, and restore the best evaluation's weights.
+
+    FSDP cuts weights and optimizer into pieces: there a stopped training starts over.
+    """
+    if checkpoints is not None and not is_sharded():
+        trainer.checkpoints = CheckpointWriter(checkpoints)
     _run_training(trainer.train)
     # accelerate leaves its autocast around forward; predictions are made in fp32.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)

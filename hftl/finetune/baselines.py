@@ -30,6 +30,7 @@ from hftl.finetune.trainable import apply_strategy
 from hftl.measure.metrics import METRICS, SELECTION_METRICS, compute_all_metrics
 from hftl.runtime.progress import show_activity
 from hftl.train.facts import ScratchSearch, TrainingFacts, TriedRate
+from hftl.train.step_checkpoint import CheckpointSpec
 
 CS = np.logspace(-2, 4, 7)
 ALPHAS = np.logspace(-3, 3, 7)
@@ -172,14 +173,14 @@ MAX_EXTRA_RATES = 2
 WARMUP_SHARE = 0.1
 
 
-RateAttempt = Callable[[float, Callable[[], TriedRate]], TriedRate]
+RateAttempt = Callable[[float, Callable[[CheckpointSpec | None], TriedRate]], TriedRate]
 """Returns what a learning rate has come to, from an earlier attempt or by making one."""
 
 
 def search_rate(
     context: ExperimentContext, finetune: Finetune, search: Search, seed: int,
     say: Callable[[str], None] = lambda line: None,
-    attempt: RateAttempt = lambda rate, make: make(),
+    attempt: RateAttempt = lambda rate, make: make(None),
 ) -> ScratchSearch:  # fmt: skip
     """Try each rate once and choose by validation, as epochs are chosen.
 
@@ -227,25 +228,26 @@ def propose_rate(tried: list[TriedRate], best: float) -> float | None:
 
 def _try_rate(
     context: ExperimentContext, finetune: Finetune, search: Search, rate: float, seed: int,
-    title: str, say: Callable[[str], None],
+    title: str, say: Callable[[str], None], checkpoints: CheckpointSpec | None,
 ) -> TriedRate:  # fmt: skip
     """Try one rate, and report its score on validation and the seconds."""
     started = time.perf_counter()
     with show_activity(title):
-        row = _score_rate(context, finetune, search, rate, seed)
+        row = _score_rate(context, finetune, search, rate, seed, checkpoints)
     outcome = _describe_outcome(context.prepared.task, row)
     say(f"  {title}: {outcome}, {time.perf_counter() - started:.0f} s")
     return row
 
 
 def _score_rate(
-    context: ExperimentContext, finetune: Finetune, search: Search, rate: float, seed: int
-) -> TriedRate:
+    context: ExperimentContext, finetune: Finetune, search: Search, rate: float, seed: int,
+    checkpoints: CheckpointSpec | None,
+) -> TriedRate:  # fmt: skip
     """Return one rate's metrics on validation; None where it diverged: others may not."""
     task, rows = context.prepared.task, context.prepared.rows["validation"]
     shorter = _scale_budget(finetune, rate, search.epochs_factor * SEARCH_SHARE)
     try:
-        outcome = _train_from_scratch(context, shorter, seed, ("validation",))
+        outcome = _train_from_scratch(context, shorter, seed, checkpoints, ("validation",))
     except NumericError as error:
         return TriedRate(learning_rate=rate, metrics=None, diverged=error.what)
     predictions = context.prepared.decode_for_metrics(rows, outcome.logits["validation"])
@@ -276,11 +278,12 @@ def _select_rate(task: str, tried: list[TriedRate]) -> float:
 
 
 def train_scratch(
-    context: ExperimentContext, finetune: Finetune, search: Search, rate: float, seed: int
-) -> ArmOutput:
+    context: ExperimentContext, finetune: Finetune, search: Search, rate: float, seed: int,
+    checkpoints: CheckpointSpec | None = None,
+) -> ArmOutput:  # fmt: skip
     """Train the source's architecture from its own initialisation, at the searched rate."""
     longer = _scale_budget(finetune, rate, search.epochs_factor)
-    return _train_from_scratch(context, longer, seed)
+    return _train_from_scratch(context, longer, seed, checkpoints)
 
 
 def solve_majority(context: ExperimentContext, seed: int) -> ArmOutput:
@@ -316,8 +319,10 @@ def _scale_budget(finetune: Finetune, rate: float, factor: float) -> Finetune:
 
 def _train_from_scratch(
     context: ExperimentContext, finetune: Finetune, seed: int,
-    splits: Sequence[str] = MEASURED_SPLITS,
+    checkpoints: CheckpointSpec | None, splits: Sequence[str] = MEASURED_SPLITS,
 ) -> ArmOutput:  # fmt: skip
     built = context.build_model(finetune.pooling, seed, scratch=True)
     apply_strategy(built.model, finetune)
-    return train_model(context, built, finetune, seed, compared=False, splits=splits)
+    return train_model(
+        context, built, finetune, seed, compared=False, checkpoints=checkpoints, splits=splits
+    )

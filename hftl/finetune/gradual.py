@@ -5,14 +5,13 @@ start; what is frozen has no gradient, so that nothing moves it.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -21,23 +20,22 @@ from hftl.errors import RecipeError
 from hftl.finetune.trainable import split_phases
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.hardware import is_sharded
-from hftl.runtime.run_folder import to_json
 from hftl.train.checkpoint import BestWeightsCallback, iterate_trainable
+from hftl.train.step_checkpoint import (
+    CheckpointSpec,
+    CheckpointWriter,
+    commit_checkpoint,
+    find_checkpoint,
+    load_optimizer,
+    remove_older,
+    write_optimizer,
+    write_tensors,
+)
 from hftl.train.trainer import TransferTrainer
 
 PHASE_SEEDS = 1009
 """More than any model has; the seeds of two trainings' phases differ."""
-STATE_FILE, WEIGHTS_FILE, BEST_FILE, OPTIMIZER_FILE = (
-    "state.json", "weights.safetensors", "best.safetensors", "optimizer.pt",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class GradualCheckpoint:
-    """Describe where the progress of a training is saved, and what the training depends on."""
-
-    folder: Path
-    cache_key: Mapping[str, object]
+STATE_FILE, WEIGHTS_FILE, BEST_FILE = "state.json", "weights.safetensors", "best.safetensors"
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def fit_gradual(
     args: TrainingArguments,
     best: BestWeightsCallback,
     gradual: Gradual,
-    state: GradualCheckpoint | None,
+    checkpoints: CheckpointSpec | None,
 ) -> tuple[TransferTrainer, list[dict[str, float]]]:
     """Train phase by phase and leave the best weights of all phases in the model.
 
@@ -77,7 +75,7 @@ def fit_gradual(
             from it.
         best: keeps the best evaluation over all phases; it counts epochs over all of them.
         gradual: the recipe's section.
-        state: where the state after each phase is kept; None: nowhere.
+        checkpoints: where they are, after each phase and within it; None: nowhere.
 
     Returns:
         The last trainer, and {epoch, loss, ...} of every evaluation, with its `phase`.
@@ -98,7 +96,8 @@ def fit_gradual(
     first = trainer = make(args)
     first.prepare_regularizers()
     optimizer = first.create_optimizer()
-    done = _restore_progress(state, model, best, optimizer)
+    phases = checkpoints and checkpoints.nest("phases")
+    done = _restore_progress(phases, model, best, optimizer)
     while (number := _next_phase(done, len(parts), gradual)) is not None:
         last = number == len(parts)
         if last:
@@ -110,8 +109,11 @@ def fit_gradual(
         its.num_train_epochs = gradual.final_epochs if last else gradual.epochs
         its.seed = its.data_seed = args.seed * PHASE_SEEDS + number
         trainer = make(its, optimizers=(optimizer, None))
+        if checkpoints is not None:
+            within = checkpoints.nest(f"phase-{number}", phase=number)
+            trainer.checkpoints = CheckpointWriter(within)
         done = _train_phase(trainer, model, number, best, done)
-        _save_progress(state, _get_tensors(model, names), best, optimizer, done)
+        _save_progress(phases, _get_tensors(model, names), best, optimizer, done)
     for parameter in everything.values():
         parameter.requires_grad = True
     _set_tensors(_get_tensors(model, names), start | best.weights)
@@ -177,41 +179,39 @@ def _scale_learning_rates(optimizer: Any, share: float) -> None:
 
 
 def _save_progress(
-    state: GradualCheckpoint | None, tensors: dict[str, Tensor], best: BestWeightsCallback,
+    phases: CheckpointSpec | None, tensors: dict[str, Tensor], best: BestWeightsCallback,
     optimizer: Any, done: GradualProgress,
 ) -> None:  # fmt: skip
-    """Write the state after a phase, replacing that of the phase before."""
-    if state is None:
+    """Write the state after a phase. Collective."""
+    if phases is None:
         return
 
     def write() -> None:
-        with run_folder.commit_stage(state.folder, dict(state.cache_key)) as aside:
-            save_file(_to_cpu(tensors), aside / WEIGHTS_FILE)
-            save_file(_to_cpu(best.weights), aside / BEST_FILE)
-            torch.save(optimizer.state_dict(), aside / OPTIMIZER_FILE)
-            run_folder.write_text(aside / STATE_FILE, to_json(asdict(done)))
+        with commit_checkpoint(phases.folder / f"step-{done.phase}", phases.cache_key) as aside:
+            write_tensors(aside / WEIGHTS_FILE, tensors)
+            write_tensors(aside / BEST_FILE, best.weights)
+            state = {**asdict(done), "optimizer": write_optimizer(aside, optimizer)}
+            run_folder.write_text(aside / STATE_FILE, json.dumps(state))
+        remove_older(phases.folder)
 
     distributed.broadcast_from_main(write)
 
 
 def _restore_progress(
-    state: GradualCheckpoint | None, model: nn.Module, best: BestWeightsCallback, optimizer: Any
+    phases: CheckpointSpec | None, model: nn.Module, best: BestWeightsCallback, optimizer: Any
 ) -> GradualProgress:
-    """Restore the saved state if there is one of this training."""
-    if (
-        state is None
-        or distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(state.folder))
-        != state.cache_key
-    ):
+    """Restore the saved state if there is one of this training. Collective."""
+    if phases is None:
         return GradualProgress()
-    folder = state.folder
-    progress = GradualProgress(**json.loads((folder / STATE_FILE).read_text("utf-8")))
+    folder: Path | None = distributed.broadcast_from_main(
+        lambda: find_checkpoint(phases.folder, phases.cache_key)
+    )
+    if folder is None:
+        return GradualProgress()
+    state = json.loads((folder / STATE_FILE).read_text("utf-8"))
+    load_optimizer(folder, optimizer, state.pop("optimizer"))
+    progress = GradualProgress(**state)
     _set_tensors(dict(iterate_trainable(model)), load_file(folder / WEIGHTS_FILE))
     best.best, best.epoch = progress.best, progress.epoch
     best.weights = load_file(folder / BEST_FILE)
-    optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, weights_only=True))
     return progress
-
-
-def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.cpu().contiguous() for name, t in tensors.items()}

@@ -34,6 +34,7 @@ from hftl.pipeline.run import ArmContexts, FinishedStage, Run
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.progress import show_activity
 from hftl.runtime.run_folder import StageInputs, to_json
+from hftl.train.step_checkpoint import CheckpointSpec
 
 HEAD_FILE, FACTS_FILE = "head.safetensors", "told.json"
 MIN_STEPS = 10
@@ -201,7 +202,7 @@ def _adapt_stage(
              f"about {console.format_duration(seconds)}")  # fmt: skip
     result = training.adapt_encoder(
         model, task, stage, rule, build_guard_metric(run.recipe, plain, rule, corpus, model), seed,
-        context.device, work / "steps",
+        context.device, CheckpointSpec(work / "steps", _build_checkpoint_key(reads)),
     )  # fmt: skip
     facts = AdaptationFacts(
         objective=stage.objective,
@@ -232,17 +233,8 @@ def _prepare_head(
     """Return the folder of the objective's head: the source's own, or one trained on the corpus,
     from where an earlier adaptation has left it."""
     head = work / "head"
-    # Checkpoints of another number of processes are of other steps.
-    reads = {**reads, "processes": distributed.get_world_size()}
-
-    def stands() -> bool:
-        if run_folder.read_stage_inputs(head) == reads:
-            return True
-        # What an adaptation of other settings has left here is of no use.
-        shutil.rmtree(work, ignore_errors=True)
-        return False
-
-    if distributed.broadcast_from_main(stands):
+    reads = _build_checkpoint_key(reads)
+    if distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(head) == reads):
         return head
     seed = run.recipe.data.seed
     context = before[-1].context if before else plain
@@ -257,7 +249,10 @@ def _prepare_head(
         )
         model.to(context.device)
         with show_activity("the objective's new head"):
-            facts = training.train_new_head(model, lacking, task, stage, seed, context.device)
+            facts = training.train_new_head(
+                model, lacking, task, stage, seed, context.device,
+                CheckpointSpec(work / "head-steps", reads),
+            )  # fmt: skip
 
     def keep() -> None:
         with run_folder.commit_stage(head, reads) as aside:
@@ -266,6 +261,11 @@ def _prepare_head(
 
     distributed.broadcast_from_main(keep)
     return head
+
+
+def _build_checkpoint_key(reads: StageInputs) -> StageInputs:
+    """Return what checkpoints depend on, the number of processes included."""
+    return {**reads, "processes": distributed.get_world_size()}
 
 
 def _find_previous_head(before: Path | None, stage: Adapt) -> Path | None:

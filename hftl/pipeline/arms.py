@@ -15,7 +15,6 @@ from hftl.finetune import arm_files, baselines
 from hftl.finetune.arm import train_arm
 from hftl.finetune.arm_files import ArmOutput
 from hftl.finetune.context import ExperimentContext
-from hftl.finetune.gradual import GradualCheckpoint
 from hftl.finetune.strategies import STRATEGIES
 from hftl.pipeline.cache_keys import build_arm_inputs, is_stage_finished
 from hftl.pipeline.deal import deal_tasks
@@ -31,6 +30,7 @@ from hftl.runtime.hardware import measure_energy
 from hftl.runtime.progress import show_activity
 from hftl.runtime.run_folder import StageInputs, to_json
 from hftl.train.facts import ArmFile, TrainingFacts, TriedRate
+from hftl.train.step_checkpoint import CheckpointSpec
 
 RATE_FILE = "rate.json"
 
@@ -207,11 +207,15 @@ def _run_arm(run: Run, context: ExperimentContext, job: Job) -> ArmOutput:
     arm, seed = job.arm, job.seed
     if arm.spec.is_solved:
         return baselines.solve_arm(context, arm, seed)
+    checkpoints = CheckpointSpec(
+        run.checkpoints(arm.name, seed), {**job.reads, "processes": distributed.get_world_size()}
+    )
     if arm.spec.schedule == "rate_search":
         rate = search_scratch_rate(run, context, job)
         return baselines.train_scratch(
-            context, arm.finetune, run.recipe.measure.scratch, rate, seed
-        )
+            context, arm.finetune, run.recipe.measure.scratch, rate, seed,
+            replace(checkpoints, cache_key={**checkpoints.cache_key, "rate": rate}),
+        )  # fmt: skip
     facts = TrainingFacts()
     if arm.retain is not None and arm.retain.has_auto_weight:
         chosen = choose_kl_weight(run, context, arm, job.reads)
@@ -219,10 +223,7 @@ def _run_arm(run: Run, context: ExperimentContext, job: Job) -> ArmOutput:
         facts = TrainingFacts(kl_weight=chosen)
     retention = build_retention(context, arm, seed, run.folder)
     warn_of_weak_probe(retention, arm, seed, run.say)
-    state = GradualCheckpoint(
-        run.checkpoints(arm.name, seed), {**job.reads, "processes": distributed.get_world_size()}
-    )
-    output = train_arm(context, arm.finetune, seed, retention, state)
+    output = train_arm(context, arm.finetune, seed, retention, checkpoints)
     output.facts = output.facts.merge(facts)
     return output
 
@@ -259,15 +260,20 @@ def try_scratch_rate(run: Run, context: ExperimentContext, job: Job, rate: float
     )  # fmt: skip
 
 
-def _try_rate_once(run: Run, job: Job, rate: float, attempt: Callable[[], TriedRate]) -> TriedRate:
+def _try_rate_once(
+    run: Run, job: Job, rate: float, attempt: Callable[[CheckpointSpec | None], TriedRate]
+) -> TriedRate:
     """Return what a learning rate has come to, tried where no process has done so. Collective."""
     stage, reads = _get_tries_folder(run) / f"rate-{rate:.6g}", {**job.reads, "rate": rate}
     if distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(stage)) != reads:
-        tried = attempt()
+        key = {**reads, "processes": distributed.get_world_size()}
+        steps = stage.with_name(f"steps-{stage.name}")
+        tried = attempt(CheckpointSpec(steps, key))
 
         def keep() -> None:
             with run_folder.commit_stage(stage, reads) as aside:
                 run_folder.write_text(aside / RATE_FILE, to_json(tried.to_dict()))
+            shutil.rmtree(steps, ignore_errors=True)
 
         distributed.broadcast_from_main(keep)
     return run_folder.read_part(stage / RATE_FILE, TriedRate)

@@ -103,6 +103,18 @@ def gather_values(value: T) -> list[T]:
     return values
 
 
+def reduce_max(value: float) -> float:
+    """Return the greatest value of all processes, without waiting for accelerators. Collective."""
+    if get_world_size() == 1:
+        return value
+    import torch
+    import torch.distributed as dist
+
+    tensor = torch.tensor([value])
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_create_group())
+    return tensor.item()
+
+
 def find_lost_ranks(patience: float = 0.0) -> list[int]:
     """Return the ranks on this host whose process has ended.
 

@@ -21,8 +21,8 @@ LAUNCHER_VARIABLES = (
 )  # fmt: skip
 LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_", "PMI_", "OMPI_COMM_WORLD_", "MV2_")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-GRACE_SECONDS = 10.0
-"""Seconds in which a process that was asked to end can do so."""
+GRACE_SECONDS = 25.0
+"""Seconds in which a process that was asked to end can do so, after a checkpoint if it trains."""
 
 
 def build_environment(

@@ -108,7 +108,23 @@ def iterate_running_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]
                 yield f"{path}.{name}" if path else name, statistic
 
 
-class BestWeightsCallback(TrainerCallback):
+CallbackState = tuple[dict[str, Any], dict[str, Tensor]]
+"""What JSON can hold, and tensors by name."""
+
+
+class StatefulCallback(TrainerCallback):
+    """Let checkpoints hold what a callback has seen so far."""
+
+    def dump_state(self) -> CallbackState:
+        """Return all that the callback holds."""
+        raise NotImplementedError
+
+    def load_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take back what `dump_state` returned."""
+        raise NotImplementedError
+
+
+class BestWeightsCallback(StatefulCallback):
     """Hold what trains as it was at the best evaluation, and stop when none improves.
 
     Every process holds its own shard of sharded weights.
@@ -156,6 +172,16 @@ class BestWeightsCallback(TrainerCallback):
         self.evaluations_without_gain = 0 if enough else self.evaluations_without_gain + 1
         if self.patience is not None and self.evaluations_without_gain >= self.patience:
             control.should_training_stop = True
+
+    def dump_state(self) -> CallbackState:
+        """Return the best evaluation, its weights, and how many evaluations were worse since."""
+        values = {"best": self.best, "epoch": self.epoch, "waited": self.evaluations_without_gain}
+        return values, self.weights
+
+    def load_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take back what `dump_state` returned."""
+        self.best, self.epoch = values["best"], values["epoch"]
+        self.evaluations_without_gain, self.weights = values["waited"], tensors
 
     def restore(self, model: nn.Module) -> None:
         """Restore the best weights; without an evaluation the last ones stay."""

@@ -139,6 +139,24 @@ def count_items(trainer: "Trainer", batches: list[Any], device: Any) -> Any:
     return trainer._get_num_items_in_batch(batches, device)
 
 
+def get_logged_loss(trainer: "Trainer") -> tuple[float, float, int]:
+    """Return this process's loss since the last log, that of all logs, and the last log's step.
+
+    Missing: these in `TrainerState`, without which a resumed epoch logs the loss of its rest.
+    """
+    loss = trainer._tr_loss
+    return float(loss), trainer._total_loss_scalar, trainer._globalstep_last_logged
+
+
+def set_logged_loss(trainer: "Trainer", loss: float, total: float, step: int) -> None:
+    """Set what `get_logged_loss` returned, once the training loop has begun.
+
+    Missing: these in `TrainerState`.
+    """
+    trainer._tr_loss.fill_(loss)
+    trainer._total_loss_scalar, trainer._globalstep_last_logged = total, step
+
+
 class TrainerHooks(Trainer):
     """Give the private hooks of transformers' Trainer public names that a subclass can override.
 
@@ -160,6 +178,18 @@ class TrainerHooks(Trainer):
     def load_checkpoint_weights(self, folder: str, model: Any) -> None:
         """Load the weights of a checkpoint that training is resumed from."""
         super()._load_from_checkpoint(folder, model)
+
+    def load_checkpoint_optimizer(self, folder: str | None) -> None:
+        """Load optimizer and schedule of a checkpoint that training is resumed from."""
+        super()._load_optimizer_and_scheduler(folder)
+
+    def load_checkpoint_random_state(self, folder: str | None) -> None:
+        """Load the random states of a checkpoint, after the first batches have been fetched."""
+        super()._load_rng_state(folder)
+
+    def finish_step(self, *args: Any, **kwargs: Any) -> None:
+        """Log, evaluate and save as the step or the epoch that has ended asks for."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def build_train_sampler(self, dataset: Any = None) -> Any:
         """Return the sampler of training rows; None where there is none."""
@@ -185,6 +215,15 @@ class TrainerHooks(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.load_checkpoint_weights(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self.load_checkpoint_optimizer(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        self.load_checkpoint_random_state(checkpoint)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.finish_step(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.build_train_sampler(train_dataset)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
 
 from hftl.errors import NumericError
+from hftl.train.checkpoint import CallbackState, StatefulCallback
 
 FIRST_STEPS = 10
 """Steps that show where a loss begins."""
@@ -46,7 +46,7 @@ class StepNumbers:
     is_copied: Callable[[], object]
 
 
-class NumberWatch(TrainerCallback):
+class NumberWatch(StatefulCallback):
     """Collect the numbers of every step, and stop the training by them.
 
     Args:
@@ -62,6 +62,16 @@ class NumberWatch(TrainerCallback):
         self._pending: StepNumbers | None = None
         self._highest_start, self._started, self._above = 1.0, 0, 0
         self.begin_step()
+
+    def dump_state(self) -> CallbackState:
+        """Return what divergence is judged by."""
+        values = {"start": self._highest_start, "started": self._started, "above": self._above}
+        return values, {}
+
+    def load_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take back what `dump_state` returned."""
+        self._highest_start, self._started = values["start"], values["started"]
+        self._above = values["above"]
 
     def begin_step(self) -> None:
         """Forget the micro-batches of a step that begins, or is tried once more."""

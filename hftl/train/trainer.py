@@ -19,13 +19,15 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hftl.retain.regularizer import Batch, LossTerm, Retention, Step
 from hftl.runtime import watchdog
-from hftl.train import checkpoint, hf_compat, objective, optimizer, samplers
+from hftl.runtime.interruption import defer_signals
+from hftl.train import checkpoint, hf_compat, objective, optimizer, samplers, step_checkpoint
 from hftl.train import loss as losses
 from hftl.train.callbacks import RetentionCallback
 from hftl.train.checkpoint import list_training_modes
 from hftl.train.memory import MicroBatches
 from hftl.train.numbers import NumberWatch
 from hftl.train.objective import LossPlan
+from hftl.train.step_checkpoint import CheckpointWriter
 from hftl.train.weight_arguments import build_weighting
 
 
@@ -112,6 +114,8 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         self.callback_handler.callbacks.insert(1, self._numbers)
         self._rows = torch.tensor(1)
         self._evaluated: list[Tensor] = []
+        self.checkpoints: CheckpointWriter | None = None
+        """Writes checkpoints where it is set, and ends the training by a signal."""
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator without what costs time at every step; FSDP shards by block.
@@ -143,7 +147,13 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
             # With one seed, dropout would hit the same units in every process's rows.
             torch.manual_seed(self.args.seed + self.args.process_index)
         with watchdog.expect_beats():
-            return super().train(*args, **kwargs)
+            if self.checkpoints is None:
+                return super().train(*args, **kwargs)
+            last = self.checkpoints.last
+            with defer_signals() as self.checkpoints.flag:
+                result = super().train(resume_from_checkpoint=None if last is None else str(last))
+        self.checkpoints.end()
+        return result
 
     def prepare_regularizers(self) -> None:
         """Let regularizers read the original's outputs, once; `train` calls it. Collective."""
@@ -351,6 +361,15 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         """Return the rows that run at once since memory ran out; None where it never did."""
         return self._micro_batches.count_rows(hf_compat.get_train_batch_size(self))
 
+    @property
+    def pieces(self) -> int:
+        """Hold into how many parts a micro-batch is cut since memory ran out."""
+        return self._micro_batches.pieces
+
+    @pieces.setter
+    def pieces(self, pieces: int) -> None:
+        self._micro_batches.pieces = pieces
+
     def review_gradients(self, norm: Any) -> None:
         """Stop the training if the numbers of the step are not finite. Collective.
 
@@ -361,6 +380,8 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         watched = None if self.accelerator.scaler is not None else norm
         list_rows = partial(self._list_step_rows, float(self.state.epoch or 0.0))
         self._numbers.finish_step(self.state.global_step, watched, self.accelerator, list_rows)
+        if self.checkpoints is not None:
+            self.checkpoints.agree(self.state.global_step + 1, self._own_model)
 
     def _list_step_rows(self, epoch: float) -> list[str]:
         """Return names of the target's rows in the step that begins at a part of an epoch."""
@@ -370,6 +391,14 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         numbers = samplers.list_step_rows(self._batches, epoch, steps)
         places = getattr(self.train_dataset, "places", None)
         return [f"row {number}" if places is None else places[number] for number in numbers]
+
+    def finish_step(self, *args: Any, **kwargs: Any) -> None:
+        """Log and evaluate as transformers does, then write a checkpoint if one is asked for."""
+        super().finish_step(*args, **kwargs)
+        if self.checkpoints is not None:
+            if self.checkpoints.request:
+                self._numbers.check_pending()
+            self.checkpoints.visit(self)
 
     def prediction_step(
         self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any
@@ -423,10 +452,26 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
     def load_checkpoint_weights(self, folder: str, model: Any) -> None:
         """Load as transformers does; of hftl's own modules, what `save_weights` has written."""
         unwrapped = self.accelerator.unwrap_model(self.model)
-        if objective.is_hftl_module(unwrapped) and not self.is_fsdp_enabled:
+        if step_checkpoint.is_step_checkpoint(folder):
+            step_checkpoint.load_weights(Path(folder), self)
+        elif objective.is_hftl_module(unwrapped) and not self.is_fsdp_enabled:
             checkpoint.load_trainable(unwrapped, Path(folder))
         else:
             super().load_checkpoint_weights(folder, model)
+
+    def load_checkpoint_optimizer(self, folder: str | None) -> None:
+        """Load as transformers does, or from a checkpoint of hftl's."""
+        if folder is not None and step_checkpoint.is_step_checkpoint(folder):
+            step_checkpoint.load_optimizer_and_schedule(Path(folder), self)
+        else:
+            super().load_checkpoint_optimizer(folder)
+
+    def load_checkpoint_random_state(self, folder: str | None) -> None:
+        """Load as transformers does, or from a checkpoint of hftl's."""
+        if folder is not None and step_checkpoint.is_step_checkpoint(folder):
+            step_checkpoint.load_random_state(Path(folder), self)
+        else:
+            super().load_checkpoint_random_state(folder)
 
     @property
     def _own_model(self) -> Any:

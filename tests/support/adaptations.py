@@ -21,6 +21,7 @@ from hftl.data.image_inputs import ImageInputs, resize_processor
 from hftl.data.masking import MaskedImageDataset, collate_masked_images
 from hftl.models.source import find_source, load_image_processor
 from hftl.train.checkpoint import iterate_trainable
+from hftl.train.step_checkpoint import CheckpointSpec
 
 ARCHITECTURES = {"mlm": "bert", "mae": "dinov2"}
 """The architecture that is adapted, by objective."""
@@ -127,4 +128,6 @@ def adapt(
 ) -> Outcome:  # fmt: skip
     """Return the facts of an adaptation, and the weights that it left."""
     measure = measure or measure_length(model)
-    return adapt_encoder(model, task, stage, rule, measure, 3, "cpu", folder), copy_trainable(model)
+    checkpoints = CheckpointSpec(folder, {"of": "a test"})
+    facts = adapt_encoder(model, task, stage, rule, measure, 3, "cpu", checkpoints)
+    return facts, copy_trainable(model)

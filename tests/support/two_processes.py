@@ -4,6 +4,8 @@ As a program: `two_processes.py FOLDER` writes the results of each rank to `FOLD
 `sharded` behind it, those of FSDP's ranks.
 """
 
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -35,7 +37,7 @@ from hftl.config.finetune import Gradual
 from hftl.config.recipe import Recipe
 from hftl.errors import DataError, NumericError, RecipeError
 from hftl.finetune.arm import train_arm
-from hftl.finetune.gradual import GradualCheckpoint, fit_gradual
+from hftl.finetune.gradual import fit_gradual
 from hftl.finetune.trainable import prepare
 from hftl.models.pooled_model import PooledModel
 from hftl.retain.fisher import EWC, compute_fisher
@@ -53,6 +55,7 @@ from hftl.runtime.distributed import (
     shard_items,
 )
 from hftl.train.checkpoint import BestWeightsCallback, gather_trainable_state
+from hftl.train.step_checkpoint import CheckpointSpec, CheckpointWriter
 from hftl.train.trainer import TransferTrainer
 
 GLOBAL_BATCH, STEPS, EVAL_ROWS = 8, 6, 13
@@ -374,8 +377,47 @@ def resumes_adaptation(folder: Path) -> bool:
         adaptation.TransferTrainer = TransferTrainer
     again = run("parts")
     same = [torch.equal(tensor, again[1][name]) for name, tensor in whole[1].items()]
-    files = {path.name for path in (folder / "parts" / "checkpoint-8").iterdir()}
-    return again[0] == whole[0] and all(same) and {"rng_state_0.pth", "rng_state_1.pth"} <= files
+    return again[0] == whole[0] and all(same) and (folder / "parts" / "step-8").exists()
+
+
+def resumes_training(folder: Path, stops: list[int]) -> bool:
+    """Return whether a training with dropout that stops after steps ends as one without a stop."""
+
+    def train(place: Path | None, stop: int | None = None) -> Any:
+        trainer = build_trainer("retained-full", folder, TransferTrainer)
+        for module in trainer.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.2
+        if place is not None:
+            spec = CheckpointSpec(place, {"of": "a test"}, every=1)
+            trainer.checkpoints = CheckpointWriter(spec)
+            if stop is not None:
+                flag_after(trainer, stop)
+        trainer.train()
+        rows = [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
+        losses = [row.get("loss", row.get("eval_loss")) for row in rows]
+        return losses, gather_trainable_state(trainer.model_wrapped, trainer.accelerator)
+
+    whole, place = train(None), folder / "training"
+    for stop in stops:
+        try:
+            train(place, stop)
+        except SystemExit as ended:
+            assert ended.code == 128 + signal.SIGTERM
+    again = train(place)
+    return again[0] == whole[0] and all(torch.equal(t, again[1][n]) for n, t in whole[1].items())
+
+
+def flag_after(trainer: TransferTrainer, step: int) -> None:
+    """Send SIGTERM to rank 1 alone in a step: both ranks must end after it."""
+    train_batch = trainer.training_step
+
+    def stop(*args: Any) -> torch.Tensor:
+        if trainer.state.global_step + 1 == step and get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_batch(*args)
+
+    trainer.training_step = stop  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def train_with_frozen_blocks(folder: Path, cache: str) -> dict[str, Any]:
@@ -469,7 +511,7 @@ def unfreeze_gradually(
         per_device_train_batch_size=GLOBAL_BATCH // get_world_size(), remove_unused_columns=False,
         label_names=["labels"], weight_decay=0.1, ddp_find_unused_parameters=False,
     )  # fmt: skip
-    checkpoint = None if state is None else GradualCheckpoint(state, {"of": "a test"})
+    checkpoint = None if state is None else CheckpointSpec(state, {"of": "a test"}, every=1)
     _, history = fit_gradual(model, make, args, best, Gradual(final_epochs=1), checkpoint)
     return {
         "changed": changed, "losses": losses, "finds_unused": finds_unused,
@@ -541,6 +583,7 @@ def main(folder: Path) -> None:
     results |= {names: adapt_case(*names, folder) for names in ADAPTATIONS}
     results["information"] = compute_information()
     results["resumed"] = resumes_adaptation(folder)
+    results["resumed training"] = resumes_training(folder, [2, 3, 5])
     results["unfrozen"] = unfreeze_gradually(folder, folder / "gradual", dropout=0.0)
     results["resumed phases"] = count_resumed_phases(folder)
     for cache in ("always", "never"):
