@@ -349,6 +349,21 @@ def distance(
 
 
 @app.command()
+def shift(
+    recipe: RecipePath, overrides: Overrides = None, output: Output = None, rows: MostRows = 1000
+) -> None:
+    """Say whether test and unlabelled rows have other classes, or other inputs, than train."""
+    loaded = Recipe.load(recipe, overrides)
+    folder = _name_run(loaded, output)
+    with _working():
+        from hftl.pipeline.analyses import run_shift
+        from hftl.pipeline.pipeline import open_recipe
+
+        text = run_shift(loaded, open_recipe(loaded), folder, rows)
+    say(text)
+
+
+@app.command()
 def rank(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -9,7 +9,7 @@ from conftest import write_csv
 from test_cli_errors import Hftl, hftl, pytestmark
 from test_feature_store import forwards
 
-from hftl.card.evidence import describe_curve, describe_distance, describe_probe
+from hftl.card.evidence import describe_curve, describe_distance, describe_probe, describe_shift
 from hftl.measure.record import Record
 
 __all__ = ["forwards", "hftl", "pytestmark"]
@@ -25,7 +25,7 @@ def analysed(recipe_tree: dict[str, Any], tmp_path: Path) -> Path:
     }
     recipe_tree["finetune"]["strategy"] = "head"
     recipe_tree["measure"] |= {
-        "arms": ["majority"], "seeds": [0], "analyses": ["probe", "curve", "distance"]
+        "arms": ["majority"], "seeds": [0], "analyses": ["probe", "curve", "distance", "shift"]
     }  # fmt: skip
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(recipe_tree))
@@ -47,8 +47,11 @@ def test_a_run_makes_and_shows_its_analyses_once(
     assert outcome.code == 0, outcome.err
     section = Record.read(run).analysis
     assert section is not None and section.curve is not None and section.distance is not None
+    assert section.shift is not None and [one.name for one in section.shift.sets] == ["test"]
     assert {path.name for path in (run / "analysis").iterdir()} == {
-        f"{name}.{kind}" for name in ("probe", "curve", "distance") for kind in ("json", "png")
+        f"{name}.{kind}"
+        for name in ("probe", "curve", "distance", "shift")
+        for kind in ("json", "png")
     }
     assert len(forwards) > passes, "general rows are new"
     card = (run / "publish" / "README.md").read_text()
@@ -56,6 +59,7 @@ def test_a_run_makes_and_shows_its_analyses_once(
         ("probe", describe_probe(section.probe)),
         ("curve", describe_curve(section.curve)),
         ("distance", describe_distance(section.distance)),
+        ("shift", describe_shift(section.shift)),
     ):
         assert f"(assets/{name}.png)" in card and sentence[:40] in card
         assert (run / "publish" / "assets" / f"{name}.png").exists()

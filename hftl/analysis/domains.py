@@ -69,8 +69,8 @@ def compare_domains(
         )
     domains: list[Domain] = []
     site, own_site = None, None
-    for name, rows, own in _iterate_sets(recipe, context, tables, most_rows):
-        _check_size(name, rows)
+    for name, rows, own in iterate_sets(recipe, context, tables, most_rows):
+        check_size(name, rows)
         store = FeatureStore(own, root)
         store.compute(rows)
         if site is None:
@@ -93,7 +93,7 @@ def compare_domains(
     )
 
 
-def _check_size(name: str, rows: list[Row]) -> None:
+def check_size(name: str, rows: list[Row]) -> None:
     """Refuse a set that has too few rows, or groups, to be compared in halves.
 
     Raises:
@@ -109,7 +109,7 @@ def _check_size(name: str, rows: list[Row]) -> None:
         )
 
 
-def _iterate_sets(
+def iterate_sets(
     recipe: Recipe, context: ExperimentContext, tables: Sequence[str], most: int
 ) -> Iterator[tuple[str, list[Row], ExperimentContext]]:
     """Yield the name of each set, its rows in the order of their hash, and how they are read."""
@@ -165,7 +165,7 @@ def read_part(recipe: Recipe, context: ExperimentContext, part: str, most: int) 
 def _describe(domain: Domain, context: ExperimentContext) -> DomainFacts:
     """Describe a set, and how far its halves are from each other: the null of every distance."""
     words, sides = not isinstance(context.inputs, ImageInputs), _halve(domain)
-    groups = _name_groups(*(side.rows for side in sides))
+    groups = name_groups(*(side.rows for side in sides))
     features = sides[0].features, sides[1].features
     first, second = (_split_words(side.rows) for side in sides)
     return DomainFacts(
@@ -209,7 +209,7 @@ def _compare(a: Domain, b: Domain, context: ExperimentContext) -> DomainPair:
     """Compare two sets at as many rows of each."""
     count = min(len(a.rows), len(b.rows))
     first, second = a.features[:count], b.features[:count]
-    groups = _name_groups(a.rows[:count], b.rows[:count])
+    groups = name_groups(a.rows[:count], b.rows[:count])
     classified = distance.classify_domains(first, second, groups)
     discrepancy = distance.compute_mmd(first, second, groups=groups)
     overlap = divergence = None
@@ -238,7 +238,7 @@ def _compute_frechet(first: np.ndarray, second: np.ndarray, groups: np.ndarray |
     return distance.extrapolate_frechet(reduced[: len(first)], reduced[len(first) :], groups)
 
 
-def _name_groups(first: list[Row], second: list[Row]) -> np.ndarray | None:
+def name_groups(first: list[Row], second: list[Row]) -> np.ndarray | None:
     """Return the group of every row; None where every row is one for itself.
 
     A document's rows, or copies of a text in both sets, would be in train and test of the domain

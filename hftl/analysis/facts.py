@@ -383,9 +383,58 @@ class DistanceAnalysis(RecordPart):
     provenance: Provenance | None = None
 
 
+# Shift between train and other sets.
+
+ShiftOutcome = Literal["none", "label shift", "covariate shift", "both"]
+
+
+class ClassShare(RecordPart):
+    """Hold the share of a class in train, and in another set: estimated, and by its labels."""
+
+    label: str
+    train: float
+    estimated: Estimate | None
+    """Null where the probe confuses classes so much that their shares are not determined."""
+    labelled: float | None
+
+
+class SetShift(RecordPart):
+    """Compare one set with train; a p-value is that of no difference."""
+
+    name: str
+    rows: int
+    shares: list[ClassShare]
+    """Empty where the labels are no classes."""
+    label_p_value: float | None
+    """Of the shares of the predicted classes."""
+    mmd: Estimate
+    """The squared discrepancy, at as many rows of both."""
+    mmd_p_value: float
+    auc: float
+    """Of a classifier of the two sets on rows that it has not seen: .5 where they are the same."""
+    auc_p_value: float
+    matched_p_value: float | None
+    """The same with train's classes drawn in the estimated shares: what differs still is no label
+    shift."""
+    outcome: ShiftOutcome
+
+
+class ShiftAnalysis(RecordPart):
+    """Say how the classes and inputs of test and unlabelled rows differ from train's."""
+
+    source: str
+    site: SiteFacts
+    train_rows: int
+    separability: float | None
+    """The least singular value of the probe's confusion: 1 of no error."""
+    sets: list[SetShift]
+    provenance: Provenance | None = None
+
+
 class AnalysisSection(RecordPart):
     """Hold the analyses that were made with a run; one that was not is absent."""
 
     probe: ProbeAnalysis | None = None
     curve: CurveAnalysis | None = None
     distance: DistanceAnalysis | None = None
+    shift: ShiftAnalysis | None = None

@@ -8,11 +8,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 from scipy.special import softmax
-from scipy.stats import binom, binomtest
+from scipy.stats import binom
 
 from hftl.analysis.domains import read_part
+from hftl.analysis.label_maps import MIN_MAP_GAIN, find_exchange
 from hftl.analysis.neighbours import normalize_rows
 from hftl.analysis.probe import fit_probe
 from hftl.analysis.row_faults import MAX_PLACES, MIN_SHIFT, compare_shares
@@ -34,7 +34,6 @@ that a probe is unsure of: clean labels leave 0 to .35 there, labels flipped at 
 MIN_SURE_ERRORS = 4
 MAX_COMPARED = 400
 """Rows of another split that its labels or groups are compared on, at most."""
-MIN_MAP_GAIN = 0.1
 MIN_GROUPS, MAX_VALUES = 10, 0.9
 MIN_LIFT = 3.0
 FRACTION = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)
@@ -120,39 +119,18 @@ def check_label_map(examined: ExaminedRows) -> Iterator[Finding]:
         rows = _sample(prepared.rows[split])
         labels = prepared.encode_targets(rows)
         predicted = _predict(examined, rows).argmax(1)
-        mapping = match_labels(predicted, labels, len(prepared.names))
-        straight, mapped = predicted == labels, mapping[predicted] == labels
-        gained, lost = int((mapped & ~straight).sum()), int((straight & ~mapped).sum())
-        gain = (gained - lost) / len(rows)
-        if gain < MIN_MAP_GAIN or own - straight.mean() < MIN_MAP_GAIN:
+        exchange = find_exchange(predicted, labels, prepared.names)
+        if exchange is None or own - exchange.straight < MIN_MAP_GAIN:
             continue
-        if binomtest(gained, gained + lost, alternative="greater").pvalue >= LEVEL:
-            continue
-        names = [
-            f"{prepared.names[j]!r} for {prepared.names[i]!r}"
-            for i, j in enumerate(mapping.tolist())
-            if i != j
-        ]
         yield Finding(
             kind="label map",
-            what=f"the labels of {split} are exchanged against train's: {', '.join(names[:4])}",
+            what=f"the labels of {split} are exchanged against train's: {exchange.names}",
             confidence="likely",
-            cost=gain,
-            evidence=f"a probe of train is right in {straight.mean():.0%} of {len(rows)} rows, and "
-            f"in {mapped.mean():.0%} under the other map; on train in {own:.0%}",
+            cost=exchange.gain,
+            evidence=f"a probe of train is right in {exchange.straight:.0%} of {len(rows)} rows, "
+            f"and in {exchange.mapped:.0%} under the other map; on train in {own:.0%}",
             fix=f"correct the label column of data.{split}, or the ids that it was written by",
         )
-
-
-def match_labels(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """Return the permutation of classes under which predictions agree best with labels."""
-    table = np.zeros((classes, classes))
-    np.add.at(table, (predicted, labels), 1)
-    # Of equally good maps the one that leaves names as they are.
-    rows, columns = linear_sum_assignment(-(table + 1e-6 * np.eye(classes)))
-    mapping = np.empty(classes, dtype=np.int64)
-    mapping[rows] = columns
-    return mapping
 
 
 def check_unlabeled_shares(examined: ExaminedRows) -> Iterator[Finding]:

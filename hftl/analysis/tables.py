@@ -10,6 +10,8 @@ from hftl.analysis.facts import (
     PartEffect,
     ProbeAnalysis,
     RankAnalysis,
+    SetShift,
+    ShiftAnalysis,
     SweepAnalysis,
     SweepTrial,
     TrainedLayers,
@@ -306,6 +308,45 @@ def format_distance(facts: DistanceAnalysis) -> str:
     if any(pair.saturated for pair in facts.pairs):
         notes.append("  saturated: the A-distance no longer tells these apart; compare their MMD^2")
     return "\n".join([*tables, *notes])
+
+
+def format_shift(facts: ShiftAnalysis) -> str:
+    """Return for each set what differs from train, and the shares of its classes."""
+    header = ["", "rows", "differs by", "classes p", "AUC", "p", "p at equal classes", "MMD^2", "p"]
+    rows = [
+        [
+            one.name, str(one.rows), one.outcome, format_number(one.label_p_value, 4),
+            format_number(one.auc), format_number(one.auc_p_value),
+            format_number(one.matched_p_value), format_estimate(one.mmd, 4),
+            format_number(one.mmd_p_value),
+        ]
+        for one in facts.sets
+    ]  # fmt: skip
+    tables = [render_table(header, rows)]
+    shares = [
+        [
+            f"{one.name}: {row.label}", format_number(row.train), format_estimate(row.estimated),
+            format_number(row.labelled),
+        ]
+        for one in facts.sets
+        for row in one.shares
+    ]  # fmt: skip
+    if shares:
+        tables.append(render_table(["share of", "train", "estimated", "by labels"], shares))
+    notes = [f"  {facts.train_rows:,} rows of train, on {facts.site} of {facts.source}"]
+    notes += [note for one in facts.sets if (note := _advise_on_shift(one))]
+    return "\n".join([*tables, *notes])
+
+
+def _advise_on_shift(one: SetShift) -> str | None:
+    """Say what to do about a set that is not as train; None where it is."""
+    if one.outcome == "none":
+        return None
+    if one.outcome == "label shift":
+        return f"  {one.name}: correct for its shares by hftl predict --prior auto, or --prior FILE"
+    if one.outcome == "covariate shift":
+        return f"  {one.name}: other inputs than train's; no prior corrects that, adaptation may"
+    return f"  {one.name}: other classes and other inputs; the estimated shares may be off"
 
 
 def _explain_site(facts: DistanceAnalysis) -> str:

@@ -11,9 +11,13 @@ from hftl.analysis.facts import (
     Estimate,
     ProbeAnalysis,
     RankAnalysis,
+    ShiftAnalysis,
     SweepAnalysis,
 )
 from hftl.card.plots import MEAN, OTHER, OTHER_MARKERS, OWN, escape_math, new_figure, save_figure
+
+MOST_CLASSES = 12
+"""Classes of a set whose shares are drawn, at most."""
 
 
 def plot_rank(facts: RankAnalysis, path: Path) -> None:
@@ -155,6 +159,41 @@ def plot_distance(facts: DistanceAnalysis, path: Path) -> None:
     names = [escape_math(f"{pair.first} - {pair.second}") for pair in pairs]
     panels[0].set_yticks(range(len(pairs)), names, fontsize=8)
     panels[0].set_ylim(-0.5, len(pairs) - 0.5)
+    save_figure(figure, path)
+
+
+def plot_shift(facts: ShiftAnalysis, path: Path) -> None:
+    """Draw the shares of the classes, train's grey, and how well a classifier tells sets apart."""
+    shares = [(one.name, row) for one in facts.sets for row in one.shares[:MOST_CLASSES]][::-1]
+    height = 0.35 * max(len(shares), len(facts.sets)) + 1.4
+    figure = new_figure(10 if shares else 5, height)
+    *left, right = figure.subplots(1, 2 if shares else 1, squeeze=False)[0]
+    for axes in left:
+        for place, (_, row) in enumerate(shares):
+            axes.plot([row.train], [place], "|", color=OTHER, markersize=14, markeredgewidth=3)
+            if row.estimated is not None:
+                axes.plot(row.estimated.ci95, [place] * 2, color=OWN, linewidth=2)
+                axes.plot([row.estimated.value], [place], "o", color=OWN)
+            if row.labelled is not None:
+                axes.plot([row.labelled], [place], "x", color=MEAN)
+        names = [escape_math(f"{name}: {row.label}") for name, row in shares]
+        axes.set_yticks(range(len(shares)), names, fontsize=8)
+        axes.set_ylim(-0.5, len(shares) - 0.5)
+        axes.set_xlabel("share: train's |, estimated with its interval, by labels x")
+    sets = facts.sets[::-1]
+    for place, one in enumerate(sets):
+        right.plot([one.auc], [place], "o", color=OTHER if one.outcome == "none" else OWN)
+    right.axvline(0.5, color=OTHER, linewidth=1, linestyle=":")
+    right.set_xlim(min(0.45, *(one.auc for one in sets)) - 0.02, 1.02)
+    right.set_yticks(
+        range(len(sets)), [escape_math(f"{s.name}\n{s.outcome}") for s in sets], fontsize=8
+    )
+    right.set_ylim(-0.5, len(sets) - 0.5)
+    right.set_xlabel("AUC of a classifier of train and the set")
+    for axes in (*left, right):
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
     save_figure(figure, path)
 
 

@@ -9,6 +9,8 @@ from hftl.analysis.facts import (
     Estimate,
     LabelCount,
     ProbeAnalysis,
+    SetShift,
+    ShiftAnalysis,
 )
 
 
@@ -35,6 +37,9 @@ def build_evidence_parts(section: AnalysisSection | None) -> list[EvidencePart]:
     if section.distance is not None:
         alt = "Distances between the sets of rows, with intervals"
         parts.append(EvidencePart("distance", describe_distance(section.distance), alt))
+    if section.shift is not None:
+        alt = "Shares of the classes in train and in the other sets, and how far inputs differ"
+        parts.append(EvidencePart("shift", describe_shift(section.shift), alt))
     return parts
 
 
@@ -99,6 +104,35 @@ def describe_distance(facts: DistanceAnalysis) -> str:
         f"{words} By MMD^2 {farthest.first} and {farthest.second} lie farthest apart: "
         f"{_format_estimate(farthest.mmd)} (p = {farthest.mmd_p_value:.3f})."
     )
+
+
+def describe_shift(facts: ShiftAnalysis) -> str:
+    """Return for each set whether its classes and inputs are as train's."""
+    return " ".join(_describe_set(one) for one in facts.sets)
+
+
+def _describe_set(one: SetShift) -> str:
+    inputs = f"a classifier of inputs reaches an AUC of {one.auc:.3f}, p = {one.auc_p_value:.3f}"
+    if one.outcome == "none":
+        return f"The {one.name} rows are as train within noise ({inputs})."
+    if one.outcome == "covariate shift":
+        return f"The {one.name} rows are other inputs than train's ({inputs})."
+    moved = max(
+        one.shares,
+        key=lambda row: abs((row.estimated.value if row.estimated else row.train) - row.train),
+    )
+    to = (
+        ""
+        if moved.estimated is None
+        else f" and is estimated as {_format_estimate(moved.estimated)}"
+    )
+    shares = (
+        f"The classes of the {one.name} rows have other shares than train's (p = "
+        f"{one.label_p_value:.2g}): {moved.label} has {moved.train:.3f} in train{to}"
+    )
+    if one.outcome == "label shift":
+        return f"{shares}; the inputs of each class are as train's within noise."
+    return f"{shares}; but the inputs differ, too ({inputs}), so that the estimate may be off."
 
 
 def _format_estimate(estimate: Estimate) -> str:

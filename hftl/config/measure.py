@@ -24,7 +24,7 @@ class Measure(Section):
     micro_f1 for multi-label, f1 of entities for token-classification."""
     seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = Field(default=[0, 1, 2], min_length=1)
     arms: list[str | dict[str, dict[str, object] | None]] = ["scratch", "head"]
-    analyses: list[Literal["probe", "curve", "distance"]] = []
+    analyses: list[Literal["probe", "curve", "distance", "shift"]] = []
     """What is made of the source's frozen features, before anything trains, and shown with the
     run; each is a command, too."""
     parallel: Literal["auto", "data", "arms"] = "auto"

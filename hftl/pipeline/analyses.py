@@ -12,12 +12,25 @@ from pydantic import JsonValue
 
 from hftl.analysis.curve import DEFAULT_ARMS, CurveOptions, Predict, compute_curve
 from hftl.analysis.domains import compare_domains
-from hftl.analysis.facts import CurveAnalysis, DistanceAnalysis, ProbeAnalysis, RankAnalysis
+from hftl.analysis.facts import (
+    CurveAnalysis,
+    DistanceAnalysis,
+    ProbeAnalysis,
+    RankAnalysis,
+    ShiftAnalysis,
+)
 from hftl.analysis.feature_store import FeatureStore, build_store_key
 from hftl.analysis.layer_probe import CKA_ROWS, limit_rows, probe_layers
 from hftl.analysis.rank import rank_sources
-from hftl.analysis.tables import format_curve, format_distance, format_probe, format_rank
-from hftl.card.analysis_plots import plot_curve, plot_distance, plot_probe, plot_rank
+from hftl.analysis.shift import compare_sets
+from hftl.analysis.tables import (
+    format_curve,
+    format_distance,
+    format_probe,
+    format_rank,
+    format_shift,
+)
+from hftl.card.analysis_plots import plot_curve, plot_distance, plot_probe, plot_rank, plot_shift
 from hftl.config.overrides import apply_overrides, read_yaml, set_key
 from hftl.config.recipe import Arm, Recipe
 from hftl.data.facts import RecordPart
@@ -36,7 +49,7 @@ Facts = TypeVar("Facts", bound=RecordPart)
 FEATURES = Path("phases") / "features"
 LAYOUT = 2
 """Raised when an analysis holds other figures, or computes them otherwise."""
-PROBE_ROWS, DISTANCE_ROWS = 2000, 500
+PROBE_ROWS, DISTANCE_ROWS, SHIFT_ROWS = 2000, 500, 1000
 """Rows that are read where the run makes the analysis, at most; the commands have an option."""
 
 
@@ -112,6 +125,13 @@ def run_distance(
         return (
             f"{format_distance(facts)}\n{write_analysis(folder, 'distance', facts, plot_distance)}"
         )
+
+
+def run_shift(recipe: Recipe, context: ExperimentContext, folder: Path, most_rows: int) -> str:
+    """Compare test and unlabelled rows with train; return what to print."""
+    with open_run(folder) as features:
+        facts: ShiftAnalysis = compare_sets(recipe, context, features, most_rows)
+        return f"{format_shift(facts)}\n{write_analysis(folder, 'shift', facts, plot_shift)}"
 
 
 def _compute_curve(
@@ -194,14 +214,20 @@ MADE_WITH_RUN: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
         lambda recipe, context, root: compare_domains(recipe, context, root, [], DISTANCE_ROWS),
         plot_distance,
     ),
+    "shift": (
+        lambda recipe, context, root: compare_sets(recipe, context, root, SHIFT_ROWS),
+        plot_shift,
+    ),
 }
 """What computes an analysis of `measure.analyses`, and what draws it."""
+UNLABELLED = ("distance", "shift")
+"""Analyses that need no labels, and read rows besides the splits."""
 
 
 def make_analyses(run: Run, context: ExperimentContext) -> None:
     """Make the analyses that the recipe names and that are missing, and show them in the run."""
     for name in run.recipe.measure.analyses:
-        if name != "distance":
+        if name not in UNLABELLED:
             check_task(run.recipe)
         stage, reads = run.analysis_folder(name), build_analysis_key(run.recipe, context, name)
         compute, plot = MADE_WITH_RUN[name]
@@ -225,7 +251,7 @@ def build_analysis_key(
         "features": build_store_key(context),
         "rows": context.prepared.facts.fingerprint,
         "others": hash_data_files(recipe.data, context.prepared.modality, parts)
-        if name == "distance"
+        if name in UNLABELLED
         else None,
         "metric": recipe.measure.metric,
         "seeds": [*recipe.measure.seeds],

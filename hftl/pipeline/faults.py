@@ -1,26 +1,42 @@
 """Seek the faults of a recipe that need the source's features, for `hftl check`."""
 
 from hftl.analysis.label_faults import LABEL_CHECKS
-from hftl.analysis.source_faults import READING_CHECKS, examine_rows
+from hftl.analysis.own_labels import check_own_labels
+from hftl.analysis.source_faults import READING_CHECKS, add_costs, examine_rows
 from hftl.config.recipe import Recipe
 from hftl.finetune.context import ExperimentContext
 from hftl.train.facts import CheckFacts
 
-SOURCE_CHECKS = (*READING_CHECKS, *LABEL_CHECKS)
+SOURCE_CHECKS = (*READING_CHECKS, *LABEL_CHECKS, check_own_labels)
 
 
 def add_source_faults(recipe: Recipe, context: ExperimentContext, facts: CheckFacts) -> CheckFacts:
-    """Return the preflight's facts with the faults that features of a sample of rows show."""
+    """Return the preflight's facts with the faults that features of a sample of rows show.
+
+    A fault that a checkpoint declares and a probe confirms is one finding.
+    """
     examined = examine_rows(recipe, context)
     if examined is None:
         return facts
-    findings = [finding for check in SOURCE_CHECKS for finding in check(examined)]
+    declared = add_costs(facts.findings, examined)
+    sentences = {
+        before.sentence: after.sentence
+        for before, after in zip(facts.findings, declared, strict=True)
+    }
+    priced = {finding.kind for finding in declared if finding.cost is not None}
+    findings = [
+        finding
+        for check in SOURCE_CHECKS
+        for finding in check(examined)
+        if finding.cost is None or finding.kind not in priced
+    ]
     count, rows = len(examined.rows), len(context.prepared.rows["train"])
     sample = f"all {count}" if count == rows else f"{count} of {rows}"
+    warnings = [sentences.get(warning, warning) for warning in facts.warnings]
     return facts.model_copy(
         update={
-            "findings": [*facts.findings, *findings],
-            "warnings": [*facts.warnings, *(finding.sentence for finding in findings)],
+            "findings": [*declared, *findings],
+            "warnings": [*warnings, *(finding.sentence for finding in findings)],
             "examined": f"faults sought on {sample} rows of train, other readings on "
             f"{examined.read_rows}",
         }

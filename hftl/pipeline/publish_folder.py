@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from hftl.card.analysis_plots import plot_curve, plot_distance, plot_probe
+from hftl.card.analysis_plots import plot_curve, plot_distance, plot_probe, plot_shift
 from hftl.card.card import render_adaptation_card, render_card
 from hftl.card.metadata import build_benchmark_files, find_first_timestamp
 from hftl.card.plots import plot_abstention, plot_frontier, plot_ladder, plot_slices
@@ -69,6 +69,8 @@ def _plot_analyses(published: Record, assets: Path) -> None:
         plot_curve(section.curve, assets / "curve.png")
     if section.distance is not None:
         plot_distance(section.distance, assets / "distance.png")
+    if section.shift is not None:
+        plot_shift(section.shift, assets / "shift.png")
 
 
 def _write_base_card(run: Path, published: Record) -> None:

@@ -1,0 +1,219 @@
+"""Say whether test and unlabelled inputs are as train: shares of classes, and inputs themselves.
+
+Label shift is other shares of classes with the same inputs in each of them, and can be corrected;
+covariate shift is other inputs, and cannot. Train is compared with each set as it is, and again
+with its classes drawn in the other set's shares: what differs still is not label shift.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from scipy.special import softmax
+
+from hftl.analysis.distance import compute_mmd
+from hftl.analysis.domains import Domain, check_size, iterate_sets, name_groups
+from hftl.analysis.facts import (
+    ClassShare,
+    Estimate,
+    SetShift,
+    ShiftAnalysis,
+    ShiftOutcome,
+    SiteFacts,
+)
+from hftl.analysis.feature_store import FeatureStore, describe_provenance
+from hftl.analysis.out_of_fold import predict_out_of_fold
+from hftl.analysis.probe import fit_probe
+from hftl.analysis.row_faults import compare_shares
+from hftl.analysis.two_sample import compare_by_classifier
+from hftl.config.recipe import Recipe
+from hftl.errors import RecipeError
+from hftl.finetune.context import ExperimentContext
+from hftl.measure.calibration import fit_temperature
+from hftl.measure.shift import (
+    MIN_SINGULAR_VALUE,
+    ShareEstimate,
+    estimate_shares,
+    measure_separability,
+)
+from hftl.measure.statistics import effective_count
+from hftl.models.layer_features import LayerSite
+
+LEVEL = 0.01
+"""Significance of each test; several sets and tests are looked at."""
+MIN_MATCHED = 40
+"""Rows of train in another set's shares from which on they are compared with it."""
+
+
+class TrainClasses:
+    """Predict classes by a probe of train's rows, and hold what it confuses out of fold."""
+
+    def __init__(self, train: Domain, context: ExperimentContext) -> None:
+        self.labels = context.prepared.encode_targets(train.rows)
+        self.names = context.prepared.names
+        groups = context.group_outputs(train.rows)
+        outputs = len(self.names)
+        logits = predict_out_of_fold(train.features, self.labels, outputs, groups)
+        self.predicted = np.bincount(logits.argmax(1), minlength=outputs)
+        self.confusion = np.zeros((outputs, outputs))
+        np.add.at(self.confusion, (self.labels, logits.argmax(1)), 1)
+        self._temperature = fit_temperature(logits, self.labels) or 1.0
+        self._probe = fit_probe(train.features, self.labels, outputs, groups)
+
+    @property
+    def shares(self) -> np.ndarray:
+        """Return the shares of the classes in train, (classes,)."""
+        return self.confusion.sum(1) / self.confusion.sum()
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """Return calibrated probabilities, (rows, classes)."""
+        return softmax(self._probe.logits(features) / self._temperature, axis=1)
+
+    def estimate(self, probabilities: np.ndarray) -> ShareEstimate | None:
+        """Return the shares of unlabelled rows; None where predictions do not determine them."""
+        if not self.shares.all() or measure_separability(self.confusion) < MIN_SINGULAR_VALUE:
+            return None
+        return estimate_shares(self.confusion, probabilities)
+
+
+def compare_sets(
+    recipe: Recipe, context: ExperimentContext, root: Path, most_rows: int
+) -> ShiftAnalysis:
+    """Compare test and the unlabelled inputs with train on the features that the head reads.
+
+    Args:
+        recipe: its data and pooling.
+        context: source and rows.
+        root: where features are stored.
+        most_rows: of each set, at most.
+
+    Raises:
+        DataError: if a table cannot be read, or has too few rows.
+        RecipeError: if the task has a label a word, or train is the only set.
+    """
+    if context.prepared.task == "token-classification":
+        raise RecipeError(
+            "data.task=token-classification has a vector a word, and shift compares rows",
+            "Give the texts to a recipe with data.task=classification",
+        )
+    site: LayerSite | None = None
+    domains: list[Domain] = []
+    own_data = recipe.data.model_copy(update={"general": None})
+    own_recipe = recipe.model_copy(update={"data": own_data})
+    for name, rows, _ in iterate_sets(own_recipe, context, [], most_rows):
+        check_size(name, rows)
+        store = FeatureStore(context, root)
+        store.compute(rows)
+        site = site or store.find_site(recipe.finetune.pooling) or LayerSite(store.layers, "mean")
+        domains.append(Domain(name, rows, store.get(rows, site)))
+    if site is None or len(domains) < 2:
+        raise RecipeError("train is the only set of rows", "Give data.unlabeled")
+    train, *others = domains
+    classes = TrainClasses(train, context) if context.prepared.task == "classification" else None
+    return ShiftAnalysis(
+        source=context.source.name,
+        site=SiteFacts(layer=site.layer, pooling=site.pooling),
+        train_rows=len(train.rows),
+        separability=None if classes is None else measure_separability(classes.confusion),
+        sets=[_compare(train, other, classes, context) for other in others],
+        provenance=describe_provenance(context, recipe.finetune.pooling, []),
+    )
+
+
+def _compare(
+    train: Domain, other: Domain, classes: TrainClasses | None, context: ExperimentContext
+) -> SetShift:
+    """Compare one set with train: the shares of its classes, and its inputs."""
+    groups = name_groups(train.rows, other.rows)
+    whole = compare_by_classifier(train.features, other.features, groups)
+    count = min(len(train.rows), len(other.rows))
+    mmd_groups = name_groups(train.rows[:count], other.rows[:count])
+    mmd = compute_mmd(train.features[:count], other.features[:count], groups=mmd_groups)
+    shares: list[ClassShare] = []
+    label_p_value = matched_p_value = None
+    if classes is not None:
+        label_p_value, estimate, shares = _compare_classes(other, classes, context)
+        if estimate is not None:
+            matched_p_value = _compare_matched(train, other, classes.labels, estimate.shares)
+    return SetShift(
+        name=other.name,
+        rows=len(other.rows),
+        shares=shares,
+        label_p_value=label_p_value,
+        mmd=Estimate(value=mmd.distance.value, ci95=(mmd.distance.low, mmd.distance.high)),
+        mmd_p_value=mmd.p_value,
+        auc=whole.auc,
+        auc_p_value=whole.p_value,
+        matched_p_value=matched_p_value,
+        outcome=decide_outcome(label_p_value, whole.p_value, matched_p_value),
+    )
+
+
+def decide_outcome(
+    label_p_value: float | None, input_p_value: float, matched_p_value: float | None
+) -> ShiftOutcome:
+    """Return what differs, by the p-values of the classes, of the inputs, and of the inputs once
+    the classes have the same shares."""
+    by_label = label_p_value is not None and label_p_value < LEVEL
+    other_inputs = (input_p_value if matched_p_value is None else matched_p_value) < LEVEL
+    if by_label:
+        return "both" if other_inputs else "label shift"
+    return "covariate shift" if other_inputs else "none"
+
+
+def _compare_classes(
+    other: Domain, classes: TrainClasses, context: ExperimentContext
+) -> tuple[float, ShareEstimate | None, list[ClassShare]]:
+    """Return the p-value of equal predicted classes (BBSDh of Rabanser et al. 2019,
+    arXiv:1810.11953), the estimated shares, and all shares by class."""
+    probabilities = classes.predict(other.features)
+    predicted = np.bincount(probabilities.argmax(1), minlength=len(classes.names))
+    groups = context.group_outputs(other.rows)
+    worth = 1.0
+    if groups is not None:
+        worth = effective_count(np.unique(groups, return_counts=True)[1]) / len(groups)
+    estimate = classes.estimate(probabilities)
+    labelled = None
+    if other.name == "test":
+        targets = context.prepared.encode_targets(other.rows)
+        labelled = np.bincount(targets, minlength=len(classes.names)) / len(targets)
+    shares = [
+        ClassShare(
+            label=name,
+            train=float(classes.shares[i]),
+            estimated=None
+            if estimate is None
+            else Estimate(
+                value=float(estimate.shares[i]),
+                ci95=(float(estimate.interval[i, 0]), float(estimate.interval[i, 1])),
+            ),
+            labelled=None if labelled is None else float(labelled[i]),
+        )
+        for i, name in enumerate(classes.names)
+    ]
+    p_value = compare_shares(classes.predicted.astype(float), predicted.astype(float), worth)
+    return p_value, estimate, shares
+
+
+def _compare_matched(
+    train: Domain, other: Domain, labels: np.ndarray, shares: np.ndarray
+) -> float | None:
+    """Return the p-value of equal inputs where train's classes have the other set's shares."""
+    picked = match_shares(labels, shares)
+    if len(picked) < MIN_MATCHED:
+        return None
+    rows = [train.rows[i] for i in picked]
+    groups = name_groups(rows, other.rows)
+    return compare_by_classifier(train.features[picked], other.features, groups).p_value
+
+
+def match_shares(labels: np.ndarray, shares: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Return the positions of as many rows as can be drawn with these shares of classes."""
+    counts = np.bincount(labels, minlength=len(shares))
+    needed = shares > 0
+    total = float((counts[needed] / shares[needed]).min())
+    rng = np.random.default_rng(seed)
+    parts = [
+        rng.permutation(np.flatnonzero(labels == i))[: int(share * total + 1e-9)]
+        for i, share in enumerate(shares)
+    ]
+    return np.sort(np.concatenate(parts))

@@ -1,0 +1,126 @@
+"""Check what is said of other classes and other inputs in test and unlabelled rows."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import bench_of, sentences, write_csv
+
+from hftl import Recipe
+from hftl.analysis.domains import Domain
+from hftl.analysis.facts import ShiftAnalysis
+from hftl.analysis.shift import TrainClasses, compare_sets, decide_outcome, match_shares
+from hftl.analysis.tables import format_shift
+from hftl.analysis.two_sample import compare_by_classifier
+from hftl.card.analysis_plots import plot_shift
+from hftl.card.evidence import describe_shift
+from hftl.data.rows import Row
+
+
+def test_p_values_of_one_distribution_are_uniform() -> None:
+    draw = np.random.default_rng(0)
+    p_values = [
+        compare_by_classifier(draw.normal(size=(60, 5)), draw.normal(size=(80, 5)), seed=i).p_value
+        for i in range(60)
+    ]
+    assert 0.35 < np.mean(p_values) < 0.65 and np.mean(np.array(p_values) < 0.1) < 0.22
+
+
+def test_another_mean_is_found_and_documents_count_once() -> None:
+    draw = np.random.default_rng(0)
+    moved = compare_by_classifier(draw.normal(size=(200, 5)), draw.normal(0.5, size=(200, 5)))
+    assert moved.p_value < 0.01 and moved.auc > 0.65
+    # 20 documents of 20 equal rows each: as rows they differ, as documents by chance.
+    centres = draw.normal(size=(40, 5))
+    groups = np.repeat(np.arange(40), 20)
+    rows = centres[groups] + 0.01 * draw.normal(size=(800, 5))
+    assert compare_by_classifier(rows[:400], rows[400:], groups).p_value > 0.01
+
+
+def test_rows_are_drawn_in_other_shares() -> None:
+    labels = np.repeat([0, 1, 2], [50, 30, 20])
+    picked = match_shares(labels, np.array([0.2, 0.2, 0.6]))
+    assert np.bincount(labels[picked]).tolist() == [6, 6, 20] and len(set(picked)) == 32
+    whole = match_shares(labels, np.array([0.5, 0.3, 0.2]))
+    assert np.bincount(labels[whole]).tolist() == [50, 30, 20]
+    assert np.bincount(labels[match_shares(labels, np.array([1.0, 0, 0]))]).tolist() == [50]
+
+
+@pytest.mark.parametrize(
+    ("label", "inputs", "matched", "outcome"),
+    [
+        (0.5, 0.5, 0.5, "none"), (0.001, 0.001, 0.5, "label shift"),
+        (0.5, 0.001, 0.001, "covariate shift"), (0.001, 0.001, 0.001, "both"),
+        (None, 0.001, None, "covariate shift"), (0.001, 0.001, None, "both"),
+    ],
+)  # fmt: skip
+def test_outcome(label: float | None, inputs: float, matched: float | None, outcome: str) -> None:
+    assert decide_outcome(label, inputs, matched) == outcome
+
+
+def compare(folder: Path, model: Path, unlabeled: list[Any], **more: Any) -> ShiftAnalysis:
+    rows = [(f"{text}", label) for text, label in sentences(500)]
+    data: dict[str, Any] = {
+        "train": {"path": str(write_csv(folder / "a.csv", ["text", "label"], rows))},
+        "unlabeled": {"path": str(write_csv(folder / "u.csv", ["text"], unlabeled))},
+        "max_length": 16,
+    }
+    recipe = Recipe.parse(
+        {
+            "source": {"model": str(model)}, "data": data, "finetune": {"pooling": "mean"},
+            "adapt": {"objective": "mlm"}, "measure": {"seeds": [0]}, **more,
+        }
+    )  # fmt: skip
+    return compare_sets(recipe, bench_of(recipe), folder / "features", 500)
+
+
+def test_other_shares_are_no_other_inputs(tiny_model: Any, tmp_path: Path) -> None:
+    rows = [(text, label) for text, label in sentences(1400)[500:]]
+    mostly = [(t,) for t, label in rows if label == "positive"]
+    mostly += [(t,) for t, label in rows if label == "negative"][: len(mostly) // 4]
+    facts = compare(tmp_path, tiny_model(), mostly)
+    test, unlabeled = facts.sets
+    assert test.outcome == "none" and unlabeled.outcome == "label shift"
+    positive = next(row for row in unlabeled.shares if row.label == "positive")
+    assert positive.estimated is not None and positive.estimated.ci95 is not None
+    low, high = positive.estimated.ci95
+    assert low <= 0.8 <= high and high - low < 0.2 and positive.labelled is None
+    assert all(row.labelled is not None for row in test.shares)
+    assert "hftl predict --prior auto" in format_shift(facts)
+    assert "other shares" in describe_shift(facts) and "within noise" in describe_shift(facts)
+    plot_shift(facts, tmp_path / "shift.png")
+    assert (tmp_path / "shift.png").stat().st_size > 5000
+
+
+def test_other_inputs_are_found(tiny_model: Any, tmp_path: Path) -> None:
+    others = [(f"{text} actor actor scene",) for text, _ in sentences(900)[500:]]
+    facts = compare(tmp_path, tiny_model(), others)
+    assert facts.sets[1].outcome in ("covariate shift", "both") and facts.sets[1].auc > 0.9
+    assert "other inputs" in format_shift(facts)
+
+
+@pytest.mark.slow
+def test_false_alarms_in_200() -> None:
+    draw = np.random.default_rng(0)
+    context: Any = SimpleNamespace(group_outputs=lambda rows: None)
+    context.prepared = SimpleNamespace(
+        names=["a", "b", "c"], encode_targets=lambda rows: np.array([r.index for r in rows])
+    )
+    from hftl.analysis.shift import _compare_classes, _compare_matched
+
+    alarms = np.zeros(2)
+    for _ in range(200):
+        sets = []
+        for count, shares in ((300, [0.5, 0.3, 0.2]), (200, [0.5, 0.3, 0.2])):
+            labels = draw.choice(3, count, p=shares)
+            rows = [Row((f"{draw.random()}",), "", None, int(i), "") for i in labels]
+            features = 1.5 * np.eye(3)[labels] @ np.eye(3, 8) + draw.normal(size=(count, 8))
+            sets.append(Domain("unlabeled", rows, features.astype(np.float32)))
+        classes = TrainClasses(sets[0], context)
+        p_value, estimate, _ = _compare_classes(sets[1], classes, context)
+        assert estimate is not None
+        matched = _compare_matched(sets[0], sets[1], classes.labels, estimate.shares)
+        alarms += [p_value < 0.01, matched is not None and matched < 0.01]
+    assert (alarms <= 10).all(), alarms
