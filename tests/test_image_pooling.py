@@ -261,7 +261,7 @@ def test_processor_of_dinov3_needs_no_torchvision(tiny_model: Tiny, tmp_path: Pa
                            r"finetune.pooling=native"),
         ("swin", "cls", "pooling=cls is for encoders with a class token"),
         ("clip", "cls+mean", r"pools clip\. Use finetune.pooling=native"),
-        ("vit", "last", "pooling=last is for vision-language sources"),
+        ("vit", "last", r"is for vision-language sources, .*none\. Use finetune.pooling=native"),
         ("bert", "cls+mean", "pooling=cls\\+mean is for pictures, and source.model reads text"),
     ],
 )  # fmt: skip

@@ -13,6 +13,7 @@ from support.tiny import measure_statistics
 from test_vision import copy_state, open_arm, publish, train_steps
 
 import hftl
+from hftl.adapt.mae import check_mae_architecture
 from hftl.config.section import Source
 from hftl.data.image_inputs import build_normalizer, resize_and_crop
 from hftl.errors import RecipeError
@@ -144,6 +145,13 @@ def tiny_timm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[name]
 
     return make
+
+
+def test_masked_image_adaptation_is_refused(tmp_path: Path) -> None:
+    config = {"architecture": "resnet10t", "num_classes": 2, "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match="runs whole pictures by timm.*or leave adapt out"):
+        check_mae_architecture(find_source(Source(model=str(tmp_path))))
 
 
 @every_architecture

@@ -3,13 +3,15 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import bench_of, sentences, write_csv
-from scipy.special import softmax
+from scipy.special import expit, softmax
+from support.published_model import write_jsonl
 from support.tiny import tiny_config, tiny_tokenizer
 from support.training import perturb
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -145,6 +147,51 @@ def test_entailment_is_that_of_the_stock_pipeline(entailment_model: Path, tmp_pa
     assert solve_zero_shot(context, finetune, 1).logits is output.logits, "seeds share a pass"
 
 
+def make_multi_label_recipe(model: Path, folder: Path, **more: Any) -> Recipe:
+    rows = [{"text": text, "label": ["films", label][number % 3 == 0 :]}
+            for number, (text, label) in enumerate(sentences(60))]  # fmt: skip
+    write_jsonl(folder / "rows.jsonl", rows)
+    return Recipe.parse({
+        "source": {"model": str(model), "published_as": "org/tiny"},
+        "data": {"train": {"path": str(folder / "rows.jsonl")}, "task": "multi-label"},
+        "finetune": {"strategy": "head"}, "measure": {"seeds": [0], "arms": ["zero_shot"]}, **more,
+    })  # fmt: skip
+
+
+def test_several_labels_are_entailed_or_contradicted_as_in_the_stock_pipeline(
+    entailment_model: Path, tmp_path: Path
+) -> None:
+    recipe = make_multi_label_recipe(entailment_model, tmp_path)
+    context = bench_of(recipe)
+    check_zero_shot(recipe, context)
+    logits = solve_zero_shot(context, Finetune(), 0).logits["test"]
+    classify: Any = pipeline("zero-shot-classification", model=str(entailment_model))
+    names = context.prepared.names
+    assert names == ["films", "negative", "positive"]
+    texts = [row.content[0] for row in context.prepared.rows["test"]]
+    expected = [[dict(zip(r["labels"], r["scores"], strict=True))[n] for n in names]
+                for r in classify(texts, names, multi_label=True)]  # fmt: skip
+    np.testing.assert_allclose(expit(logits), expected, atol=1e-5)
+    assert np.ptp(expected, axis=0).max() > 5e-3
+    record = runs.run(recipe, tmp_path / "run")
+    assert record is not None and {row.arm for row in record.ladder} == {"head", "zero_shot"}
+
+
+@pytest.mark.parametrize("names", [None, {0: "entailment", 1: "other", 2: "neutral"}])
+def test_several_labels_need_a_head_that_contradicts(
+    names: dict[int, str] | None, bert: Path, entailment_model: Path, tmp_path: Path
+) -> None:
+    model = bert
+    if names is not None:
+        model = copytree(entailment_model, tmp_path / "model")
+        config = json.loads((model / "config.json").read_text("utf-8"))
+        config |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+        (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    recipe = make_multi_label_recipe(model, tmp_path)
+    with pytest.raises(RecipeError, match=r"measure\.arms\.zero_shot: .* has no head of both"):
+        check_zero_shot(recipe, bench_of(recipe))
+
+
 def test_time_and_header_count_each_hypothesis_and_name_the_labels(
     entailment_model: Path, tmp_path: Path
 ) -> None:
@@ -200,8 +247,8 @@ def test_training_starts_from_the_zero_shot_head(context: ExperimentContext) -> 
         ({"data": {"task": "regression"}}, "label_names are words for classes"),
         ({"data": {"task": "token-classification"}, "finetune": {"pooling": "native"},
           "measure": {"arms": ["zero_shot"]}}, "task=token-classification asks"),
-        ({"data": {"task": "multi-label"}, "measure": {"arms": ["zero_shot"]}},
-         "task=multi-label asks"),
+        ({"data": {"task": "multi-label"}, "finetune": {"head_init": "zero_shot"}},
+         "do not say from where on a label of data.task=multi-label holds"),
         ({"data": {"train": {"path": "x.csv", "text": ["a", "b"]}},
           "finetune": {"strategy": "zero_shot"}}, r"data\.train\.text names two columns"),
         ({"finetune": {"head_init": "zero_shot"}, "retain": {"kl": {"on": "probe"}}},

@@ -22,6 +22,7 @@ from hftl.models.architectures import ARCHITECTURES, get_patch_size
 from hftl.models.encoders import get_encoder_class, get_submodule
 from hftl.models.heads import load_class
 from hftl.models.source import SourceModel
+from hftl.models.timm_architecture import TIMM_WRAPPER
 
 ATTENTION_HEAD_WIDTH = 32
 """Of each attention head of a new decoder, as in ViTMAE: 512 in 16 heads."""
@@ -211,6 +212,8 @@ def check_mae_architecture(source: SourceModel) -> None:
     reason = None
     if source.architecture_spec.modality != "image":
         reason = "reads text; mae needs images"
+    elif source.model_type == TIMM_WRAPPER:
+        reason = "runs whole pictures by timm, so no patch can be left out"
     elif source.architecture_spec.masked_images is None and _reads_full_grid(source):
         reason = "convolves or shifts windows over the full grid, so no patch can be left out"
     elif source.architecture_spec.masked_images is None:

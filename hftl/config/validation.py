@@ -198,7 +198,13 @@ def _check_zero_shot(data: Data, finetune: Finetune) -> None:
     if not is_arm and finetune.head_init != ZERO_SHOT_ARM:
         return
     fix = "Remove the arm zero_shot" if is_arm else "Set finetune.head_init=probe"
-    if data.task != "classification":
+    if data.task == "multi-label" and not is_arm:
+        raise RecipeError(
+            "finetune.head_init=zero_shot is made of similarities to words, which do not say from "
+            "where on a label of data.task=multi-label holds",
+            fix,
+        )
+    if data.task not in ("classification", "multi-label"):
         raise RecipeError(
             "zero-shot classification compares each input with words for classes and names the "
             f"nearest, and data.task={data.task} asks for something else",

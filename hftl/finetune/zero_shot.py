@@ -1,11 +1,11 @@
 """Classify without labels: compare each input with words for the classes, as the source can.
 
 A source with an entailment head is asked whether a text entails a hypothesis of each class (Yin et
-al. 2019, arXiv:1909.00161), a vision-language source how likely each class is as the answer to its
-prompt: both are passes for each row and class, and no head. Other sources compare embeddings: a
-class is the direction of its prompts' embeddings, and a linear head holds all of them. Pairs of an
-image and a text encoder embed the prompts by their text half, which the model with that head no
-longer needs.
+al. 2019, arXiv:1909.00161); where several may hold, each is weighed against its contradiction. A
+vision-language source is asked how likely each class is as the answer to its prompt. Both are
+passes for each row and class, and no head. Other sources compare embeddings: a class is the
+direction of its prompts' embeddings, and a linear head holds all of them. Pairs of an image and a
+text encoder embed the prompts by their text half, which the model with that head no longer needs.
 """
 
 from collections.abc import Mapping
@@ -166,10 +166,19 @@ def average_directions(embeddings: np.ndarray, prompts: Prompts) -> np.ndarray:
 
 def find_entailment_output(source: SourceModel) -> int | None:
     """Return the number of the output that says a text entails another; None where none does."""
+    return _find_output(source, ("entail",))
+
+
+def find_contradiction_output(source: SourceModel) -> int | None:
+    """Return the number of the output that says a text does not entail another; None without."""
+    return _find_output(source, ("contradict", "not_entail"))
+
+
+def _find_output(source: SourceModel, starts: tuple[str, ...]) -> int | None:
     if source.architecture_spec.modality == "image":
         return None
     names: Mapping[int, str] = source.config.id2label or {}
-    return next((i for i, name in names.items() if str(name).lower().startswith("entail")), None)
+    return next((i for i, name in names.items() if str(name).lower().startswith(starts)), None)
 
 
 def scores_every_class(source: SourceModel) -> bool:
@@ -220,9 +229,16 @@ def _measure_likelihood(context: ExperimentContext, split: str, prompts: Prompts
 
 
 def _measure_entailment(context: ExperimentContext, split: str, prompts: Prompts) -> np.ndarray:
-    """Return the entailment logit of every row and hypothesis, (rows, prompts)."""
+    """Return the entailment logit of every row and hypothesis, (rows, prompts).
+
+    Where several classes may hold it is that over contradiction, so that its sigmoid is the
+    probability of one of the two.
+    """
     model = _load_entailment_model(context.source).to(context.device)
     output = find_entailment_output(context.source)
+    against = None
+    if context.prepared.task == "multi-label":
+        against = find_contradiction_output(context.source)
     columns = []
     for hypothesis in (text for texts in prompts.values() for text in texts):
         rows = [
@@ -230,7 +246,8 @@ def _measure_entailment(context: ExperimentContext, split: str, prompts: Prompts
             for row in context.prepared.rows[split]
         ]
         encoded = context.inputs.encode(rows)
-        columns.append(predict_logits(model, encoded, context.inputs, context.device)[:, output])
+        logits = predict_logits(model, encoded, context.inputs, context.device)
+        columns.append(logits[:, output] - (0 if against is None else logits[:, against]))
     return np.stack(columns, axis=1)
 
 
@@ -279,6 +296,8 @@ def _check_arm(arm: Arm, context: ExperimentContext, is_own: bool) -> None:
     if not is_arm and not arm.starts_zero_shot:
         return
     needs_head = arm.starts_zero_shot or is_own
+    if context.prepared.task == "multi-label":
+        _check_contradiction(context.source)
     if context.reads_prompt:
         _check_answers(arm, context, needs_head)
     elif context.prepared.modality == "image":
@@ -290,6 +309,18 @@ def _check_arm(arm: Arm, context: ExperimentContext, is_own: bool) -> None:
             "a zero-shot head compares pooled tokens with words for classes, and "
             "finetune.pooling=native has layers between them",
             "Set finetune.pooling=mean, or cls where the source was trained to compare that token",
+        )
+
+
+def _check_contradiction(source: SourceModel) -> None:
+    """Refuse several labels at once for a source that does not say which of them do not hold."""
+    if None in (find_entailment_output(source), find_contradiction_output(source)):
+        raise RecipeError(
+            "zero-shot classification into several labels weighs each label's entailment against "
+            f"its contradiction, and {source.name} ({source.architecture}) has no head of both: "
+            "a similarity to words does not say from where on a label holds",
+            "Use a source with an entailment head, as MoritzLaurer/deberta-v3-base-zeroshot-v2.0, "
+            "or leave zero_shot out",
         )
 
 

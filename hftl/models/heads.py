@@ -290,10 +290,13 @@ def _build_last_token_error(
             f"{source.architecture}, and hftl's head reads the last token of a prompt",
             "Set finetune.pooling=last",
         )
+    is_text = architecture.modality == "text"
     return RecipeError(
         f"finetune.pooling=last is for vision-language sources, and {source.name} "
         f"({source.architecture}) is none",
-        "Use native, which reads the last token of a decoder, or mean",
+        "Use native, which reads the last token of a decoder, or mean"
+        if is_text
+        else "Use finetune.pooling=native",
     )
 
 
