@@ -236,7 +236,7 @@ def test_refuses_other_layers_in_a_block_and_other_classes() -> None:
     ("name", "fields", "reason"),
     [
         ("gpt2", {"n_embd": 16, "n_layer": 2, "n_head": 2}, "hftl has no entry for it"),
-        ("longformer", TEXT, "hftl has no entry for it"),
+        ("convbert", TEXT, "hftl has no entry for it"),
     ],
 )
 def test_refuses_an_unsupported_architecture(

@@ -99,6 +99,10 @@ QUANTIZATION = """,
         load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules={whole}
     )"""
 """What loads a base as it was trained on, in 4 bits."""
+GLOBAL_ATTENTION = """
+inputs["global_attention_mask"] = torch.zeros_like(inputs["input_ids"])
+inputs["global_attention_mask"][:, 0] = 1"""
+"""Of Longformer, whose stock classes let the first token see the whole text."""
 TEXT_EXAMPLE = "A text of your own."
 
 
@@ -167,7 +171,9 @@ def render_plain_snippet(
             ("" if pooled else _render_config_arguments(outputs, architecture)) + settings,
         ),
         head=HEAD_LINE.format(device=', "cuda"' if quantized else "") if pooled else "",
-        inputs=call.format(example=example) + ('.to("cuda")' if quantized else ""), output=output,
+        inputs=call.format(example=example) + ('.to("cuda")' if quantized else "")
+        + (GLOBAL_ATTENTION if pooled and architecture == "longformer" else ""),
+        output=output,
     )  # fmt: skip
 
 

@@ -126,8 +126,10 @@ class _LayerTap(ExitStack):
     def _unpack(self, states: Tensor) -> Tensor:
         """Return (batch, length, width) of states, which may be packed, see `packing`."""
         mask = self._batch.get("attention_mask")
-        if mask is None or states.shape[0] == len(mask):
+        if mask is None:
             return states
+        if states.shape[0] == len(mask):
+            return states[:, : mask.shape[1]]  # Longformer pads to whole windows
         return Packing(mask.bool()).unpack(states)
 
     def _pool(self, states: Tensor) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Hold an encoder under hftl's own pooling and one linear head, for texts and for images."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -25,6 +26,13 @@ def pool_tokens(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
+def mark_first_tokens(input_ids: Tensor) -> Tensor:
+    """Return (batch, length) int64, 1 at each row's first token."""
+    mask = torch.zeros_like(input_ids)
+    mask[:, 0] = 1
+    return mask
+
+
 class PooledModel(nn.Module):
     """Hold an encoder of texts, `mean`, `cls` or `last` pooling, and one linear head."""
 
@@ -32,6 +40,8 @@ class PooledModel(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.pooling = pooling
+        # Longformer's first token sees the whole text, as under its stock class; others see a part.
+        self.sees_all = "global_attention_mask" in inspect.signature(encoder.forward).parameters
         self.head = nn.Linear(width, outputs)
 
     @property
@@ -53,6 +63,8 @@ class PooledModel(nn.Module):
         """
         optional = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
         present = {name: tensor for name, tensor in optional.items() if tensor is not None}
+        if self.sees_all:
+            present["global_attention_mask"] = mark_first_tokens(input_ids)
         hidden = self.encoder(input_ids=input_ids, **present, **more).last_hidden_state
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         pooled = pool_tokens(hidden, mask, self.pooling)

@@ -90,6 +90,13 @@ TEXT_ENCODERS = {
     "roc_bert": replace(POOLED, encoder="roc_bert", adjust=_adjust_roc_bert),
     "megatron-bert": replace(POOLED, final_parts=("encoder.ln",)),
     "fnet": replace(POOLED, encoder="fnet", lora_targets=("intermediate.dense", "output.dense")),
+    "longformer": ArchitectureSpec(
+        "longformer", "encoder.layer",
+        (*BERT_LINEARS[:3], "attention.self.query_global", "attention.self.key_global",
+         "attention.self.value_global", *BERT_LINEARS[3:]),
+        pooler="pooler", head=DENSE_HEAD, token_head=None, add_pooling_layer=True,
+        has_padding_offset=True,
+    ),
     "big_bird": replace(POOLED, unused_parts=("pooler",), head=DENSE_HEAD),
     "mobilebert": replace(
         POOLED, encoder="mobilebert",

@@ -63,9 +63,13 @@ class PublishedModel(nn.Module):
 
     def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
         """Logits of shape (batch, outputs)."""
-        output = self.model(**inputs)
         if self.head is None:
-            return output
+            return self.model(**inputs)
+        if self.model.config.model_type == "longformer":  # pyright: ignore
+            mask = torch.zeros_like(inputs["input_ids"])
+            mask[:, 0] = 1
+            inputs["global_attention_mask"] = mask
+        output = self.model(**inputs)
         if self.pooling == "embedding":
             return SequenceClassifierOutput(logits=self.head(self._embed(output.pooler_output)))  # pyright: ignore
         hidden = output.last_hidden_state

@@ -124,7 +124,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "roformer": TEXT | {"embedding_size": 16}, "roberta-prelayernorm": TEXT,
     "xlm-roberta-xl": TEXT, "jina_embeddings_v3": TEXT, "gte": TEXT, "ultrabert": TEXT,
     "esm": TEXT | {"mask_token_id": 4, "emb_layer_norm_before": False}, "esmc": TEXT,
-    "nomic_bert": TEXT, "data2vec-text": TEXT, "fnet": TEXT, "big_bird": TEXT | {
+    "longformer": TEXT | {"attention_window": 4}, "nomic_bert": TEXT,
+    "data2vec-text": TEXT, "fnet": TEXT, "big_bird": TEXT | {
         "bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3, "attention_type": "original_full",
     },
     "metaclip_2": TOWERS, "donut-swin": WINDOWS, "vit_msn": IMAGE, "swinv2": WINDOWS,
