@@ -132,13 +132,18 @@ class LostProcessError(HftlError):
         )
 
 
+MAX_MESSAGE = 300
+"""Characters of a library's message that are shown; some list every class that they know."""
+
+
 def format_error_line(error: BaseException | str) -> str:
     """Return a library's message as one line: the first, and what follows where it ends in `:`."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     count = 1
     while count < len(lines) and lines[count - 1].endswith(":"):
         count += 1
-    return " ".join(lines[:count]).rstrip(" :") or type(error).__name__
+    line = " ".join(lines[:count]).rstrip(" :") or type(error).__name__
+    return line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]}..."
 
 
 def suggest_closest(name: str, options: list[str], prefix: str = "") -> str:

@@ -13,6 +13,9 @@ from pydantic import JsonValue
 
 from hftl.errors import RecipeError, format_error_line
 
+MAX_VALUES = 100_000
+"""Values of a recipe, at most, once its aliases are filled in."""
+
 
 class _RecipeLoader(yaml.SafeLoader):
     """Load YAML safely, `1e-4` and `on` as YAML 1.2 does, and refuse duplicate keys."""
@@ -21,6 +24,28 @@ class _RecipeLoader(yaml.SafeLoader):
         first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Return the document's node; refuse aliases that make few lines endless."""
+        node = super().get_single_node()
+        if node is not None and _count_values(node, {}) > MAX_VALUES:
+            problem = f"its aliases make more than {MAX_VALUES:,} values"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return node
+
+
+def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
+    """Return the number of values in a node, those of aliases as often as they are named."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in counts:
+        # Endless, if this is met again before it is counted.
+        counts[id(node)] = MAX_VALUES + 1
+        children = [
+            child for item in node.value for child in (item if isinstance(item, tuple) else (item,))
+        ]
+        counts[id(node)] = 1 + sum(_count_values(child, counts) for child in children)
+    return counts[id(node)]
 
 
 _RecipeLoader.add_implicit_resolver(

@@ -5,13 +5,15 @@ A refusal names the key, the closest match and what to do.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from hftl.errors import RecipeError, suggest_closest
 
 MAX_SEED = 2**32 - 1
 """The largest seed that numpy's generators take."""
+NUMBERS = (int, float, int | None, float | None)
+"""Types of keys that hold a number."""
 UNION_TAGS = ("Fraction", "Table", "one", "several")
 """Parts of a location that name a choice of pydantic's, not a key of the recipe."""
 
@@ -20,6 +22,16 @@ class Section(BaseModel):
     """Describe a part of the recipe: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_truth_as_number(cls, tree: Any) -> Any:
+        """Refuse true and false for a number: Python takes them for 1 and 0."""
+        for name, value in tree.items() if isinstance(tree, dict) else ():
+            field = cls.model_fields.get(name) if isinstance(name, str) else None
+            if isinstance(value, bool) and field and field.annotation in NUMBERS:
+                raise ValueError(f"{name} must be a number, got {str(value).lower()}")
+        return tree
 
 
 def name_by_label(value: Any) -> Any:

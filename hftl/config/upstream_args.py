@@ -163,6 +163,11 @@ def check_lora_values(settings: Mapping[str, object], place: str) -> None:
         if isinstance(pattern, Mapping):
             numbers |= {f"{field}.{key}": value for key, value in pattern.items()}
     _check_positive(numbers, place)
+    dropout = settings.get("lora_dropout", 0)
+    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+        raise RecipeError(
+            f"{place}.lora_dropout must be from 0 to below 1, got {dropout!r}", "Correct the value"
+        )
 
 
 def _validate_values(section: str, kind: str, values: Any) -> dict[str, object]:
@@ -202,6 +207,10 @@ def validate_value(kind: str, key: str, value: Any) -> Any:
         RecipeError: if it is of another type.
     """
     expected: Any = read_fields(kind)[key.rsplit(".", 1)[-1]]
+    # Python takes true and false for 1 and 0.
+    if isinstance(value, bool) and expected in (int, float, int | None, float | None):
+        shown = str(value).lower()
+        raise RecipeError(f"{key} must be a number, got {shown}", "Correct the value")
     try:
         return TypeAdapter(expected).validate_python(value)
     except ValidationError as error:

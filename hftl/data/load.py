@@ -216,7 +216,9 @@ def _find_row_fault(raw: RawRow, table: Table, data: Data, spec: InputSpec) -> s
         return "not valid UTF-8"
     if spec.modality == "text" or data.reads_text_beside:
         faults = (
-            find_text_fault(column, raw.values[column], task) for column in table.text_columns
+            find_text_fault(column, raw.values[column], task)
+            or _find_nul_fault(column, raw.values[column])
+            for column in table.text_columns
         )
         fault = next(filter(None, faults), None)
         if fault:
@@ -236,6 +238,11 @@ def find_text_fault(column: str, value: Any, task: str) -> str | None:
     if not isinstance(value, str):
         return f"{column} is {'empty' if value is None else type(value).__name__}, not text"
     return None if value.strip() else f"{column} is empty"
+
+
+def _find_nul_fault(column: str, value: Any) -> str | None:
+    words = value if isinstance(value, (list, tuple)) else [value]
+    return f"{column} is binary, not text" if any("\0" in word for word in words) else None
 
 
 def _find_words_fault(column: str, value: Any) -> str | None:

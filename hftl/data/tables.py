@@ -92,7 +92,18 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"{path.name}: two columns are named {twice!r}", "Rename one")
     index = 0
-    for batch in file.iter_batches(4096):
+    batches = file.iter_batches(4096)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (ArrowInvalid, OSError) as error:
+            # OSError without a number of the system, for a page that is not what it says.
+            raise DataError(
+                f"{path.name}: damaged after row {index}: {format_error_line(error)}",
+                "Write it again",
+            ) from error
+        if batch is None:
+            return
         for values in batch.to_pylist():
             yield RawRow(values, index, f"{path.name} row {index + 1}")
             index += 1

@@ -13,6 +13,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from hftl.config.section import Source
@@ -218,12 +219,16 @@ def find_source(source: Source, on_hub: bool = False) -> SourceModel:
 
 
 # Loading meets files of anybody's: the libraries check little, and each call fails in its own way.
-BUILD_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, re.error)
+BUILD_ERRORS = (
+    ValueError, TypeError, LookupError, AttributeError, RuntimeError, re.error,
+    StrictDataclassError,
+)  # fmt: skip
 """What transformers and peft raise on settings that fit no model.
 
 A class of transformers: AttributeError for a key that config.json lacks, TypeError for a value of
 another type, KeyError for an unknown activation, ValueError for sizes that do not divide,
-RuntimeError for sizes that torch refuses. A config, tokenizer or processor: TypeError and
+RuntimeError for sizes that torch refuses, StrictDataclassError for a key of config.json that is of
+another type than its class declares. A config, tokenizer or processor: TypeError and
 AttributeError where its JSON is no mapping, RecursionError where it is nested too deep. peft:
 ValueError for targets that match nothing, KeyError for an unknown peft_type, IndexError for layers
 that the model lacks, re.error for a pattern.
