@@ -76,15 +76,18 @@ def compute_gain(
 
 
 def estimate_gain(
-    metric: Metric, test: SplitPredictions, own: str, other: str
+    metric: Metric, test: SplitPredictions, own: str, other: str, values: np.ndarray | None = None
 ) -> tuple[Estimate, float | None]:
     """Return the gain with its interval, and the p-value of no gain that agrees with the interval.
 
-    Without an interval, with one seed or one unit, there is no p-value either.
+    Without an interval, with one seed or one unit, there is no p-value either. `values` are those
+    of `compute_gain_values`, where they are known.
     """
     own_scores, other_scores = (score_seeds(metric, test, arm) for arm in (own, other))
     value = float((metric.sign * (own_scores - other_scores)).mean())
-    interval, p_value = _estimate_interval(metric, test, own, other, value)
+    if values is None:
+        values = compute_gain_values(metric, test, own, other)
+    interval, p_value = _estimate_interval(metric, test, values, value)
     return Estimate(value, interval), p_value
 
 
@@ -166,15 +169,14 @@ def _score_difference(metric: Metric, labels: np.ndarray, a: np.ndarray, b: np.n
     return metric.sign * (metric.score(labels, a) - metric.score(labels, b))
 
 
-def _estimate_interval(
-    metric: Metric, test: SplitPredictions, own: str, other: str, value: float
-) -> tuple[Interval | None, float | None]:
-    """Return the variance-components interval and p-value of the jackknife values, centred on the
-    gain itself; None with one seed or one unit."""
+def compute_gain_values(
+    metric: Metric, test: SplitPredictions, own: str, other: str
+) -> np.ndarray | None:
+    """Return the jackknife values of the gain, (seeds, blocks); None with one seed or one unit."""
     pairs = list(zip(test.predictions[own], test.predictions[other], strict=True))
     if len(pairs) < 2 or len(np.unique(test.units)) < 2:
-        return None, None
-    values = np.stack(
+        return None
+    return np.stack(
         [
             jackknife(
                 lambda i, a=a, b=b: _score_difference(metric, test.labels[i], a[i], b[i]),
@@ -183,6 +185,15 @@ def _estimate_interval(
             for a, b in pairs
         ]
     )
+
+
+def _estimate_interval(
+    metric: Metric, test: SplitPredictions, values: np.ndarray | None, value: float
+) -> tuple[Interval | None, float | None]:
+    """Return the variance-components interval and p-value of the jackknife values, centred on the
+    gain itself; None with one seed or one unit."""
+    if values is None:
+        return None, None
     error = estimate_mean_error(values, np.bincount(assign_blocks(test.units)))
     if error is None:
         return None, None

@@ -7,8 +7,10 @@ import numpy as np
 
 from hftl.data.slices import RowSlice, SlicedColumn
 from hftl.measure.facts import SliceColumn, SliceScore, SliceSection
-from hftl.measure.gain import SplitPredictions, estimate_gain, score_arm
+from hftl.measure.gain import SplitPredictions, compute_gain_values, estimate_gain, score_arm
 from hftl.measure.metrics import Metric
+from hftl.measure.statistics import assign_blocks, estimate_item_error
+from hftl.measure.verdict import Estimate
 
 LEVEL = 0.05
 
@@ -69,7 +71,7 @@ def _measure_slice(
     inside = select_rows(test, part.rows)
     score = score_arm(metric, inside, own)
     gain, p_value = (
-        (None, None) if baseline is None else estimate_gain(metric, inside, own, baseline)
+        (None, None) if baseline is None else _estimate_gain(metric, inside, own, baseline)
     )
     return SliceScore(
         column=column,
@@ -83,6 +85,22 @@ def _measure_slice(
         p_value=p_value,
         outcome=None,
     )
+
+
+def _estimate_gain(
+    metric: Metric, inside: SplitPredictions, own: str, baseline: str
+) -> tuple[Estimate, float | None]:
+    """Return what `estimate_gain` does, the p-value at least that of the items alone.
+
+    In a slice of few rows seeds often have the very same gain by chance, and then seem to know it
+    exactly: with 2 seeds a quarter of simulated runs without a gain were said to lose a slice.
+    """
+    values = compute_gain_values(metric, inside, own, baseline)
+    gain, p_value = estimate_gain(metric, inside, own, baseline, values)
+    if values is None or p_value is None:
+        return gain, p_value
+    of_items = estimate_item_error(values.mean(0), np.bincount(assign_blocks(inside.units)))
+    return gain, p_value if of_items is None else max(p_value, of_items.p_value(gain.value))
 
 
 def _correct(scores: list[SliceScore]) -> list[SliceScore]:
