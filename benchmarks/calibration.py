@@ -10,8 +10,8 @@ their difficulty. What is estimated is estimated by the functions that a run use
 - `p_values`: two arms that are equally good; how often p is at most .05 and .01.
 - `positive`: a run in which the own arm is as good as the better of scratch and classical, as
   scratch's epochs, own's epochs and scratch's rate are chosen on validation; how often it is called
-  positive over the lesser gain on test, and, to compare, over the baseline that is better on
-  validation.
+  positive, and how often negative transfer, over the lesser gain on test, and, to compare, positive
+  over the baseline that is better on validation.
 - `forgetting`: documents of one to three rows whose features are turned and blurred by each seed,
   by amounts that are skewed; how often a figure's interval holds the mean of its change.
 
@@ -300,7 +300,8 @@ def format_table(result: dict[str, Any]) -> list[str]:
     lines = []
     for row in _format_extremes(result.get("p_values", []), "at_0.05", "at_0.01"):
         lines.append(f"p of equal arms: {row}")
-    for row in _format_extremes(result.get("positive", []), "positive", "positive_by_validation"):
+    keys = ("positive", "negative", "positive_by_validation")
+    for row in _format_extremes(result.get("positive", []), *keys):
         lines.append(f"null runs: {row}")
     forgetting = result.get("forgetting", [])
     for name in [key for key in forgetting[-1] if key not in SETTING_KEYS] if forgetting else []:
