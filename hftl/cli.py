@@ -531,7 +531,9 @@ def _run_until(
     cli_errors.CURRENT_COMMAND.run = folder
     cli_errors.CURRENT_COMMAND.resume_command = shlex.join(["hftl", *sys.argv[1:]])
     from hftl.pipeline import pipeline
+    from hftl.runtime.workers import freeze_imports
 
+    freeze_imports()
     pipeline.run(
         loaded, folder, until=until, restart=restart, say=say, progress=_is_interactive(),
         report_hang=cli_errors.report_hang,

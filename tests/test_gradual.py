@@ -10,6 +10,7 @@ import torch
 from conftest import bench_of, sentences, write_csv
 from support.training import build_probed_model, copy_parameters
 from torch import Tensor
+from transformers import BertModel
 
 from hftl.config.finetune import Finetune
 from hftl.config.recipe import Recipe
@@ -182,6 +183,23 @@ def test_frozen_blocks_run_in_eval_mode(phases: list[Phase]) -> None:
 
 
 # When it stops
+
+
+def test_every_phase_trains_in_its_precision(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that one trainer has prepared and released is prepared by the next one, too."""
+    set_scores(monkeypatch, RISING)
+    halves: list[bool] = []
+    take_step = BertModel.forward
+
+    def forward(self: Any, *args: Any, **more: Any) -> Any:
+        if torch.is_grad_enabled():
+            halves.append(torch.is_autocast_enabled("cpu"))
+        return take_step(self, *args, **more)
+
+    monkeypatch.setattr(BertModel, "forward", forward)
+    training = {"learning_rate": 5e-3, "bf16": True, "per_device_train_batch_size": 16}
+    train_arm(context, make_section(training=training), 3)
+    assert len(halves) > 8 and all(halves)
 
 
 def test_unfreezing_stops_without_gain_and_the_final_phase_starts_from_the_best(

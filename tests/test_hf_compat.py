@@ -40,6 +40,7 @@ PRIVATE = {
     "_tokenizer": PreTrainedTokenizerFast,
     "_loss_function": PreTrainedModel,
     "_original_forward": None,
+    "_is_accelerate_prepared": None,
     "_internal_call": None,
     **dict.fromkeys(
         ("_prepare_inputs", "_train_batch_size", "_remove_unused_columns", "_save",

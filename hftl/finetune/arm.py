@@ -50,6 +50,7 @@ from hftl.train.checkpoint import (
     iterate_trainable,
 )
 from hftl.train.facts import TargetScaleFacts, TrainingFacts
+from hftl.train.hf_compat import release_model
 from hftl.train.step_checkpoint import CheckpointSpec, CheckpointWriter
 from hftl.train.trainer import TransferTrainer
 
@@ -245,7 +246,7 @@ def _fit_at_once(
         trainer.checkpoints = CheckpointWriter(checkpoints)
     _run_training(trainer.train)
     # accelerate leaves its autocast around forward; predictions are made in fp32.
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    release_model(trainer.accelerator, model)
     best.restore(model)
     return trainer
 

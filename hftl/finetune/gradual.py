@@ -21,6 +21,7 @@ from hftl.finetune.trainable import split_phases
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.hardware import is_sharded
 from hftl.train.checkpoint import BestWeightsCallback, iterate_trainable
+from hftl.train.hf_compat import release_model
 from hftl.train.step_checkpoint import (
     CheckpointSpec,
     CheckpointWriter,
@@ -140,8 +141,7 @@ def _train_phase(
     trainer.train()
     if not any("eval_loss" in row for row in trainer.state.log_history):
         trainer.evaluate()
-    # accelerate leaves its autocast around forward.
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    release_model(trainer.accelerator, model)
     gained = before is None or best.best != before
     if gained:
         best.epoch = passed + float(best.epoch or 0)

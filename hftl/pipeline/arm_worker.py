@@ -26,7 +26,7 @@ from hftl.pipeline.schedule import Task
 from hftl.runtime.claims import ClaimState, hold_claim, read_claim
 from hftl.runtime.distributed import make_picklable
 from hftl.runtime.run_folder import DEAL_FOLDER
-from hftl.runtime.workers import follow_parent
+from hftl.runtime.workers import follow_parent, freeze_imports
 from hftl.train.facts import ArmFile
 
 POLL_SECONDS = 0.2
@@ -35,6 +35,7 @@ POLL_SECONDS = 0.2
 def main() -> None:
     """Take tasks until none is left, and leave an error for the process that waits."""
     follow_parent()
+    freeze_imports()
     run_path, number = Path(sys.argv[1]), int(sys.argv[2])
     folder = run_path / DEAL_FOLDER
     try:

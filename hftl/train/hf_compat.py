@@ -91,6 +91,17 @@ def unwrap_forward(model: "nn.Module") -> Any:
     return inspect.unwrap(getattr(forward, "__func__", forward))
 
 
+def release_model(accelerator: Any, model: "nn.Module") -> None:
+    """Leave a model as it was before accelerate prepared it, its weights apart.
+
+    Missing: an `unwrap_model` that undoes all of `prepare`. Without the mark a next trainer
+    prepares the model again; with it, that would train in fp32 whatever its precision, as
+    `unwrap_model` has taken the autocast off `forward`.
+    """
+    whole = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    vars(whole).pop("_is_accelerate_prepared", None)
+
+
 def move_inputs(trainer: "Trainer", inputs: "dict[str, Tensor]") -> "dict[str, Tensor]":
     """Return a batch on the Trainer's device.
 
