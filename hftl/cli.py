@@ -364,6 +364,37 @@ def shift(
 
 
 @app.command()
+def advise(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="a recipe file; with --history a run folder")
+    ],
+    rest: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value ...]", help="changes to the recipe; or more runs"),
+    ] = None,
+    history: Annotated[
+        bool, typer.Option("--history", help="count how often the advice of runs was right")
+    ] = False,
+    output: Output = None,
+) -> None:
+    """Advise a strategy and forecast what each would score, from one pass of the source."""
+    if history:
+        runs = [_check_run_folder(Path(run)) for run in (recipe, *(rest or []))]
+        from hftl.pipeline.advise import summarize_history
+
+        say(summarize_history(runs))
+        return
+    loaded = Recipe.load(recipe, rest)
+    folder = output or loaded.default_output()
+    with _working():
+        from hftl.pipeline.advise import advise_recipe
+        from hftl.pipeline.pipeline import open_recipe
+
+        text = advise_recipe(loaded, open_recipe(loaded), folder)
+    say(text)
+
+
+@app.command()
 def rank(
     recipe: RecipePath,
     overrides: Overrides = None,

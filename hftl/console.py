@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hftl.analysis.advice_facts import AdviceSection, Interval
 from hftl.card.wording import build_forgetting_rows, describe_headline
+from hftl.measure.advice_outcome import AdviceHistory
 from hftl.measure.facts import MIN_JUDGED_ROWS, SliceSection
 from hftl.measure.metrics import describe_metric
 from hftl.measure.record import AdaptStage, GuardFigures, LadderRow, LossChange, Record
@@ -47,6 +49,63 @@ def format_baselines(check: BaselineCheck) -> str:
     )  # fmt: skip
     line = f"  head over {check.over}: {format_gain(gain)}: {answer}"
     return f"{format_table(cells)}\n{line}"
+
+
+def summarize_advice(section: AdviceSection) -> dict[str, str]:
+    """Return the advice for the header of `hftl check`, and where rules and recipe differ."""
+    reason = next(rule for rule in reversed(section.rules) if rule.strategy == section.strategy)
+    differs = {"conflict": "; ".join(section.conflicts)} if section.conflicts else {}
+    return {"advice": f"{section.strategy} ({reason.text}); more: hftl advise", **differs}
+
+
+def format_advice(section: AdviceSection, seconds: dict[str, float]) -> str:
+    """Return the forecast of every strategy, the rules with their sources, and the advice.
+
+    Args:
+        section: the advice.
+        seconds: that one seed of a strategy trains, by its name.
+    """
+    lines: list[str] = []
+    if section.forecast is not None:
+        cells = [("forecast", "test accuracy", "90 %", "gain", "90 %", "a seed")]
+        cells += [
+            (
+                row.strategy,
+                f"{row.score:.3f}",
+                _format_interval(row.score_pi90),
+                f"{row.gain:+.3f}",
+                _format_interval(row.gain_pi90, "+"),
+                format_duration(seconds[row.strategy]) if seconds.get(row.strategy) else "-",
+            )
+            for row in section.forecast.strategies
+        ]
+        lines += [format_table(cells), "  gain is over the better of scratch and classical"]
+    else:
+        lines.append(f"  no forecast: {section.no_forecast}")
+    for rule in section.rules:
+        verdict = f" -> {rule.strategy}" if rule.strategy else ""
+        lines += [f"  {rule.name}: {rule.text}{verdict}", f"    [{rule.source}]"]
+    lines += [f"  conflict: {conflict}" for conflict in section.conflicts]
+    return "\n".join([*lines, f"advice: {section.strategy}"])
+
+
+def _format_interval(interval: Interval, sign: str = "") -> str:
+    return f"[{interval[0]:{sign}.3f}, {interval[1]:{sign}.3f}]"
+
+
+def format_history(history: AdviceHistory) -> str:
+    """Return how often advice and forecasts were right, over runs."""
+    noun = "run" if history.runs == 1 else "runs"
+    lines = [f"{history.runs} {noun}, {history.without} without an outcome of advice"]
+    for (count, right), words in (
+        (history.scores, "scores were within the forecast's 90 % interval"),
+        (history.gains, "gains were within theirs"),
+        (history.advised, "times the advised strategy was within a point of the best that ran"),
+    ):
+        share = f" ({right / count:.0%})" if count else ""
+        lines.append(f"  {right} of {count} {words}{share}")
+    errors = ", ".join(f"{name} {error:+.3f}" for name, error in history.errors.items())
+    return "\n".join([*lines, *([f"  measured minus forecast: {errors}"] if errors else [])])
 
 
 def format_header(facts: dict[str, str]) -> str:

@@ -12,7 +12,7 @@ from test_baselines import build_context
 
 from hftl.errors import NumericError
 from hftl.finetune.arm_files import METRICS_FILE, read_metrics_file, read_predictions, write_arm
-from hftl.finetune.baselines import solve_classical
+from hftl.finetune.classical import solve_classical
 from hftl.finetune.context import ExperimentContext
 from hftl.measure.gain import build_ladder, find_best_seed, read_arms
 from hftl.measure.metrics import METRICS, Metric, accuracy

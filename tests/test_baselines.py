@@ -17,7 +17,8 @@ from hftl.config.measure import Search
 from hftl.config.recipe import Recipe
 from hftl.finetune import arm_files, baselines, pretraining_heads
 from hftl.finetune.arm_files import ArmOutput
-from hftl.finetune.baselines import solve_classical, solve_majority
+from hftl.finetune.baselines import solve_majority
+from hftl.finetune.classical import solve_classical
 from hftl.finetune.context import ExperimentContext
 from hftl.models.features import predict_with_features
 from hftl.train.facts import TriedRate

@@ -9,7 +9,7 @@ from conftest import sentences, write_csv
 
 from hftl import Recipe
 from hftl.console import format_baselines
-from hftl.finetune.baselines import solve_classical
+from hftl.finetune.classical import solve_classical
 from hftl.pipeline.baselines import measure_baselines
 from hftl.pipeline.pipeline import open_recipe
 

@@ -32,7 +32,7 @@ from hftl.config.recipe import Recipe
 from hftl.data.class_weights import ClassWeights, compute_class_weights, describe_class_weights
 from hftl.errors import RecipeError
 from hftl.finetune.arm import solve_head, train_arm
-from hftl.finetune.baselines import solve_classical
+from hftl.finetune.classical import solve_classical
 from hftl.pipeline.pipeline import check_recipe, run
 from hftl.train.loss import compute_summed_loss, sum_items
 from hftl.train.weight_arguments import build_weighting

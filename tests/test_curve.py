@@ -31,7 +31,8 @@ from hftl.analysis.tables import format_curve
 from hftl.card.analysis_plots import plot_curve
 from hftl.card.evidence import describe_curve
 from hftl.config.recipe import Recipe
-from hftl.finetune.baselines import solve_classical, solve_majority
+from hftl.finetune.baselines import solve_majority
+from hftl.finetune.classical import solve_classical
 from hftl.pipeline.analyses import find_curve_arm
 
 pytestmark = pytest.mark.usefixtures("fast_reload")

@@ -20,7 +20,8 @@ from hftl.data.labels import check_targets
 from hftl.data.rows import Row
 from hftl.errors import DataError, RecipeError
 from hftl.finetune.arm import solve_head, train_arm
-from hftl.finetune.baselines import solve_classical, train_scratch
+from hftl.finetune.baselines import train_scratch
+from hftl.finetune.classical import solve_classical
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.trainable import prepare
 from hftl.measure.metrics import compute_all_metrics

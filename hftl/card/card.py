@@ -8,6 +8,7 @@ from importlib.resources import files
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
 
+from hftl.card.advice import describe_advice
 from hftl.card.evidence import EvidencePart, build_evidence_parts
 from hftl.card.metadata import build_adapter_tags, build_metadata, build_origin, format_title
 from hftl.card.scores import format_scores
@@ -102,6 +103,7 @@ class CardPage:
     other_metrics: str
     scores: list[str]
     has_abstention: bool
+    advice_sentence: str
     place: str
     hftl_place: str
     """As source code."""
@@ -255,6 +257,7 @@ def _build_page(record: Record, place: str) -> CardPage:
         other_metrics=_format_other_metrics(record),
         scores=format_scores(record),
         has_abstention=record.abstention is not None,
+        advice_sentence=describe_advice(record),
         place=place,
         hftl_place=json.dumps(place),
         example=example_input(record),

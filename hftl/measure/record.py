@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, ValidationError, field_serializer
 
+from hftl.analysis.advice_facts import AdviceSection
 from hftl.analysis.facts import AnalysisSection
 from hftl.config.recipe import Recipe
 from hftl.data.facts import DataFacts, GeneralFacts, OpenPart, RecordPart
@@ -352,6 +353,8 @@ class Record(RecordPart):
     source: SourceFacts
     data: DataFacts
     check: CheckFacts
+    advice: AdviceSection | None = None
+    """From training rows alone; null where a run was made before there was advice."""
     forward: dict[str, bool | str] | None
     """What the model takes besides the inputs: arguments of forward, or `prompt`, which the picture
     and the text of a row stand in."""

@@ -37,7 +37,8 @@ from hftl.data.facts import RecordPart
 from hftl.data.prepare import hash_data_files
 from hftl.errors import RecipeError, suggest_closest
 from hftl.finetune.arm import train_arm
-from hftl.finetune.baselines import search_rate, solve_arm, solve_classical, train_scratch
+from hftl.finetune.baselines import search_rate, solve_arm, train_scratch
+from hftl.finetune.classical import solve_classical
 from hftl.finetune.context import ExperimentContext
 from hftl.pipeline.run import Run
 from hftl.pipeline.trained_layers import compare_trained_arms

@@ -5,7 +5,8 @@ from dataclasses import replace
 from hftl.config.recipe import Recipe
 from hftl.data.splits import hash_row, take_stratified
 from hftl.finetune.arm import solve_head, solve_zero_shot
-from hftl.finetune.baselines import solve_classical, solve_majority
+from hftl.finetune.baselines import solve_majority
+from hftl.finetune.classical import solve_classical
 from hftl.finetune.context import ExperimentContext
 from hftl.measure.gain import assign_units, compare_pair, score_with_interval
 from hftl.measure.metrics import find_metric

@@ -37,6 +37,7 @@ from hftl.measure.record import (
 from hftl.measure.slices import measure_slices
 from hftl.measure.verdict import judge_record
 from hftl.models.features import predict_logits
+from hftl.pipeline.advice import build_advice_section
 from hftl.pipeline.cache_keys import build_record_key
 from hftl.pipeline.forgetting import build_forgetting_section
 from hftl.pipeline.placement import choose_placement
@@ -168,6 +169,7 @@ def build_record(
         source=build_source_section(context),
         data=build_data_section(recipe, context),
         check=context.run_preflight(recipe, run.arms),
+        advice=build_advice_section(recipe, context, run.arms, arm_files, analysis),
         forward=context.inputs.forward_facts,
         adapt=build_adaptation_section(
             stages, own_context, over.get("source"), own.spec.trains_adapter

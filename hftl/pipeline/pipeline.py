@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+from hftl import console
 from hftl.config.recipe import Recipe
 from hftl.data import image_inputs
 from hftl.data import prepare as data_stage
@@ -19,6 +20,7 @@ from hftl.measure.metrics import Metric, find_metric
 from hftl.measure.record import Record
 from hftl.models.source import SourceModel, find_source
 from hftl.pipeline.adaptation import check_adaptations, run_adaptations, warn_of_few_steps
+from hftl.pipeline.advice import build_advice
 from hftl.pipeline.analyses import FEATURES, make_analyses
 from hftl.pipeline.arms import run_arms
 from hftl.pipeline.baselines import measure_baselines
@@ -216,7 +218,8 @@ def check_recipe(recipe: Recipe, baseline: bool = False) -> tuple[dict[str, str]
     facts = facts.model_copy(update={"warnings": warnings})
     if baseline:
         facts = facts.model_copy(update={"baseline": measure_baselines(recipe, context)})
-    return build_header(recipe, context, jobs), facts
+    advice = console.summarize_advice(build_advice(recipe, context, draws=1))
+    return build_header(recipe, context, jobs) | advice, facts
 
 
 def reopen_run(run: Run) -> ArmContexts:
