@@ -112,7 +112,7 @@ BAD_DATA: dict[str, tuple[str, str | bytes | None, list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
-@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("command", ["run", pytest.param("check", marks=pytest.mark.slow)])
 def test_bad_data(
     hftl: Hftl, recipe_file: Path, output: Path, tmp_path: Path, case: str, command: str
 ) -> None:
@@ -166,7 +166,7 @@ BAD_RECIPE = {
 
 
 @pytest.mark.parametrize("case", BAD_RECIPE)
-@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("command", ["run", pytest.param("check", marks=pytest.mark.slow)])
 def test_bad_recipe(hftl: Hftl, recipe_file: Path, output: Path, case: str, command: str) -> None:
     assignment, words = BAD_RECIPE[case]
     overrides = assignment.split() if case == "blocks" else [assignment]

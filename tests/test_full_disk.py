@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
+from test_cli_errors import hftl
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from hftl import cli_errors
 from hftl.errors import is_disk_full
+from hftl.measure.record import Record
 from hftl.runtime import run_folder
+
+__all__ = ["hftl"]
 
 TENSOR = torch.zeros(1 << 16)
 WRITERS: dict[str, Callable[[Path], Any]] = {
@@ -117,3 +123,55 @@ def test_file_written_through_memory_takes_its_space_first(
     fail_at(monkeypatch, os, "posix_fallocate", 0)
     with pytest.raises(OSError, match="No space"):
         run_folder.reserve_space(path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a file system of 16 kB in memory, which the test may enlarge."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "none", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def check_stages(run: Path) -> int:
+    """Check every stage of a run folder, and return how many there are."""
+    stages = [path.parent for path in run.glob("*/*/MANIFEST.json")]
+    for stage in stages:
+        assert run_folder.read_stage_inputs(stage) is not None
+    assert not list(run.glob("phases/.tmp-*")) and not list(run.glob("arms/.tmp-*"))
+    return len(stages)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fast_reload")
+def test_run_on_a_disk_that_is_full_at_every_phase_ends_as_on_a_large_one(
+    hftl: Any, recipe_tree: dict[str, Any], small_disk: Path, tmp_path: Path
+) -> None:
+    """Enlarge the disk by a quarter after each failure: the same command goes on to the end."""
+    recipe_tree["measure"]["seeds"] = [0]
+    recipe_tree["measure"]["arms"] = ["head", "full"]
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(recipe_tree), encoding="utf-8")
+    assert hftl("run", path, "--output", tmp_path / "large").code == 0
+    size, codes, stages = 16.0, [], []
+    while not codes or codes[-1]:
+        outcome = hftl("run", path, "--output", small_disk / "run")
+        codes.append(outcome.code)
+        if not outcome.code:
+            break
+        assert outcome.code == 7, outcome.err
+        lines = [line for line in outcome.err.splitlines() if "could not be kept" not in line]
+        assert len(lines) == 1 and "Free some space" in lines[0], outcome.err
+        stages.append(check_stages(small_disk / "run"))
+        size *= 1.25
+        remount = f"remount,size={size:.0f}k"
+        subprocess.run(["mount", "-o", remount, str(small_disk)], check=True)
+        assert size < 10**6
+    print(f"full {len(codes) - 1} times, with {stages} stages finished")
+    assert stages == sorted(stages) and len(set(stages)) > 4
+    records = [Record.read(run) for run in (tmp_path / "large", small_disk / "run")]
+    assert records[0].hash == records[1].hash

@@ -171,3 +171,43 @@ def test_lost_process_is_reported(
     assert (tmp_path / "run" / "error.json").exists(), errors[-3000:]
     error = json.loads((tmp_path / "run" / "error.json").read_text())
     assert error["exit_code"] == 8 and "process 1" in error["message"], errors[-1500:]
+
+
+HANG = """
+import time
+from hftl.train.trainer import TransferTrainer
+compute_loss = TransferTrainer.compute_loss
+
+def compute(self, *args, **kwargs):
+    if self.args.process_index == 1 and self.state.global_step == 3:
+        time.sleep(600)
+    return compute_loss(self, *args, **kwargs)
+
+TransferTrainer.compute_loss = compute
+from hftl.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_hung_process_is_named_within_twice_the_limit(
+    table: Path, deterministic_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    data = {"train": {"path": str(table)}, "max_length": 16}
+    path = write_recipe(tmp_path / "r.yaml", deterministic_model("bert"), data, 8)
+    (tmp_path / "hang.py").write_text(HANG, encoding="utf-8")
+    command = [*LAUNCH[: LAUNCH.index("-m", 3)], str(tmp_path / "hang.py"), "run", str(path)]
+    limit = 4.0
+    ended = subprocess.run(
+        [*command, "--output", "run"], cwd=tmp_path, capture_output=True, text=True, timeout=150,
+        env=ENVIRONMENT | {"HFTL_WATCHDOG_SECONDS": str(limit), "PYTHONPATH": os.pathsep.join(
+            [str(Path(hftl.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])},
+        check=False,
+    )  # fmt: skip
+    assert ended.returncode != 0
+    error = json.loads((tmp_path / "run" / "error.json").read_text())
+    assert error["exit_code"] == 8, ended.stderr[-3000:]
+    assert error["message"].startswith("process 1 of the run did nothing for 4 s")
+    assert ended.stderr.count("hftl: error:") == 1
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "process 0 waits, or does nothing" in log and "hang.py" in log

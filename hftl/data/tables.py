@@ -83,10 +83,14 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
     import pyarrow.parquet
     from pyarrow.lib import ArrowInvalid
 
+    # Of metadata that are not what they say pyarrow raises OSError without a number of the system.
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except ArrowInvalid as error:
-        raise DataError(f"{path.name}: not valid Parquet: {error}", "Write it again") from error
+    except (ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        message = format_error_line(error)
+        raise DataError(f"{path.name}: not valid Parquet: {message}", "Write it again") from error
     names = file.schema_arrow.names
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -97,7 +101,8 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
         try:
             batch = next(batches, None)
         except (ArrowInvalid, OSError) as error:
-            # OSError without a number of the system, for a page that is not what it says.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
             raise DataError(
                 f"{path.name}: damaged after row {index}: {format_error_line(error)}",
                 "Write it again",
