@@ -55,8 +55,12 @@ CURRENT_COMMAND = CurrentCommand()
 
 
 def report_interruption(code: int) -> int:
-    """Print how to continue, or that the launcher stopped this process because another is gone."""
-    if not distributed.is_main() or _has_failure_file():
+    """Print how to continue, or that the launcher stopped this process because another is gone.
+
+    A process that a signal has reached alone ends last, once that stands in the run folder: the
+    others would otherwise take it for lost.
+    """
+    if _has_failure_file() or _wait_for_main_report():
         return code
     gone = distributed.find_lost_ranks()
     if gone and code != SIGNAL_EXIT_CODES[0]:

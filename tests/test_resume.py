@@ -5,8 +5,11 @@ tests/campaign.py kills whole runs.
 """
 
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,16 +21,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import bench_of, make_image_recipe, pictures, sentences, write_csv
 
+import hftl
 from hftl.config.finetune import Finetune
 from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
-from hftl.errors import DataWarning
+from hftl.errors import DataWarning, RunFolderError
 from hftl.finetune.arm import train_arm
 from hftl.finetune.arm_files import ArmOutput
 from hftl.finetune.baselines import train_scratch
 from hftl.finetune.context import ExperimentContext, InputSpec
+from hftl.pipeline.cache_keys import check_unfinished
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.regularizer import Retention
 from hftl.retain.weights import L2SP
@@ -371,3 +377,64 @@ def test_another_thread_gets_no_signals() -> None:
     thread.start()
     thread.join()
     assert numbers == [0]
+
+
+# Whole runs
+
+
+@pytest.fixture
+def unfinished(
+    recipe_tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, Path]:
+    """Return a recipe and a run that lost its power in the first arm that trains."""
+    recipe_tree["finetune"] |= {"strategy": "full"}
+    recipe_tree["measure"] = {"seeds": [0], "arms": []}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_tree), encoding="utf-8")
+    monkeypatch.setattr(step_checkpoint, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(step_checkpoint, "COST_SHARE", 1.0)
+    with stop_after(4):
+        hftl.run(path, tmp_path / "run", until="finetune")
+    assert list((tmp_path / "run" / "checkpoints" / "full-seed0").glob("step-*"))
+    return path, tmp_path / "run"
+
+
+def test_changed_recipe_source_and_processes_are_refused_after_a_stop(
+    unfinished: tuple[Path, Path],
+) -> None:
+    recipe, run = unfinished
+    before = sorted(path for path in run.rglob("*") if path.is_file())
+    for key, change in {
+        "finetune.training.learning_rate": "learning_rate: 0.005 -> 0.001",
+        "finetune.training.warmup_steps": "warmup_steps: unset -> 0.001",
+        "finetune.head_init": "head_init: probe -> random",
+    }.items():
+        value = "random" if key.endswith("init") else 0.001
+        with pytest.raises(RunFolderError, match=f"{re.escape(key[:9])}.*{re.escape(change)}"):
+            hftl.run(Recipe.load(recipe, [f"{key}={value}"]), run, until="finetune")
+    folder = run / "checkpoints" / "full-seed0"
+    (stored, *_) = step_checkpoint.read_cache_keys(folder)
+    for key, value, message in (
+        ("weights", "0123456789", r"another source model.*weights: \w{8} -> 01234567"),
+        ("data", "0123456789", r"other data.*data: \w{8} -> 01234567"),
+        ("preprocessing", "0123456789", r"another tokenizer.*preprocessing: \w{8} -> 01234567"),
+    ):
+        with pytest.raises(RunFolderError, match=message):
+            check_unfinished(run, folder, {**stored, key: value}, 1)  # pyright: ignore
+    with pytest.raises(RunFolderError, match="share each step: 1 -> 2, for full-seed0"):
+        check_unfinished(run, folder, stored, 2)  # pyright: ignore
+    assert sorted(path for path in run.rglob("*") if path.is_file()) == before
+    hftl.run(recipe, run, until="finetune")
+    assert not list((run / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("only", ["text", "image"])
+def test_sample_of_the_campaign(only: str) -> None:
+    words = ["--only", only, "--kills", "6", "--signals", "4", "--faults", "4", "--ranks", "0"]
+    command = [sys.executable, "-m", "tests.campaign", *words]
+    ended = subprocess.run(
+        command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=900
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    assert "kills: 6 of 6 identical" in ended.stdout

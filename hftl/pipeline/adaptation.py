@@ -21,7 +21,12 @@ from hftl.models.architectures import count_shared_layers
 from hftl.models.encoders import check_block_count, count_blocks
 from hftl.models.lora_concat import check_concatenable, extract_factors, save_factors
 from hftl.models.source import SourceModel, hash_source_weights
-from hftl.pipeline.cache_keys import build_adapt_key, build_context_inputs, is_stage_finished
+from hftl.pipeline.cache_keys import (
+    build_adapt_key,
+    build_context_inputs,
+    check_unfinished,
+    is_stage_finished,
+)
 from hftl.pipeline.corpora import Corpus, build_corpus, estimate_corpus_rows
 from hftl.pipeline.objectives import (
     build_adaptation_task,
@@ -94,6 +99,10 @@ def _run_stage(
         **build_context_inputs(here),
     }
     if not distributed.broadcast_from_main(lambda: is_stage_finished(run.folder, folder, reads)):
+        work, processes = run.folder / "checkpoints" / folder.name, distributed.get_world_size()
+        distributed.broadcast_from_main(
+            lambda: check_unfinished(run.folder, work, reads, processes)
+        )
         with show_activity(f"adapt {stage.objective} {stage.method} [{number}/{len(stages)}]"):
             _adapt_stage(run, context, before, stage, corpus, folder, reads)
     else:

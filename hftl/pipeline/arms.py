@@ -16,7 +16,7 @@ from hftl.finetune.arm import train_arm
 from hftl.finetune.arm_files import ArmOutput
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.strategies import STRATEGIES
-from hftl.pipeline.cache_keys import build_arm_inputs, is_stage_finished
+from hftl.pipeline.cache_keys import build_arm_inputs, check_unfinished, is_stage_finished
 from hftl.pipeline.deal import deal_tasks
 from hftl.pipeline.estimate import RowCosts, estimate_trained_arms
 from hftl.pipeline.kl_weight import choose_kl_weight, is_weight_chosen
@@ -65,6 +65,7 @@ def run_arms(run: Run, context: ExperimentContext, arm_contexts: ArmContexts) ->
     deals = placement.mode == "arms"
     sharing = 1 if deals else distributed.get_world_size()
     distributed.broadcast_from_main(lambda: _check_sharing(run, jobs, sharing))
+    distributed.broadcast_from_main(lambda: _check_unfinished(run, jobs, sharing))
     dealt = [job for job in jobs if deals and not job.arm.spec.is_solved]
     here = [job for job in jobs if not deals or job.arm.spec.is_solved]
     done = total - len(jobs)
@@ -106,6 +107,14 @@ def _check_sharing(run: Run, jobs: Sequence[Job], sharing: int) -> None:
                 f"Launch it as before, set measure.parallel to {'arms' if before == 1 else 'data'},"
                 " or choose another --output",
             )
+
+
+def _check_unfinished(run: Run, jobs: Sequence[Job], sharing: int) -> None:
+    """Refuse to continue trainings whose inputs have changed since they were stopped."""
+    for job in jobs:
+        check_unfinished(run.folder, run.checkpoints(job.arm.name, job.seed), job.reads, sharing)
+        if job.arm.spec.schedule == "rate_search":
+            check_unfinished(run.folder, _get_tries_folder(run), job.reads, sharing)
 
 
 def _run_one(run: Run, context: ExperimentContext, job: Job, count: str) -> None:

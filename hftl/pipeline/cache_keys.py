@@ -9,6 +9,7 @@ defines anew runs again.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from pydantic import JsonValue
 
@@ -22,6 +23,7 @@ from hftl.finetune.strategies import STRATEGIES
 from hftl.measure.record import SCHEMA_VERSION
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.run_folder import SEMANTICS, StageInputs, fingerprint, has_equal
+from hftl.train.step_checkpoint import read_cache_keys
 
 ENCODING_KEYS = ("data.max_length", "data.image_size", "data.augment")
 """Read by what trains and not by the data phase, whose rows are not encoded yet."""
@@ -214,12 +216,54 @@ def is_stage_finished(run: Path, folder: Path, inputs: StageInputs) -> bool:
     finished = run_folder.read_stage_inputs(folder)
     if finished is None or not has_equal(finished, inputs, "recipe"):
         return False
+    _check_same_inputs(run, folder, finished, inputs)
+    return True
+
+
+def check_unfinished(run: Path, folder: Path, inputs: StageInputs, processes: int) -> None:
+    """Refuse to continue a training from checkpoints of other inputs or numbers of processes.
+
+    Those of another recipe are refused by `refuse_changed`, or of no use where `measure` changed.
+
+    Args:
+        run: the run folder.
+        folder: of the training's checkpoints.
+        inputs: of the training.
+        processes: that share each of its steps.
+
+    Raises:
+        RunFolderError: naming what was and what is.
+    """
+    for stored in read_cache_keys(folder):
+        before = cast(StageInputs, stored)
+        if not has_equal(before, inputs, "recipe"):
+            continue
+        _check_same_inputs(run, folder, before, inputs)
+        if before.get("processes") != processes:
+            raise RunFolderError(
+                f"{run}: processes that share each step: {before.get('processes')} -> {processes}, "
+                f"for {folder.name}, which was stopped; its steps would hold other numbers of rows",
+                "Launch it as before, choose another --output, or start over with --restart",
+            )
+
+
+def _check_same_inputs(run: Path, folder: Path, before: StageInputs, now: StageInputs) -> None:
+    """Refuse a part of a run that was made from other inputs.
+
+    Raises:
+        RunFolderError: naming what was and what is.
+    """
     for key, what in MISFITS.items():
         # Only an arm that could forget depends on general data, and only an adaptation on a corpus.
-        is_read = key not in ("general", "corpus") or key in finished or key in inputs
-        if is_read and not has_equal(finished, inputs, key):
-            raise _build_misfit_error(run, folder, what)
-    return True
+        is_read = key not in ("general", "corpus") or key in before or key in now
+        if is_read and not has_equal(before, now, key):
+            change = f"{key}: {_shorten(before.get(key))} -> {_shorten(now.get(key))}"
+            raise _build_misfit_error(run, folder, what, f" ({change})")
+
+
+def _shorten(value: object) -> str:
+    """Return the first digits of a hash."""
+    return "none" if value is None else str(value)[:8]
 
 
 OLDER = "an older hftl, which trained otherwise"
@@ -235,9 +279,9 @@ MISFITS = {
 """What a stage was made with, by the key of its inputs that differs; the first one is named."""
 
 
-def _build_misfit_error(run: Path, folder: Path, what: str) -> RunFolderError:
+def _build_misfit_error(run: Path, folder: Path, what: str, change: str = "") -> RunFolderError:
     return RunFolderError(
-        f"{run} was made with {what}: {folder.name} does not fit",
+        f"{run} was made with {what}: {folder.name} does not fit{change}",
         "Put it back, choose another --output, or start over with --restart",
     )
 
@@ -294,6 +338,9 @@ def refuse_changed(recipe: Recipe, run: Path, arms: Sequence[Arm]) -> None:
                     inputs.get("recipe", {}), build_adapt_key(recipe, recipe.stages, number)
                 )
             )
+        for stored in read_cache_keys(run / "checkpoints" / folder.name):
+            now = build_adapt_key(recipe, recipe.stages, number)
+            changes |= set(describe_changes(stored.get("recipe", {}), now))
     data = run_folder.read_stage_inputs(run / "phases" / "data")
     if data is not None:
         changes |= set(describe_changes(data.get("recipe", {}), build_data_key(recipe)))
@@ -305,11 +352,34 @@ def refuse_changed(recipe: Recipe, run: Path, arms: Sequence[Arm]) -> None:
             inputs = _read_current_inputs(run, folder)
             if inputs is not None:
                 changes |= _describe_arm_changes(inputs, recipe, arm)
+        for stored in _read_unfinished(run, arm):
+            changes |= _describe_arm_changes(stored, recipe, arm)
     if changes:
         raise RunFolderError(
             f"{run} was made with another recipe: {'; '.join(sorted(changes))}",
             "Put it back, choose another --output, or start over with --restart",
         )
+
+
+def _read_unfinished(run: Path, arm: Arm) -> list[StageInputs]:
+    """Return what the checkpoints of an arm's trainings depended on, for every seed.
+
+    Raises:
+        RunFolderError: if an older version wrote them.
+    """
+    start, unfinished = f"{arm.name}-seed", []
+    folders = [
+        folder for folder in sorted((run / "checkpoints").glob(f"{start}[0-9]*"))
+        if folder.name.removeprefix(start).isdigit()
+    ]  # fmt: skip
+    if arm.spec.schedule == "rate_search":
+        folders.append(run / "checkpoints" / "rates")
+    for folder in folders:
+        for stored in read_cache_keys(folder):
+            if stored.get("semantics") != SEMANTICS:
+                raise _build_misfit_error(run, folder, OLDER)
+            unfinished.append(cast(StageInputs, stored))
+    return unfinished
 
 
 def _read_current_inputs(run: Path, folder: Path) -> StageInputs | None:

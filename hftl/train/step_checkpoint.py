@@ -11,7 +11,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from hftl.errors import DataWarning, RunFolderError
 from hftl.runtime import distributed, run_folder, watchdog
 from hftl.runtime.interruption import SignalFlag, raise_interruption
+from hftl.runtime.run_folder import hash_file
 from hftl.train import hf_compat
 from hftl.train.checkpoint import StatefulCallback, iterate_trainable
 from hftl.train.random_state import collect_random_state, restore_random_state
@@ -185,15 +186,15 @@ def find_checkpoint(folder: Path, cache_key: Mapping[str, object]) -> Path | Non
 
 
 def read_cache_keys(folder: Path) -> list[dict[str, Any]]:
-    """Return what each whole checkpoint below a folder depends on."""
+    """Return what each checkpoint below a folder depends on, as far as that is readable.
+
+    `find_checkpoint` reports damage, where a checkpoint would be used.
+    """
     keys = []
     for path in sorted(folder.rglob(f"step-*/{KEY_FILE}")):
-        try:
-            run_folder.read_stage_inputs(path.parent)
-            keys.append(json.loads(path.read_text("utf-8")))
-        except (RunFolderError, OSError):
-            # `find_checkpoint` says so, where the checkpoint would be used.
-            continue
+        with suppress(RunFolderError, OSError):
+            if run_folder.read_manifest(path.parent).files.get(KEY_FILE) == hash_file(path):
+                keys.append(json.loads(path.read_text("utf-8")))
     return keys
 
 
