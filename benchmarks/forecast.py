@@ -36,7 +36,7 @@ from hftl.runtime.run_folder import to_json
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MODEL = ROOT / "hftl" / "analysis" / "forecast.json"
-STRATEGIES = ("head", "partial", "gradual", "lora", "full")
+STRATEGIES: tuple[str, ...] = ("head", "partial", "gradual", "lora", "full")
 PENALTY = 10.0
 """Of the ridge regressions, on standardised features."""
 LEVEL = 0.9
@@ -174,7 +174,7 @@ def fit_model(runs: Sequence[KeptRun]) -> ForecastModel:
         over_head[strategy] = fit_ridge(known, more, np.ones(len(known)))
     labels = [run.features.labels_per_class for run in runs]
     classes = [run.features.classes for run in runs]
-    unit = dict.fromkeys(STRATEGIES, 1.0)
+    unit: dict[str, float] = {strategy: 1.0 for strategy in STRATEGIES}
     return ForecastModel(
         head=fit_ridge(runs, head, exact), over_baseline=fit_ridge(runs, over, exact),
         over_head=over_head, score_quantile=unit, gain_quantile=unit,

@@ -16,6 +16,7 @@ import csv
 import json
 import multiprocessing
 import os
+import queue
 import time
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def _write_digits(into: Path) -> None:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         folder = into / str(label)
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,20 +160,21 @@ def make_run(task: str, size: int, seed: int, assets: Path, derived: Path) -> di
     }  # fmt: skip
 
 
-def _work(jobs: Any, results: Any, assets: Path, derived: Path, until: float, debug: bool) -> None:
+def _work(jobs: Any, results: Any, assets: Path, derived: Path, until: float) -> None:
     import torch
+
+    from hftl.errors import HftlError
 
     torch.set_num_threads(1)
     while time.time() < until:
         try:
             job = jobs.get(timeout=2)
-        except Exception:  # noqa: BLE001 (the queue is empty)
+        except queue.Empty:
             return
         try:
-            results.put(make_run(*job, assets, derived))
-        except Exception as error:  # noqa: BLE001 (one run must not end the others)
-            if debug:
-                raise
+            task, size, seed = job
+            results.put(make_run(task, size, seed, assets, derived))
+        except HftlError as error:
             results.put({"failed": job, "why": f"{type(error).__name__}: {error}"})
 
 
@@ -208,7 +210,7 @@ def main() -> None:
     workers = [
         method.Process(
             target=_work,
-            args=(jobs, results, options.assets, derived, until, options.workers == 1),
+            args=(jobs, results, options.assets, derived, until),
         )
         for _ in range(options.workers)
     ]
@@ -217,7 +219,7 @@ def main() -> None:
     while any(worker.is_alive() for worker in workers) or not results.empty():
         try:
             run = results.get(timeout=1)
-        except Exception:  # noqa: BLE001 (nothing has come)
+        except queue.Empty:
             continue
         if "failed" in run:
             print("failed", run, flush=True)

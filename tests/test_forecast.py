@@ -24,7 +24,7 @@ from hftl.analysis.forecast import (
 from hftl.runtime.run_folder import to_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import forecast as fitting  # noqa: E402
+import forecast as fitting  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 TASK = TaskFeatures(
     modality="text", train_rows=400, read_rows=800, classes=2, probe=0.7, classical=0.6
