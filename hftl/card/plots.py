@@ -154,7 +154,7 @@ def plot_abstention(record: Record, path: Path) -> None:
     axes.set_ylabel("accuracy among them")
     axes.set_xlim(0, 1.02)
     axes.set_ylim(top=1.005)
-    axes.legend(frameon=False, loc="lower left")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)

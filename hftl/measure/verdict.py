@@ -275,7 +275,7 @@ def _judge_forgetting(forgetting: ForgettingBudget | None) -> Judgement:
 
 
 def _judge_calibration(calibration: CalibrationSection | None) -> Judgement:
-    """Hold where the temperature makes probabilities worse on test beyond noise."""
+    """Hold where calibration makes probabilities worse on test beyond noise."""
     if calibration is None or calibration.after is None:
         return True, ""
     before, after = calibration.before.brier, calibration.after.brier
