@@ -20,7 +20,8 @@ class HftlError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, fix: str = "") -> None:
-        self.what = what.rstrip(".")
+        # A user's key or name may hold line breaks; a message is one line.
+        self.what = " ".join(what.splitlines()).rstrip(".")
         self.fix = fix.rstrip(".")
         stop = "" if self.what.endswith("?") else "."
         super().__init__(f"{self.what}{stop} {self.fix}" if fix else self.what)

@@ -265,6 +265,10 @@ TABLES: dict[str, tuple[str, bytes, str, dict[str, Any]]] = {
     "a truncated parquet": ("a.parquet", as_parquet(text=TEXTS, label=LABELS)[:-40],
                             "a.parquet: not valid Parquet", {}),
     "half a parquet": ("a.parquet", as_parquet(text=TEXTS, label=LABELS)[:100], "a.parquet", {}),
+    "a parquet whose text is no UTF-8": (
+        "a.parquet", (lambda b: b.replace(TEXTS[0].encode()[:3], b"\xee\xff\xfe", 1))(
+            as_parquet(text=[f"{n}{t}" for n, t in enumerate(TEXTS)], label=LABELS)), "a.parquet",
+        {}),
     "a parquet of one letter": ("a.parquet", b"P", "a.parquet", {}),
     "a damaged parquet page": (
         "a.parquet", (lambda b: b[:8] + bytes(60) + b[68:])(as_parquet(text=TEXTS, label=LABELS)),

@@ -100,7 +100,8 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
     while True:
         try:
             batch = next(batches, None)
-        except (ArrowInvalid, OSError) as error:
+            rows = [] if batch is None else batch.to_pylist()
+        except (ArrowInvalid, OSError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise DataError(
@@ -109,7 +110,7 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
             ) from error
         if batch is None:
             return
-        for values in batch.to_pylist():
+        for values in rows:
             yield RawRow(values, index, f"{path.name} row {index + 1}")
             index += 1
 
