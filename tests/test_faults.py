@@ -19,7 +19,8 @@ from hftl.analysis.label_faults import (
 )
 from hftl.analysis.label_maps import match_labels
 from hftl.analysis.row_faults import ROW_CHECKS
-from hftl.analysis.source_faults import compare_readings, score_rows, shuffle_ids
+from hftl.analysis.source_faults import compare_readings, score_rows
+from hftl.analysis.tokenizer_faults import compare_embeddings, list_stems, shuffle_ids
 from hftl.config.data import Data, Table
 from hftl.data.duplicates import build_shingles
 from hftl.data.image_inputs import ImageInputs
@@ -341,6 +342,20 @@ def test_exchanged_tokens_are_exchanged_one_to_one() -> None:
     mapping = dict(zip(rows[0]["input_ids"], shuffled[0]["input_ids"], strict=True))
     assert [mapping[i] for i in rows[1]["input_ids"]] == shuffled[1]["input_ids"]
     assert mapping[2] == 2 and mapping[3] == 3 and {mapping[i] for i in (7, 8, 9)} == {7, 8, 9}
+
+
+def test_embeddings_of_a_words_forms_are_alike_under_the_models_ids() -> None:
+    draw = np.random.default_rng(0)
+    words = ["".join(draw.choice(list("abcdefghij"), 6)) for _ in range(300)]
+    vocabulary = {word: i for i, word in enumerate([*words, *(f"{w}s" for w in words), "##x"])}
+    pairs = list_stems(vocabulary)
+    assert len(pairs) == 300 and all(b - a == 300 for a, b in pairs.tolist())
+    stems = draw.normal(size=(300, 16))
+    noise = draw.normal(size=(300, 16))
+    weights = np.concatenate([stems, stems + noise, draw.normal(size=(1, 16))])
+    assert compare_embeddings(weights, pairs).mean() > 0.5
+    assert abs(compare_embeddings(draw.permutation(weights), pairs).mean()) < 0.1
+    assert len(compare_embeddings(weights[:400], pairs)) == 100
 
 
 def test_findings_keep_their_places_from_a_published_record() -> None:

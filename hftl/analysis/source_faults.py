@@ -38,14 +38,8 @@ READ_TOKENS = 128
 200 rows by these, in .968 by 400 tokens."""
 DIVISIONS = 3
 """Divisions into folds that the scores of a reading are averaged over."""
-SHUFFLES = 2
-"""Random exchanges of tokens that texts are read under."""
-QUICK_ROWS, QUICK_LEVEL = 100, 0.001
 LIKELY_LEVEL = 0.01
 """Of all readings of a check together."""
-MAX_BENEFIT = 0.1
-"""Loss that a tokenizer saves at most, at 95 %, where it means nothing to the encoder; of few rows
-nothing can be said."""
 PROBE_C = np.array([0.01])
 """The penalty on standardised features; one for all readings, so that none gains by its choice."""
 
@@ -162,8 +156,7 @@ def examine_rows(recipe: Recipe, context: ExperimentContext) -> ExaminedRows | N
     ordered = sorted(drawn, key=lambda row: hash_row(row, 0, "check"))
     family = str(context.source.config.model_type)
     readings = list_readings(context.inputs, family, ordered, context.encode_rows)
-    passes = len(readings) + (0 if prepared.modality == "image" else SHUFFLES)
-    read = max(MIN_READ, int(READING_SECONDS / max(1, passes) / seconds))
+    read = max(MIN_READ, int(READING_SECONDS / max(1, len(readings)) / seconds))
     return ExaminedRows(
         recipe, context, pooling, ordered, min(read, MAX_READ, len(ordered)), readings
     )
@@ -297,70 +290,3 @@ def compute_p_above_zero(values: np.ndarray) -> float:
         return 1.0
     result: Any = ttest_1samp(values, 0, alternative="greater")
     return float(result.pvalue)
-
-
-def check_tokenizer(examined: ExaminedRows) -> Iterator[Finding]:
-    """Find a tokenizer whose ids mean nothing to the encoder: any other would do as well."""
-    if isinstance(examined.context.inputs, ImageInputs):
-        return
-    few = min(QUICK_ROWS, examined.read_rows)
-    # Of most sources a few rows show beyond doubt that the ids mean something.
-    if compute_p_above_zero(_measure_benefit(examined, few, 1)) < QUICK_LEVEL:
-        return
-    count = examined.read_rows
-    benefit = _measure_benefit(examined, count, SHUFFLES)
-    p_value = compute_p_above_zero(benefit)
-    highest = float(benefit.mean() + 1.645 * benefit.std() / np.sqrt(count))
-    logits = _predict_part(examined, examined.features[:count])
-    beats_constant = _beats_constant(logits, examined.targets[:count])
-    if p_value > 0.05 and highest < MAX_BENEFIT and beats_constant:
-        yield Finding(
-            kind="tokenizer",
-            what="the source reads these texts no better than with its tokens exchanged at random",
-            confidence="likely" if float(benefit.mean()) <= 0 else "possible",
-            evidence=f"probes of {count} rows, p {p_value:.2g} that it is better",
-            fix="take the tokenizer that belongs to the model; or the source does not know this "
-            "language, or is not pretrained",
-        )
-
-
-def _measure_benefit(examined: ExaminedRows, count: int, shuffles: int) -> np.ndarray:
-    """Return the loss that the tokenizer saves each of the first rows, (rows,), against others."""
-    inputs, targets = examined.context.inputs, examined.targets[:count]
-    assert isinstance(inputs, TextInputs)
-    own = compute_losses(_predict_part(examined, examined.features[:count]), targets)
-    encoded, gains = inputs.encode(examined.rows[:count]), []
-    for seed in range(shuffles):
-        features = examined.compute_features(shuffle_ids(encoded, inputs, seed), inputs)
-        gains.append(compute_losses(_predict_part(examined, features), targets) - own)
-    return np.mean(gains, axis=0)
-
-
-def _predict_part(examined: ExaminedRows, features: np.ndarray) -> np.ndarray:
-    count = len(features)
-    groups = examined.context.group_outputs(examined.rows[:count])
-    return predict_rows(features, examined.targets[:count], examined.context.num_outputs, groups)
-
-
-def _beats_constant(logits: np.ndarray, targets: np.ndarray) -> bool:
-    """Return whether a probe predicts better, beyond noise, than the same output for every row."""
-    constant = logits.mean(0, keepdims=True).repeat(len(logits), 0)
-    gains = compute_losses(constant, targets) - compute_losses(logits, targets)
-    return compute_p_above_zero(gains) < 0.05
-
-
-def shuffle_ids(encoded: list[EncodedRow], inputs: TextInputs, seed: int) -> list[EncodedRow]:
-    """Return rows in which every token id but special ones is replaced by another, one to one."""
-    special = np.array(sorted(set(inputs.tokenizer.all_special_ids)))
-    used = np.unique(np.concatenate([np.asarray(row["input_ids"]) for row in encoded]))
-    # Among the tokens of these rows: rare tokens of the vocabulary are hardly trained.
-    ids = used[~np.isin(used, special)]
-    mapping = np.arange(int(used.max()) + 1)
-    mapping[ids] = np.random.default_rng(seed).permutation(ids)
-    return [row | {"input_ids": mapping[np.asarray(row["input_ids"])].tolist()} for row in encoded]
-
-
-READING_CHECKS: tuple[SourceCheck, ...] = (
-    check_readings,
-    check_tokenizer,
-)

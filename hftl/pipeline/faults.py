@@ -2,12 +2,17 @@
 
 from hftl.analysis.label_faults import LABEL_CHECKS
 from hftl.analysis.own_labels import check_own_labels
-from hftl.analysis.source_faults import READING_CHECKS, add_costs, examine_rows
+from hftl.analysis.source_faults import add_costs, check_readings, examine_rows
+from hftl.analysis.tokenizer_faults import check_tokenizer
 from hftl.config.recipe import Recipe
 from hftl.finetune.context import ExperimentContext
-from hftl.train.facts import CheckFacts
+from hftl.train.facts import CheckFacts, FaultKind
 
-SOURCE_CHECKS = (*READING_CHECKS, *LABEL_CHECKS, check_own_labels)
+SOURCE_CHECKS = (check_readings, check_tokenizer, *LABEL_CHECKS, check_own_labels)
+
+MISLEADING: set[FaultKind] = {"groups", "tokenizer"}
+"""Faults under which a probe errs where it is sure, whatever the labels: it knows rows of the same
+group by what they share, or reads tokens that mean nothing."""
 
 
 def add_source_faults(recipe: Recipe, context: ExperimentContext, facts: CheckFacts) -> CheckFacts:
@@ -30,6 +35,8 @@ def add_source_faults(recipe: Recipe, context: ExperimentContext, facts: CheckFa
         for finding in check(examined)
         if finding.cost is None or finding.kind not in priced
     ]
+    if {finding.kind for finding in findings} & MISLEADING:
+        findings = [finding for finding in findings if finding.kind != "label errors"]
     count, rows = len(examined.rows), len(context.prepared.rows["train"])
     sample = f"all {count}" if count == rows else f"{count} of {rows}"
     warnings = [sentences.get(warning, warning) for warning in facts.warnings]
