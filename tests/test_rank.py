@@ -33,7 +33,7 @@ def score_rows(hits: np.ndarray, number: int, rows: np.ndarray) -> float:
     return float(hits[rows, number].mean())
 
 
-def simulate_ranks(trials: int, rows: int = 300) -> tuple[float, float, float]:
+def simulate_ranks(trials: int, draws_each: int, rows: int = 300) -> tuple[float, float, float]:
     """Return the shares of true ranks and of true gaps covered, and the mean width of intervals."""
     truth = np.array([0.80, 0.79, 0.79, 0.70, 0.60])
     covered, gaps, width = 0, 0, 0
@@ -46,7 +46,7 @@ def simulate_ranks(trials: int, rows: int = 300) -> tuple[float, float, float]:
         )
         points = hits.mean(0)
         score = partial(score_rows, hits)
-        draws = bootstrap_scores(score, 5, np.arange(rows), 200, trial)
+        draws = bootstrap_scores(score, 5, np.arange(rows), draws_each, trial)
         intervals = compute_rank_intervals(points, draws)
         true_ranks = [(1, 1), (2, 3), (2, 3), (4, 4), (5, 5)]
         for (low, high), (best, worst) in zip(intervals, true_ranks, strict=True):
@@ -58,13 +58,13 @@ def simulate_ranks(trials: int, rows: int = 300) -> tuple[float, float, float]:
 
 
 def test_rank_intervals_hold_the_true_rank() -> None:
-    covered, gaps, width = simulate_ranks(30)
+    covered, gaps, width = simulate_ranks(30, 200)
     assert covered > 0.9 and gaps > 0.85 and width < 3
 
 
 @pytest.mark.slow
 def test_rank_intervals_hold_the_true_rank_in_500() -> None:
-    covered, gaps, width = simulate_ranks(500)
+    covered, gaps, width = simulate_ranks(500, 1000)
     assert covered >= 0.9 and 0.93 <= gaps <= 0.97 and width < 3
 
 

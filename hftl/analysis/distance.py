@@ -4,13 +4,15 @@ All take (rows, width) features of as many rows on both sides, in an order that 
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy.special import rel_entr
+from scipy.stats import norm
 
-from hftl.analysis.out_of_fold import predict_out_of_fold
+from hftl.analysis.out_of_fold import fit_folds, predict_folds
+from hftl.analysis.probe import Probe
 from hftl.measure.statistics import (
     MeanError,
     assign_blocks,
@@ -21,8 +23,6 @@ from hftl.measure.statistics import (
 )
 
 PERMUTATIONS = 500
-INDEPENDENT_SHARE = 2 / 3
-"""The rows of a fold share a classifier: simulated, their errors vary as those of so many rows."""
 BLOCKS = 20
 """Blocks of the jackknife."""
 MAX_WORDS = 10_000
@@ -52,29 +52,62 @@ def classify_domains(
     2 (1 - 2 e), e the cross-validated error of a linear classifier of the domains (Ben-David et al.
     2007, NIPS 19; 2010, Machine Learning 79:151-175). On training rows e is 0 for any two samples
     wider than they are long. The H-divergence takes the best threshold on the same held-out scores,
-    2 max |F - G|, so it is above 0 for equal domains.
+    2 max |F - G|, so it is above 0 for equal domains. The intervals are of what
+    classifiers of so many rows attain, which the best one surpasses where features are wide.
 
     Args:
         first: (rows, width).
         second: (rows, width).
         groups: (2 rows,) names, first's rows before second's; rows of one group share a fold.
     """
-    rows = len(first)
-    domains = np.repeat(np.array([0, 1]), [rows, len(second)])
-    logits = predict_out_of_fold(
-        np.concatenate([first, second]).astype(np.float32), domains, 2, groups
-    )
-    error = float(np.mean(logits.argmax(1) != domains))
+    pooled = np.concatenate([first, second]).astype(np.float32)
+    domains = np.repeat(np.array([0, 1]), [len(first), len(second)])
+    folds, probes = fit_folds(pooled, domains, 2, groups)
+    logits = predict_folds(pooled, folds, probes)
     units = len(domains) if groups is None else len(np.unique(groups))
-    low, high = wilson_interval(error, units * INDEPENDENT_SHARE)
+    noise = _estimate_noise_share(probes, pooled.std(0))
+    error = float(np.mean(logits.argmax(1) != domains))
+    low, high = _bound_error(error, units, noise)
     scores = logits[:, 1] - logits[:, 0]
     j, threshold = _find_best_threshold(scores, domains)
     wrong = float(np.mean((scores > threshold) != domains))
-    spread = wilson_interval(min(wrong, 1 - wrong), units * INDEPENDENT_SHARE)
+    least, most = _bound_error(min(wrong, 1 - wrong), units, noise)
     return DomainClassifier(
         Distance(2 - 4 * error, 2 - 4 * high, 2 - 4 * low),
-        Distance(2 * j, max(0.0, 2 - 4 * spread[1]), 2 - 4 * spread[0]),
+        Distance(2 * j, max(0.0, 2 - 4 * most), 2 - 4 * least),
     )
+
+
+def _estimate_noise_share(probes: Sequence[Probe], scale: np.ndarray) -> float:
+    """Return the share of the classifiers' squared weights that is noise of their rows.
+
+    Those of two folds have all but one part in k - 1 of their rows in common. So the cosine of
+    their weights on standardised features is 1 where all is signal, and short of it by 1 / (k - 1)
+    where all is noise. The estimate may exceed 1: cut off there it would be too low on average.
+    """
+    weights = np.stack([(probe.weight[1] - probe.weight[0]) * scale for probe in probes])
+    lengths = np.linalg.norm(weights, axis=1, keepdims=True)
+    if not lengths.all():
+        return 1.0
+    unit = weights / lengths
+    others = len(probes) - 1
+    cosine = (np.sum(unit.sum(0) ** 2) - len(probes)) / (len(probes) * others)
+    return float(others * (1 - cosine))
+
+
+def _bound_error(error: float, units: int, noise: float) -> tuple[float, float]:
+    """Return the interval of a cross-validated error.
+
+    Each row is held out from one classifier and trains the others, so two rows err together: the
+    one moves the boundary towards where it would itself be classified rightly, by as much as the
+    other moves it for the one. To first order, for scores that are normal in each domain, that adds
+    `noise` phi(z)^2 to the variance e (1 - e) of a row, z the normal quantile of e: .64 of it for
+    equal domains, where the classifier is noise, and nothing where it is known.
+    """
+    variance = error * (1 - error)
+    together = noise * float(norm.pdf(norm.ppf(error))) ** 2
+    share = variance / (variance + together) if variance else 1.0
+    return wilson_interval(error, units * share)
 
 
 def _find_best_threshold(scores: np.ndarray, domains: np.ndarray) -> tuple[float, float]:

@@ -156,7 +156,7 @@ def build_store_key(context: ExperimentContext) -> dict[str, JsonValue]:
     return {
         "weights": context.weights_hash,
         "config": context.config_hash,
-        "preprocessing": inputs.hash_preprocessing(),
+        "preprocessing": context.preprocessing_hash,
         "max_length": None if isinstance(inputs, ImageInputs) else inputs.max_length,
         "words": context.prepared.task == "token-classification",
         "precision": "float32",
@@ -172,7 +172,7 @@ def describe_provenance(
     return Provenance(
         weights=context.weights_hash,
         config=context.config_hash,
-        preprocessing=inputs.hash_preprocessing(),
+        preprocessing=context.preprocessing_hash,
         max_length=None if isinstance(inputs, ImageInputs) else inputs.max_length,
         pooling=pooling,
         data=context.prepared.facts.fingerprint,

@@ -1,12 +1,16 @@
 """Predict every labelled row by a probe that has not seen it, or by its neighbours."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from hftl.analysis.nearest import predict_left_out
-from hftl.analysis.probe import C_GRID, FOLDS, fit_probe
+from hftl.analysis.probe import C_GRID, FOLDS, Probe, fit_probe
 from hftl.errors import DataError
 
 MIN_ROWS = 2 * FOLDS
+STRONG = 5
+"""Values of C, the smallest ones, that are tried first."""
 
 
 def assign_folds(labels: np.ndarray, groups: np.ndarray | None, folds: int = FOLDS) -> np.ndarray:
@@ -49,8 +53,19 @@ def predict_out_of_fold(
 ) -> np.ndarray:  # fmt: skip
     """Return the logits of every row, (rows, outputs), each by a probe fitted on the other folds.
 
-    The penalty of classes is chosen once, on all rows. A row without features, as a word that was
-    cut off, has NaN.
+    A row without features, as a word that was cut off, has NaN. Arguments as of `fit_folds`.
+    """
+    folds, probes = fit_folds(features, targets, outputs, groups, intercept)
+    return predict_folds(features, folds, probes)
+
+
+def fit_folds(
+    features: np.ndarray, targets: np.ndarray, outputs: int, groups: np.ndarray | None,
+    intercept: bool = True,
+) -> tuple[np.ndarray, list[Probe]]:  # fmt: skip
+    """Return the fold of every row, and for each fold the probe of the rows outside of it.
+
+    The penalty of classes is chosen once, on all rows.
 
     Args:
         features: (rows, width).
@@ -62,13 +77,35 @@ def predict_out_of_fold(
     folds = assign_folds(targets, groups)
     cs = C_GRID
     if outputs > 1:
-        cs = np.array([fit_probe(features, targets, outputs, groups, intercept=intercept).penalty])
-    logits = np.full((len(features), outputs), np.nan)
-    for fold in np.unique(folds):
-        train, held = folds != fold, folds == fold
+        cs = np.array([_choose_penalty(features, targets, outputs, groups, intercept)])
+    probes = []
+    for fold in range(int(folds.max()) + 1):
+        train = folds != fold
         own = None if groups is None else groups[train]
-        probe = fit_probe(features[train], targets[train], outputs, own, cs, intercept)
-        logits[held] = probe.logits(features[held])
+        probes.append(fit_probe(features[train], targets[train], outputs, own, cs, intercept))
+    return folds, probes
+
+
+def _choose_penalty(
+    features: np.ndarray, targets: np.ndarray, outputs: int, groups: np.ndarray | None,
+    intercept: bool,
+) -> float:  # fmt: skip
+    """Return the C of the least cross-validated loss.
+
+    Weak penalties take most of the steps and hardly ever serve, so they are tried where the weakest
+    of the others is the best.
+    """
+    chosen = fit_probe(features, targets, outputs, groups, C_GRID[:STRONG], intercept).penalty
+    if chosen < C_GRID[STRONG - 1]:
+        return chosen
+    return fit_probe(features, targets, outputs, groups, C_GRID[STRONG - 1 :], intercept).penalty
+
+
+def predict_folds(features: np.ndarray, folds: np.ndarray, probes: Sequence[Probe]) -> np.ndarray:
+    """Return the logits of every row, (rows, outputs), by the probe of its fold."""
+    logits = np.full((len(features), len(probes[0].weight)), np.nan)
+    for fold, probe in enumerate(probes):
+        logits[folds == fold] = probe.logits(features[folds == fold])
     return logits
 
 

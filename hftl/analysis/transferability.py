@@ -18,6 +18,8 @@ PCA_WIDTH = 64
 CLUSTERS_PER_CLASS = 5
 SMALLEST_RATIO, LARGEST_RATIO = 1e-10, 1e8
 """Of noise to weights in LogME, relative to the mean squared singular value."""
+NEGLIGIBLE = 1e-13
+"""A squared singular value below this share of the largest is rounding."""
 
 
 def compute_logme(features: np.ndarray, targets: np.ndarray) -> float:
@@ -33,15 +35,32 @@ def compute_logme(features: np.ndarray, targets: np.ndarray) -> float:
         features: (rows, width), neither centred nor scaled, as the authors have it.
         targets: (rows,) numbers, or (rows, outputs) of 0 and 1: one column a class.
     """
+    wide = features.astype(np.float64)
     targets = targets.astype(np.float64).reshape(len(targets), -1)
-    left, singular, _ = np.linalg.svd(features.astype(np.float64), full_matrices=False)
-    energies = (left.T @ targets) ** 2
+    squares, energies = _decompose(wide, targets)
     rest = np.maximum((targets**2).sum(0) - energies.sum(0), 0.0)
-    squares = singular**2
     return float(np.mean([
         _maximize_evidence(squares, energies[:, i], rest[i], len(targets))
         for i in range(targets.shape[1])
     ]))  # fmt: skip
+
+
+def _decompose(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the squared singular values, and the squared targets in the basis of the left vectors.
+
+    The eigenvalues of the smaller product of the features with themselves take a tenth of the time
+    of a singular value decomposition. A direction that float32 features fill with rounding counts
+    as none.
+    """
+    rows, width = features.shape
+    if rows <= width:
+        squares, left = np.linalg.eigh(features @ features.T)
+        return np.maximum(squares, 0.0), (left.T @ targets) ** 2
+    squares, right = np.linalg.eigh(features.T @ features)
+    present = squares > NEGLIGIBLE * squares[-1]
+    squares = np.where(present, squares, 0.0)
+    projected = (right.T @ (features.T @ targets)) ** 2
+    return squares, projected * np.divide(1.0, squares, out=np.zeros(width), where=present)[:, None]
 
 
 def _maximize_evidence(squares: np.ndarray, energies: np.ndarray, rest: float, rows: int) -> float:
@@ -152,7 +171,9 @@ def compute_transrate(features: np.ndarray, labels: np.ndarray, by_rows: bool = 
 
 
 def _compute_coding_rate(features: np.ndarray) -> float:
-    squares = np.linalg.svd(features, compute_uv=False) ** 2
+    wide = len(features) <= features.shape[1]
+    product = features @ features.T if wide else features.T @ features
+    squares = np.maximum(np.linalg.eigvalsh(product), 0.0)
     return float(np.log1p(squares / (len(features) * CODING_PRECISION)).sum() / 2)
 
 
@@ -183,10 +204,14 @@ def compute_gbc(features: np.ndarray, labels: np.ndarray, spherical: bool = True
 def reduce_width(features: np.ndarray, width: int, share: float | None = None) -> np.ndarray:
     """Return the principal components, at most `width`, and no more than hold a share of variance.
 
-    They are float64, so that scores do not depend on the order of sums.
+    They are float64, so that scores do not depend on the order of sums. Rows that are all alike, as
+    the first token's embedding is, have one component of 0.
     """
+    if not np.ptp(features, axis=0).any():
+        return np.zeros((len(features), 1))
     most = min(width, *features.shape)
-    reduction = PCA(most, svd_solver="full").fit(features.astype(np.float64))
+    solver = "covariance_eigh" if len(features) > features.shape[1] else "full"
+    reduction = PCA(most, svd_solver=solver).fit(features.astype(np.float64))
     count = most
     if share is not None:
         held = np.cumsum(reduction.explained_variance_ratio_)
