@@ -23,11 +23,12 @@ def open_member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
 
 def build_sentences(
     source: str, sdist: Path, product: Path, *, document: bool = False, unescape: bool = False,
-    neutral: bool = False,
+    neutral: bool = False, weakest: float = WEAKEST_VALENCE,
 ) -> None:  # fmt: skip
     """Write one domain's sentences as csv: text, valence, label; `neutral` ones where asked for.
 
-    Where ids read `document_sentence`, a column `document` is added to split by.
+    Neutral is a valence between -`weakest` and `weakest`. Where ids read `document_sentence`, a
+    column `document` is added to split by.
     """
     inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
     with tarfile.open(sdist) as outer, tarfile.open(fileobj=open_member(outer, inner)) as corpus:
@@ -37,7 +38,7 @@ def build_sentences(
         writer.writerow(["text", "valence", "label"] + ["document"] * document)
         for line in content.splitlines():
             key, valence, text = line.split("\t")
-            strong = abs(float(valence)) >= WEAKEST_VALENCE
+            strong = abs(float(valence)) >= weakest
             if strong or neutral:
                 sign = "positive" if float(valence) > 0 else "negative"
                 label = sign if strong else "neutral"
