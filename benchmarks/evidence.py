@@ -273,7 +273,7 @@ def draw_figure(tau: dict[str, Any], distances: dict[str, Any], path: Path) -> N
         _draw_intervals(left, [values[score] for score in SCORES], "tau", shift, kind)
     left.set_yticks(range(len(SCORES)), SCORES)
     left.set_xlabel("weighted Kendall's tau with accuracy after fine-tuning")
-    left.legend(loc="lower left")
+    left.legend(loc="upper left")
     _draw_intervals(right, list(distances.values()), "rho", 0.0, "")
     right.set_yticks(range(len(distances)), list(distances))
     right.set_xlabel("Spearman's rho with a sibling's gain")
