@@ -57,13 +57,20 @@ def is_disk_full(error: BaseException) -> bool:
     return DISK_FULL_MESSAGES.search(str(error)) is not None
 
 
+OUT_OF_MEMORY_MESSAGES = (
+    "can't allocate memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
+"""Parts of the plain RuntimeErrors in which torch says so: on the CPU, on MPS, and where a library
+of CUDA asks for memory by itself."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out: on the CPU torch says so in a plain RuntimeError."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    )
+    """Return whether memory ran out."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    is_plain = isinstance(error, RuntimeError)
+    return is_plain and any(part in str(error) for part in OUT_OF_MEMORY_MESSAGES)
 
 
 class DataWarning(UserWarning):

@@ -337,6 +337,13 @@ def test_head_of_the_checkpoint_stays(tiny_model: Tiny, monkeypatch: pytest.Monk
     assert find_moved(model, before) == {"stock.cls.predictions.bias"}
 
 
+@pytest.mark.parametrize(("save_steps", "every"), [(0, 0), (0.1, 2), (0.5, 9), (1, 1), (4, 4)])
+def test_save_steps_below_one_are_a_share_of_all_steps(save_steps: float, every: int) -> None:
+    stage = build_stage("mlm", save_steps=save_steps)
+    assert adaptation.count_steps(stage, 24) == 18
+    assert adaptation._count_save_steps(stage, 24) == every
+
+
 def test_warm_up_of_less_than_a_step_is_none(tiny_model: Tiny, tmp_path: Path) -> None:
     """transformers rounds it up, and the first step of a warm-up has rate 0."""
     model = load_objective("mlm", tiny_model(), "full", 0.0, LORA)

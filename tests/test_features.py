@@ -48,9 +48,12 @@ def test_features_are_the_last_layers_inputs_whatever_the_batch(
         predict_with_features(*arguments), (predicted, together), strict=True
     ):
         assert np.array_equal(value, expected), "one pass gives what two give"
+    beats: list[bool] = []
     monkeypatch.setattr(features, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(features.watchdog, "beat", lambda: beats.append(True))
     alone = np.concatenate(compute_frozen_features(*arguments))
     np.testing.assert_allclose(together, alone, atol=1e-6)
+    assert len(beats) == 3, "every batch reports that this process goes on"
 
 
 def test_predictions_run_packed_and_merged_at_the_outputs_of_stock_classes(

@@ -134,7 +134,13 @@ def test_name_that_matches_no_module_is_refused(
     assert isinstance(error, RecipeError) and "did you mean 'value'" in str(error)
 
 
-def test_out_of_memory_on_the_cpu_is_recognised() -> None:
-    ran_out = RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")
-    assert is_out_of_memory(ran_out) and is_out_of_memory(MemoryError())
+def test_out_of_memory_is_recognised_on_every_device() -> None:
+    for message in (
+        "DefaultCPUAllocator: can't allocate memory: 9 bytes",
+        "MPS backend out of memory (MPS allocated: 9.05 GB, other allocations: 1.00 MB)",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ):
+        assert is_out_of_memory(RuntimeError(message)) and not is_out_of_memory(ValueError(message))
+    assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -126,7 +126,7 @@ def adapt_encoder(
     safe = GuardedCheckpoint(rule, measure, stage.patience)
     rows: Any = task.train
     args = _build_guarded_arguments(stage, len(rows), str(checkpoints.folder), seed, device)
-    writer = CheckpointWriter(replace(checkpoints, every=int(stage.training.get("save_steps", 0))))
+    writer = CheckpointWriter(replace(checkpoints, every=_count_save_steps(stage, len(rows))))
     # The first evaluation is the start, which what was stopped has behind it.
     args.eval_on_start = writer.last is None
     # The guard reads the general loss when the target's comes: evaluate it first.
@@ -179,6 +179,15 @@ def count_steps(stage: Adapt, rows: int) -> int:
     )
     epoch = math.ceil(math.ceil(rows / batch) / training.get("gradient_accumulation_steps", 1))
     return max(1, math.ceil(epoch * training["num_train_epochs"]))
+
+
+def _count_save_steps(stage: Adapt, rows: int) -> int:
+    """Return the steps after which a checkpoint is written; 0: only when time asks for one.
+
+    Below 1 `save_steps` is a share of all steps, as transformers reads it.
+    """
+    steps = float(stage.training.get("save_steps", 0))
+    return math.ceil(steps * count_steps(stage, rows)) if 0 < steps < 1 else int(steps)
 
 
 def _build_arguments(

@@ -15,7 +15,7 @@ from hftl.measure.statistics import jackknife
 from hftl.models.encoders import has_prefix
 from hftl.models.features import compute_frozen_features
 from hftl.models.heads import LoadedModel, build_model, get_source_pooling
-from hftl.runtime import distributed
+from hftl.runtime import distributed, watchdog
 
 ReadWeights = Callable[[], dict[str, Tensor]]
 """The weights of an encoder that is being adapted, by their names in `AutoModel`."""
@@ -67,7 +67,8 @@ def build_probe_score(
             assert metric is not None
             return metric.sign * metric.score(prepared.encode_for_metrics(held), predictions)
 
-        return distributed.broadcast_from_main(score)
+        with watchdog.suspend_watch():
+            return distributed.broadcast_from_main(score)
 
     return measure
 
@@ -102,7 +103,8 @@ def build_neighbour_agreement(
     def measure() -> float:
         _load_encoder_weights(built, state())
         after = features()
-        return distributed.broadcast_from_main(lambda: mean_shared_neighbours(before, after))
+        with watchdog.suspend_watch():
+            return distributed.broadcast_from_main(lambda: mean_shared_neighbours(before, after))
 
     return measure
 

@@ -18,7 +18,7 @@ from hftl.data.text_inputs import EncodedRow, TextInputs
 from hftl.errors import NumericError
 from hftl.models.lora_kernels import merge_lora
 from hftl.models.packing import pack_predictions
-from hftl.runtime import distributed
+from hftl.runtime import distributed, watchdog
 from hftl.runtime.progress import track
 
 BATCH_TOKENS = 4096
@@ -126,6 +126,8 @@ def run_batches(
             is_finite = is_finite and bool(values.isfinite().all())
             by_row = inputs.split_outputs(values, rows)
             computed.update(zip(numbers, (value.numpy() for value in by_row), strict=True))
+            # A guard reads its rows in the middle of a training.
+            watchdog.beat()
     parts = distributed.gather_values((is_finite, computed))
     if not all(is_finite for is_finite, _ in parts):
         raise NumericError("the model's outputs are not finite", "Lower the learning rate")

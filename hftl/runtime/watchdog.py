@@ -58,7 +58,7 @@ class Watchdog:
         self._report = report
         self._beats = 0
         self._last = time.monotonic()
-        self._is_armed = False
+        self.is_armed = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -81,13 +81,13 @@ class Watchdog:
 
     def expect_beats(self, expected: bool) -> None:
         """Count the time without a beat from now on, or no longer."""
-        self._is_armed = expected
+        self.is_armed = expected
         self.beat()
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._limit / 5)):
             self._write_beats()
-            if self._is_armed and time.monotonic() - self._last > self._limit:
+            if self.is_armed and time.monotonic() - self._last > self._limit:
                 self._end_run()
 
     def _end_run(self) -> None:
@@ -158,3 +158,16 @@ def expect_beats() -> Iterator[None]:
     finally:
         for watchdog in _current:
             watchdog.expect_beats(False)
+
+
+@contextmanager
+def suspend_watch() -> Iterator[None]:
+    """Count no time during the block, in which rank 0 computes and the others wait for it."""
+    armed = [watchdog for watchdog in _current if watchdog.is_armed]
+    for watchdog in armed:
+        watchdog.expect_beats(False)
+    try:
+        yield
+    finally:
+        for watchdog in armed:
+            watchdog.expect_beats(True)
