@@ -277,7 +277,11 @@ def test_checkpoint_holds_no_pickle_and_one_of_another_training_is_not_used(
     assert {path.name for path in (folder / "step-4").iterdir()} == set(FILES)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert find_checkpoint(folder, {"of": "another"}) is None
+        # What the recipe itself says of an arm's keys changes no step.
+        assert find_checkpoint(folder, {**KEY, "asked": {"a": 1}}) == folder / "step-4"
+    with pytest.warns(DataWarning, match=r"step-\d was of another training.*\(changed: a\.c, of\)"):
+        other = {"of": "another", "recipe": {"a.c": 1}}
+        assert find_checkpoint(folder, other) is None
     assert not list(folder.iterdir())
 
 
@@ -420,10 +424,18 @@ def test_changed_recipe_source_and_processes_are_refused_after_a_stop(
         ("preprocessing", "0123456789", r"another tokenizer.*preprocessing: \w{8} -> 01234567"),
     ):
         with pytest.raises(RunFolderError, match=message):
-            check_unfinished(run, folder, {**stored, key: value}, 1)  # pyright: ignore
-    with pytest.raises(RunFolderError, match="share each step: 1 -> 2, for full-seed0"):
-        check_unfinished(run, folder, stored, 2)  # pyright: ignore
+            check_unfinished(run, folder, {**stored, key: value})  # pyright: ignore
+    check_unfinished(run, folder, stored)  # pyright: ignore
+    for key, value, message in (
+        ("processes", 2, "share each step: 1 -> 2"), ("device", "tpu", r"device: \w+ -> tpu"),
+        ("precision", "fp8", r"precision: \w+ -> fp8"),
+    ):  # fmt: skip
+        with pytest.raises(RunFolderError, match=f"{message}, for full-seed0"):
+            check_unfinished(run, folder, {**stored, key: value})  # pyright: ignore
     assert sorted(path for path in run.rglob("*") if path.is_file()) == before
+    # Of an arm that the recipe has dropped, of its adaptation, and of a search that was finished.
+    for name in ("dropped-seed0", "adapt-dropped-1", "rates"):
+        (run / "checkpoints" / name / "step-3").mkdir(parents=True)
     hftl.run(recipe, run, until="finetune")
     assert not list((run / "checkpoints").iterdir())
 

@@ -23,6 +23,7 @@ from hftl.models.lora_concat import check_concatenable, extract_factors, save_fa
 from hftl.models.source import SourceModel, hash_source_weights
 from hftl.pipeline.cache_keys import (
     build_adapt_key,
+    build_checkpoint_key,
     build_context_inputs,
     check_unfinished,
     is_stage_finished,
@@ -99,10 +100,8 @@ def _run_stage(
         **build_context_inputs(here),
     }
     if not distributed.broadcast_from_main(lambda: is_stage_finished(run.folder, folder, reads)):
-        work, processes = run.folder / "checkpoints" / folder.name, distributed.get_world_size()
-        distributed.broadcast_from_main(
-            lambda: check_unfinished(run.folder, work, reads, processes)
-        )
+        work, now = run.folder / "checkpoints" / folder.name, _build_checkpoint_key(reads, stage)
+        distributed.broadcast_from_main(lambda: check_unfinished(run.folder, work, now))
         with show_activity(f"adapt {stage.objective} {stage.method} [{number}/{len(stages)}]"):
             _adapt_stage(run, context, before, stage, corpus, folder, reads)
     else:
@@ -211,7 +210,7 @@ def _adapt_stage(
              f"about {console.format_duration(seconds)}")  # fmt: skip
     result = training.adapt_encoder(
         model, task, stage, rule, build_guard_metric(run.recipe, plain, rule, corpus, model), seed,
-        context.device, CheckpointSpec(work / "steps", _build_checkpoint_key(reads)),
+        context.device, CheckpointSpec(work / "steps", _build_checkpoint_key(reads, stage)),
     )  # fmt: skip
     facts = AdaptationFacts(
         objective=stage.objective,
@@ -242,7 +241,7 @@ def _prepare_head(
     """Return the folder of the objective's head: the source's own, or one trained on the corpus,
     from where an earlier adaptation has left it."""
     head = work / "head"
-    reads = _build_checkpoint_key(reads)
+    reads = _build_checkpoint_key(reads, stage)
     if distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(head) == reads):
         return head
     seed = run.recipe.data.seed
@@ -272,9 +271,9 @@ def _prepare_head(
     return head
 
 
-def _build_checkpoint_key(reads: StageInputs) -> StageInputs:
-    """Return what checkpoints depend on, the number of processes included."""
-    return {**reads, "processes": distributed.get_world_size()}
+def _build_checkpoint_key(reads: StageInputs, stage: Adapt) -> StageInputs:
+    """Return what the checkpoints of an adaptation depend on."""
+    return build_checkpoint_key(reads, stage.training, distributed.get_world_size())
 
 
 def _find_previous_head(before: Path | None, stage: Adapt) -> Path | None:

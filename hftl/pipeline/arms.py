@@ -16,7 +16,12 @@ from hftl.finetune.arm import train_arm
 from hftl.finetune.arm_files import ArmOutput
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.strategies import STRATEGIES
-from hftl.pipeline.cache_keys import build_arm_inputs, check_unfinished, is_stage_finished
+from hftl.pipeline.cache_keys import (
+    build_arm_inputs,
+    build_checkpoint_key,
+    check_unfinished,
+    is_stage_finished,
+)
 from hftl.pipeline.deal import deal_tasks
 from hftl.pipeline.estimate import RowCosts, estimate_trained_arms
 from hftl.pipeline.kl_weight import choose_kl_weight, is_weight_chosen
@@ -76,6 +81,7 @@ def run_arms(run: Run, context: ExperimentContext, arm_contexts: ArmContexts) ->
             lambda: _plan_dealt(run, context, arm_contexts, dealt)
         )
         deal_tasks(run, arm_contexts, tasks, placement, done + len(here), total)
+    distributed.broadcast_from_main(lambda: _remove_all_checkpoints(run))
 
 
 def _check_sharing(run: Run, jobs: Sequence[Job], sharing: int) -> None:
@@ -112,9 +118,10 @@ def _check_sharing(run: Run, jobs: Sequence[Job], sharing: int) -> None:
 def _check_unfinished(run: Run, jobs: Sequence[Job], sharing: int) -> None:
     """Refuse to continue trainings whose inputs have changed since they were stopped."""
     for job in jobs:
-        check_unfinished(run.folder, run.checkpoints(job.arm.name, job.seed), job.reads, sharing)
+        key = build_checkpoint_key(job.reads, job.arm.finetune.training, sharing)
+        check_unfinished(run.folder, run.checkpoints(job.arm.name, job.seed), key)
         if job.arm.spec.schedule == "rate_search":
-            check_unfinished(run.folder, _get_tries_folder(run), job.reads, sharing)
+            check_unfinished(run.folder, _get_tries_folder(run), key)
 
 
 def _run_one(run: Run, context: ExperimentContext, job: Job, count: str) -> None:
@@ -161,6 +168,13 @@ def _remove_finished_checkpoints(run: Run, jobs: list[Job]) -> None:
         for seed in run.recipe.measure.seeds:
             if (arm.name, seed) not in missing:
                 shutil.rmtree(run.checkpoints(arm.name, seed), ignore_errors=True)
+
+
+def _remove_all_checkpoints(run: Run) -> None:
+    """Remove what is left once every arm is finished: also of arms that the recipe has dropped, of
+    their adaptations, and of a search that was cut off between its end and its cleaning."""
+    for folder in (run.folder / "checkpoints").glob("*/"):
+        shutil.rmtree(folder)
 
 
 def run_job(
@@ -216,9 +230,8 @@ def _run_arm(run: Run, context: ExperimentContext, job: Job) -> ArmOutput:
     arm, seed = job.arm, job.seed
     if arm.spec.is_solved:
         return baselines.solve_arm(context, arm, seed)
-    checkpoints = CheckpointSpec(
-        run.checkpoints(arm.name, seed), {**job.reads, "processes": distributed.get_world_size()}
-    )
+    key = build_checkpoint_key(job.reads, arm.finetune.training, distributed.get_world_size())
+    checkpoints = CheckpointSpec(run.checkpoints(arm.name, seed), key)
     if arm.spec.schedule == "rate_search":
         rate = search_scratch_rate(run, context, job)
         return baselines.train_scratch(
@@ -275,7 +288,8 @@ def _try_rate_once(
     """Return what a learning rate has come to, tried where no process has done so. Collective."""
     stage, reads = _get_tries_folder(run) / f"rate-{rate:.6g}", {**job.reads, "rate": rate}
     if distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(stage)) != reads:
-        key = {**reads, "processes": distributed.get_world_size()}
+        training, processes = job.arm.finetune.training, distributed.get_world_size()
+        key = {**build_checkpoint_key(job.reads, training, processes), "rate": rate}
         steps = stage.with_name(f"steps-{stage.name}")
         tried = attempt(CheckpointSpec(steps, key))
 

@@ -22,6 +22,7 @@ from hftl.finetune.context import ExperimentContext
 from hftl.finetune.strategies import STRATEGIES
 from hftl.measure.record import SCHEMA_VERSION
 from hftl.runtime import distributed, run_folder
+from hftl.runtime.hardware import get_device, get_dtype_name
 from hftl.runtime.run_folder import SEMANTICS, StageInputs, fingerprint, has_equal
 from hftl.train.step_checkpoint import read_cache_keys
 
@@ -206,6 +207,24 @@ def build_context_inputs(context: ExperimentContext) -> StageInputs:
     }
 
 
+def build_checkpoint_key(
+    inputs: StageInputs, training: Mapping[str, object], processes: int
+) -> StageInputs:
+    """Return all that a training's next step depends on, beside what its checkpoint holds.
+
+    Args:
+        inputs: of the training.
+        training: the recipe's arguments, which name its precision or leave it to the device.
+        processes: that share each of its steps.
+    """
+    return {
+        **inputs,
+        "processes": processes,
+        "device": get_device(),
+        "precision": get_dtype_name(training),
+    }
+
+
 def is_stage_finished(run: Path, folder: Path, inputs: StageInputs) -> bool:
     """Return True if an arm or adaptation is finished and was made from these inputs.
 
@@ -220,31 +239,32 @@ def is_stage_finished(run: Path, folder: Path, inputs: StageInputs) -> bool:
     return True
 
 
-def check_unfinished(run: Path, folder: Path, inputs: StageInputs, processes: int) -> None:
-    """Refuse to continue a training from checkpoints of other inputs or numbers of processes.
+def check_unfinished(run: Path, folder: Path, now: StageInputs) -> None:
+    """Refuse to continue a training from checkpoints of other inputs, processes or hardware.
 
     Those of another recipe are refused by `refuse_changed`, or of no use where `measure` changed.
 
     Args:
         run: the run folder.
         folder: of the training's checkpoints.
-        inputs: of the training.
-        processes: that share each of its steps.
+        now: see `build_checkpoint_key`.
 
     Raises:
         RunFolderError: naming what was and what is.
     """
     for stored in read_cache_keys(folder):
         before = cast(StageInputs, stored)
-        if not has_equal(before, inputs, "recipe"):
+        if not has_equal(before, now, "recipe"):
             continue
-        _check_same_inputs(run, folder, before, inputs)
-        if before.get("processes") != processes:
-            raise RunFolderError(
-                f"{run}: processes that share each step: {before.get('processes')} -> {processes}, "
-                f"for {folder.name}, which was stopped; its steps would hold other numbers of rows",
-                "Launch it as before, choose another --output, or start over with --restart",
-            )
+        _check_same_inputs(run, folder, before, now)
+        for key, (what, follows) in LAUNCH_MISFITS.items():
+            # Checkpoints of before these were stored hold none, and are dropped with a warning.
+            if key in before and not has_equal(before, now, key):
+                raise RunFolderError(
+                    f"{run}: {what}: {before.get(key)} -> {now.get(key)}, for {folder.name}, which "
+                    f"was stopped; its steps would {follows}",
+                    "Launch it as before, choose another --output, or start over with --restart",
+                )
 
 
 def _check_same_inputs(run: Path, folder: Path, before: StageInputs, now: StageInputs) -> None:
@@ -277,6 +297,12 @@ MISFITS = {
     "corpus": "another corpus",
 }
 """What a stage was made with, by the key of its inputs that differs; the first one is named."""
+LAUNCH_MISFITS = {
+    "processes": ("processes that share each step", "hold other numbers of rows"),
+    "device": ("device", "be rounded otherwise"),
+    "precision": ("precision", "be rounded otherwise"),
+}
+"""What the launch of a training was like, by the key of its checkpoints, and what follows."""
 
 
 def _build_misfit_error(run: Path, folder: Path, what: str, change: str = "") -> RunFolderError:

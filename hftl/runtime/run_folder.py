@@ -60,6 +60,9 @@ class StageInputs(TypedDict, total=False):
     corpus: str
     processes: int
     """Processes that share a step, where checkpoints of another number are of no use."""
+    device: str
+    precision: str
+    """What a training multiplies on and in; of checkpoints alone."""
     inputs: str | None
 
 

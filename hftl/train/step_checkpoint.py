@@ -35,6 +35,8 @@ WEIGHTS_FILE, OPTIMIZER_FILE, CALLBACKS_FILE, RANDOM_FILE = (
 )  # fmt: skip
 STATE_FILE, KEY_FILE = "state.json", "inputs.json"
 QUARANTINE = "quarantine-"
+UNCOMPARED_KEYS = ("asked",)
+"""Keys of what a training depends on that name its place in a recipe, and change no step."""
 MAX_CHECKPOINTS = 2
 MIN_SECONDS = 30.0
 """Seconds between two checkpoints, at least: what takes less starts over."""
@@ -138,8 +140,8 @@ class CheckpointWriter:
             remove_older(self.spec.folder)
             return True
 
-        is_written = distributed.broadcast_from_main(commit)
-        watchdog.beat()
+        with watchdog.suspend_watch():
+            is_written = distributed.broadcast_from_main(commit)
         self._written = time.monotonic()
         self._set_interval(self._written - started if is_written else math.inf)
 
@@ -168,8 +170,9 @@ def commit_checkpoint(folder: Path, cache_key: Mapping[str, object]) -> Iterator
 def find_checkpoint(folder: Path, cache_key: Mapping[str, object]) -> Path | None:
     """Return the newest whole checkpoint of a training; None where there is none.
 
-    Damaged ones are set aside with a warning, those of another training are removed.
+    Damaged ones are set aside, those of another training are removed, both with a warning.
     """
+    now = json.loads(json.dumps(dict(cache_key)))
     for leftover in folder.glob(".tmp-*"):
         shutil.rmtree(leftover)
     for path in sorted(folder.glob("step-*"), key=get_step, reverse=True):
@@ -179,10 +182,28 @@ def find_checkpoint(folder: Path, cache_key: Mapping[str, object]) -> Path | Non
         except (RunFolderError, OSError) as error:
             _set_aside(path, error.what if isinstance(error, RunFolderError) else str(error))
             continue
-        if stored == json.loads(json.dumps(dict(cache_key))):
+        changed = _list_changed_keys(stored, now)
+        if not changed:
             return path
         shutil.rmtree(path)
+        warnings.warn(
+            f"{path} was of another training, and is removed: this one starts over (changed: "
+            f"{', '.join(changed)})",
+            DataWarning,
+            2,
+        )
     return None
+
+
+def _list_changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return the keys whose values differ; of the recipe those within it."""
+    keys = sorted((before.keys() | now.keys()) - {*UNCOMPARED_KEYS})
+    changed = [key for key in keys if before.get(key) != now.get(key)]
+    if "recipe" not in changed:
+        return changed
+    old, new = before.get("recipe", {}), now.get("recipe", {})
+    inner = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [*inner, *(key for key in changed if key != "recipe")]
 
 
 def read_cache_keys(folder: Path) -> list[dict[str, Any]]:
