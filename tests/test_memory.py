@@ -1,5 +1,6 @@
 """Let memory run out in a step: it is tried again in smaller parts, and is the same step."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from support.training import assert_same_parameters, build_classifier, build_tra
 from hftl.config.recipe import Recipe
 from hftl.errors import DataWarning, ResourceError
 from hftl.finetune.arm import train_arm
-from hftl.train.memory import MicroBatches, split_batch
+from hftl.retain.kl import KLToOriginal
+from hftl.train.checkpoint import hold_running_statistics
+from hftl.train.memory import MicroBatches, find_batch_dependence, split_batch
 from hftl.train.trainer import TransferTrainer
 
 ERRORS = [
@@ -89,6 +92,22 @@ def test_single_row_that_does_not_fit_ends_with_advice(bert: Path, tmp_path: Pat
         pytest.raises(ResourceError, match="on a single row at step 1.*gradient_checkpointing"),
     ):
         trainer.train()
+
+
+def test_micro_batch_whose_rows_depend_on_each_other_is_not_cut(bert: Path, tmp_path: Path) -> None:
+    model = build_classifier(bert, "full")
+    model.dropout = torch.nn.BatchNorm1d(model.config.hidden_size)
+    trainer = build_trainer(model, tmp_path)
+    limit_memory(trainer, 2)
+    message = "at step 1, .*BatchNorm normalizes by the rows.*CUDA out of memory.*freeze_batchnorm"
+    with warnings.catch_warnings(), pytest.raises(ResourceError, match=message) as raised:
+        warnings.simplefilter("error", DataWarning)
+        trainer.train()
+    assert raised.value.exit_code == 7 and trainer.micro_batch is None
+    hold_running_statistics(model)
+    assert find_batch_dependence(model, [KLToOriginal(0.5, anchors=8)]) is None
+    reason, fix = find_batch_dependence(model, [KLToOriginal(0.5, anchors=0)]) or ("", "")
+    assert reason.startswith("KLToOriginal compares the rows") and "retain.kl.anchors" in fix
 
 
 def test_other_errors_are_not_taken_for_memory(bert: Path, tmp_path: Path) -> None:

@@ -236,10 +236,20 @@ def test_nan_loss_on_one_rank_stops_all(ranks: list[Results]) -> None:
 
 
 def test_memory_that_runs_out_on_one_rank_changes_no_step(ranks: list[Results]) -> None:
-    """Cut all ranks' micro-batches; the parameters are those of the same steps uncut."""
+    """Cut all ranks' micro-batches; the parameters are those of the same steps uncut.
+
+    The last micro-batch of an epoch has three parts on one rank and two on the other.
+    """
     for case, scarce in (("text-full", "scarce"), ("accumulated-full", "scarcer")):
         assert_equal_ranks(*(rank[scarce] for rank in ranks))
         assert_close(ranks[0][scarce], ranks[0][case]["state"], atol=1e-5)
+
+
+def test_ranks_evaluate_with_the_same_running_statistics(ranks: list[Results]) -> None:
+    for first, second in zip(*(rank["norms"] for rank in ranks), strict=True):
+        assert_equal_ranks(first, second)
+    moved = [statistics["norm.running_mean"] for statistics in ranks[0]["norms"]]
+    assert not torch.equal(*moved) and all(mean.abs().min() > 0 for mean in moved)
 
 
 def test_values_are_broadcast_sharded_and_gathered(ranks: list[Results]) -> None:

@@ -104,6 +104,11 @@ class KLToOriginal(RowKL):
         variance = context.measure_target_variance() if config.on == "probe" else 1.0
         return cls(variance=variance, solved=True, **keys)
 
+    @property
+    def compares_rows(self) -> bool:
+        """Return True if rows are compared with their batch, and not with a bank."""
+        return self.config.on == "relational" and self.config.anchors == 0
+
     def prepare(self, start: TrainingStart) -> None:
         """Run the original on the rows, once for all terms of a training.
 

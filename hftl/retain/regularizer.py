@@ -204,6 +204,11 @@ class Regularizer(ABC, Generic[Config]):
         """Return what the record says of it, beside the recipe."""
         return TrainingFacts()
 
+    @property
+    def compares_rows(self) -> bool:
+        """Return True if a row's loss depends on the other rows of its batch."""
+        return False
+
     @abstractmethod
     def prepare(self, start: TrainingStart) -> None:
         """Read what it needs of the original, before anything trains. Collective.

@@ -34,6 +34,13 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, BATCH_NORMS) for module in model.modules())
 
 
+def has_live_batch_norm(model: nn.Module) -> bool:
+    """Return whether a BatchNorm normalizes by the rows of its batch in training."""
+    return has_batch_norm(model) and any(
+        live and isinstance(module, BATCH_NORMS) for module, live in list_training_modes(model)
+    )
+
+
 def list_training_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
     """Return each module and whether it runs in train mode: only if all its parameters train.
 

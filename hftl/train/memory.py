@@ -1,13 +1,13 @@
 """Go on after memory ran out in a step: with smaller micro-batches, and the same rows a step.
 
 A loss is divided by the labelled elements of its whole step, so that the gradients of a step do not
-depend on how it is cut. The step is tried again from its start: what a broken backward pass has
-added to gradients is thrown away, and dropout draws as it would have drawn.
+depend on how it is cut; where they would, it is not cut. The step is tried again from its start:
+what a broken backward pass has added to gradients is thrown away, and dropout draws as it would
+have drawn.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from transformers.trainer_pt_utils import find_batch_size
 
 from hftl.errors import DataWarning, ResourceError, format_error_line, is_out_of_memory
-from hftl.retain.regularizer import Batch
+from hftl.retain.regularizer import Batch, LossTerm, Regularizer
+from hftl.train.checkpoint import has_live_batch_norm, iterate_running_statistics
 
 AGREED_STEPS = 20
 """First steps in which processes exchange their gradients after the backward pass, and not in it:
-only then may one of them run out of memory without the others waiting for it for ever."""
+only then may one of them run out of memory without the others waiting for it for ever. Once it
+has run out, all steps are such: DDP counts backward passes, and processes have as many as parts."""
 
-TrainPiece = Callable[[Batch], Tensor]
+TrainPiece = Callable[[nn.Module, Batch], Tensor]
 """Run a part of a micro-batch forward and backward, and return its share of the step's loss."""
 
 
@@ -33,14 +35,20 @@ class MicroBatches:
     Args:
         accelerator: of the training.
         forget: called before a step is tried again.
+        find_dependence: see `find_batch_dependence`.
     """
 
-    def __init__(self, accelerator: Accelerator, forget: Callable[[], None]) -> None:
+    def __init__(
+        self, accelerator: Accelerator, forget: Callable[[], None],
+        find_dependence: Callable[[], tuple[str, str] | None],
+    ) -> None:  # fmt: skip
         self.pieces = 1
         self._accelerator = accelerator
         self._forget = forget
+        self._find_dependence = find_dependence
         self._step: list[Batch] = []
         self._random: list[Tensor] = []
+        self._statistics: list[Tensor] | None = None
         self._reason = ""
 
     def count_rows(self, rows: int) -> int | None:
@@ -48,57 +56,65 @@ class MicroBatches:
         return None if self.pieces == 1 else -(-rows // self.pieces)
 
     def run(
-        self, model: nn.Module, batch: Batch, is_last: bool, step: int, train: TrainPiece
-    ) -> Tensor:
+        self, model: nn.Module, inside: nn.Module, batch: Batch, is_last: bool, step: int,
+        train: TrainPiece,
+    ) -> Tensor:  # fmt: skip
         """Run a micro-batch forward and backward; return its share of the step's loss.
 
-        Collective in the first steps of several processes.
+        Collective in the first steps of several processes, and once memory ran out.
 
         Args:
             model: as it is trained, wrapped for several processes.
+            inside: the same without a wrapper.
             batch: the micro-batch.
             is_last: whether it is the step's last one.
             step: of the optimizer, from 0.
             train: runs a part of the batch.
 
         Raises:
-            ResourceError: on all processes, if memory runs out on single rows.
+            ResourceError: on all processes, if memory runs out on single rows, or on a micro-batch
+                that cannot be cut.
         """
         shares = self._accelerator.num_processes > 1
-        agrees = shares and step < AGREED_STEPS and _is_data_parallel(self._accelerator)
+        is_parallel = shares and _is_data_parallel(self._accelerator)
+        agrees = is_parallel and (step < AGREED_STEPS or self.pieces > 1)
         if not self._step:
             self._random = _get_random_states(self._accelerator.device)
         self._step.append(batch)
         if shares and not agrees:
-            loss = self._train([batch], train)
+            loss = self._train(model, [batch], train)
         else:
-            loss = self._run_or_retry(model, batch, is_last, step, train, agrees)
+            # DDP broadcasts buffers in its forward pass: after one that broke on a process, that
+            # process alone would broadcast them once more.
+            unwrapped = inside if agrees else model
+            loss = self._run_or_retry(unwrapped, batch, is_last, step, train, agrees)
         if is_last:
             self._step = []
+            if is_parallel:
+                self._share_statistics(inside)
         return loss
 
     def _run_or_retry(
         self, model: nn.Module, batch: Batch, is_last: bool, step: int, train: TrainPiece,
         agrees: bool,
     ) -> Tensor:  # fmt: skip
-        apart = self._accelerator.no_sync(model) if agrees else nullcontext()
-        with apart:
-            # After a failure the rest of the step waits for what the processes agree on.
-            loss = None if self._reason else self._try([batch], train)
-            while (is_last or not agrees) and self._has_failed(loss is None, agrees):
-                self._halve(step, agrees)
-                model.zero_grad()
-                self._forget()
-                _set_random_states(self._random, self._accelerator.device)
-                loss = self._try(self._step, train)
+        # After a failure the rest of the step waits for what the processes agree on.
+        loss = None if self._reason else self._try(model, [batch], train)
+        while (is_last or not agrees) and self._has_failed(loss is None, agrees):
+            self._check_divisible(step)
+            self._halve(step, agrees)
+            model.zero_grad()
+            self._forget()
+            _set_random_states(self._random, self._accelerator.device)
+            loss = self._try(model, self._step, train)
         if agrees and is_last:
             _average_gradients(model, self._accelerator)
         return torch.zeros((), device=self._accelerator.device) if loss is None else loss
 
-    def _try(self, batches: list[Batch], train: TrainPiece) -> Tensor | None:
+    def _try(self, model: nn.Module, batches: list[Batch], train: TrainPiece) -> Tensor | None:
         """Return the loss of the last of some micro-batches; None where memory ran out."""
         try:
-            return self._train(batches, train)
+            return self._train(model, batches, train)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -106,12 +122,14 @@ class MicroBatches:
         # Here the error has gone, and with it the tensors that its traceback holds.
         if self._accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
+        elif self._accelerator.device.type == "mps":
+            torch.mps.empty_cache()
         return None
 
-    def _train(self, batches: list[Batch], train: TrainPiece) -> Tensor:
+    def _train(self, model: nn.Module, batches: list[Batch], train: TrainPiece) -> Tensor:
         losses: list[Tensor] = []
         for batch in batches:
-            losses = [train(piece) for piece in split_batch(batch, self.pieces)]
+            losses = [train(model, piece) for piece in split_batch(batch, self.pieces)]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _has_failed(self, here: bool, agrees: bool) -> bool:
@@ -122,6 +140,31 @@ class MicroBatches:
         if not here:
             self._reason = ""
         return here
+
+    def _share_statistics(self, model: nn.Module) -> None:
+        """Give all processes the running statistics of the first one, as DDP does. Collective.
+
+        DDP does so before a forward pass, so that evaluations would read what each has moved.
+        """
+        if self._statistics is None:
+            self._statistics = [tensor for _, tensor in iterate_running_statistics(model)]
+        for tensor in self._statistics:
+            torch.distributed.broadcast(tensor, 0)
+
+    def _check_divisible(self, step: int) -> None:
+        """Refuse to cut a micro-batch whose loss depends on which rows run together.
+
+        Raises:
+            ResourceError: naming what does.
+        """
+        dependence = self._find_dependence()
+        if dependence is not None:
+            reason, fix = dependence
+            raise ResourceError(
+                f"memory ran out at step {step}, and micro-batches cannot run in parts: {reason}"
+                + (f" ({self._reason})" if self._reason else ""),
+                f"Set {fix}, or a smaller per_device_train_batch_size, which changes the training",
+            )
 
     def _halve(self, step: int, agrees: bool) -> None:
         """Cut micro-batches into twice as many pieces.
@@ -148,6 +191,24 @@ class MicroBatches:
             stacklevel=2,
         )
         self._reason = ""
+
+
+def find_batch_dependence(model: nn.Module, terms: Sequence[LossTerm]) -> tuple[str, str] | None:
+    """Return what lets the loss of a row depend on its batch, and what to set against it.
+
+    Args:
+        model: as it is trained.
+        terms: of the loss, beside the task's.
+    """
+    if has_live_batch_norm(model):
+        return (
+            "BatchNorm normalizes by the rows of a micro-batch", "finetune.freeze_batchnorm: true"
+        )  # fmt: skip
+    for term in terms:
+        if isinstance(term, Regularizer) and term.compares_rows:
+            name = type(term).__name__
+            return f"{name} compares the rows of a micro-batch", "retain.kl.anchors above 0"
+    return None
 
 
 def split_batch(batch: Batch, pieces: int) -> Iterator[Batch]:
@@ -194,6 +255,8 @@ def _get_random_states(device: torch.device) -> list[Tensor]:
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
+    elif device.type == "mps":
+        states.append(torch.mps.get_rng_state())
     return states
 
 
@@ -201,3 +264,5 @@ def _set_random_states(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(states[1])

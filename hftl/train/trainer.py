@@ -24,7 +24,7 @@ from hftl.train import checkpoint, hf_compat, objective, optimizer, samplers, st
 from hftl.train import loss as losses
 from hftl.train.callbacks import RetentionCallback
 from hftl.train.checkpoint import list_training_modes
-from hftl.train.memory import MicroBatches
+from hftl.train.memory import MicroBatches, find_batch_dependence
 from hftl.train.numbers import NumberWatch
 from hftl.train.objective import LossPlan
 from hftl.train.step_checkpoint import CheckpointWriter
@@ -109,7 +109,7 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         self._batches: samplers.RankBatchSampler | None = None
         self._has_filler = False
         self._numbers = NumberWatch()
-        self._micro_batches = MicroBatches(self.accelerator, self._numbers.begin_step)
+        self._micro_batches = self._build_micro_batches()
         # After transformers' own, which says what follows a step, and before all that act on it.
         self.callback_handler.callbacks.insert(1, self._numbers)
         self._rows = torch.tensor(1)
@@ -140,7 +140,7 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         """Train as transformers does, with modes and loss planned anew."""
         self._modes, self._loss_plan = None, None
         self._numbers.reset()
-        self._micro_batches = MicroBatches(self.accelerator, self._numbers.begin_step)
+        self._micro_batches = self._build_micro_batches()
         # A checkpoint is loaded later: the model is still what it starts from.
         self.prepare_regularizers()
         if self.args.world_size > 1:
@@ -347,14 +347,21 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
         """Run a micro-batch forward and backward, in parts where memory ran out."""
         step = super().training_step
 
-        def train(piece: Batch) -> Tensor:
+        def train(model: nn.Module, piece: Batch) -> Tensor:
             loss = step(model, piece, *args)
             watchdog.beat()
             self._numbers.add_loss(loss)
             return loss
 
         is_last = self.accelerator.sync_gradients
-        return self._micro_batches.run(model, inputs, is_last, self.state.global_step, train)
+        step_number = self.state.global_step
+        return self._micro_batches.run(model, self._own_model, inputs, is_last, step_number, train)
+
+    def _build_micro_batches(self) -> MicroBatches:
+        def find_dependence() -> tuple[str, str] | None:
+            return find_batch_dependence(self._own_model, self.retention.regularizers)
+
+        return MicroBatches(self.accelerator, self._numbers.begin_step, find_dependence)
 
     @property
     def micro_batch(self) -> int | None:

@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,7 @@ from hftl.runtime.distributed import (
     run_main_first,
     shard_items,
 )
+from hftl.train import memory
 from hftl.train.checkpoint import BestWeightsCallback, gather_trainable_state
 from hftl.train.step_checkpoint import CheckpointSpec, CheckpointWriter
 from hftl.train.trainer import TransferTrainer
@@ -207,27 +210,42 @@ class BrokenTrainer(TransferTrainer):
 
 
 class ScarceTrainer(RowTrainer):
-    """Let memory of rank 1 hold two rows, and run out in the forward pass."""
-
-    rows_in_memory = 2
+    """Let memory of rank 1 hold one row, and run out inside the model's forward pass."""
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        is_large = self.args.process_index == 1 and len(inputs["labels"]) > self.rows_in_memory
-        return self.run_out(loss) if is_large and model.training else loss
+        compute = partial(super().compute_loss, model, inputs, *args, **kwargs)
+        is_scarce = model.training and self.args.process_index == 1
+        return self.run_out(compute) if is_scarce and len(inputs["labels"]) > 1 else compute()
 
-    def run_out(self, loss: torch.Tensor) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def run_out(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        inside = self.accelerator.unwrap_model(self.model)
+        with inside.register_forward_pre_hook(run_out_of_memory):
+            return compute()
 
 
 class ScarcerTrainer(ScarceTrainer):
-    """Let memory of rank 1 hold one row, and run out in the backward pass."""
+    """Let it run out in the backward pass."""
 
-    rows_in_memory = 1
-
-    def run_out(self, loss: torch.Tensor) -> torch.Tensor:
-        loss.register_hook(super().run_out)
+    def run_out(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        loss = compute()
+        loss.register_hook(run_out_of_memory)
         return loss
+
+
+def run_out_of_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+class NormedModel(nn.Module):
+    """Classify images by the means of channels that a BatchNorm normalizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(3, 3)
+
+    def forward(self, pixel_values: torch.Tensor, labels: Any = None, **_: Any) -> Any:
+        logits = self.head(self.norm(pixel_values).mean((-2, -1)))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 class StoppedTrainer(TransferTrainer):
@@ -310,6 +328,21 @@ def compute_information() -> dict[str, tuple[dict[str, torch.Tensor], float]]:
 
     kinds = ("features", "exact", "sampled", "empirical")
     return {kind: compute_fisher(model, named, 11, batch, kind, seed=4) for kind in kinds}
+
+
+def train_norm(folder: Path, steps: int) -> dict[str, torch.Tensor]:
+    """Return the statistics that this rank's BatchNorm holds after so many steps."""
+    torch.manual_seed(0)
+    args = TrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to="none", save_strategy="no", seed=3,
+        disable_tqdm=True, max_steps=steps, per_device_train_batch_size=4,
+        remove_unused_columns=False, label_names=["labels"], ddp_find_unused_parameters=False,
+    )  # fmt: skip
+    model = NormedModel()
+    TransferTrainer(
+        model=model, args=args, train_dataset=Rows("image", 17), data_collator=collate
+    ).train()
+    return {name: tensor.clone() for name, tensor in model.named_buffers()}
 
 
 def train_case(name: str, folder: Path, kind: type[TransferTrainer] = RowTrainer) -> dict[str, Any]:
@@ -588,7 +621,10 @@ def main(folder: Path) -> None:
     results["resumed phases"] = count_resumed_phases(folder)
     for cache in ("always", "never"):
         results[f"frozen {cache}"] = train_with_frozen_blocks(folder, cache)
+    agreed_steps, memory.AGREED_STEPS = memory.AGREED_STEPS, 1
     results["scarce"] = train_case("text-full", folder, ScarceTrainer)["state"]
+    results["norms"] = [train_norm(folder, steps) for steps in (1, 3)]
+    memory.AGREED_STEPS = agreed_steps
     results["scarcer"] = train_case("accumulated-full", folder, ScarcerTrainer)["state"]
     results["broken"] = train_to_error(folder, BrokenTrainer)
     results["shared"] = broadcast_from_main(lambda: {"by": broadcast_from_main(get_rank)})
