@@ -1,6 +1,7 @@
 """Check gradual unfreezing: what trains when, when it stops, and how it continues after a stop."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,22 +10,24 @@ import pytest
 import torch
 from conftest import bench_of, sentences, write_csv
 from support.training import build_probed_model, copy_parameters
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertModel
 
 from hftl.config.finetune import Finetune
 from hftl.config.recipe import Recipe
-from hftl.errors import RecipeError
+from hftl.errors import DataWarning, RecipeError
 from hftl.finetune import gradual
 from hftl.finetune.arm import train_arm
+from hftl.finetune.gradual import GradualProgress
 from hftl.finetune.trainable import prepare, split_phases
 from hftl.pipeline.pipeline import run
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.regularizer import Retention
 from hftl.retain.weights import L2SP
+from hftl.train import step_checkpoint
 from hftl.train.checkpoint import BestWeightsCallback
 from hftl.train.optimizer import compute_depths
-from hftl.train.step_checkpoint import CheckpointSpec, find_checkpoint
+from hftl.train.step_checkpoint import CheckpointSpec, Rhythm, find_checkpoint
 from hftl.train.trainer import TransferTrainer
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
@@ -249,8 +252,9 @@ def test_stopped_training_continues_to_the_same_weights(
 
     with monkeypatch.context() as patch:
         set_scores(patch, RISING)
-        whole = train(None)
-    state = CheckpointSpec(tmp_path / "state", {"of": "a test"})
+        whole = train(CheckpointSpec(tmp_path / "whole", {"of": "a test"}))
+    assert not (tmp_path / "whole").exists(), "a training of seconds writes nothing"
+    state = CheckpointSpec(tmp_path / "state", {"of": "a test"}, every=1)
     save, saved = gradual._save_progress, []
 
     def save_and_stop(*args: Any) -> None:
@@ -263,6 +267,7 @@ def test_stopped_training_continues_to_the_same_weights(
         patch.setattr(gradual, "_save_progress", save_and_stop)
         set_scores(patch, RISING)
         train(state)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["phases"]
     newest = tmp_path / "state" / "phases" / f"step-{stopped}"
     assert find_checkpoint(newest.parent, state.cache_key) == newest
     set_scores(monkeypatch, RISING[stopped:])
@@ -273,6 +278,36 @@ def test_stopped_training_continues_to_the_same_weights(
     assert all(torch.equal(tensor, resumed.weights[n]) for n, tensor in whole.weights.items())
 
 
+def test_progress_is_written_when_it_is_due_and_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(step_checkpoint.time, "monotonic", lambda: now[0])
+    model, best = nn.Linear(2, 2), BestWeightsCallback("eval_loss", False, None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    best.weights = {"w": torch.zeros(2)}
+    spec, rhythm = CheckpointSpec(tmp_path / "phases", {"of": "a test"}), Rhythm(model)
+
+    def save(phase: int) -> list[str]:
+        within = tmp_path / f"phase-{phase}" / "step-3"
+        within.mkdir(parents=True)
+        done = GradualProgress(phase)
+        gradual._save_progress(spec, rhythm, {"w": torch.ones(2)}, best, optimizer, done)
+        return sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*"))
+
+    assert save(1) == ["phase-1/step-3"]
+    now[0] += step_checkpoint.MIN_SECONDS
+    # The phase that comes next keeps what it has.
+    assert save(2) == ["phase-2/step-3", "phases/step-2"]
+    assert save(3) == ["phase-2/step-3", "phase-3/step-3", "phases/step-2"]
+    now[0] += step_checkpoint.MIN_SECONDS
+    # As GaLore's, whose state holds projections.
+    optimizer.state[model.weight] = {"projector": object()}
+    with pytest.warns(DataWarning, match="state holds projector, a object.*starts over"):
+        assert "phases/step-4" not in save(4)
+    assert rhythm.interval == math.inf
+
+
 def test_stopped_run_ends_with_the_same_files(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +315,9 @@ def test_stopped_run_ends_with_the_same_files(
     with monkeypatch.context() as patch:
         set_scores(patch, RISING)
         run(recipe, tmp_path / "whole", until="finetune")
+    # From here on each phase writes its end.
+    monkeypatch.setattr(step_checkpoint, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(step_checkpoint, "COST_SHARE", math.inf)
     train = TransferTrainer.train
 
     def stop_after_a_phase(trainer: Any, *args: Any, **kwargs: Any) -> Any:

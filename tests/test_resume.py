@@ -299,11 +299,16 @@ def test_rhythm_follows_the_cost_and_short_trainings_write_nothing(
     assert writer.compute_request(2, model) == 0
     now[0] += 0.1
     assert writer.compute_request(3, model) == 1
-    writer._set_interval(10.0)
-    assert writer._interval == pytest.approx(10 / step_checkpoint.COST_SHARE) == 400
+    assert writer.rhythm is not None
+    writer.rhythm.note_written(10.0)
+    assert writer.rhythm.interval == pytest.approx(10 / step_checkpoint.COST_SHARE) == 400
+    now[0] += 399.9
+    assert writer.compute_request(4, model) == 0
+    now[0] += 0.2
+    assert writer.compute_request(5, model) == 1
     large = CheckpointWriter(CheckpointSpec(tmp_path, KEY))
     large.compute_request(1, torch.nn.Linear(20_000, 20_000, device="meta"))
-    assert large._interval is not None and large._interval > 1000
+    assert large.rhythm is not None and large.rhythm.interval > 1000
 
 
 # Signals

@@ -5,6 +5,9 @@ start; what is frozen has no gradient, so that nothing moves it.
 """
 
 import json
+import math
+import shutil
+import time
 from collections.abc import Callable
 from copy import copy
 from dataclasses import asdict, dataclass, field
@@ -25,8 +28,10 @@ from hftl.train.hf_compat import release_model
 from hftl.train.step_checkpoint import (
     CheckpointSpec,
     CheckpointWriter,
+    Rhythm,
     commit_checkpoint,
     find_checkpoint,
+    is_writable,
     load_optimizer,
     remove_older,
     write_optimizer,
@@ -36,6 +41,8 @@ from hftl.train.trainer import TransferTrainer
 
 PHASE_SEEDS = 1009
 """More than any model has; the seeds of two trainings' phases differ."""
+PHASE_FOLDER = "phase-{}"
+"""Of the checkpoints within a phase."""
 STATE_FILE, WEIGHTS_FILE, BEST_FILE = "state.json", "weights.safetensors", "best.safetensors"
 
 
@@ -76,7 +83,7 @@ def fit_gradual(
             from it.
         best: keeps the best evaluation over all phases; it counts epochs over all of them.
         gradual: the recipe's section.
-        checkpoints: where they are, after each phase and within it; None: nowhere.
+        checkpoints: where they are, between phases and within them; None: nowhere.
 
     Returns:
         The last trainer, and {epoch, loss, ...} of every evaluation, with its `phase`.
@@ -97,7 +104,7 @@ def fit_gradual(
     first = trainer = make(args)
     first.prepare_regularizers()
     optimizer = first.create_optimizer()
-    phases = checkpoints and checkpoints.nest("phases")
+    phases, rhythm = checkpoints and checkpoints.nest("phases"), Rhythm(model)
     done = _restore_progress(phases, model, best, optimizer)
     while (number := _next_phase(done, len(parts), gradual)) is not None:
         last = number == len(parts)
@@ -111,10 +118,10 @@ def fit_gradual(
         its.seed = its.data_seed = args.seed * PHASE_SEEDS + number
         trainer = make(its, optimizers=(optimizer, None))
         if checkpoints is not None:
-            within = checkpoints.nest(f"phase-{number}", phase=number)
+            within = checkpoints.nest(PHASE_FOLDER.format(number), phase=number)
             trainer.checkpoints = CheckpointWriter(within)
         done = _train_phase(trainer, model, number, best, done)
-        _save_progress(phases, _get_tensors(model, names), best, optimizer, done)
+        _save_progress(phases, rhythm, _get_tensors(model, names), best, optimizer, done)
     for parameter in everything.values():
         parameter.requires_grad = True
     _set_tensors(_get_tensors(model, names), start | best.weights)
@@ -179,20 +186,33 @@ def _scale_learning_rates(optimizer: Any, share: float) -> None:
 
 
 def _save_progress(
-    phases: CheckpointSpec | None, tensors: dict[str, Tensor], best: BestWeightsCallback,
-    optimizer: Any, done: GradualProgress,
+    phases: CheckpointSpec | None, rhythm: Rhythm, tensors: dict[str, Tensor],
+    best: BestWeightsCallback, optimizer: Any, done: GradualProgress,
 ) -> None:  # fmt: skip
-    """Write the state after a phase. Collective."""
+    """Write the state after a phase if it is due, and remove what led there. Collective.
+
+    Phases since the last one that was written are trained again after a stop, to the same weights.
+    """
     if phases is None:
         return
 
     def write() -> None:
+        if not (phases.every or rhythm.is_due):
+            return
+        started = time.monotonic()
+        if not is_writable(optimizer):
+            rhythm.note_written(math.inf)
+            return
         with commit_checkpoint(phases.folder / f"step-{done.phase}", phases.cache_key) as aside:
             write_tensors(aside / WEIGHTS_FILE, tensors)
             write_tensors(aside / BEST_FILE, best.weights)
             state = {**asdict(done), "optimizer": write_optimizer(aside, optimizer)}
             run_folder.write_text(aside / STATE_FILE, json.dumps(state))
         remove_older(phases.folder)
+        for number in range(done.phase):
+            within = phases.folder.with_name(PHASE_FOLDER.format(number))
+            shutil.rmtree(within, ignore_errors=True)
+        rhythm.note_written(time.monotonic() - started)
 
     distributed.broadcast_from_main(write)
 

@@ -65,6 +65,30 @@ class CheckpointSpec:
         return CheckpointSpec(self.folder / name, {**self.cache_key, **more}, self.every)
 
 
+class Rhythm:
+    """Say when the next checkpoint of a training is due, by what the last one took.
+
+    Args:
+        model: what trains of it, whose size decides before one was written.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        size = sum(tensor.nbytes for _, tensor in iterate_trainable(model))
+        self.interval = 0.0
+        """Seconds from one checkpoint to the next; infinite where none can be written."""
+        self.note_written(PARAMETER_COPIES * size / WRITE_SPEED)
+
+    @property
+    def is_due(self) -> bool:
+        """Return whether the time has come."""
+        return time.monotonic() - self._written >= self.interval
+
+    def note_written(self, seconds: float) -> None:
+        """Wait anew, by the seconds that a checkpoint has taken."""
+        self._written = time.monotonic()
+        self.interval = max(MIN_SECONDS, seconds / COST_SHARE)
+
+
 class CheckpointWriter:
     """Write a trainer's checkpoints, when time or a signal asks for one on any process.
 
@@ -81,20 +105,15 @@ class CheckpointWriter:
         """The greatest request of all processes in this step: 0 nothing, 1 a checkpoint, above it a
         checkpoint and the end by that signal."""
         self._visited = -1
-        self._interval: float | None = None
-        self._written = time.monotonic()
+        self.rhythm: Rhythm | None = None
+        """It begins with the first step."""
 
     def compute_request(self, step: int, model: nn.Module) -> float:
         """Return the request of this process after a step; see `request`."""
+        self.rhythm = self.rhythm or Rhythm(model)
         if self.flag.number:
             return float(self.flag.number)
-        if self._interval is None:
-            size = sum(tensor.nbytes for _, tensor in iterate_trainable(model))
-            self._set_interval(PARAMETER_COPIES * size / WRITE_SPEED)
-            self._written = time.monotonic()
-        assert self._interval is not None
-        is_due = time.monotonic() - self._written >= self._interval
-        return float(is_due or (self.spec.every > 0 and step % self.spec.every == 0))
+        return float(self.rhythm.is_due or (self.spec.every > 0 and step % self.spec.every == 0))
 
     def agree(self, step: int, model: nn.Module) -> None:
         """Set `request`, before the optimizer's step. Collective."""
@@ -133,7 +152,7 @@ class CheckpointWriter:
         folder = self.spec.folder / f"step-{trainer.state.global_step}"
 
         def commit() -> bool:
-            if not _is_writable(trainer.optimizer):
+            if not is_writable(trainer.optimizer):
                 return False
             with commit_checkpoint(folder, self.spec.cache_key) as aside:
                 write_training_state(aside, trainer, processes)
@@ -142,11 +161,8 @@ class CheckpointWriter:
 
         with watchdog.suspend_watch():
             is_written = distributed.broadcast_from_main(commit)
-        self._written = time.monotonic()
-        self._set_interval(self._written - started if is_written else math.inf)
-
-    def _set_interval(self, seconds: float) -> None:
-        self._interval = max(MIN_SECONDS, seconds / COST_SHARE)
+        assert self.rhythm is not None
+        self.rhythm.note_written(time.monotonic() - started if is_written else math.inf)
 
 
 @contextmanager
@@ -354,7 +370,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
-def _is_writable(optimizer: Any) -> bool:
+def is_writable(optimizer: Any) -> bool:
     """Return whether an optimizer's state is tensors and numbers; warn where it is more.
 
     GaLore's state holds projections.
