@@ -17,7 +17,7 @@ from hftl.analysis.label_faults import (
     count_group_neighbours,
     find_label_errors,
 )
-from hftl.analysis.label_maps import match_labels
+from hftl.analysis.label_maps import find_exchange, match_labels
 from hftl.analysis.row_faults import ROW_CHECKS
 from hftl.analysis.source_faults import compare_readings, score_rows
 from hftl.analysis.tokenizer_faults import compare_embeddings, list_stems, shuffle_ids
@@ -309,6 +309,57 @@ def test_match_of_labels_undoes_a_permutation() -> None:
     predicted = np.where(draw.random(300) < 0.2, draw.integers(0, 4, 300), true)
     assert match_labels(predicted, permutation[true], 4).tolist() == permutation.tolist()
     assert match_labels(np.zeros(4, int), np.zeros(4, int), 4).tolist() == [0, 1, 2, 3]
+
+
+def has_exchange(predicted: np.ndarray, labels: np.ndarray, classes: int) -> bool:
+    names = [str(number) for number in range(classes)]
+    return find_exchange(predicted, labels, names, None) is not None
+
+
+@pytest.mark.parametrize(("classes", "draws"), [(2, 100), (3, 100), (20, 100), (150, 30), (999, 1)])
+def test_labels_are_exchanged_by_fault_alone(classes: int, draws: int) -> None:
+    draw = np.random.default_rng(classes)
+    for _ in range(draws):
+        labels, others = draw.integers(0, classes, (2, 300))
+        right = np.where(draw.random(300) < 0.7, labels, others)
+        assert not has_exchange(others, labels, classes)
+        assert not has_exchange(right, labels, classes)
+        if classes < 999:  # Of three rows in ten classes nothing is known.
+            assert has_exchange(right, (labels + 1) % classes, classes)
+
+
+def test_two_exchanged_classes_are_named() -> None:
+    draw = np.random.default_rng(0)
+    labels, others = draw.integers(0, 6, (2, 300))
+    predicted = np.where(draw.random(300) < 0.8, labels, others)
+    written = np.array([1, 0, 2, 3, 4, 5])[labels]
+    exchange = find_exchange(predicted, written, list("abcdef"), None)
+    assert exchange is not None and exchange.names == "'b' for 'a', 'a' for 'b'"
+    assert 0.45 < exchange.straight < 0.65 and exchange.mapped > 0.75
+    assert np.isclose(exchange.gain, exchange.mapped - exchange.straight)
+
+
+def test_shares_and_absent_classes_are_no_exchange() -> None:
+    draw = np.random.default_rng(0)
+    # Predictions that know nothing, of a table where the rare class is the frequent one.
+    labels, predicted = draw.random((2, 400)) < np.array([[0.8], [0.2]])
+    assert (predicted == labels).mean() < 0.4
+    assert not has_exchange(predicted.astype(int), labels.astype(int), 2)
+    # A table of one class, which is taken for another.
+    predicted = np.where(draw.random(400) < 0.7, 0, 1)
+    assert not has_exchange(predicted, np.ones(400, int), 2)
+
+
+def test_documents_count_once_in_an_exchange() -> None:
+    draw = np.random.default_rng(0)
+    documents = np.repeat(np.arange(20).astype(str), 20)
+    as_rows = 0
+    for _ in range(60):
+        predicted, labels = np.repeat(draw.integers(0, 2, (2, 20)), 20, axis=1)
+        as_rows += has_exchange(predicted, labels, 2)
+        assert find_exchange(predicted, labels, ["a", "b"], documents) is None
+        assert find_exchange(1 - labels, labels, ["a", "b"], documents) is not None
+    assert as_rows > 3
 
 
 def test_chance_of_a_group_neighbour_counts_rows_of_the_same_label() -> None:

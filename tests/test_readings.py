@@ -160,6 +160,7 @@ def test_labels_against_those_of_the_source(
         rows=[None] * 200, targets=labels,
         context=SimpleNamespace(
             prepared=SimpleNamespace(task="classification", names=["a", "b", "c"]),
+            group_outputs=lambda rows: None,
             source=SimpleNamespace(config=SimpleNamespace(id2label={0: "b", 1: "a", 2: "c"})),
         ),
     )  # fmt: skip

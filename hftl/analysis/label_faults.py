@@ -119,7 +119,8 @@ def check_label_map(examined: ExaminedRows) -> Iterator[Finding]:
         rows = _sample(prepared.rows[split])
         labels = prepared.encode_targets(rows)
         predicted = _predict(examined, rows).argmax(1)
-        exchange = find_exchange(predicted, labels, prepared.names)
+        groups = examined.context.group_outputs(rows)
+        exchange = find_exchange(predicted, labels, prepared.names, groups)
         if exchange is None or own - exchange.straight < MIN_MAP_GAIN:
             continue
         yield Finding(

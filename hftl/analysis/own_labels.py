@@ -31,8 +31,8 @@ def check_own_labels(examined: ExaminedRows) -> Iterator[Finding]:
     if logits is None:
         return
     predicted = order[logits.argmax(1)]
-    exchange = find_exchange(predicted, labels, names)
-    # Another map fits chance, too, by a little; a classifier of these classes is mostly right.
+    exchange = find_exchange(predicted, labels, names, context.group_outputs(rows))
+    # A head of another task may follow these classes a little; one of theirs is mostly right.
     if exchange is None or exchange.mapped < 1 / len(names) + MIN_MAP_GAIN:
         return
     yield Finding(
