@@ -10,10 +10,10 @@ from conftest import bench_of, sentences, write_csv
 
 from hftl import Recipe
 from hftl.analysis.domains import Domain
-from hftl.analysis.facts import ShiftAnalysis
+from hftl.analysis.facts import ClassShare, Estimate, SetShift, ShiftAnalysis, SiteFacts
 from hftl.analysis.shift import TrainClasses, compare_sets, decide_outcome, match_shares
 from hftl.analysis.tables import format_shift
-from hftl.analysis.two_sample import compare_by_classifier
+from hftl.analysis.two_sample import _draw_half, compare_by_classifier
 from hftl.card.analysis_plots import plot_shift
 from hftl.card.evidence import describe_shift
 from hftl.data.rows import Row
@@ -53,11 +53,69 @@ def test_rows_are_drawn_in_other_shares() -> None:
     [
         (0.5, 0.5, 0.5, "none"), (0.001, 0.001, 0.5, "label shift"),
         (0.5, 0.001, 0.001, "covariate shift"), (0.001, 0.001, 0.001, "both"),
-        (None, 0.001, None, "covariate shift"), (0.001, 0.001, None, "both"),
+        (None, 0.001, None, "covariate shift"), (0.001, 0.001, None, "label shift"),
+        (0.001, 0.5, None, "label shift"), (0.5, 0.001, None, "covariate shift"),
     ],
 )  # fmt: skip
 def test_outcome(label: float | None, inputs: float, matched: float | None, outcome: str) -> None:
     assert decide_outcome(label, inputs, matched) == outcome
+
+
+def test_without_a_matched_test_other_inputs_are_not_known() -> None:
+    shares = [
+        ClassShare(label=name, train=0.5, estimated=None, labelled=None) for name in ("a", "b")
+    ]
+    one = SetShift(
+        name="unlabeled", rows=50, shares=shares, label_p_value=0.001,
+        mmd=Estimate(value=0.1, ci95=(0.0, 0.2)), mmd_p_value=0.5, auc=0.7, auc_p_value=0.001,
+        matched_p_value=None, outcome=decide_outcome(0.001, 0.001, None),
+    )  # fmt: skip
+    facts = ShiftAnalysis(
+        source="s", site=SiteFacts(layer=1, pooling="mean"), train_rows=50, separability=0.1,
+        sets=[one],
+    )  # fmt: skip
+    assert "whether the inputs of each class differ, too, is not known" in describe_shift(facts)
+    advice = format_shift(facts)
+    assert "hftl predict --prior auto" in advice and "inputs differ, too, is not known" in advice
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_documents_of_train_count_once_in_the_test_of_classes(grouped: bool) -> None:
+    from hftl.analysis.shift import _compare_classes
+
+    # 40 documents of ten equal labels in train, 26 of them of one class, and 400 rows of 200 each.
+    labels = [np.repeat([0, 1], [260, 140]), np.repeat([0, 1], [200, 200])]
+    context: Any = SimpleNamespace(
+        prepared=SimpleNamespace(
+            names=["a", "b"], encode_targets=lambda rows: np.array([int(r.label) for r in rows])
+        ),
+        group_outputs=lambda rows: (
+            None if rows[0].group is None else np.array([row.group for row in rows])
+        ),
+    )
+    sets = []
+    for name, own in zip(("train", "unlabeled"), labels, strict=True):
+        is_grouped = grouped and name == "train"
+        rows = [
+            Row((f"{name} {i}",), str(label), str(i // 10) if is_grouped else None, i, "")
+            for i, label in enumerate(own)
+        ]
+        noise = np.random.default_rng(0).normal(size=(400, 4))
+        features = 8 * np.eye(2, 4)[own] + noise
+        sets.append(Domain(name, rows, features.astype(np.float32)))
+    p_value, _, _ = _compare_classes(sets[1], TrainClasses(sets[0], context), context)
+    assert (p_value > 0.01) == grouped
+
+
+def test_groups_are_dealt_once_and_every_second_is_held_out() -> None:
+    draw = np.random.default_rng(0)
+    # 40 groups on both sides, 20 on the first alone and 60 on the second alone.
+    names = np.concatenate([np.arange(60), np.arange(20, 120)])
+    sides = np.repeat([0, 1], [60, 100])
+    is_held = _draw_half(sides, names, draw)
+    held = set(names[is_held])
+    assert len(held) == 60 and not held & set(names[~is_held])
+    assert is_held[sides == 0].sum() == 30 and is_held[sides == 1].sum() == 50
 
 
 def compare(folder: Path, model: Path, unlabeled: list[Any], **more: Any) -> ShiftAnalysis:

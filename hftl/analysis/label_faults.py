@@ -15,7 +15,7 @@ from hftl.analysis.domains import read_part
 from hftl.analysis.label_maps import MIN_MAP_GAIN, find_exchange
 from hftl.analysis.neighbours import normalize_rows
 from hftl.analysis.probe import fit_probe
-from hftl.analysis.row_faults import MAX_PLACES, MIN_SHIFT, compare_shares
+from hftl.analysis.row_faults import MAX_PLACES, MIN_SHIFT, compare_shares, compute_worth
 from hftl.analysis.source_faults import PROBE_C, ExaminedRows, SourceCheck
 from hftl.config.data import Table
 from hftl.data.rows import Row
@@ -148,7 +148,7 @@ def check_unlabeled_shares(examined: ExaminedRows) -> Iterator[Finding]:
     after = np.bincount(_predict(examined, rows).argmax(1), minlength=classes)
     shares = before / before.sum(), after / after.sum()
     distance = float(np.abs(shares[0] - shares[1]).sum() / 2)
-    p_value = compare_shares(before, after, 1.0)
+    p_value = compare_shares(before, after, compute_worth(examined.rows), compute_worth(rows))
     if p_value < LEVEL and distance >= MIN_SHIFT:
         worst = int(np.abs(shares[0] - shares[1]).argmax())
         yield Finding(

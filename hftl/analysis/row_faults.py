@@ -13,6 +13,7 @@ from hftl.config.data import Table
 from hftl.config.recipe import Recipe
 from hftl.data.near_copies import NearPair
 from hftl.data.prepare import PreparedData
+from hftl.data.rows import Row
 from hftl.data.splits import MEASURED_SPLITS
 from hftl.measure.statistics import effective_count
 from hftl.train.facts import Finding
@@ -103,7 +104,8 @@ def check_label_shares(recipe: Recipe, prepared: PreparedData) -> Iterator[Findi
         counts = count_labels(prepared, split)
         shares = train / train.sum(), counts / counts.sum()
         distance = float(np.abs(shares[0] - shares[1]).sum() / 2)
-        p_value = compare_shares(train, counts, count_units(prepared, split) / counts.sum())
+        worths = [compute_worth(prepared.rows[part]) for part in ("train", split)]
+        p_value = compare_shares(train, counts, worths[0], worths[1])
         if p_value < LEVEL and distance >= MIN_SHIFT:
             worst = int(np.abs(shares[0] - shares[1]).argmax())
             yield Finding(
@@ -122,27 +124,29 @@ def count_labels(prepared: PreparedData, split: str) -> np.ndarray:
     return np.bincount(targets, minlength=len(prepared.names)).astype(np.float64)
 
 
-def count_units(prepared: PreparedData, split: str) -> float:
-    """Return how many independent rows a split is worth: those of a group share their label."""
-    groups = [row.group for row in prepared.rows[split]]
-    if groups[0] is None:
-        return float(len(groups))
-    _, sizes = np.unique(list(map(str, groups)), return_counts=True)
-    return effective_count(sizes)
+def compute_worth(rows: list[Row]) -> float:
+    """Return how many independent rows a row is worth: those of a group are alike."""
+    if rows[0].group is None:
+        return 1.0
+    _, sizes = np.unique([str(row.group) for row in rows], return_counts=True)
+    return effective_count(sizes) / len(rows)
 
 
-def compare_shares(first: np.ndarray, second: np.ndarray, worth: float) -> float:
+def compare_shares(
+    first: np.ndarray, second: np.ndarray, first_worth: float, second_worth: float
+) -> float:
     """Return the p-value of equal shares in two counts of classes, by a test of homogeneity.
 
     Args:
         first: (classes,) counts.
         second: the same.
-        worth: how many independent rows a row is worth.
+        first_worth: how many independent rows a row of the first is worth.
+        second_worth: the same of the second.
     """
     present = first + second > 0
     if present.sum() < 2:
         return 1.0
-    table = np.stack([first, second])[:, present] * worth
+    table = np.stack([first * first_worth, second * second_worth])[:, present]
     result: Any = chi2_contingency(table, correction=False)
     return float(result.pvalue)
 

@@ -23,7 +23,7 @@ from hftl.analysis.facts import (
 from hftl.analysis.feature_store import FeatureStore, describe_provenance
 from hftl.analysis.out_of_fold import predict_out_of_fold
 from hftl.analysis.probe import fit_probe
-from hftl.analysis.row_faults import compare_shares
+from hftl.analysis.row_faults import compare_shares, compute_worth
 from hftl.analysis.two_sample import compare_by_classifier
 from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError
@@ -35,7 +35,6 @@ from hftl.measure.shift import (
     estimate_shares,
     measure_separability,
 )
-from hftl.measure.statistics import effective_count
 from hftl.models.layer_features import LayerSite
 
 LEVEL = 0.01
@@ -50,6 +49,7 @@ class TrainClasses:
     def __init__(self, train: Domain, context: ExperimentContext) -> None:
         self.labels = context.prepared.encode_targets(train.rows)
         self.names = context.prepared.names
+        self.worth = compute_worth(train.rows)
         groups = context.group_outputs(train.rows)
         outputs = len(self.names)
         logits = predict_out_of_fold(train.features, self.labels, outputs, groups)
@@ -152,11 +152,15 @@ def decide_outcome(
     label_p_value: float | None, input_p_value: float, matched_p_value: float | None
 ) -> ShiftOutcome:
     """Return what differs, by the p-values of the classes, of the inputs, and of the inputs once
-    the classes have the same shares."""
-    by_label = label_p_value is not None and label_p_value < LEVEL
+    the classes have the same shares.
+
+    Other shares alone make other inputs, so that without the last p-value a difference of the
+    classes is label shift, and whether more differs is not known.
+    """
+    if label_p_value is not None and label_p_value < LEVEL:
+        is_both = matched_p_value is not None and matched_p_value < LEVEL
+        return "both" if is_both else "label shift"
     other_inputs = (input_p_value if matched_p_value is None else matched_p_value) < LEVEL
-    if by_label:
-        return "both" if other_inputs else "label shift"
     return "covariate shift" if other_inputs else "none"
 
 
@@ -167,10 +171,6 @@ def _compare_classes(
     arXiv:1810.11953), the estimated shares, and all shares by class."""
     probabilities = classes.predict(other.features)
     predicted = np.bincount(probabilities.argmax(1), minlength=len(classes.names))
-    groups = context.group_outputs(other.rows)
-    worth = 1.0
-    if groups is not None:
-        worth = effective_count(np.unique(groups, return_counts=True)[1]) / len(groups)
     estimate = classes.estimate(probabilities)
     labelled = None
     if other.name == "test":
@@ -190,7 +190,7 @@ def _compare_classes(
         )
         for i, name in enumerate(classes.names)
     ]
-    p_value = compare_shares(classes.predicted.astype(float), predicted.astype(float), worth)
+    p_value = compare_shares(classes.predicted, predicted, classes.worth, compute_worth(other.rows))
     return p_value, estimate, shares
 
 

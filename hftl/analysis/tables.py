@@ -343,7 +343,11 @@ def _advise_on_shift(one: SetShift) -> str | None:
     if one.outcome == "none":
         return None
     if one.outcome == "label shift":
-        return f"  {one.name}: correct for its shares by hftl predict --prior auto, or --prior FILE"
+        advice = (
+            f"  {one.name}: correct for its shares by hftl predict --prior auto, or --prior FILE"
+        )
+        unknown = "; whether its inputs differ, too, is not known"
+        return f"{advice}{unknown if one.matched_p_value is None else ''}"
     if one.outcome == "covariate shift":
         return f"  {one.name}: other inputs than train's; no prior corrects that, adaptation may"
     return f"  {one.name}: other classes and other inputs; the estimated shares may be off"

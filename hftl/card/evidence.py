@@ -130,6 +130,8 @@ def _describe_set(one: SetShift) -> str:
         f"The classes of the {one.name} rows have other shares than train's (p = "
         f"{one.label_p_value:.2g}): {moved.label} has {moved.train:.3f} in train{to}"
     )
+    if one.outcome == "label shift" and one.matched_p_value is None:
+        return f"{shares}; whether the inputs of each class differ, too, is not known."
     if one.outcome == "label shift":
         return f"{shares}; the inputs of each class are as train's within noise."
     return f"{shares}; but the inputs differ, too ({inputs}), so that the estimate may be off."

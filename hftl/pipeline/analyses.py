@@ -48,7 +48,7 @@ from hftl.runtime.run_folder import SEMANTICS, to_json
 
 Facts = TypeVar("Facts", bound=RecordPart)
 FEATURES = Path("phases") / "features"
-LAYOUT = 3
+LAYOUT = 4
 """Raised when an analysis holds other figures, or computes them otherwise."""
 PROBE_ROWS, DISTANCE_ROWS, SHIFT_ROWS = 2000, 500, 1000
 """Rows that are read where the run makes the analysis, at most; the commands have an option."""
