@@ -9,8 +9,9 @@ Negative transfer is counted by `calibration.py`.
 - `slices`: the own arm is as good as its baseline in every slice; a slice is called worse (Holm).
 - `label_shift`: `hftl check` warns of other shares of classes in a table of the same shares, each
   row for itself or in groups of one class.
-- `predicted_shift`: the same of unlabelled inputs, by what a probe predicts; train's predictions
-  are by probes that have not seen their rows.
+- `predicted_shift`: the same of unlabelled inputs, by what a probe predicts, where train's rows are
+  each for itself or in groups of one class.
+- `label_map`: labels are said to be exchanged, where predictions are random or mostly right.
 
 Results: benchmarks/results/false_alarms.json.
 """
@@ -22,21 +23,22 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from scipy.special import expit
 
-from hftl.analysis.out_of_fold import assign_folds
-from hftl.analysis.probe import fit_probe
-from hftl.analysis.row_faults import LEVEL, MIN_SHIFT, check_label_shares, compare_shares
-from hftl.analysis.source_faults import PROBE_C
-from hftl.config.data import Table
+from hftl.analysis import label_faults, row_faults
+from hftl.analysis.label_maps import HALF_LEVEL, find_exchange
+from hftl.analysis.source_faults import ExaminedRows
+from hftl.config.data import Data, Table
 from hftl.data.rows import Row
 from hftl.data.slices import RowSlice, SlicedColumn
 from hftl.measure.gain import SplitPredictions
 from hftl.measure.metrics import find_metric
+from hftl.measure.slices import LEVEL as SLICE_LEVEL
 from hftl.measure.slices import measure_slices
 
 RESULT = Path(__file__).parent / "results" / "false_alarms.json"
@@ -144,48 +146,123 @@ def has_shifted_table(
     recipe: Any = SimpleNamespace(
         data=SimpleNamespace(validation=None, test=Table(path="test.csv"))
     )
-    return any(True for _ in check_label_shares(recipe, prepared))
+    return any(True for _ in row_faults.check_label_shares(recipe, prepared))
 
 
 def judge_predicted_shift(runs: int) -> list[dict[str, Any]]:
     """Count the runs in which the classes predicted of unlabelled inputs have other shares."""
     results = []
-    for classes, rows in itertools.product((2, 5), (100, 400)):
-        rng = np.random.default_rng([classes, rows])
-        alarms = sum(_is_called_shifted(rng, classes, rows) for _ in range(runs))
-        results.append({"classes": classes, "rows": rows, "runs": runs, "alarms": alarms})
+    with TemporaryDirectory() as folder:
+        table = write_texts(Path(folder))
+        for classes, (rows, size) in itertools.product((2, 5), ((100, 1), (400, 1), (400, 8))):
+            rng = np.random.default_rng([classes, rows, size])
+            alarms = sum(
+                has_shifted_predictions(rng, table, classes, rows, size) for _ in range(runs)
+            )
+            setting = {"classes": classes, "rows": rows, "rows_a_group": size}
+            results.append(setting | {"runs": runs, "alarms": alarms})
     return results
 
 
-def _is_called_shifted(rng: np.random.Generator, classes: int, rows: int) -> bool:
+def write_texts(folder: Path) -> Table:
+    """Write as many unlabelled texts as the check reads."""
+    lines = [f"text {number}" for number in range(label_faults.MAX_COMPARED)]
+    (folder / "unlabeled.csv").write_text("\n".join(["text", *lines]) + "\n", encoding="utf-8")
+    return Table(path=str(folder / "unlabeled.csv"))
+
+
+def has_shifted_predictions(
+    rng: np.random.Generator, table: Table, classes: int, rows: int, size: int, moved: float = 0.0
+) -> bool:
+    """Return whether the check warns of drawn unlabelled inputs.
+
+    Args:
+        rng: of the draws.
+        table: of the unlabelled texts.
+        classes: with shares that differ.
+        rows: of train.
+        size: rows of a group of train, which have one class.
+        moved: share of the unlabelled rows that are of the first class besides.
+    """
     centres = rng.normal(size=(classes, 16))
     shares = rng.dirichlet(np.full(classes, 3.0))
 
-    def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
-        labels = rng.choice(classes, count, p=shares)
+    def draw(count: int, size: int, moved: float) -> tuple[np.ndarray, np.ndarray]:
+        groups = -(-count // size)
+        labels = np.where(rng.random(groups) < moved, 0, rng.choice(classes, groups, p=shares))
+        labels = np.repeat(labels, size)[:count]
         return (centres[labels] + 2 * rng.normal(size=(count, 16))).astype(np.float32), labels
 
-    features, labels = draw(rows)
-    unlabeled, _ = draw(1000)
-    before, folds = np.empty(rows, dtype=np.int64), assign_folds(labels, None)
-    for fold in np.unique(folds):
-        probe = fit_probe(features[folds != fold], labels[folds != fold], classes, None, PROBE_C)
-        before[folds == fold] = probe.logits(features[folds == fold]).argmax(1)
-    after = fit_probe(features, labels, classes, None, PROBE_C).logits(unlabeled).argmax(1)
-    counts = [np.bincount(part, minlength=classes) for part in (before, after)]
-    distance = np.abs(counts[0] / rows - counts[1] / len(unlabeled)).sum() / 2
-    return bool(compare_shares(counts[0], counts[1], 1.0) < LEVEL and distance >= MIN_SHIFT)
+    features, labels = draw(rows, size, 0.0)
+    parts = {"train": features, "unlabeled": draw(label_faults.MAX_COMPARED, 1, moved)[0]}
+    train = [
+        Row((str(i),), str(label), str(i // size) if size > 1 else None, i, "")
+        for i, label in enumerate(labels)
+    ]
+    context: Any = SimpleNamespace(
+        prepared=SimpleNamespace(
+            task="classification",
+            names=[str(number) for number in range(classes)],
+            encode_targets=lambda rows: np.array([int(row.label) for row in rows]),
+        ),
+        inputs=None,
+        num_outputs=classes,
+        group_outputs=lambda rows: np.array([row.group for row in rows]) if size > 1 else None,
+        extract_features=lambda pooling, seed, rows: np.stack([
+            parts[row.table][row.index] for row in rows
+        ]),
+    )  # fmt: skip
+    recipe: Any = SimpleNamespace(data=Data(train=Table(path="train.csv"), unlabeled=table))
+    examined = ExaminedRows(recipe, context, "mean", train, 0, [])
+    return any(True for _ in label_faults.check_unlabeled_shares(examined))
+
+
+def judge_label_maps(runs: int) -> list[dict[str, Any]]:
+    """Count the runs in which labels are said to be exchanged against what is predicted."""
+    results = []
+    for classes, accuracy in itertools.product((3, 20, 150), (0.0, 0.8)):
+        rng = np.random.default_rng([classes, round(10 * accuracy)])
+        alarms = sum(has_exchanged_labels(rng, classes, accuracy) for _ in range(runs))
+        setting = {"classes": classes, "rows": 300, "accuracy": accuracy}
+        results.append(setting | {"runs": runs, "alarms": alarms})
+    return results
+
+
+def has_exchanged_labels(
+    rng: np.random.Generator, classes: int, accuracy: float, exchanged: bool = False
+) -> bool:
+    """Return whether drawn labels are said to be exchanged.
+
+    Args:
+        rng: of the draws.
+        classes: whose shares differ among the labels, and otherwise among wrong predictions.
+        accuracy: share of the rows that are predicted right; the others are at random.
+        exchanged: whether every label is written as the next one.
+    """
+    labels, others = (
+        rng.choice(classes, 300, p=rng.dirichlet(np.full(classes, 3.0))) for _ in range(2)
+    )
+    predicted = np.where(rng.random(300) < accuracy, labels, others)
+    written = (labels + 1) % classes if exchanged else labels
+    names = [str(number) for number in range(classes)]
+    return find_exchange(predicted, written, names, None) is not None
 
 
 PARTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
     "slices": judge_slices,
     "label_shift": judge_label_shift,
     "predicted_shift": judge_predicted_shift,
+    "label_map": judge_label_maps,
 }
 WORDS = {
     "slices": "a slice loses", "label_shift": "label shift of a table",
-    "predicted_shift": "label shift of unlabelled inputs",
+    "predicted_shift": "label shift of unlabelled inputs", "label_map": "exchanged labels",
 }  # fmt: skip
+LEVELS = {
+    "slices": SLICE_LEVEL, "label_shift": row_faults.LEVEL,
+    "predicted_shift": label_faults.LEVEL, "label_map": HALF_LEVEL,
+}  # fmt: skip
+"""The share of runs without a fault that a test may call faulty, at most."""
 
 
 def format_table(result: dict[str, Any]) -> list[str]:
