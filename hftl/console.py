@@ -80,6 +80,11 @@ def format_advice(section: AdviceSection, seconds: dict[str, float]) -> str:
             for row in section.forecast.strategies
         ]
         lines += [format_table(cells), "  gain is over the better of scratch and classical"]
+        lines += [
+            "  scores are of these rates and epochs, as items of measure.arms (of the recipe's own "
+            "strategy: as keys of the recipe):"
+        ]
+        lines += [f"    - {row.format_arm()}" for row in section.forecast.strategies]
     else:
         lines.append(f"  no forecast: {section.no_forecast}")
     for rule in section.rules:

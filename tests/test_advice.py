@@ -17,6 +17,10 @@ from hftl.cli import app
 from hftl.measure.advice_outcome import count_history, judge_advice
 from hftl.measure.record import Record
 
+LORA_ARM = (
+    "{lora: {finetune.training.learning_rate: 0.001, finetune.training.num_train_epochs: 10}}"
+)
+
 
 @pytest.mark.parametrize(
     ("labels", "strategy", "words"),
@@ -49,7 +53,26 @@ def test_the_forecast_wins_over_the_rule_of_thumb_and_both_are_named() -> None:
     thumb, own = section.conflicts
     assert "rule of thumb says partial, the forecast lora" in thumb
     assert "80%" in thumb and "10%" in thumb
-    assert own == "the recipe trains head, the advice is lora, 4.0 points ahead"
+    assert own == (
+        "the recipe trains head, the advice is lora, 4.0 points ahead, to compare give "
+        f"measure.arms: [{LORA_ARM}]"
+    )
+
+
+def test_another_kind_of_encoder_is_a_conflict_and_another_modality_has_no_forecast() -> None:
+    section = make_section(encoder="roberta")
+    assert section.forecast is not None and section.strategy == "lora"
+    assert section.conflicts[0].startswith("extrapolates: the source is of type roberta")
+    section = make_section(modality="image", encoder="vit")
+    assert section.forecast is None and section.strategy == "partial"
+    assert section.conflicts == ["the recipe trains head, the advice is partial"]
+
+
+def test_the_forecast_names_its_runs_and_that_its_figures_are_optimistic() -> None:
+    rule = make_section().rules[-1]
+    assert rule.text == f"lora is expected at accuracy 0.750 [0.682, 0.818] as the arm {LORA_ARM}"
+    assert "50 runs of 8 data sets; on 46 of them" in rule.source
+    assert "were chosen with such figures in view" in rule.source
 
 
 def test_without_a_forecast_the_labels_decide_and_the_reason_is_named() -> None:
@@ -181,6 +204,7 @@ def test_what_is_printed_has_every_strategy_with_its_cost() -> None:
     text = console.format_advice(section, {"lora": 75.0, "head": 0.0})
     lora = next(line for line in text.splitlines() if line.startswith("  lora"))
     assert "0.750" in lora and "+0.090" in lora and "75 s" in lora
+    assert f"    - {LORA_ARM}" in text.splitlines() and "    - head" in text.splitlines()
     assert text.splitlines()[-1] == "advice: lora"
     header = console.summarize_advice(section)
     assert header["advice"].startswith("lora (lora is expected at ")

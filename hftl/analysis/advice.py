@@ -8,7 +8,12 @@ from math import sqrt
 
 from hftl.analysis.advice_facts import AdviceRule, AdviceSection, Forecast, TaskFeatures
 from hftl.analysis.facts import AnalysisSection, CurveAnalysis, DistanceAnalysis
-from hftl.analysis.forecast import ForecastModel, explain_no_forecast, forecast_scores
+from hftl.analysis.forecast import (
+    ForecastModel,
+    explain_extrapolation,
+    explain_no_forecast,
+    forecast_scores,
+)
 
 FEW, SOME, MANY = 100, 1000, 10_000
 """Labels a class below which the rule of thumb says head, the top blocks, the upper half."""
@@ -152,12 +157,13 @@ def read_forecast(forecast: Forecast) -> AdviceRule:
     best = forecast.strategies[0]
     text = (
         f"{best.strategy} is expected at accuracy {best.score:.3f} "
-        f"[{best.score_pi90[0]:.3f}, {best.score_pi90[1]:.3f}]"
+        f"[{best.score_pi90[0]:.3f}, {best.score_pi90[1]:.3f}] as the arm {best.format_arm()}"
     )
     source = (
-        f"{forecast.runs} runs on {forecast.data_sets} data sets; on each, left out, its intervals "
-        f"held {forecast.coverage:.0%} of scores, and its choices were within a point of the best "
-        f"in {forecast.within_point:.0%}"
+        f"fitted on {forecast.runs} runs of {forecast.data_sets} data sets; on {forecast.judged} "
+        f"of them, forecast without their data sets, its intervals held {forecast.coverage:.0%} of "
+        f"scores, and its choices were within a point of the best in {forecast.within_point:.0%}; "
+        "features and penalty were chosen with such figures in view, which makes them optimistic"
     )
     return AdviceRule(name="forecast", strategy=best.strategy, text=text, source=source)
 
@@ -165,8 +171,10 @@ def read_forecast(forecast: Forecast) -> AdviceRule:
 def list_conflicts(
     advised: str, by_labels: AdviceRule, forecast: Forecast | None, model: ForecastModel, own: str
 ) -> list[str]:
-    """Return where the rule of thumb, the forecast and the recipe's strategy differ."""
+    """Return where the forecast extrapolates, and where rules, forecast and recipe differ."""
     conflicts: list[str] = []
+    if forecast is not None and (reason := explain_extrapolation(forecast.features, model)):
+        conflicts.append(reason)
     if forecast is not None and by_labels.strategy != advised:
         conflicts.append(
             f"the rule of thumb says {by_labels.strategy}, the forecast {advised}"
@@ -175,8 +183,11 @@ def list_conflicts(
             f"{model.within_point:.0%}, that of the rule in {model.rule_within_point:.0%}"
         )
     if own != advised:
-        lead = "" if forecast is None else _format_lead(forecast, own)
-        conflicts.append(f"the recipe trains {own}, the advice is {advised}{lead}")
+        lead = arm = ""
+        if forecast is not None:
+            lead = _format_lead(forecast, own)
+            arm = f", to compare give measure.arms: [{forecast.strategies[0].format_arm()}]"
+        conflicts.append(f"the recipe trains {own}, the advice is {advised}{lead}{arm}")
     return conflicts
 
 

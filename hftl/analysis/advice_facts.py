@@ -4,6 +4,8 @@ The record's `advice` is an `AdviceSection`: rules with their numbers, the forec
 are measured, how right both were.
 """
 
+import yaml
+
 from hftl.data.facts import Modality, RecordPart
 
 Interval = tuple[float, float]
@@ -23,6 +25,13 @@ class TaskFeatures(RecordPart):
     classes: int
     probe: float
     classical: float
+    encoder: str | None = None
+    """The source's model type; null in older records."""
+
+    @property
+    def gap(self) -> float:
+        """Return how far the classical model is ahead of the probe."""
+        return self.classical - self.probe
 
     @property
     def labels_per_class(self) -> float:
@@ -39,6 +48,17 @@ class StrategyForecast(RecordPart):
     gain: float
     """Over the better of scratch and the classical model."""
     gain_pi90: Interval
+    settings: dict[str, int | float] | None = None
+    """Recipe keys of the training that the score is of; null in older records."""
+
+    def format_arm(self) -> str:
+        """Return the item of `measure.arms` that trains like this, in one line of YAML."""
+        if not self.settings:
+            return self.strategy
+        arm = {self.strategy: self.settings}
+        return yaml.safe_dump(
+            arm, default_flow_style=True, sort_keys=False, width=float("inf")
+        ).strip()
 
 
 class Forecast(RecordPart):
@@ -49,6 +69,9 @@ class Forecast(RecordPart):
     runs: int
     """That it was fitted on."""
     data_sets: int
+    judged: int | None = None
+    """Of these runs, those that were forecast without their data sets, which `coverage` and
+    `within_point` are of; null in older records."""
     coverage: float
     """The share of scores that the 90 % interval held, on data sets that it was not fitted on."""
     within_point: float
@@ -99,7 +122,7 @@ class AdviceSection(RecordPart):
     strategy: str
     rules: list[AdviceRule]
     conflicts: list[str]
-    """Where rules, forecast and recipe differ, in a sentence each."""
+    """Where rules, forecast and recipe differ or the forecast extrapolates, in a sentence each."""
     forecast: Forecast | None = None
     no_forecast: str | None = None
     """The reason where there is none."""

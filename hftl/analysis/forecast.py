@@ -6,19 +6,18 @@ coefficients to `forecast.json`. Intervals are conformal: the 90 % quantile of t
 sets that were left out, in units of the error expected of so many rows.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from math import log, sqrt
 
 from hftl.analysis.advice_facts import Forecast, Interval, StrategyForecast, TaskFeatures
-from hftl.data.facts import RecordPart
+from hftl.data.facts import Modality, RecordPart
 
 MIN_ROWS = 40
 """Training rows below which the probe's accuracy is too uncertain to forecast from."""
 SPREAD = 0.03
 """The error of a forecast that more rows do not lessen: a standard deviation of accuracy."""
-BEYOND = 2.0
-"""How far beyond the labels and classes that it was fitted on a forecast is made."""
 
 
 class LinearFit(RecordPart):
@@ -35,6 +34,27 @@ class LinearFit(RecordPart):
         return self.bias + sum(weight * (x - mean) / scale for x, mean, scale, weight in parts)
 
 
+class Reach(RecordPart):
+    """Hold the range of every feature in the runs that were fitted, and their kinds of source."""
+
+    labels: tuple[float, float]
+    """A class."""
+    classes: tuple[int, int]
+    probe: tuple[float, float]
+    gap: tuple[float, float]
+    modalities: list[Modality]
+    encoders: list[str]
+    """Model types of the sources."""
+
+
+class TrainingSettings(RecordPart):
+    """Hold the rates and epochs of the runs that were fitted."""
+
+    rates: dict[Modality, dict[str, float]]
+    epochs: list[tuple[int, int]]
+    """Training rows up to which each number of epochs holds, in order; the last holds beyond."""
+
+
 class ForecastModel(RecordPart):
     """Hold everything that was fitted, and how it did on data sets that were left out."""
 
@@ -46,11 +66,12 @@ class ForecastModel(RecordPart):
     """Each other strategy minus `head`, on test."""
     score_quantile: dict[str, float]
     gain_quantile: dict[str, float]
-    labels: tuple[float, float]
-    """The fewest and the most labels a class that it was fitted on."""
-    classes: tuple[int, int]
+    reach: Reach
+    training: TrainingSettings
     runs: int
     data_sets: int
+    judged: int
+    """Runs that were forecast without their data sets, for the figures below."""
     coverage: float
     gain_coverage: float
     within_point: float
@@ -71,8 +92,27 @@ def load_forecast_model() -> ForecastModel:
 
 def list_values(task: TaskFeatures) -> list[float]:
     """Return what the regressions read."""
-    gap = task.classical - task.probe
-    return [task.probe, log(task.labels_per_class), log(task.classes), gap]
+    return [task.probe, log(task.labels_per_class), log(task.classes), task.gap]
+
+
+def list_settings(
+    strategy: str, modality: Modality, rows: int, training: TrainingSettings
+) -> dict[str, int | float]:
+    """Return the recipe keys that a strategy trained with on so many rows; none where solved."""
+    rate = training.rates[modality].get(strategy)
+    if rate is None:
+        return {}
+    epochs = choose_epochs(rows, training.epochs)
+    settings: dict[str, int | float] = {"finetune.training.learning_rate": rate}
+    if strategy == "gradual":
+        final = max(2, epochs // 2)
+        return settings | {"finetune.gradual.epochs": 1, "finetune.gradual.final_epochs": final}
+    return settings | {"finetune.training.num_train_epochs": epochs}
+
+
+def choose_epochs(rows: int, epochs: Sequence[tuple[int, int]]) -> int:
+    """Return the epochs for so many training rows."""
+    return next((number for most, number in epochs if rows <= most), epochs[-1][1])
 
 
 def compute_score_error(task: TaskFeatures) -> float:
@@ -93,21 +133,34 @@ def _compute_variance(share: float, rows: int) -> float:
 
 
 def explain_no_forecast(task: TaskFeatures, model: ForecastModel) -> str | None:
-    """Return the reason why a task is out of the forecast's reach; None where it is not."""
+    """Return the reasons why a task is out of the forecast's reach; None where it is not."""
     if task.train_rows < MIN_ROWS:
         return f"{task.train_rows} training rows are fewer than the {MIN_ROWS} that it needs"
-    least, most = model.labels[0] / BEYOND, model.labels[1] * BEYOND
-    if not least <= task.labels_per_class <= most:
-        return (
-            f"{task.labels_per_class:g} labels a class are outside the {least:g} to {most:g} that "
-            "the kept runs speak for"
+    reach = model.reach
+    if task.modality not in reach.modalities:
+        return f"it was fitted on {' and '.join(reach.modalities)} alone, not on {task.modality}"
+    reasons = [
+        f"{words} {value:g} is outside {least:g} to {most:g} of the fitted runs"
+        for words, value, (least, most) in (
+            ("number of labels a class", task.labels_per_class, reach.labels),
+            ("number of classes", task.classes, reach.classes),
+            ("the probe's accuracy out of fold", task.probe, reach.probe),
+            ("the classical model's accuracy minus the probe's", task.gap, reach.gap),
         )
-    if task.classes > model.classes[1] * BEYOND:
-        return (
-            f"{task.classes} classes are more than the {model.classes[1] * BEYOND:g} that the kept "
-            "runs speak for"
-        )
-    return None
+        if not least <= value <= most
+    ]
+    return "; ".join(reasons) or None
+
+
+def explain_extrapolation(task: TaskFeatures, model: ForecastModel) -> str | None:
+    """Return how a task in reach differs from the runs; None where its kind of source is theirs."""
+    encoders = model.reach.encoders
+    if task.encoder is None or task.encoder in encoders:
+        return None
+    return (
+        f"extrapolates: the source is of type {task.encoder}, and the forecast was fitted on "
+        f"{' and '.join(encoders)} alone; its intervals do not allow for the difference"
+    )
 
 
 def forecast_scores(task: TaskFeatures, model: ForecastModel) -> Forecast:
@@ -128,6 +181,7 @@ def forecast_scores(task: TaskFeatures, model: ForecastModel) -> Forecast:
                 score_pi90=_clip(score - half, score + half, 0.0),
                 gain=gain + more,
                 gain_pi90=_clip(gain + more - gain_half, gain + more + gain_half, -1.0),
+                settings=list_settings(strategy, task.modality, task.train_rows, model.training),
             )
         )
     order = sorted(rows, key=lambda row: -over_head[row.strategy])
@@ -136,6 +190,7 @@ def forecast_scores(task: TaskFeatures, model: ForecastModel) -> Forecast:
         strategies=order,
         runs=model.runs,
         data_sets=model.data_sets,
+        judged=model.judged,
         coverage=model.coverage,
         within_point=model.within_point,
     )

@@ -67,7 +67,7 @@ def measure_task_features(
     """
     prepared = context.prepared
     if prepared.task != "classification":
-        return f"the kept runs are of classification, and data.task is {prepared.task}"
+        return f"the forecast is of classification, and data.task is {prepared.task}"
     if not recipe.finetune.spec.reads_labels:
         return "the recipe reads no labels"
     drawn: dict[frozenset[str], tuple[int, list[Row]]] = {}
@@ -89,6 +89,7 @@ def measure_task_features(
         classes=context.num_outputs,
         probe=float(right[0].mean()),
         classical=float(right[1].mean()),
+        encoder=context.source.model_type,
     )
 
 
