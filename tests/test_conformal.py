@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.special import expit, softmax
+from scipy.stats import beta
 from support.records import make_record, render
 from torch import nn
 
@@ -20,6 +21,7 @@ from hftl.measure.conformal import (
     count_rows_needed,
     estimate_spread,
     find_quantile,
+    find_stored_rank,
     select_scores,
 )
 from hftl.measure.coverage import measure_conformal
@@ -41,14 +43,16 @@ def draw(rng: np.random.Generator, rows: int, task: str) -> tuple[np.ndarray, np
 @pytest.mark.parametrize("rows", [60, 900])
 def test_sets_hold_the_truth_as_often_as_they_say(task: str, rows: int) -> None:
     rng = np.random.default_rng(0)
-    shares = []
+    shares, scores = [], []
     for _ in range(200):
         scores = select_scores(compute_scores(*draw(rng, rows, task), task))
         quantile = find_quantile(rows, scores, 0.9)
         assert quantile is not None
         shares.append(np.mean(compute_scores(*draw(rng, 500, task), task) <= quantile))
     assert 0.88 < np.mean(shares) < 0.92
-    low, high = estimate_spread(rows, 0.9)
+    rank = find_stored_rank(rows, len(scores), 0.9)
+    assert rank is not None
+    low, high = estimate_spread(rows, rank)
     within = np.mean([low - 0.026 <= share <= high + 0.026 for share in shares])
     assert within > 0.95, "beside the spread each share has an error of .013 over its 500 rows"
 
@@ -70,6 +74,18 @@ def test_of_many_rows_the_next_greater_stored_score_counts(rows: int) -> None:
         quantile = find_quantile(rows, stored, coverage)
         exact = math.ceil((rows + 1) * coverage) / rows
         assert quantile is not None and exact <= quantile + 1e-12 < exact + 1 / MAX_SCORES
+        assert find_stored_rank(rows, MAX_SCORES, coverage) == round(quantile * rows)
+
+
+def test_the_spread_is_that_of_the_score_in_use() -> None:
+    stored = PublishedConformal(rows=70_001, scores=select_scores(np.arange(1, 70_002) / 70_001))
+    quantile, basis = find_set_quantile(stored, "classification", 0.9011)
+    rank = round(quantile * 70_001)
+    assert rank == 63_141, "the exact rank is 63 079"
+    low, high = beta(rank, 70_002 - rank).interval(0.95)
+    assert f"({low:.3f} to {high:.3f} in 95 of 100 such splits)" in basis
+    assert estimate_spread(70_001, rank) == pytest.approx((low, high))
+    assert f"{low:.3f}" != f"{beta(63_079, 70_002 - 63_079).ppf(0.025):.3f}"
 
 
 @pytest.mark.parametrize(("coverage", "rows"), [(0.5, 1), (0.8, 4), (0.9, 9), (0.95, 19)])
@@ -92,6 +108,9 @@ def test_the_section_says_how_often_sets_held() -> None:
     assert by_coverage[0.9].held.value == pytest.approx(held)
     text = render(make_record() | {"conformal": section.to_dict()})
     assert f"held it for {held:.3f} [" in text and "--coverage 0.9" in text
+    assert "like the 300 rows of validation (approximate, as validation also chose" in text
+    grouped = render(make_record() | {"conformal": section.to_dict() | {"groups": 40}})
+    assert "like the 300 rows of validation in 40 groups (approximate" in grouped
     few = measure_conformal((validation[0][:8], validation[1][:8]), test, "classification",
                             np.arange(300), None)  # fmt: skip
     assert [figure.coverage for figure in few.test] == [0.8]
@@ -106,7 +125,7 @@ STORED = PublishedConformal(rows=19, scores=[n / 20 for n in range(1, 20)])
     [(STORED, "classification", 1.0, "coverage is 1, expected a share"),
      (STORED, "classification", -0.1, "expected a share"),
      (STORED, "token-classification", 0.9, "the words of a row depend"),
-     (None, "classification", 0.9, "does not say how far"),
+     (None, "classification", 0.9, "does not say how far .* trained again .* with --restart"),
      (STORED, "regression", 0.99, "needs at least 99 rows of validation, .* measured on 19")],
 )  # fmt: skip
 def test_sets_that_nothing_stands_for_are_refused(

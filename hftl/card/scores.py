@@ -94,10 +94,14 @@ def format_conformal(section: ConformalSection, task: str) -> str:
         "multi-label": "sets that hold every true label",
     }.get(task, "intervals that hold the true number")
     size = "mean width" if task == "regression" else "mean size"
+    rows = f"{section.rows:,} rows of validation"
+    if section.groups is not None:
+        rows += f" in {section.groups:,} groups"
     return (
         f"`hftl predict --coverage {SHOWN_COVERAGE:g}` gives {what} for about "
-        f"{SHOWN_COVERAGE:.0%} of inputs, from {section.rows:,} rows of validation: on test they "
-        f"held it for {format_estimate(figure.held)} of the rows, {size} {figure.size:.3g}."
+        f"{SHOWN_COVERAGE:.0%} of inputs like the {rows} (approximate, as validation also chose "
+        f"the epoch and the seed): on test they held it for {format_estimate(figure.held)} of the "
+        f"rows, {size} {figure.size:.3g}."
     )
 
 

@@ -16,6 +16,7 @@ from hftl.measure.conformal import (
     count_rows_needed,
     estimate_spread,
     find_quantile,
+    find_stored_rank,
 )
 from hftl.measure.facts import LabelCurve
 from hftl.publish.published_metadata import (
@@ -85,21 +86,22 @@ def find_set_quantile(
         raise RecipeError(
             "coverage: the model does not say how far the rows of validation were from their "
             "labels (hftl.json, conformal)",
-            "Give a run or published folder that this version of hftl made; `hftl run` on the same "
-            "recipe measures a finished run anew",
+            "Give a run or published folder that this version of hftl made; a run of an older one "
+            "is trained again by `hftl run` with --restart",
         )
     quantile = find_quantile(conformal.rows, conformal.scores, coverage)
-    if quantile is None:
+    rank = find_stored_rank(conformal.rows, len(conformal.scores), coverage)
+    if quantile is None or rank is None:
         raise RecipeError(
             f"coverage {coverage:g} needs at least {count_rows_needed(coverage)} rows of "
             f"validation, and the model was measured on {conformal.rows}",
             "Give a smaller coverage, or train with a larger data.validation",
         )
-    return quantile, _format_basis(conformal, coverage)
+    return quantile, _format_basis(conformal, coverage, rank)
 
 
-def _format_basis(conformal: PublishedConformal, coverage: float) -> str:
-    low, high = estimate_spread(conformal.rows, coverage)
+def _format_basis(conformal: PublishedConformal, coverage: float, rank: int) -> str:
+    low, high = estimate_spread(conformal.rows, rank)
     rows = f"{conformal.rows:,} rows of validation"
     spread = f"{low:.3f} to {high:.3f} in 95 of 100 such splits"
     if conformal.groups is not None:

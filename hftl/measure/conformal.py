@@ -64,10 +64,27 @@ def find_quantile(rows: int, scores: Sequence[float], coverage: float) -> float 
         scores: see `select_scores`.
         coverage: between 0 and 1.
     """
+    rank = find_stored_rank(rows, len(scores), coverage)
+    if rank is None:
+        return None
+    return scores[int(np.searchsorted(_list_ranks(rows, len(scores)), rank))]
+
+
+def find_stored_rank(rows: int, count: int, coverage: float) -> int | None:
+    """Return the rank that the coverage needs, or the next of which the score is stored.
+
+    None where the rows are too few for the coverage.
+
+    Args:
+        rows: of validation.
+        count: of the scores that are stored, see `select_scores`.
+        coverage: between 0 and 1.
+    """
     rank = find_rank(rows, coverage)
     if rank > rows:
         return None
-    return scores[int(np.searchsorted(_list_ranks(rows, len(scores)), rank))]
+    ranks = _list_ranks(rows, count)
+    return int(ranks[np.searchsorted(ranks, rank)])
 
 
 def find_rank(rows: int, coverage: float) -> int:
@@ -87,9 +104,13 @@ def count_rows_needed(coverage: float) -> int:
     return rows
 
 
-def estimate_spread(rows: int, coverage: float) -> tuple[float, float]:
+def estimate_spread(rows: int, rank: int) -> tuple[float, float]:
     """Return where the coverage of 95 % of such validation splits lies: over further inputs it is
-    Beta(k, rows + 1 - k) for the score of rank k (Vovk 2012, ACML)."""
-    rank = find_rank(rows, coverage)
+    Beta(k, rows + 1 - k) for the score of rank k (Vovk 2012, ACML).
+
+    Args:
+        rows: of validation.
+        rank: of the score that is used, see `find_stored_rank`.
+    """
     low, high = (float(betaincinv(rank, rows + 1 - rank, p)) for p in (0.025, 0.975))
     return low, high
