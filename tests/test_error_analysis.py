@@ -8,7 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.metrics import confusion_matrix
 from support.records import make_record, render, render_page
 
@@ -67,6 +69,18 @@ def test_errors_of_names_are_names_said_or_missed(tmp_path: Path) -> None:
         ("x", "not x", 0.9), ("not y", "y", 0.6)
     ]  # fmt: skip
     assert errors.confusion is None and [row.rows for row in errors.classes] == [2, 1]
+
+
+def test_errors_of_names_are_those_at_the_published_thresholds(tmp_path: Path) -> None:
+    rows = [Row((text,), ("x",), None, i, f"t.csv line {i + 2}") for i, text in enumerate("ab")]
+    prepared = PreparedData("multi-label", "text", ["x", "y"], {"test": rows}, {})
+    logits = torch.tensor([[-0.5, 1.0], [-1.5, -1.0]])
+    save_file({"test": logits}, tmp_path / "logits.safetensors")
+    errors = analyze_errors(prepared, tmp_path, np.array([0.3, 0.8]))
+    (missed,) = errors.mistakes
+    assert (missed.content, missed.label, missed.prediction) == (("b",), "x", "not x")
+    assert missed.confidence == pytest.approx(1 - torch.sigmoid(logits[1, 0]).item())
+    assert errors.wrong == 1 and errors.answers == 4 and errors.classes[0].recall == 0.5
 
 
 def test_errors_of_targets_are_the_furthest_off_with_all_digits(tmp_path: Path) -> None:

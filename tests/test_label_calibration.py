@@ -15,7 +15,6 @@ from support.records import make_record, render
 from hftl.inference.published_scores import read_label_curves
 from hftl.measure.facts import LabelCurve
 from hftl.measure.label_calibration import (
-    compute_label_ece,
     compute_probabilities,
     fit_isotonic,
     fit_label_curves,
@@ -110,14 +109,15 @@ def test_isotonic_rises_and_is_never_sure() -> None:
     assert (np.diff(outputs) >= 0).all() and 0 < outputs[0] < 0.01 and 0.99 < outputs[-1] < 1
 
 
-def test_the_error_is_its_definition_on_any_rows() -> None:
+def test_the_error_is_its_definition() -> None:
     logits, labels = draw(np.random.default_rng(4), 203, labels=3)
-    probabilities = expit(logits.astype(np.float64))
+    split = logits, labels
+    section = measure_label_calibration(split, split, ["a", "b", "c"], np.arange(203))
     errors = []
-    for p, y in zip(probabilities.T, labels.T, strict=True):
-        parts = np.array_split(np.argsort(p, kind="stable"), 7)
+    for p, y in zip(expit(logits.astype(np.float64)).T, labels.T, strict=True):
+        parts = np.array_split(np.argsort(p, kind="stable"), section.bins)
         errors.append(sum(len(part) / 203 * abs(y[part].mean() - p[part].mean()) for part in parts))
-    assert compute_label_ece(probabilities, labels, 7) == pytest.approx(np.mean(errors))
+    assert section.bins > 5 and section.before.ece.value == pytest.approx(np.mean(errors))
 
 
 @pytest.mark.parametrize("rows", [300, 2000])

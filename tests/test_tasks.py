@@ -171,6 +171,10 @@ def test_thresholds_and_curves_of_validation_decide_what_is_predicted(
     assert [row["label"] for row in predictions] == [
         [name for name, holds in zip(prepared.names, row, strict=True) if holds] for row in above
     ]
+    wrong = int((above != labels["test"]).sum())
+    report = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert f"{wrong} of {above.size} answers are wrong. Each label is decided at its" in report
+    assert wrong != int(((logits["test"] > 0) != labels["test"]).sum())
     curves = record.calibration.labels
     assert curves is not None and [curve.method for curve in curves.values()] == ["platt"] * 2
     scores = [list(row["scores"].values()) for row in predictions]

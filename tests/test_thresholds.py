@@ -11,6 +11,8 @@ from support.records import make_record, render
 from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError
 from hftl.inference.published_scores import read_thresholds
+from hftl.measure.facts import LabelCurve
+from hftl.measure.label_calibration import compute_probabilities, fit_label_curves, invert_curve
 from hftl.measure.metrics import micro_f1, multi_label_f1
 from hftl.measure.thresholds import fit_threshold, fit_thresholds, measure_thresholds
 
@@ -33,13 +35,50 @@ def test_no_other_threshold_has_a_greater_f1() -> None:
         assert np.abs(expit(x) - threshold).min() > 1e-9, "rounding does not decide"
 
 
-def test_micro_f1_has_one_threshold_for_all_labels() -> None:
-    logits, labels = draw(np.random.default_rng(1), 300, (0.1, 0.3, 0.6))
+def draw_miscalibrated(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw labels, and logits of which each label's are off by a line of its own."""
+    odds = rng.normal(-1, 2, (rows, 3))
+    labels = (rng.random(odds.shape) < expit(odds)).astype(np.float64)
+    return (odds * [0.5, 1, 2] + [-2, 0, 3]).astype(np.float32), labels
+
+
+@pytest.mark.parametrize(("rows", "method"), [(400, "platt"), (3000, "isotonic")])
+def test_micro_f1_has_one_threshold_of_calibrated_probabilities(rows: int, method: str) -> None:
+    rng = np.random.default_rng(1)
+    logits, labels = draw_miscalibrated(rng, rows)
     thresholds = fit_thresholds(logits, labels, "micro_f1")
-    assert len(set(thresholds)) == 1
-    best = micro_f1(labels, (expit(logits) > thresholds).astype(float))
-    others = [micro_f1(labels, (logits >= value).astype(float)) for value in logits.ravel()]
-    assert best == pytest.approx(max(others))
+    curves = fit_label_curves(logits, labels)
+    assert {curve.method for curve in curves} == {method}
+    # What is decided on validation is one cut through the probabilities of all labels.
+    probabilities = compute_probabilities(logits, curves)
+    above = expit(logits.astype(float)) > thresholds
+    assert probabilities[above].min() > probabilities[~above].max()
+    cuts = [
+        micro_f1(labels, (probabilities > cut).astype(float)) for cut in np.arange(0.1, 1, 0.02)
+    ]
+    assert micro_f1(labels, above.astype(float)) > max(cuts) - 1e-9
+    # A single threshold of the sigmoid is worse on other rows, even the best for them.
+    logits, labels = draw_miscalibrated(rng, 3000)
+    single = [micro_f1(labels, (logits > cut).astype(float)) for cut in np.arange(-5, 5, 0.1)]
+    assert micro_f1(labels, (expit(logits) > thresholds).astype(float)) > max(single) + 0.03
+
+
+def test_micro_f1_of_few_labels_keeps_half() -> None:
+    logits, labels = draw(np.random.default_rng(3), 300)
+    labels[9:] = 0
+    assert fit_thresholds(logits, labels * [1, 0], "micro_f1").tolist() == [0.5, 0.5]
+
+
+def test_a_curve_is_inverted_where_it_passes_the_probability() -> None:
+    platt = LabelCurve(method="platt", slope=2.0, intercept=-1.0)
+    assert compute_probabilities(np.array([[invert_curve(platt, 0.3)]]), [platt])[0, 0] == (
+        pytest.approx(0.3)
+    )
+    assert invert_curve(LabelCurve(method="none"), 0.5) == 0
+    flat = LabelCurve(method="isotonic", logits=[-2.0, 0.0, 1.0, 3.0],
+                      probabilities=[0.1, 0.1, 0.6, 0.6])  # fmt: skip
+    inverses = [invert_curve(flat, probability) for probability in (0.05, 0.1, 0.5, 0.6, 0.9)]
+    assert inverses == [-np.inf, 0.5, 0.5, np.inf, np.inf]
 
 
 def test_rows_of_one_logit_are_predicted_together() -> None:

@@ -143,6 +143,8 @@ def _build_errors_section(
     noun = "words" if record.data.task == "token-classification" else "rows"
     answers = "answers" if record.data.task == "multi-label" else noun
     share = f"{errors.wrong:,} of {errors.answers:,} {answers} are wrong."
+    if record.thresholds is not None:
+        share += " Each label is decided at its threshold in config.json."
     shown = len(errors.mistakes)
     return _ErrorsSection(
         seed=record.published_seed,

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from hftl.data.labels import encode_for_metrics, recognize_tag_scheme
+from hftl.data.labels import decode_logits, encode_for_metrics, recognize_tag_scheme
 from hftl.data.prepare import PreparedData
 from hftl.data.rows import Row
-from hftl.finetune.arm_files import PREDICTIONS
+from hftl.finetune.arm_files import PREDICTIONS, read_logits
 from hftl.measure.gain import SplitPredictions
 from hftl.measure.metrics import extract_entities
 from hftl.measure.record import ClassGain, ClassGains
@@ -183,23 +183,33 @@ class ErrorAnalysis:
     entities: list[ClassScore] = field(default_factory=list)
 
 
-def analyze_errors(prepared: PreparedData, folder: Path) -> ErrorAnalysis:
+def analyze_errors(
+    prepared: PreparedData, folder: Path, thresholds: np.ndarray | None = None
+) -> ErrorAnalysis:
     """Return the errors of one arm and seed on the test rows.
 
     Args:
         prepared: the rows.
-        folder: the arm's, with its predictions.
+        folder: the arm's, with its predictions and logits.
+        thresholds: (classes,) at which the published weights decide labels; None: .5, as the
+            stored predictions.
     """
     import pyarrow.parquet as pq
 
-    table = pq.read_table(folder / PREDICTIONS, filters=[("split", "=", "test")]).to_pydict()
+    if thresholds is None:
+        table = pq.read_table(folder / PREDICTIONS, filters=[("split", "=", "test")])
+        predictions, scores = (table[name].to_pylist() for name in ("prediction", "scores"))
+    else:
+        predictions, scores = decode_logits(
+            read_logits(folder, "test"), prepared.task, prepared.names, [], thresholds
+        )
     analyze = {
         "classification": _analyze_classification,
         "multi-label": _analyze_multi_label,
         "token-classification": _analyze_tagging,
         "regression": _analyze_regression,
     }[prepared.task]
-    return analyze(prepared, prepared.rows["test"], table["prediction"], table["scores"])
+    return analyze(prepared, prepared.rows["test"], predictions, scores)
 
 
 def collect_sample_outputs(

@@ -1,11 +1,12 @@
 """Calibrate the probabilities of several labels at once: a curve for each, and how far they are
 off."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import expit
+from scipy.special import expit, logit
 
 from hftl.measure.calibration import choose_bins, estimate_over_rows
 from hftl.measure.facts import CalibrationScores, CalibrationSection, LabelCurve
@@ -108,6 +109,22 @@ def _apply_curve(logits: np.ndarray, curve: LabelCurve) -> np.ndarray:
     return expit(curve.slope * logits + curve.intercept)
 
 
+def invert_curve(curve: LabelCurve, probability: float) -> float:
+    """Return the logit above which a label's probability is greater than this one.
+
+    It is infinite where the curve is always above or never. An isotonic curve rises between two
+    rows of validation: there it is the middle of their logits, so that rounding does not decide.
+    """
+    if curve.method != "isotonic":
+        return float((logit(probability) - curve.intercept) / curve.slope)
+    above = int(np.searchsorted(curve.probabilities, probability, side="right"))
+    if above == 0:
+        return -math.inf
+    if above == len(curve.logits):
+        return math.inf
+    return (curve.logits[above - 1] + curve.logits[above]) / 2
+
+
 def measure_label_calibration(
     validation: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray],
     names: Sequence[str], units: np.ndarray,
@@ -147,24 +164,19 @@ def _score(
     )
 
 
-def compute_label_ece(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> float:
-    """Return the calibration error of each label's probability, the mean over labels.
+def _build_ece(
+    probabilities: np.ndarray, labels: np.ndarray, bins: int
+) -> Callable[[np.ndarray], float]:
+    """Return the calibration error, the mean over labels, as a function of rows.
 
     That of one label is the sum over bins of equal mass of rows / n |share that has it - mean
-    probability|.
+    probability|. Rows are sorted once, as a jackknife calls often.
 
     Args:
         probabilities: (rows, labels).
         labels: (rows, labels) of 0 and 1.
         bins: how many.
     """
-    return _build_ece(probabilities, labels, bins)(np.arange(len(labels)))
-
-
-def _build_ece(
-    probabilities: np.ndarray, labels: np.ndarray, bins: int
-) -> Callable[[np.ndarray], float]:
-    """Return the error as a function of rows; they are sorted once, as a jackknife calls often."""
     order = np.argsort(probabilities, axis=0, kind="stable").T
     gaps = np.take_along_axis(labels - probabilities, order.T, axis=0).T
 

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from scipy.special import expit
+from scipy.special import expit, logit
 
 from hftl.data.labels import MULTI_LABEL_THRESHOLD
 from hftl.measure.facts import ScoreEstimate, ThresholdSection
 from hftl.measure.gain import compare_pair, score_with_interval
+from hftl.measure.label_calibration import compute_probabilities, fit_label_curves, invert_curve
 from hftl.measure.metrics import METRICS, find_metric
 
 MIN_LABEL_ROWS = 10
@@ -20,11 +21,12 @@ ThresholdMetric = Literal["f1", "micro_f1"]
 
 
 def fit_thresholds(logits: np.ndarray, labels: np.ndarray, metric: ThresholdMetric) -> np.ndarray:
-    """Return the thresholds with the greatest metric on these rows, (labels,) float64.
+    """Return the thresholds of the sigmoid with the greatest metric, (labels,) float64.
 
-    `f1`, the mean over labels, is greatest where that of each label is. `micro_f1` gets one
-    threshold for all labels: with calibrated probabilities the best is common to all (Lipton et al.
-    2014, ECML PKDD). A label that fewer than `MIN_LABEL_ROWS` rows have keeps .5.
+    `f1`, the mean over labels, is greatest where that of each label is. For `micro_f1` one
+    threshold of the true probabilities is best for all labels (Lipton et al. 2014, ECML PKDD), so
+    that it is chosen on calibrated ones and taken back through the curve of each label. Where fewer
+    than `MIN_LABEL_ROWS` rows have a label, for `micro_f1` any label, .5 stays.
 
     Args:
         logits: (rows, labels) of validation.
@@ -32,9 +34,15 @@ def fit_thresholds(logits: np.ndarray, labels: np.ndarray, metric: ThresholdMetr
         metric: the recipe's.
     """
     logits, holds = logits.astype(np.float64), labels > 0
-    if metric == "micro_f1":
-        return np.full(logits.shape[1], fit_threshold(logits.ravel(), holds.ravel()))
-    return np.array([fit_threshold(*column) for column in zip(logits.T, holds.T, strict=True)])
+    if metric == "f1":
+        return np.array([fit_threshold(*column) for column in zip(logits.T, holds.T, strict=True)])
+    if holds.sum() < MIN_LABEL_ROWS:
+        return np.full(logits.shape[1], MULTI_LABEL_THRESHOLD)
+    curves = fit_label_curves(logits, labels)
+    log_odds = logit(np.clip(compute_probabilities(logits, curves), EDGE, 1 - EDGE))
+    common = fit_threshold(log_odds.ravel(), holds.ravel())
+    thresholds = expit([invert_curve(curve, common) for curve in curves])
+    return np.clip(thresholds, EDGE, 1 - EDGE)
 
 
 def fit_threshold(logits: np.ndarray, holds: np.ndarray) -> float:

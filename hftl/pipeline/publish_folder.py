@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+
 from hftl.card.analysis_plots import plot_curve, plot_distance, plot_probe, plot_shift
 from hftl.card.card import render_adaptation_card, render_card
 from hftl.card.metadata import build_benchmark_files, find_first_timestamp
@@ -86,7 +88,10 @@ def _load_errors(run: Path, record: Record) -> tuple[ErrorAnalysis, ImageLookup 
     """Return the published weights' errors on test, and the images where rows are images."""
     phases = run / "phases"
     prepared = read_prepared_data(phases / "data")
-    errors = analyze_errors(prepared, _find_published_arm(run, record))
+    thresholds = None
+    if record.thresholds is not None:
+        thresholds = np.array([record.thresholds.thresholds[name] for name in prepared.names])
+    errors = analyze_errors(prepared, _find_published_arm(run, record), thresholds)
     if record.data.modality != "image":
         return errors, None
     return errors, load_image_cache(phases / "pixels").__getitem__
