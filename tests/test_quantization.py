@@ -1,7 +1,10 @@
 """Check sources whose frozen weights are held in 4 bits: what is refused, and a run on a CPU."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,15 +15,20 @@ from transformers import AutoModel
 from typer.testing import CliRunner
 
 import hftl
+from hftl.analysis import own_labels
 from hftl.card.snippets import render_plain_snippet
 from hftl.cli import app
 from hftl.config.recipe import Recipe
-from hftl.errors import RecipeError
+from hftl.config.section import Source
+from hftl.errors import RecipeError, RunFolderError
 from hftl.finetune.trainable import apply_strategy
-from hftl.models import quantization
-from hftl.models.source import find_source
+from hftl.inference import load
+from hftl.models import heads, quantization
+from hftl.models.source import find_source, hash_source_config
 from hftl.pipeline import pipeline
+from hftl.pipeline.cache_keys import build_arm_inputs, is_stage_finished
 from hftl.publish import reload_check
+from hftl.runtime import run_folder
 
 
 @pytest.fixture
@@ -63,6 +71,10 @@ def test_what_is_missing_here_is_one_line(
          r"measure\.arms\.top: .*finetune.strategy=partial trains them"),
         ({"adapt": {"objective": "mlm"}}, "and adapt reads or changes them in fp32"),
         ({"retain": {"kl": {"on": "relational"}}}, "and retain reads or changes them in fp32"),
+        ({"finetune": {"pooling": "embedding"}}, "4bit: finetune.pooling=embedding reads weights"),
+        ({"finetune": {"head_init": "zero_shot"}}, "4bit: finetune.head_init=zero_shot reads"),
+        ({"measure": {"arms": ["zero_shot"]}},
+         r"measure\.arms\.zero_shot: .*4bit: the arm zero_shot reads weights in fp32 alone"),
     ],
 )  # fmt: skip
 def test_only_adapters_train_on_quantized_weights(
@@ -81,6 +93,53 @@ def test_schema_names_the_key_and_other_values_are_refused(bert: Path, table: Pa
     tree = make_recipe(bert, table).to_dict() | {"source": {"model": "x", "quantization": "8bit"}}
     with pytest.raises(RecipeError, match="'source.quantization': input should be '4bit'"):
         Recipe.parse(tree)
+
+
+def test_another_quantization_is_refused_by_its_name(
+    bert: Path, table: Path, tmp_path: Path
+) -> None:
+    tree = make_recipe(bert, table).to_dict()
+    tree["source"]["quantization"] = None
+    whole = bench_of(Recipe.parse(tree))
+    source = replace(whole.source, quantization="4bit")
+    held = replace(whole, source=source, config_hash=hash_source_config(source))
+    (arm,) = Recipe.parse(tree).arms
+    before, now = (build_arm_inputs(Recipe.parse(tree), each, arm) for each in (whole, held))
+    for first, second, change in ((before, now, "None -> 4bit"), (now, before, "4bit -> None")):
+        with run_folder.commit_stage(tmp_path / "arms" / "lora-seed0", first):
+            pass
+        assert is_stage_finished(tmp_path, tmp_path / "arms" / "lora-seed0", first)
+        with pytest.raises(RunFolderError, match=f"recipe: source.quantization: {change}"):
+            is_stage_finished(tmp_path, tmp_path / "arms" / "lora-seed0", second)
+        shutil.rmtree(tmp_path / "arms")
+
+
+@pytest.mark.parametrize(
+    ("task", "whole"), [("classification", ["pooler", "classifier"]),
+                        ("token-classification", ["classifier"])]
+)  # fmt: skip
+def test_the_base_is_held_as_the_tasks_class_was(
+    task: str, whole: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_config("bert").save_pretrained(tmp_path)
+    content = {"recipe": {"source": {"quantization": "4bit"}}, "data": {"task": task}}
+    (tmp_path / "hftl.json").write_text(json.dumps(content), "utf-8")
+    monkeypatch.setattr(load, "check_quantization", lambda: None)
+    monkeypatch.setattr(load, "build_quantization_config", quantization.list_whole_modules)
+    names = {name.rsplit(".", 1)[-1] for name in load._read_quantization(tmp_path)}
+    assert names == set(whole)
+
+
+def test_the_sources_own_classifier_is_held_in_4_bits(
+    bert: Path, table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(heads, "build_quantization_config", lambda spec: spec.encoder)
+    monkeypatch.setattr(own_labels, "load_class", lambda *a: (None, given.append(a[3]) or {"x"}))
+    source = replace(find_source(Source(model=str(bert))), quantization="4bit")
+    examined: Any = SimpleNamespace(context=SimpleNamespace(source=source))
+    assert own_labels.predict_own(examined, 5) is None
+    assert given[0]["quantization_config"] == "bert" and "device_map" in given[0]
 
 
 @pytest.mark.parametrize("pooling", ["native", "mean"])

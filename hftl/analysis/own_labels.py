@@ -10,7 +10,7 @@ from hftl.analysis.source_faults import ExaminedRows
 from hftl.data.normalization import normalize_name
 from hftl.models.encoders import get_task_class
 from hftl.models.features import predict_logits
-from hftl.models.heads import load_class
+from hftl.models.heads import build_quantization_arguments, load_class
 from hftl.train.facts import Finding
 
 MAX_ROWS = 300
@@ -69,7 +69,9 @@ def predict_own(examined: ExaminedRows, count: int) -> np.ndarray | None:
     kind = get_task_class(context.source.config, "classification")
     if kind is None:
         return None
-    model, missing = load_class(context.source, kind, deepcopy(context.source.config), {})
+    source = context.source
+    held = build_quantization_arguments(source, source.architecture_spec)
+    model, missing = load_class(source, kind, deepcopy(source.config), held)
     if missing:
         return None
     encoded = context.encode_rows(examined.rows[:count])

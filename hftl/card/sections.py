@@ -179,7 +179,7 @@ def format_base_sentence(record: Record) -> str:
         return sentence
     return (
         f"{sentence} Its frozen weights were held in 4 bits (NF4, by bitsandbytes) in training and "
-        "for every figure; on the whole weights the outputs are others."
+        "for the figures of every arm that reads them; on the whole weights the outputs are others."
     )
 
 

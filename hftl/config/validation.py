@@ -90,7 +90,8 @@ def check_thresholds(data: Data, metric: str | None) -> None:
 def check_quantized_source(
     source: Source, stages: Sequence[Adapt], finetune: Finetune, retain: Retain | None
 ) -> None:
-    """Refuse what would train or merge weights that are held in 4 bits; also in every arm.
+    """Refuse what would train weights that are held in 4 bits, or read them whole; also in every
+    arm.
 
     Raises:
         RecipeError: naming the key.
@@ -109,6 +110,18 @@ def check_quantized_source(
                 f"{quantized}, and {key} reads or changes them in fp32",
                 f"Leave {key} or source.quantization out",
             )
+    if finetune.pooling == "embedding":
+        whole = "finetune.pooling=embedding"
+    elif finetune.strategy == ZERO_SHOT_ARM:
+        whole = "the arm zero_shot"
+    elif finetune.head_init == ZERO_SHOT_ARM:
+        whole = "finetune.head_init=zero_shot"
+    else:
+        return
+    raise RecipeError(
+        f"source.quantization={source.quantization}: {whole} reads weights in fp32 alone",
+        f"Leave {whole} or source.quantization out",
+    )
 
 
 def check_quantized_strategy(source: Source, finetune: Finetune) -> None:

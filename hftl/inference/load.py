@@ -158,13 +158,16 @@ def _read_quantization(folder: Path) -> Any:
     Raises:
         RecipeError: if they cannot be used here.
     """
-    if PublishedMetadata.read(folder).recipe.source.quantization is None:
+    metadata = PublishedMetadata.read(folder)
+    if metadata.recipe.source.quantization is None:
         return None
     check_quantization()
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
-    return build_quantization_config(get_config_spec(config))
+    spec = get_config_spec(AutoConfig.from_pretrained(folder))
+    if metadata.data is not None:
+        spec = spec.for_task(metadata.data.task)
+    return build_quantization_config(spec)
 
 
 def add_adapter(base: IncompleteBase, model: Any, folder: Path, name: str) -> Any:

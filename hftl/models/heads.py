@@ -171,9 +171,7 @@ def build_model(
         hide_padding(model)
         pool_before_head(model)
     else:
-        if source.quantization is not None:
-            settings = build_quantization_config(architecture)
-            extra |= {"quantization_config": settings, "device_map": {"": get_device()}}
+        extra |= build_quantization_arguments(source, architecture)
         model, missing = load_class(source, kind, config, extra)
     if pooling != "native":
         model = _add_head(model, source, pooling, outputs)
@@ -308,6 +306,21 @@ def get_source_pooling(source: SourceModel) -> str:
     if spec.modality == "text":
         return "mean"
     return "cls" if get_task_class(source.config, "classification") is None else "native"
+
+
+def build_quantization_arguments(
+    source: SourceModel, architecture: ArchitectureSpec
+) -> dict[str, Any]:
+    """Return the arguments of `load_class` that hold frozen weights as the recipe says.
+
+    Args:
+        source: the checkpoint.
+        architecture: of the class that is loaded.
+    """
+    if source.quantization is None:
+        return {}
+    settings = build_quantization_config(architecture)
+    return {"quantization_config": settings, "device_map": {"": get_device()}}
 
 
 def load_class(

@@ -198,13 +198,16 @@ def build_arm_inputs(recipe: Recipe, context: ExperimentContext, arm: Arm) -> St
 
 def build_context_inputs(context: ExperimentContext) -> StageInputs:
     """Return what all that trains depends on beside the recipe: version, source model and rows."""
-    return {
+    inputs: StageInputs = {
         "semantics": SEMANTICS,
         "weights": context.weights_hash,
         "config": context.config_hash,
         "preprocessing": context.preprocessing_hash,
         "data": context.prepared.facts.fingerprint,
     }
+    if context.source.quantization is not None:
+        inputs["quantization"] = context.source.quantization
+    return inputs
 
 
 def build_checkpoint_key(
@@ -277,8 +280,21 @@ def _check_same_inputs(run: Path, folder: Path, before: StageInputs, now: StageI
         # Only an arm that could forget depends on general data, and only an adaptation on a corpus.
         is_read = key not in ("general", "corpus") or key in before or key in now
         if is_read and not has_equal(before, now, key):
+            if key == "config":
+                _check_same_quantization(run, before, now)
             change = f"{key}: {_shorten(before.get(key))} -> {_shorten(now.get(key))}"
             raise _build_misfit_error(run, folder, what, f" ({change})")
+
+
+def _check_same_quantization(run: Path, before: StageInputs, now: StageInputs) -> None:
+    """Refuse a part that was made from weights held otherwise, which the config's hash counts.
+
+    Raises:
+        RunFolderError: naming what was and what is.
+    """
+    old, new = before.get("quantization"), now.get("quantization")
+    if old != new:
+        raise _build_recipe_change_error(run, [f"source.quantization: {old} -> {new}"])
 
 
 def _shorten(value: object) -> str:
@@ -381,10 +397,14 @@ def refuse_changed(recipe: Recipe, run: Path, arms: Sequence[Arm]) -> None:
         for stored in _read_unfinished(run, arm):
             changes |= _describe_arm_changes(stored, recipe, arm)
     if changes:
-        raise RunFolderError(
-            f"{run} was made with another recipe: {'; '.join(sorted(changes))}",
-            "Put it back, choose another --output, or start over with --restart",
-        )
+        raise _build_recipe_change_error(run, sorted(changes))
+
+
+def _build_recipe_change_error(run: Path, changes: Sequence[str]) -> RunFolderError:
+    return RunFolderError(
+        f"{run} was made with another recipe: {'; '.join(changes)}",
+        "Put it back, choose another --output, or start over with --restart",
+    )
 
 
 def _read_unfinished(run: Path, arm: Arm) -> list[StageInputs]:

@@ -36,7 +36,9 @@ SEMANTICS = 7
 the keys of arms change, so that arms of two versions are never averaged. 2 standardises targets,
 draws them by their inputs alone, keeps the least error and pads on the right; 3 reads whole
 sections; 4 counts the source's config and preprocessing, and the columns of corpora; 5 trains texts
-without padding, and LoRA as one function, on a CPU."""
+without padding, and LoRA as one function, on a CPU; 6 computes packed blocks of BERT's kind as one
+function; 7 gives packed rows of half precision one of few lengths, so that draws of dropout
+differ."""
 
 Part = TypeVar("Part", bound=BaseModel)
 
@@ -54,6 +56,8 @@ class StageInputs(TypedDict, total=False):
     semantics: int
     weights: str
     config: str
+    quantization: str
+    """How the source's weights are held, where they are not whole; `config` counts it."""
     preprocessing: str
     data: str
     general: str
