@@ -14,7 +14,7 @@ from support.training import perturb
 from transformers import AutoModel, AutoTokenizer
 
 from hftl.analysis.probe import fit_probe
-from hftl.card.snippets import render_plain_snippet
+from hftl.card.snippets import ModelFolder, render_plain_snippet
 from hftl.config.section import Source
 from hftl.errors import RecipeError
 from hftl.finetune import trainable
@@ -116,7 +116,9 @@ def test_the_card_s_code_runs_a_batch_on_a_base_without_a_padding_token(
 ) -> None:
     made, texts, logits = publish_on_base(tiny_model, tmp_path)
     code = render_plain_snippet(
-        str(made), "org/base", None, "native", 2, True, "text", '"Good."', architecture="llama"
+        ModelFolder(
+            str(made), "org/base", None, "native", 2, True, "text", '"Good."', architecture="llama"
+        )
     )
     space: dict[str, object] = {"__name__": "card"}
     exec(compile(code, "card", "exec"), space)  # noqa: S102

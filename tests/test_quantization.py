@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import hftl
 from hftl.analysis import own_labels
-from hftl.card.snippets import render_plain_snippet
+from hftl.card.snippets import ModelFolder, render_plain_snippet
 from hftl.cli import app
 from hftl.config.recipe import Recipe
 from hftl.config.section import Source
@@ -144,10 +144,11 @@ def test_the_sources_own_classifier_is_held_in_4_bits(
 
 @pytest.mark.parametrize("pooling", ["native", "mean"])
 def test_card_loads_the_base_as_it_was_trained_on(pooling: str) -> None:
-    code = render_plain_snippet(
+    folder = ModelFolder(
         "publish", "org/base", "0123", pooling, 2, True, "text", '"A text."', architecture="llama",
-        quantized=True,
+        is_quantized=True,
     )  # fmt: skip
+    code = render_plain_snippet(folder)
     compile(code, "snippet", "exec")
     assert 'bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["score"]' in code
     assert (

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from support.published_model import TOKENS, open_context, publish_model, write_data
 
-from hftl.card.snippets import render_plain_snippet
+from hftl.card.snippets import ModelFolder, render_plain_snippet
 from hftl.finetune.arm import train_arm
 from hftl.models import lora
 from hftl.models.features import predict_logits
@@ -187,10 +187,10 @@ def test_plain_snippet_of_the_card_prints_the_logits(
         settings = json.loads(file.read_text()) | {"base_model_name_or_path": str(base_folder)}
         file.write_text(json.dumps(settings))
     named = str(base_folder) if base == "its folder" else "org/base"
+    example = json.dumps(sample["texts"][0][0])
     code = render_plain_snippet(
-        str(folder), named, None, pooling, 2, strategy == "lora", "text",
-        json.dumps(sample["texts"][0][0]),
-    )  # fmt: skip
+        ModelFolder(str(folder), named, None, pooling, 2, strategy == "lora", "text", example)
+    )
     torch.manual_seed(5)
     exec(compile(code, "card", "exec"), {"__name__": "card"})  # noqa: S102
     printed = capsys.readouterr().out.strip().splitlines()[-1]

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from hftl.card.snippets import render_plain_snippet
+from hftl.card.snippets import ModelFolder, render_plain_snippet
 
 CASES = list(
     itertools.product(
@@ -23,7 +23,7 @@ def test_snippet_compiles_and_loads_the_right_thing(
     pooling: str, adapter: bool, base: str | None, revision: str | None, outputs: int, example: str
 ) -> None:
     code = render_plain_snippet(
-        "org/adapter", base, revision, pooling, outputs, adapter, "text", example
+        ModelFolder("org/adapter", base, revision, pooling, outputs, adapter, "text", example)
     )
     compile(code, "snippet", "exec")
     place = '"org/adapter"' if pooling == "native" else 'snapshot_download("org/adapter")'
@@ -45,7 +45,9 @@ def test_snippet_compiles_and_loads_the_right_thing(
 @pytest.mark.parametrize(("pooling", "other"), [("mean", "cls"), ("cls", "mean")])
 def test_poolings_differ(pooling: str, other: str) -> None:
     def code(name: str) -> str:
-        return render_plain_snippet("publish", "org/base", None, name, 2, True, "text", '"A text."')
+        return render_plain_snippet(
+            ModelFolder("publish", "org/base", None, name, 2, True, "text", '"A text."')
+        )
 
     assert code(pooling) != code(other)
     assert ("attention_mask" in code(pooling)) == (pooling == "mean")
@@ -54,13 +56,15 @@ def test_poolings_differ(pooling: str, other: str) -> None:
 
 @pytest.mark.parametrize("kind", ["text", "words"])
 def test_short_snippet_is_five_lines(kind: str) -> None:
-    code = render_plain_snippet("org/a", "org/base", "0123", "native", 2, True, kind, '"A text."')
+    code = render_plain_snippet(
+        ModelFolder("org/a", "org/base", "0123", "native", 2, True, kind, '"A text."')
+    )
     assert len(code.split("\n\n")[1].splitlines()) == 5
 
 
 @pytest.mark.parametrize("name", ['x")\nimport os  #', "a\\", "'\"\n"])
 def test_no_name_becomes_code(name: str) -> None:
-    code = render_plain_snippet(name, name, name, "mean", 2, True, "text", '"A text."')
+    code = render_plain_snippet(ModelFolder(name, name, name, "mean", 2, True, "text", '"A text."'))
     imports = [line for line in code.splitlines() if line.startswith(("import", "from"))]
     compile(code, "snippet", "exec")
     assert len(imports) == 4 and "import os" not in imports

@@ -16,7 +16,7 @@ from support.tiny import TEXT_MODELS
 from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
 
 from hftl import load
-from hftl.card.snippets import render_pipeline_snippet
+from hftl.card.snippets import ModelFolder, render_pipeline_snippet
 from hftl.models.lora import build_path_pattern
 from hftl.publish.checks import measure_reload_difference
 
@@ -113,7 +113,9 @@ def test_pipeline_snippet_of_the_card_gives_labels_and_scores(
     )
     text = TEXTS[2]
     (expected,) = load(made, base=base).predict([text])
-    code = render_pipeline_snippet(str(made), "org/base", "native", True, "text", f'"{text}"')
+    code = render_pipeline_snippet(
+        ModelFolder(str(made), "org/base", None, "native", classes, True, "text", f'"{text}"')
+    )
     assert code is not None
     exec(compile(code, "card", "exec"), {"__name__": "card"})  # noqa: S102
     printed = capsys.readouterr().out

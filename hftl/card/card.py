@@ -22,6 +22,7 @@ from hftl.card.sections import (
 )
 from hftl.card.slices import SlicesPart, build_slices_part
 from hftl.card.snippets import (
+    ModelFolder,
     render_encoder_snippet,
     render_pipeline_snippet,
     render_plain_snippet,
@@ -240,6 +241,7 @@ def _format_gain_certainty(gain: Gain) -> str:
 
 
 def _build_page(record: Record, place: str) -> CardPage:
+    folder = _describe_folder(record, place)
     return CardPage(
         title=format_title(record),
         purpose=_format_purpose(record),
@@ -261,8 +263,8 @@ def _build_page(record: Record, place: str) -> CardPage:
         place=place,
         hftl_place=json.dumps(place),
         example=example_input(record),
-        plain_snippet=_build_plain_snippet(record, place),
-        pipeline_snippet=_build_pipeline_snippet(record, place),
+        plain_snippet=render_plain_snippet(folder),
+        pipeline_snippet=render_pipeline_snippet(folder),
         pooling=record.recipe.finetune.pooling if is_pooled(record) else None,
         data_sentence=format_data_sentence(record),
         data_lines=format_data_lines(record),
@@ -277,31 +279,28 @@ def _build_page(record: Record, place: str) -> CardPage:
     )
 
 
-def _build_plain_snippet(record: Record, place: str) -> str:
+def _describe_folder(record: Record, place: str) -> ModelFolder:
+    """Return the published folder as the plain libraries load it."""
     base, revision = find_public_base(record)
     if record.adapt is not None and record.adapt.base is not None and base is None:
         base = "../publish-base"
     given = record.forward.get("prompt") if record.forward else None
     prompt = given if isinstance(given, str) else None
-    return render_plain_snippet(
-        place, base, revision, record.recipe.finetune.pooling, max(1, len(record.data.labels)),
-        record.recipe.finetune.spec.trains_adapter, input_kind(record),
-        PICTURE_EXAMPLE if prompt is not None else example_input(record).strip("()"),
-        bool(record.forward and record.forward.get("interpolate_pos_encoding")),
-        record.source.architecture or "", prompt, record.source.prefix_tokens,
-        record.recipe.source.quantization is not None,
-    )  # fmt: skip
-
-
-def _build_pipeline_snippet(record: Record, place: str) -> str | None:
-    if record.recipe.source.quantization is not None:
-        return None
-    base, _ = find_public_base(record)
-    return render_pipeline_snippet(
-        place, base, record.recipe.finetune.pooling,
-        record.recipe.finetune.spec.trains_adapter, input_kind(record),
-        example_input(record).strip("()"),
-    )  # fmt: skip
+    return ModelFolder(
+        place=place,
+        base=base,
+        revision=revision,
+        pooling=record.recipe.finetune.pooling,
+        outputs=max(1, len(record.data.labels)),
+        is_adapter=record.recipe.finetune.spec.trains_adapter,
+        kind=input_kind(record),
+        example=example_input(record).strip("()") if prompt is None else PICTURE_EXAMPLE,
+        interpolates=bool(record.forward and record.forward.get("interpolate_pos_encoding")),
+        architecture=record.source.architecture or "",
+        prompt=prompt,
+        prefix=record.source.prefix_tokens,
+        is_quantized=record.recipe.source.quantization is not None,
+    )
 
 
 def _format_other_metrics(record: Record) -> str:

@@ -1,6 +1,7 @@
 """Write code that loads a published folder with the plain libraries."""
 
 import json
+from dataclasses import dataclass
 
 from hftl.card.validation import is_hub_id
 from hftl.config.data import TEXT_PLACE
@@ -106,12 +107,9 @@ inputs["global_attention_mask"][:, 0] = 1"""
 TEXT_EXAMPLE = "A text of your own."
 
 
-def render_plain_snippet(
-    place: str, base: str | None, revision: str | None, pooling: str, outputs: int, adapter: bool,
-    kind: str, example: str, interpolates: bool = False, architecture: str = "",
-    prompt: str | None = None, prefix: int = 0, quantized: bool = False,
-) -> str:  # fmt: skip
-    """Return code that prints the logits of one example, for words those of every token.
+@dataclass(frozen=True)
+class ModelFolder:
+    """Describe a published folder as code loads it.
 
     Args:
         place: the folder or hub id of the published model.
@@ -119,127 +117,155 @@ def render_plain_snippet(
         revision: the base's commit, where it is pinned.
         pooling: native, mean, cls, cls+mean, embedding or last.
         outputs: classes, or 1 for a target.
-        adapter: whether the folder holds an adapter or the whole model.
+        is_adapter: whether the folder holds an adapter or the whole model.
         kind: what the model takes: text, words or image.
         example: one input, as source code.
         interpolates: whether forward must interpolate its positions to the pictures' size.
         architecture: what the base's checkpoint says it is.
         prompt: that of a vision-language model.
-        quantized: whether the base's weights are held in 4 bits.
         prefix: tokens of a picture before those of its patches, where the head pools them.
+        is_quantized: whether the base's weights are held in 4 bits.
     """
-    pooled = pooling != "native"
-    settings = _render_quantization(architecture, kind) if quantized else ""
-    shortens = kind in AUTO_PEFT_CLASSES and not quantized
-    if adapter and not pooled and shortens and base and is_hub_id(base):
-        return _render_auto_peft_snippet(place, outputs, kind, example, architecture)
-    auto = ENCODER_CLASSES.get(architecture, "AutoModel") if pooled else AUTO_CLASSES[kind]
-    if pooling == "embedding":
-        auto = IMAGE_HALF_CLASSES[architecture]
-    if adapter and not pooled:
-        auto = STOCK_CLASSES.get(architecture, auto)
-    reader, name, call = PREPROCESSORS[kind]
-    reading = f"{name} = {reader}.from_pretrained(path)"
-    if prompt is not None:
-        reader, reading, call = PROMPTED_PREPROCESSOR
-        text = prompt.replace(TEXT_PLACE, TEXT_EXAMPLE)
-        call = call.format(text=json.dumps(text, ensure_ascii=False), example="{example}")
-    forward = "**inputs, interpolate_pos_encoding=True" if interpolates else "**inputs"
-    output = f"print(model.eval()({forward}).logits)"
-    if pooling == "embedding":
-        output = EMBEDDING_LINES.format(forward=forward)
-    elif pooled:
-        output = (
-            f"hidden = model.eval()({forward}).last_hidden_state\n"
-            f"    {(IMAGE_POOLINGS if prefix else POOLINGS)[pooling].format(prefix=prefix)}\n"
-            '    print(pooled @ head["weight"].T + head["bias"])'
-        )
-    imports = "from PIL import Image\n" if kind == "image" else ""
-    imports += "from safetensors.torch import load_file\n" if pooled else ""
-    path = json.dumps(place)
-    if pooled and is_hub_id(place):
-        # The head is a file of its own, which no library fetches.
-        imports = "from huggingface_hub import snapshot_download\n" + imports
-        path = f"snapshot_download({path})"
+
+    place: str
+    base: str | None
+    revision: str | None
+    pooling: str
+    outputs: int
+    is_adapter: bool
+    kind: str
+    example: str
+    interpolates: bool = False
+    architecture: str = ""
+    prompt: str | None = None
+    prefix: int = 0
+    is_quantized: bool = False
+
+    @property
+    def is_pooled(self) -> bool:
+        """Return whether the head is a file of its own, on a pooling of hftl's."""
+        return self.pooling != "native"
+
+    @property
+    def has_public_base(self) -> bool:
+        """Return whether it is an adapter whose base the hub may have."""
+        return self.is_adapter and self.base is not None and is_hub_id(self.base)
+
+
+def render_plain_snippet(folder: ModelFolder) -> str:
+    """Return code that prints the logits of one example, for words those of every token."""
+    shortens = folder.kind in AUTO_PEFT_CLASSES and not folder.is_quantized
+    if shortens and folder.has_public_base and not folder.is_pooled:
+        return _render_auto_peft_snippet(folder)
+    auto = _choose_class(folder)
+    reader, reading, inputs = _render_input_lines(folder)
+    imports = "from PIL import Image\n" if folder.kind == "image" else ""
+    path, head = json.dumps(folder.place), ""
+    if folder.is_pooled:
+        imports += "from safetensors.torch import load_file\n"
+        head = HEAD_LINE.format(device=', "cuda"' if folder.is_quantized else "")
+        if is_hub_id(folder.place):
+            # The head is a file of its own, which no library fetches.
+            imports = "from huggingface_hub import snapshot_download\n" + imports
+            path = f"snapshot_download({path})"
     return PLAIN_TEMPLATE.format(
         place=path, auto=auto, imports=imports,
-        reader=f"{reader}, BitsAndBytesConfig" if quantized else reader,
-        peft_import="from peft import PeftModel\n" if adapter else "",
-        reading=reading,
-        load=_render_load_lines(
-            auto, base, revision, adapter,
-            ("" if pooled else _render_config_arguments(outputs, architecture)) + settings,
-        ),
-        head=HEAD_LINE.format(device=', "cuda"' if quantized else "") if pooled else "",
-        inputs=call.format(example=example) + ('.to("cuda")' if quantized else "")
-        + (GLOBAL_ATTENTION if pooled and architecture == "longformer" else ""),
-        output=output,
+        reader=f"{reader}, BitsAndBytesConfig" if folder.is_quantized else reader,
+        peft_import="from peft import PeftModel\n" if folder.is_adapter else "",
+        reading=reading, load=_render_load_lines(folder, auto), head=head, inputs=inputs,
+        output=_render_output_lines(folder),
     )  # fmt: skip
 
 
-def _render_quantization(architecture: str, kind: str) -> str:
-    """Return the argument by which a base is loaded in 4 bits, as it was trained on."""
-    spec = (ARCHITECTURES | UNHEADED)[READ_AS.get(architecture, architecture)]
-    spec = spec.for_task(TOKEN_CLASSIFICATION if kind == "words" else "classification")
-    return QUANTIZATION.format(whole=json.dumps(list_whole_modules(spec)))
+def _choose_class(folder: ModelFolder) -> str:
+    """Return the class of transformers that loads the model, or what the adapter goes on."""
+    if folder.pooling == "embedding":
+        return IMAGE_HALF_CLASSES[folder.architecture]
+    if folder.is_pooled:
+        return ENCODER_CLASSES.get(folder.architecture, "AutoModel")
+    auto = AUTO_CLASSES[folder.kind]
+    return STOCK_CLASSES.get(folder.architecture, auto) if folder.is_adapter else auto
 
 
-def render_pipeline_snippet(
-    place: str, base: str | None, pooling: str, adapter: bool, kind: str, example: str
-) -> str | None:
+def _render_input_lines(folder: ModelFolder) -> tuple[str, str, str]:
+    """Return the class that prepares inputs, the line that loads it, and its call."""
+    reader, name, call = PREPROCESSORS[folder.kind]
+    reading, text = f"{name} = {reader}.from_pretrained(path)", ""
+    if folder.prompt is not None:
+        reader, reading, call = PROMPTED_PREPROCESSOR
+        text = json.dumps(folder.prompt.replace(TEXT_PLACE, TEXT_EXAMPLE), ensure_ascii=False)
+    inputs = call.format(text=text, example=folder.example)
+    if folder.is_quantized:
+        inputs += '.to("cuda")'
+    if folder.is_pooled and folder.architecture == "longformer":
+        inputs += GLOBAL_ATTENTION
+    return reader, reading, inputs
+
+
+def _render_output_lines(folder: ModelFolder) -> str:
+    """Return the lines that compute logits and print them."""
+    forward = "**inputs, interpolate_pos_encoding=True" if folder.interpolates else "**inputs"
+    if folder.pooling == "embedding":
+        return EMBEDDING_LINES.format(forward=forward)
+    if not folder.is_pooled:
+        return f"print(model.eval()({forward}).logits)"
+    pooling = (IMAGE_POOLINGS if folder.prefix else POOLINGS)[folder.pooling]
+    return (
+        f"hidden = model.eval()({forward}).last_hidden_state\n"
+        f"    {pooling.format(prefix=folder.prefix)}\n"
+        '    print(pooled @ head["weight"].T + head["bias"])'
+    )
+
+
+def render_pipeline_snippet(folder: ModelFolder) -> str | None:
     """Return code that runs an adapter in `transformers.pipeline` with its labels; None where the
-    stock class does not take it, or takes more than one text.
-
-    Args:
-        place: the folder or hub id of the published model.
-        base: the public base of an adapter; None where it has none.
-        pooling: native, mean or cls.
-        adapter: whether the folder holds an adapter or the whole model.
-        kind: what the model takes: text, words or image.
-        example: one input, as source code.
-    """
-    if not adapter or pooling != "native" or kind != "text" or '", "' in example:
+    stock class does not take it as it is, or takes more than one text."""
+    takes_pipeline = folder.kind == "text" and '", "' not in folder.example
+    if folder.is_pooled or folder.is_quantized or not (takes_pipeline and folder.has_public_base):
         return None
-    if base is None or not is_hub_id(base):
-        return None
-    return PIPELINE_TEMPLATE.format(place=json.dumps(place), example=example)
+    return PIPELINE_TEMPLATE.format(place=json.dumps(folder.place), example=folder.example)
 
 
-def _render_config_arguments(outputs: int, architecture: str) -> str:
+def _render_auto_peft_snippet(folder: ModelFolder) -> str:
+    auto = AUTO_PEFT_CLASSES[folder.kind]
+    reader, reading, inputs = _render_input_lines(folder)
+    return AUTO_PEFT_TEMPLATE.format(
+        place=json.dumps(folder.place), auto=auto, reader=reader, reading=reading,
+        load=f"model = {auto}.from_pretrained(path{_render_config_arguments(folder)})",
+        inputs=inputs,
+    )  # fmt: skip
+
+
+def _render_config_arguments(folder: ModelFolder) -> str:
     """Return what the base's own config does not say of a classifier on it.
 
     A decoder's class finds the last token of a text by the padding token, which its base may lack.
     """
-    spec = ARCHITECTURES.get(architecture)
+    spec = ARCHITECTURES.get(folder.architecture)
     padding = ", pad_token_id=tokenizer.pad_token_id" if spec and spec.is_causal else ""
-    return f", num_labels={outputs}, ignore_mismatched_sizes=True{padding}"
+    return f", num_labels={folder.outputs}, ignore_mismatched_sizes=True{padding}"
 
 
-def _render_auto_peft_snippet(
-    place: str, outputs: int, kind: str, example: str, architecture: str
-) -> str:
-    reader, name, call = PREPROCESSORS[kind]
-    auto = AUTO_PEFT_CLASSES[kind]
-    arguments = _render_config_arguments(outputs, architecture)
-    return AUTO_PEFT_TEMPLATE.format(
-        place=json.dumps(place), auto=auto, reader=reader,
-        reading=f"{name} = {reader}.from_pretrained(path)",
-        load=f"model = {auto}.from_pretrained(path{arguments})",
-        inputs=call.format(example=example),
-    )  # fmt: skip
-
-
-def _render_load_lines(
-    auto: str, base: str | None, revision: str | None, adapter: bool, arguments: str
-) -> str:
-    if not adapter:
+def _render_load_lines(folder: ModelFolder, auto: str) -> str:
+    if not folder.is_adapter:
         return f"model = {auto}.from_pretrained(path)"
-    pinned = f", revision={json.dumps(revision)}" if revision else ""
-    named = json.dumps(base or "the base model")
+    arguments = "" if folder.is_pooled else _render_config_arguments(folder)
+    if folder.is_quantized:
+        arguments += _render_quantization(folder)
+    if folder.revision:
+        arguments += f", revision={json.dumps(folder.revision)}"
+    named = json.dumps(folder.base or "the base model")
     return (
-        f"base = {auto}.from_pretrained({named}{arguments}{pinned})\n"
+        f"base = {auto}.from_pretrained({named}{arguments})\n"
         "model = PeftModel.from_pretrained(base, path)"
     )
+
+
+def _render_quantization(folder: ModelFolder) -> str:
+    """Return the argument by which a base is loaded in 4 bits, as it was trained on."""
+    spec = (ARCHITECTURES | UNHEADED)[READ_AS.get(folder.architecture, folder.architecture)]
+    spec = spec.for_task(TOKEN_CLASSIFICATION if folder.kind == "words" else "classification")
+    return QUANTIZATION.format(whole=json.dumps(list_whole_modules(spec)))
 
 
 def render_encoder_snippet(

@@ -5,7 +5,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hftl.data.tables import READERS, guess_format, read_image_files
 from hftl.errors import DataError, RecipeError, suggest_closest
 from hftl.inference.output_table import (
     OUTPUT_SUFFIXES,
+    Columns,
     fit_columns,
     name_columns,
     read_column_types,
@@ -107,25 +108,23 @@ def predict_table(
             "others",
             "Give one of them",
         )
-    if is_literal_text(str(data)):
-        predictor = load(model, base)
-        raws, columns = _build_text_row(str(data), predictor)
-        folder, types = None, {}
-    else:
-        data = Path(data)
-        _check_input(data, output)
-        predictor = load(model, base)
-        raws, columns = _read_rows(data, predictor)
-        folder, types = data if data.is_dir() else data.parent, read_column_types(data)
+    is_text = is_literal_text(str(data))
+    if not is_text:
+        _check_input(Path(data), output)
+    predictor = load(model, base)
+    table = (
+        _build_text_table(str(data), predictor) if is_text else _read_table(Path(data), predictor)
+    )
     if coverage is not None:
         _, basis = find_set_quantile(predictor.conformal, predictor.task, coverage)
         say(f"coverage: {basis}")
     encoded = predictor.encode(
-        (_read_input(raw, predictor) for raw in raws), [raw.where for raw in raws], folder
-    )
+        (_read_input(raw, predictor) for raw in table.rows), [raw.where for raw in table.rows],
+        table.folder,
+    )  # fmt: skip
     suffix = ".csv" if output is None else output.suffix
-    cells = {column: _list_cells(raws, column) for column in columns}
-    inputs = fit_columns(cells, suffix, types)
+    cells = {column: _list_cells(table.rows, column) for column in table.columns}
+    inputs = fit_columns(cells, suffix, table.types)
     results = predictor.predict_encoded(encoded, coverage)
     if prior is not None:
         results, note = correct_predictions(predictor, results, prior)
@@ -134,8 +133,17 @@ def predict_table(
     predicted = {name: [row[name] for row in predictions] for name in predictions[0]}
     names = name_columns(inputs, predicted, "input.")
     merged = {names[name]: column for name, column in inputs.items()}
+    return _write_columns(merged | fit_columns(predicted, suffix, {}), output)
+
+
+def _write_columns(columns: Columns, output: Path | None) -> str | None:
+    """Write the output, or return it as CSV text.
+
+    Raises:
+        RecipeError: if the file cannot be written for another reason than a full disk.
+    """
     try:
-        return write_table(merged | fit_columns(predicted, suffix, {}), output)
+        return write_table(columns, output)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
@@ -155,8 +163,21 @@ def _check_input(data: Path, output: Path | None) -> None:
         )
 
 
-def _build_text_row(text: str, predictor: Predictor) -> tuple[list[RawRow], dict[str, None]]:
-    """Return a text as the only row of a table, and its column.
+@dataclass(frozen=True)
+class _InputTable:
+    """Hold the rows that are predicted, the names of their columns, and the columns' types.
+
+    `folder` is what paths of images are relative to.
+    """
+
+    rows: list[RawRow]
+    columns: list[str]
+    folder: Path | None
+    types: Columns
+
+
+def _build_text_table(text: str, predictor: Predictor) -> _InputTable:
+    """Return a text as the only row of a table.
 
     Raises:
         DataError: if the model reads anything but one text.
@@ -166,15 +187,15 @@ def _build_text_row(text: str, predictor: Predictor) -> tuple[list[RawRow], dict
         reads = "lists of words"
     elif predictor.modality == "text" and len(predictor.columns) == 1:
         row = RawRow({predictor.columns[0]: text}, 0, "the text")
-        return [row], dict.fromkeys(predictor.columns)
+        return _InputTable([row], predictor.columns, None, {})
     raise DataError(
         f"there is no file or folder {text!r}, and the model reads no single text but {reads}",
         "Give a table or a folder",
     )
 
 
-def _read_rows(data: Path, predictor: Predictor) -> tuple[list[RawRow], dict[str, None]]:
-    """Read the input's rows, and all their columns, the predictor's among them.
+def _read_table(data: Path, predictor: Predictor) -> _InputTable:
+    """Read the input's rows, and name all their columns, the predictor's among them.
 
     Raises:
         DataError: if there is no row, or no column that the model reads.
@@ -205,7 +226,8 @@ def _read_rows(data: Path, predictor: Predictor) -> tuple[list[RawRow], dict[str
                 f"it has {', '.join(has)}",
                 f"Name the {predictor.modality} column {column!r}",
             )
-    return rows, columns
+    folder = data if data.is_dir() else data.parent
+    return _InputTable(rows, list(columns), folder, read_column_types(data))
 
 
 def _read_input(raw: RawRow, predictor: Predictor) -> Any:
