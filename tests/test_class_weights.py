@@ -31,8 +31,9 @@ from hftl.config.overrides import apply_overrides
 from hftl.config.recipe import Recipe
 from hftl.data.class_weights import ClassWeights, compute_class_weights, describe_class_weights
 from hftl.errors import RecipeError
-from hftl.finetune.arm import solve_head, train_arm
+from hftl.finetune.arm import train_arm
 from hftl.finetune.classical import solve_classical
+from hftl.finetune.solved_arms import solve_head
 from hftl.pipeline.pipeline import check_recipe, run
 from hftl.train.loss import compute_summed_loss, sum_items
 from hftl.train.weight_arguments import build_weighting

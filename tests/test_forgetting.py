@@ -274,6 +274,7 @@ def test_the_same_command_again_computes_nothing(
 ) -> None:
     run, tree = again
     for name in ("hftl.pipeline.forgetting.embed_source", "hftl.finetune.arm.embed_compared_rows",
+                 "hftl.finetune.solved_arms.embed_compared_rows",
                  "hftl.pipeline.pipeline.load_general"):  # fmt: skip
         monkeypatch.setattr(name, lambda *_: pytest.fail("computed again"))
     before = Record.read(run).hash

@@ -14,8 +14,9 @@ from hftl.config.finetune import Finetune
 from hftl.config.recipe import Recipe
 from hftl.config.section import Source
 from hftl.errors import RecipeError
-from hftl.finetune.arm import solve_head, train_arm
+from hftl.finetune.arm import train_arm
 from hftl.finetune.interpolate import select_alpha, set_interpolated_weights
+from hftl.finetune.solved_arms import solve_head
 from hftl.finetune.trainable import prepare
 from hftl.models.source import find_source
 from hftl.pipeline.retention import check_retention

@@ -21,9 +21,9 @@ from hftl.config.recipe import Recipe
 from hftl.config.section import Source
 from hftl.doctor.report import run_doctor
 from hftl.errors import RecipeError
-from hftl.finetune.arm import solve_zero_shot
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.pretraining_heads import embed_source
+from hftl.finetune.solved_arms import solve_zero_shot
 from hftl.finetune.trainable import prepare
 from hftl.finetune.zero_shot import build_start_model, check_zero_shot, load_zero_shot_head
 from hftl.models.features import predict_logits

@@ -98,7 +98,7 @@ def test_schema_names_the_key_and_other_values_are_refused(bert: Path, table: Pa
 def test_another_quantization_is_refused_by_its_name(
     bert: Path, table: Path, tmp_path: Path
 ) -> None:
-    tree = make_recipe(bert, table).to_dict()
+    tree: Any = make_recipe(bert, table).to_dict()
     tree["source"]["quantization"] = None
     whole = bench_of(Recipe.parse(tree))
     source = replace(whole.source, quantization="4bit")

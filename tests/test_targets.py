@@ -19,10 +19,11 @@ from hftl.config.retain import Retain
 from hftl.data.labels import check_targets
 from hftl.data.rows import Row
 from hftl.errors import DataError, RecipeError
-from hftl.finetune.arm import solve_head, train_arm
+from hftl.finetune.arm import train_arm
 from hftl.finetune.baselines import train_scratch
 from hftl.finetune.classical import solve_classical
 from hftl.finetune.context import ExperimentContext
+from hftl.finetune.solved_arms import solve_head
 from hftl.finetune.trainable import prepare
 from hftl.measure.metrics import compute_all_metrics
 from hftl.models.heads import get_last_linear_copies

@@ -20,8 +20,9 @@ import hftl
 from hftl.config.finetune import Finetune, ZeroShot
 from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError
-from hftl.finetune.arm import solve_zero_shot, train_arm
+from hftl.finetune.arm import train_arm
 from hftl.finetune.context import ExperimentContext
+from hftl.finetune.solved_arms import solve_zero_shot
 from hftl.finetune.strategies import STRATEGIES
 from hftl.finetune.zero_shot import (
     build_start_model,

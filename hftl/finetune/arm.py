@@ -1,4 +1,4 @@
-"""Train or solve one arm for one seed."""
+"""Train one arm for one seed."""
 
 import math
 import tempfile
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,7 @@ from hftl.finetune.guard_metrics import score_validation
 from hftl.finetune.interpolate import select_alpha
 from hftl.finetune.pretraining_heads import embed_compared_rows
 from hftl.finetune.trainable import apply_strategy, count_trainable_parameters
-from hftl.finetune.zero_shot import (
-    build_start_model,
-    build_zero_shot_model,
-    list_prompts,
-    score_classes,
-    scores_every_class,
-)
+from hftl.finetune.zero_shot import build_start_model
 from hftl.measure.metrics import compute_all_metrics
 from hftl.models.features import predict_logits, predict_with_features
 from hftl.models.heads import LoadedModel, TargetScale
@@ -53,56 +47,6 @@ from hftl.train.facts import TargetScaleFacts, TrainingFacts
 from hftl.train.hf_compat import release_model
 from hftl.train.step_checkpoint import CheckpointSpec, CheckpointWriter
 from hftl.train.trainer import TransferTrainer
-
-
-def solve_head(context: ExperimentContext, finetune: Finetune, seed: int) -> ArmOutput:
-    """Solve the strategy `head`: the probe, copied into the model's last layer."""
-    started = time.perf_counter()
-    pooling, rows = finetune.pooling, context.prepared.rows
-    context.extract_features(pooling, seed, context.select_train_rows(seed))
-    features = {s: context.extract_features(pooling, seed, rows[s]) for s in MEASURED_SPLITS}
-    features_seconds = time.perf_counter() - started
-    probe = context.solve_probe(pooling, seed, finetune.class_weight)
-    logits = {split: probe.logits(features[split]) for split in MEASURED_SPLITS}
-    built = context.build_probed_model(pooling, seed, class_weight=finetune.class_weight)
-    facts = context.describe_class_weights(finetune.class_weight, seed)
-    facts = facts.merge(TrainingFacts(penalty=probe.penalty))
-    output = _collect_head(context, built, logits, facts, started)
-    output.trainable_parameters = count_trainable_parameters(built.model)
-    output.timings["features_seconds"] = features_seconds
-    return output
-
-
-def solve_zero_shot(context: ExperimentContext, finetune: Finetune, seed: int) -> ArmOutput:
-    """Solve the strategy `zero_shot`: no label and no training row is read."""
-    started = time.perf_counter()
-    prompts = list_prompts(context, finetune)
-    facts = TrainingFacts(prompts=prompts)
-    if scores_every_class(context.source):
-        logits = score_classes(context, prompts)
-        return ArmOutput(logits, {}, 0, facts, {"train_seconds": time.perf_counter() - started})
-    built = build_zero_shot_model(context, finetune, seed)
-    weight, bias = (tensor.detach().numpy() for tensor in built.last_linear.parameters())
-    rows = context.prepared.rows
-    logits = {
-        split: context.extract_features(built.pooling, seed, rows[split]) @ weight.T + bias
-        for split in MEASURED_SPLITS
-    }
-    return _collect_head(context, built, logits, facts, started)
-
-
-def _collect_head(
-    context: ExperimentContext, built: LoadedModel, logits: dict[str, np.ndarray],
-    facts: TrainingFacts, started: float,
-) -> ArmOutput:  # fmt: skip
-    """Return the output of an arm whose head was solved, and whose encoder was not changed."""
-    built.model.requires_grad_(False)
-    built.last_linear.requires_grad_(True)
-    tensors = collect_trained_tensors(built)
-    timings = {"train_seconds": time.perf_counter() - started}
-    # Of an encoder that is the source as it is there is nothing to compare.
-    embeddings = embed_compared_rows(context, built) if context.base else {}
-    return ArmOutput(logits, tensors, 0, facts, timings, embeddings)
 
 
 def train_arm(
@@ -156,13 +100,8 @@ def train_model(
     started = time.perf_counter()
     retention = Retention() if retention is None else retention
     scale = context.compute_target_scale(seed)
-    if scale is not None:
-        if retention.reference is not None:
-            scale.standardize_head(retention.reference)
-        # Weights in another unit are not what a stopped training continues from.
-        checkpoints = checkpoints and replace(
-            checkpoints, cache_key={**checkpoints.cache_key, "target_scale": asdict(scale)}
-        )
+    if scale is not None and retention.reference is not None:
+        scale.standardize_head(retention.reference)
     trained = iterate_trainable(built.model) if retention.alphas else ()
     start = {name: tensor.clone() for name, tensor in trained}
     # FSDP cuts the model into pieces; what it learns is put into this whole one.
@@ -181,28 +120,11 @@ def train_model(
         make = partial(
             _build_trainer, context, built, best, finetune, seed, retention, scale, prefix
         )
-        if finetune.spec.schedule == "phases":
-            phased = partial(
-                fit_gradual, built.model, make, args, best, finetune.gradual, checkpoints
-            )
-            trainer, history = _run_training(phased)
-            epochs = history[-1]["epoch"]
-        else:
-            trainer = _fit_at_once(built.model, make(args), best, checkpoints)
-            history, epochs = trainer.state.log_history, trainer.state.epoch
+        result = _fit(built.model, make, args, best, finetune, _add_scale(checkpoints, scale))
     if whole is not built.model:
-        weights = gather_trainable_state(built.model, trainer.accelerator)
+        weights = gather_trainable_state(built.model, result.trainer.accelerator)
         built = replace(built, model=_load_trained_weights(whole, weights))
-    facts = TrainingFacts(
-        learning_rate=args.learning_rate,
-        precision=get_dtype_name(finetune.training),
-        epochs=epochs,
-        best_epoch=best.epoch,
-        history=_clean_history(history),
-        freeze_batchnorm=_holds_statistics(built.model),
-        **({} if trainer.micro_batch is None else {"micro_batch": trainer.micro_batch}),
-        target_scale=None if scale is None else TargetScaleFacts(**asdict(scale)),
-    ).merge(retention.facts)
+    facts = _describe_training(result, built.model, finetune, scale).merge(retention.facts)
     facts = facts.merge(context.describe_class_weights(finetune.class_weight, seed))
     if retention.alphas:
         score = lambda: _score_validation(context, built, scale)  # noqa: E731
@@ -215,6 +137,55 @@ def train_model(
     output.timings |= prefix.timings
     output.note = prefix.line
     return output
+
+
+@dataclass(frozen=True)
+class _TrainingResult:
+    """Hold a training: its last trainer, its log and epochs, and the epoch of the best weights."""
+
+    trainer: TransferTrainer
+    history: list[dict[str, float]]
+    epochs: float | None
+    best_epoch: float | None
+
+
+def _fit(
+    model: nn.Module, make: Callable[..., TransferTrainer], args: TrainingArguments,
+    best: BestWeightsCallback, finetune: Finetune, checkpoints: CheckpointSpec | None,
+) -> _TrainingResult:  # fmt: skip
+    """Train in phases or at once, as the strategy says, and leave the best weights in the model."""
+    if finetune.spec.schedule == "phases":
+        phased = partial(fit_gradual, model, make, args, best, finetune.gradual, checkpoints)
+        trainer, history = _run_training(phased)
+        return _TrainingResult(trainer, history, history[-1]["epoch"], best.epoch)
+    trainer = _fit_at_once(model, make(args), best, checkpoints)
+    return _TrainingResult(trainer, trainer.state.log_history, trainer.state.epoch, best.epoch)
+
+
+def _add_scale(
+    checkpoints: CheckpointSpec | None, scale: TargetScale | None
+) -> CheckpointSpec | None:
+    """Return checkpoints of this scale: weights in another unit are nothing to continue from."""
+    if checkpoints is None or scale is None:
+        return checkpoints
+    key = {**checkpoints.cache_key, "target_scale": asdict(scale)}
+    return replace(checkpoints, cache_key=key)
+
+
+def _describe_training(
+    result: _TrainingResult, model: nn.Module, finetune: Finetune, scale: TargetScale | None
+) -> TrainingFacts:
+    facts = TrainingFacts(
+        learning_rate=result.trainer.args.learning_rate,
+        precision=get_dtype_name(finetune.training),
+        epochs=result.epochs,
+        best_epoch=result.best_epoch,
+        history=_clean_history(result.history),
+        freeze_batchnorm=_holds_statistics(model),
+        target_scale=None if scale is None else TargetScaleFacts(**asdict(scale)),
+    )
+    micro_batch = result.trainer.micro_batch
+    return facts if micro_batch is None else facts.merge(TrainingFacts(micro_batch=micro_batch))
 
 
 def _holds_statistics(model: nn.Module) -> bool | None:

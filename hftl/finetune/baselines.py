@@ -15,10 +15,11 @@ from hftl.config.measure import Search
 from hftl.config.recipe import Arm
 from hftl.data.splits import MEASURED_SPLITS
 from hftl.errors import NumericError
-from hftl.finetune.arm import solve_head, solve_zero_shot, train_model
+from hftl.finetune.arm import train_model
 from hftl.finetune.arm_files import ArmOutput
 from hftl.finetune.classical import solve_classical
 from hftl.finetune.context import ExperimentContext
+from hftl.finetune.solved_arms import solve_head, solve_zero_shot
 from hftl.finetune.trainable import apply_strategy
 from hftl.measure.metrics import METRICS, SELECTION_METRICS, compute_all_metrics
 from hftl.runtime.progress import show_activity

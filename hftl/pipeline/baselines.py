@@ -4,10 +4,10 @@ from dataclasses import replace
 
 from hftl.config.recipe import Recipe
 from hftl.data.splits import hash_row, take_stratified
-from hftl.finetune.arm import solve_head, solve_zero_shot
 from hftl.finetune.baselines import solve_majority
 from hftl.finetune.classical import solve_classical
 from hftl.finetune.context import ExperimentContext
+from hftl.finetune.solved_arms import solve_head, solve_zero_shot
 from hftl.measure.gain import assign_units, compare_pair, score_with_interval
 from hftl.measure.metrics import find_metric
 from hftl.train.facts import BaselineCheck, BaselineScore
