@@ -243,7 +243,7 @@ def test_refuses_an_unsupported_architecture(
     name: str, fields: dict[str, Any], reason: str
 ) -> None:
     config = AutoConfig.for_model(name, **fields)
-    advice = "Use one of albert, .*vit_mae.*, or add an entry to hftl/models/"
+    advice = "Use one of those that `hftl sources` lists, .*, or add an entry to hftl/models/"
     with pytest.raises(RecipeError, match=f"'{name}' is not supported: {reason}.*{advice}"):
         get_config_spec(config)
 

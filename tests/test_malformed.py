@@ -42,7 +42,7 @@ from hftl.models.source import (
 )
 from hftl.runtime.run_folder import to_json
 
-MAX_LINE = 1200
+MAX_LINE = 500
 """Characters of a line, at most; the longest lists the architectures that hftl knows."""
 ROWS = sentences(12)
 Call = Callable[[], Any]
