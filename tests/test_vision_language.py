@@ -14,7 +14,7 @@ from support.vision_language import save_vision_language_model
 from transformers import AutoModelForImageTextToText
 
 import hftl
-from hftl.analysis.source_faults import list_readings
+from hftl.analysis.readings import list_readings
 from hftl.config.recipe import Recipe
 from hftl.errors import DataError, RecipeError
 from hftl.finetune.context import ExperimentContext
@@ -271,4 +271,5 @@ def test_prompts_are_for_vision_language_sources(
 
 def test_checks_read_such_pictures_in_no_other_way(models: dict[str, Path], folder: Path) -> None:
     context = bench_of(make_recipe(models["llava"], folder))
-    assert list_readings(context) == []
+    rows = context.prepared.rows["validation"]
+    assert list_readings(context.inputs, "llava", rows, context.encode_rows) == []
