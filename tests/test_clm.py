@@ -91,7 +91,7 @@ def build_tree(model: Path, folder: Path, method: str, **more: Any) -> dict[str,
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        ("llama", "full"),
+        pytest.param("llama", "full", marks=pytest.mark.slow),
         ("llama", "lora"),
         pytest.param("modernbert-decoder", "lora", marks=pytest.mark.slow),
     ],

@@ -147,6 +147,7 @@ def test_error_is_printed_once_and_stored(
     assert error["exit_code"] == 3 and error["process"] == 0
 
 
+@pytest.mark.slow  # A process that hangs is named in test_watchdog.py.
 def test_lost_process_is_reported(
     table: Path, deterministic_model: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -129,7 +129,10 @@ def test_zero_shot_logits_are_the_pairs_own(
 @pytest.mark.parametrize(
     ("name", "strategy", "more"),
     [
-        ("clip", "lora", {"retain": {"interpolate": [0.5, 1], "kl": {"on": "zero_shot"}}}),
+        pytest.param(
+            "clip", "lora", {"retain": {"interpolate": [0.5, 1], "kl": {"on": "zero_shot"}}},
+            marks=pytest.mark.slow,
+        ),
         ("siglip", "full", {"measure": {"arms": ["zero_shot", "head", "scratch"],
                                         "scratch": {"learning_rates": [1e-3]}}}),
         ("metaclip_2", "partial", {"retain": {"kl": {"on": "relational"}}}),

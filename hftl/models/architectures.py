@@ -43,8 +43,8 @@ def get_config_spec(config: Any) -> ArchitectureSpec:
         raise RecipeError(
             f"source.model: the architecture {config.model_type!r} is not supported: hftl has no "
             "entry for it",
-            "Use one of those that `hftl sources` lists, such as bert, roberta, vit or llama, or add "
-            "an entry to hftl/models/{text,image,vision_language}_architectures.py",
+            "Use one of those that `hftl sources` lists, such as bert or vit, or add an entry to "
+            "hftl/models/{text,image,vision_language}_architectures.py",
         )
     return spec if spec.adjust is None else spec.adjust(spec, config)
 

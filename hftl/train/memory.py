@@ -25,6 +25,9 @@ AGREED_STEPS = 20
 only then may one of them run out of memory without the others waiting for it for ever. Once it
 has run out, all steps are such: DDP counts backward passes, and processes have as many as parts."""
 
+BUCKET_BYTES = 25 << 20
+"""Gradients that are exchanged at once, at most; a larger one goes alone."""
+
 TrainPiece = Callable[[nn.Module, Batch], Tensor]
 """Run a part of a micro-batch forward and backward, and return its share of the step's loss."""
 
@@ -242,12 +245,31 @@ def _average_gradients(model: nn.Module, accelerator: Accelerator) -> None:
     has_gradient = [int(parameter.grad is not None) for parameter in parameters]
     anywhere = torch.tensor(has_gradient, device=accelerator.device)
     dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+    gradients: list[Tensor] = []
     for parameter, counts in zip(parameters, anywhere.tolist(), strict=True):
         if counts:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.div_(accelerator.num_processes)
-            dist.all_reduce(parameter.grad)
+            gradients.append(parameter.grad)
+    for bucket in _fill_buckets(gradients):
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(flat.div_(accelerator.num_processes))
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        for gradient, part in zip(bucket, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _fill_buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield gradients of one dtype that are exchanged at once, as each exchange has its delay."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        is_full = sum(held.nbytes for held in bucket) + gradient.nbytes > BUCKET_BYTES
+        if bucket and (is_full or bucket[0].dtype != gradient.dtype):
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
 
 
 def _get_random_states(device: torch.device) -> list[Tensor]:
