@@ -72,7 +72,7 @@ def plant_fault(name: str, kind: str, assets: Path, models: Path, folder: Path) 
     is_text = name in TEXT_SETS
     rows = ERROR_ROWS if kind == "label errors" else TRAIN_ROWS
     count = rows + TEST_ROWS
-    table = (
+    table: Any = (
         _read_texts(name, assets, count) if is_text else _read_pictures(name, models, folder, count)
     )
     train, test = table[:rows].copy(), table[rows : rows + TEST_ROWS].copy()
@@ -134,7 +134,7 @@ def _read_texts(name: str, assets: Path, count: int) -> pd.DataFrame:
     if name == "bbc":
         files = sorted((assets / "bbc").glob("*/*.txt"))
         texts = [file.read_bytes().decode("utf-8", "replace") for file in files]
-        table = pd.DataFrame({"text": texts, "label": [file.parent.name for file in files]})
+        table: Any = pd.DataFrame({"text": texts, "label": [file.parent.name for file in files]})
     else:
         table = pd.read_csv(assets / name / f"{name}.csv")[["text", "label"]]
     table = table.drop_duplicates("text").groupby("text", sort=False).head(1)
