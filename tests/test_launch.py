@@ -69,7 +69,8 @@ def load_pair(folder: Path, arm: str, file: str) -> list[dict[str, np.ndarray]]:
     return [load_file(folder / run / "arms" / arm / file) for run in ("one", "two")]
 
 
-@pytest.mark.parametrize("kind", ["text", pytest.param("image", marks=pytest.mark.slow)])
+@pytest.mark.slow  # Of each step test_processes.py holds it, of dealt arms test_parallel.py.
+@pytest.mark.parametrize("kind", ["text", "image"])
 def test_two_processes_give_what_one_gives(
     kind: str, deterministic_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
