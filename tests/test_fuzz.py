@@ -23,9 +23,7 @@ import yaml
 from conftest import sentences
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support.planted_defects import rewrite, save, wrapped
 from support.records import add_forgetting, make_record
-from support.tiny import save_tiny
 
 import hftl
 from hftl.config.overrides import flatten
@@ -193,17 +191,6 @@ def fuzz_values(name: str, folder: Path, settings: Any) -> None:
     run_examples(settings, st.tuples(st.sampled_from(keys), values), check)
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Save a plain adapter on a local base."""
-    place = tmp_path_factory.mktemp("adapter")
-    base = save_tiny("bert", place / "base")
-    lora = {"task_type": "SEQ_CLS", "target_modules": ["query"]}
-    folder = save(wrapped(base, "bert", lora), place / "adapter")
-    rewrite(folder / "adapter_config.json", base_model_name_or_path=str(base), revision=None)
-    return folder
-
-
 def fuzz_adapter(adapter: Path, folder: Path, settings: Any) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     weights = (adapter / "adapter_model.safetensors").read_bytes()
@@ -231,8 +218,8 @@ def test_any_value_is_read_or_refused(name: str, tmp_path: Path) -> None:
     fuzz_values(name, tmp_path, FAST)
 
 
-def test_changed_adapter_is_read_or_refused(adapter: Path, tmp_path: Path) -> None:
-    fuzz_adapter(adapter, tmp_path, FAST)
+def test_changed_adapter_is_read_or_refused(local_adapter: Path, tmp_path: Path) -> None:
+    fuzz_adapter(local_adapter, tmp_path, FAST)
 
 
 @pytest.mark.slow
@@ -248,8 +235,8 @@ def test_many_values_are_read_or_refused(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_many_changed_adapters_are_read_or_refused(adapter: Path, tmp_path: Path) -> None:
-    fuzz_adapter(adapter, tmp_path, SLOW)
+def test_many_changed_adapters_are_read_or_refused(local_adapter: Path, tmp_path: Path) -> None:
+    fuzz_adapter(local_adapter, tmp_path, SLOW)
 
 
 @pytest.mark.parametrize("number", [100, pytest.param(5000, marks=pytest.mark.slow)])

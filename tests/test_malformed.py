@@ -22,9 +22,8 @@ import torch
 from conftest import sentences
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support.planted_defects import reconfigure, rewrite, save, wrapped
+from support.planted_defects import reconfigure, rewrite
 from support.records import add_forgetting, make_record
-from support.tiny import save_tiny
 
 import hftl
 from hftl.config.recipe import Recipe
@@ -570,21 +569,10 @@ ADAPTERS: dict[str, tuple[Callable[[Path], None], str]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Save a plain adapter on a local base."""
-    place = tmp_path_factory.mktemp("adapter")
-    base = save_tiny("bert", place / "base")
-    lora = {"task_type": "SEQ_CLS", "target_modules": ["query"]}
-    folder = save(wrapped(base, "bert", lora), place / "adapter")
-    rewrite(folder / CONFIG, base_model_name_or_path=str(base), revision=None)
-    return folder
-
-
 @pytest.mark.parametrize("case", ADAPTERS)
-def test_adapter(case: str, adapter: Path, tmp_path: Path) -> None:
+def test_adapter(case: str, local_adapter: Path, tmp_path: Path) -> None:
     damage, words = ADAPTERS[case]
-    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    folder = Path(shutil.copytree(local_adapter, tmp_path / "adapter"))
     damage(folder)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(HftlError) as caught:

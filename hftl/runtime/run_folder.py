@@ -168,10 +168,9 @@ def commit_stage(folder: Path, reads: Mapping[str, object]) -> Iterator[Path]:
         manifest = Manifest.model_construct(files=_hash_files(aside), reads=reads)
         write_text(aside / MANIFEST, to_json(vars(manifest)))
         replace_folder(aside, folder)
-    except Exception:
-        # A disk that is full is not left full.
+    finally:
+        # After an error or a signal: it is renamed by now, or a disk that is full is left full.
         shutil.rmtree(aside, ignore_errors=True)
-        raise
     _sync_to_disk(folder.parent)
 
 

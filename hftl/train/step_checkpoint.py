@@ -173,14 +173,10 @@ def commit_checkpoint(folder: Path, cache_key: Mapping[str, object]) -> Iterator
         folder: of the checkpoint.
         cache_key: all that the training depends on.
     """
-    try:
-        with run_folder.commit_stage(folder, {}) as aside:
-            # A file beside the manifest, whose hash is in it: no damage looks like a change.
-            run_folder.write_text(aside / KEY_FILE, json.dumps(dict(cache_key), sort_keys=True))
-            yield aside
-    except BaseException:
-        shutil.rmtree(folder.parent / f".tmp-{folder.name}", ignore_errors=True)
-        raise
+    with run_folder.commit_stage(folder, {}) as aside:
+        # A file beside the manifest, whose hash is in it: no damage looks like a change.
+        run_folder.write_text(aside / KEY_FILE, json.dumps(dict(cache_key), sort_keys=True))
+        yield aside
 
 
 def find_checkpoint(folder: Path, cache_key: Mapping[str, object]) -> Path | None:

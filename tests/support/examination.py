@@ -10,11 +10,12 @@ from support.planted_defects import (
     BASES,
     SOUND,
     into_cache,
+    rewrite,
     save,
     snapshot,
     wrapped,
 )  # fmt: skip
-from support.tiny import is_image, tiny_config, tiny_processor, tiny_tokenizer
+from support.tiny import is_image, save_tiny, tiny_config, tiny_processor, tiny_tokenizer
 
 from hftl.doctor import load_check, load_once
 from hftl.doctor.adapter_folder import Examination
@@ -85,3 +86,14 @@ def kinds(examination: Examination, defects: bool = True) -> set[str]:
 def copied(adapters: dict[str, Path], name: str, place: Path) -> Path:
     """Return a copy of an adapter."""
     return Path(shutil.copytree(adapters[name], place / "adapter"))
+
+
+@pytest.fixture(scope="module")
+def local_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a plain adapter on a local base."""
+    place = tmp_path_factory.mktemp("adapter")
+    base = save_tiny("bert", place / "base")
+    lora = {"task_type": "SEQ_CLS", "target_modules": ["query"]}
+    folder = save(wrapped(base, "bert", lora), place / "adapter")
+    rewrite(folder / "adapter_config.json", base_model_name_or_path=str(base), revision=None)
+    return folder
