@@ -89,7 +89,7 @@ ORDER = [
     "pipeline.run", "pipeline.cache_keys", "pipeline.trained_layers", "pipeline.analyses",
     "pipeline.sweep", "pipeline.fisher_stage", "pipeline.retention", "pipeline.weight_grid",
     "pipeline.kl_weight", "pipeline.schedule", "pipeline.estimate", "pipeline.placement",
-    "pipeline.header", "pipeline.deal", "pipeline.arms", "pipeline.corpora",
+    "pipeline.header", "pipeline.deal_files", "pipeline.deal", "pipeline.arms", "pipeline.corpora",
     "pipeline.objectives", "pipeline.model_checks", "pipeline.faults",
     "pipeline.baselines", "pipeline.advice",
     "pipeline.adaptation", "pipeline.forgetting",

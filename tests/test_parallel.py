@@ -1,5 +1,6 @@
 """Check arms that are dealt out to processes: the same as one after the other, to the bit."""
 
+import errno
 import json
 import os
 import signal
@@ -12,14 +13,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import bench_of
 
 import hftl
 from hftl.config.recipe import Recipe
-from hftl.errors import LostProcessError, RecipeError, RunFolderError
-from hftl.pipeline import arm_worker, deal, placement
+from hftl.errors import (
+    HftlError,
+    HungProcessError,
+    LostProcessError,
+    NumericError,
+    RecipeError,
+    RunFolderError,
+    is_disk_full,
+    is_out_of_memory,
+)
+from hftl.pipeline import arm_worker, deal, deal_files, placement
+from hftl.pipeline.deal_files import read_features, read_plan, write_plan
 from hftl.pipeline.placement import choose_placement
 from hftl.pipeline.schedule import ArmCost, Task, estimate_makespan, plan_tasks
 from hftl.runtime.claims import ClaimState, create_claims, hold_claim, read_claim
@@ -59,17 +71,19 @@ def workers_here(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         for run, number in arguments:
             numbers.append(int(number))
             monkeypatch.setattr(sys, "argv", ["worker", run, number])
-            code: Any = 0
+            code = 0
             (Path(run) / DEAL_FOLDER / f"output-{number}.txt").touch()
             try:
                 arm_worker.main()
-            except SystemExit as stop:
-                code = stop.code
+            except HftlError as error:
+                sys.excepthook(type(error), error, error.__traceback__)
+                code = 1
             ended.append(SimpleNamespace(poll=lambda code=code: code, returncode=code))
         yield ended
 
     monkeypatch.setattr(deal, "start_workers", start)
     monkeypatch.setattr(arm_worker, "follow_parent", lambda: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     return numbers
 
 
@@ -148,6 +162,48 @@ def test_lost_task_is_not_repeated_and_what_waits_for_it_is_not_begun(tmp_path: 
     with pytest.raises(ValueError, match="broken"), hold_claim(tmp_path, "other"):
         raise ValueError("broken")
     assert read_claim(tmp_path, "other") is ClaimState.FAILED
+
+
+def test_plan_is_read_as_it_was_written(tree: dict[str, Any], tmp_path: Path) -> None:
+    recipe = Recipe.parse(tree)
+    tasks = [Task("full-rate0", "rate", "full", 3, 0.1 + 0.2, ("a",), 1 / 3)]
+    words = {bytes([n] * 16): np.full((n, 4), n / 3, np.float32) for n in (1, 3, 2)}
+    features = {"full": {("mean", None): words, ("cls", 2): {}}, "head": {("cls", 0): words}}
+    write_plan(tmp_path, recipe, tasks, features, 2)
+    plan = read_plan(tmp_path)
+    assert plan.recipe.to_dict() == recipe.to_dict() and plan.recipe.arms == recipe.arms
+    assert (list(plan.tasks), plan.sharers) == (tasks, 2)
+    read = read_features(tmp_path, plan)
+    assert {arm: list(held) for arm, held in read.items()} == {
+        "full": [("mean", None)], "head": [("cls", 0)],
+    }  # fmt: skip
+    for held in (read["full"]["mean", None], read["head"]["cls", 0]):
+        assert list(held) == list(words)
+        assert all(np.array_equal(held[key], words[key]) for key in words)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".json", ".safetensors"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RecipeError("'r' is 0", "Give more"), NumericError("the loss is NaN"),
+        HungProcessError([1], 5), OSError(errno.ENOSPC, "No space left on device", "/x/a"),
+        MemoryError("no room"), RuntimeError("MPS backend out of memory"), KeyError("name"),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_error_is_raised_as_it_was_in_the_worker(error: Exception, tmp_path: Path) -> None:
+    assert deal_files.read_error(tmp_path, 3) is None
+    deal_files.write_error(tmp_path, 3, error)
+    again = deal_files.read_error(tmp_path, 3)
+    assert again is not None and type(error).__name__ in again.__notes__[0]
+    if isinstance(error, HftlError):
+        assert type(again) is type(error) and str(again) == str(error)
+        assert isinstance(again, HftlError) and (again.what, again.fix) == (error.what, error.fix)
+    assert str(error) in str(again)
+    assert is_disk_full(again) == is_disk_full(error)
+    assert is_out_of_memory(again) == is_out_of_memory(error)
+    assert getattr(again, "filename", None) == getattr(error, "filename", None)
 
 
 def test_lost_worker_is_named(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@
 `pipeline/deal.py`, which holds the run folder's lock.
 """
 
-import pickle
 import sys
 import time
 import traceback
@@ -12,19 +11,19 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from hftl.errors import DataWarning, HftlError
+from hftl.errors import DataWarning
 from hftl.finetune.context import ExperimentContext
 from hftl.pipeline.arms import Job, run_job, search_scratch_rate, try_scratch_rate
 from hftl.pipeline.cache_keys import build_arm_inputs
-from hftl.pipeline.deal import PLAN_FILE, Event, Plan, get_error_file, write_event
+from hftl.pipeline.deal_files import Event, read_features, read_plan, write_error, write_event
 from hftl.pipeline.kl_weight import choose_kl_weight
 from hftl.pipeline.pipeline import reopen_run
 from hftl.pipeline.run import ArmContexts, Run
 from hftl.pipeline.schedule import Task
 from hftl.runtime.claims import ClaimState, hold_claim, read_claim
-from hftl.runtime.distributed import make_picklable
 from hftl.runtime.run_folder import DEAL_FOLDER
 from hftl.runtime.workers import follow_parent, freeze_imports
 from hftl.train.facts import ArmFile
@@ -38,25 +37,27 @@ def main() -> None:
     freeze_imports()
     run_path, number = Path(sys.argv[1]), int(sys.argv[2])
     folder = run_path / DEAL_FOLDER
-    try:
-        _work(run_path, folder, number)
-    except Exception as error:  # noqa: BLE001 (the top of the program)
-        traceback.print_exc()
-        text = "".join(traceback.format_exception(error))
-        portable = make_picklable(error)
-        portable.add_note(f"in process {number}:\n{text}")
-        get_error_file(folder, number).write_bytes(pickle.dumps(portable))
-        sys.exit(error.exit_code if isinstance(error, HftlError) else 1)
+    sys.excepthook = partial(_leave_error, folder, number)
+    _work(run_path, folder, number)
+
+
+def _leave_error(
+    folder: Path, number: int, kind: type[BaseException], error: BaseException,
+    trace: TracebackType | None,
+) -> None:  # fmt: skip
+    """Print the error that ends this process, and leave it for the one that waits."""
+    traceback.print_exception(kind, error, trace)
+    write_error(folder, number, error)
 
 
 def _work(run_path: Path, folder: Path, number: int) -> None:
     """Read the plan and the run, then take tasks."""
-    plan: Plan = pickle.loads((folder / PLAN_FILE).read_bytes())
+    plan = read_plan(folder)
     with warnings.catch_warnings():
         # The process that waits has shown them.
         warnings.simplefilter("ignore", DataWarning)
         contexts = reopen_run(Run(plan.recipe, run_path, lambda line: None))
-    for name, features in plan.features.items():
+    for name, features in read_features(folder, plan).items():
         contexts[name].restore_features(features)
     report = partial(write_event, folder, number)
     run = Run(plan.recipe, run_path, lambda line: report(Event(kind="line", text=line)))

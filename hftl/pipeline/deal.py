@@ -7,22 +7,24 @@ claims in the run folder and write the finished arms themselves.
 """
 
 import os
-import pickle
 import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import BaseModel
 
 from hftl import console
-from hftl.config.recipe import Recipe
 from hftl.errors import LostProcessError
-from hftl.finetune.context import FrozenFeatures
+from hftl.pipeline.deal_files import (
+    Event,
+    get_event_file,
+    read_error,
+    write_event,
+    write_plan,
+)
 from hftl.pipeline.run import ArmContexts, Run
 from hftl.pipeline.schedule import Placement, Task
 from hftl.runtime import distributed
@@ -30,39 +32,11 @@ from hftl.runtime.claims import create_claims
 from hftl.runtime.progress import BarUpdate, open_bar
 from hftl.runtime.run_folder import DEAL_FOLDER
 from hftl.runtime.workers import build_environment, start_workers
-from hftl.train.facts import ArmFile
 
 WORKER_MODULE = "hftl.pipeline.arm_worker"
-PLAN_FILE = "plan.pkl"
 POLL_SECONDS = 0.1
 LOG_LINES = 40
 """Last lines of a worker that ended without a word, for log.txt."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Hold what workers need to train a run's arms.
-
-    Attributes:
-        recipe: of the run.
-        tasks: in the order in which they are taken.
-        features: the frozen features that are known already, by the name of the arm.
-        sharers: processes that train on one machine at the same time.
-    """
-
-    recipe: Recipe
-    tasks: Sequence[Task]
-    features: dict[str, FrozenFeatures]
-    sharers: int
-
-
-class Event(BaseModel):
-    """Hold one thing that a worker reports: a task begun or done, a line, or a finished arm."""
-
-    kind: Literal["begin", "done", "line", "arm", "end"]
-    text: str = ""
-    arm: ArmFile | None = None
-    seconds: float = 0.0
 
 
 @dataclass
@@ -161,22 +135,6 @@ def deal_tasks(
     distributed.broadcast_from_main(lambda: _finish(folder, gathered))
 
 
-def get_event_file(folder: Path, number: int) -> Path:
-    """Return the file that a worker reports to."""
-    return folder / f"events-{number}.jsonl"
-
-
-def get_error_file(folder: Path, number: int) -> Path:
-    """Return the file that a worker leaves its error in."""
-    return folder / f"error-{number}.pkl"
-
-
-def write_event(folder: Path, number: int, event: Event) -> None:
-    """Report something; readers see a line once it is whole."""
-    with open(get_event_file(folder, number), "ab") as handle:
-        handle.write(event.model_dump_json(exclude_defaults=True).encode() + b"\n")
-
-
 def _write_plan(
     run: Run, arm_contexts: ArmContexts, tasks: Sequence[Task], folder: Path,
     placement: Placement, workers: int,
@@ -187,8 +145,7 @@ def _write_plan(
     arms = {task.arm for task in tasks}
     features = {name: arm_contexts[name].dump_features() for name in sorted(arms)}
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    plan = Plan(run.recipe, tasks, features, workers if placement.local else here)
-    (folder / PLAN_FILE).write_bytes(pickle.dumps(plan))
+    write_plan(folder, run.recipe, tasks, features, workers if placement.local else here)
     create_claims(folder, [task.name for task in tasks])
     for number in range(workers):
         get_event_file(folder, number).touch()
@@ -235,11 +192,9 @@ def _read_failure(folder: Path, number: int, code: int) -> list[WorkerFailure]:
     """Return why a worker failed; nothing of one that did not."""
     if code == 0:
         return []
-    stored = get_error_file(folder, number)
-    error = pickle.loads(stored.read_bytes()) if stored.exists() else None
     output = (folder / f"output-{number}.txt").read_text(encoding="utf-8", errors="replace")
     log = f"exit code {code}\n" + "\n".join(output.splitlines()[-LOG_LINES:])
-    return [WorkerFailure(number, error, log)]
+    return [WorkerFailure(number, read_error(folder, number), log)]
 
 
 def _finish(folder: Path, failures: Sequence[WorkerFailure]) -> None:

@@ -6,8 +6,9 @@ may have killed it.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -57,19 +58,19 @@ def hold_claim(folder: Path, name: str) -> Iterator[bool]:
     except Timeout:
         yield False
         return
-    try:
-        if _read_word(folder, name) is not ClaimState.FREE:
-            yield False
-            return
-        _write_word(folder, name, ClaimState.TAKEN)
-        try:
-            yield True
-        except Exception:
-            _write_word(folder, name, ClaimState.FAILED)
-            raise
-        _write_word(folder, name, ClaimState.DONE)
-    finally:
-        lock.release()
+    with ExitStack() as stack:
+        stack.callback(lock.release)
+        is_free = _read_word(folder, name) is ClaimState.FREE
+        if is_free:
+            _write_word(folder, name, ClaimState.TAKEN)
+            stack.push(partial(_write_outcome, folder, name))
+        yield is_free
+
+
+def _write_outcome(folder: Path, name: str, error: type[BaseException] | None, *_: object) -> None:
+    """Leave that the task was done or has failed; one whose process a signal ends stays taken."""
+    if error is None or issubclass(error, Exception):
+        _write_word(folder, name, ClaimState.DONE if error is None else ClaimState.FAILED)
 
 
 def _get_path(folder: Path, name: str) -> Path:
