@@ -30,6 +30,7 @@ from hftl.doctor.renamed_modules import find_new_name, find_renamed_keys
 from hftl.doctor.report import run_doctor
 from hftl.errors import RecipeError
 from hftl.models.source import find_source, hash_source_weights
+from hftl.runtime.run_folder import hash_file
 
 pytestmark = pytest.mark.usefixtures("loads_in_this_process")
 
@@ -51,10 +52,14 @@ def test_old_names_are_renamed_and_the_weights_stay(
         reconfigure(folder, target_modules=["intermediate.dense"])
     else:
         as_in_transformers_4(folder, model, lists)
+    path = folder / "adapter_model.safetensors"
+    rewrite(folder / "hftl.json", weight_files={path.name: hash_file(path)})
     before = (folder / "adapter_config.json").read_bytes()
     assert "stale-names" in kinds(examine_adapter(folder))
     lines, examination = mended(folder)
     assert lines and not examination.defects
+    recorded = json.loads((folder / "hftl.json").read_text())["weight_files"]
+    assert recorded == {path.name: hash_file(path)}
     right, ours = (load_file(f / "adapter_model.safetensors") for f in (adapters[adapter], folder))
     assert right.keys() == ours.keys()
     assert all(torch.equal(right[key], ours[key]) for key in right)

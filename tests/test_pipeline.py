@@ -19,12 +19,15 @@ import pytest
 import yaml
 from conftest import pictures, sentences, write_csv
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import hftl
 from hftl import cli
 from hftl.config.overrides import apply_overrides
 from hftl.config.recipe import Recipe
 from hftl.data import prepare
+from hftl.doctor.adapter_folder import Examination, open_adapter_folder
+from hftl.doctor.checks import check_published_weights
 from hftl.errors import RunFolderError
 from hftl.measure.error_analysis import analyze_errors
 from hftl.measure.metrics import METRICS
@@ -483,6 +486,38 @@ def test_damaged_weights_are_named_and_not_used(again: Run) -> None:
     damage(run / "arms" / "lora-seed0" / "weights.safetensors")
     with pytest.raises(RunFolderError, match="lora-seed0/weights.safetensors is not what was"):
         hftl.run(Recipe.parse(tree), run)
+
+
+def test_tensors_changed_after_their_proof_are_noticed(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run, tree = finished
+    published = {path.name: run_folder.hash_file(path)
+                 for path in (run / "publish").glob("*.safetensors")}  # fmt: skip
+    assert Record.read(run).weight_files == published and published
+    folder = Path(shutil.copytree(run / "publish", tmp_path / "copy"))
+    assert not list(check_published_weights(Examination(open_adapter_folder(folder)[0])))
+    path, base = folder / "adapter_model.safetensors", tree["source"]["model"]
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] += 1e-3
+    save_file(tensors, path, {"format": "pt"})
+    words = f"{path.name} is not what was published: expected sha256 {published[path.name]}, got "
+    words += run_folder.hash_file(path)
+    with pytest.raises(RunFolderError, match=words):
+        hftl.load(folder, base)
+    monkeypatch.setattr(sys, "argv", ["hftl", "predict", str(folder), "a text", "--base", base])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 4 and words in capsys.readouterr().err
+    (finding,) = check_published_weights(Examination(open_adapter_folder(folder)[0]))
+    assert f"{finding.where} {finding.what}" == words
+    (folder / "head.safetensors").write_bytes(path.read_bytes())
+    path.write_bytes((run / "publish" / path.name).read_bytes())
+    with pytest.raises(RunFolderError, match="head.safetensors is not among the files"):
+        hftl.load(folder, base)
+    (folder / "head.safetensors").unlink()
+    hftl.load(folder, base)
 
 
 def test_a_wrong_phase_model_or_missing_file_name_is_refused(

@@ -125,6 +125,11 @@ class AdapterFolder:
         return None if digest is None else str(digest)
 
     @property
+    def published_weights(self) -> dict[str, object]:
+        """Return the sha256 of each file of tensors, where hftl has recorded it."""
+        return SettingsFile(self.json_files.get(RECORD_FILE, {})).get_mapping("weight_files")
+
+    @property
     def has_own_head(self) -> bool:
         """Return whether a head of hftl's lies beside the encoder."""
         return HEAD_WEIGHTS in self.files

@@ -38,6 +38,7 @@ from hftl.publish.published_metadata import (
     MODEL_CONFIG,
     RECORD_FILE,
     BaseReference,
+    find_changed_weights,
     resolve_base,
 )
 from hftl.runtime import run_folder
@@ -71,6 +72,19 @@ def check_record_unchanged(examination: Examination) -> Iterator[Finding]:
         run_folder.check_finished_files(run, "record.json")
     except RunFolderError as error:
         yield defect("record", error.what, "record.json", error.fix)
+
+
+def check_published_weights(examination: Examination) -> Iterator[Finding]:
+    """Report tensors that are not those which were published, and which the record describes."""
+    folder = examination.folder
+    names = [name for name in folder.files if "/" not in name and (folder.path / name).is_file()]
+    changed = find_changed_weights(folder.path, names, folder.published_weights)
+    if changed is not None:
+        name, how = changed
+        fix = (
+            f"Fetch or copy it again; if it is meant, remove {RECORD_FILE}: it is of other tensors"
+        )
+        yield defect("weights", how, name, fix)
 
 
 def check_base_name(examination: Examination) -> Iterator[Finding]:
@@ -233,6 +247,7 @@ CHECKS: tuple[Check, ...] = (
     check_finite_weights,
     check_trained,
     check_record_unchanged,
+    check_published_weights,
     check_base_name,
     find_adapter_base,
     find_whole_model,

@@ -33,6 +33,7 @@ from hftl.publish.published_metadata import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     MODEL_CONFIG,
+    RECORD_FILE,
     drop_local_names,
 )
 from hftl.runtime import run_folder
@@ -121,6 +122,7 @@ def _rename_tensors(examination: Examination, names: dict[str, str]) -> str:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     _back_up_file(examination, ADAPTER_WEIGHTS)
+    before = run_folder.hash_file(path)
     aside = path.with_name(f".tmp-{path.name}")
     tensors = {names.get(key, key): tensor for key, tensor in load_file(path).items()}
     try:
@@ -128,6 +130,12 @@ def _rename_tensors(examination: Examination, names: dict[str, str]) -> str:
         aside.rename(path)
     finally:
         aside.unlink(missing_ok=True)
+    published = examination.folder.published_weights
+    if published.get(ADAPTER_WEIGHTS) == before:
+        # The same values: the record still describes them.
+        changed = {**published, ADAPTER_WEIGHTS: run_folder.hash_file(path)}
+        record = _read_settings(examination, RECORD_FILE) | {"weight_files": changed}
+        _write_settings(examination, RECORD_FILE, record)
     return f"{len(names)} tensors renamed in {ADAPTER_WEIGHTS}"
 
 

@@ -20,6 +20,7 @@ from hftl.publish.published_metadata import (
     AdapterConfig,
     ModelConfig,
     PublishedMetadata,
+    find_changed_weights,
     resolve_base,
 )
 from hftl.runtime import paths, run_folder
@@ -51,12 +52,14 @@ def find_published_folder(path: str | Path) -> Path:
 
     Raises:
         RecipeError: if nothing is there to load.
-        RunFolderError: if a run is not finished, or was changed since.
+        RunFolderError: if a run is not finished, or either was changed since.
         HubError: if a hub id cannot be had.
     """
     folder = paths.resolve_published_path(str(path), "the model to load")
     if folder is None:
-        return _download_model(str(path))
+        folder = _download_model(str(path))
+        _check_published_weights(folder)
+        return folder
     folder = folder.resolve()
     if not folder.is_dir():
         raise RecipeError(
@@ -69,7 +72,25 @@ def find_published_folder(path: str | Path) -> Path:
         return folder / "publish"
     if not any((folder / name).exists() for name in (MODEL_CONFIG, ADAPTER_CONFIG)):
         raise RecipeError(f"{path} holds no run and no model", "Give a run or a published folder")
+    _check_published_weights(folder)
     return folder
+
+
+def _check_published_weights(folder: Path) -> None:
+    """Compare the tensors of a folder that no run vouches for with those that were published.
+
+    Raises:
+        RunFolderError: naming the file, its hash as published and as it is.
+    """
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    changed = find_changed_weights(folder, names, PublishedMetadata.read(folder).weight_files or {})
+    if changed is not None:
+        file, how = changed
+        raise RunFolderError(
+            f"{paths.get_display_name(folder)}: {file} {how}",
+            f"Fetch or copy the folder again; if the change is meant, remove {RECORD_FILE}, which "
+            "describes other weights",
+        )
 
 
 def check_trained_head(folder: Path, name: str | Path) -> None:

@@ -383,6 +383,8 @@ class Record(RecordPart):
     analysis: AnalysisSection | None = None
     """Of the source's frozen features, for the names in `measure.analyses`."""
     reload_difference: float | None = None
+    weight_files: dict[str, str] | None = None
+    """The sha256 of each file of the published model's tensors; null in older records."""
     verdict: Verdict
     published_seed: int | None = None
     environment: Environment

@@ -65,7 +65,7 @@ def render_amended_files(run: Path, record: Record, base: tuple[str, str] | None
 
 def render_adapted_base_files(record: Record, base_id: str) -> dict[str, str]:
     """Return the same files of the adapted base."""
-    published = sanitize_record(record)
+    published = sanitize_record(record).model_copy(update={"weight_files": None})
     return {
         "publish-base/README.md": render_adaptation_card(published, base_id),
         f"publish-base/{PUBLISHED_FILE}": published.to_json(),

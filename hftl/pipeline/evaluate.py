@@ -189,6 +189,7 @@ def build_record(
         abstention=scores.abstention,
         forgetting=build_forgetting_section(run, context, _list_arm_folders(run)),
         reload_difference=reload_difference,
+        weight_files=_list_weight_files(run),
         verdict=PENDING,
         published_seed=seed,
         environment=_describe_environment(context, recipe, timings),
@@ -230,6 +231,17 @@ def package_model(run: Run, context: ExperimentContext, arm: Arm, seed: int) -> 
                 )
             run_folder.write_text(aside / "reload.json", to_json({"difference": difference}))
     return json.loads((folder / "reload.json").read_text("utf-8"))["difference"]
+
+
+def _list_weight_files(run: Run) -> dict[str, str]:
+    """Return the hash of each file of tensors whose reload was proved, by its name."""
+    files = run_folder.read_manifest(run.folder / "phases" / "package").files
+    paths = {Path(name): digest for name, digest in files.items()}
+    return {
+        path.name: digest
+        for path, digest in paths.items()
+        if path.parent.name == "model" and path.suffix == ".safetensors"
+    }
 
 
 def _describe_environment(

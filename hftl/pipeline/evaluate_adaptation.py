@@ -53,7 +53,7 @@ def evaluate_adaptation(
             record = _build_adaptation_record(run, context, stages)
         if has_card:
             with show_activity("card and report"):
-                _write_publish_folder(folder, stages[-1].context, record)
+                record = _write_publish_folder(folder, stages[-1].context, record)
         run_folder.write_text(folder / RECORD_FILE, record.to_json())
         run_folder.write_finished_files(folder, key)
     record = Record.read(folder)
@@ -113,12 +113,19 @@ def rewrite_adaptation_card(run: Path) -> None:
         run_folder.write_finished_files(run)
 
 
-def _write_publish_folder(run: Path, context: ExperimentContext, record: Record) -> None:
-    """Write publish/ and report.html aside, and put them in place together."""
+def _write_publish_folder(run: Path, context: ExperimentContext, record: Record) -> Record:
+    """Write publish/ and report.html aside, and put them in place together.
+
+    Returns:
+        The record with the hashes of the files of tensors.
+    """
     aside = run / ".tmp-publish"
     aside.mkdir()
     export_encoder(context, aside)
+    files = {path.name: run_folder.hash_file(path) for path in sorted(aside.glob("*.safetensors"))}
+    record = record.model_copy(update={"weight_files": files})
     _write_adaptation_card(run, aside, record)
+    return record
 
 
 def _write_adaptation_card(run: Path, aside: Path, record: Record) -> None:

@@ -80,7 +80,9 @@ def _write_base_card(run: Path, published: Record) -> None:
     aside = run / ".tmp-publish-base"
     shutil.copytree(run / "phases" / "package" / "base", aside)
     run_folder.write_text(aside / "README.md", render_adaptation_card(published))
-    run_folder.write_text(aside / PUBLISHED_FILE, published.to_json())
+    # The tensors of the base are named by `adapt.base`.
+    described = published.model_copy(update={"weight_files": None})
+    run_folder.write_text(aside / PUBLISHED_FILE, described.to_json())
     run_folder.replace_folder(aside, run / "publish-base")
 
 

@@ -5,6 +5,7 @@ defaults. `adapter_config.json` and `config.json` may be anybody's.
 """
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
@@ -18,7 +19,7 @@ from hftl.data.facts import LabelType, TagScheme
 from hftl.errors import RunFolderError
 from hftl.measure.facts import LabelCurve
 from hftl.runtime import paths
-from hftl.runtime.run_folder import UnreadableJsonError, read_json
+from hftl.runtime.run_folder import UnreadableJsonError, hash_file, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -289,6 +290,8 @@ class PublishedMetadata(PublishedPart):
     calibration: PublishedCalibration | None = None
     conformal: PublishedConformal | None = None
     forward: PublishedForward | None = None
+    weight_files: dict[str, str] | None = None
+    """The sha256 of each file of tensors, as the reload was proved."""
 
     @property
     def tag_scheme(self) -> TagScheme | None:
@@ -321,6 +324,26 @@ class PublishedMetadata(PublishedPart):
                 f"{name} does not load: {RECORD_FILE} says {repr(value)[:40]} for {key}",
                 f"Look closer: hftl doctor {name}",
             ) from error
+
+
+def find_changed_weights(
+    folder: Path, names: Iterable[str], published: Mapping[str, object]
+) -> tuple[str, str] | None:
+    """Return the first file of tensors that is not the one that was published, and how it differs.
+
+    Args:
+        folder: of the model.
+        names: of its files.
+        published: the sha256 of each file of tensors; none where the folder does not say.
+    """
+    files = [name for name in sorted(names) if name.endswith(".safetensors")]
+    for name in files if published else []:
+        digest, expected = hash_file(folder / name), published.get(name)
+        if expected is None:
+            return name, "is not among the files that were published"
+        if digest != expected:
+            return name, f"is not what was published: expected sha256 {expected}, got {digest}"
+    return None
 
 
 def _find_faulty_key(tree: object, error: ValidationError) -> tuple[str, object]:
