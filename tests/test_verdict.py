@@ -90,6 +90,12 @@ def test_publishes_only_when_all_three_hold(gain: str, over_head: str, reload: f
         assert any(reason.startswith("better than head") for reason in verdict.reasons) == behind
 
 
+def test_a_reload_that_nobody_measured_is_not_proved() -> None:
+    verdict = decide_verdict(full("positive"), None, None)
+    assert verdict.decision == "hold"
+    assert verdict.reasons == ["no reload in a fresh process is recorded"]
+
+
 @pytest.mark.parametrize("decision_gain", ["positive", "undetermined", "no baseline"])
 @pytest.mark.parametrize(("over_head", "words"), [
     ({"value": -0.005, "ci95": [-0.021, 0.011]}, "not better than head"),

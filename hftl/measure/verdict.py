@@ -74,7 +74,7 @@ def judge_record(record: Record) -> Verdict:
         return decide_adaptation_verdict(record.stages)
     over = {row.arm: row.gain_of_own for row in record.ladder}
     return decide_verdict(
-        record.transfer_gain, over.get(PROBE_ARM), record.reload_difference or 0.0,
+        record.transfer_gain, over.get(PROBE_ARM), record.reload_difference,
         over.get("source"), over.get(ZERO_SHOT_ARM), record.slices, _read_budget(record),
         record.calibration, _count_leakage(record),
     )  # fmt: skip
@@ -101,7 +101,7 @@ def _count_leakage(record: Record) -> Leakage | None:
 def decide_verdict(
     gain: BaselineGain | None,
     over_head: Gain | None,
-    reload_difference: float,
+    reload_difference: float | None,
     over_source: Gain | None = None,
     over_zero_shot: Gain | None = None,
     slices: SliceSection | None = None,
@@ -120,7 +120,7 @@ def decide_verdict(
         gain: the transfer gain, or None where no baseline ran.
         over_head: the own arm's gain over `head`, or None where it is head or head did not run.
         reload_difference: largest difference of logits after a reload in a fresh process,
-            relative to the largest logit where that is above 1.
+            relative to the largest logit where that is above 1; None where it was not measured.
         over_source: the own arm's gain over the same without adaptation, where it is adapted.
         over_zero_shot: the own arm's gain over `zero_shot`, where that ran beside it.
         slices: scores and gains of the recipe's slices, where it names some.
@@ -287,7 +287,9 @@ def _judge_calibration(calibration: CalibrationSection | None) -> Judgement:
     )
 
 
-def _judge_reload(difference: float) -> Judgement:
+def _judge_reload(difference: float | None) -> Judgement:
+    if difference is None:
+        return False, "no reload in a fresh process is recorded"
     proved = difference <= RELOAD_TOLERANCE
     text = f"largest logit difference {difference:.1e} in a fresh process"
     return proved, f"reload proved: {text}" if proved else f"the reload is not the same: {text}"
