@@ -327,6 +327,11 @@ def curve(
     say(text)
 
 
+def _load_for_analysis(recipe: Path, overrides: list[str] | None, name: str) -> Recipe:
+    """Return the recipe of a command that reads data.unlabeled, whatever else does."""
+    return Recipe.load(recipe, [*(overrides or []), f"measure.analyses=[{name}]"])
+
+
 @app.command()
 def distance(
     recipe: RecipePath,
@@ -338,7 +343,7 @@ def distance(
     rows: MostRows = 500,
 ) -> None:
     """Measure how far train, test, unlabelled, general and other data lie from each other."""
-    loaded = Recipe.load(recipe, overrides)
+    loaded = _load_for_analysis(recipe, overrides, "distance")
     folder = _name_run(loaded, output)
     with _working():
         from hftl.pipeline.analyses import run_distance
@@ -353,7 +358,7 @@ def shift(
     recipe: RecipePath, overrides: Overrides = None, output: Output = None, rows: MostRows = 1000
 ) -> None:
     """Say whether test and unlabelled rows have other classes, or other inputs, than train."""
-    loaded = Recipe.load(recipe, overrides)
+    loaded = _load_for_analysis(recipe, overrides, "shift")
     folder = _name_run(loaded, output)
     with _working():
         from hftl.pipeline.analyses import run_shift

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import BAD, FILLER, GOOD, sentences, write_csv
+from scipy.stats import chi2_contingency
 
 from hftl import Recipe
 from hftl.analysis.fingerprints import FINGERPRINT_CHECKS
@@ -18,7 +19,7 @@ from hftl.analysis.label_faults import (
     find_label_errors,
 )
 from hftl.analysis.label_maps import find_exchange, match_labels
-from hftl.analysis.row_faults import ROW_CHECKS
+from hftl.analysis.row_faults import ROW_CHECKS, compare_shares
 from hftl.analysis.source_faults import compare_readings, score_rows
 from hftl.analysis.tokenizer_faults import compare_embeddings, list_stems, shuffle_ids
 from hftl.config.data import Data, Table
@@ -102,6 +103,15 @@ def test_a_class_that_a_split_lacks_and_other_shares_are_found(tmp_path: Path) -
     assert [finding.kind for finding in findings] == ["missing class", "label shift"]
     assert "'negative'" in findings[0].what and "validation" in findings[0].what
     assert "100% for 50%" in findings[1].what or "0% for 50%" in findings[1].what
+
+
+def test_one_class_of_many_that_differs_much_is_seen_in_few_rows() -> None:
+    train, test = np.full(10, 40.0), np.array([20.0, *[5.0] * 9])
+    assert chi2_contingency(np.stack([train, test]), correction=False).pvalue > 0.001  # pyright: ignore
+    assert compare_shares(train, test, 1.0, 1.0) < 0.001
+    assert compare_shares(train, np.array([8.0, *[6.0] * 9]), 1.0, 1.0) > 0.5
+    # Rows of a group are alike: five of them count as one.
+    assert compare_shares(train, test, 1.0, 0.2) > 0.001
 
 
 def test_near_pictures_are_known_after_the_rows_were_stored(tmp_path: Path) -> None:
@@ -213,9 +223,11 @@ def clean(tiny_model: Callable[..., Path]) -> Any:
                 "source": {"model": str(tiny_model())},
                 "data": {"max_length": 16, **data},
                 "finetune": {"pooling": "mean"},
-                "measure": {"seeds": [0], "arms": []},
-                # Unlabelled rows are read by adaptation.
-                "adapt": {"objective": "mlm"} if "unlabeled" in data else None,
+                "measure": {
+                    "seeds": [0],
+                    "arms": [],
+                    "analyses": ["shift"] if "unlabeled" in data else [],
+                },
             }
         )
         facts = add_source_faults(recipe, open_recipe(recipe), CheckFacts(warnings=[]))

@@ -315,7 +315,7 @@ def format_shift(facts: ShiftAnalysis) -> str:
     header = ["", "rows", "differs by", "classes p", "AUC", "p", "p at equal classes", "MMD^2", "p"]
     rows = [
         [
-            one.name, str(one.rows), one.outcome, format_number(one.label_p_value, 4),
+            one.name, str(one.rows), one.outcome, _format_p(one.label_p_value),
             format_number(one.auc), format_number(one.auc_p_value),
             format_number(one.matched_p_value), format_estimate(one.mmd, 4),
             format_number(one.mmd_p_value),
@@ -336,6 +336,11 @@ def format_shift(facts: ShiftAnalysis) -> str:
     notes = [f"  {facts.train_rows:,} rows of train, on {facts.site} of {facts.source}"]
     notes += [note for one in facts.sets if (note := _advise_on_shift(one))]
     return "\n".join([*tables, *notes])
+
+
+def _format_p(value: float | None) -> str:
+    """Return a p-value that may be tiny: of classes in hundreds of rows it often is."""
+    return "<0.0001" if value is not None and value < 1e-4 else format_number(value, 4)
 
 
 def _advise_on_shift(one: SetShift) -> str | None:

@@ -16,6 +16,10 @@ class Search(Section):
     epochs_factor: float = Field(default=3, gt=0)
 
 
+UNLABELLED_ANALYSES = ("distance", "shift")
+"""Analyses that need no labels, and read rows besides the splits."""
+
+
 class Measure(Section):
     """Describe which arms are compared, over which seeds, by which metric."""
 

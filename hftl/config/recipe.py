@@ -149,7 +149,7 @@ class Recipe(Section):
             _refuse_secrets(sections)
             _refuse_nonfinite(sections)
             recipe = cls.model_validate(sections)
-            check_corpus_is_read(recipe.data, recipe.stages)
+            check_corpus_is_read(recipe.data, recipe.stages, recipe.measure.analyses)
             _ = recipe.arms
         except ValidationError as error:
             raise build_recipe_error(error, where, cls) from error

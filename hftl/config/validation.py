@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from hftl.config.adapt import Adapt
 from hftl.config.data import Data, Table
 from hftl.config.finetune import Finetune
+from hftl.config.measure import UNLABELLED_ANALYSES
 from hftl.config.publish import Publish
 from hftl.config.retain import Retain
 from hftl.config.section import Source
@@ -41,14 +42,19 @@ def check_sections(
     _check_benchmark(publish, data)
 
 
-def check_corpus_is_read(data: Data, stages: Sequence[Adapt]) -> None:
+def check_corpus_is_read(data: Data, stages: Sequence[Adapt], analyses: Sequence[str]) -> None:
     """Refuse unlabeled data that nothing reads; an arm without adaptation may leave them out.
 
     Raises:
         RecipeError: naming `data.unlabeled`.
     """
-    if data.unlabeled is not None and not stages:
-        raise RecipeError("data.unlabeled is read by adapt, which is null", "Remove one of them")
+    if data.unlabeled is not None and not stages and not {*analyses} & {*UNLABELLED_ANALYSES}:
+        raise RecipeError(
+            "data.unlabeled is read by adapt, which is null, and by "
+            f"{' and '.join(UNLABELLED_ANALYSES)}, which measure.analyses does not name",
+            f"Name one, such as measure.analyses: [{UNLABELLED_ANALYSES[-1]}], or remove "
+            "data.unlabeled",
+        )
 
 
 def check_slices(data: Data, columns: Sequence[str]) -> None:

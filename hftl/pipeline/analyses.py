@@ -31,6 +31,7 @@ from hftl.analysis.tables import (
     format_shift,
 )
 from hftl.card.analysis_plots import plot_curve, plot_distance, plot_probe, plot_rank, plot_shift
+from hftl.config.measure import UNLABELLED_ANALYSES
 from hftl.config.overrides import apply_overrides, read_yaml, set_key
 from hftl.config.recipe import Arm, Recipe
 from hftl.data.facts import RecordPart
@@ -221,14 +222,12 @@ MADE_WITH_RUN: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
     ),
 }
 """What computes an analysis of `measure.analyses`, and what draws it."""
-UNLABELLED = ("distance", "shift")
-"""Analyses that need no labels, and read rows besides the splits."""
 
 
 def make_analyses(run: Run, context: ExperimentContext) -> None:
     """Make the analyses that the recipe names and that are missing, and show them in the run."""
     for name in run.recipe.measure.analyses:
-        if name not in UNLABELLED:
+        if name not in UNLABELLED_ANALYSES:
             check_task(run.recipe)
         stage, reads = run.analysis_folder(name), build_analysis_key(run.recipe, context, name)
         compute, plot = MADE_WITH_RUN[name]
@@ -252,7 +251,7 @@ def build_analysis_key(
         "features": build_store_key(context),
         "rows": context.prepared.facts.fingerprint,
         "others": hash_data_files(recipe.data, context.prepared.modality, parts)
-        if name in UNLABELLED
+        if name in UNLABELLED_ANALYSES
         else None,
         "metric": recipe.measure.metric,
         "seeds": [*recipe.measure.seeds],
