@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from scipy.stats import chi2_contingency
+from scipy.stats import chi2_contingency, fisher_exact
 
 from hftl.config.data import Table
 from hftl.config.recipe import Recipe
@@ -135,7 +135,11 @@ def compute_worth(rows: list[Row]) -> float:
 def compare_shares(
     first: np.ndarray, second: np.ndarray, first_worth: float, second_worth: float
 ) -> float:
-    """Return the p-value of equal shares in two counts of classes, by a test of homogeneity.
+    """Return the p-value of equal shares in two counts of classes.
+
+    The lesser of two tests, twice it: a test of homogeneity, which sees many shares that differ a
+    little, and of each class against all others (Fisher's exact test, Bonferroni), which sees one
+    that differs much: of ten classes the first alone overlooks one with 31 % for 10 % in 65 rows.
 
     Args:
         first: (classes,) counts.
@@ -148,7 +152,19 @@ def compare_shares(
         return 1.0
     table = np.stack([first * first_worth, second * second_worth])[:, present]
     result: Any = chi2_contingency(table, correction=False)
-    return float(result.pvalue)
+    lesser = min(float(result.pvalue), table.shape[1] * _compare_single_classes(table))
+    return min(1.0, 2 * lesser)
+
+
+def _compare_single_classes(table: np.ndarray) -> float:
+    """Return the least p-value of a class against all others, in counts (2, classes)."""
+    counts = np.floor(table).astype(np.int64)
+    others = counts.sum(1, keepdims=True) - counts
+    tests: list[Any] = [
+        fisher_exact([[int(a), int(b)], [int(c), int(d)]])
+        for (a, c), (b, d) in zip(counts.T, others.T, strict=True)
+    ]
+    return min(float(test.pvalue) for test in tests)
 
 
 ROW_CHECKS: tuple[RowCheck, ...] = (
