@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hftl import console
+from hftl.analysis.source_faults import multiply_fast
 from hftl.config.recipe import Recipe
 from hftl.data import image_inputs
 from hftl.data import prepare as data_stage
@@ -216,9 +217,10 @@ def check_recipe(recipe: Recipe, baseline: bool = False) -> tuple[dict[str, str]
     warnings = [*facts.warnings, *warn_of_few_steps(recipe, context)]
     jobs = [(arm, seed) for arm in arms for seed in recipe.measure.seeds]
     facts = facts.model_copy(update={"warnings": warnings})
-    if baseline:
-        facts = facts.model_copy(update={"baseline": measure_baselines(recipe, context)})
-    advice = console.summarize_advice(build_advice(recipe, context, draws=1))
+    with multiply_fast(context):
+        if baseline:
+            facts = facts.model_copy(update={"baseline": measure_baselines(recipe, context)})
+        advice = console.summarize_advice(build_advice(recipe, context, draws=1))
     return build_header(recipe, context, jobs) | advice, facts
 
 
