@@ -109,6 +109,12 @@ def format_history(history: AdviceHistory) -> str:
     ):
         share = f" ({right / count:.0%})" if count else ""
         lines.append(f"  {right} of {count} {words}{share}")
+    count, right = history.otherwise
+    if count:
+        lines.append(
+            f"  {count} of the scores are of arms that trained at other rates or epochs than the "
+            f"forecast's: {right} of these within its interval"
+        )
     errors = ", ".join(f"{name} {error:+.3f}" for name, error in history.errors.items())
     return "\n".join([*lines, *([f"  measured minus forecast: {errors}"] if errors else [])])
 

@@ -84,7 +84,7 @@ def test_without_a_forecast_the_labels_decide_and_the_reason_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("classical", "words"),
-    [(0.6, "something to transfer"), (0.69, "within noise"), (0.8, "negative transfer is likely")],
+    [(0.6, "something to transfer"), (0.69, "within noise"), (0.8, "frozen, the source is worse")],
 )
 def test_the_probe_against_the_classical_model(classical: float, words: str) -> None:
     rule = make_section(classical=classical).rules[1]
@@ -153,7 +153,11 @@ def test_after_the_run_the_record_says_what_was_right() -> None:
     assert rows["lora"]["score"] == pytest.approx(0.7254) and rows["lora"]["covered"]
     assert rows["lora"]["gain"] == pytest.approx(0.105)
     assert rows["head"]["arm"] == "head" and rows["head"]["score"] == pytest.approx(0.7041)
+    rate, epochs = "finetune.training.learning_rate", "finetune.training.num_train_epochs"
+    assert rows["lora"]["trained_with"] == {rate: 0.0005, epochs: 5}
+    assert rows["head"]["trained_with"] == {}
     card = render(tree)
+    assert "for `learning_rate` 0.001 and `num_train_epochs` 10. It was trained with" in card
     assert "`lora` was forecast at accuracy 0.750 [" in card and "it has 0.725, inside" in card
     assert "The strategy advised was `lora`, the best of those that ran." in card
     assert Record.parse(tree).advice == AdviceSection.model_validate(tree["advice"])
@@ -177,6 +181,22 @@ def test_an_arm_with_retention_is_not_what_was_forecast() -> None:
     assert outcome.right is None
 
 
+def test_the_arm_that_trains_as_was_forecast_is_held_against_it() -> None:
+    tree, forecast = make_record(), make_section().forecast
+    assert forecast is not None
+    settings = forecast.strategies[0].settings
+    tree["recipe"]["measure"]["arms"] = [{"fast": {"finetune.strategy": "lora"} | settings}]
+    for arm in [arm for arm in tree["arms"] if arm["arm"] == "lora"]:
+        scores = {split: dict(values) for split, values in arm["metrics"].items()}
+        scores["test"]["accuracy"] += 0.01
+        tree["arms"].append(arm | {"arm": "fast", "metrics": scores})
+    tree = judge(tree, make_section())
+    row = next(r for r in tree["advice"]["outcome"]["strategies"] if r["strategy"] == "lora")
+    assert row["arm"] == "fast" and row["trained_with"] == {}
+    assert row["score"] == pytest.approx(0.7354)
+    assert "(90 % interval); the arm `fast`, which trains so, has 0.735, inside" in render(tree)
+
+
 def test_history_counts_runs_and_names_those_without(tmp_path: Path) -> None:
     good = judge(make_record(), make_section())
     model = make_model().model_copy(update={"over_head": {"lora": constant(-0.3)}})
@@ -195,6 +215,7 @@ def test_history_counts_runs_and_names_those_without(tmp_path: Path) -> None:
     assert "3 runs, 1 without an outcome of advice" in result.output
     assert "3 of 4 scores were within the forecast's 90 % interval (75%)" in result.output
     assert "1 of 2 times the advised strategy was within a point" in result.output
+    assert "2 of the scores are of arms that trained at other rates or epochs" in result.output
     missing = CliRunner().invoke(app, ["advise", "--history", str(tmp_path / "none")])
     assert "there is no run folder" in str(missing.exception)
 

@@ -107,7 +107,10 @@ def compare_with_classical(task: TaskFeatures) -> AdviceRule:
     if gap > noise:
         text = f"{numbers}: the source has something to transfer"
     elif gap < -noise:
-        text = f"{numbers}: negative transfer is likely, compare other sources by hftl rank"
+        text = (
+            f"{numbers}: frozen, the source is worse than no pretraining (negative transfer); "
+            "compare other sources by hftl rank"
+        )
     else:
         text = f"{numbers}: within noise, nothing says that the source has anything to transfer"
     return AdviceRule(name="probe", strategy=None, text=text, source="this recipe's training rows")

@@ -102,6 +102,10 @@ class StrategyOutcome(RecordPart):
     gain: float | None = None
     """Over the better of the classical model and scratch; null where either did not run."""
     gain_covered: bool | None = None
+    trained_with: dict[str, int | float | None] | None = None
+    """Recipe keys of the forecast's training that the arm set otherwise, with the arm's values:
+    the score is then of another training than the forecast. Empty where it is the same; null in
+    older records."""
 
 
 class AdviceOutcome(RecordPart):

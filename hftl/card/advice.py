@@ -1,5 +1,7 @@
 """Word the card's sentence on the advice: what was expected before training, and what came."""
 
+from collections.abc import Mapping
+
 from hftl.analysis.advice_facts import AdviceSection
 from hftl.measure.record import Record
 
@@ -9,23 +11,44 @@ def describe_advice(record: Record) -> str:
     section = record.advice
     if section is None:
         return ""
-    return f"{_describe_forecast(section, str(record.own_arm))}{_describe_choice(section)}"
+    own = record.recipe.finetune.strategy
+    return f"{_describe_forecast(section, own, str(record.own_arm))}{_describe_choice(section)}"
 
 
-def _describe_forecast(section: AdviceSection, own: str) -> str:
-    """Return the own arm's forecast with its outcome; nothing where either is missing."""
+def _describe_forecast(section: AdviceSection, strategy: str, own_arm: str) -> str:
+    """Return the forecast of the own strategy with its outcome; nothing where either is missing.
+
+    The outcome is of the arm that trains as was forecast, where one does.
+    """
     outcome = section.outcome
-    row = outcome and next((row for row in outcome.strategies if row.arm == own), None)
+    row = outcome and next((row for row in outcome.strategies if row.strategy == strategy), None)
     expected = section.forecast and row and section.forecast.get_score(row.strategy)
     if not row or not expected:
         return ""
     low, high = expected.score_pi90
     place = "inside" if row.covered else "outside"
-    return (
+    forecast = (
         f"From the frozen source and the training rows alone, `{row.strategy}` was forecast at "
-        f"accuracy {expected.score:.3f} [{low:.3f}, {high:.3f}] (90 % interval); it has "
-        f"{row.score:.3f}, {place}. "
+        f"accuracy {expected.score:.3f} [{low:.3f}, {high:.3f}] (90 % interval)"
     )
+    scored = "it has" if row.arm == own_arm else f"the arm `{row.arm}`, which trains so, has"
+    if not row.trained_with or not expected.settings:
+        return f"{forecast}; {scored} {row.score:.3f}, {place}. "
+    before = _format_settings({key: expected.settings[key] for key in row.trained_with})
+    after = _format_settings(row.trained_with)
+    return (
+        f"{forecast} for {before}. It was trained with {after}, so that the forecast is of another "
+        f"training; it has {row.score:.3f}, {place}. "
+    )
+
+
+def _format_settings(settings: Mapping[str, float | None]) -> str:
+    """Return such as `learning_rate 0.001 and num_train_epochs 10`."""
+    parts = [
+        f"`{key.rpartition('.')[2]}` {'unset' if value is None else format(value, 'g')}"
+        for key, value in settings.items()
+    ]
+    return " and ".join(parts)
 
 
 def _describe_choice(section: AdviceSection) -> str:

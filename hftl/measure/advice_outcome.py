@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -28,11 +29,11 @@ def judge_advice(
     known = {name: score for name, score in scores.items() if score is not None}
     if not known:
         return None
-    plain: dict[str, tuple[str, float]] = {}
-    for arm in arms:
+    plain: dict[str, tuple[Arm, float]] = {}
+    for arm in _put_forecast_first(arms, section.forecast):
         is_plain = not arm.stages and arm.retain is None and not arm.spec.is_baseline
         if is_plain and arm.name in known:
-            plain.setdefault(arm.strategy, (arm.name, known[arm.name]))
+            plain.setdefault(arm.strategy, (arm, known[arm.name]))
     over = [known[name] for name in BASELINES if name in known]
     baseline = max(over) if len(over) == len(BASELINES) else None
     forecast = section.forecast
@@ -46,6 +47,29 @@ def judge_advice(
     )
 
 
+def _put_forecast_first(arms: Sequence[Arm], forecast: Forecast | None) -> list[Arm]:
+    """Return the arms, those that train as their strategy was forecast before all others."""
+    return sorted(arms, key=lambda arm: bool(_list_differences(arm, forecast)))
+
+
+def _list_differences(arm: Arm, forecast: Forecast | None) -> dict[str, int | float | None] | None:
+    """Return the keys that an arm's training sets otherwise than the forecast's, with its values;
+    None where no forecast names its training."""
+    row = None if forecast is None else forecast.get_score(arm.strategy)
+    if row is None or row.settings is None:
+        return None
+    own = {key: _read_setting(arm, key) for key in row.settings}
+    return {key: value for key, value in own.items() if value != row.settings[key]}
+
+
+def _read_setting(arm: Arm, key: str) -> int | float | None:
+    """Return the value of a recipe key such as `finetune.training.learning_rate` in an arm."""
+    value: Any = {"finetune": arm.finetune.model_dump()}
+    for part in key.split("."):
+        value = None if value is None else value.get(part)
+    return value
+
+
 def _average(arm: str, entries: Sequence[ArmEntry]) -> float | None:
     """Return an arm's accuracy on test, the mean over seeds; None where one has none."""
     scores = [entry.metrics.test.get(SCORE) for entry in entries if entry.arm == arm]
@@ -54,7 +78,7 @@ def _average(arm: str, entries: Sequence[ArmEntry]) -> float | None:
 
 
 def _compare_scores(
-    forecast: Forecast, plain: dict[str, tuple[str, float]], baseline: float | None
+    forecast: Forecast, plain: dict[str, tuple[Arm, float]], baseline: float | None
 ) -> list[StrategyOutcome]:
     outcomes: list[StrategyOutcome] = []
     for row in forecast.strategies:
@@ -66,11 +90,12 @@ def _compare_scores(
         outcomes.append(
             StrategyOutcome(
                 strategy=row.strategy,
-                arm=arm,
+                arm=arm.name,
                 score=score,
                 covered=row.score_pi90[0] <= score <= row.score_pi90[1],
                 gain=gain,
                 gain_covered=None if gain is None else low <= gain <= high,
+                trained_with=_list_differences(arm, forecast),
             )
         )
     return outcomes
@@ -88,6 +113,8 @@ class AdviceHistory:
         advised: runs in which the advised strategy and another one ran, and of these those in
             which it was within a point of the best.
         errors: measured minus forecast score, by strategy, the mean.
+        otherwise: of the forecast scores, those of arms that trained at other rates or epochs than
+            the forecast's, and of these those within its interval.
     """
 
     runs: int
@@ -96,6 +123,7 @@ class AdviceHistory:
     gains: tuple[int, int]
     advised: tuple[int, int]
     errors: dict[str, float]
+    otherwise: tuple[int, int]
 
 
 def count_history(records: Sequence[Record]) -> AdviceHistory:
@@ -118,4 +146,8 @@ def count_history(records: Sequence[Record]) -> AdviceHistory:
         gains=(len(gains), sum(gains)),
         advised=(len(rights), sum(rights)),
         errors={name: float(np.mean(values)) for name, values in errors.items()},
+        otherwise=(
+            sum(bool(row.trained_with) for row in rows),
+            sum(bool(row.trained_with) and row.covered for row in rows),
+        ),
     )
