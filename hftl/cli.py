@@ -10,17 +10,17 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from hftl import __version__, cli_errors
+from hftl import __version__, cli_analyses, cli_errors
+from hftl.cli_options import Output, Overrides, RecipePath, Restart, RunFolder
+from hftl.cli_output import is_interactive, run_quietly, say, show_warning
 from hftl.config.recipe import Recipe
-from hftl.errors import DataWarning, HftlError, RecipeError
+from hftl.errors import HftlError
 from hftl.runtime import distributed
 from hftl.runtime.run_folder import to_json
 
@@ -31,15 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe file")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[key=value ...]", help="changes to the recipe, values are YAML"),
-]
-Output = Annotated[
-    Path | None, typer.Option(help="the run folder; default runs/<recipe's folder>-<stem>")
-]
-Restart = Annotated[bool, typer.Option("--restart", help="throw away what the run folder holds")]
+app.add_typer(cli_analyses.app)
 
 
 class SourceField(StrEnum):
@@ -67,18 +59,6 @@ class SchemaKind(StrEnum):
 
     RECIPE = "recipe"
     RECORD = "record"
-
-
-def _check_run_folder(run: Path) -> Path:
-    """Refuse a folder that is not there, before anything heavy is imported."""
-    if not run.is_dir():
-        raise RecipeError(f"there is no run folder {run}", "Give the folder that `hftl run` wrote")
-    return run
-
-
-RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN", help="a run folder", callback=_check_run_folder)
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -149,7 +129,7 @@ def check(
 ) -> None:
     """Look at recipe, data and source model, and find faults; trains nothing."""
     loaded = Recipe.load(recipe, overrides)
-    with _working():
+    with run_quietly():
         from hftl import console
         from hftl.pipeline.pipeline import check_recipe
 
@@ -190,7 +170,7 @@ def predict(
     ] = None,
 ) -> None:
     """Predict a table's rows, or one text: label, score, a column a class."""
-    with _working():
+    with run_quietly():
         from hftl.inference.predict_table import predict_table
 
         text = predict_table(
@@ -260,7 +240,7 @@ def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="mend what is safe to mend")] = False,
 ) -> None:
     """Examine any adapter, running none of it; exits 4 on defects."""
-    with _working(bars=False):
+    with run_quietly(bars=False):
         from hftl.doctor.report import run_doctor
 
         raise typer.Exit(run_doctor(adapter, base, fix, say))
@@ -274,208 +254,13 @@ def compare(
     base: Annotated[str | None, typer.Option(help="the adapters' base, if elsewhere")] = None,
 ) -> None:
     """Score several models on the same items, against the first."""
-    with _working():
+    with run_quietly():
         from hftl.inference.compare import compare_models
 
         table = compare_models(models, data, output, base)
     say(table)
     if output is not None:
         say(f"wrote {output}, plot {output.with_suffix('.png')}")
-
-
-MostRows = Annotated[int, typer.Option(min=20, help="training rows that are read, at most")]
-
-
-@app.command()
-def probe(
-    recipe: RecipePath, overrides: Overrides = None, output: Output = None, rows: MostRows = 2000
-) -> None:
-    """Probe every layer and pooling of the source, linearly and by neighbours."""
-    loaded = Recipe.load(recipe, overrides)
-    folder = _name_run(loaded, output)
-    with _working():
-        from hftl.pipeline.analyses import run_probe
-        from hftl.pipeline.pipeline import open_recipe
-
-        text = run_probe(loaded, open_recipe(loaded), folder, rows)
-    say(text)
-
-
-@app.command()
-def curve(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    output: Output = None,
-    sizes: Annotated[str, typer.Option(metavar="N,N,...", help="labels a class")] = "",
-    arms: Annotated[str, typer.Option(help="arms of the recipe, or these")] = "head,classical",
-    draws: Annotated[int, typer.Option(min=2, help="draws of labels")] = 5,
-    rows: MostRows = 2000,
-) -> None:
-    """Score against labels a class, with the baselines that few labels must beat."""
-    loaded = Recipe.load(recipe, overrides)
-    folder = _name_run(loaded, output)
-    if not all(size.strip().isdecimal() for size in filter(None, sizes.split(","))):
-        raise RecipeError(f"--sizes {sizes} is no list of numbers", "Give such as 5,10,20")
-    counts = tuple(int(size) for size in filter(None, sizes.split(",")))
-    names = tuple(dict.fromkeys(name.strip() for name in arms.split(",") if name.strip()))
-    with _working():
-        from hftl.pipeline.analyses import CurveOptions, run_curve
-        from hftl.pipeline.pipeline import open_recipe
-
-        options = CurveOptions(counts, draws, names or CurveOptions().arms, rows)
-        text = run_curve(loaded, open_recipe(loaded), folder, options)
-    say(text)
-
-
-def _load_for_analysis(recipe: Path, overrides: list[str] | None, name: str) -> Recipe:
-    """Return the recipe of a command that reads data.unlabeled, whatever else does."""
-    return Recipe.load(recipe, [*(overrides or []), f"measure.analyses=[{name}]"])
-
-
-@app.command()
-def distance(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    to: Annotated[
-        list[str] | None, typer.Option(help="another table, read as train's; may be repeated")
-    ] = None,
-    output: Output = None,
-    rows: MostRows = 500,
-) -> None:
-    """Measure how far train, test, unlabelled, general and other data lie from each other."""
-    loaded = _load_for_analysis(recipe, overrides, "distance")
-    folder = _name_run(loaded, output)
-    with _working():
-        from hftl.pipeline.analyses import run_distance
-        from hftl.pipeline.pipeline import open_recipe
-
-        text = run_distance(loaded, open_recipe(loaded), folder, to or [], rows)
-    say(text)
-
-
-@app.command()
-def shift(
-    recipe: RecipePath, overrides: Overrides = None, output: Output = None, rows: MostRows = 1000
-) -> None:
-    """Say whether test and unlabelled rows have other classes, or other inputs, than train."""
-    loaded = _load_for_analysis(recipe, overrides, "shift")
-    folder = _name_run(loaded, output)
-    with _working():
-        from hftl.pipeline.analyses import run_shift
-        from hftl.pipeline.pipeline import open_recipe
-
-        text = run_shift(loaded, open_recipe(loaded), folder, rows)
-    say(text)
-
-
-@app.command()
-def advise(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="a recipe file; with --history a run folder")
-    ],
-    rest: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[key=value ...]", help="changes to the recipe; or more runs"),
-    ] = None,
-    history: Annotated[
-        bool, typer.Option("--history", help="count how often the advice of runs was right")
-    ] = False,
-    output: Output = None,
-) -> None:
-    """Advise a strategy and forecast what each would score, from one pass of the source."""
-    if history:
-        runs = [_check_run_folder(Path(run)) for run in (recipe, *(rest or []))]
-        from hftl.pipeline.advise import summarize_history
-
-        say(summarize_history(runs))
-        return
-    loaded = Recipe.load(recipe, rest)
-    folder = output or loaded.default_output()
-    with _working():
-        from hftl.pipeline.advise import advise_recipe
-        from hftl.pipeline.pipeline import open_recipe
-
-        text = advise_recipe(loaded, open_recipe(loaded), folder)
-    say(text)
-
-
-@app.command()
-def rank(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    source: Annotated[
-        list[str] | None, typer.Option(help="another source model; may be repeated")
-    ] = None,
-    output: Output = None,
-    rows: MostRows = 1000,
-    write: Annotated[Path | None, typer.Option(help="write the winner as a recipe")] = None,
-) -> None:
-    """Rank source models for your data before any training, with rank intervals and cost."""
-    loaded = Recipe.load(recipe, overrides)
-    _refuse_existing(write)
-    folder = _name_run(loaded, output)
-    with _working():
-        from hftl.pipeline import analyses
-
-        facts, text = analyses.run_rank(loaded, folder, source or [], rows)
-    say(text)
-    if write is not None:
-        analyses.write_winner(recipe, overrides or [], facts, write)
-        say(f"wrote {write}")
-
-
-@app.command()
-def sweep(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    output: Output = None,
-    rates: Annotated[str, typer.Option(metavar="RATE,...", help="default: around yours")] = "",
-    decays: Annotated[str, typer.Option(metavar="DECAY,...", help="by block, below 1")] = "",
-    seeds: Annotated[int, typer.Option(min=2, help="fresh seeds that measure the gain")] = 3,
-    write: Annotated[Path | None, typer.Option(help="write the winner as a recipe")] = None,
-) -> None:
-    """Search learning rates by layer: which blocks want to move, and what that gains."""
-    loaded = Recipe.load(recipe, overrides)
-    _refuse_existing(write)
-    folder = _name_run(loaded, output)
-    learning_rates = _parse_numbers("--rates", rates, None)
-    factors = _parse_numbers("--decays", decays, 1.0)
-    with _working():
-        from hftl.pipeline import sweep as search
-        from hftl.pipeline.pipeline import open_recipe
-
-        options = search.SweepOptions(learning_rates, factors, seeds)
-        facts, text = search.run_sweep(loaded, open_recipe(loaded), folder, options)
-    say(text)
-    if write is not None:
-        search.write_rates(recipe, overrides or [], facts, write)
-        say(f"wrote {write}")
-
-
-def _parse_numbers(option: str, text: str, below: float | None) -> tuple[float, ...]:
-    """Return the numbers of an option, which are above 0.
-
-    Raises:
-        RecipeError: naming the option.
-    """
-    try:
-        numbers = tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        numbers = (0.0,)
-    if not all(0 < number < (below or float("inf")) for number in numbers):
-        limit = "" if below is None else f" and below {below:g}"
-        raise RecipeError(f"{option} {text}: expected numbers above 0{limit}", "Correct it")
-    return tuple(dict.fromkeys(numbers))
-
-
-def _refuse_existing(write: Path | None) -> None:
-    """Refuse to write a recipe over a file, before anything runs.
-
-    Raises:
-        RecipeError: naming it.
-    """
-    if write is not None and write.exists():
-        raise RecipeError(f"{write} exists", "Choose another name for --write")
 
 
 @app.command()
@@ -504,60 +289,6 @@ def schema(
     say(to_json(model.model_json_schema()).rstrip())
 
 
-@contextmanager
-def _working(bars: bool = True) -> Iterator[None]:
-    """Silence the libraries while a command works, and show progress on a terminal."""
-    from hftl.pipeline.pipeline import silence_libraries
-    from hftl.runtime.progress import show_progress
-
-    silence_libraries()
-    with show_progress(bars and _is_interactive()):
-        yield
-
-
-def _name_run(recipe: Recipe, output: Path | None) -> Path:
-    """Return the run folder of a command of one process, which an error is reported to as well.
-
-    Raises:
-        RecipeError: on many processes, each of which would lock the folder and do the same.
-    """
-    if distributed.get_world_size() > 1:
-        raise RecipeError(
-            f"{sys.argv[1]} runs in one process, and {distributed.get_world_size()} were launched",
-            f"Run `hftl {sys.argv[1]}` without a launcher",
-        )
-    folder = output or recipe.default_output()
-    cli_errors.CURRENT_COMMAND.run = folder
-    return folder
-
-
-def _is_interactive() -> bool:
-    """Return whether a user watches this process on a terminal."""
-    return sys.stderr.isatty() and distributed.is_main()
-
-
-def show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    """Show a warning about the user's data, not those of libraries for their programmers."""
-    if issubclass(category, DataWarning) and distributed.is_main():
-        line = f"  warning: {message}"
-        if "hftl.runtime.progress" in sys.modules:
-            from hftl.runtime.progress import print_line
-
-            if print_line(line):
-                return
-        typer.echo(line, err=True)
-
-
-def say(line: str) -> None:
-    """Print a line for the user, above the progress where some is drawn on the same terminal."""
-    if "hftl.runtime.progress" in sys.modules and sys.stdout.isatty():
-        from hftl.runtime.progress import print_line
-
-        if print_line(line):
-            return
-    typer.echo(line)
-
-
 def _run_until(
     recipe: Path, overrides: list[str] | None, output: Path | None, restart: bool, until: str
 ) -> None:
@@ -571,7 +302,7 @@ def _run_until(
 
     freeze_imports()
     pipeline.run(
-        loaded, folder, until=until, restart=restart, say=say, progress=_is_interactive(),
+        loaded, folder, until=until, restart=restart, say=say, progress=is_interactive(),
         report_hang=cli_errors.report_hang,
     )  # fmt: skip
 

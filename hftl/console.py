@@ -8,12 +8,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hftl.adapt.facts import AdaptStage, GuardFigures, LossChange
 from hftl.analysis.advice_facts import AdviceSection, Interval
 from hftl.card.wording import build_forgetting_rows, describe_headline
 from hftl.measure.advice_outcome import AdviceHistory
 from hftl.measure.facts import MIN_JUDGED_ROWS, SliceSection
 from hftl.measure.metrics import describe_metric
-from hftl.measure.record import AdaptStage, GuardFigures, LadderRow, LossChange, Record
+from hftl.measure.record import LadderRow, Record
 from hftl.measure.verdict import Estimate, format_gain, format_slice_gain, is_better, is_worse
 from hftl.train.facts import ArmFile, BaselineCheck, CheckFacts, LearningRate
 

@@ -25,12 +25,13 @@ from transformers import (
 
 import hftl
 from hftl.adapt import adaptation
+from hftl.adapt.facts import AdaptStage
 from hftl.card.wording import format_adaptation_sentence
 from hftl.config.recipe import Recipe
 from hftl.config.section import Source
 from hftl.errors import RunFolderError
 from hftl.measure.gain import describe_adaptation_outcome
-from hftl.measure.record import AdaptSection, AdaptStage, Gain, LadderRow, Record
+from hftl.measure.record import AdaptSection, Gain, LadderRow, Record
 from hftl.measure.verdict import decide_verdict
 from hftl.models.source import find_source, hash_source_weights
 from hftl.pipeline.adaptation import warn_of_few_steps
@@ -311,14 +312,14 @@ def test_adapt_stops_after_its_phase_and_takes_no_other_corpus(
 
 
 def test_check_warns_of_few_steps(tiny_model: Tiny, table: Path) -> None:
-    def warn(**settings: Any) -> list[str]:
-        tree = build_tree(tiny_model(), table, ADAPT | {"training": TINY | settings})
-        _, report = check_recipe(parse(tree))
-        return [line for line in report["warnings"] if "optimizer steps" in line]
+    def build(**settings: Any) -> Recipe:
+        return parse(build_tree(tiny_model(), table, ADAPT | {"training": TINY | settings}))
 
-    (line,) = warn(num_train_epochs=3)
+    _, report = check_recipe(build(num_train_epochs=3))
+    (line,) = [line for line in report["warnings"] if "optimizer steps" in line]
     assert "adapt: mlm full has about 6 optimizer steps, too few" in line
-    assert not warn(num_train_epochs=10)
+    longer = build(num_train_epochs=10)
+    assert not warn_of_few_steps(longer, bench_of(longer))
     tree = build_tree(tiny_model(), table, ADAPT | {"training": TINY | {"max_steps": 2}})
     tree["data"]["unlabeled"] = {"path": "a.txt", "text": "text"}
     (line,) = warn_of_few_steps(parse(tree), bench_of(parse(tree)))

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from hftl.adapt.facts import AdaptStage
 from hftl.adapt.guard import AdaptationFacts, summarize_adaptation
 from hftl.measure.gain import describe_adaptation_outcome
-from hftl.measure.record import AdaptStage, Gain
+from hftl.measure.record import Gain
 
 CORPUS = {"from": "train", "documents": 9, "leaked": 0, "transductive": False, "fingerprint": "0"}
 GAIN = {"metric": "accuracy", "value": 0.1, "seeds": 2, "p_value": None,

@@ -45,8 +45,8 @@ from hftl.models.encoders import (
     list_block_paths,
 )
 from hftl.models.features import predict_logits
-from hftl.models.heads import get_last_linear, get_model_spec
 from hftl.models.lora import list_adapted_layers
+from hftl.models.model_parts import get_last_linear, get_model_spec
 from hftl.models.pooling import pool_before_head
 from hftl.publish.export import export_model, rebuild_model
 from hftl.train.checkpoint import BestWeightsCallback, list_training_modes

@@ -24,12 +24,11 @@ from hftl.pipeline.cache_keys import (
     build_data_key,
     build_general_key,
     build_original_key,
-    describe_changes,
     flatten_recipe,
     get_arm_rules,
-    refuse_changed,
     select_recipe_values,
 )
+from hftl.pipeline.changed_inputs import describe_changes, refuse_changed
 from hftl.runtime import run_folder
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
@@ -318,7 +317,7 @@ def test_arms_that_another_version_trained_are_never_averaged_with_new_ones(
     recipe_tree["measure"] |= {"arms": [], "seeds": [0]}
     pipeline.run(Recipe.parse(recipe_tree), tmp_path / "run", until="finetune")
     pipeline.run(Recipe.parse(recipe_tree), tmp_path / "run", until="finetune")
-    monkeypatch.setattr("hftl.pipeline.cache_keys.SEMANTICS", SEMANTICS + 1)
+    monkeypatch.setattr("hftl.pipeline.changed_inputs.SEMANTICS", SEMANTICS + 1)
     recipe_tree["measure"]["seeds"] = [0, 1]
     with pytest.raises(RunFolderError, match="an older hftl, which trained otherwise.*restart"):
         pipeline.run(Recipe.parse(recipe_tree), tmp_path / "run", until="finetune")

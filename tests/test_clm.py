@@ -26,7 +26,7 @@ from hftl.data.next_tokens import NextTokenBlocks
 from hftl.errors import RecipeError
 from hftl.finetune.pretraining_heads import check_pretraining_head
 from hftl.finetune.trainable import prepare
-from hftl.models.heads import get_encoder, get_model_spec
+from hftl.models.model_parts import get_encoder, get_model_spec
 from hftl.models.source import find_source, load_tokenizer
 from hftl.retain.pretraining_kl import NextTokenKL
 

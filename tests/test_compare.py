@@ -24,10 +24,10 @@ from hftl.data import prepare
 from hftl.errors import DataError, RecipeError
 from hftl.inference.compare import compare_models, count_saved_parameters
 from hftl.inference.predict import iterate_predictors
-from hftl.measure.gain import compare_pair, score_with_interval
 from hftl.measure.metrics import METRICS
-from hftl.measure.statistics import item_interval
-from hftl.runtime import run_folder
+from hftl.measure.scores import compare_pair, score_with_interval
+from hftl.measure.statistics import estimate_item_error
+from hftl.runtime import finished_files
 from hftl.runtime.run_folder import to_json
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
@@ -176,7 +176,7 @@ def as_run(folder: Path, model: Path, task: str, data: dict[str, Any], pooling: 
     whole |= {"data": whole["data"] | facts, "recipe": recipe.to_dict()}
     (folder / "record.json").write_text(to_json(whole))
     (folder / "publish" / "hftl.json").write_text(to_json(record))
-    run_folder.write_finished_files(folder)
+    finished_files.write_finished_files(folder)
     return folder
 
 
@@ -288,20 +288,22 @@ def test_exit_codes(
 # --- figures -----------------------------------------------------------------------------------
 
 
-def test_item_interval_is_students_t() -> None:
+def test_error_over_items_is_students_t() -> None:
     draw = np.random.default_rng(0)
     for size in (2, 3, 50):
         values = draw.normal(3, 2, size)
         expected = scipy.stats.t.interval(
             0.9, size - 1, values.mean(), values.std(ddof=1) / size**0.5
         )
-        assert item_interval(values, 0.9) == pytest.approx(expected)
-    assert item_interval(np.array([1.0])) is None
+        error = estimate_item_error(values)
+        assert error is not None
+        assert error.interval(values.mean(), 0.9) == pytest.approx(expected)
+    assert estimate_item_error(np.array([1.0])) is None
     for wrong in (np.zeros((2, 2)), np.array([1.0, np.nan])):
         with pytest.raises(ValueError):
-            item_interval(wrong)
+            estimate_item_error(wrong)
     with pytest.raises(ValueError):
-        item_interval(np.zeros(3), 1)
+        error.interval(0.0, 1)
 
 
 def test_equal_predictions_keep_an_interval() -> None:

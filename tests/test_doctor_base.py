@@ -16,7 +16,7 @@ from hftl.config.section import Source
 from hftl.doctor.checks import examine_adapter
 from hftl.errors import RecipeError
 from hftl.models.source import find_source, hash_source_weights
-from hftl.runtime import run_folder
+from hftl.runtime import finished_files
 
 pytestmark = pytest.mark.usefixtures("loads_in_this_process")
 
@@ -110,7 +110,7 @@ def test_edited_record_of_a_run_is_a_defect(
     (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
     (tmp_path / "record.json").write_text('{"verdict": "hold"}', encoding="utf-8")
     shutil.copytree(adapters["bert"], tmp_path / "publish")
-    run_folder.write_finished_files(tmp_path)
+    finished_files.write_finished_files(tmp_path)
     assert not examine_adapter(tmp_path).defects
     (tmp_path / "record.json").write_text('{"verdict": "publish"}', encoding="utf-8")
     (examination,) = examine_adapter(tmp_path).defects

@@ -13,7 +13,7 @@ from hftl.doctor import load_check
 from hftl.doctor.checks import examine_adapter
 from hftl.doctor.report import format_report
 from hftl.errors import RecipeError
-from hftl.models.source import find_config_fault
+from hftl.models.config_limits import find_config_fault
 
 BERT_AS_VIT = {
     "base_model_class": "ViTForImageClassification",

@@ -30,7 +30,8 @@ from hftl.measure.forgetting import (
     forgetting_reduction,
     measure_forgetting,
 )
-from hftl.measure.record import Forgotten, Headline, Record
+from hftl.measure.forgetting_facts import Forgotten, Headline
+from hftl.measure.record import Record
 from hftl.pipeline import forgetting
 from hftl.pipeline.run import Run
 from hftl.runtime.run_folder import to_json

@@ -15,7 +15,7 @@ from support.local_hub import LocalHub
 from support.publishing import ME, Pusher, assert_fails, copy_run, hash_files
 
 from hftl.measure.record import Record
-from hftl.runtime import run_folder
+from hftl.runtime import finished_files, run_folder
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
 
@@ -66,7 +66,7 @@ def later(pushed: tuple[Path, list[str]], hub: LocalHub, tmp_path: Path) -> Path
     record = Record.read(tmp_path / "later").to_dict()
     record["ladder"][0]["test"] = 0.123
     text = run_folder.to_json(record)
-    run_folder.rewrite_finished_files(tmp_path / "later", {"record.json": text})
+    finished_files.rewrite_finished_files(tmp_path / "later", {"record.json": text})
     return tmp_path / "later"
 
 

@@ -18,14 +18,16 @@ from hftl.data.image_inputs import (
     CROP_AREA,
     MAX_ASPECT_RATIO,
     augment_image,
-    build_normalizer,
     compute_pixel_features,
     fingerprint_image_cache,
-    get_image_size,
     random_crop_and_flip,
+    write_image_cache,
+)
+from hftl.data.image_processing import (
+    build_normalizer,
+    get_image_size,
     resize_and_crop,
     resize_processor,
-    write_image_cache,
 )
 from hftl.errors import DataError, RecipeError
 

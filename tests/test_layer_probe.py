@@ -16,7 +16,6 @@ from hftl.analysis.drift import compute_cka
 from hftl.analysis.estimates import (
     compute_item_values,
     compute_simultaneous_intervals,
-    estimate_gap,
     estimate_score,
 )
 from hftl.analysis.facts import ProbeAnalysis
@@ -24,9 +23,10 @@ from hftl.analysis.feature_store import FeatureStore
 from hftl.analysis.layer_probe import probe_layers
 from hftl.config.recipe import Recipe
 from hftl.measure.metrics import METRICS
+from hftl.measure.statistics import assign_blocks, mean_interval
 from hftl.models.layer_features import LayerSite
 
-pytestmark = pytest.mark.usefixtures("fast_reload")
+pytestmark = pytest.mark.usefixtures("fast_reload", "fewer_folds")
 
 __all__ = ["forwards", "hftl"]
 ACCURACY = METRICS["classification"]["accuracy"]
@@ -83,7 +83,8 @@ def simulate_estimates(trials: int) -> tuple[float, float]:
         low, high = estimate_score(ACCURACY, labels, first, units).ci95
         held += low <= truth[0] <= high
         values = [compute_item_values(ACCURACY, labels, side, units) for side in (first, second)]
-        low, high = estimate_gap(values[0] - values[1], units)
+        sizes = np.bincount(assign_blocks(units))
+        low, high = mean_interval(values[0] - values[1], sizes=sizes) or (1, -1)
         gaps += low <= truth[0] - truth[1] <= high
     return held / trials, gaps / trials
 
@@ -111,7 +112,7 @@ def choose_best(trials: int, sites: int = 9, seeds: int = 3) -> tuple[float, flo
         best = int(points.argmax())
         low, high = compute_simultaneous_intervals(values, points)[best]
         simultaneous += low <= 0 <= high
-        low, high = estimate_gap(values[best], np.arange(100)) or (1, -1)
+        low, high = mean_interval(values[best]) or (1, -1)
         plain += low <= 0 <= high
     return simultaneous / trials, plain / trials
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import hftl
-from hftl import cli
+from hftl import cli_output
 from hftl.config.data import Data
 from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
@@ -154,7 +154,7 @@ def test_images_without_labels_are_checked_too(folder: Path) -> None:
 def test_a_command_shows_warnings_of_the_data_alone(capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = cli.show_warning
+        warnings.showwarning = cli_output.show_warning
         warnings.warn("of a library", UserWarning, stacklevel=1)
         warnings.warn("of the data", DataWarning, stacklevel=1)
     out, err = capsys.readouterr()

@@ -17,7 +17,8 @@ from hftl.adapt.encoder_io import merge_encoder_state, set_trainable
 from hftl.adapt.mae import MaskedAutoencoder, compute_teacher_features, load_mae
 from hftl.config.data import Data
 from hftl.config.section import Source
-from hftl.data.image_inputs import ImageInputs, augment_image, resize_processor
+from hftl.data.image_inputs import ImageInputs, augment_image
+from hftl.data.image_processing import resize_processor
 from hftl.data.masking import (
     UNIFORM_DEVIATION,
     MaskedImageDataset,

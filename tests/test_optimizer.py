@@ -235,7 +235,9 @@ def test_preflight_returns_and_prints_the_rates(
         {"same": {"finetune.layer_decay": None}},
         {"fixed": {"finetune.lr": {"blocks": [0.0, 0.1]}}},
     ]  # fmt: skip
-    _, facts = check_recipe(Recipe.parse(recipe_tree))
+    recipe = Recipe.parse(recipe_tree)
+    context = bench_of(recipe)
+    facts = context.run_preflight(recipe, recipe.arms)
     rates = {arm: [row["rate"] for row in rows] for arm, rows in facts["learning_rates"].items()}
     assert rates == {
         "full": pytest.approx([5e-3 * 0.5**k for k in (4, 3, 2, 1, 0)]),
@@ -248,8 +250,8 @@ def test_preflight_returns_and_prints_the_rates(
     printed = capsys.readouterr().out
     assert "full trains" in printed and "block 3" in printed and "2.50e-03" in printed
     del recipe_tree["finetune"]["layer_decay"]
-    _, facts = check_recipe(Recipe.parse(recipe_tree))
-    assert "learning_rates" not in facts
+    recipe = Recipe.parse(recipe_tree)
+    assert "learning_rates" not in context.run_preflight(recipe, recipe.arms)
 
 
 def test_rates_that_make_no_sense_are_refused(recipe_tree: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ import hftl
 from hftl.config.recipe import Recipe
 from hftl.errors import HoldError, HubError
 from hftl.measure.record import Verdict
-from hftl.pipeline.cache_keys import refuse_changed
+from hftl.pipeline.changed_inputs import refuse_changed
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
 

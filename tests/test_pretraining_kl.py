@@ -29,7 +29,8 @@ from hftl.data.masking import build_masking_spec
 from hftl.errors import RecipeError
 from hftl.finetune.pretraining_heads import check_pretraining_head
 from hftl.finetune.trainable import prepare
-from hftl.models.heads import build_model, get_encoder, get_model_spec
+from hftl.models.heads import build_model
+from hftl.models.model_parts import get_encoder, get_model_spec
 from hftl.models.pairs import embed_texts, get_scale_and_bias
 from hftl.models.source import find_source, load_tokenizer
 from hftl.retain.original import eval_mode

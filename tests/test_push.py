@@ -13,7 +13,7 @@ from support.local_hub import LocalHub
 from support.publishing import BASE, ME, Pusher, assert_fails, copy_run, hash_files
 
 from hftl.doctor.checks import examine_adapter
-from hftl.runtime import run_folder
+from hftl.runtime import finished_files, run_folder
 from hftl.runtime.run_folder import to_json
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
@@ -38,7 +38,7 @@ def read_front(run: Path) -> dict[str, Any]:
 
 
 def rewrite_record(run: Path, record: dict[str, Any]) -> None:
-    run_folder.rewrite_finished_files(run, {"record.json": to_json(record)})
+    finished_files.rewrite_finished_files(run, {"record.json": to_json(record)})
 
 
 def scaled(weights: Path, by: float) -> bytes:
@@ -203,7 +203,7 @@ def test_dry_run_lists_all_that_is_in_the_way_and_exits_as_the_push_would(
         record = read(run, name)
         record["verdict"] = {"decision": "hold", "reasons": ["because"]}
         record["source"]["published_as"] = None
-        run_folder.rewrite_finished_files(run, {name: to_json(record)})
+        finished_files.rewrite_finished_files(run, {name: to_json(record)})
     words = ("publish", run, "--repo-id", "other/model", "--public")
     code, out, err = push(*words, "--dry-run")
     assert code == 9 == push(*words)[0] and "the verdict is hold: because" in err
@@ -310,7 +310,7 @@ def test_weights_without_a_reload_check_are_not_pushed(
 ) -> None:
     weights = run / "publish" / "adapter_model.safetensors"
     weights.write_bytes(scaled(weights, 1.5))
-    run_folder.write_finished_files(run)
+    finished_files.write_finished_files(run)
     assert_fails(push("publish", run, "--repo-id", ME), 4, "adapter_model.safetensors", "proved")
     assert hub.log == []
 
@@ -330,9 +330,9 @@ def test_run_that_was_killed_while_it_wrote_can_be_pushed(
 
     changed = {f"publish/{name}": (run / "publish" / name).read_text() + " "
                for name in ("README.md", "hftl.json")}  # fmt: skip
-    monkeypatch.setattr(run_folder, "write_text", write)
+    monkeypatch.setattr(finished_files, "write_text", write)
     with pytest.raises(Killed):
-        run_folder.rewrite_finished_files(run, changed)
+        finished_files.rewrite_finished_files(run, changed)
     monkeypatch.undo()
     assert (run / "publish" / "README.md").read_text() == changed["publish/README.md"]
     assert push("publish", run, "--repo-id", ME)[0] == 0

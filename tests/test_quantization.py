@@ -26,7 +26,8 @@ from hftl.inference import load
 from hftl.models import heads, quantization
 from hftl.models.source import find_source, hash_source_config
 from hftl.pipeline import pipeline
-from hftl.pipeline.cache_keys import build_arm_inputs, is_stage_finished
+from hftl.pipeline.cache_keys import build_arm_inputs
+from hftl.pipeline.changed_inputs import is_stage_finished
 from hftl.publish import reload_check
 from hftl.runtime import run_folder
 

@@ -188,6 +188,13 @@ def test_files_and_links_exist_and_the_readme_is_short() -> None:
     assert len(README.splitlines()) < 300
 
 
+def test_every_command_is_named() -> None:
+    pages = README + (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    commands = typer.main.get_group(app).commands
+    assert len(commands) == 21
+    assert not [name for name in commands if not re.search(rf"hftl {name}\b", pages)]
+
+
 def test_the_list_of_sources_is_that_of_the_specs() -> None:
     page = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     block = re.search(r"<!-- sources -->\n(.*?)<!-- end -->", page, re.DOTALL)

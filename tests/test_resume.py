@@ -33,7 +33,7 @@ from hftl.finetune.arm import train_arm
 from hftl.finetune.arm_files import ArmOutput
 from hftl.finetune.baselines import train_scratch
 from hftl.finetune.context import ExperimentContext, InputSpec
-from hftl.pipeline.cache_keys import check_unfinished
+from hftl.pipeline.changed_inputs import check_unfinished
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.regularizer import Retention
 from hftl.retain.weights import L2SP

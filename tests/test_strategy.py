@@ -20,8 +20,9 @@ from hftl.models.encoders import (
     list_block_paths,
     list_weight_layers,
 )
-from hftl.models.heads import LoadedModel, build_model, list_unused_parts
+from hftl.models.heads import LoadedModel, build_model
 from hftl.models.lora import list_adapted_layers
+from hftl.models.model_parts import list_unused_parts
 from hftl.models.pooled_model import PooledModel
 from hftl.models.source import find_source
 from hftl.train.checkpoint import list_training_modes

@@ -13,7 +13,6 @@ from conftest import bench_of, sentences, write_csv
 from test_cli_errors import Hftl, hftl
 
 from hftl.analysis import sweep as sweep_module
-from hftl.analysis.facts import PartEffect, RateSetting, SweepAnalysis
 from hftl.analysis.layer_rates import (
     apply_setting,
     change_parts,
@@ -23,6 +22,7 @@ from hftl.analysis.layer_rates import (
     select_factors,
 )
 from hftl.analysis.sweep import CHOOSING, HELD, SweepOptions, halve_validation, sweep_rates
+from hftl.analysis.sweep_facts import PartEffect, RateSetting, SweepAnalysis
 from hftl.card.analysis_plots import plot_sweep
 from hftl.config.finetune import Finetune
 from hftl.config.recipe import Recipe
@@ -30,7 +30,7 @@ from hftl.errors import DataError, NumericError
 from hftl.pipeline import sweep as pipeline_sweep
 from hftl.train.optimizer import LayerLearningRates
 
-pytestmark = pytest.mark.usefixtures("fast_reload")
+pytestmark = pytest.mark.usefixtures("fast_reload", "fewer_folds")
 
 __all__ = ["hftl"]
 

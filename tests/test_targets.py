@@ -26,7 +26,7 @@ from hftl.finetune.context import ExperimentContext
 from hftl.finetune.solved_arms import solve_head
 from hftl.finetune.trainable import prepare
 from hftl.measure.metrics import compute_all_metrics
-from hftl.models.heads import get_last_linear_copies
+from hftl.models.model_parts import get_last_linear_copies
 from hftl.pipeline import pipeline
 from hftl.pipeline.retention import build_retention
 from hftl.retain.kl import KLToOriginal

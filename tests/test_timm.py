@@ -15,11 +15,11 @@ from test_vision import copy_state, open_arm, publish, train_steps
 import hftl
 from hftl.adapt.mae import check_mae_architecture
 from hftl.config.section import Source
-from hftl.data.image_inputs import build_normalizer, resize_and_crop
+from hftl.data.image_processing import build_normalizer, resize_and_crop
 from hftl.errors import RecipeError
 from hftl.models.encoders import get_blocks, get_stock_encoder, list_block_paths
-from hftl.models.heads import get_last_linear
 from hftl.models.lora import list_adapted_layers
+from hftl.models.model_parts import get_last_linear
 from hftl.models.source import find_source, load_image_processor
 from hftl.publish.published_metadata import ModelConfig
 

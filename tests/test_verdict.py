@@ -10,7 +10,8 @@ from support.records import make_record
 from typer.testing import CliRunner
 
 from hftl.measure.facts import CalibrationSection
-from hftl.measure.record import BaselineGain, Forgotten, Gain, Record
+from hftl.measure.forgetting_facts import Forgotten
+from hftl.measure.record import BaselineGain, Gain, Record
 from hftl.measure.verdict import (
     RELOAD_TOLERANCE,
     Estimate,

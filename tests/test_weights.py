@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from hftl.adapt.encoder_io import merge_encoder_state
 from hftl.errors import RecipeError
 from hftl.finetune.trainable import prepare
-from hftl.models.heads import get_encoder, get_model_spec
+from hftl.models.model_parts import get_encoder, get_model_spec
 from hftl.retain.fisher import EWC
 from hftl.retain.weights import (
     L2SP,

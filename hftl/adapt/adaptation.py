@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
+from hftl.adapt.facts import AdaptEvaluation
 from hftl.adapt.guard import (
     AdaptationResult,
     GuardedCheckpoint,
@@ -18,7 +19,6 @@ from hftl.adapt.guard import (
 )
 from hftl.config.adapt import Adapt
 from hftl.errors import RecipeError
-from hftl.measure.record import AdaptEvaluation
 from hftl.runtime import distributed
 from hftl.runtime.hardware import get_dtype_name, is_sharded
 from hftl.train.arguments import EVAL_BATCH_SIZE, build_training_arguments

@@ -22,8 +22,9 @@ from hftl.models.encoders import (
     get_submodule,
     has_prefix,
 )
-from hftl.models.heads import LoadedModel, load_class, unwrap_adapter
+from hftl.models.heads import LoadedModel, load_class
 from hftl.models.lora import wrap_with_lora
+from hftl.models.model_parts import unwrap_adapter
 from hftl.models.source import SourceModel
 
 ADAPT_METHODS = ("head", "full", "lora", "lora+blocks")

@@ -12,18 +12,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from hftl.adapt.facts import AdaptEvaluation, AdaptStage, CorpusFacts, GuardFigures, LossChange
+from hftl.data.facts import OpenPart
 from hftl.errors import NumericError
-from hftl.measure.record import (
-    AdaptEvaluation,
-    AdaptStage,
-    CorpusFacts,
-    GuardFigures,
-    LossChange,
-    Number,
-    OpenPart,
-)
 from hftl.runtime.distributed import broadcast_from_main
 from hftl.train.checkpoint import CallbackState, StatefulCallback, iterate_trainable
+from hftl.train.facts import Number
 
 MAX_EXPONENT = 700.0
 """Above this loss exp leaves the range of floats."""

@@ -17,10 +17,8 @@ from hftl.adapt.encoder_io import MaskedOutput, check_encoder_complete, load_hea
 from hftl.errors import RecipeError
 from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.encoders import get_blocks
-from hftl.models.heads import (
-    load_class,
-    unwrap_adapter,
-)
+from hftl.models.heads import load_class
+from hftl.models.model_parts import unwrap_adapter
 from hftl.models.source import SourceModel
 
 POSITION_MULTIPLE = 32

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from hftl.analysis.facts import Estimate, Interval
-from hftl.measure.gain import score_with_interval
 from hftl.measure.metrics import Metric
+from hftl.measure.scores import score_with_interval
 from hftl.measure.statistics import assign_blocks, effective_count, jackknife, mean_interval
 
 DRAWS, SIMULTANEOUS_DRAWS = 1000, 4000
@@ -47,13 +47,6 @@ def estimate_score(
         return Estimate(value=value, ci95=None)
     interval = mean_interval(values, sizes=np.bincount(assign_blocks(units)))
     return Estimate(value=value, ci95=clip_interval(interval, metric))
-
-
-def estimate_gap(values: np.ndarray, units: np.ndarray) -> Interval | None:
-    """Return the interval of a mean difference from its values, (seeds, blocks)."""
-    if len(values) == 1:
-        values = np.repeat(values, 2, axis=0)
-    return mean_interval(values, sizes=np.bincount(assign_blocks(units)))
 
 
 def clip_interval(interval: Interval | None, metric: Metric) -> Interval | None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hftl.analysis.facts import PartEffect, RateSetting
+from hftl.analysis.sweep_facts import PartEffect, RateSetting
 from hftl.config.finetune import Finetune, Rates
 from hftl.train.optimizer import LayerLearningRates, build_layer_rates
 

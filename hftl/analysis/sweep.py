@@ -17,16 +17,7 @@ from hftl.analysis.estimates import (
     compute_simultaneous_intervals,
     estimate_score,
 )
-from hftl.analysis.facts import (
-    Estimate,
-    HeldComparison,
-    Interval,
-    PartEffect,
-    RateSetting,
-    Rung,
-    SweepAnalysis,
-    SweepTrial,
-)
+from hftl.analysis.facts import Estimate, Interval
 from hftl.analysis.feature_store import describe_provenance
 from hftl.analysis.layer_rates import (
     PART_FACTORS,
@@ -35,6 +26,14 @@ from hftl.analysis.layer_rates import (
     group_parts,
     list_settings,
     select_factors,
+)
+from hftl.analysis.sweep_facts import (
+    HeldComparison,
+    PartEffect,
+    RateSetting,
+    Rung,
+    SweepAnalysis,
+    SweepTrial,
 )
 from hftl.config.recipe import Recipe
 from hftl.data.splits import take_stratified

@@ -7,15 +7,13 @@ from hftl.analysis.facts import (
     Estimate,
     Interval,
     LabelCount,
-    PartEffect,
     ProbeAnalysis,
     RankAnalysis,
     SetShift,
     ShiftAnalysis,
-    SweepAnalysis,
-    SweepTrial,
     TrainedLayers,
 )
+from hftl.analysis.sweep_facts import PartEffect, SweepAnalysis, SweepTrial
 from hftl.console import format_duration, render_table
 
 SCORES = ("logme", "h_score", "leep", "nleep", "nce", "transrate", "gbc", "knn")

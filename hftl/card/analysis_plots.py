@@ -12,8 +12,8 @@ from hftl.analysis.facts import (
     ProbeAnalysis,
     RankAnalysis,
     ShiftAnalysis,
-    SweepAnalysis,
 )
+from hftl.analysis.sweep_facts import SweepAnalysis
 from hftl.card.plots import MEAN, OTHER, OTHER_MARKERS, OWN, escape_math, new_figure, save_figure
 
 MOST_CLASSES = 12

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from hftl.card.wording import describe_headline, to_one_line
-from hftl.measure.gain import ComparedModel
 from hftl.measure.metrics import MetricSpec, describe_metric
 from hftl.measure.record import LadderRow, Record
+from hftl.measure.scores import ComparedModel
 from hftl.measure.verdict import format_gain
 from hftl.runtime.run_folder import write_bytes
 

@@ -7,19 +7,17 @@ from typing import Any
 
 import yaml
 
+from hftl.adapt.facts import AdaptStage, LossChange
 from hftl.card.validation import is_hub_id
 from hftl.finetune.strategies import STRATEGIES
-from hftl.measure.record import (
-    AdaptStage,
+from hftl.measure.forgetting_facts import (
     Figure,
     ForgettingArm,
     ForgettingSection,
     Headline,
-    Interval,
-    LossChange,
-    Record,
     Reduction,
 )
+from hftl.measure.record import Interval, Record
 from hftl.measure.verdict import Estimate, format_gain
 
 MAX_NAME_CHARACTERS = 80

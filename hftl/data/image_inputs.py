@@ -21,11 +21,12 @@ from torch.nn import functional
 
 from hftl.config.data import Data
 from hftl.data import images
+from hftl.data.image_processing import build_normalizer, get_image_size, resize_and_crop
 from hftl.data.images import hash_pixels
 from hftl.data.rows import Row
 from hftl.data.tables import get_table_folder, read_table
 from hftl.data.text_inputs import EncodedRow, EncodedValue, TextInputs, add_labels
-from hftl.errors import DataError, RecipeError
+from hftl.errors import DataError
 from hftl.runtime.progress import open_bar
 from hftl.runtime.run_folder import fingerprint, reserve_space
 
@@ -39,10 +40,6 @@ BASELINE_IMAGE_SIZE = 32
 Measured against 16, logistic regression on it is better by .7 to 4 points of accuracy: the
 baseline must be the stronger one to be fair, though it takes about five times as long.
 """
-ARITHMETIC_SWITCHES = ("do_rescale", "do_normalize", "include_top")
-"""A processor's switches of what comes after resize and crop, in transformers' names."""
-CANVAS_SWITCHES = ("do_resize", "do_center_crop", "do_flip_channel_order")
-"""Its switches of what the canvas is the result of; MobileViT reads blue, green and red."""
 STAGE_PATCH = 16
 """Patches of encoders that begin with smaller ones and merge them are counted as of this side."""
 PIXELS_FILE, KEYS_FILE = "pixels.npy", "keys.json"
@@ -199,143 +196,6 @@ class ImageInputs:
 
 Inputs = TextInputs | ImageInputs
 """How rows are encoded for the encoder."""
-
-
-def get_image_size(processor: Any) -> int:
-    """Return the side of the square that the processor makes of every image, in pixels.
-
-    Raises:
-        RecipeError: if it makes no square, or none of one size.
-    """
-    sizes = dict(processor.crop_size if processor.do_center_crop else processor.size or {})
-    if not (processor.do_center_crop or processor.do_resize):
-        sizes = {}
-    elif _crops_by_share(processor):
-        sizes = dict.fromkeys(("height", "width"), sizes["shortest_edge"])
-    height, width = sizes.get("height"), sizes.get("width")
-    if height is None or height != width:
-        raise RecipeError(
-            f"{_describe_processor(processor)} makes no squares of one size: "
-            f"{sizes or 'it does not resize'}",
-            "Set data.image_size, in pixels, or choose another source",
-        )
-    return height
-
-
-def resize_processor(processor: Any, image_size: int | None) -> Any:
-    """Return a copy whose target is image_size x image_size pixels; None changes nothing.
-
-    Where the processor crops, the size before the crop grows in proportion.
-
-    Raises:
-        RecipeError: if the processor's sizes are of an unknown kind.
-    """
-    settings = processor.to_dict()
-    if image_size is not None:
-        square = {"height": image_size, "width": image_size}
-        if _crops_by_share(processor):
-            settings |= {"do_resize": True, "size": {"shortest_edge": image_size}}
-        elif processor.do_center_crop:
-            crop = dict(processor.crop_size)
-            settings["crop_size"] = square
-            scale = image_size / min(crop["height"], crop["width"])
-            if processor.do_resize:
-                size = _read_resize_target(processor)
-                settings["size"] = {side: round(pixels * scale) for side, pixels in size.items()}
-        else:
-            _read_resize_target(processor)
-            settings |= {"do_resize": True, "size": square}
-    return type(processor).from_dict(settings)
-
-
-def resize_and_crop(processor: Any, image: Image.Image) -> np.ndarray:
-    """Return the image resized and cropped by the processor itself, not yet normalized.
-
-    Args:
-        processor: transformers' image processor, of the PIL backend.
-        image: in RGB.
-
-    Returns:
-        A canvas, (3, side, side) uint8.
-
-    Raises:
-        RecipeError: if the processor does more than resize and crop.
-    """
-    settings = processor.to_dict()
-    off = {switch: False for switch in ARITHMETIC_SWITCHES if switch in settings}
-    pixels = np.asarray(processor(image, return_tensors="np", **off)["pixel_values"][0])
-    side = get_image_size(processor)
-    if pixels.dtype != np.uint8 or pixels.shape != (3, side, side):
-        raise RecipeError(
-            f"{_describe_processor(processor)} makes {pixels.dtype} {pixels.shape} of a picture, "
-            f"not uint8 {(3, side, side)}",
-            "Choose a source whose processor only resizes, crops and normalises",
-        )
-    return np.ascontiguousarray(pixels)
-
-
-def build_normalizer(processor: Any) -> Callable[[Tensor], Tensor]:
-    """Return the processor's arithmetic on a canvas, as a scale and a shift of each channel.
-
-    They are fitted to the processor's own result on all 256 values and checked on each, so that
-    every switch counts, also those of unknown names.
-
-    Returns:
-        A function of uint8 (batch, 3, height, width), on any device, to the same shape in float32.
-
-    Raises:
-        RecipeError: if a scale and a shift of each channel do not reproduce the processor.
-    """
-    # Each channel holds its values in another place, so that swapped channels are noticed.
-    ramp = np.stack([np.roll(np.arange(256), 85 * channel) for channel in range(3)])
-    ramp = ramp.reshape(3, 16, 16).astype(np.uint8)
-    settings = processor.to_dict()
-    off = {switch: False for switch in CANVAS_SWITCHES if switch in settings}
-    batch = processor(ramp, input_data_format="channels_first", return_tensors="np", **off)
-    expected = np.asarray(batch["pixel_values"][0], dtype=np.float64)
-    if expected.shape != ramp.shape:
-        raise _build_affine_error(processor)
-    low, high = expected[ramp == 0], expected[ramp == 255]
-    scale = torch.tensor((high - low) / 255).float().view(3, 1, 1)
-    shift = torch.tensor(low).float().view(3, 1, 1)
-
-    def normalize(pixels: Tensor) -> Tensor:
-        return pixels.float().mul_(scale.to(pixels.device)).add_(shift.to(pixels.device))
-
-    actual = normalize(torch.from_numpy(ramp)).double().numpy()
-    if np.abs(actual - expected).max() > 1e-6 * max(1, np.abs(expected).max()):
-        raise _build_affine_error(processor)
-    return normalize
-
-
-def _read_resize_target(processor: Any) -> dict[str, int]:
-    """Return the processor's own resize target, if an image size can replace it."""
-    size = dict(processor.size or {})
-    if set(size) not in ({"height", "width"}, {"shortest_edge"}):
-        raise RecipeError(
-            f"{_describe_processor(processor)} resizes to {size}, which data.image_size cannot "
-            "replace",
-            "Leave data.image_size out, or choose another source",
-        )
-    return size
-
-
-def _crops_by_share(processor: Any) -> bool:
-    """Return whether a processor makes squares of the shortest edge itself, as ConvNeXt's does."""
-    return "crop_pct" in processor.to_dict() and set(dict(processor.size or {})) == {
-        "shortest_edge"
-    }
-
-
-def _build_affine_error(processor: Any) -> RecipeError:
-    return RecipeError(
-        f"{_describe_processor(processor)} does more to pixels than scale and shift each channel",
-        "Choose a source whose processor only resizes, crops and normalises",
-    )
-
-
-def _describe_processor(processor: Any) -> str:
-    return f"the source's {processor.to_dict().get('image_processor_type', 'image processor')}"
 
 
 def augment_image(encoded: EncodedRow, seed: int, epoch: int, key: bytes) -> EncodedRow:

@@ -41,7 +41,7 @@ from hftl.publish.published_metadata import (
     find_changed_weights,
     resolve_base,
 )
-from hftl.runtime import run_folder
+from hftl.runtime import finished_files
 
 
 def examine_adapter(place: str | Path, base: str | None = None) -> Examination:
@@ -69,7 +69,7 @@ def check_record_unchanged(examination: Examination) -> Iterator[Finding]:
     if run is None or not (run / "record.json").exists():
         return
     try:
-        run_folder.check_finished_files(run, "record.json")
+        finished_files.check_finished_files(run, "record.json")
     except RunFolderError as error:
         yield defect("record", error.what, "record.json", error.fix)
 

@@ -28,9 +28,10 @@ from hftl.doctor.adapter_tensors import IGNORED_SETTINGS, ModelBuildError, trans
 from hftl.doctor.renamed_modules import PREFIX
 from hftl.errors import RecipeError, format_error_line
 from hftl.models.architectures import get_config_spec
+from hftl.models.config_limits import find_config_fault, find_size_fault
 from hftl.models.encoders import build_on_meta, has_prefix
 from hftl.models.heads import load_class
-from hftl.models.source import SourceModel, find_config_fault, find_size_fault, read_tensor_shapes
+from hftl.models.source import SourceModel, read_tensor_shapes
 from hftl.publish.checks import measure_reload_difference
 from hftl.publish.published_metadata import (
     ADAPTER_CONFIG,

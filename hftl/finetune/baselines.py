@@ -1,6 +1,7 @@
-"""Solve and train the baselines: classical, majority, and the same architecture from scratch.
+"""Solve the solved arms by their name, and train the same architecture from scratch.
 
-What the inputs say is vectorised in the way that is usual for them; the solver is the probe's.
+Scratch gets a learning rate of its own and a longer budget (He et al. 2019, arXiv:1811.08883), so
+that the gain is not one over a straw man.
 """
 
 import time
@@ -26,6 +27,13 @@ from hftl.runtime.progress import show_activity
 from hftl.train.facts import ScratchSearch, TriedRate
 from hftl.train.step_checkpoint import CheckpointSpec
 
+SEARCH_SHARE = 1 / 3
+"""Each rate is tried at this share of scratch's own budget."""
+MAX_EXTRA_RATES = 2
+"""Rates that are tried at most beyond those given."""
+WARMUP_SHARE = 0.1
+RateAttempt = Callable[[float, Callable[[CheckpointSpec | None], TriedRate]], TriedRate]
+"""Returns what a learning rate has come to, from an earlier attempt or by making one."""
 SOLVERS: dict[str, Callable[[ExperimentContext, Finetune, int], ArmOutput]] = {
     "majority": lambda context, finetune, seed: solve_majority(context, seed),
     "classical": lambda context, finetune, seed: solve_classical(
@@ -40,23 +48,6 @@ SOLVERS: dict[str, Callable[[ExperimentContext, Finetune, int], ArmOutput]] = {
 def solve_arm(context: ExperimentContext, arm: Arm, seed: int) -> ArmOutput:
     """Solve an arm whose strategy has the schedule `solved`."""
     return SOLVERS[arm.strategy](context, arm.finetune, seed)
-
-
-# What transfer must beat: the same architecture from scratch, and the majority.
-#
-# Scratch gets a learning rate of its own and a longer budget (He et al. 2019, arXiv:1811.08883),
-# so that the gain is not the straw man's.
-
-
-SEARCH_SHARE = 1 / 3
-"""Each rate is tried at this share of scratch's own budget."""
-MAX_EXTRA_RATES = 2
-"""Rates that are tried at most beyond those given."""
-WARMUP_SHARE = 0.1
-
-
-RateAttempt = Callable[[float, Callable[[CheckpointSpec | None], TriedRate]], TriedRate]
-"""Returns what a learning rate has come to, from an earlier attempt or by making one."""
 
 
 def search_rate(

@@ -21,7 +21,8 @@ from hftl.data.class_weights import (
     describe_class_weights,
 )
 from hftl.data.general import GeneralData
-from hftl.data.image_inputs import ImageInputs, augment_image, get_image_size, resize_processor
+from hftl.data.image_inputs import ImageInputs, augment_image
+from hftl.data.image_processing import get_image_size, resize_processor
 from hftl.data.labels import check_label_keys, encode_targets
 from hftl.data.prepare import PreparedData
 from hftl.data.rows import InputSpec, Row

@@ -113,19 +113,29 @@ def fit_gradual(
             _scale_learning_rates(optimizer, gradual.final_rate)
         for name, parameter in everything.items():
             parameter.requires_grad = last or name in parts[number]
-        its = copy(args)
-        its.num_train_epochs = gradual.final_epochs if last else gradual.epochs
-        its.seed = its.data_seed = args.seed * PHASE_SEEDS + number
-        trainer = make(its, optimizers=(optimizer, None))
-        if checkpoints is not None:
-            within = checkpoints.nest(PHASE_FOLDER.format(number), phase=number)
-            trainer.checkpoints = CheckpointWriter(within)
+        epochs = gradual.final_epochs if last else gradual.epochs
+        trainer = _make_phase_trainer(make, args, number, epochs, optimizer, checkpoints)
         done = _train_phase(trainer, model, number, best, done)
         _save_progress(phases, rhythm, _get_tensors(model, names), best, optimizer, done)
     for parameter in everything.values():
         parameter.requires_grad = True
     _set_tensors(_get_tensors(model, names), start | best.weights)
     return trainer, done.history
+
+
+def _make_phase_trainer(
+    make: Callable[..., TransferTrainer], args: TrainingArguments, number: int, epochs: float,
+    optimizer: Any, checkpoints: CheckpointSpec | None,
+) -> TransferTrainer:  # fmt: skip
+    """Return the trainer of a phase, which has its own length, seed and checkpoints."""
+    own = copy(args)
+    own.num_train_epochs = epochs
+    own.seed = own.data_seed = args.seed * PHASE_SEEDS + number
+    trainer = make(own, optimizers=(optimizer, None))
+    if checkpoints is not None:
+        within = checkpoints.nest(PHASE_FOLDER.format(number), phase=number)
+        trainer.checkpoints = CheckpointWriter(within)
+    return trainer
 
 
 def _next_phase(done: GradualProgress, unfreezing: int, gradual: Gradual) -> int | None:

@@ -111,12 +111,12 @@ def build_neighbour_agreement(
 
 def _load_encoder_weights(built: LoadedModel, state: dict[str, Tensor]) -> None:
     """Load an encoder's weights below a head."""
-    mine = built.encoder.state_dict()
+    own = built.encoder.state_dict()
     beside = (built.architecture.pooler or "pooler", *built.architecture.unused_parts)
-    lost = [name for name in mine if name not in state and not has_prefix(name, beside)]
+    lost = [name for name in own if name not in state and not has_prefix(name, beside)]
     if lost:
         raise HftlError(f"the adapted encoder has no weight {lost[0]!r}", "Report this")
-    built.encoder.load_state_dict({k: v for k, v in state.items() if k in mine}, strict=False)
+    built.encoder.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
 
 
 def score_validation(context: ExperimentContext, logits: np.ndarray) -> tuple[float, float]:

@@ -27,7 +27,8 @@ from hftl.adapt.mae import load_mae
 from hftl.config.adapt import Decoder
 from hftl.config.retain import KL
 from hftl.data.general import GeneralData
-from hftl.data.image_inputs import ImageInputs, get_image_size
+from hftl.data.image_inputs import ImageInputs
+from hftl.data.image_processing import get_image_size
 from hftl.data.masking import (
     MaskedImageDataset,
     MaskingSpec,

@@ -111,11 +111,6 @@ class StrategySpec:
         return self.schedule == "solved"
 
     @property
-    def starts_from_source(self) -> bool:
-        """Return True where the encoder is the source's, so that it can forget."""
-        return not self.is_baseline
-
-    @property
     def changes_encoder(self) -> bool:
         """Return True where training moves the source's encoder, directly or by adapters."""
         return not self.is_baseline and not self.is_solved

@@ -16,14 +16,14 @@ from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.architectures import count_shared_layers
 from hftl.models.encoders import check_block_count, get_blocks, get_submodule, has_prefix
 from hftl.models.half_weights import hold_in_half
-from hftl.models.heads import (
+from hftl.models.lora import add_lora
+from hftl.models.model_parts import (
     get_encoder,
     get_last_linear,
     get_model_spec,
     list_unused_parts,
     unwrap_adapter,
 )
-from hftl.models.lora import add_lora
 from hftl.models.pooled_model import PooledModel
 from hftl.runtime.hardware import is_sharded
 from hftl.train.checkpoint import hold_running_statistics

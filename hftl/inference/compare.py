@@ -38,9 +38,10 @@ from hftl.inference.find_model import (
 )
 from hftl.inference.predict import Predictor, iterate_predictors
 from hftl.inference.predict_table import check_output
-from hftl.measure.gain import ComparedModel, assign_units, compare_pair, score_with_interval
+from hftl.measure.gain import assign_units
 from hftl.measure.metrics import SELECTION_METRICS, Metric, find_metric
 from hftl.measure.record import Record
+from hftl.measure.scores import ComparedModel, compare_pair, score_with_interval
 from hftl.measure.verdict import format_gain
 from hftl.models.features import predict_logits
 from hftl.publish.published_metadata import PublishedMetadata

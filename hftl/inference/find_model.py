@@ -23,7 +23,7 @@ from hftl.publish.published_metadata import (
     find_changed_weights,
     resolve_base,
 )
-from hftl.runtime import paths, run_folder
+from hftl.runtime import finished_files, paths
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def find_published_folder(path: str | Path) -> Path:
     if (folder / "recipe.yaml").exists():
         if not (folder / "publish" / RECORD_FILE).exists():
             raise RunFolderError(f"{path} is not finished", "Run the same command again")
-        run_folder.check_finished_files(folder)
+        finished_files.check_finished_files(folder)
         return folder / "publish"
     if not any((folder / name).exists() for name in (MODEL_CONFIG, ADAPTER_CONFIG)):
         raise RecipeError(f"{path} holds no run and no model", "Give a run or a published folder")

@@ -14,7 +14,8 @@ from torch import nn
 from hftl.config.data import TEXT_PLACE, Data, Table
 from hftl.config.upstream_args import BASE_PRESERVING_INITS
 from hftl.data.facts import Modality
-from hftl.data.image_inputs import ImageInputs, get_image_size, resize_and_crop
+from hftl.data.image_inputs import ImageInputs
+from hftl.data.image_processing import get_image_size, resize_and_crop
 from hftl.data.images import (
     ImageDecodeError,
     decode_image,
@@ -56,7 +57,7 @@ from hftl.measure.label_calibration import compute_probabilities
 from hftl.models.architectures import get_config_spec, get_max_tokens, get_patch_size
 from hftl.models.encoders import hide_padding
 from hftl.models.features import predict_logits
-from hftl.models.heads import unwrap_adapter
+from hftl.models.model_parts import unwrap_adapter
 from hftl.models.prompt_processor import load_prompt_processor
 from hftl.models.source import SourceModel, complete_padding
 from hftl.models.timm_architecture import TIMM_WRAPPER

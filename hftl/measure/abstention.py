@@ -5,8 +5,8 @@ from scipy.special import softmax
 
 from hftl.measure.calibration import estimate_over_rows
 from hftl.measure.facts import AbstentionPoint, AbstentionSection, ScoreEstimate
-from hftl.measure.gain import score_with_interval
 from hftl.measure.metrics import find_metric
+from hftl.measure.scores import score_with_interval
 
 MIN_ROWS = 100
 """Rows of test from which on there is a curve."""

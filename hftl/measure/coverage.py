@@ -9,8 +9,8 @@ from hftl.measure.conformal import (
     select_scores,
 )
 from hftl.measure.facts import ConformalSection, CoverageFigure, ScoreEstimate
-from hftl.measure.gain import score_with_interval
 from hftl.measure.metrics import find_metric
+from hftl.measure.scores import score_with_interval
 
 MEASURED_COVERAGES = (0.8, 0.9, 0.95)
 

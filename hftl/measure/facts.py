@@ -10,6 +10,7 @@ MIN_JUDGED_ROWS = 50
 """Test rows from which on a slice that loses holds the verdict."""
 
 Interval = tuple[float, float]
+GainOutcome = Literal["positive", "equivalent", "negative", "undetermined"]
 
 
 class SliceScore(RecordPart):

@@ -24,16 +24,16 @@ from hftl.analysis.neighbours import (
     jackknife_shared_neighbours,
     rank_neighbours,
 )
-from hftl.measure.record import (
+from hftl.measure.forgetting_facts import (
     ControlFigures,
     Figure,
     ForgettingArm,
     ForgettingFigures,
     Forgotten,
     Headline,
-    Interval,
     Reduction,
 )
+from hftl.measure.record import Interval
 from hftl.measure.statistics import (
     MAX_BLOCKS,
     assign_blocks,

@@ -1,32 +1,36 @@
 """Compute gains: one arm minus another on the same test items, over seeds, with its interval."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from hftl.adapt.facts import AdaptStage
 from hftl.data.prepare import PreparedData
 from hftl.data.rows import Row
 from hftl.data.splits import MEASURED_SPLITS
 from hftl.errors import NumericError
 from hftl.finetune.arm_files import read_metrics_file, read_predictions
 from hftl.finetune.strategies import GAIN_BASELINES
-from hftl.measure.metrics import METRICS, Metric, accuracy, compute_metrics, exact_match
-from hftl.measure.record import AdaptStage, BaselineGain, Gain, Interval, LadderRow
+from hftl.measure.metrics import METRICS, Metric, compute_metrics
+from hftl.measure.record import BaselineGain, Gain, Interval, LadderRow
+from hftl.measure.scores import (
+    clip_estimate,
+    estimate_proportion,
+    score_difference,
+    score_with_interval,
+)
 from hftl.measure.statistics import (
     MIN_SEEDS_FOR_P,
-    MeanError,
     assign_blocks,
     classify_gain,
     effective_count,
-    estimate_item_error,
     estimate_mean_error,
     jackknife,
     relative_error_reduction,
     rule_of_three_half_width,
     rule_of_three_p_value,
-    wilson_interval,
 )
 from hftl.measure.verdict import Estimate
 from hftl.train.facts import ArmEntry, ArmFile, Score, SplitMetrics
@@ -128,6 +132,24 @@ def score_seeds(metric: Metric, split: SplitPredictions, arm: str) -> np.ndarray
     return np.array([metric.score(split.labels, p) for p in split.predictions[arm]])
 
 
+def score_arm(metric: Metric, split: SplitPredictions, arm: str) -> Estimate:
+    """Return an arm's mean score over its seeds, with its interval over seeds and items."""
+    seeds = split.predictions[arm]
+    if len(seeds) == 1:
+        return score_with_interval(metric, split.labels, seeds[0], split.units)
+    value = float(score_seeds(metric, split, arm).mean())
+    _, sizes = np.unique(split.units, return_counts=True)
+    if len(sizes) < 2:
+        return Estimate(value, None)
+    values = np.stack(
+        [jackknife(lambda i, p=p: metric.score(split.labels[i], p[i]), split.units) for p in seeds]
+    )
+    error = estimate_mean_error(values, np.bincount(assign_blocks(split.units)))
+    if metric.is_proportion:
+        return estimate_proportion(value, error, sizes)
+    return clip_estimate(metric, Estimate(value, error and error.interval(value)))
+
+
 def find_best_seed(metric: Metric, entries: Sequence[ArmEntry], own: str) -> int:
     """Return the seed of the arm that is best on validation; of equals the first."""
     own_entries = [entry for entry in entries if entry.arm == own]
@@ -165,10 +187,6 @@ def build_ladder(
     return sorted(rows, key=lambda row: -metric.sign * row.test)
 
 
-def _score_difference(metric: Metric, labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
-    return metric.sign * (metric.score(labels, a) - metric.score(labels, b))
-
-
 def compute_gain_values(
     metric: Metric, test: SplitPredictions, own: str, other: str
 ) -> np.ndarray | None:
@@ -179,7 +197,7 @@ def compute_gain_values(
     return np.stack(
         [
             jackknife(
-                lambda i, a=a, b=b: _score_difference(metric, test.labels[i], a[i], b[i]),
+                lambda i, a=a, b=b: score_difference(metric, test.labels[i], a[i], b[i]),
                 test.units,
             )
             for a, b in pairs
@@ -203,127 +221,6 @@ def _estimate_interval(
         half = rule_of_three_half_width(units, value)
         return (value - half, value + half), rule_of_three_p_value(value, units)
     return error.interval(value), error.p_value(value)
-
-
-# One model's score, and one model against another: the items alone vary.
-
-
-@dataclass(frozen=True)
-class ComparedModel:
-    """Describe one of several models on the same items; `against_first` is paired."""
-
-    model: str
-    metric: str
-    score: Estimate
-    against_first: Estimate | None
-    parameters: int
-
-
-def score_with_interval(
-    metric: Metric, labels: np.ndarray, predictions: np.ndarray, units: np.ndarray
-) -> Estimate:
-    """Return a model's score with its interval over items, inside the metric's bounds.
-
-    Args:
-        metric: what is computed.
-        labels: (rows,) or (rows, classes), see `metrics`.
-        predictions: the same of the model.
-        units: (rows,) int ids whose rows belong together.
-    """
-    if metric.is_proportion:
-        return _score_proportion(metric, labels, predictions, units)
-    estimate = _estimate_over_items(
-        metric, lambda rows: metric.score(labels[rows], predictions[rows]), len(labels), units
-    )
-    return _clip_interval(metric, estimate)
-
-
-def _clip_interval(metric: Metric, estimate: Estimate) -> Estimate:
-    """Return an estimate that is no better than a perfect prediction; the other bound is too far
-    to be reached."""
-    if estimate.ci95 is None:
-        return estimate
-    low, high = estimate.ci95
-    if metric.lower_is_better:
-        return Estimate(estimate.value, (max(low, metric.best), high))
-    return Estimate(estimate.value, (low, min(high, metric.best)))
-
-
-def score_arm(metric: Metric, split: SplitPredictions, arm: str) -> Estimate:
-    """Return an arm's mean score over its seeds, with its interval over seeds and items."""
-    seeds = split.predictions[arm]
-    if len(seeds) == 1:
-        return score_with_interval(metric, split.labels, seeds[0], split.units)
-    value = float(score_seeds(metric, split, arm).mean())
-    _, sizes = np.unique(split.units, return_counts=True)
-    if len(sizes) < 2:
-        return Estimate(value, None)
-    values = np.stack(
-        [jackknife(lambda i, p=p: metric.score(split.labels[i], p[i]), split.units) for p in seeds]
-    )
-    error = estimate_mean_error(values, np.bincount(assign_blocks(split.units)))
-    if metric.is_proportion:
-        return _estimate_proportion(value, error, sizes)
-    return _clip_interval(metric, Estimate(value, error and error.interval(value)))
-
-
-def _score_proportion(
-    metric: Metric, labels: np.ndarray, predictions: np.ndarray, units: np.ndarray
-) -> Estimate:
-    """Return the score of a proportion with Wilson's interval.
-
-    Of rows that are right or wrong, each for itself, their number counts. Where rows of a group
-    belong together, or the metric is no mean of rows, as many rows count as would give the
-    jackknife's variance.
-    """
-    value = metric.score(labels, predictions)
-    _, sizes = np.unique(units, return_counts=True)
-    if len(sizes) < 2:
-        return Estimate(value, None)
-    if metric.score in (accuracy, exact_match) and len(sizes) == len(units):
-        return Estimate(value, wilson_interval(value, len(units)))
-    values = jackknife(lambda rows: metric.score(labels[rows], predictions[rows]), units)
-    error = estimate_item_error(values, np.bincount(assign_blocks(units)))
-    return _estimate_proportion(value, error, sizes)
-
-
-def _estimate_proportion(value: float, error: MeanError | None, sizes: np.ndarray) -> Estimate:
-    """Return a share with Wilson's interval of as many rows as would have this error."""
-    if error is None or error.value == 0 or not 0 < value < 1:
-        return Estimate(value, wilson_interval(value, effective_count(sizes)))
-    count = value * (1 - value) / error.value**2
-    return Estimate(value, wilson_interval(value, count, error.degrees_of_freedom))
-
-
-def compare_pair(
-    metric: Metric, labels: np.ndarray, own: np.ndarray, other: np.ndarray, units: np.ndarray
-) -> Estimate:
-    """Return how much better `own` is than `other` on the same items; positive is better."""
-    return _estimate_over_items(
-        metric,
-        lambda i: _score_difference(metric, labels[i], own[i], other[i]),
-        len(labels),
-        units,
-        paired=True,
-    )
-
-
-def _estimate_over_items(
-    metric: Metric, statistic: Callable[[np.ndarray], float], rows: int, units: np.ndarray,
-    paired: bool = False,
-) -> Estimate:  # fmt: skip
-    value = statistic(np.arange(rows))
-    if len(np.unique(units)) < 2:
-        return Estimate(value, None)
-    error = estimate_item_error(jackknife(statistic, units), np.bincount(assign_blocks(units)))
-    if error is None:
-        return Estimate(value, None)
-    if error.value == 0 and metric.best == 1:
-        # No item differs from the rest, so the rule of three says how many may.
-        count = effective_count(np.unique(units, return_counts=True)[1])
-        half = rule_of_three_half_width(count, value if paired else 0.0)
-        return Estimate(value, (value - half, value + half))
-    return Estimate(value, error.interval(value))
 
 
 # The arms' files side by side: every figure of the record is computed from them.

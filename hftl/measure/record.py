@@ -11,31 +11,32 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, ValidationError, field_serializer
+from pydantic import PrivateAttr, ValidationError, field_serializer
 
+from hftl.adapt.facts import AdaptedBase, AdaptStage
 from hftl.analysis.advice_facts import AdviceSection
 from hftl.analysis.facts import AnalysisSection
 from hftl.config.recipe import Recipe
-from hftl.data.facts import DataFacts, GeneralFacts, OpenPart, RecordPart
+from hftl.data.facts import DataFacts, RecordPart
 from hftl.errors import HftlError, RunFolderError, suggest_closest
 from hftl.measure.facts import (
     AbstentionSection,
     CalibrationSection,
     ConformalSection,
+    GainOutcome,
     Interval,
     SliceSection,
     ThresholdSection,
 )
+from hftl.measure.forgetting_facts import ForgettingSection
 from hftl.runtime.run_folder import UnreadableJsonError, fingerprint, read_json, to_json
-from hftl.train.facts import ArmEntry, CheckFacts, Number, Score, ScratchSearch
+from hftl.train.facts import ArmEntry, CheckFacts, Score, ScratchSearch
 
 SCHEMA_VERSION = 2
 UNHASHED_KEYS = ("environment", "timings")
 PACKAGES = ("hftl", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn")
 RECORD_FILE = "record.json"
 PUBLISHED_FILE = "hftl.json"
-
-GainOutcome = Literal["positive", "equivalent", "negative", "undetermined"]
 
 
 # Scores and gains.
@@ -117,76 +118,6 @@ class SourceFacts(RecordPart):
 # Adaptation.
 
 
-class CorpusFacts(OpenPart):
-    """Describe the corpus of one adaptation."""
-
-    origin: Literal["train", "unlabeled"] = Field(alias="from")
-    documents: int
-    held_out_documents: int | None = None
-    tokens: int | None = None
-    leaked: int
-    transductive: bool
-    fingerprint: str
-
-
-class LossChange(RecordPart):
-    """Compare a loss before and after; `fall` is the share by which it fell."""
-
-    before: float
-    after: float
-    fall: float
-    perplexity: tuple[float | None, float | None] | None = None
-    """Of masked tokens; null beyond the range of floats."""
-
-
-class GuardFigures(RecordPart):
-    """Describe the guard of one adaptation."""
-
-    kind: str
-    tolerance: Number
-    before: float | None
-    after: float | None
-
-
-class AdaptEvaluation(RecordPart):
-    """Hold the losses and the guard's score at one step."""
-
-    step: int
-    target: float
-    general: float | None
-    guard: float | None
-
-
-class AdaptStage(OpenPart):
-    """Describe one adaptation: how it was made, what it did, what was taken over."""
-
-    objective: Literal["mlm", "clm", "mae"]
-    method: Literal["full", "lora", "lora+blocks"]
-    kept: Literal["adapted", "original"]
-    why: str | None
-    """The reason where the original weights were kept."""
-    step: int
-    steps: int
-    learning_rate: float
-    transductive: bool
-    relative: bool = False
-    tolerance: Number
-    corpus: CorpusFacts
-    loss: LossChange
-    general: LossChange | None
-    guard: GuardFigures
-    history: list[AdaptEvaluation]
-    weights_sha256: str | None = None
-
-
-class AdaptedBase(RecordPart):
-    """Name the adapted base that an adapter applies to; its id is known once it is pushed."""
-
-    weights_sha256: str
-    published_as: str | None = None
-    revision: str | None = None
-
-
 class AdaptSection(RecordPart):
     """Describe the recipe's adaptations and what they were worth."""
 
@@ -195,96 +126,6 @@ class AdaptSection(RecordPart):
     """The own arm's gain over `source`, the same without adaptation."""
     outcome: str
     base: AdaptedBase | None
-
-
-# Forgetting.
-
-
-class Figure(RecordPart):
-    """Compare a figure of the original with that of an arm, the mean over seeds."""
-
-    before: float
-    after: float
-    change: float
-    ci95: Interval | None
-    per_seed: list[float]
-    floor: float | None = None
-    """Of CKA: its value for rows that are paired by chance."""
-
-
-class ControlFigures(RecordPart):
-    """Hold the figures of one control, a label that general rows have."""
-
-    same: Figure
-    probe_fixed: Figure | None
-    probe_refitted: Figure | None
-
-
-class ForgettingFigures(RecordPart):
-    """Hold every figure of one arm; null where general data or a pretraining head is missing."""
-
-    neighbours: Figure | None = None
-    cka: Figure | None = None
-    cosine: Figure | None = None
-    kl: Figure | None = None
-    new_kl: Figure | None = None
-    mlm_loss: Figure | None = None
-    mae_loss: Figure | None = None
-    backward: Figure | None = None
-    controls: dict[str, ControlFigures]
-
-
-class Forgotten(RecordPart):
-    """State by how much the headline fell."""
-
-    value: float
-    ci95: Interval | None
-    per_seed: list[float]
-
-
-class Reduction(RecordPart):
-    """State the share of another arm's forgetting that is gone; null where that is noise."""
-
-    arm: str
-    gone: float | None
-
-
-class ForgettingArm(RecordPart):
-    """Describe what one arm has forgotten."""
-
-    arm: str
-    figures: ForgettingFigures
-    forgotten: Forgotten | None
-    against: Reduction | None
-
-
-class Headline(RecordPart):
-    """Name the figure that forgetting is told by."""
-
-    figure: Literal["same", "neighbours"]
-    control: str | None
-
-
-class Control(RecordPart):
-    """Describe a label of general rows; `classes` says that a probe is fitted to it."""
-
-    name: str
-    values: int
-    classes: bool
-
-
-class ForgettingSection(RecordPart):
-    """Describe what each arm has forgotten; `headline` is null without general data."""
-
-    rows: int
-    new_rows: int
-    documents: str | None
-    general: GeneralFacts | None
-    controls: list[Control]
-    tau: float
-    backward_control: str | None = None
-    headline: Headline | None
-    arms: list[ForgettingArm]
 
 
 # The machine, and what is known once a run is pushed.

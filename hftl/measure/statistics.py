@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-from hftl.measure.record import GainOutcome
+from hftl.measure.facts import GainOutcome
 
 MAX_BLOCKS = 400
 """Most blocks of the jackknife."""
@@ -249,16 +249,6 @@ def estimate_item_error(values: np.ndarray, sizes: np.ndarray | None = None) -> 
 def _unit_degrees_of_freedom(units: int, sizes: np.ndarray | None) -> float:
     # Two clusters of very unequal size are hardly more than one; a t needs some freedom.
     return units - 1 if sizes is None else max(effective_count(sizes) - 1, 0.5)
-
-
-def item_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float] | None:
-    """Return the interval of `estimate_item_error` around the mean; None under two units.
-
-    Raises:
-        ValueError: see `estimate_item_error`, or `level` is outside (0, 1).
-    """
-    error = estimate_item_error(values)
-    return None if error is None else error.interval(float(np.mean(values)), level)
 
 
 def wilson_interval(

@@ -8,9 +8,9 @@ from scipy.special import expit, logit
 
 from hftl.data.labels import MULTI_LABEL_THRESHOLD
 from hftl.measure.facts import ScoreEstimate, ThresholdSection
-from hftl.measure.gain import compare_pair, score_with_interval
 from hftl.measure.label_calibration import compute_probabilities, fit_label_curves, invert_curve
 from hftl.measure.metrics import METRICS, find_metric
+from hftl.measure.scores import compare_pair, score_with_interval
 
 MIN_LABEL_ROWS = 10
 """Rows of validation with a label from which on it has a threshold of its own."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from hftl.adapt.facts import AdaptStage
 from hftl.finetune.strategies import PROBE_ARM, ZERO_SHOT_ARM
 from hftl.measure.facts import (
     MIN_JUDGED_ROWS,
@@ -11,7 +12,8 @@ from hftl.measure.facts import (
     SliceScore,
     SliceSection,
 )
-from hftl.measure.record import AdaptStage, BaselineGain, Forgotten, Gain, Record, Verdict
+from hftl.measure.forgetting_facts import Forgotten
+from hftl.measure.record import BaselineGain, Gain, Record, Verdict
 
 RELOAD_TOLERANCE = 1e-5
 ROW_SHARES = ("accuracy", "evaluate:accuracy")

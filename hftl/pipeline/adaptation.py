@@ -21,13 +21,8 @@ from hftl.models.architectures import count_shared_layers
 from hftl.models.encoders import check_block_count, count_blocks
 from hftl.models.lora_concat import check_concatenable, extract_factors, save_factors
 from hftl.models.source import SourceModel, hash_source_weights
-from hftl.pipeline.cache_keys import (
-    build_adapt_key,
-    build_checkpoint_key,
-    build_context_inputs,
-    check_unfinished,
-    is_stage_finished,
-)
+from hftl.pipeline.cache_keys import build_adapt_key, build_checkpoint_key, build_context_inputs
+from hftl.pipeline.changed_inputs import check_unfinished, is_stage_finished
 from hftl.pipeline.corpora import Corpus, build_corpus, estimate_corpus_rows
 from hftl.pipeline.objectives import (
     build_adaptation_task,

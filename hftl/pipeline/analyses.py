@@ -1,10 +1,9 @@
 """Run the analyses of a recipe's frozen features, and write them to its run folder."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import yaml
@@ -34,44 +33,23 @@ from hftl.card.analysis_plots import plot_curve, plot_distance, plot_probe, plot
 from hftl.config.measure import UNLABELLED_ANALYSES
 from hftl.config.overrides import apply_overrides, read_yaml, set_key
 from hftl.config.recipe import Arm, Recipe
-from hftl.data.facts import RecordPart
 from hftl.data.prepare import hash_data_files
 from hftl.errors import RecipeError, suggest_closest
 from hftl.finetune.arm import train_arm
 from hftl.finetune.baselines import search_rate, solve_arm, train_scratch
 from hftl.finetune.classical import solve_classical
 from hftl.finetune.context import ExperimentContext
+from hftl.pipeline.analysis_folder import FEATURES, check_task, open_run, write_analysis
 from hftl.pipeline.run import Run
 from hftl.pipeline.trained_layers import compare_trained_arms
 from hftl.runtime import run_folder
 from hftl.runtime.progress import show_activity
 from hftl.runtime.run_folder import SEMANTICS, to_json
 
-Facts = TypeVar("Facts", bound=RecordPart)
-FEATURES = Path("phases") / "features"
 LAYOUT = 4
 """Raised when an analysis holds other figures, or computes them otherwise."""
 PROBE_ROWS, DISTANCE_ROWS, SHIFT_ROWS = 2000, 500, 1000
 """Rows that are read where the run makes the analysis, at most; the commands have an option."""
-
-
-@contextmanager
-def open_run(folder: Path) -> Iterator[Path]:
-    """Create and lock a run folder; yield where the features of its rows are stored."""
-    run_folder.create_run_folder(folder)
-    with run_folder.lock_run(folder):
-        yield folder / FEATURES
-
-
-def write_analysis(
-    folder: Path, name: str, facts: Facts, plot: Callable[[Facts, Path], None]
-) -> str:
-    """Write an analysis and its plot; return a line that names the files."""
-    target = folder / "analysis"
-    target.mkdir(exist_ok=True)
-    plot(facts, target / f"{name}.png")
-    run_folder.write_text(target / f"{name}.json", to_json(facts.to_dict()))
-    return f"wrote {target / name}.json, plot {name}.png"
 
 
 def run_rank(
@@ -83,16 +61,6 @@ def run_rank(
         facts = rank_sources(recipe, [recipe.source.model, *sources], features, most_rows)
         written = write_analysis(folder, "rank", facts, plot_rank)
     return facts, f"{format_rank(facts)}\n{written}"
-
-
-def check_task(recipe: Recipe) -> None:
-    """Refuse a recipe without labels.
-
-    Raises:
-        RecipeError: naming the key.
-    """
-    if recipe.data.task is None:
-        raise RecipeError("data.task is null: this analysis reads labels", "Give data.task")
 
 
 def run_probe(recipe: Recipe, context: ExperimentContext, folder: Path, most_rows: int) -> str:

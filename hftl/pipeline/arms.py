@@ -16,12 +16,8 @@ from hftl.finetune.arm import train_arm
 from hftl.finetune.arm_files import ArmOutput
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.strategies import STRATEGIES
-from hftl.pipeline.cache_keys import (
-    build_arm_inputs,
-    build_checkpoint_key,
-    check_unfinished,
-    is_stage_finished,
-)
+from hftl.pipeline.cache_keys import build_arm_inputs, build_checkpoint_key
+from hftl.pipeline.changed_inputs import check_unfinished, is_stage_finished
 from hftl.pipeline.deal import deal_tasks
 from hftl.pipeline.estimate import RowCosts, estimate_trained_arms
 from hftl.pipeline.kl_weight import choose_kl_weight, is_weight_chosen

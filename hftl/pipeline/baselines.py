@@ -8,8 +8,9 @@ from hftl.finetune.baselines import solve_majority
 from hftl.finetune.classical import solve_classical
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.solved_arms import solve_head, solve_zero_shot
-from hftl.measure.gain import assign_units, compare_pair, score_with_interval
+from hftl.measure.gain import assign_units
 from hftl.measure.metrics import find_metric
+from hftl.measure.scores import compare_pair, score_with_interval
 from hftl.train.facts import BaselineCheck, BaselineScore
 
 MAX_TRAIN, MAX_VALIDATION = 2000, 1000

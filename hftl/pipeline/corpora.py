@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import AliasChoices, BaseModel, Field
 
+from hftl.adapt.facts import CorpusFacts
 from hftl.config.adapt import Adapt
 from hftl.config.data import Data
 from hftl.data import image_inputs, prepare
@@ -21,7 +22,6 @@ from hftl.data.rows import BadRows, Row
 from hftl.data.splits import MEASURED_SPLITS, hash_text
 from hftl.errors import DataError
 from hftl.finetune.context import ExperimentContext, infer_input_spec, pin_revisions
-from hftl.measure.record import CorpusFacts
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
 from hftl.pipeline.run import Run
 from hftl.runtime import distributed, run_folder

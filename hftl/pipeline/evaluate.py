@@ -17,6 +17,7 @@ from hftl.data.labels import recognize_tag_scheme
 from hftl.finetune.arm_files import WEIGHTS, read_logits
 from hftl.finetune.context import ExperimentContext
 from hftl.measure.error_analysis import compute_class_gains
+from hftl.measure.facts import SliceSection
 from hftl.measure.gain import (
     SplitPredictions,
     average_metrics,
@@ -60,7 +61,7 @@ from hftl.publish.export import (
     write_reload_sample,
 )
 from hftl.publish.prediction_check import check_predictions
-from hftl.runtime import hardware, run_folder
+from hftl.runtime import finished_files, hardware, run_folder
 from hftl.runtime.hardware import get_dtype_name
 from hftl.runtime.progress import show_activity
 from hftl.runtime.run_folder import to_json
@@ -93,7 +94,7 @@ def evaluate_run(
     # A publish folder of an earlier call must not fall behind the record.
     has_card = publish or (folder / "publish").exists()
     key = build_record_key(run.recipe, _hash_stages(run, stages), has_card)
-    if not run_folder.is_finished(folder, key):
+    if not finished_files.is_finished(folder, key):
         with show_activity("measuring"):
             test, arm_files = read_arms(_list_arm_folders(run), context.prepared, metric)
             seed = find_best_seed(metric, arm_files, own.name)
@@ -105,7 +106,7 @@ def evaluate_run(
             with show_activity("card and report"):
                 write_publish_folder(folder, record)
         run_folder.write_text(folder / RECORD_FILE, record.to_json())
-        run_folder.write_finished_files(folder, key)
+        finished_files.write_finished_files(folder, key)
     record = Record.read(folder)
     run.say(_format_summary(record, publish))
     return record
@@ -156,10 +157,8 @@ def build_record(
     recipe, own = run.recipe, run.arms[0]
     gain = compute_transfer_gain(metric, test, own.name, recipe.measure.equivalence_margin)
     ladder = build_ladder(metric, arm_files, test, own.name, recipe.measure.equivalence_margin)
-    over = {row.arm: row.gain_of_own for row in ladder}
+    source_gain = next((row.gain_of_own for row in ladder if row.arm == "source"), None)
     baseline = gain.baseline if gain else None
-    columns = read_slices(recipe, context)
-    slices = measure_slices(metric, test, own.name, baseline, columns) if columns else None
     scores = build_score_sections(recipe, context, run.arm_folder(own.name, seed))
     analysis = run.read_analyses()
     timings = {run.arm_folder(file.arm, file.seed).name: file.timings for file in arm_files}
@@ -171,9 +170,7 @@ def build_record(
         check=context.run_preflight(recipe, run.arms),
         advice=build_advice_section(recipe, context, run.arms, arm_files, analysis),
         forward=context.inputs.forward_facts,
-        adapt=build_adaptation_section(
-            stages, own_context, over.get("source"), own.spec.trains_adapter
-        ),
+        adapt=build_adaptation_section(stages, own_context, source_gain, own.spec.trains_adapter),
         metric=metric.name,
         own_arm=own.name,
         arms=[file.drop_timings() for file in arm_files],
@@ -182,7 +179,7 @@ def build_record(
         transfer_gain=gain,
         test_metrics=average_metrics(arm_files, own.name),
         classes=compute_class_gains(test, own.name, baseline, _list_classes(context)),
-        slices=slices,
+        slices=_measure_slices(run, context, metric, test, baseline),
         calibration=scores.calibration,
         thresholds=scores.thresholds,
         conformal=scores.conformal,
@@ -195,8 +192,19 @@ def build_record(
         environment=_describe_environment(context, recipe, timings),
         timings=timings,
     )  # fmt: skip
-    record = record.model_copy(update={"verdict": judge_record(record)})
-    return record if analysis is None else record.model_copy(update={"analysis": analysis})
+    changes = {"verdict": judge_record(record)}
+    return record.model_copy(
+        update=changes if analysis is None else changes | {"analysis": analysis}
+    )
+
+
+def _measure_slices(
+    run: Run, context: ExperimentContext, metric: Metric, test: SplitPredictions,
+    baseline: str | None,
+) -> SliceSection | None:  # fmt: skip
+    """Return the record's section; None where the recipe names no slices."""
+    columns = read_slices(run.recipe, context)
+    return measure_slices(metric, test, run.arms[0].name, baseline, columns) if columns else None
 
 
 def package_model(run: Run, context: ExperimentContext, arm: Arm, seed: int) -> float:

@@ -23,7 +23,7 @@ from hftl.pipeline.record_sections import build_adaptation_section, build_source
 from hftl.pipeline.run import FinishedStage, Run
 from hftl.publish.export import export_encoder
 from hftl.publish.sanitize import sanitize_record
-from hftl.runtime import run_folder
+from hftl.runtime import finished_files, run_folder
 from hftl.runtime.hardware import get_dtype_name
 from hftl.runtime.progress import show_activity
 from hftl.train.facts import CheckFacts
@@ -48,14 +48,14 @@ def evaluate_adaptation(
         "data": run_folder.hash_stage(folder / "phases" / "data"),
     }
     key = build_record_key(run.recipe, hashes, has_card)
-    if not run_folder.is_finished(folder, key):
+    if not finished_files.is_finished(folder, key):
         with show_activity("measuring"):
             record = _build_adaptation_record(run, context, stages)
         if has_card:
             with show_activity("card and report"):
                 record = _write_publish_folder(folder, stages[-1].context, record)
         run_folder.write_text(folder / RECORD_FILE, record.to_json())
-        run_folder.write_finished_files(folder, key)
+        finished_files.write_finished_files(folder, key)
     record = Record.read(folder)
     lines = ["", format_adaptation_sentence(record), f"verdict: {record.verdict.decision}"]
     lines += [f"  {reason}" for reason in record.verdict.reasons]
@@ -106,11 +106,11 @@ def rewrite_adaptation_card(run: Path) -> None:
         RunFolderError: if the run is not finished, or is in use.
     """
     with run_folder.lock_run(run):
-        run_folder.check_finished_files(run)
+        finished_files.check_finished_files(run)
         aside = run / ".tmp-publish"
         shutil.copytree(run / "publish", aside)
         _write_adaptation_card(run, aside, Record.read(run))
-        run_folder.write_finished_files(run)
+        finished_files.write_finished_files(run)
 
 
 def _write_publish_folder(run: Path, context: ExperimentContext, record: Record) -> Record:

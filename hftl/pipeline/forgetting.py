@@ -15,7 +15,7 @@ from hftl.measure.forgetting import (
     build_forgetting_arms,
     measure_forgetting,
 )
-from hftl.measure.record import Control, ForgettingSection
+from hftl.measure.forgetting_facts import Control, ForgettingSection
 from hftl.pipeline.cache_keys import build_arm_key, build_context_inputs, build_original_key
 from hftl.pipeline.run import Run
 from hftl.retain.kl import DEFAULT_TAU

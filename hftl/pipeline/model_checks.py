@@ -16,8 +16,9 @@ from hftl.errors import DataError, HftlError, RecipeError, format_error_line, is
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.trainable import apply_strategy
 from hftl.finetune.zero_shot import check_zero_shot
-from hftl.models.heads import LoadedModel, get_encoder
+from hftl.models.heads import LoadedModel
 from hftl.models.lora import build_lora_config
+from hftl.models.model_parts import get_encoder
 from hftl.pipeline.objectives import build_objective
 from hftl.publish import reload_check
 from hftl.publish.export import describe_quantization, export_model

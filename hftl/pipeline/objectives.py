@@ -16,7 +16,8 @@ from hftl.config.adapt import DEFAULT_TOLERANCES, Adapt
 from hftl.config.recipe import Recipe
 from hftl.data import image_inputs as canvases
 from hftl.data import masking
-from hftl.data.image_inputs import ImageInputs, get_image_size
+from hftl.data.image_inputs import ImageInputs
+from hftl.data.image_processing import get_image_size
 from hftl.data.masking import MaskedImageDataset
 from hftl.data.masking import collate_masked_images as collate_pictures
 from hftl.data.next_tokens import NextTokenBlocks

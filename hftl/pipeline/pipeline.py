@@ -1,6 +1,5 @@
 """Run a recipe phase by phase: each reads and writes files, and is skipped where it is finished."""
 
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -22,10 +21,12 @@ from hftl.measure.record import Record
 from hftl.models.source import SourceModel, find_source
 from hftl.pipeline.adaptation import check_adaptations, run_adaptations, warn_of_few_steps
 from hftl.pipeline.advice import build_advice
-from hftl.pipeline.analyses import FEATURES, make_analyses
+from hftl.pipeline.analyses import make_analyses
+from hftl.pipeline.analysis_folder import FEATURES
 from hftl.pipeline.arms import run_arms
 from hftl.pipeline.baselines import measure_baselines
-from hftl.pipeline.cache_keys import build_data_key, build_general_key, refuse_changed
+from hftl.pipeline.cache_keys import build_data_key, build_general_key
+from hftl.pipeline.changed_inputs import refuse_changed
 from hftl.pipeline.corpora import build_leak_filter
 from hftl.pipeline.evaluate import evaluate_run
 from hftl.pipeline.evaluate_adaptation import evaluate_adaptation
@@ -42,7 +43,7 @@ from hftl.pipeline.run import ArmContexts, Run
 from hftl.pipeline.slices import check_slices
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.hardware import get_device
-from hftl.runtime.progress import show_activity, show_progress
+from hftl.runtime.progress import show_activity, show_progress, silence_libraries
 from hftl.runtime.restart import restore_results, set_results_aside
 from hftl.runtime.watchdog import watch_processes
 from hftl.train.facts import CheckFacts
@@ -236,19 +237,6 @@ def reopen_run(run: Run) -> ArmContexts:
     context.general = _load_general_rows(run, context, is_checked=True)
     contexts, _ = run_adaptations(run, context)
     return contexts
-
-
-def silence_libraries() -> None:
-    """Keep the libraries' own progress bars and notices off the terminal."""
-    import datasets
-    import huggingface_hub
-    import transformers
-
-    huggingface_hub.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 def _discard_line(line: str) -> None:

@@ -19,7 +19,7 @@ from hftl.errors import RunFolderError
 from hftl.measure.error_analysis import ErrorAnalysis, analyze_errors, collect_sample_outputs
 from hftl.measure.record import PUBLISHED_FILE, Record
 from hftl.publish.sanitize import sanitize_record
-from hftl.runtime import run_folder
+from hftl.runtime import finished_files, run_folder
 
 
 def write_publish_folder(run: Path, record: Record) -> None:
@@ -133,11 +133,11 @@ def rewrite_card(run: Path) -> None:
         raise RunFolderError(f"{run} has no record", "Finish it with `hftl run`")
     with run_folder.lock_run(run):
         # What the card is written from must be what was measured, or it would vouch for the rest.
-        run_folder.check_finished_files(run, "record.json")
+        finished_files.check_finished_files(run, "record.json")
         record = Record.read(run)
         arm = _find_published_arm(run, record)
         for part in (run / "phases" / "package", run / "phases" / "data", arm):
             if run_folder.read_stage_inputs(part) is None:
                 raise RunFolderError(f"{part} is missing", "Run the same `hftl run` again")
         write_publish_folder(run, record)
-        run_folder.write_finished_files(run)
+        finished_files.write_finished_files(run)

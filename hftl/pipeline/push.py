@@ -40,7 +40,7 @@ from hftl.publish.push import (
     inspect_target,
     push_folder,
 )
-from hftl.runtime import run_folder
+from hftl.runtime import finished_files, run_folder
 
 MESSAGE = "Publish a model with the evidence of what its transfer was worth"
 BASE_MESSAGE = "Publish the adapted base of an adapter"
@@ -150,7 +150,7 @@ def validate_push(run: Path, options: PushOptions) -> PushPreview:
     _check_options(options)
     if not (run / "record.json").exists():
         raise RunFolderError(f"{run} is no finished run", "Finish it with `hftl run`")
-    run_folder.check_finished_files(run)
+    finished_files.check_finished_files(run)
     record = Record.read(run)
     preview = preview_push(run, _list_shown_names(record, options))
     check_reload_recorded(run, record)
@@ -274,7 +274,7 @@ def _push_folders(run: Path, options: PushOptions, name: str, say: Say) -> tuple
         # A model that is refused must leave no base behind.
         inspect_target(target)
         amended = amend_record(record, repo_id, forced, None, options.license)
-        run_folder.rewrite_finished_files(run, render_adapted_base_files(amended, base_id))
+        finished_files.rewrite_finished_files(run, render_adapted_base_files(amended, base_id))
         _check_folder(run / "publish-base", amended, options)
         pushed = push_folder(run / "publish-base", PushTarget(base_id, public), BASE_MESSAGE)
         _print_push(pushed, base_id, say)
@@ -283,7 +283,7 @@ def _push_folders(run: Path, options: PushOptions, name: str, say: Say) -> tuple
         base = resolve_public_base(record.source)
     amended = amend_record(record, repo_id, forced, base, options.license)
     amended_texts = render_amended_files(run, amended, base)
-    run_folder.rewrite_finished_files(
+    finished_files.rewrite_finished_files(
         run, amended_texts | render_amended_report(run, amended_texts)
     )
     _check_folder(run / "publish", amended, options)

@@ -1,12 +1,13 @@
 """Build the record's sections on the source model, the data and the adaptations."""
 
+from hftl.adapt.facts import AdaptedBase
 from hftl.adapt.guard import summarize_adaptation
 from hftl.config.recipe import Recipe
 from hftl.data.facts import DataFacts, LabelCounts
 from hftl.data.splits import MEASURED_SPLITS
 from hftl.finetune.context import ExperimentContext
 from hftl.measure.gain import describe_adaptation_outcome, select_lesser_gain
-from hftl.measure.record import AdaptedBase, AdaptSection, Gain, SourceFacts
+from hftl.measure.record import AdaptSection, Gain, SourceFacts
 from hftl.models.source import hash_source_weights
 from hftl.pipeline.run import FinishedStage
 from hftl.publish.sanitize import strip_parents

@@ -7,9 +7,9 @@ import yaml
 from pydantic import JsonValue
 from safetensors.numpy import load_file, save_file
 
-from hftl.analysis.facts import RateSetting, SweepAnalysis
 from hftl.analysis.layer_rates import apply_setting
 from hftl.analysis.sweep import CHOOSING, HELD, SweepOptions, sweep_rates
+from hftl.analysis.sweep_facts import RateSetting, SweepAnalysis
 from hftl.analysis.tables import format_sweep
 from hftl.card.analysis_plots import plot_sweep
 from hftl.config.overrides import apply_overrides, read_yaml, set_key
@@ -18,7 +18,7 @@ from hftl.data.splits import hash_row
 from hftl.errors import NumericError, RecipeError
 from hftl.finetune.arm import train_arm
 from hftl.finetune.context import ExperimentContext
-from hftl.pipeline.analyses import check_task, open_run, write_analysis
+from hftl.pipeline.analysis_folder import check_task, open_run, write_analysis
 from hftl.runtime import run_folder
 from hftl.runtime.run_folder import SEMANTICS, fingerprint
 

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hftl.config.finetune import Finetune
-from hftl.data.image_inputs import ImageInputs, get_image_size
+from hftl.data.image_inputs import ImageInputs
+from hftl.data.image_processing import get_image_size
 from hftl.data.prompted_inputs import PromptedInputs
 from hftl.finetune.arm_files import load_trained_tensors
 from hftl.finetune.context import ExperimentContext
@@ -24,7 +25,7 @@ from hftl.finetune.trainable import apply_strategy
 from hftl.finetune.zero_shot import build_start_model
 from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.encoders import get_encoder_class
-from hftl.models.heads import build_label_settings, get_placeholder_name, unwrap_adapter
+from hftl.models.heads import build_label_settings, get_placeholder_name
 from hftl.models.lora import build_path_pattern, get_peft_model_inside
 from hftl.models.lora_concat import (
     PEFT_PREFIX,
@@ -34,6 +35,7 @@ from hftl.models.lora_concat import (
     load_factors,
     write_adapter,
 )
+from hftl.models.model_parts import unwrap_adapter
 from hftl.models.pairs import EMBEDDING_SCALE, EmbeddingModel
 from hftl.models.pooled_model import PooledImageModel, PooledModel
 from hftl.models.quantization import build_quantization_config

@@ -18,7 +18,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from hftl.errors import RecipeError
-from hftl.models.heads import get_encoder, get_model_spec, unwrap_adapter
+from hftl.models.model_parts import get_encoder, get_model_spec, unwrap_adapter
 from hftl.models.pooled_model import PooledModel, pool_tokens
 from hftl.retain.regularizer import BATCH_METADATA, Batch, TrainingRows
 from hftl.runtime import distributed

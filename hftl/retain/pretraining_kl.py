@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from hftl.config.retain import KL
 from hftl.data.masking import MaskingSpec, mask_tokens
 from hftl.errors import RecipeError
-from hftl.models.heads import get_encoder, get_model_spec
 from hftl.models.image_architectures import IMAGE_HALVES
+from hftl.models.model_parts import get_encoder, get_model_spec
 from hftl.models.pooled_model import PooledModel
 from hftl.retain.kl import RowKL
 from hftl.retain.original import eval_mode

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from hftl.config.retain import L2SP as L2SPSection
 from hftl.config.upstream_args import ZERO_UPDATE_INITS
 from hftl.errors import RecipeError
-from hftl.models.heads import get_encoder, get_model_spec
 from hftl.models.lora_concat import EXACT_FIELDS
+from hftl.models.model_parts import get_encoder, get_model_spec
 from hftl.retain.regularizer import Config, Regularizer, Step, TrainingStart
 
 LOW_RANK_FIELDS = (*EXACT_FIELDS, "init_lora_weights", "bias", "modules_to_save")

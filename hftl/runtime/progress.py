@@ -4,6 +4,7 @@ There is one display a command. Long work names itself (`show_activity`, `track`
 without a display these do nothing.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,6 +28,19 @@ BarUpdate = Callable[..., None]
 """Takes the number of steps done by now and, if it changed, the text in front of the bar."""
 
 _display: ContextVar[Progress | None] = ContextVar("display", default=None)
+
+
+def silence_libraries() -> None:
+    """Keep the libraries' own progress bars and notices off the terminal."""
+    import datasets
+    import huggingface_hub
+    import transformers
+
+    huggingface_hub.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 @contextmanager

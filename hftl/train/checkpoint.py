@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hftl.errors import NumericError, RecipeError
-from hftl.models.heads import get_model_spec
+from hftl.models.model_parts import get_model_spec
 from hftl.runtime.distributed import broadcast_from_main
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

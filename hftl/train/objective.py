@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.utils.generic import can_return_loss, find_labels
 
 from hftl.errors import RecipeError
-from hftl.models.heads import unwrap_adapter
+from hftl.models.model_parts import unwrap_adapter
 from hftl.retain.original import eval_mode
 from hftl.retain.regularizer import Batch
 from hftl.train.hf_compat import has_replaced_loss, unwrap_forward

@@ -16,7 +16,7 @@ from torch import nn
 from hftl.errors import RecipeError, suggest_closest
 from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.encoders import get_submodule, has_prefix, list_block_paths
-from hftl.models.heads import get_encoder, get_model_spec
+from hftl.models.model_parts import get_encoder, get_model_spec
 from hftl.train.facts import LearningRate
 
 NO_DECAY_NAMES = (

@@ -9,7 +9,7 @@ from torch import nn
 
 from hftl.data.class_weights import ClassWeights, check_class_weight, compute_class_weights
 from hftl.errors import RecipeError
-from hftl.models.heads import unwrap_adapter
+from hftl.models.model_parts import unwrap_adapter
 from hftl.train.weighted_loss import LossWeighting
 
 LABEL_COLUMNS = ("labels", "label")

@@ -17,7 +17,8 @@ from hftl.config.adapt import Adapt
 from hftl.config.data import Data
 from hftl.config.section import Source
 from hftl.data import masking
-from hftl.data.image_inputs import ImageInputs, resize_processor
+from hftl.data.image_inputs import ImageInputs
+from hftl.data.image_processing import resize_processor
 from hftl.data.masking import MaskedImageDataset, collate_masked_images
 from hftl.models.source import find_source, load_image_processor
 from hftl.train.checkpoint import iterate_trainable

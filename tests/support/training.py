@@ -14,7 +14,8 @@ from transformers import Trainer, TrainingArguments
 
 from hftl.config.section import Source
 from hftl.finetune.trainable import prepare
-from hftl.models.heads import LoadedModel, build_model, get_last_linear, get_model_spec
+from hftl.models.heads import LoadedModel, build_model
+from hftl.models.model_parts import get_last_linear, get_model_spec
 from hftl.models.source import find_source
 from hftl.retain.original import eval_mode
 from hftl.retain.regularizer import Step

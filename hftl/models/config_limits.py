@@ -1,0 +1,69 @@
+"""Refuse a config that names absurd sizes, before a model of it is built."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hftl.runtime.run_folder import UnreadableJsonError, read_json
+
+MAX_REPEATS = 1000
+"""Layers, groups or experts of a config, at most; the deepest encoders have some hundred."""
+MAX_LABELS = 1_000_000
+REPEAT_KEYS = re.compile(
+    r"(num|n)_(\w+_)?(layers?|groups?|blocks?|experts?|stages?)|\w*layers|depths?"
+)
+"""Keys of configs that say how often a part is repeated, in every family's spelling."""
+MAX_SIZE_RATIO, SIZE_SLACK = 2, 50_000_000
+"""A model may hold so many times the numbers of its file, and so many more for a new head."""
+
+
+def find_config_fault(config: object) -> str | None:
+    """Return what is wrong with the first key of a config that is larger than any model's.
+
+    Args:
+        config: the parsed config.json, which may be of any shape.
+    """
+    for key, value in _iterate_counts(config):
+        most = MAX_LABELS if key == "num_labels" else MAX_REPEATS
+        if value > most:
+            return f"{key} is {value}, and no model has more than {most:,}"
+    return None
+
+
+def find_folder_fault(folder: Path) -> str | None:
+    """Return `find_config_fault` of a folder's config.json; None where it cannot be read."""
+    try:
+        return find_config_fault(read_json(folder / "config.json"))
+    except (OSError, UnreadableJsonError):
+        return None
+
+
+def find_size_fault(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return how a model is far larger than its file of weights; None where it is not.
+
+    Args:
+        model: built from the config, without weights.
+        shapes: of the file's tensors.
+    """
+    built = sum(one.numel() for one in [*model.parameters(), *model.buffers()])
+    held = sum(map(math.prod, shapes.values()))
+    if built <= MAX_SIZE_RATIO * held + SIZE_SLACK:
+        return None
+    return f"its config makes a model of {built:,} numbers, and its weights hold {held:,}"
+
+
+def _iterate_counts(config: object) -> Iterator[tuple[str, int]]:
+    """Yield every count at any depth; of a list, such as blocks by stage, the sum."""
+    nodes = [config]
+    while nodes:
+        node = nodes.pop()
+        if not isinstance(node, dict):
+            continue
+        nodes.extend(node.values())
+        for key, value in node.items():
+            numbers = value if isinstance(value, list) else [value]
+            repeated = REPEAT_KEYS.fullmatch(key) or key == "num_labels"
+            if repeated and all(isinstance(number, int) for number in numbers):
+                yield key, sum(numbers)
