@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import yaml
-from support.fresh_process import FreshProcess
+from support.fresh_process import FreshProcess, start_server
 from support.tiny import BAD, FILLER, GOOD, SPECIAL, save_tiny, tiny_config, tiny_tokenizer
 
 __all__ = ["BAD", "FILLER", "GOOD", "SPECIAL", "tiny_config", "tiny_tokenizer"]
@@ -44,15 +45,47 @@ def write_csv(path: Path, header: list[str], rows: list[Any]) -> Path:
     return path
 
 
+RELOAD_SERVER = "HFTL_TEST_RELOAD_SERVER"
+"""The variable with the address of the server that the workers of pytest-xdist share."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Load the fixtures of publishing and of the doctor.
 
     The parent of pytest-xdist's workers runs no tests: there the imports of torch would only delay
-    the start of its workers.
+    the start of its workers. It starts the server of reloads for all of them.
     """
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         for name in ("support.publishing", "support.examination"):
             config.pluginmanager.import_plugin(name)
+    else:
+        server = ExitStack()
+        os.environ[RELOAD_SERVER] = server.enter_context(start_server())
+        config.add_cleanup(server.close)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Return the scheduler of `--dist loadfile`, with files that share fixtures on one worker."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class SharedFixtures(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            group = next((names for names in ONE_WORKER if Path(file).stem in names), None)
+            return file if group is None else group[0]
+
+    return SharedFixtures(config, log)
+
+
+ONE_WORKER = (
+    # A run to push, a hub, and a process that pushes.
+    ("test_canaries", "test_http_retry", "test_hub_errors", "test_pipeline_push", "test_push"),
+    # Adapters of every kind, and the bases that they need.
+    ("test_doctor", "test_doctor_base", "test_doctor_fix", "test_doctor_hostile",
+     "test_doctor_settings"),
+)  # fmt: skip
+"""Files whose tests share fixtures that take seconds to make."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,16 +101,24 @@ def _freeze_imported_objects() -> None:
 
 @pytest.fixture(scope="session")
 def reload_server() -> Iterator[FreshProcess]:
-    """Start, when first needed, a process that has imported the libraries of the reload check."""
-    server = FreshProcess()
-    yield server
-    server.close()
+    """Return a process that has imported the libraries of the reload check."""
+    with ExitStack() as stack:
+        address = os.environ.get(RELOAD_SERVER) or stack.enter_context(start_server())
+        yield FreshProcess(address)
 
 
 @pytest.fixture(scope="module")
 def fast_reload(reload_server: FreshProcess) -> Iterator[None]:
     """Reload published folders in forks of the server, which saves seconds of imports each."""
     with reload_server.in_use():
+        yield
+
+
+@pytest.fixture(scope="module")
+def fewer_folds() -> Iterator[None]:
+    """Choose the penalty of probes on two folds in place of five, as test_probe.py does not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hftl.analysis.probe.FOLDS", 2)
         yield
 
 

@@ -6,21 +6,23 @@ from typing import Any
 import pytest
 import yaml
 from conftest import write_csv
-from test_cli_errors import Hftl, hftl, pytestmark
+from test_cli_errors import Hftl, hftl
 from test_feature_store import forwards
 
 from hftl.card.evidence import describe_curve, describe_distance, describe_probe, describe_shift
 from hftl.measure.record import Record
 
-__all__ = ["forwards", "hftl", "pytestmark"]
+__all__ = ["forwards", "hftl"]
+pytestmark = pytest.mark.usefixtures("fast_reload", "fewer_folds")
 
 
 @pytest.fixture
 def analysed(recipe_tree: dict[str, Any], tmp_path: Path) -> Path:
     """Write a recipe that makes every analysis and trains nothing."""
-    general = [[f"the plot {i} was {i % 5}"] for i in range(120)]
+    general = [[f"the plot {i} was {i % 5}"] for i in range(60)]
     recipe_tree["data"] |= {
-        "test": {"fraction": 0.3},
+        "validation": {"fraction": 0.3},
+        "test": {"fraction": 0.4},
         "general": {"path": str(write_csv(tmp_path / "general.csv", ["text"], general))},
     }
     recipe_tree["finetune"]["strategy"] = "head"
@@ -36,7 +38,7 @@ def test_a_run_makes_and_shows_its_analyses_once(
     hftl: Hftl, analysed: Path, tmp_path: Path, forwards: list[int]
 ) -> None:
     run = tmp_path / "out"
-    first = hftl("run", analysed, "measure.analyses=[probe]", "--output", run)
+    first = hftl("measure", analysed, "measure.analyses=[probe]", "--output", run)
     assert first.code == 0, first.err
     record = Record.read(run)
     assert record.analysis is not None and record.analysis.probe is not None

@@ -11,7 +11,7 @@ from urllib.parse import quote, unquote
 
 import pytest
 from support.local_hub import LocalHub
-from support.publishing import ME, Pusher, finish_run, open_pusher
+from support.publishing import ME, Pusher, finish_run
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
 
@@ -46,12 +46,9 @@ def planted(
 
 
 @pytest.fixture(scope="module")
-def push(
-    planted: tuple[Path, dict[str, str]], hub: LocalHub, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Pusher]:
-    environment = hub.environment(tmp_path_factory.mktemp("cache")) | planted[1]
-    with open_pusher(environment) as push:
-        yield push
+def push(push: Pusher, planted: tuple[Path, dict[str, str]]) -> Pusher:
+    """Push in the environment of the canaries."""
+    return push.within(planted[1])
 
 
 def spellings(text: str) -> set[bytes]:

@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 from support.examination import copied, kinds
+from support.fresh_process import FreshProcess
 from support.planted_defects import plant, reconfigure, rewrite
 
 from hftl import cli
@@ -57,7 +57,10 @@ from hftl.doctor import load_check, load_once
 from hftl.doctor.checks import examine_adapter
 from hftl.doctor.report import format_report
 
-sound, *hostile = sys.argv[1:]
+cache, sound, *hostile = sys.argv[1:]
+# Read from the environment when the libraries were imported, before this process began.
+huggingface_hub.constants.HF_HUB_CACHE = cache
+huggingface_hub.constants.HF_TOKEN_PATH = str(Path(cache, "token"))
 # The hook must see the loads too.
 load_check.predict_in_fresh_processes = lambda clean, base, name: [
     numpy.array(load_once.compute_output(clean, base, name, seed)) for seed in load_check.SEEDS
@@ -103,7 +106,7 @@ def make_hostile(folder: Path, secret: Path, mark: Path, base: str) -> None:
 
 
 def test_a_hostile_adapter_runs_and_reads_nothing(
-    adapters: dict[str, Path], hub_cache: Path, tmp_path: Path
+    adapters: dict[str, Path], hub_cache: Path, tmp_path: Path, reload_server: FreshProcess
 ) -> None:
     secret, mark = tmp_path / "secret.env", tmp_path / "mark"
     secret.write_text("TOKEN=1")
@@ -114,11 +117,10 @@ def test_a_hostile_adapter_runs_and_reads_nothing(
     mapping = {"parent_library": "evil_library", "base_model_class": "os"}
     reconfigure(folders[2], auto_mapping=mapping)
     (tmp_path / "doctor.py").write_text(HOSTILE)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "doctor.py"), str(adapters["bert"]), *map(str, folders)],
-        capture_output=True, text=True, cwd=folders[0], check=False,
-        env=os.environ | dict.fromkeys(("HF_HUB_CACHE", "HF_HOME"), str(hub_cache))
-        | {"PYTHONPATH": str(ROOT)},
+    words = [tmp_path / "doctor.py", hub_cache, adapters["bert"], *folders]
+    done = reload_server.run(
+        [sys.executable, "-P", *map(str, words)], cwd=folders[0],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     seen = json.loads(done.stdout.splitlines()[-1])

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import sentences, write_csv
+from support.fresh_process import FreshProcess
 
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
@@ -66,21 +67,22 @@ def apply_patches(folder: Path) -> None:
         assert applied.returncode == 0, f"write {patch.name} anew: {applied.stderr}"
 
 
-def use_extensions(folder: Path) -> dict[str, Any]:
+def use_extensions(folder: Path, fresh: FreshProcess) -> dict[str, Any]:
     """Return what `support/extended.py` reports of the patched copy."""
     apply_patches(folder)
     write_csv(folder / "reviews.csv", ["text", "label"], sentences(160))
-    used = subprocess.run(
-        [sys.executable, str(TESTS / "support" / "extended.py"), str(folder)],
-        env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    script = TESTS / "support" / "extended.py"
+    used = fresh.run(
+        [sys.executable, "-P", str(script), str(folder)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(script.parent)])},
+    )
     assert used.returncode == 0, used.stderr
     return json.loads(used.stdout.splitlines()[-1])
 
 
-def test_what_the_patches_add_works(tmp_path: Path) -> None:
-    """One test for all: importing torch and running a recipe takes most of the time."""
-    results = use_extensions(tmp_path)
+def test_what_the_patches_add_works(tmp_path: Path, reload_server: FreshProcess) -> None:
+    """One test for all: running a recipe takes most of the time."""
+    results = use_extensions(tmp_path, reload_server)
     assert Path(results["package"]).is_relative_to(tmp_path)
 
     # The check warns; the architecture is read and its arms are planned.

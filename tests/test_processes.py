@@ -1,9 +1,11 @@
 """Compare two processes with one: the same rows, gradients, losses, logits, metrics and errors."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from support.fresh_process import FreshProcess
 from support.two_processes import (
     ADAPTATIONS,
     CASES,
@@ -62,8 +65,30 @@ def torchrun(folder: Path, *options: str, environment: Any = os.environ) -> tupl
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Results], Any]:
-    return torchrun(tmp_path_factory.mktemp("two"))
+def launched(
+    tmp_path_factory: pytest.TempPathFactory, reload_server: FreshProcess
+) -> tuple[list[Results], Any]:
+    """Run two ranks as a launcher does, forked from a process that has imported the libraries."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    common = os.environ | {
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    command = [sys.executable, "-P", str(TESTS / "support" / "two_processes.py"), str(folder)]
+
+    def run_rank(rank: int) -> Any:
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return reload_server.run(command, env=common | own)
+
+    with ThreadPoolExecutor(2) as pool:
+        ended = list(pool.map(run_rank, range(2)))
+    files = [folder / f"{rank}.pt" for rank in range(2)]
+    assert all(file.exists() for file in files), [one.stderr[-3000:] for one in ended]
+    return [torch.load(file, weights_only=False) for file in files], ended
 
 
 @pytest.fixture(scope="module")
@@ -272,8 +297,18 @@ def test_error_of_rank_0_is_raised_on_all_and_marked_on_the_others(ranks: list[R
     ]  # fmt: skip
 
 
-def test_launcher_ends_after_the_report_without_a_warning(launched: Any) -> None:
+def test_ranks_end_after_the_report_without_a_warning(launched: Any) -> None:
     _, ended = launched
+    assert [rank.returncode for rank in ended] == [3, 3]
+    assert "".join(rank.stdout for rank in ended).count("reports:") == 1
+    assert "rank 0 reports: the last error" in ended[0].stdout
+    for noise in ("destroy_process_group", "find_unused_parameters", "Warning: [", "ProcessGroup"):
+        assert all(noise not in rank.stderr for rank in ended)
+
+
+@pytest.mark.slow  # A launcher starts the ranks; without one they end as the test above says.
+def test_launcher_ends_after_the_report_without_a_warning(tmp_path: Path) -> None:
+    _, ended = torchrun(tmp_path)
     assert ended.returncode != 0
     assert ended.stdout.count("reports:") == 1
     assert "rank 0 reports: the last error" in ended.stdout

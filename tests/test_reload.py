@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.fresh_process import FreshProcess
 from support.published_model import TOKENS, open_context, publish_model, write_data
 
 from hftl.card.snippets import ModelFolder, render_plain_snippet
@@ -92,15 +92,13 @@ def publish_case(case: Case, tiny_model: Tiny, folder: Path) -> tuple[Path, Path
     "cases", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["usual", "rarer"]
 )
 def test_every_architecture_reloads_to_the_same_logits(
-    cases: list[Case], tiny_model: Tiny, tmp_path: Path
+    cases: list[Case], tiny_model: Tiny, tmp_path: Path, reload_server: FreshProcess
 ) -> None:
     jobs = [publish_case(case, tiny_model, tmp_path / str(n)) for n, case in enumerate(cases)]
     (tmp_path / "jobs.json").write_text(json.dumps([list(map(str, job)) for job in jobs]))
-    script = Path(checks.__file__).with_name("reload_check.py")
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", ONE_AFTER_ANOTHER, str(script), str(tmp_path / "jobs.json")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    (tmp_path / "reload.py").write_text(ONE_AFTER_ANOTHER)
+    words = [Path(checks.__file__).with_name("reload_check.py"), tmp_path / "jobs.json"]
+    done = reload_server.run([sys.executable, "-P", str(tmp_path / "reload.py"), *map(str, words)])
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(results) == len(cases), (cases[len(results)], done.stderr[-2000:])
     for case, result in zip(cases, results, strict=True):

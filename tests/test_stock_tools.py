@@ -124,6 +124,7 @@ def test_pipeline_snippet_of_the_card_gives_labels_and_scores(
     assert float(score) == pytest.approx(expected["score"], abs=1e-5)
 
 
+@pytest.mark.usefixtures("fast_reload")
 @pytest.mark.parametrize("pooling", ["mean", pytest.param("native", marks=pytest.mark.slow)])
 def test_folder_of_an_older_version_still_loads(
     pooling: str, tiny_model: Tiny, tmp_path: Path

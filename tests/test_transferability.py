@@ -39,7 +39,7 @@ def maximize_gaussian_process(features: np.ndarray, target: np.ndarray) -> float
         covariance = features @ features.T / alpha + np.eye(rows) / beta
         return -multivariate_normal(np.zeros(rows), covariance, allow_singular=True).logpdf(target)
 
-    starts = [(a, b) for a in (-2.0, 2.0, 8.0) for b in (-1.0, 2.0)]
+    starts = [(-2.0, 2.0), (2.0, -1.0), (8.0, 2.0)]
     options = {"xatol": 1e-8, "fatol": 1e-10, "maxiter": 4000}
     fits = [minimize(negative, s, method="Nelder-Mead", options=options) for s in starts]
     return -min(fit.fun for fit in fits) / rows

@@ -1,17 +1,21 @@
 """Start fresh processes that have the plain libraries imported already, and never hftl.
 
-As a program it reads a line of JSON, `[folder, script, arguments...]`, forks, runs the script in
-that folder in the child and answers `[exit code, stdout, stderr]`. The gate's proof of a reload
-runs a script so; importing peft and transformers anew for each of many runs would take much of the
-time of the tests.
+As a program, `fresh_process.py ADDRESS` listens at a socket until its stdin is closed. It reads a
+line of JSON, `[folder, environment, script, arguments...]`, forks, runs the script in that folder
+in the child and answers `[exit code, stdout, stderr]`. The gate's proof of a reload runs a script
+so; importing peft and transformers anew for each of many runs would take much of the time of the
+tests. One server is enough for all workers of pytest-xdist.
 """
 
 import json
 import os
 import runpy
+import select
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,26 +23,50 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+TIMEOUT_SECONDS = 300
+
+
+@contextmanager
+def start_server() -> Iterator[str]:
+    """Yield the address of a server, which ends with the block or with this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        address = str(Path(folder, "socket"))
+        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, "-P", __file__, address]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) as server:
+            yield address
+            server.communicate()
+
 
 class FreshProcess:
-    """Stand in for `subprocess.run([python, "-P", script, ...], ...)`."""
+    """Stand in for `subprocess.run([python, "-P", script, ...], ...)`.
 
-    def __init__(self) -> None:
-        self._server: subprocess.Popen[str] | None = None
+    Args:
+        address: of a server.
+    """
 
-    def run(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    def run(
+        self, command: list[str], cwd: Path | None = None, env: dict[str, str] | None = None,
+        **_: Any,
+    ) -> subprocess.CompletedProcess[str]:  # fmt: skip
         """Return what the script's process gave, as `subprocess.run` does."""
         assert command[:2] == [sys.executable, "-P"], command
-        if self._server is None:
-            self._server = subprocess.Popen(
-                [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                text=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
-            )  # fmt: skip
-        assert self._server.stdin and self._server.stdout
-        self._server.stdin.write(json.dumps([os.getcwd(), *command[2:]]) + "\n")
-        self._server.stdin.flush()
-        code, out, err = json.loads(self._server.stdout.readline())
+        with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rw") as stream:
+            connection.settimeout(TIMEOUT_SECONDS)
+            self._connect(connection)
+            stream.write(json.dumps([str(cwd or Path.cwd()), env, *command[2:]]) + "\n")
+            stream.flush()
+            code, out, err = json.loads(stream.readline())
         return subprocess.CompletedProcess(command, code, out, err)
+
+    def _connect(self, connection: socket.socket) -> None:
+        """Connect to the server, which may only just have been started."""
+        while not Path(self._address).exists():
+            time.sleep(0.02)
+        connection.connect(self._address)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -52,19 +80,15 @@ class FreshProcess:
         finally:
             checks.subprocess = before
 
-    def close(self) -> None:
-        """End the server, if one was needed."""
-        if self._server is not None and self._server.stdin:
-            self._server.stdin.close()
-            self._server.wait()
 
-
-def child(folder: str, words: list[str], out: Any, err: Any) -> int:
-    """Run a script as `python -P` would; stdout and stderr go to the files."""
-    os.dup2(out.fileno(), 1)
-    os.dup2(err.fileno(), 2)
+def child(folder: str, environment: dict[str, str] | None, words: list[str]) -> int:
+    """Run a script as `python -P` would."""
     os.chdir(folder)
     sys.argv = words
+    if environment is not None:
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     try:
         runpy.run_path(words[0], run_name="__main__")
     except SystemExit as stop:
@@ -78,27 +102,42 @@ def child(folder: str, words: list[str], out: Any, err: Any) -> int:
     return 0
 
 
-def serve() -> None:
-    """Answer until stdin is closed."""
-    import peft
-    import transformers
+def answer(connection: socket.socket) -> None:
+    """Run the script that a client asks for in a process of its own, and send what it gave."""
+    with connection, connection.makefile("rw") as stream, tempfile.TemporaryDirectory() as folder:
+        place, environment, *words = json.loads(stream.readline())
+        files = [Path(folder, name) for name in ("out", "err")]
+        pid = os.fork()
+        if pid == 0:
+            for descriptor, file in enumerate(files, 1):
+                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+            os._exit(child(place, environment, words))
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        outputs = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+        stream.write(json.dumps([code, *outputs]) + "\n")
 
-    assert peft.PeftModel and transformers.AutoModelForSequenceClassification
-    assert transformers.AutoImageProcessor and "hftl" not in sys.modules
-    answers = os.fdopen(os.dup(1), "w")
-    for line in sys.stdin:
-        with tempfile.TemporaryDirectory() as folder:
-            places = [Path(folder, name) for name in ("out", "err")]
-            with open(places[0], "w") as out, open(places[1], "w") as err:
-                pid = os.fork()
-                if pid == 0:
-                    place, *words = json.loads(line)
-                    os._exit(child(place, words, out, err))
-            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            outputs = [path.read_text(encoding="utf-8", errors="replace") for path in places]
-        answers.write(json.dumps([code, *outputs]) + "\n")
-        answers.flush()
+
+def serve(address: str) -> None:
+    """Answer each client in a process of its own until stdin is closed."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen()
+        import peft
+        import transformers
+
+        assert peft.PeftModel and transformers.AutoModelForSequenceClassification
+        assert transformers.AutoImageProcessor and "hftl" not in sys.modules
+        running: list[int] = []
+        while sys.stdin not in select.select([server, sys.stdin], [], [])[0]:
+            connection, _ = server.accept()
+            pid = os.fork()
+            if pid == 0:
+                answer(connection)
+                os._exit(0)
+            connection.close()
+            running.append(pid)
+            running = [pid for pid in running if os.waitpid(pid, os.WNOHANG)[0] == 0]
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1])

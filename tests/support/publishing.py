@@ -109,6 +109,8 @@ def call(words):
 for line in sys.stdin:
     job = json.loads(line)
     constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = job["offline"], not job["xet"]
+    before = dict(os.environ)
+    os.environ.update(job["environment"])
     os.environ.pop("HF_TOKEN", None)
     if job["token"]:
         os.environ["HF_TOKEN"] = job["token"]
@@ -121,6 +123,8 @@ for line in sys.stdin:
             os._exit(0)
     else:
         answer = os.waitpid(job["words"][0], 0)[1]
+    os.environ.clear()
+    os.environ.update(before)
     print(json.dumps(answer), file=sys.__stdout__, flush=True)
 """
 
@@ -129,10 +133,21 @@ class Pusher:
     """A command line in one long-lived process: `push("publish", run, ...)`.
 
     A call returns the exit code, stdout and stderr.
+
+    Args:
+        process: that serves.
+        environment: what its commands see besides its own.
     """
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(
+        self, process: subprocess.Popen[str], environment: dict[str, str] | None = None
+    ) -> None:
         self._process = process
+        self._environment = environment or {}
+
+    def within(self, environment: dict[str, str]) -> "Pusher":
+        """Return the same command line in another environment."""
+        return Pusher(self._process, environment)
 
     def __call__(
         self, *words: Any, token: str | None = "hf_me_write", offline: bool = False,
@@ -153,7 +168,8 @@ class Pusher:
 
     def _send(self, action: str, job: dict[str, Any]) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
-        line = json.dumps({"action": action, "offline": False, "xet": False} | job)
+        usual = {"offline": False, "xet": False, "environment": self._environment}
+        line = json.dumps({"action": action, **usual, **job})
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
