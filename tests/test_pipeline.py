@@ -37,7 +37,7 @@ from hftl.pipeline.push import PushOptions, validate_push
 from hftl.runtime import run_folder
 from hftl.runtime.restart import set_results_aside
 
-pytestmark = pytest.mark.usefixtures("fast_reload", "fewer_folds")
+pytestmark = pytest.mark.usefixtures("fast_reload")
 
 Run = tuple[Path, dict[str, Any]]
 

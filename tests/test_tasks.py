@@ -29,7 +29,7 @@ from hftl.measure.thresholds import fit_thresholds
 from hftl.models.features import predict_logits
 from hftl.pipeline import pipeline
 
-pytestmark = pytest.mark.usefixtures("fast_reload", "fewer_folds")
+pytestmark = pytest.mark.usefixtures("fast_reload")
 
 MOODS, TAGS = "multi-label", "token-classification"
 
